@@ -1,0 +1,43 @@
+"""The video autoencoder: pixels to normalised latents and back, around diffusers' `AutoencoderKLWan`.
+
+Shapes: B batch, C = 3 colours or z latent channels, F frames, T = (F - 1) / 4 + 1 latent frames, H W pixels,
+h = H / 8, w = W / 8.  Pixels are in -1..1.
+"""
+
+import torch
+from diffusers import AutoencoderKLWan
+from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
+from torch import Tensor
+
+
+def statistics(vae: AutoencoderKLWan, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each latent channel, shaped [1, z, 1, 1, 1]."""
+    mean, std = (torch.tensor(getattr(vae.config, key), device=like.device, dtype=like.dtype)
+                 for key in ("latents_mean", "latents_std"))
+    return mean.view(1, -1, 1, 1, 1), std.view(1, -1, 1, 1, 1)
+
+
+def encode(vae: AutoencoderKLWan, pixels_BCFHW: Tensor) -> Tensor:
+    """Normalised latents [B, z, T, h, w]: the mean of the posterior, per channel of mean 0 and deviation 1."""
+    mean, std = statistics(vae, pixels_BCFHW)
+    return (vae.encode(pixels_BCFHW).latent_dist.mode() - mean) / std
+
+
+def decode(vae: AutoencoderKLWan, latents_BzThw: Tensor) -> Tensor:
+    """Pixels [B, 3, F, H, W] in -1..1 from normalised latents."""
+    mean, std = statistics(vae, latents_BzThw)
+    return vae.decode(latents_BzThw * std + mean, return_dict=False)[0]
+
+
+def decode_unclamped(vae: AutoencoderKLWan, z_BzThw: Tensor) -> Tensor:
+    """Pixels from raw latents without diffusers' final clamp, under which saturated pixels would get no gradient."""
+    vae.clear_cache()
+    x = vae.post_quant_conv(z_BzThw)
+    frames = []
+    for at in range(x.shape[2]):
+        frames.append(
+            vae.decoder(x[:, :, at : at + 1], feat_cache=vae._feat_map, feat_idx=[0], first_chunk=at == 0)
+        )
+    vae.clear_cache()
+    pixels = torch.cat(frames, dim=2)
+    return pixels if vae.config.patch_size is None else unpatchify(pixels, patch_size=vae.config.patch_size)

@@ -1,0 +1,210 @@
+"""Named model architectures, frozen; no environment, no files.
+
+`tiny` is trained by our own recipes and shipped; the others are the full sizes of the paper and of the authors'
+version 2, for published weights.
+"""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from omnivideo.errors import InvalidInput
+
+Task = Literal["text-to-image", "text-to-video", "image-editing", "video-editing"]
+
+WAN_NEGATIVE_PROMPT = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，"
+    "JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，"
+    "手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
+)
+
+
+class Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Sampling(Frozen):
+    """Defaults of one task (paper section 5.1): size in px, clip length, UniPC steps, guidance scale."""
+
+    width: int
+    height: int
+    frames: int
+    fps: int
+    steps: int
+    guidance_scale: float
+    flow_shift: float = 5.0
+
+
+class QueryTransformerSize(Frozen):
+    """Vision head or adapter: input width, own width, learned queries, layers (each side), attention heads."""
+
+    dim_in: int
+    width: int
+    queries: int
+    layers: int = 4
+    heads: int = 8
+
+
+class VisualContextSize(Frozen):
+    """Visual context adapter: width of the patch embedding and its stride on the latent grid."""
+
+    hidden: int
+    kernel: int = 4
+    absolute_positions: bool = False
+
+
+class Preset(Frozen):
+    """Everything that fixes the shapes of a model.
+
+    `decoder` and `vae` are the configurations of diffusers' `WanTransformer3DModel` and `AutoencoderKLWan`;
+    version 1 has a vision head and an adapter, version 2 a normalised projection of the MLLM's hidden states.
+    """
+
+    name: str
+    version: Literal[1, 2]
+    mllm_width: int
+    text_width: int
+    text_tokens: int
+    condition_least: int
+    condition_most: int
+    decoder: dict[str, Any]
+    decoders: int = 1
+    boundary: float | None = None
+    absolute_positions: bool = False
+    vae: dict[str, Any] = {}
+    vision_head: QueryTransformerSize | None = None
+    adapter: QueryTransformerSize | None = None
+    visual_context: VisualContextSize
+    negative_prompt: str = WAN_NEGATIVE_PROMPT
+    sampling: dict[Task, Sampling]
+
+
+def wan(heads: int, layers: int, ffn: int) -> dict[str, Any]:
+    """The configuration of Wan 2.x text-to-video decoders, which differ in width and depth only."""
+    return {
+        "patch_size": (1, 2, 2), "num_attention_heads": heads, "attention_head_dim": 128, "in_channels": 16,
+        "out_channels": 16, "text_dim": 4096, "freq_dim": 256, "ffn_dim": ffn, "num_layers": layers,
+        "cross_attn_norm": True, "qk_norm": "rms_norm_across_heads", "eps": 1e-6, "rope_max_seq_len": 1024,
+    }  # fmt: skip
+
+
+WAN_1_3B, WAN_14B = wan(12, 30, 8960), wan(40, 40, 13824)
+
+VERSION_1_SAMPLING: dict[Task, Sampling] = {
+    "text-to-video": Sampling(width=832, height=480, frames=81, fps=16, steps=40, guidance_scale=3.0),
+    "video-editing": Sampling(width=640, height=352, frames=17, fps=8, steps=40, guidance_scale=3.0),
+    "text-to-image": Sampling(width=480, height=480, frames=1, fps=8, steps=50, guidance_scale=5.0),
+    "image-editing": Sampling(width=480, height=480, frames=1, fps=8, steps=40, guidance_scale=3.0),
+}
+VERSION_2_SAMPLING: dict[Task, Sampling] = {
+    "text-to-video": Sampling(width=832, height=480, frames=41, fps=8, steps=40, guidance_scale=3.0),
+    "video-editing": Sampling(width=832, height=480, frames=41, fps=8, steps=40, guidance_scale=3.0),
+    "text-to-image": Sampling(width=832, height=480, frames=1, fps=8, steps=40, guidance_scale=3.0),
+    "image-editing": Sampling(width=832, height=480, frames=1, fps=8, steps=40, guidance_scale=3.0),
+}
+TINY_SAMPLING: dict[Task, Sampling] = {
+    "text-to-video": Sampling(width=64, height=64, frames=9, fps=8, steps=40, guidance_scale=3.0),
+    "video-editing": Sampling(width=64, height=64, frames=9, fps=8, steps=40, guidance_scale=3.0),
+    "text-to-image": Sampling(width=64, height=64, frames=1, fps=8, steps=50, guidance_scale=5.0),
+    "image-editing": Sampling(width=64, height=64, frames=1, fps=8, steps=40, guidance_scale=3.0),
+}
+
+TINY = Preset(
+    name="tiny",
+    version=1,
+    mllm_width=192,
+    text_width=192,
+    text_tokens=64,
+    condition_least=40,
+    condition_most=192,
+    decoder={
+        "patch_size": (1, 2, 2), "num_attention_heads": 6, "attention_head_dim": 32, "in_channels": 16,
+        "out_channels": 16, "text_dim": 192, "freq_dim": 64, "ffn_dim": 576, "num_layers": 8,
+        "cross_attn_norm": True, "qk_norm": "rms_norm_across_heads", "eps": 1e-6, "rope_max_seq_len": 64,
+    },  # fmt: skip
+    absolute_positions=True,
+    vae={
+        "base_dim": 16, "dim_mult": [1, 2, 4], "num_res_blocks": 1, "attn_scales": [], "z_dim": 16,
+        "temperal_downsample": [True, True], "patch_size": 2, "in_channels": 12, "out_channels": 12,
+        "latents_mean": [0.0] * 16, "latents_std": [1.0] * 16,
+    },  # fmt: skip
+    vision_head=QueryTransformerSize(dim_in=192, width=128, queries=4, layers=2, heads=4),
+    adapter=QueryTransformerSize(dim_in=128, width=192, queries=8, layers=1, heads=6),
+    visual_context=VisualContextSize(hidden=192, kernel=2, absolute_positions=True),
+    negative_prompt="blurry, distorted, washed out, flickering, low quality",
+    sampling=TINY_SAMPLING,
+)  # fmt: skip
+
+OMNIVIDEO_1_3B = Preset(
+    name="omnivideo-1.3b",
+    version=1,
+    mllm_width=4096,
+    text_width=4096,
+    text_tokens=512,
+    condition_least=2560,
+    condition_most=2560,
+    decoder=WAN_1_3B,
+    vision_head=QueryTransformerSize(dim_in=4096, width=1152, queries=4),
+    adapter=QueryTransformerSize(dim_in=1152, width=4096, queries=256),
+    visual_context=VisualContextSize(hidden=1536),
+    sampling=VERSION_1_SAMPLING,
+)
+
+OMNIVIDEO2_1_3B = Preset(
+    name="omnivideo2-1.3b",
+    version=2,
+    mllm_width=2048,
+    text_width=4096,
+    text_tokens=512,
+    condition_least=512,
+    condition_most=32768,
+    decoder=WAN_1_3B,
+    visual_context=VisualContextSize(hidden=1536),
+    sampling=VERSION_2_SAMPLING,
+)
+
+OMNIVIDEO2_A14B = OMNIVIDEO2_1_3B.model_copy(
+    update={
+        "name": "omnivideo2-a14b",
+        "decoder": WAN_14B,
+        "decoders": 2,
+        "boundary": 0.875,
+        "visual_context": VisualContextSize(hidden=5120),
+    }
+)
+
+PRESETS = {preset.name: preset for preset in (TINY, OMNIVIDEO_1_3B, OMNIVIDEO2_1_3B, OMNIVIDEO2_A14B)}
+
+
+def preset(name: str) -> Preset:
+    """The preset of this name; raises InvalidInput where there is none."""
+    if name not in PRESETS:
+        raise InvalidInput("preset", f"{name!r} is not one of {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+# ---------------------------------------------------------------- counts of tokens
+
+VAE_STRIDE, VAE_TIME = 8, 4
+
+
+def latent_grid(width: int, height: int, frames: int) -> tuple[int, int, int]:
+    """Latent frames, height and width of a clip; raises InvalidInput for sizes that do not fit the patching."""
+    for field, value in (("width", width), ("height", height)):
+        if value < 16 or value % 16:
+            raise InvalidInput(field, f"{value} is not a positive multiple of 16")
+    if frames < 1 or frames % VAE_TIME != 1:
+        raise InvalidInput("frames", f"{frames} is not of the form 4k + 1 (1, 5, 9, 13 ...)")
+    return (frames - 1) // VAE_TIME + 1, height // VAE_STRIDE, width // VAE_STRIDE
+
+
+def decoder_tokens(preset: Preset, grid: tuple[int, int, int]) -> int:
+    """Tokens of the decoder for a latent grid."""
+    t, y, x = preset.decoder["patch_size"]
+    return (grid[0] // t) * (grid[1] // y) * (grid[2] // x)
+
+
+def visual_context_tokens(preset: Preset, grid: tuple[int, int, int]) -> int:
+    """Tokens of the visual context for a source's latent grid."""
+    kernel = preset.visual_context.kernel
+    return grid[0] * (grid[1] // kernel) * (grid[2] // kernel)

@@ -1,0 +1,113 @@
+"""Muon for matrices, Adam for the rest, with the learning rate's shape over a run.
+
+Muon (Jordan et al. 2024) orthogonalises the momentum of every weight matrix.  torch.optim.Muon takes exactly
+two-dimensional weights one by one; here convolution kernels are flattened and matrices of equal shape go through
+the iteration as one batch, which is what makes it affordable for models of a few million weights on a CPU.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+# Newton-Schulz quintic of the Muon paper: pushes all singular values towards 1.
+QUINTIC = (3.4445, -4.7750, 2.0315)
+ITERATIONS = 5
+
+
+def orthogonalise(m_NRC: Tensor, precision: torch.dtype) -> Tensor:
+    """The nearest semi-orthogonal matrix of each [R, C] in a batch [N, R, C], approximately."""
+    tall = m_NRC.shape[-2] > m_NRC.shape[-1]
+    x = (m_NRC.mT if tall else m_NRC).to(precision)
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    a, b, c = QUINTIC
+    for _ in range(ITERATIONS):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.mT if tall else x).to(m_NRC.dtype)
+
+
+class Muon(torch.optim.Optimizer):
+    """Nesterov momentum, orthogonalised; decoupled weight decay.  Weights need two or more dimensions."""
+
+    def __init__(
+        self,
+        params: Iterable[nn.Parameter],
+        lr: float,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
+        precision: torch.dtype = torch.float32,
+    ):
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self.precision = precision
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for group in self.param_groups:
+            by_shape: dict[tuple[int, int], list[tuple[nn.Parameter, Tensor]]] = defaultdict(list)
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                buffer = state.setdefault("momentum_buffer", torch.zeros_like(parameter))
+                buffer.lerp_(parameter.grad, 1 - group["momentum"])
+                update = torch.lerp(parameter.grad, buffer, group["momentum"]).flatten(1)
+                by_shape[(update.shape[0], update.shape[1])].append((parameter, update))
+            for shape, pairs in by_shape.items():
+                self.apply(group, shape, pairs)
+
+    def apply(
+        self, group: dict, shape: tuple[int, int], pairs: list[tuple[nn.Parameter, Tensor]]
+    ) -> None:
+        updates = orthogonalise(torch.stack([update for _, update in pairs]), self.precision)
+        scale = max(1.0, shape[0] / shape[1]) ** 0.5
+        for (parameter, _), update in zip(pairs, updates, strict=True):
+            parameter.mul_(1 - group["lr"] * group["weight_decay"])
+            parameter.add_(update.view_as(parameter), alpha=-group["lr"] * scale)
+
+
+def is_matrix(name: str, parameter: nn.Parameter) -> bool:
+    """Hidden weights go to Muon; tables (embeddings, queries, markers), gains and biases to Adam."""
+    tables = ("embed_tokens", "shared", "lm_head", "query", "markers", "scale_shift_table", "position_embedding")
+    return parameter.ndim >= 2 and min(parameter.flatten(1).shape) > 1 and not any(t in name for t in tables)
+
+
+def optimizers(
+    named: Iterable[tuple[str, nn.Parameter]],
+    lr: float,
+    adam_lr: float,
+    weight_decay: float = 0.0,
+    precision: torch.dtype = torch.float32,
+) -> list[torch.optim.Optimizer]:
+    """Muon over the matrices at `lr` and Adam over the rest at `adam_lr`; groups remember their peak rate."""
+    named = list(named)
+    matrices = [parameter for name, parameter in named if is_matrix(name, parameter)]
+    rest = [parameter for name, parameter in named if not is_matrix(name, parameter)]
+    built: list[torch.optim.Optimizer] = []
+    if matrices:
+        built.append(Muon(matrices, lr=lr, weight_decay=weight_decay, precision=precision))
+    if rest:
+        built.append(torch.optim.Adam(rest, lr=adam_lr, betas=(0.9, 0.98), eps=1e-8))
+    for optimizer in built:
+        for group in optimizer.param_groups:
+            group["peak_lr"] = group["lr"]
+    return built
+
+
+def rate(step: int, steps: int, warmup: int, decay_from: float) -> float:
+    """Share of the peak rate at a step: linear warm-up, flat, then linear to zero from `decay_from` of the run."""
+    rising = min(1.0, (step + 1) / max(1, warmup))
+    start = decay_from * steps
+    falling = min(1.0, max(0.0, (steps - step) / max(1.0, steps - start)))
+    return rising * falling
+
+
+def set_rate(built: list[torch.optim.Optimizer], share: float) -> None:
+    for group in groups(built):
+        group["lr"] = group["peak_lr"] * share
+
+
+def groups(built: list[torch.optim.Optimizer]) -> Iterator[dict]:
+    for optimizer in built:
+        yield from optimizer.param_groups

@@ -1,0 +1,94 @@
+"""Foundation: the diffusion decoder with its text encoder, for text-to-image and text-to-video.
+
+Stands for Wan's downloaded weights: a plain `WanTransformer3DModel` under a text condition.  Image and clip
+batches take turns; a tenth of the captions give way to the universal negative prompt, which is the null
+condition of guidance.
+"""
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
+
+from omnivideo.models.conditions import encode_text, pad
+from omnivideo.models.positions import with_absolute_positions
+from omnivideo.training.language import caption
+from omnivideo.training.latents import cached, first_scenes
+from omnivideo.training.recipes.text import NEGATIVE_PROMPT, WORDS
+from omnivideo.training.trainer import Losses, Recipe, step_seed
+from omnivideo.training.world import Scene, scenes
+
+CONFIG = {
+    "patch_size": (1, 2, 2), "num_attention_heads": 6, "attention_head_dim": 32, "in_channels": 16,
+    "out_channels": 16, "text_dim": 192, "freq_dim": 64, "ffn_dim": 576, "num_layers": 8,
+    "cross_attn_norm": True, "qk_norm": "rms_norm_across_heads", "rope_max_seq_len": 64,
+}
+STILLS, CLIPS = 48_000, 16_000  # scenes in the cache
+CAPTION_DROP = 0.1
+LEAST = 40  # tokens to which a text condition is zero-padded
+
+
+class DecoderFoundation(nn.Module):
+    def __init__(self, decoder: WanTransformer3DModel, text_encoder: UMT5EncoderModel):
+        super().__init__()
+        self.decoder = decoder
+        self.text_encoder = text_encoder
+
+
+def draw_sigma(count: int) -> Tensor:
+    """Noise levels [B] in 0..1: logit-normal, leaning to high noise, where the layout is decided."""
+    return torch.sigmoid(torch.randn(count) * 1.1 + 0.5)
+
+
+def flow_matching(decoder: Callable[..., tuple[Tensor]], latents: Tensor, condition: Tensor) -> Tensor:
+    """Eq. 4, squared error per sample [B]: the velocity from data to noise at x = (1 - sigma) data + sigma noise."""
+    sigma = draw_sigma(len(latents)).to(latents)
+    noise = torch.randn_like(latents)
+    level = sigma.view(-1, 1, 1, 1, 1)
+    noisy = (1 - level) * latents + level * noise
+    velocity = decoder(noisy, sigma * 1000, condition, return_dict=False)[0]
+    return (velocity - (noise - latents)).square().flatten(1).mean(1)
+
+
+class Captioned:
+    """Cached latents of one kind with captions made anew each time: `batch(step)` is a function of the step."""
+
+    def __init__(self, folder: Path, vae: AutoencoderKLWan, video: bool, count: int, tell: Callable[[int, int], None]):
+        self.name = "clips" if video else "stills"
+        self.scenes: list[Scene] = first_scenes(scenes(1, video), count)
+        self.latents = cached(folder, self.name, vae, self.scenes, tell)
+
+    def batch(self, step: int, size: int) -> tuple[Tensor, list[str]]:
+        rng = random.Random(step_seed(f"decoder/{self.name}", step))
+        chosen = rng.sample(range(len(self.scenes)), size)
+        texts = [NEGATIVE_PROMPT if rng.random() < CAPTION_DROP else caption(rng, self.scenes[at]).text
+                 for at in chosen]
+        return self.latents[chosen].float(), texts
+
+
+def decoder_recipe(
+    stills: Captioned,
+    clips: Captioned,
+    tokenizer: PreTrainedTokenizerBase,
+    text_encoder: UMT5EncoderModel,
+    steps: int = 24_000,
+    sizes: tuple[int, int] = (96, 32),
+    compiled: bool = False,
+) -> Recipe:
+    torch.manual_seed(2)
+    decoder = with_absolute_positions(WanTransformer3DModel(**CONFIG))
+    model = DecoderFoundation(decoder, text_encoder)
+    run = torch.compile(decoder, dynamic=False) if compiled else decoder
+
+    def loss(step: int) -> Losses:
+        still = step % 2 == 0
+        latents, texts = stills.batch(step, sizes[0]) if still else clips.batch(step, sizes[1])
+        condition = pad(encode_text(tokenizer, text_encoder, texts, WORDS), LEAST, WORDS)
+        error = flow_matching(run, latents, condition).mean()
+        return {"loss": error, "stills" if still else "clips": error}
+
+    return Recipe("decoder", model, ("",), loss, steps=steps, lr=1e-2, adam_lr=1e-3, warmup=200, ema=0.999)

@@ -1,0 +1,142 @@
+"""Foundation: the decoder's tokenizer and text encoder, which stand for the downloaded UMT5.
+
+The encoder learns the language of prompts by answering what a prompt asks for: slots read its hidden states and
+name each object in the order of mention, the background, the relation and the place.
+"""
+
+import random
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+
+from omnivideo.training.edits import random_edit
+from omnivideo.training.facts import Demand, Wanted
+from omnivideo.training.language import RELATIONS, caption
+from omnivideo.training.trainer import Losses, Recipe, step_seed
+from omnivideo.training.world import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, SIZES, random_scene
+
+CONFIG = {
+    "d_model": 192, "d_kv": 32, "num_heads": 6, "d_ff": 512, "num_layers": 3, "vocab_size": 1024,
+    "dropout_rate": 0.0, "feed_forward_proj": "gated-gelu", "pad_token_id": 0, "eos_token_id": 1,
+    "relative_attention_num_buckets": 32, "relative_attention_max_distance": 64,
+}
+NEGATIVE_PROMPT = "blurry, distorted, washed out, flickering, low quality"
+SLOTS = 4
+SIDES = ("left", "right", "top", "bottom")
+WORDS = 64  # the longest prompt, in tokens
+
+
+def corpus(count: int = 20_000) -> list[str]:
+    """Prompts of every kind that the decoder will be given."""
+    rng = random.Random("corpus")
+    texts = [NEGATIVE_PROMPT] * 20
+    for at in range(count):
+        video = at % 2 == 0
+        texts.append(caption(rng, random_scene(rng, video)).text if at % 3 else random_edit(rng, video).instruction)
+    return texts
+
+
+def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
+    """Byte-pair encoding with byte fallback; like UMT5's in its conventions: lower case, `</s>` at the end, `<pad>` is 0."""
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.NFKC(), normalizers.Lowercase(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Metaspace(), pre_tokenizers.Punctuation(), pre_tokenizers.Digits(individual_digits=True)]
+    )
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace(), decoders.Fuse()])
+    special = ["<pad>", "</s>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=CONFIG["vocab_size"], special_tokens=special, show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", tokenizer.token_to_id("</s>"))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=WORDS
+    )
+
+
+def load_or_build_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    if not (folder / "tokenizer.json").exists():
+        build_tokenizer(corpus()).save_pretrained(folder)
+    return PreTrainedTokenizerFast.from_pretrained(folder)
+
+
+# ---------------------------------------------------------------- what a prompt asks for, as class numbers
+
+FIELDS = {"shape": SHAPES, "colour": tuple(COLOURS), "size": SIZES, "motion": MOTIONS}
+
+
+def slot_labels(want: Wanted | None) -> list[int]:
+    """Class 0 is "no object", 1 is "left open", the rest are the values."""
+    if want is None:
+        return [0] * len(FIELDS)
+    values = ((getattr(want, field), names) for field, names in FIELDS.items())
+    return [1 if value is None else 2 + names.index(value) for value, names in values]
+
+
+def demand_labels(demand: Demand) -> list[int]:
+    """All labels of a prompt: four per slot, then background, relation and the four sides."""
+    things = (*demand.things, *[None] * (SLOTS - len(demand.things)))
+    labels = [label for want in things for label in slot_labels(want)]
+    labels.append(0 if demand.background is None else 1 + list(BACKGROUNDS).index(demand.background))
+    labels.append(0 if demand.relation is None else 1 + RELATIONS.index(demand.relation))
+    return labels + [int(side in demand.region) for side in SIDES]
+
+
+CLASSES = [2 + len(names) for _ in range(SLOTS) for names in FIELDS.values()]
+CLASSES += [1 + len(BACKGROUNDS), 1 + len(RELATIONS)] + [2] * len(SIDES)
+
+
+class Asker(nn.Module):
+    """One learned query per label attends to the encoder's hidden states; only training needs it."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.query = nn.Parameter(torch.randn(len(CLASSES), dim) * 0.5)
+        self.attend = nn.MultiheadAttention(dim, 6, batch_first=True)
+        self.norm = nn.LayerNorm(dim)
+        self.answer = nn.Linear(dim, max(CLASSES))
+
+    def forward(self, hidden_BLD: Tensor, padding_BL: Tensor) -> Tensor:
+        """Logits [B, labels, classes]."""
+        query = self.query.expand(len(hidden_BLD), -1, -1)
+        found, _ = self.attend(query, hidden_BLD, hidden_BLD, key_padding_mask=padding_BL, need_weights=False)
+        return self.answer(self.norm(found + query))
+
+
+class TextFoundation(nn.Module):
+    def __init__(self, encoder: UMT5EncoderModel):
+        super().__init__()
+        self.encoder = encoder
+        self.asker = Asker(encoder.config.d_model)
+
+    def forward(self, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
+        hidden = self.encoder(ids_BL, attention_mask=mask_BL).last_hidden_state
+        return self.asker(hidden, mask_BL == 0)
+
+
+def text_batch(step: int, count: int) -> tuple[list[str], Tensor]:
+    rng = random.Random(step_seed("text/data", step))
+    captions = [caption(rng, random_scene(rng, video=at % 2 == 0)) for at in range(count)]
+    return [one.text for one in captions], torch.tensor([demand_labels(one.demand) for one in captions])
+
+
+def text_recipe(tokenizer: PreTrainedTokenizerFast, steps: int = 1500, batch: int = 96) -> Recipe:
+    torch.manual_seed(1)
+    model = TextFoundation(UMT5EncoderModel(UMT5Config(**CONFIG)))
+
+    def loss(step: int) -> Losses:
+        texts, labels = text_batch(step, batch)
+        tokens = tokenizer(texts, padding=True, return_tensors="pt")
+        logits = model(tokens.input_ids, tokens.attention_mask)
+        right = (logits.argmax(-1) == labels).float().mean()
+        whole = (logits.argmax(-1) == labels).all(dim=1).float().mean()
+        return {"loss": F.cross_entropy(logits.flatten(0, 1), labels.flatten()), "right": right, "whole": whole}
+
+    return Recipe("text", model, ("",), loss, steps=steps, lr=1e-2, adam_lr=2e-3, warmup=50)

@@ -1,0 +1,109 @@
+"""Foundation: the video autoencoder, which stands for Wan's downloaded one.
+
+Trained on crops around objects first (a quarter of the cost of a whole frame, and most of their pixels teach
+something), then on whole clips.
+"""
+
+import random
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKLWan
+from torch import Tensor
+
+from omnivideo.models.vae import decode_unclamped
+from omnivideo.training.trainer import Losses, Recipe, step_seed
+from omnivideo.training.world import FRAME, FRAMES, Scene, object_mask, random_scene, render
+
+CONFIG = {
+    "base_dim": 16,
+    "dim_mult": [1, 2, 4],
+    "num_res_blocks": 1,
+    "attn_scales": [],
+    "temperal_downsample": [True, True],
+    "patch_size": 2,
+    "in_channels": 12,
+    "out_channels": 12,
+    "z_dim": 16,
+    "latents_mean": [0.0] * 16,
+    "latents_std": [1.0] * 16,
+}
+LATTICE = 8  # px: crops keep an object's place within its latent cell
+
+
+@dataclass(frozen=True)
+class Phase:
+    """`steps` batches of `batch` crops of `side` px and `frames` frames."""
+
+    steps: int
+    batch: int
+    frames: int
+    side: int
+
+
+PHASES = (Phase(500, 64, 1, 32), Phase(500, 16, 5, 32), Phase(1800, 12, 9, 32), Phase(500, 8, 9, FRAME))
+
+
+def phase_at(phases: tuple[Phase, ...], step: int) -> Phase:
+    for phase in phases:
+        if step < phase.steps:
+            return phase
+        step -= phase.steps
+    return phases[-1]
+
+
+def crop(rng: random.Random, scene: Scene, phase: Phase) -> tuple[np.ndarray, np.ndarray]:
+    """Pixels [F, side, side, 3] and the object mask [F, side, side], in a window near one object."""
+    first = rng.randint(0, scene.frames - phase.frames)
+    frames = slice(first, first + phase.frames)
+    thing = rng.choice(scene.things)
+    centre = thing.centre(rng.randrange(first, first + phase.frames))
+
+    def start(at: int) -> int:
+        jitter = rng.randint(-1, 1) * LATTICE
+        return min(max((at - phase.side // 2 + jitter) // LATTICE * LATTICE, 0), FRAME - phase.side)
+
+    x, y = start(centre[0]), start(centre[1])
+    window = (frames, slice(y, y + phase.side), slice(x, x + phase.side))
+    return render(scene)[window], object_mask(scene)[window]
+
+
+def batch(step: int, phase: Phase) -> tuple[Tensor, Tensor]:
+    """Pixels [B, 3, F, S, S] in -1..1 and the object mask [B, 1, F, S, S]."""
+    rng = random.Random(step_seed("vae/data", step))
+    pairs = [crop(rng, random_scene(rng, video=phase.frames > 1), phase) for _ in range(phase.batch)]
+    pixels = torch.from_numpy(np.stack([pair[0] for pair in pairs])).permute(0, 4, 1, 2, 3)
+    touched = torch.from_numpy(np.stack([pair[1] for pair in pairs]))[:, None]
+    return pixels.float() / 127.5 - 1, touched.float()
+
+
+def gradients(x: Tensor) -> tuple[Tensor, Tensor]:
+    return x[..., 1:, :] - x[..., :-1, :], x[..., :, 1:] - x[..., :, :-1]
+
+
+def losses(vae: AutoencoderKLWan, pixels: Tensor, touched: Tensor) -> Losses:
+    """Squared and absolute error (objects count fourfold), error of the image gradients, and the KL term."""
+    mean, logvar = vae._encode(pixels).chunk(2, dim=1)
+    logvar = logvar.clamp(-30, 20)
+    z = mean + torch.randn_like(mean) * (0.5 * logvar).exp()
+    error = decode_unclamped(vae, z) - pixels
+    weight = 1 + 3 * touched
+    squared, absolute = (weight * error.square()).mean(), (weight * error.abs()).mean()
+    edges = sum(((a - b).abs().mean() for a, b in zip(gradients(error + pixels), gradients(pixels), strict=True)),
+                start=torch.zeros(()))
+    kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+    psnr = -10 * torch.log10(F.mse_loss((error + pixels).clamp(-1, 1), pixels) / 4)
+    return {"loss": 4 * squared + 0.3 * absolute + 0.3 * edges + 3e-4 * kl, "psnr": psnr, "kl": kl}
+
+
+def vae_recipe(phases: tuple[Phase, ...] = PHASES) -> Recipe:
+    torch.manual_seed(0)
+    vae = AutoencoderKLWan(**CONFIG)
+
+    def loss(step: int) -> Losses:
+        pixels, touched = batch(step, phase_at(phases, step))
+        return losses(vae, pixels, touched)
+
+    return Recipe("vae", vae, ("",), loss, steps=sum(phase.steps for phase in phases), lr=3e-3, adam_lr=2e-3)

@@ -1,0 +1,189 @@
+"""Pixels in, facts out: what is on a clip, without any model of ours.
+
+Every frame is cut into blobs that differ from the background; a blob gets the nearest palette colour and the
+shape whose template overlaps it best (and well: a shapeless blob has no name).  Blobs of one colour are followed
+from frame to frame, which gives motion and steadiness.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+from scipy import ndimage
+
+from omnivideo.training.facts import Reading, Seen
+from omnivideo.training.world import BACKGROUNDS, COLOURS, RADIUS, SHAPES, mask, outline
+
+FOREGROUND = 40.0  # RGB distance from the background at which a pixel may belong to an object
+SMALLEST = 24  # px: blobs below are specks
+COLOUR_REACH = 75.0  # RGB distance from a palette colour beyond which a blob has no colour name
+OVERLAP = 0.78  # intersection over union with a template, below which a blob has no shape
+MIDDLE_RADIUS = (RADIUS["small"] + RADIUS["large"]) / 2
+MOVED = 14.0  # px from first to last frame, of 32 for a whole motion
+RESTING = 6.0
+GROWN = 1.35
+
+
+@dataclass(frozen=True)
+class Blob:
+    """One object on one frame: centre of the box and half of it in px, `clarity` the overlap with its template."""
+
+    colour: str | None
+    shape: str | None
+    x: float
+    y: float
+    radius: float
+    clarity: float
+
+
+@cache
+def unit_area(shape: str) -> float:
+    """Area of a shape over the square of its radius."""
+    if shape == "circle":
+        return np.pi
+    x, y = outline(shape, 1.0).T
+    return float(abs(np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1))) / 2)
+
+
+@cache
+def template(shape: str, quarter_radius: int) -> tuple[np.ndarray, np.ndarray]:
+    """Coverage [32, 32] of a shape with its centroid (y, x)."""
+    filled = mask(shape, quarter_radius / 4)
+    return filled, np.array(ndimage.center_of_mass(filled))
+
+
+def nearest(palette: dict[str, tuple[int, int, int]], rgb: np.ndarray) -> str | None:
+    distances = {name: float(np.linalg.norm(rgb - np.asarray(value))) for name, value in palette.items()}
+    best = min(distances, key=distances.__getitem__)
+    return best if distances[best] <= COLOUR_REACH else None
+
+
+def backdrop(clip: np.ndarray) -> np.ndarray:
+    """The colour [3] of the background: the median of the frame's border, over all frames."""
+    border = np.concatenate([clip[:, :2].reshape(-1, 3), clip[:, -2:].reshape(-1, 3),
+                             clip[:, :, :2].reshape(-1, 3), clip[:, :, -2:].reshape(-1, 3)])
+    return np.median(border, axis=0)
+
+
+def name_shape(alpha: np.ndarray, centroid: np.ndarray, area: float) -> tuple[str | None, float, float, np.ndarray]:
+    """The best template: its name (None below `OVERLAP`), the overlap, the radius, and the box centre (y, x)."""
+    best: tuple[str | None, float, float, np.ndarray] = (None, 0.0, (area / 3.0) ** 0.5, centroid)
+    for shape in SHAPES:
+        radius = (area / unit_area(shape)) ** 0.5
+        quarter = int(np.clip(round(radius * 4), 12, 60))
+        filled, middle = template(shape, quarter)
+        moved = ndimage.shift(cut(alpha, centroid, middle), middle - 16 - (centroid - np.floor(centroid)), order=1)
+        overlap = float(np.minimum(moved, filled).sum() / np.maximum(moved, filled).sum())
+        if overlap > best[1]:
+            best = (shape, overlap, radius, centroid + 15.5 - middle)
+    return best if best[1] >= OVERLAP else (None, *best[1:])
+
+
+def cut(alpha: np.ndarray, centroid: np.ndarray, middle: np.ndarray) -> np.ndarray:
+    """A 32x32 window of `alpha` whose pixel 16 is the floor of the centroid, padded with nothing."""
+    y, x = np.floor(centroid).astype(int)
+    return np.pad(alpha, 16)[y : y + 32, x : x + 32]
+
+
+def blob_of(pixels: np.ndarray, background: np.ndarray, region: np.ndarray) -> Blob:
+    """Names the pixels of one region [H, W] of a frame [H, W, 3]."""
+    difference = pixels - background
+    distance = np.linalg.norm(difference, axis=-1)
+    core = region & (distance >= np.quantile(distance[region], 0.5))
+    colour = np.median(pixels[core], axis=0)
+    towards = colour - background
+    alpha = np.clip(difference @ towards / max(float(towards @ towards), 1.0), 0, 1)
+    alpha = np.where(ndimage.binary_dilation(region, iterations=1), alpha, 0)
+    centroid = np.array(ndimage.center_of_mass(alpha))
+    shape, overlap, radius, centre = name_shape(alpha, centroid, float(alpha.sum()))
+    return Blob(nearest(COLOURS, colour), shape, centre[1] + 0.5, centre[0] + 0.5, radius, overlap)
+
+
+def parts(solid: np.ndarray) -> list[np.ndarray]:
+    """Connected regions of at least `SMALLEST` px."""
+    labels, count = ndimage.label(solid)
+    regions = (labels == index for index in range(1, count + 1))
+    return [region for region in regions if region.sum() >= SMALLEST]
+
+
+def blobs(frame: np.ndarray, background: np.ndarray) -> list[Blob]:
+    """The objects of one frame [H, W, 3]."""
+    pixels = frame.astype(np.float32)
+    distance = np.linalg.norm(pixels - background, axis=-1)
+    found = []
+    for region in parts(distance > FOREGROUND):
+        # Two objects can be joined by a faint bridge: cut again at half of this region's own contrast.
+        contrast = float(np.quantile(distance[region], 0.75))
+        found += [blob_of(pixels, background, part) for part in parts(region & (distance > contrast / 2))]
+    return found
+
+
+def follow(frames: Sequence[list[Blob]]) -> list[list[Blob | None]]:
+    """Tracks: each blob of the first frame, matched on to the nearest of its colour on every next one."""
+    tracks: list[list[Blob | None]] = [[blob] for blob in frames[0]]
+    for now in frames[1:]:
+        free = list(now)
+        for track in tracks:
+            last = next(blob for blob in reversed(track) if blob is not None)
+            near = [blob for blob in free if blob.colour == last.colour
+                    and np.hypot(blob.x - last.x, blob.y - last.y) < 12]
+            chosen = min(near, key=lambda blob: np.hypot(blob.x - last.x, blob.y - last.y), default=None)
+            if chosen is not None:
+                free.remove(chosen)
+            track.append(chosen)
+    return tracks
+
+
+def motion_of(track: Sequence[Blob | None]) -> str | None:
+    """The motion's name from the first and last sight of an object; None where it is neither clear nor at rest."""
+    present = [blob for blob in track if blob is not None]
+    first, last = present[0], present[-1]
+    if len(track) == 1:
+        return "still"
+    if len(present) < len(track) - 2:
+        return None
+    dx, dy = last.x - first.x, last.y - first.y
+    far, near = (dx, dy) if abs(dx) > abs(dy) else (dy, dx)
+    if abs(far) >= MOVED and abs(near) < abs(far) / 2:
+        return (("right" if dx > 0 else "left") if abs(dx) > abs(dy) else ("down" if dy > 0 else "up"))
+    if abs(far) >= RESTING:
+        return None
+    ratio = last.radius / first.radius
+    return "growing" if ratio > GROWN else "shrinking" if ratio < 1 / GROWN else "still"
+
+
+def majority(names: Sequence[str | None]) -> str | None:
+    """The name that more than half agree on."""
+    name, votes = Counter(names).most_common(1)[0]
+    return name if votes > len(names) / 2 else None
+
+
+def seen(track: Sequence[Blob | None]) -> Seen:
+    present = [blob for blob in track if blob is not None]
+    first = present[0]
+    return Seen(
+        shape=majority([blob.shape for blob in present]),
+        colour=majority([blob.colour for blob in present]),
+        size="small" if first.radius < MIDDLE_RADIUS else "large",
+        motion=motion_of(track),
+        x=first.x,
+        y=first.y,
+    )
+
+
+def read(clip: np.ndarray) -> Reading:
+    """The facts of a clip or still: uint8 [F, H, W, 3]."""
+    background = backdrop(clip)
+    frames = [blobs(frame, background) for frame in clip]
+    usual = majority([str(len(found)) for found in frames])
+    tracks = follow(frames)
+    things = tuple(map(seen, tracks))
+    steady = [
+        str(len(found)) == usual and all(
+            track[at] is not None and track[at].shape == thing.shape  # type: ignore[union-attr]
+            for track, thing in zip(tracks, things, strict=True))
+        for at, found in enumerate(frames)
+    ]
+    return Reading(nearest(BACKGROUNDS, background), things, sum(steady) / len(steady))

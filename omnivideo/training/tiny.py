@@ -1,0 +1,76 @@
+"""The tiny preset from nothing: every recipe in its order, each resumable, in one folder of runs."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKLWan
+from torch import nn
+from transformers import UMT5EncoderModel
+
+from omnivideo.errors import CheckpointError
+from omnivideo.training.latents import CHUNK, digest, encode_scenes, first_scenes, set_statistics
+from omnivideo.training.recipes.decoder import CLIPS, STILLS, Captioned, DecoderFoundation, decoder_recipe
+from omnivideo.training.recipes.text import TextFoundation, load_or_build_tokenizer, text_recipe
+from omnivideo.training.recipes.vae import vae_recipe
+from omnivideo.training.trainer import Recipe, Trainer
+from omnivideo.training.world import scenes
+
+Tell = Callable[[int, int], None]
+
+
+def quiet(done: int, count: int) -> None:
+    """Tells nobody."""
+
+
+class Tiny:
+    """The recipes over one folder (`runs/` by default): each knows how to load what came before it."""
+
+    def __init__(self, runs: Path, compiled: bool = False, tell: Tell = quiet):
+        self.runs = runs
+        self.compiled = compiled
+        self.tell = tell
+
+    def finished(self, recipe: Recipe) -> nn.Module:
+        """The trained (averaged) model of a recipe's checkpoint, as it stands."""
+        folder = self.runs / recipe.name
+        if not (folder / "state.pt").exists():
+            raise CheckpointError(f"recipe {recipe.name} has not been trained yet: omnivideo train {recipe.name}")
+        return Trainer(recipe, folder).averaged().eval().requires_grad_(False)
+
+    def vae(self) -> AutoencoderKLWan:
+        """The trained VAE, with its latent statistics measured on 2,000 clips and stills once."""
+        vae = self.finished(vae_recipe())
+        assert isinstance(vae, AutoencoderKLWan)
+        path = self.runs / "vae" / f"statistics-{digest(vae)}.pt"
+        if not path.exists():
+            samples = [encode_scenes(vae, first_scenes(scenes(2, video), 8 * CHUNK)) for video in (False, True)]
+            set_statistics(vae, samples)
+            torch.save({"mean": vae.config.latents_mean, "std": vae.config.latents_std}, path)
+        saved = torch.load(path, weights_only=True)
+        vae.register_to_config(latents_mean=saved["mean"], latents_std=saved["std"])
+        return vae
+
+    def tokenizer(self):
+        return load_or_build_tokenizer(self.runs / "text" / "tokenizer")
+
+    def text_recipe(self) -> Recipe:
+        return text_recipe(self.tokenizer())
+
+    def text_encoder(self) -> UMT5EncoderModel:
+        model = self.finished(self.text_recipe())
+        assert isinstance(model, TextFoundation)
+        return model.encoder
+
+    def decoder_recipe(self) -> Recipe:
+        vae = self.vae()
+        stills, clips = (
+            Captioned(self.runs / "cache", vae, video, count, self.tell)
+            for video, count in ((False, STILLS), (True, CLIPS))
+        )
+        return decoder_recipe(stills, clips, self.tokenizer(), self.text_encoder(), compiled=self.compiled)
+
+    def decoder(self) -> DecoderFoundation:
+        model = self.finished(self.decoder_recipe())
+        assert isinstance(model, DecoderFoundation)
+        return model
