@@ -82,10 +82,20 @@ class Preset(Frozen):
 def wan(heads: int, layers: int, ffn: int) -> dict[str, Any]:
     """The configuration of Wan 2.x text-to-video decoders, which differ in width and depth only."""
     return {
-        "patch_size": (1, 2, 2), "num_attention_heads": heads, "attention_head_dim": 128, "in_channels": 16,
-        "out_channels": 16, "text_dim": 4096, "freq_dim": 256, "ffn_dim": ffn, "num_layers": layers,
-        "cross_attn_norm": True, "qk_norm": "rms_norm_across_heads", "eps": 1e-6, "rope_max_seq_len": 1024,
-    }  # fmt: skip
+        "patch_size": (1, 2, 2),
+        "num_attention_heads": heads,
+        "attention_head_dim": 128,
+        "in_channels": 16,
+        "out_channels": 16,
+        "text_dim": 4096,
+        "freq_dim": 256,
+        "ffn_dim": ffn,
+        "num_layers": layers,
+        "cross_attn_norm": True,
+        "qk_norm": "rms_norm_across_heads",
+        "eps": 1e-6,
+        "rope_max_seq_len": 1024,
+    }
 
 
 WAN_1_3B, WAN_14B = wan(12, 30, 8960), wan(40, 40, 13824)
@@ -118,22 +128,40 @@ TINY = Preset(
     condition_least=40,
     condition_most=192,
     decoder={
-        "patch_size": (1, 2, 2), "num_attention_heads": 6, "attention_head_dim": 32, "in_channels": 16,
-        "out_channels": 16, "text_dim": 192, "freq_dim": 64, "ffn_dim": 576, "num_layers": 8,
-        "cross_attn_norm": True, "qk_norm": "rms_norm_across_heads", "eps": 1e-6, "rope_max_seq_len": 64,
-    },  # fmt: skip
+        "patch_size": (1, 2, 2),
+        "num_attention_heads": 6,
+        "attention_head_dim": 32,
+        "in_channels": 16,
+        "out_channels": 16,
+        "text_dim": 192,
+        "freq_dim": 64,
+        "ffn_dim": 576,
+        "num_layers": 8,
+        "cross_attn_norm": True,
+        "qk_norm": "rms_norm_across_heads",
+        "eps": 1e-6,
+        "rope_max_seq_len": 64,
+    },
     absolute_positions=True,
     vae={
-        "base_dim": 16, "dim_mult": [1, 2, 4], "num_res_blocks": 1, "attn_scales": [], "z_dim": 16,
-        "temperal_downsample": [True, True], "patch_size": 2, "in_channels": 12, "out_channels": 12,
-        "latents_mean": [0.0] * 16, "latents_std": [1.0] * 16,
-    },  # fmt: skip
+        "base_dim": 16,
+        "dim_mult": [1, 2, 4],
+        "num_res_blocks": 1,
+        "attn_scales": [],
+        "z_dim": 16,
+        "temperal_downsample": [True, True],
+        "patch_size": 2,
+        "in_channels": 12,
+        "out_channels": 12,
+        "latents_mean": [0.0] * 16,
+        "latents_std": [1.0] * 16,
+    },
     vision_head=QueryTransformerSize(dim_in=192, width=128, queries=4, layers=2, heads=4),
     adapter=QueryTransformerSize(dim_in=128, width=192, queries=8, layers=1, heads=6),
     visual_context=VisualContextSize(hidden=192, kernel=2, absolute_positions=True),
     negative_prompt="blurry, distorted, washed out, flickering, low quality",
     sampling=TINY_SAMPLING,
-)  # fmt: skip
+)
 
 OMNIVIDEO_1_3B = Preset(
     name="omnivideo-1.3b",

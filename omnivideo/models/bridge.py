@@ -5,6 +5,8 @@ Shapes: B batch, N hidden states of the MLLM, L tokens, Q learned queries, M wid
 encoder, D text width of the decoder.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -13,7 +15,7 @@ from omnivideo.models.positions import grid_positions
 
 def transformer(width: int, layers: int, heads: int) -> nn.Transformer:
     """Pre-norm encoder-decoder with ReLU and a four times wider feed-forward."""
-    shape = {"dim_feedforward": 4 * width, "dropout": 0.0, "batch_first": True, "norm_first": True}
+    shape: dict[str, Any] = {"dim_feedforward": 4 * width, "dropout": 0.0, "batch_first": True, "norm_first": True}
     layer = nn.TransformerEncoderLayer(width, heads, **shape)
     # Given by hand only because nn.Transformer's own warns that nested tensors need post-norm.
     encoder = nn.TransformerEncoder(layer, layers, nn.LayerNorm(width), enable_nested_tensor=False)

@@ -7,7 +7,7 @@ released code's; the paper writes v, h, t (section 3.3).  A part that is absent 
 Shapes: B batch, L tokens, D the decoder's text width.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -26,51 +26,53 @@ class Markers(nn.Module):
         for name in MARKERS:
             self.register_parameter(name, nn.Parameter(torch.randn(1, dim) * 0.02))
 
-    def around(self, kind: str, tokens_BLD: Tensor) -> list[Tensor]:
+    def around(self, kind: str, tokens_LD: Tensor) -> list[Tensor]:
         """The tokens between their two markers, as parts to concatenate."""
-        batch = len(tokens_BLD)
-        start, end = (getattr(self, f"{kind}_{side}").expand(batch, 1, -1) for side in ("st", "ed"))
-        return [start.to(tokens_BLD), tokens_BLD, end.to(tokens_BLD)]
+        start, end = (getattr(self, f"{kind}_{side}").to(tokens_LD) for side in ("st", "ed"))
+        return [start, tokens_LD, end]
 
 
-@dataclass(frozen=True)
-class Condition:
-    """The parts of a batch: text [B, L, D] always, visual tokens and visual context [B, L, D] where there are any."""
-
-    text: Tensor
-    visual: Tensor | None = None
-    context: Tensor | None = None
-
-
-def assemble(markers: Markers, condition: Condition, least: int, most: int) -> Tensor:
-    """The condition [B, L, D], zero-padded to `least` tokens.
+def assemble(
+    markers: Markers,
+    texts_LD: Sequence[Tensor],
+    visual_LD: Sequence[Tensor | None],
+    context_LD: Sequence[Tensor | None],
+    least: int,
+    most: int,
+) -> Tensor:
+    """The conditions [B, L, D] of a batch, zero-padded to the longest and to `least` tokens.
 
     Raises ConditionTooLong above `most`: nothing is ever cut.
     """
-    parts: list[Tensor] = []
-    for kind, tokens in (("img", condition.context), ("ipl", condition.visual), ("prp", condition.text)):
-        if tokens is not None:
-            parts += markers.around(kind, tokens)
-    return pad(torch.cat(parts, dim=1), least, most)
+    rows = []
+    for text, visual, context in zip(texts_LD, visual_LD, context_LD, strict=True):
+        parts: list[Tensor] = []
+        for kind, tokens in (("img", context), ("ipl", visual), ("prp", text)):
+            if tokens is not None:
+                parts += markers.around(kind, tokens)
+        rows.append(torch.cat(parts))
+    longest = max(least, *(len(row) for row in rows))
+    return torch.stack([pad(row, longest, most) for row in rows])
 
 
-def pad(tokens_BLD: Tensor, least: int, most: int) -> Tensor:
-    length = tokens_BLD.shape[1]
+def pad(tokens: Tensor, least: int, most: int) -> Tensor:
+    """[..., L, D] with zeros up to `least` tokens."""
+    length = tokens.shape[-2]
     if length > most:
         raise ConditionTooLong("prompt", f"the condition has {length} tokens; the decoder takes 1 to {most}")
-    return nn.functional.pad(tokens_BLD, (0, 0, 0, max(0, least - length)))
+    return nn.functional.pad(tokens, (0, 0, 0, max(0, least - length)))
 
 
 def encode_text(
-    tokenizer: PreTrainedTokenizerBase, encoder: UMT5EncoderModel, prompts: list[str], most: int
-) -> Tensor:
-    """Text embeddings [B, L, D], L the longest prompt's length; zero past the end of each prompt.
+    tokenizer: PreTrainedTokenizerBase, encoder: UMT5EncoderModel, prompts: Sequence[str], most: int
+) -> tuple[Tensor, Tensor]:
+    """Text embeddings [B, L, D], zero past the end of each prompt, and the prompts' lengths [B].
 
     Raises ConditionTooLong where a prompt has more than `most` tokens.
     """
-    tokens = tokenizer(prompts, padding=True, return_tensors="pt")
+    tokens = tokenizer(list(prompts), padding=True, return_tensors="pt")
     ids, mask = (tokens[name].to(encoder.device) for name in ("input_ids", "attention_mask"))
     if ids.shape[1] > most:
         raise ConditionTooLong("prompt", f"it has {ids.shape[1]} tokens; the text encoder takes 1 to {most}")
     hidden = encoder(ids, attention_mask=mask).last_hidden_state
-    return hidden * mask[..., None].to(hidden)
+    return hidden * mask[..., None].to(hidden), mask.sum(1)

@@ -105,7 +105,7 @@ def resize(frame: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 def patchify(frames: np.ndarray, pixels: Pixels) -> tuple[Tensor, list[int]]:
     """Patches [P, 3 * pair * patch * patch] of frames [F, H, W, 3] in Qwen's order, and their grid (t, h, w)."""
-    size = fitted(*frames.shape[1:3], pixels)
+    size = fitted(frames.shape[1], frames.shape[2], pixels)
     frames = np.stack([resize(frame, size) for frame in frames])
     missing = -len(frames) % pixels.pair
     frames = np.concatenate([frames, frames[-1:].repeat(missing, axis=0)])

@@ -28,9 +28,7 @@ def unipc(steps: int, flow_shift: float, device: torch.device | str = "cpu") -> 
     Wan's own noise levels, from 0.999 evenly to 0 and then shifted, so that the timesteps are the released code's
     (999, 995, 991 ... 92 at 50 steps and shift 5); diffusers' default ends a little higher.
     """
-    scheduler = UniPCMultistepScheduler(
-        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=flow_shift
-    )
+    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=flow_shift)
     scheduler.set_timesteps(sigmas=np.linspace(0.999, 0, steps + 1)[:-1], device=device)
     return scheduler
 

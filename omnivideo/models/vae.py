@@ -12,8 +12,10 @@ from torch import Tensor
 
 def statistics(vae: AutoencoderKLWan, like: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of each latent channel, shaped [1, z, 1, 1, 1]."""
-    mean, std = (torch.tensor(getattr(vae.config, key), device=like.device, dtype=like.dtype)
-                 for key in ("latents_mean", "latents_std"))
+    mean, std = (
+        torch.tensor(getattr(vae.config, key), device=like.device, dtype=like.dtype)
+        for key in ("latents_mean", "latents_std")
+    )
     return mean.view(1, -1, 1, 1, 1), std.view(1, -1, 1, 1, 1)
 
 
@@ -35,9 +37,7 @@ def decode_unclamped(vae: AutoencoderKLWan, z_BzThw: Tensor) -> Tensor:
     x = vae.post_quant_conv(z_BzThw)
     frames = []
     for at in range(x.shape[2]):
-        frames.append(
-            vae.decoder(x[:, :, at : at + 1], feat_cache=vae._feat_map, feat_idx=[0], first_chunk=at == 0)
-        )
+        frames.append(vae.decoder(x[:, :, at : at + 1], feat_cache=vae._feat_map, feat_idx=[0], first_chunk=at == 0))
     vae.clear_cache()
     pixels = torch.cat(frames, dim=2)
     return pixels if vae.config.patch_size is None else unpatchify(pixels, patch_size=vae.config.patch_size)

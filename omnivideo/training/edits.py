@@ -95,8 +95,15 @@ def recolour(rng: random.Random, scene: Scene) -> Change | None:
     word = rng.choice(COLOUR_WORDS[colour])
     chosen = scene.things if is_group(scene) else (thing,)
     whom = refer_all(rng, scene) if is_group(scene) else refer(rng, thing, scene)
-    forms = ("make {} {}", "make {} {}", "turn {} {}", "paint {} {}", "change {} to {}", "change the colour of {} to {}",
-             "recolour {} to {}")
+    forms = (
+        "make {} {}",
+        "make {} {}",
+        "turn {} {}",
+        "paint {} {}",
+        "change {} to {}",
+        "change the colour of {} to {}",
+        "recolour {} to {}",
+    )
     return swap(scene, {old: replace(old, colour=colour) for old in chosen}, rng.choice(forms).format(whom, word))
 
 
@@ -148,8 +155,14 @@ def remove(rng: random.Random, scene: Scene) -> Change | None:
 def background(rng: random.Random, scene: Scene) -> Change | None:
     taken = {scene.background, *(thing.colour for thing in scene.things)}
     name = rng.choice([name for name in BACKGROUNDS if name not in taken])
-    forms = ("change the background to {}", "make the background {}", "turn the background {}",
-             "put it on a {} background", "use a {} background", "set the background to {}")
+    forms = (
+        "change the background to {}",
+        "make the background {}",
+        "turn the background {}",
+        "put it on a {} background",
+        "use a {} background",
+        "set the background to {}",
+    )
     text = rng.choice(forms).format(rng.choice(BACKGROUND_WORDS[name]))
     return replace(scene, background=name), text, ()
 
@@ -179,9 +192,7 @@ CHANGES: dict[str, Callable[[random.Random, Scene], Change | None]] = {
 }
 
 
-def random_edit(
-    rng: random.Random, video: bool, split: Split = "train", kinds: Sequence[str] | None = None
-) -> Edit:
+def random_edit(rng: random.Random, video: bool, split: Split = "train", kinds: Sequence[str] | None = None) -> Edit:
     """An edit of the split: held out means a held-out object in the target, or in the source where none is new."""
     kinds = kinds or (VIDEO_EDITS if video else IMAGE_EDITS)
     kind = rng.choice(kinds)

@@ -38,10 +38,7 @@ class Wanted:
     motion: str | None = None
 
     def met_by(self, thing: Seen) -> bool:
-        return all(
-            want is None or want == getattr(thing, name)
-            for name, want in vars(self).items()
-        )
+        return all(want is None or want == getattr(thing, name) for name, want in vars(self).items())
 
 
 @dataclass(frozen=True)

@@ -100,7 +100,7 @@ class Caption:
 
 
 def noun(rng: random.Random, thing: Thing, *, size: bool, many: bool = False) -> str:
-    """"small red circle", in some wording; without an article."""
+    """ "small red circle", in some wording; without an article."""
     words = [rng.choice(SIZE_WORDS[thing.size])] if size else []
     shape = rng.choice(SHAPE_WORDS[thing.shape])
     words += [rng.choice(COLOUR_WORDS[thing.colour]), plural(shape) if many else shape]
@@ -193,7 +193,7 @@ PLAIN_MOTION = {name: words[0] or "staying still" for name, words in MOTION_WORD
 
 
 def plain_thing(want: Wanted, count: int = 1) -> str:
-    """"a small red circle moving right" or "three small red circles moving right"."""
+    """ "a small red circle moving right" or "three small red circles moving right"."""
     assert want.shape is not None
     words = [want.size or "", want.colour or "", plural(want.shape) if count > 1 else want.shape]
     text = " ".join(word for word in words if word)

@@ -1,7 +1,7 @@
 """Latents of rendered scenes, encoded once and reused: 20 ms a clip to encode against under 2 to render.
 
-A cache is a safetensors file named by what it depends on (seed, kind, count, digest of the VAE); its scenes are
-drawn again from the seed, so only latents are stored, in half precision.
+A cache is a safetensors file named by what it depends on (the scenes and the VAE's weights); the scenes are drawn
+again from their seed, so only latents are stored, in half precision.
 """
 
 import hashlib
@@ -62,7 +62,8 @@ def cached(
     tell: Callable[[int, int], None] = lambda done, count: None,
 ) -> Tensor:
     """The latents of these scenes, from the folder's cache where it has them."""
-    path = folder / f"{name}-{len(scenes)}-{digest(vae)}.safetensors"
+    drawn = hashlib.sha256(repr(scenes).encode()).hexdigest()[:12]
+    path = folder / f"{name}-{len(scenes)}-{drawn}-{digest(vae)}.safetensors"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")

@@ -7,6 +7,7 @@ the iteration as one batch, which is what makes it affordable for models of a fe
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +44,7 @@ class Muon(torch.optim.Optimizer):
         self.precision = precision
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: Any = None) -> Any:
         for group in self.param_groups:
             by_shape: dict[tuple[int, int], list[tuple[nn.Parameter, Tensor]]] = defaultdict(list)
             for parameter in group["params"]:
@@ -57,9 +58,7 @@ class Muon(torch.optim.Optimizer):
             for shape, pairs in by_shape.items():
                 self.apply(group, shape, pairs)
 
-    def apply(
-        self, group: dict, shape: tuple[int, int], pairs: list[tuple[nn.Parameter, Tensor]]
-    ) -> None:
+    def apply(self, group: dict, shape: tuple[int, int], pairs: list[tuple[nn.Parameter, Tensor]]) -> None:
         updates = orthogonalise(torch.stack([update for _, update in pairs]), self.precision)
         scale = max(1.0, shape[0] / shape[1]) ** 0.5
         for (parameter, _), update in zip(pairs, updates, strict=True):

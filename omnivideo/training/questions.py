@@ -53,8 +53,11 @@ def named(rng: random.Random, shape: str, colour: str | None = None) -> str:
 
 def which(rng: random.Random, scene: Scene) -> tuple[Thing, str] | None:
     """An object and words that mean it alone."""
-    unique = [thing for thing in scene.things
-              if sum((t.shape, t.colour) == (thing.shape, thing.colour) for t in scene.things) == 1]
+    unique = [
+        thing
+        for thing in scene.things
+        if sum((t.shape, t.colour) == (thing.shape, thing.colour) for t in scene.things) == 1
+    ]
     if not unique:
         return None
     thing = rng.choice(unique)
@@ -73,13 +76,20 @@ def ask_colour(rng: random.Random, scene: Scene) -> Question | None:
     if group:
         thing = scene.things[0]
         shapes = plural(rng.choice(SHAPE_WORDS[thing.shape]))
-        return Question("colour", rng.choice(("what colour are the {}?", "which colour do the {} have?")).format(shapes),
-                        thing.colour)
+        return Question(
+            "colour",
+            rng.choice(("what colour are the {}?", "which colour do the {} have?")).format(shapes),
+            thing.colour,
+        )
     if not (alone := by_shape(scene)):
         return None
     thing = rng.choice(alone)
-    forms = ("what colour is the {}?", "which colour is the {}?", "what is the colour of the {}?",
-             "tell me the colour of the {}")
+    forms = (
+        "what colour is the {}?",
+        "which colour is the {}?",
+        "what is the colour of the {}?",
+        "tell me the colour of the {}",
+    )
     return Question("colour", rng.choice(forms).format(named(rng, thing.shape)), thing.colour)
 
 
@@ -87,8 +97,12 @@ def ask_shape(rng: random.Random, scene: Scene) -> Question | None:
     if not (alone := by_colour(scene)):
         return None
     thing = rng.choice(alone)
-    forms = ("what shape is the {} object?", "which shape is the {} one?", "what is the {} thing?",
-             "what shape is the {} one?")
+    forms = (
+        "what shape is the {} object?",
+        "which shape is the {} one?",
+        "what is the {} thing?",
+        "what shape is the {} one?",
+    )
     return Question("shape", rng.choice(forms).format(rng.choice(COLOUR_WORDS[thing.colour])), article(thing.shape))
 
 
@@ -141,14 +155,21 @@ def ask_motion(rng: random.Random, scene: Scene) -> Question | None:
         claim = thing.motion if rng.random() < 0.5 else rng.choice([m for m in MOTIONS if m != thing.motion])
         text = f"does {words} {MOTION_VERBS[claim]}?"
         return Question("motion", text, "yes" if claim == thing.motion else "no")
-    forms = ("how does {} move?", "what does {} do?", "what happens to {}?", "which way does {} move?",
-             "what is the motion of {}?")
+    forms = (
+        "how does {} move?",
+        "what does {} do?",
+        "what happens to {}?",
+        "which way does {} move?",
+        "what is the motion of {}?",
+    )
     return Question("motion", rng.choice(forms).format(words), MOTION_ANSWERS[thing.motion])
 
 
 def ask_background(rng: random.Random, scene: Scene) -> Question:
     if rng.random() < 0.25:
-        claim = scene.background if rng.random() < 0.5 else rng.choice([b for b in BACKGROUNDS if b != scene.background])
+        claim = (
+            scene.background if rng.random() < 0.5 else rng.choice([b for b in BACKGROUNDS if b != scene.background])
+        )
         return Question("background", f"is the background {claim}?", "yes" if claim == scene.background else "no")
     forms = ("what colour is the background?", "which colour is the background?", "what is the background colour?")
     return Question("background", rng.choice(forms), scene.background)
@@ -181,8 +202,14 @@ def ask_presence(rng: random.Random, scene: Scene) -> Question:
 
 def ask_caption(rng: random.Random, scene: Scene) -> Question:
     kind = "video" if scene.is_video else "picture"
-    forms = ("describe the {}", "what do you see?", "what is in this {}?", "caption this {}", "describe what you see",
-             "what does the {} show?")
+    forms = (
+        "describe the {}",
+        "what do you see?",
+        "what is in this {}?",
+        "caption this {}",
+        "describe what you see",
+        "what does the {} show?",
+    )
     return Question("caption", rng.choice(forms).format(kind), description(scene))
 
 

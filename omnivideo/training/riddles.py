@@ -110,8 +110,9 @@ def riddle_one(rng: random.Random, want: Wanted, split: Split) -> tuple[str, lis
         text = text if "shape" in which else article(f"{size}{want.colour} {want.shape}")
     if want.motion and "motion" in which:
         move = hint(rng, MOTION_HINTS[want.motion], split)
-        steps.append(f"{move}, so it is {'moving ' if want.motion in ('left', 'right', 'up', 'down') else ''}"
-                     f"{want.motion}")
+        steps.append(
+            f"{move}, so it is {'moving ' if want.motion in ('left', 'right', 'up', 'down') else ''}{want.motion}"
+        )
         text += f", {move}"
     elif want.motion:
         text += f", {'moving ' if want.motion in ('left', 'right', 'up', 'down') else ''}{want.motion}"

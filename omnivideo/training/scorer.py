@@ -62,8 +62,14 @@ def nearest(palette: dict[str, tuple[int, int, int]], rgb: np.ndarray) -> str | 
 
 def backdrop(clip: np.ndarray) -> np.ndarray:
     """The colour [3] of the background: the median of the frame's border, over all frames."""
-    border = np.concatenate([clip[:, :2].reshape(-1, 3), clip[:, -2:].reshape(-1, 3),
-                             clip[:, :, :2].reshape(-1, 3), clip[:, :, -2:].reshape(-1, 3)])
+    border = np.concatenate(
+        [
+            clip[:, :2].reshape(-1, 3),
+            clip[:, -2:].reshape(-1, 3),
+            clip[:, :, :2].reshape(-1, 3),
+            clip[:, :, -2:].reshape(-1, 3),
+        ]
+    )
     return np.median(border, axis=0)
 
 
@@ -127,8 +133,9 @@ def follow(frames: Sequence[list[Blob]]) -> list[list[Blob | None]]:
         free = list(now)
         for track in tracks:
             last = next(blob for blob in reversed(track) if blob is not None)
-            near = [blob for blob in free if blob.colour == last.colour
-                    and np.hypot(blob.x - last.x, blob.y - last.y) < 12]
+            near = [
+                blob for blob in free if blob.colour == last.colour and np.hypot(blob.x - last.x, blob.y - last.y) < 12
+            ]
             chosen = min(near, key=lambda blob: np.hypot(blob.x - last.x, blob.y - last.y), default=None)
             if chosen is not None:
                 free.remove(chosen)
@@ -147,7 +154,7 @@ def motion_of(track: Sequence[Blob | None]) -> str | None:
     dx, dy = last.x - first.x, last.y - first.y
     far, near = (dx, dy) if abs(dx) > abs(dy) else (dy, dx)
     if abs(far) >= MOVED and abs(near) < abs(far) / 2:
-        return (("right" if dx > 0 else "left") if abs(dx) > abs(dy) else ("down" if dy > 0 else "up"))
+        return ("right" if dx > 0 else "left") if abs(dx) > abs(dy) else ("down" if dy > 0 else "up")
     if abs(far) >= RESTING:
         return None
     ratio = last.radius / first.radius
@@ -181,9 +188,11 @@ def read(clip: np.ndarray) -> Reading:
     tracks = follow(frames)
     things = tuple(map(seen, tracks))
     steady = [
-        str(len(found)) == usual and all(
+        str(len(found)) == usual
+        and all(
             track[at] is not None and track[at].shape == thing.shape  # type: ignore[union-attr]
-            for track, thing in zip(tracks, things, strict=True))
+            for track, thing in zip(tracks, things, strict=True)
+        )
         for at, found in enumerate(frames)
     ]
     return Reading(nearest(BACKGROUNDS, background), things, sum(steady) / len(steady))

@@ -2,18 +2,25 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
 from torch import nn
 from transformers import UMT5EncoderModel
 
-from omnivideo.errors import CheckpointError
+from omnivideo.errors import CheckpointError, InvalidInput
 from omnivideo.training.latents import CHUNK, digest, encode_scenes, first_scenes, set_statistics
-from omnivideo.training.recipes.decoder import CLIPS, STILLS, Captioned, DecoderFoundation, decoder_recipe
-from omnivideo.training.recipes.text import TextFoundation, load_or_build_tokenizer, text_recipe
+from omnivideo.training.plots import plot_losses
+from omnivideo.training.recipes import mllm, text
+from omnivideo.training.recipes.decoder import CLIPS, STILLS, Captioned, decoder_recipe
+from omnivideo.training.recipes.text import TextFoundation, text_recipe
 from omnivideo.training.recipes.vae import vae_recipe
-from omnivideo.training.trainer import Recipe, Trainer
+from omnivideo.training.recipes.visual_encoder import visual_encoder_recipe
+from omnivideo.training.trainer import Progress, Recipe, Trainer
 from omnivideo.training.world import scenes
 
 Tell = Callable[[int, int], None]
@@ -51,8 +58,8 @@ class Tiny:
         vae.register_to_config(latents_mean=saved["mean"], latents_std=saved["std"])
         return vae
 
-    def tokenizer(self):
-        return load_or_build_tokenizer(self.runs / "text" / "tokenizer")
+    def tokenizer(self) -> Any:
+        return text.load_or_build_tokenizer(self.runs / "text" / "tokenizer")
 
     def text_recipe(self) -> Recipe:
         return text_recipe(self.tokenizer())
@@ -70,7 +77,37 @@ class Tiny:
         )
         return decoder_recipe(stills, clips, self.tokenizer(), self.text_encoder(), compiled=self.compiled)
 
-    def decoder(self) -> DecoderFoundation:
-        model = self.finished(self.decoder_recipe())
-        assert isinstance(model, DecoderFoundation)
-        return model
+    def mllm_recipe(self) -> Recipe:
+        return mllm.mllm_recipe(mllm.load_or_build_tokenizer(self.runs / "mllm" / "tokenizer"))
+
+    def train(self, name: str, out: Console) -> None:
+        """One recipe, or all of them in order for "tiny"; raises InvalidInput for a name that is none."""
+        makers: dict[str, Callable[[], Recipe]] = {
+            "vae": vae_recipe,
+            "text": self.text_recipe,
+            "decoder": self.decoder_recipe,
+            "visual_encoder": visual_encoder_recipe,
+            "mllm": self.mllm_recipe,
+        }
+        if name != "tiny" and name not in makers:
+            raise InvalidInput("recipe", f"{name!r} is not one of tiny, {', '.join(makers)}")
+        for chosen in makers if name == "tiny" else [name]:
+            train_one(makers[chosen](), self.runs / chosen, out)
+
+
+def train_one(recipe: Recipe, folder: Path, out: Console) -> None:
+    """Trains to the end with a progress bar, prints what is trainable, and draws the losses."""
+    trainer = Trainer(recipe, folder)
+    weights = sum(parameter.numel() for _, parameter in trainer.named)
+    tops = sorted({".".join(key.split(".")[:2]) for key, _ in trainer.named})
+    out.print(f"[bold]{recipe.name}[/bold]: {weights:,} trainable weights in {', '.join(tops)}")
+    columns = (TextColumn(recipe.name), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Bar(*columns, TextColumn("{task.description}"), console=out) as bar:
+        row = bar.add_task("", total=recipe.steps, completed=trainer.step)
+
+        def tell(progress: Progress) -> None:
+            shown = "  ".join(f"{name} {value:.4g}" for name, value in progress.losses.items())
+            bar.update(row, completed=progress.step, description=shown)
+
+        trainer.run(tell=tell)
+    plot_losses(folder / "log.jsonl", folder / "loss.png", recipe.name)

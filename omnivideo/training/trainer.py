@@ -74,9 +74,7 @@ class Trainer:
         self.folder = folder
         self.step = 0
         self.named = freeze(recipe.model, recipe.trainable)
-        self.built = optimizers(
-            self.named, recipe.lr, recipe.adam_lr, recipe.weight_decay, recipe.precision
-        )
+        self.built = optimizers(self.named, recipe.lr, recipe.adam_lr, recipe.weight_decay, recipe.precision)
         self.average = {name: p.detach().clone() for name, p in self.named} if recipe.ema else {}
         folder.mkdir(parents=True, exist_ok=True)
         if self.state_file.exists():
@@ -130,7 +128,7 @@ class Trainer:
             return
         # A young average follows closely, else the random start would stay in it for long.
         decay = min(self.recipe.ema, (1 + self.step) / (10 + self.step))
-        mine = [parameter for _, parameter in self.named]
+        mine: list[Tensor] = [parameter for _, parameter in self.named]
         torch._foreach_lerp_([self.average[name] for name, _ in self.named], mine, 1 - decay)
 
     def run(

@@ -23,9 +23,18 @@ from omnivideo.training.trainer import Losses, Recipe, step_seed
 from omnivideo.training.world import Scene, scenes
 
 CONFIG = {
-    "patch_size": (1, 2, 2), "num_attention_heads": 6, "attention_head_dim": 32, "in_channels": 16,
-    "out_channels": 16, "text_dim": 192, "freq_dim": 64, "ffn_dim": 576, "num_layers": 8,
-    "cross_attn_norm": True, "qk_norm": "rms_norm_across_heads", "rope_max_seq_len": 64,
+    "patch_size": (1, 2, 2),
+    "num_attention_heads": 6,
+    "attention_head_dim": 32,
+    "in_channels": 16,
+    "out_channels": 16,
+    "text_dim": 192,
+    "freq_dim": 64,
+    "ffn_dim": 576,
+    "num_layers": 8,
+    "cross_attn_norm": True,
+    "qk_norm": "rms_norm_across_heads",
+    "rope_max_seq_len": 64,
 }
 STILLS, CLIPS = 48_000, 16_000  # scenes in the cache
 CAPTION_DROP = 0.1
@@ -65,8 +74,9 @@ class Captioned:
     def batch(self, step: int, size: int) -> tuple[Tensor, list[str]]:
         rng = random.Random(step_seed(f"decoder/{self.name}", step))
         chosen = rng.sample(range(len(self.scenes)), size)
-        texts = [NEGATIVE_PROMPT if rng.random() < CAPTION_DROP else caption(rng, self.scenes[at]).text
-                 for at in chosen]
+        texts = [
+            NEGATIVE_PROMPT if rng.random() < CAPTION_DROP else caption(rng, self.scenes[at]).text for at in chosen
+        ]
         return self.latents[chosen].float(), texts
 
 
@@ -87,7 +97,7 @@ def decoder_recipe(
     def loss(step: int) -> Losses:
         still = step % 2 == 0
         latents, texts = stills.batch(step, sizes[0]) if still else clips.batch(step, sizes[1])
-        condition = pad(encode_text(tokenizer, text_encoder, texts, WORDS), LEAST, WORDS)
+        condition = pad(encode_text(tokenizer, text_encoder, texts, WORDS)[0], LEAST, WORDS)
         error = flow_matching(run, latents, condition).mean()
         return {"loss": error, "stills" if still else "clips": error}
 

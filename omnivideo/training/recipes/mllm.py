@@ -70,7 +70,9 @@ def question_sample(rng: random.Random, video: bool) -> Sample:
 
 def still_prompt(rng: random.Random, text: str) -> str:
     """A request for a picture."""
-    return requested(rng, text if text.startswith(STILL_PREFIX) or rng.random() < 0.7 else rng.choice(STILL_PREFIX) + text)
+    return requested(
+        rng, text if text.startswith(STILL_PREFIX) or rng.random() < 0.7 else rng.choice(STILL_PREFIX) + text
+    )
 
 
 def clip_prompt(rng: random.Random, text: str, moves: bool) -> str:
@@ -129,7 +131,9 @@ def knowledge_sample(rng: random.Random, video: bool) -> Sample:
         return Message(f"what colour is {clue}?"), name
     if table is MOTION_HINTS:
         return Message(f"how does it move if {clue}?"), name
-    return Message(f"what is {clue}?" if table is SHAPE_HINTS else f"what colour is {clue.removeprefix('the colour of ')}?"), name
+    return Message(
+        f"what is {clue}?" if table is SHAPE_HINTS else f"what colour is {clue.removeprefix('the colour of ')}?"
+    ), name
 
 
 def talk_sample(rng: random.Random, video: bool) -> Sample:
@@ -214,8 +218,10 @@ def batch_of(
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Model inputs and labels of a list of samples."""
     encoded = [encode(tokenizer, message, pixels, reply) for message, reply in samples]
-    prompts = [len(one.ids) - len(tokenizer(f"{reply}<|im_end|>").input_ids)
-               for one, (_, reply) in zip(encoded, samples, strict=True)]
+    prompts = [
+        len(one.ids) - len(tokenizer(f"{reply}<|im_end|>").input_ids)
+        for one, (_, reply) in zip(encoded, samples, strict=True)
+    ]
     inputs = collate(encoded, tokenizer.pad_token_id)
     return inputs, answer_labels(encoded, prompts, inputs)
 

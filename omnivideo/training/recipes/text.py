@@ -6,6 +6,7 @@ name each object in the order of mention, the background, the relation and the p
 
 import random
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,10 +20,19 @@ from omnivideo.training.language import RELATIONS, caption
 from omnivideo.training.trainer import Losses, Recipe, step_seed
 from omnivideo.training.world import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, SIZES, random_scene
 
-CONFIG = {
-    "d_model": 192, "d_kv": 32, "num_heads": 6, "d_ff": 512, "num_layers": 3, "vocab_size": 1024,
-    "dropout_rate": 0.0, "feed_forward_proj": "gated-gelu", "pad_token_id": 0, "eos_token_id": 1,
-    "relative_attention_num_buckets": 32, "relative_attention_max_distance": 64,
+CONFIG: dict[str, Any] = {
+    "d_model": 192,
+    "d_kv": 32,
+    "num_heads": 6,
+    "d_ff": 512,
+    "num_layers": 3,
+    "vocab_size": 1024,
+    "dropout_rate": 0.0,
+    "feed_forward_proj": "gated-gelu",
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "relative_attention_num_buckets": 32,
+    "relative_attention_max_distance": 64,
 }
 NEGATIVE_PROMPT = "blurry, distorted, washed out, flickering, low quality"
 SLOTS = 4
@@ -41,7 +51,7 @@ def corpus(count: int = 20_000) -> list[str]:
 
 
 def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """Byte-pair encoding with byte fallback; like UMT5's in its conventions: lower case, `</s>` at the end, `<pad>` is 0."""
+    """Byte-pair encoding with byte fallback, with UMT5's conventions: `</s>` at the end, `<pad>` is 0."""
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.NFKC(), normalizers.Lowercase(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]

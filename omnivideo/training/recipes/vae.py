@@ -15,7 +15,7 @@ from torch import Tensor
 
 from omnivideo.models.vae import decode_unclamped
 from omnivideo.training.trainer import Losses, Recipe, step_seed
-from omnivideo.training.world import FRAME, FRAMES, Scene, object_mask, random_scene, render
+from omnivideo.training.world import FRAME, Scene, object_mask, random_scene, render
 
 CONFIG = {
     "base_dim": 16,
@@ -91,8 +91,10 @@ def losses(vae: AutoencoderKLWan, pixels: Tensor, touched: Tensor) -> Losses:
     error = decode_unclamped(vae, z) - pixels
     weight = 1 + 3 * touched
     squared, absolute = (weight * error.square()).mean(), (weight * error.abs()).mean()
-    edges = sum(((a - b).abs().mean() for a, b in zip(gradients(error + pixels), gradients(pixels), strict=True)),
-                start=torch.zeros(()))
+    edges = sum(
+        ((a - b).abs().mean() for a, b in zip(gradients(error + pixels), gradients(pixels), strict=True)),
+        start=torch.zeros(()),
+    )
     kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
     psnr = -10 * torch.log10(F.mse_loss((error + pixels).clamp(-1, 1), pixels) / 4)
     return {"loss": 4 * squared + 0.3 * absolute + 0.3 * edges + 3e-4 * kl, "psnr": psnr, "kl": kl}

@@ -5,6 +5,7 @@ in reading order (shape, colour, size, place) and the background.
 """
 
 import random
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ from omnivideo.training.latents import to_pixels
 from omnivideo.training.trainer import Losses, Recipe, step_seed
 from omnivideo.training.world import BACKGROUNDS, COLOURS, FRAME, SHAPES, SIZES, Scene, random_scene
 
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4,
     "image_size": FRAME, "patch_size": 8,
 }  # fmt: skip
@@ -42,8 +43,9 @@ class VisualFoundation(nn.Module):
         super().__init__()
         self.encoder = encoder
         width = encoder.config.hidden_size
-        self.read = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 512), nn.GELU(),
-                                  nn.Linear(512, len(CLASSES) * max(CLASSES)))
+        self.read = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, 512), nn.GELU(), nn.Linear(512, len(CLASSES) * max(CLASSES))
+        )
 
     def forward(self, pixels_BCHW: Tensor) -> Tensor:
         """Logits [B, labels, classes] from frames in -1..1."""

@@ -1,0 +1,101 @@
+#!/usr/bin/env bash
+# Everything that a Debian-like machine with git and apt still lacks: a Python, .venv in this checkout, the packages.
+#
+#   bash deploy/setup.sh        what `make demo` needs
+#   bash deploy/setup.sh dev    and what `make test` and `make lint` need
+#
+# Run it as often as you like: a finished set-up is recognised at once, and an interrupted one is made anew.
+# PYTHON=/path/to/python and TORCH='torch==2.14.1' choose another interpreter and another torch.
+set -euo pipefail
+cd -P "$(dirname "${BASH_SOURCE[0]}")/.."
+
+case ${1:-base} in
+    base) extras='' ;;
+    dev) extras='[dev]' ;;
+    *) echo "setup.sh: unknown set-up '$1'; there are 'base' and 'dev'" >&2 && exit 2 ;;
+esac
+# Without a GPU: 2.13.0, whose CPU build pip takes wherever it lies at hand (PIP_FIND_LINKS); with one: pip's choice.
+if command -v nvidia-smi >/dev/null; then torch='torch>=2.11'; else torch='torch==2.13.0'; fi
+torch=${TORCH:-$torch}
+made_for="$PWD $torch ${PYTHON:-}"
+stamp=".venv/${1:-base}.stamp"
+key=$({ echo "$made_for" && cat pyproject.toml deploy/setup.sh; } | sha256sum)
+
+is() { [[ -f $1 && $(<"$1") == "$2" ]]; } # is FILE TEXT: the file holds that text
+is "$stamp" "$key" && [[ -x .venv/bin/python ]] && exit 0
+
+fail() {
+    printf '\nset-up: %s\n' "$1" >&2
+    exit 1
+}
+
+step() { # step LABEL COMMAND...: one line with its time; what the command printed only if it fails
+    local label=$1 begin=$SECONDS code=0
+    shift
+    printf '  %-42s' "$label"
+    "$@" >"$log" 2>&1 || code=$?
+    if ((code)); then
+        printf 'failed (exit %d)\n' "$code"
+        grep -v "^WARNING: Location 'file:" "$log" | tail -n 25 | cut -c -300 | sed 's/^/    | /'
+        fail "'$label' failed. Run the same command again once the cause is gone."
+    fi
+    printf '%4d s\n' $((SECONDS - begin))
+}
+
+works() { "$1" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
+
+find_python() { # 3.11 first: a CPU wheel of torch that lies on the disk is most often for that one
+    local name
+    for name in ${PYTHON:-python3.11 python3.13 python3.12 python3}; do
+        if works "$name"; then python=$name && return 0; fi
+    done
+    return 1
+}
+
+apt_install_python() {
+    local root=()
+    ((EUID == 0)) || root=(sudo)
+    "${root[@]}" apt-get update -qq &&
+        "${root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
+            python3 python3-venv
+}
+
+want_python() {
+    find_python && return
+    [[ -z ${PYTHON:-} ]] || fail "PYTHON=$PYTHON is no Python >= 3.11 with the venv module"
+    command -v apt-get >/dev/null || fail "no Python >= 3.11 with the venv module, and no apt-get to install one"
+    ((EUID == 0)) || command -v sudo >/dev/null ||
+        fail "no Python >= 3.11 with the venv module. As root: apt-get install python3 python3-venv"
+    step "python3 and python3-venv, by apt-get" apt_install_python
+    find_python || fail "this system's python3 is older than 3.11; name a newer one: PYTHON=/path/to/python"
+}
+
+pip_install() { .venv/bin/python -m pip install -q --no-input --disable-pip-version-check "$@"; }
+
+new_venv() {
+    mkdir -p .venv
+    [[ -e .venv/made-by-setup || -z $(ls -A .venv) ]] || fail ".venv is not of this script's making; move it away"
+    want_python
+    touch .venv/made-by-setup # and it stays while the rest is removed, so that a killed run is known for ours
+    find .venv/ -mindepth 1 -maxdepth 1 ! -name made-by-setup -exec rm -rf {} +
+    step "$("$python" -V), new .venv" "$python" -m venv .venv
+    step "$torch" pip_install "$torch"
+}
+
+# One set-up at a time. The lock is on the folder itself; a pip left behind by a killed run still holds it.
+exec 9<.
+flock -n 9 || { echo "set-up: waiting for another one in this checkout" && flock 9; }
+is "$stamp" "$key" && exit 0
+
+log=$(mktemp)
+trap 'rm -f "$log"' EXIT
+# .venv/whole and the stamps exist only while no installation is under way. Where `whole` lacks, or tells of another
+# place, torch or interpreter, .venv may be half-made or unfit, so it is made anew; else the packages are brought up
+# to date in place.
+echo "set-up (${1:-base}) in $PWD/.venv"
+if [[ -x .venv/bin/python ]] && is .venv/whole "$made_for"; then rm -f .venv/whole .venv/*.stamp; else new_venv; fi
+step "omnivideo$extras and what it needs" pip_install -e ".$extras"
+echo "$key" >.venv/base.stamp
+echo "$key" >"$stamp"
+echo "$made_for" >.venv/whole
+printf '  %-42s%4d s, %s\n' "done" "$SECONDS" "$(du -sh .venv | cut -f 1)"

@@ -1,0 +1,496 @@
+"""Files into pixels and back.  Pixels are uint8 [F, H, W, 3], RGB.
+
+Reading trusts nothing: the file's content decides what it is, and every limit is checked on the header, before
+anything is decoded, and again on what comes out.  Stills and animations (png, jpeg, webp, gif) are read by Pillow,
+because FFmpeg takes a gif that is cut short without a word; clips (mp4, mov, webm, mkv, avi) by PyAV.
+"""
+
+import os
+import secrets
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import count
+from pathlib import Path
+from typing import BinaryIO, Literal, NoReturn
+
+import av
+import numpy as np
+from av.stream import Disposition
+from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, Interpolation
+from av.video.stream import VideoStream
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from omnivideo.errors import InvalidInput, UnreadableMedia
+
+READABLE = "mp4, mov, webm, mkv, avi, gif, png, jpeg or webp"
+WRITABLE = (".mp4", ".gif", ".png")
+CLIPS = ("mov", "matroska", "avi")  # FFmpeg's names of the demuxers we let it use: no playlists, no network
+STILL_BRANDS = (b"avif", b"avis", b"heic", b"heix", b"hevc", b"mif1", b"msf1")  # pictures in an mp4's clothes
+HD = 720  # px; untagged video of this height or more is BT.709, below it BT.601
+# FFmpeg's own default rounds down, which darkens a clip by one level at every save and load.
+EXACT = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
+
+Picture = tuple[np.ndarray, float, float]  # pixels [H, W, 3], and from when and for how long it is shown, in s
+Clip = Sequence[np.ndarray] | np.ndarray  # frames [H, W, 3] of one size, or one array [F, H, W, 3]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a source may be at most.  `max_decoded` is the memory that its pixels take, in bytes."""
+
+    max_bytes: int = 512 * 2**20
+    max_pixels: int = 4096 * 2304
+    max_frames: int = 2000
+    max_seconds: float = 120
+    max_decoded: int = 4 * 2**30
+
+
+@dataclass(frozen=True)
+class Media:
+    """A source's pixels, uint8 [F, H, W, 3], frames evenly spaced at `fps`; a still has one frame and no fps."""
+
+    frames: np.ndarray
+    fps: float | None
+    kind: Literal["image", "video"]
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Refuses what cannot be read: one line with the file's name, what is wrong and the allowed range."""
+
+    path: Path
+    limits: Limits
+
+    def refuse(self, what: str) -> NoReturn:
+        raise UnreadableMedia("source", f"{shown(self.path)} {what}")
+
+    def at_most(self, what: str, value: float, limit: float) -> None:
+        if value > limit:
+            self.refuse(f"has {value:.12g} {what}; allowed: 1 to {limit:.12g}")
+
+    def check(self, width: int, height: int, frames: int, seconds: float) -> None:
+        self.at_most("pixels a frame", width * height, self.limits.max_pixels)
+        self.at_most("frames", frames, self.limits.max_frames)
+        self.at_most("seconds", seconds, self.limits.max_seconds)
+        self.at_most("bytes of pixels", width * height * frames * 3, self.limits.max_decoded)
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Turns whatever a decoder raises on hostile bytes into one refusal."""
+        try:
+            yield
+        except UnreadableMedia:
+            raise
+        except Image.DecompressionBombError:
+            self.refuse(f"has too many pixels a frame; allowed: 1 to {self.limits.max_pixels}")
+        except MemoryError as error:  # FFmpeg's answer to many a damaged header, too
+            what = "is damaged, or needs more memory than there is; allowed: a shorter or smaller source"
+            raise UnreadableMedia("source", f"{shown(self.path)} {what}") from error
+        except Exception as error:
+            what = f"is damaged, cut short or of an unknown codec; allowed: a whole {READABLE}"
+            raise UnreadableMedia("source", f"{shown(self.path)} {what}") from error
+
+
+def shown(path: Path) -> str:
+    """The file's name for a message: no folder, and on one line whatever it holds."""
+    return "'" + "".join(char if char.isprintable() else "?" for char in path.name or str(path)) + "'"
+
+
+# ---------------------------------------------------------------- reading
+
+
+def read_media(path: str | Path, limits: Limits = Limits()) -> Media:
+    """Every frame of a still, an animation or a clip, upright, alpha on white; UnreadableMedia where it cannot be.
+
+    A clip with uneven frame times is laid on an even grid by repeating frames.  An animation of one frame is an image.
+    """
+    path = Path(path)
+    gate = Gate(path, limits)
+    size = checked_size(path, gate)
+    with gate.reading():
+        with path.open("rb") as file:
+            kind = sniff(file.read(16))
+            if kind is None:
+                gate.refuse(f"is no image or video; allowed: {READABLE}")
+            if size < stated_size(file, kind, size):
+                gate.refuse(f"is cut short: it ends after {size} bytes; allowed: a whole file")
+        if kind in CLIPS:
+            return Media(*collect(clip_pictures(path, kind, gate), gate), "video")
+        frames, fps = collect(image_pictures(path, kind, gate), gate)
+        return Media(frames, fps, "video") if len(frames) > 1 else Media(frames, None, "image")
+
+
+def checked_size(path: Path, gate: Gate) -> int:
+    """The file's bytes, without opening it."""
+    try:
+        found = path.stat()
+    except (OSError, ValueError) as error:
+        gate.refuse(f"cannot be read: {getattr(error, 'strerror', None) or 'not a file name'}")
+    if not path.is_file():  # a folder, a pipe or a device
+        gate.refuse("is not a file" if not path.is_dir() else "is a folder, not a file")
+    if not os.access(path, os.R_OK):
+        gate.refuse("cannot be read: permission denied")
+    if found.st_size == 0:
+        gate.refuse(f"is empty; allowed: 1 to {gate.limits.max_bytes} bytes")
+    gate.at_most("bytes", found.st_size, gate.limits.max_bytes)
+    return found.st_size
+
+
+def sniff(head: bytes) -> str | None:
+    """The kind of a file from its first 16 bytes: png, jpeg, gif, webp, or one of CLIPS; None for anything else."""
+    starts = {b"\x89PNG\r\n\x1a\n": "png", b"\xff\xd8\xff": "jpeg", b"GIF8": "gif", b"\x1a\x45\xdf\xa3": "matroska"}
+    for start, kind in starts.items():
+        if head.startswith(start):
+            return kind
+    if head.startswith(b"RIFF"):
+        return {b"WEBP": "webp", b"AVI ": "avi"}.get(head[8:12])
+    boxes = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip")
+    return "mov" if head[4:8] in boxes and head[8:12] not in STILL_BRANDS else None
+
+
+def stated_size(file: BinaryIO, kind: str, size: int) -> int:
+    """The bytes a file says it has, more than `size` where it was cut short; `size` where it does not say."""
+    if kind in ("png", "gif"):
+        file.seek(max(0, size - 2**16))
+        tail = file.read()
+        whole = b"IEND\xaeB`\x82" in tail if kind == "png" else tail.rstrip(b"\0\r\n").endswith(b";")
+        return size if whole else size + 1
+    if kind == "mov":
+        return boxes_end(file, size)
+    if kind == "matroska":
+        return segment_end(file, size)
+    if kind == "avi":
+        file.seek(4)
+        return 8 + int.from_bytes(file.read(4), "little")
+    return size
+
+
+def boxes_end(file: BinaryIO, size: int) -> int:
+    """Where the last top-level box of an mp4 ends (ISO/IEC 14496-12, 4.2)."""
+    at = 0
+    for _ in range(10_000):  # two a frame at most, when fragmented
+        file.seek(at)
+        head = file.read(16)
+        length = int.from_bytes(head[:4], "big")
+        if length == 1:
+            length = int.from_bytes(head[8:], "big")
+        if length == 0 and len(head) >= 8:  # up to the end of the file
+            return size
+        at += max(8, length)
+        if at >= size:
+            return at
+    return size
+
+
+def segment_end(file: BinaryIO, size: int) -> int:
+    """Where the segment of a webm or mkv ends; `size` where it is of unknown length, as in a live recording."""
+    file.seek(4)
+    file.seek(vint(file) or 0, os.SEEK_CUR)
+    if file.read(4) != b"\x18\x53\x80\x67":
+        return size
+    length = vint(file)
+    return size if length is None else file.tell() + length
+
+
+def vint(file: BinaryIO) -> int | None:
+    """A variable-size integer (RFC 8794, section 4); None for the reserved value that means unknown."""
+    first = file.read(1)[0]
+    width = 9 - first.bit_length()
+    value = int.from_bytes(bytes([first & (0xFF >> width)]) + file.read(width - 1), "big")
+    return None if value == 2 ** (7 * width) - 1 else value
+
+
+def collect(pictures: Iterator[Picture], gate: Gate) -> tuple[np.ndarray, float]:
+    """Frames [F, H, W, 3] on an even grid, and their fps."""
+    frames: list[np.ndarray] = []
+    starts: list[float] = []
+    end = 0.0
+    for pixels, start, seconds in pictures:
+        frames.append(pixels)
+        starts.append(start)
+        end = start + seconds - starts[0]
+        gate.check(pixels.shape[1], pixels.shape[0], len(frames), end)
+        if pixels.shape != frames[0].shape:
+            gate.refuse("changes its frame size midway; allowed: one size")
+    if not frames:
+        gate.refuse("has no frame; allowed: 1 or more")
+    order, fps = even_grid(np.array(starts) - starts[0], end)
+    gate.check(pixels.shape[1], pixels.shape[0], len(order), 0)
+    return np.stack([frames[index] for index in order]), fps
+
+
+def even_grid(starts: np.ndarray, end: float) -> tuple[Sequence[int], float]:
+    """Which frame to show at each step of an even grid, and its steps a second.
+
+    `starts` are rising times from 0, in s.  Times that are even to within a quarter of a step are taken as they are.
+    """
+    if len(starts) == 1:
+        return [0], 1 / end
+    steps = np.arange(len(starts))
+    fps = steps[-1] / starts[-1]
+    if np.abs(starts * fps - steps).max() <= 0.25 and end * fps < len(starts) + 0.5:  # and no long hold at the end
+        return range(len(starts)), round(float(fps), 4)
+    step = float(np.median(np.diff(starts)))
+    middles = (np.arange(round(end / step)) + 0.5) * step
+    return [int(index) for index in np.searchsorted(starts, middles, side="right") - 1], round(1 / step, 4)
+
+
+def image_pictures(path: Path, kind: str, gate: Gate) -> Iterator[Picture]:
+    """The pictures of a png, jpeg, webp or gif."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's hints at odd metadata and at sizes that we check ourselves
+        with Image.open(path, formats=(kind,)) as image:
+            promised = getattr(image, "n_frames", 1) if kind in ("png", "webp") else 1  # a gif must be read to know
+            gate.check(*image.size, promised, 0)
+            start = 0.0
+            for index in count(1):
+                image.load()
+                seconds = shown_for(image)
+                yield on_white(ImageOps.exif_transpose(image)), start, seconds
+                start += seconds
+                if kind == "jpeg" or not another(image, index):  # a phone's jpeg may hide a second view: not a clip
+                    break
+            if index < promised:
+                gate.refuse(f"is cut short: it has {index} frames of {promised}; allowed: a whole file")
+
+
+def another(image: Image.Image, index: int) -> bool:
+    """Goes to picture `index` of an animation; False at its end."""
+    try:
+        image.seek(index)
+    except EOFError:
+        return False
+    return True
+
+
+def shown_for(image: Image.Image) -> float:
+    """Seconds that a picture of an animation is shown: as in browsers, 10 ms and less mean 100 ms."""
+    found = image.info.get("duration")  # a png's text may hold anything under this name
+    return found / 1000 if isinstance(found, int | float) and found > 10 else 0.1
+
+
+def on_white(image: Image.Image) -> np.ndarray:
+    """Pixels uint8 [H, W, 3], alpha composited on white."""
+    if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip at 255
+        grey = np.asarray(image, dtype=np.int64) >> 8
+        return np.repeat(grey.clip(0, 255).astype(np.uint8)[..., None], 3, axis=-1)
+    if image.has_transparency_data:
+        canvas = Image.new("RGBA", image.size, "white")
+        canvas.alpha_composite(image.convert("RGBA"))
+        image = canvas
+    return np.asarray(image.convert("RGB"))
+
+
+def clip_pictures(path: Path, kind: str, gate: Gate) -> Iterator[Picture]:
+    """The pictures of an mp4, mov, webm, mkv or avi."""
+    with av.open(f"file:{path}", format=kind) as container:
+        moving = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]  # cover art
+        if not moving:
+            gate.refuse("has no video stream; allowed: 1 or more")
+        stream = moving[0]
+        seconds = (stream.duration or 0) * float(stream.time_base or 0) or (container.duration or 0) / av.time_base
+        promised = kept_frames(stream)
+        gate.check(stream.width, stream.height, promised, seconds)
+        stream.codec_context.options = {"max_pixels": str(gate.limits.max_pixels)}  # for a header that lies
+        found = 0
+        for picture in decoded(container, stream, gate):
+            found += 1
+            yield picture
+        if found < promised:
+            gate.refuse(f"is cut short: it has {found} frames of {promised}; allowed: a whole file")
+
+
+def kept_frames(stream: VideoStream) -> int:
+    """Frames that the header promises, less those that its edit list cuts away; 0 where it does not say."""
+    indexed = sum(not entry.is_discard for entry in stream.index_entries) if stream.frames else 0
+    return min(stream.frames, indexed)
+
+
+def decoded(container: av.container.InputContainer, stream: VideoStream, gate: Gate) -> Iterator[Picture]:
+    """The frames of a stream in the order of their times, which rise even where the file's do not."""
+    usual = 1 / float(stream.average_rate or stream.guessed_rate or 1)
+    due = 0.0
+    for packet in container.demux(stream):
+        if packet.is_corrupt:
+            gate.refuse("is cut short or damaged midway; allowed: a whole file")
+        for frame in packet.decode():
+            seconds = float((frame.duration or 0) * (frame.time_base or 0)) or usual
+            start = frame.time if frame.time is not None and frame.time > due - usual else due
+            due = start + usual
+            yield upright(frame), start, seconds
+
+
+def upright(frame: av.VideoFrame) -> np.ndarray:
+    """Pixels uint8 [H, W, 3] of a frame, turned as its display matrix says."""
+    alpha = frame.format.has_palette or any(part.is_alpha for part in frame.format.components)
+    untagged_hd = frame.colorspace == Colorspace.DEFAULT and frame.height >= HD and not frame.format.is_rgb
+    space = Colorspace.ITU709 if untagged_hd else None
+    pixels = frame.to_ndarray(format="rgba" if alpha else "rgb24", src_colorspace=space, interpolation=EXACT)
+    if alpha:
+        pixels = on_white(Image.fromarray(pixels))
+    return np.rot90(pixels, round(frame.rotation / 90))
+
+
+# ---------------------------------------------------------------- fitting
+
+
+def fit(media: Media, width: int, height: int, frames: int, fps: float) -> np.ndarray:
+    """The source as the model wants it: uint8 [frames, height, width, 3].
+
+    Cropped at the centre to the aspect ratio, resized, and resampled in time by nearest frame.  A longer source is
+    cut, a shorter one repeats its last frame, a still gives copies.
+    """
+    moments = np.floor(np.arange(frames) * (media.fps or 0) / fps + 0.5).astype(int)
+    moments = moments.clip(max=len(media.frames) - 1)
+    resized = {moment: crop_resize(media.frames[moment], width, height) for moment in set(moments.tolist())}
+    return np.stack([resized[moment] for moment in moments.tolist()])
+
+
+def crop_resize(pixels: np.ndarray, width: int, height: int) -> np.ndarray:
+    """The largest centred box of the wanted aspect ratio, resized to [height, width, 3]."""
+    full_height, full_width = pixels.shape[:2]
+    scale = min(full_width / width, full_height / height)
+    left = max(0.0, (full_width - width * scale) / 2)
+    top = max(0.0, (full_height - height * scale) / 2)
+    box = (left, top, full_width - left, full_height - top)
+    return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.LANCZOS, box=box))
+
+
+# ---------------------------------------------------------------- writing
+
+
+def check_output(path: str | Path, frames: int) -> None:
+    """The cheap check before any compute: InvalidInput where `frames` frames could not be written to `path`."""
+    path = Path(path)
+    allowed = f"allowed: {', '.join(WRITABLE)}"
+    ending = path.suffix.lower()
+    if ending not in WRITABLE:
+        raise InvalidInput("output", f"{shown(path)} has no ending that can be written; {allowed}")
+    if ending == ".png" and frames > 1:
+        raise InvalidInput("output", f"{shown(path)} holds one frame, not {frames}; allowed: .mp4, .gif")
+    if path.is_dir():
+        raise InvalidInput("output", f"{shown(path)} is a folder; allowed: a file, {', '.join(WRITABLE)}")
+    if not path.parent.is_dir():
+        raise InvalidInput("output", f"the folder of {shown(path)} does not exist; allowed: an existing folder")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise InvalidInput("output", f"the folder of {shown(path)} is read-only; allowed: a writable folder")
+
+
+def write_media(path: str | Path, frames: np.ndarray, fps: float) -> None:
+    """Writes uint8 [F, H, W, 3] as the ending says, whole or not at all; the same input gives the same bytes.
+
+    An mp4 of odd width or height is padded to even by its edge.  A gif keeps times in 1/100 s, and players stretch
+    what is faster than 50 fps.
+    """
+    assert frames.dtype == np.uint8 and frames.ndim == 4 and frames.shape[-1] == 3 and frames.size
+    path = Path(path)
+    check_output(path, len(frames))
+    if not 0.1 <= fps <= 240:
+        raise InvalidInput("fps", f"{fps} cannot be written; allowed: 0.1 to 240")
+    encode = {".mp4": encode_mp4, ".gif": encode_gif, ".png": encode_png}[path.suffix.lower()]
+    part = path.with_name(f".{secrets.token_hex(8)}.part")
+    try:
+        encode(part, frames, fps)
+        os.replace(part, path)
+    except OSError as error:
+        raise InvalidInput(
+            "output", f"{shown(path)} cannot be written: {error.strerror or 'the encoder failed'}"
+        ) from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def encode_mp4(path: Path, frames: np.ndarray, fps: float) -> None:
+    """H.264 that browsers play: yuv420p, tagged BT.709, index at the front; nothing in it names a time or a machine."""
+    _, height, width, _ = frames.shape
+    frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+    rate = Fraction(fps).limit_denominator(1001)
+    options = {"movflags": "+faststart", "fflags": "+bitexact"}
+    with av.open(f"file:{path}", "w", format="mp4", options=options) as container:
+        stream = container.add_stream("libx264", rate=rate, options={"crf": "12", "flags": "+bitexact"})
+        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
+        context = stream.codec_context
+        context.thread_count = 1  # x264's output depends on it, and the default is the machine's
+        context.colorspace, context.color_range = Colorspace.ITU709, ColorRange.MPEG
+        context.color_primaries, context.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
+        for index, pixels in enumerate(frames):
+            frame = yuv(pixels)
+            frame.pts, frame.time_base = index, 1 / rate
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+def yuv(pixels: np.ndarray) -> av.VideoFrame:
+    """BT.709 yuv420p in video range, from uint8 [H, W, 3] of even size."""
+    frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
+    return frame.reformat(
+        format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG, interpolation=EXACT
+    )
+
+
+def encode_gif(path: Path, frames: np.ndarray, fps: float) -> None:
+    """Endless, 256 colours chosen for each frame.  Pillow joins equal neighbours into one longer frame."""
+    images = [Image.fromarray(pixels).quantize(256, dither=Image.Dither.NONE) for pixels in frames]
+    ticks = np.rint(np.arange(len(images) + 1) * 100 / fps).astype(int)  # rounding the times keeps the mean rate
+    durations = [10 * max(2, int(ticks_shown)) for ticks_shown in np.diff(ticks)]
+    images[0].save(path, format="GIF", save_all=True, append_images=images[1:], duration=durations, loop=0)
+
+
+def encode_png(path: Path, frames: np.ndarray, fps: float) -> None:
+    """The one frame, without loss."""
+    Image.fromarray(frames[0]).save(path, format="PNG")
+
+
+# ---------------------------------------------------------------- looking
+
+MOST = 9  # frames of a clip that a sheet shows
+MARGIN, GAP, LEAST_WIDTH = 20, 6, 480  # px
+PAPER, INK, RULE = (248, 248, 246), (40, 40, 44), (190, 190, 188)
+
+
+def contact_sheet(rows: Sequence[Clip], captions: Sequence[str], scale: int = 2) -> Image.Image:
+    """One row a clip: its caption above up to 9 of its frames, evenly chosen, enlarged without smoothing."""
+    font = ImageFont.load_default(size=15)
+    strips = [film_strip(row, scale) for row in rows]
+    width = max([LEAST_WIDTH, *(strip.width for strip in strips)])
+    texts = [wrapped(caption, font, width) for caption in captions]
+    measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    tops = [int(measure.multiline_textbbox((0, 0), text, font=font)[3]) + GAP for text in texts]
+    row_heights = [top + strip.height + MARGIN for top, strip in zip(tops, strips, strict=True)]
+    sheet = Image.new("RGB", (width + 2 * MARGIN, sum(row_heights) + MARGIN), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    y = MARGIN
+    for text, top, strip, row_height in zip(texts, tops, strips, row_heights, strict=True):
+        draw.multiline_text((MARGIN, y), text, fill=INK, font=font)
+        sheet.paste(strip, (MARGIN, y + top))
+        y += row_height
+    return sheet
+
+
+def film_strip(frames: Clip, scale: int) -> Image.Image:
+    """Up to 9 frames side by side, each with a hairline, so that a white frame does not melt into the paper."""
+    chosen = np.rint(np.linspace(0, len(frames) - 1, min(MOST, len(frames)))).astype(int)
+    images = [ImageOps.scale(Image.fromarray(frames[at]), scale, Image.Resampling.NEAREST) for at in chosen]
+    images = [ImageOps.expand(image, border=1, fill=RULE) for image in images]
+    width = sum(image.width for image in images) + GAP * (len(images) - 1)
+    strip = Image.new("RGB", (width, max(image.height for image in images)), PAPER)
+    x = 0
+    for image in images:
+        strip.paste(image, (x, 0))
+        x += image.width + GAP
+    return strip
+
+
+def wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
+    """The text in lines of at most `width` px, broken between words."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and font.getlength(longer) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return "\n".join(lines)

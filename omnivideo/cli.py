@@ -1,0 +1,181 @@
+"""The command line: parse, build, run."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from omnivideo.contracts import check_prompt, settings
+from omnivideo.errors import InvalidInput, OmniVideoError
+from omnivideo.presets import Task
+from omnivideo.presets import preset as preset_of
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+out = Console()
+err = Console(stderr=True)
+
+Preset = Annotated[str, typer.Option(help="Model: tiny is shipped; the full sizes need --weights.")]
+Weights = Annotated[Optional[Path], typer.Option(help="Folder of weights, if not the shipped one.")]  # noqa: UP045
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda:N.")]
+Output = Annotated[Path, typer.Option("-o", "--output", help="File to write: .mp4, .gif or .png.")]
+Seed = Annotated[int, typer.Option(help="Fixes every byte of the result.")]
+Steps = Annotated[Optional[int], typer.Option(help="Denoising steps.")]  # noqa: UP045
+Guidance = Annotated[Optional[float], typer.Option(help="Guidance scale.")]  # noqa: UP045
+Frames = Annotated[Optional[int], typer.Option(help="Frames of a clip: 5, 9, 13 ...")]  # noqa: UP045
+Size = Annotated[Optional[str], typer.Option(help="WIDTHxHEIGHT in px, multiples of 16.")]  # noqa: UP045
+Negative = Annotated[Optional[str], typer.Option(help="Negative prompt.")]  # noqa: UP045
+
+
+def parse_size(size: str | None) -> dict[str, int | None]:
+    if size is None:
+        return {"width": None, "height": None}
+    width, cross, height = size.lower().partition("x")
+    if not (cross and width.isascii() and width.isdigit() and height.isascii() and height.isdigit()):
+        raise InvalidInput("size", f"{size!r} is not of the form WIDTHxHEIGHT, e.g. 64x64")
+    return {"width": int(width), "height": int(height)}
+
+
+@contextmanager
+def step_bar(label: str) -> Iterator[Callable[[Any], None]]:
+    """A bar with steps done and time left, fed with `Step` events."""
+    columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=err, transient=True) as bar:
+        row = bar.add_task("", total=None)
+        yield lambda step: bar.update(row, total=step.steps, completed=step.step)
+
+
+def open_studio(preset: str, weights: Path | None, device: str) -> Any:
+    # Imported here: torch and its friends take seconds that --help and a refused argument need not wait for.
+    from omnivideo.studio import Studio
+
+    with err.status("loading the model"):
+        return Studio(preset, weights, device)
+
+
+def finish(result: Any, output: Path) -> None:
+    result.save(output)
+    seconds = result.manifest.seconds
+    out.print(f"{output} [dim]({len(result.frames)} frames, {sum(seconds.values()):.1f} s)[/dim]", highlight=False)
+
+
+@app.command()
+def generate(
+    prompt: str,
+    output: Output,
+    image: Annotated[bool | None, typer.Option("--image/--video", help="Default: the model decides.")] = None,
+    preset: Preset = "tiny",
+    weights: Weights = None,
+    device: Device = "auto",
+    seed: Seed = 0,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    frames: Frames = None,
+    size: Size = None,
+    negative: Negative = None,
+) -> None:
+    """Draw a clip or a still from a sentence."""
+    from omnivideo.backends.decoder.video import check_output
+
+    prompt = check_prompt("prompt", prompt)
+    given: dict[str, Any] = parse_size(size) | {
+        "seed": seed, "steps": steps, "guidance_scale": guidance, "frames": frames, "negative_prompt": negative,
+    }  # fmt: skip
+    if image is None and (frames == 1 or output.suffix.lower() == ".png"):
+        image = True
+    # Refused before any model is loaded.
+    task: Task = "text-to-image" if image else "text-to-video"
+    chosen = settings(preset_of(preset), task, **given)
+    check_output(output, chosen.frames)
+    studio = open_studio(preset, weights, device)
+    with step_bar("denoising") as on_step:
+        result = studio.generate(prompt, image=image, on_step=on_step, **given)
+    finish(result, output)
+
+
+@app.command()
+def edit(
+    source: Path,
+    instruction: str,
+    output: Output,
+    preset: Preset = "tiny",
+    weights: Weights = None,
+    device: Device = "auto",
+    seed: Seed = 0,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    size: Size = None,
+    negative: Negative = None,
+) -> None:
+    """Change a clip or a still as told; what is not named stays."""
+    from omnivideo.backends.decoder.video import check_output, read_media
+
+    instruction = check_prompt("instruction", instruction)
+    given: dict[str, Any] = parse_size(size) | {
+        "seed": seed, "steps": steps, "guidance_scale": guidance, "negative_prompt": negative,
+    }  # fmt: skip
+    kind = read_media(source).kind
+    task: Task = "image-editing" if kind == "image" else "video-editing"
+    check_output(output, settings(preset_of(preset), task, **given).frames)
+    studio = open_studio(preset, weights, device)
+    with step_bar("denoising") as on_step:
+        result = studio.edit(source, instruction, on_step=on_step, **given)
+    finish(result, output)
+
+
+@app.command()
+def understand(
+    source: Path, question: str, preset: Preset = "tiny", weights: Weights = None, device: Device = "auto"
+) -> None:
+    """Answer a question about a clip or a still."""
+    from omnivideo.backends.decoder.video import read_media
+
+    question = check_prompt("question", question)
+    read_media(source)
+    studio = open_studio(preset, weights, device)
+    studio.understand(source, question, on_text=lambda piece: out.print(piece, end="", highlight=False, markup=False))
+    out.print()
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="tiny for all of them in order, or one recipe's name.")],
+    runs: Annotated[Path, typer.Option(help="Folder of checkpoints, logs and plots.")] = Path("runs"),
+    compiled: Annotated[bool, typer.Option(help="torch.compile the decoder (needs a C++ compiler).")] = False,
+) -> None:
+    """Train the tiny preset, or one recipe of it; goes on from its last checkpoint."""
+    from omnivideo.training.tiny import Tiny
+
+    Tiny(runs, compiled=compiled).train(recipe, out)
+
+
+@app.command()
+def doctor() -> None:
+    """What this machine can run: devices, memory, packages, weights."""
+    from omnivideo.doctor import findings
+
+    table = Table(show_header=False, box=None)
+    for name, value in findings():
+        table.add_row(f"[bold]{name}[/bold]", value)
+    out.print(table)
+
+
+def main() -> None:
+    """Runs the command line; what a user can cause ends as one line and exit code 2."""
+    try:
+        app()
+    except OmniVideoError as error:
+        err.print(f"error: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        err.print("cancelled")
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+"""A preset's weights on disk: a Diffusers-style folder, loaded strictly.
+
+    model_index.json       preset, format, and the sha256 of every weights file
+    mllm/ vision_head/ adapter/ visual_context/ markers/ transformer/ text_encoder/ tokenizer/ vae/
+
+Every weights file is safetensors.  A missing or unknown key, a wrong shape or a changed file is an error.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, Qwen3VLForConditionalGeneration, UMT5EncoderModel
+
+from omnivideo.errors import CheckpointError
+from omnivideo.models.mllm import Pixels
+from omnivideo.models.omni import Bridge, Omni
+from omnivideo.models.positions import with_absolute_positions
+from omnivideo.presets import Preset, preset
+
+INDEX = "model_index.json"
+BRIDGE_PARTS = ("vision_head", "adapter", "visual_context", "markers")
+WEIGHTS = "model.safetensors"
+
+
+def file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def save(omni: Omni, folder: Path, dtype: torch.dtype = torch.float16) -> None:
+    """Writes all parts in the given precision.  The models in memory are left as they are."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, part in (("mllm", omni.mllm), ("transformer", omni.decoder), ("text_encoder", omni.text_encoder),
+                       ("vae", omni.vae)):  # fmt: skip
+        save_library_model(part, folder / name, dtype)
+    omni.mllm_tokenizer.save_pretrained(folder / "mllm")
+    omni.tokenizer.save_pretrained(folder / "tokenizer")
+    for name in BRIDGE_PARTS:
+        (folder / name).mkdir(exist_ok=True)
+        state = getattr(omni.bridge, name).state_dict()
+        save_file({key: value.to(dtype).contiguous() for key, value in state.items()}, folder / name / WEIGHTS)
+    files = {str(path.relative_to(folder)): file_digest(path) for path in sorted(folder.rglob("*.safetensors"))}
+    index = {"_class_name": "OmniVideo", "format": 1, "preset": omni.preset.name, "sha256": files}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def save_library_model(part: Any, folder: Path, dtype: torch.dtype) -> None:
+    """The configuration as its library writes it; the weights in one safetensors file under the library's name."""
+    folder.mkdir(exist_ok=True)
+    if isinstance(part, WanTransformer3DModel | AutoencoderKLWan):
+        part.save_config(folder)
+        path = folder / "diffusion_pytorch_model.safetensors"
+    else:
+        part.config.save_pretrained(folder)
+        path = folder / WEIGHTS
+    state = {key: value.to(dtype).contiguous() for key, value in part.state_dict().items()}
+    if isinstance(part, UMT5EncoderModel):
+        state.pop("encoder.embed_tokens.weight", None)  # the same tensor as shared.weight
+    save_file(state, path, metadata={"format": "pt"})
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    path = folder / INDEX
+    if not path.is_file():
+        raise CheckpointError(f"no {INDEX} in the weights folder {folder.name!r}")
+    try:
+        index = json.loads(path.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{INDEX} of {folder.name!r} is not JSON") from error
+    if index.get("_class_name") != "OmniVideo" or index.get("format") != 1:
+        raise CheckpointError(f"{INDEX} of {folder.name!r} is not of format 1")
+    return index
+
+
+def weights_digest(folder: Path) -> str:
+    """One digest over all weights, as manifests carry it."""
+    return hashlib.sha256(json.dumps(read_index(folder)["sha256"], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def verify(folder: Path) -> None:
+    """Compares every weights file with the index; raises CheckpointError on the first that differs."""
+    for name, expected in read_index(folder)["sha256"].items():
+        path = folder / name
+        if not path.is_file():
+            raise CheckpointError(f"{name} is missing from the weights")
+        if file_digest(path) != expected:
+            raise CheckpointError(f"{name} is damaged: its sha256 is not the index's")
+
+
+def load(folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Omni:
+    """All parts of the preset that the folder's index names, in evaluation mode."""
+    chosen = preset(read_index(folder)["preset"])
+    decoder = strictly(WanTransformer3DModel, folder, "transformer", dtype)
+    omni = Omni(
+        preset=chosen,
+        mllm=strictly(Qwen3VLForConditionalGeneration, folder, "mllm", dtype),
+        mllm_tokenizer=AutoTokenizer.from_pretrained(folder / "mllm", local_files_only=True),
+        pixels=Pixels(),
+        bridge=load_bridge(chosen, folder, dtype),
+        decoder=with_absolute_positions(decoder) if chosen.absolute_positions else decoder,
+        text_encoder=strictly(UMT5EncoderModel, folder, "text_encoder", dtype),
+        tokenizer=AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True),
+        vae=strictly(AutoencoderKLWan, folder, "vae", dtype),
+    )
+    for part in (omni.mllm, omni.bridge, omni.decoder, omni.text_encoder, omni.vae):
+        part.to(device)
+    return omni.eval()
+
+
+def strictly(cls: Any, folder: Path, name: str, dtype: torch.dtype) -> Any:
+    """A library model from its sub-folder; the libraries only warn of missing keys, here they are an error."""
+    part = folder / name
+    if not (part / "config.json").is_file():
+        raise CheckpointError(f"{name}/config.json is missing from the weights")
+    try:
+        model, report = cls.from_pretrained(
+            part, torch_dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{name} cannot be loaded: {first_line(error)}") from error
+    complain(name, list(report["missing_keys"]), list(report["unexpected_keys"]), list(report["mismatched_keys"]))
+    return model
+
+
+def load_bridge(chosen: Preset, folder: Path, dtype: torch.dtype) -> Bridge:
+    with torch.device("meta"):
+        bridge = Bridge(chosen)
+    for name in BRIDGE_PARTS:
+        path = folder / name / WEIGHTS
+        if not path.is_file():
+            raise CheckpointError(f"{name}/{WEIGHTS} is missing from the weights")
+        state = {key: value.to(dtype) for key, value in load_file(path).items()}
+        module = getattr(bridge, name)
+        expected = {key: value.shape for key, value in module.state_dict().items()}
+        wrong = [key for key in state if key in expected and state[key].shape != expected[key]]
+        complain(name, sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys()), wrong)
+        module.load_state_dict(state, assign=True)
+    return bridge
+
+
+def complain(name: str, missing: list, unknown: list, wrong: list) -> None:
+    """Raises CheckpointError unless all three lists are empty."""
+    for what, keys in (("is missing", missing), ("is unknown", unknown), ("has another shape", wrong)):
+        if keys:
+            first = keys[0] if isinstance(keys[0], str) else keys[0][0]
+            raise CheckpointError(f"{name}: {len(keys)} weights do not fit; the first, {first}, {what}")
+
+
+def first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__

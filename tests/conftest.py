@@ -1,0 +1,52 @@
+"""Weights of the tiny preset at random, in the shipped layout: what every test of loading and running stands on."""
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKLWan
+from transformers import UMT5Config, UMT5EncoderModel
+
+from omnivideo.models import checkpoint
+from omnivideo.models.mllm import Pixels
+from omnivideo.models.omni import Bridge, Omni, build_decoder
+from omnivideo.presets import TINY
+from omnivideo.training.recipes import mllm, text
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def text_tokenizer():
+    return text.build_tokenizer(text.corpus(400))
+
+
+@pytest.fixture(scope="session")
+def mllm_tokenizer():
+    rng = random.Random(0)
+    samples = [mllm.random_sample(rng) for _ in range(200)]
+    return mllm.build_tokenizer([f"{message.text} {reply}" for message, reply in samples], size=600)
+
+
+@pytest.fixture(scope="session")
+def omni(text_tokenizer, mllm_tokenizer) -> Omni:
+    torch.manual_seed(0)
+    return Omni(
+        preset=TINY,
+        mllm=mllm.build_model(mllm_tokenizer),
+        mllm_tokenizer=mllm_tokenizer,
+        pixels=Pixels(),
+        bridge=Bridge(TINY),
+        decoder=build_decoder(TINY),
+        text_encoder=UMT5EncoderModel(UMT5Config(**text.CONFIG)),
+        tokenizer=text_tokenizer,
+        vae=AutoencoderKLWan(**TINY.vae),
+    ).eval()
+
+
+@pytest.fixture(scope="session")
+def weights(omni, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("weights") / "tiny"
+    checkpoint.save(omni, folder)
+    return folder

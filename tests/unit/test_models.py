@@ -1,0 +1,223 @@
+"""The model's own joints: patches, routing, conditions, the denoising loop, the checkpoint."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from omnivideo.errors import CheckpointError, ConditionTooLong
+from omnivideo.models import checkpoint
+from omnivideo.models.conditions import Markers, assemble
+from omnivideo.models.mllm import (
+    BOI,
+    Media,
+    Message,
+    Pixels,
+    answer,
+    collate,
+    encode,
+    hidden_states,
+    patchify,
+    route,
+    sampled,
+)
+from omnivideo.models.sampling import denoise, noise, unipc
+from omnivideo.presets import TINY
+
+RNG = np.random.default_rng(0)
+FRAME = RNG.integers(0, 255, (1, 64, 64, 3), dtype=np.uint8)
+CLIP = RNG.integers(0, 255, (9, 64, 64, 3), dtype=np.uint8)
+
+
+# ---------------------------------------------------------------- MLLM
+
+
+def test_patches_are_those_of_qwen():
+    theirs = Qwen2VLImageProcessorPil(
+        patch_size=8, temporal_patch_size=2, merge_size=2, min_pixels=4096, max_pixels=4096,
+        image_mean=[0.5] * 3, image_std=[0.5] * 3,
+    )(images=[Image.fromarray(FRAME[0])], return_tensors="pt")  # fmt: skip
+    ours, grid = patchify(FRAME, Pixels())
+    assert theirs["image_grid_thw"].tolist() == [grid]
+    assert torch.allclose(theirs["pixel_values"], ours, atol=1e-6)
+
+
+def test_a_clip_is_seen_at_its_ends_and_between():
+    assert sampled(Media(CLIP, 8.0), Pixels()) == [0, 3, 5, 8]
+
+
+def test_batches_equal_single_requests(omni):
+    """Padding changes nothing, whatever stands beside a request."""
+    requests = [
+        (Message("a red circle"), "image"),
+        (Message("make it blue", (Media(CLIP),)), "video"),
+        (Message("make the star a circle", (Media(FRAME, video=False),)), "image"),
+    ]
+    together = omni.visual_tokens(requests)
+    for row, request in zip(together, requests, strict=True):
+        assert torch.allclose(row, omni.visual_tokens([request])[0], atol=1e-4)
+
+
+def test_cached_answers_equal_the_full_forward(omni):
+    message = Message("what is in this picture?", (Media(FRAME, video=False),))
+    text = "".join(answer(omni.mllm, omni.mllm_tokenizer, message, omni.pixels, temperature=0, most=6))
+    encoded = encode(omni.mllm_tokenizer, message, omni.pixels)
+    banned = omni.mllm_tokenizer.convert_tokens_to_ids(["<BOI>", "<EOI>", "<BOV>", "<EOV>"])
+    ids, made = list(encoded.ids), []
+    for _ in range(6):
+        grown = type(encoded)(ids, encoded.types + [0] * len(made), encoded.patches, encoded.grids)
+        logits = omni.mllm(**collate([grown], omni.mllm_tokenizer.pad_token_id)).logits[0, -1]
+        logits[banned] = -torch.inf
+        if int(logits.argmax()) == omni.mllm_tokenizer.eos_token_id:
+            break
+        made.append(int(logits.argmax()))
+        ids.append(made[-1])
+    assert text.rstrip("\ufffd") == omni.mllm_tokenizer.decode(made).rstrip("\ufffd")
+
+
+def test_routing_follows_the_special_token(omni):
+    message = Message("a red circle")
+    first = route(omni.mllm, omni.mllm_tokenizer, message, omni.pixels)
+    assert first == route(omni.mllm, omni.mllm_tokenizer, message, omni.pixels)
+    head = omni.mllm.lm_head.weight
+    row = omni.mllm_tokenizer.convert_tokens_to_ids(BOI)
+    states, _ = hidden_states(omni.mllm, omni.mllm_tokenizer, [(message, "image")], omni.pixels)
+    length = len(encode(omni.mllm_tokenizer, message, omni.pixels).ids)
+    saved = head[row].clone()
+    head[row] = states[0, length - 1] * 10
+    try:
+        pushed = route(omni.mllm, omni.mllm_tokenizer, message, omni.pixels)
+    finally:
+        head[row] = saved
+    assert pushed.kind == "image" and pushed.probability > 0.99
+
+
+# ---------------------------------------------------------------- condition
+
+
+def test_condition_is_in_the_documented_order():
+    markers = Markers(4)
+    h, v, t = (torch.full((n, 4), float(value)) for n, value in ((3, 1), (2, 2), (5, 3)))
+    c = assemble(markers, [t], [v], [h], least=20, most=40)[0]
+    expected = [markers.img_st, h, markers.img_ed, markers.ipl_st, v, markers.ipl_ed,
+                markers.prp_st, t, markers.prp_ed, torch.zeros(4, 4)]  # fmt: skip
+    assert torch.equal(c, torch.cat(expected))
+    alone = assemble(markers, [t], [None], [None], least=0, most=40)[0]
+    assert torch.equal(alone, torch.cat([markers.prp_st, t, markers.prp_ed]))
+
+
+def test_a_condition_that_is_too_long_is_refused(omni):
+    with pytest.raises(ConditionTooLong, match="1 to 64"):
+        omni.condition(["red circle " * 80], [None])
+    with pytest.raises(ConditionTooLong, match="the decoder takes 1 to 10"):
+        assemble(Markers(4), [torch.zeros(9, 4)], [None], [None], least=0, most=10)
+
+
+def test_an_image_uses_the_first_visual_token_only(omni):
+    visual = torch.randn(2, 4, TINY.vision_head.width)
+    image, video = omni.adapted(visual, ["image", "video"])
+    assert len(image) == TINY.adapter.queries and len(video) == 4 * len(image)
+    changed = visual.clone()
+    changed[:, 1:] = 0
+    assert torch.allclose(omni.adapted(changed, ["image", "video"])[0], image, atol=1e-5)
+
+
+# ---------------------------------------------------------------- denoising
+
+
+def test_timesteps_are_the_released_ones():
+    fifty, forty = (unipc(steps, 5.0).timesteps.tolist() for steps in (50, 40))
+    assert (fifty[:3], fifty[-1], len(fifty)) == ([999, 995, 991], 92, 50)
+    assert (forty[:3], forty[-1], len(forty)) == ([999, 994, 989], 113, 40)
+
+
+def run(omni, seed: int, guidance: float = 3.0):
+    condition = omni.condition(["a red circle"], [None])
+    null = omni.null_condition(TINY.negative_prompt, 1)
+    x = noise([seed], (16, 3, 8, 8), torch.device("cpu"))
+    return list(denoise(omni.decoder, x, condition, null, 4, guidance, 5.0))
+
+
+def test_denoising_yields_every_step_and_repeats_bit_for_bit(omni):
+    one, two, other = run(omni, 1), run(omni, 1), run(omni, 2)
+    assert [state.step for state in one] == [1, 2, 3, 4]
+    assert torch.equal(one[-1].latents, two[-1].latents)
+    assert not torch.equal(one[-1].latents, other[-1].latents)
+    assert torch.isfinite(one[-1].guess).all()
+
+
+def test_a_batch_keeps_each_seeds_noise():
+    together = noise([3, 4], (16, 1, 8, 8), torch.device("cpu"))
+    assert torch.equal(together[1], noise([4], (16, 1, 8, 8), torch.device("cpu"))[0])
+
+
+def test_absolute_positions_have_no_weights(omni):
+    assert all(not key.startswith("position") for key in omni.decoder.state_dict())
+    x = torch.zeros(1, 16, 1, 8, 8)
+    out = omni.decoder(x, torch.tensor([500.0]), torch.zeros(1, 8, 192), return_dict=False)[0]
+    assert out.std(dim=(2, 3, 4)).max() > 1e-3  # equal tokens are told apart by their place
+
+
+# ---------------------------------------------------------------- checkpoint
+
+
+def test_a_checkpoint_round_trip_keeps_the_weights(omni, weights):
+    loaded = checkpoint.load(weights)
+    for name in ("mllm", "bridge", "decoder", "text_encoder", "vae"):
+        ours, theirs = getattr(omni, name).state_dict(), getattr(loaded, name).state_dict()
+        assert ours.keys() == theirs.keys()
+        assert all(torch.allclose(ours[key].half().float(), theirs[key]) for key in ours)
+    checkpoint.verify(weights)
+
+
+def spoil(folder, name, change):
+    path = folder / name
+    state = load_file(path)
+    change(state)
+    save_file(state, path, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["transformer/diffusion_pytorch_model.safetensors", "adapter/model.safetensors", "mllm/model.safetensors",
+     "text_encoder/model.safetensors", "vae/diffusion_pytorch_model.safetensors", "markers/model.safetensors"],
+)  # fmt: skip
+@pytest.mark.parametrize("how", ["missing", "unknown", "shape"])
+def test_loading_is_strict(weights, tmp_path, name, how):
+    folder = tmp_path / "tiny"
+    shutil.copytree(weights, folder)
+
+    def change(state):
+        key = next(key for key in sorted(state) if state[key].ndim >= 1 and state[key].numel() > 1)
+        if how == "missing":
+            del state[key]
+        elif how == "unknown":
+            state["nobody.knows.me"] = torch.zeros(3)
+        else:
+            state[key] = torch.zeros(*state[key].shape[:-1], state[key].shape[-1] + 1)
+
+    spoil(folder, name, change)
+    with pytest.raises(CheckpointError, match=name.split("/")[0]):
+        checkpoint.load(folder)
+
+
+def test_damage_and_absence_are_named(weights, tmp_path):
+    folder = tmp_path / "tiny"
+    shutil.copytree(weights, folder)
+    path = folder / "adapter" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\x01")
+    with pytest.raises(CheckpointError, match=r"adapter/model\.safetensors is damaged"):
+        checkpoint.verify(folder)
+    path.unlink()
+    with pytest.raises(CheckpointError, match="missing"):
+        checkpoint.load(folder)
+    with pytest.raises(CheckpointError, match=r"model_index\.json"):
+        checkpoint.load(tmp_path / "nowhere")
+    (folder / "model_index.json").write_text(json.dumps({"format": 9}))
+    with pytest.raises(CheckpointError, match="format"):
+        checkpoint.load(folder)

@@ -1,0 +1,125 @@
+"""Every recipe trains, saves, and resumes in a new process's state to the same losses."""
+
+import json
+
+import pytest
+import torch
+from diffusers import AutoencoderKLWan
+from transformers import UMT5Config, UMT5EncoderModel
+
+from omnivideo.errors import CheckpointError
+from omnivideo.presets import TINY
+from omnivideo.training.optim import optimizers, orthogonalise, rate
+from omnivideo.training.plots import curves, plot_losses
+from omnivideo.training.recipes import decoder, mllm, text, vae, visual_encoder
+from omnivideo.training.trainer import Recipe, Trainer, freeze
+
+STEPS = 6
+
+
+def vae_recipe(request):
+    return vae.vae_recipe((vae.Phase(3, 2, 1, 32), vae.Phase(3, 1, 5, 32)))
+
+
+def text_recipe(request):
+    return text.text_recipe(request.getfixturevalue("text_tokenizer"), steps=STEPS, batch=4)
+
+
+def decoder_recipe(request):
+    torch.manual_seed(0)
+    folder = request.getfixturevalue("tmp_path_factory").getbasetemp() / "cache"
+    model = AutoencoderKLWan(**TINY.vae).eval().requires_grad_(False)
+    stills, clips = (decoder.Captioned(folder, model, video, 8, lambda done, count: None) for video in (False, True))
+    torch.manual_seed(1)
+    encoder = UMT5EncoderModel(UMT5Config(**text.CONFIG))
+    tokenizer = request.getfixturevalue("text_tokenizer")
+    return decoder.decoder_recipe(stills, clips, tokenizer, encoder, steps=STEPS, sizes=(2, 2))
+
+
+def mllm_recipe(request):
+    return mllm.mllm_recipe(request.getfixturevalue("mllm_tokenizer"), steps=STEPS, batch=3)
+
+
+def visual_encoder_recipe(request):
+    return visual_encoder.visual_encoder_recipe(steps=STEPS, batch=2)
+
+
+RECIPES = [vae_recipe, text_recipe, decoder_recipe, mllm_recipe, visual_encoder_recipe]
+
+
+def logged(folder) -> list[float]:
+    return [json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("make", RECIPES, ids=lambda make: make.__name__)
+def test_resume_gives_the_same_losses(make, request, tmp_path):
+    Trainer(make(request), tmp_path / "whole").run()
+    Trainer(make(request), tmp_path / "cut").run(until=2)
+    resumed = Trainer(make(request), tmp_path / "cut")
+    assert resumed.step == 2
+    resumed.run()
+    assert logged(tmp_path / "cut") == pytest.approx(logged(tmp_path / "whole"), abs=1e-6)
+    assert len(logged(tmp_path / "whole")) == STEPS
+
+
+def toy(trainable=("",)) -> Recipe:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 4))
+
+    def loss(step):
+        x = torch.randn(16, 4)
+        return {"loss": (model(x) - x).square().mean()}
+
+    return Recipe("toy", model, trainable, loss, steps=60, lr=2e-2, ema=0.9)
+
+
+def test_only_what_is_named_is_trained(tmp_path):
+    recipe = toy(("1.",))
+    before = {key: value.clone() for key, value in recipe.model.state_dict().items()}
+    Trainer(recipe, tmp_path).run()
+    after = recipe.model.state_dict()
+    assert all(torch.equal(before[key], after[key]) == key.startswith("0.") for key in before)
+    with pytest.raises(AssertionError, match="nothing"):
+        freeze(recipe.model, ("nothing",))
+
+
+def test_training_learns_and_draws_its_losses(tmp_path):
+    Trainer(toy(), tmp_path).run()
+    steps, values = curves(tmp_path / "log.jsonl")["loss"]
+    assert len(steps) == 60 and values[-10:].mean() < 0.5 * values[:10].mean()
+    plot_losses(tmp_path / "log.jsonl", tmp_path / "loss.png", "toy")
+    assert (tmp_path / "loss.png").stat().st_size > 1000
+
+
+def test_a_checkpoint_of_other_parameters_is_refused(tmp_path):
+    Trainer(toy(), tmp_path).run(until=1)
+    with pytest.raises(CheckpointError, match="other parameters"):
+        Trainer(toy(("1.",)), tmp_path)
+
+
+def test_a_log_cut_in_mid_line_is_mended_on_resume(tmp_path):
+    Trainer(toy(), tmp_path).run(until=5)
+    with (tmp_path / "log.jsonl").open("a") as file:
+        file.write('{"step": 6, "loss": 1.0}\n{"step": 7, "lo')
+    Trainer(toy(), tmp_path).run(until=8)
+    assert [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()] == list(range(1, 9))
+
+
+def test_muon_orthogonalises():
+    torch.manual_seed(0)
+    for shape in ((3, 24, 48), (2, 48, 24)):
+        values = torch.linalg.svdvals(orthogonalise(torch.randn(shape), torch.float32))
+        assert values.min() > 0.6 and values.max() < 1.3
+
+
+def test_tables_are_left_to_adam():
+    model = torch.nn.ModuleDict({"embed_tokens": torch.nn.Embedding(5, 4), "proj": torch.nn.Linear(4, 4)})
+    muon, adam = optimizers(model.named_parameters(), 1e-2, 1e-3)
+    assert [p.shape for p in muon.param_groups[0]["params"]] == [(4, 4)]
+    assert len(adam.param_groups[0]["params"]) == 2
+
+
+def test_the_rate_rises_stays_and_falls_to_nothing():
+    shares = [rate(step, 100, warmup=10, decay_from=0.6) for step in range(101)]
+    assert shares[0] == pytest.approx(0.1) and shares[30] == 1 and shares[100] == 0
+    assert shares[60:] == sorted(shares[60:], reverse=True)
