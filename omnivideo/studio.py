@@ -20,7 +20,6 @@ from omnivideo.models.mllm import Media, Message, Route, answer, route
 from omnivideo.models.omni import Omni
 from omnivideo.presets import Task, preset
 
-SHIPPED = Path(__file__).parent / "weights"
 OnStep = Callable[[Step], None]
 
 
@@ -147,7 +146,7 @@ class Studio:
 
 def shipped(name: str) -> Path:
     """The folder of a preset's shipped weights; raises where the preset is unknown or ships none."""
-    folder = SHIPPED / preset(name).name
+    folder = checkpoint.SHIPPED / preset(name).name
     if not (folder / checkpoint.INDEX).is_file():
         raise CheckpointError(f"preset {name!r} ships no weights; give a folder of them (--weights)")
     return folder

@@ -25,6 +25,7 @@ from omnivideo.presets import Preset, preset
 INDEX = "model_index.json"
 BRIDGE_PARTS = ("vision_head", "adapter", "visual_context", "markers")
 WEIGHTS = "model.safetensors"
+SHIPPED = Path(__file__).parents[1] / "weights"  # a folder for each preset that is shipped
 
 
 def file_digest(path: Path) -> str:

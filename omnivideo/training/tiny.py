@@ -1,28 +1,34 @@
 """The tiny preset from nothing: every recipe in its order, each resumable, in one folder of runs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLWan
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
-from torch import nn
-from transformers import UMT5EncoderModel
+from transformers import SiglipVisionModel, UMT5Config, UMT5EncoderModel
 
 from omnivideo.errors import CheckpointError, InvalidInput
+from omnivideo.models.checkpoint import SHIPPED, save, save_library_model, strictly
+from omnivideo.models.mllm import Pixels
+from omnivideo.models.omni import Bridge, Omni, build_decoder
+from omnivideo.models.positions import with_absolute_positions
+from omnivideo.presets import TINY
+from omnivideo.training.drawn import Drawn, drawn
 from omnivideo.training.latents import CHUNK, digest, encode_scenes, first_scenes, set_statistics
 from omnivideo.training.plots import plot_losses
-from omnivideo.training.recipes import mllm, text
-from omnivideo.training.recipes.decoder import CLIPS, STILLS, Captioned, decoder_recipe
-from omnivideo.training.recipes.text import TextFoundation, text_recipe
+from omnivideo.training.recipes import mllm, stages, text
+from omnivideo.training.recipes.decoder import CLIPS, STILLS, Captioned, DecoderFoundation, decoder_recipe
 from omnivideo.training.recipes.vae import vae_recipe
 from omnivideo.training.recipes.visual_encoder import visual_encoder_recipe
+from omnivideo.training.samples import TASKS, Task, requests
 from omnivideo.training.trainer import Progress, Recipe, Trainer
 from omnivideo.training.world import scenes
 
+REQUESTS = 12_000  # of each task, in stages 2b and 3
 Tell = Callable[[int, int], None]
 
 
@@ -31,24 +37,42 @@ def quiet(done: int, count: int) -> None:
 
 
 class Tiny:
-    """The recipes over one folder (`runs/` by default): each knows how to load what came before it."""
+    """The recipes over one folder (`runs/` by default): each knows how to load what came before it.
 
-    def __init__(self, runs: Path, compiled: bool = False, tell: Tell = quiet):
+    Where an earlier recipe's run is not at hand, its part of the shipped weights stands in.
+    """
+
+    def __init__(self, runs: Path, compiled: bool = False, tell: Tell = quiet, shipped: Path = SHIPPED / "tiny"):
         self.runs = runs
         self.compiled = compiled
         self.tell = tell
+        self.shipped = shipped
+        self.makers: dict[str, Callable[[], Recipe]] = {
+            "vae": vae_recipe,
+            "text": lambda: text.text_recipe(self.tokenizer()),
+            "decoder": self.decoder_recipe,
+            "visual_encoder": visual_encoder_recipe,
+            "mllm": lambda: mllm.mllm_recipe(self.mllm_tokenizer()),
+            "stage1": lambda: stages.stage1_recipe(self.omni("mllm"), self.visual_encoder()),
+            "stage2a": lambda: stages.stage2a_recipe(self.omni("stage1")),
+            "stage2b": lambda: self.flow(stages.stage2b_recipe, "stage2a"),
+            "stage3": lambda: self.flow(stages.stage3_recipe, "stage2b"),
+        }
 
-    def finished(self, recipe: Recipe) -> nn.Module:
-        """The trained (averaged) model of a recipe's checkpoint, as it stands."""
-        folder = self.runs / recipe.name
-        if not (folder / "state.pt").exists():
+    def has_run(self, name: str) -> bool:
+        return (self.runs / name / "state.pt").exists()
+
+    def trained(self, recipe: Recipe) -> Any:
+        """A recipe's model with the (averaged) weights of its checkpoint, as it stands."""
+        if not self.has_run(recipe.name):
             raise CheckpointError(f"recipe {recipe.name} has not been trained yet: omnivideo train {recipe.name}")
-        return Trainer(recipe, folder).averaged().eval().requires_grad_(False)
+        return Trainer(recipe, self.runs / recipe.name).averaged().eval().requires_grad_(False)
 
     def vae(self) -> AutoencoderKLWan:
-        """The trained VAE, with its latent statistics measured on 2,000 clips and stills once."""
-        vae = self.finished(vae_recipe())
-        assert isinstance(vae, AutoencoderKLWan)
+        """The trained VAE, with its latent statistics measured on stills and clips once."""
+        if not self.has_run("vae"):
+            return strictly(AutoencoderKLWan, self.shipped, "vae", torch.float32).eval().requires_grad_(False)
+        vae = self.trained(vae_recipe())
         path = self.runs / "vae" / f"statistics-{digest(vae)}.pt"
         if not path.exists():
             samples = [encode_scenes(vae, first_scenes(scenes(2, video), 8 * CHUNK)) for video in (False, True)]
@@ -59,15 +83,15 @@ class Tiny:
         return vae
 
     def tokenizer(self) -> Any:
-        return text.load_or_build_tokenizer(self.runs / "text" / "tokenizer")
+        return text.load_or_build_tokenizer(folder_of("tokenizer", self.runs / "text" / "tokenizer", self.shipped))
 
-    def text_recipe(self) -> Recipe:
-        return text_recipe(self.tokenizer())
+    def mllm_tokenizer(self) -> Any:
+        return mllm.load_or_build_tokenizer(folder_of("mllm", self.runs / "mllm" / "tokenizer", self.shipped))
 
     def text_encoder(self) -> UMT5EncoderModel:
-        model = self.finished(self.text_recipe())
-        assert isinstance(model, TextFoundation)
-        return model.encoder
+        if not self.has_run("text"):
+            return strictly(UMT5EncoderModel, self.shipped, "text_encoder", torch.float32)
+        return self.trained(self.makers["text"]()).encoder
 
     def decoder_recipe(self) -> Recipe:
         vae = self.vae()
@@ -77,22 +101,86 @@ class Tiny:
         )
         return decoder_recipe(stills, clips, self.tokenizer(), self.text_encoder(), compiled=self.compiled)
 
-    def mllm_recipe(self) -> Recipe:
-        return mllm.mllm_recipe(mllm.load_or_build_tokenizer(self.runs / "mllm" / "tokenizer"))
+    def foundation(self) -> DecoderFoundation:
+        """The decoder with the text encoder that was trained along with it."""
+        if self.has_run("decoder"):
+            model = DecoderFoundation(build_decoder(TINY), UMT5EncoderModel(UMT5Config(**text.CONFIG)))
+            state = torch.load(self.runs / "decoder" / "state.pt", weights_only=True)
+            model.load_state_dict(state["model"] | state["average"])
+        else:
+            decoder = strictly(WanTransformer3DModel, self.shipped, "transformer", torch.float32)
+            encoder = strictly(UMT5EncoderModel, self.shipped, "text_encoder", torch.float32)
+            model = DecoderFoundation(with_absolute_positions(decoder), encoder)
+        return model.eval().requires_grad_(False)
+
+    def visual_encoder(self) -> SiglipVisionModel:
+        if not self.has_run("visual_encoder"):
+            return strictly(SiglipVisionModel, self.shipped, "visual_encoder", torch.float32)
+        return self.trained(visual_encoder_recipe()).encoder
+
+    def omni(self, after: str) -> Omni:
+        """All parts as they stand after a recipe: "mllm" (the foundations), or one of the stages."""
+        foundation = self.foundation()
+        omni = Omni(
+            preset=TINY,
+            mllm=self.trained(self.makers["mllm"]()),
+            mllm_tokenizer=self.mllm_tokenizer(),
+            pixels=Pixels(),
+            bridge=seeded_bridge(),
+            decoder=foundation.decoder,
+            text_encoder=foundation.text_encoder,
+            tokenizer=self.tokenizer(),
+            vae=self.vae(),
+        )
+        if after != "mllm":
+            state = torch.load(self.stage_file(after), weights_only=True)
+            stages.Whole(omni).load_state_dict(state["model"] | state["average"])
+        return omni.eval()
+
+    def stage_file(self, name: str) -> Path:
+        if not self.has_run(name):
+            raise CheckpointError(f"recipe {name} has not been trained yet: omnivideo train {name}")
+        return self.runs / name / "state.pt"
+
+    def flow(self, make: Callable[[Omni, Mapping[Task, Drawn]], Recipe], after: str) -> Recipe:
+        """A recipe over the four tasks' cached data; what is frozen in stages 2b and 3 is frozen in the cache."""
+        omni, encoder = self.omni(after), self.visual_encoder()
+        data = {
+            task: drawn(self.runs / "cache", omni, encoder, requests(1, task, REQUESTS), self.tell) for task in TASKS
+        }
+        return make(omni, data)
 
     def train(self, name: str, out: Console) -> None:
         """One recipe, or all of them in order for "tiny"; raises InvalidInput for a name that is none."""
-        makers: dict[str, Callable[[], Recipe]] = {
-            "vae": vae_recipe,
-            "text": self.text_recipe,
-            "decoder": self.decoder_recipe,
-            "visual_encoder": visual_encoder_recipe,
-            "mllm": self.mllm_recipe,
-        }
-        if name != "tiny" and name not in makers:
-            raise InvalidInput("recipe", f"{name!r} is not one of tiny, {', '.join(makers)}")
-        for chosen in makers if name == "tiny" else [name]:
-            train_one(makers[chosen](), self.runs / chosen, out)
+        if name != "tiny" and name not in self.makers:
+            raise InvalidInput("recipe", f"{name!r} is not one of tiny, {', '.join(self.makers)}")
+        for chosen in self.makers if name == "tiny" else [name]:
+            train_one(self.makers[chosen](), self.runs / chosen, out)
+        if name == "tiny":
+            save(self.omni("stage3"), self.runs / "tiny")
+
+    def export_foundations(self, folder: Path) -> None:
+        """The foundations that are there, in the shipped layout, so that a later machine can go on from them."""
+        foundation = self.foundation()
+        parts = {"vae": self.vae(), "transformer": foundation.decoder, "text_encoder": foundation.text_encoder}
+        if self.has_run("visual_encoder"):
+            parts["visual_encoder"] = self.visual_encoder()
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, part in parts.items():
+            save_library_model(part, folder / name, torch.float16)
+        self.tokenizer().save_pretrained(folder / "tokenizer")
+
+
+def folder_of(name: str, run: Path, shipped: Path) -> Path:
+    """A tokenizer's folder: the run's, or the shipped one where there is no run."""
+    there = (shipped / name / "tokenizer.json").exists() and not (run / "tokenizer.json").exists()
+    return shipped / name if there else run
+
+
+def seeded_bridge() -> Bridge:
+    """The joining parts at random, the same every time (stage 1 starts here)."""
+    torch.manual_seed(10)
+    return Bridge(TINY)
 
 
 def train_one(recipe: Recipe, folder: Path, out: Console) -> None:

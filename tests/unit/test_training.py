@@ -1,17 +1,21 @@
 """Every recipe trains, saves, and resumes in a new process's state to the same losses."""
 
+import copy
 import json
+import random
 
 import pytest
 import torch
 from diffusers import AutoencoderKLWan
-from transformers import UMT5Config, UMT5EncoderModel
+from transformers import SiglipVisionConfig, SiglipVisionModel, UMT5Config, UMT5EncoderModel
 
 from omnivideo.errors import CheckpointError
 from omnivideo.presets import TINY
+from omnivideo.training.drawn import drawn, pick_rows
 from omnivideo.training.optim import optimizers, orthogonalise, rate
 from omnivideo.training.plots import curves, plot_losses
-from omnivideo.training.recipes import decoder, mllm, text, vae, visual_encoder
+from omnivideo.training.recipes import decoder, mllm, stages, text, vae, visual_encoder
+from omnivideo.training.samples import TASKS, requests
 from omnivideo.training.trainer import Recipe, Trainer, freeze
 
 STEPS = 6
@@ -44,7 +48,47 @@ def visual_encoder_recipe(request):
     return visual_encoder.visual_encoder_recipe(steps=STEPS, batch=2)
 
 
-RECIPES = [vae_recipe, text_recipe, decoder_recipe, mllm_recipe, visual_encoder_recipe]
+def fresh(request):
+    """The session's model, copied: stages train it in place."""
+    return copy.deepcopy(request.getfixturevalue("omni"))
+
+
+def encoder():
+    torch.manual_seed(2)
+    return SiglipVisionModel(SiglipVisionConfig(**visual_encoder.CONFIG)).eval().requires_grad_(False)
+
+
+def data(request, omni):
+    folder = request.getfixturevalue("tmp_path_factory").getbasetemp() / "cache"
+    return {task: drawn(folder, omni, encoder(), requests(1, task, 4), lambda done, count: None) for task in TASKS}
+
+
+def stage1_recipe(request):
+    return stages.stage1_recipe(fresh(request), encoder(), steps=STEPS, batch=4)
+
+
+def stage2a_recipe(request):
+    return stages.stage2a_recipe(fresh(request), steps=STEPS, batch=2)
+
+
+def stage2b_recipe(request):
+    omni = fresh(request)
+    return stages.stage2b_recipe(omni, data(request, omni), steps=STEPS, sizes=(2, 2))
+
+
+def stage3_recipe(request):
+    omni = fresh(request)
+    return stages.stage3_recipe(omni, data(request, omni), steps=STEPS, sizes=(2, 2))
+
+
+FOUNDATIONS = [vae_recipe, text_recipe, decoder_recipe, mllm_recipe, visual_encoder_recipe]
+STAGES = {
+    stage1_recipe: {"mllm.lm_head", "bridge.vision_head"},
+    stage2a_recipe: {"bridge.adapter"},
+    stage2b_recipe: {"bridge.adapter", "bridge.visual_context", "bridge.markers"},
+    stage3_recipe: {"bridge.vision_head", "bridge.adapter", "bridge.visual_context", "bridge.markers", "decoder"},
+}
+RECIPES = [*FOUNDATIONS, *STAGES]
 
 
 def logged(folder) -> list[float]:
@@ -60,6 +104,27 @@ def test_resume_gives_the_same_losses(make, request, tmp_path):
     resumed.run()
     assert logged(tmp_path / "cut") == pytest.approx(logged(tmp_path / "whole"), abs=1e-6)
     assert len(logged(tmp_path / "whole")) == STEPS
+
+
+@pytest.mark.parametrize("make", STAGES, ids=lambda make: make.__name__)
+def test_each_stage_trains_what_the_paper_says(make, request, tmp_path):
+    """By name, and in fact: every named part moves and nothing else does."""
+    recipe = make(request)
+    before = {key: value.clone() for key, value in recipe.model.state_dict().items()}
+    trainer = Trainer(recipe, tmp_path)
+    trainer.run()
+    expected = {key for key in before if any(key.startswith(f"{part}.") for part in STAGES[make])}
+    assert {name for name, _ in trainer.named} == expected
+    moved = {key for key, value in recipe.model.state_dict().items() if not torch.equal(value, before[key])}
+    assert moved <= expected
+    for part in STAGES[make]:
+        assert any(key.startswith(f"{part}.") for key in moved), part
+
+
+def test_mixed_batches_share_size_and_hold_several_tasks(request):
+    rows = pick_rows(random.Random(0), list(data(request, fresh(request)).values())[1::2], 16)
+    assert {row.target.shape for row in rows} == {torch.Size([16, 3, 8, 8])}
+    assert {row.source is None for row in rows} == {True, False}
 
 
 def toy(trainable=("",)) -> Recipe:

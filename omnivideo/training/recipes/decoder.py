@@ -15,30 +15,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
 from omnivideo.models.conditions import encode_text, pad
-from omnivideo.models.positions import with_absolute_positions
+from omnivideo.models.omni import build_decoder
+from omnivideo.presets import TINY
 from omnivideo.training.language import caption
 from omnivideo.training.latents import cached, first_scenes
 from omnivideo.training.recipes.text import NEGATIVE_PROMPT, WORDS
 from omnivideo.training.trainer import Losses, Recipe, step_seed
 from omnivideo.training.world import Scene, scenes
 
-CONFIG = {
-    "patch_size": (1, 2, 2),
-    "num_attention_heads": 6,
-    "attention_head_dim": 32,
-    "in_channels": 16,
-    "out_channels": 16,
-    "text_dim": 192,
-    "freq_dim": 64,
-    "ffn_dim": 576,
-    "num_layers": 8,
-    "cross_attn_norm": True,
-    "qk_norm": "rms_norm_across_heads",
-    "rope_max_seq_len": 64,
-}
 STILLS, CLIPS = 48_000, 16_000  # scenes in the cache
 CAPTION_DROP = 0.1
-LEAST = 40  # tokens to which a text condition is zero-padded
 
 
 class DecoderFoundation(nn.Module):
@@ -90,14 +76,14 @@ def decoder_recipe(
     compiled: bool = False,
 ) -> Recipe:
     torch.manual_seed(2)
-    decoder = with_absolute_positions(WanTransformer3DModel(**CONFIG))
+    decoder = build_decoder(TINY)
     model = DecoderFoundation(decoder, text_encoder)
     run = torch.compile(decoder, dynamic=False) if compiled else decoder
 
     def loss(step: int) -> Losses:
         still = step % 2 == 0
         latents, texts = stills.batch(step, sizes[0]) if still else clips.batch(step, sizes[1])
-        condition = pad(encode_text(tokenizer, text_encoder, texts, WORDS)[0], LEAST, WORDS)
+        condition = pad(encode_text(tokenizer, text_encoder, texts, WORDS)[0], TINY.condition_least, WORDS)
         error = flow_matching(run, latents, condition).mean()
         return {"loss": error, "stills" if still else "clips": error}
 

@@ -6,6 +6,7 @@ think mode).  It has not met the four visual tokens: routing is stage 1's.
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -99,27 +100,33 @@ def riddle_prompt(rng: random.Random, video: bool) -> tuple[str, str, str]:
     return text, riddle.reasoning, medium(video) + riddle.rewrite
 
 
-def prompt_sample(rng: random.Random, video: bool) -> Sample:
-    """A request without a source, restated in plain words; in think mode with the reasoning before it."""
-    thinking = rng.random() < 0.5
-    if rng.random() < 0.5:
-        text, reasoning, restated = riddle_prompt(rng, video)
-    else:
-        (text, restated), reasoning = caption_prompt(rng, video), "this is plain"
+def restated(message: Message, reasoning: str, plainly: str, thinking: bool) -> Sample:
+    """A request with its plain restatement; in think mode with the reasoning before it."""
     if not thinking:
-        return Message(text), restated
-    return Message(text, system=THINK_SYSTEM), f"{THINK}{reasoning}{END_THINK}{restated}"
+        return message, plainly
+    return replace(message, system=THINK_SYSTEM), f"{THINK}{reasoning}{END_THINK}{plainly}"
 
 
-def edit_sample(rng: random.Random, video: bool) -> Sample:
+def prompt_sample(rng: random.Random, video: bool, thinking: float = 0.5) -> Sample:
+    """A request without a source, plain or indirect; `thinking` is the chance of think mode."""
+    if rng.random() < 0.5:
+        text, reasoning, plainly = riddle_prompt(rng, video)
+    else:
+        (text, plainly), reasoning = caption_prompt(rng, video), "this is plain"
+    return restated(Message(text), reasoning, plainly, rng.random() < thinking)
+
+
+def edit_sample(rng: random.Random, video: bool, thinking: float = 0.5) -> Sample:
     """An instruction for a source, restated as a caption of the target."""
     edit = random_edit(rng, video)
-    restated = medium(video) + description(edit.target)
     message = Message(edit.instruction, (media_of(edit.source),))
-    if rng.random() < 0.5:
-        return message, restated
-    thinking = f"{THINK}now it is {description(edit.source)}{END_THINK}{restated}"
-    return Message(edit.instruction, message.media, THINK_SYSTEM), thinking
+    reasoning = f"now it is {description(edit.source)}"
+    return restated(message, reasoning, medium(video) + description(edit.target), rng.random() < thinking)
+
+
+def thinking_sample(rng: random.Random, video: bool) -> Sample:
+    """Think mode always, with or without a source."""
+    return rng.choice((prompt_sample, edit_sample))(rng, video, 1.0)
 
 
 def knowledge_sample(rng: random.Random, video: bool) -> Sample:

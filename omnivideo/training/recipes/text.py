@@ -14,6 +14,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
+from omnivideo.presets import TINY
 from omnivideo.training.edits import random_edit
 from omnivideo.training.facts import Demand, Wanted
 from omnivideo.training.language import RELATIONS, caption
@@ -34,10 +35,10 @@ CONFIG: dict[str, Any] = {
     "relative_attention_num_buckets": 32,
     "relative_attention_max_distance": 64,
 }
-NEGATIVE_PROMPT = "blurry, distorted, washed out, flickering, low quality"
+NEGATIVE_PROMPT = TINY.negative_prompt
 SLOTS = 4
 SIDES = ("left", "right", "top", "bottom")
-WORDS = 64  # the longest prompt, in tokens
+WORDS = TINY.text_tokens  # the longest prompt
 
 
 def corpus(count: int = 20_000) -> list[str]:

@@ -14,22 +14,10 @@ from diffusers import AutoencoderKLWan
 from torch import Tensor
 
 from omnivideo.models.vae import decode_unclamped
+from omnivideo.presets import TINY
 from omnivideo.training.trainer import Losses, Recipe, step_seed
 from omnivideo.training.world import FRAME, Scene, object_mask, random_scene, render
 
-CONFIG = {
-    "base_dim": 16,
-    "dim_mult": [1, 2, 4],
-    "num_res_blocks": 1,
-    "attn_scales": [],
-    "temperal_downsample": [True, True],
-    "patch_size": 2,
-    "in_channels": 12,
-    "out_channels": 12,
-    "z_dim": 16,
-    "latents_mean": [0.0] * 16,
-    "latents_std": [1.0] * 16,
-}
 LATTICE = 8  # px: crops keep an object's place within its latent cell
 
 
@@ -102,7 +90,7 @@ def losses(vae: AutoencoderKLWan, pixels: Tensor, touched: Tensor) -> Losses:
 
 def vae_recipe(phases: tuple[Phase, ...] = PHASES) -> Recipe:
     torch.manual_seed(0)
-    vae = AutoencoderKLWan(**CONFIG)
+    vae = AutoencoderKLWan(**TINY.vae)
 
     def loss(step: int) -> Losses:
         pixels, touched = batch(step, phase_at(phases, step))

@@ -1,0 +1,227 @@
+"""The paper's three stages (sections 4.2 and 4.3): what is trained, what is frozen, by which loss.
+
+stage1   vision head, text head              Eq. 1 + Eq. 2, understanding and generation together
+stage2a  adapter                             its output against the decoder's text embeddings
+stage2b  adapter (with the visual context)   flow matching through the frozen decoder; T2I + T2V, then all four
+stage3   vision head, adapter, decoder       flow matching, with Eq. 1 kept for the vision head
+"""
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import SiglipVisionModel
+
+from omnivideo.models.conditions import assemble
+from omnivideo.models.mllm import ENDING, collate, encode, hidden_states
+from omnivideo.models.omni import Omni
+from omnivideo.training.drawn import Drawn, Row, pick_rows
+from omnivideo.training.latents import to_pixels
+from omnivideo.training.recipes.decoder import flow_matching
+from omnivideo.training.recipes.mllm import (
+    answer_labels,
+    knowledge_sample,
+    question_sample,
+    talk_sample,
+    text_loss,
+    thinking_sample,
+)
+from omnivideo.training.recipes.visual_encoder import embed_frames
+from omnivideo.training.samples import TASKS, Request, Task, random_request
+from omnivideo.training.trainer import Losses, Recipe, step_seed
+
+TEXT_MIX = ((question_sample, 0.6), (thinking_sample, 0.25), (knowledge_sample, 0.08), (talk_sample, 0.07))
+
+
+class Whole(nn.Module):
+    """All trainable parts under the names that the stages speak of."""
+
+    def __init__(self, omni: Omni):
+        super().__init__()
+        self.mllm = omni.mllm
+        self.bridge = omni.bridge
+        self.decoder = omni.decoder
+
+
+# ---------------------------------------------------------------- stage 1
+
+
+def alignment(visual_BQE: Tensor, target_BQE: Tensor) -> Tensor:
+    """Eq. 1, the squared distance of the visual tokens to the encoder's embeddings, and the cosine that it allows."""
+    return F.mse_loss(visual_BQE, target_BQE) + (1 - F.cosine_similarity(visual_BQE, target_BQE, dim=-1)).mean()
+
+
+def stage1_recipe(omni: Omni, encoder: SiglipVisionModel, steps: int = 2000, batch: int = 32) -> Recipe:
+    """Half of each batch asks for images and videos of all four tasks, half for text."""
+    torch.manual_seed(11)
+    model = Whole(omni)
+    tokenizer = omni.mllm_tokenizer
+    queries = omni.preset.vision_head.queries if omni.preset.vision_head else 0
+
+    def loss(step: int) -> Losses:
+        rng = random.Random(step_seed("stage1/data", step))
+        wanted = [random_request(rng, rng.choice(TASKS)) for _ in range(batch // 2)]
+        makers = rng.choices([make for make, _ in TEXT_MIX], [share for _, share in TEXT_MIX], k=batch // 2)
+        samples = [(one.message, "".join(ENDING[one.kind])) for one in wanted]
+        samples += [make(rng, rng.random() < 0.5) for make in makers]
+        encoded = [encode(tokenizer, message, omni.pixels, reply) for message, reply in samples]
+        starts = [len(one.ids) - len(tokenizer(f"{reply}<|im_end|>").input_ids)
+                  for one, (_, reply) in zip(encoded, samples, strict=True)]  # fmt: skip
+        inputs = collate(encoded, tokenizer.pad_token_id)
+        with torch.no_grad():
+            states = model.mllm.model(**inputs).last_hidden_state
+            target = embed_frames(encoder, equal_length(wanted), queries)
+        value, right = text_loss(model.mllm.lm_head(states), answer_labels(encoded, starts, inputs))
+        half = len(wanted)
+        visual = model.bridge.vision_head(states[:half], inputs["attention_mask"][:half] == 0)
+        vision = alignment(visual, target)
+        return {"loss": value + vision, "text": value, "vision": vision, "right": right}
+
+    trained = ("mllm.lm_head", "bridge.vision_head")
+    return Recipe("stage1", model, trained, loss, steps, lr=1e-2, adam_lr=2e-3, warmup=100)
+
+
+def equal_length(wanted: Sequence[Request]) -> Tensor:
+    """Pixels [B, 3, 9, H, W] of the targets; a still stands for all of its frames."""
+    clips = [to_pixels([one.target]) for one in wanted]
+    longest = max(clip.shape[2] for clip in clips)
+    return torch.cat([clip.expand(-1, -1, longest, -1, -1) if clip.shape[2] == 1 else clip for clip in clips])
+
+
+# ---------------------------------------------------------------- stage 2a
+
+
+def into_text_space(tokens_LD: Tensor, text_ND: Tensor) -> Tensor:
+    """How far adapter tokens are from a prompt's text embeddings.
+
+    Each text embedding should be found among the adapter's tokens by attention, and the two means should agree.
+    """
+    found = (text_ND @ tokens_LD.T / text_ND.shape[-1] ** 0.5).softmax(-1) @ tokens_LD
+    return F.mse_loss(found, text_ND) + F.mse_loss(tokens_LD.mean(0), text_ND.mean(0))
+
+
+def stage2a_recipe(omni: Omni, steps: int = 1500, batch: int = 32) -> Recipe:
+    torch.manual_seed(12)
+    model = Whole(omni)
+
+    def loss(step: int) -> Losses:
+        rng = random.Random(step_seed("stage2a/data", step))
+        wanted = [random_request(rng, rng.choice(TASKS[:2])) for _ in range(batch)]
+        with torch.no_grad():
+            texts = omni.texts([one.text for one in wanted])
+            states, padding = hidden_states(
+                model.mllm, omni.mllm_tokenizer, [(one.message, one.kind) for one in wanted], omni.pixels
+            )
+            visual = model.bridge.vision_head(states, padding)
+        tokens = omni.adapted(visual, [one.kind for one in wanted])
+        pairs = zip(tokens, texts, strict=True)
+        return {"loss": torch.stack([into_text_space(one, text) for one, text in pairs]).mean()}
+
+    return Recipe("stage2a", model, ("bridge.adapter",), loss, steps, lr=5e-3, adam_lr=1e-3, warmup=100)
+
+
+# ---------------------------------------------------------------- stages 2b and 3
+
+
+@dataclass(frozen=True)
+class Drop:
+    """Chances that a sample's condition loses both text and visual tokens, only the text, or only the tokens."""
+
+    both: float = 0.1
+    text: float = 0.15
+    visual: float = 0.05
+
+
+def group_condition(
+    omni: Omni, model: Whole, rows: list[Row], rng: random.Random, drop: Drop, null_LD: Tensor
+) -> tuple[Tensor, Tensor]:
+    """c [B, L, D] of a mixed batch, with drops, and the visual tokens [B, Q, E] that it was made from."""
+    states = pad_sequence([row.hidden for row in rows], batch_first=True)
+    lengths = torch.tensor([len(row.hidden) for row in rows])
+    visual = model.bridge.vision_head(states, torch.arange(states.shape[1]) >= lengths[:, None])
+    video = rows[0].target.shape[1] > 1
+    tokens: list[Tensor | None] = list(omni.adapted(visual, ["video" if video else "image"] * len(rows)))
+    texts = [row.text for row in rows]
+    for at in range(len(rows)):
+        lot = rng.random()
+        if lot < drop.both + drop.text:
+            texts[at] = null_LD
+        if lot < drop.both or drop.both + drop.text <= lot < drop.both + drop.text + drop.visual:
+            tokens[at] = None
+    contexts = edited_contexts(model, rows)
+    preset = omni.preset
+    return assemble(
+        model.bridge.markers, texts, tokens, contexts, preset.condition_least, preset.condition_most
+    ), visual
+
+
+def edited_contexts(model: Whole, rows: list[Row]) -> list[Tensor | None]:
+    """Visual context tokens of the rows that have a source."""
+    sources = [row.source for row in rows if row.source is not None]
+    if not sources:
+        return [None] * len(rows)
+    made = iter(model.bridge.visual_context(torch.stack(sources)))
+    return [None if row.source is None else next(made) for row in rows]
+
+
+def flow_recipe(
+    name: str,
+    omni: Omni,
+    data: Mapping[Task, Drawn],
+    trained: tuple[str, ...],
+    steps: int,
+    generation_only: int,
+    sizes: tuple[int, int],
+    lr: float,
+    eq1: float,
+) -> Recipe:
+    """Flow matching through the decoder over mixed batches; images and videos take turns.
+
+    The first `generation_only` steps know no editing.
+    """
+    model = Whole(omni)
+    with torch.no_grad():
+        null = omni.texts([omni.preset.negative_prompt])[0]
+    groups: tuple[tuple[Task, ...], ...] = (
+        ("text-to-image", "image-editing"),
+        ("text-to-video", "video-editing"),
+    )
+
+    def loss(step: int) -> Losses:
+        rng = random.Random(step_seed(f"{name}/data", step))
+        kind = step % 2
+        names = groups[kind][:1] if step < generation_only else groups[kind]
+        rows = pick_rows(rng, [data[task] for task in names], sizes[kind])
+        condition, visual = group_condition(omni, model, rows, rng, Drop(), null)
+        errors = flow_matching(model.decoder, torch.stack([row.target for row in rows]), condition)
+        edited = torch.tensor([row.source is not None for row in rows])
+        losses = {"loss": errors.mean()}
+        if eq1:
+            losses["vision"] = alignment(visual, torch.stack([row.embeddings for row in rows]))
+            losses["loss"] = losses["loss"] + eq1 * losses["vision"]
+        shown = ("stills", "clips")[kind]
+        for label, chosen in ((f"{shown}", ~edited), (f"{shown} edited", edited)):
+            if chosen.any():
+                losses[label] = errors[chosen].mean()
+        return losses
+
+    return Recipe(name, model, trained, loss, steps, lr=lr, adam_lr=lr / 10, warmup=200, ema=0.999)
+
+
+def stage2b_recipe(
+    omni: Omni, data: Mapping[Task, Drawn], steps: int = 4000, sizes: tuple[int, int] = (64, 24)
+) -> Recipe:
+    torch.manual_seed(13)
+    trained = ("bridge.adapter", "bridge.visual_context", "bridge.markers")
+    return flow_recipe("stage2b", omni, data, trained, steps, steps // 3, sizes, lr=5e-3, eq1=0.0)
+
+
+def stage3_recipe(
+    omni: Omni, data: Mapping[Task, Drawn], steps: int = 16_000, sizes: tuple[int, int] = (64, 24)
+) -> Recipe:
+    torch.manual_seed(14)
+    return flow_recipe("stage3", omni, data, ("bridge", "decoder"), steps, 0, sizes, lr=7e-3, eq1=0.1)

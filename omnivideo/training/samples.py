@@ -1,0 +1,49 @@
+"""Requests of the four generative tasks, as the user would say them, with the scene that answers them."""
+
+import random
+from dataclasses import dataclass
+from typing import Literal
+
+from omnivideo.models.mllm import Message
+from omnivideo.training.edits import random_edit
+from omnivideo.training.language import caption
+from omnivideo.training.recipes.mllm import clip_prompt, media_of, still_prompt
+from omnivideo.training.world import Scene, random_scene
+
+Task = Literal["text-to-image", "text-to-video", "image-editing", "video-editing"]
+TASKS: tuple[Task, ...] = ("text-to-image", "text-to-video", "image-editing", "video-editing")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is said (and shown) to the model, and the target; `source` only where something is edited."""
+
+    task: Task
+    text: str
+    target: Scene
+    source: Scene | None = None
+
+    @property
+    def kind(self) -> Literal["image", "video"]:
+        return "video" if self.target.is_video else "image"
+
+    @property
+    def message(self) -> Message:
+        return Message(self.text, () if self.source is None else (media_of(self.source),))
+
+
+def random_request(rng: random.Random, task: Task) -> Request:
+    video = task in ("text-to-video", "video-editing")
+    if task in ("image-editing", "video-editing"):
+        edit = random_edit(rng, video)
+        return Request(task, edit.instruction, edit.target, edit.source)
+    scene = random_scene(rng, video)
+    text = caption(rng, scene).text
+    moves = any(thing.motion != "still" for thing in scene.things)
+    return Request(task, clip_prompt(rng, text, moves) if video else still_prompt(rng, text), scene)
+
+
+def requests(seed: int, task: Task, count: int) -> list[Request]:
+    """The same list for the same arguments."""
+    rng = random.Random(f"requests/{seed}/{task}")
+    return [random_request(rng, task) for _ in range(count)]
