@@ -143,6 +143,36 @@ def understand(
 
 
 @app.command()
+def evaluate(
+    preset: Annotated[str, typer.Argument(help="tiny: its world has a scorer.")] = "tiny",
+    weights: Weights = None,
+    device: Device = "auto",
+    count: Annotated[int, typer.Option(min=1, max=10_000, help="Held-out prompts a category.")] = 50,
+    report: Annotated[Optional[Path], typer.Option(help="Write the scores as JSON.")] = None,  # noqa: UP045
+) -> None:
+    """Score a preset on held-out prompts, edits, questions and routes."""
+    from omnivideo.evaluation.report import as_json, as_table
+    from omnivideo.evaluation.suite import everything
+
+    if preset != "tiny":
+        raise InvalidInput("preset", f"{preset!r} has no world to be scored in; use tiny")
+    studio = open_studio(preset, weights, device)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=err, transient=True) as bar:
+        rows: dict[str, Any] = {}
+
+        def tell(name: str, done: int, total: int) -> None:
+            if name not in rows:
+                rows[name] = bar.add_task(name)
+            bar.update(rows[name], completed=done, total=total)
+
+        scores = everything(studio.omni, count, tell)
+    out.print(as_table(scores))
+    if report is not None:
+        report.write_text(as_json(scores))
+
+
+@app.command()
 def train(
     recipe: Annotated[str, typer.Argument(help="tiny for all of them in order, or one recipe's name.")],
     runs: Annotated[Path, typer.Option(help="Folder of checkpoints, logs and plots.")] = Path("runs"),

@@ -29,6 +29,12 @@ def orthogonalise(m_NRC: Tensor, precision: torch.dtype) -> Tensor:
     return (x.mT if tall else x).to(m_NRC.dtype)
 
 
+def fast_precision() -> torch.dtype:
+    """bf16 where matrix products in it are fast (the iteration does not need more), else fp32."""
+    native = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+    return torch.bfloat16 if native or torch.cuda.is_available() else torch.float32
+
+
 class Muon(torch.optim.Optimizer):
     """Nesterov momentum, orthogonalised; decoupled weight decay.  Weights need two or more dimensions."""
 
@@ -38,10 +44,10 @@ class Muon(torch.optim.Optimizer):
         lr: float,
         momentum: float = 0.95,
         weight_decay: float = 0.0,
-        precision: torch.dtype = torch.float32,
+        precision: torch.dtype | None = None,
     ):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
-        self.precision = precision
+        self.precision = precision or fast_precision()
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -77,7 +83,6 @@ def optimizers(
     lr: float,
     adam_lr: float,
     weight_decay: float = 0.0,
-    precision: torch.dtype = torch.float32,
 ) -> list[torch.optim.Optimizer]:
     """Muon over the matrices at `lr` and Adam over the rest at `adam_lr`; groups remember their peak rate."""
     named = list(named)
@@ -85,7 +90,7 @@ def optimizers(
     rest = [parameter for name, parameter in named if not is_matrix(name, parameter)]
     built: list[torch.optim.Optimizer] = []
     if matrices:
-        built.append(Muon(matrices, lr=lr, weight_decay=weight_decay, precision=precision))
+        built.append(Muon(matrices, lr=lr, weight_decay=weight_decay))
     if rest:
         built.append(torch.optim.Adam(rest, lr=adam_lr, betas=(0.9, 0.98), eps=1e-8))
     for optimizer in built:

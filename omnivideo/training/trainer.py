@@ -74,7 +74,7 @@ class Trainer:
         self.folder = folder
         self.step = 0
         self.named = freeze(recipe.model, recipe.trainable)
-        self.built = optimizers(self.named, recipe.lr, recipe.adam_lr, recipe.weight_decay, recipe.precision)
+        self.built = optimizers(self.named, recipe.lr, recipe.adam_lr, recipe.weight_decay)
         self.average = {name: p.detach().clone() for name, p in self.named} if recipe.ema else {}
         folder.mkdir(parents=True, exist_ok=True)
         if self.state_file.exists():

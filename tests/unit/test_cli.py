@@ -12,6 +12,8 @@ from omnivideo import Studio
 from omnivideo.backends.decoder.video import read_media, write_media
 from omnivideo.cli import main
 from omnivideo.errors import CheckpointError, InvalidInput
+from omnivideo.evaluation.report import GOALS
+from omnivideo.presets import PRESETS, TINY
 from omnivideo.training.world import render, scenes
 
 
@@ -150,3 +152,14 @@ def test_help_and_import_are_light():
     code = f"import sys, omnivideo, omnivideo.cli; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_evaluate_scores_every_category(run, weights, tmp_path, monkeypatch):
+    """Over weights at random: that the whole suite runs and writes its figures, not what they are."""
+    steps = {task: chosen.model_copy(update={"steps": 1}) for task, chosen in TINY.sampling.items()}
+    monkeypatch.setitem(PRESETS, "tiny", TINY.model_copy(update={"sampling": steps}))
+    code, text, err = run("evaluate", "tiny", "--count", 2, "--weights", weights, "--report", tmp_path / "scores.json")
+    assert code == 0, err
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert set(GOALS) <= set(scores)
+    assert scores["single"]["count"] == 2 and "colour attribution" in text

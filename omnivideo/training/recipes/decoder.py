@@ -25,6 +25,7 @@ from omnivideo.training.world import Scene, scenes
 
 STILLS, CLIPS = 48_000, 16_000  # scenes in the cache
 CAPTION_DROP = 0.1
+TEXT_STEPS = 800  # the text encoder learns along for so long, then it is left as it is (a third of the cost)
 
 
 class DecoderFoundation(nn.Module):
@@ -83,7 +84,9 @@ def decoder_recipe(
     def loss(step: int) -> Losses:
         still = step % 2 == 0
         latents, texts = stills.batch(step, sizes[0]) if still else clips.batch(step, sizes[1])
-        condition = pad(encode_text(tokenizer, text_encoder, texts, WORDS)[0], TINY.condition_least, WORDS)
+        with torch.set_grad_enabled(step < TEXT_STEPS and torch.is_grad_enabled()):
+            text = encode_text(tokenizer, text_encoder, texts, WORDS)[0]
+        condition = pad(text, TINY.condition_least, WORDS)
         error = flow_matching(run, latents, condition).mean()
         return {"loss": error, "stills" if still else "clips": error}
 
