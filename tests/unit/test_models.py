@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from diffusers import UniPCMultistepScheduler, WanPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -149,6 +150,27 @@ def test_denoising_yields_every_step_and_repeats_bit_for_bit(omni):
     assert torch.equal(one[-1].latents, two[-1].latents)
     assert not torch.equal(one[-1].latents, other[-1].latents)
     assert torch.isfinite(one[-1].guess).all()
+
+
+class ReleasedLevels(UniPCMultistepScheduler):
+    """diffusers' scheduler at the released code's noise levels, as `unipc` sets them."""
+
+    def set_timesteps(self, num_inference_steps=None, device=None, **rest):
+        super().set_timesteps(sigmas=np.linspace(0.999, 0, num_inference_steps + 1)[:-1], device=device)
+
+
+def test_the_loop_equals_diffusers_own_pipeline(omni):
+    """Same weights, noise, condition and noise levels: the same latents as `WanPipeline`."""
+    scheduler = ReleasedLevels(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0)
+    theirs = WanPipeline(omni.tokenizer, omni.text_encoder, omni.vae, scheduler, omni.decoder)
+    theirs.set_progress_bar_config(disable=True)
+    latents = theirs(
+        prompt_embeds=omni.condition(["a red circle"], [None]),
+        negative_prompt_embeds=omni.null_condition(TINY.negative_prompt, 1),
+        height=64, width=64, num_frames=9, num_inference_steps=4, guidance_scale=3.0, output_type="latent",
+        latents=noise([1], (16, 3, 8, 8), torch.device("cpu")),
+    ).frames  # fmt: skip
+    assert torch.allclose(latents, run(omni, 1)[-1].latents, atol=1e-5)
 
 
 def test_a_batch_keeps_each_seeds_noise():

@@ -1,0 +1,73 @@
+"""Our denoising and decoding against diffusers' own WanPipeline: same weights, steps, size and condition, in turns.
+
+python benchmarks/pipeline.py [--weights FOLDER] [--steps 20] [--runs 7]
+"""
+
+import argparse
+import platform
+import statistics
+import time
+import warnings
+from pathlib import Path
+
+import torch
+from diffusers import UniPCMultistepScheduler, WanPipeline
+
+from omnivideo.backends.decoder.pipeline import to_frames
+from omnivideo.models.checkpoint import load
+from omnivideo.models.omni import Omni
+from omnivideo.models.sampling import denoise, noise
+from omnivideo.models.vae import decode
+from omnivideo.studio import shipped
+
+GUIDANCE, SHIFT = 3.0, 5.0
+
+
+def ours(omni: Omni, condition: torch.Tensor, null: torch.Tensor, steps: int) -> float:
+    began = time.perf_counter()
+    x = noise([0], (16, 3, 8, 8), omni.device)
+    for state in denoise(omni.decoder, x, condition, null, steps, GUIDANCE, SHIFT):
+        x = state.latents
+    with torch.no_grad():
+        to_frames(decode(omni.vae, x))
+    return time.perf_counter() - began
+
+
+def theirs(pipeline: WanPipeline, condition: torch.Tensor, null: torch.Tensor, steps: int) -> float:
+    began = time.perf_counter()
+    pipeline(
+        prompt_embeds=condition, negative_prompt_embeds=null, height=64, width=64, num_frames=9,
+        num_inference_steps=steps, guidance_scale=GUIDANCE, generator=torch.Generator().manual_seed(0),
+    )  # fmt: skip
+    return time.perf_counter() - began
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--weights", type=Path, default=None)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--runs", type=int, default=7)
+    given = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    omni = load(given.weights or shipped("tiny"))
+    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=SHIFT)
+    pipeline = WanPipeline(
+        tokenizer=omni.tokenizer, text_encoder=omni.text_encoder, transformer=omni.decoder, vae=omni.vae,
+        scheduler=scheduler,
+    )  # fmt: skip
+    pipeline.set_progress_bar_config(disable=True)
+    with torch.no_grad():
+        condition = omni.condition(["a small red circle moving right"], [None])
+        null = omni.null_condition(omni.preset.negative_prompt, 1)
+    pairs = [
+        (ours(omni, condition, null, given.steps), theirs(pipeline, condition, null, given.steps))
+        for _ in range(given.runs + 1)
+    ][1:]
+    mine, other = (statistics.median(column) for column in zip(*pairs, strict=True))
+    ratio = statistics.median(a / b for a, b in pairs)
+    print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    print(f"ours {mine:.3f} s, WanPipeline {other:.3f} s, ratio {ratio:.3f} ({given.steps} steps, {given.runs} runs)")
+
+
+if __name__ == "__main__":
+    main()
