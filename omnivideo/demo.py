@@ -35,7 +35,7 @@ def main(folder: Path, out: Console) -> None:
     studio = Studio()
     rows, captions = [], []
     for name, source, words in TURNS:
-        result = studio.edit(folder / source, words) if source else studio.generate(words)
+        result = studio.edit(folder / source, words) if source else studio.generate(words, image=name.endswith(".png"))
         result.save(folder / name)
         seconds = sum(result.manifest.seconds.values())
         out.print(f"[bold]{words}[/bold]\n  {name}, {seconds:.1f} s; the scorer sees: {facts(result)}")

@@ -15,6 +15,7 @@ import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, Qwen3VLForConditionalGeneration, UMT5EncoderModel
+from transformers.utils import logging
 
 from omnivideo.errors import CheckpointError
 from omnivideo.models.mllm import Pixels
@@ -96,6 +97,7 @@ def verify(folder: Path) -> None:
 def load(folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Omni:
     """All parts of the preset that the folder's index names, in evaluation mode."""
     chosen = preset(read_index(folder)["preset"])
+    logging.disable_progress_bar()  # transformers draws one for each part, whatever the size
     decoder = strictly(WanTransformer3DModel, folder, "transformer", dtype)
     omni = Omni(
         preset=chosen,

@@ -70,7 +70,7 @@ def encode_text(
 
     Raises ConditionTooLong where a prompt has more than `most` tokens.
     """
-    tokens = tokenizer(list(prompts), padding=True, return_tensors="pt")
+    tokens = tokenizer(list(prompts), padding=True, return_tensors="pt", verbose=False)
     ids, mask = (tokens[name].to(encoder.device) for name in ("input_ids", "attention_mask"))
     if ids.shape[1] > most:
         raise ConditionTooLong("prompt", f"it has {ids.shape[1]} tokens; the text encoder takes 1 to {most}")

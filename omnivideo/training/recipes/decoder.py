@@ -90,4 +90,6 @@ def decoder_recipe(
         error = flow_matching(run, latents, condition).mean()
         return {"loss": error, "stills" if still else "clips": error}
 
-    return Recipe("decoder", model, ("",), loss, steps=steps, lr=1e-2, adam_lr=1e-3, warmup=200, decay_from=0.5, ema=0.999)
+    return Recipe(
+        "decoder", model, ("",), loss, steps=steps, lr=1e-2, adam_lr=1e-3, warmup=200, decay_from=0.5, ema=0.999
+    )

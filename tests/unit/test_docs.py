@@ -1,0 +1,66 @@
+"""The README's examples run as they stand, over weights at random in the shipped place and with few steps."""
+
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+from omnivideo.cli import main
+from omnivideo.models import checkpoint
+from omnivideo.presets import PRESETS, TINY
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+LONG = ("evaluate", "train")  # run by tests of their own
+
+
+@pytest.fixture(autouse=True)
+def shipped(monkeypatch, weights, tmp_path):
+    """A folder to work in, with the weights where the package ships them."""
+    steps = {task: chosen.model_copy(update={"steps": 1}) for task, chosen in TINY.sampling.items()}
+    monkeypatch.setitem(PRESETS, "tiny", TINY.model_copy(update={"sampling": steps}))
+    monkeypatch.setattr(checkpoint, "SHIPPED", weights.parent)
+    monkeypatch.chdir(tmp_path)
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.S)
+
+
+def test_command_lines(monkeypatch, tmp_path):
+    lines = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("omnivideo ")]
+    commands = [shlex.split(line, comments=True) for line in lines]
+    assert {command[1] for command in commands} >= {"generate", "edit", "understand", "evaluate", "train", "doctor"}
+    for command in commands:
+        if command[1] not in LONG:
+            monkeypatch.setattr(sys, "argv", command)
+            with pytest.raises(SystemExit) as caught:
+                main()
+            assert not caught.value.code, command
+    assert (tmp_path / "clip.mp4").exists() and (tmp_path / "blue.mp4.json").exists()
+
+
+def test_python(tmp_path):
+    (block,) = blocks("python")
+    exec(compile(block, "README.md", "exec"), {})
+    assert (tmp_path / "clip.mp4").exists()
+
+
+def test_the_demo_runs(tmp_path):
+    from rich.console import Console
+
+    from omnivideo.demo import TURNS
+    from omnivideo.demo import main as demo
+
+    demo(tmp_path / "demo", Console())
+    made = {path.name for path in (tmp_path / "demo").iterdir()}
+    assert made >= {name for name, _, _ in TURNS} | {"contact-sheet.png"}
+
+
+def test_links_and_rooms_exist():
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
+    for name in re.findall(r"^\| `(omnivideo/[a-z/]*?)`", README, flags=re.M):
+        assert (ROOT / name).exists(), name
