@@ -173,6 +173,20 @@ def evaluate(
 
 
 @app.command()
+def ablate(
+    runs: Annotated[Path, typer.Option(help="Folder in which all recipes were trained.")] = Path("runs"),
+    count: Annotated[int, typer.Option(min=1, max=10_000, help="Held-out prompts a category.")] = 50,
+) -> None:
+    """Score the tiny preset after every stage, and without its visual tokens."""
+    from omnivideo.evaluation.ablation import ablation, as_table
+    from omnivideo.training.tiny import Tiny
+
+    with err.status("") as status:
+        rows = dict(ablation(Tiny(runs).omni, count, lambda name, done, of: status.update(f"{name} {done}/{of}")))
+    out.print(as_table(rows))
+
+
+@app.command()
 def train(
     recipe: Annotated[str, typer.Argument(help="tiny for all of them in order, or one recipe's name.")],
     runs: Annotated[Path, typer.Option(help="Folder of checkpoints, logs and plots.")] = Path("runs"),

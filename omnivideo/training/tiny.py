@@ -55,7 +55,8 @@ class Tiny:
             "mllm": lambda: mllm.mllm_recipe(self.mllm_tokenizer()),
             "stage1": lambda: stages.stage1_recipe(self.omni("mllm"), self.visual_encoder()),
             "stage2a": lambda: stages.stage2a_recipe(self.omni("stage1")),
-            "stage2b": lambda: self.flow(stages.stage2b_recipe, "stage2a"),
+            "stage2b_generation": lambda: self.flow(stages.stage2b_generation_recipe, "stage2a"),
+            "stage2b": lambda: self.flow(stages.stage2b_recipe, "stage2b_generation"),
             "stage3": lambda: self.flow(stages.stage3_recipe, "stage2b"),
         }
 

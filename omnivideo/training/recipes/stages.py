@@ -2,7 +2,8 @@
 
 stage1   vision head, text head              Eq. 1 + Eq. 2, understanding and generation together
 stage2a  adapter                             its output against the decoder's text embeddings
-stage2b  adapter (with the visual context)   flow matching through the frozen decoder; T2I + T2V, then all four
+stage2b  adapter (with the visual context)   flow matching through the frozen decoder: T2I + T2V first
+                                             (stage2b_generation), then all four tasks
 stage3   vision head, adapter, decoder       flow matching, with Eq. 1 kept for the vision head
 """
 
@@ -35,6 +36,10 @@ from omnivideo.training.samples import TASKS, Request, Task, random_request
 from omnivideo.training.trainer import Losses, Recipe, step_seed
 
 TEXT_MIX = ((question_sample, 0.6), (thinking_sample, 0.25), (knowledge_sample, 0.08), (talk_sample, 0.07))
+
+
+# Resolution and frame count are shared inside a group, so its tasks share a batch.
+GROUPS: tuple[tuple[Task, ...], ...] = (("text-to-image", "image-editing"), ("text-to-video", "video-editing"))
 
 
 class Whole(nn.Module):
@@ -174,28 +179,23 @@ def flow_recipe(
     data: Mapping[Task, Drawn],
     trained: tuple[str, ...],
     steps: int,
-    generation_only: int,
     sizes: tuple[int, int],
     lr: float,
     eq1: float,
 ) -> Recipe:
-    """Flow matching through the decoder over mixed batches; images and videos take turns.
+    """Flow matching through the decoder over mixed batches of whatever tasks there are data for.
 
-    The first `generation_only` steps know no editing.
+    Images and videos take turns.  `eq1` weighs the vision head's own loss.
     """
     model = Whole(omni)
     with torch.no_grad():
         null = omni.texts([omni.preset.negative_prompt])[0]
-    groups: tuple[tuple[Task, ...], ...] = (
-        ("text-to-image", "image-editing"),
-        ("text-to-video", "video-editing"),
-    )
+    groups = [[drawn for task, drawn in data.items() if task in names] for names in GROUPS]
 
     def loss(step: int) -> Losses:
         rng = random.Random(step_seed(f"{name}/data", step))
         kind = step % 2
-        names = groups[kind][:1] if step < generation_only else groups[kind]
-        rows = pick_rows(rng, [data[task] for task in names], sizes[kind])
+        rows = pick_rows(rng, groups[kind], sizes[kind])
         condition, visual = group_condition(omni, model, rows, rng, Drop(), null)
         errors = flow_matching(model.decoder, torch.stack([row.target for row in rows]), condition)
         edited = torch.tensor([row.source is not None for row in rows])
@@ -212,16 +212,29 @@ def flow_recipe(
     return Recipe(name, model, trained, loss, steps, lr=lr, adam_lr=lr / 10, warmup=200, ema=0.999)
 
 
-def stage2b_recipe(
-    omni: Omni, data: Mapping[Task, Drawn], steps: int = 4000, sizes: tuple[int, int] = (64, 24)
-) -> Recipe:
+def adapter_recipe(name: str, omni: Omni, data: Mapping[Task, Drawn], steps: int, sizes: tuple[int, int]) -> Recipe:
     torch.manual_seed(13)
     trained = ("bridge.adapter", "bridge.visual_context", "bridge.markers")
-    return flow_recipe("stage2b", omni, data, trained, steps, steps // 3, sizes, lr=5e-3, eq1=0.0)
+    return flow_recipe(name, omni, data, trained, steps, sizes, lr=5e-3, eq1=0.0)
+
+
+def stage2b_generation_recipe(
+    omni: Omni, data: Mapping[Task, Drawn], steps: int = 1500, sizes: tuple[int, int] = (64, 24)
+) -> Recipe:
+    """The first sub-stage: text-to-image and text-to-video alone."""
+    alone = {task: drawn for task, drawn in data.items() if task in TASKS[:2]}
+    return adapter_recipe("stage2b_generation", omni, alone, steps, sizes)
+
+
+def stage2b_recipe(
+    omni: Omni, data: Mapping[Task, Drawn], steps: int = 3000, sizes: tuple[int, int] = (64, 24)
+) -> Recipe:
+    """The second: all four tasks through the frozen decoder."""
+    return adapter_recipe("stage2b", omni, data, steps, sizes)
 
 
 def stage3_recipe(
     omni: Omni, data: Mapping[Task, Drawn], steps: int = 16_000, sizes: tuple[int, int] = (64, 24)
 ) -> Recipe:
     torch.manual_seed(14)
-    return flow_recipe("stage3", omni, data, ("bridge", "decoder"), steps, 0, sizes, lr=7e-3, eq1=0.1)
+    return flow_recipe("stage3", omni, data, ("bridge", "decoder"), steps, sizes, lr=7e-3, eq1=0.1)

@@ -1,0 +1,33 @@
+"""What each stage, and the visual tokens themselves, are worth: one table over the same held-out prompts."""
+
+from collections.abc import Callable, Iterator, Mapping
+
+from rich.table import Table
+
+from omnivideo.evaluation.prompts import CATEGORIES
+from omnivideo.evaluation.suite import Mode, Score, Tell, generation
+from omnivideo.models.omni import Omni
+
+ROWS: tuple[tuple[str, str, Mode], ...] = (
+    ("foundations, text condition only", "stage1", "text only"),
+    ("after stage 2a", "stage2a", "full"),
+    ("after stage 2b, first sub-stage", "stage2b_generation", "full"),
+    ("after stage 2b", "stage2b", "full"),
+    ("after stage 3", "stage3", "full"),
+    ("stage 3, visual tokens left out", "stage3", "text only"),
+    ("stage 3, another prompt's visual tokens", "stage3", "swapped"),
+    ("stage 3, visual tokens alone", "stage3", "visual only"),
+)
+
+
+def ablation(after: Callable[[str], Omni], count: int, tell: Tell) -> Iterator[tuple[str, dict[str, Score]]]:
+    """The name and the scores of each row; `after` gives the model as it stands after a recipe."""
+    for name, recipe, mode in ROWS:
+        yield name, generation(after(recipe), count, tell, mode)
+
+
+def as_table(rows: Mapping[str, Mapping[str, Score]]) -> Table:
+    table = Table("", *CATEGORIES, box=None)
+    for name, scores in rows.items():
+        table.add_row(name, *(f"{scores[category].right:.2f}" for category in CATEGORIES))
+    return table
