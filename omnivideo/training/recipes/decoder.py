@@ -25,6 +25,7 @@ from omnivideo.training.world import Scene, scenes
 
 STILLS, CLIPS = 48_000, 16_000  # scenes in the cache
 CAPTION_DROP = 0.1
+LAYOUT_FROM = 2500  # first how things look; from here on half of the samples teach where they go
 TEXT_STEPS = 800  # the text encoder learns along for so long, then it is left as it is (a third of the cost)
 
 
@@ -35,14 +36,22 @@ class DecoderFoundation(nn.Module):
         self.text_encoder = text_encoder
 
 
-def draw_sigma(count: int) -> Tensor:
-    """Noise levels [B] in 0..1: logit-normal, leaning to high noise, where the layout is decided."""
-    return torch.sigmoid(torch.randn(count) * 1.1 + 0.5)
+def draw_sigma(count: int, high: float) -> Tensor:
+    """Noise levels [B] in 0..1: logit-normal, but a share `high` as the sampler visits them (shift 5).
+
+    Outlines are learned at middling noise; where things go, and how many there are, is decided above 0.9, where a
+    logit-normal draw is rarely.
+    """
+    middling = torch.sigmoid(torch.randn(count) * 1.1 + 0.5)
+    even = torch.rand(count)
+    return torch.where(torch.rand(count) < high, 5 * even / (1 + 4 * even), middling)
 
 
-def flow_matching(decoder: Callable[..., tuple[Tensor]], latents: Tensor, condition: Tensor) -> Tensor:
+def flow_matching(
+    decoder: Callable[..., tuple[Tensor]], latents: Tensor, condition: Tensor, high: float = 0.5
+) -> Tensor:
     """Eq. 4, squared error per sample [B]: the velocity from data to noise at x = (1 - sigma) data + sigma noise."""
-    sigma = draw_sigma(len(latents)).to(latents)
+    sigma = draw_sigma(len(latents), high).to(latents)
     noise = torch.randn_like(latents)
     level = sigma.view(-1, 1, 1, 1, 1)
     noisy = (1 - level) * latents + level * noise
@@ -87,7 +96,7 @@ def decoder_recipe(
         with torch.set_grad_enabled(step < TEXT_STEPS and torch.is_grad_enabled()):
             text = encode_text(tokenizer, text_encoder, texts, WORDS)[0]
         condition = pad(text, TINY.condition_least, WORDS)
-        error = flow_matching(run, latents, condition).mean()
+        error = flow_matching(run, latents, condition, 0.5 if step >= LAYOUT_FROM else 0.0).mean()
         return {"loss": error, "stills" if still else "clips": error}
 
     return Recipe(
