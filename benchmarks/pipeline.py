@@ -13,11 +13,10 @@ from pathlib import Path
 import torch
 from diffusers import UniPCMultistepScheduler, WanPipeline
 
-from omnivideo.backends.decoder.pipeline import to_frames
 from omnivideo.models.checkpoint import load
 from omnivideo.models.omni import Omni
 from omnivideo.models.sampling import denoise, noise
-from omnivideo.models.vae import decode
+from omnivideo.models.vae import decode, to_bytes
 from omnivideo.studio import shipped
 
 GUIDANCE, SHIFT = 3.0, 5.0
@@ -29,7 +28,7 @@ def ours(omni: Omni, condition: torch.Tensor, null: torch.Tensor, steps: int) ->
     for state in denoise(omni.decoder, x, condition, null, steps, GUIDANCE, SHIFT):
         x = state.latents
     with torch.no_grad():
-        to_frames(decode(omni.vae, x))
+        to_bytes(decode(omni.vae, x))
     return time.perf_counter() - began
 
 

@@ -18,10 +18,10 @@ from omnivideo.evaluation.prompts import CATEGORIES, prompts
 from omnivideo.models.mllm import Message, answer, route
 from omnivideo.models.omni import Omni, Target
 from omnivideo.models.sampling import denoise, noise
-from omnivideo.models.vae import decode, encode
-from omnivideo.presets import Task
+from omnivideo.models.vae import decode, encode, to_bytes
+from omnivideo.presets import Task, latent_grid
 from omnivideo.training.edits import IMAGE_EDITS, VIDEO_EDITS, Edit, random_edit
-from omnivideo.training.latents import to_clips, to_pixels
+from omnivideo.training.latents import to_pixels
 from omnivideo.training.questions import random_question
 from omnivideo.training.recipes.mllm import (
     caption_prompt,
@@ -88,11 +88,11 @@ def clips_of(
     chosen = omni.preset.sampling[task]
     target: Target = "video" if chosen.frames > 1 else "image"
     condition, null = conditions(omni, texts, messages, target, mode, source)
-    grid = ((chosen.frames - 1) // 4 + 1, chosen.height // 8, chosen.width // 8)
+    grid = latent_grid(chosen.width, chosen.height, chosen.frames)
     x = noise(list(range(seed, seed + len(texts))), (omni.vae.config.z_dim, *grid), omni.device)
     for state in denoise(omni.decoder, x, condition, null, chosen.steps, chosen.guidance_scale, chosen.flow_shift):
         x = state.latents
-    return to_clips(decode(omni.vae, x))
+    return to_bytes(decode(omni.vae, x))
 
 
 def generation(omni: Omni, count: int, tell: Tell, mode: Mode = "full") -> dict[str, Score]:

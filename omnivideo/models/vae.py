@@ -4,10 +4,22 @@ Shapes: B batch, C = 3 colours or z latent channels, F frames, T = (F - 1) / 4 +
 h = H / 8, w = W / 8.  Pixels are in -1..1.
 """
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
 from torch import Tensor
+
+
+def from_bytes(clips_BFHWC: np.ndarray) -> Tensor:
+    """Pixels [B, 3, F, H, W] in -1..1 from uint8 [B, F, H, W, 3]."""
+    return torch.from_numpy(clips_BFHWC).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+
+
+def to_bytes(pixels_BCFHW: Tensor) -> np.ndarray:
+    """uint8 [B, F, H, W, 3] from pixels in -1..1."""
+    scaled = ((pixels_BCFHW.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return scaled.permute(0, 2, 3, 4, 1).cpu().numpy()
 
 
 def statistics(vae: AutoencoderKLWan, like: Tensor) -> tuple[Tensor, Tensor]:

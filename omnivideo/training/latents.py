@@ -15,7 +15,7 @@ from diffusers import AutoencoderKLWan
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from omnivideo.models.vae import encode
+from omnivideo.models.vae import encode, from_bytes
 from omnivideo.training.world import Scene, render
 
 CHUNK = 64
@@ -32,14 +32,7 @@ def digest(model: nn.Module) -> str:
 
 def to_pixels(scenes: Iterable[Scene]) -> Tensor:
     """[B, 3, F, 64, 64] in -1..1."""
-    clips = torch.from_numpy(np.stack([render(scene) for scene in scenes]))
-    return clips.permute(0, 4, 1, 2, 3).float() / 127.5 - 1
-
-
-def to_clips(pixels_BCFHW: Tensor) -> np.ndarray:
-    """uint8 [B, F, H, W, 3] from pixels in -1..1."""
-    bytes_ = ((pixels_BCFHW.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    return bytes_.permute(0, 2, 3, 4, 1).cpu().numpy()
+    return from_bytes(np.stack([render(scene) for scene in scenes]))
 
 
 @torch.no_grad()

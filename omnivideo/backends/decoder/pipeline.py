@@ -13,7 +13,7 @@ from omnivideo.contracts import Settings, Step
 from omnivideo.models.mllm import Media, Message
 from omnivideo.models.omni import Omni, Target
 from omnivideo.models.sampling import denoise, noise
-from omnivideo.models.vae import decode, encode
+from omnivideo.models.vae import decode, encode, from_bytes, to_bytes
 from omnivideo.presets import latent_grid
 
 
@@ -33,18 +33,6 @@ def timed(seconds: dict[str, float], part: str) -> Iterator[None]:
     seconds[part] = round(seconds.get(part, 0.0) + time.perf_counter() - began, 3)
 
 
-def to_pixels(frames: np.ndarray, like: torch.nn.Module) -> Tensor:
-    """[1, 3, F, H, W] in -1..1 on the model's device."""
-    parameter = next(like.parameters())
-    return torch.from_numpy(frames).permute(3, 0, 1, 2)[None].to(parameter) / 127.5 - 1
-
-
-def to_frames(pixels_BCFHW: Tensor) -> np.ndarray:
-    """uint8 [F, H, W, 3] of the first clip of a batch in -1..1."""
-    scaled = ((pixels_BCFHW[0].float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    return scaled.permute(1, 2, 3, 0).cpu().numpy()
-
-
 @torch.no_grad()
 def draw(omni: Omni, prompt: str, settings: Settings, source: np.ndarray | None = None) -> Iterator[Step | Clip]:
     """Yields a `Step` after each denoising step and the `Clip` at the end.
@@ -55,7 +43,9 @@ def draw(omni: Omni, prompt: str, settings: Settings, source: np.ndarray | None 
     seconds: dict[str, float] = {}
     video = settings.frames > 1
     with timed(seconds, "source"):
-        latents = None if source is None else encode(omni.vae, to_pixels(source, omni.vae))
+        latents = (
+            None if source is None else encode(omni.vae, from_bytes(source[None]).to(omni.vae.device, omni.vae.dtype))
+        )
     with timed(seconds, "condition"):
         condition, null = conditions(omni, prompt, settings, source, latents)
     grid = latent_grid(settings.width, settings.height, settings.frames)
@@ -68,7 +58,7 @@ def draw(omni: Omni, prompt: str, settings: Settings, source: np.ndarray | None 
         yield Step(step=state.step, steps=state.steps, left=spent / state.step * (state.steps - state.step))
     seconds["denoising"] = round(time.perf_counter() - began, 3)
     with timed(seconds, "decoding"):
-        frames = to_frames(decode(omni.vae, x))
+        frames = to_bytes(decode(omni.vae, x))[0]
     assert len(frames) == settings.frames or not video
     yield Clip(frames, x[0], seconds)
 

@@ -18,13 +18,13 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import SiglipVisionModel
 
 from omnivideo.models.conditions import assemble
-from omnivideo.models.mllm import ENDING, collate, encode, hidden_states
+from omnivideo.models.mllm import ENDING, hidden_states
 from omnivideo.models.omni import Omni
 from omnivideo.training.drawn import Drawn, Row, pick_rows
 from omnivideo.training.latents import to_pixels
 from omnivideo.training.recipes.decoder import flow_matching
 from omnivideo.training.recipes.mllm import (
-    answer_labels,
+    batch_of,
     knowledge_sample,
     question_sample,
     talk_sample,
@@ -64,7 +64,6 @@ def stage1_recipe(omni: Omni, encoder: SiglipVisionModel, steps: int = 2000, bat
     """Half of each batch asks for images and videos of all four tasks, half for text."""
     torch.manual_seed(11)
     model = Whole(omni)
-    tokenizer = omni.mllm_tokenizer
     queries = omni.preset.vision_head.queries if omni.preset.vision_head else 0
 
     def loss(step: int) -> Losses:
@@ -73,14 +72,11 @@ def stage1_recipe(omni: Omni, encoder: SiglipVisionModel, steps: int = 2000, bat
         makers = rng.choices([make for make, _ in TEXT_MIX], [share for _, share in TEXT_MIX], k=batch // 2)
         samples = [(one.message, "".join(ENDING[one.kind])) for one in wanted]
         samples += [make(rng, rng.random() < 0.5) for make in makers]
-        encoded = [encode(tokenizer, message, omni.pixels, reply) for message, reply in samples]
-        starts = [len(one.ids) - len(tokenizer(f"{reply}<|im_end|>").input_ids)
-                  for one, (_, reply) in zip(encoded, samples, strict=True)]  # fmt: skip
-        inputs = collate(encoded, tokenizer.pad_token_id)
+        inputs, labels = batch_of(omni.mllm_tokenizer, samples, omni.pixels)
         with torch.no_grad():
             states = model.mllm.model(**inputs).last_hidden_state
             target = embed_frames(encoder, equal_length(wanted), queries)
-        value, right = text_loss(model.mllm.lm_head(states), answer_labels(encoded, starts, inputs))
+        value, right = text_loss(model.mllm.lm_head(states), labels)
         half = len(wanted)
         visual = model.bridge.vision_head(states[:half], inputs["attention_mask"][:half] == 0)
         vision = alignment(visual, target)
