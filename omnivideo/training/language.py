@@ -93,10 +93,14 @@ def relation(one: Thing, two: Thing) -> str | None:
 
 @dataclass(frozen=True)
 class Caption:
-    """A text and exactly what it asks for, objects in the order of their mention."""
+    """A text and exactly what it asks for, objects in the order of their mention.
+
+    `spans` says where each object is named, from character to character; a group's objects share one.
+    """
 
     text: str
     demand: Demand
+    spans: tuple[tuple[int, int], ...]
 
 
 def noun(rng: random.Random, thing: Thing, *, size: bool, many: bool = False) -> str:
@@ -149,7 +153,18 @@ def group(rng: random.Random, scene: Scene) -> Caption:
     number = NUMBERS[len(scene.things)] if rng.random() < 0.85 else str(len(scene.things))
     motion = rng.choice(MOTION_WORDS[first.motion]) if scene.is_video else ""
     text = f"{number} {noun(rng, first, size=size, many=True)} {motion}".strip()
-    return Caption(text, Demand((wanted(first, size=size, video=scene.is_video),) * len(scene.things)))
+    count = len(scene.things)
+    return Caption(text, Demand((wanted(first, size=size, video=scene.is_video),) * count), ((0, len(text)),) * count)
+
+
+def spans_of(parts: Sequence[str], text: str) -> tuple[tuple[int, int], ...]:
+    """Where each of the parts stands in a text that holds them in order."""
+    spans, at = [], 0
+    for part in parts:
+        at = text.index(part, at)
+        spans.append((at, at + len(part)))
+        at += len(part)
+    return tuple(spans)
 
 
 def content(rng: random.Random, scene: Scene) -> Caption:
@@ -163,22 +178,24 @@ def content(rng: random.Random, scene: Scene) -> Caption:
         known = relation(things[0], things[1])
         if known:
             text = f"{parts[0]} {rng.choice(RELATION_WORDS[known])} {parts[1]}"
-            return Caption(text, Demand(wants, relation=known))
+            return Caption(text, Demand(wants, relation=known), spans_of(parts, text))
     if len(things) == 1 and things[0].motion == "still" and rng.random() < 0.3:
         where = regions(things[0])
-        return Caption(f"{parts[0]} {place(rng, where)}", Demand(wants, region=where))
-    return Caption(join(parts), Demand(wants))
+        return Caption(f"{parts[0]} {place(rng, where)}", Demand(wants, region=where), ((0, len(parts[0])),))
+    return Caption(join(parts), Demand(wants), spans_of(parts, join(parts)))
 
 
 def caption(rng: random.Random, scene: Scene) -> Caption:
     """A caption that states the objects and, mostly, the background."""
-    text, demand = (inner := content(rng, scene)).text, inner.demand
+    inner = content(rng, scene)
+    text, demand, prefix = inner.text, inner.demand, ""
     if rng.random() < 0.65:
         text += " " + rng.choice(BACKDROPS).format(rng.choice(BACKGROUND_WORDS[scene.background]))
         demand = replace(demand, background=scene.background)
     if rng.random() < 0.25:
-        text = rng.choice(CLIP_PREFIX if scene.is_video else STILL_PREFIX) + text
-    return Caption(text, demand)
+        prefix = rng.choice(CLIP_PREFIX if scene.is_video else STILL_PREFIX)
+    spans = tuple((start + len(prefix), end + len(prefix)) for start, end in inner.spans)
+    return Caption(prefix + text, demand, spans)
 
 
 # ---------------------------------------------------------------- the canonical wording

@@ -27,7 +27,7 @@ def vae_recipe(request):
 
 
 def text_recipe(request):
-    return text.text_recipe(request.getfixturevalue("text_tokenizer"), steps=STEPS, batch=4)
+    return text.text_recipe(request.getfixturevalue("text_tokenizer"), steps=STEPS, captions=3, instructions=1)
 
 
 def decoder_recipe(request):
@@ -65,7 +65,7 @@ def data(request, omni):
 
 
 def stage1_recipe(request):
-    return stages.stage1_recipe(fresh(request), encoder(), steps=STEPS, batch=4)
+    return stages.stage1_recipe(fresh(request), encoder(), steps=STEPS, captions=3, instructions=1)
 
 
 def stage2a_recipe(request):
