@@ -103,7 +103,7 @@ class Tiny:
         return decoder_recipe(stills, clips, self.tokenizer(), self.text_encoder(), compiled=self.compiled)
 
     def foundation(self) -> DecoderFoundation:
-        """The decoder with the text encoder that was trained along with it."""
+        """The decoder with the text encoder that it was trained under."""
         if self.has_run("decoder"):
             model = DecoderFoundation(build_decoder(TINY), UMT5EncoderModel(UMT5Config(**text.CONFIG)))
             state = torch.load(self.runs / "decoder" / "state.pt", weights_only=True)

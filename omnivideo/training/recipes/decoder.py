@@ -1,8 +1,8 @@
-"""Foundation: the diffusion decoder with its text encoder, for text-to-image and text-to-video.
+"""Foundation: the diffusion decoder, for text-to-image and text-to-video.
 
-Stands for Wan's downloaded weights: a plain `WanTransformer3DModel` under a text condition.  Image and clip
-batches take turns; a tenth of the captions give way to the universal negative prompt, which is the null
-condition of guidance.
+Stands for Wan's downloaded weights: a plain `WanTransformer3DModel` under the condition of a frozen text encoder.
+Image and clip batches take turns; a tenth of the captions give way to the universal negative prompt, which is the
+null condition of guidance.
 """
 
 import random
@@ -25,8 +25,7 @@ from omnivideo.training.world import Scene, scenes
 
 STILLS, CLIPS = 48_000, 16_000  # scenes in the cache
 CAPTION_DROP = 0.1
-LAYOUT_FROM = 2500  # first how things look; from here on half of the samples teach where they go
-TEXT_STEPS = 800  # the text encoder learns along for so long, then it is left as it is (a third of the cost)
+LAYOUT_FROM = 1200  # first how things look; from here on half of the samples teach where they go
 
 
 class DecoderFoundation(nn.Module):
@@ -93,12 +92,12 @@ def decoder_recipe(
     def loss(step: int) -> Losses:
         still = step % 2 == 0
         latents, texts = stills.batch(step, sizes[0]) if still else clips.batch(step, sizes[1])
-        with torch.set_grad_enabled(step < TEXT_STEPS and torch.is_grad_enabled()):
+        with torch.no_grad():
             text = encode_text(tokenizer, text_encoder, texts, WORDS)[0]
         condition = pad(text, TINY.condition_least, WORDS)
         error = flow_matching(run, latents, condition, 0.5 if step >= LAYOUT_FROM else 0.0).mean()
         return {"loss": error, "stills" if still else "clips": error}
 
     return Recipe(
-        "decoder", model, ("",), loss, steps=steps, lr=1e-2, adam_lr=1e-3, warmup=200, decay_from=0.5, ema=0.999
+        "decoder", model, ("decoder",), loss, steps=steps, lr=1e-2, adam_lr=1e-3, warmup=200, decay_from=0.5, ema=0.999
     )

@@ -8,7 +8,7 @@ which colour goes with which shape.)
 """
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -184,7 +184,7 @@ class TextBatch:
 
     texts: list[str]
     asked: Tensor
-    tell: list[Callable[[list[tuple[int, int]]], list[list[int]]]]
+    tell: Sequence[Callable[[list[tuple[int, int]]], list[list[int]]]]
 
 
 def text_batch(step: int, captions: int, instructions: int) -> TextBatch:
@@ -207,7 +207,7 @@ def told_loss(logits: list[Tensor], told_BLF: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def text_recipe(
-    tokenizer: PreTrainedTokenizerFast, steps: int = 1500, captions: int = 72, instructions: int = 24
+    tokenizer: PreTrainedTokenizerFast, steps: int = 1000, captions: int = 72, instructions: int = 24
 ) -> Recipe:
     torch.manual_seed(1)
     model = TextFoundation(UMT5EncoderModel(UMT5Config(**CONFIG)))
