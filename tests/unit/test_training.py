@@ -12,12 +12,15 @@ from transformers import SiglipVisionConfig, SiglipVisionModel, UMT5Config, UMT5
 from omnivideo.errors import CheckpointError
 from omnivideo.presets import TINY
 from omnivideo.training.drawn import drawn, pick_rows
+from omnivideo.training.facts import Demand, Wanted
+from omnivideo.training.language import RELATIONS, Caption
 from omnivideo.training.optim import optimizers, orthogonalise, rate
 from omnivideo.training.plots import curves, plot_losses
 from omnivideo.training.recipes import decoder, mllm, stages, text, vae, visual_encoder
 from omnivideo.training.samples import TASKS, requests
 from omnivideo.training.tiny import Tiny
 from omnivideo.training.trainer import Recipe, Trainer, freeze
+from omnivideo.training.world import BACKGROUNDS, COLOURS
 
 STEPS = 6
 
@@ -219,3 +222,18 @@ def test_foundations_are_exported_in_the_shipped_layout(weights, tmp_path):
     again = Tiny(tmp_path / "runs", shipped=tmp_path / "out")
     for one, two in ((first.vae(), again.vae()), (first.text_encoder(), again.text_encoder())):
         assert all(torch.equal(value, two.state_dict()[key]) for key, value in one.state_dict().items())
+
+
+def test_every_token_is_told_about_the_object_whose_phrase_it_is_in(text_tokenizer):
+    things = (Wanted("circle", "red", "small"), Wanted("square", "blue"))
+    words = "a small red circle left of a blue square on black"
+    said = Caption(words, Demand(things, background="black", relation="left of"), ((0, 18), (27, 40)))
+    offsets = text_tokenizer(words, return_offsets_mapping=True).offset_mapping
+    told = text.caption_told(said, offsets)
+    colour, role, background = 1, 4, len(text.ABOUT_THING)
+    for (start, end), labels in zip(offsets, told, strict=True):
+        inside = next((at for at, span in enumerate(said.spans) if span[0] <= start < end <= span[1]), None)
+        red_blue = [2 + list(COLOURS).index(thing.colour) for thing in things]
+        assert labels[colour] == (text.UNTOLD if inside is None else red_blue[inside])
+        assert labels[role] == (text.UNTOLD if inside is None else 1 + RELATIONS.index(("left of", "right of")[inside]))
+        assert labels[background] == 1 + list(BACKGROUNDS).index("black")
