@@ -2,8 +2,9 @@
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from omnivideo.training.facts import Reading, Seen
 from omnivideo.training.language import (
     COLOUR_WORDS,
     NUMBERS,
@@ -13,12 +14,14 @@ from omnivideo.training.language import (
     SHAPE_WORDS,
     SIZE_WORDS,
     article,
+    caption,
     description,
+    plain,
     plural,
     regions,
     relation,
 )
-from omnivideo.training.world import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, Scene, Thing
+from omnivideo.training.world import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, SIZES, Scene, Thing
 
 MOTION_ANSWERS = {
     "still": "it stays still", "left": "it moves left", "right": "it moves right", "up": "it moves up",
@@ -200,6 +203,45 @@ def ask_presence(rng: random.Random, scene: Scene) -> Question:
     return Question("presence", text, "yes" if there else "no")
 
 
+def near_miss(rng: random.Random, scene: Scene) -> Scene:
+    """The scene with one thing wrong, as a decoder gets it wrong: an attribute, two colours swapped, the number."""
+    things = list(scene.things)
+    at = rng.randrange(len(things))
+    thing = things[at]
+    kind = rng.choice(("colour", "shape", "motion" if scene.is_video else "size", "swap", "more", "fewer"))
+    if kind == "fewer" and len(things) > 1:
+        del things[at]
+    elif kind == "more":
+        things.insert(at, thing)
+    elif kind == "swap" and len(things) > 1:
+        other = rng.choice([index for index in range(len(things)) if index != at])
+        things[at], things[other] = (
+            replace(thing, colour=things[other].colour),
+            replace(things[other], colour=thing.colour),
+        )
+    else:
+        things[at] = {
+            "shape": replace(thing, shape=rng.choice(SHAPES)),
+            "motion": replace(thing, motion=rng.choice(MOTIONS)),
+            "size": replace(thing, size=rng.choice(SIZES)),
+        }.get(kind) or replace(thing, colour=rng.choice(list(COLOURS)))
+    return replace(scene, things=tuple(things))
+
+
+def truth(scene: Scene) -> Reading:
+    """What a flawless scorer reads from the scene's pixels."""
+    things = (Seen(t.shape, t.colour, t.size, t.motion, t.x, t.y) for t in scene.things)
+    return Reading(scene.background, tuple(things), 1.0)
+
+
+def ask_match(rng: random.Random, scene: Scene) -> Question:
+    """Whether a caption holds (what the planner's check asks of a generated clip); half of them are near misses."""
+    said = caption(rng, scene if rng.random() < 0.5 else near_miss(rng, scene))
+    text = said.text if rng.random() < 0.5 else plain(said.demand)
+    forms = ("does this show {}?", "does this show {}?", "is this {}?")
+    return Question("match", rng.choice(forms).format(text), "yes" if said.demand.met_by(truth(scene)) else "no")
+
+
 def ask_caption(rng: random.Random, scene: Scene) -> Question:
     kind = "video" if scene.is_video else "picture"
     forms = (
@@ -216,13 +258,13 @@ def ask_caption(rng: random.Random, scene: Scene) -> Question:
 ASKS: dict[str, Callable[[random.Random, Scene], Question | None]] = {
     "colour": ask_colour, "shape": ask_shape, "count": ask_count, "position": ask_position,
     "relation": ask_relation, "motion": ask_motion, "background": ask_background, "size": ask_size,
-    "presence": ask_presence, "caption": ask_caption,
+    "presence": ask_presence, "caption": ask_caption, "match": ask_match,
 }  # fmt: skip
 
 
 def random_question(rng: random.Random, scene: Scene) -> Question:
     """A question that the scene can answer."""
     while True:
-        question = ASKS[rng.choice(list(ASKS))](rng, scene)
+        question = ASKS[rng.choice([*ASKS, "match"])](rng, scene)  # the hardest kind comes twice as often
         if question is not None:
             return question
