@@ -40,16 +40,190 @@ class Step(Message):
 
 
 class Manifest(Message):
-    """What a file was made from: enough to make the same bytes again."""
+    """What a file was made from: enough to make the same bytes again.
+
+    `source` is the source's file name, or its artifact key where it comes out of a store; `visual_tokens` is the
+    key of the vision head's tokens, where they are kept.
+    """
 
     prompt: str
     task: Task
     settings: Settings
     source: str | None
+    visual_tokens: str | None = None
     preset: str
     weights: str
     versions: dict[str, str]
     seconds: dict[str, float]
+
+
+# ---------------------------------------------------------------- what a conversation is made of
+
+Medium = Literal["image", "video"]
+Think = Literal["off", "on", "auto"]
+Goal = Literal["understand", "generate", "edit"]
+
+
+class Artifact(Message):
+    """A stored image or clip.  `about` are the words that it shows; `source` is the artifact that it was made from."""
+
+    key: str
+    medium: Medium
+    width: int
+    height: int
+    frames: int
+    fps: float
+    about: str
+    manifest: str | None = None
+    latents: str | None = None
+    source: str | None = None
+    made_by: str
+
+
+class Ask(Message):
+    """What the MLLM is asked: words, the artifacts that are shown with them, and an instruction that names a mode."""
+
+    text: str
+    shown: tuple[Artifact, ...] = ()
+    system: str | None = None
+
+
+class Routed(Message):
+    """What the first token of the MLLM's answer asks for, with its probability."""
+
+    kind: Literal["text", "image", "video"]
+    probability: float
+
+
+class Job(Message):
+    """One clip to draw.  Its id is the client's: the same id twice is the same job."""
+
+    id: str
+    task: Task
+    prompt: str
+    visual_tokens: str
+    source: Artifact | None
+    seed: int = Field(ge=0, le=MOST_SEED)
+    steps: int | None = None
+    guidance_scale: float | None = None
+
+
+class Trace(Message):
+    """Think mode's record: the request, the reasoning, the rewrite, and how long it took."""
+
+    request: str
+    reasoning: str
+    rewrite: str
+    seconds: float
+
+
+class Act(Message):
+    """One thing to do: the words, and the artifact that they are about (`earlier`: the one before it in this turn)."""
+
+    text: str
+    source: str | None = None
+    earlier: bool = False
+
+
+class Plan(Message):
+    acts: tuple[Act, ...]
+
+
+class Try(Message):
+    """One seed's result; `agreement` is how far the model itself finds what was asked for in it, 0 to 1."""
+
+    seed: int
+    artifact: Artifact
+    agreement: float | None = None
+
+
+class Done(Message):
+    """What became of an act."""
+
+    act: Act
+    goal: Goal
+    routed: Routed
+    trace: Trace | None
+    tries: tuple[Try, ...] = ()
+    artifact: Artifact | None = None
+    answer: str | None = None
+
+
+class Turn(Message):
+    """One turn of a thread, whole; `asked` is what had to be asked back, with the reply."""
+
+    number: int
+    text: str
+    attachments: tuple[Artifact, ...]
+    asked: tuple[tuple[str, str], ...]
+    done: tuple[Done, ...]
+
+
+class TurnOptions(Message):
+    """How a turn is run: `check` is the number of tries."""
+
+    think: Think = "auto"
+    check: int = Field(default=1, ge=1, le=16)
+    seed: int | None = Field(default=None, ge=0, le=MOST_SEED)
+    steps: int | None = Field(default=None, ge=1, le=200)
+    guidance_scale: float | None = Field(default=None, ge=0, le=30, allow_inf_nan=False)
+
+
+# ---------------------------------------------------------------- what is told while a turn runs
+
+
+class Planned(Message):
+    kind: Literal["plan"] = "plan"
+    plan: Plan
+
+
+class Thinking(Message):
+    """A piece of the reasoning, as it comes."""
+
+    kind: Literal["thinking"] = "thinking"
+    piece: str
+
+
+class Rewritten(Message):
+    kind: Literal["rewritten"] = "rewritten"
+    trace: Trace
+
+
+class Text(Message):
+    """A piece of an answer, as it comes."""
+
+    kind: Literal["text"] = "text"
+    piece: str
+
+
+class Preview(Message):
+    """A PNG of how the clip looks so far, base64."""
+
+    kind: Literal["preview"] = "preview"
+    png: str
+
+
+class Made(Message):
+    """An artifact is there; `final` is False for a try that may give way to a better one."""
+
+    kind: Literal["artifact"] = "artifact"
+    artifact: Artifact
+    final: bool = True
+
+
+class Question(Message):
+    """The turn waits for the user's reply."""
+
+    kind: Literal["question"] = "question"
+    text: str
+
+
+class Finished(Message):
+    kind: Literal["done"] = "done"
+    turn: Turn
+
+
+Event = Planned | Thinking | Rewritten | Step | Text | Preview | Made | Question | Finished
 
 
 def settings(preset: Preset, task: Task, **given: object) -> Settings:

@@ -6,6 +6,9 @@ OmniVideoError
     ConditionTooLong    a prompt and its visual tokens that do not fit the decoder's condition
   CheckpointError       weights that are missing, incomplete or of another model
   NotInstalled          an optional package that this command needs
+  StoreError            the store cannot take or give what it is asked for
+    NotStored           no such artifact
+  JobCancelled          a clip that somebody stopped
 """
 
 
@@ -35,3 +38,15 @@ class CheckpointError(OmniVideoError):
 
 class NotInstalled(OmniVideoError):
     """An optional package that this command needs."""
+
+
+class StoreError(OmniVideoError):
+    """The store cannot take or give what it is asked for."""
+
+
+class NotStored(StoreError):
+    """No such artifact."""
+
+
+class JobCancelled(OmniVideoError):
+    """A clip that somebody stopped."""

@@ -127,7 +127,8 @@ class Studio:
         for event in draw(self.omni, prompt, chosen, source):
             if isinstance(event, Clip):
                 return Result(event.frames, self.manifest(prompt, chosen, name, event.seconds))
-            on_step(event)
+            if isinstance(event, Step):
+                on_step(event)
         raise AssertionError("draw ends with a clip")
 
     def manifest(self, prompt: str, chosen: Settings, source: str | None, seconds: dict[str, float]) -> Manifest:

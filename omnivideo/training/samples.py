@@ -1,4 +1,7 @@
-"""Requests of the four generative tasks, as the user would say them, with the scene that answers them."""
+"""Requests of the four generative tasks, as the user would say them, with the scene that answers them.
+
+A quarter of them are said as think mode rewrites them: the plain description of what is to be seen.
+"""
 
 import random
 from dataclasses import dataclass
@@ -6,12 +9,14 @@ from typing import Literal
 
 from omnivideo.models.mllm import Message
 from omnivideo.training.edits import random_edit
-from omnivideo.training.language import caption
-from omnivideo.training.recipes.mllm import clip_prompt, media_of, still_prompt
+from omnivideo.training.language import caption, description, plain
+from omnivideo.training.recipes.mllm import clip_prompt, media_of, medium, still_prompt
 from omnivideo.training.world import Scene, random_scene
 
 Task = Literal["text-to-image", "text-to-video", "image-editing", "video-editing"]
 TASKS: tuple[Task, ...] = ("text-to-image", "text-to-video", "image-editing", "video-editing")
+
+REWRITTEN = 0.25
 
 
 @dataclass(frozen=True)
@@ -34,13 +39,17 @@ class Request:
 
 def random_request(rng: random.Random, task: Task) -> Request:
     video = task in ("text-to-video", "video-editing")
+    rewritten = rng.random() < REWRITTEN
     if task in ("image-editing", "video-editing"):
         edit = random_edit(rng, video)
-        return Request(task, edit.instruction, edit.target, edit.source)
+        text = medium(video) + description(edit.target) if rewritten else edit.instruction
+        return Request(task, text, edit.target, edit.source)
     scene = random_scene(rng, video)
-    text = caption(rng, scene).text
+    said = caption(rng, scene)
+    if rewritten:
+        return Request(task, medium(video) + plain(said.demand), scene)
     moves = any(thing.motion != "still" for thing in scene.things)
-    return Request(task, clip_prompt(rng, text, moves) if video else still_prompt(rng, text), scene)
+    return Request(task, clip_prompt(rng, said.text, moves) if video else still_prompt(rng, said.text), scene)
 
 
 def requests(seed: int, task: Task, count: int) -> list[Request]:

@@ -11,11 +11,13 @@ MAY = {
     "contracts": set(),
     "errors": set(),
     "presets": set(),
+    "ports": set(),
     "models": set(),
     "storage": set(),
     "backends": {"models", "storage"},
     "training": {"models", "storage"},
     "evaluation": {"models", "training"},
+    "agent": set(),
 }
 NEVER = {
     "contracts": {"torch", "diffusers", "transformers"},
@@ -23,6 +25,8 @@ NEVER = {
     "errors": {"torch"},
     "models": {"celery", "fastapi", "langgraph", "minio", "vllm"},
     "training": {"celery", "fastapi", "langgraph"},
+    "agent": {"torch", "numpy", "diffusers", "transformers", "celery", "fastapi"},
+    "ports": {"torch", "numpy"},
 }
 FILES = [path for path in sorted(ROOT.rglob("*.py")) if path.relative_to(ROOT).parts[0].removesuffix(".py") in MAY]
 

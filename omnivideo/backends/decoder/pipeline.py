@@ -1,7 +1,7 @@
 """One clip from one request: condition, noise, denoising, decoding (paper section 3)."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -33,21 +33,39 @@ def timed(seconds: dict[str, float], part: str) -> Iterator[None]:
     seconds[part] = round(seconds.get(part, 0.0) + time.perf_counter() - began, 3)
 
 
-@torch.no_grad()
-def draw(omni: Omni, prompt: str, settings: Settings, source: np.ndarray | None = None) -> Iterator[Step | Clip]:
-    """Yields a `Step` after each denoising step and the `Clip` at the end.
+@dataclass(frozen=True)
+class Guess:
+    """How the clean clip looks from here: latents [z, T, h, w]."""
 
-    `source` [F, H, W, 3] of the settings' size turns generation mode into editing mode.  Raises ConditionTooLong
+    latents: Tensor
+
+
+@torch.no_grad()
+def draw(
+    omni: Omni,
+    prompt: str,
+    settings: Settings,
+    source: np.ndarray | Tensor | None = None,
+    visual_1QE: Tensor | None = None,
+    guess_at: Collection[int] = (),
+) -> Iterator[Step | Guess | Clip]:
+    """Yields a `Step` after each denoising step (and a `Guess` after those named) and the `Clip` at the end.
+
+    `source` turns generation mode into editing mode: pixels [F, H, W, 3] of the settings' size, or the latents
+    [z, T, h, w] of a clip that was drawn here, which spares it the way through pixels.  `visual_1QE` are the vision
+    head's tokens, read from this prompt and the source's pixels where they are not given.  Raises ConditionTooLong
     before any denoising.  Two runs with the same arguments on the same machine give identical bytes.
     """
     seconds: dict[str, float] = {}
     video = settings.frames > 1
     with timed(seconds, "source"):
-        latents = (
-            None if source is None else encode(omni.vae, from_bytes(source[None]).to(omni.vae.device, omni.vae.dtype))
-        )
+        latents = None if source is None else source_latents(omni, source)
     with timed(seconds, "condition"):
-        condition, null = conditions(omni, prompt, settings, source, latents)
+        if visual_1QE is None:
+            assert not isinstance(source, Tensor), "latents cannot be shown to the MLLM"
+            visual_1QE = read_visual_tokens(omni, prompt, settings, source)
+        condition = omni.condition([prompt], list(omni.adapted(visual_1QE, [target_of(settings)])), latents)
+        null = omni.null_condition(settings.negative_prompt, 1, latents)
     grid = latent_grid(settings.width, settings.height, settings.frames)
     x = noise([settings.seed], (omni.vae.config.z_dim, *grid), omni.device)
     began = time.perf_counter()
@@ -56,6 +74,8 @@ def draw(omni: Omni, prompt: str, settings: Settings, source: np.ndarray | None 
         spent = time.perf_counter() - began
         x = state.latents
         yield Step(step=state.step, steps=state.steps, left=spent / state.step * (state.steps - state.step))
+        if state.step in guess_at:
+            yield Guess(state.guess[0])
     seconds["denoising"] = round(time.perf_counter() - began, 3)
     with timed(seconds, "decoding"):
         frames = to_bytes(decode(omni.vae, x))[0]
@@ -63,13 +83,18 @@ def draw(omni: Omni, prompt: str, settings: Settings, source: np.ndarray | None 
     yield Clip(frames, x[0], seconds)
 
 
-def conditions(
-    omni: Omni, prompt: str, settings: Settings, source: np.ndarray | None, latents: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """The condition and the null condition [1, L, D] of a request."""
-    video = settings.frames > 1
-    media = () if source is None else (Media(source, settings.fps, video),)
-    target: Target = "video" if video else "image"
-    visual = omni.visual_tokens([(Message(prompt, media), target)])
-    condition = omni.condition([prompt], list(omni.adapted(visual, [target])), latents)
-    return condition, omni.null_condition(settings.negative_prompt, 1, latents)
+def source_latents(omni: Omni, source: np.ndarray | Tensor) -> Tensor:
+    """[1, z, T, h, w] of a source."""
+    if isinstance(source, Tensor):
+        return source[None].to(omni.vae.device, omni.vae.dtype)
+    return encode(omni.vae, from_bytes(source[None]).to(omni.vae.device, omni.vae.dtype))
+
+
+def target_of(settings: Settings) -> Target:
+    return "video" if settings.frames > 1 else "image"
+
+
+def read_visual_tokens(omni: Omni, prompt: str, settings: Settings, source: np.ndarray | None) -> Tensor:
+    """V_o [1, Q, E] for a prompt and, in editing mode, its source."""
+    media = () if source is None else (Media(source, settings.fps, settings.frames > 1),)
+    return omni.visual_tokens([(Message(prompt, media), target_of(settings))])

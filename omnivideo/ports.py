@@ -1,0 +1,54 @@
+"""The seams: what the planner needs of the world.  Each has an in-process wiring and, in tests, an in-memory twin."""
+
+from collections.abc import Iterator
+from typing import Protocol
+
+from omnivideo.contracts import Artifact, Ask, Job, Medium, Preview, Routed, Step
+
+
+class ObjectStore(Protocol):
+    """Bytes under the digest of what they are.  A key is `<sha256>.<suffix>`; the same bytes are the same key.
+
+    Raises StoreError where bytes cannot be written, and NotStored where a key is not there.
+    """
+
+    def put(self, data: bytes, suffix: str) -> str: ...
+
+    def get(self, key: str) -> bytes: ...
+
+    def has(self, key: str) -> bool: ...
+
+
+class MLLM(Protocol):
+    """The multimodal language model with its two heads.  Everything it returns is the same for the same ask."""
+
+    def route(self, ask: Ask) -> Routed:
+        """By the first token of the answer."""
+        ...
+
+    def write(self, ask: Ask) -> Iterator[str]:
+        """The text head's answer, piece by piece, think marks included."""
+        ...
+
+    def agreement(self, ask: Ask) -> float:
+        """The probability of "yes" against "no" as the answer, 0 to 1."""
+        ...
+
+    def visual_tokens(self, ask: Ask, medium: Medium) -> str:
+        """The key in the store of the vision head's tokens for the ask."""
+        ...
+
+
+class JobQueue(Protocol):
+    """Where clips are drawn."""
+
+    def run(self, job: Job) -> Iterator[Step | Preview | Artifact]:
+        """Submits the job and follows it: steps and previews as they come, the stored artifact at the end.
+
+        A job that is known by its id is followed, not drawn again.  Raises JobCancelled, or an OmniVideoError.
+        """
+        ...
+
+    def cancel(self, job_id: str) -> None:
+        """Takes effect within one denoising step."""
+        ...

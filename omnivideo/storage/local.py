@@ -1,0 +1,84 @@
+"""The object store in a folder: content-addressed files, written whole or not at all."""
+
+import hashlib
+import os
+import re
+import secrets
+import time
+from collections.abc import Collection, Iterator
+from pathlib import Path
+
+from omnivideo.errors import NotStored, StoreError
+
+KEY = re.compile(r"[0-9a-f]{64}\.[a-z0-9]{1,16}")
+DAY = 86_400.0
+
+
+def key_of(data: bytes, suffix: str) -> str:
+    return f"{hashlib.sha256(data).hexdigest()}.{suffix}"
+
+
+class LocalStore:
+    """`<folder>/ab/abcd….mp4`.  Several processes may share it."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def path(self, key: str) -> Path:
+        """The file of a key, there or not; raises NotStored for what is no key (never a path out of the folder)."""
+        if not KEY.fullmatch(key):
+            raise NotStored("store: that is no artifact key; a key is 64 hexadecimal digits, a dot and a file type")
+        return self.folder / key[:2] / key
+
+    def put(self, data: bytes, suffix: str) -> str:
+        key = key_of(data, suffix)
+        path = self.path(key)
+        try:
+            if path.exists():
+                os.utime(path)  # young again, so that a sweep that runs now leaves it
+                return key
+            self.write(path, data)
+        except OSError as error:
+            raise StoreError(f"store: nothing was kept: {error.strerror or 'the folder cannot be written'}") from error
+        return key
+
+    def write(self, path: Path, data: bytes) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f".{secrets.token_hex(8)}.part")
+        try:
+            with part.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+
+    def get(self, key: str) -> bytes:
+        try:
+            return self.path(key).read_bytes()
+        except FileNotFoundError:
+            raise NotStored(f"store: there is no artifact {key}") from None
+        except OSError as error:
+            raise StoreError(f"store: {key} cannot be read: {error.strerror}") from error
+
+    def has(self, key: str) -> bool:
+        return self.path(key).exists()
+
+    def keys(self) -> Iterator[str]:
+        for path in sorted(self.folder.glob("??/*")):
+            if KEY.fullmatch(path.name):
+                yield path.name
+
+    def sweep(self, referred: Collection[str], lifetime: float = 7 * DAY) -> list[str]:
+        """Removes what nothing refers to and nobody has put for `lifetime` seconds; returns the removed keys.
+
+        Parts that a killed process left are removed by the same age.
+        """
+        now, gone = time.time(), []
+        for path in sorted(self.folder.glob("??/*")):
+            if path.name in referred or now - path.stat().st_mtime < lifetime:
+                continue
+            path.unlink(missing_ok=True)
+            gone += [path.name] if KEY.fullmatch(path.name) else []
+        return gone
