@@ -23,6 +23,7 @@ err = Console(stderr=True)
 Preset = Annotated[str, typer.Option(help="Model: tiny is shipped; the full sizes need --weights.")]
 Weights = Annotated[Optional[Path], typer.Option(help="Folder of weights, if not the shipped one.")]  # noqa: UP045
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda:N.")]
+Home = Annotated[Optional[Path], typer.Option(help="Folder of threads and artifacts.")]  # noqa: UP045
 Output = Annotated[Path, typer.Option("-o", "--output", help="File to write: .mp4, .gif or .png.")]
 Seed = Annotated[int, typer.Option(help="Fixes every byte of the result.")]
 Steps = Annotated[Optional[int], typer.Option(help="Denoising steps.")]  # noqa: UP045
@@ -50,12 +51,12 @@ def step_bar(label: str) -> Iterator[Callable[[Any], None]]:
         yield lambda step: bar.update(row, total=step.steps, completed=step.step)
 
 
-def open_studio(preset: str, weights: Path | None, device: str) -> Any:
+def open_studio(preset: str, weights: Path | None, device: str, home: Path | None = None) -> Any:
     # Imported here: torch and its friends take seconds that --help and a refused argument need not wait for.
     from omnivideo.studio import Studio
 
     with err.status("loading the model"):
-        return Studio(preset, weights, device)
+        return Studio(preset, weights, device, home)
 
 
 def finish(result: Any, output: Path) -> None:
@@ -140,6 +141,59 @@ def understand(
     studio = open_studio(preset, weights, device)
     studio.understand(source, question, on_text=lambda piece: out.print(piece, end="", highlight=False, markup=False))
     out.print()
+
+
+@app.command()
+def chat(
+    thread: Annotated[Optional[str], typer.Option(help="Go on with this thread.")] = None,  # noqa: UP045
+    preset: Preset = "tiny",
+    weights: Weights = None,
+    device: Device = "auto",
+    home: Home = None,
+    think: Annotated[str, typer.Option(help="Reason before drawing: off, on or auto.")] = "auto",
+    check: Annotated[int, typer.Option(min=1, max=16, help="Tries, of which the model keeps the best.")] = 1,
+    seed: Annotated[Optional[int], typer.Option(help="Default: follows from the thread.")] = None,  # noqa: UP045
+    steps: Steps = None,
+    guidance: Guidance = None,
+) -> None:
+    """Talk: create, change and ask, each turn building on the last."""
+    from omnivideo.agent.thread import options_of
+    from omnivideo.chat import Chat, typed
+
+    options = {"think": think, "check": check, "seed": seed, "steps": steps, "guidance_scale": guidance}
+    options_of(**options)
+    studio = open_studio(preset, weights, device, home)
+    lines = typed(out) if sys.stdin.isatty() else sys.stdin
+    Chat(lambda: studio.thread(thread), studio.conversations.path, out, **options).run(lines)
+
+
+@app.command()
+def batch(
+    prompts: Path,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the clips and results.jsonl.")],
+    preset: Preset = "tiny",
+    weights: Weights = None,
+    device: Device = "auto",
+) -> None:
+    """Draw every line of a JSONL file (or of plain prompts); run again, it does what is left."""
+    from omnivideo.batch import items, run
+
+    try:
+        lines = [line for line in prompts.read_text().splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError):
+        raise InvalidInput("prompts", f"{prompts.name!r} cannot be read as text") from None
+    wanted = items(lines)
+    studio = open_studio(preset, weights, device)
+    columns = (TextColumn("prompts"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    failed = 0
+    with Progress(*columns, console=err) as bar:
+        for outcome in bar.track(run(studio, wanted, output), total=len(wanted)):
+            if outcome.error:
+                failed += 1
+                bar.console.print(f"{outcome.id}: {outcome.error}", style="red", markup=False, highlight=False)
+    out.print(f"{len(wanted) - failed} of {len(wanted)} done: {output / 'results.jsonl'}", highlight=False)
+    if failed:
+        raise typer.Exit(1)
 
 
 @app.command()

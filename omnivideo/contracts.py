@@ -42,14 +42,15 @@ class Step(Message):
 class Manifest(Message):
     """What a file was made from: enough to make the same bytes again.
 
-    `source` is the source's file name, or its artifact key where it comes out of a store; `visual_tokens` is the
-    key of the vision head's tokens, where they are kept.
+    `source` is the source's file name, or its artifact key where it comes out of a store; `visual_tokens` and
+    `source_latents` are keys of tensors, where they are kept.
     """
 
     prompt: str
     task: Task
     settings: Settings
     source: str | None
+    source_latents: str | None = None
     visual_tokens: str | None = None
     preset: str
     weights: str
@@ -118,11 +119,10 @@ class Trace(Message):
 
 
 class Act(Message):
-    """One thing to do: the words, and the artifact that they are about (`earlier`: the one before it in this turn)."""
+    """One thing to do: the words, and the key of the artifact that they are about."""
 
     text: str
     source: str | None = None
-    earlier: bool = False
 
 
 class Plan(Message):

@@ -2,23 +2,30 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from importlib.metadata import version
+from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from omnivideo import __version__
+from omnivideo.backends.decoder.local import versions
 from omnivideo.backends.decoder.pipeline import Clip, draw
 from omnivideo.backends.decoder.video import check_output, fit, read_media, write_media
-from omnivideo.contracts import Manifest, Settings, Step, check_prompt, settings
+from omnivideo.batch import Outcome, items, run
+from omnivideo.contracts import Artifact, Manifest, Settings, Step, check_prompt, settings
 from omnivideo.errors import CheckpointError, InvalidInput
 from omnivideo.models import checkpoint
 from omnivideo.models.mllm import Media, Message, Route, answer, route
 from omnivideo.models.omni import Omni
 from omnivideo.presets import Task, preset
+from omnivideo.settings import service
+
+if TYPE_CHECKING:
+    from omnivideo.agent.thread import Thread
+    from omnivideo.conversations import Conversations
 
 OnStep = Callable[[Step], None]
 
@@ -55,13 +62,40 @@ class Studio:
     """A model in this process.
 
     `weights` is a folder in our layout, by default the shipped one of the preset; `device` is "auto" (a GPU where
-    there is one), "cpu" or "cuda:N".  Raises CheckpointError where weights are missing or do not fit.
+    there is one), "cpu" or "cuda:N"; `home` keeps threads and their artifacts (default: OMNIVIDEO_HOME, or a folder
+    of the user's).  Raises CheckpointError where weights are missing or do not fit.
     """
 
-    def __init__(self, preset: str = "tiny", weights: str | Path | None = None, device: str = "auto"):
+    def __init__(
+        self,
+        preset: str = "tiny",
+        weights: str | Path | None = None,
+        device: str = "auto",
+        home: str | Path | None = None,
+    ):
+        self.settings = service(home=home)
         self.folder = Path(weights) if weights else shipped(preset)
         self.omni: Omni = checkpoint.load(self.folder, pick_device(device))
         self.digest = checkpoint.weights_digest(self.folder)
+
+    @cached_property
+    def conversations(self) -> "Conversations":
+        """The threads of this home; LangGraph is loaded, and the folder made, with the first use only."""
+        from omnivideo.conversations import Conversations
+
+        return Conversations(self.omni, self.digest, self.settings)
+
+    def thread(self, name: str | None = None, create: bool = False) -> "Thread":
+        """A conversation: a new one, or the one of that id (made if `create`)."""
+        return self.conversations.thread(name, create)
+
+    def replay(self, artifact: Artifact) -> str:
+        """Draws a kept artifact again from its manifest; the key of what came out (the same, on the same machine)."""
+        return self.conversations.replay(artifact)
+
+    def batch(self, prompts: Iterable[str | dict], folder: str | Path) -> Iterator[Outcome]:
+        """Draws each prompt into the folder, with a line in its results.jsonl; run again, it does what is left."""
+        yield from run(self, items(prompts), Path(folder))
 
     def route(self, prompt: str, source: str | Path | None = None) -> Route:
         """What the model takes the request for: text, image or video, with the probability."""
@@ -132,7 +166,6 @@ class Studio:
         raise AssertionError("draw ends with a clip")
 
     def manifest(self, prompt: str, chosen: Settings, source: str | None, seconds: dict[str, float]) -> Manifest:
-        versions = {name: version(name) for name in ("torch", "diffusers", "transformers")}
         return Manifest(
             prompt=prompt,
             task=chosen.task,
@@ -140,7 +173,7 @@ class Studio:
             source=source,
             preset=self.omni.preset.name,
             weights=self.digest,
-            versions={"omnivideo": __version__} | versions,
+            versions=versions(),
             seconds=seconds,
         )
 

@@ -1,10 +1,9 @@
 """The planner: a turn of a conversation through think, route, understand | generate | edit, check.
 
-    plan -> refer -> think -> route -> understand ----------+-> (next act: refer) -> answer
-              ^                    \-> generate | edit -> check
-              |                              ^------------/ another try
-              +-- asks back where a reference is not clear (interrupt)
+    plan -> refer -> think -> route -> understand ------------> next act, or answer
+                                    -> generate | edit -> check -> another try, next act, or answer
 
+`refer` finds what the act is about, and asks back (interrupt) where that is not clear.
 Each node is one step of the thread's checkpoint: a process that is killed goes on from the last one.  The planner
 knows only ports; what happens is told as events while it happens.
 """

@@ -13,7 +13,7 @@ from omnivideo import __version__
 from omnivideo.backends.decoder.pipeline import Clip, Guess, draw
 from omnivideo.backends.decoder.video import Media, fit
 from omnivideo.backends.media import encoded, frames_of, png
-from omnivideo.contracts import Artifact, Job, Manifest, Preview, Settings, Step, settings
+from omnivideo.contracts import Artifact, Job, Manifest, Medium, Preview, Settings, Step, settings
 from omnivideo.errors import JobCancelled
 from omnivideo.models.omni import Omni
 from omnivideo.models.vae import decode, to_bytes
@@ -89,12 +89,28 @@ class LocalQueue:
             made_by=job.id,
         )
 
+    def redrawn(self, manifest: Manifest) -> str:
+        """The key of the clip that a manifest draws."""
+        source, chosen = None, manifest.settings
+        if manifest.source:
+            medium: Medium = "video" if chosen.frames > 1 else "image"
+            source = Artifact(
+                key=manifest.source, medium=medium, width=chosen.width, height=chosen.height, frames=chosen.frames,
+                fps=chosen.fps, about="", latents=manifest.source_latents, made_by="replay",
+            )  # fmt: skip
+        assert manifest.visual_tokens
+        for event in self.drawn(manifest.prompt, chosen, source, manifest.visual_tokens):
+            if isinstance(event, Clip):
+                return self.store.put(*encoded(event.frames, chosen.fps))
+        raise AssertionError("draw ends with a clip")
+
     def manifest(self, job: Job, chosen: Settings, seconds: dict[str, float]) -> Manifest:
         return Manifest(
             prompt=job.prompt,
             task=job.task,
             settings=chosen,
             source=None if job.source is None else job.source.key,
+            source_latents=None if job.source is None else job.source.latents,
             visual_tokens=job.visual_tokens,
             preset=self.omni.preset.name,
             weights=self.digest,

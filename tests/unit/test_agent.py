@@ -1,0 +1,216 @@
+"""The planner over in-memory twins: what a turn does, asks, keeps and survives."""
+
+import sqlite3
+
+import pytest
+from langgraph.checkpoint.memory import InMemorySaver
+from langgraph.checkpoint.sqlite import SqliteSaver
+
+from omnivideo.agent import words
+from omnivideo.agent.graph import Planner, prompts_for
+from omnivideo.agent.thread import Thread
+from omnivideo.contracts import Artifact, Finished, Made, Question, Rewritten, Step, Thinking, Turn
+from omnivideo.errors import InvalidInput, JobCancelled
+from tests.twins import InstantQueue, ScriptedMLLM
+
+
+class Talk:
+    """A thread over twins, with what it saw."""
+
+    def __init__(self, saver=None, name="talk"):
+        self.mllm, self.queue = ScriptedMLLM(), InstantQueue()
+        self.graph = Planner(self.mllm, self.queue, prompts_for("tiny")).graph(saver or InMemorySaver())
+        self.thread = Thread(self.graph, name, attach)
+        self.events: list = []
+        if not self.thread.exists():
+            self.thread.begin()
+
+    def say(self, text, **options) -> Turn | Question:
+        self.events = list(self.thread.send(text, **options))
+        last = self.events[-1]
+        return last.turn if isinstance(last, Finished) else last
+
+    def seen(self, kind):
+        return [event for event in self.events if isinstance(event, kind)]
+
+
+def attach(path, made_by):
+    return Artifact(
+        key=str(path), medium="image", width=64, height=64, frames=1, fps=1.0, about=str(path), made_by=made_by
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "pieces"),
+    [
+        ("a red ball bounces in; now make it blue; how many balls are there?",
+         ["a red ball bounces in", "make it blue", "how many balls are there?"]),
+        ("make a blue square, then turn it green and tell me how many corners it has",
+         ["make a blue square", "turn it green", "how many corners it has"]),
+        ("a small red circle and a blue square on white", ["a small red circle and a blue square on white"]),
+        ("two stars. Make them green! what do you see?", ["two stars", "Make them green", "what do you see?"]),
+        ("add a red star and paint the circle green", ["add a red star", "paint the circle green"]),
+    ],
+)  # fmt: skip
+def test_a_turn_is_split_into_its_acts(text, pieces):
+    assert words.acts(text) == pieces
+
+
+@pytest.mark.parametrize(
+    "text", ["make it blue", "add a red star", "how many objects are there?", "what colour is the circle?",
+             "put it on a pink background", "let the star grow"],
+)  # fmt: skip
+def test_some_words_are_about_what_is_there(text):
+    assert words.points(text)
+
+
+@pytest.mark.parametrize(
+    "text", ["make a blue square", "draw a star", "what colour is a lemon?", "hello", "three red stars",
+             "a shape like a coin, it sleeps like a stone", "i want a red circle"],
+)  # fmt: skip
+def test_some_words_are_not(text):
+    assert not words.points(text)
+
+
+def test_each_turn_builds_on_the_last():
+    talk = Talk()
+    first = talk.say("a red ball bounces in; now make it blue; how many balls are there?")
+    drawn, blue, counted = first.done
+    assert (drawn.goal, blue.goal, counted.goal) == ("generate", "edit", "understand")
+    assert blue.artifact.source == drawn.artifact.key
+    assert counted.answer == "it is make it blue"
+    assert talk.queue.jobs[1].source == drawn.artifact
+    assert talk.say("make it green").done[0].artifact.source == blue.artifact.key
+    assert [turn.number for turn in talk.thread.history()] == [1, 2]
+
+
+def test_progress_and_artifacts_are_told_as_they_come():
+    talk = Talk()
+    talk.say("a red ball")
+    assert [(event.step, event.steps) for event in talk.seen(Step)] == [(1, 2), (2, 2)]
+    assert [event.final for event in talk.seen(Made)] == [True]
+
+
+def test_thinking_rewrites_what_is_drawn():
+    talk = Talk()
+    done = talk.say("a shape like a coin", think="auto").done[0]
+    assert talk.queue.jobs[0].prompt == "plainly a shape like a coin" == done.trace.rewrite
+    assert [event.piece for event in talk.seen(Thinking)] == ["because"]
+    assert talk.seen(Rewritten)[0].trace.reasoning == "because"
+    assert talk.say("a red ball on white", think="auto").done[0].trace is None
+    assert talk.say("a red ball on white", think="on").done[0].trace is not None
+    assert talk.say("a shape like a coin", think="off").done[0].trace is None
+    assert talk.say("how are you?", think="on").done[0].trace is None
+
+
+def test_ordinals_and_looks_find_earlier_clips():
+    talk = Talk()
+    red = talk.say("a red ball").done[0].artifact
+    picture = talk.say("a picture of a green star").done[0].artifact
+    assert talk.say("make the first clip darker").done[0].artifact.source == red.key
+    assert talk.say("go back to the green one").done[0].artifact == picture
+    assert talk.say("turn it brown").done[0].artifact.source == picture.key
+    assert talk.say("make the red clip slower").done[0].artifact.source == red.key
+
+
+def test_what_is_not_there_is_asked_for():
+    talk = Talk()
+    assert talk.say("make it blue").text.startswith("There is nothing here yet")
+    assert talk.thread.question()
+    turn = talk.say("a red ball")
+    assert turn.done[0].goal == "generate" and turn.asked[0][1] == "a red ball"
+    question = talk.say("go back to the purple one")
+    assert "no purple one" in question.text and "a red ball" in question.text
+    assert isinstance(talk.say("the green one"), Question)  # asks again
+    assert talk.say("number 1").done[0].artifact == turn.done[0].artifact
+
+
+def test_a_route_that_is_a_toss_up_is_asked_for():
+    talk = Talk()
+    talk.mllm.doubt.add("a red thing")
+    assert "picture" in talk.say("a red thing").text
+    assert talk.say("a picture, please").done[0].artifact.medium == "image"
+
+
+def test_check_tries_other_seeds_and_keeps_the_best():
+    talk = Talk()
+    talk.mllm.agreements = [0.1, 0.4, 0.2]
+    done = talk.say("a red ball", check=3).done[0]
+    assert [one.agreement for one in done.tries] == [0.1, 0.4, 0.2]
+    assert len({one.seed for one in done.tries}) == 3
+    assert done.artifact == done.tries[1].artifact
+    talk.mllm.agreements = [0.2, 0.9]
+    assert len(talk.say("a blue ball", check=4).done[0].tries) == 2
+    assert [event.final for event in talk.seen(Made)] == [False, False, True]
+
+
+def test_a_fork_goes_its_own_way():
+    talk = Talk()
+    red = talk.say("a red ball").done[0].artifact
+    talk.say("make it blue")
+    branch = talk.thread.fork(1, "branch")
+    made = list(branch.send("make it green"))[-1].turn.done[0].artifact
+    assert made.source == red.key
+    assert [turn.text for turn in branch.history()] == ["a red ball", "make it green"]
+    assert [turn.text for turn in talk.thread.history()] == ["a red ball", "make it blue"]
+    assert [one.about for one in branch.lineage()] == ["make it green", "a red ball"]
+    assert talk.thread.fork(0, "empty").history() == []
+    with pytest.raises(InvalidInput, match="turn: 5 is not a turn of this thread: 0 to 2"):
+        talk.thread.fork(5, "other")
+
+
+def test_bad_input_leaves_the_thread_usable():
+    talk = Talk()
+    for text, options, field in (("", {}, "text"), ("x", {"check": 0}, "check"), ("x", {"think": "hard"}, "think")):
+        with pytest.raises(InvalidInput, match=f"^{field}: "):
+            talk.say(text, **options)
+    talk.queue.fails = JobCancelled("the clip was cancelled")
+    talk.say("hello")
+    with pytest.raises(JobCancelled):
+        talk.say("a red ball, then make it blue")
+    talk.queue.fails = None
+    assert talk.thread.artifacts() == []
+    assert talk.say("a blue ball").number == 2
+    with pytest.raises(InvalidInput, match="there is no thread"):
+        Thread(talk.graph, "nobody", attach).opened()
+    with pytest.raises(InvalidInput, match="is no thread id"):
+        Thread(talk.graph, "../etc", attach)
+
+
+def test_a_cut_turn_goes_on_to_the_same_end(tmp_path):
+    """Cut after each event in turn; a new process's planner over the same database ends with the same artifacts."""
+    said = ("a red ball; now make it blue; how many balls are there?", "make it green")
+    whole = Talk()
+    for text in said:
+        whole.say(text)
+    expected = [one.key for one in whole.thread.artifacts()]
+    for cut in range(10):
+        path = tmp_path / f"{cut}.sqlite"
+        talk = Talk(SqliteSaver(sqlite3.connect(path, check_same_thread=False)))
+        running = talk.thread.send(said[0])
+        for _ in range(cut):
+            next(running)
+        del running
+        again = Talk(SqliteSaver(sqlite3.connect(path, check_same_thread=False)))
+        if cut == 0:
+            again.say(said[0])
+        again.say(said[1])
+        assert [one.key for one in again.thread.artifacts()] == expected, cut
+
+
+async def collect(talk):
+    return [event async for event in talk.thread.asend("a red ball")]
+
+
+def test_the_async_face_gives_the_same_events():
+    import asyncio
+
+    talk = Talk()
+    assert [event.kind for event in asyncio.run(collect(talk))] == ["plan", "step", "step", "artifact", "done"]
+
+
+def test_an_attachment_is_what_the_words_are_about():
+    talk = Talk()
+    done = talk.say("a red ball; make it blue", attachments=["cat.png"]).done
+    assert done[0].artifact.source == "cat.png"
+    assert done[1].artifact.source == done[0].artifact.key
