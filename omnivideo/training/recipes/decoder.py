@@ -80,7 +80,7 @@ def decoder_recipe(
     clips: Captioned,
     tokenizer: PreTrainedTokenizerBase,
     text_encoder: UMT5EncoderModel,
-    steps: int = 14_000,
+    steps: int = 8_000,
     sizes: tuple[int, int] = (96, 32),
     compiled: bool = False,
 ) -> Recipe:
