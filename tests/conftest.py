@@ -8,6 +8,7 @@ import torch
 from diffusers import AutoencoderKLWan
 from transformers import UMT5Config, UMT5EncoderModel
 
+from omnivideo.backends.mllm.local import LocalMLLM
 from omnivideo.models import checkpoint
 from omnivideo.models.mllm import Pixels
 from omnivideo.models.omni import Bridge, Omni, build_decoder
@@ -50,3 +51,9 @@ def weights(omni, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("weights") / "tiny"
     checkpoint.save(omni, folder)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def short_answers(monkeypatch):
+    """An untrained model would talk on to the limit."""
+    monkeypatch.setattr(LocalMLLM, "most", 24)

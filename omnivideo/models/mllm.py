@@ -245,6 +245,8 @@ def answer(
     ids: list[int] = []
     shown = ""
     out = model(**inputs, logits_to_keep=1, use_cache=True)
+    # A request without media leaves the offset of whatever was asked before.
+    offset = model.model.rope_deltas if message.media else torch.zeros(1, dtype=torch.long, device=model.device)
     for _ in range(most):
         logits = out.logits[0, -1].float().cpu()
         logits[banned] = -torch.inf
@@ -256,7 +258,7 @@ def answer(
         if not text.endswith("\ufffd"):  # a character may span several tokens
             yield text[len(shown) :]
             shown = text
-        position = inputs["input_ids"].shape[1] + len(ids) - 1 + model.model.rope_deltas
+        position = inputs["input_ids"].shape[1] + len(ids) - 1 + offset
         out = model(
             input_ids=torch.tensor([[chosen]], device=model.device),
             past_key_values=out.past_key_values,

@@ -1,5 +1,6 @@
 """The README's examples run as they stand, over weights at random in the shipped place and with few steps."""
 
+import io
 import re
 import shlex
 import sys
@@ -22,6 +23,7 @@ def shipped(monkeypatch, weights, tmp_path):
     steps = {task: chosen.model_copy(update={"steps": 1}) for task, chosen in TINY.sampling.items()}
     monkeypatch.setitem(PRESETS, "tiny", TINY.model_copy(update={"sampling": steps}))
     monkeypatch.setattr(checkpoint, "SHIPPED", weights.parent)
+    monkeypatch.setenv("OMNIVIDEO_HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
 
 
@@ -30,9 +32,13 @@ def blocks(language: str) -> list[str]:
 
 
 def test_command_lines(monkeypatch, tmp_path):
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a red ball", "image": true}\na blue star\n')
+    monkeypatch.setattr(sys, "stdin", io.StringIO("a red ball\n/history\n"))
     lines = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("omnivideo ")]
     commands = [shlex.split(line, comments=True) for line in lines]
-    assert {command[1] for command in commands} >= {"generate", "edit", "understand", "evaluate", "train", "doctor"}
+    assert {command[1] for command in commands} >= {
+        "generate", "edit", "understand", "chat", "batch", "evaluate", "train", "doctor"
+    }  # fmt: skip
     for command in commands:
         if command[1] not in LONG:
             monkeypatch.setattr(sys, "argv", command)
@@ -40,6 +46,7 @@ def test_command_lines(monkeypatch, tmp_path):
                 main()
             assert not caught.value.code, command
     assert (tmp_path / "clip.mp4").exists() and (tmp_path / "blue.mp4.json").exists()
+    assert len((tmp_path / "out" / "results.jsonl").read_text().splitlines()) == 2
 
 
 def test_python(tmp_path):

@@ -243,3 +243,17 @@ def test_damage_and_absence_are_named(weights, tmp_path):
     (folder / "model_index.json").write_text(json.dumps({"format": 9}))
     with pytest.raises(CheckpointError, match="format"):
         checkpoint.load(folder)
+
+
+def test_a_question_in_words_does_not_hear_of_the_clip_before_it(omni):
+    """transformers keeps a rotary offset of the last request with media."""
+    talk = Message("hello, who are you?")
+    clip = Message("what is this?", (Media(np.zeros((9, 64, 64, 3), np.uint8), 8.0, True),))
+
+    def said(message):
+        return "".join(answer(omni.mllm, omni.mllm_tokenizer, message, omni.pixels, temperature=0.0, most=12))
+
+    omni.mllm.model.rope_deltas = None  # as in a new process
+    first = said(talk)
+    said(clip)
+    assert said(talk) == first

@@ -16,6 +16,8 @@ from omnivideo.storage.tensors import put_tensors
 class LocalMLLM:
     """`store` holds the artifacts that are shown, and takes the visual tokens."""
 
+    most = 1024  # tokens of an answer
+
     def __init__(self, omni: Omni, store: ObjectStore):
         self.omni = omni
         self.store = store
@@ -35,7 +37,12 @@ class LocalMLLM:
     def write(self, ask: Ask) -> Iterator[str]:
         # Greedy: what a thread says must come out the same when a killed process goes on with it.
         yield from answer(
-            self.omni.mllm, self.omni.mllm_tokenizer, self.message(ask), self.omni.pixels, temperature=0.0
+            self.omni.mllm,
+            self.omni.mllm_tokenizer,
+            self.message(ask),
+            self.omni.pixels,
+            temperature=0.0,
+            most=self.most,
         )
 
     def agreement(self, ask: Ask) -> float:
