@@ -11,7 +11,7 @@ from langgraph.types import Command, StateSnapshot
 from pydantic import ValidationError
 
 from omnivideo.agent.graph import seed_from
-from omnivideo.contracts import Artifact, Event, Question, Turn, TurnOptions, check_prompt
+from omnivideo.contracts import Artifact, Event, Finished, Question, Turn, TurnOptions, check_prompt
 from omnivideo.errors import InvalidInput, OmniVideoError
 
 Attach = Callable[[str | Path, str], Artifact]
@@ -86,33 +86,34 @@ class Thread:
         chosen = options_of(**options)
         text = check_prompt("text", text)
         made = [self.attach(path, f"{self.id}/attached") for path in attachments]
-        if self.question() is None:
-            yield from self.resume()
-            given: Any = {
-                "text": text,
-                "attachments": [one.model_dump() for one in made],
-                "options": chosen.model_dump(),
-            }
-        elif made:
-            raise InvalidInput("attachments", "a question is open; reply to it in words first")
-        else:
-            given = Command(resume=text)
-        yield from self.run(given)
+        state = self.graph.get_state(self.config)
+        if state.interrupts:
+            if made:
+                raise InvalidInput("attachments", "a question is open; reply to it in words first")
+            yield from self.run(Command(resume=text), state)
+            return
+        if not whole(state):
+            yield from self.run(None, state)
+            state = self.graph.get_state(self.config)
+        shown = [one.model_dump() for one in made]
+        yield from self.run({"text": text, "attachments": shown, "options": chosen.model_dump()}, state)
 
     def resume(self) -> Iterator[Event]:
         """Goes on with a turn that was cut short, if there is one."""
-        if not whole(self.graph.get_state(self.config)) and self.question() is None:
-            yield from self.run(None)
+        state = self.graph.get_state(self.config)
+        if not whole(state) and not state.interrupts:
+            yield from self.run(None, state)
 
-    def run(self, given: Any) -> Iterator[Event]:
-        before = len(self.history())
+    def run(self, given: Any, state: StateSnapshot) -> Iterator[Event]:
+        finished = False
         try:
-            yield from self.graph.stream(given, self.config, stream_mode="custom", durability="sync")
+            for event in self.graph.stream(given, self.config, stream_mode="custom", durability="sync"):
+                finished = isinstance(event, Finished)
+                yield event
         except OmniVideoError:
-            self.abandon(before)
+            self.abandon(len(state.values["turns"]))
             raise
-        question = self.question()
-        if question is not None:
+        if not finished and (question := self.question()):
             yield Question(text=question)
 
     def abandon(self, turns: int) -> None:
