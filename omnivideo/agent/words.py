@@ -19,7 +19,7 @@ ASKS = ("how", "what", "which", "where", "who", "why", "when", "is", "are", "doe
         "caption", "say", "explain")  # fmt: skip
 START = "|".join((*ORDERS, *ASKS))
 LEADS = r"(?:and|then|now|also|next|finally|afterwards|after that|ok|okay|so|but|please)"
-NUMBER = r"(?:an?|one|two|three|four|five|six|some|several|another|\d+)"
+NUMBER = r"(?:an?|one|two|three|four|five|six|some|several|another|as many|half|twice|\d+)"
 
 BOUNDARY = re.compile(
     rf"(?<=[.!?])\s+(?=\S)|\s*;\s*|\s*,?\s+(?:and\s+)?(?:then|afterwards|after that)\s+(?={LEADS}|{START})"
@@ -27,13 +27,14 @@ BOUNDARY = re.compile(
     re.IGNORECASE,
 )
 POLITE = re.compile(
-    rf"^(?:{LEADS}[\s,]+|(?:can|could|would|will) you (?:please )?|tell me\s+(?=how|what|which|where|who|why))+",
+    rf"^(?:{LEADS}[\s,]+|(?:can|could|would|will) you (?!see\b)(?:please )?"
+    r"|tell me\s+(?=how|what|which|where|who|why))+",
     re.IGNORECASE,
 )
 # A new thing is asked for: "a red star", "draw two circles", "i want a clip of ...".
 FRESH = re.compile(
     rf"^(?:(?:make|draw|show|generate|create|give|produce)(?: me| us)?\s+|i (?:want|need|would like)(?: to see)?\s+)?"
-    rf"{NUMBER}\b",
+    rf"(?:{NUMBER}\b|(?:pictures?|images?|photos?|videos?|clips?|animations?|footage) of\b)",
     re.IGNORECASE,
 )
 CHANGE = re.compile(
@@ -55,16 +56,19 @@ ORDINALS = {
 }  # fmt: skip
 BY_NUMBER = re.compile(rf"\bthe ({'|'.join(ORDINALS)}) ({'|'.join(MEDIA)})\b", re.IGNORECASE)
 BACK = re.compile(r"\b(?:go|return|switch|come) back to (?:the |my |that )?(.+)$|^undo\b", re.IGNORECASE)
+LOOKS = r"((?:(?!(?:the|in|of|on|is|are|to|does|this|and)\b)[\w-]+ ){1,3})"
 BY_LOOKS = re.compile(
-    rf"\b(?:in|of|take|use|with|from) the ((?:[\w-]+ )+?)({'|'.join(MEDIA)})\b"
-    rf"|\bthe ((?:[\w-]+ )+?)({'|'.join(name for name in MEDIA if name != 'one')})\b",
+    rf"\b(?:in|use|open) the {LOOKS}({'|'.join(MEDIA)})\b"
+    rf"|\bthe {LOOKS}({'|'.join(name for name in MEDIA if name not in ('one', 'still'))})\b",
     re.IGNORECASE,
 )
 EMPTY = {"the", "a", "an", "one", "ones", "with", "of", "and", "my", "that", "again", "please", *MEDIA}
 
+# What is meant must first be worked out: a comparison, a description in place of a name, a sum in words.
 INDIRECT = re.compile(
-    r"\blike\b|\bcolou?rs? of\b|\bas \w+(?: \w+)? as\b|\bas many\b|\bwhose\b|\bsomething\b|\bsomeone\b|\bopposite\b"
-    r"|\bshapes? (?:with|that|without|on|you|in)\b|,\s*(?:it|they)\b|\bthe (?:number|amount) of\b|\bremind",
+    r"(?<!would )\blike\b|\bcolou?rs? of\b|\bas \w+(?: \w+)? as\b|\bas many\b|\b(?:more|less|fewer) than\b"
+    r"|\b(?:half|twice|double|pairs?)\b|\bwhose\b|\bsomething\b|\bsomeone\b|\bopposite\b|\bremind"
+    r"|\ban? (?:\w+ )?shape\b|\bshapes? (?:with|that|without|you)\b|,\s*(?:it|they)\b|\bthe (?:number|amount) of\b",
     re.IGNORECASE,
 )
 

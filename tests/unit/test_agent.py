@@ -1,5 +1,6 @@
 """The planner over in-memory twins: what a turn does, asks, keeps and survives."""
 
+import random
 import sqlite3
 
 import pytest
@@ -11,6 +12,10 @@ from omnivideo.agent.graph import Planner, prompts_for
 from omnivideo.agent.thread import Thread
 from omnivideo.contracts import Artifact, Finished, Made, Question, Rewritten, Step, Thinking, Turn
 from omnivideo.errors import InvalidInput, JobCancelled
+from omnivideo.training.edits import random_edit
+from omnivideo.training.questions import random_question
+from omnivideo.training.recipes.mllm import caption_prompt, riddle_prompt, talk_sample
+from omnivideo.training.world import random_scene
 from tests.twins import InstantQueue, ScriptedMLLM
 
 
@@ -214,3 +219,44 @@ def test_an_attachment_is_what_the_words_are_about():
     done = talk.say("a red ball; make it blue", attachments=["cat.png"]).done
     assert done[0].artifact.source == "cat.png"
     assert done[1].artifact.source == done[0].artifact.key
+
+
+def edits(rng, video):
+    return random_edit(rng, video, kinds=("recolour", "reshape", "remove", "background")).instruction
+
+
+def questions(rng, video):
+    return random_question(rng, random_scene(rng, video)).text
+
+
+@pytest.mark.parametrize(
+    ("make", "about_something", "indirect"),
+    [
+        (edits, True, None),
+        (questions, True, None),
+        (lambda rng, video: caption_prompt(rng, video)[0], False, False),
+        (lambda rng, video: riddle_prompt(rng, video)[0], False, True),
+        (lambda rng, video: talk_sample(rng, video)[0].text, False, None),
+    ],
+    ids=["edits", "questions", "captions", "riddles", "talk"],
+)
+def test_the_ways_people_say_it_are_told_apart(make, about_something, indirect):
+    """Over 600 wordings of each kind: one act, no artifact named, about what is there or not, plain or indirect."""
+    rng = random.Random(11)
+    right = 0
+    for at in range(600):
+        pieces = words.acts(make(rng, at % 2 == 0))
+        fits = len(pieces) == 1 and words.looks(pieces[0]) is None and words.points(pieces[0]) == about_something
+        right += fits and (indirect is None or words.is_indirect(pieces[0]) == indirect)
+    assert right >= 594
+
+
+def test_joined_acts_are_split_where_they_were_joined():
+    rng = random.Random(12)
+    right = 0
+    for at in range(300):
+        parts = [caption_prompt(rng, at % 2 == 0)[0], edits(rng, at % 2 == 0), questions(rng, at % 2 == 0)]
+        parts = [part for part in parts if part == words.acts(part)[0]]
+        joined = rng.choice(("; ", ", then ", ". ", ", and then ", "; now ")).join(parts)
+        right += words.acts(joined) == [part.strip(".!") for part in parts]
+    assert right >= 285
