@@ -6,13 +6,14 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from langgraph.checkpoint.base import BaseCheckpointSaver
 from langgraph.checkpoint.sqlite import SqliteSaver
 
 from omnivideo.agent.graph import Planner, prompts_for
 from omnivideo.agent.thread import Thread
 from omnivideo.backends.decoder.local import LocalQueue
-from omnivideo.backends.media import attached
+from omnivideo.backends.media import attached, frames_of
 from omnivideo.backends.mllm.local import LocalMLLM
 from omnivideo.contracts import Artifact, Manifest
 from omnivideo.errors import InvalidInput, NotInstalled, NotStored
@@ -75,6 +76,10 @@ class Conversations:
 
     def path(self, artifact: Artifact) -> Path:
         return self.store.path(artifact.key)
+
+    def frames(self, artifact: Artifact) -> np.ndarray:
+        """uint8 [F, H, W, 3]."""
+        return frames_of(self.store, artifact)
 
     def replay(self, artifact: Artifact) -> str:
         """The key of what an artifact's manifest draws; raises NotStored for one that was attached."""

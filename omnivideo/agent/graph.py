@@ -184,12 +184,13 @@ class Planner:
         return self.which(f"I find no {looks.strip()} here. ", finding)
 
     def which(self, why: str, finding: "Finding") -> Artifact:
-        """Asks which artifact is meant, until the reply names one."""
+        """Asks which artifact is meant, twice at most; who names none then gets the last one."""
         descriptions = [self.description(one, finding) for one in finding.artifacts]
         question = why + words.which_one(finding.artifacts, descriptions)
-        while True:
+        for _ in range(2):
             if found := words.chosen(finding.ask(question), finding.artifacts, descriptions):
                 return found
+        return finding.artifacts[-1]
 
     def description(self, artifact: Artifact, finding: "Finding") -> str:
         if artifact.key not in finding.descriptions:

@@ -4,21 +4,27 @@ import errno
 import io
 import json
 import os
+import random
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from rich.console import Console
 
+from omnivideo.agent import words
+from omnivideo.backends.mllm.local import LocalMLLM
 from omnivideo.batch import finished, items
 from omnivideo.chat import Chat
-from omnivideo.contracts import Artifact, Ask, Finished, Job, Manifest, Preview, Step
+from omnivideo.contracts import Act, Artifact, Ask, Done, Finished, Job, Manifest, Preview, Routed, Step
 from omnivideo.errors import InvalidInput, JobCancelled, NotStored, StoreError, UnreadableMedia
+from omnivideo.evaluation import planner
 from omnivideo.settings import service
 from omnivideo.storage.local import LocalStore
 from omnivideo.storage.tensors import get_tensors, put_tensors
 from omnivideo.studio import Studio
+from omnivideo.training.world import BACKGROUNDS, render
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +36,6 @@ def job(studio, name="t.1.1.1", source=None, seed=3) -> Job:
     mllm = studio.conversations.graph  # the wiring is made with it
     assert mllm is not None
     ask = Ask(text="a red ball", shown=(source,) if source else ())
-    from omnivideo.backends.mllm.local import LocalMLLM
-
     tokens = LocalMLLM(studio.omni, studio.conversations.store).visual_tokens(ask, "video")
     task = "video-editing" if source else "text-to-video"
     return Job(id=name, task=task, prompt="a red ball", visual_tokens=tokens, source=source, seed=seed, steps=4)
@@ -229,3 +233,45 @@ def test_the_terminal_chat_goes_on_after_a_mistake(studio):
     assert "/nonsense is none of" in text and "nothing was made here yet" in text and "no turn to take back" in text
     assert "a red ball" in text and "turn: 9 is not a turn of this thread" in text
     assert "after turn 0" in text
+
+
+# ---------------------------------------------------------------- evaluation
+
+
+def test_the_planner_evaluation_runs_over_the_real_parts(studio):
+    """An untrained model gets nothing right but everything is asked, drawn and counted."""
+    frames = studio.conversations.frames
+
+    def open_thread():
+        thread = studio.thread()
+        return planner.saying(lambda text, **options: thread.send(text, steps=1, **options))
+
+    quiet = lambda name, done, of: None  # noqa: E731
+    rows = planner.thinking(open_thread, frames, 1, quiet)
+    assert set(rows) == {f"{kind}, think {mode}" for kind in ("reasoning", "plain") for mode in ("off", "on", "auto")}
+    assert all(row.score.count == 1 for row in rows.values())
+    assert all(row.score.count == 1 for row in planner.checking(open_thread, frames, 1, quiet).values())
+    assert planner.conversations(open_thread, frames, 1, quiet).count == 10
+    assert planner.splitting(words.acts, 100).right >= 0.95
+    mllm = LocalMLLM(studio.omni, studio.conversations.store)
+    assert sum(planner.confusion(mllm, 3, quiet).values()) == 3
+
+
+def test_a_script_is_scored_by_what_is_seen():
+    """Ground truth in place of the model: every line is right by its own scene, and a wrong scene is wrong."""
+    rng = random.Random(0)
+    for _ in range(5):
+        scene = planner.first_scene(rng, True)
+        line = planner.opening(scene)
+        done = Done(act=Act(text=""), goal="generate", routed=ROUTED, trace=None, artifact=ARTIFACT)
+        assert line.right(done, lambda artifact, scene=scene: render(scene))
+        other = replace(scene, background=next(name for name in BACKGROUNDS if name not in colours_of(scene)))
+        assert not line.right(done, lambda artifact, other=other: render(other))
+
+
+ROUTED = Routed(kind="video", probability=1.0)
+ARTIFACT = Artifact(key="", medium="video", width=64, height=64, frames=9, fps=8.0, about="", made_by="")
+
+
+def colours_of(scene):
+    return {scene.background, *(thing.colour for thing in scene.things)}
