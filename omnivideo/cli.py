@@ -202,10 +202,11 @@ def evaluate(
     weights: Weights = None,
     device: Device = "auto",
     count: Annotated[int, typer.Option(min=1, max=10_000, help="Held-out prompts a category.")] = 50,
+    planner: Annotated[bool, typer.Option("--planner", help="Score the planner's turns instead.")] = False,
     report: Annotated[Optional[Path], typer.Option(help="Write the scores as JSON.")] = None,  # noqa: UP045
 ) -> None:
-    """Score a preset on held-out prompts, edits, questions and routes."""
-    from omnivideo.evaluation.report import as_json, as_table
+    """Score a preset on held-out prompts, edits, questions and routes; or the planner, turn by turn."""
+    from omnivideo.evaluation.report import as_json, as_table, planner_scores
     from omnivideo.evaluation.suite import everything
 
     if preset != "tiny":
@@ -220,7 +221,7 @@ def evaluate(
                 rows[name] = bar.add_task(name)
             bar.update(rows[name], completed=done, total=total)
 
-        scores = everything(studio.omni, count, tell)
+        scores = planner_scores(studio.conversations, count, tell) if planner else everything(studio.omni, count, tell)
     out.print(as_table(scores))
     if report is not None:
         report.write_text(as_json(scores))

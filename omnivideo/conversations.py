@@ -10,6 +10,7 @@ import numpy as np
 from langgraph.checkpoint.base import BaseCheckpointSaver
 from langgraph.checkpoint.sqlite import SqliteSaver
 
+from omnivideo.agent import words
 from omnivideo.agent.graph import Planner, prompts_for
 from omnivideo.agent.thread import Thread
 from omnivideo.backends.decoder.local import LocalQueue
@@ -57,7 +58,9 @@ class Conversations:
         self.store = LocalStore(chosen.home / "store")
         self.queue = LocalQueue(omni, self.store, digest)
         self.saver = saver_for(chosen)
-        planner = Planner(LocalMLLM(omni, self.store), self.queue, prompts_for(omni.preset.name))
+        self.mllm = LocalMLLM(omni, self.store)
+        self.acts = words.acts
+        planner = Planner(self.mllm, self.queue, prompts_for(omni.preset.name))
         self.graph: Any = planner.graph(self.saver)
 
     def thread(self, name: str | None = None, create: bool = False) -> Thread:

@@ -1,5 +1,6 @@
 """The Python SDK in-process: one preset, loaded once, that generates, edits and understands."""
 
+import base64
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -14,6 +15,7 @@ import torch
 from omnivideo.backends.decoder.local import versions
 from omnivideo.backends.decoder.pipeline import Clip, draw
 from omnivideo.backends.decoder.video import check_output, fit, read_media, write_media
+from omnivideo.backends.media import encoded
 from omnivideo.batch import Outcome, items, run
 from omnivideo.contracts import Artifact, Manifest, Settings, Step, check_prompt, settings
 from omnivideo.errors import CheckpointError, InvalidInput
@@ -40,6 +42,14 @@ class Result:
 
     frames: np.ndarray
     manifest: Manifest
+
+    def _repr_html_(self) -> str:
+        """How a notebook shows it: the clip itself, looping."""
+        data, suffix = encoded(self.frames, self.manifest.settings.fps)
+        source = f"data:{'video/mp4' if suffix == 'mp4' else 'image/png'};base64,{base64.b64encode(data).decode()}"
+        if suffix == "png":
+            return f'<img src="{source}" width="256">'
+        return f'<video src="{source}" width="256" controls loop autoplay muted></video>'
 
     def save(self, path: str | Path) -> Path:
         """Writes the media by the file's ending, and the manifest beside it as JSON; both or neither."""

@@ -13,13 +13,14 @@ import pytest
 import torch
 from rich.console import Console
 
-from omnivideo.agent import words
 from omnivideo.backends.mllm.local import LocalMLLM
 from omnivideo.batch import finished, items
 from omnivideo.chat import Chat
 from omnivideo.contracts import Act, Artifact, Ask, Done, Finished, Job, Manifest, Preview, Routed, Step
 from omnivideo.errors import InvalidInput, JobCancelled, NotStored, StoreError, UnreadableMedia
 from omnivideo.evaluation import planner
+from omnivideo.evaluation.report import as_table, planner_scores
+from omnivideo.presets import TINY
 from omnivideo.settings import service
 from omnivideo.storage.local import LocalStore
 from omnivideo.storage.tensors import get_tensors, put_tensors
@@ -238,23 +239,16 @@ def test_the_terminal_chat_goes_on_after_a_mistake(studio):
 # ---------------------------------------------------------------- evaluation
 
 
-def test_the_planner_evaluation_runs_over_the_real_parts(studio):
+def test_the_planner_evaluation_runs_over_the_real_parts(studio, monkeypatch):
     """An untrained model gets nothing right but everything is asked, drawn and counted."""
-    frames = studio.conversations.frames
-
-    def open_thread():
-        thread = studio.thread()
-        return planner.saying(lambda text, **options: thread.send(text, steps=1, **options))
-
-    quiet = lambda name, done, of: None  # noqa: E731
-    rows = planner.thinking(open_thread, frames, 1, quiet)
-    assert set(rows) == {f"{kind}, think {mode}" for kind in ("reasoning", "plain") for mode in ("off", "on", "auto")}
-    assert all(row.score.count == 1 for row in rows.values())
-    assert all(row.score.count == 1 for row in planner.checking(open_thread, frames, 1, quiet).values())
-    assert planner.conversations(open_thread, frames, 1, quiet).count == 10
-    assert planner.splitting(words.acts, 100).right >= 0.95
-    mllm = LocalMLLM(studio.omni, studio.conversations.store)
-    assert sum(planner.confusion(mllm, 3, quiet).values()) == 3
+    steps = {task: one.model_copy(update={"steps": 1}) for task, one in TINY.sampling.items()}
+    monkeypatch.setattr(studio.omni, "preset", TINY.model_copy(update={"sampling": steps}))
+    scores = planner_scores(studio.conversations, 1, lambda name, done, of: None)
+    for kind in ("reasoning", "plain"):
+        assert [scores[f"{kind}, think {mode}"].count for mode in ("off", "on", "auto")] == [4, 4, 4]
+    assert scores["counting, 4 tries"].count == 1 and scores["conversations"].count == 10
+    assert scores["acts split"].right == 1 and scores["routing"].count == 10
+    assert as_table(scores).row_count == len(scores)
 
 
 def test_a_script_is_scored_by_what_is_seen():
