@@ -68,7 +68,7 @@ def data(request, omni):
 
 
 def stage1_recipe(request):
-    return stages.stage1_recipe(fresh(request), encoder(), steps=STEPS, captions=3, instructions=1)
+    return stages.stage1_recipe(fresh(request), encoder(), steps=STEPS, batch=4)
 
 
 def stage2a_recipe(request):
