@@ -105,7 +105,7 @@ def into_text_space(tokens_LD: Tensor, text_ND: Tensor) -> Tensor:
     return F.mse_loss(found, text_ND) + F.mse_loss(tokens_LD.mean(0), text_ND.mean(0))
 
 
-def stage2a_recipe(omni: Omni, steps: int = 1500, batch: int = 32) -> Recipe:
+def stage2a_recipe(omni: Omni, steps: int = 1000, batch: int = 32) -> Recipe:
     torch.manual_seed(12)
     model = Whole(omni)
 
@@ -215,7 +215,7 @@ def adapter_recipe(name: str, omni: Omni, data: Mapping[Task, Drawn], steps: int
 
 
 def stage2b_generation_recipe(
-    omni: Omni, data: Mapping[Task, Drawn], steps: int = 1500, sizes: tuple[int, int] = (64, 24)
+    omni: Omni, data: Mapping[Task, Drawn], steps: int = 1000, sizes: tuple[int, int] = (64, 24)
 ) -> Recipe:
     """The first sub-stage: text-to-image and text-to-video alone."""
     alone = {task: drawn for task, drawn in data.items() if task in TASKS[:2]}
@@ -223,14 +223,14 @@ def stage2b_generation_recipe(
 
 
 def stage2b_recipe(
-    omni: Omni, data: Mapping[Task, Drawn], steps: int = 3000, sizes: tuple[int, int] = (64, 24)
+    omni: Omni, data: Mapping[Task, Drawn], steps: int = 1500, sizes: tuple[int, int] = (64, 24)
 ) -> Recipe:
     """The second: all four tasks through the frozen decoder."""
     return adapter_recipe("stage2b", omni, data, steps, sizes)
 
 
 def stage3_recipe(
-    omni: Omni, data: Mapping[Task, Drawn], steps: int = 16_000, sizes: tuple[int, int] = (64, 24)
+    omni: Omni, data: Mapping[Task, Drawn], steps: int = 8_000, sizes: tuple[int, int] = (64, 24)
 ) -> Recipe:
     torch.manual_seed(14)
     return flow_recipe("stage3", omni, data, ("bridge", "decoder"), steps, sizes, lr=7e-3, eq1=0.1)
