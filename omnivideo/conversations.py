@@ -41,11 +41,15 @@ def saver_for(chosen: Service) -> BaseCheckpointSaver:
 def postgres(address: str) -> BaseCheckpointSaver:
     try:
         from langgraph.checkpoint.postgres import PostgresSaver
-        from psycopg import Connection
+        from psycopg import Connection, OperationalError
         from psycopg.rows import dict_row
     except ImportError:
         raise NotInstalled("threads in PostgreSQL need: pip install 'omnivideo[serve]'") from None
-    saver = PostgresSaver(Connection.connect(address, autocommit=True, prepare_threshold=0, row_factory=dict_row))
+    try:
+        connection = Connection.connect(address, autocommit=True, prepare_threshold=0, row_factory=dict_row)
+    except OperationalError:
+        raise InvalidInput("OMNIVIDEO_DATABASE", "the server cannot be reached or refuses the login") from None
+    saver = PostgresSaver(connection)
     saver.setup()
     return saver
 
@@ -69,6 +73,10 @@ class Conversations:
         if (name is None or create) and not thread.exists():
             return thread.begin()
         return thread.opened()
+
+    def close(self) -> None:
+        """Lets go of the database."""
+        self.saver.conn.close()  # type: ignore[attr-defined]
 
     def attach(self, path: str | Path, made_by: str) -> Artifact:
         return attached(self.store, path, made_by)
