@@ -24,14 +24,11 @@ HELP = """[dim]Say what you would like to see, change or know. To show a file: @
 class Chat:
     """One terminal over one thread at a time; `path` gives the file of an artifact."""
 
-    def __init__(
-        self, open_thread: Callable[..., Thread], path: Callable[[Artifact], Path], out: Console, **options: Any
-    ):
-        self.open_thread = open_thread
+    def __init__(self, thread: Thread, path: Callable[[Artifact], Path], out: Console, **options: Any):
         self.path = path
         self.out = out
         self.options = options
-        self.thread = open_thread()
+        self.thread = thread
         self.commands: dict[str, Callable[[str], None]] = {
             "history": self.history, "fork": self.fork, "undo": self.undo, "save": self.save, "open": self.show,
             "help": lambda rest: self.out.print(HELP),

@@ -63,6 +63,7 @@ class Manifest(Message):
 Medium = Literal["image", "video"]
 Think = Literal["off", "on", "auto"]
 Goal = Literal["understand", "generate", "edit"]
+THINK, END_THINK = "<think>", "</think>"  # around the reasoning in an answer
 
 
 class Artifact(Message):
@@ -226,6 +227,12 @@ class Finished(Message):
 Event = Planned | Thinking | Rewritten | Step | Text | Preview | Made | Question | Finished
 
 
+def refused(error: ValidationError) -> InvalidInput:
+    """A message's first wrong field, with the allowed range."""
+    first = error.errors()[0]
+    return InvalidInput(str(first["loc"][0]), first["msg"][0].lower() + first["msg"][1:])
+
+
 def settings(preset: Preset, task: Task, **given: object) -> Settings:
     """The preset's defaults for a task with what is given in place; None leaves a default.
 
@@ -236,9 +243,7 @@ def settings(preset: Preset, task: Task, **given: object) -> Settings:
     try:
         made = Settings(task=task, **(defaults | wanted))
     except ValidationError as error:
-        first = error.errors()[0]
-        field = str(first["loc"][0]) if first["loc"] else "settings"
-        raise InvalidInput(field, first["msg"][0].lower() + first["msg"][1:]) from None
+        raise refused(error) from None
     latent_grid(made.width, made.height, made.frames)
     if made.width * made.height * made.frames > MOST_PIXELS:
         raise InvalidInput("size", f"width x height x frames is above {MOST_PIXELS}")

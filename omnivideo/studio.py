@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from omnivideo.backends.decoder.local import versions
+from omnivideo.backends.decoder.local import manifest_of
 from omnivideo.backends.decoder.pipeline import Clip, draw
 from omnivideo.backends.decoder.video import check_output, fit, read_media, write_media
 from omnivideo.backends.media import encoded
 from omnivideo.batch import Outcome, items, run
-from omnivideo.contracts import Artifact, Manifest, Settings, Step, check_prompt, settings
+from omnivideo.contracts import Artifact, Manifest, Routed, Settings, Step, check_prompt, settings
 from omnivideo.errors import CheckpointError, InvalidInput
 from omnivideo.models import checkpoint
-from omnivideo.models.mllm import Media, Message, Route, answer, route
+from omnivideo.models.mllm import Media, Message, answer, route
 from omnivideo.models.omni import Omni
 from omnivideo.presets import Task, preset
 from omnivideo.settings import service
@@ -107,7 +107,7 @@ class Studio:
         """Draws each prompt into the folder, with a line in its results.jsonl; run again, it does what is left."""
         yield from run(self, items(prompts), Path(folder))
 
-    def route(self, prompt: str, source: str | Path | None = None) -> Route:
+    def route(self, prompt: str, source: str | Path | None = None) -> Routed:
         """What the model takes the request for: text, image or video, with the probability."""
         media = () if source is None else (self.look(source),)
         message = Message(check_prompt("prompt", prompt), media)
@@ -170,22 +170,10 @@ class Studio:
     ) -> Result:
         for event in draw(self.omni, prompt, chosen, source):
             if isinstance(event, Clip):
-                return Result(event.frames, self.manifest(prompt, chosen, name, event.seconds))
+                return Result(event.frames, manifest_of(self.omni, self.digest, prompt, chosen, event.seconds, name))
             if isinstance(event, Step):
                 on_step(event)
         raise AssertionError("draw ends with a clip")
-
-    def manifest(self, prompt: str, chosen: Settings, source: str | None, seconds: dict[str, float]) -> Manifest:
-        return Manifest(
-            prompt=prompt,
-            task=chosen.task,
-            settings=chosen,
-            source=source,
-            preset=self.omni.preset.name,
-            weights=self.digest,
-            versions=versions(),
-            seconds=seconds,
-        )
 
 
 def shipped(name: str) -> Path:

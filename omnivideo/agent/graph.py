@@ -10,7 +10,6 @@ knows only ports; what happens is told as events while it happens.
 
 import hashlib
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any, Literal
@@ -23,7 +22,9 @@ from langgraph.types import interrupt
 from omnivideo.agent import words
 from omnivideo.agent.state import State
 from omnivideo.contracts import (
+    END_THINK,
     MOST_SEED,
+    THINK,
     Act,
     Artifact,
     Ask,
@@ -47,7 +48,6 @@ from omnivideo.contracts import (
 )
 from omnivideo.ports import MLLM, JobQueue
 
-THINK, END_THINK = "<think>", "</think>"
 SURE = 0.5  # below this probability the route is asked for
 AGREED = 0.5  # from here on a try is taken as it is
 NAMED: dict[Medium, str] = {"image": "picture", "video": "video"}
@@ -164,7 +164,7 @@ class Planner:
         done = Done(act=act, goal="understand", routed=routed, trace=None, artifact=source)
         return begun | {"current": source.key} | closed(state, done)
 
-    def resolve(self, text: str, current: str | None, finding: "Finding") -> Artifact | None:
+    def resolve(self, text: str, current: str | None, finding: Finding) -> Artifact | None:
         artifacts = finding.artifacts
         if not artifacts:
             return None
@@ -176,14 +176,14 @@ class Planner:
             return next((one for one in reversed(artifacts) if one.key == current), None)
         return None
 
-    def by_looks(self, looks: str, medium: Medium | None, finding: "Finding") -> Artifact:
+    def by_looks(self, looks: str, medium: Medium | None, finding: Finding) -> Artifact:
         """The latest artifact that shows what the words say, by the model's own description of each."""
         for one in reversed(finding.artifacts):
             if medium in (None, one.medium) and words.fits(looks, self.description(one, finding)):
                 return one
         return self.which(f"I find no {looks.strip()} here. ", finding)
 
-    def which(self, why: str, finding: "Finding") -> Artifact:
+    def which(self, why: str, finding: Finding) -> Artifact:
         """Asks which artifact is meant, twice at most; who names none then gets the last one."""
         descriptions = [self.description(one, finding) for one in finding.artifacts]
         question = why + words.which_one(finding.artifacts, descriptions)
@@ -192,7 +192,7 @@ class Planner:
                 return found
         return finding.artifacts[-1]
 
-    def description(self, artifact: Artifact, finding: "Finding") -> str:
+    def description(self, artifact: Artifact, finding: Finding) -> str:
         if artifact.key not in finding.descriptions:
             ask = Ask(text=self.prompts.describe.format(medium=NAMED[artifact.medium]), shown=(artifact,))
             finding.descriptions[artifact.key] = "".join(self.mllm.write(ask)).strip()
@@ -365,9 +365,3 @@ def goal_of(state: State) -> str:
 def after_check(state: State) -> str:
     """Another try while the act is not over."""
     return next_act(state) if state["over"] else goal_of(state)
-
-
-def events(graph: Any, given: Any, thread: str) -> Iterator[Event]:
-    """Runs a graph over an input (None goes on with a cut turn), giving its events as they happen."""
-    config = {"configurable": {"thread_id": thread}}
-    yield from graph.stream(given, config, stream_mode="custom", durability="sync")

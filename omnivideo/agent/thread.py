@@ -11,7 +11,7 @@ from langgraph.types import Command, StateSnapshot
 from pydantic import ValidationError
 
 from omnivideo.agent.graph import seed_from
-from omnivideo.contracts import Artifact, Event, Finished, Question, Turn, TurnOptions, check_prompt
+from omnivideo.contracts import Artifact, Event, Finished, Question, Turn, TurnOptions, check_prompt, refused
 from omnivideo.errors import InvalidInput, OmniVideoError
 
 Attach = Callable[[str | Path, str], Artifact]
@@ -31,9 +31,7 @@ def options_of(**given: object) -> TurnOptions:
     try:
         return TurnOptions(**given)  # type: ignore[arg-type]
     except ValidationError as error:
-        first = error.errors()[0]
-        field = str(first["loc"][0]) if first["loc"] else "options"
-        raise InvalidInput(field, first["msg"][0].lower() + first["msg"][1:]) from None
+        raise refused(error) from None
 
 
 class Thread:
@@ -68,10 +66,15 @@ class Thread:
         branch = Thread(self.graph, name, self.attach)
         if branch.exists():
             raise InvalidInput("thread", f"there is a thread {name!r} already")
-        for past in self.graph.get_state_history(self.config):
-            if whole(past) and len(past.values["turns"]) == turn:
-                return branch.begin(past.values)
-        raise InvalidInput("turn", f"{turn} is not a turn of this thread: 0 to {len(self.history())}")
+        past = self.after(turn)
+        if past is None:
+            raise InvalidInput("turn", f"{turn} is not a turn of this thread: 0 to {len(self.history())}")
+        return branch.begin(past.values)
+
+    def after(self, turns: int) -> StateSnapshot | None:
+        """The state after so many turns; None where there never was one."""
+        history = self.graph.get_state_history(self.config)
+        return next((past for past in history if whole(past) and len(past.values["turns"]) == turns), None)
 
     # ------------------------------------------------------------ a turn
 
@@ -118,10 +121,9 @@ class Thread:
 
     def abandon(self, turns: int) -> None:
         """Back to the state after so many turns; what the failed turn wrote stays in the past."""
-        for past in self.graph.get_state_history(self.config):
-            if whole(past) and len(past.values["turns"]) == turns:
-                self.graph.update_state(past.config, {"current": past.values["current"]}, as_node="answer")
-                return
+        past = self.after(turns)
+        assert past is not None, "a turn begins from a whole state"
+        self.graph.update_state(past.config, {"current": past.values["current"]}, as_node="answer")
 
     async def asend(self, text: str, attachments: Sequence[str | Path] = (), **options: object) -> AsyncIterator[Event]:
         """`send` for an event loop: the same turn, run in a thread of its own."""

@@ -15,8 +15,8 @@ from omnivideo.contracts import Artifact, Ask, Done, Finished, Turn
 from omnivideo.evaluation.prompts import prompts
 from omnivideo.evaluation.suite import Score, Tell, score
 from omnivideo.ports import MLLM
-from omnivideo.training.edits import CHANGES, random_edit
-from omnivideo.training.facts import Demand, Wanted
+from omnivideo.training.edits import CHANGES, demand_of, random_edit
+from omnivideo.training.facts import Demand
 from omnivideo.training.language import plain
 from omnivideo.training.questions import ask_background, ask_colour, ask_count, ask_presence
 from omnivideo.training.recipes.mllm import (
@@ -68,17 +68,15 @@ def tried(open_thread: OpenThread, frames: Frames, text: str, demand: Demand, ro
     began = time.perf_counter()
     turn = say(text, **options)
     row.seconds += time.perf_counter() - began
-    done = turn.done[-1] if turn else None
-    row.right.append(bool(done and done.artifact and demand.met_by(read(frames(done.artifact)))))
+    row.right.append(turn is not None and shows(demand)(turn.done[-1], frames))
 
 
 def thinking(open_thread: OpenThread, frames: Frames, count: int, tell: Tell) -> dict[str, Row]:
     """Held-out riddles and plain prompts with think off, on and auto, each at the same seed."""
     rng = random.Random("evaluation/thinking")
     rows = {f"{kind}, think {mode}": Row() for kind in ("reasoning", "plain") for mode in ("off", "on", "auto")}
-    for at in range(count):
+    for at, told in enumerate(prompts(count, ["colours"])):
         riddle = random_riddle(rng, False, "held_out")
-        told = prompts(count, ["colours"])[at]
         for kind, text, demand in (
             ("reasoning", still_prompt(rng, riddle.prompt), riddle.demand), ("plain", told.text, told.demand)
         ):  # fmt: skip
@@ -140,12 +138,6 @@ def shows(demand: Demand) -> Callable[[Done, Frames], bool]:
 
 def says(answer: str) -> Callable[[Done, Frames], bool]:
     return lambda done, frames: done.answer == answer
-
-
-def demand_of(scene: Scene) -> Demand:
-    """All of a scene that does not hang on where things are, as the decoder chose the places."""
-    wants = (Wanted(one.shape, one.colour, None, one.motion if scene.is_video else None) for one in scene.things)
-    return Demand(tuple(wants), background=scene.background)
 
 
 def script(rng: random.Random, turns: int = 10) -> list[Line]:

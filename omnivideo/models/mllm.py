@@ -16,11 +16,11 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, Qwen3VLForConditionalGeneration
 
+from omnivideo.contracts import Routed
+
 BOI, EOI, BOV, EOV = "<BOI>", "<EOI>", "<BOV>", "<EOV>"
 VISUAL_TOKENS = (BOI, EOI, BOV, EOV)
-THINK, END_THINK = "<think>", "</think>"
 ENDING = {"image": (BOI, EOI), "video": (BOV, EOV)}
-Kind = Literal["text", "image", "video"]
 
 
 @dataclass(frozen=True)
@@ -63,14 +63,6 @@ class Encoded:
     types: list[int]
     patches: dict[str, list[Tensor]]
     grids: dict[str, list[list[int]]]
-
-
-@dataclass(frozen=True)
-class Route:
-    """What the first token of the answer asks for, with its probability."""
-
-    kind: Kind
-    probability: float
 
 
 # ---------------------------------------------------------------- pixels to patches
@@ -188,16 +180,16 @@ def first_logits(
 
 def route(
     model: Qwen3VLForConditionalGeneration, tokenizer: PreTrainedTokenizerBase, message: Message, pixels: Pixels
-) -> Route:
+) -> Routed:
     """Greedy, hence the same for the same request; the probability of text is that of neither special token."""
     chances = first_logits(model, tokenizer, message, pixels).softmax(-1)
     best = int(chances.argmax())
     boi, bov = tokenizer.convert_tokens_to_ids([BOI, BOV])
     if best == boi:
-        return Route("image", float(chances[boi]))
+        return Routed(kind="image", probability=float(chances[boi]))
     if best == bov:
-        return Route("video", float(chances[bov]))
-    return Route("text", float(1 - chances[boi] - chances[bov]))
+        return Routed(kind="video", probability=float(chances[bov]))
+    return Routed(kind="text", probability=float(1 - chances[boi] - chances[bov]))
 
 
 def hidden_states(

@@ -58,11 +58,13 @@ class Edit:
     @property
     def demand(self) -> Demand:
         """All of the target, as a prompt would ask for it."""
-        video = self.target.is_video
-        wants = tuple(
-            Wanted(thing.shape, thing.colour, None, thing.motion if video else None) for thing in self.target.things
-        )
-        return Demand(wants, background=self.target.background)
+        return demand_of(self.target)
+
+
+def demand_of(scene: Scene) -> Demand:
+    """All of a scene that does not hang on where things are, as a prompt would ask for it."""
+    wants = (Wanted(one.shape, one.colour, None, one.motion if scene.is_video else None) for one in scene.things)
+    return Demand(tuple(wants), background=scene.background)
 
 
 def refer(rng: random.Random, thing: Thing, scene: Scene) -> str:

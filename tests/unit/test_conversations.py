@@ -228,7 +228,7 @@ def test_a_bad_line_is_named_before_anything_is_drawn(lines, message):
 
 def test_the_terminal_chat_goes_on_after_a_mistake(studio):
     shown = io.StringIO()
-    chat = Chat(lambda: studio.thread(), studio.conversations.path, Console(file=shown, width=200), steps=1)
+    chat = Chat(studio.thread(), studio.conversations.path, Console(file=shown, width=200), steps=1)
     chat.run(["/nonsense", "/save", "/undo", "a red ball", "/history", "/fork 9", "/fork 0", "/history", "/quit", "no"])
     text = shown.getvalue()
     assert "/nonsense is none of" in text and "nothing was made here yet" in text and "no turn to take back" in text

@@ -74,7 +74,9 @@ class LocalQueue:
     def keep(self, job: Job, chosen: Settings, clip: Clip) -> Artifact:
         """The clip and its manifest in the store; the artifact is the same wherever and whenever the job is drawn."""
         data, suffix = encoded(clip.frames, chosen.fps)
-        manifest = self.manifest(job, chosen, clip.seconds)
+        manifest = manifest_of(self.omni, self.digest, job.prompt, chosen, clip.seconds)
+        source = {} if job.source is None else {"source": job.source.key, "source_latents": job.source.latents}
+        manifest = manifest.model_copy(update={"visual_tokens": job.visual_tokens} | source)
         return Artifact(
             key=self.store.put(data, suffix),
             medium="video" if suffix == "mp4" else "image",
@@ -104,20 +106,19 @@ class LocalQueue:
                 return self.store.put(*encoded(event.frames, chosen.fps))
         raise AssertionError("draw ends with a clip")
 
-    def manifest(self, job: Job, chosen: Settings, seconds: dict[str, float]) -> Manifest:
-        return Manifest(
-            prompt=job.prompt,
-            task=job.task,
-            settings=chosen,
-            source=None if job.source is None else job.source.key,
-            source_latents=None if job.source is None else job.source.latents,
-            visual_tokens=job.visual_tokens,
-            preset=self.omni.preset.name,
-            weights=self.digest,
-            versions=versions(),
-            seconds=seconds,
-        )
 
-
-def versions() -> dict[str, str]:
-    return {"omnivideo": __version__} | {name: version(name) for name in ("torch", "diffusers", "transformers")}
+def manifest_of(
+    omni: Omni, digest: str, prompt: str, chosen: Settings, seconds: dict[str, float], source: str | None = None
+) -> Manifest:
+    """What every clip's manifest says; `digest` names the weights."""
+    versions = {"omnivideo": __version__} | {name: version(name) for name in ("torch", "diffusers", "transformers")}
+    return Manifest(
+        prompt=prompt,
+        task=chosen.task,
+        settings=chosen,
+        source=source,
+        preset=omni.preset.name,
+        weights=digest,
+        versions=versions,
+        seconds=seconds,
+    )

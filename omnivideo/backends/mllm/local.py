@@ -31,8 +31,7 @@ class LocalMLLM:
         return Message(ask.text, tuple(map(self.seen, ask.shown)), ask.system)
 
     def route(self, ask: Ask) -> Routed:
-        found = route(self.omni.mllm, self.omni.mllm_tokenizer, self.message(ask), self.omni.pixels)
-        return Routed(kind=found.kind, probability=found.probability)
+        return route(self.omni.mllm, self.omni.mllm_tokenizer, self.message(ask), self.omni.pixels)
 
     def write(self, ask: Ask) -> Iterator[str]:
         # Greedy: what a thread says must come out the same when a killed process goes on with it.

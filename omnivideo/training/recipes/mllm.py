@@ -15,7 +15,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
-from omnivideo.models.mllm import END_THINK, THINK, VISUAL_TOKENS, Encoded, Media, Message, Pixels, collate, encode
+from omnivideo.contracts import END_THINK, THINK
+from omnivideo.models.mllm import VISUAL_TOKENS, Encoded, Media, Message, Pixels, collate, encode
 from omnivideo.training.edits import random_edit
 from omnivideo.training.language import CLIP_PREFIX, STILL_PREFIX, caption, description, plain
 from omnivideo.training.questions import random_question
