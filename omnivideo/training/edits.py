@@ -1,5 +1,6 @@
 """Edits of scenes by instruction: what is named changes, everything else stays."""
 
+import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -133,15 +134,24 @@ def add(rng: random.Random, scene: Scene) -> Change | None:
     thing = random_thing(rng, scene.background, scene.is_video, large=0.25)
     if any(thing.shape == other.shape and thing.colour == other.colour for other in scene.things):
         return None
-    spots = list(places(thing.size, thing.motion, scene.frames))
-    rng.shuffle(spots)
-    for x, y in spots:
-        placed = replace(thing, x=x, y=y)
-        if all(apart(placed, other, scene.frames) for other in scene.things):
-            text = f"{rng.choice(('add', 'add', 'put', 'draw'))} {article(noun(rng, thing, size=True))}"
-            motion = rng.choice(MOTION_WORDS[thing.motion]) if scene.is_video else ""
-            return replace(scene, things=(*scene.things, placed)), f"{text} {motion}".strip(), (placed,)
-    return None
+    placed = roomiest(thing, scene)
+    if placed is None:
+        return None
+    text = f"{rng.choice(('add', 'add', 'put', 'draw'))} {article(noun(rng, thing, size=True))}"
+    motion = rng.choice(MOTION_WORDS[thing.motion]) if scene.is_video else ""
+    return replace(scene, things=(*scene.things, placed)), f"{text} {motion}".strip(), (placed,)
+
+
+def roomiest(thing: Thing, scene: Scene) -> Thing | None:
+    """The object where it is farthest from the others, halfway through a clip; None where there is no room."""
+    candidates = [replace(thing, x=x, y=y) for x, y in places(thing.size, thing.motion, scene.frames)]
+    fitting = [one for one in candidates if all(apart(one, other, scene.frames) for other in scene.things)]
+    half = scene.frames // 2
+    return max(
+        fitting,
+        key=lambda one: min(math.dist(one.centre(half), other.centre(half)) for other in scene.things),
+        default=None,
+    )
 
 
 def remove(rng: random.Random, scene: Scene) -> Change | None:
@@ -194,12 +204,21 @@ CHANGES: dict[str, Callable[[random.Random, Scene], Change | None]] = {
 }
 
 
-def random_edit(rng: random.Random, video: bool, split: Split = "train", kinds: Sequence[str] | None = None) -> Edit:
-    """An edit of the split: held out means a held-out object in the target, or in the source where none is new."""
+def random_edit(
+    rng: random.Random,
+    video: bool,
+    split: Split = "train",
+    kinds: Sequence[str] | None = None,
+    composed: float = 0.0,
+) -> Edit:
+    """An edit of the split; a share `composed` of the sources is composed.
+
+    Held out means a held-out object in the target, or in the source where none is new.
+    """
     kinds = kinds or (VIDEO_EDITS if video else IMAGE_EDITS)
     kind = rng.choice(kinds)
     while True:
-        source = random_scene(rng, video, split if kind in ("remove", "background") else "train")
+        source = random_scene(rng, video, split if kind in ("remove", "background") else "train", composed)
         change = CHANGES[kind](rng, source)
         if change and (kind == "remove" or scene_fits(change[0], split)):
             return Edit(kind, source, *change)

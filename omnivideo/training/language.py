@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from omnivideo.training.facts import Demand, Wanted
-from omnivideo.training.world import FRAME, Scene, Thing
+from omnivideo.training.world import FRAME, Scene, Thing, usual
 
 SHAPE_WORDS = {
     "circle": ("circle", "circle", "ball", "disc", "dot", "round shape"),
@@ -167,27 +167,34 @@ def spans_of(parts: Sequence[str], text: str) -> tuple[tuple[int, int], ...]:
     return tuple(spans)
 
 
-def content(rng: random.Random, scene: Scene) -> Caption:
-    """The objects of a scene, with a relation or a place now and then, without the background."""
+def content(rng: random.Random, scene: Scene, composed: bool) -> Caption:
+    """The objects of a scene, with a relation or a place now and then, without the background.
+
+    Of a composed scene the objects are named in their order, and where they are is said if it is not as usual.
+    """
     if is_group(scene):
         return group(rng, scene)
-    things = rng.sample(scene.things, len(scene.things))
+    as_usual = composed and usual(scene.things, scene.frames) == scene.things
+    relates, locates = (0.4, 0.0) if as_usual else (1.0, 1.0) if composed else (0.6, 0.3)
+    tells = rng.random()
+    shuffled = not composed or (tells < relates and rng.random() < 0.5)
+    things = rng.sample(scene.things, len(scene.things)) if shuffled else list(scene.things)
     pairs = [phrase(rng, thing, scene.is_video) for thing in things]
     parts, wants = [text for text, _ in pairs], tuple(want for _, want in pairs)
-    if len(things) == 2 and things[0].motion == things[1].motion and rng.random() < 0.6:
+    if len(things) == 2 and things[0].motion == things[1].motion and tells < relates:
         known = relation(things[0], things[1])
         if known:
             text = f"{parts[0]} {rng.choice(RELATION_WORDS[known])} {parts[1]}"
             return Caption(text, Demand(wants, relation=known), spans_of(parts, text))
-    if len(things) == 1 and things[0].motion == "still" and rng.random() < 0.3:
+    if len(things) == 1 and things[0].motion == "still" and tells < locates:
         where = regions(things[0])
         return Caption(f"{parts[0]} {place(rng, where)}", Demand(wants, region=where), ((0, len(parts[0])),))
     return Caption(join(parts), Demand(wants), spans_of(parts, join(parts)))
 
 
-def caption(rng: random.Random, scene: Scene) -> Caption:
-    """A caption that states the objects and, mostly, the background."""
-    inner = content(rng, scene)
+def caption(rng: random.Random, scene: Scene, composed: bool = False) -> Caption:
+    """A caption that states the objects and, mostly, the background; `composed` as for `content`."""
+    inner = content(rng, scene, composed)
     text, demand, prefix = inner.text, inner.demand, ""
     if rng.random() < 0.65:
         text += " " + rng.choice(BACKDROPS).format(rng.choice(BACKGROUND_WORDS[scene.background]))

@@ -17,6 +17,7 @@ Task = Literal["text-to-image", "text-to-video", "image-editing", "video-editing
 TASKS: tuple[Task, ...] = ("text-to-image", "text-to-video", "image-editing", "video-editing")
 
 REWRITTEN = 0.25
+COMPOSED = 0.9  # of the scenes that are generated; of those that are edited, half: there the source says where
 
 
 @dataclass(frozen=True)
@@ -41,11 +42,11 @@ def random_request(rng: random.Random, task: Task) -> Request:
     video = task in ("text-to-video", "video-editing")
     rewritten = rng.random() < REWRITTEN
     if task in ("image-editing", "video-editing"):
-        edit = random_edit(rng, video)
+        edit = random_edit(rng, video, composed=0.5)
         text = medium(video) + description(edit.target) if rewritten else edit.instruction
         return Request(task, text, edit.target, edit.source)
-    scene = random_scene(rng, video)
-    said = caption(rng, scene)
+    scene = random_scene(rng, video, composed=COMPOSED)
+    said = caption(rng, scene, composed=True)
     if rewritten:
         return Request(task, medium(video) + plain(said.demand), scene)
     moves = any(thing.motion != "still" for thing in scene.things)

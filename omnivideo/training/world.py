@@ -8,8 +8,13 @@ Geometry.  A frame is 64x64 px.  Objects stand on a lattice that matches the dec
 in one 16 px cell (one decoder token: 8 px of VAE stride times a patch of 2), a large one in a block of 2x2 cells.
 A moving object covers 4 px a frame, so each latent frame (4 frames) moves it by exactly one decoder token.
 `../docs/tiny.md` has what this buys.
+
+Composition.  Where a caption does not say where things are, scenes for generation are mostly composed as a person would
+compose them: one object in the middle, two side by side in the order of their mention, three or four spread out.  The
+layout then follows from the words, which a small decoder can learn.
 """
 
+import itertools
 import math
 import random
 from collections.abc import Iterator, Sequence
@@ -28,6 +33,7 @@ GAP = 3  # px that must stay free between the boxes of two objects, at every fra
 
 Split = Literal["train", "held_out"]
 Colour = tuple[int, int, int]
+Spots = tuple[tuple[int, int], ...]
 
 SHAPES = ("circle", "square", "triangle", "star")
 SIZES = ("small", "large")
@@ -151,6 +157,60 @@ def place_all(rng: random.Random, things: Sequence[Thing], frames: int) -> tuple
     return None
 
 
+# Where the objects of a composed scene stand, in px, halfway through a clip.  A little off the middle, so that an
+# object between two lattice points always takes the same one.
+ARRANGEMENTS: dict[str, tuple[tuple[int, int], ...]] = {
+    "middle": ((31, 31),),
+    "row": ((15, 31), (49, 31)),
+    "column": ((31, 15), (31, 49)),
+    "three": ((15, 15), (49, 15), (31, 49)),
+    "four": ((15, 15), (49, 15), (15, 49), (49, 49)),
+}
+USUAL = ("middle", "row", "three", "four")  # by the number of objects, from one
+SIDES = (0, 31, FRAME)
+
+
+@cache
+def spots(kinds: tuple[tuple[str, str], ...], targets: tuple[tuple[int, int], ...], frames: int) -> Spots | None:
+    """Lattice points nearest to the targets for objects of these (size, motion), none touching another.
+
+    Only the eight nearest points of each are looked at; None where they leave no room.
+    """
+    options = []
+    for (size, motion), (x, y) in zip(kinds, targets, strict=True):
+        found = [Thing("circle", "red", size, motion, *at) for at in places(size, motion, frames)]
+        away = [(math.dist(thing.centre(frames // 2), (x, y)) ** 2, thing) for thing in found]
+        options.append(sorted(away, key=lambda one: one[0])[:8])
+    for chosen in sorted(itertools.product(*options), key=lambda ones: sum(distance for distance, _ in ones)):
+        things = [thing for _, thing in chosen]
+        if all(apart(one, two, frames) for one, two in itertools.combinations(things, 2)):
+            return tuple((thing.x, thing.y) for thing in things)
+    return None
+
+
+def arrange(things: Sequence[Thing], targets: Sequence[tuple[int, int]], frames: int) -> tuple[Thing, ...] | None:
+    """The same objects, each near its target, in their order; None where they find no room."""
+    found = spots(tuple((thing.size, thing.motion) for thing in things), tuple(targets), frames)
+    return found and tuple(replace(thing, x=x, y=y) for thing, (x, y) in zip(things, found, strict=True))
+
+
+def usual(things: Sequence[Thing], frames: int) -> tuple[Thing, ...] | None:
+    """The objects where they stand when nobody says where."""
+    return arrange(things, ARRANGEMENTS[USUAL[len(things) - 1]], frames)
+
+
+def compose(rng: random.Random, things: Sequence[Thing], frames: int) -> tuple[Thing, ...] | None:
+    """As usual, or in a way that a caption can say: one object at a side or in a corner, two above each other."""
+    first = things[0]
+    if len(things) == 1 and first.motion == "still" and rng.random() < 0.3:
+        sides = SIDES if first.size == "large" else (0, FRAME)
+        return arrange(things, [(rng.choice(sides), rng.choice(sides))], frames)
+    sayable = len(things) == 2 and first.motion == things[1].motion and first != things[1]
+    if sayable and rng.random() < 0.35:
+        return arrange(things, ARRANGEMENTS["column"], frames)
+    return usual(things, frames)
+
+
 def size_for(motion: str, size: str) -> str:
     """The size at frame 0: growing starts small, shrinking starts large."""
     return {"growing": "small", "shrinking": "large"}.get(motion, size)
@@ -180,12 +240,14 @@ def random_things(rng: random.Random, background: str, video: bool) -> list[Thin
     return things
 
 
-def random_scene(rng: random.Random, video: bool, split: Split = "train") -> Scene:
-    """A scene of the split, drawn until its objects fit beside each other."""
+def random_scene(rng: random.Random, video: bool, split: Split = "train", composed: float = 0.0) -> Scene:
+    """A scene of the split, drawn until its objects fit beside each other; a share `composed` is composed."""
     while True:
         background = rng.choice(list(BACKGROUNDS))
         frames = FRAMES if video else 1
-        placed = place_all(rng, random_things(rng, background, video), frames)
+        things = random_things(rng, background, video)
+        as_usual = composed > 0 and rng.random() < composed
+        placed = compose(rng, things, frames) if as_usual else place_all(rng, things, frames)
         if placed is None:
             continue
         scene = Scene(background, placed, frames)
@@ -193,11 +255,11 @@ def random_scene(rng: random.Random, video: bool, split: Split = "train") -> Sce
             return scene
 
 
-def scenes(seed: int, video: bool, split: Split = "train") -> Iterator[Scene]:
+def scenes(seed: int, video: bool, split: Split = "train", composed: float = 0.0) -> Iterator[Scene]:
     """An endless, repeatable stream of scenes."""
     rng = random.Random(f"{seed}/{video}/{split}")
     while True:
-        yield random_scene(rng, video, split)
+        yield random_scene(rng, video, split, composed)
 
 
 # ---------------------------------------------------------------- pixels

@@ -63,12 +63,26 @@ def test_scorer_tells_motion_from_stillness():
     assert read(np.repeat(clip[:1], 9, axis=0)).things[0].motion == "still"
 
 
+@pytest.mark.parametrize("composed", [0.0, 0.9])
 @pytest.mark.parametrize("video", [False, True])
-def test_captions_state_what_is_seen(video):
+def test_captions_state_what_is_seen(video, composed):
     rng = random.Random(1)
-    for scene in first_scenes(scenes(5, video), 60):
-        made = caption(rng, scene)
+    for scene in first_scenes(scenes(5, video, composed=composed), 60):
+        made = caption(rng, scene, composed > 0)
         assert made.demand.met_by(read(render(scene))), made
+
+
+@pytest.mark.parametrize("video", [False, True])
+def test_a_composed_caption_that_says_no_place_leaves_one_layout(video):
+    rng = random.Random(1)
+    layouts: dict[tuple, set] = {}
+    for scene in first_scenes(scenes(5, video, composed=1.0), 3000):
+        demand = caption(rng, scene, composed=True).demand
+        if not demand.relation and not demand.region:
+            kinds = tuple((thing.size, thing.motion) for thing in scene.things)
+            layouts.setdefault(kinds, set()).add(tuple((thing.x, thing.y) for thing in scene.things))
+    assert len(layouts) > 10
+    assert all(len(places) == 1 for places in layouts.values())
 
 
 def test_a_wrong_scene_does_not_meet_the_demand():

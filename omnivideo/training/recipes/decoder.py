@@ -20,10 +20,11 @@ from omnivideo.presets import TINY
 from omnivideo.training.language import caption
 from omnivideo.training.latents import cached, first_scenes
 from omnivideo.training.recipes.text import NEGATIVE_PROMPT, WORDS
+from omnivideo.training.samples import COMPOSED
 from omnivideo.training.trainer import Losses, Recipe, step_seed
 from omnivideo.training.world import Scene, scenes
 
-STILLS, CLIPS = 48_000, 16_000  # scenes in the cache
+STILLS, CLIPS = 32_000, 12_000  # scenes in the cache
 CAPTION_DROP = 0.1
 LAYOUT_FROM = 1200  # first how things look; from here on half of the samples teach where they go
 
@@ -63,14 +64,15 @@ class Captioned:
 
     def __init__(self, folder: Path, vae: AutoencoderKLWan, video: bool, count: int, tell: Callable[[int, int], None]):
         self.name = "clips" if video else "stills"
-        self.scenes: list[Scene] = first_scenes(scenes(1, video), count)
+        self.scenes: list[Scene] = first_scenes(scenes(1, video, composed=COMPOSED), count)
         self.latents = cached(folder, self.name, vae, self.scenes, tell)
 
     def batch(self, step: int, size: int) -> tuple[Tensor, list[str]]:
         rng = random.Random(step_seed(f"decoder/{self.name}", step))
         chosen = rng.sample(range(len(self.scenes)), size)
         texts = [
-            NEGATIVE_PROMPT if rng.random() < CAPTION_DROP else caption(rng, self.scenes[at]).text for at in chosen
+            NEGATIVE_PROMPT if rng.random() < CAPTION_DROP else caption(rng, self.scenes[at], composed=True).text
+            for at in chosen
         ]
         return self.latents[chosen].float(), texts
 
@@ -80,7 +82,7 @@ def decoder_recipe(
     clips: Captioned,
     tokenizer: PreTrainedTokenizerBase,
     text_encoder: UMT5EncoderModel,
-    steps: int = 8_000,
+    steps: int = 9_500,
     sizes: tuple[int, int] = (96, 32),
     compiled: bool = False,
 ) -> Recipe:
@@ -99,5 +101,5 @@ def decoder_recipe(
         return {"loss": error, "stills" if still else "clips": error}
 
     return Recipe(
-        "decoder", model, ("decoder",), loss, steps=steps, lr=1e-2, adam_lr=1e-3, warmup=200, decay_from=0.5, ema=0.999
+        "decoder", model, ("decoder",), loss, steps=steps, lr=1e-2, adam_lr=1e-3, warmup=200, decay_from=0.7, ema=0.999
     )
