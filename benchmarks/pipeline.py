@@ -26,7 +26,7 @@ def ours(omni: Omni, condition: torch.Tensor, null: torch.Tensor, steps: int) ->
     began = time.perf_counter()
     x = noise([0], (16, 3, 8, 8), omni.device)
     for state in denoise(omni.decoder, x, condition, null, steps, GUIDANCE, SHIFT):
-        x = state.latents
+        x = state.point.latents
     with torch.no_grad():
         to_bytes(decode(omni.vae, x))
     return time.perf_counter() - began

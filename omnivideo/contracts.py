@@ -97,17 +97,32 @@ class Routed(Message):
     probability: float
 
 
+class Given(Message):
+    """Settings of a clip that are not to be the preset's."""
+
+    width: int | None = None
+    height: int | None = None
+    frames: int | None = None
+    fps: int | None = None
+    steps: int | None = None
+    guidance_scale: float | None = None
+    flow_shift: float | None = None
+    negative_prompt: str | None = None
+
+
 class Job(Message):
-    """One clip to draw.  Its id is the client's: the same id twice is the same job."""
+    """One clip to draw.  Its id is the client's: the same id twice is the same job.
+
+    `visual_tokens` is the key of the vision head's tokens; a worker reads them itself for a job without.
+    """
 
     id: str
     task: Task
     prompt: str
-    visual_tokens: str
+    visual_tokens: str | None
     source: Artifact | None
     seed: int = Field(ge=0, le=MOST_SEED)
-    steps: int | None = None
-    guidance_scale: float | None = None
+    given: Given = Given()
 
 
 class Trace(Message):

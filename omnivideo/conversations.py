@@ -14,6 +14,7 @@ from omnivideo.agent import words
 from omnivideo.agent.graph import Planner, prompts_for
 from omnivideo.agent.thread import Thread
 from omnivideo.backends.decoder.local import LocalQueue
+from omnivideo.backends.decoder.painter import Painter
 from omnivideo.backends.media import attached, frames_of
 from omnivideo.backends.mllm.local import LocalMLLM
 from omnivideo.contracts import Artifact, Manifest
@@ -60,7 +61,8 @@ class Conversations:
     def __init__(self, omni: Omni, digest: str, chosen: Service):
         self.settings = chosen
         self.store = LocalStore(chosen.home / "store")
-        self.queue = LocalQueue(omni, self.store, digest)
+        self.painter = Painter(omni, self.store, digest)
+        self.queue = LocalQueue(self.painter)
         self.saver = saver_for(chosen)
         self.mllm = LocalMLLM(omni, self.store)
         self.acts = words.acts
@@ -96,7 +98,7 @@ class Conversations:
         """The key of what an artifact's manifest draws; raises NotStored for one that was attached."""
         if artifact.manifest is None:
             raise NotStored("store: that artifact was attached, not drawn")
-        return self.queue.redrawn(Manifest(**json.loads(self.store.get(artifact.manifest))))
+        return self.painter.redrawn(Manifest(**json.loads(self.store.get(artifact.manifest))))
 
     def sweep(self) -> list[str]:
         """Removes artifacts that no thread refers to, once they are older than the settings' lifetime."""

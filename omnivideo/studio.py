@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from omnivideo.backends.decoder.local import manifest_of
+from omnivideo.backends.decoder.painter import manifest_of
 from omnivideo.backends.decoder.pipeline import Clip, draw
 from omnivideo.backends.decoder.video import check_output, fit, read_media, write_media
 from omnivideo.backends.media import encoded
@@ -171,8 +171,7 @@ class Studio:
         for event in draw(self.omni, prompt, chosen, source):
             if isinstance(event, Clip):
                 return Result(event.frames, manifest_of(self.omni, self.digest, prompt, chosen, event.seconds, name))
-            if isinstance(event, Step):
-                on_step(event)
+            on_step(event.step)
         raise AssertionError("draw ends with a clip")
 
 

@@ -31,6 +31,7 @@ from omnivideo.contracts import (
     Done,
     Event,
     Finished,
+    Given,
     Goal,
     Job,
     Made,
@@ -264,8 +265,7 @@ class Planner:
             visual_tokens=self.mllm.visual_tokens(Ask(text=prompt, shown=(source,) if source else ()), medium),
             source=source,
             seed=(base + attempt) % (MOST_SEED + 1),
-            steps=options.steps,
-            guidance_scale=options.guidance_scale,
+            given=Given(steps=options.steps, guidance_scale=options.guidance_scale),
         )
         made = self.followed(job, final=options.check == 1)
         return {"tries": [*tries, Try(seed=job.seed, artifact=made).model_dump()]}

@@ -91,7 +91,7 @@ def clips_of(
     grid = latent_grid(chosen.width, chosen.height, chosen.frames)
     x = noise(list(range(seed, seed + len(texts))), (omni.vae.config.z_dim, *grid), omni.device)
     for state in denoise(omni.decoder, x, condition, null, chosen.steps, chosen.guidance_scale, chosen.flow_shift):
-        x = state.latents
+        x = state.point.latents
     return to_bytes(decode(omni.vae, x))
 
 

@@ -13,12 +13,25 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Denoised:
-    """The state after one step: `step` of `steps` are done; `latents` is the noisy sample, `guess` the clean one."""
+class Point:
+    """All that the loop needs to go on after `step` steps to the same bits.  (UniPC draws nothing at random.)
+
+    `latents` is the noisy sample; `before` the one that the last step began with; `outputs` what the scheduler made
+    of the decoder's last answers, at most two, oldest first.  All [B, z, T, h, w].
+    """
 
     step: int
-    steps: int
     latents: Tensor
+    before: Tensor
+    outputs: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Denoised:
+    """After one step of `steps`: where the loop is, and `guess`, how the clean sample looks from there."""
+
+    steps: int
+    point: Point
     guess: Tensor
 
 
@@ -39,6 +52,18 @@ def noise(seeds: list[int], shape_zThw: tuple[int, int, int, int], device: torch
     return torch.stack(rows).to(device)
 
 
+def put_back(scheduler: UniPCMultistepScheduler, point: Point) -> None:
+    """The scheduler as it was at a point.  What is not kept there follows from the number of the step."""
+    order, done = scheduler.config.solver_order, point.step
+    missing: list[Tensor | None] = [None] * (order - len(point.outputs))
+    scheduler.model_outputs = [*missing, *point.outputs]
+    scheduler.timestep_list = [None] * len(missing) + list(scheduler.timesteps[done - len(point.outputs) : done])
+    scheduler.last_sample = point.before
+    scheduler.lower_order_nums = min(done, order)
+    scheduler.this_order = min(order, len(scheduler.timesteps) - done + 1, min(done - 1, order) + 1)
+    scheduler._step_index = done
+
+
 @torch.no_grad()
 def denoise(
     decoder: WanTransformer3DModel,
@@ -48,14 +73,19 @@ def denoise(
     steps: int,
     guidance_scale: float,
     flow_shift: float,
+    begin: Point | None = None,
 ) -> Iterator[Denoised]:
-    """Yields after every step; the last one's `latents` are the result.
+    """Yields after every step; the last one's latents are the result.  Goes on from `begin` where one is given.
 
     Guidance is the usual formula, null + scale * (condition - null); at scale 1 the null pass is left out.
     (The released code's scale s is this one's s + 1.)
     """
     scheduler = unipc(steps, flow_shift, latents_BzThw.device)
-    for done, timestep in enumerate(scheduler.timesteps, start=1):
+    if begin:
+        put_back(scheduler, begin)
+        latents_BzThw = begin.latents
+    first = begin.step if begin else 0
+    for done, timestep in enumerate(scheduler.timesteps[first:], start=first + 1):
         at = timestep.expand(len(latents_BzThw))
         velocity = decoder(latents_BzThw, at, condition_BLD, return_dict=False)[0]
         if guidance_scale != 1:
@@ -63,4 +93,5 @@ def denoise(
             velocity = null + guidance_scale * (velocity - null)
         guess = latents_BzThw - scheduler.sigmas[done - 1] * velocity
         latents_BzThw = scheduler.step(velocity, timestep, latents_BzThw, return_dict=False)[0]
-        yield Denoised(done, steps, latents_BzThw, guess)
+        outputs = tuple(output for output in scheduler.model_outputs if output is not None)
+        yield Denoised(steps, Point(done, latents_BzThw, scheduler.last_sample, outputs), guess)

@@ -191,7 +191,9 @@ def spots(kinds: tuple[tuple[str, str], ...], targets: tuple[tuple[int, int], ..
 def arrange(things: Sequence[Thing], targets: Sequence[tuple[int, int]], frames: int) -> tuple[Thing, ...] | None:
     """The same objects, each near its target, in their order; None where they find no room."""
     found = spots(tuple((thing.size, thing.motion) for thing in things), tuple(targets), frames)
-    return found and tuple(replace(thing, x=x, y=y) for thing, (x, y) in zip(things, found, strict=True))
+    if found is None:
+        return None
+    return tuple(replace(thing, x=x, y=y) for thing, (x, y) in zip(things, found, strict=True))
 
 
 def usual(things: Sequence[Thing], frames: int) -> tuple[Thing, ...] | None:

@@ -17,6 +17,7 @@ from langgraph.checkpoint.sqlite import SqliteSaver
 from omnivideo.agent.graph import Planner, prompts_for
 from omnivideo.agent.thread import Thread
 from omnivideo.backends.decoder.local import LocalQueue
+from omnivideo.backends.decoder.painter import Painter
 from omnivideo.backends.media import attached
 from omnivideo.backends.mllm.local import LocalMLLM
 from omnivideo.contracts import Artifact, Ask, Routed
@@ -46,7 +47,7 @@ class HalfScripted(LocalMLLM):
 def thread_in(home: Path, omni) -> Thread:
     home.mkdir(exist_ok=True)
     store = LocalStore(home / "store")
-    planner = Planner(HalfScripted(omni, store), LocalQueue(omni, store, "random"), prompts_for("tiny"))
+    planner = Planner(HalfScripted(omni, store), LocalQueue(Painter(omni, store, "random")), prompts_for("tiny"))
     saver = SqliteSaver(sqlite3.connect(home / "threads.sqlite", check_same_thread=False))
     thread = Thread(planner.graph(saver), "talk", lambda path, made_by: attached(store, path, made_by))
     return thread if thread.exists() else thread.begin()

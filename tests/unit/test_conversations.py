@@ -16,7 +16,7 @@ from rich.console import Console
 from omnivideo.backends.mllm.local import LocalMLLM
 from omnivideo.batch import finished, items
 from omnivideo.chat import Chat
-from omnivideo.contracts import Act, Artifact, Ask, Done, Finished, Job, Manifest, Preview, Routed, Step
+from omnivideo.contracts import Act, Artifact, Ask, Done, Finished, Given, Job, Manifest, Preview, Routed, Step
 from omnivideo.errors import InvalidInput, JobCancelled, NotStored, StoreError, UnreadableMedia
 from omnivideo.evaluation import planner
 from omnivideo.evaluation.report import as_table, planner_scores
@@ -39,7 +39,9 @@ def job(studio, name="t.1.1.1", source=None, seed=3) -> Job:
     ask = Ask(text="a red ball", shown=(source,) if source else ())
     tokens = LocalMLLM(studio.omni, studio.conversations.store).visual_tokens(ask, "video")
     task = "video-editing" if source else "text-to-video"
-    return Job(id=name, task=task, prompt="a red ball", visual_tokens=tokens, source=source, seed=seed, steps=4)
+    return Job(
+        id=name, task=task, prompt="a red ball", visual_tokens=tokens, source=source, seed=seed, given=Given(steps=4)
+    )
 
 
 def made(studio, wanted: Job) -> Artifact:
@@ -116,10 +118,10 @@ def test_a_manifest_draws_the_same_bytes_again(studio):
 
 def test_an_edit_starts_from_the_latents_that_were_kept(studio):
     first = made(studio, job(studio))
-    found = studio.conversations.queue.source(first, studio_settings(studio))
+    found = studio.conversations.painter.source(first, studio_settings(studio))
     assert torch.equal(found, get_tensors(studio.conversations.store, first.latents)["latents"])
     plain = first.model_copy(update={"latents": None})
-    assert isinstance(studio.conversations.queue.source(plain, studio_settings(studio)), np.ndarray)
+    assert isinstance(studio.conversations.painter.source(plain, studio_settings(studio)), np.ndarray)
 
 
 def studio_settings(studio):

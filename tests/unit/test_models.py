@@ -27,7 +27,7 @@ from omnivideo.models.mllm import (
     route,
     sampled,
 )
-from omnivideo.models.sampling import denoise, noise, unipc
+from omnivideo.models.sampling import Point, denoise, noise, unipc
 from omnivideo.presets import TINY
 
 RNG = np.random.default_rng(0)
@@ -137,19 +137,28 @@ def test_timesteps_are_the_released_ones():
     assert (forty[:3], forty[-1], len(forty)) == ([999, 994, 989], 113, 40)
 
 
-def run(omni, seed: int, guidance: float = 3.0):
+def run(omni, seed: int, guidance: float = 3.0, steps: int = 4, begin: Point | None = None):
     condition = omni.condition(["a red circle"], [None])
     null = omni.null_condition(TINY.negative_prompt, 1)
     x = noise([seed], (16, 3, 8, 8), torch.device("cpu"))
-    return list(denoise(omni.decoder, x, condition, null, 4, guidance, 5.0))
+    return list(denoise(omni.decoder, x, condition, null, steps, guidance, 5.0, begin))
 
 
 def test_denoising_yields_every_step_and_repeats_bit_for_bit(omni):
     one, two, other = run(omni, 1), run(omni, 1), run(omni, 2)
-    assert [state.step for state in one] == [1, 2, 3, 4]
-    assert torch.equal(one[-1].latents, two[-1].latents)
-    assert not torch.equal(one[-1].latents, other[-1].latents)
+    assert [state.point.step for state in one] == [1, 2, 3, 4]
+    assert torch.equal(one[-1].point.latents, two[-1].point.latents)
+    assert not torch.equal(one[-1].point.latents, other[-1].point.latents)
     assert torch.isfinite(one[-1].guess).all()
+
+
+@pytest.mark.parametrize("steps", [1, 2, 6])
+def test_denoising_goes_on_from_any_point_to_the_same_bits(omni, steps):
+    whole = run(omni, 1, steps=steps)
+    for state in whole[:-1]:
+        rest = run(omni, 1, steps=steps, begin=state.point)
+        assert [one.point.step for one in rest] == list(range(state.point.step + 1, steps + 1))
+        assert torch.equal(rest[-1].point.latents, whole[-1].point.latents)
 
 
 class ReleasedLevels(UniPCMultistepScheduler):
@@ -170,7 +179,7 @@ def test_the_loop_equals_diffusers_own_pipeline(omni):
         height=64, width=64, num_frames=9, num_inference_steps=4, guidance_scale=3.0, output_type="latent",
         latents=noise([1], (16, 3, 8, 8), torch.device("cpu")),
     ).frames  # fmt: skip
-    assert torch.allclose(latents, run(omni, 1)[-1].latents, atol=1e-5)
+    assert torch.allclose(latents, run(omni, 1)[-1].point.latents, atol=1e-5)
 
 
 def test_a_batch_keeps_each_seeds_noise():

@@ -1,7 +1,7 @@
 """One clip from one request: condition, noise, denoising, decoding (paper section 3)."""
 
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from omnivideo.contracts import Settings, Step
 from omnivideo.models.mllm import Media, Message
 from omnivideo.models.omni import Omni, Target
-from omnivideo.models.sampling import denoise, noise
+from omnivideo.models.sampling import Point, denoise, noise
 from omnivideo.models.vae import decode, encode, from_bytes, to_bytes
 from omnivideo.presets import latent_grid
 
@@ -34,10 +34,13 @@ def timed(seconds: dict[str, float], part: str) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class Guess:
-    """How the clean clip looks from here: latents [z, T, h, w]."""
+class Drawing:
+    """After a denoising step: how far it is, how the clean clip looks from here (latents [1, z, T, h, w]), and the
+    point from which another process could go on."""
 
-    latents: Tensor
+    step: Step
+    guess: Tensor
+    point: Point
 
 
 @torch.no_grad()
@@ -47,9 +50,9 @@ def draw(
     settings: Settings,
     source: np.ndarray | Tensor | None = None,
     visual_1QE: Tensor | None = None,
-    guess_at: Collection[int] = (),
-) -> Iterator[Step | Guess | Clip]:
-    """Yields a `Step` after each denoising step (and a `Guess` after those named) and the `Clip` at the end.
+    begin: Point | None = None,
+) -> Iterator[Drawing | Clip]:
+    """Yields a `Drawing` after each denoising step and the `Clip` at the end; goes on from `begin` if given.
 
     `source` turns generation mode into editing mode: pixels [F, H, W, 3] of the settings' size, or the latents
     [z, T, h, w] of a clip that was drawn here, which spares it the way through pixels.  `visual_1QE` are the vision
@@ -67,15 +70,14 @@ def draw(
         condition = omni.condition([prompt], list(omni.adapted(visual_1QE, [target_of(settings)])), latents)
         null = omni.null_condition(settings.negative_prompt, 1, latents)
     grid = latent_grid(settings.width, settings.height, settings.frames)
-    x = noise([settings.seed], (omni.vae.config.z_dim, *grid), omni.device)
+    x = begin.latents if begin else noise([settings.seed], (omni.vae.config.z_dim, *grid), omni.device)
     began = time.perf_counter()
-    loop = denoise(omni.decoder, x, condition, null, settings.steps, settings.guidance_scale, settings.flow_shift)
-    for state in loop:
-        spent = time.perf_counter() - began
-        x = state.latents
-        yield Step(step=state.step, steps=state.steps, left=spent / state.step * (state.steps - state.step))
-        if state.step in guess_at:
-            yield Guess(state.guess[0])
+    given = settings.steps, settings.guidance_scale, settings.flow_shift
+    first = begin.step if begin else 0
+    for state in denoise(omni.decoder, x, condition, null, *given, begin):
+        done, x = state.point.step, state.point.latents
+        each = (time.perf_counter() - began) / (done - first)
+        yield Drawing(Step(step=done, steps=state.steps, left=each * (state.steps - done)), state.guess, state.point)
     seconds["denoising"] = round(time.perf_counter() - began, 3)
     with timed(seconds, "decoding"):
         frames = to_bytes(decode(omni.vae, x))[0]
