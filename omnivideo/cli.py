@@ -164,7 +164,7 @@ def chat(
     options_of(**options)
     studio = open_studio(preset, weights, device, home)
     lines = typed(out) if sys.stdin.isatty() else sys.stdin
-    Chat(studio.thread(thread), studio.conversations.path, out, **options).run(lines)
+    Chat(studio.thread(thread), studio.file, out, **options).run(lines)
 
 
 @app.command()

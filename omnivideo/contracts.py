@@ -125,6 +125,45 @@ class Job(Message):
     given: Given = Given()
 
 
+JobState = Literal["queued", "running", "done", "failed", "cancelled"]
+Lane = Literal["interactive", "batch"]
+
+
+class JobStatus(Message):
+    """What is known of a job.  Times in seconds since 1970 by the database's clock.
+
+    `attempt` counts the claims; `preview` is the key of a PNG; `code` and `error` say why it failed.
+    """
+
+    id: str
+    owner: str
+    lane: Lane
+    state: JobState
+    attempt: int
+    losses: int
+    step: int
+    steps: int
+    left: float
+    preview: str | None
+    result: Artifact | None
+    code: str | None
+    error: str | None
+    made: float
+    started: float | None
+    ended: float | None
+    kind: str
+    meta: dict[str, str]
+    job: Job
+
+
+class Claim(Message):
+    """A job that a worker has taken: `attempt` fences what it writes, `point` is where to go on from."""
+
+    job: Job
+    attempt: int
+    point: str | None
+
+
 class Trace(Message):
     """Think mode's record: the request, the reasoning, the rewrite, and how long it took."""
 

@@ -1,9 +1,11 @@
-"""The embedded wiring of a conversation: planner, checkpoints, store, MLLM and decoder in one process."""
+"""All conversations of one wiring: the planner over its ports, the threads' checkpoints, and the store."""
 
 import json
 import sqlite3
 import uuid
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -12,16 +14,12 @@ from langgraph.checkpoint.sqlite import SqliteSaver
 
 from omnivideo.agent import words
 from omnivideo.agent.graph import Planner, prompts_for
-from omnivideo.agent.thread import Thread
-from omnivideo.backends.decoder.local import LocalQueue
-from omnivideo.backends.decoder.painter import Painter
-from omnivideo.backends.media import attached, frames_of
-from omnivideo.backends.mllm.local import LocalMLLM
+from omnivideo.agent.thread import Attach, Thread
+from omnivideo.backends.media import frames_of
 from omnivideo.contracts import Artifact, Manifest
 from omnivideo.errors import InvalidInput, NotInstalled, NotStored
-from omnivideo.models.omni import Omni
+from omnivideo.ports import MLLM, JobQueue, Keeper
 from omnivideo.settings import Service
-from omnivideo.storage.local import LocalStore
 
 
 def saver_for(chosen: Service) -> BaseCheckpointSaver:
@@ -55,23 +53,36 @@ def postgres(address: str) -> BaseCheckpointSaver:
     return saver
 
 
+LOCAL = "local"  # the owner where there is but one
+
+
+@dataclass
 class Conversations:
-    """All threads of one home."""
+    """Threads of many owners.  `queue_for` gives the queue on which an owner's clips are drawn; `attach` stores a
+    user's file; `redraw` gives the key of what a manifest draws, where this process has the decoder."""
 
-    def __init__(self, omni: Omni, digest: str, chosen: Service):
-        self.settings = chosen
-        self.store = LocalStore(chosen.home / "store")
-        self.painter = Painter(omni, self.store, digest)
-        self.queue = LocalQueue(self.painter)
-        self.saver = saver_for(chosen)
-        self.mllm = LocalMLLM(omni, self.store)
+    mllm: MLLM
+    queue_for: Callable[[str], JobQueue]
+    store: Keeper
+    saver: BaseCheckpointSaver
+    attach: Attach
+    preset: str = "tiny"
+    redraw: Callable[[Manifest], str] | None = None
+
+    def __post_init__(self) -> None:
         self.acts = words.acts
-        planner = Planner(self.mllm, self.queue, prompts_for(omni.preset.name))
-        self.graph: Any = planner.graph(self.saver)
+        self.graph_for = lru_cache(maxsize=256)(self.planned)
 
-    def thread(self, name: str | None = None, create: bool = False) -> Thread:
+    def planned(self, owner: str) -> Any:
+        return Planner(self.mllm, self.queue_for(owner), prompts_for(self.preset)).graph(self.saver)
+
+    @property
+    def graph(self) -> Any:
+        return self.graph_for(LOCAL)
+
+    def thread(self, name: str | None = None, create: bool = False, owner: str = LOCAL) -> Thread:
         """The thread of that id, a new one without; raises InvalidInput where there is none and `create` is False."""
-        thread = Thread(self.graph, name or uuid.uuid4().hex[:12], self.attach)
+        thread = Thread(self.graph_for(owner), name or uuid.uuid4().hex[:12], self.attach)
         if (name is None or create) and not thread.exists():
             return thread.begin()
         return thread.opened()
@@ -80,15 +91,9 @@ class Conversations:
         """Lets go of the database."""
         self.saver.conn.close()  # type: ignore[attr-defined]
 
-    def attach(self, path: str | Path, made_by: str) -> Artifact:
-        return attached(self.store, path, made_by)
-
     def threads(self) -> list[str]:
         found = {entry.config["configurable"]["thread_id"]: None for entry in self.saver.list(None)}
         return list(found)
-
-    def path(self, artifact: Artifact) -> Path:
-        return self.store.path(artifact.key)
 
     def frames(self, artifact: Artifact) -> np.ndarray:
         """uint8 [F, H, W, 3]."""
@@ -98,13 +103,18 @@ class Conversations:
         """The key of what an artifact's manifest draws; raises NotStored for one that was attached."""
         if artifact.manifest is None:
             raise NotStored("store: that artifact was attached, not drawn")
-        return self.painter.redrawn(Manifest(**json.loads(self.store.get(artifact.manifest))))
+        assert self.redraw, "a replay needs the decoder in this process"
+        return self.redraw(Manifest(**json.loads(self.store.get(artifact.manifest))))
 
-    def sweep(self) -> list[str]:
-        """Removes artifacts that no thread refers to, once they are older than the settings' lifetime."""
-        referred = set()
+    def referred(self) -> set[str]:
+        """The keys that some thread refers to."""
+        referred: set[str | None] = set()
         for name in self.threads():
             for past in self.graph.get_state_history({"configurable": {"thread_id": name}}):
                 for one in past.values.get("artifacts", []):
                     referred |= {one["key"], one["manifest"], one["latents"]}
-        return self.store.sweep(referred - {None}, self.settings.lifetime)
+        return {key for key in referred if key}
+
+    def sweep(self, lifetime: float) -> list[str]:
+        """Removes artifacts that no thread refers to, once they are older than `lifetime` seconds."""
+        return self.store.sweep(self.referred(), lifetime)

@@ -90,7 +90,7 @@ def main(folder: Path, out: Console, studio: Studio) -> None:
             out.print(f"   [dim]thought: {done.trace.reasoning}; so: {done.trace.rewrite}[/dim]")
         if done and done.artifact:
             name = f"{number}{Path(done.artifact.key).suffix}"
-            shutil.copyfile(talk.path(done.artifact), folder / name)
+            shutil.copyfile(studio.file(done.artifact), folder / name)
             rows.append(list(talk.frames(done.artifact)))
             captions.append(f"{number}. {branch}{turn.text}")
         elif captions and done:

@@ -8,7 +8,11 @@ OmniVideoError
   NotInstalled          an optional package that this command needs
   StoreError            the store cannot take or give what it is asked for
     NotStored           no such artifact
+  Busy                  the queue, or the caller's share of it, is full: try again later
+  JobFailed             a clip that could not be drawn; its code says why
   JobCancelled          a clip that somebody stopped
+  JobLost               a worker's job that another one has by now
+  ModelAway             the language model's server does not answer
 """
 
 
@@ -48,5 +52,29 @@ class NotStored(StoreError):
     """No such artifact."""
 
 
+class Busy(OmniVideoError):
+    """The queue, or the caller's share of it, is full; `after` is when to try again, in seconds."""
+
+    def __init__(self, message: str, after: float):
+        super().__init__(message)
+        self.after = after
+
+
+class JobFailed(OmniVideoError):
+    """A clip that could not be drawn; `code` says why."""
+
+    def __init__(self, code: str, message: str):
+        super().__init__(message)
+        self.code = code
+
+
 class JobCancelled(OmniVideoError):
     """A clip that somebody stopped."""
+
+
+class JobLost(OmniVideoError):
+    """A worker's job that another one has by now, or that has ended: what this one made of it does not count."""
+
+
+class ModelAway(OmniVideoError):
+    """The language model's server does not answer."""

@@ -1,6 +1,6 @@
 """The seams: what the planner needs of the world.  Each has an in-process wiring and, in tests, an in-memory twin."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Protocol
 
 from omnivideo.contracts import Artifact, Ask, Job, Medium, Preview, Routed, Step
@@ -17,6 +17,16 @@ class ObjectStore(Protocol):
     def get(self, key: str) -> bytes: ...
 
     def has(self, key: str) -> bool: ...
+
+
+class Keeper(ObjectStore, Protocol):
+    """A store that can be looked through and cleaned."""
+
+    def keys(self) -> Iterator[str]: ...
+
+    def sweep(self, referred: Collection[str], lifetime: float) -> list[str]:
+        """Removes what nothing refers to and nobody has put for `lifetime` seconds; returns the removed keys."""
+        ...
 
 
 class MLLM(Protocol):

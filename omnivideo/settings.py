@@ -1,23 +1,58 @@
 """The service's settings, from the environment (`OMNIVIDEO_...`): one truth each."""
 
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import Field, ValidationError
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import BeforeValidator, Field, ValidationError
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from omnivideo.errors import InvalidInput
 
 DAY = 86_400
+HTTP = r"^$|^https?://[^\s]+$"
+
+
+def split_commas(value: object) -> object:
+    return tuple(one.strip() for one in value.split(",") if one.strip()) if isinstance(value, str) else value
 
 
 class Service(BaseSettings):
-    """`home` holds threads and artifacts; `database` is a postgresql:// address, or empty for SQLite in `home`."""
+    """What is left empty is embedded: SQLite and a folder in `home`, a worker and the MLLM in the same process."""
 
     model_config = SettingsConfigDict(env_prefix="OMNIVIDEO_", frozen=True, extra="ignore")
 
     home: Path = Field(default_factory=lambda: Path.home() / ".local" / "share" / "omnivideo")
+    preset: str = "tiny"
+    weights: str = ""  # a folder in our layout; empty for the preset's shipped ones
     database: str = Field(default="", pattern=r"^$|^postgres(ql)?://")
+    broker: str = Field(default="", pattern=r"^$|^(redis|rediss|amqp|amqps)://")
+    mllm: str = Field(default="", pattern=HTTP)
     lifetime: int = Field(default=30 * DAY, ge=60)  # seconds that an artifact nothing refers to is kept
+
+    s3: str = Field(default="", pattern=HTTP)
+    s3_bucket: str = Field(default="omnivideo", pattern=r"^[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]$")
+    s3_access_key: str = ""
+    s3_secret_key: str = Field(default="", repr=False)
+    s3_region: str = "us-east-1"
+    s3_public: str = Field(default="", pattern=HTTP)  # the address in signed URLs, where it is not `s3`
+
+    admin_key: str = Field(default="", pattern=r"^$|^.{16,200}$", repr=False)  # empty: no keys are asked for
+    media_hosts: Annotated[
+        tuple[str, ...], NoDecode, BeforeValidator(split_commas)
+    ] = ()  # hosts whose URLs are fetched, separated by commas
+    fetch_seconds: float = Field(default=20.0, ge=0.1, le=300)  # that fetching one of them may take
+    media_ports: Annotated[tuple[int, ...], NoDecode, BeforeValidator(split_commas)] = ()  # besides 80 and 443
+    upload_most: int = Field(default=200 * 2**20, ge=2**10, le=512 * 2**20)  # bytes of an upload
+
+    queue_most: int = Field(default=10_000, ge=1)  # clips that wait, in all
+    key_most: int = Field(default=2_000, ge=1)  # clips that one key has open
+    lost_after: float = Field(default=15.0, ge=0.5, le=3600)  # seconds of silence after which a worker is lost
+    resume_steps: int = Field(default=8, ge=1)  # denoising steps between two points to go on from
+    resume_seconds: float = Field(default=2.0, ge=0, le=3600)  # and seconds of drawing, at the least
+
+    def model_post_init(self, context: object) -> None:
+        if self.s3 and not (self.s3_access_key and self.s3_secret_key):
+            raise InvalidInput("OMNIVIDEO_S3_SECRET_KEY", "it is empty; an S3 store needs both of its keys")
 
 
 def service(**given: object) -> Service:

@@ -24,6 +24,7 @@ from omnivideo.models.mllm import Media, Message, answer, route
 from omnivideo.models.omni import Omni
 from omnivideo.presets import Task, preset
 from omnivideo.settings import service
+from omnivideo.storage.local import LocalStore
 
 if TYPE_CHECKING:
     from omnivideo.agent.thread import Thread
@@ -91,13 +92,17 @@ class Studio:
     @cached_property
     def conversations(self) -> "Conversations":
         """The threads of this home; LangGraph is loaded, and the folder made, with the first use only."""
-        from omnivideo.conversations import Conversations
+        from omnivideo.wiring import in_process
 
-        return Conversations(self.omni, self.digest, self.settings)
+        return in_process(self.omni, self.digest, self.settings)
 
     def thread(self, name: str | None = None, create: bool = False) -> "Thread":
         """A conversation: a new one, or the one of that id (made if `create`)."""
         return self.conversations.thread(name, create)
+
+    def file(self, artifact: Artifact) -> Path:
+        """Where a thread's artifact lies."""
+        return LocalStore(self.settings.home / "store").path(artifact.key)
 
     def replay(self, artifact: Artifact) -> str:
         """Draws a kept artifact again from its manifest; the key of what came out (the same, on the same machine)."""

@@ -258,8 +258,10 @@ class Planner:
         base = options.seed if options.seed is not None else seed_from(state["seed"], number, at)
         medium: Medium = source.medium if source else "image" if state["routed"]["kind"] == "image" else "video"
         prompt = self.prompt(state)
+        # A turn that failed may be said again: its jobs are other jobs.
+        again = f".{state['failures']}" if state.get("failures") else ""
         job = Job(
-            id=f"{thread_id()}.{number}.{at + 1}.{attempt + 1}",
+            id=f"{thread_id()}/{number}.{at + 1}.{attempt + 1}{again}",
             task=f"{medium}-editing" if source else f"text-to-{medium}",  # type: ignore[arg-type]
             prompt=prompt,
             visual_tokens=self.mllm.visual_tokens(Ask(text=prompt, shown=(source,) if source else ()), medium),

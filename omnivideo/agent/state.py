@@ -26,3 +26,4 @@ class State(TypedDict, total=False):
     trace: dict[str, Any] | None  # contracts.Trace
     statement: str | None  # what the check asks about
     tries: list[dict[str, Any]]  # contracts.Try
+    failures: int  # turns of this thread that failed

@@ -78,7 +78,7 @@ class Thread:
 
     # ------------------------------------------------------------ a turn
 
-    def send(self, text: str, attachments: Sequence[str | Path] = (), **options: object) -> Iterator[Event]:
+    def send(self, text: str, attachments: Sequence[str | Path | Artifact] = (), **options: object) -> Iterator[Event]:
         """Runs a turn and gives its events as they happen; the last one is Finished, or a Question.
 
         After a Question the next text sent is the reply.  A turn that a killed process left is finished first.
@@ -88,7 +88,7 @@ class Thread:
         """
         chosen = options_of(**options)
         text = check_prompt("text", text)
-        made = [self.attach(path, f"{self.id}/attached") for path in attachments]
+        made = [self.taken(one) for one in attachments]
         state = self.graph.get_state(self.config)
         if state.interrupts:
             if made:
@@ -100,6 +100,9 @@ class Thread:
             state = self.graph.get_state(self.config)
         shown = [one.model_dump() for one in made]
         yield from self.run({"text": text, "attachments": shown, "options": chosen.model_dump()}, state)
+
+    def taken(self, one: str | Path | Artifact) -> Artifact:
+        return one if isinstance(one, Artifact) else self.attach(one, f"{self.id}/attached")
 
     def resume(self) -> Iterator[Event]:
         """Goes on with a turn that was cut short, if there is one."""
@@ -123,9 +126,12 @@ class Thread:
         """Back to the state after so many turns; what the failed turn wrote stays in the past."""
         past = self.after(turns)
         assert past is not None, "a turn begins from a whole state"
-        self.graph.update_state(past.config, {"current": past.values["current"]}, as_node="answer")
+        kept = {"current": past.values["current"], "failures": past.values.get("failures", 0) + 1}
+        self.graph.update_state(past.config, kept, as_node="answer")
 
-    async def asend(self, text: str, attachments: Sequence[str | Path] = (), **options: object) -> AsyncIterator[Event]:
+    async def asend(
+        self, text: str, attachments: Sequence[str | Path | Artifact] = (), **options: object
+    ) -> AsyncIterator[Event]:
         """`send` for an event loop: the same turn, run in a thread of its own."""
         loop = asyncio.get_running_loop()
         running = self.send(text, attachments, **options)

@@ -45,7 +45,7 @@ def job(studio, name="t.1.1.1", source=None, seed=3) -> Job:
 
 
 def made(studio, wanted: Job) -> Artifact:
-    return [event for event in studio.conversations.queue.run(wanted)][-1]
+    return [event for event in studio.conversations.queue_for("local").run(wanted)][-1]
 
 
 # ---------------------------------------------------------------- store
@@ -99,7 +99,7 @@ def test_a_full_disk_is_said_and_nothing_is_half_written(tmp_path, monkeypatch):
 
 
 def test_a_job_is_steps_previews_and_one_artifact(studio):
-    events = list(studio.conversations.queue.run(job(studio)))
+    events = list(studio.conversations.queue_for("local").run(job(studio)))
     assert [event.step for event in events if isinstance(event, Step)] == [1, 2, 3, 4]
     assert len([event for event in events if isinstance(event, Preview)]) == 2
     artifact = events[-1]
@@ -118,10 +118,12 @@ def test_a_manifest_draws_the_same_bytes_again(studio):
 
 def test_an_edit_starts_from_the_latents_that_were_kept(studio):
     first = made(studio, job(studio))
-    found = studio.conversations.painter.source(first, studio_settings(studio))
+    found = studio.conversations.queue_for("local").painter.source(first, studio_settings(studio))
     assert torch.equal(found, get_tensors(studio.conversations.store, first.latents)["latents"])
     plain = first.model_copy(update={"latents": None})
-    assert isinstance(studio.conversations.painter.source(plain, studio_settings(studio)), np.ndarray)
+    assert isinstance(
+        studio.conversations.queue_for("local").painter.source(plain, studio_settings(studio)), np.ndarray
+    )
 
 
 def studio_settings(studio):
@@ -131,9 +133,9 @@ def studio_settings(studio):
 
 
 def test_a_cancelled_job_stops_within_a_step(studio):
-    running = studio.conversations.queue.run(job(studio, "cancelled"))
+    running = studio.conversations.queue_for("local").run(job(studio, "cancelled"))
     assert isinstance(next(running), Step)
-    studio.conversations.queue.cancel("cancelled")
+    studio.conversations.queue_for("local").cancel("cancelled")
     with pytest.raises(JobCancelled):
         next(running)
 
@@ -169,7 +171,7 @@ def test_the_sweep_keeps_what_threads_refer_to(studio, tmp_path):
     stray = store.put(b"stray", "bin")
     for key in list(store.keys()):
         os.utime(store.path(key), (0, 0))
-    gone = studio.conversations.sweep()
+    gone = studio.conversations.sweep(studio.settings.lifetime)
     assert stray in gone
     for artifact in thread.artifacts():
         assert store.has(artifact.key)
@@ -230,7 +232,7 @@ def test_a_bad_line_is_named_before_anything_is_drawn(lines, message):
 
 def test_the_terminal_chat_goes_on_after_a_mistake(studio):
     shown = io.StringIO()
-    chat = Chat(studio.thread(), studio.conversations.path, Console(file=shown, width=200), steps=1)
+    chat = Chat(studio.thread(), studio.file, Console(file=shown, width=200), steps=1)
     chat.run(["/nonsense", "/save", "/undo", "a red ball", "/history", "/fork 9", "/fork 0", "/history", "/quit", "no"])
     text = shown.getvalue()
     assert "/nonsense is none of" in text and "nothing was made here yet" in text and "no turn to take back" in text

@@ -8,7 +8,7 @@ because FFmpeg takes a gif that is cut short without a word; clips (mp4, mov, we
 import os
 import secrets
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -39,13 +39,19 @@ Clip = Sequence[np.ndarray] | np.ndarray  # frames [H, W, 3] of one size, or one
 
 @dataclass(frozen=True)
 class Limits:
-    """What a source may be at most.  `max_decoded` is the memory that its pixels take, in bytes."""
+    """What a source may be at most.  `max_decoded` is the memory that its pixels take, in bytes.
+
+    `codecs` are FFmpeg's names of the decoders that may run; None leaves all.
+    """
 
     max_bytes: int = 512 * 2**20
     max_pixels: int = 4096 * 2304
     max_frames: int = 2000
     max_seconds: float = 120
+    max_fps: float = 240
+    max_streams: int = 32
     max_decoded: int = 4 * 2**30
+    codecs: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,17 @@ class Media:
     """A source's pixels, uint8 [F, H, W, 3], frames evenly spaced at `fps`; a still has one frame and no fps."""
 
     frames: np.ndarray
+    fps: float | None
+    kind: Literal["image", "video"]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a source comes to as Media, without its pixels: `frames` is their number."""
+
+    width: int
+    height: int
+    frames: int
     fps: float | None
     kind: Literal["image", "video"]
 
@@ -107,20 +124,38 @@ def read_media(path: str | Path, limits: Limits = Limits()) -> Media:
 
     A clip with uneven frame times is laid on an even grid by repeating frames.  An animation of one frame is an image.
     """
-    path = Path(path)
-    gate = Gate(path, limits)
-    size = checked_size(path, gate)
+    frames: list[np.ndarray] = []
+    gate = Gate(Path(path), limits)
     with gate.reading():
-        with path.open("rb") as file:
-            kind = sniff(file.read(16))
-            if kind is None:
-                gate.refuse(f"is no image or video; allowed: {READABLE}")
-            if size < stated_size(file, kind, size):
-                gate.refuse(f"is cut short: it ends after {size} bytes; allowed: a whole file")
-        if kind in CLIPS:
-            return Media(*collect(clip_pictures(path, kind, gate), gate), "video")
-        frames, fps = collect(image_pictures(path, kind, gate), gate)
-        return Media(frames, fps, "video") if len(frames) > 1 else Media(frames, None, "image")
+        order, fps, kind = shown_frames(gate, frames.append)
+        return Media(np.stack([frames[index] for index in order]), fps, kind)
+
+
+def measure_media(path: str | Path, limits: Limits = Limits()) -> Measured:
+    """What read_media would give or refuse, by decoding all the same; one frame at a time is in memory."""
+    shapes: list[tuple[int, ...]] = []
+    gate = Gate(Path(path), limits)
+    with gate.reading():
+        order, fps, kind = shown_frames(gate, lambda pixels: shapes.append(pixels.shape))
+    height, width, _ = shapes[0]
+    return Measured(width, height, len(order), fps, kind)
+
+
+def shown_frames(
+    gate: Gate, take: Callable[[np.ndarray], object]
+) -> tuple[Sequence[int], float | None, Literal["image", "video"]]:
+    """Hands every frame to `take`; returns which of them to show at each step, at which fps, and the kind."""
+    path, size = gate.path, checked_size(gate.path, gate)
+    with path.open("rb") as file:
+        kind = sniff(file.read(16))
+        if kind is None:
+            gate.refuse(f"is no image or video; allowed: {READABLE}")
+        if size < stated_size(file, kind, size):
+            gate.refuse(f"is cut short: it ends after {size} bytes; allowed: a whole file")
+    if kind in CLIPS:
+        return *collect(clip_pictures(path, kind, gate), gate, take), "video"
+    order, fps = collect(image_pictures(path, kind, gate), gate, take)
+    return (order, fps, "video") if len(order) > 1 else (order, None, "image")
 
 
 def checked_size(path: Path, gate: Gate) -> int:
@@ -203,26 +238,29 @@ def vint(file: BinaryIO) -> int | None:
     return None if value == 2 ** (7 * width) - 1 else value
 
 
-def collect(pictures: Iterator[Picture], gate: Gate) -> tuple[np.ndarray, float]:
-    """Frames [F, H, W, 3] on an even grid, and their fps."""
-    frames: list[np.ndarray] = []
+def collect(
+    pictures: Iterator[Picture], gate: Gate, take: Callable[[np.ndarray], object]
+) -> tuple[Sequence[int], float]:
+    """Hands every picture's pixels to `take`; returns their order on an even grid, and its fps."""
     starts: list[float] = []
-    end = 0.0
+    end, shape = 0.0, None
     for pixels, start, seconds in pictures:
-        frames.append(pixels)
         starts.append(start)
         end = start + seconds - starts[0]
-        gate.check(pixels.shape[1], pixels.shape[0], len(frames), end)
-        if pixels.shape != frames[0].shape:
+        gate.check(pixels.shape[1], pixels.shape[0], len(starts), end)
+        if shape not in (None, pixels.shape):
             gate.refuse("changes its frame size midway; allowed: one size")
-    if not frames:
+        shape = pixels.shape
+        take(pixels)
+    if shape is None:
         gate.refuse("has no frame; allowed: 1 or more")
-    order, fps = even_grid(np.array(starts) - starts[0], end)
-    gate.check(pixels.shape[1], pixels.shape[0], len(order), 0)
-    return np.stack([frames[index] for index in order]), fps
+    order, fps = even_grid(np.array(starts) - starts[0], end, gate)
+    gate.check(shape[1], shape[0], len(order), 0)
+    gate.at_most("frames a second", fps, gate.limits.max_fps)
+    return order, fps
 
 
-def even_grid(starts: np.ndarray, end: float) -> tuple[Sequence[int], float]:
+def even_grid(starts: np.ndarray, end: float, gate: Gate) -> tuple[Sequence[int], float]:
     """Which frame to show at each step of an even grid, and its steps a second.
 
     `starts` are rising times from 0, in s.  Times that are even to within a quarter of a step are taken as they are.
@@ -234,6 +272,7 @@ def even_grid(starts: np.ndarray, end: float) -> tuple[Sequence[int], float]:
     if np.abs(starts * fps - steps).max() <= 0.25 and end * fps < len(starts) + 0.5:  # and no long hold at the end
         return range(len(starts)), round(float(fps), 4)
     step = float(np.median(np.diff(starts)))
+    gate.at_most("frames", end // step, gate.limits.max_frames)  # a step of a nanosecond would fill the memory
     middles = (np.arange(round(end / step)) + 0.5) * step
     return [int(index) for index in np.searchsorted(starts, middles, side="right") - 1], round(1 / step, 4)
 
@@ -286,11 +325,15 @@ def on_white(image: Image.Image) -> np.ndarray:
 
 def clip_pictures(path: Path, kind: str, gate: Gate) -> Iterator[Picture]:
     """The pictures of an mp4, mov, webm, mkv or avi."""
-    with av.open(f"file:{path}", format=kind) as container:
+    with av.open(f"file:{path}", format=kind, options=fences(gate.limits)) as container:
+        gate.at_most("streams", len(container.streams), gate.limits.max_streams)
         moving = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]  # cover art
         if not moving:
             gate.refuse("has no video stream; allowed: 1 or more")
         stream = moving[0]
+        codec, allowed = stream.codec_context.name, gate.limits.codecs
+        if allowed is not None and codec not in allowed:
+            gate.refuse(f"is coded as {codec}; allowed: {', '.join(allowed)}")
         seconds = (stream.duration or 0) * float(stream.time_base or 0) or (container.duration or 0) / av.time_base
         promised = kept_frames(stream)
         gate.check(stream.width, stream.height, promised, seconds)
@@ -301,6 +344,15 @@ def clip_pictures(path: Path, kind: str, gate: Gate) -> Iterator[Picture]:
             yield picture
         if found < promised:
             gate.refuse(f"is cut short: it has {found} frames of {promised}; allowed: a whole file")
+
+
+def fences(limits: Limits) -> dict[str, str]:
+    """FFmpeg's options for a container of which nothing is known: no other file, no network, few streams.
+
+    One stream above the limit is let in, so that it is we who refuse.
+    """
+    fence = {"protocol_whitelist": "file", "max_streams": str(limits.max_streams + 1)}
+    return fence | ({"codec_whitelist": ",".join(limits.codecs)} if limits.codecs is not None else {})
 
 
 def kept_frames(stream: VideoStream) -> int:

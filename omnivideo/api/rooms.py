@@ -1,0 +1,51 @@
+"""What the routes stand on, and who is asking.  The parts are typed where they are made (wiring.py): the API knows
+their names only, so that it imports no room behind it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any, cast
+
+from fastapi import Depends, Request
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+
+from omnivideo.api.errors import WireError
+from omnivideo.ports import Keeper
+from omnivideo.settings import Service
+
+BEARER = HTTPBearer(auto_error=False, description="An API key")
+
+
+@dataclass
+class Rooms:
+    settings: Service
+    store: Keeper
+    jobs: Any  # storage.jobs.Jobs
+    keys: Any  # storage.keys.Keys
+    records: Any  # storage.records.Records: files, batches, hooks, and what was answered to a repeated request
+    turns: Any  # storage.turns.Turns
+    conversations: Any  # conversations.Conversations
+    taken: Callable[..., Any]  # a user's bytes as an artifact, decoded in a limited process
+    fetched: Callable[[str], bytes]  # a user's URL, from allowed hosts
+    tell: Callable[[], None]  # there is work
+
+
+def rooms_of(request: Request) -> Rooms:
+    return cast(Rooms, request.app.state.rooms)
+
+
+def owner_of(request: Request, given: Annotated[HTTPAuthorizationCredentials | None, Depends(BEARER)] = None) -> str:
+    """The key's id; "local" where the service asks for none."""
+    keys = rooms_of(request).keys
+    if not keys.asked_for:
+        return "local"
+    owner = keys.owner(given.credentials) if given else None
+    if owner is None:
+        wrong = WireError(401, "the API key is missing, wrong or revoked", None, "invalid_api_key")
+        wrong.headers["WWW-Authenticate"] = "Bearer"
+        raise wrong
+    request.state.owner = owner
+    return cast(str, owner)
+
+
+Room = Annotated[Rooms, Depends(rooms_of)]
+Owner = Annotated[str, Depends(owner_of)]

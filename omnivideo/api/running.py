@@ -1,0 +1,147 @@
+"""Turns that outlive the request that began them, and the process that runs them."""
+
+import logging
+import threading
+from collections.abc import Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from omnivideo.agent.thread import Thread, options_of, whole
+from omnivideo.api.errors import OURS, WireError, body, not_found, of
+from omnivideo.api.rooms import Rooms
+from omnivideo.contracts import Artifact, Event, Finished, Question, check_prompt
+from omnivideo.errors import InvalidInput, JobCancelled, OmniVideoError
+
+log = logging.getLogger("omnivideo.api")
+
+
+class Runner:
+    """Runs turns in threads of this process, and takes over those of processes that fell silent."""
+
+    def __init__(self, rooms: Rooms, at_once: int = 16):
+        self.rooms = rooms
+        self.silent = rooms.settings.lost_after
+        self.pool = ThreadPoolExecutor(at_once, thread_name_prefix="turn")
+        self.mine: dict[str, Any] = {}  # rows of the turns that run here
+        self.unwanted: dict[str, str] = {}  # why: "cancelled", or "lost" to another process
+        self.over = threading.Event()
+        self.watch = threading.Thread(target=self.look, daemon=True, name="turns")
+
+    def start(self) -> "Runner":
+        self.watch.start()
+        return self
+
+    def stop(self) -> None:
+        """Leaves what runs to the next process."""
+        self.over.set()
+        self.watch.join()
+        self.pool.shutdown(wait=False, cancel_futures=True)
+
+    # ------------------------------------------------------------ beginning
+
+    def begin(self, owner: str, name: str, text: str, attachments: Sequence[Artifact] = (), **options: Any) -> Any:
+        """The new turn's row; what is wrong with it is said before anything is kept."""
+        text, chosen = check_prompt("text", text), options_of(**options)
+        thread = self.thread(owner, name)
+        if attachments and thread.question():
+            raise InvalidInput("attachments", "a question is open; reply to it in words first")
+        made = {
+            "text": text,
+            "attachments": [one.model_dump() for one in attachments],
+            "options": chosen.model_dump(),
+            "reply": thread.question() is not None,
+        }
+        row = self.rooms.turns.add(name, owner, len(thread.history()) + 1, made)
+        if row is None:
+            raise WireError(409, "thread: a turn is running; wait for its end or cancel it", "thread", "busy")
+        self.pool.submit(self.run, row.id)
+        return row
+
+    def thread(self, owner: str, name: str) -> Thread:
+        if not self.rooms.turns.has_thread(name, owner):
+            raise not_found("thread", name)
+        found: Thread = self.rooms.conversations.thread(name, create=True, owner=owner)
+        return found
+
+    # ------------------------------------------------------------ running
+
+    def run(self, name: str) -> None:
+        if (row := self.rooms.turns.claim(name)) is not None:
+            self.play(row)
+
+    def play(self, row: Any) -> None:
+        """Runs the turn to its end and keeps all that it tells."""
+        self.mine[row.id] = row
+        try:
+            state, error = self.played(row), None
+        except (JobCancelled, Unwanted):
+            state, error = "cancelled", None
+        except OmniVideoError as raised:
+            wire = of(raised)
+            state, error = "failed", body(wire.status, wire.message, wire.param, wire.code)["error"]
+        except Exception:
+            log.exception("turn %s", row.id)
+            state, error = "failed", body(500, OURS, None, "internal")["error"]
+        finally:
+            self.mine.pop(row.id, None)
+            self.unwanted.pop(row.id, None)
+        if not self.over.is_set():
+            self.rooms.turns.end(row, state, error)
+
+    def played(self, row: Any) -> str:
+        thread = self.thread(row.owner, row.thread)
+        already, state = len(self.rooms.turns.events_of(row.id)), "asks"
+        events = self.events(row, thread, told=already > 0)
+        for number, event in enumerate(events, start=already + 1):
+            self.rooms.turns.told(row, number, event.model_dump())
+            state = "done" if isinstance(event, Finished) else state
+            if why := self.unwanted.get(row.id):
+                events.close()
+                if why == "cancelled":
+                    thread.abandon(row.number - 1)
+                raise Unwanted
+        return state
+
+    def events(self, row: Any, thread: Thread, told: bool) -> Generator[Event]:
+        """Where the thread stands says what is left of the turn, whoever began it."""
+        history = thread.history()
+        if len(history) >= row.number:
+            yield Finished(turn=history[row.number - 1])
+            return
+        state = thread.graph.get_state(thread.config)
+        if state.interrupts and (told or not row.body["reply"]):
+            yield Question(text=str(thread.question()))
+        elif not whole(state) and not state.interrupts:
+            yield from thread.resume()
+        else:
+            shown = [Artifact(**one) for one in row.body["attachments"]]
+            yield from thread.send(row.body["text"], shown, **row.body["options"])
+
+    def cancel(self, row: Any) -> None:
+        self.rooms.turns.cancel(row.id)
+        self.rooms.jobs.cancel_of(row.owner, f"{row.thread}/")
+
+    # ------------------------------------------------------------ looking after
+
+    def look(self) -> None:
+        while not self.over.wait(min(1.0, self.silent / 4)):
+            try:
+                self.beat()
+                self.take_over()
+            except OmniVideoError as error:
+                log.warning("%s", error)
+
+    def beat(self) -> None:
+        for row in list(self.mine.values()):
+            found = self.rooms.turns.beat(row)
+            if found != "wanted":
+                self.unwanted[row.id] = found
+
+    def take_over(self) -> None:
+        while (row := self.rooms.turns.claim_lost(self.silent)) is not None:
+            log.warning("turn %s: its process fell silent; it goes on here", row.id)
+            self.pool.submit(self.play, row)
+
+
+class Unwanted(Exception):
+    """The turn was cancelled, or another process has it by now."""

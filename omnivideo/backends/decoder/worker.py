@@ -1,0 +1,168 @@
+"""A worker: claims a job, draws it, keeps the database informed at every step, and can take over another's job."""
+
+import base64
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
+
+import torch
+from safetensors.torch import load, save
+
+from omnivideo.backends.decoder.local import PREVIEWS
+from omnivideo.backends.decoder.painter import Painter
+from omnivideo.backends.decoder.pipeline import Clip, Drawing
+from omnivideo.contracts import Artifact, Claim, Settings
+from omnivideo.errors import InvalidInput, JobLost, NotStored, OmniVideoError, StoreError
+from omnivideo.models.sampling import Point
+from omnivideo.storage.jobs import Jobs
+
+log = logging.getLogger("omnivideo.worker")
+Answer = TypeVar("Answer")
+PATIENCE = 120.0  # seconds that a worker waits for a database or a store that is away
+INTERNAL = "something went wrong on our side; the worker's log has it under this job's id"
+NO_MEMORY = "it needs more memory than this worker has; ask for a smaller size or fewer frames"
+
+
+@dataclass(frozen=True)
+class Habits:
+    """How often a worker leaves a point to go on from: every so many steps, and no more often than so many seconds
+    of drawing; and when a silent worker counts as lost, in seconds."""
+
+    every: int = 8
+    apart: float = 2.0
+    silent: float = 15.0
+
+
+class Cancelled(Exception):
+    """The job is not wanted any more."""
+
+
+def patiently(act: Callable[[], Answer]) -> Answer:
+    """Tries again while the database or the store is away."""
+    pause, until = 0.05, time.monotonic() + PATIENCE
+    while True:
+        try:
+            return act()
+        except StoreError as error:
+            if isinstance(error, NotStored) or time.monotonic() > until:
+                raise
+            time.sleep(pause)
+            pause = min(2 * pause, 2.0)
+
+
+class Worker:
+    """Draws one job at a time with one model."""
+
+    def __init__(self, painter: Painter, jobs: Jobs, habits: Habits | None = None):
+        self.painter = painter
+        self.jobs = jobs
+        self.habits = habits or Habits()
+        self.name = f"{socket.gethostname()}:{os.getpid()}"
+
+    def work(self) -> bool:
+        """Draws the next job, if there is one; whether there was.  Nothing that a job does stops the worker."""
+        claim = patiently(lambda: self.jobs.claim(self.name))
+        if claim is None:
+            return False
+        log.info("job %s, attempt %d, %s", claim.job.id, claim.attempt, "goes on" if claim.point else "begins")
+        try:
+            self.ended(claim)
+        except JobLost:
+            log.warning("job %s: attempt %d came too late", claim.job.id, claim.attempt)
+        return True
+
+    def ended(self, claim: Claim) -> None:
+        """Draws it and says what became of it; raises JobLost."""
+        try:
+            with self.alive(claim):
+                result = self.draw(claim)
+            patiently(lambda: self.jobs.finish(claim, result))
+        except Cancelled:
+            patiently(lambda: self.jobs.stop(claim))
+        except JobLost:
+            raise
+        except NotStored as error:
+            self.failed(claim, "failed", str(error))
+        except StoreError:
+            log.exception("job %s goes back: the store or the database stayed away", claim.job.id)
+            self.jobs.give_back(claim)
+        except OmniVideoError as error:
+            code = "invalid_input" if isinstance(error, InvalidInput) else "failed"
+            self.failed(claim, code, str(error))
+        except (torch.OutOfMemoryError, MemoryError):
+            self.failed(claim, "out_of_memory", NO_MEMORY)
+            torch.cuda.empty_cache()
+        except Exception:
+            log.exception("job %s failed", claim.job.id)
+            self.failed(claim, "internal", INTERNAL)
+
+    def failed(self, claim: Claim, code: str, error: str) -> None:
+        patiently(lambda: self.jobs.fail(claim, code, error))
+
+    @contextmanager
+    def alive(self, claim: Claim) -> Iterator[None]:
+        """Beats while no step does: a long VAE pass is no sign of death."""
+        over = threading.Event()
+
+        def beat() -> None:
+            while not over.wait(self.habits.silent / 4):
+                try:
+                    self.jobs.beat(claim)
+                except OmniVideoError:
+                    continue  # the next step meets it too
+
+        beating = threading.Thread(target=beat, daemon=True)
+        beating.start()
+        try:
+            yield
+        finally:
+            over.set()
+            beating.join()
+
+    def draw(self, claim: Claim) -> Artifact:
+        job, chosen = patiently(lambda: self.painter.ready(claim.job))
+        kept = time.monotonic()
+        for event in self.painter.drawn(job, chosen, self.point(claim)):
+            if isinstance(event, Clip):
+                return patiently(partial(self.painter.keep, job, chosen, event))
+            leave = event.step.step % self.habits.every == 0 and time.monotonic() - kept >= self.habits.apart
+            self.told(claim, chosen, event, leave)
+            kept = time.monotonic() if leave else kept
+        raise AssertionError("draw ends with a clip")
+
+    def told(self, claim: Claim, chosen: Settings, drawing: Drawing, leave: bool) -> None:
+        """The heartbeat of a step, with a preview or a point where one is due."""
+        due: dict[str, str] = {}
+        if drawing.step.step in {round(share * chosen.steps) for share in PREVIEWS}:
+            png = base64.b64decode(self.painter.preview(drawing.guess).png)
+            due["preview"] = patiently(lambda: self.painter.store.put(png, "png"))
+        if leave:
+            due["point"] = patiently(lambda: self.painter.store.put(packed(drawing.point), "safetensors"))
+        if not patiently(lambda: self.jobs.beat(claim, drawing.step, **due)):
+            raise Cancelled
+
+    def point(self, claim: Claim) -> Point | None:
+        """Where an earlier attempt was; None where it left nothing, or what it left is gone."""
+        if claim.point is None or not self.painter.store.has(claim.point):
+            return None
+        return unpacked(self.painter.store.get(claim.point), self.painter.omni.device)
+
+
+def packed(point: Point) -> bytes:
+    tensors = {"latents": point.latents, "before": point.before, "step": torch.tensor(point.step)}
+    tensors |= {f"output{at}": output for at, output in enumerate(point.outputs)}
+    return save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+
+
+def unpacked(data: bytes, device: torch.device) -> Point:
+    # Cloned for the alignment, as in storage.tensors.
+    held = {name: tensor.clone().to(device) for name, tensor in load(data).items()}
+    outputs = tuple(held[f"output{at}"] for at in range(2) if f"output{at}" in held)
+    return Point(int(held["step"]), held["latents"], held["before"], outputs)

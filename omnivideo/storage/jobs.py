@@ -1,0 +1,189 @@
+"""The life of jobs, in the database: who is next, who has what, and what became of it.
+
+Every method is one statement, or reads only, so that there is nothing to hold and nothing half-written.  A worker's
+statements carry the number of its attempt: once another worker has claimed the job they change nothing.
+
+Fair order.  In each lane a job gets a turn when it comes: one more than its owner's last waiting job has, and no less
+than the turn that is being drawn.  Whoever brings one job beside somebody's thousand is next but one.
+"""
+
+from collections.abc import Collection
+from typing import Any, TypeVar
+
+from sqlalchemy import Engine, Row, and_, case, func, select, update
+
+from omnivideo.contracts import Artifact, Claim, Job, JobState, JobStatus, Lane, Step
+from omnivideo.errors import Busy, InvalidInput, JobCancelled, JobFailed, JobLost
+from omnivideo.storage.database import Book, as_row, jobs, now
+
+LANES: tuple[Lane, ...] = ("interactive", "batch")
+OPEN: tuple[JobState, ...] = ("queued", "running")
+POISON = 3  # workers that a job may take with it
+Answer = TypeVar("Answer")
+
+
+class Jobs(Book):
+    """`most` and `most_each` bound the jobs that are open at once, in all and for one owner."""
+
+    def __init__(self, engine: Engine, most: int = 10_000, most_each: int = 2_000):
+        super().__init__(engine)
+        self.most = most
+        self.most_each = most_each
+
+    # ------------------------------------------------------------ those who ask
+
+    def submit(
+        self,
+        job: Job,
+        owner: str = "local",
+        lane: Lane = "interactive",
+        kind: str = "turn",
+        meta: dict[str, str] | None = None,
+    ) -> bool:
+        """Whether the job is new; the same id with the same content is the same job.
+
+        Raises Busy where a bound is reached, and InvalidInput where the id stands for something else.
+        """
+        at = LANES.index(lane)
+        waiting = select(func.count()).where(jobs.c.state == "queued").scalar_subquery()
+        mine = select(func.count()).where(jobs.c.owner == owner, jobs.c.state.in_(OPEN)).scalar_subquery()
+        values = {
+            "id": job.id, "owner": owner, "lane": at, "turn": turn_for(owner, at), "state": "queued", "attempt": 0,
+            "losses": 0, "cancel": False, "body": job.model_dump(), "kind": kind, "meta": meta or {}, "deleted": False,
+            "step": 0, "steps": 0, "left": 0.0, "made": now(), "told": now(),
+        }  # fmt: skip
+        room = as_row(jobs, values).where(waiting < self.most, mine < self.most_each)
+        made = self.insert(jobs).from_select(list(values), room).on_conflict_do_nothing().returning(jobs.c.id)
+        if self.one(made) is not None:
+            return True
+        known = self.one(select(jobs.c.owner, jobs.c.body).where(jobs.c.id == job.id))
+        if known is None:
+            raise Busy("queue: too many clips are waiting; try again later", after=5.0)
+        if known.owner != owner or Job(**known.body) != job:
+            raise InvalidInput("id", "that id is another job's; give a new one")
+        return False
+
+    def status(self, job_id: str) -> JobStatus | None:
+        row = self.one(select(jobs).where(jobs.c.id == job_id))
+        return None if row is None else status_of(row)
+
+    def statuses(self, ids: Collection[str]) -> list[JobStatus]:
+        return [status_of(row) for row in self.all(select(jobs).where(jobs.c.id.in_(ids)))]
+
+    def cancel(self, job_id: str) -> None:
+        """At once where nobody has it yet; else its worker sees it at its next step.  An ended job stays as it is."""
+        waits = and_(jobs.c.id == job_id, jobs.c.state == "queued")
+        stopped = update(jobs).where(waits).values(state="cancelled", cancel=True, ended=now()).returning(jobs.c.id)
+        if self.one(stopped) is None:
+            self.all(update(jobs).where(jobs.c.id == job_id, jobs.c.state == "running").values(cancel=True))
+
+    def cancel_of(self, owner: str, beginning: str) -> None:
+        """All open jobs of the owner whose ids begin so."""
+        open_ones = and_(
+            jobs.c.owner == owner, jobs.c.state.in_(OPEN), jobs.c.id.startswith(beginning, autoescape=True)
+        )
+        for row in self.all(select(jobs.c.id).where(open_ones)):
+            self.cancel(row.id)
+
+    # ------------------------------------------------------------ workers
+
+    def claim(self, worker: str) -> Claim | None:
+        """The next job, or None where nothing waits."""
+        waits = (
+            select(jobs.c.id).where(jobs.c.state == "queued").order_by(jobs.c.lane, jobs.c.turn, jobs.c.made, jobs.c.id)
+        )
+        first = waits.limit(1).with_for_update(skip_locked=True).scalar_subquery()
+        taken = (
+            update(jobs)
+            .where(jobs.c.id == first, jobs.c.state == "queued")
+            .values(state="running", attempt=jobs.c.attempt + 1, worker=worker, started=now(), beat=now())
+            .returning(jobs.c.body, jobs.c.attempt, jobs.c.point)
+        )
+        row = self.one(taken)
+        return None if row is None else Claim(job=Job(**row.body), attempt=row.attempt, point=row.point)
+
+    def beat(self, claim: Claim, step: Step | None = None, **kept: str) -> bool:
+        """Says that the worker lives and how far it is; whether the job is still wanted.
+
+        `kept` may hold the keys of a preview and of a point.  Raises JobLost.
+        """
+        values: dict[str, Any] = {"beat": now()} | kept
+        if step is not None:
+            values |= {"step": step.step, "steps": step.steps, "left": step.left}
+        row = self.one(update(jobs).where(fenced(claim)).values(values).returning(jobs.c.cancel))
+        if row is None:
+            raise JobLost(f"job {claim.job.id} is not this worker's any more")
+        return not row.cancel
+
+    def finish(self, claim: Claim, result: Artifact) -> None:
+        """Raises JobLost where the result came too late."""
+        self.end(claim, state="done", result=result.model_dump(), left=0.0)
+
+    def fail(self, claim: Claim, code: str, error: str) -> None:
+        self.end(claim, state="failed", code=code, error=error[:1000])
+
+    def stop(self, claim: Claim) -> None:
+        """A cancelled job has stopped."""
+        self.end(claim, state="cancelled")
+
+    def give_back(self, claim: Claim) -> None:
+        """A worker that has to go leaves its job to the next one."""
+        self.all(update(jobs).where(fenced(claim)).values(state="queued"))
+
+    def end(self, claim: Claim, **values: Any) -> None:
+        ended = update(jobs).where(fenced(claim)).values(ended=now(), point=None, **values)
+        if self.one(ended.returning(jobs.c.id)) is None:
+            raise JobLost(f"job {claim.job.id} is not this worker's any more")
+
+    # ------------------------------------------------------------ the reaper
+
+    def reap(self, silent: float) -> list[str]:
+        """Puts back what workers silent for so many seconds had; fails what has silenced POISON of them."""
+        lost = and_(jobs.c.state == "running", jobs.c.beat < now() - silent)
+        reason = f"it stopped {POISON} workers in a row and is not tried again"
+        values = {"state": "failed", "code": "poison", "error": reason, "ended": now(), "losses": jobs.c.losses + 1}
+        self.all(update(jobs).where(lost, jobs.c.losses >= POISON - 1).values(values))
+        self.all(update(jobs).where(lost, jobs.c.cancel).values(state="cancelled", ended=now()))
+        back = update(jobs).where(lost).values(state="queued", losses=jobs.c.losses + 1, told=now())
+        return [row.id for row in self.all(back.returning(jobs.c.id))]
+
+    def untold(self, seconds: float) -> bool:
+        """Whether a job waits that nobody was told of for so long; it counts as told from now on."""
+        waits = select(jobs.c.id).where(jobs.c.state == "queued", jobs.c.told < now() - seconds)
+        first = waits.order_by(jobs.c.told).limit(1).with_for_update(skip_locked=True).scalar_subquery()
+        return self.one(update(jobs).where(jobs.c.id == first).values(told=now()).returning(jobs.c.id)) is not None
+
+    def waiting(self) -> int:
+        row = self.one(select(func.count()).where(jobs.c.state == "queued"))
+        assert row is not None
+        return int(row[0])
+
+
+def fenced(claim: Claim) -> Any:
+    return and_(jobs.c.id == claim.job.id, jobs.c.attempt == claim.attempt, jobs.c.state == "running")
+
+
+def turn_for(owner: str, lane: int) -> Any:
+    """The place of an owner's new job in its lane, as a subquery."""
+    in_lane = jobs.c.lane == lane
+    last = select(func.max(jobs.c.turn)).where(in_lane, jobs.c.owner == owner, jobs.c.state == "queued")
+    drawn = select(func.max(jobs.c.turn)).where(in_lane, jobs.c.state == "running")
+    first = select(func.min(jobs.c.turn) - 1).where(in_lane, jobs.c.state == "queued")
+    current = func.coalesce(drawn.scalar_subquery(), first.scalar_subquery(), 0)
+    mine = func.coalesce(last.scalar_subquery(), 0)
+    return case((mine > current, mine), else_=current) + 1
+
+
+def status_of(row: Row[Any]) -> JobStatus:
+    told = {name: getattr(row, name) for name in JobStatus.model_fields if name not in ("lane", "job", "result")}
+    result = None if row.result is None else Artifact(**row.result)
+    return JobStatus(lane=LANES[row.lane], job=Job(**row.body), result=result, **told)
+
+
+def outcome(status: JobStatus) -> Artifact | None:
+    """The artifact of a job that is done, None for an open one; raises JobFailed or JobCancelled."""
+    if status.state == "failed":
+        raise JobFailed(status.code or "internal", f"the clip could not be drawn: {status.error}")
+    if status.state == "cancelled":
+        raise JobCancelled("the clip was cancelled")
+    return status.result

@@ -1,0 +1,186 @@
+"""The composition root: the settings say which room stands behind each port.
+
+Whatever is not named in the settings is embedded: SQLite and a folder under the home, the MLLM and a worker in this
+process.  Only what is embedded loads torch.
+"""
+
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omnivideo.backends.media import attached
+from omnivideo.conversations import LOCAL, Conversations, saver_for
+from omnivideo.errors import InvalidInput
+from omnivideo.ports import MLLM, JobQueue, Keeper
+from omnivideo.settings import Service
+from omnivideo.storage.local import LocalStore
+
+if TYPE_CHECKING:
+    from omnivideo.api.rooms import Rooms
+    from omnivideo.backends.decoder.painter import Painter
+    from omnivideo.backends.decoder.worker import Worker
+    from omnivideo.models.omni import Omni
+    from omnivideo.storage.jobs import Jobs
+
+
+def in_process(omni: "Omni", digest: str, chosen: Service) -> Conversations:
+    """The Studio's wiring: everything in this process, and a clip is drawn while it is followed."""
+    from omnivideo.backends.decoder.local import LocalQueue
+    from omnivideo.backends.decoder.painter import Painter
+    from omnivideo.backends.mllm.local import LocalMLLM
+
+    store = LocalStore(chosen.home / "store")
+    painter = Painter(omni, store, digest)
+    queue = LocalQueue(painter)
+    return Conversations(
+        mllm=LocalMLLM(omni, store),
+        queue_for=lambda owner: queue,
+        store=store,
+        saver=saver_for(chosen),
+        attach=lambda path, made_by: attached(store, path, made_by),
+        preset=omni.preset.name,
+        redraw=painter.redrawn,
+    )
+
+
+class Wiring:
+    """The service's rooms, each made when it is first needed."""
+
+    def __init__(self, chosen: Service, device: str = "auto"):
+        self.settings = chosen
+        self.device = device
+        self.closing: list[Callable[[], None]] = []
+
+    @cached_property
+    def store(self) -> Keeper:
+        chosen = self.settings
+        if not chosen.s3:
+            return LocalStore(chosen.home / "store")
+        from omnivideo.storage.minio import S3Store
+
+        return S3Store(
+            chosen.s3,
+            chosen.s3_bucket,
+            chosen.s3_access_key,
+            chosen.s3_secret_key,
+            region=chosen.s3_region,
+            public_address=chosen.s3_public,
+        )
+
+    @cached_property
+    def engine(self) -> Any:
+        """The database, at the newest schema."""
+        from omnivideo.storage.database import engine_for, migrate
+
+        chosen = self.settings
+        if not chosen.database:
+            make_home(chosen.home)
+        engine = engine_for(chosen.database or f"sqlite:///{chosen.home / 'service.sqlite'}")
+        migrate(engine)
+        self.closing.append(engine.dispose)
+        return engine
+
+    @cached_property
+    def jobs(self) -> "Jobs":
+        from omnivideo.storage.jobs import Jobs
+
+        return Jobs(self.engine, self.settings.queue_most, self.settings.key_most)
+
+    @cached_property
+    def painter(self) -> "Painter":
+        from omnivideo.backends.decoder.painter import Painter
+        from omnivideo.models import checkpoint
+        from omnivideo.studio import pick_device, shipped
+
+        folder = Path(self.settings.weights) if self.settings.weights else shipped(self.settings.preset)
+        omni = checkpoint.load(folder, pick_device(self.device))
+        return Painter(omni, self.store, checkpoint.weights_digest(folder))
+
+    @cached_property
+    def worker(self) -> "Worker":
+        from omnivideo.backends.decoder.worker import Habits, Worker
+
+        chosen = self.settings
+        return Worker(self.painter, self.jobs, Habits(chosen.resume_steps, chosen.resume_seconds, chosen.lost_after))
+
+    @cached_property
+    def mllm(self) -> MLLM:
+        if self.settings.mllm:
+            from omnivideo.backends.mllm.remote import RemoteMLLM
+
+            return RemoteMLLM(self.settings.mllm)
+        from omnivideo.backends.mllm.local import LocalMLLM
+
+        return LocalMLLM(self.painter.omni, self.store)
+
+    @cached_property
+    def tell(self) -> Callable[[], None]:
+        """Lets workers know that there is work; without a broker, this process works itself."""
+        from omnivideo.backends.decoder.workers import LocalWorkers, Reaper, celery_app, teller
+
+        if self.settings.broker:
+            tell = teller(celery_app(self.settings.broker))
+        else:
+            workers = LocalWorkers(self.worker).start()
+            self.closing.append(workers.stop)
+            tell = workers.tell
+        reaper = Reaper(self.jobs, self.settings.lost_after, tell).start()
+        self.closing.append(reaper.stop)
+        return tell
+
+    def queue(self, owner: str = LOCAL) -> JobQueue:
+        from omnivideo.backends.jobs import DurableQueue
+
+        return DurableQueue(self.jobs, self.store, self.tell, owner)
+
+    @cached_property
+    def conversations(self) -> Conversations:
+        saver = saver_for(self.settings)
+        made = Conversations(self.mllm, self.queue, self.store, saver, self.attach, self.settings.preset)
+        self.closing.append(made.close)
+        return made
+
+    def rooms(self) -> "Rooms":
+        """What the HTTP service stands on."""
+        from omnivideo.api.rooms import Rooms
+        from omnivideo.backends import incoming
+        from omnivideo.storage.keys import Keys
+        from omnivideo.storage.records import Records
+        from omnivideo.storage.turns import Turns
+
+        chosen = self.settings
+
+        def fetched(url: str) -> bytes:
+            if url.startswith("data:"):
+                return incoming.data_url(url, chosen.upload_most)
+            most, seconds, ports = chosen.upload_most, chosen.fetch_seconds, chosen.media_ports
+            return incoming.fetch(url, chosen.media_hosts, most, seconds, ports=ports)
+
+        return Rooms(
+            settings=chosen,
+            store=self.store,
+            jobs=self.jobs,
+            keys=Keys(self.engine, chosen.admin_key),
+            records=Records(self.engine),
+            turns=Turns(self.engine),
+            conversations=self.conversations,
+            taken=lambda data, made_by, name="": incoming.taken(self.store, data, made_by, name),
+            fetched=fetched,
+            tell=self.tell,
+        )
+
+    def attach(self, path: str | Path, made_by: str) -> Any:
+        return attached(self.store, path, made_by)
+
+    def close(self) -> None:
+        """Ends what was begun, the newest first."""
+        while self.closing:
+            self.closing.pop()()
+
+
+def make_home(home: Path) -> None:
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        raise InvalidInput("OMNIVIDEO_HOME", "it cannot be made; give a folder that can be written") from None

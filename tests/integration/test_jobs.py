@@ -1,0 +1,198 @@
+"""The life of jobs in a real database: SQLite and PostgreSQL."""
+
+import threading
+import time
+
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from sqlalchemy import update
+
+from omnivideo.contracts import Artifact, Job, Step
+from omnivideo.errors import Busy, InvalidInput, JobCancelled, JobFailed, JobLost, StoreError
+from omnivideo.storage.database import engine_for, jobs, metadata, migrate, now
+from omnivideo.storage.jobs import Jobs, outcome
+from tests.integration.servers import free_port, postgres
+
+
+@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
+def engine(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    if request.param == "sqlite":
+        engine = engine_for(f"sqlite:///{folder}/service.db")
+        migrate(engine)
+        yield engine
+        return
+    with postgres(folder) as address:
+        engine = engine_for(address)
+        migrate(engine)
+        yield engine
+        engine.dispose()
+
+
+@pytest.fixture
+def book(engine):
+    with engine.connect() as connection:
+        connection.execute(jobs.delete())
+    return Jobs(engine)
+
+
+def job(name: str, prompt: str = "a red ball") -> Job:
+    return Job(id=name, task="text-to-video", prompt=prompt, visual_tokens=None, source=None, seed=1)
+
+
+ARTIFACT = Artifact(
+    key="a.mp4", medium="video", width=64, height=64, frames=9, fps=8, about="a red ball", made_by="one"
+)
+
+
+def silence(book: Jobs, name: str) -> None:
+    """As if the job's worker had not been heard of for an hour."""
+    with book.engine.connect() as connection:
+        connection.execute(update(jobs).where(jobs.c.id == name).values(beat=now() - 3600.0, told=now() - 3600.0))
+
+
+def test_migrations_make_the_tables_that_the_code_speaks_of(engine):
+    migrate(engine)  # again: nothing is left to do
+    with engine.connect() as connection:
+        assert compare_metadata(MigrationContext.configure(connection), metadata) == []
+
+
+def test_a_job_is_drawn_once(book):
+    assert book.submit(job("one")) and not book.submit(job("one"))
+    claim = book.claim("worker")
+    assert (claim.job, claim.attempt, claim.point) == (job("one"), 1, None)
+    assert book.claim("worker") is None
+    assert book.beat(claim, Step(step=3, steps=20, left=1.5), preview="p.png", point="x.safetensors")
+    seen = book.status("one")
+    assert (seen.state, seen.step, seen.steps, seen.left, seen.preview) == ("running", 3, 20, 1.5, "p.png")
+    assert outcome(seen) is None
+    book.finish(claim, ARTIFACT)
+    assert outcome(book.status("one")) == ARTIFACT
+    with pytest.raises(JobLost):
+        book.beat(claim)
+
+
+def test_an_id_stands_for_one_request_of_one_owner(book):
+    book.submit(job("one"), owner="ann")
+    with pytest.raises(InvalidInput, match="id: that id is another job's"):
+        book.submit(job("one", "a blue ball"), owner="ann")
+    with pytest.raises(InvalidInput, match="id: that id is another job's"):
+        book.submit(job("one"), owner="bob")
+
+
+def test_interactive_work_comes_before_batches(book):
+    book.submit(job("slow"), lane="batch")
+    book.submit(job("quick"))
+    assert [book.claim("w").job.id for _ in range(2)] == ["quick", "slow"]
+
+
+def test_owners_take_turns(book):
+    for at in range(6):
+        book.submit(job(f"ann{at}"), owner="ann")
+    assert book.claim("w").job.id == "ann0"
+    book.submit(job("bob0"), owner="bob")
+    book.submit(job("bob1"), owner="bob")
+    order = [book.claim("w").job.id for _ in range(5)]
+    assert order.index("bob0") <= 1 and order.index("bob1") <= 3
+    assert [name for name in order if name.startswith("ann")] == ["ann1", "ann2", "ann3"]
+
+
+def test_bounds_are_kept(engine, book):
+    small = Jobs(engine, most=3, most_each=2)
+    small.submit(job("ann0"), owner="ann")
+    small.submit(job("ann1"), owner="ann")
+    with pytest.raises(Busy) as full:
+        small.submit(job("ann2"), owner="ann")
+    assert full.value.after > 0
+    small.submit(job("bob0"), owner="bob")
+    with pytest.raises(Busy):
+        small.submit(job("cid0"), owner="cid")
+    assert not small.submit(job("bob0"), owner="bob")  # what is known already is no new work
+
+
+def test_a_silent_workers_job_goes_to_another_one_from_its_point(book):
+    book.submit(job("one"))
+    late = book.claim("first")
+    book.beat(late, Step(step=8, steps=20, left=1.0), point="x.safetensors")
+    assert book.reap(5.0) == []
+    silence(book, "one")
+    assert book.reap(5.0) == ["one"]
+    claim = book.claim("second")
+    assert (claim.attempt, claim.point) == (2, "x.safetensors")
+    for twin in (lambda: book.beat(late), lambda: book.finish(late, ARTIFACT), lambda: book.fail(late, "x", "x")):
+        with pytest.raises(JobLost):
+            twin()
+    book.finish(claim, ARTIFACT)
+    assert book.status("one").state == "done"
+
+
+def test_a_job_that_silences_three_workers_fails(book):
+    book.submit(job("one"))
+    for _ in range(3):
+        assert book.claim("w")
+        silence(book, "one")
+        book.reap(5.0)
+    assert book.claim("w") is None
+    with pytest.raises(JobFailed, match="it stopped 3 workers in a row") as failed:
+        outcome(book.status("one"))
+    assert failed.value.code == "poison"
+
+
+def test_cancelling(book):
+    book.submit(job("waits"))
+    book.submit(job("runs"))
+    book.cancel("waits")
+    with pytest.raises(JobCancelled):
+        outcome(book.status("waits"))
+    claim = book.claim("w")
+    assert claim.job.id == "runs" and book.beat(claim)
+    book.cancel("runs")
+    assert not book.beat(claim)
+    book.stop(claim)
+    assert book.status("runs").state == "cancelled"
+    book.cancel("runs")
+    book.cancel("nothing")
+
+
+def test_a_cancelled_job_of_a_lost_worker_is_not_drawn_again(book):
+    book.submit(job("one"))
+    book.claim("w")
+    book.cancel("one")
+    silence(book, "one")
+    assert book.reap(5.0) == []
+    assert book.status("one").state == "cancelled"
+
+
+def test_a_message_that_was_lost_is_noticed_once(book):
+    book.submit(job("one"))
+    assert not book.untold(5.0)
+    silence(book, "one")
+    assert book.untold(5.0) and not book.untold(5.0)
+
+
+def test_many_workers_never_share_a_job(book):
+    for at in range(60):
+        book.submit(job(f"{at}"), owner=f"owner{at % 3}")
+    taken: list[str] = []
+
+    def work() -> None:
+        while claim := book.claim(threading.current_thread().name):
+            taken.append(claim.job.id)
+            book.finish(claim, ARTIFACT)
+
+    workers = [threading.Thread(target=work) for _ in range(6)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    # A worker that found every waiting row locked may have gone home early: what is left is one more claim away.
+    work()
+    assert sorted(taken) == sorted(str(at) for at in range(60))
+
+
+def test_a_database_that_is_away_is_said():
+    began = time.monotonic()
+    with pytest.raises(StoreError, match="database: it does not answer"):
+        Jobs(engine_for(f"postgresql://test@127.0.0.1:{free_port()}/postgres")).submit(job("one"))
+    assert time.monotonic() - began < 10
