@@ -11,12 +11,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from omnivideo import operate
 from omnivideo.contracts import check_prompt, settings
 from omnivideo.errors import InvalidInput, OmniVideoError
 from omnivideo.presets import Task
 from omnivideo.presets import preset as preset_of
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app.add_typer(operate.app)
 out = Console()
 err = Console(stderr=True)
 

@@ -113,7 +113,14 @@ class Conversations:
             for past in self.graph.get_state_history({"configurable": {"thread_id": name}}):
                 for one in past.values.get("artifacts", []):
                     referred |= {one["key"], one["manifest"], one["latents"]}
-        return {key for key in referred if key}
+        kept = {key for key in referred if key}
+        return kept | self.redrawn_from(kept)
+
+    def redrawn_from(self, kept: set[str]) -> set[str]:
+        """The tensors that the manifests among these name: without them nothing could be drawn again."""
+        manifests = [json.loads(self.store.get(key)) for key in kept if key.endswith(".json") and self.store.has(key)]
+        named = {one.get(name) for one in manifests for name in ("visual_tokens", "source_latents")}
+        return {key for key in named if key}
 
     def sweep(self, lifetime: float) -> list[str]:
         """Removes artifacts that no thread refers to, once they are older than `lifetime` seconds."""

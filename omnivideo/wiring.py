@@ -173,6 +173,13 @@ class Wiring:
     def attach(self, path: str | Path, made_by: str) -> Any:
         return attached(self.store, path, made_by)
 
+    def sweep(self) -> list[str]:
+        """Removes what no thread, job or file refers to; returns the removed keys."""
+        from omnivideo.storage.records import Records
+
+        referred = self.conversations.referred() | self.jobs.referred() | Records(self.engine).referred()
+        return self.store.sweep(referred, self.settings.lifetime)
+
     def close(self) -> None:
         """Ends what was begun, the newest first."""
         while self.closing:

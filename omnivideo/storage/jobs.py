@@ -10,7 +10,7 @@ than the turn that is being drawn.  Whoever brings one job beside somebody's tho
 from collections.abc import Collection
 from typing import Any, TypeVar
 
-from sqlalchemy import Engine, Row, and_, case, func, select, update
+from sqlalchemy import Engine, Row, and_, case, func, or_, select, update
 
 from omnivideo.contracts import Artifact, Claim, Job, JobState, JobStatus, Lane, Step
 from omnivideo.errors import Busy, InvalidInput, JobCancelled, JobFailed, JobLost
@@ -134,6 +134,17 @@ class Jobs(Book):
         ended = update(jobs).where(fenced(claim)).values(ended=now(), point=None, **values)
         if self.one(ended.returning(jobs.c.id)) is None:
             raise JobLost(f"job {claim.job.id} is not this worker's any more")
+
+    def referred(self) -> set[str]:
+        """The keys that open jobs and results which are not deleted refer to."""
+        wanted = or_(jobs.c.state.in_(OPEN), and_(jobs.c.state == "done", jobs.c.deleted.is_(False)))
+        found: set[str | None] = set()
+        for row in self.all(select(jobs.c.body, jobs.c.point, jobs.c.preview, jobs.c.result).where(wanted)):
+            body, result = Job(**row.body), row.result or {}
+            source = body.source.model_dump() if body.source else {}
+            found |= {row.point, row.preview, body.visual_tokens}
+            found |= {one.get(name) for one in (source, result) for name in ("key", "manifest", "latents")}
+        return {key for key in found if key}
 
     # ------------------------------------------------------------ the reaper
 

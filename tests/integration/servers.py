@@ -2,8 +2,10 @@
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +28,68 @@ def apt_install(package: str) -> bool:
         if subprocess.run(command, env=environment, capture_output=True, timeout=300, check=False).returncode:
             return False
     return True
+
+
+def program(name: str, package: str, untested: str) -> str:
+    """A server's program; skips the test, saying so, where there is none and none can be had."""
+    if not (shutil.which(name) or Path("/usr/sbin", name).exists()) and not apt_install(package):
+        pytest.skip(f"{name} is not here and could not be installed: {untested}")
+    return shutil.which(name) or f"/usr/sbin/{name}"
+
+
+def wait_for(port: int, process: subprocess.Popen[bytes], seconds: float = 60) -> None:
+    """Until somebody listens there."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until and process.poll() is None:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.05)
+    raise AssertionError(f"the server on port {port} did not start")
+
+
+@contextmanager
+def redis(folder: Path, port: int | None = None) -> Iterator[str]:
+    """The address of an empty Redis that keeps nothing on the disk."""
+    server, port = program("redis-server", "redis-server", "jobs over Redis were not tested"), port or free_port()
+    folder.mkdir(parents=True, exist_ok=True)
+    options = ["--port", str(port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no", "--dir", str(folder)]
+    process = subprocess.Popen([server, *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        wait_for(port, process)
+        yield f"redis://127.0.0.1:{port}/0"
+    finally:
+        process.kill()
+        process.wait()
+
+
+@contextmanager
+def rabbitmq(folder: Path) -> Iterator[str]:
+    """The address of an empty RabbitMQ, with an Erlang name service of its own."""
+    server = program("rabbitmq-server", "rabbitmq-server", "jobs over RabbitMQ were not tested")
+    port, distribution, names = free_port(), free_port(), free_port()
+    folder.mkdir(parents=True, exist_ok=True)
+    # Debian's wrapper changes to its own user; the program that it starts does as it is told.
+    real = Path("/usr/lib/rabbitmq/bin/rabbitmq-server")
+    environment = {
+        "PATH": os.environ["PATH"], "HOME": str(folder), "LANG": "C.UTF-8",
+        "RABBITMQ_NODENAME": f"test{port}@localhost", "RABBITMQ_NODE_PORT": str(port),
+        "RABBITMQ_DIST_PORT": str(distribution), "ERL_EPMD_PORT": str(names),
+        "RABBITMQ_MNESIA_BASE": str(folder / "data"), "RABBITMQ_LOG_BASE": str(folder / "log"),
+        "RABBITMQ_PID_FILE": str(folder / "pid"), "RABBITMQ_ENABLED_PLUGINS_FILE": str(folder / "plugins"),
+        "RABBITMQ_NODE_IP_ADDRESS": "127.0.0.1", "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "+S 1:1 +sbwt none",
+    }  # fmt: skip
+    process = subprocess.Popen(
+        [real if real.exists() else server],
+        env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    try:
+        wait_for(port, process)
+        yield f"amqp://guest:guest@127.0.0.1:{port}//"
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        subprocess.run(["epmd", "-port", str(names), "-kill"], capture_output=True, check=False)
 
 
 def postgres_programs() -> Path:

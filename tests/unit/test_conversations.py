@@ -161,8 +161,10 @@ def test_a_wrong_attachment_changes_nothing(studio, tmp_path):
     assert thread.history() == [] and thread.question() is None
 
 
-def test_the_sweep_keeps_what_threads_refer_to(studio, tmp_path):
+def test_the_sweep_keeps_what_threads_refer_to(studio, tmp_path, monkeypatch):
     from PIL import Image
+
+    monkeypatch.setattr(studio.conversations.mllm, "route", lambda ask: Routed(kind="image", probability=1.0))
 
     Image.new("RGB", (64, 64), "red").save(tmp_path / "red.png")
     thread = studio.thread()
@@ -175,6 +177,8 @@ def test_the_sweep_keeps_what_threads_refer_to(studio, tmp_path):
     assert stray in gone
     for artifact in thread.artifacts():
         assert store.has(artifact.key)
+    drawn = thread.artifacts()[-1]
+    assert studio.replay(drawn) == drawn.key  # all that it was drawn from is there too
 
 
 def test_settings_come_from_the_environment_and_are_checked(monkeypatch, tmp_path):

@@ -1,0 +1,155 @@
+"""The service's commands: serve, worker, mllm, migrate, keys, sweep.  Settings come from the environment."""
+
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+from rich.console import Console
+
+from omnivideo.errors import InvalidInput, NotInstalled
+from omnivideo.settings import service
+
+app = typer.Typer()
+keys = typer.Typer(no_args_is_help=True, help="API keys.")
+mllm = typer.Typer(no_args_is_help=True, help="The language model's own server.")
+app.add_typer(keys, name="keys")
+app.add_typer(mllm, name="mllm")
+out = Console()
+err = Console(stderr=True)
+
+Host = Annotated[str, typer.Option(help="Address to listen on.")]
+Port = Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda:N.")]
+Home = Annotated[Optional[Path], typer.Option(help="Folder of what is embedded.")]  # noqa: UP045
+Weights = Annotated[Optional[Path], typer.Option(help="Folder of weights, if not the shipped one.")]  # noqa: UP045
+
+
+def wiring(device: str = "auto", home: Path | None = None, weights: Path | None = None) -> Any:
+    """The rooms that the environment names; the packages that they need are asked for by name."""
+    chosen = service(home=home, weights=str(weights) if weights else None)
+    try:
+        import alembic  # noqa: F401
+        import sqlalchemy  # noqa: F401
+
+        from omnivideo.wiring import Wiring
+    except ImportError as error:
+        raise NotInstalled(f"the service needs {error.name}: pip install 'omnivideo[serve,worker]'") from None
+    return Wiring(chosen, device)
+
+
+def logged(level: int = logging.INFO) -> None:
+    logging.basicConfig(level=level, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    for chatty in ("httpx", "httpcore2", "alembic"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+
+
+def listen(make: Callable[[], Any], host: str, port: int) -> None:
+    """Runs an HTTP application until it is told to end."""
+    try:
+        import uvicorn
+    except ImportError:
+        raise NotInstalled("a server needs: pip install 'omnivideo[serve]'") from None
+    uvicorn.run(make(), host=host, port=port, log_config=None, access_log=False, timeout_graceful_shutdown=10)
+
+
+@app.command()
+def serve(
+    host: Host = "127.0.0.1",
+    port: Port = 8000,
+    device: Device = "auto",
+    home: Home = None,
+    weights: Weights = None,
+) -> None:
+    """The HTTP service; alone, it is the whole service on SQLite, a folder and a worker of its own."""
+    logged()
+    rooms = wiring(device, home, weights)
+    if host not in ("127.0.0.1", "localhost", "::1") and not rooms.settings.admin_key:
+        raise InvalidInput("OMNIVIDEO_ADMIN_KEY", "it is empty; who can reach the service from outside needs a key")
+    try:
+        from omnivideo.api.app import create_app
+    except ImportError as error:
+        raise NotInstalled(f"the service needs {error.name}: pip install 'omnivideo[serve,worker]'") from None
+    try:
+        listen(lambda: create_app(rooms.rooms()), host, port)
+    finally:
+        rooms.close()
+
+
+@app.command()
+def worker(device: Device = "auto", weights: Weights = None) -> None:
+    """Draws what waits, for services that share a broker; one for each device."""
+    logged()
+    chosen = service()
+    if not chosen.broker:
+        raise InvalidInput("OMNIVIDEO_BROKER", "it is empty; give redis://... or amqp://... (serve alone needs none)")
+    try:
+        from omnivideo.backends.decoder.workers import serve as run
+    except ImportError as error:
+        raise NotInstalled(f"a worker needs {error.name}: pip install 'omnivideo[worker]'") from None
+
+    def make() -> tuple[Any, float]:
+        return wiring(device, weights=weights).worker, chosen.lost_after
+
+    run(chosen.broker, make)
+
+
+@mllm.command("serve")
+def mllm_serve(host: Host = "127.0.0.1", port: Port = 8001, device: Device = "auto", weights: Weights = None) -> None:
+    """Answers for many services that have no language model in their process."""
+    logged()
+    rooms = wiring(device, weights=weights)
+    from omnivideo.backends.mllm.local import LocalMLLM
+    from omnivideo.backends.mllm.server import mllm_app
+
+    listen(lambda: mllm_app(LocalMLLM(rooms.painter.omni, rooms.store)), host, port)
+
+
+@mllm.callback()
+def mllm_help() -> None:
+    """The language model's own server."""
+
+
+@app.command()
+def migrate() -> None:
+    """Brings the database to this version's schema; serve and worker do it too."""
+    wiring().engine.dispose()
+    out.print("the database is at the newest schema")
+
+
+@app.command()
+def sweep(home: Home = None) -> None:
+    """Removes artifacts that nothing refers to, once they are older than OMNIVIDEO_LIFETIME."""
+    rooms = wiring(home=home)
+    gone = rooms.sweep()
+    out.print(f"{len(gone)} removed")
+
+
+@keys.command("add")
+def add(name: Annotated[str, typer.Argument(help="Whose it is.")]) -> None:
+    """Makes a key and prints it, this once."""
+    from omnivideo.storage.keys import Keys
+
+    made, key = Keys(wiring().engine).add(name)
+    out.print(f"{made}  {key}", highlight=False, soft_wrap=True)
+
+
+@keys.command("list")
+def listed() -> None:
+    """All keys, without their secrets."""
+    from omnivideo.storage.keys import Keys
+
+    for row in Keys(wiring().engine).listed():
+        out.print(f"{row['id']}  {row['name']}{'  revoked' if row['revoked'] else ''}", highlight=False, markup=False)
+
+
+@keys.command("revoke")
+def revoke(key_id: str) -> None:
+    """From now on nobody gets in with it."""
+    from omnivideo.storage.keys import Keys
+
+    if not Keys(wiring().engine).revoke(key_id):
+        raise InvalidInput("key", f"there is no {key_id!r}")
+    out.print("revoked")
