@@ -157,11 +157,13 @@ class JobStatus(Message):
 
 
 class Claim(Message):
-    """A job that a worker has taken: `attempt` fences what it writes, `point` is where to go on from."""
+    """A job that a worker has taken: `attempt` fences what it writes, `point` is where to go on from; `trace` is the
+    W3C traceparent of who asked."""
 
     job: Job
     attempt: int
     point: str | None
+    trace: str | None = None
 
 
 class Trace(Message):

@@ -1,6 +1,8 @@
 """The service's commands: serve, worker, mllm, migrate, keys, sweep.  Settings come from the environment."""
 
+import json
 import logging
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -40,10 +42,46 @@ def wiring(device: str = "auto", home: Path | None = None, weights: Path | None 
     return Wiring(chosen, device)
 
 
-def logged(level: int = logging.INFO) -> None:
-    logging.basicConfig(level=level, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+class AsJSON(logging.Formatter):
+    """One object a line: what a log store can search."""
+
+    plain = set(vars(logging.makeLogRecord({}))) | {"message", "asctime"}
+
+    def format(self, record: logging.LogRecord) -> str:
+        told = {"time": self.formatTime(record), "level": record.levelname, "logger": record.name}
+        told |= {"message": record.getMessage()}
+        told |= {name: value for name, value in vars(record).items() if name not in self.plain}
+        if record.exc_info:
+            told["trace"] = self.formatException(record.exc_info)
+        return json.dumps(told, default=str)
+
+
+def logged(part: str) -> None:
+    """Logs to stderr, as JSON where nobody watches; traces to where OTEL_EXPORTER_OTLP_ENDPOINT says, if it does."""
+    handler = logging.StreamHandler(sys.stderr)
+    plain = logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s")
+    handler.setFormatter(plain if sys.stderr.isatty() else AsJSON())
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
     for chatty in ("httpx", "httpcore2", "alembic"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
+    if os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT"):
+        exported(part)
+
+
+def exported(part: str) -> None:
+    try:
+        from opentelemetry import trace
+        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+        from opentelemetry.sdk.resources import Resource
+        from opentelemetry.sdk.trace import TracerProvider
+        from opentelemetry.sdk.trace.export import BatchSpanProcessor
+    except ImportError:
+        raise NotInstalled(
+            "traces need: pip install opentelemetry-sdk opentelemetry-exporter-otlp-proto-http"
+        ) from None
+    provider = TracerProvider(resource=Resource.create({"service.name": f"omnivideo-{part}"}))
+    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+    trace.set_tracer_provider(provider)
 
 
 def listen(make: Callable[[], Any], host: str, port: int) -> None:
@@ -64,7 +102,7 @@ def serve(
     weights: Weights = None,
 ) -> None:
     """The HTTP service; alone, it is the whole service on SQLite, a folder and a worker of its own."""
-    logged()
+    logged("api")
     rooms = wiring(device, home, weights)
     if host not in ("127.0.0.1", "localhost", "::1") and not rooms.settings.admin_key:
         raise InvalidInput("OMNIVIDEO_ADMIN_KEY", "it is empty; who can reach the service from outside needs a key")
@@ -81,7 +119,6 @@ def serve(
 @app.command()
 def worker(device: Device = "auto", weights: Weights = None) -> None:
     """Draws what waits, for services that share a broker; one for each device."""
-    logged()
     chosen = service()
     if not chosen.broker:
         raise InvalidInput("OMNIVIDEO_BROKER", "it is empty; give redis://... or amqp://... (serve alone needs none)")
@@ -91,6 +128,7 @@ def worker(device: Device = "auto", weights: Weights = None) -> None:
         raise NotInstalled(f"a worker needs {error.name}: pip install 'omnivideo[worker]'") from None
 
     def make() -> tuple[Any, float]:
+        logged("worker")  # in the child: neither threads nor connections outlive a fork
         return wiring(device, weights=weights).worker, chosen.lost_after
 
     run(chosen.broker, make)
@@ -99,7 +137,7 @@ def worker(device: Device = "auto", weights: Weights = None) -> None:
 @mllm.command("serve")
 def mllm_serve(host: Host = "127.0.0.1", port: Port = 8001, device: Device = "auto", weights: Weights = None) -> None:
     """Answers for many services that have no language model in their process."""
-    logged()
+    logged("mllm")
     rooms = wiring(device, weights=weights)
     from omnivideo.backends.mllm.local import LocalMLLM
     from omnivideo.backends.mllm.server import mllm_app

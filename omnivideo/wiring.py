@@ -117,11 +117,13 @@ class Wiring:
     @cached_property
     def tell(self) -> Callable[[], None]:
         """Lets workers know that there is work; without a broker, this process works itself."""
-        from omnivideo.backends.decoder.workers import LocalWorkers, Reaper, celery_app, teller
+        from omnivideo.backends.broker import Reaper, celery_app, teller
 
         if self.settings.broker:
             tell = teller(celery_app(self.settings.broker))
         else:
+            from omnivideo.backends.decoder.workers import LocalWorkers
+
             workers = LocalWorkers(self.worker).start()
             self.closing.append(workers.stop)
             tell = workers.tell

@@ -8,7 +8,8 @@ from contextlib import asynccontextmanager
 
 import anyio
 from fastapi import FastAPI
-from fastapi.responses import PlainTextResponse
+from opentelemetry import trace
+from opentelemetry.propagate import extract
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from omnivideo import __version__
@@ -18,14 +19,16 @@ from omnivideo.api.rooms import Rooms
 from omnivideo.api.running import Runner
 
 log = logging.getLogger("omnivideo.api")
+TRACER = trace.get_tracer("omnivideo.api")
 
 
 class Gate:
-    """Gives each request an id, bounds its body while it is read, and logs one line."""
+    """Gives each request an id and a span, bounds its body while it is read, counts it, and logs one line."""
 
-    def __init__(self, app: ASGIApp, most: int):
+    def __init__(self, app: ASGIApp, rooms: Rooms):
         self.app = app
-        self.most = most
+        self.rooms = rooms
+        self.most = rooms.settings.upload_most
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -50,18 +53,23 @@ class Gate:
                 message = {**message, "headers": [*message["headers"], (b"x-request-id", name.encode())]}
             await send(message)
 
-        length = dict(scope["headers"]).get(b"content-length", b"0")
-        if length.isdigit() and int(length) > self.most:
-            wrong = errors.WireError(413, f"the body is above {self.most} bytes", "body", "too_large")
-            await errors.answer(wrong)(scope, receive, named)
-        else:
-            await self.app(scope, bounded, named)
+        headers = {key.decode("latin-1"): value.decode("latin-1") for key, value in scope["headers"]}
+        with TRACER.start_as_current_span("request", extract(headers), attributes={"request_id": name}) as span:
+            if (length := headers.get("content-length", "0")).isdigit() and int(length) > self.most:
+                wrong = errors.WireError(413, f"the body is above {self.most} bytes", "body", "too_large")
+                await errors.answer(wrong)(scope, receive, named)
+            else:
+                await self.app(scope, bounded, named)
+            route = getattr(scope.get("route"), "path", "none")
+            span.update_name(f"{scope['method']} {route}")
+        self.rooms.requests.saw(scope["method"], route, status, began)
         spent = 1000 * (time.perf_counter() - began)
-        log.info("%s %s %s %d %.1f ms", name, scope["method"], scope["path"], status, spent)
+        seen = {"request": name, "method": scope["method"], "route": route, "status": status, "ms": round(spent, 1)}
+        log.info("%s %s %d", scope["method"], scope["path"], status, extra=seen)
 
 
 def create_app(rooms: Rooms) -> FastAPI:
-    from omnivideo.api import batches, chat, files, hooks, images, threads, videos
+    from omnivideo.api import batches, chat, files, hooks, images, threads, videos, watching
 
     runner = Runner(rooms)
 
@@ -74,20 +82,10 @@ def create_app(rooms: Rooms) -> FastAPI:
     about = "Understand, create and edit video by talking."
     app = FastAPI(title="omnivideo", version=__version__, description=about, lifespan=lifespan)
     app.state.rooms, app.state.runner, app.state.feed = rooms, runner, Feed(rooms)
-    app.add_middleware(Gate, most=rooms.settings.upload_most)
+    rooms.requests = watching.Requests(rooms)
+    app.add_middleware(Gate, rooms=rooms)
     errors.handle_all(app)
-    for part in (chat, videos, images, files, batches, hooks, threads):
+    for part in (chat, videos, images, files, batches, hooks, threads, watching):
         app.include_router(part.router)
-
-    @app.get("/health", tags=["operation"])
-    def health() -> dict[str, str]:
-        """Whether this process lives."""
-        return {"status": "ok"}
-
-    @app.get("/ready", tags=["operation"], response_class=PlainTextResponse)
-    def ready() -> str:
-        """Whether the database answers, so that requests may come."""
-        rooms.jobs.waiting()
-        return "ready"
 
     return app

@@ -27,6 +27,9 @@ class Rooms:
     taken: Callable[..., Any]  # a user's bytes as an artifact, decoded in a limited process
     fetched: Callable[[str], bytes]  # a user's URL, from allowed hosts
     tell: Callable[[], None]  # there is work
+    pictured: Callable[[Any, str], tuple[bytes, str]] | None = None  # a clip's thumbnail or spritesheet, and its type
+    reachable: Callable[[str], None] | None = None  # raises InvalidInput for a URL that no webhook may have
+    requests: Any = None  # api.watching.Requests, of the application
 
 
 def rooms_of(request: Request) -> Rooms:

@@ -53,6 +53,7 @@ jobs = Table(
     Column("kind", String(10), nullable=False),  # what asked for it: video, image, turn
     Column("meta", JSON, nullable=False),  # what that kind keeps beside the job
     Column("deleted", Boolean, nullable=False, default=False),
+    Column("announced", Boolean, nullable=False, default=False),  # its end, to its owner's webhooks
     Column("step", Integer, nullable=False, default=0),
     Column("steps", Integer, nullable=False, default=0),
     Column("left", Float, nullable=False, default=0.0),
@@ -70,6 +71,7 @@ jobs = Table(
     Index("jobs_next", "state", "lane", "turn", "made"),
     Index("jobs_owner", "owner", "lane", "state", "turn"),
     Index("jobs_listed", "owner", "kind", "made"),
+    Index("jobs_announced", "announced", "kind", "state"),
 )
 
 keys = Table(
@@ -115,6 +117,16 @@ batches = Table(
     Column("beat", Float, nullable=False),
     Column("made", Float, nullable=False),
     Index("batches_listed", "owner", "made"),
+    Index("batches_open", "state", "beat"),
+)
+
+lines = Table(  # what became of the lines of a batch that is not finished
+    "lines",
+    metadata,
+    Column("batch", String(64), primary_key=True),
+    Column("number", Integer, primary_key=True),  # in the input file, from 1
+    Column("ok", Boolean, nullable=False),
+    Column("answer", JSON, nullable=False),  # the line of the output or error file
 )
 
 threads = Table(
@@ -172,6 +184,8 @@ hooks = Table(
     Column("owner", String(64), nullable=False),
     Column("url", String(2000), nullable=False),
     Column("secret", String(100), nullable=False),
+    Column("name", String(100), nullable=False),
+    Column("events", JSON, nullable=False),  # the types that it is told of
     Column("made", Float, nullable=False),
     Index("hooks_owner", "owner"),
 )
@@ -186,16 +200,6 @@ deliveries = Table(
     Column("due", Float, nullable=False),
     Column("done", Boolean, nullable=False, default=False),
     Index("deliveries_due", "done", "due"),
-)
-
-idempotent = Table(
-    "idempotent",
-    metadata,
-    Column("owner", String(64), primary_key=True),
-    Column("key", String(255), primary_key=True),
-    Column("request", String(64), nullable=False),  # digest of what was asked
-    Column("answer", JSON),
-    Column("made", Float, nullable=False),
 )
 
 

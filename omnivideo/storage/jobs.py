@@ -10,6 +10,7 @@ than the turn that is being drawn.  Whoever brings one job beside somebody's tho
 from collections.abc import Collection
 from typing import Any, TypeVar
 
+from opentelemetry.propagate import inject
 from sqlalchemy import Engine, Row, and_, case, func, or_, select, update
 
 from omnivideo.contracts import Artifact, Claim, Job, JobState, JobStatus, Lane, Step
@@ -18,6 +19,7 @@ from omnivideo.storage.database import Book, as_row, jobs, now
 
 LANES: tuple[Lane, ...] = ("interactive", "batch")
 OPEN: tuple[JobState, ...] = ("queued", "running")
+TRACE = "traceparent"  # W3C's header, kept in a job's meta
 POISON = 3  # workers that a job may take with it
 Answer = TypeVar("Answer")
 
@@ -49,8 +51,8 @@ class Jobs(Book):
         mine = select(func.count()).where(jobs.c.owner == owner, jobs.c.state.in_(OPEN)).scalar_subquery()
         values = {
             "id": job.id, "owner": owner, "lane": at, "turn": turn_for(owner, at), "state": "queued", "attempt": 0,
-            "losses": 0, "cancel": False, "body": job.model_dump(), "kind": kind, "meta": meta or {}, "deleted": False,
-            "step": 0, "steps": 0, "left": 0.0, "made": now(), "told": now(),
+            "losses": 0, "cancel": False, "body": job.model_dump(), "kind": kind, "meta": traced(meta),
+            "deleted": False, "step": 0, "steps": 0, "left": 0.0, "made": now(), "told": now(),
         }  # fmt: skip
         room = as_row(jobs, values).where(waiting < self.most, mine < self.most_each)
         made = self.insert(jobs).from_select(list(values), room).on_conflict_do_nothing().returning(jobs.c.id)
@@ -97,10 +99,12 @@ class Jobs(Book):
             update(jobs)
             .where(jobs.c.id == first, jobs.c.state == "queued")
             .values(state="running", attempt=jobs.c.attempt + 1, worker=worker, started=now(), beat=now())
-            .returning(jobs.c.body, jobs.c.attempt, jobs.c.point)
+            .returning(jobs.c.body, jobs.c.attempt, jobs.c.point, jobs.c.meta)
         )
         row = self.one(taken)
-        return None if row is None else Claim(job=Job(**row.body), attempt=row.attempt, point=row.point)
+        if row is None:
+            return None
+        return Claim(job=Job(**row.body), attempt=row.attempt, point=row.point, trace=row.meta.get(TRACE))
 
     def beat(self, claim: Claim, step: Step | None = None, **kept: str) -> bool:
         """Says that the worker lives and how far it is; whether the job is still wanted.
@@ -164,10 +168,28 @@ class Jobs(Book):
         first = waits.order_by(jobs.c.told).limit(1).with_for_update(skip_locked=True).scalar_subquery()
         return self.one(update(jobs).where(jobs.c.id == first).values(told=now()).returning(jobs.c.id)) is not None
 
+    def counts(self) -> list[tuple[str, str, int]]:
+        """How many jobs of each lane and state there are."""
+        each = func.count().label("each")
+        grouped = select(jobs.c.lane, jobs.c.state, each).group_by(jobs.c.lane, jobs.c.state)
+        return [(LANES[row.lane], row.state, row.each) for row in self.all(grouped)]
+
+    def oldest(self) -> float:
+        """How long the longest waiting job has waited, in seconds."""
+        row = self.one(select(now() - func.min(jobs.c.made)).where(jobs.c.state == "queued"))
+        return float(row[0] or 0.0) if row else 0.0
+
     def waiting(self) -> int:
         row = self.one(select(func.count()).where(jobs.c.state == "queued"))
         assert row is not None
         return int(row[0])
+
+
+def traced(meta: dict[str, str] | None) -> dict[str, str]:
+    """What the job's worker needs to go on with the trace of who asked."""
+    carrier: dict[str, str] = {}
+    inject(carrier)
+    return (meta or {}) | carrier
 
 
 def fenced(claim: Claim) -> Any:

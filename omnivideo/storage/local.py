@@ -6,6 +6,7 @@ import re
 import secrets
 import time
 from collections.abc import Collection, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from omnivideo.errors import NotStored, StoreError
@@ -34,7 +35,7 @@ class LocalStore:
         key = key_of(data, suffix)
         path = self.path(key)
         try:
-            if path.exists():
+            with suppress(FileNotFoundError):
                 os.utime(path)  # young again, so that a sweep that runs now leaves it
                 return key
             self.write(path, data)
@@ -77,8 +78,22 @@ class LocalStore:
         """
         now, gone = time.time(), []
         for path in sorted(self.folder.glob("??/*")):
-            if path.name in referred or now - path.stat().st_mtime < lifetime:
-                continue
-            path.unlink(missing_ok=True)
-            gone += [path.name] if KEY.fullmatch(path.name) else []
+            with suppress(FileNotFoundError):
+                if path.name in referred or now - path.stat().st_mtime < lifetime:
+                    continue
+            if self.removed(path, now - lifetime):
+                gone += [path.name] if KEY.fullmatch(path.name) else []
         return gone
+
+    def removed(self, path: Path, before: float) -> bool:
+        """Takes an old file away.  It is moved aside first: a put that made it young in the meantime gets it back."""
+        aside = path.with_name(f".{secrets.token_hex(8)}.old")
+        try:
+            os.rename(path, aside)
+        except FileNotFoundError:
+            return False
+        if aside.stat().st_mtime >= before:
+            os.rename(aside, path)
+            return False
+        aside.unlink()
+        return True

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from kombu import Connection
 
-from omnivideo.backends.decoder.workers import Reaper, celery_app, teller
+from omnivideo.backends.broker import Reaper, celery_app, teller
 from omnivideo.backends.jobs import DurableQueue
 from omnivideo.contracts import Artifact, Given, Job
 from omnivideo.errors import JobCancelled

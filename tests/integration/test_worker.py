@@ -8,9 +8,10 @@ import time
 import pytest
 import torch
 
+from omnivideo.backends.broker import Reaper
 from omnivideo.backends.decoder.painter import Painter
 from omnivideo.backends.decoder.worker import Habits, Worker, packed, unpacked
-from omnivideo.backends.decoder.workers import LocalWorkers, Reaper
+from omnivideo.backends.decoder.workers import LocalWorkers
 from omnivideo.backends.jobs import DurableQueue
 from omnivideo.contracts import Artifact, Given, Job, Preview, Step
 from omnivideo.errors import JobCancelled, JobFailed

@@ -13,6 +13,8 @@ from functools import partial
 from typing import TypeVar
 
 import torch
+from opentelemetry import trace
+from opentelemetry.propagate import extract
 from safetensors.torch import load, save
 
 from omnivideo.backends.decoder.local import PREVIEWS
@@ -24,6 +26,7 @@ from omnivideo.models.sampling import Point
 from omnivideo.storage.jobs import Jobs
 
 log = logging.getLogger("omnivideo.worker")
+TRACER = trace.get_tracer("omnivideo.worker")
 Answer = TypeVar("Answer")
 PATIENCE = 120.0  # seconds that a worker waits for a database or a store that is away
 INTERNAL = "something went wrong on our side; the worker's log has it under this job's id"
@@ -72,8 +75,11 @@ class Worker:
         if claim is None:
             return False
         log.info("job %s, attempt %d, %s", claim.job.id, claim.attempt, "goes on" if claim.point else "begins")
+        context = extract({"traceparent": claim.trace}) if claim.trace else None
+        about: dict[str, str | int] = {"job": claim.job.id, "attempt": claim.attempt, "task": claim.job.task}
         try:
-            self.ended(claim)
+            with TRACER.start_as_current_span("job", context, attributes=about):
+                self.ended(claim)
         except JobLost:
             log.warning("job %s: attempt %d came too late", claim.job.id, claim.attempt)
         return True
@@ -128,10 +134,12 @@ class Worker:
 
     def draw(self, claim: Claim) -> Artifact:
         job, chosen = patiently(lambda: self.painter.ready(claim.job))
-        kept = time.monotonic()
+        kept, span = time.monotonic(), TRACER.start_span("condition")
         for event in self.painter.drawn(job, chosen, self.point(claim)):
+            span.end()
             if isinstance(event, Clip):
                 return patiently(partial(self.painter.keep, job, chosen, event))
+            span = TRACER.start_span("denoising step", attributes={"step": event.step.step})
             leave = event.step.step % self.habits.every == 0 and time.monotonic() - kept >= self.habits.apart
             self.told(claim, chosen, event, leave)
             kept = time.monotonic() if leave else kept

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from fastapi import FastAPI
 from fastapi.responses import StreamingResponse
 
-from omnivideo.contracts import Ask, Message, Medium, Routed
+from omnivideo.contracts import Ask, Medium, Message, Routed
 from omnivideo.ports import MLLM
 
 

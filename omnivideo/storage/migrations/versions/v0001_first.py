@@ -27,6 +27,7 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("id"),
     )
     op.create_index("batches_listed", "batches", ["owner", "made"], unique=False)
+    op.create_index("batches_open", "batches", ["state", "beat"], unique=False)
     op.create_table(
         "chats",
         sa.Column("owner", sa.String(length=64), nullable=False),
@@ -76,19 +77,12 @@ def upgrade() -> None:
         sa.Column("owner", sa.String(length=64), nullable=False),
         sa.Column("url", sa.String(length=2000), nullable=False),
         sa.Column("secret", sa.String(length=100), nullable=False),
+        sa.Column("name", sa.String(length=100), nullable=False),
+        sa.Column("events", sa.JSON(), nullable=False),
         sa.Column("made", sa.Float(), nullable=False),
         sa.PrimaryKeyConstraint("id"),
     )
     op.create_index("hooks_owner", "hooks", ["owner"], unique=False)
-    op.create_table(
-        "idempotent",
-        sa.Column("owner", sa.String(length=64), nullable=False),
-        sa.Column("key", sa.String(length=255), nullable=False),
-        sa.Column("request", sa.String(length=64), nullable=False),
-        sa.Column("answer", sa.JSON(), nullable=True),
-        sa.Column("made", sa.Float(), nullable=False),
-        sa.PrimaryKeyConstraint("owner", "key"),
-    )
     op.create_table(
         "jobs",
         sa.Column("id", sa.String(length=200), nullable=False),
@@ -103,6 +97,7 @@ def upgrade() -> None:
         sa.Column("kind", sa.String(length=10), nullable=False),
         sa.Column("meta", sa.JSON(), nullable=False),
         sa.Column("deleted", sa.Boolean(), nullable=False),
+        sa.Column("announced", sa.Boolean(), nullable=False),
         sa.Column("step", sa.Integer(), nullable=False),
         sa.Column("steps", sa.Integer(), nullable=False),
         sa.Column("left", sa.Float(), nullable=False),
@@ -119,6 +114,7 @@ def upgrade() -> None:
         sa.Column("ended", sa.Float(), nullable=True),
         sa.PrimaryKeyConstraint("id"),
     )
+    op.create_index("jobs_announced", "jobs", ["announced", "kind", "state"], unique=False)
     op.create_index("jobs_listed", "jobs", ["owner", "kind", "made"], unique=False)
     op.create_index("jobs_next", "jobs", ["state", "lane", "turn", "made"], unique=False)
     op.create_index("jobs_owner", "jobs", ["owner", "lane", "state", "turn"], unique=False)
@@ -131,6 +127,14 @@ def upgrade() -> None:
         sa.Column("revoked", sa.Boolean(), nullable=False),
         sa.PrimaryKeyConstraint("id"),
         sa.UniqueConstraint("digest"),
+    )
+    op.create_table(
+        "lines",
+        sa.Column("batch", sa.String(length=64), nullable=False),
+        sa.Column("number", sa.Integer(), nullable=False),
+        sa.Column("ok", sa.Boolean(), nullable=False),
+        sa.Column("answer", sa.JSON(), nullable=False),
+        sa.PrimaryKeyConstraint("batch", "number"),
     )
     op.create_table(
         "threads",
@@ -166,12 +170,13 @@ def downgrade() -> None:
     op.drop_table("turns")
     op.drop_index("threads_listed", table_name="threads")
     op.drop_table("threads")
+    op.drop_table("lines")
     op.drop_table("keys")
     op.drop_index("jobs_owner", table_name="jobs")
     op.drop_index("jobs_next", table_name="jobs")
     op.drop_index("jobs_listed", table_name="jobs")
+    op.drop_index("jobs_announced", table_name="jobs")
     op.drop_table("jobs")
-    op.drop_table("idempotent")
     op.drop_index("hooks_owner", table_name="hooks")
     op.drop_table("hooks")
     op.drop_index("files_listed", table_name="files")
@@ -181,5 +186,6 @@ def downgrade() -> None:
     op.drop_index("deliveries_due", table_name="deliveries")
     op.drop_table("deliveries")
     op.drop_table("chats")
+    op.drop_index("batches_open", table_name="batches")
     op.drop_index("batches_listed", table_name="batches")
     op.drop_table("batches")

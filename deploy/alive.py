@@ -1,0 +1,42 @@
+"""Whether the process in this container lives, for health checks: exit code 0 or 1, and a line that says why.
+
+python /opt/alive.py http://127.0.0.1:8000/health     an answer of 200
+python /opt/alive.py worker                           an answer of this container's Celery worker, over the broker
+"""
+
+import os
+import socket
+import sys
+import urllib.request
+
+PATIENCE = 5.0
+
+
+def answers(address: str) -> bool:
+    try:
+        with urllib.request.urlopen(address, timeout=PATIENCE) as response:
+            return response.status == 200
+    except OSError as error:  # URLError and HTTPError are among these
+        print(f"{address}: {error}")
+        return False
+
+
+def works(broker: str) -> bool:
+    """A worker whose broker is away is well: a restart would only cost it the clip that it draws."""
+    from celery import Celery
+    from kombu.exceptions import OperationalError
+
+    app = Celery(broker=broker)
+    app.conf.broker_transport_options = {"socket_timeout": PATIENCE, "socket_connect_timeout": PATIENCE}
+    try:
+        with app.connection(connect_timeout=PATIENCE) as connection:
+            connection.ensure_connection(max_retries=1, interval_start=0.1, timeout=PATIENCE)
+            return bool(app.control.ping([f"celery@{socket.gethostname()}"], PATIENCE, connection=connection))
+    except (OperationalError, OSError) as error:
+        print(f"the broker is away: {type(error).__name__}")
+        return True
+
+
+if __name__ == "__main__":
+    well = works(os.environ["OMNIVIDEO_BROKER"]) if sys.argv[1] == "worker" else answers(sys.argv[1])
+    sys.exit(not well)

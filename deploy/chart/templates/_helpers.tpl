@@ -1,0 +1,112 @@
+{{- define "omnivideo.name" -}}
+{{- $name := .Release.Name -}}
+{{- if not (contains .Chart.Name $name) }}{{ $name = printf "%s-%s" $name .Chart.Name }}{{ end -}}
+{{- $name | trunc 50 | trimSuffix "-" -}}
+{{- end }}
+
+{{- define "omnivideo.selector" -}}
+app.kubernetes.io/name: {{ .root.Chart.Name }}
+app.kubernetes.io/instance: {{ .root.Release.Name }}
+app.kubernetes.io/component: {{ .part }}
+{{- end }}
+
+{{- define "omnivideo.labels" -}}
+{{ include "omnivideo.selector" . }}
+app.kubernetes.io/version: {{ .root.Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ .root.Release.Service }}
+helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version }}
+{{- end }}
+
+{{/* Of what draws, the tag names the build of torch too. */}}
+{{- define "omnivideo.image" -}}
+{{- $tag := .root.Chart.AppVersion -}}
+{{- if .of.variant }}{{ $tag = printf "%s-%s" $tag .of.variant }}{{ end -}}
+image: {{ printf "%s:%s" .of.image.repository (.of.image.tag | default $tag) | quote }}
+imagePullPolicy: {{ .of.image.pullPolicy }}
+{{- end }}
+
+{{- define "omnivideo.env" -}}
+{{- $root := .root -}}
+{{- $mllm := printf "http://%s-mllm:%v" (include "omnivideo.name" $root) $root.Values.mllm.port -}}
+{{- $settings := merge (dict) $root.Values.settings -}}
+{{- $_ := required "settings.OMNIVIDEO_S3 is needed: http(s)://host:port of the S3 store" $settings.OMNIVIDEO_S3 -}}
+{{- if and $root.Values.mllm.enabled (not $settings.OMNIVIDEO_MLLM) }}{{ $_ := set $settings "OMNIVIDEO_MLLM" $mllm }}{{ end -}}
+{{- if has .part (list "worker" "mllm") }}{{ $settings = omit $settings "OMNIVIDEO_MLLM" }}{{ end -}}
+{{- range $name, $value := $settings }}
+{{- if $value }}
+- name: {{ $name }}
+  value: {{ $value | quote }}
+{{- end }}
+{{- end }}
+{{- $keys := $root.Values.secret.keys -}}
+{{- if ne .part "api" }}{{ $keys = omit $keys "OMNIVIDEO_ADMIN_KEY" }}{{ end -}}
+{{- range $name, $key := $keys }}
+- name: {{ $name }}
+  valueFrom:
+    secretKeyRef:
+      name: {{ required "secret.name is needed: a Secret that you made (see values.yaml)" $root.Values.secret.name }}
+      key: {{ $key }}
+{{- end }}
+{{- end }}
+
+{{/* What every pod has: no rights, no token, a file system that cannot be written but for /tmp and the home. */}}
+{{- define "omnivideo.pod" -}}
+automountServiceAccountToken: false
+enableServiceLinks: false
+securityContext:
+  runAsNonRoot: true
+  runAsUser: 10001
+  runAsGroup: 10001
+  fsGroup: 10001
+  seccompProfile: {type: RuntimeDefault}
+{{- with .root.Values.imagePullSecrets }}
+imagePullSecrets: {{ toYaml . | nindent 2 }}
+{{- end }}
+{{- with .of.nodeSelector }}
+nodeSelector: {{ toYaml . | nindent 2 }}
+{{- end }}
+{{- with .of.tolerations }}
+tolerations: {{ toYaml . | nindent 2 }}
+{{- end }}
+{{- with .of.affinity }}
+affinity: {{ toYaml . | nindent 2 }}
+{{- end }}
+volumes:
+  - name: tmp
+    emptyDir: {sizeLimit: {{ .of.temporary }}}
+  - name: home
+    emptyDir: {sizeLimit: 1Gi}
+{{- if and .root.Values.weights.claim (has .part (list "worker" "mllm")) }}
+  - name: weights
+    persistentVolumeClaim: {claimName: {{ .root.Values.weights.claim }}, readOnly: true}
+{{- end }}
+{{- end }}
+
+{{- define "omnivideo.container" -}}
+{{ include "omnivideo.image" . }}
+securityContext:
+  allowPrivilegeEscalation: false
+  readOnlyRootFilesystem: true
+  capabilities: {drop: [ALL]}
+env: {{- include "omnivideo.env" . | nindent 2 }}
+resources: {{ toYaml .of.resources | nindent 2 }}
+volumeMounts:
+  - {name: tmp, mountPath: /tmp}
+  - {name: home, mountPath: {{ .root.Values.settings.OMNIVIDEO_HOME }}}
+{{- if and .root.Values.weights.claim (has .part (list "worker" "mllm")) }}
+  - {name: weights, mountPath: /weights, readOnly: true}
+{{- end }}
+{{- end }}
+
+{{/* At most one pod of a kind is taken away at a time, by node drains and the like. */}}
+{{- define "omnivideo.budget" -}}
+apiVersion: policy/v1
+kind: PodDisruptionBudget
+metadata:
+  name: {{ include "omnivideo.name" .root }}-{{ .part }}
+  labels: {{- include "omnivideo.labels" . | nindent 4 }}
+spec:
+  maxUnavailable: 1
+  selector:
+    matchLabels: {{- include "omnivideo.selector" . | nindent 6 }}
+{{- end }}
