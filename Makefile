@@ -1,5 +1,6 @@
 # Every target sets up first (deploy/setup.sh): on a fresh Debian-like machine nothing else is needed.
 #   make demo     prompts in, clips out: out/demo
+#   make serve    the HTTP service on port 8000, alone: SQLite, a folder, a worker of its own
 #   make test     lint, then the tests; WORKERS=0 runs them in one process, ARGS='-k sampling' chooses
 #   make lint     ruff and mypy
 #   make clean    removes what the other targets made
@@ -11,11 +12,15 @@ export GOMP_SPINCOUNT := 0
 WORKERS ?= 2
 ARGS ?=
 
-.PHONY: demo test lint clean
+.PHONY: demo serve test lint clean
 
 demo:
 	@bash deploy/setup.sh
 	.venv/bin/python -m omnivideo.demo out/demo
+
+serve:
+	@bash deploy/setup.sh serve
+	.venv/bin/python -m omnivideo.cli serve
 
 test: lint
 	.venv/bin/python -m pytest -n $(WORKERS) $(ARGS)

@@ -2,6 +2,7 @@
 # Everything that a Debian-like machine with git and apt still lacks: a Python, .venv in this checkout, the packages.
 #
 #   bash deploy/setup.sh        what `make demo` needs
+#   bash deploy/setup.sh serve  and what `make serve` needs
 #   bash deploy/setup.sh dev    and what `make test` and `make lint` need
 #
 # Run it as often as you like: a finished set-up is recognised at once, and an interrupted one is made anew.
@@ -11,8 +12,9 @@ cd -P "$(dirname "${BASH_SOURCE[0]}")/.."
 
 case ${1:-base} in
     base) extras='' ;;
+    serve) extras='[serve]' ;;
     dev) extras='[dev]' ;;
-    *) echo "setup.sh: unknown set-up '$1'; there are 'base' and 'dev'" >&2 && exit 2 ;;
+    *) echo "setup.sh: unknown set-up '$1'; there are 'base', 'serve' and 'dev'" >&2 && exit 2 ;;
 esac
 # Without a GPU: 2.13.0, whose CPU build pip takes wherever it lies at hand (PIP_FIND_LINKS); with one: pip's choice.
 if command -v nvidia-smi >/dev/null; then torch='torch>=2.11'; else torch='torch==2.13.0'; fi

@@ -4,21 +4,22 @@
     clip = Studio().generate("a small red circle moving right")
     clip.save("clip.mp4")
 
-Importing this package loads no model library: `Studio` is fetched on first use.
+Importing this package loads no model library: what it names is fetched on first use.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from omnivideo.client import AsyncClient, Client
     from omnivideo.studio import Result, Studio
 
 __version__ = "0.1.0"
-__all__ = ["Result", "Studio", "__version__"]
+__all__ = ["AsyncClient", "Client", "Result", "Studio", "__version__"]
+ROOMS = {"Studio": "studio", "Result": "studio", "Client": "client", "AsyncClient": "client"}
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("Result", "Studio"):
-        from omnivideo import studio
-
-        return getattr(studio, name)
+    if name in ROOMS:
+        return getattr(import_module(f"omnivideo.{ROOMS[name]}"), name)
     raise AttributeError(f"module 'omnivideo' has no attribute {name!r}")

@@ -20,6 +20,7 @@ from pydantic import BaseModel, Field
 from sse_starlette import EventSourceResponse
 
 from omnivideo.api.errors import OURS, WireError, answer, body
+from omnivideo.api.forms import name_for
 from omnivideo.api.media import Part, artifact_of
 from omnivideo.api.rooms import Owner, Room, Rooms
 from omnivideo.api.threads import feed_of, runner_of
@@ -131,8 +132,8 @@ class Talk:
         parts = [Part(url=url) for url in last.urls]
         shown = [artifact_of(self.rooms, self.owner, part, f"{self.thread}/attached") for part in parts]
         options = self.wanted.model_dump(include={"think", "check", "seed", "steps", "guidance_scale"})
-        self.row = self.runner.begin(self.owner, self.thread, last.text, shown, **options)
-        self.turn = self.row.id
+        turn = name_for("turn", self.owner, None)
+        self.turn = self.runner.begin(turn, self.owner, self.thread, last.text, shown, **options).id
 
     def find(self) -> str:
         """The thread of the messages before the last one."""

@@ -100,5 +100,8 @@ def handle_all(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def unforeseen(request: Request, error: Exception) -> JSONResponse:
-        log.exception("request %s", getattr(request.state, "request_id", "?"), exc_info=error)
-        return answer(WireError(500, OURS, None, "internal"))
+        name = getattr(request.state, "request_id", "?")
+        log.exception("request %s", name, exc_info=error)
+        made = WireError(500, OURS, None, "internal")
+        made.headers["x-request-id"] = name  # this answer is made outside of the gate, which names the others
+        return answer(made)

@@ -39,7 +39,9 @@ class Runner:
 
     # ------------------------------------------------------------ beginning
 
-    def begin(self, owner: str, name: str, text: str, attachments: Sequence[Artifact] = (), **options: Any) -> Any:
+    def begin(
+        self, turn: str, owner: str, name: str, text: str, attachments: Sequence[Artifact] = (), **options: Any
+    ) -> Any:
         """The new turn's row; what is wrong with it is said before anything is kept."""
         text, chosen = check_prompt("text", text), options_of(**options)
         thread = self.thread(owner, name)
@@ -51,7 +53,9 @@ class Runner:
             "options": chosen.model_dump(),
             "reply": thread.question() is not None,
         }
-        row = self.rooms.turns.add(name, owner, len(thread.history()) + 1, made)
+        row = self.rooms.turns.add(turn, name, owner, len(thread.history()) + 1, made)
+        if row is None and (row := self.rooms.turns.get(turn, owner)) is not None:
+            return row  # a twin of this request came first
         if row is None:
             raise WireError(409, "thread: a turn is running; wait for its end or cancel it", "thread", "busy")
         self.pool.submit(self.run, row.id)

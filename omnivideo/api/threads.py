@@ -1,6 +1,5 @@
 """Conversations: threads, their turns and events, forks and lineage."""
 
-import uuid
 from collections.abc import AsyncIterator
 from typing import Annotated, Any, Literal
 
@@ -10,6 +9,7 @@ from sse_starlette import EventSourceResponse
 
 from omnivideo.api.errors import WireError, not_found
 from omnivideo.api.events import Feed, sse
+from omnivideo.api.forms import Key, name_for
 from omnivideo.api.media import Part, artifact_of, ranged
 from omnivideo.api.rooms import Owner, Room
 from omnivideo.api.running import Runner
@@ -89,10 +89,11 @@ def feed_of(request: Request) -> Feed:
 
 
 @router.post("", status_code=201)
-def create(rooms: Room, owner: Owner, wanted: NewThread | None = None) -> ThreadShown:
-    """A new, empty thread."""
-    name = (wanted and wanted.id) or uuid.uuid4().hex[:16]
-    rooms.turns.add_thread(name, owner)
+def create(rooms: Room, owner: Owner, wanted: NewThread | None = None, key: Key = None) -> ThreadShown:
+    """A new, empty thread; the same Idempotency-Key is the same thread."""
+    name = (wanted and wanted.id) or name_for("thread", owner, key)
+    if not (key and rooms.turns.has_thread(name, owner)):
+        rooms.turns.add_thread(name, owner)
     rooms.conversations.thread(name, create=True, owner=owner)
     return shown(rooms, owner, name)
 
@@ -125,9 +126,11 @@ def delete(name: str, request: Request, rooms: Room, owner: Owner) -> Gone:
 
 
 @router.post("/{name}/forks", status_code=201)
-def fork(name: str, wanted: NewFork, request: Request, rooms: Room, owner: Owner) -> ThreadShown:
+def fork(name: str, wanted: NewFork, request: Request, rooms: Room, owner: Owner, key: Key = None) -> ThreadShown:
     """A new thread that begins with this one's first `turn` turns."""
-    thread, branch = runner_of(request).thread(owner, name), wanted.id or uuid.uuid4().hex[:16]
+    thread, branch = runner_of(request).thread(owner, name), wanted.id or name_for("thread", owner, key)
+    if key and rooms.turns.has_thread(branch, owner):
+        return shown(rooms, owner, branch)
     past = thread.after(wanted.turn)
     if past is None:
         raise WireError(400, f"turn: {wanted.turn} is not a turn of this thread: 0 to {len(thread.history())}", "turn")
@@ -155,13 +158,15 @@ def content(name: str, key: str, request: Request, rooms: Room, owner: Owner) ->
 
 
 @router.post("/{name}/turns", status_code=202, response_model=TurnShown)
-def send(name: str, wanted: NewTurn, request: Request, rooms: Room, owner: Owner) -> Any:
-    """Begins a turn; with `stream`, its events follow at once."""
-    runner = runner_of(request)
+def send(name: str, wanted: NewTurn, request: Request, rooms: Room, owner: Owner, key: Key = None) -> Any:
+    """Begins a turn; with `stream`, its events follow at once.  The same Idempotency-Key is the same turn."""
+    runner, turn = runner_of(request), name_for("turn", owner, key)
     runner.thread(owner, name)
+    if key and (row := rooms.turns.get(turn, owner)) is not None:
+        return stream(request, row.id, 0) if wanted.stream else turn_shown(runner, row)
     attachments = [artifact_of(rooms, owner, part, f"{name}/attached") for part in wanted.attachments]
     options = wanted.model_dump(exclude={"text", "attachments", "stream"})
-    row = runner.begin(owner, name, wanted.text, attachments, **options)
+    row = runner.begin(turn, owner, name, wanted.text, attachments, **options)
     return stream(request, row.id, 0) if wanted.stream else turn_shown(runner, row)
 
 

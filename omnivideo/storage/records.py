@@ -13,7 +13,7 @@ from sqlalchemy import ColumnElement, Row, Table, and_, delete, func, or_, selec
 from omnivideo.contracts import JobStatus
 from omnivideo.errors import Busy, InvalidInput
 from omnivideo.storage.database import Book, as_row, batches, deliveries, files, hooks, jobs, lines, now
-from omnivideo.storage.jobs import OPEN, status_of
+from omnivideo.storage.jobs import status_of
 
 ENDED = ("done", "failed", "cancelled")
 WORKED = ("validating", "in_progress", "finalizing", "cancelling")  # a batch's states that a runner takes on
@@ -84,15 +84,10 @@ class Records(Book):
         return bool(self.all(gone.returning(files.c.id)))
 
     def referred(self) -> set[str]:
-        """The keys that must stay: of files, of what open batches read, and of what open jobs start from."""
-        held = or_(
-            files.c.deleted.is_(False), files.c.id.in_(select(batches.c.input).where(batches.c.state.in_(WORKED)))
-        )
-        found = {row.key for row in self.all(select(files.c.key).where(held))}
-        for row in self.all(select(jobs.c.body, jobs.c.point).where(jobs.c.state.in_(OPEN))):
-            source = row.body["source"] or {}
-            found |= {row.point, row.body["visual_tokens"], source.get("key"), source.get("latents")}
-        return {key for key in found if key}
+        """The keys that files refer to, those that an open batch still reads included."""
+        read = select(batches.c.input).where(batches.c.state.in_(WORKED))
+        held = or_(files.c.deleted.is_(False), files.c.id.in_(read))
+        return {row.key for row in self.all(select(files.c.key).where(held))}
 
     # ------------------------------------------------------------ batches
 

@@ -4,7 +4,6 @@ A turn is run by one process at a time, which says that it lives; one that fell 
 with jobs, what a process writes carries the number of its attempt.
 """
 
-import secrets
 from collections.abc import Collection
 from typing import Any, Literal
 
@@ -60,14 +59,15 @@ class Turns(Book):
 
     # ------------------------------------------------------------ turns
 
-    def add(self, thread: str, owner: str, number: int, body: dict[str, Any]) -> TurnRow | None:
-        """The new turn, or None while another one of the thread is open: one at a time."""
+    def add(self, name: str, thread: str, owner: str, number: int, body: dict[str, Any]) -> TurnRow | None:
+        """The new turn, or None while another one of the thread is open (one at a time), or where it is there."""
         busy = exists().where(turns.c.thread == thread, turns.c.state.in_(OPEN))
         values = {
-            "id": f"turn_{secrets.token_hex(10)}", "thread": thread, "owner": owner, "state": "queued",
+            "id": name, "thread": thread, "owner": owner, "state": "queued",
             "number": number, "body": body, "attempt": 0, "cancel": False, "beat": now(), "made": now(),
         }  # fmt: skip
-        made = self.insert(turns).from_select(list(values), as_row(turns, values).where(~busy)).returning(turns)
+        new = self.insert(turns).from_select(list(values), as_row(turns, values).where(~busy))
+        made = new.on_conflict_do_nothing().returning(turns)
         rows = self.all(made)
         return row_of(rows[0]) if rows else None
 

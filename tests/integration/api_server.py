@@ -25,9 +25,9 @@ def scripted(home: Path, omni, **given) -> Wiring:
 
 
 @contextmanager
-def serving(wiring: Wiring) -> Iterator[str]:
+def serving(wiring: Wiring, port: int | None = None) -> Iterator[str]:
     """The service's address; it is stopped, and all that it began ended, afterwards."""
-    port = free_port()
+    port = port or free_port()
     config = uvicorn.Config(create_app(wiring.rooms()), port=port, log_level="warning", timeout_graceful_shutdown=2)
     server = uvicorn.Server(config)
     running = threading.Thread(target=server.run, daemon=True)

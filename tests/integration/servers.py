@@ -7,7 +7,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -48,19 +48,35 @@ def wait_for(port: int, process: subprocess.Popen[bytes], seconds: float = 60) -
     raise AssertionError(f"the server on port {port} did not start")
 
 
+class Redis:
+    """Keeps nothing on the disk: killed, it has forgotten everything.  `start` it again on the same address."""
+
+    def __init__(self, folder: Path, port: int | None = None):
+        self.program = program("redis-server", "redis-server", "jobs over Redis were not tested")
+        self.folder, self.port = folder, port or free_port()
+        self.address = f"redis://127.0.0.1:{self.port}/0"
+
+    def start(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        place = ["--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self.folder)]
+        command = [self.program, *place, "--save", "", "--appendonly", "no"]
+        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        wait_for(self.port, self.process)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
 @contextmanager
 def redis(folder: Path, port: int | None = None) -> Iterator[str]:
-    """The address of an empty Redis that keeps nothing on the disk."""
-    server, port = program("redis-server", "redis-server", "jobs over Redis were not tested"), port or free_port()
-    folder.mkdir(parents=True, exist_ok=True)
-    options = ["--port", str(port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no", "--dir", str(folder)]
-    process = subprocess.Popen([server, *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    """The address of an empty Redis."""
+    server = Redis(folder, port)
+    server.start()
     try:
-        wait_for(port, process)
-        yield f"redis://127.0.0.1:{port}/0"
+        yield server.address
     finally:
-        process.kill()
-        process.wait()
+        server.kill()
 
 
 @contextmanager
@@ -103,23 +119,52 @@ def postgres_programs() -> Path:
     return found()[-1].parent
 
 
+class Postgres:
+    """A database in a folder; killed, it recovers at the next `start`."""
+
+    def __init__(self, folder: Path):
+        self.programs, self.port, self.folder = postgres_programs(), free_port(), folder
+        self.address = f"postgresql://test@127.0.0.1:{self.port}/postgres"
+        # The server refuses to run as root, so it gets a user of its own there.
+        root = os.geteuid() == 0
+        self.user = ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups"] if root else []
+        folder.mkdir(parents=True, exist_ok=True)
+        if root:
+            shutil.chown(folder, "postgres", "postgres")
+            for parent in folder.parents:
+                if parent.stat().st_uid == 0 and not parent.stat().st_mode & 1:
+                    parent.chmod(parent.stat().st_mode | 0o011)
+        self.run("initdb", "-U", "test", "--auth=trust", "--no-sync")
+
+    def run(self, name: str, *options: object) -> None:
+        command = [*self.user, self.programs / name, "-D", self.folder / "data", *options]
+        subprocess.run(command, check=True, capture_output=True, cwd="/")
+
+    def start(self, fsync: bool = False) -> None:
+        options = f"-p {self.port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={self.folder}"
+        options += "" if fsync else " -c fsync=off"
+        self.run("pg_ctl", "-l", self.folder / "log", "-w", "-o", options, "start")
+
+    def kill(self) -> None:
+        """SIGKILL to the server and, with it, its children."""
+        leader = int((self.folder / "data" / "postmaster.pid").read_text().split()[0])
+        children = Path(f"/proc/{leader}/task/{leader}/children").read_text().split()
+        for process in (leader, *map(int, children)):
+            with suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+        while Path(f"/proc/{leader}").exists() and "Z" not in Path(f"/proc/{leader}/stat").read_text().split()[2]:
+            time.sleep(0.02)
+
+    def stop(self) -> None:
+        self.run("pg_ctl", "-m", "immediate", "stop")
+
+
 @contextmanager
 def postgres(folder: Path) -> Iterator[str]:
     """The address of an empty database."""
-    programs, port, data = postgres_programs(), free_port(), folder / "data"
-    # The server refuses to run as root, so it gets a user of its own there.
-    user = ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups"] if os.geteuid() == 0 else []
-    folder.mkdir(parents=True, exist_ok=True)
-    if user:
-        shutil.chown(folder, "postgres", "postgres")
-        for parent in folder.parents:
-            if parent.stat().st_uid == 0 and not parent.stat().st_mode & 1:
-                parent.chmod(parent.stat().st_mode | 0o011)
-    run = lambda *command: subprocess.run([*user, *command], check=True, capture_output=True, cwd="/")  # noqa: E731
-    run(programs / "initdb", "-D", data, "-U", "test", "--auth=trust", "--no-sync")
-    options = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={folder} -c fsync=off"
-    run(programs / "pg_ctl", "-D", data, "-l", folder / "log", "-w", "-o", options, "start")
+    server = Postgres(folder)
+    server.start()
     try:
-        yield f"postgresql://test@127.0.0.1:{port}/postgres"
+        yield server.address
     finally:
-        run(programs / "pg_ctl", "-D", data, "-m", "immediate", "stop")
+        server.stop()

@@ -124,6 +124,14 @@ def test_an_artifact_is_read_whole_and_in_parts(http, thread):
     assert http.get(where, headers={"If-None-Match": whole.headers["etag"]}).status_code == 304
 
 
+def test_a_repeated_request_is_the_same_turn(http, thread):
+    wanted, key = {"text": "a red ball", "steps": 3}, {"Idempotency-Key": "k"}
+    twice = [http.post(f"/v1/threads/{thread}/turns", json=wanted, headers=key) for _ in range(2)]
+    assert twice[0].json()["id"] == twice[1].json()["id"]
+    events(http, thread, twice[0].json()["id"])
+    assert len(http.get(f"/v1/threads/{thread}").json()["turns"]) == 1
+
+
 def test_a_question_waits_for_its_reply(http, thread):
     asked = said(http, thread, "make it blue")
     assert asked["state"] == "asks" and asked["question"].startswith("There is nothing here yet")
@@ -156,7 +164,7 @@ def test_a_turn_of_a_process_that_died_goes_on_in_another(http, thread, wiring, 
     rooms = wiring.rooms()
     silent = Runner(rooms)
     silent.pool.submit = lambda *rest: None  # type: ignore[method-assign]
-    row = silent.begin("admin", thread, "a red ball", steps=3)
+    row = silent.begin("turn_left", "admin", thread, "a red ball", steps=3)
     claimed = rooms.turns.claim(row.id)
     running = silent.events(claimed, silent.thread("admin", thread), told=False)
     next(running)

@@ -215,7 +215,7 @@ def adapter_recipe(name: str, omni: Omni, data: Mapping[Task, Drawn], steps: int
 
 
 def stage2b_generation_recipe(
-    omni: Omni, data: Mapping[Task, Drawn], steps: int = 1000, sizes: tuple[int, int] = (64, 24)
+    omni: Omni, data: Mapping[Task, Drawn], steps: int = 800, sizes: tuple[int, int] = (64, 24)
 ) -> Recipe:
     """The first sub-stage: text-to-image and text-to-video alone."""
     alone = {task: drawn for task, drawn in data.items() if task in TASKS[:2]}
@@ -223,14 +223,14 @@ def stage2b_generation_recipe(
 
 
 def stage2b_recipe(
-    omni: Omni, data: Mapping[Task, Drawn], steps: int = 1500, sizes: tuple[int, int] = (64, 24)
+    omni: Omni, data: Mapping[Task, Drawn], steps: int = 1200, sizes: tuple[int, int] = (64, 24)
 ) -> Recipe:
     """The second: all four tasks through the frozen decoder."""
     return adapter_recipe("stage2b", omni, data, steps, sizes)
 
 
 def stage3_recipe(
-    omni: Omni, data: Mapping[Task, Drawn], steps: int = 8_000, sizes: tuple[int, int] = (64, 24)
+    omni: Omni, data: Mapping[Task, Drawn], steps: int = 5_000, sizes: tuple[int, int] = (64, 24)
 ) -> Recipe:
     torch.manual_seed(14)
     return flow_recipe("stage3", omni, data, ("bridge", "decoder"), steps, sizes, lr=7e-3, eq1=0.1)

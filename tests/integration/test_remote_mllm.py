@@ -1,0 +1,110 @@
+"""The MLLM behind HTTP answers as it does in the process."""
+
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+
+import pytest
+import uvicorn
+
+from omnivideo.backends.mllm import remote
+from omnivideo.backends.mllm.local import LocalMLLM
+from omnivideo.backends.mllm.remote import RemoteMLLM
+from omnivideo.backends.mllm.server import mllm_app
+from omnivideo.contracts import Artifact, Ask
+from omnivideo.errors import ModelAway
+from omnivideo.storage.local import LocalStore
+from tests.integration.servers import free_port
+
+
+@contextmanager
+def serving(mllm, port: int):
+    server = uvicorn.Server(uvicorn.Config(mllm_app(mllm), port=port, log_level="warning"))
+    running = threading.Thread(target=server.run, daemon=True)
+    running.start()
+    until = time.monotonic() + 20
+    while not server.started and time.monotonic() < until:
+        time.sleep(0.02)
+    try:
+        yield
+    finally:
+        server.should_exit = True
+        running.join(10)
+
+
+@pytest.fixture(scope="module")
+def local(omni, tmp_path_factory):
+    return LocalMLLM(omni, LocalStore(tmp_path_factory.mktemp("store")))
+
+
+@pytest.fixture(scope="module")
+def asks(local):
+    from PIL import Image
+
+    path = local.store.folder / "red.png"
+    Image.new("RGB", (64, 64), "red").save(path)
+    key = local.store.put(path.read_bytes(), "png")
+    shown = Artifact(key=key, medium="image", width=64, height=64, frames=1, fps=1.0, about="red", made_by="test")
+    return [Ask(text="a red ball"), Ask(text="what is this?", shown=(shown,)), Ask(text="a coin", system="think")]
+
+
+def test_the_same_answers_from_both(local, asks):
+    port = free_port()
+    with serving(local, port):
+        away = RemoteMLLM(f"http://127.0.0.1:{port}")
+        for ask in asks:
+            assert away.route(ask) == local.route(ask)
+            assert list(away.write(ask)) == list(local.write(ask))
+            assert away.agreement(ask) == local.agreement(ask)
+            assert away.visual_tokens(ask, "video") == local.visual_tokens(ask, "video")
+        away.close()
+
+
+class Breaking(LocalMLLM):
+    """Breaks off in the middle of its first answer."""
+
+    broken = False
+
+    def write(self, ask: Ask):
+        for at, piece in enumerate(super().write(ask)):
+            if at == 3 and not self.broken:
+                self.broken = True
+                raise RuntimeError("the server falls over")
+            yield piece
+
+
+def test_an_answer_that_is_cut_is_said_on_and_not_again(local, asks, caplog):
+    port, breaking = free_port(), Breaking(local.omni, local.store)
+    with serving(breaking, port):
+        away = RemoteMLLM(f"http://127.0.0.1:{port}")
+        assert "".join(away.write(asks[0])) == "".join(local.write(asks[0]))
+        away.close()
+    assert breaking.broken
+
+
+def test_a_model_that_is_away_is_said(asks, monkeypatch):
+    monkeypatch.setattr(remote, "TRIES", 2)
+    away = RemoteMLLM(f"http://127.0.0.1:{free_port()}")
+    with pytest.raises(ModelAway, match="the language model is starting or away"):
+        away.route(asks[0])
+    with pytest.raises(ModelAway):
+        list(away.write(asks[0]))
+    away.close()
+
+
+def test_no_torch_in_a_process_that_only_serves(tmp_path):
+    """The API's own process: everything else is somewhere else."""
+    program = f"""
+import os, sys
+os.environ.update(OMNIVIDEO_HOME={str(tmp_path)!r}, OMNIVIDEO_MLLM="http://127.0.0.1:9", OMNIVIDEO_BROKER="redis://127.0.0.1:9/0")
+from omnivideo.operate import wiring
+from omnivideo.api.app import create_app
+rooms = wiring()
+create_app(rooms.rooms())
+rooms.close()
+print(sorted(name for name in ("torch", "transformers", "diffusers", "safetensors") if name in sys.modules))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=100)
+    assert done.stdout.strip() == "[]"
