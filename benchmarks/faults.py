@@ -145,7 +145,7 @@ class Plant:
 
     def orphans(self) -> int:
         """Objects that nothing refers to after a sweep of whatever is not young."""
-        referred = self.rooms.jobs.referred()
+        referred = self.rooms.jobs.referred(86_400)
         self.rooms.store.sweep(referred, 0.0)
         kept = set(self.rooms.store.keys())
         return len(kept - referred)

@@ -208,8 +208,9 @@ class Client:
         return str(self.ask("POST", "/v1/batches", json=body).json()["id"])
 
     def fetched(self, item: Item, line: dict[str, Any], folder: Path) -> Outcome:
-        if line.get("error"):
-            return Outcome(item.id, None, line["error"]["message"])
+        error = line.get("error") or line["response"]["body"].get("error")
+        if error:
+            return Outcome(item.id, None, error["message"])
         name = f"{item.id}.mp4"
         video = line["response"]["body"]["id"]
         (folder / name).write_bytes(self.ask("GET", f"/v1/videos/{video}/content").content)

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from omnivideo.errors import InvalidInput
-from omnivideo.presets import Preset, Task, latent_grid
+from omnivideo.presets import Preset, Task, latent_grid, visual_context_tokens
 
 MOST_SEED = 2**63 - 1
 MOST_PIXELS = 1280 * 720 * 121  # of a whole clip: above what any preset was made for
@@ -305,7 +305,20 @@ def settings(preset: Preset, task: Task, **given: object) -> Settings:
         raise InvalidInput("size", f"width x height x frames is above {MOST_PIXELS}")
     if (made.frames == 1) != (task in ("text-to-image", "image-editing")):
         raise InvalidInput("frames", f"{made.frames} does not fit {task}: an image has 1, a video 5 or more")
+    fits(preset, made)
     return made
+
+
+def fits(preset: Preset, made: Settings) -> None:
+    """Raises InvalidInput where the model has no positions, or no condition, for so much."""
+    grid, most = latent_grid(made.width, made.height, made.frames), preset.decoder["rope_max_seq_len"]
+    for axis, patch, field in zip(grid, preset.decoder["patch_size"], ("frames", "height", "width"), strict=True):
+        if axis // patch > most:
+            raise InvalidInput(field, f"{getattr(made, field)} is more than this model has positions for")
+    tokens = visual_context_tokens(preset, grid) if made.task.endswith("editing") else 0
+    if tokens > preset.condition_most:
+        text = f"an edit at this size and length has {tokens} tokens of source; allowed: {preset.condition_most}"
+        raise InvalidInput("size", text)
 
 
 def check_prompt(field: str, text: str) -> str:

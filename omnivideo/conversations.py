@@ -40,15 +40,21 @@ def saver_for(chosen: Service) -> BaseCheckpointSaver:
 def postgres(address: str) -> BaseCheckpointSaver:
     try:
         from langgraph.checkpoint.postgres import PostgresSaver
-        from psycopg import Connection, OperationalError
         from psycopg.rows import dict_row
+        from psycopg_pool import ConnectionPool, PoolTimeout
     except ImportError:
         raise NotInstalled("threads in PostgreSQL need: pip install 'omnivideo[serve]'") from None
+    # A pool that looks at a connection before it lends it: a server that was restarted is found again.
+    kept: dict[str, Any] = {"autocommit": True, "prepare_threshold": 0, "row_factory": dict_row}
+    pool: ConnectionPool[Any] = ConnectionPool(
+        address, min_size=1, max_size=8, timeout=10, kwargs=kept, check=ConnectionPool.check_connection, open=False
+    )
     try:
-        connection = Connection.connect(address, autocommit=True, prepare_threshold=0, row_factory=dict_row)
-    except OperationalError:
+        pool.open(wait=True, timeout=5)
+    except PoolTimeout:
+        pool.close()
         raise InvalidInput("OMNIVIDEO_DATABASE", "the server cannot be reached or refuses the login") from None
-    saver = PostgresSaver(connection)
+    saver = PostgresSaver(pool)
     saver.setup()
     return saver
 

@@ -111,7 +111,7 @@ def serve(
     except ImportError as error:
         raise NotInstalled(f"the service needs {error.name}: pip install 'omnivideo[serve,worker]'") from None
     try:
-        listen(lambda: create_app(rooms.rooms()), host, port)
+        listen(lambda: create_app(rooms.attended(rooms.rooms())), host, port)
     finally:
         rooms.close()
 

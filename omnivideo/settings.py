@@ -40,6 +40,7 @@ class Service(BaseSettings):
     media_hosts: Annotated[
         tuple[str, ...], NoDecode, BeforeValidator(split_commas)
     ] = ()  # hosts whose URLs are fetched, separated by commas
+    hook_hosts: Annotated[tuple[str, ...], NoDecode, BeforeValidator(split_commas)] = ()  # webhooks may reach inside
     fetch_seconds: float = Field(default=20.0, ge=0.1, le=300)  # that fetching one of them may take
     media_ports: Annotated[tuple[int, ...], NoDecode, BeforeValidator(split_commas)] = ()  # besides 80 and 443
     upload_most: int = Field(default=200 * 2**20, ge=2**10, le=512 * 2**20)  # bytes of an upload

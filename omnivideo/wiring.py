@@ -5,7 +5,7 @@ process.  Only what is embedded loads torch.
 """
 
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -146,7 +146,10 @@ class Wiring:
     def rooms(self) -> "Rooms":
         """What the HTTP service stands on."""
         from omnivideo.api.rooms import Rooms
+        from omnivideo.api.running import Runner
         from omnivideo.backends import incoming
+        from omnivideo.backends.hooks import reachable
+        from omnivideo.backends.pictures import pictures
         from omnivideo.storage.keys import Keys
         from omnivideo.storage.records import Records
         from omnivideo.storage.turns import Turns
@@ -159,7 +162,7 @@ class Wiring:
             most, seconds, ports = chosen.upload_most, chosen.fetch_seconds, chosen.media_ports
             return incoming.fetch(url, chosen.media_hosts, most, seconds, ports=ports)
 
-        return Rooms(
+        made = Rooms(
             settings=chosen,
             store=self.store,
             jobs=self.jobs,
@@ -170,16 +173,36 @@ class Wiring:
             taken=lambda data, made_by, name="": incoming.taken(self.store, data, made_by, name),
             fetched=fetched,
             tell=self.tell,
+            pictured=pictures(self.store),
+            reachable=partial(reachable, inside=chosen.hook_hosts),
         )
+        made.runner = Runner(made)
+        return made
+
+    def attended(self, made: "Rooms") -> "Rooms":
+        """The same rooms, with what works beside the requests begun: batches and webhooks."""
+        from omnivideo.api import chat
+        from omnivideo.api.batches import Lines
+        from omnivideo.backends.batches import BatchRunner
+        from omnivideo.backends.hooks import HookSender
+
+        chosen, say = self.settings, partial(chat.say, made)
+        runner = BatchRunner(made.records, self.jobs, self.store, self.tell, Lines(made), say, chosen.lost_after)
+        sender = HookSender(made.records, chosen.hook_hosts)
+        self.closing += [runner.start().stop, sender.start().stop]
+        return made
 
     def attach(self, path: str | Path, made_by: str) -> Any:
+        """A file of this machine's own user; what comes over the wire goes through backends.incoming."""
         return attached(self.store, path, made_by)
 
     def sweep(self) -> list[str]:
         """Removes what no thread, job or file refers to; returns the removed keys."""
         from omnivideo.storage.records import Records
 
-        referred = self.conversations.referred() | self.jobs.referred() | Records(self.engine).referred()
+        referred = (
+            self.conversations.referred() | self.jobs.referred(self.settings.lifetime) | Records(self.engine).referred()
+        )
         return self.store.sweep(referred, self.settings.lifetime)
 
     def close(self) -> None:

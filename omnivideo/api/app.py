@@ -71,7 +71,7 @@ class Gate:
 def create_app(rooms: Rooms) -> FastAPI:
     from omnivideo.api import batches, chat, files, hooks, images, threads, videos, watching
 
-    runner = Runner(rooms)
+    rooms.runner = runner = rooms.runner or Runner(rooms)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

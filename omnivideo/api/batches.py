@@ -7,7 +7,7 @@ from fastapi import APIRouter, Query
 from pydantic import BaseModel, Field
 
 from omnivideo.api.drawing import Order, image_names, image_orders, trouble, video_order
-from omnivideo.api.errors import OURS, WireError, body, not_found, of
+from omnivideo.api.errors import OURS, REFUSALS, WireError, body, not_found, of
 from omnivideo.api.forms import After, Fields, Id, Key, Text, documented, name_for, parsed, reused, validated
 from omnivideo.api.images import answer
 from omnivideo.api.rooms import Owner, Room, Rooms
@@ -15,7 +15,7 @@ from omnivideo.api.videos import shown as video_shown
 from omnivideo.contracts import JobStatus
 from omnivideo.errors import InvalidInput, OmniVideoError
 
-router = APIRouter(prefix="/v1/batches", tags=["batches"])
+router = APIRouter(prefix="/v1/batches", tags=["batches"], responses=REFUSALS)
 Endpoint = Literal["/v1/videos", "/v1/images/generations", "/v1/chat/completions"]
 MOST = 100  # open ones of one owner
 MOST_BYTES = 200 * 10**6  # of an input file
@@ -78,8 +78,8 @@ class Batch(BaseModel):
 class BatchList(BaseModel):
     object: Literal["list"] = "list"
     data: list[Batch]
-    first_id: str | None
-    last_id: str | None
+    first_id: str | None = None
+    last_id: str | None = None
     has_more: bool
 
 

@@ -19,11 +19,12 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 from sse_starlette import EventSourceResponse
 
-from omnivideo.api.errors import OURS, WireError, answer, body
-from omnivideo.api.forms import name_for
+from omnivideo.api.errors import OURS, WireError, body
+from omnivideo.api.events import Feed
+from omnivideo.api.forms import name_for, validated
 from omnivideo.api.media import Part, artifact_of
 from omnivideo.api.rooms import Owner, Room, Rooms
-from omnivideo.api.threads import feed_of, runner_of
+from omnivideo.api.threads import feed_of
 from omnivideo.contracts import MOST_SEED, Artifact, Think
 
 router = APIRouter(prefix="/v1", tags=["chat"])
@@ -117,9 +118,9 @@ def digest_of(messages: list[ChatMessage]) -> str:
 class Talk:
     """One answer: the thread it is said in, and the turn that is its making."""
 
-    def __init__(self, request: Request, rooms: Rooms, owner: str, wanted: NewChat):
-        self.request, self.rooms, self.owner, self.wanted = request, rooms, owner, wanted
-        self.runner = runner_of(request)
+    def __init__(self, rooms: Rooms, owner: str, wanted: NewChat, base: str = "/"):
+        self.rooms, self.owner, self.wanted, self.base = rooms, owner, wanted, base
+        self.runner = rooms.runner
         self.id, self.made = f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
         self.thread, self.turn, self.said = "", "", ""
 
@@ -163,7 +164,7 @@ class Talk:
 
     def link(self, artifact: Artifact) -> str:
         """A clip or a picture as Markdown shows it."""
-        where = f"{self.request.base_url}v1/threads/{self.thread}/artifacts/{artifact.key}"
+        where = f"{self.base}v1/threads/{self.thread}/artifacts/{artifact.key}"
         return f"\n![{artifact.medium}]({where})\n"
 
     def end(self) -> None:
@@ -180,20 +181,20 @@ class Talk:
 
     # ------------------------------------------------------------ on the wire
 
-    async def whole(self) -> dict[str, Any]:
-        thought = ""
-        async for _, event in feed_of(self.request).follow(self.turn):
-            self.said += self.words(event)
-            thought += event["piece"] if event["kind"] == "thinking" else ""
-        await anyio.to_thread.run_sync(self.end)
+    def ended(self) -> dict[str, Any]:
+        """The whole answer of a turn that is over."""
+        told = [event for _, event in self.rooms.turns.events_of(self.turn)]
+        self.said = "".join(map(self.words, told))
+        thought = "".join(event["piece"] for event in told if event["kind"] == "thinking")
+        self.end()
         message = {"role": "assistant", "content": self.said}
         if thought:
             message["reasoning_content"] = thought
         return self.envelope("chat.completion", {"message": message, "finish_reason": "stop"})
 
-    async def pieces(self) -> AsyncIterator[dict[str, str]]:
+    async def pieces(self, feed: Feed) -> AsyncIterator[dict[str, str]]:
         yield self.chunk({"role": "assistant", "content": ""})
-        async for _, event in feed_of(self.request).follow(self.turn):
+        async for _, event in feed.follow(self.turn):
             if text := self.words(event):
                 self.said += text
                 yield self.chunk({"content": text})
@@ -226,11 +227,19 @@ class Talk:
 @router.post("/chat/completions", response_class=JSONResponse)
 async def completions(wanted: NewChat, request: Request, rooms: Room, owner: Owner) -> Response:
     """Says the last message in the conversation that the earlier ones are."""
-    talk = Talk(request, rooms, owner, wanted)
+    talk = Talk(rooms, owner, wanted, str(request.base_url))
     await anyio.to_thread.run_sync(talk.begin)
     if wanted.stream:
-        return EventSourceResponse(talk.pieces(), ping=15)
-    try:
-        return JSONResponse(await talk.whole())
-    except WireError as error:
-        return answer(error)
+        return EventSourceResponse(talk.pieces(feed_of(request)), ping=15)
+    async for _ in feed_of(request).follow(talk.turn):
+        pass
+    return JSONResponse(await anyio.to_thread.run_sync(talk.ended))
+
+
+def say(rooms: Rooms, owner: str, fields: dict[str, Any]) -> dict[str, Any]:
+    """A batch's line: the answer as the route would give it, waited for here.  Raises OmniVideoError or WireError."""
+    talk = Talk(rooms, owner, validated(NewChat, fields))
+    talk.begin()
+    while rooms.turns.get(talk.turn, owner).state in ("queued", "running"):
+        time.sleep(0.05)
+    return talk.ended()

@@ -13,7 +13,7 @@ from omnivideo.api.forms import Reference, Text, digest_of, renamed, reused, sou
 from omnivideo.api.rooms import Rooms
 from omnivideo.contracts import Artifact, Given, Job, JobStatus, Lane, Settings, check_prompt, settings
 from omnivideo.errors import InvalidInput, JobCancelled, JobFailed
-from omnivideo.presets import Preset, Task, latent_grid, preset, visual_context_tokens
+from omnivideo.presets import Preset, Task, preset
 
 SIZE = re.compile(r"(\d{1,5})x(\d{1,5})")
 WIRE = {"width": "size", "height": "size", "frames": "num_frames", "steps": "num_inference_steps"}
@@ -202,24 +202,9 @@ def given_of(asked: Asked, **more: Any) -> Given:
 def checked(model: Preset, task: Task, given: Given, seed: int) -> Settings:
     """The job's settings; raises InvalidInput in the wire's words for what this model cannot draw."""
     try:
-        made = settings(model, task, seed=seed, **given.model_dump())
+        return settings(model, task, seed=seed, **given.model_dump())
     except InvalidInput as error:
         raise renamed(error, WIRE.get(error.field, error.field)) from None
-    fits(model, made)
-    return made
-
-
-def fits(model: Preset, made: Settings) -> None:
-    """What a worker would only find out later: this model has no positions, or no condition, for so much."""
-    grid, most = latent_grid(made.width, made.height, made.frames), model.decoder["rope_max_seq_len"]
-    wanted = zip(grid, model.decoder["patch_size"], ("frames", "height", "width"), strict=True)
-    for axis, patch, field in wanted:
-        if axis // patch > most:
-            raise InvalidInput(WIRE[field], f"{getattr(made, field)} is more than this model has positions for")
-    tokens = visual_context_tokens(model, grid) if made.task.endswith("editing") else 0
-    if tokens > model.condition_most:
-        text = f"an edit at this size and length has {tokens} tokens of source; allowed: {model.condition_most}"
-        raise InvalidInput("size", text)
 
 
 def order(

@@ -6,6 +6,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from omnivideo.errors import (
@@ -30,6 +31,26 @@ class WireError(Exception):
         super().__init__(message)
         self.status, self.message, self.param, self.code = status, message, param, code
         self.headers: dict[str, str] = {}
+
+
+class Refused(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class Refusal(BaseModel):
+    """Every answer of 400 and above."""
+
+    error: Refused
+
+
+# What a router tells of its errors in the OpenAPI document.
+REFUSALS: dict[int | str, dict[str, Any]] = {
+    "4XX": {"model": Refusal, "description": "Refused: `param` names the field that is to blame"},
+    "5XX": {"model": Refusal, "description": "Not possible now, or a fault of ours"},
+}
 
 
 def not_found(what: str, name: str) -> WireError:

@@ -9,14 +9,14 @@ from pydantic import BaseModel, InstanceOf
 from pydantic.json_schema import SkipJsonSchema
 from starlette.datastructures import UploadFile
 
-from omnivideo.api.errors import not_found
+from omnivideo.api.errors import REFUSALS, not_found
 from omnivideo.api.forms import After, Fields, Id, Key, Text, documented, name_for, renamed, reused, validated
 from omnivideo.api.media import ranged
 from omnivideo.api.rooms import Owner, Room, Rooms
 from omnivideo.contracts import Artifact
 from omnivideo.errors import InvalidInput, UnreadableMedia
 
-router = APIRouter(prefix="/v1/files", tags=["files"])
+router = APIRouter(prefix="/v1/files", tags=["files"], responses=REFUSALS)
 Purpose = Literal["batch", "vision", "user_data"]
 
 
@@ -44,8 +44,8 @@ class File(BaseModel):
 class FileList(BaseModel):
     object: Literal["list"] = "list"
     data: list[File]
-    first_id: str | None
-    last_id: str | None
+    first_id: str | None = None
+    last_id: str | None = None
     has_more: bool
 
 

@@ -10,11 +10,11 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Query
 from pydantic import BaseModel, Field
 
-from omnivideo.api.errors import not_found
+from omnivideo.api.errors import REFUSALS, not_found
 from omnivideo.api.forms import After, Fields, Id, Text, documented, name_for, validated
 from omnivideo.api.rooms import Owner, Room
 
-router = APIRouter(prefix="/v1", tags=["webhooks"])
+router = APIRouter(prefix="/v1", tags=["webhooks"], responses=REFUSALS)
 MOST = 20  # of one owner
 EventType = Literal["video.completed", "video.failed"]
 BOTH: list[EventType] = ["video.completed", "video.failed"]
@@ -44,8 +44,8 @@ class Hook(BaseModel):
 class HookList(BaseModel):
     object: Literal["list"] = "list"
     data: list[Hook]
-    first_id: str | None
-    last_id: str | None
+    first_id: str | None = None
+    last_id: str | None = None
     has_more: bool
 
 

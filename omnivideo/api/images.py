@@ -19,13 +19,13 @@ from omnivideo.api.drawing import (
     submitted,
     trouble,
 )
-from omnivideo.api.errors import not_found
+from omnivideo.api.errors import REFUSALS, not_found
 from omnivideo.api.forms import Fields, Id, Key, documented, name_for
 from omnivideo.api.rooms import Owner, Room, Rooms
 from omnivideo.api.videos import held
 from omnivideo.contracts import Artifact, JobStatus
 
-router = APIRouter(prefix="/v1/images", tags=["images"])
+router = APIRouter(prefix="/v1/images", tags=["images"], responses=REFUSALS)
 LOOK = 0.05  # seconds between two looks at the jobs
 LINK = 3600  # seconds that a link to the store is good for
 GONE = 499  # what others write into their logs for a client that did not wait

@@ -14,7 +14,7 @@ TYPES = {
     "mp4": "video/mp4", "webm": "video/webm", "mov": "video/quicktime", "mkv": "video/x-matroska",
     "json": "application/json",
 }  # fmt: skip
-RANGE = re.compile(r"bytes=(\d*)-(\d*)")
+RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")
 
 
 class Part(BaseModel):

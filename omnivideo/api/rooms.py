@@ -29,6 +29,7 @@ class Rooms:
     tell: Callable[[], None]  # there is work
     pictured: Callable[[Any, str], tuple[bytes, str]] | None = None  # a clip's thumbnail or spritesheet, and its type
     reachable: Callable[[str], None] | None = None  # raises InvalidInput for a URL that no webhook may have
+    runner: Any = None  # api.running.Runner
     requests: Any = None  # api.watching.Requests, of the application
 
 

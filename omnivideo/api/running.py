@@ -2,17 +2,20 @@
 
 import logging
 import threading
+import time
 from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 from omnivideo.agent.thread import Thread, options_of, whole
 from omnivideo.api.errors import OURS, WireError, body, not_found, of
 from omnivideo.api.rooms import Rooms
 from omnivideo.contracts import Artifact, Event, Finished, Question, check_prompt
-from omnivideo.errors import InvalidInput, JobCancelled, OmniVideoError
+from omnivideo.errors import InvalidInput, JobCancelled, ModelAway, NotStored, OmniVideoError, StoreError
 
 log = logging.getLogger("omnivideo.api")
+PATIENCE = 120.0  # seconds that a turn waits for a server of ours that is away
 
 
 class Runner:
@@ -77,7 +80,7 @@ class Runner:
         """Runs the turn to its end and keeps all that it tells."""
         self.mine[row.id] = row
         try:
-            state, error = self.played(row), None
+            state, error = self.patiently(row), None
         except (JobCancelled, Unwanted):
             state, error = "cancelled", None
         except OmniVideoError as raised:
@@ -90,7 +93,19 @@ class Runner:
             self.mine.pop(row.id, None)
             self.unwanted.pop(row.id, None)
         if not self.over.is_set():
-            self.rooms.turns.end(row, state, error)
+            with suppress(StoreError):  # silent then: another look takes it over and finds that it is done
+                self.rooms.turns.end(row, state, error)
+
+    def patiently(self, row: Any) -> str:
+        """Begins again where the thread stands, while what it needs is away for a moment."""
+        until = time.monotonic() + PATIENCE
+        while True:
+            try:
+                return self.played(row)
+            except Exception as error:
+                if not passes(error) or time.monotonic() > until or self.over.wait(1.0):
+                    raise
+                log.warning("turn %s waits: %s", row.id, type(error).__name__)
 
     def played(self, row: Any) -> str:
         thread = self.thread(row.owner, row.thread)
@@ -140,11 +155,20 @@ class Runner:
             found = self.rooms.turns.beat(row)
             if found != "wanted":
                 self.unwanted[row.id] = found
+            if found == "cancelled":  # the job that it waits for may be younger than the cancel
+                self.rooms.jobs.cancel_of(row.owner, f"{row.thread}/")
 
     def take_over(self) -> None:
         while (row := self.rooms.turns.claim_lost(self.silent)) is not None:
             log.warning("turn %s: its process fell silent; it goes on here", row.id)
             self.pool.submit(self.play, row)
+
+
+def passes(error: Exception) -> bool:
+    """Whether it is a server of ours that is away: the store, the database (also under LangGraph), the MLLM."""
+    if isinstance(error, NotStored):
+        return False
+    return isinstance(error, StoreError | ModelAway) or type(error).__module__.partition(".")[0].startswith("psycopg")
 
 
 class Unwanted(Exception):

@@ -6,13 +6,13 @@ from fastapi import APIRouter, Query, Request, Response
 from pydantic import BaseModel
 
 from omnivideo.api.drawing import EditAsked, VideoAsked, edit_order, remix_order, submitted, video_order
-from omnivideo.api.errors import WireError, not_found
+from omnivideo.api.errors import REFUSALS, WireError, not_found
 from omnivideo.api.forms import After, Fields, Id, Key, documented, name_for
 from omnivideo.api.media import ranged
 from omnivideo.api.rooms import Owner, Room, Rooms
 from omnivideo.contracts import JobState, JobStatus
 
-router = APIRouter(prefix="/v1/videos", tags=["videos"])
+router = APIRouter(prefix="/v1/videos", tags=["videos"], responses=REFUSALS)
 Status = Literal["queued", "in_progress", "completed", "failed", "cancelled"]
 STATES: dict[JobState, Status] = {
     "queued": "queued", "running": "in_progress", "done": "completed", "failed": "failed", "cancelled": "cancelled",
@@ -47,8 +47,8 @@ class Video(BaseModel):
 class VideoList(BaseModel):
     object: Literal["list"] = "list"
     data: list[Video]
-    first_id: str | None
-    last_id: str | None
+    first_id: str | None = None
+    last_id: str | None = None
     has_more: bool
 
 

@@ -3,13 +3,30 @@
 import base64
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
+from typing import TypeVar
 
 from omnivideo.contracts import Artifact, Job, Lane, Preview, Step
-from omnivideo.errors import StoreError
+from omnivideo.errors import NotStored, StoreError
 from omnivideo.ports import ObjectStore
 from omnivideo.storage.jobs import Jobs, outcome
 
 LOOK = 0.05  # seconds between two looks at a job that is followed
+PATIENCE = 120.0  # seconds that a database or a store that is away is waited for
+Answer = TypeVar("Answer")
+
+
+def patiently(act: Callable[[], Answer]) -> Answer:
+    """Tries again while the database or the store is away."""
+    pause, until = 0.05, time.monotonic() + PATIENCE
+    while True:
+        try:
+            return act()
+        except StoreError as error:
+            if isinstance(error, NotStored) or time.monotonic() > until:
+                raise
+            time.sleep(pause)
+            pause = min(2 * pause, 2.0)
 
 
 class DurableQueue:
@@ -25,7 +42,7 @@ class DurableQueue:
         self.lane = lane
 
     def run(self, job: Job) -> Iterator[Step | Preview | Artifact]:
-        if self.jobs.submit(job, self.owner, self.lane):
+        if patiently(partial(self.jobs.submit, job, self.owner, self.lane)):
             self.tell()
         yield from self.follow(job.id)
 
@@ -33,7 +50,7 @@ class DurableQueue:
         """Raises JobFailed or JobCancelled at its end."""
         step, preview = 0, None
         while True:
-            status = self.jobs.status(job_id)
+            status = patiently(partial(self.jobs.status, job_id))
             if status is None:
                 raise StoreError(f"queue: there is no job {job_id}")
             if status.step != step:

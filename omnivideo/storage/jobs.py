@@ -139,9 +139,10 @@ class Jobs(Book):
         if self.one(ended.returning(jobs.c.id)) is None:
             raise JobLost(f"job {claim.job.id} is not this worker's any more")
 
-    def referred(self) -> set[str]:
-        """The keys that open jobs and results which are not deleted refer to."""
-        wanted = or_(jobs.c.state.in_(OPEN), and_(jobs.c.state == "done", jobs.c.deleted.is_(False)))
+    def referred(self, lifetime: float) -> set[str]:
+        """The keys that open jobs refer to, and results that are not deleted and not older than `lifetime` seconds."""
+        young = and_(jobs.c.state == "done", jobs.c.deleted.is_(False), jobs.c.ended > now() - lifetime)
+        wanted = or_(jobs.c.state.in_(OPEN), young)
         found: set[str | None] = set()
         for row in self.all(select(jobs.c.body, jobs.c.point, jobs.c.preview, jobs.c.result).where(wanted)):
             body, result = Job(**row.body), row.result or {}

@@ -152,8 +152,11 @@ class Postgres:
         for process in (leader, *map(int, children)):
             with suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
-        while Path(f"/proc/{leader}").exists() and "Z" not in Path(f"/proc/{leader}/stat").read_text().split()[2]:
-            time.sleep(0.02)
+        # Where nobody waits for it, the dead process still has its number, which the next one would take for alive.
+        (self.folder / "data" / "postmaster.pid").unlink(missing_ok=True)
+        for socket_lock in self.folder.glob(".s.PGSQL.*"):
+            socket_lock.unlink()
+        time.sleep(0.2)
 
     def stop(self) -> None:
         self.run("pg_ctl", "-m", "immediate", "stop")

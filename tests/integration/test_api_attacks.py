@@ -21,8 +21,18 @@ from omnivideo.backends.fetching import addresses
 from omnivideo.backends.hooks import HookSender, reachable, send, target
 from omnivideo.errors import InvalidInput
 from omnivideo.storage.local import LocalStore
-from tests.integration.test_api_openai import KEY, ended, lines, png, runner_for, service_in, told, until
-from tests.integration.test_api_openai import client_for as openai_client
+from tests.integration.openai_service import (
+    KEY,
+    client_for,
+    ended,
+    http_for,
+    lines,
+    png,
+    runner_for,
+    service_in,
+    told,
+    until,
+)
 
 MOST = 2 * 2**20
 INSIDE = [
@@ -52,7 +62,7 @@ def rooms(service):
 
 @pytest.fixture(scope="module")
 def client(service):
-    with openai_client(service) as client:
+    with client_for(service) as client:
         yield client
 
 
@@ -65,10 +75,7 @@ def http(service):
             answer.read()
             assert answer.status_code < 500 and not LEAK.search(answer.text), answer.text
 
-    given = {"Authorization": f"Bearer {KEY}"}
-    with httpx.Client(
-        base_url=service[2], headers=given, timeout=60, trust_env=False, event_hooks={"response": [looked_at]}
-    ) as http:
+    with http_for(service, event_hooks={"response": [looked_at]}) as http:
         yield http
 
 

@@ -19,6 +19,7 @@ KEY = "a-key-for-the-tests"
 @pytest.fixture(scope="module")
 def address(omni, tmp_path_factory):
     wiring = scripted(tmp_path_factory.mktemp("service"), omni, admin_key=KEY)
+    wiring.attended(wiring.rooms())
     with serving(wiring) as address:
         yield address
 

@@ -18,6 +18,7 @@ MAY = {
     "training": {"models", "storage"},
     "evaluation": {"models", "training"},
     "agent": set(),
+    "api": {"agent"},
 }
 NEVER = {
     "contracts": {"torch", "diffusers", "transformers"},
@@ -26,6 +27,7 @@ NEVER = {
     "models": {"celery", "fastapi", "langgraph", "minio", "vllm"},
     "training": {"celery", "fastapi", "langgraph"},
     "agent": {"torch", "numpy", "diffusers", "transformers", "celery", "fastapi"},
+    "api": {"torch", "numpy", "celery", "sqlalchemy", "minio"},
     "ports": {"torch", "numpy"},
 }
 FILES = [path for path in sorted(ROOT.rglob("*.py")) if path.relative_to(ROOT).parts[0].removesuffix(".py") in MAY]

@@ -6,11 +6,10 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
 
 import torch
 from opentelemetry import trace
@@ -20,6 +19,7 @@ from safetensors.torch import load, save
 from omnivideo.backends.decoder.local import PREVIEWS
 from omnivideo.backends.decoder.painter import Painter
 from omnivideo.backends.decoder.pipeline import Clip, Drawing
+from omnivideo.backends.jobs import patiently
 from omnivideo.contracts import Artifact, Claim, Settings
 from omnivideo.errors import InvalidInput, JobLost, NotStored, OmniVideoError, StoreError
 from omnivideo.models.sampling import Point
@@ -27,8 +27,6 @@ from omnivideo.storage.jobs import Jobs
 
 log = logging.getLogger("omnivideo.worker")
 TRACER = trace.get_tracer("omnivideo.worker")
-Answer = TypeVar("Answer")
-PATIENCE = 120.0  # seconds that a worker waits for a database or a store that is away
 INTERNAL = "something went wrong on our side; the worker's log has it under this job's id"
 NO_MEMORY = "it needs more memory than this worker has; ask for a smaller size or fewer frames"
 
@@ -45,19 +43,6 @@ class Habits:
 
 class Cancelled(Exception):
     """The job is not wanted any more."""
-
-
-def patiently(act: Callable[[], Answer]) -> Answer:
-    """Tries again while the database or the store is away."""
-    pause, until = 0.05, time.monotonic() + PATIENCE
-    while True:
-        try:
-            return act()
-        except StoreError as error:
-            if isinstance(error, NotStored) or time.monotonic() > until:
-                raise
-            time.sleep(pause)
-            pause = min(2 * pause, 2.0)
 
 
 class Worker:
