@@ -25,7 +25,7 @@ class Settings(Message):
     fps: int = Field(ge=1, le=60)
     steps: int = Field(ge=1, le=200)
     guidance_scale: float = Field(ge=0, le=30, allow_inf_nan=False)
-    flow_shift: float = Field(gt=0, le=100, allow_inf_nan=False)
+    flow_shift: float = Field(ge=0.01, le=100, allow_inf_nan=False)
     negative_prompt: str = Field(max_length=4000)
     seed: int = Field(ge=0, le=MOST_SEED)
 

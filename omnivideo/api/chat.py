@@ -19,7 +19,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 from sse_starlette import EventSourceResponse
 
-from omnivideo.api.errors import OURS, WireError, body
+from omnivideo.api.errors import OURS, REFUSALS, WireError, body
 from omnivideo.api.events import Feed
 from omnivideo.api.forms import name_for, validated
 from omnivideo.api.media import Part, artifact_of
@@ -27,7 +27,7 @@ from omnivideo.api.rooms import Owner, Room, Rooms
 from omnivideo.api.threads import feed_of
 from omnivideo.contracts import MOST_SEED, Artifact, Think
 
-router = APIRouter(prefix="/v1", tags=["chat"])
+router = APIRouter(prefix="/v1", tags=["chat"], responses=REFUSALS)
 
 
 class Url(BaseModel):

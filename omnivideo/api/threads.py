@@ -7,7 +7,7 @@ from fastapi import APIRouter, Header, Query, Request, Response
 from pydantic import BaseModel, Field
 from sse_starlette import EventSourceResponse
 
-from omnivideo.api.errors import WireError, not_found
+from omnivideo.api.errors import REFUSALS, WireError, not_found
 from omnivideo.api.events import Feed, sse
 from omnivideo.api.forms import Key, name_for
 from omnivideo.api.media import Part, artifact_of, ranged
@@ -15,7 +15,7 @@ from omnivideo.api.rooms import Owner, Room
 from omnivideo.api.running import Runner
 from omnivideo.contracts import MOST_SEED, Artifact, Think, Turn
 
-router = APIRouter(prefix="/v1/threads", tags=["threads"])
+router = APIRouter(prefix="/v1/threads", tags=["threads"], responses=REFUSALS)
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 
 

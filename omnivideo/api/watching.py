@@ -8,10 +8,11 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, H
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from omnivideo.api.errors import REFUSALS
 from omnivideo.api.rooms import Room, Rooms
 from omnivideo.errors import OmniVideoError
 
-router = APIRouter(tags=["operation"])
+router = APIRouter(tags=["operation"], responses=REFUSALS)
 BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
 

@@ -43,6 +43,8 @@ def unipc(steps: int, flow_shift: float, device: torch.device | str = "cpu") -> 
     """
     scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=flow_shift)
     scheduler.set_timesteps(sigmas=np.linspace(0.999, 0, steps + 1)[:-1], device=device)
+    # Else it would look its first step up by the timestep, which under a large shift several steps share.
+    scheduler.set_begin_index(0)
     return scheduler
 
 

@@ -137,11 +137,11 @@ def test_timesteps_are_the_released_ones():
     assert (forty[:3], forty[-1], len(forty)) == ([999, 994, 989], 113, 40)
 
 
-def run(omni, seed: int, guidance: float = 3.0, steps: int = 4, begin: Point | None = None):
+def run(omni, seed: int, guidance: float = 3.0, steps: int = 4, begin: Point | None = None, shift: float = 5.0):
     condition = omni.condition(["a red circle"], [None])
     null = omni.null_condition(TINY.negative_prompt, 1)
     x = noise([seed], (16, 3, 8, 8), torch.device("cpu"))
-    return list(denoise(omni.decoder, x, condition, null, steps, guidance, 5.0, begin))
+    return list(denoise(omni.decoder, x, condition, null, steps, guidance, shift, begin))
 
 
 def test_denoising_yields_every_step_and_repeats_bit_for_bit(omni):
@@ -150,6 +150,14 @@ def test_denoising_yields_every_step_and_repeats_bit_for_bit(omni):
     assert torch.equal(one[-1].point.latents, two[-1].point.latents)
     assert not torch.equal(one[-1].point.latents, other[-1].point.latents)
     assert torch.isfinite(one[-1].guess).all()
+
+
+@pytest.mark.parametrize("shift", [0.01, 100.0])
+def test_the_ends_of_the_flow_shifts_range_are_usable(omni, shift):
+    """At 100 several steps have the same timestep."""
+    whole = run(omni, 1, steps=200, shift=shift, guidance=1.0)
+    assert [state.point.step for state in whole] == list(range(1, 201))
+    assert torch.isfinite(whole[-1].point.latents).all()
 
 
 @pytest.mark.parametrize("steps", [1, 2, 6])
