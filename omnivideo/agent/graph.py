@@ -58,17 +58,21 @@ ROUTE_QUESTION = "I am not sure what you would like: a picture, a clip, or an an
 
 @dataclass(frozen=True)
 class Prompts:
-    """The instructions for the MLLM's modes.  A small model is trained for short ones of its own."""
+    """The instructions for the MLLM's modes.  A small model is trained for short ones of its own, and cannot plan: its
+    turns are split, and their references found, by their (English) words."""
 
     think: str
     check: str
     describe: str
+    plan: str | None = None
 
 
 def prompts_for(preset: str) -> Prompts:
     folder = files("omnivideo.agent") / "prompts"
     folder = folder / preset if (folder / preset).is_dir() else folder
-    return Prompts(*((folder / f"{name}.md").read_text().strip() for name in ("think", "check", "describe")))
+    names = ("think", "check", "describe", "plan")
+    found = {name: folder / f"{name}.md" for name in names}
+    return Prompts(**{name: path.read_text().strip() for name, path in found.items() if path.is_file()})
 
 
 def tell(event: Event) -> None:
@@ -129,11 +133,12 @@ class Planner:
     # ------------------------------------------------------------ the turn comes in
 
     def plan(self, state: State) -> dict[str, Any]:
-        pieces = words.acts(state["text"])
+        pieces, abouts = self.split(state)
         tell(Planned(plan=Plan(acts=tuple(Act(text=piece) for piece in pieces))))
         attached = state["attachments"]
         return {
             "pieces": pieces,
+            "abouts": abouts,
             "at": 0,
             "asked": [],
             "done": [],
@@ -142,12 +147,24 @@ class Planner:
             "descriptions": state.get("descriptions", {}),
         }
 
+    def split(self, state: State) -> tuple[list[str], list[str]]:
+        """The acts' words, and what each is about: by the model where it can plan and does so in form, else nothing."""
+        if self.prompts.plan:
+            made = [Artifact(**one) for one in state.get("artifacts", []) + state["attachments"]]
+            ask = Ask(text=words.plan_request(state["text"], made), system=self.prompts.plan)
+            if planned := words.planned("".join(self.mllm.write(ask)), len(made)):
+                return [one.do for one in planned], [one.about for one in planned]
+        pieces = words.acts(state["text"])
+        return pieces, [""] * len(pieces)
+
     def refer(self, state: State) -> dict[str, Any]:
         """Which artifact the act is about; asks back where that is not clear."""
         finding = Finding([Artifact(**one) for one in state["artifacts"]], dict(state["descriptions"]), [])
         text = state["pieces"][state["at"]]
         if state["at"] == 0 and state["attachments"]:
             source: Artifact | None = finding.artifacts[-1]
+        elif about := state["abouts"][state["at"]]:
+            source = self.meant(about, finding)
         else:
             source = self.resolve(text, state["current"], finding)
         if source is None and not finding.artifacts and words.changes(text):
@@ -164,6 +181,14 @@ class Planner:
         routed = Routed(kind="text", probability=1.0)
         done = Done(act=act, goal="understand", routed=routed, trace=None, artifact=source)
         return begun | {"current": source.key} | closed(state, done)
+
+    def meant(self, about: str, finding: Finding) -> Artifact | None:
+        """What the model's plan says: "new", "last", "unclear", or the number of an artifact."""
+        if about == "new" or not finding.artifacts:
+            return None
+        if about == "unclear":
+            return self.which("", finding)
+        return finding.artifacts[-1 if about == "last" else int(about) - 1]
 
     def resolve(self, text: str, current: str | None, finding: Finding) -> Artifact | None:
         artifacts = finding.artifacts

@@ -16,6 +16,7 @@ class State(TypedDict, total=False):
     attachments: list[dict[str, Any]]
     options: dict[str, Any]  # contracts.TurnOptions
     pieces: list[str]  # the acts' words
+    abouts: list[str]  # what each is about, where the model has planned it
     at: int  # the act that runs
     asked: list[tuple[str, str]]
     done: list[dict[str, Any]]  # contracts.Done

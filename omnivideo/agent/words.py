@@ -4,6 +4,7 @@ Plain text analysis, the same for the same words.  What the request means is the
 which picture or clip it should be shown.
 """
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -81,7 +82,8 @@ def acts(text: str) -> list[str]:
 
 def is_indirect(text: str) -> bool:
     """Whether a request names things by description, or says too little, so that thinking first should pay."""
-    return bool(INDIRECT.search(text)) or len(text.split()) < 2
+    alone = len(text.split()) < 2 and text.isascii()  # not every script puts blanks between words
+    return bool(INDIRECT.search(text)) or alone
 
 
 def changes(text: str) -> bool:
@@ -158,3 +160,31 @@ def chosen(reply: str, options: Sequence[Artifact], descriptions: Sequence[str])
             return options[at]
     fitting = [one for one, told in zip(options, descriptions, strict=True) if content(reply) and fits(reply, told)]
     return fitting[-1] if fitting else None
+
+
+# ---------------------------------------------------------------- plans that the model makes
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One act of a model's plan; `about` is "new", "last", "unclear", or the number of an artifact from 1."""
+
+    do: str
+    about: str
+
+
+def plan_request(text: str, made: Sequence[Artifact]) -> str:
+    listed = "\n".join(f"{at}. {one.medium}: {one.about}" for at, one in enumerate(made, start=1))
+    return f"Made so far:\n{listed or 'nothing'}\n\nThe user says: {text}"
+
+
+def planned(written: str, count: int) -> list[Planned]:
+    """The plan in what a model wrote; empty where it is not of the form that was asked for."""
+    begin, end = written.find("["), written.rfind("]")
+    try:
+        entries = json.loads(written[begin : end + 1])
+        found = [Planned(str(one["do"]).strip(), str(one["about"])) for one in entries]
+    except (ValueError, TypeError, KeyError):
+        return []
+    known = {"new", "last", "unclear", *map(str, range(1, count + 1))}
+    return found if all(one.do and one.about in known for one in found) else []

@@ -1,7 +1,9 @@
 """The planner over in-memory twins: what a turn does, asks, keeps and survives."""
 
+import json
 import random
 import sqlite3
+from collections.abc import Iterator
 
 import pytest
 from langgraph.checkpoint.memory import InMemorySaver
@@ -10,7 +12,7 @@ from langgraph.checkpoint.sqlite import SqliteSaver
 from omnivideo.agent import words
 from omnivideo.agent.graph import Planner, prompts_for
 from omnivideo.agent.thread import Thread
-from omnivideo.contracts import Artifact, Finished, Made, Question, Rewritten, Step, Thinking, Turn
+from omnivideo.contracts import Artifact, Ask, Finished, Made, Question, Rewritten, Step, Thinking, Turn
 from omnivideo.errors import InvalidInput, JobCancelled
 from omnivideo.training.edits import random_edit
 from omnivideo.training.questions import random_question
@@ -22,9 +24,10 @@ from tests.twins import InstantQueue, ScriptedMLLM
 class Talk:
     """A thread over twins, with what it saw."""
 
-    def __init__(self, saver=None, name="talk"):
-        self.mllm, self.queue = ScriptedMLLM(), InstantQueue()
-        self.graph = Planner(self.mllm, self.queue, prompts_for("tiny")).graph(saver or InMemorySaver())
+    def __init__(self, saver=None, name="talk", mllm=None, prompts=None):
+        self.mllm, self.queue = mllm or ScriptedMLLM(), InstantQueue()
+        planner = Planner(self.mllm, self.queue, prompts or prompts_for("tiny"))
+        self.graph = planner.graph(saver or InMemorySaver())
         self.thread = Thread(self.graph, name, attach)
         self.events: list = []
         if not self.thread.exists():
@@ -260,3 +263,73 @@ def test_joined_acts_are_split_where_they_were_joined():
         joined = rng.choice(("; ", ", then ", ". ", ", and then ", "; now ")).join(parts)
         right += words.acts(joined) == [part.strip(".!") for part in parts]
     assert right >= 285
+
+
+# ---------------------------------------------------------------- plans that the model makes
+
+
+class PlanningMLLM(ScriptedMLLM):
+    """A model that can plan: its plan for each turn is written down here."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.plans: dict[str, str] = {}
+
+    def write(self, ask: Ask) -> Iterator[str]:
+        said = ask.text.rpartition("The user says: ")[2]
+        if ask.system == PROMPTS.plan:
+            self.asks.append(ask)
+            yield self.plans.get(said, "I would rather talk.")
+        else:
+            yield from super().write(ask)
+
+
+PROMPTS = prompts_for("omnivideo-1.3b")
+TURNS = {
+    "de": ("ein roter Ball; mach ihn blau; wie viele Bälle sind es?", "ein roter Ball", "mach ihn blau"),
+    "fr": ("une balle rouge, puis rends-la bleue, combien de balles ?", "une balle rouge", "rends-la bleue"),
+    "es": ("una pelota roja y luego hazla azul, ¿cuántas hay?", "una pelota roja", "hazla azul"),
+    "zh": ("画一个红球，然后把它变成蓝色，有几个球？", "画一个红球", "把它变成蓝色"),
+    "hi": ("एक लाल गेंद, फिर उसे नीला करो, कितनी गेंदें हैं?", "एक लाल गेंद", "उसे नीला करो"),
+}
+
+
+@pytest.mark.parametrize("language", TURNS)
+def test_a_model_that_can_plan_splits_and_refers_in_any_language(language):
+    text, first, second = TURNS[language]
+    mllm = PlanningMLLM()
+    entries = [{"do": first, "about": "new"}, {"do": second, "about": "last"}, {"do": "how many?", "about": "last"}]
+    mllm.plans = {text: "Here it is: " + json.dumps(entries), "again": '[{"do": "make it green", "about": "1"}]'}
+    talk = Talk(mllm=mllm, prompts=PROMPTS)
+    drawn, changed, answered = talk.say(text).done
+    assert changed.artifact.source == drawn.artifact.key
+    assert answered.act.source == changed.artifact.key and answered.answer
+    assert talk.say("again").done[0].artifact.source == drawn.artifact.key
+    listed = next(ask.text for ask in mllm.asks if ask.text.endswith("again"))
+    assert f"1. video: {first}\n2. video: {second}\n" in listed
+
+
+@pytest.mark.parametrize(
+    "written",
+    ["no plan", "[]", "[1]", '[{"do": "x"}]', '[{"do": "", "about": "new"}]', '[{"do": "x", "about": "9"}]', "[[["],
+)
+def test_a_plan_out_of_form_falls_back_to_the_words(written):
+    mllm = PlanningMLLM()
+    mllm.plans = {"a red ball; now make it blue": written}
+    talk = Talk(mllm=mllm, prompts=PROMPTS)
+    drawn, changed = talk.say("a red ball; now make it blue").done
+    assert changed.artifact.source == drawn.artifact.key
+
+
+def test_an_unclear_reference_is_asked_back():
+    mllm = PlanningMLLM()
+    mllm.plans = {
+        "a red ball": '[{"do": "a red ball", "about": "new"}]',
+        "a picture of a star": '[{"do": "a picture of a star", "about": "new"}]',
+        "make that one green": '[{"do": "make that one green", "about": "unclear"}]',
+    }
+    talk = Talk(mllm=mllm, prompts=PROMPTS)
+    ball = talk.say("a red ball").done[0].artifact
+    talk.say("a picture of a star")
+    assert talk.say("make that one green").text.startswith("Which one do you mean?")
+    assert talk.say("the first").done[0].artifact.source == ball.key
