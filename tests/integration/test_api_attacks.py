@@ -23,7 +23,6 @@ from omnivideo.errors import InvalidInput
 from omnivideo.storage.local import LocalStore
 from tests.integration.openai_service import (
     KEY,
-    client_for,
     ended,
     http_for,
     lines,
@@ -53,17 +52,6 @@ def service(omni, tmp_path_factory):
     with service_in(tmp_path_factory.mktemp("attacked"), omni, upload_most=MOST) as made:
         made[1].reachable = partial(reachable, inside=())
         yield made
-
-
-@pytest.fixture(scope="module")
-def rooms(service):
-    return service[1]
-
-
-@pytest.fixture(scope="module")
-def client(service):
-    with client_for(service) as client:
-        yield client
 
 
 @pytest.fixture(scope="module")

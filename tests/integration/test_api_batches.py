@@ -12,41 +12,15 @@ from omnivideo.storage.jobs import Jobs
 from tests.integration.openai_service import (
     SMALL,
     batch_of,
-    client_for,
     ended,
-    http_for,
     lines,
     nobody_works,
     runner_for,
-    service_in,
     told,
     until,
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Sora API:DeprecationWarning")
-
-
-@pytest.fixture(scope="module")
-def service(omni, tmp_path_factory):
-    with service_in(tmp_path_factory.mktemp("batches"), omni) as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def rooms(service):
-    return service[1]
-
-
-@pytest.fixture(scope="module")
-def client(service):
-    with client_for(service) as client:
-        yield client
-
-
-@pytest.fixture(scope="module")
-def http(service):
-    with http_for(service) as http:
-        yield http
 
 
 @pytest.fixture

@@ -17,39 +17,14 @@ from tests.integration.openai_service import (
     SMALL,
     by_id,
     client_for,
-    http_for,
     lines,
     mp4,
     nobody_works,
     png,
-    service_in,
     until,
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Sora API:DeprecationWarning")
-
-
-@pytest.fixture(scope="module")
-def service(omni, tmp_path_factory):
-    with service_in(tmp_path_factory.mktemp("openai"), omni) as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def rooms(service):
-    return service[1]
-
-
-@pytest.fixture(scope="module")
-def client(service):
-    with client_for(service) as client:
-        yield client
-
-
-@pytest.fixture(scope="module")
-def http(service):
-    with http_for(service) as http:
-        yield http
 
 
 @pytest.fixture(scope="module")

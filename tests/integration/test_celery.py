@@ -128,6 +128,28 @@ def test_workers_draw_are_killed_and_lose_nothing(plant):
     assert plant.jobs.waiting() == 0
 
 
+class Opens:
+    """Would make a file, were it ever unpickled."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (self.path,))
+
+
+def test_attack_a_pickled_message_is_never_opened(plant, tmp_path):
+    made = tmp_path / "opened"
+    with Connection(plant.broker) as connection:
+        producer = connection.Producer(serializer="pickle")
+        producer.publish(
+            [(Opens(made),), {}, {}], routing_key="omnivideo", headers={"task": "omnivideo.work", "id": "x"}
+        )
+    with plant.worker():
+        assert isinstance(list(plant.queue.run(job("after")))[-1], Artifact)
+    assert not made.exists()
+
+
 def test_a_worker_that_is_told_to_end_finishes_its_job(plant):
     with plant.worker() as worker:
         plant.jobs.submit(job("last", 100))
