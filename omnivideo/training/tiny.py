@@ -1,5 +1,9 @@
 """The tiny preset from nothing: every recipe in its order, each resumable, in one folder of runs."""
 
+import json
+import os
+import platform
+import subprocess
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +21,7 @@ from omnivideo.models.mllm import Pixels
 from omnivideo.models.omni import Bridge, Omni, build_decoder
 from omnivideo.models.positions import with_absolute_positions
 from omnivideo.presets import TINY
+from omnivideo.training.card import card
 from omnivideo.training.drawn import Drawn, drawn
 from omnivideo.training.latents import CHUNK, digest, encode_scenes, first_scenes, set_statistics
 from omnivideo.training.plots import plot_losses
@@ -158,7 +163,18 @@ class Tiny:
         for chosen in self.makers if name == "tiny" else [name]:
             train_one(self.makers[chosen](), self.runs / chosen, out)
         if name == "tiny":
-            save(self.omni("stage3"), self.runs / "tiny")
+            self.ship(self.runs / "tiny")
+
+    def ship(self, folder: Path) -> None:
+        """The whole preset as it is shipped, with its card; scores are in it once `runs/scores.json` has them
+        (`omnivideo evaluate tiny --weights runs/tiny --report runs/scores.json`)."""
+        folder.mkdir(parents=True, exist_ok=True)
+        save_library_model(self.visual_encoder(), folder / "visual_encoder", torch.float16)
+        save(self.omni("stage3"), folder)  # last: its index is over all that lies there
+        report = self.runs / "scores.json"
+        scores = json.loads(report.read_text()) if report.exists() else {}
+        text = card(self.runs, self.makers, commit(), f"{platform.machine()}, {os.cpu_count()} cores", scores)
+        (folder / "README.md").write_text(text)
 
     def export_foundations(self, folder: Path) -> None:
         """The foundations that are there, in the shipped layout, so that a later machine can go on from them."""
@@ -170,6 +186,13 @@ class Tiny:
         for name, part in parts.items():
             save_library_model(part, folder / name, torch.float16)
         self.tokenizer().save_pretrained(folder / "tokenizer")
+
+
+def commit() -> str:
+    """The checkout's commit, "unknown" outside of one."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    return found.stdout.strip() or "unknown"
 
 
 def folder_of(name: str, run: Path, shipped: Path) -> Path:

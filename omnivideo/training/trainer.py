@@ -73,6 +73,7 @@ class Trainer:
         self.recipe = recipe
         self.folder = folder
         self.step = 0
+        self.seconds = 0.0  # of training, in all runs of this folder
         self.named = freeze(recipe.model, recipe.trainable)
         self.built = optimizers(self.named, recipe.lr, recipe.adam_lr, recipe.weight_decay)
         self.average = {name: p.detach().clone() for name, p in self.named} if recipe.ema else {}
@@ -93,6 +94,7 @@ class Trainer:
             optimizer.load_state_dict(saved)
         self.average = state["average"]
         self.step = state["step"]
+        self.seconds = state.get("seconds", 0.0)
 
     def save(self) -> None:
         state = {
@@ -101,6 +103,7 @@ class Trainer:
             "optimizers": [optimizer.state_dict() for optimizer in self.built],
             "average": self.average,
             "step": self.step,
+            "seconds": self.seconds,
         }
         partial = self.state_file.with_suffix(".partial")
         torch.save(state, partial)
@@ -138,13 +141,14 @@ class Trainer:
         tell: Callable[[Progress], None] = lambda progress: None,
     ) -> None:
         """Trains to the recipe's end (or to step `until`), with a checkpoint every `every` seconds and at the end."""
-        last, began, first = time.monotonic(), time.monotonic(), self.step
+        last, began, first, before = time.monotonic(), time.monotonic(), self.step, self.seconds
         until = self.recipe.steps if until is None else min(until, self.recipe.steps)
         with Log(self.folder / "log.jsonl", self.step) as log:
             while self.step < until:
                 losses = self.advance()
                 log.write(self.step, losses)
                 now = time.monotonic()
+                self.seconds = before + now - began
                 left = (now - began) / (self.step - first) * (until - self.step)
                 tell(Progress(self.step, until, losses, left))
                 if now - last > every:

@@ -11,6 +11,7 @@ from transformers import SiglipVisionConfig, SiglipVisionModel, UMT5Config, UMT5
 
 from omnivideo.errors import CheckpointError
 from omnivideo.presets import TINY
+from omnivideo.training.card import card
 from omnivideo.training.drawn import drawn, pick_rows
 from omnivideo.training.facts import Demand, Wanted
 from omnivideo.training.language import RELATIONS, Caption
@@ -237,3 +238,13 @@ def test_every_token_is_told_about_the_object_whose_phrase_it_is_in(text_tokeniz
         assert labels[colour] == (text.UNTOLD if inside is None else red_blue[inside])
         assert labels[role] == (text.UNTOLD if inside is None else 1 + RELATIONS.index(("left of", "right of")[inside]))
         assert labels[background] == 1 + list(BACKGROUNDS).index("black")
+
+
+def test_the_card_says_what_ran_and_what_came_of_it(tmp_path):
+    (tmp_path / "vae").mkdir()
+    torch.save({"step": 1200, "seconds": 5400.0}, tmp_path / "vae" / "state.pt")
+    lines = [{"step": at, "loss": 0.5, "kl": 2.0} for at in range(1, 201)]
+    (tmp_path / "vae" / "log.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    made = card(tmp_path, ("vae", "text"), "abc123", "x86_64", {"single": {"right": 0.98, "count": 50}, "dB": 27.5})
+    assert "| `vae` | 1,200 | 1.5 | loss 0.5, kl 2 |" in made and "`text`" not in made
+    assert "| single | 0.980 | 50 |" in made and "| dB | 27.500 |  |" in made and "abc123" in made
