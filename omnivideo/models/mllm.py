@@ -8,6 +8,7 @@ Shapes: B batch, N tokens, M width of the model, F H W frames and pixels, P patc
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from inspect import signature
 from typing import Literal
 
 import numpy as np
@@ -20,6 +21,8 @@ from omnivideo.contracts import Routed
 
 BOI, EOI, BOV, EOV = "<BOI>", "<EOI>", "<BOV>", "<EOV>"
 VISUAL_TOKENS = (BOI, EOI, BOV, EOV)
+# transformers 5.24 calls it "cache"; before (5.19 goes with vLLM 0.32) it was "past_key_values".
+CACHE = "cache" if "cache" in signature(Qwen3VLForConditionalGeneration.forward).parameters else "past_key_values"
 ENDING = {"image": (BOI, EOI), "video": (BOV, EOV)}
 
 
@@ -253,7 +256,7 @@ def answer(
         position = inputs["input_ids"].shape[1] + len(ids) - 1 + offset
         out = model(
             input_ids=torch.tensor([[chosen]], device=model.device),
-            past_key_values=out.past_key_values,
+            **{CACHE: getattr(out, CACHE)},
             position_ids=position.view(1, 1, 1).expand(3, 1, 1),
             use_cache=True,
         )
