@@ -6,7 +6,7 @@ encoder's embeddings of the target (Eq. 1).  Ragged rows are kept flat with thei
 
 import hashlib
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,39 +78,62 @@ def pick_rows(rng: random.Random, tasks: Sequence[Drawn], count: int) -> list[Ro
 
 
 @torch.no_grad()
-def draw(omni: Omni, encoder: SiglipVisionModel, requests: list[Request], tell: Tell) -> dict[str, Tensor]:
-    """The tensors of a cache file."""
-    hidden, text, embeddings = [], [], []
-    for first in range(0, len(requests), CHUNK):
-        chunk = requests[first : first + CHUNK]
-        states, padding = hidden_states(
-            omni.mllm, omni.mllm_tokenizer, [(one.message, one.kind) for one in chunk], omni.pixels
-        )
-        hidden += [row[~gone] for row, gone in zip(states, padding, strict=True)]
+def draw_fixed(omni: Omni, encoder: SiglipVisionModel, requests: list[Request], tell: Tell) -> dict[str, Tensor]:
+    """What does not hang on the MLLM: latents, text embeddings, and the visual encoder's of the target."""
+    text, embeddings = [], []
+    queries = omni.bridge.vision_head.decoder_query.shape[1]
+    for chunk in chunks(requests, tell):
         text += omni.texts([one.text for one in chunk])
-        queries = omni.bridge.vision_head.decoder_query.shape[1]
         embeddings.append(embed_frames(encoder, to_pixels(one.target for one in chunk), queries).half())
-        tell(min(first + CHUNK, len(requests)), len(requests))
     tensors = {"target": encode_scenes(omni.vae, [one.target for one in requests]), "embeddings": torch.cat(embeddings)}
-    for name, rows in (("hidden", hidden), ("text", text)):
-        ragged = Ragged.of(rows)
-        tensors |= {name: ragged.flat, f"{name}_offsets": ragged.offsets}
     sources = [one.source for one in requests if one.source is not None]
     if sources:
         tensors["source"] = encode_scenes(omni.vae, sources)
-    return tensors
+    return tensors | flat("text", text)
+
+
+@torch.no_grad()
+def draw_hidden(omni: Omni, requests: list[Request], tell: Tell) -> dict[str, Tensor]:
+    """The MLLM's last hidden states."""
+    hidden = []
+    for chunk in chunks(requests, tell):
+        asked = [(one.message, one.kind) for one in chunk]
+        states, padding = hidden_states(omni.mllm, omni.mllm_tokenizer, asked, omni.pixels)
+        hidden += [row[~gone] for row, gone in zip(states, padding, strict=True)]
+    return flat("hidden", hidden)
+
+
+def chunks(requests: list[Request], tell: Tell) -> Iterator[list[Request]]:
+    for first in range(0, len(requests), CHUNK):
+        yield requests[first : first + CHUNK]
+        tell(min(first + CHUNK, len(requests)), len(requests))
+
+
+def flat(name: str, rows: Sequence[Tensor]) -> dict[str, Tensor]:
+    ragged = Ragged.of(rows)
+    return {name: ragged.flat, f"{name}_offsets": ragged.offsets}
+
+
+def kept(path: Path, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The file's tensors, made where it is not there."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        save_file(make(), partial)
+        partial.rename(path)
+    return load_file(path)
+
+
+def key_of(*parts: object) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
 def drawn(folder: Path, omni: Omni, encoder: SiglipVisionModel, requests: list[Request], tell: Tell) -> Drawn:
-    """The data of one task, from the folder's cache where it has it."""
-    parts = (omni.vae, omni.mllm.model, omni.text_encoder, encoder)
-    key = hashlib.sha256(repr((requests, [digest(part) for part in parts])).encode()).hexdigest()[:16]
-    path = folder / f"{requests[0].task}-{len(requests)}-{key}.safetensors"
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        save_file(draw(omni, encoder, requests, tell), partial)
-        partial.rename(path)
-    saved = load_file(path)
-    hidden, text = (Ragged(saved[name], saved[f"{name}_offsets"]) for name in ("hidden", "text"))
-    return Drawn(saved["target"], saved.get("source"), hidden, text, saved["embeddings"])
+    """The data of one task, from the folder's cache where it has them."""
+    name = f"{requests[0].task}-{len(requests)}"
+    fixed = key_of(requests, *map(digest, (omni.vae, omni.text_encoder, encoder)))
+    hidden = key_of(fixed, digest(omni.mllm.model))
+    saved = kept(folder / f"{name}-{fixed}.safetensors", lambda: draw_fixed(omni, encoder, requests, tell))
+    saved |= kept(folder / f"{name}-hidden-{hidden}.safetensors", lambda: draw_hidden(omni, requests, tell))
+    states, text = (Ragged(saved[name], saved[f"{name}_offsets"]) for name in ("hidden", "text"))
+    return Drawn(saved["target"], saved.get("source"), states, text, saved["embeddings"])

@@ -16,10 +16,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from omnivideo.contracts import END_THINK, THINK
-from omnivideo.models.mllm import VISUAL_TOKENS, Encoded, Media, Message, Pixels, collate, encode
+from omnivideo.models.mllm import ENDING, VISUAL_TOKENS, Encoded, Media, Message, Pixels, collate, encode
 from omnivideo.training.edits import random_edit
 from omnivideo.training.language import CLIP_PREFIX, STILL_PREFIX, caption, description, plain
-from omnivideo.training.questions import random_question
+from omnivideo.training.questions import TRAINED, ask_layout, random_question
 from omnivideo.training.riddles import BACKGROUND_HINTS, COLOUR_HINTS, MOTION_HINTS, SHAPE_HINTS, random_riddle
 from omnivideo.training.trainer import Losses, Recipe, step_seed
 from omnivideo.training.world import FPS, Scene, random_scene, render
@@ -66,7 +66,7 @@ def requested(rng: random.Random, text: str) -> str:
 
 def question_sample(rng: random.Random, video: bool) -> Sample:
     scene = random_scene(rng, video)
-    question = random_question(rng, scene)
+    question = ask_layout(rng, scene) if rng.random() < 0.1 else random_question(rng, scene, TRAINED)
     return Message(question.text, (media_of(scene),)), question.answer
 
 
@@ -144,13 +144,18 @@ def knowledge_sample(rng: random.Random, video: bool) -> Sample:
     ), name
 
 
+def route_sample(rng: random.Random, video: bool) -> Sample:
+    """An indirect request and the route that it takes: what is drawn is not looked at here."""
+    return Message(riddle_prompt(rng, video)[0]), "".join(ENDING["video" if video else "image"])
+
+
 def talk_sample(rng: random.Random, video: bool) -> Sample:
     text, reply = rng.choice(list(SMALL_TALK.items()))
     return Message(text), reply
 
 
 MIX: tuple[tuple[Callable[[random.Random, bool], Sample], float], ...] = (
-    (question_sample, 0.55), (edit_sample, 0.18), (prompt_sample, 0.2), (knowledge_sample, 0.05), (talk_sample, 0.02),
+    (question_sample, 0.68), (edit_sample, 0.12), (prompt_sample, 0.14), (knowledge_sample, 0.04), (talk_sample, 0.02),
 )  # fmt: skip
 
 
@@ -242,7 +247,7 @@ def text_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return loss, right
 
 
-def mllm_recipe(tokenizer: PreTrainedTokenizerFast, steps: int = 6000, batch: int = 48) -> Recipe:
+def mllm_recipe(tokenizer: PreTrainedTokenizerFast, steps: int = 9000, batch: int = 48) -> Recipe:
     torch.manual_seed(3)
     model = build_model(tokenizer)
     pixels = Pixels()

@@ -27,6 +27,7 @@ from omnivideo.training.recipes.mllm import (
     batch_of,
     knowledge_sample,
     question_sample,
+    route_sample,
     talk_sample,
     text_loss,
     thinking_sample,
@@ -35,7 +36,9 @@ from omnivideo.training.recipes.visual_encoder import embed_frames
 from omnivideo.training.samples import TASKS, Request, Task, random_request
 from omnivideo.training.trainer import Losses, Recipe, step_seed
 
-TEXT_MIX = ((question_sample, 0.6), (thinking_sample, 0.25), (knowledge_sample, 0.08), (talk_sample, 0.07))
+TEXT_MIX = (
+    (question_sample, 0.5), (thinking_sample, 0.2), (route_sample, 0.18), (knowledge_sample, 0.06), (talk_sample, 0.06),
+)  # fmt: skip
 
 
 # Resolution and frame count are shared inside a group, so its tasks share a batch.
