@@ -19,6 +19,7 @@ from omnivideo.settings import Service
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
 CHART = DEPLOY / "chart"
+FILES = [path for path in DEPLOY.rglob("*") if path.is_file() and path.suffix != ".pyc"]  # a test runs alive.py
 SETTINGS = {f"OMNIVIDEO_{name.upper()}" for name in Service.model_fields}
 OURS = ("api", "migrate", "sweep", "worker", "mllm")
 NEEDED = {name: "x" * 24 for name in (
@@ -96,7 +97,7 @@ def test_every_service_that_stays_has_a_health_check_and_is_waited_for():
 
 
 def test_images_are_of_a_version():
-    texts = [path.read_text() for path in DEPLOY.rglob("*") if path.is_file()]
+    texts = [path.read_text() for path in FILES]
     images = [service["image"] for service in SERVICES.values()]
     images += [image for text in texts for image in re.findall(r"^\s*FROM (\S+)", text, flags=re.M)]
     assert len(images) >= 12
@@ -181,10 +182,9 @@ def test_the_chart_names_every_setting():
 
 
 def test_no_file_names_a_setting_that_there_is_not():
-    for path in [*DEPLOY.rglob("*.*"), *DEPLOY.glob("Dockerfile.*"), ROOT / "docs" / "operations.md"]:
-        if not path.is_dir():
-            named = set(re.findall(r"\bOMNIVIDEO_[A-Z0-9_]*[A-Z0-9]\b", path.read_text()))
-            assert named <= SETTINGS, f"{path}: {named - SETTINGS}"
+    for path in [*FILES, ROOT / "docs" / "operations.md"]:
+        named = set(re.findall(r"\bOMNIVIDEO_[A-Z0-9_]*[A-Z0-9]\b", path.read_text()))
+        assert named <= SETTINGS, f"{path}: {named - SETTINGS}"
 
 
 # Images.
