@@ -135,14 +135,40 @@ def worker(device: Device = "auto", weights: Weights = None) -> None:
 
 
 @mllm.command("serve")
-def mllm_serve(host: Host = "127.0.0.1", port: Port = 8001, device: Device = "auto", weights: Weights = None) -> None:
-    """Answers for many services that have no language model in their process."""
+def mllm_serve(
+    host: Host = "127.0.0.1",
+    port: Port = 8001,
+    device: Device = "auto",
+    weights: Weights = None,
+    engine: Annotated[str, typer.Option(help="auto (vLLM where it is installed), vllm or transformers.")] = "auto",
+    tensor_parallel: Annotated[int, typer.Option(help="vLLM: GPUs that share the model.")] = 1,
+    memory: Annotated[float, typer.Option(help="vLLM: share of the GPU's memory.")] = 0.9,
+    cache: Annotated[int, typer.Option(help="vLLM on a CPU: GiB for the cache.")] = 1,
+    dtype: Annotated[str, typer.Option(help="vLLM: auto, float32, float16 or bfloat16.")] = "auto",
+    quantization: Annotated[Optional[str], typer.Option(help="vLLM: a method, such as fp8.")] = None,  # noqa: UP045
+    lora: Annotated[Optional[Path], typer.Option(help="vLLM: a folder as PEFT saves it.")] = None,  # noqa: UP045
+    longest: Annotated[Optional[int], typer.Option(help="vLLM: tokens of a request at the most.")] = None,  # noqa: UP045
+    users: Annotated[int, typer.Option(help="vLLM: requests answered at a time.")] = 16,
+) -> None:
+    """Answers for many services that have no language model in their process: vLLM's server, or a plain one."""
     logged("mllm")
-    rooms = wiring(device, weights=weights)
-    from omnivideo.backends.mllm.local import LocalMLLM
-    from omnivideo.backends.mllm.server import mllm_app
+    from omnivideo.backends.mllm import serving
+    from omnivideo.models import checkpoint
+    from omnivideo.studio import pick_device, shipped
 
-    listen(lambda: mllm_app(LocalMLLM(rooms.painter.omni, rooms.store)), host, port)
+    chosen = service(weights=str(weights) if weights else None)
+    folder = Path(chosen.weights) if chosen.weights else shipped(chosen.preset)
+    given = serving.options(
+        tensor_parallel=tensor_parallel, memory=memory, cache=cache, dtype=dtype, quantization=quantization,
+        lora=lora, longest=longest, users=users,
+    )  # fmt: skip
+    if started := serving.command(device, folder, port, host, engine, given):
+        serving.become(started)
+    from omnivideo.backends.mllm.local import LocalMLLM
+    from omnivideo.backends.mllm.server import Lately, mllm_app
+
+    omni = checkpoint.load(folder, pick_device(device))
+    listen(lambda: mllm_app(LocalMLLM(omni, Lately())), host, port)
 
 
 @mllm.callback()

@@ -25,16 +25,17 @@ if TYPE_CHECKING:
 
 
 def in_process(omni: "Omni", digest: str, chosen: Service) -> Conversations:
-    """The Studio's wiring: everything in this process, and a clip is drawn while it is followed."""
+    """The Studio's wiring: a clip is drawn while it is followed, here; so is the MLLM, unless the settings name one."""
     from omnivideo.backends.decoder.local import LocalQueue
     from omnivideo.backends.decoder.painter import Painter
     from omnivideo.backends.mllm.local import LocalMLLM
+    from omnivideo.backends.mllm.remote import RemoteMLLM
 
     store = LocalStore(chosen.home / "store")
     painter = Painter(omni, store, digest)
     queue = LocalQueue(painter)
     return Conversations(
-        mllm=LocalMLLM(omni, store),
+        mllm=RemoteMLLM(chosen.mllm, store) if chosen.mllm else LocalMLLM(omni, store),
         queue_for=lambda owner: queue,
         store=store,
         saver=saver_for(chosen),
@@ -109,7 +110,7 @@ class Wiring:
         if self.settings.mllm:
             from omnivideo.backends.mllm.remote import RemoteMLLM
 
-            return RemoteMLLM(self.settings.mllm)
+            return RemoteMLLM(self.settings.mllm, self.store)
         from omnivideo.backends.mllm.local import LocalMLLM
 
         return LocalMLLM(self.painter.omni, self.store)

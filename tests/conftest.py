@@ -9,6 +9,7 @@ from diffusers import AutoencoderKLWan
 from transformers import UMT5Config, UMT5EncoderModel
 
 from omnivideo.backends.mllm.local import LocalMLLM
+from omnivideo.backends.mllm.remote import RemoteMLLM
 from omnivideo.models import checkpoint
 from omnivideo.models.mllm import Pixels
 from omnivideo.models.omni import Bridge, Omni, build_decoder
@@ -57,3 +58,4 @@ def weights(omni, tmp_path_factory) -> Path:
 def short_answers(monkeypatch):
     """An untrained model would talk on to the limit."""
     monkeypatch.setattr(LocalMLLM, "most", 24)
+    monkeypatch.setattr(RemoteMLLM, "most", 24)

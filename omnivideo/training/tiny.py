@@ -59,6 +59,7 @@ class Tiny:
             "visual_encoder": visual_encoder_recipe,
             "mllm": lambda: mllm.mllm_recipe(self.mllm_tokenizer()),
             "stage1": lambda: stages.stage1_recipe(self.omni("mllm"), self.visual_encoder()),
+            "stage1_text": lambda: stages.stage1_text_recipe(self.omni("stage1")),
             "stage2a": lambda: stages.stage2a_recipe(self.omni("stage1")),
             "stage2b_generation": lambda: self.flow(stages.stage2b_generation_recipe, "stage2a"),
             "stage2b": lambda: self.flow(stages.stage2b_recipe, "stage2b_generation"),
@@ -141,6 +142,9 @@ class Tiny:
         if after != "mllm":
             state = torch.load(self.stage_file(after), weights_only=True)
             stages.Whole(omni).load_state_dict(state["model"] | state["average"])
+        if after not in ("mllm", "stage1") and self.has_run("stage1_text"):
+            text_head = torch.load(self.stage_file("stage1_text"), weights_only=True)["average"]
+            stages.Whole(omni).load_state_dict(text_head, strict=False)
         return omni.eval()
 
     def stage_file(self, name: str) -> Path:

@@ -16,6 +16,7 @@ from omnivideo.backends.mllm.server import mllm_app
 from omnivideo.contracts import Artifact, Ask
 from omnivideo.errors import ModelAway
 from omnivideo.storage.local import LocalStore
+from omnivideo.storage.memory import MemoryStore
 from tests.integration.servers import free_port
 
 
@@ -53,10 +54,10 @@ def asks(local):
 def test_the_same_answers_from_both(local, asks):
     port = free_port()
     with serving(local, port):
-        away = RemoteMLLM(f"http://127.0.0.1:{port}")
+        away = RemoteMLLM(f"http://127.0.0.1:{port}", local.store)
         for ask in asks:
             assert away.route(ask) == local.route(ask)
-            assert list(away.write(ask)) == list(local.write(ask))
+            assert "".join(away.write(ask)) == "".join(local.write(ask))
             assert away.agreement(ask) == local.agreement(ask)
             assert away.visual_tokens(ask, "video") == local.visual_tokens(ask, "video")
         away.close()
@@ -67,8 +68,8 @@ class Breaking(LocalMLLM):
 
     broken = False
 
-    def write(self, ask: Ask):
-        for at, piece in enumerate(super().write(ask)):
+    def write(self, ask: Ask, most: int | None = None):
+        for at, piece in enumerate(super().write(ask, most)):
             if at == 3 and not self.broken:
                 self.broken = True
                 raise RuntimeError("the server falls over")
@@ -78,7 +79,7 @@ class Breaking(LocalMLLM):
 def test_an_answer_that_is_cut_is_said_on_and_not_again(local, asks, caplog):
     port, breaking = free_port(), Breaking(local.omni, local.store)
     with serving(breaking, port):
-        away = RemoteMLLM(f"http://127.0.0.1:{port}")
+        away = RemoteMLLM(f"http://127.0.0.1:{port}", local.store)
         assert "".join(away.write(asks[0])) == "".join(local.write(asks[0]))
         away.close()
     assert breaking.broken
@@ -86,7 +87,7 @@ def test_an_answer_that_is_cut_is_said_on_and_not_again(local, asks, caplog):
 
 def test_a_model_that_is_away_is_said(asks, monkeypatch):
     monkeypatch.setattr(remote, "TRIES", 2)
-    away = RemoteMLLM(f"http://127.0.0.1:{free_port()}")
+    away = RemoteMLLM(f"http://127.0.0.1:{free_port()}", MemoryStore())
     with pytest.raises(ModelAway, match="the language model is starting or away"):
         away.route(asks[0])
     with pytest.raises(ModelAway):

@@ -6,6 +6,7 @@ from functools import lru_cache
 import torch
 
 from omnivideo.backends.media import frames_of
+from omnivideo.backends.mllm.plain import plain, specials_of
 from omnivideo.contracts import Artifact, Ask, Medium, Routed
 from omnivideo.models.mllm import Media, Message, answer, first_logits, route
 from omnivideo.models.omni import Omni
@@ -23,17 +24,18 @@ class LocalMLLM:
         self.store = store
         # A turn asks about the same clip several times (route, answer, tokens); a few are kept decoded.
         self.seen = lru_cache(maxsize=8)(self.look)
+        self.specials = specials_of(omni.mllm_tokenizer)
 
     def look(self, artifact: Artifact) -> Media:
         return Media(frames_of(self.store, artifact), artifact.fps, artifact.medium == "video")
 
     def message(self, ask: Ask) -> Message:
-        return Message(ask.text, tuple(map(self.seen, ask.shown)), ask.system)
+        return Message(plain(ask.text, self.specials), tuple(map(self.seen, ask.shown)), ask.system)
 
     def route(self, ask: Ask) -> Routed:
         return route(self.omni.mllm, self.omni.mllm_tokenizer, self.message(ask), self.omni.pixels)
 
-    def write(self, ask: Ask) -> Iterator[str]:
+    def write(self, ask: Ask, most: int | None = None) -> Iterator[str]:
         # Greedy: what a thread says must come out the same when a killed process goes on with it.
         yield from answer(
             self.omni.mllm,
@@ -41,7 +43,7 @@ class LocalMLLM:
             self.message(ask),
             self.omni.pixels,
             temperature=0.0,
-            most=self.most,
+            most=most or self.most,
         )
 
     def agreement(self, ask: Ask) -> float:

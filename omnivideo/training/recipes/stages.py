@@ -1,6 +1,7 @@
 """The paper's three stages (sections 4.2 and 4.3): what is trained, what is frozen, by which loss.
 
 stage1   vision head, text head              Eq. 1 + Eq. 2, understanding and generation together
+stage1_text  text head                       Eq. 2 alone, the first token above all: it is the route
 stage2a  adapter                             its output against the decoder's text embeddings
 stage2b  adapter (with the visual context)   flow matching through the frozen decoder: T2I + T2V first
                                              (stage2b_generation), then all four tasks
@@ -24,6 +25,7 @@ from omnivideo.training.drawn import Drawn, Row, pick_rows
 from omnivideo.training.latents import to_pixels
 from omnivideo.training.recipes.decoder import flow_matching
 from omnivideo.training.recipes.mllm import (
+    Sample,
     batch_of,
     knowledge_sample,
     question_sample,
@@ -94,11 +96,52 @@ def stage1_recipe(omni: Omni, encoder: SiglipVisionModel, steps: int = 2000, bat
     return Recipe("stage1", model, trained, loss, steps, lr=1e-2, adam_lr=2e-3, warmup=100)
 
 
+def drawn_sample(rng: random.Random, video: bool) -> Sample:
+    """A request of any of the four tasks that draw, with the route that it takes."""
+    one = random_request(rng, rng.choice(TASKS[1::2] if video else TASKS[::2]))
+    return one.message, "".join(ENDING[one.kind])
+
+
+def first_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Eq. 2 at the answers' first tokens."""
+    first = (labels[:, 1:] != -100).int().argmax(dim=1)
+    rows = torch.arange(len(labels))
+    return F.cross_entropy(logits[rows, first].float(), labels[rows, first + 1])
+
+
+def stage1_text_recipe(omni: Omni, steps: int = 1500, batch: int = 48) -> Recipe:
+    """Stage 1 goes on with the text head alone, which needs more examples than the vision head.
+
+    What later stages train does not depend on it, so it may run at any time after stage 1.
+    """
+    model = Whole(omni)
+
+    def loss(step: int) -> Losses:
+        rng = random.Random(step_seed("stage1_text/data", step))
+        makers = rng.choices([make for make, _ in HEAD_MIX], [share for _, share in HEAD_MIX], k=batch)
+        samples = [make(rng, rng.random() < 0.5) for make in makers]
+        inputs, labels = batch_of(omni.mllm_tokenizer, samples, omni.pixels)
+        with torch.no_grad():
+            states = model.mllm.model(**inputs).last_hidden_state
+        logits = model.mllm.lm_head(states)
+        value, right = text_loss(logits, labels)
+        first = first_token_loss(logits, labels)
+        return {"loss": value + first, "first": first, "right": right}
+
+    return Recipe("stage1_text", model, ("mllm.lm_head",), loss, steps, adam_lr=1e-3, warmup=20, ema=0.99)
+
+
 def equal_length(wanted: Sequence[Request]) -> Tensor:
     """Pixels [B, 3, 9, H, W] of the targets; a still stands for all of its frames."""
     clips = [to_pixels([one.target]) for one in wanted]
     longest = max(clip.shape[2] for clip in clips)
     return torch.cat([clip.expand(-1, -1, longest, -1, -1) if clip.shape[2] == 1 else clip for clip in clips])
+
+
+HEAD_MIX = (
+    (question_sample, 0.45), (drawn_sample, 0.25), (thinking_sample, 0.15), (route_sample, 0.07),
+    (knowledge_sample, 0.04), (talk_sample, 0.04),
+)  # fmt: skip
 
 
 # ---------------------------------------------------------------- stage 2a
