@@ -15,7 +15,7 @@ from omnivideo.contracts import Artifact, Event, Finished, Question, Waiting, ch
 from omnivideo.errors import InvalidInput, JobCancelled, ModelAway, NotStored, OmniVideoError, StoreError
 
 log = logging.getLogger("omnivideo.api")
-PATIENCE = 120.0  # seconds that a turn waits for a server of ours that is away
+PATIENCE = 600.0  # seconds that a turn waits for a server of ours: a large language model is loaded for minutes
 
 
 class Runner:

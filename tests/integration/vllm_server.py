@@ -3,10 +3,12 @@
     python tests/integration/vllm_server.py install .venv-vllm     makes such an interpreter (3 minutes, 3.5 GB)
     <its python> tests/integration/vllm_server.py serve WEIGHTS PORT [OPTION=VALUE ...]     becomes the server
 
-OMNIVIDEO_VLLM_PYTHON names one that is elsewhere; with OMNIVIDEO_VLLM_INSTALL=1 the tests make one where there is none.
+OMNIVIDEO_VLLM_PYTHON names one that is elsewhere.  The tests make one where there is none, unless
+OMNIVIDEO_VLLM_INSTALL=0 or the disk is too full for it.
 """
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 PLACES = (ROOT / ".venv-vllm", Path("/work/venv-vllm"))
 TORCH = ("torch==2.13.0", "torchvision==0.28.0")
+ROOM = 8 * 2**30  # bytes free on the disk
 BESIDE = ("diffusers>=0.42.1,<0.43", "av>=15.0")  # of our own dependencies, what vLLM does not bring
 NEEDED = "import vllm, av, diffusers"
 SHIM = '''"""PyPI's torchvision is built for CUDA: beside torch for the CPU its operators are missing and it cannot be
@@ -43,16 +46,20 @@ sys.meta_path.insert(0, Finder())
 '''
 
 
-def interpreter() -> str | None:
-    """A Python that has vLLM; None where there is none and none may be made."""
+def interpreter() -> str:
+    """A Python that has vLLM; raises LookupError where there is none and none can be made."""
     named = os.environ.get("OMNIVIDEO_VLLM_PYTHON")
     candidates = [named] if named else [sys.executable, *(str(place / "bin" / "python") for place in PLACES)]
     for candidate in candidates:
         if Path(candidate).exists() and runs(candidate, NEEDED):
             return candidate
-    if named or os.environ.get("OMNIVIDEO_VLLM_INSTALL") != "1":
-        return None
-    return str(install(PLACES[0]))
+    if named or os.environ.get("OMNIVIDEO_VLLM_INSTALL") == "0" or shutil.disk_usage(ROOT).free < ROOM:
+        raise LookupError("vLLM is not here: its server was not tested")
+    try:
+        return str(install(PLACES[0]))
+    except subprocess.CalledProcessError as error:
+        why = f"vLLM is not here and could not be installed ({error.cmd[-1]}): its server was not tested"
+        raise LookupError(why) from None
 
 
 def runs(python: str, program: str) -> bool:
