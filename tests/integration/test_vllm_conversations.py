@@ -86,7 +86,7 @@ def test_a_conversation_of_ten_turns_goes_the_same_way(studio, whole):
     assert told[0] == told[1] and len(told[0]) >= 8  # a turn that asks back says nothing more
 
 
-def test_the_service_goes_on_when_vllm_is_killed_in_the_middle_of_a_turn(server, whole, tmp_path):
+def test_the_service_goes_on_when_vllm_is_killed_in_the_middle_of_a_turn(server, tmp_path):
     """Killed while it answers and started again: the turn ends as if nothing had been, and nobody asked again."""
     wiring = Wiring(service(home=tmp_path, mllm=server.address, weights=str(WEIGHTS)), "cpu")
     words = "draw a big red circle and a small blue square; how many shapes are there?"

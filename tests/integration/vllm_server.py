@@ -118,7 +118,7 @@ class Server:
             )
         return self
 
-    def wait(self, seconds: float = 300) -> "Server":
+    def wait(self, seconds: float = 600) -> "Server":
         import httpx
 
         until = time.monotonic() + seconds
