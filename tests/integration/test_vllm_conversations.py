@@ -1,6 +1,7 @@
 """The planner's whole conversation suite once more, its language model behind vLLM, over the weights that we ship."""
 
 import random
+from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
@@ -92,17 +93,22 @@ def test_the_service_goes_on_when_vllm_is_killed_in_the_middle_of_a_turn(server,
     words = "draw a big red circle and a small blue square; how many shapes are there?"
     with serving(wiring) as address, httpx.Client(base_url=address, timeout=600, trust_env=False) as http:
         undisturbed, _ = played(http, words, lambda kind: None)
-        turn, told = played(http, words, lambda kind: killed_at(server, kind))
+        next(fate := killed_once(server))
+        turn, told = played(http, words, fate.send)
     assert "waiting" in told and turn["state"] == undisturbed["state"] == "done"
     assert [one["answer"] for one in turn["turn"]["done"]] == [one["answer"] for one in undisturbed["turn"]["done"]]
 
 
-def killed_at(server: Server, kind: str) -> None:
-    """The plan is told before the language model is asked anything; a clip is drawn while nobody asks it."""
-    if kind == "step" and server.process.poll() is None:
-        server.kill()
-    if kind == "waiting":
-        server.start()
+def killed_once(server: Server) -> Generator[None, str]:
+    """Killed at the first step of the clip, and started again when the turn waits for it; takes an event a time."""
+    while (yield) != "step":
+        pass
+    server.kill()
+    while (yield) != "waiting":
+        pass
+    server.start()
+    while True:
+        yield
 
 
 def played(http: httpx.Client, words: str, saw) -> tuple[dict, list[str]]:

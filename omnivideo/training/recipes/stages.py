@@ -231,10 +231,12 @@ def flow_recipe(
     eq1: float,
     turns: tuple[int, ...] = (0, 1),
     edits: float = 0.5,
+    high: float = 0.5,
 ) -> Recipe:
     """Flow matching through the decoder over mixed batches of whatever tasks there are data for.
 
-    Images (0) and videos (1) take turns.  `edits` is their share of a batch; `eq1` weighs the vision head's own loss.
+    Images (0) and videos (1) take turns.  `edits` is their share of a batch, `high` that of noise levels as the sampler
+    visits them; `eq1` weighs the vision head's own loss.
     """
     model = Whole(omni)
     with torch.no_grad():
@@ -246,7 +248,7 @@ def flow_recipe(
         kind = turns[step % len(turns)]
         rows = pick_rows(rng, groups[kind], sizes[kind], edits)
         condition, visual = group_condition(omni, model, rows, rng, Drop(), null)
-        errors = flow_matching(model.decoder, torch.stack([row.target for row in rows]), condition)
+        errors = flow_matching(model.decoder, torch.stack([row.target for row in rows]), condition, high)
         edited = torch.tensor([row.source is not None for row in rows])
         losses = {"loss": errors.mean()}
         if eq1:
@@ -283,9 +285,14 @@ def stage2b_recipe(
 
 
 def stage3_recipe(
-    omni: Omni, data: Mapping[Task, Drawn], steps: int = 6_400, sizes: tuple[int, int] = (64, 24)
+    omni: Omni, data: Mapping[Task, Drawn], steps: int = 14_000, sizes: tuple[int, int] = (64, 24)
 ) -> Recipe:
-    """Videos and edits more often than images and new ones: they are harder, and the decoder knows the others."""
+    """Videos and edits more often than images and new ones: they are harder, and the decoder knows the others.
+
+    At little noise the latents themselves tell what is to come; what to edit is learned from the condition at much.
+    """
     torch.manual_seed(14)
     trained = ("bridge", "decoder")
-    return flow_recipe("stage3", omni, data, trained, steps, sizes, lr=7e-3, eq1=0.1, turns=(0, 1, 1), edits=0.75)
+    return flow_recipe(
+        "stage3", omni, data, trained, steps, sizes, lr=7e-3, eq1=0.1, turns=(0, 1, 1), edits=0.8, high=0.9
+    )
