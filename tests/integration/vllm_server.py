@@ -17,7 +17,7 @@ import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-PLACES = (ROOT / ".venv-vllm", Path("/work/venv-vllm"))
+PLACE = ROOT / ".venv-vllm"
 TORCH = ("torch==2.13.0", "torchvision==0.28.0")
 ROOM = 8 * 2**30  # bytes free on the disk
 BESIDE = ("diffusers>=0.42.1,<0.43", "av>=15.0")  # of our own dependencies, what vLLM does not bring
@@ -49,14 +49,14 @@ sys.meta_path.insert(0, Finder())
 def interpreter() -> str:
     """A Python that has vLLM; raises LookupError where there is none and none can be made."""
     named = os.environ.get("OMNIVIDEO_VLLM_PYTHON")
-    candidates = [named] if named else [sys.executable, *(str(place / "bin" / "python") for place in PLACES)]
+    candidates = [named] if named else [sys.executable, str(PLACE / "bin" / "python")]
     for candidate in candidates:
         if Path(candidate).exists() and runs(candidate, NEEDED):
             return candidate
     if named or os.environ.get("OMNIVIDEO_VLLM_INSTALL") == "0" or shutil.disk_usage(ROOT).free < ROOM:
         raise LookupError("vLLM is not here: its server was not tested")
     try:
-        return str(install(PLACES[0]))
+        return str(install(PLACE))
     except subprocess.CalledProcessError as error:
         why = f"vLLM is not here and could not be installed ({error.cmd[-1]}): its server was not tested"
         raise LookupError(why) from None
