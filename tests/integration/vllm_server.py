@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 PLACES = (ROOT / ".venv-vllm", Path("/work/venv-vllm"))
 TORCH = ("torch==2.13.0", "torchvision==0.28.0")
-BESIDE = ("diffusers>=0.42.1,<0.43", "av>=15.0")  # of our own dependencies, what vLLM does not bring
+BESIDE = ("--requirement", str(ROOT / "deploy" / "requirements-mllm.txt"))  # ours that vLLM does not bring
 NEEDED = "import vllm, av, diffusers"
 SHIM = '''"""PyPI's torchvision is built for CUDA: beside torch for the CPU its operators are missing and it cannot be
 imported.  Only their names are needed: nothing here calls them."""
