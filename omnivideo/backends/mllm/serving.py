@@ -149,6 +149,10 @@ def checked(folder: Path) -> str:
 def arguments(folder: Path, served: str, host: str, port: int, on_gpu: bool, chosen: Options) -> list[str]:
     # Not `vllm serve`: it looks for a package called vllm, which the CPU's build is not.
     program = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    flags = [] if on_gpu else ["--enforce-eager"]  # compiling takes minutes, and needs a compiler
+    if chosen.lora:
+        flags += ["--enable-lora", "--max-lora-rank", str(rank(chosen.lora))]
+        flags += ["--lora-modules", f"{SERVED}-lora={chosen.lora.resolve()}"]
     folder = folder.resolve()
     values: dict[str, Any] = {
         "model": folder / "mllm",
@@ -176,10 +180,6 @@ def arguments(folder: Path, served: str, host: str, port: int, on_gpu: bool, cho
         "tensor-parallel-size": chosen.tensor_parallel,
         "gpu-memory-utilization": chosen.memory if on_gpu else None,
     }
-    flags = [] if on_gpu else ["--enforce-eager"]  # compiling takes minutes, and needs a compiler
-    if chosen.lora:
-        flags += ["--enable-lora", "--max-lora-rank", str(rank(chosen.lora))]
-        flags += ["--lora-modules", f"{SERVED}-lora={chosen.lora.resolve()}"]
     return [*program, *spelled(values), *flags, *chosen.more]
 
 
