@@ -32,5 +32,5 @@ lint:
 	.venv/bin/mypy
 
 clean:
-	rm -rf .venv .venv-vllm out/demo build dist .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .venv .venv-vllm* out/demo build dist .pytest_cache .ruff_cache .mypy_cache
 	find omnivideo tests -name __pycache__ -type d -prune -exec rm -rf {} +
