@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from omnivideo import operate
+from omnivideo import convert, operate
 from omnivideo.contracts import check_prompt, settings
 from omnivideo.errors import InvalidInput, OmniVideoError
 from omnivideo.presets import Task
@@ -19,6 +19,7 @@ from omnivideo.presets import preset as preset_of
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(operate.app)
+app.add_typer(convert.app, name="weights")
 out = Console()
 err = Console(stderr=True)
 
