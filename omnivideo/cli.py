@@ -249,8 +249,30 @@ def train(
     recipe: Annotated[str, typer.Argument(help="tiny for all of them in order, or one recipe's name.")],
     runs: Annotated[Path, typer.Option(help="Folder of checkpoints, logs and plots.")] = Path("runs"),
     compiled: Annotated[bool, typer.Option(help="torch.compile the decoder (needs a C++ compiler).")] = False,
+    plan: Annotated[bool, typer.Option("--plan", help="Only say what the recipe costs at full size.")] = False,
+    preset: Annotated[str, typer.Option(help="With --plan: the model.")] = "omnivideo-1.3b",
+    gpus: Annotated[str, typer.Option(help="With --plan: COUNTxNAME.")] = "8xH100",
+    batch: Annotated[int, typer.Option(min=1, help="With --plan: clips on one GPU.")] = 1,
+    size: Annotated[str, typer.Option(help="With --plan: WIDTHxHEIGHT in px.")] = "832x480",
+    frames: Annotated[int, typer.Option(help="With --plan: frames of a clip.")] = 17,
+    sequence_parallel: Annotated[int, typer.Option(min=1, help="With --plan: GPUs that share a sample.")] = 1,
+    checkpointing: Annotated[bool, typer.Option(help="With --plan: compute activations twice, keep few.")] = True,
+    cached: Annotated[bool, typer.Option(help="With --plan: latents, text and MLLM states come from disk.")] = True,
+    steps: Annotated[Optional[int], typer.Option(min=1, help="With --plan; default: Table 1 once.")] = None,  # noqa: UP045
+    utilisation: Annotated[float, typer.Option(help="With --plan: share of the peak in products.")] = 0.45,
 ) -> None:
     """Train the tiny preset, or one recipe of it; goes on from its last checkpoint."""
+    if plan:
+        from omnivideo.training.flops import gpus_of
+        from omnivideo.training.plan import Setting, as_table, check
+        from omnivideo.training.plan import plan as planned
+
+        count, gpu = gpus_of(gpus)
+        px: dict[str, Any] = parse_size(size)
+        made = planned(Setting(recipe, gpu, count, preset_of(preset), batch, px["width"], px["height"], frames,
+                               sequence_parallel, checkpointing, cached, steps, utilisation))  # fmt: skip
+        out.print(as_table(made))
+        return check(made)
     from omnivideo.training.tiny import Tiny
 
     Tiny(runs, compiled=compiled).train(recipe, out)
