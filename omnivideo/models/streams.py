@@ -28,7 +28,7 @@ from omnivideo.errors import CheckpointError, InvalidInput
 State = dict[str, Tensor]
 Tell = Callable[[str, int], None]  # the file and how many bytes more of it are written
 
-PIECE = 1 << 26
+PIECE = 1 << 20
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,

@@ -101,7 +101,7 @@ class Setting:
     @property
     def stills(self) -> int:
         """Images on one GPU."""
-        return max(1, self.batch * self.tokens("clip") // self.tokens("still"))
+        return max(1, self.batch * self.seen("clip") // self.seen("still"))
 
     def count(self, kind: str) -> int:
         return self.batch if kind == "clip" else self.stills
@@ -111,6 +111,10 @@ class Setting:
 
     def tokens(self, kind: str) -> int:
         return decoder_tokens(self.preset, self.grid(kind))
+
+    def seen(self, kind: str) -> int:
+        """Tokens of the model that a step spends its time in: the MLLM in stage 1, else the decoder."""
+        return MLLM_TOKENS[kind] if self.recipe.startswith("stage1") else self.tokens(kind)
 
     def condition(self, kind: str) -> int:
         """L of an edit, which is the longest: source, visual tokens and a text of full length, within the limits."""
@@ -423,8 +427,8 @@ def memory_rows(made: Plan) -> list[tuple[str, str]]:
 def time_rows(made: Plan) -> list[tuple[str, str]]:
     setting, rows = made.setting, []
     for kind, times in made.step.items():
-        tokens = f"{setting.count(kind)} x {setting.tokens(kind):,} tokens, condition {setting.condition(kind):,}"
-        rows.append((f"a step of {kind}s on each GPU", tokens))
+        drawn = "" if setting.recipe.startswith("stage1") else f", condition {setting.condition(kind):,}"
+        rows.append((f"a step of {kind}s on each GPU", f"{setting.count(kind)} x {setting.seen(kind):,} tokens{drawn}"))
         rows += [(f"  seconds, {name}", f"{seconds:.3f}") for name, seconds in times.items()]
     rows.append(("TFLOP a GPU and clip step, attention counted", f"{made.flops['clip'] / 1e12:.1f}"))
     rows.append(("MFU that follows", f"{made.mfu:.2f}"))

@@ -172,7 +172,7 @@ def test_version_1_in_full_shape_there_and_back_in_little_memory(tmp_path):
 
     report = import_weights(tmp_path / "theirs", tmp_path / "ours", tell=tell)
     assert report.bytes == FULL[preset.name][1] and most < 300 << 20
-    assert sum(path.stat().st_blocks * 512 for path in (tmp_path / "ours").rglob("*")) < report.bytes / 10
+    assert sum(path.stat().st_blocks * 512 for path in (tmp_path / "ours").rglob("*")) < report.bytes / 2
     export_weights(tmp_path / "ours", tmp_path / "back")
     assert anonymous() - before < 300 << 20
     back = torch.load(tmp_path / "back" / "transformer" / "model.pt", weights_only=True, mmap=True)
