@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from omnivideo import operate
+from omnivideo import convert, operate
 from omnivideo.contracts import check_prompt, settings
 from omnivideo.errors import InvalidInput, OmniVideoError
 from omnivideo.presets import Task
@@ -19,6 +19,7 @@ from omnivideo.presets import preset as preset_of
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(operate.app)
+app.add_typer(convert.app, name="weights")
 out = Console()
 err = Console(stderr=True)
 
@@ -248,8 +249,30 @@ def train(
     recipe: Annotated[str, typer.Argument(help="tiny for all of them in order, or one recipe's name.")],
     runs: Annotated[Path, typer.Option(help="Folder of checkpoints, logs and plots.")] = Path("runs"),
     compiled: Annotated[bool, typer.Option(help="torch.compile the decoder (needs a C++ compiler).")] = False,
+    plan: Annotated[bool, typer.Option("--plan", help="Only say what the recipe costs at full size.")] = False,
+    preset: Annotated[str, typer.Option(help="With --plan: the model.")] = "omnivideo-1.3b",
+    gpus: Annotated[str, typer.Option(help="With --plan: COUNTxNAME.")] = "8xH100",
+    batch: Annotated[int, typer.Option(min=1, help="With --plan: clips on one GPU.")] = 1,
+    size: Annotated[str, typer.Option(help="With --plan: WIDTHxHEIGHT in px.")] = "832x480",
+    frames: Annotated[int, typer.Option(help="With --plan: frames of a clip.")] = 17,
+    sequence_parallel: Annotated[int, typer.Option(min=1, help="With --plan: GPUs that share a sample.")] = 1,
+    checkpointing: Annotated[bool, typer.Option(help="With --plan: compute activations twice, keep few.")] = True,
+    cached: Annotated[bool, typer.Option(help="With --plan: latents, text and MLLM states come from disk.")] = True,
+    steps: Annotated[Optional[int], typer.Option(min=1, help="With --plan; default: Table 1 once.")] = None,  # noqa: UP045
+    utilisation: Annotated[float, typer.Option(help="With --plan: share of the peak in products.")] = 0.45,
 ) -> None:
     """Train the tiny preset, or one recipe of it; goes on from its last checkpoint."""
+    if plan:
+        from omnivideo.training.flops import gpus_of
+        from omnivideo.training.plan import Setting, as_table, check
+        from omnivideo.training.plan import plan as planned
+
+        count, gpu = gpus_of(gpus)
+        px: dict[str, Any] = parse_size(size)
+        made = planned(Setting(recipe, gpu, count, preset_of(preset), batch, px["width"], px["height"], frames,
+                               sequence_parallel, checkpointing, cached, steps, utilisation))  # fmt: skip
+        out.print(as_table(made))
+        return check(made)
     from omnivideo.training.tiny import Tiny
 
     Tiny(runs, compiled=compiled).train(recipe, out)

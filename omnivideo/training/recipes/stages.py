@@ -43,6 +43,13 @@ TEXT_MIX = (
 )  # fmt: skip
 
 
+# What each stage trains, by the beginnings of its parameters' names.
+JOINED = ("bridge.adapter", "bridge.visual_context", "bridge.markers")
+TRAINED = {
+    "stage1": ("mllm.lm_head", "bridge.vision_head"), "stage1_text": ("mllm.lm_head",), "stage2a": ("bridge.adapter",),
+    "stage2b_generation": JOINED, "stage2b": JOINED, "stage3": ("bridge", "decoder"),
+}  # fmt: skip
+
 # Resolution and frame count are shared inside a group, so its tasks share a batch.
 GROUPS: tuple[tuple[Task, ...], ...] = (("text-to-image", "image-editing"), ("text-to-video", "video-editing"))
 
@@ -92,8 +99,7 @@ def stage1_recipe(omni: Omni, encoder: SiglipVisionModel, steps: int = 2000, bat
         vision = alignment(visual, target)
         return {"loss": value + vision, "text": value, "vision": vision, "right": right}
 
-    trained = ("mllm.lm_head", "bridge.vision_head")
-    return Recipe("stage1", model, trained, loss, steps, lr=1e-2, adam_lr=2e-3, warmup=100)
+    return Recipe("stage1", model, TRAINED["stage1"], loss, steps, lr=1e-2, adam_lr=2e-3, warmup=100)
 
 
 def drawn_sample(rng: random.Random, video: bool) -> Sample:
@@ -128,7 +134,7 @@ def stage1_text_recipe(omni: Omni, steps: int = 1500, batch: int = 48) -> Recipe
         first = first_token_loss(logits, labels)
         return {"loss": value + first, "first": first, "right": right}
 
-    return Recipe("stage1_text", model, ("mllm.lm_head",), loss, steps, adam_lr=1e-3, warmup=20, ema=0.99)
+    return Recipe("stage1_text", model, TRAINED["stage1_text"], loss, steps, adam_lr=1e-3, warmup=20, ema=0.99)
 
 
 def equal_length(wanted: Sequence[Request]) -> Tensor:
@@ -173,7 +179,7 @@ def stage2a_recipe(omni: Omni, steps: int = 1000, batch: int = 32) -> Recipe:
         pairs = zip(tokens, texts, strict=True)
         return {"loss": torch.stack([into_text_space(one, text) for one, text in pairs]).mean()}
 
-    return Recipe("stage2a", model, ("bridge.adapter",), loss, steps, lr=5e-3, adam_lr=1e-3, warmup=100)
+    return Recipe("stage2a", model, TRAINED["stage2a"], loss, steps, lr=5e-3, adam_lr=1e-3, warmup=100)
 
 
 # ---------------------------------------------------------------- stages 2b and 3
@@ -224,7 +230,6 @@ def flow_recipe(
     name: str,
     omni: Omni,
     data: Mapping[Task, Drawn],
-    trained: tuple[str, ...],
     steps: int,
     sizes: tuple[int, int],
     lr: float,
@@ -260,13 +265,12 @@ def flow_recipe(
                 losses[label] = errors[chosen].mean()
         return losses
 
-    return Recipe(name, model, trained, loss, steps, lr=lr, adam_lr=lr / 10, warmup=200, ema=0.999)
+    return Recipe(name, model, TRAINED[name], loss, steps, lr=lr, adam_lr=lr / 10, warmup=200, ema=0.999)
 
 
 def adapter_recipe(name: str, omni: Omni, data: Mapping[Task, Drawn], steps: int, sizes: tuple[int, int]) -> Recipe:
     torch.manual_seed(13)
-    trained = ("bridge.adapter", "bridge.visual_context", "bridge.markers")
-    return flow_recipe(name, omni, data, trained, steps, sizes, lr=5e-3, eq1=0.0)
+    return flow_recipe(name, omni, data, steps, sizes, lr=5e-3, eq1=0.0)
 
 
 def stage2b_generation_recipe(
@@ -292,7 +296,4 @@ def stage3_recipe(
     At little noise the latents themselves tell what is to come; what to edit is learned from the condition at much.
     """
     torch.manual_seed(14)
-    trained = ("bridge", "decoder")
-    return flow_recipe(
-        "stage3", omni, data, trained, steps, sizes, lr=7e-3, eq1=0.1, turns=(0, 1, 1), edits=0.8, high=0.9
-    )
+    return flow_recipe("stage3", omni, data, steps, sizes, lr=7e-3, eq1=0.1, turns=(0, 1, 1), edits=0.8, high=0.9)
