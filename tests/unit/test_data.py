@@ -89,8 +89,10 @@ def test_an_index_is_made_again_where_it_is_gone_or_does_not_fit(shards):
     index = shards / "00000.index.json"
     index.unlink()
     assert Library(shelf(shards), Problems()).entries == before
-    index.write_text(json.dumps({"format": 1, "bytes": 3, "samples": []}))
-    assert Library(shelf(shards), Problems()).entries == before
+    size = (shards / "00000.tar").stat().st_size
+    for text in (json.dumps({"format": 1, "bytes": 3, "samples": []}), json.dumps({"format": 1, "bytes": size}), "[]"):
+        index.write_text(text)
+        assert Library(shelf(shards), Problems()).entries == before
 
 
 def test_a_second_shard_begins_where_the_first_is_full(tmp_path, monkeypatch):
@@ -153,6 +155,13 @@ def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
         ({"a.json": b'{"task": "text-to-sound", "text": "x"}', "a.target.png": png()}, "wrong record", "not one of"),
         ({"a.json": b'{"task": "text-to-image", "text": 3}', "a.target.png": png()}, "wrong record", "text"),
         ({"a.json": b'{"task": "text-to-image", "text": "x"}'}, "wrong record", "target"),
+        (
+            {"a.json": b'{"task": "text-to-image", "text": "\\ud800"}', "a.target.png": png()},
+            "wrong record",
+            "surrogate",
+        ),
+        ({"a.json": b'{"task": "image-understanding", "turns": 3}', "a.source.png": png()}, "wrong record", "turns"),
+        ({"a.json": b"[" * 100_000, "a.target.png": png()}, "wrong record", "not JSON"),
         ({"a.json": b'{"task": "text-to-video", "text": "x"}', "a.target.png": png()}, "wrong record", "png"),
         ({"a.target.png": png()}, "missing file", "a.json"),
         (
@@ -260,6 +269,18 @@ def test_llava(tmp_path):
     )
     assert problems.counts() == {"missing file": 2, "wrong record": 3}
     assert {where for _, where, _ in problems.found} == {f"a.json#{number}" for number in range(3, 8)}
+
+
+@pytest.mark.parametrize("name", ["a" * 5000, "a\0b", "..", "", "/etc/passwd", "\ud800.png"])
+def test_file_names_that_are_none_are_skipped(tmp_path, name):
+    lay(tmp_path, {"1.png": png()})
+    row = {"image": "1.png", "conversations": said("<image>\nWhat?", "A ball.")}
+    (tmp_path / "a.jsonl").write_text(f"{json.dumps(row | {'image': name})}\n{'[' * 100_000}\n{json.dumps(row)}\n")
+    samples, problems = taken("llava", tmp_path, "a.jsonl")
+    assert len(samples) == 1
+    assert [where for _, where, _ in problems.found] == ["a.jsonl:1", "a.jsonl:2"]
+    problems.write(tmp_path / "report.jsonl")
+    assert len((tmp_path / "report.jsonl").read_text().splitlines()) == 2
 
 
 def test_an_array_that_is_cut_gives_what_comes_before(tmp_path):

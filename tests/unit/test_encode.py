@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from omnivideo.cli import app
 from omnivideo.errors import InvalidInput
 from omnivideo.models.vae import encode, from_bytes
 from omnivideo.training.data.batches import Mix, buckets_around
@@ -63,6 +65,16 @@ def test_what_cannot_be_encoded_is_named_and_the_rest_goes_on(frozen, tmp_path):
     encode_all(made, frozen, FIT, lambda done, count: None)
     assert [where for _, where, _ in made.problems.found] == ["00000.tar/000000001", "00000.tar/000000000"]
     assert Cache(made.shelf, frozen.digest(FIT))(made.entries[2])["target"].shape[0] == 16
+
+
+def test_the_command_encodes_and_says_under_which_name(weights, frozen, tmp_path):
+    made = library(tmp_path, six())
+    given = ["data", "encode", str(tmp_path), "--weights", str(weights), "--frames", "5"]
+    ran = CliRunner().invoke(app, given, catch_exceptions=False)
+    digest = frozen.digest(FIT)
+    assert f"4 samples encoded; cache {digest}" in ran.output
+    assert Cache(made.shelf, digest)(made.entries[4])["source"].shape == (16, 1, 6, 12)  # 2 : 1, as the picture
+    assert "0 samples encoded" in CliRunner().invoke(app, given, catch_exceptions=False).output
 
 
 def test_a_library_is_walked_in_batches(tmp_path):

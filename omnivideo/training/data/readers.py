@@ -55,7 +55,7 @@ def line_rows(path: Path, text: str, problems: Problems) -> Iterator[tuple[str, 
             name = f"{path.name}:{number}"
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 problems.add("wrong record", name, f"it is not JSON: {error}")
                 continue
             yield name, row
@@ -72,7 +72,7 @@ def array_rows(path: Path, text: str, problems: Problems) -> Iterator[tuple[str,
         number += 1
         try:
             row, at = decoder.raw_decode(text, at)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             problems.add("wrong record", f"{path.name}#{number}", f"it is not JSON, and the rest is lost: {error}")
             return
         yield f"{path.name}#{number}", row
@@ -128,12 +128,15 @@ def medium(row: Record, media: Path, *names: str) -> bytes:
 
 def file_in(folder: Path, name: str) -> bytes:
     """A file's bytes; never one outside of the folder, whatever the record says."""
-    path = (folder / name).resolve()
-    if not path.is_relative_to(folder.resolve()):
-        raise InvalidInput("file", f"{name!r} is outside of the media folder")
-    if not path.is_file():
-        raise InvalidInput("file", f"{name!r} is missing")
-    return path.read_bytes()
+    try:
+        path = (folder / name).resolve()
+        if not path.is_relative_to(folder.resolve()):
+            raise InvalidInput("file", f"{name!r} is outside of the media folder")
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise InvalidInput("file", f"{name!r} is missing") from None
+    except (OSError, ValueError, RuntimeError):  # no permission, no file name at all, a ring of links
+        raise InvalidInput("file", f"{name[:200]!r} cannot be read") from None
 
 
 # ---------------------------------------------------------------- layouts

@@ -76,7 +76,7 @@ class Problems:
     def write(self, path: Path) -> None:
         """One line of JSON for each."""
         rows = [{"kind": kind, "where": where, "what": what} for kind, where, what in self.found]
-        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 # ---------------------------------------------------------------- media
@@ -198,6 +198,9 @@ def check(sample: Sample) -> None:
     for name in ("source", "target", "text", "turns"):
         if bool(getattr(sample, name)) != (name in needs(sample.task)):
             raise InvalidInput(name, f"{'missing from' if name in needs(sample.task) else 'not for'} {sample.task}")
+    said = "".join((sample.text, sample.caption, *(side for turn in sample.turns for side in turn)))
+    if any("\ud800" <= letter <= "\udfff" for letter in said):
+        raise InvalidInput("text", "it holds half of a surrogate pair")
     for data in (sample.source, sample.target):
         if data is not None and is_clip(data) != ("video" in sample.task):
             raise InvalidInput("task", f"{sample.task} with a medium of type {kind_of(data)}")

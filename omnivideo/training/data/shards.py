@@ -69,7 +69,7 @@ def parsed(data: bytes) -> dict[str, Any]:
     """The fields of a sample's JSON."""
     try:
         record = json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise InvalidInput("json", "it is not JSON") from None
     if not isinstance(record, dict) or not isinstance(record.get("task"), str):
         raise InvalidInput("task", "missing from the record")
@@ -77,6 +77,8 @@ def parsed(data: bytes) -> dict[str, Any]:
     turns = kept.pop("turns", [])
     if any(not isinstance(value, str) for value in kept.values()):
         raise InvalidInput("json", f"{', '.join(kept)} are to be text")
+    if not isinstance(turns, list):
+        raise InvalidInput("turns", "a list of questions and answers is wanted")
     return kept | {"turns": tuple(pair_of(turn) for turn in turns)}
 
 
@@ -229,16 +231,16 @@ def entries_of(of: Shelf, shard: str, problems: Problems) -> list[Entry]:
     """A shard's samples from its index, or from the shard where the index does not fit."""
     try:
         index = json.loads(of.read(shard.removesuffix(".tar") + ".index.json"))
-    except (NotStored, ValueError):
-        return scan(of, shard, problems)
-    if index.get("format") != 1 or index.get("bytes") != of.size(shard):
-        return scan(of, shard, problems)
-    return [
-        Entry(
-            shard, row["key"], row["task"], Shape(**row["shape"]), {k: (a, b) for k, (a, b) in row["members"].items()}
-        )
-        for row in index["samples"]
-    ]
+        if index["format"] == 1 and index["bytes"] == of.size(shard):
+            return [entry_of(shard, row) for row in index["samples"]]
+    except (NotStored, ValueError, KeyError, TypeError):
+        pass  # none, or none of ours
+    return scan(of, shard, problems)
+
+
+def entry_of(shard: str, row: dict[str, Any]) -> Entry:
+    spans = {name: (offset, length) for name, (offset, length) in row["members"].items()}
+    return Entry(shard, row["key"], row["task"], Shape(**row["shape"]), spans)
 
 
 def scan(of: Shelf, shard: str, problems: Problems) -> list[Entry]:
