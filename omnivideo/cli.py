@@ -16,9 +16,13 @@ from omnivideo.contracts import check_prompt, settings
 from omnivideo.errors import InvalidInput, OmniVideoError
 from omnivideo.presets import Task
 from omnivideo.presets import preset as preset_of
+from omnivideo.training.curation.command import curate
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(operate.app)
+data = typer.Typer(no_args_is_help=True, help="Training data.")
+data.command()(curate)
+app.add_typer(data, name="data")
 out = Console()
 err = Console(stderr=True)
 
