@@ -184,3 +184,90 @@ def test_a_second_run_changes_nothing_and_other_settings_are_refused(folder, out
     assert tree(out) == before and all((out / name).read_bytes() == held for name, held in journals.items())
     with pytest.raises(InvalidInput, match="output: it holds a run with other settings"):
         curate(folder, out, Settings(bounds=Bounds(min_pixels=100), ocr=False))
+
+
+def test_ocr_reads_what_a_locked_camera_hides(tmp_path):
+    """Words before a wall that stands still, too: only reading can tell them."""
+    pytest.importorskip("rapidocr_onnxruntime", reason="OCR is optional: pip install rapidocr-onnxruntime")
+    raw = tmp_path / "raw"
+    footage.film(raw / "news.mp4", footage.written(footage.subject(19), "BREAKING NEWS", 28, (60, 240)))
+    footage.film(raw / "plain.mp4", footage.subject(21))
+    curated = curate(raw, tmp_path / "out", Settings(bounds=BOUNDS))
+    assert [line["source"] for line in curated.kept] == ["plain.mp4"]
+    (dropped,) = [clip["dropped"] for clip in curated.clips.values() if clip["dropped"]]
+    assert dropped["stage"] == "text" and "NEWS" in dropped["words"] and "text" not in curated.absent
+
+
+def test_the_aesthetic_predictor_is_the_published_arithmetic(tmp_path):
+    """A tiny CLIP at random under a head of two layers; and a folder that holds none is said."""
+    import numpy as np
+    import torch
+    from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    from omnivideo.errors import CheckpointError
+    from omnivideo.training.curation.aesthetic import score
+
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    clip = CLIPVisionModelWithProjection(
+        CLIPVisionConfig(image_size=32, patch_size=8, projection_dim=16, **shape)
+    ).eval()
+    processor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    clip.save_pretrained(tmp_path / "clip")
+    processor.save_pretrained(tmp_path / "clip")
+    layers = torch.nn.Sequential(torch.nn.Linear(16, 8), torch.nn.Dropout(0.2), torch.nn.Linear(8, 1)).eval()
+    torch.save({f"layers.{name}": value for name, value in layers.state_dict().items()}, tmp_path / "head.pth")
+    looks = list(footage.pan(1, 3))
+    with torch.no_grad():
+        embedded = clip(**processor(images=looks, return_tensors="pt")).image_embeds
+        expected = float(layers(embedded / embedded.norm(dim=-1, keepdim=True)).mean())
+    assert score(str(tmp_path), looks) == pytest.approx(expected, abs=1e-6) and not np.isclose(expected, 0, atol=1e-4)
+    with pytest.raises(CheckpointError, match="the aesthetic predictor needs clip/"):
+        score(str(tmp_path / "nowhere"), looks)
+
+
+def test_captions_come_from_the_language_model_server(omni, tmp_path):
+    """Ours over HTTP, at random weights: what it says is what it says in this process, and is asked for once."""
+    from omnivideo.backends.mllm.local import LocalMLLM
+    from omnivideo.storage.memory import MemoryStore
+    from omnivideo.training.curation.captions import ServedCaption
+    from tests.integration.servers import free_port
+    from tests.integration.test_remote_mllm import serving
+
+    footage.film(tmp_path / "raw/pan.mp4", footage.pan(1))
+    port, settings = free_port(), Settings(bounds=BOUNDS, ocr=False)
+    with serving(LocalMLLM(omni, MemoryStore()), port):
+        caption = ServedCaption(f"http://127.0.0.1:{port}", "what is this?")
+        (line,) = curate(tmp_path / "raw", tmp_path / "out", settings, caption).kept
+        assert line["caption"] and line["caption"] == caption(four(tmp_path / "raw/pan.mp4"))
+    caption.close()
+    (again,) = curate(tmp_path / "raw", tmp_path / "out", settings, caption).kept  # the server is gone by now
+    assert again == line == lines(tmp_path / "out/clips.jsonl")[0]
+
+
+def four(path: Path):
+    """The frames that a caption is asked for: two a second."""
+    from omnivideo.training.curation.reading import sample
+
+    return sample(path, (0.0, footage.FRAMES / footage.FPS)).small[::4]
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (("nowhere", "-o", "out"), "folder: there is no such folder"),
+        ((".", "-o", "out"), "folder: no video is in it"),
+        ((".", "-o", "out", "--bound", "max_bars=2"), "max_bars: input should be less than or equal to 1"),
+        ((".", "-o", "out", "--bound", "colour=2"), "bound: 'colour=2' is not NAME=VALUE"),
+    ],
+)
+def test_bad_input_is_one_line_and_code_2(tmp_path, monkeypatch, capsys, args, said):
+    from omnivideo.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["omnivideo", "data", "curate", *args])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    told = capsys.readouterr().err
+    assert caught.value.code == 2 and said in told and "Traceback" not in told
+    assert list(tmp_path.iterdir()) == []

@@ -45,6 +45,9 @@ class ServedCaption:
                 time.sleep(0.5 * 2**attempt)
         raise ModelAway("the language model at --captions does not answer; run again to go on where this stopped")
 
+    def close(self) -> None:
+        self.http.close()
+
     def answer(self, body: dict) -> str:
         answer = self.http.post("/v1/write", json=body)
         if answer.is_client_error:

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -70,7 +70,7 @@ def curate(
     )
     count = workers or len(os.sched_getaffinity(0))
     caption = ServedCaption(captions) if captions else None
-    with bars(err) as tell:
+    with bars(err) as tell, closing(caption) if caption else nullcontext():
         curated = run(folder, output, settings, caption, count=count, cluster=cluster, tell=tell)
     for stage, why in curated.absent.items():
         err.print(f"{stage}: {why}", highlight=False, markup=False)

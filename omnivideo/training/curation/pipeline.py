@@ -37,8 +37,8 @@ from omnivideo.training.curation.reading import (
 )
 
 AHEAD = 4  # tasks given out for each worker: enough to keep them busy, few enough to stop at once
-SHOWN = 4  # frames of a thumbnail
-THUMB = 160  # px, the longer side of each
+SHOWN = 3  # frames of a thumbnail
+THUMB = 220  # px, the longer side of each
 ASKING = 8  # captions asked for at a time: the server batches them
 
 Tell = Callable[[str, int, int], None]  # phase, done, of
