@@ -176,6 +176,23 @@ def test_kill_and_go_on_gives_the_same(folder, out, tmp_path):
     assert tree(again) == tree(out)
 
 
+@pytest.mark.slow
+def test_cancel_is_one_word_and_leaves_nobody_behind(folder, tmp_path):
+    """Ctrl-C, sent to the whole group as a terminal does."""
+    running = subprocess.Popen(
+        [*command(folder, tmp_path), "--workers", "1"], stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    until = time.monotonic() + 240
+    while not ((tmp_path / "files.jsonl").exists() and (tmp_path / "files.jsonl").stat().st_size):
+        assert time.monotonic() < until and running.poll() is None
+        time.sleep(0.02)
+    os.killpg(running.pid, signal.SIGINT)
+    told = running.communicate(timeout=60)[1]
+    assert running.returncode == 130 and "cancelled" in told and "Traceback" not in told
+    with pytest.raises(ProcessLookupError):
+        os.killpg(running.pid, 0)
+
+
 def test_a_second_run_changes_nothing_and_other_settings_are_refused(folder, out):
     from omnivideo.errors import InvalidInput
 

@@ -70,8 +70,12 @@ def curate(
     )
     count = workers or len(os.sched_getaffinity(0))
     caption = ServedCaption(captions) if captions else None
-    with bars(err) as tell, closing(caption) if caption else nullcontext():
-        curated = run(folder, output, settings, caption, count=count, cluster=cluster, tell=tell)
+    try:
+        with bars(err) as tell, closing(caption) if caption else nullcontext():
+            curated = run(folder, output, settings, caption, count=count, cluster=cluster, tell=tell)
+    except KeyboardInterrupt:
+        err.print("cancelled; the same command goes on from here")
+        raise typer.Exit(130) from None
     for stage, why in curated.absent.items():
         err.print(f"{stage}: {why}", highlight=False, markup=False)
     for name, file in curated.files.items():

@@ -7,6 +7,8 @@ Each result is in a journal before it counts, so a run that was killed goes on a
 import hashlib
 import json
 import re
+import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
@@ -132,11 +134,25 @@ def write_kept(folder: str, out: str, clip: dict) -> dict:
 def workers(count: int, address: str | None) -> Iterator[Any]:
     """Dask's client: of a cluster, or of `count` processes here that end with this one."""
     distributed = needed("distributed", "dask[distributed]")
-    cluster = nullcontext(address) if address else distributed.LocalCluster(
-        n_workers=count, threads_per_worker=1, dashboard_address=None, memory_limit=0, silence_logs=40
-    )  # fmt: skip
+    with deaf():
+        cluster = nullcontext(address) if address else distributed.LocalCluster(
+            n_workers=count, threads_per_worker=1, dashboard_address=None, memory_limit=0, silence_logs=40
+        )  # fmt: skip
     with cluster as where, distributed.Client(where) as client:
         yield client
+
+
+@contextmanager
+def deaf() -> Iterator[None]:
+    """Processes begun in here do not hear Ctrl-C, which a terminal sends to all: this one ends them."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def spread(client: Any, task: Callable, items: Iterable[dict]) -> Iterator[tuple[dict, dict]]:
