@@ -16,11 +16,13 @@ from omnivideo.contracts import check_prompt, settings
 from omnivideo.errors import InvalidInput, OmniVideoError
 from omnivideo.presets import Task
 from omnivideo.presets import preset as preset_of
+from omnivideo.training.curation.command import curate
 from omnivideo.training.data import commands as data
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(operate.app)
 app.add_typer(convert.app, name="weights")
+data.app.command()(curate)
 app.add_typer(data.app)
 out = Console()
 err = Console(stderr=True)

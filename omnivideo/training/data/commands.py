@@ -11,7 +11,7 @@ from rich.table import Table
 
 from omnivideo.errors import InvalidInput
 
-app = typer.Typer(name="data", no_args_is_help=True, help="Training data: pack, look, encode.")
+app = typer.Typer(name="data", no_args_is_help=True, help="Training data: curate, pack, look, encode.")
 out, err = Console(), Console(stderr=True)
 
 Shards = Annotated[str, typer.Argument(help="A folder of shards, or s3://bucket/prefix.")]
