@@ -29,7 +29,7 @@ from omnivideo.storage.tensors import get_tensors
 from tests.integration.servers import free_port
 from tests.integration.vllm_server import Server
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900), pytest.mark.xdist_group("vllm")]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 CLOSE = 1e-4
 MEDIA, ASKS, LIMIT = 16, 200, 4095
