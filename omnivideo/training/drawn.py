@@ -39,6 +39,10 @@ class Ragged:
     def __getitem__(self, at: int) -> Tensor:
         return self.flat[self.offsets[at] : self.offsets[at + 1]].float()
 
+    def __add__(self, more: "Ragged") -> "Ragged":
+        offsets = torch.cat([self.offsets, self.offsets[-1] + more.offsets[1:]])
+        return Ragged(torch.cat([self.flat, more.flat]), offsets)
+
 
 @dataclass
 class Drawn:
@@ -52,6 +56,15 @@ class Drawn:
 
     def __len__(self) -> int:
         return len(self.target)
+
+    def __add__(self, more: "Drawn") -> "Drawn":
+        """More requests of the same task."""
+        assert (self.source is None) == (more.source is None)
+        source = None if self.source is None or more.source is None else torch.cat([self.source, more.source])
+        return Drawn(
+            torch.cat([self.target, more.target]), source, self.hidden + more.hidden, self.text + more.text,
+            torch.cat([self.embeddings, more.embeddings]),
+        )  # fmt: skip
 
 
 @dataclass

@@ -4,7 +4,8 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from omnivideo.training.trainer import Progress, Recipe, Trainer
 from omnivideo.training.world import scenes
 
 REQUESTS = 12_000  # of each task, in stages 2b and 3
+MORE = (3, 4)  # seeds: stage 3 has as many edits again for each, since it sees them often enough to know them
 Tell = Callable[[int, int], None]
 
 
@@ -63,7 +65,7 @@ class Tiny:
             "stage2a": lambda: stages.stage2a_recipe(self.omni("stage1")),
             "stage2b_generation": lambda: self.flow(stages.stage2b_generation_recipe, "stage2a"),
             "stage2b": lambda: self.flow(stages.stage2b_recipe, "stage2b_generation"),
-            "stage3": lambda: self.flow(stages.stage3_recipe, "stage2b"),
+            "stage3": lambda: self.flow(stages.stage3_recipe, "stage2b", MORE),
         }
 
     def has_run(self, name: str) -> bool:
@@ -152,12 +154,21 @@ class Tiny:
             raise CheckpointError(f"recipe {name} has not been trained yet: omnivideo train {name}")
         return self.runs / name / "state.pt"
 
-    def flow(self, make: Callable[[Omni, Mapping[Task, Drawn]], Recipe], after: str) -> Recipe:
-        """A recipe over the four tasks' cached data; what is frozen in stages 2b and 3 is frozen in the cache."""
+    def flow(
+        self, make: Callable[[Omni, Mapping[Task, Drawn]], Recipe], after: str, more: Sequence[int] = ()
+    ) -> Recipe:
+        """A recipe over the four tasks' cached data; what is frozen in stages 2b and 3 is frozen in the cache.
+
+        Edits are drawn for the seeds in `more` as well.
+        """
         omni, encoder = self.omni(after), self.visual_encoder()
-        data = {
-            task: drawn(self.runs / "cache", omni, encoder, requests(1, task, REQUESTS), self.tell) for task in TASKS
-        }
+
+        def made(seed: int, task: Task) -> Drawn:
+            return drawn(self.runs / "cache", omni, encoder, requests(seed, task, REQUESTS), self.tell)
+
+        data = {task: made(1, task) for task in TASKS}
+        for seed, task in product(more, TASKS[2:]):
+            data[task] += made(seed, task)
         return make(omni, data)
 
     def train(self, name: str, out: Console) -> None:

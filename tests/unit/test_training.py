@@ -140,6 +140,15 @@ def test_mixed_batches_share_size_and_hold_several_tasks(request):
     assert {row.source is None for row in rows} == {True, False}
 
 
+def test_more_requests_of_a_task_follow_the_others(request):
+    first = data(request, fresh(request))["video-editing"]
+    both = first + first
+    assert len(both) == 8
+    for name in ("target", "source", "hidden", "text", "embeddings"):
+        whole, part = getattr(both, name), getattr(first, name)
+        assert all(torch.equal(whole[at], part[at % 4]) for at in range(8)), name
+
+
 def toy(trainable=("",)) -> Recipe:
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 4))
