@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any, Literal, Optional
 
 import typer
 from rich.console import Console
@@ -248,11 +248,26 @@ def train(
     recipe: Annotated[str, typer.Argument(help="tiny for all of them in order, or one recipe's name.")],
     runs: Annotated[Path, typer.Option(help="Folder of checkpoints, logs and plots.")] = Path("runs"),
     compiled: Annotated[bool, typer.Option(help="torch.compile the decoder (needs a C++ compiler).")] = False,
+    processes: Annotated[int, typer.Option(min=1, help="Processes that share every batch.")] = 1,
+    sequence: Annotated[int, typer.Option(min=1, help="Processes that share every sample's tokens.")] = 1,
+    optimizer: Annotated[Optional[Literal["muon", "adamw"]], typer.Option(help="Instead of the recipe's.")] = None,  # noqa: UP045
+    checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Less memory, more time.")] = False,
+    watch: Annotated[list[str], typer.Option(help="tensorboard or wandb; may be given twice.")] = [],  # noqa: B006
+    until: Annotated[Optional[int], typer.Option(min=0, help="Stop at this step; 0 only writes state.pt.")] = None,  # noqa: UP045
 ) -> None:
     """Train the tiny preset, or one recipe of it; goes on from its last checkpoint."""
+    from omnivideo.training import distributed
     from omnivideo.training.tiny import Tiny
+    from omnivideo.training.watch import watchers
 
-    Tiny(runs, compiled=compiled).train(recipe, out)
+    make = watchers(watch)
+    if processes > 1 and not distributed.launched():
+        raise typer.Exit(distributed.relaunch(processes, sequence))
+    changes: dict[str, Any] = {"optimizer": optimizer} if optimizer else {}
+    if checkpointing:
+        changes["checkpointing"] = True
+    with distributed.together(processes, sequence) as world:
+        Tiny(runs, compiled=compiled, watch=make).train(recipe, out, world, until, **changes)
 
 
 @app.command()

@@ -64,6 +64,9 @@ class Row:
     text: Tensor
     embeddings: Tensor
 
+    def to(self, device: torch.device) -> "Row":
+        return Row(**{name: value if value is None else value.to(device) for name, value in vars(self).items()})
+
 
 def pick_rows(rng: random.Random, tasks: Sequence[Drawn], count: int) -> list[Row]:
     """A mixed batch: `count` samples of tasks that share resolution and frame count (hybrid mixed batching)."""
