@@ -65,7 +65,10 @@ class Row:
     embeddings: Tensor
 
     def to(self, device: torch.device) -> "Row":
-        return Row(**{name: value if value is None else value.to(device) for name, value in vars(self).items()})
+        """The same row on a device."""
+        source = None if self.source is None else self.source.to(device)
+        parts = (self.hidden.to(device), self.text.to(device), self.embeddings.to(device))
+        return Row(self.target.to(device), source, *parts)
 
 
 def pick_rows(rng: random.Random, tasks: Sequence[Drawn], count: int) -> list[Row]:

@@ -165,11 +165,7 @@ def test_a_sequence_in_two_parts_has_the_loss_and_gradients_of_one(checkpointing
     for job, one in zip(jobs, found, strict=True):
         print(job, one)
         assert one["loss"] < 1e-5 and one["gradients"] < 1e-5 * max(1.0, one["of"])
-        assert activations(one["peak"]) < 0.65 * activations(one["alone"])
-
-
-def activations(peak: dict[str, int]) -> int:
-    return sum(size for kind, size in peak.items() if kind in ("Activation", "Temp"))
+        assert 0 < one["peak"] < 0.65 * one["alone"]
 
 
 @deepspeed

@@ -117,19 +117,22 @@ def inputs(task: str) -> tuple[Tensor, Tensor, Tensor]:
     return torch.randn(2, 16, 3, 14, 6), torch.tensor([300.0, 800.0]), torch.randn(2, length, 192, requires_grad=True)
 
 
-def gradients(decoder: WanTransformer3DModel, task: str) -> tuple[float, dict[str, Tensor], dict[str, int]]:
-    """Loss, gradients of all weights and of the condition, and the peak of memory by kind, in bytes."""
+def gradients(decoder: WanTransformer3DModel, task: str) -> tuple[float, dict[str, Tensor], int]:
+    """Loss, gradients of all weights and of the condition, and the peak of memory beside weights, inputs and
+    gradients, in bytes: measured in a second pass, in which gradients are there from the start."""
     latents, timesteps, condition = inputs(task)
     decoder.zero_grad()
+    loss = decoder(latents, timesteps, condition, return_dict=False)[0].square().mean()
+    loss.backward()
+    named = {name: one.grad.clone() for name, one in decoder.named_parameters() if one.grad is not None}
+    assert condition.grad is not None
+    named["condition"] = condition.grad.clone()
     tracker = MemTracker()
     tracker.track_external(decoder, latents, timesteps, condition)
     with tracker:
-        loss = decoder(latents, timesteps, condition, return_dict=False)[0].square().mean()
-        loss.backward()
+        decoder(latents, timesteps, condition, return_dict=False)[0].square().mean().backward()
     peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]
-    named = {name: one.grad for name, one in decoder.named_parameters() if one.grad is not None}
-    assert condition.grad is not None
-    return float(loss), named | {"condition": condition.grad}, {str(kind): size for kind, size in peak.items()}
+    return loss.item(), named, sum(peak[kind] for kind in peak if getattr(kind, "value", "") in ("Activation", "Temp"))
 
 
 def sequence(world: World, job: dict[str, Any]) -> dict[str, Any]:
