@@ -23,7 +23,7 @@ serve:
 	.venv/bin/python -m omnivideo.cli serve
 
 test: lint
-	.venv/bin/python -m pytest -n $(WORKERS) $(ARGS)
+	.venv/bin/python -m pytest -n $(WORKERS) --dist loadgroup $(ARGS)
 
 lint:
 	@bash deploy/setup.sh dev
@@ -32,5 +32,5 @@ lint:
 	.venv/bin/mypy
 
 clean:
-	rm -rf .venv out/demo build dist .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .venv .venv-vllm* out/demo build dist .pytest_cache .ruff_cache .mypy_cache
 	find omnivideo tests -name __pycache__ -type d -prune -exec rm -rf {} +

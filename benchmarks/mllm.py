@@ -83,9 +83,7 @@ def chat_of(address: str) -> Call:
 
 @contextmanager
 def serving(weights: Path, users: int, folder: Path) -> Iterator[str]:
-    python = interpreter()
-    assert python, "vLLM is not here: python tests/integration/vllm_server.py install .venv-vllm"
-    server = Server(python, weights, folder, free_port(), users=users).start()
+    server = Server(interpreter(), weights, folder, free_port(), users=users).start()
     try:
         yield server.wait(900).address
     finally:

@@ -1,6 +1,6 @@
 """Our denoising and decoding against diffusers' own WanPipeline: same weights, steps, size and condition, in turns.
 
-python benchmarks/pipeline.py [--weights FOLDER] [--steps 20] [--runs 7]
+python -m benchmarks.pipeline [--weights FOLDER] [--steps 20] [--runs 7]
 """
 
 import argparse

@@ -4,8 +4,8 @@
 
 One command on a GPU node: stage 2b and stage 3 with random weights and data, text-to-video, in bf16 with fp32 master
 weights, by DeepSpeed ZeRO-1; step time, samples/s, TFLOP/s, share of the peak (MFU) and memory of each, then the plain
-loop's (bf16 weights, autograd, torch's AdamW, one process).  FLOPs are counted by torch on the meta device, forward
-and backward as the stage trains, attention included, recomputation not.
+loop's (bf16 weights, autograd, torch's AdamW, one process).  FLOPs are those of `training/flops.py`: the
+decoder's, forward and backward as the stage trains, attention included, recomputation not.
 
 On a machine without a GPU it runs with --device cpu --preset tiny --size 64x64x9, to see that it works.
 """
@@ -17,20 +17,21 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from omnivideo.models.omni import Bridge, Omni, build_decoder
 from omnivideo.presets import Preset, latent_grid, preset
 from omnivideo.training.distributed import World, launch, launched, together
 from omnivideo.training.drawn import Drawn, Ragged
+from omnivideo.training.flops import decoder_flops
 from omnivideo.training.recipes.stages import stage2b_recipe, stage3_recipe
-from omnivideo.training.trainer import Progress, Recipe, freeze
+from omnivideo.training.trainer import Progress, Recipe
 from omnivideo.training.watch import memory, peak_of, speed
 
 STAGES = {"stage 2b": stage2b_recipe, "stage 3": stage3_recipe}
@@ -66,15 +67,10 @@ def random_data(chosen: Preset, size: tuple[int, int, int]) -> Drawn:
 
 
 def counted(chosen: Preset, size: tuple[int, int, int], batch: int, trained: tuple[str, ...]) -> float:
-    """FLOPs of a step: forward, and backward to what is trained and to the condition."""
-    with torch.device("meta"):
-        decoder = WanTransformer3DModel(**chosen.decoder)
-        freeze(nn.ModuleDict({"decoder": decoder}), tuple(name for name in trained if name == "decoder"))
-        latents = torch.randn(batch, chosen.decoder["in_channels"], *latent_grid(*size))
-        condition = torch.randn(batch, chosen.condition_least, chosen.text_width, requires_grad=True)
-        with FlopCounterMode(display=False) as counter:
-            decoder(latents, torch.randn(batch), condition, return_dict=False)[0].sum().backward()
-    return counter.get_total_flops()
+    """FLOPs of a step of the decoder: forward, and backward to what is trained and to the condition."""
+    tokens = prod(latent_grid(*size)) // prod(chosen.decoder["patch_size"])
+    once = decoder_flops(chosen.decoder, tokens, chosen.condition_least)
+    return (once.trained if "decoder" in trained else once.passed).total * batch
 
 
 @dataclass

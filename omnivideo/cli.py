@@ -11,14 +11,19 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from omnivideo import operate
+from omnivideo import convert, operate
 from omnivideo.contracts import check_prompt, settings
 from omnivideo.errors import InvalidInput, OmniVideoError
 from omnivideo.presets import Task
 from omnivideo.presets import preset as preset_of
+from omnivideo.training.curation.command import curate
+from omnivideo.training.data import commands as data
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(operate.app)
+app.add_typer(convert.app, name="weights")
+data.app.command()(curate)
+app.add_typer(data.app)
 out = Console()
 err = Console(stderr=True)
 
@@ -249,13 +254,38 @@ def train(
     runs: Annotated[Path, typer.Option(help="Folder of checkpoints, logs and plots.")] = Path("runs"),
     compiled: Annotated[bool, typer.Option(help="torch.compile the decoder (needs a C++ compiler).")] = False,
     processes: Annotated[int, typer.Option(min=1, help="Processes that share every batch.")] = 1,
-    sequence: Annotated[int, typer.Option(min=1, help="Processes that share every sample's tokens.")] = 1,
+    sequence: Annotated[
+        int, typer.Option("--sequence", "--sequence-parallel", min=1, help="Processes that share a sample's tokens.")
+    ] = 1,
     optimizer: Annotated[Optional[Literal["muon", "adamw"]], typer.Option(help="Instead of the recipe's.")] = None,  # noqa: UP045
-    checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Less memory, more time.")] = False,
+    checkpointing: Annotated[
+        Optional[bool],  # noqa: UP045
+        typer.Option("--checkpointing/--no-checkpointing", help="Less memory, more time; with --plan the default."),
+    ] = None,
     watch: Annotated[list[str], typer.Option(help="tensorboard or wandb; may be given twice.")] = [],  # noqa: B006
     until: Annotated[Optional[int], typer.Option(min=0, help="Stop at this step; 0 only writes state.pt.")] = None,  # noqa: UP045
+    plan: Annotated[bool, typer.Option("--plan", help="Only say what the recipe costs at full size.")] = False,
+    preset: Annotated[str, typer.Option(help="With --plan: the model.")] = "omnivideo-1.3b",
+    gpus: Annotated[str, typer.Option(help="With --plan: COUNTxNAME.")] = "8xH100",
+    batch: Annotated[int, typer.Option(min=1, help="With --plan: clips on one GPU.")] = 1,
+    size: Annotated[str, typer.Option(help="With --plan: WIDTHxHEIGHT in px.")] = "832x480",
+    frames: Annotated[int, typer.Option(help="With --plan: frames of a clip.")] = 17,
+    cached: Annotated[bool, typer.Option(help="With --plan: latents, text and MLLM states come from disk.")] = True,
+    steps: Annotated[Optional[int], typer.Option(min=1, help="With --plan; default: Table 1 once.")] = None,  # noqa: UP045
+    utilisation: Annotated[float, typer.Option(help="With --plan: share of the peak in products.")] = 0.45,
 ) -> None:
     """Train the tiny preset, or one recipe of it; goes on from its last checkpoint."""
+    if plan:
+        from omnivideo.training.flops import gpus_of
+        from omnivideo.training.plan import Setting, as_table, check
+        from omnivideo.training.plan import plan as planned
+
+        count, gpu = gpus_of(gpus)
+        px: dict[str, Any] = parse_size(size)
+        made = planned(Setting(recipe, gpu, count, preset_of(preset), batch, px["width"], px["height"], frames,
+                               sequence, checkpointing is not False, cached, steps, utilisation))  # fmt: skip
+        out.print(as_table(made))
+        return check(made)
     from omnivideo.training import distributed
     from omnivideo.training.tiny import Tiny
     from omnivideo.training.watch import watchers

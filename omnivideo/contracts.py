@@ -268,6 +268,13 @@ class Made(Message):
     final: bool = True
 
 
+class Waiting(Message):
+    """Something that the turn needs is away or starting; it goes on by itself once that is there."""
+
+    kind: Literal["waiting"] = "waiting"
+    text: str
+
+
 class Question(Message):
     """The turn waits for the user's reply."""
 
@@ -280,7 +287,7 @@ class Finished(Message):
     turn: Turn
 
 
-Event = Planned | Thinking | Rewritten | Step | Text | Preview | Made | Question | Finished
+Event = Planned | Thinking | Rewritten | Step | Text | Preview | Made | Waiting | Question | Finished
 
 
 def refused(error: ValidationError) -> InvalidInput:

@@ -110,7 +110,9 @@ class Wiring:
         if self.settings.mllm:
             from omnivideo.backends.mllm.remote import RemoteMLLM
 
-            return RemoteMLLM(self.settings.mllm, self.store)
+            away = RemoteMLLM(self.settings.mllm, self.store)
+            self.closing.append(away.close)
+            return away
         from omnivideo.backends.mllm.local import LocalMLLM
 
         return LocalMLLM(self.painter.omni, self.store)
@@ -176,6 +178,7 @@ class Wiring:
             tell=self.tell,
             pictured=pictures(self.store),
             reachable=partial(reachable, inside=chosen.hook_hosts),
+            model=self.mllm if chosen.mllm else None,
         )
         made.runner = Runner(made)
         return made

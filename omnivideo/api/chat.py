@@ -200,6 +200,8 @@ class Talk:
                 yield self.chunk({"content": text})
             elif event["kind"] == "thinking":
                 yield self.chunk({"reasoning_content": event["piece"]})
+            elif event["kind"] == "waiting":  # where a person sees it
+                yield self.chunk({"reasoning_content": f"\n{event['text']}\n"})
             elif event["kind"] == "step":
                 yield {"comment": f"step {event['step']} of {event['steps']}"}
         try:

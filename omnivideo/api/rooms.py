@@ -28,6 +28,7 @@ class Rooms:
     fetched: Callable[[str], bytes]  # a user's URL, from allowed hosts
     tell: Callable[[], None]  # there is work
     pictured: Callable[[Any, str], tuple[bytes, str]] | None = None  # a clip's thumbnail or spritesheet, and its type
+    model: Any = None  # backends.mllm.remote.RemoteMLLM; None where the language model is in this process
     reachable: Callable[[str], None] | None = None  # raises InvalidInput for a URL that no webhook may have
     runner: Any = None  # api.running.Runner
     requests: Any = None  # api.watching.Requests, of the application

@@ -11,11 +11,11 @@ from typing import Any
 from omnivideo.agent.thread import Thread, options_of, whole
 from omnivideo.api.errors import OURS, WireError, body, not_found, of
 from omnivideo.api.rooms import Rooms
-from omnivideo.contracts import Artifact, Event, Finished, Question, check_prompt
+from omnivideo.contracts import Artifact, Event, Finished, Question, Waiting, check_prompt
 from omnivideo.errors import InvalidInput, JobCancelled, ModelAway, NotStored, OmniVideoError, StoreError
 
 log = logging.getLogger("omnivideo.api")
-PATIENCE = 120.0  # seconds that a turn waits for a server of ours that is away
+PATIENCE = 600.0  # seconds that a turn waits for a server of ours: a large language model is loaded for minutes
 
 
 class Runner:
@@ -106,12 +106,22 @@ class Runner:
                 if not passes(error) or time.monotonic() > until or self.over.wait(1.0):
                     raise
                 log.warning("turn %s waits: %s", row.id, type(error).__name__)
+                with suppress(StoreError):  # where that can be told at all
+                    self.waits(row, error)
+
+    def waits(self, row: Any, error: Exception) -> None:
+        """Tells who follows that the turn waits, unless nothing has come since that was told last."""
+        told = [event["kind"] for _, event in self.rooms.turns.events_of(row.id)]
+        if [kind for kind in told if kind != "plan"][-1:] == ["waiting"]:  # each attempt begins with the plan
+            return
+        text = str(error) if isinstance(error, ModelAway) else "something is away for a moment; this goes on by itself"
+        self.rooms.turns.told(row, len(told) + 1, Waiting(text=text).model_dump())
 
     def played(self, row: Any) -> str:
         thread = self.thread(row.owner, row.thread)
-        already, state = len(self.rooms.turns.events_of(row.id)), "asks"
-        events = self.events(row, thread, told=already > 0)
-        for number, event in enumerate(events, start=already + 1):
+        before, state = self.rooms.turns.events_of(row.id), "asks"
+        events = self.events(row, thread, told=any(event["kind"] != "waiting" for _, event in before))
+        for number, event in enumerate(events, start=len(before) + 1):
             self.rooms.turns.told(row, number, event.model_dump())
             state = "done" if isinstance(event, Finished) else state
             if why := self.unwanted.get(row.id):

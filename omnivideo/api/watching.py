@@ -1,4 +1,5 @@
-"""What an operator sees: Prometheus metrics of the requests here and of the queue in the database."""
+"""What an operator sees: Prometheus metrics of the requests here, of the queue in the database, and of the language
+model's server."""
 
 import time
 from collections.abc import Iterable
@@ -6,6 +7,7 @@ from collections.abc import Iterable
 from fastapi import APIRouter, Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
 from omnivideo.api.errors import REFUSALS
@@ -22,6 +24,8 @@ class Requests:
     def __init__(self, rooms: Rooms):
         self.registry = CollectorRegistry()
         self.registry.register(Queue(rooms))
+        if rooms.model:
+            self.registry.register(LanguageModel(rooms))
         names = ("method", "route", "status")
         self.seconds = Histogram(
             "omnivideo_request_seconds", "Time to the last byte", names, registry=self.registry, buckets=BUCKETS
@@ -62,6 +66,24 @@ class Queue(Collector):
         yield wait
 
 
+class LanguageModel(Collector):
+    """Whether its server answers, and what a vLLM says of its load: asked at each scrape."""
+
+    shown = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "num_preemptions",
+             "prompt_tokens", "generation_tokens", "prefix_cache_queries", "prefix_cache_hits")  # fmt: skip
+
+    def __init__(self, rooms: Rooms):
+        self.rooms = rooms
+
+    def collect(self) -> Iterable[Metric]:
+        up = GaugeMetricFamily("omnivideo_language_model_up", "Whether the language model's server answers")
+        up.add_metric([], self.rooms.model.ready())
+        yield up
+        for family in text_string_to_metric_families(self.rooms.model.metrics()):
+            if family.name.removeprefix("vllm:") in self.shown:
+                yield family
+
+
 @router.get("/health")
 def health() -> dict[str, str]:
     """Whether this process lives."""
@@ -70,9 +92,13 @@ def health() -> dict[str, str]:
 
 @router.get("/ready")
 def ready(rooms: Room) -> dict[str, str]:
-    """Whether the database answers, so that requests may come: 503 where it does not."""
+    """Whether the database answers, so that requests may come: 503 where it does not.
+
+    They may come while the language model is starting, too: what needs it waits.
+    """
     rooms.jobs.waiting()
-    return {"status": "ready"}
+    model = "ready" if rooms.model is None or rooms.model.ready() else "starting"
+    return {"status": "ready", "language_model": model}
 
 
 @router.get("/metrics", response_class=Response)

@@ -82,3 +82,18 @@ class VisualContextAdapter(nn.Module):
         if self.absolute:
             out = out + grid_positions(out.shape[-1], *patches.shape[2:]).flatten(1).mT.to(out)
         return out
+
+
+class HiddenProjection(nn.Module):
+    """Version 2 in place of vision head and adapter: the MLLM's hidden states, normalised and projected.
+
+    [B, N, M] -> [B, N, D].
+    """
+
+    def __init__(self, width: int, dim: int):
+        super().__init__()
+        self.norm = nn.RMSNorm(width, eps=1e-6)
+        self.proj = nn.Linear(width, dim)
+
+    def forward(self, x_BNM: Tensor) -> Tensor:
+        return self.proj(self.norm(x_BNM))

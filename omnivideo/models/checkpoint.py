@@ -18,6 +18,7 @@ from transformers import AutoTokenizer, Qwen3VLForConditionalGeneration, UMT5Enc
 from transformers.utils import logging
 
 from omnivideo.errors import CheckpointError
+from omnivideo.models.conditions import Markers
 from omnivideo.models.mllm import Pixels
 from omnivideo.models.omni import Bridge, Omni
 from omnivideo.models.positions import with_absolute_positions
@@ -138,6 +139,9 @@ def load_bridge(chosen: Preset, folder: Path, dtype: torch.dtype) -> Bridge:
         if not path.is_file():
             raise CheckpointError(f"{name}/{WEIGHTS} is missing from the weights")
         state = {key: value.to(dtype) for key, value in load_file(path).items()}
+        if name == "markers":
+            with torch.device("meta"):
+                bridge.markers = Markers(chosen.text_width, {key: len(value) for key, value in state.items()})
         module = getattr(bridge, name)
         expected = {key: value.shape for key, value in module.state_dict().items()}
         wrong = [key for key in state if key in expected and state[key].shape != expected[key]]

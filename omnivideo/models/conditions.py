@@ -7,7 +7,7 @@ released code's; the paper writes v, h, t (section 3.3).  A part that is absent 
 Shapes: B batch, L tokens, D the decoder's text width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +19,13 @@ MARKERS = ("img_st", "img_ed", "ipl_st", "ipl_ed", "prp_st", "prp_ed")
 
 
 class Markers(nn.Module):
-    """Six learned embeddings [1, D]."""
+    """Six learned embeddings [n, D], one token each unless `lengths` says otherwise, as for published weights."""
 
-    def __init__(self, dim: int):
+    def __init__(self, dim: int, lengths: Mapping[str, int] | None = None):
         super().__init__()
         for name in MARKERS:
-            self.register_parameter(name, nn.Parameter(torch.randn(1, dim) * 0.02))
+            rows = (lengths or {}).get(name, 1)
+            self.register_parameter(name, nn.Parameter(torch.randn(rows, dim) * 0.02))
 
     def around(self, kind: str, tokens_LD: Tensor) -> list[Tensor]:
         """The tokens between their two markers, as parts to concatenate."""

@@ -27,18 +27,17 @@ class Bridge(nn.Module):
 
     def __init__(self, preset: Preset):
         super().__init__()
-        head, adapter, context = preset.vision_head, preset.adapter, preset.visual_context
+        head, adapter = preset.vision_head, preset.adapter
         assert head is not None and adapter is not None, "a version 1 preset"
         self.vision_head = VisionHead(head.dim_in, head.width, head.queries, head.layers, head.heads)
         self.adapter = Adapter(adapter.dim_in, adapter.width, adapter.queries, adapter.layers, adapter.heads)
-        self.visual_context = VisualContextAdapter(
-            preset.decoder["in_channels"],
-            context.hidden,
-            preset.text_width,
-            context.kernel,
-            context.absolute_positions,
-        )
+        self.visual_context = visual_context_of(preset)
         self.markers = Markers(preset.text_width)
+
+
+def visual_context_of(preset: Preset) -> VisualContextAdapter:
+    size, channels = preset.visual_context, preset.decoder["in_channels"]
+    return VisualContextAdapter(channels, size.hidden, preset.text_width, size.kernel, size.absolute_positions)
 
 
 def build_decoder(preset: Preset) -> WanTransformer3DModel:

@@ -71,11 +71,13 @@ class Row:
         return Row(self.target.to(device), source, *parts)
 
 
-def pick_rows(rng: random.Random, tasks: Sequence[Drawn], count: int) -> list[Row]:
-    """A mixed batch: `count` samples of tasks that share resolution and frame count (hybrid mixed batching)."""
-    rows = []
-    for _ in range(count):
-        drawn = rng.choice(tasks)
+def pick_rows(rng: random.Random, tasks: Sequence[Drawn], count: int, edits: float = 0.5) -> list[Row]:
+    """A mixed batch: `count` samples of tasks that share resolution and frame count (hybrid mixed batching).
+
+    `edits` is the share of the tasks that have a source, where both kinds are there.
+    """
+    rows, shares = [], [1 - edits if task.source is None else edits for task in tasks]
+    for drawn in rng.choices(tasks, shares, k=count):
         at = rng.randrange(len(drawn))
         source = None if drawn.source is None else drawn.source[at].float()
         rows.append(Row(drawn.target[at].float(), source, drawn.hidden[at], drawn.text[at],

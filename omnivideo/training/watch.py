@@ -13,12 +13,11 @@ from typing import Any
 import torch
 
 from omnivideo.errors import InvalidInput, NotInstalled
+from omnivideo.training.flops import GPUS
 from omnivideo.training.trainer import Progress, Recipe
 
 Tell = Callable[[Progress], None]
 KINDS = ("tensorboard", "wandb")
-# Dense bf16 peaks in FLOP/s, from the makers' data sheets; the longest name that a device's contains counts.
-PEAKS = {"A100": 312e12, "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "L40S": 362e12}
 
 
 @dataclass(frozen=True)
@@ -37,9 +36,9 @@ class Speed:
 
 
 def peak_of(device: str) -> float | None:
-    """The peak of a device by its name, in FLOP/s."""
-    found = [name for name in PEAKS if name in device]
-    return PEAKS[max(found, key=len)] if found else None
+    """The bf16 peak of a device in FLOP/s: of the card all parts of whose name are in the device's; the longest."""
+    found = [name for name in GPUS if all(part in device for part in name.split("-"))]
+    return GPUS[max(found, key=len)].tflops * 1e12 if found else None
 
 
 def speed(recipe: Recipe, progress: Progress, processes: int) -> Speed:

@@ -3,6 +3,16 @@
 import pytest
 
 from tests.integration.openai_service import client_for, http_for, service_in
+from tests.integration.vllm_server import interpreter
+
+
+@pytest.fixture(scope="session")
+def vllm_python() -> str:
+    """An interpreter that has vLLM."""
+    try:
+        return interpreter()
+    except LookupError as why:
+        pytest.skip(str(why))
 
 
 @pytest.fixture(scope="module")

@@ -159,7 +159,7 @@ class Postgres:
         time.sleep(0.2)
 
     def stop(self) -> None:
-        self.run("pg_ctl", "-m", "immediate", "stop")
+        self.run("pg_ctl", "-t", "240", "-m", "immediate", "stop")  # a loaded machine takes its time
 
 
 @contextmanager

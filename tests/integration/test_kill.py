@@ -37,7 +37,7 @@ class HalfScripted(LocalMLLM):
     def route(self, ask: Ask) -> Routed:
         return self.script.route(ask)
 
-    def write(self, ask: Ask):
+    def write(self, ask: Ask, most: int | None = None):
         yield from self.script.write(ask)
 
     def agreement(self, ask: Ask) -> float:

@@ -6,18 +6,24 @@ import threading
 import time
 from contextlib import contextmanager
 
+import httpx
 import pytest
 import uvicorn
 
+from omnivideo.backends.decoder.painter import Painter
 from omnivideo.backends.mllm import remote
 from omnivideo.backends.mllm.local import LocalMLLM
 from omnivideo.backends.mllm.remote import RemoteMLLM
-from omnivideo.backends.mllm.server import mllm_app
+from omnivideo.backends.mllm.server import Lately, mllm_app
 from omnivideo.contracts import Artifact, Ask
 from omnivideo.errors import ModelAway
+from omnivideo.settings import service as chosen
 from omnivideo.storage.local import LocalStore
 from omnivideo.storage.memory import MemoryStore
+from omnivideo.wiring import Wiring
+from tests.integration.api_server import serving as serving_api
 from tests.integration.servers import free_port
+from tests.integration.test_kill import HalfScripted
 
 
 @contextmanager
@@ -93,6 +99,31 @@ def test_a_model_that_is_away_is_said(asks, monkeypatch):
     with pytest.raises(ModelAway):
         list(away.write(asks[0]))
     away.close()
+
+
+def begun(http: httpx.Client, text: str) -> str:
+    """The path of a turn in a thread of its own."""
+    thread = http.post("/v1/threads").json()["id"]
+    return f"/v1/threads/{thread}/turns/" + http.post(f"/v1/threads/{thread}/turns", json={"text": text}).json()["id"]
+
+
+def test_a_turn_waits_for_a_language_model_that_is_starting(omni, tmp_path, monkeypatch):
+    monkeypatch.setattr(remote, "TRIES", 1)
+    port = free_port()
+    wiring = Wiring(chosen(home=tmp_path, mllm=f"http://127.0.0.1:{port}"), "cpu")
+    wiring.painter = Painter(omni, wiring.store, "random")  # type: ignore[misc]
+    with serving_api(wiring) as address, httpx.Client(base_url=address, timeout=60, trust_env=False) as http:
+        assert http.get("/ready").json() == {"status": "ready", "language_model": "starting"}
+        assert "omnivideo_language_model_up 0.0" in http.get("/metrics").text
+        turn = begun(http, "how many balls are there?")
+        with http.stream("GET", f"{turn}/events") as events:
+            lines = (line for line in events.iter_lines() if line.startswith("event: "))
+            assert "event: waiting" in (next(lines), next(lines))
+            with serving(HalfScripted(omni, Lately()), port):
+                assert "event: waiting" not in (told := list(lines)) and told[-1] == "event: done"
+                assert http.get("/ready").json()["language_model"] == "ready"
+                assert "omnivideo_language_model_up 1.0" in http.get("/metrics").text
+        assert http.get(turn).json()["state"] == "done"
 
 
 def test_no_torch_in_a_process_that_only_serves(tmp_path):

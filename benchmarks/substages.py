@@ -1,0 +1,116 @@
+"""The paper's two sub-stages of stage 2b against all four tasks at once: the same steps, data and learning rate.
+
+    python -m benchmarks.substages --runs runs [--steps 600 800] [--out out/substages]
+
+Both begin after stage 2a.  Every 50 steps the decoder's error is measured per task on requests that neither has seen,
+at the same noise; the table and the plot show who gets where, and when.
+"""
+
+import argparse
+import json
+import os
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from omnivideo.models.omni import Omni
+from omnivideo.training.drawn import Drawn, Row, drawn
+from omnivideo.training.recipes import stages
+from omnivideo.training.recipes.decoder import flow_matching
+from omnivideo.training.samples import TASKS, Task, requests
+from omnivideo.training.tiny import REQUESTS, Tiny
+from omnivideo.training.trainer import Recipe, Trainer
+
+EVERY, WATCHED = 50, 96  # steps; requests of each task
+Curve = dict[Task, list[tuple[int, float]]]
+
+
+def rows_of(data: Drawn) -> list[Row]:
+    sources = [None] * len(data) if data.source is None else list(data.source.float())
+    return [
+        Row(data.target[at].float(), sources[at], data.hidden[at], data.text[at], data.embeddings[at].float())
+        for at in range(len(data))
+    ]
+
+
+@torch.no_grad()
+def error(omni: Omni, rows: list[Row]) -> float:
+    """Eq. 4 over rows of one task, nothing dropped, the same noise each time."""
+    model, never = stages.Whole(omni), stages.Drop(0.0, 0.0, 0.0)
+    null = omni.texts([omni.preset.negative_prompt])[0]
+    condition, _ = stages.group_condition(omni, model, rows, [1.0] * len(rows), never, null)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return float(flow_matching(omni.decoder, torch.stack([row.target for row in rows]), condition).mean())
+
+
+def followed(omni: Omni, recipe: Recipe, folder: Path, before: int, watched: dict[Task, list[Row]]) -> Iterator[Curve]:
+    """Trains to the end; the errors of every task each EVERY steps, counted from `before`."""
+    trainer = Trainer(recipe, folder)
+    while trainer.step < recipe.steps:
+        trainer.run(until=trainer.step + EVERY)
+        yield {task: [(before + trainer.step, error(omni, rows))] for task, rows in watched.items()}
+
+
+def joined(curves: Iterator[Curve], name: str) -> Curve:
+    whole: Curve = {task: [] for task in TASKS}
+    for one in curves:
+        for task, points in one.items():
+            whole[task] += points
+        print(f"{name:10}", *(f"{task} {points[-1][1]:.4f}" for task, points in whole.items()), flush=True)
+    return whole
+
+
+def two_substages(tiny: Tiny, steps: list[int], out: Path, data: dict[Task, Drawn], watched: dict) -> Iterator[Curve]:
+    omni = tiny.omni("stage2a")
+    first = stages.stage2b_generation_recipe(omni, data, steps[0])
+    yield from followed(omni, first, out / "first", 0, watched)
+    second = stages.stage2b_recipe(omni, data, steps[1])
+    yield from followed(omni, second, out / "second", steps[0], watched)
+
+
+def all_at_once(tiny: Tiny, steps: list[int], out: Path, data: dict[Task, Drawn], watched: dict) -> Iterator[Curve]:
+    omni = tiny.omni("stage2a")
+    yield from followed(omni, stages.stage2b_recipe(omni, data, sum(steps)), out / "at-once", 0, watched)
+
+
+def plot(found: dict[str, Curve], picture: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(16, 3.4), layout="constrained")
+    for at, task in enumerate(TASKS, start=1):
+        axes = figure.add_subplot(1, 4, at)
+        for name, curve in found.items():
+            axes.plot(*zip(*curve[task], strict=True), label=name)
+        axes.set(title=task, xlabel="step", ylabel="velocity error" if at == 1 else None)
+        axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(picture, dpi=110)
+
+
+def main() -> None:
+    reader = argparse.ArgumentParser()
+    reader.add_argument("--runs", type=Path, default=Path("runs"))
+    reader.add_argument("--steps", type=int, nargs=2, default=[600, 800])
+    reader.add_argument("--out", type=Path, default=Path("out/substages"))
+    given = reader.parse_args()
+    print(f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads")
+    tiny, cache = Tiny(given.runs), given.runs / "cache"
+    omni, encoder = tiny.omni("stage2a"), tiny.visual_encoder()
+    data = {task: drawn(cache, omni, encoder, requests(1, task, REQUESTS), tiny.tell) for task in TASKS}
+    unseen = {task: rows_of(drawn(cache, omni, encoder, requests(2, task, WATCHED), tiny.tell)) for task in TASKS}
+    found = {
+        "two sub-stages": joined(two_substages(tiny, given.steps, given.out, data, unseen), "two"),
+        "all at once": joined(all_at_once(tiny, given.steps, given.out, data, unseen), "at once"),
+    }
+    plot(found, given.out / "substages.png")
+    (given.out / "substages.json").write_text(json.dumps(found))
+    for task in TASKS:
+        two, once = (curve[task][-1][1] for curve in found.values())
+        print(f"{task:15} two sub-stages {two:.4f}, all at once {once:.4f}, ratio {two / once:.3f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""The report: one HTML file that needs nothing else, with what was kept, what was dropped, by which stage, and why."""
+
+import base64
+from collections.abc import Iterable, Iterator
+from html import escape
+from pathlib import Path
+
+from omnivideo.training.curation.bounds import STAGES, UNREADABLE, Bounds
+from omnivideo.training.curation.journal import write_whole
+from omnivideo.training.curation.pipeline import Curated
+
+MOST = 200  # thumbnails a section: a page of a million clips would not open
+STYLE = """
+:root { color-scheme: light dark; --ink: #222; --dim: #667; --paper: #fafaf8; --card: #fff; --line: #ddd;
+        --good: #177245; --bad: #a8321e; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6e6e3; --dim: #99a; --paper: #16171a; --card: #202126;
+        --line: #383a42; --good: #5fca95; --bad: #f08d78; } }
+body { font: 15px/1.45 system-ui, sans-serif; color: var(--ink); background: var(--paper); margin: 2rem auto;
+       max-width: 1180px; padding: 0 1rem; }
+h1 { font-size: 1.6rem; margin-bottom: .2rem } h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums } td, th { padding: .25rem .9rem .25rem 0;
+       border-bottom: 1px solid var(--line); text-align: left } .n { text-align: right } .dim { color: var(--dim) }
+.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(340px, 1fr)); gap: .8rem }
+.card { background: var(--card); border: 1px solid var(--line); border-radius: 6px; padding: .6rem; min-width: 0;
+        overflow-wrap: anywhere; font-size: .86rem } .card img { width: 100%; height: auto; display: block;
+        border-radius: 3px; margin-bottom: .4rem } .card p { margin: .15rem 0 }
+.good { color: var(--good); font-weight: 600 } .bad { color: var(--bad); font-weight: 600 }
+"""
+
+
+def write_report(curated: Curated, bounds: Bounds, out: Path) -> Path:
+    path = out / "report.html"
+    write_whole(path, "".join(page(curated, bounds, out)))
+    return path
+
+
+def page(curated: Curated, bounds: Bounds, out: Path) -> Iterator[str]:
+    files, clips = curated.files.values(), curated.clips.values()
+    yield f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Curation</title><style>{STYLE}</style>'
+    yield '<meta name="viewport" content="width=device-width">'
+    seconds = sum(line["stop"] - line["start"] for line in curated.kept)
+    yield f"<h1>{len(curated.kept)} clips kept of {counted(len(clips), 'scene')} in {counted(len(files), 'file')}</h1>"
+    yield f'<p class="dim">{seconds:.1f} s of video; a scene is asked stage by stage until one drops it.</p>'
+    yield from funnel(curated, bounds)
+    yield from files_section(curated)
+    for stage in (UNREADABLE, *STAGES):
+        dropped = [clip for clip in clips if clip["dropped"] and clip["dropped"]["stage"] == stage]
+        yield from section(f"Dropped: {stage}", dropped, out)
+    kept = {line["file"][6:-4]: line["caption"] for line in curated.kept}
+    yield from section("Kept", [clip | {"caption": kept[clip["clip"]]} for clip in clips if clip["clip"] in kept], out)
+
+
+def counted(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
+def funnel(curated: Curated, bounds: Bounds) -> Iterator[str]:
+    """How many each stage was asked about, dropped, and could not measure."""
+    records = [*curated.files.values(), *curated.clips.values()]
+    yield "<h2>Stages</h2><table><tr><th>stage<th>measures<th>allowed<th class=n>asked<th class=n>dropped"
+    for stage in STAGES.values():
+        asked = [record for record in records if stage.name in record["scores"]]
+        dropped = sum(bool(record["dropped"]) and record["dropped"]["stage"] == stage.name for record in asked)
+        blind = sum(record["scores"][stage.name] is None for record in asked)
+        note = f' <span class="dim">({blind} not measurable: the camera stands still)</span>' if blind else ""
+        if stage.name in curated.absent:
+            note = f' <span class="bad">not asked: {escape(curated.absent[stage.name])}</span>'
+        yield f"<tr><td><b>{stage.name}</b><td>{stage.says}{note}<td>{allowed(stage.name, bounds)}"
+        yield f"<td class=n>{len(asked)}<td class=n>{dropped}"
+    if "captions" in curated.absent:
+        why = escape(curated.absent["captions"])
+        yield f'<tr><td><b>captions</b><td><span class="bad">none: {why}</span><td><td><td>'
+    yield "</table>"
+
+
+def allowed(name: str, bounds: Bounds) -> str:
+    if name == "duplicates":
+        return f"more than {bounds.max_alike:g} bits of 64"
+    stage = STAGES[name]
+    low, high = (getattr(bounds, field) if field else None for field in (stage.low, stage.high))
+    return f"{low:g} {stage.unit} or more" if high is None else f"at most {high:g} {stage.unit}"
+
+
+def files_section(curated: Curated) -> Iterator[str]:
+    """Files that never became scenes."""
+    dropped = [(name, file["dropped"]) for name, file in curated.files.items() if file["dropped"]]
+    if dropped:
+        yield "<h2>Files dropped whole</h2><table><tr><th>file<th>stage<th>why"
+    for name, why in dropped:
+        yield f'<tr><td>{escape(name)}<td class="bad">{why["stage"]}<td>{escape(why["why"])}'
+    if dropped:
+        yield "</table>"
+
+
+def section(title: str, clips: list[dict], out: Path) -> Iterator[str]:
+    if clips:
+        shown = f", {MOST} of them shown" if len(clips) > MOST else ""
+        yield f'<h2>{title} <span class="dim">({len(clips)}{shown})</span></h2><div class="cards">'
+        yield from map(card, clips[:MOST], (thumb(out, clip["clip"]) for clip in clips))
+        yield "</div>"
+
+
+def thumb(out: Path, name: str) -> str:
+    path = out / "thumbs" / f"{name}.jpg"
+    if not path.exists():
+        return ""
+    return f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(path.read_bytes()).decode()}">'
+
+
+def card(clip: dict, image: str) -> str:
+    start, stop = clip["span"]
+    lines = [f'<b>{escape(clip["source"])}</b> <span class="dim">{start:.2f} to {stop:.2f} s</span>']
+    if why := clip["dropped"]:
+        lines.append(f'<span class="bad">{why["stage"]}: {escape(why["why"])}</span>')
+    if clip.get("words"):
+        lines.append(f"reads: {escape(clip['words'])}")
+    if clip.get("caption"):
+        lines.append(f'<span class="good">{escape(clip["caption"])}</span>')
+    lines.append(f'<span class="dim">{escape(", ".join(figures(clip["scores"].items())))}</span>')
+    return f'<div class="card">{image}{"".join(f"<p>{line}</p>" for line in lines)}</div>'
+
+
+def figures(scores: Iterable[tuple[str, float | None]]) -> Iterator[str]:
+    for name, value in scores:
+        yield f"{name} {'not measurable' if value is None else format(value, '.4g')}"

@@ -1,0 +1,115 @@
+"""Where shards stand: a folder, or a bucket on an S3 server (`s3://bucket/prefix`, with the service's settings)."""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import IO, Protocol
+
+from urllib3.exceptions import ProtocolError, TimeoutError
+
+from omnivideo.errors import InvalidInput, NotInstalled, NotStored
+from omnivideo.settings import service
+
+
+class Shelf(Protocol):
+    """Files by name, read whole, in part, or as a stream from the start."""
+
+    def names(self, suffix: str) -> list[str]: ...
+    def size(self, name: str) -> int: ...
+    def read(self, name: str, offset: int = 0, length: int = 0) -> bytes: ...
+    def open(self, name: str) -> AbstractContextManager[IO[bytes]]: ...
+    def put(self, path: Path) -> None: ...
+
+
+def shelf(where: str | Path) -> "Shelf":
+    """The shelf of a folder's path or of `s3://bucket/prefix`."""
+    if not str(where).startswith("s3://"):
+        return FolderShelf(Path(where))
+    bucket, _, prefix = str(where).removeprefix("s3://").partition("/")
+    return BucketShelf(bucket, prefix)
+
+
+class FolderShelf:
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def names(self, suffix: str) -> list[str]:
+        if not self.folder.is_dir():
+            raise InvalidInput("shards", f"there is no folder {self.folder.name!r}")
+        return sorted(path.name for path in self.folder.glob(f"*{suffix}"))
+
+    def size(self, name: str) -> int:
+        return (self.folder / name).stat().st_size
+
+    def read(self, name: str, offset: int = 0, length: int = 0) -> bytes:
+        """All from `offset` on, or `length` bytes; raises NotStored where there is no such file."""
+        try:
+            with (self.folder / name).open("rb") as file:
+                file.seek(offset)
+                return file.read(length or -1)
+        except FileNotFoundError:
+            raise NotStored(f"shards: there is no {name}") from None
+
+    @contextmanager
+    def open(self, name: str) -> Iterator[IO[bytes]]:
+        with (self.folder / name).open("rb") as file:
+            yield file
+
+    def put(self, path: Path) -> None:
+        """Takes a file over, whole or not at all."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        partial = self.folder / f".{path.name}.partial"
+        shutil.move(path, partial)
+        partial.rename(self.folder / path.name)
+
+
+class BucketShelf:
+    def __init__(self, bucket: str, prefix: str):
+        try:
+            from omnivideo.storage.s3 import asking, connect
+        except ImportError:
+            raise NotInstalled("shards on S3 need the S3 client: pip install 'minio>=7.2.20,<8'") from None
+        given = service()
+        if not (given.s3 and bucket):
+            raise InvalidInput("shards", "s3://bucket/prefix needs OMNIVIDEO_S3 and its two keys")
+        self.client = connect(given.s3, given.s3_access_key, given.s3_secret_key, given.s3_region)
+        self.asking = lambda name="": asking(given.s3, name)
+        self.bucket, self.prefix = bucket, f"{prefix.strip('/')}/".lstrip("/")
+
+    def names(self, suffix: str) -> list[str]:
+        with self.asking():
+            found = self.client.list_objects(self.bucket, self.prefix)
+            names = [(item.object_name or "").removeprefix(self.prefix) for item in found]
+        return sorted(name for name in names if name.endswith(suffix))
+
+    def size(self, name: str) -> int:
+        with self.asking(name):
+            return self.client.stat_object(self.bucket, self.prefix + name).size or 0
+
+    def read(self, name: str, offset: int = 0, length: int = 0) -> bytes:
+        tries = 2  # the pool asks again by itself, but not once bytes have begun to come
+        while True:
+            tries -= 1
+            with self.open(name, offset, length) as response:
+                try:
+                    return bytes(response.read())
+                except (ProtocolError, TimeoutError):
+                    if not tries:
+                        raise
+
+    @contextmanager
+    def open(self, name: str, offset: int = 0, length: int = 0) -> Iterator[IO[bytes]]:
+        with self.asking(name):
+            response = self.client.get_object(self.bucket, self.prefix + name, offset, length)
+            try:
+                yield response  # type: ignore[misc]
+            finally:
+                response.close()
+                response.release_conn()
+
+    def put(self, path: Path) -> None:
+        with self.asking(path.name):
+            if not self.client.bucket_exists(self.bucket):
+                self.client.make_bucket(self.bucket)
+            self.client.fput_object(self.bucket, self.prefix + path.name, str(path))

@@ -1,0 +1,125 @@
+"""Counts of floating point operations, the peaks of the GPUs they run on, and what share of a peak was reached.
+
+A multiply and an add are two operations.  Products with weights and attention are counted (all that
+`torch.utils.flop_counter` counts, to the last one); norms, gates and rotations are not.
+Letters: N decoder tokens, L condition tokens, S inputs and Q queries of a query transformer, d width, f feed-forward.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from omnivideo.errors import InvalidInput
+from omnivideo.presets import Preset, QueryTransformerSize
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Operations in products with weights, and in attention (scores, and their products with the values)."""
+
+    weights: float = 0.0
+    attention: float = 0.0
+
+    def __add__(self, other: "Flops") -> "Flops":
+        return Flops(self.weights + other.weights, self.attention + other.attention)
+
+    def __mul__(self, times: float) -> "Flops":
+        return Flops(self.weights * times, self.attention * times)
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.attention
+
+    @property
+    def trained(self) -> "Flops":
+        """Forward and backward: the backward of a product is two of them, by its input and by its weights."""
+        return self * 3
+
+    @property
+    def passed(self) -> "Flops":
+        """Forward and backward through frozen weights, which have no gradients of their own."""
+        return Flops(self.weights * 2, self.attention * 3)
+
+
+def decoder_flops(config: Mapping[str, Any], tokens: int, condition: int) -> Flops:
+    """One sample forward through a `WanTransformer3DModel` of this configuration."""
+    n, c, d, f = tokens, condition, decoder_width(config), config["ffn_dim"]
+    patch = prod(config["patch_size"])
+    block = Flops(
+        weights=2 * (4 * n * d * d + 2 * n * d * d + 2 * c * d * d + 2 * n * d * f),
+        attention=4 * n * n * d + 4 * n * c * d,
+    )
+    ends = n * d * patch * (config["in_channels"] + config["out_channels"])
+    text = c * (config["text_dim"] * d + d * d)
+    time = config["freq_dim"] * d + d * d + 6 * d * d
+    return block * config["num_layers"] + Flops(2 * (ends + text + time))
+
+
+def decoder_width(config: Mapping[str, Any]) -> int:
+    return config["num_attention_heads"] * config["attention_head_dim"]
+
+
+def query_transformer_flops(size: QueryTransformerSize, inputs: int) -> Flops:
+    """One pass through the vision head or the adapter over `inputs` tokens."""
+    s, q, d = inputs, size.queries, size.width
+    encoder = Flops(2 * 12 * s * d * d, 4 * s * s * d)
+    decoder = Flops(2 * (14 * q * d * d + 2 * s * d * d), 4 * q * q * d + 4 * q * s * d)
+    return (encoder + decoder) * size.layers + Flops(2 * s * (size.dim_in * d + d * d))
+
+
+def visual_context_flops(preset: Preset, tokens: int) -> Flops:
+    """A source's latents into `tokens` condition tokens."""
+    size = preset.visual_context
+    patch = preset.decoder["in_channels"] * size.kernel**2
+    return Flops(2 * tokens * size.hidden * (patch + preset.text_width))
+
+
+# ---------------------------------------------------------------- what was reached
+
+
+def tflops_per_second(operations: float, seconds: float, gpus: int = 1) -> float:
+    """TFLOP/s of one GPU, for the operations that all of them did together."""
+    return operations / seconds / gpus / 1e12
+
+
+def mfu(operations: float, seconds: float, peak_tflops: float, gpus: int = 1) -> float:
+    """Share of the peak: the model's own operations (`trained`, `passed`), without those done twice to save memory."""
+    return tflops_per_second(operations, seconds, gpus) / peak_tflops
+
+
+@dataclass(frozen=True)
+class GPU:
+    """Published figures: dense bf16 TFLOP/s, memory in GB, its bandwidth and that of the link to its neighbours
+    (one way), in GB/s."""
+
+    name: str
+    tflops: float
+    memory: float
+    bandwidth: float
+    link: float
+    source: str
+
+
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        GPU("A100-40", 312, 40, 1555, 300, "NVIDIA A100 datasheet, SXM4 40 GB"),
+        GPU("A100", 312, 80, 2039, 300, "NVIDIA A100 datasheet, SXM4 80 GB"),
+        GPU("L40S", 362, 48, 864, 32, "NVIDIA L40S datasheet; PCIe 4.0 x16"),
+        GPU("H100-PCIe", 756, 80, 2000, 64, "NVIDIA H100 datasheet, PCIe; half of the figure with sparsity"),
+        GPU("H100", 989, 80, 3350, 450, "NVIDIA H100 datasheet, SXM5; half of the figure with sparsity"),
+        GPU("H200", 989, 141, 4800, 450, "NVIDIA H200 datasheet, SXM; half of the figure with sparsity"),
+        GPU("B200", 2250, 180, 7700, 900, "NVIDIA DGX B200 datasheet, an eighth; half of the figure with sparsity"),
+    )
+}
+
+
+def gpus_of(text: str) -> tuple[int, GPU]:
+    """ "8xH100" as a count and a card; raises InvalidInput."""
+    count, cross, name = text.partition("x")
+    if not (cross and count.isascii() and count.isdigit() and int(count) >= 1):
+        raise InvalidInput("gpus", f"{text!r} is not of the form COUNTxNAME, e.g. 8xH100")
+    if name not in GPUS:
+        raise InvalidInput("gpus", f"{name!r} is not one of {', '.join(GPUS)}")
+    return int(count), GPUS[name]

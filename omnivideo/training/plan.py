@@ -1,0 +1,437 @@
+"""What a stage costs at full size, before any GPU hour is spent: weights, memory, step time and days.
+
+Nothing is measured and nothing is allocated: the models stand on the meta device, and every figure follows from
+formulas that docs/plan.md states and the tests compare with torch's own counters at tiny size.  GB are 10^9 bytes.
+Letters: N decoder tokens, L condition tokens, d width, f feed-forward.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLWan
+from rich.table import Table
+from torch import nn
+from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration, UMT5Config, UMT5EncoderModel
+
+from omnivideo.errors import InvalidInput
+from omnivideo.models.omni import Bridge, build_decoder
+from omnivideo.presets import (
+    OMNIVIDEO_1_3B,
+    Preset,
+    QueryTransformerSize,
+    decoder_tokens,
+    latent_grid,
+    preset,
+    visual_context_tokens,
+)
+from omnivideo.training.flops import (
+    GPU,
+    GPUS,
+    Flops,
+    decoder_flops,
+    decoder_width,
+    mfu,
+    query_transformer_flops,
+    visual_context_flops,
+)
+from omnivideo.training.recipes.stages import TRAINED
+from omnivideo.training.trainer import freeze
+
+# Qwen3-VL 8B, whose width is the preset's; and the encoder of Wan's text condition.
+MLLM: dict[str, Any] = {
+    "text_config": {
+        "vocab_size": 151_936, "hidden_size": 4096, "intermediate_size": 12_288, "num_hidden_layers": 36,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 262_144,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20],
+                            "mrope_interleaved": True},
+    },
+    "vision_config": {
+        "depth": 27, "hidden_size": 1152, "intermediate_size": 4304, "num_heads": 16, "patch_size": 16,
+        "spatial_merge_size": 2, "temporal_patch_size": 2, "out_hidden_size": 4096, "num_position_embeddings": 2304,
+        "deepstack_visual_indexes": [8, 16, 24],
+    },
+    "tie_word_embeddings": False,
+}  # fmt: skip
+UMT5_XXL: dict[str, Any] = {
+    "vocab_size": 256_384, "d_model": 4096, "d_kv": 64, "d_ff": 10_240, "num_layers": 24, "num_heads": 64,
+    "feed_forward_proj": "gated-gelu",
+}  # fmt: skip
+
+# Samples of the paper's Table 1, by task; a task of video is one whose name has it.
+TABLE_1 = {
+    "image understanding": 17.2e6, "video understanding": 1.98e6, "text-to-image": 15e6, "text-to-video": 1.8e6,
+    "image editing": 8.6e6, "video editing": 0.8e6,
+}  # fmt: skip
+GENERATION = ("text-to-image", "text-to-video")
+DRAWN = (*GENERATION, "image editing", "video editing")
+TASKS_OF = {"stage1": tuple(TABLE_1), "stage1_text": tuple(TABLE_1), "stage2a": GENERATION,
+            "stage2b_generation": GENERATION, "stage2b": DRAWN, "stage3": DRAWN}  # fmt: skip
+
+MLLM_TOKENS = {"still": 512, "clip": 2048}  # of a request with its media and answer
+FIXED = 2.5  # GB of CUDA context, NCCL buffers and library work spaces
+NODE, NETWORK = 8, 50.0  # GPUs that share the fast link; GB/s one way of each GPU to other nodes (400 Gb/s)
+DAY = 86_400.0
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is to be planned.  `batch` is clips on one GPU; stills are as many as make the same number of tokens."""
+
+    recipe: str
+    gpu: GPU
+    gpus: int
+    preset: Preset = OMNIVIDEO_1_3B
+    batch: int = 1
+    width: int = 832
+    height: int = 480
+    frames: int = 17
+    sequence: int = 1
+    checkpointing: bool = True
+    cached: bool = True
+    steps: int | None = None
+    utilisation: float = 0.45
+
+    @property
+    def replicas(self) -> int:
+        return self.gpus // self.sequence
+
+    @property
+    def stills(self) -> int:
+        """Images on one GPU."""
+        return max(1, self.batch * self.seen("clip") // self.seen("still"))
+
+    def count(self, kind: str) -> int:
+        return self.batch if kind == "clip" else self.stills
+
+    def grid(self, kind: str) -> tuple[int, int, int]:
+        return latent_grid(self.width, self.height, self.frames if kind == "clip" else 1)
+
+    def tokens(self, kind: str) -> int:
+        return decoder_tokens(self.preset, self.grid(kind))
+
+    def seen(self, kind: str) -> int:
+        """Tokens of the model that a step spends its time in: the MLLM in stage 1, else the decoder."""
+        return MLLM_TOKENS[kind] if self.recipe.startswith("stage1") else self.tokens(kind)
+
+    def condition(self, kind: str) -> int:
+        """L of an edit, which is the longest: source, visual tokens and a text of full length, within the limits."""
+        adapter = self.preset.adapter
+        assert adapter is not None, "a version 1 preset"
+        needed = visual_context_tokens(self.preset, self.grid(kind)) + self.preset.text_tokens + 6
+        needed += adapter.queries * (visual_tokens(self.preset) if kind == "clip" else 1)
+        return min(max(self.preset.condition_least, needed), self.preset.condition_most)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Counts of parameters, memory of one GPU in GB by part, and times of one step of each kind in seconds."""
+
+    setting: Setting
+    trained: int
+    frozen: int
+    away: int
+    memory: dict[str, float]
+    step: dict[str, dict[str, float]]
+    flops: dict[str, float]
+    steps: dict[str, float]
+
+    @property
+    def needed(self) -> float:
+        return sum(self.memory.values())
+
+    @property
+    def seconds(self) -> float:
+        return sum(count * sum(self.step[kind].values()) for kind, count in self.steps.items())
+
+    @property
+    def days(self) -> float:
+        return self.seconds / DAY
+
+    @property
+    def mfu(self) -> float:
+        done = sum(self.flops[kind] * count for kind, count in self.steps.items())
+        return mfu(done, self.seconds, self.setting.gpu.tflops)
+
+
+def visual_tokens(chosen: Preset) -> int:
+    return chosen.vision_head.queries if chosen.vision_head else 0
+
+
+# ---------------------------------------------------------------- the models
+
+
+def models_of(chosen: Preset) -> nn.ModuleDict:
+    """All parts under the names that the stages speak of, without memory."""
+    with torch.device("meta"):
+        parts = {
+            "mllm": Qwen3VLForConditionalGeneration(Qwen3VLConfig(**MLLM)),
+            "bridge": Bridge(chosen),
+            "decoder": build_decoder(chosen),
+            "text_encoder": UMT5EncoderModel(UMT5Config(**UMT5_XXL)),
+            "vae": AutoencoderKLWan(**chosen.vae),
+        }
+    return nn.ModuleDict(parts)
+
+
+@cache
+def counts_of(name: str, recipe: str) -> tuple[int, dict[str, int]]:
+    """Parameters that the recipe trains, and those of every part."""
+    models = models_of(preset(name))
+    counts = {part: sum(one.numel() for one in model.parameters()) for part, model in models.items()}
+    return sum(one.numel() for _, one in freeze(models, TRAINED[recipe])), counts
+
+
+def at_work(setting: Setting) -> set[str]:
+    """The parts that a step runs; the others' results come from the cache."""
+    if setting.recipe.startswith("stage1"):
+        return {"mllm", "bridge"} if setting.recipe == "stage1" else {"mllm"}
+    parts = {"bridge"} if setting.recipe == "stage2a" else {"bridge", "decoder"}
+    return parts if setting.cached else parts | {"mllm", "text_encoder", "vae"}
+
+
+# ---------------------------------------------------------------- memory
+
+
+def decoder_activations(
+    config: Mapping[str, Any], tokens: int, condition: int, trained: bool, checkpointing: bool, size: int = 2
+) -> float:
+    """Bytes kept for the backward pass of one sample; `size` is that of an activation, norms and gates are fp32."""
+    n, c, d, f = tokens, condition, decoder_width(config), config["ffn_dim"]
+    heads = config["num_attention_heads"]
+    if trained:
+        block = n * (size * (13 * d + 2 * f) + 4 * 6 * d) + 3 * size * c * d
+    else:  # the inputs of frozen products and gates are not kept
+        block = n * (size * (9 * d + f) + 4 * 3 * d) + 3 * size * c * d
+    block += n * 4 * 2 * heads  # the scores' normalisers
+    ends = n * (4 * 2 + size) * d + size * c * (config["text_dim"] + 3 * d) if trained else n * 4 * d + size * c * d
+    layers = config["num_layers"]
+    return ends + (layers * size * n * d + block if checkpointing else layers * block)
+
+
+def query_transformer_activations(size: QueryTransformerSize, inputs: int, bytes_each: int = 2) -> float:
+    """Bytes kept for the backward pass of one run of the vision head or the adapter."""
+    s, q, d = inputs, size.queries, size.width
+    return bytes_each * (size.layers * (12 * s + 16 * q + 2 * s) * d + s * (size.dim_in + 3 * d))
+
+
+def activations(setting: Setting, kind: str) -> float:
+    """Bytes of a batch of one kind on one GPU."""
+    chosen, recipe, count = setting.preset, setting.recipe, setting.count(kind)
+    head, adapter = chosen.vision_head, chosen.adapter
+    assert head is not None and adapter is not None, "a version 1 preset"
+    total = 0.0
+    if recipe in ("stage1", "stage3"):
+        total += query_transformer_activations(head, MLLM_TOKENS[kind])
+    if recipe.startswith("stage1"):
+        total += (
+            MLLM_TOKENS[kind] * MLLM["text_config"]["vocab_size"] * 10
+        )  # logits in bf16, in fp32, and their gradient
+    else:
+        total += query_transformer_activations(adapter, 1) * (visual_tokens(chosen) if kind == "clip" else 1)
+    if recipe.startswith(("stage2b", "stage3")):
+        shares = setting.tokens(kind) // setting.sequence, setting.condition(kind) // setting.sequence
+        total += decoder_activations(chosen.decoder, *shares, recipe == "stage3", setting.checkpointing)
+        total += shares[1] * 2 * (chosen.visual_context.hidden + 2 * chosen.text_width)
+    return total * count
+
+
+def memory(setting: Setting, trained: int, on_gpu: int) -> dict[str, float]:
+    """GB of one GPU by part: ZeRO-1 divides the optimizer's states and the average over all GPUs, nothing else."""
+    share = trained / setting.gpus
+    parts = {
+        "weights (bf16)": 2 * on_gpu,
+        "gradients (bf16)": 2 * trained,
+        "gradients of the own share (fp32)": 4 * share,
+        "optimizer: master weights, two moments (fp32)": 12 * share,
+        "average of the weights (fp32)": 4 * share,
+        "activations": max(activations(setting, kind) for kind in ("still", "clip")),
+    }
+    return {name: count / 1e9 for name, count in parts.items()} | {"CUDA, NCCL, work spaces": FIXED}
+
+
+# ---------------------------------------------------------------- time
+
+
+def mllm_flops(tokens: int, parameters: int) -> Flops:
+    text = MLLM["text_config"]
+    width = text["num_attention_heads"] * text["head_dim"]
+    return Flops(2.0 * parameters * tokens, 2.0 * tokens**2 * width * text["num_hidden_layers"])  # half: causal
+
+
+def operations(setting: Setting, kind: str, sizes: Mapping[str, int]) -> tuple[Flops, Flops]:
+    """Of one sample: the model's own, and those done again by checkpointing."""
+    chosen, recipe = setting.preset, setting.recipe
+    head, adapter = chosen.vision_head, chosen.adapter
+    assert head is not None and adapter is not None, "a version 1 preset"
+    seen = MLLM_TOKENS[kind]
+    heads = query_transformer_flops(head, seen)
+    own, again = Flops(), Flops()
+    if "mllm" in at_work(setting):
+        own += mllm_flops(seen, sizes["mllm"] - sizes["lm_head"] - sizes["embeddings"])
+    if recipe.startswith("stage1"):
+        own += Flops(2.0 * seen * sizes["lm_head"]).trained
+        return own + (heads.trained if recipe == "stage1" else Flops()), again
+    own += heads.trained if recipe == "stage3" else heads
+    own += (query_transformer_flops(adapter, 1) * (visual_tokens(chosen) if kind == "clip" else 1)).trained
+    if recipe != "stage2a":
+        forward = decoder_flops(chosen.decoder, setting.tokens(kind), setting.condition(kind))
+        own += forward.trained if recipe == "stage3" else forward.passed
+        own += visual_context_flops(chosen, visual_context_tokens(chosen, setting.grid(kind))).trained
+        again = forward if setting.checkpointing else again
+    return own, again
+
+
+def link(setting: Setting) -> float:
+    """GB/s one way between the GPUs: the slowest on the way."""
+    return setting.gpu.link if setting.gpus <= NODE else min(setting.gpu.link, NETWORK)
+
+
+def step_times(setting: Setting, kind: str, trained: int, own: Flops, again: Flops) -> dict[str, float]:
+    """Seconds of one step, its parts one after the other: what overlaps in practice makes it shorter."""
+    count, gpus = setting.count(kind), setting.gpus
+    done = (own + again).total * count / setting.sequence
+    exchanged = 2 * 2 * trained * (gpus - 1) / gpus / 1e9  # gradients to their owners, weights back, in bf16
+    touched = (16 + 12 + 8 + 4) * trained / gpus / 1e9  # states read and written, the average, the gradients
+    times = {
+        "compute": done / (setting.gpu.tflops * 1e12 * setting.utilisation),
+        "gradients and weights": exchanged / link(setting),
+        "optimizer": touched / setting.gpu.bandwidth,
+    }
+    if setting.sequence > 1:
+        times["all-to-all"] = all_to_all(setting, kind) * count / setting.gpu.link
+    return times
+
+
+def all_to_all(setting: Setting, kind: str) -> float:
+    """GB that one GPU sends for one sample: queries, keys, values and outputs of every block, there and back."""
+    config, parts = setting.preset.decoder, setting.sequence
+    passes = 3 if setting.checkpointing else 2
+    sent = 4 * setting.tokens(kind) / parts * decoder_width(config) * 2 * (parts - 1) / parts
+    return sent * config["num_layers"] * passes / 1e9
+
+
+def steps_of(setting: Setting) -> dict[str, float]:
+    """Steps of each kind: one pass over the stage's tasks of Table 1, or `steps` of them in the same ratio."""
+    tasks = {task: count for task, count in TABLE_1.items() if task in TASKS_OF[setting.recipe]}
+    clips = sum(count for task, count in tasks.items() if "video" in task)
+    samples = {"still": sum(tasks.values()) - clips, "clip": clips}
+    epoch = {kind: count / (setting.count(kind) * setting.replicas) for kind, count in samples.items()}
+    whole = sum(epoch.values())
+    return epoch if setting.steps is None else {kind: setting.steps * part / whole for kind, part in epoch.items()}
+
+
+# ---------------------------------------------------------------- the plan
+
+
+def plan(setting: Setting) -> Plan:
+    """Raises InvalidInput for a setting that cannot be, not for one that does not fit: see `check`."""
+    validate(setting)
+    trained, counts = counts_of(setting.preset.name, setting.recipe)
+    on_gpu = sum(counts[name] for name in at_work(setting))
+    text = MLLM["text_config"]
+    table = text["vocab_size"] * text["hidden_size"]
+    sizes = counts | {"lm_head": table, "embeddings": table}
+    work = {kind: operations(setting, kind, sizes) for kind in ("still", "clip")}
+    return Plan(
+        setting,
+        trained,
+        on_gpu - trained,
+        sum(counts.values()) - on_gpu,
+        memory(setting, trained, on_gpu),
+        {kind: step_times(setting, kind, trained, *both) for kind, both in work.items()},
+        {kind: own.total * setting.count(kind) / setting.sequence for kind, (own, _) in work.items()},
+        steps_of(setting),
+    )
+
+
+def validate(setting: Setting) -> None:
+    if setting.recipe not in TASKS_OF:
+        raise InvalidInput("recipe", f"{setting.recipe!r} has no plan; {', '.join(TASKS_OF)} have")
+    if setting.preset.name != OMNIVIDEO_1_3B.name:
+        raise InvalidInput("preset", f"{setting.preset.name!r} has no plan; use {OMNIVIDEO_1_3B.name}")
+    latent_grid(setting.width, setting.height, setting.frames)
+    heads = setting.preset.decoder["num_attention_heads"]
+    if setting.sequence < 1 or setting.gpus % setting.sequence or heads % setting.sequence:
+        both = f"the {setting.gpus} GPUs and the decoder's {heads} heads"
+        raise InvalidInput("sequence-parallel", f"{setting.sequence} does not divide {both}")
+    if not 0 < setting.utilisation <= 1:
+        raise InvalidInput("utilisation", f"{setting.utilisation} is not in 0 to 1")
+
+
+def check(made: Plan) -> None:
+    """Raises InvalidInput where the plan does not fit its GPU, with what would make it fit."""
+    gpu = made.setting.gpu
+    if made.needed <= gpu.memory:
+        return
+    ways = [words for words, other in remedies(made.setting) if plan(other).needed <= other.gpu.memory]
+    said = f"it fits with {' or with '.join(ways[:3])}" if ways else "no single change of the plan's makes it fit"
+    raise InvalidInput("gpus", f"{made.needed:.1f} GB do not fit the {gpu.memory:g} GB of one {gpu.name}; {said}")
+
+
+def remedies(setting: Setting) -> Iterator[tuple[str, Setting]]:
+    """Single changes that save memory, the cheapest first."""
+    if not setting.cached:
+        yield "--cached", replace(setting, cached=True)
+    if not setting.checkpointing:
+        yield "--checkpointing", replace(setting, checkpointing=True)
+    for batch in (setting.batch // 2, 1):
+        if 1 <= batch < setting.batch:
+            yield f"--batch {batch}", replace(setting, batch=batch)
+    for sequence in (2, 4):
+        if sequence > setting.sequence and setting.gpus % sequence == 0:
+            yield f"--sequence-parallel {sequence}", replace(setting, sequence=sequence)
+    for times in (2, 4, 8):
+        yield f"--gpus {setting.gpus * times}x{setting.gpu.name}", replace(setting, gpus=setting.gpus * times)
+    for gpu in sorted(GPUS.values(), key=lambda one: one.memory):
+        if gpu.memory > setting.gpu.memory:
+            yield f"--gpus {setting.gpus}x{gpu.name}", replace(setting, gpu=gpu)
+
+
+# ---------------------------------------------------------------- in words
+
+
+def as_table(made: Plan) -> Table:
+    """All figures, with the assumptions that they hang on."""
+    setting = made.setting
+    table = Table(title=f"{setting.recipe} of {setting.preset.name} on {setting.gpus} x {setting.gpu.name}")
+    table.add_column("what")
+    table.add_column("figure", justify="right")
+    for rows in (weight_rows(made), memory_rows(made), time_rows(made)):
+        for row in rows:
+            table.add_row(*row)
+        table.add_section()
+    table.caption = (
+        f"assumed: {setting.utilisation:.0%} of {setting.gpu.tflops:g} TFLOP/s (dense bf16) in products and attention; "
+        f"{setting.gpu.bandwidth:g} GB/s of memory, {link(setting):g} GB/s between GPUs; nothing overlaps. "
+        f"Peaks: {setting.gpu.source}"
+    )
+    return table
+
+
+def weight_rows(made: Plan) -> list[tuple[str, str]]:
+    return [
+        ("parameters trained", f"{made.trained:,}"),
+        ("parameters frozen, on the GPU", f"{made.frozen:,}"),
+        ("parameters not on the GPU (their results are cached)", f"{made.away:,}"),
+    ]
+
+
+def memory_rows(made: Plan) -> list[tuple[str, str]]:
+    rows = [(f"GB, {name}", f"{value:.2f}") for name, value in made.memory.items()]
+    return [*rows, (f"GB, all, of the {made.setting.gpu.memory:g} of one GPU", f"{made.needed:.2f}")]
+
+
+def time_rows(made: Plan) -> list[tuple[str, str]]:
+    setting, rows = made.setting, []
+    for kind, times in made.step.items():
+        drawn = "" if setting.recipe.startswith("stage1") else f", condition {setting.condition(kind):,}"
+        rows.append((f"a step of {kind}s on each GPU", f"{setting.count(kind)} x {setting.seen(kind):,} tokens{drawn}"))
+        rows += [(f"  seconds, {name}", f"{seconds:.3f}") for name, seconds in times.items()]
+    rows.append(("TFLOP a GPU and clip step, attention counted", f"{made.flops['clip'] / 1e12:.1f}"))
+    rows.append(("MFU that follows", f"{made.mfu:.2f}"))
+    counts = ", ".join(f"{count:,.0f} of {kind}s" for kind, count in made.steps.items())
+    rows.append(("steps" if setting.steps else "steps of one pass over Table 1", counts))
+    return [*rows, ("days", f"{made.days:.2f}")]

@@ -1,0 +1,96 @@
+"""Made-up footage for the curation's tests: textured grounds, things that move, and what spoils a clip."""
+
+from collections.abc import Iterable, Iterator
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+WIDTH, HEIGHT, FPS = 384, 288, 24
+FRAMES = 40
+
+
+def texture(seed: int, width: int = 3 * WIDTH, height: int = 2 * HEIGHT) -> np.ndarray:
+    """A landscape of colour patches, coarse and fine, uint8 [H, W, 3]."""
+    rng = np.random.default_rng(seed)
+    layers = []
+    for cells, weight in ((4, 1.0), (12, 0.7), (48, 0.5), (200, 0.5)):
+        small = rng.uniform(0, 255, (cells * height // width + 1, cells, 3)).astype(np.uint8)
+        layers.append(weight * np.asarray(Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)))
+    mixed = sum(layers)
+    return ((mixed - mixed.mean()) / mixed.std() * 50 + 128).clip(25, 240).astype(np.uint8)
+
+
+def pan(seed: int, frames: int = FRAMES, speed: float = 2.0, jitter: float = 0.0) -> Iterator[np.ndarray]:
+    """A camera that moves evenly to the right, or in no hand's peace."""
+    ground, rng = texture(seed), np.random.default_rng(seed)
+    for at in range(frames):
+        shake = rng.normal(0, jitter, 2) if jitter else (0, 0)
+        x, y = int(60 + speed * at + shake[0]), int(60 + shake[1])
+        yield ground[y : y + HEIGHT, x : x + WIDTH]
+
+
+def subject(seed: int, frames: int = FRAMES) -> Iterator[np.ndarray]:
+    """A ball that crosses a locked camera's picture."""
+    ground = texture(seed)[:HEIGHT, :WIDTH]
+    for at in range(frames):
+        image = Image.fromarray(ground)
+        x = 40 + 5 * at
+        ImageDraw.Draw(image).ellipse((x, 120, x + 70, 190), fill=(230, 40, 40), outline=(20, 20, 20), width=3)
+        yield np.asarray(image)
+
+
+def still(seed: int, grain: float = 6.0) -> Iterator[np.ndarray]:
+    """A photograph with film grain."""
+    rng, ground = np.random.default_rng(seed), texture(seed)[:HEIGHT, :WIDTH].astype(float)
+    for _ in range(FRAMES):
+        yield (ground + rng.normal(0, grain, ground.shape)).clip(0, 255).astype(np.uint8)
+
+
+def night(seed: int) -> Iterator[np.ndarray]:
+    """A black sky that dawns towards the ground: no bar, though its upper edge is black."""
+    dawn = np.linspace(-0.15, 1, HEIGHT).clip(0, 1)[:, None, None]
+    return ((frame * dawn).astype(np.uint8) for frame in pan(seed))
+
+
+def barred(frames: Iterable[np.ndarray], rows: int = 0, columns: int = 0) -> Iterator[np.ndarray]:
+    for frame in frames:
+        frame = frame.copy()
+        if rows:
+            frame[:rows], frame[-rows:] = 0, 0
+        if columns:
+            frame[:, :columns], frame[:, -columns:] = 0, 0
+        yield frame
+
+
+def written(frames: Iterable[np.ndarray], words: str, size: int, at: tuple[int, int], alpha: int = 255):
+    """Words burned in, as opaque as `alpha` of 255."""
+    font = ImageFont.load_default(size=size)
+    for frame in frames:
+        layer = Image.new("RGBA", frame.shape[1::-1], (255, 255, 255, 0))
+        ImageDraw.Draw(layer).text(at, words, font=font, fill=(255, 255, 255, alpha), stroke_width=1,
+                                   stroke_fill=(0, 0, 0, alpha))  # fmt: skip
+        yield np.asarray(Image.alpha_composite(Image.fromarray(frame).convert("RGBA"), layer).convert("RGB"))
+
+
+def resized(frames: Iterable[np.ndarray], width: int, height: int) -> Iterator[np.ndarray]:
+    return (np.asarray(Image.fromarray(np.ascontiguousarray(frame)).resize((width, height))) for frame in frames)
+
+
+def film(path: Path, frames: Iterable[np.ndarray], crf: int = 18) -> Path:
+    """H.264 with the index at the front, so that a file that is cut still opens."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    options = {"movflags": "+faststart"} if path.suffix == ".mp4" else {}
+    with av.open(str(path), "w", options=options) as out:
+        stream = out.add_stream("libx264", rate=FPS, options={"crf": str(crf), "preset": "veryfast"})
+        stream.pix_fmt = "yuv420p"
+        for at, pixels in enumerate(frames):
+            if not at:
+                stream.height, stream.width = pixels.shape[:2]
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
+            frame.pts, frame.time_base = at, Fraction(1, FPS)
+            out.mux(stream.encode(frame))
+        out.mux(stream.encode())
+    return path

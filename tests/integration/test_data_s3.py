@@ -1,0 +1,35 @@
+"""Shards on an S3 server: written, streamed, read by number, and the server's absence said."""
+
+import pytest
+
+from omnivideo.errors import InvalidInput, StoreError
+from omnivideo.training.data.sample import Problems
+from omnivideo.training.data.shards import Library, stream, write
+from omnivideo.training.data.shelves import shelf
+from tests.integration.s3_server import ACCESS_KEY, SECRET_KEY, s3_server
+from tests.unit.test_data import contents, six
+
+WHERE = "s3://training/sets/six"
+
+
+def test_shards_are_written_to_and_read_from_a_bucket(tmp_path, monkeypatch):
+    with s3_server(tmp_path) as server:
+        monkeypatch.setenv("OMNIVIDEO_S3", server.address)
+        monkeypatch.setenv("OMNIVIDEO_S3_ACCESS_KEY", ACCESS_KEY)
+        monkeypatch.setenv("OMNIVIDEO_S3_SECRET_KEY", SECRET_KEY)
+        problems = Problems()
+        write(six(), shelf(WHERE), problems)
+        assert shelf(WHERE).names(".tar") == ["00000.tar"]
+        assert contents(stream(shelf(WHERE), problems)) == contents(six())
+        library = Library(shelf(WHERE), problems)
+        assert contents([library[4], library[1]]) == contents([six()[4], six()[1]])
+        assert not problems.found
+        server.kill()
+        with pytest.raises(StoreError, match="no connection"):
+            library[0]
+
+
+def test_a_bucket_without_a_server_is_refused(monkeypatch):
+    monkeypatch.delenv("OMNIVIDEO_S3", raising=False)
+    with pytest.raises(InvalidInput, match="OMNIVIDEO_S3"):
+        shelf(WHERE)
