@@ -23,7 +23,7 @@ serve:
 	.venv/bin/python -m omnivideo.cli serve
 
 test: lint
-	.venv/bin/python -m pytest -n $(WORKERS) --dist loadgroup $(ARGS)
+	.venv/bin/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 lint:
 	@bash deploy/setup.sh dev

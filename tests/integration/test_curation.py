@@ -193,8 +193,10 @@ def members(group: int) -> list[str]:
 def test_cancel_is_one_word_and_leaves_nobody_behind(folder, tmp_path):
     """Ctrl-C, sent to the whole group as a terminal does."""
     running = subprocess.Popen(
-        [*command(folder, tmp_path), "--workers", "1"], stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+        [*command(folder, tmp_path), "--workers", "1"], stderr=subprocess.PIPE, text=True, start_new_session=True,
+        # A run in a shell's background would not hear Ctrl-C, nor would its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
     until = time.monotonic() + 240
     while not ((tmp_path / "files.jsonl").exists() and (tmp_path / "files.jsonl").stat().st_size):
         assert time.monotonic() < until and running.poll() is None

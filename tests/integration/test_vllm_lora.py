@@ -22,7 +22,7 @@ from omnivideo.storage.tensors import get_tensors
 from tests.integration.servers import free_port
 from tests.integration.vllm_server import Server
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500), pytest.mark.xdist_group("vllm")]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
 CLOSE = 1e-4
 RANK, ALPHA = 24, 48.0  # above vLLM's own limit of 16

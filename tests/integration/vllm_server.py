@@ -8,6 +8,7 @@ OMNIVIDEO_VLLM_INSTALL=0 or the disk is too full for it.  OMNIVIDEO_VLLM_DEVICE=
 float32 without TF32, and installs vLLM's build for GPUs; the twin that it is compared with stays on the CPU.
 """
 
+import fcntl
 import os
 import shutil
 import signal
@@ -53,7 +54,13 @@ sys.meta_path.insert(0, Finder())
 
 
 def interpreter() -> str:
-    """A Python that has vLLM; raises LookupError where there is none and none can be made."""
+    """A Python that has vLLM, made by one process while others wait; raises LookupError where none can be had."""
+    with PLACE.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return found()
+
+
+def found() -> str:
     named = os.environ.get("OMNIVIDEO_VLLM_PYTHON")
     candidates = [named] if named else [sys.executable, str(PLACE / "bin" / "python")]
     for candidate in candidates:

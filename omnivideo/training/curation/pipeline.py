@@ -11,7 +11,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import islice
@@ -136,7 +136,7 @@ def workers(count: int, address: str | None) -> Iterator[Any]:
     distributed = needed("distributed", "dask[distributed]")
     with deaf():
         cluster = nullcontext(address) if address else distributed.LocalCluster(
-            n_workers=count, threads_per_worker=1, dashboard_address=None, memory_limit=0, silence_logs=40
+            n_workers=count, threads_per_worker=1, dashboard_address="127.0.0.1:0", memory_limit=0, silence_logs=40
         )  # fmt: skip
     with cluster as where, distributed.Client(where) as client:
         yield client
@@ -190,8 +190,11 @@ def curate(
     names, absent = sources(folder, out), without(settings, caption)
     settings = settings.model_copy(update={"ocr": settings.ocr and "text" not in absent})
     prepare(out, settings)
-    files, clips, captions = (Journal(out / f"{name}.jsonl") for name in ("files", "measured", "captions"))
-    with workers(count, cluster) as client:
+    with ExitStack() as held:
+        files, clips, captions = (
+            held.enter_context(closing(Journal(out / f"{name}.jsonl"))) for name in ("files", "measured", "captions")
+        )
+        client = held.enter_context(workers(count, cluster))
         survey_all(client, folder, names, settings.bounds, files, tell)
         wanted = [clip for name in names for clip in clips_of(name, files.records[name])]
         measure_all(client, folder, out, wanted, settings, clips, tell)
@@ -203,8 +206,6 @@ def curate(
     for line in lines:
         line["caption"] = captions.records.get(line["file"][6:-4], {}).get("caption")
     write_whole(out / "clips.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
-    for journal in (files, clips, captions):
-        journal.close()
     return Curated({name: files.records[name] for name in names}, found, lines, absent)
 
 

@@ -307,7 +307,7 @@ def stage2b_recipe(
 
 
 def stage3_recipe(
-    omni: Omni, data: Mapping[Task, Drawn], steps: int = 14_000, sizes: tuple[int, int] = (64, 24)
+    omni: Omni, data: Mapping[Task, Drawn], steps: int = 20_000, sizes: tuple[int, int] = (64, 24)
 ) -> Recipe:
     """Videos and edits more often than images and new ones: they are harder, and the decoder knows the others.
 
