@@ -214,6 +214,7 @@ class Trainer:
                 left = (now - began) / (self.step - first) * (until - self.step)
                 tell(Progress(self.step, until, losses, left, now - started))
                 if self.agreed(now - last > every):
+                    log.file.flush()  # else a killed run goes on from a step that its log has not come to
                     self.save()
                     last = now
         self.finish()
