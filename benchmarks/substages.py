@@ -10,7 +10,6 @@ import argparse
 import json
 import os
 import platform
-import random
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -41,7 +40,7 @@ def error(omni: Omni, rows: list[Row]) -> float:
     """Eq. 4 over rows of one task, nothing dropped, the same noise each time."""
     model, never = stages.Whole(omni), stages.Drop(0.0, 0.0, 0.0)
     null = omni.texts([omni.preset.negative_prompt])[0]
-    condition, _ = stages.group_condition(omni, model, rows, random.Random(0), never, null)
+    condition, _ = stages.group_condition(omni, model, rows, [1.0] * len(rows), never, null)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return float(flow_matching(omni.decoder, torch.stack([row.target for row in rows]), condition).mean())

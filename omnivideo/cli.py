@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any, Literal, Optional
 
 import typer
 from rich.console import Console
@@ -253,14 +253,23 @@ def train(
     recipe: Annotated[str, typer.Argument(help="tiny for all of them in order, or one recipe's name.")],
     runs: Annotated[Path, typer.Option(help="Folder of checkpoints, logs and plots.")] = Path("runs"),
     compiled: Annotated[bool, typer.Option(help="torch.compile the decoder (needs a C++ compiler).")] = False,
+    processes: Annotated[int, typer.Option(min=1, help="Processes that share every batch.")] = 1,
+    sequence: Annotated[
+        int, typer.Option("--sequence", "--sequence-parallel", min=1, help="Processes that share a sample's tokens.")
+    ] = 1,
+    optimizer: Annotated[Optional[Literal["muon", "adamw"]], typer.Option(help="Instead of the recipe's.")] = None,  # noqa: UP045
+    checkpointing: Annotated[
+        Optional[bool],  # noqa: UP045
+        typer.Option("--checkpointing/--no-checkpointing", help="Less memory, more time; with --plan the default."),
+    ] = None,
+    watch: Annotated[list[str], typer.Option(help="tensorboard or wandb; may be given twice.")] = [],  # noqa: B006
+    until: Annotated[Optional[int], typer.Option(min=0, help="Stop at this step; 0 only writes state.pt.")] = None,  # noqa: UP045
     plan: Annotated[bool, typer.Option("--plan", help="Only say what the recipe costs at full size.")] = False,
     preset: Annotated[str, typer.Option(help="With --plan: the model.")] = "omnivideo-1.3b",
     gpus: Annotated[str, typer.Option(help="With --plan: COUNTxNAME.")] = "8xH100",
     batch: Annotated[int, typer.Option(min=1, help="With --plan: clips on one GPU.")] = 1,
     size: Annotated[str, typer.Option(help="With --plan: WIDTHxHEIGHT in px.")] = "832x480",
     frames: Annotated[int, typer.Option(help="With --plan: frames of a clip.")] = 17,
-    sequence_parallel: Annotated[int, typer.Option(min=1, help="With --plan: GPUs that share a sample.")] = 1,
-    checkpointing: Annotated[bool, typer.Option(help="With --plan: compute activations twice, keep few.")] = True,
     cached: Annotated[bool, typer.Option(help="With --plan: latents, text and MLLM states come from disk.")] = True,
     steps: Annotated[Optional[int], typer.Option(min=1, help="With --plan; default: Table 1 once.")] = None,  # noqa: UP045
     utilisation: Annotated[float, typer.Option(help="With --plan: share of the peak in products.")] = 0.45,
@@ -274,12 +283,21 @@ def train(
         count, gpu = gpus_of(gpus)
         px: dict[str, Any] = parse_size(size)
         made = planned(Setting(recipe, gpu, count, preset_of(preset), batch, px["width"], px["height"], frames,
-                               sequence_parallel, checkpointing, cached, steps, utilisation))  # fmt: skip
+                               sequence, checkpointing is not False, cached, steps, utilisation))  # fmt: skip
         out.print(as_table(made))
         return check(made)
+    from omnivideo.training import distributed
     from omnivideo.training.tiny import Tiny
+    from omnivideo.training.watch import watchers
 
-    Tiny(runs, compiled=compiled).train(recipe, out)
+    make = watchers(watch)
+    if processes > 1 and not distributed.launched():
+        raise typer.Exit(distributed.relaunch(processes, sequence))
+    changes: dict[str, Any] = {"optimizer": optimizer} if optimizer else {}
+    if checkpointing:
+        changes["checkpointing"] = True
+    with distributed.together(processes, sequence) as world:
+        Tiny(runs, compiled=compiled, watch=make).train(recipe, out, world, until, **changes)
 
 
 @app.command()

@@ -77,6 +77,12 @@ class Row:
     text: Tensor
     embeddings: Tensor
 
+    def to(self, device: torch.device) -> "Row":
+        """The same row on a device."""
+        source = None if self.source is None else self.source.to(device)
+        parts = (self.hidden.to(device), self.text.to(device), self.embeddings.to(device))
+        return Row(self.target.to(device), source, *parts)
+
 
 def pick_rows(rng: random.Random, tasks: Sequence[Drawn], count: int, edits: float = 0.5) -> list[Row]:
     """A mixed batch: `count` samples of tasks that share resolution and frame count (hybrid mixed batching).

@@ -1,4 +1,4 @@
-"""Muon for matrices, Adam for the rest, with the learning rate's shape over a run.
+"""Muon for matrices and Adam for the rest, or AdamW for all, with the learning rate's shape over a run.
 
 Muon (Jordan et al. 2024) orthogonalises the momentum of every weight matrix.  torch.optim.Muon takes exactly
 two-dimensional weights one by one; here convolution kernels are flattened and matrices of equal shape go through
@@ -7,7 +7,8 @@ the iteration as one batch, which is what makes it affordable for models of a fe
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from typing import Any
+from math import cos, pi
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -78,25 +79,55 @@ def is_matrix(name: str, parameter: nn.Parameter) -> bool:
     return parameter.ndim >= 2 and min(parameter.flatten(1).shape) > 1 and not any(t in name for t in tables)
 
 
+Named = list[tuple[str, nn.Parameter]]
+Kind = Literal["muon", "adamw"]
+BETAS = (0.9, 0.98)
+
+
+def split(named: Iterable[tuple[str, nn.Parameter]]) -> tuple[Named, Named]:
+    """The matrices, and the rest."""
+    named = list(named)
+    return [pair for pair in named if is_matrix(*pair)], [pair for pair in named if not is_matrix(*pair)]
+
+
+def layout(named: Iterable[tuple[str, nn.Parameter]], kind: Kind = "muon") -> list[list[str]]:
+    """The parameters' names in each of `optimizers`, in its order."""
+    parts = [[name for name, _ in part] for part in split(named) if part]
+    return parts if kind == "muon" else [[name for part in parts for name in part]]
+
+
 def optimizers(
     named: Iterable[tuple[str, nn.Parameter]],
     lr: float,
     adam_lr: float,
     weight_decay: float = 0.0,
+    kind: Kind = "muon",
 ) -> list[torch.optim.Optimizer]:
-    """Muon over the matrices at `lr` and Adam over the rest at `adam_lr`; groups remember their peak rate."""
-    named = list(named)
-    matrices = [parameter for name, parameter in named if is_matrix(name, parameter)]
-    rest = [parameter for name, parameter in named if not is_matrix(name, parameter)]
+    """Muon over the matrices at `lr` and Adam over the rest at `adam_lr`, or AdamW over all at `adam_lr`.
+
+    Matrices alone decay.  Groups remember their peak rate.
+    """
+    matrices, rest = ([parameter for _, parameter in part] for part in split(named))
     built: list[torch.optim.Optimizer] = []
-    if matrices:
+    if kind == "adamw":
+        parts = [(matrices, weight_decay), (rest, 0.0)]
+        groups_of: list[dict[str, Any]] = [{"params": part, "weight_decay": decay} for part, decay in parts if part]
+        fused = all(parameter.is_cuda for parameter in matrices + rest)
+        built.append(torch.optim.AdamW(groups_of, lr=adam_lr, betas=BETAS, eps=1e-8, fused=fused))
+    if kind == "muon" and matrices:
         built.append(Muon(matrices, lr=lr, weight_decay=weight_decay))
-    if rest:
-        built.append(torch.optim.Adam(rest, lr=adam_lr, betas=(0.9, 0.98), eps=1e-8))
-    for optimizer in built:
-        for group in optimizer.param_groups:
-            group["peak_lr"] = group["lr"]
+    if kind == "muon" and rest:
+        built.append(torch.optim.Adam(rest, lr=adam_lr, betas=BETAS, eps=1e-8))
+    for group in groups(built):
+        group["peak_lr"] = group["lr"]
     return built
+
+
+def cosine(step: int, steps: int, warmup: int) -> float:
+    """Share of the peak rate at a step: linear warm-up, then half a cosine to zero."""
+    rising = (step + 1) / max(1, warmup)
+    done = (step - warmup) / max(1, steps - warmup)
+    return rising if rising < 1 else (1 + cos(pi * min(1.0, max(0.0, done)))) / 2
 
 
 def rate(step: int, steps: int, warmup: int, decay_from: float) -> float:

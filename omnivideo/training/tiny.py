@@ -5,6 +5,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from omnivideo.models.omni import Bridge, Omni, build_decoder
 from omnivideo.models.positions import with_absolute_positions
 from omnivideo.presets import TINY
 from omnivideo.training.card import card
+from omnivideo.training.distributed import World
 from omnivideo.training.drawn import Drawn, drawn
 from omnivideo.training.latents import CHUNK, digest, encode_scenes, first_scenes, set_statistics
 from omnivideo.training.plots import plot_losses
@@ -32,11 +34,14 @@ from omnivideo.training.recipes.vae import vae_recipe
 from omnivideo.training.recipes.visual_encoder import visual_encoder_recipe
 from omnivideo.training.samples import TASKS, Task, requests
 from omnivideo.training.trainer import Progress, Recipe, Trainer
+from omnivideo.training.watch import Watch, line, speed, watchers
 from omnivideo.training.world import scenes
 
 REQUESTS = 12_000  # of each task, in stages 2b and 3
 MORE = (3, 4)  # seeds: stage 3 has as many edits again for each, since it sees them often enough to know them
 Tell = Callable[[int, int], None]
+ALONE = World()
+UNWATCHED = watchers(())
 
 
 def quiet(done: int, count: int) -> None:
@@ -49,11 +54,19 @@ class Tiny:
     Where an earlier recipe's run is not at hand, its part of the shipped weights stands in.
     """
 
-    def __init__(self, runs: Path, compiled: bool = False, tell: Tell = quiet, shipped: Path = SHIPPED / "tiny"):
+    def __init__(
+        self,
+        runs: Path,
+        compiled: bool = False,
+        tell: Tell = quiet,
+        shipped: Path = SHIPPED / "tiny",
+        watch: Watch = UNWATCHED,
+    ):
         self.runs = runs
         self.compiled = compiled
         self.tell = tell
         self.shipped = shipped
+        self.watch = watch
         self.makers: dict[str, Callable[[], Recipe]] = {
             "vae": vae_recipe,
             "text": lambda: text.text_recipe(self.tokenizer()),
@@ -171,13 +184,18 @@ class Tiny:
             data[task] += made(seed, task)
         return make(omni, data)
 
-    def train(self, name: str, out: Console) -> None:
-        """One recipe, or all of them in order for "tiny"; raises InvalidInput for a name that is none."""
+    def train(self, name: str, out: Console, world: World = ALONE, until: int | None = None, **changes: Any) -> None:
+        """One recipe, or all of them in order for "tiny", with fields of the recipes changed; to step `until`.
+
+        Raises InvalidInput for a name that is none.
+        """
         if name != "tiny" and name not in self.makers:
             raise InvalidInput("recipe", f"{name!r} is not one of tiny, {', '.join(self.makers)}")
         for chosen in self.makers if name == "tiny" else [name]:
-            train_one(self.makers[chosen](), self.runs / chosen, out)
-        if name == "tiny":
+            with world.first_alone():
+                recipe = replace(self.makers[chosen](), **changes)
+            train_one(recipe, self.runs / chosen, out, world, self.watch, until)
+        if name == "tiny" and world.first:
             self.ship(self.runs / "tiny")
 
     def ship(self, folder: Path) -> None:
@@ -222,19 +240,32 @@ def seeded_bridge() -> Bridge:
     return Bridge(TINY)
 
 
-def train_one(recipe: Recipe, folder: Path, out: Console) -> None:
+def train_one(
+    recipe: Recipe,
+    folder: Path,
+    out: Console,
+    world: World = ALONE,
+    watch: Watch = UNWATCHED,
+    until: int | None = None,
+) -> None:
     """Trains to the end with a progress bar, prints what is trainable, and draws the losses."""
-    trainer = Trainer(recipe, folder)
+    trainer = world.trainer(recipe, folder)
+    if not world.first:
+        trainer.run(until)
+        return
     weights = sum(parameter.numel() for _, parameter in trainer.named)
     tops = sorted({".".join(key.split(".")[:2]) for key, _ in trainer.named})
     out.print(f"[bold]{recipe.name}[/bold]: {weights:,} trainable weights in {', '.join(tops)}")
     columns = (TextColumn(recipe.name), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Bar(*columns, TextColumn("{task.description}"), console=out) as bar:
         row = bar.add_task("", total=recipe.steps, completed=trainer.step)
+        writers = watch(folder, recipe)
 
         def tell(progress: Progress) -> None:
-            shown = "  ".join(f"{name} {value:.4g}" for name, value in progress.losses.items())
-            bar.update(row, completed=progress.step, description=shown)
+            figures = speed(recipe, progress, world.size).figures()
+            bar.update(row, completed=progress.step, description=line(progress, figures))
+            for write in writers:
+                write(progress.step, progress.losses | figures)
 
-        trainer.run(tell=tell)
+        trainer.run(until, tell=tell)
     plot_losses(folder / "log.jsonl", folder / "loss.png", recipe.name)

@@ -9,13 +9,20 @@ import os
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
+from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from omnivideo.errors import CheckpointError
-from omnivideo.training.optim import optimizers, rate, set_rate
+from omnivideo.models.bridge import VisionHead
+from omnivideo.training.optim import Kind, Named, cosine, layout, optimizers, rate, set_rate
+from omnivideo.training.shards import STATE, Saved, newest, put_state, write_state
+from omnivideo.training.share import ALONE, sharing
 
 Losses = dict[str, Tensor]  # "loss" is what is minimised; the others are shown
 
@@ -25,7 +32,9 @@ class Recipe:
     """One stage of training.
 
     `model` holds all weights of the checkpoint; `trainable` names the parameters to train by prefix ("" is all).
-    `loss(step)` returns the named losses of one batch.
+    `loss(step)` returns the named losses of one batch, or of this process's share of it (`share.py`);
+    `samples(step)` is the size of the whole batch, `flops(step)` what the model costs on it (0 and None: not known).
+    Products are of `precision`, what the optimizer moves is always fp32; `checkpointing` trades time for memory.
     """
 
     name: str
@@ -42,19 +51,31 @@ class Recipe:
     ema: float = 0.0
     precision: torch.dtype = torch.float32
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    optimizer: Kind = "muon"
+    shape: Literal["flat", "cosine"] = "flat"
+    checkpointing: bool = False
+    samples: Callable[[int], int] = lambda step: 0
+    flops: Callable[[int], float] | None = None
+
+    def rate(self, step: int) -> float:
+        """Share of the peak learning rate."""
+        if self.shape == "cosine":
+            return cosine(step, self.steps, self.warmup)
+        return rate(step, self.steps, self.warmup, self.decay_from)
 
 
 @dataclass
 class Progress:
-    """Told after every step; `left` is in seconds."""
+    """Told after every step; `left` and `seconds` (of this step) are in seconds."""
 
     step: int
     steps: int
     losses: dict[str, float]
     left: float
+    seconds: float
 
 
-def freeze(model: nn.Module, trainable: tuple[str, ...]) -> list[tuple[str, nn.Parameter]]:
+def freeze(model: nn.Module, trainable: tuple[str, ...]) -> Named:
     """Leaves exactly the parameters under the given prefixes trainable, and returns them by name."""
     chosen = []
     for name, parameter in model.named_parameters():
@@ -67,7 +88,13 @@ def freeze(model: nn.Module, trainable: tuple[str, ...]) -> list[tuple[str, nn.P
 
 
 class Trainer:
-    """One run of a recipe in its folder (`<runs>/<recipe>/`: state.pt, log.jsonl, loss.png)."""
+    """One run of a recipe in its folder (`<runs>/<recipe>/`: state.pt, log.jsonl, loss.png).
+
+    `distributed.py` has its like for several processes, which differ in what they hold and how they step.
+    """
+
+    share = ALONE
+    first = True  # the process that writes the log and tells
 
     def __init__(self, recipe: Recipe, folder: Path):
         self.recipe = recipe
@@ -75,26 +102,47 @@ class Trainer:
         self.step = 0
         self.seconds = 0.0  # of training, in all runs of this folder
         self.named = freeze(recipe.model, recipe.trainable)
-        self.built = optimizers(self.named, recipe.lr, recipe.adam_lr, recipe.weight_decay)
-        self.average = {name: p.detach().clone() for name, p in self.named} if recipe.ema else {}
+        if recipe.checkpointing:
+            recompute(recipe.model)
+        self.prepare()
         folder.mkdir(parents=True, exist_ok=True)
-        if self.state_file.exists():
-            self.load()
+        saved = newest(folder, layout(self.named, recipe.optimizer))
+        if saved:
+            self.load(saved)
+
+    def prepare(self) -> None:
+        """Builds the optimizers, and the averages of what this process holds: here of all."""
+        self.mine = self.named
+        self.built = self.optimizers(self.mine)
+        self.hold(self.mine)
+
+    def optimizers(self, named: Named) -> list[torch.optim.Optimizer]:
+        recipe = self.recipe
+        return optimizers(named, recipe.lr, recipe.adam_lr, recipe.weight_decay, recipe.optimizer)
+
+    def hold(self, named: Iterable[tuple[str, Tensor]]) -> None:
+        """Says which weights are averaged here."""
+        self.weights = {name: weight.detach() for name, weight in named}
+        self.average = {name: weight.clone() for name, weight in self.weights.items()} if self.recipe.ema else {}
 
     @property
     def state_file(self) -> Path:
-        return self.folder / "state.pt"
+        return self.folder / STATE
 
-    def load(self) -> None:
-        state = torch.load(self.state_file, map_location=self.recipe.device, weights_only=True)
-        if state["names"] != [name for name, _ in self.named]:
+    def load(self, saved: Saved) -> None:
+        """Goes on from a checkpoint; raises CheckpointError for one of another recipe."""
+        if saved.names != [name for name, _ in self.named]:
             raise CheckpointError(f"the checkpoint of {self.recipe.name} trains other parameters than the recipe")
-        self.recipe.model.load_state_dict(state["model"])
-        for optimizer, saved in zip(self.built, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        self.average = state["average"]
-        self.step = state["step"]
-        self.seconds = state.get("seconds", 0.0)
+        self.step, self.seconds = saved.step, saved.seconds
+        self.restore(saved)
+
+    def restore(self, saved: Saved) -> None:
+        self.recipe.model.load_state_dict(saved.model(self.recipe.model))
+        for optimizer, names in zip(self.built, layout(self.mine, self.recipe.optimizer), strict=True):
+            put_state(optimizer, names, saved)
+        for name, value in self.average.items():
+            found = saved.read(name, "average")
+            value.copy_(found.view_as(value) if found is not None else value)
 
     def save(self) -> None:
         state = {
@@ -105,25 +153,35 @@ class Trainer:
             "step": self.step,
             "seconds": self.seconds,
         }
-        partial = self.state_file.with_suffix(".partial")
-        torch.save(state, partial)
-        os.replace(partial, self.state_file)
+        write_state(state, self.state_file)
 
     def advance(self) -> dict[str, float]:
         """One optimiser step; returns its losses."""
         recipe = self.recipe
         torch.manual_seed(step_seed(recipe.name, self.step))
-        set_rate(self.built, rate(self.step, recipe.steps, recipe.warmup, recipe.decay_from))
-        with torch.autocast(recipe.device.type, torch.bfloat16, enabled=recipe.precision == torch.bfloat16):
+        set_rate(self.built, recipe.rate(self.step))
+        with (
+            sharing(self.share),
+            torch.autocast(recipe.device.type, torch.bfloat16, enabled=recipe.precision == torch.bfloat16),
+        ):
             losses = recipe.loss(self.step)
-        losses["loss"].backward()
-        nn.utils.clip_grad_norm_([parameter for _, parameter in self.named], recipe.clip)
+        self.update(losses["loss"])
+        self.update_average()
+        self.step += 1
+        return self.share.average({name: float(value.detach()) for name, value in losses.items()})
+
+    def update(self, loss: Tensor) -> None:
+        """Moves the weights down the loss's gradient."""
+        loss.backward()
+        if self.recipe.optimizer == "adamw":
+            fill_gradients(self.named)
+        nn.utils.clip_grad_norm_([parameter for _, parameter in self.named], self.recipe.clip)
+        self.step_all()
+
+    def step_all(self) -> None:
         for optimizer in self.built:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        self.update_average()
-        self.step += 1
-        return {name: float(value.detach()) for name, value in losses.items()}
 
     @torch.no_grad()
     def update_average(self) -> None:
@@ -131,8 +189,11 @@ class Trainer:
             return
         # A young average follows closely, else the random start would stay in it for long.
         decay = min(self.recipe.ema, (1 + self.step) / (10 + self.step))
-        mine: list[Tensor] = [parameter for _, parameter in self.named]
-        torch._foreach_lerp_([self.average[name] for name, _ in self.named], mine, 1 - decay)
+        torch._foreach_lerp_(list(self.average.values()), [self.weights[name] for name in self.average], 1 - decay)
+
+    def agreed(self, wanted: bool) -> bool:
+        """What the first process wants."""
+        return wanted
 
     def run(
         self,
@@ -143,17 +204,22 @@ class Trainer:
         """Trains to the recipe's end (or to step `until`), with a checkpoint every `every` seconds and at the end."""
         last, began, first, before = time.monotonic(), time.monotonic(), self.step, self.seconds
         until = self.recipe.steps if until is None else min(until, self.recipe.steps)
-        with Log(self.folder / "log.jsonl", self.step) as log:
+        with Log(self.folder / "log.jsonl", self.step) if self.first else NoLog() as log:
             while self.step < until:
+                started = time.monotonic()
                 losses = self.advance()
                 log.write(self.step, losses)
                 now = time.monotonic()
                 self.seconds = before + now - began
                 left = (now - began) / (self.step - first) * (until - self.step)
-                tell(Progress(self.step, until, losses, left))
-                if now - last > every:
+                tell(Progress(self.step, until, losses, left, now - started))
+                if self.agreed(now - last > every):
+                    log.file.flush()  # else a killed run goes on from a step that its log has not come to
                     self.save()
                     last = now
+        self.finish()
+
+    def finish(self) -> None:
         self.save()
 
     def averaged(self) -> nn.Module:
@@ -163,6 +229,23 @@ class Trainer:
             for name, value in self.average.items():
                 parameters[name].copy_(value)
         return self.recipe.model
+
+
+def fill_gradients(named: Named) -> None:
+    """Zeros where a batch does not touch a parameter (a source's, where none is edited): AdamW over flat parts of
+    all weights cannot leave one out, so it does not anywhere."""
+    for _, parameter in named:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+
+
+def recompute(model: nn.Module) -> None:
+    """Keeps only the inputs of the decoder's blocks and of the vision head, and computes them again for gradients."""
+    for part in model.modules():
+        if isinstance(part, WanTransformer3DModel):
+            part.enable_gradient_checkpointing()
+        if isinstance(part, VisionHead):
+            part.forward = partial(checkpoint, part.forward, use_reentrant=False)  # type: ignore[method-assign]
 
 
 def step_seed(name: str, step: int) -> int:
@@ -191,6 +274,13 @@ class Log:
         self.file.write(json.dumps({"step": step} | {k: round(v, 6) for k, v in losses.items()}) + "\n")
         if step % 20 == 0:
             self.file.flush()
+
+
+class NoLog(Log):
+    """Where another process writes the log."""
+
+    def __init__(self) -> None:
+        self.file = open(os.devnull, "a")  # noqa: SIM115
 
 
 def read_lines(path: Path) -> Iterable[str]:

@@ -21,6 +21,7 @@ from omnivideo.training.language import caption
 from omnivideo.training.latents import cached, first_scenes
 from omnivideo.training.recipes.text import NEGATIVE_PROMPT, WORDS
 from omnivideo.training.samples import COMPOSED
+from omnivideo.training.share import share
 from omnivideo.training.trainer import Losses, Recipe, step_seed
 from omnivideo.training.world import Scene, scenes
 
@@ -50,9 +51,13 @@ def draw_sigma(count: int, high: float) -> Tensor:
 def flow_matching(
     decoder: Callable[..., tuple[Tensor]], latents: Tensor, condition: Tensor, high: float = 0.5
 ) -> Tensor:
-    """Eq. 4, squared error per sample [B]: the velocity from data to noise at x = (1 - sigma) data + sigma noise."""
-    sigma = draw_sigma(len(latents), high).to(latents)
-    noise = torch.randn_like(latents)
+    """Eq. 4, squared error per sample [B]: the velocity from data to noise at x = (1 - sigma) data + sigma noise.
+
+    Noise is drawn for the whole batch, of which `latents` are this process's share.
+    """
+    count = len(latents) * share().world
+    sigma = share().take(draw_sigma(count, high)).to(latents)
+    noise = share().take(torch.randn(count, *latents.shape[1:], dtype=latents.dtype, device=latents.device))
     level = sigma.view(-1, 1, 1, 1, 1)
     noisy = (1 - level) * latents + level * noise
     velocity = decoder(noisy, sigma * 1000, condition, return_dict=False)[0]
@@ -74,7 +79,7 @@ class Captioned:
             NEGATIVE_PROMPT if rng.random() < CAPTION_DROP else caption(rng, self.scenes[at], composed=True).text
             for at in chosen
         ]
-        return self.latents[chosen].float(), texts
+        return self.latents[share().take(chosen)].float(), share().take(texts)
 
 
 def decoder_recipe(
@@ -96,10 +101,11 @@ def decoder_recipe(
         latents, texts = stills.batch(step, sizes[0]) if still else clips.batch(step, sizes[1])
         with torch.no_grad():
             text = encode_text(tokenizer, text_encoder, texts, WORDS)[0]
-        condition = pad(text, TINY.condition_least, WORDS)
+        condition = pad(text, share().longest(max(TINY.condition_least, text.shape[1])), WORDS)
         error = flow_matching(run, latents, condition, 0.5 if step >= LAYOUT_FROM else 0.0).mean()
         return {"loss": error, "stills" if still else "clips": error}
 
     return Recipe(
-        "decoder", model, ("decoder",), loss, steps=steps, lr=1e-2, adam_lr=1e-3, warmup=200, decay_from=0.7, ema=0.999
-    )
+        "decoder", model, ("decoder",), loss, steps=steps, lr=1e-2, adam_lr=1e-3, warmup=200, decay_from=0.7, ema=0.999,
+        samples=lambda step: sizes[step % 2],
+    )  # fmt: skip

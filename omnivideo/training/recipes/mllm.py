@@ -21,6 +21,7 @@ from omnivideo.training.edits import random_edit
 from omnivideo.training.language import CLIP_PREFIX, STILL_PREFIX, caption, description, plain
 from omnivideo.training.questions import TRAINED, ask_layout, random_question
 from omnivideo.training.riddles import BACKGROUND_HINTS, COLOUR_HINTS, MOTION_HINTS, SHAPE_HINTS, random_riddle
+from omnivideo.training.share import share
 from omnivideo.training.trainer import Losses, Recipe, step_seed
 from omnivideo.training.world import FPS, Scene, random_scene, render
 
@@ -240,9 +241,10 @@ def batch_of(
 
 
 def text_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Eq. 2 over the answers' tokens, and the share of answers that are right in every token."""
+    """Eq. 2 over the answers' tokens of the whole batch, and the share of answers that are right in every token."""
     predicted, target = logits[:, :-1], labels[:, 1:]
-    loss = F.cross_entropy(predicted.flatten(0, 1).float(), target.flatten(), ignore_index=-100)
+    total = F.cross_entropy(predicted.flatten(0, 1).float(), target.flatten(), ignore_index=-100, reduction="sum")
+    loss = total / share().mean((target != -100).sum())
     right = ((predicted.argmax(-1) == target) | (target == -100)).all(dim=1).float().mean()
     return loss, right
 
@@ -254,8 +256,12 @@ def mllm_recipe(tokenizer: PreTrainedTokenizerFast, steps: int = 9000, batch: in
 
     def loss(step: int) -> Losses:
         rng = random.Random(step_seed("mllm/data", step))
-        inputs, labels = batch_of(tokenizer, [random_sample(rng) for _ in range(batch)], pixels)
+        samples = share().take([random_sample(rng) for _ in range(batch)])
+        inputs, labels = batch_of(tokenizer, samples, pixels)
         value, right = text_loss(model(**inputs).logits, labels)
         return {"loss": value, "right": right}
 
-    return Recipe("mllm", model, ("",), loss, steps=steps, lr=1e-2, adam_lr=2e-3, warmup=100, ema=0.998)
+    return Recipe(
+        "mllm", model, ("",), loss, steps=steps, lr=1e-2, adam_lr=2e-3, warmup=100, ema=0.998,
+        samples=lambda step: batch,
+    )  # fmt: skip

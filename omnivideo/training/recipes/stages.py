@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import SiglipVisionModel
 
-from omnivideo.models.conditions import assemble
+from omnivideo.models.conditions import assemble, pad
 from omnivideo.models.mllm import ENDING, hidden_states
 from omnivideo.models.omni import Omni
 from omnivideo.training.drawn import Drawn, Row, pick_rows
@@ -36,6 +36,7 @@ from omnivideo.training.recipes.mllm import (
 )
 from omnivideo.training.recipes.visual_encoder import embed_frames
 from omnivideo.training.samples import TASKS, Request, Task, random_request
+from omnivideo.training.share import share
 from omnivideo.training.trainer import Losses, Recipe, step_seed
 
 TEXT_MIX = (
@@ -86,9 +87,10 @@ def stage1_recipe(omni: Omni, encoder: SiglipVisionModel, steps: int = 2000, bat
     def loss(step: int) -> Losses:
         rng = random.Random(step_seed("stage1/data", step))
         wanted = [random_request(rng, rng.choice(TASKS)) for _ in range(batch // 2)]
-        makers = rng.choices([make for make, _ in TEXT_MIX], [share for _, share in TEXT_MIX], k=batch // 2)
-        samples = [(one.message, "".join(ENDING[one.kind])) for one in wanted]
-        samples += [make(rng, rng.random() < 0.5) for make in makers]
+        makers = rng.choices([make for make, _ in TEXT_MIX], [weight for _, weight in TEXT_MIX], k=batch // 2)
+        said = [make(rng, rng.random() < 0.5) for make in makers]
+        wanted, said = share().take(wanted), share().take(said)
+        samples = [(one.message, "".join(ENDING[one.kind])) for one in wanted] + said
         inputs, labels = batch_of(omni.mllm_tokenizer, samples, omni.pixels)
         with torch.no_grad():
             states = model.mllm.model(**inputs).last_hidden_state
@@ -99,7 +101,10 @@ def stage1_recipe(omni: Omni, encoder: SiglipVisionModel, steps: int = 2000, bat
         vision = alignment(visual, target)
         return {"loss": value + vision, "text": value, "vision": vision, "right": right}
 
-    return Recipe("stage1", model, TRAINED["stage1"], loss, steps, lr=1e-2, adam_lr=2e-3, warmup=100)
+    return Recipe(
+        "stage1", model, TRAINED["stage1"], loss, steps, lr=1e-2, adam_lr=2e-3, warmup=100,
+        samples=lambda step: batch,
+    )  # fmt: skip
 
 
 def drawn_sample(rng: random.Random, video: bool) -> Sample:
@@ -124,8 +129,8 @@ def stage1_text_recipe(omni: Omni, steps: int = 1500, batch: int = 48) -> Recipe
 
     def loss(step: int) -> Losses:
         rng = random.Random(step_seed("stage1_text/data", step))
-        makers = rng.choices([make for make, _ in HEAD_MIX], [share for _, share in HEAD_MIX], k=batch)
-        samples = [make(rng, rng.random() < 0.5) for make in makers]
+        makers = rng.choices([make for make, _ in HEAD_MIX], [weight for _, weight in HEAD_MIX], k=batch)
+        samples = share().take([make(rng, rng.random() < 0.5) for make in makers])
         inputs, labels = batch_of(omni.mllm_tokenizer, samples, omni.pixels)
         with torch.no_grad():
             states = model.mllm.model(**inputs).last_hidden_state
@@ -134,7 +139,10 @@ def stage1_text_recipe(omni: Omni, steps: int = 1500, batch: int = 48) -> Recipe
         first = first_token_loss(logits, labels)
         return {"loss": value + first, "first": first, "right": right}
 
-    return Recipe("stage1_text", model, TRAINED["stage1_text"], loss, steps, adam_lr=1e-3, warmup=20, ema=0.99)
+    return Recipe(
+        "stage1_text", model, TRAINED["stage1_text"], loss, steps, adam_lr=1e-3, warmup=20, ema=0.99,
+        samples=lambda step: batch,
+    )  # fmt: skip
 
 
 def equal_length(wanted: Sequence[Request]) -> Tensor:
@@ -168,7 +176,7 @@ def stage2a_recipe(omni: Omni, steps: int = 1000, batch: int = 32) -> Recipe:
 
     def loss(step: int) -> Losses:
         rng = random.Random(step_seed("stage2a/data", step))
-        wanted = [random_request(rng, rng.choice(TASKS[:2])) for _ in range(batch)]
+        wanted = share().take([random_request(rng, rng.choice(TASKS[:2])) for _ in range(batch)])
         with torch.no_grad():
             texts = omni.texts([one.text for one in wanted])
             states, padding = hidden_states(
@@ -179,7 +187,10 @@ def stage2a_recipe(omni: Omni, steps: int = 1000, batch: int = 32) -> Recipe:
         pairs = zip(tokens, texts, strict=True)
         return {"loss": torch.stack([into_text_space(one, text) for one, text in pairs]).mean()}
 
-    return Recipe("stage2a", model, TRAINED["stage2a"], loss, steps, lr=5e-3, adam_lr=1e-3, warmup=100)
+    return Recipe(
+        "stage2a", model, TRAINED["stage2a"], loss, steps, lr=5e-3, adam_lr=1e-3, warmup=100,
+        samples=lambda step: batch,
+    )  # fmt: skip
 
 
 # ---------------------------------------------------------------- stages 2b and 3
@@ -195,26 +206,28 @@ class Drop:
 
 
 def group_condition(
-    omni: Omni, model: Whole, rows: list[Row], rng: random.Random, drop: Drop, null_LD: Tensor
+    omni: Omni, model: Whole, rows: list[Row], lots: list[float], drop: Drop, null_LD: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """c [B, L, D] of a mixed batch, with drops, and the visual tokens [B, Q, E] that it was made from."""
+    """c [B, L, D] of a mixed batch, with drops by lot, and the visual tokens [B, Q, E] that it was made from.
+
+    As long as the longest of the whole batch: the decoder attends to padding as well.
+    """
     states = pad_sequence([row.hidden for row in rows], batch_first=True)
-    lengths = torch.tensor([len(row.hidden) for row in rows])
-    visual = model.bridge.vision_head(states, torch.arange(states.shape[1]) >= lengths[:, None])
+    lengths = torch.tensor([len(row.hidden) for row in rows], device=states.device)
+    padding = torch.arange(states.shape[1], device=states.device) >= lengths[:, None]
+    visual = model.bridge.vision_head(states, padding)
     video = rows[0].target.shape[1] > 1
     tokens: list[Tensor | None] = list(omni.adapted(visual, ["video" if video else "image"] * len(rows)))
     texts = [row.text for row in rows]
-    for at in range(len(rows)):
-        lot = rng.random()
+    for at, lot in enumerate(lots):
         if lot < drop.both + drop.text:
             texts[at] = null_LD
         if lot < drop.both or drop.both + drop.text <= lot < drop.both + drop.text + drop.visual:
             tokens[at] = None
     contexts = edited_contexts(model, rows)
-    preset = omni.preset
-    return assemble(
-        model.bridge.markers, texts, tokens, contexts, preset.condition_least, preset.condition_most
-    ), visual
+    least, most = omni.preset.condition_least, omni.preset.condition_most
+    condition = assemble(model.bridge.markers, texts, tokens, contexts, least, most)
+    return pad(condition, share().longest(condition.shape[1]), most), visual
 
 
 def edited_contexts(model: Whole, rows: list[Row]) -> list[Tensor | None]:
@@ -252,7 +265,9 @@ def flow_recipe(
         rng = random.Random(step_seed(f"{name}/data", step))
         kind = turns[step % len(turns)]
         rows = pick_rows(rng, groups[kind], sizes[kind], edits)
-        condition, visual = group_condition(omni, model, rows, rng, Drop(), null)
+        lots = [rng.random() for _ in rows]
+        rows, lots = [row.to(omni.device) for row in share().take(rows)], share().take(lots)
+        condition, visual = group_condition(omni, model, rows, lots, Drop(), null)
         errors = flow_matching(model.decoder, torch.stack([row.target for row in rows]), condition, high)
         edited = torch.tensor([row.source is not None for row in rows])
         losses = {"loss": errors.mean()}
@@ -265,7 +280,10 @@ def flow_recipe(
                 losses[label] = errors[chosen].mean()
         return losses
 
-    return Recipe(name, model, TRAINED[name], loss, steps, lr=lr, adam_lr=lr / 10, warmup=200, ema=0.999)
+    return Recipe(
+        name, model, TRAINED[name], loss, steps, lr=lr, adam_lr=lr / 10, warmup=200, ema=0.999,
+        samples=lambda step: sizes[turns[step % len(turns)]],
+    )  # fmt: skip
 
 
 def adapter_recipe(name: str, omni: Omni, data: Mapping[Task, Drawn], steps: int, sizes: tuple[int, int]) -> Recipe:

@@ -24,6 +24,7 @@ from omnivideo.presets import TINY
 from omnivideo.training.edits import VIDEO_EDITS, Edit, random_edit
 from omnivideo.training.facts import Demand, Wanted
 from omnivideo.training.language import PLACES, RELATIONS, Caption, caption
+from omnivideo.training.share import share
 from omnivideo.training.trainer import Losses, Recipe, step_seed
 from omnivideo.training.world import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, SIZES, random_scene
 
@@ -189,8 +190,8 @@ class TextBatch:
 
 def text_batch(step: int, captions: int, instructions: int) -> TextBatch:
     rng = random.Random(step_seed("text/data", step))
-    said = [caption(rng, random_scene(rng, video=at % 2 == 0)) for at in range(captions)]
-    ordered = [random_edit(rng, video=at % 2 == 0) for at in range(instructions)]
+    said = share().take([caption(rng, random_scene(rng, video=at % 2 == 0)) for at in range(captions)])
+    ordered = share().take([random_edit(rng, video=at % 2 == 0) for at in range(instructions)])
     return TextBatch(
         [one.text for one in said] + [one.instruction for one in ordered],
         torch.tensor([demand_labels(one.demand) for one in said]),
@@ -199,11 +200,12 @@ def text_batch(step: int, captions: int, instructions: int) -> TextBatch:
 
 
 def told_loss(logits: list[Tensor], told_BLF: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean error over the fields, and the share of told labels that are right."""
+    """Mean error over the fields, and the share of told labels that are right; both over the whole batch."""
     pairs = [(one.flatten(0, 1), told_BLF[..., field].flatten()) for field, one in enumerate(logits)]
-    error = torch.stack([F.cross_entropy(one, told, ignore_index=UNTOLD) for one, told in pairs]).mean()
-    right = torch.cat([(one.argmax(-1) == told)[told != UNTOLD] for one, told in pairs])
-    return error, right.float().mean()
+    errors = [F.cross_entropy(one, told, ignore_index=UNTOLD, reduction="sum") for one, told in pairs]
+    counts = share().mean((told_BLF != UNTOLD).sum((0, 1)))
+    right = torch.stack([((one.argmax(-1) == told) & (told != UNTOLD)).sum() for one, told in pairs]).sum()
+    return (torch.stack(errors) / counts).mean(), right / counts.sum()
 
 
 def text_recipe(
@@ -218,10 +220,13 @@ def text_recipe(
         told = torch.tensor([tell(at.tolist()) for tell, at in zip(batch.tell, tokens.offset_mapping, strict=True)])
         answers, tellings = model(tokens.input_ids, tokens.attention_mask)
         told[tokens.attention_mask == 0] = UNTOLD
-        asked = answers[:captions]
+        asked = answers[: len(batch.asked)]
         telling, told_right = told_loss(tellings, told)
         whole = (asked.argmax(-1) == batch.asked).all(dim=1).float().mean()
         asking = F.cross_entropy(asked.flatten(0, 1), batch.asked.flatten())
         return {"loss": asking + telling, "asked": asking, "told": telling, "told right": told_right, "whole": whole}
 
-    return Recipe("text", model, ("",), loss, steps=steps, lr=1e-2, adam_lr=2e-3, warmup=50)
+    return Recipe(
+        "text", model, ("",), loss, steps=steps, lr=1e-2, adam_lr=2e-3, warmup=50,
+        samples=lambda step: captions + instructions,
+    )  # fmt: skip

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from omnivideo.models.vae import decode_unclamped
 from omnivideo.presets import TINY
+from omnivideo.training.share import share
 from omnivideo.training.trainer import Losses, Recipe, step_seed
 from omnivideo.training.world import FRAME, Scene, object_mask, random_scene, render
 
@@ -42,8 +43,8 @@ def phase_at(phases: tuple[Phase, ...], step: int) -> Phase:
     return phases[-1]
 
 
-def crop(rng: random.Random, scene: Scene, phase: Phase) -> tuple[np.ndarray, np.ndarray]:
-    """Pixels [F, side, side, 3] and the object mask [F, side, side], in a window near one object."""
+def window(rng: random.Random, scene: Scene, phase: Phase) -> tuple[slice, slice, slice]:
+    """Frames, rows and columns of a crop near one object."""
     first = rng.randint(0, scene.frames - phase.frames)
     frames = slice(first, first + phase.frames)
     thing = rng.choice(scene.things)
@@ -54,16 +55,19 @@ def crop(rng: random.Random, scene: Scene, phase: Phase) -> tuple[np.ndarray, np
         return min(max((at - phase.side // 2 + jitter) // LATTICE * LATTICE, 0), FRAME - phase.side)
 
     x, y = start(centre[0]), start(centre[1])
-    window = (frames, slice(y, y + phase.side), slice(x, x + phase.side))
-    return render(scene)[window], object_mask(scene)[window]
+    return frames, slice(y, y + phase.side), slice(x, x + phase.side)
 
 
 def batch(step: int, phase: Phase) -> tuple[Tensor, Tensor]:
-    """Pixels [B, 3, F, S, S] in -1..1 and the object mask [B, 1, F, S, S]."""
+    """Pixels [B, 3, F, S, S] in -1..1 and the object mask [B, 1, F, S, S], of this process's share."""
     rng = random.Random(step_seed("vae/data", step))
-    pairs = [crop(rng, random_scene(rng, video=phase.frames > 1), phase) for _ in range(phase.batch)]
-    pixels = torch.from_numpy(np.stack([pair[0] for pair in pairs])).permute(0, 4, 1, 2, 3)
-    touched = torch.from_numpy(np.stack([pair[1] for pair in pairs]))[:, None]
+    crops = []
+    for _ in range(phase.batch):
+        scene = random_scene(rng, video=phase.frames > 1)
+        crops.append((scene, window(rng, scene, phase)))
+    mine = share().take(crops)
+    pixels = torch.from_numpy(np.stack([render(scene)[at] for scene, at in mine])).permute(0, 4, 1, 2, 3)
+    touched = torch.from_numpy(np.stack([object_mask(scene)[at] for scene, at in mine]))[:, None]
     return pixels.float() / 127.5 - 1, touched.float()
 
 
@@ -75,7 +79,8 @@ def losses(vae: AutoencoderKLWan, pixels: Tensor, touched: Tensor) -> Losses:
     """Squared and absolute error (objects count fourfold), error of the image gradients, and the KL term."""
     mean, logvar = vae._encode(pixels).chunk(2, dim=1)
     logvar = logvar.clamp(-30, 20)
-    z = mean + torch.randn_like(mean) * (0.5 * logvar).exp()
+    noise = share().take(torch.randn(len(mean) * share().world, *mean.shape[1:]))
+    z = mean + noise * (0.5 * logvar).exp()
     error = decode_unclamped(vae, z) - pixels
     weight = 1 + 3 * touched
     squared, absolute = (weight * error.square()).mean(), (weight * error.abs()).mean()
@@ -96,4 +101,7 @@ def vae_recipe(phases: tuple[Phase, ...] = PHASES) -> Recipe:
         pixels, touched = batch(step, phase_at(phases, step))
         return losses(vae, pixels, touched)
 
-    return Recipe("vae", vae, ("",), loss, steps=sum(phase.steps for phase in phases), lr=3e-3, adam_lr=2e-3)
+    return Recipe(
+        "vae", vae, ("",), loss, steps=sum(phase.steps for phase in phases), lr=3e-3, adam_lr=2e-3,
+        samples=lambda step: phase_at(phases, step).batch,
+    )  # fmt: skip

@@ -14,6 +14,7 @@ from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from omnivideo.training.language import PLACES, reading_order, regions
 from omnivideo.training.latents import to_pixels
+from omnivideo.training.share import share
 from omnivideo.training.trainer import Losses, Recipe, step_seed
 from omnivideo.training.world import BACKGROUNDS, COLOURS, FRAME, SHAPES, SIZES, Scene, random_scene
 
@@ -67,11 +68,14 @@ def visual_encoder_recipe(steps: int = 3000, batch: int = 64) -> Recipe:
 
     def loss(step: int) -> Losses:
         rng = random.Random(step_seed("visual_encoder/data", step))
-        chosen = [random_scene(rng, video=False) for _ in range(batch)]
+        chosen = share().take([random_scene(rng, video=False) for _ in range(batch)])
         labels = torch.tensor([scene_labels(scene) for scene in chosen])
         logits = model(to_pixels(chosen)[:, :, 0])
         right = (logits.argmax(-1) == labels).float()
         value = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
         return {"loss": value, "right": right.mean(), "whole": right.all(dim=1).float().mean()}
 
-    return Recipe("visual_encoder", model, ("",), loss, steps=steps, lr=1e-2, adam_lr=2e-3, warmup=100)
+    return Recipe(
+        "visual_encoder", model, ("",), loss, steps=steps, lr=1e-2, adam_lr=2e-3, warmup=100,
+        samples=lambda step: batch,
+    )  # fmt: skip

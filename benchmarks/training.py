@@ -1,0 +1,183 @@
+"""Training in figures: a stage's step at full size, against a plain PyTorch loop over the diffusers model.
+
+    python -m benchmarks.training [--preset omnivideo-1.3b] [--size 832x480x17] [--processes 1] [--checkpointing]
+
+One command on a GPU node: stage 2b and stage 3 with random weights and data, text-to-video, in bf16 with fp32 master
+weights, by DeepSpeed ZeRO-1; step time, samples/s, TFLOP/s, share of the peak (MFU) and memory of each, then the plain
+loop's (bf16 weights, autograd, torch's AdamW, one process).  FLOPs are those of `training/flops.py`: the
+decoder's, forward and backward as the stage trains, attention included, recomputation not.
+
+On a machine without a GPU it runs with --device cpu --preset tiny --size 64x64x9, to see that it works.
+"""
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import WanTransformer3DModel
+from torch import Tensor, nn
+
+from omnivideo.models.omni import Bridge, Omni, build_decoder
+from omnivideo.presets import Preset, latent_grid, preset
+from omnivideo.training.distributed import World, launch, launched, together
+from omnivideo.training.drawn import Drawn, Ragged
+from omnivideo.training.flops import decoder_flops
+from omnivideo.training.recipes.stages import stage2b_recipe, stage3_recipe
+from omnivideo.training.trainer import Progress, Recipe
+from omnivideo.training.watch import memory, peak_of, speed
+
+STAGES = {"stage 2b": stage2b_recipe, "stage 3": stage3_recipe}
+PLAIN = "plain loop"
+HIDDEN, TEXT = 256, 128  # tokens of a request, and of its prompt
+ROWS = 8
+
+
+class RandomOmni(Omni):
+    """A bridge and a decoder; all that is frozen is in the data."""
+
+    def texts(self, prompts: Any) -> list[Tensor]:
+        return [torch.randn(TEXT // 4, self.preset.text_width, device=self.device) for _ in prompts]
+
+
+def random_omni(chosen: Preset, device: torch.device) -> Omni:
+    absent: Any = nn.Identity()
+    with device:
+        bridge, decoder = Bridge(chosen), build_decoder(chosen)
+    return RandomOmni(chosen, absent, absent, absent, bridge, decoder, absent, absent, absent)
+
+
+def random_data(chosen: Preset, size: tuple[int, int, int]) -> Drawn:
+    """Clips, as both groups of tasks have them here: every step is alike."""
+    assert chosen.vision_head is not None
+    head = chosen.vision_head
+    hidden, text = (
+        Ragged.of([torch.randn(count, width) for _ in range(ROWS)])
+        for count, width in ((HIDDEN, head.dim_in), (min(TEXT, chosen.text_tokens), chosen.text_width))
+    )
+    targets = torch.randn(ROWS, chosen.decoder["in_channels"], *latent_grid(*size)).half()
+    return Drawn(targets, None, hidden, text, torch.randn(ROWS, head.queries, head.width))
+
+
+def counted(chosen: Preset, size: tuple[int, int, int], batch: int, trained: tuple[str, ...]) -> float:
+    """FLOPs of a step of the decoder: forward, and backward to what is trained and to the condition."""
+    tokens = prod(latent_grid(*size)) // prod(chosen.decoder["patch_size"])
+    once = decoder_flops(chosen.decoder, tokens, chosen.condition_least)
+    return (once.trained if "decoder" in trained else once.passed).total * batch
+
+
+@dataclass
+class Measured:
+    """Medians of the steps after the first ones."""
+
+    seconds: float
+    flops: float
+    bytes: float
+    samples: int
+
+    def line(self, name: str, peak: float | None) -> str:
+        share = f"MFU {self.flops / self.seconds / peak:.3f}" if peak else "MFU unknown"
+        return (
+            f"{name:12} {1000 * self.seconds:9.1f} ms/step {self.samples / self.seconds:7.2f} samples/s "
+            f"{self.flops / self.seconds / 1e12:8.2f} TFLOP/s  {share}  {self.bytes / 1e9:6.2f} GB"
+        )
+
+
+def timed(step: Callable[[], Any], steps: int, device: torch.device) -> float:
+    """The median time of a step in s; the first two warm up."""
+    times = []
+    for _ in range(steps + 2):
+        began = time.perf_counter()
+        step()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - began)
+    return statistics.median(times[2:])
+
+
+def stage(world: World, name: str, given: argparse.Namespace) -> Measured:
+    chosen, device = preset(given.preset), torch.device(given.device)
+    drawn = random_data(chosen, given.size)
+    batch = given.batch * world.size // given.sequence
+    data: Any = {task: drawn for task in ("text-to-image", "text-to-video")}
+    recipe: Recipe = STAGES[name](random_omni(chosen, device), data, steps=1000, sizes=(batch, batch))
+    precision = torch.bfloat16 if device.type == "cuda" else torch.float32
+    recipe = replace(
+        recipe, optimizer="adamw", shape="cosine", precision=precision, device=device,
+        checkpointing=given.checkpointing, adam_lr=1e-5,
+    )  # fmt: skip
+    flops = counted(chosen, given.size, batch, recipe.trainable)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = world.trainer(recipe, Path(folder))
+        seconds = timed(trainer.advance, given.steps, device)
+    shown = speed(replace(recipe, flops=lambda step: flops), Progress(1, 1, {}, 0.0, seconds), world.size)
+    return Measured(seconds, flops, shown.memory, batch)
+
+
+def plain(given: argparse.Namespace) -> Measured:
+    """What one would write by hand: the decoder, all of it trained, under random conditions."""
+    chosen, device = preset(given.preset), torch.device(given.device)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    with device:
+        decoder = WanTransformer3DModel(**chosen.decoder).to(dtype)
+    if given.checkpointing:
+        decoder.enable_gradient_checkpointing()
+    optimizer = torch.optim.AdamW(decoder.parameters(), lr=1e-5, fused=device.type == "cuda")
+    latents = torch.randn(given.batch, chosen.decoder["in_channels"], *latent_grid(*given.size)).to(device, dtype)
+    condition = torch.randn(given.batch, chosen.condition_least, chosen.text_width).to(device, dtype)
+
+    def step() -> None:
+        at = torch.rand(given.batch, device=device)
+        noise = torch.randn_like(latents)
+        level = at.view(-1, 1, 1, 1, 1).to(dtype)
+        found = decoder((1 - level) * latents + level * noise, at * 1000, condition, return_dict=False)[0]
+        (found - (noise - latents)).float().square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    flops = counted(chosen, given.size, given.batch, ("decoder",))
+    return Measured(timed(step, given.steps, device), flops, memory(device), given.batch)
+
+
+def run(given: argparse.Namespace) -> None:
+    """One line, in processes of its own: nothing is left over in memory from the one before."""
+    sequence = 1 if given.what == PLAIN else given.sequence
+    with together(1, sequence, given.device) as world:
+        found = stage(world, given.what, given) if given.what in STAGES else plain(given)
+        name = torch.cuda.get_device_name() if given.device == "cuda" else ""
+        peak = peak_of(name)
+        if world.first:
+            print(found.line(given.what, peak and peak * world.size), name, flush=True)
+
+
+def main() -> None:
+    reader = argparse.ArgumentParser()
+    reader.add_argument("--preset", default="omnivideo-1.3b")
+    reader.add_argument("--size", default="832x480x17", help="WIDTHxHEIGHTxFRAMES")
+    reader.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    reader.add_argument("--batch", type=int, default=1, help="clips of each process, or group that shares tokens")
+    reader.add_argument("--steps", type=int, default=10)
+    reader.add_argument("--processes", type=int, default=1)
+    reader.add_argument("--sequence", type=int, default=1)
+    reader.add_argument("--checkpointing", action="store_true")
+    reader.add_argument("--what", help="one line of these only")
+    given = reader.parse_args()
+    given.size = tuple(map(int, given.size.split("x")))
+    if launched():
+        run(given)
+        return
+    for what in [given.what] if given.what else (*STAGES, PLAIN):
+        command = [sys.executable, "-m", "benchmarks.training", *sys.argv[1:], "--what", what]
+        if code := launch(1 if what == PLAIN else given.processes, command):
+            sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,186 @@
+"""Two processes over gloo: the losses of one, checkpoints for any number of them, and sequences in parts.
+
+OMNIVIDEO_TEST_STEPS=50 runs the comparison of losses over 50 steps instead of 4.
+"""
+
+import importlib.util
+import json
+import os
+import random
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from omnivideo.errors import CheckpointError
+from omnivideo.training.distributed import World, launch
+from omnivideo.training.shards import finished
+from omnivideo.training.trainer import Trainer
+from tests.integration.training_worker import FOUNDATIONS, STAGES, Recipes, train
+
+deepspeed = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None,
+    reason="DeepSpeed is not installed: pip install omnivideo[train]",
+)
+STEPS = int(os.environ.get("OMNIVIDEO_TEST_STEPS", 4))
+
+
+@pytest.fixture
+def together(tmp_path, weights):
+    """Runs jobs on two processes; returns the exit code and what the first process found."""
+
+    def run(*jobs, sequence=1):
+        results = tmp_path / "results.json"
+        results.unlink(missing_ok=True)
+        given = {
+            "jobs": [filled(job, tmp_path, weights) for job in jobs],
+            "sequence": sequence,
+            "results": str(results),
+        }
+        (tmp_path / "jobs.json").write_text(json.dumps(given))
+        code = launch(2, [sys.executable, "-m", "tests.integration.training_worker", str(tmp_path / "jobs.json")])
+        return code, json.loads(results.read_text()) if results.exists() else None
+
+    return run
+
+
+def filled(job, tmp_path, weights):
+    return job if "task" in job else {"weights": str(weights), "scratch": str(tmp_path / "cache"), "steps": STEPS} | job
+
+
+@pytest.fixture
+def alone(tmp_path, weights):
+    """Runs jobs on this process."""
+
+    def run(*jobs):
+        for job in jobs:
+            train(World(), filled(job, tmp_path, weights))
+
+    return run
+
+
+def logged(run: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def pairs(tmp_path, recipes, **changes):
+    """The same jobs for one process and for two."""
+    label = "-".join(map(str, changes.values()))
+    jobs = [{"recipe": name} | changes for name in recipes]
+    return [
+        [job | {"run": str(tmp_path / side / f"{job['recipe']}-{label}")} for job in jobs] for side in ("one", "two")
+    ]
+
+
+def assert_same_losses(one, two, far=1e-5):
+    for first, second in zip(one, two, strict=True):
+        expected = logged(Path(first["run"]))
+        assert logged(Path(second["run"])) == pytest.approx(expected, abs=far), first["recipe"]
+        assert len(expected) == first.get("steps", STEPS)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_two_processes_have_the_losses_of_one_with_muon(together, alone, tmp_path):
+    one, two = pairs(tmp_path, FOUNDATIONS + STAGES, optimizer="muon")
+    alone(*one)  # first: it fills the cache
+    assert together(*two)[0] == 0
+    assert_same_losses(one, two)
+
+
+@deepspeed
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_two_processes_have_the_losses_of_one_with_zero(together, alone, tmp_path):
+    one, two = pairs(tmp_path, STAGES, optimizer="adamw")
+    alone(*one)
+    assert together(*two)[0] == 0
+    assert_same_losses(one, two)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("optimizer", ["muon", pytest.param("adamw", marks=deepspeed)])
+def test_a_run_goes_on_with_two_processes_one_and_two_again(optimizer, together, alone, tmp_path):
+    """stage2b has averages, and parameters that some batches do not touch."""
+    [whole], [job] = pairs(tmp_path, ["stage2b"], optimizer=optimizer, steps=9)
+    alone(whole)
+    assert together(job | {"until": 3})[0] == 0
+    (Path(job["run"]) / "state.pt").unlink()  # the shards alone are enough
+    alone(job | {"until": 6})
+    assert together(job)[0] == 0
+    assert_same_losses([whole], [job])
+    one, two = (torch.load(Path(run["run"]) / "state.pt", weights_only=True) for run in (whole, job))
+    assert one.keys() == two.keys() and one["names"] == two["names"] and two["step"] == 9
+    for part in ("model", "average"):
+        assert one[part].keys() == two[part].keys()
+        assert all(torch.allclose(value, two[part][key], atol=1e-4) for key, value in one[part].items())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("optimizer", ["muon", pytest.param("adamw", marks=deepspeed)])
+def test_a_killed_process_ends_the_run_which_goes_on_to_the_same_losses(optimizer, together, alone, tmp_path):
+    [whole], [job] = pairs(tmp_path, ["stage2a"], optimizer=optimizer, steps=12)
+    alone(whole)
+    codes = []
+    running = threading.Thread(target=lambda: codes.append(together(job | {"every": 0.0})[0]))
+    running.start()
+    step, rank = random.randint(1, 9), random.randrange(2)
+    print(f"kill rank {rank} after step {step}")
+    while not any(int(path.name) >= step for path in finished(Path(job["run"]))):
+        assert running.is_alive()
+        time.sleep(0.005)
+    os.kill(int((tmp_path / f"results.json.pid{rank}").read_text()), signal.SIGKILL)
+    running.join(60)
+    assert codes == [128 + signal.SIGKILL]
+    kept = int(finished(Path(job["run"]))[-1].name)
+    assert step <= kept < 12
+    assert together(job)[0] == 0
+    assert_same_losses([whole], [job])
+
+
+@deepspeed
+@pytest.mark.slow
+def test_bf16_keeps_fp32_weights(together, tmp_path, weights):
+    job = {"recipe": "stage2a", "optimizer": "adamw", "precision": "bf16", "run": str(tmp_path / "run")}
+    assert together(job)[0] == 0
+    state = torch.load(tmp_path / "run" / "state.pt", weights_only=True)
+    trained = [state["model"][name] for name in state["names"]]
+    assert all(value.dtype == torch.float32 for value in trained)
+    assert any(not torch.equal(value, value.bfloat16().float()) for value in trained)
+
+
+@deepspeed
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_sequence_in_two_parts_has_the_loss_and_gradients_of_one(checkpointing, together):
+    jobs = [{"task": task, "checkpointing": checkpointing} for task in ("generation", "editing")]
+    code, found = together(*jobs, sequence=2)
+    assert code == 0
+    for job, one in zip(jobs, found, strict=True):
+        print(job, one)
+        assert one["loss"] < 1e-5 and one["gradients"] < 1e-5 * max(1.0, one["of"])
+        assert 0 < one["peak"] < 0.65 * one["alone"]
+
+
+@deepspeed
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_stages_have_the_same_losses_over_sequences_in_parts(together, alone, tmp_path):
+    """Generation and editing, with Eq. 1, which does not pass through the decoder; checkpointing on."""
+    one, two = pairs(tmp_path, ["stage2b", "stage3"], checkpointing=True)
+    alone(*one)
+    assert together(*two, sequence=2)[0] == 0
+    assert_same_losses(one, two)
+
+
+def test_a_checkpoint_of_the_other_optimizer_is_refused(tmp_path, weights):
+    made = Recipes(weights, tmp_path / "cache", 2)
+    Trainer(made.make("stage2a"), tmp_path / "run").run(until=1)
+    with pytest.raises(CheckpointError, match="another optimizer"):
+        Trainer(made.make("stage2a", optimizer="adamw"), tmp_path / "run")

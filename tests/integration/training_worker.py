@@ -1,0 +1,184 @@
+"""One of several processes that train tiny recipes, as test_distributed.py asks:
+
+python -m tests.integration.training_worker jobs.json
+"""
+
+import copy
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from diffusers import WanTransformer3DModel
+from torch import Tensor
+from torch.distributed._tools.mem_tracker import MemTracker
+from transformers import SiglipVisionConfig, SiglipVisionModel, UMT5Config, UMT5EncoderModel
+
+from omnivideo.models import checkpoint
+from omnivideo.models.omni import Omni, build_decoder
+from omnivideo.presets import TINY
+from omnivideo.training.distributed import Together, World, together
+from omnivideo.training.drawn import drawn
+from omnivideo.training.recipes import decoder, mllm, stages, text, vae, visual_encoder
+from omnivideo.training.samples import TASKS, requests
+from omnivideo.training.sequence import split_sequence
+from omnivideo.training.trainer import Recipe
+
+FOUNDATIONS = ("vae", "text", "decoder", "mllm", "visual_encoder")
+STAGES = ("stage1", "stage1_text", "stage2a", "stage2b_generation", "stage2b", "stage3")
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class Recipes:
+    """Every recipe with small batches, over a folder of untrained weights."""
+
+    def __init__(self, weights: Path, scratch: Path, steps: int):
+        self.weights, self.scratch, self.steps = weights, scratch, steps
+
+    def make(self, name: str, **changes: Any) -> Recipe:
+        return replace(getattr(self, name)(), **changes)
+
+    @cache  # noqa: B019
+    def encoder(self) -> SiglipVisionModel:
+        torch.manual_seed(2)
+        return SiglipVisionModel(SiglipVisionConfig(**visual_encoder.CONFIG)).eval().requires_grad_(False)
+
+    @cache  # noqa: B019
+    def loaded(self) -> Omni:
+        return checkpoint.load(self.weights)
+
+    def omni(self) -> Omni:
+        """A copy: recipes train in place."""
+        return copy.deepcopy(self.loaded())
+
+    def vae(self) -> Recipe:
+        half = self.steps // 2
+        return vae.vae_recipe((vae.Phase(half, 2, 1, 32), vae.Phase(self.steps - half, 2, 5, 32)))
+
+    def text(self) -> Recipe:
+        return text.text_recipe(self.omni().tokenizer, steps=self.steps, captions=4, instructions=2)
+
+    def decoder(self) -> Recipe:
+        omni = self.omni()
+        stills, clips = (
+            decoder.Captioned(self.scratch, omni.vae, video, 8, lambda done, count: None) for video in (False, True)
+        )
+        torch.manual_seed(1)
+        encoder = UMT5EncoderModel(UMT5Config(**text.CONFIG))
+        return decoder.decoder_recipe(stills, clips, omni.tokenizer, encoder, steps=self.steps, sizes=(2, 2))
+
+    def mllm(self) -> Recipe:
+        return mllm.mllm_recipe(self.omni().mllm_tokenizer, steps=self.steps, batch=4)
+
+    def visual_encoder(self) -> Recipe:
+        return visual_encoder.visual_encoder_recipe(steps=self.steps, batch=2)
+
+    def stage1(self) -> Recipe:
+        return stages.stage1_recipe(self.omni(), self.encoder(), steps=self.steps, batch=4)
+
+    def stage1_text(self) -> Recipe:
+        return stages.stage1_text_recipe(self.omni(), steps=self.steps, batch=4)
+
+    def stage2a(self) -> Recipe:
+        return stages.stage2a_recipe(self.omni(), steps=self.steps, batch=2)
+
+    def flow(self, make: Callable[..., Recipe]) -> Recipe:
+        omni = self.omni()
+        data = {
+            task: drawn(self.scratch, omni, self.encoder(), requests(1, task, 4), lambda done, count: None)
+            for task in TASKS
+        }
+        return make(omni, data, steps=self.steps, sizes=(4, 2))
+
+    def stage2b_generation(self) -> Recipe:
+        return self.flow(stages.stage2b_generation_recipe)
+
+    def stage2b(self) -> Recipe:
+        return self.flow(stages.stage2b_recipe)
+
+    def stage3(self) -> Recipe:
+        return self.flow(stages.stage3_recipe)
+
+
+# ---------------------------------------------------------------- the decoder's tokens, whole and in parts
+
+
+def inputs(task: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Latents, timesteps and a condition for the tiny decoder.  Both lengths are odd, so no part is like another: 63
+    tokens of 3 x 7 x 3 patches, and a condition of 57, which in editing has 128 source tokens more."""
+    torch.manual_seed(5)
+    length = 57 + (128 if task == "editing" else 0)
+    return torch.randn(2, 16, 3, 14, 6), torch.tensor([300.0, 800.0]), torch.randn(2, length, 192, requires_grad=True)
+
+
+def gradients(decoder: WanTransformer3DModel, task: str) -> tuple[float, dict[str, Tensor], int]:
+    """Loss, gradients of all weights and of the condition, and the peak of memory beside weights, inputs and
+    gradients, in bytes: measured in a second pass, in which gradients are there from the start."""
+    latents, timesteps, condition = inputs(task)
+    decoder.zero_grad()
+    loss = decoder(latents, timesteps, condition, return_dict=False)[0].square().mean()
+    loss.backward()
+    named = {name: one.grad.clone() for name, one in decoder.named_parameters() if one.grad is not None}
+    assert condition.grad is not None
+    named["condition"] = condition.grad.clone()
+    tracker = MemTracker()
+    tracker.track_external(decoder, latents, timesteps, condition)
+    with tracker:
+        decoder(latents, timesteps, condition, return_dict=False)[0].square().mean().backward()
+    peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]
+    return loss.item(), named, sum(peak[kind] for kind in peak if getattr(kind, "value", "") in ("Activation", "Temp"))
+
+
+def sequence(world: World, job: dict[str, Any]) -> dict[str, Any]:
+    """How far a group of all processes is from one alone, in loss and gradients, and both peaks of memory."""
+    assert isinstance(world, Together) and world.sequence is not None
+    torch.manual_seed(6)
+    decoder = build_decoder(TINY)
+    if job["checkpointing"]:
+        decoder.enable_gradient_checkpointing()
+    alone_loss, alone, alone_peak = gradients(decoder, job["task"])
+    split_sequence(decoder, world.sequence)
+    loss, parts, peak = gradients(decoder, job["task"])
+    for grad in parts.values():
+        dist.all_reduce(grad)
+        grad /= world.size
+    assert alone.keys() == parts.keys()
+    largest = max(float(grad.abs().max()) for grad in alone.values())
+    far = max(float((grad - parts[name]).abs().max()) for name, grad in alone.items())
+    return {"loss": abs(loss - alone_loss), "gradients": far, "of": largest, "alone": alone_peak, "peak": peak}
+
+
+# ---------------------------------------------------------------- jobs
+
+
+recipes = cache(Recipes)
+
+
+def train(world: World, job: dict[str, Any]) -> None:
+    made = recipes(Path(job["weights"]), Path(job["scratch"]), job["steps"])
+    changes = {key: job[key] for key in ("optimizer", "checkpointing") if key in job}
+    changes["precision"] = PRECISIONS[job.get("precision", "fp32")]
+    recipe = made.make(job["recipe"], **changes)
+    world.trainer(recipe, Path(job["run"])).run(job.get("until"), every=job.get("every", 120.0))
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    given = json.loads(Path(sys.argv[1]).read_text())
+    Path(f"{given['results']}.pid{os.environ['RANK']}").write_text(str(os.getpid()))
+    found = []
+    with together(1, given["sequence"]) as world:
+        for job in given["jobs"]:
+            found.append(sequence(world, job) if "task" in job else train(world, job))
+        if world.first:
+            Path(given["results"]).write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
