@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from omnivideo.training.data.batches import PAPER, TASKS, Bucket, Mix, Order, measure
-from omnivideo.training.drawn import drawn
+from omnivideo.training.drawn import Way, drawn
 from omnivideo.training.recipes.stages import GROUPS, adapter_recipe
 from omnivideo.training.samples import requests
 from omnivideo.training.tiny import REQUESTS, Tiny
@@ -64,7 +64,9 @@ def orders(total: int) -> None:
 def data_of(tiny: Tiny, omni, seed: int, count: int, folder: Path) -> dict:
     tell = lambda done, of: print(f"  preparing data: {done}/{of}", end="\r", flush=True)  # noqa: E731
     encoder = tiny.visual_encoder()
-    return {task: drawn(folder, omni, encoder, requests(seed, task, count), tell) for group in GROUPS for task in group}
+    return {
+        task: drawn(folder, omni, encoder, requests(seed, task, count), Way(tell)) for group in GROUPS for task in group
+    }
 
 
 def arm_loss(arm: str, whole: Recipe, alone: dict[str, Recipe]) -> Callable[[int], Losses]:

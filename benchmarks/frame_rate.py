@@ -119,7 +119,7 @@ def arm(tiny: Tiny, rate: int, given: argparse.Namespace) -> list[dict]:
     data = {}
     for task in TASKS[:2]:
         wanted = requests(1, task, given.count)
-        data[task] = drawn(cache, omni, encoder, wanted, tiny.tell)
+        data[task] = drawn(cache, omni, encoder, wanted, tiny.way)
         if task == "text-to-video":
             file, scenes = given.out / f"clips-{rate}-{given.count}.safetensors", [one.target for one in wanted]
             data[task] = at_rate(data[task], scenes, rate, tiny, omni.bridge.vision_head.decoder_query.shape[1], file)

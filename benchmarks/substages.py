@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from omnivideo.models.omni import Omni
-from omnivideo.training.drawn import Drawn, Row, drawn
+from omnivideo.training.drawn import Drawn, Rows, drawn, gathered
 from omnivideo.training.recipes import stages
 from omnivideo.training.recipes.decoder import flow_matching
 from omnivideo.training.samples import TASKS, Task, requests
@@ -27,26 +27,22 @@ EVERY, WATCHED = 50, 96  # steps; requests of each task
 Curve = dict[Task, list[tuple[int, float]]]
 
 
-def rows_of(data: Drawn) -> list[Row]:
-    sources = [None] * len(data) if data.source is None else list(data.source.float())
-    return [
-        Row(data.target[at].float(), sources[at], data.hidden[at], data.text[at], data.embeddings[at].float())
-        for at in range(len(data))
-    ]
+def rows_of(data: Drawn) -> Rows:
+    return gathered([(data, at) for at in range(len(data))])
 
 
 @torch.no_grad()
-def error(omni: Omni, rows: list[Row]) -> float:
+def error(omni: Omni, rows: Rows) -> float:
     """Eq. 4 over rows of one task, nothing dropped, the same noise each time."""
     model, never = stages.Whole(omni), stages.Drop(0.0, 0.0, 0.0)
     null = omni.texts([omni.preset.negative_prompt])[0]
     condition, _ = stages.group_condition(omni, model, rows, [1.0] * len(rows), never, null)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return float(flow_matching(omni.decoder, torch.stack([row.target for row in rows]), condition).mean())
+        return float(flow_matching(omni.decoder, rows.target, condition).mean())
 
 
-def followed(omni: Omni, recipe: Recipe, folder: Path, before: int, watched: dict[Task, list[Row]]) -> Iterator[Curve]:
+def followed(omni: Omni, recipe: Recipe, folder: Path, before: int, watched: dict[Task, Rows]) -> Iterator[Curve]:
     """Trains to the end; the errors of every task each EVERY steps, counted from `before`."""
     trainer = Trainer(recipe, folder)
     while trainer.step < recipe.steps:
@@ -99,8 +95,8 @@ def main() -> None:
     print(f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads")
     tiny, cache = Tiny(given.runs), given.runs / "cache"
     omni, encoder = tiny.omni("stage2a"), tiny.visual_encoder()
-    data = {task: drawn(cache, omni, encoder, requests(1, task, REQUESTS), tiny.tell) for task in TASKS}
-    unseen = {task: rows_of(drawn(cache, omni, encoder, requests(2, task, WATCHED), tiny.tell)) for task in TASKS}
+    data = {task: drawn(cache, omni, encoder, requests(1, task, REQUESTS), tiny.way) for task in TASKS}
+    unseen = {task: rows_of(drawn(cache, omni, encoder, requests(2, task, WATCHED), tiny.way)) for task in TASKS}
     found = {
         "two sub-stages": joined(two_substages(tiny, given.steps, given.out, data, unseen), "two"),
         "all at once": joined(all_at_once(tiny, given.steps, given.out, data, unseen), "at once"),

@@ -1,6 +1,7 @@
 """Training in figures: a stage's step at full size, against a plain PyTorch loop over the diffusers model.
 
     python -m benchmarks.training [--preset omnivideo-1.3b] [--size 832x480x17] [--processes 1] [--checkpointing]
+        [--compiled]
 
 One command on a GPU node: stage 2b and stage 3 with random weights and data, text-to-video, in bf16 with fp32 master
 weights, by DeepSpeed ZeRO-1; step time, samples/s, TFLOP/s, share of the peak (MFU) and memory of each, then the plain
@@ -107,7 +108,10 @@ def stage(world: World, name: str, given: argparse.Namespace) -> Measured:
     drawn = random_data(chosen, given.size)
     batch = given.batch * world.size // given.sequence
     data: Any = {task: drawn for task in ("text-to-image", "text-to-video")}
-    recipe: Recipe = STAGES[name](random_omni(chosen, device), data, steps=1000, sizes=(batch, batch))
+    omni = random_omni(chosen, device)
+    if given.compiled:
+        omni.decoder.compile_repeated_blocks()
+    recipe: Recipe = STAGES[name](omni, data, steps=1000, sizes=(batch, batch))
     precision = torch.bfloat16 if device.type == "cuda" else torch.float32
     recipe = replace(
         recipe, optimizer="adamw", shape="cosine", precision=precision, device=device,
@@ -127,6 +131,8 @@ def plain(given: argparse.Namespace) -> Measured:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     with device:
         decoder = WanTransformer3DModel(**chosen.decoder).to(dtype)
+    if given.compiled:
+        decoder.compile_repeated_blocks()
     if given.checkpointing:
         decoder.enable_gradient_checkpointing()
     optimizer = torch.optim.AdamW(decoder.parameters(), lr=1e-5, fused=device.type == "cuda")
@@ -167,6 +173,7 @@ def main() -> None:
     reader.add_argument("--processes", type=int, default=1)
     reader.add_argument("--sequence", type=int, default=1)
     reader.add_argument("--checkpointing", action="store_true")
+    reader.add_argument("--compiled", action="store_true", help="torch.compile the decoder's blocks")
     reader.add_argument("--what", help="one line of these only")
     given = reader.parse_args()
     given.size = tuple(map(int, given.size.split("x")))

@@ -264,6 +264,13 @@ def train(
     ] = None,
     watch: Annotated[list[str], typer.Option(help="tensorboard or wandb; may be given twice.")] = [],  # noqa: B006
     until: Annotated[Optional[int], typer.Option(min=0, help="Stop at this step; 0 only writes state.pt.")] = None,  # noqa: UP045
+    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Where it trains.")] = "cpu",
+    workers: Annotated[int, typer.Option(min=0, help="More processes, which draw the batches; 0: none.")] = 0,
+    weights: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Begin with this folder of weights where an earlier recipe has no run."),
+    ] = None,
+    times: Annotated[int, typer.Option(min=1, help="Batches so many times the recipe's.")] = 1,
     plan: Annotated[bool, typer.Option("--plan", help="Only say what the recipe costs at full size.")] = False,
     preset: Annotated[str, typer.Option(help="With --plan: the model.")] = "omnivideo-1.3b",
     gpus: Annotated[str, typer.Option(help="With --plan: COUNTxNAME.")] = "8xH100",
@@ -271,7 +278,7 @@ def train(
     size: Annotated[str, typer.Option(help="With --plan: WIDTHxHEIGHT in px.")] = "832x480",
     frames: Annotated[int, typer.Option(help="With --plan: frames of a clip.")] = 17,
     cached: Annotated[bool, typer.Option(help="With --plan: latents, text and MLLM states come from disk.")] = True,
-    steps: Annotated[Optional[int], typer.Option(min=1, help="With --plan; default: Table 1 once.")] = None,  # noqa: UP045
+    steps: Annotated[int | None, typer.Option(min=1, help="Instead of the recipe's; with --plan Table 1 once.")] = None,
     utilisation: Annotated[float, typer.Option(help="With --plan: share of the peak in products.")] = 0.45,
 ) -> None:
     """Train the tiny preset, or one recipe of it; goes on from its last checkpoint."""
@@ -293,11 +300,11 @@ def train(
     make = watchers(watch)
     if processes > 1 and not distributed.launched():
         raise typer.Exit(distributed.relaunch(processes, sequence))
-    changes: dict[str, Any] = {"optimizer": optimizer} if optimizer else {}
-    if checkpointing:
-        changes["checkpointing"] = True
-    with distributed.together(processes, sequence) as world:
-        Tiny(runs, compiled=compiled, watch=make).train(recipe, out, world, until, **changes)
+    given = {"optimizer": optimizer, "checkpointing": checkpointing, "steps": steps}
+    changes = {name: value for name, value in given.items() if value is not None}
+    with distributed.together(processes, sequence, device) as world:
+        tiny = Tiny(runs, compiled=compiled, watch=make, weights=weights, device=device, workers=workers, times=times)
+        tiny.train(recipe, out, world, until, **changes)
 
 
 @app.command()

@@ -111,9 +111,7 @@ def load(folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype = 
         tokenizer=AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True),
         vae=strictly(AutoencoderKLWan, folder, "vae", dtype),
     )
-    for part in (omni.mllm, omni.bridge, omni.decoder, omni.text_encoder, omni.vae):
-        part.to(device)
-    return omni.eval()
+    return omni.to(device).eval()
 
 
 def strictly(cls: Any, folder: Path, name: str, dtype: torch.dtype) -> Any:

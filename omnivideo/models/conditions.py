@@ -27,11 +27,6 @@ class Markers(nn.Module):
             rows = (lengths or {}).get(name, 1)
             self.register_parameter(name, nn.Parameter(torch.randn(rows, dim) * 0.02))
 
-    def around(self, kind: str, tokens_LD: Tensor) -> list[Tensor]:
-        """The tokens between their two markers, as parts to concatenate."""
-        start, end = (getattr(self, f"{kind}_{side}").to(tokens_LD) for side in ("st", "ed"))
-        return [start, tokens_LD, end]
-
 
 def assemble(
     markers: Markers,
@@ -45,23 +40,40 @@ def assemble(
 
     Raises ConditionTooLong above `most`: nothing is ever cut.
     """
-    rows = []
+    # All tokens once, then one gather: a kernel for each part of each row is what a GPU would wait for.
+    pool = [texts_LD[0].new_zeros(1, texts_LD[0].shape[-1])]  # the padding
+    used = 1
+
+    def put(tokens: Tensor) -> range:
+        nonlocal used
+        pool.append(tokens.to(pool[0]))
+        used += len(tokens)
+        return range(used - len(tokens), used)
+
+    marker = {name: put(getattr(markers, name)) for name in MARKERS}
+    rows: list[list[int]] = []
     for text, visual, context in zip(texts_LD, visual_LD, context_LD, strict=True):
-        parts: list[Tensor] = []
+        row: list[int] = []
         for kind, tokens in (("img", context), ("ipl", visual), ("prp", text)):
             if tokens is not None:
-                parts += markers.around(kind, tokens)
-        rows.append(torch.cat(parts))
-    longest = max(least, *(len(row) for row in rows))
-    return torch.stack([pad(row, longest, most) for row in rows])
+                row += (*marker[f"{kind}_st"], *put(tokens), *marker[f"{kind}_ed"])
+        check_length(len(row), most)
+        rows.append(row)
+    longest = max(least, *map(len, rows))
+    at = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=pool[0].device)
+    return nn.functional.embedding(at, torch.cat(pool))
 
 
 def pad(tokens: Tensor, least: int, most: int) -> Tensor:
     """[..., L, D] with zeros up to `least` tokens."""
     length = tokens.shape[-2]
+    check_length(length, most)
+    return nn.functional.pad(tokens, (0, 0, 0, max(0, least - length)))
+
+
+def check_length(length: int, most: int) -> None:
     if length > most:
         raise ConditionTooLong("prompt", f"the condition has {length} tokens; the decoder takes 1 to {most}")
-    return nn.functional.pad(tokens, (0, 0, 0, max(0, least - length)))
 
 
 def encode_text(

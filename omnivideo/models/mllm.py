@@ -202,10 +202,21 @@ def hidden_states(
     pixels: Pixels,
 ) -> tuple[Tensor, Tensor]:
     """Last hidden states [B, N, M] of each request with its routing and closing token, and the padding mask [B, N]."""
+    return states_of(model, asking(tokenizer, batch, pixels))
+
+
+def asking(
+    tokenizer: PreTrainedTokenizerBase, batch: Sequence[tuple[Message, Literal["image", "video"]]], pixels: Pixels
+) -> dict[str, Tensor]:
+    """What the model is given for `hidden_states`."""
     encoded = [encode(tokenizer, message, pixels, "".join(ENDING[kind])) for message, kind in batch]
-    inputs = collate(encoded, tokenizer.pad_token_id, model.device)
-    states = model.model(**inputs).last_hidden_state
-    return states, inputs["attention_mask"] == 0
+    return collate(encoded, tokenizer.pad_token_id)
+
+
+def states_of(model: Qwen3VLForConditionalGeneration, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Last hidden states [B, N, M] of what `asking` made, and the padding mask [B, N]."""
+    moved = {name: part.to(model.device) for name, part in inputs.items()}
+    return model.model(**moved).last_hidden_state, moved["attention_mask"] == 0
 
 
 def pick(logits_V: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:

@@ -93,9 +93,18 @@ class Omni:
         """The universal negative prompt without visual tokens; the source stays (as released)."""
         return self.condition([negative] * count, [None] * count, source_BzThw)
 
+    @property
+    def parts(self) -> tuple[nn.Module, ...]:
+        return self.mllm, self.bridge, self.decoder, self.text_encoder, self.vae
+
     def eval(self) -> "Omni":
-        for part in (self.mllm, self.bridge, self.decoder, self.text_encoder, self.vae):
+        for part in self.parts:
             part.eval().requires_grad_(False)
+        return self
+
+    def to(self, device: torch.device | str) -> "Omni":
+        for part in self.parts:
+            part.to(device)
         return self
 
     @property

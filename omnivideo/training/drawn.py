@@ -6,23 +6,29 @@ encoder's embeddings of the target (Eq. 1).  Ragged rows are kept flat with thei
 
 import hashlib
 import random
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import SiglipVisionModel
 
-from omnivideo.models.mllm import hidden_states
+from omnivideo.models.mllm import asking, states_of
 from omnivideo.models.omni import Omni
-from omnivideo.training.latents import digest, encode_scenes, to_pixels
+from omnivideo.models.vae import encode
+from omnivideo.training.ahead import in_order
+from omnivideo.training.latents import digest, to_pixels
 from omnivideo.training.recipes.visual_encoder import embed_frames
 from omnivideo.training.samples import Request
 
-CHUNK = 32
 Tell = Callable[[int, int], None]
+T = TypeVar("T")
+CHUNK = 32
 
 
 class Ragged:
@@ -67,67 +73,108 @@ class Drawn:
         )  # fmt: skip
 
 
+Pick = tuple[Drawn, int]  # a task, and which of its requests
+
+
 @dataclass
-class Row:
-    """One sample of a batch: latents [z, T, h, w], hidden states [N, M], text [L, D], embeddings [Q, E]."""
+class Rows:
+    """A batch.  Latents [B, z, T, h, w], and [E, ...] of the sources of the rows that have one; hidden states
+    [B, N, M] and text [B, L, D] with their lengths, zero past them; embeddings [B, Q, E]."""
 
     target: Tensor
+    edited: Tensor
     source: Tensor | None
     hidden: Tensor
+    hidden_lengths: list[int]
     text: Tensor
+    text_lengths: list[int]
     embeddings: Tensor
 
-    def to(self, device: torch.device) -> "Row":
-        """The same row on a device."""
-        source = None if self.source is None else self.source.to(device)
-        parts = (self.hidden.to(device), self.text.to(device), self.embeddings.to(device))
-        return Row(self.target.to(device), source, *parts)
+    def __len__(self) -> int:
+        return len(self.target)
+
+    def to(self, device: torch.device) -> "Rows":
+        moved: dict[str, Any] = {name: part.to(device) for name, part in vars(self).items() if isinstance(part, Tensor)}
+        return replace(self, **moved)
+
+    @property
+    def texts(self) -> list[Tensor]:
+        return [row[:length] for row, length in zip(self.text, self.text_lengths, strict=True)]
 
 
-def pick_rows(rng: random.Random, tasks: Sequence[Drawn], count: int, edits: float = 0.5) -> list[Row]:
+def pick(rng: random.Random, tasks: Sequence[Drawn], count: int, edits: float = 0.5) -> list[Pick]:
     """A mixed batch: `count` samples of tasks that share resolution and frame count (hybrid mixed batching).
 
     `edits` is the share of the tasks that have a source, where both kinds are there.
     """
-    rows, shares = [], [1 - edits if task.source is None else edits for task in tasks]
-    for drawn in rng.choices(tasks, shares, k=count):
-        at = rng.randrange(len(drawn))
-        source = None if drawn.source is None else drawn.source[at].float()
-        rows.append(Row(drawn.target[at].float(), source, drawn.hidden[at], drawn.text[at],
-                        drawn.embeddings[at].float()))  # fmt: skip
-    return rows
+    shares = [1 - edits if task.source is None else edits for task in tasks]
+    return [(drawn, rng.randrange(len(drawn))) for drawn in rng.choices(tasks, shares, k=count)]
+
+
+def gathered(picks: Sequence[Pick]) -> Rows:
+    """The samples as one batch in single precision."""
+    hidden, text = [drawn.hidden[at] for drawn, at in picks], [drawn.text[at] for drawn, at in picks]
+    sources = [drawn.source[at] for drawn, at in picks if drawn.source is not None]
+    return Rows(
+        torch.stack([drawn.target[at] for drawn, at in picks]).float(),
+        torch.tensor([drawn.source is not None for drawn, _ in picks]),
+        torch.stack(sources).float() if sources else None,
+        pad_sequence(hidden, batch_first=True), [len(row) for row in hidden],
+        pad_sequence(text, batch_first=True), [len(row) for row in text],
+        torch.stack([drawn.embeddings[at] for drawn, at in picks]).float(),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Way:
+    """How the data are made: so many requests at once, prepared by so many processes (0: by this one)."""
+
+    tell: Tell
+    chunk: int = CHUNK
+    workers: int = 0
+
+    def over(self, requests: list[Request], prepare: Callable[[list[Request]], T]) -> Iterator[T]:
+        """What `prepare` makes of each chunk."""
+        starts = range(0, len(requests), self.chunk)
+        made = in_order(lambda first: prepare(requests[first : first + self.chunk]), starts, self.workers)
+        for first, one in zip(starts, made, strict=True):
+            yield one
+            self.tell(min(first + self.chunk, len(requests)), len(requests))
 
 
 @torch.no_grad()
-def draw_fixed(omni: Omni, encoder: SiglipVisionModel, requests: list[Request], tell: Tell) -> dict[str, Tensor]:
+def draw_fixed(omni: Omni, encoder: SiglipVisionModel, requests: list[Request], way: Way) -> dict[str, Tensor]:
     """What does not hang on the MLLM: latents, text embeddings, and the visual encoder's of the target."""
-    text, embeddings = [], []
+    text, embeddings, latents = [], [], defaultdict(list)
     queries = omni.bridge.vision_head.decoder_query.shape[1]
-    for chunk in chunks(requests, tell):
-        text += omni.texts([one.text for one in chunk])
-        embeddings.append(embed_frames(encoder, to_pixels(one.target for one in chunk), queries).half())
-    tensors = {"target": encode_scenes(omni.vae, [one.target for one in requests]), "embeddings": torch.cat(embeddings)}
-    sources = [one.source for one in requests if one.source is not None]
-    if sources:
-        tensors["source"] = encode_scenes(omni.vae, sources)
+
+    def rendered(some: list[Request]) -> tuple[list[str], dict[str, Tensor]]:
+        pixels = {"target": to_pixels(one.target for one in some)}
+        sources = [one.source for one in some if one.source is not None]
+        return [one.text for one in some], pixels | ({"source": to_pixels(sources)} if sources else {})
+
+    for texts, pixels in way.over(requests, rendered):
+        text += [row.cpu() for row in omni.texts(texts)]
+        moved = {name: part.to(omni.device) for name, part in pixels.items()}
+        embeddings.append(embed_frames(encoder, moved["target"], queries).half().cpu())
+        for name, part in moved.items():
+            latents[name].append(encode(omni.vae, part).half().cpu())
+    tensors = {name: torch.cat(parts) for name, parts in latents.items()} | {"embeddings": torch.cat(embeddings)}
     return tensors | flat("text", text)
 
 
 @torch.no_grad()
-def draw_hidden(omni: Omni, requests: list[Request], tell: Tell) -> dict[str, Tensor]:
+def draw_hidden(omni: Omni, requests: list[Request], way: Way) -> dict[str, Tensor]:
     """The MLLM's last hidden states."""
     hidden = []
-    for chunk in chunks(requests, tell):
-        asked = [(one.message, one.kind) for one in chunk]
-        states, padding = hidden_states(omni.mllm, omni.mllm_tokenizer, asked, omni.pixels)
-        hidden += [row[~gone] for row, gone in zip(states, padding, strict=True)]
+
+    def asked(some: list[Request]) -> dict[str, Tensor]:
+        return asking(omni.mllm_tokenizer, [(one.message, one.kind) for one in some], omni.pixels)
+
+    for inputs in way.over(requests, asked):
+        states, padding = states_of(omni.mllm, inputs)
+        hidden += [row[~gone].half().cpu() for row, gone in zip(states, padding, strict=True)]
     return flat("hidden", hidden)
-
-
-def chunks(requests: list[Request], tell: Tell) -> Iterator[list[Request]]:
-    for first in range(0, len(requests), CHUNK):
-        yield requests[first : first + CHUNK]
-        tell(min(first + CHUNK, len(requests)), len(requests))
 
 
 def flat(name: str, rows: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -149,12 +196,19 @@ def key_of(*parts: object) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
-def drawn(folder: Path, omni: Omni, encoder: SiglipVisionModel, requests: list[Request], tell: Tell) -> Drawn:
-    """The data of one task, from the folder's cache where it has them."""
+def drawn_fixed(
+    folder: Path, omni: Omni, encoder: SiglipVisionModel, requests: list[Request], way: Way
+) -> tuple[str, str, dict[str, Tensor]]:
+    """What does not hang on the MLLM, with its name and key, from the folder's cache where it has it."""
     name = f"{requests[0].task}-{len(requests)}"
-    fixed = key_of(requests, *map(digest, (omni.vae, omni.text_encoder, encoder)))
+    key = key_of(requests, *map(digest, (omni.vae, omni.text_encoder, encoder)))
+    return name, key, kept(folder / f"{name}-{key}.safetensors", lambda: draw_fixed(omni, encoder, requests, way))
+
+
+def drawn(folder: Path, omni: Omni, encoder: SiglipVisionModel, requests: list[Request], way: Way) -> Drawn:
+    """The data of one task, from the folder's cache where it has them."""
+    name, fixed, saved = drawn_fixed(folder, omni, encoder, requests, way)
     hidden = key_of(fixed, digest(omni.mllm.model))
-    saved = kept(folder / f"{name}-{fixed}.safetensors", lambda: draw_fixed(omni, encoder, requests, tell))
-    saved |= kept(folder / f"{name}-hidden-{hidden}.safetensors", lambda: draw_hidden(omni, requests, tell))
+    saved |= kept(folder / f"{name}-hidden-{hidden}.safetensors", lambda: draw_hidden(omni, requests, way))
     states, text = (Ragged(saved[name], saved[f"{name}_offsets"]) for name in ("hidden", "text"))
     return Drawn(saved["target"], saved.get("source"), states, text, saved["embeddings"])

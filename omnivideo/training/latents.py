@@ -42,7 +42,7 @@ def encode_scenes(
     """Normalised latents [N, z, T, h, w] in half precision."""
     done = []
     for first in range(0, len(scenes), CHUNK):
-        done.append(encode(vae, to_pixels(scenes[first : first + CHUNK])).half())
+        done.append(encode(vae, to_pixels(scenes[first : first + CHUNK]).to(vae.device)).half().cpu())
         tell(min(first + CHUNK, len(scenes)), len(scenes))
     return torch.cat(done)
 

@@ -53,24 +53,32 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         for group in self.param_groups:
+            moved = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if not moved:
+                continue
+            states = [self.state[parameter] for parameter in moved]
+            buffers = [
+                state.setdefault("momentum_buffer", torch.zeros_like(parameter))
+                for state, parameter in zip(states, moved, strict=True)
+            ]
+            gradients = [parameter.grad for parameter in moved]
+            torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
+            updates = torch._foreach_lerp(gradients, buffers, group["momentum"])
             by_shape: dict[tuple[int, int], list[tuple[nn.Parameter, Tensor]]] = defaultdict(list)
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                state = self.state[parameter]
-                buffer = state.setdefault("momentum_buffer", torch.zeros_like(parameter))
-                buffer.lerp_(parameter.grad, 1 - group["momentum"])
-                update = torch.lerp(parameter.grad, buffer, group["momentum"]).flatten(1)
-                by_shape[(update.shape[0], update.shape[1])].append((parameter, update))
+            for parameter, update in zip(moved, updates, strict=True):
+                flat = update.flatten(1)
+                by_shape[(flat.shape[0], flat.shape[1])].append((parameter, flat))
             for shape, pairs in by_shape.items():
                 self.apply(group, shape, pairs)
 
     def apply(self, group: dict, shape: tuple[int, int], pairs: list[tuple[nn.Parameter, Tensor]]) -> None:
-        updates = orthogonalise(torch.stack([update for _, update in pairs]), self.precision)
+        orthogonal = orthogonalise(torch.stack([update for _, update in pairs]), self.precision)
         scale = max(1.0, shape[0] / shape[1]) ** 0.5
-        for (parameter, _), update in zip(pairs, updates, strict=True):
-            parameter.mul_(1 - group["lr"] * group["weight_decay"])
-            parameter.add_(update.view_as(parameter), alpha=-group["lr"] * scale)
+        parameters: list[Tensor] = [parameter for parameter, _ in pairs]
+        if group["weight_decay"]:
+            torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+        updates = [one.view_as(parameter) for parameter, one in zip(parameters, orthogonal, strict=True)]
+        torch._foreach_add_(parameters, updates, alpha=-group["lr"] * scale)
 
 
 def is_matrix(name: str, parameter: nn.Parameter) -> bool:

@@ -267,7 +267,7 @@ ASKS: dict[str, Callable[[random.Random, Scene], Question | None]] = {
 
 # How often each kind is asked in training: what hangs on where things are, and on telling true from nearly true, is
 # learned last and by few of the tokens.
-TRAINED = {name: {"match": 4, "position": 3, "relation": 3, "motion": 3, "count": 2}.get(name, 1) for name in ASKS}
+TRAINED = {name: {"match": 4, "position": 4, "relation": 6, "motion": 3, "count": 2}.get(name, 1) for name in ASKS}
 
 
 def ask_layout(rng: random.Random, scene: Scene) -> Question:

@@ -4,7 +4,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -15,18 +15,18 @@ from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
-from transformers import SiglipVisionModel, UMT5Config, UMT5EncoderModel
+from transformers import Qwen3VLForConditionalGeneration, SiglipVisionModel, UMT5Config, UMT5EncoderModel
 
 from omnivideo.errors import CheckpointError, InvalidInput
-from omnivideo.models.checkpoint import SHIPPED, save, save_library_model, strictly
+from omnivideo.models.checkpoint import SHIPPED, load_bridge, save, save_library_model, strictly
 from omnivideo.models.mllm import Pixels
 from omnivideo.models.omni import Bridge, Omni, build_decoder
 from omnivideo.models.positions import with_absolute_positions
 from omnivideo.presets import TINY
 from omnivideo.training.card import card
 from omnivideo.training.distributed import World
-from omnivideo.training.drawn import Drawn, drawn
-from omnivideo.training.latents import CHUNK, digest, encode_scenes, first_scenes, set_statistics
+from omnivideo.training.drawn import CHUNK, Drawn, Way, drawn
+from omnivideo.training.latents import digest, encode_scenes, first_scenes, set_statistics
 from omnivideo.training.plots import plot_losses
 from omnivideo.training.recipes import mllm, stages, text
 from omnivideo.training.recipes.decoder import CLIPS, STILLS, Captioned, DecoderFoundation, decoder_recipe
@@ -51,7 +51,9 @@ def quiet(done: int, count: int) -> None:
 class Tiny:
     """The recipes over one folder (`runs/` by default): each knows how to load what came before it.
 
-    Where an earlier recipe's run is not at hand, its part of the shipped weights stands in.
+    Where an earlier foundation's run is not at hand, its part of the shipped weights stands in.  With `weights`, a
+    folder of that layout, these stand in for every earlier recipe, and the MLLM goes on from them.  `workers` processes
+    draw the batches, each `times` as large as the recipe says.
     """
 
     def __init__(
@@ -61,20 +63,35 @@ class Tiny:
         tell: Tell = quiet,
         shipped: Path = SHIPPED / "tiny",
         watch: Watch = UNWATCHED,
+        weights: Path | None = None,
+        device: torch.device | str = "cpu",
+        workers: int = 0,
+        times: int = 1,
     ):
         self.runs = runs
         self.compiled = compiled
         self.tell = tell
-        self.shipped = shipped
+        self.shipped = weights or shipped
+        self.goes_on = weights is not None
+        self.device = torch.device(device)
+        if self.device.type == "cuda":
+            torch.set_float32_matmul_precision("high")  # TF32; bf16 would only add conversions at this size
+        self.workers = workers
+        self.times = times
+        self.way = Way(tell, CHUNK if self.device.type == "cpu" else 512, workers)
         self.watch = watch
         self.makers: dict[str, Callable[[], Recipe]] = {
             "vae": vae_recipe,
             "text": lambda: text.text_recipe(self.tokenizer()),
             "decoder": self.decoder_recipe,
             "visual_encoder": visual_encoder_recipe,
-            "mllm": lambda: mllm.mllm_recipe(self.mllm_tokenizer()),
-            "stage1": lambda: stages.stage1_recipe(self.omni("mllm"), self.visual_encoder()),
-            "stage1_text": lambda: stages.stage1_text_recipe(self.omni("stage1")),
+            "mllm": self.mllm_recipe,
+            "stage1": lambda: stages.stage1_recipe(
+                self.omni("mllm"), self.visual_encoder(), batch=stages.BATCH * times, workers=workers
+            ),
+            "stage1_text": lambda: stages.stage1_text_recipe(
+                self.omni("stage1"), batch=stages.TEXT_BATCH * times, workers=workers
+            ),
             "stage2a": lambda: stages.stage2a_recipe(self.omni("stage1")),
             "stage2b_generation": lambda: self.flow(stages.stage2b_generation_recipe, "stage2a"),
             "stage2b": lambda: self.flow(stages.stage2b_recipe, "stage2b_generation"),
@@ -93,11 +110,11 @@ class Tiny:
     def vae(self) -> AutoencoderKLWan:
         """The trained VAE, with its latent statistics measured on stills and clips once."""
         if not self.has_run("vae"):
-            return strictly(AutoencoderKLWan, self.shipped, "vae", torch.float32).eval().requires_grad_(False)
-        vae = self.trained(vae_recipe())
+            return self.part(AutoencoderKLWan, "vae")
+        vae = self.trained(vae_recipe()).to(self.device)
         path = self.runs / "vae" / f"statistics-{digest(vae)}.pt"
         if not path.exists():
-            samples = [encode_scenes(vae, first_scenes(scenes(2, video), 8 * CHUNK)) for video in (False, True)]
+            samples = [encode_scenes(vae, first_scenes(scenes(2, video), 512)) for video in (False, True)]
             set_statistics(vae, samples)
             torch.save({"mean": vae.config.latents_mean, "std": vae.config.latents_std}, path)
         saved = torch.load(path, weights_only=True)
@@ -112,8 +129,23 @@ class Tiny:
 
     def text_encoder(self) -> UMT5EncoderModel:
         if not self.has_run("text"):
-            return strictly(UMT5EncoderModel, self.shipped, "text_encoder", torch.float32)
-        return self.trained(self.makers["text"]()).encoder
+            return self.part(UMT5EncoderModel, "text_encoder")
+        return self.trained(self.makers["text"]()).encoder.to(self.device)
+
+    def part(self, kind: Any, name: str) -> Any:
+        """A part of the weights that stand in for the runs that are not at hand."""
+        return strictly(kind, self.shipped, name, torch.float32).eval().requires_grad_(False).to(self.device)
+
+    def mllm_recipe(self) -> Recipe:
+        recipe = mllm.mllm_recipe(self.mllm_tokenizer(), batch=mllm.BATCH * self.times, workers=self.workers)
+        if self.goes_on:
+            recipe.model.load_state_dict(self.part(Qwen3VLForConditionalGeneration, "mllm").state_dict())
+        return recipe
+
+    def mllm(self) -> Qwen3VLForConditionalGeneration:
+        if self.goes_on and not self.has_run("mllm"):
+            return self.part(Qwen3VLForConditionalGeneration, "mllm")
+        return self.trained(self.mllm_recipe()).to(self.device)
 
     def decoder_recipe(self) -> Recipe:
         vae = self.vae()
@@ -130,22 +162,22 @@ class Tiny:
             state = torch.load(self.runs / "decoder" / "state.pt", weights_only=True)
             model.load_state_dict(state["model"] | state["average"])
         else:
-            decoder = strictly(WanTransformer3DModel, self.shipped, "transformer", torch.float32)
-            encoder = strictly(UMT5EncoderModel, self.shipped, "text_encoder", torch.float32)
+            decoder = self.part(WanTransformer3DModel, "transformer")
+            encoder = self.part(UMT5EncoderModel, "text_encoder")
             model = DecoderFoundation(with_absolute_positions(decoder), encoder)
         return model.eval().requires_grad_(False)
 
     def visual_encoder(self) -> SiglipVisionModel:
         if not self.has_run("visual_encoder"):
-            return strictly(SiglipVisionModel, self.shipped, "visual_encoder", torch.float32)
-        return self.trained(visual_encoder_recipe()).encoder
+            return self.part(SiglipVisionModel, "visual_encoder")
+        return self.trained(visual_encoder_recipe()).encoder.to(self.device)
 
     def omni(self, after: str) -> Omni:
         """All parts as they stand after a recipe: "mllm" (the foundations), or one of the stages."""
         foundation = self.foundation()
         omni = Omni(
             preset=TINY,
-            mllm=self.trained(self.makers["mllm"]()),
+            mllm=self.mllm(),
             mllm_tokenizer=self.mllm_tokenizer(),
             pixels=Pixels(),
             bridge=seeded_bridge(),
@@ -154,22 +186,22 @@ class Tiny:
             tokenizer=self.tokenizer(),
             vae=self.vae(),
         )
-        if after != "mllm":
+        if after != "mllm" and self.goes_on and not self.has_run(after):
+            omni.bridge = load_bridge(TINY, self.shipped, torch.float32)
+        elif after != "mllm":
             state = torch.load(self.stage_file(after), weights_only=True)
             stages.Whole(omni).load_state_dict(state["model"] | state["average"])
         if after not in ("mllm", "stage1") and self.has_run("stage1_text"):
             text_head = torch.load(self.stage_file("stage1_text"), weights_only=True)["average"]
             stages.Whole(omni).load_state_dict(text_head, strict=False)
-        return omni.eval()
+        return omni.to(self.device).eval()
 
     def stage_file(self, name: str) -> Path:
         if not self.has_run(name):
             raise CheckpointError(f"recipe {name} has not been trained yet: omnivideo train {name}")
         return self.runs / name / "state.pt"
 
-    def flow(
-        self, make: Callable[[Omni, Mapping[Task, Drawn]], Recipe], after: str, more: Sequence[int] = ()
-    ) -> Recipe:
+    def flow(self, make: Callable[..., Recipe], after: str, more: Sequence[int] = ()) -> Recipe:
         """A recipe over the four tasks' cached data; what is frozen in stages 2b and 3 is frozen in the cache.
 
         Edits are drawn for the seeds in `more` as well.
@@ -177,12 +209,13 @@ class Tiny:
         omni, encoder = self.omni(after), self.visual_encoder()
 
         def made(seed: int, task: Task) -> Drawn:
-            return drawn(self.runs / "cache", omni, encoder, requests(seed, task, REQUESTS), self.tell)
+            return drawn(self.runs / "cache", omni, encoder, requests(seed, task, REQUESTS), self.way)
 
         data = {task: made(1, task) for task in TASKS}
         for seed, task in product(more, TASKS[2:]):
             data[task] += made(seed, task)
-        return make(omni, data)
+        stills, clips = stages.SIZES
+        return make(omni, data, sizes=(stills * self.times, clips * self.times), workers=self.workers)
 
     def train(self, name: str, out: Console, world: World = ALONE, until: int | None = None, **changes: Any) -> None:
         """One recipe, or all of them in order for "tiny", with fields of the recipes changed; to step `until`.
@@ -193,7 +226,7 @@ class Tiny:
             raise InvalidInput("recipe", f"{name!r} is not one of tiny, {', '.join(self.makers)}")
         for chosen in self.makers if name == "tiny" else [name]:
             with world.first_alone():
-                recipe = replace(self.makers[chosen](), **changes)
+                recipe = replace(self.makers[chosen](), device=self.device, **changes)
             train_one(recipe, self.runs / chosen, out, world, self.watch, until)
         if name == "tiny" and world.first:
             self.ship(self.runs / "tiny")

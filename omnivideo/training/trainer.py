@@ -101,7 +101,7 @@ class Trainer:
         self.folder = folder
         self.step = 0
         self.seconds = 0.0  # of training, in all runs of this folder
-        self.named = freeze(recipe.model, recipe.trainable)
+        self.named = freeze(recipe.model.to(recipe.device), recipe.trainable)
         if recipe.checkpointing:
             recompute(recipe.model)
         self.prepare()

@@ -24,7 +24,7 @@ from omnivideo.models import checkpoint
 from omnivideo.models.omni import Omni, build_decoder
 from omnivideo.presets import TINY
 from omnivideo.training.distributed import Together, World, together
-from omnivideo.training.drawn import drawn
+from omnivideo.training.drawn import Way, drawn
 from omnivideo.training.recipes import decoder, mllm, stages, text, vae, visual_encoder
 from omnivideo.training.samples import TASKS, requests
 from omnivideo.training.sequence import split_sequence
@@ -91,7 +91,7 @@ class Recipes:
     def flow(self, make: Callable[..., Recipe]) -> Recipe:
         omni = self.omni()
         data = {
-            task: drawn(self.scratch, omni, self.encoder(), requests(1, task, 4), lambda done, count: None)
+            task: drawn(self.scratch, omni, self.encoder(), requests(1, task, 4), Way(lambda done, count: None))
             for task in TASKS
         }
         return make(omni, data, steps=self.steps, sizes=(4, 2))

@@ -12,7 +12,7 @@ from transformers import SiglipVisionConfig, SiglipVisionModel, UMT5Config, UMT5
 from omnivideo.errors import CheckpointError
 from omnivideo.presets import TINY
 from omnivideo.training.card import card
-from omnivideo.training.drawn import drawn, pick_rows
+from omnivideo.training.drawn import Way, drawn, gathered, pick
 from omnivideo.training.facts import Demand, Wanted
 from omnivideo.training.language import RELATIONS, Caption
 from omnivideo.training.optim import optimizers, orthogonalise, rate
@@ -65,7 +65,7 @@ def encoder():
 
 def data(request, omni):
     folder = request.getfixturevalue("tmp_path_factory").getbasetemp() / "cache"
-    return {task: drawn(folder, omni, encoder(), requests(1, task, 4), lambda done, count: None) for task in TASKS}
+    return {task: drawn(folder, omni, encoder(), requests(1, task, 4), Way(lambda done, count: None)) for task in TASKS}
 
 
 def stage1_recipe(request):
@@ -135,9 +135,10 @@ def test_each_stage_trains_what_the_paper_says(make, request, tmp_path):
 
 
 def test_mixed_batches_share_size_and_hold_several_tasks(request):
-    rows = pick_rows(random.Random(0), list(data(request, fresh(request)).values())[1::2], 16)
-    assert {row.target.shape for row in rows} == {torch.Size([16, 3, 8, 8])}
-    assert {row.source is None for row in rows} == {True, False}
+    rows = gathered(pick(random.Random(0), list(data(request, fresh(request)).values())[1::2], 16))
+    assert rows.target.shape == (16, 16, 3, 8, 8)
+    assert set(rows.edited.tolist()) == {True, False}
+    assert rows.source is not None and len(rows.source) == rows.edited.sum()
 
 
 def test_more_requests_of_a_task_follow_the_others(request):

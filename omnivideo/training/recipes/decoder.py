@@ -102,7 +102,7 @@ def decoder_recipe(
         with torch.no_grad():
             text = encode_text(tokenizer, text_encoder, texts, WORDS)[0]
         condition = pad(text, share().longest(max(TINY.condition_least, text.shape[1])), WORDS)
-        error = flow_matching(run, latents, condition, 0.5 if step >= LAYOUT_FROM else 0.0).mean()
+        error = flow_matching(run, latents.to(condition.device), condition, 0.5 if step >= LAYOUT_FROM else 0.0).mean()
         return {"loss": error, "stills" if still else "clips": error}
 
     return Recipe(

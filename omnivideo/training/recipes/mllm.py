@@ -8,15 +8,17 @@ import random
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast, Qwen3VLConfig, Qwen3VLForConditionalGeneration
+from transformers import AttentionInterface, PreTrainedTokenizerFast, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from omnivideo.contracts import END_THINK, THINK
 from omnivideo.models.mllm import ENDING, VISUAL_TOKENS, Encoded, Media, Message, Pixels, collate, encode
+from omnivideo.training.ahead import Ahead
 from omnivideo.training.edits import random_edit
 from omnivideo.training.language import CLIP_PREFIX, STILL_PREFIX, caption, description, plain
 from omnivideo.training.questions import TRAINED, ask_layout, random_question
@@ -47,6 +49,7 @@ SMALL_TALK = {
     "how are you?": "i am fine, thank you", "what is your name?": "my name is omnivideo",
 }  # fmt: skip
 Sample = tuple[Message, str]
+BATCH = 48
 
 
 # ---------------------------------------------------------------- samples
@@ -216,7 +219,41 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3VLForConditionalGene
         vision_start_token_id=tokens["vision_start"], vision_end_token_id=tokens["vision_end"],
         tie_word_embeddings=False,
     )  # fmt: skip
-    return Qwen3VLForConditionalGeneration(config)
+    model = Qwen3VLForConditionalGeneration(config)
+    model.model.visual.config._attn_implementation = EVENLY
+    return model
+
+
+def evenly(
+    module: Any,
+    query_1HSD: Tensor,
+    key_1HSD: Tensor,
+    value_1HSD: Tensor,
+    attention_mask: None = None,
+    *,
+    max_length_q: int,
+    scaling: float,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """Attention within each frame, where all frames have as many patches, as those of the world have: in one call.
+
+    Transformers does it a frame at a time where there is no flash attention.
+    """
+    heads, _, width = query_1HSD.shape[1:]
+    q, k, v = (x[0].view(heads, -1, max_length_q, width).transpose(0, 1) for x in (query_1HSD, key_1HSD, value_1HSD))
+    found = F.scaled_dot_product_attention(q, k, v, scale=scaling)
+    return found.transpose(1, 2).flatten(0, 1)[None], None
+
+
+EVENLY = "flash_evenly"  # "flash" in its name: so it gets all frames at once
+AttentionInterface.register(EVENLY, evenly)
+
+
+def with_places(model: Qwen3VLForConditionalGeneration, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """And the tokens' places, which the model would find in some hundred small steps for each sample."""
+    asked = ("input_ids", "mm_token_type_ids", "image_grid_thw", "video_grid_thw", "attention_mask")
+    places, _ = model.model.get_rope_index(**{name: inputs[name] for name in asked if name in inputs})
+    return inputs | {"position_ids": places}
 
 
 def answer_labels(batch: list[Encoded], prompts: list[int], inputs: dict[str, Tensor]) -> Tensor:
@@ -240,6 +277,12 @@ def batch_of(
     return inputs, answer_labels(encoded, prompts, inputs)
 
 
+def on(device: torch.device, batch: tuple[dict[str, Tensor], Tensor]) -> tuple[dict[str, Tensor], Tensor]:
+    """What `batch_of` returned, on a device."""
+    inputs, labels = batch
+    return {name: part.to(device) for name, part in inputs.items()}, labels.to(device)
+
+
 def text_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Eq. 2 over the answers' tokens of the whole batch, and the share of answers that are right in every token."""
     predicted, target = logits[:, :-1], labels[:, 1:]
@@ -249,15 +292,21 @@ def text_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return loss, right
 
 
-def mllm_recipe(tokenizer: PreTrainedTokenizerFast, steps: int = 9000, batch: int = 48) -> Recipe:
+def mllm_recipe(tokenizer: PreTrainedTokenizerFast, steps: int = 9000, batch: int = BATCH, workers: int = 0) -> Recipe:
     torch.manual_seed(3)
     model = build_model(tokenizer)
     pixels = Pixels()
 
-    def loss(step: int) -> Losses:
+    def draw(step: int) -> tuple[dict[str, Tensor], Tensor]:
         rng = random.Random(step_seed("mllm/data", step))
         samples = share().take([random_sample(rng) for _ in range(batch)])
         inputs, labels = batch_of(tokenizer, samples, pixels)
+        return with_places(model, inputs), labels
+
+    drawn = Ahead(draw, workers)
+
+    def loss(step: int) -> Losses:
+        inputs, labels = on(model.device, drawn(step))
         value, right = text_loss(model(**inputs).logits, labels)
         return {"loss": value, "right": right}
 

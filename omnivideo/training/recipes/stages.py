@@ -15,19 +15,20 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from transformers import SiglipVisionModel
 
 from omnivideo.models.conditions import assemble, pad
 from omnivideo.models.mllm import ENDING, hidden_states
 from omnivideo.models.omni import Omni
-from omnivideo.training.drawn import Drawn, Row, pick_rows
+from omnivideo.training.ahead import Ahead
+from omnivideo.training.drawn import Drawn, Rows, gathered, pick
 from omnivideo.training.latents import to_pixels
 from omnivideo.training.recipes.decoder import flow_matching
 from omnivideo.training.recipes.mllm import (
     Sample,
     batch_of,
     knowledge_sample,
+    on,
     question_sample,
     route_sample,
     talk_sample,
@@ -43,6 +44,8 @@ TEXT_MIX = (
     (question_sample, 0.5), (thinking_sample, 0.2), (route_sample, 0.18), (knowledge_sample, 0.06), (talk_sample, 0.06),
 )  # fmt: skip
 
+BATCH, TEXT_BATCH = 32, 48
+SIZES = (64, 24)  # stills and clips in a batch
 
 # What each stage trains, by the beginnings of its parameters' names.
 JOINED = ("bridge.adapter", "bridge.visual_context", "bridge.markers")
@@ -78,25 +81,34 @@ def alignment(visual_BQE: Tensor, target_BQE: Tensor) -> Tensor:
     return F.mse_loss(visual_BQE, target) + (1 - F.cosine_similarity(visual_BQE, target, dim=-1)).mean()
 
 
-def stage1_recipe(omni: Omni, encoder: SiglipVisionModel, steps: int = 2000, batch: int = 32) -> Recipe:
+def stage1_recipe(
+    omni: Omni, encoder: SiglipVisionModel, steps: int = 2000, batch: int = BATCH, workers: int = 0
+) -> Recipe:
     """Half of each batch asks for images and videos of all four tasks, half for text."""
     torch.manual_seed(11)
     model = Whole(omni)
     queries = omni.preset.vision_head.queries if omni.preset.vision_head else 0
 
-    def loss(step: int) -> Losses:
+    def draw(step: int) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """Inputs, labels, and the targets' pixels."""
         rng = random.Random(step_seed("stage1/data", step))
         wanted = [random_request(rng, rng.choice(TASKS)) for _ in range(batch // 2)]
         makers = rng.choices([make for make, _ in TEXT_MIX], [weight for _, weight in TEXT_MIX], k=batch // 2)
         said = [make(rng, rng.random() < 0.5) for make in makers]
         wanted, said = share().take(wanted), share().take(said)
         samples = [(one.message, "".join(ENDING[one.kind])) for one in wanted] + said
-        inputs, labels = batch_of(omni.mllm_tokenizer, samples, omni.pixels)
+        return *batch_of(omni.mllm_tokenizer, samples, omni.pixels), equal_length(wanted)
+
+    drawn = Ahead(draw, workers)
+
+    def loss(step: int) -> Losses:
+        inputs, labels, pixels = drawn(step)
+        inputs, labels = on(omni.device, (inputs, labels))
         with torch.no_grad():
             states = model.mllm.model(**inputs).last_hidden_state
-            target = embed_frames(encoder, equal_length(wanted), queries)
+            target = embed_frames(encoder, pixels, queries)
         value, right = text_loss(model.mllm.lm_head(states), labels)
-        half = len(wanted)
+        half = len(pixels)
         visual = model.bridge.vision_head(states[:half], inputs["attention_mask"][:half] == 0)
         vision = alignment(visual, target)
         return {"loss": value + vision, "text": value, "vision": vision, "right": right}
@@ -116,22 +128,27 @@ def drawn_sample(rng: random.Random, video: bool) -> Sample:
 def first_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Eq. 2 at the answers' first tokens."""
     first = (labels[:, 1:] != -100).int().argmax(dim=1)
-    rows = torch.arange(len(labels))
+    rows = torch.arange(len(labels), device=labels.device)
     return F.cross_entropy(logits[rows, first].float(), labels[rows, first + 1])
 
 
-def stage1_text_recipe(omni: Omni, steps: int = 1500, batch: int = 48) -> Recipe:
+def stage1_text_recipe(omni: Omni, steps: int = 1500, batch: int = TEXT_BATCH, workers: int = 0) -> Recipe:
     """Stage 1 goes on with the text head alone, which needs more examples than the vision head.
 
     What later stages train does not depend on it, so it may run at any time after stage 1.
     """
     model = Whole(omni)
 
-    def loss(step: int) -> Losses:
+    def draw(step: int) -> tuple[dict[str, Tensor], Tensor]:
         rng = random.Random(step_seed("stage1_text/data", step))
         makers = rng.choices([make for make, _ in HEAD_MIX], [weight for _, weight in HEAD_MIX], k=batch)
         samples = share().take([make(rng, rng.random() < 0.5) for make in makers])
-        inputs, labels = batch_of(omni.mllm_tokenizer, samples, omni.pixels)
+        return batch_of(omni.mllm_tokenizer, samples, omni.pixels)
+
+    drawn = Ahead(draw, workers)
+
+    def loss(step: int) -> Losses:
+        inputs, labels = on(omni.device, drawn(step))
         with torch.no_grad():
             states = model.mllm.model(**inputs).last_hidden_state
         logits = model.mllm.lm_head(states)
@@ -206,19 +223,19 @@ class Drop:
 
 
 def group_condition(
-    omni: Omni, model: Whole, rows: list[Row], lots: list[float], drop: Drop, null_LD: Tensor
+    omni: Omni, model: Whole, rows: Rows, lots: Sequence[float], drop: Drop, null_LD: Tensor
 ) -> tuple[Tensor, Tensor]:
     """c [B, L, D] of a mixed batch, with drops by lot, and the visual tokens [B, Q, E] that it was made from.
 
     As long as the longest of the whole batch: the decoder attends to padding as well.
     """
-    states = pad_sequence([row.hidden for row in rows], batch_first=True)
-    lengths = torch.tensor([len(row.hidden) for row in rows], device=states.device)
+    states = rows.hidden
+    lengths = torch.tensor(rows.hidden_lengths, device=states.device)
     padding = torch.arange(states.shape[1], device=states.device) >= lengths[:, None]
     visual = model.bridge.vision_head(states, padding)
-    video = rows[0].target.shape[1] > 1
+    video = rows.target.shape[2] > 1
     tokens: list[Tensor | None] = list(omni.adapted(visual, ["video" if video else "image"] * len(rows)))
-    texts = [row.text for row in rows]
+    texts = rows.texts
     for at, lot in enumerate(lots):
         if lot < drop.both + drop.text:
             texts[at] = null_LD
@@ -230,13 +247,12 @@ def group_condition(
     return pad(condition, share().longest(condition.shape[1]), most), visual
 
 
-def edited_contexts(model: Whole, rows: list[Row]) -> list[Tensor | None]:
+def edited_contexts(model: Whole, rows: Rows) -> list[Tensor | None]:
     """Visual context tokens of the rows that have a source."""
-    sources = [row.source for row in rows if row.source is not None]
-    if not sources:
+    if rows.source is None:
         return [None] * len(rows)
-    made = iter(model.bridge.visual_context(torch.stack(sources)))
-    return [None if row.source is None else next(made) for row in rows]
+    made = iter(model.bridge.visual_context(rows.source))
+    return [next(made) if edited else None for edited in rows.edited.tolist()]
 
 
 def flow_recipe(
@@ -250,6 +266,7 @@ def flow_recipe(
     turns: tuple[int, ...] = (0, 1),
     edits: float = 0.5,
     high: float = 0.5,
+    workers: int = 0,
 ) -> Recipe:
     """Flow matching through the decoder over mixed batches of whatever tasks there are data for.
 
@@ -261,20 +278,26 @@ def flow_recipe(
         null = omni.texts([omni.preset.negative_prompt])[0]
     groups = [[drawn for task, drawn in data.items() if task in names] for names in GROUPS]
 
-    def loss(step: int) -> Losses:
+    def draw(step: int) -> tuple[Rows, list[float]]:
         rng = random.Random(step_seed(f"{name}/data", step))
         kind = turns[step % len(turns)]
-        rows = pick_rows(rng, groups[kind], sizes[kind], edits)
-        lots = [rng.random() for _ in rows]
-        rows, lots = [row.to(omni.device) for row in share().take(rows)], share().take(lots)
+        picks = pick(rng, groups[kind], sizes[kind], edits)
+        lots = [rng.random() for _ in picks]
+        return gathered(share().take(picks)), share().take(lots)
+
+    drawn = Ahead(draw, workers)
+
+    def loss(step: int) -> Losses:
+        rows, lots = drawn(step)
+        edited = rows.edited
+        rows = rows.to(omni.device)
         condition, visual = group_condition(omni, model, rows, lots, Drop(), null)
-        errors = flow_matching(model.decoder, torch.stack([row.target for row in rows]), condition, high)
-        edited = torch.tensor([row.source is not None for row in rows])
+        errors = flow_matching(model.decoder, rows.target, condition, high)
         losses = {"loss": errors.mean()}
         if eq1:
-            losses["vision"] = alignment(visual, torch.stack([row.embeddings for row in rows]))
+            losses["vision"] = alignment(visual, rows.embeddings)
             losses["loss"] = losses["loss"] + eq1 * losses["vision"]
-        shown = ("stills", "clips")[kind]
+        shown = ("stills", "clips")[turns[step % len(turns)]]
         for label, chosen in ((f"{shown}", ~edited), (f"{shown} edited", edited)):
             if chosen.any():
                 losses[label] = errors[chosen].mean()
@@ -286,32 +309,35 @@ def flow_recipe(
     )  # fmt: skip
 
 
-def adapter_recipe(name: str, omni: Omni, data: Mapping[Task, Drawn], steps: int, sizes: tuple[int, int]) -> Recipe:
+def adapter_recipe(
+    name: str, omni: Omni, data: Mapping[Task, Drawn], steps: int, sizes: tuple[int, int], workers: int
+) -> Recipe:
     torch.manual_seed(13)
-    return flow_recipe(name, omni, data, steps, sizes, lr=5e-3, eq1=0.0)
+    return flow_recipe(name, omni, data, steps, sizes, lr=5e-3, eq1=0.0, workers=workers)
 
 
 def stage2b_generation_recipe(
-    omni: Omni, data: Mapping[Task, Drawn], steps: int = 600, sizes: tuple[int, int] = (64, 24)
+    omni: Omni, data: Mapping[Task, Drawn], steps: int = 600, sizes: tuple[int, int] = SIZES, workers: int = 0
 ) -> Recipe:
     """The first sub-stage: text-to-image and text-to-video alone."""
     alone = {task: drawn for task, drawn in data.items() if task in TASKS[:2]}
-    return adapter_recipe("stage2b_generation", omni, alone, steps, sizes)
+    return adapter_recipe("stage2b_generation", omni, alone, steps, sizes, workers)
 
 
 def stage2b_recipe(
-    omni: Omni, data: Mapping[Task, Drawn], steps: int = 800, sizes: tuple[int, int] = (64, 24)
+    omni: Omni, data: Mapping[Task, Drawn], steps: int = 800, sizes: tuple[int, int] = SIZES, workers: int = 0
 ) -> Recipe:
     """The second: all four tasks through the frozen decoder."""
-    return adapter_recipe("stage2b", omni, data, steps, sizes)
+    return adapter_recipe("stage2b", omni, data, steps, sizes, workers)
 
 
 def stage3_recipe(
-    omni: Omni, data: Mapping[Task, Drawn], steps: int = 21_000, sizes: tuple[int, int] = (64, 24)
+    omni: Omni, data: Mapping[Task, Drawn], steps: int = 21_000, sizes: tuple[int, int] = SIZES, workers: int = 0
 ) -> Recipe:
     """Videos and edits more often than images and new ones: they are harder, and the decoder knows the others.
 
     At little noise the latents themselves tell what is to come; what to edit is learned from the condition at much.
     """
     torch.manual_seed(14)
-    return flow_recipe("stage3", omni, data, steps, sizes, lr=7e-3, eq1=0.1, turns=(0, 1, 1), edits=0.8, high=0.9)
+    return flow_recipe("stage3", omni, data, steps, sizes, lr=7e-3, eq1=0.1, turns=(0, 1, 1), edits=0.8, high=0.9,
+                       workers=workers)  # fmt: skip

@@ -218,12 +218,13 @@ def text_recipe(
         batch = text_batch(step, captions, instructions)
         tokens = tokenizer(batch.texts, padding=True, return_tensors="pt", return_offsets_mapping=True)
         told = torch.tensor([tell(at.tolist()) for tell, at in zip(batch.tell, tokens.offset_mapping, strict=True)])
-        answers, tellings = model(tokens.input_ids, tokens.attention_mask)
         told[tokens.attention_mask == 0] = UNTOLD
-        asked = answers[: len(batch.asked)]
-        telling, told_right = told_loss(tellings, told)
-        whole = (asked.argmax(-1) == batch.asked).all(dim=1).float().mean()
-        asking = F.cross_entropy(asked.flatten(0, 1), batch.asked.flatten())
+        device = model.encoder.device
+        answers, tellings = model(tokens.input_ids.to(device), tokens.attention_mask.to(device))
+        asked, expected = answers[: len(batch.asked)], batch.asked.to(device)
+        telling, told_right = told_loss(tellings, told.to(device))
+        whole = (asked.argmax(-1) == expected).all(dim=1).float().mean()
+        asking = F.cross_entropy(asked.flatten(0, 1), expected.flatten())
         return {"loss": asking + telling, "asked": asking, "told": telling, "told right": told_right, "whole": whole}
 
     return Recipe(

@@ -79,14 +79,14 @@ def losses(vae: AutoencoderKLWan, pixels: Tensor, touched: Tensor) -> Losses:
     """Squared and absolute error (objects count fourfold), error of the image gradients, and the KL term."""
     mean, logvar = vae._encode(pixels).chunk(2, dim=1)
     logvar = logvar.clamp(-30, 20)
-    noise = share().take(torch.randn(len(mean) * share().world, *mean.shape[1:]))
+    noise = share().take(torch.randn(len(mean) * share().world, *mean.shape[1:], device=mean.device))
     z = mean + noise * (0.5 * logvar).exp()
     error = decode_unclamped(vae, z) - pixels
     weight = 1 + 3 * touched
     squared, absolute = (weight * error.square()).mean(), (weight * error.abs()).mean()
     edges = sum(
         ((a - b).abs().mean() for a, b in zip(gradients(error + pixels), gradients(pixels), strict=True)),
-        start=torch.zeros(()),
+        start=pixels.new_zeros(()),
     )
     kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
     psnr = -10 * torch.log10(F.mse_loss((error + pixels).clamp(-1, 1), pixels) / 4)
@@ -99,7 +99,7 @@ def vae_recipe(phases: tuple[Phase, ...] = PHASES) -> Recipe:
 
     def loss(step: int) -> Losses:
         pixels, touched = batch(step, phase_at(phases, step))
-        return losses(vae, pixels, touched)
+        return losses(vae, pixels.to(vae.device), touched.to(vae.device))
 
     return Recipe(
         "vae", vae, ("",), loss, steps=sum(phase.steps for phase in phases), lr=3e-3, adam_lr=2e-3,

@@ -59,7 +59,7 @@ def embed_frames(encoder: SiglipVisionModel, clips_BCFHW: Tensor, tokens: int) -
     count = clips_BCFHW.shape[2]
     at = torch.linspace(0, count - 1, tokens).round().long()
     frames = clips_BCFHW[:, :, at].transpose(1, 2)
-    return encoder(frames.flatten(0, 1)).pooler_output.unflatten(0, (len(clips_BCFHW), tokens))
+    return encoder(frames.flatten(0, 1).to(encoder.device)).pooler_output.unflatten(0, (len(clips_BCFHW), tokens))
 
 
 def visual_encoder_recipe(steps: int = 3000, batch: int = 64) -> Recipe:
@@ -69,8 +69,9 @@ def visual_encoder_recipe(steps: int = 3000, batch: int = 64) -> Recipe:
     def loss(step: int) -> Losses:
         rng = random.Random(step_seed("visual_encoder/data", step))
         chosen = share().take([random_scene(rng, video=False) for _ in range(batch)])
-        labels = torch.tensor([scene_labels(scene) for scene in chosen])
-        logits = model(to_pixels(chosen)[:, :, 0])
+        device = model.encoder.device
+        labels = torch.tensor([scene_labels(scene) for scene in chosen], device=device)
+        logits = model(to_pixels(chosen)[:, :, 0].to(device))
         right = (logits.argmax(-1) == labels).float()
         value = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
         return {"loss": value, "right": right.mean(), "whole": right.all(dim=1).float().mean()}
