@@ -271,6 +271,7 @@ def train(
         typer.Option(help="Begin with this folder of weights where an earlier recipe has no run."),
     ] = None,
     times: Annotated[int, typer.Option(min=1, help="Batches so many times the recipe's.")] = 1,
+    rate: Annotated[float, typer.Option(min=0, help="Learning rates so many times the recipe's.")] = 1.0,
     plan: Annotated[bool, typer.Option("--plan", help="Only say what the recipe costs at full size.")] = False,
     preset: Annotated[str, typer.Option(help="With --plan: the model.")] = "omnivideo-1.3b",
     gpus: Annotated[str, typer.Option(help="With --plan: COUNTxNAME.")] = "8xH100",
@@ -304,7 +305,7 @@ def train(
     changes = {name: value for name, value in given.items() if value is not None}
     with distributed.together(processes, sequence, device) as world:
         tiny = Tiny(runs, compiled=compiled, watch=make, weights=weights, device=device, workers=workers, times=times)
-        tiny.train(recipe, out, world, until, **changes)
+        tiny.train(recipe, out, world, until, rate, **changes)
 
 
 @app.command()

@@ -23,6 +23,7 @@ from omnivideo.models.omni import Omni
 from omnivideo.models.vae import encode
 from omnivideo.training.ahead import in_order
 from omnivideo.training.latents import digest, to_pixels
+from omnivideo.training.recipes.mllm import with_places
 from omnivideo.training.recipes.visual_encoder import embed_frames
 from omnivideo.training.samples import Request
 
@@ -169,7 +170,8 @@ def draw_hidden(omni: Omni, requests: list[Request], way: Way) -> dict[str, Tens
     hidden = []
 
     def asked(some: list[Request]) -> dict[str, Tensor]:
-        return asking(omni.mllm_tokenizer, [(one.message, one.kind) for one in some], omni.pixels)
+        inputs = asking(omni.mllm_tokenizer, [(one.message, one.kind) for one in some], omni.pixels)
+        return with_places(omni.mllm, inputs)
 
     for inputs in way.over(requests, asked):
         states, padding = states_of(omni.mllm, inputs)

@@ -56,11 +56,10 @@ class Muon(torch.optim.Optimizer):
             moved = [parameter for parameter in group["params"] if parameter.grad is not None]
             if not moved:
                 continue
-            states = [self.state[parameter] for parameter in moved]
-            buffers = [
-                state.setdefault("momentum_buffer", torch.zeros_like(parameter))
-                for state, parameter in zip(states, moved, strict=True)
-            ]
+            for parameter in moved:
+                if "momentum_buffer" not in self.state[parameter]:
+                    self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+            buffers = [self.state[parameter]["momentum_buffer"] for parameter in moved]
             gradients = [parameter.grad for parameter in moved]
             torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
             updates = torch._foreach_lerp(gradients, buffers, group["momentum"])

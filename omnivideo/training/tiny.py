@@ -217,8 +217,17 @@ class Tiny:
         stills, clips = stages.SIZES
         return make(omni, data, sizes=(stills * self.times, clips * self.times), workers=self.workers)
 
-    def train(self, name: str, out: Console, world: World = ALONE, until: int | None = None, **changes: Any) -> None:
-        """One recipe, or all of them in order for "tiny", with fields of the recipes changed; to step `until`.
+    def train(
+        self,
+        name: str,
+        out: Console,
+        world: World = ALONE,
+        until: int | None = None,
+        rate: float = 1.0,
+        **changes: Any,
+    ) -> None:
+        """One recipe, or all of them in order for "tiny"; to step `until`, at `rate` times its learning rates, with
+        other fields changed.
 
         Raises InvalidInput for a name that is none.
         """
@@ -226,7 +235,9 @@ class Tiny:
             raise InvalidInput("recipe", f"{name!r} is not one of tiny, {', '.join(self.makers)}")
         for chosen in self.makers if name == "tiny" else [name]:
             with world.first_alone():
-                recipe = replace(self.makers[chosen](), device=self.device, **changes)
+                recipe = self.makers[chosen]()
+                changes |= {"device": self.device, "lr": recipe.lr * rate, "adam_lr": recipe.adam_lr * rate}
+                recipe = replace(recipe, **changes)
             train_one(recipe, self.runs / chosen, out, world, self.watch, until)
         if name == "tiny" and world.first:
             self.ship(self.runs / "tiny")

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import AttentionInterface, PreTrainedTokenizerFast, Qwen3VLConfig, Qwen3VLForConditionalGeneration
+from transformers.vision_utils import get_vision_position_ids
 
 from omnivideo.contracts import END_THINK, THINK
 from omnivideo.models.mllm import ENDING, VISUAL_TOKENS, Encoded, Media, Message, Pixels, collate, encode
@@ -250,10 +251,16 @@ AttentionInterface.register(EVENLY, evenly)
 
 
 def with_places(model: Qwen3VLForConditionalGeneration, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """And the tokens' places, which the model would find in some hundred small steps for each sample."""
+    """And the places of tokens and patches, which the model would find in many small steps for each sample."""
     asked = ("input_ids", "mm_token_type_ids", "image_grid_thw", "video_grid_thw", "attention_mask")
     places, _ = model.model.get_rope_index(**{name: inputs[name] for name in asked if name in inputs})
-    return inputs | {"position_ids": places}
+    found = {"position_ids": places}
+    for kind in ("image", "video"):
+        if (grids := inputs.get(f"{kind}_grid_thw")) is not None:
+            found[f"{kind}_position_ids"] = get_vision_position_ids(
+                grids, model.config.vision_config.spatial_merge_size
+            )
+    return inputs | found
 
 
 def answer_labels(batch: list[Encoded], prompts: list[int], inputs: dict[str, Tensor]) -> Tensor:

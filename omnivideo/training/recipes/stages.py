@@ -34,6 +34,7 @@ from omnivideo.training.recipes.mllm import (
     talk_sample,
     text_loss,
     thinking_sample,
+    with_places,
 )
 from omnivideo.training.recipes.visual_encoder import embed_frames
 from omnivideo.training.samples import TASKS, Request, Task, random_request
@@ -97,7 +98,8 @@ def stage1_recipe(
         said = [make(rng, rng.random() < 0.5) for make in makers]
         wanted, said = share().take(wanted), share().take(said)
         samples = [(one.message, "".join(ENDING[one.kind])) for one in wanted] + said
-        return *batch_of(omni.mllm_tokenizer, samples, omni.pixels), equal_length(wanted)
+        inputs, labels = batch_of(omni.mllm_tokenizer, samples, omni.pixels)
+        return with_places(omni.mllm, inputs), labels, equal_length(wanted)
 
     drawn = Ahead(draw, workers)
 
@@ -143,7 +145,8 @@ def stage1_text_recipe(omni: Omni, steps: int = 1500, batch: int = TEXT_BATCH, w
         rng = random.Random(step_seed("stage1_text/data", step))
         makers = rng.choices([make for make, _ in HEAD_MIX], [weight for _, weight in HEAD_MIX], k=batch)
         samples = share().take([make(rng, rng.random() < 0.5) for make in makers])
-        return batch_of(omni.mllm_tokenizer, samples, omni.pixels)
+        inputs, labels = batch_of(omni.mllm_tokenizer, samples, omni.pixels)
+        return with_places(omni.mllm, inputs), labels
 
     drawn = Ahead(draw, workers)
 
