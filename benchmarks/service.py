@@ -45,7 +45,11 @@ async def submits(plant: Plant, given: argparse.Namespace) -> None:
     ) as client:
 
         async def one(at: int, due: float) -> None:
-            answer = await client.post("/v1/videos", json={"prompt": "a red ball", "seed": at})
+            try:
+                answer = await client.post("/v1/videos", json={"prompt": "a red ball", "seed": at})
+            except httpx.HTTPError as error:
+                wrong.append(repr(error))
+                return
             spent.append(time.perf_counter() - due)
             if answer.status_code != 200:
                 wrong.append(answer.text[:100])
@@ -71,6 +75,7 @@ async def followers(plant: Plant, given: argparse.Namespace) -> None:
     headers = {"Authorization": f"Bearer {KEY}"}
     limits = httpx.Limits(max_connections=None)
     seen: dict[int, list[float]] = {}
+    refused: list[str] = []
     async with httpx.AsyncClient(
         base_url=plant.address, headers=headers, limits=limits, trust_env=False, timeout=120
     ) as client:
@@ -84,6 +89,8 @@ async def followers(plant: Plant, given: argparse.Namespace) -> None:
         async def follow() -> int:
             count = 0
             async with client.stream("GET", f"/v1/threads/{thread}/turns/{row.id}/events") as stream:
+                if stream.status_code != 200:
+                    refused.append((await stream.aread()).decode()[:200])
                 async for line in stream.aiter_lines():
                     if line.startswith("id: "):
                         seen.setdefault(int(line[4:]), []).append(time.perf_counter())
@@ -100,6 +107,7 @@ async def followers(plant: Plant, given: argparse.Namespace) -> None:
             await asyncio.sleep(0.2)
         await asyncio.to_thread(turns.end, row, "cancelled")
         counts = await asyncio.gather(*waiting)
+    print(*refused[:3], sep="\n")
     late = [max(times) - min(times) for times in seen.values()]
     whole = sum(count == given.events for count in counts)
     print(f"{whole} of {given.followers} followers saw all of {given.events} events, first to last {quantiles(late)}, "

@@ -16,14 +16,21 @@ nothing else. `docs/tiny.md` has the world, the recipes, and what ran otherwise 
 """
 
 
-def card(runs: Path, recipes: Iterable[str], commit: str, machine: str, scores: Mapping[str, Any]) -> str:
-    """Markdown.  `scores` is the JSON that `omnivideo evaluate tiny --report` writes; empty where there is none yet."""
+def card(
+    runs: Path, recipes: Iterable[str], commit: str, machine: str, scores: Mapping[str, Any], earlier: str = ""
+) -> str:
+    """Markdown.  `scores` is the JSON that `omnivideo evaluate tiny --report` writes; empty where there is none yet.
+
+    A recipe without a run has the row of the `earlier` card: of the weights that stand in for it.
+    """
+    rows = {line.split("`")[1]: line for line in earlier.splitlines() if line.startswith("| `")}
+    rows |= {name: row(runs / name, name) for name in recipes if (runs / name / "state.pt").exists()}
     lines = [
         HEAD.format(commit=commit, machine=machine),
         "| recipe | steps | hours | its losses, last 100 steps |",
         "|---|---|---|---|",
     ]
-    lines += [row(runs / name, name) for name in recipes if (runs / name / "state.pt").exists()]
+    lines += [rows[name] for name in recipes if name in rows]
     if scores:
         lines += ["", "| held-out evaluation | score | of |", "|---|---|---|", *map(scored, scores.items())]
     return "\n".join(lines) + "\n"

@@ -20,6 +20,7 @@ import socket
 import subprocess
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
@@ -135,15 +136,15 @@ def decoder_of(recipe: Recipe) -> WanTransformer3DModel:
 # ---------------------------------------------------------------- trainers
 
 
-class Several(Trainer):
+class Several(Trainer, ABC):
     """What both ways of keeping parts have in common: who speaks, and the checkpoints."""
 
     def __init__(self, recipe: Recipe, folder: Path, world: Together):
         self.world, self.share, self.first = world, world.share, world.first
         super().__init__(recipe, folder)
 
-    def held(self) -> Iterator[Held]:
-        raise NotImplementedError
+    @abstractmethod
+    def held(self) -> Iterator[Held]: ...
 
     def agreed(self, wanted: bool) -> bool:
         flag = torch.tensor(int(wanted), device=self.recipe.device)

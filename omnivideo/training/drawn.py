@@ -115,14 +115,14 @@ def pick(rng: random.Random, tasks: Sequence[Drawn], count: int, edits: float = 
 def gathered(picks: Sequence[Pick]) -> Rows:
     """The samples as one batch in single precision."""
     hidden, text = [drawn.hidden[at] for drawn, at in picks], [drawn.text[at] for drawn, at in picks]
-    sources = [drawn.source[at] for drawn, at in picks if drawn.source is not None]
+    sources = [drawn.source[at].float() for drawn, at in picks if drawn.source is not None]
     return Rows(
-        torch.stack([drawn.target[at] for drawn, at in picks]).float(),
+        torch.stack([drawn.target[at].float() for drawn, at in picks]),
         torch.tensor([drawn.source is not None for drawn, _ in picks]),
-        torch.stack(sources).float() if sources else None,
+        torch.stack(sources) if sources else None,
         pad_sequence(hidden, batch_first=True), [len(row) for row in hidden],
         pad_sequence(text, batch_first=True), [len(row) for row in text],
-        torch.stack([drawn.embeddings[at] for drawn, at in picks]).float(),
+        torch.stack([drawn.embeddings[at].float() for drawn, at in picks]),
     )  # fmt: skip
 
 

@@ -250,7 +250,11 @@ class Tiny:
         save(self.omni("stage3"), folder)  # last: its index is over all that lies there
         report = self.runs / "scores.json"
         scores = json.loads(report.read_text()) if report.exists() else {}
-        text = card(self.runs, self.makers, commit(), f"{platform.machine()}, {os.cpu_count()} cores", scores)
+        earlier = self.shipped / "README.md"
+        text = card(
+            self.runs, self.makers, commit(), f"{platform.machine()}, {os.cpu_count()} cores", scores,
+            earlier.read_text() if earlier.exists() else "",
+        )  # fmt: skip
         (folder / "README.md").write_text(text)
 
     def export_foundations(self, folder: Path) -> None:

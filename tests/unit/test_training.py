@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import random
 
 import pytest
@@ -10,6 +11,8 @@ from diffusers import AutoencoderKLWan
 from transformers import SiglipVisionConfig, SiglipVisionModel, UMT5Config, UMT5EncoderModel
 
 from omnivideo.errors import CheckpointError
+from omnivideo.models import checkpoint
+from omnivideo.models.mllm import VISUAL_TOKENS
 from omnivideo.presets import TINY
 from omnivideo.training.card import card
 from omnivideo.training.drawn import Way, drawn, gathered, pick
@@ -257,4 +260,36 @@ def test_the_card_says_what_ran_and_what_came_of_it(tmp_path):
     (tmp_path / "vae" / "log.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     made = card(tmp_path, ("vae", "text"), "abc123", "x86_64", {"single": {"right": 0.98, "count": 50}, "dB": 27.5})
     assert "| `vae` | 1,200 | 1.5 | loss 0.5, kl 2 |" in made and "`text`" not in made
+    later = card(
+        tmp_path, ("vae", "text"), "abc123", "x86_64", {}, "| `text` | 7 | 0.1 | loss 1 |\n| `vae` | 1 | 0 | |"
+    )
+    assert "| `vae` | 1,200 |" in later and "| `text` | 7 | 0.1 | loss 1 |" in later
     assert "| single | 0.980 | 50 |" in made and "| dB | 27.500 |  |" in made and "abc123" in made
+
+
+def test_batches_made_ahead_are_those_of_one_process(mllm_tokenizer):
+    one, several = (mllm.mllm_recipe(mllm_tokenizer, steps=4, batch=2, workers=workers) for workers in (0, 2))
+    losses = [float(one.loss(step)["loss"].detach()) for step in (1, 2, 5)]
+    assert [float(several.loss(step)["loss"].detach()) for step in (1, 2, 5)] == losses
+
+
+def test_text_is_learned_as_it_is_said(mllm_tokenizer):
+    """A visual token that would come up in a text costs nothing, and none is asked for there."""
+    routes = torch.tensor(mllm_tokenizer.convert_tokens_to_ids(list(VISUAL_TOKENS)))
+    labels = torch.tensor([[-100, 5, int(routes[0])]])
+    logits = torch.zeros(1, 3, len(mllm_tokenizer))
+    expected, _ = stages.said_loss(logits, labels, routes)
+    logits[:, :, routes] = 9.0
+    value, _ = stages.said_loss(logits, labels, routes)
+    assert value == expected == pytest.approx(math.log(len(mllm_tokenizer) - len(routes)), abs=1e-4)
+
+
+def test_training_goes_on_from_a_folder_of_weights(weights, tmp_path):
+    there, tiny = checkpoint.load(weights), Tiny(tmp_path, weights=weights)
+    begun = tiny.omni("stage2b")
+    for name in ("mllm", "bridge", "decoder", "text_encoder", "vae"):
+        expected = getattr(there, name).state_dict()
+        assert all(torch.equal(value, expected[key]) for key, value in getattr(begun, name).state_dict().items()), name
+    assert torch.equal(tiny.mllm_recipe().model.lm_head.weight, there.mllm.lm_head.weight)
+    with pytest.raises(CheckpointError, match="mllm has not been trained"):
+        Tiny(tmp_path, shipped=weights).omni("stage2b")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import SiglipVisionModel
 
 from omnivideo.models.conditions import assemble, pad
-from omnivideo.models.mllm import ENDING, hidden_states
+from omnivideo.models.mllm import ENDING, VISUAL_TOKENS, hidden_states
 from omnivideo.models.omni import Omni
 from omnivideo.training.ahead import Ahead
 from omnivideo.training.drawn import Drawn, Rows, gathered, pick
@@ -134,6 +134,16 @@ def first_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits[rows, first].float(), labels[rows, first + 1])
 
 
+def said_loss(logits: Tensor, labels: Tensor, routes: Tensor) -> tuple[Tensor, Tensor]:
+    """Eq. 2 over what is said, as it is said: no visual token comes up in a text.
+
+    After its reasoning the model is where it is before a plain request; there a route is right and here a word.
+    """
+    routes = routes.to(labels.device)
+    words = logits.index_fill(-1, routes, torch.finfo(logits.dtype).min)
+    return text_loss(words, labels.masked_fill(torch.isin(labels, routes), -100))
+
+
 def stage1_text_recipe(omni: Omni, steps: int = 1500, batch: int = TEXT_BATCH, workers: int = 0) -> Recipe:
     """Stage 1 goes on with the text head alone, which needs more examples than the vision head.
 
@@ -149,14 +159,15 @@ def stage1_text_recipe(omni: Omni, steps: int = 1500, batch: int = TEXT_BATCH, w
         return with_places(omni.mllm, inputs), labels
 
     drawn = Ahead(draw, workers)
+    routes = torch.tensor(omni.mllm_tokenizer.convert_tokens_to_ids(list(VISUAL_TOKENS)))
 
     def loss(step: int) -> Losses:
         inputs, labels = on(omni.device, drawn(step))
         with torch.no_grad():
             states = model.mllm.model(**inputs).last_hidden_state
         logits = model.mllm.lm_head(states)
-        value, right = text_loss(logits, labels)
         first = first_token_loss(logits, labels)
+        value, right = said_loss(logits, labels, routes)
         return {"loss": value + first, "first": first, "right": right}
 
     return Recipe(
@@ -342,5 +353,5 @@ def stage3_recipe(
     At little noise the latents themselves tell what is to come; what to edit is learned from the condition at much.
     """
     torch.manual_seed(14)
-    return flow_recipe("stage3", omni, data, steps, sizes, lr=7e-3, eq1=0.1, turns=(0, 1, 1), edits=0.8, high=0.9,
+    return flow_recipe("stage3", omni, data, steps, sizes, lr=7e-3, eq1=0.1, turns=(0, 1, 1, 1, 1), edits=0.8, high=0.9,
                        workers=workers)  # fmt: skip
