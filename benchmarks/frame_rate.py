@@ -26,7 +26,7 @@ from omnivideo.models.mllm import Message
 from omnivideo.models.omni import Omni
 from omnivideo.models.vae import encode, from_bytes
 from omnivideo.training.drawn import Drawn, drawn, kept
-from omnivideo.training.recipes.stages import flow_recipe
+from omnivideo.training.recipes.stages import Mixed, flow_recipe
 from omnivideo.training.recipes.visual_encoder import embed_frames
 from omnivideo.training.samples import TASKS, requests
 from omnivideo.training.scorer import backdrop, blobs, follow, read
@@ -124,7 +124,9 @@ def arm(tiny: Tiny, rate: int, given: argparse.Namespace) -> list[dict]:
             file, scenes = given.out / f"clips-{rate}-{given.count}.safetensors", [one.target for one in wanted]
             data[task] = at_rate(data[task], scenes, rate, tiny, omni.bridge.vision_head.decoder_query.shape[1], file)
     torch.manual_seed(14)
-    recipe = flow_recipe("stage3", omni, data, given.steps, tuple(given.sizes), lr=7e-3, eq1=0.1, high=0.9)
+    recipe = flow_recipe(
+        "stage3", omni, Mixed("stage3", data, tuple(given.sizes)), given.steps, lr=7e-3, eq1=0.1, high=0.9
+    )
     trainer = Trainer(recipe, given.out / str(rate))
     log = given.out / str(rate) / "looks.jsonl"
     rows = [row for row in map(json.loads, read_lines(log)) if row["step"] <= trainer.step]

@@ -270,19 +270,24 @@ def train(
         Optional[Path],  # noqa: UP045
         typer.Option(help="Begin with this folder of weights where an earlier recipe has no run."),
     ] = None,
+    shards: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--data", help="Shards (a folder, s3://bucket/prefix) instead of the rendered world."),
+    ] = None,
+    fps: Annotated[float, typer.Option(help="With --data: frames a second that clips are seen at.")] = 8.0,
     times: Annotated[int, typer.Option(min=1, help="Batches so many times the recipe's.")] = 1,
     rate: Annotated[float, typer.Option(min=0, help="Learning rates so many times the recipe's.")] = 1.0,
     plan: Annotated[bool, typer.Option("--plan", help="Only say what the recipe costs at full size.")] = False,
     preset: Annotated[str, typer.Option(help="With --plan: the model.")] = "omnivideo-1.3b",
     gpus: Annotated[str, typer.Option(help="With --plan: COUNTxNAME.")] = "8xH100",
     batch: Annotated[int, typer.Option(min=1, help="With --plan: clips on one GPU.")] = 1,
-    size: Annotated[str, typer.Option(help="With --plan: WIDTHxHEIGHT in px.")] = "832x480",
-    frames: Annotated[int, typer.Option(help="With --plan: frames of a clip.")] = 17,
+    size: Annotated[str, typer.Option(help="With --plan or --data: WIDTHxHEIGHT in px.")] = "832x480",
+    frames: Annotated[str, typer.Option(help="With --plan: frames of a clip; with --data: all lengths.")] = "17",
     cached: Annotated[bool, typer.Option(help="With --plan: latents, text and MLLM states come from disk.")] = True,
     steps: Annotated[int | None, typer.Option(min=1, help="Instead of the recipe's; with --plan Table 1 once.")] = None,
     utilisation: Annotated[float, typer.Option(help="With --plan: share of the peak in products.")] = 0.45,
 ) -> None:
-    """Train the tiny preset, or one recipe of it; goes on from its last checkpoint."""
+    """Train the tiny preset, or one recipe of it, or a stage over shards; goes on from its last checkpoint."""
     if plan:
         from omnivideo.training.flops import gpus_of
         from omnivideo.training.plan import Setting, as_table, check
@@ -290,8 +295,9 @@ def train(
 
         count, gpu = gpus_of(gpus)
         px: dict[str, Any] = parse_size(size)
-        made = planned(Setting(recipe, gpu, count, preset_of(preset), batch, px["width"], px["height"], frames,
-                               sequence, checkpointing is not False, cached, steps, utilisation))  # fmt: skip
+        made = planned(Setting(recipe, gpu, count, preset_of(preset), batch, px["width"], px["height"],
+                               data.whole_numbers("frames", [frames])[0], sequence, checkpointing is not False, cached,
+                               steps, utilisation))  # fmt: skip
         out.print(as_table(made))
         return check(made)
     from omnivideo.training import distributed
@@ -305,6 +311,10 @@ def train(
     changes = {name: value for name, value in given.items() if value is not None}
     with distributed.together(processes, sequence, device) as world:
         tiny = Tiny(runs, compiled=compiled, watch=make, weights=weights, device=device, workers=workers, times=times)
+        if shards is not None:
+            from omnivideo.training.real import makers_over
+
+            tiny.makers = makers_over(*data.opened(shards, size, frames, fps), recipe, tiny, weights)
         tiny.train(recipe, out, world, until, rate, **changes)
 
 

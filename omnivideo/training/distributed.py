@@ -153,7 +153,7 @@ class Several(Trainer, ABC):
 
     def save(self) -> None:
         """Every process its shard; they count once all are written."""
-        about = {"names": [name for name, _ in self.named], "seconds": self.seconds}
+        about = {"names": [name for name, _ in self.named], "seconds": self.seconds, "data": self.recipe.data}
         if self.first:
             begin_shards(self.folder, self.step)
         dist.barrier()

@@ -45,6 +45,7 @@ class Saved(Protocol):
     names: list[str]
     step: int
     seconds: float
+    data: str
 
     def read(self, name: str, kind: str, start: int = 0, stop: int | None = None) -> Tensor | None:
         """A part of a flattened tensor; None where there is none of this kind."""
@@ -65,7 +66,7 @@ class OneFile:
     def __init__(self, path: Path, layout: list[list[str]]):
         self.state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         self.names, self.step = self.state["names"], self.state["step"]
-        self.seconds = self.state.get("seconds", 0.0)
+        self.seconds, self.data = self.state.get("seconds", 0.0), self.state.get("data", "")
         self.layout = layout
         if len(layout) != len(self.state["optimizers"]):
             raise CheckpointError(OTHER_OPTIMIZER)
@@ -98,6 +99,7 @@ class Shards:
     def __init__(self, folder: Path):
         files = [torch.load(path, map_location="cpu", weights_only=True, mmap=True) for path in shard_files(folder)]
         self.names, self.step, self.seconds = (files[0][key] for key in ("names", "step", "seconds"))
+        self.data = files[0].get("data", "")
         self.parts: dict[str, list[dict[str, Any]]] = defaultdict(list)
         for file in files:
             for name, part in file["held"].items():
@@ -212,6 +214,7 @@ def whole_state(saved: Saved, model: nn.Module, built: list[torch.optim.Optimize
         "average": {name: value.view(shapes[name]) for name, value in averages.items() if value is not None},
         "step": saved.step,
         "seconds": saved.seconds,
+        "data": saved.data,
     }
 
 

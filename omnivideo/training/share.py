@@ -26,10 +26,15 @@ class Share:
 
         Raises InvalidInput where they cannot be dealt out evenly.
         """
-        each, left = divmod(len(whole), self.world)
-        if left:
+        if len(whole) % self.world:
             raise InvalidInput("processes", f"a batch of {len(whole)} samples does not divide by {self.world}")
-        return whole[self.rank * each : (self.rank + 1) * each]
+        return whole[self.part(len(whole))]
+
+    def part(self, count: int) -> slice:
+        """Which of so many rows are this process's: the first processes have one more where they do not divide."""
+        each, left = divmod(count, self.world)
+        start = self.rank * each + min(self.rank, left)
+        return slice(start, start + each + (self.rank < left))
 
     def mean(self, counts: Tensor) -> Tensor:
         """Counts of this share, averaged over all shares: what sums are divided by, to be one batch's mean."""

@@ -33,6 +33,7 @@ class Recipe:
 
     `model` holds all weights of the checkpoint; `trainable` names the parameters to train by prefix ("" is all).
     `loss(step)` returns the named losses of one batch, or of this process's share of it (`share.py`);
+    `data` tells its samples and their order from others (a checkpoint does not go on over other ones).
     `samples(step)` is the size of the whole batch, `flops(step)` what the model costs on it (0 and None: not known).
     Products are of `precision`, what the optimizer moves is always fp32; `checkpointing` trades time for memory.
     """
@@ -56,6 +57,7 @@ class Recipe:
     checkpointing: bool = False
     samples: Callable[[int], int] = lambda step: 0
     flops: Callable[[int], float] | None = None
+    data: str = ""
 
     def rate(self, step: int) -> float:
         """Share of the peak learning rate."""
@@ -133,6 +135,8 @@ class Trainer:
         """Goes on from a checkpoint; raises CheckpointError for one of another recipe."""
         if saved.names != [name for name, _ in self.named]:
             raise CheckpointError(f"the checkpoint of {self.recipe.name} trains other parameters than the recipe")
+        if saved.data != self.recipe.data:
+            raise CheckpointError("data: the checkpoint was made with other samples, buckets or another mix")
         self.step, self.seconds = saved.step, saved.seconds
         self.restore(saved)
 
@@ -152,6 +156,7 @@ class Trainer:
             "average": self.average,
             "step": self.step,
             "seconds": self.seconds,
+            "data": self.recipe.data,
         }
         write_state(state, self.state_file)
 

@@ -8,6 +8,7 @@ import json
 import os
 import random
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -17,10 +18,13 @@ import pytest
 import torch
 
 from omnivideo.errors import CheckpointError
+from omnivideo.training.data.encode import Frozen, encode_all
 from omnivideo.training.distributed import World, launch
 from omnivideo.training.shards import finished
 from omnivideo.training.trainer import Trainer
 from tests.integration.training_worker import FOUNDATIONS, STAGES, Recipes, train
+from tests.unit.test_encode import FIT, library
+from tests.unit.test_rows import SAMPLES
 
 deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None,
@@ -184,3 +188,19 @@ def test_a_checkpoint_of_the_other_optimizer_is_refused(tmp_path, weights):
     Trainer(made.make("stage2a"), tmp_path / "run").run(until=1)
     with pytest.raises(CheckpointError, match="another optimizer"):
         Trainer(made.make("stage2a", optimizer="adamw"), tmp_path / "run")
+
+
+@deepspeed
+def test_shards_on_two_processes_have_the_losses_of_one(weights, tmp_path):
+    """By the command, with ZeRO-1 by DeepSpeed."""
+    there = library(tmp_path / "shards", SAMPLES)
+    encode_all(there, Frozen.load(weights, "cpu"), FIT, lambda done, count: None)
+    found = []
+    for processes in (1, 2):
+        given = ["train", "stage2b", "--data", tmp_path / "shards", "--weights", weights, "--size", "64x64",
+                 "--frames", "5", "--steps", "3", "--processes", processes,
+                 "--runs", tmp_path / str(processes)]  # fmt: skip
+        command = [sys.executable, "-m", "omnivideo.cli", *map(str, given)]
+        subprocess.run(command, check=True, timeout=240, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        found.append(logged(tmp_path / str(processes) / "stage2b"))
+    assert len(found[0]) == 3 and found[1] == pytest.approx(found[0], abs=1e-5)

@@ -62,15 +62,14 @@ class Frozen:
     @classmethod
     def load(cls, folder: Path, device: str, dtype: torch.dtype = torch.float32) -> "Frozen":
         """The two models of a weights folder, without the rest of it."""
-        index = read_index(folder)
-        used = {name: value for name, value in index["sha256"].items() if name.startswith(("vae/", "text_encoder/"))}
         vae = strictly(AutoencoderKLWan, folder, "vae", dtype).to(device).eval()
         text_encoder = strictly(UMT5EncoderModel, folder, "text_encoder", dtype).to(device).eval()
         tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
-        return cls(vae, text_encoder, tokenizer, preset(index["preset"]).text_tokens, json.dumps(used, sort_keys=True))
+        words = preset(read_index(folder)["preset"]).text_tokens
+        return cls(vae, text_encoder, tokenizer, words, name_of(folder))
 
     def digest(self, fit: Fit) -> str:
-        return hashlib.sha256(repr((self.name, fit)).encode()).hexdigest()[:12]
+        return digest_of(self.name, fit)
 
     @torch.no_grad()
     def text(self, sample: Sample) -> Tensor:
@@ -86,10 +85,25 @@ class Frozen:
         return list(encode(self.vae, batch).half().cpu())
 
 
-def ordered(library: Library, fit: Fit, mix: Mix) -> tuple[Order, list[int]]:
-    """The order of a library's batches, and the number in the library of each of its samples."""
+def name_of(folder: Path) -> str:
+    """What tells a weights folder's VAE and text encoder from others."""
+    files = read_index(folder)["sha256"].items()
+    used = {name: value for name, value in files if name.startswith(("vae/", "text_encoder/"))}
+    return json.dumps(used, sort_keys=True)
+
+
+def digest_of(name: str, fit: Fit) -> str:
+    return hashlib.sha256(repr((name, fit)).encode()).hexdigest()[:12]
+
+
+def ordered(
+    library: Library, fit: Fit, mix: Mix, wanted: Callable[[Entry], bool] = lambda entry: True
+) -> tuple[Order, list[int]]:
+    """The order of the batches of a library's wanted samples, and the number in the library of each of them."""
     numbers, buckets = [], []
     for number, entry in enumerate(library.entries):
+        if not wanted(entry):
+            continue
         with library.problems.skipping(f"{entry.shard}/{entry.key}"):
             buckets.append(fit.of(entry))
             numbers.append(number)
@@ -172,6 +186,9 @@ class Cache:
         if not found:
             raise InvalidInput("cache", f"{entry.shard}/{entry.key} is not in it: omnivideo data encode")
         return {part: self.tensor(name, start, row) for part, row in found.items()}
+
+    def __contains__(self, entry: Entry) -> bool:
+        return f"{entry.key}/text" in self.table(cache_name(entry.shard, self.digest))[1]
 
     def table(self, name: str) -> tuple[int, dict]:
         """Where a file's tensors begin, and its header (safetensors: 8 bytes of length, JSON, tensors)."""

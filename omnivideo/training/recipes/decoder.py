@@ -49,15 +49,21 @@ def draw_sigma(count: int, high: float) -> Tensor:
 
 
 def flow_matching(
-    decoder: Callable[..., tuple[Tensor]], latents: Tensor, condition: Tensor, high: float = 0.5
+    decoder: Callable[..., tuple[Tensor]],
+    latents: Tensor,
+    condition: Tensor,
+    high: float = 0.5,
+    dealt: tuple[int, slice] | None = None,
 ) -> Tensor:
     """Eq. 4, squared error per sample [B]: the velocity from data to noise at x = (1 - sigma) data + sigma noise.
 
-    Noise is drawn for the whole batch, of which `latents` are this process's share.
+    Noise is drawn for the whole batch, of which `latents` are this process's share; `dealt` says how many the batch
+    has, and which of them these are, where they are not an equal part.
     """
-    count = len(latents) * share().world
-    sigma = share().take(draw_sigma(count, high)).to(latents)
-    noise = share().take(torch.randn(count, *latents.shape[1:], dtype=latents.dtype, device=latents.device))
+    whole = len(latents) * share().world
+    count, part = dealt or (whole, share().part(whole))
+    sigma = draw_sigma(count, high)[part].to(latents)
+    noise = torch.randn(count, *latents.shape[1:], dtype=latents.dtype, device=latents.device)[part]
     level = sigma.view(-1, 1, 1, 1, 1)
     noisy = (1 - level) * latents + level * noise
     velocity = decoder(noisy, sigma * 1000, condition, return_dict=False)[0]

@@ -11,6 +11,7 @@ stage3   vision head, adapter, decoder       flow matching, with Eq. 1 kept for 
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -269,65 +270,95 @@ def edited_contexts(model: Whole, rows: Rows) -> list[Tensor | None]:
     return [next(made) if edited else None for edited in rows.edited.tolist()]
 
 
-def flow_recipe(
-    name: str,
-    omni: Omni,
-    data: Mapping[Task, Drawn],
-    steps: int,
-    sizes: tuple[int, int],
-    lr: float,
-    eq1: float,
-    turns: tuple[int, ...] = (0, 1),
-    edits: float = 0.5,
-    high: float = 0.5,
-    workers: int = 0,
-) -> Recipe:
-    """Flow matching through the decoder over mixed batches of whatever tasks there are data for.
+@dataclass
+class Portion:
+    """This process's part of a step's batch: which of the `whole` batch's samples these are."""
 
-    Images (0) and videos (1) take turns.  `edits` is their share of a batch, `high` that of noise levels as the sampler
-    visits them; `eq1` weighs the vision head's own loss.
+    rows: Rows
+    lots: list[float]
+    whole: int
+    part: slice
+
+
+class Source(Protocol):
+    """Where the samples of stages 2b and 3 come from.
+
+    `draw` may run in another process; `ready` is called with what it made, where the models are.
+    """
+
+    def draw(self, step: int) -> Any: ...
+    def ready(self, drawn: Any) -> tuple[Portion, float]:
+        """The batch, and the weight of its mean among those of all processes."""
+
+    def samples(self, step: int) -> int: ...
+
+
+class Mixed:
+    """Whatever tasks there are data for; images (0) and videos (1) take `turns`, `edits` is their share of a batch."""
+
+    def __init__(
+        self,
+        name: str,
+        data: Mapping[Task, Drawn],
+        sizes: tuple[int, int],
+        turns: tuple[int, ...] = (0, 1),
+        edits: float = 0.5,
+    ):
+        self.name, self.sizes, self.turns, self.edits = name, sizes, turns, edits
+        self.groups = [[drawn for task, drawn in data.items() if task in names] for names in GROUPS]
+
+    def draw(self, step: int) -> Portion:
+        rng = random.Random(step_seed(f"{self.name}/data", step))
+        kind = self.turns[step % len(self.turns)]
+        picks = pick(rng, self.groups[kind], self.sizes[kind], self.edits)
+        lots = [rng.random() for _ in picks]
+        return Portion(gathered(share().take(picks)), share().take(lots), len(picks), share().part(len(picks)))
+
+    def ready(self, drawn: Portion) -> tuple[Portion, float]:
+        return drawn, 1.0
+
+    def samples(self, step: int) -> int:
+        return self.sizes[self.turns[step % len(self.turns)]]
+
+
+def flow_recipe(
+    name: str, omni: Omni, source: Source, steps: int, lr: float, eq1: float, high: float = 0.5, workers: int = 0
+) -> Recipe:
+    """Flow matching through the decoder over mixed batches.
+
+    `high` is the share of noise levels as the sampler visits them; `eq1` weighs the vision head's own loss.
     """
     model = Whole(omni)
     with torch.no_grad():
         null = omni.texts([omni.preset.negative_prompt])[0]
-    groups = [[drawn for task, drawn in data.items() if task in names] for names in GROUPS]
-
-    def draw(step: int) -> tuple[Rows, list[float]]:
-        rng = random.Random(step_seed(f"{name}/data", step))
-        kind = turns[step % len(turns)]
-        picks = pick(rng, groups[kind], sizes[kind], edits)
-        lots = [rng.random() for _ in picks]
-        return gathered(share().take(picks)), share().take(lots)
-
-    drawn = Ahead(draw, workers)
+    drawn = Ahead(source.draw, workers)
 
     def loss(step: int) -> Losses:
-        rows, lots = drawn(step)
-        edited = rows.edited
-        rows = rows.to(omni.device)
-        condition, visual = group_condition(omni, model, rows, lots, Drop(), null)
-        errors = flow_matching(model.decoder, rows.target, condition, high)
+        dealt, weight = source.ready(drawn(step))
+        edited, rows = dealt.rows.edited, dealt.rows.to(omni.device)
+        condition, visual = group_condition(omni, model, rows, dealt.lots, Drop(), null)
+        errors = flow_matching(model.decoder, rows.target, condition, high, (dealt.whole, dealt.part))
         losses = {"loss": errors.mean()}
         if eq1:
             losses["vision"] = alignment(visual, rows.embeddings)
             losses["loss"] = losses["loss"] + eq1 * losses["vision"]
-        shown = ("stills", "clips")[turns[step % len(turns)]]
+        losses["loss"] = losses["loss"] * weight
+        shown = "clips" if rows.target.shape[2] > 1 else "stills"
         for label, chosen in ((f"{shown}", ~edited), (f"{shown} edited", edited)):
             if chosen.any():
                 losses[label] = errors[chosen].mean()
         return losses
 
     return Recipe(
-        name, model, TRAINED[name], loss, steps, lr=lr, adam_lr=lr / 10, warmup=200, ema=0.999,
-        samples=lambda step: sizes[turns[step % len(turns)]],
-    )  # fmt: skip
+        name, model, TRAINED[name], loss, steps, lr=lr, adam_lr=lr / 10, warmup=200, ema=0.999, samples=source.samples
+    )
 
 
 def adapter_recipe(
     name: str, omni: Omni, data: Mapping[Task, Drawn], steps: int, sizes: tuple[int, int], workers: int
 ) -> Recipe:
     torch.manual_seed(13)
-    return flow_recipe(name, omni, data, steps, sizes, lr=5e-3, eq1=0.0, workers=workers)
+    return flow_recipe(name, omni, Mixed(name, data, sizes), steps, lr=5e-3, eq1=0.0, workers=workers)
 
 
 def stage2b_generation_recipe(
@@ -353,5 +384,5 @@ def stage3_recipe(
     At little noise the latents themselves tell what is to come; what to edit is learned from the condition at much.
     """
     torch.manual_seed(14)
-    return flow_recipe("stage3", omni, data, steps, sizes, lr=7e-3, eq1=0.1, turns=(0, 1, 1, 1, 1), edits=0.8, high=0.9,
-                       workers=workers)  # fmt: skip
+    source = Mixed("stage3", data, sizes, turns=(0, 1, 1, 1, 1), edits=0.8)
+    return flow_recipe("stage3", omni, source, steps, lr=7e-3, eq1=0.1, high=0.9, workers=workers)
