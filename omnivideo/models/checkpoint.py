@@ -61,10 +61,22 @@ def save_library_model(part: Any, folder: Path, dtype: torch.dtype) -> None:
     else:
         part.config.save_pretrained(folder)
         path = folder / WEIGHTS
+    write_without_past(folder / "config.json")
     state = {key: value.to(dtype).contiguous() for key, value in part.state_dict().items()}
     if isinstance(part, UMT5EncoderModel):
         state.pop("encoder.embed_tokens.weight", None)  # the same tensor as shared.weight
     save_file(state, path, metadata={"format": "pt"})
+
+
+def write_without_past(config: Path) -> None:
+    """Leaves out what a library notes of how the model came here: from which folder, and in which precision."""
+
+    def cleaned(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {key: cleaned(one) for key, one in value.items() if key not in ("_name_or_path", "dtype")}
+
+    config.write_text(json.dumps(cleaned(json.loads(config.read_text())), indent=2, sort_keys=True) + "\n")
 
 
 def read_index(folder: Path) -> dict[str, Any]:
