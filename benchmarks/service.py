@@ -99,7 +99,7 @@ async def followers(plant: Plant, given: argparse.Namespace) -> None:
 
         began = time.perf_counter()
         waiting = [asyncio.create_task(follow()) for _ in range(given.followers)]
-        for _ in range(max(1, min(40, given.followers // 25))):  # until all are there; a silent turn would be taken over
+        for _ in range(max(1, min(40, given.followers // 25))):  # a silent turn would be taken over
             await asyncio.to_thread(turns.beat, row)
             await asyncio.sleep(0.5)
         for number in range(1, given.events + 1):
