@@ -128,14 +128,19 @@ class Engine:
         return self.pieces(await self.outputs(asked, params))
 
     async def pieces(self, outputs: AsyncIterator[Any]) -> AsyncIterator[str]:
-        """Special tokens but the end are left in, as in `models.mllm.answer`."""
+        """Special tokens but the end are left in, as in `models.mllm.answer`.
+
+        Token by token, though a busy engine tells of several at once: else half a character at an answer's end would
+        take what came with it along.
+        """
         held: list[int] = []  # a character may span several tokens
         async for output in outputs:
-            held += [one for one in output.token_ids if one != self.tokenizer.eos_token_id]
-            text = self.tokenizer.decode(held)
-            if text and not text.endswith("\ufffd"):
-                yield text
-                held = []
+            for one in output.token_ids:
+                held += [one] if one != self.tokenizer.eos_token_id else []
+                text = self.tokenizer.decode(held)
+                if text and not text.endswith("\ufffd"):
+                    yield text
+                    held = []
 
     async def visual_tokens(self, asked: Asked, medium: Medium) -> bytes:
         path = self.outbox / f"tokens_{uuid.uuid4().hex}"
