@@ -90,7 +90,11 @@ def listen(make: Callable[[], Any], host: str, port: int) -> None:
         import uvicorn
     except ImportError:
         raise NotInstalled("a server needs: pip install 'omnivideo[serve]'") from None
-    uvicorn.run(make(), host=host, port=port, log_config=None, access_log=False, timeout_graceful_shutdown=10)
+    # Idle connections are the client's to close: at uvicorn's 5 s a request can meet a connection as it goes.
+    uvicorn.run(
+        make(), host=host, port=port, log_config=None, access_log=False, timeout_graceful_shutdown=10,
+        timeout_keep_alive=75,
+    )  # fmt: skip
 
 
 @app.command()
