@@ -74,8 +74,8 @@ def test_rows_are_those_of_the_cache_and_the_models(made, weights):
     one = source(made, weights)
     for step in range(len(one.order.epoch(0))):
         numbers = [one.numbers[at] for at in one.batch(step).indices]
-        dealt, weight = one.ready(one.draw(step))
-        assert isinstance(dealt, Portion) and weight == 1.0 and len(dealt.rows) == len(numbers) == dealt.whole
+        dealt = one.ready(one.draw(step))
+        assert isinstance(dealt, Portion) and dealt.weight == 1.0 and len(dealt.rows) == len(numbers) == dealt.whole
         rows = dealt.rows
         assert rows.embeddings.shape == (len(numbers), 4, 128) and rows.hidden.shape[:1] == (len(numbers),)
         sources = iter([] if rows.source is None else rows.source)

@@ -35,7 +35,6 @@ class Loaded:
     dealt: Portion
     asked: dict[str, Tensor]
     pixels: Tensor | None
-    weight: float
 
 
 class ShardSource:
@@ -86,10 +85,9 @@ class ShardSource:
         asked = asking(self.omni.mllm_tokenizer, [self.message(one, batch.bucket) for one in samples], self.omni.pixels)
         rows = self.cached(numbers)
         return Loaded(
-            Portion(rows, lots, whole, part),
+            Portion(rows, lots, whole, part, weight),
             with_places(self.omni.mllm, asked),
             None if self.encoder is None else self.seen(samples, batch.bucket),
-            weight,
         )
 
     def cached(self, numbers: list[int]) -> Rows:
@@ -122,7 +120,7 @@ class ShardSource:
         return from_bytes(np.stack([fitted(one, side, side, bucket.frames, self.fit.fps) for one in targets]))
 
     @torch.no_grad()
-    def ready(self, drawn: Loaded) -> tuple[Portion, float]:
+    def ready(self, drawn: Loaded) -> Portion:
         rows = drawn.dealt.rows
         states, padding = states_of(self.omni.mllm, drawn.asked)
         rows.hidden = states.masked_fill(padding[..., None], 0.0).float()
@@ -131,4 +129,4 @@ class ShardSource:
             rows.embeddings = embed_frames(
                 self.encoder, drawn.pixels, self.omni.bridge.vision_head.decoder_query.shape[1]
             )
-        return drawn.dealt, drawn.weight
+        return drawn.dealt

@@ -272,12 +272,14 @@ def edited_contexts(model: Whole, rows: Rows) -> list[Tensor | None]:
 
 @dataclass
 class Portion:
-    """This process's part of a step's batch: which of the `whole` batch's samples these are."""
+    """This process's part of a step's batch: which of the `whole` batch's samples these are, and what their mean
+    weighs among those of all processes."""
 
     rows: Rows
     lots: list[float]
     whole: int
     part: slice
+    weight: float = 1.0
 
 
 class Source(Protocol):
@@ -287,9 +289,7 @@ class Source(Protocol):
     """
 
     def draw(self, step: int) -> Any: ...
-    def ready(self, drawn: Any) -> tuple[Portion, float]:
-        """The batch, and the weight of its mean among those of all processes."""
-
+    def ready(self, drawn: Any) -> Portion: ...
     def samples(self, step: int) -> int: ...
 
 
@@ -314,8 +314,8 @@ class Mixed:
         lots = [rng.random() for _ in picks]
         return Portion(gathered(share().take(picks)), share().take(lots), len(picks), share().part(len(picks)))
 
-    def ready(self, drawn: Portion) -> tuple[Portion, float]:
-        return drawn, 1.0
+    def ready(self, drawn: Portion) -> Portion:
+        return drawn
 
     def samples(self, step: int) -> int:
         return self.sizes[self.turns[step % len(self.turns)]]
@@ -334,7 +334,7 @@ def flow_recipe(
     drawn = Ahead(source.draw, workers)
 
     def loss(step: int) -> Losses:
-        dealt, weight = source.ready(drawn(step))
+        dealt = source.ready(drawn(step))
         edited, rows = dealt.rows.edited, dealt.rows.to(omni.device)
         condition, visual = group_condition(omni, model, rows, dealt.lots, Drop(), null)
         errors = flow_matching(model.decoder, rows.target, condition, high, (dealt.whole, dealt.part))
@@ -342,7 +342,7 @@ def flow_recipe(
         if eq1:
             losses["vision"] = alignment(visual, rows.embeddings)
             losses["loss"] = losses["loss"] + eq1 * losses["vision"]
-        losses["loss"] = losses["loss"] * weight
+        losses["loss"] = losses["loss"] * dealt.weight
         shown = "clips" if rows.target.shape[2] > 1 else "stills"
         for label, chosen in ((f"{shown}", ~edited), (f"{shown} edited", edited)):
             if chosen.any():
