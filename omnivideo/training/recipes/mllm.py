@@ -272,16 +272,16 @@ def answer_labels(batch: list[Encoded], prompts: list[int], inputs: dict[str, Te
 
 
 def batch_of(
-    tokenizer: PreTrainedTokenizerFast, samples: list[Sample], pixels: Pixels
+    model: Qwen3VLForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, samples: list[Sample], pixels: Pixels
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Model inputs and labels of a list of samples."""
+    """Model inputs, with the places, and labels of a list of samples."""
     encoded = [encode(tokenizer, message, pixels, reply) for message, reply in samples]
     prompts = [
         len(one.ids) - len(tokenizer(f"{reply}<|im_end|>").input_ids)
         for one, (_, reply) in zip(encoded, samples, strict=True)
     ]
     inputs = collate(encoded, tokenizer.pad_token_id)
-    return inputs, answer_labels(encoded, prompts, inputs)
+    return with_places(model, inputs), answer_labels(encoded, prompts, inputs)
 
 
 def on(device: torch.device, batch: tuple[dict[str, Tensor], Tensor]) -> tuple[dict[str, Tensor], Tensor]:
@@ -307,8 +307,7 @@ def mllm_recipe(tokenizer: PreTrainedTokenizerFast, steps: int = 9000, batch: in
     def draw(step: int) -> tuple[dict[str, Tensor], Tensor]:
         rng = random.Random(step_seed("mllm/data", step))
         samples = share().take([random_sample(rng) for _ in range(batch)])
-        inputs, labels = batch_of(tokenizer, samples, pixels)
-        return with_places(model, inputs), labels
+        return batch_of(model, tokenizer, samples, pixels)
 
     drawn = Ahead(draw, workers)
 

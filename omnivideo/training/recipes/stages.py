@@ -35,7 +35,6 @@ from omnivideo.training.recipes.mllm import (
     talk_sample,
     text_loss,
     thinking_sample,
-    with_places,
 )
 from omnivideo.training.recipes.visual_encoder import embed_frames
 from omnivideo.training.samples import TASKS, Request, Task, random_request
@@ -99,8 +98,7 @@ def stage1_recipe(
         said = [make(rng, rng.random() < 0.5) for make in makers]
         wanted, said = share().take(wanted), share().take(said)
         samples = [(one.message, "".join(ENDING[one.kind])) for one in wanted] + said
-        inputs, labels = batch_of(omni.mllm_tokenizer, samples, omni.pixels)
-        return with_places(omni.mllm, inputs), labels, equal_length(wanted)
+        return *batch_of(omni.mllm, omni.mllm_tokenizer, samples, omni.pixels), equal_length(wanted)
 
     drawn = Ahead(draw, workers)
 
@@ -156,8 +154,7 @@ def stage1_text_recipe(omni: Omni, steps: int = 1500, batch: int = TEXT_BATCH, w
         rng = random.Random(step_seed("stage1_text/data", step))
         makers = rng.choices([make for make, _ in HEAD_MIX], [weight for _, weight in HEAD_MIX], k=batch)
         samples = share().take([make(rng, rng.random() < 0.5) for make in makers])
-        inputs, labels = batch_of(omni.mllm_tokenizer, samples, omni.pixels)
-        return with_places(omni.mllm, inputs), labels
+        return batch_of(omni.mllm, omni.mllm_tokenizer, samples, omni.pixels)
 
     drawn = Ahead(draw, workers)
     routes = torch.tensor(omni.mllm_tokenizer.convert_tokens_to_ids(list(VISUAL_TOKENS)))
