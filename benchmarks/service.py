@@ -34,36 +34,23 @@ def quantiles(values: list[float]) -> str:
 # ---------------------------------------------------------------- submits
 
 
-async def submits(plant: Plant, given: argparse.Namespace) -> None:
-    """An open loop: requests leave at their times, whether or not the earlier ones have come back."""
-    spent: list[float] = []
-    wrong: list[str] = []
-    limits = httpx.Limits(max_connections=200, max_keepalive_connections=200)
-    headers = {"Authorization": f"Bearer {KEY}"}
-    async with httpx.AsyncClient(
-        base_url=plant.address, headers=headers, limits=limits, trust_env=False, timeout=60
-    ) as client:
+def submits(plant: Plant, given: argparse.Namespace) -> None:
+    """An open loop (benchmarks/load.py) against the API alone: nothing is drawn meanwhile."""
+    where = httpx.URL(plant.address)
+    command = ["-m", "benchmarks.load", where.host, where.port, KEY, given.rate, given.seconds]
+    before = processor(plant.api.process.pid)
+    told = json.loads(subprocess.check_output([sys.executable, *map(str, command)]))
+    spent, whole = told["spent"], told["seconds"]
+    each = 1000 * (processor(plant.api.process.pid) - before) / max(1, len(spent))
+    print(f"{len(spent)} submits in {whole:.1f} s ({len(spent) / whole:.0f} a second), {quantiles(spent)}, "
+          f"errors {len(told['wrong'])}; {each:.1f} ms of the API's processor time each")  # fmt: skip
+    print(*told["wrong"][:3], sep="\n")
 
-        async def one(at: int, due: float) -> None:
-            try:
-                answer = await client.post("/v1/videos", json={"prompt": "a red ball", "seed": at})
-            except httpx.HTTPError as error:
-                wrong.append(repr(error))
-                return
-            spent.append(time.perf_counter() - due)
-            if answer.status_code != 200:
-                wrong.append(answer.text[:100])
 
-        began, tasks = time.perf_counter(), []
-        for at in range(int(given.rate * given.seconds)):
-            due = began + at / given.rate
-            await asyncio.sleep(max(0.0, due - time.perf_counter()))
-            tasks.append(asyncio.create_task(one(at, due)))
-        await asyncio.gather(*tasks)
-        whole = time.perf_counter() - began
-    rate = len(spent) / whole
-    print(f"{len(spent)} submits in {whole:.1f} s ({rate:.0f} a second), {quantiles(spent)}, errors {len(wrong)}")
-    print(*wrong[:3], sep="\n")
+def processor(process: int) -> float:
+    """Seconds of processor time that it has had."""
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 # ---------------------------------------------------------------- followers
@@ -265,10 +252,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         plant = Plant(Path(folder), given.weights, stack, workers=0 if given.what in ("submits", "followers") else 2)
         match given.what:
-            case "submits" | "followers":
-                asyncio.run({"submits": submits, "followers": followers}[given.what](plant, given))
+            case "followers":
+                asyncio.run(followers(plant, given))
             case _:
-                {"cancels": cancels, "throughput": throughput, "memory": memory}[given.what](plant, given)
+                ways = {"submits": submits, "cancels": cancels, "throughput": throughput, "memory": memory}
+                ways[given.what](plant, given)
 
 
 if __name__ == "__main__":

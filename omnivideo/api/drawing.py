@@ -227,12 +227,13 @@ def submitted(rooms: Rooms, owner: str, wanted: Order, lane: Lane = "interactive
     Raises WireError where the id was made from a key that came with another request, and Busy.
     """
     try:
-        new = rooms.jobs.submit(wanted.job, owner, lane, wanted.kind, wanted.meta)
+        status: JobStatus | None = rooms.jobs.submit(wanted.job, owner, lane, wanted.kind, wanted.meta)
     except InvalidInput:
         raise reused() from None
-    if new:
+    if status is not None:
         rooms.tell()
-    status: JobStatus | None = rooms.records.job(wanted.job.id, owner, wanted.kind)
+        return status
+    status = rooms.records.job(wanted.job.id, owner, wanted.kind)
     if status is None:
         raise WireError(404, "Idempotency-Key: what it stands for was deleted; give a new one", "Idempotency-Key")
     if status.meta.get("request") != wanted.meta["request"]:

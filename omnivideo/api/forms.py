@@ -23,6 +23,7 @@ from omnivideo.contracts import Artifact
 from omnivideo.errors import InvalidInput
 
 JSON_MOST = 64 * 2**20  # bytes of a body in JSON: room for a clip in a data URL
+JSON_SMALL = 64 * 2**10  # bytes that are parsed sooner than a thread is woken for them
 PART_MOST = 8 * 2**20  # bytes of a form's field that is no file
 FIELD = re.compile(r"(\w{1,64})(?:\[(\w{0,64})\])?")
 Model = TypeVar("Model", bound=BaseModel)
@@ -63,10 +64,10 @@ async def json_of(request: Request) -> dict[str, Any]:
         data += piece
         if len(data) > JSON_MOST:
             raise WireError(413, f"the body is above {JSON_MOST} bytes; send files as a form", "body", "too_large")
-    return await anyio.to_thread.run_sync(parsed, bytes(data))
+    return parsed(data) if len(data) <= JSON_SMALL else await anyio.to_thread.run_sync(parsed, data)
 
 
-def parsed(data: bytes, what: str = "body") -> dict[str, Any]:
+def parsed(data: bytes | bytearray, what: str = "body") -> dict[str, Any]:
     """A JSON object; raises InvalidInput for anything else, numbers that are none and nesting without end included."""
     try:
         found = json.loads(data, parse_constant=no_number)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, cast
 
+from anyio.to_thread import run_sync
 from fastapi import Depends, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
@@ -34,16 +35,18 @@ class Rooms:
     requests: Any = None  # api.watching.Requests, of the application
 
 
-def rooms_of(request: Request) -> Rooms:
+async def rooms_of(request: Request) -> Rooms:
     return cast(Rooms, request.app.state.rooms)
 
 
-def owner_of(request: Request, given: Annotated[HTTPAuthorizationCredentials | None, Depends(BEARER)] = None) -> str:
+async def owner_of(
+    request: Request, given: Annotated[HTTPAuthorizationCredentials | None, Depends(BEARER)] = None
+) -> str:
     """The key's id; "local" where the service asks for none."""
-    keys = rooms_of(request).keys
+    keys = request.app.state.rooms.keys
     if not keys.asked_for:
         return "local"
-    owner = keys.owner(given.credentials) if given else None
+    owner = await run_sync(keys.owner, given.credentials) if given else None
     if owner is None:
         wrong = WireError(401, "the API key is missing, wrong or revoked", None, "invalid_api_key")
         wrong.headers["WWW-Authenticate"] = "Bearer"

@@ -41,8 +41,8 @@ class Jobs(Book):
         lane: Lane = "interactive",
         kind: str = "turn",
         meta: dict[str, str] | None = None,
-    ) -> bool:
-        """Whether the job is new; the same id with the same content is the same job.
+    ) -> JobStatus | None:
+        """The new job, None where it was there before: the same id with the same content is the same job.
 
         Raises Busy where a bound is reached, and InvalidInput where the id stands for something else.
         """
@@ -55,15 +55,15 @@ class Jobs(Book):
             "deleted": False, "step": 0, "steps": 0, "left": 0.0, "made": now(), "told": now(),
         }  # fmt: skip
         room = as_row(jobs, values).where(waiting < self.most, mine < self.most_each)
-        made = self.insert(jobs).from_select(list(values), room).on_conflict_do_nothing().returning(jobs.c.id)
-        if self.one(made) is not None:
-            return True
+        made = self.insert(jobs).from_select(list(values), room).on_conflict_do_nothing().returning(jobs)
+        if (row := self.one(made)) is not None:
+            return status_of(row)
         known = self.one(select(jobs.c.owner, jobs.c.body).where(jobs.c.id == job.id))
         if known is None:
             raise Busy("queue: too many clips are waiting; try again later", after=5.0)
         if known.owner != owner or Job(**known.body) != job:
             raise InvalidInput("id", "that id is another job's; give a new one")
-        return False
+        return None
 
     def status(self, job_id: str) -> JobStatus | None:
         row = self.one(select(jobs).where(jobs.c.id == job_id))

@@ -30,7 +30,7 @@ from omnivideo.training.latents import digest, encode_scenes, first_scenes, set_
 from omnivideo.training.plots import plot_losses
 from omnivideo.training.recipes import mllm, stages, text
 from omnivideo.training.recipes.decoder import CLIPS, STILLS, Captioned, DecoderFoundation, decoder_recipe
-from omnivideo.training.recipes.vae import vae_recipe
+from omnivideo.training.recipes.vae import vae_decoder_recipe, vae_recipe
 from omnivideo.training.recipes.visual_encoder import visual_encoder_recipe
 from omnivideo.training.samples import TASKS, Task, requests
 from omnivideo.training.trainer import Progress, Recipe, Trainer
@@ -82,6 +82,7 @@ class Tiny:
         self.watch = watch
         self.makers: dict[str, Callable[[], Recipe]] = {
             "vae": vae_recipe,
+            "vae_decoder": lambda: vae_decoder_recipe(self.vae_at_first()),
             "text": lambda: text.text_recipe(self.tokenizer()),
             "decoder": self.decoder_recipe,
             "visual_encoder": visual_encoder_recipe,
@@ -108,7 +109,13 @@ class Tiny:
         return Trainer(recipe, self.runs / recipe.name).averaged().eval().requires_grad_(False)
 
     def vae(self) -> AutoencoderKLWan:
-        """The trained VAE, with its latent statistics measured on stills and clips once."""
+        """The trained VAE, with the decoder that went on alone where there is such a run."""
+        if not self.has_run("vae_decoder"):
+            return self.vae_at_first()
+        return self.trained(self.makers["vae_decoder"]()).to(self.device)
+
+    def vae_at_first(self) -> AutoencoderKLWan:
+        """The VAE that was trained as a whole, with its latent statistics measured on stills and clips once."""
         if not self.has_run("vae"):
             return self.part(AutoencoderKLWan, "vae")
         vae = self.trained(vae_recipe()).to(self.device)

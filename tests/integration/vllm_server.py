@@ -27,7 +27,8 @@ ROOM = (24 if ON_GPU else 8) * 2**30  # bytes free on the disk
 BESIDE = ("--requirement", str(ROOT / "deploy" / "requirements-mllm.txt"))  # of our dependencies, what vLLM lacks
 # vLLM's other kernels for GPUs multiply float32 as TF32, which is 1e-3 off.
 EXACT = ("--attention-backend", "FLEX_ATTENTION", "--mm-encoder-attn-backend", "TORCH_SDPA")
-SLOW = 600  # s, the most for a step of the installation
+SLOW = 600  # s, the most for the installation
+AGAIN = 3600  # s, before it is tried again after one that failed
 NEEDED = "import vllm, av, diffusers"
 SHIM = '''"""PyPI's torchvision is built for CUDA: beside torch for the CPU its operators are missing and it cannot be
 imported.  Only their names are needed: nothing here calls them."""
@@ -68,10 +69,14 @@ def found() -> str:
             return candidate
     if named or os.environ.get("OMNIVIDEO_VLLM_INSTALL") == "0" or shutil.disk_usage(ROOT).free < ROOM:
         raise LookupError("vLLM is not here: its server was not tested")
+    failed = PLACE.with_suffix(".failed")
+    if failed.exists() and time.time() - failed.stat().st_mtime < AGAIN:
+        raise LookupError(failed.read_text())
     try:
         return str(install(PLACE))
     except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
         why = f"vLLM is not here and could not be installed ({error.cmd[-1]}): its server was not tested"
+        failed.write_text(why)
         raise LookupError(why) from None
 
 
@@ -82,10 +87,10 @@ def runs(python: str, program: str) -> bool:
 def install(folder: Path) -> Path:
     """A virtual environment with vLLM for the CPU (or the GPU, where DEVICE is one); returns its Python."""
     subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-    python = folder / "bin" / "python"
+    python, until = folder / "bin" / "python", time.monotonic() + SLOW
 
     def pip(*words: str) -> None:
-        subprocess.run([python, "-m", "pip", *words], check=True, timeout=SLOW)
+        subprocess.run([python, "-m", "pip", *words], check=True, timeout=max(1.0, until - time.monotonic()))
 
     if ON_GPU:
         pip("install", "--quiet", "vllm==0.32.0", *BESIDE)

@@ -33,6 +33,11 @@ def vae_recipe(request):
     return vae.vae_recipe((vae.Phase(3, 2, 1, 32), vae.Phase(3, 1, 5, 32)))
 
 
+def vae_decoder_recipe(request):
+    torch.manual_seed(0)
+    return vae.vae_decoder_recipe(AutoencoderKLWan(**TINY.vae), steps=STEPS, count=1)
+
+
 def text_recipe(request):
     return text.text_recipe(request.getfixturevalue("text_tokenizer"), steps=STEPS, captions=3, instructions=1)
 
@@ -94,7 +99,7 @@ def stage3_recipe(request):
     return stages.stage3_recipe(omni, data(request, omni), steps=STEPS, sizes=(2, 2))
 
 
-FOUNDATIONS = [vae_recipe, text_recipe, decoder_recipe, mllm_recipe, visual_encoder_recipe]
+FOUNDATIONS = [vae_recipe, vae_decoder_recipe, text_recipe, decoder_recipe, mllm_recipe, visual_encoder_recipe]
 STAGES = {
     stage1_recipe: {"mllm.lm_head", "bridge.vision_head"},
     stage2a_recipe: {"bridge.adapter"},
@@ -135,6 +140,16 @@ def test_each_stage_trains_what_the_paper_says(make, request, tmp_path):
     assert moved <= expected
     for part in STAGES[make]:
         assert any(key.startswith(f"{part}.") for key in moved), part
+
+
+def test_a_vae_whose_decoder_goes_on_encodes_as_before(request, tmp_path):
+    recipe = vae_decoder_recipe(request)
+    before = {key: value.clone() for key, value in recipe.model.state_dict().items()}
+    Trainer(recipe, tmp_path).run(until=2)
+    moved = {
+        key.split(".")[0] for key, value in recipe.model.state_dict().items() if not torch.equal(value, before[key])
+    }
+    assert moved == {"decoder", "post_quant_conv"}
 
 
 def test_mixed_batches_share_size_and_hold_several_tasks(request):
