@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import SiglipVisionModel
 
 from omnivideo.models.mllm import asking, states_of
-from omnivideo.models.omni import Omni
+from omnivideo.models.omni import Omni, Target
 from omnivideo.models.vae import encode
 from omnivideo.training.ahead import in_order
 from omnivideo.training.latents import digest, to_pixels
@@ -97,6 +97,10 @@ class Rows:
     def to(self, device: torch.device) -> "Rows":
         moved: dict[str, Any] = {name: part.to(device) for name, part in vars(self).items() if isinstance(part, Tensor)}
         return replace(self, **moved)
+
+    @property
+    def kind(self) -> Target:
+        return "video" if self.target.shape[2] > 1 else "image"
 
     @property
     def texts(self) -> list[Tensor]:

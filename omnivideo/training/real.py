@@ -1,4 +1,4 @@
-"""Stages 2b and 3 of any preset over shards: `omnivideo train stage2b --data SHARDS --weights FOLDER`."""
+"""The stages of any preset over shards: `omnivideo train stage2b --data SHARDS --weights FOLDER`."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,25 +10,30 @@ from transformers import SiglipVisionModel
 
 from omnivideo.errors import InvalidInput
 from omnivideo.models.checkpoint import load
+from omnivideo.models.omni import Omni
 from omnivideo.training.data.batches import Mix
 from omnivideo.training.data.encode import Cache, Fit, digest_of, name_of
-from omnivideo.training.data.rows import ShardSource
+from omnivideo.training.data.rows import Epochs, Lessons, ShardSource
 from omnivideo.training.data.shards import Library
-from omnivideo.training.recipes.stages import SIZES, Whole, flow_recipe
+from omnivideo.training.recipes.stages import SIZES, Whole, flow_recipe, stage1_over, stage2a_over
 from omnivideo.training.tiny import Tiny
 from omnivideo.training.trainer import Recipe
 
-EARLIER = {"stage2b_generation": "stage2a", "stage2b": "stage2b_generation", "stage3": "stage2b"}
-EQ1, HIGH = 0.1, {"stage3": 0.9}  # as the tiny preset's
-RATE = 1e-5
+EARLIER = {
+    "stage1": "", "stage2a": "stage1", "stage2b_generation": "stage2a", "stage2b": "stage2b_generation",
+    "stage3": "stage2b",
+}  # fmt: skip
+EQ1 = 0.1
+RATE = 1e-5  # AdamW's; stages 1 and 2a, which begin at random, take ten times as much
+STEPS = 20_000
 
 
 def makers_over(
     library: Library, fit: Fit, name: str, tiny: Tiny, weights: Path | None
 ) -> dict[str, Callable[[], Recipe]]:
-    """The recipes that train over a library, whose cache has been made with the same weights.
+    """The recipes that train over a library, whose cache (from stage 2a on) has been made with the same weights.
 
-    Raises InvalidInput for a recipe that has no cached data, and where weights are not named.
+    Raises InvalidInput for a recipe that is no stage, and where weights are not named.
     """
     if name not in EARLIER:
         raise InvalidInput("recipe", f"{name!r} does not train over shards; allowed: {', '.join(EARLIER)}")
@@ -40,18 +45,36 @@ def makers_over(
 def recipe_over(library: Library, fit: Fit, name: str, tiny: Tiny, weights: Path) -> Recipe:
     """A stage, from the earlier stage's run, else from the weights.  AdamW with a cosine; on a GPU in bf16."""
     omni = load(weights, tiny.device)
-    if tiny.has_run(EARLIER[name]):
+    if EARLIER[name] and tiny.has_run(EARLIER[name]):
         state = torch.load(tiny.stage_file(EARLIER[name]), weights_only=True, map_location=tiny.device)
         Whole(omni).load_state_dict(state["model"] | state["average"])
-    encoder = tiny.part(SiglipVisionModel, "visual_encoder") if name == "stage3" else None
     stills, clips = SIZES
     # A unit would move samples of a rare shape to another one, and their latents are made.
     mix = Mix(sizes={"image": stills * tiny.times, "video": clips * tiny.times}, unit=1)
-    cache = Cache(library.shelf, digest_of(name_of(weights), fit))
-    source = ShardSource(name, omni, library, cache, fit, mix, encoder)
-    recipe = flow_recipe(
-        name, omni, source, steps=20_000, lr=10 * RATE, eq1=EQ1 if encoder else 0.0, high=HIGH.get(name, 0.5),
-        workers=tiny.workers,
-    )  # fmt: skip
+    source, recipe = (lessons if name == "stage1" else flow)(library, fit, name, tiny, weights, omni, mix)
     precision = torch.bfloat16 if tiny.device.type == "cuda" else torch.float32
     return replace(recipe, optimizer="adamw", shape="cosine", precision=precision, data=source.order.digest())
+
+
+def lessons(
+    library: Library, fit: Fit, name: str, tiny: Tiny, weights: Path, omni: Omni, mix: Mix
+) -> tuple[Epochs, Recipe]:
+    """Stage 1."""
+    encoder = tiny.part(SiglipVisionModel, "visual_encoder")
+    source = Lessons(omni, library, fit, mix, encoder)
+    recipe = stage1_over(omni, encoder, source.draw, STEPS, source.samples, tiny.workers)
+    return source, replace(recipe, lr=100 * RATE, adam_lr=10 * RATE)
+
+
+def flow(
+    library: Library, fit: Fit, name: str, tiny: Tiny, weights: Path, omni: Omni, mix: Mix
+) -> tuple[Epochs, Recipe]:
+    """From stage 2a on: over latents and text that are in the cache."""
+    encoder = tiny.part(SiglipVisionModel, "visual_encoder") if name == "stage3" else None
+    cache = Cache(library.shelf, digest_of(name_of(weights), fit))
+    source = ShardSource(name, omni, library, cache, fit, mix, encoder)
+    if name == "stage2a":
+        recipe = replace(stage2a_over(omni, source, STEPS, tiny.workers), lr=100 * RATE, adam_lr=10 * RATE)
+        return source, recipe
+    eq1, high = (EQ1, 0.9) if name == "stage3" else (0.0, 0.5)  # as the tiny preset's
+    return source, flow_recipe(name, omni, source, STEPS, lr=10 * RATE, eq1=eq1, high=high, workers=tiny.workers)

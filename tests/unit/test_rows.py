@@ -1,4 +1,4 @@
-"""Stages 2b and 3 over shards: real samples in the order of their epochs, whole or in shares."""
+"""The stages over shards: real samples in the order of their epochs, whole or in shares."""
 
 import json
 
@@ -12,7 +12,7 @@ from omnivideo.errors import CheckpointError, InvalidInput
 from omnivideo.models.checkpoint import load, save_library_model
 from omnivideo.training.data.batches import Mix
 from omnivideo.training.data.encode import Cache, Frozen, encode_all
-from omnivideo.training.data.rows import ShardSource
+from omnivideo.training.data.rows import Lessons, ShardSource
 from omnivideo.training.data.sample import Sample
 from omnivideo.training.recipes import visual_encoder
 from omnivideo.training.recipes.stages import Portion, flow_recipe
@@ -27,7 +27,7 @@ SAMPLES = [
     Sample("text-to-video", "a red ball rolls", target=mp4(9)),
     Sample("image-editing", "make it blue", png(3, (32, 32)), png(4, (32, 32))),
     *(Sample("video-editing", f"make it blue {at}", mp4(6 + at), mp4(8 + at)) for at in range(2)),
-    Sample("image-understanding", source=png(1), turns=(("what is it?", "a ball"),)),
+    Sample("image-understanding", source=png(1, (32, 32)), turns=(("what is it?", "a ball"), ("how many?", "two"))),
 ]
 
 
@@ -68,6 +68,40 @@ def test_an_epoch_has_every_sample_that_is_drawn_once(made, weights):
     assert sorted(again) == sorted(seen) and again != seen
     alone = source(made, weights, "stage2b_generation")
     assert {made.entries[number].task for number in alone.numbers} == {"text-to-image", "text-to-video"}
+
+
+def test_stage1_has_all_six_tasks_with_what_is_drawn_first(made, weights):
+    omni = load(weights)
+    mix = Mix(ratio=None, sizes={"image": 3, "video": 2}, unit=1)
+    one = Lessons(omni, made, FIT, mix, encoder())
+    said, seen = set(), []
+    for step in range(3 * len(one.order.epoch(0))):
+        tasks = [made.entries[one.numbers[at]].task for at in one.batch(step).indices]
+        lesson = one.draw(step)
+        words = [omni.mllm_tokenizer.decode(row[row != -100]) for row in lesson.labels]
+        drawn = ["<BOV>" if task.endswith("to-video") or task == "video-editing" else "<BOI>" for task in tasks
+                 if not task.endswith("understanding")]  # fmt: skip
+        assert [word[:5] for word in words[: len(drawn)]] == drawn
+        assert lesson.pixels.shape == (len(drawn), 3, one.batch(step).bucket.frames, 64, 64)
+        said |= set(words[len(drawn) :])
+        seen += [one.numbers[at] for at in one.batch(step).indices]
+    assert sorted(seen) == sorted(3 * list(range(len(SAMPLES))))
+    assert said == {"a ball<|im_end|>", "two<|im_end|>"}
+
+
+def test_stage1_is_dealt_out_by_what_is_drawn(made, weights):
+    """The shares' weights of Eq. 1 are as the whole batch's mean has it."""
+    one = Lessons(load(weights), made, FIT, Mix(ratio=None, sizes={"image": 3, "video": 2}, unit=1), encoder())
+    for step in range(len(one.order.epoch(0))):
+        dealt = []
+        for rank in range(2):
+            with sharing(Half(rank, 2)):
+                dealt.append(one.draw(step))
+        whole = one.draw(step)
+        assert sum(len(part.pixels) for part in dealt) == len(whole.pixels)
+        assert sum(part.weight for part in dealt) == pytest.approx(2 * bool(len(whole.pixels)))
+        kept = sum(int((part.labels != -100).sum()) for part in dealt)
+        assert kept == int((whole.labels != -100).sum())
 
 
 def test_rows_are_those_of_the_cache_and_the_models(made, weights):
@@ -126,9 +160,10 @@ def test_a_run_goes_on_over_the_same_samples_only(made, weights, tmp_path):
 def test_the_command_trains_over_shards(made, weights, tmp_path):
     save_library_model(encoder(), weights / "visual_encoder", torch.float16)
     given = ["--data", str(made.shelf.folder), "--weights", str(weights), "--runs", str(tmp_path), "--size", "64x64"]
-    ran = CliRunner().invoke(app, ["train", "stage3", *given, "--frames", "5", "--steps", "2"], catch_exceptions=False)
-    assert ran.exit_code == 0 and (tmp_path / "stage3" / "state.pt").exists()
-    for wrong, field in ((["stage1", *given], "recipe"), (["stage3", *given[:2]], "weights")):
+    for stage in ("stage1", "stage2a", "stage2b", "stage3"):
+        ran = CliRunner().invoke(app, ["train", stage, *given, "--frames", "5", "--steps", "2"], catch_exceptions=False)
+        assert ran.exit_code == 0 and (tmp_path / stage / "state.pt").exists()
+    for wrong, field in ((["decoder", *given], "recipe"), (["stage3", *given[:2]], "weights")):
         with pytest.raises(InvalidInput, match=field):
             CliRunner().invoke(app, ["train", *wrong, "--frames", "5"], catch_exceptions=False)
     with pytest.raises(InvalidInput, match="cache: there is no"):

@@ -9,7 +9,7 @@ stage3   vision head, adapter, decoder       flow matching, with Eq. 1 kept for 
 """
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -20,7 +20,7 @@ from transformers import SiglipVisionModel
 
 from omnivideo.models.conditions import assemble, pad
 from omnivideo.models.mllm import ENDING, VISUAL_TOKENS, hidden_states
-from omnivideo.models.omni import Omni
+from omnivideo.models.omni import Omni, Target
 from omnivideo.training.ahead import Ahead
 from omnivideo.training.drawn import Drawn, Rows, gathered, pick
 from omnivideo.training.latents import to_pixels
@@ -82,42 +82,64 @@ def alignment(visual_BQE: Tensor, target_BQE: Tensor) -> Tensor:
     return F.mse_loss(visual_BQE, target) + (1 - F.cosine_similarity(visual_BQE, target, dim=-1)).mean()
 
 
+@dataclass
+class Lesson:
+    """This process's part of a batch of stage 1: model inputs and labels, those that ask for something drawn first,
+    with the pixels [B, 3, F, S, S] of what they ask for; what their mean weighs among those of all processes."""
+
+    inputs: dict[str, Tensor]
+    labels: Tensor
+    pixels: Tensor
+    weight: float = 1.0
+
+
+def stage1_over(
+    omni: Omni, encoder: SiglipVisionModel, draw: Callable[[int], Lesson], steps: int,
+    samples: Callable[[int], int], workers: int = 0,
+) -> Recipe:  # fmt: skip
+    """Eq. 1 for what is asked to be drawn, Eq. 2 for all answers; `draw` may run in another process."""
+    model = Whole(omni)
+    queries = omni.bridge.vision_head.decoder_query.shape[1]
+    drawn = Ahead(draw, workers)
+
+    def loss(step: int) -> Losses:
+        given = drawn(step)
+        inputs, labels = on(omni.device, (given.inputs, given.labels))
+        asked = len(given.pixels)
+        with torch.no_grad():
+            states = model.mllm.model(**inputs).last_hidden_state
+        value, right = text_loss(model.mllm.lm_head(states), labels)
+        some = slice(0, max(1, asked))  # where nothing is to be drawn the vision head goes along for nothing
+        visual = model.bridge.vision_head(states[some], inputs["attention_mask"][some] == 0)
+        if asked:
+            with torch.no_grad():
+                target = embed_frames(encoder, given.pixels, queries)
+            vision = alignment(visual, target) * given.weight
+        else:
+            vision = 0.0 * visual.sum()
+        return {"loss": value + vision, "text": value, "vision": vision, "right": right}
+
+    return Recipe(
+        "stage1", model, TRAINED["stage1"], loss, steps, lr=1e-2, adam_lr=2e-3, warmup=100, samples=samples,
+    )  # fmt: skip
+
+
 def stage1_recipe(
     omni: Omni, encoder: SiglipVisionModel, steps: int = 2000, batch: int = BATCH, workers: int = 0
 ) -> Recipe:
     """Half of each batch asks for images and videos of all four tasks, half for text."""
     torch.manual_seed(11)
-    model = Whole(omni)
-    queries = omni.preset.vision_head.queries if omni.preset.vision_head else 0
 
-    def draw(step: int) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-        """Inputs, labels, and the targets' pixels."""
+    def draw(step: int) -> Lesson:
         rng = random.Random(step_seed("stage1/data", step))
         wanted = [random_request(rng, rng.choice(TASKS)) for _ in range(batch // 2)]
         makers = rng.choices([make for make, _ in TEXT_MIX], [weight for _, weight in TEXT_MIX], k=batch // 2)
         said = [make(rng, rng.random() < 0.5) for make in makers]
         wanted, said = share().take(wanted), share().take(said)
         samples = [(one.message, "".join(ENDING[one.kind])) for one in wanted] + said
-        return *batch_of(omni.mllm, omni.mllm_tokenizer, samples, omni.pixels), equal_length(wanted)
+        return Lesson(*batch_of(omni.mllm, omni.mllm_tokenizer, samples, omni.pixels), equal_length(wanted))
 
-    drawn = Ahead(draw, workers)
-
-    def loss(step: int) -> Losses:
-        inputs, labels, pixels = drawn(step)
-        inputs, labels = on(omni.device, (inputs, labels))
-        with torch.no_grad():
-            states = model.mllm.model(**inputs).last_hidden_state
-            target = embed_frames(encoder, pixels, queries)
-        value, right = text_loss(model.mllm.lm_head(states), labels)
-        half = len(pixels)
-        visual = model.bridge.vision_head(states[:half], inputs["attention_mask"][:half] == 0)
-        vision = alignment(visual, target)
-        return {"loss": value + vision, "text": value, "vision": vision, "right": right}
-
-    return Recipe(
-        "stage1", model, TRAINED["stage1"], loss, steps, lr=1e-2, adam_lr=2e-3, warmup=100,
-        samples=lambda step: batch,
-    )  # fmt: skip
+    return stage1_over(omni, encoder, draw, steps, lambda step: batch, workers)
 
 
 def drawn_sample(rng: random.Random, video: bool) -> Sample:
@@ -199,6 +221,28 @@ def into_text_space(tokens_LD: Tensor, text_ND: Tensor) -> Tensor:
     return F.mse_loss(found, text_ND) + F.mse_loss(tokens_LD.mean(0), text_ND.mean(0))
 
 
+def text_space_loss(omni: Omni, visual_BQE: Tensor, kinds: Sequence[Target], texts: Sequence[Tensor]) -> Tensor:
+    pairs = zip(omni.adapted(visual_BQE, kinds), texts, strict=True)
+    return torch.stack([into_text_space(tokens, text) for tokens, text in pairs]).mean()
+
+
+def stage2a_over(omni: Omni, source: "Source", steps: int, workers: int = 0) -> Recipe:
+    """Over text-to-image and text-to-video samples whose text embeddings are there."""
+    model = Whole(omni)
+    drawn = Ahead(source.draw, workers)
+
+    def loss(step: int) -> Losses:
+        dealt = source.ready(drawn(step))
+        rows = dealt.rows.to(omni.device)
+        with torch.no_grad():
+            visual = visual_of(model, rows)
+        return {"loss": text_space_loss(omni, visual, [rows.kind] * len(rows), rows.texts) * dealt.weight}
+
+    return Recipe(
+        "stage2a", model, TRAINED["stage2a"], loss, steps, lr=5e-3, adam_lr=1e-3, warmup=100, samples=source.samples,
+    )  # fmt: skip
+
+
 def stage2a_recipe(omni: Omni, steps: int = 1000, batch: int = 32) -> Recipe:
     torch.manual_seed(12)
     model = Whole(omni)
@@ -212,9 +256,7 @@ def stage2a_recipe(omni: Omni, steps: int = 1000, batch: int = 32) -> Recipe:
                 model.mllm, omni.mllm_tokenizer, [(one.message, one.kind) for one in wanted], omni.pixels
             )
             visual = model.bridge.vision_head(states, padding)
-        tokens = omni.adapted(visual, [one.kind for one in wanted])
-        pairs = zip(tokens, texts, strict=True)
-        return {"loss": torch.stack([into_text_space(one, text) for one, text in pairs]).mean()}
+        return {"loss": text_space_loss(omni, visual, [one.kind for one in wanted], texts)}
 
     return Recipe(
         "stage2a", model, TRAINED["stage2a"], loss, steps, lr=5e-3, adam_lr=1e-3, warmup=100,
@@ -234,6 +276,13 @@ class Drop:
     visual: float = 0.05
 
 
+def visual_of(model: Whole, rows: Rows) -> Tensor:
+    """V_o [B, Q, E] of a batch's hidden states."""
+    lengths = torch.tensor(rows.hidden_lengths, device=rows.hidden.device)
+    padding = torch.arange(rows.hidden.shape[1], device=rows.hidden.device) >= lengths[:, None]
+    return model.bridge.vision_head(rows.hidden, padding)
+
+
 def group_condition(
     omni: Omni, model: Whole, rows: Rows, lots: Sequence[float], drop: Drop, null_LD: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -241,12 +290,8 @@ def group_condition(
 
     As long as the longest of the whole batch: the decoder attends to padding as well.
     """
-    states = rows.hidden
-    lengths = torch.tensor(rows.hidden_lengths, device=states.device)
-    padding = torch.arange(states.shape[1], device=states.device) >= lengths[:, None]
-    visual = model.bridge.vision_head(states, padding)
-    video = rows.target.shape[2] > 1
-    tokens: list[Tensor | None] = list(omni.adapted(visual, ["video" if video else "image"] * len(rows)))
+    visual = visual_of(model, rows)
+    tokens: list[Tensor | None] = list(omni.adapted(visual, [rows.kind] * len(rows)))
     texts = rows.texts
     for at, lot in enumerate(lots):
         if lot < drop.both + drop.text:
@@ -340,7 +385,7 @@ def flow_recipe(
             losses["vision"] = alignment(visual, rows.embeddings)
             losses["loss"] = losses["loss"] + eq1 * losses["vision"]
         losses["loss"] = losses["loss"] * dealt.weight
-        shown = "clips" if rows.target.shape[2] > 1 else "stills"
+        shown = "clips" if rows.kind == "video" else "stills"
         for label, chosen in ((f"{shown}", ~edited), (f"{shown} edited", edited)):
             if chosen.any():
                 losses[label] = errors[chosen].mean()
