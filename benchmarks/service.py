@@ -250,7 +250,8 @@ def main() -> None:
     print(json.dumps({"cores": os.cpu_count(), "machine": platform.processor() or platform.machine()}))
     os.environ |= {"OMNIVIDEO_QUEUE_MOST": "100000", "OMNIVIDEO_KEY_MOST": "100000"}
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        plant = Plant(Path(folder), given.weights, stack, workers=0 if given.what in ("submits", "followers") else 2)
+        workers = 0 if given.what in ("submits", "followers") else 2
+        plant = Plant(Path(folder), given.weights, stack, workers, hurried=False)
         match given.what:
             case "followers":
                 asyncio.run(followers(plant, given))
