@@ -93,9 +93,8 @@ def held_out(looks: dict[str, Recipe]) -> dict[str, float]:
 def run(tiny: Tiny, arm: str, seed: int, given: argparse.Namespace) -> list[dict]:
     """Trains one arm; returns the held-out losses on the way."""
     omni, sizes, name = tiny.omni("stage2a"), tuple(given.sizes), f"batching{seed}"
-    cache = given.runs / "cache" if given.count == REQUESTS else given.out / "cache"
-    data = data_of(tiny, omni, 1, given.count, cache)
-    unseen = data_of(tiny, omni, 2, max(sizes) * 2, given.out / "cache")
+    cache = given.runs / "cache"
+    data, unseen = data_of(tiny, omni, 1, given.count, cache), data_of(tiny, omni, 2, max(sizes) * 2, cache)
     make = lambda tag, some: adapter_recipe(tag, omni, some, given.steps, sizes)  # noqa: E731
     whole = make(name, data)
     alone, looks = ({task: make(tag, {task: some[task]}) for task in some}
@@ -169,9 +168,7 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=50)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--sizes", type=int, nargs=2, default=(64, 24), metavar=("STILLS", "CLIPS"))
-    parser.add_argument(
-        "--count", type=int, default=REQUESTS, help="requests of each task; fewer are prepared in --out"
-    )
+    parser.add_argument("--count", type=int, default=REQUESTS, help="requests of each task")
     given = parser.parse_args()
     orders(10_000)
     if given.runs is None:

@@ -91,11 +91,12 @@ def main() -> None:
     reader.add_argument("--runs", type=Path, default=Path("runs"))
     reader.add_argument("--steps", type=int, nargs=2, default=[600, 800])
     reader.add_argument("--out", type=Path, default=Path("out/substages"))
+    reader.add_argument("--count", type=int, default=REQUESTS, help="requests of each task")
     given = reader.parse_args()
     print(f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads")
     tiny, cache = Tiny(given.runs), given.runs / "cache"
     omni, encoder = tiny.omni("stage2a"), tiny.visual_encoder()
-    data = {task: drawn(cache, omni, encoder, requests(1, task, REQUESTS), tiny.way) for task in TASKS}
+    data = {task: drawn(cache, omni, encoder, requests(1, task, given.count), tiny.way) for task in TASKS}
     unseen = {task: rows_of(drawn(cache, omni, encoder, requests(2, task, WATCHED), tiny.way)) for task in TASKS}
     found = {
         "two sub-stages": joined(two_substages(tiny, given.steps, given.out, data, unseen), "two"),
