@@ -163,6 +163,7 @@ class Claim(Message):
     job: Job
     attempt: int
     point: str | None
+    lane: Lane = "interactive"
     trace: str | None = None
 
 

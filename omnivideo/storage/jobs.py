@@ -127,12 +127,13 @@ class Jobs(Book):
             update(jobs)
             .where(jobs.c.id == first, jobs.c.state == "queued")
             .values(state="running", attempt=jobs.c.attempt + 1, worker=worker, started=now(), beat=now())
-            .returning(jobs.c.body, jobs.c.attempt, jobs.c.point, jobs.c.meta)
+            .returning(jobs.c.body, jobs.c.attempt, jobs.c.point, jobs.c.lane, jobs.c.meta)
         )
         row = self.one(taken)
         if row is None:
             return None
-        return Claim(job=Job(**row.body), attempt=row.attempt, point=row.point, trace=row.meta.get(TRACE))
+        job, lane = Job(**row.body), LANES[row.lane]
+        return Claim(job=job, attempt=row.attempt, point=row.point, lane=lane, trace=row.meta.get(TRACE))
 
     def beat(self, claim: Claim, step: Step | None = None, **kept: str) -> bool:
         """Says that the worker lives and how far it is; whether the job is still wanted.

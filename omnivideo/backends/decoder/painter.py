@@ -30,6 +30,7 @@ class Painter:
         self.omni = omni
         self.store = store
         self.digest = digest
+        self.mllm = LocalMLLM(omni, store)
 
     def ready(self, job: Job) -> tuple[Job, Settings]:
         """The job with its visual tokens, read here where it comes without, and its settings.
@@ -39,9 +40,7 @@ class Painter:
         chosen = settings(self.omni.preset, job.task, seed=job.seed, **job.given.model_dump())
         if job.visual_tokens is None:
             shown = () if job.source is None else (job.source,)
-            tokens = LocalMLLM(self.omni, self.store).visual_tokens(
-                Ask(text=job.prompt, shown=shown), target_of(chosen)
-            )
+            tokens = self.mllm.visual_tokens(Ask(text=job.prompt, shown=shown), target_of(chosen))
             job = job.model_copy(update={"visual_tokens": tokens})
         return job, chosen
 

@@ -131,9 +131,9 @@ class Worker:
         raise AssertionError("draw ends with a clip")
 
     def told(self, claim: Claim, chosen: Settings, drawing: Drawing, leave: bool) -> None:
-        """The heartbeat of a step, with a preview or a point where one is due."""
+        """The heartbeat of a step, with a point or a preview where one is due; nobody looks on at a batch."""
         due: dict[str, str] = {}
-        if drawing.step.step in {round(share * chosen.steps) for share in PREVIEWS}:
+        if claim.lane == "interactive" and drawing.step.step in {round(share * chosen.steps) for share in PREVIEWS}:
             png = base64.b64decode(self.painter.preview(drawing.guess).png)
             due["preview"] = patiently(lambda: self.painter.store.put(png, "png"))
         if leave:
