@@ -89,7 +89,8 @@ class Jobs(Book):
         if crowd is None or time.monotonic() - crowd.counted > LOOK:
             row = self.one(select(*counted(owner)))
             assert row is not None
-            crowd = self.crowds[owner] = Crowd(row[0], row[1], time.monotonic())
+            waiting, mine = list(row)
+            crowd = self.crowds[owner] = Crowd(waiting, mine, time.monotonic())
         crowd.since += 1
         return 2 * (crowd.waiting + crowd.since) >= self.most or 2 * (crowd.mine + crowd.since) >= self.most_each
 
