@@ -157,13 +157,15 @@ class JobStatus(Message):
 
 
 class Claim(Message):
-    """A job that a worker has taken: `attempt` fences what it writes, `point` is where to go on from; `trace` is the
-    W3C traceparent of who asked."""
+    """A job that a worker has taken: `attempt` fences what it writes, `point` is where to go on from; `pack` names the
+    jobs that are drawn in one pass with it, in their order (none: it is drawn alone); `trace` is the W3C traceparent of
+    who asked."""
 
     job: Job
     attempt: int
     point: str | None
     lane: Lane = "interactive"
+    pack: tuple[str, ...] = ()
     trace: str | None = None
 
 

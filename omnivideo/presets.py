@@ -58,6 +58,7 @@ class Preset(Frozen):
 
     `decoder` and `vae` are the configurations of diffusers' `WanTransformer3DModel` and `AutoencoderKLWan`;
     version 1 has a vision head and an adapter, version 2 a normalised projection of the MLLM's hidden states.
+    `together` is how many clips of a batch are drawn in one pass, where that was measured to be faster.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Preset(Frozen):
     condition_most: int
     decoder: dict[str, Any]
     decoders: int = 1
+    together: int = 1
     boundary: float | None = None
     absolute_positions: bool = False
     vae: dict[str, Any] = {}
@@ -122,6 +124,7 @@ TINY_SAMPLING: dict[Task, Sampling] = {
 TINY = Preset(
     name="tiny",
     version=1,
+    together=4,  # 0.34 s a clip of 20 steps on one core, alone 0.54 s
     mllm_width=192,
     text_width=192,
     text_tokens=64,

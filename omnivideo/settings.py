@@ -50,6 +50,7 @@ class Service(BaseSettings):
     lost_after: float = Field(default=15.0, ge=0.5, le=3600)  # seconds of silence after which a worker is lost
     resume_steps: int = Field(default=8, ge=1)  # denoising steps between two points to go on from
     resume_seconds: float = Field(default=2.0, ge=0, le=3600)  # and seconds of drawing, at the least
+    together: int = Field(default=0, ge=0, le=64)  # clips of the batch lane in one pass; 0: the preset's number
 
     def model_post_init(self, context: object) -> None:
         if self.s3 and not (self.s3_access_key and self.s3_secret_key):

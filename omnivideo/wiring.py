@@ -13,6 +13,7 @@ from omnivideo.backends.media import attached
 from omnivideo.conversations import LOCAL, Conversations, saver_for
 from omnivideo.errors import InvalidInput
 from omnivideo.ports import MLLM, JobQueue, Keeper
+from omnivideo.presets import preset
 from omnivideo.settings import Service
 from omnivideo.storage.local import LocalStore
 
@@ -103,7 +104,9 @@ class Wiring:
         from omnivideo.backends.decoder.worker import Habits, Worker
 
         chosen = self.settings
-        return Worker(self.painter, self.jobs, Habits(chosen.resume_steps, chosen.resume_seconds, chosen.lost_after))
+        together = chosen.together or preset(chosen.preset).together
+        habits = Habits(chosen.resume_steps, chosen.resume_seconds, chosen.lost_after, together)
+        return Worker(self.painter, self.jobs, habits)
 
     @cached_property
     def mllm(self) -> MLLM:

@@ -59,6 +59,7 @@ jobs = Table(
     Column("left", Float, nullable=False, default=0.0),
     Column("preview", String(100)),  # the key of a PNG
     Column("point", String(100)),  # the key of the tensors to go on from
+    Column("pack", JSON(none_as_null=True)),  # the jobs that are drawn in one pass with it, in their order
     Column("result", JSON),  # contracts.Artifact
     Column("code", String(40)),  # why it failed
     Column("error", String(1000)),

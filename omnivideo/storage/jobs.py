@@ -8,7 +8,7 @@ than the turn that is being drawn.  Whoever brings one job beside somebody's tho
 """
 
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -124,30 +124,58 @@ class Jobs(Book):
             select(jobs.c.id).where(jobs.c.state == "queued").order_by(jobs.c.lane, jobs.c.turn, jobs.c.made, jobs.c.id)
         )
         first = waits.limit(1).with_for_update(skip_locked=True).scalar_subquery()
-        taken = (
-            update(jobs)
-            .where(jobs.c.id == first, jobs.c.state == "queued")
-            .values(state="running", attempt=jobs.c.attempt + 1, worker=worker, started=now(), beat=now())
-            .returning(jobs.c.body, jobs.c.attempt, jobs.c.point, jobs.c.lane, jobs.c.meta)
-        )
-        row = self.one(taken)
-        if row is None:
-            return None
-        job, lane = Job(**row.body), LANES[row.lane]
-        return Claim(job=job, attempt=row.attempt, point=row.point, lane=lane, trace=row.meta.get(TRACE))
+        taken = self.taken(jobs.c.id == first, worker)
+        return taken[0] if taken else None
+
+    def taken(self, which: Any, worker: str) -> list[Claim]:
+        """Whichever of the jobs wait, from now on this worker's."""
+        values = {"state": "running", "attempt": jobs.c.attempt + 1, "worker": worker, "started": now(), "beat": now()}
+        return [claim_of(row) for row in self.all(
+            update(jobs).where(which, jobs.c.state == "queued").values(values).returning(
+                jobs.c.body, jobs.c.attempt, jobs.c.point, jobs.c.lane, jobs.c.pack, jobs.c.losses, jobs.c.meta
+            )
+        )]  # fmt: skip
+
+    def joined(self, claim: Claim, worker: str, most: int, alike: Callable[[Job], bool]) -> list[Claim]:
+        """The claim, and others to be drawn in one pass with it.
+
+        For a job that has a pack, those of it that wait.  Else up to `most` that are alike and that nobody has begun,
+        the next of the batch lane, but no more than half of what is there: the rest is for other workers.
+        """
+        if claim.pack:
+            return [claim, *self.taken(and_(jobs.c.id.in_(claim.pack), jobs.c.losses < POISON - 1), worker)]
+        if most < 2 or claim.lane != "batch" or claim.attempt > 1:
+            return [claim]
+        fresh = and_(jobs.c.state == "queued", jobs.c.lane == LANES.index("batch"), jobs.c.attempt == 0)
+        waits = select(jobs.c.id, jobs.c.body).where(fresh).order_by(jobs.c.turn, jobs.c.made, jobs.c.id)
+        found = [row.id for row in self.all(waits.limit(4 * most)) if alike(Job(**row.body))]
+        chosen = found[: min(most - 1, len(found) // 2)]
+        more = self.taken(and_(jobs.c.id.in_(chosen), jobs.c.attempt == 0), worker) if chosen else []
+        if not more:
+            return [claim]
+        claims = [claim, *sorted(more, key=lambda one: chosen.index(one.job.id))]
+        pack = [one.job.id for one in claims]
+        mine = and_(jobs.c.id.in_(pack), jobs.c.worker == worker, jobs.c.state == "running")
+        self.all(update(jobs).where(mine).values(pack=pack))
+        return [one.model_copy(update={"pack": tuple(pack)}) for one in claims]
 
     def beat(self, claim: Claim, step: Step | None = None, **kept: str) -> bool:
         """Says that the worker lives and how far it is; whether the job is still wanted.
 
         `kept` may hold the keys of a preview and of a point.  Raises JobLost.
         """
+        wanted = self.beat_all([claim], step, **kept)
+        if not wanted:
+            raise JobLost(f"job {claim.job.id} is not this worker's any more")
+        return wanted[claim.job.id]
+
+    def beat_all(self, claims: Sequence[Claim], step: Step | None = None, **kept: str) -> dict[str, bool]:
+        """As `beat`: of those that are this worker's still, whether each is wanted."""
         values: dict[str, Any] = {"beat": now()} | kept
         if step is not None:
             values |= {"step": step.step, "steps": step.steps, "left": step.left}
-        row = self.one(update(jobs).where(fenced(claim)).values(values).returning(jobs.c.cancel))
-        if row is None:
-            raise JobLost(f"job {claim.job.id} is not this worker's any more")
-        return not row.cancel
+        beaten = update(jobs).where(or_(*map(fenced, claims))).values(values)
+        return {row.id: not row.cancel for row in self.all(beaten.returning(jobs.c.id, jobs.c.cancel))}
 
     def finish(self, claim: Claim, result: Artifact) -> None:
         """Raises JobLost where the result came too late."""
@@ -159,6 +187,11 @@ class Jobs(Book):
     def stop(self, claim: Claim) -> None:
         """A cancelled job has stopped."""
         self.end(claim, state="cancelled")
+
+    def alone(self, claim: Claim) -> Claim:
+        """The claim without its pack, and from the beginning."""
+        self.all(update(jobs).where(fenced(claim)).values(pack=None, point=None))
+        return claim.model_copy(update={"pack": (), "point": None})
 
     def give_back(self, claim: Claim) -> None:
         """A worker that has to go leaves its job to the next one."""
@@ -221,6 +254,16 @@ def traced(meta: dict[str, str] | None) -> dict[str, str]:
     carrier: dict[str, str] = {}
     inject(carrier)
     return (meta or {}) | carrier
+
+
+def claim_of(row: Row[Any]) -> Claim:
+    """What has silenced all but one of the workers that it may take with it is drawn alone, and from the beginning:
+    if it was another one of its pack, that one is found out, and this one is not lost for it."""
+    alone = row.pack is not None and row.losses >= POISON - 1
+    return Claim(
+        job=Job(**row.body), attempt=row.attempt, point=None if alone else row.point, lane=LANES[row.lane],
+        pack=() if alone else row.pack or (), trace=row.meta.get(TRACE),
+    )  # fmt: skip
 
 
 def fenced(claim: Claim) -> Any:

@@ -196,3 +196,44 @@ def test_a_database_that_is_away_is_said():
     with pytest.raises(StoreError, match="database: it does not answer"):
         Jobs(engine_for(f"postgresql://test@127.0.0.1:{free_port()}/postgres")).submit(job("one"))
     assert time.monotonic() - began < 10
+
+
+def any_job(found: Job) -> bool:
+    return True
+
+
+def test_a_pack_is_the_next_of_the_batch_lane_and_half_of_it_at_most(book):
+    book.submit(job("quick"))
+    for at in range(6):
+        book.submit(job(f"line{at}", f"ball {at}"), lane="batch")
+    quick, first = book.claim("w"), book.claim("w")
+    assert (quick.lane, first.lane) == ("interactive", "batch")
+    assert book.joined(quick, "w", 4, any_job) == [quick]
+    claims = book.joined(first, "w", 4, lambda found: found.prompt != "ball 2")
+    assert [claim.job.id for claim in claims] == ["line0", "line1", "line3"]  # 4 wait that are alike: 2 of them
+    assert {claim.pack for claim in claims} == {("line0", "line1", "line3")}
+    assert all(book.status(claim.job.id).state == "running" for claim in claims)
+    assert book.beat_all(claims, Step(step=2, steps=9, left=1.0), point="x.safetensors") == {
+        "line0": True, "line1": True, "line3": True
+    }  # fmt: skip
+    book.cancel("line1")
+    assert book.beat_all(claims) == {"line0": True, "line1": False, "line3": True}
+
+
+def test_a_lost_pack_is_taken_over_whole(book):
+    for at in range(6):
+        book.submit(job(f"line{at}"), lane="batch")
+    claims = book.joined(book.claim("w"), "w", 3, any_job)
+    pack = claims[0].pack
+    book.beat_all(claims, point="x.safetensors")
+    book.finish(claims[1], ARTIFACT)
+    for name in pack:
+        silence(book, name)
+    assert set(book.reap(60)) == {pack[0], pack[2]}
+    again = sorted(book.joined(book.claim("v"), "v", 1, any_job), key=lambda claim: claim.job.id)
+    assert [(claim.job.id, claim.attempt, claim.point, claim.pack) for claim in again] == [
+        (pack[0], 2, "x.safetensors", pack), (pack[2], 2, "x.safetensors", pack)
+    ]  # fmt: skip
+    assert book.beat_all(claims) == {}  # the first worker has none of them any more
+    fresh = book.joined(book.claim("v"), "v", 3, any_job)
+    assert fresh[0].job.id == "line3" and fresh[0].pack == ("line3", "line4")

@@ -16,9 +16,11 @@ from omnivideo.backends.jobs import DurableQueue
 from omnivideo.contracts import Artifact, Given, Job, Preview, Step
 from omnivideo.errors import JobCancelled, JobFailed
 from omnivideo.models.sampling import Point
+from omnivideo.models.vae import decode, to_bytes
 from omnivideo.storage.database import engine_for, migrate
 from omnivideo.storage.jobs import Jobs
 from omnivideo.storage.local import LocalStore
+from omnivideo.storage.tensors import get_tensors
 
 HABITS = Habits(every=2, apart=0.0, silent=1.0)
 
@@ -33,8 +35,8 @@ class Place:
         migrate(engine_for(self.address))
         self.jobs = Jobs(engine_for(self.address))
 
-    def worker(self) -> Worker:
-        return Worker(Painter(self.omni, self.store, "random"), Jobs(engine_for(self.address)), HABITS)
+    def worker(self, habits: Habits = HABITS) -> Worker:
+        return Worker(Painter(self.omni, self.store, "random"), Jobs(engine_for(self.address)), habits)
 
     def queue(self) -> DurableQueue:
         return DurableQueue(self.jobs, self.store, lambda: None)
@@ -73,12 +75,12 @@ def test_a_followed_job_tells_its_steps_previews_and_artifact(place):
     assert place.store.has(events[-1].key) and place.store.has(events[-1].manifest)
 
 
-def kill_midway(place: Place, after: int) -> None:
+def kill_midway(place: Place, after: int, habits: Habits = HABITS) -> None:
     """A worker in a process of its own, killed once it has told of step `after`."""
     child = os.fork()
     if child == 0:
         try:
-            place.worker().work()
+            place.worker(habits).work()
         finally:
             os._exit(0)
     deadline = time.monotonic() + 60
@@ -192,3 +194,109 @@ def test_the_reaper_wakes_workers_for_what_was_lost(place):
         reaper.stop()
     assert place.worker().work()
     assert drawn(place, "one")
+
+
+# ---------------------------------------------------------------- several clips in one pass
+
+TOGETHER = Habits(every=2, apart=0.0, silent=1.0, together=3)
+
+
+def lines(place: Place, *names: str, **given) -> None:
+    """Jobs of the batch lane, and as many others after them: a worker leaves half of what waits to the next one."""
+    for at, name in enumerate((*names, *(f"rest{at}" for at, _ in enumerate(names)))):
+        one = job(name, **given).model_copy(update={"seed": at, "prompt": f"a red ball {at}"})
+        place.jobs.submit(one, lane="batch")
+
+
+def latents(place: Place, name: str) -> torch.Tensor:
+    return get_tensors(place.store, drawn(place, name).latents)["latents"]
+
+
+def test_clips_of_the_batch_lane_in_one_pass_differ_by_rounding_only(place):
+    lines(place, "one", "two", "three", steps=12)
+    assert place.worker(TOGETHER).work()
+    states = [place.jobs.status(name).state for name in ("one", "two", "three", "rest0")]
+    assert states == ["done", "done", "done", "queued"]
+    for at, name in enumerate(("one", "two", "three")):
+        alone = job(f"{name} alone", steps=12).model_copy(update={"seed": at, "prompt": f"a red ball {at}"})
+        place.jobs.submit(alone)
+        assert place.worker(TOGETHER).work()  # the interactive lane comes first, and one at a time
+        assert place.jobs.status(f"{name} alone").state == "done"
+        pair = latents(place, name), latents(place, f"{name} alone")
+        assert (pair[0] - pair[1]).abs().max() < 1e-4  # of deviation 1
+        one, two = (to_bytes(decode(place.omni.vae, each[None])) for each in pair)
+        assert abs(one.astype(int) - two).max() <= 1  # before H.264
+    assert len({drawn(place, name).key for name in ("one", "two", "three")}) == 3
+
+
+def test_a_killed_workers_pack_goes_on_whole_to_the_same_bytes(place, tmp_path_factory):
+    quiet = Place(tmp_path_factory.mktemp("quiet"), place.omni)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        lines(quiet, "cut", "two", "three", steps=40)
+        assert quiet.worker(TOGETHER).work()
+        lines(place, "cut", "two", "three", steps=40)
+        kill_midway(place, after=10, habits=TOGETHER)
+        place.jobs.cancel("two")  # it is drawn along all the same
+        time.sleep(TOGETHER.silent)
+        assert sorted(place.jobs.reap(TOGETHER.silent)) == ["cut", "three"]
+        worker, told = place.worker(Habits(every=2, apart=0.0, silent=1.0)), []
+        beat = worker.jobs.beat_all
+        worker.jobs.beat_all = lambda claims, step=None, **kept: (told.append(step), beat(claims, step, **kept))[1]
+        assert worker.work()
+    finally:
+        torch.set_num_threads(threads)
+    assert min(step.step for step in told if step) > 2
+    for name in ("cut", "three"):
+        one, two = drawn(quiet, name), drawn(place, name)
+        assert (one.key, one.latents) == (two.key, two.latents)
+    assert place.jobs.status("two").state == "cancelled"
+
+
+def test_only_what_is_alike_is_drawn_in_one_pass(place):
+    long = " ".join(["a red ball and"] * 12)
+    for at, one in enumerate((job("one"), job("other", steps=7), job("two"), job("long"), job("three"), job("four"))):
+        words = long if one.id == "long" else one.prompt
+        place.jobs.submit(one.model_copy(update={"seed": at, "prompt": words}), lane="batch")
+    assert place.worker(TOGETHER).work()
+    assert [name for name in ("one", "other", "two", "long", "three") if place.jobs.status(name).state == "done"] == [
+        "one", "two"
+    ]  # fmt: skip
+
+
+def test_a_cancelled_job_leaves_its_pack(place):
+    lines(place, "one", "two", "three", steps=12)
+    worker = place.worker(TOGETHER)
+    beat = worker.jobs.beat_all
+
+    def beaten(claims, step=None, **kept):
+        if step and step.step == 3:
+            place.jobs.cancel("two")
+        return beat(claims, step, **kept)
+
+    worker.jobs.beat_all = beaten
+    assert worker.work()
+    assert [place.jobs.status(name).state for name in ("one", "two", "three")] == ["done", "cancelled", "done"]
+
+
+def test_a_pack_without_room_is_drawn_one_by_one(place, monkeypatch):
+    lines(place, "one", "two", "three")
+    worker = place.worker(TOGETHER)
+    full = lambda *rest: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA"))  # noqa: E731
+    monkeypatch.setattr(worker.painter, "drawn_together", full)
+    assert worker.work()
+    assert all(drawn(place, name) for name in ("one", "two", "three"))
+
+
+def test_what_kills_its_workers_is_found_out_among_its_pack(place):
+    """After two losses each job of the pack is drawn alone; the third loss is the culprit's own."""
+    lines(place, "one", "two", "three")
+    for _ in range(2):
+        first = place.jobs.claim("w")
+        claims = place.jobs.joined(first, "w", 3, lambda job: True)
+        assert sorted(claim.job.id for claim in claims) == ["one", "three", "two"]
+        time.sleep(0.05)
+        place.jobs.reap(0.01)
+    seen = [place.jobs.claim("w") for _ in range(3)]
+    assert all(claim.pack == () and claim.point is None for claim in seen)

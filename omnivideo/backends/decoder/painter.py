@@ -2,7 +2,7 @@
 
 import base64
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 
 import numpy as np
@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from omnivideo import __version__
-from omnivideo.backends.decoder.pipeline import Clip, Drawing, draw, target_of
+from omnivideo.backends.decoder.pipeline import Clip, Drawing, draw, draw_together, target_of
 from omnivideo.backends.decoder.video import Media, fit
 from omnivideo.backends.media import encoded, frames_of, png
 from omnivideo.backends.mllm.local import LocalMLLM
 from omnivideo.contracts import Artifact, Ask, Job, Manifest, Medium, Preview, Settings, settings
-from omnivideo.models.omni import Omni
+from omnivideo.errors import InvalidInput
+from omnivideo.models.conditions import MARKERS
+from omnivideo.models.omni import Omni, Target
 from omnivideo.models.sampling import Point
 from omnivideo.models.vae import decode, to_bytes
 from omnivideo.ports import ObjectStore
@@ -49,6 +51,34 @@ class Painter:
         assert job.visual_tokens
         visual = get_tensors(self.store, job.visual_tokens)["visual_tokens"].to(self.omni.device)
         yield from draw(self.omni, job.prompt, chosen, self.source(job.source, chosen), visual, begin)
+
+    def shape(self, job: Job) -> tuple[str, int] | None:
+        """What jobs that can be drawn in one pass have in common: all settings but the seed, and the length of the
+        condition, whose padding is attended to.  None for what is drawn alone."""
+        if job.source is not None:
+            return None
+        try:
+            chosen = settings(self.omni.preset, job.task, seed=0, **job.given.model_dump())
+        except InvalidInput:
+            return None
+        words = len(self.omni.tokenizer(job.prompt, verbose=False).input_ids)
+        return chosen.model_dump_json(), max(0, words - self.room(target_of(chosen)))
+
+    def room(self, target: Target) -> int:
+        """Words of a prompt that fit into a condition of the least length."""
+        bridge = self.omni.bridge
+        tokens = bridge.adapter.decoder_query.shape[1]
+        visual = tokens * (bridge.vision_head.decoder_query.shape[1] if target == "video" else 1)
+        marked = sum(len(getattr(bridge.markers, name)) for name in MARKERS if name.startswith(("ipl", "prp")))
+        return self.omni.preset.condition_least - visual - marked
+
+    def drawn_together(
+        self, ready: Sequence[tuple[Job, Settings]], begin: Point | None = None
+    ) -> Iterator[Drawing | list[Clip]]:
+        """As `drawn`, several jobs of one shape in one pass."""
+        visual = torch.cat([get_tensors(self.store, job.visual_tokens or "")["visual_tokens"] for job, _ in ready])
+        prompts, seeds = [job.prompt for job, _ in ready], [job.seed for job, _ in ready]
+        yield from draw_together(self.omni, prompts, seeds, ready[0][1], visual.to(self.omni.device), begin)
 
     def source(self, source: Artifact | None, chosen: Settings) -> np.ndarray | Tensor | None:
         """Its latents where they are kept and of the right size, else its pixels."""

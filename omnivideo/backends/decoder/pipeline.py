@@ -1,7 +1,7 @@
 """One clip from one request: condition, noise, denoising, decoding (paper section 3)."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -60,7 +60,6 @@ def draw(
     before any denoising.  Two runs with the same arguments on the same machine give identical bytes.
     """
     seconds: dict[str, float] = {}
-    video = settings.frames > 1
     with timed(seconds, "source"):
         latents = None if source is None else source_latents(omni, source)
     with timed(seconds, "condition"):
@@ -69,20 +68,54 @@ def draw(
             visual_1QE = read_visual_tokens(omni, prompt, settings, source)
         condition = omni.condition([prompt], list(omni.adapted(visual_1QE, [target_of(settings)])), latents)
         null = omni.null_condition(settings.negative_prompt, 1, latents)
+    for drawing in denoised(omni, [settings.seed], condition, null, settings, begin, seconds):
+        yield drawing
+        x = drawing.point.latents
+    yield clip_of(omni, x, settings, seconds)
+
+
+@torch.no_grad()
+def draw_together(
+    omni: Omni, prompts: Sequence[str], seeds: Sequence[int], settings: Settings, visual_BQE: Tensor,
+    begin: Point | None = None,
+) -> Iterator[Drawing | list[Clip]]:  # fmt: skip
+    """As `draw`, several clips in one pass, which differ in prompt and seed alone.
+
+    Each comes out as it would alone but for rounding; the same ones together, in the same order, give identical bytes.
+    """
+    seconds: dict[str, float] = {}
+    with timed(seconds, "condition"):
+        kinds = [target_of(settings)] * len(prompts)
+        condition = omni.condition(prompts, list(omni.adapted(visual_BQE, kinds)))
+        null = omni.null_condition(settings.negative_prompt, len(prompts))
+    for drawing in denoised(omni, seeds, condition, null, settings, begin, seconds):
+        yield drawing
+        x = drawing.point.latents
+    shared = {part: round(value / len(prompts), 3) for part, value in seconds.items()}
+    yield [clip_of(omni, row[None], settings, dict(shared)) for row in x]
+
+
+def denoised(
+    omni: Omni, seeds: Sequence[int], condition_BLD: Tensor, null_BLD: Tensor, settings: Settings,
+    begin: Point | None, seconds: dict[str, float],
+) -> Iterator[Drawing]:  # fmt: skip
+    """Every denoising step; the last one's point has the result."""
     grid = latent_grid(settings.width, settings.height, settings.frames)
-    x = begin.latents if begin else noise([settings.seed], (omni.vae.config.z_dim, *grid), omni.device)
-    began = time.perf_counter()
+    x = begin.latents if begin else noise(list(seeds), (omni.vae.config.z_dim, *grid), omni.device)
+    began, first = time.perf_counter(), begin.step if begin else 0
     given = settings.steps, settings.guidance_scale, settings.flow_shift
-    first = begin.step if begin else 0
-    for state in denoise(omni.decoder, x, condition, null, *given, begin):
-        done, x = state.point.step, state.point.latents
+    for state in denoise(omni.decoder, x, condition_BLD, null_BLD, *given, begin):
+        done = state.point.step
         each = (time.perf_counter() - began) / (done - first)
         yield Drawing(Step(step=done, steps=state.steps, left=each * (state.steps - done)), state.guess, state.point)
     seconds["denoising"] = round(time.perf_counter() - began, 3)
+
+
+def clip_of(omni: Omni, latents_1zThw: Tensor, settings: Settings, seconds: dict[str, float]) -> Clip:
     with timed(seconds, "decoding"):
-        frames = to_bytes(decode(omni.vae, x))[0]
-    assert len(frames) == settings.frames or not video
-    yield Clip(frames, x[0], seconds)
+        frames = to_bytes(decode(omni.vae, latents_1zThw))[0]
+    assert len(frames) == settings.frames or settings.frames == 1
+    return Clip(frames, latents_1zThw[0], seconds)
 
 
 def source_latents(omni: Omni, source: np.ndarray | Tensor) -> Tensor:
