@@ -194,7 +194,7 @@ def throughput(plant: Plant, given: argparse.Namespace) -> None:
             plant.workers[0].process.wait()
             plant.workers[0].start()
             killed = True
-        time.sleep(0.1)
+        time.sleep(0.5)
     ours = time.perf_counter() - began
     ends = jobs.statuses([f"line-{at}" for at in range(given.prompts)])
     done = sum(one.state == "done" for one in ends)
