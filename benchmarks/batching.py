@@ -169,11 +169,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--sizes", type=int, nargs=2, default=(64, 24), metavar=("STILLS", "CLIPS"))
     parser.add_argument("--count", type=int, default=REQUESTS, help="requests of each task")
+    parser.add_argument("--weights", type=Path, default=None, help="stand in for recipes without a run")
     given = parser.parse_args()
     orders(10_000)
     if given.runs is None:
         return
-    tiny = Tiny(given.runs)
+    tiny = Tiny(given.runs, weights=given.weights)
     curves = {arm: [run(tiny, arm, seed, given) for seed in range(given.seeds)] for arm in ARMS}
     print(f"{platform.machine()}, {torch.get_num_threads()} threads; {given.steps} steps, {given.seeds} seeds")
     summary(curves)

@@ -163,10 +163,11 @@ def main() -> None:
     reader.add_argument("--look", type=int, default=2 * CHUNK, help="held-out prompts at each look")
     reader.add_argument("--sizes", type=int, nargs=2, default=(64, 24), metavar=("STILLS", "CLIPS"))
     reader.add_argument("--count", type=int, default=REQUESTS, help="requests of each task")
+    reader.add_argument("--weights", type=Path, default=None, help="stand in for recipes without a run")
     given = reader.parse_args()
     print(f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads")
     given.out.mkdir(parents=True, exist_ok=True)
-    found = {rate: arm(Tiny(given.runs), rate, given) for rate in RATES}
+    found = {rate: arm(Tiny(given.runs, weights=given.weights), rate, given) for rate in RATES}
     plot(found, given.out / "frame-rate.png")
     for name in MEASURES:
         print(f"{name:8}", *(f"{rate} frames a second {rows[-1][name]:.3f}" for rate, rows in found.items()), sep="  ")

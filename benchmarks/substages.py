@@ -92,9 +92,10 @@ def main() -> None:
     reader.add_argument("--steps", type=int, nargs=2, default=[600, 800])
     reader.add_argument("--out", type=Path, default=Path("out/substages"))
     reader.add_argument("--count", type=int, default=REQUESTS, help="requests of each task")
+    reader.add_argument("--weights", type=Path, default=None, help="stand in for recipes without a run")
     given = reader.parse_args()
     print(f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads")
-    tiny, cache = Tiny(given.runs), given.runs / "cache"
+    tiny, cache = Tiny(given.runs, weights=given.weights), given.runs / "cache"
     omni, encoder = tiny.omni("stage2a"), tiny.visual_encoder()
     data = {task: drawn(cache, omni, encoder, requests(1, task, given.count), tiny.way) for task in TASKS}
     unseen = {task: rows_of(drawn(cache, omni, encoder, requests(2, task, WATCHED), tiny.way)) for task in TASKS}
