@@ -95,7 +95,7 @@ def run(tiny: Tiny, arm: str, seed: int, given: argparse.Namespace) -> list[dict
     omni, sizes, name = tiny.omni("stage2a"), tuple(given.sizes), f"batching{seed}"
     cache = given.runs / "cache"
     data, unseen = data_of(tiny, omni, 1, given.count, cache), data_of(tiny, omni, 2, max(sizes) * 2, cache)
-    make = lambda tag, some: adapter_recipe(tag, omni, some, given.steps, sizes)  # noqa: E731
+    make = lambda tag, some: adapter_recipe(tag, omni, some, given.steps, sizes, 0)  # noqa: E731
     whole = make(name, data)
     alone, looks = ({task: make(tag, {task: some[task]}) for task in some}
                     for tag, some in ((name, data), ("held-out", unseen)))  # fmt: skip
