@@ -392,8 +392,9 @@ def flow_recipe(
         return losses
 
     return Recipe(
-        name, model, TRAINED[name], loss, steps, lr=lr, adam_lr=lr / 10, warmup=200, ema=0.999, samples=source.samples
-    )
+        name, model, TRAINED.get(name, JOINED), loss, steps, lr=lr, adam_lr=lr / 10, warmup=200, ema=0.999,
+        samples=source.samples,
+    )  # fmt: skip
 
 
 def adapter_recipe(
