@@ -29,14 +29,13 @@ def in_process(omni: "Omni", digest: str, chosen: Service) -> Conversations:
     """The Studio's wiring: a clip is drawn while it is followed, here; so is the MLLM, unless the settings name one."""
     from omnivideo.backends.decoder.local import LocalQueue
     from omnivideo.backends.decoder.painter import Painter
-    from omnivideo.backends.mllm.local import LocalMLLM
     from omnivideo.backends.mllm.remote import RemoteMLLM
 
     store = LocalStore(chosen.home / "store")
     painter = Painter(omni, store, digest)
     queue = LocalQueue(painter)
     return Conversations(
-        mllm=RemoteMLLM(chosen.mllm, store) if chosen.mllm else LocalMLLM(omni, store),
+        mllm=RemoteMLLM(chosen.mllm, store) if chosen.mllm else painter.mllm,
         queue_for=lambda owner: queue,
         store=store,
         saver=saver_for(chosen),
@@ -116,9 +115,7 @@ class Wiring:
             away = RemoteMLLM(self.settings.mllm, self.store)
             self.closing.append(away.close)
             return away
-        from omnivideo.backends.mllm.local import LocalMLLM
-
-        return LocalMLLM(self.painter.omni, self.store)
+        return self.painter.mllm
 
     @cached_property
     def tell(self) -> Callable[[], None]:

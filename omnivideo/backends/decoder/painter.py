@@ -48,9 +48,12 @@ class Painter:
 
     def drawn(self, job: Job, chosen: Settings, begin: Point | None = None) -> Iterator[Drawing | Clip]:
         """As `draw`, for a job that is ready."""
+        yield from draw(self.omni, job.prompt, chosen, self.source(job.source, chosen), self.visual(job), begin)
+
+    def visual(self, job: Job) -> Tensor:
+        """V_o [1, Q, E] of a job that is ready."""
         assert job.visual_tokens
-        visual = get_tensors(self.store, job.visual_tokens)["visual_tokens"].to(self.omni.device)
-        yield from draw(self.omni, job.prompt, chosen, self.source(job.source, chosen), visual, begin)
+        return get_tensors(self.store, job.visual_tokens)["visual_tokens"].to(self.omni.device)
 
     def shape(self, job: Job) -> tuple[str, int] | None:
         """What jobs that can be drawn in one pass have in common: all settings but the seed, and the length of the
@@ -76,9 +79,9 @@ class Painter:
         self, ready: Sequence[tuple[Job, Settings]], begin: Point | None = None
     ) -> Iterator[Drawing | list[Clip]]:
         """As `drawn`, several jobs of one shape in one pass."""
-        visual = torch.cat([get_tensors(self.store, job.visual_tokens or "")["visual_tokens"] for job, _ in ready])
+        visual = torch.cat([self.visual(job) for job, _ in ready])
         prompts, seeds = [job.prompt for job, _ in ready], [job.seed for job, _ in ready]
-        yield from draw_together(self.omni, prompts, seeds, ready[0][1], visual.to(self.omni.device), begin)
+        yield from draw_together(self.omni, prompts, seeds, ready[0][1], visual, begin)
 
     def source(self, source: Artifact | None, chosen: Settings) -> np.ndarray | Tensor | None:
         """Its latents where they are kept and of the right size, else its pixels."""

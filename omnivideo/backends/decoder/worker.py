@@ -20,7 +20,7 @@ from omnivideo.backends.decoder.local import PREVIEWS
 from omnivideo.backends.decoder.painter import Painter
 from omnivideo.backends.decoder.pipeline import Clip, Drawing
 from omnivideo.backends.jobs import patiently
-from omnivideo.contracts import Artifact, Claim, Job, Settings
+from omnivideo.contracts import Artifact, Claim, Job, Settings, Step
 from omnivideo.errors import InvalidInput, JobLost, NotStored, OmniVideoError, StoreError
 from omnivideo.models.sampling import Point
 from omnivideo.storage.jobs import Jobs
@@ -165,7 +165,7 @@ class Worker:
             if isinstance(event, Clip):
                 return patiently(partial(self.painter.keep, job, chosen, event))
             span = TRACER.start_span("denoising step", attributes={"step": event.step.step})
-            leave = event.step.step % self.habits.every == 0 and time.monotonic() - kept >= self.habits.apart
+            leave = self.leaves(event.step, kept)
             self.told(claim, chosen, event, leave)
             kept = time.monotonic() if leave else kept
         raise AssertionError("draw ends with a clip")
@@ -180,7 +180,7 @@ class Worker:
             if isinstance(event, list):
                 yield from ((*pair, clip) for pair, clip in zip(ready, event, strict=True) if pair[0].id in mine)
                 return
-            leave = event.step.step % self.habits.every == 0 and time.monotonic() - kept >= self.habits.apart
+            leave = self.leaves(event.step, kept)
             self.told_together(mine, event, leave)
             kept = time.monotonic() if leave else kept
             if not mine:
@@ -194,6 +194,10 @@ class Worker:
                 del mine[name]
                 with lost(claim):
                     self.judged(claim, Cancelled() if name in wanted else JobLost(name))
+
+    def leaves(self, step: Step, kept: float) -> bool:
+        """Whether a point is left after the step, where the last one was at the moment `kept`."""
+        return step.step % self.habits.every == 0 and time.monotonic() - kept >= self.habits.apart
 
     def kept_point(self, point: Point) -> str:
         return patiently(lambda: self.painter.store.put(packed(point), "safetensors"))

@@ -364,11 +364,13 @@ class Mixed:
 
 
 def flow_recipe(
-    name: str, omni: Omni, source: Source, steps: int, lr: float, eq1: float, high: float = 0.5, workers: int = 0
-) -> Recipe:
+    name: str, omni: Omni, source: Source, steps: int, lr: float, eq1: float, high: float = 0.5, workers: int = 0,
+    trained: tuple[str, ...] = (),
+) -> Recipe:  # fmt: skip
     """Flow matching through the decoder over mixed batches.
 
-    `high` is the share of noise levels as the sampler visits them; `eq1` weighs the vision head's own loss.
+    It trains what the stage of that name does, or what is `trained`.  `high` is the share of noise levels as the
+    sampler visits them; `eq1` weighs the vision head's own loss.
     """
     model = Whole(omni)
     with torch.no_grad():
@@ -392,7 +394,7 @@ def flow_recipe(
         return losses
 
     return Recipe(
-        name, model, TRAINED.get(name, JOINED), loss, steps, lr=lr, adam_lr=lr / 10, warmup=200, ema=0.999,
+        name, model, trained or TRAINED[name], loss, steps, lr=lr, adam_lr=lr / 10, warmup=200, ema=0.999,
         samples=source.samples,
     )  # fmt: skip
 
@@ -401,7 +403,7 @@ def adapter_recipe(
     name: str, omni: Omni, data: Mapping[Task, Drawn], steps: int, sizes: tuple[int, int], workers: int
 ) -> Recipe:
     torch.manual_seed(13)
-    return flow_recipe(name, omni, Mixed(name, data, sizes), steps, lr=5e-3, eq1=0.0, workers=workers)
+    return flow_recipe(name, omni, Mixed(name, data, sizes), steps, lr=5e-3, eq1=0.0, workers=workers, trained=JOINED)
 
 
 def stage2b_generation_recipe(
