@@ -277,6 +277,10 @@ def train(
     fps: Annotated[float, typer.Option(help="With --data: frames a second that clips are seen at.")] = 8.0,
     times: Annotated[int, typer.Option(min=1, help="Batches so many times the recipe's.")] = 1,
     rate: Annotated[float, typer.Option(min=0, help="Learning rates so many times the recipe's.")] = 1.0,
+    precision: Annotated[Literal["fp32", "bf16"] | None, typer.Option(help="Of products; else the recipe's.")] = None,
+    seed: Annotated[
+        list[int], typer.Option(min=0, help="Of the requests: the first for all tasks, further ones for more edits.")
+    ] = [1, 3, 4],  # noqa: B006
     plan: Annotated[bool, typer.Option("--plan", help="Only say what the recipe costs at full size.")] = False,
     preset: Annotated[str, typer.Option(help="With --plan: the model.")] = "omnivideo-1.3b",
     gpus: Annotated[str, typer.Option(help="With --plan: COUNTxNAME.")] = "8xH100",
@@ -302,15 +306,19 @@ def train(
         return check(made)
     from omnivideo.training import distributed
     from omnivideo.training.tiny import Tiny
+    from omnivideo.training.trainer import PRECISIONS
     from omnivideo.training.watch import watchers
 
     make = watchers(watch)
     if processes > 1 and not distributed.launched():
         raise typer.Exit(distributed.relaunch(processes, sequence))
-    given = {"optimizer": optimizer, "checkpointing": checkpointing, "steps": steps}
+    given: dict[str, Any] = {"optimizer": optimizer, "checkpointing": checkpointing, "steps": steps}
+    given["precision"] = PRECISIONS[precision] if precision else None
     changes = {name: value for name, value in given.items() if value is not None}
     with distributed.together(processes, sequence, device) as world:
-        tiny = Tiny(runs, compiled=compiled, watch=make, weights=weights, device=device, workers=workers, times=times)
+        tiny = Tiny(
+            runs, compiled, watch=make, weights=weights, device=device, workers=workers, times=times, seeds=seed
+        )
         if shards is not None:
             from omnivideo.training.real import makers_over
 

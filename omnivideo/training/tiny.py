@@ -15,6 +15,7 @@ from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
+from torch import nn
 from transformers import Qwen3VLForConditionalGeneration, SiglipVisionModel, UMT5Config, UMT5EncoderModel
 
 from omnivideo.errors import CheckpointError, InvalidInput
@@ -38,7 +39,8 @@ from omnivideo.training.watch import Watch, line, speed, watchers
 from omnivideo.training.world import scenes
 
 REQUESTS = 12_000  # of each task, in stages 2b and 3
-MORE = (3, 4)  # seeds: stage 3 has as many edits again for each, since it sees them often enough to know them
+# Of the requests.  Stage 3 has as many edits again for each further seed: it sees them often enough to know them.
+SEEDS = (1, 3, 4)
 Tell = Callable[[int, int], None]
 ALONE = World()
 UNWATCHED = watchers(())
@@ -53,7 +55,8 @@ class Tiny:
 
     Where an earlier foundation's run is not at hand, its part of the shipped weights stands in.  With `weights`, a
     folder of that layout, these stand in for every earlier recipe, and the MLLM goes on from them.  `workers` processes
-    draw the batches, each `times` as large as the recipe says.
+    draw the batches, each `times` as large as the recipe says.  Stages 2b and 3 draw their requests of `seeds`: of the
+    first for all tasks, in stage 3 of the others for edits.
     """
 
     def __init__(
@@ -67,6 +70,7 @@ class Tiny:
         device: torch.device | str = "cpu",
         workers: int = 0,
         times: int = 1,
+        seeds: Sequence[int] = SEEDS,
     ):
         self.runs = runs
         self.compiled = compiled
@@ -78,6 +82,7 @@ class Tiny:
             torch.set_float32_matmul_precision("high")  # TF32; bf16 would only add conversions at this size
         self.workers = workers
         self.times = times
+        self.seeds = seeds
         self.way = Way(tell, CHUNK if self.device.type == "cpu" else 512, workers)
         self.watch = watch
         self.makers: dict[str, Callable[[], Recipe]] = {
@@ -96,7 +101,7 @@ class Tiny:
             "stage2a": lambda: stages.stage2a_recipe(self.omni("stage1")),
             "stage2b_generation": lambda: self.flow(stages.stage2b_generation_recipe, "stage2a"),
             "stage2b": lambda: self.flow(stages.stage2b_recipe, "stage2b_generation"),
-            "stage3": lambda: self.flow(stages.stage3_recipe, "stage2b", MORE),
+            "stage3": lambda: self.flow(stages.stage3_recipe, "stage2b", seeds[1:]),
         }
 
     def has_run(self, name: str) -> bool:
@@ -160,7 +165,7 @@ class Tiny:
             Captioned(self.runs / "cache", vae, video, count, self.tell)
             for video, count in ((False, STILLS), (True, CLIPS))
         )
-        return decoder_recipe(stills, clips, self.tokenizer(), self.text_encoder(), compiled=self.compiled)
+        return decoder_recipe(stills, clips, self.tokenizer(), self.text_encoder())
 
     def foundation(self) -> DecoderFoundation:
         """The decoder with the text encoder that it was trained under."""
@@ -218,7 +223,7 @@ class Tiny:
         def made(seed: int, task: Task) -> Drawn:
             return drawn(self.runs / "cache", omni, encoder, requests(seed, task, REQUESTS), self.way)
 
-        data = {task: made(1, task) for task in TASKS}
+        data = {task: made(self.seeds[0], task) for task in TASKS}
         for seed, task in product(more, TASKS[2:]):
             data[task] += made(seed, task)
         stills, clips = stages.SIZES
@@ -243,6 +248,8 @@ class Tiny:
         for chosen in self.makers if name == "tiny" else [name]:
             with world.first_alone():
                 recipe = self.makers[chosen]()
+                if self.compiled:
+                    compile_decoder(recipe.model)
                 changes |= {"device": self.device, "lr": recipe.lr * rate, "adam_lr": recipe.adam_lr * rate}
                 recipe = replace(recipe, **changes)
             train_one(recipe, self.runs / chosen, out, world, self.watch, until)
@@ -287,6 +294,13 @@ def folder_of(name: str, run: Path, shipped: Path) -> Path:
     """A tokenizer's folder: the run's, or the shipped one where there is no run."""
     there = (shipped / name / "tokenizer.json").exists() and not (run / "tokenizer.json").exists()
     return shipped / name if there else run
+
+
+def compile_decoder(model: nn.Module) -> None:
+    """Its blocks, where there is one: they are compiled once for all."""
+    for part in model.modules():
+        if isinstance(part, WanTransformer3DModel):
+            part.compile_repeated_blocks()
 
 
 def seeded_bridge() -> Bridge:

@@ -7,7 +7,8 @@ the recipe's name and the step), so a run that was killed goes on from its check
 import json
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Literal
 import torch
 from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from omnivideo.errors import CheckpointError
@@ -24,6 +26,7 @@ from omnivideo.training.optim import Kind, Named, cosine, layout, optimizers, ra
 from omnivideo.training.shards import STATE, Saved, newest, put_state, write_state
 from omnivideo.training.share import ALONE, sharing
 
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Losses = dict[str, Tensor]  # "loss" is what is minimised; the others are shown
 
 
@@ -165,10 +168,7 @@ class Trainer:
         recipe = self.recipe
         torch.manual_seed(step_seed(recipe.name, self.step))
         set_rate(self.built, recipe.rate(self.step))
-        with (
-            sharing(self.share),
-            torch.autocast(recipe.device.type, torch.bfloat16, enabled=recipe.precision == torch.bfloat16),
-        ):
+        with sharing(self.share), products(recipe):
             losses = recipe.loss(self.step)
         self.update(losses["loss"])
         self.update_average()
@@ -234,6 +234,18 @@ class Trainer:
             for name, value in self.average.items():
                 parameters[name].copy_(value)
         return self.recipe.model
+
+
+@contextmanager
+def products(recipe: Recipe) -> Iterator[None]:
+    """Matrix products in the recipe's precision."""
+    bf16 = recipe.precision == torch.bfloat16
+    with torch.autocast(recipe.device.type, torch.bfloat16, enabled=bf16):
+        if bf16 and recipe.device.type == "cpu":
+            with sdpa_kernel(SDPBackend.MATH):  # the fused one takes four times as long backwards (torch 2.13)
+                yield
+        else:
+            yield
 
 
 def fill_gradients(named: Named) -> None:

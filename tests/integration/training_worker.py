@@ -28,11 +28,10 @@ from omnivideo.training.drawn import Way, drawn
 from omnivideo.training.recipes import decoder, mllm, stages, text, vae, visual_encoder
 from omnivideo.training.samples import TASKS, requests
 from omnivideo.training.sequence import split_sequence
-from omnivideo.training.trainer import Recipe
+from omnivideo.training.trainer import PRECISIONS, Recipe
 
 FOUNDATIONS = ("vae", "text", "decoder", "mllm", "visual_encoder")
 STAGES = ("stage1", "stage1_text", "stage2a", "stage2b_generation", "stage2b", "stage3")
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Recipes:

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -140,6 +141,16 @@ def test_each_stage_trains_what_the_paper_says(make, request, tmp_path):
     assert moved <= expected
     for part in STAGES[make]:
         assert any(key.startswith(f"{part}.") for key in moved), part
+
+
+def test_products_in_half_precision_give_about_the_same_losses(request, tmp_path):
+    losses = {}
+    for precision in (torch.float32, torch.bfloat16):
+        recipe = replace(stage3_recipe(request), precision=precision)
+        losses[precision] = Trainer(recipe, tmp_path / str(precision)).advance()["loss"]
+        assert all(parameter.dtype == torch.float32 for parameter in recipe.model.parameters())
+    assert losses[torch.bfloat16] != losses[torch.float32]
+    assert losses[torch.bfloat16] == pytest.approx(losses[torch.float32], rel=0.02)
 
 
 def test_a_vae_whose_decoder_goes_on_encodes_as_before(request, tmp_path):

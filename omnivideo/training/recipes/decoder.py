@@ -95,12 +95,10 @@ def decoder_recipe(
     text_encoder: UMT5EncoderModel,
     steps: int = 9_500,
     sizes: tuple[int, int] = (96, 32),
-    compiled: bool = False,
 ) -> Recipe:
     torch.manual_seed(2)
     decoder = build_decoder(TINY)
     model = DecoderFoundation(decoder, text_encoder)
-    run = torch.compile(decoder, dynamic=False) if compiled else decoder
 
     def loss(step: int) -> Losses:
         still = step % 2 == 0
@@ -108,7 +106,9 @@ def decoder_recipe(
         with torch.no_grad():
             text = encode_text(tokenizer, text_encoder, texts, WORDS)[0]
         condition = pad(text, share().longest(max(TINY.condition_least, text.shape[1])), WORDS)
-        error = flow_matching(run, latents.to(condition.device), condition, 0.5 if step >= LAYOUT_FROM else 0.0).mean()
+        error = flow_matching(
+            decoder, latents.to(condition.device), condition, 0.5 if step >= LAYOUT_FROM else 0.0
+        ).mean()
         return {"loss": error, "stills" if still else "clips": error}
 
     return Recipe(
