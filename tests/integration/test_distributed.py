@@ -1,6 +1,8 @@
 """Two processes over gloo: the losses of one, checkpoints for any number of them, and sequences in parts.
 
-OMNIVIDEO_TEST_STEPS=50 runs the comparison of losses over 50 steps instead of 4.
+OMNIVIDEO_TEST_STEPS=50 runs the comparison of losses over 50 steps instead of 4.  Two orders of summation are 1e-7
+apart in single precision, and at the tiny recipes' rates training makes that a hundred times larger within some ten
+steps.  So the comparison is made in double precision, or, as DeepSpeed has none, at the released code's rate.
 """
 
 import importlib.util
@@ -35,18 +37,20 @@ STEPS = int(os.environ.get("OMNIVIDEO_TEST_STEPS", 4))
 
 @pytest.fixture
 def together(tmp_path, weights):
-    """Runs jobs on two processes; returns the exit code and what the first process found."""
+    """Runs jobs on two processes (or on one of their own); returns the exit code and what the first process found."""
 
-    def run(*jobs, sequence=1):
+    def run(*jobs, sequence=1, double=False, processes=2):
         results = tmp_path / "results.json"
         results.unlink(missing_ok=True)
         given = {
             "jobs": [filled(job, tmp_path, weights) for job in jobs],
             "sequence": sequence,
+            "double": double,
             "results": str(results),
         }
         (tmp_path / "jobs.json").write_text(json.dumps(given))
-        code = launch(2, [sys.executable, "-m", "tests.integration.training_worker", str(tmp_path / "jobs.json")])
+        command = [sys.executable, "-m", "tests.integration.training_worker", str(tmp_path / "jobs.json")]
+        code = launch(processes, command) if processes > 1 else subprocess.run(command, check=False).returncode
         return code, json.loads(results.read_text()) if results.exists() else None
 
     return run
@@ -89,20 +93,18 @@ def assert_same_losses(one, two, far=1e-5):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_two_processes_have_the_losses_of_one_with_muon(together, alone, tmp_path):
-    one, two = pairs(tmp_path, FOUNDATIONS + STAGES, optimizer="muon")
-    alone(*one)  # first: it fills the cache
-    assert together(*two)[0] == 0
-    assert_same_losses(one, two)
-
-
-@deepspeed
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
-def test_two_processes_have_the_losses_of_one_with_zero(together, alone, tmp_path):
-    one, two = pairs(tmp_path, STAGES, optimizer="adamw")
-    alone(*one)
-    assert together(*two)[0] == 0
+@pytest.mark.parametrize(
+    ("recipes", "double", "changes"),
+    [
+        (FOUNDATIONS + STAGES, True, {"optimizer": "muon"}),
+        pytest.param(STAGES, False, {"optimizer": "adamw", "adam_lr": 3e-6}, marks=deepspeed),
+    ],
+    ids=["muon", "zero"],
+)
+def test_two_processes_have_the_losses_of_one(recipes, double, changes, together, tmp_path):
+    one, two = pairs(tmp_path, recipes, **changes)
+    assert together(*one, double=double, processes=1)[0] == 0  # first: it fills the cache
+    assert together(*two, double=double)[0] == 0
     assert_same_losses(one, two)
 
 

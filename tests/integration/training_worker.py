@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from diffusers import WanTransformer3DModel
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed._tools.mem_tracker import MemTracker
 from transformers import SiglipVisionConfig, SiglipVisionModel, UMT5Config, UMT5EncoderModel
 
@@ -46,11 +46,16 @@ class Recipes:
     @cache  # noqa: B019
     def encoder(self) -> SiglipVisionModel:
         torch.manual_seed(2)
-        return SiglipVisionModel(SiglipVisionConfig(**visual_encoder.CONFIG)).eval().requires_grad_(False)
+        encoder = SiglipVisionModel(SiglipVisionConfig(**visual_encoder.CONFIG)).eval().requires_grad_(False)
+        return encoder.to(torch.get_default_dtype())
 
     @cache  # noqa: B019
     def loaded(self) -> Omni:
-        return checkpoint.load(self.weights)
+        omni = checkpoint.load(self.weights)
+        for part in vars(omni).values():
+            if isinstance(part, nn.Module):
+                part.to(torch.get_default_dtype())
+        return omni
 
     def omni(self) -> Omni:
         """A copy: recipes train in place."""
@@ -161,16 +166,25 @@ recipes = cache(Recipes)
 
 def train(world: World, job: dict[str, Any]) -> None:
     made = recipes(Path(job["weights"]), Path(job["scratch"]), job["steps"])
-    changes = {key: job[key] for key in ("optimizer", "checkpointing") if key in job}
+    changes = {key: job[key] for key in ("optimizer", "checkpointing", "adam_lr") if key in job}
     changes["precision"] = PRECISIONS[job.get("precision", "fp32")]
     recipe = made.make(job["recipe"], **changes)
+    recipe.model.to(torch.get_default_dtype())
     world.trainer(recipe, Path(job["run"])).run(job.get("until"), every=job.get("every", 120.0))
+
+
+def in_double() -> None:
+    """From here on everything in this process is in double precision, what asks for single as well."""
+    torch.set_default_dtype(torch.float64)
+    torch.Tensor.float = torch.Tensor.double  # type: ignore[method-assign]
 
 
 def main() -> None:
     torch.set_num_threads(1)
     given = json.loads(Path(sys.argv[1]).read_text())
-    Path(f"{given['results']}.pid{os.environ['RANK']}").write_text(str(os.getpid()))
+    if given["double"]:
+        in_double()
+    Path(f"{given['results']}.pid{os.environ.get('RANK', 0)}").write_text(str(os.getpid()))
     found = []
     with together(1, given["sequence"]) as world:
         for job in given["jobs"]:
