@@ -280,7 +280,7 @@ def train(
     precision: Annotated[Literal["fp32", "bf16"] | None, typer.Option(help="Of products; else the recipe's.")] = None,
     seed: Annotated[
         list[int], typer.Option(min=0, help="Of the requests: the first for all tasks, further ones for more edits.")
-    ] = [1, 3, 4],  # noqa: B006
+    ] = [],  # noqa: B006
     plan: Annotated[bool, typer.Option("--plan", help="Only say what the recipe costs at full size.")] = False,
     preset: Annotated[str, typer.Option(help="With --plan: the model.")] = "omnivideo-1.3b",
     gpus: Annotated[str, typer.Option(help="With --plan: COUNTxNAME.")] = "8xH100",
@@ -305,7 +305,7 @@ def train(
         out.print(as_table(made))
         return check(made)
     from omnivideo.training import distributed
-    from omnivideo.training.tiny import Tiny
+    from omnivideo.training.tiny import SEEDS, Tiny
     from omnivideo.training.trainer import PRECISIONS
     from omnivideo.training.watch import watchers
 
@@ -317,8 +317,9 @@ def train(
     changes = {name: value for name, value in given.items() if value is not None}
     with distributed.together(processes, sequence, device) as world:
         tiny = Tiny(
-            runs, compiled, watch=make, weights=weights, device=device, workers=workers, times=times, seeds=seed
-        )
+            runs, compiled, watch=make, weights=weights, device=device, workers=workers, times=times,
+            seeds=seed or SEEDS,
+        )  # fmt: skip
         if shards is not None:
             from omnivideo.training.real import makers_over
 
