@@ -2,17 +2,20 @@
 
     python -m benchmarks.training [--preset omnivideo-1.3b] [--size 832x480x17] [--processes 1] [--checkpointing]
         [--compiled]
+    torchrun --nproc-per-node 1 -m benchmarks.training --what "stage 3" --compiled    # DeepSpeed with one process
 
 One command on a GPU node: stage 2b and stage 3 with random weights and data, text-to-video, in bf16 with fp32 master
-weights, by DeepSpeed ZeRO-1; step time, samples/s, TFLOP/s, share of the peak (MFU) and memory of each, then the plain
-loop's (bf16 weights, autograd, torch's AdamW, one process).  FLOPs are those of `training/flops.py`: the
-decoder's, forward and backward as the stage trains, attention included, recomputation not.
+weights, by DeepSpeed ZeRO-1 where there are several processes, as `omnivideo train` does; step time, samples/s,
+TFLOP/s, share of the peak (MFU) and memory of each, then the plain loop's (bf16 weights, autograd, torch's AdamW, one
+process; the decoder alone, which is all it has).  FLOPs are those of `training/flops.py`: forward and backward as the
+stage trains, attention included, recomputation not.
 
 On a machine without a GPU it runs with --device cpu --preset tiny --size 64x64x9, to see that it works.
 """
 
 import argparse
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -30,13 +33,13 @@ from omnivideo.models.omni import Bridge, Omni, build_decoder
 from omnivideo.presets import Preset, latent_grid, preset
 from omnivideo.training.distributed import World, launch, launched, together
 from omnivideo.training.drawn import Drawn, Ragged
-from omnivideo.training.flops import decoder_flops
+from omnivideo.training.flops import decoder_flops, query_transformer_flops
 from omnivideo.training.recipes.stages import stage2b_recipe, stage3_recipe
 from omnivideo.training.trainer import Progress, Recipe
 from omnivideo.training.watch import memory, peak_of, speed
 
 STAGES = {"stage 2b": stage2b_recipe, "stage 3": stage3_recipe}
-PLAIN = "plain loop"
+PLAIN, DECODER = "plain loop", ("decoder",)
 HIDDEN, TEXT = 256, 128  # tokens of a request, and of its prompt
 ROWS = 8
 
@@ -68,10 +71,16 @@ def random_data(chosen: Preset, size: tuple[int, int, int]) -> Drawn:
 
 
 def counted(chosen: Preset, size: tuple[int, int, int], batch: int, trained: tuple[str, ...]) -> float:
-    """FLOPs of a step of the decoder: forward, and backward to what is trained and to the condition."""
+    """FLOPs of a step: forward, and backward to what is trained and to the condition."""
     tokens = prod(latent_grid(*size)) // prod(chosen.decoder["patch_size"])
     once = decoder_flops(chosen.decoder, tokens, chosen.condition_least)
-    return (once.trained if "decoder" in trained else once.passed).total * batch
+    found = once.trained if "decoder" in trained else once.passed
+    if trained != DECODER:
+        assert chosen.vision_head is not None and chosen.adapter is not None
+        head = query_transformer_flops(chosen.vision_head, HIDDEN)
+        found += head.trained if "bridge" in trained else head
+        found += (query_transformer_flops(chosen.adapter, 1) * chosen.vision_head.queries).trained
+    return found.total * batch
 
 
 @dataclass
@@ -148,7 +157,7 @@ def plain(given: argparse.Namespace) -> Measured:
         optimizer.step()
         optimizer.zero_grad()
 
-    flops = counted(chosen, given.size, given.batch, ("decoder",))
+    flops = counted(chosen, given.size, given.batch, DECODER)
     return Measured(timed(step, given.steps, device), flops, memory(device), given.batch)
 
 
@@ -177,12 +186,14 @@ def main() -> None:
     reader.add_argument("--what", help="one line of these only")
     given = reader.parse_args()
     given.size = tuple(map(int, given.size.split("x")))
-    if launched():
+    if launched() or (given.what and given.processes == 1):
         run(given)
         return
     for what in [given.what] if given.what else (*STAGES, PLAIN):
-        command = [sys.executable, "-m", "benchmarks.training", *sys.argv[1:], "--what", what]
-        if code := launch(1 if what == PLAIN else given.processes, command):
+        processes = 1 if what == PLAIN else given.processes
+        command = [sys.executable, "-m", "benchmarks.training", *sys.argv[1:]]
+        command += ["--what", what, "--processes", str(processes)]
+        if code := launch(processes, command) if processes > 1 else subprocess.call(command):
             sys.exit(code)
 
 

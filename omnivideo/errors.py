@@ -5,6 +5,7 @@ OmniVideoError
     UnreadableMedia     a source that is no image or video, is too large, or is cut short
     ConditionTooLong    a prompt and its visual tokens that do not fit the decoder's condition
   CheckpointError       weights that are missing, incomplete or of another model
+  Diverged              training whose loss is not finite any more
   NotInstalled          an optional package that this command needs
   StoreError            the store cannot take or give what it is asked for
     NotStored           no such artifact
@@ -38,6 +39,10 @@ class ConditionTooLong(InvalidInput):
 
 class CheckpointError(OmniVideoError):
     """Weights that are missing, incomplete or of another model."""
+
+
+class Diverged(OmniVideoError):
+    """Training whose loss is not finite any more."""
 
 
 class NotInstalled(OmniVideoError):

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from math import isfinite
 from pathlib import Path
 from typing import Literal
 
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-from omnivideo.errors import CheckpointError
+from omnivideo.errors import CheckpointError, Diverged
 from omnivideo.models.bridge import VisionHead
 from omnivideo.training.optim import Kind, Named, cosine, layout, optimizers, rate, set_rate
 from omnivideo.training.shards import STATE, Saved, newest, put_state, write_state
@@ -164,7 +165,7 @@ class Trainer:
         write_state(state, self.state_file)
 
     def advance(self) -> dict[str, float]:
-        """One optimiser step; returns its losses."""
+        """One optimiser step; returns its losses.  Raises Diverged where the loss is not finite."""
         recipe = self.recipe
         torch.manual_seed(step_seed(recipe.name, self.step))
         set_rate(self.built, recipe.rate(self.step))
@@ -173,7 +174,10 @@ class Trainer:
         self.update(losses["loss"])
         self.update_average()
         self.step += 1
-        return self.share.average({name: float(value.detach()) for name, value in losses.items()})
+        found = self.share.average({name: float(value.detach()) for name, value in losses.items()})
+        if not isfinite(found["loss"]):
+            raise Diverged(f"loss: {found['loss']} at step {self.step}; the last checkpoint stands, try a lower --rate")
+        return found
 
     def update(self, loss: Tensor) -> None:
         """Moves the weights down the loss's gradient."""

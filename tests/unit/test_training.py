@@ -11,7 +11,7 @@ import torch
 from diffusers import AutoencoderKLWan
 from transformers import SiglipVisionConfig, SiglipVisionModel, UMT5Config, UMT5EncoderModel
 
-from omnivideo.errors import CheckpointError
+from omnivideo.errors import CheckpointError, Diverged
 from omnivideo.models import checkpoint
 from omnivideo.models.mllm import VISUAL_TOKENS
 from omnivideo.presets import TINY
@@ -220,6 +220,15 @@ def test_a_log_cut_in_mid_line_is_mended_on_resume(tmp_path):
         file.write('{"step": 6, "loss": 1.0}\n{"step": 7, "lo')
     Trainer(toy(), tmp_path).run(until=8)
     assert [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()] == list(range(1, 9))
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_leaves_the_checkpoint(tmp_path):
+    Trainer(toy(), tmp_path).run(until=2)
+    recipe = toy()
+    with pytest.raises(Diverged, match="loss: nan at step 3"):
+        Trainer(replace(recipe, loss=lambda step: {"loss": recipe.loss(step)["loss"] * math.nan}), tmp_path).run()
+    assert Trainer(toy(), tmp_path).step == 2
+    assert all(weight.isfinite().all() for weight in Trainer(toy(), tmp_path).weights.values())
 
 
 def test_muon_orthogonalises():
