@@ -95,7 +95,9 @@ class Rows:
         return len(self.target)
 
     def to(self, device: torch.device) -> "Rows":
-        moved: dict[str, Any] = {name: part.to(device) for name, part in vars(self).items() if isinstance(part, Tensor)}
+        """All but `edited`, which is asked for on the CPU."""
+        parts = {name: part for name, part in vars(self).items() if isinstance(part, Tensor) and name != "edited"}
+        moved: dict[str, Any] = {name: part.to(device) for name, part in parts.items()}
         return replace(self, **moved)
 
     @property

@@ -2,8 +2,8 @@
 
 OMNIVIDEO_TEST_STEPS=50 runs the comparison of losses over 50 steps instead of 4.  Two orders of summation are 1e-7
 apart in single precision, and at the tiny recipes' rates training makes that a hundred times larger within some ten
-steps.  So the comparison is made in double precision, or, as DeepSpeed has none, over many steps at the released
-code's rate.
+steps, as it does for one process with one thread against two.  So the comparison is made in double precision, or, as
+DeepSpeed has none, over many steps at a rate at which the losses fall by a tenth or so but that does not happen.
 """
 
 import importlib.util
@@ -34,7 +34,7 @@ deepspeed = pytest.mark.skipif(
     reason="DeepSpeed is not installed: pip install omnivideo[train]",
 )
 STEPS = int(os.environ.get("OMNIVIDEO_TEST_STEPS", 4))
-RELEASED = {"adam_lr": 3e-6} if STEPS > 4 else {}  # over few steps the recipes' own rates, which move more
+CALM = {"adam_lr": 1e-5, "warmup": 5} if STEPS > 4 else {}  # over few steps the recipes' own rates
 
 
 @pytest.fixture
@@ -99,7 +99,7 @@ def assert_same_losses(one, two, far=1e-5):
     ("recipes", "double", "changes"),
     [
         (FOUNDATIONS + STAGES, True, {"optimizer": "muon"}),
-        pytest.param(STAGES, False, {"optimizer": "adamw"} | RELEASED, marks=deepspeed),
+        pytest.param(STAGES, False, {"optimizer": "adamw"} | CALM, marks=deepspeed),
     ],
     ids=["muon", "zero"],
 )
@@ -181,7 +181,7 @@ def test_a_sequence_in_two_parts_has_the_loss_and_gradients_of_one(checkpointing
 @pytest.mark.timeout(900)
 def test_stages_have_the_same_losses_over_sequences_in_parts(together, alone, tmp_path):
     """Generation and editing, with Eq. 1, which does not pass through the decoder; checkpointing on."""
-    one, two = pairs(tmp_path, ["stage2b", "stage3"], checkpointing=True)
+    one, two = pairs(tmp_path, ["stage2b", "stage3"], checkpointing=True, steps=4)
     alone(*one)
     assert together(*two, sequence=2)[0] == 0
     assert_same_losses(one, two)

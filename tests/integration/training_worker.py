@@ -166,7 +166,7 @@ recipes = cache(Recipes)
 
 def train(world: World, job: dict[str, Any]) -> None:
     made = recipes(Path(job["weights"]), Path(job["scratch"]), job["steps"])
-    changes = {key: job[key] for key in ("optimizer", "checkpointing", "adam_lr") if key in job}
+    changes = {key: job[key] for key in ("optimizer", "checkpointing", "adam_lr", "warmup") if key in job}
     changes["precision"] = PRECISIONS[job.get("precision", "fp32")]
     recipe = made.make(job["recipe"], **changes)
     recipe.model.to(torch.get_default_dtype())

@@ -379,7 +379,7 @@ def flow_recipe(
 
     def loss(step: int) -> Losses:
         dealt = source.ready(drawn(step))
-        edited, rows = dealt.rows.edited, dealt.rows.to(omni.device)
+        rows = dealt.rows.to(omni.device)
         condition, visual = group_condition(omni, model, rows, dealt.lots, Drop(), null)
         errors = flow_matching(model.decoder, rows.target, condition, high, (dealt.whole, dealt.part))
         losses = {"loss": errors.mean()}
@@ -388,7 +388,7 @@ def flow_recipe(
             losses["loss"] = losses["loss"] + eq1 * losses["vision"]
         losses["loss"] = losses["loss"] * dealt.weight
         shown = "clips" if rows.kind == "video" else "stills"
-        for label, chosen in ((f"{shown}", ~edited), (f"{shown} edited", edited)):
+        for label, chosen in ((f"{shown}", ~rows.edited), (f"{shown} edited", rows.edited)):
             if chosen.any():
                 losses[label] = errors[chosen].mean()
         return losses
