@@ -128,6 +128,13 @@ def test_an_image_uses_the_first_visual_token_only(omni):
     assert torch.allclose(omni.adapted(changed, ["image", "video"])[0], image, atol=1e-5)
 
 
+@pytest.mark.parametrize("target", ["image", "video"])
+@pytest.mark.parametrize("prompt", ["a red circle", "a red circle " * 15])
+def test_the_length_of_a_condition_is_known_without_making_it(omni, prompt, target):
+    visual = omni.adapted(torch.randn(1, 4, TINY.vision_head.width), [target])
+    assert omni.condition_length(prompt, target) == omni.condition([prompt], visual).shape[1]
+
+
 # ---------------------------------------------------------------- denoising
 
 

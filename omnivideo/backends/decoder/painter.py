@@ -16,8 +16,7 @@ from omnivideo.backends.media import encoded, frames_of, png
 from omnivideo.backends.mllm.local import LocalMLLM
 from omnivideo.contracts import Artifact, Ask, Job, Manifest, Medium, Preview, Settings, settings
 from omnivideo.errors import InvalidInput
-from omnivideo.models.conditions import MARKERS
-from omnivideo.models.omni import Omni, Target
+from omnivideo.models.omni import Omni
 from omnivideo.models.sampling import Point
 from omnivideo.models.vae import decode, to_bytes
 from omnivideo.ports import ObjectStore
@@ -64,16 +63,7 @@ class Painter:
             chosen = settings(self.omni.preset, job.task, seed=0, **job.given.model_dump())
         except InvalidInput:
             return None
-        words = len(self.omni.tokenizer(job.prompt, verbose=False).input_ids)
-        return chosen.model_dump_json(), max(0, words - self.room(target_of(chosen)))
-
-    def room(self, target: Target) -> int:
-        """Words of a prompt that fit into a condition of the least length."""
-        bridge = self.omni.bridge
-        tokens = bridge.adapter.decoder_query.shape[1]
-        visual = tokens * (bridge.vision_head.decoder_query.shape[1] if target == "video" else 1)
-        marked = sum(len(getattr(bridge.markers, name)) for name in MARKERS if name.startswith(("ipl", "prp")))
-        return self.omni.preset.condition_least - visual - marked
+        return chosen.model_dump_json(), self.omni.condition_length(job.prompt, target_of(chosen))
 
     def drawn_together(
         self, ready: Sequence[tuple[Job, Settings]], begin: Point | None = None
