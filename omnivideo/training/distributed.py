@@ -42,6 +42,7 @@ from omnivideo.training.shards import (
     begin_shards,
     finish_shards,
     newest,
+    step_folder,
     whole_state,
     write_shard,
     write_state,
@@ -152,7 +153,10 @@ class Several(Trainer, ABC):
         return bool(flag)
 
     def save(self) -> None:
-        """Every process its shard; they count once all are written."""
+        """Every process its shard; they count once all are written.  Those of this very step are there already where
+        a run's last step is saved twice."""
+        if step_folder(self.folder, self.step).exists():
+            return
         about = {"names": [name for name, _ in self.named], "seconds": self.seconds, "data": self.recipe.data}
         if self.first:
             begin_shards(self.folder, self.step)
@@ -198,12 +202,13 @@ class OwnerTrainer(Several):
             steps = float(state["step"]) if "step" in state else None
             yield Held(name, 0, {kind: value.flatten() for kind, value in tensors.items()}, steps)
 
-    def update(self, loss: Tensor) -> None:
+    def update(self, loss: Tensor) -> Tensor:
         loss.backward()
         self.collect()
-        self.clip()
+        norm = self.clip()
         self.step_all()
         self.publish()
+        return norm
 
     @torch.no_grad()
     def collect(self) -> None:
@@ -222,16 +227,18 @@ class OwnerTrainer(Several):
                 one.grad = mean.view_as(one) if owner == self.world.rank else None
 
     @torch.no_grad()
-    def clip(self) -> None:
+    def clip(self) -> Tensor:
         """As torch's clip_grad_norm_, over the gradients of all owners."""
         grads = [one.grad for _, one in self.mine if one.grad is not None]
         squared = torch.zeros((), device=self.recipe.device)
         for norm in torch._foreach_norm(grads) if grads else ():
             squared += norm.square()
         dist.all_reduce(squared)
-        scale = (self.recipe.clip / (squared.sqrt() + 1e-6)).clamp(max=1.0)
+        norm = squared.sqrt()
+        scale = (self.recipe.clip / (norm + 1e-6)).clamp(max=1.0)
         for grad in grads:
             grad.mul_(scale)
+        return norm
 
     @torch.no_grad()
     def publish(self) -> None:
@@ -316,10 +323,11 @@ class ZeroTrainer(Several):
                 if value is not None:
                     tensor.copy_(value)
 
-    def update(self, loss: Tensor) -> None:
+    def update(self, loss: Tensor) -> float:
         self.engine.backward(loss)
         fill_gradients(self.named)
         self.engine.step()
+        return float(self.engine.get_global_grad_norm())
 
 
 @torch.no_grad()
@@ -343,7 +351,7 @@ def settings(recipe: Recipe) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": 1,
         "managed_gradient_accumulation": False,  # gradients are reduced in step(), when none is missing any more
         "gradient_clipping": recipe.clip,
-        # Its search for infinities waits for a kernel for every parameter (0.2 s); the trainer looks at the loss.
+        # Its search for infinities waits for a kernel for every parameter (0.2 s); the trainer looks at the norm.
         "bf16": {"enabled": recipe.precision == torch.bfloat16, "check_grad_overflow": False},
         "zero_optimization": {"stage": 1, "overlap_comm": False, "contiguous_gradients": False},
         "zero_allow_untested_optimizer": True,

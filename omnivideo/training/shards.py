@@ -161,8 +161,12 @@ def begin_shards(run: Path, step: int) -> None:
     folder.mkdir(parents=True)
 
 
+def step_folder(run: Path, step: int) -> Path:
+    return run / SHARDS / f"{step:08d}"
+
+
 def partial_folder(run: Path, step: int) -> Path:
-    return run / SHARDS / f"{step:08d}.partial"
+    return step_folder(run, step).with_suffix(".partial")
 
 
 def write_shard(run: Path, step: int, rank: int, world: int, about: dict[str, Any], held: Iterator[Held]) -> None:
@@ -173,8 +177,7 @@ def write_shard(run: Path, step: int, rank: int, world: int, about: dict[str, An
 
 def finish_shards(run: Path, step: int) -> None:
     """Makes the folder of a step count, once every process has written, and removes the others."""
-    done = run / SHARDS / f"{step:08d}"
-    shutil.rmtree(done, ignore_errors=True)
+    done = step_folder(run, step)
     partial_folder(run, step).rename(done)
     for other in (run / SHARDS).iterdir():
         if other != done:

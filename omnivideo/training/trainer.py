@@ -165,27 +165,29 @@ class Trainer:
         write_state(state, self.state_file)
 
     def advance(self) -> dict[str, float]:
-        """One optimiser step; returns its losses.  Raises Diverged where the loss is not finite."""
+        """One optimiser step; returns its losses.  Raises Diverged where the loss or its gradient is not finite."""
         recipe = self.recipe
         torch.manual_seed(step_seed(recipe.name, self.step))
         set_rate(self.built, recipe.rate(self.step))
         with sharing(self.share), products(recipe):
             losses = recipe.loss(self.step)
-        self.update(losses["loss"])
+        norm = self.update(losses["loss"])
         self.update_average()
         self.step += 1
         found = self.share.average({name: float(value.detach()) for name, value in losses.items()})
-        if not isfinite(found["loss"]):
-            raise Diverged(f"loss: {found['loss']} at step {self.step}; the last checkpoint stands, try a lower --rate")
+        for name, value in (("loss", found["loss"]), ("gradient's norm", float(norm))):
+            if not isfinite(value):
+                raise Diverged(f"{name}: {value} at step {self.step}; the last checkpoint stands, try a lower --rate")
         return found
 
-    def update(self, loss: Tensor) -> None:
-        """Moves the weights down the loss's gradient."""
+    def update(self, loss: Tensor) -> Tensor | float:
+        """Moves the weights down the loss's gradient, whose norm is returned."""
         loss.backward()
         if self.recipe.optimizer == "adamw":
             fill_gradients(self.named)
-        nn.utils.clip_grad_norm_([parameter for _, parameter in self.named], self.recipe.clip)
+        norm = nn.utils.clip_grad_norm_([parameter for _, parameter in self.named], self.recipe.clip)
         self.step_all()
+        return norm
 
     def step_all(self) -> None:
         for optimizer in self.built:

@@ -41,7 +41,7 @@ CALM = {"adam_lr": 1e-5, "warmup": 5} if STEPS > 4 else {}  # over few steps the
 def together(tmp_path, weights):
     """Runs jobs on two processes (or on one of their own); returns the exit code and what the first process found."""
 
-    def run(*jobs, sequence=1, double=False, processes=2):
+    def run(*jobs, sequence=1, double=False, processes=2, launcher=()):
         results = tmp_path / "results.json"
         results.unlink(missing_ok=True)
         given = {
@@ -51,8 +51,12 @@ def together(tmp_path, weights):
             "results": str(results),
         }
         (tmp_path / "jobs.json").write_text(json.dumps(given))
-        command = [sys.executable, "-m", "tests.integration.training_worker", str(tmp_path / "jobs.json")]
-        code = launch(processes, command) if processes > 1 else subprocess.run(command, check=False).returncode
+        command = ["-m", "tests.integration.training_worker", str(tmp_path / "jobs.json")]
+        command = [*(launcher or [sys.executable]), *command]
+        if processes > 1 and not launcher:
+            code = launch(processes, command)
+        else:
+            code = subprocess.run(command, check=False).returncode
         return code, json.loads(results.read_text()) if results.exists() else None
 
     return run
@@ -152,6 +156,14 @@ def test_a_killed_process_ends_the_run_which_goes_on_to_the_same_losses(optimize
     assert_same_losses([whole], [job])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["muon", pytest.param("adamw", marks=deepspeed)])
+def test_a_gradient_that_is_not_finite_leaves_the_checkpoint(optimizer, together, tmp_path):
+    job = {"recipe": "stage2a", "optimizer": optimizer, "run": str(tmp_path / "run")}
+    assert together(job | {"until": 2}, job | {"spoiled": True, "every": 0.0})[0] == 1
+    assert [path.name for path in finished(tmp_path / "run")] == ["00000002"]
+
+
 @deepspeed
 @pytest.mark.slow
 def test_bf16_keeps_fp32_weights(together, tmp_path, weights):
@@ -185,6 +197,18 @@ def test_stages_have_the_same_losses_over_sequences_in_parts(together, alone, tm
     alone(*one)
     assert together(*two, sequence=2)[0] == 0
     assert_same_losses(one, two)
+
+
+@deepspeed
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_two_groups_of_two_have_the_losses_of_one_process(together, alone, tmp_path):
+    """Data and sequence parallel at once, started by torchrun."""
+    [one], [four] = pairs(tmp_path, ["stage2b"], checkpointing=True, steps=4)
+    alone(one)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "4"]
+    assert together(four, sequence=2, processes=4, launcher=torchrun)[0] == 0
+    assert_same_losses([one], [four])
 
 
 def test_a_checkpoint_of_the_other_optimizer_is_refused(tmp_path, weights):

@@ -222,13 +222,28 @@ def test_a_log_cut_in_mid_line_is_mended_on_resume(tmp_path):
     assert [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()] == list(range(1, 9))
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_and_leaves_the_checkpoint(tmp_path):
+class Steep(torch.autograd.Function):
+    """Finite, with a gradient that is not."""
+
+    @staticmethod
+    def forward(ctx, value):
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * math.inf
+
+
+@pytest.mark.parametrize(
+    ("spoiled", "what"), [(lambda value: value * math.nan, "loss: nan"), (Steep.apply, "gradient's norm: ")]
+)
+def test_what_is_not_finite_ends_the_run_and_leaves_the_checkpoint(spoiled, what, tmp_path):
     Trainer(toy(), tmp_path).run(until=2)
     recipe = toy()
-    with pytest.raises(Diverged, match="loss: nan at step 3"):
-        Trainer(replace(recipe, loss=lambda step: {"loss": recipe.loss(step)["loss"] * math.nan}), tmp_path).run()
-    assert Trainer(toy(), tmp_path).step == 2
-    assert all(weight.isfinite().all() for weight in Trainer(toy(), tmp_path).weights.values())
+    with pytest.raises(Diverged, match=f"{what}.* at step 3"):
+        Trainer(replace(recipe, loss=lambda step: {"loss": spoiled(recipe.loss(step)["loss"])}), tmp_path).run(every=0)
+    again = Trainer(toy(), tmp_path)
+    assert again.step == 2 and all(weight.isfinite().all() for weight in again.weights.values())
 
 
 def test_muon_orthogonalises():
