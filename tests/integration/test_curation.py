@@ -339,8 +339,8 @@ EMPTY = ("15.81 to 31.62 s", "31.62 to 47.44 s")  # of gap.mp4
 
 def test_one_clip_does_not_end_the_run(tmp_path):
     """What cannot be read, measured, captioned or written is named; all else is curated, and packs into shards."""
+    from omnivideo.cli import app
     from omnivideo.training.curation.captions import ServedCaption
-    from omnivideo.training.data.commands import app
     from omnivideo.training.data.sample import Problems
     from omnivideo.training.data.shards import Library
     from omnivideo.training.data.shelves import shelf
@@ -369,16 +369,19 @@ def test_one_clip_does_not_end_the_run(tmp_path):
     assert "1 clip without one" in page and "no caption: the server refuses the clip" in page
     assert "too &lt;tall&gt;" in page and "has no frame from 15.81 to 31.62 s" in page
 
-    packed = CliRunner().invoke(app, ["pack", "curated", str(out), "-o", str(tmp_path / "set")], catch_exceptions=False)
+    given = ["data", "pack", "curated", str(out), "-o", str(tmp_path / "set")]
+    packed = CliRunner().invoke(app, given, catch_exceptions=False)
     assert packed.exit_code == 0 and f"{len(captions) - 1} samples written" in packed.output
     assert "skipped, wrong record: 1" in packed.output and "caption: there is none" in packed.output
     entries = Library(shelf(str(tmp_path / "set")), Problems()).entries
     assert {entry.task for entry in entries} == {"text-to-video"} and len(entries) == len(captions) - 1
 
     measured = (out / "measured.jsonl").read_bytes()
-    with captioning(lambda mp4: SAID) as (address, shown), closing(ServedCaption(address)) as caption:
-        again = curate(raw, out, settings, caption).kept
-    assert len(shown) == 1 and {line["caption"] for line in again} == {"A texture moves."}
+    with captioning(lambda mp4: SAID) as (address, shown):
+        again = CliRunner().invoke(app, [*command(raw, out)[3:], "--captions", address], catch_exceptions=False)
+    told = " ".join(again.output.split())
+    assert again.exit_code == 0 and re.search(r"gap-\w+-0001 has no frame from 15.81 to 31.62 s", told), told
+    assert len(shown) == 1 and {line["caption"] for line in lines(out / "clips.jsonl")} == {"A texture moves."}
     assert (out / "measured.jsonl").read_bytes() == measured  # what failed is not tried again
 
 
