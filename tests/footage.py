@@ -79,8 +79,9 @@ def resized(frames: Iterable[np.ndarray], width: int, height: int) -> Iterator[n
     return (np.asarray(Image.fromarray(np.ascontiguousarray(frame)).resize((width, height))) for frame in frames)
 
 
-def film(path: Path, frames: Iterable[np.ndarray], crf: int = 18) -> Path:
-    """H.264 with the index at the front, so that a file that is cut still opens."""
+def film(path: Path, frames: Iterable[np.ndarray], crf: int = 18, gap: tuple[int, int] = (0, 0)) -> Path:
+    """H.264 with the index at the front, so that a file that is cut still opens; `gap` is a frame and the seconds
+    that pass before it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     options = {"movflags": "+faststart"} if path.suffix == ".mp4" else {}
     with av.open(str(path), "w", options=options) as out:
@@ -90,7 +91,7 @@ def film(path: Path, frames: Iterable[np.ndarray], crf: int = 18) -> Path:
             if not at:
                 stream.height, stream.width = pixels.shape[:2]
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
-            frame.pts, frame.time_base = at, Fraction(1, FPS)
+            frame.pts, frame.time_base = at + FPS * gap[1] * (at >= gap[0]), Fraction(1, FPS)
             out.mux(stream.encode(frame))
         out.mux(stream.encode())
     return path

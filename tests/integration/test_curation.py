@@ -1,5 +1,7 @@
 """Curation of a folder of made footage keeps exactly the right scenes, survives kill -9, and names what is broken."""
 
+import base64
+import io
 import itertools
 import json
 import os
@@ -7,11 +9,17 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import av
+import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from omnivideo.training.curation.bounds import Bounds
 from omnivideo.training.curation.pipeline import Settings, curate
@@ -276,6 +284,161 @@ def test_captions_come_from_the_language_model_server(omni, tmp_path):
     caption.close()
     (again,) = curate(tmp_path / "raw", tmp_path / "out", settings, caption).kept  # the server is gone by now
     assert again == line == lines(tmp_path / "out/clips.jsonl")[0]
+
+
+@contextmanager
+def captioning(answer: Callable[[bytes], tuple[int, str]]) -> Iterator[tuple[str, list[bytes]]]:
+    """A server that gives every clip (an mp4) this status and body: its address, and the clips that it was shown."""
+    shown: list[bytes] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            shown.append(base64.b64decode(body["asked"]["shown"][0]["data"]))
+            status, text = answer(shown[-1])
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(text)))
+            self.end_headers()
+            self.wfile.write(text.encode())
+
+        def log_message(self, *args):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        running = threading.Thread(target=server.serve_forever)
+        running.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}", shown
+        finally:
+            server.shutdown()
+            running.join()
+
+
+SAID = (200, '"A texture "\n"moves."\nnull\n')
+
+
+def no_tall_ones(mp4: bytes) -> tuple[int, str]:
+    with av.open(io.BytesIO(mp4)) as container:
+        stream = container.streams.video[0]
+        return (400, '{"field": "shown", "message": "too <tall>"}') if stream.height > stream.width else SAID
+
+
+def make_rough(folder: Path) -> None:
+    """Two clips for the shards, of which the server refuses one, and three that a task cannot be done with."""
+    f, whole = footage, list(footage.pan(3))
+    f.film(folder / "pan.mp4", f.pan(1))
+    f.film(folder / "tall.mp4", f.resized(f.pan(2), 216, 288))
+    f.film(folder / "gap.mp4", f.pan(5, 48), gap=(24, 60))  # cut evenly, the second and third quarter are empty
+    f.film(folder / "gone.mp4", f.pan(8))  # is there no more when it is to be written
+    halves = [f.film(folder / "half.h264", half).read_bytes() for half in (whole[:20], f.resized(whole[20:], 320, 240))]
+    (folder / "sizes.mp4").write_bytes(b"".join(halves))  # its frames cannot be compared
+
+
+EMPTY = ("15.81 to 31.62 s", "31.62 to 47.44 s")  # of gap.mp4
+
+
+def test_one_clip_does_not_end_the_run(tmp_path):
+    """What cannot be read, measured, captioned or written is named; all else is curated, and packs into shards."""
+    from omnivideo.cli import app
+    from omnivideo.training.curation.captions import ServedCaption
+    from omnivideo.training.data.sample import Problems
+    from omnivideo.training.data.shards import Library
+    from omnivideo.training.data.shelves import shelf
+
+    raw, out, settings = tmp_path / "raw", tmp_path / "out", Settings(bounds=BOUNDS, ocr=False)
+    make_rough(raw)
+
+    def tell(phase: str, done: int, of: int) -> None:
+        if phase == "duplicates" and done == of:
+            (raw / "gone.mp4").unlink()
+
+    with captioning(no_tall_ones) as (address, _), closing(ServedCaption(address)) as caption:
+        curated = curate(raw, out, settings, caption, tell=tell)
+    why = {}
+    for clip in curated.clips.values():
+        if clip["dropped"] and clip["dropped"]["stage"] == "unreadable":
+            why.setdefault(clip["source"], []).append(clip["dropped"]["why"])
+    assert why.pop("gap.mp4") == [f"has no frame from {at}; allowed: one or more" for at in EMPTY]
+    assert why.pop("gone.mp4") == ["is damaged or cut short (No such file or directory); allowed: a whole file"]
+    assert "ValueError" in why["sizes.mp4"][0] and "/" not in why.pop("sizes.mp4")[0]
+    assert not why
+    captions = {line["source"]: line["caption"] for line in lines(out / "clips.jsonl")}
+    assert captions["pan.mp4"] == "A texture moves." and captions["tall.mp4"] is None and "gone.mp4" not in captions
+    assert len(list((out / "clips").iterdir())) == len(curated.kept)
+    page = write_report(curated, BOUNDS, out).read_text()
+    assert "1 clip without one" in page and "no caption: the server refuses the clip" in page
+    assert "too &lt;tall&gt;" in page and "has no frame from 15.81 to 31.62 s" in page
+
+    given = ["data", "pack", "curated", str(out), "-o", str(tmp_path / "set")]
+    packed = CliRunner().invoke(app, given, catch_exceptions=False)
+    assert packed.exit_code == 0 and f"{len(captions) - 1} samples written" in packed.output
+    assert "skipped, wrong record: 1" in packed.output and "caption: there is none" in packed.output
+    entries = Library(shelf(str(tmp_path / "set")), Problems()).entries
+    assert {entry.task for entry in entries} == {"text-to-video"} and len(entries) == len(captions) - 1
+
+    measured = (out / "measured.jsonl").read_bytes()
+    with captioning(lambda mp4: SAID) as (address, shown):
+        again = CliRunner().invoke(app, [*command(raw, out)[3:], "--captions", address], catch_exceptions=False)
+    told = " ".join(again.output.split())
+    assert again.exit_code == 0 and re.search(r"gap-\w+-0001 has no frame from 15.81 to 31.62 s", told), told
+    assert len(shown) == 1 and {line["caption"] for line in lines(out / "clips.jsonl")} == {"A texture moves."}
+    assert (out / "measured.jsonl").read_bytes() == measured  # what failed is not tried again
+
+
+def test_a_frame_just_before_an_empty_span_stands_for_it(tmp_path):
+    from omnivideo.training.curation.reading import sample
+
+    path = footage.film(tmp_path / "gap.mp4", footage.pan(5, 48), gap=(24, 60))
+    shown = sample(path, (1.2, 20.0))  # the last frame before the gap is at 0.96 s, nearer than a quarter of 1 / 0.77
+    assert len(shown.small) == len(shown.looks) == 1
+
+
+def test_what_concerns_all_clips_ends_the_run():
+    """And what concerns one says so without a path."""
+    from omnivideo.errors import CheckpointError, StoreError
+    from omnivideo.training.curation.pipeline import attempted
+
+    def failing(error: Exception) -> Callable[[dict], dict]:
+        def task(item: dict) -> dict:
+            raise error
+
+        return task
+
+    why = attempted(failing(RuntimeError("(-215) /io/opencv/a.cpp C:\\clips\\b.mp4 is odd")), {})["dropped"]["why"]
+    assert why == "cannot be used (RuntimeError: (-215) is odd); allowed: a whole file"
+    with pytest.raises(CheckpointError):
+        attempted(failing(CheckpointError("no predictor")), {})
+    with pytest.raises(ImportError):
+        attempted(failing(ImportError("libGL")), {})
+    with pytest.raises(StoreError, match="cannot be written: No space left"):
+        attempted(failing(OSError(28, "No space left on device", "/data/out/clips/a.part")), {})
+
+
+@pytest.mark.parametrize(
+    ("status", "error", "said", "asked"),
+    [
+        (400, "UnreadableMedia", "captions: the server refuses the clip: what it says", 1),
+        (413, "UnreadableMedia", "captions: the server refuses the clip: what it says", 1),
+        (401, "InvalidInput", "captions: the server answers 401 Unauthorized", 1),
+        (403, "InvalidInput", "captions: the server answers 403 Forbidden", 1),
+        (404, "InvalidInput", "captions: the server answers 404 Not Found", 1),
+        (429, "ModelAway", "does not answer", 4),
+        (503, "ModelAway", "does not answer", 4),
+    ],
+)
+def test_what_the_captioning_server_refuses(monkeypatch, status, error, said, asked):
+    """UnreadableMedia is one clip's; the others end the run."""
+    from omnivideo.errors import OmniVideoError
+    from omnivideo.training.curation import captions
+
+    monkeypatch.setattr(captions.time, "sleep", lambda seconds: None)
+    with (
+        captioning(lambda mp4: (status, "what\nit says")) as (address, shown),
+        closing(captions.ServedCaption(address)) as caption,
+        pytest.raises(OmniVideoError, match=said) as raised,
+    ):
+        caption(np.stack(list(footage.pan(1, 4))))
+    assert type(raised.value).__name__ == error and len(shown) == asked
 
 
 def four(path: Path):

@@ -382,6 +382,30 @@ def test_captions(tmp_path):
     assert problems.counts() == {"wrong record": 1}
 
 
+def test_curated(tmp_path):
+    """A curation's folder: its clips, and not its journals; what it rejected, and what has no caption, is named."""
+    lay(tmp_path, {"clips/pan-1-0000.mp4": mp4()})
+    row = {"file": "clips/pan-1-0000.mp4", "caption": "A ball rolls.", "width": 64, "height": 64, "fps": 8.0,
+           "frames": 9, "source": "pan.mp4", "start": 0.0, "stop": 1.1, "scores": {"motion": 0.1}}  # fmt: skip
+    dropped = {"dropped": {"stage": "motion", "value": 0.01, "why": "0.01 sides a second; allowed: 0.02 or more"}}
+    rows = [row, row | {"caption": None}, row | dropped, row | {"file": "clips/gone.mp4"}, row | {"caption": " "}]
+    (tmp_path / "clips.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "captions.jsonl").write_text('{"key": "pan-1-0000", "caption": "A ball rolls."}\n')
+    (tmp_path / "settings.json").write_text('{"ocr": false}')
+    problems = Problems()
+    samples = list(read("curated", tmp_path, tmp_path, problems))
+    assert contents(samples) == contents([Sample("text-to-video", "A ball rolls.", target=mp4(), origin="curated")])
+    assert [(kind, where) for kind, where, _ in problems.found] == [
+        ("wrong record", "clips.jsonl:2"),
+        ("wrong record", "clips.jsonl:3"),
+        ("missing file", "clips.jsonl:4"),
+        ("wrong record", "clips.jsonl:5"),
+    ]
+    assert "caption: there is none" in problems.found[0][2] and "0.01 sides a second" in problems.found[1][2]
+    with pytest.raises(InvalidInput, match=r"'clips' holds no clips\.jsonl"):
+        list(read("curated", tmp_path / "clips", tmp_path, Problems()))
+
+
 def test_a_broken_parquet_is_named(tmp_path):
     parquet(tmp_path / "a.parquet", [{"image": png(1), "caption": "one"}])
     (tmp_path / "b.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-20])

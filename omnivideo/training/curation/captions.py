@@ -12,10 +12,11 @@ from fractions import Fraction
 
 import numpy as np
 
-from omnivideo.errors import InvalidInput, ModelAway
+from omnivideo.errors import InvalidInput, ModelAway, UnreadableMedia
 from omnivideo.training.curation.reading import encode_into, needed
 
-Caption = Callable[[np.ndarray], str]  # uint8 [F, H, W, 3] at SHOWN_FPS
+# uint8 [F, H, W, 3] at SHOWN_FPS; UnreadableMedia leaves this clip without, any other exception ends the run.
+Caption = Callable[[np.ndarray], str]
 
 QUESTION = (
     "Describe this video in one paragraph for somebody who is to draw it: who or what is in it and what it looks "
@@ -23,6 +24,8 @@ QUESTION = (
 )
 SHOWN_FPS = 2.0
 TRIES = 4  # pauses of 0.5, 1, 2 s
+OF_ALL = (401, 403, 404, 405)  # what is wrong with the address or the key, not with a clip
+LATER = (408, 425, 429)
 MOST_TOKENS = 256
 
 
@@ -50,8 +53,11 @@ class ServedCaption:
 
     def answer(self, body: dict) -> str:
         answer = self.http.post("/v1/write", json=body)
-        if answer.is_client_error:
-            raise InvalidInput("captions", f"the server refuses a clip: {answer.text[:200]}")
+        if answer.status_code in OF_ALL:
+            what = f"{answer.status_code} {answer.reason_phrase}"
+            raise InvalidInput("captions", f"the server answers {what}; allowed: omnivideo's language model server")
+        if answer.is_client_error and answer.status_code not in LATER:
+            raise UnreadableMedia("captions", f"the server refuses the clip: {' '.join(answer.text.split())[:200]}")
         answer.raise_for_status()
         pieces = [json.loads(line) for line in answer.text.splitlines() if line]
         if not pieces or pieces[-1] is not None:  # the server went away in the middle

@@ -78,8 +78,8 @@ def curate(
         raise typer.Exit(130) from None
     for stage, why in curated.absent.items():
         err.print(f"{stage}: {why}", highlight=False, markup=False)
-    for name, file in curated.files.items():
-        if file["dropped"] and file["dropped"]["stage"] == "unreadable":
-            err.print(f"{name} {file['dropped']['why']}", style="red", highlight=False, markup=False)
+    for name, record in (curated.files | curated.clips).items():
+        if record["dropped"] and record["dropped"]["stage"] == "unreadable":
+            err.print(f"{name} {record['dropped']['why']}", style="red", highlight=False, markup=False)
     page = write_report(curated, bounds, output)
     Console().print(f"{len(curated.kept)} of {len(curated.clips)} scenes kept: {page}", highlight=False)

@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 
 from omnivideo.contracts import Message
-from omnivideo.errors import InvalidInput, OmniVideoError
+from omnivideo.errors import InvalidInput, OmniVideoError, StoreError, UnreadableMedia
 from omnivideo.training.curation import measures
 from omnivideo.training.curation.bounds import STAGES, UNREADABLE, Bounds
 from omnivideo.training.curation.captions import SHOWN_FPS, Caption
@@ -70,27 +70,21 @@ class Curated:
 def survey_file(folder: str, name: str, bounds: Bounds) -> dict:
     """A file's record: its size and scenes, or why it is dropped."""
     path = Path(folder) / name
-    try:
-        width, height = header(path)
-        record: dict = {"width": width, "height": height, "scores": {}}
-        short, long = sorted((width, height))
-        for stage, value in (("resolution", short), ("aspect", round(long / short, 4))):
-            record["scores"][stage] = value
-            if dropped := STAGES[stage].dropped(bounds, value):
-                return record | {"dropped": dropped}
-        return record | asdict(survey(path, bounds.max_seconds)) | {"dropped": None}
-    except InvalidInput as error:
-        return {"scores": {}, "dropped": {"stage": UNREADABLE, "value": None, "why": str(error).partition(": ")[2]}}
+    width, height = header(path)
+    record: dict = {"width": width, "height": height, "scores": {}}
+    short, long = sorted((width, height))
+    for stage, value in (("resolution", short), ("aspect", round(long / short, 4))):
+        record["scores"][stage] = value
+        if dropped := STAGES[stage].dropped(bounds, value):
+            return record | {"dropped": dropped}
+    return record | asdict(survey(path, bounds.max_seconds)) | {"dropped": None}
 
 
 def measure_clip(folder: str, out: str, clip: dict, settings: Settings) -> dict:
     """A clip's record with a figure for each stage up to the one that drops it."""
     path, span = Path(folder) / clip["source"], clip["span"]
     record = clip | {"scores": {"length": round(span[1] - span[0], 4)}, "words": "", "hashes": [], "dropped": None}
-    try:
-        shown = sample(path, span)
-    except InvalidInput as error:
-        return record | {"dropped": {"stage": UNREADABLE, "value": None, "why": str(error).partition(": ")[2]}}
+    shown = sample(path, span)
     thumbnail(shown, Path(out) / "thumbs" / f"{clip['clip']}.jpg")
     for stage, value in figures(shown, settings, record):
         record["scores"][stage] = None if value is None else round(float(value), 5)
@@ -127,6 +121,29 @@ def write_kept(folder: str, out: str, clip: dict) -> dict:
     return write_clip(Path(folder) / clip["source"], clip["span"], Path(out) / "clips" / f"{clip['clip']}.mp4")
 
 
+def attempted(task: Callable[[dict], dict], item: dict) -> dict:
+    """The task's record; what goes wrong with one file or clip is its reason, what would with all is raised."""
+    try:
+        return task(item)
+    except InvalidInput as error:
+        return unreadable(reason(error))
+    except (OmniVideoError, ImportError):
+        raise
+    except Exception as error:  # decoders and OpenCV raise whatever they like on odd pixels
+        if isinstance(error, OSError) and error.strerror:  # a source's own is UnreadableMedia by now
+            raise StoreError(f"the output folder cannot be written: {error.strerror}") from None
+        said = " ".join(word for word in str(error).split() if not set(word) & set("/\\"))  # no path
+        return unreadable(f"cannot be used ({type(error).__name__}: {said[:200]}); allowed: a whole file")
+
+
+def unreadable(why: str) -> dict:
+    return {"scores": {}, "dropped": {"stage": UNREADABLE, "value": None, "why": why}}
+
+
+def reason(error: InvalidInput) -> str:
+    return str(error).removeprefix(f"{error.field}: ")
+
+
 # ---------------------------------------------------------------- all of them
 
 
@@ -156,7 +173,7 @@ def deaf() -> Iterator[None]:
 
 
 def spread(client: Any, task: Callable, items: Iterable[dict]) -> Iterator[tuple[dict, dict]]:
-    """Items with their results, as they are done; a task that takes its worker down with it is said as unreadable."""
+    """Items with their records, as they are done; one that fails, or takes its worker down, is said as unreadable."""
     distributed = needed("distributed", "dask[distributed]")
     left = iter(items)
     running: dict[Any, dict] = {}
@@ -164,7 +181,7 @@ def spread(client: Any, task: Callable, items: Iterable[dict]) -> Iterator[tuple
     try:
         while True:
             for item in islice(left, room - len(running)):
-                running[client.submit(task, item, pure=False)] = item
+                running[client.submit(attempted, task, item, pure=False)] = item
             if not running:
                 return
             done = distributed.wait(list(running), return_when="FIRST_COMPLETED").done
@@ -178,8 +195,7 @@ def result_of(future: Any, distributed: Any) -> dict:
     try:
         return future.result()
     except distributed.KilledWorker:
-        why = "took the decoder down; allowed: a whole file"
-        return {"scores": {}, "dropped": {"stage": UNREADABLE, "value": None, "why": why}}
+        return unreadable("took the decoder down; allowed: a whole file")
 
 
 def curate(
@@ -204,7 +220,9 @@ def curate(
             caption_all(folder, kept, caption, captions, tell)
         lines = write_all(client, folder, out, kept, tell)
     for line in lines:
-        line["caption"] = captions.records.get(line["file"][6:-4], {}).get("caption")
+        name = line["file"][6:-4]
+        said = captions.records.get(name, {})
+        line["caption"], found[name]["uncaptioned"] = said.get("caption"), said.get("why")
     write_whole(out / "clips.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
     return Curated({name: files.records[name] for name in names}, found, lines, absent)
 
@@ -327,34 +345,45 @@ def widest(passed: list[dict]) -> int:
 
 
 def caption_all(folder: Path, kept: list[dict], caption: Caption, captions: Journal, tell: Tell) -> None:
-    left = [clip for clip in kept if captions.records.get(clip["clip"], {}).get("stamp") != clip["stamp"]]
+    """Those that have none yet; one that was refused is asked for again by the next run: the server may be another."""
+    left = [clip for clip in kept if not is_captioned(clip, captions)]
 
-    def asked(clip: dict) -> str:
-        small = sample(folder / clip["source"], tuple(clip["span"])).small
-        return caption(small[:: int(SAMPLED_FPS / SHOWN_FPS)])
+    def asked(clip: dict) -> dict:
+        try:
+            small = sample(folder / clip["source"], tuple(clip["span"])).small
+            return {"caption": caption(small[:: int(SAMPLED_FPS / SHOWN_FPS)])}
+        except UnreadableMedia as error:
+            return {"caption": None, "why": reason(error)}
 
     with ThreadPoolExecutor(ASKING) as pool:
         try:
             for done, (clip, said) in enumerate(
                 zip(left, pool.map(asked, left), strict=True), len(kept) - len(left) + 1
             ):
-                captions.put(clip["clip"], {"caption": said, "stamp": clip["stamp"]})
+                captions.put(clip["clip"], said | {"stamp": clip["stamp"]})
                 tell("captions", done, len(kept))
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
 
 
+def is_captioned(clip: dict, captions: Journal) -> bool:
+    said = captions.records.get(clip["clip"], {})
+    return said.get("stamp") == clip["stamp"] and said["caption"] is not None
+
+
 def write_all(client: Any, folder: Path, out: Path, kept: list[dict], tell: Tell) -> list[dict]:
-    """The kept clips' files, and a line for each."""
+    """The kept clips' files, and a line for each; one whose file cannot be written is dropped."""
     written = Journal(out / "written.jsonl")
     left = [clip for clip in kept if not is_written(out, clip, written)]
     for done, (clip, made) in enumerate(
         spread(client, partial(write_kept, str(folder), str(out)), left), len(kept) - len(left) + 1
     ):
         written.put(clip["clip"], made | {"stamp": clip["stamp"]})
+        clip["dropped"] = made.get("dropped")
         tell("written", done, len(kept))
     written.close()
+    kept = [clip for clip in kept if not clip["dropped"]]
     for path in set((out / "clips").glob("*")) - {out / "clips" / f"{clip['clip']}.mp4" for clip in kept}:
         path.unlink()  # of a file that has changed since, or cut by a kill
     return [line_of(clip, written.records[clip["clip"]]) for clip in kept]

@@ -145,8 +145,9 @@ def within(container: Any, stream: Any, span: Span) -> Iterator[tuple[float, Any
 
 
 def sample(path: Path, span: Span) -> Sampled:
+    """Raises UnreadableMedia for a span without a frame: a file of uneven frame times may jump over it."""
     start, stop = span
-    due_small, small = start, []
+    last, due_small, small = None, start, []
     moments, looks = list(start + (stop - start) * (np.arange(LOOKS) + 0.5) / LOOKS), []
     with opened(path) as (container, stream):
         for time, frame in within(container, stream, span):
@@ -157,8 +158,9 @@ def sample(path: Path, span: Span) -> Sampled:
                 looks.append(upright(frame))
                 moments = [moment for moment in moments if moment - 1e-3 > time]
             last = frame
-        if not looks:
-            looks.append(upright(last))
+        if last is None:
+            raise UnreadableMedia("source", f"has no frame from {start:.2f} to {stop:.2f} s; allowed: one or more")
+        small, looks = small or [upright(last, SMALL)], looks or [upright(last)]
     return Sampled(np.stack(small), looks)
 
 

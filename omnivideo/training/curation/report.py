@@ -70,6 +70,8 @@ def funnel(curated: Curated, bounds: Bounds) -> Iterator[str]:
     if "captions" in curated.absent:
         why = escape(curated.absent["captions"])
         yield f'<tr><td><b>captions</b><td><span class="bad">none: {why}</span><td><td><td>'
+    if refused := sum(bool(clip.get("uncaptioned")) for clip in curated.clips.values()):
+        yield f'<tr><td><b>captions</b><td><span class="bad">{counted(refused, "clip")} without one</span><td><td><td>'
     yield "</table>"
 
 
@@ -116,6 +118,8 @@ def card(clip: dict, image: str) -> str:
         lines.append(f"reads: {escape(clip['words'])}")
     if clip.get("caption"):
         lines.append(f'<span class="good">{escape(clip["caption"])}</span>')
+    if clip.get("uncaptioned"):
+        lines.append(f'<span class="bad">no caption: {escape(clip["uncaptioned"])}</span>')
     lines.append(f'<span class="dim">{escape(", ".join(figures(clip["scores"].items())))}</span>')
     return f'<div class="card">{image}{"".join(f"<p>{line}</p>" for line in lines)}</div>'
 

@@ -23,7 +23,9 @@ Fps = Annotated[float, typer.Option(min=0.1, max=240, help="Frames a second that
 
 @app.command()
 def pack(
-    layout: Annotated[str, typer.Argument(help="llava, sharegpt4video, ultraedit, anyedit, senorita or captions.")],
+    layout: Annotated[
+        str, typer.Argument(help="llava, sharegpt4video, ultraedit, anyedit, senorita, captions or curated.")
+    ],
     annotations: Annotated[Path, typer.Argument(help="The .json, .jsonl or .parquet file, or a folder of them.")],
     output: Annotated[str, typer.Option("-o", "--output", help="Folder for the shards, or s3://bucket/prefix.")],
     media: Annotated[Optional[Path], typer.Option(help="Folder of the media that the annotations name.")] = None,  # noqa: UP045

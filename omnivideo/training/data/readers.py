@@ -6,6 +6,7 @@
     anyedit           parquet or JSON: image_file, edited_file, edit_instruction (in JSON "edit"), output
     senorita          JSON: source_video_path, target_video_path, instruction, enhanced_instruction
     captions          parquet: image and caption columns
+    curated           JSONL of `omnivideo data curate`: file, caption
 
 A reader is a function of the file, the folder that its media stand in, and the problems; what cannot be used is noted
 there and skipped.  Pictures in parquet are bytes, or {bytes, path} as the `datasets` package writes them.
@@ -194,6 +195,14 @@ def captions(row: Record, media: Path) -> Sample:
     return Sample("text-to-image", text_in(row, *CAPTIONS), target=medium(row, media, *PICTURES))
 
 
+def curated(row: Record, media: Path) -> Sample:
+    if dropped := row.get("dropped"):
+        raise InvalidInput("dropped", f"the curation rejected it: {json.dumps(dropped)[:200]}")
+    if row.get("caption") is None:
+        raise InvalidInput("caption", "there is none: curate with --captions")
+    return Sample("text-to-video", text_in(row, "caption"), target=medium(row, media, "file"))
+
+
 LAYOUTS: dict[str, Callable[[Record, Path], Sample]] = {
     "llava": llava,
     "sharegpt4video": sharegpt4video,
@@ -201,24 +210,27 @@ LAYOUTS: dict[str, Callable[[Record, Path], Sample]] = {
     "anyedit": anyedit,
     "senorita": senorita,
     "captions": captions,
+    "curated": curated,
 }
+ONLY = {"curated": "clips.jsonl"}  # of its folder: the files beside it are journals
 
 
 def read(layout: str, path: Path, media: Path, problems: Problems) -> Iterator[Sample]:
     """The samples of a file, or of all .json, .jsonl and .parquet files of a folder, in this layout."""
     if layout not in LAYOUTS:
         raise InvalidInput("layout", f"{layout!r} is not one of {', '.join(LAYOUTS)}")
-    for file in files_of(path):
+    for file in files_of(path, layout):
         for name, row in records(file, problems):
             with problems.skipping(name):
                 found = LAYOUTS[layout](row, media)
                 yield Sample(**vars(found) | {"origin": layout, "key": name})
 
 
-def files_of(path: Path) -> list[Path]:
+def files_of(path: Path, layout: str) -> list[Path]:
     if not path.is_dir():
         return [path]
-    found = sorted(file for file in path.rglob("*") if file.suffix in (".json", ".jsonl", ".parquet"))
+    found = sorted(file for file in path.rglob(ONLY.get(layout, "*")) if file.suffix in (".json", ".jsonl", ".parquet"))
     if not found:
-        raise InvalidInput("annotations", f"{path.name!r} holds no .json, .jsonl or .parquet file")
+        wanted = ONLY.get(layout, ".json, .jsonl or .parquet file")
+        raise InvalidInput("annotations", f"{path.name!r} holds no {wanted}")
     return found
