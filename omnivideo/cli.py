@@ -323,7 +323,9 @@ def train(
         if shards is not None:
             from omnivideo.training.real import makers_over
 
-            tiny.makers = makers_over(*data.opened(shards, size, frames, fps), recipe, tiny, weights, given["precision"])
+            tiny.makers = makers_over(
+                *data.opened(shards, size, frames, fps), recipe, tiny, weights, given["precision"]
+            )
         tiny.train(recipe, out, world, until, rate, **changes)
 
 

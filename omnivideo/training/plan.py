@@ -281,7 +281,7 @@ def memory(trained: int, frozen_bytes: int, averaged: bool, gpus: int) -> dict[s
     which divides the optimizer's states and the average over all, nothing else."""
     share = trained / gpus
     if gpus == 1:
-        parts = {"weights trained (fp32)": 4 * trained, "optimizer: two moments (fp32)": 8 * trained}
+        parts: dict[str, float] = {"weights trained (fp32)": 4 * trained, "optimizer: two moments (fp32)": 8 * trained}
     else:
         parts = {"weights trained (bf16)": 2 * trained, "optimizer: master weights, two moments (fp32)": 12 * share}
     parts["average of the weights (fp32)"] = 4 * share if averaged else 0
@@ -342,31 +342,39 @@ def vae_flops(name: str, width: int, height: int, frames: int) -> Flops:
     return Flops(float(counter.get_total_flops()))
 
 
+def tables() -> dict[str, int]:
+    """Parameters of the language models that not every token is multiplied with."""
+    text = MLLM["text_config"]
+    table = text["vocab_size"] * text["hidden_size"]
+    return {"lm_head": table, "embeddings": table, "words": UMT5_XXL["vocab_size"] * UMT5_XXL["d_model"]}
+
+
 def operations(setting: Setting, kind: str, sizes: Mapping[str, int]) -> tuple[Flops, Flops]:
-    """Of one sample: the model's own, and what takes time beyond them (checkpointing, fp32)."""
+    """Of one sample: the model's own, and those that take time beside them (checkpointing, what makes the targets)."""
     chosen, recipe = setting.preset, setting.recipe
     head, adapter = chosen.vision_head, chosen.adapter
     assert head is not None and adapter is not None, "a version 1 preset"
     seen, queries = MLLM_TOKENS[kind], visual_tokens(chosen)
-    heads, again = query_transformer_flops(head, seen), Flops()
+    heads, beside = query_transformer_flops(head, seen), Flops()
     own = mllm_flops(seen, sizes["mllm"] - sizes["lm_head"] - sizes["embeddings"])
     own += heads.trained if recipe in ALIGNED else heads
     if recipe in ALIGNED:
-        own += visual_encoder_flops(queries, sizes["visual_encoder"])
-    if recipe == "stage1":
-        return own + Flops(2.0 * seen * sizes["lm_head"]).trained, again
+        beside += visual_encoder_flops(queries, sizes["visual_encoder"])
+    if recipe == "stage1":  # the text head's inputs have no gradients
+        return own + Flops(2.0 * seen * sizes["lm_head"]) * 2, beside
     own += (query_transformer_flops(adapter, 1) * (queries if kind == "clip" else 1)).trained
     if recipe != "stage2a":
         forward = decoder_flops(chosen.decoder, setting.tokens(kind), setting.condition(kind))
         own += forward.trained if recipe == "stage3" else forward.passed
         own += visual_context_flops(chosen, visual_context_tokens(chosen, setting.grid(kind))).trained
-        again = forward if setting.checkpointing else again
+        beside += forward if setting.checkpointing else Flops()
     if encodes(setting):
         frames = setting.frames if kind == "clip" else 1
-        latents = vae_flops(chosen.name, setting.width, setting.height, frames) * (1 + int(recipe in EDITING))
-        own += text_encoder_flops(chosen.text_tokens, sizes["text_encoder"] - sizes["words"]) + latents
-        again += latents  # TF32 has half the rate of bf16
-    return own, again
+        clips = 2 if recipe in EDITING else 1
+        beside += text_encoder_flops(chosen.text_tokens, sizes["text_encoder"] - sizes["words"])
+        # TF32 has half the rate of bf16.
+        beside += vae_flops(chosen.name, setting.width, setting.height, frames) * clips * 2
+    return own, beside
 
 
 def link(setting: Setting) -> float:
@@ -374,10 +382,10 @@ def link(setting: Setting) -> float:
     return setting.gpu.link if setting.gpus <= NODE else min(setting.gpu.link, NETWORK)
 
 
-def step_times(setting: Setting, kind: str, trained: int, own: Flops, again: Flops) -> dict[str, float]:
+def step_times(setting: Setting, kind: str, trained: int, own: Flops, beside: Flops) -> dict[str, float]:
     """Seconds of one step, its parts one after the other: what overlaps in practice makes it shorter."""
     count, gpus = setting.count(kind), setting.gpus
-    done = (own + again).total * count / setting.sequence
+    done = (own + beside).total * count / setting.sequence
     exchanged = 2 * 2 * trained * (gpus - 1) / gpus / 1e9  # gradients to their owners, weights back, in bf16
     touched = (16 + 12 + 8 + 4) * trained / gpus / 1e9  # states read and written, the average, the gradients
     times = {
@@ -415,10 +423,7 @@ def plan(setting: Setting) -> Plan:
     """Raises InvalidInput for a setting that cannot be, not for one that does not fit: see `check`."""
     validate(setting)
     found = weights_of(setting.preset.name, setting.recipe, setting.cached)
-    trained, text = found.trained, MLLM["text_config"]
-    table = text["vocab_size"] * text["hidden_size"]
-    words = UMT5_XXL["vocab_size"] * UMT5_XXL["d_model"]
-    sizes = found.parts | {"lm_head": table, "embeddings": table, "words": words}
+    trained, sizes = found.trained, found.parts | tables()
     work = {kind: operations(setting, kind, sizes) for kind in ("still", "clip")}
     return Plan(
         setting,
@@ -501,7 +506,7 @@ def weight_rows(made: Plan) -> list[tuple[str, str]]:
     return [
         ("parameters trained", f"{made.trained:,}"),
         ("parameters frozen, on the GPU", f"{made.frozen:,}"),
-        ("parameters on the CPU (what they make is cached)", f"{made.away:,}"),
+        ("parameters on the CPU (text encoder, VAE)", f"{made.away:,}"),
     ]
 
 

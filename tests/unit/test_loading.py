@@ -69,7 +69,9 @@ def test_every_stage_trains_with_its_parts_in_their_places(made, weights, asked,
         assert any(part.startswith("visual_encoder.") for part in asked) == (name in ALIGNED)
         assert bool(recipe.ema) == (name in AVERAGED)
         held = dict(recipe.model.named_parameters())
-        assert {key for key, one in held.items() if one.dtype == FP32} == {k for k in held if k.startswith(TRAINED[name])}
+        assert {key for key, one in held.items() if one.dtype == FP32} == {
+            k for k in held if k.startswith(TRAINED[name])
+        }
         assert all(one.dtype in (FP32, BF16) for one in held.values())
         for key, value in before.items():
             assert torch.equal(held[key], value.to(held[key].dtype)), key
