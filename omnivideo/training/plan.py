@@ -84,7 +84,7 @@ TASKS_OF = {"stage1": tuple(TABLE_1), "stage2a": GENERATION, "stage2b_generation
             "stage3": DRAWN}  # fmt: skip
 EDITING = ("stage2b", "stage3")  # with a source to encode
 ALIGNED = ("stage1", "stage3")  # by Eq. 1, to the visual encoder
-AVERAGED = ("stage2b_generation", "stage2b", "stage3")
+AVERAGED = ("stage2b_generation", "stage2b", "stage3")  # and these go through the decoder
 
 MLLM_TOKENS = {"still": 512, "clip": 2048}  # of a request with its media and answer
 FIXED = 2.5  # GB of CUDA context, NCCL buffers and library work spaces
@@ -361,19 +361,23 @@ def operations(setting: Setting, kind: str, sizes: Mapping[str, int]) -> tuple[F
     if recipe in ALIGNED:
         beside += visual_encoder_flops(queries, sizes["visual_encoder"])
     if recipe == "stage1":  # the text head's inputs have no gradients
-        return own + Flops(2.0 * seen * sizes["lm_head"]) * 2, beside
-    own += (query_transformer_flops(adapter, 1) * (queries if kind == "clip" else 1)).trained
-    if recipe != "stage2a":
-        forward = decoder_flops(chosen.decoder, setting.tokens(kind), setting.condition(kind))
-        own += forward.trained if recipe == "stage3" else forward.passed
-        own += visual_context_flops(chosen, visual_context_tokens(chosen, setting.grid(kind))).trained
-        beside += forward if setting.checkpointing else Flops()
+        own += Flops(2.0 * seen * sizes["lm_head"]) * 2
+    else:
+        own += (query_transformer_flops(adapter, 1) * (queries if kind == "clip" else 1)).trained
     if encodes(setting):
         frames = setting.frames if kind == "clip" else 1
         clips = 2 if recipe in EDITING else 1
         beside += text_encoder_flops(chosen.text_tokens, sizes["text_encoder"] - sizes["words"])
         # TF32 has half the rate of bf16.
         beside += vae_flops(chosen.name, setting.width, setting.height, frames) * clips * 2
+    if recipe in AVERAGED:
+        own += visual_context_flops(chosen, visual_context_tokens(chosen, setting.grid(kind))).trained
+    # Processes that share a sample's tokens share the decoder's work: all the rest each does for itself.
+    beside += (own + beside) * (setting.sequence - 1)
+    if recipe in AVERAGED:
+        forward = decoder_flops(chosen.decoder, setting.tokens(kind), setting.condition(kind))
+        own += forward.trained if recipe == "stage3" else forward.passed
+        beside += forward if setting.checkpointing else Flops()
     return own, beside
 
 

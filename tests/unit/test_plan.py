@@ -293,6 +293,9 @@ def test_times_follow_from_the_operations(made):
     forward = decoder_flops(STAGE_3.preset.decoder, 7800, 2560).total / (989e12 * 0.45)
     assert again.step["clip"]["compute"] - made.step["clip"]["compute"] == pytest.approx(forward)
     assert again.flops == made.flops  # MFU does not count it
+    shared = plan(replace(STAGE_3, sequence=4))  # of the tokens; the MLLM sees every sample on each of the four
+    rest = made.step["clip"]["compute"] - 3 * forward
+    assert shared.step["clip"]["compute"] == pytest.approx(3 * forward / 4 + rest)
     more = plan(replace(STAGE_3, gpus=64))
     assert 1 / 8 < more.days / made.days < 1 / 3 and sum(more.steps.values()) == pytest.approx(
         sum(made.steps.values()) / 8
