@@ -260,7 +260,7 @@ def train(
     optimizer: Annotated[Optional[Literal["muon", "adamw"]], typer.Option(help="Instead of the recipe's.")] = None,  # noqa: UP045
     checkpointing: Annotated[
         Optional[bool],  # noqa: UP045
-        typer.Option("--checkpointing/--no-checkpointing", help="Less memory, more time; with --plan the default."),
+        typer.Option("--checkpointing/--no-checkpointing", help="Less memory, more time."),
     ] = None,
     watch: Annotated[list[str], typer.Option(help="tensorboard or wandb; may be given twice.")] = [],  # noqa: B006
     until: Annotated[Optional[int], typer.Option(min=0, help="Stop at this step; 0 only writes state.pt.")] = None,  # noqa: UP045
@@ -287,7 +287,7 @@ def train(
     batch: Annotated[int, typer.Option(min=1, help="With --plan: clips on one GPU.")] = 1,
     size: Annotated[str, typer.Option(help="With --plan or --data: WIDTHxHEIGHT in px.")] = "832x480",
     frames: Annotated[str, typer.Option(help="With --plan: frames of a clip; with --data: all lengths.")] = "17",
-    cached: Annotated[bool, typer.Option(help="With --plan: latents, text and MLLM states come from disk.")] = True,
+    cached: Annotated[bool, typer.Option(help="With --plan: latents and text come from the cache.")] = True,
     steps: Annotated[int | None, typer.Option(min=1, help="Instead of the recipe's; with --plan Table 1 once.")] = None,
     utilisation: Annotated[float, typer.Option(help="With --plan: share of the peak in products.")] = 0.45,
 ) -> None:
@@ -300,7 +300,7 @@ def train(
         count, gpu = gpus_of(gpus)
         px: dict[str, Any] = parse_size(size)
         made = planned(Setting(recipe, gpu, count, preset_of(preset), batch, px["width"], px["height"],
-                               data.whole_numbers("frames", [frames])[0], sequence, checkpointing is not False, cached,
+                               data.whole_numbers("frames", [frames])[0], sequence, bool(checkpointing), cached,
                                steps, utilisation))  # fmt: skip
         out.print(as_table(made))
         return check(made)
@@ -323,7 +323,9 @@ def train(
         if shards is not None:
             from omnivideo.training.real import makers_over
 
-            tiny.makers = makers_over(*data.opened(shards, size, frames, fps), recipe, tiny, weights)
+            tiny.makers = makers_over(
+                *data.opened(shards, size, frames, fps), recipe, tiny, weights, given["precision"]
+            )
         tiny.train(recipe, out, world, until, rate, **changes)
 
 

@@ -8,6 +8,7 @@ Every weights file is safetensors.  A missing or unknown key, a wrong shape or a
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -109,25 +110,35 @@ def verify(folder: Path) -> None:
 
 def load(folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Omni:
     """All parts of the preset that the folder's index names, in evaluation mode."""
+    return load_parts(folder, lambda name, part: part.to(device), dtype)
+
+
+def load_parts(folder: Path, put: Callable[[str, Any], Any], dtype: torch.dtype | None = None) -> Omni:
+    """As `load`; `put` brings each part, by its name in `Omni`, where it belongs before the next is read.
+
+    Without a `dtype` the parts come as `strictly` reads them.
+    """
     chosen = preset(read_index(folder)["preset"])
     logging.disable_progress_bar()  # transformers draws one for each part, whatever the size
-    decoder = strictly(WanTransformer3DModel, folder, "transformer", dtype)
-    omni = Omni(
+    decoder = put("decoder", strictly(WanTransformer3DModel, folder, "transformer", dtype))
+    return Omni(
         preset=chosen,
-        mllm=strictly(Qwen3VLForConditionalGeneration, folder, "mllm", dtype),
+        mllm=put("mllm", strictly(Qwen3VLForConditionalGeneration, folder, "mllm", dtype)),
         mllm_tokenizer=AutoTokenizer.from_pretrained(folder / "mllm", local_files_only=True),
         pixels=Pixels(),
-        bridge=load_bridge(chosen, folder, dtype),
+        bridge=put("bridge", load_bridge(chosen, folder, dtype)),
         decoder=with_absolute_positions(decoder) if chosen.absolute_positions else decoder,
-        text_encoder=strictly(UMT5EncoderModel, folder, "text_encoder", dtype),
+        text_encoder=put("text_encoder", strictly(UMT5EncoderModel, folder, "text_encoder", dtype)),
         tokenizer=AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True),
-        vae=strictly(AutoencoderKLWan, folder, "vae", dtype),
-    )
-    return omni.to(device).eval()
+        vae=put("vae", strictly(AutoencoderKLWan, folder, "vae", dtype)),
+    ).eval()
 
 
-def strictly(cls: Any, folder: Path, name: str, dtype: torch.dtype) -> Any:
-    """A library model from its sub-folder; the libraries only warn of missing keys, here they are an error."""
+def strictly(cls: Any, folder: Path, name: str, dtype: torch.dtype | None) -> Any:
+    """A library model from its sub-folder; the libraries only warn of missing keys, here they are an error.
+
+    Without a `dtype` a model of transformers comes in the file's precision, one of diffusers in fp32.
+    """
     part = folder / name
     if not (part / "config.json").is_file():
         raise CheckpointError(f"{name}/config.json is missing from the weights")
@@ -141,14 +152,14 @@ def strictly(cls: Any, folder: Path, name: str, dtype: torch.dtype) -> Any:
     return model
 
 
-def load_bridge(chosen: Preset, folder: Path, dtype: torch.dtype) -> Bridge:
+def load_bridge(chosen: Preset, folder: Path, dtype: torch.dtype | None) -> Bridge:
     with torch.device("meta"):
         bridge = Bridge(chosen)
     for name in BRIDGE_PARTS:
         path = folder / name / WEIGHTS
         if not path.is_file():
             raise CheckpointError(f"{name}/{WEIGHTS} is missing from the weights")
-        state = {key: value.to(dtype) for key, value in load_file(path).items()}
+        state = {key: value.to(dtype or value.dtype) for key, value in load_file(path).items()}
         if name == "markers":
             with torch.device("meta"):
                 bridge.markers = Markers(chosen.text_width, {key: len(value) for key, value in state.items()})

@@ -14,7 +14,15 @@ import torch
 from diffusers import AutoencoderKLWan
 from rich.table import Table
 from torch import nn
-from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration, UMT5Config, UMT5EncoderModel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import (
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+    UMT5Config,
+    UMT5EncoderModel,
+)
 
 from omnivideo.errors import InvalidInput
 from omnivideo.models.omni import Bridge, build_decoder
@@ -37,10 +45,11 @@ from omnivideo.training.flops import (
     query_transformer_flops,
     visual_context_flops,
 )
+from omnivideo.training.loading import place_of
 from omnivideo.training.recipes.stages import TRAINED
 from omnivideo.training.trainer import freeze
 
-# Qwen3-VL 8B, whose width is the preset's; and the encoder of Wan's text condition.
+# Qwen3-VL 8B, whose width is the preset's; the encoder of Wan's text condition; SigLIP2 so400m.
 MLLM: dict[str, Any] = {
     "text_config": {
         "vocab_size": 151_936, "hidden_size": 4096, "intermediate_size": 12_288, "num_hidden_layers": 36,
@@ -59,6 +68,10 @@ UMT5_XXL: dict[str, Any] = {
     "vocab_size": 256_384, "d_model": 4096, "d_kv": 64, "d_ff": 10_240, "num_layers": 24, "num_heads": 64,
     "feed_forward_proj": "gated-gelu",
 }  # fmt: skip
+SIGLIP: dict[str, Any] = {
+    "hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16,
+    "image_size": 384, "patch_size": 14,
+}  # fmt: skip
 
 # Samples of the paper's Table 1, by task; a task of video is one whose name has it.
 TABLE_1 = {
@@ -67,11 +80,16 @@ TABLE_1 = {
 }  # fmt: skip
 GENERATION = ("text-to-image", "text-to-video")
 DRAWN = (*GENERATION, "image editing", "video editing")
-TASKS_OF = {"stage1": tuple(TABLE_1), "stage1_text": tuple(TABLE_1), "stage2a": GENERATION,
-            "stage2b_generation": GENERATION, "stage2b": DRAWN, "stage3": DRAWN}  # fmt: skip
+TASKS_OF = {"stage1": tuple(TABLE_1), "stage2a": GENERATION, "stage2b_generation": GENERATION, "stage2b": DRAWN,
+            "stage3": DRAWN}  # fmt: skip
+EDITING = ("stage2b", "stage3")  # with a source to encode
+ALIGNED = ("stage1", "stage3")  # by Eq. 1, to the visual encoder
+AVERAGED = ("stage2b_generation", "stage2b", "stage3")  # and these go through the decoder
 
 MLLM_TOKENS = {"still": 512, "clip": 2048}  # of a request with its media and answer
 FIXED = 2.5  # GB of CUDA context, NCCL buffers and library work spaces
+TOGETHER, VAE_WIDTH = 8, 96  # stills that the VAE encodes at once, its channels at full size
+BUCKET = 5e8  # gradients that DeepSpeed sends at once
 NODE, NETWORK = 8, 50.0  # GPUs that share the fast link; GB/s one way of each GPU to other nodes (400 Gb/s)
 DAY = 86_400.0
 
@@ -89,7 +107,7 @@ class Setting:
     height: int = 480
     frames: int = 17
     sequence: int = 1
-    checkpointing: bool = True
+    checkpointing: bool = False
     cached: bool = True
     steps: int | None = None
     utilisation: float = 0.45
@@ -127,20 +145,24 @@ class Setting:
 
 @dataclass(frozen=True)
 class Plan:
-    """Counts of parameters, memory of one GPU in GB by part, and times of one step of each kind in seconds."""
+    """Counts of parameters, memory of one GPU in GB by part, and times of one step of each kind in seconds.
+
+    `memory` is what is always there, `peaks` what comes and goes, one after the other.
+    """
 
     setting: Setting
     trained: int
     frozen: int
     away: int
     memory: dict[str, float]
+    peaks: dict[str, float]
     step: dict[str, dict[str, float]]
     flops: dict[str, float]
     steps: dict[str, float]
 
     @property
     def needed(self) -> float:
-        return sum(self.memory.values())
+        return sum(self.memory.values()) + max(self.peaks.values())
 
     @property
     def seconds(self) -> float:
@@ -172,24 +194,40 @@ def models_of(chosen: Preset) -> nn.ModuleDict:
             "decoder": build_decoder(chosen),
             "text_encoder": UMT5EncoderModel(UMT5Config(**UMT5_XXL)),
             "vae": AutoencoderKLWan(**chosen.vae),
+            "visual_encoder": SiglipVisionModel(SiglipVisionConfig(**SIGLIP)),
         }
     return nn.ModuleDict(parts)
 
 
+@dataclass(frozen=True)
+class Weights:
+    """A stage's parameters: trained, of every part, frozen on the GPU, and the bytes of these."""
+
+    trained: int
+    parts: dict[str, int]
+    frozen: int
+    frozen_bytes: int
+
+
 @cache
-def counts_of(name: str, recipe: str) -> tuple[int, dict[str, int]]:
-    """Parameters that the recipe trains, and those of every part."""
+def weights_of(name: str, recipe: str, cached: bool) -> Weights:
+    """Of the parts that the stage reads, placed as `loading` does it."""
     models = models_of(preset(name))
+    if recipe not in ALIGNED:
+        del models["visual_encoder"]
     counts = {part: sum(one.numel() for one in model.parameters()) for part, model in models.items()}
-    return sum(one.numel() for _, one in freeze(models, TRAINED[recipe])), counts
+    trained = sum(one.numel() for _, one in freeze(models, TRAINED[recipe]))
+    places = [
+        (one.numel(), place_of(recipe, key, torch.device("cuda"), torch.bfloat16, cached or recipe == "stage1"))
+        for key, one in models.named_parameters() if not one.requires_grad
+    ]  # fmt: skip
+    there = [(count, count * place.dtype.itemsize) for count, place in places if place.device.type == "cuda"]
+    return Weights(trained, counts, sum(count for count, _ in there), sum(size for _, size in there))
 
 
-def at_work(setting: Setting) -> set[str]:
-    """The parts that a step runs; the others' results come from the cache."""
-    if setting.recipe.startswith("stage1"):
-        return {"mllm", "bridge"} if setting.recipe == "stage1" else {"mllm"}
-    parts = {"bridge"} if setting.recipe == "stage2a" else {"bridge", "decoder"}
-    return parts if setting.cached else parts | {"mllm", "text_encoder", "vae"}
+def encodes(setting: Setting) -> bool:
+    """Whether latents and text are made on the way."""
+    return not setting.cached and setting.recipe != "stage1"
 
 
 # ---------------------------------------------------------------- memory
@@ -223,7 +261,7 @@ def activations(setting: Setting, kind: str) -> float:
     head, adapter = chosen.vision_head, chosen.adapter
     assert head is not None and adapter is not None, "a version 1 preset"
     total = 0.0
-    if recipe in ("stage1", "stage3"):
+    if recipe in ALIGNED:
         total += query_transformer_activations(head, MLLM_TOKENS[kind])
     if recipe.startswith("stage1"):
         total += (
@@ -238,18 +276,40 @@ def activations(setting: Setting, kind: str) -> float:
     return total * count
 
 
-def memory(setting: Setting, trained: int, on_gpu: int) -> dict[str, float]:
-    """GB of one GPU by part: ZeRO-1 divides the optimizer's states and the average over all GPUs, nothing else."""
-    share = trained / setting.gpus
-    parts = {
-        "weights (bf16)": 2 * on_gpu,
-        "gradients (bf16)": 2 * trained,
-        "gradients of the own share (fp32)": 4 * share,
-        "optimizer: master weights, two moments (fp32)": 12 * share,
-        "average of the weights (fp32)": 4 * share,
-        "activations": max(activations(setting, kind) for kind in ("still", "clip")),
-    }
+def memory(trained: int, frozen_bytes: int, averaged: bool, gpus: int) -> dict[str, float]:
+    """GB of one GPU that are always there: of one process as the plain trainer has them, of several as ZeRO-1 does,
+    which divides the optimizer's states and the average over all, nothing else."""
+    share = trained / gpus
+    if gpus == 1:
+        parts: dict[str, float] = {"weights trained (fp32)": 4 * trained, "optimizer: two moments (fp32)": 8 * trained}
+    else:
+        parts = {"weights trained (bf16)": 2 * trained, "optimizer: master weights, two moments (fp32)": 12 * share}
+    parts["average of the weights (fp32)"] = 4 * share if averaged else 0
+    parts["weights frozen (bf16)"] = frozen_bytes
     return {name: count / 1e9 for name, count in parts.items()} | {"CUDA, NCCL, work spaces": FIXED}
+
+
+def peaks(setting: Setting, trained: int) -> dict[str, float]:
+    """GB of one GPU that are there one after the other: the largest counts.
+
+    Gradients come as activations go.  Autocast keeps its bf16 copies of fp32 weights for the backward pass.  DeepSpeed
+    reduces whole bf16 gradients by buckets, then has those of its share thrice: as they were, flattened, and in fp32.
+    """
+    kept, gpus = max(activations(setting, kind) for kind in ("still", "clip")), setting.gpus
+    if gpus == 1:
+        found = {"activations, copies of weights (bf16)": kept + 2 * trained, "gradients (fp32)": 4.0 * trained}
+    else:
+        reduced = 2 * (trained + min(trained, BUCKET))
+        found = {"activations": kept, "gradients (bf16), of the share fp32": max(reduced, 8 * trained / gpus)}
+    if encodes(setting):
+        found["encoding (fp32)"] = max(encoding(setting, kind) for kind in ("still", "clip"))
+    return {name: count / 1e9 for name, count in found.items()}
+
+
+def encoding(setting: Setting, kind: str) -> float:
+    """Bytes that the VAE works in: about ten of its widest activations, four frames of one clip or some stills."""
+    together = 4 if kind == "clip" else min(TOGETHER, 2 * setting.stills)
+    return 10 * 4 * VAE_WIDTH * setting.width * setting.height * together
 
 
 # ---------------------------------------------------------------- time
@@ -261,27 +321,64 @@ def mllm_flops(tokens: int, parameters: int) -> Flops:
     return Flops(2.0 * parameters * tokens, 2.0 * tokens**2 * width * text["num_hidden_layers"])  # half: causal
 
 
+def visual_encoder_flops(frames: int, parameters: int) -> Flops:
+    tokens, width, layers = ((SIGLIP["image_size"] // SIGLIP["patch_size"]) ** 2,
+                             SIGLIP["hidden_size"], SIGLIP["num_hidden_layers"])  # fmt: skip
+    return Flops(2.0 * parameters * tokens, 4.0 * tokens**2 * width * layers) * frames
+
+
+def text_encoder_flops(tokens: int, parameters: int) -> Flops:
+    width = UMT5_XXL["num_heads"] * UMT5_XXL["d_kv"]
+    return Flops(2.0 * parameters * tokens, 4.0 * tokens**2 * width * UMT5_XXL["num_layers"])
+
+
+@cache
+def vae_flops(name: str, width: int, height: int, frames: int) -> Flops:
+    """Encoding one clip, counted by torch over the meta device."""
+    with torch.device("meta"):
+        vae, pixels = AutoencoderKLWan(**preset(name).vae), torch.empty(1, 3, frames, height, width)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        vae.encode(pixels)
+    return Flops(float(counter.get_total_flops()))
+
+
+def tables() -> dict[str, int]:
+    """Parameters of the language models that not every token is multiplied with."""
+    text = MLLM["text_config"]
+    table = text["vocab_size"] * text["hidden_size"]
+    return {"lm_head": table, "embeddings": table, "words": UMT5_XXL["vocab_size"] * UMT5_XXL["d_model"]}
+
+
 def operations(setting: Setting, kind: str, sizes: Mapping[str, int]) -> tuple[Flops, Flops]:
-    """Of one sample: the model's own, and those done again by checkpointing."""
+    """Of one sample: the model's own, and those that take time beside them (checkpointing, what makes the targets)."""
     chosen, recipe = setting.preset, setting.recipe
     head, adapter = chosen.vision_head, chosen.adapter
     assert head is not None and adapter is not None, "a version 1 preset"
-    seen = MLLM_TOKENS[kind]
-    heads = query_transformer_flops(head, seen)
-    own, again = Flops(), Flops()
-    if "mllm" in at_work(setting):
-        own += mllm_flops(seen, sizes["mllm"] - sizes["lm_head"] - sizes["embeddings"])
-    if recipe.startswith("stage1"):
-        own += Flops(2.0 * seen * sizes["lm_head"]).trained
-        return own + (heads.trained if recipe == "stage1" else Flops()), again
-    own += heads.trained if recipe == "stage3" else heads
-    own += (query_transformer_flops(adapter, 1) * (visual_tokens(chosen) if kind == "clip" else 1)).trained
-    if recipe != "stage2a":
+    seen, queries = MLLM_TOKENS[kind], visual_tokens(chosen)
+    heads, beside = query_transformer_flops(head, seen), Flops()
+    own = mllm_flops(seen, sizes["mllm"] - sizes["lm_head"] - sizes["embeddings"])
+    own += heads.trained if recipe in ALIGNED else heads
+    if recipe in ALIGNED:
+        beside += visual_encoder_flops(queries, sizes["visual_encoder"])
+    if recipe == "stage1":  # the text head's inputs have no gradients
+        own += Flops(2.0 * seen * sizes["lm_head"]) * 2
+    else:
+        own += (query_transformer_flops(adapter, 1) * (queries if kind == "clip" else 1)).trained
+    if encodes(setting):
+        frames = setting.frames if kind == "clip" else 1
+        clips = 2 if recipe in EDITING else 1
+        beside += text_encoder_flops(chosen.text_tokens, sizes["text_encoder"] - sizes["words"])
+        # TF32 has half the rate of bf16.
+        beside += vae_flops(chosen.name, setting.width, setting.height, frames) * clips * 2
+    if recipe in AVERAGED:
+        own += visual_context_flops(chosen, visual_context_tokens(chosen, setting.grid(kind))).trained
+    # Processes that share a sample's tokens share the decoder's work: all the rest each does for itself.
+    beside += (own + beside) * (setting.sequence - 1)
+    if recipe in AVERAGED:
         forward = decoder_flops(chosen.decoder, setting.tokens(kind), setting.condition(kind))
         own += forward.trained if recipe == "stage3" else forward.passed
-        own += visual_context_flops(chosen, visual_context_tokens(chosen, setting.grid(kind))).trained
-        again = forward if setting.checkpointing else again
-    return own, again
+        beside += forward if setting.checkpointing else Flops()
+    return own, beside
 
 
 def link(setting: Setting) -> float:
@@ -289,10 +386,10 @@ def link(setting: Setting) -> float:
     return setting.gpu.link if setting.gpus <= NODE else min(setting.gpu.link, NETWORK)
 
 
-def step_times(setting: Setting, kind: str, trained: int, own: Flops, again: Flops) -> dict[str, float]:
+def step_times(setting: Setting, kind: str, trained: int, own: Flops, beside: Flops) -> dict[str, float]:
     """Seconds of one step, its parts one after the other: what overlaps in practice makes it shorter."""
     count, gpus = setting.count(kind), setting.gpus
-    done = (own + again).total * count / setting.sequence
+    done = (own + beside).total * count / setting.sequence
     exchanged = 2 * 2 * trained * (gpus - 1) / gpus / 1e9  # gradients to their owners, weights back, in bf16
     touched = (16 + 12 + 8 + 4) * trained / gpus / 1e9  # states read and written, the average, the gradients
     times = {
@@ -329,18 +426,16 @@ def steps_of(setting: Setting) -> dict[str, float]:
 def plan(setting: Setting) -> Plan:
     """Raises InvalidInput for a setting that cannot be, not for one that does not fit: see `check`."""
     validate(setting)
-    trained, counts = counts_of(setting.preset.name, setting.recipe)
-    on_gpu = sum(counts[name] for name in at_work(setting))
-    text = MLLM["text_config"]
-    table = text["vocab_size"] * text["hidden_size"]
-    sizes = counts | {"lm_head": table, "embeddings": table}
+    found = weights_of(setting.preset.name, setting.recipe, setting.cached)
+    trained, sizes = found.trained, found.parts | tables()
     work = {kind: operations(setting, kind, sizes) for kind in ("still", "clip")}
     return Plan(
         setting,
         trained,
-        on_gpu - trained,
-        sum(counts.values()) - on_gpu,
-        memory(setting, trained, on_gpu),
+        found.frozen,
+        sum(found.parts.values()) - trained - found.frozen,
+        memory(trained, found.frozen_bytes, setting.recipe in AVERAGED, setting.gpus),
+        peaks(setting, trained),
         {kind: step_times(setting, kind, trained, *both) for kind, both in work.items()},
         {kind: own.total * setting.count(kind) / setting.sequence for kind, (own, _) in work.items()},
         steps_of(setting),
@@ -415,12 +510,13 @@ def weight_rows(made: Plan) -> list[tuple[str, str]]:
     return [
         ("parameters trained", f"{made.trained:,}"),
         ("parameters frozen, on the GPU", f"{made.frozen:,}"),
-        ("parameters not on the GPU (their results are cached)", f"{made.away:,}"),
+        ("parameters on the CPU (text encoder, VAE)", f"{made.away:,}"),
     ]
 
 
 def memory_rows(made: Plan) -> list[tuple[str, str]]:
     rows = [(f"GB, {name}", f"{value:.2f}") for name, value in made.memory.items()]
+    rows += [(f"GB in turn, {name}", f"{value:.2f}") for name, value in made.peaks.items()]
     return [*rows, (f"GB, all, of the {made.setting.gpu.memory:g} of one GPU", f"{made.needed:.2f}")]
 
 

@@ -6,15 +6,14 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from transformers import SiglipVisionModel
 
 from omnivideo.errors import InvalidInput
-from omnivideo.models.checkpoint import load
 from omnivideo.models.omni import Omni
 from omnivideo.training.data.batches import Mix
 from omnivideo.training.data.encode import Cache, Fit, digest_of, name_of
 from omnivideo.training.data.rows import Epochs, Lessons, ShardSource
 from omnivideo.training.data.shards import Library
+from omnivideo.training.loading import Loader
 from omnivideo.training.recipes.stages import SIZES, Whole, flow_recipe, stage1_over, stage2a_over
 from omnivideo.training.tiny import Tiny
 from omnivideo.training.trainer import Recipe
@@ -29,7 +28,7 @@ STEPS = 20_000
 
 
 def makers_over(
-    library: Library, fit: Fit, name: str, tiny: Tiny, weights: Path | None
+    library: Library, fit: Fit, name: str, tiny: Tiny, weights: Path | None, precision: torch.dtype | None = None
 ) -> dict[str, Callable[[], Recipe]]:
     """The recipes that train over a library, whose cache (from stage 2a on) has been made with the same weights.
 
@@ -39,39 +38,43 @@ def makers_over(
         raise InvalidInput("recipe", f"{name!r} does not train over shards; allowed: {', '.join(EARLIER)}")
     if weights is None:
         raise InvalidInput("weights", "shards need a folder of weights to begin with")
-    return {name: partial(recipe_over, library, fit, name, tiny, weights)}
+    return {name: partial(recipe_over, library, fit, name, tiny, weights, precision)}
 
 
-def recipe_over(library: Library, fit: Fit, name: str, tiny: Tiny, weights: Path) -> Recipe:
-    """A stage, from the earlier stage's run, else from the weights.  AdamW with a cosine; on a GPU in bf16."""
-    omni = load(weights, tiny.device)
+def recipe_over(
+    library: Library, fit: Fit, name: str, tiny: Tiny, weights: Path, precision: torch.dtype | None = None
+) -> Recipe:
+    """A stage, from the earlier stage's run, else from the weights.  AdamW with a cosine; on a GPU in bf16, if no other
+    `precision` is asked for."""
+    precision = precision or (torch.bfloat16 if tiny.device.type == "cuda" else torch.float32)
+    loader = Loader(name, weights, tiny.device, precision)
+    omni = loader.omni()
     if EARLIER[name] and tiny.has_run(EARLIER[name]):
-        state = torch.load(tiny.stage_file(EARLIER[name]), weights_only=True, map_location=tiny.device)
+        state = torch.load(tiny.stage_file(EARLIER[name]), weights_only=True, map_location="cpu", mmap=True)
         Whole(omni).load_state_dict(state["model"] | state["average"])
     stills, clips = SIZES
     # A unit would move samples of a rare shape to another one, and their latents are made.
     mix = Mix(sizes={"image": stills * tiny.times, "video": clips * tiny.times}, unit=1)
-    source, recipe = (lessons if name == "stage1" else flow)(library, fit, name, tiny, weights, omni, mix)
-    precision = torch.bfloat16 if tiny.device.type == "cuda" else torch.float32
+    source, recipe = (lessons if name == "stage1" else flow)(library, fit, name, tiny, loader, omni, mix)
     return replace(recipe, optimizer="adamw", shape="cosine", precision=precision, data=source.order.digest())
 
 
 def lessons(
-    library: Library, fit: Fit, name: str, tiny: Tiny, weights: Path, omni: Omni, mix: Mix
+    library: Library, fit: Fit, name: str, tiny: Tiny, loader: Loader, omni: Omni, mix: Mix
 ) -> tuple[Epochs, Recipe]:
     """Stage 1."""
-    encoder = tiny.part(SiglipVisionModel, "visual_encoder")
+    encoder = loader.visual_encoder()
     source = Lessons(omni, library, fit, mix, encoder)
     recipe = stage1_over(omni, encoder, source.draw, STEPS, source.samples, tiny.workers)
     return source, replace(recipe, lr=100 * RATE, adam_lr=10 * RATE)
 
 
 def flow(
-    library: Library, fit: Fit, name: str, tiny: Tiny, weights: Path, omni: Omni, mix: Mix
+    library: Library, fit: Fit, name: str, tiny: Tiny, loader: Loader, omni: Omni, mix: Mix
 ) -> tuple[Epochs, Recipe]:
     """From stage 2a on: over latents and text that are in the cache."""
-    encoder = tiny.part(SiglipVisionModel, "visual_encoder") if name == "stage3" else None
-    cache = Cache(library.shelf, digest_of(name_of(weights), fit))
+    encoder = loader.visual_encoder() if name == "stage3" else None
+    cache = Cache(library.shelf, digest_of(name_of(loader.weights), fit))
     source = ShardSource(name, omni, library, cache, fit, mix, encoder)
     if name == "stage2a":
         recipe = replace(stage2a_over(omni, source, STEPS, tiny.workers), lr=100 * RATE, adam_lr=10 * RATE)

@@ -374,7 +374,8 @@ def flow_recipe(
     """
     model = Whole(omni)
     with torch.no_grad():
-        null = omni.texts([omni.preset.negative_prompt])[0]
+        # The text encoder may lie elsewhere, and in another precision (`loading`).
+        null = omni.texts([omni.preset.negative_prompt])[0].to(omni.device, torch.float32)
     drawn = Ahead(source.draw, workers)
 
     def loss(step: int) -> Losses:
