@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, Qwen3VLForConditionalGeneration, UMT5EncoderModel
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen3VLForConditionalGeneration, UMT5EncoderModel
 from transformers.utils import logging
 
 from omnivideo.errors import CheckpointError
 from omnivideo.models.conditions import Markers
-from omnivideo.models.mllm import Pixels
+from omnivideo.models.mllm import VISUAL_TOKENS, Pixels
 from omnivideo.models.omni import Bridge, Omni
 from omnivideo.models.positions import with_absolute_positions
 from omnivideo.presets import Preset, preset
@@ -112,10 +112,11 @@ def load(folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype = 
     chosen = preset(read_index(folder)["preset"])
     logging.disable_progress_bar()  # transformers draws one for each part, whatever the size
     decoder = strictly(WanTransformer3DModel, folder, "transformer", dtype)
+    mllm = strictly(Qwen3VLForConditionalGeneration, folder, "mllm", dtype)
     omni = Omni(
         preset=chosen,
-        mllm=strictly(Qwen3VLForConditionalGeneration, folder, "mllm", dtype),
-        mllm_tokenizer=AutoTokenizer.from_pretrained(folder / "mllm", local_files_only=True),
+        mllm=mllm,
+        mllm_tokenizer=mllm_tokenizer(folder, mllm.get_input_embeddings().num_embeddings),
         pixels=Pixels(),
         bridge=load_bridge(chosen, folder, dtype),
         decoder=with_absolute_positions(decoder) if chosen.absolute_positions else decoder,
@@ -124,6 +125,18 @@ def load(folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype = 
         vae=strictly(AutoencoderKLWan, folder, "vae", dtype),
     )
     return omni.to(device).eval()
+
+
+def mllm_tokenizer(folder: Path, embeddings: int) -> PreTrainedTokenizerBase:
+    """The MLLM's; a stock one has not the tokens that route, and would split them without a word."""
+    tokenizer = AutoTokenizer.from_pretrained(folder / "mllm", local_files_only=True)
+    ids = tokenizer("".join(VISUAL_TOKENS), add_special_tokens=False).input_ids
+    if ids != tokenizer.convert_tokens_to_ids(list(VISUAL_TOKENS)) or max(ids) >= embeddings:
+        raise CheckpointError(
+            f"mllm: {', '.join(VISUAL_TOKENS)} are to be one token each, with an embedding; add them to its tokenizer "
+            "and model as docs/weights.md says"
+        )
+    return tokenizer
 
 
 def strictly(cls: Any, folder: Path, name: str, dtype: torch.dtype) -> Any:
