@@ -290,6 +290,7 @@ def train(
     cached: Annotated[bool, typer.Option(help="With --plan: latents and text come from the cache.")] = True,
     steps: Annotated[int | None, typer.Option(min=1, help="Instead of the recipe's; with --plan Table 1 once.")] = None,
     utilisation: Annotated[float, typer.Option(help="With --plan: share of the peak in products.")] = 0.45,
+    report: data.Report = None,
 ) -> None:
     """Train the tiny preset, or one recipe of it, or a stage over shards; goes on from its last checkpoint."""
     if plan:
@@ -320,13 +321,16 @@ def train(
             runs, compiled, watch=make, weights=weights, device=device, workers=workers, times=times,
             seeds=seed or SEEDS,
         )  # fmt: skip
-        if shards is not None:
-            from omnivideo.training.real import makers_over
+        if shards is None:
+            return tiny.train(recipe, out, world, until, rate, **changes)
+        from omnivideo.training.real import makers_over
 
-            tiny.makers = makers_over(
-                *data.opened(shards, size, frames, fps), recipe, tiny, weights, given["precision"]
-            )
-        tiny.train(recipe, out, world, until, rate, **changes)
+        library, fit = data.opened(shards, size, frames, fps)
+        with data.concluding(library.problems, report, world):
+            tiny.makers = makers_over(library, fit, recipe, tiny, weights, given["precision"])
+            if world.first:
+                tiny.makers = data.telling(tiny.makers, library.problems, report)
+            tiny.train(recipe, out, world, until, rate, **changes)
 
 
 @app.command()

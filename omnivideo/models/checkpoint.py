@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, Qwen3VLForConditionalGeneration, UMT5EncoderModel
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen3VLForConditionalGeneration, UMT5EncoderModel
 from transformers.utils import logging
 
 from omnivideo.errors import CheckpointError
 from omnivideo.models.conditions import Markers
-from omnivideo.models.mllm import Pixels
+from omnivideo.models.mllm import VISUAL_TOKENS, Pixels
 from omnivideo.models.omni import Bridge, Omni
 from omnivideo.models.positions import with_absolute_positions
 from omnivideo.presets import Preset, preset
@@ -121,10 +121,11 @@ def load_parts(folder: Path, put: Callable[[str, Any], Any], dtype: torch.dtype 
     chosen = preset(read_index(folder)["preset"])
     logging.disable_progress_bar()  # transformers draws one for each part, whatever the size
     decoder = put("decoder", strictly(WanTransformer3DModel, folder, "transformer", dtype))
+    mllm = put("mllm", strictly(Qwen3VLForConditionalGeneration, folder, "mllm", dtype))
     return Omni(
         preset=chosen,
-        mllm=put("mllm", strictly(Qwen3VLForConditionalGeneration, folder, "mllm", dtype)),
-        mllm_tokenizer=AutoTokenizer.from_pretrained(folder / "mllm", local_files_only=True),
+        mllm=mllm,
+        mllm_tokenizer=mllm_tokenizer(folder, mllm.get_input_embeddings().num_embeddings),
         pixels=Pixels(),
         bridge=put("bridge", load_bridge(chosen, folder, dtype)),
         decoder=with_absolute_positions(decoder) if chosen.absolute_positions else decoder,
@@ -132,6 +133,18 @@ def load_parts(folder: Path, put: Callable[[str, Any], Any], dtype: torch.dtype 
         tokenizer=AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True),
         vae=put("vae", strictly(AutoencoderKLWan, folder, "vae", dtype)),
     ).eval()
+
+
+def mllm_tokenizer(folder: Path, embeddings: int) -> PreTrainedTokenizerBase:
+    """The MLLM's; a stock one has not the tokens that route, and would split them without a word."""
+    tokenizer = AutoTokenizer.from_pretrained(folder / "mllm", local_files_only=True)
+    ids = tokenizer("".join(VISUAL_TOKENS), add_special_tokens=False).input_ids
+    if ids != tokenizer.convert_tokens_to_ids(list(VISUAL_TOKENS)) or max(ids) >= embeddings:
+        raise CheckpointError(
+            f"mllm: {', '.join(VISUAL_TOKENS)} are to be one token each, with an embedding; add them to its tokenizer "
+            "and model as docs/weights.md says"
+        )
+    return tokenizer
 
 
 def strictly(cls: Any, folder: Path, name: str, dtype: torch.dtype | None) -> Any:

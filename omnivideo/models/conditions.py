@@ -85,7 +85,11 @@ def encode_text(
     """
     tokens = tokenizer(list(prompts), padding=True, return_tensors="pt", verbose=False)
     ids, mask = (tokens[name].to(encoder.device) for name in ("input_ids", "attention_mask"))
-    if ids.shape[1] > most:
-        raise ConditionTooLong("prompt", f"it has {ids.shape[1]} tokens; the text encoder takes 1 to {most}")
+    check_words(ids.shape[1], most)
     hidden = encoder(ids, attention_mask=mask).last_hidden_state
     return hidden * mask[..., None].to(hidden), mask.sum(1)
+
+
+def check_words(count: int, most: int) -> None:
+    if count > most:
+        raise ConditionTooLong("prompt", f"it has {count} tokens; the text encoder takes 1 to {most}")

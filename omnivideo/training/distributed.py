@@ -66,6 +66,10 @@ class World:
     def trainer(self, recipe: Recipe, folder: Path) -> Trainer:
         return Trainer(recipe, folder)
 
+    def gathered(self, mine: list) -> list:
+        """What all processes have."""
+        return mine
+
     def first_alone(self) -> Any:
         """A context that the first process passes through before the others: what it wrote is there for them."""
         return nullcontext()
@@ -90,6 +94,11 @@ class Together(World):
         if self.sequence is not None:
             split_sequence(decoder_of(recipe), self.sequence)
         return (ZeroTrainer if recipe.optimizer == "adamw" else OwnerTrainer)(recipe, folder, self)
+
+    def gathered(self, mine: list) -> list:
+        every: list[list] = [[]] * self.size
+        dist.all_gather_object(every, mine)
+        return [one for some in every for one in some]
 
     @contextmanager
     def first_alone(self) -> Iterator[None]:

@@ -30,7 +30,7 @@ STEPS = 20_000
 def makers_over(
     library: Library, fit: Fit, name: str, tiny: Tiny, weights: Path | None, precision: torch.dtype | None = None
 ) -> dict[str, Callable[[], Recipe]]:
-    """The recipes that train over a library, whose cache (from stage 2a on) has been made with the same weights.
+    """The recipes that train over a library; its cache (from stage 2a on) counts where it is of the same weights.
 
     Raises InvalidInput for a recipe that is no stage, and where weights are not named.
     """
@@ -65,14 +65,14 @@ def lessons(
     """Stage 1."""
     encoder = loader.visual_encoder()
     source = Lessons(omni, library, fit, mix, encoder)
-    recipe = stage1_over(omni, encoder, source.draw, STEPS, source.samples, tiny.workers)
+    recipe = stage1_over(omni, encoder, source.draw, STEPS, source.samples, tiny.workers, source.ready)
     return source, replace(recipe, lr=100 * RATE, adam_lr=10 * RATE)
 
 
 def flow(
     library: Library, fit: Fit, name: str, tiny: Tiny, loader: Loader, omni: Omni, mix: Mix
 ) -> tuple[Epochs, Recipe]:
-    """From stage 2a on: over latents and text that are in the cache."""
+    """From stage 2a on: over latents and text of the cache, where it has them."""
     encoder = loader.visual_encoder() if name == "stage3" else None
     cache = Cache(library.shelf, digest_of(name_of(loader.weights), fit))
     source = ShardSource(name, omni, library, cache, fit, mix, encoder)

@@ -1,8 +1,11 @@
 """Shards on an S3 server: written, streamed, read by number, and the server's absence said."""
 
+import os
+
 import pytest
 
 from omnivideo.errors import InvalidInput, StoreError
+from omnivideo.training.ahead import Ahead
 from omnivideo.training.data.sample import Problems
 from omnivideo.training.data.shards import Library, stream, write
 from omnivideo.training.data.shelves import shelf
@@ -12,21 +15,44 @@ from tests.unit.test_data import contents, six
 WHERE = "s3://training/sets/six"
 
 
-def test_shards_are_written_to_and_read_from_a_bucket(tmp_path, monkeypatch):
+@pytest.fixture
+def server(tmp_path, monkeypatch):
     with s3_server(tmp_path) as server:
         monkeypatch.setenv("OMNIVIDEO_S3", server.address)
         monkeypatch.setenv("OMNIVIDEO_S3_ACCESS_KEY", ACCESS_KEY)
         monkeypatch.setenv("OMNIVIDEO_S3_SECRET_KEY", SECRET_KEY)
-        problems = Problems()
-        write(six(), shelf(WHERE), problems)
-        assert shelf(WHERE).names(".tar") == ["00000.tar"]
-        assert contents(stream(shelf(WHERE), problems)) == contents(six())
-        library = Library(shelf(WHERE), problems)
-        assert contents([library[4], library[1]]) == contents([six()[4], six()[1]])
-        assert not problems.found
-        server.kill()
-        with pytest.raises(StoreError, match="no connection"):
-            library[0]
+        yield server
+
+
+def test_shards_are_written_to_and_read_from_a_bucket(server):
+    problems = Problems()
+    write(six(), shelf(WHERE), problems)
+    assert shelf(WHERE).names(".tar") == ["00000.tar"]
+    assert contents(stream(shelf(WHERE), problems)) == contents(six())
+    library = Library(shelf(WHERE), problems)
+    assert contents([library[4], library[1]]) == contents([six()[4], six()[1]])
+    assert not problems.found
+    server.kill()
+    with pytest.raises(StoreError, match="no connection"):
+        library[0]
+
+
+@pytest.mark.usefixtures("server")
+def test_worker_processes_have_connections_of_their_own():
+    """They are forked from one that has read the indices, whose connection stays open."""
+    write(six(), shelf(WHERE), Problems())
+    library = Library(shelf(WHERE), Problems())
+    ours, samples = library.shelf.client, contents(six())
+
+    def read(step: int) -> tuple[int, bool, dict]:
+        one = library[step % 6]
+        return os.getpid(), library.shelf.client is ours, contents([one])[0]
+
+    ahead = Ahead(read, workers=2)
+    found = [ahead(step) for step in range(240)]
+    assert [sample for _, _, sample in found] == 40 * samples
+    assert len({pid for pid, _, _ in found}) == 2 and not any(shared for _, shared, _ in found)
+    assert library.shelf.client is ours and contents([library[3]]) == samples[3:4]
 
 
 def test_a_bucket_without_a_server_is_refused(monkeypatch):

@@ -27,7 +27,7 @@ from omnivideo.training.shards import finished
 from omnivideo.training.trainer import Trainer
 from tests.integration.training_worker import FOUNDATIONS, STAGES, Recipes, train
 from tests.unit.test_encode import FIT, library
-from tests.unit.test_rows import SAMPLES
+from tests.unit.test_rows import SAMPLES, damage
 
 deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None,
@@ -220,15 +220,17 @@ def test_a_checkpoint_of_the_other_optimizer_is_refused(tmp_path, weights):
 
 @deepspeed
 def test_shards_on_two_processes_have_the_losses_of_one(weights, tmp_path):
-    """By the command, with ZeRO-1 by DeepSpeed."""
+    """By the command, with ZeRO-1 by DeepSpeed; also over a sample that one of them cannot read."""
     there = library(tmp_path / "shards", SAMPLES)
     encode_all(there, Frozen.load(weights, "cpu"), FIT, lambda done, count: None)
+    named = damage(there, 7)
     found = []
     for processes in (1, 2):
         given = ["train", "stage2b", "--data", tmp_path / "shards", "--weights", weights, "--size", "64x64",
                  "--frames", "5", "--steps", "3", "--processes", processes,
-                 "--runs", tmp_path / str(processes)]  # fmt: skip
+                 "--runs", tmp_path / str(processes), "--report", tmp_path / "report"]  # fmt: skip
         command = [sys.executable, "-m", "omnivideo.cli", *map(str, given)]
         subprocess.run(command, check=True, timeout=240, env=os.environ | {"OMP_NUM_THREADS": "1"})
         found.append(logged(tmp_path / str(processes) / "stage2b"))
+        assert [json.loads(line)["where"] for line in (tmp_path / "report").read_text().splitlines()] == [named]
     assert len(found[0]) == 3 and found[1] == pytest.approx(found[0], abs=1e-5)

@@ -1,7 +1,10 @@
 """The model's own joints: patches, routing, conditions, the denoising loop, the checkpoint."""
 
 import json
+import random
+import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +19,7 @@ from omnivideo.models import checkpoint
 from omnivideo.models.conditions import Markers, assemble
 from omnivideo.models.mllm import (
     BOI,
+    VISUAL_TOKENS,
     Media,
     Message,
     Pixels,
@@ -29,7 +33,9 @@ from omnivideo.models.mllm import (
 )
 from omnivideo.models.sampling import Point, denoise, noise, unipc
 from omnivideo.presets import TINY
+from omnivideo.training.recipes import mllm
 
+DOCS = Path(__file__).parents[2] / "docs"
 RNG = np.random.default_rng(0)
 FRAME = RNG.integers(0, 255, (1, 64, 64, 3), dtype=np.uint8)
 CLIP = RNG.integers(0, 255, (9, 64, 64, 3), dtype=np.uint8)
@@ -267,6 +273,37 @@ def test_damage_and_absence_are_named(weights, tmp_path):
     (folder / "model_index.json").write_text(json.dumps({"format": 9}))
     with pytest.raises(CheckpointError, match="format"):
         checkpoint.load(folder)
+
+
+@pytest.mark.parametrize("size", [600, 640])  # with rows to spare, as Qwen3-VL has, and without
+def test_a_stock_mllm_is_refused_until_the_tokens_that_route_are_added(weights, tmp_path, monkeypatch, size):
+    """By the lines of docs/weights.md."""
+    stock = tuple(token for token in mllm.SPECIAL if token not in VISUAL_TOKENS)
+    monkeypatch.setattr(mllm, "SPECIAL", stock)
+    samples = [mllm.random_sample(random.Random(at)) for at in range(200)]
+    tokenizer = mllm.build_tokenizer([f"{message.text} {reply}" for message, reply in samples], size)
+    model = mllm.build_model(tokenizer)
+    rows = model.get_input_embeddings().num_embeddings
+    assert len(tokenizer) == size and rows == 640
+    shutil.copytree(weights, tmp_path / "FOLDER")
+    shutil.rmtree(tmp_path / "FOLDER" / "mllm")
+    checkpoint.save_library_model(model, tmp_path / "FOLDER" / "mllm", torch.float32)
+    tokenizer.save_pretrained(tmp_path / "FOLDER" / "mllm")
+    with pytest.raises(CheckpointError, match="mllm: <BOI>, <EOI>, <BOV>, <EOV> are to be one token each"):
+        checkpoint.load(tmp_path / "FOLDER")
+    monkeypatch.chdir(tmp_path)
+    (lines,) = re.findall("```python\n(.*?)```", (DOCS / "weights.md").read_text(), flags=re.S)
+    exec(compile(lines, "weights.md", "exec"), {})
+    omni = checkpoint.load(tmp_path / "FOLDER")
+    text = omni.mllm_tokenizer("draw<BOV><EOV>", add_special_tokens=False).input_ids
+    assert text[-2:] == omni.mllm_tokenizer.convert_tokens_to_ids(["<BOV>", "<EOV>"]) == [size + 2, size + 3]
+    found = omni.mllm.get_input_embeddings().weight
+    assert torch.equal(found[:rows], model.get_input_embeddings().weight) and len(found) == max(rows, size + 4)
+    assert route(omni.mllm, omni.mllm_tokenizer, Message("a red circle"), omni.pixels).kind in (
+        "text",
+        "image",
+        "video",
+    )
 
 
 def test_a_question_in_words_does_not_hear_of_the_clip_before_it(omni):

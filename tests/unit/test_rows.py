@@ -1,6 +1,7 @@
 """The stages over shards: real samples in the order of their epochs, whole or in shares."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -10,14 +11,17 @@ from typer.testing import CliRunner
 from omnivideo.cli import app
 from omnivideo.errors import CheckpointError, InvalidInput
 from omnivideo.models.checkpoint import load, save_library_model
+from omnivideo.training.ahead import Ahead
 from omnivideo.training.data.batches import Mix
 from omnivideo.training.data.encode import Cache, Frozen, encode_all
 from omnivideo.training.data.rows import Lessons, ShardSource
 from omnivideo.training.data.sample import Sample
-from omnivideo.training.recipes import visual_encoder
-from omnivideo.training.recipes.stages import Portion, flow_recipe
+from omnivideo.training.data.shards import Library
+from omnivideo.training.recipes import stages, visual_encoder
+from omnivideo.training.recipes.decoder import flow_matching
+from omnivideo.training.recipes.stages import Portion, flow_recipe, stage1_over
 from omnivideo.training.share import Share, sharing
-from omnivideo.training.trainer import Trainer
+from omnivideo.training.trainer import Trainer, freeze
 from tests.unit.test_data import mp4, png
 from tests.unit.test_encode import FIT, library
 
@@ -32,10 +36,13 @@ SAMPLES = [
 
 
 class Half(Share):
-    """A share of two, or all; conditions are as long as any share's."""
+    """A share of two, or all, of so many samples that count; conditions are as long as any share's."""
 
-    def __init__(self, rank: int, world: int):
-        self.rank, self.world = rank, world
+    def __init__(self, rank: int, world: int, whole: int):
+        self.rank, self.world, self.whole = rank, world, whole
+
+    def mean(self, counts: torch.Tensor) -> torch.Tensor:
+        return torch.tensor(self.whole / self.world)
 
     def longest(self, length: int) -> int:
         return 120
@@ -93,11 +100,10 @@ def test_stage1_is_dealt_out_by_what_is_drawn(made, weights):
     """The shares' weights of Eq. 1 are as the whole batch's mean has it."""
     one = Lessons(load(weights), made, FIT, Mix(ratio=None, sizes={"image": 3, "video": 2}, unit=1), encoder())
     for step in range(len(one.order.epoch(0))):
-        dealt = []
+        dealt, whole = [], one.ready(one.draw(step))
         for rank in range(2):
-            with sharing(Half(rank, 2)):
-                dealt.append(one.draw(step))
-        whole = one.draw(step)
+            with sharing(Half(rank, 2, len(whole.pixels))):
+                dealt.append(one.ready(one.draw(step)))
         assert sum(len(part.pixels) for part in dealt) == len(whole.pixels)
         assert sum(part.weight for part in dealt) == pytest.approx(2 * bool(len(whole.pixels)))
         kept = sum(int((part.labels != -100).sum()) for part in dealt)
@@ -106,6 +112,7 @@ def test_stage1_is_dealt_out_by_what_is_drawn(made, weights):
 
 def test_rows_are_those_of_the_cache_and_the_models(made, weights):
     one = source(made, weights)
+    one.frozen = None  # it has nothing to do
     for step in range(len(one.order.epoch(0))):
         numbers = [one.numbers[at] for at in one.batch(step).indices]
         dealt = one.ready(one.draw(step))
@@ -130,9 +137,9 @@ def test_two_shares_have_the_loss_of_one_also_where_they_are_not_equal(made, wei
     sizes = set()
     for step in range(len(one.order.epoch(0))):
         losses = []
-        for share in (Half(0, 1), Half(0, 2), Half(1, 2)):
+        for rank, world in ((0, 1), (0, 2), (1, 2)):
             torch.manual_seed(step)
-            with sharing(share):
+            with sharing(Half(rank, world, one.samples(step))):
                 losses.append(float(recipe.loss(step)["loss"].detach()))
         assert (losses[1] + losses[2]) / 2 == pytest.approx(losses[0], abs=1e-5)
         sizes.add(one.samples(step))
@@ -166,5 +173,131 @@ def test_the_command_trains_over_shards(made, weights, tmp_path):
     for wrong, field in ((["decoder", *given], "recipe"), (["stage3", *given[:2]], "weights")):
         with pytest.raises(InvalidInput, match=field):
             CliRunner().invoke(app, ["train", *wrong, "--frames", "5"], catch_exceptions=False)
-    with pytest.raises(InvalidInput, match="cache: there is no"):
-        CliRunner().invoke(app, ["train", "stage3", *given, "--frames", "9"], catch_exceptions=False)
+
+
+# ---------------------------------------------------------------- without a cache
+
+
+@pytest.mark.parametrize("kept", [0, 1])
+def test_what_is_not_in_the_cache_is_computed_as_the_cache_has_it(made, weights, tmp_path, monkeypatch, kept):
+    """Of three shards, so many are encoded."""
+    monkeypatch.setattr("omnivideo.training.data.shards.SHARD_SAMPLES", 4)
+    some = library(tmp_path, SAMPLES)
+    encode_all(some, Frozen.load(weights, "cpu"), FIT, lambda done, count: None)
+    for path in sorted(tmp_path.glob("*.safetensors"))[kept:]:
+        path.unlink()
+    cached, bare = source(made, weights), source(some, weights)
+    assert cached.order.digest() == bare.order.digest()
+    recipes = [flow_recipe("stage3", one.omni, one, steps=9, lr=1e-4, eq1=0.1) for one in (cached, bare)]
+    computed = []
+    monkeypatch.setattr(
+        bare.frozen, "latents", lambda pixels, make=bare.frozen.latents: computed.append(len(pixels)) or make(pixels)
+    )
+    for step in range(len(bare.order.epoch(0))):
+        one, two = (each.ready(each.draw(step)).rows for each in (cached, bare))
+        for name in ("target", "source", "text", "hidden", "embeddings"):
+            first, second = getattr(one, name), getattr(two, name)
+            assert first is second is None or torch.allclose(first, second, atol=2e-3, rtol=2e-3)
+        assert torch.equal(one.edited, two.edited) and one.text_lengths == two.text_lengths
+        losses = []
+        for recipe in recipes:
+            torch.manual_seed(step)
+            losses.append(float(recipe.loss(step)["loss"].detach()))
+        assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    assert sum(computed) == 2 * (12 - 4 * kept)  # 12 sources and targets, 4 of them in the first shard; asked for twice
+
+
+def test_worker_processes_hand_over_the_same_rows(made, weights, tmp_path):
+    bare = source(library(tmp_path, SAMPLES), weights)
+    alone, ahead = bare.draw, Ahead(bare.draw, 2)
+    for step in range(3):
+        one, two = bare.ready(alone(step)).rows, bare.ready(ahead(step)).rows
+        assert torch.equal(one.target, two.target) and torch.equal(one.hidden, two.hidden)
+
+
+# ---------------------------------------------------------------- what cannot be read
+
+
+def damage(there: Library, number: int) -> str:
+    """Overwrites a sample's target in its shard, which keeps its size; returns its name."""
+    entry = there.entries[number]
+    name = next(name for name in entry.members if name.startswith("target"))
+    offset, length = entry.members[name]
+    with (there.shelf.folder / entry.shard).open("r+b") as file:
+        file.seek(offset)
+        file.write(b"x" * length)
+    return f"{entry.shard}/{entry.key}"
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_an_unreadable_sample_weighs_nothing_in_its_batch(weights, tmp_path, monkeypatch, cached):
+    there, found = library(tmp_path, SAMPLES), list[torch.Tensor]()
+    if cached:
+        encode_all(there, Frozen.load(weights, "cpu"), FIT, lambda done, count: None)
+
+    def flow(*given, **more):
+        found.append(flow_matching(*given, **more))
+        return found[-1]
+
+    monkeypatch.setattr(stages, "flow_matching", flow)
+    one = source(there, weights, "stage2b", embedded=False)
+    recipe = flow_recipe("stage2b", one.omni, one, steps=9, lr=1e-4, eq1=0.0)
+    freeze(recipe.model, recipe.trainable)
+
+    def loss(step: int) -> torch.Tensor:
+        torch.manual_seed(step)
+        return recipe.loss(step)["loss"]
+
+    sizes = [one.samples(step) for step in range(4)]
+    among, alone = sizes.index(3), sizes.index(1)
+    loss(among)
+    first, _, third = found[0].tolist()
+    gone = [one.numbers[one.batch(step).indices[at]] for step, at in ((among, 1), (alone, 0))]
+    named = [damage(there, number) for number in gone]
+    assert float(loss(among).detach()) == pytest.approx((first + third) / 2, abs=1e-5)
+    nothing = loss(alone)
+    nothing.backward()
+    assert float(nothing.detach()) == 0
+    assert all(part.grad is None or not part.grad.any() for part in recipe.model.parameters())
+    loss(among)  # as in the next epoch
+    assert [where for _, where, _ in there.problems.found] == named
+
+
+def test_an_unreadable_sample_is_left_out_of_a_lesson(weights, tmp_path):
+    there = library(tmp_path, SAMPLES)
+    one = Lessons(load(weights), there, FIT, Mix(ratio=None, sizes={"image": 3, "video": 2}, unit=1), encoder())
+    recipe = stage1_over(one.omni, one.encoder, one.draw, 9, one.samples, ready=one.ready)
+    steps = len(one.order.epoch(0))
+    whole = [one.ready(one.draw(step)) for step in range(steps)]
+    named = {number: damage(there, number) for number in (1, 4)}
+    for step in range(steps):
+        numbers = [one.numbers[at] for at in one.batch(step).indices]
+        left, lost = one.ready(one.draw(step)), len(named.keys() & set(numbers))
+        assert len(left.pixels) == len(whole[step].pixels) - lost
+        losses = recipe.loss(step)
+        if lost == len(numbers):
+            assert float(losses["loss"].detach()) == 0 == left.weight
+        else:
+            assert len(left.labels) == len(numbers) - lost and float(losses["loss"].detach()) > 0
+    assert sorted(where for _, where, _ in there.problems.found) == sorted(named.values())
+
+
+def test_the_command_says_what_it_does_not_use(made, weights, tmp_path):
+    short = Sample("text-to-video", "too short", target=mp4(2))
+    there = library(tmp_path / "shards", [*SAMPLES, short])
+    named = damage(there, 1)
+    shutil.copy(tmp_path / "shards" / "00000.tar", tmp_path / "shards" / "00001.tar")
+    with (tmp_path / "shards" / "00001.tar").open("r+b") as file:
+        file.truncate(there.entries[3].members["json"][0] + 10)
+    report = tmp_path / "report.jsonl"
+    ran = CliRunner().invoke(app, ["train", "stage2b", "--data", str(there.shelf.folder), "--weights", str(weights),
+                                   "--runs", str(tmp_path), "--size", "64x64", "--frames", "5", "--steps", "8",
+                                   "--workers", "2", "--report", str(report)], catch_exceptions=False)  # fmt: skip
+    assert ran.exit_code == 0
+    rows = [json.loads(line) for line in report.read_text().splitlines()]
+    kinds = {row["where"]: row["kind"] for row in rows}
+    assert kinds[named] == "unreadable media" and kinds["00000.tar/000000010"] == "wrong record"
+    assert kinds["00001.tar"] == "broken shard" and kinds["00001.tar/000000001"] == "unreadable media"
+    assert len(rows) == len(kinds)  # each once
+    said = ran.stderr.split("skipped, ")
+    assert any(line.startswith("wrong record: 1, the first 00000.tar/000000010: frames") for line in said)

@@ -1,6 +1,9 @@
 """`omnivideo data`: other people's layouts into shards, a look at shards, and their latents and text states."""
 
 from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -123,6 +126,28 @@ def whole_numbers(field: str, parts: list[str], count: int | None = None) -> lis
     if not all(part.isascii() and part.isdigit() for part in parts) or count not in (None, len(parts)):
         raise InvalidInput(field, "whole numbers, e.g. --size 832x480 --frames 17,41,81")
     return [int(part) for part in parts]
+
+
+def telling(makers: Mapping[str, Callable[[], Any]], problems: Any, report: Path | None) -> dict[str, Callable]:
+    """The recipes' makers, which say what of the samples is not usable before the first step."""
+
+    def made(make: Callable[[], Any]) -> Any:
+        recipe = make()
+        conclude(problems, report)
+        return recipe
+
+    return {name: partial(made, make) for name, make in makers.items()}
+
+
+@contextmanager
+def concluding(problems: Any, report: Path | None, world: Any) -> Iterator[None]:
+    """Around a run: the first process says at its end, however that comes, what any process met on the way."""
+    try:
+        yield
+        problems.meet(world.gathered(problems.found))
+    finally:
+        if world.first:
+            conclude(problems, report)
 
 
 def conclude(problems: Any, report: Path | None) -> None:

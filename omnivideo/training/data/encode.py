@@ -22,9 +22,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderModel
 
-from omnivideo.errors import InvalidInput, NotStored
+from omnivideo.errors import NotStored
 from omnivideo.models.checkpoint import read_index, strictly
-from omnivideo.models.conditions import encode_text
+from omnivideo.models.conditions import check_words, encode_text
+from omnivideo.models.omni import Omni
 from omnivideo.models.vae import encode, from_bytes
 from omnivideo.presets import preset
 from omnivideo.training.data.batches import Bucket, Mix, Order, bucket_for
@@ -48,6 +49,13 @@ class Fit:
         shape = entry.shape
         return bucket_for(self.buckets, entry.task, shape.width, shape.height, shape.frames, shape.fps, self.fps)
 
+    def pixels(self, sample: Sample, bucket: Bucket) -> dict[str, np.ndarray]:
+        """[F, H, W, 3] of the target and, where there is one, the source.  Raises UnreadableMedia."""
+        return {
+            name: fitted(data, bucket.width, bucket.height, bucket.frames, self.fps)
+            for name in ("source", "target") if (data := getattr(sample, name)) is not None
+        }  # fmt: skip
+
 
 @dataclass
 class Frozen:
@@ -57,7 +65,7 @@ class Frozen:
     text_encoder: UMT5EncoderModel
     tokenizer: PreTrainedTokenizerBase
     most_words: int
-    name: str  # of the weights
+    name: str = ""  # of the weights
 
     @classmethod
     def load(cls, folder: Path, device: str, dtype: torch.dtype = torch.float32) -> "Frozen":
@@ -68,13 +76,21 @@ class Frozen:
         words = preset(read_index(folder)["preset"]).text_tokens
         return cls(vae, text_encoder, tokenizer, words, name_of(folder))
 
+    @classmethod
+    def of(cls, omni: Omni) -> "Frozen":
+        return cls(omni.vae, omni.text_encoder, omni.tokenizer, omni.preset.text_tokens)
+
     def digest(self, fit: Fit) -> str:
         return digest_of(self.name, fit)
 
+    def check(self, text: str) -> None:
+        """Raises ConditionTooLong for a text that `text` would not take."""
+        check_words(len(self.tokenizer(text, verbose=False).input_ids), self.most_words)
+
     @torch.no_grad()
-    def text(self, sample: Sample) -> Tensor:
+    def text(self, text: str) -> Tensor:
         """[L, D]; raises ConditionTooLong."""
-        return encode_text(self.tokenizer, self.text_encoder, [sample.text], self.most_words)[0][0].half().cpu()
+        return encode_text(self.tokenizer, self.text_encoder, [text], self.most_words)[0][0].half().cpu()
 
     @torch.no_grad()
     def latents(self, pixels: Sequence[np.ndarray]) -> list[Tensor]:
@@ -152,12 +168,9 @@ def encode_chunk(library: Library, frozen: Frozen, fit: Fit, chunk: list[tuple[i
         entry = library.entries[at]
         with library.problems.skipping(f"{entry.shard}/{entry.key}"):
             sample = library[at]
-            seen = {
-                f"{entry.key}/{name}": fitted(data, bucket.width, bucket.height, bucket.frames, fit.fps)
-                for name in ("source", "target") if (data := getattr(sample, name)) is not None
-            }  # fmt: skip
-            texts[f"{entry.key}/text"] = frozen.text(sample)
-            pixels |= seen
+            seen = fit.pixels(sample, bucket)
+            texts[f"{entry.key}/text"] = frozen.text(sample.text)
+            pixels |= {f"{entry.key}/{name}": part for name, part in seen.items()}
     return texts | dict(zip(pixels, frozen.latents(list(pixels.values())), strict=True))
 
 
@@ -179,25 +192,20 @@ class Cache:
         self.tables: dict[str, tuple[int, dict]] = {}
 
     def __call__(self, entry: Entry) -> dict[str, Tensor]:
-        """text, target and, where something is edited, source.  Raises InvalidInput where they were not encoded."""
+        """text, target and, where something is edited, source; nothing where they were not encoded."""
         name = cache_name(entry.shard, self.digest)
         start, table = self.table(name)
         found = {part: table[key] for part in ("text", "target", "source") if (key := f"{entry.key}/{part}") in table}
-        if not found:
-            raise InvalidInput("cache", f"{entry.shard}/{entry.key} is not in it: omnivideo data encode")
         return {part: self.tensor(name, start, row) for part, row in found.items()}
-
-    def __contains__(self, entry: Entry) -> bool:
-        return f"{entry.key}/text" in self.table(cache_name(entry.shard, self.digest))[1]
 
     def table(self, name: str) -> tuple[int, dict]:
         """Where a file's tensors begin, and its header (safetensors: 8 bytes of length, JSON, tensors)."""
         if name not in self.tables:
             try:
                 length = int.from_bytes(self.shelf.read(name, 0, 8), "little")
-            except NotStored:
-                raise InvalidInput("cache", f"there is no {name}: omnivideo data encode") from None
-            self.tables[name] = (8 + length, json.loads(self.shelf.read(name, 8, length)))
+                self.tables[name] = (8 + length, json.loads(self.shelf.read(name, 8, length)))
+            except NotStored:  # nor is it asked for again
+                self.tables[name] = (0, {})
         return self.tables[name]
 
     def tensor(self, name: str, start: int, row: dict) -> Tensor:

@@ -1,15 +1,23 @@
 """The stages over shards: the samples of an epoch in its order, from the shards and the cache.
 
-Stage 1 needs the shards alone.  From stage 2a on latents and text come from the cache (`omnivideo data encode`); the
-MLLM's hidden states, and in stage 3 the visual encoder's embeddings, are computed as they are needed, from the media.
+Stage 1 needs the shards alone.  From stage 2a on latents and text come from the cache (`omnivideo data encode`) where
+it has them; what it has not, the MLLM's hidden states, and in stage 3 the visual encoder's embeddings are computed as
+they are needed, from the media.
+
+A sample that cannot be read when its turn comes is left out of its batch, whose mean is over the others, and is named
+in the library's problems.  Where a process has none left, a blank one goes along for nothing.
 """
 
+import io
+import logging
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import SiglipVisionModel
@@ -18,15 +26,19 @@ from omnivideo.models.mllm import ENDING, Media, Message, asking, states_of
 from omnivideo.models.omni import Omni
 from omnivideo.models.vae import from_bytes
 from omnivideo.training.data.batches import Batch, Bucket, Mix
-from omnivideo.training.data.encode import Cache, Fit, ordered
-from omnivideo.training.data.sample import Sample, fitted
+from omnivideo.training.data.encode import TOGETHER, Cache, Fit, Frozen, ordered
+from omnivideo.training.data.sample import Problem, Problems, Sample, fitted
 from omnivideo.training.data.shards import Entry, Library
 from omnivideo.training.drawn import Rows
+from omnivideo.training.loading import bring
 from omnivideo.training.recipes.mllm import batch_of, with_places
 from omnivideo.training.recipes.stages import Lesson, Portion
 from omnivideo.training.recipes.visual_encoder import embed_frames
 from omnivideo.training.share import share
 from omnivideo.training.trainer import step_seed
+
+T = TypeVar("T")
+log = logging.getLogger("omnivideo.training")
 
 
 @dataclass
@@ -88,6 +100,38 @@ class Epochs:
         return from_bytes(np.stack([fitted(one, side, side, bucket.frames, self.fit.fps) for one in targets]))
 
 
+def blank(bucket: Bucket) -> Sample:
+    """A black still that is asked for without a word."""
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(file, "PNG")
+    return Sample("text-to-video" if bucket.group == "video" else "text-to-image", target=file.getvalue())
+
+
+def readable(
+    library: Library, part: Part, make: Callable[[int, Sample, Entry | None], T]
+) -> tuple[list[T], int, list[Problem]]:
+    """What is made of each sample (by its place in the whole batch) that can be read, how many of them count, and why
+    the others cannot.  Where none can, it is made of a blank one, which has no entry and does not count."""
+    problems, made = Problems(), list[T]()
+    for at, number in zip(range(part.whole)[part.at], part.numbers, strict=True):
+        entry = library.entries[number]
+        with problems.skipping(f"{entry.shard}/{entry.key}"):
+            made.append(make(at, library[number], entry))
+    count = len(made) if part.weight else 0
+    return made or [make(part.at.start, blank(part.bucket), None)], count, problems.found
+
+
+def meet(library: Library, problems: list[Problem]) -> None:
+    """Adds them to the library's, and says those that are new: a run may end before its report is written."""
+    for problem in library.problems.meet(problems):
+        log.warning("skipped, %s: %s: %s", *problem)
+
+
+def weight_of(count: int, device: torch.device) -> float:
+    """What a mean over so many samples weighs among those of all processes; all are asked."""
+    return count / max(1e-6, float(share().mean(torch.tensor(float(count), device=device))))
+
+
 # ---------------------------------------------------------------- stage 1
 
 
@@ -100,21 +144,23 @@ class Lessons(Epochs):
 
     def draw(self, step: int) -> Lesson:
         part, rng = self.part(step), random.Random(step_seed("stage1/turns", step))
-        lots = [rng.random() for _ in range(part.whole)][part.at]
-        found = zip((self.library[number] for number in part.numbers), lots, strict=True)
-        pairs = sorted(found, key=lambda pair: pair[0].target is None)
-        given = [self.said(sample, lot, part.bucket) for sample, lot in pairs]
-        inputs, labels = batch_of(self.omni.mllm, self.omni.mllm_tokenizer, given, self.omni.pixels)
-        pixels = self.seen(self.encoder, [sample for sample, _ in pairs], part.bucket)
-        if not part.weight:
-            labels, pixels = torch.full_like(labels, -100), pixels[:0]
-        everybody = max(1, self.drawing(step))
-        return Lesson(inputs, labels, pixels, len(pixels) * share().world / everybody)
+        lots = [rng.random() for _ in range(part.whole)]
 
-    def drawing(self, step: int) -> int:
-        """How many of the whole batch ask for something drawn."""
-        numbers = [self.numbers[at] for at in self.batch(step).indices]
-        return sum(not self.library.entries[number].task.endswith("understanding") for number in numbers)
+        def made(at: int, sample: Sample, entry: Entry | None) -> tuple[tuple[Message, str], Tensor]:
+            return self.said(sample, lots[at], part.bucket), self.seen(self.encoder, [sample], part.bucket)
+
+        rows, count, problems = readable(self.library, part, made)
+        rows.sort(key=lambda row: not len(row[1]))
+        inputs, labels = batch_of(self.omni.mllm, self.omni.mllm_tokenizer, [row[0] for row in rows], self.omni.pixels)
+        pixels = torch.cat([row[1] for row in rows])
+        if not count:
+            labels, pixels = torch.full_like(labels, -100), pixels[:0]
+        return Lesson(inputs, labels, pixels, problems=problems)
+
+    def ready(self, drawn: Lesson) -> Lesson:
+        """With its weight."""
+        meet(self.library, drawn.problems)
+        return replace(drawn, weight=weight_of(len(drawn.pixels), self.omni.device))
 
     def said(self, sample: Sample, lot: float, bucket: Bucket) -> tuple[Message, str]:
         """A request and its answer: for what is drawn, the token that says so."""
@@ -126,14 +172,54 @@ class Lessons(Epochs):
 
 # ---------------------------------------------------------------- from stage 2a on
 
+Tensors = dict[str, Tensor]
+
+
+@dataclass
+class Row:
+    """A sample as it is on disk: latents and text as the cache has `kept` them, else `pixels` [F, H, W, 3] to encode;
+    what the visual encoder is to see, [1, 3, F, S, S]."""
+
+    at: int  # in the whole batch
+    message: Message
+    kept: Tensors
+    pixels: Tensors
+    seen: Tensor | None
+
+
+@dataclass
+class Packed:
+    """The tensors of many rows in one: each that a worker process hands over takes an open file."""
+
+    flat: Tensor
+    shapes: list[dict[str, torch.Size]]
+
+    @classmethod
+    def of(cls, rows: list[Tensors]) -> "Packed":
+        parts = [part.flatten() for row in rows for part in row.values()]
+        shapes = [{name: part.shape for name, part in row.items()} for row in rows]
+        return cls(torch.cat(parts) if parts else torch.zeros(0), shapes)
+
+    def rows(self) -> list[Tensors]:
+        parts = iter(self.flat.split([shape.numel() for row in self.shapes for shape in row.values()]))
+        return [{name: next(parts).view(shape) for name, shape in row.items()} for row in self.shapes]
+
 
 @dataclass
 class Loaded:
-    """A process's part of a batch as it is on disk: `rows` still lack hidden states and embeddings."""
+    """A process's part of a batch before any model saw it: its rows, of which `count` count, and their places in the
+    whole batch."""
 
-    dealt: Portion
-    asked: dict[str, Tensor]
-    pixels: Tensor | None
+    kept: Packed
+    pixels: Packed
+    texts: list[str]
+    lots: list[float]
+    places: list[int]
+    whole: int
+    count: int
+    asked: Tensors
+    seen: Tensor | None
+    problems: list[Problem]
 
 
 class ShardSource(Epochs):
@@ -150,43 +236,81 @@ class ShardSource(Epochs):
         encoder: SiglipVisionModel | None = None,
     ):
         endings = ("to-image", "to-video") + (() if name in ("stage2a", "stage2b_generation") else ("editing",))
-        super().__init__(name, library, fit, mix, lambda entry: entry.task.endswith(endings) and entry in cache)
-        self.omni, self.cache, self.encoder = omni, cache, encoder
+        super().__init__(name, library, fit, mix, lambda entry: entry.task.endswith(endings))
+        self.omni, self.cache, self.encoder, self.frozen = omni, cache, encoder, Frozen.of(omni)
 
     def draw(self, step: int) -> Loaded:
         part = self.part(step)
         rng = random.Random(step_seed(f"{self.name}/lots", step))
-        lots = [rng.random() for _ in range(part.whole)][part.at]
-        samples = [self.library[number] for number in part.numbers]
-        requests = [(self.message(one, one.text, part.bucket), part.bucket.group) for one in samples]
-        return Loaded(
-            Portion(self.cached(part.numbers), lots, part.whole, part.at, part.weight),
-            with_places(self.omni.mllm, asking(self.omni.mllm_tokenizer, requests, self.omni.pixels)),
-            None if self.encoder is None else self.seen(self.encoder, samples, part.bucket),
-        )
+        lots = [rng.random() for _ in range(part.whole)]
 
-    def cached(self, numbers: list[int]) -> Rows:
-        found = [self.cache(self.library.entries[number]) for number in numbers]
-        text = [one["text"].float() for one in found]
-        sources = [one["source"].float() for one in found if "source" in one]
-        nothing = torch.zeros(len(found), 0)
-        return Rows(
-            torch.stack([one["target"].float() for one in found]),
-            torch.tensor(["source" in one for one in found]),
-            torch.stack(sources) if sources else None,
-            nothing, [],
-            pad_sequence(text, batch_first=True), [len(row) for row in text],
-            nothing,
+        def made(at: int, sample: Sample, entry: Entry | None) -> Row:
+            return self.row(at, sample, self.cache(entry) if entry else {}, part.bucket)
+
+        rows, count, problems = readable(self.library, part, made)
+        requests = [(one.message, part.bucket.group) for one in rows]
+        seen = [one.seen for one in rows if one.seen is not None]
+        return Loaded(
+            Packed.of([one.kept for one in rows]), Packed.of([one.pixels for one in rows]),
+            [one.message.text for one in rows], [lots[one.at] for one in rows], [one.at for one in rows],
+            part.whole, count,
+            with_places(self.omni.mllm, asking(self.omni.mllm_tokenizer, requests, self.omni.pixels)),
+            torch.cat(seen) if seen else None, problems,
         )  # fmt: skip
+
+    def row(self, at: int, sample: Sample, kept: Tensors, bucket: Bucket) -> Row:
+        """Raises InvalidInput for what cannot be used."""
+        pixels: Tensors = {}
+        if not kept:
+            self.frozen.check(sample.text)
+            pixels = {name: torch.from_numpy(part) for name, part in self.fit.pixels(sample, bucket).items()}
+        seen = None if self.encoder is None else self.seen(self.encoder, [sample], bucket)
+        return Row(at, self.message(sample, sample.text, bucket), kept, pixels, seen)
 
     @torch.no_grad()
     def ready(self, drawn: Loaded) -> Portion:
-        rows = drawn.dealt.rows
+        meet(self.library, drawn.problems)
+        rows = rows_of(self.encoded(drawn))
         states, padding = states_of(self.omni.mllm, drawn.asked)
         rows.hidden = states.masked_fill(padding[..., None], 0.0).float()
         rows.hidden_lengths = (~padding).sum(1).tolist()
-        if self.encoder is not None and drawn.pixels is not None:
+        if self.encoder is not None and drawn.seen is not None:
             rows.embeddings = embed_frames(
-                self.encoder, drawn.pixels, self.omni.bridge.vision_head.decoder_query.shape[1]
+                self.encoder, drawn.seen, self.omni.bridge.vision_head.decoder_query.shape[1]
             )
-        return drawn.dealt
+        return Portion(rows, drawn.lots, drawn.whole, drawn.places, weight_of(drawn.count, self.omni.device))
+
+    def encoded(self, drawn: Loaded) -> list[Tensors]:
+        """Latents and text of each row; what the cache has not is made as it would have it, whatever the precision of
+        the products around."""
+        rows, pixels = drawn.kept.rows(), drawn.pixels.rows()
+        left = [
+            (row, name, part.numpy()) for row, parts in zip(rows, pixels, strict=True) for name, part in parts.items()
+        ]
+        each = TOGETHER if left and len(left[0][2]) == 1 else 1  # a clip alone is large enough
+        if left:
+            bring(self.omni)
+        with torch.autocast(self.omni.device.type, enabled=False):
+            for some in (left[at : at + each] for at in range(0, len(left), each)):
+                made = self.frozen.latents([part for *_, part in some])
+                for (row, name, _), latents in zip(some, made, strict=True):
+                    row[name] = latents
+            for row, parts, text in zip(rows, pixels, drawn.texts, strict=True):
+                if parts:
+                    row["text"] = self.frozen.text(text)
+        return rows
+
+
+def rows_of(found: list[Tensors]) -> Rows:
+    """A batch of what the cache has of each sample; hidden states and embeddings are still lacking."""
+    text = [one["text"].float() for one in found]
+    sources = [one["source"].float() for one in found if "source" in one]
+    nothing = torch.zeros(len(found), 0)
+    return Rows(
+        torch.stack([one["target"].float() for one in found]),
+        torch.tensor(["source" in one for one in found]),
+        torch.stack(sources) if sources else None,
+        nothing, [],
+        pad_sequence(text, batch_first=True), [len(row) for row in text],
+        nothing,
+    )  # fmt: skip

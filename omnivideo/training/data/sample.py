@@ -10,7 +10,7 @@ Pixels are uint8 [F, H, W, 3], RGB.  Media are kept as they came (mp4, png, jpeg
 import io
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +20,7 @@ import av
 import numpy as np
 from PIL import Image, ImageOps
 
-from omnivideo.errors import InvalidInput, UnreadableMedia
+from omnivideo.errors import InvalidInput, NotStored, UnreadableMedia
 from omnivideo.training.data.batches import TASKS, Task
 
 MOST_PIXELS = 8192 * 8192  # of a frame
@@ -51,14 +51,23 @@ class Shape:
     fps: float
 
 
+Problem = tuple[str, str, str]  # kind, where, what
+
+
 @dataclass
 class Problems:
     """What was skipped, and why: counted by kind, named in the report."""
 
-    found: list[tuple[str, str, str]] = field(default_factory=list)  # kind, where, what
+    found: list[Problem] = field(default_factory=list)
 
     def add(self, kind: str, where: str, what: str) -> None:
         self.found.append((kind, where, what))
+
+    def meet(self, more: Iterable[Problem]) -> list[Problem]:
+        """Adds those that are not known yet, and returns them: a sample is met again in every epoch."""
+        new = [one for one in dict.fromkeys(more) if one not in self.found]
+        self.found += new
+        return new
 
     @contextmanager
     def skipping(self, where: str) -> Iterator[None]:
@@ -67,6 +76,8 @@ class Problems:
             yield
         except UnreadableMedia as error:
             self.add("unreadable media", where, str(error))
+        except NotStored as error:
+            self.add("missing file", where, str(error))
         except InvalidInput as error:
             self.add("missing file" if error.field == "file" else "wrong record", where, str(error))
 

@@ -1,15 +1,19 @@
 """Where shards stand: a folder, or a bucket on an S3 server (`s3://bucket/prefix`, with the service's settings)."""
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import IO, Protocol
+from typing import IO, TYPE_CHECKING, Protocol
 
 from urllib3.exceptions import ProtocolError, TimeoutError
 
 from omnivideo.errors import InvalidInput, NotInstalled, NotStored
 from omnivideo.settings import service
+
+if TYPE_CHECKING:
+    from minio import Minio
 
 
 class Shelf(Protocol):
@@ -73,9 +77,17 @@ class BucketShelf:
         given = service()
         if not (given.s3 and bucket):
             raise InvalidInput("shards", "s3://bucket/prefix needs OMNIVIDEO_S3 and its two keys")
-        self.client = connect(given.s3, given.s3_access_key, given.s3_secret_key, given.s3_region)
+        self.connect = lambda: connect(given.s3, given.s3_access_key, given.s3_secret_key, given.s3_region)
+        self.clients: dict[int, Minio] = {}
         self.asking = lambda name="": asking(given.s3, name)
         self.bucket, self.prefix = bucket, f"{prefix.strip('/')}/".lstrip("/")
+
+    @property
+    def client(self) -> "Minio":
+        """This process's own: one that was forked from another (`ahead`) must not share its connections."""
+        if os.getpid() not in self.clients:
+            self.clients[os.getpid()] = self.connect()
+        return self.clients[os.getpid()]
 
     def names(self, suffix: str) -> list[str]:
         with self.asking():

@@ -53,7 +53,7 @@ def flow_matching(
     latents: Tensor,
     condition: Tensor,
     high: float = 0.5,
-    dealt: tuple[int, slice] | None = None,
+    dealt: tuple[int, slice | list[int]] | None = None,
 ) -> Tensor:
     """Eq. 4, squared error per sample [B]: the velocity from data to noise at x = (1 - sigma) data + sigma noise.
 

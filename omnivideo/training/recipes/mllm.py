@@ -294,7 +294,7 @@ def text_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Eq. 2 over the answers' tokens of the whole batch, and the share of answers that are right in every token."""
     predicted, target = logits[:, :-1], labels[:, 1:]
     total = F.cross_entropy(predicted.flatten(0, 1).float(), target.flatten(), ignore_index=-100, reduction="sum")
-    loss = total / share().mean((target != -100).sum())
+    loss = total / share().mean((target != -100).sum()).clamp(min=1e-6)  # 0 where there is no answer at all
     right = ((predicted.argmax(-1) == target) | (target == -100)).all(dim=1).float().mean()
     return loss, right
 

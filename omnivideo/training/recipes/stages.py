@@ -10,7 +10,7 @@ stage3   vision head, adapter, decoder       flow matching, with Eq. 1 kept for 
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -21,7 +21,8 @@ from transformers import SiglipVisionModel
 from omnivideo.models.conditions import assemble, pad
 from omnivideo.models.mllm import ENDING, VISUAL_TOKENS, hidden_states
 from omnivideo.models.omni import Omni, Target
-from omnivideo.training.ahead import Ahead
+from omnivideo.training.ahead import Ahead, as_it_is
+from omnivideo.training.data.sample import Problem
 from omnivideo.training.drawn import Drawn, Rows, gathered, pick
 from omnivideo.training.latents import to_pixels
 from omnivideo.training.recipes.decoder import flow_matching
@@ -85,25 +86,28 @@ def alignment(visual_BQE: Tensor, target_BQE: Tensor) -> Tensor:
 @dataclass
 class Lesson:
     """This process's part of a batch of stage 1: model inputs and labels, those that ask for something drawn first,
-    with the pixels [B, 3, F, S, S] of what they ask for; what their mean weighs among those of all processes."""
+    with the pixels [B, 3, F, S, S] of what they ask for; what their mean weighs among those of all processes.
+    `problems` are those of samples that could not be read and are left out."""
 
     inputs: dict[str, Tensor]
     labels: Tensor
     pixels: Tensor
     weight: float = 1.0
+    problems: list[Problem] = field(default_factory=list)
 
 
 def stage1_over(
     omni: Omni, encoder: SiglipVisionModel, draw: Callable[[int], Lesson], steps: int,
-    samples: Callable[[int], int], workers: int = 0,
+    samples: Callable[[int], int], workers: int = 0, ready: Callable[[Lesson], Lesson] = as_it_is,
 ) -> Recipe:  # fmt: skip
-    """Eq. 1 for what is asked to be drawn, Eq. 2 for all answers; `draw` may run in another process."""
+    """Eq. 1 for what is asked to be drawn, Eq. 2 for all answers; `draw` may run in another process, `ready` gets
+    what it made in this one."""
     model = Whole(omni)
     queries = omni.bridge.vision_head.decoder_query.shape[1]
     drawn = Ahead(draw, workers)
 
     def loss(step: int) -> Losses:
-        given = drawn(step)
+        given = ready(drawn(step))
         inputs, labels = on(omni.device, (given.inputs, given.labels))
         asked = len(given.pixels)
         with torch.no_grad():
@@ -320,7 +324,7 @@ class Portion:
     rows: Rows
     lots: list[float]
     whole: int
-    part: slice
+    part: slice | list[int]
     weight: float = 1.0
 
 
