@@ -22,6 +22,7 @@ from omnivideo.training.data.encode import Cache, Fit, ordered
 from omnivideo.training.data.sample import Sample, fitted
 from omnivideo.training.data.shards import Entry, Library
 from omnivideo.training.drawn import Rows
+from omnivideo.training.flops import mllm_flops
 from omnivideo.training.recipes.mllm import batch_of, with_places
 from omnivideo.training.recipes.stages import Lesson, Portion
 from omnivideo.training.recipes.visual_encoder import embed_frames
@@ -185,6 +186,7 @@ class ShardSource(Epochs):
         states, padding = states_of(self.omni.mllm, drawn.asked)
         rows.hidden = states.masked_fill(padding[..., None], 0.0).float()
         rows.hidden_lengths = (~padding).sum(1).tolist()
+        drawn.dealt.before = mllm_flops(self.omni.mllm, drawn.asked)
         if self.encoder is not None and drawn.pixels is not None:
             rows.embeddings = embed_frames(
                 self.encoder, drawn.pixels, self.omni.bridge.vision_head.decoder_query.shape[1]
