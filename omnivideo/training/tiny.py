@@ -339,10 +339,10 @@ def train_one(
 
         def tell(progress: Progress) -> None:
             figures = speed(recipe, progress, world.size).figures()
-            seen.update((name, value) for name, value in progress.losses.items() if name == DRAWN)
+            seen.update((name, value) for name, value in progress.scores.items() if name == DRAWN)
             bar.update(row, completed=progress.step, description=line(progress, seen | figures))
             for write in writers:
-                write(progress.step, progress.losses | figures)
+                write(progress.step, progress.losses | progress.scores | figures)
 
         trainer.run(until, save_every, tell, look)
     plot_losses(folder / "log.jsonl", folder / "loss.png", recipe.name)

@@ -75,13 +75,14 @@ class Recipe:
 
 @dataclass
 class Progress:
-    """Told after every step; `left` and `seconds` (of this step) are in seconds."""
+    """Told after every step; `left` and `seconds` (of this step) are in seconds, `scores` of samples drawn after it."""
 
     step: int
     steps: int
     losses: dict[str, float]
     left: float
     seconds: float
+    scores: dict[str, float] = field(default_factory=dict)
 
 
 def freeze(model: nn.Module, trainable: tuple[str, ...]) -> Named:
@@ -216,7 +217,7 @@ class Trainer:
     ) -> None:
         """Trains to the recipe's end (or to step `until`), with a checkpoint every `every` seconds and at the end.
 
-        All processes `look` after every step; what the first one finds goes with the losses.
+        All processes `look` after every step; the first one's scores go into the log.
         """
         last, began, first, before = time.monotonic(), time.monotonic(), self.step, self.seconds
         until = self.recipe.steps if until is None else min(until, self.recipe.steps)
@@ -225,12 +226,12 @@ class Trainer:
                 started = time.monotonic()
                 losses = self.advance()
                 seconds = time.monotonic() - started
-                losses |= look(self)
-                log.write(self.step, losses)
+                scores = look(self)
+                log.write(self.step, losses | scores)
                 now = time.monotonic()
                 self.seconds = before + now - began
                 left = (now - began) / (self.step - first) * (until - self.step)
-                tell(Progress(self.step, until, losses, left, seconds))
+                tell(Progress(self.step, until, losses, left, seconds, scores))
                 if self.agreed(now - last > every):
                     log.file.flush()  # else a killed run goes on from a step that its log has not come to
                     self.save()
@@ -261,8 +262,8 @@ class Trainer:
         # On the CPU: a GPU may have no room for them.
         own = [(one, one.detach().to("cpu", copy=True)) for _, one in self.named] if self.recipe.ema else []
         with torch.no_grad(), torch.random.fork_rng([self.recipe.device] if cuda else []), products(self.recipe):
-            self.averaged().eval()
             try:
+                self.averaged().eval()
                 yield
             finally:
                 for weight, value in own:

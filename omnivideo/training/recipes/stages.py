@@ -55,7 +55,7 @@ TRAINED = {
     "stage1": ("mllm.lm_head", "bridge.vision_head"), "stage1_text": ("mllm.lm_head",), "stage2a": ("bridge.adapter",),
     "stage2b_generation": JOINED, "stage2b": JOINED, "stage3": ("bridge", "decoder"),
 }  # fmt: skip
-DRAWING = tuple(name for name, parts in TRAINED.items() if "mllm.lm_head" not in parts)  # by samples they can be judged
+DRAWING = tuple(name for name, parts in TRAINED.items() if "mllm.lm_head" not in parts)  # seen in samples
 
 # Resolution and frame count are shared inside a group, so its tasks share a batch.
 GROUPS: tuple[tuple[Task, ...], ...] = (("text-to-image", "image-editing"), ("text-to-video", "video-editing"))
