@@ -21,7 +21,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +29,16 @@ from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
 
 from omnivideo.models.omni import Bridge, Omni, build_decoder
-from omnivideo.presets import Preset, latent_grid, preset
+from omnivideo.presets import Preset, decoder_tokens, latent_grid, preset
 from omnivideo.training.distributed import World, launch, launched, together
 from omnivideo.training.drawn import Drawn, Ragged
-from omnivideo.training.flops import decoder_flops, query_transformer_flops
+from omnivideo.training.flops import decoder_flops
 from omnivideo.training.recipes.stages import stage2b_recipe, stage3_recipe
-from omnivideo.training.trainer import Progress, Recipe
-from omnivideo.training.watch import memory, peak_of, speed
+from omnivideo.training.trainer import Recipe
+from omnivideo.training.watch import memory, peak_of
 
 STAGES = {"stage 2b": stage2b_recipe, "stage 3": stage3_recipe}
-PLAIN, DECODER = "plain loop", ("decoder",)
+PLAIN = "plain loop"
 HIDDEN, TEXT = 256, 128  # tokens of a request, and of its prompt
 ROWS = 8
 
@@ -68,19 +67,6 @@ def random_data(chosen: Preset, size: tuple[int, int, int]) -> Drawn:
     )
     targets = torch.randn(ROWS, chosen.decoder["in_channels"], *latent_grid(*size)).half()
     return Drawn(targets, None, hidden, text, torch.randn(ROWS, head.queries, head.width))
-
-
-def counted(chosen: Preset, size: tuple[int, int, int], batch: int, trained: tuple[str, ...]) -> float:
-    """FLOPs of a step: forward, and backward to what is trained and to the condition."""
-    tokens = prod(latent_grid(*size)) // prod(chosen.decoder["patch_size"])
-    once = decoder_flops(chosen.decoder, tokens, chosen.condition_least)
-    found = once.trained if "decoder" in trained else once.passed
-    if trained != DECODER:
-        assert chosen.vision_head is not None and chosen.adapter is not None
-        head = query_transformer_flops(chosen.vision_head, HIDDEN)
-        found += head.trained if "bridge" in trained else head
-        found += (query_transformer_flops(chosen.adapter, 1) * chosen.vision_head.queries).trained
-    return found.total * batch
 
 
 @dataclass
@@ -126,12 +112,11 @@ def stage(world: World, name: str, given: argparse.Namespace) -> Measured:
         recipe, optimizer="adamw", shape="cosine", precision=precision, device=device,
         checkpointing=given.checkpointing, adam_lr=1e-5,
     )  # fmt: skip
-    flops = counted(chosen, given.size, batch, recipe.trainable)
     with tempfile.TemporaryDirectory() as folder:
         trainer = world.trainer(recipe, Path(folder))
         seconds = timed(trainer.advance, given.steps, device)
-    shown = speed(replace(recipe, flops=lambda step: flops), Progress(1, 1, {}, 0.0, seconds), world.size)
-    return Measured(seconds, flops, shown.memory, batch)
+    assert recipe.flops is not None
+    return Measured(seconds, recipe.flops(trainer.step - 1), memory(device), batch)
 
 
 def plain(given: argparse.Namespace) -> Measured:
@@ -157,7 +142,8 @@ def plain(given: argparse.Namespace) -> Measured:
         optimizer.step()
         optimizer.zero_grad()
 
-    flops = counted(chosen, given.size, given.batch, DECODER)
+    tokens = decoder_tokens(chosen, latent_grid(*given.size))
+    flops = decoder_flops(chosen.decoder, tokens, chosen.condition_least).trained.total * given.batch
     return Measured(timed(step, given.steps, device), flops, memory(device), given.batch)
 
 

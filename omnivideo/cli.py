@@ -263,6 +263,10 @@ def train(
         typer.Option("--checkpointing/--no-checkpointing", help="Less memory, more time."),
     ] = None,
     watch: Annotated[list[str], typer.Option(help="tensorboard or wandb; may be given twice.")] = [],  # noqa: B006
+    look_every: Annotated[
+        int | None, typer.Option(min=1, help="Draw and score samples every so many steps, to RUN/samples.")
+    ] = None,
+    save_every: Annotated[float, typer.Option(min=0, help="Seconds between checkpoints.")] = 120.0,
     until: Annotated[Optional[int], typer.Option(min=0, help="Stop at this step; 0 only writes state.pt.")] = None,  # noqa: UP045
     device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Where it trains.")] = "cpu",
     workers: Annotated[int, typer.Option(min=0, help="More processes, which draw the batches; 0: none.")] = 0,
@@ -308,9 +312,14 @@ def train(
     from omnivideo.training import distributed
     from omnivideo.training.tiny import SEEDS, Tiny
     from omnivideo.training.trainer import PRECISIONS
-    from omnivideo.training.watch import watchers
+    from omnivideo.training.watch import blind, every, watchers
 
     make = watchers(watch)
+    looking: Callable[[Any], dict[str, float]] = blind
+    if look_every is not None:
+        from omnivideo.look import look
+
+        looking = every(look_every, look)
     if processes > 1 and not distributed.launched():
         raise typer.Exit(distributed.relaunch(processes, sequence))
     given: dict[str, Any] = {"optimizer": optimizer, "checkpointing": checkpointing, "steps": steps}
@@ -322,7 +331,7 @@ def train(
             seeds=seed or SEEDS,
         )  # fmt: skip
         if shards is None:
-            return tiny.train(recipe, out, world, until, rate, **changes)
+            return tiny.train(recipe, out, world, until, rate, save_every, looking, **changes)
         from omnivideo.training.real import makers_over
 
         library, fit = data.opened(shards, size, frames, fps)
@@ -330,7 +339,7 @@ def train(
             tiny.makers = makers_over(library, fit, recipe, tiny, weights, given["precision"])
             if world.first:
                 tiny.makers = data.telling(tiny.makers, library.problems, report)
-            tiny.train(recipe, out, world, until, rate, **changes)
+            tiny.train(recipe, out, world, until, rate, save_every, looking, **changes)
 
 
 @app.command()

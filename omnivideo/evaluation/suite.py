@@ -123,25 +123,33 @@ def untouched_psnr(edit: Edit, source: np.ndarray, result: np.ndarray) -> float 
     return float(10 * np.log10(255**2 / max(error, 1e-3)))
 
 
-def editing(omni: Omni, count: int, tell: Tell, video: bool) -> dict[str, Score | float]:
-    """Held-out edits of every kind: success, and PSNR of what should have stayed."""
+def held_out_edits(count: int, video: bool) -> list[Edit]:
+    """Of every kind in turn, the same every time."""
     kinds = VIDEO_EDITS if video else IMAGE_EDITS
     rng = random.Random(f"evaluation/editing/{video}")
-    edits = [random_edit(rng, video, "held_out", [kinds[at % len(kinds)]]) for at in range(count)]
+    return [random_edit(rng, video, "held_out", [kinds[at % len(kinds)]]) for at in range(count)]
+
+
+@torch.no_grad()
+def edited(omni: Omni, edits: Sequence[Edit], video: bool, seed: int) -> np.ndarray:
+    """uint8 [B, F, H, W, 3] of their sources as the model changes them."""
+    source = encode(omni.vae, to_pixels(edit.source for edit in edits).to(omni.device))
+    messages = [Message(edit.instruction, (media_of(edit.source),)) for edit in edits]
     task: Task = "video-editing" if video else "image-editing"
+    return clips_of(omni, [edit.instruction for edit in edits], messages, task, seed, source=source)
+
+
+def editing(omni: Omni, count: int, tell: Tell, video: bool) -> dict[str, Score | float]:
+    """Held-out edits of every kind: success, and PSNR of what should have stayed."""
     verdicts: dict[str, list[bool]] = defaultdict(list)
     kept: list[float] = []
-    for first, chunk in chunks(edits):
-        with torch.no_grad():
-            source = encode(omni.vae, to_pixels(edit.source for edit in chunk))
-        messages = [Message(edit.instruction, (media_of(edit.source),)) for edit in chunk]
-        drawn = clips_of(omni, [edit.instruction for edit in chunk], messages, task, 2000 + first, source=source)
-        for edit, clip in zip(chunk, drawn, strict=True):
+    name = "video" if video else "image"
+    for first, chunk in chunks(held_out_edits(count, video)):
+        for edit, clip in zip(chunk, edited(omni, chunk, video, 2000 + first), strict=True):
             verdicts[edit.kind].append(edit.demand.met_by(read(clip)))
             psnr = untouched_psnr(edit, render(edit.source), clip)
             kept += [] if psnr is None else [psnr]
-        tell(task, first + len(chunk), count)
-    name = "video" if video else "image"
+        tell(f"{name}-editing", first + len(chunk), count)
     scores: dict[str, Score | float] = {f"{name} edit: {kind}": score(found) for kind, found in verdicts.items()}
     scores[f"{name} edits"] = score(verdict for found in verdicts.values() for verdict in found)
     scores[f"{name} edits: untouched area, median dB"] = float(np.median(kept))

@@ -176,6 +176,16 @@ class Several(Trainer, ABC):
             finish_shards(self.folder, self.step)
         dist.barrier()
 
+    def averages(self) -> Iterator[tuple[str, Tensor]]:
+        mine = {one.name: one for one in self.held()}
+        for name, parameter in self.named if self.recipe.ema else ():
+            whole = torch.zeros(parameter.numel(), device=parameter.device)
+            if name in mine:
+                part = mine[name].tensors["average"]
+                whole[mine[name].start : mine[name].start + len(part)] = part
+            dist.all_reduce(whole)
+            yield name, whole.view_as(parameter)
+
     def finish(self) -> None:
         self.save()
         if self.first:

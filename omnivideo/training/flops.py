@@ -5,13 +5,15 @@ A multiply and an add are two operations.  Products with weights and attention a
 Letters: N decoder tokens, L condition tokens, S inputs and Q queries of a query transformer, d width, f feed-forward.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+from torch import Tensor, nn
+
 from omnivideo.errors import InvalidInput
-from omnivideo.presets import Preset, QueryTransformerSize
+from omnivideo.presets import Preset, QueryTransformerSize, decoder_tokens, visual_context_tokens
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,53 @@ def visual_context_flops(preset: Preset, tokens: int) -> Flops:
     size = preset.visual_context
     patch = preset.decoder["in_channels"] * size.kernel**2
     return Flops(2 * tokens * size.hidden * (patch + preset.text_width))
+
+
+def mllm_flops(model: Any, inputs: Mapping[str, Tensor]) -> Flops:
+    """A whole batch forward through a `Qwen3VLForConditionalGeneration` to its last hidden states, padding too.
+
+    Of the causal attention's scores half are counted; a frame's patches attend to each other alone.
+    """
+    rows, tokens = inputs["input_ids"].shape
+    text, seen, visual = model.config.text_config, model.config.vision_config, model.model.visual
+    scores = 2 * rows * tokens**2 * text.num_attention_heads * text.head_dim * text.num_hidden_layers
+    found = Flops(2 * rows * tokens * matrices(model.model.language_model.layers), scores)
+    for name in ("image_grid_thw", "video_grid_thw"):
+        for frames, height, width in inputs[name].tolist() if name in inputs else ():
+            patches = frames * height * width
+            own = matrices(visual.patch_embed, visual.blocks)
+            own += matrices(visual.merger, visual.deepstack_merger_list) / seen.spatial_merge_size**2
+            found += Flops(2 * patches * own, 4 * patches * height * width * seen.hidden_size * seen.depth)
+    return found
+
+
+def matrices(*parts: nn.Module) -> int:
+    """Weights that every token is multiplied by."""
+    return sum(one.numel() for part in parts for one in part.parameters() if one.ndim > 1)
+
+
+def joined_flops(preset: Preset, trained: Sequence[str], hidden: int) -> Flops:
+    """One sample of a stage that trains what begins with `trained`: the vision head over `hidden` states, and the
+    adapter over all visual tokens, for a still as well."""
+    assert preset.vision_head is not None and preset.adapter is not None, "a version 1 preset"
+    head = query_transformer_flops(preset.vision_head, hidden)
+    adapter = query_transformer_flops(preset.adapter, 1) * preset.vision_head.queries
+    return (head.trained if trains(trained, "bridge.vision_head") else head) + adapter.trained
+
+
+def drawn_flops(
+    preset: Preset, trained: Sequence[str], grid: tuple[int, int, int], condition: int, hidden: int, edited: float = 0.0
+) -> Flops:
+    """One sample of the stages that train through the decoder (2b and 3): its latent grid, its condition's tokens, the
+    hidden states that it comes from; `edited` is the share of samples that have a source."""
+    decoder = decoder_flops(preset.decoder, decoder_tokens(preset, grid), condition)
+    context = visual_context_flops(preset, visual_context_tokens(preset, grid)).trained * edited
+    own = decoder.trained if trains(trained, "decoder") else decoder.passed
+    return joined_flops(preset, trained, hidden) + context + own
+
+
+def trains(trained: Sequence[str], part: str) -> bool:
+    return part.startswith(tuple(trained))
 
 
 # ---------------------------------------------------------------- what was reached

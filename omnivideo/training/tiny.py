@@ -35,7 +35,7 @@ from omnivideo.training.recipes.vae import vae_decoder_recipe, vae_recipe
 from omnivideo.training.recipes.visual_encoder import visual_encoder_recipe
 from omnivideo.training.samples import TASKS, Task, requests
 from omnivideo.training.trainer import Progress, Recipe, Trainer
-from omnivideo.training.watch import Watch, line, speed, watchers
+from omnivideo.training.watch import DRAWN, Look, Watch, blind, line, speed, watchers
 from omnivideo.training.world import scenes
 
 REQUESTS = 12_000  # of each task, in stages 2b and 3
@@ -236,15 +236,19 @@ class Tiny:
         world: World = ALONE,
         until: int | None = None,
         rate: float = 1.0,
+        save_every: float = 120.0,
+        look: Look = blind,
         **changes: Any,
     ) -> None:
         """One recipe, or all of them in order for "tiny"; to step `until`, at `rate` times its learning rates, with
         other fields changed.
 
-        Raises InvalidInput for a name that is none.
+        Raises InvalidInput for a name that is none, and to look at a recipe that draws nothing.
         """
         if name != "tiny" and name not in self.makers:
             raise InvalidInput("recipe", f"{name!r} is not one of tiny, {', '.join(self.makers)}")
+        if look is not blind and name not in ("tiny", *stages.DRAWING):
+            raise InvalidInput("look-every", f"{name} draws nothing; for {', '.join(stages.DRAWING)}, and tiny: all")
         for chosen in self.makers if name == "tiny" else [name]:
             with world.first_alone():
                 recipe = self.makers[chosen]()
@@ -252,7 +256,7 @@ class Tiny:
                     compile_decoder(recipe.model)
                 changes |= {"device": self.device, "lr": recipe.lr * rate, "adam_lr": recipe.adam_lr * rate}
                 recipe = replace(recipe, **changes)
-            train_one(recipe, self.runs / chosen, out, world, self.watch, until)
+            train_one(recipe, self.runs / chosen, out, world, self.watch, until, save_every, look)
         if name == "tiny" and world.first:
             self.ship(self.runs / "tiny")
 
@@ -316,11 +320,13 @@ def train_one(
     world: World = ALONE,
     watch: Watch = UNWATCHED,
     until: int | None = None,
+    save_every: float = 120.0,
+    look: Look = blind,
 ) -> None:
     """Trains to the end with a progress bar, prints what is trainable, and draws the losses."""
     trainer = world.trainer(recipe, folder)
     if not world.first:
-        trainer.run(until)
+        trainer.run(until, save_every, look=look)
         return
     weights = sum(parameter.numel() for _, parameter in trainer.named)
     tops = sorted({".".join(key.split(".")[:2]) for key, _ in trainer.named})
@@ -328,13 +334,15 @@ def train_one(
     columns = (TextColumn(recipe.name), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Bar(*columns, TextColumn("{task.description}"), console=out) as bar:
         row = bar.add_task("", total=recipe.steps, completed=trainer.step)
-        writers = watch(folder, recipe)
+        writers = watch(folder, recipe, trainer.step)
+        seen: dict[str, float] = {}
 
         def tell(progress: Progress) -> None:
             figures = speed(recipe, progress, world.size).figures()
-            bar.update(row, completed=progress.step, description=line(progress, figures))
+            seen.update((name, value) for name, value in progress.scores.items() if name == DRAWN)
+            bar.update(row, completed=progress.step, description=line(progress, seen | figures))
             for write in writers:
-                write(progress.step, progress.losses | figures)
+                write(progress.step, progress.losses | progress.scores | figures)
 
-        trainer.run(until, tell=tell)
+        trainer.run(until, save_every, tell, look)
     plot_losses(folder / "log.jsonl", folder / "loss.png", recipe.name)

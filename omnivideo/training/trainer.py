@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from omnivideo.errors import CheckpointError, Diverged
 from omnivideo.models.bridge import VisionHead
+from omnivideo.models.omni import Omni
 from omnivideo.training.optim import Kind, Named, cosine, layout, optimizers, rate, set_rate
 from omnivideo.training.shards import STATE, Saved, newest, put_state, write_state
 from omnivideo.training.share import ALONE, sharing
@@ -38,7 +39,8 @@ class Recipe:
     `model` holds all weights of the checkpoint; `trainable` names the parameters to train by prefix ("" is all).
     `loss(step)` returns the named losses of one batch, or of this process's share of it (`share.py`);
     `data` tells its samples and their order from others (a checkpoint does not go on over other ones).
-    `samples(step)` is the size of the whole batch, `flops(step)` what the model costs on it (0 and None: not known).
+    `samples(step)` is the size of the whole batch, `flops(step)` what the model cost on it, asked after its loss (0 and
+    None: not known).  `omni` draws samples with the model's weights, where it can.
     Products are of `precision`, what the optimizer moves is always fp32; `checkpointing` trades time for memory.
     """
 
@@ -62,6 +64,7 @@ class Recipe:
     samples: Callable[[int], int] = lambda step: 0
     flops: Callable[[int], float] | None = None
     data: str = ""
+    omni: Omni | None = None
 
     def rate(self, step: int) -> float:
         """Share of the peak learning rate."""
@@ -72,13 +75,14 @@ class Recipe:
 
 @dataclass
 class Progress:
-    """Told after every step; `left` and `seconds` (of this step) are in seconds."""
+    """Told after every step; `left` and `seconds` (of this step) are in seconds, `scores` of samples drawn after it."""
 
     step: int
     steps: int
     losses: dict[str, float]
     left: float
     seconds: float
+    scores: dict[str, float] = field(default_factory=dict)
 
 
 def freeze(model: nn.Module, trainable: tuple[str, ...]) -> Named:
@@ -211,19 +215,25 @@ class Trainer:
         until: int | None = None,
         every: float = 120.0,
         tell: Callable[[Progress], None] = lambda progress: None,
+        look: Callable[["Trainer"], dict[str, float]] = lambda trainer: {},
     ) -> None:
-        """Trains to the recipe's end (or to step `until`), with a checkpoint every `every` seconds and at the end."""
+        """Trains to the recipe's end (or to step `until`), with a checkpoint every `every` seconds and at the end.
+
+        All processes `look` after every step; the first one's scores go into the log.
+        """
         last, began, first, before = time.monotonic(), time.monotonic(), self.step, self.seconds
         until = self.recipe.steps if until is None else min(until, self.recipe.steps)
         with Log(self.folder / "log.jsonl", self.step) if self.first else NoLog() as log:
             while self.step < until:
                 started = time.monotonic()
                 losses = self.advance()
-                log.write(self.step, losses)
+                seconds = time.monotonic() - started
+                scores = look(self)
+                log.write(self.step, losses | scores)
                 now = time.monotonic()
                 self.seconds = before + now - began
                 left = (now - began) / (self.step - first) * (until - self.step)
-                tell(Progress(self.step, until, losses, left, now - started))
+                tell(Progress(self.step, until, losses, left, seconds, scores))
                 if self.agreed(now - last > every):
                     log.file.flush()  # else a killed run goes on from a step that its log has not come to
                     self.save()
@@ -233,13 +243,35 @@ class Trainer:
     def finish(self) -> None:
         self.save()
 
+    def averages(self) -> Iterable[tuple[str, Tensor]]:
+        """The averaged weights, whole, by their names; none where the recipe has no average."""
+        return self.average.items()
+
     def averaged(self) -> nn.Module:
         """The model with its averaged weights in place (for use after training; the run's own are in the file)."""
         parameters = dict(self.recipe.model.named_parameters())
         with torch.no_grad():
-            for name, value in self.average.items():
+            for name, value in self.averages():
                 parameters[name].copy_(value)
         return self.recipe.model
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """The model to be used in between: averaged, in evaluation mode, without gradients; afterwards all is as it
+        was, random numbers too."""
+        model, cuda = self.recipe.model, self.recipe.device.type == "cuda"
+        modes = [(part, part.training) for part in model.modules()]
+        # On the CPU: a GPU may have no room for them.
+        own = [(one, one.detach().to("cpu", copy=True)) for _, one in self.named] if self.recipe.ema else []
+        with torch.no_grad(), torch.random.fork_rng([self.recipe.device] if cuda else []), products(self.recipe):
+            try:
+                self.averaged().eval()
+                yield
+            finally:
+                for weight, value in own:
+                    weight.copy_(value)
+                for part, mode in modes:
+                    part.training = mode
 
 
 @contextmanager

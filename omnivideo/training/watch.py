@@ -1,11 +1,13 @@
-"""What a run shows while it runs: speed, memory, TensorBoard and Weights & Biases, and hooks every so many steps.
+"""What a run shows while it runs: speed, memory, TensorBoard and Weights & Biases, and a look at its samples.
 
 Shares of the peak (MFU) count the model's own FLOPs, attention with them, and nothing that is computed again; they
 are shown where the recipe knows its FLOPs and the device's peak is known.
 """
 
 import resource
-from collections.abc import Callable, Sequence
+import secrets
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +15,10 @@ from typing import Any
 import torch
 
 from omnivideo.errors import InvalidInput, NotInstalled
+from omnivideo.models.omni import Omni
 from omnivideo.training.flops import GPUS
-from omnivideo.training.trainer import Progress, Recipe
+from omnivideo.training.trainer import Progress, Recipe, Trainer
 
-Tell = Callable[[Progress], None]
 KINDS = ("tensorboard", "wandb")
 
 
@@ -63,13 +65,16 @@ def line(progress: Progress, figures: dict[str, float]) -> str:
     return "  ".join(f"{name} {value:.4g}" for name, value in (progress.losses | figures).items())
 
 
-def tensorboard(folder: Path, recipe: Recipe) -> Callable[[int, dict[str, float]], None]:
-    """Writes scalars to `<run>/tensorboard`."""
+Write = Callable[[int, dict[str, float]], None]
+
+
+def tensorboard(folder: Path, recipe: Recipe, step: int) -> Write:
+    """Writes scalars to `<run>/tensorboard`; what a killed run wrote after `step` is no longer shown."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise NotInstalled("--watch tensorboard needs it: pip install omnivideo[train]") from None
-    writer = SummaryWriter(str(folder / "tensorboard"))
+    writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def write(step: int, figures: dict[str, float]) -> None:
         for name, value in figures.items():
@@ -79,33 +84,70 @@ def tensorboard(folder: Path, recipe: Recipe) -> Callable[[int, dict[str, float]
     return write
 
 
-def wandb(folder: Path, recipe: Recipe) -> Callable[[int, dict[str, float]], None]:
-    """Logs to the project "omnivideo", or to a folder where WANDB_MODE is offline; a run goes on under its name."""
+def wandb(folder: Path, recipe: Recipe, step: int) -> Write:
+    """Logs to the project "omnivideo", or to a folder where WANDB_MODE is offline; `<run>/wandb-id` keeps the id under
+    which the run goes on."""
     try:
         import wandb as library
     except ImportError:
         raise NotInstalled("--watch wandb needs it: pip install wandb") from None
-    run: Any = library.init(project="omnivideo", name=recipe.name, id=recipe.name, resume="allow", dir=folder)
+    kept = folder / "wandb-id"
+    if not kept.exists():
+        kept.write_text(secrets.token_hex(8))
+    run: Any = library.init(project="omnivideo", name=recipe.name, id=kept.read_text(), resume="allow", dir=folder)
     return lambda step, figures: run.log(figures, step=step)
 
 
-Watch = Callable[[Path, Recipe], list[Callable[[int, dict[str, float]], None]]]
+Watch = Callable[[Path, Recipe, int], list[Write]]
 
 
 def watchers(kinds: Sequence[str]) -> Watch:
-    """Makes the writers of the kinds named, for a run; raises InvalidInput for other kinds."""
+    """Makes the writers of the kinds named, for a run that is at a step; raises InvalidInput for other kinds."""
     for kind in kinds:
         if kind not in KINDS:
             raise InvalidInput("watch", f"{kind!r} is not one of {', '.join(KINDS)}")
     makers = {"tensorboard": tensorboard, "wandb": wandb}
-    return lambda folder, recipe: [makers[kind](folder, recipe) for kind in dict.fromkeys(kinds)]
+    return lambda folder, recipe, step: [makers[kind](folder, recipe, step) for kind in dict.fromkeys(kinds)]
 
 
-def every(steps: int, hook: Callable[[int], None]) -> Tell:
-    """Calls a hook with the step, every so many steps: an evaluation, a sample grid."""
+# ---------------------------------------------------------------- samples
 
-    def tell(progress: Progress) -> None:
-        if progress.step % steps == 0:
-            hook(progress.step)
+DRAWN = "drawn right"  # of the scores the one that stays on the progress line
+Draw = Callable[[Omni, Path | None], dict[str, float]]
+Look = Callable[[Trainer], dict[str, float]]
 
-    return tell
+
+def blind(trainer: Trainer) -> dict[str, float]:
+    """Looks at nothing."""
+    return {}
+
+
+@contextmanager
+def together(omni: Omni) -> Iterator[None]:
+    """All parts on one device; those that lay elsewhere, since training does without them, go back."""
+    places = [(part, next(part.parameters()).device) for part in omni.parts]
+    away = [(part, place) for part, place in places if place != omni.device]
+    try:
+        for part, _ in away:
+            part.to(omni.device)
+        yield
+    finally:
+        for part, place in away:
+            part.to(place)
+
+
+def every(steps: int, draw: Draw) -> Look:
+    """Has the model as it stands drawn with every so many steps, to `<run>/samples/STEP.png`, and returns the scores.
+
+    All processes draw the same, since averages and tokens may be dealt out among them; the first writes it down, the
+    others are given no path.
+    """
+
+    def look(trainer: Trainer) -> dict[str, float]:
+        omni = trainer.recipe.omni
+        if omni is None or trainer.step % steps:
+            return {}
+        with trainer.paused(), together(omni):
+            return draw(omni, trainer.folder / "samples" / f"{trainer.step:08}.png" if trainer.first else None)
+
+    return look

@@ -33,6 +33,7 @@ deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None,
     reason="DeepSpeed is not installed: pip install omnivideo[train]",
 )
+LOOKS = [pytest.param("adamw", sequence, marks=deepspeed) for sequence in (1, 2)]
 STEPS = int(os.environ.get("OMNIVIDEO_TEST_STEPS", 4))
 CALM = {"adam_lr": 1e-5, "warmup": 5} if STEPS > 4 else {}  # over few steps the recipes' own rates
 
@@ -209,6 +210,22 @@ def test_two_groups_of_two_have_the_losses_of_one_process(together, alone, tmp_p
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "4"]
     assert together(four, sequence=2, processes=4, launcher=torchrun)[0] == 0
     assert_same_losses([one], [four])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("optimizer", "sequence"), [("muon", 1), *LOOKS])
+def test_samples_of_two_processes_are_drawn_with_the_average(optimizer, sequence, together, alone, tmp_path):
+    """Of which each holds a part; and training goes on as without."""
+    [plain], [job] = pairs(tmp_path, ["stage2b"], optimizer=optimizer, steps=4)
+    alone(plain)
+    assert together(job | {"look": 2}, sequence=sequence)[0] == 0
+    assert_same_losses([plain], [job])
+    run = Path(job["run"])
+    assert sorted(path.name for path in (run / "samples").iterdir()) == ["00000002.png", "00000004.png"]
+    last, state = torch.load(run / "samples" / "00000004.png"), torch.load(run / "state.pt")
+    for name, value in (state["model"] | state["average"]).items():
+        assert torch.allclose(last["weights"][name], value, atol=1e-6), name
+    assert state["average"] and last["still"].shape == (1, 1, 64, 64, 3)
 
 
 def test_a_checkpoint_of_the_other_optimizer_is_refused(tmp_path, weights):

@@ -20,7 +20,9 @@ from torch import Tensor, nn
 from torch.distributed._tools.mem_tracker import MemTracker
 from transformers import SiglipVisionConfig, SiglipVisionModel, UMT5Config, UMT5EncoderModel
 
+from omnivideo.evaluation.suite import clips_of
 from omnivideo.models import checkpoint
+from omnivideo.models.mllm import Message
 from omnivideo.models.omni import Omni, build_decoder
 from omnivideo.presets import TINY
 from omnivideo.training.distributed import Together, World, together
@@ -29,6 +31,7 @@ from omnivideo.training.recipes import decoder, mllm, stages, text, vae, visual_
 from omnivideo.training.samples import TASKS, requests
 from omnivideo.training.sequence import split_sequence
 from omnivideo.training.trainer import PRECISIONS, Recipe, freeze
+from omnivideo.training.watch import blind, every
 
 FOUNDATIONS = ("vae", "text", "decoder", "mllm", "visual_encoder")
 STAGES = ("stage1", "stage1_text", "stage2a", "stage2b_generation", "stage2b", "stage3")
@@ -173,7 +176,21 @@ def train(world: World, job: dict[str, Any]) -> None:
     if "spoiled" in job:  # a finite loss whose gradient is not: the root of nothing is steep
         loss, weight = recipe.loss, freeze(recipe.model, recipe.trainable)[0][1]
         recipe.loss = lambda step: {"loss": loss(step)["loss"] + (weight - weight.detach()).square().sum().sqrt()}
-    world.trainer(recipe, Path(job["run"])).run(job.get("until"), every=job.get("every", 120.0))
+    look = every(job["look"], draw) if "look" in job else blind
+    world.trainer(recipe, Path(job["run"])).run(job.get("until"), every=job.get("every", 120.0), look=look)
+
+
+def draw(omni: Omni, sheet: Path | None) -> dict[str, float]:
+    """A still in one step; the first process keeps it, with the weights that it was drawn with."""
+    short = {task: one.model_copy(update={"steps": 1}) for task, one in TINY.sampling.items()}
+    omni = replace(omni, preset=TINY.model_copy(update={"sampling": short}))
+    still = clips_of(omni, ["a red circle"], [Message("a red circle")], "text-to-image", 0)
+    if sheet is None:
+        return {}
+    sheet.parent.mkdir(exist_ok=True)
+    weights = {name: one.float() for name, one in stages.Whole(omni).state_dict().items()}
+    torch.save({"still": torch.from_numpy(still), "weights": weights}, sheet)
+    return {"drawn right": float(still.mean())}
 
 
 def in_double() -> None:

@@ -14,6 +14,8 @@ from omnivideo.cli import main
 from omnivideo.errors import CheckpointError, InvalidInput
 from omnivideo.evaluation.report import GOALS
 from omnivideo.presets import PRESETS, TINY
+from omnivideo.training.tiny import Tiny
+from omnivideo.training.watch import blind
 from omnivideo.training.world import render, scenes
 
 
@@ -96,6 +98,7 @@ GENERATE = ("generate", "a red circle", "--video")
         (("edit", "nowhere.mp4", "make it blue", "-o", "x.mp4"), "source:"),
         (("understand", "nowhere.mp4", "what is it?"), "source:"),
         (("train", "nothing"), "recipe: 'nothing' is not one of"),
+        (("train", "stage1", "--look-every", "9"), "look-every: stage1 draws nothing"),
     ],
 )
 def test_bad_input_is_one_line_and_code_2(run, monkeypatch, tmp_path, args, said):
@@ -105,6 +108,16 @@ def test_bad_input_is_one_line_and_code_2(run, monkeypatch, tmp_path, args, said
     assert said in err
     assert "Traceback" not in err and str(tmp_path) not in err and len(err.strip().splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_training_is_told_arrives(run, monkeypatch, tmp_path):
+    told = []
+    monkeypatch.setattr(Tiny, "train", lambda tiny, name, out, world, *given, **changes: told.append(given))
+    assert run("train", "stage3", "--runs", str(tmp_path), "--save-every", "600", "--look-every", "50")[0] == 0
+    assert run("train", "stage3", "--runs", str(tmp_path))[0] == 0
+    (_, _, seconds, look), (_, _, usual, none) = told
+    assert (seconds, usual) == (600, 120) and look is not none is blind
+    assert run("train", "stage3", "--look-every", "0")[0] == run("train", "stage3", "--save-every", "-1")[0] == 2
 
 
 def test_sources_that_are_no_media(run, tmp_path, monkeypatch, clip):

@@ -24,6 +24,7 @@ from omnivideo.training.share import Share, sharing
 from omnivideo.training.trainer import Trainer, freeze
 from tests.unit.test_data import mp4, png
 from tests.unit.test_encode import FIT, library
+from tests.unit.test_training import operations
 
 SAMPLES = [
     *(Sample("text-to-image", f"a red ball {at}", target=png(at, (32, 32))) for at in range(4)),
@@ -144,6 +145,17 @@ def test_two_shares_have_the_loss_of_one_also_where_they_are_not_equal(made, wei
         assert (losses[1] + losses[2]) / 2 == pytest.approx(losses[0], abs=1e-5)
         sizes.add(one.samples(step))
     assert {1, 3} <= sizes
+
+
+def test_a_steps_operations_are_those_that_torch_counts(made, weights, tmp_path):
+    """With the MLLM's, which are done on the way.  (A sample alone whose visual tokens are dropped has no gradients in
+    the adapter.)"""
+    one = source(made, weights)
+    recipe = flow_recipe("stage3", one.omni, one, steps=9, lr=1e-4, eq1=0.1)
+    Trainer(recipe, tmp_path)
+    pairs = [(operations(recipe, step), recipe.flops(step)) for step in range(len(one.order.epoch(0)))]
+    assert all(found == pytest.approx(counted, rel=0.05) for counted, found in pairs)
+    assert sum(found for _, found in pairs) == pytest.approx(sum(counted for counted, _ in pairs), rel=0.02)
 
 
 def test_a_run_goes_on_over_the_same_samples_only(made, weights, tmp_path):

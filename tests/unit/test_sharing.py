@@ -12,7 +12,7 @@ from omnivideo.training.optim import cosine, layout
 from omnivideo.training.sequence import part
 from omnivideo.training.share import Share, share, sharing
 from omnivideo.training.trainer import Progress, Recipe, Trainer
-from omnivideo.training.watch import every, line, peak_of, speed, watchers
+from omnivideo.training.watch import line, peak_of, speed, watchers
 
 
 class Second(Share):
@@ -136,14 +136,6 @@ def test_speed_is_shown_where_it_is_known():
     assert line(Progress(1, 20, {"loss": 0.5}, 9.0, 2.0), {"GB": 1.0}) == "loss 0.5  GB 1"
     assert "samples/s" not in speed(toy(), Progress(1, 20, {}, 9.0, 2.0), 1).figures()
     assert peak_of("NVIDIA H100 80GB HBM3") == 989e12 and peak_of("a CPU") is None
-
-
-def test_hooks_come_every_so_many_steps():
-    seen = []
-    tell = every(3, seen.append)
-    for step in range(1, 8):
-        tell(Progress(step, 8, {}, 0.0, 0.0))
-    assert seen == [3, 6]
 
 
 def test_unknown_watchers_are_refused():

@@ -9,6 +9,8 @@ from dataclasses import replace
 import pytest
 import torch
 from diffusers import AutoencoderKLWan
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import SiglipVisionConfig, SiglipVisionModel, UMT5Config, UMT5EncoderModel
 
 from omnivideo.errors import CheckpointError, Diverged
@@ -28,6 +30,7 @@ from omnivideo.training.trainer import Recipe, Trainer, freeze
 from omnivideo.training.world import BACKGROUNDS, COLOURS
 
 STEPS = 6
+TEACHERS = ("SiglipVisionModel", "UMT5EncoderModel")  # their results are targets
 
 
 def vae_recipe(request):
@@ -343,3 +346,27 @@ def test_training_goes_on_from_a_folder_of_weights(weights, tmp_path):
     assert torch.equal(tiny.mllm_recipe().model.lm_head.weight, there.mllm.lm_head.weight)
     with pytest.raises(CheckpointError, match="mllm has not been trained"):
         Tiny(tmp_path, shipped=weights).omni("stage2b")
+
+
+def operations(recipe, step) -> int:
+    """What torch counts of a step but for the teachers, in the forms that it knows."""
+    quick = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            recipe.loss(step)["loss"].backward()
+    finally:
+        torch.backends.mha.set_fastpath_enabled(quick)
+    parts = counter.get_flop_counts()
+    return counter.get_total_flops() - sum(sum(parts[name].values()) for name in TEACHERS if name in parts)
+
+
+@pytest.mark.parametrize("step", [0, 1])
+@pytest.mark.parametrize("make", [stage1_recipe, stage2a_recipe, stage2b_recipe, stage3_recipe])
+def test_a_steps_operations_are_those_that_torch_counts(make, step, request, tmp_path):
+    """Backwards some frozen first layers have less to do, and of causal attention half is counted."""
+    recipe = make(request)
+    Trainer(recipe, tmp_path)
+    near = 0.005 if make is stage3_recipe else 0.03
+    counted = operations(recipe, step)
+    assert recipe.flops(step) == pytest.approx(counted, rel=near)

@@ -30,6 +30,7 @@ from omnivideo.training.data.encode import TOGETHER, Cache, Fit, Frozen, ordered
 from omnivideo.training.data.sample import Problem, Problems, Sample, fitted
 from omnivideo.training.data.shards import Entry, Library
 from omnivideo.training.drawn import Rows
+from omnivideo.training.flops import mllm_flops
 from omnivideo.training.loading import bring
 from omnivideo.training.recipes.mllm import batch_of, with_places
 from omnivideo.training.recipes.stages import Lesson, Portion
@@ -278,7 +279,9 @@ class ShardSource(Epochs):
             rows.embeddings = embed_frames(
                 self.encoder, drawn.seen, self.omni.bridge.vision_head.decoder_query.shape[1]
             )
-        return Portion(rows, drawn.lots, drawn.whole, drawn.places, weight_of(drawn.count, self.omni.device))
+        weight = weight_of(drawn.count, self.omni.device)
+        before = mllm_flops(self.omni.mllm, drawn.asked)
+        return Portion(rows, drawn.lots, drawn.whole, drawn.places, weight, before)
 
     def encoded(self, drawn: Loaded) -> list[Tensors]:
         """Latents and text of each row; what the cache has not is made as it would have it, whatever the precision of

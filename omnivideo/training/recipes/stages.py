@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from transformers import SiglipVisionModel
 
 from omnivideo.models.conditions import assemble, pad
-from omnivideo.models.mllm import ENDING, VISUAL_TOKENS, hidden_states
+from omnivideo.models.mllm import ENDING, VISUAL_TOKENS, asking, states_of
 from omnivideo.models.omni import Omni, Target
 from omnivideo.training.ahead import Ahead, as_it_is
 from omnivideo.training.data.sample import Problem
 from omnivideo.training.drawn import Drawn, Rows, gathered, pick
+from omnivideo.training.flops import Flops, drawn_flops, joined_flops, matrices, mllm_flops, query_transformer_flops
 from omnivideo.training.latents import to_pixels
 from omnivideo.training.recipes.decoder import flow_matching
 from omnivideo.training.recipes.mllm import (
@@ -55,6 +56,7 @@ TRAINED = {
     "stage1": ("mllm.lm_head", "bridge.vision_head"), "stage1_text": ("mllm.lm_head",), "stage2a": ("bridge.adapter",),
     "stage2b_generation": JOINED, "stage2b": JOINED, "stage3": ("bridge", "decoder"),
 }  # fmt: skip
+DRAWING = tuple(name for name, parts in TRAINED.items() if "mllm.lm_head" not in parts)  # seen in samples
 
 # Resolution and frame count are shared inside a group, so its tasks share a batch.
 GROUPS: tuple[tuple[Task, ...], ...] = (("text-to-image", "image-editing"), ("text-to-video", "video-editing"))
@@ -105,8 +107,10 @@ def stage1_over(
     model = Whole(omni)
     queries = omni.bridge.vision_head.decoder_query.shape[1]
     drawn = Ahead(draw, workers)
+    work = Flops()
 
     def loss(step: int) -> Losses:
+        nonlocal work
         given = ready(drawn(step))
         inputs, labels = on(omni.device, (given.inputs, given.labels))
         asked = len(given.pixels)
@@ -114,6 +118,8 @@ def stage1_over(
             states = model.mllm.model(**inputs).last_hidden_state
         value, right = text_loss(model.mllm.lm_head(states), labels)
         some = slice(0, max(1, asked))  # where nothing is to be drawn the vision head goes along for nothing
+        own = stage1_flops(omni, given.inputs, max(1, asked))
+        work = own * (samples(step) / len(labels))
         visual = model.bridge.vision_head(states[some], inputs["attention_mask"][some] == 0)
         if asked:
             with torch.no_grad():
@@ -125,7 +131,18 @@ def stage1_over(
 
     return Recipe(
         "stage1", model, TRAINED["stage1"], loss, steps, lr=1e-2, adam_lr=2e-3, warmup=100, samples=samples,
+        flops=lambda step: work.total,
     )  # fmt: skip
+
+
+def stage1_flops(omni: Omni, inputs: Mapping[str, Tensor], asked: int) -> Flops:
+    """Of a batch of which `asked` rows go through the vision head.  The teacher's are not counted: it is no part of
+    the model."""
+    assert omni.preset.vision_head is not None, "a version 1 preset"
+    rows, tokens = inputs["input_ids"].shape
+    head = query_transformer_flops(omni.preset.vision_head, tokens).trained * asked
+    words = Flops(2.0 * rows * tokens * matrices(omni.mllm.lm_head))
+    return mllm_flops(omni.mllm, inputs) + head + words.passed  # the states, frozen, have no gradients
 
 
 def stage1_recipe(
@@ -234,37 +251,45 @@ def stage2a_over(omni: Omni, source: "Source", steps: int, workers: int = 0) -> 
     """Over text-to-image and text-to-video samples whose text embeddings are there."""
     model = Whole(omni)
     drawn = Ahead(source.draw, workers)
+    work = Flops()
 
     def loss(step: int) -> Losses:
+        nonlocal work
         dealt = source.ready(drawn(step))
         rows = dealt.rows.to(omni.device)
+        own = joined_flops(omni.preset, TRAINED["stage2a"], rows.hidden.shape[1]) * len(rows) + dealt.before
+        work = own * (dealt.whole / len(rows))
         with torch.no_grad():
             visual = visual_of(model, rows)
         return {"loss": text_space_loss(omni, visual, [rows.kind] * len(rows), rows.texts) * dealt.weight}
 
     return Recipe(
         "stage2a", model, TRAINED["stage2a"], loss, steps, lr=5e-3, adam_lr=1e-3, warmup=100, samples=source.samples,
+        flops=lambda step: work.total, omni=omni,
     )  # fmt: skip
 
 
 def stage2a_recipe(omni: Omni, steps: int = 1000, batch: int = 32) -> Recipe:
     torch.manual_seed(12)
     model = Whole(omni)
+    work = Flops()
 
     def loss(step: int) -> Losses:
+        nonlocal work
         rng = random.Random(step_seed("stage2a/data", step))
         wanted = share().take([random_request(rng, rng.choice(TASKS[:2])) for _ in range(batch)])
         with torch.no_grad():
             texts = omni.texts([one.text for one in wanted])
-            states, padding = hidden_states(
-                model.mllm, omni.mllm_tokenizer, [(one.message, one.kind) for one in wanted], omni.pixels
-            )
+            inputs = asking(omni.mllm_tokenizer, [(one.message, one.kind) for one in wanted], omni.pixels)
+            states, padding = states_of(model.mllm, inputs)
             visual = model.bridge.vision_head(states, padding)
+        own = joined_flops(omni.preset, TRAINED["stage2a"], states.shape[1]) * len(wanted)
+        work = (own + mllm_flops(model.mllm, inputs)) * (batch / len(wanted))
         return {"loss": text_space_loss(omni, visual, [one.kind for one in wanted], texts)}
 
     return Recipe(
         "stage2a", model, TRAINED["stage2a"], loss, steps, lr=5e-3, adam_lr=1e-3, warmup=100,
-        samples=lambda step: batch,
+        samples=lambda step: batch, flops=lambda step: work.total, omni=omni,
     )  # fmt: skip
 
 
@@ -318,14 +343,15 @@ def edited_contexts(model: Whole, rows: Rows) -> list[Tensor | None]:
 
 @dataclass
 class Portion:
-    """This process's part of a step's batch: which of the `whole` batch's samples these are, and what their mean
-    weighs among those of all processes."""
+    """This process's part of a step's batch: which of the `whole` batch's samples these are, what their mean weighs
+    among those of all processes, and what was done to them `before`, by the model's frozen parts."""
 
     rows: Rows
     lots: list[float]
     whole: int
     part: slice | list[int]
     weight: float = 1.0
+    before: Flops = field(default_factory=Flops)
 
 
 class Source(Protocol):
@@ -381,11 +407,15 @@ def flow_recipe(
         # The text encoder may lie elsewhere, and in another precision (`loading`).
         null = omni.texts([omni.preset.negative_prompt])[0].to(omni.device, torch.float32)
     drawn = Ahead(source.draw, workers)
+    trains = trained or TRAINED[name]
+    work = Flops()
 
     def loss(step: int) -> Losses:
+        nonlocal work
         dealt = source.ready(drawn(step))
         rows = dealt.rows.to(omni.device)
         condition, visual = group_condition(omni, model, rows, dealt.lots, Drop(), null)
+        work = flow_flops(omni, trains, dealt, condition.shape[1])
         errors = flow_matching(model.decoder, rows.target, condition, high, (dealt.whole, dealt.part))
         losses = {"loss": errors.mean()}
         if eq1:
@@ -399,9 +429,18 @@ def flow_recipe(
         return losses
 
     return Recipe(
-        name, model, trained or TRAINED[name], loss, steps, lr=lr, adam_lr=lr / 10, warmup=200, ema=0.999,
-        samples=source.samples,
+        name, model, trains, loss, steps, lr=lr, adam_lr=lr / 10, warmup=200, ema=0.999, samples=source.samples,
+        flops=lambda step: work.total, omni=omni,
     )  # fmt: skip
+
+
+def flow_flops(omni: Omni, trained: Sequence[str], dealt: Portion, condition: int) -> Flops:
+    """Of the whole batch, as if the other processes' parts were like this one's."""
+    rows = dealt.rows
+    t, h, w = rows.target.shape[2:]
+    edited = int(rows.edited.sum()) / len(rows)
+    each = drawn_flops(omni.preset, trained, (t, h, w), condition, rows.hidden.shape[1], edited)
+    return each * dealt.whole + dealt.before * (dealt.whole / len(rows))
 
 
 def adapter_recipe(
