@@ -199,7 +199,8 @@ class Packed:
     def of(cls, rows: list[Tensors]) -> "Packed":
         parts = [part.flatten() for row in rows for part in row.values()]
         shapes = [{name: part.shape for name, part in row.items()} for row in rows]
-        return cls(torch.cat(parts) if parts else torch.zeros(0), shapes)
+        with torch.autocast("cpu", enabled=False):  # which has no fp16
+            return cls(torch.cat(parts) if parts else torch.zeros(0), shapes)
 
     def rows(self) -> list[Tensors]:
         parts = iter(self.flat.split([shape.numel() for row in self.shapes for shape in row.values()]))
