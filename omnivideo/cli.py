@@ -279,6 +279,10 @@ def train(
         typer.Option("--data", help="Shards (a folder, s3://bucket/prefix) instead of the rendered world."),
     ] = None,
     fps: Annotated[float, typer.Option(help="With --data: frames a second that clips are seen at.")] = 8.0,
+    stills: data.Stills = None,
+    clips: data.Clips = None,
+    ratio: data.Ratio = [],  # noqa: B006
+    group_weight: data.GroupWeight = [],  # noqa: B006
     times: Annotated[int, typer.Option(min=1, help="Batches so many times the recipe's.")] = 1,
     rate: Annotated[float, typer.Option(min=0, help="Learning rates so many times the recipe's.")] = 1.0,
     precision: Annotated[Literal["fp32", "bf16"] | None, typer.Option(help="Of products; else the recipe's.")] = None,
@@ -331,12 +335,15 @@ def train(
             seeds=seed or SEEDS,
         )  # fmt: skip
         if shards is None:
+            if stills or clips or ratio or group_weight:
+                raise InvalidInput("data", "--stills, --clips, --ratio and --group-weight are of batches over it")
             return tiny.train(recipe, out, world, until, rate, save_every, looking, **changes)
-        from omnivideo.training.real import makers_over
+        from omnivideo.training.real import makers_over, mix_of
 
+        mix = mix_of(stills, clips, times, ratio, group_weight)
         library, fit = data.opened(shards, size, frames, fps)
         with data.concluding(library.problems, report, world):
-            tiny.makers = makers_over(library, fit, recipe, tiny, weights, given["precision"])
+            tiny.makers = makers_over(library, fit, recipe, tiny, weights, mix, given["precision"])
             if world.first:
                 tiny.makers = data.telling(tiny.makers, library.problems, report)
             tiny.train(recipe, out, world, until, rate, save_every, looking, **changes)

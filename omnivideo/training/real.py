@@ -1,6 +1,7 @@
 """The stages of any preset over shards: `omnivideo train stage2b --data SHARDS --weights FOLDER`."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -9,7 +10,7 @@ import torch
 
 from omnivideo.errors import InvalidInput
 from omnivideo.models.omni import Omni
-from omnivideo.training.data.batches import Mix
+from omnivideo.training.data.batches import PAPER, Mix
 from omnivideo.training.data.encode import Cache, Fit, digest_of, name_of
 from omnivideo.training.data.rows import Epochs, Lessons, ShardSource
 from omnivideo.training.data.shards import Library
@@ -25,10 +26,48 @@ EARLIER = {
 EQ1 = 0.1
 RATE = 1e-5  # AdamW's; stages 1 and 2a, which begin at random, take ten times as much
 STEPS = 20_000
+UNIT = 8  # processes that have equal parts of nearly every batch
+
+
+def mix_of(
+    stills: int | None = None, clips: int | None = None, times: int = 1, ratio: Sequence[str] = (),
+    weights: Sequence[str] = (),
+) -> Mix:  # fmt: skip
+    """How the stages mix: batches of so many samples (None: as over the rendered world), and shares as NAME=NUMBER, of
+    tasks (none: Table 1's) and of the groups' batches (none: as the tasks' shares have it).  Raises InvalidInput.
+
+    Nothing is cropped to another bucket than the one that its latents are of.
+    """
+    sizes = {
+        "image": (SIZES[0] if stills is None else stills) * times,
+        "video": (SIZES[1] if clips is None else clips) * times,
+    }
+    shares, turns = named("ratio", ratio) or PAPER, named("weights", weights)
+    return Mix(shares, sizes, turns or None, unit=max(1, math.gcd(UNIT, *sizes.values())), fold=False)  # type: ignore[arg-type]
+
+
+def named(field: str, given: Sequence[str]) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for one in given:
+        name, _, number = one.partition("=")
+        try:
+            value = float(number)
+        except ValueError:
+            raise InvalidInput(field, f"{one!r} is not NAME=NUMBER") from None
+        if name in found:
+            raise InvalidInput(field, f"{name!r} is given twice")
+        found[name] = value
+    return found
 
 
 def makers_over(
-    library: Library, fit: Fit, name: str, tiny: Tiny, weights: Path | None, precision: torch.dtype | None = None
+    library: Library,
+    fit: Fit,
+    name: str,
+    tiny: Tiny,
+    weights: Path | None,
+    mix: Mix,
+    precision: torch.dtype | None = None,
 ) -> dict[str, Callable[[], Recipe]]:
     """The recipes that train over a library; its cache (from stage 2a on) counts where it is of the same weights.
 
@@ -38,11 +77,11 @@ def makers_over(
         raise InvalidInput("recipe", f"{name!r} does not train over shards; allowed: {', '.join(EARLIER)}")
     if weights is None:
         raise InvalidInput("weights", "shards need a folder of weights to begin with")
-    return {name: partial(recipe_over, library, fit, name, tiny, weights, precision)}
+    return {name: partial(recipe_over, library, fit, name, tiny, weights, mix, precision)}
 
 
 def recipe_over(
-    library: Library, fit: Fit, name: str, tiny: Tiny, weights: Path, precision: torch.dtype | None = None
+    library: Library, fit: Fit, name: str, tiny: Tiny, weights: Path, mix: Mix, precision: torch.dtype | None = None
 ) -> Recipe:
     """A stage, from the earlier stage's run, else from the weights.  AdamW with a cosine; on a GPU in bf16, if no other
     `precision` is asked for."""
@@ -52,11 +91,8 @@ def recipe_over(
     if EARLIER[name] and tiny.has_run(EARLIER[name]):
         state = torch.load(tiny.stage_file(EARLIER[name]), weights_only=True, map_location="cpu", mmap=True)
         Whole(omni).load_state_dict(state["model"] | state["average"])
-    stills, clips = SIZES
-    # A unit would move samples of a rare shape to another one, and their latents are made.
-    mix = Mix(sizes={"image": stills * tiny.times, "video": clips * tiny.times}, unit=1)
     source, recipe = (lessons if name == "stage1" else flow)(library, fit, name, tiny, loader, omni, mix)
-    return replace(recipe, optimizer="adamw", shape="cosine", precision=precision, data=source.order.digest())
+    return replace(recipe, optimizer="adamw", shape="cosine", precision=precision, data=source.digest())
 
 
 def lessons(

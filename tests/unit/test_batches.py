@@ -1,13 +1,29 @@
 """The order of batches: every sample once an epoch, one shape a batch, the same on any number of ranks."""
 
 import functools
+import math
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from omnivideo.errors import CheckpointError, InvalidInput
-from omnivideo.training.data.batches import PAPER, TASKS, Batch, Bucket, Mix, Order, Place, measure, micros
+from omnivideo.training.data.batches import (
+    PAPER,
+    TASKS,
+    Batch,
+    Bucket,
+    Mix,
+    Order,
+    Place,
+    buckets_around,
+    measure,
+    passes_of,
+    slots_of,
+)
+from omnivideo.training.real import mix_of
+from omnivideo.training.share import Share
 
 STILLS = [Bucket(64, 64, 1), Bucket(80, 48, 1), Bucket(48, 80, 1)]
 CLIPS = [Bucket(64, 64, frames) for frames in (5, 9)] + [Bucket(80, 48, 9)]
@@ -37,9 +53,23 @@ def order() -> Order:
     return Order(*mixed_set())
 
 
+def dealt(batch: Batch, world: int, most: int) -> list[list[list[int]]]:
+    """What each rank has in each of its passes, as `share.py` deals it out."""
+    found = []
+    for rank in range(world):
+        count = passes_of(len(batch.indices), world, most)
+        share, parts = Share(), []
+        share.world = world * count
+        for share.rank in range(rank, share.world, world):  # all ranks' first passes come first
+            parts.append(share.part(len(batch.indices)))
+        found.append([batch.indices[part].tolist() for part in parts])
+    return found
+
+
 def seen(order: Order, world: int, most: int = 16, epoch: int = 0) -> list[int]:
-    parts = [micros(batch, rank, world, most) for batch in order.epoch(epoch) for rank in range(world)]
-    return [int(index) for rank in parts for micro in rank for index in micro.indices]
+    return [
+        index for batch in order.epoch(epoch) for rank in dealt(batch, world, most) for one in rank for index in one
+    ]
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 8])
@@ -56,12 +86,31 @@ def test_every_micro_batch_has_one_shape_and_no_more_than_two_percent_are_waste(
     assert len(tasks) == 10_000
 
 
-def test_every_rank_has_as_many_passes_and_their_shares_add_up(order):
+def even_set(total: int = 10_000) -> tuple[list, list]:
+    """Table 1's tasks over the usual aspect ratios around 832x480, evenly filled."""
+    rng, around = np.random.default_rng(3), buckets_around(832, 480, (1, 17, 41))
+    tasks = [task for task, count in paper_counts(total).items() for _ in range(count)]
+    fitting = {group: [one for one in around if one.group == group] for group in ("image", "video")}
+    shapes = [fitting["video" if "video" in task else "image"] for task in tasks]
+    return tasks, [some[rng.integers(len(some))] for some in shapes]
+
+
+def test_the_mix_that_stages_train_with_wastes_less_than_two_percent_on_two_ranks():
+    """In one pass and in small ones; no sample is cropped to another bucket, and equal parts are what does it."""
+    tasks, shapes = even_set()
+    order = Order(tasks, shapes, mix_of())
+    assert max(measure(order, 2, most).waste for most in (64, 4)) < 0.02
+    assert all({shapes[index] for index in batch.indices} == {batch.bucket} for batch in order.epoch(0))
+    assert measure(Order(tasks, shapes, replace(mix_of(), unit=1)), 2, 64).waste > 0.02
+
+
+def test_no_pass_has_more_than_the_most_and_what_ranks_wait_for_is_measured(order):
     for batch in order.epoch(0):
-        ranks = [micros(batch, rank, 3, 4) for rank in range(3)]
-        assert len({len(rank) for rank in ranks}) == 1
-        assert all(len(micro.indices) for rank in ranks for micro in rank)
-        assert sum(micro.share for rank in ranks for micro in rank) == pytest.approx(1)
+        ranks = dealt(batch, 3, 4)
+        lengths = np.array([[len(one) for one in rank] for rank in ranks])
+        assert lengths.max() <= 4 and lengths.sum() == len(batch.indices)
+        assert np.ptp(lengths, axis=0).max() <= 1  # nobody waits for more than one sample
+        assert slots_of(batch, 3, 4) == 3 * lengths.max(axis=0).sum()
 
 
 def test_images_and_videos_take_turns_evenly(order):
@@ -110,8 +159,8 @@ def run(order: Order, place: Place, world: int, steps: int) -> tuple[Place, list
     """What each step's ranks saw, together."""
     steps_seen = []
     for (after, batch), _ in zip(order.walk(place), range(steps), strict=False):
-        ranks = [micros(batch, rank, world, 8) for rank in range(world)]
-        steps_seen.append([int(index) for rank in ranks for micro in rank for index in micro.indices])
+        passes = zip(*dealt(batch, world, 8), strict=True)
+        steps_seen.append([index for ranks in passes for one in ranks for index in one])
         place = after
     return place, steps_seen
 
@@ -150,6 +199,12 @@ def test_a_bucket_of_a_few_joins_the_one_most_like_it():
     assert {200, 201, 202} <= {index for batch in batches if batch.bucket == STILLS[1] for index in batch.indices}
 
 
+def test_a_bucket_of_a_few_stays_as_it_is_where_nothing_is_folded():
+    tasks, shapes = ["text-to-image"] * 103, [STILLS[0]] * 100 + [STILLS[1]] * 3
+    batches = Order(tasks, shapes, Mix(ratio=None, fold=False)).epoch(0)
+    assert {batch.bucket: len(batch.indices) for batch in batches if batch.bucket == STILLS[1]} == {STILLS[1]: 3}
+
+
 def test_a_clip_never_joins_a_bucket_of_more_frames():
     order = Order(["text-to-video"] * 43, [CLIPS[1]] * 40 + [CLIPS[0]] * 3, Mix(ratio=None))
     assert {batch.bucket: len(batch.indices) for batch in order.epoch(0) if batch.bucket == CLIPS[0]} == {CLIPS[0]: 3}
@@ -172,6 +227,8 @@ def test_mixed_batches_update_each_task_more_often_than_one_task_a_batch(order):
         ("sizes", {"sizes": {"image": 8}}),
         ("unit", {"unit": 0}),
         ("weights", {"weights": {"image": 1}}),
+        ("weights", {"weights": {"image": 1, "video": math.inf}}),
+        ("weights", {"weights": {"image": 1, "video": 1, "sound": 1}}),
     ],
 )
 def test_a_mix_that_cannot_be_is_refused(field, given):
@@ -180,6 +237,31 @@ def test_a_mix_that_cannot_be_is_refused(field, given):
     assert refused.value.field == field
 
 
-def test_fewer_samples_than_ranks_are_refused():
-    with pytest.raises(InvalidInput, match="4 and more"):
-        micros(Batch(STILLS[0], np.arange(3)), 0, 4, 8)
+def test_fewer_samples_than_ranks_leave_some_waiting():
+    order = Order(["text-to-image"] * 3, [STILLS[0]] * 3, Mix(ratio=None))
+    assert measure(order, 4, 8).waste == pytest.approx(1 / 4)
+
+
+def test_the_stages_mix_is_as_asked():
+    asked = mix_of(16, 4, 2, ["text-to-image=2", "video-editing=0.5"], ["image=1", "video=3"])
+    assert asked.ratio == {"text-to-image": 2, "video-editing": 0.5} and asked.weights == {"image": 1, "video": 3}
+    assert asked.sizes == {"image": 32, "video": 8} and asked.unit == 8
+    assert mix_of().ratio == PAPER and mix_of().weights is None and mix_of().sizes == {"image": 64, "video": 24}
+    assert mix_of(clips=6).unit == 2  # it divides both sizes
+
+
+@pytest.mark.parametrize(
+    ("field", "given"),
+    [
+        ("ratio", {"ratio": ["text-to-sound=1"]}),
+        ("ratio", {"ratio": ["text-to-image"]}),
+        ("ratio", {"ratio": ["text-to-image=nan"]}),
+        ("ratio", {"ratio": ["text-to-image=1", "text-to-image=2"]}),
+        ("weights", {"weights": ["image=1"]}),
+        ("weights", {"weights": ["image=1", "video=0"]}),
+    ],
+)
+def test_shares_that_cannot_be_are_refused(field, given):
+    with pytest.raises(InvalidInput) as refused:
+        mix_of(**given)
+    assert refused.value.field == field

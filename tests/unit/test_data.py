@@ -431,6 +431,10 @@ def test_pack_names_what_it_skips_and_look_counts_the_rest(tmp_path):
     assert line["kind"] == "unreadable media" and line["where"] == "sharegpt4video a.jsonl:2"
     looked = CliRunner().invoke(app, ["data", "look", to, "--frames", "9"], catch_exceptions=False)
     assert "64x64x9" in looked.output
+    looked = CliRunner().invoke(app, ["data", "look", to, "--frames", "9", "--world", "4"], catch_exceptions=False)
+    assert "1 samples in 1 steps, 75.00% of 4 ranks' work wasted" in looked.output
+    with pytest.raises(InvalidInput, match="weights"):
+        CliRunner().invoke(app, ["data", "look", to, "--group-weight", "image=1"], catch_exceptions=False)
     with pytest.raises(InvalidInput, match="already"):
         CliRunner().invoke(app, given, catch_exceptions=False)
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,8 +15,8 @@ from omnivideo.models.checkpoint import load, save_library_model
 from omnivideo.training.ahead import Ahead
 from omnivideo.training.data.batches import Mix
 from omnivideo.training.data.encode import Cache, Frozen, encode_all
-from omnivideo.training.data.rows import Lessons, ShardSource
-from omnivideo.training.data.sample import Sample
+from omnivideo.training.data.rows import Epochs, Lessons, ShardSource
+from omnivideo.training.data.sample import Problems, Sample
 from omnivideo.training.data.shards import Library
 from omnivideo.training.recipes import stages, visual_encoder
 from omnivideo.training.recipes.decoder import flow_matching
@@ -176,13 +177,40 @@ def test_a_run_goes_on_over_the_same_samples_only(made, weights, tmp_path):
         Trainer(recipe("others"), tmp_path / "cut")
 
 
+def test_a_run_does_not_go_on_over_another_library_of_the_same_shapes(made, weights, tmp_path):
+    other = library(tmp_path / "other", [replace(SAMPLES[0], target=png(40, (32, 32))), *SAMPLES[1:]])
+    encode_all(other, Frozen.load(weights, "cpu"), FIT, lambda done, count: None)
+    given = ["train", "stage2a", "--weights", str(weights), "--runs", str(tmp_path), "--size", "64x64", "--frames", "5"]
+    ran = CliRunner().invoke(app, [*given, "--until", "1", "--data", str(made.shelf.folder)], catch_exceptions=False)
+    assert ran.exit_code == 0
+    with pytest.raises(CheckpointError, match="data: the checkpoint was made with other samples"):
+        CliRunner().invoke(app, [*given, "--data", str(tmp_path / "other")], catch_exceptions=False)
+
+
+def test_the_digest_is_over_the_samples_and_what_they_are_brought_to(made):
+    mix = Mix(ratio=None, sizes={"image": 3, "video": 2}, unit=1)
+    one, slower = (Epochs("some", made, fit, mix, lambda entry: True) for fit in (FIT, replace(FIT, fps=7.9)))
+    assert slower.order.digest() == one.order.digest() and slower.digest() != one.digest()
+    again = Library(made.shelf, Problems())
+    assert Epochs("some", again, FIT, mix, lambda entry: True).digest() == one.digest()
+
+
 def test_the_command_trains_over_shards(made, weights, tmp_path):
     save_library_model(encoder(), weights / "visual_encoder", torch.float16)
     given = ["--data", str(made.shelf.folder), "--weights", str(weights), "--runs", str(tmp_path), "--size", "64x64"]
     for stage in ("stage1", "stage2a", "stage2b", "stage3"):
         ran = CliRunner().invoke(app, ["train", stage, *given, "--frames", "5", "--steps", "2"], catch_exceptions=False)
         assert ran.exit_code == 0 and (tmp_path / stage / "state.pt").exists()
-    for wrong, field in ((["decoder", *given], "recipe"), (["stage3", *given[:2]], "weights")):
+    asked = ["--stills", "2", "--ratio", "text-to-image=1", "--runs", str(tmp_path / "asked")]
+    ran = CliRunner().invoke(app, ["train", "stage3", *given, *asked, "--frames", "5", "--steps", "3"])
+    lines = (tmp_path / "asked" / "stage3" / "log.jsonl").read_text().splitlines()
+    assert ran.exit_code == 0 and [set(json.loads(line)) for line in lines] == 3 * [
+        {"step", "loss", "vision", "stills"}
+    ]
+    looked = CliRunner().invoke(app, ["data", "look", given[1], "--frames", "5", *asked[:4]])
+    assert "5 samples in 3 steps, 0.00% of 1 ranks' work wasted" in looked.output
+    wrongs = (["decoder", *given], "recipe"), (["stage3", *given[:2]], "weights"), (["stage3", "--stills", "1"], "data")
+    for wrong, field in wrongs:
         with pytest.raises(InvalidInput, match=field):
             CliRunner().invoke(app, ["train", *wrong, "--frames", "5"], catch_exceptions=False)
 

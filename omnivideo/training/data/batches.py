@@ -2,8 +2,8 @@
 
 A step is one batch of one group (images or videos) and of one bucket (width, height, frames); whatever task they are
 of, its samples share the forward and backward pass.  The order is a function of the samples, the mix and the epoch
-alone.  Ranks come in only where a batch is cut into micro-batches, so a run goes on in the middle of an epoch, from its
-`Place`, on any number of ranks.  Nothing here knows tensors or processes: samples are indices.
+alone.  Ranks come in only where a batch is dealt out, so a run goes on in the middle of an epoch, from its `Place`, on
+any number of ranks.  Nothing here knows tensors or processes: samples are indices.
 """
 
 import hashlib
@@ -60,14 +60,15 @@ class Mix:
 
     `ratio`: shares of the tasks; None takes all samples once.  `sizes`: samples of a batch, over all ranks.  `weights`:
     how many batches of a group come for those of the other; None leaves that to the ratio.  `unit`: batches are
-    multiples of it wherever that is possible, so that 1, 2, 4 ... `unit` ranks get equal parts.  `mixed` off gives
-    every batch to one task, for comparison.
+    multiples of it wherever that is possible, so that 1, 2, 4 ... `unit` ranks get equal parts; with `fold` a bucket of
+    fewer samples joins another one.  `mixed` off gives every batch to one task, for comparison.
     """
 
     ratio: Mapping[Task, float] | None = field(default_factory=lambda: dict(PAPER))
     sizes: Mapping[Group, int] = field(default_factory=lambda: {"image": 64, "video": 32})
     weights: Mapping[Group, float] | None = None
     unit: int = 8
+    fold: bool = True
     seed: int = 0
     mixed: bool = True
 
@@ -81,8 +82,10 @@ class Mix:
             size = self.sizes.get(group, 0)
             if size < 1 or size % self.unit:
                 raise InvalidInput("sizes", f"{size} {group}s a batch is not a positive multiple of unit, {self.unit}")
-        if self.weights is not None and not all(self.weights.get(group, 0) > 0 for group in get_args(Group)):
-            raise InvalidInput("weights", "above 0 for both image and video")
+        if self.weights is not None and (
+            set(self.weights) != set(get_args(Group)) or not all(0 < one < math.inf for one in self.weights.values())
+        ):
+            raise InvalidInput("weights", f"{dict(self.weights)}; allowed: above 0 for both image and video")
 
 
 @dataclass(frozen=True)
@@ -91,18 +94,6 @@ class Batch:
 
     bucket: Bucket
     indices: np.ndarray
-
-
-@dataclass(frozen=True)
-class Micro:
-    """One forward and backward pass of one rank; `share` is its part of the step's samples.
-
-    A loss that is the mean over `indices`, times `share`, summed over micro-batches and ranks, is the step's mean.
-    """
-
-    bucket: Bucket
-    indices: np.ndarray
-    share: float
 
 
 @dataclass(frozen=True)
@@ -209,7 +200,7 @@ class Order:
         """The number of each sample's bucket, where buckets too small for a unit join the one most like them."""
         place = self.bucket[indices].astype(np.int64)
         counts = np.bincount(place, minlength=len(self.buckets))
-        for at in np.argsort(counts, kind="stable"):
+        for at in np.argsort(counts, kind="stable") if self.mix.fold else ():
             if 0 < counts[at] < self.mix.unit and (into := self.nearest(int(at), counts)) is not None:
                 place[place == at] = into
                 counts[into] += counts[at]
@@ -273,18 +264,9 @@ def alternate(first: list[Batch], second: list[Batch]) -> list[Batch]:
     return [(first, second)[which][at] for _, which, at in sorted(moments)]
 
 
-def micros(batch: Batch, rank: int, world: int, most: int) -> list[Micro]:
-    """One rank's micro-batches of a step, of `most` samples at the most, as many as on every other rank.
-
-    Raises InvalidInput where the batch has fewer samples than there are ranks.
-    """
-    if len(batch.indices) < world:
-        bucket = f"{batch.bucket.width}x{batch.bucket.height}x{batch.bucket.frames}"
-        raise InvalidInput("data", f"a batch of {bucket} has {len(batch.indices)} samples; allowed: {world} and more")
-    passes = math.ceil(math.ceil(len(batch.indices) / world) / most)
-    passes = min(passes, len(batch.indices) // world)
-    mine = np.array_split(batch.indices, world)[rank]
-    return [Micro(batch.bucket, part, len(part) / len(batch.indices)) for part in np.array_split(mine, passes)]
+def passes_of(samples: int, world: int, most: int) -> int:
+    """Forward and backward passes of every rank over a batch, of `most` samples at the most each."""
+    return -(-samples // (world * most))
 
 
 @dataclass(frozen=True)
@@ -315,8 +297,8 @@ def measure(order: Order, world: int, most: int, epoch: int = 0) -> Measured:
 
 def slots_of(batch: Batch, world: int, most: int) -> int:
     """Samples that the ranks could have worked on while the fullest one worked on this batch."""
-    ranks = [micros(batch, rank, world, most) for rank in range(world)]
-    return world * sum(max(len(micro.indices) for micro in at) for at in zip(*ranks, strict=True))
+    parts = np.array_split(batch.indices, world * passes_of(len(batch.indices), world, most))
+    return world * sum(map(len, parts[::world]))  # in every pass the first rank has as many as any
 
 
 # ---------------------------------------------------------------- shapes

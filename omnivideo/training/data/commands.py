@@ -21,6 +21,12 @@ Shards = Annotated[str, typer.Argument(help="A folder of shards, or s3://bucket/
 Report = Annotated[Optional[Path], typer.Option(help="Write every sample that was skipped, one line of JSON each.")]  # noqa: UP045
 Size = Annotated[str, typer.Option(help="WIDTHxHEIGHT: buckets have about this area, in the usual aspect ratios.")]
 Frames = Annotated[str, typer.Option(help="Frames of clips, e.g. 5,9 (4k + 1).")]
+Stills = Annotated[int | None, typer.Option(min=1, help="Images of a batch, over all processes (else 64).")]
+Clips = Annotated[int | None, typer.Option(min=1, help="Clips of a batch, over all processes (else 24).")]
+Ratio = Annotated[list[str], typer.Option(help="TASK=SHARE of the samples, once for each task; else Table 1's.")]
+GroupWeight = Annotated[
+    list[str], typer.Option(help="image=N and video=M: so many batches of one come for those of the other.")
+]
 Fps = Annotated[float, typer.Option(min=0.1, max=240, help="Frames a second that clips are seen at.")]
 
 
@@ -59,14 +65,19 @@ def look(
     frames: Frames = "5,9",
     fps: Fps = 8.0,
     world: Annotated[int, typer.Option(min=1, max=4096, help="Ranks.")] = 1,
+    stills: Stills = None,
+    clips: Clips = None,
+    ratio: Ratio = [],  # noqa: B006
+    group_weight: GroupWeight = [],  # noqa: B006
     report: Report = None,
 ) -> None:
-    """Count samples by task and bucket, and say what an epoch of mixed batches over them comes to."""
-    from omnivideo.training.data.batches import Mix, measure
+    """Count samples by task and bucket, and say what an epoch of stage 1's batches over them comes to."""
+    from omnivideo.training.data.batches import measure
     from omnivideo.training.data.encode import ordered
+    from omnivideo.training.real import mix_of
 
     library, fit = opened(shards, size, frames, fps)
-    order, numbers = ordered(library, fit, Mix())
+    order, numbers = ordered(library, fit, mix_of(stills, clips, ratio=ratio, weights=group_weight))
     counts = Counter((library.entries[number].task, order.buckets[at])
                      for number, at in zip(numbers, order.bucket.tolist(), strict=True))  # fmt: skip
     table = Table("task", "bucket", "samples", box=None)

@@ -8,6 +8,7 @@ A sample that cannot be read when its turn comes is left out of its batch, whose
 in the library's problems.  Where a process has none left, a blank one goes along for nothing.
 """
 
+import hashlib
 import io
 import logging
 import random
@@ -74,6 +75,16 @@ class Epochs:
 
     def samples(self, step: int) -> int:
         return len(self.batch(step).indices)
+
+    def digest(self) -> str:
+        """Sixteen hex digits over the samples, what they are brought to, and their order.
+
+        A sample is told by its name and by where its members lie in the shard: keys alone are mere numbers.
+        """
+        seen = hashlib.sha256(repr((self.order.digest(), self.fit)).encode())
+        for entry in (self.library.entries[number] for number in self.numbers):
+            seen.update(repr((entry.shard, entry.key, sorted(entry.members.items()))).encode())
+        return seen.hexdigest()[:16]
 
     def part(self, step: int) -> Part:
         """This process's."""
