@@ -60,7 +60,8 @@ def dealt(batch: Batch, world: int, most: int) -> list[list[list[int]]]:
         count = passes_of(len(batch.indices), world, most)
         share, parts = Share(), []
         share.world = world * count
-        for share.rank in range(rank, share.world, world):  # all ranks' first passes come first
+        for place in range(rank, world * count, world):  # all ranks' first passes come first
+            share.rank = place
             parts.append(share.part(len(batch.indices)))
         found.append([batch.indices[part].tolist() for part in parts])
     return found
