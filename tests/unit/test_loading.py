@@ -11,7 +11,7 @@ from omnivideo.training import loading
 from omnivideo.training.data.encode import Frozen, encode_all
 from omnivideo.training.loading import CPU, Loader, Place, bring, place_of
 from omnivideo.training.plan import ALIGNED, AVERAGED, TASKS_OF
-from omnivideo.training.real import EARLIER, recipe_over
+from omnivideo.training.real import EARLIER, mix_of, recipe_over
 from omnivideo.training.recipes import stages
 from omnivideo.training.recipes.stages import TRAINED
 from omnivideo.training.tiny import Tiny
@@ -64,7 +64,8 @@ def test_every_stage_trains_with_its_parts_in_their_places(made, weights, asked,
     before: dict[str, torch.Tensor] = {}
     for name in EARLIER:
         asked.clear()
-        recipe = replace(recipe_over(made, FIT, name, Tiny(tmp_path, weights=weights), weights), precision=BF16)
+        tiny = Tiny(tmp_path, weights=weights)
+        recipe = replace(recipe_over(made, FIT, name, tiny, weights, mix_of()), precision=BF16)
         assert {part.partition(".")[0] for part, place in asked.items() if place.device != GPU} == set(loading.KEPT)
         assert any(part.startswith("visual_encoder.") for part in asked) == (name in ALIGNED)
         assert bool(recipe.ema) == (name in AVERAGED)

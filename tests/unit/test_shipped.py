@@ -36,4 +36,4 @@ def test_the_demo_s_conversation_is_mostly_right(studio, tmp_path, capsys):
     main(tmp_path, Console(width=200), studio)
     told = capsys.readouterr().out
     right = int(told.rsplit(" of ", 1)[0].split()[-1])
-    assert right >= len(TURNS) - 2 and (tmp_path / "contact-sheet.png").exists()
+    assert right >= len(TURNS) - 2 and (tmp_path / "contact-sheet.png").exists(), told

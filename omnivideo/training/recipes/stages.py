@@ -405,7 +405,7 @@ def flow_recipe(
     model = Whole(omni)
     with torch.no_grad():
         # The text encoder may lie elsewhere, and in another precision (`loading`).
-        null = omni.texts([omni.preset.negative_prompt])[0].to(omni.device, torch.float32)
+        null = omni.texts([omni.preset.negative_prompt])[0].to(omni.device).float()
     drawn = Ahead(source.draw, workers)
     trains = trained or TRAINED[name]
     work = Flops()
