@@ -78,7 +78,7 @@ def one_turn(thread: Thread, turn: Say) -> Done | None:
 def main(folder: Path, out: Console, studio: Studio) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     talk: Conversations = studio.conversations
-    thread, rows, captions, right = talk.thread(), [], [], 0
+    thread, rows, captions, right = talk.thread("demo", create=True), [], [], 0  # its seeds follow from its name
     for number, turn in enumerate(TURNS, start=1):
         at = thread if turn.fork is None else thread.fork(turn.fork, f"{thread.id}-{number}")
         done = one_turn(at, turn)

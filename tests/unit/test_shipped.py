@@ -32,7 +32,7 @@ def test_the_readme_s_clip_is_what_it_says(studio, tmp_path):
 
 
 def test_the_demo_s_conversation_is_mostly_right(studio, tmp_path, capsys):
-    """Not every turn: another processor rounds otherwise, and a seed may then fall on the other side."""
+    """Its seeds are fixed.  Not every turn: another processor rounds otherwise, and one may fall on the other side."""
     main(tmp_path, Console(width=200), studio)
     told = capsys.readouterr().out
     right = int(told.rsplit(" of ", 1)[0].split()[-1])
