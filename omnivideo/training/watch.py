@@ -17,6 +17,7 @@ import torch
 from omnivideo.errors import InvalidInput, NotInstalled
 from omnivideo.models.omni import Omni
 from omnivideo.training.flops import GPUS
+from omnivideo.training.loading import KEPT, bring
 from omnivideo.training.trainer import Progress, Recipe, Trainer
 
 KINDS = ("tensorboard", "wandb")
@@ -123,17 +124,14 @@ def blind(trainer: Trainer) -> dict[str, float]:
 
 
 @contextmanager
-def together(omni: Omni) -> Iterator[None]:
-    """All parts on one device; those that lay elsewhere, since training does without them, go back."""
-    places = [(part, next(part.parameters()).device) for part in omni.parts]
-    away = [(part, place) for part, place in places if place != omni.device]
+def together(omni: Omni) -> Iterator[Omni]:
+    """All parts on one device; those that training does without go back to where they lay."""
+    places = {name: next(getattr(omni, name).parameters()).device for name in KEPT}
     try:
-        for part, _ in away:
-            part.to(omni.device)
-        yield
+        yield bring(omni)
     finally:
-        for part, place in away:
-            part.to(place)
+        for name, place in places.items():
+            getattr(omni, name).to(place)
 
 
 def every(steps: int, draw: Draw) -> Look:

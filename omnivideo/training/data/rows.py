@@ -45,14 +45,14 @@ log = logging.getLogger("omnivideo.training")
 
 @dataclass
 class Part:
-    """What a process has of a step: the numbers of its samples, and as a Portion has it which of the whole batch's
-    they are and what they weigh."""
+    """What a process has of a step: the numbers of its samples, which of the whole batch's they are, and whether they
+    count: with fewer samples than processes one goes along with another's, for nothing."""
 
     bucket: Bucket
     numbers: list[int]
     whole: int
     at: slice
-    weight: float
+    counts: bool
 
 
 class Epochs:
@@ -90,10 +90,9 @@ class Epochs:
         """This process's."""
         batch = self.batch(step)
         whole, at = len(batch.indices), share().part(len(batch.indices))
-        weight = (at.stop - at.start) * share().world / whole
-        if not weight:  # fewer samples than processes: this one goes along with another's, for nothing
-            at = slice(0, 1)
-        return Part(batch.bucket, [self.numbers[one] for one in batch.indices[at]], whole, at, weight)
+        counts = at.stop > at.start
+        at = at if counts else slice(0, 1)
+        return Part(batch.bucket, [self.numbers[one] for one in batch.indices[at]], whole, at, counts)
 
     def message(self, sample: Sample, text: str, bucket: Bucket) -> Message:
         """What the MLLM is asked: the text, with the source where there is one."""
@@ -129,7 +128,7 @@ def readable(
         entry = library.entries[number]
         with problems.skipping(f"{entry.shard}/{entry.key}"):
             made.append(make(at, library[number], entry))
-    count = len(made) if part.weight else 0
+    count = len(made) if part.counts else 0
     return made or [make(part.at.start, blank(part.bucket), None)], count, problems.found
 
 
