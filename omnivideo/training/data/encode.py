@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderModel
 
-from omnivideo.errors import NotStored
+from omnivideo.errors import NotStored, UnreadableMedia
 from omnivideo.models.checkpoint import read_index, strictly
 from omnivideo.models.conditions import check_words, encode_text
 from omnivideo.models.omni import Omni
@@ -192,11 +192,17 @@ class Cache:
         self.tables: dict[str, tuple[int, dict]] = {}
 
     def __call__(self, entry: Entry) -> dict[str, Tensor]:
-        """text, target and, where something is edited, source; nothing where they were not encoded."""
+        """text, target and, where something is edited, source; nothing where they were not encoded.
+
+        Raises UnreadableMedia where the file is damaged.
+        """
         name = cache_name(entry.shard, self.digest)
-        start, table = self.table(name)
-        found = {part: table[key] for part in ("text", "target", "source") if (key := f"{entry.key}/{part}") in table}
-        return {part: self.tensor(name, start, row) for part, row in found.items()}
+        try:
+            start, table = self.table(name)
+            keys = {part: f"{entry.key}/{part}" for part in ("text", "target", "source")}
+            return {part: self.tensor(name, start, table[key]) for part, key in keys.items() if key in table}
+        except (ValueError, KeyError, TypeError, OverflowError, MemoryError):
+            raise UnreadableMedia("cache", f"{name} is damaged; remove it, then encode again") from None
 
     def table(self, name: str) -> tuple[int, dict]:
         """Where a file's tensors begin, and its header (safetensors: 8 bytes of length, JSON, tensors)."""
@@ -211,5 +217,6 @@ class Cache:
     def tensor(self, name: str, start: int, row: dict) -> Tensor:
         first, last = row["data_offsets"]
         data = bytearray(self.shelf.read(name, start + first, last - first))
-        assert len(data) == math.prod(row["shape"]) * DTYPES[row["dtype"]].itemsize
+        if len(data) != math.prod(row["shape"]) * DTYPES[row["dtype"]].itemsize:
+            raise ValueError(f"{len(data)} bytes")
         return torch.frombuffer(data, dtype=DTYPES[row["dtype"]]).view(row["shape"])
