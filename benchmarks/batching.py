@@ -24,7 +24,7 @@ from omnivideo.training.drawn import Way, drawn
 from omnivideo.training.recipes.stages import GROUPS, adapter_recipe
 from omnivideo.training.samples import requests
 from omnivideo.training.tiny import REQUESTS, Tiny
-from omnivideo.training.trainer import Losses, Recipe, Trainer, read_lines, step_seed
+from omnivideo.training.trainer import Losses, Recipe, Trainer, at_once, read_lines, step_seed
 
 ARMS = ("mixed", "one task")
 LOOKS = 4  # held-out batches of each task
@@ -49,7 +49,7 @@ def orders(total: int) -> None:
         f"{len(tasks)} samples in Table 1's shares, {len(set(buckets))} buckets, 2 ranks; steps with a part for a task,"
     )
     print("for each 1000 samples of the epoch (and the most samples between two of them)")
-    found = [measure(Order(tasks, buckets, Mix(ratio=None, mixed=mixed)), 2, 8) for mixed in (True, False)]
+    found = [measure(Order(tasks, buckets, Mix(ratio=None, mixed=mixed)), 2) for mixed in (True, False)]
     print(f"{'':22}{'mixed':>18}{'one task a batch':>20}")
     for task in TASKS:
         cells = [f"{one.updates[task]:.1f} ({one.gap[task]})" for one in found]
@@ -100,7 +100,7 @@ def run(tiny: Tiny, arm: str, seed: int, given: argparse.Namespace) -> list[dict
     alone, looks = ({task: make(tag, {task: some[task]}) for task in some}
                     for tag, some in ((name, data), ("held-out", unseen)))  # fmt: skip
     folder = given.out / f"{arm.replace(' ', '-')}-{seed}"
-    trainer = Trainer(replace(whole, loss=arm_loss(arm, whole, alone)), folder)
+    trainer = Trainer(replace(whole, passes=at_once(arm_loss(arm, whole, alone))), folder)
     return train(trainer, looks, folder / "held-out.jsonl", given, sizes)
 
 

@@ -1,7 +1,7 @@
 """Training in figures: a stage's step at full size, against a plain PyTorch loop over the diffusers model.
 
     python -m benchmarks.training [--preset omnivideo-1.3b] [--size 832x480x17] [--processes 1] [--checkpointing]
-        [--compiled]
+        [--compiled] [--passes 1]
     torchrun --nproc-per-node 1 -m benchmarks.training --what "stage 3" --compiled    # DeepSpeed with one process
 
 One command on a GPU node: stage 2b and stage 3 with random weights and data, text-to-video, in bf16 with fp32 master
@@ -108,15 +108,15 @@ def stage(world: World, name: str, given: argparse.Namespace) -> Measured:
         omni.decoder.compile_repeated_blocks()
     recipe: Recipe = STAGES[name](omni, data, steps=1000, sizes=(batch, batch))
     precision = torch.bfloat16 if device.type == "cuda" else torch.float32
-    recipe = replace(
+    many = replace(
         recipe, optimizer="adamw", shape="cosine", precision=precision, device=device,
-        checkpointing=given.checkpointing, adam_lr=1e-5,
+        checkpointing=given.checkpointing, adam_lr=1e-5, passes=lambda step: [*recipe.passes(step)] * given.passes,
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
-        trainer = world.trainer(recipe, Path(folder))
+        trainer = world.trainer(many, Path(folder))
         seconds = timed(trainer.advance, given.steps, device)
     assert recipe.flops is not None
-    return Measured(seconds, recipe.flops(trainer.step - 1), memory(device), batch)
+    return Measured(seconds, recipe.flops(trainer.step - 1), memory(device), batch * given.passes)
 
 
 def plain(given: argparse.Namespace) -> Measured:
@@ -164,6 +164,7 @@ def main() -> None:
     reader.add_argument("--size", default="832x480x17", help="WIDTHxHEIGHTxFRAMES")
     reader.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     reader.add_argument("--batch", type=int, default=1, help="clips of each process, or group that shares tokens")
+    reader.add_argument("--passes", type=int, default=1, help="of a stage's step, over the same clips")
     reader.add_argument("--steps", type=int, default=10)
     reader.add_argument("--processes", type=int, default=1)
     reader.add_argument("--sequence", type=int, default=1)

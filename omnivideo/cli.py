@@ -283,6 +283,9 @@ def train(
     clips: data.Clips = None,
     ratio: data.Ratio = [],  # noqa: B006
     group_weight: data.GroupWeight = [],  # noqa: B006
+    micro: Annotated[
+        int | None, typer.Option(min=1, help="With --data: samples of a process's forward and backward pass; else all.")
+    ] = None,
     times: Annotated[int, typer.Option(min=1, help="Batches so many times the recipe's.")] = 1,
     rate: Annotated[float, typer.Option(min=0, help="Learning rates so many times the recipe's.")] = 1.0,
     precision: Annotated[Literal["fp32", "bf16"] | None, typer.Option(help="Of products; else the recipe's.")] = None,
@@ -292,7 +295,8 @@ def train(
     plan: Annotated[bool, typer.Option("--plan", help="Only say what the recipe costs at full size.")] = False,
     preset: Annotated[str, typer.Option(help="With --plan: the model.")] = "omnivideo-1.3b",
     gpus: Annotated[str, typer.Option(help="With --plan: COUNTxNAME.")] = "8xH100",
-    batch: Annotated[int, typer.Option(min=1, help="With --plan: clips on one GPU.")] = 1,
+    batch: Annotated[int, typer.Option(min=1, help="With --plan: clips on one GPU in a pass.")] = 1,
+    passes: Annotated[int, typer.Option(min=1, help="With --plan: passes of a step, as --micro makes them.")] = 1,
     size: Annotated[str, typer.Option(help="With --plan or --data: WIDTHxHEIGHT in px.")] = "832x480",
     frames: Annotated[str, typer.Option(help="With --plan: frames of a clip; with --data: all lengths.")] = "17",
     cached: Annotated[bool, typer.Option(help="With --plan: latents and text come from the cache.")] = True,
@@ -310,7 +314,7 @@ def train(
         px: dict[str, Any] = parse_size(size)
         made = planned(Setting(recipe, gpu, count, preset_of(preset), batch, px["width"], px["height"],
                                data.whole_numbers("frames", [frames])[0], sequence, bool(checkpointing), cached,
-                               steps, utilisation))  # fmt: skip
+                               steps, utilisation, passes))  # fmt: skip
         out.print(as_table(made))
         return check(made)
     from omnivideo.training import distributed
@@ -335,15 +339,17 @@ def train(
             seeds=seed or SEEDS,
         )  # fmt: skip
         if shards is None:
-            if stills or clips or ratio or group_weight:
-                raise InvalidInput("data", "--stills, --clips, --ratio and --group-weight are of batches over it")
+            if stills or clips or ratio or group_weight or micro:
+                raise InvalidInput(
+                    "data", "--stills, --clips, --ratio, --group-weight and --micro are of batches over it"
+                )
             return tiny.train(recipe, out, world, until, rate, save_every, looking, **changes)
         from omnivideo.training.real import makers_over, mix_of
 
         mix = mix_of(stills, clips, times, ratio, group_weight)
         library, fit = data.opened(shards, size, frames, fps)
         with data.concluding(library.problems, report, world):
-            tiny.makers = makers_over(library, fit, recipe, tiny, weights, mix, given["precision"])
+            tiny.makers = makers_over(library, fit, recipe, tiny, weights, mix, micro, given["precision"])
             if world.first:
                 tiny.makers = data.telling(tiny.makers, library.problems, report)
             tiny.train(recipe, out, world, until, rate, save_every, looking, **changes)

@@ -64,6 +64,15 @@ def assemble(
     return nn.functional.embedding(at, torch.cat(pool))
 
 
+def count_tokens(markers: Markers, text: int, visual: int | None, context: int | None) -> int:
+    """How many tokens a sample's condition has, by those of its parts (None: absent), before it is padded."""
+    parts = (("prp", text), ("ipl", visual), ("img", context))
+    return sum(
+        count + len(getattr(markers, f"{kind}_st")) + len(getattr(markers, f"{kind}_ed"))
+        for kind, count in parts if count is not None
+    )  # fmt: skip
+
+
 def pad(tokens: Tensor, least: int, most: int) -> Tensor:
     """[..., L, D] with zeros up to `least` tokens."""
     length = tokens.shape[-2]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Qwen3VLForConditionalGeneration, UMT5EncoderModel
 
 from omnivideo.models.bridge import Adapter, VisionHead, VisualContextAdapter
-from omnivideo.models.conditions import MARKERS, Markers, assemble, encode_text
+from omnivideo.models.conditions import Markers, assemble, count_tokens, encode_text
 from omnivideo.models.mllm import Message, Pixels, hidden_states
 from omnivideo.models.positions import with_absolute_positions
 from omnivideo.presets import Preset
@@ -91,11 +91,14 @@ class Omni:
 
     def condition_length(self, prompt: str, target: Target) -> int:
         """L of the condition of a new image or video, without making it."""
-        queries = self.bridge.adapter.decoder_query.shape[1]
-        visual = queries * (self.bridge.vision_head.decoder_query.shape[1] if target == "video" else 1)
-        marked = sum(len(getattr(self.bridge.markers, name)) for name in MARKERS if name.startswith(("ipl", "prp")))
         words = len(self.tokenizer(prompt, verbose=False).input_ids)
-        return max(self.preset.condition_least, visual + marked + words)
+        needed = count_tokens(self.bridge.markers, words, self.adapted_tokens(target), None)
+        return max(self.preset.condition_least, needed)
+
+    def adapted_tokens(self, target: Target) -> int:
+        """How many tokens of a condition the adapter makes."""
+        queries = self.bridge.adapter.decoder_query.shape[1]
+        return queries * (self.bridge.vision_head.decoder_query.shape[1] if target == "video" else 1)
 
     def null_condition(self, negative: str, count: int, source_BzThw: Tensor | None = None) -> Tensor:
         """The universal negative prompt without visual tokens; the source stays (as released)."""

@@ -1,23 +1,27 @@
 """Batches made ahead of their use, by worker processes: a GPU would wait for the rendering and the tokenizer."""
 
+import io
 from collections.abc import Callable, Iterator, Sequence
 from typing import Generic, TypeVar
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 T = TypeVar("T")
 FOREVER = 2**40
 
 
-class Made(Dataset[T]):
-    """What `make` makes of each key."""
+class Made(Dataset[Tensor]):
+    """What `make` makes of each key, in one tensor: each that a worker hands over takes an open file."""
 
-    def __init__(self, make: Callable[[int], T]):
+    def __init__(self, make: Callable[[int], object]):
         self.make = make
 
-    def __getitem__(self, key: int) -> T:
-        return self.make(key)
+    def __getitem__(self, key: int) -> Tensor:
+        file = io.BytesIO()
+        torch.save(self.make(key), file)
+        return torch.frombuffer(file.getbuffer(), dtype=torch.uint8)
 
 
 def as_it_is(one: T) -> T:
@@ -26,14 +30,16 @@ def as_it_is(one: T) -> T:
 
 def in_order(make: Callable[[int], T], keys: Sequence[int], workers: int) -> Iterator[T]:
     """`make(key)` for key after key, by so many processes (0: here, as they are asked for)."""
+    if not workers:
+        yield from map(make, keys)
+        return
     # A generator of its own: the loader would take its seed from the one that the trainer has just seeded.
-    return iter(
-        DataLoader(
-            Made(make), sampler=keys, batch_size=None, num_workers=workers, generator=torch.Generator(),
-            collate_fn=as_it_is, prefetch_factor=4 if workers else None,
-            multiprocessing_context="fork" if workers else None,
-        )
+    loader = DataLoader(
+        Made(make), sampler=keys, batch_size=None, num_workers=workers, generator=torch.Generator(),
+        collate_fn=as_it_is, prefetch_factor=4, multiprocessing_context="fork",
     )  # fmt: skip
+    for flat in loader:
+        yield torch.load(io.BytesIO(flat.numpy()), weights_only=False)  # what a process of this very run has made
 
 
 class Ahead(Generic[T]):

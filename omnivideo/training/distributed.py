@@ -221,8 +221,7 @@ class OwnerTrainer(Several):
             steps = float(state["step"]) if "step" in state else None
             yield Held(name, 0, {kind: value.flatten() for kind, value in tensors.items()}, steps)
 
-    def update(self, loss: Tensor) -> Tensor:
-        loss.backward()
+    def update(self) -> Tensor:
         self.collect()
         norm = self.clip()
         self.step_all()
@@ -304,6 +303,7 @@ class ZeroTrainer(Several):
         )[0]
         self.engine.optimizer.get_grad_norm_direct = norm_of
         self.hold((str(at), group["params"][0]) for at, group in enumerate(self.built[0].param_groups))
+        self.sums: dict[str, Tensor] = {}
 
     def parts(self) -> Iterator[tuple[str, int, Any, int, slice]]:
         """This process's part of each parameter it has one of: its name, where the part begins in the flattened
@@ -342,8 +342,18 @@ class ZeroTrainer(Several):
                 if value is not None:
                     tensor.copy_(value)
 
-    def update(self, loss: Tensor) -> float:
+    def backward(self, loss: Tensor, several: bool) -> None:
+        """Gradients of several passes add up in fp32.  (DeepSpeed's way to that is another optimizer than ZeRO's.)"""
         self.engine.backward(loss)
+        for name, parameter in self.named if several else ():
+            if parameter.grad is not None:
+                self.sums[name] = self.sums[name].add_(parameter.grad) if name in self.sums else parameter.grad.float()
+                parameter.grad = None
+
+    def update(self) -> float:
+        for name, parameter in self.named if self.sums else ():
+            if name in self.sums:
+                parameter.grad = self.sums.pop(name).to(parameter.dtype)
         fill_gradients(self.named)
         self.engine.step()
         return float(self.engine.get_global_grad_norm())

@@ -96,7 +96,8 @@ DAY = 86_400.0
 
 @dataclass(frozen=True)
 class Setting:
-    """What is to be planned.  `batch` is clips on one GPU; stills are as many as make the same number of tokens."""
+    """What is to be planned.  `batch` is clips on one GPU in one of a step's `passes`; stills are as many as make the
+    same number of tokens."""
 
     recipe: str
     gpu: GPU
@@ -111,6 +112,7 @@ class Setting:
     cached: bool = True
     steps: int | None = None
     utilisation: float = 0.45
+    passes: int = 1
 
     @property
     def replicas(self) -> int:
@@ -292,15 +294,18 @@ def memory(trained: int, frozen_bytes: int, averaged: bool, gpus: int) -> dict[s
 def peaks(setting: Setting, trained: int) -> dict[str, float]:
     """GB of one GPU that are there one after the other: the largest counts.
 
-    Gradients come as activations go.  Autocast keeps its bf16 copies of fp32 weights for the backward pass.  DeepSpeed
-    reduces whole bf16 gradients by buckets, then has those of its share thrice: as they were, flattened, and in fp32.
+    Gradients come as activations go; what earlier passes have added up to, in fp32, stays.  Autocast keeps its bf16
+    copies of fp32 weights for the backward pass.  DeepSpeed reduces whole bf16 gradients by buckets, then has those of
+    its share thrice: as they were, flattened, and in fp32.
     """
     kept, gpus = max(activations(setting, kind) for kind in ("still", "clip")), setting.gpus
+    sums = 4.0 * trained if setting.passes > 1 else 0.0
     if gpus == 1:
-        found = {"activations, copies of weights (bf16)": kept + 2 * trained, "gradients (fp32)": 4.0 * trained}
+        found = {"activations, copies of weights (bf16)": kept + 2 * trained + sums, "gradients (fp32)": 4.0 * trained}
     else:
         reduced = 2 * (trained + min(trained, BUCKET))
-        found = {"activations": kept, "gradients (bf16), of the share fp32": max(reduced, 8 * trained / gpus)}
+        gradients = max(sums and sums + 2 * trained, reduced, 8 * trained / gpus)
+        found = {"activations": kept + sums, "gradients (bf16), of the share fp32": gradients}
     if encodes(setting):
         found["encoding (fp32)"] = max(encoding(setting, kind) for kind in ("still", "clip"))
     return {name: count / 1e9 for name, count in found.items()}
@@ -388,7 +393,7 @@ def link(setting: Setting) -> float:
 
 def step_times(setting: Setting, kind: str, trained: int, own: Flops, beside: Flops) -> dict[str, float]:
     """Seconds of one step, its parts one after the other: what overlaps in practice makes it shorter."""
-    count, gpus = setting.count(kind), setting.gpus
+    count, gpus = setting.count(kind) * setting.passes, setting.gpus
     done = (own + beside).total * count / setting.sequence
     exchanged = 2 * 2 * trained * (gpus - 1) / gpus / 1e9  # gradients to their owners, weights back, in bf16
     touched = (16 + 12 + 8 + 4) * trained / gpus / 1e9  # states read and written, the average, the gradients
@@ -415,7 +420,8 @@ def steps_of(setting: Setting) -> dict[str, float]:
     tasks = {task: count for task, count in TABLE_1.items() if task in TASKS_OF[setting.recipe]}
     clips = sum(count for task, count in tasks.items() if "video" in task)
     samples = {"still": sum(tasks.values()) - clips, "clip": clips}
-    epoch = {kind: count / (setting.count(kind) * setting.replicas) for kind, count in samples.items()}
+    batch = {kind: setting.count(kind) * setting.passes * setting.replicas for kind in samples}
+    epoch = {kind: count / batch[kind] for kind, count in samples.items()}
     whole = sum(epoch.values())
     return epoch if setting.steps is None else {kind: setting.steps * part / whole for kind, part in epoch.items()}
 
@@ -437,7 +443,7 @@ def plan(setting: Setting) -> Plan:
         memory(trained, found.frozen_bytes, setting.recipe in AVERAGED, setting.gpus),
         peaks(setting, trained),
         {kind: step_times(setting, kind, trained, *both) for kind, both in work.items()},
-        {kind: own.total * setting.count(kind) / setting.sequence for kind, (own, _) in work.items()},
+        {kind: own.total * setting.count(kind) * setting.passes / setting.sequence for kind, (own, _) in work.items()},
         steps_of(setting),
     )
 
@@ -524,7 +530,9 @@ def time_rows(made: Plan) -> list[tuple[str, str]]:
     setting, rows = made.setting, []
     for kind, times in made.step.items():
         drawn = "" if setting.recipe.startswith("stage1") else f", condition {setting.condition(kind):,}"
-        rows.append((f"a step of {kind}s on each GPU", f"{setting.count(kind)} x {setting.seen(kind):,} tokens{drawn}"))
+        times_passes = f"{setting.passes} x " if setting.passes > 1 else ""
+        batch = f"{times_passes}{setting.count(kind)} x {setting.seen(kind):,} tokens{drawn}"
+        rows.append((f"a step of {kind}s on each GPU", batch))
         rows += [(f"  seconds, {name}", f"{seconds:.3f}") for name, seconds in times.items()]
     rows.append(("TFLOP a GPU and clip step, attention counted", f"{made.flops['clip'] / 1e12:.1f}"))
     rows.append(("MFU that follows", f"{made.mfu:.2f}"))

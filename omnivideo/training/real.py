@@ -67,22 +67,25 @@ def makers_over(
     tiny: Tiny,
     weights: Path | None,
     mix: Mix,
+    micro: int | None = None,
     precision: torch.dtype | None = None,
 ) -> dict[str, Callable[[], Recipe]]:
     """The recipes that train over a library; its cache (from stage 2a on) counts where it is of the same weights.
 
+    `micro`: samples of one process's forward and backward pass at the most (None: all that it has of a batch).
     Raises InvalidInput for a recipe that is no stage, and where weights are not named.
     """
     if name not in EARLIER:
         raise InvalidInput("recipe", f"{name!r} does not train over shards; allowed: {', '.join(EARLIER)}")
     if weights is None:
         raise InvalidInput("weights", "shards need a folder of weights to begin with")
-    return {name: partial(recipe_over, library, fit, name, tiny, weights, mix, precision)}
+    return {name: partial(recipe_over, library, fit, name, tiny, weights, mix, micro, precision)}
 
 
 def recipe_over(
-    library: Library, fit: Fit, name: str, tiny: Tiny, weights: Path, mix: Mix, precision: torch.dtype | None = None
-) -> Recipe:
+    library: Library, fit: Fit, name: str, tiny: Tiny, weights: Path, mix: Mix, micro: int | None = None,
+    precision: torch.dtype | None = None,
+) -> Recipe:  # fmt: skip
     """A stage, from the earlier stage's run, else from the weights.  AdamW with a cosine; on a GPU in bf16, if no other
     `precision` is asked for."""
     precision = precision or (torch.bfloat16 if tiny.device.type == "cuda" else torch.float32)
@@ -92,6 +95,7 @@ def recipe_over(
         state = torch.load(tiny.stage_file(EARLIER[name]), weights_only=True, map_location="cpu", mmap=True)
         Whole(omni).load_state_dict(state["model"] | state["average"])
     source, recipe = (lessons if name == "stage1" else flow)(library, fit, name, tiny, loader, omni, mix)
+    source.micro = micro
     return replace(recipe, optimizer="adamw", shape="cosine", precision=precision, data=source.digest())
 
 

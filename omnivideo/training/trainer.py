@@ -7,8 +7,8 @@ the recipe's name and the step), so a run that was killed goes on from its check
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from math import isfinite
@@ -30,6 +30,7 @@ from omnivideo.training.share import ALONE, sharing
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Losses = dict[str, Tensor]  # "loss" is what is minimised; the others are shown
+Passes = Sequence[Callable[[], Losses]]
 
 
 @dataclass
@@ -37,7 +38,8 @@ class Recipe:
     """One stage of training.
 
     `model` holds all weights of the checkpoint; `trainable` names the parameters to train by prefix ("" is all).
-    `loss(step)` returns the named losses of one batch, or of this process's share of it (`share.py`);
+    `passes(step)` are the parts that a batch, or this process's share of it (`share.py`), is taken in: each gives its
+    named losses, whose average over all is the batch's, so that gradients add up one by one (`at_once`: one part);
     `data` tells its samples and their order from others (a checkpoint does not go on over other ones).
     `samples(step)` is the size of the whole batch, `flops(step)` what the model cost on it, asked after its loss (0 and
     None: not known).  `omni` draws samples with the model's weights, where it can.
@@ -47,7 +49,7 @@ class Recipe:
     name: str
     model: nn.Module
     trainable: tuple[str, ...]
-    loss: Callable[[int], Losses]
+    passes: Callable[[int], Passes]
     steps: int
     lr: float = 2e-3
     adam_lr: float = 1e-3
@@ -66,11 +68,26 @@ class Recipe:
     data: str = ""
     omni: Omni | None = None
 
+    def loss(self, step: int) -> Losses:
+        """Those of all passes."""
+        return averaged([one() for one in self.passes(step)])
+
     def rate(self, step: int) -> float:
         """Share of the peak learning rate."""
         if self.shape == "cosine":
             return cosine(step, self.steps, self.warmup)
         return rate(step, self.steps, self.warmup, self.decay_from)
+
+
+def at_once(loss: Callable[[int], Losses]) -> Callable[[int], Passes]:
+    """The passes of a recipe that takes its batch whole."""
+    return lambda step: [partial(loss, step)]
+
+
+def averaged(found: Sequence[Losses]) -> Losses:
+    """Each loss averaged over the passes that have it."""
+    names = dict.fromkeys(name for one in found for name in one)
+    return {name: torch.stack([one[name] for one in found if name in one]).mean() for name in names}
 
 
 @dataclass
@@ -173,20 +190,37 @@ class Trainer:
         recipe = self.recipe
         torch.manual_seed(step_seed(recipe.name, self.step))
         set_rate(self.built, recipe.rate(self.step))
-        with sharing(self.share), products(recipe):
-            losses = recipe.loss(self.step)
-        norm = self.update(losses["loss"])
+        losses = self.gradients()
+        norm = self.update()
         self.update_average()
         self.step += 1
-        found = self.share.average({name: float(value.detach()) for name, value in losses.items()})
+        found = self.share.average({name: float(value) for name, value in losses.items()})
         for name, value in (("loss", found["loss"]), ("gradient's norm", float(norm))):
             if not isfinite(value):
                 raise Diverged(f"{name}: {value} at step {self.step}; the last checkpoint stands, try a lower --rate")
         return found
 
-    def update(self, loss: Tensor) -> Tensor | float:
-        """Moves the weights down the loss's gradient, whose norm is returned."""
+    def gradients(self) -> Losses:
+        """Those of this process's share of the batch, pass by pass; returns its losses."""
+        recipe, found = self.recipe, list[Losses]()
+        with sharing(self.share), attending(recipe):
+            with products(recipe):
+                passes = list(recipe.passes(self.step))
+            count = len(passes)
+            while passes:
+                one = passes.pop(0)  # its samples are not kept for longer
+                with products(recipe):
+                    losses = one()
+                self.backward(losses["loss"] / count, count > 1)
+                found.append({name: value.detach() for name, value in losses.items()})
+        return averaged(found)
+
+    def backward(self, loss: Tensor, several: bool) -> None:
+        """Adds a pass's gradients to those of the others, where there are `several`."""
         loss.backward()
+
+    def update(self) -> Tensor | float:
+        """Moves the weights down the gradient, whose norm is returned."""
         if self.recipe.optimizer == "adamw":
             fill_gradients(self.named)
         norm = nn.utils.clip_grad_norm_([parameter for _, parameter in self.named], self.recipe.clip)
@@ -278,10 +312,15 @@ class Trainer:
 def products(recipe: Recipe) -> Iterator[None]:
     """Matrix products in the recipe's precision."""
     bf16 = recipe.precision == torch.bfloat16
-    # The fused attention takes four times as long backwards there (torch 2.13).
-    plain = sdpa_kernel(SDPBackend.MATH) if bf16 and recipe.device.type == "cpu" else nullcontext()
-    with torch.autocast(recipe.device.type, torch.bfloat16, enabled=bf16), plain:
+    with torch.autocast(recipe.device.type, torch.bfloat16, enabled=bf16), attending(recipe):
         yield
+
+
+def attending(recipe: Recipe) -> AbstractContextManager:
+    """The kernels of attention: in backward passes as well, where checkpointing computes it again."""
+    # The fused attention takes four times as long backwards in bf16 on a CPU (torch 2.13).
+    plain = recipe.precision == torch.bfloat16 and recipe.device.type == "cpu"
+    return sdpa_kernel(SDPBackend.MATH) if plain else nullcontext()
 
 
 def fill_gradients(named: Named) -> None:

@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from omnivideo.training.drawn import Way, drawn
 from omnivideo.training.recipes import decoder, mllm, stages, text, vae, visual_encoder
 from omnivideo.training.samples import TASKS, requests
 from omnivideo.training.sequence import split_sequence
-from omnivideo.training.trainer import PRECISIONS, Recipe, freeze
+from omnivideo.training.trainer import PRECISIONS, Recipe, at_once, freeze
 from omnivideo.training.watch import blind, every
 
 FOUNDATIONS = ("vae", "text", "decoder", "mllm", "visual_encoder")
@@ -173,9 +173,14 @@ def train(world: World, job: dict[str, Any]) -> None:
     changes["precision"] = PRECISIONS[job.get("precision", "fp32")]
     recipe = made.make(job["recipe"], **changes)
     recipe.model.to(torch.get_default_dtype())
+    loss = replace(recipe).loss  # a copy's, which keeps its passes
     if "spoiled" in job:  # a finite loss whose gradient is not: the root of nothing is steep
-        loss, weight = recipe.loss, freeze(recipe.model, recipe.trainable)[0][1]
-        recipe.loss = lambda step: {"loss": loss(step)["loss"] + (weight - weight.detach()).square().sum().sqrt()}
+        weight = freeze(recipe.model, recipe.trainable)[0][1]
+        recipe.passes = at_once(
+            lambda step: {"loss": loss(step)["loss"] + (weight - weight.detach()).square().sum().sqrt()}
+        )
+    if "passes" in job:
+        recipe.passes = lambda step: [partial(loss, step)] * job["passes"]
     look = every(job["look"], draw) if "look" in job else blind
     world.trainer(recipe, Path(job["run"])).run(job.get("until"), every=job.get("every", 120.0), look=look)
 

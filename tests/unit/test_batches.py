@@ -19,8 +19,6 @@ from omnivideo.training.data.batches import (
     Place,
     buckets_around,
     measure,
-    passes_of,
-    slots_of,
 )
 from omnivideo.training.real import mix_of
 from omnivideo.training.share import Share
@@ -53,24 +51,18 @@ def order() -> Order:
     return Order(*mixed_set())
 
 
-def dealt(batch: Batch, world: int, most: int) -> list[list[list[int]]]:
-    """What each rank has in each of its passes, as `share.py` deals it out."""
+def dealt(batch: Batch, world: int) -> list[list[int]]:
+    """What each rank has, as `share.py` deals it out."""
     found = []
     for rank in range(world):
-        count = passes_of(len(batch.indices), world, most)
-        share, parts = Share(), []
-        share.world = world * count
-        for place in range(rank, world * count, world):  # all ranks' first passes come first
-            share.rank = place
-            parts.append(share.part(len(batch.indices)))
-        found.append([batch.indices[part].tolist() for part in parts])
+        share = Share()
+        share.rank, share.world = rank, world
+        found.append(batch.indices[share.part(len(batch.indices))].tolist())
     return found
 
 
-def seen(order: Order, world: int, most: int = 16, epoch: int = 0) -> list[int]:
-    return [
-        index for batch in order.epoch(epoch) for rank in dealt(batch, world, most) for one in rank for index in one
-    ]
+def seen(order: Order, world: int, epoch: int = 0) -> list[int]:
+    return [index for batch in order.epoch(epoch) for rank in dealt(batch, world) for index in rank]
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 8])
@@ -83,7 +75,7 @@ def test_every_micro_batch_has_one_shape_and_no_more_than_two_percent_are_waste(
     for batch in order.epoch(0):
         assert {shapes[index] for index in batch.indices} == {batch.bucket}
     for world in (1, 2, 4, 8):
-        assert measure(order, world, 16).waste < 0.02
+        assert measure(order, world).waste < 0.02
     assert len(tasks) == 10_000
 
 
@@ -97,21 +89,20 @@ def even_set(total: int = 10_000) -> tuple[list, list]:
 
 
 def test_the_mix_that_stages_train_with_wastes_less_than_two_percent_on_two_ranks():
-    """In one pass and in small ones; no sample is cropped to another bucket, and equal parts are what does it."""
+    """No sample is cropped to another bucket, and equal parts are what does it."""
     tasks, shapes = even_set()
     order = Order(tasks, shapes, mix_of())
-    assert max(measure(order, 2, most).waste for most in (64, 4)) < 0.02
+    assert measure(order, 2).waste < 0.02
     assert all({shapes[index] for index in batch.indices} == {batch.bucket} for batch in order.epoch(0))
-    assert measure(Order(tasks, shapes, replace(mix_of(), unit=1)), 2, 64).waste > 0.02
+    assert measure(Order(tasks, shapes, replace(mix_of(), unit=1)), 2).waste > 0.02
 
 
-def test_no_pass_has_more_than_the_most_and_what_ranks_wait_for_is_measured(order):
-    for batch in order.epoch(0):
-        ranks = dealt(batch, 3, 4)
-        lengths = np.array([[len(one) for one in rank] for rank in ranks])
-        assert lengths.max() <= 4 and lengths.sum() == len(batch.indices)
-        assert np.ptp(lengths, axis=0).max() <= 1  # nobody waits for more than one sample
-        assert slots_of(batch, 3, 4) == 3 * lengths.max(axis=0).sum()
+def test_what_ranks_wait_for_is_measured(order):
+    pixels = np.array([batch.bucket.pixels for batch in order.epoch(0)])
+    lengths = np.array([[len(rank) for rank in dealt(batch, 3)] for batch in order.epoch(0)])
+    assert np.ptp(lengths, axis=1).max() <= 1  # nobody waits for more than one sample
+    useful, there = (lengths.sum(axis=1) * pixels).sum(), (3 * lengths.max(axis=1) * pixels).sum()
+    assert measure(order, 3).waste == pytest.approx(1 - useful / there)
 
 
 def test_images_and_videos_take_turns_evenly(order):
@@ -160,8 +151,7 @@ def run(order: Order, place: Place, world: int, steps: int) -> tuple[Place, list
     """What each step's ranks saw, together."""
     steps_seen = []
     for (after, batch), _ in zip(order.walk(place), range(steps), strict=False):
-        passes = zip(*dealt(batch, world, 8), strict=True)
-        steps_seen.append([index for ranks in passes for one in ranks for index in one])
+        steps_seen.append([index for rank in dealt(batch, world) for index in rank])
         place = after
     return place, steps_seen
 
@@ -212,7 +202,7 @@ def test_a_clip_never_joins_a_bucket_of_more_frames():
 
 
 def test_mixed_batches_update_each_task_more_often_than_one_task_a_batch(order):
-    mixed, alone = measure(order, 2, 16), measure(Order(*mixed_set(), Mix(mixed=False)), 2, 16)
+    mixed, alone = measure(order, 2), measure(Order(*mixed_set(), Mix(mixed=False)), 2)
     assert mixed.samples == alone.samples == 10_000
     for task in TASKS:
         assert mixed.updates[task] > alone.updates[task]
@@ -240,7 +230,7 @@ def test_a_mix_that_cannot_be_is_refused(field, given):
 
 def test_fewer_samples_than_ranks_leave_some_waiting():
     order = Order(["text-to-image"] * 3, [STILLS[0]] * 3, Mix(ratio=None))
-    assert measure(order, 4, 8).waste == pytest.approx(1 / 4)
+    assert measure(order, 4).waste == pytest.approx(1 / 4)
 
 
 def test_the_stages_mix_is_as_asked():

@@ -60,7 +60,7 @@ def test_what_is_trained_is_fp32_and_what_is_frozen_bf16_on_a_gpu():
 def test_every_stage_trains_with_its_parts_in_their_places(made, weights, asked, tmp_path, monkeypatch):
     """A step of each in a GPU's precisions, every one from the run of the one before."""
     nulls, condition = [], stages.group_condition
-    monkeypatch.setattr(stages, "group_condition", lambda *given: nulls.append(given[-1]) or condition(*given))
+    monkeypatch.setattr(stages, "group_condition", lambda *given: nulls.append(given[5]) or condition(*given))
     before: dict[str, torch.Tensor] = {}
     for name in EARLIER:
         asked.clear()

@@ -305,6 +305,22 @@ def test_times_follow_from_the_operations(made):
     assert some.days / made.days == pytest.approx(1000 / sum(made.steps.values()))
 
 
+def test_a_step_of_several_passes_exchanges_once_and_keeps_what_they_add_up_to(made):
+    """4 T = 13.931 GB beside the activations; of several processes also beside a pass's bf16 gradients, 2 T."""
+    many = plan(replace(STAGE_3, passes=3))
+    assert many.memory == made.memory
+    assert many.peaks["activations"] == pytest.approx(made.peaks["activations"] + 13.931, abs=1e-3)
+    assert many.peaks["gradients (bf16), of the share fp32"] == pytest.approx(13.931 + 6.965, abs=1e-3)
+    alone, several = (plan(replace(STAGE_3, gpus=1, passes=passes)).peaks for passes in (1, 3))
+    assert [several[name] - alone[name] for name in alone] == pytest.approx([13.931, 0], abs=1e-3)
+    for kind, times in many.step.items():
+        assert times == made.step[kind] | {"compute": pytest.approx(3 * made.step[kind]["compute"])}
+        assert many.flops[kind] == pytest.approx(3 * made.flops[kind])
+        assert many.steps[kind] == pytest.approx(made.steps[kind] / 3)
+    shared = [plan(replace(STAGE_3, sequence=2, passes=passes)).step["clip"]["all-to-all"] for passes in (1, 3)]
+    assert shared[1] == pytest.approx(3 * shared[0])
+
+
 def test_the_mllm_and_what_is_not_cached_take_time(made):
     """Of a clip: the MLLM's products with its 7.52e9 weights (without both tables) and its causal attention; uncached,
     target and source at 34.92 TFLOP in TF32, which has half the rate, and 512 words through UMT5's 4.63e9 weights."""
@@ -386,6 +402,7 @@ def test_the_command_line_prints_the_plan_or_refuses_it(monkeypatch, capsys):
     code, text, _ = run("stage3", "--gpus", "8xH100")
     assert code == 0 and "3,482,693,440" in text and "days" in text and "optimizer" in text
     assert run("stage3", "--no-checkpointing")[1] == text != run("stage3", "--checkpointing")[1]  # as `train` does it
+    assert "3 x 1 x 7,800 tokens" in run("stage3", "--passes", "3", "--checkpointing")[1]
     code, text, error = run("stage3", "--gpus", "1xL40S")
     assert code == 2 and "days" in text and error.startswith("error: gpus: ") and error.count("\n") == 1
     code, text, error = run("stage9")

@@ -11,7 +11,7 @@ from omnivideo.training.distributed import buckets, check_sizes, owners, setting
 from omnivideo.training.optim import cosine, layout
 from omnivideo.training.sequence import part
 from omnivideo.training.share import Share, share, sharing
-from omnivideo.training.trainer import Progress, Recipe, Trainer
+from omnivideo.training.trainer import Progress, Recipe, Trainer, at_once
 from omnivideo.training.watch import line, peak_of, speed, watchers
 
 
@@ -27,7 +27,7 @@ def toy(**changes) -> Recipe:
         x = torch.randn(16, 4)
         return {"loss": (model(x) - x).square().mean()}
 
-    return Recipe("toy", model, ("",), loss, steps=20, **changes)
+    return Recipe("toy", model, ("",), at_once(loss), steps=20, **changes)
 
 
 def test_shares_are_taken_in_order_and_must_be_even():

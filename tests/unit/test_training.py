@@ -26,7 +26,7 @@ from omnivideo.training.plots import curves, plot_losses
 from omnivideo.training.recipes import decoder, mllm, stages, text, vae, visual_encoder
 from omnivideo.training.samples import TASKS, requests
 from omnivideo.training.tiny import Tiny
-from omnivideo.training.trainer import Recipe, Trainer, freeze
+from omnivideo.training.trainer import Recipe, Trainer, at_once, freeze
 from omnivideo.training.world import BACKGROUNDS, COLOURS
 
 STEPS = 6
@@ -190,7 +190,7 @@ def toy(trainable=("",)) -> Recipe:
         x = torch.randn(16, 4)
         return {"loss": (model(x) - x).square().mean()}
 
-    return Recipe("toy", model, trainable, loss, steps=60, lr=2e-2, ema=0.9)
+    return Recipe("toy", model, trainable, at_once(loss), steps=60, lr=2e-2, ema=0.9)
 
 
 def test_only_what_is_named_is_trained(tmp_path):
@@ -243,8 +243,9 @@ class Steep(torch.autograd.Function):
 def test_what_is_not_finite_ends_the_run_and_leaves_the_checkpoint(spoiled, what, tmp_path):
     Trainer(toy(), tmp_path).run(until=2)
     recipe = toy()
+    passes = at_once(lambda step: {"loss": spoiled(recipe.loss(step)["loss"])})
     with pytest.raises(Diverged, match=f"{what}.* at step 3"):
-        Trainer(replace(recipe, loss=lambda step: {"loss": spoiled(recipe.loss(step)["loss"])}), tmp_path).run(every=0)
+        Trainer(replace(recipe, passes=passes), tmp_path).run(every=0)
     again = Trainer(toy(), tmp_path)
     assert again.step == 2 and all(weight.isfinite().all() for weight in again.weights.values())
 

@@ -264,11 +264,6 @@ def alternate(first: list[Batch], second: list[Batch]) -> list[Batch]:
     return [(first, second)[which][at] for _, which, at in sorted(moments)]
 
 
-def passes_of(samples: int, world: int, most: int) -> int:
-    """Forward and backward passes of every rank over a batch, of `most` samples at the most each."""
-    return -(-samples // (world * most))
-
-
 @dataclass(frozen=True)
 class Measured:
     """What an epoch comes to.  `waste` is the part of the ranks' work that is padding or waiting, in pixels."""
@@ -280,12 +275,12 @@ class Measured:
     gap: dict[Task, int]  # the most samples between two such steps
 
 
-def measure(order: Order, world: int, most: int, epoch: int = 0) -> Measured:
-    """Walks through an epoch as `world` ranks would."""
+def measure(order: Order, world: int, epoch: int = 0) -> Measured:
+    """Walks through an epoch as `world` ranks would, which wait for each other once a step."""
     batches = order.epoch(epoch)
     samples = sum(len(batch.indices) for batch in batches)
     useful = sum(len(batch.indices) * batch.bucket.pixels for batch in batches)
-    slots = sum(slots_of(batch, world, most) * batch.bucket.pixels for batch in batches)
+    slots = sum(math.ceil(len(batch.indices) / world) * world * batch.bucket.pixels for batch in batches)
     updates, gaps = {}, {}
     ends = np.cumsum([len(batch.indices) for batch in batches])
     for task in order.quotas:
@@ -293,12 +288,6 @@ def measure(order: Order, world: int, most: int, epoch: int = 0) -> Measured:
         updates[TASKS[task]] = 1000 * len(seen) / samples
         gaps[TASKS[task]] = int(max(np.diff([0, *seen, samples])))
     return Measured(len(batches), samples, 1 - useful / slots, updates, gaps)
-
-
-def slots_of(batch: Batch, world: int, most: int) -> int:
-    """Samples that the ranks could have worked on while the fullest one worked on this batch."""
-    parts = np.array_split(batch.indices, world * passes_of(len(batch.indices), world, most))
-    return world * sum(map(len, parts[::world]))  # in every pass the first rank has as many as any
 
 
 # ---------------------------------------------------------------- shapes

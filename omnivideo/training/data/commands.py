@@ -84,7 +84,7 @@ def look(
     for (task, bucket), count in sorted(counts.items()):
         table.add_row(task, f"{bucket.width}x{bucket.height}x{bucket.frames}", str(count))
     out.print(table)
-    told = measure(order, world, max(order.mix.sizes.values()))
+    told = measure(order, world)
     out.print(f"an epoch: {told.samples} samples in {told.steps} steps, {told.waste:.2%} of {world} ranks' work wasted")
     conclude(library.problems, report)
 

@@ -12,7 +12,7 @@ import hashlib
 import io
 import logging
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -56,10 +56,14 @@ class Part:
 
 
 class Epochs:
-    """The wanted samples of a library, epoch after epoch, each in its order."""
+    """The wanted samples of a library, epoch after epoch, each in its order.
+
+    `micro`: how many a process takes in one forward and backward pass at the most; None: all that it has of a batch.
+    """
 
     def __init__(self, name: str, library: Library, fit: Fit, mix: Mix, wanted: Callable[[Entry], bool]):
         self.name, self.library, self.fit = name, library, fit
+        self.micro: int | None = None
         self.order, self.numbers = ordered(library, fit, mix, wanted)
         self.lengths: list[int] = []
 
@@ -94,6 +98,11 @@ class Epochs:
         at = at if counts else slice(0, 1)
         return Part(batch.bucket, [self.numbers[one] for one in batch.indices[at]], whole, at, counts)
 
+    def passes(self, rows: list[T]) -> list[list[T]]:
+        """What is to be taken at once, as evenly as can be."""
+        count = -(-len(rows) // (self.micro or len(rows)))
+        return [rows[len(rows) * at // count : len(rows) * (at + 1) // count] for at in range(count)]
+
     def message(self, sample: Sample, text: str, bucket: Bucket) -> Message:
         """What the MLLM is asked: the text, with the source where there is one."""
         media: tuple[Media, ...] = ()
@@ -120,16 +129,16 @@ def blank(bucket: Bucket) -> Sample:
 
 def readable(
     library: Library, part: Part, make: Callable[[int, Sample, Entry | None], T]
-) -> tuple[list[T], int, list[Problem]]:
-    """What is made of each sample (by its place in the whole batch) that can be read, how many of them count, and why
-    the others cannot.  Where none can, it is made of a blank one, which has no entry and does not count."""
+) -> tuple[list[T], bool, list[Problem]]:
+    """What is made of each sample (by its place in the whole batch) that can be read, whether they count, and why the
+    others cannot.  Where none can, it is made of a blank one, which has no entry and does not count."""
     problems, made = Problems(), list[T]()
     for at, number in zip(range(part.whole)[part.at], part.numbers, strict=True):
         entry = library.entries[number]
         with problems.skipping(f"{entry.shard}/{entry.key}"):
             made.append(make(at, library[number], entry))
-    count = len(made) if part.counts else 0
-    return made or [make(part.at.start, blank(part.bucket), None)], count, problems.found
+    counts = part.counts and bool(made)
+    return made or [make(part.at.start, blank(part.bucket), None)], counts, problems.found
 
 
 def meet(library: Library, problems: list[Problem]) -> None:
@@ -138,9 +147,11 @@ def meet(library: Library, problems: list[Problem]) -> None:
         log.warning("skipped, %s: %s: %s", *problem)
 
 
-def weight_of(count: int, device: torch.device) -> float:
-    """What a mean over so many samples weighs among those of all processes; all are asked."""
-    return count / max(1e-6, float(share().mean(torch.tensor(float(count), device=device))))
+def weights_of(counts: Sequence[int], device: torch.device) -> list[float]:
+    """What a mean over so many samples, in each of this process's passes, weighs among those of all; all processes are
+    asked."""
+    each = float(share().mean(torch.tensor(float(sum(counts)), device=device)))
+    return [count * len(counts) / max(1e-6, each) for count in counts]
 
 
 # ---------------------------------------------------------------- stage 1
@@ -153,25 +164,30 @@ class Lessons(Epochs):
         super().__init__("stage1", library, fit, mix, lambda entry: True)
         self.omni, self.encoder = omni, encoder
 
-    def draw(self, step: int) -> Lesson:
+    def draw(self, step: int) -> tuple[list[Lesson], list[Problem]]:
         part, rng = self.part(step), random.Random(step_seed("stage1/turns", step))
         lots = [rng.random() for _ in range(part.whole)]
 
         def made(at: int, sample: Sample, entry: Entry | None) -> tuple[tuple[Message, str], Tensor]:
             return self.said(sample, lots[at], part.bucket), self.seen(self.encoder, [sample], part.bucket)
 
-        rows, count, problems = readable(self.library, part, made)
+        rows, counts, problems = readable(self.library, part, made)
+        return [self.lesson(some, counts) for some in self.passes(rows)], problems
+
+    def lesson(self, rows: list[tuple[tuple[Message, str], Tensor]], counts: bool) -> Lesson:
         rows.sort(key=lambda row: not len(row[1]))
         inputs, labels = batch_of(self.omni.mllm, self.omni.mllm_tokenizer, [row[0] for row in rows], self.omni.pixels)
         pixels = torch.cat([row[1] for row in rows])
-        if not count:
+        if not counts:
             labels, pixels = torch.full_like(labels, -100), pixels[:0]
-        return Lesson(inputs, labels, pixels, problems=problems)
+        return Lesson(inputs, labels, pixels)
 
-    def ready(self, drawn: Lesson) -> Lesson:
-        """With its weight."""
-        meet(self.library, drawn.problems)
-        return replace(drawn, weight=weight_of(len(drawn.pixels), self.omni.device))
+    def ready(self, drawn: tuple[list[Lesson], list[Problem]]) -> list[Lesson]:
+        """With their weights."""
+        lessons, problems = drawn
+        meet(self.library, problems)
+        weights = weights_of([len(one.pixels) for one in lessons], self.omni.device)
+        return [replace(one, weight=weight) for one, weight in zip(lessons, weights, strict=True)]
 
     def said(self, sample: Sample, lot: float, bucket: Bucket) -> tuple[Message, str]:
         """A request and its answer: for what is drawn, the token that says so."""
@@ -199,31 +215,12 @@ class Row:
 
 
 @dataclass
-class Packed:
-    """The tensors of many rows in one: each that a worker process hands over takes an open file."""
-
-    flat: Tensor
-    shapes: list[dict[str, torch.Size]]
-
-    @classmethod
-    def of(cls, rows: list[Tensors]) -> "Packed":
-        parts = [part.flatten() for row in rows for part in row.values()]
-        shapes = [{name: part.shape for name, part in row.items()} for row in rows]
-        with torch.autocast("cpu", enabled=False):  # which has no fp16
-            return cls(torch.cat(parts) if parts else torch.zeros(0), shapes)
-
-    def rows(self) -> list[Tensors]:
-        parts = iter(self.flat.split([shape.numel() for row in self.shapes for shape in row.values()]))
-        return [{name: next(parts).view(shape) for name, shape in row.items()} for row in self.shapes]
-
-
-@dataclass
 class Loaded:
-    """A process's part of a batch before any model saw it: its rows, of which `count` count, and their places in the
-    whole batch."""
+    """What a process has of a batch in one pass before any model saw it: its rows, of which `count` count, and their
+    places in the whole batch."""
 
-    kept: Packed
-    pixels: Packed
+    kept: list[Tensors]
+    pixels: list[Tensors]
     texts: list[str]
     lots: list[float]
     places: list[int]
@@ -231,7 +228,6 @@ class Loaded:
     count: int
     asked: Tensors
     seen: Tensor | None
-    problems: list[Problem]
 
 
 class ShardSource(Epochs):
@@ -251,7 +247,7 @@ class ShardSource(Epochs):
         super().__init__(name, library, fit, mix, lambda entry: entry.task.endswith(endings))
         self.omni, self.cache, self.encoder, self.frozen = omni, cache, encoder, Frozen.of(omni)
 
-    def draw(self, step: int) -> Loaded:
+    def draw(self, step: int) -> tuple[list[Loaded], list[Problem]]:
         part = self.part(step)
         rng = random.Random(step_seed(f"{self.name}/lots", step))
         lots = [rng.random() for _ in range(part.whole)]
@@ -259,15 +255,18 @@ class ShardSource(Epochs):
         def made(at: int, sample: Sample, entry: Entry | None) -> Row:
             return self.row(at, sample, self.cache(entry) if entry else {}, part.bucket)
 
-        rows, count, problems = readable(self.library, part, made)
+        rows, counts, problems = readable(self.library, part, made)
+        return [self.loaded(some, lots, part, counts) for some in self.passes(rows)], problems
+
+    def loaded(self, rows: list[Row], lots: list[float], part: Part, counts: bool) -> Loaded:
         requests = [(one.message, part.bucket.group) for one in rows]
         seen = [one.seen for one in rows if one.seen is not None]
         return Loaded(
-            Packed.of([one.kept for one in rows]), Packed.of([one.pixels for one in rows]),
+            [one.kept for one in rows], [one.pixels for one in rows],
             [one.message.text for one in rows], [lots[one.at] for one in rows], [one.at for one in rows],
-            part.whole, count,
+            part.whole, len(rows) if counts else 0,
             with_places(self.omni.mllm, asking(self.omni.mllm_tokenizer, requests, self.omni.pixels)),
-            torch.cat(seen) if seen else None, problems,
+            torch.cat(seen) if seen else None,
         )  # fmt: skip
 
     def row(self, at: int, sample: Sample, kept: Tensors, bucket: Bucket) -> Row:
@@ -279,9 +278,14 @@ class ShardSource(Epochs):
         seen = None if self.encoder is None else self.seen(self.encoder, [sample], bucket)
         return Row(at, self.message(sample, sample.text, bucket), kept, pixels, seen)
 
+    def ready(self, drawn: tuple[list[Loaded], list[Problem]]) -> list[Portion]:
+        parts, problems = drawn
+        meet(self.library, problems)
+        weights = weights_of([one.count for one in parts], self.omni.device)
+        return [self.portion(one, weight) for one, weight in zip(parts, weights, strict=True)]
+
     @torch.no_grad()
-    def ready(self, drawn: Loaded) -> Portion:
-        meet(self.library, drawn.problems)
+    def portion(self, drawn: Loaded, weight: float) -> Portion:
         rows = rows_of(self.encoded(drawn))
         states, padding = states_of(self.omni.mllm, drawn.asked)
         rows.hidden = states.masked_fill(padding[..., None], 0.0).float()
@@ -290,17 +294,17 @@ class ShardSource(Epochs):
             rows.embeddings = embed_frames(
                 self.encoder, drawn.seen, self.omni.bridge.vision_head.decoder_query.shape[1]
             )
-        weight = weight_of(drawn.count, self.omni.device)
         before = mllm_flops(self.omni.mllm, drawn.asked)
         return Portion(rows, drawn.lots, drawn.whole, drawn.places, weight, before)
 
     def encoded(self, drawn: Loaded) -> list[Tensors]:
         """Latents and text of each row; what the cache has not is made as it would have it, whatever the precision of
         the products around."""
-        rows, pixels = drawn.kept.rows(), drawn.pixels.rows()
+        rows = [dict(kept) for kept in drawn.kept]
         left = [
-            (row, name, part.numpy()) for row, parts in zip(rows, pixels, strict=True) for name, part in parts.items()
-        ]
+            (row, name, part.numpy())
+            for row, parts in zip(rows, drawn.pixels, strict=True) for name, part in parts.items()
+        ]  # fmt: skip
         each = TOGETHER if left and len(left[0][2]) == 1 else 1  # a clip alone is large enough
         if left:
             bring(self.omni)
@@ -309,7 +313,7 @@ class ShardSource(Epochs):
                 made = self.frozen.latents([part for *_, part in some])
                 for (row, name, _), latents in zip(some, made, strict=True):
                     row[name] = latents
-            for row, parts, text in zip(rows, pixels, drawn.texts, strict=True):
+            for row, parts, text in zip(rows, drawn.pixels, drawn.texts, strict=True):
                 if parts:
                     row["text"] = self.frozen.text(text)
         return rows

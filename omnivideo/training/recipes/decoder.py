@@ -22,7 +22,7 @@ from omnivideo.training.latents import cached, first_scenes
 from omnivideo.training.recipes.text import NEGATIVE_PROMPT, WORDS
 from omnivideo.training.samples import COMPOSED
 from omnivideo.training.share import share
-from omnivideo.training.trainer import Losses, Recipe, step_seed
+from omnivideo.training.trainer import Losses, Recipe, at_once, step_seed
 from omnivideo.training.world import Scene, scenes
 
 STILLS, CLIPS = 32_000, 12_000  # scenes in the cache
@@ -48,22 +48,29 @@ def draw_sigma(count: int, high: float) -> Tensor:
     return torch.where(torch.rand(count) < high, 5 * even / (1 + 4 * even), middling)
 
 
+def draw_noise(count: int, like: Tensor, high: float) -> tuple[Tensor, Tensor]:
+    """Noise levels [B], and noise for so many latents of this kind."""
+    sigma = draw_sigma(count, high).to(like)
+    return sigma, torch.randn(count, *like.shape[1:], dtype=like.dtype, device=like.device)
+
+
 def flow_matching(
     decoder: Callable[..., tuple[Tensor]],
     latents: Tensor,
     condition: Tensor,
     high: float = 0.5,
-    dealt: tuple[int, slice | list[int]] | None = None,
+    drawn: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Eq. 4, squared error per sample [B]: the velocity from data to noise at x = (1 - sigma) data + sigma noise.
 
-    Noise is drawn for the whole batch, of which `latents` are this process's share; `dealt` says how many the batch
-    has, and which of them these are, where they are not an equal part.
+    Noise has been `drawn` for these latents, or is for the whole batch, of which they are this process's equal share.
     """
-    whole = len(latents) * share().world
-    count, part = dealt or (whole, share().part(whole))
-    sigma = draw_sigma(count, high)[part].to(latents)
-    noise = torch.randn(count, *latents.shape[1:], dtype=latents.dtype, device=latents.device)[part]
+    if drawn is None:
+        whole = len(latents) * share().world
+        part = share().part(whole)
+        sigma, noise = (one[part] for one in draw_noise(whole, latents, high))
+    else:
+        sigma, noise = drawn
     level = sigma.view(-1, 1, 1, 1, 1)
     noisy = (1 - level) * latents + level * noise
     velocity = decoder(noisy, sigma * 1000, condition, return_dict=False)[0]
@@ -112,6 +119,6 @@ def decoder_recipe(
         return {"loss": error, "stills" if still else "clips": error}
 
     return Recipe(
-        "decoder", model, ("decoder",), loss, steps=steps, lr=1e-2, adam_lr=1e-3, warmup=200, decay_from=0.7, ema=0.999,
-        samples=lambda step: sizes[step % 2],
+        "decoder", model, ("decoder",), at_once(loss), steps=steps, lr=1e-2, adam_lr=1e-3, warmup=200, decay_from=0.7,
+        ema=0.999, samples=lambda step: sizes[step % 2],
     )  # fmt: skip

@@ -25,7 +25,7 @@ from omnivideo.training.language import CLIP_PREFIX, STILL_PREFIX, caption, desc
 from omnivideo.training.questions import TRAINED, ask_layout, random_question
 from omnivideo.training.riddles import BACKGROUND_HINTS, COLOUR_HINTS, MOTION_HINTS, SHAPE_HINTS, random_riddle
 from omnivideo.training.share import share
-from omnivideo.training.trainer import Losses, Recipe, step_seed
+from omnivideo.training.trainer import Losses, Recipe, at_once, step_seed
 from omnivideo.training.world import FPS, Scene, random_scene, render
 
 SPECIAL = (
@@ -290,11 +290,20 @@ def on(device: torch.device, batch: tuple[dict[str, Tensor], Tensor]) -> tuple[d
     return {name: part.to(device) for name, part in inputs.items()}, labels.to(device)
 
 
-def text_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Eq. 2 over the answers' tokens of the whole batch, and the share of answers that are right in every token."""
+def answered(labels: Tensor) -> Tensor:
+    """How many tokens are to be predicted."""
+    return (labels[:, 1:] != -100).sum()
+
+
+def text_loss(logits: Tensor, labels: Tensor, among: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Eq. 2 over the answers' tokens of the whole batch, and the share of answers that are right in every token.
+
+    `among`: how many tokens all passes of all processes have on average, where a process has several.
+    """
     predicted, target = logits[:, :-1], labels[:, 1:]
     total = F.cross_entropy(predicted.flatten(0, 1).float(), target.flatten(), ignore_index=-100, reduction="sum")
-    loss = total / share().mean((target != -100).sum()).clamp(min=1e-6)  # 0 where there is no answer at all
+    among = share().mean(answered(labels)) if among is None else among
+    loss = total / among.clamp(min=1e-6)  # 0 where there is no answer at all
     right = ((predicted.argmax(-1) == target) | (target == -100)).all(dim=1).float().mean()
     return loss, right
 
@@ -317,6 +326,6 @@ def mllm_recipe(tokenizer: PreTrainedTokenizerFast, steps: int = 9000, batch: in
         return {"loss": value, "right": right}
 
     return Recipe(
-        "mllm", model, ("",), loss, steps=steps, lr=1e-2, adam_lr=2e-3, warmup=100, ema=0.998,
+        "mllm", model, ("",), at_once(loss), steps=steps, lr=1e-2, adam_lr=2e-3, warmup=100, ema=0.998,
         samples=lambda step: batch,
     )  # fmt: skip

@@ -11,6 +11,7 @@ stage3   vision head, adapter, decoder       flow matching, with Eq. 1 kept for 
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -18,17 +19,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import SiglipVisionModel
 
-from omnivideo.models.conditions import assemble, pad
+from omnivideo.models.conditions import assemble, count_tokens, pad
 from omnivideo.models.mllm import ENDING, VISUAL_TOKENS, asking, states_of
 from omnivideo.models.omni import Omni, Target
+from omnivideo.presets import visual_context_tokens
 from omnivideo.training.ahead import Ahead, as_it_is
-from omnivideo.training.data.sample import Problem
 from omnivideo.training.drawn import Drawn, Rows, gathered, pick
 from omnivideo.training.flops import Flops, drawn_flops, joined_flops, matrices, mllm_flops, query_transformer_flops
 from omnivideo.training.latents import to_pixels
-from omnivideo.training.recipes.decoder import flow_matching
+from omnivideo.training.recipes.decoder import draw_noise, flow_matching
 from omnivideo.training.recipes.mllm import (
     Sample,
+    answered,
     batch_of,
     knowledge_sample,
     on,
@@ -41,7 +43,7 @@ from omnivideo.training.recipes.mllm import (
 from omnivideo.training.recipes.visual_encoder import embed_frames
 from omnivideo.training.samples import TASKS, Request, Task, random_request
 from omnivideo.training.share import share
-from omnivideo.training.trainer import Losses, Recipe, step_seed
+from omnivideo.training.trainer import Losses, Passes, Recipe, at_once, step_seed
 
 TEXT_MIX = (
     (question_sample, 0.5), (thinking_sample, 0.2), (route_sample, 0.18), (knowledge_sample, 0.06), (talk_sample, 0.06),
@@ -87,39 +89,43 @@ def alignment(visual_BQE: Tensor, target_BQE: Tensor) -> Tensor:
 
 @dataclass
 class Lesson:
-    """This process's part of a batch of stage 1: model inputs and labels, those that ask for something drawn first,
-    with the pixels [B, 3, F, S, S] of what they ask for; what their mean weighs among those of all processes.
-    `problems` are those of samples that could not be read and are left out."""
+    """What a process has of a batch of stage 1 in one pass: model inputs and labels, those that ask for something
+    drawn first, with the pixels [B, 3, F, S, S] of what they ask for; what their mean weighs among those of all."""
 
     inputs: dict[str, Tensor]
     labels: Tensor
     pixels: Tensor
     weight: float = 1.0
-    problems: list[Problem] = field(default_factory=list)
 
 
 def stage1_over(
-    omni: Omni, encoder: SiglipVisionModel, draw: Callable[[int], Lesson], steps: int,
-    samples: Callable[[int], int], workers: int = 0, ready: Callable[[Lesson], Lesson] = as_it_is,
+    omni: Omni, encoder: SiglipVisionModel, draw: Callable[[int], Any], steps: int,
+    samples: Callable[[int], int], workers: int = 0, ready: Callable[[Any], list[Lesson]] = as_it_is,
 ) -> Recipe:  # fmt: skip
     """Eq. 1 for what is asked to be drawn, Eq. 2 for all answers; `draw` may run in another process, `ready` gets
-    what it made in this one."""
+    what it made in this one, and has the lesson of each pass."""
     model = Whole(omni)
     queries = omni.bridge.vision_head.decoder_query.shape[1]
     drawn = Ahead(draw, workers)
     work = Flops()
 
-    def loss(step: int) -> Losses:
+    def passes(step: int) -> Passes:
         nonlocal work
-        given = ready(drawn(step))
+        work, given = Flops(), ready(drawn(step))
+        answers = torch.stack([answered(one.labels) for one in given]).sum().to(omni.device)
+        tokens = share().mean(answers) / len(given)
+        times = samples(step) / sum(len(one.labels) for one in given)
+        return [partial(loss, one, tokens, times) for one in given]
+
+    def loss(given: Lesson, tokens: Tensor, times: float) -> Losses:
+        nonlocal work
         inputs, labels = on(omni.device, (given.inputs, given.labels))
         asked = len(given.pixels)
         with torch.no_grad():
             states = model.mllm.model(**inputs).last_hidden_state
-        value, right = text_loss(model.mllm.lm_head(states), labels)
+        value, right = text_loss(model.mllm.lm_head(states), labels, tokens)
         some = slice(0, max(1, asked))  # where nothing is to be drawn the vision head goes along for nothing
-        own = stage1_flops(omni, given.inputs, max(1, asked))
-        work = own * (samples(step) / len(labels))
+        work += stage1_flops(omni, given.inputs, max(1, asked)) * times
         visual = model.bridge.vision_head(states[some], inputs["attention_mask"][some] == 0)
         if asked:
             with torch.no_grad():
@@ -130,7 +136,7 @@ def stage1_over(
         return {"loss": value + vision, "text": value, "vision": vision, "right": right}
 
     return Recipe(
-        "stage1", model, TRAINED["stage1"], loss, steps, lr=1e-2, adam_lr=2e-3, warmup=100, samples=samples,
+        "stage1", model, TRAINED["stage1"], passes, steps, lr=1e-2, adam_lr=2e-3, warmup=100, samples=samples,
         flops=lambda step: work.total,
     )  # fmt: skip
 
@@ -151,14 +157,14 @@ def stage1_recipe(
     """Half of each batch asks for images and videos of all four tasks, half for text."""
     torch.manual_seed(11)
 
-    def draw(step: int) -> Lesson:
+    def draw(step: int) -> list[Lesson]:
         rng = random.Random(step_seed("stage1/data", step))
         wanted = [random_request(rng, rng.choice(TASKS)) for _ in range(batch // 2)]
         makers = rng.choices([make for make, _ in TEXT_MIX], [weight for _, weight in TEXT_MIX], k=batch // 2)
         said = [make(rng, rng.random() < 0.5) for make in makers]
         wanted, said = share().take(wanted), share().take(said)
         samples = [(one.message, "".join(ENDING[one.kind])) for one in wanted] + said
-        return Lesson(*batch_of(omni.mllm, omni.mllm_tokenizer, samples, omni.pixels), equal_length(wanted))
+        return [Lesson(*batch_of(omni.mllm, omni.mllm_tokenizer, samples, omni.pixels), equal_length(wanted))]
 
     return stage1_over(omni, encoder, draw, steps, lambda step: batch, workers)
 
@@ -212,7 +218,7 @@ def stage1_text_recipe(omni: Omni, steps: int = 1500, batch: int = TEXT_BATCH, w
         return {"loss": value + first, "first": first, "right": right}
 
     return Recipe(
-        "stage1_text", model, TRAINED["stage1_text"], loss, steps, adam_lr=1e-3, warmup=20, ema=0.99,
+        "stage1_text", model, TRAINED["stage1_text"], at_once(loss), steps, adam_lr=1e-3, warmup=20, ema=0.99,
         samples=lambda step: batch,
     )  # fmt: skip
 
@@ -253,19 +259,23 @@ def stage2a_over(omni: Omni, source: "Source", steps: int, workers: int = 0) -> 
     drawn = Ahead(source.draw, workers)
     work = Flops()
 
-    def loss(step: int) -> Losses:
+    def passes(step: int) -> Passes:
         nonlocal work
-        dealt = source.ready(drawn(step))
+        work, parts = Flops(), source.ready(drawn(step))
+        return [partial(loss, one, times_of(parts)) for one in parts]
+
+    def loss(dealt: Portion, times: float) -> Losses:
+        nonlocal work
         rows = dealt.rows.to(omni.device)
         own = joined_flops(omni.preset, TRAINED["stage2a"], rows.hidden.shape[1]) * len(rows) + dealt.before
-        work = own * (dealt.whole / len(rows))
+        work += own * times
         with torch.no_grad():
             visual = visual_of(model, rows)
         return {"loss": text_space_loss(omni, visual, [rows.kind] * len(rows), rows.texts) * dealt.weight}
 
     return Recipe(
-        "stage2a", model, TRAINED["stage2a"], loss, steps, lr=5e-3, adam_lr=1e-3, warmup=100, samples=source.samples,
-        flops=lambda step: work.total, omni=omni,
+        "stage2a", model, TRAINED["stage2a"], passes, steps, lr=5e-3, adam_lr=1e-3, warmup=100,
+        samples=source.samples, flops=lambda step: work.total, omni=omni,
     )  # fmt: skip
 
 
@@ -288,7 +298,7 @@ def stage2a_recipe(omni: Omni, steps: int = 1000, batch: int = 32) -> Recipe:
         return {"loss": text_space_loss(omni, visual, [one.kind for one in wanted], texts)}
 
     return Recipe(
-        "stage2a", model, TRAINED["stage2a"], loss, steps, lr=5e-3, adam_lr=1e-3, warmup=100,
+        "stage2a", model, TRAINED["stage2a"], at_once(loss), steps, lr=5e-3, adam_lr=1e-3, warmup=100,
         samples=lambda step: batch, flops=lambda step: work.total, omni=omni,
     )  # fmt: skip
 
@@ -304,6 +314,14 @@ class Drop:
     text: float = 0.15
     visual: float = 0.05
 
+    def words(self, lot: float) -> bool:
+        """Whether the text goes with this lot of 0 to 1."""
+        return lot < self.both + self.text
+
+    def tokens(self, lot: float) -> bool:
+        """Whether the visual tokens go."""
+        return lot < self.both or self.both + self.text <= lot < self.both + self.text + self.visual
+
 
 def visual_of(model: Whole, rows: Rows) -> Tensor:
     """V_o [B, Q, E] of a batch's hidden states."""
@@ -313,24 +331,33 @@ def visual_of(model: Whole, rows: Rows) -> Tensor:
 
 
 def group_condition(
-    omni: Omni, model: Whole, rows: Rows, lots: Sequence[float], drop: Drop, null_LD: Tensor
+    omni: Omni, model: Whole, rows: Rows, lots: Sequence[float], drop: Drop, null_LD: Tensor, length: int = 0
 ) -> tuple[Tensor, Tensor]:
     """c [B, L, D] of a mixed batch, with drops by lot, and the visual tokens [B, Q, E] that it was made from.
 
-    As long as the longest of the whole batch: the decoder attends to padding as well.
+    At least of this length: the decoder attends to padding as well, so it is to be that of the whole batch.
     """
     visual = visual_of(model, rows)
-    tokens: list[Tensor | None] = list(omni.adapted(visual, [rows.kind] * len(rows)))
-    texts = rows.texts
-    for at, lot in enumerate(lots):
-        if lot < drop.both + drop.text:
-            texts[at] = null_LD
-        if lot < drop.both or drop.both + drop.text <= lot < drop.both + drop.text + drop.visual:
-            tokens[at] = None
-    contexts = edited_contexts(model, rows)
+    adapted = omni.adapted(visual, [rows.kind] * len(rows))
+    texts = [null_LD if drop.words(lot) else text for lot, text in zip(lots, rows.texts, strict=True)]
+    tokens = [None if drop.tokens(lot) else token for lot, token in zip(lots, adapted, strict=True)]
     least, most = omni.preset.condition_least, omni.preset.condition_most
-    condition = assemble(model.bridge.markers, texts, tokens, contexts, least, most)
-    return pad(condition, share().longest(condition.shape[1]), most), visual
+    condition = assemble(model.bridge.markers, texts, tokens, edited_contexts(model, rows), least, most)
+    return pad(condition, length, most), visual
+
+
+def length_of(omni: Omni, rows: Rows, lots: Sequence[float], drop: Drop, null: int) -> int:
+    """L of `group_condition`'s, before it is made."""
+    t, h, w = rows.target.shape[2:]
+    context, tokens = visual_context_tokens(omni.preset, (t, h, w)), omni.adapted_tokens(rows.kind)
+    each = zip(lots, rows.text_lengths, rows.edited.tolist(), strict=True)
+    return max(
+        count_tokens(
+            omni.bridge.markers, null if drop.words(lot) else words, None if drop.tokens(lot) else tokens,
+            context if edited else None,
+        )
+        for lot, words, edited in each
+    )  # fmt: skip
 
 
 def edited_contexts(model: Whole, rows: Rows) -> list[Tensor | None]:
@@ -343,8 +370,8 @@ def edited_contexts(model: Whole, rows: Rows) -> list[Tensor | None]:
 
 @dataclass
 class Portion:
-    """This process's part of a step's batch: which of the `whole` batch's samples these are, what their mean weighs
-    among those of all processes, and what was done to them `before`, by the model's frozen parts."""
+    """What a process has of a step's batch in one pass: which of the `whole` batch's samples these are, what their
+    mean weighs among those of all passes, and what was done to them `before`, by the model's frozen parts."""
 
     rows: Rows
     lots: list[float]
@@ -357,11 +384,12 @@ class Portion:
 class Source(Protocol):
     """Where the samples of stages 2b and 3 come from.
 
-    `draw` may run in another process; `ready` is called with what it made, where the models are.
+    `draw` may run in another process; `ready` is called with what it made, where the models are, for the portion of
+    each pass.
     """
 
     def draw(self, step: int) -> Any: ...
-    def ready(self, drawn: Any) -> Portion: ...
+    def ready(self, drawn: Any) -> list[Portion]: ...
     def samples(self, step: int) -> int: ...
 
 
@@ -386,8 +414,8 @@ class Mixed:
         lots = [rng.random() for _ in picks]
         return Portion(gathered(share().take(picks)), share().take(lots), len(picks), share().part(len(picks)))
 
-    def ready(self, drawn: Portion) -> Portion:
-        return drawn
+    def ready(self, drawn: Portion) -> list[Portion]:
+        return [drawn]
 
     def samples(self, step: int) -> int:
         return self.sizes[self.turns[step % len(self.turns)]]
@@ -410,13 +438,20 @@ def flow_recipe(
     trains = trained or TRAINED[name]
     work = Flops()
 
-    def loss(step: int) -> Losses:
+    def passes(step: int) -> Passes:
         nonlocal work
-        dealt = source.ready(drawn(step))
+        work, parts = Flops(), source.ready(drawn(step))
+        longest = share().longest(max(length_of(omni, one.rows, one.lots, Drop(), len(null)) for one in parts))
+        noise = draw_noise(parts[0].whole, parts[0].rows.target[:1].to(omni.device), high)
+        return [partial(loss, one, longest, noise, times_of(parts)) for one in parts]
+
+    def loss(dealt: Portion, longest: int, noise: tuple[Tensor, Tensor], times: float) -> Losses:
+        nonlocal work
         rows = dealt.rows.to(omni.device)
-        condition, visual = group_condition(omni, model, rows, dealt.lots, Drop(), null)
-        work = flow_flops(omni, trains, dealt, condition.shape[1])
-        errors = flow_matching(model.decoder, rows.target, condition, high, (dealt.whole, dealt.part))
+        condition, visual = group_condition(omni, model, rows, dealt.lots, Drop(), null, longest)
+        work += flow_flops(omni, trains, dealt, condition.shape[1]) * times
+        drawn_here = noise[0][dealt.part], noise[1][dealt.part]
+        errors = flow_matching(model.decoder, rows.target, condition, drawn=drawn_here)
         losses = {"loss": errors.mean()}
         if eq1:
             losses["vision"] = alignment(visual, rows.embeddings)
@@ -429,18 +464,22 @@ def flow_recipe(
         return losses
 
     return Recipe(
-        name, model, trains, loss, steps, lr=lr, adam_lr=lr / 10, warmup=200, ema=0.999, samples=source.samples,
-        flops=lambda step: work.total, omni=omni,
+        name, model, trains, passes, steps, lr=lr, adam_lr=lr / 10, warmup=200, ema=0.999,
+        samples=source.samples, flops=lambda step: work.total, omni=omni,
     )  # fmt: skip
 
 
+def times_of(parts: Sequence[Portion]) -> float:
+    """How many times what this process has the whole batch is."""
+    return parts[0].whole / sum(len(one.rows) for one in parts)
+
+
 def flow_flops(omni: Omni, trained: Sequence[str], dealt: Portion, condition: int) -> Flops:
-    """Of the whole batch, as if the other processes' parts were like this one's."""
     rows = dealt.rows
     t, h, w = rows.target.shape[2:]
     edited = int(rows.edited.sum()) / len(rows)
     each = drawn_flops(omni.preset, trained, (t, h, w), condition, rows.hidden.shape[1], edited)
-    return each * dealt.whole + dealt.before * (dealt.whole / len(rows))
+    return each * len(rows) + dealt.before
 
 
 def adapter_recipe(

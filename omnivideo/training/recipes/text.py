@@ -25,7 +25,7 @@ from omnivideo.training.edits import VIDEO_EDITS, Edit, random_edit
 from omnivideo.training.facts import Demand, Wanted
 from omnivideo.training.language import PLACES, RELATIONS, Caption, caption
 from omnivideo.training.share import share
-from omnivideo.training.trainer import Losses, Recipe, step_seed
+from omnivideo.training.trainer import Losses, Recipe, at_once, step_seed
 from omnivideo.training.world import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, SIZES, random_scene
 
 CONFIG: dict[str, Any] = {
@@ -228,6 +228,6 @@ def text_recipe(
         return {"loss": asking + telling, "asked": asking, "told": telling, "told right": told_right, "whole": whole}
 
     return Recipe(
-        "text", model, ("",), loss, steps=steps, lr=1e-2, adam_lr=2e-3, warmup=50,
+        "text", model, ("",), at_once(loss), steps=steps, lr=1e-2, adam_lr=2e-3, warmup=50,
         samples=lambda step: captions + instructions,
     )  # fmt: skip

@@ -18,7 +18,7 @@ from torch import Tensor
 from omnivideo.models.vae import decode_unclamped, encode, statistics
 from omnivideo.presets import TINY
 from omnivideo.training.share import share
-from omnivideo.training.trainer import Losses, Recipe, step_seed
+from omnivideo.training.trainer import Losses, Recipe, at_once, step_seed
 from omnivideo.training.world import FRAME, FRAMES, Scene, object_mask, random_scene, render
 
 LATTICE = 8  # px: crops keep an object's place within its latent cell
@@ -111,7 +111,7 @@ def vae_recipe(phases: tuple[Phase, ...] = PHASES) -> Recipe:
         return losses(vae, pixels.to(vae.device), touched.to(vae.device))
 
     return Recipe(
-        "vae", vae, ("",), loss, steps=sum(phase.steps for phase in phases), lr=3e-3, adam_lr=2e-3,
+        "vae", vae, ("",), at_once(loss), steps=sum(phase.steps for phase in phases), lr=3e-3, adam_lr=2e-3,
         samples=lambda step: phase_at(phases, step).batch,
     )  # fmt: skip
 
@@ -147,6 +147,6 @@ def vae_decoder_recipe(vae: AutoencoderKLWan, steps: int = 4000, count: int = 6)
         return reconstruction(decode_unclamped(vae, (z + off * ways) * std + mean), pixels, touched)
 
     return Recipe(
-        "vae_decoder", vae, ("decoder", "post_quant_conv"), loss, steps, lr=2e-3, adam_lr=1e-3, ema=0.998,
+        "vae_decoder", vae, ("decoder", "post_quant_conv"), at_once(loss), steps, lr=2e-3, adam_lr=1e-3, ema=0.998,
         samples=lambda step: count,
     )  # fmt: skip

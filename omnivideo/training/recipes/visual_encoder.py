@@ -15,7 +15,7 @@ from transformers import SiglipVisionConfig, SiglipVisionModel
 from omnivideo.training.language import PLACES, reading_order, regions
 from omnivideo.training.latents import to_pixels
 from omnivideo.training.share import share
-from omnivideo.training.trainer import Losses, Recipe, step_seed
+from omnivideo.training.trainer import Losses, Recipe, at_once, step_seed
 from omnivideo.training.world import BACKGROUNDS, COLOURS, FRAME, SHAPES, SIZES, Scene, random_scene
 
 CONFIG: dict[str, Any] = {
@@ -77,6 +77,6 @@ def visual_encoder_recipe(steps: int = 3000, batch: int = 64) -> Recipe:
         return {"loss": value, "right": right.mean(), "whole": right.all(dim=1).float().mean()}
 
     return Recipe(
-        "visual_encoder", model, ("",), loss, steps=steps, lr=1e-2, adam_lr=2e-3, warmup=100,
+        "visual_encoder", model, ("",), at_once(loss), steps=steps, lr=1e-2, adam_lr=2e-3, warmup=100,
         samples=lambda step: batch,
     )  # fmt: skip
