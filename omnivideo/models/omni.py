@@ -66,8 +66,9 @@ class Omni:
 
     def adapted(self, visual_BQE: Tensor, targets: Sequence[Target]) -> list[Tensor]:
         """Adapter tokens [L, D] of each request: of all visual tokens for a video, of the first for an image."""
-        tokens = self.bridge.adapter(visual_BQE)
-        each = tokens.shape[1] // visual_BQE.shape[1]
+        # Every visual token goes through alone: those that no request uses need not.
+        tokens = self.bridge.adapter(visual_BQE if "video" in targets else visual_BQE[:, :1])
+        each = self.adapted_tokens("image")
         return [row if target == "video" else row[:each] for row, target in zip(tokens, targets, strict=True)]
 
     def texts(self, prompts: Sequence[str]) -> list[Tensor]:

@@ -100,12 +100,12 @@ def matrices(*parts: nn.Module) -> int:
     return sum(one.numel() for part in parts for one in part.parameters() if one.ndim > 1)
 
 
-def joined_flops(preset: Preset, trained: Sequence[str], hidden: int) -> Flops:
+def joined_flops(preset: Preset, trained: Sequence[str], hidden: int, video: bool) -> Flops:
     """One sample of a stage that trains what begins with `trained`: the vision head over `hidden` states, and the
-    adapter over all visual tokens, for a still as well."""
+    adapter over the visual tokens, of which a batch of stills uses the first."""
     assert preset.vision_head is not None and preset.adapter is not None, "a version 1 preset"
     head = query_transformer_flops(preset.vision_head, hidden)
-    adapter = query_transformer_flops(preset.adapter, 1) * preset.vision_head.queries
+    adapter = query_transformer_flops(preset.adapter, 1) * (preset.vision_head.queries if video else 1)
     return (head.trained if trains(trained, "bridge.vision_head") else head) + adapter.trained
 
 
@@ -117,7 +117,7 @@ def drawn_flops(
     decoder = decoder_flops(preset.decoder, decoder_tokens(preset, grid), condition)
     context = visual_context_flops(preset, visual_context_tokens(preset, grid)).trained * edited
     own = decoder.trained if trains(trained, "decoder") else decoder.passed
-    return joined_flops(preset, trained, hidden) + context + own
+    return joined_flops(preset, trained, hidden, grid[0] > 1) + context + own
 
 
 def trains(trained: Sequence[str], part: str) -> bool:

@@ -125,13 +125,19 @@ def test_a_condition_that_is_too_long_is_refused(omni):
         assemble(Markers(4), [torch.zeros(9, 4)], [None], [None], least=0, most=10)
 
 
-def test_an_image_uses_the_first_visual_token_only(omni):
+def test_an_image_uses_the_first_visual_token_only(omni, monkeypatch):
     visual = torch.randn(2, 4, TINY.vision_head.width)
     image, video = omni.adapted(visual, ["image", "video"])
     assert len(image) == TINY.adapter.queries and len(video) == 4 * len(image)
     changed = visual.clone()
     changed[:, 1:] = 0
     assert torch.allclose(omni.adapted(changed, ["image", "video"])[0], image, atol=1e-5)
+    taken = []
+    with monkeypatch.context() as patch:
+        forward = omni.bridge.adapter.forward
+        patch.setattr(omni.bridge.adapter, "forward", lambda tokens: taken.append(tokens) or forward(tokens))
+        alone = omni.adapted(visual, ["image", "image"])
+    assert torch.allclose(alone[0], image, atol=1e-5) and taken[0].shape[1] == 1  # the others are not made
 
 
 @pytest.mark.parametrize("target", ["image", "video"])

@@ -267,8 +267,8 @@ def stage2a_over(omni: Omni, source: "Source", steps: int, workers: int = 0) -> 
     def loss(dealt: Portion, times: float) -> Losses:
         nonlocal work
         rows = dealt.rows.to(omni.device)
-        own = joined_flops(omni.preset, TRAINED["stage2a"], rows.hidden.shape[1]) * len(rows) + dealt.before
-        work += own * times
+        own = joined_flops(omni.preset, TRAINED["stage2a"], rows.hidden.shape[1], rows.kind == "video") * len(rows)
+        work += (own + dealt.before) * times
         with torch.no_grad():
             visual = visual_of(model, rows)
         return {"loss": text_space_loss(omni, visual, [rows.kind] * len(rows), rows.texts) * dealt.weight}
@@ -293,9 +293,10 @@ def stage2a_recipe(omni: Omni, steps: int = 1000, batch: int = 32) -> Recipe:
             inputs = asking(omni.mllm_tokenizer, [(one.message, one.kind) for one in wanted], omni.pixels)
             states, padding = states_of(model.mllm, inputs)
             visual = model.bridge.vision_head(states, padding)
-        own = joined_flops(omni.preset, TRAINED["stage2a"], states.shape[1]) * len(wanted)
+        kinds = [one.kind for one in wanted]
+        own = joined_flops(omni.preset, TRAINED["stage2a"], states.shape[1], "video" in kinds) * len(wanted)
         work = (own + mllm_flops(model.mllm, inputs)) * (batch / len(wanted))
-        return {"loss": text_space_loss(omni, visual, [one.kind for one in wanted], texts)}
+        return {"loss": text_space_loss(omni, visual, kinds, texts)}
 
     return Recipe(
         "stage2a", model, TRAINED["stage2a"], at_once(loss), steps, lr=5e-3, adam_lr=1e-3, warmup=100,
