@@ -290,7 +290,8 @@ def train(
     rate: Annotated[float, typer.Option(min=0, help="Learning rates so many times the recipe's.")] = 1.0,
     precision: Annotated[Literal["fp32", "bf16"] | None, typer.Option(help="Of products; else the recipe's.")] = None,
     seed: Annotated[
-        list[int], typer.Option(min=0, help="Of the requests: the first for all tasks, further ones for more edits.")
+        list[int],
+        typer.Option(min=0, help="Of the requests, further ones for more edits; with --data one, of the order."),
     ] = [],  # noqa: B006
     plan: Annotated[bool, typer.Option("--plan", help="Only say what the recipe costs at full size.")] = False,
     preset: Annotated[str, typer.Option(help="With --plan: the model.")] = "omnivideo-1.3b",
@@ -306,17 +307,11 @@ def train(
 ) -> None:
     """Train the tiny preset, or one recipe of it, or a stage over shards; goes on from its last checkpoint."""
     if plan:
-        from omnivideo.training.flops import gpus_of
-        from omnivideo.training.plan import Setting, as_table, check
-        from omnivideo.training.plan import plan as planned
-
-        count, gpu = gpus_of(gpus)
-        px: dict[str, Any] = parse_size(size)
-        made = planned(Setting(recipe, gpu, count, preset_of(preset), batch, px["width"], px["height"],
-                               data.whole_numbers("frames", [frames])[0], sequence, bool(checkpointing), cached,
-                               steps, utilisation, passes))  # fmt: skip
-        out.print(as_table(made))
-        return check(made)
+        return show_plan(
+            recipe, gpus, preset_of(preset), batch, **parse_size(size),
+            frames=data.whole_numbers("frames", [frames])[0], sequence=sequence, checkpointing=bool(checkpointing),
+            cached=cached, steps=steps, utilisation=utilisation, passes=passes,
+        )  # fmt: skip
     from omnivideo.training import distributed
     from omnivideo.training.tiny import SEEDS, Tiny
     from omnivideo.training.trainer import PRECISIONS
@@ -346,13 +341,27 @@ def train(
             return tiny.train(recipe, out, world, until, rate, save_every, looking, **changes)
         from omnivideo.training.real import makers_over, mix_of
 
-        mix = mix_of(stills, clips, times, ratio, group_weight)
+        if len(seed) > 1:
+            raise InvalidInput("seed", f"{len(seed)} are given; allowed: one with --data")
+        mix = mix_of(stills, clips, times, ratio, group_weight, *seed)
         library, fit = data.opened(shards, size, frames, fps)
         with data.concluding(library.problems, report, world):
             tiny.makers = makers_over(library, fit, recipe, tiny, weights, mix, micro, given["precision"])
             if world.first:
                 tiny.makers = data.telling(tiny.makers, library.problems, report)
             tiny.train(recipe, out, world, until, rate, save_every, looking, **changes)
+
+
+def show_plan(recipe: str, gpus: str, *setting: Any, **more: Any) -> None:
+    """Prints what a recipe costs; raises InvalidInput where it does not fit."""
+    from omnivideo.training.flops import gpus_of
+    from omnivideo.training.plan import Setting, as_table, check
+    from omnivideo.training.plan import plan as planned
+
+    count, gpu = gpus_of(gpus)
+    made = planned(Setting(recipe, gpu, count, *setting, **more))
+    out.print(as_table(made))
+    check(made)
 
 
 @app.command()

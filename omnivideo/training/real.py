@@ -31,10 +31,11 @@ UNIT = 8  # processes that have equal parts of nearly every batch
 
 def mix_of(
     stills: int | None = None, clips: int | None = None, times: int = 1, ratio: Sequence[str] = (),
-    weights: Sequence[str] = (),
+    weights: Sequence[str] = (), seed: int = 0,
 ) -> Mix:  # fmt: skip
     """How the stages mix: batches of so many samples (None: as over the rendered world), and shares as NAME=NUMBER, of
-    tasks (none: Table 1's) and of the groups' batches (none: as the tasks' shares have it).  Raises InvalidInput.
+    tasks (none: Table 1's) and of the groups' batches (none: as the tasks' shares have it); the order is the seed's.
+    Raises InvalidInput.
 
     Nothing is cropped to another bucket than the one that its latents are of.
     """
@@ -43,7 +44,8 @@ def mix_of(
         "video": (SIZES[1] if clips is None else clips) * times,
     }
     shares, turns = named("ratio", ratio) or PAPER, named("weights", weights)
-    return Mix(shares, sizes, turns or None, unit=max(1, math.gcd(UNIT, *sizes.values())), fold=False)  # type: ignore[arg-type]
+    unit = max(1, math.gcd(UNIT, *sizes.values()))
+    return Mix(shares, sizes, turns or None, unit, fold=False, seed=seed)  # type: ignore[arg-type]
 
 
 def named(field: str, given: Sequence[str]) -> dict[str, float]:

@@ -239,6 +239,8 @@ def test_the_stages_mix_is_as_asked():
     assert asked.sizes == {"image": 32, "video": 8} and asked.unit == 8
     assert mix_of().ratio == PAPER and mix_of().weights is None and mix_of().sizes == {"image": 64, "video": 24}
     assert mix_of(clips=6).unit == 2  # it divides both sizes
+    one, other = (Order(*mixed_set(), replace(mix_of(seed=seed), ratio=None)) for seed in (0, 1))
+    assert sorted(seen(one, 1)) == sorted(seen(other, 1)) and seen(one, 1) != seen(other, 1)
 
 
 @pytest.mark.parametrize(

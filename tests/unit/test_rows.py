@@ -269,7 +269,11 @@ def test_the_command_trains_over_shards(made, weights, tmp_path):
     ]
     looked = CliRunner().invoke(app, ["data", "look", given[1], "--frames", "5", *asked[:4]])
     assert "5 samples in 3 steps, 0.00% of 1 ranks' work wasted" in looked.output
-    wrongs = (["decoder", *given], "recipe"), (["stage3", *given[:2]], "weights"), (["stage3", "--micro", "1"], "data")
+    seeds = ["--seed", "1", "--seed", "2"]
+    wrongs = (
+        (["decoder", *given], "recipe"), (["stage3", *given[:2]], "weights"), (["stage3", "--micro", "1"], "data"),
+        (["stage3", *given, *seeds], "seed"),
+    )  # fmt: skip
     for wrong, field in wrongs:
         with pytest.raises(InvalidInput, match=field):
             CliRunner().invoke(app, ["train", *wrong, "--frames", "5"], catch_exceptions=False)
