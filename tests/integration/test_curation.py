@@ -385,6 +385,21 @@ def test_one_clip_does_not_end_the_run(tmp_path):
     assert (out / "measured.jsonl").read_bytes() == measured  # what failed is not tried again
 
 
+def test_a_clip_of_uneven_times_keeps_them_and_is_seen_by_them(tmp_path):
+    """A second of a pan at 24 frames a second, a pause of two, and another second: 12 a second on average."""
+    from omnivideo.training.curation.reading import write_clip
+    from omnivideo.training.data.sample import decoded, fitted
+
+    path, kept = footage.film(tmp_path / "pause.mp4", footage.pan(5, 48), gap=(24, 2)), tmp_path / "kept.mp4"
+    assert write_clip(path, (0.0, 4.0), kept)["frames"] == 48
+    for one in (path, kept):
+        frames, _, times = zip(*decoded(one.read_bytes()), strict=True)
+        assert times == pytest.approx([at / 24 + 2 * (at >= 24) for at in range(48)], abs=1e-3)
+        seen = fitted(one.read_bytes(), footage.WIDTH, footage.HEIGHT, 9, 2)
+        shown = [next(at for at, frame in enumerate(frames) if np.array_equal(frame, one)) for one in seen]
+        assert shown == [0, 12, 23, 23, 23, 23, 24, 36, 47]
+
+
 def test_a_frame_just_before_an_empty_span_stands_for_it(tmp_path):
     from omnivideo.training.curation.reading import sample
 

@@ -205,7 +205,7 @@ def test_a_cut_png_is_refused():
 
 def test_a_clip_is_seen_at_the_wanted_rate_and_shape():
     clip = mp4(17, size=(64, 32), fps=16)
-    frames = [pixels for pixels, _ in decoded(clip)]
+    frames = [pixels for pixels, *_ in decoded(clip)]
     seen = fitted(clip, 32, 32, 9, 8)
     assert seen.shape == (9, 32, 32, 3)
     assert np.array_equal(seen, np.stack([frame[:, 16:48] for frame in frames[::2]]))

@@ -68,5 +68,5 @@ class ServedCaption:
 def mp4(frames: np.ndarray) -> str:
     """The frames as base64 of a small file."""
     buffer = io.BytesIO()
-    encode_into(buffer, iter(frames), Fraction(SHOWN_FPS))
+    encode_into(buffer, ((at / SHOWN_FPS, frame) for at, frame in enumerate(frames)), Fraction(SHOWN_FPS))
     return base64.b64encode(buffer.getvalue()).decode()

@@ -23,6 +23,7 @@ SAMPLED_FPS = 8  # of the frames that motion is measured on
 SMALL = 192  # px, their longer side
 LOOKS = 8  # full frames of a clip, evenly spread, for all that is measured on single frames
 DETECTED = 256  # px, the longer side on which cuts are looked for
+TICK = Fraction(1, 90_000)  # s, in which kept clips have their frames' times
 SHORTEST_SCENE = 0.3  # s: two cuts nearer than this are a flash
 
 Span = tuple[float, float]
@@ -169,27 +170,32 @@ def write_clip(path: Path, span: Span, target: Path) -> dict:
     part = target.with_suffix(".part")
     with opened(path) as (container, stream):
         rate = Fraction(stream.average_rate or stream.guessed_rate or 25).limit_denominator(1001)
-        frames = (upright(frame) for _, frame in within(container, stream, span))
+        frames = ((time, upright(frame)) for time, frame in within(container, stream, span))
         with part.open("wb") as file:
             height, width, count = encode_into(file, frames, rate)
     os.replace(part, target)
     return {"width": width, "height": height, "fps": round(float(rate), 4), "frames": count}
 
 
-def encode_into(file: BinaryIO, frames: Iterator[np.ndarray], rate: Fraction) -> tuple[int, int, int]:
-    """Returns height and width (even: an odd last row or column is left out), and the number of frames."""
-    count, height, width = 0, 0, 0
+def encode_into(file: BinaryIO, frames: Iterator[tuple[float, np.ndarray]], rate: Fraction) -> tuple[int, int, int]:
+    """Frames at their times, in s and counted from the first; `rate` is that of the stream.
+
+    Returns height and width (even: an odd last row or column is left out), and the number of frames.
+    """
+    count, height, width, first, place = 0, 0, 0, 0.0, -1
     with av.open(file, "w", format="mp4", options={"fflags": "+bitexact"}) as out:
         made = out.add_stream(
             "libx264", rate=rate, options={"crf": "16", "flags": "+bitexact", "x264-params": "mbtree=0"}
         )
         made.pix_fmt, made.codec_context.thread_count = "yuv420p", 1
-        for pixels in frames:
+        made.codec_context.time_base = TICK
+        for time, pixels in frames:
             if not count:
-                height, width = pixels.shape[0] // 2 * 2, pixels.shape[1] // 2 * 2
+                first, height, width = time, pixels.shape[0] // 2 * 2, pixels.shape[1] // 2 * 2
                 made.height, made.width = height, width
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels[:height, :width]), format="rgb24")
-            frame.pts, frame.time_base, count = count, 1 / rate, count + 1
+            place = max(place + 1, round((time - first) / TICK))
+            frame.pts, frame.time_base, count = place, TICK, count + 1
             out.mux(made.encode(frame))
         out.mux(made.encode())
     return height, width, count

@@ -109,8 +109,11 @@ def is_clip(data: bytes) -> bool:
     return kind_of(data) in CLIPS
 
 
-def decoded(data: bytes) -> Iterator[tuple[np.ndarray, float]]:
-    """Every frame with the frames a second; a still has one, at 0.  Raises UnreadableMedia where a byte is amiss."""
+def decoded(data: bytes) -> Iterator[tuple[np.ndarray, float, float]]:
+    """Every frame, the frames a second on average, and the time of this one in s; a still has one, 0 and 0.
+
+    Raises UnreadableMedia where a byte is amiss.
+    """
     kind = kind_of(data)
     try:
         yield from clip_frames(data, CLIPS[kind]) if kind in CLIPS else still_frames(data)
@@ -120,7 +123,7 @@ def decoded(data: bytes) -> Iterator[tuple[np.ndarray, float]]:
         raise UnreadableMedia("media", f"the {kind} is damaged or cut short ({type(error).__name__})") from error
 
 
-def still_frames(data: bytes) -> Iterator[tuple[np.ndarray, float]]:
+def still_frames(data: bytes) -> Iterator[tuple[np.ndarray, float, float]]:
     """The first picture, upright, alpha on white."""
     with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "GIF", "WEBP")) as image:
         check_pixels(*image.size)
@@ -129,15 +132,16 @@ def still_frames(data: bytes) -> Iterator[tuple[np.ndarray, float]]:
             canvas = Image.new("RGBA", upright.size, "white")
             canvas.alpha_composite(upright.convert("RGBA"))
             upright = canvas
-        yield np.asarray(upright.convert("RGB")), 0.0
+        yield np.asarray(upright.convert("RGB")), 0.0, 0.0
 
 
-def clip_frames(data: bytes, demuxer: str) -> Iterator[tuple[np.ndarray, float]]:
+def clip_frames(data: bytes, demuxer: str) -> Iterator[tuple[np.ndarray, float, float]]:
     """A clip that ends before its header says, or has a damaged packet, is refused."""
     with av.open(io.BytesIO(data), "r", format=demuxer) as container:
         stream = container.streams.video[0]
         check_pixels(stream.width, stream.height)
         fps, found, wanted = float(stream.average_rate or stream.guessed_rate or 1), 0, kept_frames(stream)
+        begun, time = None, 0.0
         for packet in container.demux(stream):
             if packet.is_corrupt:
                 raise UnreadableMedia("media", "the clip is damaged midway")
@@ -145,7 +149,11 @@ def clip_frames(data: bytes, demuxer: str) -> Iterator[tuple[np.ndarray, float]]
                 found += 1
                 if found * stream.width * stream.height * 3 > MOST_DECODED:
                     raise UnreadableMedia("media", f"the clip's pixels take more than {MOST_DECODED >> 30} GiB")
-                yield np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90)), fps
+                if frame.time is not None:
+                    begun = frame.time if begun is None else begun
+                    time = frame.time - begun
+                yield np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90)), fps, time
+                time += 1 / fps  # where the next one's is not told
         if found < max(wanted, 1):
             raise UnreadableMedia("media", f"the clip is cut short: {found} frames of {max(wanted, 1)}")
 
@@ -163,7 +171,7 @@ def check_pixels(width: int, height: int) -> None:
 
 def measure(data: bytes) -> Shape:
     """A medium's shape, by decoding all of it, one frame in memory at a time."""
-    seen = [(*pixels.shape[:2], fps) for pixels, fps in decoded(data)]
+    seen = [(*pixels.shape[:2], fps) for pixels, fps, _ in decoded(data)]
     if len(set(seen)) != 1:
         raise UnreadableMedia("media", "the clip changes its frame size midway, or has no frame")
     height, width, fps = seen[0]
@@ -175,10 +183,13 @@ def fitted(data: bytes, width: int, height: int, frames: int, fps: float) -> np.
 
     A still stands for all frames; a clip that is too short holds its last frame.
     """
-    shown = [(pixels, rate) for pixels, rate in decoded(data)]
-    moments = np.floor(np.arange(frames) * shown[0][1] / fps + 0.5).astype(int).clip(max=len(shown) - 1)
-    made = {int(at): cropped(shown[at][0], width, height) for at in set(moments.tolist())}
-    return np.stack([made[int(at)] for at in moments])
+    shown, rates, times = zip(*decoded(data), strict=True)
+    # The nearest one, but that after a pause not before its time.
+    pauses = np.diff(times, prepend=0.0) / 2
+    begins = np.maximum.accumulate(times - np.minimum(pauses, 0.5 / (rates[0] or 1)))
+    chosen = (np.searchsorted(begins, np.arange(frames) / fps + 1e-6, side="right") - 1).tolist()
+    made = {at: cropped(shown[at], width, height) for at in set(chosen)}
+    return np.stack([made[at] for at in chosen])
 
 
 def cropped(pixels: np.ndarray, width: int, height: int) -> np.ndarray:
