@@ -51,6 +51,7 @@ from omnivideo.training.share import Share
 from omnivideo.training.trainer import Recipe, Trainer, fill_gradients
 
 BUCKET = 2**25  # weights that travel at once
+SETTLING = 0.2  # s
 PATIENCE = timedelta(hours=2)  # for the first process, which may have data to make
 
 
@@ -433,6 +434,9 @@ def together(processes: int, sequence: int, device: str = "cpu") -> Iterator[Wor
         yield Together(sequence, torch.device(device))
     finally:
         dist.destroy_process_group()
+        # DeepSpeed keeps hold of the groups, so gloo's threads go on.  One that lets go of an exchange's tensors while
+        # the interpreter ends asks for it in vain, which aborts the process: they get the time to do it before.
+        time.sleep(SETTLING)
 
 
 def launch(processes: int, command: list[str]) -> int:

@@ -168,7 +168,7 @@ def test_a_killed_process_ends_the_run_which_goes_on_to_the_same_losses(optimize
 def test_a_gradient_that_is_not_finite_leaves_the_checkpoint(optimizer, together, tmp_path):
     job = {"recipe": "stage2a", "optimizer": optimizer, "run": str(tmp_path / "run")}
     code, _ = together(job | {"until": 2}, job | {"spoiled": True, "every": 0.0})
-    assert code != 0  # 1, or 134 where gloo's threads outlive the interpreter
+    assert code == 1
     assert [path.name for path in finished(tmp_path / "run")] == ["00000002"]
 
 
