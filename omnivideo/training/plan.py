@@ -299,12 +299,13 @@ def peaks(setting: Setting, trained: int) -> dict[str, float]:
     its share thrice: as they were, flattened, and in fp32.
     """
     kept, gpus = max(activations(setting, kind) for kind in ("still", "clip")), setting.gpus
-    sums = 4.0 * trained if setting.passes > 1 else 0.0
+    several = setting.passes > 1
+    sums = 4.0 * trained if several else 0.0
     if gpus == 1:
         found = {"activations, copies of weights (bf16)": kept + 2 * trained + sums, "gradients (fp32)": 4.0 * trained}
     else:
         reduced = 2 * (trained + min(trained, BUCKET))
-        gradients = max(sums and sums + 2 * trained, reduced, 8 * trained / gpus)
+        gradients = max(reduced, 8 * trained / gpus, 6.0 * trained if several else 0.0)
         found = {"activations": kept + sums, "gradients (bf16), of the share fp32": gradients}
     if encodes(setting):
         found["encoding (fp32)"] = max(encoding(setting, kind) for kind in ("still", "clip"))
@@ -530,8 +531,8 @@ def time_rows(made: Plan) -> list[tuple[str, str]]:
     setting, rows = made.setting, []
     for kind, times in made.step.items():
         drawn = "" if setting.recipe.startswith("stage1") else f", condition {setting.condition(kind):,}"
-        times_passes = f"{setting.passes} x " if setting.passes > 1 else ""
-        batch = f"{times_passes}{setting.count(kind)} x {setting.seen(kind):,} tokens{drawn}"
+        passes = f"{setting.passes} x " if setting.passes > 1 else ""
+        batch = f"{passes}{setting.count(kind)} x {setting.seen(kind):,} tokens{drawn}"
         rows.append((f"a step of {kind}s on each GPU", batch))
         rows += [(f"  seconds, {name}", f"{seconds:.3f}") for name, seconds in times.items()]
     rows.append(("TFLOP a GPU and clip step, attention counted", f"{made.flops['clip'] / 1e12:.1f}"))
