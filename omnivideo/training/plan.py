@@ -365,7 +365,7 @@ def operations(setting: Setting, kind: str, sizes: Mapping[str, int]) -> tuple[F
     own = mllm_flops(seen, sizes["mllm"] - sizes["lm_head"] - sizes["embeddings"])
     own += heads.trained if recipe in ALIGNED else heads
     if recipe in ALIGNED:
-        beside += visual_encoder_flops(queries, sizes["visual_encoder"])
+        beside += visual_encoder_flops(queries if kind == "clip" else 1, sizes["visual_encoder"])
     if recipe == "stage1":  # the text head's inputs have no gradients
         own += Flops(2.0 * seen * sizes["lm_head"]) * 2
     else:

@@ -209,6 +209,16 @@ def test_a_clip_is_seen_at_the_wanted_rate_and_shape():
     seen = fitted(clip, 32, 32, 9, 8)
     assert seen.shape == (9, 32, 32, 3)
     assert np.array_equal(seen, np.stack([frame[:, 16:48] for frame in frames[::2]]))
+    assert np.array_equal(fitted(clip, 32, 32, 9, 8, only=[0, 3, 3, 8]), seen[[0, 3, 3, 8]])
+    assert np.array_equal(fitted(clip, 32, 32, 12, 8), seen[[*range(9), 8, 8, 8]])  # its last frame stays
+
+
+def test_a_clip_is_decoded_as_far_as_it_is_looked_at(monkeypatch):
+    taken = []
+    seen = lambda data: (taken.append(1) or one for one in decoded(data))  # noqa: E731
+    monkeypatch.setattr("omnivideo.training.data.sample.decoded", seen)
+    assert fitted(mp4(48, fps=16), 32, 32, 5, 8).shape == (5, 32, 32, 3)
+    assert len(taken) == 10  # the fifth is frame 8
 
 
 def test_buckets_lose_the_least():

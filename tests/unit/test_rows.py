@@ -13,15 +13,17 @@ from typer.testing import CliRunner
 from omnivideo.cli import app
 from omnivideo.errors import CheckpointError, InvalidInput
 from omnivideo.models.checkpoint import load, save_library_model
+from omnivideo.models.vae import from_bytes
 from omnivideo.training.ahead import Ahead
 from omnivideo.training.data.batches import Mix
 from omnivideo.training.data.encode import Cache, Frozen, encode_all
 from omnivideo.training.data.rows import Epochs, Lessons, ShardSource
-from omnivideo.training.data.sample import Problems, Sample
+from omnivideo.training.data.sample import Problems, Sample, fitted
 from omnivideo.training.data.shards import Library
 from omnivideo.training.recipes import stages, visual_encoder
 from omnivideo.training.recipes.decoder import flow_matching
 from omnivideo.training.recipes.stages import Portion, flow_recipe, stage1_over, stage2a_over
+from omnivideo.training.recipes.visual_encoder import embed_frames
 from omnivideo.training.share import Share, sharing
 from omnivideo.training.trainer import Recipe, Trainer, freeze, step_seed
 from tests.unit.test_data import mp4, png
@@ -92,7 +94,7 @@ def test_stage1_has_all_six_tasks_with_what_is_drawn_first(made, weights):
         drawn = ["<BOV>" if task.endswith("to-video") or task == "video-editing" else "<BOI>" for task in tasks
                  if not task.endswith("understanding")]  # fmt: skip
         assert [word[:5] for word in words[: len(drawn)]] == drawn
-        assert lesson.pixels.shape == (len(drawn), 3, one.batch(step).bucket.frames, 64, 64)
+        assert lesson.pixels.shape == (len(drawn), 3, 4 if one.batch(step).bucket.frames > 1 else 1, 64, 64)
         said |= set(words[len(drawn) :])
         seen += [one.numbers[at] for at in one.batch(step).indices]
     assert sorted(seen) == sorted(3 * list(range(len(SAMPLES))))
@@ -128,6 +130,9 @@ def test_rows_are_those_of_the_cache_and_the_models(made, weights):
             assert torch.equal(rows.target[at], kept["target"].float())
             assert torch.equal(rows.texts[at], kept["text"].float())
             assert ("source" in kept) == bool(rows.edited[at])
+            frames = one.batch(step).bucket.frames
+            seen = from_bytes(fitted(made[number].target, 64, 64, frames, FIT.fps)[None])
+            assert torch.allclose(rows.embeddings[at], embed_frames(one.encoder, seen, 4)[0], atol=1e-5)
             if "source" in kept:
                 assert torch.equal(next(sources), kept["source"].float())
             assert rows.hidden[at, rows.hidden_lengths[at] :].abs().sum() == 0

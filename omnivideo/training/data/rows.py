@@ -16,7 +16,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -35,7 +34,7 @@ from omnivideo.training.flops import mllm_flops
 from omnivideo.training.loading import bring
 from omnivideo.training.recipes.mllm import batch_of, with_places
 from omnivideo.training.recipes.stages import Lesson, Portion
-from omnivideo.training.recipes.visual_encoder import embed_frames
+from omnivideo.training.recipes.visual_encoder import embed_frames, looked_at
 from omnivideo.training.share import share
 from omnivideo.training.trainer import step_seed
 
@@ -111,13 +110,13 @@ class Epochs:
             media = (Media(frames, self.fit.fps, bucket.group == "video"),)
         return Message(text, media)
 
-    def seen(self, encoder: SiglipVisionModel, samples: list[Sample], bucket: Bucket) -> Tensor:
-        """Pixels [B, 3, F, S, S] of the targets, as the visual encoder sees them."""
-        side = encoder.config.image_size
-        targets = [one.target for one in samples if one.target is not None]
-        if not targets:
-            return torch.zeros(0, 3, bucket.frames, side, side)
-        return from_bytes(np.stack([fitted(one, side, side, bucket.frames, self.fit.fps) for one in targets]))
+    def seen(self, omni: Omni, encoder: SiglipVisionModel, sample: Sample, bucket: Bucket) -> Tensor:
+        """uint8 [1, F, S, S, 3], or [0, ...] where nothing is drawn: what the visual encoder looks at of a target."""
+        side, tokens = encoder.config.image_size, omni.bridge.vision_head.decoder_query.shape[1]
+        only = looked_at(bucket.frames, tokens).tolist() if bucket.group == "video" else [0]
+        if sample.target is None:
+            return torch.zeros(0, len(only), side, side, 3, dtype=torch.uint8)
+        return torch.from_numpy(fitted(sample.target, side, side, bucket.frames, self.fit.fps, only))[None]
 
 
 def blank(bucket: Bucket) -> Sample:
@@ -169,7 +168,7 @@ class Lessons(Epochs):
         lots = [rng.random() for _ in range(part.whole)]
 
         def made(at: int, sample: Sample, entry: Entry | None) -> tuple[tuple[Message, str], Tensor]:
-            return self.said(sample, lots[at], part.bucket), self.seen(self.encoder, [sample], part.bucket)
+            return self.said(sample, lots[at], part.bucket), self.seen(self.omni, self.encoder, sample, part.bucket)
 
         rows, counts, problems = readable(self.library, part, made)
         return [self.lesson(some, counts) for some in self.passes(rows)], problems
@@ -183,11 +182,14 @@ class Lessons(Epochs):
         return Lesson(inputs, labels, pixels)
 
     def ready(self, drawn: tuple[list[Lesson], list[Problem]]) -> list[Lesson]:
-        """With their weights."""
+        """With their weights, and pixels in -1..1."""
         lessons, problems = drawn
         meet(self.library, problems)
         weights = weights_of([len(one.pixels) for one in lessons], self.omni.device)
-        return [replace(one, weight=weight) for one, weight in zip(lessons, weights, strict=True)]
+        return [
+            replace(one, weight=weight, pixels=from_bytes(one.pixels.numpy()))
+            for one, weight in zip(lessons, weights, strict=True)
+        ]
 
     def said(self, sample: Sample, lot: float, bucket: Bucket) -> tuple[Message, str]:
         """A request and its answer: for what is drawn, the token that says so."""
@@ -205,7 +207,7 @@ Tensors = dict[str, Tensor]
 @dataclass
 class Row:
     """A sample as it is on disk: latents and text as the cache has `kept` them, else `pixels` [F, H, W, 3] to encode;
-    what the visual encoder is to see, [1, 3, F, S, S]."""
+    what the visual encoder is to see, uint8 [1, F, S, S, 3]."""
 
     at: int  # in the whole batch
     message: Message
@@ -275,7 +277,7 @@ class ShardSource(Epochs):
         if not kept:
             self.frozen.check(sample.text)
             pixels = {name: torch.from_numpy(part) for name, part in self.fit.pixels(sample, bucket).items()}
-        seen = None if self.encoder is None else self.seen(self.encoder, [sample], bucket)
+        seen = None if self.encoder is None else self.seen(self.omni, self.encoder, sample, bucket)
         return Row(at, self.message(sample, sample.text, bucket), kept, pixels, seen)
 
     def ready(self, drawn: tuple[list[Loaded], list[Problem]]) -> list[Portion]:
@@ -291,9 +293,8 @@ class ShardSource(Epochs):
         rows.hidden = states.masked_fill(padding[..., None], 0.0).float()
         rows.hidden_lengths = (~padding).sum(1).tolist()
         if self.encoder is not None and drawn.seen is not None:
-            rows.embeddings = embed_frames(
-                self.encoder, drawn.seen, self.omni.bridge.vision_head.decoder_query.shape[1]
-            )
+            seen = from_bytes(drawn.seen.numpy())
+            rows.embeddings = embed_frames(self.encoder, seen, self.omni.bridge.vision_head.decoder_query.shape[1])
         before = mllm_flops(self.omni.mllm, drawn.asked)
         return Portion(rows, drawn.lots, drawn.whole, drawn.places, weight, before)
 

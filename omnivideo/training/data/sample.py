@@ -10,7 +10,7 @@ Pixels are uint8 [F, H, W, 3], RGB.  Media are kept as they came (mp4, png, jpeg
 import io
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -178,18 +178,26 @@ def measure(data: bytes) -> Shape:
     return Shape(width, height, len(seen), fps)
 
 
-def fitted(data: bytes, width: int, height: int, frames: int, fps: float) -> np.ndarray:
-    """Pixels [frames, height, width, 3]: cropped at the centre to the aspect ratio, resized, every 1/fps seconds.
+def fitted(
+    data: bytes, width: int, height: int, frames: int, fps: float, only: Sequence[int] | None = None
+) -> np.ndarray:
+    """Pixels [frames, height, width, 3]: cropped at the centre to the aspect ratio, resized, every 1/fps seconds;
+    `only` some of them, in their order.
 
-    A still stands for all frames; a clip that is too short holds its last frame.
+    A still stands for all frames; a clip that is too short holds its last frame.  Decoded as far as it is looked at.
     """
-    shown, rates, times = zip(*decoded(data), strict=True)
-    # The nearest one, but that after a pause not before its time.
-    pauses = np.diff(times, prepend=0.0) / 2
-    begins = np.maximum.accumulate(times - np.minimum(pauses, 0.5 / (rates[0] or 1)))
-    chosen = (np.searchsorted(begins, np.arange(frames) / fps + 1e-6, side="right") - 1).tolist()
-    made = {at: cropped(shown[at], width, height) for at in set(chosen)}
-    return np.stack([made[at] for at in chosen])
+    moments = (np.arange(frames) if only is None else np.array(only)) / fps + 1e-6
+    made, before, last = list[np.ndarray](), np.empty(0), 0.0
+    for pixels, rate, time in decoded(data):
+        # It is the nearest one from half way on, but after a pause not long before its time.
+        begins = time - min((time - last) / 2, 0.5 / (rate or 1))
+        count = int(np.searchsorted(moments, begins)) - len(made)
+        made += [cropped(before, width, height)] * count if count > 0 else []
+        if len(made) == len(moments):
+            break
+        before, last = pixels, time
+    made += [cropped(before, width, height)] * (len(moments) - len(made))
+    return np.stack(made)
 
 
 def cropped(pixels: np.ndarray, width: int, height: int) -> np.ndarray:

@@ -54,12 +54,17 @@ class VisualFoundation(nn.Module):
         return self.read(pooled).view(len(pooled), len(CLASSES), max(CLASSES))
 
 
+def looked_at(frames: int, tokens: int) -> Tensor:
+    """Which of a clip's frames its visual tokens stand for: spread evenly."""
+    return torch.linspace(0, frames - 1, tokens).round().long()
+
+
 def embed_frames(encoder: SiglipVisionModel, clips_BCFHW: Tensor, tokens: int) -> Tensor:
-    """Targets E of Eq. 1: pooled embeddings [B, tokens, D] of frames spread evenly over each clip."""
-    count = clips_BCFHW.shape[2]
-    at = torch.linspace(0, count - 1, tokens).round().long()
+    """Targets E of Eq. 1: pooled embeddings [B, tokens, D] of the frames that each clip is looked at in."""
+    at, place = looked_at(clips_BCFHW.shape[2], tokens).unique(return_inverse=True)  # a still has one
     frames = clips_BCFHW[:, :, at].transpose(1, 2)
-    return encoder(frames.flatten(0, 1).to(encoder.device)).pooler_output.unflatten(0, (len(clips_BCFHW), tokens))
+    pooled = encoder(frames.flatten(0, 1).to(encoder.device)).pooler_output
+    return pooled.unflatten(0, (len(clips_BCFHW), len(at)))[:, place]
 
 
 def visual_encoder_recipe(steps: int = 3000, batch: int = 64) -> Recipe:
