@@ -122,7 +122,7 @@ def arm(tiny: Tiny, rate: int, given: argparse.Namespace) -> list[dict]:
         data[task] = drawn(cache, omni, encoder, wanted, tiny.way)
         if task == "text-to-video":
             file, scenes = given.out / f"clips-{rate}-{given.count}.safetensors", [one.target for one in wanted]
-            data[task] = at_rate(data[task], scenes, rate, tiny, omni.bridge.vision_head.decoder_query.shape[1], file)
+            data[task] = at_rate(data[task], scenes, rate, tiny, omni.bridge.vision_head.queries, file)
     torch.manual_seed(14)
     recipe = flow_recipe(
         "stage3", omni, Mixed("stage3", data, tuple(given.sizes)), given.steps, lr=7e-3, eq1=0.1, high=0.9

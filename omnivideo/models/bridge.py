@@ -34,6 +34,10 @@ class QueryTransformer(nn.Module):
         self.adapter = transformer(width, layers, heads)
         self.decoder_query = nn.Parameter(torch.randn(1, queries, width) * 0.02)
 
+    @property
+    def queries(self) -> int:
+        return self.decoder_query.shape[1]
+
     def forward(self, x_BLI: Tensor, padding_BL: Tensor | None = None) -> Tensor:
         """`padding_BL` is True where a token is padding."""
         return self.adapter(

@@ -98,8 +98,7 @@ class Omni:
 
     def adapted_tokens(self, target: Target) -> int:
         """How many tokens of a condition the adapter makes."""
-        queries = self.bridge.adapter.decoder_query.shape[1]
-        return queries * (self.bridge.vision_head.decoder_query.shape[1] if target == "video" else 1)
+        return self.bridge.adapter.queries * (self.bridge.vision_head.queries if target == "video" else 1)
 
     def null_condition(self, negative: str, count: int, source_BzThw: Tensor | None = None) -> Tensor:
         """The universal negative prompt without visual tokens; the source stays (as released)."""

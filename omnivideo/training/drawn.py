@@ -153,7 +153,7 @@ class Way:
 def draw_fixed(omni: Omni, encoder: SiglipVisionModel, requests: list[Request], way: Way) -> dict[str, Tensor]:
     """What does not hang on the MLLM: latents, text embeddings, and the visual encoder's of the target."""
     text, embeddings, latents = [], [], defaultdict(list)
-    queries = omni.bridge.vision_head.decoder_query.shape[1]
+    queries = omni.bridge.vision_head.queries
 
     def rendered(some: list[Request]) -> tuple[list[str], dict[str, Tensor]]:
         pixels = {"target": to_pixels(one.target for one in some)}

@@ -112,7 +112,7 @@ class Epochs:
 
     def seen(self, omni: Omni, encoder: SiglipVisionModel, sample: Sample, bucket: Bucket) -> Tensor:
         """uint8 [1, F, S, S, 3], or [0, ...] where nothing is drawn: what the visual encoder looks at of a target."""
-        side, tokens = encoder.config.image_size, omni.bridge.vision_head.decoder_query.shape[1]
+        side, tokens = encoder.config.image_size, omni.bridge.vision_head.queries
         only = looked_at(bucket.frames, tokens).tolist() if bucket.group == "video" else [0]
         if sample.target is None:
             return torch.zeros(0, len(only), side, side, 3, dtype=torch.uint8)
@@ -294,7 +294,7 @@ class ShardSource(Epochs):
         rows.hidden_lengths = (~padding).sum(1).tolist()
         if self.encoder is not None and drawn.seen is not None:
             seen = from_bytes(drawn.seen.numpy())
-            rows.embeddings = embed_frames(self.encoder, seen, self.omni.bridge.vision_head.decoder_query.shape[1])
+            rows.embeddings = embed_frames(self.encoder, seen, self.omni.bridge.vision_head.queries)
         before = mllm_flops(self.omni.mllm, drawn.asked)
         return Portion(rows, drawn.lots, drawn.whole, drawn.places, weight, before)
 

@@ -105,27 +105,26 @@ def stage1_over(
     """Eq. 1 for what is asked to be drawn, Eq. 2 for all answers; `draw` may run in another process, `ready` gets
     what it made in this one, and has the lesson of each pass."""
     model = Whole(omni)
-    queries = omni.bridge.vision_head.decoder_query.shape[1]
+    queries = omni.bridge.vision_head.queries
     drawn = Ahead(draw, workers)
     work = Flops()
 
     def passes(step: int) -> Passes:
         nonlocal work
-        work, given = Flops(), ready(drawn(step))
+        given = ready(drawn(step))
+        own = sum((stage1_flops(omni, one.inputs, max(1, len(one.pixels))) for one in given), Flops())
+        work = own * (samples(step) / sum(len(one.labels) for one in given))
         answers = torch.stack([answered(one.labels) for one in given]).sum().to(omni.device)
         tokens = share().mean(answers) / len(given)
-        times = samples(step) / sum(len(one.labels) for one in given)
-        return [partial(loss, one, tokens, times) for one in given]
+        return [partial(loss, one, tokens) for one in given]
 
-    def loss(given: Lesson, tokens: Tensor, times: float) -> Losses:
-        nonlocal work
+    def loss(given: Lesson, tokens: Tensor) -> Losses:
         inputs, labels = on(omni.device, (given.inputs, given.labels))
         asked = len(given.pixels)
         with torch.no_grad():
             states = model.mllm.model(**inputs).last_hidden_state
         value, right = text_loss(model.mllm.lm_head(states), labels, tokens)
         some = slice(0, max(1, asked))  # where nothing is to be drawn the vision head goes along for nothing
-        work += stage1_flops(omni, given.inputs, max(1, asked)) * times
         visual = model.bridge.vision_head(states[some], inputs["attention_mask"][some] == 0)
         if asked:
             with torch.no_grad():
@@ -261,14 +260,15 @@ def stage2a_over(omni: Omni, source: "Source", steps: int, workers: int = 0) -> 
 
     def passes(step: int) -> Passes:
         nonlocal work
-        work, parts = Flops(), source.ready(drawn(step))
-        return [partial(loss, one, times_of(parts)) for one in parts]
+        parts = source.ready(drawn(step))
+        work = whole_flops(parts, each)
+        return [partial(loss, one) for one in parts]
 
-    def loss(dealt: Portion, times: float) -> Losses:
-        nonlocal work
+    def each(rows: Rows) -> Flops:
+        return joined_flops(omni.preset, TRAINED["stage2a"], rows.hidden.shape[1], rows.kind == "video")
+
+    def loss(dealt: Portion) -> Losses:
         rows = dealt.rows.to(omni.device)
-        own = joined_flops(omni.preset, TRAINED["stage2a"], rows.hidden.shape[1], rows.kind == "video") * len(rows)
-        work += (own + dealt.before) * times
         with torch.no_grad():
             visual = visual_of(model, rows)
         return {"loss": text_space_loss(omni, visual, [rows.kind] * len(rows), rows.texts) * dealt.weight}
@@ -352,13 +352,14 @@ def length_of(omni: Omni, rows: Rows, lots: Sequence[float], drop: Drop, null: i
     t, h, w = rows.target.shape[2:]
     context, tokens = visual_context_tokens(omni.preset, (t, h, w)), omni.adapted_tokens(rows.kind)
     each = zip(lots, rows.text_lengths, rows.edited.tolist(), strict=True)
-    return max(
+    lengths = [
         count_tokens(
             omni.bridge.markers, null if drop.words(lot) else words, None if drop.tokens(lot) else tokens,
             context if edited else None,
         )
         for lot, words, edited in each
-    )  # fmt: skip
+    ]  # fmt: skip
+    return max(omni.preset.condition_least, *lengths)
 
 
 def edited_contexts(model: Whole, rows: Rows) -> list[Tensor | None]:
@@ -441,16 +442,15 @@ def flow_recipe(
 
     def passes(step: int) -> Passes:
         nonlocal work
-        work, parts = Flops(), source.ready(drawn(step))
+        parts = source.ready(drawn(step))
         longest = share().longest(max(length_of(omni, one.rows, one.lots, Drop(), len(null)) for one in parts))
+        work = whole_flops(parts, lambda rows: flow_flops(omni, trains, rows, longest))
         noise = draw_noise(parts[0].whole, parts[0].rows.target[:1].to(omni.device), high)
-        return [partial(loss, one, longest, noise, times_of(parts)) for one in parts]
+        return [partial(loss, one, longest, noise) for one in parts]
 
-    def loss(dealt: Portion, longest: int, noise: tuple[Tensor, Tensor], times: float) -> Losses:
-        nonlocal work
+    def loss(dealt: Portion, longest: int, noise: tuple[Tensor, Tensor]) -> Losses:
         rows = dealt.rows.to(omni.device)
         condition, visual = group_condition(omni, model, rows, dealt.lots, Drop(), null, longest)
-        work += flow_flops(omni, trains, dealt, condition.shape[1]) * times
         drawn_here = noise[0][dealt.part], noise[1][dealt.part]
         errors = flow_matching(model.decoder, rows.target, condition, drawn=drawn_here)
         losses = {"loss": errors.mean()}
@@ -470,17 +470,17 @@ def flow_recipe(
     )  # fmt: skip
 
 
-def times_of(parts: Sequence[Portion]) -> float:
-    """How many times what this process has the whole batch is."""
-    return parts[0].whole / sum(len(one.rows) for one in parts)
+def whole_flops(parts: Sequence[Portion], each: Callable[[Rows], Flops]) -> Flops:
+    """Of the whole batch, as if the other processes' parts were like this one's; `each`: of one of these rows."""
+    own = sum((each(one.rows) * len(one.rows) + one.before for one in parts), Flops())
+    return own * (parts[0].whole / sum(len(one.rows) for one in parts))
 
 
-def flow_flops(omni: Omni, trained: Sequence[str], dealt: Portion, condition: int) -> Flops:
-    rows = dealt.rows
+def flow_flops(omni: Omni, trained: Sequence[str], rows: Rows, condition: int) -> Flops:
+    """Of one row, on average."""
     t, h, w = rows.target.shape[2:]
     edited = int(rows.edited.sum()) / len(rows)
-    each = drawn_flops(omni.preset, trained, (t, h, w), condition, rows.hidden.shape[1], edited)
-    return each * len(rows) + dealt.before
+    return drawn_flops(omni.preset, trained, (t, h, w), condition, rows.hidden.shape[1], edited)
 
 
 def adapter_recipe(
