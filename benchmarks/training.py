@@ -116,7 +116,8 @@ def stage(world: World, name: str, given: argparse.Namespace) -> Measured:
         trainer = world.trainer(many, Path(folder))
         seconds = timed(trainer.advance, given.steps, device)
     assert recipe.flops is not None
-    return Measured(seconds, recipe.flops(trainer.step - 1), memory(device), batch * given.passes)
+    flops = recipe.flops(trainer.step - 1) * given.passes
+    return Measured(seconds, flops, memory(device), batch * given.passes)
 
 
 def plain(given: argparse.Namespace) -> Measured:
