@@ -19,12 +19,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from omnivideo.training.data.batches import PAPER, TASKS, Bucket, Mix, Order, measure
-from omnivideo.training.drawn import Way, drawn
-from omnivideo.training.recipes.stages import GROUPS, adapter_recipe
-from omnivideo.training.samples import requests
-from omnivideo.training.tiny import REQUESTS, Tiny
-from omnivideo.training.trainer import Losses, Recipe, Trainer, at_once, read_lines, step_seed
+from omnivideo.training.data.batches import PAPER_TASK_MIX, TASKS, Bucket, MixConfig, BatchSampler, measure_epoch
+from omnivideo.training.drawn import PreparationConfig, load_cached_task
+from omnivideo.training.recipes.stages import TASK_GROUPS, build_adapter_recipe
+from omnivideo.training.samples import sample_requests
+from omnivideo.training.tiny import REQUESTS_PER_TASK, TinyPipeline
+from omnivideo.training.trainer import Losses, Recipe, Trainer, single_micro_batch, read_complete_lines, step_seed
 
 ARMS = ("mixed", "one task")
 LOOKS = 4  # held-out batches of each task
@@ -36,7 +36,7 @@ LOOKS = 4  # held-out batches of each task
 def paper_set(total: int) -> tuple[list, list[Bucket]]:
     """Samples in Table 1's shares; three aspect ratios, and two lengths of clips."""
     rng = np.random.default_rng(0)
-    tasks = rng.permutation([task for task in TASKS for _ in range(round(total * PAPER[task] / 100))]).tolist()
+    tasks = rng.permutation([task for task in TASKS for _ in range(round(total * PAPER_TASK_MIX[task] / 100))]).tolist()
     wide = [(480, 480), (832, 480), (480, 832)]
     shapes = [(*wide[rng.choice(3)], int(rng.choice((17, 41))) if "video" in task else 1) for task in tasks]
     return tasks, [Bucket(*shape) for shape in shapes]
@@ -49,63 +49,63 @@ def orders(total: int) -> None:
         f"{len(tasks)} samples in Table 1's shares, {len(set(buckets))} buckets, 2 ranks; steps with a part for a task,"
     )
     print("for each 1000 samples of the epoch (and the most samples between two of them)")
-    found = [measure(Order(tasks, buckets, Mix(ratio=None, mixed=mixed)), 2) for mixed in (True, False)]
+    found = [measure_epoch(BatchSampler(tasks, buckets, MixConfig(task_ratio=None, mix_tasks=mixed)), 2) for mixed in (True, False)]
     print(f"{'':22}{'mixed':>18}{'one task a batch':>20}")
     for task in TASKS:
-        cells = [f"{one.updates[task]:.1f} ({one.gap[task]})" for one in found]
+        cells = [f"{one.steps_per_1000_samples[task]:.1f} ({one.max_sample_gap[task]})" for one in found]
         print(f"{task:22}{cells[0]:>18}{cells[1]:>20}")
     print(f"{'steps':22}{found[0].steps:>18}{found[1].steps:>20}")
-    print(f"{'padding or waiting':22}{found[0].waste:>18.2%}{found[1].waste:>20.2%}")
+    print(f"{'padding or waiting':22}{found[0].wasted_fraction:>18.2%}{found[1].wasted_fraction:>20.2%}")
 
 
 # ---------------------------------------------------------------- how fast the losses fall
 
 
-def data_of(tiny: Tiny, omni, seed: int, count: int, folder: Path) -> dict:
+def data_of(tiny: TinyPipeline, omni, seed: int, count: int, folder: Path) -> dict:
     tell = lambda done, of: print(f"  preparing data: {done}/{of}", end="\r", flush=True)  # noqa: E731
-    encoder = tiny.visual_encoder()
+    encoder = tiny.load_visual_encoder()
     return {
-        task: drawn(folder, omni, encoder, requests(seed, task, count), Way(tell)) for group in GROUPS for task in group
+        task: load_cached_task(folder, omni, encoder, sample_requests(seed, task, count), PreparationConfig(tell)) for group in TASK_GROUPS for task in group
     }
 
 
 def arm_loss(arm: str, whole: Recipe, alone: dict[str, Recipe]) -> Callable[[int], Losses]:
     """The loss of a step: of both tasks of the step's group, or of its two tasks in turns."""
     if arm == "mixed":
-        return whole.loss
-    return lambda step: alone[GROUPS[step % 2][step // 2 % 2]].loss(step)
+        return whole.compute_losses
+    return lambda step: alone[TASK_GROUPS[step % 2][step // 2 % 2]].compute_losses(step)
 
 
 @torch.no_grad()
 def held_out(looks: dict[str, Recipe]) -> dict[str, float]:
     """The loss of each task on held-out requests; noise and drops are a function of the look alone."""
     found = {}
-    for kind, group in enumerate(GROUPS):
+    for kind, group in enumerate(TASK_GROUPS):
         for task in group:
             values = []
             for look in range(LOOKS):
                 torch.manual_seed(step_seed("held-out", look))
-                values.append(float(looks[task].loss(2 * look + kind)["loss"]))
+                values.append(float(looks[task].compute_losses(2 * look + kind)["loss"]))
             found[task] = float(np.mean(values))
     return found
 
 
-def run(tiny: Tiny, arm: str, seed: int, given: argparse.Namespace) -> list[dict]:
+def run(tiny: TinyPipeline, arm: str, seed: int, given: argparse.Namespace) -> list[dict]:
     """Trains one arm; returns the held-out losses on the way."""
-    omni, sizes, name = tiny.omni("stage2a"), tuple(given.sizes), f"batching{seed}"
+    omni, sizes, name = tiny.load_omni("stage2a"), tuple(given.sizes), f"batching{seed}"
     cache = given.runs / "cache"
     data, unseen = data_of(tiny, omni, 1, given.count, cache), data_of(tiny, omni, 2, max(sizes) * 2, cache)
-    make = lambda tag, some: adapter_recipe(tag, omni, some, given.steps, sizes, 0)  # noqa: E731
+    make = lambda tag, some: build_adapter_recipe(tag, omni, some, given.steps, sizes, 0)  # noqa: E731
     whole = make(name, data)
     alone, looks = ({task: make(tag, {task: some[task]}) for task in some}
                     for tag, some in ((name, data), ("held-out", unseen)))  # fmt: skip
     folder = given.out / f"{arm.replace(' ', '-')}-{seed}"
-    trainer = Trainer(replace(whole, passes=at_once(arm_loss(arm, whole, alone))), folder)
+    trainer = Trainer(replace(whole, passes=single_micro_batch(arm_loss(arm, whole, alone))), folder)
     return train(trainer, looks, folder / "held-out.jsonl", given, sizes)
 
 
 def train(trainer: Trainer, looks: dict[str, Recipe], log: Path, given: argparse.Namespace, sizes: tuple) -> list[dict]:
-    rows = [row for row in map(json.loads, read_lines(log)) if row["step"] <= trainer.step]
+    rows = [row for row in map(json.loads, read_complete_lines(log)) if row["step"] <= trainer.step]
     while True:
         if not rows or rows[-1]["step"] < trainer.step:
             rows.append({"step": trainer.step, "samples": trainer.step * sum(sizes) // 2} | held_out(looks))
@@ -113,17 +113,17 @@ def train(trainer: Trainer, looks: dict[str, Recipe], log: Path, given: argparse
             print(f"{log.parent.name}: step {trainer.step}/{given.steps}, held out {total(rows[-1]):.4f}", flush=True)
         if trainer.step >= given.steps:
             return rows
-        trainer.run(until=trainer.step + given.every)
+        trainer.run(stop_at_step=trainer.step + given.every)
 
 
 def total(row: dict) -> float:
     """The mean over the four tasks."""
-    return float(np.mean([row[task] for group in GROUPS for task in group]))
+    return float(np.mean([row[task] for group in TASK_GROUPS for task in group]))
 
 
 def summary(curves: dict[str, list[list[dict]]]) -> None:
     """Held-out losses at the end, and the samples after which each arm is where the other one ends."""
-    tasks = [task for group in GROUPS for task in group]
+    tasks = [task for group in TASK_GROUPS for task in group]
     print(f"{'held-out loss':22}" + "".join(f"{arm:>14}" for arm in ARMS))
     print(f"{'at the start':22}" + "".join(f"{mean(curves[arm], 0, total):>14.4f}" for arm in ARMS))
     for task in tasks:
@@ -146,7 +146,7 @@ def reached(runs: list[list[dict]], goal: float) -> int:
 def plot(curves: dict[str, list[list[dict]]], picture: Path) -> None:
     from matplotlib.figure import Figure
 
-    names = ["all four", *(task for group in GROUPS for task in group)]
+    names = ["all four", *(task for group in TASK_GROUPS for task in group)]
     figure = Figure(figsize=(4 * len(names), 3.2), layout="constrained")
     for at, name in enumerate(names, start=1):
         axes = figure.add_subplot(1, len(names), at)
@@ -168,13 +168,13 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=50)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--sizes", type=int, nargs=2, default=(64, 24), metavar=("STILLS", "CLIPS"))
-    parser.add_argument("--count", type=int, default=REQUESTS, help="requests of each task")
+    parser.add_argument("--count", type=int, default=REQUESTS_PER_TASK, help="requests of each task")
     parser.add_argument("--weights", type=Path, default=None, help="stand in for recipes without a run")
     given = parser.parse_args()
     orders(10_000)
     if given.runs is None:
         return
-    tiny = Tiny(given.runs, weights=given.weights)
+    tiny = TinyPipeline(given.runs, initial_weights=given.weights)
     curves = {arm: [run(tiny, arm, seed, given) for seed in range(given.seeds)] for arm in ARMS}
     print(f"{platform.machine()}, {torch.get_num_threads()} threads; {given.steps} steps, {given.seeds} seeds")
     summary(curves)

@@ -23,8 +23,8 @@ from kombu import Connection
 from rich.console import Console
 from rich.table import Table
 
-from omnivideo.settings import service
-from omnivideo.wiring import Wiring
+from omnivideo.settings import load_settings
+from omnivideo.wiring import ServiceWiring
 from tests.integration.s3_server import ACCESS_KEY, SECRET_KEY, S3Server
 from tests.integration.servers import Postgres, Redis, free_port
 
@@ -91,7 +91,7 @@ class Plant:
             program.start()
             stack.callback(program.kill)
         given = {name.lower(): value for name, value in settings.items() if value}
-        self.rooms = Wiring(service(**given))
+        self.rooms = ServiceWiring(load_settings(**given))
         stack.callback(self.rooms.close)
         self.http = httpx.Client(
             base_url=self.address, headers={"Authorization": f"Bearer {KEY}"}, trust_env=False, timeout=30
@@ -130,12 +130,12 @@ class Plant:
         until = time.monotonic() + seconds
         while time.monotonic() < until:
             with suppress(Exception):
-                found = {one.id: one for one in self.rooms.jobs.statuses(ids)}
+                found = {one.id: one for one in self.rooms.jobs.list_statuses(ids)}
                 if all(one.state not in ("queued", "running") for one in found.values()):
                     return {name: (one.state, one.result.key if one.result else "", one.attempt)
                             for name, one in found.items()}  # fmt: skip
             time.sleep(0.1)
-        return {one.id: (one.state, "", one.attempt) for one in self.rooms.jobs.statuses(ids)}
+        return {one.id: (one.state, "", one.attempt) for one in self.rooms.jobs.list_statuses(ids)}
 
     def left_in_queue(self) -> int:
         """Messages that nobody took, once the workers are idle."""
@@ -145,9 +145,9 @@ class Plant:
 
     def orphans(self) -> int:
         """Objects that nothing refers to after a sweep of whatever is not young."""
-        referred = self.rooms.jobs.referred(86_400)
+        referred = self.rooms.jobs.collect_referenced_keys(86_400)
         self.rooms.store.sweep(referred, 0.0)
-        kept = set(self.rooms.store.keys())
+        kept = set(self.rooms.store.iter_keys())
         return len(kept - referred)
 
 

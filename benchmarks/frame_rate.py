@@ -20,19 +20,19 @@ import numpy as np
 import torch
 from scipy import ndimage
 
-from omnivideo.evaluation.prompts import prompts
-from omnivideo.evaluation.suite import CHUNK, chunks, clips_of
-from omnivideo.models.mllm import Message
-from omnivideo.models.omni import Omni
-from omnivideo.models.vae import encode, from_bytes
-from omnivideo.training.drawn import Drawn, drawn, kept
-from omnivideo.training.recipes.stages import Mixed, flow_recipe
+from omnivideo.evaluation.prompts import sample_prompts
+from omnivideo.evaluation.suite import CHUNK_SIZE, iterate_chunks, sample_clips
+from omnivideo.models.mllm import MLLMMessage
+from omnivideo.models.omni import OmniVideoModel
+from omnivideo.models.vae import encode_pixels, pixels_from_bytes
+from omnivideo.training.drawn import CachedTask, load_cached_task, load_or_compute
+from omnivideo.training.recipes.stages import SyntheticSource, build_flow_recipe
 from omnivideo.training.recipes.visual_encoder import embed_frames
-from omnivideo.training.samples import TASKS, requests
-from omnivideo.training.scorer import backdrop, blobs, follow, read
-from omnivideo.training.tiny import REQUESTS, Tiny
-from omnivideo.training.trainer import Trainer, read_lines
-from omnivideo.training.world import BACKGROUNDS, CELL, COLOURS, FPS, FRAME, Scene, Thing, mask
+from omnivideo.training.samples import TASKS, sample_requests
+from omnivideo.training.scorer import estimate_background, detect_blobs, track_blobs, detect_scene
+from omnivideo.training.tiny import REQUESTS_PER_TASK, TinyPipeline
+from omnivideo.training.trainer import Trainer, read_complete_lines
+from omnivideo.training.world import BACKGROUNDS, CELL_SIZE, COLOURS, FPS, FRAME_SIZE, Scene, SceneObject, rasterize_shape
 
 RATES = (FPS, 12)
 MEASURES = ("right", "steady", "uneven")
@@ -41,45 +41,45 @@ MEASURES = ("right", "steady", "uneven")
 # ---------------------------------------------------------------- the world at another rate
 
 
-def covered(thing: Thing, at: float) -> np.ndarray:
+def covered(thing: SceneObject, at: float) -> np.ndarray:
     """Coverage [64, 64] of an object at a moment between two frames."""
     before, share = int(at), at % 1
-    (x, y), after = thing.centre(before), thing.centre(before + 1)
-    radius = thing.radius(before) + share * (thing.radius(before + 1) - thing.radius(before))
-    canvas = np.zeros((FRAME + 2 * CELL, FRAME + 2 * CELL), dtype=np.float32)
-    canvas[y : y + 2 * CELL, x : x + 2 * CELL] = mask(thing.shape, radius)
+    (x, y), after = thing.centre_at(before), thing.centre_at(before + 1)
+    radius = thing.radius_at(before) + share * (thing.radius_at(before + 1) - thing.radius_at(before))
+    canvas = np.zeros((FRAME_SIZE + 2 * CELL_SIZE, FRAME_SIZE + 2 * CELL_SIZE), dtype=np.float32)
+    canvas[y : y + 2 * CELL_SIZE, x : x + 2 * CELL_SIZE] = rasterize_shape(thing.shape, radius)
     moved = ndimage.shift(canvas, (share * (after[1] - y), share * (after[0] - x)), order=1)
-    return moved[CELL:-CELL, CELL:-CELL]
+    return moved[CELL_SIZE:-CELL_SIZE, CELL_SIZE:-CELL_SIZE]
 
 
 def render_at(scene: Scene, rate: int) -> np.ndarray:
     """As `world.render`, with frames 1 / `rate` s apart: uint8 [F, 64, 64, 3]."""
-    clip = np.empty((scene.frames, FRAME, FRAME, 3), dtype=np.float32)
+    clip = np.empty((scene.frame_count, FRAME_SIZE, FRAME_SIZE, 3), dtype=np.float32)
     clip[:] = BACKGROUNDS[scene.background]
-    for frame in range(scene.frames):
-        for thing in scene.things:
+    for frame in range(scene.frame_count):
+        for thing in scene.objects:
             alpha = covered(thing, frame * FPS / rate)[..., None]
             clip[frame] += alpha * (np.asarray(COLOURS[thing.colour], dtype=np.float32) - clip[frame])
     return np.rint(clip).astype(np.uint8)
 
 
 @torch.no_grad()
-def at_rate(data: Drawn, scenes: list[Scene], rate: int, tiny: Tiny, queries: int, file: Path) -> Drawn:
+def at_rate(data: CachedTask, scenes: list[Scene], rate: int, tiny: TinyPipeline, queries: int, file: Path) -> CachedTask:
     """The same requests with their targets' latents and embeddings at another rate, kept in a file."""
     if rate == FPS:
         return data
-    vae, encoder = tiny.vae(), tiny.visual_encoder()
+    vae, encoder = tiny.load_vae(), tiny.load_visual_encoder()
 
     def made() -> dict[str, torch.Tensor]:
         latents, embeddings = [], []
         for first in range(0, len(scenes), 64):
-            pixels = from_bytes(np.stack([render_at(one, rate) for one in scenes[first : first + 64]]))
-            latents.append(encode(vae, pixels).half())
+            pixels = pixels_from_bytes(np.stack([render_at(one, rate) for one in scenes[first : first + 64]]))
+            latents.append(encode_pixels(vae, pixels).half())
             embeddings.append(embed_frames(encoder, pixels, queries).half())
             print(f"  clips at {rate} frames a second: {first + len(pixels)}/{len(scenes)}", end="\r", flush=True)
         return {"target": torch.cat(latents), "embeddings": torch.cat(embeddings)}
 
-    saved = kept(file, made)
+    saved = load_or_compute(file, made)
     return replace(data, target=saved["target"], embeddings=saved["embeddings"])
 
 
@@ -88,8 +88,8 @@ def at_rate(data: Drawn, scenes: list[Scene], rate: int, tiny: Tiny, queries: in
 
 def unevenness(clip: np.ndarray) -> float:
     """Deviation of the way from frame to frame, in px, over the objects that are there on every frame."""
-    background = backdrop(clip)
-    tracks = follow([blobs(frame, background) for frame in clip])
+    background = estimate_background(clip)
+    tracks = track_blobs([detect_blobs(frame, background) for frame in clip])
     ways = [
         np.diff([(blob.x, blob.y) for blob in track if blob is not None], axis=0)
         for track in tracks
@@ -98,38 +98,38 @@ def unevenness(clip: np.ndarray) -> float:
     return float(np.mean([way.std(axis=0).max() for way in ways])) if ways else float("nan")
 
 
-def looked_at(omni: Omni, count: int) -> dict[str, float]:
+def looked_at(omni: OmniVideoModel, count: int) -> dict[str, float]:
     """Held-out motion prompts by the preset's steps and guidance."""
     right, steady, uneven = [], [], []
-    for first, chunk in chunks(prompts(count, ["motion"])):
+    for first, chunk in iterate_chunks(sample_prompts(count, ["motion"])):
         texts = [one.text for one in chunk]
         for one, clip in zip(
-            chunk, clips_of(omni, texts, [Message(text) for text in texts], "text-to-video", 1000 + first), strict=True
+            chunk, sample_clips(omni, texts, [MLLMMessage(text) for text in texts], "text-to-video", 1000 + first), strict=True
         ):
-            reading = read(clip)
-            right.append(one.demand.met_by(reading))
+            reading = detect_scene(clip)
+            right.append(one.scene_spec.is_met_by(reading))
             steady.append(reading.steadiness)
             uneven.append(unevenness(clip))
     return {"right": float(np.mean(right)), "steady": float(np.mean(steady)), "uneven": float(np.nanmean(uneven))}
 
 
-def arm(tiny: Tiny, rate: int, given: argparse.Namespace) -> list[dict]:
+def arm(tiny: TinyPipeline, rate: int, given: argparse.Namespace) -> list[dict]:
     """Trains one arm; what it draws, on the way."""
-    omni, encoder, cache = tiny.omni("stage2b"), tiny.visual_encoder(), given.runs / "cache"
+    omni, encoder, cache = tiny.load_omni("stage2b"), tiny.load_visual_encoder(), given.runs / "cache"
     data = {}
     for task in TASKS[:2]:
-        wanted = requests(1, task, given.count)
-        data[task] = drawn(cache, omni, encoder, wanted, tiny.way)
+        wanted = sample_requests(1, task, given.count)
+        data[task] = load_cached_task(cache, omni, encoder, wanted, tiny.preparation)
         if task == "text-to-video":
             file, scenes = given.out / f"clips-{rate}-{given.count}.safetensors", [one.target for one in wanted]
-            data[task] = at_rate(data[task], scenes, rate, tiny, omni.bridge.vision_head.queries, file)
+            data[task] = at_rate(data[task], scenes, rate, tiny, omni.bridge.vision_head.num_queries, file)
     torch.manual_seed(14)
-    recipe = flow_recipe(
-        "stage3", omni, Mixed("stage3", data, tuple(given.sizes)), given.steps, lr=7e-3, eq1=0.1, high=0.9
+    recipe = build_flow_recipe(
+        "stage3", omni, SyntheticSource("stage3", data, tuple(given.sizes)), given.steps, lr=7e-3, alignment_weight=0.1, high_noise_share=0.9
     )
     trainer = Trainer(recipe, given.out / str(rate))
     log = given.out / str(rate) / "looks.jsonl"
-    rows = [row for row in map(json.loads, read_lines(log)) if row["step"] <= trainer.step]
+    rows = [row for row in map(json.loads, read_complete_lines(log)) if row["step"] <= trainer.step]
     while True:
         if not rows or rows[-1]["step"] < trainer.step:
             rows.append({"step": trainer.step} | looked_at(omni, given.look))
@@ -137,7 +137,7 @@ def arm(tiny: Tiny, rate: int, given: argparse.Namespace) -> list[dict]:
             print(f"{rate} frames a second", *(f"{name} {value:.3f}" for name, value in rows[-1].items()), flush=True)
         if trainer.step >= given.steps:
             return rows
-        trainer.run(until=trainer.step + given.every)
+        trainer.run(stop_at_step=trainer.step + given.every)
 
 
 def plot(found: dict[int, list[dict]], picture: Path) -> None:
@@ -160,14 +160,14 @@ def main() -> None:
     reader.add_argument("--out", type=Path, default=Path("out/frame-rate"))
     reader.add_argument("--steps", type=int, default=800)
     reader.add_argument("--every", type=int, default=200)
-    reader.add_argument("--look", type=int, default=2 * CHUNK, help="held-out prompts at each look")
+    reader.add_argument("--look", type=int, default=2 * CHUNK_SIZE, help="held-out prompts at each look")
     reader.add_argument("--sizes", type=int, nargs=2, default=(64, 24), metavar=("STILLS", "CLIPS"))
-    reader.add_argument("--count", type=int, default=REQUESTS, help="requests of each task")
+    reader.add_argument("--count", type=int, default=REQUESTS_PER_TASK, help="requests of each task")
     reader.add_argument("--weights", type=Path, default=None, help="stand in for recipes without a run")
     given = reader.parse_args()
     print(f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads")
     given.out.mkdir(parents=True, exist_ok=True)
-    found = {rate: arm(Tiny(given.runs, weights=given.weights), rate, given) for rate in RATES}
+    found = {rate: arm(TinyPipeline(given.runs, initial_weights=given.weights), rate, given) for rate in RATES}
     plot(found, given.out / "frame-rate.png")
     for name in MEASURES:
         print(f"{name:8}", *(f"{rate} frames a second {rows[-1][name]:.3f}" for rate, rows in found.items()), sep="  ")

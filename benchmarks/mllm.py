@@ -24,9 +24,9 @@ import httpx
 
 from omnivideo.backends.mllm.local import LocalMLLM
 from omnivideo.backends.mllm.remote import RemoteMLLM
-from omnivideo.contracts import Ask
+from omnivideo.contracts import MLLMRequest
 from omnivideo.models import checkpoint
-from omnivideo.storage.memory import MemoryStore
+from omnivideo.storage.memory import MemoryObjectStore
 from tests.integration.servers import free_port
 from tests.integration.vllm_server import Server, interpreter
 
@@ -91,14 +91,14 @@ def serving(weights: Path, users: int, folder: Path) -> Iterator[str]:
 
 
 def measure(address: str, weights: Path, given: argparse.Namespace) -> None:
-    store = MemoryStore()  # costs nothing: only the models' servers are measured
+    store = MemoryObjectStore()  # costs nothing: only the models' servers are measured
     away, twin = RemoteMLLM(address, store), LocalMLLM(checkpoint.load(weights), store)
     calls: dict[str, Call] = {
         "chat, one token": chat_of(address),
-        "visual tokens": lambda text: away.visual_tokens(Ask(text=text), "video"),
-        "route": lambda text: away.route(Ask(text=text)),
-        "twin, visual tokens": lambda text: twin.visual_tokens(Ask(text=text), "video"),
-        "twin, route": lambda text: twin.route(Ask(text=text)),
+        "visual tokens": lambda text: away.predict_visual_tokens(MLLMRequest(text=text), "video"),
+        "route": lambda text: away.route(MLLMRequest(text=text)),
+        "twin, visual tokens": lambda text: twin.predict_visual_tokens(MLLMRequest(text=text), "video"),
+        "twin, route": lambda text: twin.route(MLLMRequest(text=text)),
     }
     medians = in_turn(calls, given.rounds)
     for name, median in medians.items():
@@ -111,7 +111,7 @@ def measure(address: str, weights: Path, given: argparse.Namespace) -> None:
 
 def main() -> None:
     reader = argparse.ArgumentParser()
-    reader.add_argument("--weights", type=Path, default=checkpoint.SHIPPED / "tiny")
+    reader.add_argument("--weights", type=Path, default=checkpoint.SHIPPED_WEIGHTS_FOLDER / "tiny")
     reader.add_argument("--address")
     reader.add_argument("--rounds", type=int, default=60)
     reader.add_argument("--users", type=int, default=16)

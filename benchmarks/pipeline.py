@@ -14,21 +14,21 @@ import torch
 from diffusers import UniPCMultistepScheduler, WanPipeline
 
 from omnivideo.models.checkpoint import load
-from omnivideo.models.omni import Omni
-from omnivideo.models.sampling import denoise, noise
-from omnivideo.models.vae import decode, to_bytes
-from omnivideo.studio import shipped
+from omnivideo.models.omni import OmniVideoModel
+from omnivideo.models.sampling import denoise, sample_initial_noise
+from omnivideo.models.vae import decode_latents, pixels_to_bytes
+from omnivideo.studio import find_shipped_weights
 
 GUIDANCE, SHIFT = 3.0, 5.0
 
 
-def ours(omni: Omni, condition: torch.Tensor, null: torch.Tensor, steps: int) -> float:
+def ours(omni: OmniVideoModel, condition: torch.Tensor, null: torch.Tensor, steps: int) -> float:
     began = time.perf_counter()
-    x = noise([0], (16, 3, 8, 8), omni.device)
+    x = sample_initial_noise([0], (16, 3, 8, 8), omni.device)
     for state in denoise(omni.decoder, x, condition, null, steps, GUIDANCE, SHIFT):
-        x = state.point.latents
+        x = state.state.latents
     with torch.no_grad():
-        to_bytes(decode(omni.vae, x))
+        pixels_to_bytes(decode_latents(omni.vae, x))
     return time.perf_counter() - began
 
 
@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=7)
     given = parser.parse_args()
     warnings.filterwarnings("ignore")
-    omni = load(given.weights or shipped("tiny"))
+    omni = load(given.weights or find_shipped_weights("tiny"))
     scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=SHIFT)
     pipeline = WanPipeline(
         tokenizer=omni.tokenizer, text_encoder=omni.text_encoder, transformer=omni.decoder, vae=omni.vae,
@@ -56,8 +56,8 @@ def main() -> None:
     )  # fmt: skip
     pipeline.set_progress_bar_config(disable=True)
     with torch.no_grad():
-        condition = omni.condition(["a small red circle moving right"], [None])
-        null = omni.null_condition(omni.preset.negative_prompt, 1)
+        condition = omni.build_condition(["a small red circle moving right"], [None])
+        null = omni.build_null_condition(omni.preset.negative_prompt, 1)
     pairs = [
         (ours(omni, condition, null, given.steps), theirs(pipeline, condition, null, given.steps))
         for _ in range(given.runs + 1)

@@ -11,16 +11,16 @@ import time
 
 from langgraph.checkpoint.memory import InMemorySaver
 
-from omnivideo.agent.graph import Planner, prompts_for
+from omnivideo.agent.graph import Planner, load_prompts
 from omnivideo.agent.thread import Thread
-from omnivideo.conversations import saver_for
-from omnivideo.settings import service
+from omnivideo.conversations import open_checkpointer
+from omnivideo.settings import load_settings
 from tests.twins import InstantQueue, ScriptedMLLM
 
 
 def milliseconds(saver, name: str, turns: int) -> list[float]:
-    graph = Planner(ScriptedMLLM(), InstantQueue(), prompts_for("tiny")).graph(saver)
-    thread = Thread(graph, name, lambda path, made_by: None).begin()
+    graph = Planner(ScriptedMLLM(), InstantQueue(), load_prompts("tiny")).build_graph(saver)
+    thread = Thread(graph, name, lambda path, made_by: None).initialize_state()
     spent = []
     for turn in range(turns):
         began = time.perf_counter()
@@ -36,7 +36,7 @@ def main() -> None:
     given = parser.parse_args()
     print(f"{platform.processor() or platform.machine()}; {given.threads} threads of {given.turns} turns, ms a turn")
     with tempfile.TemporaryDirectory() as folder:
-        for label, saver in (("SQLite", saver_for(service(home=folder))), ("memory", InMemorySaver())):
+        for label, saver in (("SQLite", open_checkpointer(load_settings(home=folder))), ("memory", InMemorySaver())):
             spent = [one for at in range(given.threads) for one in milliseconds(saver, f"{label}-{at}", given.turns)]
             spent.sort()
             print(f"{label}: median {statistics.median(spent):.1f}, 95th {spent[int(0.95 * len(spent))]:.1f}")

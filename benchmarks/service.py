@@ -22,7 +22,7 @@ from pathlib import Path
 import httpx
 
 from benchmarks.faults import KEY, Plant
-from omnivideo.contracts import Given, Job
+from omnivideo.contracts import SamplingOverrides, Job
 
 
 def quantiles(values: list[float]) -> str:
@@ -66,7 +66,7 @@ async def followers(plant: Plant, given: argparse.Namespace) -> None:
     async with httpx.AsyncClient(
         base_url=plant.address, headers=headers, limits=limits, trust_env=False, timeout=120
     ) as client:
-        turns = plant.rooms.rooms().turns
+        turns = plant.rooms.build_service_context().turns
         thread = (await client.post("/v1/threads")).json()["id"]
         row = turns.add(
             "turn_followed", thread, "admin", 1, {"text": "", "attachments": [], "options": {}, "reply": False}
@@ -118,7 +118,7 @@ def cancels(plant: Plant, given: argparse.Namespace) -> None:
         each = (time.perf_counter() - begun) / max(1, last - first)
         begun = time.perf_counter()
         plant.http.post(f"/v1/videos/{name}/cancel")
-        while plant.rooms.jobs.status(name).state == "running":
+        while plant.rooms.jobs.get_status(name).state == "running":
             time.sleep(0.001)
         late.append(time.perf_counter() - begun)
         steps.append(each)
@@ -128,7 +128,7 @@ def cancels(plant: Plant, given: argparse.Namespace) -> None:
 
 
 def watched(plant: Plant, name: str, step: int) -> int:
-    while (status := plant.rooms.jobs.status(name)).step < step:
+    while (status := plant.rooms.jobs.get_status(name)).step < step:
         time.sleep(0.001)
     return int(status.step)
 
@@ -180,15 +180,15 @@ def throughput(plant: Plant, given: argparse.Namespace) -> None:
     for at in range(given.prompts):
         made = Job(
             id=f"line-{at}", task="text-to-video", prompt=f"a red ball {at}", visual_tokens=None, source=None, seed=at,
-            given=Given(steps=given.steps),
+            overrides=SamplingOverrides(steps=given.steps),
         )  # fmt: skip
         jobs.submit(made, "admin", "batch")
     began = time.perf_counter()
     for _ in plant.workers:
-        plant.rooms.tell()
+        plant.rooms.notify_workers()
     killed = False
-    while jobs.waiting() or any(state == "running" for _, state, _ in jobs.counts()):
-        done = sum(count for _, state, count in jobs.counts() if state == "done")
+    while jobs.count_queued() or any(state == "running" for _, state, _ in jobs.count_by_lane_and_state()):
+        done = sum(count for _, state, count in jobs.count_by_lane_and_state() if state == "done")
         if given.kill and not killed and done > given.prompts // 2:
             os.killpg(plant.workers[0].process.pid, signal.SIGKILL)
             plant.workers[0].process.wait()
@@ -196,7 +196,7 @@ def throughput(plant: Plant, given: argparse.Namespace) -> None:
             killed = True
         time.sleep(0.5)
     ours = time.perf_counter() - began
-    ends = jobs.statuses([f"line-{at}" for at in range(given.prompts)])
+    ends = jobs.list_statuses([f"line-{at}" for at in range(given.prompts)])
     done = sum(one.state == "done" for one in ends)
     keys = {one.result.key for one in ends if one.result}
     again = sum(one.attempt - 1 for one in ends)

@@ -15,38 +15,38 @@ from pathlib import Path
 
 import torch
 
-from omnivideo.models.omni import Omni
-from omnivideo.training.drawn import Drawn, Rows, drawn, gathered
+from omnivideo.models.omni import OmniVideoModel
+from omnivideo.training.drawn import CachedTask, FlowBatch, load_cached_task, collate_flow_batch
 from omnivideo.training.recipes import stages
-from omnivideo.training.recipes.decoder import flow_matching
-from omnivideo.training.samples import TASKS, Task, requests
-from omnivideo.training.tiny import REQUESTS, Tiny
+from omnivideo.training.recipes.decoder import flow_matching_loss
+from omnivideo.training.samples import TASKS, Task, sample_requests
+from omnivideo.training.tiny import REQUESTS_PER_TASK, TinyPipeline
 from omnivideo.training.trainer import Recipe, Trainer
 
 EVERY, WATCHED = 50, 96  # steps; requests of each task
 Curve = dict[Task, list[tuple[int, float]]]
 
 
-def rows_of(data: Drawn) -> Rows:
-    return gathered([(data, at) for at in range(len(data))])
+def rows_of(data: CachedTask) -> FlowBatch:
+    return collate_flow_batch([(data, at) for at in range(len(data))])
 
 
 @torch.no_grad()
-def error(omni: Omni, rows: Rows) -> float:
+def error(omni: OmniVideoModel, rows: FlowBatch) -> float:
     """Eq. 4 over rows of one task, nothing dropped, the same noise each time."""
-    model, never = stages.Whole(omni), stages.Drop(0.0, 0.0, 0.0)
-    null = omni.texts([omni.preset.negative_prompt])[0]
-    condition, _ = stages.group_condition(omni, model, rows, [1.0] * len(rows), never, null)
+    model, never = stages.TrainableParts(omni), stages.ConditionDropout(0.0, 0.0, 0.0)
+    null = omni.encode_prompts([omni.preset.negative_prompt])[0]
+    condition, _ = stages.build_condition(omni, model, rows, [1.0] * len(rows), never, null)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return float(flow_matching(omni.decoder, rows.target, condition).mean())
+        return float(flow_matching_loss(omni.decoder, rows.target_latents, condition).mean())
 
 
-def followed(omni: Omni, recipe: Recipe, folder: Path, before: int, watched: dict[Task, Rows]) -> Iterator[Curve]:
+def followed(omni: OmniVideoModel, recipe: Recipe, folder: Path, before: int, watched: dict[Task, FlowBatch]) -> Iterator[Curve]:
     """Trains to the end; the errors of every task each EVERY steps, counted from `before`."""
     trainer = Trainer(recipe, folder)
     while trainer.step < recipe.steps:
-        trainer.run(until=trainer.step + EVERY)
+        trainer.run(stop_at_step=trainer.step + EVERY)
         yield {task: [(before + trainer.step, error(omni, rows))] for task, rows in watched.items()}
 
 
@@ -59,17 +59,17 @@ def joined(curves: Iterator[Curve], name: str) -> Curve:
     return whole
 
 
-def two_substages(tiny: Tiny, steps: list[int], out: Path, data: dict[Task, Drawn], watched: dict) -> Iterator[Curve]:
-    omni = tiny.omni("stage2a")
-    first = stages.stage2b_generation_recipe(omni, data, steps[0])
+def two_substages(tiny: TinyPipeline, steps: list[int], out: Path, data: dict[Task, CachedTask], watched: dict) -> Iterator[Curve]:
+    omni = tiny.load_omni("stage2a")
+    first = stages.build_stage2b_generation_recipe(omni, data, steps[0])
     yield from followed(omni, first, out / "first", 0, watched)
-    second = stages.stage2b_recipe(omni, data, steps[1])
+    second = stages.build_stage2b_recipe(omni, data, steps[1])
     yield from followed(omni, second, out / "second", steps[0], watched)
 
 
-def all_at_once(tiny: Tiny, steps: list[int], out: Path, data: dict[Task, Drawn], watched: dict) -> Iterator[Curve]:
-    omni = tiny.omni("stage2a")
-    yield from followed(omni, stages.stage2b_recipe(omni, data, sum(steps)), out / "at-once", 0, watched)
+def all_at_once(tiny: TinyPipeline, steps: list[int], out: Path, data: dict[Task, CachedTask], watched: dict) -> Iterator[Curve]:
+    omni = tiny.load_omni("stage2a")
+    yield from followed(omni, stages.build_stage2b_recipe(omni, data, sum(steps)), out / "at-once", 0, watched)
 
 
 def plot(found: dict[str, Curve], picture: Path) -> None:
@@ -91,14 +91,14 @@ def main() -> None:
     reader.add_argument("--runs", type=Path, default=Path("runs"))
     reader.add_argument("--steps", type=int, nargs=2, default=[600, 800])
     reader.add_argument("--out", type=Path, default=Path("out/substages"))
-    reader.add_argument("--count", type=int, default=REQUESTS, help="requests of each task")
+    reader.add_argument("--count", type=int, default=REQUESTS_PER_TASK, help="requests of each task")
     reader.add_argument("--weights", type=Path, default=None, help="stand in for recipes without a run")
     given = reader.parse_args()
     print(f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads")
-    tiny, cache = Tiny(given.runs, weights=given.weights), given.runs / "cache"
-    omni, encoder = tiny.omni("stage2a"), tiny.visual_encoder()
-    data = {task: drawn(cache, omni, encoder, requests(1, task, given.count), tiny.way) for task in TASKS}
-    unseen = {task: rows_of(drawn(cache, omni, encoder, requests(2, task, WATCHED), tiny.way)) for task in TASKS}
+    tiny, cache = TinyPipeline(given.runs, initial_weights=given.weights), given.runs / "cache"
+    omni, encoder = tiny.load_omni("stage2a"), tiny.load_visual_encoder()
+    data = {task: load_cached_task(cache, omni, encoder, sample_requests(1, task, given.count), tiny.preparation) for task in TASKS}
+    unseen = {task: rows_of(load_cached_task(cache, omni, encoder, sample_requests(2, task, WATCHED), tiny.preparation)) for task in TASKS}
     found = {
         "two sub-stages": joined(two_substages(tiny, given.steps, given.out, data, unseen), "two"),
         "all at once": joined(all_at_once(tiny, given.steps, given.out, data, unseen), "at once"),

@@ -28,45 +28,45 @@ import torch
 from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
 
-from omnivideo.models.omni import Bridge, Omni, build_decoder
-from omnivideo.presets import Preset, decoder_tokens, latent_grid, preset
-from omnivideo.training.distributed import World, launch, launched, together
-from omnivideo.training.drawn import Drawn, Ragged
-from omnivideo.training.flops import decoder_flops
-from omnivideo.training.recipes.stages import stage2b_recipe, stage3_recipe
+from omnivideo.models.omni import Bridge, OmniVideoModel, build_decoder
+from omnivideo.presets import Preset, count_decoder_tokens, compute_latent_grid, get_preset
+from omnivideo.training.distributed import ProcessContext, launch_processes, is_launched, open_process_context
+from omnivideo.training.drawn import CachedTask, RaggedTensor
+from omnivideo.training.flops import count_decoder_flops
+from omnivideo.training.recipes.stages import build_stage2b_recipe, build_stage3_recipe
 from omnivideo.training.trainer import Recipe
-from omnivideo.training.watch import memory, peak_of
+from omnivideo.training.watch import measure_peak_memory, find_peak_flops
 
-STAGES = {"stage 2b": stage2b_recipe, "stage 3": stage3_recipe}
+STAGES = {"stage 2b": build_stage2b_recipe, "stage 3": build_stage3_recipe}
 PLAIN = "plain loop"
 HIDDEN, TEXT = 256, 128  # tokens of a request, and of its prompt
 ROWS = 8
 
 
-class RandomOmni(Omni):
+class RandomOmni(OmniVideoModel):
     """A bridge and a decoder; all that is frozen is in the data."""
 
     def texts(self, prompts: Any) -> list[Tensor]:
         return [torch.randn(TEXT // 4, self.preset.text_width, device=self.device) for _ in prompts]
 
 
-def random_omni(chosen: Preset, device: torch.device) -> Omni:
+def random_omni(chosen: Preset, device: torch.device) -> OmniVideoModel:
     absent: Any = nn.Identity()
     with device:
         bridge, decoder = Bridge(chosen), build_decoder(chosen)
     return RandomOmni(chosen, absent, absent, absent, bridge, decoder, absent, absent, absent)
 
 
-def random_data(chosen: Preset, size: tuple[int, int, int]) -> Drawn:
+def random_data(chosen: Preset, size: tuple[int, int, int]) -> CachedTask:
     """Clips, as both groups of tasks have them here: every step is alike."""
     assert chosen.vision_head is not None
     head = chosen.vision_head
     hidden, text = (
-        Ragged.of([torch.randn(count, width) for _ in range(ROWS)])
-        for count, width in ((HIDDEN, head.dim_in), (min(TEXT, chosen.text_tokens), chosen.text_width))
+        RaggedTensor.from_rows([torch.randn(count, width) for _ in range(ROWS)])
+        for count, width in ((HIDDEN, head.input_dim), (min(TEXT, chosen.max_text_tokens), chosen.text_width))
     )
-    targets = torch.randn(ROWS, chosen.decoder["in_channels"], *latent_grid(*size)).half()
-    return Drawn(targets, None, hidden, text, torch.randn(ROWS, head.queries, head.width))
+    targets = torch.randn(ROWS, chosen.decoder["in_channels"], *compute_latent_grid(*size)).half()
+    return CachedTask(targets, None, hidden, text, torch.randn(ROWS, head.num_queries, head.width))
 
 
 @dataclass
@@ -98,31 +98,31 @@ def timed(step: Callable[[], Any], steps: int, device: torch.device) -> float:
     return statistics.median(times[2:])
 
 
-def stage(world: World, name: str, given: argparse.Namespace) -> Measured:
-    chosen, device = preset(given.preset), torch.device(given.device)
+def stage(world: ProcessContext, name: str, given: argparse.Namespace) -> Measured:
+    chosen, device = get_preset(given.preset), torch.device(given.device)
     drawn = random_data(chosen, given.size)
-    batch = given.batch * world.size // given.sequence
+    batch = given.batch * world.world_size // given.sequence
     data: Any = {task: drawn for task in ("text-to-image", "text-to-video")}
     omni = random_omni(chosen, device)
     if given.compiled:
         omni.decoder.compile_repeated_blocks()
-    recipe: Recipe = STAGES[name](omni, data, steps=1000, sizes=(batch, batch))
+    recipe: Recipe = STAGES[name](omni, data, steps=1000, batch_sizes=(batch, batch))
     precision = torch.bfloat16 if device.type == "cuda" else torch.float32
     many = replace(
         recipe, optimizer="adamw", shape="cosine", precision=precision, device=device,
-        checkpointing=given.checkpointing, adam_lr=1e-5, passes=lambda step: [*recipe.passes(step)] * given.passes,
+        checkpointing=given.checkpointing, adam_lr=1e-5, passes=lambda step: [*recipe.micro_batch_losses(step)] * given.passes,
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
-        trainer = world.trainer(many, Path(folder))
-        seconds = timed(trainer.advance, given.steps, device)
-    assert recipe.flops is not None
-    flops = recipe.flops(trainer.step - 1) * given.passes
-    return Measured(seconds, flops, memory(device), batch * given.passes)
+        trainer = world.create_trainer(many, Path(folder))
+        seconds = timed(trainer.train_step, given.steps, device)
+    assert recipe.step_flops is not None
+    flops = recipe.step_flops(trainer.step - 1) * given.passes
+    return Measured(seconds, flops, measure_peak_memory(device), batch * given.passes)
 
 
 def plain(given: argparse.Namespace) -> Measured:
     """What one would write by hand: the decoder, all of it trained, under random conditions."""
-    chosen, device = preset(given.preset), torch.device(given.device)
+    chosen, device = get_preset(given.preset), torch.device(given.device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     with device:
         decoder = WanTransformer3DModel(**chosen.decoder).to(dtype)
@@ -131,8 +131,8 @@ def plain(given: argparse.Namespace) -> Measured:
     if given.checkpointing:
         decoder.enable_gradient_checkpointing()
     optimizer = torch.optim.AdamW(decoder.parameters(), lr=1e-5, fused=device.type == "cuda")
-    latents = torch.randn(given.batch, chosen.decoder["in_channels"], *latent_grid(*given.size)).to(device, dtype)
-    condition = torch.randn(given.batch, chosen.condition_least, chosen.text_width).to(device, dtype)
+    latents = torch.randn(given.batch, chosen.decoder["in_channels"], *compute_latent_grid(*given.size)).to(device, dtype)
+    condition = torch.randn(given.batch, chosen.min_condition_tokens, chosen.text_width).to(device, dtype)
 
     def step() -> None:
         at = torch.rand(given.batch, device=device)
@@ -143,20 +143,20 @@ def plain(given: argparse.Namespace) -> Measured:
         optimizer.step()
         optimizer.zero_grad()
 
-    tokens = decoder_tokens(chosen, latent_grid(*given.size))
-    flops = decoder_flops(chosen.decoder, tokens, chosen.condition_least).trained.total * given.batch
-    return Measured(timed(step, given.steps, device), flops, memory(device), given.batch)
+    tokens = count_decoder_tokens(chosen, compute_latent_grid(*given.size))
+    flops = count_decoder_flops(chosen.decoder, tokens, chosen.min_condition_tokens).with_backward.total * given.batch
+    return Measured(timed(step, given.steps, device), flops, measure_peak_memory(device), given.batch)
 
 
 def run(given: argparse.Namespace) -> None:
     """One line, in processes of its own: nothing is left over in memory from the one before."""
     sequence = 1 if given.what == PLAIN else given.sequence
-    with together(1, sequence, given.device) as world:
+    with open_process_context(1, sequence, given.device) as world:
         found = stage(world, given.what, given) if given.what in STAGES else plain(given)
         name = torch.cuda.get_device_name() if given.device == "cuda" else ""
-        peak = peak_of(name)
-        if world.first:
-            print(found.line(given.what, peak and peak * world.size), name, flush=True)
+        peak = find_peak_flops(name)
+        if world.is_main_process:
+            print(found.line(given.what, peak and peak * world.world_size), name, flush=True)
 
 
 def main() -> None:
@@ -174,14 +174,14 @@ def main() -> None:
     reader.add_argument("--what", help="one line of these only")
     given = reader.parse_args()
     given.size = tuple(map(int, given.size.split("x")))
-    if launched() or (given.what and given.processes == 1):
+    if is_launched() or (given.what and given.processes == 1):
         run(given)
         return
     for what in [given.what] if given.what else (*STAGES, PLAIN):
         processes = 1 if what == PLAIN else given.processes
         command = [sys.executable, "-m", "benchmarks.training", *sys.argv[1:]]
         command += ["--what", what, "--processes", str(processes)]
-        if code := launch(processes, command) if processes > 1 else subprocess.call(command):
+        if code := launch_processes(processes, command) if processes > 1 else subprocess.call(command):
             sys.exit(code)
 
 

@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = ["AsyncClient", "Client", "Result", "Studio", "__version__"]
-ROOMS = {"Studio": "studio", "Result": "studio", "Client": "client", "AsyncClient": "client"}
+LAZY_EXPORTS = {"Studio": "studio", "Result": "studio", "Client": "client", "AsyncClient": "client"}
 
 
 def __getattr__(name: str) -> Any:
-    if name in ROOMS:
-        return getattr(import_module(f"omnivideo.{ROOMS[name]}"), name)
+    if name in LAZY_EXPORTS:
+        return getattr(import_module(f"omnivideo.{LAZY_EXPORTS[name]}"), name)
     raise AttributeError(f"module 'omnivideo' has no attribute {name!r}")

@@ -11,10 +11,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from omnivideo.errors import InvalidInput, OmniVideoError
 
-RESULTS = "results.jsonl"
+RESULTS_FILE = "results.jsonl"
 
 
-class Item(BaseModel):
+class BatchItem(BaseModel):
     """One line of a batch: a prompt, and settings where they are not the preset's."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -32,77 +32,77 @@ class Item(BaseModel):
 
 
 @dataclass(frozen=True)
-class Outcome:
+class BatchOutcome:
     id: str
     file: str | None
     error: str | None
 
 
-def items(lines: Iterable[str | dict[str, Any]]) -> list[Item]:
+def parse_items(lines: Iterable[str | dict[str, Any]]) -> list[BatchItem]:
     """Prompts, objects, or lines of JSON as items; raises InvalidInput that names the line."""
-    made, seen = [], set()
-    for at, line in enumerate(lines, start=1):
-        item = item_of(line, at)
-        if item.id in seen:
-            raise InvalidInput(f"line {at}", f"the id {item.id!r} is there twice")
-        seen.add(item.id)
-        made.append(item)
-    if not made:
+    parsed, seen_ids = [], set()
+    for line_number, line in enumerate(lines, start=1):
+        item = parse_item(line, line_number)
+        if item.id in seen_ids:
+            raise InvalidInput(f"line {line_number}", f"the id {item.id!r} is there twice")
+        seen_ids.add(item.id)
+        parsed.append(item)
+    if not parsed:
         raise InvalidInput("prompts", "there are none; give 1 or more")
-    return made
+    return parsed
 
 
-def item_of(line: str | dict[str, Any], at: int) -> Item:
+def parse_item(line: str | dict[str, Any], line_number: int) -> BatchItem:
     values: Any = line
     if isinstance(line, str):
         try:
             values = json.loads(line) if line.lstrip().startswith("{") else {"prompt": line}
         except ValueError:
-            raise InvalidInput(f"line {at}", "it is not JSON") from None
+            raise InvalidInput(f"line {line_number}", "it is not JSON") from None
     try:
-        return Item(**({"id": f"{at:06d}"} | values))
+        return BatchItem(**({"id": f"{line_number:06d}"} | values))
     except ValidationError as error:
         first = error.errors()[0]
-        raise InvalidInput(f"line {at}, {'.'.join(map(str, first['loc']))}", first["msg"]) from None
+        raise InvalidInput(f"line {line_number}, {'.'.join(map(str, first['loc']))}", first["msg"]) from None
 
 
-def finished(folder: Path) -> set[str]:
+def load_finished_ids(folder: Path) -> set[str]:
     """Ids whose result is in the file and whose clip is there; a last line that was cut is taken out."""
-    path = folder / RESULTS
+    path = folder / RESULTS_FILE
     if not path.exists():
         return set()
     text = path.read_text()
-    kept = text[: text.rfind("\n") + 1]
-    if kept != text:
-        path.write_text(kept)
-    lines = [json.loads(line) for line in kept.splitlines()]
+    complete_lines = text[: text.rfind("\n") + 1]
+    if complete_lines != text:
+        path.write_text(complete_lines)
+    lines = [json.loads(line) for line in complete_lines.splitlines()]
     return {line["id"] for line in lines if line["file"] and (folder / line["file"]).exists()}
 
 
-def run(studio: Any, wanted: list[Item], folder: Path) -> Iterator[Outcome]:
+def run_batch(studio: Any, items: list[BatchItem], folder: Path) -> Iterator[BatchOutcome]:
     """Draws what is left into `folder`, one result line each; a prompt that fails does not stop the others."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InvalidInput("output", f"the folder cannot be made: {error.strerror}") from None
-    done = finished(folder)
-    with (folder / RESULTS).open("a") as results:
-        for item in wanted:
-            outcome = Outcome(item.id, None, None)
-            if item.id not in done:
-                outcome = draw_one(studio, item, folder)
+    finished_ids = load_finished_ids(folder)
+    with (folder / RESULTS_FILE).open("a") as results:
+        for item in items:
+            outcome = BatchOutcome(item.id, None, None)
+            if item.id not in finished_ids:
+                outcome = generate_item(studio, item, folder)
                 results.write(json.dumps(vars(outcome) | {"prompt": item.prompt}) + "\n")
                 results.flush()
                 os.fsync(results.fileno())
             yield outcome
 
 
-def draw_one(studio: Any, item: Item, folder: Path) -> Outcome:
-    given = item.model_dump(exclude={"id", "prompt", "image"})
+def generate_item(studio: Any, item: BatchItem, folder: Path) -> BatchOutcome:
+    overrides = item.model_dump(exclude={"id", "prompt", "image"})
     try:
-        result = studio.generate(item.prompt, image=item.image, **given)
+        result = studio.generate(item.prompt, image=item.image, **overrides)
         name = f"{item.id}.{'mp4' if len(result.frames) > 1 else 'png'}"
         result.save(folder / name)
     except OmniVideoError as error:
-        return Outcome(item.id, None, str(error))
-    return Outcome(item.id, name, None)
+        return BatchOutcome(item.id, None, str(error))
+    return BatchOutcome(item.id, name, None)

@@ -12,125 +12,125 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from omnivideo.agent.thread import Thread
-from omnivideo.contracts import Artifact, Event, Made, Planned, Question, Rewritten, Step, Text, Thinking
+from omnivideo.contracts import Artifact, TurnEvent, ArtifactReady, PlanReady, QuestionAsked, PromptRewritten, StepProgress, TextDelta, ThinkingDelta
 from omnivideo.errors import InvalidInput, OmniVideoError
 
-HELP = """[dim]Say what you would like to see, change or know. To show a file: @FILE in the line.
+HELP_TEXT = """[dim]Say what you would like to see, change or know. To show a file: @FILE in the line.
 /history   what was said and made      /fork N   a new thread from turn N on
 /undo      back before the last turn   /save F   the last clip to a file
 /open      show the last clip          /quit[/dim]"""
 
 
-class Chat:
+class TerminalChat:
     """One terminal over one thread at a time; `path` gives the file of an artifact."""
 
-    def __init__(self, thread: Thread, path: Callable[[Artifact], Path], out: Console, **options: Any):
-        self.path = path
-        self.out = out
-        self.options = options
+    def __init__(self, thread: Thread, artifact_path: Callable[[Artifact], Path], console: Console, **turn_options: Any):
+        self.artifact_path = artifact_path
+        self.console = console
+        self.turn_options = turn_options
         self.thread = thread
         self.commands: dict[str, Callable[[str], None]] = {
-            "history": self.history, "fork": self.fork, "undo": self.undo, "save": self.save, "open": self.show,
-            "help": lambda rest: self.out.print(HELP),
+            "history": self.print_history, "fork": self.fork_thread, "undo": self.undo_turn, "save": self.save_latest, "open": self.open_latest,
+            "help": lambda rest: self.console.print(HELP_TEXT),
         }  # fmt: skip
 
     def run(self, lines: Iterable[str]) -> None:
         """Takes lines until they end or say /quit; what a user can cause is told in one line, and it goes on."""
-        self.out.print(HELP)
+        self.console.print(HELP_TEXT)
         for line in lines:
-            word, _, rest = line.strip().removeprefix("/").partition(" ")
+            name, _, argument = line.strip().removeprefix("/").partition(" ")
             if line.strip() in ("/quit", "/exit"):
                 return
             try:
                 if line.startswith("/"):
-                    self.command(word, rest.strip())
+                    self.run_command(name, argument.strip())
                 elif line.strip():
-                    self.say(line)
+                    self.send_message(line)
             except OmniVideoError as error:
-                self.out.print(f"{error}", style="red", markup=False, highlight=False)
+                self.console.print(f"{error}", style="red", markup=False, highlight=False)
 
-    def command(self, word: str, rest: str) -> None:
-        if word not in self.commands:
-            raise InvalidInput("command", f"/{word} is none of /{', /'.join(self.commands)}, /quit")
-        self.commands[word](rest)
+    def run_command(self, name: str, argument: str) -> None:
+        if name not in self.commands:
+            raise InvalidInput("command", f"/{name} is none of /{', /'.join(self.commands)}, /quit")
+        self.commands[name](argument)
 
-    def say(self, line: str) -> None:
+    def send_message(self, line: str) -> None:
         words = line.split()
         files = [word[1:] for word in words if word.startswith("@") and len(word) > 1]
         text = " ".join(word for word in words if not (word.startswith("@") and len(word) > 1))
         columns = (TextColumn("drawing"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=self.out, transient=True) as bar:
+        with Progress(*columns, console=self.console, transient=True) as bar:
             row = bar.add_task("", total=None, visible=False)
-            for event in self.thread.send(text, files, **self.options):
-                if isinstance(event, Step):
+            for event in self.thread.send(text, files, **self.turn_options):
+                if isinstance(event, StepProgress):
                     bar.update(row, visible=event.step < event.steps, total=event.steps, completed=event.step)
                 else:
-                    self.tell(event)
-        self.out.print()
+                    self.print_event(event)
+        self.console.print()
 
-    def tell(self, event: Event) -> None:
-        if isinstance(event, Planned) and len(event.plan.acts) > 1:
-            self.out.print("[dim]" + " > ".join(act.text for act in event.plan.acts) + "[/dim]", highlight=False)
-        elif isinstance(event, Thinking):
-            self.out.print(event.piece, style="dim italic", end="", markup=False, highlight=False)
-        elif isinstance(event, Rewritten):
-            self.out.print(f"\n[dim]so: {event.trace.rewrite}[/dim]", highlight=False)
-        elif isinstance(event, Text):
-            self.out.print(event.piece, end="", markup=False, highlight=False)
-        elif isinstance(event, Question):
-            self.out.print(event.text, style="yellow", markup=False, highlight=False)
-        elif isinstance(event, Made) and event.final:
-            self.out.print(f"[green]{event.artifact.medium}[/green] {self.path(event.artifact)}", highlight=False)
+    def print_event(self, event: TurnEvent) -> None:
+        if isinstance(event, PlanReady) and len(event.plan.actions) > 1:
+            self.console.print("[dim]" + " > ".join(act.text for act in event.plan.actions) + "[/dim]", highlight=False)
+        elif isinstance(event, ThinkingDelta):
+            self.console.print(event.delta, style="dim italic", end="", markup=False, highlight=False)
+        elif isinstance(event, PromptRewritten):
+            self.console.print(f"\n[dim]so: {event.trace.rewrite}[/dim]", highlight=False)
+        elif isinstance(event, TextDelta):
+            self.console.print(event.delta, end="", markup=False, highlight=False)
+        elif isinstance(event, QuestionAsked):
+            self.console.print(event.text, style="yellow", markup=False, highlight=False)
+        elif isinstance(event, ArtifactReady) and event.final:
+            self.console.print(f"[green]{event.artifact.medium}[/green] {self.artifact_path(event.artifact)}", highlight=False)
 
     # ------------------------------------------------------------ commands
 
-    def history(self, rest: str) -> None:
-        for turn in self.thread.history():
-            self.out.print(f"[bold]{turn.number}[/bold] {turn.text}", highlight=False)
-            for done in turn.done:
-                said = done.answer if done.artifact is None else f"{done.goal}: {done.artifact.about}"
-                self.out.print(f"    {said}", style="dim", markup=False, highlight=False)
+    def print_history(self, argument: str) -> None:
+        for turn in self.thread.get_turns():
+            self.console.print(f"[bold]{turn.number}[/bold] {turn.text}", highlight=False)
+            for done in turn.results:
+                said = done.answer if done.artifact is None else f"{done.goal}: {done.artifact.caption}"
+                self.console.print(f"    {said}", style="dim", markup=False, highlight=False)
 
-    def fork(self, rest: str) -> None:
-        if not rest.isdigit():
-            raise InvalidInput("fork", f"give the turn to go on from: /fork N, 0 to {len(self.thread.history())}")
-        self.thread = self.thread.fork(int(rest), uuid.uuid4().hex[:12])
-        self.out.print(f"[dim]thread {self.thread.id}, after turn {rest}[/dim]", highlight=False)
+    def fork_thread(self, argument: str) -> None:
+        if not argument.isdigit():
+            raise InvalidInput("fork", f"give the turn to go on from: /fork N, 0 to {len(self.thread.get_turns())}")
+        self.thread = self.thread.fork(int(argument), uuid.uuid4().hex[:12])
+        self.console.print(f"[dim]thread {self.thread.id}, after turn {argument}[/dim]", highlight=False)
 
-    def undo(self, rest: str) -> None:
-        turns = len(self.thread.history())
+    def undo_turn(self, argument: str) -> None:
+        turns = len(self.thread.get_turns())
         if turns == 0:
             raise InvalidInput("undo", "there is no turn to take back")
-        self.fork(str(turns - 1))
+        self.fork_thread(str(turns - 1))
 
-    def last(self) -> Artifact:
-        made = self.thread.artifacts()
+    def latest_artifact(self) -> Artifact:
+        made = self.thread.get_artifacts()
         if not made:
             raise InvalidInput("artifact", "nothing was made here yet")
         return made[-1]
 
-    def save(self, rest: str) -> None:
-        last = self.last()
-        target = Path(rest or f"made{Path(last.key).suffix}")
+    def save_latest(self, argument: str) -> None:
+        last = self.latest_artifact()
+        target = Path(argument or f"made{Path(last.key).suffix}")
         if target.suffix != Path(last.key).suffix:
             raise InvalidInput("save", f"it is kept as {Path(last.key).suffix}; name a file that ends so")
         try:
-            shutil.copyfile(self.path(last), target)
+            shutil.copyfile(self.artifact_path(last), target)
         except OSError as error:
             raise InvalidInput("save", f"{target.name} cannot be written: {error.strerror}") from None
-        self.out.print(f"[green]saved[/green] {target}", highlight=False)
+        self.console.print(f"[green]saved[/green] {target}", highlight=False)
 
-    def show(self, rest: str) -> None:
+    def open_latest(self, argument: str) -> None:
         opener = {"darwin": "open", "win32": "explorer"}.get(sys.platform, "xdg-open")
         if shutil.which(opener) is None:
             raise InvalidInput("open", f"this machine has no {opener}; use /save")
-        subprocess.Popen([opener, self.path(self.last())], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        subprocess.Popen([opener, self.artifact_path(self.latest_artifact())], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
-def typed(out: Console) -> Iterable[str]:
+def read_keyboard_lines(console: Console) -> Iterable[str]:
     """Lines from the keyboard until it is closed."""
     while True:
         try:
-            yield out.input("[bold cyan]> [/bold cyan]")
+            yield console.input("[bold cyan]> [/bold cyan]")
         except EOFError:
             return

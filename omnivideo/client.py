@@ -20,14 +20,14 @@ import httpx
 import numpy as np
 from pydantic import TypeAdapter
 
-from omnivideo.batch import Item, Outcome, items
-from omnivideo.contracts import Artifact, Event, Finished, Question, Step, Turn, check_prompt
-from omnivideo.errors import Busy, InvalidInput, JobFailed, ModelAway, NotStored, OmniVideoError, StoreError
+from omnivideo.batch import BatchItem, BatchOutcome, parse_items
+from omnivideo.contracts import Artifact, TurnEvent, TurnCompleted, QuestionAsked, StepProgress, Turn, check_prompt
+from omnivideo.errors import ServiceBusy, InvalidInput, JobFailed, ModelUnavailable, ArtifactNotFound, OmniVideoError, StoreError
 
-EVENT: TypeAdapter[Event] = TypeAdapter(Event)
-TRIES = 5  # of a request; all are safe to repeat, for those that make something carry an idempotency key
-LOOK = 0.1  # seconds between two looks at a clip, where the service does not say
-WORDS = {"frames": "num_frames", "steps": "num_inference_steps"}
+EVENT_ADAPTER: TypeAdapter[TurnEvent] = TypeAdapter(TurnEvent)
+MAX_ATTEMPTS = 5  # of a request; all are safe to repeat, for those that make something carry an idempotency key
+POLL_SECONDS = 0.1  # seconds between two looks at a clip, where the service does not say
+WIRE_FIELD_NAMES = {"frames": "num_frames", "steps": "num_inference_steps"}
 Value = TypeVar("Value")
 
 
@@ -68,8 +68,8 @@ class RemoteResult:
 class Client:
     """A service at `address`, with the API key that it asks for; what it refuses is raised as an OmniVideoError."""
 
-    def __init__(self, address: str = "http://127.0.0.1:8000", key: str | None = None, timeout: float = 60.0):
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
+    def __init__(self, address: str = "http://127.0.0.1:8000", api_key: str | None = None, timeout: float = 60.0):
+        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self.http = httpx.Client(base_url=address, headers=headers, timeout=timeout)
 
     def __enter__(self) -> "Client":
@@ -83,158 +83,158 @@ class Client:
 
     # ------------------------------------------------------------ conversations
 
-    def thread(self, name: str | None = None, create: bool = False) -> "RemoteThread":
+    def open_thread(self, thread_id: str | None = None, create: bool = False) -> "RemoteThread":
         """A conversation: a new one, or the one of that id (made if `create`)."""
-        if name is not None:
+        if thread_id is not None:
             try:
-                self.ask("GET", f"/v1/threads/{name}")
-                return RemoteThread(self, name)
-            except NotStored:
+                self.send_request("GET", f"/v1/threads/{thread_id}")
+                return RemoteThread(self, thread_id)
+            except ArtifactNotFound:
                 if not create:
-                    raise InvalidInput("thread", f"there is no thread {name!r}") from None
-        made = self.ask("POST", "/v1/threads", json={} if name is None else {"id": name}).json()
+                    raise InvalidInput("thread", f"there is no thread {thread_id!r}") from None
+        made = self.send_request("POST", "/v1/threads", json={} if thread_id is None else {"id": thread_id}).json()
         return RemoteThread(self, made["id"])
 
     # ------------------------------------------------------------ single clips
 
     def generate(
-        self, prompt: str, *, image: bool = False, on_step: Callable[[Step], None] = lambda step: None, **given: Any
+        self, prompt: str, *, image: bool = False, on_step: Callable[[StepProgress], None] = lambda step: None, **overrides: Any
     ) -> RemoteResult:
         """A clip, or a still if `image`; `given` as for Studio.generate.  `on_step` hears of a clip's progress."""
-        wanted = {"prompt": check_prompt("prompt", prompt)} | wire(given)
-        if image or given.get("frames") == 1:
-            wanted.pop("num_frames", None)
-            return self.picture("/v1/images/generations", json=wanted)
-        return self.clip(on_step, "/v1/videos", json=wanted)
+        fields = {"prompt": check_prompt("prompt", prompt)} | to_wire_fields(overrides)
+        if image or overrides.get("frames") == 1:
+            fields.pop("num_frames", None)
+            return self.request_image("/v1/images/generations", json=fields)
+        return self.request_clip(on_step, "/v1/videos", json=fields)
 
     def edit(
         self, source: str | Path, instruction: str, *,
-        on_step: Callable[[Step], None] = lambda step: None, **given: Any,
+        on_step: Callable[[StepProgress], None] = lambda step: None, **overrides: Any,
     ) -> RemoteResult:  # fmt: skip
         """The source changed as told; an image stays an image, a clip a clip."""
-        wanted = {"prompt": check_prompt("instruction", instruction)} | wire(given)
-        form = {name: str(value) for name, value in wanted.items()}
-        name, data, still = self.read(source)
+        fields = {"prompt": check_prompt("instruction", instruction)} | to_wire_fields(overrides)
+        form = {name: str(value) for name, value in fields.items()}
+        name, data, still = self.read_source(source)
         if still:
-            return self.picture("/v1/images/edits", data=form, files={"image": (name, data)})
-        return self.clip(on_step, "/v1/videos/edits", data=form, files={"video": (name, data)})
+            return self.request_image("/v1/images/edits", data=form, files={"image": (name, data)})
+        return self.request_clip(on_step, "/v1/videos/edits", data=form, files={"video": (name, data)})
 
     def understand(
         self, source: str | Path, question: str, *, on_text: Callable[[str], None] = lambda piece: None
     ) -> str:
         """The answer to a question about an image or a clip."""
-        thread, said = self.thread(), []
+        thread, pieces = self.open_thread(), []
         for event in thread.send(check_prompt("question", question), [source], think="off"):
             if event.kind == "text":
-                said.append(event.piece)
-                on_text(event.piece)
-        return "".join(said).strip()
+                pieces.append(event.delta)
+                on_text(event.delta)
+        return "".join(pieces).strip()
 
-    def read(self, source: str | Path) -> tuple[str, bytes, bool]:
+    def read_source(self, source: str | Path) -> tuple[str, bytes, bool]:
         """Name, bytes, and whether it is a still."""
         from omnivideo.backends.decoder.video import measure_media
 
         path = Path(source)
         return path.name, path.read_bytes(), measure_media(path).kind == "image"
 
-    def picture(self, path: str, **body: Any) -> RemoteResult:
-        body_json = {"json": body.pop("json") | {"response_format": "b64_json"}} if "json" in body else {}
-        made = self.ask("POST", path, timeout=600.0, **body_json, **body).json()
+    def request_image(self, path: str, **request: Any) -> RemoteResult:
+        body_json = {"json": request.pop("json") | {"response_format": "b64_json"}} if "json" in request else {}
+        made = self.send_request("POST", path, timeout=600.0, **body_json, **request).json()
         return RemoteResult(base64.b64decode(made["data"][0]["b64_json"]), "png")
 
-    def clip(self, on_step: Callable[[Step], None], path: str, **body: Any) -> RemoteResult:
-        video = self.ask("POST", path, **body).json()
+    def request_clip(self, on_step: Callable[[StepProgress], None], path: str, **request: Any) -> RemoteResult:
+        video = self.send_request("POST", path, **request).json()
         began, shown = time.monotonic(), -1
         while video["status"] in ("queued", "in_progress"):
-            answer = self.ask("GET", f"/v1/videos/{video['id']}")
+            answer = self.send_request("GET", f"/v1/videos/{video['id']}")
             video = answer.json()
             if (done := video["progress"]) != shown:
                 shown, spent = done, time.monotonic() - began
-                on_step(Step(step=done, steps=100, left=spent / done * (100 - done) if done else 0.0))
+                on_step(StepProgress(step=done, steps=100, eta_seconds=spent / done * (100 - done) if done else 0.0))
             if video["status"] in ("queued", "in_progress"):
-                time.sleep(int(answer.headers.get("openai-poll-after-ms", 1000 * LOOK)) / 1000)
+                time.sleep(int(answer.headers.get("openai-poll-after-ms", 1000 * POLL_SECONDS)) / 1000)
         if video["status"] != "completed":
             error = video.get("error") or {"code": "cancelled", "message": "the clip was cancelled"}
             raise JobFailed(error["code"], error["message"])
-        return RemoteResult(self.ask("GET", f"/v1/videos/{video['id']}/content").content, "mp4")
+        return RemoteResult(self.send_request("GET", f"/v1/videos/{video['id']}/content").content, "mp4")
 
     # ------------------------------------------------------------ many
 
-    def batch(self, prompts: Iterable[str | dict[str, Any]], folder: str | Path) -> Iterator[Outcome]:
+    def batch(self, prompts: Iterable[str | dict[str, Any]], folder: str | Path) -> Iterator[BatchOutcome]:
         """Draws each prompt on the service's batch lane into the folder, with results.jsonl; run again, it follows
         the batch that it began, and fetches what is not there yet."""
-        from omnivideo.batch import RESULTS, finished
+        from omnivideo.batch import RESULTS_FILE, load_finished_ids
 
-        wanted, folder = items(prompts), Path(folder)
+        wanted, folder = parse_items(prompts), Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        done = finished(folder)
-        left = [item for item in wanted if item.id not in done]
-        yield from (Outcome(item.id, None, None) for item in wanted if item.id in done)
-        if not left:
+        done = load_finished_ids(folder)
+        remaining = [item for item in wanted if item.id not in done]
+        yield from (BatchOutcome(item.id, None, None) for item in wanted if item.id in done)
+        if not remaining:
             return
-        answers = self.batch_answers(left, folder)
-        with (folder / RESULTS).open("a") as results:
-            for item in left:
-                outcome = self.fetched(item, answers[item.id], folder)
+        answers = self.wait_for_batch(remaining, folder)
+        with (folder / RESULTS_FILE).open("a") as results:
+            for item in remaining:
+                outcome = self.download_outcome(item, answers[item.id], folder)
                 results.write(json.dumps(vars(outcome) | {"prompt": item.prompt}) + "\n")
                 results.flush()
                 yield outcome
 
-    def batch_answers(self, wanted: list[Item], folder: Path) -> dict[str, Any]:
+    def wait_for_batch(self, items: list[BatchItem], folder: Path) -> dict[str, Any]:
         """The service's answer to each item.  The batch's id is kept, so that another call follows the same one."""
-        kept = folder / ".batch.json"
-        names = [item.id for item in wanted]
-        known = json.loads(kept.read_text()) if kept.exists() else {}
-        if known.get("items") != names:
-            known = {"items": names, "id": self.begin_batch(wanted)}
-            kept.write_text(json.dumps(known))
+        state_path = folder / ".batch.json"
+        names = [item.id for item in items]
+        batch_state = json.loads(state_path.read_text()) if state_path.exists() else {}
+        if batch_state.get("items") != names:
+            batch_state = {"items": names, "id": self.submit_batch(items)}
+            state_path.write_text(json.dumps(batch_state))
         while True:
-            batch = self.ask("GET", f"/v1/batches/{known['id']}").json()
+            batch = self.send_request("GET", f"/v1/batches/{batch_state['id']}").json()
             if batch["status"] in ("completed", "failed", "expired", "cancelled"):
                 break
-            time.sleep(5 * LOOK)
+            time.sleep(5 * POLL_SECONDS)
         lines: dict[str, Any] = {}
         for name in ("output_file_id", "error_file_id"):
             if batch.get(name):
-                text = self.ask("GET", f"/v1/files/{batch[name]}/content").text
+                text = self.send_request("GET", f"/v1/files/{batch[name]}/content").text
                 lines |= {(line := json.loads(raw))["custom_id"]: line for raw in text.splitlines()}
         return {name: lines.get(name, {"error": {"message": f"the batch is {batch['status']}"}}) for name in names}
 
-    def begin_batch(self, wanted: list[Item]) -> str:
-        lines = [json.dumps(line_of(item)) for item in wanted]
+    def submit_batch(self, items: list[BatchItem]) -> str:
+        lines = [json.dumps(to_batch_line(item)) for item in items]
         file = ("batch.jsonl", "\n".join(lines).encode())
-        made = self.ask("POST", "/v1/files", data={"purpose": "batch"}, files={"file": file}).json()
+        made = self.send_request("POST", "/v1/files", data={"purpose": "batch"}, files={"file": file}).json()
         body = {"input_file_id": made["id"], "endpoint": "/v1/videos", "completion_window": "24h"}
-        return str(self.ask("POST", "/v1/batches", json=body).json()["id"])
+        return str(self.send_request("POST", "/v1/batches", json=body).json()["id"])
 
-    def fetched(self, item: Item, line: dict[str, Any], folder: Path) -> Outcome:
+    def download_outcome(self, item: BatchItem, line: dict[str, Any], folder: Path) -> BatchOutcome:
         error = line.get("error") or line["response"]["body"].get("error")
         if error:
-            return Outcome(item.id, None, error["message"])
+            return BatchOutcome(item.id, None, error["message"])
         name = f"{item.id}.mp4"
         video = line["response"]["body"]["id"]
-        (folder / name).write_bytes(self.ask("GET", f"/v1/videos/{video}/content").content)
-        return Outcome(item.id, name, None)
+        (folder / name).write_bytes(self.send_request("GET", f"/v1/videos/{video}/content").content)
+        return BatchOutcome(item.id, name, None)
 
     # ------------------------------------------------------------ requests
 
-    def ask(self, method: str, path: str, **given: Any) -> httpx.Response:
+    def send_request(self, method: str, path: str, **request_options: Any) -> httpx.Response:
         """One request, tried again while the service is away or full.  Raises OmniVideoError."""
         headers = {"Idempotency-Key": uuid.uuid4().hex} if method == "POST" else {}
         error: OmniVideoError = StoreError("service: it cannot be reached; is it running, and is the address right?")
-        for attempt in range(TRIES):
+        for attempt in range(MAX_ATTEMPTS):
             pause = min(8.0, 0.25 * 2**attempt)
             try:
-                answer = self.http.request(method, path, headers=headers, **given)
+                answer = self.http.request(method, path, headers=headers, **request_options)
                 if answer.status_code < 400:
                     return answer
-                error = told(answer)
+                error = error_from_response(answer)
                 if answer.status_code not in (429, 502, 503, 504):
                     raise error
                 pause = float(answer.headers.get("Retry-After", pause))
             except httpx.TransportError:
                 pass
-            if attempt + 1 < TRIES:
+            if attempt + 1 < MAX_ATTEMPTS:
                 time.sleep(min(pause, 30.0))
         raise error
 
@@ -242,52 +242,52 @@ class Client:
 class RemoteThread:
     """One conversation of a service, with the face of agent.thread.Thread."""
 
-    def __init__(self, client: Client, name: str):
+    def __init__(self, client: Client, thread_id: str):
         self.client = client
-        self.id = name
-        self.path = f"/v1/threads/{name}"
+        self.id = thread_id
+        self.path = f"/v1/threads/{thread_id}"
 
-    def send(self, text: str, attachments: Sequence[str | Path] = (), **options: Any) -> Iterator[Event]:
+    def send(self, text: str, attachments: Sequence[str | Path] = (), **options: Any) -> Iterator[TurnEvent]:
         """Runs a turn and gives its events as they happen, through cut connections; the last is Finished or Question.
 
         `options` may hold think, check, seed, steps and guidance_scale.
         """
-        parts = [{"file_id": self.upload(Path(path))} for path in attachments]
+        parts = [{"file_id": self.upload_file(Path(path))} for path in attachments]
         body = {"text": text, "attachments": parts} | options
-        turn = self.client.ask("POST", f"{self.path}/turns", json=body).json()["id"]
-        yield from self.follow(turn)
+        turn = self.client.send_request("POST", f"{self.path}/turns", json=body).json()["id"]
+        yield from self.follow_turn(turn)
 
-    def upload(self, path: Path) -> str:
+    def upload_file(self, path: Path) -> str:
         try:
             file = (path.name, path.read_bytes())
         except OSError as error:
             raise InvalidInput("attachments", f"{path.name!r} cannot be read: {error.strerror}") from None
-        made = self.client.ask("POST", "/v1/files", data={"purpose": "vision"}, files={"file": file})
+        made = self.client.send_request("POST", "/v1/files", data={"purpose": "vision"}, files={"file": file})
         return str(made.json()["id"])
 
-    def follow(self, turn: str) -> Iterator[Event]:
+    def follow_turn(self, turn_id: str) -> Iterator[TurnEvent]:
         """A turn's events from the first on; raises what ended it early."""
         last = 0
-        for attempt in range(TRIES):
+        for attempt in range(MAX_ATTEMPTS):
             try:
-                for number, event in self.events(turn, last):
+                for number, event in self.stream_events(turn_id, last):
                     last = number
                     yield event
                 break
             except httpx.TransportError:
                 time.sleep(0.25 * 2**attempt)
-        shown = self.client.ask("GET", f"{self.path}/turns/{turn}").json()
+        shown = self.client.send_request("GET", f"{self.path}/turns/{turn_id}").json()
         if shown["state"] == "failed":
             raise JobFailed(shown["error"]["code"] or "failed", shown["error"]["message"])
         if shown["state"] == "cancelled":
             raise JobFailed("cancelled", "the turn was cancelled")
 
-    def events(self, turn: str, after: int) -> Iterator[tuple[int, Event]]:
-        headers, number, data = {"Last-Event-ID": str(after)}, after, ""
-        with self.client.http.stream("GET", f"{self.path}/turns/{turn}/events", headers=headers) as answer:
+    def stream_events(self, turn_id: str, after_event_id: int) -> Iterator[tuple[int, TurnEvent]]:
+        headers, number, data = {"Last-Event-ID": str(after_event_id)}, after_event_id, ""
+        with self.client.http.stream("GET", f"{self.path}/turns/{turn_id}/events", headers=headers) as answer:
             if answer.status_code >= 400:
                 answer.read()
-                raise told(answer)
+                raise error_from_response(answer)
             for line in answer.iter_lines():
                 name, _, value = line.partition(": ")
                 if name == "id":
@@ -295,66 +295,66 @@ class RemoteThread:
                 elif name == "data":
                     data = value
                 elif not line and data:
-                    yield number, EVENT.validate_json(data)
+                    yield number, EVENT_ADAPTER.validate_json(data)
                     data = ""
 
-    def fork(self, turn: int, name: str | None = None) -> "RemoteThread":
-        body = {"turn": turn} | ({"id": name} if name else {})
-        return RemoteThread(self.client, self.client.ask("POST", f"{self.path}/forks", json=body).json()["id"])
+    def fork(self, turn: int, thread_id: str | None = None) -> "RemoteThread":
+        body = {"turn": turn} | ({"id": thread_id} if thread_id else {})
+        return RemoteThread(self.client, self.client.send_request("POST", f"{self.path}/forks", json=body).json()["id"])
 
-    def whole(self) -> dict[str, Any]:
-        found: dict[str, Any] = self.client.ask("GET", self.path).json()
+    def fetch_detail(self) -> dict[str, Any]:
+        found: dict[str, Any] = self.client.send_request("GET", self.path).json()
         return found
 
-    def history(self) -> list[Turn]:
-        return [Turn(**one) for one in self.whole()["turns"]]
+    def get_turns(self) -> list[Turn]:
+        return [Turn(**turn) for turn in self.fetch_detail()["turns"]]
 
-    def artifacts(self) -> list[Artifact]:
-        return [Artifact(**one) for one in self.whole()["artifacts"]]
+    def get_artifacts(self) -> list[Artifact]:
+        return [Artifact(**artifact) for artifact in self.fetch_detail()["artifacts"]]
 
-    def question(self) -> str | None:
-        asked: str | None = self.whole()["question"]
+    def get_open_question(self) -> str | None:
+        asked: str | None = self.fetch_detail()["question"]
         return asked
 
-    def lineage(self, key: str | None = None) -> list[Artifact]:
-        query = {"artifact": key} if key else {}
-        return [Artifact(**one) for one in self.client.ask("GET", f"{self.path}/lineage", params=query).json()]
+    def get_lineage(self, artifact_key: str | None = None) -> list[Artifact]:
+        query = {"artifact": artifact_key} if artifact_key else {}
+        return [Artifact(**artifact) for artifact in self.client.send_request("GET", f"{self.path}/lineage", params=query).json()]
 
-    def fetch(self, artifact: Artifact) -> RemoteResult:
+    def fetch_artifact(self, artifact: Artifact) -> RemoteResult:
         """An artifact's bytes."""
-        answer = self.client.ask("GET", f"{self.path}/artifacts/{artifact.key}")
+        answer = self.client.send_request("GET", f"{self.path}/artifacts/{artifact.key}")
         return RemoteResult(answer.content, artifact.key.rpartition(".")[2])
 
 
-def wire(given: dict[str, Any]) -> dict[str, Any]:
+def to_wire_fields(overrides: dict[str, Any]) -> dict[str, Any]:
     """Settings in the wire's words."""
-    width, height = given.pop("width", None), given.pop("height", None)
-    named = {WORDS.get(name, name): value for name, value in given.items() if value is not None}
-    return named | ({"size": f"{width}x{height}"} if width and height else {})
+    width, height = overrides.pop("width", None), overrides.pop("height", None)
+    fields = {WIRE_FIELD_NAMES.get(name, name): value for name, value in overrides.items() if value is not None}
+    return fields | ({"size": f"{width}x{height}"} if width and height else {})
 
 
-def line_of(item: Item) -> dict[str, Any]:
-    given = item.model_dump(exclude={"id", "prompt", "image"})
+def to_batch_line(item: BatchItem) -> dict[str, Any]:
+    overrides = item.model_dump(exclude={"id", "prompt", "image"})
     if item.image:
         raise InvalidInput(item.id, "a batch of the service draws clips; leave out image")
-    body = {"prompt": item.prompt} | wire(given)
+    body = {"prompt": item.prompt} | to_wire_fields(overrides)
     return {"custom_id": item.id, "method": "POST", "url": "/v1/videos", "body": body}
 
 
-def told(answer: httpx.Response) -> OmniVideoError:
+def error_from_response(response: httpx.Response) -> OmniVideoError:
     """The service's refusal as our own error."""
     try:
-        error = answer.json()["error"]
+        error = response.json()["error"]
         message, param = str(error["message"]), error.get("param")
     except (ValueError, KeyError, TypeError):
-        return StoreError(f"service: it answers {answer.status_code}, and not as omnivideo does")
-    match answer.status_code:
+        return StoreError(f"service: it answers {response.status_code}, and not as omnivideo does")
+    match response.status_code:
         case 404:
-            return NotStored(message)
+            return ArtifactNotFound(message)
         case 429:
-            return Busy(message, float(answer.headers.get("Retry-After", 1)))
+            return ServiceBusy(message, float(response.headers.get("Retry-After", 1)))
         case 503:
-            return ModelAway(message)
+            return ModelUnavailable(message)
     if param:
         return InvalidInput(param, message.removeprefix(f"{param}: "))
     return JobFailed(error.get("code") or "failed", message)
@@ -363,43 +363,43 @@ def told(answer: httpx.Response) -> OmniVideoError:
 class AsyncClient:
     """`Client` for an event loop: `await client.generate(...)`, `async for event in client.send(thread, ...)`."""
 
-    def __init__(self, *args: Any, **given: Any):
-        self.client = Client(*args, **given)
-        self.pool = ThreadPoolExecutor(8, thread_name_prefix="omnivideo")
+    def __init__(self, *args: Any, **client_options: Any):
+        self.client = Client(*args, **client_options)
+        self.executor = ThreadPoolExecutor(8, thread_name_prefix="omnivideo")
 
     async def __aenter__(self) -> "AsyncClient":
         return self
 
     async def __aexit__(self, *exc: object) -> None:
-        self.pool.shutdown(wait=False)
+        self.executor.shutdown(wait=False)
         self.client.close()
 
-    async def run(self, call: Callable[..., Value], *args: Any, **given: Any) -> Value:
+    async def run_in_thread(self, call: Callable[..., Value], *args: Any, **kwargs: Any) -> Value:
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self.pool, functools.partial(call, *args, **given))
+        return await loop.run_in_executor(self.executor, functools.partial(call, *args, **kwargs))
 
-    async def thread(self, name: str | None = None, create: bool = False) -> RemoteThread:
-        return await self.run(self.client.thread, name, create)
+    async def open_thread(self, thread_id: str | None = None, create: bool = False) -> RemoteThread:
+        return await self.run_in_thread(self.client.open_thread, thread_id, create)
 
-    async def generate(self, prompt: str, **given: Any) -> RemoteResult:
-        return await self.run(self.client.generate, prompt, **given)
+    async def generate(self, prompt: str, **overrides: Any) -> RemoteResult:
+        return await self.run_in_thread(self.client.generate, prompt, **overrides)
 
-    async def edit(self, source: str | Path, instruction: str, **given: Any) -> RemoteResult:
-        return await self.run(self.client.edit, source, instruction, **given)
+    async def edit(self, source: str | Path, instruction: str, **overrides: Any) -> RemoteResult:
+        return await self.run_in_thread(self.client.edit, source, instruction, **overrides)
 
-    async def understand(self, source: str | Path, question: str, **given: Any) -> str:
-        return await self.run(self.client.understand, source, question, **given)
+    async def understand(self, source: str | Path, question: str, **options: Any) -> str:
+        return await self.run_in_thread(self.client.understand, source, question, **options)
 
-    def send(self, thread: RemoteThread, text: str, *args: Any, **options: Any) -> AsyncIterator[Event]:
-        return self.each(thread.send(text, *args, **options))
+    def send(self, thread: RemoteThread, text: str, *args: Any, **options: Any) -> AsyncIterator[TurnEvent]:
+        return self.iterate_in_thread(thread.send(text, *args, **options))
 
-    def batch(self, prompts: Iterable[str | dict[str, Any]], folder: str | Path) -> AsyncIterator[Outcome]:
-        return self.each(self.client.batch(prompts, folder))
+    def batch(self, prompts: Iterable[str | dict[str, Any]], folder: str | Path) -> AsyncIterator[BatchOutcome]:
+        return self.iterate_in_thread(self.client.batch(prompts, folder))
 
-    async def each(self, found: Iterator[Value]) -> AsyncIterator[Value]:
-        nothing = object()
-        while (one := await self.run(next, found, nothing)) is not nothing:
-            yield one
+    async def iterate_in_thread(self, iterator: Iterator[Value]) -> AsyncIterator[Value]:
+        exhausted = object()
+        while (item := await self.run_in_thread(next, iterator, exhausted)) is not exhausted:
+            yield item
 
 
-__all__ = ["AsyncClient", "Client", "Finished", "Question", "RemoteResult", "RemoteThread"]
+__all__ = ["AsyncClient", "Client", "TurnCompleted", "QuestionAsked", "RemoteResult", "RemoteThread"]

@@ -5,17 +5,17 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from omnivideo.errors import InvalidInput
-from omnivideo.presets import Preset, Task, latent_grid, visual_context_tokens
+from omnivideo.presets import Preset, Task, compute_latent_grid, count_visual_context_tokens
 
-MOST_SEED = 2**63 - 1
-MOST_PIXELS = 1280 * 720 * 121  # of a whole clip: above what any preset was made for
+MAX_SEED = 2**63 - 1
+MAX_CLIP_PIXELS = 1280 * 720 * 121  # of a whole clip: above what any preset was made for
 
 
-class Message(BaseModel):
+class FrozenModel(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Settings(Message):
+class SamplingParams(FrozenModel):
     """How one clip is drawn.  Sizes in px; `seed` fixes every byte of the result."""
 
     task: Task
@@ -27,19 +27,19 @@ class Settings(Message):
     guidance_scale: float = Field(ge=0, le=30, allow_inf_nan=False)
     flow_shift: float = Field(ge=0.01, le=100, allow_inf_nan=False)
     negative_prompt: str = Field(max_length=4000)
-    seed: int = Field(ge=0, le=MOST_SEED)
+    seed: int = Field(ge=0, le=MAX_SEED)
 
 
-class Step(Message):
+class StepProgress(FrozenModel):
     """Denoising step `step` of `steps` is done; `left` is the expected time to the last one, in seconds."""
 
     kind: Literal["step"] = "step"
     step: int
     steps: int
-    left: float
+    eta_seconds: float
 
 
-class Manifest(Message):
+class Manifest(FrozenModel):
     """What a file was made from: enough to make the same bytes again.
 
     `source` is the source's file name, or its artifact key where it comes out of a store; `visual_tokens` and
@@ -48,7 +48,7 @@ class Manifest(Message):
 
     prompt: str
     task: Task
-    settings: Settings
+    settings: SamplingParams
     source: str | None
     source_latents: str | None = None
     visual_tokens: str | None = None
@@ -63,10 +63,10 @@ class Manifest(Message):
 Medium = Literal["image", "video"]
 Think = Literal["off", "on", "auto"]
 Goal = Literal["understand", "generate", "edit"]
-THINK, END_THINK = "<think>", "</think>"  # around the reasoning in an answer
+THINK_START, THINK_END = "<think>", "</think>"  # around the reasoning in an answer
 
 
-class Artifact(Message):
+class Artifact(FrozenModel):
     """A stored image or clip.  `about` are the words that it shows; `source` is the artifact that it was made from."""
 
     key: str
@@ -75,29 +75,29 @@ class Artifact(Message):
     height: int
     frames: int
     fps: float
-    about: str
+    caption: str
     manifest: str | None = None
     latents: str | None = None
     source: str | None = None
-    made_by: str
+    created_by: str
 
 
-class Ask(Message):
+class MLLMRequest(FrozenModel):
     """What the MLLM is asked: words, the artifacts that are shown with them, and an instruction that names a mode."""
 
     text: str
-    shown: tuple[Artifact, ...] = ()
+    artifacts: tuple[Artifact, ...] = ()
     system: str | None = None
 
 
-class Routed(Message):
+class Route(FrozenModel):
     """What the first token of the MLLM's answer asks for, with its probability."""
 
     kind: Literal["text", "image", "video"]
     probability: float
 
 
-class Given(Message):
+class SamplingOverrides(FrozenModel):
     """Settings of a clip that are not to be the preset's."""
 
     width: int | None = None
@@ -110,7 +110,7 @@ class Given(Message):
     negative_prompt: str | None = None
 
 
-class Job(Message):
+class Job(FrozenModel):
     """One clip to draw.  Its id is the client's: the same id twice is the same job.
 
     `visual_tokens` is the key of the vision head's tokens; a worker reads them itself for a job without.
@@ -121,15 +121,15 @@ class Job(Message):
     prompt: str
     visual_tokens: str | None
     source: Artifact | None
-    seed: int = Field(ge=0, le=MOST_SEED)
-    given: Given = Given()
+    seed: int = Field(ge=0, le=MAX_SEED)
+    overrides: SamplingOverrides = SamplingOverrides()
 
 
 JobState = Literal["queued", "running", "done", "failed", "cancelled"]
 Lane = Literal["interactive", "batch"]
 
 
-class JobStatus(Message):
+class JobStatus(FrozenModel):
     """What is known of a job.  Times in seconds since 1970 by the database's clock.
 
     `attempt` counts the claims; `preview` is the key of a PNG; `code` and `error` say why it failed.
@@ -140,36 +140,36 @@ class JobStatus(Message):
     lane: Lane
     state: JobState
     attempt: int
-    losses: int
+    worker_losses: int
     step: int
     steps: int
-    left: float
+    eta_seconds: float
     preview: str | None
     result: Artifact | None
     code: str | None
     error: str | None
-    made: float
-    started: float | None
-    ended: float | None
+    created_at: float
+    started_at: float | None
+    ended_at: float | None
     kind: str
     meta: dict[str, str]
     job: Job
 
 
-class Claim(Message):
+class Claim(FrozenModel):
     """A job that a worker has taken: `attempt` fences what it writes, `point` is where to go on from; `pack` names the
     jobs that are drawn in one pass with it, in their order (none: it is drawn alone); `trace` is the W3C traceparent of
     who asked."""
 
     job: Job
     attempt: int
-    point: str | None
+    resume_key: str | None
     lane: Lane = "interactive"
-    pack: tuple[str, ...] = ()
-    trace: str | None = None
+    batch_job_ids: tuple[str, ...] = ()
+    traceparent: str | None = None
 
 
-class Trace(Message):
+class ThinkTrace(FrozenModel):
     """Think mode's record: the request, the reasoning, the rewrite, and how long it took."""
 
     request: str
@@ -178,18 +178,18 @@ class Trace(Message):
     seconds: float
 
 
-class Act(Message):
+class Action(FrozenModel):
     """One thing to do: the words, and the key of the artifact that they are about."""
 
     text: str
     source: str | None = None
 
 
-class Plan(Message):
-    acts: tuple[Act, ...]
+class Plan(FrozenModel):
+    actions: tuple[Action, ...]
 
 
-class Try(Message):
+class Candidate(FrozenModel):
     """One seed's result; `agreement` is how far the model itself finds what was asked for in it, 0 to 1."""
 
     seed: int
@@ -197,34 +197,34 @@ class Try(Message):
     agreement: float | None = None
 
 
-class Done(Message):
+class ActionResult(FrozenModel):
     """What became of an act."""
 
-    act: Act
+    action: Action
     goal: Goal
-    routed: Routed
-    trace: Trace | None
-    tries: tuple[Try, ...] = ()
+    route: Route
+    trace: ThinkTrace | None
+    candidates: tuple[Candidate, ...] = ()
     artifact: Artifact | None = None
     answer: str | None = None
 
 
-class Turn(Message):
+class Turn(FrozenModel):
     """One turn of a thread, whole; `asked` is what had to be asked back, with the reply."""
 
     number: int
     text: str
     attachments: tuple[Artifact, ...]
-    asked: tuple[tuple[str, str], ...]
-    done: tuple[Done, ...]
+    clarifications: tuple[tuple[str, str], ...]
+    results: tuple[ActionResult, ...]
 
 
-class TurnOptions(Message):
+class TurnOptions(FrozenModel):
     """How a turn is run: `check` is the number of tries."""
 
     think: Think = "auto"
     check: int = Field(default=1, ge=1, le=16)
-    seed: int | None = Field(default=None, ge=0, le=MOST_SEED)
+    seed: int | None = Field(default=None, ge=0, le=MAX_SEED)
     steps: int | None = Field(default=None, ge=1, le=200)
     guidance_scale: float | None = Field(default=None, ge=0, le=30, allow_inf_nan=False)
 
@@ -232,38 +232,38 @@ class TurnOptions(Message):
 # ---------------------------------------------------------------- what is told while a turn runs
 
 
-class Planned(Message):
+class PlanReady(FrozenModel):
     kind: Literal["plan"] = "plan"
     plan: Plan
 
 
-class Thinking(Message):
+class ThinkingDelta(FrozenModel):
     """A piece of the reasoning, as it comes."""
 
     kind: Literal["thinking"] = "thinking"
-    piece: str
+    delta: str
 
 
-class Rewritten(Message):
+class PromptRewritten(FrozenModel):
     kind: Literal["rewritten"] = "rewritten"
-    trace: Trace
+    trace: ThinkTrace
 
 
-class Text(Message):
+class TextDelta(FrozenModel):
     """A piece of an answer, as it comes."""
 
     kind: Literal["text"] = "text"
-    piece: str
+    delta: str
 
 
-class Preview(Message):
+class Preview(FrozenModel):
     """A PNG of how the clip looks so far, base64."""
 
     kind: Literal["preview"] = "preview"
     png: str
 
 
-class Made(Message):
+class ArtifactReady(FrozenModel):
     """An artifact is there; `final` is False for a try that may give way to a better one."""
 
     kind: Literal["artifact"] = "artifact"
@@ -271,63 +271,63 @@ class Made(Message):
     final: bool = True
 
 
-class Waiting(Message):
+class WaitingNotice(FrozenModel):
     """Something that the turn needs is away or starting; it goes on by itself once that is there."""
 
     kind: Literal["waiting"] = "waiting"
     text: str
 
 
-class Question(Message):
+class QuestionAsked(FrozenModel):
     """The turn waits for the user's reply."""
 
     kind: Literal["question"] = "question"
     text: str
 
 
-class Finished(Message):
+class TurnCompleted(FrozenModel):
     kind: Literal["done"] = "done"
     turn: Turn
 
 
-Event = Planned | Thinking | Rewritten | Step | Text | Preview | Made | Waiting | Question | Finished
+TurnEvent = PlanReady | ThinkingDelta | PromptRewritten | StepProgress | TextDelta | Preview | ArtifactReady | WaitingNotice | QuestionAsked | TurnCompleted
 
 
-def refused(error: ValidationError) -> InvalidInput:
+def invalid_input_from_validation(error: ValidationError) -> InvalidInput:
     """A message's first wrong field, with the allowed range."""
     first = error.errors()[0]
     return InvalidInput(str(first["loc"][0]), first["msg"][0].lower() + first["msg"][1:])
 
 
-def settings(preset: Preset, task: Task, **given: object) -> Settings:
+def resolve_sampling_params(preset: Preset, task: Task, **overrides: object) -> SamplingParams:
     """The preset's defaults for a task with what is given in place; None leaves a default.
 
     Raises InvalidInput that names the field and the allowed range.
     """
     defaults = preset.sampling[task].model_dump() | {"negative_prompt": preset.negative_prompt, "seed": 0}
-    wanted = {name: value for name, value in given.items() if value is not None}
+    given_values = {name: value for name, value in overrides.items() if value is not None}
     try:
-        made = Settings(task=task, **(defaults | wanted))
+        params = SamplingParams(task=task, **(defaults | given_values))
     except ValidationError as error:
-        raise refused(error) from None
-    latent_grid(made.width, made.height, made.frames)
-    if made.width * made.height * made.frames > MOST_PIXELS:
-        raise InvalidInput("size", f"width x height x frames is above {MOST_PIXELS}")
-    if (made.frames == 1) != (task in ("text-to-image", "image-editing")):
-        raise InvalidInput("frames", f"{made.frames} does not fit {task}: an image has 1, a video 5 or more")
-    fits(preset, made)
-    return made
+        raise invalid_input_from_validation(error) from None
+    compute_latent_grid(params.width, params.height, params.frames)
+    if params.width * params.height * params.frames > MAX_CLIP_PIXELS:
+        raise InvalidInput("size", f"width x height x frames is above {MAX_CLIP_PIXELS}")
+    if (params.frames == 1) != (task in ("text-to-image", "image-editing")):
+        raise InvalidInput("frames", f"{params.frames} does not fit {task}: an image has 1, a video 5 or more")
+    check_model_limits(preset, params)
+    return params
 
 
-def fits(preset: Preset, made: Settings) -> None:
+def check_model_limits(preset: Preset, params: SamplingParams) -> None:
     """Raises InvalidInput where the model has no positions, or no condition, for so much."""
-    grid, most = latent_grid(made.width, made.height, made.frames), preset.decoder["rope_max_seq_len"]
+    grid, max_positions = compute_latent_grid(params.width, params.height, params.frames), preset.decoder["rope_max_seq_len"]
     for axis, patch, field in zip(grid, preset.decoder["patch_size"], ("frames", "height", "width"), strict=True):
-        if axis // patch > most:
-            raise InvalidInput(field, f"{getattr(made, field)} is more than this model has positions for")
-    tokens = visual_context_tokens(preset, grid) if made.task.endswith("editing") else 0
-    if tokens > preset.condition_most:
-        text = f"an edit at this size and length has {tokens} tokens of source; allowed: {preset.condition_most}"
+        if axis // patch > max_positions:
+            raise InvalidInput(field, f"{getattr(params, field)} is more than this model has positions for")
+    tokens = count_visual_context_tokens(preset, grid) if params.task.endswith("editing") else 0
+    if tokens > preset.max_condition_tokens:
+        text = f"an edit at this size and length has {tokens} tokens of source; allowed: {preset.max_condition_tokens}"
         raise InvalidInput("size", text)
 
 

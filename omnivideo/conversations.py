@@ -13,53 +13,53 @@ from langgraph.checkpoint.base import BaseCheckpointSaver
 from langgraph.checkpoint.sqlite import SqliteSaver
 
 from omnivideo.agent import words
-from omnivideo.agent.graph import Planner, prompts_for
-from omnivideo.agent.thread import Attach, Thread
-from omnivideo.backends.media import frames_of
+from omnivideo.agent.graph import Planner, load_prompts
+from omnivideo.agent.thread import AttachFile, Thread
+from omnivideo.backends.media import load_frames
 from omnivideo.contracts import Artifact, Manifest
-from omnivideo.errors import InvalidInput, NotInstalled, NotStored
-from omnivideo.ports import MLLM, JobQueue, Keeper
-from omnivideo.settings import Service
+from omnivideo.errors import InvalidInput, MissingDependency, ArtifactNotFound
+from omnivideo.ports import MLLM, JobQueue, SweepableObjectStore
+from omnivideo.settings import ServiceSettings
 
 
-def saver_for(chosen: Service) -> BaseCheckpointSaver:
-    if chosen.database:
-        return postgres(chosen.database)
+def open_checkpointer(settings: ServiceSettings) -> BaseCheckpointSaver:
+    if settings.database:
+        return open_postgres_checkpointer(settings.database)
     try:
-        chosen.home.mkdir(parents=True, exist_ok=True)
-        connection = sqlite3.connect(chosen.home / "threads.sqlite", check_same_thread=False)
+        settings.home.mkdir(parents=True, exist_ok=True)
+        connection = sqlite3.connect(settings.home / "threads.sqlite", check_same_thread=False)
     except (OSError, sqlite3.Error):
         raise InvalidInput("home", "threads cannot be kept there; give a folder that can be written") from None
-    saver = SqliteSaver(connection)
-    saver.setup()
+    checkpointer = SqliteSaver(connection)
+    checkpointer.setup()
     # With the write-ahead log that is set up, a killed process loses nothing; a power cut may lose the last step.
     connection.execute("PRAGMA synchronous=NORMAL")
-    return saver
+    return checkpointer
 
 
-def postgres(address: str) -> BaseCheckpointSaver:
+def open_postgres_checkpointer(database_url: str) -> BaseCheckpointSaver:
     try:
         from langgraph.checkpoint.postgres import PostgresSaver
         from psycopg.rows import dict_row
         from psycopg_pool import ConnectionPool, PoolTimeout
     except ImportError:
-        raise NotInstalled("threads in PostgreSQL need: pip install 'omnivideo[serve]'") from None
+        raise MissingDependency("threads in PostgreSQL need: pip install 'omnivideo[serve]'") from None
     # A pool that looks at a connection before it lends it: a server that was restarted is found again.
-    kept: dict[str, Any] = {"autocommit": True, "prepare_threshold": 0, "row_factory": dict_row}
+    connection_options: dict[str, Any] = {"autocommit": True, "prepare_threshold": 0, "row_factory": dict_row}
     pool: ConnectionPool[Any] = ConnectionPool(
-        address, min_size=1, max_size=8, timeout=10, kwargs=kept, check=ConnectionPool.check_connection, open=False
+        database_url, min_size=1, max_size=8, timeout=10, kwargs=connection_options, check=ConnectionPool.check_connection, open=False
     )
     try:
         pool.open(wait=True, timeout=5)
     except PoolTimeout:
         pool.close()
         raise InvalidInput("OMNIVIDEO_DATABASE", "the server cannot be reached or refuses the login") from None
-    saver = PostgresSaver(pool)
-    saver.setup()
-    return saver
+    checkpointer = PostgresSaver(pool)
+    checkpointer.setup()
+    return checkpointer
 
 
-LOCAL = "local"  # the owner where there is but one
+LOCAL_OWNER = "local"  # the owner where there is but one
 
 
 @dataclass
@@ -69,65 +69,65 @@ class Conversations:
 
     mllm: MLLM
     queue_for: Callable[[str], JobQueue]
-    store: Keeper
-    saver: BaseCheckpointSaver
-    attach: Attach
+    store: SweepableObjectStore
+    checkpointer: BaseCheckpointSaver
+    attach_file: AttachFile
     preset: str = "tiny"
-    redraw: Callable[[Manifest], str] | None = None
+    replay_manifest: Callable[[Manifest], str] | None = None
 
     def __post_init__(self) -> None:
-        self.acts = words.acts
-        self.graph_for = lru_cache(maxsize=256)(self.planned)
+        self.split_actions = words.split_actions
+        self.get_graph = lru_cache(maxsize=256)(self.build_graph)
 
-    def planned(self, owner: str) -> Any:
-        return Planner(self.mllm, self.queue_for(owner), prompts_for(self.preset)).graph(self.saver)
+    def build_graph(self, owner: str) -> Any:
+        return Planner(self.mllm, self.queue_for(owner), load_prompts(self.preset)).build_graph(self.checkpointer)
 
     @property
     def graph(self) -> Any:
-        return self.graph_for(LOCAL)
+        return self.get_graph(LOCAL_OWNER)
 
-    def thread(self, name: str | None = None, create: bool = False, owner: str = LOCAL) -> Thread:
+    def open_thread(self, name: str | None = None, create: bool = False, owner: str = LOCAL_OWNER) -> Thread:
         """The thread of that id, a new one without; raises InvalidInput where there is none and `create` is False."""
-        thread = Thread(self.graph_for(owner), name or uuid.uuid4().hex[:12], self.attach)
+        thread = Thread(self.get_graph(owner), name or uuid.uuid4().hex[:12], self.attach_file)
         if (name is None or create) and not thread.exists():
-            return thread.begin()
-        return thread.opened()
+            return thread.initialize_state()
+        return thread.require_existing()
 
     def close(self) -> None:
         """Lets go of the database."""
-        self.saver.conn.close()  # type: ignore[attr-defined]
+        self.checkpointer.conn.close()  # type: ignore[attr-defined]
 
-    def threads(self) -> list[str]:
-        found = {entry.config["configurable"]["thread_id"]: None for entry in self.saver.list(None)}
-        return list(found)
+    def list_thread_ids(self) -> list[str]:
+        thread_ids = {entry.config["configurable"]["thread_id"]: None for entry in self.checkpointer.list(None)}
+        return list(thread_ids)
 
-    def frames(self, artifact: Artifact) -> np.ndarray:
+    def read_frames(self, artifact: Artifact) -> np.ndarray:
         """uint8 [F, H, W, 3]."""
-        return frames_of(self.store, artifact)
+        return load_frames(self.store, artifact)
 
-    def replay(self, artifact: Artifact) -> str:
+    def replay_artifact(self, artifact: Artifact) -> str:
         """The key of what an artifact's manifest draws; raises NotStored for one that was attached."""
         if artifact.manifest is None:
-            raise NotStored("store: that artifact was attached, not drawn")
-        assert self.redraw, "a replay needs the decoder in this process"
-        return self.redraw(Manifest(**json.loads(self.store.get(artifact.manifest))))
+            raise ArtifactNotFound("store: that artifact was attached, not drawn")
+        assert self.replay_manifest, "a replay needs the decoder in this process"
+        return self.replay_manifest(Manifest(**json.loads(self.store.get(artifact.manifest))))
 
-    def referred(self) -> set[str]:
+    def collect_referenced_keys(self) -> set[str]:
         """The keys that some thread refers to."""
-        referred: set[str | None] = set()
-        for name in self.threads():
-            for past in self.graph.get_state_history({"configurable": {"thread_id": name}}):
-                for one in past.values.get("artifacts", []):
-                    referred |= {one["key"], one["manifest"], one["latents"]}
-        kept = {key for key in referred if key}
-        return kept | self.redrawn_from(kept)
+        referenced_keys: set[str | None] = set()
+        for name in self.list_thread_ids():
+            for snapshot in self.graph.get_state_history({"configurable": {"thread_id": name}}):
+                for artifact in snapshot.values.get("artifacts", []):
+                    referenced_keys |= {artifact["key"], artifact["manifest"], artifact["latents"]}
+        keys = {key for key in referenced_keys if key}
+        return keys | self.collect_replay_keys(keys)
 
-    def redrawn_from(self, kept: set[str]) -> set[str]:
+    def collect_replay_keys(self, keys: set[str]) -> set[str]:
         """The tensors that the manifests among these name: without them nothing could be drawn again."""
-        manifests = [json.loads(self.store.get(key)) for key in kept if key.endswith(".json") and self.store.has(key)]
+        manifests = [json.loads(self.store.get(key)) for key in keys if key.endswith(".json") and self.store.has(key)]
         named = {one.get(name) for one in manifests for name in ("visual_tokens", "source_latents")}
         return {key for key in named if key}
 
-    def sweep(self, lifetime: float) -> list[str]:
+    def sweep_artifacts(self, lifetime_seconds: float) -> list[str]:
         """Removes artifacts that no thread refers to, once they are older than `lifetime` seconds."""
-        return self.store.sweep(self.referred(), lifetime)
+        return self.store.sweep(self.collect_referenced_keys(), lifetime_seconds)

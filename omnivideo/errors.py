@@ -41,11 +41,11 @@ class CheckpointError(OmniVideoError):
     """Weights that are missing, incomplete or of another model."""
 
 
-class Diverged(OmniVideoError):
+class TrainingDiverged(OmniVideoError):
     """Training whose loss is not finite any more."""
 
 
-class NotInstalled(OmniVideoError):
+class MissingDependency(OmniVideoError):
     """An optional package that this command needs."""
 
 
@@ -53,16 +53,16 @@ class StoreError(OmniVideoError):
     """The store cannot take or give what it is asked for."""
 
 
-class NotStored(StoreError):
+class ArtifactNotFound(StoreError):
     """No such artifact."""
 
 
-class Busy(OmniVideoError):
+class ServiceBusy(OmniVideoError):
     """The queue, or the caller's share of it, is full; `after` is when to try again, in seconds."""
 
-    def __init__(self, message: str, after: float):
+    def __init__(self, message: str, retry_after_seconds: float):
         super().__init__(message)
-        self.after = after
+        self.retry_after_seconds = retry_after_seconds
 
 
 class JobFailed(OmniVideoError):
@@ -81,5 +81,5 @@ class JobLost(OmniVideoError):
     """A worker's job that another one has by now, or that has ended: what this one made of it does not count."""
 
 
-class ModelAway(OmniVideoError):
+class ModelUnavailable(OmniVideoError):
     """The language model's server does not answer."""

@@ -3,7 +3,7 @@
 from collections.abc import Collection, Iterator
 from typing import Protocol
 
-from omnivideo.contracts import Artifact, Ask, Job, Medium, Preview, Routed, Step
+from omnivideo.contracts import Artifact, MLLMRequest, Job, Medium, Preview, Route, StepProgress
 
 
 class ObjectStore(Protocol):
@@ -19,12 +19,12 @@ class ObjectStore(Protocol):
     def has(self, key: str) -> bool: ...
 
 
-class Keeper(ObjectStore, Protocol):
+class SweepableObjectStore(ObjectStore, Protocol):
     """A store that can be looked through and cleaned."""
 
-    def keys(self) -> Iterator[str]: ...
+    def iter_keys(self) -> Iterator[str]: ...
 
-    def sweep(self, referred: Collection[str], lifetime: float) -> list[str]:
+    def sweep(self, referenced_keys: Collection[str], lifetime_seconds: float) -> list[str]:
         """Removes what nothing refers to and nobody has put for `lifetime` seconds; returns the removed keys."""
         ...
 
@@ -32,19 +32,19 @@ class Keeper(ObjectStore, Protocol):
 class MLLM(Protocol):
     """The multimodal language model with its two heads.  Everything it returns is the same for the same ask."""
 
-    def route(self, ask: Ask) -> Routed:
+    def route(self, request: MLLMRequest) -> Route:
         """By the first token of the answer."""
         ...
 
-    def write(self, ask: Ask) -> Iterator[str]:
+    def stream_text(self, request: MLLMRequest) -> Iterator[str]:
         """The text head's answer, piece by piece, think marks included."""
         ...
 
-    def agreement(self, ask: Ask) -> float:
+    def score_agreement(self, request: MLLMRequest) -> float:
         """The probability of "yes" against "no" as the answer, 0 to 1."""
         ...
 
-    def visual_tokens(self, ask: Ask, medium: Medium) -> str:
+    def predict_visual_tokens(self, request: MLLMRequest, medium: Medium) -> str:
         """The key in the store of the vision head's tokens for the ask."""
         ...
 
@@ -52,7 +52,7 @@ class MLLM(Protocol):
 class JobQueue(Protocol):
     """Where clips are drawn."""
 
-    def run(self, job: Job) -> Iterator[Step | Preview | Artifact]:
+    def run(self, job: Job) -> Iterator[StepProgress | Preview | Artifact]:
         """Submits the job and follows it: steps and previews as they come, the stored artifact at the end.
 
         A job that is known by its id is followed, not drawn again.  Raises JobCancelled, or an OmniVideoError.

@@ -19,11 +19,11 @@ WAN_NEGATIVE_PROMPT = (
 )
 
 
-class Frozen(BaseModel):
+class PresetModel(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Sampling(Frozen):
+class SamplingDefaults(PresetModel):
     """Defaults of one task (paper section 5.1): size in px, clip length, UniPC steps, guidance scale."""
 
     width: int
@@ -35,25 +35,25 @@ class Sampling(Frozen):
     flow_shift: float = 5.0
 
 
-class QueryTransformerSize(Frozen):
+class QueryTransformerConfig(PresetModel):
     """Vision head or adapter: input width, own width, learned queries, layers (each side), attention heads."""
 
-    dim_in: int
+    input_dim: int
     width: int
-    queries: int
-    layers: int = 4
-    heads: int = 8
+    num_queries: int
+    num_layers: int = 4
+    num_heads: int = 8
 
 
-class VisualContextSize(Frozen):
+class VisualContextConfig(PresetModel):
     """Visual context adapter: width of the patch embedding and its stride on the latent grid."""
 
-    hidden: int
-    kernel: int = 4
+    hidden_dim: int
+    kernel_size: int = 4
     absolute_positions: bool = False
 
 
-class Preset(Frozen):
+class Preset(PresetModel):
     """Everything that fixes the shapes of a model.
 
     `decoder` and `vae` are the configurations of diffusers' `WanTransformer3DModel` and `AutoencoderKLWan`;
@@ -65,34 +65,34 @@ class Preset(Frozen):
     version: Literal[1, 2]
     mllm_width: int
     text_width: int
-    text_tokens: int
-    condition_least: int
-    condition_most: int
+    max_text_tokens: int
+    min_condition_tokens: int
+    max_condition_tokens: int
     decoder: dict[str, Any]
-    decoders: int = 1
-    together: int = 1
-    boundary: float | None = None
+    num_decoders: int = 1
+    max_batch_size: int = 1
+    boundary_ratio: float | None = None
     absolute_positions: bool = False
     vae: dict[str, Any] = {}
-    vision_head: QueryTransformerSize | None = None
-    adapter: QueryTransformerSize | None = None
-    visual_context: VisualContextSize
+    vision_head: QueryTransformerConfig | None = None
+    adapter: QueryTransformerConfig | None = None
+    visual_context: VisualContextConfig
     negative_prompt: str = WAN_NEGATIVE_PROMPT
-    sampling: dict[Task, Sampling]
+    sampling: dict[Task, SamplingDefaults]
 
 
-def wan(heads: int, layers: int, ffn: int) -> dict[str, Any]:
+def build_wan_config(num_heads: int, num_layers: int, ffn_dim: int) -> dict[str, Any]:
     """The configuration of Wan 2.x text-to-video decoders, which differ in width and depth only."""
     return {
         "patch_size": (1, 2, 2),
-        "num_attention_heads": heads,
+        "num_attention_heads": num_heads,
         "attention_head_dim": 128,
         "in_channels": 16,
         "out_channels": 16,
         "text_dim": 4096,
         "freq_dim": 256,
-        "ffn_dim": ffn,
-        "num_layers": layers,
+        "ffn_dim": ffn_dim,
+        "num_layers": num_layers,
         "cross_attn_norm": True,
         "qk_norm": "rms_norm_across_heads",
         "eps": 1e-6,
@@ -100,36 +100,36 @@ def wan(heads: int, layers: int, ffn: int) -> dict[str, Any]:
     }
 
 
-WAN_1_3B, WAN_14B = wan(12, 30, 8960), wan(40, 40, 13824)
+WAN_1_3B_CONFIG, WAN_14B_CONFIG = build_wan_config(12, 30, 8960), build_wan_config(40, 40, 13824)
 
-VERSION_1_SAMPLING: dict[Task, Sampling] = {
-    "text-to-video": Sampling(width=832, height=480, frames=81, fps=16, steps=40, guidance_scale=3.0),
-    "video-editing": Sampling(width=640, height=352, frames=17, fps=8, steps=40, guidance_scale=3.0),
-    "text-to-image": Sampling(width=480, height=480, frames=1, fps=8, steps=50, guidance_scale=5.0),
-    "image-editing": Sampling(width=480, height=480, frames=1, fps=8, steps=40, guidance_scale=3.0),
+VERSION_1_SAMPLING: dict[Task, SamplingDefaults] = {
+    "text-to-video": SamplingDefaults(width=832, height=480, frames=81, fps=16, steps=40, guidance_scale=3.0),
+    "video-editing": SamplingDefaults(width=640, height=352, frames=17, fps=8, steps=40, guidance_scale=3.0),
+    "text-to-image": SamplingDefaults(width=480, height=480, frames=1, fps=8, steps=50, guidance_scale=5.0),
+    "image-editing": SamplingDefaults(width=480, height=480, frames=1, fps=8, steps=40, guidance_scale=3.0),
 }
-VERSION_2_SAMPLING: dict[Task, Sampling] = {
-    "text-to-video": Sampling(width=832, height=480, frames=41, fps=8, steps=40, guidance_scale=3.0),
-    "video-editing": Sampling(width=832, height=480, frames=41, fps=8, steps=40, guidance_scale=3.0),
-    "text-to-image": Sampling(width=832, height=480, frames=1, fps=8, steps=40, guidance_scale=3.0),
-    "image-editing": Sampling(width=832, height=480, frames=1, fps=8, steps=40, guidance_scale=3.0),
+VERSION_2_SAMPLING: dict[Task, SamplingDefaults] = {
+    "text-to-video": SamplingDefaults(width=832, height=480, frames=41, fps=8, steps=40, guidance_scale=3.0),
+    "video-editing": SamplingDefaults(width=832, height=480, frames=41, fps=8, steps=40, guidance_scale=3.0),
+    "text-to-image": SamplingDefaults(width=832, height=480, frames=1, fps=8, steps=40, guidance_scale=3.0),
+    "image-editing": SamplingDefaults(width=832, height=480, frames=1, fps=8, steps=40, guidance_scale=3.0),
 }
-TINY_SAMPLING: dict[Task, Sampling] = {
-    "text-to-video": Sampling(width=64, height=64, frames=9, fps=8, steps=40, guidance_scale=3.0),
-    "video-editing": Sampling(width=64, height=64, frames=9, fps=8, steps=40, guidance_scale=3.0),
-    "text-to-image": Sampling(width=64, height=64, frames=1, fps=8, steps=50, guidance_scale=5.0),
-    "image-editing": Sampling(width=64, height=64, frames=1, fps=8, steps=40, guidance_scale=3.0),
+TINY_SAMPLING: dict[Task, SamplingDefaults] = {
+    "text-to-video": SamplingDefaults(width=64, height=64, frames=9, fps=8, steps=40, guidance_scale=3.0),
+    "video-editing": SamplingDefaults(width=64, height=64, frames=9, fps=8, steps=40, guidance_scale=3.0),
+    "text-to-image": SamplingDefaults(width=64, height=64, frames=1, fps=8, steps=50, guidance_scale=5.0),
+    "image-editing": SamplingDefaults(width=64, height=64, frames=1, fps=8, steps=40, guidance_scale=3.0),
 }
 
 TINY = Preset(
     name="tiny",
     version=1,
-    together=4,  # 0.34 s a clip of 20 steps on one core, alone 0.54 s
+    max_batch_size=4,  # 0.34 s a clip of 20 steps on one core, alone 0.54 s
     mllm_width=192,
     text_width=192,
-    text_tokens=64,
-    condition_least=72,  # about what a clip's edit has: the attention to the padding is the same for every request
-    condition_most=192,
+    max_text_tokens=64,
+    min_condition_tokens=72,  # about what a clip's edit has: the attention to the padding is the same for every request
+    max_condition_tokens=192,
     decoder={
         "patch_size": (1, 2, 2),
         "num_attention_heads": 6,
@@ -159,9 +159,9 @@ TINY = Preset(
         "latents_mean": [0.0] * 16,
         "latents_std": [1.0] * 16,
     },
-    vision_head=QueryTransformerSize(dim_in=192, width=128, queries=4, layers=2, heads=4),
-    adapter=QueryTransformerSize(dim_in=128, width=192, queries=8, layers=1, heads=6),
-    visual_context=VisualContextSize(hidden=192, kernel=2, absolute_positions=True),
+    vision_head=QueryTransformerConfig(input_dim=192, width=128, num_queries=4, num_layers=2, num_heads=4),
+    adapter=QueryTransformerConfig(input_dim=128, width=192, num_queries=8, num_layers=1, num_heads=6),
+    visual_context=VisualContextConfig(hidden_dim=192, kernel_size=2, absolute_positions=True),
     negative_prompt="blurry, distorted, washed out, flickering, low quality",
     sampling=TINY_SAMPLING,
 )
@@ -171,13 +171,13 @@ OMNIVIDEO_1_3B = Preset(
     version=1,
     mllm_width=4096,
     text_width=4096,
-    text_tokens=512,
-    condition_least=2560,
-    condition_most=2560,
-    decoder=WAN_1_3B,
-    vision_head=QueryTransformerSize(dim_in=4096, width=1152, queries=4),
-    adapter=QueryTransformerSize(dim_in=1152, width=4096, queries=256),
-    visual_context=VisualContextSize(hidden=1536),
+    max_text_tokens=512,
+    min_condition_tokens=2560,
+    max_condition_tokens=2560,
+    decoder=WAN_1_3B_CONFIG,
+    vision_head=QueryTransformerConfig(input_dim=4096, width=1152, num_queries=4),
+    adapter=QueryTransformerConfig(input_dim=1152, width=4096, num_queries=256),
+    visual_context=VisualContextConfig(hidden_dim=1536),
     sampling=VERSION_1_SAMPLING,
 )
 
@@ -186,28 +186,28 @@ OMNIVIDEO2_1_3B = Preset(
     version=2,
     mllm_width=2048,
     text_width=4096,
-    text_tokens=512,
-    condition_least=512,
-    condition_most=32768,
-    decoder=WAN_1_3B,
-    visual_context=VisualContextSize(hidden=1536),
+    max_text_tokens=512,
+    min_condition_tokens=512,
+    max_condition_tokens=32768,
+    decoder=WAN_1_3B_CONFIG,
+    visual_context=VisualContextConfig(hidden_dim=1536),
     sampling=VERSION_2_SAMPLING,
 )
 
 OMNIVIDEO2_A14B = OMNIVIDEO2_1_3B.model_copy(
     update={
         "name": "omnivideo2-a14b",
-        "decoder": WAN_14B,
+        "decoder": WAN_14B_CONFIG,
         "decoders": 2,
         "boundary": 0.875,
-        "visual_context": VisualContextSize(hidden=5120),
+        "visual_context": VisualContextConfig(hidden_dim=5120),
     }
 )
 
 PRESETS = {preset.name: preset for preset in (TINY, OMNIVIDEO_1_3B, OMNIVIDEO2_1_3B, OMNIVIDEO2_A14B)}
 
 
-def preset(name: str) -> Preset:
+def get_preset(name: str) -> Preset:
     """The preset of this name; raises InvalidInput where there is none."""
     if name not in PRESETS:
         raise InvalidInput("preset", f"{name!r} is not one of {', '.join(PRESETS)}")
@@ -216,26 +216,26 @@ def preset(name: str) -> Preset:
 
 # ---------------------------------------------------------------- counts of tokens
 
-VAE_STRIDE, VAE_TIME = 8, 4
+VAE_SPATIAL_STRIDE, VAE_TEMPORAL_STRIDE = 8, 4
 
 
-def latent_grid(width: int, height: int, frames: int) -> tuple[int, int, int]:
+def compute_latent_grid(width: int, height: int, frames: int) -> tuple[int, int, int]:
     """Latent frames, height and width of a clip; raises InvalidInput for sizes that do not fit the patching."""
     for field, value in (("width", width), ("height", height)):
         if value < 16 or value % 16:
             raise InvalidInput(field, f"{value} is not a positive multiple of 16")
-    if frames < 1 or frames % VAE_TIME != 1:
+    if frames < 1 or frames % VAE_TEMPORAL_STRIDE != 1:
         raise InvalidInput("frames", f"{frames} is not of the form 4k + 1 (1, 5, 9, 13 ...)")
-    return (frames - 1) // VAE_TIME + 1, height // VAE_STRIDE, width // VAE_STRIDE
+    return (frames - 1) // VAE_TEMPORAL_STRIDE + 1, height // VAE_SPATIAL_STRIDE, width // VAE_SPATIAL_STRIDE
 
 
-def decoder_tokens(preset: Preset, grid: tuple[int, int, int]) -> int:
+def count_decoder_tokens(preset: Preset, grid: tuple[int, int, int]) -> int:
     """Tokens of the decoder for a latent grid."""
     t, y, x = preset.decoder["patch_size"]
     return (grid[0] // t) * (grid[1] // y) * (grid[2] // x)
 
 
-def visual_context_tokens(preset: Preset, grid: tuple[int, int, int]) -> int:
+def count_visual_context_tokens(preset: Preset, grid: tuple[int, int, int]) -> int:
     """Tokens of the visual context for a source's latent grid."""
-    kernel = preset.visual_context.kernel
+    kernel = preset.visual_context.kernel_size
     return grid[0] * (grid[1] // kernel) * (grid[2] // kernel)

@@ -8,15 +8,15 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from omnivideo.errors import InvalidInput
 
-DAY = 86_400
-HTTP = r"^$|^https?://[^\s]+$"
+SECONDS_PER_DAY = 86_400
+HTTP_URL_PATTERN = r"^$|^https?://[^\s]+$"
 
 
 def split_commas(value: object) -> object:
-    return tuple(one.strip() for one in value.split(",") if one.strip()) if isinstance(value, str) else value
+    return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
 
 
-class Service(BaseSettings):
+class ServiceSettings(BaseSettings):
     """What is left empty is embedded: SQLite and a folder in `home`, a worker and the MLLM in the same process."""
 
     model_config = SettingsConfigDict(env_prefix="OMNIVIDEO_", frozen=True, extra="ignore")
@@ -26,41 +26,41 @@ class Service(BaseSettings):
     weights: str = ""  # a folder in our layout; empty for the preset's shipped ones
     database: str = Field(default="", pattern=r"^$|^postgres(ql)?://")
     broker: str = Field(default="", pattern=r"^$|^(redis|rediss|amqp|amqps)://")
-    mllm: str = Field(default="", pattern=HTTP)
-    lifetime: int = Field(default=30 * DAY, ge=60)  # seconds that an artifact nothing refers to is kept
+    mllm: str = Field(default="", pattern=HTTP_URL_PATTERN)
+    artifact_lifetime_seconds: int = Field(default=30 * SECONDS_PER_DAY, ge=60)  # seconds that an artifact nothing refers to is kept
 
-    s3: str = Field(default="", pattern=HTTP)
+    s3: str = Field(default="", pattern=HTTP_URL_PATTERN)
     s3_bucket: str = Field(default="omnivideo", pattern=r"^[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]$")
     s3_access_key: str = ""
     s3_secret_key: str = Field(default="", repr=False)
     s3_region: str = "us-east-1"
-    s3_public: str = Field(default="", pattern=HTTP)  # the address in signed URLs, where it is not `s3`
+    s3_public: str = Field(default="", pattern=HTTP_URL_PATTERN)  # the address in signed URLs, where it is not `s3`
 
     admin_key: str = Field(default="", pattern=r"^$|^.{16,200}$", repr=False)  # empty: no keys are asked for
     media_hosts: Annotated[
         tuple[str, ...], NoDecode, BeforeValidator(split_commas)
     ] = ()  # hosts whose URLs are fetched, separated by commas
-    hook_hosts: Annotated[tuple[str, ...], NoDecode, BeforeValidator(split_commas)] = ()  # webhooks may reach inside
-    fetch_seconds: float = Field(default=20.0, ge=0.1, le=300)  # that fetching one of them may take
+    webhook_hosts: Annotated[tuple[str, ...], NoDecode, BeforeValidator(split_commas)] = ()  # webhooks may reach inside
+    fetch_timeout_seconds: float = Field(default=20.0, ge=0.1, le=300)  # that fetching one of them may take
     media_ports: Annotated[tuple[int, ...], NoDecode, BeforeValidator(split_commas)] = ()  # besides 80 and 443
-    upload_most: int = Field(default=200 * 2**20, ge=2**10, le=512 * 2**20)  # bytes of an upload
+    max_upload_bytes: int = Field(default=200 * 2**20, ge=2**10, le=512 * 2**20)  # bytes of an upload
 
-    queue_most: int = Field(default=10_000, ge=1)  # clips that wait, in all
-    key_most: int = Field(default=2_000, ge=1)  # clips that one key has open
-    lost_after: float = Field(default=15.0, ge=0.5, le=3600)  # seconds of silence after which a worker is lost
-    resume_steps: int = Field(default=8, ge=1)  # denoising steps between two points to go on from
-    resume_seconds: float = Field(default=2.0, ge=0, le=3600)  # and seconds of drawing, at the least
-    together: int = Field(default=0, ge=0, le=64)  # clips of the batch lane in one pass; 0: the preset's number
+    max_queued_jobs: int = Field(default=10_000, ge=1)  # clips that wait, in all
+    max_open_jobs_per_key: int = Field(default=2_000, ge=1)  # clips that one key has open
+    heartbeat_timeout: float = Field(default=15.0, ge=0.5, le=3600)  # seconds of silence after which a worker is lost
+    save_state_every_steps: int = Field(default=8, ge=1)  # denoising steps between two points to go on from
+    save_state_every_seconds: float = Field(default=2.0, ge=0, le=3600)  # and seconds of drawing, at the least
+    max_batch_size: int = Field(default=0, ge=0, le=64)  # clips of the batch lane in one pass; 0: the preset's number
 
     def model_post_init(self, context: object) -> None:
         if self.s3 and not (self.s3_access_key and self.s3_secret_key):
             raise InvalidInput("OMNIVIDEO_S3_SECRET_KEY", "it is empty; an S3 store needs both of its keys")
 
 
-def service(**given: object) -> Service:
+def load_settings(**overrides: object) -> ServiceSettings:
     """The environment's settings with what is given in place; raises InvalidInput that names the setting."""
     try:
-        return Service(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
+        return ServiceSettings(**{name: value for name, value in overrides.items() if value is not None})  # type: ignore[arg-type]
     except ValidationError as error:
         first = error.errors()[0]
         raise InvalidInput(f"OMNIVIDEO_{str(first['loc'][0]).upper()}", first["msg"]) from None

@@ -12,28 +12,28 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from omnivideo.backends.decoder.painter import manifest_of
-from omnivideo.backends.decoder.pipeline import Clip, draw
-from omnivideo.backends.decoder.video import check_output, fit, read_media, write_media
-from omnivideo.backends.media import encoded
-from omnivideo.batch import Outcome, items, run
-from omnivideo.contracts import Artifact, Manifest, Routed, Settings, Step, check_prompt, settings
+from omnivideo.backends.decoder.painter import build_manifest
+from omnivideo.backends.decoder.pipeline import GeneratedClip, generate_clip
+from omnivideo.backends.decoder.video import check_output, fit_media, read_media, write_media
+from omnivideo.backends.media import encode_clip
+from omnivideo.batch import BatchOutcome, parse_items, run_batch
+from omnivideo.contracts import Artifact, Manifest, Route, SamplingParams, StepProgress, check_prompt, resolve_sampling_params
 from omnivideo.errors import CheckpointError, InvalidInput
 from omnivideo.models import checkpoint
-from omnivideo.models.mllm import Media, Message, answer, route
-from omnivideo.models.omni import Omni
-from omnivideo.presets import Task, preset
-from omnivideo.settings import service
-from omnivideo.storage.local import LocalStore
+from omnivideo.models.mllm import MLLMMedia, MLLMMessage, generate_answer, predict_route
+from omnivideo.models.omni import OmniVideoModel
+from omnivideo.presets import Task, get_preset
+from omnivideo.settings import load_settings
+from omnivideo.storage.local import LocalObjectStore
 
 if TYPE_CHECKING:
     from omnivideo.agent.thread import Thread
     from omnivideo.conversations import Conversations
 
-OnStep = Callable[[Step], None]
+StepCallback = Callable[[StepProgress], None]
 
 
-def nothing(step: Step) -> None:
+def ignore_step(step: StepProgress) -> None:
     """The default listener."""
 
 
@@ -46,7 +46,7 @@ class Result:
 
     def _repr_html_(self) -> str:
         """How a notebook shows it: the clip itself, looping."""
-        data, suffix = encoded(self.frames, self.manifest.settings.fps)
+        data, suffix = encode_clip(self.frames, self.manifest.settings.fps)
         source = f"data:{'video/mp4' if suffix == 'mp4' else 'image/png'};base64,{base64.b64encode(data).decode()}"
         if suffix == "png":
             return f'<img src="{source}" width="256">'
@@ -57,11 +57,11 @@ class Result:
         path = Path(path)
         check_output(path, len(self.frames))
         write_media(path, self.frames, self.manifest.settings.fps)
-        beside = path.with_name(path.name + ".json")
-        partial = beside.with_name(f".{beside.name}.partial")
+        manifest_path = path.with_name(path.name + ".json")
+        partial = manifest_path.with_name(f".{manifest_path.name}.partial")
         try:
             partial.write_text(json.dumps(self.manifest.model_dump(), indent=2) + "\n")
-            os.replace(partial, beside)
+            os.replace(partial, manifest_path)
         except OSError as error:
             path.unlink(missing_ok=True)
             partial.unlink(missing_ok=True)
@@ -84,41 +84,41 @@ class Studio:
         device: str = "auto",
         home: str | Path | None = None,
     ):
-        self.settings = service(home=home)
-        self.folder = Path(weights) if weights else shipped(preset)
-        self.omni: Omni = checkpoint.load(self.folder, pick_device(device))
-        self.digest = checkpoint.weights_digest(self.folder)
+        self.settings = load_settings(home=home)
+        self.weights_folder = Path(weights) if weights else find_shipped_weights(preset)
+        self.omni: OmniVideoModel = checkpoint.load(self.weights_folder, pick_device(device))
+        self.weights_digest = checkpoint.compute_weights_digest(self.weights_folder)
 
     @cached_property
     def conversations(self) -> "Conversations":
         """The threads of this home; LangGraph is loaded, and the folder made, with the first use only."""
-        from omnivideo.wiring import in_process
+        from omnivideo.wiring import build_local_conversations
 
-        return in_process(self.omni, self.digest, self.settings)
+        return build_local_conversations(self.omni, self.weights_digest, self.settings)
 
-    def thread(self, name: str | None = None, create: bool = False) -> "Thread":
+    def open_thread(self, thread_id: str | None = None, create: bool = False) -> "Thread":
         """A conversation: a new one, or the one of that id (made if `create`)."""
-        return self.conversations.thread(name, create)
+        return self.conversations.open_thread(thread_id, create)
 
-    def file(self, artifact: Artifact) -> Path:
+    def artifact_path(self, artifact: Artifact) -> Path:
         """Where a thread's artifact lies."""
-        return LocalStore(self.settings.home / "store").path(artifact.key)
+        return LocalObjectStore(self.settings.home / "store").path_for_key(artifact.key)
 
     def replay(self, artifact: Artifact) -> str:
         """Draws a kept artifact again from its manifest; the key of what came out (the same, on the same machine)."""
-        return self.conversations.replay(artifact)
+        return self.conversations.replay_artifact(artifact)
 
-    def batch(self, prompts: Iterable[str | dict], folder: str | Path) -> Iterator[Outcome]:
+    def batch(self, prompts: Iterable[str | dict], folder: str | Path) -> Iterator[BatchOutcome]:
         """Draws each prompt into the folder, with a line in its results.jsonl; run again, it does what is left."""
-        yield from run(self, items(prompts), Path(folder))
+        yield from run_batch(self, parse_items(prompts), Path(folder))
 
-    def route(self, prompt: str, source: str | Path | None = None) -> Routed:
+    def route(self, prompt: str, source: str | Path | None = None) -> Route:
         """What the model takes the request for: text, image or video, with the probability."""
-        media = () if source is None else (self.look(source),)
-        message = Message(check_prompt("prompt", prompt), media)
-        return route(self.omni.mllm, self.omni.mllm_tokenizer, message, self.omni.pixels)
+        media = () if source is None else (self.load_media(source),)
+        message = MLLMMessage(check_prompt("prompt", prompt), media)
+        return predict_route(self.omni.mllm, self.omni.mllm_tokenizer, message, self.omni.vision_config)
 
-    def generate(self, prompt: str, *, image: bool | None = None, on_step: OnStep = nothing, **given: object) -> Result:
+    def generate(self, prompt: str, *, image: bool | None = None, on_step: StepCallback = ignore_step, **overrides: object) -> Result:
         """A clip, or a still if `image`; where `image` is None the model's own routing decides.
 
         `given` may hold width, height, frames, fps, steps, guidance_scale, flow_shift, negative_prompt and seed;
@@ -126,18 +126,18 @@ class Studio:
         """
         prompt = check_prompt("prompt", prompt)
         if image is None:
-            image = self.route(prompt).kind == "image" if given.get("frames") is None else given["frames"] == 1
+            image = self.route(prompt).kind == "image" if overrides.get("frames") is None else overrides["frames"] == 1
         task: Task = "text-to-image" if image else "text-to-video"
-        return self.run(prompt, settings(self.omni.preset, task, **given), None, None, on_step)
+        return self.generate_result(prompt, resolve_sampling_params(self.omni.preset, task, **overrides), None, None, on_step)
 
-    def edit(self, source: str | Path, instruction: str, *, on_step: OnStep = nothing, **given: object) -> Result:
+    def edit(self, source: str | Path, instruction: str, *, on_step: StepCallback = ignore_step, **overrides: object) -> Result:
         """The source changed as told; what is not named stays.  An image stays an image, a clip a clip."""
         instruction = check_prompt("instruction", instruction)
         media = read_media(source)
         task: Task = "image-editing" if media.kind == "image" else "video-editing"
-        chosen = settings(self.omni.preset, task, **given)
-        frames = fit(media, chosen.width, chosen.height, chosen.frames, chosen.fps)
-        return self.run(instruction, chosen, frames, Path(source).name, on_step)
+        params = resolve_sampling_params(self.omni.preset, task, **overrides)
+        frames = fit_media(media, params.width, params.height, params.frames, params.fps)
+        return self.generate_result(instruction, params, frames, Path(source).name, on_step)
 
     def understand(
         self,
@@ -150,13 +150,13 @@ class Studio:
         seed: int = 0,
     ) -> str:
         """The answer to a question about an image or a clip; `on_text` is told each piece as it comes."""
-        message = Message(check_prompt("question", question), (self.look(source),))
+        message = MLLMMessage(check_prompt("question", question), (self.load_media(source),))
         pieces = []
-        for piece in answer(
+        for piece in generate_answer(
             self.omni.mllm,
             self.omni.mllm_tokenizer,
             message,
-            self.omni.pixels,
+            self.omni.vision_config,
             temperature=temperature,
             top_p=top_p,
             seed=seed,
@@ -165,26 +165,26 @@ class Studio:
             on_text(piece)
         return "".join(pieces).strip()
 
-    def look(self, source: str | Path) -> Media:
+    def load_media(self, source: str | Path) -> MLLMMedia:
         """A source as the MLLM takes it."""
         media = read_media(source)
-        return Media(media.frames, media.fps or 1.0, media.kind == "video")
+        return MLLMMedia(media.frames, media.fps or 1.0, media.kind == "video")
 
-    def run(
-        self, prompt: str, chosen: Settings, source: np.ndarray | None, name: str | None, on_step: OnStep
+    def generate_result(
+        self, prompt: str, params: SamplingParams, source_frames: np.ndarray | None, source_name: str | None, on_step: StepCallback
     ) -> Result:
-        for event in draw(self.omni, prompt, chosen, source):
-            if isinstance(event, Clip):
-                return Result(event.frames, manifest_of(self.omni, self.digest, prompt, chosen, event.seconds, name))
+        for event in generate_clip(self.omni, prompt, params, source_frames):
+            if isinstance(event, GeneratedClip):
+                return Result(event.frames, build_manifest(self.omni, self.weights_digest, prompt, params, event.seconds_by_stage, source_name))
             on_step(event.step)
         raise AssertionError("draw ends with a clip")
 
 
-def shipped(name: str) -> Path:
+def find_shipped_weights(preset_name: str) -> Path:
     """The folder of a preset's shipped weights; raises where the preset is unknown or ships none."""
-    folder = checkpoint.SHIPPED / preset(name).name
-    if not (folder / checkpoint.INDEX).is_file():
-        raise CheckpointError(f"preset {name!r} ships no weights; give a folder of them (--weights)")
+    folder = checkpoint.SHIPPED_WEIGHTS_FOLDER / get_preset(preset_name).name
+    if not (folder / checkpoint.INDEX_FILE).is_file():
+        raise CheckpointError(f"preset {preset_name!r} ships no weights; give a folder of them (--weights)")
     return folder
 
 

@@ -9,213 +9,213 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omnivideo.backends.media import attached
-from omnivideo.conversations import LOCAL, Conversations, saver_for
+from omnivideo.backends.media import store_user_file
+from omnivideo.conversations import LOCAL_OWNER, Conversations, open_checkpointer
 from omnivideo.errors import InvalidInput
-from omnivideo.ports import MLLM, JobQueue, Keeper
-from omnivideo.presets import preset
-from omnivideo.settings import Service
-from omnivideo.storage.local import LocalStore
+from omnivideo.ports import MLLM, JobQueue, SweepableObjectStore
+from omnivideo.presets import get_preset
+from omnivideo.settings import ServiceSettings
+from omnivideo.storage.local import LocalObjectStore
 
 if TYPE_CHECKING:
-    from omnivideo.api.rooms import Rooms
-    from omnivideo.backends.decoder.painter import Painter
+    from omnivideo.api.rooms import ServiceContext
+    from omnivideo.backends.decoder.painter import Renderer
     from omnivideo.backends.decoder.worker import Worker
-    from omnivideo.models.omni import Omni
-    from omnivideo.storage.jobs import Jobs
+    from omnivideo.models.omni import OmniVideoModel
+    from omnivideo.storage.jobs import JobRepository
 
 
-def in_process(omni: "Omni", digest: str, chosen: Service) -> Conversations:
+def build_local_conversations(omni: "OmniVideoModel", weights_digest: str, settings: ServiceSettings) -> Conversations:
     """The Studio's wiring: a clip is drawn while it is followed, here; so is the MLLM, unless the settings name one."""
     from omnivideo.backends.decoder.local import LocalQueue
-    from omnivideo.backends.decoder.painter import Painter
+    from omnivideo.backends.decoder.painter import Renderer
     from omnivideo.backends.mllm.remote import RemoteMLLM
 
-    store = LocalStore(chosen.home / "store")
-    painter = Painter(omni, store, digest)
-    queue = LocalQueue(painter)
+    store = LocalObjectStore(settings.home / "store")
+    renderer = Renderer(omni, store, weights_digest)
+    queue = LocalQueue(renderer)
     return Conversations(
-        mllm=RemoteMLLM(chosen.mllm, store) if chosen.mllm else painter.mllm,
+        mllm=RemoteMLLM(settings.mllm, store) if settings.mllm else renderer.mllm,
         queue_for=lambda owner: queue,
         store=store,
-        saver=saver_for(chosen),
-        attach=lambda path, made_by: attached(store, path, made_by),
+        checkpointer=open_checkpointer(settings),
+        attach_file=lambda path, made_by: store_user_file(store, path, made_by),
         preset=omni.preset.name,
-        redraw=painter.redrawn,
+        replay_manifest=renderer.replay_manifest,
     )
 
 
-class Wiring:
+class ServiceWiring:
     """The service's rooms, each made when it is first needed."""
 
-    def __init__(self, chosen: Service, device: str = "auto"):
-        self.settings = chosen
+    def __init__(self, settings: ServiceSettings, device: str = "auto"):
+        self.settings = settings
         self.device = device
-        self.closing: list[Callable[[], None]] = []
+        self.close_callbacks: list[Callable[[], None]] = []
 
     @cached_property
-    def store(self) -> Keeper:
-        chosen = self.settings
-        if not chosen.s3:
-            return LocalStore(chosen.home / "store")
-        from omnivideo.storage.minio import S3Store
+    def store(self) -> SweepableObjectStore:
+        settings = self.settings
+        if not settings.s3:
+            return LocalObjectStore(settings.home / "store")
+        from omnivideo.storage.minio import S3ObjectStore
 
-        return S3Store(
-            chosen.s3,
-            chosen.s3_bucket,
-            chosen.s3_access_key,
-            chosen.s3_secret_key,
-            region=chosen.s3_region,
-            public_address=chosen.s3_public,
+        return S3ObjectStore(
+            settings.s3,
+            settings.s3_bucket,
+            settings.s3_access_key,
+            settings.s3_secret_key,
+            region=settings.s3_region,
+            public_address=settings.s3_public,
         )
 
     @cached_property
     def engine(self) -> Any:
         """The database, at the newest schema."""
-        from omnivideo.storage.database import engine_for, migrate
+        from omnivideo.storage.database import create_database_engine, upgrade_schema
 
-        chosen = self.settings
-        if not chosen.database:
-            make_home(chosen.home)
-        engine = engine_for(chosen.database or f"sqlite:///{chosen.home / 'service.sqlite'}")
-        migrate(engine)
-        self.closing.append(engine.dispose)
+        settings = self.settings
+        if not settings.database:
+            create_home_folder(settings.home)
+        engine = create_database_engine(settings.database or f"sqlite:///{settings.home / 'service.sqlite'}")
+        upgrade_schema(engine)
+        self.close_callbacks.append(engine.dispose)
         return engine
 
     @cached_property
-    def jobs(self) -> "Jobs":
-        from omnivideo.storage.jobs import Jobs
+    def jobs(self) -> "JobRepository":
+        from omnivideo.storage.jobs import JobRepository
 
-        return Jobs(self.engine, self.settings.queue_most, self.settings.key_most)
+        return JobRepository(self.engine, self.settings.max_queued_jobs, self.settings.max_open_jobs_per_key)
 
     @cached_property
-    def painter(self) -> "Painter":
-        from omnivideo.backends.decoder.painter import Painter
+    def renderer(self) -> "Renderer":
+        from omnivideo.backends.decoder.painter import Renderer
         from omnivideo.models import checkpoint
-        from omnivideo.studio import pick_device, shipped
+        from omnivideo.studio import pick_device, find_shipped_weights
 
-        folder = Path(self.settings.weights) if self.settings.weights else shipped(self.settings.preset)
+        folder = Path(self.settings.weights) if self.settings.weights else find_shipped_weights(self.settings.preset)
         omni = checkpoint.load(folder, pick_device(self.device))
-        return Painter(omni, self.store, checkpoint.weights_digest(folder))
+        return Renderer(omni, self.store, checkpoint.compute_weights_digest(folder))
 
     @cached_property
     def worker(self) -> "Worker":
-        from omnivideo.backends.decoder.worker import Habits, Worker
+        from omnivideo.backends.decoder.worker import WorkerConfig, Worker
 
-        chosen = self.settings
-        together = chosen.together or preset(chosen.preset).together
-        habits = Habits(chosen.resume_steps, chosen.resume_seconds, chosen.lost_after, together)
-        return Worker(self.painter, self.jobs, habits)
+        settings = self.settings
+        max_batch_size = settings.max_batch_size or get_preset(settings.preset).max_batch_size
+        worker_config = WorkerConfig(settings.save_state_every_steps, settings.save_state_every_seconds, settings.heartbeat_timeout, max_batch_size)
+        return Worker(self.renderer, self.jobs, worker_config)
 
     @cached_property
     def mllm(self) -> MLLM:
         if self.settings.mllm:
             from omnivideo.backends.mllm.remote import RemoteMLLM
 
-            away = RemoteMLLM(self.settings.mllm, self.store)
-            self.closing.append(away.close)
-            return away
-        return self.painter.mllm
+            remote = RemoteMLLM(self.settings.mllm, self.store)
+            self.close_callbacks.append(remote.close)
+            return remote
+        return self.renderer.mllm
 
     @cached_property
-    def tell(self) -> Callable[[], None]:
+    def notify_workers(self) -> Callable[[], None]:
         """Lets workers know that there is work; without a broker, this process works itself."""
-        from omnivideo.backends.broker import Reaper, celery_app, teller
+        from omnivideo.backends.broker import Reaper, create_celery_app, create_notifier
 
         if self.settings.broker:
-            tell = teller(celery_app(self.settings.broker))
+            notify = create_notifier(create_celery_app(self.settings.broker))
         else:
-            from omnivideo.backends.decoder.workers import LocalWorkers
+            from omnivideo.backends.decoder.workers import InProcessWorker
 
-            workers = LocalWorkers(self.worker).start()
-            self.closing.append(workers.stop)
-            tell = workers.tell
-        reaper = Reaper(self.jobs, self.settings.lost_after, tell).start()
-        self.closing.append(reaper.stop)
-        return tell
+            workers = InProcessWorker(self.worker).start()
+            self.close_callbacks.append(workers.stop)
+            notify = workers.notify_workers
+        reaper = Reaper(self.jobs, self.settings.heartbeat_timeout, notify).start()
+        self.close_callbacks.append(reaper.stop)
+        return notify
 
-    def queue(self, owner: str = LOCAL) -> JobQueue:
+    def open_queue(self, owner: str = LOCAL_OWNER) -> JobQueue:
         from omnivideo.backends.jobs import DurableQueue
 
-        return DurableQueue(self.jobs, self.store, self.tell, owner)
+        return DurableQueue(self.jobs, self.store, self.notify_workers, owner)
 
     @cached_property
     def conversations(self) -> Conversations:
-        saver = saver_for(self.settings)
-        made = Conversations(self.mllm, self.queue, self.store, saver, self.attach, self.settings.preset)
-        self.closing.append(made.close)
-        return made
+        saver = open_checkpointer(self.settings)
+        conversations = Conversations(self.mllm, self.open_queue, self.store, saver, self.attach_file, self.settings.preset)
+        self.close_callbacks.append(conversations.close)
+        return conversations
 
-    def rooms(self) -> "Rooms":
+    def build_service_context(self) -> "ServiceContext":
         """What the HTTP service stands on."""
-        from omnivideo.api.rooms import Rooms
-        from omnivideo.api.running import Runner
+        from omnivideo.api.rooms import ServiceContext
+        from omnivideo.api.running import TurnRunner
         from omnivideo.backends import incoming
-        from omnivideo.backends.hooks import reachable
-        from omnivideo.backends.pictures import pictures
-        from omnivideo.storage.keys import Keys
-        from omnivideo.storage.records import Records
-        from omnivideo.storage.turns import Turns
+        from omnivideo.backends.hooks import check_reachable
+        from omnivideo.backends.pictures import create_picture_renderer
+        from omnivideo.storage.keys import APIKeyRepository
+        from omnivideo.storage.records import RecordRepository
+        from omnivideo.storage.turns import TurnRepository
 
-        chosen = self.settings
+        settings = self.settings
 
-        def fetched(url: str) -> bytes:
+        def fetch_media(url: str) -> bytes:
             if url.startswith("data:"):
-                return incoming.data_url(url, chosen.upload_most)
-            most, seconds, ports = chosen.upload_most, chosen.fetch_seconds, chosen.media_ports
-            return incoming.fetch(url, chosen.media_hosts, most, seconds, ports=ports)
+                return incoming.decode_data_url(url, settings.max_upload_bytes)
+            max_bytes, timeout_seconds, ports = settings.max_upload_bytes, settings.fetch_timeout_seconds, settings.media_ports
+            return incoming.fetch_media(url, settings.media_hosts, max_bytes, timeout_seconds, extra_ports=ports)
 
-        made = Rooms(
-            settings=chosen,
+        context = ServiceContext(
+            settings=settings,
             store=self.store,
             jobs=self.jobs,
-            keys=Keys(self.engine, chosen.admin_key),
-            records=Records(self.engine),
-            turns=Turns(self.engine),
+            api_keys=APIKeyRepository(self.engine, settings.admin_key),
+            records=RecordRepository(self.engine),
+            turns=TurnRepository(self.engine),
             conversations=self.conversations,
-            taken=lambda data, made_by, name="": incoming.taken(self.store, data, made_by, name),
-            fetched=fetched,
-            tell=self.tell,
-            pictured=pictures(self.store),
-            reachable=partial(reachable, inside=chosen.hook_hosts),
-            model=self.mllm if chosen.mllm else None,
+            ingest_media=lambda data, made_by, name="": incoming.ingest_media(self.store, data, made_by, name),
+            fetch_media=fetch_media,
+            notify_workers=self.notify_workers,
+            render_thumbnail=create_picture_renderer(self.store),
+            check_webhook_url=partial(check_reachable, internal_hosts=settings.webhook_hosts),
+            remote_mllm=self.mllm if settings.mllm else None,
         )
-        made.runner = Runner(made)
-        return made
+        context.turn_runner = TurnRunner(context)
+        return context
 
-    def attended(self, made: "Rooms") -> "Rooms":
+    def start_background_services(self, context: "ServiceContext") -> "ServiceContext":
         """The same rooms, with what works beside the requests begun: batches and webhooks."""
         from omnivideo.api import chat
-        from omnivideo.api.batches import Lines
+        from omnivideo.api.batches import BatchLineHandler
         from omnivideo.backends.batches import BatchRunner
-        from omnivideo.backends.hooks import HookSender
+        from omnivideo.backends.hooks import WebhookSender
 
-        chosen, say = self.settings, partial(chat.say, made)
-        runner = BatchRunner(made.records, self.jobs, self.store, self.tell, Lines(made), say, chosen.lost_after)
-        sender = HookSender(made.records, chosen.hook_hosts)
-        self.closing += [runner.start().stop, sender.start().stop]
-        return made
+        settings, send_chat_request = self.settings, partial(chat.run_chat_request, context)
+        runner = BatchRunner(context.records, self.jobs, self.store, self.notify_workers, BatchLineHandler(context), send_chat_request, settings.heartbeat_timeout)
+        sender = WebhookSender(context.records, settings.webhook_hosts)
+        self.close_callbacks += [runner.start().stop, sender.start().stop]
+        return context
 
-    def attach(self, path: str | Path, made_by: str) -> Any:
+    def attach_file(self, path: str | Path, created_by: str) -> Any:
         """A file of this machine's own user; what comes over the wire goes through backends.incoming."""
-        return attached(self.store, path, made_by)
+        return store_user_file(self.store, path, created_by)
 
-    def sweep(self) -> list[str]:
+    def sweep_store(self) -> list[str]:
         """Removes what no thread, job or file refers to; returns the removed keys."""
-        from omnivideo.storage.records import Records
+        from omnivideo.storage.records import RecordRepository
 
-        referred = (
-            self.conversations.referred() | self.jobs.referred(self.settings.lifetime) | Records(self.engine).referred()
+        referenced_keys = (
+            self.conversations.collect_referenced_keys() | self.jobs.collect_referenced_keys(self.settings.artifact_lifetime_seconds) | RecordRepository(self.engine).collect_referenced_keys()
         )
-        return self.store.sweep(referred, self.settings.lifetime)
+        return self.store.sweep(referenced_keys, self.settings.artifact_lifetime_seconds)
 
     def close(self) -> None:
         """Ends what was begun, the newest first."""
-        while self.closing:
-            self.closing.pop()()
+        while self.close_callbacks:
+            self.close_callbacks.pop()()
 
 
-def make_home(home: Path) -> None:
+def create_home_folder(home: Path) -> None:
     try:
         home.mkdir(parents=True, exist_ok=True)
     except OSError:

@@ -11,8 +11,8 @@ from transformers import UMT5Config, UMT5EncoderModel
 from omnivideo.backends.mllm.local import LocalMLLM
 from omnivideo.backends.mllm.remote import RemoteMLLM
 from omnivideo.models import checkpoint
-from omnivideo.models.mllm import Pixels
-from omnivideo.models.omni import Bridge, Omni, build_decoder
+from omnivideo.models.mllm import VisionInputConfig
+from omnivideo.models.omni import Bridge, OmniVideoModel, build_decoder
 from omnivideo.presets import TINY
 from omnivideo.training.recipes import mllm, text
 
@@ -21,24 +21,24 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="session")
 def text_tokenizer():
-    return text.build_tokenizer(text.corpus(400))
+    return text.build_tokenizer(text.build_corpus(400))
 
 
 @pytest.fixture(scope="session")
 def mllm_tokenizer():
     rng = random.Random(0)
-    samples = [mllm.random_sample(rng) for _ in range(200)]
-    return mllm.build_tokenizer([f"{message.text} {reply}" for message, reply in samples], size=600)
+    samples = [mllm.sample_from_mix(rng) for _ in range(200)]
+    return mllm.build_tokenizer([f"{message.text} {reply}" for message, reply in samples], vocab_size=600)
 
 
 @pytest.fixture(scope="session")
-def omni(text_tokenizer, mllm_tokenizer) -> Omni:
+def omni(text_tokenizer, mllm_tokenizer) -> OmniVideoModel:
     torch.manual_seed(0)
-    return Omni(
+    return OmniVideoModel(
         preset=TINY,
         mllm=mllm.build_model(mllm_tokenizer),
         mllm_tokenizer=mllm_tokenizer,
-        pixels=Pixels(),
+        vision_config=VisionInputConfig(),
         bridge=Bridge(TINY),
         decoder=build_decoder(TINY),
         text_encoder=UMT5EncoderModel(UMT5Config(**text.CONFIG)),

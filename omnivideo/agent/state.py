@@ -4,27 +4,27 @@ import operator
 from typing import Annotated, Any, TypedDict
 
 
-class State(TypedDict, total=False):
+class PlannerState(TypedDict, total=False):
     # The conversation so far.
     seed: int  # of the thread; every clip's seed follows from it
     turns: Annotated[list[dict[str, Any]], operator.add]  # contracts.Turn
     artifacts: Annotated[list[dict[str, Any]], operator.add]  # contracts.Artifact, in the order of their making
-    current: str | None  # the key of what "it" is
+    current_key: str | None  # the key of what "it" is
     descriptions: dict[str, str]  # what the model sees on an artifact, where it was asked
     # The turn that runs.
     text: str
     attachments: list[dict[str, Any]]
     options: dict[str, Any]  # contracts.TurnOptions
-    pieces: list[str]  # the acts' words
-    abouts: list[str]  # what each is about, where the model has planned it
-    at: int  # the act that runs
-    asked: list[tuple[str, str]]
-    done: list[dict[str, Any]]  # contracts.Done
+    action_texts: list[str]  # the acts' words
+    action_references: list[str]  # what each is about, where the model has planned it
+    action_index: int  # the act that runs
+    clarifications: list[tuple[str, str]]
+    results: list[dict[str, Any]]  # contracts.Done
     # The act that runs.
-    act: dict[str, Any]  # contracts.Act
-    over: bool  # whether it is done with
-    routed: dict[str, Any]  # contracts.Routed
+    action: dict[str, Any]  # contracts.Act
+    action_done: bool  # whether it is done with
+    detected_route: dict[str, Any]  # contracts.Routed
     trace: dict[str, Any] | None  # contracts.Trace
     statement: str | None  # what the check asks about
-    tries: list[dict[str, Any]]  # contracts.Try
-    failures: int  # turns of this thread that failed
+    candidates: list[dict[str, Any]]  # contracts.Try
+    failed_turns: int  # turns of this thread that failed

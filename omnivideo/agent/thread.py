@@ -10,15 +10,15 @@ from typing import Any
 from langgraph.types import Command, StateSnapshot
 from pydantic import ValidationError
 
-from omnivideo.agent.graph import seed_from
-from omnivideo.contracts import Artifact, Event, Finished, Question, Turn, TurnOptions, check_prompt, refused
+from omnivideo.agent.graph import derive_seed
+from omnivideo.contracts import Artifact, TurnEvent, TurnCompleted, QuestionAsked, Turn, TurnOptions, check_prompt, invalid_input_from_validation
 from omnivideo.errors import InvalidInput, OmniVideoError
 
-Attach = Callable[[str | Path, str], Artifact]
-THREAD_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+AttachFile = Callable[[str | Path, str], Artifact]
+THREAD_ID_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
-def whole(snapshot: StateSnapshot) -> bool:
+def is_turn_complete(snapshot: StateSnapshot) -> bool:
     """Whether nothing is left to run: the state after a turn's answer, or before the first turn.
 
     By its tasks: `next` leaves out a step that has run but whose result was not yet taken up.
@@ -26,23 +26,23 @@ def whole(snapshot: StateSnapshot) -> bool:
     return not snapshot.tasks
 
 
-def options_of(**given: object) -> TurnOptions:
+def parse_turn_options(**options: object) -> TurnOptions:
     """Raises InvalidInput that names the field and the allowed range."""
     try:
-        return TurnOptions(**given)  # type: ignore[arg-type]
+        return TurnOptions(**options)  # type: ignore[arg-type]
     except ValidationError as error:
-        raise refused(error) from None
+        raise invalid_input_from_validation(error) from None
 
 
 class Thread:
     """`attach` stores a user's file.  Several threads may run at once, one turn of each at a time."""
 
-    def __init__(self, graph: Any, name: str, attach: Attach):
-        if not THREAD_ID.fullmatch(name):
+    def __init__(self, graph: Any, name: str, attach_file: AttachFile):
+        if not THREAD_ID_PATTERN.fullmatch(name):
             raise InvalidInput("thread", f"{name!r} is no thread id: 1 to 64 letters, digits, dots, dashes")
         self.graph = graph
         self.id = name
-        self.attach = attach
+        self.attach_file = attach_file
         self.config = {"configurable": {"thread_id": name}}
 
     # ------------------------------------------------------------ beginning and branching
@@ -50,35 +50,35 @@ class Thread:
     def exists(self) -> bool:
         return bool(self.graph.get_state(self.config).values)
 
-    def begin(self, values: dict[str, Any] | None = None) -> "Thread":
+    def initialize_state(self, values: dict[str, Any] | None = None) -> "Thread":
         """The first checkpoint: empty, or a copy of another thread's state."""
-        empty = {"seed": seed_from(self.id), "turns": [], "artifacts": [], "current": None, "descriptions": {}}
+        empty = {"seed": derive_seed(self.id), "turns": [], "artifacts": [], "current": None, "descriptions": {}}
         self.graph.update_state(self.config, values or empty, as_node="answer")
         return self
 
-    def opened(self) -> "Thread":
+    def require_existing(self) -> "Thread":
         if not self.exists():
             raise InvalidInput("thread", f"there is no thread {self.id!r}")
         return self
 
     def fork(self, turn: int, name: str) -> "Thread":
         """A new thread that begins with this one's first `turn` turns (0 to all of them)."""
-        branch = Thread(self.graph, name, self.attach)
+        branch = Thread(self.graph, name, self.attach_file)
         if branch.exists():
             raise InvalidInput("thread", f"there is a thread {name!r} already")
-        past = self.after(turn)
-        if past is None:
-            raise InvalidInput("turn", f"{turn} is not a turn of this thread: 0 to {len(self.history())}")
-        return branch.begin(past.values)
+        snapshot = self.find_snapshot_after(turn)
+        if snapshot is None:
+            raise InvalidInput("turn", f"{turn} is not a turn of this thread: 0 to {len(self.get_turns())}")
+        return branch.initialize_state(snapshot.values)
 
-    def after(self, turns: int) -> StateSnapshot | None:
+    def find_snapshot_after(self, num_turns: int) -> StateSnapshot | None:
         """The state after so many turns; None where there never was one."""
         history = self.graph.get_state_history(self.config)
-        return next((past for past in history if whole(past) and len(past.values["turns"]) == turns), None)
+        return next((snapshot for snapshot in history if is_turn_complete(snapshot) and len(snapshot.values["turns"]) == num_turns), None)
 
     # ------------------------------------------------------------ a turn
 
-    def send(self, text: str, attachments: Sequence[str | Path | Artifact] = (), **options: object) -> Iterator[Event]:
+    def send(self, text: str, attachments: Sequence[str | Path | Artifact] = (), **options: object) -> Iterator[TurnEvent]:
         """Runs a turn and gives its events as they happen; the last one is Finished, or a Question.
 
         After a Question the next text sent is the reply.  A turn that a killed process left is finished first.
@@ -86,82 +86,82 @@ class Thread:
         Raises InvalidInput before anything is changed, and OmniVideoError for a turn that failed, which leaves the
         thread as it was before the turn.
         """
-        chosen = options_of(**options)
+        turn_options = parse_turn_options(**options)
         text = check_prompt("text", text)
-        made = [self.taken(one) for one in attachments]
+        artifacts = [self.to_artifact(one) for one in attachments]
         state = self.graph.get_state(self.config)
         if state.interrupts:
-            if made:
+            if artifacts:
                 raise InvalidInput("attachments", "a question is open; reply to it in words first")
-            yield from self.run(Command(resume=text), state)
+            yield from self.run_graph(Command(resume=text), state)
             return
-        if not whole(state):
-            yield from self.run(None, state)
+        if not is_turn_complete(state):
+            yield from self.run_graph(None, state)
             state = self.graph.get_state(self.config)
-        shown = [one.model_dump() for one in made]
-        yield from self.run({"text": text, "attachments": shown, "options": chosen.model_dump()}, state)
+        shown = [one.model_dump() for one in artifacts]
+        yield from self.run_graph({"text": text, "attachments": shown, "options": turn_options.model_dump()}, state)
 
-    def taken(self, one: str | Path | Artifact) -> Artifact:
-        return one if isinstance(one, Artifact) else self.attach(one, f"{self.id}/attached")
+    def to_artifact(self, attachment: str | Path | Artifact) -> Artifact:
+        return attachment if isinstance(attachment, Artifact) else self.attach_file(attachment, f"{self.id}/attached")
 
-    def resume(self) -> Iterator[Event]:
+    def resume(self) -> Iterator[TurnEvent]:
         """Goes on with a turn that was cut short, if there is one."""
         state = self.graph.get_state(self.config)
-        if not whole(state) and not state.interrupts:
-            yield from self.run(None, state)
+        if not is_turn_complete(state) and not state.interrupts:
+            yield from self.run_graph(None, state)
 
-    def run(self, given: Any, state: StateSnapshot) -> Iterator[Event]:
+    def run_graph(self, graph_input: Any, state: StateSnapshot) -> Iterator[TurnEvent]:
         finished = False
         try:
-            for event in self.graph.stream(given, self.config, stream_mode="custom", durability="sync"):
-                finished = isinstance(event, Finished)
+            for event in self.graph.stream(graph_input, self.config, stream_mode="custom", durability="sync"):
+                finished = isinstance(event, TurnCompleted)
                 yield event
         except OmniVideoError:
-            self.abandon(len(state.values["turns"]))
+            self.roll_back(len(state.values["turns"]))
             raise
-        if not finished and (question := self.question()):
-            yield Question(text=question)
+        if not finished and (question := self.get_open_question()):
+            yield QuestionAsked(text=question)
 
-    def abandon(self, turns: int) -> None:
+    def roll_back(self, num_turns: int) -> None:
         """Back to the state after so many turns; what the failed turn wrote stays in the past."""
-        past = self.after(turns)
-        assert past is not None, "a turn begins from a whole state"
-        kept = {"current": past.values["current"], "failures": past.values.get("failures", 0) + 1}
-        self.graph.update_state(past.config, kept, as_node="answer")
+        snapshot = self.find_snapshot_after(num_turns)
+        assert snapshot is not None, "a turn begins from a whole state"
+        updates = {"current": snapshot.values["current"], "failures": snapshot.values.get("failures", 0) + 1}
+        self.graph.update_state(snapshot.config, updates, as_node="answer")
 
     async def asend(
         self, text: str, attachments: Sequence[str | Path | Artifact] = (), **options: object
-    ) -> AsyncIterator[Event]:
+    ) -> AsyncIterator[TurnEvent]:
         """`send` for an event loop: the same turn, run in a thread of its own."""
         loop = asyncio.get_running_loop()
-        running = self.send(text, attachments, **options)
+        events = self.send(text, attachments, **options)
         with ThreadPoolExecutor(1, thread_name_prefix="turn") as pool:
-            while (event := await loop.run_in_executor(pool, next, running, None)) is not None:
+            while (event := await loop.run_in_executor(pool, next, events, None)) is not None:
                 yield event
 
     # ------------------------------------------------------------ what was said and made
 
-    def question(self) -> str | None:
+    def get_open_question(self) -> str | None:
         """What the thread waits for an answer to."""
         waiting = self.graph.get_state(self.config).interrupts
         return str(waiting[0].value) if waiting else None
 
-    def history(self) -> list[Turn]:
+    def get_turns(self) -> list[Turn]:
         return [Turn(**one) for one in self.graph.get_state(self.config).values.get("turns", [])]
 
-    def artifacts(self) -> list[Artifact]:
+    def get_artifacts(self) -> list[Artifact]:
         """All that was attached or made, in order."""
         return [Artifact(**one) for one in self.graph.get_state(self.config).values.get("artifacts", [])]
 
-    def lineage(self, key: str | None = None) -> list[Artifact]:
+    def get_lineage(self, key: str | None = None) -> list[Artifact]:
         """An artifact (the last one) and what it was made from, newest first."""
-        artifacts = self.artifacts()
+        artifacts = self.get_artifacts()
         by_key = {one.key: one for one in artifacts}
         if key is not None and key not in by_key:
             raise InvalidInput("artifact", "this thread made no such artifact")
-        line: list[Artifact] = []
-        at = by_key[key] if key else artifacts[-1] if artifacts else None
-        while at is not None and at not in line:
-            line.append(at)
-            at = by_key.get(at.source) if at.source else None
-        return line
+        ancestors: list[Artifact] = []
+        artifact = by_key[key] if key else artifacts[-1] if artifacts else None
+        while artifact is not None and artifact not in ancestors:
+            ancestors.append(artifact)
+            artifact = by_key.get(artifact.source) if artifact.source else None
+        return ancestors

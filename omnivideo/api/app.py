@@ -14,64 +14,64 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from omnivideo import __version__
 from omnivideo.api import errors
-from omnivideo.api.events import Feed
-from omnivideo.api.rooms import Rooms
-from omnivideo.api.running import Runner
+from omnivideo.api.events import EventFeed
+from omnivideo.api.rooms import ServiceContext
+from omnivideo.api.running import TurnRunner
 
 log = logging.getLogger("omnivideo.api")
 TRACER = trace.get_tracer("omnivideo.api")
 
 
-class Gate:
+class RequestMiddleware:
     """Gives each request an id and a span, bounds its body while it is read, counts it, and logs one line."""
 
-    def __init__(self, app: ASGIApp, rooms: Rooms):
+    def __init__(self, app: ASGIApp, context: ServiceContext):
         self.app = app
-        self.rooms = rooms
-        self.most = rooms.settings.upload_most
+        self.context = context
+        self.max_body_bytes = context.settings.max_upload_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        name, began, status = uuid.uuid4().hex, time.perf_counter(), 0
-        scope.setdefault("state", {})["request_id"] = name
-        read = 0
+        request_id, started_at, status = uuid.uuid4().hex, time.perf_counter(), 0
+        scope.setdefault("state", {})["request_id"] = request_id
+        received_bytes = 0
 
-        async def bounded() -> Message:
-            nonlocal read
+        async def receive_within_limit() -> Message:
+            nonlocal received_bytes
             message = await receive()
-            read += len(message.get("body", b""))
-            if read > self.most:
-                raise errors.WireError(413, f"the body is above {self.most} bytes", "body", "too_large")
+            received_bytes += len(message.get("body", b""))
+            if received_bytes > self.max_body_bytes:
+                raise errors.APIError(413, f"the body is above {self.max_body_bytes} bytes", "body", "too_large")
             return message
 
-        async def named(message: Message) -> None:
+        async def send_with_request_id(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message = {**message, "headers": [*message["headers"], (b"x-request-id", name.encode())]}
+                message = {**message, "headers": [*message["headers"], (b"x-request-id", request_id.encode())]}
             await send(message)
 
         headers = {key.decode("latin-1"): value.decode("latin-1") for key, value in scope["headers"]}
-        with TRACER.start_as_current_span("request", extract(headers), attributes={"request_id": name}) as span:
-            if (length := headers.get("content-length", "0")).isdigit() and int(length) > self.most:
-                wrong = errors.WireError(413, f"the body is above {self.most} bytes", "body", "too_large")
-                await errors.answer(wrong)(scope, receive, named)
+        with TRACER.start_as_current_span("request", extract(headers), attributes={"request_id": request_id}) as span:
+            if (length := headers.get("content-length", "0")).isdigit() and int(length) > self.max_body_bytes:
+                too_large = errors.APIError(413, f"the body is above {self.max_body_bytes} bytes", "body", "too_large")
+                await errors.to_json_response(too_large)(scope, receive, send_with_request_id)
             else:
-                await self.app(scope, bounded, named)
+                await self.app(scope, receive_within_limit, send_with_request_id)
             route = getattr(scope.get("route"), "path", "none")
             span.update_name(f"{scope['method']} {route}")
-        self.rooms.requests.saw(scope["method"], route, status, began)
-        spent = 1000 * (time.perf_counter() - began)
-        seen = {"request": name, "method": scope["method"], "route": route, "status": status, "ms": round(spent, 1)}
-        log.info("%s %s %d", scope["method"], scope["path"], status, extra=seen)
+        self.context.request_metrics.saw(scope["method"], route, status, started_at)
+        elapsed_ms = 1000 * (time.perf_counter() - started_at)
+        log_fields = {"request": request_id, "method": scope["method"], "route": route, "status": status, "ms": round(elapsed_ms, 1)}
+        log.info("%s %s %d", scope["method"], scope["path"], status, extra=log_fields)
 
 
-def create_app(rooms: Rooms) -> FastAPI:
+def create_app(context: ServiceContext) -> FastAPI:
     from omnivideo.api import batches, chat, files, hooks, images, threads, videos, watching
 
-    rooms.runner = runner = rooms.runner or Runner(rooms)
+    context.turn_runner = runner = context.turn_runner or TurnRunner(context)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -79,13 +79,13 @@ def create_app(rooms: Rooms) -> FastAPI:
         yield
         await anyio.to_thread.run_sync(runner.stop)
 
-    about = "Understand, create and edit video by talking."
-    app = FastAPI(title="omnivideo", version=__version__, description=about, lifespan=lifespan)
-    app.state.rooms, app.state.runner, app.state.feed = rooms, runner, Feed(rooms)
-    rooms.requests = watching.Requests(rooms)
-    app.add_middleware(Gate, rooms=rooms)
-    errors.handle_all(app)
-    for part in (chat, videos, images, files, batches, hooks, threads, watching):
-        app.include_router(part.router)
+    description = "Understand, create and edit video by talking."
+    app = FastAPI(title="omnivideo", version=__version__, description=description, lifespan=lifespan)
+    app.state.rooms, app.state.runner, app.state.feed = context, runner, EventFeed(context)
+    context.request_metrics = watching.RequestMetrics(context)
+    app.add_middleware(RequestMiddleware, rooms=context)
+    errors.register_error_handlers(app)
+    for routes in (chat, videos, images, files, batches, hooks, threads, watching):
+        app.include_router(routes.router)
 
     return app

@@ -19,18 +19,18 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 from sse_starlette import EventSourceResponse
 
-from omnivideo.api.errors import OURS, REFUSALS, WireError, body
-from omnivideo.api.events import Feed
-from omnivideo.api.forms import name_for, validated
-from omnivideo.api.media import Part, artifact_of
-from omnivideo.api.rooms import Owner, Room, Rooms
-from omnivideo.api.threads import feed_of
-from omnivideo.contracts import MOST_SEED, Artifact, Think
+from omnivideo.api.errors import INTERNAL_ERROR, ERROR_RESPONSES, APIError, build_error_body
+from omnivideo.api.events import EventFeed
+from omnivideo.api.forms import make_id, validate_fields
+from omnivideo.api.media import MediaPart, artifact_from_part
+from omnivideo.api.rooms import OwnerDep, ContextDep, ServiceContext
+from omnivideo.api.threads import get_event_feed
+from omnivideo.contracts import MAX_SEED, Artifact, Think
 
-router = APIRouter(prefix="/v1", tags=["chat"], responses=REFUSALS)
+router = APIRouter(prefix="/v1", tags=["chat"], responses=ERROR_RESPONSES)
 
 
-class Url(BaseModel):
+class MediaUrl(BaseModel):
     url: str
 
 
@@ -41,12 +41,12 @@ class TextPart(BaseModel):
 
 class ImagePart(BaseModel):
     type: Literal["image_url"]
-    image_url: Url
+    image_url: MediaUrl
 
 
 class VideoPart(BaseModel):
     type: Literal["video_url"]
-    video_url: Url
+    video_url: MediaUrl
 
 
 ContentPart = Annotated[TextPart | ImagePart | VideoPart, Field(discriminator="type")]
@@ -63,16 +63,16 @@ class ChatMessage(BaseModel):
         return "\n".join(part.text for part in self.content if isinstance(part, TextPart))
 
     @property
-    def urls(self) -> list[str]:
-        shown = [part for part in self.content or [] if isinstance(part, ImagePart | VideoPart)]
-        return [(part.image_url if isinstance(part, ImagePart) else part.video_url).url for part in shown]
+    def media_urls(self) -> list[str]:
+        media_parts = [part for part in self.content or [] if isinstance(part, ImagePart | VideoPart)]
+        return [(part.image_url if isinstance(part, ImagePart) else part.video_url).url for part in media_parts]
 
 
 class StreamOptions(BaseModel):
     include_usage: bool = False
 
 
-class NewChat(BaseModel):
+class ChatCompletionRequest(BaseModel):
     """`think`, `check`, `seed`, `steps` and `guidance_scale` are for this turn, as in a thread."""
 
     model: str
@@ -82,76 +82,76 @@ class NewChat(BaseModel):
     n: int = Field(default=1, ge=1, le=1)
     think: Think = "auto"
     check: int = Field(default=1, ge=1, le=16)
-    seed: int | None = Field(default=None, ge=0, le=MOST_SEED)
+    seed: int | None = Field(default=None, ge=0, le=MAX_SEED)
     steps: int | None = Field(default=None, ge=1, le=200)
     guidance_scale: float | None = Field(default=None, ge=0, le=30)
 
 
 @router.get("/models")
-def models(rooms: Room, owner: Owner) -> dict[str, Any]:
+def list_models(context: ContextDep, owner: OwnerDep) -> dict[str, Any]:
     """What may stand in `model`."""
-    return {"object": "list", "data": [card(rooms.settings.preset)]}
+    return {"object": "list", "data": [to_model_object(context.settings.preset)]}
 
 
 @router.get("/models/{name}")
-def model(name: str, rooms: Room, owner: Owner) -> dict[str, Any]:
-    known(rooms, name)
-    return card(name)
+def get_model(name: str, context: ContextDep, owner: OwnerDep) -> dict[str, Any]:
+    check_model_name(context, name)
+    return to_model_object(name)
 
 
-def card(name: str) -> dict[str, Any]:
+def to_model_object(name: str) -> dict[str, Any]:
     return {"id": name, "object": "model", "created": 0, "owned_by": "omnivideo"}
 
 
-def known(rooms: Rooms, name: str) -> None:
-    if name != rooms.settings.preset:
-        text = f"model: there is no {name[:100]!r} here, but {rooms.settings.preset!r}"
-        raise WireError(404, text, "model", "model_not_found")
+def check_model_name(context: ServiceContext, name: str) -> None:
+    if name != context.settings.preset:
+        text = f"model: there is no {name[:100]!r} here, but {context.settings.preset!r}"
+        raise APIError(404, text, "model", "model_not_found")
 
 
-def digest_of(messages: list[ChatMessage]) -> str:
+def digest_messages(messages: list[ChatMessage]) -> str:
     """Of the words and media of all messages; what they carry besides does not matter."""
-    plain = [[one.role, one.text, one.urls] for one in messages]
-    return hashlib.sha256(json.dumps(plain).encode()).hexdigest()
+    content = [[message.role, message.text, message.media_urls] for message in messages]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-class Talk:
+class ChatCompletion:
     """One answer: the thread it is said in, and the turn that is its making."""
 
-    def __init__(self, rooms: Rooms, owner: str, wanted: NewChat, base: str = "/"):
-        self.rooms, self.owner, self.wanted, self.base = rooms, owner, wanted, base
-        self.runner = rooms.runner
-        self.id, self.made = f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
-        self.thread, self.turn, self.said = "", "", ""
+    def __init__(self, context: ServiceContext, owner: str, payload: ChatCompletionRequest, base_url: str = "/"):
+        self.context, self.owner, self.payload, self.base_url = context, owner, payload, base_url
+        self.runner = context.turn_runner
+        self.id, self.created_at = f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
+        self.thread_id, self.turn_id, self.answer_text = "", "", ""
 
-    def begin(self) -> None:
-        known(self.rooms, self.wanted.model)
-        last = self.wanted.messages[-1]
-        if last.role != "user" or not last.text.strip():
-            raise WireError(400, "messages: the last one must be the user's, with some text", "messages")
-        self.thread = self.find()
-        parts = [Part(url=url) for url in last.urls]
-        shown = [artifact_of(self.rooms, self.owner, part, f"{self.thread}/attached") for part in parts]
-        options = self.wanted.model_dump(include={"think", "check", "seed", "steps", "guidance_scale"})
-        turn = name_for("turn", self.owner, None)
-        self.turn = self.runner.begin(turn, self.owner, self.thread, last.text, shown, **options).id
+    def start_turn(self) -> None:
+        check_model_name(self.context, self.payload.model)
+        last_message = self.payload.messages[-1]
+        if last_message.role != "user" or not last_message.text.strip():
+            raise APIError(400, "messages: the last one must be the user's, with some text", "messages")
+        self.thread_id = self.find_or_create_thread()
+        media_parts = [MediaPart(url=url) for url in last_message.media_urls]
+        attachments = [artifact_from_part(self.context, self.owner, part, f"{self.thread_id}/attached") for part in media_parts]
+        options = self.payload.model_dump(include={"think", "check", "seed", "steps", "guidance_scale"})
+        turn_id = make_id("turn", self.owner, None)
+        self.turn_id = self.runner.begin(turn_id, self.owner, self.thread_id, last_message.text, attachments, **options).id
 
-    def find(self) -> str:
+    def find_or_create_thread(self) -> str:
         """The thread of the messages before the last one."""
-        found = self.rooms.turns.chat(self.owner, digest_of(self.wanted.messages[:-1]))
-        name = uuid.uuid4().hex[:16]
-        if found is not None:
-            thread = self.runner.thread(self.owner, found[0])
-            if len(thread.history()) == found[1]:
-                return str(found[0])
-            self.rooms.turns.add_thread(name, self.owner)
-            thread.fork(found[1], name)
-            return name
-        self.rooms.turns.add_thread(name, self.owner)
-        self.rooms.conversations.thread(name, create=True, owner=self.owner)
-        return name
+        known_thread = self.context.turns.chat(self.owner, digest_messages(self.payload.messages[:-1]))
+        thread_id = uuid.uuid4().hex[:16]
+        if known_thread is not None:
+            thread = self.runner.thread(self.owner, known_thread[0])
+            if len(thread.history()) == known_thread[1]:
+                return str(known_thread[0])
+            self.context.turns.add_thread(thread_id, self.owner)
+            thread.fork(known_thread[1], thread_id)
+            return thread_id
+        self.context.turns.add_thread(thread_id, self.owner)
+        self.context.conversations.thread(thread_id, create=True, owner=self.owner)
+        return thread_id
 
-    def words(self, event: dict[str, Any]) -> str:
+    def text_from_event(self, event: dict[str, Any]) -> str:
         """What an event adds to the answer's text."""
         match event["kind"]:
             case "text":
@@ -159,89 +159,89 @@ class Talk:
             case "question":
                 return str(event["text"])
             case "artifact" if event["final"]:
-                return self.link(Artifact(**event["artifact"]))
+                return self.to_markdown_link(Artifact(**event["artifact"]))
         return ""
 
-    def link(self, artifact: Artifact) -> str:
+    def to_markdown_link(self, artifact: Artifact) -> str:
         """A clip or a picture as Markdown shows it."""
-        where = f"{self.base}v1/threads/{self.thread}/artifacts/{artifact.key}"
-        return f"\n![{artifact.medium}]({where})\n"
+        url = f"{self.base_url}v1/threads/{self.thread_id}/artifacts/{artifact.key}"
+        return f"\n![{artifact.medium}]({url})\n"
 
-    def end(self) -> None:
+    def record_completion(self) -> None:
         """Remembers where these messages lead to; raises what ended the turn before its end."""
-        row = self.rooms.turns.get(self.turn, self.owner)
+        row = self.context.turns.get(self.turn_id, self.owner)
         if row.state in ("failed", "cancelled"):
             error = row.error or {"message": "the turn was cancelled", "param": None, "code": "cancelled"}
             status = 500 if error.get("type") == "server_error" else 409 if row.error is None else 400
-            raise WireError(status, error["message"], error["param"], error["code"])
-        mine = ChatMessage(role="assistant", content=self.said)
-        turns = len(self.runner.thread(self.owner, self.thread).history())
-        digest = digest_of([*self.wanted.messages, mine])
-        self.rooms.turns.keep_chat(self.owner, digest, self.thread, turns)
+            raise APIError(status, error["message"], error["param"], error["code"])
+        answer = ChatMessage(role="assistant", content=self.answer_text)
+        num_turns = len(self.runner.thread(self.owner, self.thread_id).history())
+        digest = digest_messages([*self.payload.messages, answer])
+        self.context.turns.keep_chat(self.owner, digest, self.thread_id, num_turns)
 
     # ------------------------------------------------------------ on the wire
 
-    def ended(self) -> dict[str, Any]:
+    def build_completion(self) -> dict[str, Any]:
         """The whole answer of a turn that is over."""
-        told = [event for _, event in self.rooms.turns.events_of(self.turn)]
-        self.said = "".join(map(self.words, told))
-        thought = "".join(event["piece"] for event in told if event["kind"] == "thinking")
-        self.end()
-        message = {"role": "assistant", "content": self.said}
-        if thought:
-            message["reasoning_content"] = thought
-        return self.envelope("chat.completion", {"message": message, "finish_reason": "stop"})
+        events = [event for _, event in self.context.turns.events_of(self.turn_id)]
+        self.answer_text = "".join(map(self.text_from_event, events))
+        reasoning = "".join(event["piece"] for event in events if event["kind"] == "thinking")
+        self.record_completion()
+        message = {"role": "assistant", "content": self.answer_text}
+        if reasoning:
+            message["reasoning_content"] = reasoning
+        return self.build_envelope("chat.completion", {"message": message, "finish_reason": "stop"})
 
-    async def pieces(self, feed: Feed) -> AsyncIterator[dict[str, str]]:
-        yield self.chunk({"role": "assistant", "content": ""})
-        async for _, event in feed.follow(self.turn):
-            if text := self.words(event):
-                self.said += text
-                yield self.chunk({"content": text})
+    async def stream_chunks(self, feed: EventFeed) -> AsyncIterator[dict[str, str]]:
+        yield self.build_chunk({"role": "assistant", "content": ""})
+        async for _, event in feed.follow_turn(self.turn_id):
+            if text := self.text_from_event(event):
+                self.answer_text += text
+                yield self.build_chunk({"content": text})
             elif event["kind"] == "thinking":
-                yield self.chunk({"reasoning_content": event["piece"]})
+                yield self.build_chunk({"reasoning_content": event["piece"]})
             elif event["kind"] == "waiting":  # where a person sees it
-                yield self.chunk({"reasoning_content": f"\n{event['text']}\n"})
+                yield self.build_chunk({"reasoning_content": f"\n{event['text']}\n"})
             elif event["kind"] == "step":
                 yield {"comment": f"step {event['step']} of {event['steps']}"}
         try:
-            await anyio.to_thread.run_sync(self.end)
-        except WireError as error:
-            yield {"data": json.dumps(body(error.status, error.message, error.param, error.code))}
+            await anyio.to_thread.run_sync(self.record_completion)
+        except APIError as error:
+            yield {"data": json.dumps(build_error_body(error.status_code, error.message, error.param, error.code))}
         except Exception:
-            yield {"data": json.dumps(body(500, OURS, None, "internal"))}
+            yield {"data": json.dumps(build_error_body(500, INTERNAL_ERROR, None, "internal"))}
         else:
-            yield self.chunk({}, finish="stop")
+            yield self.build_chunk({}, finish_reason="stop")
         yield {"data": "[DONE]"}
 
-    def chunk(self, delta: dict[str, Any], finish: str | None = None) -> dict[str, str]:
-        made = self.envelope("chat.completion.chunk", {"delta": delta, "finish_reason": finish})
-        return {"data": json.dumps(made)}
+    def build_chunk(self, delta: dict[str, Any], finish_reason: str | None = None) -> dict[str, str]:
+        chunk = self.build_envelope("chat.completion.chunk", {"delta": delta, "finish_reason": finish_reason})
+        return {"data": json.dumps(chunk)}
 
-    def envelope(self, kind: str, choice: dict[str, Any]) -> dict[str, Any]:
+    def build_envelope(self, kind: str, choice: dict[str, Any]) -> dict[str, Any]:
         return {
-            "id": self.id, "object": kind, "created": self.made, "model": self.wanted.model,
+            "id": self.id, "object": kind, "created": self.created_at, "model": self.payload.model,
             "choices": [{"index": 0, "logprobs": None, **choice}],
-            "omnivideo": {"thread": self.thread, "turn": self.turn},
+            "omnivideo": {"thread": self.thread_id, "turn": self.turn_id},
         }  # fmt: skip
 
 
 @router.post("/chat/completions", response_class=JSONResponse)
-async def completions(wanted: NewChat, request: Request, rooms: Room, owner: Owner) -> Response:
+async def create_chat_completion(payload: ChatCompletionRequest, request: Request, context: ContextDep, owner: OwnerDep) -> Response:
     """Says the last message in the conversation that the earlier ones are."""
-    talk = Talk(rooms, owner, wanted, str(request.base_url))
-    await anyio.to_thread.run_sync(talk.begin)
-    if wanted.stream:
-        return EventSourceResponse(talk.pieces(feed_of(request)), ping=15)
-    async for _ in feed_of(request).follow(talk.turn):
+    completion = ChatCompletion(context, owner, payload, str(request.base_url))
+    await anyio.to_thread.run_sync(completion.start_turn)
+    if payload.stream:
+        return EventSourceResponse(completion.stream_chunks(get_event_feed(request)), ping=15)
+    async for _ in get_event_feed(request).follow_turn(completion.turn_id):
         pass
-    return JSONResponse(await anyio.to_thread.run_sync(talk.ended))
+    return JSONResponse(await anyio.to_thread.run_sync(completion.build_completion))
 
 
-def say(rooms: Rooms, owner: str, fields: dict[str, Any]) -> dict[str, Any]:
+def run_chat_request(context: ServiceContext, owner: str, fields: dict[str, Any]) -> dict[str, Any]:
     """A batch's line: the answer as the route would give it, waited for here.  Raises OmniVideoError or WireError."""
-    talk = Talk(rooms, owner, validated(NewChat, fields))
-    talk.begin()
-    while rooms.turns.get(talk.turn, owner).state in ("queued", "running"):
+    completion = ChatCompletion(context, owner, validate_fields(ChatCompletionRequest, fields))
+    completion.start_turn()
+    while context.turns.get(completion.turn_id, owner).state in ("queued", "running"):
         time.sleep(0.05)
-    return talk.ended()
+    return completion.build_completion()

@@ -17,159 +17,159 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, InstanceOf, Validati
 from pydantic.json_schema import SkipJsonSchema
 from starlette.datastructures import FormData, UploadFile
 
-from omnivideo.api.errors import WireError
-from omnivideo.api.rooms import Rooms
+from omnivideo.api.errors import APIError
+from omnivideo.api.rooms import ServiceContext
 from omnivideo.contracts import Artifact
 from omnivideo.errors import InvalidInput
 
-JSON_MOST = 64 * 2**20  # bytes of a body in JSON: room for a clip in a data URL
-JSON_SMALL = 64 * 2**10  # bytes that are parsed sooner than a thread is woken for them
-PART_MOST = 8 * 2**20  # bytes of a form's field that is no file
-FIELD = re.compile(r"(\w{1,64})(?:\[(\w{0,64})\])?")
+MAX_JSON_BYTES = 64 * 2**20  # bytes of a body in JSON: room for a clip in a data URL
+MAX_INLINE_JSON_BYTES = 64 * 2**10  # bytes that are parsed sooner than a thread is woken for them
+MAX_FORM_FIELD_BYTES = 8 * 2**20  # bytes of a form's field that is no file
+FORM_FIELD_PATTERN = re.compile(r"(\w{1,64})(?:\[(\w{0,64})\])?")
 Model = TypeVar("Model", bound=BaseModel)
 
 
-def clean(text: str) -> str:
+def check_characters(text: str) -> str:
     if "\0" in text or any("\ud800" <= char <= "\udfff" for char in text):
         raise ValueError("it holds characters that are none: NUL or half a surrogate pair")
     return text
 
 
-Text = Annotated[str, AfterValidator(clean)]
-Id = Annotated[str, Path(pattern=r"^[A-Za-z0-9_.-]{1,200}$")]
-After = Annotated[str | None, Query(pattern=r"^[A-Za-z0-9_.-]{1,200}$")]
-Key = Annotated[str | None, Header(alias="Idempotency-Key", min_length=1, max_length=255)]
+CleanText = Annotated[str, AfterValidator(check_characters)]
+ResourceId = Annotated[str, Path(pattern=r"^[A-Za-z0-9_.-]{1,200}$")]
+AfterCursor = Annotated[str | None, Query(pattern=r"^[A-Za-z0-9_.-]{1,200}$")]
+IdempotencyKey = Annotated[str | None, Header(alias="Idempotency-Key", min_length=1, max_length=255)]
 
 
 # ---------------------------------------------------------------- bodies
 
 
-async def fields_of(request: Request) -> AsyncIterator[dict[str, Any]]:
-    kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
-    if kind == "application/json":
-        yield await json_of(request)
-    elif kind in ("multipart/form-data", "application/x-www-form-urlencoded"):
-        async with request.form(max_files=4, max_fields=64, max_part_size=PART_MOST) as form:
-            yield nested(form)
+async def read_body_fields(request: Request) -> AsyncIterator[dict[str, Any]]:
+    content_type = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+    if content_type == "application/json":
+        yield await read_json_body(request)
+    elif content_type in ("multipart/form-data", "application/x-www-form-urlencoded"):
+        async with request.form(max_files=4, max_fields=64, max_part_size=MAX_FORM_FIELD_BYTES) as form:
+            yield fields_from_form(form)
     else:
-        raise WireError(415, "the body has another type; allowed: application/json, multipart/form-data", "body")
+        raise APIError(415, "the body has another type; allowed: application/json, multipart/form-data", "body")
 
 
-Fields = Annotated[dict[str, Any], Depends(fields_of)]
+BodyFields = Annotated[dict[str, Any], Depends(read_body_fields)]
 
 
-async def json_of(request: Request) -> dict[str, Any]:
+async def read_json_body(request: Request) -> dict[str, Any]:
     data = bytearray()
-    async for piece in request.stream():
-        data += piece
-        if len(data) > JSON_MOST:
-            raise WireError(413, f"the body is above {JSON_MOST} bytes; send files as a form", "body", "too_large")
-    return parsed(data) if len(data) <= JSON_SMALL else await anyio.to_thread.run_sync(parsed, data)
+    async for chunk in request.stream():
+        data += chunk
+        if len(data) > MAX_JSON_BYTES:
+            raise APIError(413, f"the body is above {MAX_JSON_BYTES} bytes; send files as a form", "body", "too_large")
+    return parse_json_object(data) if len(data) <= MAX_INLINE_JSON_BYTES else await anyio.to_thread.run_sync(parse_json_object, data)
 
 
-def parsed(data: bytes | bytearray, what: str = "body") -> dict[str, Any]:
+def parse_json_object(data: bytes | bytearray, field: str = "body") -> dict[str, Any]:
     """A JSON object; raises InvalidInput for anything else, numbers that are none and nesting without end included."""
     try:
-        found = json.loads(data, parse_constant=no_number)
+        parsed = json.loads(data, parse_constant=reject_constant)
     except (ValueError, RecursionError):
-        raise InvalidInput(what, "it is no JSON") from None
-    if not isinstance(found, dict):
-        raise InvalidInput(what, "it is no JSON object")
-    return found
+        raise InvalidInput(field, "it is no JSON") from None
+    if not isinstance(parsed, dict):
+        raise InvalidInput(field, "it is no JSON object")
+    return parsed
 
 
-def no_number(name: str) -> float:
+def reject_constant(name: str) -> float:
     raise ValueError(name)
 
 
-def nested(form: FormData) -> dict[str, Any]:
+def fields_from_form(form: FormData) -> dict[str, Any]:
     fields: dict[str, Any] = {}
     for name, value in form.multi_items():
-        found = FIELD.fullmatch(name)
-        if found is None:
+        match = FORM_FIELD_PATTERN.fullmatch(name)
+        if match is None:
             continue  # no field of ours is called so
-        field, inner = found.groups()
-        given: Any = {"upload": value} if isinstance(value, UploadFile) else value
-        if inner is None:
-            fields[field] = given
-        elif inner == "":
+        field, subfield = match.groups()
+        entry: Any = {"upload": value} if isinstance(value, UploadFile) else value
+        if subfield is None:
+            fields[field] = entry
+        elif subfield == "":
             fields.setdefault(field, [])
-            fields[field] += [given]
+            fields[field] += [entry]
         else:
-            fields[field] = (fields[field] if isinstance(fields.get(field), dict) else {}) | {inner: given}
+            fields[field] = (fields[field] if isinstance(fields.get(field), dict) else {}) | {subfield: entry}
     return fields
 
 
-def validated(kind: type[Model], fields: Mapping[str, Any]) -> Model:
+def validate_fields(model_class: type[Model], fields: Mapping[str, Any]) -> Model:
     """Raises InvalidInput with the first wrong field's name; fields that the model does not know are let go."""
     try:
-        return kind.model_validate(fields)
+        return model_class.model_validate(fields)
     except ValidationError as error:
-        fault = error.errors()[0]
-        where = ".".join(str(part) for part in fault["loc"]) or "body"
-        raise InvalidInput(where[:100], fault["msg"][0].lower() + fault["msg"][1:]) from None
+        first_error = error.errors()[0]
+        field_path = ".".join(str(part) for part in first_error["loc"]) or "body"
+        raise InvalidInput(field_path[:100], first_error["msg"][0].lower() + first_error["msg"][1:]) from None
 
 
-def documented(kind: type[BaseModel], *files: str, plain: bool = True) -> dict[str, Any]:
+def document_request_body(model_class: type[BaseModel], *file_fields: str, accepts_json: bool = True) -> dict[str, Any]:
     """A route's body in the OpenAPI document: as JSON if `plain`, and as a form where some fields may be files."""
-    schema = kind.model_json_schema()
-    schema = inlined(schema, schema.pop("$defs", {}))
-    content: dict[str, Any] = {"application/json": {"schema": schema}} if plain else {}
-    if files:
-        uploads = {name: {"type": "string", "format": "binary"} for name in files}
+    schema = model_class.model_json_schema()
+    schema = inline_definitions(schema, schema.pop("$defs", {}))
+    content: dict[str, Any] = {"application/json": {"schema": schema}} if accepts_json else {}
+    if file_fields:
+        uploads = {name: {"type": "string", "format": "binary"} for name in file_fields}
         content["multipart/form-data"] = {"schema": schema | {"properties": schema["properties"] | uploads}}
     return {"requestBody": {"required": True, "content": content}}
 
 
-def inlined(schema: Any, parts: dict[str, Any]) -> Any:
+def inline_definitions(schema: Any, definitions: dict[str, Any]) -> Any:
     """The schema with its parts in place: a reference would lead nowhere from inside the document."""
     if isinstance(schema, list):
-        return [inlined(one, parts) for one in schema]
+        return [inline_definitions(item, definitions) for item in schema]
     if not isinstance(schema, dict):
         return schema
     if "$ref" in schema:
-        return inlined(parts[schema["$ref"].rpartition("/")[2]], parts)
-    return {name: inlined(one, parts) for name, one in schema.items()}
+        return inline_definitions(definitions[schema["$ref"].rpartition("/")[2]], definitions)
+    return {name: inline_definitions(item, definitions) for name, item in schema.items()}
 
 
 # ---------------------------------------------------------------- media that a request speaks of
 
 
-class Reference(BaseModel):
+class MediaReference(BaseModel):
     """An image or a clip: uploaded with the request, before it (`file_id`), drawn here (`id`), or at a URL."""
 
     model_config = ConfigDict(title="Reference")
 
     upload: SkipJsonSchema[InstanceOf[UploadFile] | None] = None
-    file_id: Text | None = None
-    image_url: Text | None = None
-    id: Text | None = None
+    file_id: CleanText | None = None
+    image_url: CleanText | None = None
+    id: CleanText | None = None
 
 
-def source_of(rooms: Rooms, owner: str, given: Reference, field: str) -> Artifact:
+def resolve_source(context: ServiceContext, owner: str, reference: MediaReference, field: str) -> Artifact:
     """Raises InvalidInput that names the field."""
-    ways = given.model_dump(exclude_none=True)
-    if len(ways) != 1:
+    reference_fields = reference.model_dump(exclude_none=True)
+    if len(reference_fields) != 1:
         raise InvalidInput(field, "give a file, or one of file_id, image_url and id")
-    way = next(iter(ways))
-    where = field if way == "upload" else f"{field}.{way}"
+    kind = next(iter(reference_fields))
+    field_path = field if kind == "upload" else f"{field}.{kind}"
     try:
-        return WAYS[way](rooms, owner, ways[way])
+        return ARTIFACT_RESOLVERS[kind](context, owner, reference_fields[kind])
     except InvalidInput as error:
-        raise renamed(error, where) from None
+        raise rename_error_field(error, field_path) from None
 
 
-def renamed(error: InvalidInput, field: str) -> InvalidInput:
+def rename_error_field(error: InvalidInput, field: str) -> InvalidInput:
     return InvalidInput(field, str(error).removeprefix(f"{error.field}: "))
 
 
-def uploaded(rooms: Rooms, owner: str, file: UploadFile) -> Artifact:
-    made: Artifact = rooms.taken(file.file.read(), "upload", file.filename or "")
-    return made
+def artifact_from_upload(context: ServiceContext, owner: str, file: UploadFile) -> Artifact:
+    artifact: Artifact = context.ingest_media(file.file.read(), "upload", file.filename or "")
+    return artifact
 
 
-def filed(rooms: Rooms, owner: str, file_id: str) -> Artifact:
-    row = rooms.records.file(file_id, owner)
+def artifact_from_file(context: ServiceContext, owner: str, file_id: str) -> Artifact:
+    row = context.records.file(file_id, owner)
     if row is None:
         raise InvalidInput("file_id", f"there is no file {file_id[:100]!r}")
     if row.artifact is None:
@@ -177,40 +177,40 @@ def filed(rooms: Rooms, owner: str, file_id: str) -> Artifact:
     return Artifact(**row.artifact)
 
 
-def fetched(rooms: Rooms, owner: str, url: str) -> Artifact:
-    made: Artifact = rooms.taken(rooms.fetched(url), "upload")
-    return made
+def artifact_from_url(context: ServiceContext, owner: str, url: str) -> Artifact:
+    artifact: Artifact = context.ingest_media(context.fetch_media(url), "upload")
+    return artifact
 
 
-def drawn(rooms: Rooms, owner: str, job_id: str) -> Artifact:
-    found = rooms.records.job(job_id, owner, "video")
-    if found is None:
+def artifact_from_job(context: ServiceContext, owner: str, job_id: str) -> Artifact:
+    status = context.records.job(job_id, owner, "video")
+    if status is None:
         raise InvalidInput("id", f"there is no video {job_id[:100]!r}")
-    if found.result is None:
+    if status.result is None:
         raise InvalidInput("id", "that video is not completed")
-    made: Artifact = found.result
-    return made
+    artifact: Artifact = status.result
+    return artifact
 
 
-WAYS: dict[str, Callable[[Rooms, str, Any], Artifact]] = {
-    "upload": uploaded, "file_id": filed, "image_url": fetched, "id": drawn,
+ARTIFACT_RESOLVERS: dict[str, Callable[[ServiceContext, str, Any], Artifact]] = {
+    "upload": artifact_from_upload, "file_id": artifact_from_file, "image_url": artifact_from_url, "id": artifact_from_job,
 }  # fmt: skip
 
 
 # ---------------------------------------------------------------- repeated requests
 
 
-def name_for(kind: str, owner: str, key: str | None) -> str:
+def make_id(prefix: str, owner: str, idempotency_key: str | None) -> str:
     """An id: of its own, or the one that every request of this owner with this key gets."""
-    made = uuid.uuid4().hex if key is None else hashlib.sha256(f"{owner}\0{kind}\0{key}".encode()).hexdigest()[:32]
-    return f"{kind}_{made}"
+    suffix = uuid.uuid4().hex if idempotency_key is None else hashlib.sha256(f"{owner}\0{prefix}\0{idempotency_key}".encode()).hexdigest()[:32]
+    return f"{prefix}_{suffix}"
 
 
-def digest_of(*parts: Any) -> str:
+def digest_request(*parts: Any) -> str:
     """Of all that makes a request this one and no other."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def reused() -> WireError:
+def build_key_reused_error() -> APIError:
     text = "Idempotency-Key: it was given before, with another request; give a new one"
-    return WireError(422, text, "Idempotency-Key", "idempotency_key_reused")
+    return APIError(422, text, "Idempotency-Key", "idempotency_key_reused")

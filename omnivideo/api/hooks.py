@@ -10,25 +10,25 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Query
 from pydantic import BaseModel, Field
 
-from omnivideo.api.errors import REFUSALS, not_found
-from omnivideo.api.forms import After, Fields, Id, Text, documented, name_for, validated
-from omnivideo.api.rooms import Owner, Room
+from omnivideo.api.errors import ERROR_RESPONSES, build_not_found_error
+from omnivideo.api.forms import AfterCursor, BodyFields, ResourceId, CleanText, document_request_body, make_id, validate_fields
+from omnivideo.api.rooms import OwnerDep, ContextDep
 
-router = APIRouter(prefix="/v1", tags=["webhooks"], responses=REFUSALS)
-MOST = 20  # of one owner
-EventType = Literal["video.completed", "video.failed"]
-BOTH: list[EventType] = ["video.completed", "video.failed"]
+router = APIRouter(prefix="/v1", tags=["webhooks"], responses=ERROR_RESPONSES)
+MAX_WEBHOOKS_PER_OWNER = 20  # of one owner
+WebhookEventType = Literal["video.completed", "video.failed"]
+ALL_EVENT_TYPES: list[WebhookEventType] = ["video.completed", "video.failed"]
 
 
-class NewHook(BaseModel):
+class CreateWebhookRequest(BaseModel):
     """`url` is told of the events by POST, at a public address unless the operator has listed its host."""
 
-    url: Text = Field(min_length=1, max_length=2000)
-    name: Text = Field(default="webhook", min_length=1, max_length=100)
-    event_types: list[EventType] = Field(default=BOTH, min_length=1, max_length=20)
+    url: CleanText = Field(min_length=1, max_length=2000)
+    name: CleanText = Field(default="webhook", min_length=1, max_length=100)
+    event_types: list[WebhookEventType] = Field(default=ALL_EVENT_TYPES, min_length=1, max_length=20)
 
 
-class Hook(BaseModel):
+class WebhookEndpoint(BaseModel):
     """`signing_secret`, and `secret`, which is the same, are told when it is made and never again."""
 
     id: str
@@ -41,66 +41,66 @@ class Hook(BaseModel):
     secret: str | None = None
 
 
-class HookList(BaseModel):
+class WebhookEndpointList(BaseModel):
     object: Literal["list"] = "list"
-    data: list[Hook]
+    data: list[WebhookEndpoint]
     first_id: str | None = None
     last_id: str | None = None
     has_more: bool
 
 
-class HookDeleted(BaseModel):
+class WebhookEndpointDeleted(BaseModel):
     id: str
     object: Literal["webhook_endpoint.deleted"] = "webhook_endpoint.deleted"
     deleted: bool = True
 
 
-def shown(row: Any, secret: str | None = None) -> Hook:
-    return Hook(
+def to_webhook_endpoint(row: Any, secret: str | None = None) -> WebhookEndpoint:
+    return WebhookEndpoint(
         id=row.id, created_at=int(row.made), name=row.name, url=row.url, event_types=row.events,
         signing_secret=secret, secret=secret,
     )  # fmt: skip
 
 
-@router.post("/webhook_endpoints", response_model_exclude_none=True, openapi_extra=documented(NewHook))
-@router.post("/webhooks", response_model_exclude_none=True, openapi_extra=documented(NewHook))
-def create(rooms: Room, owner: Owner, fields: Fields) -> Hook:
-    asked = validated(NewHook, fields)
-    assert rooms.reachable, "the wiring gives a service its way to look at a webhook's URL"
-    rooms.reachable(asked.url)
+@router.post("/webhook_endpoints", response_model_exclude_none=True, openapi_extra=document_request_body(CreateWebhookRequest))
+@router.post("/webhooks", response_model_exclude_none=True, openapi_extra=document_request_body(CreateWebhookRequest))
+def create_webhook(context: ContextDep, owner: OwnerDep, fields: BodyFields) -> WebhookEndpoint:
+    payload = validate_fields(CreateWebhookRequest, fields)
+    assert context.check_webhook_url, "the wiring gives a service its way to look at a webhook's URL"
+    context.check_webhook_url(payload.url)
     secret = "whsec_" + base64.b64encode(secrets.token_bytes(32)).decode()
-    row = rooms.records.add_hook(
-        owner, MOST, id=name_for("whe", owner, None), url=asked.url, secret=secret, name=asked.name,
-        events=list(dict.fromkeys(asked.event_types)),
+    row = context.records.add_hook(
+        owner, MAX_WEBHOOKS_PER_OWNER, id=make_id("whe", owner, None), url=payload.url, secret=secret, name=payload.name,
+        events=list(dict.fromkeys(payload.event_types)),
     )  # fmt: skip
-    return shown(row, secret)
+    return to_webhook_endpoint(row, secret)
 
 
 @router.get("/webhook_endpoints", response_model_exclude_none=True)
 @router.get("/webhooks", response_model_exclude_none=True)
-def listing(
-    rooms: Room, owner: Owner, after: After = None, limit: Annotated[int, Query(ge=1, le=100)] = 20
-) -> HookList:  # fmt: skip
+def list_webhooks(
+    context: ContextDep, owner: OwnerDep, after: AfterCursor = None, limit: Annotated[int, Query(ge=1, le=100)] = 20
+) -> WebhookEndpointList:  # fmt: skip
     """Your webhooks, the newest first."""
-    rows, more = rooms.records.hooks(owner, after, limit)
-    data = [shown(row) for row in rows]
+    rows, has_more = context.records.hooks(owner, after, limit)
+    data = [to_webhook_endpoint(row) for row in rows]
     first, last = (data[0].id, data[-1].id) if data else (None, None)
-    return HookList(data=data, first_id=first, last_id=last, has_more=more)
+    return WebhookEndpointList(data=data, first_id=first, last_id=last, has_more=has_more)
 
 
 @router.get("/webhook_endpoints/{hook_id}", response_model_exclude_none=True)
 @router.get("/webhooks/{hook_id}", response_model_exclude_none=True)
-def get(hook_id: Id, rooms: Room, owner: Owner) -> Hook:
-    row = rooms.records.hook(hook_id, owner)
+def get_webhook(hook_id: ResourceId, context: ContextDep, owner: OwnerDep) -> WebhookEndpoint:
+    row = context.records.hook(hook_id, owner)
     if row is None:
-        raise not_found("webhook", hook_id)
-    return shown(row)
+        raise build_not_found_error("webhook", hook_id)
+    return to_webhook_endpoint(row)
 
 
 @router.delete("/webhook_endpoints/{hook_id}")
 @router.delete("/webhooks/{hook_id}")
-def delete(hook_id: Id, rooms: Room, owner: Owner) -> HookDeleted:
+def delete_webhook(hook_id: ResourceId, context: ContextDep, owner: OwnerDep) -> WebhookEndpointDeleted:
     """What it has not been told by now it will not be."""
-    if not rooms.records.remove_hook(hook_id, owner):
-        raise not_found("webhook", hook_id)
-    return HookDeleted(id=hook_id)
+    if not context.records.remove_hook(hook_id, owner):
+        raise build_not_found_error("webhook", hook_id)
+    return WebhookEndpointDeleted(id=hook_id)

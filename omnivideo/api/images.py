@@ -11,117 +11,117 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
 from omnivideo.api.drawing import (
-    ImageAsked,
-    ImageEditAsked,
-    Order,
-    image_edit_orders,
-    image_orders,
-    submitted,
-    trouble,
+    ImageRequest,
+    ImageEditRequest,
+    JobRequest,
+    build_image_edit_jobs,
+    build_image_jobs,
+    submit_job,
+    error_from_status,
 )
-from omnivideo.api.errors import REFUSALS, not_found
-from omnivideo.api.forms import Fields, Id, Key, documented, name_for
-from omnivideo.api.rooms import Owner, Room, Rooms
-from omnivideo.api.videos import held
+from omnivideo.api.errors import ERROR_RESPONSES, build_not_found_error
+from omnivideo.api.forms import BodyFields, ResourceId, IdempotencyKey, document_request_body, make_id
+from omnivideo.api.rooms import OwnerDep, ContextDep, ServiceContext
+from omnivideo.api.videos import build_content_response
 from omnivideo.contracts import Artifact, JobStatus
 
-router = APIRouter(prefix="/v1/images", tags=["images"], responses=REFUSALS)
-LOOK = 0.05  # seconds between two looks at the jobs
-LINK = 3600  # seconds that a link to the store is good for
-GONE = 499  # what others write into their logs for a client that did not wait
-Take = Callable[[Rooms, str, Mapping[str, Any], str], list[Order]]
+router = APIRouter(prefix="/v1/images", tags=["images"], responses=ERROR_RESPONSES)
+POLL_SECONDS = 0.05  # seconds between two looks at the jobs
+LINK_LIFETIME_SECONDS = 3600  # seconds that a link to the store is good for
+CLIENT_CLOSED_REQUEST = 499  # what others write into their logs for a client that did not wait
+ImageJobBuilder = Callable[[ServiceContext, str, Mapping[str, Any], str], list[JobRequest]]
 
 
-class Image(BaseModel):
+class ImageObject(BaseModel):
     b64_json: str | None = None
     url: str | None = None
 
 
-class Images(BaseModel):
+class ImagesResponse(BaseModel):
     created: int
-    data: list[Image]
+    data: list[ImageObject]
     output_format: Literal["png"] = "png"
     size: str
 
 
-@router.post("/generations", response_model=Images, openapi_extra=documented(ImageAsked))
-async def generate(request: Request, rooms: Room, owner: Owner, fields: Fields, key: Key = None) -> Response:
+@router.post("/generations", response_model=ImagesResponse, openapi_extra=document_request_body(ImageRequest))
+async def generate_images(request: Request, context: ContextDep, owner: OwnerDep, fields: BodyFields, idempotency_key: IdempotencyKey = None) -> Response:
     """`n` images of the prompt, with seeds that follow each other; a client that goes away stops them."""
-    return await made(request, rooms, owner, fields, name_for("image", owner, key), image_orders)
+    return await run_image_jobs(request, context, owner, fields, make_id("image", owner, idempotency_key), build_image_jobs)
 
 
-@router.post("/edits", response_model=Images, openapi_extra=documented(ImageEditAsked, "image"))
-async def edit(request: Request, rooms: Room, owner: Owner, fields: Fields, key: Key = None) -> Response:
+@router.post("/edits", response_model=ImagesResponse, openapi_extra=document_request_body(ImageEditRequest, "image"))
+async def edit_images(request: Request, context: ContextDep, owner: OwnerDep, fields: BodyFields, idempotency_key: IdempotencyKey = None) -> Response:
     """The image, changed as the prompt says."""
-    return await made(request, rooms, owner, fields, name_for("image", owner, key), image_edit_orders)
+    return await run_image_jobs(request, context, owner, fields, make_id("image", owner, idempotency_key), build_image_edit_jobs)
 
 
 @router.get("/{image_id}/content", response_class=Response)
-def content(image_id: Id, request: Request, rooms: Room, owner: Owner) -> Response:
+def get_image_content(image_id: ResourceId, request: Request, context: ContextDep, owner: OwnerDep) -> Response:
     """An image that was asked for as a URL."""
-    status: JobStatus | None = rooms.records.job(image_id, owner, "image")
+    status: JobStatus | None = context.records.job(image_id, owner, "image")
     if status is None:
-        raise not_found("image", image_id)
-    return held(rooms, status, request)
+        raise build_not_found_error("image", image_id)
+    return build_content_response(context, status, request)
 
 
-async def made(
-    request: Request, rooms: Rooms, owner: str, fields: Mapping[str, Any], name: str, take: Take
+async def run_image_jobs(
+    request: Request, context: ServiceContext, owner: str, fields: Mapping[str, Any], base_id: str, build_jobs: ImageJobBuilder
 ) -> Response:  # fmt: skip
-    ids = await run_sync(ordered, rooms, owner, fields, name, take)
-    ended = await waited(request, rooms, ids)
-    if ended is None:
-        return Response(status_code=GONE)
+    job_ids = await run_sync(submit_image_jobs, context, owner, fields, base_id, build_jobs)
+    statuses = await wait_for_jobs(request, context, job_ids)
+    if statuses is None:
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
     inline = fields.get("response_format") != "url"
-    shown = await run_sync(answer, rooms, ended, inline, str(request.base_url))
-    return JSONResponse(shown.model_dump(exclude_none=True))
+    images_response = await run_sync(build_images_response, context, statuses, inline, str(request.base_url))
+    return JSONResponse(images_response.model_dump(exclude_none=True))
 
 
-def ordered(rooms: Rooms, owner: str, fields: Mapping[str, Any], name: str, take: Take) -> list[str]:
+def submit_image_jobs(context: ServiceContext, owner: str, fields: Mapping[str, Any], base_id: str, build_jobs: ImageJobBuilder) -> list[str]:
     """The ids of the jobs: all of them, or none where one finds no room."""
-    ids: list[str] = []
+    job_ids: list[str] = []
     try:
-        for order in take(rooms, owner, fields, name):
-            ids.append(submitted(rooms, owner, order).id)
+        for job_request in build_jobs(context, owner, fields, base_id):
+            job_ids.append(submit_job(context, owner, job_request).id)
     except Exception:
-        stop(rooms, ids)
+        cancel_jobs(context, job_ids)
         raise
-    return ids
+    return job_ids
 
 
-def stop(rooms: Rooms, ids: list[str]) -> None:
-    for job_id in ids:
-        rooms.jobs.cancel(job_id)
+def cancel_jobs(context: ServiceContext, job_ids: list[str]) -> None:
+    for job_id in job_ids:
+        context.jobs.cancel(job_id)
 
 
-async def waited(request: Request, rooms: Rooms, ids: list[str]) -> list[JobStatus] | None:
+async def wait_for_jobs(request: Request, context: ServiceContext, job_ids: list[str]) -> list[JobStatus] | None:
     """The jobs in order, once all are done; None where the client has gone.  Raises what ended one of them."""
     while True:
-        known = {status.id: status for status in await run_sync(rooms.jobs.statuses, ids)}
-        statuses = [known[job_id] for job_id in ids]
+        status_by_id = {status.id: status for status in await run_sync(context.jobs.statuses, job_ids)}
+        statuses = [status_by_id[job_id] for job_id in job_ids]
         failed = next((status for status in statuses if status.state in ("failed", "cancelled")), None)
         if failed is not None:
-            await run_sync(stop, rooms, ids)
-            raise trouble(failed)
+            await run_sync(cancel_jobs, context, job_ids)
+            raise error_from_status(failed)
         if all(status.state == "done" for status in statuses):
             return statuses
         if await request.is_disconnected():
-            await run_sync(stop, rooms, ids)
+            await run_sync(cancel_jobs, context, job_ids)
             return None
-        await anyio.sleep(LOOK)
+        await anyio.sleep(POLL_SECONDS)
 
 
-def answer(rooms: Rooms, statuses: list[JobStatus], inline: bool, base: str) -> Images:
-    data = [image(rooms, status, inline, base) for status in statuses]
-    return Images(created=int(statuses[0].made), data=data, size=statuses[0].meta["size"])
+def build_images_response(context: ServiceContext, statuses: list[JobStatus], inline: bool, base_url: str) -> ImagesResponse:
+    data = [to_image_object(context, status, inline, base_url) for status in statuses]
+    return ImagesResponse(created=int(statuses[0].created_at), data=data, size=statuses[0].meta["size"])
 
 
-def image(rooms: Rooms, status: JobStatus, inline: bool, base: str) -> Image:
+def to_image_object(context: ServiceContext, status: JobStatus, inline: bool, base_url: str) -> ImageObject:
     """Its bytes, or where it is: in the store, if that gives links, else here, with the key that asked for it."""
     artifact: Artifact | None = status.result
     assert artifact is not None
     if inline:
-        return Image(b64_json=base64.b64encode(rooms.store.get(artifact.key)).decode())
-    if base and (signed := getattr(rooms.store, "signed", None)):
-        return Image(url=signed(artifact.key, LINK))
-    return Image(url=f"{base or '/'}v1/images/{status.id}/content")
+        return ImageObject(b64_json=base64.b64encode(context.store.get(artifact.key)).decode())
+    if base_url and (sign_url := getattr(context.store, "signed", None)):
+        return ImageObject(url=sign_url(artifact.key, LINK_LIFETIME_SECONDS))
+    return ImageObject(url=f"{base_url or '/'}v1/images/{status.id}/content")

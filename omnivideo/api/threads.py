@@ -7,45 +7,45 @@ from fastapi import APIRouter, Header, Query, Request, Response
 from pydantic import BaseModel, Field
 from sse_starlette import EventSourceResponse
 
-from omnivideo.api.errors import REFUSALS, WireError, not_found
-from omnivideo.api.events import Feed, sse
-from omnivideo.api.forms import Key, name_for
-from omnivideo.api.media import Part, artifact_of, ranged
-from omnivideo.api.rooms import Owner, Room
-from omnivideo.api.running import Runner
-from omnivideo.contracts import MOST_SEED, Artifact, Think, Turn
+from omnivideo.api.errors import ERROR_RESPONSES, APIError, build_not_found_error
+from omnivideo.api.events import EventFeed, to_sse
+from omnivideo.api.forms import IdempotencyKey, make_id
+from omnivideo.api.media import MediaPart, artifact_from_part, build_range_response
+from omnivideo.api.rooms import OwnerDep, ContextDep
+from omnivideo.api.running import TurnRunner
+from omnivideo.contracts import MAX_SEED, Artifact, Think, Turn
 
-router = APIRouter(prefix="/v1/threads", tags=["threads"], responses=REFUSALS)
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
-
-
-class NewThread(BaseModel):
-    id: Name | None = None
+router = APIRouter(prefix="/v1/threads", tags=["threads"], responses=ERROR_RESPONSES)
+ThreadId = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 
 
-class NewTurn(BaseModel):
+class CreateThreadRequest(BaseModel):
+    id: ThreadId | None = None
+
+
+class CreateTurnRequest(BaseModel):
     text: str = Field(min_length=1, max_length=4000)
-    attachments: list[Part] = Field(default=[], max_length=4)
+    attachments: list[MediaPart] = Field(default=[], max_length=4)
     think: Think = "auto"
     check: int = Field(default=1, ge=1, le=16)
-    seed: int | None = Field(default=None, ge=0, le=MOST_SEED)
+    seed: int | None = Field(default=None, ge=0, le=MAX_SEED)
     steps: int | None = Field(default=None, ge=1, le=200)
     guidance_scale: float | None = Field(default=None, ge=0, le=30)
     stream: bool = False
 
 
-class NewFork(BaseModel):
-    turn: int = Field(ge=0)
-    id: Name | None = None
+class ForkThreadRequest(BaseModel):
+    after_turn: int = Field(ge=0)
+    id: ThreadId | None = None
 
 
-class ThreadShown(BaseModel):
+class ThreadSummary(BaseModel):
     id: str
     object: Literal["thread"] = "thread"
     created_at: int
 
 
-class ThreadWhole(BaseModel):
+class ThreadDetail(BaseModel):
     id: str
     object: Literal["thread"] = "thread"
     turns: list[Turn]
@@ -55,15 +55,15 @@ class ThreadWhole(BaseModel):
 
 class ThreadList(BaseModel):
     object: Literal["list"] = "list"
-    data: list[ThreadShown]
+    data: list[ThreadSummary]
 
 
-class TurnShown(BaseModel):
+class TurnResponse(BaseModel):
     """`turn` is there once the state is done; `asks` means that the next turn's text is the reply."""
 
     id: str
     object: Literal["thread.turn"] = "thread.turn"
-    thread: str
+    thread_id: str
     number: int
     state: Literal["queued", "running", "done", "asks", "failed", "cancelled"]
     created_at: int
@@ -72,148 +72,148 @@ class TurnShown(BaseModel):
     turn: Turn | None = None
 
 
-class Gone(BaseModel):
+class ThreadDeleted(BaseModel):
     id: str
     object: Literal["thread.deleted"] = "thread.deleted"
     deleted: bool = True
 
 
-def runner_of(request: Request) -> Runner:
-    runner: Runner = request.app.state.runner
+def get_turn_runner(request: Request) -> TurnRunner:
+    runner: TurnRunner = request.app.state.runner
     return runner
 
 
-def feed_of(request: Request) -> Feed:
-    feed: Feed = request.app.state.feed
+def get_event_feed(request: Request) -> EventFeed:
+    feed: EventFeed = request.app.state.feed
     return feed
 
 
 @router.post("", status_code=201)
-def create(rooms: Room, owner: Owner, wanted: NewThread | None = None, key: Key = None) -> ThreadShown:
+def create_thread(context: ContextDep, owner: OwnerDep, payload: CreateThreadRequest | None = None, idempotency_key: IdempotencyKey = None) -> ThreadSummary:
     """A new, empty thread; the same Idempotency-Key is the same thread."""
-    name = (wanted and wanted.id) or name_for("thread", owner, key)
-    if not (key and rooms.turns.has_thread(name, owner)):
-        rooms.turns.add_thread(name, owner)
-    rooms.conversations.thread(name, create=True, owner=owner)
-    return shown(rooms, owner, name)
+    thread_id = (payload and payload.id) or make_id("thread", owner, idempotency_key)
+    if not (idempotency_key and context.turns.has_thread(thread_id, owner)):
+        context.turns.add_thread(thread_id, owner)
+    context.conversations.thread(thread_id, create=True, owner=owner)
+    return load_thread_summary(context, owner, thread_id)
 
 
-def shown(rooms: Any, owner: str, name: str) -> ThreadShown:
-    row = next(row for row in rooms.turns.threads_of(owner, 10**6) if row["id"] == name)
-    return ThreadShown(id=name, created_at=int(row["made"]))
+def load_thread_summary(context: Any, owner: str, thread_id: str) -> ThreadSummary:
+    row = next(row for row in context.turns.threads_of(owner, 10**6) if row["id"] == thread_id)
+    return ThreadSummary(id=thread_id, created_at=int(row["made"]))
 
 
 @router.get("")
-def listing(rooms: Room, owner: Owner, limit: Annotated[int, Query(ge=1, le=100)] = 20) -> ThreadList:
+def list_threads(context: ContextDep, owner: OwnerDep, limit: Annotated[int, Query(ge=1, le=100)] = 20) -> ThreadList:
     """Your threads, the newest first."""
-    rows = rooms.turns.threads_of(owner, limit)
-    return ThreadList(data=[ThreadShown(id=row["id"], created_at=int(row["made"])) for row in rows])
+    rows = context.turns.threads_of(owner, limit)
+    return ThreadList(data=[ThreadSummary(id=row["id"], created_at=int(row["made"])) for row in rows])
 
 
 @router.get("/{name}")
-def get(name: str, request: Request, owner: Owner) -> ThreadWhole:
+def get_thread(name: str, request: Request, owner: OwnerDep) -> ThreadDetail:
     """All that was said and made."""
-    thread = runner_of(request).thread(owner, name)
-    return ThreadWhole(id=name, turns=thread.history(), question=thread.question(), artifacts=thread.artifacts())
+    thread = get_turn_runner(request).get_thread(owner, name)
+    return ThreadDetail(id=name, turns=thread.get_turns(), question=thread.get_open_question(), artifacts=thread.get_artifacts())
 
 
 @router.delete("/{name}")
-def delete(name: str, request: Request, rooms: Room, owner: Owner) -> Gone:
+def delete_thread(name: str, request: Request, context: ContextDep, owner: OwnerDep) -> ThreadDeleted:
     """Forgets the thread; its artifacts go with the next sweep, unless something else refers to them."""
-    runner_of(request).thread(owner, name)
-    rooms.turns.drop_thread(name)
-    return Gone(id=name)
+    get_turn_runner(request).get_thread(owner, name)
+    context.turns.drop_thread(name)
+    return ThreadDeleted(id=name)
 
 
 @router.post("/{name}/forks", status_code=201)
-def fork(name: str, wanted: NewFork, request: Request, rooms: Room, owner: Owner, key: Key = None) -> ThreadShown:
+def fork_thread(name: str, payload: ForkThreadRequest, request: Request, context: ContextDep, owner: OwnerDep, idempotency_key: IdempotencyKey = None) -> ThreadSummary:
     """A new thread that begins with this one's first `turn` turns."""
-    thread, branch = runner_of(request).thread(owner, name), wanted.id or name_for("thread", owner, key)
-    if key and rooms.turns.has_thread(branch, owner):
-        return shown(rooms, owner, branch)
-    past = thread.after(wanted.turn)
-    if past is None:
-        raise WireError(400, f"turn: {wanted.turn} is not a turn of this thread: 0 to {len(thread.history())}", "turn")
-    rooms.turns.add_thread(branch, owner)
-    thread.fork(wanted.turn, branch)
-    return shown(rooms, owner, branch)
+    thread, branch = get_turn_runner(request).get_thread(owner, name), payload.id or make_id("thread", owner, idempotency_key)
+    if idempotency_key and context.turns.has_thread(branch, owner):
+        return load_thread_summary(context, owner, branch)
+    snapshot = thread.find_snapshot_after(payload.after_turn)
+    if snapshot is None:
+        raise APIError(400, f"turn: {payload.after_turn} is not a turn of this thread: 0 to {len(thread.get_turns())}", "turn")
+    context.turns.add_thread(branch, owner)
+    thread.fork(payload.after_turn, branch)
+    return load_thread_summary(context, owner, branch)
 
 
 @router.get("/{name}/lineage")
-def lineage(name: str, request: Request, owner: Owner, artifact: str | None = None) -> list[Artifact]:
+def get_lineage(name: str, request: Request, owner: OwnerDep, artifact: str | None = None) -> list[Artifact]:
     """An artifact (the last one) and what it was made from, newest first."""
-    return runner_of(request).thread(owner, name).lineage(artifact)
+    return get_turn_runner(request).get_thread(owner, name).get_lineage(artifact)
 
 
 @router.get("/{name}/artifacts/{key}", response_class=Response)
-def content(name: str, key: str, request: Request, rooms: Room, owner: Owner) -> Response:
+def get_artifact_content(name: str, key: str, request: Request, context: ContextDep, owner: OwnerDep) -> Response:
     """An artifact's bytes, or those of its manifest."""
-    thread = runner_of(request).thread(owner, name)
-    if not any(key in (one.key, one.manifest) for one in thread.artifacts()):
-        raise not_found("artifact", key)
-    return ranged(request, rooms.store.get(key), key)
+    thread = get_turn_runner(request).get_thread(owner, name)
+    if not any(key in (stored.key, stored.manifest) for stored in thread.get_artifacts()):
+        raise build_not_found_error("artifact", key)
+    return build_range_response(request, context.store.get(key), key)
 
 
 # ---------------------------------------------------------------- turns
 
 
-@router.post("/{name}/turns", status_code=202, response_model=TurnShown)
-def send(name: str, wanted: NewTurn, request: Request, rooms: Room, owner: Owner, key: Key = None) -> Any:
+@router.post("/{name}/turns", status_code=202, response_model=TurnResponse)
+def create_turn(name: str, payload: CreateTurnRequest, request: Request, context: ContextDep, owner: OwnerDep, idempotency_key: IdempotencyKey = None) -> Any:
     """Begins a turn; with `stream`, its events follow at once.  The same Idempotency-Key is the same turn."""
-    runner, turn = runner_of(request), name_for("turn", owner, key)
-    runner.thread(owner, name)
-    if key and (row := rooms.turns.get(turn, owner)) is not None:
-        return stream(request, row.id, 0) if wanted.stream else turn_shown(runner, row)
-    attachments = [artifact_of(rooms, owner, part, f"{name}/attached") for part in wanted.attachments]
-    options = wanted.model_dump(exclude={"text", "attachments", "stream"})
-    row = runner.begin(turn, owner, name, wanted.text, attachments, **options)
-    return stream(request, row.id, 0) if wanted.stream else turn_shown(runner, row)
+    runner, turn_id = get_turn_runner(request), make_id("turn", owner, idempotency_key)
+    runner.get_thread(owner, name)
+    if idempotency_key and (row := context.turns.get(turn_id, owner)) is not None:
+        return stream_events(request, row.id, 0) if payload.stream else to_turn_response(runner, row)
+    attachments = [artifact_from_part(context, owner, part, f"{name}/attached") for part in payload.attachments]
+    options = payload.model_dump(exclude={"text", "attachments", "stream"})
+    row = runner.start_turn(turn_id, owner, name, payload.text, attachments, **options)
+    return stream_events(request, row.id, 0) if payload.stream else to_turn_response(runner, row)
 
 
 @router.get("/{name}/turns/{turn}")
-def turn(name: str, turn: str, request: Request, rooms: Room, owner: Owner) -> TurnShown:
+def get_turn(name: str, turn: str, request: Request, context: ContextDep, owner: OwnerDep) -> TurnResponse:
     """How far a turn is."""
-    return turn_shown(runner_of(request), row_of(rooms, owner, name, turn))
+    return to_turn_response(get_turn_runner(request), require_turn(context, owner, name, turn))
 
 
 @router.post("/{name}/turns/{turn}/cancel")
-def cancel(name: str, turn: str, request: Request, rooms: Room, owner: Owner) -> TurnShown:
+def cancel_turn(name: str, turn: str, request: Request, context: ContextDep, owner: OwnerDep) -> TurnResponse:
     """Stops it within a denoising step; the thread is then as it was before the turn."""
-    row, runner = row_of(rooms, owner, name, turn), runner_of(request)
-    runner.cancel(row)
-    return turn_shown(runner, row)
+    row, runner = require_turn(context, owner, name, turn), get_turn_runner(request)
+    runner.cancel_turn(row)
+    return to_turn_response(runner, row)
 
 
 @router.get("/{name}/turns/{turn}/events", response_class=EventSourceResponse)
-def events(
-    name: str, turn: str, request: Request, rooms: Room, owner: Owner,
+def follow_turn_events(
+    name: str, turn: str, request: Request, context: ContextDep, owner: OwnerDep,
     last_event_id: Annotated[int, Header(ge=0)] = 0,
 ) -> EventSourceResponse:  # fmt: skip
     """The turn's events as they come, from the one after `Last-Event-ID` on."""
-    return stream(request, row_of(rooms, owner, name, turn).id, last_event_id)
+    return stream_events(request, require_turn(context, owner, name, turn).id, last_event_id)
 
 
-def stream(request: Request, turn: str, after: int) -> EventSourceResponse:
-    async def told() -> AsyncIterator[dict[str, str]]:
-        async for number, body in feed_of(request).follow(turn, after):
-            yield sse(number, body)
+def stream_events(request: Request, turn_id: str, last_number: int) -> EventSourceResponse:
+    async def iterate_sse_events() -> AsyncIterator[dict[str, str]]:
+        async for number, body in get_event_feed(request).follow_turn(turn_id, last_number):
+            yield to_sse(number, body)
 
-    return EventSourceResponse(told(), ping=15)
+    return EventSourceResponse(iterate_sse_events(), ping=15)
 
 
-def row_of(rooms: Any, owner: str, name: str, turn: str) -> Any:
-    row = rooms.turns.get(turn, owner)
-    if row is None or row.thread != name:
-        raise not_found("turn", turn)
+def require_turn(context: Any, owner: str, thread_id: str, turn_id: str) -> Any:
+    row = context.turns.get(turn_id, owner)
+    if row is None or row.thread != thread_id:
+        raise build_not_found_error("turn", turn_id)
     return row
 
 
-def turn_shown(runner: Runner, row: Any) -> TurnShown:
-    made = TurnShown(
-        id=row.id, thread=row.thread, number=row.number, state=row.state, created_at=int(row.made), error=row.error
+def to_turn_response(runner: TurnRunner, row: Any) -> TurnResponse:
+    response = TurnResponse(
+        id=row.id, thread_id=row.thread, number=row.number, state=row.state, created_at=int(row.made), error=row.error
     )
     if row.state == "done":
-        made.turn = runner.thread(row.owner, row.thread).history()[row.number - 1]
+        response.turn = runner.get_thread(row.owner, row.thread).get_turns()[row.number - 1]
     if row.state == "asks":
-        made.question = runner.thread(row.owner, row.thread).question()
-    return made
+        response.question = runner.get_thread(row.owner, row.thread).get_open_question()
+    return response

@@ -11,21 +11,21 @@ from celery import Celery
 from kombu.exceptions import OperationalError
 
 from omnivideo.errors import OmniVideoError
-from omnivideo.storage.jobs import Jobs
+from omnivideo.storage.jobs import JobRepository
 
 log = logging.getLogger("omnivideo.worker")
-TASK = "omnivideo.work"
-UNTOLD = 5.0  # seconds after which a waiting job is told of again: the message may have been lost
+TASK_NAME = "omnivideo.work"
+RENOTIFY_SECONDS = 5.0  # seconds after which a waiting job is told of again: the message may have been lost
 
 
 class Reaper:
     """Looks after jobs whose workers fell silent, and after messages that were lost.  Any number may run."""
 
-    def __init__(self, jobs: Jobs, silent: float, tell: Callable[[], None]):
+    def __init__(self, jobs: JobRepository, heartbeat_timeout_seconds: float, notify_workers: Callable[[], None]):
         self.jobs = jobs
-        self.silent = silent
-        self.tell = tell
-        self.over = threading.Event()
+        self.heartbeat_timeout_seconds = heartbeat_timeout_seconds
+        self.notify_workers = notify_workers
+        self.stop_event = threading.Event()
         self.thread = threading.Thread(target=self.run, daemon=True, name="reaper")
 
     def start(self) -> "Reaper":
@@ -33,27 +33,27 @@ class Reaper:
         return self
 
     def stop(self) -> None:
-        self.over.set()
+        self.stop_event.set()
         self.thread.join()
 
     def run(self) -> None:
-        while not self.over.wait(min(1.0, self.silent / 4)):
+        while not self.stop_event.wait(min(1.0, self.heartbeat_timeout_seconds / 4)):
             try:
-                self.look()
+                self.reap_once()
             except OmniVideoError as error:
                 log.warning("%s", error)
 
-    def look(self) -> None:
-        for job_id in self.jobs.reap(self.silent):
+    def reap_once(self) -> None:
+        for job_id in self.jobs.requeue_lost_jobs(self.heartbeat_timeout_seconds):
             log.warning("job %s: its worker fell silent; it goes to another one", job_id)
-            self.tell()
-        if self.jobs.untold(UNTOLD):
-            self.tell()
+            self.notify_workers()
+        if self.jobs.claim_renotification(RENOTIFY_SECONDS):
+            self.notify_workers()
 
 
-def celery_app(broker: str) -> Celery:
+def create_celery_app(broker_url: str) -> Celery:
     """A message says only that there is work; which, the worker reads in the database."""
-    app = Celery("omnivideo", broker=broker)
+    app = Celery("omnivideo", broker=broker_url)
     app.conf.update(
         task_serializer="json",
         accept_content=["json"],
@@ -69,13 +69,13 @@ def celery_app(broker: str) -> Celery:
     return app
 
 
-def teller(app: Celery) -> Callable[[], None]:
+def create_notifier(app: Celery) -> Callable[[], None]:
     """Sends a message; where the broker is away, the reaper will."""
 
-    def tell() -> None:
+    def notify_workers() -> None:
         try:
-            app.send_task(TASK, retry=False)
+            app.send_task(TASK_NAME, retry=False)
         except (OperationalError, OSError) as error:
             log.warning("the broker does not take messages now: %s", type(error).__name__)
 
-    return tell
+    return notify_workers

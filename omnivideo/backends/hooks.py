@@ -20,183 +20,183 @@ from urllib.parse import SplitResult, urlsplit
 
 import httpcore2
 
-from omnivideo.backends.fetching import HOST, PORTS, PublicOnly, addresses, matches, trust
+from omnivideo.backends.fetching import HOST_PATTERN, DEFAULT_PORTS, PublicOnlyBackend, resolve_addresses, is_host_match, load_tls_context
 from omnivideo.errors import InvalidInput, OmniVideoError
-from omnivideo.storage.records import Records
+from omnivideo.storage.records import RecordRepository
 
 log = logging.getLogger("omnivideo.hooks")
-SECONDS = 10.0  # that one try may take
-LEASE = 60.0  # more than a try can take
-AT_ONCE = 8  # tries
-DAY = 86_400.0  # after which nothing is tried again
-EVENTS = {"done": "video.completed", "failed": "video.failed"}
+DELIVERY_TIMEOUT_SECONDS = 10.0  # that one try may take
+DELIVERY_LEASE_SECONDS = 60.0  # more than a try can take
+MAX_CONCURRENT_DELIVERIES = 8  # tries
+RETRY_WINDOW_SECONDS = 86_400.0  # after which nothing is tried again
+EVENT_TYPE_BY_STATE = {"done": "video.completed", "failed": "video.failed"}
 
 
 # ---------------------------------------------------------------- where to
 
 
-def target(url: str, inside: Collection[str]) -> tuple[SplitResult, str, int]:
+def parse_webhook_url(url: str, internal_hosts: Collection[str]) -> tuple[SplitResult, str, int]:
     """The URL's parts, host and port; raises InvalidInput for what may not be called.
 
     As with media, what parsers read differently is refused before one has read it.  Hosts in `inside` are the
     operator's own: any address and port will do for them.
     """
     if not re.fullmatch(r"[!-\[\]-~]{1,2000}", url):
-        refuse("is no URL; allowed: up to 2000 ASCII characters without blanks and backslashes")
+        refuse_url("is no URL; allowed: up to 2000 ASCII characters without blanks and backslashes")
     try:
         parts = urlsplit(url)
         host, port = parts.hostname or "", parts.port
     except ValueError:
-        refuse("is no URL; allowed: https:// or http://, a host, a path")
-    if parts.scheme not in PORTS or "@" in parts.netloc or not HOST.fullmatch(host):
-        refuse("is not what can be called; allowed: https:// or http://, a host, no user name")
-    usual = PORTS[parts.scheme]
-    if port not in (None, usual) and not listed(host, inside):
-        refuse(f"names another port; allowed: {usual}")
-    return parts, host, port or usual
+        refuse_url("is no URL; allowed: https:// or http://, a host, a path")
+    if parts.scheme not in DEFAULT_PORTS or "@" in parts.netloc or not HOST_PATTERN.fullmatch(host):
+        refuse_url("is not what can be called; allowed: https:// or http://, a host, no user name")
+    default_port = DEFAULT_PORTS[parts.scheme]
+    if port not in (None, default_port) and not is_internal_host(host, internal_hosts):
+        refuse_url(f"names another port; allowed: {default_port}")
+    return parts, host, port or default_port
 
 
-def refuse(what: str) -> NoReturn:
-    raise InvalidInput("url", what)
+def refuse_url(problem: str) -> NoReturn:
+    raise InvalidInput("url", problem)
 
 
-def listed(host: str, inside: Collection[str]) -> bool:
-    return any(matches(host, name.lower()) for name in inside)
+def is_internal_host(host: str, internal_hosts: Collection[str]) -> bool:
+    return any(is_host_match(host, pattern.lower()) for pattern in internal_hosts)
 
 
-def route(host: str, inside: Collection[str], deadline: float) -> PublicOnly:
+def build_backend(host: str, internal_hosts: Collection[str], deadline: float) -> PublicOnlyBackend:
     """Connects to public addresses only, or to wherever a listed host is."""
-    if not listed(host, inside):
-        return PublicOnly(deadline, (), addresses)
+    if not is_internal_host(host, internal_hosts):
+        return PublicOnlyBackend(deadline, (), resolve_addresses)
     try:
-        found = addresses(host)
+        resolved_addresses = resolve_addresses(host)
     except OSError:
-        found = []
-    return PublicOnly(deadline, found, lambda name: found)
+        resolved_addresses = []
+    return PublicOnlyBackend(deadline, resolved_addresses, lambda name: resolved_addresses)
 
 
-def reachable(url: str, inside: Collection[str] = ()) -> None:
+def check_reachable(url: str, internal_hosts: Collection[str] = ()) -> None:
     """Raises InvalidInput for a URL that will not be called: said at once, though each call looks again."""
-    _, host, _ = target(url, inside)
-    if not route(host, inside, time.monotonic() + SECONDS).vetted(host):
-        refuse("the host cannot be reached; allowed: a public address")
+    _, host, _ = parse_webhook_url(url, internal_hosts)
+    if not build_backend(host, internal_hosts, time.monotonic() + DELIVERY_TIMEOUT_SECONDS).vet_addresses(host):
+        refuse_url("the host cannot be reached; allowed: a public address")
 
 
 # ---------------------------------------------------------------- what is sent
 
 
-def signature(secret: str, name: str, moment: int, body: bytes) -> str:
+def sign_event(secret: str, event_id: str, timestamp: int, body: bytes) -> str:
     """`v1,<base64>`: HMAC-SHA256 over id, time and body, as standardwebhooks.com has it."""
     key = base64.b64decode(secret.removeprefix("whsec_"))
-    made = hmac.new(key, f"{name}.{moment}.".encode() + body, hashlib.sha256).digest()
-    return f"v1,{base64.b64encode(made).decode()}"
+    digest = hmac.new(key, f"{event_id}.{timestamp}.".encode() + body, hashlib.sha256).digest()
+    return f"v1,{base64.b64encode(digest).decode()}"
 
 
-def send(url: str, secret: str, name: str, event: dict[str, Any], inside: Collection[str]) -> int:
+def send_event(url: str, secret: str, event_id: str, event: dict[str, Any], internal_hosts: Collection[str]) -> int:
     """One try; the answer's status.  Redirects are not followed, and the answer's body is not read."""
-    parts, host, port = target(url, inside)
-    body, moment = json.dumps(event).encode(), int(time.time())
+    parts, host, port = parse_webhook_url(url, internal_hosts)
+    body, timestamp = json.dumps(event).encode(), int(time.time())
     netloc = f"[{host}]" if ":" in host else host
     headers = [
-        ("Host", netloc if port == PORTS[parts.scheme] else f"{netloc}:{port}"), ("User-Agent", "omnivideo"),
+        ("Host", netloc if port == DEFAULT_PORTS[parts.scheme] else f"{netloc}:{port}"), ("User-Agent", "omnivideo"),
         ("Content-Type", "application/json"), ("Content-Length", str(len(body))), ("Connection", "close"),
-        ("webhook-id", name), ("webhook-timestamp", str(moment)),
-        ("webhook-signature", signature(secret, name, moment, body)),
+        ("webhook-id", event_id), ("webhook-timestamp", str(timestamp)),
+        ("webhook-signature", sign_event(secret, event_id, timestamp, body)),
     ]  # fmt: skip
     path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-    where = httpcore2.URL(scheme=parts.scheme, host=host, port=port, target=path)
-    backend = route(host, inside, time.monotonic() + SECONDS)
-    tls = trust() if parts.scheme == "https" else None
+    request_url = httpcore2.URL(scheme=parts.scheme, host=host, port=port, target=path)
+    backend = build_backend(host, internal_hosts, time.monotonic() + DELIVERY_TIMEOUT_SECONDS)
+    tls_context = load_tls_context() if parts.scheme == "https" else None
     with (
-        httpcore2.ConnectionPool(ssl_context=tls, network_backend=backend) as pool,
-        pool.stream("POST", where, headers=headers, content=body) as response,
+        httpcore2.ConnectionPool(ssl_context=tls_context, network_backend=backend) as pool,
+        pool.stream("POST", request_url, headers=headers, content=body) as response,
     ):
         return response.status
 
 
-class HookSender:
+class WebhookSender:
     """Announces and delivers in threads of this process.  Any number of processes may.
 
     `first` is the pause after the first failure, in seconds; it doubles with each.
     """
 
-    def __init__(self, records: Records, inside: Collection[str] = (), pause: float = 0.5, first: float = 5.0):
+    def __init__(self, records: RecordRepository, internal_hosts: Collection[str] = (), poll_seconds: float = 0.5, first_retry_seconds: float = 5.0):
         self.records = records
-        self.inside = tuple(inside)
-        self.pause = pause
-        self.first = first
-        self.over = threading.Event()
-        self.pool = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="hook")
-        self.under_way: set[Future[None]] = set()
+        self.internal_hosts = tuple(internal_hosts)
+        self.poll_seconds = poll_seconds
+        self.first_retry_seconds = first_retry_seconds
+        self.stop_event = threading.Event()
+        self.executor = ThreadPoolExecutor(MAX_CONCURRENT_DELIVERIES, thread_name_prefix="hook")
+        self.in_flight: set[Future[None]] = set()
         self.thread = threading.Thread(target=self.run, daemon=True, name="hooks")
 
-    def start(self) -> "HookSender":
+    def start(self) -> "WebhookSender":
         self.thread.start()
         return self
 
     def stop(self) -> None:
-        self.over.set()
+        self.stop_event.set()
         self.thread.join()
-        self.pool.shutdown()
+        self.executor.shutdown()
 
     def run(self) -> None:
-        tidied = 0.0
-        while not self.over.wait(self.pause):
+        last_tidied_at = 0.0
+        while not self.stop_event.wait(self.poll_seconds):
             try:
-                self.announce()
-                self.deliver()
-                if time.monotonic() - tidied > 3600:
-                    self.records.tidy()
-                    tidied = time.monotonic()
+                self.announce_ended_jobs()
+                self.send_due_deliveries()
+                if time.monotonic() - last_tidied_at > 3600:
+                    self.records.delete_old_deliveries()
+                    last_tidied_at = time.monotonic()
             except OmniVideoError as error:
                 log.warning("%s", error)
             except Exception:
                 log.exception("webhooks")
 
-    def announce(self) -> None:
+    def announce_ended_jobs(self) -> None:
         """Puts what has ended before the hooks that wanted to know then."""
-        while jobs := self.records.unannounced("video", 100):
-            hooks = self.records.hooks_of({job.owner for job in jobs})
-            there = [
+        while jobs := self.records.list_unannounced_jobs("video", 100):
+            hooks = self.records.list_webhooks_of_owners({job.owner for job in jobs})
+            matching_pairs = [
                 (job, hook) for job in jobs for hook in hooks if hook.owner == job.owner and hook.made <= job.ended
             ]
-            events = [made(job, hook) for job, hook in there]
-            wanted = [(name, hook.id, body) for name, hook, body in events if body["type"] in hook.events]
-            if wanted:
-                self.records.deliver(wanted)
-            self.records.announced([job.id for job in jobs])
+            events = [build_event(job, hook) for job, hook in matching_pairs]
+            deliveries = [(event_id, hook.id, body) for event_id, hook, body in events if body["type"] in hook.events]
+            if deliveries:
+                self.records.enqueue_deliveries(deliveries)
+            self.records.mark_announced([job.id for job in jobs])
 
-    def deliver(self) -> None:
+    def send_due_deliveries(self) -> None:
         """Tries what is due, as far as there is a free thread; a host that is slow to answer holds up no announcing."""
-        self.under_way = {one for one in self.under_way if not one.done()}
-        if free := AT_ONCE - len(self.under_way):
-            self.under_way |= {self.pool.submit(self.tried, *pair) for pair in self.records.due(free, LEASE)}
+        self.in_flight = {future for future in self.in_flight if not future.done()}
+        if free_slots := MAX_CONCURRENT_DELIVERIES - len(self.in_flight):
+            self.in_flight |= {self.executor.submit(self.attempt_delivery, *pair) for pair in self.records.claim_due_deliveries(free_slots, DELIVERY_LEASE_SECONDS)}
 
-    def tried(self, delivery: Any, hook: Any) -> None:
+    def attempt_delivery(self, delivery: Any, hook: Any) -> None:
         if hook is None:
-            self.records.delivered(delivery.id)
+            self.records.complete_delivery(delivery.id)
             return
         try:
-            status = send(hook.url, hook.secret, delivery.id, delivery.body, self.inside)
+            status = send_event(hook.url, hook.secret, delivery.id, delivery.body, self.internal_hosts)
         except Exception as error:  # whatever the other side does is one failed try
             log.info("webhook %s: %s: %s", hook.id, delivery.id, type(error).__name__)
             status = 0
         if 200 <= status < 300:
-            self.records.delivered(delivery.id)
+            self.records.complete_delivery(delivery.id)
             return
-        wait = min(self.first * 2.0 ** (delivery.tries - 1), DAY)
-        if time.time() + wait > delivery.body["created_at"] + DAY:
+        retry_seconds = min(self.first_retry_seconds * 2.0 ** (delivery.tries - 1), RETRY_WINDOW_SECONDS)
+        if time.time() + retry_seconds > delivery.body["created_at"] + RETRY_WINDOW_SECONDS:
             log.warning("webhook %s: %s was not taken within a day", hook.id, delivery.id)
-            self.records.delivered(delivery.id)
+            self.records.complete_delivery(delivery.id)
         else:
-            self.records.put_off(delivery.id, wait)
+            self.records.postpone_delivery(delivery.id, retry_seconds)
 
 
-def made(job: Any, hook: Any) -> tuple[str, Any, dict[str, Any]]:
+def build_event(job: Any, hook: Any) -> tuple[str, Any, dict[str, Any]]:
     """An event's id, its hook and its body."""
-    name = f"evt_{hashlib.sha256(f'{job.id} {hook.id}'.encode()).hexdigest()[:32]}"
+    event_id = f"evt_{hashlib.sha256(f'{job.id} {hook.id}'.encode()).hexdigest()[:32]}"
     body = {
-        "id": name, "object": "event", "created_at": int(job.ended), "type": EVENTS[job.state],
+        "id": event_id, "object": "event", "created_at": int(job.ended), "type": EVENT_TYPE_BY_STATE[job.state],
         "data": {"id": job.id},
     }  # fmt: skip
-    return name, hook, body
+    return event_id, hook, body

@@ -7,21 +7,21 @@ field and the allowed range.
 import binascii
 import re
 
-from omnivideo.backends.decoder.video import Limits
-from omnivideo.backends.decoding import BOUNDS, LIMITS, Bounds, measured, suffix_of
-from omnivideo.backends.fetching import fetch
+from omnivideo.backends.decoder.video import MediaLimits
+from omnivideo.backends.decoding import DEFAULT_PROCESS_LIMITS, DEFAULT_MEDIA_LIMITS, ProcessLimits, measure_in_sandbox, detect_suffix
+from omnivideo.backends.fetching import fetch_media
 from omnivideo.contracts import Artifact
 from omnivideo.errors import InvalidInput, UnreadableMedia
 from omnivideo.ports import ObjectStore
 
-__all__ = ["data_url", "fetch", "taken"]
+__all__ = ["decode_data_url", "fetch_media", "ingest_media"]
 
 # ---------------------------------------------------------------- bytes into the store
 
 
-def taken(
+def ingest_media(
     store: ObjectStore, data: bytes, made_by: str, name: str = "", *,
-    limits: Limits = LIMITS, bounds: Bounds = BOUNDS, field: str = "source",
+    limits: MediaLimits = DEFAULT_MEDIA_LIMITS, process_limits: ProcessLimits = DEFAULT_PROCESS_LIMITS, field: str = "source",
 ) -> Artifact:  # fmt: skip
     """A user's bytes as an artifact; `name` is what the user calls them, and gives words only, never a path or a type.
 
@@ -32,52 +32,52 @@ def taken(
     the digest of these very bytes, which were decoded whole by the same reader, under the same limits or lower ones,
     before they got it.
     """
-    assert all(getattr(limits, cap) <= most for cap, most in vars(LIMITS).items() if most is not None)
+    assert all(getattr(limits, limit_name) <= max_value for limit_name, max_value in vars(DEFAULT_MEDIA_LIMITS).items() if max_value is not None)
     try:
-        found = measured(data, limits, bounds)
+        info = measure_in_sandbox(data, limits, process_limits)
     except UnreadableMedia as error:
-        raise UnreadableMedia(field, f"{called(name)} {str(error).removeprefix('source: ')}") from None
-    key = store.put(data, suffix_of(data[:64]) or "bin")
+        raise UnreadableMedia(field, f"{printable_file_name(name)} {str(error).removeprefix('source: ')}") from None
+    key = store.put(data, detect_suffix(data[:64]) or "bin")
     return Artifact(
-        key=key, medium=found.kind, width=found.width, height=found.height, frames=found.frames,
-        fps=found.fps or 1.0, about=words(name) or found.kind, made_by=made_by,
+        key=key, medium=info.kind, width=info.width, height=info.height, frames=info.frames,
+        fps=info.fps or 1.0, caption=words_from_name(name) or info.kind, created_by=made_by,
     )  # fmt: skip
 
 
-def base(name: str) -> str:
+def base_name(name: str) -> str:
     """The last part of a path of any system, short."""
     return re.split(r"[\\/]", name)[-1][:100]
 
 
-def called(name: str) -> str:
+def printable_file_name(name: str) -> str:
     """The name for a message: on one line whatever it holds."""
-    shown = "".join(char if char.isprintable() else "?" for char in base(name))
-    return f"'{shown}'" if shown else "the file"
+    printable = "".join(char if char.isprintable() else "?" for char in base_name(name))
+    return f"'{printable}'" if printable else "the file"
 
 
-def words(name: str) -> str:
+def words_from_name(name: str) -> str:
     """The words of a file name: letters and digits of any script, without the ending."""
-    stem = re.sub(r"\.\w{1,5}$", "", base(name))
+    stem = re.sub(r"\.\w{1,5}$", "", base_name(name))
     return " ".join(re.findall(r"[^\W_]+", stem))
 
 
 # ---------------------------------------------------------------- data URLs
 
-DATA_URL = re.compile(r"data:(?:image|video)/[a-z0-9][a-z0-9.+-]{0,63};base64,", re.IGNORECASE)
+DATA_URL_PATTERN = re.compile(r"data:(?:image|video)/[a-z0-9][a-z0-9.+-]{0,63};base64,", re.IGNORECASE)
 
 
-def data_url(text: str, most: int = LIMITS.max_bytes, *, field: str = "url") -> bytes:
+def decode_data_url(text: str, max_bytes: int = DEFAULT_MEDIA_LIMITS.max_bytes, *, field: str = "url") -> bytes:
     """The bytes of `data:image/...;base64,...` or `data:video/...`; raises InvalidInput before it decodes too much.
 
     The type is not kept: content decides.
     """
-    head = DATA_URL.match(text[:200])
+    head = DATA_URL_PATTERN.match(text[:200])
     if head is None:
         raise InvalidInput(field, "is no data URL of media; allowed: data:image/...;base64,... or data:video/...")
     padding = text[-2:].count("=")
     size = (len(text) - head.end()) // 4 * 3 - padding
-    if not 1 <= size <= most:
-        raise InvalidInput(field, f"holds {size} bytes; allowed: 1 to {most}")
+    if not 1 <= size <= max_bytes:
+        raise InvalidInput(field, f"holds {size} bytes; allowed: 1 to {max_bytes}")
     try:
         data = binascii.a2b_base64(text[head.end() :], strict_mode=True)
     except ValueError:  # binascii.Error is one, and so is a letter beyond ASCII

@@ -9,48 +9,48 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image
 
-from omnivideo.backends.media import frames_of
+from omnivideo.backends.media import load_frames
 from omnivideo.contracts import Artifact
 from omnivideo.ports import ObjectStore
 
-SHEET = 16  # frames of a spritesheet at most
-SIDE = 512  # px of a thumbnail's longer side at most; a frame of a spritesheet has half of that
-KEPT = 64  # pictures that a process remembers
-AT_ONCE = threading.BoundedSemaphore(2)  # clips that are decoded at the same time: each may take gigabytes
+MAX_SPRITESHEET_FRAMES = 16  # frames of a spritesheet at most
+MAX_THUMBNAIL_SIDE = 512  # px of a thumbnail's longer side at most; a frame of a spritesheet has half of that
+PICTURE_CACHE_SIZE = 64  # pictures that a process remembers
+DECODE_SLOTS = threading.BoundedSemaphore(2)  # clips that are decoded at the same time: each may take gigabytes
 
 
-def pictures(store: ObjectStore) -> Callable[[Artifact, str], tuple[bytes, str]]:
+def create_picture_renderer(store: ObjectStore) -> Callable[[Artifact, str], tuple[bytes, str]]:
     """A way to a clip's "thumbnail" (webp) or "spritesheet" (jpg): the picture, and its type."""
 
-    @functools.lru_cache(maxsize=KEPT)
-    def pictured(artifact: Artifact, variant: str) -> tuple[bytes, str]:
-        with AT_ONCE:
-            frames = frames_of(store, artifact)
+    @functools.lru_cache(maxsize=PICTURE_CACHE_SIZE)
+    def render_picture(artifact: Artifact, variant: str) -> tuple[bytes, str]:
+        with DECODE_SLOTS:
+            frames = load_frames(store, artifact)
         if variant == "thumbnail":
-            return encoded(small(frames[len(frames) // 2], SIDE), "WEBP"), "webp"
-        return encoded(spritesheet(frames), "JPEG"), "jpg"
+            return encode_image(make_thumbnail(frames[len(frames) // 2], MAX_THUMBNAIL_SIDE), "WEBP"), "webp"
+        return encode_image(make_spritesheet(frames), "JPEG"), "jpg"
 
-    return pictured
+    return render_picture
 
 
-def small(frame: np.ndarray, side: int) -> Image.Image:
+def make_thumbnail(frame: np.ndarray, side: int) -> Image.Image:
     image = Image.fromarray(frame)
     image.thumbnail((side, side), Image.Resampling.LANCZOS)
     return image
 
 
-def spritesheet(frames: np.ndarray) -> Image.Image:
+def make_spritesheet(frames: np.ndarray) -> Image.Image:
     """Up to 16 frames, evenly chosen, in reading order on a grid that is about square."""
-    chosen = np.linspace(0, len(frames) - 1, min(SHEET, len(frames))).round().astype(int)
-    tiles = [small(frames[at], SIDE // 2) for at in chosen]
+    frame_indices = np.linspace(0, len(frames) - 1, min(MAX_SPRITESHEET_FRAMES, len(frames))).round().astype(int)
+    tiles = [make_thumbnail(frames[index], MAX_THUMBNAIL_SIDE // 2) for index in frame_indices]
     columns, (width, height) = math.ceil(math.sqrt(len(tiles))), tiles[0].size
     sheet = Image.new("RGB", (columns * width, math.ceil(len(tiles) / columns) * height))
-    for at, tile in enumerate(tiles):
-        sheet.paste(tile, (at % columns * width, at // columns * height))
+    for index, tile in enumerate(tiles):
+        sheet.paste(tile, (index % columns * width, index // columns * height))
     return sheet
 
 
-def encoded(image: Image.Image, kind: str) -> bytes:
-    out = io.BytesIO()
-    image.save(out, kind, quality=85)
-    return out.getvalue()
+def encode_image(image: Image.Image, image_format: str) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, image_format, quality=85)
+    return buffer.getvalue()

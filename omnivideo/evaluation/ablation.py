@@ -5,10 +5,10 @@ from collections.abc import Callable, Iterator, Mapping
 from rich.table import Table
 
 from omnivideo.evaluation.prompts import CATEGORIES
-from omnivideo.evaluation.suite import Mode, Score, Tell, generation
-from omnivideo.models.omni import Omni
+from omnivideo.evaluation.suite import ConditionMode, Score, EvaluationProgress, evaluate_generation
+from omnivideo.models.omni import OmniVideoModel
 
-ROWS: tuple[tuple[str, str, Mode], ...] = (
+ABLATION_ROWS: tuple[tuple[str, str, ConditionMode], ...] = (
     ("foundations, text condition only", "stage1", "text only"),
     ("after stage 2a", "stage2a", "full"),
     ("after stage 2b, first sub-stage", "stage2b_generation", "full"),
@@ -20,14 +20,14 @@ ROWS: tuple[tuple[str, str, Mode], ...] = (
 )
 
 
-def ablation(after: Callable[[str], Omni], count: int, tell: Tell) -> Iterator[tuple[str, dict[str, Score]]]:
+def run_ablation(load_after_stage: Callable[[str], OmniVideoModel], count: int, on_progress: EvaluationProgress) -> Iterator[tuple[str, dict[str, Score]]]:
     """The name and the scores of each row; `after` gives the model as it stands after a recipe."""
-    for name, recipe, mode in ROWS:
-        yield name, generation(after(recipe), count, tell, mode)
+    for name, recipe, mode in ABLATION_ROWS:
+        yield name, evaluate_generation(load_after_stage(recipe), count, on_progress, mode)
 
 
-def as_table(rows: Mapping[str, Mapping[str, Score]]) -> Table:
+def build_ablation_table(rows: Mapping[str, Mapping[str, Score]]) -> Table:
     table = Table("", *CATEGORIES, box=None)
     for name, scores in rows.items():
-        table.add_row(name, *(f"{scores[category].right:.2f}" for category in CATEGORIES))
+        table.add_row(name, *(f"{scores[category].mean:.2f}" for category in CATEGORIES))
     return table

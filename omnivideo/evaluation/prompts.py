@@ -4,108 +4,108 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from omnivideo.training.facts import Demand, Wanted
+from omnivideo.training.facts import SceneSpec, ObjectSpec
 from omnivideo.training.language import (
-    BACKDROPS,
+    BACKGROUND_PHRASES,
     BACKGROUND_WORDS,
     MOTION_WORDS,
-    NUMBERS,
+    NUMBER_WORDS,
     RELATION_WORDS,
-    article,
-    noun,
-    relation,
+    add_article,
+    sample_noun_phrase,
+    find_relation,
 )
-from omnivideo.training.world import BACKGROUNDS, FRAMES, Scene, Thing, place_all, random_thing, scene_fits
+from omnivideo.training.world import BACKGROUNDS, CLIP_FRAMES, Scene, SceneObject, place_randomly, sample_object, is_in_split
 
 IMAGE_CATEGORIES = ("single", "two", "counting", "colours", "position", "colour attribution")
 CATEGORIES = (*IMAGE_CATEGORIES, "motion")
 
 
 @dataclass(frozen=True)
-class Prompt:
+class EvaluationPrompt:
     """One prompt of a category, with what must be seen for it to count as met."""
 
     category: str
     text: str
-    demand: Demand
-    video: bool = False
+    scene_spec: SceneSpec
+    is_video: bool = False
 
 
-def things_for(rng: random.Random, category: str, background: str) -> list[Thing]:
+def sample_objects(rng: random.Random, category: str, background: str) -> list[SceneObject]:
     """Objects of a category: one, a group, or two that differ in shape and in colour."""
     video = category == "motion"
     if category in ("single", "colours", "motion"):
-        return [random_thing(rng, background, video)]
+        return [sample_object(rng, background, video)]
     if category == "counting":
-        return [random_thing(rng, background, video, large=0.0)] * rng.randint(1, 4)
-    one = random_thing(rng, background, video, large=0.3)
+        return [sample_object(rng, background, video, large_probability=0.0)] * rng.randint(1, 4)
+    first_object = sample_object(rng, background, video, large_probability=0.3)
     while True:
-        two = random_thing(rng, background, video, large=0.3)
-        if two.shape != one.shape and two.colour != one.colour:
-            return [one, two]
+        second_object = sample_object(rng, background, video, large_probability=0.3)
+        if second_object.shape != first_object.shape and second_object.colour != first_object.colour:
+            return [first_object, second_object]
 
 
-def held_out_scene(rng: random.Random, category: str) -> Scene:
+def sample_held_out_scene(rng: random.Random, category: str) -> Scene:
     """A scene of the category with at least one held-out object."""
     while True:
         background = rng.choice(list(BACKGROUNDS))
-        frames = FRAMES if category == "motion" else 1
-        placed = place_all(rng, things_for(rng, category, background), frames)
+        frames = CLIP_FRAMES if category == "motion" else 1
+        placed = place_randomly(rng, sample_objects(rng, category, background), frames)
         if placed is None:
             continue
         scene = Scene(background, placed, frames)
-        if scene_fits(scene, "held_out") and (category != "position" or relation(*placed)):
+        if is_in_split(scene, "held_out") and (category != "position" or find_relation(*placed)):
             return scene
 
 
-def said(rng: random.Random, thing: Thing, many: bool = False) -> str:
-    return noun(rng, thing, size=thing.motion not in ("growing", "shrinking"), many=many)
+def describe_object(rng: random.Random, scene_object: SceneObject, plural: bool = False) -> str:
+    return sample_noun_phrase(rng, scene_object, with_size=scene_object.motion not in ("growing", "shrinking"), is_plural=plural)
 
 
-def worded(rng: random.Random, category: str, scene: Scene) -> str:
+def describe_scene(rng: random.Random, category: str, scene: Scene) -> str:
     """The objects in words: size, colour and shape always, so that the combination is the held-out one."""
-    first = scene.things[0]
+    first = scene.objects[0]
     if category == "counting":
-        count = len(scene.things)
-        return article(said(rng, first)) if count == 1 else f"{NUMBERS[count]} {said(rng, first, many=True)}"
+        count = len(scene.objects)
+        return add_article(describe_object(rng, first)) if count == 1 else f"{NUMBER_WORDS[count]} {describe_object(rng, first, plural=True)}"
     if category == "motion":
-        return f"{article(said(rng, first))} {rng.choice(MOTION_WORDS[first.motion])}".strip()
-    if len(scene.things) == 1:
-        return article(said(rng, first))
+        return f"{add_article(describe_object(rng, first))} {rng.choice(MOTION_WORDS[first.motion])}".strip()
+    if len(scene.objects) == 1:
+        return add_article(describe_object(rng, first))
     joint = "and"
     if category == "position":
-        known = relation(*scene.things)
+        known = find_relation(*scene.objects)
         assert known is not None
         joint = rng.choice(RELATION_WORDS[known])
-    return f"{article(said(rng, first))} {joint} {article(said(rng, scene.things[1]))}"
+    return f"{add_article(describe_object(rng, first))} {joint} {add_article(describe_object(rng, scene.objects[1]))}"
 
 
-CHECKS: dict[str, Callable[[Thing], Wanted]] = {
-    "single": lambda thing: Wanted(thing.shape),
-    "two": lambda thing: Wanted(thing.shape),
-    "counting": lambda thing: Wanted(thing.shape),
-    "colours": lambda thing: Wanted(None, thing.colour),
-    "position": lambda thing: Wanted(thing.shape),
-    "colour attribution": lambda thing: Wanted(thing.shape, thing.colour),
-    "motion": lambda thing: Wanted(None, thing.colour, None, thing.motion),
+OBJECT_SPEC_BUILDERS: dict[str, Callable[[SceneObject], ObjectSpec]] = {
+    "single": lambda thing: ObjectSpec(thing.shape),
+    "two": lambda thing: ObjectSpec(thing.shape),
+    "counting": lambda thing: ObjectSpec(thing.shape),
+    "colours": lambda thing: ObjectSpec(None, thing.colour),
+    "position": lambda thing: ObjectSpec(thing.shape),
+    "colour attribution": lambda thing: ObjectSpec(thing.shape, thing.colour),
+    "motion": lambda thing: ObjectSpec(None, thing.colour, None, thing.motion),
 }
 
 
-def prompt(rng: random.Random, category: str) -> Prompt:
-    scene = held_out_scene(rng, category)
-    text = worded(rng, category, scene)
+def sample_prompt(rng: random.Random, category: str) -> EvaluationPrompt:
+    scene = sample_held_out_scene(rng, category)
+    text = describe_scene(rng, category, scene)
     if rng.random() < 0.5:
-        text += " " + rng.choice(BACKDROPS).format(rng.choice(BACKGROUND_WORDS[scene.background]))
-    demand = Demand(tuple(CHECKS[category](thing) for thing in scene.things))
+        text += " " + rng.choice(BACKGROUND_PHRASES).format(rng.choice(BACKGROUND_WORDS[scene.background]))
+    demand = SceneSpec(tuple(OBJECT_SPEC_BUILDERS[category](thing) for thing in scene.objects))
     if category == "position":
-        demand = replace(demand, relation=relation(*scene.things))
-    return Prompt(category, text, demand, video=scene.is_video)
+        demand = replace(demand, relation=find_relation(*scene.objects))
+    return EvaluationPrompt(category, text, demand, is_video=scene.is_video)
 
 
-def prompts(count: int, categories: Sequence[str] = CATEGORIES) -> list[Prompt]:
+def sample_prompts(count: int, categories: Sequence[str] = CATEGORIES) -> list[EvaluationPrompt]:
     """`count` prompts of each category, the same every time."""
     made = []
     for category in categories:
         rng = random.Random(f"evaluation/{category}")
-        made += [prompt(rng, category) for _ in range(count)]
+        made += [sample_prompt(rng, category) for _ in range(count)]
     return made

@@ -7,50 +7,50 @@ from typing import Any
 from rich.table import Table
 
 from omnivideo.evaluation import planner
-from omnivideo.evaluation.suite import Score, Tell
+from omnivideo.evaluation.suite import Score, EvaluationProgress
 
 # What the tiny preset is to reach (the issue that made it).
-GOALS = {
+TARGET_SCORES = {
     "single": 0.97, "colours": 0.95, "two": 0.85, "counting": 0.80, "position": 0.80, "colour attribution": 0.75,
     "motion": 0.90, "image edits": 0.80, "video edits": 0.75, "image edits: untouched area, median dB": 25.0,
     "video edits: untouched area, median dB": 25.0, "understanding": 0.95, "routing": 0.99,
 }  # fmt: skip
 
 
-def as_table(scores: Mapping[str, Score | float]) -> Table:
+def build_score_table(scores: Mapping[str, Score | float]) -> Table:
     table = Table("", "score", "of", "goal", box=None)
     for name, value in scores.items():
-        figure, count = (value.right, str(value.count)) if isinstance(value, Score) else (value, "")
-        goal = GOALS.get(name)
+        figure, count = (value.mean, str(value.count)) if isinstance(value, Score) else (value, "")
+        goal = TARGET_SCORES.get(name)
         colour = "" if goal is None else "[green]" if figure >= goal else "[red]"
         table.add_row(name, f"{colour}{figure:.3f}", count, "" if goal is None else f"{goal:g}")
     return table
 
 
-def as_json(scores: Mapping[str, Score | float]) -> str:
+def scores_to_json(scores: Mapping[str, Score | float]) -> str:
     plain = {name: vars(value) if isinstance(value, Score) else value for name, value in scores.items()}
     return json.dumps(plain, indent=2) + "\n"
 
 
-def planner_scores(conversations: Any, count: int, tell: Tell) -> dict[str, Score | float]:
+def score_planner(conversations: Any, count: int, on_progress: EvaluationProgress) -> dict[str, Score | float]:
     """All of the planner's evaluation, its count in proportion to `count` a category.
 
     `conversations` is the wiring: `thread()`, `frames(artifact)` and the planner's `mllm` and `acts`.
     """
 
-    def open_thread() -> planner.Say:
-        return planner.saying(conversations.thread().send)
+    def open_thread() -> planner.SendTurn:
+        return planner.make_turn_sender(conversations.thread().send)
 
-    scores: dict[str, Score | float] = {"acts split": planner.splitting(conversations.acts, 4 * count)}
-    table = planner.confusion(conversations.mllm, 10 * count, tell)
+    scores: dict[str, Score | float] = {"acts split": planner.evaluate_splitting(conversations.acts, 4 * count)}
+    table = planner.count_route_confusions(conversations.mllm, 10 * count, on_progress)
     right = sum(number for (expected, found), number in table.items() if expected == found)
     scores["routing"] = Score(right / table.total(), table.total())
     for (expected, found), number in sorted(table.items()):
         scores[f"routing: {expected} taken for {found}"] = float(number)
-    rows = planner.thinking(open_thread, conversations.frames, 4 * count, tell)
-    rows |= planner.checking(open_thread, conversations.frames, count, tell)
+    rows = planner.evaluate_think_modes(open_thread, conversations.frames, 4 * count, on_progress)
+    rows |= planner.evaluate_best_of_candidates(open_thread, conversations.frames, count, on_progress)
     for name, row in rows.items():
         scores[name] = row.score
-        scores[f"{name}: seconds each"] = round(row.seconds / row.score.count, 3)
-    scores["conversations"] = planner.conversations(open_thread, conversations.frames, (3 * count + 4) // 5, tell)
+        scores[f"{name}: seconds each"] = round(row.total_seconds / row.score.count, 3)
+    scores["conversations"] = planner.evaluate_conversations(open_thread, conversations.frames, (3 * count + 4) // 5, on_progress)
     return scores

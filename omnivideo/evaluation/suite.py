@@ -14,30 +14,30 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from omnivideo.evaluation.prompts import CATEGORIES, prompts
-from omnivideo.models.mllm import Message, answer, route
-from omnivideo.models.omni import Omni, Target
-from omnivideo.models.sampling import denoise, noise
-from omnivideo.models.vae import decode, encode, to_bytes
-from omnivideo.presets import Task, latent_grid
-from omnivideo.training.edits import IMAGE_EDITS, VIDEO_EDITS, Edit, random_edit
-from omnivideo.training.latents import to_pixels
-from omnivideo.training.questions import random_question
+from omnivideo.evaluation.prompts import CATEGORIES, sample_prompts
+from omnivideo.models.mllm import MLLMMessage, generate_answer, predict_route
+from omnivideo.models.omni import OmniVideoModel, TargetMedium
+from omnivideo.models.sampling import denoise, sample_initial_noise
+from omnivideo.models.vae import decode_latents, encode_pixels, pixels_to_bytes
+from omnivideo.presets import Task, compute_latent_grid
+from omnivideo.training.edits import IMAGE_EDITS, VIDEO_EDITS, SceneEdit, sample_edit
+from omnivideo.training.latents import pixels_from_scenes
+from omnivideo.training.questions import sample_question
 from omnivideo.training.recipes.mllm import (
-    caption_prompt,
-    knowledge_sample,
-    media_of,
-    question_sample,
-    riddle_prompt,
-    talk_sample,
+    make_caption_prompt,
+    make_knowledge_sample,
+    media_from_scene,
+    make_question_sample,
+    make_indirect_prompt,
+    make_talk_sample,
 )
-from omnivideo.training.scorer import read
-from omnivideo.training.world import object_mask, random_scene, render
+from omnivideo.training.scorer import detect_scene
+from omnivideo.training.world import render_object_mask, sample_scene, render_scene
 
 # What the decoder is told: everything; no visual tokens; visual tokens without the text; another prompt's tokens.
-Mode = Literal["full", "text only", "visual only", "swapped"]
-Tell = Callable[[str, int, int], None]
-CHUNK = 25
+ConditionMode = Literal["full", "text only", "visual only", "swapped"]
+EvaluationProgress = Callable[[str, int, int], None]
+CHUNK_SIZE = 25
 T = TypeVar("T")
 
 
@@ -45,163 +45,163 @@ T = TypeVar("T")
 class Score:
     """Share of right ones among `count`."""
 
-    right: float
+    mean: float
     count: int
 
 
-def score(verdicts: Iterable[bool]) -> Score:
-    found = list(verdicts)
-    return Score(float(np.mean(found)), len(found))
+def score_verdicts(verdicts: Iterable[bool]) -> Score:
+    results = list(verdicts)
+    return Score(float(np.mean(results)), len(results))
 
 
-def chunks(items: Sequence[T]) -> Iterator[tuple[int, Sequence[T]]]:
-    for first in range(0, len(items), CHUNK):
-        yield first, items[first : first + CHUNK]
+def iterate_chunks(items: Sequence[T]) -> Iterator[tuple[int, Sequence[T]]]:
+    for first in range(0, len(items), CHUNK_SIZE):
+        yield first, items[first : first + CHUNK_SIZE]
 
 
-def conditions(
-    omni: Omni, texts: Sequence[str], messages: Sequence[Message], target: Target, mode: Mode, source: Tensor | None
+def build_conditions(
+    omni: OmniVideoModel, texts: Sequence[str], messages: Sequence[MLLMMessage], target: TargetMedium, mode: ConditionMode, source: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """The condition and the null condition of a batch, under an ablation's mode."""
     negative = omni.preset.negative_prompt
-    null = omni.null_condition(negative, len(texts), source)
+    null = omni.build_null_condition(negative, len(texts), source)
     if mode == "text only":
-        return omni.condition(texts, [None] * len(texts), source), null
-    visual = omni.visual_tokens([(message, target) for message in messages])
+        return omni.build_condition(texts, [None] * len(texts), source), null
+    visual = omni.compute_visual_tokens([(message, target) for message in messages])
     if mode == "swapped":
         visual = visual.roll(1, dims=0)
-    said = [negative] * len(texts) if mode == "visual only" else texts
-    return omni.condition(said, list(omni.adapted(visual, [target] * len(texts))), source), null
+    decoder_texts = [negative] * len(texts) if mode == "visual only" else texts
+    return omni.build_condition(decoder_texts, list(omni.adapt_visual_tokens(visual, [target] * len(texts))), source), null
 
 
 @torch.no_grad()
-def clips_of(
-    omni: Omni,
+def sample_clips(
+    omni: OmniVideoModel,
     texts: Sequence[str],
-    messages: Sequence[Message],
+    messages: Sequence[MLLMMessage],
     task: Task,
     seed: int,
-    mode: Mode = "full",
+    mode: ConditionMode = "full",
     source: Tensor | None = None,
 ) -> np.ndarray:
     """uint8 [B, F, H, W, 3] by the preset's steps and guidance for the task; seeds count up from `seed`."""
-    chosen = omni.preset.sampling[task]
-    target: Target = "video" if chosen.frames > 1 else "image"
-    condition, null = conditions(omni, texts, messages, target, mode, source)
-    grid = latent_grid(chosen.width, chosen.height, chosen.frames)
-    x = noise(list(range(seed, seed + len(texts))), (omni.vae.config.z_dim, *grid), omni.device)
-    for state in denoise(omni.decoder, x, condition, null, chosen.steps, chosen.guidance_scale, chosen.flow_shift):
-        x = state.point.latents
-    return to_bytes(decode(omni.vae, x))
+    sampling = omni.preset.sampling[task]
+    target: TargetMedium = "video" if sampling.frames > 1 else "image"
+    condition, null = build_conditions(omni, texts, messages, target, mode, source)
+    grid = compute_latent_grid(sampling.width, sampling.height, sampling.frames)
+    x = sample_initial_noise(list(range(seed, seed + len(texts))), (omni.vae.config.z_dim, *grid), omni.device)
+    for state in denoise(omni.decoder, x, condition, null, sampling.steps, sampling.guidance_scale, sampling.flow_shift):
+        x = state.state.latents
+    return pixels_to_bytes(decode_latents(omni.vae, x))
 
 
-def generation(omni: Omni, count: int, tell: Tell, mode: Mode = "full") -> dict[str, Score]:
+def evaluate_generation(omni: OmniVideoModel, count: int, on_progress: EvaluationProgress, mode: ConditionMode = "full") -> dict[str, Score]:
     """GenEval's six categories and motion, `count` held-out prompts each; and how steady the clips are."""
     verdicts: dict[str, list[bool]] = defaultdict(list)
     steady: list[float] = []
     for category in CATEGORIES:
-        wanted = prompts(count, [category])
-        task: Task = "text-to-video" if wanted[0].video else "text-to-image"
-        for first, chunk in chunks(wanted):
+        wanted = sample_prompts(count, [category])
+        task: Task = "text-to-video" if wanted[0].is_video else "text-to-image"
+        for first, chunk in iterate_chunks(wanted):
             texts = [one.text for one in chunk]
-            drawn = clips_of(omni, texts, [Message(text) for text in texts], task, 1000 + first, mode)
-            readings = [read(clip) for clip in drawn]
-            verdicts[category] += [one.demand.met_by(reading) for one, reading in zip(chunk, readings, strict=True)]
-            steady += [reading.steadiness for reading in readings if wanted[0].video]
-            tell(category, first + len(chunk), count)
-    scores = {name: score(found) for name, found in verdicts.items()}
+            drawn = sample_clips(omni, texts, [MLLMMessage(text) for text in texts], task, 1000 + first, mode)
+            readings = [detect_scene(clip) for clip in drawn]
+            verdicts[category] += [one.scene_spec.is_met_by(reading) for one, reading in zip(chunk, readings, strict=True)]
+            steady += [reading.steadiness for reading in readings if wanted[0].is_video]
+            on_progress(category, first + len(chunk), count)
+    scores = {name: score_verdicts(found) for name, found in verdicts.items()}
     return scores | {"temporal steadiness": Score(float(np.mean(steady)), len(steady))}
 
 
-def untouched_psnr(edit: Edit, source: np.ndarray, result: np.ndarray) -> float | None:
+def compute_untouched_psnr(edit: SceneEdit, source: np.ndarray, result: np.ndarray) -> float | None:
     """PSNR in dB over the pixels that belong to nothing that the edit names; None for a
     new background, which touches all of it."""
     if edit.kind == "background":
         return None
-    kept = ~object_mask(replace(edit.source, things=edit.touched))
-    error = np.mean((source[kept].astype(float) - result[kept].astype(float)) ** 2)
+    untouched_mask = ~render_object_mask(replace(edit.source, things=edit.changed_objects))
+    error = np.mean((source[untouched_mask].astype(float) - result[untouched_mask].astype(float)) ** 2)
     return float(10 * np.log10(255**2 / max(error, 1e-3)))
 
 
-def held_out_edits(count: int, video: bool) -> list[Edit]:
+def sample_held_out_edits(count: int, video: bool) -> list[SceneEdit]:
     """Of every kind in turn, the same every time."""
     kinds = VIDEO_EDITS if video else IMAGE_EDITS
     rng = random.Random(f"evaluation/editing/{video}")
-    return [random_edit(rng, video, "held_out", [kinds[at % len(kinds)]]) for at in range(count)]
+    return [sample_edit(rng, video, "held_out", [kinds[at % len(kinds)]]) for at in range(count)]
 
 
 @torch.no_grad()
-def edited(omni: Omni, edits: Sequence[Edit], video: bool, seed: int) -> np.ndarray:
+def apply_edits(omni: OmniVideoModel, edits: Sequence[SceneEdit], video: bool, seed: int) -> np.ndarray:
     """uint8 [B, F, H, W, 3] of their sources as the model changes them."""
-    source = encode(omni.vae, to_pixels(edit.source for edit in edits).to(omni.device))
-    messages = [Message(edit.instruction, (media_of(edit.source),)) for edit in edits]
+    source = encode_pixels(omni.vae, pixels_from_scenes(edit.source for edit in edits).to(omni.device))
+    messages = [MLLMMessage(edit.instruction, (media_from_scene(edit.source),)) for edit in edits]
     task: Task = "video-editing" if video else "image-editing"
-    return clips_of(omni, [edit.instruction for edit in edits], messages, task, seed, source=source)
+    return sample_clips(omni, [edit.instruction for edit in edits], messages, task, seed, source=source)
 
 
-def editing(omni: Omni, count: int, tell: Tell, video: bool) -> dict[str, Score | float]:
+def evaluate_editing(omni: OmniVideoModel, count: int, on_progress: EvaluationProgress, video: bool) -> dict[str, Score | float]:
     """Held-out edits of every kind: success, and PSNR of what should have stayed."""
     verdicts: dict[str, list[bool]] = defaultdict(list)
-    kept: list[float] = []
+    untouched_psnrs: list[float] = []
     name = "video" if video else "image"
-    for first, chunk in chunks(held_out_edits(count, video)):
-        for edit, clip in zip(chunk, edited(omni, chunk, video, 2000 + first), strict=True):
-            verdicts[edit.kind].append(edit.demand.met_by(read(clip)))
-            psnr = untouched_psnr(edit, render(edit.source), clip)
-            kept += [] if psnr is None else [psnr]
-        tell(f"{name}-editing", first + len(chunk), count)
-    scores: dict[str, Score | float] = {f"{name} edit: {kind}": score(found) for kind, found in verdicts.items()}
-    scores[f"{name} edits"] = score(verdict for found in verdicts.values() for verdict in found)
-    scores[f"{name} edits: untouched area, median dB"] = float(np.median(kept))
+    for first, chunk in iterate_chunks(sample_held_out_edits(count, video)):
+        for edit, clip in zip(chunk, apply_edits(omni, chunk, video, 2000 + first), strict=True):
+            verdicts[edit.kind].append(edit.target_spec.is_met_by(detect_scene(clip)))
+            psnr = compute_untouched_psnr(edit, render_scene(edit.source), clip)
+            untouched_psnrs += [] if psnr is None else [psnr]
+        on_progress(f"{name}-editing", first + len(chunk), count)
+    scores: dict[str, Score | float] = {f"{name} edit: {kind}": score_verdicts(found) for kind, found in verdicts.items()}
+    scores[f"{name} edits"] = score_verdicts(verdict for found in verdicts.values() for verdict in found)
+    scores[f"{name} edits: untouched area, median dB"] = float(np.median(untouched_psnrs))
     return scores
 
 
-def understanding(omni: Omni, count: int, tell: Tell) -> dict[str, Score]:
+def evaluate_understanding(omni: OmniVideoModel, count: int, on_progress: EvaluationProgress) -> dict[str, Score]:
     """Questions of every kind about held-out stills and clips; an answer is right if it is the ground truth's."""
     rng = random.Random("evaluation/understanding")
     verdicts: dict[str, list[bool]] = defaultdict(list)
     for at in range(count):
-        scene = random_scene(rng, video=at % 2 == 1, split="held_out")
-        question = random_question(rng, scene)
-        message = Message(question.text, (media_of(scene),))
-        text = "".join(answer(omni.mllm, omni.mllm_tokenizer, message, omni.pixels, most=60))
+        scene = sample_scene(rng, is_video=at % 2 == 1, split="held_out")
+        question = sample_question(rng, scene)
+        message = MLLMMessage(question.text, (media_from_scene(scene),))
+        text = "".join(generate_answer(omni.mllm, omni.mllm_tokenizer, message, omni.vision_config, max_tokens=60))
         verdicts[question.kind].append(text.strip() == question.answer)
-        tell("understanding", at + 1, count)
-    scores = {f"understanding: {kind}": score(found) for kind, found in sorted(verdicts.items())}
-    return scores | {"understanding": score(one for found in verdicts.values() for one in found)}
+        on_progress("understanding", at + 1, count)
+    scores = {f"understanding: {kind}": score_verdicts(found) for kind, found in sorted(verdicts.items())}
+    return scores | {"understanding": score_verdicts(one for found in verdicts.values() for one in found)}
 
 
-def routing_case(rng: random.Random) -> tuple[Message, str]:
+def sample_routing_case(rng: random.Random) -> tuple[MLLMMessage, str]:
     """A request with the route that it should take."""
     kind = rng.choice(("image", "video", "image edit", "video edit", "question", "knowledge", "talk"))
     if kind in ("image", "video"):
-        make = caption_prompt if rng.random() < 0.7 else riddle_prompt
-        return Message(make(rng, kind == "video")[0]), kind
+        make = make_caption_prompt if rng.random() < 0.7 else make_indirect_prompt
+        return MLLMMessage(make(rng, kind == "video")[0]), kind
     if kind in ("image edit", "video edit"):
         video = kind == "video edit"
-        edit = random_edit(rng, video, "held_out")
-        return Message(edit.instruction, (media_of(edit.source),)), "video" if video else "image"
-    make_text = {"question": question_sample, "knowledge": knowledge_sample, "talk": talk_sample}[kind]
+        edit = sample_edit(rng, video, "held_out")
+        return MLLMMessage(edit.instruction, (media_from_scene(edit.source),)), "video" if video else "image"
+    make_text = {"question": make_question_sample, "knowledge": make_knowledge_sample, "talk": make_talk_sample}[kind]
     return make_text(rng, rng.random() < 0.5)[0], "text"
 
 
-def routing(omni: Omni, count: int, tell: Tell) -> dict[str, Score]:
+def evaluate_routing(omni: OmniVideoModel, count: int, on_progress: EvaluationProgress) -> dict[str, Score]:
     rng = random.Random("evaluation/routing")
     verdicts: dict[str, list[bool]] = defaultdict(list)
     for at in range(count):
-        message, expected = routing_case(rng)
-        found = route(omni.mllm, omni.mllm_tokenizer, message, omni.pixels).kind
+        message, expected = sample_routing_case(rng)
+        found = predict_route(omni.mllm, omni.mllm_tokenizer, message, omni.vision_config).kind
         verdicts[expected].append(found == expected)
-        tell("routing", at + 1, count)
-    scores = {f"routing: {kind}": score(found) for kind, found in sorted(verdicts.items())}
-    return scores | {"routing": score(one for found in verdicts.values() for one in found)}
+        on_progress("routing", at + 1, count)
+    scores = {f"routing: {kind}": score_verdicts(found) for kind, found in sorted(verdicts.items())}
+    return scores | {"routing": score_verdicts(one for found in verdicts.values() for one in found)}
 
 
-def everything(omni: Omni, count: int, tell: Tell) -> dict[str, Score | float]:
+def evaluate_all(omni: OmniVideoModel, count: int, on_progress: EvaluationProgress) -> dict[str, Score | float]:
     """All of the above, `count` a category."""
     scores: dict[str, Score | float] = {}
-    scores |= generation(omni, count, tell)
-    scores |= editing(omni, 2 * count, tell, video=False)
-    scores |= editing(omni, 2 * count, tell, video=True)
-    scores |= understanding(omni, 8 * count, tell)
-    return scores | routing(omni, 8 * count, tell)
+    scores |= evaluate_generation(omni, count, on_progress)
+    scores |= evaluate_editing(omni, 2 * count, on_progress, video=False)
+    scores |= evaluate_editing(omni, 2 * count, on_progress, video=True)
+    scores |= evaluate_understanding(omni, 8 * count, on_progress)
+    return scores | evaluate_routing(omni, 8 * count, on_progress)

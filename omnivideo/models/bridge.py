@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from omnivideo.models.positions import grid_positions
+from omnivideo.models.positions import build_grid_positions
 
 
-def transformer(width: int, layers: int, heads: int) -> nn.Transformer:
+def build_transformer(width: int, layers: int, heads: int) -> nn.Transformer:
     """Pre-norm encoder-decoder with ReLU and a four times wider feed-forward."""
     shape: dict[str, Any] = {"dim_feedforward": 4 * width, "dropout": 0.0, "batch_first": True, "norm_first": True}
     layer = nn.TransformerEncoderLayer(width, heads, **shape)
@@ -28,14 +28,14 @@ class QueryTransformer(nn.Module):
     [B, L, in] -> [B, Q, width].  Parameters: `fc`, `adapter` and `decoder_query` of the released adapter.
     """
 
-    def __init__(self, dim_in: int, width: int, queries: int, layers: int, heads: int):
+    def __init__(self, dim_in: int, width: int, num_queries: int, layers: int, heads: int):
         super().__init__()
         self.fc = nn.Sequential(nn.Linear(dim_in, width), nn.GELU(), nn.Linear(width, width))
-        self.adapter = transformer(width, layers, heads)
-        self.decoder_query = nn.Parameter(torch.randn(1, queries, width) * 0.02)
+        self.adapter = build_transformer(width, layers, heads)
+        self.decoder_query = nn.Parameter(torch.randn(1, num_queries, width) * 0.02)
 
     @property
-    def queries(self) -> int:
+    def num_queries(self) -> int:
         return self.decoder_query.shape[1]
 
     def forward(self, x_BLI: Tensor, padding_BL: Tensor | None = None) -> Tensor:
@@ -73,18 +73,18 @@ class VisualContextAdapter(nn.Module):
     `absolute` adds fixed positions of the token grid, which the released model does without.
     """
 
-    def __init__(self, channels: int, hidden: int, dim: int, kernel: int, absolute: bool):
+    def __init__(self, channels: int, hidden: int, dim: int, kernel: int, absolute_positions: bool):
         super().__init__()
         self.patch_embedding = nn.Conv3d(channels, hidden, (1, kernel, kernel), (1, kernel, kernel))
         self.projection = nn.Linear(hidden, dim)
-        self.absolute = absolute
+        self.absolute_positions = absolute_positions
 
     def forward(self, latents_BzThw: Tensor) -> Tensor:
         patches = self.patch_embedding(latents_BzThw)
         tokens = nn.functional.layer_norm(patches.flatten(2).mT, (patches.shape[1],))
         out = nn.functional.layer_norm(self.projection(tokens), (self.projection.out_features,))
-        if self.absolute:
-            out = out + grid_positions(out.shape[-1], *patches.shape[2:]).flatten(1).mT.to(out)
+        if self.absolute_positions:
+            out = out + build_grid_positions(out.shape[-1], *patches.shape[2:]).flatten(1).mT.to(out)
         return out
 
 

@@ -19,24 +19,24 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen3VLForCondi
 from transformers.utils import logging
 
 from omnivideo.errors import CheckpointError
-from omnivideo.models.conditions import Markers
-from omnivideo.models.mllm import VISUAL_TOKENS, Pixels
-from omnivideo.models.omni import Bridge, Omni
-from omnivideo.models.positions import with_absolute_positions
-from omnivideo.presets import Preset, preset
+from omnivideo.models.conditions import MarkerEmbeddings
+from omnivideo.models.mllm import VISUAL_TOKENS, VisionInputConfig
+from omnivideo.models.omni import Bridge, OmniVideoModel
+from omnivideo.models.positions import add_absolute_positions
+from omnivideo.presets import Preset, get_preset
 
-INDEX = "model_index.json"
+INDEX_FILE = "model_index.json"
 BRIDGE_PARTS = ("vision_head", "adapter", "visual_context", "markers")
-WEIGHTS = "model.safetensors"
-SHIPPED = Path(__file__).parents[1] / "weights"  # a folder for each preset that is shipped
+WEIGHTS_FILE = "model.safetensors"
+SHIPPED_WEIGHTS_FOLDER = Path(__file__).parents[1] / "weights"  # a folder for each preset that is shipped
 
 
-def file_digest(path: Path) -> str:
+def compute_file_digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def save(omni: Omni, folder: Path, dtype: torch.dtype = torch.float16) -> None:
+def save(omni: OmniVideoModel, folder: Path, dtype: torch.dtype = torch.float16) -> None:
     """Writes all parts in the given precision.  The models in memory are left as they are."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, part in (("mllm", omni.mllm), ("transformer", omni.decoder), ("text_encoder", omni.text_encoder),
@@ -47,10 +47,10 @@ def save(omni: Omni, folder: Path, dtype: torch.dtype = torch.float16) -> None:
     for name in BRIDGE_PARTS:
         (folder / name).mkdir(exist_ok=True)
         state = getattr(omni.bridge, name).state_dict()
-        save_file({key: value.to(dtype).contiguous() for key, value in state.items()}, folder / name / WEIGHTS)
-    files = {str(path.relative_to(folder)): file_digest(path) for path in sorted(folder.rglob("*.safetensors"))}
+        save_file({key: value.to(dtype).contiguous() for key, value in state.items()}, folder / name / WEIGHTS_FILE)
+    files = {str(path.relative_to(folder)): compute_file_digest(path) for path in sorted(folder.rglob("*.safetensors"))}
     index = {"_class_name": "OmniVideo", "format": 1, "preset": omni.preset.name, "sha256": files}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
 
 
 def save_library_model(part: Any, folder: Path, dtype: torch.dtype) -> None:
@@ -61,85 +61,85 @@ def save_library_model(part: Any, folder: Path, dtype: torch.dtype) -> None:
         path = folder / "diffusion_pytorch_model.safetensors"
     else:
         part.config.save_pretrained(folder)
-        path = folder / WEIGHTS
-    write_without_past(folder / "config.json")
+        path = folder / WEIGHTS_FILE
+    strip_provenance(folder / "config.json")
     state = {key: value.to(dtype).contiguous() for key, value in part.state_dict().items()}
     if isinstance(part, UMT5EncoderModel):
         state.pop("encoder.embed_tokens.weight", None)  # the same tensor as shared.weight
     save_file(state, path, metadata={"format": "pt"})
 
 
-def write_without_past(config: Path) -> None:
+def strip_provenance(config: Path) -> None:
     """Leaves out what a library notes of how the model came here: from which folder, and in which precision."""
 
-    def cleaned(value: Any) -> Any:
+    def strip_keys(value: Any) -> Any:
         if not isinstance(value, dict):
             return value
-        return {key: cleaned(one) for key, one in value.items() if key not in ("_name_or_path", "dtype")}
+        return {key: strip_keys(one) for key, one in value.items() if key not in ("_name_or_path", "dtype")}
 
-    config.write_text(json.dumps(cleaned(json.loads(config.read_text())), indent=2, sort_keys=True) + "\n")
+    config.write_text(json.dumps(strip_keys(json.loads(config.read_text())), indent=2, sort_keys=True) + "\n")
 
 
 def read_index(folder: Path) -> dict[str, Any]:
-    path = folder / INDEX
+    path = folder / INDEX_FILE
     if not path.is_file():
-        raise CheckpointError(f"no {INDEX} in the weights folder {folder.name!r}")
+        raise CheckpointError(f"no {INDEX_FILE} in the weights folder {folder.name!r}")
     try:
         index = json.loads(path.read_text())
     except ValueError as error:
-        raise CheckpointError(f"{INDEX} of {folder.name!r} is not JSON") from error
+        raise CheckpointError(f"{INDEX_FILE} of {folder.name!r} is not JSON") from error
     if index.get("_class_name") != "OmniVideo" or index.get("format") != 1:
-        raise CheckpointError(f"{INDEX} of {folder.name!r} is not of format 1")
+        raise CheckpointError(f"{INDEX_FILE} of {folder.name!r} is not of format 1")
     return index
 
 
-def weights_digest(folder: Path) -> str:
+def compute_weights_digest(folder: Path) -> str:
     """One digest over all weights, as manifests carry it."""
     return hashlib.sha256(json.dumps(read_index(folder)["sha256"], sort_keys=True).encode()).hexdigest()[:16]
 
 
-def verify(folder: Path) -> None:
+def verify_digests(folder: Path) -> None:
     """Compares every weights file with the index; raises CheckpointError on the first that differs."""
     for name, expected in read_index(folder)["sha256"].items():
         path = folder / name
         if not path.is_file():
             raise CheckpointError(f"{name} is missing from the weights")
-        if file_digest(path) != expected:
+        if compute_file_digest(path) != expected:
             raise CheckpointError(f"{name} is damaged: its sha256 is not the index's")
 
 
-def load(folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Omni:
+def load(folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> OmniVideoModel:
     """All parts of the preset that the folder's index names, in evaluation mode."""
     return load_parts(folder, lambda name, part: part.to(device), dtype)
 
 
-def load_parts(folder: Path, put: Callable[[str, Any], Any], dtype: torch.dtype | None = None) -> Omni:
+def load_parts(folder: Path, place_part: Callable[[str, Any], Any], dtype: torch.dtype | None = None) -> OmniVideoModel:
     """As `load`; `put` brings each part, by its name in `Omni`, where it belongs before the next is read.
 
     Without a `dtype` the parts come as `strictly` reads them.
     """
-    chosen = preset(read_index(folder)["preset"])
+    model_preset = get_preset(read_index(folder)["preset"])
     logging.disable_progress_bar()  # transformers draws one for each part, whatever the size
-    decoder = put("decoder", strictly(WanTransformer3DModel, folder, "transformer", dtype))
-    mllm = put("mllm", strictly(Qwen3VLForConditionalGeneration, folder, "mllm", dtype))
-    return Omni(
-        preset=chosen,
+    decoder = place_part("decoder", load_strict(WanTransformer3DModel, folder, "transformer", dtype))
+    mllm = place_part("mllm", load_strict(Qwen3VLForConditionalGeneration, folder, "mllm", dtype))
+    return OmniVideoModel(
+        preset=model_preset,
         mllm=mllm,
-        mllm_tokenizer=mllm_tokenizer(folder, mllm.get_input_embeddings().num_embeddings),
-        pixels=Pixels(),
-        bridge=put("bridge", load_bridge(chosen, folder, dtype)),
-        decoder=with_absolute_positions(decoder) if chosen.absolute_positions else decoder,
-        text_encoder=put("text_encoder", strictly(UMT5EncoderModel, folder, "text_encoder", dtype)),
+        mllm_tokenizer=load_mllm_tokenizer(folder, mllm.get_input_embeddings().num_embeddings),
+        vision_config=VisionInputConfig(),
+        bridge=place_part("bridge", load_bridge(model_preset, folder, dtype)),
+        decoder=add_absolute_positions(decoder) if model_preset.absolute_positions else decoder,
+        text_encoder=place_part("text_encoder", load_strict(UMT5EncoderModel, folder, "text_encoder", dtype)),
         tokenizer=AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True),
-        vae=put("vae", strictly(AutoencoderKLWan, folder, "vae", dtype)),
+        vae=place_part("vae", load_strict(AutoencoderKLWan, folder, "vae", dtype)),
     ).eval()
 
 
-def mllm_tokenizer(folder: Path, embeddings: int) -> PreTrainedTokenizerBase:
+def load_mllm_tokenizer(folder: Path, embedding_count: int) -> PreTrainedTokenizerBase:
     """The MLLM's; a stock one has not the tokens that route, and would split them without a word."""
     tokenizer = AutoTokenizer.from_pretrained(folder / "mllm", local_files_only=True)
     ids = tokenizer("".join(VISUAL_TOKENS), add_special_tokens=False).input_ids
-    if ids != tokenizer.convert_tokens_to_ids(list(VISUAL_TOKENS)) or max(ids) >= embeddings:
+    if ids != tokenizer.convert_tokens_to_ids(list(VISUAL_TOKENS)) or max(ids) >= embedding_count:
         raise CheckpointError(
             f"mllm: {', '.join(VISUAL_TOKENS)} are to be one token each, with an embedding; add them to its tokenizer "
             "and model as docs/weights.md says"
@@ -147,7 +147,7 @@ def mllm_tokenizer(folder: Path, embeddings: int) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def strictly(cls: Any, folder: Path, name: str, dtype: torch.dtype | None) -> Any:
+def load_strict(cls: Any, folder: Path, name: str, dtype: torch.dtype | None) -> Any:
     """A library model from its sub-folder; the libraries only warn of missing keys, here they are an error.
 
     Without a `dtype` a model of transformers comes in the file's precision, one of diffusers in fp32.
@@ -160,37 +160,37 @@ def strictly(cls: Any, folder: Path, name: str, dtype: torch.dtype | None) -> An
             part, torch_dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{name} cannot be loaded: {first_line(error)}") from error
-    complain(name, list(report["missing_keys"]), list(report["unexpected_keys"]), list(report["mismatched_keys"]))
+        raise CheckpointError(f"{name} cannot be loaded: {get_first_line(error)}") from error
+    check_keys(name, list(report["missing_keys"]), list(report["unexpected_keys"]), list(report["mismatched_keys"]))
     return model
 
 
-def load_bridge(chosen: Preset, folder: Path, dtype: torch.dtype | None) -> Bridge:
+def load_bridge(model_preset: Preset, folder: Path, dtype: torch.dtype | None) -> Bridge:
     with torch.device("meta"):
-        bridge = Bridge(chosen)
+        bridge = Bridge(model_preset)
     for name in BRIDGE_PARTS:
-        path = folder / name / WEIGHTS
+        path = folder / name / WEIGHTS_FILE
         if not path.is_file():
-            raise CheckpointError(f"{name}/{WEIGHTS} is missing from the weights")
+            raise CheckpointError(f"{name}/{WEIGHTS_FILE} is missing from the weights")
         state = {key: value.to(dtype or value.dtype) for key, value in load_file(path).items()}
         if name == "markers":
             with torch.device("meta"):
-                bridge.markers = Markers(chosen.text_width, {key: len(value) for key, value in state.items()})
+                bridge.markers = MarkerEmbeddings(model_preset.text_width, {key: len(value) for key, value in state.items()})
         module = getattr(bridge, name)
         expected = {key: value.shape for key, value in module.state_dict().items()}
-        wrong = [key for key in state if key in expected and state[key].shape != expected[key]]
-        complain(name, sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys()), wrong)
+        mismatched = [key for key in state if key in expected and state[key].shape != expected[key]]
+        check_keys(name, sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys()), mismatched)
         module.load_state_dict(state, assign=True)
     return bridge
 
 
-def complain(name: str, missing: list, unknown: list, wrong: list) -> None:
+def check_keys(name: str, missing: list, unknown: list, mismatched: list) -> None:
     """Raises CheckpointError unless all three lists are empty."""
-    for what, keys in (("is missing", missing), ("is unknown", unknown), ("has another shape", wrong)):
+    for problem, keys in (("is missing", missing), ("is unknown", unknown), ("has another shape", mismatched)):
         if keys:
             first = keys[0] if isinstance(keys[0], str) else keys[0][0]
-            raise CheckpointError(f"{name}: {len(keys)} weights do not fit; the first, {first}, {what}")
+            raise CheckpointError(f"{name}: {len(keys)} weights do not fit; the first, {first}, {problem}")
 
 
-def first_line(error: Exception) -> str:
+def get_first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__

@@ -15,26 +15,26 @@ from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
 from omnivideo.errors import ConditionTooLong
 
-MARKERS = ("img_st", "img_ed", "ipl_st", "ipl_ed", "prp_st", "prp_ed")
+MARKER_NAMES = ("img_st", "img_ed", "ipl_st", "ipl_ed", "prp_st", "prp_ed")
 
 
-class Markers(nn.Module):
+class MarkerEmbeddings(nn.Module):
     """Six learned embeddings [n, D], one token each unless `lengths` says otherwise, as for published weights."""
 
     def __init__(self, dim: int, lengths: Mapping[str, int] | None = None):
         super().__init__()
-        for name in MARKERS:
+        for name in MARKER_NAMES:
             rows = (lengths or {}).get(name, 1)
             self.register_parameter(name, nn.Parameter(torch.randn(rows, dim) * 0.02))
 
 
-def assemble(
-    markers: Markers,
+def assemble_conditions(
+    markers: MarkerEmbeddings,
     texts_LD: Sequence[Tensor],
     visual_LD: Sequence[Tensor | None],
     context_LD: Sequence[Tensor | None],
-    least: int,
-    most: int,
+    min_tokens: int,
+    max_tokens: int,
 ) -> Tensor:
     """The conditions [B, L, D] of a batch, zero-padded to the longest and to `least` tokens.
 
@@ -42,51 +42,51 @@ def assemble(
     """
     # All tokens once, then one gather: a kernel for each part of each row is what a GPU would wait for.
     pool = [texts_LD[0].new_zeros(1, texts_LD[0].shape[-1])]  # the padding
-    used = 1
+    pool_length = 1
 
-    def put(tokens: Tensor) -> range:
-        nonlocal used
+    def add_to_pool(tokens: Tensor) -> range:
+        nonlocal pool_length
         pool.append(tokens.to(pool[0]))
-        used += len(tokens)
-        return range(used - len(tokens), used)
+        pool_length += len(tokens)
+        return range(pool_length - len(tokens), pool_length)
 
-    marker = {name: put(getattr(markers, name)) for name in MARKERS}
+    marker = {name: add_to_pool(getattr(markers, name)) for name in MARKER_NAMES}
     rows: list[list[int]] = []
     for text, visual, context in zip(texts_LD, visual_LD, context_LD, strict=True):
         row: list[int] = []
         for kind, tokens in (("img", context), ("ipl", visual), ("prp", text)):
             if tokens is not None:
-                row += (*marker[f"{kind}_st"], *put(tokens), *marker[f"{kind}_ed"])
-        check_length(len(row), most)
+                row += (*marker[f"{kind}_st"], *add_to_pool(tokens), *marker[f"{kind}_ed"])
+        check_condition_length(len(row), max_tokens)
         rows.append(row)
-    longest = max(least, *map(len, rows))
-    at = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=pool[0].device)
-    return nn.functional.embedding(at, torch.cat(pool))
+    longest = max(min_tokens, *map(len, rows))
+    indices_BL = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=pool[0].device)
+    return nn.functional.embedding(indices_BL, torch.cat(pool))
 
 
-def count_tokens(markers: Markers, text: int, visual: int | None, context: int | None) -> int:
+def count_condition_tokens(markers: MarkerEmbeddings, text_tokens: int, visual_tokens: int | None, context_tokens: int | None) -> int:
     """How many tokens a sample's condition has, by those of its parts (None: absent), before it is padded."""
-    parts = (("prp", text), ("ipl", visual), ("img", context))
+    parts = (("prp", text_tokens), ("ipl", visual_tokens), ("img", context_tokens))
     return sum(
         count + len(getattr(markers, f"{kind}_st")) + len(getattr(markers, f"{kind}_ed"))
         for kind, count in parts if count is not None
     )  # fmt: skip
 
 
-def pad(tokens: Tensor, least: int, most: int) -> Tensor:
+def pad_condition(tokens: Tensor, min_tokens: int, max_tokens: int) -> Tensor:
     """[..., L, D] with zeros up to `least` tokens."""
     length = tokens.shape[-2]
-    check_length(length, most)
-    return nn.functional.pad(tokens, (0, 0, 0, max(0, least - length)))
+    check_condition_length(length, max_tokens)
+    return nn.functional.pad(tokens, (0, 0, 0, max(0, min_tokens - length)))
 
 
-def check_length(length: int, most: int) -> None:
-    if length > most:
-        raise ConditionTooLong("prompt", f"the condition has {length} tokens; the decoder takes 1 to {most}")
+def check_condition_length(length: int, max_tokens: int) -> None:
+    if length > max_tokens:
+        raise ConditionTooLong("prompt", f"the condition has {length} tokens; the decoder takes 1 to {max_tokens}")
 
 
 def encode_text(
-    tokenizer: PreTrainedTokenizerBase, encoder: UMT5EncoderModel, prompts: Sequence[str], most: int
+    tokenizer: PreTrainedTokenizerBase, encoder: UMT5EncoderModel, prompts: Sequence[str], max_tokens: int
 ) -> tuple[Tensor, Tensor]:
     """Text embeddings [B, L, D], zero past the end of each prompt, and the prompts' lengths [B].
 
@@ -94,11 +94,11 @@ def encode_text(
     """
     tokens = tokenizer(list(prompts), padding=True, return_tensors="pt", verbose=False)
     ids, mask = (tokens[name].to(encoder.device) for name in ("input_ids", "attention_mask"))
-    check_words(ids.shape[1], most)
+    check_prompt_length(ids.shape[1], max_tokens)
     hidden = encoder(ids, attention_mask=mask).last_hidden_state
     return hidden * mask[..., None].to(hidden), mask.sum(1)
 
 
-def check_words(count: int, most: int) -> None:
-    if count > most:
-        raise ConditionTooLong("prompt", f"it has {count} tokens; the text encoder takes 1 to {most}")
+def check_prompt_length(count: int, max_tokens: int) -> None:
+    if count > max_tokens:
+        raise ConditionTooLong("prompt", f"it has {count} tokens; the text encoder takes 1 to {max_tokens}")

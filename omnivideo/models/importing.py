@@ -16,34 +16,34 @@ from diffusers import WanTransformer3DModel
 from torch import Tensor
 
 from omnivideo.errors import CheckpointError, InvalidInput
-from omnivideo.models.checkpoint import BRIDGE_PARTS, INDEX, WEIGHTS, complain, read_index, verify
+from omnivideo.models.checkpoint import BRIDGE_PARTS, INDEX_FILE, WEIGHTS_FILE, check_keys, read_index, verify_digests
 from omnivideo.models.published import (
-    PUBLISHED,
-    Place,
-    files_of,
-    layout_of,
-    markers_file,
-    markers_needed,
-    part_name,
-    places,
+    PUBLISHED_PRESETS,
+    TensorLocation,
+    list_weight_files,
+    detect_preset,
+    get_markers_file,
+    list_required_markers,
+    get_part_folder,
+    locate_tensors,
 )
 from omnivideo.models.streams import (
-    DTYPE_NAMES,
-    State,
-    Tell,
-    map_tensors,
+    NAME_BY_DTYPE,
+    StateDict,
+    WriteProgress,
+    map_safetensors_folder,
     read_pickle,
     read_small_pickle,
-    tensors_of,
-    whole_folder,
-    write_tensors,
+    check_dense_tensors,
+    stage_folder,
+    write_safetensors,
 )
-from omnivideo.presets import PRESETS, Preset, preset
+from omnivideo.presets import PRESETS, Preset, get_preset
 
 DECODER_WEIGHTS = "diffusion_pytorch_model"
-SHARD = 5 << 30  # of a decoder's file, in bytes
-ELSEWHERE = ("mllm", "text_encoder", "tokenizer", "vae")  # what a whole folder has besides
-Parts = dict[str, State]
+MAX_SHARD_BYTES = 5 << 30  # of a decoder's file, in bytes
+UNPUBLISHED_PARTS = ("mllm", "text_encoder", "tokenizer", "vae")  # what a whole folder has besides
+PartStates = dict[str, StateDict]
 
 
 @dataclass(frozen=True)
@@ -51,148 +51,148 @@ class PartReport:
     """One part of the folder: its tensors, their numbers, types and bytes."""
 
     name: str
-    tensors: int
-    parameters: int
+    tensor_count: int
+    parameter_count: int
     dtypes: tuple[str, ...]
-    bytes: int
+    size_bytes: int
 
 
 @dataclass(frozen=True)
-class Report:
+class WeightsReport:
     """What was found, and which parts of a whole folder the source does not have."""
 
     preset: str
     parts: tuple[PartReport, ...]
-    absent: tuple[str, ...]
+    missing_parts: tuple[str, ...]
 
     @property
-    def bytes(self) -> int:
-        return sum(part.bytes for part in self.parts)
+    def total_bytes(self) -> int:
+        return sum(part.size_bytes for part in self.parts)
 
 
-def quiet(file: str, count: int) -> None:
+def ignore_progress(file: str, count: int) -> None:
     """Tells nobody."""
 
 
-def report_of(chosen: Preset, parts: Parts, absent: tuple[str, ...]) -> Report:
+def build_report(model_preset: Preset, parts: PartStates, missing_parts: tuple[str, ...]) -> WeightsReport:
     rows = []
     for name, state in parts.items():
         values = list(state.values())
-        dtypes = tuple(sorted({DTYPE_NAMES[value.dtype] for value in values}))
+        dtypes = tuple(sorted({NAME_BY_DTYPE[value.dtype] for value in values}))
         counts = sum(value.numel() for value in values), sum(value.nbytes for value in values)
         rows.append(PartReport(name, len(values), counts[0], dtypes, counts[1]))
-    return Report(chosen.name, tuple(rows), absent)
+    return WeightsReport(model_preset.name, tuple(rows), missing_parts)
 
 
 # ---------------------------------------------------------------- theirs to ours
 
 
-def import_weights(source: Path, folder: Path | None, name: str | None = None, tell: Tell = quiet) -> Report:
+def import_weights(source: Path, folder: Path | None, name: str | None = None, on_progress: WriteProgress = ignore_progress) -> WeightsReport:
     """Published weights (their folder, or one file of tensors) into our folder; None only checks and counts them."""
-    chosen = chosen_preset(source, name)
-    parts = published_parts(source, chosen)
-    absent = tuple(part for part in ("markers", *ELSEWHERE) if part not in parts)
-    report = report_of(chosen, parts, absent)
+    model_preset = resolve_preset(source, name)
+    parts = read_published_parts(source, model_preset)
+    missing_parts = tuple(part for part in ("markers", *UNPUBLISHED_PARTS) if part not in parts)
+    report = build_report(model_preset, parts, missing_parts)
     if folder is not None:
-        with whole_folder(folder, report.bytes) as partial:
-            write_index(partial, chosen, write_parts(partial, chosen, parts, tell))
+        with stage_folder(folder, report.total_bytes) as partial:
+            write_index(partial, model_preset, write_parts(partial, model_preset, parts, on_progress))
     return report
 
 
-def chosen_preset(source: Path, name: str | None) -> Preset:
+def resolve_preset(source: Path, name: str | None) -> Preset:
     """The named preset, else the one whose files the source has."""
     if not source.exists():
         raise InvalidInput("source", f"{source.name!r} does not exist")
-    found = name or (layout_of(source) if source.is_dir() else preset_of_keys(source))
-    if found is None:
-        wanted = "; ".join(f"{' and '.join(files_of(PRESETS[one]))} ({one})" for one in PUBLISHED)
-        raise CheckpointError(f"{source.name!r} has none of the published layouts: {wanted}")
-    chosen = preset(found)
-    if chosen.name not in PUBLISHED:
-        raise InvalidInput("preset", f"{found!r} is not published; use {', '.join(PUBLISHED)}")
-    if source.is_file() and chosen.decoders > 1:
+    preset_name = name or (detect_preset(source) if source.is_dir() else detect_preset_from_keys(source))
+    if preset_name is None:
+        layouts = "; ".join(f"{' and '.join(list_weight_files(PRESETS[one]))} ({one})" for one in PUBLISHED_PRESETS)
+        raise CheckpointError(f"{source.name!r} has none of the published layouts: {layouts}")
+    model_preset = get_preset(preset_name)
+    if model_preset.name not in PUBLISHED_PRESETS:
+        raise InvalidInput("preset", f"{preset_name!r} is not published; use {', '.join(PUBLISHED_PRESETS)}")
+    if source.is_file() and model_preset.num_decoders > 1:
         raise InvalidInput(
-            "source", f"{chosen.name} has two files; name the folder with {' and '.join(files_of(chosen))}"
+            "source", f"{model_preset.name} has two files; name the folder with {' and '.join(list_weight_files(model_preset))}"
         )
-    return chosen
+    return model_preset
 
 
-def preset_of_keys(file: Path) -> str:
+def detect_preset_from_keys(file: Path) -> str:
     """Only version 1 has an adapter."""
-    keys = read_state(file)
-    return PUBLISHED[0] if any(key.startswith("adapter.") for key in keys) else PUBLISHED[1]
+    keys = read_published_state(file)
+    return PUBLISHED_PRESETS[0] if any(key.startswith("adapter.") for key in keys) else PUBLISHED_PRESETS[1]
 
 
-def read_state(file: Path) -> State:
+def read_published_state(file: Path) -> StateDict:
     """Their file's tensors, which may lie one level down, as DeepSpeed leaves them."""
     loaded = read_pickle(file)
     for level in ("module", "model"):
         if isinstance(loaded.get(level), Mapping):
             loaded = dict(loaded[level])
             break
-    return tensors_of(file.name, loaded)
+    return check_dense_tensors(file.name, loaded)
 
 
-def published_parts(source: Path, chosen: Preset) -> Parts:
+def read_published_parts(source: Path, model_preset: Preset) -> PartStates:
     """Our parts with our keys; raises CheckpointError on the first key or shape that is not the preset's."""
-    files = [source] if source.is_file() else [source / file for file in files_of(chosen)]
-    expected, parts = places(chosen), defaultdict[str, State](dict)
-    for number, file in enumerate(files):
-        state = read_state(file)
-        strict(f"{file.parent.name}/{file.name}", state, {key: place.shape for key, place in expected.items()})
+    files = [source] if source.is_file() else [source / file for file in list_weight_files(model_preset)]
+    expected, parts = locate_tensors(model_preset), defaultdict[str, StateDict](dict)
+    for decoder_index, file in enumerate(files):
+        state = read_published_state(file)
+        check_state(f"{file.parent.name}/{file.name}", state, {key: place.shape for key, place in expected.items()})
         for key, place in expected.items():
-            parts[part_name(place.part, number)][place.key] = state[key]
-    markers = source / markers_file(chosen)
+            parts[get_part_folder(place.part, decoder_index)][place.key] = state[key]
+    markers = source / get_markers_file(model_preset)
     if source.is_dir() and markers.is_file():
-        parts["markers"] = read_markers(markers, chosen)
+        parts["markers"] = read_markers(markers, model_preset)
     return dict(parts)
 
 
-def strict(file: str, state: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> None:
-    wrong = [key for key in state if key in expected and tuple(state[key].shape) != expected[key]]
-    complain(file, sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys()), wrong)
+def check_state(label: str, state: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> None:
+    mismatched = [key for key in state if key in expected and tuple(state[key].shape) != expected[key]]
+    check_keys(label, sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys()), mismatched)
 
 
-def read_markers(file: Path, chosen: Preset) -> State:
+def read_markers(file: Path, model_preset: Preset) -> StateDict:
     """The markers by our names: each some embeddings [n, D]."""
-    state, needed = read_small_pickle(file), markers_needed(chosen)
+    state, needed = read_small_pickle(file), list_required_markers(model_preset)
     theirs = {f"<{name}>" for name in needed}
-    wrong = [key for key, value in state.items() if value.ndim != 2 or value.shape[1] != chosen.text_width]
-    known = {f"<{name}>" for name in markers_needed(PRESETS[PUBLISHED[0]])}
-    complain(file.name, sorted(theirs - state.keys()), sorted(state.keys() - known), wrong)
+    mismatched = [key for key, value in state.items() if value.ndim != 2 or value.shape[1] != model_preset.text_width]
+    known_keys = {f"<{name}>" for name in list_required_markers(PRESETS[PUBLISHED_PRESETS[0]])}
+    check_keys(file.name, sorted(theirs - state.keys()), sorted(state.keys() - known_keys), mismatched)
     return {key.strip("<>"): value for key, value in state.items()}
 
 
 # ---------------------------------------------------------------- our folder
 
 
-def write_parts(folder: Path, chosen: Preset, parts: Parts, tell: Tell) -> dict[str, str]:
+def write_parts(folder: Path, model_preset: Preset, parts: PartStates, on_progress: WriteProgress) -> dict[str, str]:
     """The parts' files in the layout of `checkpoint`; returns the sha256 of each."""
     digests: dict[str, str] = {}
     for name, state in parts.items():
         (folder / name).mkdir(exist_ok=True)
-        for file, shard in files_for(name, state, folder / name):
-            digests[f"{name}/{file}"] = write_tensors(folder / name / file, shard, tell)
+        for file, shard in split_part_files(name, state, folder / name):
+            digests[f"{name}/{file}"] = write_safetensors(folder / name / file, shard, on_progress)
         if name.startswith("transformer"):
             with torch.device("meta"):
-                WanTransformer3DModel(**chosen.decoder).save_config(folder / name)
+                WanTransformer3DModel(**model_preset.decoder).save_config(folder / name)
     return digests
 
 
-def write_index(folder: Path, chosen: Preset, digests: Mapping[str, str]) -> None:
-    index = {"_class_name": "OmniVideo", "format": 1, "preset": chosen.name, "sha256": dict(sorted(digests.items()))}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+def write_index(folder: Path, model_preset: Preset, digests: Mapping[str, str]) -> None:
+    index = {"_class_name": "OmniVideo", "format": 1, "preset": model_preset.name, "sha256": dict(sorted(digests.items()))}
+    (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def files_for(name: str, state: State, folder: Path) -> list[tuple[str, State]]:
+def split_part_files(name: str, state: StateDict, folder: Path) -> list[tuple[str, StateDict]]:
     """One file, or a decoder's shards with the index that diffusers reads beside them."""
     if not name.startswith("transformer"):
-        return [(WEIGHTS, state)]
-    shards = shards_of(state)
+        return [(WEIGHTS_FILE, state)]
+    shards = split_shards(state)
     if len(shards) == 1:
         return [(f"{DECODER_WEIGHTS}.safetensors", state)]
     files = [
-        (f"{DECODER_WEIGHTS}-{at:05}-of-{len(shards):05}.safetensors", shard) for at, shard in enumerate(shards, 1)
+        (f"{DECODER_WEIGHTS}-{number:05}-of-{len(shards):05}.safetensors", shard) for number, shard in enumerate(shards, 1)
     ]
     total = sum(value.nbytes for value in state.values())
     weight_map = {key: file for file, shard in files for key in shard}
@@ -201,55 +201,55 @@ def files_for(name: str, state: State, folder: Path) -> list[tuple[str, State]]:
     return files
 
 
-def shards_of(state: State) -> list[State]:
-    shards: list[State] = [{}]
-    size = 0
+def split_shards(state: StateDict) -> list[StateDict]:
+    shards: list[StateDict] = [{}]
+    shard_bytes = 0
     for key, value in state.items():
-        if shards[-1] and size + value.nbytes > SHARD:
+        if shards[-1] and shard_bytes + value.nbytes > MAX_SHARD_BYTES:
             shards.append({})
-            size = 0
+            shard_bytes = 0
         shards[-1][key] = value
-        size += value.nbytes
+        shard_bytes += value.nbytes
     return shards
 
 
 # ---------------------------------------------------------------- ours to theirs
 
 
-def export_weights(folder: Path, target: Path) -> Report:
+def export_weights(folder: Path, target: Path) -> WeightsReport:
     """Our folder, checked against its sums, in the layout that the authors' code reads."""
-    chosen = preset(read_index(folder)["preset"])
-    if chosen.name not in PUBLISHED:
+    model_preset = get_preset(read_index(folder)["preset"])
+    if model_preset.name not in PUBLISHED_PRESETS:
         raise InvalidInput(
-            "weights", f"the preset {chosen.name!r} has no published layout; {', '.join(PUBLISHED)} have"
+            "weights", f"the preset {model_preset.name!r} has no published layout; {', '.join(PUBLISHED_PRESETS)} have"
         )
-    verify(folder)
-    expected = places(chosen)
-    parts = {name: map_tensors(folder / name) for name in parts_of(chosen, expected)}
+    verify_digests(folder)
+    expected = locate_tensors(model_preset)
+    parts = {name: map_safetensors_folder(folder / name) for name in list_part_folders(model_preset, expected)}
     for name, state in parts.items():
-        shapes = {place.key: place.shape for place in expected.values() if name in both(place.part, chosen)}
-        strict(name, state, shapes)
-    markers = map_tensors(folder / "markers")
-    report = report_of(chosen, parts | ({"markers": markers} if markers else {}), ())
-    with whole_folder(target, report.bytes) as partial:
-        for number, file in enumerate(files_of(chosen)):
-            state = {key: parts[part_name(place.part, number)][place.key] for key, place in expected.items()}
+        shapes = {place.key: place.shape for place in expected.values() if name in list_decoder_folders(place.part, model_preset)}
+        check_state(name, state, shapes)
+    markers = map_safetensors_folder(folder / "markers")
+    report = build_report(model_preset, parts | ({"markers": markers} if markers else {}), ())
+    with stage_folder(target, report.total_bytes) as partial:
+        for decoder_index, file in enumerate(list_weight_files(model_preset)):
+            state = {key: parts[get_part_folder(place.part, decoder_index)][place.key] for key, place in expected.items()}
             save_pickle(partial / file, state)
         if markers:
-            save_markers(partial / markers_file(chosen), markers)
+            save_markers(partial / get_markers_file(model_preset), markers)
     return report
 
 
-def both(part: str, chosen: Preset) -> list[str]:
+def list_decoder_folders(part: str, model_preset: Preset) -> list[str]:
     """A part's folders, one for each decoder."""
-    return [part_name(part, number) for number in range(chosen.decoders)]
+    return [get_part_folder(part, number) for number in range(model_preset.num_decoders)]
 
 
-def parts_of(chosen: Preset, expected: Mapping[str, Place]) -> list[str]:
-    return [name for part in dict.fromkeys(place.part for place in expected.values()) for name in both(part, chosen)]
+def list_part_folders(model_preset: Preset, expected: Mapping[str, TensorLocation]) -> list[str]:
+    return [name for part in dict.fromkeys(place.part for place in expected.values()) for name in list_decoder_folders(part, model_preset)]
 
 
-def save_pickle(path: Path, state: State) -> None:
+def save_pickle(path: Path, state: StateDict) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         torch.save(state, path)
@@ -257,7 +257,7 @@ def save_pickle(path: Path, state: State) -> None:
         raise CheckpointError(f"{path.name} could not be written: is the disk full?") from error
 
 
-def save_markers(path: Path, markers: State) -> None:
+def save_markers(path: Path, markers: StateDict) -> None:
     """A plain pickle, as their code reads it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as file:
@@ -267,30 +267,30 @@ def save_markers(path: Path, markers: State) -> None:
 # ---------------------------------------------------------------- a run's checkpoint to ours
 
 
-def pack_run(state_file: Path, base: Path, folder: Path, tell: Tell = quiet) -> Report:
+def pack_training_checkpoint(state_file: Path, base: Path, folder: Path, on_progress: WriteProgress = ignore_progress) -> WeightsReport:
     """A stage's `state.pt` as a whole folder: averaged weights where it keeps them, and `base` for what it has not.
 
     `base` is the folder that the run began with; its configurations, tokenizers, text encoder and VAE are copied.
     """
-    index, parts = read_index(base), run_parts(state_file)
-    chosen = preset(index["preset"])
+    index, parts = read_index(base), read_training_parts(state_file)
+    model_preset = get_preset(index["preset"])
     for name, state in parts.items():
-        strict(name, state, {key: tuple(value.shape) for key, value in map_tensors(base / name).items()})
+        check_state(name, state, {key: tuple(value.shape) for key, value in map_safetensors_folder(base / name).items()})
     copied = {file: digest for file, digest in index["sha256"].items() if file.split("/")[0] not in parts}
-    report = report_of(chosen, parts, ())
-    with whole_folder(folder, report.bytes + sum((base / file).stat().st_size for file in copied)) as partial:
-        shutil.copytree(base, partial, dirs_exist_ok=True, ignore=lambda at, names: left_out(Path(at), names, parts))
-        write_index(partial, chosen, copied | write_parts(partial, chosen, parts, tell))
+    report = build_report(model_preset, parts, ())
+    with stage_folder(folder, report.total_bytes + sum((base / file).stat().st_size for file in copied)) as partial:
+        shutil.copytree(base, partial, dirs_exist_ok=True, ignore=lambda path, names: list_replaced_files(Path(path), names, parts))
+        write_index(partial, model_preset, copied | write_parts(partial, model_preset, parts, on_progress))
     return report
 
 
-def run_parts(state_file: Path) -> Parts:
+def read_training_parts(state_file: Path) -> PartStates:
     """The parts that a stage's checkpoint holds, under the names of the folder."""
     loaded = read_pickle(state_file)
     if not {"model", "average", "step"} <= loaded.keys():
         raise CheckpointError(f"{state_file.name} is not a checkpoint of a recipe")
-    parts = defaultdict[str, State](dict)
-    for key, value in tensors_of(state_file.name, loaded["model"] | loaded["average"]).items():
+    parts = defaultdict[str, StateDict](dict)
+    for key, value in check_dense_tensors(state_file.name, loaded["model"] | loaded["average"]).items():
         top, _, rest = key.removeprefix("bridge.").partition(".")
         parts["transformer" if top == "decoder" else top][rest] = value
     unknown = sorted(parts.keys() - {"transformer", "mllm", *BRIDGE_PARTS})
@@ -299,6 +299,6 @@ def run_parts(state_file: Path) -> Parts:
     return dict(parts)
 
 
-def left_out(folder: Path, names: list[str], parts: Parts) -> list[str]:
+def list_replaced_files(folder: Path, names: list[str], parts: PartStates) -> list[str]:
     """Of a folder to copy: the weights that are written anew."""
     return [name for name in names if ".safetensors" in name and folder.name in parts]

@@ -17,12 +17,12 @@ from diffusers import WanTransformer3DModel
 from torch import nn
 
 from omnivideo.models.bridge import HiddenProjection
-from omnivideo.models.conditions import MARKERS
-from omnivideo.models.omni import Bridge, visual_context_of
+from omnivideo.models.conditions import MARKER_NAMES
+from omnivideo.models.omni import Bridge, build_visual_context_adapter
 from omnivideo.presets import OMNIVIDEO2_1_3B, OMNIVIDEO2_A14B, OMNIVIDEO_1_3B, PRESETS, Preset
 
-PUBLISHED = (OMNIVIDEO_1_3B.name, OMNIVIDEO2_1_3B.name, OMNIVIDEO2_A14B.name)
-PREFIXES = {
+PUBLISHED_PRESETS = (OMNIVIDEO_1_3B.name, OMNIVIDEO2_1_3B.name, OMNIVIDEO2_A14B.name)
+KEY_PREFIXES = {
     "transformer": "wan_model.",
     "vision_head": "ar_vision_head.",
     "adapter": "adapter.",
@@ -31,7 +31,7 @@ PREFIXES = {
 }
 
 # diffusers' names of Wan's layers on the left, Wan's own on the right; the norms of a block change places.
-WAN_NAMES = tuple(
+WAN_KEY_RULES = tuple(
     (re.compile(pattern), name)
     for pattern, name in (
         (r"^condition_embedder\.time_embedder\.linear_1\.", "time_embedding.0."),
@@ -54,7 +54,7 @@ WAN_NAMES = tuple(
 
 
 @dataclass(frozen=True)
-class Place:
+class TensorLocation:
     """Where one of their tensors lies in our folder, and its shape."""
 
     part: str
@@ -62,35 +62,35 @@ class Place:
     shape: tuple[int, ...]
 
 
-def published_key(part: str, key: str) -> str:
+def to_published_key(part: str, key: str) -> str:
     """Their name of the tensor `key` of our part."""
     if part == "transformer":
-        for pattern, name in WAN_NAMES:
+        for pattern, name in WAN_KEY_RULES:
             key = pattern.sub(name, key)
     if part == "vision_head":
         key = re.sub(r"^adapter\.", "visionHeadAdapter.", key)
-    return PREFIXES[part] + key
+    return KEY_PREFIXES[part] + key
 
 
-def files_of(preset: Preset) -> tuple[str, ...]:
+def list_weight_files(preset: Preset) -> tuple[str, ...]:
     """Their files of tensors, one for each decoder."""
     if preset.version == 1:
         return ("transformer/model.pt",)
-    if preset.decoders == 1:
+    if preset.num_decoders == 1:
         return ("transformer/pytorch_model.pt",)
     return ("high_noise_model/model.pt", "low_noise_model/model.pt")
 
 
-def markers_file(preset: Preset) -> str:
+def get_markers_file(preset: Preset) -> str:
     return "special_tokens/tokens.pkl" if preset.version == 1 else "special_tokens.pkl"
 
 
-def markers_needed(preset: Preset) -> tuple[str, ...]:
+def list_required_markers(preset: Preset) -> tuple[str, ...]:
     """Version 2 has no adapter's tokens to stand between markers."""
-    return tuple(name for name in MARKERS if preset.version == 1 or not name.startswith("ipl"))
+    return tuple(name for name in MARKER_NAMES if preset.version == 1 or not name.startswith("ipl"))
 
 
-def modules_of(preset: Preset) -> dict[str, nn.Module]:
+def build_meta_modules(preset: Preset) -> dict[str, nn.Module]:
     """Our parts of one of their files, without memory (meta device)."""
     with torch.device("meta"):
         parts: dict[str, nn.Module] = {"transformer": WanTransformer3DModel(**preset.decoder)}
@@ -98,24 +98,24 @@ def modules_of(preset: Preset) -> dict[str, nn.Module]:
             bridge = Bridge(preset)
             return parts | {name: getattr(bridge, name) for name in ("vision_head", "adapter", "visual_context")}
         parts["hidden_projection"] = HiddenProjection(preset.mllm_width, preset.text_width)
-        return parts | {"visual_context": visual_context_of(preset)}
+        return parts | {"visual_context": build_visual_context_adapter(preset)}
 
 
-def places(preset: Preset) -> dict[str, Place]:
+def locate_tensors(preset: Preset) -> dict[str, TensorLocation]:
     """All tensors of one of their files by their names."""
     return {
-        published_key(part, key): Place(part, key, tuple(value.shape))
-        for part, module in modules_of(preset).items()
+        to_published_key(part, key): TensorLocation(part, key, tuple(value.shape))
+        for part, module in build_meta_modules(preset).items()
         for key, value in module.state_dict().items()
     }
 
 
-def part_name(part: str, number: int) -> str:
+def get_part_folder(part: str, decoder_index: int) -> str:
     """Our folder of a part of the decoder `number`: 0 for the only or the high-noise one."""
-    return part if number == 0 else f"{part}_{number + 1}"
+    return part if decoder_index == 0 else f"{part}_{decoder_index + 1}"
 
 
-def layout_of(source: Path) -> str | None:
+def detect_preset(source: Path) -> str | None:
     """The preset whose files lie in the folder, if any."""
-    there = [name for name in PUBLISHED if all((source / file).is_file() for file in files_of(PRESETS[name]))]
-    return there[0] if there else None
+    matches = [name for name in PUBLISHED_PRESETS if all((source / file).is_file() for file in list_weight_files(PRESETS[name]))]
+    return matches[0] if matches else None

@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Point:
+class DenoisingState:
     """All that the loop needs to go on after `step` steps to the same bits.  (UniPC draws nothing at random.)
 
     `latents` is the noisy sample; `before` the one that the last step began with; `outputs` what the scheduler made
@@ -22,20 +22,20 @@ class Point:
 
     step: int
     latents: Tensor
-    before: Tensor
-    outputs: tuple[Tensor, ...]
+    previous_sample: Tensor
+    model_outputs: tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
-class Denoised:
+class DenoisingStep:
     """After one step of `steps`: where the loop is, and `guess`, how the clean sample looks from there."""
 
     steps: int
-    point: Point
-    guess: Tensor
+    state: DenoisingState
+    clean_latents: Tensor
 
 
-def unipc(steps: int, flow_shift: float, device: torch.device | str = "cpu") -> UniPCMultistepScheduler:
+def create_scheduler(steps: int, flow_shift: float, device: torch.device | str = "cpu") -> UniPCMultistepScheduler:
     """UniPC of order 2 (bh2), ready for `steps` steps from noise to data.
 
     Wan's own noise levels, from 0.999 evenly to 0 and then shifted, so that the timesteps are the released code's
@@ -48,22 +48,22 @@ def unipc(steps: int, flow_shift: float, device: torch.device | str = "cpu") -> 
     return scheduler
 
 
-def noise(seeds: list[int], shape_zThw: tuple[int, int, int, int], device: torch.device) -> Tensor:
+def sample_initial_noise(seeds: list[int], shape_zThw: tuple[int, int, int, int], device: torch.device) -> Tensor:
     """Standard normal latents, each row of the batch from its own seed; drawn on the CPU, so alike on any device."""
     rows = [torch.randn(shape_zThw, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     return torch.stack(rows).to(device)
 
 
-def put_back(scheduler: UniPCMultistepScheduler, point: Point) -> None:
+def restore_scheduler(scheduler: UniPCMultistepScheduler, state: DenoisingState) -> None:
     """The scheduler as it was at a point.  What is not kept there follows from the number of the step."""
-    order, done = scheduler.config.solver_order, point.step
-    missing: list[Tensor | None] = [None] * (order - len(point.outputs))
-    scheduler.model_outputs = [*missing, *point.outputs]
-    scheduler.timestep_list = [None] * len(missing) + list(scheduler.timesteps[done - len(point.outputs) : done])
-    scheduler.last_sample = point.before
-    scheduler.lower_order_nums = min(done, order)
-    scheduler.this_order = min(order, len(scheduler.timesteps) - done + 1, min(done - 1, order) + 1)
-    scheduler._step_index = done
+    order, completed_steps = scheduler.config.solver_order, state.step
+    missing: list[Tensor | None] = [None] * (order - len(state.model_outputs))
+    scheduler.model_outputs = [*missing, *state.model_outputs]
+    scheduler.timestep_list = [None] * len(missing) + list(scheduler.timesteps[completed_steps - len(state.model_outputs) : completed_steps])
+    scheduler.last_sample = state.previous_sample
+    scheduler.lower_order_nums = min(completed_steps, order)
+    scheduler.this_order = min(order, len(scheduler.timesteps) - completed_steps + 1, min(completed_steps - 1, order) + 1)
+    scheduler._step_index = completed_steps
 
 
 @torch.no_grad()
@@ -75,25 +75,25 @@ def denoise(
     steps: int,
     guidance_scale: float,
     flow_shift: float,
-    begin: Point | None = None,
-) -> Iterator[Denoised]:
+    initial_state: DenoisingState | None = None,
+) -> Iterator[DenoisingStep]:
     """Yields after every step; the last one's latents are the result.  Goes on from `begin` where one is given.
 
     Guidance is the usual formula, null + scale * (condition - null); at scale 1 the null pass is left out.
     (The released code's scale s is this one's s + 1.)
     """
-    scheduler = unipc(steps, flow_shift, latents_BzThw.device)
-    if begin:
-        put_back(scheduler, begin)
-        latents_BzThw = begin.latents
-    first = begin.step if begin else 0
-    for done, timestep in enumerate(scheduler.timesteps[first:], start=first + 1):
-        at = timestep.expand(len(latents_BzThw))
-        velocity = decoder(latents_BzThw, at, condition_BLD, return_dict=False)[0]
+    scheduler = create_scheduler(steps, flow_shift, latents_BzThw.device)
+    if initial_state:
+        restore_scheduler(scheduler, initial_state)
+        latents_BzThw = initial_state.latents
+    first_step = initial_state.step if initial_state else 0
+    for completed_steps, timestep in enumerate(scheduler.timesteps[first_step:], start=first_step + 1):
+        timesteps_B = timestep.expand(len(latents_BzThw))
+        velocity = decoder(latents_BzThw, timesteps_B, condition_BLD, return_dict=False)[0]
         if guidance_scale != 1:
-            null = decoder(latents_BzThw, at, null_BLD, return_dict=False)[0]
+            null = decoder(latents_BzThw, timesteps_B, null_BLD, return_dict=False)[0]
             velocity = null + guidance_scale * (velocity - null)
-        guess = latents_BzThw - scheduler.sigmas[done - 1] * velocity
+        clean_latents = latents_BzThw - scheduler.sigmas[completed_steps - 1] * velocity
         latents_BzThw = scheduler.step(velocity, timestep, latents_BzThw, return_dict=False)[0]
         outputs = tuple(output for output in scheduler.model_outputs if output is not None)
-        yield Denoised(steps, Point(done, latents_BzThw, scheduler.last_sample, outputs), guess)
+        yield DenoisingStep(steps, DenoisingState(completed_steps, latents_BzThw, scheduler.last_sample, outputs), clean_latents)

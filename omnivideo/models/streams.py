@@ -25,15 +25,15 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from omnivideo.errors import CheckpointError, InvalidInput
 
-State = dict[str, Tensor]
-Tell = Callable[[str, int], None]  # the file and how many bytes more of it are written
+StateDict = dict[str, Tensor]
+WriteProgress = Callable[[str, int], None]  # the file and how many bytes more of it are written
 
-PIECE = 1 << 20
-DTYPES = {
+CHUNK_BYTES = 1 << 20
+DTYPE_BY_NAME = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+NAME_BY_DTYPE = {dtype: name for name, dtype in DTYPE_BY_NAME.items()}
 
 
 # ---------------------------------------------------------------- pickles
@@ -44,7 +44,7 @@ def read_pickle(path: Path) -> dict[str, Any]:
 
     Raises CheckpointError where the pickle names anything but tensors and plain containers, so that none of it runs.
     """
-    plain_zip(path)
+    check_plain_zip(path)
     try:
         # Fake tensors know where in the file their bytes lie.  torch's own mmap=True asks the system to be ready to
         # copy every page, which it refuses for a file larger than memory.
@@ -52,12 +52,12 @@ def read_pickle(path: Path) -> dict[str, Any]:
             loaded = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(loaded, Mapping):
             raise CheckpointError(f"{path.name} holds {type(loaded).__name__}, not a dictionary of tensors")
-        return placed(loaded, map_bytes(path))
+        return map_fake_tensors(loaded, map_bytes(path))
     except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, AssertionError):
-        raise CheckpointError(refusal(path)) from None
+        raise CheckpointError(explain_refusal(path)) from None
 
 
-def plain_zip(path: Path) -> None:
+def check_plain_zip(path: Path) -> None:
     """Raises CheckpointError unless the file can be read and is a zip whose entries lie there as they are."""
     try:
         if not is_zip(path):
@@ -78,25 +78,25 @@ def is_zip(path: Path) -> bool:
         return file.read(4) == b"PK\x03\x04"
 
 
-def refusal(path: Path) -> str:
+def explain_refusal(path: Path) -> str:
     """Why torch will not read a file; its pickle is only looked through here, never run."""
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except (RuntimeError, ValueError, pickle.UnpicklingError):
         return f"{path.name} is damaged: its pickle cannot be read"
-    return unsafe(path.name, names[0]) if names else f"{path.name} is damaged, or not of torch.save"
+    return unsafe_name_message(path.name, names[0]) if names else f"{path.name} is damaged, or not of torch.save"
 
 
-def placed(value: Any, data: mmap.mmap) -> Any:
+def map_fake_tensors(value: Any, data: mmap.mmap) -> Any:
     """The same dictionaries with every fake tensor over its bytes in the file."""
     if isinstance(value, Mapping):
-        return {key: placed(entry, data) for key, entry in value.items()}
+        return {key: map_fake_tensors(entry, data) for key, entry in value.items()}
     if not isinstance(value, FakeTensor) or value.layout != torch.strided:
         return value
     storage = value.untyped_storage()
     offset = storage._checkpoint_offset
     assert offset is not None, "a fake tensor of torch.load"
-    flat = over(data, value.dtype, storage.nbytes() // value.element_size(), offset)
+    flat = tensor_over_buffer(data, value.dtype, storage.nbytes() // value.element_size(), offset)
     return flat.as_strided(value.shape, value.stride(), value.storage_offset())
 
 
@@ -105,33 +105,33 @@ def map_bytes(path: Path) -> mmap.mmap:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
-def over(data: mmap.mmap, dtype: torch.dtype, count: int, offset: int) -> Tensor:
+def tensor_over_buffer(data: mmap.mmap, dtype: torch.dtype, count: int, offset: int) -> Tensor:
     """A flat tensor over bytes that must not be written to, which torch warns of each time."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given buffer is not writable")
         return torch.frombuffer(data, dtype=dtype, count=count, offset=offset)
 
 
-def unsafe(file: str, name: str) -> str:
+def unsafe_name_message(file: str, name: str) -> str:
     return f"{file} asks for {name}, which is neither a tensor nor a plain container: it could run code, and is refused"
 
 
-def tensors_of(file: str, loaded: Mapping[Any, Any]) -> State:
+def check_dense_tensors(file: str, loaded: Mapping[Any, Any]) -> StateDict:
     """The dictionary, of which every entry is a dense tensor of floating point numbers."""
     for key, value in loaded.items():
-        dense = isinstance(value, Tensor) and value.layout == torch.strided and value.dtype in DTYPE_NAMES
+        dense = isinstance(value, Tensor) and value.layout == torch.strided and value.dtype in NAME_BY_DTYPE
         if not (isinstance(key, str) and dense):
             raise CheckpointError(f"{file}: {key!r} is not a dense tensor of floating point numbers")
     return {key: value.detach() for key, value in loaded.items()}
 
 
-def storage_from(data: bytes) -> Any:
+def load_storage(data: bytes) -> Any:
     """A tensor's bytes inside a plain pickle, which are a file of torch.save again."""
     with warnings.catch_warnings(action="ignore"):
         return torch.load(BytesIO(data), weights_only=True)
 
 
-class TensorsOnly(pickle.Unpickler):
+class RestrictedUnpickler(pickle.Unpickler):
     """For plain pickles of tensors, as `pickle.dump` writes them: what they may call is listed here."""
 
     def find_class(self, module: str, name: str) -> Any:
@@ -139,7 +139,7 @@ class TensorsOnly(pickle.Unpickler):
             ("collections", "OrderedDict"): OrderedDict,
             ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
             ("torch._utils", "_rebuild_parameter"): torch._utils._rebuild_parameter,
-            ("torch.storage", "_load_from_bytes"): storage_from,
+            ("torch.storage", "_load_from_bytes"): load_storage,
         }
         if (module, name) not in allowed:
             raise pickle.UnpicklingError(f"{module}.{name}")
@@ -149,34 +149,34 @@ class TensorsOnly(pickle.Unpickler):
         raise pickle.UnpicklingError("a persistent id")
 
 
-def read_small_pickle(path: Path) -> State:
+def read_small_pickle(path: Path) -> StateDict:
     """A few tensors, in memory, from a plain pickle or from torch.save's zip."""
     if is_zip(path):
-        return tensors_of(path.name, read_pickle(path))
+        return check_dense_tensors(path.name, read_pickle(path))
     try:
         with path.open("rb") as file:
-            loaded = TensorsOnly(file).load()
+            loaded = RestrictedUnpickler(file).load()
     except pickle.UnpicklingError as error:
-        raise CheckpointError(unsafe(path.name, str(error).split()[-1])) from None
+        raise CheckpointError(unsafe_name_message(path.name, str(error).split()[-1])) from None
     except (EOFError, ValueError, IndexError, KeyError, AttributeError, RuntimeError, TypeError):
         raise CheckpointError(f"{path.name} is damaged: its pickle cannot be read") from None
     if not isinstance(loaded, Mapping):
         raise CheckpointError(f"{path.name} holds {type(loaded).__name__}, not a dictionary of tensors")
-    return tensors_of(path.name, loaded)
+    return check_dense_tensors(path.name, loaded)
 
 
 # ---------------------------------------------------------------- safetensors
 
 
-def map_tensors(folder: Path) -> State:
+def map_safetensors_folder(folder: Path) -> StateDict:
     """All tensors of a folder's safetensors files, each as a map of its own piece of the file."""
-    state: State = {}
+    state: StateDict = {}
     for path in sorted(folder.glob("*.safetensors")):
-        state |= map_file(path)
+        state |= map_safetensors_file(path)
     return state
 
 
-def map_file(path: Path) -> State:
+def map_safetensors_file(path: Path) -> StateDict:
     data = map_bytes(path)
     start = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:start])
@@ -184,57 +184,57 @@ def map_file(path: Path) -> State:
     for key, entry in header.items():
         if key != "__metadata__":
             first, last = entry["data_offsets"]
-            dtype = DTYPES[entry["dtype"]]
-            state[key] = over(data, dtype, (last - first) // dtype.itemsize, start + first).view(entry["shape"])
+            dtype = DTYPE_BY_NAME[entry["dtype"]]
+            state[key] = tensor_over_buffer(data, dtype, (last - first) // dtype.itemsize, start + first).view(entry["shape"])
     return state
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], tell: Tell) -> str:
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], on_progress: WriteProgress) -> str:
     """A safetensors file, a piece at a time; returns its sha256.  A piece of zeros is left as a hole in the file."""
-    order = sorted(tensors, key=lambda key: (-tensors[key].element_size(), key))  # keeps every tensor aligned
-    header, digest = header_of(tensors, order), hashlib.sha256()
+    keys = sorted(tensors, key=lambda key: (-tensors[key].element_size(), key))  # keeps every tensor aligned
+    header, digest = encode_header(tensors, keys), hashlib.sha256()
     with path.open("wb") as file:
         file.write(header)
         digest.update(header)
-        for piece in (piece for key in order for piece in pieces(tensors[key])):
+        for piece in (piece for key in keys for piece in iterate_chunks(tensors[key])):
             digest.update(piece)
             if piece[:4096].any() or piece.any():
                 file.write(piece)
             else:
                 file.seek(len(piece), os.SEEK_CUR)
-            tell(path.name, len(piece))
+            on_progress(path.name, len(piece))
         file.truncate(file.tell())
         file.flush()
         os.fsync(file.fileno())
     return digest.hexdigest()
 
 
-def header_of(tensors: Mapping[str, Tensor], order: list[str]) -> bytes:
+def encode_header(tensors: Mapping[str, Tensor], keys: list[str]) -> bytes:
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    at = 0
-    for key in order:
+    offset = 0
+    for key in keys:
         value = tensors[key]
         entries[key] = {
-            "dtype": DTYPE_NAMES[value.dtype], "shape": list(value.shape), "data_offsets": [at, at + value.nbytes],
+            "dtype": NAME_BY_DTYPE[value.dtype], "shape": list(value.shape), "data_offsets": [offset, offset + value.nbytes],
         }  # fmt: skip
-        at += value.nbytes
+        offset += value.nbytes
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
 
 
-def pieces(tensor: Tensor) -> Iterator[Any]:
+def iterate_chunks(tensor: Tensor) -> Iterator[Any]:
     """The tensor's bytes in order, as arrays of at most PIECE."""
     flat = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
-    for at in range(0, len(flat), PIECE):
-        yield flat[at : at + PIECE]
+    for start in range(0, len(flat), CHUNK_BYTES):
+        yield flat[start : start + CHUNK_BYTES]
 
 
 # ---------------------------------------------------------------- all or nothing
 
 
 @contextmanager
-def whole_folder(folder: Path, needed: int) -> Iterator[Path]:
+def stage_folder(folder: Path, needed_bytes: int) -> Iterator[Path]:
     """A folder to write `needed` bytes into, which takes its name when all is there; after a failure nothing is left.
 
     Raises InvalidInput where the name is taken, CheckpointError where the disk is too small.
@@ -246,9 +246,9 @@ def whole_folder(folder: Path, needed: int) -> Iterator[Path]:
     shutil.rmtree(partial, ignore_errors=True)  # of an import that was killed
     try:
         partial.mkdir(parents=True)
-        free = shutil.disk_usage(partial).free
-        if free < needed:
-            raise CheckpointError(f"the weights take {needed / 1e9:.1f} GB; the disk has {free / 1e9:.1f} GB free")
+        free_bytes = shutil.disk_usage(partial).free
+        if free_bytes < needed_bytes:
+            raise CheckpointError(f"the weights take {needed_bytes / 1e9:.1f} GB; the disk has {free_bytes / 1e9:.1f} GB free")
         yield partial
         partial.rename(folder)
     except OSError as error:

@@ -75,7 +75,7 @@ jobs = Table(
     Index("jobs_announced", "announced", "kind", "state"),
 )
 
-keys = Table(
+api_keys = Table(
     "keys",
     metadata,
     Column("id", String(64), primary_key=True),
@@ -121,7 +121,7 @@ batches = Table(
     Index("batches_open", "state", "beat"),
 )
 
-lines = Table(  # what became of the lines of a batch that is not finished
+batch_lines = Table(  # what became of the lines of a batch that is not finished
     "lines",
     metadata,
     Column("batch", String(64), primary_key=True),
@@ -158,7 +158,7 @@ turns = Table(
     Index("turns_thread", "thread", "made"),
 )
 
-events = Table(
+turn_events = Table(
     "events",
     metadata,
     Column("turn", String(64), primary_key=True),  # of turns
@@ -168,7 +168,7 @@ events = Table(
     Index("events_made", "made"),
 )
 
-chats = Table(  # which thread a chat client's messages belong to
+chat_threads = Table(  # which thread a chat client's messages belong to
     "chats",
     metadata,
     Column("owner", String(64), primary_key=True),
@@ -178,7 +178,7 @@ chats = Table(  # which thread a chat client's messages belong to
     Column("made", Float, nullable=False),
 )
 
-hooks = Table(
+webhooks = Table(
     "hooks",
     metadata,
     Column("id", String(64), primary_key=True),
@@ -191,7 +191,7 @@ hooks = Table(
     Index("hooks_owner", "owner"),
 )
 
-deliveries = Table(
+webhook_deliveries = Table(
     "deliveries",
     metadata,
     Column("id", String(64), primary_key=True),
@@ -204,32 +204,32 @@ deliveries = Table(
 )
 
 
-class now(FunctionElement[float]):
+class unix_now(FunctionElement[float]):
     """Seconds since 1970 by the database's clock, so that machines need not agree on theirs."""
 
     type = Float()
     inherit_cache = True
 
 
-@compiles(now, "sqlite")
-def now_sqlite(element: Any, compiler: Any, **kw: Any) -> str:
+@compiles(unix_now, "sqlite")
+def compile_unix_now_sqlite(element: Any, compiler: Any, **kw: Any) -> str:
     return "((julianday('now') - 2440587.5) * 86400.0)"
 
 
-@compiles(now, "postgresql")
-def now_postgresql(element: Any, compiler: Any, **kw: Any) -> str:
+@compiles(unix_now, "postgresql")
+def compile_unix_now_postgresql(element: Any, compiler: Any, **kw: Any) -> str:
     return "extract(epoch from clock_timestamp())::float8"
 
 
-def engine_for(address: str) -> Engine:
+def create_database_engine(database_url: str) -> Engine:
     """An engine in which every statement is a transaction of its own.
 
     `address` is postgresql://... or sqlite:///FILE.  Raises StoreError where the server cannot be reached.
     """
-    url = make_url(address)
+    url = make_url(database_url)
     if url.get_backend_name() == "sqlite":
         engine = create_engine(url, isolation_level="AUTOCOMMIT", connect_args={"timeout": 30})
-        event.listen(engine, "connect", prepare_sqlite)
+        event.listen(engine, "connect", configure_sqlite)
         return engine
     return create_engine(
         url.set(drivername="postgresql+psycopg"),
@@ -241,34 +241,34 @@ def engine_for(address: str) -> Engine:
     )
 
 
-def prepare_sqlite(connection: Any, record: Any) -> None:
+def configure_sqlite(connection: Any, record: Any) -> None:
     """Readers beside one writer, and no flush of the disk for every heartbeat."""
     connection.execute("PRAGMA journal_mode=WAL")
     connection.execute("PRAGMA synchronous=NORMAL")
 
 
-def migrate(engine: Engine) -> None:
+def upgrade_schema(engine: Engine) -> None:
     """Brings the schema to the newest version; one process at a time does it, the others wait.
 
     Raises StoreError where the database cannot be reached.
     """
-    settings = Config()
-    settings.set_main_option("script_location", str(resources.files("omnivideo.storage") / "migrations"))
+    alembic_config = Config()
+    alembic_config.set_main_option("script_location", str(resources.files("omnivideo.storage") / "migrations"))
     try:
         with engine.connect().execution_options(isolation_level="SERIALIZABLE") as connection:
-            settings.attributes["connection"] = connection
-            command.upgrade(settings, "head")
+            alembic_config.attributes["connection"] = connection
+            command.upgrade(alembic_config, "head")
     except DBAPIError as error:
         raise StoreError("database: it cannot be reached or changed; see OMNIVIDEO_DATABASE") from error
 
 
-class Book:
+class Repository:
     """What all that is kept in the database has in common.  Raises StoreError where the database does not answer."""
 
     def __init__(self, engine: Engine):
         self.engine = engine
 
-    def all(self, statement: Any) -> Sequence[Row[Any]]:
+    def fetch_all(self, statement: Any) -> Sequence[Row[Any]]:
         """The rows of a statement, which is a transaction of its own; IntegrityError is for the caller."""
         try:
             with self.engine.connect() as connection:
@@ -279,16 +279,16 @@ class Book:
         except DBAPIError as error:
             raise StoreError("database: it does not answer; try again later") from error
 
-    def one(self, statement: Any) -> Row[Any] | None:
-        rows = self.all(statement)
+    def fetch_one(self, statement: Any) -> Row[Any] | None:
+        rows = self.fetch_all(statement)
         return rows[0] if rows else None
 
-    def insert(self, table: Table) -> Any:
+    def insert_into(self, table: Table) -> Any:
         """An insert that can say what to do on a conflict."""
         return {"sqlite": sqlite, "postgresql": postgresql}[self.engine.dialect.name].insert(table)
 
 
-def as_row(table: Table, values: dict[str, Any]) -> Select[Any]:
+def select_values(table: Table, values: dict[str, Any]) -> Select[Any]:
     """Values as a select, for an insert that depends on a condition."""
     typed: list[Any] = [
         value if isinstance(value, ClauseElement) else literal(value, table.c[name].type)

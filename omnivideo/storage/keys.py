@@ -6,46 +6,46 @@ from typing import Any
 
 from sqlalchemy import Engine, insert, select, update
 
-from omnivideo.storage.database import Book, keys, now
+from omnivideo.storage.database import Repository, api_keys, unix_now
 
 
-def digest_of(key: str) -> str:
+def compute_key_digest(key: str) -> str:
     # A key is 32 random bytes, so a plain digest is enough: there is nothing to guess.
     return hashlib.sha256(key.encode()).hexdigest()
 
 
-class Keys(Book):
+class APIKeyRepository(Repository):
     """`admin` is one more key, from the settings; its owner is "admin"."""
 
-    def __init__(self, engine: Engine, admin: str = ""):
+    def __init__(self, engine: Engine, admin_key: str = ""):
         super().__init__(engine)
-        self.admin = digest_of(admin) if admin else None
+        self.admin_digest = compute_key_digest(admin_key) if admin_key else None
 
     @property
-    def asked_for(self) -> bool:
+    def is_required(self) -> bool:
         """Whether a key is needed at all: not where the operator has set none."""
-        return self.admin is not None
+        return self.admin_digest is not None
 
-    def add(self, name: str) -> tuple[str, str]:
+    def create_key(self, name: str) -> tuple[str, str]:
         """The id and the key, which is told this once."""
-        made, key = f"key_{secrets.token_hex(8)}", f"ov_{secrets.token_urlsafe(32)}"
-        values = {"id": made, "digest": digest_of(key), "name": name, "made": now(), "revoked": False}
-        self.all(insert(keys).values(values))
-        return made, key
+        key_id, key = f"key_{secrets.token_hex(8)}", f"ov_{secrets.token_urlsafe(32)}"
+        values = {"id": key_id, "digest": compute_key_digest(key), "name": name, "made": unix_now(), "revoked": False}
+        self.fetch_all(insert(api_keys).values(values))
+        return key_id, key
 
-    def owner(self, key: str) -> str | None:
+    def find_owner(self, key: str) -> str | None:
         """Whose key it is; None for a wrong or a revoked one."""
-        digest = digest_of(key)
-        if self.admin and secrets.compare_digest(digest, self.admin):
+        digest = compute_key_digest(key)
+        if self.admin_digest and secrets.compare_digest(digest, self.admin_digest):
             return "admin"
-        found = self.all(select(keys.c.id).where(keys.c.digest == digest, keys.c.revoked.is_(False)))
+        found = self.fetch_all(select(api_keys.c.id).where(api_keys.c.digest == digest, api_keys.c.revoked.is_(False)))
         return found[0].id if found else None
 
-    def revoke(self, key_id: str) -> bool:
+    def revoke_key(self, key_id: str) -> bool:
         """Whether there was such a key."""
-        gone = update(keys).where(keys.c.id == key_id).values(revoked=True).returning(keys.c.id)
-        return bool(self.all(gone))
+        gone = update(api_keys).where(api_keys.c.id == key_id).values(revoked=True).returning(api_keys.c.id)
+        return bool(self.fetch_all(gone))
 
-    def listed(self) -> list[dict[str, Any]]:
-        shown = select(keys.c.id, keys.c.name, keys.c.made, keys.c.revoked).order_by(keys.c.made)
-        return [dict(row._mapping) for row in self.all(shown)]
+    def list_keys(self) -> list[dict[str, Any]]:
+        shown = select(api_keys.c.id, api_keys.c.name, api_keys.c.made, api_keys.c.revoked).order_by(api_keys.c.made)
+        return [dict(row._mapping) for row in self.fetch_all(shown)]

@@ -9,41 +9,41 @@ from collections.abc import Collection, Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from omnivideo.errors import NotStored, StoreError
+from omnivideo.errors import ArtifactNotFound, StoreError
 
-KEY = re.compile(r"[0-9a-f]{64}\.[a-z0-9]{1,16}")
-DAY = 86_400.0
+KEY_PATTERN = re.compile(r"[0-9a-f]{64}\.[a-z0-9]{1,16}")
+DAY_SECONDS = 86_400.0
 
 
-def key_of(data: bytes, suffix: str) -> str:
+def compute_object_key(data: bytes, suffix: str) -> str:
     return f"{hashlib.sha256(data).hexdigest()}.{suffix}"
 
 
-class LocalStore:
+class LocalObjectStore:
     """`<folder>/ab/abcd….mp4`.  Several processes may share it."""
 
     def __init__(self, folder: Path):
         self.folder = folder
 
-    def path(self, key: str) -> Path:
+    def path_for_key(self, key: str) -> Path:
         """The file of a key, there or not; raises NotStored for what is no key (never a path out of the folder)."""
-        if not KEY.fullmatch(key):
-            raise NotStored("store: that is no artifact key; a key is 64 hexadecimal digits, a dot and a file type")
+        if not KEY_PATTERN.fullmatch(key):
+            raise ArtifactNotFound("store: that is no artifact key; a key is 64 hexadecimal digits, a dot and a file type")
         return self.folder / key[:2] / key
 
     def put(self, data: bytes, suffix: str) -> str:
-        key = key_of(data, suffix)
-        path = self.path(key)
+        key = compute_object_key(data, suffix)
+        path = self.path_for_key(key)
         try:
             with suppress(FileNotFoundError):
                 os.utime(path)  # young again, so that a sweep that runs now leaves it
                 return key
-            self.write(path, data)
+            self.write_atomically(path, data)
         except OSError as error:
             raise StoreError(f"store: nothing was kept: {error.strerror or 'the folder cannot be written'}") from error
         return key
 
-    def write(self, path: Path, data: bytes) -> None:
+    def write_atomically(self, path: Path, data: bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f".{secrets.token_hex(8)}.part")
         try:
@@ -57,21 +57,21 @@ class LocalStore:
 
     def get(self, key: str) -> bytes:
         try:
-            return self.path(key).read_bytes()
+            return self.path_for_key(key).read_bytes()
         except FileNotFoundError:
-            raise NotStored(f"store: there is no artifact {key}") from None
+            raise ArtifactNotFound(f"store: there is no artifact {key}") from None
         except OSError as error:
             raise StoreError(f"store: {key} cannot be read: {error.strerror}") from error
 
     def has(self, key: str) -> bool:
-        return self.path(key).exists()
+        return self.path_for_key(key).exists()
 
-    def keys(self) -> Iterator[str]:
+    def iter_keys(self) -> Iterator[str]:
         for path in sorted(self.folder.glob("??/*")):
-            if KEY.fullmatch(path.name):
+            if KEY_PATTERN.fullmatch(path.name):
                 yield path.name
 
-    def sweep(self, referred: Collection[str], lifetime: float = 7 * DAY) -> list[str]:
+    def sweep(self, referenced_keys: Collection[str], lifetime_seconds: float = 7 * DAY_SECONDS) -> list[str]:
         """Removes what nothing refers to and nobody has put for `lifetime` seconds; returns the removed keys.
 
         Parts that a killed process left are removed by the same age.
@@ -79,20 +79,20 @@ class LocalStore:
         now, gone = time.time(), []
         for path in sorted(self.folder.glob("??/*")):
             with suppress(FileNotFoundError):
-                if path.name in referred or now - path.stat().st_mtime < lifetime:
+                if path.name in referenced_keys or now - path.stat().st_mtime < lifetime_seconds:
                     continue
-            if self.removed(path, now - lifetime):
-                gone += [path.name] if KEY.fullmatch(path.name) else []
+            if self.remove_if_stale(path, now - lifetime_seconds):
+                gone += [path.name] if KEY_PATTERN.fullmatch(path.name) else []
         return gone
 
-    def removed(self, path: Path, before: float) -> bool:
+    def remove_if_stale(self, path: Path, modified_before: float) -> bool:
         """Takes an old file away.  It is moved aside first: a put that made it young in the meantime gets it back."""
         aside = path.with_name(f".{secrets.token_hex(8)}.old")
         try:
             os.rename(path, aside)
         except FileNotFoundError:
             return False
-        if aside.stat().st_mtime >= before:
+        if aside.stat().st_mtime >= modified_before:
             os.rename(aside, path)
             return False
         aside.unlink()

@@ -1,22 +1,22 @@
 """The object store in memory, for tests of other rooms."""
 
-from omnivideo.errors import NotStored
-from omnivideo.storage.local import key_of
+from omnivideo.errors import ArtifactNotFound
+from omnivideo.storage.local import compute_object_key
 
 
-class MemoryStore:
+class MemoryObjectStore:
     def __init__(self) -> None:
-        self.held: dict[str, bytes] = {}
+        self.objects: dict[str, bytes] = {}
 
     def put(self, data: bytes, suffix: str) -> str:
-        key = key_of(data, suffix)
-        self.held[key] = data
+        key = compute_object_key(data, suffix)
+        self.objects[key] = data
         return key
 
     def get(self, key: str) -> bytes:
-        if key not in self.held:
-            raise NotStored(f"store: there is no artifact {key}")
-        return self.held[key]
+        if key not in self.objects:
+            raise ArtifactNotFound(f"store: there is no artifact {key}")
+        return self.objects[key]
 
     def has(self, key: str) -> bool:
-        return key in self.held
+        return key in self.objects

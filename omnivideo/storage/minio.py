@@ -27,21 +27,21 @@ from minio.error import MinioException
 from minio.lifecycleconfig import AbortIncompleteMultipartUpload, Expiration, LifecycleConfig, Rule
 from urllib3.exceptions import ProtocolError, TimeoutError
 
-from omnivideo.errors import InvalidInput, NotStored, StoreError
-from omnivideo.storage.local import DAY, KEY, key_of
-from omnivideo.storage.s3 import asking, code_of, connect
+from omnivideo.errors import InvalidInput, ArtifactNotFound, StoreError
+from omnivideo.storage.local import DAY_SECONDS, KEY_PATTERN, compute_object_key
+from omnivideo.storage.s3 import translate_errors, get_error_code, create_s3_client
 
-PART = 16 << 20  # bytes of an upload held at a time; S3 takes 10,000 parts, 160 GB
-MARK_LIVES = timedelta(seconds=90)
-DELETE_WITHIN = 20.0  # seconds after the mark: with the 51 s that the slowest delete takes, less than MARK_LIVES
-MOST = 1000  # S3 deletes so many in one request
-RULE = "omnivideo-lifetime"
-NO_RULES = "it keeps no lifecycle rules; use the sweep"
-TYPES = {"mp4": "video/mp4", "webm": "video/webm", "png": "image/png", "jpg": "image/jpeg", "gif": "image/gif",
+PART_SIZE_BYTES = 16 << 20  # bytes of an upload held at a time; S3 takes 10,000 parts, 160 GB
+MARK_LIFETIME = timedelta(seconds=90)
+DELETE_DEADLINE_SECONDS = 20.0  # seconds after the mark: with the 51 s that the slowest delete takes, less than MARK_LIVES
+MAX_DELETES_PER_REQUEST = 1000  # S3 deletes so many in one request
+LIFECYCLE_RULE_ID = "omnivideo-lifetime"
+NO_LIFECYCLE_MESSAGE = "it keeps no lifecycle rules; use the sweep"
+CONTENT_TYPES = {"mp4": "video/mp4", "webm": "video/webm", "png": "image/png", "jpg": "image/jpeg", "gif": "image/gif",
          "webp": "image/webp", "json": "application/json", "jsonl": "application/jsonl"}  # fmt: skip
 
 
-class S3Store:
+class S3ObjectStore:
     """`<prefix>/ab/abcd….mp4` in a bucket, which the first put makes.  Threads may share one, forked children not."""
 
     def __init__(
@@ -50,160 +50,160 @@ class S3Store:
     ):  # fmt: skip
         if not re.fullmatch(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]", bucket):
             raise InvalidInput("S3 bucket", "3 to 63 small letters, digits, dots and hyphens")
-        self.client = connect(address, access_key, secret_key, region)
-        self.public = connect(public_address or address, access_key, secret_key, region)
-        self.asking = partial(asking, address)
+        self.client = create_s3_client(address, access_key, secret_key, region)
+        self.public_client = create_s3_client(public_address or address, access_key, secret_key, region)
+        self.translate_errors = partial(translate_errors, address)
         self.bucket, self.region, self.prefix = bucket, region, f"{prefix.strip('/')}/".lstrip("/")
 
-    def name(self, key: str) -> str:
-        if not KEY.fullmatch(key):
-            raise NotStored("store: that is no artifact key; a key is 64 hexadecimal digits, a dot and a file type")
+    def object_name(self, key: str) -> str:
+        if not KEY_PATTERN.fullmatch(key):
+            raise ArtifactNotFound("store: that is no artifact key; a key is 64 hexadecimal digits, a dot and a file type")
         return f"{self.prefix}{key[:2]}/{key}"
 
     def put(self, data: bytes, suffix: str) -> str:
-        return self.keep(key_of(data, suffix), io.BytesIO(data), len(data))
+        return self.upload_until_present(compute_object_key(data, suffix), io.BytesIO(data), len(data))
 
     def put_file(self, path: Path, suffix: str) -> str:
         """As `put`, with a part or two of the file in memory at a time.  Nobody may change the file meanwhile."""
         try:
             with path.open("rb") as file:
                 key = f"{hashlib.file_digest(file, 'sha256').hexdigest()}.{suffix}"
-                return self.keep(key, file, file.tell())
+                return self.upload_until_present(key, file, file.tell())
         except OSError as error:
             raise StoreError(f"store: {path.name} cannot be read: {error.strerror or 'it was cut short'}") from None
 
-    def keep(self, key: str, file: BinaryIO, size: int) -> str:
+    def upload_until_present(self, key: str, file: BinaryIO, size_bytes: int) -> str:
         for _ in range(5):  # twice where a sweep has just taken it
             try:
-                self.upload(key, file, size)
-            except NotStored:
-                self.make_bucket()
-                self.upload(key, file, size)
-            while any(self.is_up(mark) for mark, _ in self.listed(f".sweep/{key[:2]}-")):
+                self.upload_object(key, file, size_bytes)
+            except ArtifactNotFound:
+                self.ensure_bucket()
+                self.upload_object(key, file, size_bytes)
+            while any(self.is_mark_active(mark) for mark, _ in self.list_objects(f".sweep/{key[:2]}-")):
                 time.sleep(0.05)
             if self.has(key):
                 return key
         raise StoreError(f"store: sweeps take {key} as fast as it is put: their lifetime is too short")
 
-    def upload(self, key: str, file: BinaryIO, size: int) -> None:
+    def upload_object(self, key: str, file: BinaryIO, size_bytes: int) -> None:
         file.seek(0)
-        where, kind = self.name(key), TYPES.get(key.rpartition(".")[2], "application/octet-stream")
-        with self.asking(key):
-            self.client.put_object(self.bucket, where, file, size, kind, part_size=PART, num_parallel_uploads=1)
+        where, kind = self.object_name(key), CONTENT_TYPES.get(key.rpartition(".")[2], "application/octet-stream")
+        with self.translate_errors(key):
+            self.client.put_object(self.bucket, where, file, size_bytes, kind, part_size=PART_SIZE_BYTES, num_parallel_uploads=1)
 
-    def make_bucket(self) -> None:
-        with self.asking():
+    def ensure_bucket(self) -> None:
+        with self.translate_errors():
             try:
                 self.client.make_bucket(self.bucket, self.region)
             except MinioException as error:
-                if code_of(error) not in ("BucketAlreadyOwnedByYou", "BucketAlreadyExists"):
+                if get_error_code(error) not in ("BucketAlreadyOwnedByYou", "BucketAlreadyExists"):
                     raise
 
     def get(self, key: str) -> bytes:
-        return self.read(key, 0, 0)
+        return self.read_object(key, 0, 0)
 
-    def part(self, key: str, first: int, last: int) -> bytes:
+    def read_range(self, key: str, first_byte: int, last_byte: int) -> bytes:
         """Bytes `first` to `last`, both included, as in HTTP; fewer where the artifact ends before."""
-        if not 0 <= first <= last:
+        if not 0 <= first_byte <= last_byte:
             raise InvalidInput("range", "0 <= first <= last")
-        return self.read(key, first, last - first + 1)
+        return self.read_object(key, first_byte, last_byte - first_byte + 1)
 
-    def read(self, key: str, offset: int, length: int) -> bytes:
-        name, tries = self.name(key), 2  # the pool asks again by itself, but not once bytes have begun to come
+    def read_object(self, key: str, offset: int, length: int) -> bytes:
+        name, tries = self.object_name(key), 2  # the pool asks again by itself, but not once bytes have begun to come
         while True:
             tries -= 1
-            with self.asking(key), self.client.get_object(self.bucket, name, offset, length) as response:
+            with self.translate_errors(key), self.client.get_object(self.bucket, name, offset, length) as response:
                 try:
                     return bytes(response.read())
                 except (ProtocolError, TimeoutError):
                     if not tries:
                         raise
 
-    def size(self, key: str) -> int:
-        name = self.name(key)
-        with self.asking(key):
+    def get_size(self, key: str) -> int:
+        name = self.object_name(key)
+        with self.translate_errors(key):
             return self.client.stat_object(self.bucket, name).size or 0
 
     def has(self, key: str) -> bool:
-        name = self.name(key)
-        with suppress(NotStored), self.asking():
+        name = self.object_name(key)
+        with suppress(ArtifactNotFound), self.translate_errors():
             return bool(self.client.stat_object(self.bucket, name))
         return False
 
-    def signed(self, key: str, seconds: int) -> str:
+    def presign_url(self, key: str, expires_in_seconds: int) -> str:
         """Where anybody may download it for so long.  No server is asked: what is not there is a 404 there."""
-        if not 1 <= seconds <= 7 * DAY:
+        if not 1 <= expires_in_seconds <= 7 * DAY_SECONDS:
             raise InvalidInput("seconds", "1 to 604800 (7 days)")
-        return self.public.presigned_get_object(self.bucket, self.name(key), timedelta(seconds=seconds))
+        return self.public_client.presigned_get_object(self.bucket, self.object_name(key), timedelta(seconds=expires_in_seconds))
 
-    def listed(self, folder: str = "") -> Iterator[tuple[str, datetime]]:
-        with suppress(NotStored), self.asking():
-            for item in self.client.list_objects(self.bucket, self.prefix + folder, recursive=True):
+    def list_objects(self, subfolder: str = "") -> Iterator[tuple[str, datetime]]:
+        with suppress(ArtifactNotFound), self.translate_errors():
+            for item in self.client.list_objects(self.bucket, self.prefix + subfolder, recursive=True):
                 if item.object_name and item.last_modified:
                     yield item.object_name, item.last_modified
 
-    def dated(self, folder: str = "") -> Iterator[tuple[str, datetime]]:
-        for name, put in self.listed(folder):
+    def list_keys_with_times(self, subfolder: str = "") -> Iterator[tuple[str, datetime]]:
+        for name, put in self.list_objects(subfolder):
             key = name.rpartition("/")[2]
-            if KEY.fullmatch(key) and name == self.name(key):
+            if KEY_PATTERN.fullmatch(key) and name == self.object_name(key):
                 yield key, put
 
-    def keys(self) -> Iterator[str]:
-        return (key for key, _ in self.dated())
+    def iter_keys(self) -> Iterator[str]:
+        return (key for key, _ in self.list_keys_with_times())
 
-    def sweep(self, referred: Collection[str], lifetime: float = 7 * DAY) -> list[str]:
+    def sweep(self, referenced_keys: Collection[str], lifetime_seconds: float = 7 * DAY_SECONDS) -> list[str]:
         """Removes what nothing refers to and nobody has put for `lifetime` seconds; returns the removed keys.
 
         Ages are by the server's clock.  `lifetime` is to be longer than the longest upload, which is as old as its
         start, and than it takes from a put to the reference.  What killed processes left goes after a day.
         """
         gone: list[str] = []
-        for shard in sorted({key[:2] for key in self.keys() if key not in referred}):
-            while len(some := self.sweep_some(shard, referred, timedelta(seconds=lifetime))) == MOST:
-                gone += some
-            gone += some
-        yesterday = datetime.now(UTC) - timedelta(seconds=DAY)
-        self.remove([mark for mark, raised in self.listed(".sweep/") if raised < yesterday])
-        self.clean_uploads(max(lifetime, DAY))
+        for shard in sorted({key[:2] for key in self.iter_keys() if key not in referenced_keys}):
+            while len(removed_keys := self.sweep_shard_once(shard, referenced_keys, timedelta(seconds=lifetime_seconds))) == MAX_DELETES_PER_REQUEST:
+                gone += removed_keys
+            gone += removed_keys
+        yesterday = datetime.now(UTC) - timedelta(seconds=DAY_SECONDS)
+        self.remove_objects([mark for mark, raised in self.list_objects(".sweep/") if raised < yesterday])
+        self.abort_stale_uploads(max(lifetime_seconds, DAY_SECONDS))
         return gone
 
-    def sweep_some(self, shard: str, referred: Collection[str], lifetime: timedelta) -> list[str]:
+    def sweep_shard_once(self, shard: str, referred: Collection[str], min_age: timedelta) -> list[str]:
         mark, began = f"{self.prefix}.sweep/{shard}-{secrets.token_hex(8)}", time.monotonic()
-        with self.asking():
+        with self.translate_errors():
             self.client.put_object(self.bucket, mark, io.BytesIO(), 0)
-        now = dict(self.listed(f".sweep/{shard}-")).get(mark)  # None: a put might not see it either
-        old = [key for key, put in self.dated(f"{shard}/") if now and key not in referred and now - put >= lifetime]
-        late = time.monotonic() - began > DELETE_WITHIN
-        old = [] if late else old[:MOST]
-        self.remove([self.name(key) for key in old])
-        self.remove([mark])  # not reached where a delete failed: it may still come, so the mark stays until it is void
+        now = dict(self.list_objects(f".sweep/{shard}-")).get(mark)  # None: a put might not see it either
+        old = [key for key, put in self.list_keys_with_times(f"{shard}/") if now and key not in referred and now - put >= min_age]
+        late = time.monotonic() - began > DELETE_DEADLINE_SECONDS
+        old = [] if late else old[:MAX_DELETES_PER_REQUEST]
+        self.remove_objects([self.object_name(key) for key in old])
+        self.remove_objects([mark])  # not reached where a delete failed: it may still come, so the mark stays until it is void
         return old
 
-    def is_up(self, mark: str) -> bool:
-        with suppress(NotStored), self.asking():
+    def is_mark_active(self, mark: str) -> bool:
+        with suppress(ArtifactNotFound), self.translate_errors():
             head = self.client.stat_object(self.bucket, mark)
             now = parsedate_to_datetime(cast(dict, head.metadata)["date"])  # by the clock that wrote last_modified
-            return now - cast(datetime, head.last_modified) < MARK_LIVES
+            return now - cast(datetime, head.last_modified) < MARK_LIFETIME
         return False
 
-    def remove(self, names: list[str]) -> None:
-        with self.asking():
+    def remove_objects(self, names: list[str]) -> None:
+        with self.translate_errors():
             for error in self.client.remove_objects(self.bucket, [DeleteObject(name) for name in names]):
                 raise StoreError(f"store: {error.name or 'an artifact'} cannot be removed: {error.code}")
 
-    def clean_uploads(self, older: float = DAY) -> int:
+    def abort_stale_uploads(self, min_age_seconds: float = DAY_SECONDS) -> int:
         """Ends multipart uploads that began so many seconds ago and never ended (1,000 at most); how many."""
-        before = datetime.now(UTC) - timedelta(seconds=older)
-        left = []
-        with suppress(NotStored), self.asking():
+        before = datetime.now(UTC) - timedelta(seconds=min_age_seconds)
+        stale_uploads = []
+        with suppress(ArtifactNotFound), self.translate_errors():
             # The client has no other way to list and end uploads; tests/integration/test_stores.py holds it to these.
             page = self.client._list_multipart_uploads(self.bucket, prefix=self.prefix)
-            left = [one for one in page.uploads if one.initiated_time and one.initiated_time <= before]
-            for one in left:
+            stale_uploads = [one for one in page.uploads if one.initiated_time and one.initiated_time <= before]
+            for one in stale_uploads:
                 self.client._abort_multipart_upload(self.bucket, one.object_name, cast(str, one.upload_id))
-        return len(left)
+        return len(stale_uploads)
 
-    def set_lifetime(self, days: int) -> None:
+    def set_lifecycle_expiration(self, days: int) -> None:
         """Has the server itself remove whatever is older, referred to or not; StoreError where it keeps no such rule.
 
         Other rules of the bucket stay as they are.
@@ -211,12 +211,12 @@ class S3Store:
         if not 1 <= days <= 36_500:
             raise InvalidInput("days", "1 to 36500")
         unfinished = AbortIncompleteMultipartUpload(days_after_initiation=1)
-        ours = Rule(ENABLED, Filter(prefix=self.prefix), RULE, unfinished, Expiration(days=days))
-        self.make_bucket()
-        with self.asking(otherwise=NO_RULES):
-            kept = self.client.get_bucket_lifecycle(self.bucket)
-            others = [rule for rule in (kept.rules if kept else []) if rule.rule_id != RULE]
+        ours = Rule(ENABLED, Filter(prefix=self.prefix), LIFECYCLE_RULE_ID, unfinished, Expiration(days=days))
+        self.ensure_bucket()
+        with self.translate_errors(otherwise=NO_LIFECYCLE_MESSAGE):
+            lifecycle = self.client.get_bucket_lifecycle(self.bucket)
+            others = [rule for rule in (lifecycle.rules if lifecycle else []) if rule.rule_id != LIFECYCLE_RULE_ID]
             self.client.set_bucket_lifecycle(self.bucket, LifecycleConfig([*others, ours]))
-            kept = self.client.get_bucket_lifecycle(self.bucket)  # some servers say yes and keep nothing
-            if RULE not in [rule.rule_id for rule in (kept.rules if kept else [])]:
-                raise StoreError(f"store: the S3 server: {NO_RULES}")
+            lifecycle = self.client.get_bucket_lifecycle(self.bucket)  # some servers say yes and keep nothing
+            if LIFECYCLE_RULE_ID not in [rule.rule_id for rule in (lifecycle.rules if lifecycle else [])]:
+                raise StoreError(f"store: the S3 server: {NO_LIFECYCLE_MESSAGE}")

@@ -11,232 +11,232 @@ from typing import Any
 from sqlalchemy import ColumnElement, Row, Table, and_, delete, func, or_, select, update
 
 from omnivideo.contracts import JobStatus
-from omnivideo.errors import Busy, InvalidInput
-from omnivideo.storage.database import Book, as_row, batches, deliveries, files, hooks, jobs, lines, now
-from omnivideo.storage.jobs import status_of
+from omnivideo.errors import ServiceBusy, InvalidInput
+from omnivideo.storage.database import Repository, select_values, batches, webhook_deliveries, files, webhooks, jobs, batch_lines, unix_now
+from omnivideo.storage.jobs import status_from_row
 
-ENDED = ("done", "failed", "cancelled")
-WORKED = ("validating", "in_progress", "finalizing", "cancelling")  # a batch's states that a runner takes on
-KEPT = 7 * 86_400  # seconds that a delivery is kept after its end
-Page = tuple[list[Row[Any]], bool]  # and whether there is more
+ENDED_STATES = ("done", "failed", "cancelled")
+ACTIVE_BATCH_STATES = ("validating", "in_progress", "finalizing", "cancelling")  # a batch's states that a runner takes on
+DELIVERY_RETENTION_SECONDS = 7 * 86_400  # seconds that a delivery is kept after its end
+RowPage = tuple[list[Row[Any]], bool]  # and whether there is more
 
 
-class Records(Book):
+class RecordRepository(Repository):
     # ------------------------------------------------------------ for every kind
 
-    def page(self, table: Table, mine: ColumnElement[bool], after: str | None, limit: int, newest: bool) -> Page:
+    def list_page(self, table: Table, owned: ColumnElement[bool], after: str | None, limit: int, newest_first: bool) -> RowPage:
         """The rows that follow that id by age.  Raises InvalidInput where there is no such id."""
-        wanted = select(table).where(mine)
+        wanted = select(table).where(owned)
         if after is not None:
-            last = self.one(select(table.c.made, table.c.id).where(mine, table.c.id == after))
+            last = self.fetch_one(select(table.c.made, table.c.id).where(owned, table.c.id == after))
             if last is None:
                 raise InvalidInput("after", "it is no id of this list")
             here, there = table.c.made, table.c.id
-            next_ones = here < last.made if newest else here > last.made
-            same_moment = there < last.id if newest else there > last.id
+            next_ones = here < last.made if newest_first else here > last.made
+            same_moment = there < last.id if newest_first else there > last.id
             wanted = wanted.where(or_(next_ones, and_(here == last.made, same_moment)))
-        keys = [column.desc() if newest else column.asc() for column in (table.c.made, table.c.id)]
-        rows = self.all(wanted.order_by(*keys).limit(limit + 1))
+        keys = [column.desc() if newest_first else column.asc() for column in (table.c.made, table.c.id)]
+        rows = self.fetch_all(wanted.order_by(*keys).limit(limit + 1))
         return list(rows[:limit]), len(rows) > limit
 
-    def add(self, table: Table, values: dict[str, Any]) -> Row[Any]:
+    def insert_if_absent(self, table: Table, values: dict[str, Any]) -> Row[Any]:
         """The row of that id: this one, or the one that was there before."""
-        self.all(self.insert(table).values(values).on_conflict_do_nothing())
-        row = self.one(select(table).where(table.c.id == values["id"]))
+        self.fetch_all(self.insert_into(table).values(values).on_conflict_do_nothing())
+        row = self.fetch_one(select(table).where(table.c.id == values["id"]))
         assert row is not None
         return row
 
     # ------------------------------------------------------------ jobs
 
-    def job(self, job_id: str, owner: str, kind: str) -> JobStatus | None:
-        row = self.one(select(jobs).where(jobs.c.id == job_id, jobs_of(owner, kind)))
-        return None if row is None else status_of(row)
+    def get_owned_job(self, job_id: str, owner: str, kind: str) -> JobStatus | None:
+        row = self.fetch_one(select(jobs).where(jobs.c.id == job_id, match_owned_jobs(owner, kind)))
+        return None if row is None else status_from_row(row)
 
-    def jobs(self, owner: str, kind: str, after: str | None, limit: int, newest: bool) -> tuple[list[JobStatus], bool]:
-        rows, more = self.page(jobs, jobs_of(owner, kind), after, limit, newest)
-        return [status_of(row) for row in rows], more
+    def list_owned_jobs(self, owner: str, kind: str, after: str | None, limit: int, newest_first: bool) -> tuple[list[JobStatus], bool]:
+        rows, more = self.list_page(jobs, match_owned_jobs(owner, kind), after, limit, newest_first)
+        return [status_from_row(row) for row in rows], more
 
-    def remove_job(self, job_id: str, owner: str, kind: str) -> bool:
+    def delete_owned_job(self, job_id: str, owner: str, kind: str) -> bool:
         """Whether there was one; whoever draws it is to be told by a cancel."""
-        gone = update(jobs).where(jobs.c.id == job_id, jobs_of(owner, kind)).values(deleted=True)
-        return bool(self.all(gone.returning(jobs.c.id)))
+        gone = update(jobs).where(jobs.c.id == job_id, match_owned_jobs(owner, kind)).values(deleted=True)
+        return bool(self.fetch_all(gone.returning(jobs.c.id)))
 
-    def ended(self, ids: Collection[str]) -> list[JobStatus]:
+    def list_ended_jobs(self, job_ids: Collection[str]) -> list[JobStatus]:
         """Those of the jobs that have ended."""
-        return [status_of(row) for row in self.all(select(jobs).where(jobs.c.id.in_(ids), jobs.c.state.in_(ENDED)))]
+        return [status_from_row(row) for row in self.fetch_all(select(jobs).where(jobs.c.id.in_(job_ids), jobs.c.state.in_(ENDED_STATES)))]
 
     # ------------------------------------------------------------ files
 
-    def add_file(self, owner: str, **values: Any) -> Row[Any]:
+    def create_file(self, owner: str, **values: Any) -> Row[Any]:
         """`values` are id, name, purpose, bytes, key and artifact."""
-        return self.add(files, {"owner": owner, "made": now(), "deleted": False} | values)
+        return self.insert_if_absent(files, {"owner": owner, "made": unix_now(), "deleted": False} | values)
 
-    def file(self, file_id: str, owner: str) -> Row[Any] | None:
-        return self.one(select(files).where(files.c.id == file_id, files_of(owner)))
+    def get_file(self, file_id: str, owner: str) -> Row[Any] | None:
+        return self.fetch_one(select(files).where(files.c.id == file_id, match_owned_files(owner)))
 
-    def files(self, owner: str, purpose: str | None, after: str | None, limit: int, newest: bool) -> Page:
-        mine = files_of(owner) if purpose is None else and_(files_of(owner), files.c.purpose == purpose)
-        return self.page(files, mine, after, limit, newest)
+    def list_files(self, owner: str, purpose: str | None, after: str | None, limit: int, newest_first: bool) -> RowPage:
+        mine = match_owned_files(owner) if purpose is None else and_(match_owned_files(owner), files.c.purpose == purpose)
+        return self.list_page(files, mine, after, limit, newest_first)
 
-    def remove_file(self, file_id: str, owner: str) -> bool:
+    def delete_file(self, file_id: str, owner: str) -> bool:
         """Whether there was one."""
-        gone = update(files).where(files.c.id == file_id, files_of(owner)).values(deleted=True)
-        return bool(self.all(gone.returning(files.c.id)))
+        gone = update(files).where(files.c.id == file_id, match_owned_files(owner)).values(deleted=True)
+        return bool(self.fetch_all(gone.returning(files.c.id)))
 
-    def referred(self) -> set[str]:
+    def collect_referenced_keys(self) -> set[str]:
         """The keys that files refer to, those that an open batch still reads included."""
-        read = select(batches.c.input).where(batches.c.state.in_(WORKED))
+        read = select(batches.c.input).where(batches.c.state.in_(ACTIVE_BATCH_STATES))
         held = or_(files.c.deleted.is_(False), files.c.id.in_(read))
-        return {row.key for row in self.all(select(files.c.key).where(held))}
+        return {row.key for row in self.fetch_all(select(files.c.key).where(held))}
 
     # ------------------------------------------------------------ batches
 
-    def add_batch(self, owner: str, most: int, **values: Any) -> Row[Any]:
+    def create_batch(self, owner: str, max_open_batches: int, **values: Any) -> Row[Any]:
         """`values` are id, endpoint, input, meta and times.  Raises Busy where the owner has `most` open ones."""
         values |= {
             "owner": owner, "state": "validating", "counts": {"total": 0, "completed": 0, "failed": 0}, "beat": 0.0,
-            "made": now(),
+            "made": unix_now(),
         }  # fmt: skip
-        open_ones = select(func.count()).where(batches.c.owner == owner, batches.c.state.in_(WORKED)).scalar_subquery()
-        room = as_row(batches, values).where(open_ones < most)
-        self.all(self.insert(batches).from_select(list(values), room).on_conflict_do_nothing())
-        row = self.batch(values["id"], owner)
+        open_ones = select(func.count()).where(batches.c.owner == owner, batches.c.state.in_(ACTIVE_BATCH_STATES)).scalar_subquery()
+        room = select_values(batches, values).where(open_ones < max_open_batches)
+        self.fetch_all(self.insert_into(batches).from_select(list(values), room).on_conflict_do_nothing())
+        row = self.get_batch(values["id"], owner)
         if row is None:
-            raise Busy(f"batches: you have {most} open ones; wait until one has ended", after=60.0)
+            raise ServiceBusy(f"batches: you have {max_open_batches} open ones; wait until one has ended", retry_after_seconds=60.0)
         return row
 
-    def batch(self, batch_id: str, owner: str) -> Row[Any] | None:
-        return self.one(select(batches).where(batches.c.id == batch_id, batches.c.owner == owner))
+    def get_batch(self, batch_id: str, owner: str) -> Row[Any] | None:
+        return self.fetch_one(select(batches).where(batches.c.id == batch_id, batches.c.owner == owner))
 
-    def batches(self, owner: str, after: str | None, limit: int) -> Page:
-        return self.page(batches, batches.c.owner == owner, after, limit, newest=True)
+    def list_batches(self, owner: str, after: str | None, limit: int) -> RowPage:
+        return self.list_page(batches, batches.c.owner == owner, after, limit, newest_first=True)
 
-    def move(self, row: Row[Any], state: str, runner: str | None = None, **values: Any) -> bool:
+    def transition_batch(self, row: Row[Any], state: str, runner: str | None = None, **values: Any) -> bool:
         """From the state that the row has to another one; whether it was still so, and still this runner's."""
         times = row.times | {f"{state}_at": int(time.time())}
         still = and_(batches.c.id == row.id, batches.c.state == row.state)
         if runner is not None:
             still = and_(still, batches.c.runner == runner)
         moved = update(batches).where(still).values(state=state, times=times, **values)
-        return bool(self.all(moved.returning(batches.c.id)))
+        return bool(self.fetch_all(moved.returning(batches.c.id)))
 
-    def take_batch(self, runner: str, silent: float) -> Row[Any] | None:
+    def claim_batch(self, runner: str, heartbeat_timeout_seconds: float) -> Row[Any] | None:
         """The oldest batch that has no runner, or one that was silent for so many seconds; now this runner's."""
-        lost = and_(batches.c.state.in_(WORKED), batches.c.beat < now() - silent)
+        lost = and_(batches.c.state.in_(ACTIVE_BATCH_STATES), batches.c.beat < unix_now() - heartbeat_timeout_seconds)
         first = select(batches.c.id).where(lost).order_by(batches.c.made).limit(1).with_for_update(skip_locked=True)
-        mine = update(batches).where(batches.c.id == first.scalar_subquery(), lost).values(runner=runner, beat=now())
-        return self.one(mine.returning(batches))
+        mine = update(batches).where(batches.c.id == first.scalar_subquery(), lost).values(runner=runner, beat=unix_now())
+        return self.fetch_one(mine.returning(batches))
 
-    def input_of(self, batch_id: str) -> str:
+    def get_batch_input_key(self, batch_id: str) -> str:
         """The key of its input, whether the file was deleted since or not."""
-        row = self.one(select(files.c.key).join(batches, batches.c.input == files.c.id).where(batches.c.id == batch_id))
+        row = self.fetch_one(select(files.c.key).join(batches, batches.c.input == files.c.id).where(batches.c.id == batch_id))
         assert row is not None
         return str(row.key)
 
-    def held_batch(self, batch_id: str, runner: str) -> Row[Any] | None:
+    def get_claimed_batch(self, batch_id: str, runner: str) -> Row[Any] | None:
         """The row, while it is this runner's."""
-        return self.one(select(batches).where(batches.c.id == batch_id, batches.c.runner == runner))
+        return self.fetch_one(select(batches).where(batches.c.id == batch_id, batches.c.runner == runner))
 
-    def beat_batches(self, runner: str, held: Collection[str]) -> None:
-        mine = and_(batches.c.runner == runner, batches.c.id.in_(held), batches.c.state.in_(WORKED))
-        self.all(update(batches).where(mine).values(beat=now()))
+    def heartbeat_batches(self, runner: str, batch_ids: Collection[str]) -> None:
+        mine = and_(batches.c.runner == runner, batches.c.id.in_(batch_ids), batches.c.state.in_(ACTIVE_BATCH_STATES))
+        self.fetch_all(update(batches).where(mine).values(beat=unix_now()))
 
-    def leave_batches(self, runner: str) -> None:
+    def release_batches(self, runner: str) -> None:
         """For the next runner, at once."""
-        mine = and_(batches.c.runner == runner, batches.c.state.in_(WORKED))
-        self.all(update(batches).where(mine).values(beat=0.0, runner=None))
+        mine = and_(batches.c.runner == runner, batches.c.state.in_(ACTIVE_BATCH_STATES))
+        self.fetch_all(update(batches).where(mine).values(beat=0.0, runner=None))
 
     # ------------------------------------------------------------ lines of batches
 
-    def keep_lines(self, batch_id: str, kept: Sequence[tuple[int, bool, dict[str, Any]]]) -> None:
+    def save_line_outcomes(self, batch_id: str, outcomes: Sequence[tuple[int, bool, dict[str, Any]]]) -> None:
         """What became of some lines: number, whether it went well, and its line of the output or error file."""
-        values = [{"batch": batch_id, "number": number, "ok": ok, "answer": made} for number, ok, made in kept]
-        self.all(self.insert(lines).values(values).on_conflict_do_nothing())
+        values = [{"batch": batch_id, "number": number, "ok": ok, "answer": made} for number, ok, made in outcomes]
+        self.fetch_all(self.insert_into(batch_lines).values(values).on_conflict_do_nothing())
 
-    def count(self, batch_id: str, counts: dict[str, int]) -> None:
-        self.all(update(batches).where(batches.c.id == batch_id).values(counts=counts))
+    def update_batch_counts(self, batch_id: str, counts: dict[str, int]) -> None:
+        self.fetch_all(update(batches).where(batches.c.id == batch_id).values(counts=counts))
 
-    def lines_done(self, batch_id: str) -> dict[int, bool]:
+    def load_line_results(self, batch_id: str) -> dict[int, bool]:
         """Of each line that has an outcome, whether it went well."""
         return {
-            row.number: row.ok for row in self.all(select(lines.c.number, lines.c.ok).where(lines.c.batch == batch_id))
+            row.number: row.ok for row in self.fetch_all(select(batch_lines.c.number, batch_lines.c.ok).where(batch_lines.c.batch == batch_id))
         }
 
-    def lines(self, batch_id: str, after: int, limit: int) -> Sequence[Row[Any]]:
+    def list_line_outcomes(self, batch_id: str, after_line_number: int, limit: int) -> Sequence[Row[Any]]:
         """Kept lines with a number above `after`, in order."""
-        wanted = select(lines).where(lines.c.batch == batch_id, lines.c.number > after).order_by(lines.c.number)
-        return self.all(wanted.limit(limit))
+        wanted = select(batch_lines).where(batch_lines.c.batch == batch_id, batch_lines.c.number > after_line_number).order_by(batch_lines.c.number)
+        return self.fetch_all(wanted.limit(limit))
 
-    def forget_lines(self, batch_id: str) -> None:
-        self.all(delete(lines).where(lines.c.batch == batch_id))
+    def delete_line_outcomes(self, batch_id: str) -> None:
+        self.fetch_all(delete(batch_lines).where(batch_lines.c.batch == batch_id))
 
     # ------------------------------------------------------------ webhooks
 
-    def add_hook(self, owner: str, most: int, **values: Any) -> Row[Any]:
+    def create_webhook(self, owner: str, max_webhooks: int, **values: Any) -> Row[Any]:
         """`values` are id, url, secret, name and events.  Raises InvalidInput where the owner has `most`."""
-        values |= {"owner": owner, "made": now()}
-        mine = select(func.count()).where(hooks.c.owner == owner).scalar_subquery()
-        room = as_row(hooks, values).where(mine < most)
-        row = self.one(self.insert(hooks).from_select(list(values), room).returning(hooks))
+        values |= {"owner": owner, "made": unix_now()}
+        mine = select(func.count()).where(webhooks.c.owner == owner).scalar_subquery()
+        room = select_values(webhooks, values).where(mine < max_webhooks)
+        row = self.fetch_one(self.insert_into(webhooks).from_select(list(values), room).returning(webhooks))
         if row is None:
-            raise InvalidInput("webhooks", f"you have {most}, which are all that one key may have")
+            raise InvalidInput("webhooks", f"you have {max_webhooks}, which are all that one key may have")
         return row
 
-    def hook(self, hook_id: str, owner: str) -> Row[Any] | None:
-        return self.one(select(hooks).where(hooks.c.id == hook_id, hooks.c.owner == owner))
+    def get_webhook(self, webhook_id: str, owner: str) -> Row[Any] | None:
+        return self.fetch_one(select(webhooks).where(webhooks.c.id == webhook_id, webhooks.c.owner == owner))
 
-    def hooks(self, owner: str, after: str | None, limit: int) -> Page:
-        return self.page(hooks, hooks.c.owner == owner, after, limit, newest=True)
+    def list_webhooks(self, owner: str, after: str | None, limit: int) -> RowPage:
+        return self.list_page(webhooks, webhooks.c.owner == owner, after, limit, newest_first=True)
 
-    def remove_hook(self, hook_id: str, owner: str) -> bool:
+    def delete_webhook(self, webhook_id: str, owner: str) -> bool:
         """Whether there was one; what it has not been told it will not be."""
-        gone = delete(hooks).where(hooks.c.id == hook_id, hooks.c.owner == owner)
-        return bool(self.all(gone.returning(hooks.c.id)))
+        gone = delete(webhooks).where(webhooks.c.id == webhook_id, webhooks.c.owner == owner)
+        return bool(self.fetch_all(gone.returning(webhooks.c.id)))
 
-    def unannounced(self, kind: str, limit: int) -> Sequence[Row[Any]]:
+    def list_unannounced_jobs(self, kind: str, limit: int) -> Sequence[Row[Any]]:
         """Jobs of the kind that came to an end that nobody has been told of: id, owner, state, ended."""
         told = and_(jobs.c.announced.is_(False), jobs.c.kind == kind, jobs.c.state.in_(("done", "failed")))
-        return self.all(select(jobs.c.id, jobs.c.owner, jobs.c.state, jobs.c.ended).where(told).limit(limit))
+        return self.fetch_all(select(jobs.c.id, jobs.c.owner, jobs.c.state, jobs.c.ended).where(told).limit(limit))
 
-    def hooks_of(self, owners: Collection[str]) -> Sequence[Row[Any]]:
-        return self.all(select(hooks).where(hooks.c.owner.in_(owners)))
+    def list_webhooks_of_owners(self, owners: Collection[str]) -> Sequence[Row[Any]]:
+        return self.fetch_all(select(webhooks).where(webhooks.c.owner.in_(owners)))
 
-    def deliver(self, events: Sequence[tuple[str, str, dict[str, Any]]]) -> None:
+    def enqueue_deliveries(self, events: Sequence[tuple[str, str, dict[str, Any]]]) -> None:
         """Events that are due now: id, hook, body.  One whose id is known stays as it is."""
         values = [
             {"id": name, "hook": hook, "body": body, "tries": 0, "due": 0.0, "done": False}
             for name, hook, body in events
         ]
-        self.all(self.insert(deliveries).values(values).on_conflict_do_nothing())
+        self.fetch_all(self.insert_into(webhook_deliveries).values(values).on_conflict_do_nothing())
 
-    def announced(self, job_ids: Collection[str]) -> None:
-        self.all(update(jobs).where(jobs.c.id.in_(job_ids)).values(announced=True))
+    def mark_announced(self, job_ids: Collection[str]) -> None:
+        self.fetch_all(update(jobs).where(jobs.c.id.in_(job_ids)).values(announced=True))
 
-    def due(self, limit: int, lease: float) -> list[tuple[Row[Any], Row[Any] | None]]:
+    def claim_due_deliveries(self, limit: int, lease_seconds: float) -> list[tuple[Row[Any], Row[Any] | None]]:
         """Deliveries to try now, each with its hook; they are due again in `lease` seconds, should nobody say more."""
-        waits = select(deliveries.c.id).where(deliveries.c.done.is_(False), deliveries.c.due <= now())
-        first = waits.order_by(deliveries.c.due).limit(limit).with_for_update(skip_locked=True)
-        late = {"due": now() + lease, "tries": deliveries.c.tries + 1}
-        mine = update(deliveries).where(deliveries.c.id.in_(first), deliveries.c.done.is_(False))
-        rows = self.all(mine.values(late).returning(deliveries))
-        known = {hook.id: hook for hook in self.all(select(hooks).where(hooks.c.id.in_([row.hook for row in rows])))}
+        waits = select(webhook_deliveries.c.id).where(webhook_deliveries.c.done.is_(False), webhook_deliveries.c.due <= unix_now())
+        first = waits.order_by(webhook_deliveries.c.due).limit(limit).with_for_update(skip_locked=True)
+        late = {"due": unix_now() + lease_seconds, "tries": webhook_deliveries.c.tries + 1}
+        mine = update(webhook_deliveries).where(webhook_deliveries.c.id.in_(first), webhook_deliveries.c.done.is_(False))
+        rows = self.fetch_all(mine.values(late).returning(webhook_deliveries))
+        known = {hook.id: hook for hook in self.fetch_all(select(webhooks).where(webhooks.c.id.in_([row.hook for row in rows])))}
         return [(row, known.get(row.hook)) for row in rows]
 
-    def delivered(self, name: str) -> None:
+    def complete_delivery(self, delivery_id: str) -> None:
         """There is nothing more to do about it."""
-        self.all(update(deliveries).where(deliveries.c.id == name).values(done=True))
+        self.fetch_all(update(webhook_deliveries).where(webhook_deliveries.c.id == delivery_id).values(done=True))
 
-    def put_off(self, name: str, seconds: float) -> None:
-        self.all(update(deliveries).where(deliveries.c.id == name).values(due=now() + seconds))
+    def postpone_delivery(self, delivery_id: str, delay_seconds: float) -> None:
+        self.fetch_all(update(webhook_deliveries).where(webhook_deliveries.c.id == delivery_id).values(due=unix_now() + delay_seconds))
 
-    def tidy(self) -> None:
+    def delete_old_deliveries(self) -> None:
         """Forgets what was delivered long ago."""
-        self.all(delete(deliveries).where(deliveries.c.done, deliveries.c.due < now() - KEPT))
+        self.fetch_all(delete(webhook_deliveries).where(webhook_deliveries.c.done, webhook_deliveries.c.due < unix_now() - DELIVERY_RETENTION_SECONDS))
 
 
-def jobs_of(owner: str, kind: str) -> ColumnElement[bool]:
+def match_owned_jobs(owner: str, kind: str) -> ColumnElement[bool]:
     return and_(jobs.c.owner == owner, jobs.c.kind == kind, jobs.c.deleted.is_(False))
 
 
-def files_of(owner: str) -> ColumnElement[bool]:
+def match_owned_files(owner: str) -> ColumnElement[bool]:
     return and_(files.c.owner == owner, files.c.deleted.is_(False))

@@ -9,8 +9,8 @@ from omnivideo.ports import ObjectStore
 
 def put_tensors(store: ObjectStore, tensors: dict[str, Tensor]) -> str:
     """The key of the tensors, moved to the CPU."""
-    held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    return store.put(save(held), "safetensors")
+    cpu_tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    return store.put(save(cpu_tensors), "safetensors")
 
 
 def get_tensors(store: ObjectStore, key: str) -> dict[str, Tensor]:

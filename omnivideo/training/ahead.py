@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 T = TypeVar("T")
-FOREVER = 2**40
-ALIGNED = 16  # bytes: no type has larger elements
+MAX_STEP = 2**40
+ALIGNMENT_BYTES = 16  # bytes: no type has larger elements
 
 
-class Apart(pickle.Pickler):
+class TensorPickler(pickle.Pickler):
     """Leaves the tensors out, and keeps them."""
 
     def __init__(self, file: io.BytesIO):
@@ -29,7 +29,7 @@ class Apart(pickle.Pickler):
         return len(self.tensors) - 1
 
 
-class Joined(pickle.Unpickler):
+class TensorUnpickler(pickle.Unpickler):
     def __init__(self, file: io.BytesIO, tensors: list[Tensor]):
         super().__init__(file)
         self.tensors = tensors
@@ -39,76 +39,76 @@ class Joined(pickle.Unpickler):
 
 
 @dataclass
-class Packed:
+class PackedTensors:
     """Anything, with the bytes of all its tensors in one: each that a worker hands over takes an open file."""
 
-    rest: bytes
-    places: list[tuple[int, torch.dtype, torch.Size]]
-    flat: Tensor
+    pickle_bytes: bytes
+    layouts: list[tuple[int, torch.dtype, torch.Size]]
+    buffer: Tensor
 
     @classmethod
-    def of(cls, one: object) -> "Packed":
-        pickler = Apart(file := io.BytesIO())
-        pickler.dump(one)
-        places, end = [], 0
+    def pack(cls, value: object) -> "PackedTensors":
+        pickler = TensorPickler(file := io.BytesIO())
+        pickler.dump(value)
+        layouts, end = [], 0
         for tensor in pickler.tensors:
-            places.append((end, tensor.dtype, tensor.shape))
-            end += -(-tensor.nbytes // ALIGNED) * ALIGNED
-        flat = torch.empty(end, dtype=torch.uint8)
-        for (start, *_), tensor in zip(places, pickler.tensors, strict=True):
-            flat[start : start + tensor.nbytes] = tensor.flatten().view(torch.uint8)
-        return cls(file.getvalue(), places, flat)
+            layouts.append((end, tensor.dtype, tensor.shape))
+            end += -(-tensor.nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+        buffer = torch.empty(end, dtype=torch.uint8)
+        for (start, *_), tensor in zip(layouts, pickler.tensors, strict=True):
+            buffer[start : start + tensor.nbytes] = tensor.flatten().view(torch.uint8)
+        return cls(file.getvalue(), layouts, buffer)
 
-    def unpacked(self) -> Any:
+    def unpack(self) -> Any:
         """The tensors are parts of the one: nothing is copied."""
-        sizes = [shape.numel() * dtype.itemsize for _, dtype, shape in self.places]
+        sizes = [shape.numel() * dtype.itemsize for _, dtype, shape in self.layouts]
         tensors = [
-            self.flat[start : start + size].view(dtype).view(shape)
-            for (start, dtype, shape), size in zip(self.places, sizes, strict=True)
+            self.buffer[start : start + size].view(dtype).view(shape)
+            for (start, dtype, shape), size in zip(self.layouts, sizes, strict=True)
         ]
-        return Joined(io.BytesIO(self.rest), tensors).load()
+        return TensorUnpickler(io.BytesIO(self.pickle_bytes), tensors).load()
 
 
-class Made(Dataset[Packed]):
+class PackedDataset(Dataset[PackedTensors]):
     """What `make` makes of each key."""
 
-    def __init__(self, make: Callable[[int], object]):
-        self.make = make
+    def __init__(self, make_item: Callable[[int], object]):
+        self.make_item = make_item
 
-    def __getitem__(self, key: int) -> Packed:
-        return Packed.of(self.make(key))
-
-
-def as_it_is(one: T) -> T:
-    return one
+    def __getitem__(self, key: int) -> PackedTensors:
+        return PackedTensors.pack(self.make_item(key))
 
 
-def in_order(make: Callable[[int], T], keys: Sequence[int], workers: int) -> Iterator[T]:
+def return_unchanged(value: T) -> T:
+    return value
+
+
+def map_in_order(make_item: Callable[[int], T], keys: Sequence[int], workers: int) -> Iterator[T]:
     """`make(key)` for key after key, by so many processes (0: here, as they are asked for)."""
     if not workers:
-        yield from map(make, keys)
+        yield from map(make_item, keys)
         return
     # A generator of its own: the loader would take its seed from the one that the trainer has just seeded.
     loader = DataLoader(
-        Made(make), sampler=keys, batch_size=None, num_workers=workers, generator=torch.Generator(),
-        collate_fn=as_it_is, prefetch_factor=4, multiprocessing_context="fork",
+        PackedDataset(make_item), sampler=keys, batch_size=None, num_workers=workers, generator=torch.Generator(),
+        collate_fn=return_unchanged, prefetch_factor=4, multiprocessing_context="fork",
     )  # fmt: skip
     for packed in loader:
         yield packed.unpacked()
 
 
-class Ahead(Generic[T]):
+class Prefetcher(Generic[T]):
     """`make(step)`, which may not hang on anything but the step; steps are expected to be asked for in order."""
 
-    def __init__(self, make: Callable[[int], T], workers: int = 0):
-        self.make, self.workers = make, workers
-        self.coming: Iterator[T] | None = None
-        self.next = -1
+    def __init__(self, make_item: Callable[[int], T], workers: int = 0):
+        self.make_item, self.workers = make_item, workers
+        self.iterator: Iterator[T] | None = None
+        self.next_step = -1
 
     def __call__(self, step: int) -> T:
         if not self.workers:
-            return self.make(step)
-        if self.coming is None or step != self.next:
-            self.coming = in_order(self.make, range(step, FOREVER), self.workers)
-        self.next = step + 1
-        return next(self.coming)
+            return self.make_item(step)
+        if self.iterator is None or step != self.next_step:
+            self.iterator = map_in_order(self.make_item, range(step, MAX_STEP), self.workers)
+        self.next_step = step + 1
+        return next(self.iterator)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-HEAD = """# tiny
+HEADER = """# tiny
 
 OmniVideo's model at tiny size (64x64 px, 9 frames at 8 fps), trained from nothing on the project's own rendered world
 by `omnivideo train tiny`, at commit {commit}, on {machine}. Half precision; loaded strictly; licence as the project's.
@@ -16,37 +16,37 @@ nothing else. `docs/tiny.md` has the world, the recipes, and what ran otherwise 
 """
 
 
-def card(
-    runs: Path, recipes: Iterable[str], commit: str, machine: str, scores: Mapping[str, Any], earlier: str = ""
+def build_model_card(
+    runs_folder: Path, recipe_names: Iterable[str], commit: str, machine: str, scores: Mapping[str, Any], earlier_card: str = ""
 ) -> str:
     """Markdown.  `scores` is the JSON that `omnivideo evaluate tiny --report` writes; empty where there is none yet.
 
     A recipe without a run has the row of the `earlier` card: of the weights that stand in for it.
     """
-    rows = {line.split("`")[1]: line for line in earlier.splitlines() if line.startswith("| `")}
-    rows |= {name: row(runs / name, name) for name in recipes if (runs / name / "state.pt").exists()}
+    rows = {line.split("`")[1]: line for line in earlier_card.splitlines() if line.startswith("| `")}
+    rows |= {name: format_recipe_row(runs_folder / name, name) for name in recipe_names if (runs_folder / name / "state.pt").exists()}
     lines = [
-        HEAD.format(commit=commit, machine=machine),
+        HEADER.format(commit=commit, machine=machine),
         "| recipe | steps | hours | its losses, last 100 steps |",
         "|---|---|---|---|",
     ]
-    lines += [rows[name] for name in recipes if name in rows]
+    lines += [rows[name] for name in recipe_names if name in rows]
     if scores:
-        lines += ["", "| held-out evaluation | score | of |", "|---|---|---|", *map(scored, scores.items())]
+        lines += ["", "| held-out evaluation | score | of |", "|---|---|---|", *map(format_score_row, scores.items())]
     return "\n".join(lines) + "\n"
 
 
-def row(folder: Path, name: str) -> str:
+def format_recipe_row(folder: Path, name: str) -> str:
     state = torch.load(folder / "state.pt", weights_only=True)
-    last = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()[-100:]]
-    names = [name for name in dict.fromkeys(key for line in last for key in line) if name != "step"]
-    means = {name: [line[name] for line in last if name in line] for name in names}
-    shown = ", ".join(f"{name} {sum(values) / len(values):.4g}" for name, values in means.items())
+    records = [json.loads(record) for record in (folder / "log.jsonl").read_text().splitlines()[-100:]]
+    names = [name for name in dict.fromkeys(key for record in records for key in record) if name != "step"]
+    means = {name: [record[name] for record in records if name in record] for name in names}
+    mean_losses = ", ".join(f"{name} {sum(values) / len(values):.4g}" for name, values in means.items())
     hours = f"{state['seconds'] / 3600:.1f}" if state.get("seconds") else "not kept"
-    return f"| `{name}` | {state['step']:,} | {hours} | {shown} |"
+    return f"| `{name}` | {state['step']:,} | {hours} | {mean_losses} |"
 
 
-def scored(entry: tuple[str, Any]) -> str:
+def format_score_row(entry: tuple[str, Any]) -> str:
     name, value = entry
     figure, count = (value["right"], value["count"]) if isinstance(value, dict) else (value, "")
     return f"| {name} | {figure:.3f} | {count} |"

@@ -32,112 +32,112 @@ import torch.distributed as dist
 from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
 
-from omnivideo.errors import CheckpointError, InvalidInput, NotInstalled
-from omnivideo.training.optim import Named, layout
-from omnivideo.training.sequence import split_sequence
+from omnivideo.errors import CheckpointError, InvalidInput, MissingDependency
+from omnivideo.training.optim import NamedParameters, group_names_by_optimizer
+from omnivideo.training.sequence import enable_sequence_parallel
 from omnivideo.training.shards import (
-    OTHER_OPTIMIZER,
-    Held,
-    Saved,
-    begin_shards,
-    finish_shards,
-    newest,
+    OPTIMIZER_MISMATCH,
+    ParameterShard,
+    Checkpoint,
+    create_partial_folder,
+    commit_shards,
+    find_latest_checkpoint,
     step_folder,
-    whole_state,
+    build_single_file_state,
     write_shard,
-    write_state,
+    write_state_file,
 )
-from omnivideo.training.share import Share
-from omnivideo.training.trainer import Recipe, Trainer, fill_gradients
+from omnivideo.training.share import DataParallelRank
+from omnivideo.training.trainer import Recipe, Trainer, fill_missing_gradients
 
-BUCKET = 2**25  # weights that travel at once
-SETTLING = 0.2  # s
-PATIENCE = timedelta(hours=2)  # for the first process, which may have data to make
+MAX_BUCKET_WEIGHTS = 2**25  # weights that travel at once
+SHUTDOWN_GRACE_SECONDS = 0.2  # s
+PROCESS_GROUP_TIMEOUT = timedelta(hours=2)  # for the first process, which may have data to make
 
 
-class World:
+class ProcessContext:
     """One process alone."""
 
-    rank, size = 0, 1
+    rank, world_size = 0, 1
 
     @property
-    def first(self) -> bool:
+    def is_main_process(self) -> bool:
         return self.rank == 0
 
-    def trainer(self, recipe: Recipe, folder: Path) -> Trainer:
+    def create_trainer(self, recipe: Recipe, folder: Path) -> Trainer:
         return Trainer(recipe, folder)
 
-    def gathered(self, mine: list) -> list:
+    def all_gather(self, local_items: list) -> list:
         """What all processes have."""
-        return mine
+        return local_items
 
-    def first_alone(self) -> Any:
+    def main_process_first(self) -> Any:
         """A context that the first process passes through before the others: what it wrote is there for them."""
         return nullcontext()
 
 
-class Together(World):
+class DistributedContext(ProcessContext):
     """One of several processes; `sequence` of them at a time share each sample's tokens."""
 
-    def __init__(self, sequence: int, device: torch.device):
-        self.rank, self.size, self.device = dist.get_rank(), dist.get_world_size(), device
-        check_sizes(self.size, sequence)
-        self.share = Dealt(self.rank // sequence, self.size // sequence, device)
-        self.sequence = self.group_of(sequence) if sequence > 1 else None
+    def __init__(self, sequence_parallel_size: int, device: torch.device):
+        self.rank, self.world_size, self.device = dist.get_rank(), dist.get_world_size(), device
+        check_process_counts(self.world_size, sequence_parallel_size)
+        self.data_parallel_rank = DistributedDataParallelRank(self.rank // sequence_parallel_size, self.world_size // sequence_parallel_size, device)
+        self.sequence_group = self.join_neighbour_group(sequence_parallel_size) if sequence_parallel_size > 1 else None
 
-    def group_of(self, size: int) -> dist.ProcessGroup:
+    def join_neighbour_group(self, size: int) -> dist.ProcessGroup:
         """The group of `size` neighbours that this process is in."""
         prepare_deepspeed(self.device)
-        groups = [dist.new_group(list(range(at, at + size))) for at in range(0, self.size, size)]
+        groups = [dist.new_group(list(range(start, start + size))) for start in range(0, self.world_size, size)]
         return groups[self.rank // size]
 
-    def trainer(self, recipe: Recipe, folder: Path) -> Trainer:
-        if self.sequence is not None:
-            split_sequence(decoder_of(recipe), self.sequence)
-        return (ZeroTrainer if recipe.optimizer == "adamw" else OwnerTrainer)(recipe, folder, self)
+    def create_trainer(self, recipe: Recipe, folder: Path) -> Trainer:
+        if self.sequence_group is not None:
+            enable_sequence_parallel(require_decoder(recipe), self.sequence_group)
+        return (ZeroAdamWTrainer if recipe.optimizer == "adamw" else ShardedMuonTrainer)(recipe, folder, self)
 
-    def gathered(self, mine: list) -> list:
-        every: list[list] = [[]] * self.size
-        dist.all_gather_object(every, mine)
-        return [one for some in every for one in some]
+    def all_gather(self, local_items: list) -> list:
+        items_by_rank: list[list] = [[]] * self.world_size
+        dist.all_gather_object(items_by_rank, local_items)
+        return [item for items in items_by_rank for item in items]
 
     @contextmanager
-    def first_alone(self) -> Iterator[None]:
-        if not self.first:
+    def main_process_first(self) -> Iterator[None]:
+        if not self.is_main_process:
             dist.barrier()
         yield
-        if self.first:
+        if self.is_main_process:
             dist.barrier()
 
 
-class Dealt(Share):
+class DistributedDataParallelRank(DataParallelRank):
     """A share of several; what is asked of all shares is asked of all processes."""
 
-    def __init__(self, rank: int, world: int, device: torch.device):
-        self.rank, self.world, self.device = rank, world, device
+    def __init__(self, rank: int, world_size: int, device: torch.device):
+        self.rank, self.world_size, self.device = rank, world_size, device
 
-    def mean(self, counts: Tensor) -> Tensor:
+    def global_mean(self, counts: Tensor) -> Tensor:
         total = counts.detach().double()
         dist.all_reduce(total)
         return (total / dist.get_world_size()).float()
 
-    def longest(self, length: int) -> int:
-        found = torch.tensor(length, device=self.device)
-        dist.all_reduce(found, dist.ReduceOp.MAX)
-        return int(found)
+    def global_max(self, length: int) -> int:
+        maximum = torch.tensor(length, device=self.device)
+        dist.all_reduce(maximum, dist.ReduceOp.MAX)
+        return int(maximum)
 
-    def average(self, losses: Mapping[str, float]) -> dict[str, float]:
-        every: list[dict[str, float]] = [{}] * dist.get_world_size()
-        dist.all_gather_object(every, dict(losses))
-        names = dict.fromkeys(name for one in every for name in one)
-        return {name: mean_of([one[name] for one in every if name in one]) for name in names}
+    def average_losses(self, losses: Mapping[str, float]) -> dict[str, float]:
+        losses_by_rank: list[dict[str, float]] = [{}] * dist.get_world_size()
+        dist.all_gather_object(losses_by_rank, dict(losses))
+        names = dict.fromkeys(name for rank_losses in losses_by_rank for name in rank_losses)
+        return {name: compute_mean([rank_losses[name] for rank_losses in losses_by_rank if name in rank_losses]) for name in names}
 
 
-def mean_of(values: list[float]) -> float:
+def compute_mean(values: list[float]) -> float:
     return sum(values) / len(values)
 
 
-def decoder_of(recipe: Recipe) -> WanTransformer3DModel:
+def require_decoder(recipe: Recipe) -> WanTransformer3DModel:
     decoder = getattr(recipe.model, "decoder", None)
     if not isinstance(decoder, WanTransformer3DModel):
         raise InvalidInput("sequence", f"recipe {recipe.name} has no decoder whose tokens could be shared; use 1")
@@ -147,18 +147,18 @@ def decoder_of(recipe: Recipe) -> WanTransformer3DModel:
 # ---------------------------------------------------------------- trainers
 
 
-class Several(Trainer, ABC):
+class DistributedTrainer(Trainer, ABC):
     """What both ways of keeping parts have in common: who speaks, and the checkpoints."""
 
-    def __init__(self, recipe: Recipe, folder: Path, world: Together):
-        self.world, self.share, self.first = world, world.share, world.first
+    def __init__(self, recipe: Recipe, folder: Path, context: DistributedContext):
+        self.context, self.data_parallel_rank, self.is_main_process = context, context.data_parallel_rank, context.is_main_process
         super().__init__(recipe, folder)
 
     @abstractmethod
-    def held(self) -> Iterator[Held]: ...
+    def iter_parameter_shards(self) -> Iterator[ParameterShard]: ...
 
-    def agreed(self, wanted: bool) -> bool:
-        flag = torch.tensor(int(wanted), device=self.recipe.device)
+    def broadcast_decision(self, decision: bool) -> bool:
+        flag = torch.tensor(int(decision), device=self.recipe.device)
         dist.broadcast(flag, 0)
         return bool(flag)
 
@@ -167,201 +167,201 @@ class Several(Trainer, ABC):
         a run's last step is saved twice."""
         if step_folder(self.folder, self.step).exists():
             return
-        about = {"names": [name for name, _ in self.named], "seconds": self.seconds, "data": self.recipe.data}
-        if self.first:
-            begin_shards(self.folder, self.step)
+        metadata = {"names": [name for name, _ in self.trainable_parameters], "seconds": self.trained_seconds, "data": self.recipe.data_digest}
+        if self.is_main_process:
+            create_partial_folder(self.folder, self.step)
         dist.barrier()
-        write_shard(self.folder, self.step, self.world.rank, self.world.size, about, self.held())
+        write_shard(self.folder, self.step, self.context.rank, self.context.world_size, metadata, self.iter_parameter_shards())
         dist.barrier()
-        if self.first:
-            finish_shards(self.folder, self.step)
+        if self.is_main_process:
+            commit_shards(self.folder, self.step)
         dist.barrier()
 
-    def averages(self) -> Iterator[tuple[str, Tensor]]:
-        mine = {one.name: one for one in self.held()}
-        for name, parameter in self.named if self.recipe.ema else ():
-            whole = torch.zeros(parameter.numel(), device=parameter.device)
-            if name in mine:
-                part = mine[name].tensors["average"]
-                whole[mine[name].start : mine[name].start + len(part)] = part
-            dist.all_reduce(whole)
-            yield name, whole.view_as(parameter)
+    def iter_ema_weights(self) -> Iterator[tuple[str, Tensor]]:
+        local_shards = {shard.name: shard for shard in self.iter_parameter_shards()}
+        for name, parameter in self.trainable_parameters if self.recipe.ema_decay else ():
+            full_weight = torch.zeros(parameter.numel(), device=parameter.device)
+            if name in local_shards:
+                local_weight = local_shards[name].tensors["average"]
+                full_weight[local_shards[name].start : local_shards[name].start + len(local_weight)] = local_weight
+            dist.all_reduce(full_weight)
+            yield name, full_weight.view_as(parameter)
 
-    def finish(self) -> None:
+    def finish_run(self) -> None:
         self.save()
-        if self.first:
-            self.export()
+        if self.is_main_process:
+            self.export_state_file()
         dist.barrier()
 
-    def export(self) -> None:
+    def export_state_file(self) -> None:
         """state.pt from the shards, for one process and for the recipes that come after."""
-        names = layout(self.named, self.recipe.optimizer)
-        blank = [(name, nn.Parameter(torch.empty(one.shape))) for name, one in self.named]
-        saved = newest(self.folder, names)
+        names = group_names_by_optimizer(self.trainable_parameters, self.recipe.optimizer)
+        placeholders = [(name, nn.Parameter(torch.empty(parameter.shape))) for name, parameter in self.trainable_parameters]
+        saved = find_latest_checkpoint(self.folder, names)
         assert saved is not None, "it has just been saved"
-        write_state(whole_state(saved, self.recipe.model, self.optimizers(blank), names), self.state_file)
+        write_state_file(build_single_file_state(saved, self.recipe.model, self.create_optimizers(placeholders), names), self.state_file)
 
 
-class OwnerTrainer(Several):
+class ShardedMuonTrainer(DistributedTrainer):
     """Every parameter has one owner, which alone has its optimizer's state and its average."""
 
-    def prepare(self) -> None:
-        self.owners = owners(self.named, self.world.size)
-        self.mine = [pair for pair in self.named if self.owners[pair[0]] == self.world.rank]
-        self.built = self.optimizers(self.mine)
-        self.hold(self.mine)
-        self.buckets = list(buckets(self.named, self.owners))
+    def set_up_optimizers(self) -> None:
+        self.owner_ranks = assign_owners(self.trainable_parameters, self.context.world_size)
+        self.local_parameters = [pair for pair in self.trainable_parameters if self.owner_ranks[pair[0]] == self.context.rank]
+        self.optimizers = self.create_optimizers(self.local_parameters)
+        self.track_ema(self.local_parameters)
+        self.buckets = list(group_into_buckets(self.trainable_parameters, self.owner_ranks))
 
-    def held(self) -> Iterator[Held]:
-        states = {id(one): state for optimizer in self.built for one, state in optimizer.state.items()}
-        for name, parameter in self.mine:
+    def iter_parameter_shards(self) -> Iterator[ParameterShard]:
+        states = {id(parameter): state for optimizer in self.optimizers for parameter, state in optimizer.state.items()}
+        for name, parameter in self.local_parameters:
             state = states.get(id(parameter), {})
             tensors = {kind: value for kind, value in state.items() if kind != "step"} | {"weight": parameter.detach()}
-            if self.average:
-                tensors["average"] = self.average[name]
+            if self.ema_weights:
+                tensors["average"] = self.ema_weights[name]
             steps = float(state["step"]) if "step" in state else None
-            yield Held(name, 0, {kind: value.flatten() for kind, value in tensors.items()}, steps)
+            yield ParameterShard(name, 0, {kind: value.flatten() for kind, value in tensors.items()}, steps)
 
-    def update(self) -> Tensor:
-        self.collect()
-        norm = self.clip()
-        self.step_all()
-        self.publish()
+    def update_weights(self) -> Tensor:
+        self.reduce_gradients()
+        norm = self.clip_gradients()
+        self.step_optimizers()
+        self.broadcast_weights()
         return norm
 
     @torch.no_grad()
-    def collect(self) -> None:
+    def reduce_gradients(self) -> None:
         """Brings every gradient's mean to its owner; a parameter that no share touched has none."""
-        touched = torch.tensor([one.grad is not None for _, one in self.named], device=self.recipe.device).int()
+        touched = torch.tensor([parameter.grad is not None for _, parameter in self.trainable_parameters], device=self.recipe.device).int()
         dist.all_reduce(touched, dist.ReduceOp.MAX)
-        used = {name for (name, _), mark in zip(self.named, touched.tolist(), strict=True) if mark}
+        used = {name for (name, _), mark in zip(self.trainable_parameters, touched.tolist(), strict=True) if mark}
         for owner, bucket in self.buckets:
-            chosen = [one for name, one in bucket if name in used]
-            if not chosen:
+            parameters = [parameter for name, parameter in bucket if name in used]
+            if not parameters:
                 continue
-            fill_gradients([("", one) for one in chosen])
-            flat = torch.cat([one.grad.flatten() for one in chosen if one.grad is not None]) / self.world.size
+            fill_missing_gradients([("", parameter) for parameter in parameters])
+            flat = torch.cat([parameter.grad.flatten() for parameter in parameters if parameter.grad is not None]) / self.context.world_size
             dist.reduce(flat, owner)
-            for one, mean in zip(chosen, flat.split([one.numel() for one in chosen]), strict=True):
-                one.grad = mean.view_as(one) if owner == self.world.rank else None
+            for parameter, mean in zip(parameters, flat.split([other.numel() for other in parameters]), strict=True):
+                parameter.grad = mean.view_as(parameter) if owner == self.context.rank else None
 
     @torch.no_grad()
-    def clip(self) -> Tensor:
+    def clip_gradients(self) -> Tensor:
         """As torch's clip_grad_norm_, over the gradients of all owners."""
-        grads = [one.grad for _, one in self.mine if one.grad is not None]
+        grads = [parameter.grad for _, parameter in self.local_parameters if parameter.grad is not None]
         squared = torch.zeros((), device=self.recipe.device)
         for norm in torch._foreach_norm(grads) if grads else ():
             squared += norm.square()
         dist.all_reduce(squared)
         norm = squared.sqrt()
-        scale = (self.recipe.clip / (norm + 1e-6)).clamp(max=1.0)
+        scale = (self.recipe.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
         for grad in grads:
             grad.mul_(scale)
         return norm
 
     @torch.no_grad()
-    def publish(self) -> None:
+    def broadcast_weights(self) -> None:
         """Sends what the owners moved to all."""
         for owner, bucket in self.buckets:
-            flat = torch.cat([one.flatten() for _, one in bucket])
+            flat = torch.cat([parameter.flatten() for _, parameter in bucket])
             dist.broadcast(flat, owner)
-            for (_, one), value in zip(bucket, flat.split([one.numel() for _, one in bucket]), strict=True):
-                one.copy_(value.view_as(one))
+            for (_, parameter), value in zip(bucket, flat.split([other.numel() for _, other in bucket]), strict=True):
+                parameter.copy_(value.view_as(parameter))
 
 
-def owners(named: Named, world: int) -> dict[str, int]:
+def assign_owners(parameters: NamedParameters, world_size: int) -> dict[str, int]:
     """An owner for each parameter, by name, so that all have about as many weights: the largest go first."""
-    loads, chosen = [0] * world, {}
-    for name, parameter in sorted(named, key=lambda pair: (-pair[1].numel(), pair[0])):
-        chosen[name] = loads.index(min(loads))
-        loads[chosen[name]] += parameter.numel()
-    return chosen
+    loads, owner_ranks = [0] * world_size, {}
+    for name, parameter in sorted(parameters, key=lambda pair: (-pair[1].numel(), pair[0])):
+        owner_ranks[name] = loads.index(min(loads))
+        loads[owner_ranks[name]] += parameter.numel()
+    return owner_ranks
 
 
-def buckets(named: Named, owned: Mapping[str, int]) -> Iterator[tuple[int, Named]]:
+def group_into_buckets(parameters: NamedParameters, owner_ranks: Mapping[str, int]) -> Iterator[tuple[int, NamedParameters]]:
     """Parameters of one owner that travel together."""
-    for owner in sorted(set(owned.values())):
-        bucket: Named = []
-        for name, parameter in named:
-            if owned[name] == owner:
+    for owner in sorted(set(owner_ranks.values())):
+        bucket: NamedParameters = []
+        for name, parameter in parameters:
+            if owner_ranks[name] == owner:
                 bucket.append((name, parameter))
-            if sum(one.numel() for _, one in bucket) >= BUCKET:
+            if sum(member.numel() for _, member in bucket) >= MAX_BUCKET_WEIGHTS:
                 yield owner, bucket
                 bucket = []
         if bucket:
             yield owner, bucket
 
 
-class ZeroTrainer(Several):
+class ZeroAdamWTrainer(DistributedTrainer):
     """DeepSpeed's ZeRO-1 over AdamW."""
 
-    def prepare(self) -> None:
+    def set_up_optimizers(self) -> None:
         deepspeed = prepare_deepspeed(self.recipe.device)
-        self.mine = self.named
-        self.built = self.optimizers(self.named)
+        self.local_parameters = self.trainable_parameters
+        self.optimizers = self.create_optimizers(self.trainable_parameters)
         self.engine = deepspeed.initialize(
-            model=self.recipe.model, optimizer=self.built[0], config=settings(self.recipe)
+            model=self.recipe.model, optimizer=self.optimizers[0], config=build_deepspeed_config(self.recipe)
         )[0]
-        self.engine.optimizer.get_grad_norm_direct = norm_of
-        self.hold((str(at), group["params"][0]) for at, group in enumerate(self.built[0].param_groups))
-        self.sums: dict[str, Tensor] = {}
+        self.engine.optimizer.get_grad_norm_direct = compute_global_grad_norm
+        self.track_ema((str(index), group["params"][0]) for index, group in enumerate(self.optimizers[0].param_groups))
+        self.accumulated_gradients: dict[str, Tensor] = {}
 
-    def parts(self) -> Iterator[tuple[str, int, Any, int, slice]]:
+    def iter_local_fragments(self) -> Iterator[tuple[str, int, Any, int, slice]]:
         """This process's part of each parameter it has one of: its name, where the part begins in the flattened
         parameter, its fp32 weights, its group, and its place in the group's flat tensors."""
-        for name, parameter in self.named:
-            found = parameter._hp_mapping  # type: ignore[attr-defined]
-            if found is not None:
-                at = found.hp_fragment_address
-                place = slice(at.start, at.start + at.numel)
-                yield name, found.lp_fragment_address.start, found.hp_fragment, found.param_group_index, place
+        for name, parameter in self.trainable_parameters:
+            mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+            if mapping is not None:
+                address = mapping.hp_fragment_address
+                fragment_slice = slice(address.start, address.start + address.numel)
+                yield name, mapping.lp_fragment_address.start, mapping.hp_fragment, mapping.param_group_index, fragment_slice
 
-    def state(self, group: int) -> dict[str, Tensor]:
-        return self.built[0].state.get(self.built[0].param_groups[group]["params"][0], {})
+    def group_state(self, group: int) -> dict[str, Tensor]:
+        return self.optimizers[0].state.get(self.optimizers[0].param_groups[group]["params"][0], {})
 
-    def held(self) -> Iterator[Held]:
-        for name, start, weight, group, place in self.parts():
-            state = self.state(group)
-            tensors = {kind: value[place] for kind, value in state.items() if kind != "step"} | {"weight": weight}
-            if self.average:
-                tensors["average"] = self.average[str(group)][place]
-            yield Held(name, start, tensors, float(state["step"]) if "step" in state else None)
+    def iter_parameter_shards(self) -> Iterator[ParameterShard]:
+        for name, start, weight, group, fragment_slice in self.iter_local_fragments():
+            state = self.group_state(group)
+            tensors = {kind: value[fragment_slice] for kind, value in state.items() if kind != "step"} | {"weight": weight}
+            if self.ema_weights:
+                tensors["average"] = self.ema_weights[str(group)][fragment_slice]
+            yield ParameterShard(name, start, tensors, float(state["step"]) if "step" in state else None)
 
     @torch.no_grad()
-    def restore(self, saved: Saved) -> None:
-        if any(saved.kinds(name) - {"exp_avg", "exp_avg_sq"} for name in saved.names):
-            raise CheckpointError(OTHER_OPTIMIZER)
-        self.recipe.model.load_state_dict(saved.model(self.recipe.model))
-        for group in self.built[0].param_groups:
+    def restore_state(self, saved: Checkpoint) -> None:
+        if any(saved.list_optimizer_tensors(name) - {"exp_avg", "exp_avg_sq"} for name in saved.parameter_names):
+            raise CheckpointError(OPTIMIZER_MISMATCH)
+        self.recipe.model.load_state_dict(saved.read_model_state(self.recipe.model))
+        for group in self.optimizers[0].param_groups:
             flat = group["params"][0]
             steps = torch.tensor(float(saved.step), device=flat.device if group["fused"] else "cpu")
             blank = {kind: torch.zeros_like(flat) for kind in ("exp_avg", "exp_avg_sq")}
-            self.built[0].state[flat] = blank | {"step": steps}
-        for one in self.held():
-            for kind, tensor in one.tensors.items():
-                value = saved.read(one.name, kind, one.start, one.start + len(tensor))
+            self.optimizers[0].state[flat] = blank | {"step": steps}
+        for shard in self.iter_parameter_shards():
+            for kind, tensor in shard.tensors.items():
+                value = saved.read_tensor(shard.name, kind, shard.start, shard.start + len(tensor))
                 if value is not None:
                     tensor.copy_(value)
 
-    def backward(self, loss: Tensor, several: bool) -> None:
+    def backward(self, loss: Tensor, is_accumulating: bool) -> None:
         """Gradients of several passes add up in fp32.  (DeepSpeed's way to that is another optimizer than ZeRO's.)"""
         self.engine.backward(loss)
-        for name, parameter in self.named if several else ():
+        for name, parameter in self.trainable_parameters if is_accumulating else ():
             if parameter.grad is not None:
-                self.sums[name] = self.sums[name].add_(parameter.grad) if name in self.sums else parameter.grad.float()
+                self.accumulated_gradients[name] = self.accumulated_gradients[name].add_(parameter.grad) if name in self.accumulated_gradients else parameter.grad.float()
                 parameter.grad = None
 
-    def update(self) -> float:
-        for name, parameter in self.named if self.sums else ():
-            if name in self.sums:
-                parameter.grad = self.sums.pop(name).to(parameter.dtype)
-        fill_gradients(self.named)
+    def update_weights(self) -> float:
+        for name, parameter in self.trainable_parameters if self.accumulated_gradients else ():
+            if name in self.accumulated_gradients:
+                parameter.grad = self.accumulated_gradients.pop(name).to(parameter.dtype)
+        fill_missing_gradients(self.trainable_parameters)
         self.engine.step()
         return float(self.engine.get_global_grad_norm())
 
 
 @torch.no_grad()
-def norm_of(gradients: list[Tensor], *_: Any) -> Tensor:
+def compute_global_grad_norm(gradients: list[Tensor], *_: Any) -> Tensor:
     """The norm of all processes' gradients together, each holding its own.
 
     In DeepSpeed's place, which launches some kernels for every parameter.
@@ -372,7 +372,7 @@ def norm_of(gradients: list[Tensor], *_: Any) -> Tensor:
     return squared.sqrt().float()
 
 
-def settings(recipe: Recipe) -> dict[str, Any]:
+def build_deepspeed_config(recipe: Recipe) -> dict[str, Any]:
     """DeepSpeed's configuration of a recipe.
 
     The batch and the learning rate are not in it: recipes draw their batches, and the trainer sets the rate.
@@ -380,7 +380,7 @@ def settings(recipe: Recipe) -> dict[str, Any]:
     return {
         "train_micro_batch_size_per_gpu": 1,
         "managed_gradient_accumulation": False,  # gradients are reduced in step(), when none is missing any more
-        "gradient_clipping": recipe.clip,
+        "gradient_clipping": recipe.max_grad_norm,
         # Its search for infinities waits for a kernel for every parameter (0.2 s); the trainer looks at the norm.
         "bf16": {"enabled": recipe.precision == torch.bfloat16, "check_grad_overflow": False},
         "zero_optimization": {"stage": 1, "overlap_comm": False, "contiguous_gradients": False},
@@ -397,7 +397,7 @@ def prepare_deepspeed(device: torch.device) -> Any:
     try:
         import deepspeed
     except ImportError:
-        raise NotInstalled("ZeRO-1 over AdamW needs DeepSpeed: pip install omnivideo[train]") from None
+        raise MissingDependency("ZeRO-1 over AdamW needs DeepSpeed: pip install omnivideo[train]") from None
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     if device.type == "cpu":  # nothing of it needs compiling: its shared-memory collectives are for inference
         deepspeed.ops.__compatible_ops__ = {}
@@ -408,58 +408,58 @@ def prepare_deepspeed(device: torch.device) -> Any:
 # ---------------------------------------------------------------- processes
 
 
-def launched() -> bool:
+def is_launched() -> bool:
     """Whether a launcher started this process as one of several."""
     return {"RANK", "WORLD_SIZE"} <= os.environ.keys()
 
 
-def check_sizes(processes: int, sequence: int) -> None:
-    if sequence < 1 or processes % sequence:
-        raise InvalidInput("sequence", f"{sequence} is not a divisor of {processes} processes")
+def check_process_counts(processes: int, sequence_parallel_size: int) -> None:
+    if sequence_parallel_size < 1 or processes % sequence_parallel_size:
+        raise InvalidInput("sequence", f"{sequence_parallel_size} is not a divisor of {processes} processes")
 
 
 @contextmanager
-def together(processes: int, sequence: int, device: str = "cpu") -> Iterator[World]:
+def open_process_context(processes: int, sequence_parallel_size: int, device: str = "cpu") -> Iterator[ProcessContext]:
     """The world that a launcher put this process in, or one of it alone."""
-    if not launched():
-        check_sizes(1, sequence)
-        yield World()
+    if not is_launched():
+        check_process_counts(1, sequence_parallel_size)
+        yield ProcessContext()
         return
     if processes not in (1, int(os.environ["WORLD_SIZE"])):
         raise InvalidInput("processes", f"{processes} is not the launcher's {os.environ['WORLD_SIZE']}")
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=PATIENCE)
+    dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=PROCESS_GROUP_TIMEOUT)
     try:
-        yield Together(sequence, torch.device(device))
+        yield DistributedContext(sequence_parallel_size, torch.device(device))
     finally:
         dist.destroy_process_group()
         # DeepSpeed keeps hold of the groups, so gloo's threads go on.  One that lets go of an exchange's tensors while
         # the interpreter ends asks for it in vain, which aborts the process: they get the time to do it before.
-        time.sleep(SETTLING)
+        time.sleep(SHUTDOWN_GRACE_SECONDS)
 
 
-def launch(processes: int, command: list[str]) -> int:
+def launch_processes(processes: int, command: list[str]) -> int:
     """Runs a command as several processes; the first that fails ends the others, and its code is returned."""
     threads = str(max(1, (os.cpu_count() or 1) // processes))
-    about = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(processes)}
-    about = {"OMP_NUM_THREADS": threads} | os.environ | about | {"LOCAL_WORLD_SIZE": str(processes)}
-    running = [
-        subprocess.Popen(command, env=about | {"RANK": str(at), "LOCAL_RANK": str(at)}, preexec_fn=end_with_parent)
-        for at in range(processes)
+    env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(find_free_port()), "WORLD_SIZE": str(processes)}
+    env = {"OMP_NUM_THREADS": threads} | os.environ | env | {"LOCAL_WORLD_SIZE": str(processes)}
+    children = [
+        subprocess.Popen(command, env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, preexec_fn=terminate_with_parent)
+        for rank in range(processes)
     ]
     try:
-        return watch(running)
+        return wait_for_processes(children)
     finally:
-        for one in running:
-            one.kill()
-            one.wait()
+        for child in children:
+            child.kill()
+            child.wait()
 
 
-def watch(running: list[subprocess.Popen]) -> int:
+def wait_for_processes(children: list[subprocess.Popen]) -> int:
     """Waits for all, or for the first that fails: its exit code, 128 + n where a signal n ended it."""
     while True:
-        codes = [one.poll() for one in running]
+        codes = [child.poll() for child in children]
         failed = [code for code in codes if code]
         if failed or None not in codes:
             code = failed[0] if failed else 0
@@ -467,18 +467,18 @@ def watch(running: list[subprocess.Popen]) -> int:
         time.sleep(0.1)
 
 
-def end_with_parent() -> None:
+def terminate_with_parent() -> None:
     """In a child: Linux ends it when its parent ends, however that does."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
+def find_free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
-def relaunch(processes: int, sequence: int) -> int:
+def relaunch_command(processes: int, sequence_parallel_size: int) -> int:
     """This very command line, as several processes."""
-    check_sizes(processes, sequence)
-    return launch(processes, [sys.executable, "-m", "omnivideo.cli", *sys.argv[1:]])
+    check_process_counts(processes, sequence_parallel_size)
+    return launch_processes(processes, [sys.executable, "-m", "omnivideo.cli", *sys.argv[1:]])

@@ -18,205 +18,205 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import SiglipVisionModel
 
-from omnivideo.models.mllm import asking, states_of
-from omnivideo.models.omni import Omni, Target
-from omnivideo.models.vae import encode
-from omnivideo.training.ahead import in_order
-from omnivideo.training.latents import digest, to_pixels
-from omnivideo.training.recipes.mllm import with_places
+from omnivideo.models.mllm import prepare_hidden_state_inputs, forward_hidden_states
+from omnivideo.models.omni import OmniVideoModel, TargetMedium
+from omnivideo.models.vae import encode_pixels
+from omnivideo.training.ahead import map_in_order
+from omnivideo.training.latents import hash_weights, pixels_from_scenes
+from omnivideo.training.recipes.mllm import add_position_ids
 from omnivideo.training.recipes.visual_encoder import embed_frames
-from omnivideo.training.samples import Request
+from omnivideo.training.samples import TrainingRequest
 
-Tell = Callable[[int, int], None]
+ProgressCallback = Callable[[int, int], None]
 T = TypeVar("T")
-CHUNK = 32
+CHUNK_SIZE = 32
 
 
-class Ragged:
+class RaggedTensor:
     """Rows [n_i, D] of different lengths."""
 
     def __init__(self, flat: Tensor, offsets: Tensor):
         self.flat, self.offsets = flat, offsets
 
     @classmethod
-    def of(cls, rows: Sequence[Tensor]) -> "Ragged":
+    def from_rows(cls, rows: Sequence[Tensor]) -> "RaggedTensor":
         lengths = torch.tensor([0, *map(len, rows)])
         return cls(torch.cat(list(rows)).half(), lengths.cumsum(0))
 
-    def __getitem__(self, at: int) -> Tensor:
-        return self.flat[self.offsets[at] : self.offsets[at + 1]].float()
+    def __getitem__(self, index: int) -> Tensor:
+        return self.flat[self.offsets[index] : self.offsets[index + 1]].float()
 
-    def __add__(self, more: "Ragged") -> "Ragged":
-        offsets = torch.cat([self.offsets, self.offsets[-1] + more.offsets[1:]])
-        return Ragged(torch.cat([self.flat, more.flat]), offsets)
+    def __add__(self, other: "RaggedTensor") -> "RaggedTensor":
+        offsets = torch.cat([self.offsets, self.offsets[-1] + other.offsets[1:]])
+        return RaggedTensor(torch.cat([self.flat, other.flat]), offsets)
 
 
 @dataclass
-class Drawn:
+class CachedTask:
     """One task's requests with all that is frozen; `source` is None in generation mode."""
 
-    target: Tensor
-    source: Tensor | None
-    hidden: Ragged
-    text: Ragged
-    embeddings: Tensor
+    target_latents: Tensor
+    source_latents: Tensor | None
+    hidden_states: RaggedTensor
+    text_embeddings: RaggedTensor
+    visual_embeddings: Tensor
 
     def __len__(self) -> int:
-        return len(self.target)
+        return len(self.target_latents)
 
-    def __add__(self, more: "Drawn") -> "Drawn":
+    def __add__(self, other: "CachedTask") -> "CachedTask":
         """More requests of the same task."""
-        assert (self.source is None) == (more.source is None)
-        source = None if self.source is None or more.source is None else torch.cat([self.source, more.source])
-        return Drawn(
-            torch.cat([self.target, more.target]), source, self.hidden + more.hidden, self.text + more.text,
-            torch.cat([self.embeddings, more.embeddings]),
+        assert (self.source_latents is None) == (other.source_latents is None)
+        source_latents = None if self.source_latents is None or other.source_latents is None else torch.cat([self.source_latents, other.source_latents])
+        return CachedTask(
+            torch.cat([self.target_latents, other.target_latents]), source_latents, self.hidden_states + other.hidden_states, self.text_embeddings + other.text_embeddings,
+            torch.cat([self.visual_embeddings, other.visual_embeddings]),
         )  # fmt: skip
 
 
-Pick = tuple[Drawn, int]  # a task, and which of its requests
+TaskSample = tuple[CachedTask, int]  # a task, and which of its requests
 
 
 @dataclass
-class Rows:
+class FlowBatch:
     """A batch.  Latents [B, z, T, h, w], and [E, ...] of the sources of the rows that have one; hidden states
     [B, N, M] and text [B, L, D] with their lengths, zero past them; embeddings [B, Q, E]."""
 
-    target: Tensor
-    edited: Tensor
-    source: Tensor | None
-    hidden: Tensor
+    target_latents: Tensor
+    has_source: Tensor
+    source_latents: Tensor | None
+    hidden_states: Tensor
     hidden_lengths: list[int]
-    text: Tensor
+    text_embeddings: Tensor
     text_lengths: list[int]
-    embeddings: Tensor
+    visual_embeddings: Tensor
 
     def __len__(self) -> int:
-        return len(self.target)
+        return len(self.target_latents)
 
-    def to(self, device: torch.device) -> "Rows":
+    def to(self, device: torch.device) -> "FlowBatch":
         """All but `edited`, which is asked for on the CPU."""
-        parts = {name: part for name, part in vars(self).items() if isinstance(part, Tensor) and name != "edited"}
-        moved: dict[str, Any] = {name: part.to(device) for name, part in parts.items()}
+        tensors = {name: tensor for name, tensor in vars(self).items() if isinstance(tensor, Tensor) and name != "edited"}
+        moved: dict[str, Any] = {name: tensor.to(device) for name, tensor in tensors.items()}
         return replace(self, **moved)
 
     @property
-    def kind(self) -> Target:
-        return "video" if self.target.shape[2] > 1 else "image"
+    def medium(self) -> TargetMedium:
+        return "video" if self.target_latents.shape[2] > 1 else "image"
 
     @property
-    def texts(self) -> list[Tensor]:
-        return [row[:length] for row, length in zip(self.text, self.text_lengths, strict=True)]
+    def unpadded_texts(self) -> list[Tensor]:
+        return [row[:length] for row, length in zip(self.text_embeddings, self.text_lengths, strict=True)]
 
 
-def pick(rng: random.Random, tasks: Sequence[Drawn], count: int, edits: float = 0.5) -> list[Pick]:
+def sample_mixed_batch(rng: random.Random, tasks: Sequence[CachedTask], count: int, edit_share: float = 0.5) -> list[TaskSample]:
     """A mixed batch: `count` samples of tasks that share resolution and frame count (hybrid mixed batching).
 
     `edits` is the share of the tasks that have a source, where both kinds are there.
     """
-    shares = [1 - edits if task.source is None else edits for task in tasks]
-    return [(drawn, rng.randrange(len(drawn))) for drawn in rng.choices(tasks, shares, k=count)]
+    shares = [1 - edit_share if task.source_latents is None else edit_share for task in tasks]
+    return [(task, rng.randrange(len(task))) for task in rng.choices(tasks, shares, k=count)]
 
 
-def gathered(picks: Sequence[Pick]) -> Rows:
+def collate_flow_batch(samples: Sequence[TaskSample]) -> FlowBatch:
     """The samples as one batch in single precision."""
-    hidden, text = [drawn.hidden[at] for drawn, at in picks], [drawn.text[at] for drawn, at in picks]
-    sources = [drawn.source[at].float() for drawn, at in picks if drawn.source is not None]
-    return Rows(
-        torch.stack([drawn.target[at].float() for drawn, at in picks]),
-        torch.tensor([drawn.source is not None for drawn, _ in picks]),
+    hidden_states, text_embeddings = [task.hidden_states[index] for task, index in samples], [task.text_embeddings[index] for task, index in samples]
+    sources = [task.source_latents[index].float() for task, index in samples if task.source_latents is not None]
+    return FlowBatch(
+        torch.stack([task.target_latents[index].float() for task, index in samples]),
+        torch.tensor([task.source_latents is not None for task, _ in samples]),
         torch.stack(sources) if sources else None,
-        pad_sequence(hidden, batch_first=True), [len(row) for row in hidden],
-        pad_sequence(text, batch_first=True), [len(row) for row in text],
-        torch.stack([drawn.embeddings[at].float() for drawn, at in picks]),
+        pad_sequence(hidden_states, batch_first=True), [len(row) for row in hidden_states],
+        pad_sequence(text_embeddings, batch_first=True), [len(row) for row in text_embeddings],
+        torch.stack([task.visual_embeddings[index].float() for task, index in samples]),
     )  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Way:
+class PreparationConfig:
     """How the data are made: so many requests at once, prepared by so many processes (0: by this one)."""
 
-    tell: Tell
-    chunk: int = CHUNK
+    on_progress: ProgressCallback
+    chunk_size: int = CHUNK_SIZE
     workers: int = 0
 
-    def over(self, requests: list[Request], prepare: Callable[[list[Request]], T]) -> Iterator[T]:
+    def map_chunks(self, requests: list[TrainingRequest], prepare: Callable[[list[TrainingRequest]], T]) -> Iterator[T]:
         """What `prepare` makes of each chunk."""
-        starts = range(0, len(requests), self.chunk)
-        made = in_order(lambda first: prepare(requests[first : first + self.chunk]), starts, self.workers)
-        for first, one in zip(starts, made, strict=True):
-            yield one
-            self.tell(min(first + self.chunk, len(requests)), len(requests))
+        starts = range(0, len(requests), self.chunk_size)
+        results = map_in_order(lambda start: prepare(requests[start : start + self.chunk_size]), starts, self.workers)
+        for start, result in zip(starts, results, strict=True):
+            yield result
+            self.on_progress(min(start + self.chunk_size, len(requests)), len(requests))
 
 
 @torch.no_grad()
-def draw_fixed(omni: Omni, encoder: SiglipVisionModel, requests: list[Request], way: Way) -> dict[str, Tensor]:
+def compute_frozen_features(omni: OmniVideoModel, encoder: SiglipVisionModel, requests: list[TrainingRequest], config: PreparationConfig) -> dict[str, Tensor]:
     """What does not hang on the MLLM: latents, text embeddings, and the visual encoder's of the target."""
-    text, embeddings, latents = [], [], defaultdict(list)
-    queries = omni.bridge.vision_head.queries
+    text_embeddings, visual_embeddings, latents = [], [], defaultdict(list)
+    queries = omni.bridge.vision_head.num_queries
 
-    def rendered(some: list[Request]) -> tuple[list[str], dict[str, Tensor]]:
-        pixels = {"target": to_pixels(one.target for one in some)}
-        sources = [one.source for one in some if one.source is not None]
-        return [one.text for one in some], pixels | ({"source": to_pixels(sources)} if sources else {})
+    def render_chunk(chunk: list[TrainingRequest]) -> tuple[list[str], dict[str, Tensor]]:
+        pixels = {"target": pixels_from_scenes(request.target for request in chunk)}
+        sources = [request.source for request in chunk if request.source is not None]
+        return [request.text for request in chunk], pixels | ({"source": pixels_from_scenes(sources)} if sources else {})
 
-    for texts, pixels in way.over(requests, rendered):
-        text += [row.cpu() for row in omni.texts(texts)]
-        moved = {name: part.to(omni.device) for name, part in pixels.items()}
-        embeddings.append(embed_frames(encoder, moved["target"], queries).half().cpu())
-        for name, part in moved.items():
-            latents[name].append(encode(omni.vae, part).half().cpu())
-    tensors = {name: torch.cat(parts) for name, parts in latents.items()} | {"embeddings": torch.cat(embeddings)}
-    return tensors | flat("text", text)
+    for texts, pixels in config.map_chunks(requests, render_chunk):
+        text_embeddings += [row.cpu() for row in omni.encode_prompts(texts)]
+        moved = {name: tensor.to(omni.device) for name, tensor in pixels.items()}
+        visual_embeddings.append(embed_frames(encoder, moved["target"], queries).half().cpu())
+        for name, tensor in moved.items():
+            latents[name].append(encode_pixels(omni.vae, tensor).half().cpu())
+    tensors = {name: torch.cat(parts) for name, parts in latents.items()} | {"embeddings": torch.cat(visual_embeddings)}
+    return tensors | flatten_ragged("text", text_embeddings)
 
 
 @torch.no_grad()
-def draw_hidden(omni: Omni, requests: list[Request], way: Way) -> dict[str, Tensor]:
+def compute_hidden_states(omni: OmniVideoModel, requests: list[TrainingRequest], config: PreparationConfig) -> dict[str, Tensor]:
     """The MLLM's last hidden states."""
-    hidden = []
+    hidden_states = []
 
-    def asked(some: list[Request]) -> dict[str, Tensor]:
-        inputs = asking(omni.mllm_tokenizer, [(one.message, one.kind) for one in some], omni.pixels)
-        return with_places(omni.mllm, inputs)
+    def tokenize_chunk(chunk: list[TrainingRequest]) -> dict[str, Tensor]:
+        inputs = prepare_hidden_state_inputs(omni.mllm_tokenizer, [(request.message, request.medium) for request in chunk], omni.vision_config)
+        return add_position_ids(omni.mllm, inputs)
 
-    for inputs in way.over(requests, asked):
-        states, padding = states_of(omni.mllm, inputs)
-        hidden += [row[~gone].half().cpu() for row, gone in zip(states, padding, strict=True)]
-    return flat("hidden", hidden)
+    for inputs in config.map_chunks(requests, tokenize_chunk):
+        states, padding = forward_hidden_states(omni.mllm, inputs)
+        hidden_states += [row[~is_padding].half().cpu() for row, is_padding in zip(states, padding, strict=True)]
+    return flatten_ragged("hidden", hidden_states)
 
 
-def flat(name: str, rows: Sequence[Tensor]) -> dict[str, Tensor]:
-    ragged = Ragged.of(rows)
+def flatten_ragged(name: str, rows: Sequence[Tensor]) -> dict[str, Tensor]:
+    ragged = RaggedTensor.from_rows(rows)
     return {name: ragged.flat, f"{name}_offsets": ragged.offsets}
 
 
-def kept(path: Path, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+def load_or_compute(path: Path, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
     """The file's tensors, made where it is not there."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
-        save_file(make(), partial)
+        save_file(compute(), partial)
         partial.rename(path)
     return load_file(path)
 
 
-def key_of(*parts: object) -> str:
+def make_cache_key(*parts: object) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
-def drawn_fixed(
-    folder: Path, omni: Omni, encoder: SiglipVisionModel, requests: list[Request], way: Way
+def load_frozen_features(
+    folder: Path, omni: OmniVideoModel, encoder: SiglipVisionModel, requests: list[TrainingRequest], config: PreparationConfig
 ) -> tuple[str, str, dict[str, Tensor]]:
     """What does not hang on the MLLM, with its name and key, from the folder's cache where it has it."""
     name = f"{requests[0].task}-{len(requests)}"
-    key = key_of(requests, *map(digest, (omni.vae, omni.text_encoder, encoder)))
-    return name, key, kept(folder / f"{name}-{key}.safetensors", lambda: draw_fixed(omni, encoder, requests, way))
+    key = make_cache_key(requests, *map(hash_weights, (omni.vae, omni.text_encoder, encoder)))
+    return name, key, load_or_compute(folder / f"{name}-{key}.safetensors", lambda: compute_frozen_features(omni, encoder, requests, config))
 
 
-def drawn(folder: Path, omni: Omni, encoder: SiglipVisionModel, requests: list[Request], way: Way) -> Drawn:
+def load_cached_task(folder: Path, omni: OmniVideoModel, encoder: SiglipVisionModel, requests: list[TrainingRequest], config: PreparationConfig) -> CachedTask:
     """The data of one task, from the folder's cache where it has them."""
-    name, fixed, saved = drawn_fixed(folder, omni, encoder, requests, way)
-    hidden = key_of(fixed, digest(omni.mllm.model))
-    saved |= kept(folder / f"{name}-hidden-{hidden}.safetensors", lambda: draw_hidden(omni, requests, way))
-    states, text = (Ragged(saved[name], saved[f"{name}_offsets"]) for name in ("hidden", "text"))
-    return Drawn(saved["target"], saved.get("source"), states, text, saved["embeddings"])
+    name, frozen_key, tensors = load_frozen_features(folder, omni, encoder, requests, config)
+    hidden_key = make_cache_key(frozen_key, hash_weights(omni.mllm.model))
+    tensors |= load_or_compute(folder / f"{name}-hidden-{hidden_key}.safetensors", lambda: compute_hidden_states(omni, requests, config))
+    hidden_states, text_embeddings = (RaggedTensor(tensors[name], tensors[f"{name}_offsets"]) for name in ("hidden", "text"))
+    return CachedTask(tensors["target"], tensors.get("source"), hidden_states, text_embeddings, tensors["embeddings"])

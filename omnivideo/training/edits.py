@@ -5,37 +5,37 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from omnivideo.training.facts import Demand, Wanted
+from omnivideo.training.facts import SceneSpec, ObjectSpec
 from omnivideo.training.language import (
     BACKGROUND_WORDS,
     COLOUR_WORDS,
     MOTION_WORDS,
     SHAPE_WORDS,
-    article,
+    add_article,
     is_group,
-    noun,
-    plural,
+    sample_noun_phrase,
+    pluralize,
 )
 from omnivideo.training.world import (
     BACKGROUNDS,
     COLOURS,
-    FRAMES,
+    CLIP_FRAMES,
     MOTIONS,
     SHAPES,
     Scene,
     Split,
-    Thing,
-    apart,
-    places,
-    random_scene,
-    random_thing,
-    scene_fits,
-    size_for,
+    SceneObject,
+    is_clear_of,
+    find_lattice_points,
+    sample_scene,
+    sample_object,
+    is_in_split,
+    get_initial_size,
 )
 
 IMAGE_EDITS = ("recolour", "reshape", "add", "remove", "background")
 VIDEO_EDITS = (*IMAGE_EDITS, "motion")
-MOTION_ORDERS = {
+MOTION_COMMANDS = {
     "still": ("stay still", "stand still", "stop moving"),
     "left": ("move left", "move to the left", "go left"),
     "right": ("move right", "move to the right", "go right"),
@@ -47,57 +47,57 @@ MOTION_ORDERS = {
 
 
 @dataclass(frozen=True)
-class Edit:
+class SceneEdit:
     """A source, an instruction and the one right target; `touched` are the objects that differ, before and after."""
 
     kind: str
     source: Scene
     target: Scene
     instruction: str
-    touched: tuple[Thing, ...]
+    changed_objects: tuple[SceneObject, ...]
 
     @property
-    def demand(self) -> Demand:
+    def target_spec(self) -> SceneSpec:
         """All of the target, as a prompt would ask for it."""
-        return demand_of(self.target)
+        return spec_from_scene(self.target)
 
 
-def demand_of(scene: Scene) -> Demand:
+def spec_from_scene(scene: Scene) -> SceneSpec:
     """All of a scene that does not hang on where things are, as a prompt would ask for it."""
-    wants = (Wanted(one.shape, one.colour, None, one.motion if scene.is_video else None) for one in scene.things)
-    return Demand(tuple(wants), background=scene.background)
+    object_specs = (ObjectSpec(obj.shape, obj.colour, None, obj.motion if scene.is_video else None) for obj in scene.objects)
+    return SceneSpec(tuple(object_specs), background=scene.background)
 
 
-def refer(rng: random.Random, thing: Thing, scene: Scene) -> str:
+def refer_to_object(rng: random.Random, obj: SceneObject, scene: Scene) -> str:
     """Words that mean this object and no other of the scene; "it" where it is alone."""
-    others = [other for other in scene.things if other is not thing]
+    others = [other for other in scene.objects if other is not obj]
     if not others and rng.random() < 0.35:
         return "it"
-    shape, colour = rng.choice(SHAPE_WORDS[thing.shape]), rng.choice(COLOUR_WORDS[thing.colour])
+    shape, colour = rng.choice(SHAPE_WORDS[obj.shape]), rng.choice(COLOUR_WORDS[obj.colour])
     choices = [f"the {colour} {shape}"] * 2
-    if all(other.shape != thing.shape for other in others):
+    if all(other.shape != obj.shape for other in others):
         choices.append(f"the {shape}")
-    if all(other.colour != thing.colour for other in others):
+    if all(other.colour != obj.colour for other in others):
         choices.append(f"the {colour} one" if others else f"the {colour} shape")
     return rng.choice(choices)
 
 
-def refer_all(rng: random.Random, scene: Scene) -> str:
+def refer_to_group(rng: random.Random, scene: Scene) -> str:
     """Words for a whole group."""
-    shapes = plural(rng.choice(SHAPE_WORDS[scene.things[0].shape]))
+    shapes = pluralize(rng.choice(SHAPE_WORDS[scene.objects[0].shape]))
     return rng.choice(("them", f"the {shapes}", f"all the {shapes}"))
 
 
-Change = tuple[Scene, str, tuple[Thing, ...]]  # target, instruction, the objects concerned
+SceneChange = tuple[Scene, str, tuple[SceneObject, ...]]  # target, instruction, the objects concerned
 
 
-def recolour(rng: random.Random, scene: Scene) -> Change | None:
-    thing = rng.choice(scene.things)
-    taken = {scene.background, *(other.colour for other in scene.things if not is_group(scene))}
-    colour = rng.choice([name for name in COLOURS if name not in taken | {thing.colour}])
+def recolour_object(rng: random.Random, scene: Scene) -> SceneChange | None:
+    obj = rng.choice(scene.objects)
+    excluded = {scene.background, *(other.colour for other in scene.objects if not is_group(scene))}
+    colour = rng.choice([name for name in COLOURS if name not in excluded | {obj.colour}])
     word = rng.choice(COLOUR_WORDS[colour])
-    chosen = scene.things if is_group(scene) else (thing,)
-    whom = refer_all(rng, scene) if is_group(scene) else refer(rng, thing, scene)
+    targets = scene.objects if is_group(scene) else (obj,)
+    reference = refer_to_group(rng, scene) if is_group(scene) else refer_to_object(rng, obj, scene)
     forms = (
         "make {} {}",
         "make {} {}",
@@ -107,66 +107,66 @@ def recolour(rng: random.Random, scene: Scene) -> Change | None:
         "change the colour of {} to {}",
         "recolour {} to {}",
     )
-    return swap(scene, {old: replace(old, colour=colour) for old in chosen}, rng.choice(forms).format(whom, word))
+    return replace_objects(scene, {old: replace(old, colour=colour) for old in targets}, rng.choice(forms).format(reference, word))
 
 
-def reshape(rng: random.Random, scene: Scene) -> Change | None:
+def reshape_object(rng: random.Random, scene: Scene) -> SceneChange | None:
     if is_group(scene):
         return None
-    thing = rng.choice(scene.things)
-    taken = {other.shape for other in scene.things}
-    shape = rng.choice([name for name in SHAPES if name not in taken] or [""])
+    obj = rng.choice(scene.objects)
+    excluded = {other.shape for other in scene.objects}
+    shape = rng.choice([name for name in SHAPES if name not in excluded] or [""])
     if not shape:
         return None
     forms = ("turn {} into {}", "change {} into {}", "replace {} with {}", "make {} {}", "transform {} into {}")
-    text = rng.choice(forms).format(refer(rng, thing, scene), article(rng.choice(SHAPE_WORDS[shape])))
-    return swap(scene, {thing: replace(thing, shape=shape)}, text)
+    text = rng.choice(forms).format(refer_to_object(rng, obj, scene), add_article(rng.choice(SHAPE_WORDS[shape])))
+    return replace_objects(scene, {obj: replace(obj, shape=shape)}, text)
 
 
-def swap(scene: Scene, new: dict[Thing, Thing], text: str) -> Change:
-    things = tuple(new.get(thing, thing) for thing in scene.things)
-    return replace(scene, things=things), text, (*new.keys(), *new.values())
+def replace_objects(scene: Scene, replacements: dict[SceneObject, SceneObject], instruction: str) -> SceneChange:
+    objects = tuple(replacements.get(obj, obj) for obj in scene.objects)
+    return replace(scene, things=objects), instruction, (*replacements.keys(), *replacements.values())
 
 
-def add(rng: random.Random, scene: Scene) -> Change | None:
-    if len(scene.things) > 2:
+def add_object(rng: random.Random, scene: Scene) -> SceneChange | None:
+    if len(scene.objects) > 2:
         return None
-    thing = random_thing(rng, scene.background, scene.is_video, large=0.25)
-    if any(thing.shape == other.shape and thing.colour == other.colour for other in scene.things):
+    obj = sample_object(rng, scene.background, scene.is_video, large_probability=0.25)
+    if any(obj.shape == other.shape and obj.colour == other.colour for other in scene.objects):
         return None
-    placed = roomiest(thing, scene)
+    placed = place_farthest(obj, scene)
     if placed is None:
         return None
-    text = f"{rng.choice(('add', 'add', 'put', 'draw'))} {article(noun(rng, thing, size=True))}"
-    motion = rng.choice(MOTION_WORDS[thing.motion]) if scene.is_video else ""
-    return replace(scene, things=(*scene.things, placed)), f"{text} {motion}".strip(), (placed,)
+    text = f"{rng.choice(('add', 'add', 'put', 'draw'))} {add_article(sample_noun_phrase(rng, obj, with_size=True))}"
+    motion = rng.choice(MOTION_WORDS[obj.motion]) if scene.is_video else ""
+    return replace(scene, things=(*scene.objects, placed)), f"{text} {motion}".strip(), (placed,)
 
 
-def roomiest(thing: Thing, scene: Scene) -> Thing | None:
+def place_farthest(obj: SceneObject, scene: Scene) -> SceneObject | None:
     """The object where it is farthest from the others, halfway through a clip; None where there is no room."""
-    candidates = [replace(thing, x=x, y=y) for x, y in places(thing.size, thing.motion, scene.frames)]
-    fitting = [one for one in candidates if all(apart(one, other, scene.frames) for other in scene.things)]
-    half = scene.frames // 2
+    candidates = [replace(obj, x=x, y=y) for x, y in find_lattice_points(obj.size, obj.motion, scene.frame_count)]
+    fitting = [candidate for candidate in candidates if all(is_clear_of(candidate, other, scene.frame_count) for other in scene.objects)]
+    middle_frame = scene.frame_count // 2
     return max(
         fitting,
-        key=lambda one: min(math.dist(one.centre(half), other.centre(half)) for other in scene.things),
+        key=lambda candidate: min(math.dist(candidate.centre_at(middle_frame), other.centre_at(middle_frame)) for other in scene.objects),
         default=None,
     )
 
 
-def remove(rng: random.Random, scene: Scene) -> Change | None:
-    if len(scene.things) < 2 or is_group(scene):
+def remove_object(rng: random.Random, scene: Scene) -> SceneChange | None:
+    if len(scene.objects) < 2 or is_group(scene):
         return None
-    thing = rng.choice(scene.things)
+    obj = rng.choice(scene.objects)
     forms = ("remove {}", "remove {}", "delete {}", "take away {}", "erase {}", "get rid of {}")
-    text = rng.choice(forms).format(refer(rng, thing, scene))
-    rest = tuple(other for other in scene.things if other is not thing)
-    return replace(scene, things=rest), text, (thing,)
+    text = rng.choice(forms).format(refer_to_object(rng, obj, scene))
+    remaining_objects = tuple(other for other in scene.objects if other is not obj)
+    return replace(scene, things=remaining_objects), text, (obj,)
 
 
-def background(rng: random.Random, scene: Scene) -> Change | None:
-    taken = {scene.background, *(thing.colour for thing in scene.things)}
-    name = rng.choice([name for name in BACKGROUNDS if name not in taken])
+def change_background(rng: random.Random, scene: Scene) -> SceneChange | None:
+    excluded = {scene.background, *(obj.colour for obj in scene.objects)}
+    name = rng.choice([name for name in BACKGROUNDS if name not in excluded])
     forms = (
         "change the background to {}",
         "make the background {}",
@@ -179,46 +179,46 @@ def background(rng: random.Random, scene: Scene) -> Change | None:
     return replace(scene, background=name), text, ()
 
 
-def motion(rng: random.Random, scene: Scene) -> Change | None:
+def change_motion(rng: random.Random, scene: Scene) -> SceneChange | None:
     if not scene.is_video or is_group(scene):
         return None
-    thing = rng.choice(scene.things)
-    name = rng.choice([name for name in MOTIONS if name != thing.motion])
-    new = replace(thing, motion=name, size=size_for(name, thing.size))
-    others = [other for other in scene.things if other is not thing]
-    stays = (thing.x, thing.y) in places(new.size, name, FRAMES)
-    if not stays or new.size != thing.size or not all(apart(new, other, FRAMES) for other in others):
+    obj = rng.choice(scene.objects)
+    name = rng.choice([name for name in MOTIONS if name != obj.motion])
+    moved = replace(obj, motion=name, size=get_initial_size(name, obj.size))
+    others = [other for other in scene.objects if other is not obj]
+    stays = (obj.x, obj.y) in find_lattice_points(moved.size, name, CLIP_FRAMES)
+    if not stays or moved.size != obj.size or not all(is_clear_of(moved, other, CLIP_FRAMES) for other in others):
         return None
     forms = ("make {} {}", "make {} {}", "let {} {}", "now {} should {}", "have {} {} instead")
-    text = rng.choice(forms).format(refer(rng, thing, scene), rng.choice(MOTION_ORDERS[name]))
-    return swap(scene, {thing: new}, text)
+    text = rng.choice(forms).format(refer_to_object(rng, obj, scene), rng.choice(MOTION_COMMANDS[name]))
+    return replace_objects(scene, {obj: moved}, text)
 
 
-CHANGES: dict[str, Callable[[random.Random, Scene], Change | None]] = {
-    "recolour": recolour,
-    "reshape": reshape,
-    "add": add,
-    "remove": remove,
-    "background": background,
-    "motion": motion,
+EDIT_MAKERS: dict[str, Callable[[random.Random, Scene], SceneChange | None]] = {
+    "recolour": recolour_object,
+    "reshape": reshape_object,
+    "add": add_object,
+    "remove": remove_object,
+    "background": change_background,
+    "motion": change_motion,
 }
 
 
-def random_edit(
+def sample_edit(
     rng: random.Random,
-    video: bool,
+    is_video: bool,
     split: Split = "train",
     kinds: Sequence[str] | None = None,
-    composed: float = 0.0,
-) -> Edit:
+    composed_share: float = 0.0,
+) -> SceneEdit:
     """An edit of the split; a share `composed` of the sources is composed.
 
     Held out means a held-out object in the target, or in the source where none is new.
     """
-    kinds = kinds or (VIDEO_EDITS if video else IMAGE_EDITS)
+    kinds = kinds or (VIDEO_EDITS if is_video else IMAGE_EDITS)
     kind = rng.choice(kinds)
     while True:
-        source = random_scene(rng, video, split if kind in ("remove", "background") else "train", composed)
-        change = CHANGES[kind](rng, source)
-        if change and (kind == "remove" or scene_fits(change[0], split)):
-            return Edit(kind, source, *change)
+        source = sample_scene(rng, is_video, split if kind in ("remove", "background") else "train", composed_share)
+        change = EDIT_MAKERS[kind](rng, source)
+        if change and (kind == "remove" or is_in_split(change[0], split)):
+            return SceneEdit(kind, source, *change)

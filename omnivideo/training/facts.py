@@ -4,11 +4,11 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from omnivideo.training.world import FRAME
+from omnivideo.training.world import FRAME_SIZE
 
 
 @dataclass(frozen=True)
-class Seen:
+class ObjectDetection:
     """One object over a clip: place at frame 0, size at frame 0, motion over all frames (None where unclear)."""
 
     shape: str | None
@@ -20,16 +20,16 @@ class Seen:
 
 
 @dataclass(frozen=True)
-class Reading:
+class SceneDetection:
     """The facts of a clip; `steadiness` is the share of frames on which every object is there, named as ever."""
 
     background: str | None
-    things: tuple[Seen, ...]
+    objects: tuple[ObjectDetection, ...]
     steadiness: float
 
 
 @dataclass(frozen=True)
-class Wanted:
+class ObjectSpec:
     """What a prompt asks of one object; None leaves it open."""
 
     shape: str | None = None
@@ -37,44 +37,44 @@ class Wanted:
     size: str | None = None
     motion: str | None = None
 
-    def met_by(self, thing: Seen) -> bool:
-        return all(want is None or want == getattr(thing, name) for name, want in vars(self).items())
+    def is_met_by(self, detection: ObjectDetection) -> bool:
+        return all(expected is None or expected == getattr(detection, name) for name, expected in vars(self).items())
 
 
 @dataclass(frozen=True)
-class Demand:
+class SceneSpec:
     """What a prompt asks for: exactly these objects, and a relation of the first to the second if named."""
 
-    things: tuple[Wanted, ...]
+    objects: tuple[ObjectSpec, ...]
     background: str | None = None
     relation: str | None = None
     region: tuple[str, ...] = ()
 
-    def met_by(self, reading: Reading) -> bool:
-        if self.background is not None and reading.background != self.background:
+    def is_met_by(self, detection: SceneDetection) -> bool:
+        if self.background is not None and detection.background != self.background:
             return False
-        if len(reading.things) != len(self.things):
+        if len(detection.objects) != len(self.objects):
             return False
-        return any(self.fits(order) for order in itertools.permutations(reading.things))
+        return any(self.is_met_in_order(order) for order in itertools.permutations(detection.objects))
 
-    def fits(self, things: Sequence[Seen]) -> bool:
-        if not all(want.met_by(thing) for want, thing in zip(self.things, things, strict=True)):
+    def is_met_in_order(self, detections: Sequence[ObjectDetection]) -> bool:
+        if not all(object_spec.is_met_by(detection) for object_spec, detection in zip(self.objects, detections, strict=True)):
             return False
-        if self.region and not set(self.region) <= set(sides(things[0])):
+        if self.region and not set(self.region) <= set(find_sides(detections[0])):
             return False
-        return self.relation is None or relation_holds(self.relation, things[0], things[1])
+        return self.relation is None or relation_holds(self.relation, detections[0], detections[1])
 
 
-def sides(thing: Seen, frame: int = FRAME) -> tuple[str, ...]:
+def find_sides(detection: ObjectDetection, frame_size: int = FRAME_SIZE) -> tuple[str, ...]:
     """The halves of the frame in which an object's centre lies."""
-    across = "left" if thing.x < frame / 2 - 2 else "right" if thing.x > frame / 2 + 2 else ""
-    along = "top" if thing.y < frame / 2 - 2 else "bottom" if thing.y > frame / 2 + 2 else ""
-    return tuple(side for side in (along, across) if side)
+    horizontal = "left" if detection.x < frame_size / 2 - 2 else "right" if detection.x > frame_size / 2 + 2 else ""
+    vertical = "top" if detection.y < frame_size / 2 - 2 else "bottom" if detection.y > frame_size / 2 + 2 else ""
+    return tuple(side for side in (vertical, horizontal) if side)
 
 
-def relation_holds(relation: str, one: Seen, two: Seen) -> bool:
+def relation_holds(relation: str, first: ObjectDetection, second: ObjectDetection) -> bool:
     """Whether the offset points the named way, by more than it points any other."""
-    dx, dy = one.x - two.x, one.y - two.y
+    dx, dy = first.x - second.x, first.y - second.y
     along = {"left of": -dx, "right of": dx, "above": -dy, "below": dy}[relation]
     across = abs(dy) if relation in ("left of", "right of") else abs(dx)
     return along >= 8 and along >= across - 3

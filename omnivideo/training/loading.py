@@ -11,33 +11,33 @@ import torch
 from torch import nn
 from transformers import SiglipVisionModel
 
-from omnivideo.models.checkpoint import load_parts, strictly
-from omnivideo.models.omni import Omni
-from omnivideo.training.recipes.stages import TRAINED
+from omnivideo.models.checkpoint import load_parts, load_strict
+from omnivideo.models.omni import OmniVideoModel
+from omnivideo.training.recipes.stages import TRAINABLE_BY_STAGE
 
-KEPT = ("text_encoder", "vae")  # what they make is in the cache
+CPU_PARTS = ("text_encoder", "vae")  # what they make is in the cache
 CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
-class Place:
+class WeightPlacement:
     device: torch.device
     dtype: torch.dtype
 
 
-def place_of(stage: str, name: str, device: torch.device, precision: torch.dtype, cached: bool = True) -> Place:
+def choose_placement(stage: str, name: str, device: torch.device, precision: torch.dtype, cached: bool = True) -> WeightPlacement:
     """Of a parameter, named from its part on: mllm, bridge, decoder, text_encoder, vae or visual_encoder.
 
     Latents are made in fp32, here as by `omnivideo data encode`.
     """
     part = name.partition(".")[0]
-    where = CPU if cached and part in KEPT else device
-    whole = device.type != "cuda" or part == "vae" or name.startswith(TRAINED[stage])
-    return Place(where, torch.float32 if whole else precision)
+    location = CPU if cached and part in CPU_PARTS else device
+    is_full_precision = device.type != "cuda" or part == "vae" or name.startswith(TRAINABLE_BY_STAGE[stage])
+    return WeightPlacement(location, torch.float32 if is_full_precision else precision)
 
 
 @dataclass(frozen=True)
-class Loader:
+class StageLoader:
     """Reads a stage's models from a folder of weights: each part goes where it belongs before the next is read."""
 
     stage: str
@@ -45,26 +45,26 @@ class Loader:
     device: torch.device
     precision: torch.dtype
 
-    def omni(self) -> Omni:
+    def load_omni(self) -> OmniVideoModel:
         """Raises CheckpointError."""
-        return load_parts(self.weights, self.put)
+        return load_parts(self.weights, self.place_part)
 
-    def visual_encoder(self) -> SiglipVisionModel:
+    def load_visual_encoder(self) -> SiglipVisionModel:
         """Raises CheckpointError."""
-        encoder = strictly(SiglipVisionModel, self.weights, "visual_encoder", None)
-        return self.put("visual_encoder", encoder).eval().requires_grad_(False)
+        encoder = load_strict(SiglipVisionModel, self.weights, "visual_encoder", None)
+        return self.place_part("visual_encoder", encoder).eval().requires_grad_(False)
 
     @torch.no_grad()
-    def put(self, name: str, part: nn.Module) -> nn.Module:
+    def place_part(self, name: str, part: nn.Module) -> nn.Module:
         """A parameter at a time, so that no part is anywhere twice."""
         for key, parameter in part.named_parameters():
-            place = place_of(self.stage, f"{name}.{key}", self.device, self.precision)
-            parameter.data = parameter.data.to(place.device, place.dtype)
-        return part.to(place.device)
+            placement = choose_placement(self.stage, f"{name}.{key}", self.device, self.precision)
+            parameter.data = parameter.data.to(placement.device, placement.dtype)
+        return part.to(placement.device)
 
 
-def bring(omni: Omni) -> Omni:
+def move_cpu_parts_to_device(omni: OmniVideoModel) -> OmniVideoModel:
     """Moves what stays on the CPU to the other parts, for a sample that is not in the cache."""
-    for name in KEPT:
+    for name in CPU_PARTS:
         getattr(omni, name).to(omni.device)
     return omni

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 # Newton-Schulz quintic of the Muon paper: pushes all singular values towards 1.
-QUINTIC = (3.4445, -4.7750, 2.0315)
-ITERATIONS = 5
+NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+NEWTON_SCHULZ_STEPS = 5
 
 
 def orthogonalise(m_NRC: Tensor, precision: torch.dtype) -> Tensor:
@@ -23,14 +23,14 @@ def orthogonalise(m_NRC: Tensor, precision: torch.dtype) -> Tensor:
     tall = m_NRC.shape[-2] > m_NRC.shape[-1]
     x = (m_NRC.mT if tall else m_NRC).to(precision)
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    a, b, c = QUINTIC
-    for _ in range(ITERATIONS):
+    a, b, c = NEWTON_SCHULZ_COEFFICIENTS
+    for _ in range(NEWTON_SCHULZ_STEPS):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return (x.mT if tall else x).to(m_NRC.dtype)
 
 
-def fast_precision() -> torch.dtype:
+def choose_muon_dtype() -> torch.dtype:
     """bf16 where matrix products in it are fast (the iteration does not need more), else fp32."""
     native = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
     return torch.bfloat16 if native or torch.cuda.is_available() else torch.float32
@@ -48,7 +48,7 @@ class Muon(torch.optim.Optimizer):
         precision: torch.dtype | None = None,
     ):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
-        self.precision = precision or fast_precision()
+        self.precision = precision or choose_muon_dtype()
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -68,15 +68,15 @@ class Muon(torch.optim.Optimizer):
                 flat = update.flatten(1)
                 by_shape[(flat.shape[0], flat.shape[1])].append((parameter, flat))
             for shape, pairs in by_shape.items():
-                self.apply(group, shape, pairs)
+                self.apply_updates(group, shape, pairs)
 
-    def apply(self, group: dict, shape: tuple[int, int], pairs: list[tuple[nn.Parameter, Tensor]]) -> None:
+    def apply_updates(self, group: dict, shape: tuple[int, int], pairs: list[tuple[nn.Parameter, Tensor]]) -> None:
         orthogonal = orthogonalise(torch.stack([update for _, update in pairs]), self.precision)
         scale = max(1.0, shape[0] / shape[1]) ** 0.5
         parameters: list[Tensor] = [parameter for parameter, _ in pairs]
         if group["weight_decay"]:
             torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-        updates = [one.view_as(parameter) for parameter, one in zip(parameters, orthogonal, strict=True)]
+        updates = [update.view_as(parameter) for parameter, update in zip(parameters, orthogonal, strict=True)]
         torch._foreach_add_(parameters, updates, alpha=-group["lr"] * scale)
 
 
@@ -86,58 +86,58 @@ def is_matrix(name: str, parameter: nn.Parameter) -> bool:
     return parameter.ndim >= 2 and min(parameter.flatten(1).shape) > 1 and not any(t in name for t in tables)
 
 
-Named = list[tuple[str, nn.Parameter]]
-Kind = Literal["muon", "adamw"]
-BETAS = (0.9, 0.98)
+NamedParameters = list[tuple[str, nn.Parameter]]
+OptimizerName = Literal["muon", "adamw"]
+ADAM_BETAS = (0.9, 0.98)
 
 
-def split(named: Iterable[tuple[str, nn.Parameter]]) -> tuple[Named, Named]:
+def split_matrices(parameters: Iterable[tuple[str, nn.Parameter]]) -> tuple[NamedParameters, NamedParameters]:
     """The matrices, and the rest."""
-    named = list(named)
-    return [pair for pair in named if is_matrix(*pair)], [pair for pair in named if not is_matrix(*pair)]
+    parameters = list(parameters)
+    return [pair for pair in parameters if is_matrix(*pair)], [pair for pair in parameters if not is_matrix(*pair)]
 
 
-def layout(named: Iterable[tuple[str, nn.Parameter]], kind: Kind = "muon") -> list[list[str]]:
+def group_names_by_optimizer(parameters: Iterable[tuple[str, nn.Parameter]], optimizer: OptimizerName = "muon") -> list[list[str]]:
     """The parameters' names in each of `optimizers`, in its order."""
-    parts = [[name for name, _ in part] for part in split(named) if part]
-    return parts if kind == "muon" else [[name for part in parts for name in part]]
+    name_groups = [[name for name, _ in part] for part in split_matrices(parameters) if part]
+    return name_groups if optimizer == "muon" else [[name for part in name_groups for name in part]]
 
 
-def optimizers(
-    named: Iterable[tuple[str, nn.Parameter]],
+def build_optimizers(
+    parameters: Iterable[tuple[str, nn.Parameter]],
     lr: float,
     adam_lr: float,
     weight_decay: float = 0.0,
-    kind: Kind = "muon",
+    optimizer: OptimizerName = "muon",
 ) -> list[torch.optim.Optimizer]:
     """Muon over the matrices at `lr` and Adam over the rest at `adam_lr`, or AdamW over all at `adam_lr`.
 
     Matrices alone decay.  Groups remember their peak rate.
     """
-    matrices, rest = ([parameter for _, parameter in part] for part in split(named))
-    built: list[torch.optim.Optimizer] = []
-    if kind == "adamw":
+    matrices, rest = ([parameter for _, parameter in part] for part in split_matrices(parameters))
+    optimizers: list[torch.optim.Optimizer] = []
+    if optimizer == "adamw":
         parts = [(matrices, weight_decay), (rest, 0.0)]
-        groups_of: list[dict[str, Any]] = [{"params": part, "weight_decay": decay} for part, decay in parts if part]
+        param_groups: list[dict[str, Any]] = [{"params": part, "weight_decay": decay} for part, decay in parts if part]
         fused = all(parameter.is_cuda for parameter in matrices + rest)
-        built.append(torch.optim.AdamW(groups_of, lr=adam_lr, betas=BETAS, eps=1e-8, fused=fused))
-    if kind == "muon" and matrices:
-        built.append(Muon(matrices, lr=lr, weight_decay=weight_decay))
-    if kind == "muon" and rest:
-        built.append(torch.optim.Adam(rest, lr=adam_lr, betas=BETAS, eps=1e-8))
-    for group in groups(built):
+        optimizers.append(torch.optim.AdamW(param_groups, lr=adam_lr, betas=ADAM_BETAS, eps=1e-8, fused=fused))
+    if optimizer == "muon" and matrices:
+        optimizers.append(Muon(matrices, lr=lr, weight_decay=weight_decay))
+    if optimizer == "muon" and rest:
+        optimizers.append(torch.optim.Adam(rest, lr=adam_lr, betas=ADAM_BETAS, eps=1e-8))
+    for group in iter_param_groups(optimizers):
         group["peak_lr"] = group["lr"]
-    return built
+    return optimizers
 
 
-def cosine(step: int, steps: int, warmup: int) -> float:
+def cosine_lr_scale(step: int, steps: int, warmup: int) -> float:
     """Share of the peak rate at a step: linear warm-up, then half a cosine to zero."""
     rising = (step + 1) / max(1, warmup)
-    done = (step - warmup) / max(1, steps - warmup)
-    return rising if rising < 1 else (1 + cos(pi * min(1.0, max(0.0, done)))) / 2
+    progress = (step - warmup) / max(1, steps - warmup)
+    return rising if rising < 1 else (1 + cos(pi * min(1.0, max(0.0, progress)))) / 2
 
 
-def rate(step: int, steps: int, warmup: int, decay_from: float) -> float:
+def trapezoidal_lr_scale(step: int, steps: int, warmup: int, decay_from: float) -> float:
     """Share of the peak rate at a step: linear warm-up, flat, then linear to zero from `decay_from` of the run."""
     rising = min(1.0, (step + 1) / max(1, warmup))
     start = decay_from * steps
@@ -145,11 +145,11 @@ def rate(step: int, steps: int, warmup: int, decay_from: float) -> float:
     return rising * falling
 
 
-def set_rate(built: list[torch.optim.Optimizer], share: float) -> None:
-    for group in groups(built):
-        group["lr"] = group["peak_lr"] * share
+def set_lr_scale(optimizers: list[torch.optim.Optimizer], lr_scale: float) -> None:
+    for group in iter_param_groups(optimizers):
+        group["lr"] = group["peak_lr"] * lr_scale
 
 
-def groups(built: list[torch.optim.Optimizer]) -> Iterator[dict]:
-    for optimizer in built:
+def iter_param_groups(optimizers: list[torch.optim.Optimizer]) -> Iterator[dict]:
+    for optimizer in optimizers:
         yield from optimizer.param_groups

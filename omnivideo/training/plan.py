@@ -29,28 +29,28 @@ from omnivideo.models.omni import Bridge, build_decoder
 from omnivideo.presets import (
     OMNIVIDEO_1_3B,
     Preset,
-    QueryTransformerSize,
-    decoder_tokens,
-    latent_grid,
-    preset,
-    visual_context_tokens,
+    QueryTransformerConfig,
+    count_decoder_tokens,
+    compute_latent_grid,
+    get_preset,
+    count_visual_context_tokens,
 )
 from omnivideo.training.flops import (
     GPU,
     GPUS,
     Flops,
-    decoder_flops,
+    count_decoder_flops,
     decoder_width,
-    mfu,
-    query_transformer_flops,
-    visual_context_flops,
+    compute_mfu,
+    count_query_transformer_flops,
+    count_visual_context_flops,
 )
-from omnivideo.training.loading import place_of
-from omnivideo.training.recipes.stages import TRAINED
-from omnivideo.training.trainer import freeze
+from omnivideo.training.loading import choose_placement
+from omnivideo.training.recipes.stages import TRAINABLE_BY_STAGE
+from omnivideo.training.trainer import freeze_except
 
 # Qwen3-VL 8B, whose width is the preset's; the encoder of Wan's text condition; SigLIP2 so400m.
-MLLM: dict[str, Any] = {
+MLLM_CONFIG: dict[str, Any] = {
     "text_config": {
         "vocab_size": 151_936, "hidden_size": 4096, "intermediate_size": 12_288, "num_hidden_layers": 36,
         "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 262_144,
@@ -64,38 +64,38 @@ MLLM: dict[str, Any] = {
     },
     "tie_word_embeddings": False,
 }  # fmt: skip
-UMT5_XXL: dict[str, Any] = {
+UMT5_XXL_CONFIG: dict[str, Any] = {
     "vocab_size": 256_384, "d_model": 4096, "d_kv": 64, "d_ff": 10_240, "num_layers": 24, "num_heads": 64,
     "feed_forward_proj": "gated-gelu",
 }  # fmt: skip
-SIGLIP: dict[str, Any] = {
+SIGLIP_CONFIG: dict[str, Any] = {
     "hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16,
     "image_size": 384, "patch_size": 14,
 }  # fmt: skip
 
 # Samples of the paper's Table 1, by task; a task of video is one whose name has it.
-TABLE_1 = {
+PAPER_SAMPLE_COUNTS = {
     "image understanding": 17.2e6, "video understanding": 1.98e6, "text-to-image": 15e6, "text-to-video": 1.8e6,
     "image editing": 8.6e6, "video editing": 0.8e6,
 }  # fmt: skip
-GENERATION = ("text-to-image", "text-to-video")
-DRAWN = (*GENERATION, "image editing", "video editing")
-TASKS_OF = {"stage1": tuple(TABLE_1), "stage2a": GENERATION, "stage2b_generation": GENERATION, "stage2b": DRAWN,
-            "stage3": DRAWN}  # fmt: skip
-EDITING = ("stage2b", "stage3")  # with a source to encode
-ALIGNED = ("stage1", "stage3")  # by Eq. 1, to the visual encoder
-AVERAGED = ("stage2b_generation", "stage2b", "stage3")  # and these go through the decoder
+GENERATION_TASKS = ("text-to-image", "text-to-video")
+GENERATION_AND_EDITING_TASKS = (*GENERATION_TASKS, "image editing", "video editing")
+TASKS_BY_STAGE = {"stage1": tuple(PAPER_SAMPLE_COUNTS), "stage2a": GENERATION_TASKS, "stage2b_generation": GENERATION_TASKS, "stage2b": GENERATION_AND_EDITING_TASKS,
+            "stage3": GENERATION_AND_EDITING_TASKS}  # fmt: skip
+EDITING_STAGES = ("stage2b", "stage3")  # with a source to encode
+ALIGNED_STAGES = ("stage1", "stage3")  # by Eq. 1, to the visual encoder
+FLOW_STAGES = ("stage2b_generation", "stage2b", "stage3")  # and these go through the decoder
 
 MLLM_TOKENS = {"still": 512, "clip": 2048}  # of a request with its media and answer
-FIXED = 2.5  # GB of CUDA context, NCCL buffers and library work spaces
-TOGETHER, VAE_WIDTH = 8, 96  # stills that the VAE encodes at once, its channels at full size
-BUCKET = 5e8  # gradients that DeepSpeed sends at once
-NODE, NETWORK = 8, 50.0  # GPUs that share the fast link; GB/s one way of each GPU to other nodes (400 Gb/s)
-DAY = 86_400.0
+FIXED_OVERHEAD_GB = 2.5  # GB of CUDA context, NCCL buffers and library work spaces
+VAE_ENCODE_BATCH_SIZE, VAE_CHANNELS = 8, 96  # stills that the VAE encodes at once, its channels at full size
+GRADIENT_BUCKET_SIZE = 5e8  # gradients that DeepSpeed sends at once
+GPUS_PER_NODE, NETWORK_GB_PER_SECOND = 8, 50.0  # GPUs that share the fast link; GB/s one way of each GPU to other nodes (400 Gb/s)
+SECONDS_PER_DAY = 86_400.0
 
 
 @dataclass(frozen=True)
-class Setting:
+class PlanConfig:
     """What is to be planned.  `batch` is clips on one GPU in one of a step's `passes`; stills are as many as make the
     same number of tokens."""
 
@@ -103,139 +103,139 @@ class Setting:
     gpu: GPU
     gpus: int
     preset: Preset = OMNIVIDEO_1_3B
-    batch: int = 1
+    clips_per_gpu: int = 1
     width: int = 832
     height: int = 480
     frames: int = 17
-    sequence: int = 1
+    sequence_parallel_size: int = 1
     checkpointing: bool = False
     cached: bool = True
     steps: int | None = None
     utilisation: float = 0.45
-    passes: int = 1
+    grad_accum_steps: int = 1
 
     @property
     def replicas(self) -> int:
-        return self.gpus // self.sequence
+        return self.gpus // self.sequence_parallel_size
 
     @property
-    def stills(self) -> int:
+    def stills_per_gpu(self) -> int:
         """Images on one GPU."""
-        return max(1, self.batch * self.seen("clip") // self.seen("still"))
+        return max(1, self.clips_per_gpu * self.count_model_tokens("clip") // self.count_model_tokens("still"))
 
-    def count(self, kind: str) -> int:
-        return self.batch if kind == "clip" else self.stills
+    def samples_per_gpu(self, kind: str) -> int:
+        return self.clips_per_gpu if kind == "clip" else self.stills_per_gpu
 
-    def grid(self, kind: str) -> tuple[int, int, int]:
-        return latent_grid(self.width, self.height, self.frames if kind == "clip" else 1)
+    def compute_latent_grid(self, kind: str) -> tuple[int, int, int]:
+        return compute_latent_grid(self.width, self.height, self.frames if kind == "clip" else 1)
 
-    def tokens(self, kind: str) -> int:
-        return decoder_tokens(self.preset, self.grid(kind))
+    def count_decoder_tokens(self, kind: str) -> int:
+        return count_decoder_tokens(self.preset, self.compute_latent_grid(kind))
 
-    def seen(self, kind: str) -> int:
+    def count_model_tokens(self, kind: str) -> int:
         """Tokens of the model that a step spends its time in: the MLLM in stage 1, else the decoder."""
-        return MLLM_TOKENS[kind] if self.recipe.startswith("stage1") else self.tokens(kind)
+        return MLLM_TOKENS[kind] if self.recipe.startswith("stage1") else self.count_decoder_tokens(kind)
 
-    def condition(self, kind: str) -> int:
+    def count_condition_tokens(self, kind: str) -> int:
         """L of an edit, which is the longest: source, visual tokens and a text of full length, within the limits."""
         adapter = self.preset.adapter
         assert adapter is not None, "a version 1 preset"
-        needed = visual_context_tokens(self.preset, self.grid(kind)) + self.preset.text_tokens + 6
-        needed += adapter.queries * (visual_tokens(self.preset) if kind == "clip" else 1)
-        return min(max(self.preset.condition_least, needed), self.preset.condition_most)
+        needed = count_visual_context_tokens(self.preset, self.compute_latent_grid(kind)) + self.preset.max_text_tokens + 6
+        needed += adapter.num_queries * (count_visual_tokens(self.preset) if kind == "clip" else 1)
+        return min(max(self.preset.min_condition_tokens, needed), self.preset.max_condition_tokens)
 
 
 @dataclass(frozen=True)
-class Plan:
+class TrainingPlan:
     """Counts of parameters, memory of one GPU in GB by part, and times of one step of each kind in seconds.
 
     `memory` is what is always there, `peaks` what comes and goes, one after the other.
     """
 
-    setting: Setting
-    trained: int
-    frozen: int
-    away: int
-    memory: dict[str, float]
-    peaks: dict[str, float]
-    step: dict[str, dict[str, float]]
-    flops: dict[str, float]
+    config: PlanConfig
+    trained_parameters: int
+    frozen_parameters: int
+    offloaded_parameters: int
+    resident_gb: dict[str, float]
+    transient_gb: dict[str, float]
+    step_seconds: dict[str, dict[str, float]]
+    step_flops: dict[str, float]
     steps: dict[str, float]
 
     @property
-    def needed(self) -> float:
-        return sum(self.memory.values()) + max(self.peaks.values())
+    def required_gb(self) -> float:
+        return sum(self.resident_gb.values()) + max(self.transient_gb.values())
 
     @property
-    def seconds(self) -> float:
-        return sum(count * sum(self.step[kind].values()) for kind, count in self.steps.items())
+    def total_seconds(self) -> float:
+        return sum(count * sum(self.step_seconds[kind].values()) for kind, count in self.steps.items())
 
     @property
     def days(self) -> float:
-        return self.seconds / DAY
+        return self.total_seconds / SECONDS_PER_DAY
 
     @property
     def mfu(self) -> float:
-        done = sum(self.flops[kind] * count for kind, count in self.steps.items())
-        return mfu(done, self.seconds, self.setting.gpu.tflops)
+        operations = sum(self.step_flops[kind] * count for kind, count in self.steps.items())
+        return compute_mfu(operations, self.total_seconds, self.config.gpu.peak_tflops)
 
 
-def visual_tokens(chosen: Preset) -> int:
-    return chosen.vision_head.queries if chosen.vision_head else 0
+def count_visual_tokens(model_preset: Preset) -> int:
+    return model_preset.vision_head.num_queries if model_preset.vision_head else 0
 
 
 # ---------------------------------------------------------------- the models
 
 
-def models_of(chosen: Preset) -> nn.ModuleDict:
+def build_meta_models(model_preset: Preset) -> nn.ModuleDict:
     """All parts under the names that the stages speak of, without memory."""
     with torch.device("meta"):
         parts = {
-            "mllm": Qwen3VLForConditionalGeneration(Qwen3VLConfig(**MLLM)),
-            "bridge": Bridge(chosen),
-            "decoder": build_decoder(chosen),
-            "text_encoder": UMT5EncoderModel(UMT5Config(**UMT5_XXL)),
-            "vae": AutoencoderKLWan(**chosen.vae),
-            "visual_encoder": SiglipVisionModel(SiglipVisionConfig(**SIGLIP)),
+            "mllm": Qwen3VLForConditionalGeneration(Qwen3VLConfig(**MLLM_CONFIG)),
+            "bridge": Bridge(model_preset),
+            "decoder": build_decoder(model_preset),
+            "text_encoder": UMT5EncoderModel(UMT5Config(**UMT5_XXL_CONFIG)),
+            "vae": AutoencoderKLWan(**model_preset.vae),
+            "visual_encoder": SiglipVisionModel(SiglipVisionConfig(**SIGLIP_CONFIG)),
         }
     return nn.ModuleDict(parts)
 
 
 @dataclass(frozen=True)
-class Weights:
+class StageWeights:
     """A stage's parameters: trained, of every part, frozen on the GPU, and the bytes of these."""
 
-    trained: int
-    parts: dict[str, int]
-    frozen: int
+    trained_parameters: int
+    parameters_by_part: dict[str, int]
+    frozen_parameters: int
     frozen_bytes: int
 
 
 @cache
-def weights_of(name: str, recipe: str, cached: bool) -> Weights:
+def count_stage_weights(preset_name: str, recipe: str, cached: bool) -> StageWeights:
     """Of the parts that the stage reads, placed as `loading` does it."""
-    models = models_of(preset(name))
-    if recipe not in ALIGNED:
+    models = build_meta_models(get_preset(preset_name))
+    if recipe not in ALIGNED_STAGES:
         del models["visual_encoder"]
-    counts = {part: sum(one.numel() for one in model.parameters()) for part, model in models.items()}
-    trained = sum(one.numel() for _, one in freeze(models, TRAINED[recipe]))
-    places = [
-        (one.numel(), place_of(recipe, key, torch.device("cuda"), torch.bfloat16, cached or recipe == "stage1"))
-        for key, one in models.named_parameters() if not one.requires_grad
+    counts = {part: sum(parameter.numel() for parameter in model.parameters()) for part, model in models.items()}
+    trained = sum(parameter.numel() for _, parameter in freeze_except(models, TRAINABLE_BY_STAGE[recipe]))
+    placements = [
+        (parameter.numel(), choose_placement(recipe, key, torch.device("cuda"), torch.bfloat16, cached or recipe == "stage1"))
+        for key, parameter in models.named_parameters() if not parameter.requires_grad
     ]  # fmt: skip
-    there = [(count, count * place.dtype.itemsize) for count, place in places if place.device.type == "cuda"]
-    return Weights(trained, counts, sum(count for count, _ in there), sum(size for _, size in there))
+    on_gpu = [(count, count * place.dtype.itemsize) for count, place in placements if place.device.type == "cuda"]
+    return StageWeights(trained, counts, sum(count for count, _ in on_gpu), sum(size for _, size in on_gpu))
 
 
-def encodes(setting: Setting) -> bool:
+def has_inline_encoding(config: PlanConfig) -> bool:
     """Whether latents and text are made on the way."""
-    return not setting.cached and setting.recipe != "stage1"
+    return not config.cached and config.recipe != "stage1"
 
 
 # ---------------------------------------------------------------- memory
 
 
-def decoder_activations(
+def estimate_decoder_activations(
     config: Mapping[str, Any], tokens: int, condition: int, trained: bool, checkpointing: bool, size: int = 2
 ) -> float:
     """Bytes kept for the backward pass of one sample; `size` is that of an activation, norms and gates are fp32."""
@@ -251,292 +251,292 @@ def decoder_activations(
     return ends + (layers * size * n * d + block if checkpointing else layers * block)
 
 
-def query_transformer_activations(size: QueryTransformerSize, inputs: int, bytes_each: int = 2) -> float:
+def estimate_query_transformer_activations(size: QueryTransformerConfig, inputs: int, bytes_each: int = 2) -> float:
     """Bytes kept for the backward pass of one run of the vision head or the adapter."""
-    s, q, d = inputs, size.queries, size.width
-    return bytes_each * (size.layers * (12 * s + 16 * q + 2 * s) * d + s * (size.dim_in + 3 * d))
+    s, q, d = inputs, size.num_queries, size.width
+    return bytes_each * (size.num_layers * (12 * s + 16 * q + 2 * s) * d + s * (size.input_dim + 3 * d))
 
 
-def activations(setting: Setting, kind: str) -> float:
+def estimate_activations(config: PlanConfig, kind: str) -> float:
     """Bytes of a batch of one kind on one GPU."""
-    chosen, recipe, count = setting.preset, setting.recipe, setting.count(kind)
-    head, adapter = chosen.vision_head, chosen.adapter
+    model_preset, recipe, count = config.preset, config.recipe, config.samples_per_gpu(kind)
+    head, adapter = model_preset.vision_head, model_preset.adapter
     assert head is not None and adapter is not None, "a version 1 preset"
     total = 0.0
-    if recipe in ALIGNED:
-        total += query_transformer_activations(head, MLLM_TOKENS[kind])
+    if recipe in ALIGNED_STAGES:
+        total += estimate_query_transformer_activations(head, MLLM_TOKENS[kind])
     if recipe.startswith("stage1"):
         total += (
-            MLLM_TOKENS[kind] * MLLM["text_config"]["vocab_size"] * 10
+            MLLM_TOKENS[kind] * MLLM_CONFIG["text_config"]["vocab_size"] * 10
         )  # logits in bf16, in fp32, and their gradient
     else:
-        total += query_transformer_activations(adapter, 1) * (visual_tokens(chosen) if kind == "clip" else 1)
+        total += estimate_query_transformer_activations(adapter, 1) * (count_visual_tokens(model_preset) if kind == "clip" else 1)
     if recipe.startswith(("stage2b", "stage3")):
-        shares = setting.tokens(kind) // setting.sequence, setting.condition(kind) // setting.sequence
-        total += decoder_activations(chosen.decoder, *shares, recipe == "stage3", setting.checkpointing)
-        total += shares[1] * 2 * (chosen.visual_context.hidden + 2 * chosen.text_width)
+        shares = config.count_decoder_tokens(kind) // config.sequence_parallel_size, config.count_condition_tokens(kind) // config.sequence_parallel_size
+        total += estimate_decoder_activations(model_preset.decoder, *shares, recipe == "stage3", config.checkpointing)
+        total += shares[1] * 2 * (model_preset.visual_context.hidden_dim + 2 * model_preset.text_width)
     return total * count
 
 
-def memory(trained: int, frozen_bytes: int, averaged: bool, gpus: int) -> dict[str, float]:
+def estimate_resident_gb(trained: int, frozen_bytes: int, has_ema: bool, gpus: int) -> dict[str, float]:
     """GB of one GPU that are always there: of one process as the plain trainer has them, of several as ZeRO-1 does,
     which divides the optimizer's states and the average over all, nothing else."""
-    share = trained / gpus
+    trained_per_gpu = trained / gpus
     if gpus == 1:
         parts: dict[str, float] = {"weights trained (fp32)": 4 * trained, "optimizer: two moments (fp32)": 8 * trained}
     else:
-        parts = {"weights trained (bf16)": 2 * trained, "optimizer: master weights, two moments (fp32)": 12 * share}
-    parts["average of the weights (fp32)"] = 4 * share if averaged else 0
+        parts = {"weights trained (bf16)": 2 * trained, "optimizer: master weights, two moments (fp32)": 12 * trained_per_gpu}
+    parts["average of the weights (fp32)"] = 4 * trained_per_gpu if has_ema else 0
     parts["weights frozen (bf16)"] = frozen_bytes
-    return {name: count / 1e9 for name, count in parts.items()} | {"CUDA, NCCL, work spaces": FIXED}
+    return {name: count / 1e9 for name, count in parts.items()} | {"CUDA, NCCL, work spaces": FIXED_OVERHEAD_GB}
 
 
-def peaks(setting: Setting, trained: int) -> dict[str, float]:
+def estimate_transient_gb(config: PlanConfig, trained: int) -> dict[str, float]:
     """GB of one GPU that are there one after the other: the largest counts.
 
     Gradients come as activations go; what earlier passes have added up to, in fp32, stays.  Autocast keeps its bf16
     copies of fp32 weights for the backward pass.  DeepSpeed reduces whole bf16 gradients by buckets, then has those of
     its share thrice: as they were, flattened, and in fp32.
     """
-    kept, gpus = max(activations(setting, kind) for kind in ("still", "clip")), setting.gpus
-    several = setting.passes > 1
-    sums = 4.0 * trained if several else 0.0
+    activation_bytes, gpus = max(estimate_activations(config, kind) for kind in ("still", "clip")), config.gpus
+    is_accumulating = config.grad_accum_steps > 1
+    sums = 4.0 * trained if is_accumulating else 0.0
     if gpus == 1:
-        found = {"activations, copies of weights (bf16)": kept + 2 * trained + sums, "gradients (fp32)": 4.0 * trained}
+        bytes_by_part = {"activations, copies of weights (bf16)": activation_bytes + 2 * trained + sums, "gradients (fp32)": 4.0 * trained}
     else:
-        reduced = 2 * (trained + min(trained, BUCKET))
-        gradients = max(reduced, 8 * trained / gpus, 6.0 * trained if several else 0.0)
-        found = {"activations": kept + sums, "gradients (bf16), of the share fp32": gradients}
-    if encodes(setting):
-        found["encoding (fp32)"] = max(encoding(setting, kind) for kind in ("still", "clip"))
-    return {name: count / 1e9 for name, count in found.items()}
+        reduced = 2 * (trained + min(trained, GRADIENT_BUCKET_SIZE))
+        gradients = max(reduced, 8 * trained / gpus, 6.0 * trained if is_accumulating else 0.0)
+        bytes_by_part = {"activations": activation_bytes + sums, "gradients (bf16), of the share fp32": gradients}
+    if has_inline_encoding(config):
+        bytes_by_part["encoding (fp32)"] = max(estimate_encoding_bytes(config, kind) for kind in ("still", "clip"))
+    return {name: count / 1e9 for name, count in bytes_by_part.items()}
 
 
-def encoding(setting: Setting, kind: str) -> float:
+def estimate_encoding_bytes(config: PlanConfig, kind: str) -> float:
     """Bytes that the VAE works in: about ten of its widest activations, four frames of one clip or some stills."""
-    together = 4 if kind == "clip" else min(TOGETHER, 2 * setting.stills)
-    return 10 * 4 * VAE_WIDTH * setting.width * setting.height * together
+    frame_count = 4 if kind == "clip" else min(VAE_ENCODE_BATCH_SIZE, 2 * config.stills_per_gpu)
+    return 10 * 4 * VAE_CHANNELS * config.width * config.height * frame_count
 
 
 # ---------------------------------------------------------------- time
 
 
-def mllm_flops(tokens: int, parameters: int) -> Flops:
-    text = MLLM["text_config"]
+def estimate_mllm_flops(tokens: int, parameters: int) -> Flops:
+    text = MLLM_CONFIG["text_config"]
     width = text["num_attention_heads"] * text["head_dim"]
     return Flops(2.0 * parameters * tokens, 2.0 * tokens**2 * width * text["num_hidden_layers"])  # half: causal
 
 
-def visual_encoder_flops(frames: int, parameters: int) -> Flops:
-    tokens, width, layers = ((SIGLIP["image_size"] // SIGLIP["patch_size"]) ** 2,
-                             SIGLIP["hidden_size"], SIGLIP["num_hidden_layers"])  # fmt: skip
+def estimate_visual_encoder_flops(frames: int, parameters: int) -> Flops:
+    tokens, width, layers = ((SIGLIP_CONFIG["image_size"] // SIGLIP_CONFIG["patch_size"]) ** 2,
+                             SIGLIP_CONFIG["hidden_size"], SIGLIP_CONFIG["num_hidden_layers"])  # fmt: skip
     return Flops(2.0 * parameters * tokens, 4.0 * tokens**2 * width * layers) * frames
 
 
-def text_encoder_flops(tokens: int, parameters: int) -> Flops:
-    width = UMT5_XXL["num_heads"] * UMT5_XXL["d_kv"]
-    return Flops(2.0 * parameters * tokens, 4.0 * tokens**2 * width * UMT5_XXL["num_layers"])
+def estimate_text_encoder_flops(tokens: int, parameters: int) -> Flops:
+    width = UMT5_XXL_CONFIG["num_heads"] * UMT5_XXL_CONFIG["d_kv"]
+    return Flops(2.0 * parameters * tokens, 4.0 * tokens**2 * width * UMT5_XXL_CONFIG["num_layers"])
 
 
 @cache
-def vae_flops(name: str, width: int, height: int, frames: int) -> Flops:
+def count_vae_flops(preset_name: str, width: int, height: int, frames: int) -> Flops:
     """Encoding one clip, counted by torch over the meta device."""
     with torch.device("meta"):
-        vae, pixels = AutoencoderKLWan(**preset(name).vae), torch.empty(1, 3, frames, height, width)
+        vae, pixels = AutoencoderKLWan(**get_preset(preset_name).vae), torch.empty(1, 3, frames, height, width)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         vae.encode(pixels)
     return Flops(float(counter.get_total_flops()))
 
 
-def tables() -> dict[str, int]:
+def count_table_parameters() -> dict[str, int]:
     """Parameters of the language models that not every token is multiplied with."""
-    text = MLLM["text_config"]
+    text = MLLM_CONFIG["text_config"]
     table = text["vocab_size"] * text["hidden_size"]
-    return {"lm_head": table, "embeddings": table, "words": UMT5_XXL["vocab_size"] * UMT5_XXL["d_model"]}
+    return {"lm_head": table, "embeddings": table, "words": UMT5_XXL_CONFIG["vocab_size"] * UMT5_XXL_CONFIG["d_model"]}
 
 
-def operations(setting: Setting, kind: str, sizes: Mapping[str, int]) -> tuple[Flops, Flops]:
+def estimate_sample_flops(config: PlanConfig, kind: str, sizes: Mapping[str, int]) -> tuple[Flops, Flops]:
     """Of one sample: the model's own, and those that take time beside them (checkpointing, what makes the targets)."""
-    chosen, recipe = setting.preset, setting.recipe
-    head, adapter = chosen.vision_head, chosen.adapter
+    model_preset, recipe = config.preset, config.recipe
+    head, adapter = model_preset.vision_head, model_preset.adapter
     assert head is not None and adapter is not None, "a version 1 preset"
-    seen, queries = MLLM_TOKENS[kind], visual_tokens(chosen)
-    heads, beside = query_transformer_flops(head, seen), Flops()
-    own = mllm_flops(seen, sizes["mllm"] - sizes["lm_head"] - sizes["embeddings"])
-    own += heads.trained if recipe in ALIGNED else heads
-    if recipe in ALIGNED:
-        beside += visual_encoder_flops(queries if kind == "clip" else 1, sizes["visual_encoder"])
+    mllm_tokens, queries = MLLM_TOKENS[kind], count_visual_tokens(model_preset)
+    head_flops, extra_flops = count_query_transformer_flops(head, mllm_tokens), Flops()
+    model_flops = estimate_mllm_flops(mllm_tokens, sizes["mllm"] - sizes["lm_head"] - sizes["embeddings"])
+    model_flops += head_flops.with_backward if recipe in ALIGNED_STAGES else head_flops
+    if recipe in ALIGNED_STAGES:
+        extra_flops += estimate_visual_encoder_flops(queries if kind == "clip" else 1, sizes["visual_encoder"])
     if recipe == "stage1":  # the text head's inputs have no gradients
-        own += Flops(2.0 * seen * sizes["lm_head"]) * 2
+        model_flops += Flops(2.0 * mllm_tokens * sizes["lm_head"]) * 2
     else:
-        own += (query_transformer_flops(adapter, 1) * (queries if kind == "clip" else 1)).trained
-    if encodes(setting):
-        frames = setting.frames if kind == "clip" else 1
-        clips = 2 if recipe in EDITING else 1
-        beside += text_encoder_flops(chosen.text_tokens, sizes["text_encoder"] - sizes["words"])
+        model_flops += (count_query_transformer_flops(adapter, 1) * (queries if kind == "clip" else 1)).with_backward
+    if has_inline_encoding(config):
+        frames = config.frames if kind == "clip" else 1
+        clips = 2 if recipe in EDITING_STAGES else 1
+        extra_flops += estimate_text_encoder_flops(model_preset.max_text_tokens, sizes["text_encoder"] - sizes["words"])
         # TF32 has half the rate of bf16.
-        beside += vae_flops(chosen.name, setting.width, setting.height, frames) * clips * 2
-    if recipe in AVERAGED:
-        own += visual_context_flops(chosen, visual_context_tokens(chosen, setting.grid(kind))).trained
+        extra_flops += count_vae_flops(model_preset.name, config.width, config.height, frames) * clips * 2
+    if recipe in FLOW_STAGES:
+        model_flops += count_visual_context_flops(model_preset, count_visual_context_tokens(model_preset, config.compute_latent_grid(kind))).with_backward
     # Processes that share a sample's tokens share the decoder's work: all the rest each does for itself.
-    beside += (own + beside) * (setting.sequence - 1)
-    if recipe in AVERAGED:
-        forward = decoder_flops(chosen.decoder, setting.tokens(kind), setting.condition(kind))
-        own += forward.trained if recipe == "stage3" else forward.passed
-        beside += forward if setting.checkpointing else Flops()
-    return own, beside
+    extra_flops += (model_flops + extra_flops) * (config.sequence_parallel_size - 1)
+    if recipe in FLOW_STAGES:
+        forward = count_decoder_flops(model_preset.decoder, config.count_decoder_tokens(kind), config.count_condition_tokens(kind))
+        model_flops += forward.with_backward if recipe == "stage3" else forward.with_frozen_backward
+        extra_flops += forward if config.checkpointing else Flops()
+    return model_flops, extra_flops
 
 
-def link(setting: Setting) -> float:
+def find_slowest_link(config: PlanConfig) -> float:
     """GB/s one way between the GPUs: the slowest on the way."""
-    return setting.gpu.link if setting.gpus <= NODE else min(setting.gpu.link, NETWORK)
+    return config.gpu.link_gb_per_second if config.gpus <= GPUS_PER_NODE else min(config.gpu.link_gb_per_second, NETWORK_GB_PER_SECOND)
 
 
-def step_times(setting: Setting, kind: str, trained: int, own: Flops, beside: Flops) -> dict[str, float]:
+def estimate_step_seconds(config: PlanConfig, kind: str, trained: int, model_flops: Flops, extra_flops: Flops) -> dict[str, float]:
     """Seconds of one step, its parts one after the other: what overlaps in practice makes it shorter."""
-    count, gpus = setting.count(kind) * setting.passes, setting.gpus
-    done = (own + beside).total * count / setting.sequence
-    exchanged = 2 * 2 * trained * (gpus - 1) / gpus / 1e9  # gradients to their owners, weights back, in bf16
-    touched = (16 + 12 + 8 + 4) * trained / gpus / 1e9  # states read and written, the average, the gradients
+    count, gpus = config.samples_per_gpu(kind) * config.grad_accum_steps, config.gpus
+    operations = (model_flops + extra_flops).total * count / config.sequence_parallel_size
+    exchanged_gb = 2 * 2 * trained * (gpus - 1) / gpus / 1e9  # gradients to their owners, weights back, in bf16
+    touched_gb = (16 + 12 + 8 + 4) * trained / gpus / 1e9  # states read and written, the average, the gradients
     times = {
-        "compute": done / (setting.gpu.tflops * 1e12 * setting.utilisation),
-        "gradients and weights": exchanged / link(setting),
-        "optimizer": touched / setting.gpu.bandwidth,
+        "compute": operations / (config.gpu.peak_tflops * 1e12 * config.utilisation),
+        "gradients and weights": exchanged_gb / find_slowest_link(config),
+        "optimizer": touched_gb / config.gpu.memory_gb_per_second,
     }
-    if setting.sequence > 1:
-        times["all-to-all"] = all_to_all(setting, kind) * count / setting.gpu.link
+    if config.sequence_parallel_size > 1:
+        times["all-to-all"] = estimate_all_to_all_gb(config, kind) * count / config.gpu.link_gb_per_second
     return times
 
 
-def all_to_all(setting: Setting, kind: str) -> float:
+def estimate_all_to_all_gb(config: PlanConfig, kind: str) -> float:
     """GB that one GPU sends for one sample: queries, keys, values and outputs of every block, there and back."""
-    config, parts = setting.preset.decoder, setting.sequence
-    passes = 3 if setting.checkpointing else 2
-    sent = 4 * setting.tokens(kind) / parts * decoder_width(config) * 2 * (parts - 1) / parts
-    return sent * config["num_layers"] * passes / 1e9
+    decoder_config, group_size = config.preset.decoder, config.sequence_parallel_size
+    passes = 3 if config.checkpointing else 2
+    values_bytes = 4 * config.count_decoder_tokens(kind) / group_size * decoder_width(decoder_config) * 2 * (group_size - 1) / group_size
+    return values_bytes * decoder_config["num_layers"] * passes / 1e9
 
 
-def steps_of(setting: Setting) -> dict[str, float]:
+def count_steps(config: PlanConfig) -> dict[str, float]:
     """Steps of each kind: one pass over the stage's tasks of Table 1, or `steps` of them in the same ratio."""
-    tasks = {task: count for task, count in TABLE_1.items() if task in TASKS_OF[setting.recipe]}
+    tasks = {task: count for task, count in PAPER_SAMPLE_COUNTS.items() if task in TASKS_BY_STAGE[config.recipe]}
     clips = sum(count for task, count in tasks.items() if "video" in task)
     samples = {"still": sum(tasks.values()) - clips, "clip": clips}
-    batch = {kind: setting.count(kind) * setting.passes * setting.replicas for kind in samples}
+    batch = {kind: config.samples_per_gpu(kind) * config.grad_accum_steps * config.replicas for kind in samples}
     epoch = {kind: count / batch[kind] for kind, count in samples.items()}
-    whole = sum(epoch.values())
-    return epoch if setting.steps is None else {kind: setting.steps * part / whole for kind, part in epoch.items()}
+    total_steps = sum(epoch.values())
+    return epoch if config.steps is None else {kind: config.steps * kind_steps / total_steps for kind, kind_steps in epoch.items()}
 
 
 # ---------------------------------------------------------------- the plan
 
 
-def plan(setting: Setting) -> Plan:
+def build_plan(config: PlanConfig) -> TrainingPlan:
     """Raises InvalidInput for a setting that cannot be, not for one that does not fit: see `check`."""
-    validate(setting)
-    found = weights_of(setting.preset.name, setting.recipe, setting.cached)
-    trained, sizes = found.trained, found.parts | tables()
-    work = {kind: operations(setting, kind, sizes) for kind in ("still", "clip")}
-    return Plan(
-        setting,
+    validate_config(config)
+    weights = count_stage_weights(config.preset.name, config.recipe, config.cached)
+    trained, sizes = weights.trained_parameters, weights.parameters_by_part | count_table_parameters()
+    work = {kind: estimate_sample_flops(config, kind, sizes) for kind in ("still", "clip")}
+    return TrainingPlan(
+        config,
         trained,
-        found.frozen,
-        sum(found.parts.values()) - trained - found.frozen,
-        memory(trained, found.frozen_bytes, setting.recipe in AVERAGED, setting.gpus),
-        peaks(setting, trained),
-        {kind: step_times(setting, kind, trained, *both) for kind, both in work.items()},
-        {kind: own.total * setting.count(kind) * setting.passes / setting.sequence for kind, (own, _) in work.items()},
-        steps_of(setting),
+        weights.frozen_parameters,
+        sum(weights.parameters_by_part.values()) - trained - weights.frozen_parameters,
+        estimate_resident_gb(trained, weights.frozen_bytes, config.recipe in FLOW_STAGES, config.gpus),
+        estimate_transient_gb(config, trained),
+        {kind: estimate_step_seconds(config, kind, trained, *flops_pair) for kind, flops_pair in work.items()},
+        {kind: model_flops.total * config.samples_per_gpu(kind) * config.grad_accum_steps / config.sequence_parallel_size for kind, (model_flops, _) in work.items()},
+        count_steps(config),
     )
 
 
-def validate(setting: Setting) -> None:
-    if setting.recipe not in TASKS_OF:
-        raise InvalidInput("recipe", f"{setting.recipe!r} has no plan; {', '.join(TASKS_OF)} have")
-    if setting.preset.name != OMNIVIDEO_1_3B.name:
-        raise InvalidInput("preset", f"{setting.preset.name!r} has no plan; use {OMNIVIDEO_1_3B.name}")
-    latent_grid(setting.width, setting.height, setting.frames)
-    heads = setting.preset.decoder["num_attention_heads"]
-    if setting.sequence < 1 or setting.gpus % setting.sequence or heads % setting.sequence:
-        both = f"the {setting.gpus} GPUs and the decoder's {heads} heads"
-        raise InvalidInput("sequence-parallel", f"{setting.sequence} does not divide {both}")
-    if not 0 < setting.utilisation <= 1:
-        raise InvalidInput("utilisation", f"{setting.utilisation} is not in 0 to 1")
+def validate_config(config: PlanConfig) -> None:
+    if config.recipe not in TASKS_BY_STAGE:
+        raise InvalidInput("recipe", f"{config.recipe!r} has no plan; {', '.join(TASKS_BY_STAGE)} have")
+    if config.preset.name != OMNIVIDEO_1_3B.name:
+        raise InvalidInput("preset", f"{config.preset.name!r} has no plan; use {OMNIVIDEO_1_3B.name}")
+    compute_latent_grid(config.width, config.height, config.frames)
+    heads = config.preset.decoder["num_attention_heads"]
+    if config.sequence_parallel_size < 1 or config.gpus % config.sequence_parallel_size or heads % config.sequence_parallel_size:
+        divisors = f"the {config.gpus} GPUs and the decoder's {heads} heads"
+        raise InvalidInput("sequence-parallel", f"{config.sequence_parallel_size} does not divide {divisors}")
+    if not 0 < config.utilisation <= 1:
+        raise InvalidInput("utilisation", f"{config.utilisation} is not in 0 to 1")
 
 
-def check(made: Plan) -> None:
+def check_fits(plan: TrainingPlan) -> None:
     """Raises InvalidInput where the plan does not fit its GPU, with what would make it fit."""
-    gpu = made.setting.gpu
-    if made.needed <= gpu.memory:
+    gpu = plan.config.gpu
+    if plan.required_gb <= gpu.memory_gb:
         return
-    ways = [words for words, other in remedies(made.setting) if plan(other).needed <= other.gpu.memory]
-    said = f"it fits with {' or with '.join(ways[:3])}" if ways else "no single change of the plan's makes it fit"
-    raise InvalidInput("gpus", f"{made.needed:.1f} GB do not fit the {gpu.memory:g} GB of one {gpu.name}; {said}")
+    fitting_changes = [change for change, changed in iter_remedies(plan.config) if build_plan(changed).required_gb <= changed.gpu.memory_gb]
+    hint = f"it fits with {' or with '.join(fitting_changes[:3])}" if fitting_changes else "no single change of the plan's makes it fit"
+    raise InvalidInput("gpus", f"{plan.required_gb:.1f} GB do not fit the {gpu.memory_gb:g} GB of one {gpu.name}; {hint}")
 
 
-def remedies(setting: Setting) -> Iterator[tuple[str, Setting]]:
+def iter_remedies(config: PlanConfig) -> Iterator[tuple[str, PlanConfig]]:
     """Single changes that save memory, the cheapest first."""
-    if not setting.cached:
-        yield "--cached", replace(setting, cached=True)
-    if not setting.checkpointing:
-        yield "--checkpointing", replace(setting, checkpointing=True)
-    for batch in (setting.batch // 2, 1):
-        if 1 <= batch < setting.batch:
-            yield f"--batch {batch}", replace(setting, batch=batch)
+    if not config.cached:
+        yield "--cached", replace(config, cached=True)
+    if not config.checkpointing:
+        yield "--checkpointing", replace(config, checkpointing=True)
+    for batch in (config.clips_per_gpu // 2, 1):
+        if 1 <= batch < config.clips_per_gpu:
+            yield f"--batch {batch}", replace(config, batch=batch)
     for sequence in (2, 4):
-        if sequence > setting.sequence and setting.gpus % sequence == 0:
-            yield f"--sequence-parallel {sequence}", replace(setting, sequence=sequence)
-    for times in (2, 4, 8):
-        yield f"--gpus {setting.gpus * times}x{setting.gpu.name}", replace(setting, gpus=setting.gpus * times)
-    for gpu in sorted(GPUS.values(), key=lambda one: one.memory):
-        if gpu.memory > setting.gpu.memory:
-            yield f"--gpus {setting.gpus}x{gpu.name}", replace(setting, gpu=gpu)
+        if sequence > config.sequence_parallel_size and config.gpus % sequence == 0:
+            yield f"--sequence-parallel {sequence}", replace(config, sequence=sequence)
+    for factor in (2, 4, 8):
+        yield f"--gpus {config.gpus * factor}x{config.gpu.name}", replace(config, gpus=config.gpus * factor)
+    for gpu in sorted(GPUS.values(), key=lambda candidate: candidate.memory_gb):
+        if gpu.memory_gb > config.gpu.memory_gb:
+            yield f"--gpus {config.gpus}x{gpu.name}", replace(config, gpu=gpu)
 
 
 # ---------------------------------------------------------------- in words
 
 
-def as_table(made: Plan) -> Table:
+def plan_to_table(plan: TrainingPlan) -> Table:
     """All figures, with the assumptions that they hang on."""
-    setting = made.setting
-    table = Table(title=f"{setting.recipe} of {setting.preset.name} on {setting.gpus} x {setting.gpu.name}")
+    config = plan.config
+    table = Table(title=f"{config.recipe} of {config.preset.name} on {config.gpus} x {config.gpu.name}")
     table.add_column("what")
     table.add_column("figure", justify="right")
-    for rows in (weight_rows(made), memory_rows(made), time_rows(made)):
+    for rows in (format_weight_rows(plan), format_memory_rows(plan), format_time_rows(plan)):
         for row in rows:
             table.add_row(*row)
         table.add_section()
     table.caption = (
-        f"assumed: {setting.utilisation:.0%} of {setting.gpu.tflops:g} TFLOP/s (dense bf16) in products and attention; "
-        f"{setting.gpu.bandwidth:g} GB/s of memory, {link(setting):g} GB/s between GPUs; nothing overlaps. "
-        f"Peaks: {setting.gpu.source}"
+        f"assumed: {config.utilisation:.0%} of {config.gpu.peak_tflops:g} TFLOP/s (dense bf16) in products and attention; "
+        f"{config.gpu.memory_gb_per_second:g} GB/s of memory, {find_slowest_link(config):g} GB/s between GPUs; nothing overlaps. "
+        f"Peaks: {config.gpu.datasheet}"
     )
     return table
 
 
-def weight_rows(made: Plan) -> list[tuple[str, str]]:
+def format_weight_rows(plan: TrainingPlan) -> list[tuple[str, str]]:
     return [
-        ("parameters trained", f"{made.trained:,}"),
-        ("parameters frozen, on the GPU", f"{made.frozen:,}"),
-        ("parameters on the CPU (text encoder, VAE)", f"{made.away:,}"),
+        ("parameters trained", f"{plan.trained_parameters:,}"),
+        ("parameters frozen, on the GPU", f"{plan.frozen_parameters:,}"),
+        ("parameters on the CPU (text encoder, VAE)", f"{plan.offloaded_parameters:,}"),
     ]
 
 
-def memory_rows(made: Plan) -> list[tuple[str, str]]:
-    rows = [(f"GB, {name}", f"{value:.2f}") for name, value in made.memory.items()]
-    rows += [(f"GB in turn, {name}", f"{value:.2f}") for name, value in made.peaks.items()]
-    return [*rows, (f"GB, all, of the {made.setting.gpu.memory:g} of one GPU", f"{made.needed:.2f}")]
+def format_memory_rows(plan: TrainingPlan) -> list[tuple[str, str]]:
+    rows = [(f"GB, {name}", f"{value:.2f}") for name, value in plan.resident_gb.items()]
+    rows += [(f"GB in turn, {name}", f"{value:.2f}") for name, value in plan.transient_gb.items()]
+    return [*rows, (f"GB, all, of the {plan.config.gpu.memory_gb:g} of one GPU", f"{plan.required_gb:.2f}")]
 
 
-def time_rows(made: Plan) -> list[tuple[str, str]]:
-    setting, rows = made.setting, []
-    for kind, times in made.step.items():
-        drawn = "" if setting.recipe.startswith("stage1") else f", condition {setting.condition(kind):,}"
-        passes = f"{setting.passes} x " if setting.passes > 1 else ""
-        batch = f"{passes}{setting.count(kind)} x {setting.seen(kind):,} tokens{drawn}"
+def format_time_rows(plan: TrainingPlan) -> list[tuple[str, str]]:
+    config, rows = plan.config, []
+    for kind, times in plan.step_seconds.items():
+        condition = "" if config.recipe.startswith("stage1") else f", condition {config.count_condition_tokens(kind):,}"
+        passes = f"{config.grad_accum_steps} x " if config.grad_accum_steps > 1 else ""
+        batch = f"{passes}{config.samples_per_gpu(kind)} x {config.count_model_tokens(kind):,} tokens{condition}"
         rows.append((f"a step of {kind}s on each GPU", batch))
         rows += [(f"  seconds, {name}", f"{seconds:.3f}") for name, seconds in times.items()]
-    rows.append(("TFLOP a GPU and clip step, attention counted", f"{made.flops['clip'] / 1e12:.1f}"))
-    rows.append(("MFU that follows", f"{made.mfu:.2f}"))
-    counts = ", ".join(f"{count:,.0f} of {kind}s" for kind, count in made.steps.items())
-    rows.append(("steps" if setting.steps else "steps of one pass over Table 1", counts))
-    return [*rows, ("days", f"{made.days:.2f}")]
+    rows.append(("TFLOP a GPU and clip step, attention counted", f"{plan.step_flops['clip'] / 1e12:.1f}"))
+    rows.append(("MFU that follows", f"{plan.mfu:.2f}"))
+    counts = ", ".join(f"{count:,.0f} of {kind}s" for kind, count in plan.steps.items())
+    rows.append(("steps" if config.steps else "steps of one pass over Table 1", counts))
+    return [*rows, ("days", f"{plan.days:.2f}")]

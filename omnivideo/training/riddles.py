@@ -7,9 +7,9 @@ evaluation only.
 import random
 from dataclasses import dataclass
 
-from omnivideo.training.facts import Demand, Wanted
-from omnivideo.training.language import NUMBERS, article, noun, plain
-from omnivideo.training.world import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, SIZES, Split, Thing, held_out, size_for
+from omnivideo.training.facts import SceneSpec, ObjectSpec
+from omnivideo.training.language import NUMBER_WORDS, add_article, sample_noun_phrase, to_canonical_text
+from omnivideo.training.world import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, SIZES, Split, SceneObject, is_held_out, get_initial_size
 
 SHAPE_HINTS = {
     "circle": ("a shape with no corners", "a shape like a coin", "a shape like a full moon", "a shape like a wheel",
@@ -56,86 +56,86 @@ COUNT_HINTS = {
 
 
 @dataclass(frozen=True)
-class Riddle:
+class IndirectRequest:
     """An indirect prompt, the reasoning that solves it, its plain rewrite, and what is to be seen."""
 
     prompt: str
     reasoning: str
     rewrite: str
-    demand: Demand
+    scene_spec: SceneSpec
 
 
-def hint(rng: random.Random, hints: tuple[str, ...], split: Split) -> str:
+def sample_hint(rng: random.Random, hints: tuple[str, ...], split: Split) -> str:
     """The last third of each list is held out."""
-    kept = len(hints) // 3
-    return rng.choice(hints[len(hints) - kept :] if split == "held_out" else hints[: len(hints) - kept])
+    held_out_count = len(hints) // 3
+    return rng.choice(hints[len(hints) - held_out_count :] if split == "held_out" else hints[: len(hints) - held_out_count])
 
 
-def random_wanted(rng: random.Random, background: str, video: bool) -> Wanted:
+def sample_object_spec(rng: random.Random, background: str, is_video: bool) -> ObjectSpec:
     while True:
         colour = rng.choice([name for name in COLOURS if name != background])
-        motion = rng.choice(MOTIONS) if video else "still"
-        thing = Thing(rng.choice(SHAPES), colour, size_for(motion, rng.choice(SIZES)), motion, 0, 0)
-        if not held_out(thing):
-            named = thing.size if motion not in ("growing", "shrinking") and rng.random() < 0.6 else None
-            return Wanted(thing.shape, colour, named, motion if video else None)
+        motion = rng.choice(MOTIONS) if is_video else "still"
+        obj = SceneObject(rng.choice(SHAPES), colour, get_initial_size(motion, rng.choice(SIZES)), motion, 0, 0)
+        if not is_held_out(obj):
+            size = obj.size if motion not in ("growing", "shrinking") and rng.random() < 0.6 else None
+            return ObjectSpec(obj.shape, colour, size, motion if is_video else None)
 
 
-def spoken(rng: random.Random, want: Wanted, many: bool = False) -> str:
+def sample_spec_phrase(rng: random.Random, object_spec: ObjectSpec, is_plural: bool = False) -> str:
     """The object in plain, varied words."""
-    assert want.shape and want.colour
-    thing = Thing(want.shape, want.colour, want.size or "small", want.motion or "still", 0, 0)
-    return noun(rng, thing, size=want.size is not None, many=many)
+    assert object_spec.shape and object_spec.colour
+    obj = SceneObject(object_spec.shape, object_spec.colour, object_spec.size or "small", object_spec.motion or "still", 0, 0)
+    return sample_noun_phrase(rng, obj, with_size=object_spec.size is not None, is_plural=is_plural)
 
 
-def riddle_one(rng: random.Random, want: Wanted, split: Split) -> tuple[str, list[str]]:
+def compose_object_hints(rng: random.Random, object_spec: ObjectSpec, split: Split) -> tuple[str, list[str]]:
     """One object by hints of its shape, its colour or its motion, with the steps that solve them."""
-    assert want.shape and want.colour
-    which = rng.sample(("shape", "colour", "motion"), rng.randint(1, 2)) if want.motion else ["shape", "colour"]
-    which = which if want.motion else rng.sample(which, rng.randint(1, 2))
+    assert object_spec.shape and object_spec.colour
+    hinted_fields = rng.sample(("shape", "colour", "motion"), rng.randint(1, 2)) if object_spec.motion else ["shape", "colour"]
+    hinted_fields = hinted_fields if object_spec.motion else rng.sample(hinted_fields, rng.randint(1, 2))
     steps = []
-    size = f"{want.size} " if want.size else ""
-    if "shape" in which:
-        shape = hint(rng, SHAPE_HINTS[want.shape], split)
-        steps.append(f"{shape} is {article(want.shape)}")
-        text = shape.replace("a shape", article(f"{size}shape"), 1)
+    size = f"{object_spec.size} " if object_spec.size else ""
+    if "shape" in hinted_fields:
+        shape_hint = sample_hint(rng, SHAPE_HINTS[object_spec.shape], split)
+        steps.append(f"{shape_hint} is {add_article(object_spec.shape)}")
+        text = shape_hint.replace("a shape", add_article(f"{size}shape"), 1)
     else:
-        text = article(f"{size}{want.shape}")
-    if "colour" in which:
-        thing = hint(rng, COLOUR_HINTS[want.colour], split)
-        steps.append(f"{thing} is {want.colour}")
-        text += f", the colour of {thing}"
+        text = add_article(f"{size}{object_spec.shape}")
+    if "colour" in hinted_fields:
+        colour_hint = sample_hint(rng, COLOUR_HINTS[object_spec.colour], split)
+        steps.append(f"{colour_hint} is {object_spec.colour}")
+        text += f", the colour of {colour_hint}"
     else:
-        text += f", {want.colour}" if "shape" in which else ""
-        text = text if "shape" in which else article(f"{size}{want.colour} {want.shape}")
-    if want.motion and "motion" in which:
-        move = hint(rng, MOTION_HINTS[want.motion], split)
+        text += f", {object_spec.colour}" if "shape" in hinted_fields else ""
+        text = text if "shape" in hinted_fields else add_article(f"{size}{object_spec.colour} {object_spec.shape}")
+    if object_spec.motion and "motion" in hinted_fields:
+        motion_hint = sample_hint(rng, MOTION_HINTS[object_spec.motion], split)
         steps.append(
-            f"{move}, so it is {'moving ' if want.motion in ('left', 'right', 'up', 'down') else ''}{want.motion}"
+            f"{motion_hint}, so it is {'moving ' if object_spec.motion in ('left', 'right', 'up', 'down') else ''}{object_spec.motion}"
         )
-        text += f", {move}"
-    elif want.motion:
-        text += f", {'moving ' if want.motion in ('left', 'right', 'up', 'down') else ''}{want.motion}"
+        text += f", {motion_hint}"
+    elif object_spec.motion:
+        text += f", {'moving ' if object_spec.motion in ('left', 'right', 'up', 'down') else ''}{object_spec.motion}"
     return text, steps
 
 
-def random_riddle(rng: random.Random, video: bool, split: Split = "train") -> Riddle:
+def sample_indirect_request(rng: random.Random, is_video: bool, split: Split = "train") -> IndirectRequest:
     """A riddle about one object, or about a number of equal ones."""
     background = rng.choice(list(BACKGROUNDS))
-    want = random_wanted(rng, background, video)
+    object_spec = sample_object_spec(rng, background, is_video)
     count = 1
     if rng.random() < 0.35:
-        count = rng.choice((2, 3, 4)[: 2 if video else 3])
-        pattern = hint(rng, COUNT_HINTS[count], split)
-        text = pattern.format(spoken(rng, want, many=True), one=spoken(rng, want))
-        steps = [f"{pattern.format('shapes', one='shape')} makes {NUMBERS[count]}"]
-        text += f", {'moving ' if want.motion in ('left', 'right', 'up', 'down') else ''}{want.motion}" if video else ""
+        count = rng.choice((2, 3, 4)[: 2 if is_video else 3])
+        pattern = sample_hint(rng, COUNT_HINTS[count], split)
+        text = pattern.format(sample_spec_phrase(rng, object_spec, is_plural=True), one=sample_spec_phrase(rng, object_spec))
+        steps = [f"{pattern.format('shapes', one='shape')} makes {NUMBER_WORDS[count]}"]
+        text += f", {'moving ' if object_spec.motion in ('left', 'right', 'up', 'down') else ''}{object_spec.motion}" if is_video else ""
     else:
-        text, steps = riddle_one(rng, want, split)
-    named = rng.random() < 0.4
-    if named:
-        where = hint(rng, BACKGROUND_HINTS[background], split)
-        text += f", on a background {where}"
-        steps.append(f"a background {where} is {background}")
-    demand = Demand((want,) * count, background=background if named else None)
-    return Riddle(text, "; ".join(steps), plain(demand), demand)
+        text, steps = compose_object_hints(rng, object_spec, split)
+    has_background = rng.random() < 0.4
+    if has_background:
+        background_hint = sample_hint(rng, BACKGROUND_HINTS[background], split)
+        text += f", on a background {background_hint}"
+        steps.append(f"a background {background_hint} is {background}")
+    scene_spec = SceneSpec((object_spec,) * count, background=background if has_background else None)
+    return IndirectRequest(text, "; ".join(steps), to_canonical_text(scene_spec), scene_spec)

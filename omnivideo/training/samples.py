@@ -7,21 +7,21 @@ import random
 from dataclasses import dataclass
 from typing import Literal
 
-from omnivideo.models.mllm import Message
-from omnivideo.training.edits import random_edit
-from omnivideo.training.language import caption, description, plain
-from omnivideo.training.recipes.mllm import clip_prompt, media_of, medium, still_prompt
-from omnivideo.training.world import Scene, random_scene
+from omnivideo.models.mllm import MLLMMessage
+from omnivideo.training.edits import sample_edit
+from omnivideo.training.language import sample_caption, describe_scene, to_canonical_text
+from omnivideo.training.recipes.mllm import phrase_clip_request, media_from_scene, get_medium_prefix, phrase_still_request
+from omnivideo.training.world import Scene, sample_scene
 
 Task = Literal["text-to-image", "text-to-video", "image-editing", "video-editing"]
 TASKS: tuple[Task, ...] = ("text-to-image", "text-to-video", "image-editing", "video-editing")
 
-REWRITTEN = 0.25
-COMPOSED = 0.9  # of the scenes that are generated; of those that are edited, half: there the source says where
+REWRITE_PROBABILITY = 0.25
+COMPOSED_SHARE = 0.9  # of the scenes that are generated; of those that are edited, half: there the source says where
 
 
 @dataclass(frozen=True)
-class Request:
+class TrainingRequest:
     """What is said (and shown) to the model, and the target; `source` only where something is edited."""
 
     task: Task
@@ -30,30 +30,30 @@ class Request:
     source: Scene | None = None
 
     @property
-    def kind(self) -> Literal["image", "video"]:
+    def medium(self) -> Literal["image", "video"]:
         return "video" if self.target.is_video else "image"
 
     @property
-    def message(self) -> Message:
-        return Message(self.text, () if self.source is None else (media_of(self.source),))
+    def message(self) -> MLLMMessage:
+        return MLLMMessage(self.text, () if self.source is None else (media_from_scene(self.source),))
 
 
-def random_request(rng: random.Random, task: Task) -> Request:
-    video = task in ("text-to-video", "video-editing")
-    rewritten = rng.random() < REWRITTEN
+def sample_request(rng: random.Random, task: Task) -> TrainingRequest:
+    is_video = task in ("text-to-video", "video-editing")
+    is_rewritten = rng.random() < REWRITE_PROBABILITY
     if task in ("image-editing", "video-editing"):
-        edit = random_edit(rng, video, composed=0.5)
-        text = medium(video) + description(edit.target) if rewritten else edit.instruction
-        return Request(task, text, edit.target, edit.source)
-    scene = random_scene(rng, video, composed=COMPOSED)
-    said = caption(rng, scene, composed=True)
-    if rewritten:
-        return Request(task, medium(video) + plain(said.demand), scene)
-    moves = any(thing.motion != "still" for thing in scene.things)
-    return Request(task, clip_prompt(rng, said.text, moves) if video else still_prompt(rng, said.text), scene)
+        edit = sample_edit(rng, is_video, composed_share=0.5)
+        text = get_medium_prefix(is_video) + describe_scene(edit.target) if is_rewritten else edit.instruction
+        return TrainingRequest(task, text, edit.target, edit.source)
+    scene = sample_scene(rng, is_video, composed_share=COMPOSED_SHARE)
+    caption = sample_caption(rng, scene, is_composed=True)
+    if is_rewritten:
+        return TrainingRequest(task, get_medium_prefix(is_video) + to_canonical_text(caption.scene_spec), scene)
+    has_motion = any(obj.motion != "still" for obj in scene.objects)
+    return TrainingRequest(task, phrase_clip_request(rng, caption.text, has_motion) if is_video else phrase_still_request(rng, caption.text), scene)
 
 
-def requests(seed: int, task: Task, count: int) -> list[Request]:
+def sample_requests(seed: int, task: Task, count: int) -> list[TrainingRequest]:
     """The same list for the same arguments."""
     rng = random.Random(f"requests/{seed}/{task}")
-    return [random_request(rng, task) for _ in range(count)]
+    return [sample_request(rng, task) for _ in range(count)]

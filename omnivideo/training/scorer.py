@@ -13,17 +13,17 @@ from functools import cache
 import numpy as np
 from scipy import ndimage
 
-from omnivideo.training.facts import Reading, Seen
-from omnivideo.training.world import BACKGROUNDS, COLOURS, RADIUS, SHAPES, mask, outline
+from omnivideo.training.facts import SceneDetection, ObjectDetection
+from omnivideo.training.world import BACKGROUNDS, COLOURS, RADIUS_BY_SIZE, SHAPES, rasterize_shape, compute_outline
 
-FOREGROUND = 40.0  # RGB distance from the background at which a pixel may belong to an object
-SMALLEST = 24  # px: blobs below are specks
-COLOUR_REACH = 75.0  # RGB distance from a palette colour beyond which a blob has no colour name
-OVERLAP = 0.78  # intersection over union with a template, below which a blob has no shape
-MIDDLE_RADIUS = (RADIUS["small"] + RADIUS["large"]) / 2
-MOVED = 14.0  # px from first to last frame, of 32 for a whole motion
-RESTING = 6.0
-GROWN = 1.35
+MIN_FOREGROUND_DISTANCE = 40.0  # RGB distance from the background at which a pixel may belong to an object
+MIN_BLOB_PIXELS = 24  # px: blobs below are specks
+MAX_COLOUR_DISTANCE = 75.0  # RGB distance from a palette colour beyond which a blob has no colour name
+MIN_TEMPLATE_OVERLAP = 0.78  # intersection over union with a template, below which a blob has no shape
+SIZE_THRESHOLD_RADIUS = (RADIUS_BY_SIZE["small"] + RADIUS_BY_SIZE["large"]) / 2
+MIN_MOTION_PX = 14.0  # px from first to last frame, of 32 for a whole motion
+MAX_REST_PX = 6.0
+MIN_GROWTH_RATIO = 1.35
 
 
 @dataclass(frozen=True)
@@ -35,32 +35,32 @@ class Blob:
     x: float
     y: float
     radius: float
-    clarity: float
+    template_overlap: float
 
 
 @cache
-def unit_area(shape: str) -> float:
+def compute_unit_area(shape: str) -> float:
     """Area of a shape over the square of its radius."""
     if shape == "circle":
         return np.pi
-    x, y = outline(shape, 1.0).T
+    x, y = compute_outline(shape, 1.0).T
     return float(abs(np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1))) / 2)
 
 
 @cache
-def template(shape: str, quarter_radius: int) -> tuple[np.ndarray, np.ndarray]:
+def render_template(shape: str, quarter_radius: int) -> tuple[np.ndarray, np.ndarray]:
     """Coverage [32, 32] of a shape with its centroid (y, x)."""
-    filled = mask(shape, quarter_radius / 4)
+    filled = rasterize_shape(shape, quarter_radius / 4)
     return filled, np.array(ndimage.center_of_mass(filled))
 
 
-def nearest(palette: dict[str, tuple[int, int, int]], rgb: np.ndarray) -> str | None:
+def find_nearest_colour(palette: dict[str, tuple[int, int, int]], rgb: np.ndarray) -> str | None:
     distances = {name: float(np.linalg.norm(rgb - np.asarray(value))) for name, value in palette.items()}
     best = min(distances, key=distances.__getitem__)
-    return best if distances[best] <= COLOUR_REACH else None
+    return best if distances[best] <= MAX_COLOUR_DISTANCE else None
 
 
-def backdrop(clip: np.ndarray) -> np.ndarray:
+def estimate_background(clip: np.ndarray) -> np.ndarray:
     """The colour [3] of the background: the median of the frame's border, over all frames."""
     border = np.concatenate(
         [
@@ -73,77 +73,77 @@ def backdrop(clip: np.ndarray) -> np.ndarray:
     return np.median(border, axis=0)
 
 
-def name_shape(alpha: np.ndarray, centroid: np.ndarray, area: float) -> tuple[str | None, float, float, np.ndarray]:
+def match_shape(alpha: np.ndarray, centroid: np.ndarray, area: float) -> tuple[str | None, float, float, np.ndarray]:
     """The best template: its name (None below `OVERLAP`), the overlap, the radius, and the box centre (y, x)."""
     best: tuple[str | None, float, float, np.ndarray] = (None, 0.0, (area / 3.0) ** 0.5, centroid)
     for shape in SHAPES:
-        radius = (area / unit_area(shape)) ** 0.5
-        quarter = int(np.clip(round(radius * 4), 12, 60))
-        filled, middle = template(shape, quarter)
-        moved = ndimage.shift(cut(alpha, centroid, middle), middle - 16 - (centroid - np.floor(centroid)), order=1)
-        overlap = float(np.minimum(moved, filled).sum() / np.maximum(moved, filled).sum())
+        radius = (area / compute_unit_area(shape)) ** 0.5
+        quarter_radius = int(np.clip(round(radius * 4), 12, 60))
+        filled, template_centroid = render_template(shape, quarter_radius)
+        aligned = ndimage.shift(crop_window(alpha, centroid, template_centroid), template_centroid - 16 - (centroid - np.floor(centroid)), order=1)
+        overlap = float(np.minimum(aligned, filled).sum() / np.maximum(aligned, filled).sum())
         if overlap > best[1]:
-            best = (shape, overlap, radius, centroid + 15.5 - middle)
-    return best if best[1] >= OVERLAP else (None, *best[1:])
+            best = (shape, overlap, radius, centroid + 15.5 - template_centroid)
+    return best if best[1] >= MIN_TEMPLATE_OVERLAP else (None, *best[1:])
 
 
-def cut(alpha: np.ndarray, centroid: np.ndarray, middle: np.ndarray) -> np.ndarray:
+def crop_window(alpha: np.ndarray, centroid: np.ndarray, middle: np.ndarray) -> np.ndarray:
     """A 32x32 window of `alpha` whose pixel 16 is the floor of the centroid, padded with nothing."""
     y, x = np.floor(centroid).astype(int)
     return np.pad(alpha, 16)[y : y + 32, x : x + 32]
 
 
-def blob_of(pixels: np.ndarray, background: np.ndarray, region: np.ndarray) -> Blob:
+def blob_from_region(pixels: np.ndarray, background: np.ndarray, region: np.ndarray) -> Blob:
     """Names the pixels of one region [H, W] of a frame [H, W, 3]."""
     difference = pixels - background
     distance = np.linalg.norm(difference, axis=-1)
     core = region & (distance >= np.quantile(distance[region], 0.5))
     colour = np.median(pixels[core], axis=0)
-    towards = colour - background
-    alpha = np.clip(difference @ towards / max(float(towards @ towards), 1.0), 0, 1)
+    colour_axis = colour - background
+    alpha = np.clip(difference @ colour_axis / max(float(colour_axis @ colour_axis), 1.0), 0, 1)
     alpha = np.where(ndimage.binary_dilation(region, iterations=1), alpha, 0)
     centroid = np.array(ndimage.center_of_mass(alpha))
-    shape, overlap, radius, centre = name_shape(alpha, centroid, float(alpha.sum()))
-    return Blob(nearest(COLOURS, colour), shape, centre[1] + 0.5, centre[0] + 0.5, radius, overlap)
+    shape, overlap, radius, centre = match_shape(alpha, centroid, float(alpha.sum()))
+    return Blob(find_nearest_colour(COLOURS, colour), shape, centre[1] + 0.5, centre[0] + 0.5, radius, overlap)
 
 
-def parts(solid: np.ndarray) -> list[np.ndarray]:
+def find_regions(foreground: np.ndarray) -> list[np.ndarray]:
     """Connected regions of at least `SMALLEST` px."""
-    labels, count = ndimage.label(solid)
+    labels, count = ndimage.label(foreground)
     regions = (labels == index for index in range(1, count + 1))
-    return [region for region in regions if region.sum() >= SMALLEST]
+    return [region for region in regions if region.sum() >= MIN_BLOB_PIXELS]
 
 
-def blobs(frame: np.ndarray, background: np.ndarray) -> list[Blob]:
+def detect_blobs(frame: np.ndarray, background: np.ndarray) -> list[Blob]:
     """The objects of one frame [H, W, 3]."""
     pixels = frame.astype(np.float32)
     distance = np.linalg.norm(pixels - background, axis=-1)
-    found = []
-    for region in parts(distance > FOREGROUND):
+    detected = []
+    for region in find_regions(distance > MIN_FOREGROUND_DISTANCE):
         # Two objects can be joined by a faint bridge: cut again at half of this region's own contrast.
         contrast = float(np.quantile(distance[region], 0.75))
-        found += [blob_of(pixels, background, part) for part in parts(region & (distance > contrast / 2))]
-    return found
+        detected += [blob_from_region(pixels, background, subregion) for subregion in find_regions(region & (distance > contrast / 2))]
+    return detected
 
 
-def follow(frames: Sequence[list[Blob]]) -> list[list[Blob | None]]:
+def track_blobs(frames: Sequence[list[Blob]]) -> list[list[Blob | None]]:
     """Tracks: each blob of the first frame, matched on to the nearest of its colour on every next one."""
     tracks: list[list[Blob | None]] = [[blob] for blob in frames[0]]
-    for now in frames[1:]:
-        free = list(now)
+    for blobs in frames[1:]:
+        unmatched = list(blobs)
         for track in tracks:
             last = next(blob for blob in reversed(track) if blob is not None)
-            near = [
-                blob for blob in free if blob.colour == last.colour and np.hypot(blob.x - last.x, blob.y - last.y) < 12
+            candidates = [
+                blob for blob in unmatched if blob.colour == last.colour and np.hypot(blob.x - last.x, blob.y - last.y) < 12
             ]
-            chosen = min(near, key=lambda blob: np.hypot(blob.x - last.x, blob.y - last.y), default=None)
-            if chosen is not None:
-                free.remove(chosen)
-            track.append(chosen)
+            match = min(candidates, key=lambda blob: np.hypot(blob.x - last.x, blob.y - last.y), default=None)
+            if match is not None:
+                unmatched.remove(match)
+            track.append(match)
     return tracks
 
 
-def motion_of(track: Sequence[Blob | None]) -> str | None:
+def classify_motion(track: Sequence[Blob | None]) -> str | None:
     """The motion's name from the first and last sight of an object; None where it is neither clear nor at rest."""
     present = [blob for blob in track if blob is not None]
     first, last = present[0], present[-1]
@@ -153,46 +153,46 @@ def motion_of(track: Sequence[Blob | None]) -> str | None:
         return None
     dx, dy = last.x - first.x, last.y - first.y
     far, near = (dx, dy) if abs(dx) > abs(dy) else (dy, dx)
-    if abs(far) >= MOVED and abs(near) < abs(far) / 2:
+    if abs(far) >= MIN_MOTION_PX and abs(near) < abs(far) / 2:
         return ("right" if dx > 0 else "left") if abs(dx) > abs(dy) else ("down" if dy > 0 else "up")
-    if abs(far) >= RESTING:
+    if abs(far) >= MAX_REST_PX:
         return None
     ratio = last.radius / first.radius
-    return "growing" if ratio > GROWN else "shrinking" if ratio < 1 / GROWN else "still"
+    return "growing" if ratio > MIN_GROWTH_RATIO else "shrinking" if ratio < 1 / MIN_GROWTH_RATIO else "still"
 
 
-def majority(names: Sequence[str | None]) -> str | None:
+def find_majority(names: Sequence[str | None]) -> str | None:
     """The name that more than half agree on."""
     name, votes = Counter(names).most_common(1)[0]
     return name if votes > len(names) / 2 else None
 
 
-def seen(track: Sequence[Blob | None]) -> Seen:
+def detection_from_track(track: Sequence[Blob | None]) -> ObjectDetection:
     present = [blob for blob in track if blob is not None]
     first = present[0]
-    return Seen(
-        shape=majority([blob.shape for blob in present]),
-        colour=majority([blob.colour for blob in present]),
-        size="small" if first.radius < MIDDLE_RADIUS else "large",
-        motion=motion_of(track),
+    return ObjectDetection(
+        shape=find_majority([blob.shape for blob in present]),
+        colour=find_majority([blob.colour for blob in present]),
+        size="small" if first.radius < SIZE_THRESHOLD_RADIUS else "large",
+        motion=classify_motion(track),
         x=first.x,
         y=first.y,
     )
 
 
-def read(clip: np.ndarray) -> Reading:
+def detect_scene(clip: np.ndarray) -> SceneDetection:
     """The facts of a clip or still: uint8 [F, H, W, 3]."""
-    background = backdrop(clip)
-    frames = [blobs(frame, background) for frame in clip]
-    usual = majority([str(len(found)) for found in frames])
-    tracks = follow(frames)
-    things = tuple(map(seen, tracks))
+    background = estimate_background(clip)
+    frames = [detect_blobs(frame, background) for frame in clip]
+    usual_count = find_majority([str(len(blobs)) for blobs in frames])
+    tracks = track_blobs(frames)
+    objects = tuple(map(detection_from_track, tracks))
     steady = [
-        str(len(found)) == usual
+        str(len(blobs)) == usual_count
         and all(
-            track[at] is not None and track[at].shape == thing.shape  # type: ignore[union-attr]
-            for track, thing in zip(tracks, things, strict=True)
+            track[frame_index] is not None and track[frame_index].shape == obj.shape  # type: ignore[union-attr]
+            for track, obj in zip(tracks, objects, strict=True)
         )
-        for at, found in enumerate(frames)
+        for frame_index, blobs in enumerate(frames)
     ]
-    return Reading(nearest(BACKGROUNDS, background), things, sum(steady) / len(steady))
+    return SceneDetection(find_nearest_colour(BACKGROUNDS, background), objects, sum(steady) / len(steady))

@@ -15,53 +15,53 @@ from torch import Tensor
 from omnivideo.errors import InvalidInput
 
 
-class Share:
+class DataParallelRank:
     """The share of a process alone; several processes have theirs in `distributed.py`."""
 
     rank = 0
-    world = 1
+    world_size = 1
 
-    def take(self, whole: Any) -> Any:
+    def take_local_rows(self, rows: Any) -> Any:
         """The rows of a list, tuple or tensor that are this process's.
 
         Raises InvalidInput where they cannot be dealt out evenly.
         """
-        if len(whole) % self.world:
-            raise InvalidInput("processes", f"a batch of {len(whole)} samples does not divide by {self.world}")
-        return whole[self.part(len(whole))]
+        if len(rows) % self.world_size:
+            raise InvalidInput("processes", f"a batch of {len(rows)} samples does not divide by {self.world_size}")
+        return rows[self.local_slice(len(rows))]
 
-    def part(self, count: int) -> slice:
+    def local_slice(self, count: int) -> slice:
         """Which of so many rows are this process's: the first processes have one more where they do not divide."""
-        each, left = divmod(count, self.world)
-        start = self.rank * each + min(self.rank, left)
-        return slice(start, start + each + (self.rank < left))
+        base_count, remainder = divmod(count, self.world_size)
+        start = self.rank * base_count + min(self.rank, remainder)
+        return slice(start, start + base_count + (self.rank < remainder))
 
-    def mean(self, counts: Tensor) -> Tensor:
+    def global_mean(self, counts: Tensor) -> Tensor:
         """Counts of this share, averaged over all shares: what sums are divided by, to be one batch's mean."""
         return counts
 
-    def longest(self, length: int) -> int:
+    def global_max(self, length: int) -> int:
         """The greatest length of all shares."""
         return length
 
-    def average(self, losses: Mapping[str, float]) -> dict[str, float]:
+    def average_losses(self, losses: Mapping[str, float]) -> dict[str, float]:
         """Each loss averaged over the shares that have it."""
         return dict(losses)
 
 
-CURRENT: ContextVar[Share] = ContextVar("share")
-ALONE = Share()
+CURRENT_RANK: ContextVar[DataParallelRank] = ContextVar("share")
+SINGLE_RANK = DataParallelRank()
 
 
-def share() -> Share:
+def current_rank() -> DataParallelRank:
     """Whose share of the batch is asked for here: all of it, outside of a trainer."""
-    return CURRENT.get(ALONE)
+    return CURRENT_RANK.get(SINGLE_RANK)
 
 
 @contextmanager
-def sharing(one: Share) -> Iterator[None]:
-    token = CURRENT.set(one)
+def use_rank(rank: DataParallelRank) -> Iterator[None]:
+    token = CURRENT_RANK.set(rank)
     try:
         yield
     finally:
-        CURRENT.reset(token)
+        CURRENT_RANK.reset(token)

@@ -21,16 +21,16 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-from omnivideo.errors import CheckpointError, Diverged
+from omnivideo.errors import CheckpointError, TrainingDiverged
 from omnivideo.models.bridge import VisionHead
-from omnivideo.models.omni import Omni
-from omnivideo.training.optim import Kind, Named, cosine, layout, optimizers, rate, set_rate
-from omnivideo.training.shards import STATE, Saved, newest, put_state, write_state
-from omnivideo.training.share import ALONE, sharing
+from omnivideo.models.omni import OmniVideoModel
+from omnivideo.training.optim import OptimizerName, NamedParameters, cosine_lr_scale, group_names_by_optimizer, build_optimizers, trapezoidal_lr_scale, set_lr_scale
+from omnivideo.training.shards import STATE_FILE_NAME, Checkpoint, find_latest_checkpoint, load_optimizer_state, write_state_file
+from omnivideo.training.share import SINGLE_RANK, use_rank
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Losses = dict[str, Tensor]  # "loss" is what is minimised; the others are shown
-Passes = Sequence[Callable[[], Losses]]
+MicroBatchLosses = Sequence[Callable[[], Losses]]
 
 
 @dataclass
@@ -49,69 +49,69 @@ class Recipe:
     name: str
     model: nn.Module
     trainable: tuple[str, ...]
-    passes: Callable[[int], Passes]
+    micro_batch_losses: Callable[[int], MicroBatchLosses]
     steps: int
     lr: float = 2e-3
     adam_lr: float = 1e-3
     weight_decay: float = 0.0
     warmup: int = 50
     decay_from: float = 0.6
-    clip: float = 1.0
-    ema: float = 0.0
+    max_grad_norm: float = 1.0
+    ema_decay: float = 0.0
     precision: torch.dtype = torch.float32
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    optimizer: Kind = "muon"
-    shape: Literal["flat", "cosine"] = "flat"
+    optimizer: OptimizerName = "muon"
+    lr_schedule: Literal["flat", "cosine"] = "flat"
     checkpointing: bool = False
-    samples: Callable[[int], int] = lambda step: 0
-    flops: Callable[[int], float] | None = None
-    data: str = ""
-    omni: Omni | None = None
+    batch_size: Callable[[int], int] = lambda step: 0
+    step_flops: Callable[[int], float] | None = None
+    data_digest: str = ""
+    omni: OmniVideoModel | None = None
 
-    def loss(self, step: int) -> Losses:
+    def compute_losses(self, step: int) -> Losses:
         """Those of all passes."""
-        return averaged([one() for one in self.passes(step)])
+        return average_losses([compute_loss() for compute_loss in self.micro_batch_losses(step)])
 
-    def rate(self, step: int) -> float:
+    def lr_scale(self, step: int) -> float:
         """Share of the peak learning rate."""
-        if self.shape == "cosine":
-            return cosine(step, self.steps, self.warmup)
-        return rate(step, self.steps, self.warmup, self.decay_from)
+        if self.lr_schedule == "cosine":
+            return cosine_lr_scale(step, self.steps, self.warmup)
+        return trapezoidal_lr_scale(step, self.steps, self.warmup, self.decay_from)
 
 
-def at_once(loss: Callable[[int], Losses]) -> Callable[[int], Passes]:
+def single_micro_batch(loss: Callable[[int], Losses]) -> Callable[[int], MicroBatchLosses]:
     """The passes of a recipe that takes its batch whole."""
     return lambda step: [partial(loss, step)]
 
 
-def averaged(found: Sequence[Losses]) -> Losses:
+def average_losses(all_losses: Sequence[Losses]) -> Losses:
     """Each loss averaged over the passes that have it."""
-    names = dict.fromkeys(name for one in found for name in one)
-    return {name: torch.stack([one[name] for one in found if name in one]).mean() for name in names}
+    names = dict.fromkeys(name for losses in all_losses for name in losses)
+    return {name: torch.stack([losses[name] for losses in all_losses if name in losses]).mean() for name in names}
 
 
 @dataclass
-class Progress:
+class TrainingProgress:
     """Told after every step; `left` and `seconds` (of this step) are in seconds, `scores` of samples drawn after it."""
 
     step: int
-    steps: int
+    total_steps: int
     losses: dict[str, float]
-    left: float
-    seconds: float
+    eta_seconds: float
+    step_seconds: float
     scores: dict[str, float] = field(default_factory=dict)
 
 
-def freeze(model: nn.Module, trainable: tuple[str, ...]) -> Named:
+def freeze_except(model: nn.Module, prefixes: tuple[str, ...]) -> NamedParameters:
     """Leaves exactly the parameters under the given prefixes trainable, and returns them by name."""
-    chosen = []
+    trainable_parameters = []
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(any(name.startswith(prefix) for prefix in trainable))
+        parameter.requires_grad_(any(name.startswith(prefix) for prefix in prefixes))
         if parameter.requires_grad:
-            chosen.append((name, parameter))
-    missing = [prefix for prefix in trainable if not any(name.startswith(prefix) for name, _ in chosen)]
+            trainable_parameters.append((name, parameter))
+    missing = [prefix for prefix in prefixes if not any(name.startswith(prefix) for name, _ in trainable_parameters)]
     assert not missing, f"no parameter is called {missing}"
-    return chosen
+    return trainable_parameters
 
 
 class Trainer:
@@ -120,224 +120,224 @@ class Trainer:
     `distributed.py` has its like for several processes, which differ in what they hold and how they step.
     """
 
-    share = ALONE
-    first = True  # the process that writes the log and tells
+    data_parallel_rank = SINGLE_RANK
+    is_main_process = True  # the process that writes the log and tells
 
     def __init__(self, recipe: Recipe, folder: Path):
         self.recipe = recipe
         self.folder = folder
         self.step = 0
-        self.seconds = 0.0  # of training, in all runs of this folder
-        self.named = freeze(recipe.model.to(recipe.device), recipe.trainable)
+        self.trained_seconds = 0.0  # of training, in all runs of this folder
+        self.trainable_parameters = freeze_except(recipe.model.to(recipe.device), recipe.trainable)
         if recipe.checkpointing:
-            recompute(recipe.model)
-        self.prepare()
+            enable_checkpointing(recipe.model)
+        self.set_up_optimizers()
         folder.mkdir(parents=True, exist_ok=True)
-        saved = newest(folder, layout(self.named, recipe.optimizer))
+        saved = find_latest_checkpoint(folder, group_names_by_optimizer(self.trainable_parameters, recipe.optimizer))
         if saved:
-            self.load(saved)
+            self.resume_from(saved)
 
-    def prepare(self) -> None:
+    def set_up_optimizers(self) -> None:
         """Builds the optimizers, and the averages of what this process holds: here of all."""
-        self.mine = self.named
-        self.built = self.optimizers(self.mine)
-        self.hold(self.mine)
+        self.local_parameters = self.trainable_parameters
+        self.optimizers = self.create_optimizers(self.local_parameters)
+        self.track_ema(self.local_parameters)
 
-    def optimizers(self, named: Named) -> list[torch.optim.Optimizer]:
+    def create_optimizers(self, parameters: NamedParameters) -> list[torch.optim.Optimizer]:
         recipe = self.recipe
-        return optimizers(named, recipe.lr, recipe.adam_lr, recipe.weight_decay, recipe.optimizer)
+        return build_optimizers(parameters, recipe.lr, recipe.adam_lr, recipe.weight_decay, recipe.optimizer)
 
-    def hold(self, named: Iterable[tuple[str, Tensor]]) -> None:
+    def track_ema(self, parameters: Iterable[tuple[str, Tensor]]) -> None:
         """Says which weights are averaged here."""
-        self.weights = {name: weight.detach() for name, weight in named}
-        self.average = {name: weight.clone() for name, weight in self.weights.items()} if self.recipe.ema else {}
+        self.weights = {name: weight.detach() for name, weight in parameters}
+        self.ema_weights = {name: weight.clone() for name, weight in self.weights.items()} if self.recipe.ema_decay else {}
 
     @property
     def state_file(self) -> Path:
-        return self.folder / STATE
+        return self.folder / STATE_FILE_NAME
 
-    def load(self, saved: Saved) -> None:
+    def resume_from(self, saved: Checkpoint) -> None:
         """Goes on from a checkpoint; raises CheckpointError for one of another recipe."""
-        if saved.names != [name for name, _ in self.named]:
+        if saved.parameter_names != [name for name, _ in self.trainable_parameters]:
             raise CheckpointError(f"the checkpoint of {self.recipe.name} trains other parameters than the recipe")
-        if saved.data != self.recipe.data:
+        if saved.data_digest != self.recipe.data_digest:
             raise CheckpointError("data: the checkpoint was made with other samples, buckets or another mix")
-        self.step, self.seconds = saved.step, saved.seconds
-        self.restore(saved)
+        self.step, self.trained_seconds = saved.step, saved.trained_seconds
+        self.restore_state(saved)
 
-    def restore(self, saved: Saved) -> None:
-        self.recipe.model.load_state_dict(saved.model(self.recipe.model))
-        for optimizer, names in zip(self.built, layout(self.mine, self.recipe.optimizer), strict=True):
-            put_state(optimizer, names, saved)
-        for name, value in self.average.items():
-            found = saved.read(name, "average")
-            value.copy_(found.view_as(value) if found is not None else value)
+    def restore_state(self, saved: Checkpoint) -> None:
+        self.recipe.model.load_state_dict(saved.read_model_state(self.recipe.model))
+        for optimizer, names in zip(self.optimizers, group_names_by_optimizer(self.local_parameters, self.recipe.optimizer), strict=True):
+            load_optimizer_state(optimizer, names, saved)
+        for name, value in self.ema_weights.items():
+            tensor = saved.read_tensor(name, "average")
+            value.copy_(tensor.view_as(value) if tensor is not None else value)
 
     def save(self) -> None:
         state = {
-            "names": [name for name, _ in self.named],
+            "names": [name for name, _ in self.trainable_parameters],
             "model": self.recipe.model.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in self.built],
-            "average": self.average,
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "average": self.ema_weights,
             "step": self.step,
-            "seconds": self.seconds,
-            "data": self.recipe.data,
+            "seconds": self.trained_seconds,
+            "data": self.recipe.data_digest,
         }
-        write_state(state, self.state_file)
+        write_state_file(state, self.state_file)
 
-    def advance(self) -> dict[str, float]:
+    def train_step(self) -> dict[str, float]:
         """One optimiser step; returns its losses.  Raises Diverged where the loss or its gradient is not finite."""
         recipe = self.recipe
         torch.manual_seed(step_seed(recipe.name, self.step))
-        set_rate(self.built, recipe.rate(self.step))
-        losses = self.gradients()
-        norm = self.update()
-        self.update_average()
+        set_lr_scale(self.optimizers, recipe.lr_scale(self.step))
+        losses = self.accumulate_gradients()
+        norm = self.update_weights()
+        self.update_ema()
         self.step += 1
-        found = self.share.average({name: float(value) for name, value in losses.items()})
-        for name, value in (("loss", found["loss"]), ("gradient's norm", float(norm))):
+        mean_losses = self.data_parallel_rank.average_losses({name: float(value) for name, value in losses.items()})
+        for name, value in (("loss", mean_losses["loss"]), ("gradient's norm", float(norm))):
             if not isfinite(value):
-                raise Diverged(f"{name}: {value} at step {self.step}; the last checkpoint stands, try a lower --rate")
-        return found
+                raise TrainingDiverged(f"{name}: {value} at step {self.step}; the last checkpoint stands, try a lower --rate")
+        return mean_losses
 
-    def gradients(self) -> Losses:
+    def accumulate_gradients(self) -> Losses:
         """Those of this process's share of the batch, pass by pass; returns its losses."""
-        recipe, found = self.recipe, list[Losses]()
-        with sharing(self.share), attending(recipe):
-            with products(recipe):
-                passes = list(recipe.passes(self.step))
-            count = len(passes)
-            while passes:
-                one = passes.pop(0)  # its samples are not kept for longer
-                with products(recipe):
-                    losses = one()
+        recipe, micro_batch_losses = self.recipe, list[Losses]()
+        with use_rank(self.data_parallel_rank), attention_backend(recipe):
+            with autocast_context(recipe):
+                pending = list(recipe.micro_batch_losses(self.step))
+            count = len(pending)
+            while pending:
+                compute_loss = pending.pop(0)  # its samples are not kept for longer
+                with autocast_context(recipe):
+                    losses = compute_loss()
                 self.backward(losses["loss"] / count, count > 1)
-                found.append({name: value.detach() for name, value in losses.items()})
-        return averaged(found)
+                micro_batch_losses.append({name: value.detach() for name, value in losses.items()})
+        return average_losses(micro_batch_losses)
 
-    def backward(self, loss: Tensor, several: bool) -> None:
+    def backward(self, loss: Tensor, is_accumulating: bool) -> None:
         """Adds a pass's gradients to those of the others, where there are `several`."""
         loss.backward()
 
-    def update(self) -> Tensor | float:
+    def update_weights(self) -> Tensor | float:
         """Moves the weights down the gradient, whose norm is returned."""
         if self.recipe.optimizer == "adamw":
-            fill_gradients(self.named)
-        norm = nn.utils.clip_grad_norm_([parameter for _, parameter in self.named], self.recipe.clip)
-        self.step_all()
+            fill_missing_gradients(self.trainable_parameters)
+        norm = nn.utils.clip_grad_norm_([parameter for _, parameter in self.trainable_parameters], self.recipe.max_grad_norm)
+        self.step_optimizers()
         return norm
 
-    def step_all(self) -> None:
-        for optimizer in self.built:
+    def step_optimizers(self) -> None:
+        for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
     @torch.no_grad()
-    def update_average(self) -> None:
-        if not self.average:
+    def update_ema(self) -> None:
+        if not self.ema_weights:
             return
         # A young average follows closely, else the random start would stay in it for long.
-        decay = min(self.recipe.ema, (1 + self.step) / (10 + self.step))
-        torch._foreach_lerp_(list(self.average.values()), [self.weights[name] for name in self.average], 1 - decay)
+        decay = min(self.recipe.ema_decay, (1 + self.step) / (10 + self.step))
+        torch._foreach_lerp_(list(self.ema_weights.values()), [self.weights[name] for name in self.ema_weights], 1 - decay)
 
-    def agreed(self, wanted: bool) -> bool:
+    def broadcast_decision(self, decision: bool) -> bool:
         """What the first process wants."""
-        return wanted
+        return decision
 
     def run(
         self,
-        until: int | None = None,
-        every: float = 120.0,
-        tell: Callable[[Progress], None] = lambda progress: None,
-        look: Callable[["Trainer"], dict[str, float]] = lambda trainer: {},
+        stop_at_step: int | None = None,
+        save_every_seconds: float = 120.0,
+        on_progress: Callable[[TrainingProgress], None] = lambda progress: None,
+        sample_hook: Callable[["Trainer"], dict[str, float]] = lambda trainer: {},
     ) -> None:
         """Trains to the recipe's end (or to step `until`), with a checkpoint every `every` seconds and at the end.
 
         All processes `look` after every step; the first one's scores go into the log.
         """
-        last, began, first, before = time.monotonic(), time.monotonic(), self.step, self.seconds
-        until = self.recipe.steps if until is None else min(until, self.recipe.steps)
-        with Log(self.folder / "log.jsonl", self.step) if self.first else NoLog() as log:
-            while self.step < until:
-                started = time.monotonic()
-                losses = self.advance()
-                seconds = time.monotonic() - started
-                scores = look(self)
+        last_save, run_start, first_step, seconds_before = time.monotonic(), time.monotonic(), self.step, self.trained_seconds
+        stop_at_step = self.recipe.steps if stop_at_step is None else min(stop_at_step, self.recipe.steps)
+        with TrainingLog(self.folder / "log.jsonl", self.step) if self.is_main_process else NullTrainingLog() as log:
+            while self.step < stop_at_step:
+                step_start = time.monotonic()
+                losses = self.train_step()
+                step_seconds = time.monotonic() - step_start
+                scores = sample_hook(self)
                 log.write(self.step, losses | scores)
                 now = time.monotonic()
-                self.seconds = before + now - began
-                left = (now - began) / (self.step - first) * (until - self.step)
-                tell(Progress(self.step, until, losses, left, seconds, scores))
-                if self.agreed(now - last > every):
+                self.trained_seconds = seconds_before + now - run_start
+                eta_seconds = (now - run_start) / (self.step - first_step) * (stop_at_step - self.step)
+                on_progress(TrainingProgress(self.step, stop_at_step, losses, eta_seconds, step_seconds, scores))
+                if self.broadcast_decision(now - last_save > save_every_seconds):
                     log.file.flush()  # else a killed run goes on from a step that its log has not come to
                     self.save()
-                    last = now
-        self.finish()
+                    last_save = now
+        self.finish_run()
 
-    def finish(self) -> None:
+    def finish_run(self) -> None:
         self.save()
 
-    def averages(self) -> Iterable[tuple[str, Tensor]]:
+    def iter_ema_weights(self) -> Iterable[tuple[str, Tensor]]:
         """The averaged weights, whole, by their names; none where the recipe has no average."""
-        return self.average.items()
+        return self.ema_weights.items()
 
-    def averaged(self) -> nn.Module:
+    def apply_ema_weights(self) -> nn.Module:
         """The model with its averaged weights in place (for use after training; the run's own are in the file)."""
         parameters = dict(self.recipe.model.named_parameters())
         with torch.no_grad():
-            for name, value in self.averages():
+            for name, value in self.iter_ema_weights():
                 parameters[name].copy_(value)
         return self.recipe.model
 
     @contextmanager
-    def paused(self) -> Iterator[None]:
+    def evaluation_mode(self) -> Iterator[None]:
         """The model to be used in between: averaged, in evaluation mode, without gradients; afterwards all is as it
         was, random numbers too."""
         model, cuda = self.recipe.model, self.recipe.device.type == "cuda"
-        modes = [(part, part.training) for part in model.modules()]
+        modes = [(module, module.training) for module in model.modules()]
         # On the CPU: a GPU may have no room for them.
-        own = [(one, one.detach().to("cpu", copy=True)) for _, one in self.named] if self.recipe.ema else []
-        with torch.no_grad(), torch.random.fork_rng([self.recipe.device] if cuda else []), products(self.recipe):
+        original_values = [(parameter, parameter.detach().to("cpu", copy=True)) for _, parameter in self.trainable_parameters] if self.recipe.ema_decay else []
+        with torch.no_grad(), torch.random.fork_rng([self.recipe.device] if cuda else []), autocast_context(self.recipe):
             try:
-                self.averaged().eval()
+                self.apply_ema_weights().eval()
                 yield
             finally:
-                for weight, value in own:
+                for weight, value in original_values:
                     weight.copy_(value)
-                for part, mode in modes:
-                    part.training = mode
+                for module, mode in modes:
+                    module.training = mode
 
 
 @contextmanager
-def products(recipe: Recipe) -> Iterator[None]:
+def autocast_context(recipe: Recipe) -> Iterator[None]:
     """Matrix products in the recipe's precision."""
     bf16 = recipe.precision == torch.bfloat16
-    with torch.autocast(recipe.device.type, torch.bfloat16, enabled=bf16), attending(recipe):
+    with torch.autocast(recipe.device.type, torch.bfloat16, enabled=bf16), attention_backend(recipe):
         yield
 
 
-def attending(recipe: Recipe) -> AbstractContextManager:
+def attention_backend(recipe: Recipe) -> AbstractContextManager:
     """The kernels of attention: in backward passes as well, where checkpointing computes it again."""
     # The fused attention takes four times as long backwards in bf16 on a CPU (torch 2.13).
-    plain = recipe.precision == torch.bfloat16 and recipe.device.type == "cpu"
-    return sdpa_kernel(SDPBackend.MATH) if plain else nullcontext()
+    use_math_kernel = recipe.precision == torch.bfloat16 and recipe.device.type == "cpu"
+    return sdpa_kernel(SDPBackend.MATH) if use_math_kernel else nullcontext()
 
 
-def fill_gradients(named: Named) -> None:
+def fill_missing_gradients(parameters: NamedParameters) -> None:
     """Zeros where a batch does not touch a parameter (a source's, where none is edited): AdamW over flat parts of
     all weights cannot leave one out, so it does not anywhere."""
-    for _, parameter in named:
+    for _, parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
 
 
-def recompute(model: nn.Module) -> None:
+def enable_checkpointing(model: nn.Module) -> None:
     """Keeps only the inputs of the decoder's blocks and of the vision head, and computes them again for gradients."""
-    for part in model.modules():
-        if isinstance(part, WanTransformer3DModel):
-            part.enable_gradient_checkpointing()
-        if isinstance(part, VisionHead):
-            part.forward = partial(checkpoint, part.forward, use_reentrant=False)  # type: ignore[method-assign]
+    for module in model.modules():
+        if isinstance(module, WanTransformer3DModel):
+            module.enable_gradient_checkpointing()
+        if isinstance(module, VisionHead):
+            module.forward = partial(checkpoint, module.forward, use_reentrant=False)  # type: ignore[method-assign]
 
 
 def step_seed(name: str, step: int) -> int:
@@ -348,15 +348,15 @@ def step_seed(name: str, step: int) -> int:
     return value % 2**63
 
 
-class Log:
+class TrainingLog:
     """One JSON line per step; on resume, lines past the checkpoint are dropped."""
 
     def __init__(self, path: Path, step: int):
-        kept = [line for line in read_lines(path) if json.loads(line)["step"] <= step]
-        path.write_text("".join(f"{line}\n" for line in kept))
+        lines = [line for line in read_complete_lines(path) if json.loads(line)["step"] <= step]
+        path.write_text("".join(f"{line}\n" for line in lines))
         self.file = path.open("a")
 
-    def __enter__(self) -> "Log":
+    def __enter__(self) -> "TrainingLog":
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -368,14 +368,14 @@ class Log:
             self.file.flush()
 
 
-class NoLog(Log):
+class NullTrainingLog(TrainingLog):
     """Where another process writes the log."""
 
     def __init__(self) -> None:
         self.file = open(os.devnull, "a")  # noqa: SIM115
 
 
-def read_lines(path: Path) -> Iterable[str]:
+def read_complete_lines(path: Path) -> Iterable[str]:
     """Whole lines only: the last one of a killed run may be cut."""
     if not path.exists():
         return []

@@ -24,21 +24,21 @@ from typing import Literal
 
 import numpy as np
 
-FRAME = 64  # px, both sides
-CELL = 16  # px, one decoder token
-FRAMES = 9  # a clip: 4k + 1 frames, as the causal VAE wants
+FRAME_SIZE = 64  # px, both sides
+CELL_SIZE = 16  # px, one decoder token
+CLIP_FRAMES = 9  # a clip: 4k + 1 frames, as the causal VAE wants
 FPS = 8
 SPEED = 4  # px a frame
-GAP = 3  # px that must stay free between the boxes of two objects, at every frame
+MIN_GAP = 3  # px that must stay free between the boxes of two objects, at every frame
 
 Split = Literal["train", "held_out"]
-Colour = tuple[int, int, int]
-Spots = tuple[tuple[int, int], ...]
+RGB = tuple[int, int, int]
+LatticePoints = tuple[tuple[int, int], ...]
 
 SHAPES = ("circle", "square", "triangle", "star")
 SIZES = ("small", "large")
 MOTIONS = ("still", "left", "right", "up", "down", "growing", "shrinking")
-COLOURS: dict[str, Colour] = {
+COLOURS: dict[str, RGB] = {
     "red": (225, 35, 40),
     "green": (40, 170, 60),
     "blue": (40, 80, 230),
@@ -48,19 +48,19 @@ COLOURS: dict[str, Colour] = {
     "cyan": (45, 215, 225),
     "white": (250, 250, 250),
 }
-BACKGROUNDS: dict[str, Colour] = {
+BACKGROUNDS: dict[str, RGB] = {
     "black": (12, 12, 12),
     "grey": (140, 140, 140),
     "white": (250, 250, 250),
     "pink": (255, 150, 190),
     "brown": (100, 62, 36),
 }
-RADIUS = {"small": 7.0, "large": 13.0}  # half of the box, px
-STEP = {"left": (-SPEED, 0), "right": (SPEED, 0), "up": (0, -SPEED), "down": (0, SPEED)}
+RADIUS_BY_SIZE = {"small": 7.0, "large": 13.0}  # half of the box, px
+MOTION_VECTORS = {"left": (-SPEED, 0), "right": (SPEED, 0), "up": (0, -SPEED), "down": (0, SPEED)}
 
 
 @dataclass(frozen=True)
-class Thing:
+class SceneObject:
     """One object: `x`, `y` is the centre in px at frame 0.  A growing one starts small, a shrinking one large."""
 
     shape: str
@@ -70,19 +70,19 @@ class Thing:
     x: int
     y: int
 
-    def centre(self, frame: int) -> tuple[int, int]:
-        dx, dy = STEP.get(self.motion, (0, 0))
-        return self.x + dx * frame, self.y + dy * frame
+    def centre_at(self, frame_index: int) -> tuple[int, int]:
+        dx, dy = MOTION_VECTORS.get(self.motion, (0, 0))
+        return self.x + dx * frame_index, self.y + dy * frame_index
 
-    def radius(self, frame: int) -> float:
+    def radius_at(self, frame_index: int) -> float:
         """Half of the bounding box, in px."""
-        done = frame / (FRAMES - 1)
-        span = RADIUS["large"] - RADIUS["small"]
+        progress = frame_index / (CLIP_FRAMES - 1)
+        span = RADIUS_BY_SIZE["large"] - RADIUS_BY_SIZE["small"]
         if self.motion == "growing":
-            return RADIUS["small"] + span * done
+            return RADIUS_BY_SIZE["small"] + span * progress
         if self.motion == "shrinking":
-            return RADIUS["large"] - span * done
-        return RADIUS[self.size]
+            return RADIUS_BY_SIZE["large"] - span * progress
+        return RADIUS_BY_SIZE[self.size]
 
 
 @dataclass(frozen=True)
@@ -90,66 +90,66 @@ class Scene:
     """A background and one to four objects; `frames` is 1 for a still and 9 for a clip."""
 
     background: str
-    things: tuple[Thing, ...]
-    frames: int
+    objects: tuple[SceneObject, ...]
+    frame_count: int
 
     @property
     def is_video(self) -> bool:
-        return self.frames > 1
+        return self.frame_count > 1
 
 
-def held_out(thing: Thing) -> bool:
+def is_held_out(obj: SceneObject) -> bool:
     """The rule: of every (shape, size, motion), one colour in eight is never shown in training."""
     index = (
-        list(COLOURS).index(thing.colour)
-        + 2 * SHAPES.index(thing.shape)
-        + 4 * SIZES.index(thing.size)
-        + 3 * MOTIONS.index(thing.motion)
+        list(COLOURS).index(obj.colour)
+        + 2 * SHAPES.index(obj.shape)
+        + 4 * SIZES.index(obj.size)
+        + 3 * MOTIONS.index(obj.motion)
     )
     return index % 8 == 5
 
 
-def scene_fits(scene: Scene, split: Split) -> bool:
+def is_in_split(scene: Scene, split: Split) -> bool:
     """Training scenes hold no held-out object; held-out scenes hold at least one."""
-    return any(map(held_out, scene.things)) == (split == "held_out")
+    return any(map(is_held_out, scene.objects)) == (split == "held_out")
 
 
 # ---------------------------------------------------------------- sampling
 
 
 @cache
-def places(size: str, motion: str, frames: int) -> tuple[tuple[int, int], ...]:
+def find_lattice_points(size: str, motion: str, frame_count: int) -> tuple[tuple[int, int], ...]:
     """Lattice points from which an object of this size and motion stays inside the frame."""
     centred = size == "small" and motion not in ("growing", "shrinking")
-    axis = range(CELL // 2, FRAME, CELL) if centred else range(CELL, FRAME, CELL)
-    dx, dy = STEP.get(motion, (0, 0))
-    reach = (frames - 1, 0)
-    largest = RADIUS["small"] if centred else RADIUS["large"]
+    axis = range(CELL_SIZE // 2, FRAME_SIZE, CELL_SIZE) if centred else range(CELL_SIZE, FRAME_SIZE, CELL_SIZE)
+    dx, dy = MOTION_VECTORS.get(motion, (0, 0))
+    reach = (frame_count - 1, 0)
+    largest = RADIUS_BY_SIZE["small"] if centred else RADIUS_BY_SIZE["large"]
 
-    def inside(start: int, step: int) -> bool:
-        return all(largest <= start + step * at <= FRAME - largest for at in reach)
+    def is_inside(start: int, step: int) -> bool:
+        return all(largest <= start + step * frame_index <= FRAME_SIZE - largest for frame_index in reach)
 
-    return tuple((x, y) for x in axis for y in axis if inside(x, dx) and inside(y, dy))
+    return tuple((x, y) for x in axis for y in axis if is_inside(x, dx) and is_inside(y, dy))
 
 
-def apart(one: Thing, two: Thing, frames: int) -> bool:
+def is_clear_of(first: SceneObject, second: SceneObject, frame_count: int) -> bool:
     """Whether the boxes of two objects keep `GAP` px between them at every frame."""
-    for frame in range(0, frames, 2):
-        (ax, ay), (bx, by) = one.centre(frame), two.centre(frame)
-        need = one.radius(frame) + two.radius(frame) + GAP
-        if abs(ax - bx) < need and abs(ay - by) < need:
+    for frame_index in range(0, frame_count, 2):
+        (ax, ay), (bx, by) = first.centre_at(frame_index), second.centre_at(frame_index)
+        min_distance = first.radius_at(frame_index) + second.radius_at(frame_index) + MIN_GAP
+        if abs(ax - bx) < min_distance and abs(ay - by) < min_distance:
             return False
     return True
 
 
-def place_all(rng: random.Random, things: Sequence[Thing], frames: int) -> tuple[Thing, ...] | None:
+def place_randomly(rng: random.Random, objects: Sequence[SceneObject], frame_count: int) -> tuple[SceneObject, ...] | None:
     """The same objects at random lattice points, none touching another; None where 40 tries found no room."""
     for _ in range(40):
-        placed: list[Thing] = []
-        for thing in things:
-            x, y = rng.choice(places(thing.size, thing.motion, frames))
-            candidate = replace(thing, x=x, y=y)
-            if not all(apart(candidate, other, frames) for other in placed):
+        placed: list[SceneObject] = []
+        for obj in objects:
+            x, y = rng.choice(find_lattice_points(obj.size, obj.motion, frame_count))
+            candidate = replace(obj, x=x, y=y)
+            if not all(is_clear_of(candidate, other, frame_count) for other in placed):
                 break
             placed.append(candidate)
         else:
@@ -166,108 +166,108 @@ ARRANGEMENTS: dict[str, tuple[tuple[int, int], ...]] = {
     "three": ((15, 15), (49, 15), (31, 49)),
     "four": ((15, 15), (49, 15), (15, 49), (49, 49)),
 }
-USUAL = ("middle", "row", "three", "four")  # by the number of objects, from one
-SIDES = (0, 31, FRAME)
+DEFAULT_ARRANGEMENTS = ("middle", "row", "three", "four")  # by the number of objects, from one
+SIDE_TARGETS = (0, 31, FRAME_SIZE)
 
 
 @cache
-def spots(kinds: tuple[tuple[str, str], ...], targets: tuple[tuple[int, int], ...], frames: int) -> Spots | None:
+def snap_to_lattice(kinds: tuple[tuple[str, str], ...], targets: tuple[tuple[int, int], ...], frame_count: int) -> LatticePoints | None:
     """Lattice points nearest to the targets for objects of these (size, motion), none touching another.
 
     Only the eight nearest points of each are looked at; None where they leave no room.
     """
     options = []
     for (size, motion), (x, y) in zip(kinds, targets, strict=True):
-        found = [Thing("circle", "red", size, motion, *at) for at in places(size, motion, frames)]
-        away = [(math.dist(thing.centre(frames // 2), (x, y)) ** 2, thing) for thing in found]
-        options.append(sorted(away, key=lambda one: one[0])[:8])
-    for chosen in sorted(itertools.product(*options), key=lambda ones: sum(distance for distance, _ in ones)):
-        things = [thing for _, thing in chosen]
-        if all(apart(one, two, frames) for one, two in itertools.combinations(things, 2)):
-            return tuple((thing.x, thing.y) for thing in things)
+        candidates = [SceneObject("circle", "red", size, motion, *point) for point in find_lattice_points(size, motion, frame_count)]
+        by_distance = [(math.dist(obj.centre_at(frame_count // 2), (x, y)) ** 2, obj) for obj in candidates]
+        options.append(sorted(by_distance, key=lambda option: option[0])[:8])
+    for combination in sorted(itertools.product(*options), key=lambda pairs: sum(distance for distance, _ in pairs)):
+        objects = [obj for _, obj in combination]
+        if all(is_clear_of(first, second, frame_count) for first, second in itertools.combinations(objects, 2)):
+            return tuple((obj.x, obj.y) for obj in objects)
     return None
 
 
-def arrange(things: Sequence[Thing], targets: Sequence[tuple[int, int]], frames: int) -> tuple[Thing, ...] | None:
+def arrange_objects(objects: Sequence[SceneObject], targets: Sequence[tuple[int, int]], frame_count: int) -> tuple[SceneObject, ...] | None:
     """The same objects, each near its target, in their order; None where they find no room."""
-    found = spots(tuple((thing.size, thing.motion) for thing in things), tuple(targets), frames)
-    if found is None:
+    points = snap_to_lattice(tuple((obj.size, obj.motion) for obj in objects), tuple(targets), frame_count)
+    if points is None:
         return None
-    return tuple(replace(thing, x=x, y=y) for thing, (x, y) in zip(things, found, strict=True))
+    return tuple(replace(obj, x=x, y=y) for obj, (x, y) in zip(objects, points, strict=True))
 
 
-def usual(things: Sequence[Thing], frames: int) -> tuple[Thing, ...] | None:
+def arrange_by_default(objects: Sequence[SceneObject], frame_count: int) -> tuple[SceneObject, ...] | None:
     """The objects where they stand when nobody says where."""
-    return arrange(things, ARRANGEMENTS[USUAL[len(things) - 1]], frames)
+    return arrange_objects(objects, ARRANGEMENTS[DEFAULT_ARRANGEMENTS[len(objects) - 1]], frame_count)
 
 
-def compose(rng: random.Random, things: Sequence[Thing], frames: int) -> tuple[Thing, ...] | None:
+def compose_layout(rng: random.Random, objects: Sequence[SceneObject], frame_count: int) -> tuple[SceneObject, ...] | None:
     """As usual, or in a way that a caption can say: one object at a side or in a corner, two above each other."""
-    first = things[0]
-    if len(things) == 1 and first.motion == "still" and rng.random() < 0.3:
-        sides = SIDES if first.size == "large" else (0, FRAME)
-        return arrange(things, [(rng.choice(sides), rng.choice(sides))], frames)
-    sayable = len(things) == 2 and first.motion == things[1].motion and first != things[1]
-    if sayable and rng.random() < 0.35:
-        return arrange(things, ARRANGEMENTS["column"], frames)
-    return usual(things, frames)
+    first = objects[0]
+    if len(objects) == 1 and first.motion == "still" and rng.random() < 0.3:
+        sides = SIDE_TARGETS if first.size == "large" else (0, FRAME_SIZE)
+        return arrange_objects(objects, [(rng.choice(sides), rng.choice(sides))], frame_count)
+    is_sayable = len(objects) == 2 and first.motion == objects[1].motion and first != objects[1]
+    if is_sayable and rng.random() < 0.35:
+        return arrange_objects(objects, ARRANGEMENTS["column"], frame_count)
+    return arrange_by_default(objects, frame_count)
 
 
-def size_for(motion: str, size: str) -> str:
+def get_initial_size(motion: str, size: str) -> str:
     """The size at frame 0: growing starts small, shrinking starts large."""
     return {"growing": "small", "shrinking": "large"}.get(motion, size)
 
 
-def random_thing(rng: random.Random, background: str, video: bool, large: float = 0.5) -> Thing:
+def sample_object(rng: random.Random, background: str, is_video: bool, large_probability: float = 0.5) -> SceneObject:
     """An object without a place; `large` is the chance of a large one."""
-    motion = rng.choice(MOTIONS) if video else "still"
+    motion = rng.choice(MOTIONS) if is_video else "still"
     colour = rng.choice([name for name in COLOURS if name != background])
-    size = size_for(motion, "large" if rng.random() < large else "small")
-    return Thing(rng.choice(SHAPES), colour, size, motion, 0, 0)
+    size = get_initial_size(motion, "large" if rng.random() < large_probability else "small")
+    return SceneObject(rng.choice(SHAPES), colour, size, motion, 0, 0)
 
 
-def random_things(rng: random.Random, background: str, video: bool) -> list[Thing]:
+def sample_objects(rng: random.Random, background: str, is_video: bool) -> list[SceneObject]:
     """One object, a group of equal ones, or two or three different ones."""
     kind = rng.random()
     if kind < 0.35:
-        return [random_thing(rng, background, video)]
+        return [sample_object(rng, background, is_video)]
     if kind < 0.55:
-        return [random_thing(rng, background, video, large=0.15)] * rng.randint(2, 3 if video else 4)
+        return [sample_object(rng, background, is_video, large_probability=0.15)] * rng.randint(2, 3 if is_video else 4)
     count = 2 if kind < 0.85 else 3
-    things: list[Thing] = []
-    while len(things) < count:
-        thing = random_thing(rng, background, video, large=0.3)
-        if (thing.shape, thing.colour) not in {(other.shape, other.colour) for other in things}:
-            things.append(thing)
-    return things
+    objects: list[SceneObject] = []
+    while len(objects) < count:
+        obj = sample_object(rng, background, is_video, large_probability=0.3)
+        if (obj.shape, obj.colour) not in {(other.shape, other.colour) for other in objects}:
+            objects.append(obj)
+    return objects
 
 
-def random_scene(rng: random.Random, video: bool, split: Split = "train", composed: float = 0.0) -> Scene:
+def sample_scene(rng: random.Random, is_video: bool, split: Split = "train", composed_share: float = 0.0) -> Scene:
     """A scene of the split, drawn until its objects fit beside each other; a share `composed` is composed."""
     while True:
         background = rng.choice(list(BACKGROUNDS))
-        frames = FRAMES if video else 1
-        things = random_things(rng, background, video)
-        as_usual = composed > 0 and rng.random() < composed
-        placed = compose(rng, things, frames) if as_usual else place_all(rng, things, frames)
+        frame_count = CLIP_FRAMES if is_video else 1
+        objects = sample_objects(rng, background, is_video)
+        is_composed = composed_share > 0 and rng.random() < composed_share
+        placed = compose_layout(rng, objects, frame_count) if is_composed else place_randomly(rng, objects, frame_count)
         if placed is None:
             continue
-        scene = Scene(background, placed, frames)
-        if scene_fits(scene, split):
+        scene = Scene(background, placed, frame_count)
+        if is_in_split(scene, split):
             return scene
 
 
-def scenes(seed: int, video: bool, split: Split = "train", composed: float = 0.0) -> Iterator[Scene]:
+def stream_scenes(seed: int, is_video: bool, split: Split = "train", composed_share: float = 0.0) -> Iterator[Scene]:
     """An endless, repeatable stream of scenes."""
-    rng = random.Random(f"{seed}/{video}/{split}")
+    rng = random.Random(f"{seed}/{is_video}/{split}")
     while True:
-        yield random_scene(rng, video, split, composed)
+        yield sample_scene(rng, is_video, split, composed_share)
 
 
 # ---------------------------------------------------------------- pixels
 
 
-def outline(shape: str, radius: float) -> np.ndarray:
+def compute_outline(shape: str, radius: float) -> np.ndarray:
     """Corner points [n, 2] (x, y) of a shape whose bounding box has half-side `radius`, centred at 0."""
     if shape == "square":
         side = 0.88 * radius
@@ -279,7 +279,7 @@ def outline(shape: str, radius: float) -> np.ndarray:
     return np.stack([np.cos(angles) * lengths, np.sin(angles) * lengths + 0.08 * radius], axis=1)
 
 
-def inside_polygon(x: np.ndarray, y: np.ndarray, corners: np.ndarray) -> np.ndarray:
+def is_inside_polygon(x: np.ndarray, y: np.ndarray, corners: np.ndarray) -> np.ndarray:
     """Even-odd rule: whether each point lies inside the polygon."""
     result = np.zeros(x.shape, dtype=bool)
     for (x1, y1), (x2, y2) in zip(corners, np.roll(corners, -1, axis=0), strict=True):
@@ -291,38 +291,38 @@ def inside_polygon(x: np.ndarray, y: np.ndarray, corners: np.ndarray) -> np.ndar
 
 
 @cache
-def mask(shape: str, radius: float) -> np.ndarray:
+def rasterize_shape(shape: str, radius: float) -> np.ndarray:
     """Coverage [32, 32] in 0..1 of a shape centred in the middle, anti-aliased by 8x8 samples a pixel."""
-    side, fine = 2 * CELL, 8
-    axis = (np.arange(side * fine) + 0.5) / fine - CELL
+    side, oversampling = 2 * CELL_SIZE, 8
+    axis = (np.arange(side * oversampling) + 0.5) / oversampling - CELL_SIZE
     x, y = np.meshgrid(axis, axis)
-    filled = x**2 + y**2 <= radius**2 if shape == "circle" else inside_polygon(x, y, outline(shape, radius))
-    return filled.reshape(side, fine, side, fine).mean(axis=(1, 3)).astype(np.float32)
+    filled = x**2 + y**2 <= radius**2 if shape == "circle" else is_inside_polygon(x, y, compute_outline(shape, radius))
+    return filled.reshape(side, oversampling, side, oversampling).mean(axis=(1, 3)).astype(np.float32)
 
 
-def coverage(thing: Thing, frame: int) -> np.ndarray:
+def rasterize_object(obj: SceneObject, frame_index: int) -> np.ndarray:
     """Coverage [64, 64] in 0..1 of one object at one frame."""
-    canvas = np.zeros((FRAME + 2 * CELL, FRAME + 2 * CELL), dtype=np.float32)
-    x, y = thing.centre(frame)
-    canvas[y : y + 2 * CELL, x : x + 2 * CELL] = mask(thing.shape, thing.radius(frame))
-    return canvas[CELL:-CELL, CELL:-CELL]
+    canvas = np.zeros((FRAME_SIZE + 2 * CELL_SIZE, FRAME_SIZE + 2 * CELL_SIZE), dtype=np.float32)
+    x, y = obj.centre_at(frame_index)
+    canvas[y : y + 2 * CELL_SIZE, x : x + 2 * CELL_SIZE] = rasterize_shape(obj.shape, obj.radius_at(frame_index))
+    return canvas[CELL_SIZE:-CELL_SIZE, CELL_SIZE:-CELL_SIZE]
 
 
-def render(scene: Scene) -> np.ndarray:
+def render_scene(scene: Scene) -> np.ndarray:
     """The scene's pixels: uint8 [frames, 64, 64, 3]."""
-    clip = np.empty((scene.frames, FRAME, FRAME, 3), dtype=np.float32)
+    clip = np.empty((scene.frame_count, FRAME_SIZE, FRAME_SIZE, 3), dtype=np.float32)
     clip[:] = BACKGROUNDS[scene.background]
-    for frame in range(scene.frames):
-        for thing in scene.things:
-            alpha = coverage(thing, frame)[..., None]
-            clip[frame] += alpha * (np.asarray(COLOURS[thing.colour], dtype=np.float32) - clip[frame])
+    for frame_index in range(scene.frame_count):
+        for obj in scene.objects:
+            alpha = rasterize_object(obj, frame_index)[..., None]
+            clip[frame_index] += alpha * (np.asarray(COLOURS[obj.colour], dtype=np.float32) - clip[frame_index])
     return np.rint(clip).astype(np.uint8)
 
 
-def object_mask(scene: Scene) -> np.ndarray:
+def render_object_mask(scene: Scene) -> np.ndarray:
     """Which pixels some object touches: bool [frames, 64, 64]."""
-    touched = np.zeros((scene.frames, FRAME, FRAME), dtype=bool)
-    for frame in range(scene.frames):
-        for thing in scene.things:
-            touched[frame] |= coverage(thing, frame) > 0
+    touched = np.zeros((scene.frame_count, FRAME_SIZE, FRAME_SIZE), dtype=bool)
+    for frame_index in range(scene.frame_count):
+        for obj in scene.objects:
+            touched[frame_index] |= rasterize_object(obj, frame_index) > 0
     return touched

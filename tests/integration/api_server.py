@@ -10,25 +10,25 @@ from pathlib import Path
 import uvicorn
 
 from omnivideo.api.app import create_app
-from omnivideo.backends.decoder.painter import Painter
-from omnivideo.settings import service
-from omnivideo.wiring import Wiring
+from omnivideo.backends.decoder.painter import Renderer
+from omnivideo.settings import load_settings
+from omnivideo.wiring import ServiceWiring
 from tests.integration.servers import free_port
 from tests.integration.test_kill import HalfScripted
 
 
-def scripted(home: Path, omni, **given) -> Wiring:
-    wiring = Wiring(service(home=home, **given), "cpu")
-    wiring.painter = Painter(omni, wiring.store, "random")  # type: ignore[misc]
+def scripted(home: Path, omni, **given) -> ServiceWiring:
+    wiring = ServiceWiring(load_settings(home=home, **given), "cpu")
+    wiring.renderer = Renderer(omni, wiring.store, "random")  # type: ignore[misc]
     wiring.mllm = HalfScripted(omni, wiring.store)  # type: ignore[misc]
     return wiring
 
 
 @contextmanager
-def serving(wiring: Wiring, port: int | None = None) -> Iterator[str]:
+def serving(wiring: ServiceWiring, port: int | None = None) -> Iterator[str]:
     """The service's address; it is stopped, and all that it began ended, afterwards."""
     port = port or free_port()
-    config = uvicorn.Config(create_app(wiring.rooms()), port=port, log_level="warning", timeout_graceful_shutdown=2)
+    config = uvicorn.Config(create_app(wiring.build_service_context()), port=port, log_level="warning", timeout_graceful_shutdown=2)
     server = uvicorn.Server(config)
     running = threading.Thread(target=server.run, daemon=True)
     running.start()

@@ -12,13 +12,13 @@ import numpy as np
 import openai
 from PIL import Image
 
-from omnivideo.api.batches import Lines
+from omnivideo.api.batches import BatchLineHandler
 from omnivideo.backends.batches import BatchRunner
-from omnivideo.backends.hooks import reachable
-from omnivideo.backends.media import encoded
-from omnivideo.backends.pictures import pictures
+from omnivideo.backends.hooks import check_reachable
+from omnivideo.backends.media import encode_clip
+from omnivideo.backends.pictures import create_picture_renderer
 from omnivideo.errors import InvalidInput
-from omnivideo.storage.jobs import Jobs
+from omnivideo.storage.jobs import JobRepository
 from tests.integration.api_server import scripted, serving
 
 KEY = "an-admin-key-for-tests"
@@ -30,10 +30,10 @@ SMALL = {"size": "32x32", "extra_body": QUICK}
 def service_in(folder, omni, **given) -> Iterator[tuple]:
     """The wiring, its rooms and the address of a service that draws with an untrained model."""
     wiring = scripted(folder, omni, admin_key=KEY, **given)
-    rooms = wiring.rooms()
-    rooms.pictured = pictures(wiring.store)
-    rooms.reachable = partial(reachable, inside=("localhost",))
-    wiring.rooms = lambda: rooms  # type: ignore[method-assign]
+    rooms = wiring.build_service_context()
+    rooms.render_thumbnail = create_picture_renderer(wiring.store)
+    rooms.check_webhook_url = partial(check_reachable, internal_hosts=("localhost",))
+    wiring.build_service_context = lambda: rooms  # type: ignore[method-assign]
     with serving(wiring) as address:
         yield wiring, rooms, address
 
@@ -61,7 +61,7 @@ def png(colour: int = 200, size: int = 64) -> bytes:
 
 
 def mp4() -> bytes:
-    return encoded(np.full((9, 64, 64, 3), 90, dtype=np.uint8), 8)[0]
+    return encode_clip(np.full((9, 64, 64, 3), 90, dtype=np.uint8), 8)[0]
 
 
 def until(is_so, seconds: float = 30.0):
@@ -100,8 +100,8 @@ def say(owner: str, body: dict) -> dict:
 
 
 def runner_for(rooms, **given) -> BatchRunner:
-    jobs = Jobs(rooms.records.engine)
-    return BatchRunner(rooms.records, jobs, rooms.store, rooms.tell, Lines(rooms), say, **({"pause": 0.05} | given))
+    jobs = JobRepository(rooms.records.engine)
+    return BatchRunner(rooms.records, jobs, rooms.store, rooms.tell, BatchLineHandler(rooms), say, **({"pause": 0.05} | given))
 
 
 def batch_of(client, data: bytes, endpoint: str = "/v1/videos"):

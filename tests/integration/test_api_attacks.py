@@ -17,10 +17,10 @@ from pathlib import Path
 import httpx
 import pytest
 
-from omnivideo.backends.fetching import addresses
-from omnivideo.backends.hooks import HookSender, reachable, send, target
+from omnivideo.backends.fetching import resolve_addresses
+from omnivideo.backends.hooks import WebhookSender, check_reachable, send_event, parse_webhook_url
 from omnivideo.errors import InvalidInput
-from omnivideo.storage.local import LocalStore
+from omnivideo.storage.local import LocalObjectStore
 from tests.integration.openai_service import (
     KEY,
     ended,
@@ -50,7 +50,7 @@ LEAK = re.compile(r"0x[0-9a-f]{6,}|Traceback|File \"|/work/|/tmp/|site-packages|
 @pytest.fixture(scope="module")
 def service(omni, tmp_path_factory):
     with service_in(tmp_path_factory.mktemp("attacked"), omni, upload_most=MOST) as made:
-        made[1].reachable = partial(reachable, inside=())
+        made[1].reachable = partial(check_reachable, internal_hosts=())
         yield made
 
 
@@ -428,12 +428,12 @@ def test_attack_webhook_name_that_turns_inside_later(rooms, inner, monkeypatch):
     """A name that was public when the hook was made: each call looks again, and calls what it has looked at."""
     answers = iter([["1.1.1.1"], ["127.0.0.1"]])
     monkeypatch.setattr("omnivideo.backends.hooks.addresses", lambda host: next(answers))
-    reachable("http://hook.test/")
+    check_reachable("http://hook.test/")
     with pytest.raises(Exception, match=r"^$"):
-        send("http://hook.test/", "whsec_AAAA", "evt_1", {"a": 1}, ())
-    assert not inner.seen and target("http://hook.test/", ())[1] == "hook.test"
+        send_event("http://hook.test/", "whsec_AAAA", "evt_1", {"a": 1}, ())
+    assert not inner.seen and parse_webhook_url("http://hook.test/", ())[1] == "hook.test"
     with pytest.raises(InvalidInput):
-        send(f"http://hook.test:{inner.server_address[1]}/", "whsec_AAAA", "evt_1", {"a": 1}, ())
+        send_event(f"http://hook.test:{inner.server_address[1]}/", "whsec_AAAA", "evt_1", {"a": 1}, ())
 
 
 def test_attack_redirect_of_a_webhook_to_the_inside(rooms, inner):
@@ -452,7 +452,7 @@ def test_attack_redirect_of_a_webhook_to_the_inside(rooms, inner):
     thread.start()
     try:
         url = f"http://localhost:{served.server_address[1]}/"
-        assert send(url, "whsec_AAAA", "evt_1", {"a": 1}, ("localhost",)) == 307
+        assert send_event(url, "whsec_AAAA", "evt_1", {"a": 1}, ("localhost",)) == 307
     finally:
         served.shutdown()
         thread.join()
@@ -465,9 +465,9 @@ def test_attack_webhook_that_answers_never(rooms, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         began = time.monotonic()
         with pytest.raises(Exception, match=r"^$|timed out"):
-            send(f"http://localhost:{silent.getsockname()[1]}/", "whsec_AAAA", "evt_1", {}, ("localhost",))
+            send_event(f"http://localhost:{silent.getsockname()[1]}/", "whsec_AAAA", "evt_1", {}, ("localhost",))
         assert time.monotonic() - began < 3
-    assert addresses("localhost")
+    assert resolve_addresses("localhost")
 
 
 # ---------------------------------------------------------------- what errors tell
@@ -517,7 +517,7 @@ def test_attack_traceback_in_a_job_and_in_a_batch(service, client, http, rooms, 
 def test_attack_key_of_the_store_is_no_way_to_others_files(http, rooms):
     """A digest that somebody knows opens nothing: only ids do, and only their owner's."""
     key = rooms.store.put(b"secret", "bin")
-    assert isinstance(rooms.store, LocalStore)
+    assert isinstance(rooms.store, LocalObjectStore)
     for path in (f"/v1/files/{key}/content", f"/v1/videos/{key}/content"):
         assert http.get(path).status_code == 404
     refused(
@@ -540,15 +540,15 @@ print(sorted({"torch", "diffusers", "transformers", "celery"} & set(sys.modules)
 
 def test_signatures_are_the_standards():
     """The example of standardwebhooks.com's specification."""
-    from omnivideo.backends.hooks import signature
+    from omnivideo.backends.hooks import sign_event
 
     body = b'{"test": 2432232314}'
-    made = signature("whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw", "msg_p5jXN8AQM9LWM0D4loKWxJek", 1614265330, body)
+    made = sign_event("whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw", "msg_p5jXN8AQM9LWM0D4loKWxJek", 1614265330, body)
     assert made == "v1,g0hM9SsE+OTPJTGt/tmIKtSyZlE3uFJELVlNIOLJ1OE="
 
 
 def test_a_sender_lives_on_after_trouble(rooms):
-    sender = HookSender(rooms.records, pause=0.01)
+    sender = WebhookSender(rooms.records, poll_seconds=0.01)
     told_of = []
     sender.records = type("Broken", (), {"unannounced": lambda *rest: told_of.append(1) or 1 / 0})()
     sender.start()

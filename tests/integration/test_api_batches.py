@@ -7,8 +7,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import openai
 import pytest
 
-from omnivideo.backends.hooks import HookSender
-from omnivideo.storage.jobs import Jobs
+from omnivideo.backends.hooks import WebhookSender
+from omnivideo.storage.jobs import JobRepository
 from tests.integration.openai_service import (
     SMALL,
     batch_of,
@@ -110,9 +110,9 @@ def test_a_batch_expires(client, service, rooms, monkeypatch):
     with nobody_works(service[0]):
         batch = batch_of(client, lines(4))
         for _ in range(3):
-            runner.look()
+            runner.run_once()
         monkeypatch.setattr("omnivideo.backends.batches.WINDOW", -1.0)
-        until(lambda: (runner.look(), client.batches.retrieve(batch.id).status == "expired")[1])
+        until(lambda: (runner.run_once(), client.batches.retrieve(batch.id).status == "expired")[1])
     done = client.batches.retrieve(batch.id)
     assert {line["error"]["code"] for line in told(client, done.error_file_id)} == {"batch_expired"}
     assert len(told(client, done.error_file_id)) == 4 and done.expired_at
@@ -120,7 +120,7 @@ def test_a_batch_expires(client, service, rooms, monkeypatch):
 
 def test_a_batch_waits_for_room(client, rooms):
     runner = runner_for(rooms)
-    runner.jobs.most_each = 1
+    runner.jobs.max_open_jobs_per_owner = 1
     runner.start()
     try:
         done = ended(client, batch_of(client, lines(4)))
@@ -142,8 +142,8 @@ def deadly(act):
 def test_a_batch_whose_runner_dies_is_taken_over_and_no_line_is_done_twice(client, rooms, monkeypatch):
     """Each runner dies after a few rounds, in the middle of whatever it does; nothing of it is stopped or told."""
     drawn: list[str] = []
-    submit = Jobs.submit
-    monkeypatch.setattr(Jobs, "submit", lambda self, job, *rest: submit(self, job, *rest) and not drawn.append(job.id))
+    submit = JobRepository.submit
+    monkeypatch.setattr(JobRepository, "submit", lambda self, job, *rest: submit(self, job, *rest) and not drawn.append(job.id))
     batch = batch_of(client, lines(10))
     for at in range(60):
         runner = runner_for(rooms, most=4, silent=0.05)
@@ -153,12 +153,12 @@ def test_a_batch_whose_runner_dies_is_taken_over_and_no_line_is_done_twice(clien
             mortal.setattr(rooms.records, dies, deadly(getattr(rooms.records, dies)))
             try:
                 for _ in range(4):
-                    runner.look()
+                    runner.run_once()
                     time.sleep(0.01)
             except KeyboardInterrupt:
                 pass
-        for name in list(runner.held):  # the system closes a dead process's files
-            runner.let_go(name)
+        for name in list(runner.active_batches):  # the system closes a dead process's files
+            runner.release_batch(name)
         time.sleep(0.06)
         if client.batches.retrieve(batch.id).status == "completed":
             break
@@ -215,7 +215,7 @@ def ear():
 
 @pytest.fixture
 def sender(rooms):
-    sender = HookSender(rooms.records, ("localhost",), pause=0.05, first=0.1).start()
+    sender = WebhookSender(rooms.records, ("localhost",), poll_seconds=0.05, first_retry_seconds=0.1).start()
     yield sender
     sender.stop()
 
@@ -257,22 +257,22 @@ def test_a_webhook_is_tried_again_and_never_sent_elsewhere(client, ear, sender):
 
 def test_an_end_is_announced_once_whoever_dies(client, rooms, ear):
     hook = client.webhooks.create(name="mine", url=ear.address, event_types=["video.completed"])
-    sender = HookSender(rooms.records, ("localhost",))
-    sender.announce()
+    sender = WebhookSender(rooms.records, ("localhost",))
+    sender.announce_ended_jobs()
     client.videos.create_and_poll(prompt="a ball", **SMALL)
     with pytest.MonkeyPatch.context() as mortal:
         mortal.setattr(rooms.records, "announced", lambda ids: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            sender.announce()
-    others = [HookSender(rooms.records, ("localhost",)) for _ in range(2)]
+            sender.announce_ended_jobs()
+    others = [WebhookSender(rooms.records, ("localhost",)) for _ in range(2)]
     for other in others:
-        other.announce()
+        other.announce_ended_jobs()
     for other in others:
-        other.deliver()
+        other.send_due_deliveries()
     until(lambda: ear.heard)
     for other in others:
-        other.pool.shutdown()
-        other.deliver()
+        other.executor.shutdown()
+        other.send_due_deliveries()
     time.sleep(0.1)
     client.webhooks.delete(hook.id)
     assert len(ear.heard) == 1

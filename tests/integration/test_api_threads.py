@@ -12,7 +12,7 @@ import openai
 import pytest
 from PIL import Image
 
-from omnivideo.api.running import Runner
+from omnivideo.api.running import TurnRunner
 from tests.integration.api_server import scripted, serving
 
 
@@ -162,11 +162,11 @@ def test_a_running_turn_is_cancelled_and_leaves_the_thread_as_it_was(http, threa
 def test_a_turn_of_a_process_that_died_goes_on_in_another(http, thread, wiring, address):
     """The row of a turn as a killed process leaves it: running, with a beat that is long ago."""
     rooms = wiring.rooms()
-    silent = Runner(rooms)
+    silent = TurnRunner(rooms)
     silent.pool.submit = lambda *rest: None  # type: ignore[method-assign]
-    row = silent.begin("turn_left", "admin", thread, "a red ball", steps=3)
+    row = silent.start_turn("turn_left", "admin", thread, "a red ball", steps=3)
     claimed = rooms.turns.claim(row.id)
-    running = silent.events(claimed, silent.thread("admin", thread), told=False)
+    running = silent.iterate_events(claimed, silent.get_thread("admin", thread), has_events=False)
     next(running)
     next(running)
     del running

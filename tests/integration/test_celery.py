@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 from kombu import Connection
 
-from omnivideo.backends.broker import Reaper, celery_app, teller
+from omnivideo.backends.broker import Reaper, create_celery_app, create_notifier
 from omnivideo.backends.jobs import DurableQueue
-from omnivideo.contracts import Artifact, Given, Job
+from omnivideo.contracts import Artifact, SamplingOverrides, Job
 from omnivideo.errors import JobCancelled
-from omnivideo.storage.database import engine_for, migrate
-from omnivideo.storage.jobs import Jobs
-from omnivideo.storage.local import LocalStore
+from omnivideo.storage.database import create_database_engine, upgrade_schema
+from omnivideo.storage.jobs import JobRepository
+from omnivideo.storage.local import LocalObjectStore
 from tests.integration.servers import postgres, rabbitmq, redis
 
 SILENT = 2.0
@@ -36,11 +36,11 @@ class Plant:
             "OMNIVIDEO_WEIGHTS": str(weights), "OMNIVIDEO_LOST_AFTER": str(SILENT), "OMNIVIDEO_RESUME_STEPS": "2",
             "OMNIVIDEO_RESUME_SECONDS": "0",
         }  # fmt: skip
-        self.store = LocalStore(home / "store")
-        engine = engine_for(database or f"sqlite:///{home}/service.sqlite")
-        migrate(engine)
-        self.jobs = Jobs(engine)
-        self.tell = teller(celery_app(broker))
+        self.store = LocalObjectStore(home / "store")
+        engine = create_database_engine(database or f"sqlite:///{home}/service.sqlite")
+        upgrade_schema(engine)
+        self.jobs = JobRepository(engine)
+        self.tell = create_notifier(create_celery_app(broker))
         self.queue = DurableQueue(self.jobs, self.store, self.tell)
 
     @contextmanager
@@ -58,7 +58,7 @@ class Plant:
     def until(self, name: str, *, step: int = 0, ended: bool = False) -> None:
         deadline = time.monotonic() + 90
         while time.monotonic() < deadline:
-            status = self.jobs.status(name)
+            status = self.jobs.get_status(name)
             if status.state in ("done", "failed", "cancelled") or (status.step >= step and not ended):
                 return
             time.sleep(0.01)
@@ -80,8 +80,8 @@ def plant(request, weights, tmp_path_factory):
 
 
 def job(name: str, steps: int = 4) -> Job:
-    given = Given(steps=steps)
-    return Job(id=name, task="text-to-video", prompt="a red ball", visual_tokens=None, source=None, seed=5, given=given)
+    given = SamplingOverrides(steps=steps)
+    return Job(id=name, task="text-to-video", prompt="a red ball", visual_tokens=None, source=None, seed=5, overrides=given)
 
 
 def child_of(worker: subprocess.Popen[bytes]) -> int:
@@ -168,7 +168,7 @@ def test_a_broker_that_is_away_loses_no_job(tmp_path, weights):
     plant = Plant(tmp_path, address, "", weights)
     plant.jobs.submit(job("early"))
     plant.tell()
-    assert plant.jobs.status("early").state == "queued"
+    assert plant.jobs.get_status("early").state == "queued"
     with plant.jobs.engine.connect() as connection:
         connection.exec_driver_sql("UPDATE jobs SET told = told - 60")
     with redis(tmp_path / "broker", port), plant.worker():
@@ -177,4 +177,4 @@ def test_a_broker_that_is_away_loses_no_job(tmp_path, weights):
             plant.until("early", ended=True)
         finally:
             reaper.stop()
-    assert plant.jobs.status("early").state == "done"
+    assert plant.jobs.get_status("early").state == "done"

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from omnivideo import AsyncClient, Client
-from omnivideo.contracts import Finished, Question, Step
-from omnivideo.errors import InvalidInput, NotStored, OmniVideoError, StoreError
+from omnivideo.contracts import TurnCompleted, QuestionAsked, StepProgress
+from omnivideo.errors import InvalidInput, ArtifactNotFound, OmniVideoError, StoreError
 from tests.integration.api_server import scripted, serving
 from tests.integration.servers import free_port
 
@@ -19,7 +19,7 @@ KEY = "a-key-for-the-tests"
 @pytest.fixture(scope="module")
 def address(omni, tmp_path_factory):
     wiring = scripted(tmp_path_factory.mktemp("service"), omni, admin_key=KEY)
-    wiring.attended(wiring.rooms())
+    wiring.start_background_services(wiring.build_service_context())
     with serving(wiring) as address:
         yield address
 
@@ -33,7 +33,7 @@ def client(address):
 def test_a_conversation_has_the_studios_face(client, tmp_path):
     thread = client.thread()
     events = list(thread.send("a red ball; now make it blue", steps=4))
-    assert isinstance(events[-1], Finished) and any(isinstance(event, Step) for event in events)
+    assert isinstance(events[-1], TurnCompleted) and any(isinstance(event, StepProgress) for event in events)
     assert [turn.number for turn in thread.history()] == [1]
     made = thread.artifacts()
     assert made[1].source == made[0].key and [one.key for one in thread.lineage()] == [made[1].key, made[0].key]
@@ -44,7 +44,7 @@ def test_a_conversation_has_the_studios_face(client, tmp_path):
     turn = list(branch.send("make it green", [tmp_path / "red.png"], steps=2))[-1].turn
     assert turn.attachments[0].about == "red" and turn.done[0].artifact.source == turn.attachments[0].key
     asked = list(client.thread().send("make it blue"))[-1]
-    assert isinstance(asked, Question)
+    assert isinstance(asked, QuestionAsked)
 
 
 def test_clips_and_stills(client, tmp_path):
@@ -74,7 +74,7 @@ def test_a_batch_is_drawn_once_and_followed_again(client, tmp_path):
 def test_the_same_for_an_event_loop(address):
     async def talk() -> tuple:
         async with AsyncClient(address, KEY) as client:
-            clip, thread = await asyncio.gather(client.generate("a red ball", steps=2), client.thread())
+            clip, thread = await asyncio.gather(client.generate("a red ball", steps=2), client.open_thread())
             kinds = [event.kind async for event in client.send(thread, "a red ball", steps=2)]
             return clip, kinds
 
@@ -89,10 +89,10 @@ def test_refusals_are_our_own_errors(client, address, tmp_path):
         client.generate("a red ball", width=72, height=64)
     with pytest.raises(InvalidInput, match="thread: there is no thread 'nothing'"):
         client.thread("nothing")
-    with pytest.raises(NotStored):
+    with pytest.raises(ArtifactNotFound):
         client.ask("GET", "/v1/threads/nothing")
     with Client(address, "wrong") as stranger, pytest.raises(OmniVideoError, match="API key"):
-        stranger.thread()
+        stranger.open_thread()
     with pytest.raises(InvalidInput, match=r"attachments: 'none\.png' cannot be read"):
         list(client.thread().send("what is this?", [tmp_path / "none.png"]))
 
@@ -103,9 +103,9 @@ def test_a_service_that_comes_late_is_waited_for(omni, tmp_path, monkeypatch):
     with Client(f"http://127.0.0.1:{port}") as client:
         with monkeypatch.context() as hasty, pytest.raises(StoreError, match="service: it cannot be reached"):
             hasty.setattr("omnivideo.client.TRIES", 2)
-            client.thread()
+            client.open_thread()
         made: list = []
-        waiting = threading.Thread(target=lambda: made.append(client.thread()))
+        waiting = threading.Thread(target=lambda: made.append(client.open_thread()))
         waiting.start()
         with serving(scripted(tmp_path, omni), port):
             waiting.join(20)

@@ -21,12 +21,12 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from omnivideo.training.curation.bounds import Bounds
-from omnivideo.training.curation.pipeline import Settings, curate
+from omnivideo.training.curation.bounds import CurationBounds
+from omnivideo.training.curation.pipeline import CurationConfig, curate
 from omnivideo.training.curation.report import write_report
 from tests import footage
 
-BOUNDS = Bounds(min_pixels=200, min_aesthetic=5)  # the footage is small, so that it is made and read quickly
+BOUNDS = CurationBounds(min_short_side=200, min_aesthetic=5)  # the footage is small, so that it is made and read quickly
 
 # What each file is dropped by, scene by scene; None is kept.
 EXPECTED = {
@@ -88,9 +88,9 @@ def folder(tmp_path_factory) -> Path:
 def out(folder, tmp_path_factory) -> Path:
     """The folder, curated in one go by the classical stages."""
     out = tmp_path_factory.mktemp("out")
-    settings = Settings(bounds=BOUNDS, ocr=False)
+    settings = CurationConfig(bounds=BOUNDS, ocr=False)
     told = []
-    curated = curate(folder, out, settings, tell=lambda *step: told.append(step))
+    curated = curate(folder, out, settings, on_progress=lambda *step: told.append(step))
     write_report(curated, BOUNDS, out)
     phases = {phase: (done, of) for phase, done, of in told}
     assert list(phases) == ["files", "clips", "duplicates", "written"] and all(a == b for a, b in phases.values())
@@ -221,10 +221,10 @@ def test_a_second_run_changes_nothing_and_other_settings_are_refused(folder, out
     from omnivideo.errors import InvalidInput
 
     before, journals = tree(out), {name: (out / name).read_bytes() for name in ("files.jsonl", "measured.jsonl")}
-    curate(folder, out, Settings(bounds=BOUNDS, ocr=False))
+    curate(folder, out, CurationConfig(bounds=BOUNDS, ocr=False))
     assert tree(out) == before and all((out / name).read_bytes() == held for name, held in journals.items())
     with pytest.raises(InvalidInput, match="output: it holds a run with other settings"):
-        curate(folder, out, Settings(bounds=Bounds(min_pixels=100), ocr=False))
+        curate(folder, out, CurationConfig(bounds=CurationBounds(min_short_side=100), ocr=False))
 
 
 def test_ocr_reads_what_a_locked_camera_hides(tmp_path):
@@ -233,10 +233,10 @@ def test_ocr_reads_what_a_locked_camera_hides(tmp_path):
     raw = tmp_path / "raw"
     footage.film(raw / "news.mp4", footage.written(footage.subject(19), "BREAKING NEWS", 28, (60, 240)))
     footage.film(raw / "plain.mp4", footage.subject(21))
-    curated = curate(raw, tmp_path / "out", Settings(bounds=BOUNDS))
-    assert [line["source"] for line in curated.kept] == ["plain.mp4"]
+    curated = curate(raw, tmp_path / "out", CurationConfig(bounds=BOUNDS))
+    assert [line["source"] for line in curated.kept_clips] == ["plain.mp4"]
     (dropped,) = [clip["dropped"] for clip in curated.clips.values() if clip["dropped"]]
-    assert dropped["stage"] == "text" and "NEWS" in dropped["words"] and "text" not in curated.absent
+    assert dropped["stage"] == "text" and "NEWS" in dropped["words"] and "text" not in curated.missing_stages
 
 
 def test_the_aesthetic_predictor_is_the_published_arithmetic(tmp_path):
@@ -246,7 +246,7 @@ def test_the_aesthetic_predictor_is_the_published_arithmetic(tmp_path):
     from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
     from omnivideo.errors import CheckpointError
-    from omnivideo.training.curation.aesthetic import score
+    from omnivideo.training.curation.aesthetic import score_frames
 
     torch.manual_seed(0)
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -262,27 +262,27 @@ def test_the_aesthetic_predictor_is_the_published_arithmetic(tmp_path):
     with torch.no_grad():
         embedded = clip(**processor(images=looks, return_tensors="pt")).image_embeds
         expected = float(layers(embedded / embedded.norm(dim=-1, keepdim=True)).mean())
-    assert score(str(tmp_path), looks) == pytest.approx(expected, abs=1e-6) and not np.isclose(expected, 0, atol=1e-4)
+    assert score_frames(str(tmp_path), looks) == pytest.approx(expected, abs=1e-6) and not np.isclose(expected, 0, atol=1e-4)
     with pytest.raises(CheckpointError, match="the aesthetic predictor needs clip/"):
-        score(str(tmp_path / "nowhere"), looks)
+        score_frames(str(tmp_path / "nowhere"), looks)
 
 
 def test_captions_come_from_the_language_model_server(omni, tmp_path):
     """Ours over HTTP, at random weights: what it says is what it says in this process, and is asked for once."""
     from omnivideo.backends.mllm.local import LocalMLLM
-    from omnivideo.storage.memory import MemoryStore
-    from omnivideo.training.curation.captions import ServedCaption
+    from omnivideo.storage.memory import MemoryObjectStore
+    from omnivideo.training.curation.captions import RemoteCaptioner
     from tests.integration.servers import free_port
     from tests.integration.test_remote_mllm import serving
 
     footage.film(tmp_path / "raw/pan.mp4", footage.pan(1))
-    port, settings = free_port(), Settings(bounds=BOUNDS, ocr=False)
-    with serving(LocalMLLM(omni, MemoryStore()), port):
-        caption = ServedCaption(f"http://127.0.0.1:{port}", "what is this?")
-        (line,) = curate(tmp_path / "raw", tmp_path / "out", settings, caption).kept
+    port, settings = free_port(), CurationConfig(bounds=BOUNDS, ocr=False)
+    with serving(LocalMLLM(omni, MemoryObjectStore()), port):
+        caption = RemoteCaptioner(f"http://127.0.0.1:{port}", "what is this?")
+        (line,) = curate(tmp_path / "raw", tmp_path / "out", settings, caption).kept_clips
         assert line["caption"] and line["caption"] == caption(four(tmp_path / "raw/pan.mp4"))
     caption.close()
-    (again,) = curate(tmp_path / "raw", tmp_path / "out", settings, caption).kept  # the server is gone by now
+    (again,) = curate(tmp_path / "raw", tmp_path / "out", settings, caption).kept_clips  # the server is gone by now
     assert again == line == lines(tmp_path / "out/clips.jsonl")[0]
 
 
@@ -340,20 +340,20 @@ EMPTY = ("15.81 to 31.62 s", "31.62 to 47.44 s")  # of gap.mp4
 def test_one_clip_does_not_end_the_run(tmp_path):
     """What cannot be read, measured, captioned or written is named; all else is curated, and packs into shards."""
     from omnivideo.cli import app
-    from omnivideo.training.curation.captions import ServedCaption
-    from omnivideo.training.data.sample import Problems
-    from omnivideo.training.data.shards import Library
-    from omnivideo.training.data.shelves import shelf
+    from omnivideo.training.curation.captions import RemoteCaptioner
+    from omnivideo.training.data.sample import SkipReport
+    from omnivideo.training.data.shards import ShardDataset
+    from omnivideo.training.data.shelves import open_file_store
 
-    raw, out, settings = tmp_path / "raw", tmp_path / "out", Settings(bounds=BOUNDS, ocr=False)
+    raw, out, settings = tmp_path / "raw", tmp_path / "out", CurationConfig(bounds=BOUNDS, ocr=False)
     make_rough(raw)
 
     def tell(phase: str, done: int, of: int) -> None:
         if phase == "duplicates" and done == of:
             (raw / "gone.mp4").unlink()
 
-    with captioning(no_tall_ones) as (address, _), closing(ServedCaption(address)) as caption:
-        curated = curate(raw, out, settings, caption, tell=tell)
+    with captioning(no_tall_ones) as (address, _), closing(RemoteCaptioner(address)) as caption:
+        curated = curate(raw, out, settings, caption, on_progress=tell)
     why = {}
     for clip in curated.clips.values():
         if clip["dropped"] and clip["dropped"]["stage"] == "unreadable":
@@ -364,7 +364,7 @@ def test_one_clip_does_not_end_the_run(tmp_path):
     assert not why
     captions = {line["source"]: line["caption"] for line in lines(out / "clips.jsonl")}
     assert captions["pan.mp4"] == "A texture moves." and captions["tall.mp4"] is None and "gone.mp4" not in captions
-    assert len(list((out / "clips").iterdir())) == len(curated.kept)
+    assert len(list((out / "clips").iterdir())) == len(curated.kept_clips)
     page = write_report(curated, BOUNDS, out).read_text()
     assert "1 clip without one" in page and "no caption: the server refuses the clip" in page
     assert "too &lt;tall&gt;" in page and "has no frame from 15.81 to 31.62 s" in page
@@ -373,7 +373,7 @@ def test_one_clip_does_not_end_the_run(tmp_path):
     packed = CliRunner().invoke(app, given, catch_exceptions=False)
     assert packed.exit_code == 0 and f"{len(captions) - 1} samples written" in packed.output
     assert "skipped, wrong record: 1" in packed.output and "caption: there is none" in packed.output
-    entries = Library(shelf(str(tmp_path / "set")), Problems()).entries
+    entries = ShardDataset(open_file_store(str(tmp_path / "set")), SkipReport()).entries
     assert {entry.task for entry in entries} == {"text-to-video"} and len(entries) == len(captions) - 1
 
     measured = (out / "measured.jsonl").read_bytes()
@@ -388,30 +388,30 @@ def test_one_clip_does_not_end_the_run(tmp_path):
 def test_a_clip_of_uneven_times_keeps_them_and_is_seen_by_them(tmp_path):
     """A second of a pan at 24 frames a second, a pause of two, and another second: 12 a second on average."""
     from omnivideo.training.curation.reading import write_clip
-    from omnivideo.training.data.sample import decoded, fitted
+    from omnivideo.training.data.sample import decode_media, resample_media
 
     path, kept = footage.film(tmp_path / "pause.mp4", footage.pan(5, 48), gap=(24, 2)), tmp_path / "kept.mp4"
     assert write_clip(path, (0.0, 4.0), kept)["frames"] == 48
     for one in (path, kept):
-        frames, _, times = zip(*decoded(one.read_bytes()), strict=True)
+        frames, _, times = zip(*decode_media(one.read_bytes()), strict=True)
         assert times == pytest.approx([at / 24 + 2 * (at >= 24) for at in range(48)], abs=1e-3)
-        seen = fitted(one.read_bytes(), footage.WIDTH, footage.HEIGHT, 9, 2)
+        seen = resample_media(one.read_bytes(), footage.WIDTH, footage.HEIGHT, 9, 2)
         shown = [next(at for at, frame in enumerate(frames) if np.array_equal(frame, one)) for one in seen]
         assert shown == [0, 12, 23, 23, 23, 23, 24, 36, 47]
 
 
 def test_a_frame_just_before_an_empty_span_stands_for_it(tmp_path):
-    from omnivideo.training.curation.reading import sample
+    from omnivideo.training.curation.reading import sample_clip
 
     path = footage.film(tmp_path / "gap.mp4", footage.pan(5, 48), gap=(24, 60))
-    shown = sample(path, (1.2, 20.0))  # the last frame before the gap is at 0.96 s, nearer than a quarter of 1 / 0.77
-    assert len(shown.small) == len(shown.looks) == 1
+    shown = sample_clip(path, (1.2, 20.0))  # the last frame before the gap is at 0.96 s, nearer than a quarter of 1 / 0.77
+    assert len(shown.small_frames) == len(shown.full_frames) == 1
 
 
 def test_what_concerns_all_clips_ends_the_run():
     """And what concerns one says so without a path."""
     from omnivideo.errors import CheckpointError, StoreError
-    from omnivideo.training.curation.pipeline import attempted
+    from omnivideo.training.curation.pipeline import run_safely
 
     def failing(error: Exception) -> Callable[[dict], dict]:
         def task(item: dict) -> dict:
@@ -419,14 +419,14 @@ def test_what_concerns_all_clips_ends_the_run():
 
         return task
 
-    why = attempted(failing(RuntimeError("(-215) /io/opencv/a.cpp C:\\clips\\b.mp4 is odd")), {})["dropped"]["why"]
+    why = run_safely(failing(RuntimeError("(-215) /io/opencv/a.cpp C:\\clips\\b.mp4 is odd")), {})["dropped"]["why"]
     assert why == "cannot be used (RuntimeError: (-215) is odd); allowed: a whole file"
     with pytest.raises(CheckpointError):
-        attempted(failing(CheckpointError("no predictor")), {})
+        run_safely(failing(CheckpointError("no predictor")), {})
     with pytest.raises(ImportError):
-        attempted(failing(ImportError("libGL")), {})
+        run_safely(failing(ImportError("libGL")), {})
     with pytest.raises(StoreError, match="cannot be written: No space left"):
-        attempted(failing(OSError(28, "No space left on device", "/data/out/clips/a.part")), {})
+        run_safely(failing(OSError(28, "No space left on device", "/data/out/clips/a.part")), {})
 
 
 @pytest.mark.parametrize(
@@ -449,7 +449,7 @@ def test_what_the_captioning_server_refuses(monkeypatch, status, error, said, as
     monkeypatch.setattr(captions.time, "sleep", lambda seconds: None)
     with (
         captioning(lambda mp4: (status, "what\nit says")) as (address, shown),
-        closing(captions.ServedCaption(address)) as caption,
+        closing(captions.RemoteCaptioner(address)) as caption,
         pytest.raises(OmniVideoError, match=said) as raised,
     ):
         caption(np.stack(list(footage.pan(1, 4))))
@@ -458,9 +458,9 @@ def test_what_the_captioning_server_refuses(monkeypatch, status, error, said, as
 
 def four(path: Path):
     """The frames that a caption is asked for: two a second."""
-    from omnivideo.training.curation.reading import sample
+    from omnivideo.training.curation.reading import sample_clip
 
-    return sample(path, (0.0, footage.FRAMES / footage.FPS)).small[::4]
+    return sample_clip(path, (0.0, footage.FRAMES / footage.FPS)).small_frames[::4]
 
 
 @pytest.mark.parametrize(

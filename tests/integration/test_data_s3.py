@@ -5,10 +5,10 @@ import os
 import pytest
 
 from omnivideo.errors import InvalidInput, StoreError
-from omnivideo.training.ahead import Ahead
-from omnivideo.training.data.sample import Problems
-from omnivideo.training.data.shards import Library, stream, write
-from omnivideo.training.data.shelves import shelf
+from omnivideo.training.ahead import Prefetcher
+from omnivideo.training.data.sample import SkipReport
+from omnivideo.training.data.shards import ShardDataset, stream_samples, write_shards
+from omnivideo.training.data.shelves import open_file_store
 from tests.integration.s3_server import ACCESS_KEY, SECRET_KEY, s3_server
 from tests.unit.test_data import contents, six
 
@@ -25,13 +25,13 @@ def server(tmp_path, monkeypatch):
 
 
 def test_shards_are_written_to_and_read_from_a_bucket(server):
-    problems = Problems()
-    write(six(), shelf(WHERE), problems)
-    assert shelf(WHERE).names(".tar") == ["00000.tar"]
-    assert contents(stream(shelf(WHERE), problems)) == contents(six())
-    library = Library(shelf(WHERE), problems)
+    problems = SkipReport()
+    write_shards(six(), open_file_store(WHERE), problems)
+    assert open_file_store(WHERE).list_names(".tar") == ["00000.tar"]
+    assert contents(stream_samples(open_file_store(WHERE), problems)) == contents(six())
+    library = ShardDataset(open_file_store(WHERE), problems)
     assert contents([library[4], library[1]]) == contents([six()[4], six()[1]])
-    assert not problems.found
+    assert not problems.skipped_samples
     server.kill()
     with pytest.raises(StoreError, match="no connection"):
         library[0]
@@ -40,22 +40,22 @@ def test_shards_are_written_to_and_read_from_a_bucket(server):
 @pytest.mark.usefixtures("server")
 def test_worker_processes_have_connections_of_their_own():
     """They are forked from one that has read the indices, whose connection stays open."""
-    write(six(), shelf(WHERE), Problems())
-    library = Library(shelf(WHERE), Problems())
-    ours, samples = library.shelf.client, contents(six())
+    write_shards(six(), open_file_store(WHERE), SkipReport())
+    library = ShardDataset(open_file_store(WHERE), SkipReport())
+    ours, samples = library.file_store.client, contents(six())
 
     def read(step: int) -> tuple[int, bool, dict]:
         one = library[step % 6]
-        return os.getpid(), library.shelf.client is ours, contents([one])[0]
+        return os.getpid(), library.file_store.client is ours, contents([one])[0]
 
-    ahead = Ahead(read, workers=2)
+    ahead = Prefetcher(read, workers=2)
     found = [ahead(step) for step in range(240)]
     assert [sample for _, _, sample in found] == 40 * samples
     assert len({pid for pid, _, _ in found}) == 2 and not any(shared for _, shared, _ in found)
-    assert library.shelf.client is ours and contents([library[3]]) == samples[3:4]
+    assert library.file_store.client is ours and contents([library[3]]) == samples[3:4]
 
 
 def test_a_bucket_without_a_server_is_refused(monkeypatch):
     monkeypatch.delenv("OMNIVIDEO_S3", raising=False)
     with pytest.raises(InvalidInput, match="OMNIVIDEO_S3"):
-        shelf(WHERE)
+        open_file_store(WHERE)

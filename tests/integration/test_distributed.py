@@ -21,9 +21,9 @@ import pytest
 import torch
 
 from omnivideo.errors import CheckpointError
-from omnivideo.training.data.encode import Frozen, encode_all
-from omnivideo.training.distributed import World, launch
-from omnivideo.training.shards import finished
+from omnivideo.training.data.encode import FrozenEncoders, encode_shards
+from omnivideo.training.distributed import ProcessContext, launch_processes
+from omnivideo.training.shards import list_complete_shard_folders
 from omnivideo.training.trainer import Trainer
 from tests.integration.training_worker import FOUNDATIONS, STAGES, Recipes, train
 from tests.unit.test_encode import FIT, library
@@ -55,7 +55,7 @@ def together(tmp_path, weights):
         command = ["-m", "tests.integration.training_worker", str(tmp_path / "jobs.json")]
         command = [*(launcher or [sys.executable]), *command]
         if processes > 1 and not launcher:
-            code = launch(processes, command)
+            code = launch_processes(processes, command)
         else:
             code = subprocess.run(command, check=False).returncode
         return code, json.loads(results.read_text()) if results.exists() else None
@@ -73,7 +73,7 @@ def alone(tmp_path, weights):
 
     def run(*jobs):
         for job in jobs:
-            train(World(), filled(job, tmp_path, weights))
+            train(ProcessContext(), filled(job, tmp_path, weights))
 
     return run
 
@@ -151,13 +151,13 @@ def test_a_killed_process_ends_the_run_which_goes_on_to_the_same_losses(optimize
     running.start()
     step, rank = random.randint(1, 9), random.randrange(2)
     print(f"kill rank {rank} after step {step}")
-    while not any(int(path.name) >= step for path in finished(Path(job["run"]))):
+    while not any(int(path.name) >= step for path in list_complete_shard_folders(Path(job["run"]))):
         assert running.is_alive()
         time.sleep(0.005)
     os.kill(int((tmp_path / f"results.json.pid{rank}").read_text()), signal.SIGKILL)
     running.join(60)
     assert codes == [128 + signal.SIGKILL]
-    kept = int(finished(Path(job["run"]))[-1].name)
+    kept = int(list_complete_shard_folders(Path(job["run"]))[-1].name)
     assert step <= kept < 12
     assert together(job)[0] == 0
     assert_same_losses([whole], [job])
@@ -169,7 +169,7 @@ def test_a_gradient_that_is_not_finite_leaves_the_checkpoint(optimizer, together
     job = {"recipe": "stage2a", "optimizer": optimizer, "run": str(tmp_path / "run")}
     code, _ = together(job | {"until": 2}, job | {"spoiled": True, "every": 0.0})
     assert code == 1
-    assert [path.name for path in finished(tmp_path / "run")] == ["00000002"]
+    assert [path.name for path in list_complete_shard_folders(tmp_path / "run")] == ["00000002"]
 
 
 @deepspeed
@@ -249,7 +249,7 @@ def test_samples_of_two_processes_are_drawn_with_the_average(optimizer, sequence
 
 def test_a_checkpoint_of_the_other_optimizer_is_refused(tmp_path, weights):
     made = Recipes(weights, tmp_path / "cache", 2)
-    Trainer(made.make("stage2a"), tmp_path / "run").run(until=1)
+    Trainer(made.make("stage2a"), tmp_path / "run").run(stop_at_step=1)
     with pytest.raises(CheckpointError, match="another optimizer"):
         Trainer(made.make("stage2a", optimizer="adamw"), tmp_path / "run")
 
@@ -258,7 +258,7 @@ def test_a_checkpoint_of_the_other_optimizer_is_refused(tmp_path, weights):
 def test_shards_on_two_processes_have_the_losses_of_one(weights, tmp_path):
     """By the command, with ZeRO-1 by DeepSpeed, on two in passes of one sample; also over one that cannot be read."""
     there = library(tmp_path / "shards", SAMPLES)
-    encode_all(there, Frozen.load(weights, "cpu"), FIT, lambda done, count: None)
+    encode_shards(there, FrozenEncoders.load(weights, "cpu"), FIT, lambda done, count: None)
     named = damage(there, 7)
     found = []
     for processes in (1, 2):

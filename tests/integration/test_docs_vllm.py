@@ -14,7 +14,7 @@ import typer
 from omnivideo import operate
 from omnivideo.backends.mllm import serving
 from omnivideo.backends.mllm.local import LocalMLLM
-from omnivideo.backends.mllm.server import Lately
+from omnivideo.backends.mllm.server import LRUObjectStore
 from omnivideo.storage.tensors import get_tensors
 from tests.integration import vllm_server
 from tests.integration.servers import free_port
@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "vllm.md").read_text()
 LINES = [line for block in re.findall(r"```bash\n(.*?)```", PAGE, flags=re.S) for line in block.splitlines()]
 STARTS = [line for line in LINES if line.startswith("omnivideo mllm serve")]
-SERVE = typer.main.get_command(operate.mllm).commands["serve"]
+SERVE = typer.main.get_command(operate.mllm_cli).commands["serve"]
 
 
 @pytest.fixture
@@ -37,8 +37,8 @@ def on_gpus(monkeypatch, tmp_path):
 @pytest.mark.parametrize("line", STARTS)
 def test_a_server_is_started_by(line, on_gpus, weights):
     given = SERVE.make_context("serve", shlex.split(line)[3:]).params
-    chosen = serving.options(**{name: one for name, one in given.items() if name in serving.Options.model_fields})
-    started = serving.command(given["device"], weights, given["port"], given["host"], given["engine"], chosen)
+    chosen = serving.parse_options(**{name: one for name, one in given.items() if name in serving.VLLMOptions.model_fields})
+    started = serving.build_command(given["device"], weights, given["port"], given["host"], given["engine"], chosen)
     assert (started is None) == (given["engine"] == "transformers")
 
 
@@ -55,7 +55,7 @@ def test_requests_are_answered(omni, tmp_path):
     if shutil.which("curl") is None:
         pytest.skip("curl is not here: the language model server's examples in the shell were not tested")
     port, answers = free_port(), {}
-    with served(LocalMLLM(omni, Lately()), port):
+    with served(LocalMLLM(omni, LRUObjectStore()), port):
         for line in (line for line in LINES if line.startswith("curl ")):
             told = line.replace(":8001", f":{port}")
             ran = subprocess.run(
@@ -65,7 +65,7 @@ def test_requests_are_answered(omni, tmp_path):
     assert json.loads(answers["route"])["kind"] in ("text", "image", "video")
     assert 0 <= json.loads(answers["agreement"])["agreement"] <= 1
     assert json.loads(answers["write"].splitlines()[-1]) is None
-    store = Lately()
+    store = LRUObjectStore()
     tokens = get_tensors(store, store.put((tmp_path / "tokens.safetensors").read_bytes(), "safetensors"))
     assert tokens["visual_tokens"].shape == (1, omni.preset.vision_head.queries, omni.preset.vision_head.width)
 

@@ -12,7 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from omnivideo.backends.incoming import fetch
+from omnivideo.backends.incoming import fetch_media
 from omnivideo.errors import InvalidInput
 
 HOSTS = ("media.test", ".cdn.test")
@@ -126,7 +126,7 @@ def get(server):
 
     def got(path: str, *, host: str = "media.test", most: int = 20_000, seconds: float = 5, **options: object) -> bytes:
         usual = {"ports": [port], "permitted": ["127.0.0.1"], "resolve": lambda name: ["127.0.0.1"]}
-        return fetch(f"http://{host}:{port}/{path}", HOSTS, most, seconds, **(usual | options))
+        return fetch_media(f"http://{host}:{port}/{path}", HOSTS, most, seconds, **(usual | options))
 
     server.seen.clear()
     return got
@@ -273,7 +273,7 @@ def test_attack_port_scan_closed_and_refused_read_the_same(get):
         url, rest = f"http://media.test:{closed}/", {"ports": [closed], "resolve": lambda name: ["127.0.0.1"]}
         for permitted in (["127.0.0.1"], []):
             with pytest.raises(InvalidInput) as caught:
-                fetch(url, HOSTS, 100, 2, permitted=permitted, **rest)
+                fetch_media(url, HOSTS, 100, 2, permitted_addresses=permitted, **rest)
             assert str(caught.value) == UNREACHED
 
 
@@ -318,7 +318,7 @@ def secure(tmp_path_factory):
 def over_tls(secure, host: str, **options: object) -> bytes:
     port, trusted = secure
     usual = {"ports": [port], "permitted": ["127.0.0.1"], "resolve": lambda _: ["127.0.0.1"], "tls": trusted}
-    return fetch(f"https://{host}:{port}/good", HOSTS, 20_000, 5, **(usual | options))
+    return fetch_media(f"https://{host}:{port}/good", HOSTS, 20_000, 5, **(usual | options))
 
 
 def test_tls_to_the_address_that_was_looked_at(secure):

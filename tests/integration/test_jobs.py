@@ -8,10 +8,10 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from sqlalchemy import update
 
-from omnivideo.contracts import Artifact, Job, Step
-from omnivideo.errors import Busy, InvalidInput, JobCancelled, JobFailed, JobLost, StoreError
-from omnivideo.storage.database import engine_for, jobs, metadata, migrate, now
-from omnivideo.storage.jobs import Jobs, outcome
+from omnivideo.contracts import Artifact, Job, StepProgress
+from omnivideo.errors import ServiceBusy, InvalidInput, JobCancelled, JobFailed, JobLost, StoreError
+from omnivideo.storage.database import create_database_engine, jobs, metadata, upgrade_schema, unix_now
+from omnivideo.storage.jobs import JobRepository, result_from_status
 from tests.integration.servers import free_port, postgres
 
 
@@ -19,13 +19,13 @@ from tests.integration.servers import free_port, postgres
 def engine(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     if request.param == "sqlite":
-        engine = engine_for(f"sqlite:///{folder}/service.db")
-        migrate(engine)
+        engine = create_database_engine(f"sqlite:///{folder}/service.db")
+        upgrade_schema(engine)
         yield engine
         return
     with postgres(folder) as address:
-        engine = engine_for(address)
-        migrate(engine)
+        engine = create_database_engine(address)
+        upgrade_schema(engine)
         yield engine
         engine.dispose()
 
@@ -34,7 +34,7 @@ def engine(request, tmp_path_factory):
 def book(engine):
     with engine.connect() as connection:
         connection.execute(jobs.delete())
-    return Jobs(engine)
+    return JobRepository(engine)
 
 
 def job(name: str, prompt: str = "a red ball") -> Job:
@@ -42,18 +42,18 @@ def job(name: str, prompt: str = "a red ball") -> Job:
 
 
 ARTIFACT = Artifact(
-    key="a.mp4", medium="video", width=64, height=64, frames=9, fps=8, about="a red ball", made_by="one"
+    key="a.mp4", medium="video", width=64, height=64, frames=9, fps=8, caption="a red ball", created_by="one"
 )
 
 
-def silence(book: Jobs, name: str) -> None:
+def silence(book: JobRepository, name: str) -> None:
     """As if the job's worker had not been heard of for an hour."""
     with book.engine.connect() as connection:
-        connection.execute(update(jobs).where(jobs.c.id == name).values(beat=now() - 3600.0, told=now() - 3600.0))
+        connection.execute(update(jobs).where(jobs.c.id == name).values(beat=unix_now() - 3600.0, told=unix_now() - 3600.0))
 
 
 def test_migrations_make_the_tables_that_the_code_speaks_of(engine):
-    migrate(engine)  # again: nothing is left to do
+    upgrade_schema(engine)  # again: nothing is left to do
     with engine.connect() as connection:
         assert compare_metadata(MigrationContext.configure(connection), metadata) == []
 
@@ -63,12 +63,12 @@ def test_a_job_is_drawn_once(book):
     claim = book.claim("worker")
     assert (claim.job, claim.attempt, claim.point) == (job("one"), 1, None)
     assert book.claim("worker") is None
-    assert book.beat(claim, Step(step=3, steps=20, left=1.5), preview="p.png", point="x.safetensors")
+    assert book.beat(claim, StepProgress(step=3, steps=20, eta_seconds=1.5), preview="p.png", point="x.safetensors")
     seen = book.status("one")
     assert (seen.state, seen.step, seen.steps, seen.left, seen.preview) == ("running", 3, 20, 1.5, "p.png")
-    assert outcome(seen) is None
+    assert result_from_status(seen) is None
     book.finish(claim, ARTIFACT)
-    assert outcome(book.status("one")) == ARTIFACT
+    assert result_from_status(book.status("one")) == ARTIFACT
     with pytest.raises(JobLost):
         book.beat(claim)
 
@@ -99,14 +99,14 @@ def test_owners_take_turns(book):
 
 
 def test_bounds_are_kept(engine, book):
-    small = Jobs(engine, most=3, most_each=2)
+    small = JobRepository(engine, max_open_jobs=3, max_open_jobs_per_owner=2)
     small.submit(job("ann0"), owner="ann")
     small.submit(job("ann1"), owner="ann")
-    with pytest.raises(Busy) as full:
+    with pytest.raises(ServiceBusy) as full:
         small.submit(job("ann2"), owner="ann")
-    assert full.value.after > 0
+    assert full.value.retry_after_seconds > 0
     small.submit(job("bob0"), owner="bob")
-    with pytest.raises(Busy):
+    with pytest.raises(ServiceBusy):
         small.submit(job("cid0"), owner="cid")
     assert not small.submit(job("bob0"), owner="bob")  # what is known already is no new work
 
@@ -114,7 +114,7 @@ def test_bounds_are_kept(engine, book):
 def test_a_silent_workers_job_goes_to_another_one_from_its_point(book):
     book.submit(job("one"))
     late = book.claim("first")
-    book.beat(late, Step(step=8, steps=20, left=1.0), point="x.safetensors")
+    book.beat(late, StepProgress(step=8, steps=20, eta_seconds=1.0), point="x.safetensors")
     assert book.reap(5.0) == []
     silence(book, "one")
     assert book.reap(5.0) == ["one"]
@@ -135,7 +135,7 @@ def test_a_job_that_silences_three_workers_fails(book):
         book.reap(5.0)
     assert book.claim("w") is None
     with pytest.raises(JobFailed, match="it stopped 3 workers in a row") as failed:
-        outcome(book.status("one"))
+        result_from_status(book.status("one"))
     assert failed.value.code == "poison"
 
 
@@ -144,7 +144,7 @@ def test_cancelling(book):
     book.submit(job("runs"))
     book.cancel("waits")
     with pytest.raises(JobCancelled):
-        outcome(book.status("waits"))
+        result_from_status(book.status("waits"))
     claim = book.claim("w")
     assert claim.job.id == "runs" and book.beat(claim)
     book.cancel("runs")
@@ -194,7 +194,7 @@ def test_many_workers_never_share_a_job(book):
 def test_a_database_that_is_away_is_said():
     began = time.monotonic()
     with pytest.raises(StoreError, match="database: it does not answer"):
-        Jobs(engine_for(f"postgresql://test@127.0.0.1:{free_port()}/postgres")).submit(job("one"))
+        JobRepository(create_database_engine(f"postgresql://test@127.0.0.1:{free_port()}/postgres")).submit(job("one"))
     assert time.monotonic() - began < 10
 
 
@@ -213,7 +213,7 @@ def test_a_pack_is_the_next_of_the_batch_lane_and_half_of_it_at_most(book):
     assert [claim.job.id for claim in claims] == ["line0", "line1", "line3"]  # 4 wait that are alike: 2 of them
     assert {claim.pack for claim in claims} == {("line0", "line1", "line3")}
     assert all(book.status(claim.job.id).state == "running" for claim in claims)
-    assert book.beat_all(claims, Step(step=2, steps=9, left=1.0), point="x.safetensors") == {
+    assert book.beat_all(claims, StepProgress(step=2, steps=9, eta_seconds=1.0), point="x.safetensors") == {
         "line0": True, "line1": True, "line3": True
     }  # fmt: skip
     book.cancel("line1")

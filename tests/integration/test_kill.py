@@ -14,14 +14,14 @@ from pathlib import Path
 import torch
 from langgraph.checkpoint.sqlite import SqliteSaver
 
-from omnivideo.agent.graph import Planner, prompts_for
+from omnivideo.agent.graph import Planner, load_prompts
 from omnivideo.agent.thread import Thread
 from omnivideo.backends.decoder.local import LocalQueue
-from omnivideo.backends.decoder.painter import Painter
-from omnivideo.backends.media import attached
+from omnivideo.backends.decoder.painter import Renderer
+from omnivideo.backends.media import store_user_file
 from omnivideo.backends.mllm.local import LocalMLLM
-from omnivideo.contracts import Artifact, Ask, Routed
-from omnivideo.storage.local import LocalStore
+from omnivideo.contracts import Artifact, MLLMRequest, Route
+from omnivideo.storage.local import LocalObjectStore
 from tests.twins import ScriptedMLLM
 
 KILLS = int(os.environ.get("OMNIVIDEO_KILLS", "6"))
@@ -34,32 +34,32 @@ class HalfScripted(LocalMLLM):
 
     script = ScriptedMLLM()
 
-    def route(self, ask: Ask) -> Routed:
-        return self.script.route(ask)
+    def route(self, request: MLLMRequest) -> Route:
+        return self.script.route(request)
 
-    def write(self, ask: Ask, most: int | None = None):
-        yield from self.script.write(ask)
+    def stream_text(self, request: MLLMRequest, most: int | None = None):
+        yield from self.script.stream_text(request)
 
-    def agreement(self, ask: Ask) -> float:
-        return 0.4 if "red" in ask.text else 0.9
+    def score_agreement(self, request: MLLMRequest) -> float:
+        return 0.4 if "red" in request.text else 0.9
 
 
 def thread_in(home: Path, omni) -> Thread:
     home.mkdir(exist_ok=True)
-    store = LocalStore(home / "store")
-    planner = Planner(HalfScripted(omni, store), LocalQueue(Painter(omni, store, "random")), prompts_for("tiny"))
+    store = LocalObjectStore(home / "store")
+    planner = Planner(HalfScripted(omni, store), LocalQueue(Renderer(omni, store, "random")), load_prompts("tiny"))
     saver = SqliteSaver(sqlite3.connect(home / "threads.sqlite", check_same_thread=False))
-    thread = Thread(planner.graph(saver), "talk", lambda path, made_by: attached(store, path, made_by))
-    return thread if thread.exists() else thread.begin()
+    thread = Thread(planner.build_graph(saver), "talk", lambda path, made_by: store_user_file(store, path, made_by))
+    return thread if thread.exists() else thread.initialize_state()
 
 
 def talk_on(home: Path, omni) -> list[Artifact]:
     """Says what is left to say."""
     thread = thread_in(home, omni)
     list(thread.resume())
-    for text in SAID[len(thread.history()) :]:
+    for text in SAID[len(thread.get_turns()) :]:
         list(thread.send(text, steps=3, check=2))
-    return thread.artifacts()
+    return thread.get_artifacts()
 
 
 def killed_after(seconds: float, home: Path, omni) -> bool:
@@ -80,7 +80,7 @@ def test_killed_conversations_end_with_the_same_artifacts(omni, tmp_path):
     torch.set_num_threads(1)  # a forked child cannot use the parent's pool
     try:
         began = time.perf_counter()
-        expected = [(one.key, one.source, one.made_by) for one in talk_on(tmp_path / "whole", omni)]
+        expected = [(one.key, one.source, one.created_by) for one in talk_on(tmp_path / "whole", omni)]
         whole = time.perf_counter() - began
         rng, kills, conversation = random.Random(0), 0, 0
         while kills < KILLS:
@@ -88,7 +88,7 @@ def test_killed_conversations_end_with_the_same_artifacts(omni, tmp_path):
             conversation += 1
             while kills < KILLS and killed_after(rng.uniform(0, 0.6) * whole, home, omni):
                 kills += 1
-            assert [(one.key, one.source, one.made_by) for one in talk_on(home, omni)] == expected
+            assert [(one.key, one.source, one.created_by) for one in talk_on(home, omni)] == expected
     finally:
         torch.set_num_threads(threads)
     assert len(expected) == 4

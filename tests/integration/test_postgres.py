@@ -2,12 +2,12 @@
 
 import pytest
 
-from omnivideo.agent.graph import Planner, prompts_for
+from omnivideo.agent.graph import Planner, load_prompts
 from omnivideo.agent.thread import Thread
-from omnivideo.contracts import Finished
-from omnivideo.conversations import saver_for
+from omnivideo.contracts import TurnCompleted
+from omnivideo.conversations import open_checkpointer
 from omnivideo.errors import InvalidInput
-from omnivideo.settings import service
+from omnivideo.settings import load_settings
 from tests.integration.servers import free_port, postgres
 from tests.twins import InstantQueue, ScriptedMLLM
 
@@ -24,10 +24,10 @@ def thread_in(address):
     opened = []
 
     def opening(name: str) -> Thread:
-        opened.append(saver := saver_for(service(database=address)))
-        graph = Planner(ScriptedMLLM(), InstantQueue(), prompts_for("tiny")).graph(saver)
+        opened.append(saver := open_checkpointer(load_settings(database=address)))
+        graph = Planner(ScriptedMLLM(), InstantQueue(), load_prompts("tiny")).build_graph(saver)
         thread = Thread(graph, name, lambda path, made_by: None)
-        return thread if thread.exists() else thread.begin()
+        return thread if thread.exists() else thread.initialize_state()
 
     yield opening
     for saver in opened:
@@ -36,7 +36,7 @@ def thread_in(address):
 
 def test_a_thread_lives_on_in_another_connection(thread_in):
     thread = thread_in("talk")
-    assert isinstance(list(thread.send("a red ball; make it blue"))[-1], Finished)
+    assert isinstance(list(thread.send("a red ball; make it blue"))[-1], TurnCompleted)
     again = thread_in("talk")
     assert [turn.text for turn in again.history()] == ["a red ball; make it blue"]
     made = list(again.fork(1, "branch").send("make it green"))[-1].turn.done[0].artifact
@@ -50,10 +50,10 @@ def test_a_cut_turn_goes_on(thread_in):
         next(running)
     del running
     again = thread_in("cut")
-    assert isinstance(list(again.resume())[-1], Finished)
+    assert isinstance(list(again.resume())[-1], TurnCompleted)
     assert [one.about for one in again.artifacts()] == ["a red ball", "make it blue"]
 
 
 def test_a_server_that_is_not_there_is_said():
     with pytest.raises(InvalidInput, match="OMNIVIDEO_DATABASE: the server cannot be reached"):
-        saver_for(service(database=f"postgresql://test@127.0.0.1:{free_port()}/postgres"))
+        open_checkpointer(load_settings(database=f"postgresql://test@127.0.0.1:{free_port()}/postgres"))

@@ -7,48 +7,48 @@ import pytest
 from sqlalchemy import delete, update
 
 from omnivideo.contracts import Artifact, Job
-from omnivideo.errors import Busy, InvalidInput, StoreError
-from omnivideo.storage.database import batches, deliveries, engine_for, files, hooks, jobs, lines, now
-from omnivideo.storage.jobs import Jobs
-from omnivideo.storage.records import Records
+from omnivideo.errors import ServiceBusy, InvalidInput, StoreError
+from omnivideo.storage.database import batches, webhook_deliveries, create_database_engine, files, webhooks, jobs, batch_lines, unix_now
+from omnivideo.storage.jobs import JobRepository
+from omnivideo.storage.records import RecordRepository
 from tests.integration.servers import free_port
 from tests.integration.test_jobs import engine  # noqa: F401 (a fixture)
 
 
 @pytest.fixture
 def records(engine):  # noqa: F811
-    made = Records(engine)
-    for table in (jobs, files, batches, lines, hooks, deliveries):
-        made.all(delete(table))
+    made = RecordRepository(engine)
+    for table in (jobs, files, batches, batch_lines, webhooks, webhook_deliveries):
+        made.fetch_all(delete(table))
     return made
 
 
-def submit(records: Records, name: str, owner: str = "ann", kind: str = "video") -> None:
+def submit(records: RecordRepository, name: str, owner: str = "ann", kind: str = "video") -> None:
     job = Job(id=name, task="text-to-video", prompt="a", visual_tokens=None, source=None, seed=1)
-    Jobs(records.engine).submit(job, owner, kind=kind, meta={"size": "64x64"})
+    JobRepository(records.engine).submit(job, owner, kind=kind, meta={"size": "64x64"})
 
 
-def end(records: Records) -> str:
-    book = Jobs(records.engine)
-    claim = book.claim("w")
-    made = Artifact(key="a.mp4", medium="video", width=64, height=64, frames=9, fps=8, about="a", made_by=claim.job.id)
-    book.finish(claim, made)
+def end(records: RecordRepository) -> str:
+    book = JobRepository(records.engine)
+    claim = book.claim_next_job("w")
+    made = Artifact(key="a.mp4", medium="video", width=64, height=64, frames=9, fps=8, caption="a", created_by=claim.job.id)
+    book.mark_done(claim, made)
     return claim.job.id
 
 
-def file(records: Records, name: str, owner: str = "ann", **given):
+def file(records: RecordRepository, name: str, owner: str = "ann", **given):
     values = {"name": "a", "purpose": "batch", "bytes": 1, "key": f"{name}.bin", "artifact": None} | given
-    return records.add_file(owner, id=name, **values)
+    return records.create_file(owner, id=name, **values)
 
 
-def batch(records: Records, name: str, owner: str = "ann", most: int = 9):
-    return records.add_batch(owner, most, id=name, endpoint="/v1/videos", input="file", meta={"a": "b"}, times={})
+def batch(records: RecordRepository, name: str, owner: str = "ann", most: int = 9):
+    return records.create_batch(owner, most, id=name, endpoint="/v1/videos", input="file", meta={"a": "b"}, times={})
 
 
 def test_pages_follow_each_other_whatever_their_moment(records):
     for at in range(7):
         submit(records, f"job{at}")
-    records.all(update(jobs).where(jobs.c.id.in_(["job2", "job3", "job4"])).values(made=now()))
+    records.all(update(jobs).where(jobs.c.id.in_(["job2", "job3", "job4"])).values(made=unix_now()))
     for newest in (True, False):
         seen, after, more = [], None, True
         while more:
@@ -95,7 +95,7 @@ def test_open_batches_of_one_owner_are_bounded(records):
         {"a": "b"},
         None,
     )
-    with pytest.raises(Busy):
+    with pytest.raises(ServiceBusy):
         batch(records, "two", most=1)
     assert batch(records, "two", owner="bob", most=1)
     records.move(one, "failed", trouble=[{"code": "x"}])
@@ -108,10 +108,10 @@ def test_a_batch_has_one_runner_until_it_falls_silent(records):
     assert row.id == "one" and records.take_batch("second", 5.0) is None
     assert records.move(row, "in_progress", "first", counts={"total": 1, "completed": 0, "failed": 0})
     assert not records.move(row, "failed", "first")  # it has moved on
-    records.all(update(batches).values(beat=now() - 60.0))
+    records.all(update(batches).values(beat=unix_now() - 60.0))
     records.beat_batches("first", ["one"])
     assert records.take_batch("second", 5.0) is None
-    records.all(update(batches).values(beat=now() - 60.0))
+    records.all(update(batches).values(beat=unix_now() - 60.0))
     taken = records.take_batch("second", 5.0)
     assert taken.runner == "second" and records.held_batch("one", "first") is None
     assert not records.move(taken, "finalizing", "first") and "in_progress_at" in taken.times
@@ -128,8 +128,8 @@ def test_lines_are_kept_once(records):
     assert not records.lines("one", 0, 9)
 
 
-def hook(records: Records, name: str, most: int = 9):
-    return records.add_hook("ann", most, id=name, url="https://a.test/", secret="whsec_", name="a", events=["x"])
+def hook(records: RecordRepository, name: str, most: int = 9):
+    return records.create_webhook("ann", most, id=name, url="https://a.test/", secret="whsec_", name="a", events=["x"])
 
 
 def test_hooks_of_one_owner_are_bounded(records):
@@ -182,8 +182,8 @@ def test_many_senders_and_runners_never_share(records):
 
 
 def test_a_database_that_is_away_is_said():
-    away = Records(engine_for(f"postgresql://test@127.0.0.1:{free_port()}/postgres"))
+    away = RecordRepository(create_database_engine(f"postgresql://test@127.0.0.1:{free_port()}/postgres"))
     began = time.monotonic()
     with pytest.raises(StoreError, match="database: it does not answer"):
-        away.file("a", "ann")
+        away.get_file("a", "ann")
     assert time.monotonic() - began < 10

@@ -10,17 +10,17 @@ import httpx
 import pytest
 import uvicorn
 
-from omnivideo.backends.decoder.painter import Painter
+from omnivideo.backends.decoder.painter import Renderer
 from omnivideo.backends.mllm import remote
 from omnivideo.backends.mllm.local import LocalMLLM
 from omnivideo.backends.mllm.remote import RemoteMLLM
-from omnivideo.backends.mllm.server import Lately, mllm_app
-from omnivideo.contracts import Artifact, Ask
-from omnivideo.errors import ModelAway
-from omnivideo.settings import service as chosen
-from omnivideo.storage.local import LocalStore
-from omnivideo.storage.memory import MemoryStore
-from omnivideo.wiring import Wiring
+from omnivideo.backends.mllm.server import LRUObjectStore, create_mllm_app
+from omnivideo.contracts import Artifact, MLLMRequest
+from omnivideo.errors import ModelUnavailable
+from omnivideo.settings import load_settings as chosen
+from omnivideo.storage.local import LocalObjectStore
+from omnivideo.storage.memory import MemoryObjectStore
+from omnivideo.wiring import ServiceWiring
 from tests.integration.api_server import serving as serving_api
 from tests.integration.servers import free_port
 from tests.integration.test_kill import HalfScripted
@@ -28,7 +28,7 @@ from tests.integration.test_kill import HalfScripted
 
 @contextmanager
 def serving(mllm, port: int):
-    server = uvicorn.Server(uvicorn.Config(mllm_app(mllm), port=port, log_level="warning"))
+    server = uvicorn.Server(uvicorn.Config(create_mllm_app(mllm), port=port, log_level="warning"))
     running = threading.Thread(target=server.run, daemon=True)
     running.start()
     until = time.monotonic() + 20
@@ -43,7 +43,7 @@ def serving(mllm, port: int):
 
 @pytest.fixture(scope="module")
 def local(omni, tmp_path_factory):
-    return LocalMLLM(omni, LocalStore(tmp_path_factory.mktemp("store")))
+    return LocalMLLM(omni, LocalObjectStore(tmp_path_factory.mktemp("store")))
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +53,8 @@ def asks(local):
     path = local.store.folder / "red.png"
     Image.new("RGB", (64, 64), "red").save(path)
     key = local.store.put(path.read_bytes(), "png")
-    shown = Artifact(key=key, medium="image", width=64, height=64, frames=1, fps=1.0, about="red", made_by="test")
-    return [Ask(text="a red ball"), Ask(text="what is this?", shown=(shown,)), Ask(text="a coin", system="think")]
+    shown = Artifact(key=key, medium="image", width=64, height=64, frames=1, fps=1.0, caption="red", created_by="test")
+    return [MLLMRequest(text="a red ball"), MLLMRequest(text="what is this?", artifacts=(shown,)), MLLMRequest(text="a coin", system="think")]
 
 
 def test_the_same_answers_from_both(local, asks):
@@ -63,9 +63,9 @@ def test_the_same_answers_from_both(local, asks):
         away = RemoteMLLM(f"http://127.0.0.1:{port}", local.store)
         for ask in asks:
             assert away.route(ask) == local.route(ask)
-            assert "".join(away.write(ask)) == "".join(local.write(ask))
-            assert away.agreement(ask) == local.agreement(ask)
-            assert away.visual_tokens(ask, "video") == local.visual_tokens(ask, "video")
+            assert "".join(away.stream_text(ask)) == "".join(local.write(ask))
+            assert away.score_agreement(ask) == local.agreement(ask)
+            assert away.predict_visual_tokens(ask, "video") == local.visual_tokens(ask, "video")
         away.close()
 
 
@@ -74,8 +74,8 @@ class Breaking(LocalMLLM):
 
     broken = False
 
-    def write(self, ask: Ask, most: int | None = None):
-        for at, piece in enumerate(super().write(ask, most)):
+    def stream_text(self, request: MLLMRequest, most: int | None = None):
+        for at, piece in enumerate(super().stream_text(request, most)):
             if at == 3 and not self.broken:
                 self.broken = True
                 raise RuntimeError("the server falls over")
@@ -86,18 +86,18 @@ def test_an_answer_that_is_cut_is_said_on_and_not_again(local, asks, caplog):
     port, breaking = free_port(), Breaking(local.omni, local.store)
     with serving(breaking, port):
         away = RemoteMLLM(f"http://127.0.0.1:{port}", local.store)
-        assert "".join(away.write(asks[0])) == "".join(local.write(asks[0]))
+        assert "".join(away.stream_text(asks[0])) == "".join(local.write(asks[0]))
         away.close()
     assert breaking.broken
 
 
 def test_a_model_that_is_away_is_said(asks, monkeypatch):
     monkeypatch.setattr(remote, "TRIES", 2)
-    away = RemoteMLLM(f"http://127.0.0.1:{free_port()}", MemoryStore())
-    with pytest.raises(ModelAway, match="the language model is starting or away"):
+    away = RemoteMLLM(f"http://127.0.0.1:{free_port()}", MemoryObjectStore())
+    with pytest.raises(ModelUnavailable, match="the language model is starting or away"):
         away.route(asks[0])
-    with pytest.raises(ModelAway):
-        list(away.write(asks[0]))
+    with pytest.raises(ModelUnavailable):
+        list(away.stream_text(asks[0]))
     away.close()
 
 
@@ -110,8 +110,8 @@ def begun(http: httpx.Client, text: str) -> str:
 def test_a_turn_waits_for_a_language_model_that_is_starting(omni, tmp_path, monkeypatch):
     monkeypatch.setattr(remote, "TRIES", 1)
     port = free_port()
-    wiring = Wiring(chosen(home=tmp_path, mllm=f"http://127.0.0.1:{port}"), "cpu")
-    wiring.painter = Painter(omni, wiring.store, "random")  # type: ignore[misc]
+    wiring = ServiceWiring(chosen(home=tmp_path, mllm=f"http://127.0.0.1:{port}"), "cpu")
+    wiring.renderer = Renderer(omni, wiring.store, "random")  # type: ignore[misc]
     with serving_api(wiring) as address, httpx.Client(base_url=address, timeout=60, trust_env=False) as http:
         assert http.get("/ready").json() == {"status": "ready", "language_model": "starting"}
         assert "omnivideo_language_model_up 0.0" in http.get("/metrics").text
@@ -119,7 +119,7 @@ def test_a_turn_waits_for_a_language_model_that_is_starting(omni, tmp_path, monk
         with http.stream("GET", f"{turn}/events") as events:
             lines = (line for line in events.iter_lines() if line.startswith("event: "))
             assert "event: waiting" in (next(lines), next(lines))
-            with serving(HalfScripted(omni, Lately()), port):
+            with serving(HalfScripted(omni, LRUObjectStore()), port):
                 assert "event: waiting" not in (told := list(lines)) and told[-1] == "event: done"
                 assert http.get("/ready").json()["language_model"] == "ready"
                 assert "omnivideo_language_model_up 1.0" in http.get("/metrics").text

@@ -22,16 +22,16 @@ from pathlib import Path
 import pytest
 import urllib3
 
-from omnivideo.errors import InvalidInput, NotStored, StoreError
-from omnivideo.storage.local import DAY, LocalStore
-from omnivideo.storage.memory import MemoryStore
+from omnivideo.errors import InvalidInput, ArtifactNotFound, StoreError
+from omnivideo.storage.local import DAY_SECONDS, LocalObjectStore
+from omnivideo.storage.memory import MemoryObjectStore
 from omnivideo.storage.tensors import get_tensors, put_tensors
 from tests.integration.s3_server import ACCESS_KEY, SECRET_KEY, S3Server, moto_server, s3_server
 
 minio = pytest.importorskip("minio", reason="minio is not here (pip install minio): the S3 store was not tested")
 from omnivideo.storage import minio as ours  # noqa: E402
 from omnivideo.storage import s3 as connection  # noqa: E402
-from omnivideo.storage.minio import RULE, S3Store  # noqa: E402
+from omnivideo.storage.minio import LIFECYCLE_RULE_ID, S3ObjectStore  # noqa: E402
 
 MISSING = "0" * 64 + ".mp4"
 
@@ -43,25 +43,25 @@ def server(tmp_path_factory):
 
 
 @pytest.fixture
-def s3(server) -> S3Store:
+def s3(server) -> S3ObjectStore:
     """In a bucket of its own, which is not there yet."""
     return store_on(server.address)
 
 
-def store_on(address: str, bucket: str = "", **more) -> S3Store:
-    return S3Store(address, bucket or f"b{random.getrandbits(64):x}", ACCESS_KEY, SECRET_KEY, **more)
+def store_on(address: str, bucket: str = "", **more) -> S3ObjectStore:
+    return S3ObjectStore(address, bucket or f"b{random.getrandbits(64):x}", ACCESS_KEY, SECRET_KEY, **more)
 
 
 @pytest.fixture(params=["memory", "local", "s3"])
 def store(request, tmp_path):
     if request.param == "s3":
         return request.getfixturevalue("s3")
-    return MemoryStore() if request.param == "memory" else LocalStore(tmp_path / "store")
+    return MemoryObjectStore() if request.param == "memory" else LocalObjectStore(tmp_path / "store")
 
 
 @pytest.fixture(params=["local", "s3"])
 def sweeping(request, tmp_path):
-    return request.getfixturevalue("s3") if request.param == "s3" else LocalStore(tmp_path / "store")
+    return request.getfixturevalue("s3") if request.param == "s3" else LocalObjectStore(tmp_path / "store")
 
 
 # The contract.
@@ -77,17 +77,17 @@ def test_bytes_come_back_under_the_digest_of_what_they_are(store):
 
 def test_what_is_not_there_is_not_stored(store):
     assert not store.has(MISSING)
-    with pytest.raises(NotStored, match=f"there is no artifact {MISSING}"):
+    with pytest.raises(ArtifactNotFound, match=f"there is no artifact {MISSING}"):
         store.get(MISSING)
     store.put(b"something", "mp4")
     assert not store.has(MISSING)
-    with pytest.raises(NotStored, match=f"there is no artifact {MISSING}"):
+    with pytest.raises(ArtifactNotFound, match=f"there is no artifact {MISSING}"):
         store.get(MISSING)
 
 
 @pytest.mark.parametrize("key", ["../../etc/passwd", "", "x.mp4", MISSING.upper(), MISSING + "/..", MISSING + "?acl"])
 def test_what_is_no_key_reaches_nothing(store, key):
-    with pytest.raises(NotStored, match=r"^store: "):
+    with pytest.raises(ArtifactNotFound, match=r"^store: "):
         store.get(key)
 
 
@@ -123,10 +123,10 @@ def test_the_sweep_leaves_what_is_referred_to_and_what_is_young(sweeping):
 # A sweep and a put of the same bytes at the same time.
 
 
-class PutMeanwhile(S3Store):
+class PutMeanwhile(S3ObjectStore):
     """Somebody puts the same bytes again while a sweep is between looking and deleting."""
 
-    other: S3Store
+    other: S3ObjectStore
     putting: threading.Thread | None = None
 
     def remove(self, names: list[str]) -> None:
@@ -134,10 +134,10 @@ class PutMeanwhile(S3Store):
             self.putting = threading.Thread(target=self.other.put, args=(b"clip", "mp4"))
             self.putting.start()
             time.sleep(0.4)  # in which the put uploads
-        super().remove(names)
+        super().remove_objects(names)
 
 
-def swept_and_put(s3: S3Store, server: S3Server) -> bool:
+def swept_and_put(s3: S3ObjectStore, server: S3Server) -> bool:
     """Whether the clip is there after a sweep and a put that met."""
     key = s3.put(b"clip", "mp4")
     sweeper = PutMeanwhile(server.address, s3.bucket, ACCESS_KEY, SECRET_KEY)
@@ -192,7 +192,7 @@ def test_the_mark_of_a_killed_sweep_is_void_after_its_time(s3, monkeypatch):
 def test_prefixes_keep_apart(server):
     one, two = (store_on(server.address, "shared", prefix=prefix) for prefix in ("one", "/two/deep/"))
     key = one.put(b"clip", "mp4")
-    assert one.has(key) and not two.has(key) and list(two.keys()) == []
+    assert one.has(key) and not two.has(key) and list(two.iter_keys()) == []
     assert two.put(b"clip", "mp4") == key
     assert two.sweep(set(), 0) == [key]
     assert one.has(key) and not two.has(key)
@@ -204,11 +204,11 @@ def test_prefixes_keep_apart(server):
 def test_a_wrong_secret_is_said_clearly(server):
     store_on(server.address, "secrets").put(b"clip", "mp4")
     for access, secret in ((ACCESS_KEY, "wrong-secret"), ("somebody", SECRET_KEY)):
-        stranger = S3Store(server.address, "secrets", access, secret)
+        stranger = S3ObjectStore(server.address, "secrets", access, secret)
         for ask, *given in (
             (stranger.put, b"more", "mp4"), (stranger.get, MISSING), (stranger.has, MISSING), (stranger.sweep, set()),
-            (stranger.part, MISSING, 0, 1), (stranger.size, MISSING), (stranger.clean_uploads,),
-            (stranger.set_lifetime, 1),
+            (stranger.read_range, MISSING, 0, 1), (stranger.get_size, MISSING), (stranger.abort_stale_uploads,),
+            (stranger.set_lifecycle_expiration, 1),
         ):  # fmt: skip
             with pytest.raises(StoreError) as caught:
                 ask(*given)
@@ -300,14 +300,14 @@ def test_a_server_that_hangs(monkeypatch):
 def test_addresses_that_cannot_be_used(address):
     for given in ({"address": address}, {"address": "http://minio:9000", "public_address": address or "x"}):
         with pytest.raises(InvalidInput, match=r"^S3 address: http://host:port") as caught:
-            S3Store(bucket="clips", access_key="a", secret_key="b", **given)
+            S3ObjectStore(bucket="clips", access_key="a", secret_key="b", **given)
         assert "hunter2" not in str(caught.value)
 
 
 @pytest.mark.parametrize("bucket", ["", "ab", "Clips", "a/b", "x" * 64, "-clips"])
 def test_buckets_that_cannot_be_used(bucket):
     with pytest.raises(InvalidInput, match=r"^S3 bucket: 3 to 63"):
-        S3Store("http://minio:9000", bucket, "a", "b")
+        S3ObjectStore("http://minio:9000", bucket, "a", "b")
 
 
 # Downloads.
@@ -335,11 +335,11 @@ def test_a_signed_address_downloads_with_its_type_until_it_expires(s3):
 
 def test_signed_addresses_name_the_public_server(server):
     store = store_on(server.address, public_address=f"http://localhost:{server.port}")
-    address = store.signed(store.put(b"a clip", "mp4"), 60)
+    address = store.presign_url(store.put(b"a clip", "mp4"), 60)
     assert address.startswith(f"http://localhost:{server.port}/")
     assert download(address)[0] == b"a clip"
     down = store_on("http://127.0.0.1:9", public_address="https://media.example.org")
-    assert down.signed(MISSING, 7 * 86_400).startswith("https://media.example.org/")  # no server is asked
+    assert down.presign_url(MISSING, 7 * 86_400).startswith("https://media.example.org/")  # no server is asked
 
 
 @pytest.mark.parametrize("seconds", [0, -5, 7 * 86_400 + 1])
@@ -357,7 +357,7 @@ def test_parts(s3):
         with pytest.raises(InvalidInput, match=r"^range: "):
             s3.part(key, first, last)
     for ask in (s3.size, lambda key: s3.part(key, 0, 1)):
-        with pytest.raises(NotStored):
+        with pytest.raises(ArtifactNotFound):
             ask(MISSING)
 
 
@@ -389,10 +389,10 @@ def test_a_large_file_is_put_without_being_held(server, tmp_path):
     assert key == f"{digest.hexdigest()}.mp4"
     assert float(grown) < 40  # two parts of 16 MiB and some
     store = store_on(server.address, "large")
-    assert store.size(key) == 64 << 20
+    assert store.get_size(key) == 64 << 20
     again = hashlib.sha256()
     for first in range(0, 64 << 20, 8 << 20):
-        again.update(store.part(key, first, first + (8 << 20) - 1))
+        again.update(store.read_range(key, first, first + (8 << 20) - 1))
     assert again.hexdigest() == digest.hexdigest()
 
 
@@ -419,32 +419,32 @@ def test_a_server_without_lifecycle_rules_says_so(s3):
 
 def test_a_lifetime_by_rule_leaves_other_rules(imitation):
     store = store_on(imitation, prefix="clips")
-    store.set_lifetime(3)
+    store.set_lifecycle_expiration(3)
     theirs = minio.lifecycleconfig.Rule(
         minio.commonconfig.ENABLED, minio.commonconfig.Filter(prefix="logs/"), "theirs",
         expiration=minio.lifecycleconfig.Expiration(days=1),
     )  # fmt: skip
     rules = store.client.get_bucket_lifecycle(store.bucket).rules
     store.client.set_bucket_lifecycle(store.bucket, minio.lifecycleconfig.LifecycleConfig([*rules, theirs]))
-    store.set_lifetime(30)
+    store.set_lifecycle_expiration(30)
     rules = {rule.rule_id: rule for rule in store.client.get_bucket_lifecycle(store.bucket).rules}
-    assert set(rules) == {"theirs", RULE}
-    assert rules[RULE].expiration.days == 30 and rules[RULE].rule_filter.prefix == "clips/"
-    assert rules[RULE].abort_incomplete_multipart_upload.days_after_initiation == 1
+    assert set(rules) == {"theirs", LIFECYCLE_RULE_ID}
+    assert rules[LIFECYCLE_RULE_ID].expiration.days == 30 and rules[LIFECYCLE_RULE_ID].rule_filter.prefix == "clips/"
+    assert rules[LIFECYCLE_RULE_ID].abort_incomplete_multipart_upload.days_after_initiation == 1
     for days in (0, 40_000):
         with pytest.raises(InvalidInput, match=r"^days: 1 to 36500"):
-            store.set_lifetime(days)
+            store.set_lifecycle_expiration(days)
 
 
 def test_unfinished_uploads_end(imitation):
     store = store_on(imitation, prefix="clips")
-    assert store.clean_uploads(0) == 0
+    assert store.abort_stale_uploads(0) == 0
     store.put(b"clip", "mp4")
     for name in ("clips/ab/left", "elsewhere/left"):
         store.client._create_multipart_upload(store.bucket, name, {})
-    assert store.clean_uploads(100 * 366 * DAY) == 0  # younger: perhaps still under way (here all began in 2010)
-    assert store.clean_uploads(0) == 1
-    assert store.clean_uploads(0) == 0
+    assert store.abort_stale_uploads(100 * 366 * DAY_SECONDS) == 0  # younger: perhaps still under way (here all began in 2010)
+    assert store.abort_stale_uploads(0) == 1
+    assert store.abort_stale_uploads(0) == 0
     left = store.client._list_multipart_uploads(store.bucket).uploads
     assert [upload.object_name for upload in left] == ["elsewhere/left"]
 
@@ -457,4 +457,4 @@ def test_the_contract_on_the_imitation_too(imitation, tmp_path):
     path.write_bytes(os.urandom(34 << 20))
     key = store.put_file(path, "mp4")
     assert store.get(key) == path.read_bytes()
-    assert len(store.sweep({key}, 0)) == len(list(store.keys())) + 3
+    assert len(store.sweep({key}, 0)) == len(list(store.iter_keys())) + 3

@@ -16,15 +16,15 @@ import numpy as np
 import pytest
 import torch
 
-from omnivideo.backends.media import encoded
+from omnivideo.backends.media import encode_clip
 from omnivideo.backends.mllm import remote
 from omnivideo.backends.mllm.local import LocalMLLM
 from omnivideo.backends.mllm.remote import RemoteMLLM
-from omnivideo.contracts import Artifact, Ask
-from omnivideo.errors import InvalidInput, ModelAway
+from omnivideo.contracts import Artifact, MLLMRequest
+from omnivideo.errors import InvalidInput, ModelUnavailable
 from omnivideo.models import checkpoint, mllm
-from omnivideo.models.mllm import BOI, BOV, encode
-from omnivideo.storage.local import LocalStore
+from omnivideo.models.mllm import BOI, BOV, tokenize_message
+from omnivideo.storage.local import LocalObjectStore
 from omnivideo.storage.tensors import get_tensors
 from tests.integration.servers import free_port
 from tests.integration.vllm_server import Server
@@ -62,7 +62,7 @@ def loud(weights, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
-    return LocalStore(tmp_path_factory.mktemp("store"))
+    return LocalObjectStore(tmp_path_factory.mktemp("store"))
 
 
 @pytest.fixture(scope="module")
@@ -86,25 +86,25 @@ def away(server, store):
     client.close()
 
 
-def artifact(store: LocalStore, rng: random.Random, video: bool) -> Artifact:
+def artifact(store: LocalObjectStore, rng: random.Random, video: bool) -> Artifact:
     """Noise, or one colour, of some size and length."""
     height, width = rng.choice([(64, 64), (48, 80), (120, 90), (34, 58)])
     count = rng.choice([5, 9, 13, 25]) if video else 1
     pixels = np.random.default_rng(rng.randrange(2**32)).integers(0, 255, (count, height, width, 3), dtype=np.uint8)
     frames = pixels if rng.random() < 0.5 else np.broadcast_to(pixels[:1, :1, :1], pixels.shape).copy()
     fps = rng.choice([8.0, 5.0]) if video else 1.0
-    data, suffix = encoded(frames, fps)
+    data, suffix = encode_clip(frames, fps)
     return Artifact(
         key=store.put(data, suffix), medium="video" if video else "image", width=width, height=height, frames=count,
-        fps=fps, about="", made_by="test",
+        fps=fps, caption="", created_by="test",
     )  # fmt: skip
 
 
-def length(local: LocalMLLM, ask: Ask) -> int:
-    return len(encode(local.omni.mllm_tokenizer, local.message(ask), local.omni.pixels, "<BOI><EOI>").ids)
+def length(local: LocalMLLM, ask: MLLMRequest) -> int:
+    return len(tokenize_message(local.omni.mllm_tokenizer, local.build_message(ask), local.omni.vision_config, "<BOI><EOI>").token_ids)
 
 
-def filled(local: LocalMLLM, ask: Ask, tokens: int) -> Ask:
+def filled(local: LocalMLLM, ask: MLLMRequest, tokens: int) -> MLLMRequest:
     """The ask with words before it, up to that many tokens."""
     return ask.model_copy(update={"text": "no " * (tokens - length(local, ask)) + ask.text})
 
@@ -118,14 +118,14 @@ def asks(local, store):
     for at in range(ASKS):
         count = (0, 1, 1, rng.choice([2, 3]))[at % 4]
         words = rng.choices(WORDS, k=rng.choice([1, 2, 5, 9, 30, 120, 400]))
-        ask = Ask(text=" ".join(words), shown=tuple(rng.sample(media, count)), system=rng.choice([None, "think"]))
+        ask = MLLMRequest(text=" ".join(words), artifacts=tuple(rng.sample(media, count)), system=rng.choice([None, "think"]))
         made.append(ask)
     for at, tokens in ((0, 2000), (3, 3000), (5, LIMIT), (10, LIMIT - 1)):
         made[at] = filled(local, made[at], tokens)
     return made
 
 
-def tokens_of(mllm, ask: Ask) -> torch.Tensor:
+def tokens_of(mllm, ask: MLLMRequest) -> torch.Tensor:
     """For an image and a clip in turn, by the ask's own digest."""
     medium = "video" if len(ask.text) % 2 else "image"
     return get_tensors(mllm.store, mllm.visual_tokens(ask, medium))["visual_tokens"]
@@ -168,10 +168,10 @@ def test_visual_tokens_of_16_at_once(server, away, asks, expected):
     assert metric(server, "prefix_cache_hits_total") > 0
 
 
-def said(local: LocalMLLM, ask: Ask) -> tuple[str, float]:
+def said(local: LocalMLLM, ask: MLLMRequest) -> tuple[str, float]:
     """The twin's answer, and how much the closest of its decisions was decided by, in logits."""
     gaps: list[float] = []
-    pick = mllm.pick
+    pick = mllm.sample_token
 
     def picked(logits, *rest):
         best, second = logits.topk(2).values
@@ -180,7 +180,7 @@ def said(local: LocalMLLM, ask: Ask) -> tuple[str, float]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mllm, "pick", picked)
-        return "".join(local.write(ask)), min(gaps)
+        return "".join(local.stream_text(ask)), min(gaps)
 
 
 def test_answers_are_equal_token_for_token(away, local, asks):
@@ -211,7 +211,7 @@ def test_requests_that_are_turned_out_of_the_cache(server, away, local, asks, ex
     """Long answers grow until others have to begin again."""
     monkeypatch.setattr(LocalMLLM, "most", 300)
     monkeypatch.setattr(RemoteMLLM, "most", 300)
-    writing = [Ask(text=" ".join(random.Random(at).choices(WORDS, k=200))) for at in range(14)]
+    writing = [MLLMRequest(text=" ".join(random.Random(at).choices(WORDS, k=200))) for at in range(14)]
     before = metric(server, "num_preemptions_total")
     with ThreadPoolExecutor(40) as pool:
         written = [pool.submit(lambda ask=ask: "".join(away.write(ask))) for ask in writing]
@@ -225,9 +225,9 @@ def test_requests_that_are_turned_out_of_the_cache(server, away, local, asks, ex
 
 @pytest.mark.parametrize("said", SAID)
 def test_special_tokens_that_are_typed_are_text(away, local, said):
-    ask = Ask(text=said)
-    ids = encode(local.omni.mllm_tokenizer, local.message(ask), local.omni.pixels).ids
-    empty = encode(local.omni.mllm_tokenizer, local.message(Ask(text="")), local.omni.pixels).ids
+    ask = MLLMRequest(text=said)
+    ids = tokenize_message(local.omni.mllm_tokenizer, local.message(ask), local.omni.pixels).token_ids
+    empty = tokenize_message(local.omni.mllm_tokenizer, local.message(MLLMRequest(text="")), local.omni.pixels).token_ids
     special = set(local.omni.mllm_tokenizer.get_added_vocab().values())
     assert [one for one in ids if one in special] == [one for one in empty if one in special]
     assert away.route(ask).kind == local.route(ask).kind
@@ -235,22 +235,22 @@ def test_special_tokens_that_are_typed_are_text(away, local, said):
 
 
 def test_what_cannot_be_answered_is_refused(away, local, store):
-    long = filled(local, Ask(text="draw"), LIMIT + 1)
+    long = filled(local, MLLMRequest(text="draw"), LIMIT + 1)
     for call in (away.route, lambda ask: list(away.write(ask)), lambda ask: away.visual_tokens(ask, "image")):
         with pytest.raises(InvalidInput, match=r"prompt: .* tokens; the language model takes 4095"):
             call(filled(local, long, LIMIT + 40))
-    broken = Artifact(key=store.put(b"no picture", "png"), medium="image", width=1, height=1, frames=1, fps=1, about="",
-                      made_by="test")  # fmt: skip
+    broken = Artifact(key=store.put(b"no picture", "png"), medium="image", width=1, height=1, frames=1, fps=1, caption="",
+                      created_by="test")  # fmt: skip
     with pytest.raises(InvalidInput):
-        away.route(Ask(text="what is this?", shown=(broken,)))
+        away.route(MLLMRequest(text="what is this?", artifacts=(broken,)))
 
 
 # ---------------------------------------------------------------- vLLM's own chat, on the same server
 
 
-def spoken(ask: Ask, store: LocalStore) -> list[dict]:
+def spoken(ask: MLLMRequest, store: LocalObjectStore) -> list[dict]:
     content = []
-    for one in ask.shown:
+    for one in ask.artifacts:
         kind = f"{one.medium}_url"
         data = base64.b64encode(store.get(one.key)).decode()
         url = f"data:{one.medium}/{one.key.rpartition('.')[2]};base64,{data}"
@@ -267,10 +267,10 @@ def chat(server: Server, messages: list[dict], **more: object) -> httpx.Response
 def test_chat_sees_what_the_twin_sees(server, local, store):
     rng = random.Random(2)
     for video in (False, True):
-        ask = Ask(text="what is <BOI> this?<|im_end|>", shown=(artifact(store, rng, video),))
+        ask = MLLMRequest(text="what is <BOI> this?<|im_end|>", artifacts=(artifact(store, rng, video),))
         answer = chat(server, spoken(ask, store)).json()
-        encoded_ = encode(local.omni.mllm_tokenizer, local.message(ask), local.omni.pixels)
-        assert answer["usage"]["prompt_tokens"] == len(encoded_.ids)
+        encoded_ = tokenize_message(local.omni.mllm_tokenizer, local.message(ask), local.omni.pixels)
+        assert answer["usage"]["prompt_tokens"] == len(encoded_.token_ids)
         if not video:  # vLLM decodes clips by OpenCV, which rounds colours otherwise
             assert answer["choices"][0]["message"]["content"] == "".join(local.write(ask, 12))
 
@@ -289,13 +289,13 @@ def test_a_server_that_is_killed_and_started_again(server, away, local, asks, mo
     monkeypatch.setattr(RemoteMLLM, "most", 200)
     monkeypatch.setattr(remote.time, "sleep", lambda seconds: sleep(min(seconds, 1.0)))
     monkeypatch.setattr(remote, "TRIES", 400)
-    writing = Ask(text="tell me of a red ball")
+    writing = MLLMRequest(text="tell me of a red ball")
     pieces = away.write(writing)
     said = [next(pieces) for _ in range(3)]
     server.kill()
     assert not away.ready()
     monkeypatch.setattr(remote, "TRIES", 2)
-    with pytest.raises(ModelAway, match="the language model is starting or away"):
+    with pytest.raises(ModelUnavailable, match="the language model is starting or away"):
         away.route(writing)
     monkeypatch.setattr(remote, "TRIES", 400)
     server.start()

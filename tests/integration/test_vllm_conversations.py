@@ -7,16 +7,16 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 
-from omnivideo.backends.media import encoded
+from omnivideo.backends.media import encode_clip
 from omnivideo.backends.mllm.local import LocalMLLM
 from omnivideo.backends.mllm.remote import RemoteMLLM
-from omnivideo.contracts import Artifact, Ask
-from omnivideo.evaluation.planner import saying, script
-from omnivideo.evaluation.suite import routing_case
-from omnivideo.models.checkpoint import SHIPPED
-from omnivideo.settings import service
+from omnivideo.contracts import Artifact, MLLMRequest
+from omnivideo.evaluation.planner import make_turn_sender, sample_script
+from omnivideo.evaluation.suite import sample_routing_case
+from omnivideo.models.checkpoint import SHIPPED_WEIGHTS_FOLDER
+from omnivideo.settings import load_settings
 from omnivideo.studio import Studio
-from omnivideo.wiring import Wiring
+from omnivideo.wiring import ServiceWiring
 from tests.integration.api_server import serving
 from tests.integration.servers import free_port
 from tests.integration.vllm_server import Server
@@ -24,7 +24,7 @@ from tests.unit.test_conversations import *  # noqa: F403 - the suite as it is
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
-WEIGHTS = SHIPPED / "tiny"
+WEIGHTS = SHIPPED_WEIGHTS_FOLDER / "tiny"
 LABELLED = 400  # as many as `omnivideo evaluate tiny` asks
 
 
@@ -56,21 +56,21 @@ def whole(tmp_path_factory):
     return studio_in(tmp_path_factory.mktemp("whole"))
 
 
-def asked(store, message) -> Ask:
+def asked(store, message) -> MLLMRequest:
     shown = []
     for one in message.media:
-        data, suffix = encoded(one.frames, one.fps)
+        data, suffix = encode_clip(one.frames, one.fps)
         count, height, width, _ = one.frames.shape
         medium = "video" if one.video else "image"
         shown.append(Artifact(key=store.put(data, suffix), medium=medium, width=width, height=height, frames=count,
-                              fps=one.fps, about="", made_by="test"))  # fmt: skip
-    return Ask(text=message.text, shown=tuple(shown))
+                              fps=one.fps, caption="", created_by="test"))  # fmt: skip
+    return MLLMRequest(text=message.text, artifacts=tuple(shown))
 
 
 def test_every_labelled_request_takes_the_same_route(studio):
     rng, away = random.Random("evaluation/routing"), studio.conversations.mllm
     here = LocalMLLM(studio.omni, away.store)
-    asks = [asked(away.store, routing_case(rng)[0]) for _ in range(LABELLED)]
+    asks = [asked(away.store, sample_routing_case(rng)[0]) for _ in range(LABELLED)]
     with ThreadPoolExecutor(16) as pool:
         routed = list(pool.map(away.route, asks))
     expected = [here.route(ask) for ask in asks]
@@ -81,15 +81,15 @@ def test_every_labelled_request_takes_the_same_route(studio):
 def test_a_conversation_of_ten_turns_goes_the_same_way(studio, whole):
     told = []
     for where in (studio, whole):
-        say = saying(where.thread().send)
-        turns = [say(line.text, seed=3, steps=4) for line in script(random.Random(4))]
-        told.append([[(one.goal, one.routed.kind, one.answer) for one in turn.done] for turn in turns if turn])
+        say = make_turn_sender(where.thread().send)
+        turns = [say(line.text, seed=3, steps=4) for line in sample_script(random.Random(4))]
+        told.append([[(one.goal, one.route.kind, one.answer) for one in turn.results] for turn in turns if turn])
     assert told[0] == told[1] and len(told[0]) >= 8  # a turn that asks back says nothing more
 
 
 def test_the_service_goes_on_when_vllm_is_killed_in_the_middle_of_a_turn(server, tmp_path):
     """Killed while it answers and started again: the turn ends as if nothing had been, and nobody asked again."""
-    wiring = Wiring(service(home=tmp_path, mllm=server.address, weights=str(WEIGHTS)), "cpu")
+    wiring = ServiceWiring(load_settings(home=tmp_path, mllm=server.address, weights=str(WEIGHTS)), "cpu")
     words = "draw a big red circle and a small blue square; how many shapes are there?"
     with serving(wiring) as address, httpx.Client(base_url=address, timeout=600, trust_env=False) as http:
         undisturbed, _ = played(http, words, lambda kind: None)

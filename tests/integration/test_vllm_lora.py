@@ -11,13 +11,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from omnivideo.backends.media import encoded
+from omnivideo.backends.media import encode_clip
 from omnivideo.backends.mllm.local import LocalMLLM
 from omnivideo.backends.mllm.remote import RemoteMLLM
-from omnivideo.contracts import Artifact, Ask
+from omnivideo.contracts import Artifact, MLLMRequest
 from omnivideo.models import checkpoint
-from omnivideo.models.omni import Omni
-from omnivideo.storage.local import LocalStore
+from omnivideo.models.omni import OmniVideoModel
+from omnivideo.storage.local import LocalObjectStore
 from omnivideo.storage.tensors import get_tensors
 from tests.integration.servers import free_port
 from tests.integration.vllm_server import Server
@@ -29,7 +29,7 @@ RANK, ALPHA = 24, 48.0  # above vLLM's own limit of 16
 ASKS = ("a red ball moves left", "what is this?", "make it snow", "draw " * 100 + "a small star")
 
 
-def adapted(omni: Omni, folder: Path) -> Path:
+def adapted(omni: OmniVideoModel, folder: Path) -> Path:
     """Writes a LoRA for every linear layer of the language model, and merges it into `omni`."""
     generator = torch.Generator().manual_seed(7)
     tensors, targets = {}, set()
@@ -58,7 +58,7 @@ def twins(vllm_python, weights, tmp_path_factory):
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, 0, 0.08)
     checkpoint.save(omni, folder / "tiny")
-    store = LocalStore(folder / "store")
+    store = LocalObjectStore(folder / "store")
     base, merged = (LocalMLLM(checkpoint.load(folder / "tiny"), store) for _ in range(2))
     lora = adapted(merged.omni, folder / "adapter")
     server = Server(vllm_python, folder / "tiny", folder, free_port(), lora=lora).start()
@@ -70,12 +70,12 @@ def twins(vllm_python, weights, tmp_path_factory):
         server.stop()
 
 
-def asks(store: LocalStore) -> list[Ask]:
+def asks(store: LocalObjectStore) -> list[MLLMRequest]:
     frames = np.random.default_rng(1).integers(0, 255, (9, 64, 64, 3), dtype=np.uint8)
-    data, suffix = encoded(frames, 8.0)
-    clip = Artifact(key=store.put(data, suffix), medium="video", width=64, height=64, frames=9, fps=8.0, about="",
-                    made_by="test")  # fmt: skip
-    return [*(Ask(text=text) for text in ASKS), Ask(text="how does it move?", shown=(clip,))]
+    data, suffix = encode_clip(frames, 8.0)
+    clip = Artifact(key=store.put(data, suffix), medium="video", width=64, height=64, frames=9, fps=8.0, caption="",
+                    created_by="test")  # fmt: skip
+    return [*(MLLMRequest(text=text) for text in ASKS), MLLMRequest(text="how does it move?", artifacts=(clip,))]
 
 
 def test_every_answer_is_that_of_the_merged_twin(twins, monkeypatch):

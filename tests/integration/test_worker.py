@@ -9,20 +9,20 @@ import pytest
 import torch
 
 from omnivideo.backends.broker import Reaper
-from omnivideo.backends.decoder.painter import Painter
-from omnivideo.backends.decoder.worker import Habits, Worker, packed, unpacked
-from omnivideo.backends.decoder.workers import LocalWorkers
+from omnivideo.backends.decoder.painter import Renderer
+from omnivideo.backends.decoder.worker import WorkerConfig, Worker, pack_state, unpack_state
+from omnivideo.backends.decoder.workers import InProcessWorker
 from omnivideo.backends.jobs import DurableQueue
-from omnivideo.contracts import Artifact, Given, Job, Preview, Step
+from omnivideo.contracts import Artifact, SamplingOverrides, Job, Preview, StepProgress
 from omnivideo.errors import JobCancelled, JobFailed
-from omnivideo.models.sampling import Point
-from omnivideo.models.vae import decode, to_bytes
-from omnivideo.storage.database import engine_for, migrate
-from omnivideo.storage.jobs import Jobs
-from omnivideo.storage.local import LocalStore
+from omnivideo.models.sampling import DenoisingState
+from omnivideo.models.vae import decode_latents, pixels_to_bytes
+from omnivideo.storage.database import create_database_engine, upgrade_schema
+from omnivideo.storage.jobs import JobRepository
+from omnivideo.storage.local import LocalObjectStore
 from omnivideo.storage.tensors import get_tensors
 
-HABITS = Habits(every=2, apart=0.0, silent=1.0)
+HABITS = WorkerConfig(save_every_steps=2, save_every_seconds=0.0, heartbeat_timeout_seconds=1.0)
 
 
 class Place:
@@ -31,12 +31,12 @@ class Place:
     def __init__(self, folder, omni):
         self.omni = omni
         self.address = f"sqlite:///{folder}/service.sqlite"
-        self.store = LocalStore(folder / "store")
-        migrate(engine_for(self.address))
-        self.jobs = Jobs(engine_for(self.address))
+        self.store = LocalObjectStore(folder / "store")
+        upgrade_schema(create_database_engine(self.address))
+        self.jobs = JobRepository(create_database_engine(self.address))
 
-    def worker(self, habits: Habits = HABITS) -> Worker:
-        return Worker(Painter(self.omni, self.store, "random"), Jobs(engine_for(self.address)), habits)
+    def worker(self, habits: WorkerConfig = HABITS) -> Worker:
+        return Worker(Renderer(self.omni, self.store, "random"), JobRepository(create_database_engine(self.address)), habits)
 
     def queue(self) -> DurableQueue:
         return DurableQueue(self.jobs, self.store, lambda: None)
@@ -50,41 +50,41 @@ def place(omni, tmp_path):
 def job(name: str, steps: int = 6, **given) -> Job:
     return Job(
         id=name, task="text-to-video", prompt="a red ball", visual_tokens=None, source=None, seed=5,
-        given=Given(steps=steps, **given),
+        overrides=SamplingOverrides(steps=steps, **given),
     )  # fmt: skip
 
 
 def drawn(place: Place, name: str) -> Artifact:
-    status = place.jobs.status(name)
+    status = place.jobs.get_status(name)
     assert status.state == "done", status
     return status.result
 
 
 def test_a_followed_job_tells_its_steps_previews_and_artifact(place):
-    workers = LocalWorkers(place.worker()).start()
+    workers = InProcessWorker(place.worker()).start()
     try:
-        queue = DurableQueue(place.jobs, place.store, workers.tell)
+        queue = DurableQueue(place.jobs, place.store, workers.notify_workers)
         events = list(queue.run(job("one", steps=12)))
         again = list(queue.run(job("one", steps=12)))
     finally:
         workers.stop()
-    steps = [event.step for event in events if isinstance(event, Step)]
+    steps = [event.step for event in events if isinstance(event, StepProgress)]
     assert steps == sorted(set(steps)) and steps[-1] == 12
     assert any(isinstance(event, Preview) for event in events)
     assert isinstance(events[-1], Artifact) and events[-1] == again[-1]
     assert place.store.has(events[-1].key) and place.store.has(events[-1].manifest)
 
 
-def kill_midway(place: Place, after: int, habits: Habits = HABITS) -> None:
+def kill_midway(place: Place, after: int, habits: WorkerConfig = HABITS) -> None:
     """A worker in a process of its own, killed once it has told of step `after`."""
     child = os.fork()
     if child == 0:
         try:
-            place.worker(habits).work()
+            place.worker(habits).run_next_job()
         finally:
             os._exit(0)
     deadline = time.monotonic() + 60
-    while (status := place.jobs.status("cut")).step < after and time.monotonic() < deadline:
+    while (status := place.jobs.get_status("cut")).step < after and time.monotonic() < deadline:
         time.sleep(0.002)
     os.kill(child, signal.SIGKILL)
     assert os.WIFSIGNALED(os.waitpid(child, 0)[1]), status
@@ -99,8 +99,8 @@ def test_a_killed_workers_job_goes_on_from_its_point_to_the_same_bytes(place):
         place.jobs.submit(job("cut", steps=40))
         kill_midway(place, after=10)
         assert place.jobs.status("cut").state == "running" and not place.worker().work()
-        time.sleep(HABITS.silent)
-        assert place.jobs.reap(HABITS.silent) == ["cut"]
+        time.sleep(HABITS.heartbeat_timeout_seconds)
+        assert place.jobs.reap(HABITS.heartbeat_timeout_seconds) == ["cut"]
         worker, told = place.worker(), []
         beat = worker.jobs.beat
         worker.jobs.beat = lambda claim, step=None, **kept: (told.append(step), beat(claim, step, **kept))[1]
@@ -117,18 +117,18 @@ def test_a_killed_workers_job_goes_on_from_its_point_to_the_same_bytes(place):
 def test_a_point_survives_its_way_through_the_store():
     made = [torch.randn(1, 16, 3, 8, 8) for _ in range(4)]
     for outputs in ((made[2],), (made[2], made[3])):
-        point = unpacked(packed(Point(7, made[0], made[1], outputs)), torch.device("cpu"))
-        assert (point.step, len(point.outputs)) == (7, len(outputs))
-        assert torch.equal(point.latents, made[0]) and torch.equal(point.before, made[1])
-        assert all(map(torch.equal, point.outputs, outputs))
+        point = unpack_state(pack_state(DenoisingState(7, made[0], made[1], outputs)), torch.device("cpu"))
+        assert (point.step, len(point.model_outputs)) == (7, len(outputs))
+        assert torch.equal(point.latents, made[0]) and torch.equal(point.previous_sample, made[1])
+        assert all(map(torch.equal, point.model_outputs, outputs))
 
 
 def test_a_running_job_is_cancelled_within_a_step(place):
-    workers = LocalWorkers(place.worker()).start()
+    workers = InProcessWorker(place.worker()).start()
     try:
-        queue = DurableQueue(place.jobs, place.store, workers.tell)
+        queue = DurableQueue(place.jobs, place.store, workers.notify_workers)
         running = queue.run(job("long", steps=200))
-        step = next(event for event in running if isinstance(event, Step))
+        step = next(event for event in running if isinstance(event, StepProgress))
         queue.cancel("long")
         with pytest.raises(JobCancelled):
             list(running)
@@ -198,7 +198,7 @@ def test_the_reaper_wakes_workers_for_what_was_lost(place):
 
 # ---------------------------------------------------------------- several clips in one pass
 
-TOGETHER = Habits(every=2, apart=0.0, silent=1.0, together=3)
+TOGETHER = WorkerConfig(save_every_steps=2, save_every_seconds=0.0, heartbeat_timeout_seconds=1.0, max_batch_size=3)
 
 
 def lines(place: Place, *names: str, **given) -> None:
@@ -224,7 +224,7 @@ def test_clips_of_the_batch_lane_in_one_pass_differ_by_rounding_only(place):
         assert place.jobs.status(f"{name} alone").state == "done"
         pair = latents(place, name), latents(place, f"{name} alone")
         assert (pair[0] - pair[1]).abs().max() < 1e-4  # of deviation 1
-        one, two = (to_bytes(decode(place.omni.vae, each[None])) for each in pair)
+        one, two = (pixels_to_bytes(decode_latents(place.omni.vae, each[None])) for each in pair)
         assert abs(one.astype(int) - two).max() <= 1  # before H.264
     assert len({drawn(place, name).key for name in ("one", "two", "three")}) == 3
 
@@ -235,13 +235,13 @@ def test_a_killed_workers_pack_goes_on_whole_to_the_same_bytes(place, tmp_path_f
     torch.set_num_threads(1)
     try:
         lines(quiet, "cut", "two", "three", steps=40)
-        assert quiet.worker(TOGETHER).work()
+        assert quiet.worker(TOGETHER).run_next_job()
         lines(place, "cut", "two", "three", steps=40)
         kill_midway(place, after=10, habits=TOGETHER)
         place.jobs.cancel("two")  # it is drawn along all the same
-        time.sleep(TOGETHER.silent)
-        assert sorted(place.jobs.reap(TOGETHER.silent)) == ["cut", "three"]
-        worker, told = place.worker(Habits(every=2, apart=0.0, silent=1.0)), []
+        time.sleep(TOGETHER.heartbeat_timeout_seconds)
+        assert sorted(place.jobs.reap(TOGETHER.heartbeat_timeout_seconds)) == ["cut", "three"]
+        worker, told = place.worker(WorkerConfig(save_every_steps=2, save_every_seconds=0.0, heartbeat_timeout_seconds=1.0)), []
         beat = worker.jobs.beat_all
         worker.jobs.beat_all = lambda claims, step=None, **kept: (told.append(step), beat(claims, step, **kept))[1]
         assert worker.work()

@@ -20,18 +20,18 @@ from torch import Tensor, nn
 from torch.distributed._tools.mem_tracker import MemTracker
 from transformers import SiglipVisionConfig, SiglipVisionModel, UMT5Config, UMT5EncoderModel
 
-from omnivideo.evaluation.suite import clips_of
+from omnivideo.evaluation.suite import sample_clips
 from omnivideo.models import checkpoint
-from omnivideo.models.mllm import Message
-from omnivideo.models.omni import Omni, build_decoder
+from omnivideo.models.mllm import MLLMMessage
+from omnivideo.models.omni import OmniVideoModel, build_decoder
 from omnivideo.presets import TINY
-from omnivideo.training.distributed import Together, World, together
-from omnivideo.training.drawn import Way, drawn
+from omnivideo.training.distributed import DistributedContext, ProcessContext, open_process_context
+from omnivideo.training.drawn import PreparationConfig, load_cached_task
 from omnivideo.training.recipes import decoder, mllm, stages, text, vae, visual_encoder
-from omnivideo.training.samples import TASKS, requests
-from omnivideo.training.sequence import split_sequence
-from omnivideo.training.trainer import PRECISIONS, Recipe, at_once, freeze
-from omnivideo.training.watch import blind, every
+from omnivideo.training.samples import TASKS, sample_requests
+from omnivideo.training.sequence import enable_sequence_parallel
+from omnivideo.training.trainer import PRECISIONS, Recipe, single_micro_batch, freeze_except
+from omnivideo.training.watch import skip_samples, build_sample_hook
 
 FOUNDATIONS = ("vae", "text", "decoder", "mllm", "visual_encoder")
 STAGES = ("stage1", "stage1_text", "stage2a", "stage2b_generation", "stage2b", "stage3")
@@ -53,64 +53,64 @@ class Recipes:
         return encoder.to(torch.get_default_dtype())
 
     @cache  # noqa: B019
-    def loaded(self) -> Omni:
+    def loaded(self) -> OmniVideoModel:
         omni = checkpoint.load(self.weights)
         for part in vars(omni).values():
             if isinstance(part, nn.Module):
                 part.to(torch.get_default_dtype())
         return omni
 
-    def omni(self) -> Omni:
+    def omni(self) -> OmniVideoModel:
         """A copy: recipes train in place."""
         return copy.deepcopy(self.loaded())
 
     def vae(self) -> Recipe:
         half = self.steps // 2
-        return vae.vae_recipe((vae.Phase(half, 2, 1, 32), vae.Phase(self.steps - half, 2, 5, 32)))
+        return vae.build_vae_recipe((vae.CropPhase(half, 2, 1, 32), vae.CropPhase(self.steps - half, 2, 5, 32)))
 
     def text(self) -> Recipe:
-        return text.text_recipe(self.omni().tokenizer, steps=self.steps, captions=4, instructions=2)
+        return text.build_text_recipe(self.omni().tokenizer, steps=self.steps, caption_count=4, instruction_count=2)
 
     def decoder(self) -> Recipe:
         omni = self.omni()
         stills, clips = (
-            decoder.Captioned(self.scratch, omni.vae, video, 8, lambda done, count: None) for video in (False, True)
+            decoder.CaptionedLatents(self.scratch, omni.vae, video, 8, lambda done, count: None) for video in (False, True)
         )
         torch.manual_seed(1)
         encoder = UMT5EncoderModel(UMT5Config(**text.CONFIG))
-        return decoder.decoder_recipe(stills, clips, omni.tokenizer, encoder, steps=self.steps, sizes=(2, 2))
+        return decoder.build_decoder_recipe(stills, clips, omni.tokenizer, encoder, steps=self.steps, batch_sizes=(2, 2))
 
     def mllm(self) -> Recipe:
-        return mllm.mllm_recipe(self.omni().mllm_tokenizer, steps=self.steps, batch=4)
+        return mllm.build_mllm_recipe(self.omni().mllm_tokenizer, steps=self.steps, batch_size=4)
 
     def visual_encoder(self) -> Recipe:
-        return visual_encoder.visual_encoder_recipe(steps=self.steps, batch=2)
+        return visual_encoder.build_visual_encoder_recipe(steps=self.steps, batch_size=2)
 
     def stage1(self) -> Recipe:
-        return stages.stage1_recipe(self.omni(), self.encoder(), steps=self.steps, batch=4)
+        return stages.build_stage1_recipe(self.omni(), self.encoder(), steps=self.steps, batch_size=4)
 
     def stage1_text(self) -> Recipe:
-        return stages.stage1_text_recipe(self.omni(), steps=self.steps, batch=4)
+        return stages.build_stage1_text_recipe(self.omni(), steps=self.steps, batch_size=4)
 
     def stage2a(self) -> Recipe:
-        return stages.stage2a_recipe(self.omni(), steps=self.steps, batch=2)
+        return stages.build_stage2a_recipe(self.omni(), steps=self.steps, batch_size=2)
 
     def flow(self, make: Callable[..., Recipe]) -> Recipe:
         omni = self.omni()
         data = {
-            task: drawn(self.scratch, omni, self.encoder(), requests(1, task, 4), Way(lambda done, count: None))
+            task: load_cached_task(self.scratch, omni, self.encoder(), sample_requests(1, task, 4), PreparationConfig(lambda done, count: None))
             for task in TASKS
         }
         return make(omni, data, steps=self.steps, sizes=(4, 2))
 
     def stage2b_generation(self) -> Recipe:
-        return self.flow(stages.stage2b_generation_recipe)
+        return self.flow(stages.build_stage2b_generation_recipe)
 
     def stage2b(self) -> Recipe:
-        return self.flow(stages.stage2b_recipe)
+        return self.flow(stages.build_stage2b_recipe)
 
     def stage3(self) -> Recipe:
-        return self.flow(stages.stage3_recipe)
+        return self.flow(stages.build_stage3_recipe)
 
 
 # ---------------------------------------------------------------- the decoder's tokens, whole and in parts
@@ -142,19 +142,19 @@ def gradients(decoder: WanTransformer3DModel, task: str) -> tuple[float, dict[st
     return loss.item(), named, sum(peak[kind] for kind in peak if getattr(kind, "value", "") in ("Activation", "Temp"))
 
 
-def sequence(world: World, job: dict[str, Any]) -> dict[str, Any]:
+def sequence(world: ProcessContext, job: dict[str, Any]) -> dict[str, Any]:
     """How far a group of all processes is from one alone, in loss and gradients, and both peaks of memory."""
-    assert isinstance(world, Together) and world.sequence is not None
+    assert isinstance(world, DistributedContext) and world.sequence_group is not None
     torch.manual_seed(6)
     decoder = build_decoder(TINY)
     if job["checkpointing"]:
         decoder.enable_gradient_checkpointing()
     alone_loss, alone, alone_peak = gradients(decoder, job["task"])
-    split_sequence(decoder, world.sequence)
+    enable_sequence_parallel(decoder, world.sequence_group)
     loss, parts, peak = gradients(decoder, job["task"])
     for grad in parts.values():
         dist.all_reduce(grad)
-        grad /= world.size
+        grad /= world.world_size
     assert alone.keys() == parts.keys()
     largest = max(float(grad.abs().max()) for grad in alone.values())
     far = max(float((grad - parts[name]).abs().max()) for name, grad in alone.items())
@@ -167,33 +167,33 @@ def sequence(world: World, job: dict[str, Any]) -> dict[str, Any]:
 recipes = cache(Recipes)
 
 
-def train(world: World, job: dict[str, Any]) -> None:
+def train(world: ProcessContext, job: dict[str, Any]) -> None:
     made = recipes(Path(job["weights"]), Path(job["scratch"]), job["steps"])
     changes = {key: job[key] for key in ("optimizer", "checkpointing", "adam_lr", "warmup") if key in job}
     changes["precision"] = PRECISIONS[job.get("precision", "fp32")]
     recipe = made.make(job["recipe"], **changes)
     recipe.model.to(torch.get_default_dtype())
-    loss = replace(recipe).loss  # a copy's, which keeps its passes
+    loss = replace(recipe).compute_losses  # a copy's, which keeps its passes
     if "spoiled" in job:  # a finite loss whose gradient is not: the root of nothing is steep
-        weight = freeze(recipe.model, recipe.trainable)[0][1]
-        recipe.passes = at_once(
+        weight = freeze_except(recipe.model, recipe.trainable)[0][1]
+        recipe.micro_batch_losses = single_micro_batch(
             lambda step: {"loss": loss(step)["loss"] + (weight - weight.detach()).square().sum().sqrt()}
         )
     if "passes" in job:
-        recipe.passes = lambda step: [partial(loss, step)] * job["passes"]
-    look = every(job["look"], draw) if "look" in job else blind
-    world.trainer(recipe, Path(job["run"])).run(job.get("until"), every=job.get("every", 120.0), look=look)
+        recipe.micro_batch_losses = lambda step: [partial(loss, step)] * job["passes"]
+    look = build_sample_hook(job["look"], draw) if "look" in job else skip_samples
+    world.create_trainer(recipe, Path(job["run"])).run(job.get("until"), save_every_seconds=job.get("every", 120.0), sample_hook=look)
 
 
-def draw(omni: Omni, sheet: Path | None) -> dict[str, float]:
+def draw(omni: OmniVideoModel, sheet: Path | None) -> dict[str, float]:
     """A still in one step; the first process keeps it, with the weights that it was drawn with."""
     short = {task: one.model_copy(update={"steps": 1}) for task, one in TINY.sampling.items()}
     omni = replace(omni, preset=TINY.model_copy(update={"sampling": short}))
-    still = clips_of(omni, ["a red circle"], [Message("a red circle")], "text-to-image", 0)
+    still = sample_clips(omni, ["a red circle"], [MLLMMessage("a red circle")], "text-to-image", 0)
     if sheet is None:
         return {}
     sheet.parent.mkdir(exist_ok=True)
-    weights = {name: one.float() for name, one in stages.Whole(omni).state_dict().items()}
+    weights = {name: one.float() for name, one in stages.TrainableParts(omni).state_dict().items()}
     torch.save({"still": torch.from_numpy(still), "weights": weights}, sheet)
     return {"drawn right": float(still.mean())}
 
@@ -211,10 +211,10 @@ def main() -> None:
         in_double()
     Path(f"{given['results']}.pid{os.environ.get('RANK', 0)}").write_text(str(os.getpid()))
     found = []
-    with together(1, given["sequence"]) as world:
+    with open_process_context(1, given["sequence"]) as world:
         for job in given["jobs"]:
             found.append(sequence(world, job) if "task" in job else train(world, job))
-        if world.first:
+        if world.is_main_process:
             Path(given["results"]).write_text(json.dumps(found))
 
 

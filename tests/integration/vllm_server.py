@@ -170,10 +170,10 @@ def serve(weights: str, port: str, *words: str) -> None:
 
     given: dict[str, object] = dict(word.split("=", 1) for word in words)
     more = (*str(given.pop("more", "")).split(), *(EXACT if ON_GPU else ()))
-    chosen = serving.options(**{"dtype": "float32", "memory": 0.5} | given, more=more)
-    started = serving.command(DEVICE, Path(weights), int(port), chosen=chosen)
+    chosen = serving.parse_options(**{"dtype": "float32", "memory": 0.5} | given, more=more)
+    started = serving.build_command(DEVICE, Path(weights), int(port), options=chosen)
     assert started is not None
-    serving.become(started)
+    serving.exec_command(started)
 
 
 if __name__ == "__main__":

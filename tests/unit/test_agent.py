@@ -10,14 +10,14 @@ from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.checkpoint.sqlite import SqliteSaver
 
 from omnivideo.agent import words
-from omnivideo.agent.graph import Planner, prompts_for
+from omnivideo.agent.graph import Planner, load_prompts
 from omnivideo.agent.thread import Thread
-from omnivideo.contracts import Artifact, Ask, Finished, Made, Question, Rewritten, Step, Thinking, Turn
+from omnivideo.contracts import Artifact, MLLMRequest, TurnCompleted, ArtifactReady, QuestionAsked, PromptRewritten, StepProgress, ThinkingDelta, Turn
 from omnivideo.errors import InvalidInput, JobCancelled
-from omnivideo.training.edits import random_edit
-from omnivideo.training.questions import random_question
-from omnivideo.training.recipes.mllm import caption_prompt, riddle_prompt, talk_sample
-from omnivideo.training.world import random_scene
+from omnivideo.training.edits import sample_edit
+from omnivideo.training.questions import sample_question
+from omnivideo.training.recipes.mllm import make_caption_prompt, make_indirect_prompt, make_talk_sample
+from omnivideo.training.world import sample_scene
 from tests.twins import InstantQueue, ScriptedMLLM
 
 
@@ -26,17 +26,17 @@ class Talk:
 
     def __init__(self, saver=None, name="talk", mllm=None, prompts=None):
         self.mllm, self.queue = mllm or ScriptedMLLM(), InstantQueue()
-        planner = Planner(self.mllm, self.queue, prompts or prompts_for("tiny"))
-        self.graph = planner.graph(saver or InMemorySaver())
+        planner = Planner(self.mllm, self.queue, prompts or load_prompts("tiny"))
+        self.graph = planner.build_graph(saver or InMemorySaver())
         self.thread = Thread(self.graph, name, attach)
         self.events: list = []
         if not self.thread.exists():
-            self.thread.begin()
+            self.thread.initialize_state()
 
-    def say(self, text, **options) -> Turn | Question:
+    def say(self, text, **options) -> Turn | QuestionAsked:
         self.events = list(self.thread.send(text, **options))
         last = self.events[-1]
-        return last.turn if isinstance(last, Finished) else last
+        return last.turn if isinstance(last, TurnCompleted) else last
 
     def seen(self, kind):
         return [event for event in self.events if isinstance(event, kind)]
@@ -44,7 +44,7 @@ class Talk:
 
 def attach(path, made_by):
     return Artifact(
-        key=str(path), medium="image", width=64, height=64, frames=1, fps=1.0, about=str(path), made_by=made_by
+        key=str(path), medium="image", width=64, height=64, frames=1, fps=1.0, caption=str(path), created_by=made_by
     )
 
 
@@ -61,7 +61,7 @@ def attach(path, made_by):
     ],
 )  # fmt: skip
 def test_a_turn_is_split_into_its_acts(text, pieces):
-    assert words.acts(text) == pieces
+    assert words.split_actions(text) == pieces
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_a_turn_is_split_into_its_acts(text, pieces):
              "put it on a pink background", "let the star grow"],
 )  # fmt: skip
 def test_some_words_are_about_what_is_there(text):
-    assert words.points(text)
+    assert words.is_reference(text)
 
 
 @pytest.mark.parametrize(
@@ -77,92 +77,92 @@ def test_some_words_are_about_what_is_there(text):
              "a shape like a coin, it sleeps like a stone", "i want a red circle"],
 )  # fmt: skip
 def test_some_words_are_not(text):
-    assert not words.points(text)
+    assert not words.is_reference(text)
 
 
 def test_each_turn_builds_on_the_last():
     talk = Talk()
     first = talk.say("a red ball bounces in; now make it blue; how many balls are there?")
-    drawn, blue, counted = first.done
+    drawn, blue, counted = first.results
     assert (drawn.goal, blue.goal, counted.goal) == ("generate", "edit", "understand")
     assert blue.artifact.source == drawn.artifact.key
     assert counted.answer == "it is make it blue"
     assert talk.queue.jobs[1].source == drawn.artifact
-    assert talk.say("make it green").done[0].artifact.source == blue.artifact.key
-    assert [turn.number for turn in talk.thread.history()] == [1, 2]
+    assert talk.say("make it green").results[0].artifact.source == blue.artifact.key
+    assert [turn.number for turn in talk.thread.get_turns()] == [1, 2]
 
 
 def test_progress_and_artifacts_are_told_as_they_come():
     talk = Talk()
     talk.say("a red ball")
-    assert [(event.step, event.steps) for event in talk.seen(Step)] == [(1, 2), (2, 2)]
-    assert [event.final for event in talk.seen(Made)] == [True]
+    assert [(event.step, event.steps) for event in talk.seen(StepProgress)] == [(1, 2), (2, 2)]
+    assert [event.final for event in talk.seen(ArtifactReady)] == [True]
 
 
 def test_thinking_rewrites_what_is_drawn():
     talk = Talk()
-    done = talk.say("a shape like a coin", think="auto").done[0]
+    done = talk.say("a shape like a coin", think="auto").results[0]
     assert talk.queue.jobs[0].prompt == "plainly a shape like a coin" == done.trace.rewrite
-    assert [event.piece for event in talk.seen(Thinking)] == ["because"]
-    assert talk.seen(Rewritten)[0].trace.reasoning == "because"
-    assert talk.say("a red ball on white", think="auto").done[0].trace is None
-    assert talk.say("a red ball on white", think="on").done[0].trace is not None
-    assert talk.say("a shape like a coin", think="off").done[0].trace is None
-    assert talk.say("how are you?", think="on").done[0].trace is None
+    assert [event.delta for event in talk.seen(ThinkingDelta)] == ["because"]
+    assert talk.seen(PromptRewritten)[0].trace.reasoning == "because"
+    assert talk.say("a red ball on white", think="auto").results[0].trace is None
+    assert talk.say("a red ball on white", think="on").results[0].trace is not None
+    assert talk.say("a shape like a coin", think="off").results[0].trace is None
+    assert talk.say("how are you?", think="on").results[0].trace is None
 
 
 def test_ordinals_and_looks_find_earlier_clips():
     talk = Talk()
-    red = talk.say("a red ball").done[0].artifact
-    picture = talk.say("a picture of a green star").done[0].artifact
-    assert talk.say("make the first clip darker").done[0].artifact.source == red.key
-    assert talk.say("go back to the green one").done[0].artifact == picture
-    assert talk.say("turn it brown").done[0].artifact.source == picture.key
-    assert talk.say("make the red clip slower").done[0].artifact.source == red.key
+    red = talk.say("a red ball").results[0].artifact
+    picture = talk.say("a picture of a green star").results[0].artifact
+    assert talk.say("make the first clip darker").results[0].artifact.source == red.key
+    assert talk.say("go back to the green one").results[0].artifact == picture
+    assert talk.say("turn it brown").results[0].artifact.source == picture.key
+    assert talk.say("make the red clip slower").results[0].artifact.source == red.key
 
 
 def test_what_is_not_there_is_asked_for():
     talk = Talk()
     assert talk.say("make it blue").text.startswith("There is nothing here yet")
-    assert talk.thread.question()
+    assert talk.thread.get_open_question()
     turn = talk.say("a red ball")
-    assert turn.done[0].goal == "generate" and turn.asked[0][1] == "a red ball"
+    assert turn.results[0].goal == "generate" and turn.clarifications[0][1] == "a red ball"
     question = talk.say("go back to the purple one")
     assert "no purple one" in question.text and "a red ball" in question.text
-    assert isinstance(talk.say("the green one"), Question)  # asks again
-    assert talk.say("number 1").done[0].artifact == turn.done[0].artifact
+    assert isinstance(talk.say("the green one"), QuestionAsked)  # asks again
+    assert talk.say("number 1").results[0].artifact == turn.results[0].artifact
 
 
 def test_a_route_that_is_a_toss_up_is_asked_for():
     talk = Talk()
     talk.mllm.doubt.add("a red thing")
     assert "picture" in talk.say("a red thing").text
-    assert talk.say("a picture, please").done[0].artifact.medium == "image"
+    assert talk.say("a picture, please").results[0].artifact.medium == "image"
 
 
 def test_check_tries_other_seeds_and_keeps_the_best():
     talk = Talk()
     talk.mllm.agreements = [0.1, 0.4, 0.2]
-    done = talk.say("a red ball", check=3).done[0]
-    assert [one.agreement for one in done.tries] == [0.1, 0.4, 0.2]
-    assert len({one.seed for one in done.tries}) == 3
-    assert done.artifact == done.tries[1].artifact
+    done = talk.say("a red ball", check=3).results[0]
+    assert [one.agreement for one in done.candidates] == [0.1, 0.4, 0.2]
+    assert len({one.seed for one in done.candidates}) == 3
+    assert done.artifact == done.candidates[1].artifact
     talk.mllm.agreements = [0.2, 0.9]
-    assert len(talk.say("a blue ball", check=4).done[0].tries) == 2
-    assert [event.final for event in talk.seen(Made)] == [False, False, True]
+    assert len(talk.say("a blue ball", check=4).results[0].candidates) == 2
+    assert [event.final for event in talk.seen(ArtifactReady)] == [False, False, True]
 
 
 def test_a_fork_goes_its_own_way():
     talk = Talk()
-    red = talk.say("a red ball").done[0].artifact
+    red = talk.say("a red ball").results[0].artifact
     talk.say("make it blue")
     branch = talk.thread.fork(1, "branch")
-    made = list(branch.send("make it green"))[-1].turn.done[0].artifact
+    made = list(branch.send("make it green"))[-1].turn.results[0].artifact
     assert made.source == red.key
-    assert [turn.text for turn in branch.history()] == ["a red ball", "make it green"]
-    assert [turn.text for turn in talk.thread.history()] == ["a red ball", "make it blue"]
-    assert [one.about for one in branch.lineage()] == ["make it green", "a red ball"]
-    assert talk.thread.fork(0, "empty").history() == []
+    assert [turn.text for turn in branch.get_turns()] == ["a red ball", "make it green"]
+    assert [turn.text for turn in talk.thread.get_turns()] == ["a red ball", "make it blue"]
+    assert [one.caption for one in branch.get_lineage()] == ["make it green", "a red ball"]
+    assert talk.thread.fork(0, "empty").get_turns() == []
     with pytest.raises(InvalidInput, match="turn: 5 is not a turn of this thread: 0 to 2"):
         talk.thread.fork(5, "other")
 
@@ -177,10 +177,10 @@ def test_bad_input_leaves_the_thread_usable():
     with pytest.raises(JobCancelled):
         talk.say("a red ball, then make it blue")
     talk.queue.fails = None
-    assert talk.thread.artifacts() == []
+    assert talk.thread.get_artifacts() == []
     assert talk.say("a blue ball").number == 2
     with pytest.raises(InvalidInput, match="there is no thread"):
-        Thread(talk.graph, "nobody", attach).opened()
+        Thread(talk.graph, "nobody", attach).require_existing()
     with pytest.raises(InvalidInput, match="is no thread id"):
         Thread(talk.graph, "../etc", attach)
 
@@ -191,7 +191,7 @@ def test_a_cut_turn_goes_on_to_the_same_end(tmp_path):
     whole = Talk()
     for text in said:
         whole.say(text)
-    expected = [one.key for one in whole.thread.artifacts()]
+    expected = [one.key for one in whole.thread.get_artifacts()]
     for cut in range(10):
         path = tmp_path / f"{cut}.sqlite"
         talk = Talk(SqliteSaver(sqlite3.connect(path, check_same_thread=False)))
@@ -203,7 +203,7 @@ def test_a_cut_turn_goes_on_to_the_same_end(tmp_path):
         if cut == 0:
             again.say(said[0])
         again.say(said[1])
-        assert [one.key for one in again.thread.artifacts()] == expected, cut
+        assert [one.key for one in again.thread.get_artifacts()] == expected, cut
 
 
 async def collect(talk):
@@ -219,17 +219,17 @@ def test_the_async_face_gives_the_same_events():
 
 def test_an_attachment_is_what_the_words_are_about():
     talk = Talk()
-    done = talk.say("a red ball; make it blue", attachments=["cat.png"]).done
+    done = talk.say("a red ball; make it blue", attachments=["cat.png"]).results
     assert done[0].artifact.source == "cat.png"
     assert done[1].artifact.source == done[0].artifact.key
 
 
 def edits(rng, video):
-    return random_edit(rng, video, kinds=("recolour", "reshape", "remove", "background")).instruction
+    return sample_edit(rng, video, kinds=("recolour", "reshape", "remove", "background")).instruction
 
 
 def questions(rng, video):
-    return random_question(rng, random_scene(rng, video)).text
+    return sample_question(rng, sample_scene(rng, video)).text
 
 
 @pytest.mark.parametrize(
@@ -237,9 +237,9 @@ def questions(rng, video):
     [
         (edits, True, None),
         (questions, True, None),
-        (lambda rng, video: caption_prompt(rng, video)[0], False, False),
-        (lambda rng, video: riddle_prompt(rng, video)[0], False, True),
-        (lambda rng, video: talk_sample(rng, video)[0].text, False, None),
+        (lambda rng, video: make_caption_prompt(rng, video)[0], False, False),
+        (lambda rng, video: make_indirect_prompt(rng, video)[0], False, True),
+        (lambda rng, video: make_talk_sample(rng, video)[0].text, False, None),
     ],
     ids=["edits", "questions", "captions", "riddles", "talk"],
 )
@@ -248,8 +248,8 @@ def test_the_ways_people_say_it_are_told_apart(make, about_something, indirect):
     rng = random.Random(11)
     right = 0
     for at in range(600):
-        pieces = words.acts(make(rng, at % 2 == 0))
-        fits = len(pieces) == 1 and words.looks(pieces[0]) is None and words.points(pieces[0]) == about_something
+        pieces = words.split_actions(make(rng, at % 2 == 0))
+        fits = len(pieces) == 1 and words.find_description(pieces[0]) is None and words.is_reference(pieces[0]) == about_something
         right += fits and (indirect is None or words.is_indirect(pieces[0]) == indirect)
     assert right >= 594
 
@@ -258,10 +258,10 @@ def test_joined_acts_are_split_where_they_were_joined():
     rng = random.Random(12)
     right = 0
     for at in range(300):
-        parts = [caption_prompt(rng, at % 2 == 0)[0], edits(rng, at % 2 == 0), questions(rng, at % 2 == 0)]
-        parts = [part for part in parts if part == words.acts(part)[0]]
+        parts = [make_caption_prompt(rng, at % 2 == 0)[0], edits(rng, at % 2 == 0), questions(rng, at % 2 == 0)]
+        parts = [part for part in parts if part == words.split_actions(part)[0]]
         joined = rng.choice(("; ", ", then ", ". ", ", and then ", "; now ")).join(parts)
-        right += words.acts(joined) == [part.strip(".!") for part in parts]
+        right += words.split_actions(joined) == [part.strip(".!") for part in parts]
     assert right >= 285
 
 
@@ -275,16 +275,16 @@ class PlanningMLLM(ScriptedMLLM):
         super().__init__()
         self.plans: dict[str, str] = {}
 
-    def write(self, ask: Ask) -> Iterator[str]:
-        said = ask.text.rpartition("The user says: ")[2]
-        if ask.system == PROMPTS.plan:
-            self.asks.append(ask)
+    def stream_text(self, request: MLLMRequest) -> Iterator[str]:
+        said = request.text.rpartition("The user says: ")[2]
+        if request.system == PROMPTS.plan:
+            self.asks.append(request)
             yield self.plans.get(said, "I would rather talk.")
         else:
-            yield from super().write(ask)
+            yield from super().stream_text(request)
 
 
-PROMPTS = prompts_for("omnivideo-1.3b")
+PROMPTS = load_prompts("omnivideo-1.3b")
 TURNS = {
     "de": ("ein roter Ball; mach ihn blau; wie viele Bälle sind es?", "ein roter Ball", "mach ihn blau"),
     "fr": ("une balle rouge, puis rends-la bleue, combien de balles ?", "une balle rouge", "rends-la bleue"),
@@ -301,10 +301,10 @@ def test_a_model_that_can_plan_splits_and_refers_in_any_language(language):
     entries = [{"do": first, "about": "new"}, {"do": second, "about": "last"}, {"do": "how many?", "about": "last"}]
     mllm.plans = {text: "Here it is: " + json.dumps(entries), "again": '[{"do": "make it green", "about": "1"}]'}
     talk = Talk(mllm=mllm, prompts=PROMPTS)
-    drawn, changed, answered = talk.say(text).done
+    drawn, changed, answered = talk.say(text).results
     assert changed.artifact.source == drawn.artifact.key
-    assert answered.act.source == changed.artifact.key and answered.answer
-    assert talk.say("again").done[0].artifact.source == drawn.artifact.key
+    assert answered.action.source == changed.artifact.key and answered.answer
+    assert talk.say("again").results[0].artifact.source == drawn.artifact.key
     listed = next(ask.text for ask in mllm.asks if ask.text.endswith("again"))
     assert f"1. video: {first}\n2. video: {second}\n" in listed
 
@@ -317,7 +317,7 @@ def test_a_plan_out_of_form_falls_back_to_the_words(written):
     mllm = PlanningMLLM()
     mllm.plans = {"a red ball; now make it blue": written}
     talk = Talk(mllm=mllm, prompts=PROMPTS)
-    drawn, changed = talk.say("a red ball; now make it blue").done
+    drawn, changed = talk.say("a red ball; now make it blue").results
     assert changed.artifact.source == drawn.artifact.key
 
 
@@ -329,7 +329,7 @@ def test_an_unclear_reference_is_asked_back():
         "make that one green": '[{"do": "make that one green", "about": "unclear"}]',
     }
     talk = Talk(mllm=mllm, prompts=PROMPTS)
-    ball = talk.say("a red ball").done[0].artifact
+    ball = talk.say("a red ball").results[0].artifact
     talk.say("a picture of a star")
     assert talk.say("make that one green").text.startswith("Which one do you mean?")
-    assert talk.say("the first").done[0].artifact.source == ball.key
+    assert talk.say("the first").results[0].artifact.source == ball.key

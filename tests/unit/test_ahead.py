@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from omnivideo.training.ahead import Ahead, Packed
+from omnivideo.training.ahead import Prefetcher, PackedTensors
 
 KINDS = (torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool, torch.float64)
 
@@ -35,15 +35,15 @@ def same(one: Batch, other: Batch) -> bool:
 
 
 def test_what_is_packed_comes_out_as_it_was_without_a_copy():
-    packed = Packed.of(batch(3))
-    found = packed.unpacked()
+    packed = PackedTensors.pack(batch(3))
+    found = packed.unpack()
     assert same(found, batch(3))
-    within = range(packed.flat.data_ptr(), packed.flat.data_ptr() + packed.flat.nbytes)
+    within = range(packed.buffer.data_ptr(), packed.buffer.data_ptr() + packed.buffer.nbytes)
     assert all(one.data_ptr() in within for one in found.many)
-    assert Packed.of(["no", "tensors"]).unpacked() == ["no", "tensors"]
+    assert PackedTensors.pack(["no", "tensors"]).unpack() == ["no", "tensors"]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_steps_come_in_order_also_after_a_jump(workers):
-    ahead = Ahead(batch, workers)
+    ahead = Prefetcher(batch, workers)
     assert all(same(ahead(step), batch(step)) for step in (0, 1, 2, 7, 8, 3))

@@ -10,18 +10,18 @@ import pytest
 
 from omnivideo.errors import CheckpointError, InvalidInput
 from omnivideo.training.data.batches import (
-    PAPER,
+    PAPER_TASK_MIX,
     TASKS,
-    Batch,
+    GlobalBatch,
     Bucket,
-    Mix,
-    Order,
-    Place,
-    buckets_around,
-    measure,
+    MixConfig,
+    BatchSampler,
+    SamplerState,
+    build_buckets,
+    measure_epoch,
 )
-from omnivideo.training.real import mix_of
-from omnivideo.training.share import Share
+from omnivideo.training.real import build_mix
+from omnivideo.training.share import DataParallelRank
 
 STILLS = [Bucket(64, 64, 1), Bucket(80, 48, 1), Bucket(48, 80, 1)]
 CLIPS = [Bucket(64, 64, frames) for frames in (5, 9)] + [Bucket(80, 48, 9)]
@@ -29,7 +29,7 @@ CLIPS = [Bucket(64, 64, frames) for frames in (5, 9)] + [Bucket(80, 48, 9)]
 
 def paper_counts(total: int) -> dict:
     """Whole samples of each task, in Table 1's shares."""
-    exact = {task: total * share / sum(PAPER.values()) for task, share in PAPER.items()}
+    exact = {task: total * share / sum(PAPER_TASK_MIX.values()) for task, share in PAPER_TASK_MIX.items()}
     counts = {task: int(value) for task, value in exact.items()}
     for task in sorted(exact, key=lambda name: counts[name] - exact[name])[: total - sum(counts.values())]:
         counts[task] += 1
@@ -47,22 +47,22 @@ def mixed_set(total: int = 10_000) -> tuple[list, list]:
 
 
 @pytest.fixture(scope="module")
-def order() -> Order:
-    return Order(*mixed_set())
+def order() -> BatchSampler:
+    return BatchSampler(*mixed_set())
 
 
-def dealt(batch: Batch, world: int) -> list[list[int]]:
+def dealt(batch: GlobalBatch, world: int) -> list[list[int]]:
     """What each rank has, as `share.py` deals it out."""
     found = []
     for rank in range(world):
-        share = Share()
-        share.rank, share.world = rank, world
-        found.append(batch.indices[share.part(len(batch.indices))].tolist())
+        share = DataParallelRank()
+        share.rank, share.world_size = rank, world
+        found.append(batch.indices[share.local_slice(len(batch.indices))].tolist())
     return found
 
 
-def seen(order: Order, world: int, epoch: int = 0) -> list[int]:
-    return [index for batch in order.epoch(epoch) for rank in dealt(batch, world) for index in rank]
+def seen(order: BatchSampler, world: int, epoch: int = 0) -> list[int]:
+    return [index for batch in order.get_epoch_batches(epoch) for rank in dealt(batch, world) for index in rank]
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 8])
@@ -75,13 +75,13 @@ def test_every_micro_batch_has_one_shape_and_no_more_than_two_percent_are_waste(
     for batch in order.epoch(0):
         assert {shapes[index] for index in batch.indices} == {batch.bucket}
     for world in (1, 2, 4, 8):
-        assert measure(order, world).waste < 0.02
+        assert measure_epoch(order, world).wasted_fraction < 0.02
     assert len(tasks) == 10_000
 
 
 def even_set(total: int = 10_000) -> tuple[list, list]:
     """Table 1's tasks over the usual aspect ratios around 832x480, evenly filled."""
-    rng, around = np.random.default_rng(3), buckets_around(832, 480, (1, 17, 41))
+    rng, around = np.random.default_rng(3), build_buckets(832, 480, (1, 17, 41))
     tasks = [task for task, count in paper_counts(total).items() for _ in range(count)]
     fitting = {group: [one for one in around if one.group == group] for group in ("image", "video")}
     shapes = [fitting["video" if "video" in task else "image"] for task in tasks]
@@ -91,10 +91,10 @@ def even_set(total: int = 10_000) -> tuple[list, list]:
 def test_the_mix_that_stages_train_with_wastes_less_than_two_percent_on_two_ranks():
     """No sample is cropped to another bucket, and equal parts are what does it."""
     tasks, shapes = even_set()
-    order = Order(tasks, shapes, mix_of())
-    assert measure(order, 2).waste < 0.02
-    assert all({shapes[index] for index in batch.indices} == {batch.bucket} for batch in order.epoch(0))
-    assert measure(Order(tasks, shapes, replace(mix_of(), unit=1)), 2).waste > 0.02
+    order = BatchSampler(tasks, shapes, build_mix())
+    assert measure_epoch(order, 2).wasted_fraction < 0.02
+    assert all({shapes[index] for index in batch.indices} == {batch.bucket} for batch in order.get_epoch_batches(0))
+    assert measure_epoch(BatchSampler(tasks, shapes, replace(build_mix(), unit=1)), 2).wasted_fraction > 0.02
 
 
 def test_what_ranks_wait_for_is_measured(order):
@@ -102,7 +102,7 @@ def test_what_ranks_wait_for_is_measured(order):
     lengths = np.array([[len(rank) for rank in dealt(batch, 3)] for batch in order.epoch(0)])
     assert np.ptp(lengths, axis=1).max() <= 1  # nobody waits for more than one sample
     useful, there = (lengths.sum(axis=1) * pixels).sum(), (3 * lengths.max(axis=1) * pixels).sum()
-    assert measure(order, 3).waste == pytest.approx(1 - useful / there)
+    assert measure_epoch(order, 3).wasted_fraction == pytest.approx(1 - useful / there)
 
 
 def test_images_and_videos_take_turns_evenly(order):
@@ -114,8 +114,8 @@ def test_images_and_videos_take_turns_evenly(order):
 
 
 def test_weights_set_how_many_batches_of_a_group_come(order):
-    even = Order(*mixed_set(), Mix(weights={"image": 1, "video": 1}))
-    kinds = Counter(batch.bucket.group for batch in even.epoch(0))
+    even = BatchSampler(*mixed_set(), MixConfig(group_weights={"image": 1, "video": 1}))
+    kinds = Counter(batch.bucket.group for batch in even.get_epoch_batches(0))
     assert abs(kinds["image"] - kinds["video"]) <= 4  # a bucket's last batch may be a small one
     tasks = Counter(mixed_set()[0][index] for index in seen(even, 1))
     assert tasks["text-to-image"] / tasks["image-editing"] == pytest.approx(33.05 / 18.95, rel=0.02)
@@ -124,7 +124,7 @@ def test_weights_set_how_many_batches_of_a_group_come(order):
 
 def test_the_ratio_is_kept_and_what_an_epoch_leaves_comes_in_the_next():
     tasks = ["text-to-image"] * 900 + ["image-editing"] * 100
-    order = Order(tasks, [STILLS[0]] * 1000, Mix(ratio={"text-to-image": 2, "image-editing": 1}))
+    order = BatchSampler(tasks, [STILLS[0]] * 1000, MixConfig(task_ratio={"text-to-image": 2, "image-editing": 1}))
     epochs = [seen(order, 2, epoch=number) for number in range(9)]
     for epoch in epochs:
         counts = Counter(tasks[index] for index in epoch)
@@ -136,7 +136,7 @@ def test_the_ratio_is_kept_and_what_an_epoch_leaves_comes_in_the_next():
 
 
 def test_without_a_ratio_everything_comes_once():
-    order = Order(["text-to-image"] * 91 + ["video-editing"] * 30, [STILLS[0]] * 91 + [CLIPS[0]] * 30, Mix(ratio=None))
+    order = BatchSampler(["text-to-image"] * 91 + ["video-editing"] * 30, [STILLS[0]] * 91 + [CLIPS[0]] * 30, MixConfig(task_ratio=None))
     assert sorted(seen(order, 2)) == list(range(121))
 
 
@@ -147,21 +147,21 @@ def test_tasks_are_spread_over_the_batches(order):
     assert min(edits) > 0
 
 
-def run(order: Order, place: Place, world: int, steps: int) -> tuple[Place, list[list[int]]]:
+def run(order: BatchSampler, place: SamplerState, world: int, steps: int) -> tuple[SamplerState, list[list[int]]]:
     """What each step's ranks saw, together."""
     steps_seen = []
-    for (after, batch), _ in zip(order.walk(place), range(steps), strict=False):
+    for (after, batch), _ in zip(order.iterate_batches(place), range(steps), strict=False):
         steps_seen.append([index for rank in dealt(batch, world) for index in rank])
         place = after
     return place, steps_seen
 
 
 def test_the_order_goes_on_in_mid_epoch_on_other_numbers_of_ranks(order):
-    _, whole = run(order, Place(), 1, 300)  # an epoch is shorter: the second one is reached
-    place, resumed = Place(), []
+    _, whole = run(order, SamplerState(), 1, 300)  # an epoch is shorter: the second one is reached
+    place, resumed = SamplerState(), []
     for world, steps in ((2, 71), (1, 40), (4, 189)):
         state = order.state(place)
-        place = Order(*mixed_set()).resume(state)  # as a new process would
+        place = BatchSampler(*mixed_set()).restore_state(state)  # as a new process would
         place, some = run(order, place, world, steps)
         resumed += some
     assert len(order.epoch(0)) < 300
@@ -169,44 +169,44 @@ def test_the_order_goes_on_in_mid_epoch_on_other_numbers_of_ranks(order):
 
 
 def test_a_checkpoint_of_other_data_is_refused(order):
-    state = order.state(Place(0, 3))
+    state = order.state(SamplerState(0, 3))
     tasks, shapes = mixed_set()
-    for other in (Order(tasks, shapes, Mix(seed=1)), Order(tasks[1:], shapes[1:])):
+    for other in (BatchSampler(tasks, shapes, MixConfig(seed=1)), BatchSampler(tasks[1:], shapes[1:])):
         with pytest.raises(CheckpointError, match="other samples"):
-            other.resume(state)
+            other.restore_state(state)
 
 
 def test_another_seed_and_another_epoch_come_in_another_order(order):
     first = [tuple(batch.indices) for batch in order.epoch(0)]
     assert first != [tuple(batch.indices) for batch in order.epoch(1)]
-    assert first != [tuple(batch.indices) for batch in Order(*mixed_set(), Mix(seed=1)).epoch(0)]
+    assert first != [tuple(batch.indices) for batch in BatchSampler(*mixed_set(), MixConfig(seed=1)).get_epoch_batches(0)]
 
 
 def test_a_bucket_of_a_few_joins_the_one_most_like_it():
     odd = Bucket(96, 48, 1)
-    order = Order(["text-to-image"] * 203, [STILLS[0]] * 100 + [STILLS[1]] * 100 + [odd] * 3, Mix(ratio=None))
-    batches = order.epoch(0)
+    order = BatchSampler(["text-to-image"] * 203, [STILLS[0]] * 100 + [STILLS[1]] * 100 + [odd] * 3, MixConfig(task_ratio=None))
+    batches = order.get_epoch_batches(0)
     assert {batch.bucket for batch in batches} == {STILLS[0], STILLS[1]}
     assert {200, 201, 202} <= {index for batch in batches if batch.bucket == STILLS[1] for index in batch.indices}
 
 
 def test_a_bucket_of_a_few_stays_as_it_is_where_nothing_is_folded():
     tasks, shapes = ["text-to-image"] * 103, [STILLS[0]] * 100 + [STILLS[1]] * 3
-    batches = Order(tasks, shapes, Mix(ratio=None, fold=False)).epoch(0)
+    batches = BatchSampler(tasks, shapes, MixConfig(task_ratio=None, fold_small_buckets=False)).get_epoch_batches(0)
     assert {batch.bucket: len(batch.indices) for batch in batches if batch.bucket == STILLS[1]} == {STILLS[1]: 3}
 
 
 def test_a_clip_never_joins_a_bucket_of_more_frames():
-    order = Order(["text-to-video"] * 43, [CLIPS[1]] * 40 + [CLIPS[0]] * 3, Mix(ratio=None))
-    assert {batch.bucket: len(batch.indices) for batch in order.epoch(0) if batch.bucket == CLIPS[0]} == {CLIPS[0]: 3}
+    order = BatchSampler(["text-to-video"] * 43, [CLIPS[1]] * 40 + [CLIPS[0]] * 3, MixConfig(task_ratio=None))
+    assert {batch.bucket: len(batch.indices) for batch in order.get_epoch_batches(0) if batch.bucket == CLIPS[0]} == {CLIPS[0]: 3}
 
 
 def test_mixed_batches_update_each_task_more_often_than_one_task_a_batch(order):
-    mixed, alone = measure(order, 2), measure(Order(*mixed_set(), Mix(mixed=False)), 2)
+    mixed, alone = measure_epoch(order, 2), measure_epoch(BatchSampler(*mixed_set(), MixConfig(mix_tasks=False)), 2)
     assert mixed.samples == alone.samples == 10_000
     for task in TASKS:
-        assert mixed.updates[task] > alone.updates[task]
-    assert mixed.gap["image-editing"] < alone.gap["image-editing"]
+        assert mixed.steps_per_1000_samples[task] > alone.steps_per_1000_samples[task]
+    assert mixed.max_sample_gap["image-editing"] < alone.max_sample_gap["image-editing"]
 
 
 @pytest.mark.parametrize(
@@ -224,22 +224,22 @@ def test_mixed_batches_update_each_task_more_often_than_one_task_a_batch(order):
 )
 def test_a_mix_that_cannot_be_is_refused(field, given):
     with pytest.raises(InvalidInput) as refused:
-        Mix(**given)
+        MixConfig(**given)
     assert refused.value.field == field
 
 
 def test_fewer_samples_than_ranks_leave_some_waiting():
-    order = Order(["text-to-image"] * 3, [STILLS[0]] * 3, Mix(ratio=None))
-    assert measure(order, 4).waste == pytest.approx(1 / 4)
+    order = BatchSampler(["text-to-image"] * 3, [STILLS[0]] * 3, MixConfig(task_ratio=None))
+    assert measure_epoch(order, 4).wasted_fraction == pytest.approx(1 / 4)
 
 
 def test_the_stages_mix_is_as_asked():
-    asked = mix_of(16, 4, 2, ["text-to-image=2", "video-editing=0.5"], ["image=1", "video=3"])
-    assert asked.ratio == {"text-to-image": 2, "video-editing": 0.5} and asked.weights == {"image": 1, "video": 3}
-    assert asked.sizes == {"image": 32, "video": 8} and asked.unit == 8
-    assert mix_of().ratio == PAPER and mix_of().weights is None and mix_of().sizes == {"image": 64, "video": 24}
-    assert mix_of(clips=6).unit == 2  # it divides both sizes
-    one, other = (Order(*mixed_set(), replace(mix_of(seed=seed), ratio=None)) for seed in (0, 1))
+    asked = build_mix(16, 4, 2, ["text-to-image=2", "video-editing=0.5"], ["image=1", "video=3"])
+    assert asked.task_ratio == {"text-to-image": 2, "video-editing": 0.5} and asked.group_weights == {"image": 1, "video": 3}
+    assert asked.batch_sizes == {"image": 32, "video": 8} and asked.batch_multiple == 8
+    assert build_mix().task_ratio == PAPER_TASK_MIX and build_mix().group_weights is None and build_mix().batch_sizes == {"image": 64, "video": 24}
+    assert build_mix(clips=6).batch_multiple == 2  # it divides both sizes
+    one, other = (BatchSampler(*mixed_set(), replace(build_mix(seed=seed), ratio=None)) for seed in (0, 1))
     assert sorted(seen(one, 1)) == sorted(seen(other, 1)) and seen(one, 1) != seen(other, 1)
 
 
@@ -256,5 +256,5 @@ def test_the_stages_mix_is_as_asked():
 )
 def test_shares_that_cannot_be_are_refused(field, given):
     with pytest.raises(InvalidInput) as refused:
-        mix_of(**given)
+        build_mix(**given)
     assert refused.value.field == field

@@ -12,11 +12,11 @@ from omnivideo import Studio
 from omnivideo.backends.decoder.video import read_media, write_media
 from omnivideo.cli import main
 from omnivideo.errors import CheckpointError, InvalidInput
-from omnivideo.evaluation.report import GOALS
+from omnivideo.evaluation.report import TARGET_SCORES
 from omnivideo.presets import PRESETS, TINY
-from omnivideo.training.tiny import Tiny
-from omnivideo.training.watch import blind
-from omnivideo.training.world import render, scenes
+from omnivideo.training.tiny import TinyPipeline
+from omnivideo.training.watch import skip_samples
+from omnivideo.training.world import render_scene, stream_scenes
 
 
 @pytest.fixture
@@ -36,14 +36,14 @@ def run(monkeypatch, capsys):
 @pytest.fixture
 def clip(tmp_path):
     path = tmp_path / "source.mp4"
-    write_media(path, render(next(scenes(3, True))), 8)
+    write_media(path, render_scene(next(stream_scenes(3, True))), 8)
     return path
 
 
 @pytest.fixture
 def still(tmp_path):
     path = tmp_path / "source.png"
-    write_media(path, render(next(scenes(3, False))), 8)
+    write_media(path, render_scene(next(stream_scenes(3, False))), 8)
     return path
 
 
@@ -112,11 +112,11 @@ def test_bad_input_is_one_line_and_code_2(run, monkeypatch, tmp_path, args, said
 
 def test_what_training_is_told_arrives(run, monkeypatch, tmp_path):
     told = []
-    monkeypatch.setattr(Tiny, "train", lambda tiny, name, out, world, *given, **changes: told.append(given))
+    monkeypatch.setattr(TinyPipeline, "train", lambda tiny, name, out, world, *given, **changes: told.append(given))
     assert run("train", "stage3", "--runs", str(tmp_path), "--save-every", "600", "--look-every", "50")[0] == 0
     assert run("train", "stage3", "--runs", str(tmp_path))[0] == 0
     (_, _, seconds, look), (_, _, usual, none) = told
-    assert (seconds, usual) == (600, 120) and look is not none is blind
+    assert (seconds, usual) == (600, 120) and look is not none is skip_samples
     assert run("train", "stage3", "--look-every", "0")[0] == run("train", "stage3", "--save-every", "-1")[0] == 2
 
 
@@ -174,5 +174,5 @@ def test_evaluate_scores_every_category(run, weights, tmp_path, monkeypatch):
     code, text, err = run("evaluate", "tiny", "--count", 2, "--weights", weights, "--report", tmp_path / "scores.json")
     assert code == 0, err
     scores = json.loads((tmp_path / "scores.json").read_text())
-    assert set(GOALS) <= set(scores)
+    assert set(TARGET_SCORES) <= set(scores)
     assert scores["single"]["count"] == 2 and "colour attribution" in text

@@ -15,11 +15,11 @@ from typer.testing import CliRunner
 
 from omnivideo.cli import app
 from omnivideo.errors import InvalidInput, UnreadableMedia
-from omnivideo.training.data.batches import Bucket, Mix, bucket_for, buckets_around
-from omnivideo.training.data.readers import read
-from omnivideo.training.data.sample import Problems, Sample, check, decoded, fitted, measure
-from omnivideo.training.data.shards import Library, stream, write
-from omnivideo.training.data.shelves import shelf
+from omnivideo.training.data.batches import Bucket, MixConfig, select_bucket, build_buckets
+from omnivideo.training.data.readers import read_samples
+from omnivideo.training.data.sample import SkipReport, TrainingSample, check_sample, decode_media, resample_media, measure_media
+from omnivideo.training.data.shards import ShardDataset, stream_samples, write_shards
+from omnivideo.training.data.shelves import open_file_store
 
 
 def png(shade: int = 0, size: tuple[int, int] = (32, 16)) -> bytes:
@@ -42,16 +42,16 @@ def mp4(count: int = 5, size: tuple[int, int] = (32, 32), fps: int = 8, first: b
         return file.read()
 
 
-def six() -> list[Sample]:
+def six() -> list[TrainingSample]:
     """A sample of every task."""
     turns = (("what is it?", "a ball"), ("which colour?", "red"))
     return [
-        Sample("image-understanding", source=png(1), turns=turns),
-        Sample("video-understanding", source=mp4(), turns=turns[:1]),
-        Sample("text-to-image", "a red ball — rot", target=png(2)),
-        Sample("text-to-video", "a red ball rolls", target=mp4(9)),
-        Sample("image-editing", "make it blue", png(3), png(4), caption="a blue ball"),
-        Sample("video-editing", "make it blue", mp4(6), mp4(7), origin="made"),
+        TrainingSample("image-understanding", source=png(1), turns=turns),
+        TrainingSample("video-understanding", source=mp4(), turns=turns[:1]),
+        TrainingSample("text-to-image", "a red ball — rot", target=png(2)),
+        TrainingSample("text-to-video", "a red ball rolls", target=mp4(9)),
+        TrainingSample("image-editing", "make it blue", png(3), png(4), caption="a blue ball"),
+        TrainingSample("video-editing", "make it blue", mp4(6), mp4(7), origin="made"),
     ]
 
 
@@ -61,9 +61,9 @@ def contents(samples) -> list[dict]:
 
 @pytest.fixture
 def shards(tmp_path):
-    problems = Problems()
-    assert write(six(), shelf(tmp_path / "shards"), problems) == 6
-    assert not problems.found
+    problems = SkipReport()
+    assert write_shards(six(), open_file_store(tmp_path / "shards"), problems) == 6
+    assert not problems.skipped_samples
     return tmp_path / "shards"
 
 
@@ -71,35 +71,35 @@ def shards(tmp_path):
 
 
 def test_samples_of_all_six_tasks_come_back_from_the_stream_and_by_number(shards):
-    problems = Problems()
-    assert contents(stream(shelf(shards), problems)) == contents(six())
-    library = Library(shelf(shards), problems)
+    problems = SkipReport()
+    assert contents(stream_samples(open_file_store(shards), problems)) == contents(six())
+    library = ShardDataset(open_file_store(shards), problems)
     assert contents(library[at] for at in (5, 0, 3, 1, 4, 2)) == contents(six()[at] for at in (5, 0, 3, 1, 4, 2))
     assert [entry.shape.frames for entry in library.entries] == [1, 5, 1, 9, 1, 7]
-    assert not problems.found
+    assert not problems.skipped_samples
 
 
 def test_the_same_samples_give_the_same_bytes(shards, tmp_path):
-    write(six(), shelf(tmp_path / "again"), Problems())
+    write_shards(six(), open_file_store(tmp_path / "again"), SkipReport())
     assert (tmp_path / "again" / "00000.tar").read_bytes() == (shards / "00000.tar").read_bytes()
 
 
 def test_an_index_is_made_again_where_it_is_gone_or_does_not_fit(shards):
-    before = Library(shelf(shards), Problems()).entries
+    before = ShardDataset(open_file_store(shards), SkipReport()).entries
     index = shards / "00000.index.json"
     index.unlink()
-    assert Library(shelf(shards), Problems()).entries == before
+    assert ShardDataset(open_file_store(shards), SkipReport()).entries == before
     size = (shards / "00000.tar").stat().st_size
     for text in (json.dumps({"format": 1, "bytes": 3, "samples": []}), json.dumps({"format": 1, "bytes": size}), "[]"):
         index.write_text(text)
-        assert Library(shelf(shards), Problems()).entries == before
+        assert ShardDataset(open_file_store(shards), SkipReport()).entries == before
 
 
 def test_a_second_shard_begins_where_the_first_is_full(tmp_path, monkeypatch):
     monkeypatch.setattr("omnivideo.training.data.shards.SHARD_SAMPLES", 4)
-    write(six(), shelf(tmp_path), Problems())
+    write_shards(six(), open_file_store(tmp_path), SkipReport())
     assert sorted(path.name for path in tmp_path.glob("*.tar")) == ["00000.tar", "00001.tar"]
-    assert contents(stream(shelf(tmp_path), Problems())) == contents(six())
+    assert contents(stream_samples(open_file_store(tmp_path), SkipReport())) == contents(six())
 
 
 @pytest.mark.filterwarnings(
@@ -119,27 +119,27 @@ def test_the_webdataset_package_reads_our_shards(shards):
 def test_a_broken_tar_gives_what_comes_before_the_break(shards, where):
     path = shards / "00000.tar"
     data = path.read_bytes()
-    last = Library(shelf(shards), Problems()).entries[-1]
+    last = ShardDataset(open_file_store(shards), SkipReport()).entries[-1]
     start = last.members["json"][0] - 512
     cut = {"header": start, "middle": start + 700, "end mark": len(data.rstrip(b"\0")) // 512 * 512 + 512}[where]
     path.write_bytes(data[:cut])
-    streamed, scanned = Problems(), Problems()
-    assert contents(stream(shelf(shards), streamed))[:5] == contents(six())[:5]
-    assert len(Library(shelf(shards), scanned)) >= 5
+    streamed, scanned = SkipReport(), SkipReport()
+    assert contents(stream_samples(open_file_store(shards), streamed))[:5] == contents(six())[:5]
+    assert len(ShardDataset(open_file_store(shards), scanned)) >= 5
     for problems in (streamed, scanned):
-        assert problems.counts()["broken shard"] == 1
-        assert problems.found[0][1].startswith("00000.tar")
+        assert problems.count_by_kind()["broken shard"] == 1
+        assert problems.skipped_samples[0][1].startswith("00000.tar")
 
 
 def test_a_header_overwritten_midway_is_not_taken_for_the_end(shards):
     path = shards / "00000.tar"
     data = bytearray(path.read_bytes())
-    start = Library(shelf(shards), Problems()).entries[3].members["json"][0] - 512
+    start = ShardDataset(open_file_store(shards), SkipReport()).entries[3].members["json"][0] - 512
     data[start : start + 512] = b"x" * 512
     path.write_bytes(data)
-    problems = Problems()
-    assert contents(stream(shelf(shards), problems)) == contents(six())[:3]
-    assert problems.counts() == {"broken shard": 1}
+    problems = SkipReport()
+    assert contents(stream_samples(open_file_store(shards), problems)) == contents(six())[:3]
+    assert problems.count_by_kind() == {"broken shard": 1}
 
 
 def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
@@ -177,10 +177,10 @@ def test_a_wrong_sample_is_named_and_skipped(tmp_path, members, kind, word):
             add(tar, name, data)
         add(tar, "b.json", b'{"task": "text-to-image", "text": "x"}')
         add(tar, "b.target.png", png())
-    problems = Problems()
-    assert [sample.key for sample in stream(shelf(tmp_path), problems)] == ["b"]
-    assert problems.counts() == {kind: 1}
-    assert problems.found[0][1] == "0.tar/a" and word in problems.found[0][2]
+    problems = SkipReport()
+    assert [sample.key for sample in stream_samples(open_file_store(tmp_path), problems)] == ["b"]
+    assert problems.count_by_kind() == {kind: 1}
+    assert problems.skipped_samples[0][1] == "0.tar/a" and word in problems.skipped_samples[0][2]
 
 
 # ---------------------------------------------------------------- media
@@ -190,9 +190,9 @@ def test_a_wrong_sample_is_named_and_skipped(tmp_path, members, kind, word):
 @pytest.mark.parametrize("left", [0.3, 0.6, 0.9])
 def test_a_cut_mp4_is_refused(first, left):
     whole = mp4(24, first=first)
-    assert measure(whole).frames == 24
+    assert measure_media(whole).frames == 24
     with pytest.raises(UnreadableMedia):
-        measure(whole[: int(len(whole) * left)])
+        measure_media(whole[: int(len(whole) * left)])
 
 
 def test_a_cut_png_is_refused():
@@ -200,42 +200,42 @@ def test_a_cut_png_is_refused():
     file = io.BytesIO()
     Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(file, "PNG")
     with pytest.raises(UnreadableMedia):
-        measure(file.getvalue()[:1500])
+        measure_media(file.getvalue()[:1500])
 
 
 def test_a_clip_is_seen_at_the_wanted_rate_and_shape():
     clip = mp4(17, size=(64, 32), fps=16)
-    frames = [pixels for pixels, *_ in decoded(clip)]
-    seen = fitted(clip, 32, 32, 9, 8)
+    frames = [pixels for pixels, *_ in decode_media(clip)]
+    seen = resample_media(clip, 32, 32, 9, 8)
     assert seen.shape == (9, 32, 32, 3)
     assert np.array_equal(seen, np.stack([frame[:, 16:48] for frame in frames[::2]]))
-    assert np.array_equal(fitted(clip, 32, 32, 9, 8, only=[0, 3, 3, 8]), seen[[0, 3, 3, 8]])
-    assert np.array_equal(fitted(clip, 32, 32, 12, 8), seen[[*range(9), 8, 8, 8]])  # its last frame stays
+    assert np.array_equal(resample_media(clip, 32, 32, 9, 8, frame_indices=[0, 3, 3, 8]), seen[[0, 3, 3, 8]])
+    assert np.array_equal(resample_media(clip, 32, 32, 12, 8), seen[[*range(9), 8, 8, 8]])  # its last frame stays
 
 
 def test_a_clip_is_decoded_as_far_as_it_is_looked_at(monkeypatch):
     taken = []
-    seen = lambda data: (taken.append(1) or one for one in decoded(data))  # noqa: E731
+    seen = lambda data: (taken.append(1) or one for one in decode_media(data))  # noqa: E731
     monkeypatch.setattr("omnivideo.training.data.sample.decoded", seen)
-    assert fitted(mp4(48, fps=16), 32, 32, 5, 8).shape == (5, 32, 32, 3)
+    assert resample_media(mp4(48, fps=16), 32, 32, 5, 8).shape == (5, 32, 32, 3)
     assert len(taken) == 10  # the fifth is frame 8
 
 
 def test_buckets_lose_the_least():
-    buckets = buckets_around(64, 64, (1, 5, 9))
+    buckets = build_buckets(64, 64, (1, 5, 9))
     assert all(bucket.width % 16 == bucket.height % 16 == 0 for bucket in buckets)
-    assert bucket_for(buckets, "text-to-image", 640, 640, 1, 0, 8) == Bucket(64, 64, 1)
-    assert bucket_for(buckets, "text-to-video", 640, 640, 17, 16, 8) == Bucket(64, 64, 9)
-    assert bucket_for(buckets, "text-to-video", 640, 640, 16, 16, 8) == Bucket(64, 64, 5)
-    tall = bucket_for(buckets, "text-to-image", 480, 832, 1, 0, 8)
+    assert select_bucket(buckets, "text-to-image", 640, 640, 1, 0, 8) == Bucket(64, 64, 1)
+    assert select_bucket(buckets, "text-to-video", 640, 640, 17, 16, 8) == Bucket(64, 64, 9)
+    assert select_bucket(buckets, "text-to-video", 640, 640, 16, 16, 8) == Bucket(64, 64, 5)
+    tall = select_bucket(buckets, "text-to-image", 480, 832, 1, 0, 8)
     assert tall.height > tall.width
     with pytest.raises(InvalidInput, match="no bucket is so short"):
-        bucket_for(buckets, "text-to-video", 640, 640, 3, 8, 8)
+        select_bucket(buckets, "text-to-video", 640, 640, 3, 8, 8)
 
 
 def test_a_clip_for_an_image_task_is_refused():
     with pytest.raises(InvalidInput, match="mp4"):
-        check(Sample("text-to-image", "x", target=mp4()))
+        check_sample(TrainingSample("text-to-image", "x", target=mp4()))
 
 
 # ---------------------------------------------------------------- published layouts
@@ -247,9 +247,9 @@ def lay(folder, files: dict[str, bytes]) -> None:
         (folder / name).write_bytes(data)
 
 
-def taken(layout, folder, name) -> tuple[list[Sample], Problems]:
-    problems = Problems()
-    return list(read(layout, folder / name, folder, problems)), problems
+def taken(layout, folder, name) -> tuple[list[TrainingSample], SkipReport]:
+    problems = SkipReport()
+    return list(read_samples(layout, folder / name, folder, problems)), problems
 
 
 def said(*turns: str) -> list[dict]:
@@ -271,14 +271,14 @@ def test_llava(tmp_path):
     samples, problems = taken("llava", tmp_path, "a.json")
     assert contents(samples) == contents(
         [
-            Sample(
+            TrainingSample(
                 "image-understanding", "", png(), turns=(("What is it?", "A ball."), ("Red?", "Yes.")), origin="llava"
             ),
-            Sample("video-understanding", "", mp4(), turns=(("How?", "It rolls."),), origin="llava"),
+            TrainingSample("video-understanding", "", mp4(), turns=(("How?", "It rolls."),), origin="llava"),
         ]
     )
-    assert problems.counts() == {"missing file": 2, "wrong record": 3}
-    assert {where for _, where, _ in problems.found} == {f"a.json#{number}" for number in range(3, 8)}
+    assert problems.count_by_kind() == {"missing file": 2, "wrong record": 3}
+    assert {where for _, where, _ in problems.skipped_samples} == {f"a.json#{number}" for number in range(3, 8)}
 
 
 @pytest.mark.parametrize("name", ["a" * 5000, "a\0b", "..", "", "/etc/passwd", "\ud800.png"])
@@ -288,8 +288,8 @@ def test_file_names_that_are_none_are_skipped(tmp_path, name):
     (tmp_path / "a.jsonl").write_text(f"{json.dumps(row | {'image': name})}\n{'[' * 100_000}\n{json.dumps(row)}\n")
     samples, problems = taken("llava", tmp_path, "a.jsonl")
     assert len(samples) == 1
-    assert [where for _, where, _ in problems.found] == ["a.jsonl:1", "a.jsonl:2"]
-    problems.write(tmp_path / "report.jsonl")
+    assert [where for _, where, _ in problems.skipped_samples] == ["a.jsonl:1", "a.jsonl:2"]
+    problems.write_jsonl(tmp_path / "report.jsonl")
     assert len((tmp_path / "report.jsonl").read_text().splitlines()) == 2
 
 
@@ -299,7 +299,7 @@ def test_an_array_that_is_cut_gives_what_comes_before(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps([row] * 3)[:-30])
     samples, problems = taken("llava", tmp_path, "a.json")
     assert len(samples) == 2
-    assert problems.found[0][:2] == ("wrong record", "a.json#3")
+    assert problems.skipped_samples[0][:2] == ("wrong record", "a.json#3")
 
 
 def test_sharegpt4video(tmp_path):
@@ -316,9 +316,9 @@ def test_sharegpt4video(tmp_path):
     (tmp_path / "a.jsonl").write_text("\n".join(lines) + "\n")
     samples, problems = taken("sharegpt4video", tmp_path, "a.jsonl")
     assert contents(samples) == contents(
-        [Sample("text-to-video", "A ball rolls.", target=mp4(), origin="sharegpt4video")] * 2
+        [TrainingSample("text-to-video", "A ball rolls.", target=mp4(), origin="sharegpt4video")] * 2
     )
-    assert [(kind, where) for kind, where, _ in problems.found] == [
+    assert [(kind, where) for kind, where, _ in problems.skipped_samples] == [
         ("wrong record", "a.jsonl:2"),
         ("wrong record", "a.jsonl:3"),
     ]
@@ -333,9 +333,9 @@ def test_senorita(tmp_path):
     samples, problems = taken("senorita", tmp_path, "a.json")
     edits = ["Turn the ball into a cube.", "swap ball"]
     assert contents(samples) == contents(
-        Sample("video-editing", text, mp4(), mp4(6), origin="senorita") for text in edits
+        TrainingSample("video-editing", text, mp4(), mp4(6), origin="senorita") for text in edits
     )
-    assert problems.counts() == {"missing file": 1}
+    assert problems.count_by_kind() == {"missing file": 1}
 
 
 def test_anyedit_as_json(tmp_path):
@@ -345,9 +345,9 @@ def test_anyedit_as_json(tmp_path):
            "edited_file": "edited.png"}  # fmt: skip
     (tmp_path / "a.json").write_text(json.dumps([row, row | {"visual_input": "other.png"}]))
     samples, problems = taken("anyedit", tmp_path, "a.json")
-    wanted = Sample("image-editing", "make the ball green", png(1), png(2), caption="a green ball", origin="anyedit")
+    wanted = TrainingSample("image-editing", "make the ball green", png(1), png(2), caption="a green ball", origin="anyedit")
     assert contents(samples) == contents([wanted])
-    assert "second picture" in problems.found[0][2]
+    assert "second picture" in problems.skipped_samples[0][2]
 
 
 def parquet(path, rows: list[dict]) -> None:
@@ -367,9 +367,9 @@ def test_ultraedit(tmp_path):
            "target_caption": "a blue ball", "edit_prompt": "make it blue", "clip_sim_image": 0.9}  # fmt: skip
     parquet(tmp_path / "FreeForm-00000.parquet", [row, row | {"edit_prompt": None}])
     samples, problems = taken("ultraedit", tmp_path, "FreeForm-00000.parquet")
-    wanted = Sample("image-editing", "make it blue", png(1), png(2), caption="a blue ball", origin="ultraedit")
+    wanted = TrainingSample("image-editing", "make it blue", png(1), png(2), caption="a blue ball", origin="ultraedit")
     assert contents(samples) == contents([wanted])
-    assert problems.counts() == {"wrong record": 1}
+    assert problems.count_by_kind() == {"wrong record": 1}
 
 
 def test_anyedit_as_parquet(tmp_path):
@@ -378,9 +378,9 @@ def test_anyedit_as_parquet(tmp_path):
     parquet(tmp_path / "train-0.parquet", [row])
     samples, problems = taken("anyedit", tmp_path, "train-0.parquet")
     assert contents(samples) == contents(
-        [Sample("image-editing", "make it blue", png(1), png(2), caption="a blue ball", origin="anyedit")]
+        [TrainingSample("image-editing", "make it blue", png(1), png(2), caption="a blue ball", origin="anyedit")]
     )
-    assert not problems.found
+    assert not problems.skipped_samples
 
 
 def test_captions(tmp_path):
@@ -389,7 +389,7 @@ def test_captions(tmp_path):
     parquet(tmp_path / "b.parquet", [{"jpg": "3.png", "txt": "three"}])
     samples, problems = taken("captions", tmp_path, ".")
     assert [(sample.text, sample.target) for sample in samples] == [("one", png(1)), ("three", png(3))]
-    assert problems.counts() == {"wrong record": 1}
+    assert problems.count_by_kind() == {"wrong record": 1}
 
 
 def test_curated(tmp_path):
@@ -402,18 +402,18 @@ def test_curated(tmp_path):
     (tmp_path / "clips.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "captions.jsonl").write_text('{"key": "pan-1-0000", "caption": "A ball rolls."}\n')
     (tmp_path / "settings.json").write_text('{"ocr": false}')
-    problems = Problems()
-    samples = list(read("curated", tmp_path, tmp_path, problems))
-    assert contents(samples) == contents([Sample("text-to-video", "A ball rolls.", target=mp4(), origin="curated")])
-    assert [(kind, where) for kind, where, _ in problems.found] == [
+    problems = SkipReport()
+    samples = list(read_samples("curated", tmp_path, tmp_path, problems))
+    assert contents(samples) == contents([TrainingSample("text-to-video", "A ball rolls.", target=mp4(), origin="curated")])
+    assert [(kind, where) for kind, where, _ in problems.skipped_samples] == [
         ("wrong record", "clips.jsonl:2"),
         ("wrong record", "clips.jsonl:3"),
         ("missing file", "clips.jsonl:4"),
         ("wrong record", "clips.jsonl:5"),
     ]
-    assert "caption: there is none" in problems.found[0][2] and "0.01 sides a second" in problems.found[1][2]
+    assert "caption: there is none" in problems.skipped_samples[0][2] and "0.01 sides a second" in problems.skipped_samples[1][2]
     with pytest.raises(InvalidInput, match=r"'clips' holds no clips\.jsonl"):
-        list(read("curated", tmp_path / "clips", tmp_path, Problems()))
+        list(read_samples("curated", tmp_path / "clips", tmp_path, SkipReport()))
 
 
 def test_a_broken_parquet_is_named(tmp_path):
@@ -421,7 +421,7 @@ def test_a_broken_parquet_is_named(tmp_path):
     (tmp_path / "b.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-20])
     samples, problems = taken("captions", tmp_path, ".")
     assert len(samples) == 1
-    assert problems.found[0][:2] == ("broken file", "b.parquet")
+    assert problems.skipped_samples[0][:2] == ("broken file", "b.parquet")
 
 
 # ---------------------------------------------------------------- the commands
@@ -452,5 +452,5 @@ def test_pack_names_what_it_skips_and_look_counts_the_rest(tmp_path):
 def test_a_layout_that_is_none_is_refused(tmp_path):
     (tmp_path / "a.json").write_text("[]")
     with pytest.raises(InvalidInput, match="layout"):
-        list(read("coco", tmp_path / "a.json", tmp_path, Problems()))
-    assert Mix().ratio is not None
+        list(read_samples("coco", tmp_path / "a.json", tmp_path, SkipReport()))
+    assert MixConfig().task_ratio is not None

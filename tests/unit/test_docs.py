@@ -60,18 +60,18 @@ def test_the_demo_runs(tmp_path):
     from rich.console import Console
 
     from omnivideo.backends.mllm.local import LocalMLLM
-    from omnivideo.contracts import Routed
-    from omnivideo.demo import TURNS
-    from omnivideo.demo import main as demo
+    from omnivideo.contracts import Route
+    from omnivideo.demo import DEMO_TURNS
+    from omnivideo.demo import run_demo as demo
     from omnivideo.studio import Studio
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(LocalMLLM, "route", lambda self, ask: Routed(kind="video", probability=0.9))
+        patch.setattr(LocalMLLM, "route", lambda self, ask: Route(kind="video", probability=0.9))
         shown = io.StringIO()
         demo(tmp_path / "demo", Console(file=shown, width=200), Studio(home=tmp_path / "talk"))
     made = {path.name for path in (tmp_path / "demo").iterdir()}
-    assert made == {f"{number}.mp4" for number in range(1, len(TURNS) + 1)} | {"contact-sheet.png"}
-    assert f"of {len(TURNS)} turns right" in shown.getvalue()
+    assert made == {f"{number}.mp4" for number in range(1, len(DEMO_TURNS) + 1)} | {"contact-sheet.png"}
+    assert f"of {len(DEMO_TURNS)} turns right" in shown.getvalue()
 
 
 def test_links_and_rooms_exist():

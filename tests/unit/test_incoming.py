@@ -19,12 +19,12 @@ import pytest
 from PIL import Image
 
 from omnivideo.backends import decoding, fetching, incoming
-from omnivideo.backends.decoder.video import Limits, Measured, write_media
-from omnivideo.backends.decoding import Bounds
-from omnivideo.backends.incoming import data_url, fetch, taken
-from omnivideo.backends.media import frames_of
-from omnivideo.errors import Busy, InvalidInput, UnreadableMedia
-from omnivideo.storage.memory import MemoryStore
+from omnivideo.backends.decoder.video import MediaLimits, MediaInfo, write_media
+from omnivideo.backends.decoding import ProcessLimits
+from omnivideo.backends.incoming import decode_data_url, fetch_media, ingest_media
+from omnivideo.backends.media import load_frames
+from omnivideo.errors import ServiceBusy, InvalidInput, UnreadableMedia
+from omnivideo.storage.memory import MemoryObjectStore
 
 NOISE = np.random.default_rng(0).integers(0, 256, (9, 64, 48, 3), np.uint8)
 
@@ -71,11 +71,11 @@ def mp4(tmp_path_factory) -> bytes:
 
 def refusal(data: bytes, name: str = "clip.mp4", **options: object) -> str:
     """The refusal's text: one line, with the field and the name, and nothing is stored."""
-    store = MemoryStore()
+    store = MemoryObjectStore()
     with pytest.raises(UnreadableMedia) as caught:
-        taken(store, data, "user", name, **options)
+        ingest_media(store, data, "user", name, **options)
     text = str(caught.value)
-    assert not store.held and caught.value.field == "source"
+    assert not store.objects and caught.value.field == "source"
     assert text.startswith("source: ") and "\n" not in text and "0x" not in text and "/proc" not in text
     return text
 
@@ -91,7 +91,7 @@ def child_that(monkeypatch):
     """The child's own program with another reader in it, given as an expression."""
 
     def replaced(reader: str) -> None:
-        program = decoding.PROGRAM.replace("decoding.child()", f"decoding.report = lambda limits: {reader}; ")
+        program = decoding.CHILD_PROGRAM.replace("decoding.child()", f"decoding.report = lambda limits: {reader}; ")
         monkeypatch.setattr(decoding, "PROGRAM", program + "decoding.child()")
 
     return replaced
@@ -115,18 +115,18 @@ def child_that(monkeypatch):
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_media_are_stored_as_what_they_are_and_read_back(data, suffix, medium, frames):
-    store = MemoryStore()
-    made = taken(store, data, "turn 3", "My_holiday-film.exe")
+    store = MemoryObjectStore()
+    made = ingest_media(store, data, "turn 3", "My_holiday-film.exe")
     assert made.key.endswith(f".{suffix}") and store.get(made.key) == data
     assert (made.medium, made.width, made.height, made.frames) == (medium, 48, 64, frames)
-    assert (made.about, made.made_by) == ("My holiday film", "turn 3")
-    assert frames_of(store, made).shape == (frames, 64, 48, 3)
+    assert (made.caption, made.created_by) == ("My holiday film", "turn 3")
+    assert load_frames(store, made).shape == (frames, 64, 48, 3)
     assert made.fps == pytest.approx(1 if medium == "image" else 10 if suffix == "gif" else 8)
 
 
 def test_several_at_once(mp4):
     with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(lambda _: taken(MemoryStore(), mp4, "user").key, range(4)))
+        found = list(pool.map(lambda _: ingest_media(MemoryObjectStore(), mp4, "user").key, range(4)))
     assert len(set(found)) == 1
 
 
@@ -137,14 +137,14 @@ def test_importing_loads_no_model_library():
 
 
 def test_lower_limits_are_the_services_to_choose(mp4):
-    assert "has 9 frames; allowed: 1 to 8" in refusal(mp4, limits=Limits(max_frames=8))
+    assert "has 9 frames; allowed: 1 to 8" in refusal(mp4, limits=MediaLimits(max_frames=8))
     with pytest.raises(AssertionError):
-        taken(MemoryStore(), mp4, "user", limits=Limits(max_frames=10**6))
+        ingest_media(MemoryObjectStore(), mp4, "user", limits=MediaLimits(max_frames=10**6))
 
 
 def test_a_field_of_the_callers(mp4):
     with pytest.raises(UnreadableMedia, match=r"^input_reference: the file is empty; allowed: 1 to") as caught:
-        taken(MemoryStore(), b"", "user", field="input_reference")
+        ingest_media(MemoryObjectStore(), b"", "user", field="input_reference")
     assert caught.value.field == "input_reference"
 
 
@@ -167,9 +167,9 @@ def test_a_field_of_the_callers(mp4):
 def test_attack_traversal_in_a_name(name, about, monkeypatch):
     text = refusal(b"no media", name)
     assert "/" not in text and "\\" not in text and text.isprintable() and len(text) < 300
-    monkeypatch.setattr(incoming, "measured", lambda *_: Measured(48, 64, 1, None, "image"))
-    made = taken(MemoryStore(), still("PNG"), "user", name)
-    assert made.about == about and made.key[64:] == ".png" and len(made.key) == 68
+    monkeypatch.setattr(incoming, "measured", lambda *_: MediaInfo(48, 64, 1, None, "image"))
+    made = ingest_media(MemoryObjectStore(), still("PNG"), "user", name)
+    assert made.caption == about and made.key[64:] == ".png" and len(made.key) == 68
 
 
 def test_attack_playlist_named_mp4(unread):
@@ -220,7 +220,7 @@ def test_attack_rare_codec():
 
 
 def test_attack_bytes_above_the_cap(mp4, unread):
-    assert f"has {len(mp4)} bytes; allowed: 1 to 100" in refusal(mp4, limits=Limits(max_bytes=100))
+    assert f"has {len(mp4)} bytes; allowed: 1 to 100" in refusal(mp4, limits=MediaLimits(max_bytes=100))
 
 
 @pytest.mark.parametrize("side", [4_000, 50_000])
@@ -238,7 +238,7 @@ def test_attack_webp_canvas_of_a_gigabyte():
     data = bytearray(animation("WEBP"))
     at = data.index(b"VP8X") + 12  # 24 bits each of width - 1 and height - 1
     data[at : at + 6] = (16_382).to_bytes(3, "little") * 2
-    refusal(bytes(data), bounds=Bounds(memory=2**28))
+    refusal(bytes(data), bounds=ProcessLimits(max_memory_bytes=2**28))
 
 
 def test_attack_gif_of_many_frames():
@@ -248,7 +248,7 @@ def test_attack_gif_of_many_frames():
 
 
 def test_attack_mp4_of_many_frames():
-    assert "has 300 frames; allowed: 1 to 200" in refusal(clip(times=range(300)), limits=Limits(max_frames=200))
+    assert "has 300 frames; allowed: 1 to 200" in refusal(clip(times=range(300)), limits=MediaLimits(max_frames=200))
 
 
 def test_attack_absurd_duration():
@@ -278,12 +278,12 @@ def test_attack_size_that_the_container_lies_about(mp4):
     data, at = bytearray(mp4), mp4.index(b"avc1", mp4.index(b"stsd")) + 28
     assert data[at : at + 4] == b"\x00\x30\x00\x40"
     data[at : at + 4] = b"\xff\xff\xff\xff"
-    made = taken(MemoryStore(), bytes(data), "user")
+    made = ingest_media(MemoryObjectStore(), bytes(data), "user")
     assert (made.width, made.height) == (48, 64)
 
 
 def test_attack_many_streams():
-    assert "streams; allowed: 1 to 4" in refusal(clip("matroska", streams=5), limits=Limits(max_streams=4))
+    assert "streams; allowed: 1 to 4" in refusal(clip("matroska", streams=5), limits=MediaLimits(max_streams=4))
     refusal(clip("matroska", streams=40))
 
 
@@ -299,20 +299,20 @@ TRUE = {"width": 48, "height": 64, "frames": 9, "fps": 8.0, "kind": "video"}
 
 def test_attack_child_that_eats_memory(child_that, mp4):
     child_that(f"(bytearray(2**30), {TRUE})[1]")
-    assert taken(MemoryStore(), mp4, "user", bounds=Bounds(memory=2**31)).frames == 9
-    assert "needs more memory than there is" in refusal(mp4, bounds=Bounds(memory=2**26))
+    assert ingest_media(MemoryObjectStore(), mp4, "user", process_limits=ProcessLimits(max_memory_bytes=2**31)).frames == 9
+    assert "needs more memory than there is" in refusal(mp4, bounds=ProcessLimits(max_memory_bytes=2**26))
 
 
 @pytest.mark.parametrize("reader", ["__import__('time').sleep(60)", "[None for _ in iter(int, 1)]"])
 def test_attack_child_that_hangs(child_that, mp4, reader):
     child_that(reader)
-    assert "takes more than 0.6 seconds to read" in refusal(mp4, bounds=Bounds(seconds=0.6))
+    assert "takes more than 0.6 seconds to read" in refusal(mp4, bounds=ProcessLimits(timeout_seconds=0.6))
 
 
 def test_attack_child_that_ends_by_itself_when_its_parent_is_gone(mp4, monkeypatch, child_that):
     child_that("__import__('time').sleep(60)")
     monkeypatch.setattr(decoding, "heard", lambda process, deadline: process.stdout.read())
-    assert "takes more than 0.3 seconds" in refusal(mp4, bounds=Bounds(seconds=0.3))
+    assert "takes more than 0.3 seconds" in refusal(mp4, bounds=ProcessLimits(timeout_seconds=0.3))
 
 
 @pytest.mark.parametrize("signal", [6, 9, 11])
@@ -328,14 +328,14 @@ def test_attack_child_that_floods(child_that, mp4):
 
 def test_attack_child_that_lies(child_that, mp4):
     child_that(repr(TRUE))
-    assert taken(MemoryStore(), mp4, "user").frames == 9
+    assert ingest_media(MemoryObjectStore(), mp4, "user").frames == 9
     for lie in (
         {"width": -1}, {"height": "64"}, {"frames": True}, {"fps": float("nan")}, {"fps": float("inf")}, {"fps": None},
         {"kind": "../x"}, {"kind": "image"}, {"frames": 10**9}, {"width": 10**9}, {"more": 1},
     ):  # fmt: skip
         said = json.dumps(TRUE | lie).encode()
         with pytest.raises(UnreadableMedia):
-            decoding.believed(said, 0, Limits(), Bounds())
+            decoding.parse_report(said, 0, MediaLimits(), ProcessLimits())
 
 
 @pytest.mark.parametrize(
@@ -343,12 +343,12 @@ def test_attack_child_that_lies(child_that, mp4):
 )
 def test_attack_report_that_is_none(said):
     with pytest.raises(UnreadableMedia, match="is damaged"):
-        decoding.believed(said, 0, Limits(), Bounds())
+        decoding.parse_report(said, 0, MediaLimits(), ProcessLimits())
 
 
 def test_a_refusal_cannot_break_the_line():
     with pytest.raises(UnreadableMedia) as caught:
-        decoding.believed(json.dumps({"refused": "a\nb" + "c" * 9000}).encode(), 0, Limits(), Bounds())
+        decoding.parse_report(json.dumps({"refused": "a\nb" + "c" * 9000}).encode(), 0, MediaLimits(), ProcessLimits())
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
 
 
@@ -361,7 +361,7 @@ def test_attack_child_that_looks_for_secrets_files_and_descriptors(child_that, m
             "*(str(decoding.resource.getrlimit(what)[1]) for what in (1, 4, 7))])}"
         )
         told = refusal(mp4).removeprefix("source: 'clip.mp4' ").split()
-    assert set(told) <= {"LC_CTYPE", "LD_LIBRARY_PATH", *decoding.environment(), *"01236", "16"}
+    assert set(told) <= {"LC_CTYPE", "LD_LIBRARY_PATH", *decoding.build_child_environment(), *"01236", "16"}
     assert told[-3:] == ["0", "0", "16"]  # bytes of a file, of a core dump; open files
 
 
@@ -373,15 +373,15 @@ def test_attack_child_that_writes_a_file(child_that, mp4, tmp_path):
 
 def test_no_process_to_be_had(mp4, monkeypatch):
     monkeypatch.setattr(decoding.sys, "executable", "/none/python")
-    with pytest.raises(Busy, match="no process can be started"):
-        decoding.measured(mp4)
+    with pytest.raises(ServiceBusy, match="no process can be started"):
+        decoding.measure_in_sandbox(mp4)
 
 
 def test_too_many_at_once(mp4, monkeypatch):
     monkeypatch.setattr(decoding, "SLOTS", threading.BoundedSemaphore(1))
-    with decoding.slot(1), pytest.raises(Busy, match="too many are being read at once"):
-        decoding.measured(mp4, bounds=Bounds(seconds=0.05))
-    assert decoding.measured(mp4).frames == 9
+    with decoding.acquire_process_slot(1), pytest.raises(ServiceBusy, match="too many are being read at once"):
+        decoding.measure_in_sandbox(mp4, process_limits=ProcessLimits(timeout_seconds=0.05))
+    assert decoding.measure_in_sandbox(mp4).frames == 9
 
 
 # ---------------------------------------------------------------- data URLs
@@ -390,7 +390,7 @@ def test_too_many_at_once(mp4, monkeypatch):
 @pytest.mark.parametrize("head", ["data:image/png;base64,", "data:video/mp4;base64,", "DATA:image/svg+xml;BASE64,"])
 def test_a_data_url(head):
     for data in (b"a", b"ab", b"abc", bytes(range(256))):
-        assert data_url(head + base64.b64encode(data).decode(), most=len(data)) == data
+        assert decode_data_url(head + base64.b64encode(data).decode(), max_bytes=len(data)) == data
 
 
 @pytest.mark.parametrize(
@@ -406,17 +406,17 @@ def test_a_data_url(head):
 )  # fmt: skip
 def test_attack_data_url_that_is_none(text):
     with pytest.raises(InvalidInput, match=r"^image_url: [^\n]*allowed: ") as caught:
-        data_url(text, field="image_url")
+        decode_data_url(text, field="image_url")
     assert caught.value.field == "image_url" and "passwd" not in str(caught.value)
 
 
 def test_attack_data_url_above_the_cap_is_not_decoded(monkeypatch):
     text = "data:image/png;base64," + base64.b64encode(bytes(1000)).decode()
     with pytest.raises(InvalidInput, match="holds 1000 bytes; allowed: 1 to 999"):
-        data_url(text, 999)
+        decode_data_url(text, 999)
     monkeypatch.setattr("omnivideo.backends.incoming.binascii", None)
     with pytest.raises(InvalidInput, match="holds 1000 bytes; allowed: 1 to 900"):
-        data_url(text, 900)
+        decode_data_url(text, 900)
 
 
 # ---------------------------------------------------------------- URLs, without a network
@@ -427,7 +427,7 @@ UNREACHED = "url: the host cannot be reached; allowed: a public address that ans
 
 def told(url: str, allowed=HOSTS, **options: object) -> str:
     with pytest.raises(InvalidInput) as caught:
-        fetch(url, allowed, 1000, 2, **options)
+        fetch_media(url, allowed, 1000, 2, **options)
     assert caught.value.field == "url" and "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -456,7 +456,7 @@ def test_attack_ssrf_by_name(address, offline):
 
 @pytest.mark.parametrize("address", ["8.8.8.8", "1.1.1.1", "2606:4700:4700::1111", "2a00:1450:4001:80b::200e"])
 def test_public_addresses_pass(address):
-    assert fetching.is_public(fetching.ipaddress.ip_address(address))
+    assert fetching.is_public_address(fetching.ipaddress.ip_address(address))
 
 
 def test_attack_ssrf_by_one_address_among_public_ones(offline):

@@ -8,13 +8,13 @@ import torch
 from omnivideo.models import checkpoint
 from omnivideo.models.checkpoint import load, load_parts, save_library_model
 from omnivideo.training import loading
-from omnivideo.training.data.encode import Frozen, encode_all
-from omnivideo.training.loading import CPU, Loader, Place, bring, place_of
-from omnivideo.training.plan import ALIGNED, AVERAGED, TASKS_OF
-from omnivideo.training.real import EARLIER, mix_of, recipe_over
+from omnivideo.training.data.encode import FrozenEncoders, encode_shards
+from omnivideo.training.loading import CPU, StageLoader, WeightPlacement, move_cpu_parts_to_device, choose_placement
+from omnivideo.training.plan import ALIGNED_STAGES, FLOW_STAGES, TASKS_BY_STAGE
+from omnivideo.training.real import PREVIOUS_STAGE, build_mix, build_stage_recipe
 from omnivideo.training.recipes import stages
-from omnivideo.training.recipes.stages import TRAINED
-from omnivideo.training.tiny import Tiny
+from omnivideo.training.recipes.stages import TRAINABLE_BY_STAGE
+from omnivideo.training.tiny import TinyPipeline
 from omnivideo.training.trainer import Trainer
 from tests.unit.test_encode import FIT, library
 from tests.unit.test_rows import SAMPLES, encoder
@@ -26,17 +26,17 @@ GPU, BF16, FP32 = torch.device("cuda"), torch.bfloat16, torch.float32
 def made(weights, tmp_path_factory):
     save_library_model(encoder(), weights / "visual_encoder", torch.float16)
     there = library(tmp_path_factory.mktemp("shards"), SAMPLES)
-    encode_all(there, Frozen.load(weights, "cpu"), FIT, lambda done, count: None)
+    encode_shards(there, FrozenEncoders.load(weights, "cpu"), FIT, lambda done, count: None)
     return there
 
 
 @pytest.fixture
-def asked(monkeypatch) -> dict[str, Place]:
+def asked(monkeypatch) -> dict[str, WeightPlacement]:
     """The places that the rule gives on a GPU, which are then taken on the CPU."""
-    found: dict[str, Place] = {}
+    found: dict[str, WeightPlacement] = {}
 
-    def on_a_gpu(stage: str, name: str, device: torch.device, precision: torch.dtype) -> Place:
-        found[name] = place_of(stage, name, GPU, BF16)
+    def on_a_gpu(stage: str, name: str, device: torch.device, precision: torch.dtype) -> WeightPlacement:
+        found[name] = choose_placement(stage, name, GPU, BF16)
         return replace(found[name], device=CPU)
 
     monkeypatch.setattr(loading, "place_of", on_a_gpu)
@@ -44,54 +44,54 @@ def asked(monkeypatch) -> dict[str, Place]:
 
 
 def test_what_is_trained_is_fp32_and_what_is_frozen_bf16_on_a_gpu():
-    assert place_of("stage1", "mllm.lm_head.weight", GPU, BF16) == Place(GPU, FP32)
-    assert place_of("stage1", "mllm.model.norm.weight", GPU, BF16) == Place(GPU, BF16)
-    assert place_of("stage2b", "decoder.proj_out.weight", GPU, BF16) == Place(GPU, BF16)
-    assert place_of("stage3", "decoder.proj_out.weight", GPU, BF16) == Place(GPU, FP32)
-    assert place_of("stage3", "visual_encoder.head.probe", GPU, BF16) == Place(GPU, BF16)
-    assert place_of("stage3", "text_encoder.shared.weight", GPU, BF16) == Place(CPU, BF16)
-    assert place_of("stage3", "vae.quant_conv.weight", GPU, BF16) == Place(CPU, FP32)
-    assert place_of("stage3", "text_encoder.shared.weight", GPU, BF16, cached=False) == Place(GPU, BF16)
-    assert place_of("stage3", "vae.quant_conv.weight", GPU, BF16, cached=False) == Place(GPU, FP32)
-    assert place_of("stage3", "mllm.model.norm.weight", GPU, FP32) == Place(GPU, FP32)
-    assert place_of("stage3", "mllm.model.norm.weight", CPU, BF16) == Place(CPU, FP32)
+    assert choose_placement("stage1", "mllm.lm_head.weight", GPU, BF16) == WeightPlacement(GPU, FP32)
+    assert choose_placement("stage1", "mllm.model.norm.weight", GPU, BF16) == WeightPlacement(GPU, BF16)
+    assert choose_placement("stage2b", "decoder.proj_out.weight", GPU, BF16) == WeightPlacement(GPU, BF16)
+    assert choose_placement("stage3", "decoder.proj_out.weight", GPU, BF16) == WeightPlacement(GPU, FP32)
+    assert choose_placement("stage3", "visual_encoder.head.probe", GPU, BF16) == WeightPlacement(GPU, BF16)
+    assert choose_placement("stage3", "text_encoder.shared.weight", GPU, BF16) == WeightPlacement(CPU, BF16)
+    assert choose_placement("stage3", "vae.quant_conv.weight", GPU, BF16) == WeightPlacement(CPU, FP32)
+    assert choose_placement("stage3", "text_encoder.shared.weight", GPU, BF16, cached=False) == WeightPlacement(GPU, BF16)
+    assert choose_placement("stage3", "vae.quant_conv.weight", GPU, BF16, cached=False) == WeightPlacement(GPU, FP32)
+    assert choose_placement("stage3", "mllm.model.norm.weight", GPU, FP32) == WeightPlacement(GPU, FP32)
+    assert choose_placement("stage3", "mllm.model.norm.weight", CPU, BF16) == WeightPlacement(CPU, FP32)
 
 
 def test_every_stage_trains_with_its_parts_in_their_places(made, weights, asked, tmp_path, monkeypatch):
     """A step of each in a GPU's precisions, every one from the run of the one before."""
-    nulls, condition = [], stages.group_condition
+    nulls, condition = [], stages.build_condition
     monkeypatch.setattr(stages, "group_condition", lambda *given: nulls.append(given[5]) or condition(*given))
     before: dict[str, torch.Tensor] = {}
-    for name in EARLIER:
+    for name in PREVIOUS_STAGE:
         asked.clear()
-        tiny = Tiny(tmp_path, weights=weights)
-        recipe = replace(recipe_over(made, FIT, name, tiny, weights, mix_of()), precision=BF16)
-        assert {part.partition(".")[0] for part, place in asked.items() if place.device != GPU} == set(loading.KEPT)
-        assert any(part.startswith("visual_encoder.") for part in asked) == (name in ALIGNED)
-        assert bool(recipe.ema) == (name in AVERAGED)
+        tiny = TinyPipeline(tmp_path, initial_weights=weights)
+        recipe = replace(build_stage_recipe(made, FIT, name, tiny, weights, build_mix()), precision=BF16)
+        assert {part.partition(".")[0] for part, place in asked.items() if place.device != GPU} == set(loading.CPU_PARTS)
+        assert any(part.startswith("visual_encoder.") for part in asked) == (name in ALIGNED_STAGES)
+        assert bool(recipe.ema_decay) == (name in FLOW_STAGES)
         held = dict(recipe.model.named_parameters())
         assert {key for key, one in held.items() if one.dtype == FP32} == {
-            k for k in held if k.startswith(TRAINED[name])
+            k for k in held if k.startswith(TRAINABLE_BY_STAGE[name])
         }
         assert all(one.dtype in (FP32, BF16) for one in held.values())
         for key, value in before.items():
             assert torch.equal(held[key], value.to(held[key].dtype)), key
         trainer = Trainer(recipe, tmp_path / name)
-        trainer.run(until=1)
-        before = {key: one.detach().clone() for key, one in trainer.named} | trainer.average
+        trainer.run(stop_at_step=1)
+        before = {key: one.detach().clone() for key, one in trainer.trainable_parameters} | trainer.ema_weights
     assert {one.dtype for one in nulls} == {FP32} and len(nulls) == 3
-    assert set(EARLIER) == set(TASKS_OF)
+    assert set(PREVIOUS_STAGE) == set(TASKS_BY_STAGE)
 
 
 def test_on_a_cpu_the_models_are_those_of_the_weights(weights):
-    made, there = Loader("stage3", weights, CPU, FP32).omni(), load(weights)
-    for mine, its in zip(made.parts, there.parts, strict=True):
+    made, there = StageLoader("stage3", weights, CPU, FP32).load_omni(), load(weights)
+    for mine, its in zip(made.modules, there.modules, strict=True):
         assert all(torch.equal(one, other) for one, other in zip(mine.parameters(), its.parameters(), strict=True))
         assert not any(one.requires_grad for one in mine.parameters()) and not mine.training
 
 
 def test_a_part_is_in_its_place_before_the_next_is_read(weights, monkeypatch):
-    steps, read = [], checkpoint.strictly
+    steps, read = [], checkpoint.load_strict
 
     def reading(cls, folder, name, dtype):
         steps.append(f"read {name}")
@@ -104,8 +104,8 @@ def test_a_part_is_in_its_place_before_the_next_is_read(weights, monkeypatch):
 
 
 def test_what_stays_on_the_cpu_can_be_brought_to_the_rest(weights):
-    omni = Loader("stage3", weights, CPU, FP32).omni()
+    omni = StageLoader("stage3", weights, CPU, FP32).load_omni()
     omni.decoder.to("meta")
-    bring(omni)
+    move_cpu_parts_to_device(omni)
     assert omni.text_encoder.device == omni.vae.device == omni.device == torch.device("meta")
     assert omni.mllm.device == CPU

@@ -13,10 +13,10 @@ from rich.console import Console
 
 from omnivideo import look as looking
 from omnivideo.errors import InvalidInput
-from omnivideo.training.tiny import Tiny, train_one
+from omnivideo.training.tiny import TinyPipeline, train_recipe
 from omnivideo.training.trainer import Trainer
-from omnivideo.training.watch import every, together, watchers
-from omnivideo.training.world import render
+from omnivideo.training.watch import build_sample_hook, all_parts_on_one_device, build_writer_factory
+from omnivideo.training.world import render_scene
 from tests.unit.test_training import logged, stage2a_recipe, stage3_recipe, toy
 
 
@@ -37,11 +37,11 @@ def drawing(omni, monkeypatch):
 @pytest.mark.parametrize("make", [stage2a_recipe, stage3_recipe], ids=lambda make: make.__name__)
 def test_training_does_not_notice(make, request, drawing, tmp_path):
     plain, looked = Trainer(make(request), tmp_path / "plain"), Trainer(make(request), tmp_path / "looked")
-    plain.run(until=4)
-    looked.run(until=4, look=every(2, looking.look))
+    plain.run(stop_at_step=4)
+    looked.run(stop_at_step=4, sample_hook=build_sample_hook(2, looking.render_sample_sheet))
     assert logged(tmp_path / "looked") == logged(tmp_path / "plain")
     for one, two in ((plain.recipe.model.state_dict(), looked.recipe.model.state_dict()),
-                     (plain.average, looked.average)):  # fmt: skip
+                     (plain.ema_weights, looked.ema_weights)):  # fmt: skip
         assert one.keys() == two.keys() and all(torch.equal(value, two[name]) for name, value in one.items())
     lines = [json.loads(line) for line in (tmp_path / "looked" / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "drawn right" in line] == [2, 4]
@@ -58,12 +58,12 @@ def test_what_is_drawn_with_is_the_average_and_all_is_put_back(request, tmp_path
     trainer = Trainer(recipe, tmp_path)
     recipe.model.bridge.train()
     for _ in range(2):
-        trainer.advance()
+        trainer.train_step()
     before = {name: weight.clone() for name, weight in trainer.weights.items()}
     modes = [part.training for part in recipe.model.modules()]
     random = torch.get_rng_state()
-    with pytest.raises(RuntimeError, match="out of memory"), trainer.paused():
-        assert all(torch.equal(weight, trainer.average[name]) for name, weight in trainer.weights.items())
+    with pytest.raises(RuntimeError, match="out of memory"), trainer.evaluation_mode():
+        assert all(torch.equal(weight, trainer.ema_weights[name]) for name, weight in trainer.weights.items())
         assert any(not torch.equal(weight, before[name]) for name, weight in trainer.weights.items())
         assert not torch.is_grad_enabled() and not any(part.training for part in recipe.model.modules())
         torch.rand(3)
@@ -75,18 +75,18 @@ def test_what_is_drawn_with_is_the_average_and_all_is_put_back(request, tmp_path
 
 def test_what_is_right_is_scored(drawing, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        looking, "edited", lambda omni, edits, video, seed: np.stack([render(one.target) for one in edits])
+        looking, "edited", lambda omni, edits, video, seed: np.stack([render_scene(one.target) for one in edits])
     )
-    scores = looking.look(drawing, tmp_path / "new" / "sheet.png")
+    scores = looking.render_sample_sheet(drawing, tmp_path / "new" / "sheet.png")
     assert scores["stills edited right"] == scores["clips edited right"] == 1
     assert scores["stills right"] < 1 and scores["clips right"] < 1  # of an untrained model
     assert scores["drawn right"] == pytest.approx((2 + scores["stills right"] + scores["clips right"]) / 4)
-    assert looking.look(drawing, None) == {}
+    assert looking.render_sample_sheet(drawing, None) == {}
 
 
 def test_another_world_is_drawn_and_not_scored(omni, tmp_path, monkeypatch):
     monkeypatch.setattr(omni, "preset", few(omni.preset, name="another"))
-    assert looking.look(omni, tmp_path / "sheet.png") == {}
+    assert looking.render_sample_sheet(omni, tmp_path / "sheet.png") == {}
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.height < 300  # a still and a clip of 64 px
 
@@ -97,19 +97,19 @@ def test_parts_that_lie_elsewhere_come_and_go_back(drawing, monkeypatch):
     moves = []
     monkeypatch.setattr(vae, "to", moves.append)
     monkeypatch.setattr(drawing, "vae", vae)
-    with pytest.raises(RuntimeError, match="out of memory"), together(drawing):
+    with pytest.raises(RuntimeError, match="out of memory"), all_parts_on_one_device(drawing):
         assert moves == [torch.device("cpu")]
         raise RuntimeError("out of memory")
     assert moves == [torch.device("cpu"), torch.device("meta")]
 
 
 def test_recipes_that_draw_nothing_are_refused(weights, tmp_path):
-    tiny, out = Tiny(tmp_path / "runs", shipped=weights), Console(file=io.StringIO())
+    tiny, out = TinyPipeline(tmp_path / "runs", shipped_weights=weights), Console(file=io.StringIO())
     for name in ("vae", "text", "mllm", "decoder", "stage1", "stage1_text"):
         with pytest.raises(InvalidInput, match=f"look-every: {name} draws nothing; for stage2a, stage2b_generation, "):
-            tiny.train(name, out, look=every(1, looking.look))
+            tiny.train(name, out, sample_hook=build_sample_hook(1, looking.render_sample_sheet))
     assert not (tmp_path / "runs").exists()
-    assert every(1, looking.look)(Trainer(toy(), tmp_path / "toy")) == {}  # one among all of tiny's
+    assert build_sample_hook(1, looking.render_sample_sheet)(Trainer(toy(), tmp_path / "toy")) == {}  # one among all of tiny's
 
 
 # ---------------------------------------------------------------- the run's own records
@@ -118,12 +118,12 @@ def test_recipes_that_draw_nothing_are_refused(weights, tmp_path):
 def test_points_after_the_checkpoint_are_not_shown_twice(tmp_path):
     """A run that was killed after step 6 goes on from its checkpoint at step 3."""
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    out, watch = Console(file=io.StringIO()), watchers(["tensorboard"])
-    train_one(toy(), tmp_path, out, watch=watch, until=3)
+    out, watch = Console(file=io.StringIO()), build_writer_factory(["tensorboard"])
+    train_recipe(toy(), tmp_path, out, make_writers=watch, stop_at_step=3)
     shutil.copy(tmp_path / "state.pt", tmp_path / "kept")
-    train_one(toy(), tmp_path, out, watch=watch, until=6)
+    train_recipe(toy(), tmp_path, out, make_writers=watch, stop_at_step=6)
     shutil.move(tmp_path / "kept", tmp_path / "state.pt")
-    train_one(toy(), tmp_path, out, watch=watch, until=8, look=lambda trainer: {"drawn right": 0.5})
+    train_recipe(toy(), tmp_path, out, make_writers=watch, stop_at_step=8, sample_hook=lambda trainer: {"drawn right": 0.5})
     found = events.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [point.step for point in found.Scalars("loss")] == list(range(1, 9))
     assert [point.step for point in found.Scalars("drawn right")] == list(range(4, 9))
@@ -147,7 +147,7 @@ def test_a_run_goes_on_under_its_own_id(tmp_path, monkeypatch):
     service = Service()
     monkeypatch.setitem(sys.modules, "wandb", service)
     for folder in ("one", "two", "one"):
-        train_one(toy(), tmp_path / folder, Console(file=io.StringIO()), watch=watchers(["wandb"]), until=1)
+        train_recipe(toy(), tmp_path / folder, Console(file=io.StringIO()), make_writers=build_writer_factory(["wandb"]), stop_at_step=1)
     ids = [given["id"] for given in service.opened]
     assert ids[0] == ids[2] != ids[1] and all(given["name"] == "toy" for given in service.opened)
 
@@ -156,5 +156,5 @@ def test_checkpoints_come_as_often_as_is_said(tmp_path, monkeypatch):
     saved = []
     monkeypatch.setattr(Trainer, "save", lambda trainer: saved.append(trainer.step))
     for seconds in (0.0, 120.0):
-        train_one(toy(), tmp_path / str(seconds), Console(file=io.StringIO()), until=3, save_every=seconds)
+        train_recipe(toy(), tmp_path / str(seconds), Console(file=io.StringIO()), stop_at_step=3, save_every_seconds=seconds)
     assert saved == [1, 2, 3, 3, 3]

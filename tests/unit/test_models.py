@@ -16,22 +16,22 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from omnivideo.errors import CheckpointError, ConditionTooLong
 from omnivideo.models import checkpoint
-from omnivideo.models.conditions import Markers, assemble
+from omnivideo.models.conditions import MarkerEmbeddings, assemble_conditions
 from omnivideo.models.mllm import (
     BOI,
     VISUAL_TOKENS,
-    Media,
-    Message,
-    Pixels,
-    answer,
-    collate,
-    encode,
-    hidden_states,
+    MLLMMedia,
+    MLLMMessage,
+    VisionInputConfig,
+    generate_answer,
+    collate_requests,
+    tokenize_message,
+    compute_hidden_states,
     patchify,
-    route,
-    sampled,
+    predict_route,
+    sample_frame_indices,
 )
-from omnivideo.models.sampling import Point, denoise, noise, unipc
+from omnivideo.models.sampling import DenoisingState, denoise, sample_initial_noise, create_scheduler
 from omnivideo.presets import TINY
 from omnivideo.training.recipes import mllm
 
@@ -49,21 +49,21 @@ def test_patches_are_those_of_qwen():
         patch_size=8, temporal_patch_size=2, merge_size=2, min_pixels=4096, max_pixels=4096,
         image_mean=[0.5] * 3, image_std=[0.5] * 3,
     )(images=[Image.fromarray(FRAME[0])], return_tensors="pt")  # fmt: skip
-    ours, grid = patchify(FRAME, Pixels())
+    ours, grid = patchify(FRAME, VisionInputConfig())
     assert theirs["image_grid_thw"].tolist() == [grid]
     assert torch.allclose(theirs["pixel_values"], ours, atol=1e-6)
 
 
 def test_a_clip_is_seen_at_its_ends_and_between():
-    assert sampled(Media(CLIP, 8.0), Pixels()) == [0, 3, 5, 8]
+    assert sample_frame_indices(MLLMMedia(CLIP, 8.0), VisionInputConfig()) == [0, 3, 5, 8]
 
 
 def test_batches_equal_single_requests(omni):
     """Padding changes nothing, whatever stands beside a request."""
     requests = [
-        (Message("a red circle"), "image"),
-        (Message("make it blue", (Media(CLIP),)), "video"),
-        (Message("make the star a circle", (Media(FRAME, video=False),)), "image"),
+        (MLLMMessage("a red circle"), "image"),
+        (MLLMMessage("make it blue", (MLLMMedia(CLIP),)), "video"),
+        (MLLMMessage("make the star a circle", (MLLMMedia(FRAME, is_video=False),)), "image"),
     ]
     together = omni.visual_tokens(requests)
     for row, request in zip(together, requests, strict=True):
@@ -71,14 +71,14 @@ def test_batches_equal_single_requests(omni):
 
 
 def test_cached_answers_equal_the_full_forward(omni):
-    message = Message("what is in this picture?", (Media(FRAME, video=False),))
-    text = "".join(answer(omni.mllm, omni.mllm_tokenizer, message, omni.pixels, temperature=0, most=6))
-    encoded = encode(omni.mllm_tokenizer, message, omni.pixels)
+    message = MLLMMessage("what is in this picture?", (MLLMMedia(FRAME, is_video=False),))
+    text = "".join(generate_answer(omni.mllm, omni.mllm_tokenizer, message, omni.pixels, temperature=0, max_tokens=6))
+    encoded = tokenize_message(omni.mllm_tokenizer, message, omni.pixels)
     banned = omni.mllm_tokenizer.convert_tokens_to_ids(["<BOI>", "<EOI>", "<BOV>", "<EOV>"])
-    ids, made = list(encoded.ids), []
+    ids, made = list(encoded.token_ids), []
     for _ in range(6):
-        grown = type(encoded)(ids, encoded.types + [0] * len(made), encoded.patches, encoded.grids)
-        logits = omni.mllm(**collate([grown], omni.mllm_tokenizer.pad_token_id)).logits[0, -1]
+        grown = type(encoded)(ids, encoded.token_types + [0] * len(made), encoded.patches, encoded.grids)
+        logits = omni.mllm(**collate_requests([grown], omni.mllm_tokenizer.pad_token_id)).logits[0, -1]
         logits[banned] = -torch.inf
         if int(logits.argmax()) == omni.mllm_tokenizer.eos_token_id:
             break
@@ -88,17 +88,17 @@ def test_cached_answers_equal_the_full_forward(omni):
 
 
 def test_routing_follows_the_special_token(omni):
-    message = Message("a red circle")
-    first = route(omni.mllm, omni.mllm_tokenizer, message, omni.pixels)
-    assert first == route(omni.mllm, omni.mllm_tokenizer, message, omni.pixels)
+    message = MLLMMessage("a red circle")
+    first = predict_route(omni.mllm, omni.mllm_tokenizer, message, omni.pixels)
+    assert first == predict_route(omni.mllm, omni.mllm_tokenizer, message, omni.pixels)
     head = omni.mllm.lm_head.weight
     row = omni.mllm_tokenizer.convert_tokens_to_ids(BOI)
-    states, _ = hidden_states(omni.mllm, omni.mllm_tokenizer, [(message, "image")], omni.pixels)
-    length = len(encode(omni.mllm_tokenizer, message, omni.pixels).ids)
+    states, _ = compute_hidden_states(omni.mllm, omni.mllm_tokenizer, [(message, "image")], omni.pixels)
+    length = len(tokenize_message(omni.mllm_tokenizer, message, omni.pixels).token_ids)
     saved = head[row].clone()
     head[row] = states[0, length - 1] * 10
     try:
-        pushed = route(omni.mllm, omni.mllm_tokenizer, message, omni.pixels)
+        pushed = predict_route(omni.mllm, omni.mllm_tokenizer, message, omni.pixels)
     finally:
         head[row] = saved
     assert pushed.kind == "image" and pushed.probability > 0.99
@@ -108,13 +108,13 @@ def test_routing_follows_the_special_token(omni):
 
 
 def test_condition_is_in_the_documented_order():
-    markers = Markers(4)
+    markers = MarkerEmbeddings(4)
     h, v, t = (torch.full((n, 4), float(value)) for n, value in ((3, 1), (2, 2), (5, 3)))
-    c = assemble(markers, [t], [v], [h], least=20, most=40)[0]
+    c = assemble_conditions(markers, [t], [v], [h], min_tokens=20, max_tokens=40)[0]
     expected = [markers.img_st, h, markers.img_ed, markers.ipl_st, v, markers.ipl_ed,
                 markers.prp_st, t, markers.prp_ed, torch.zeros(4, 4)]  # fmt: skip
     assert torch.equal(c, torch.cat(expected))
-    alone = assemble(markers, [t], [None], [None], least=0, most=40)[0]
+    alone = assemble_conditions(markers, [t], [None], [None], min_tokens=0, max_tokens=40)[0]
     assert torch.equal(alone, torch.cat([markers.prp_st, t, markers.prp_ed]))
 
 
@@ -122,13 +122,13 @@ def test_a_condition_that_is_too_long_is_refused(omni):
     with pytest.raises(ConditionTooLong, match="1 to 64"):
         omni.condition(["red circle " * 80], [None])
     with pytest.raises(ConditionTooLong, match="the decoder takes 1 to 10"):
-        assemble(Markers(4), [torch.zeros(9, 4)], [None], [None], least=0, most=10)
+        assemble_conditions(MarkerEmbeddings(4), [torch.zeros(9, 4)], [None], [None], min_tokens=0, max_tokens=10)
 
 
 def test_an_image_uses_the_first_visual_token_only(omni, monkeypatch):
     visual = torch.randn(2, 4, TINY.vision_head.width)
     image, video = omni.adapted(visual, ["image", "video"])
-    assert len(image) == TINY.adapter.queries and len(video) == 4 * len(image)
+    assert len(image) == TINY.adapter.num_queries and len(video) == 4 * len(image)
     changed = visual.clone()
     changed[:, 1:] = 0
     assert torch.allclose(omni.adapted(changed, ["image", "video"])[0], image, atol=1e-5)
@@ -151,41 +151,41 @@ def test_the_length_of_a_condition_is_known_without_making_it(omni, prompt, targ
 
 
 def test_timesteps_are_the_released_ones():
-    fifty, forty = (unipc(steps, 5.0).timesteps.tolist() for steps in (50, 40))
+    fifty, forty = (create_scheduler(steps, 5.0).timesteps.tolist() for steps in (50, 40))
     assert (fifty[:3], fifty[-1], len(fifty)) == ([999, 995, 991], 92, 50)
     assert (forty[:3], forty[-1], len(forty)) == ([999, 994, 989], 113, 40)
 
 
-def run(omni, seed: int, guidance: float = 3.0, steps: int = 4, begin: Point | None = None, shift: float = 5.0):
+def run(omni, seed: int, guidance: float = 3.0, steps: int = 4, begin: DenoisingState | None = None, shift: float = 5.0):
     condition = omni.condition(["a red circle"], [None])
     null = omni.null_condition(TINY.negative_prompt, 1)
-    x = noise([seed], (16, 3, 8, 8), torch.device("cpu"))
+    x = sample_initial_noise([seed], (16, 3, 8, 8), torch.device("cpu"))
     return list(denoise(omni.decoder, x, condition, null, steps, guidance, shift, begin))
 
 
 def test_denoising_yields_every_step_and_repeats_bit_for_bit(omni):
     one, two, other = run(omni, 1), run(omni, 1), run(omni, 2)
-    assert [state.point.step for state in one] == [1, 2, 3, 4]
-    assert torch.equal(one[-1].point.latents, two[-1].point.latents)
-    assert not torch.equal(one[-1].point.latents, other[-1].point.latents)
-    assert torch.isfinite(one[-1].guess).all()
+    assert [state.state.step for state in one] == [1, 2, 3, 4]
+    assert torch.equal(one[-1].state.latents, two[-1].state.latents)
+    assert not torch.equal(one[-1].state.latents, other[-1].state.latents)
+    assert torch.isfinite(one[-1].clean_latents).all()
 
 
 @pytest.mark.parametrize("shift", [0.01, 100.0])
 def test_the_ends_of_the_flow_shifts_range_are_usable(omni, shift):
     """At 100 several steps have the same timestep."""
     whole = run(omni, 1, steps=200, shift=shift, guidance=1.0)
-    assert [state.point.step for state in whole] == list(range(1, 201))
-    assert torch.isfinite(whole[-1].point.latents).all()
+    assert [state.state.step for state in whole] == list(range(1, 201))
+    assert torch.isfinite(whole[-1].state.latents).all()
 
 
 @pytest.mark.parametrize("steps", [1, 2, 6])
 def test_denoising_goes_on_from_any_point_to_the_same_bits(omni, steps):
     whole = run(omni, 1, steps=steps)
     for state in whole[:-1]:
-        rest = run(omni, 1, steps=steps, begin=state.point)
-        assert [one.point.step for one in rest] == list(range(state.point.step + 1, steps + 1))
-        assert torch.equal(rest[-1].point.latents, whole[-1].point.latents)
+        rest = run(omni, 1, steps=steps, begin=state.state)
+        assert [one.state.step for one in rest] == list(range(state.state.step + 1, steps + 1))
+        assert torch.equal(rest[-1].state.latents, whole[-1].state.latents)
 
 
 class ReleasedLevels(UniPCMultistepScheduler):
@@ -204,14 +204,14 @@ def test_the_loop_equals_diffusers_own_pipeline(omni):
         prompt_embeds=omni.condition(["a red circle"], [None]),
         negative_prompt_embeds=omni.null_condition(TINY.negative_prompt, 1),
         height=64, width=64, num_frames=9, num_inference_steps=4, guidance_scale=3.0, output_type="latent",
-        latents=noise([1], (16, 3, 8, 8), torch.device("cpu")),
+        latents=sample_initial_noise([1], (16, 3, 8, 8), torch.device("cpu")),
     ).frames  # fmt: skip
-    assert torch.allclose(latents, run(omni, 1)[-1].point.latents, atol=1e-5)
+    assert torch.allclose(latents, run(omni, 1)[-1].state.latents, atol=1e-5)
 
 
 def test_a_batch_keeps_each_seeds_noise():
-    together = noise([3, 4], (16, 1, 8, 8), torch.device("cpu"))
-    assert torch.equal(together[1], noise([4], (16, 1, 8, 8), torch.device("cpu"))[0])
+    together = sample_initial_noise([3, 4], (16, 1, 8, 8), torch.device("cpu"))
+    assert torch.equal(together[1], sample_initial_noise([4], (16, 1, 8, 8), torch.device("cpu"))[0])
 
 
 def test_absolute_positions_have_no_weights(omni):
@@ -230,7 +230,7 @@ def test_a_checkpoint_round_trip_keeps_the_weights(omni, weights):
         ours, theirs = getattr(omni, name).state_dict(), getattr(loaded, name).state_dict()
         assert ours.keys() == theirs.keys()
         assert all(torch.allclose(ours[key].half().float(), theirs[key]) for key in ours)
-    checkpoint.verify(weights)
+    checkpoint.verify_digests(weights)
 
 
 def spoil(folder, name, change):
@@ -270,7 +270,7 @@ def test_damage_and_absence_are_named(weights, tmp_path):
     path = folder / "adapter" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"\x01")
     with pytest.raises(CheckpointError, match=r"adapter/model\.safetensors is damaged"):
-        checkpoint.verify(folder)
+        checkpoint.verify_digests(folder)
     path.unlink()
     with pytest.raises(CheckpointError, match="missing"):
         checkpoint.load(folder)
@@ -284,9 +284,9 @@ def test_damage_and_absence_are_named(weights, tmp_path):
 @pytest.mark.parametrize("size", [600, 640])  # with rows to spare, as Qwen3-VL has, and without
 def test_a_stock_mllm_is_refused_until_the_tokens_that_route_are_added(weights, tmp_path, monkeypatch, size):
     """By the lines of docs/weights.md."""
-    stock = tuple(token for token in mllm.SPECIAL if token not in VISUAL_TOKENS)
+    stock = tuple(token for token in mllm.SPECIAL_TOKENS if token not in VISUAL_TOKENS)
     monkeypatch.setattr(mllm, "SPECIAL", stock)
-    samples = [mllm.random_sample(random.Random(at)) for at in range(200)]
+    samples = [mllm.sample_from_mix(random.Random(at)) for at in range(200)]
     tokenizer = mllm.build_tokenizer([f"{message.text} {reply}" for message, reply in samples], size)
     model = mllm.build_model(tokenizer)
     rows = model.get_input_embeddings().num_embeddings
@@ -305,7 +305,7 @@ def test_a_stock_mllm_is_refused_until_the_tokens_that_route_are_added(weights, 
     assert text[-2:] == omni.mllm_tokenizer.convert_tokens_to_ids(["<BOV>", "<EOV>"]) == [size + 2, size + 3]
     found = omni.mllm.get_input_embeddings().weight
     assert torch.equal(found[:rows], model.get_input_embeddings().weight) and len(found) == max(rows, size + 4)
-    assert route(omni.mllm, omni.mllm_tokenizer, Message("a red circle"), omni.pixels).kind in (
+    assert predict_route(omni.mllm, omni.mllm_tokenizer, MLLMMessage("a red circle"), omni.vision_config).kind in (
         "text",
         "image",
         "video",
@@ -314,11 +314,11 @@ def test_a_stock_mllm_is_refused_until_the_tokens_that_route_are_added(weights, 
 
 def test_a_question_in_words_does_not_hear_of_the_clip_before_it(omni):
     """transformers keeps a rotary offset of the last request with media."""
-    talk = Message("hello, who are you?")
-    clip = Message("what is this?", (Media(np.zeros((9, 64, 64, 3), np.uint8), 8.0, True),))
+    talk = MLLMMessage("hello, who are you?")
+    clip = MLLMMessage("what is this?", (MLLMMedia(np.zeros((9, 64, 64, 3), np.uint8), 8.0, True),))
 
     def said(message):
-        return "".join(answer(omni.mllm, omni.mllm_tokenizer, message, omni.pixels, temperature=0.0, most=12))
+        return "".join(generate_answer(omni.mllm, omni.mllm_tokenizer, message, omni.pixels, temperature=0.0, max_tokens=12))
 
     omni.mllm.model.rope_deltas = None  # as in a new process
     first = said(talk)

@@ -20,27 +20,27 @@ from omnivideo.models.omni import build_decoder
 from omnivideo.presets import TINY
 from omnivideo.training.flops import (
     GPUS,
-    decoder_flops,
-    gpus_of,
-    mfu,
-    query_transformer_flops,
+    count_decoder_flops,
+    parse_gpus,
+    compute_mfu,
+    count_query_transformer_flops,
     tflops_per_second,
-    visual_context_flops,
+    count_visual_context_flops,
 )
 from omnivideo.training.plan import (
-    FIXED,
-    TASKS_OF,
-    Setting,
-    activations,
-    check,
-    decoder_activations,
-    encoding,
-    memory,
-    operations,
-    plan,
-    query_transformer_activations,
-    tables,
-    weights_of,
+    FIXED_OVERHEAD_GB,
+    TASKS_BY_STAGE,
+    PlanConfig,
+    estimate_activations,
+    check_fits,
+    estimate_decoder_activations,
+    estimate_encoding_bytes,
+    estimate_resident_gb,
+    estimate_sample_flops,
+    build_plan,
+    estimate_query_transformer_activations,
+    count_table_parameters,
+    count_stage_weights,
 )
 
 GRID, CONDITION = (3, 8, 8), 40
@@ -75,38 +75,38 @@ def velocity(model, given):
 def test_the_decoders_forward_is_counted_to_the_last_operation(samples):
     model, given = decoder(), inputs(samples)
     with torch.no_grad():
-        assert counted(lambda: velocity(model, given)) == samples * decoder_flops(TINY.decoder, TOKENS, CONDITION).total
+        assert counted(lambda: velocity(model, given)) == samples * count_decoder_flops(TINY.decoder, TOKENS, CONDITION).total
 
 
 def test_training_is_three_times_the_forward_and_through_frozen_weights_twice_and_attention_three_times():
     """But for what lies before the first gradient: the embeddings, and half of the first frozen block (of eight)."""
-    forward = decoder_flops(TINY.decoder, TOKENS, CONDITION)
-    for trained, expected, share in ((True, forward.trained, 0.002), (False, forward.passed, 0.03)):
+    forward = count_decoder_flops(TINY.decoder, TOKENS, CONDITION)
+    for trained, expected, share in ((True, forward.with_backward, 0.002), (False, forward.with_frozen_backward, 0.03)):
         model, given = decoder(trained), inputs()
         found = counted(lambda: velocity(model, given).sum().backward())  # noqa: B023
         assert found == pytest.approx(expected.total, rel=share) and found <= expected.total
 
 
 def test_attention_is_a_part_of_its_own_and_grows_with_the_square():
-    short, long = (decoder_flops(TINY.decoder, tokens, 0) for tokens in (100, 200))
+    short, long = (count_decoder_flops(TINY.decoder, tokens, 0) for tokens in (100, 200))
     assert long.attention == 4 * short.attention
     assert 1.9 < long.weights / short.weights < 2.0
 
 
 def test_the_joining_parts_are_counted_to_the_last_operation():
     size, context = TINY.vision_head, TINY.visual_context
-    head = VisionHead(size.dim_in, size.width, size.queries, size.layers, size.heads).train()
-    states = torch.randn(1, 30, size.dim_in)
-    assert counted(lambda: head(states)) == query_transformer_flops(size, 30).total
-    adapter = VisualContextAdapter(16, context.hidden, TINY.text_width, context.kernel, False)
+    head = VisionHead(size.input_dim, size.width, size.num_queries, size.num_layers, size.num_heads).train()
+    states = torch.randn(1, 30, size.input_dim)
+    assert counted(lambda: head(states)) == count_query_transformer_flops(size, 30).total
+    adapter = VisualContextAdapter(16, context.hidden_dim, TINY.text_width, context.kernel_size, False)
     with torch.no_grad():
         found = counted(lambda: adapter(torch.randn(1, 16, *GRID)))
-    assert found == visual_context_flops(TINY, TOKENS).total
+    assert found == count_visual_context_flops(TINY, TOKENS).total
 
 
 def test_rates_and_shares_of_a_peak():
     assert tflops_per_second(8e12, 2.0, gpus=4) == 1.0
-    assert mfu(989e12 * 3, 6.0, GPUS["H100"].tflops) == pytest.approx(0.5)
+    assert compute_mfu(989e12 * 3, 6.0, GPUS["H100"].peak_tflops) == pytest.approx(0.5)
 
 
 # ---------------------------------------------------------------- memory
@@ -135,7 +135,7 @@ def test_what_the_decoder_keeps_for_the_backward_pass(trained, dtype):
     model = decoder(trained).to(dtype)
     given = [value.to(dtype) for value in inputs(2)]
     found = kept(lambda: velocity(model, given), model)
-    formula = decoder_activations(TINY.decoder, TOKENS, CONDITION, trained, False, dtype.itemsize)
+    formula = estimate_decoder_activations(TINY.decoder, TOKENS, CONDITION, trained, False, dtype.itemsize)
     # A GPU's RMS norm keeps its input; a CPU's keeps it in fp32, and its normalised values where weights are trained.
     rows = TINY.decoder["num_layers"] * (3 * TOKENS + CONDITION) * 192
     formula += rows * (4 - dtype.itemsize + (4 if trained else 0))
@@ -146,32 +146,32 @@ def test_what_the_decoder_keeps_for_the_backward_pass(trained, dtype):
 
 def test_what_the_vision_head_keeps_for_the_backward_pass():
     size = TINY.vision_head
-    head = VisionHead(size.dim_in, size.width, size.queries, size.layers, size.heads).train()
-    states = torch.randn(1, 30, size.dim_in)
+    head = VisionHead(size.input_dim, size.width, size.num_queries, size.num_layers, size.num_heads).train()
+    states = torch.randn(1, 30, size.input_dim)
     found = kept(lambda: head(states), head)
-    assert found == pytest.approx(query_transformer_activations(size, 30, 4), rel=0.1)
+    assert found == pytest.approx(estimate_query_transformer_activations(size, 30, 4), rel=0.1)
 
 
 def test_checkpointing_keeps_the_blocks_inputs_alone():
     model, given = decoder(), inputs()
     model.enable_gradient_checkpointing()
     found = kept(lambda: velocity(model, given), model)
-    whole = decoder_activations(TINY.decoder, TOKENS, CONDITION, True, True, 4)
-    one_block = decoder_activations(TINY.decoder | {"num_layers": 1}, TOKENS, CONDITION, True, False, 4)
-    ends = decoder_activations(TINY.decoder | {"num_layers": 0}, TOKENS, CONDITION, True, False, 4)
+    whole = estimate_decoder_activations(TINY.decoder, TOKENS, CONDITION, True, True, 4)
+    one_block = estimate_decoder_activations(TINY.decoder | {"num_layers": 1}, TOKENS, CONDITION, True, False, 4)
+    ends = estimate_decoder_activations(TINY.decoder | {"num_layers": 0}, TOKENS, CONDITION, True, False, 4)
     assert found == pytest.approx(whole - (one_block - ends), rel=0.15)  # the block that is computed again comes later
 
 
 # ---------------------------------------------------------------- the plan
 
 
-STAGE_3 = Setting("stage3", GPUS["H100"], 8)
-SIZES = weights_of("omnivideo-1.3b", "stage3", True).parts | tables()
+STAGE_3 = PlanConfig("stage3", GPUS["H100"], 8)
+SIZES = count_stage_weights("omnivideo-1.3b", "stage3", True).parameters_by_part | count_table_parameters()
 
 
 @pytest.fixture(scope="module")
 def made():
-    return plan(STAGE_3)
+    return build_plan(STAGE_3)
 
 
 def test_parameters_are_those_of_the_released_model(made):
@@ -179,12 +179,12 @@ def test_parameters_are_those_of_the_released_model(made):
     assert made.trained == 3_482_668_864 + 6 * 4096
     assert made.frozen == 8_767_123_696 + 428_225_600
     assert made.away == 5_680_910_336 + 126_892_531  # UMT5-XXL and the VAE
-    frozen = plan(replace(STAGE_3, recipe="stage2b"))
-    assert frozen.trained == 1_902_141_440 + 6_690_304 + 6 * 4096
-    assert frozen.trained + frozen.frozen == made.trained + 8_767_123_696  # nothing is aligned
-    uncached = plan(replace(STAGE_3, cached=False))
-    assert uncached.frozen == made.frozen + made.away and uncached.away == 0
-    assert plan(replace(STAGE_3, recipe="stage1", cached=False)).away == made.away  # there is nothing to cache
+    frozen = build_plan(replace(STAGE_3, recipe="stage2b"))
+    assert frozen.trained_parameters == 1_902_141_440 + 6_690_304 + 6 * 4096
+    assert frozen.trained_parameters + frozen.frozen_parameters == made.trained + 8_767_123_696  # nothing is aligned
+    uncached = build_plan(replace(STAGE_3, cached=False))
+    assert uncached.frozen_parameters == made.frozen + made.away and uncached.offloaded_parameters == 0
+    assert build_plan(replace(STAGE_3, recipe="stage1", cached=False)).offloaded_parameters == made.away  # there is nothing to cache
 
 
 def test_memory_of_zero_1_by_hand(made):
@@ -197,11 +197,11 @@ def test_memory_of_zero_1_by_hand(made):
     # A clip's: 30 blocks of 7800 (2 (13 d + 2 f) + 24 d + 96) + 6 d 2560 bytes, d = 1536, f = 8960, are 27.098 GB; the
     # decoder's ends 0.154; vision head, adapter and visual context 0.296 + 0.539 + 0.050.  Five stills have more: their
     # five conditions are as long as the clip's.
-    assert activations(STAGE_3, "clip") / 1e9 == pytest.approx(27.098 + 0.154 + 0.296 + 0.539 + 0.050, abs=2e-3)
-    assert list(made.peaks.values()) == pytest.approx([activations(STAGE_3, "still") / 1e9, 7.965], abs=1e-3)
+    assert estimate_activations(STAGE_3, "clip") / 1e9 == pytest.approx(27.098 + 0.154 + 0.296 + 0.539 + 0.050, abs=2e-3)
+    assert list(made.peaks.values()) == pytest.approx([estimate_activations(STAGE_3, "still") / 1e9, 7.965], abs=1e-3)
     assert made.needed == pytest.approx(34.821 + 31.556, abs=2e-3)
-    two = plan(replace(STAGE_3, gpus=2))  # the share thrice, 8 T / 2
-    assert two.peaks["gradients (bf16), of the share fp32"] == pytest.approx(13.931, abs=1e-3)
+    two = build_plan(replace(STAGE_3, gpus=2))  # the share thrice, 8 T / 2
+    assert two.transient_gb["gradients (bf16), of the share fp32"] == pytest.approx(13.931, abs=1e-3)
 
 
 def test_memory_of_one_process_by_hand():
@@ -211,14 +211,14 @@ def test_memory_of_one_process_by_hand():
     gradients, 4 T.
     """
     setting = replace(STAGE_3, recipe="stage2b", gpus=1)
-    made = plan(setting)
-    assert list(made.memory.values()) == pytest.approx([7.635, 15.271, 7.635, 20.682, 2.5], abs=1e-3)
-    kept = activations(setting, "still") / 1e9
-    assert list(made.peaks.values()) == pytest.approx([kept + 3.818, 7.635], abs=1e-3)
-    assert made.needed == pytest.approx(53.723 + kept + 3.818, abs=2e-3)
+    made = build_plan(setting)
+    assert list(made.resident_gb.values()) == pytest.approx([7.635, 15.271, 7.635, 20.682, 2.5], abs=1e-3)
+    kept = estimate_activations(setting, "still") / 1e9
+    assert list(made.transient_gb.values()) == pytest.approx([kept + 3.818, 7.635], abs=1e-3)
+    assert made.required_gb == pytest.approx(53.723 + kept + 3.818, abs=2e-3)
     # Stage 2a averages nothing: T = 1.902 of the adapter, F = 12.250 - 1.902 at two bytes.
-    adapter = plan(replace(setting, recipe="stage2a"))
-    assert list(adapter.memory.values()) == pytest.approx([7.609, 15.217, 0, 20.695, 2.5], abs=1e-3)
+    adapter = build_plan(replace(setting, recipe="stage2a"))
+    assert list(adapter.resident_gb.values()) == pytest.approx([7.609, 15.217, 0, 20.695, 2.5], abs=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -232,20 +232,20 @@ def test_memory_is_what_was_measured(stage, gpus, one, two, frozen, copies):
     """On an H200 with one clip and two (docs/training.md), when all was loaded in fp32 and the MLLM was not there: two
     clips less one are the activations of one, and without them one clip's step is what the plan says is always there.
     Autocast's copies were of the frozen decoder as well."""
-    trained = weights_of("omnivideo-1.3b", stage, True).trained
-    there = sum(memory(trained, int(frozen * 1e9), True, gpus).values()) - FIXED
+    trained = count_stage_weights("omnivideo-1.3b", stage, True).trained_parameters
+    there = sum(estimate_resident_gb(trained, int(frozen * 1e9), True, gpus).values()) - FIXED_OVERHEAD_GB
     assert there + copies == pytest.approx(one - (two - one), abs=0.3)
-    kept = activations(replace(STAGE_3, recipe=stage), "clip") / 1e9
+    kept = estimate_activations(replace(STAGE_3, recipe=stage), "clip") / 1e9
     assert 1 < kept / (two - one) < 1.3  # the blocks were compiled, which keep less
 
 
 def test_what_saves_memory_saves_it(made):
-    few = plan(replace(STAGE_3, checkpointing=True))
-    assert made.peaks["activations"] > 4 * few.peaks["activations"]
-    shared = plan(replace(STAGE_3, sequence=4))
-    assert 0.25 < shared.peaks["activations"] / made.peaks["activations"] < 0.4
-    uncached = plan(replace(STAGE_3, cached=False))
-    assert sum(uncached.memory.values()) - sum(made.memory.values()) == pytest.approx(2 * 5.6809 + 4 * 0.1269, abs=1e-3)
+    few = build_plan(replace(STAGE_3, checkpointing=True))
+    assert made.peaks["activations"] > 4 * few.transient_gb["activations"]
+    shared = build_plan(replace(STAGE_3, sequence=4))
+    assert 0.25 < shared.transient_gb["activations"] / made.peaks["activations"] < 0.4
+    uncached = build_plan(replace(STAGE_3, cached=False))
+    assert sum(uncached.resident_gb.values()) - sum(made.memory.values()) == pytest.approx(2 * 5.6809 + 4 * 0.1269, abs=1e-3)
 
 
 class Live(TorchDispatchMode):
@@ -279,91 +279,91 @@ def test_what_the_vae_works_in(kind, frames, together):
         vae, pixels = AutoencoderKLWan(**STAGE_3.preset.vae), torch.empty(together, 3, frames, 128, 208)
     with torch.no_grad(), Live() as live:
         vae.encode(pixels)
-    many = {"still": min(8, 2 * small.stills), "clip": 1}[kind] / together
-    assert encoding(small, kind) == pytest.approx(live.most * many, rel=0.1)
-    uncached = plan(replace(STAGE_3, cached=False, checkpointing=True))
-    assert uncached.peaks["encoding (fp32)"] == encoding(STAGE_3, "still") / 1e9 == max(uncached.peaks.values())
+    many = {"still": min(8, 2 * small.stills_per_gpu), "clip": 1}[kind] / together
+    assert estimate_encoding_bytes(small, kind) == pytest.approx(live.most * many, rel=0.1)
+    uncached = build_plan(replace(STAGE_3, cached=False, checkpointing=True))
+    assert uncached.transient_gb["encoding (fp32)"] == estimate_encoding_bytes(STAGE_3, "still") / 1e9 == max(uncached.transient_gb.values())
 
 
 def test_times_follow_from_the_operations(made):
     """Twice the GPUs halve the days but for the exchange; checkpointing adds a third of the decoder's; MFU is under the
     utilisation."""
     assert 0.3 < made.mfu < 0.45
-    again = plan(replace(STAGE_3, checkpointing=True))
-    forward = decoder_flops(STAGE_3.preset.decoder, 7800, 2560).total / (989e12 * 0.45)
-    assert again.step["clip"]["compute"] - made.step["clip"]["compute"] == pytest.approx(forward)
-    assert again.flops == made.flops  # MFU does not count it
-    shared = plan(replace(STAGE_3, sequence=4))  # of the tokens; the MLLM sees every sample on each of the four
+    again = build_plan(replace(STAGE_3, checkpointing=True))
+    forward = count_decoder_flops(STAGE_3.preset.decoder, 7800, 2560).total / (989e12 * 0.45)
+    assert again.step_seconds["clip"]["compute"] - made.step["clip"]["compute"] == pytest.approx(forward)
+    assert again.step_flops == made.flops  # MFU does not count it
+    shared = build_plan(replace(STAGE_3, sequence=4))  # of the tokens; the MLLM sees every sample on each of the four
     rest = made.step["clip"]["compute"] - 3 * forward
-    assert shared.step["clip"]["compute"] == pytest.approx(3 * forward / 4 + rest)
-    more = plan(replace(STAGE_3, gpus=64))
+    assert shared.step_seconds["clip"]["compute"] == pytest.approx(3 * forward / 4 + rest)
+    more = build_plan(replace(STAGE_3, gpus=64))
     assert 1 / 8 < more.days / made.days < 1 / 3 and sum(more.steps.values()) == pytest.approx(
         sum(made.steps.values()) / 8
     )
-    some = plan(replace(STAGE_3, steps=1000))
+    some = build_plan(replace(STAGE_3, steps=1000))
     assert sum(some.steps.values()) == pytest.approx(1000)
     assert some.days / made.days == pytest.approx(1000 / sum(made.steps.values()))
 
 
 def test_a_step_of_several_passes_exchanges_once_and_keeps_what_they_add_up_to(made):
     """4 T = 13.931 GB beside the activations; of several processes also beside a pass's bf16 gradients, 2 T."""
-    many = plan(replace(STAGE_3, passes=3))
-    assert many.memory == made.memory
-    assert many.peaks["activations"] == pytest.approx(made.peaks["activations"] + 13.931, abs=1e-3)
-    assert many.peaks["gradients (bf16), of the share fp32"] == pytest.approx(13.931 + 6.965, abs=1e-3)
-    alone, several = (plan(replace(STAGE_3, gpus=1, passes=passes)).peaks for passes in (1, 3))
+    many = build_plan(replace(STAGE_3, passes=3))
+    assert many.resident_gb == made.memory
+    assert many.transient_gb["activations"] == pytest.approx(made.peaks["activations"] + 13.931, abs=1e-3)
+    assert many.transient_gb["gradients (bf16), of the share fp32"] == pytest.approx(13.931 + 6.965, abs=1e-3)
+    alone, several = (build_plan(replace(STAGE_3, gpus=1, passes=passes)).transient_gb for passes in (1, 3))
     assert [several[name] - alone[name] for name in alone] == pytest.approx([13.931, 0], abs=1e-3)
-    for kind, times in many.step.items():
+    for kind, times in many.step_seconds.items():
         assert times == made.step[kind] | {"compute": pytest.approx(3 * made.step[kind]["compute"])}
-        assert many.flops[kind] == pytest.approx(3 * made.flops[kind])
+        assert many.step_flops[kind] == pytest.approx(3 * made.flops[kind])
         assert many.steps[kind] == pytest.approx(made.steps[kind] / 3)
-    shared = [plan(replace(STAGE_3, sequence=2, passes=passes)).step["clip"]["all-to-all"] for passes in (1, 3)]
+    shared = [build_plan(replace(STAGE_3, sequence=2, passes=passes)).step_seconds["clip"]["all-to-all"] for passes in (1, 3)]
     assert shared[1] == pytest.approx(3 * shared[0])
 
 
 def test_the_mllm_and_what_is_not_cached_take_time(made):
     """Of a clip: the MLLM's products with its 7.52e9 weights (without both tables) and its causal attention; uncached,
     target and source at 34.92 TFLOP in TF32, which has half the rate, and 512 words through UMT5's 4.63e9 weights."""
-    own, beside = operations(STAGE_3, "clip", SIZES)
-    without, _ = operations(STAGE_3, "clip", SIZES | {"mllm": SIZES["lm_head"] + SIZES["embeddings"]})
+    own, beside = estimate_sample_flops(STAGE_3, "clip", SIZES)
+    without, _ = estimate_sample_flops(STAGE_3, "clip", SIZES | {"mllm": SIZES["lm_head"] + SIZES["embeddings"]})
     assert (own + without * -1).total == pytest.approx(2 * 2048 * (8_767_123_696 - 2 * 151_936 * 4096))
-    _, uncached = operations(replace(STAGE_3, cached=False), "clip", SIZES)
+    _, uncached = estimate_sample_flops(replace(STAGE_3, cached=False), "clip", SIZES)
     text = 2 * 512 * (5_680_910_336 - 256_384 * 4096) + 4 * 512**2 * 4096 * 24
     assert (uncached + beside * -1).total == pytest.approx(2 * 2 * 34.9246e12 + text, rel=1e-4)
     generated = replace(STAGE_3, recipe="stage2a")
-    _, uncached = operations(replace(generated, cached=False), "clip", SIZES)
+    _, uncached = estimate_sample_flops(replace(generated, cached=False), "clip", SIZES)
     assert uncached.total == pytest.approx(2 * 34.9246e12 + text, rel=1e-4)  # no source
-    assert plan(replace(STAGE_3, cached=False)).mfu < made.mfu
+    assert build_plan(replace(STAGE_3, cached=False)).mfu < made.mfu
 
 
 def test_an_epoch_is_table_1_in_its_ratio(made):
-    stills, clips = (made.steps[kind] * STAGE_3.count(kind) * 8 for kind in ("still", "clip"))
+    stills, clips = (made.steps[kind] * STAGE_3.samples_per_gpu(kind) * 8 for kind in ("still", "clip"))
     assert stills == pytest.approx(23.6e6) and clips == pytest.approx(2.6e6)
 
 
 def test_the_figures_of_the_documentation_are_the_plans():
     lines = (Path(__file__).parents[2] / "docs" / "plan.md").read_text().splitlines()
     rows = {line.split("`")[1]: line for line in lines if line.startswith("| `stage")}
-    assert rows.keys() == TASKS_OF.keys()
+    assert rows.keys() == TASKS_BY_STAGE.keys()
     for recipe, row in rows.items():
         setting = replace(STAGE_3, recipe=recipe)
         changes = ({}, {"checkpointing": True}, {"cached": False}, {"gpus": 1})
-        some, few, uncached, alone = (plan(replace(setting, **change)) for change in changes)
-        figures = [f"{count / 1e9:.2f}" for count in (some.trained, some.frozen)]
-        figures += [f"{one.needed:.1f}" for one in (some, few, uncached, alone)]
-        figures += [f"{sum(one.step['clip'].values()):.2f}" for one in (some, uncached)]
+        some, few, uncached, alone = (build_plan(replace(setting, **change)) for change in changes)
+        figures = [f"{count / 1e9:.2f}" for count in (some.trained_parameters, some.frozen_parameters)]
+        figures += [f"{one.required_gb:.1f}" for one in (some, few, uncached, alone)]
+        figures += [f"{sum(one.step_seconds['clip'].values()):.2f}" for one in (some, uncached)]
         assert row == f"| `{recipe}` | {' | '.join([*figures, f'{some.days:.1f}'])} |"
 
 
 def test_what_does_not_fit_is_refused_with_what_would(made):
-    check(made)
+    check_fits(made)
     with pytest.raises(InvalidInput, match=r"do not fit the 80 GB of one H100; it fits with --checkpointing") as caught:
-        check(plan(replace(STAGE_3, batch=4)))
+        check_fits(build_plan(replace(STAGE_3, batch=4)))
     assert caught.value.field == "gpus"
     with pytest.raises(InvalidInput, match=r"115\.1 GB do not fit the 48 GB of one L40S; it fits with --gpus 1xH200"):
-        check(plan(replace(STAGE_3, gpu=GPUS["L40S"], gpus=1)))
+        check_fits(build_plan(replace(STAGE_3, gpu=GPUS["L40S"], gpus=1)))
     with pytest.raises(InvalidInput, match="it fits with --cached"):
-        check(plan(replace(STAGE_3, gpus=4, cached=False)))
+        check_fits(build_plan(replace(STAGE_3, gpus=4, cached=False)))
 
 
 @pytest.mark.parametrize(
@@ -380,15 +380,15 @@ def test_what_does_not_fit_is_refused_with_what_would(made):
 )
 def test_settings_that_cannot_be_are_named(changed, field):
     with pytest.raises(InvalidInput) as caught:
-        plan(replace(STAGE_3, **changed))
+        build_plan(replace(STAGE_3, **changed))
     assert caught.value.field == field
 
 
 @pytest.mark.parametrize("text", ["H100", "xH100", "0xH100", "8xV100", "-1xH100"])
 def test_gpus_that_are_not_known_are_named(text):
     with pytest.raises(InvalidInput, match="gpus"):
-        gpus_of(text)
-    assert gpus_of("16xH100") == (16, GPUS["H100"])
+        parse_gpus(text)
+    assert parse_gpus("16xH100") == (16, GPUS["H100"])
 
 
 def test_the_command_line_prints_the_plan_or_refuses_it(monkeypatch, capsys):

@@ -12,10 +12,10 @@ from omnivideo.presets import (
     OMNIVIDEO2_A14B,
     OMNIVIDEO_1_3B,
     PRESETS,
-    decoder_tokens,
-    latent_grid,
-    preset,
-    visual_context_tokens,
+    count_decoder_tokens,
+    compute_latent_grid,
+    get_preset,
+    count_visual_context_tokens,
 )
 
 
@@ -50,7 +50,7 @@ def test_decoders(chosen, expected):
 
 def test_visual_context_of_the_14b():
     size = OMNIVIDEO2_A14B.visual_context
-    assert count(VisualContextAdapter(16, size.hidden, 4096, size.kernel, False)) == (22_291_456, 4)
+    assert count(VisualContextAdapter(16, size.hidden_dim, 4096, size.kernel_size, False)) == (22_291_456, 4)
 
 
 @pytest.mark.parametrize(
@@ -64,21 +64,21 @@ def test_visual_context_of_the_14b():
     ],
 )
 def test_tokens(size, grid, decoder, context):
-    assert latent_grid(*size) == grid
-    assert decoder_tokens(OMNIVIDEO_1_3B, grid) == decoder
-    assert visual_context_tokens(OMNIVIDEO_1_3B, grid) == context
+    assert compute_latent_grid(*size) == grid
+    assert count_decoder_tokens(OMNIVIDEO_1_3B, grid) == decoder
+    assert count_visual_context_tokens(OMNIVIDEO_1_3B, grid) == context
 
 
 @pytest.mark.parametrize(("size", "field"), [((65, 64, 9), "width"), ((64, 0, 9), "height"), ((64, 64, 8), "frames")])
 def test_sizes_that_do_not_fit_are_named(size, field):
     with pytest.raises(InvalidInput) as caught:
-        latent_grid(*size)
+        compute_latent_grid(*size)
     assert caught.value.field == field
 
 
 def test_presets_are_frozen_and_known_by_name():
-    assert preset("tiny") is PRESETS["tiny"]
+    assert get_preset("tiny") is PRESETS["tiny"]
     with pytest.raises(InvalidInput, match="tiny"):
-        preset("huge")
+        get_preset("huge")
     with pytest.raises(ValueError, match="frozen"):
-        preset("tiny").name = "other"
+        get_preset("tiny").name = "other"

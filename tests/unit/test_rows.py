@@ -13,50 +13,50 @@ from typer.testing import CliRunner
 from omnivideo.cli import app
 from omnivideo.errors import CheckpointError, InvalidInput
 from omnivideo.models.checkpoint import load, save_library_model
-from omnivideo.models.vae import from_bytes
-from omnivideo.training.ahead import Ahead
-from omnivideo.training.data.batches import Mix
-from omnivideo.training.data.encode import Cache, Frozen, encode_all
-from omnivideo.training.data.rows import Epochs, Lessons, ShardSource
-from omnivideo.training.data.sample import Problems, Sample, fitted
-from omnivideo.training.data.shards import Library
+from omnivideo.models.vae import pixels_from_bytes
+from omnivideo.training.ahead import Prefetcher
+from omnivideo.training.data.batches import MixConfig
+from omnivideo.training.data.encode import LatentCache, FrozenEncoders, encode_shards
+from omnivideo.training.data.rows import EpochDataset, Stage1Dataset, FlowDataset
+from omnivideo.training.data.sample import SkipReport, TrainingSample, resample_media
+from omnivideo.training.data.shards import ShardDataset
 from omnivideo.training.recipes import stages, visual_encoder
-from omnivideo.training.recipes.decoder import flow_matching
-from omnivideo.training.recipes.stages import Portion, flow_recipe, stage1_over, stage2a_over
+from omnivideo.training.recipes.decoder import flow_matching_loss
+from omnivideo.training.recipes.stages import MicroBatch, build_flow_recipe, assemble_stage1_recipe, assemble_stage2a_recipe
 from omnivideo.training.recipes.visual_encoder import embed_frames
-from omnivideo.training.share import Share, sharing
-from omnivideo.training.trainer import Recipe, Trainer, freeze, step_seed
+from omnivideo.training.share import DataParallelRank, use_rank
+from omnivideo.training.trainer import Recipe, Trainer, freeze_except, step_seed
 from tests.unit.test_data import mp4, png
 from tests.unit.test_encode import FIT, library
 from tests.unit.test_training import operations
 
 SAMPLES = [
-    *(Sample("text-to-image", f"a red ball {at}", target=png(at, (32, 32))) for at in range(4)),
-    Sample("text-to-image", "a wide ball", target=png(9, (64, 32))),
-    Sample("text-to-video", "a red ball rolls", target=mp4(9)),
-    Sample("image-editing", "make it blue", png(3, (32, 32)), png(4, (32, 32))),
-    *(Sample("video-editing", f"make it blue {at}", mp4(6 + at), mp4(8 + at)) for at in range(2)),
-    Sample("image-understanding", source=png(1, (32, 32)), turns=(("what is it?", "a ball"), ("how many?", "two"))),
+    *(TrainingSample("text-to-image", f"a red ball {at}", target=png(at, (32, 32))) for at in range(4)),
+    TrainingSample("text-to-image", "a wide ball", target=png(9, (64, 32))),
+    TrainingSample("text-to-video", "a red ball rolls", target=mp4(9)),
+    TrainingSample("image-editing", "make it blue", png(3, (32, 32)), png(4, (32, 32))),
+    *(TrainingSample("video-editing", f"make it blue {at}", mp4(6 + at), mp4(8 + at)) for at in range(2)),
+    TrainingSample("image-understanding", source=png(1, (32, 32)), turns=(("what is it?", "a ball"), ("how many?", "two"))),
 ]
 
 
-class Half(Share):
+class Half(DataParallelRank):
     """A share of two, or all, of so many samples that count; conditions are as long as any share's."""
 
     def __init__(self, rank: int, world: int, whole: int):
-        self.rank, self.world, self.whole = rank, world, whole
+        self.rank, self.world_size, self.whole = rank, world, whole
 
-    def mean(self, counts: torch.Tensor) -> torch.Tensor:
-        return torch.tensor(self.whole / self.world)
+    def global_mean(self, counts: torch.Tensor) -> torch.Tensor:
+        return torch.tensor(self.whole / self.world_size)
 
-    def longest(self, length: int) -> int:
+    def global_max(self, length: int) -> int:
         return 120
 
 
 @pytest.fixture(scope="module")
 def made(weights, tmp_path_factory):
     there = library(tmp_path_factory.mktemp("shards"), SAMPLES)
-    encode_all(there, Frozen.load(weights, "cpu"), FIT, lambda done, count: None)
+    encode_shards(there, FrozenEncoders.load(weights, "cpu"), FIT, lambda done, count: None)
     return there
 
 
@@ -65,121 +65,121 @@ def encoder() -> SiglipVisionModel:
     return SiglipVisionModel(SiglipVisionConfig(**visual_encoder.CONFIG)).eval().requires_grad_(False)
 
 
-def source(made, weights, name: str = "stage3", embedded: bool = True) -> ShardSource:
-    cache = Cache(made.shelf, Frozen.load(weights, "cpu").digest(FIT))
-    mix = Mix(ratio=None, sizes={"image": 3, "video": 2}, unit=1)
-    return ShardSource(name, load(weights), made, cache, FIT, mix, encoder() if embedded else None)
+def source(made, weights, name: str = "stage3", embedded: bool = True) -> FlowDataset:
+    cache = LatentCache(made.shelf, FrozenEncoders.load(weights, "cpu").compute_digest(FIT))
+    mix = MixConfig(task_ratio=None, batch_sizes={"image": 3, "video": 2}, batch_multiple=1)
+    return FlowDataset(name, load(weights), made, cache, FIT, mix, encoder() if embedded else None)
 
 
 def test_an_epoch_has_every_sample_that_is_drawn_once(made, weights):
     one = source(made, weights)
-    steps = len(one.order.epoch(0))
-    seen = [one.numbers[at] for step in range(steps) for at in one.batch(step).indices]
+    steps = len(one.batch_sampler.get_epoch_batches(0))
+    seen = [one.sample_indices[at] for step in range(steps) for at in one.get_global_batch(step).indices]
     assert sorted(seen) == list(range(9))
-    again = [one.numbers[at] for step in range(steps, 2 * steps) for at in one.batch(step).indices]
+    again = [one.sample_indices[at] for step in range(steps, 2 * steps) for at in one.get_global_batch(step).indices]
     assert sorted(again) == sorted(seen) and again != seen
     alone = source(made, weights, "stage2b_generation")
-    assert {made.entries[number].task for number in alone.numbers} == {"text-to-image", "text-to-video"}
+    assert {made.entries[number].task for number in alone.sample_indices} == {"text-to-image", "text-to-video"}
 
 
 def test_stage1_has_all_six_tasks_with_what_is_drawn_first(made, weights):
     omni = load(weights)
-    mix = Mix(ratio=None, sizes={"image": 3, "video": 2}, unit=1)
-    one = Lessons(omni, made, FIT, mix, encoder())
+    mix = MixConfig(task_ratio=None, batch_sizes={"image": 3, "video": 2}, batch_multiple=1)
+    one = Stage1Dataset(omni, made, FIT, mix, encoder())
     said, seen = set(), []
-    for step in range(3 * len(one.order.epoch(0))):
-        tasks = [made.entries[one.numbers[at]].task for at in one.batch(step).indices]
-        (lesson,) = one.ready(one.draw(step))
+    for step in range(3 * len(one.batch_sampler.get_epoch_batches(0))):
+        tasks = [made.entries[one.sample_indices[at]].task for at in one.get_global_batch(step).indices]
+        (lesson,) = one.to_micro_batches(one.load_batch(step))
         words = [omni.mllm_tokenizer.decode(row[row != -100]) for row in lesson.labels]
         drawn = ["<BOV>" if task.endswith("to-video") or task == "video-editing" else "<BOI>" for task in tasks
                  if not task.endswith("understanding")]  # fmt: skip
         assert [word[:5] for word in words[: len(drawn)]] == drawn
-        assert lesson.pixels.shape == (len(drawn), 3, 4 if one.batch(step).bucket.frames > 1 else 1, 64, 64)
+        assert lesson.target_pixels.shape == (len(drawn), 3, 4 if one.get_global_batch(step).bucket.frames > 1 else 1, 64, 64)
         said |= set(words[len(drawn) :])
-        seen += [one.numbers[at] for at in one.batch(step).indices]
+        seen += [one.sample_indices[at] for at in one.get_global_batch(step).indices]
     assert sorted(seen) == sorted(3 * list(range(len(SAMPLES))))
     assert said == {"a ball<|im_end|>", "two<|im_end|>"}
 
 
 def test_stage1_is_dealt_out_by_what_is_drawn(made, weights):
     """The shares' weights of Eq. 1 are as the whole batch's mean has it."""
-    one = Lessons(load(weights), made, FIT, Mix(ratio=None, sizes={"image": 3, "video": 2}, unit=1), encoder())
-    for step in range(len(one.order.epoch(0))):
-        dealt, (whole,) = [], one.ready(one.draw(step))
+    one = Stage1Dataset(load(weights), made, FIT, MixConfig(task_ratio=None, batch_sizes={"image": 3, "video": 2}, batch_multiple=1), encoder())
+    for step in range(len(one.batch_sampler.get_epoch_batches(0))):
+        dealt, (whole,) = [], one.to_micro_batches(one.load_batch(step))
         for rank in range(2):
-            with sharing(Half(rank, 2, len(whole.pixels))):
-                dealt += one.ready(one.draw(step))
-        assert sum(len(part.pixels) for part in dealt) == len(whole.pixels)
-        assert sum(part.weight for part in dealt) == pytest.approx(2 * bool(len(whole.pixels)))
+            with use_rank(Half(rank, 2, len(whole.target_pixels))):
+                dealt += one.to_micro_batches(one.load_batch(step))
+        assert sum(len(part.pixels) for part in dealt) == len(whole.target_pixels)
+        assert sum(part.weight for part in dealt) == pytest.approx(2 * bool(len(whole.target_pixels)))
         kept = sum(int((part.labels != -100).sum()) for part in dealt)
         assert kept == int((whole.labels != -100).sum())
 
 
 def test_rows_are_those_of_the_cache_and_the_models(made, weights):
     one = source(made, weights)
-    one.frozen = None  # it has nothing to do
-    for step in range(len(one.order.epoch(0))):
-        numbers = [one.numbers[at] for at in one.batch(step).indices]
-        (dealt,) = one.ready(one.draw(step))
-        assert isinstance(dealt, Portion) and dealt.weight == 1.0 and len(dealt.rows) == len(numbers) == dealt.whole
-        rows = dealt.rows
-        assert rows.embeddings.shape == (len(numbers), 4, 128) and rows.hidden.shape[:1] == (len(numbers),)
-        sources = iter([] if rows.source is None else rows.source)
+    one.frozen_encoders = None  # it has nothing to do
+    for step in range(len(one.batch_sampler.get_epoch_batches(0))):
+        numbers = [one.sample_indices[at] for at in one.get_global_batch(step).indices]
+        (dealt,) = one.to_micro_batches(one.load_batch(step))
+        assert isinstance(dealt, MicroBatch) and dealt.loss_weight == 1.0 and len(dealt.batch) == len(numbers) == dealt.global_size
+        rows = dealt.batch
+        assert rows.visual_embeddings.shape == (len(numbers), 4, 128) and rows.hidden_states.shape[:1] == (len(numbers),)
+        sources = iter([] if rows.source_latents is None else rows.source_latents)
         for at, number in enumerate(numbers):
             kept = one.cache(made.entries[number])
-            assert torch.equal(rows.target[at], kept["target"].float())
-            assert torch.equal(rows.texts[at], kept["text"].float())
-            assert ("source" in kept) == bool(rows.edited[at])
-            frames = one.batch(step).bucket.frames
-            seen = from_bytes(fitted(made[number].target, 64, 64, frames, FIT.fps)[None])
-            assert torch.allclose(rows.embeddings[at], embed_frames(one.encoder, seen, 4)[0], atol=1e-5)
+            assert torch.equal(rows.target_latents[at], kept["target"].float())
+            assert torch.equal(rows.unpadded_texts[at], kept["text"].float())
+            assert ("source" in kept) == bool(rows.has_source[at])
+            frames = one.get_global_batch(step).bucket.frames
+            seen = pixels_from_bytes(resample_media(made[number].target, 64, 64, frames, FIT.fps)[None])
+            assert torch.allclose(rows.visual_embeddings[at], embed_frames(one.encoder, seen, 4)[0], atol=1e-5)
             if "source" in kept:
                 assert torch.equal(next(sources), kept["source"].float())
-            assert rows.hidden[at, rows.hidden_lengths[at] :].abs().sum() == 0
+            assert rows.hidden_states[at, rows.hidden_lengths[at] :].abs().sum() == 0
 
 
 def test_two_shares_have_the_loss_of_one_also_where_they_are_not_equal(made, weights):
     """A batch of three in parts of two and one, and one of a single sample, which the second share has for nothing."""
     one = source(made, weights)
-    recipe = flow_recipe("stage3", one.omni, one, steps=9, lr=1e-4, eq1=0.1)
+    recipe = build_flow_recipe("stage3", one.omni, one, steps=9, lr=1e-4, alignment_weight=0.1)
     sizes = set()
-    for step in range(len(one.order.epoch(0))):
+    for step in range(len(one.batch_sampler.get_epoch_batches(0))):
         losses = []
         for rank, world in ((0, 1), (0, 2), (1, 2)):
             torch.manual_seed(step)
-            with sharing(Half(rank, world, one.samples(step))):
-                losses.append(float(recipe.loss(step)["loss"].detach()))
+            with use_rank(Half(rank, world, one.batch_size(step))):
+                losses.append(float(recipe.compute_losses(step)["loss"].detach()))
         assert (losses[1] + losses[2]) / 2 == pytest.approx(losses[0], abs=1e-5)
-        sizes.add(one.samples(step))
+        sizes.add(one.batch_size(step))
     assert {1, 3} <= sizes
 
 
-def staged(made, weights, name: str, micro: int | None, workers: int = 0) -> tuple[Epochs, Recipe]:
+def staged(made, weights, name: str, micro: int | None, workers: int = 0) -> tuple[EpochDataset, Recipe]:
     """A stage whose passes have so many samples at the most."""
     if name == "stage1":
-        lessons = Lessons(load(weights), made, FIT, Mix(ratio=None, sizes={"image": 3, "video": 2}, unit=1), encoder())
-        recipe = stage1_over(lessons.omni, lessons.encoder, lessons.draw, 6, lessons.samples, workers, lessons.ready)
-        lessons.micro = micro
+        lessons = Stage1Dataset(load(weights), made, FIT, MixConfig(task_ratio=None, batch_sizes={"image": 3, "video": 2}, batch_multiple=1), encoder())
+        recipe = assemble_stage1_recipe(lessons.omni, lessons.encoder, lessons.load_batch, 6, lessons.batch_size, workers, lessons.to_micro_batches)
+        lessons.micro_batch_size = micro
         return lessons, recipe
     one = source(made, weights, name, embedded=name == "stage3")
-    one.micro = micro
+    one.micro_batch_size = micro
     if name == "stage2a":
-        return one, stage2a_over(one.omni, one, 6, workers)
-    return one, flow_recipe(name, one.omni, one, 6, 1e-3, 0.1 * (name == "stage3"), workers=workers)
+        return one, assemble_stage2a_recipe(one.omni, one, 6, workers)
+    return one, build_flow_recipe(name, one.omni, one, 6, 1e-3, 0.1 * (name == "stage3"), workers=workers)
 
 
 def walked(made, weights, name: str, micro: int | None, folder: Path, workers: int = 0) -> list:
     """Loss and gradients of every step of an epoch."""
     one, recipe = staged(made, weights, name, micro, workers)
     trainer, found = Trainer(recipe, folder), []
-    for trainer.step in range(len(one.order.epoch(0))):
+    for trainer.step in range(len(one.batch_sampler.get_epoch_batches(0))):
         torch.manual_seed(step_seed(name, trainer.step))
-        loss = float(trainer.gradients()["loss"])
-        gradients = {key: weight.grad for key, weight in trainer.named if weight.grad is not None}
+        loss = float(trainer.accumulate_gradients()["loss"])
+        gradients = {key: weight.grad for key, weight in trainer.trainable_parameters if weight.grad is not None}
         found.append((loss, gradients))
         recipe.model.zero_grad()
         if micro:
-            assert len(recipe.passes(trainer.step)) >= -(-one.samples(trainer.step) // micro) - 1  # one may be lost
+            assert len(recipe.micro_batch_losses(trainer.step)) >= -(-one.batch_size(trainer.step) // micro) - 1  # one may be lost
     return found
 
 
@@ -198,7 +198,7 @@ def test_checkpointing_in_bf16_has_the_same_losses(made, weights, tmp_path):
     def losses(checkpointing: bool) -> list[float]:
         recipe = replace(staged(made, weights, "stage3", None)[1], precision=torch.bfloat16, optimizer="adamw")
         trainer = Trainer(replace(recipe, checkpointing=checkpointing), tmp_path / str(checkpointing))
-        return [trainer.advance()["loss"] for _ in range(2)]
+        return [trainer.train_step()["loss"] for _ in range(2)]
 
     assert losses(True) == pytest.approx(losses(False), rel=1e-5)
 
@@ -210,7 +210,7 @@ def test_an_unreadable_sample_weighs_nothing_in_passes_either(weights, tmp_path,
         damage(there, number)
     whole, some = (walked(there, weights, name, micro, tmp_path / "run") for micro in (None, 1))
     assert [loss for loss, *_ in some] == pytest.approx([loss for loss, *_ in whole], abs=1e-5)
-    assert len(there.problems.found) == 3
+    assert len(there.skip_report.skipped_samples) == 3
 
 
 @pytest.mark.parametrize(("micro", "each", "altogether"), [(None, 0.05, 0.02), (1, 0.06, 0.04)])
@@ -219,7 +219,7 @@ def test_a_steps_operations_are_those_that_torch_counts(made, weights, tmp_path,
     the adapter.)"""
     one, recipe = staged(made, weights, "stage3", micro)
     Trainer(recipe, tmp_path)
-    pairs = [(operations(recipe, step), recipe.flops(step)) for step in range(len(one.order.epoch(0)))]
+    pairs = [(operations(recipe, step), recipe.step_flops(step)) for step in range(len(one.batch_sampler.get_epoch_batches(0)))]
     assert all(found == pytest.approx(counted, rel=each) for counted, found in pairs)
     assert sum(found for _, found in pairs) == pytest.approx(sum(counted for counted, _ in pairs), rel=altogether)
 
@@ -227,15 +227,15 @@ def test_a_steps_operations_are_those_that_torch_counts(made, weights, tmp_path,
 def test_a_run_goes_on_over_the_same_samples_only(made, weights, tmp_path):
     def recipe(data: str = "these"):
         one = source(made, weights, "stage2b", embedded=False)
-        fresh = flow_recipe("stage2b", one.omni, one, steps=4, lr=1e-3, eq1=0.0)
-        fresh.data = data
+        fresh = build_flow_recipe("stage2b", one.omni, one, steps=4, lr=1e-3, alignment_weight=0.0)
+        fresh.data_digest = data
         return fresh
 
     def logged(name: str) -> list[float]:
         return [json.loads(line)["loss"] for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
 
     Trainer(recipe(), tmp_path / "whole").run()
-    Trainer(recipe(), tmp_path / "cut").run(until=2)
+    Trainer(recipe(), tmp_path / "cut").run(stop_at_step=2)
     Trainer(recipe(), tmp_path / "cut").run()
     assert logged("cut") == pytest.approx(logged("whole"), abs=1e-6) and len(logged("cut")) == 4
     with pytest.raises(CheckpointError, match="data: the checkpoint was made with other samples"):
@@ -244,7 +244,7 @@ def test_a_run_goes_on_over_the_same_samples_only(made, weights, tmp_path):
 
 def test_a_run_does_not_go_on_over_another_library_of_the_same_shapes(made, weights, tmp_path):
     other = library(tmp_path / "other", [replace(SAMPLES[0], target=png(40, (32, 32))), *SAMPLES[1:]])
-    encode_all(other, Frozen.load(weights, "cpu"), FIT, lambda done, count: None)
+    encode_shards(other, FrozenEncoders.load(weights, "cpu"), FIT, lambda done, count: None)
     given = ["train", "stage2a", "--weights", str(weights), "--runs", str(tmp_path), "--size", "64x64", "--frames", "5"]
     ran = CliRunner().invoke(app, [*given, "--until", "1", "--data", str(made.shelf.folder)], catch_exceptions=False)
     assert ran.exit_code == 0
@@ -253,11 +253,11 @@ def test_a_run_does_not_go_on_over_another_library_of_the_same_shapes(made, weig
 
 
 def test_the_digest_is_over_the_samples_and_what_they_are_brought_to(made):
-    mix = Mix(ratio=None, sizes={"image": 3, "video": 2}, unit=1)
-    one, slower = (Epochs("some", made, fit, mix, lambda entry: True) for fit in (FIT, replace(FIT, fps=7.9)))
-    assert slower.order.digest() == one.order.digest() and slower.digest() != one.digest()
-    again = Library(made.shelf, Problems())
-    assert Epochs("some", again, FIT, mix, lambda entry: True).digest() == one.digest()
+    mix = MixConfig(task_ratio=None, batch_sizes={"image": 3, "video": 2}, batch_multiple=1)
+    one, slower = (EpochDataset("some", made, fit, mix, lambda entry: True) for fit in (FIT, replace(FIT, fps=7.9)))
+    assert slower.batch_sampler.compute_digest() == one.batch_sampler.compute_digest() and slower.compute_digest() != one.compute_digest()
+    again = ShardDataset(made.shelf, SkipReport())
+    assert EpochDataset("some", again, FIT, mix, lambda entry: True).compute_digest() == one.compute_digest()
 
 
 def test_the_command_trains_over_shards(made, weights, tmp_path):
@@ -292,47 +292,47 @@ def test_what_is_not_in_the_cache_is_computed_as_the_cache_has_it(made, weights,
     """Of three shards, so many are encoded."""
     monkeypatch.setattr("omnivideo.training.data.shards.SHARD_SAMPLES", 4)
     some = library(tmp_path, SAMPLES)
-    encode_all(some, Frozen.load(weights, "cpu"), FIT, lambda done, count: None)
+    encode_shards(some, FrozenEncoders.load(weights, "cpu"), FIT, lambda done, count: None)
     for path in sorted(tmp_path.glob("*.safetensors"))[kept:]:
         path.unlink()
     cached, bare = source(made, weights), source(some, weights)
-    assert cached.order.digest() == bare.order.digest()
-    recipes = [flow_recipe("stage3", one.omni, one, steps=9, lr=1e-4, eq1=0.1) for one in (cached, bare)]
+    assert cached.batch_sampler.compute_digest() == bare.batch_sampler.compute_digest()
+    recipes = [build_flow_recipe("stage3", one.omni, one, steps=9, lr=1e-4, alignment_weight=0.1) for one in (cached, bare)]
     computed = []
     monkeypatch.setattr(
-        bare.frozen, "latents", lambda pixels, make=bare.frozen.latents: computed.append(len(pixels)) or make(pixels)
+        bare.frozen_encoders, "latents", lambda pixels, make=bare.frozen_encoders.encode_latents: computed.append(len(pixels)) or make(pixels)
     )
-    for step in range(len(bare.order.epoch(0))):
-        one, two = (each.ready(each.draw(step))[0].rows for each in (cached, bare))
+    for step in range(len(bare.batch_sampler.get_epoch_batches(0))):
+        one, two = (each.to_micro_batches(each.load_batch(step))[0].batch for each in (cached, bare))
         for name in ("target", "source", "text", "hidden", "embeddings"):
             first, second = getattr(one, name), getattr(two, name)
             assert first is second is None or torch.allclose(first, second, atol=2e-3, rtol=2e-3)
-        assert torch.equal(one.edited, two.edited) and one.text_lengths == two.text_lengths
+        assert torch.equal(one.has_source, two.has_source) and one.text_lengths == two.text_lengths
         losses = []
         for recipe in recipes:
             torch.manual_seed(step)
-            losses.append(float(recipe.loss(step)["loss"].detach()))
+            losses.append(float(recipe.compute_losses(step)["loss"].detach()))
         assert losses[0] == pytest.approx(losses[1], rel=1e-3)
     assert sum(computed) == 2 * (12 - 4 * kept)  # 12 sources and targets, 4 of them in the first shard; asked for twice
 
 
 def test_worker_processes_hand_over_the_same_rows(made, weights, tmp_path):
     bare = source(library(tmp_path, SAMPLES), weights)
-    alone, ahead = bare.draw, Ahead(bare.draw, 2)
+    alone, ahead = bare.load_batch, Prefetcher(bare.load_batch, 2)
     for step in range(3):
-        one, two = (bare.ready(draw(step))[0].rows for draw in (alone, ahead))
-        assert torch.equal(one.target, two.target) and torch.equal(one.hidden, two.hidden)
+        one, two = (bare.to_micro_batches(draw(step))[0].batch for draw in (alone, ahead))
+        assert torch.equal(one.target_latents, two.target_latents) and torch.equal(one.hidden_states, two.hidden_states)
 
 
 # ---------------------------------------------------------------- what cannot be read
 
 
-def damage(there: Library, number: int) -> str:
+def damage(there: ShardDataset, number: int) -> str:
     """Overwrites a sample's target in its shard, which keeps its size; returns its name."""
     entry = there.entries[number]
     name = next(name for name in entry.members if name.startswith("target"))
     offset, length = entry.members[name]
-    with (there.shelf.folder / entry.shard).open("r+b") as file:
+    with (there.file_store.folder / entry.shard).open("r+b") as file:
         file.seek(offset)
         file.write(b"x" * length)
     return f"{entry.shard}/{entry.key}"
@@ -343,41 +343,41 @@ def test_a_damaged_cache_is_named_and_its_samples_are_left_out(weights, tmp_path
     """Cut so that nothing, half of a length, of the header or of the tensors is left."""
     monkeypatch.setattr("omnivideo.training.data.shards.SHARD_SAMPLES", 4)
     there = library(tmp_path, SAMPLES)
-    encode_all(there, Frozen.load(weights, "cpu"), FIT, lambda done, count: None)
+    encode_shards(there, FrozenEncoders.load(weights, "cpu"), FIT, lambda done, count: None)
     first = sorted(tmp_path.glob("*.safetensors"))[0]
     first.write_bytes(first.read_bytes()[:left])
     one = source(there, weights, "stage2b", embedded=False)
-    kept = [part.count for step in range(len(one.order.epoch(0))) for part in one.draw(step)[0]]
-    for step in range(len(one.order.epoch(0))):
-        one.ready(one.draw(step))
-    assert 5 <= sum(kept) < 9 and len(there.problems.found) == 9 - sum(kept)
-    assert all("cache: 00000." in what and "is damaged" in what for _, _, what in there.problems.found)
+    kept = [part.counted_rows for step in range(len(one.batch_sampler.get_epoch_batches(0))) for part in one.load_batch(step)[0]]
+    for step in range(len(one.batch_sampler.get_epoch_batches(0))):
+        one.to_micro_batches(one.load_batch(step))
+    assert 5 <= sum(kept) < 9 and len(there.skip_report.skipped_samples) == 9 - sum(kept)
+    assert all("cache: 00000." in what and "is damaged" in what for _, _, what in there.skip_report.skipped_samples)
 
 
 @pytest.mark.parametrize("cached", [True, False])
 def test_an_unreadable_sample_weighs_nothing_in_its_batch(weights, tmp_path, monkeypatch, cached):
     there, found = library(tmp_path, SAMPLES), list[torch.Tensor]()
     if cached:
-        encode_all(there, Frozen.load(weights, "cpu"), FIT, lambda done, count: None)
+        encode_shards(there, FrozenEncoders.load(weights, "cpu"), FIT, lambda done, count: None)
 
     def flow(*given, **more):
-        found.append(flow_matching(*given, **more))
+        found.append(flow_matching_loss(*given, **more))
         return found[-1]
 
     monkeypatch.setattr(stages, "flow_matching", flow)
     one = source(there, weights, "stage2b", embedded=False)
-    recipe = flow_recipe("stage2b", one.omni, one, steps=9, lr=1e-4, eq1=0.0)
-    freeze(recipe.model, recipe.trainable)
+    recipe = build_flow_recipe("stage2b", one.omni, one, steps=9, lr=1e-4, alignment_weight=0.0)
+    freeze_except(recipe.model, recipe.trainable)
 
     def loss(step: int) -> torch.Tensor:
         torch.manual_seed(step)
-        return recipe.loss(step)["loss"]
+        return recipe.compute_losses(step)["loss"]
 
-    sizes = [one.samples(step) for step in range(4)]
+    sizes = [one.batch_size(step) for step in range(4)]
     among, alone = sizes.index(3), sizes.index(1)
     loss(among)
     first, _, third = found[0].tolist()
-    gone = [one.numbers[one.batch(step).indices[at]] for step, at in ((among, 1), (alone, 0))]
+    gone = [one.sample_indices[one.get_global_batch(step).indices[at]] for step, at in ((among, 1), (alone, 0))]
     named = [damage(there, number) for number in gone]
     assert float(loss(among).detach()) == pytest.approx((first + third) / 2, abs=1e-5)
     nothing = loss(alone)
@@ -385,37 +385,37 @@ def test_an_unreadable_sample_weighs_nothing_in_its_batch(weights, tmp_path, mon
     assert float(nothing.detach()) == 0
     assert all(part.grad is None or not part.grad.any() for part in recipe.model.parameters())
     loss(among)  # as in the next epoch
-    assert [where for _, where, _ in there.problems.found] == named
+    assert [where for _, where, _ in there.skip_report.skipped_samples] == named
 
 
 def test_an_unreadable_sample_is_left_out_of_a_lesson(weights, tmp_path):
     there = library(tmp_path, SAMPLES)
-    one = Lessons(load(weights), there, FIT, Mix(ratio=None, sizes={"image": 3, "video": 2}, unit=1), encoder())
-    recipe = stage1_over(one.omni, one.encoder, one.draw, 9, one.samples, ready=one.ready)
-    steps = len(one.order.epoch(0))
-    whole = [one.ready(one.draw(step))[0] for step in range(steps)]
+    one = Stage1Dataset(load(weights), there, FIT, MixConfig(task_ratio=None, batch_sizes={"image": 3, "video": 2}, batch_multiple=1), encoder())
+    recipe = assemble_stage1_recipe(one.omni, one.encoder, one.load_batch, 9, one.batch_size, to_micro_batches=one.to_micro_batches)
+    steps = len(one.batch_sampler.get_epoch_batches(0))
+    whole = [one.to_micro_batches(one.load_batch(step))[0] for step in range(steps)]
     named = {number: damage(there, number) for number in (1, 4)}
     for step in range(steps):
-        numbers = [one.numbers[at] for at in one.batch(step).indices]
-        (left,), lost = one.ready(one.draw(step)), len(named.keys() & set(numbers))
-        assert len(left.pixels) == len(whole[step].pixels) - lost
-        losses = recipe.loss(step)
+        numbers = [one.sample_indices[at] for at in one.get_global_batch(step).indices]
+        (left,), lost = one.to_micro_batches(one.load_batch(step)), len(named.keys() & set(numbers))
+        assert len(left.target_pixels) == len(whole[step].target_pixels) - lost
+        losses = recipe.compute_losses(step)
         if lost == len(numbers):
-            assert float(losses["loss"].detach()) == 0 == left.weight
+            assert float(losses["loss"].detach()) == 0 == left.loss_weight
         else:
             assert len(left.labels) == len(numbers) - lost and float(losses["loss"].detach()) > 0
-    assert sorted(where for _, where, _ in there.problems.found) == sorted(named.values())
+    assert sorted(where for _, where, _ in there.skip_report.skipped_samples) == sorted(named.values())
 
 
 def test_the_command_says_what_it_does_not_use(made, weights, tmp_path):
-    short = Sample("text-to-video", "too short", target=mp4(2))
+    short = TrainingSample("text-to-video", "too short", target=mp4(2))
     there = library(tmp_path / "shards", [*SAMPLES, short])
     named = damage(there, 1)
     shutil.copy(tmp_path / "shards" / "00000.tar", tmp_path / "shards" / "00001.tar")
     with (tmp_path / "shards" / "00001.tar").open("r+b") as file:
         file.truncate(there.entries[3].members["json"][0] + 10)
     report = tmp_path / "report.jsonl"
-    ran = CliRunner().invoke(app, ["train", "stage2b", "--data", str(there.shelf.folder), "--weights", str(weights),
+    ran = CliRunner().invoke(app, ["train", "stage2b", "--data", str(there.file_store.folder), "--weights", str(weights),
                                    "--runs", str(tmp_path), "--size", "64x64", "--frames", "5", "--steps", "8",
                                    "--workers", "2", "--report", str(report)], catch_exceptions=False)  # fmt: skip
     assert ran.exit_code == 0

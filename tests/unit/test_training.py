@@ -13,20 +13,20 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import SiglipVisionConfig, SiglipVisionModel, UMT5Config, UMT5EncoderModel
 
-from omnivideo.errors import CheckpointError, Diverged
+from omnivideo.errors import CheckpointError, TrainingDiverged
 from omnivideo.models import checkpoint
 from omnivideo.models.mllm import VISUAL_TOKENS
 from omnivideo.presets import TINY
-from omnivideo.training.card import card
-from omnivideo.training.drawn import Way, drawn, gathered, pick
-from omnivideo.training.facts import Demand, Wanted
+from omnivideo.training.card import build_model_card
+from omnivideo.training.drawn import PreparationConfig, load_cached_task, collate_flow_batch, sample_mixed_batch
+from omnivideo.training.facts import SceneSpec, ObjectSpec
 from omnivideo.training.language import RELATIONS, Caption
-from omnivideo.training.optim import optimizers, orthogonalise, rate
-from omnivideo.training.plots import curves, plot_losses
+from omnivideo.training.optim import build_optimizers, orthogonalise, trapezoidal_lr_scale
+from omnivideo.training.plots import read_curves, plot_losses
 from omnivideo.training.recipes import decoder, mllm, stages, text, vae, visual_encoder
-from omnivideo.training.samples import TASKS, requests
-from omnivideo.training.tiny import Tiny
-from omnivideo.training.trainer import Recipe, Trainer, at_once, freeze
+from omnivideo.training.samples import TASKS, sample_requests
+from omnivideo.training.tiny import TinyPipeline
+from omnivideo.training.trainer import Recipe, Trainer, single_micro_batch, freeze_except
 from omnivideo.training.world import BACKGROUNDS, COLOURS
 
 STEPS = 6
@@ -34,35 +34,35 @@ TEACHERS = ("SiglipVisionModel", "UMT5EncoderModel")  # their results are target
 
 
 def vae_recipe(request):
-    return vae.vae_recipe((vae.Phase(3, 2, 1, 32), vae.Phase(3, 1, 5, 32)))
+    return vae.build_vae_recipe((vae.CropPhase(3, 2, 1, 32), vae.CropPhase(3, 1, 5, 32)))
 
 
 def vae_decoder_recipe(request):
     torch.manual_seed(0)
-    return vae.vae_decoder_recipe(AutoencoderKLWan(**TINY.vae), steps=STEPS, count=1)
+    return vae.build_vae_decoder_recipe(AutoencoderKLWan(**TINY.vae), steps=STEPS, batch_size=1)
 
 
 def text_recipe(request):
-    return text.text_recipe(request.getfixturevalue("text_tokenizer"), steps=STEPS, captions=3, instructions=1)
+    return text.build_text_recipe(request.getfixturevalue("text_tokenizer"), steps=STEPS, caption_count=3, instruction_count=1)
 
 
 def decoder_recipe(request):
     torch.manual_seed(0)
     folder = request.getfixturevalue("tmp_path_factory").getbasetemp() / "cache"
     model = AutoencoderKLWan(**TINY.vae).eval().requires_grad_(False)
-    stills, clips = (decoder.Captioned(folder, model, video, 8, lambda done, count: None) for video in (False, True))
+    stills, clips = (decoder.CaptionedLatents(folder, model, video, 8, lambda done, count: None) for video in (False, True))
     torch.manual_seed(1)
     encoder = UMT5EncoderModel(UMT5Config(**text.CONFIG))
     tokenizer = request.getfixturevalue("text_tokenizer")
-    return decoder.decoder_recipe(stills, clips, tokenizer, encoder, steps=STEPS, sizes=(2, 2))
+    return decoder.build_decoder_recipe(stills, clips, tokenizer, encoder, steps=STEPS, batch_sizes=(2, 2))
 
 
 def mllm_recipe(request):
-    return mllm.mllm_recipe(request.getfixturevalue("mllm_tokenizer"), steps=STEPS, batch=3)
+    return mllm.build_mllm_recipe(request.getfixturevalue("mllm_tokenizer"), steps=STEPS, batch_size=3)
 
 
 def visual_encoder_recipe(request):
-    return visual_encoder.visual_encoder_recipe(steps=STEPS, batch=2)
+    return visual_encoder.build_visual_encoder_recipe(steps=STEPS, batch_size=2)
 
 
 def fresh(request):
@@ -77,30 +77,30 @@ def encoder():
 
 def data(request, omni):
     folder = request.getfixturevalue("tmp_path_factory").getbasetemp() / "cache"
-    return {task: drawn(folder, omni, encoder(), requests(1, task, 4), Way(lambda done, count: None)) for task in TASKS}
+    return {task: load_cached_task(folder, omni, encoder(), sample_requests(1, task, 4), PreparationConfig(lambda done, count: None)) for task in TASKS}
 
 
 def stage1_recipe(request):
-    return stages.stage1_recipe(fresh(request), encoder(), steps=STEPS, batch=4)
+    return stages.build_stage1_recipe(fresh(request), encoder(), steps=STEPS, batch_size=4)
 
 
 def stage2a_recipe(request):
-    return stages.stage2a_recipe(fresh(request), steps=STEPS, batch=2)
+    return stages.build_stage2a_recipe(fresh(request), steps=STEPS, batch_size=2)
 
 
 def stage2b_recipe(request):
     omni = fresh(request)
-    return stages.stage2b_recipe(omni, data(request, omni), steps=STEPS, sizes=(2, 2))
+    return stages.build_stage2b_recipe(omni, data(request, omni), steps=STEPS, batch_sizes=(2, 2))
 
 
 def stage2b_generation_recipe(request):
     omni = fresh(request)
-    return stages.stage2b_generation_recipe(omni, data(request, omni), steps=STEPS, sizes=(2, 2))
+    return stages.build_stage2b_generation_recipe(omni, data(request, omni), steps=STEPS, batch_sizes=(2, 2))
 
 
 def stage3_recipe(request):
     omni = fresh(request)
-    return stages.stage3_recipe(omni, data(request, omni), steps=STEPS, sizes=(2, 2))
+    return stages.build_stage3_recipe(omni, data(request, omni), steps=STEPS, batch_sizes=(2, 2))
 
 
 FOUNDATIONS = [vae_recipe, vae_decoder_recipe, text_recipe, decoder_recipe, mllm_recipe, visual_encoder_recipe]
@@ -121,7 +121,7 @@ def logged(folder) -> list[float]:
 @pytest.mark.parametrize("make", RECIPES, ids=lambda make: make.__name__)
 def test_resume_gives_the_same_losses(make, request, tmp_path):
     Trainer(make(request), tmp_path / "whole").run()
-    Trainer(make(request), tmp_path / "cut").run(until=2)
+    Trainer(make(request), tmp_path / "cut").run(stop_at_step=2)
     resumed = Trainer(make(request), tmp_path / "cut")
     assert resumed.step == 2
     resumed.run()
@@ -139,7 +139,7 @@ def test_each_stage_trains_what_the_paper_says(make, request, tmp_path):
     # The first sub-stage has no sources, so the visual context, though trainable, stays as it is.
     trainable = STAGES[make] | ({"bridge.visual_context"} if make is stage2b_generation_recipe else set())
     expected = {key for key in before if any(key.startswith(f"{part}.") for part in trainable)}
-    assert {name for name, _ in trainer.named} == expected
+    assert {name for name, _ in trainer.trainable_parameters} == expected
     moved = {key for key, value in recipe.model.state_dict().items() if not torch.equal(value, before[key])}
     assert moved <= expected
     for part in STAGES[make]:
@@ -150,7 +150,7 @@ def test_products_in_half_precision_give_about_the_same_losses(request, tmp_path
     losses = {}
     for precision in (torch.float32, torch.bfloat16):
         recipe = replace(stage3_recipe(request), precision=precision)
-        losses[precision] = Trainer(recipe, tmp_path / str(precision)).advance()["loss"]
+        losses[precision] = Trainer(recipe, tmp_path / str(precision)).train_step()["loss"]
         assert all(parameter.dtype == torch.float32 for parameter in recipe.model.parameters())
     assert losses[torch.bfloat16] != losses[torch.float32]
     assert losses[torch.bfloat16] == pytest.approx(losses[torch.float32], rel=0.02)
@@ -159,7 +159,7 @@ def test_products_in_half_precision_give_about_the_same_losses(request, tmp_path
 def test_a_vae_whose_decoder_goes_on_encodes_as_before(request, tmp_path):
     recipe = vae_decoder_recipe(request)
     before = {key: value.clone() for key, value in recipe.model.state_dict().items()}
-    Trainer(recipe, tmp_path).run(until=2)
+    Trainer(recipe, tmp_path).run(stop_at_step=2)
     moved = {
         key.split(".")[0] for key, value in recipe.model.state_dict().items() if not torch.equal(value, before[key])
     }
@@ -167,10 +167,10 @@ def test_a_vae_whose_decoder_goes_on_encodes_as_before(request, tmp_path):
 
 
 def test_mixed_batches_share_size_and_hold_several_tasks(request):
-    rows = gathered(pick(random.Random(0), list(data(request, fresh(request)).values())[1::2], 16))
-    assert rows.target.shape == (16, 16, 3, 8, 8)
-    assert set(rows.edited.tolist()) == {True, False}
-    assert rows.source is not None and len(rows.source) == rows.edited.sum()
+    rows = collate_flow_batch(sample_mixed_batch(random.Random(0), list(data(request, fresh(request)).values())[1::2], 16))
+    assert rows.target_latents.shape == (16, 16, 3, 8, 8)
+    assert set(rows.has_source.tolist()) == {True, False}
+    assert rows.source_latents is not None and len(rows.source_latents) == rows.has_source.sum()
 
 
 def test_more_requests_of_a_task_follow_the_others(request):
@@ -190,7 +190,7 @@ def toy(trainable=("",)) -> Recipe:
         x = torch.randn(16, 4)
         return {"loss": (model(x) - x).square().mean()}
 
-    return Recipe("toy", model, trainable, at_once(loss), steps=60, lr=2e-2, ema=0.9)
+    return Recipe("toy", model, trainable, single_micro_batch(loss), steps=60, lr=2e-2, ema_decay=0.9)
 
 
 def test_only_what_is_named_is_trained(tmp_path):
@@ -200,28 +200,28 @@ def test_only_what_is_named_is_trained(tmp_path):
     after = recipe.model.state_dict()
     assert all(torch.equal(before[key], after[key]) == key.startswith("0.") for key in before)
     with pytest.raises(AssertionError, match="nothing"):
-        freeze(recipe.model, ("nothing",))
+        freeze_except(recipe.model, ("nothing",))
 
 
 def test_training_learns_and_draws_its_losses(tmp_path):
     Trainer(toy(), tmp_path).run()
-    steps, values = curves(tmp_path / "log.jsonl")["loss"]
+    steps, values = read_curves(tmp_path / "log.jsonl")["loss"]
     assert len(steps) == 60 and values[-10:].mean() < 0.5 * values[:10].mean()
     plot_losses(tmp_path / "log.jsonl", tmp_path / "loss.png", "toy")
     assert (tmp_path / "loss.png").stat().st_size > 1000
 
 
 def test_a_checkpoint_of_other_parameters_is_refused(tmp_path):
-    Trainer(toy(), tmp_path).run(until=1)
+    Trainer(toy(), tmp_path).run(stop_at_step=1)
     with pytest.raises(CheckpointError, match="other parameters"):
         Trainer(toy(("1.",)), tmp_path)
 
 
 def test_a_log_cut_in_mid_line_is_mended_on_resume(tmp_path):
-    Trainer(toy(), tmp_path).run(until=5)
+    Trainer(toy(), tmp_path).run(stop_at_step=5)
     with (tmp_path / "log.jsonl").open("a") as file:
         file.write('{"step": 6, "loss": 1.0}\n{"step": 7, "lo')
-    Trainer(toy(), tmp_path).run(until=8)
+    Trainer(toy(), tmp_path).run(stop_at_step=8)
     assert [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()] == list(range(1, 9))
 
 
@@ -241,11 +241,11 @@ class Steep(torch.autograd.Function):
     ("spoiled", "what"), [(lambda value: value * math.nan, "loss: nan"), (Steep.apply, "gradient's norm: ")]
 )
 def test_what_is_not_finite_ends_the_run_and_leaves_the_checkpoint(spoiled, what, tmp_path):
-    Trainer(toy(), tmp_path).run(until=2)
+    Trainer(toy(), tmp_path).run(stop_at_step=2)
     recipe = toy()
-    passes = at_once(lambda step: {"loss": spoiled(recipe.loss(step)["loss"])})
-    with pytest.raises(Diverged, match=f"{what}.* at step 3"):
-        Trainer(replace(recipe, passes=passes), tmp_path).run(every=0)
+    passes = single_micro_batch(lambda step: {"loss": spoiled(recipe.compute_losses(step)["loss"])})
+    with pytest.raises(TrainingDiverged, match=f"{what}.* at step 3"):
+        Trainer(replace(recipe, passes=passes), tmp_path).run(save_every_seconds=0)
     again = Trainer(toy(), tmp_path)
     assert again.step == 2 and all(weight.isfinite().all() for weight in again.weights.values())
 
@@ -259,51 +259,51 @@ def test_muon_orthogonalises():
 
 def test_tables_are_left_to_adam():
     model = torch.nn.ModuleDict({"embed_tokens": torch.nn.Embedding(5, 4), "proj": torch.nn.Linear(4, 4)})
-    muon, adam = optimizers(model.named_parameters(), 1e-2, 1e-3)
+    muon, adam = build_optimizers(model.named_parameters(), 1e-2, 1e-3)
     assert [p.shape for p in muon.param_groups[0]["params"]] == [(4, 4)]
     assert len(adam.param_groups[0]["params"]) == 2
 
 
 def test_the_rate_rises_stays_and_falls_to_nothing():
-    shares = [rate(step, 100, warmup=10, decay_from=0.6) for step in range(101)]
+    shares = [trapezoidal_lr_scale(step, 100, warmup=10, decay_from=0.6) for step in range(101)]
     assert shares[0] == pytest.approx(0.1) and shares[30] == 1 and shares[100] == 0
     assert shares[60:] == sorted(shares[60:], reverse=True)
 
 
 def test_the_shipped_weights_stand_in_for_runs_that_are_not_at_hand(omni, weights, tmp_path):
-    tiny = Tiny(tmp_path / "runs", shipped=weights)
-    shipped = tiny.vae().state_dict()
+    tiny = TinyPipeline(tmp_path / "runs", shipped_weights=weights)
+    shipped = tiny.load_vae().state_dict()
     assert all(torch.allclose(value.half().float(), shipped[key]) for key, value in omni.vae.state_dict().items())
-    foundation = tiny.foundation()
+    foundation = tiny.load_foundation()
     x = torch.zeros(1, 16, 1, 8, 8)
     with torch.no_grad():
         out = [one(x, torch.tensor([500.0]), torch.zeros(1, 8, 192), return_dict=False)[0]
                for one in (foundation.decoder, omni.decoder)]  # fmt: skip
     assert torch.allclose(*out, atol=1e-2)
     with pytest.raises(CheckpointError, match="omnivideo train mllm"):
-        tiny.omni("mllm")
+        tiny.load_omni("mllm")
 
 
 def test_foundations_are_exported_in_the_shipped_layout(weights, tmp_path):
-    first = Tiny(tmp_path / "runs", shipped=weights)
+    first = TinyPipeline(tmp_path / "runs", shipped_weights=weights)
     first.export_foundations(tmp_path / "out")
-    again = Tiny(tmp_path / "runs", shipped=tmp_path / "out")
-    for one, two in ((first.vae(), again.vae()), (first.text_encoder(), again.text_encoder())):
+    again = TinyPipeline(tmp_path / "runs", shipped_weights=tmp_path / "out")
+    for one, two in ((first.load_vae(), again.load_vae()), (first.load_text_encoder(), again.load_text_encoder())):
         assert all(torch.equal(value, two.state_dict()[key]) for key, value in one.state_dict().items())
 
 
 def test_every_token_is_told_about_the_object_whose_phrase_it_is_in(text_tokenizer):
-    things = (Wanted("circle", "red", "small"), Wanted("square", "blue"))
+    things = (ObjectSpec("circle", "red", "small"), ObjectSpec("square", "blue"))
     words = "a small red circle left of a blue square on black"
-    said = Caption(words, Demand(things, background="black", relation="left of"), ((0, 18), (27, 40)))
+    said = Caption(words, SceneSpec(things, background="black", relation="left of"), ((0, 18), (27, 40)))
     offsets = text_tokenizer(words, return_offsets_mapping=True).offset_mapping
-    told = text.caption_told(said, offsets)
-    colour, role, background = 1, 4, len(text.ABOUT_THING)
+    told = text.label_caption_tokens(said, offsets)
+    colour, role, background = 1, 4, len(text.OBJECT_LABEL_SIZES)
     for (start, end), labels in zip(offsets, told, strict=True):
-        inside = next((at for at, span in enumerate(said.spans) if span[0] <= start < end <= span[1]), None)
+        inside = next((at for at, span in enumerate(said.object_spans) if span[0] <= start < end <= span[1]), None)
         red_blue = [2 + list(COLOURS).index(thing.colour) for thing in things]
-        assert labels[colour] == (text.UNTOLD if inside is None else red_blue[inside])
-        assert labels[role] == (text.UNTOLD if inside is None else 1 + RELATIONS.index(("left of", "right of")[inside]))
+        assert labels[colour] == (text.IGNORE_INDEX if inside is None else red_blue[inside])
+        assert labels[role] == (text.IGNORE_INDEX if inside is None else 1 + RELATIONS.index(("left of", "right of")[inside]))
         assert labels[background] == 1 + list(BACKGROUNDS).index("black")
 
 
@@ -312,9 +312,9 @@ def test_the_card_says_what_ran_and_what_came_of_it(tmp_path):
     torch.save({"step": 1200, "seconds": 5400.0}, tmp_path / "vae" / "state.pt")
     lines = [{"step": at, "loss": 0.5, "kl": 2.0} for at in range(1, 201)]
     (tmp_path / "vae" / "log.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
-    made = card(tmp_path, ("vae", "text"), "abc123", "x86_64", {"single": {"right": 0.98, "count": 50}, "dB": 27.5})
+    made = build_model_card(tmp_path, ("vae", "text"), "abc123", "x86_64", {"single": {"right": 0.98, "count": 50}, "dB": 27.5})
     assert "| `vae` | 1,200 | 1.5 | loss 0.5, kl 2 |" in made and "`text`" not in made
-    later = card(
+    later = build_model_card(
         tmp_path, ("vae", "text"), "abc123", "x86_64", {}, "| `text` | 7 | 0.1 | loss 1 |\n| `vae` | 1 | 0 | |"
     )
     assert "| `vae` | 1,200 |" in later and "| `text` | 7 | 0.1 | loss 1 |" in later
@@ -322,9 +322,9 @@ def test_the_card_says_what_ran_and_what_came_of_it(tmp_path):
 
 
 def test_batches_made_ahead_are_those_of_one_process(mllm_tokenizer):
-    one, several = (mllm.mllm_recipe(mllm_tokenizer, steps=4, batch=2, workers=workers) for workers in (0, 2))
-    losses = [float(one.loss(step)["loss"].detach()) for step in (1, 2, 5)]
-    assert [float(several.loss(step)["loss"].detach()) for step in (1, 2, 5)] == losses
+    one, several = (mllm.build_mllm_recipe(mllm_tokenizer, steps=4, batch_size=2, workers=workers) for workers in (0, 2))
+    losses = [float(one.compute_losses(step)["loss"].detach()) for step in (1, 2, 5)]
+    assert [float(several.compute_losses(step)["loss"].detach()) for step in (1, 2, 5)] == losses
 
 
 def test_text_is_learned_as_it_is_said(mllm_tokenizer):
@@ -332,21 +332,21 @@ def test_text_is_learned_as_it_is_said(mllm_tokenizer):
     routes = torch.tensor(mllm_tokenizer.convert_tokens_to_ids(list(VISUAL_TOKENS)))
     labels = torch.tensor([[-100, 5, int(routes[0])]])
     logits = torch.zeros(1, 3, len(mllm_tokenizer))
-    expected, _ = stages.said_loss(logits, labels, routes)
+    expected, _ = stages.text_only_loss(logits, labels, routes)
     logits[:, :, routes] = 9.0
-    value, _ = stages.said_loss(logits, labels, routes)
+    value, _ = stages.text_only_loss(logits, labels, routes)
     assert value == expected == pytest.approx(math.log(len(mllm_tokenizer) - len(routes)), abs=1e-4)
 
 
 def test_training_goes_on_from_a_folder_of_weights(weights, tmp_path):
-    there, tiny = checkpoint.load(weights), Tiny(tmp_path, weights=weights)
-    begun = tiny.omni("stage2b")
+    there, tiny = checkpoint.load(weights), TinyPipeline(tmp_path, initial_weights=weights)
+    begun = tiny.load_omni("stage2b")
     for name in ("mllm", "bridge", "decoder", "text_encoder", "vae"):
         expected = getattr(there, name).state_dict()
         assert all(torch.equal(value, expected[key]) for key, value in getattr(begun, name).state_dict().items()), name
-    assert torch.equal(tiny.mllm_recipe().model.lm_head.weight, there.mllm.lm_head.weight)
+    assert torch.equal(tiny.build_mllm_recipe().model.lm_head.weight, there.mllm.lm_head.weight)
     with pytest.raises(CheckpointError, match="mllm has not been trained"):
-        Tiny(tmp_path, shipped=weights).omni("stage2b")
+        TinyPipeline(tmp_path, shipped_weights=weights).load_omni("stage2b")
 
 
 def operations(recipe, step) -> int:

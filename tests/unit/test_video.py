@@ -11,7 +11,7 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from omnivideo.backends.decoder import video
-from omnivideo.backends.decoder.video import Limits, Media, check_output, contact_sheet, fit, read_media, write_media
+from omnivideo.backends.decoder.video import MediaLimits, DecodedMedia, check_output, make_contact_sheet, fit_media, read_media, write_media
 from omnivideo.errors import InvalidInput, UnreadableMedia
 
 FPS = 8
@@ -48,10 +48,10 @@ def psnr(one: np.ndarray, two: np.ndarray) -> float:
     return float(10 * np.log10(255**2 / np.mean((one.astype(float) - two.astype(float)) ** 2)))
 
 
-def refusal(path: Path, limits: Limits | None = None) -> str:
+def refusal(path: Path, limits: MediaLimits | None = None) -> str:
     """The refusal's text, which is one line, says the field and the name, and no folder."""
     with pytest.raises(UnreadableMedia) as caught:
-        read_media(path, limits or Limits())
+        read_media(path, limits or MediaLimits())
     text = str(caught.value)
     assert caught.value.field == "source" and text.startswith("source: ")
     assert path.name in text and str(path.parent) not in text and "\n" not in text and "0x" not in text
@@ -331,11 +331,11 @@ def test_a_bomb_is_refused_by_its_header(tmp_path, side):
 @pytest.mark.parametrize(
     ("limits", "what"),
     [
-        (Limits(max_bytes=100), "bytes; allowed: 1 to 100"),
-        (Limits(max_pixels=64 * 63), "has 4096 pixels a frame; allowed: 1 to 4032"),
-        (Limits(max_frames=8), "has 9 frames; allowed: 1 to 8"),
-        (Limits(max_seconds=1), "has 1.125 seconds; allowed: 1 to 1"),
-        (Limits(max_decoded=100_000), "has 110592 bytes of pixels; allowed: 1 to 100000"),
+        (MediaLimits(max_bytes=100), "bytes; allowed: 1 to 100"),
+        (MediaLimits(max_frame_pixels=64 * 63), "has 4096 pixels a frame; allowed: 1 to 4032"),
+        (MediaLimits(max_frames=8), "has 9 frames; allowed: 1 to 8"),
+        (MediaLimits(max_seconds=1), "has 1.125 seconds; allowed: 1 to 1"),
+        (MediaLimits(max_decoded_bytes=100_000), "has 110592 bytes of pixels; allowed: 1 to 100000"),
     ],
 )
 def test_over_a_limit_by_the_header(mp4, limits, what, monkeypatch):
@@ -346,9 +346,9 @@ def test_over_a_limit_by_the_header(mp4, limits, what, monkeypatch):
 @pytest.mark.parametrize(
     ("limits", "what"),
     [
-        (Limits(max_frames=8), "has 9 frames; allowed: 1 to 8"),
-        (Limits(max_seconds=1), "seconds; allowed: 1 to 1"),
-        (Limits(max_decoded=100_000), "bytes of pixels; allowed: 1 to 100000"),
+        (MediaLimits(max_frames=8), "has 9 frames; allowed: 1 to 8"),
+        (MediaLimits(max_seconds=1), "seconds; allowed: 1 to 1"),
+        (MediaLimits(max_decoded_bytes=100_000), "bytes of pixels; allowed: 1 to 100000"),
     ],
 )
 def test_over_a_limit_that_only_decoding_shows(tmp_path, limits, what):
@@ -359,7 +359,7 @@ def test_over_a_limit_that_only_decoding_shows(tmp_path, limits, what):
 
 def test_an_even_grid_stays_within_the_limits(tmp_path):
     path = animate(tmp_path / "a.gif", shapes(4), duration=[20, 20_000, 20, 20])
-    assert "frames; allowed: 1 to 100" in refusal(path, Limits(max_frames=100))
+    assert "frames; allowed: 1 to 100" in refusal(path, MediaLimits(max_frames=100))
 
 
 def test_a_name_cannot_break_the_line(tmp_path):
@@ -378,9 +378,9 @@ def test_text_in_a_png_is_no_duration(tmp_path):
 # ---------------------------------------------------------------- fitting
 
 
-def numbered(frames: int, fps: float) -> Media:
+def numbered(frames: int, fps: float) -> DecodedMedia:
     """A clip whose frames say their number."""
-    return Media(np.repeat(np.arange(frames, dtype=np.uint8), 8 * 8 * 3).reshape(-1, 8, 8, 3), fps, "video")
+    return DecodedMedia(np.repeat(np.arange(frames, dtype=np.uint8), 8 * 8 * 3).reshape(-1, 8, 8, 3), fps, "video")
 
 
 @pytest.mark.parametrize(
@@ -390,23 +390,23 @@ def numbered(frames: int, fps: float) -> Media:
         (numbered(9, 16), 4, 8, [0, 2, 4, 6]),
         (numbered(3, 4), 5, 8, [0, 1, 1, 2, 2]),
         (numbered(2, 8), 5, 8, [0, 1, 1, 1, 1]),
-        (Media(numbered(1, 1).frames, None, "image"), 3, 8, [0, 0, 0]),
+        (DecodedMedia(numbered(1, 1).frames, None, "image"), 3, 8, [0, 0, 0]),
     ],
 )
 def test_fit_in_time(source, frames, fps, expected):
-    assert fit(source, 8, 8, frames, fps)[:, 0, 0, 0].tolist() == expected
+    assert fit_media(source, 8, 8, frames, fps)[:, 0, 0, 0].tolist() == expected
 
 
 def test_fit_leaves_what_fits_alone():
-    media = Media(shapes(), FPS, "video")
-    assert (fit(media, 64, 64, 9, FPS) == shapes()).all()
+    media = DecodedMedia(shapes(), FPS, "video")
+    assert (fit_media(media, 64, 64, 9, FPS) == shapes()).all()
 
 
 @pytest.mark.parametrize(("width", "height"), [(32, 32), (64, 32), (30, 50), (123, 7), (1, 1)])
 def test_fit_crops_at_the_centre(width, height):
     pixels = np.zeros((1, 90, 160, 3), np.uint8)
     pixels[:, 40:50, 75:85] = 255
-    fitted = fit(Media(pixels, None, "image"), width, height, 2, FPS)
+    fitted = fit_media(DecodedMedia(pixels, None, "image"), width, height, 2, FPS)
     assert fitted.shape == (2, height, width, 3) and fitted.dtype == np.uint8
     weight = fitted[0, :, :, 0].astype(float)
     y, x = np.mgrid[:height, :width]
@@ -506,7 +506,7 @@ def test_a_rate_that_cannot_be(tmp_path, fps):
 )
 def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, failure, raised):
     (tmp_path / "a.mp4").write_bytes(b"old")
-    whole, frames = video.yuv, []
+    whole, frames = video.rgb_to_yuv, []
 
     def failing(pixels: np.ndarray) -> av.VideoFrame:
         frames.append(pixels)
@@ -530,7 +530,7 @@ def test_a_written_file_has_the_usual_permissions(tmp_path):
 
 
 def test_a_contact_sheet_shows_each_frame_enlarged():
-    sheet = contact_sheet([shapes(), shapes(1), shapes(30)], ["a clip", "a still", "a longer clip"], scale=2)
+    sheet = make_contact_sheet([shapes(), shapes(1), shapes(30)], ["a clip", "a still", "a longer clip"], scale=2)
     colours = np.asarray(sheet).reshape(-1, 3)
     discs = (np.abs(colours.astype(int) - (40, 80, 230)).sum(1) == 0).sum()
     assert discs == (9 + 1 + 9) * 14 * 14 * 2 * 2
@@ -538,5 +538,5 @@ def test_a_contact_sheet_shows_each_frame_enlarged():
 
 
 def test_a_long_caption_is_broken_into_lines():
-    short, long = (contact_sheet([shapes(2)], [text]) for text in ("word", "word " * 100))
+    short, long = (make_contact_sheet([shapes(2)], [text]) for text in ("word", "word " * 100))
     assert long.width == short.width and long.height > short.height

@@ -17,10 +17,10 @@ from safetensors.torch import load_file
 from omnivideo.cli import main
 from omnivideo.errors import CheckpointError, InvalidInput
 from omnivideo.models import checkpoint, importing, streams
-from omnivideo.models.importing import export_weights, import_weights, pack_run
-from omnivideo.models.published import PUBLISHED, files_of, markers_file, markers_needed, places
-from omnivideo.presets import PRESETS, Preset, QueryTransformerSize, VisualContextSize
-from omnivideo.training.recipes.stages import Whole
+from omnivideo.models.importing import export_weights, import_weights, pack_training_checkpoint
+from omnivideo.models.published import PUBLISHED_PRESETS, list_weight_files, get_markers_file, list_required_markers, locate_tensors
+from omnivideo.presets import PRESETS, Preset, QueryTransformerConfig, VisualContextConfig
+from omnivideo.training.recipes.stages import TrainableParts
 from omnivideo.training.trainer import Recipe, Trainer
 
 FULL = {"omnivideo-1.3b": (1087, 3_482_668_864), "omnivideo2-1.3b": (832, 1_434_081_856),
@@ -31,45 +31,45 @@ def narrow(preset: Preset) -> Preset:
     """The same layers and key names at a width that a test can write."""
     small = {"num_attention_heads": 2, "attention_head_dim": 12, "text_dim": 16, "freq_dim": 8, "ffn_dim": 20}
     update = {"decoder": preset.decoder | small, "text_width": 16, "mllm_width": 12}
-    update |= {"visual_context": VisualContextSize(hidden=24)}
+    update |= {"visual_context": VisualContextConfig(hidden_dim=24)}
     if preset.version == 1:
-        update |= {"vision_head": QueryTransformerSize(dim_in=12, width=8, queries=4)}
-        update |= {"adapter": QueryTransformerSize(dim_in=8, width=16, queries=6)}
+        update |= {"vision_head": QueryTransformerConfig(input_dim=12, width=8, num_queries=4)}
+        update |= {"adapter": QueryTransformerConfig(input_dim=8, width=16, num_queries=6)}
     return preset.model_copy(update=update)
 
 
 @pytest.fixture
 def small(monkeypatch):
-    for name in PUBLISHED:
+    for name in PUBLISHED_PRESETS:
         monkeypatch.setitem(PRESETS, name, narrow(PRESETS[name]))
 
 
 def random_state(preset: Preset, seed: int) -> dict[str, torch.Tensor]:
     """Norms in fp32 among bf16, as mixed files are."""
     made = torch.Generator().manual_seed(seed)
-    kinds = {key: torch.float32 if "norm" in key else torch.bfloat16 for key in places(preset)}
-    return {key: torch.randn(place.shape, generator=made).to(kinds[key]) for key, place in places(preset).items()}
+    kinds = {key: torch.float32 if "norm" in key else torch.bfloat16 for key in locate_tensors(preset)}
+    return {key: torch.randn(place.shape, generator=made).to(kinds[key]) for key, place in locate_tensors(preset).items()}
 
 
 def publish(folder: Path, preset: Preset, level: str | None = None) -> dict[str, dict[str, torch.Tensor]]:
     """Their folder; returns what is in each file."""
-    states = {file: random_state(preset, seed) for seed, file in enumerate(files_of(preset))}
+    states = {file: random_state(preset, seed) for seed, file in enumerate(list_weight_files(preset))}
     for file, state in states.items():
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         torch.save({level: state, "step": 7} if level else state, folder / file)
-    markers = {f"<{name}>": torch.randn(2, preset.text_width) for name in markers_needed(preset)}
-    path = folder / markers_file(preset)
+    markers = {f"<{name}>": torch.randn(2, preset.text_width) for name in list_required_markers(preset)}
+    path = folder / get_markers_file(preset)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(pickle.dumps(markers))
-    return states | {markers_file(preset): markers}
+    return states | {get_markers_file(preset): markers}
 
 
 def publish_sparse(folder: Path, preset: Preset, dtype: torch.dtype) -> None:
     """Their files in full shape, whose bytes are holes."""
-    for file in files_of(preset):
+    for file in list_weight_files(preset):
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         with torch.serialization.skip_data():
-            torch.save({key: torch.empty(place.shape, dtype=dtype) for key, place in places(preset).items()},
+            torch.save({key: torch.empty(place.shape, dtype=dtype) for key, place in locate_tensors(preset).items()},
                        folder / file)  # fmt: skip
 
 
@@ -82,22 +82,22 @@ def same(one: torch.Tensor, two: torch.Tensor) -> bool:
 # ---------------------------------------------------------------- names
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", PUBLISHED_PRESETS)
 def test_the_decoders_names_are_those_of_diffusers_converter(name):
     found = {key.removeprefix("wan_model."): place.key
-             for key, place in places(PRESETS[name]).items() if place.part == "transformer"}  # fmt: skip
+             for key, place in locate_tensors(PRESETS[name]).items() if place.part == "transformer"}  # fmt: skip
     converted = convert_wan_transformer_to_diffusers({key: key for key in found})
     assert {theirs: ours for ours, theirs in converted.items()} == found
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", PUBLISHED_PRESETS)
 def test_full_shapes_are_recognised_checked_and_counted(name, tmp_path):
     publish_sparse(tmp_path, PRESETS[name], torch.bfloat16)
     report = import_weights(tmp_path, None)
-    counts = sum(part.tensors for part in report.parts), sum(part.parameters for part in report.parts)
+    counts = sum(part.tensor_count for part in report.parts), sum(part.parameter_count for part in report.parts)
     assert (report.preset, counts) == (name, FULL[name])
-    assert report.bytes == 2 * FULL[name][1] and all(part.dtypes == ("BF16",) for part in report.parts)
-    assert report.absent == ("markers", "mllm", "text_encoder", "tokenizer", "vae")
+    assert report.total_bytes == 2 * FULL[name][1] and all(part.dtypes == ("BF16",) for part in report.parts)
+    assert report.missing_parts == ("markers", "mllm", "text_encoder", "tokenizer", "vae")
 
 
 # ---------------------------------------------------------------- there and back
@@ -105,25 +105,25 @@ def test_full_shapes_are_recognised_checked_and_counted(name, tmp_path):
 
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("level", [None, "module"])
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", PUBLISHED_PRESETS)
 def test_there_and_back_bit_for_bit(name, level, tmp_path):
     preset = PRESETS[name]
     made = publish(tmp_path / "theirs", preset, level)
     report = import_weights(tmp_path / "theirs", tmp_path / "ours")
-    assert sum(part.tensors for part in report.parts) == FULL[name][0] + len(markers_needed(preset))
-    checkpoint.verify(tmp_path / "ours")
+    assert sum(part.tensor_count for part in report.parts) == FULL[name][0] + len(list_required_markers(preset))
+    checkpoint.verify_digests(tmp_path / "ours")
     parts = {path.parent.name: load_file(path) for path in (tmp_path / "ours").rglob("*.safetensors")}
-    for number, file in enumerate(files_of(preset)):
-        for key, place in places(preset).items():
+    for number, file in enumerate(list_weight_files(preset)):
+        for key, place in locate_tensors(preset).items():
             part = place.part if number == 0 else f"{place.part}_2"
             assert same(made[file][key], parts[part][place.key]), key
     export_weights(tmp_path / "ours", tmp_path / "back")
-    for file in files_of(preset):
+    for file in list_weight_files(preset):
         back = torch.load(tmp_path / "back" / file, weights_only=True)
         assert back.keys() == made[file].keys()
         assert all(same(value, back[key]) for key, value in made[file].items())
-    markers = pickle.loads((tmp_path / "back" / markers_file(preset)).read_bytes())
-    assert all(same(value, markers[key]) for key, value in made[markers_file(preset)].items())
+    markers = pickle.loads((tmp_path / "back" / get_markers_file(preset)).read_bytes())
+    assert all(same(value, markers[key]) for key, value in made[get_markers_file(preset)].items())
 
 
 @pytest.mark.usefixtures("small")
@@ -132,13 +132,13 @@ def test_what_was_imported_loads_strictly(tmp_path):
     preset = PRESETS["omnivideo-1.3b"]
     made = publish(tmp_path / "theirs", preset)
     import_weights(tmp_path / "theirs", tmp_path / "ours")
-    decoder = checkpoint.strictly(WanTransformer3DModel, tmp_path / "ours", "transformer", torch.float32)
+    decoder = checkpoint.load_strict(WanTransformer3DModel, tmp_path / "ours", "transformer", torch.float32)
     bridge = checkpoint.load_bridge(preset, tmp_path / "ours", torch.float32)
-    state = made[files_of(preset)[0]]
+    state = made[list_weight_files(preset)[0]]
     assert torch.equal(decoder.blocks[3].norm2.weight, state["wan_model.blocks.3.norm3.weight"])
     assert torch.equal(bridge.vision_head.decoder_query, state["ar_vision_head.decoder_query"].float())
     assert (
-        torch.equal(bridge.markers.ipl_st, made[markers_file(preset)]["<ipl_st>"]) and bridge.markers.ipl_st.ndim == 2
+        torch.equal(bridge.markers.ipl_st, made[get_markers_file(preset)]["<ipl_st>"]) and bridge.markers.ipl_st.ndim == 2
     )
     assert len(bridge.markers.img_st) == 2
 
@@ -150,11 +150,11 @@ def test_large_decoders_are_sharded(monkeypatch, tmp_path):
     made = publish(tmp_path / "theirs", preset)
     import_weights(tmp_path / "theirs", tmp_path / "ours")
     assert len(list((tmp_path / "ours" / "transformer").glob("*-of-*.safetensors"))) > 2
-    decoder = checkpoint.strictly(WanTransformer3DModel, tmp_path / "ours", "transformer", torch.float32)
-    state = made[files_of(preset)[0]]
+    decoder = checkpoint.load_strict(WanTransformer3DModel, tmp_path / "ours", "transformer", torch.float32)
+    state = made[list_weight_files(preset)[0]]
     assert torch.equal(decoder.proj_out.weight, state["wan_model.head.head.weight"].float())
     export_weights(tmp_path / "ours", tmp_path / "back")
-    back = torch.load(tmp_path / "back" / files_of(preset)[0], weights_only=True)
+    back = torch.load(tmp_path / "back" / list_weight_files(preset)[0], weights_only=True)
     assert all(same(value, back[key]) for key, value in state.items())
 
 
@@ -170,9 +170,9 @@ def test_version_1_in_full_shape_there_and_back_in_little_memory(tmp_path):
         nonlocal most
         most = max(most, anonymous() - before)
 
-    report = import_weights(tmp_path / "theirs", tmp_path / "ours", tell=tell)
-    assert report.bytes == FULL[preset.name][1] and most < 300 << 20
-    assert sum(path.stat().st_blocks * 512 for path in (tmp_path / "ours").rglob("*")) < report.bytes / 2
+    report = import_weights(tmp_path / "theirs", tmp_path / "ours", on_progress=tell)
+    assert report.total_bytes == FULL[preset.name][1] and most < 300 << 20
+    assert sum(path.stat().st_blocks * 512 for path in (tmp_path / "ours").rglob("*")) < report.total_bytes / 2
     export_weights(tmp_path / "ours", tmp_path / "back")
     assert anonymous() - before < 300 << 20
     back = torch.load(tmp_path / "back" / "transformer" / "model.pt", weights_only=True, mmap=True)
@@ -216,9 +216,9 @@ class Code:
 def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(how, tmp_path):
     preset, ran = PRESETS["omnivideo-1.3b"], tmp_path / "ran"
     made = publish(tmp_path / "theirs", preset)
-    file, markers = (tmp_path / "theirs" / name for name in (files_of(preset)[0], markers_file(preset)))
+    file, markers = (tmp_path / "theirs" / name for name in (list_weight_files(preset)[0], get_markers_file(preset)))
     if how in ("zip", "old"):
-        state = made[files_of(preset)[0]] | {"extra": Code(ran)}
+        state = made[list_weight_files(preset)[0]] | {"extra": Code(ran)}
         torch.save(state, file, _use_new_zipfile_serialization=how == "zip")
     elif how == "markers":
         markers.write_bytes(pickle.dumps({"<img_st>": Code(ran)}))
@@ -273,7 +273,7 @@ def broken(state: dict, how: str) -> dict:
 def test_keys_and_shapes_are_strict(how, said, tmp_path):
     preset = PRESETS["omnivideo-1.3b"]
     made = publish(tmp_path / "theirs", preset)
-    file = files_of(preset)[0]
+    file = list_weight_files(preset)[0]
     torch.save(broken(made[file], how), tmp_path / "theirs" / file)
     with pytest.raises(CheckpointError, match=said):
         import_weights(tmp_path / "theirs", tmp_path / "ours")
@@ -283,26 +283,26 @@ def test_keys_and_shapes_are_strict(how, said, tmp_path):
 @pytest.mark.usefixtures("small")
 def test_markers_are_strict(tmp_path):
     preset = PRESETS["omnivideo-1.3b"]
-    markers = publish(tmp_path, preset)[markers_file(preset)]
+    markers = publish(tmp_path, preset)[get_markers_file(preset)]
     for changed, said in (({"<new>": markers["<img_st>"]}, "<new>, is unknown"),
                           ({"<img_st>": torch.zeros(2, 3)}, "<img_st>, has another shape")):  # fmt: skip
-        (tmp_path / markers_file(preset)).write_bytes(pickle.dumps(markers | changed))
+        (tmp_path / get_markers_file(preset)).write_bytes(pickle.dumps(markers | changed))
         with pytest.raises(CheckpointError, match=said):
             import_weights(tmp_path, None)
-    (tmp_path / markers_file(preset)).write_bytes(pickle.dumps({"<img_st>": markers["<img_st>"]}))
+    (tmp_path / get_markers_file(preset)).write_bytes(pickle.dumps({"<img_st>": markers["<img_st>"]}))
     with pytest.raises(CheckpointError, match="<img_ed>, is missing"):
         import_weights(tmp_path, None)
 
 
 @pytest.mark.usefixtures("small")
 def test_one_file_is_enough_where_there_is_one(tmp_path):
-    for name in PUBLISHED[:2]:
+    for name in PUBLISHED_PRESETS[:2]:
         publish(tmp_path / name, PRESETS[name])
-        assert import_weights(tmp_path / name / files_of(PRESETS[name])[0], None).preset == name
+        assert import_weights(tmp_path / name / list_weight_files(PRESETS[name])[0], None).preset == name
     with pytest.raises(CheckpointError, match="is missing"):
-        import_weights(tmp_path / PUBLISHED[1] / files_of(PRESETS[PUBLISHED[1]])[0], None, "omnivideo-1.3b")
+        import_weights(tmp_path / PUBLISHED_PRESETS[1] / list_weight_files(PRESETS[PUBLISHED_PRESETS[1]])[0], None, "omnivideo-1.3b")
     with pytest.raises(InvalidInput, match=r"high_noise_model/model.pt and low_noise_model/model.pt"):
-        import_weights(tmp_path / PUBLISHED[1] / files_of(PRESETS[PUBLISHED[1]])[0], None, "omnivideo2-a14b")
+        import_weights(tmp_path / PUBLISHED_PRESETS[1] / list_weight_files(PRESETS[PUBLISHED_PRESETS[1]])[0], None, "omnivideo2-a14b")
     with pytest.raises(CheckpointError, match="none of the published layouts"):
         import_weights(tmp_path, None)
     with pytest.raises(InvalidInput, match="'tiny' is not published"):
@@ -360,16 +360,16 @@ def test_a_changed_file_is_not_exported(tmp_path):
 
 def test_a_stages_checkpoint_becomes_a_folder_that_loads(omni, weights, tmp_path):
     """Averaged where the run keeps averages, the run's own elsewhere, and the base's for what no stage holds."""
-    model = Whole(checkpoint.load(weights))
-    recipe = Recipe("stage3", model, ("bridge", "decoder"), lambda step: {}, steps=1, ema=0.9)
+    model = TrainableParts(checkpoint.load(weights))
+    recipe = Recipe("stage3", model, ("bridge", "decoder"), lambda step: {}, steps=1, ema_decay=0.9)
     trainer = Trainer(recipe, tmp_path / "stage3")
     with torch.no_grad():
         model.mllm.lm_head.weight.add_(1)
-    trainer.average["decoder.proj_out.bias"] += 2
+    trainer.ema_weights["decoder.proj_out.bias"] += 2
     trainer.save()
-    report = pack_run(tmp_path / "stage3" / "state.pt", weights, tmp_path / "packed")
+    report = pack_training_checkpoint(tmp_path / "stage3" / "state.pt", weights, tmp_path / "packed")
     assert {part.name for part in report.parts} == {"mllm", "transformer", *checkpoint.BRIDGE_PARTS}
-    checkpoint.verify(tmp_path / "packed")
+    checkpoint.verify_digests(tmp_path / "packed")
     loaded = checkpoint.load(tmp_path / "packed")
     assert torch.equal(loaded.mllm.lm_head.weight, model.mllm.lm_head.weight)
     assert torch.equal(loaded.decoder.proj_out.bias, model.decoder.proj_out.bias + 2)
@@ -382,10 +382,10 @@ def test_a_stages_checkpoint_becomes_a_folder_that_loads(omni, weights, tmp_path
 def test_other_checkpoints_are_not_packed(weights, tmp_path):
     torch.save({"model": {"encoder.weight": torch.zeros(2)}, "average": {}, "step": 1}, tmp_path / "state.pt")
     with pytest.raises(CheckpointError, match="no stage that joins the parts: it has encoder"):
-        pack_run(tmp_path / "state.pt", weights, tmp_path / "packed")
+        pack_training_checkpoint(tmp_path / "state.pt", weights, tmp_path / "packed")
     torch.save({"weight": torch.zeros(2)}, tmp_path / "state.pt")
     with pytest.raises(CheckpointError, match="not a checkpoint of a recipe"):
-        pack_run(tmp_path / "state.pt", weights, tmp_path / "packed")
+        pack_training_checkpoint(tmp_path / "state.pt", weights, tmp_path / "packed")
 
 
 @pytest.mark.usefixtures("small")

@@ -10,113 +10,113 @@ import torch
 from torch import Tensor
 
 from omnivideo import __version__
-from omnivideo.backends.decoder.pipeline import Clip, Drawing, draw, draw_together, target_of
-from omnivideo.backends.decoder.video import Media, fit
-from omnivideo.backends.media import encoded, frames_of, png
+from omnivideo.backends.decoder.pipeline import GeneratedClip, DenoisingProgress, generate_clip, generate_clip_batch, medium_from_params
+from omnivideo.backends.decoder.video import DecodedMedia, fit_media
+from omnivideo.backends.media import encode_clip, load_frames, to_png_bytes
 from omnivideo.backends.mllm.local import LocalMLLM
-from omnivideo.contracts import Artifact, Ask, Job, Manifest, Medium, Preview, Settings, settings
+from omnivideo.contracts import Artifact, MLLMRequest, Job, Manifest, Medium, Preview, SamplingParams, resolve_sampling_params
 from omnivideo.errors import InvalidInput
-from omnivideo.models.omni import Omni
-from omnivideo.models.sampling import Point
-from omnivideo.models.vae import decode, to_bytes
+from omnivideo.models.omni import OmniVideoModel
+from omnivideo.models.sampling import DenoisingState
+from omnivideo.models.vae import decode_latents, pixels_to_bytes
 from omnivideo.ports import ObjectStore
-from omnivideo.presets import latent_grid
+from omnivideo.presets import compute_latent_grid
 from omnivideo.storage.tensors import get_tensors, put_tensors
 
 
-class Painter:
+class Renderer:
     """Draws jobs with one model.  `digest` names the weights in manifests."""
 
-    def __init__(self, omni: Omni, store: ObjectStore, digest: str):
+    def __init__(self, omni: OmniVideoModel, store: ObjectStore, weights_digest: str):
         self.omni = omni
         self.store = store
-        self.digest = digest
+        self.weights_digest = weights_digest
         self.mllm = LocalMLLM(omni, store)
 
-    def ready(self, job: Job) -> tuple[Job, Settings]:
+    def prepare_job(self, job: Job) -> tuple[Job, SamplingParams]:
         """The job with its visual tokens, read here where it comes without, and its settings.
 
         Raises InvalidInput for what this model cannot draw.
         """
-        chosen = settings(self.omni.preset, job.task, seed=job.seed, **job.given.model_dump())
+        params = resolve_sampling_params(self.omni.preset, job.task, seed=job.seed, **job.overrides.model_dump())
         if job.visual_tokens is None:
-            shown = () if job.source is None else (job.source,)
-            tokens = self.mllm.visual_tokens(Ask(text=job.prompt, shown=shown), target_of(chosen))
+            attachments = () if job.source is None else (job.source,)
+            tokens = self.mllm.predict_visual_tokens(MLLMRequest(text=job.prompt, artifacts=attachments), medium_from_params(params))
             job = job.model_copy(update={"visual_tokens": tokens})
-        return job, chosen
+        return job, params
 
-    def drawn(self, job: Job, chosen: Settings, begin: Point | None = None) -> Iterator[Drawing | Clip]:
+    def render_job(self, job: Job, params: SamplingParams, initial_state: DenoisingState | None = None) -> Iterator[DenoisingProgress | GeneratedClip]:
         """As `draw`, for a job that is ready."""
-        yield from draw(self.omni, job.prompt, chosen, self.source(job.source, chosen), self.visual(job), begin)
+        yield from generate_clip(self.omni, job.prompt, params, self.load_source(job.source, params), self.load_visual_tokens(job), initial_state)
 
-    def visual(self, job: Job) -> Tensor:
+    def load_visual_tokens(self, job: Job) -> Tensor:
         """V_o [1, Q, E] of a job that is ready."""
         assert job.visual_tokens
         return get_tensors(self.store, job.visual_tokens)["visual_tokens"].to(self.omni.device)
 
-    def shape(self, job: Job) -> tuple[str, int] | None:
+    def compute_batch_key(self, job: Job) -> tuple[str, int] | None:
         """What jobs that can be drawn in one pass have in common: all settings but the seed, and the length of the
         condition, whose padding is attended to.  None for what is drawn alone."""
         if job.source is not None:
             return None
         try:
-            chosen = settings(self.omni.preset, job.task, seed=0, **job.given.model_dump())
+            params = resolve_sampling_params(self.omni.preset, job.task, seed=0, **job.overrides.model_dump())
         except InvalidInput:
             return None
-        return chosen.model_dump_json(), self.omni.condition_length(job.prompt, target_of(chosen))
+        return params.model_dump_json(), self.omni.compute_condition_length(job.prompt, medium_from_params(params))
 
-    def drawn_together(
-        self, ready: Sequence[tuple[Job, Settings]], begin: Point | None = None
-    ) -> Iterator[Drawing | list[Clip]]:
+    def render_batch(
+        self, prepared_jobs: Sequence[tuple[Job, SamplingParams]], initial_state: DenoisingState | None = None
+    ) -> Iterator[DenoisingProgress | list[GeneratedClip]]:
         """As `drawn`, several jobs of one shape in one pass."""
-        visual = torch.cat([self.visual(job) for job, _ in ready])
-        prompts, seeds = [job.prompt for job, _ in ready], [job.seed for job, _ in ready]
-        yield from draw_together(self.omni, prompts, seeds, ready[0][1], visual, begin)
+        visual_tokens = torch.cat([self.load_visual_tokens(job) for job, _ in prepared_jobs])
+        prompts, seeds = [job.prompt for job, _ in prepared_jobs], [job.seed for job, _ in prepared_jobs]
+        yield from generate_clip_batch(self.omni, prompts, seeds, prepared_jobs[0][1], visual_tokens, initial_state)
 
-    def source(self, source: Artifact | None, chosen: Settings) -> np.ndarray | Tensor | None:
+    def load_source(self, source: Artifact | None, params: SamplingParams) -> np.ndarray | Tensor | None:
         """Its latents where they are kept and of the right size, else its pixels."""
         if source is None:
             return None
-        grid = latent_grid(chosen.width, chosen.height, chosen.frames)
+        grid = compute_latent_grid(params.width, params.height, params.frames)
         if source.latents and (latents := get_tensors(self.store, source.latents)["latents"]).shape[1:] == grid:
             return latents
-        media = Media(frames_of(self.store, source), source.fps, source.medium)
-        return fit(media, chosen.width, chosen.height, chosen.frames, chosen.fps)
+        media = DecodedMedia(load_frames(self.store, source), source.fps, source.medium)
+        return fit_media(media, params.width, params.height, params.frames, params.fps)
 
     @torch.no_grad()
-    def preview(self, guess: Tensor) -> Preview:
+    def render_preview(self, clean_latents: Tensor) -> Preview:
         """The middle frame of a guess [1, z, T, h, w]."""
-        frames = to_bytes(decode(self.omni.vae, guess))[0]
-        return Preview(png=base64.b64encode(png(frames[len(frames) // 2])).decode())
+        frames = pixels_to_bytes(decode_latents(self.omni.vae, clean_latents))[0]
+        return Preview(png=base64.b64encode(to_png_bytes(frames[len(frames) // 2])).decode())
 
-    def keep(self, job: Job, chosen: Settings, clip: Clip) -> Artifact:
+    def store_result(self, job: Job, params: SamplingParams, clip: GeneratedClip) -> Artifact:
         """The clip and its manifest in the store; the artifact is the same wherever and whenever the job is drawn."""
-        data, suffix = encoded(clip.frames, chosen.fps)
-        manifest = manifest_of(self.omni, self.digest, job.prompt, chosen, clip.seconds)
+        media_bytes, suffix = encode_clip(clip.frames, params.fps)
+        manifest = build_manifest(self.omni, self.weights_digest, job.prompt, params, clip.seconds_by_stage)
         source = {} if job.source is None else {"source": job.source.key, "source_latents": job.source.latents}
         manifest = manifest.model_copy(update={"visual_tokens": job.visual_tokens} | source)
         return Artifact(
-            key=self.store.put(data, suffix),
+            key=self.store.put(media_bytes, suffix),
             medium="video" if suffix == "mp4" else "image",
-            width=chosen.width,
-            height=chosen.height,
+            width=params.width,
+            height=params.height,
             frames=len(clip.frames),
-            fps=chosen.fps,
-            about=job.prompt,
+            fps=params.fps,
+            caption=job.prompt,
             manifest=self.store.put(json.dumps(manifest.model_dump(), indent=2).encode(), "json"),
             latents=put_tensors(self.store, {"latents": clip.latents}),
             source=None if job.source is None else job.source.key,
-            made_by=job.id,
+            created_by=job.id,
         )
 
-    def redrawn(self, manifest: Manifest) -> str:
+    def replay_manifest(self, manifest: Manifest) -> str:
         """The key of the clip that a manifest draws."""
-        chosen, source = manifest.settings, None
+        params, source = manifest.settings, None
         if manifest.source:
-            medium: Medium = "video" if chosen.frames > 1 else "image"
+            medium: Medium = "video" if params.frames > 1 else "image"
             source = Artifact(
-                key=manifest.source, medium=medium, width=chosen.width, height=chosen.height, frames=chosen.frames,
-                fps=chosen.fps, about="", latents=manifest.source_latents, made_by="replay",
+                key=manifest.source, medium=medium, width=params.width, height=params.height, frames=params.frames,
+                fps=params.fps, caption="", latents=manifest.source_latents, created_by="replay",
             )  # fmt: skip
         job = Job(
             id="replay",
@@ -124,26 +124,26 @@ class Painter:
             prompt=manifest.prompt,
             visual_tokens=manifest.visual_tokens,
             source=source,
-            seed=chosen.seed,
+            seed=params.seed,
         )
-        for event in self.drawn(job, chosen):
-            if isinstance(event, Clip):
-                return self.store.put(*encoded(event.frames, chosen.fps))
+        for event in self.render_job(job, params):
+            if isinstance(event, GeneratedClip):
+                return self.store.put(*encode_clip(event.frames, params.fps))
         raise AssertionError("draw ends with a clip")
 
 
-def manifest_of(
-    omni: Omni, digest: str, prompt: str, chosen: Settings, seconds: dict[str, float], source: str | None = None
+def build_manifest(
+    omni: OmniVideoModel, weights_digest: str, prompt: str, params: SamplingParams, seconds_by_stage: dict[str, float], source: str | None = None
 ) -> Manifest:
     """What every clip's manifest says; `digest` names the weights."""
     versions = {"omnivideo": __version__} | {name: version(name) for name in ("torch", "diffusers", "transformers")}
     return Manifest(
         prompt=prompt,
-        task=chosen.task,
-        settings=chosen,
+        task=params.task,
+        settings=params,
         source=source,
         preset=omni.preset.name,
-        weights=digest,
+        weights=weights_digest,
         versions=versions,
-        seconds=seconds,
+        seconds=seconds_by_stage,
     )

@@ -16,212 +16,212 @@ from opentelemetry import trace
 from opentelemetry.propagate import extract
 from safetensors.torch import load, save
 
-from omnivideo.backends.decoder.local import PREVIEWS
-from omnivideo.backends.decoder.painter import Painter
-from omnivideo.backends.decoder.pipeline import Clip, Drawing
-from omnivideo.backends.jobs import patiently
-from omnivideo.contracts import Artifact, Claim, Job, Settings, Step
-from omnivideo.errors import InvalidInput, JobLost, NotStored, OmniVideoError, StoreError
-from omnivideo.models.sampling import Point
-from omnivideo.storage.jobs import Jobs
+from omnivideo.backends.decoder.local import PREVIEW_FRACTIONS
+from omnivideo.backends.decoder.painter import Renderer
+from omnivideo.backends.decoder.pipeline import GeneratedClip, DenoisingProgress
+from omnivideo.backends.jobs import retry_while_unavailable
+from omnivideo.contracts import Artifact, Claim, Job, SamplingParams, StepProgress
+from omnivideo.errors import InvalidInput, JobLost, ArtifactNotFound, OmniVideoError, StoreError
+from omnivideo.models.sampling import DenoisingState
+from omnivideo.storage.jobs import JobRepository
 
 log = logging.getLogger("omnivideo.worker")
 TRACER = trace.get_tracer("omnivideo.worker")
-INTERNAL = "something went wrong on our side; the worker's log has it under this job's id"
-NO_MEMORY = "it needs more memory than this worker has; ask for a smaller size or fewer frames"
+INTERNAL_ERROR_TEXT = "something went wrong on our side; the worker's log has it under this job's id"
+OUT_OF_MEMORY_TEXT = "it needs more memory than this worker has; ask for a smaller size or fewer frames"
 
 
 @dataclass(frozen=True)
-class Habits:
+class WorkerConfig:
     """How often a worker leaves a point to go on from: every so many steps, and no more often than so many seconds
     of drawing; when a silent worker counts as lost, in seconds; and how many clips of the batch lane it may draw in
     one pass."""
 
-    every: int = 8
-    apart: float = 2.0
-    silent: float = 15.0
-    together: int = 1
+    save_every_steps: int = 8
+    save_every_seconds: float = 2.0
+    heartbeat_timeout_seconds: float = 15.0
+    max_batch_size: int = 1
 
 
-class Cancelled(Exception):
+class CancellationRequested(Exception):
     """The job is not wanted any more."""
 
 
 class Worker:
     """Draws one job at a time with one model."""
 
-    def __init__(self, painter: Painter, jobs: Jobs, habits: Habits | None = None):
-        self.painter = painter
+    def __init__(self, renderer: Renderer, jobs: JobRepository, config: WorkerConfig | None = None):
+        self.renderer = renderer
         self.jobs = jobs
-        self.habits = habits or Habits()
-        self.name = f"{socket.gethostname()}:{os.getpid()}"
+        self.config = config or WorkerConfig()
+        self.worker_name = f"{socket.gethostname()}:{os.getpid()}"
 
-    def work(self) -> bool:
+    def run_next_job(self) -> bool:
         """Draws the next job, if there is one; whether there was.  Nothing that a job does stops the worker."""
-        claim = patiently(lambda: self.jobs.claim(self.name))
+        claim = retry_while_unavailable(lambda: self.jobs.claim_next_job(self.worker_name))
         if claim is None:
             return False
-        claims = self.joined(claim)
-        for one in claims:
-            log.info("job %s, attempt %d, %s", one.job.id, one.attempt, "goes on" if one.point else "begins")
-        context = extract({"traceparent": claim.trace}) if claim.trace else None
-        about: dict[str, str | int] = {"job": claim.job.id, "attempt": claim.attempt, "task": claim.job.task}
-        with TRACER.start_as_current_span("job", context, attributes=about | {"together": len(claims)}):
-            if claims[0].pack:
-                self.ended_together(claims)
+        claims = self.claim_batch(claim)
+        for member in claims:
+            log.info("job %s, attempt %d, %s", member.job.id, member.attempt, "goes on" if member.resume_key else "begins")
+        context = extract({"traceparent": claim.traceparent}) if claim.traceparent else None
+        attributes: dict[str, str | int] = {"job": claim.job.id, "attempt": claim.attempt, "task": claim.job.task}
+        with TRACER.start_as_current_span("job", context, attributes=attributes | {"together": len(claims)}):
+            if claims[0].batch_job_ids:
+                self.run_batch(claims)
             else:
-                with lost(claim):
-                    self.ended(claim)
+                with tolerate_job_lost(claim):
+                    self.run_claim(claim)
         return True
 
-    def joined(self, claim: Claim) -> list[Claim]:
+    def claim_batch(self, claim: Claim) -> list[Claim]:
         """What is drawn in one pass with it, itself first."""
-        shape = None if claim.lane != "batch" or self.habits.together < 2 else self.painter.shape(claim.job)
-        if shape is None and not claim.pack:
+        batch_key = None if claim.lane != "batch" or self.config.max_batch_size < 2 else self.renderer.compute_batch_key(claim.job)
+        if batch_key is None and not claim.batch_job_ids:
             return [claim]
-        alike = lambda job: self.painter.shape(job) == shape  # noqa: E731
-        return patiently(lambda: self.jobs.joined(claim, self.name, self.habits.together, alike))
+        is_compatible = lambda job: self.renderer.compute_batch_key(job) == batch_key  # noqa: E731
+        return retry_while_unavailable(lambda: self.jobs.claim_render_batch(claim, self.worker_name, self.config.max_batch_size, is_compatible))
 
-    def ended(self, claim: Claim) -> None:
+    def run_claim(self, claim: Claim) -> None:
         """Draws it and says what became of it; raises JobLost."""
         try:
-            with self.alive([claim]):
-                result = self.draw(claim)
-            patiently(lambda: self.jobs.finish(claim, result))
+            with self.keep_claims_alive([claim]):
+                result = self.render_claim(claim)
+            retry_while_unavailable(lambda: self.jobs.mark_done(claim, result))
         except Exception as error:
-            self.judged(claim, error)
+            self.record_failure(claim, error)
 
-    def ended_together(self, claims: list[Claim]) -> None:
+    def run_batch(self, claims: list[Claim]) -> None:
         """Draws a pack in one pass, whole, whichever of its jobs these are: a result hangs on who is in the pass."""
-        mine = {claim.job.id: claim for claim in claims}
+        claims_by_job = {claim.job.id: claim for claim in claims}
         try:
-            with self.alive(claims):
-                for job, chosen, clip in self.draw_together(mine, claims[0]):
-                    result = patiently(partial(self.painter.keep, job, chosen, clip))
-                    claim = mine.pop(job.id)
-                    with lost(claim):
-                        patiently(partial(self.jobs.finish, claim, result))
+            with self.keep_claims_alive(claims):
+                for job, params, clip in self.render_claims(claims_by_job, claims[0]):
+                    result = retry_while_unavailable(partial(self.renderer.store_result, job, params, clip))
+                    claim = claims_by_job.pop(job.id)
+                    with tolerate_job_lost(claim):
+                        retry_while_unavailable(partial(self.jobs.mark_done, claim, result))
         except (torch.OutOfMemoryError, MemoryError):
             torch.cuda.empty_cache()
-            for claim in list(mine.values()):  # there may be room for one
-                with lost(claim):
-                    self.ended(patiently(partial(self.jobs.alone, claim)))
+            for claim in list(claims_by_job.values()):  # there may be room for one
+                with tolerate_job_lost(claim):
+                    self.run_claim(retry_while_unavailable(partial(self.jobs.detach_from_batch, claim)))
         except Exception as error:
-            for claim in list(mine.values()):
-                with lost(claim):
-                    self.judged(claim, error)
+            for claim in list(claims_by_job.values()):
+                with tolerate_job_lost(claim):
+                    self.record_failure(claim, error)
 
-    def judged(self, claim: Claim, error: Exception) -> None:
+    def record_failure(self, claim: Claim, error: Exception) -> None:
         """Says what becomes of a job whose drawing ended with an error; raises JobLost."""
         try:
             raise error
-        except Cancelled:
-            patiently(lambda: self.jobs.stop(claim))
+        except CancellationRequested:
+            retry_while_unavailable(lambda: self.jobs.mark_cancelled(claim))
         except JobLost:
             raise
-        except NotStored as error:
-            self.failed(claim, "failed", str(error))
+        except ArtifactNotFound as error:
+            self.fail_job(claim, "failed", str(error))
         except StoreError:
             log.exception("job %s goes back: the store or the database stayed away", claim.job.id)
-            self.jobs.give_back(claim)
+            self.jobs.requeue(claim)
         except OmniVideoError as error:
             code = "invalid_input" if isinstance(error, InvalidInput) else "failed"
-            self.failed(claim, code, str(error))
+            self.fail_job(claim, code, str(error))
         except (torch.OutOfMemoryError, MemoryError):
-            self.failed(claim, "out_of_memory", NO_MEMORY)
+            self.fail_job(claim, "out_of_memory", OUT_OF_MEMORY_TEXT)
             torch.cuda.empty_cache()
         except Exception:
             log.exception("job %s failed", claim.job.id)
-            self.failed(claim, "internal", INTERNAL)
+            self.fail_job(claim, "internal", INTERNAL_ERROR_TEXT)
 
-    def failed(self, claim: Claim, code: str, error: str) -> None:
-        patiently(lambda: self.jobs.fail(claim, code, error))
+    def fail_job(self, claim: Claim, code: str, error: str) -> None:
+        retry_while_unavailable(lambda: self.jobs.mark_failed(claim, code, error))
 
     @contextmanager
-    def alive(self, claims: list[Claim]) -> Iterator[None]:
+    def keep_claims_alive(self, claims: list[Claim]) -> Iterator[None]:
         """Beats while no step does: a long VAE pass is no sign of death."""
-        over = threading.Event()
+        stop_event = threading.Event()
 
-        def beat() -> None:
-            while not over.wait(self.habits.silent / 4):
+        def send_heartbeats() -> None:
+            while not stop_event.wait(self.config.heartbeat_timeout_seconds / 4):
                 try:
-                    self.jobs.beat_all(claims)
+                    self.jobs.heartbeat_all(claims)
                 except OmniVideoError:
                     continue  # the next step meets it too
 
-        beating = threading.Thread(target=beat, daemon=True)
-        beating.start()
+        heartbeat_thread = threading.Thread(target=send_heartbeats, daemon=True)
+        heartbeat_thread.start()
         try:
             yield
         finally:
-            over.set()
-            beating.join()
+            stop_event.set()
+            heartbeat_thread.join()
 
-    def draw(self, claim: Claim) -> Artifact:
-        job, chosen = patiently(lambda: self.painter.ready(claim.job))
-        kept, span = time.monotonic(), TRACER.start_span("condition")
-        for event in self.painter.drawn(job, chosen, self.point(claim)):
+    def render_claim(self, claim: Claim) -> Artifact:
+        job, params = retry_while_unavailable(lambda: self.renderer.prepare_job(claim.job))
+        saved_at, span = time.monotonic(), TRACER.start_span("condition")
+        for event in self.renderer.render_job(job, params, self.load_state(claim)):
             span.end()
-            if isinstance(event, Clip):
-                return patiently(partial(self.painter.keep, job, chosen, event))
+            if isinstance(event, GeneratedClip):
+                return retry_while_unavailable(partial(self.renderer.store_result, job, params, event))
             span = TRACER.start_span("denoising step", attributes={"step": event.step.step})
-            leave = self.leaves(event.step, kept)
-            self.told(claim, chosen, event, leave)
-            kept = time.monotonic() if leave else kept
+            save_due = self.should_save_state(event.step, saved_at)
+            self.report_step(claim, params, event, save_due)
+            saved_at = time.monotonic() if save_due else saved_at
         raise AssertionError("draw ends with a clip")
 
-    def draw_together(self, mine: dict[str, Claim], first: Claim) -> Iterator[tuple[Job, Settings, Clip]]:
+    def render_claims(self, claims_by_job: dict[str, Claim], first_claim: Claim) -> Iterator[tuple[Job, SamplingParams, GeneratedClip]]:
         """The jobs of a pack that are this worker's, with their clips; those that are lost or cancelled on the way go
         from `mine`."""
-        bodies = {one.id: one.job for one in patiently(lambda: self.jobs.statuses(first.pack))}
-        ready = [patiently(partial(self.painter.ready, bodies[name])) for name in first.pack]
-        kept = time.monotonic()
-        for event in self.painter.drawn_together(ready, self.point(first)):
+        jobs_by_id = {status.id: status.job for status in retry_while_unavailable(lambda: self.jobs.list_statuses(first_claim.batch_job_ids))}
+        prepared_jobs = [retry_while_unavailable(partial(self.renderer.prepare_job, jobs_by_id[job_id])) for job_id in first_claim.batch_job_ids]
+        saved_at = time.monotonic()
+        for event in self.renderer.render_batch(prepared_jobs, self.load_state(first_claim)):
             if isinstance(event, list):
-                yield from ((*pair, clip) for pair, clip in zip(ready, event, strict=True) if pair[0].id in mine)
+                yield from ((*pair, clip) for pair, clip in zip(prepared_jobs, event, strict=True) if pair[0].id in claims_by_job)
                 return
-            leave = self.leaves(event.step, kept)
-            self.told_together(mine, event, leave)
-            kept = time.monotonic() if leave else kept
-            if not mine:
+            save_due = self.should_save_state(event.step, saved_at)
+            self.report_batch_step(claims_by_job, event, save_due)
+            saved_at = time.monotonic() if save_due else saved_at
+            if not claims_by_job:
                 return
 
-    def told_together(self, mine: dict[str, Claim], drawing: Drawing, leave: bool) -> None:
-        due = {"point": self.kept_point(drawing.point)} if leave else {}
-        wanted = patiently(lambda: self.jobs.beat_all(list(mine.values()), drawing.step, **due))
-        for name, claim in list(mine.items()):
-            if not wanted.get(name):
-                del mine[name]
-                with lost(claim):
-                    self.judged(claim, Cancelled() if name in wanted else JobLost(name))
+    def report_batch_step(self, claims_by_job: dict[str, Claim], progress: DenoisingProgress, save_due: bool) -> None:
+        fields = {"point": self.save_state(progress.state)} if save_due else {}
+        wanted_by_job = retry_while_unavailable(lambda: self.jobs.heartbeat_all(list(claims_by_job.values()), progress.step, **fields))
+        for job_id, claim in list(claims_by_job.items()):
+            if not wanted_by_job.get(job_id):
+                del claims_by_job[job_id]
+                with tolerate_job_lost(claim):
+                    self.record_failure(claim, CancellationRequested() if job_id in wanted_by_job else JobLost(job_id))
 
-    def leaves(self, step: Step, kept: float) -> bool:
+    def should_save_state(self, step: StepProgress, saved_at: float) -> bool:
         """Whether a point is left after the step, where the last one was at the moment `kept`."""
-        return step.step % self.habits.every == 0 and time.monotonic() - kept >= self.habits.apart
+        return step.step % self.config.save_every_steps == 0 and time.monotonic() - saved_at >= self.config.save_every_seconds
 
-    def kept_point(self, point: Point) -> str:
-        return patiently(lambda: self.painter.store.put(packed(point), "safetensors"))
+    def save_state(self, state: DenoisingState) -> str:
+        return retry_while_unavailable(lambda: self.renderer.store.put(pack_state(state), "safetensors"))
 
-    def told(self, claim: Claim, chosen: Settings, drawing: Drawing, leave: bool) -> None:
+    def report_step(self, claim: Claim, params: SamplingParams, progress: DenoisingProgress, save_due: bool) -> None:
         """The heartbeat of a step, with a point or a preview where one is due; nobody looks on at a batch."""
-        due: dict[str, str] = {}
-        if claim.lane == "interactive" and drawing.step.step in {round(share * chosen.steps) for share in PREVIEWS}:
-            png = base64.b64decode(self.painter.preview(drawing.guess).png)
-            due["preview"] = patiently(lambda: self.painter.store.put(png, "png"))
-        if leave:
-            due["point"] = self.kept_point(drawing.point)
-        if not patiently(lambda: self.jobs.beat(claim, drawing.step, **due)):
-            raise Cancelled
+        fields: dict[str, str] = {}
+        if claim.lane == "interactive" and progress.step.step in {round(fraction * params.steps) for fraction in PREVIEW_FRACTIONS}:
+            png = base64.b64decode(self.renderer.render_preview(progress.clean_latents).png)
+            fields["preview"] = retry_while_unavailable(lambda: self.renderer.store.put(png, "png"))
+        if save_due:
+            fields["point"] = self.save_state(progress.state)
+        if not retry_while_unavailable(lambda: self.jobs.heartbeat(claim, progress.step, **fields)):
+            raise CancellationRequested
 
-    def point(self, claim: Claim) -> Point | None:
+    def load_state(self, claim: Claim) -> DenoisingState | None:
         """Where an earlier attempt was; None where it left nothing, or what it left is gone."""
-        if claim.point is None or not self.painter.store.has(claim.point):
+        if claim.resume_key is None or not self.renderer.store.has(claim.resume_key):
             return None
-        return unpacked(self.painter.store.get(claim.point), self.painter.omni.device)
+        return unpack_state(self.renderer.store.get(claim.resume_key), self.renderer.omni.device)
 
 
 @contextmanager
-def lost(claim: Claim) -> Iterator[None]:
+def tolerate_job_lost(claim: Claim) -> Iterator[None]:
     """A job that is another worker's by now is no trouble."""
     try:
         yield
@@ -229,14 +229,14 @@ def lost(claim: Claim) -> Iterator[None]:
         log.warning("job %s: attempt %d came too late", claim.job.id, claim.attempt)
 
 
-def packed(point: Point) -> bytes:
-    tensors = {"latents": point.latents, "before": point.before, "step": torch.tensor(point.step)}
-    tensors |= {f"output{at}": output for at, output in enumerate(point.outputs)}
+def pack_state(state: DenoisingState) -> bytes:
+    tensors = {"latents": state.latents, "before": state.previous_sample, "step": torch.tensor(state.step)}
+    tensors |= {f"output{index}": output for index, output in enumerate(state.model_outputs)}
     return save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
 
 
-def unpacked(data: bytes, device: torch.device) -> Point:
+def unpack_state(data: bytes, device: torch.device) -> DenoisingState:
     # Cloned for the alignment, as in storage.tensors.
-    held = {name: tensor.clone().to(device) for name, tensor in load(data).items()}
-    outputs = tuple(held[f"output{at}"] for at in range(2) if f"output{at}" in held)
-    return Point(int(held["step"]), held["latents"], held["before"], outputs)
+    tensors = {name: tensor.clone().to(device) for name, tensor in load(data).items()}
+    outputs = tuple(tensors[f"output{index}"] for index in range(2) if f"output{index}" in tensors)
+    return DenoisingState(int(tensors["step"]), tensors["latents"], tensors["before"], outputs)

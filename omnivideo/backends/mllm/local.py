@@ -5,11 +5,11 @@ from functools import lru_cache
 
 import torch
 
-from omnivideo.backends.media import frames_of
-from omnivideo.backends.mllm.plain import plain, specials_of
-from omnivideo.contracts import Artifact, Ask, Medium, Routed
-from omnivideo.models.mllm import Media, Message, answer, first_logits, route
-from omnivideo.models.omni import Omni
+from omnivideo.backends.media import load_frames
+from omnivideo.backends.mllm.plain import sanitize_text, list_special_tokens
+from omnivideo.contracts import Artifact, MLLMRequest, Medium, Route
+from omnivideo.models.mllm import MLLMMedia, MLLMMessage, generate_answer, compute_first_logits, predict_route
+from omnivideo.models.omni import OmniVideoModel
 from omnivideo.ports import ObjectStore
 from omnivideo.storage.tensors import put_tensors
 
@@ -17,42 +17,42 @@ from omnivideo.storage.tensors import put_tensors
 class LocalMLLM:
     """`store` holds the artifacts that are shown, and takes the visual tokens."""
 
-    most = 1024  # tokens of an answer
+    max_tokens = 1024  # tokens of an answer
 
-    def __init__(self, omni: Omni, store: ObjectStore):
+    def __init__(self, omni: OmniVideoModel, store: ObjectStore):
         self.omni = omni
         self.store = store
         # A turn asks about the same clip several times (route, answer, tokens); a few are kept decoded.
-        self.seen = lru_cache(maxsize=8)(self.look)
-        self.specials = specials_of(omni.mllm_tokenizer)
+        self.load_media_cached = lru_cache(maxsize=8)(self.load_media)
+        self.special_tokens = list_special_tokens(omni.mllm_tokenizer)
 
-    def look(self, artifact: Artifact) -> Media:
-        return Media(frames_of(self.store, artifact), artifact.fps, artifact.medium == "video")
+    def load_media(self, artifact: Artifact) -> MLLMMedia:
+        return MLLMMedia(load_frames(self.store, artifact), artifact.fps, artifact.medium == "video")
 
-    def message(self, ask: Ask) -> Message:
-        return Message(plain(ask.text, self.specials), tuple(map(self.seen, ask.shown)), ask.system)
+    def build_message(self, ask: MLLMRequest) -> MLLMMessage:
+        return MLLMMessage(sanitize_text(ask.text, self.special_tokens), tuple(map(self.load_media_cached, ask.artifacts)), ask.system)
 
-    def route(self, ask: Ask) -> Routed:
-        return route(self.omni.mllm, self.omni.mllm_tokenizer, self.message(ask), self.omni.pixels)
+    def route(self, request: MLLMRequest) -> Route:
+        return predict_route(self.omni.mllm, self.omni.mllm_tokenizer, self.build_message(request), self.omni.vision_config)
 
-    def write(self, ask: Ask, most: int | None = None) -> Iterator[str]:
+    def stream_text(self, request: MLLMRequest, max_tokens: int | None = None) -> Iterator[str]:
         # Greedy: what a thread says must come out the same when a killed process goes on with it.
-        yield from answer(
+        yield from generate_answer(
             self.omni.mllm,
             self.omni.mllm_tokenizer,
-            self.message(ask),
-            self.omni.pixels,
+            self.build_message(request),
+            self.omni.vision_config,
             temperature=0.0,
-            most=most or self.most,
+            max_tokens=max_tokens or self.max_tokens,
         )
 
-    def agreement(self, ask: Ask) -> float:
+    def score_agreement(self, request: MLLMRequest) -> float:
         tokenizer = self.omni.mllm_tokenizer
-        chances = first_logits(self.omni.mllm, tokenizer, self.message(ask), self.omni.pixels)
-        words = [tokenizer(word, add_special_tokens=False).input_ids[0] for word in ("yes", "no")]
-        return float(chances[words].softmax(-1)[0])
+        logits = compute_first_logits(self.omni.mllm, tokenizer, self.build_message(request), self.omni.vision_config)
+        answer_ids = [tokenizer(word, add_special_tokens=False).input_ids[0] for word in ("yes", "no")]
+        return float(logits[answer_ids].softmax(-1)[0])
 
     @torch.no_grad()
-    def visual_tokens(self, ask: Ask, medium: Medium) -> str:
-        tokens = self.omni.visual_tokens([(self.message(ask), medium)])
+    def predict_visual_tokens(self, request: MLLMRequest, medium: Medium) -> str:
+        tokens = self.omni.compute_visual_tokens([(self.build_message(request), medium)])
         return put_tensors(self.store, {"visual_tokens": tokens})

@@ -9,27 +9,27 @@ import re
 from collections.abc import Iterable
 from functools import lru_cache
 
-SPLIT = "\u200b"  # zero width space
+ZERO_WIDTH_SPACE = "\u200b"  # zero width space
 
 
 @lru_cache(maxsize=8)
-def finder(specials: frozenset[str]) -> re.Pattern[str]:
+def compile_token_pattern(special_tokens: frozenset[str]) -> re.Pattern[str]:
     # The longest first: of two that begin alike, the tokenizer takes the longer one too.
-    return re.compile("|".join(re.escape(one) for one in sorted(specials, key=len, reverse=True)))
+    return re.compile("|".join(re.escape(one) for one in sorted(special_tokens, key=len, reverse=True)))
 
 
-def plain(text: str, specials: Iterable[str]) -> str:
+def sanitize_text(text: str, special_tokens: Iterable[str]) -> str:
     """The text with every one of `specials` broken after its first character; other texts are left as they are.
 
     A special token of one character is not taken for one: there is nothing to break.
     """
-    known = frozenset(one for one in specials if len(one) > 1)
-    if not known or not finder(known).search(text):
+    breakable_tokens = frozenset(one for one in special_tokens if len(one) > 1)
+    if not breakable_tokens or not compile_token_pattern(breakable_tokens).search(text):
         return text
-    broken = finder(known).sub(lambda found: found[0][0] + SPLIT + found[0][1:], text)
-    return plain(broken, known)  # two may overlap: the second was behind the first one's end
+    broken = compile_token_pattern(breakable_tokens).sub(lambda match: match[0][0] + ZERO_WIDTH_SPACE + match[0][1:], text)
+    return sanitize_text(broken, breakable_tokens)  # two may overlap: the second was behind the first one's end
 
 
-def specials_of(tokenizer: object) -> frozenset[str]:
+def list_special_tokens(tokenizer: object) -> frozenset[str]:
     """What a Hugging Face tokenizer takes for one token wherever it stands."""
     return frozenset(tokenizer.get_added_vocab())  # type: ignore[attr-defined]

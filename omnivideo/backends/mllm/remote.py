@@ -7,13 +7,13 @@ from collections.abc import Iterator
 import httpx
 from pydantic import BaseModel, ValidationError
 
-from omnivideo.backends.mllm.wire import Agreement, Asked, AskedForTokens, AskedToWrite, Refused, Shown
-from omnivideo.contracts import Artifact, Ask, Medium, Routed
-from omnivideo.errors import InvalidInput, ModelAway
+from omnivideo.backends.mllm.wire import AgreementResponse, MLLMPayload, VisualTokensRequest, WriteRequest, RefusalResponse, MediaPayload
+from omnivideo.contracts import Artifact, MLLMRequest, Medium, Route
+from omnivideo.errors import InvalidInput, ModelUnavailable
 from omnivideo.ports import ObjectStore
 
-TRIES = 4  # of a call that is safe to repeat; pauses of 0.5, 1 and 2 s
-AWAY = "the language model is starting or away; try again in a moment"
+MAX_ATTEMPTS = 4  # of a call that is safe to repeat; pauses of 0.5, 1 and 2 s
+UNAVAILABLE_MESSAGE = "the language model is starting or away; try again in a moment"
 
 
 class RemoteMLLM:
@@ -23,94 +23,94 @@ class RemoteMLLM:
     does not answer, and InvalidInput for what it refuses.
     """
 
-    most = 1024  # tokens of an answer
+    max_tokens = 1024  # tokens of an answer
 
     def __init__(self, address: str, store: ObjectStore):
         self.store = store
         self.http = httpx.Client(base_url=address, timeout=httpx.Timeout(120.0, connect=5.0), trust_env=False)
 
-    def shown(self, artifact: Artifact) -> Shown:
+    def build_media_payload(self, artifact: Artifact) -> MediaPayload:
         data, suffix = self.store.get(artifact.key), artifact.key.rpartition(".")[2]
-        return Shown(data=data, suffix=suffix, medium=artifact.medium, fps=artifact.fps)
+        return MediaPayload(data=data, suffix=suffix, medium=artifact.medium, fps=artifact.fps)
 
-    def asked(self, ask: Ask) -> Asked:
-        return Asked(text=ask.text, shown=tuple(map(self.shown, ask.shown)), system=ask.system)
+    def build_payload(self, ask: MLLMRequest) -> MLLMPayload:
+        return MLLMPayload(text=ask.text, media=tuple(map(self.build_media_payload, ask.artifacts)), system=ask.system)
 
-    def route(self, ask: Ask) -> Routed:
-        return Routed.model_validate_json(self.call("/v1/route", self.asked(ask)))
+    def route(self, request: MLLMRequest) -> Route:
+        return Route.model_validate_json(self.post_request("/v1/route", self.build_payload(request)))
 
-    def agreement(self, ask: Ask) -> float:
-        return Agreement.model_validate_json(self.call("/v1/agreement", self.asked(ask))).agreement
+    def score_agreement(self, request: MLLMRequest) -> float:
+        return AgreementResponse.model_validate_json(self.post_request("/v1/agreement", self.build_payload(request))).agreement
 
-    def visual_tokens(self, ask: Ask, medium: Medium) -> str:
-        tokens = self.call("/v1/visual_tokens", AskedForTokens(asked=self.asked(ask), medium=medium))
+    def predict_visual_tokens(self, request: MLLMRequest, medium: Medium) -> str:
+        tokens = self.post_request("/v1/visual_tokens", VisualTokensRequest(payload=self.build_payload(request), medium=medium))
         return self.store.put(tokens, "safetensors")
 
-    def write(self, ask: Ask) -> Iterator[str]:
+    def stream_text(self, request: MLLMRequest) -> Iterator[str]:
         """What was said before the server went away is not said again."""
-        body, said = AskedToWrite(asked=self.asked(ask), most=self.most).model_dump_json(), 0
-        for attempt in range(TRIES):
-            at = 0  # characters: the next server may cut its pieces elsewhere
+        body, emitted_chars = WriteRequest(payload=self.build_payload(request), max_tokens=self.max_tokens).model_dump_json(), 0
+        for attempt in range(MAX_ATTEMPTS):
+            received_chars = 0  # characters: the next server may cut its pieces elsewhere
             try:
-                for piece in self.pieces(body):
+                for piece in self.stream_pieces(body):
                     if piece is None:
                         return
-                    at += len(piece)
-                    if at > said:
-                        yield piece[len(piece) - (at - said) :]
-                        said = at
+                    received_chars += len(piece)
+                    if received_chars > emitted_chars:
+                        yield piece[len(piece) - (received_chars - emitted_chars) :]
+                        emitted_chars = received_chars
             except httpx.HTTPError:
                 pass
             time.sleep(0.5 * 2**attempt)
-        raise ModelAway(AWAY)
+        raise ModelUnavailable(UNAVAILABLE_MESSAGE)
 
-    def pieces(self, body: str) -> Iterator[str | None]:
+    def stream_pieces(self, body: str) -> Iterator[str | None]:
         headers = {"Content-Type": "application/json"}
-        with self.http.stream("POST", "/v1/write", content=body, headers=headers) as answer:
-            if answer.is_error:
-                answer.read()
-                refuse(answer)
-            for line in answer.iter_lines():
+        with self.http.stream("POST", "/v1/write", content=body, headers=headers) as response:
+            if response.is_error:
+                response.read()
+                raise_for_refusal(response)
+            for line in response.iter_lines():
                 yield json.loads(line)
 
-    def call(self, path: str, body: BaseModel) -> bytes:
+    def post_request(self, path: str, body: BaseModel) -> bytes:
         content, headers = body.model_dump_json(), {"Content-Type": "application/json"}
-        for attempt in range(TRIES):
+        for attempt in range(MAX_ATTEMPTS):
             try:
-                answer = self.http.post(path, content=content, headers=headers)
-                refuse(answer)
-                return answer.content
+                response = self.http.post(path, content=content, headers=headers)
+                raise_for_refusal(response)
+                return response.content
             except httpx.HTTPError:
                 time.sleep(0.5 * 2**attempt)
-        raise ModelAway(AWAY)
+        raise ModelUnavailable(UNAVAILABLE_MESSAGE)
 
-    def ready(self) -> bool:
+    def is_ready(self) -> bool:
         """Whether the server answers now."""
-        return self.looked_at("/health") is not None
+        return self.fetch_text("/health") is not None
 
-    def metrics(self) -> str:
+    def fetch_metrics(self) -> str:
         """What the server tells Prometheus; empty where it is away, or tells nothing."""
-        return self.looked_at("/metrics") or ""
+        return self.fetch_text("/metrics") or ""
 
-    def looked_at(self, path: str) -> str | None:
+    def fetch_text(self, path: str) -> str | None:
         try:
-            answer = self.http.get(path, timeout=2.0)
+            response = self.http.get(path, timeout=2.0)
         except httpx.HTTPError:
             return None
-        return answer.text if answer.is_success else None
+        return response.text if response.is_success else None
 
     def close(self) -> None:
         self.http.close()
 
 
-def refuse(answer: httpx.Response) -> None:
+def raise_for_refusal(response: httpx.Response) -> None:
     """Raises InvalidInput for what the server refuses, HTTPStatusError for what it fails at (try again)."""
-    if not answer.is_client_error:
-        answer.raise_for_status()
+    if not response.is_client_error:
+        response.raise_for_status()
         return
     try:
-        refused = Refused.model_validate_json(answer.content)
+        refusal = RefusalResponse.model_validate_json(response.content)
     except ValidationError:
-        code = answer.status_code
-        raise ModelAway(f"the language model's server does not know our requests (HTTP {code}): is it ours?") from None
-    raise InvalidInput(refused.field, refused.message)
+        code = response.status_code
+        raise ModelUnavailable(f"the language model's server does not know our requests (HTTP {code}): is it ours?") from None
+    raise InvalidInput(refusal.field, refusal.message)

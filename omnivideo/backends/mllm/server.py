@@ -14,132 +14,132 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.concurrency import iterate_in_threadpool
 
 from omnivideo.backends.mllm.local import LocalMLLM
-from omnivideo.backends.mllm.wire import Agreement, Asked, AskedForTokens, AskedToWrite, Refused
-from omnivideo.contracts import Artifact, Ask, Medium, Routed
-from omnivideo.errors import InvalidInput, NotStored
-from omnivideo.storage.local import key_of
+from omnivideo.backends.mllm.wire import AgreementResponse, MLLMPayload, VisualTokensRequest, WriteRequest, RefusalResponse
+from omnivideo.contracts import Artifact, MLLMRequest, Medium, Route
+from omnivideo.errors import InvalidInput, ArtifactNotFound
+from omnivideo.storage.local import compute_object_key
 
 
-class Answers(Protocol):
+class MLLMService(Protocol):
     """What stands behind the routes.  Raises InvalidInput for what cannot be answered."""
 
-    async def route(self, asked: Asked) -> Routed: ...
+    async def route(self, payload: MLLMPayload) -> Route: ...
 
-    async def agreement(self, asked: Asked) -> float: ...
+    async def score_agreement(self, payload: MLLMPayload) -> float: ...
 
-    async def write(self, asked: Asked, most: int) -> AsyncIterator[str]:
+    async def write_answer(self, payload: MLLMPayload, max_tokens: int) -> AsyncIterator[str]:
         """Returns once it is sure that there will be an answer."""
         ...
 
-    async def visual_tokens(self, asked: Asked, medium: Medium) -> bytes: ...
+    async def compute_visual_tokens(self, payload: MLLMPayload, medium: Medium) -> bytes: ...
 
 
-def attach(app: FastAPI, answers: Callable[[], Answers]) -> None:
+def add_mllm_routes(app: FastAPI, get_service: Callable[[], MLLMService]) -> None:
     """Adds the routes of `wire`; `answers` is asked for at each request, so it may be made later."""
 
     @app.exception_handler(InvalidInput)
-    async def refused(request: Request, error: InvalidInput) -> JSONResponse:
-        told = Refused(field=error.field, message=str(error).removeprefix(f"{error.field}: "))
-        return JSONResponse(told.model_dump(), 400)
+    async def handle_invalid_input(request: Request, error: InvalidInput) -> JSONResponse:
+        refusal = RefusalResponse(field=error.field, message=str(error).removeprefix(f"{error.field}: "))
+        return JSONResponse(refusal.model_dump(), 400)
 
     @app.post("/v1/route")
-    async def route(asked: Asked) -> Routed:
-        return await answers().route(asked)
+    async def route_request(payload: MLLMPayload) -> Route:
+        return await get_service().route(payload)
 
     @app.post("/v1/agreement")
-    async def agreement(asked: Asked) -> Agreement:
-        return Agreement(agreement=await answers().agreement(asked))
+    async def score_agreement(payload: MLLMPayload) -> AgreementResponse:
+        return AgreementResponse(agreement=await get_service().score_agreement(payload))
 
     @app.post("/v1/write")
-    async def write(body: AskedToWrite) -> StreamingResponse:
-        pieces = await answers().write(body.asked, body.most)
-        return StreamingResponse(lines(pieces), media_type="application/x-ndjson")
+    async def write_answer(body: WriteRequest) -> StreamingResponse:
+        pieces = await get_service().write_answer(body.payload, body.max_tokens)
+        return StreamingResponse(encode_ndjson(pieces), media_type="application/x-ndjson")
 
     @app.post("/v1/visual_tokens")
-    async def visual_tokens(body: AskedForTokens) -> Response:
-        tokens = await answers().visual_tokens(body.asked, body.medium)
+    async def compute_visual_tokens(body: VisualTokensRequest) -> Response:
+        tokens = await get_service().compute_visual_tokens(body.payload, body.medium)
         return Response(tokens, media_type="application/octet-stream")
 
 
-async def lines(pieces: AsyncIterator[str]) -> AsyncIterator[str]:
+async def encode_ndjson(pieces: AsyncIterator[str]) -> AsyncIterator[str]:
     async for piece in pieces:
         yield json.dumps(piece) + "\n"
     yield "null\n"
 
 
-class Lately:
+class LRUObjectStore:
     """An object store for what passes through: of the newest things, as many as have room."""
 
-    def __init__(self, most: int = 2**30):
-        self.held: OrderedDict[str, bytes] = OrderedDict()
-        self.most = most  # bytes
+    def __init__(self, max_bytes: int = 2**30):
+        self.entries: OrderedDict[str, bytes] = OrderedDict()
+        self.max_bytes = max_bytes  # bytes
 
     def put(self, data: bytes, suffix: str) -> str:
-        key = key_of(data, suffix)
-        self.held[key] = data
-        self.held.move_to_end(key)
-        while len(self.held) > 1 and sum(map(len, self.held.values())) > self.most:
-            self.held.popitem(last=False)
+        key = compute_object_key(data, suffix)
+        self.entries[key] = data
+        self.entries.move_to_end(key)
+        while len(self.entries) > 1 and sum(map(len, self.entries.values())) > self.max_bytes:
+            self.entries.popitem(last=False)
         return key
 
     def get(self, key: str) -> bytes:
-        if key not in self.held:
-            raise NotStored(f"store: there is no artifact {key}")
-        return self.held[key]
+        if key not in self.entries:
+            raise ArtifactNotFound(f"store: there is no artifact {key}")
+        return self.entries[key]
 
     def has(self, key: str) -> bool:
-        return key in self.held
+        return key in self.entries
 
 
-class InTurn:
+class SerializedMLLM:
     """A LocalMLLM for many: one answer at a time, since it uses all cores (or the GPU) for each."""
 
     def __init__(self, mllm: LocalMLLM):
         self.mllm = mllm
-        self.turn = asyncio.Lock()
+        self.lock = asyncio.Lock()
 
-    def ask(self, asked: Asked) -> Ask:
-        shown = tuple(
+    def request_from_payload(self, payload: MLLMPayload) -> MLLMRequest:
+        artifacts = tuple(
             Artifact(key=self.mllm.store.put(one.data, one.suffix), medium=one.medium, width=0, height=0, frames=0,
-                     fps=one.fps, about="", made_by="")
-            for one in asked.shown
+                     fps=one.fps, caption="", created_by="")
+            for one in payload.media
         )  # fmt: skip
-        return Ask(text=asked.text, shown=shown, system=asked.system)
+        return MLLMRequest(text=payload.text, artifacts=artifacts, system=payload.system)
 
-    async def route(self, asked: Asked) -> Routed:
-        async with self.turn:
-            return await asyncio.to_thread(lambda: self.mllm.route(self.ask(asked)))
+    async def route(self, payload: MLLMPayload) -> Route:
+        async with self.lock:
+            return await asyncio.to_thread(lambda: self.mllm.route(self.request_from_payload(payload)))
 
-    async def agreement(self, asked: Asked) -> float:
-        async with self.turn:
-            return await asyncio.to_thread(lambda: self.mllm.agreement(self.ask(asked)))
+    async def score_agreement(self, payload: MLLMPayload) -> float:
+        async with self.lock:
+            return await asyncio.to_thread(lambda: self.mllm.score_agreement(self.request_from_payload(payload)))
 
-    async def visual_tokens(self, asked: Asked, medium: Medium) -> bytes:
-        async with self.turn:
+    async def compute_visual_tokens(self, payload: MLLMPayload, medium: Medium) -> bytes:
+        async with self.lock:
             return await asyncio.to_thread(
-                lambda: self.mllm.store.get(self.mllm.visual_tokens(self.ask(asked), medium))
+                lambda: self.mllm.store.get(self.mllm.predict_visual_tokens(self.request_from_payload(payload), medium))
             )
 
-    async def write(self, asked: Asked, most: int) -> AsyncIterator[str]:
-        async with self.turn:
-            ask = await asyncio.to_thread(self.ask, asked)
-            await asyncio.to_thread(self.mllm.message, ask)  # what cannot be read is refused here; it stays decoded
-        return self.pieces(ask, most)
+    async def write_answer(self, payload: MLLMPayload, max_tokens: int) -> AsyncIterator[str]:
+        async with self.lock:
+            ask = await asyncio.to_thread(self.request_from_payload, payload)
+            await asyncio.to_thread(self.mllm.build_message, ask)  # what cannot be read is refused here; it stays decoded
+        return self.stream_pieces(ask, max_tokens)
 
-    async def pieces(self, ask: Ask, most: int) -> AsyncIterator[str]:
-        async with self.turn:
-            async for piece in iterate_in_threadpool(self.mllm.write(ask, most)):
+    async def stream_pieces(self, ask: MLLMRequest, max_tokens: int) -> AsyncIterator[str]:
+        async with self.lock:
+            async for piece in iterate_in_threadpool(self.mllm.stream_text(ask, max_tokens)):
                 yield piece
 
 
-def mllm_app(mllm: LocalMLLM) -> FastAPI:
+def create_mllm_app(mllm: LocalMLLM) -> FastAPI:
     """`mllm`'s store takes what is shown and the tokens that are sent back; `Lately` is enough."""
     app = FastAPI(title="omnivideo mllm", docs_url=None, redoc_url=None)
-    answers = InTurn(mllm)
-    attach(app, lambda: answers)
+    service = SerializedMLLM(mllm)
+    add_mllm_routes(app, lambda: service)
 
     @app.get("/health")
-    def health() -> dict[str, str]:
+    def check_health() -> dict[str, str]:
         return {"status": "ok"}
 
     return app

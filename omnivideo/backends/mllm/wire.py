@@ -16,12 +16,12 @@ from typing import Annotated
 
 from pydantic import BeforeValidator, Field, PlainSerializer
 
-from omnivideo.contracts import Medium, Message
+from omnivideo.contracts import Medium, FrozenModel
 
-MOST_BYTES = 512 * 2**20  # of one medium: the most that the service takes for an upload
+MAX_MEDIA_BYTES = 512 * 2**20  # of one medium: the most that the service takes for an upload
 
 
-def decoded(value: object) -> object:
+def decode_base64(value: object) -> object:
     if not isinstance(value, str):
         return value
     try:
@@ -30,46 +30,46 @@ def decoded(value: object) -> object:
         raise ValueError("it is not base64") from None
 
 
-def written(value: bytes) -> str:
+def encode_base64(value: bytes) -> str:
     return base64.b64encode(value).decode()
 
 
 # By hand, not by pydantic's `val_json_bytes`: that holds only where JSON is validated as it is read.
-Bytes = Annotated[bytes, BeforeValidator(decoded), PlainSerializer(written, when_used="json")]
+Base64Bytes = Annotated[bytes, BeforeValidator(decode_base64), PlainSerializer(encode_base64, when_used="json")]
 
 
-class Shown(Message):
+class MediaPayload(FrozenModel):
     """An image or a clip: the bytes of the file, its type, and how fast it is played."""
 
-    data: Bytes = Field(max_length=MOST_BYTES)
+    data: Base64Bytes = Field(max_length=MAX_MEDIA_BYTES)
     suffix: str = Field(pattern=r"^[a-z0-9]{1,16}$")
     medium: Medium
     fps: float = Field(gt=0, allow_inf_nan=False)
 
 
-class Asked(Message):
+class MLLMPayload(FrozenModel):
     text: str
-    shown: tuple[Shown, ...] = ()
+    media: tuple[MediaPayload, ...] = ()
     system: str | None = None
 
 
-class AskedToWrite(Message):
+class WriteRequest(FrozenModel):
     """`most` is the number of tokens at which the answer is cut."""
 
-    asked: Asked
-    most: int = Field(ge=1, le=32_768)
+    payload: MLLMPayload
+    max_tokens: int = Field(ge=1, le=32_768)
 
 
-class AskedForTokens(Message):
-    asked: Asked
+class VisualTokensRequest(FrozenModel):
+    payload: MLLMPayload
     medium: Medium
 
 
-class Agreement(Message):
+class AgreementResponse(FrozenModel):
     agreement: float
 
 
-class Refused(Message):
+class RefusalResponse(FrozenModel):
     """What is wrong with a request: the field and why, as in InvalidInput."""
 
     field: str

@@ -16,11 +16,11 @@ from torch import Tensor
 from omnivideo.errors import CheckpointError
 
 
-def score(folder: str, looks: Sequence[np.ndarray]) -> float:
+def score_frames(folder: str, full_frames: Sequence[np.ndarray]) -> float:
     """The mean of the frames' points, of 10."""
-    clip, processor, layers = predictor(folder)
+    clip, processor, layers = load_predictor(folder)
     with torch.no_grad():
-        pixels = processor(images=list(looks), return_tensors="pt")["pixel_values"]
+        pixels = processor(images=list(full_frames), return_tensors="pt")["pixel_values"]
         embeddings_ND = clip(pixel_values=pixels).image_embeds
         x = embeddings_ND / embeddings_ND.norm(dim=-1, keepdim=True)
         for weight, bias in layers:
@@ -29,18 +29,18 @@ def score(folder: str, looks: Sequence[np.ndarray]) -> float:
 
 
 @functools.cache
-def predictor(folder: str) -> tuple:
+def load_predictor(folder: str) -> tuple:
     from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
     try:
         clip = CLIPVisionModelWithProjection.from_pretrained(Path(folder) / "clip", local_files_only=True)
         processor = CLIPImageProcessor.from_pretrained(Path(folder) / "clip", local_files_only=True)
-        return clip.eval(), processor, head(Path(folder))
+        return clip.eval(), processor, load_head(Path(folder))
     except (OSError, ValueError, KeyError, RuntimeError):
         raise CheckpointError("the aesthetic predictor needs clip/ and head.safetensors (or head.pth)") from None
 
 
-def head(folder: Path) -> list[tuple[Tensor, Tensor]]:
+def load_head(folder: Path) -> list[tuple[Tensor, Tensor]]:
     """The layers in their order."""
     file = folder / "head.safetensors"
     state = load_file(file) if file.exists() else torch.load(folder / "head.pth", weights_only=True)

@@ -4,13 +4,13 @@ from dataclasses import dataclass
 
 from pydantic import Field
 
-from omnivideo.contracts import Message
+from omnivideo.contracts import FrozenModel
 
 
-class Bounds(Message):
+class CurationBounds(FrozenModel):
     """The allowed range of every stage's figure; "side" is the frame's longer side in px."""
 
-    min_pixels: int = Field(default=480, ge=16, le=8192)  # of the shorter side
+    min_short_side: int = Field(default=480, ge=16, le=8192)  # of the shorter side
     max_aspect: float = Field(default=2.4, ge=1, le=10)  # longer side / shorter side
     min_seconds: float = Field(default=1.0, ge=0.25, le=60)
     max_seconds: float = Field(default=20.0, ge=1, le=600)  # longer scenes are cut into equal parts
@@ -20,23 +20,23 @@ class Bounds(Message):
     max_overlay: float = Field(default=0.002, ge=0, le=1)  # share of the frame
     max_text: float = Field(default=0.001, ge=0, le=1)  # share of the frame
     min_aesthetic: float = Field(default=4.5, ge=0, le=10)  # points of 10
-    max_alike: float = Field(default=8.0, ge=0, le=32)  # bits of 64: as near as this is a duplicate
+    max_duplicate_distance: float = Field(default=8.0, ge=0, le=32)  # bits of 64: as near as this is a duplicate
 
 
 @dataclass(frozen=True)
-class Stage:
+class CurationStage:
     """`low` and `high` name the bounds of its figure."""
 
     name: str
-    says: str
+    description: str
     unit: str
-    low: str | None = None
-    high: str | None = None
+    min_field: str | None = None
+    max_field: str | None = None
 
-    def dropped(self, bounds: Bounds, value: float) -> dict | None:
+    def find_rejection(self, bounds: CurationBounds, value: float) -> dict | None:
         """The reason, where the figure lies outside."""
-        low = getattr(bounds, self.low) if self.low else None
-        high = getattr(bounds, self.high) if self.high else None
+        low = getattr(bounds, self.min_field) if self.min_field else None
+        high = getattr(bounds, self.max_field) if self.max_field else None
         if (low is None or value >= low) and (high is None or value <= high):
             return None
         allowed = f"{low:g} or more" if high is None else f"at most {high:g}"
@@ -46,16 +46,16 @@ class Stage:
 STAGES = {
     stage.name: stage
     for stage in (
-        Stage("resolution", "the shorter side", "px", low="min_pixels"),
-        Stage("aspect", "longer side over shorter side", "to 1", high="max_aspect"),
-        Stage("length", "a scene between two cuts", "s", low="min_seconds"),
-        Stage("bars", "black bars at the edges", "of the frame", high="max_bars"),
-        Stage("motion", "optical flow of the fastest twentieth of the pixels", "sides a second", low="min_motion"),
-        Stage("shake", "how far the camera's motion jumps from one 1/8 s to the next", "sides", high="max_shake"),
-        Stage("overlay", "outlines that stand still in a moving picture", "of the frame", high="max_overlay"),
-        Stage("text", "what OCR can read", "of the frame", high="max_text"),
-        Stage("aesthetic", "the predictor's score", "points", low="min_aesthetic"),
-        Stage("duplicates", "distance to a better clip that is kept", "bits of 64"),
+        CurationStage("resolution", "the shorter side", "px", min_field="min_pixels"),
+        CurationStage("aspect", "longer side over shorter side", "to 1", max_field="max_aspect"),
+        CurationStage("length", "a scene between two cuts", "s", min_field="min_seconds"),
+        CurationStage("bars", "black bars at the edges", "of the frame", max_field="max_bars"),
+        CurationStage("motion", "optical flow of the fastest twentieth of the pixels", "sides a second", min_field="min_motion"),
+        CurationStage("shake", "how far the camera's motion jumps from one 1/8 s to the next", "sides", max_field="max_shake"),
+        CurationStage("overlay", "outlines that stand still in a moving picture", "of the frame", max_field="max_overlay"),
+        CurationStage("text", "what OCR can read", "of the frame", max_field="max_text"),
+        CurationStage("aesthetic", "the predictor's score", "points", min_field="min_aesthetic"),
+        CurationStage("duplicates", "distance to a better clip that is kept", "bits of 64"),
     )
 }
 UNREADABLE = "unreadable"  # the stage of a file that no stage could be asked about

@@ -11,46 +11,46 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from omnivideo.contracts import refused
+from omnivideo.contracts import invalid_input_from_validation
 from omnivideo.errors import InvalidInput
-from omnivideo.training.curation.bounds import Bounds
+from omnivideo.training.curation.bounds import CurationBounds
 
-ABOUT = ", ".join(f"{name} ({field.default:g})" for name, field in Bounds.model_fields.items())
+BOUNDS_HELP = ", ".join(f"{name} ({field.default:g})" for name, field in CurationBounds.model_fields.items())
 
 
-def bounds_of(given: list[str]) -> Bounds:
+def parse_bounds(assignments: list[str]) -> CurationBounds:
     """NAME=VALUE each."""
     values = {}
-    for one in given:
-        name, sign, value = one.partition("=")
-        if not sign or name not in Bounds.model_fields:
-            raise InvalidInput("bound", f"{one!r} is not NAME=VALUE with one of {', '.join(Bounds.model_fields)}")
+    for assignment in assignments:
+        name, sign, value = assignment.partition("=")
+        if not sign or name not in CurationBounds.model_fields:
+            raise InvalidInput("bound", f"{assignment!r} is not NAME=VALUE with one of {', '.join(CurationBounds.model_fields)}")
         values[name] = value
     try:
-        return Bounds.model_validate(values)
+        return CurationBounds.model_validate(values)
     except ValidationError as error:
-        raise refused(error) from None
+        raise invalid_input_from_validation(error) from None
 
 
 @contextmanager
-def bars(err: Console) -> Iterator[Callable[[str, int, int], None]]:
+def show_progress(console: Console) -> Iterator[Callable[[str, int, int], None]]:
     """A bar a phase, with the time left."""
     columns = (TextColumn("{task.description:>10}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=err) as progress:
+    with Progress(*columns, console=console) as progress:
         rows: dict[str, Any] = {}
 
-        def tell(phase: str, done: int, of: int) -> None:
+        def on_progress(phase: str, done: int, total: int) -> None:
             if phase not in rows:
                 rows[phase] = progress.add_task(phase)
-            progress.update(rows[phase], completed=done, total=of)
+            progress.update(rows[phase], completed=done, total=total)
 
-        yield tell
+        yield on_progress
 
 
 def curate(
     folder: Annotated[Path, typer.Argument(help="Folder of videos, with all its folders.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder of clips/, clips.jsonl and report.html.")],
-    bound: Annotated[list[str], typer.Option(help=f"NAME=VALUE, as often as you like: {ABOUT}.")] = [],  # noqa: B006
+    bound: Annotated[list[str], typer.Option(help=f"NAME=VALUE, as often as you like: {BOUNDS_HELP}.")] = [],  # noqa: B006
     captions: Annotated[Optional[str], typer.Option(help="Address of omnivideo's language model server.")] = None,  # noqa: UP045
     aesthetic: Annotated[Optional[Path], typer.Option(help="Folder of a downloaded predictor: clip/, head.*.")] = None,  # noqa: UP045
     ocr: Annotated[bool, typer.Option(help="Read text, where rapidocr-onnxruntime is installed.")] = True,
@@ -58,28 +58,28 @@ def curate(
     cluster: Annotated[Optional[str], typer.Option(help="Address of a Dask scheduler, for many machines.")] = None,  # noqa: UP045
 ) -> None:
     """Clips worth training on, from a folder of videos; run again, it goes on where it was stopped."""
-    bounds = bounds_of(bound)
-    from omnivideo.training.curation.captions import ServedCaption
-    from omnivideo.training.curation.pipeline import Settings
+    bounds = parse_bounds(bound)
+    from omnivideo.training.curation.captions import RemoteCaptioner
+    from omnivideo.training.curation.pipeline import CurationConfig
     from omnivideo.training.curation.pipeline import curate as run
     from omnivideo.training.curation.report import write_report
 
-    err, settings = (
+    console, config = (
         Console(stderr=True),
-        Settings(bounds=bounds, ocr=ocr, aesthetic=str(aesthetic) if aesthetic else None),
+        CurationConfig(bounds=bounds, ocr=ocr, aesthetic=str(aesthetic) if aesthetic else None),
     )
-    count = workers or len(os.sched_getaffinity(0))
-    caption = ServedCaption(captions) if captions else None
+    worker_count = workers or len(os.sched_getaffinity(0))
+    captioner = RemoteCaptioner(captions) if captions else None
     try:
-        with bars(err) as tell, closing(caption) if caption else nullcontext():
-            curated = run(folder, output, settings, caption, count=count, cluster=cluster, tell=tell)
+        with show_progress(console) as on_progress, closing(captioner) if captioner else nullcontext():
+            result = run(folder, output, config, captioner, worker_count=worker_count, cluster=cluster, on_progress=on_progress)
     except KeyboardInterrupt:
-        err.print("cancelled; the same command goes on from here")
+        console.print("cancelled; the same command goes on from here")
         raise typer.Exit(130) from None
-    for stage, why in curated.absent.items():
-        err.print(f"{stage}: {why}", highlight=False, markup=False)
-    for name, record in (curated.files | curated.clips).items():
+    for stage, why in result.missing_stages.items():
+        console.print(f"{stage}: {why}", highlight=False, markup=False)
+    for name, record in (result.files | result.clips).items():
         if record["dropped"] and record["dropped"]["stage"] == "unreadable":
-            err.print(f"{name} {record['dropped']['why']}", style="red", highlight=False, markup=False)
-    page = write_report(curated, bounds, output)
-    Console().print(f"{len(curated.kept)} of {len(curated.clips)} scenes kept: {page}", highlight=False)
+            console.print(f"{name} {record['dropped']['why']}", style="red", highlight=False, markup=False)
+    report_path = write_report(result, bounds, output)
+    Console().print(f"{len(result.kept_clips)} of {len(result.clips)} scenes kept: {report_path}", highlight=False)

@@ -12,15 +12,15 @@ class Journal:
         self.records: dict[str, dict] = {}
         if path.exists():
             text = path.read_text()
-            whole = text[: text.rfind("\n") + 1]
-            for line in whole.splitlines():
+            complete_lines = text[: text.rfind("\n") + 1]
+            for line in complete_lines.splitlines():
                 record = json.loads(line)
                 self.records[record["key"]] = record
-            if whole != text:
-                os.truncate(path, len(whole.encode()))
+            if complete_lines != text:
+                os.truncate(path, len(complete_lines.encode()))
         self.file = path.open("a")
 
-    def put(self, key: str, record: dict) -> dict:
+    def append_record(self, key: str, record: dict) -> dict:
         self.records[key] = record = {"key": key} | record
         self.file.write(json.dumps(record) + "\n")
         self.file.flush()
@@ -31,8 +31,8 @@ class Journal:
         self.file.close()
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_atomically(path: Path, text: str) -> None:
     """All of it or nothing."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text)
-    os.replace(part, path)
+    partial_path = path.with_name(f".{path.name}.part")
+    partial_path.write_text(text)
+    os.replace(partial_path, path)

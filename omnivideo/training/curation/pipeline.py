@@ -21,126 +21,126 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from omnivideo.contracts import Message
+from omnivideo.contracts import FrozenModel
 from omnivideo.errors import InvalidInput, OmniVideoError, StoreError, UnreadableMedia
 from omnivideo.training.curation import measures
-from omnivideo.training.curation.bounds import STAGES, UNREADABLE, Bounds
-from omnivideo.training.curation.captions import SHOWN_FPS, Caption
-from omnivideo.training.curation.journal import Journal, write_whole
+from omnivideo.training.curation.bounds import STAGES, UNREADABLE, CurationBounds
+from omnivideo.training.curation.captions import CAPTION_FPS, Captioner
+from omnivideo.training.curation.journal import Journal, write_atomically
 from omnivideo.training.curation.reading import (
     SAMPLED_FPS,
-    SUFFIXES,
-    Sampled,
-    header,
-    needed,
-    sample,
-    survey,
+    VIDEO_SUFFIXES,
+    SampledClip,
+    read_frame_size,
+    import_optional,
+    sample_clip,
+    survey_video,
     write_clip,
 )
 
-AHEAD = 4  # tasks given out for each worker: enough to keep them busy, few enough to stop at once
-SHOWN = 3  # frames of a thumbnail
-THUMB = 220  # px, the longer side of each
-ASKING = 8  # captions asked for at a time: the server batches them
+TASKS_PER_WORKER = 4  # tasks given out for each worker: enough to keep them busy, few enough to stop at once
+THUMBNAIL_FRAMES = 3  # frames of a thumbnail
+THUMBNAIL_SIDE = 220  # px, the longer side of each
+CAPTION_CONCURRENCY = 8  # captions asked for at a time: the server batches them
 
-Tell = Callable[[str, int, int], None]  # phase, done, of
+PhaseProgressCallback = Callable[[str, int, int], None]  # phase, done, of
 
 
-class Settings(Message):
+class CurationConfig(FrozenModel):
     """All that the result hangs on; a folder takes up only a run of the same."""
 
-    bounds: Bounds = Bounds()
+    bounds: CurationBounds = CurationBounds()
     ocr: bool = True
     aesthetic: str | None = None
 
 
 @dataclass
-class Curated:
+class CurationResult:
     """What a run came to: records of files and clips, those that were kept, and stages that could not be asked."""
 
     files: dict[str, dict]
     clips: dict[str, dict]
-    kept: list[dict]
-    absent: dict[str, str] = field(default_factory=dict)
+    kept_clips: list[dict]
+    missing_stages: dict[str, str] = field(default_factory=dict)
 
 
 # ---------------------------------------------------------------- one task each
 
 
-def survey_file(folder: str, name: str, bounds: Bounds) -> dict:
+def survey_file(folder: str, name: str, bounds: CurationBounds) -> dict:
     """A file's record: its size and scenes, or why it is dropped."""
     path = Path(folder) / name
-    width, height = header(path)
+    width, height = read_frame_size(path)
     record: dict = {"width": width, "height": height, "scores": {}}
     short, long = sorted((width, height))
     for stage, value in (("resolution", short), ("aspect", round(long / short, 4))):
         record["scores"][stage] = value
-        if dropped := STAGES[stage].dropped(bounds, value):
+        if dropped := STAGES[stage].find_rejection(bounds, value):
             return record | {"dropped": dropped}
-    return record | asdict(survey(path, bounds.max_seconds)) | {"dropped": None}
+    return record | asdict(survey_video(path, bounds.max_seconds)) | {"dropped": None}
 
 
-def measure_clip(folder: str, out: str, clip: dict, settings: Settings) -> dict:
+def measure_clip(folder: str, output_dir: str, clip: dict, config: CurationConfig) -> dict:
     """A clip's record with a figure for each stage up to the one that drops it."""
     path, span = Path(folder) / clip["source"], clip["span"]
     record = clip | {"scores": {"length": round(span[1] - span[0], 4)}, "words": "", "hashes": [], "dropped": None}
-    shown = sample(path, span)
-    thumbnail(shown, Path(out) / "thumbs" / f"{clip['clip']}.jpg")
-    for stage, value in figures(shown, settings, record):
+    sampled_clip = sample_clip(path, span)
+    write_thumbnail(sampled_clip, Path(output_dir) / "thumbs" / f"{clip['clip']}.jpg")
+    for stage, value in measure_stages(sampled_clip, config, record):
         record["scores"][stage] = None if value is None else round(float(value), 5)
-        if value is not None and (dropped := STAGES[stage].dropped(settings.bounds, value)):
+        if value is not None and (dropped := STAGES[stage].find_rejection(config.bounds, value)):
             return record | {"dropped": dropped | ({"words": record["words"]} if stage == "text" else {})}
-    return record | {"hashes": measures.hashes(shown.looks)}
+    return record | {"hashes": measures.compute_hashes(sampled_clip.full_frames)}
 
 
-def figures(shown: Sampled, settings: Settings, record: dict) -> Iterator[tuple[str, float | None]]:
+def measure_stages(sampled_clip: SampledClip, config: CurationConfig, record: dict) -> Iterator[tuple[str, float | None]]:
     """Stage by stage, so that what is dropped early costs little."""
     yield "length", record["scores"]["length"]
-    yield "bars", measures.bars(shown.looks)
-    moved = measures.motion(shown.small)
-    yield "motion", moved.fastest
-    yield "shake", moved.shake
-    yield "overlay", measures.overlay(shown.looks, moved.travel)
-    if settings.ocr:
-        share, record["words"] = measures.text(shown.looks)
+    yield "bars", measures.measure_black_bars(sampled_clip.full_frames)
+    motion = measures.measure_motion(sampled_clip.small_frames)
+    yield "motion", motion.fastest_speed
+    yield "shake", motion.shake
+    yield "overlay", measures.measure_overlay(sampled_clip.full_frames, motion.travel)
+    if config.ocr:
+        share, record["words"] = measures.measure_text(sampled_clip.full_frames)
         yield "text", share
-    if settings.aesthetic:
-        from omnivideo.training.curation.aesthetic import score
+    if config.aesthetic:
+        from omnivideo.training.curation.aesthetic import score_frames
 
-        yield "aesthetic", score(settings.aesthetic, shown.looks)
+        yield "aesthetic", score_frames(config.aesthetic, sampled_clip.full_frames)
 
 
-def thumbnail(shown: Sampled, path: Path) -> None:
+def write_thumbnail(sampled_clip: SampledClip, path: Path) -> None:
     """A few frames side by side."""
-    chosen = shown.looks[:: max(1, len(shown.looks) // SHOWN)][:SHOWN]
-    strip = np.concatenate([measures.shrunk(look, THUMB) for look in chosen], axis=1)
+    frames = sampled_clip.full_frames[:: max(1, len(sampled_clip.full_frames) // THUMBNAIL_FRAMES)][:THUMBNAIL_FRAMES]
+    strip = np.concatenate([measures.shrink_frame(frame, THUMBNAIL_SIDE) for frame in frames], axis=1)
     Image.fromarray(strip).save(path, quality=72)
 
 
-def write_kept(folder: str, out: str, clip: dict) -> dict:
-    return write_clip(Path(folder) / clip["source"], clip["span"], Path(out) / "clips" / f"{clip['clip']}.mp4")
+def write_clip_file(folder: str, output_dir: str, clip: dict) -> dict:
+    return write_clip(Path(folder) / clip["source"], clip["span"], Path(output_dir) / "clips" / f"{clip['clip']}.mp4")
 
 
-def attempted(task: Callable[[dict], dict], item: dict) -> dict:
+def run_safely(task: Callable[[dict], dict], item: dict) -> dict:
     """The task's record; what goes wrong with one file or clip is its reason, what would with all is raised."""
     try:
         return task(item)
     except InvalidInput as error:
-        return unreadable(reason(error))
+        return make_unreadable_record(format_reason(error))
     except (OmniVideoError, ImportError):
         raise
     except Exception as error:  # decoders and OpenCV raise whatever they like on odd pixels
         if isinstance(error, OSError) and error.strerror:  # a source's own is UnreadableMedia by now
             raise StoreError(f"the output folder cannot be written: {error.strerror}") from None
-        said = " ".join(word for word in str(error).split() if not set(word) & set("/\\"))  # no path
-        return unreadable(f"cannot be used ({type(error).__name__}: {said[:200]}); allowed: a whole file")
+        message = " ".join(word for word in str(error).split() if not set(word) & set("/\\"))  # no path
+        return make_unreadable_record(f"cannot be used ({type(error).__name__}: {message[:200]}); allowed: a whole file")
 
 
-def unreadable(why: str) -> dict:
-    return {"scores": {}, "dropped": {"stage": UNREADABLE, "value": None, "why": why}}
+def make_unreadable_record(reason: str) -> dict:
+    return {"scores": {}, "dropped": {"stage": UNREADABLE, "value": None, "why": reason}}
 
 
-def reason(error: InvalidInput) -> str:
+def format_reason(error: InvalidInput) -> str:
     return str(error).removeprefix(f"{error.field}: ")
 
 
@@ -148,253 +148,253 @@ def reason(error: InvalidInput) -> str:
 
 
 @contextmanager
-def workers(count: int, address: str | None) -> Iterator[Any]:
+def connect_workers(count: int, address: str | None) -> Iterator[Any]:
     """Dask's client: of a cluster, or of `count` processes here that end with this one."""
-    distributed = needed("distributed", "dask[distributed]")
-    with deaf():
+    distributed = import_optional("distributed", "dask[distributed]")
+    with ignore_sigint():
         cluster = nullcontext(address) if address else distributed.LocalCluster(
             n_workers=count, threads_per_worker=1, dashboard_address="127.0.0.1:0", memory_limit=0, silence_logs=40
         )  # fmt: skip
-    with cluster as where, distributed.Client(where) as client:
+    with cluster as scheduler, distributed.Client(scheduler) as client:
         yield client
 
 
 @contextmanager
-def deaf() -> Iterator[None]:
+def ignore_sigint() -> Iterator[None]:
     """Processes begun in here do not hear Ctrl-C, which a terminal sends to all: this one ends them."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    previous_handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, previous_handler)
 
 
-def spread(client: Any, task: Callable, items: Iterable[dict]) -> Iterator[tuple[dict, dict]]:
+def run_tasks(client: Any, task: Callable, items: Iterable[dict]) -> Iterator[tuple[dict, dict]]:
     """Items with their records, as they are done; one that fails, or takes its worker down, is said as unreadable."""
-    distributed = needed("distributed", "dask[distributed]")
-    left = iter(items)
+    distributed = import_optional("distributed", "dask[distributed]")
+    remaining = iter(items)
     running: dict[Any, dict] = {}
-    room = AHEAD * max(1, len(client.scheduler_info()["workers"]))
+    max_running = TASKS_PER_WORKER * max(1, len(client.scheduler_info()["workers"]))
     try:
         while True:
-            for item in islice(left, room - len(running)):
-                running[client.submit(attempted, task, item, pure=False)] = item
+            for item in islice(remaining, max_running - len(running)):
+                running[client.submit(run_safely, task, item, pure=False)] = item
             if not running:
                 return
             done = distributed.wait(list(running), return_when="FIRST_COMPLETED").done
             for future in done:
-                yield running.pop(future), result_of(future, distributed)
+                yield running.pop(future), get_result(future, distributed)
     finally:
         client.cancel(list(running))
 
 
-def result_of(future: Any, distributed: Any) -> dict:
+def get_result(future: Any, distributed: Any) -> dict:
     try:
         return future.result()
     except distributed.KilledWorker:
-        return unreadable("took the decoder down; allowed: a whole file")
+        return make_unreadable_record("took the decoder down; allowed: a whole file")
 
 
 def curate(
-    folder: Path, out: Path, settings: Settings, caption: Caption | None = None, *,
-    count: int = 1, cluster: str | None = None, tell: Tell = lambda phase, done, of: None,
-) -> Curated:  # fmt: skip
+    folder: Path, output_dir: Path, config: CurationConfig, captioner: Captioner | None = None, *,
+    worker_count: int = 1, cluster: str | None = None, on_progress: PhaseProgressCallback = lambda phase, done, of: None,
+) -> CurationResult:  # fmt: skip
     """Kept clips in `out`/clips and their lines in `out`/clips.jsonl; what a run before did stays."""
-    names, absent = sources(folder, out), without(settings, caption)
-    settings = settings.model_copy(update={"ocr": settings.ocr and "text" not in absent})
-    prepare(out, settings)
-    with ExitStack() as held:
-        files, clips, captions = (
-            held.enter_context(closing(Journal(out / f"{name}.jsonl"))) for name in ("files", "measured", "captions")
+    names, missing = list_sources(folder, output_dir), find_missing_stages(config, captioner)
+    config = config.model_copy(update={"ocr": config.ocr and "text" not in missing})
+    prepare_output(output_dir, config)
+    with ExitStack() as stack:
+        file_journal, clip_journal, caption_journal = (
+            stack.enter_context(closing(Journal(output_dir / f"{name}.jsonl"))) for name in ("files", "measured", "captions")
         )
-        client = held.enter_context(workers(count, cluster))
-        survey_all(client, folder, names, settings.bounds, files, tell)
-        wanted = [clip for name in names for clip in clips_of(name, files.records[name])]
-        measure_all(client, folder, out, wanted, settings, clips, tell)
-        found = {clip["clip"]: dict(clips.records[clip["clip"]]) for clip in wanted}
-        kept = without_duplicates(found, files.records, settings.bounds, tell)
-        if caption:
-            caption_all(folder, kept, caption, captions, tell)
-        lines = write_all(client, folder, out, kept, tell)
+        client = stack.enter_context(connect_workers(worker_count, cluster))
+        survey_files(client, folder, names, config.bounds, file_journal, on_progress)
+        scenes = [clip for name in names for clip in list_scenes(name, file_journal.records[name])]
+        measure_clips(client, folder, output_dir, scenes, config, clip_journal, on_progress)
+        clip_records = {clip["clip"]: dict(clip_journal.records[clip["clip"]]) for clip in scenes}
+        kept_clips = drop_duplicates(clip_records, file_journal.records, config.bounds, on_progress)
+        if captioner:
+            caption_clips(folder, kept_clips, captioner, caption_journal, on_progress)
+        lines = write_clips(client, folder, output_dir, kept_clips, on_progress)
     for line in lines:
         name = line["file"][6:-4]
-        said = captions.records.get(name, {})
-        line["caption"], found[name]["uncaptioned"] = said.get("caption"), said.get("why")
-    write_whole(out / "clips.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
-    return Curated({name: files.records[name] for name in names}, found, lines, absent)
+        caption_record = caption_journal.records.get(name, {})
+        line["caption"], clip_records[name]["uncaptioned"] = caption_record.get("caption"), caption_record.get("why")
+    write_atomically(output_dir / "clips.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    return CurationResult({name: file_journal.records[name] for name in names}, clip_records, lines, missing)
 
 
-def sources(folder: Path, out: Path) -> list[str]:
+def list_sources(folder: Path, output_dir: Path) -> list[str]:
     """The videos under the folder, by their path in it."""
     if not folder.is_dir():
         raise InvalidInput("folder", "there is no such folder; allowed: a folder of videos")
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
-    names = [path.relative_to(folder).as_posix() for path in found if out.resolve() not in path.resolve().parents]
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in VIDEO_SUFFIXES and path.is_file())
+    names = [path.relative_to(folder).as_posix() for path in paths if output_dir.resolve() not in path.resolve().parents]
     if not names:
-        raise InvalidInput("folder", f"no video is in it; allowed: {', '.join(SUFFIXES)}")
+        raise InvalidInput("folder", f"no video is in it; allowed: {', '.join(VIDEO_SUFFIXES)}")
     return names
 
 
-def without(settings: Settings, caption: Caption | None) -> dict[str, str]:
+def find_missing_stages(config: CurationConfig, captioner: Captioner | None) -> dict[str, str]:
     """The stages that are not asked, and what would bring them."""
-    absent = {}
+    missing = {}
     try:
-        if settings.ocr:
-            needed("rapidocr_onnxruntime")
+        if config.ocr:
+            import_optional("rapidocr_onnxruntime")
         else:
-            absent["text"] = "switched off (--no-ocr)"
+            missing["text"] = "switched off (--no-ocr)"
     except OmniVideoError:
-        absent["text"] = "not installed: pip install rapidocr-onnxruntime"
-    if not settings.aesthetic:
-        absent["aesthetic"] = "no model given: --aesthetic FOLDER"
-    if caption is None:
-        absent["captions"] = "no language model given: --captions URL"
-    return absent
+        missing["text"] = "not installed: pip install rapidocr-onnxruntime"
+    if not config.aesthetic:
+        missing["aesthetic"] = "no model given: --aesthetic FOLDER"
+    if captioner is None:
+        missing["captions"] = "no language model given: --captions URL"
+    return missing
 
 
-def prepare(out: Path, settings: Settings) -> None:
+def prepare_output(output_dir: Path, config: CurationConfig) -> None:
     """The folder's parts; a run with other settings is refused, since its records would be mixed with ours."""
     try:
-        for part in ("clips", "thumbs"):
-            (out / part).mkdir(parents=True, exist_ok=True)
+        for subfolder in ("clips", "thumbs"):
+            (output_dir / subfolder).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InvalidInput("output", f"the folder cannot be made: {error.strerror}") from None
-    file, text = out / "settings.json", settings.model_dump_json(indent=1)
+    file, text = output_dir / "settings.json", config.model_dump_json(indent=1)
     if file.exists() and file.read_text() != text:
         raise InvalidInput("output", "it holds a run with other settings (settings.json); use another folder")
-    write_whole(file, text)
+    write_atomically(file, text)
 
 
-def stamp(path: Path) -> list[int]:
+def fingerprint_file(path: Path) -> list[int]:
     """A file that changes between two runs is taken for another one."""
-    found = path.stat()
-    return [found.st_size, found.st_mtime_ns]
+    stat = path.stat()
+    return [stat.st_size, stat.st_mtime_ns]
 
 
-def survey_all(client: Any, folder: Path, names: list[str], bounds: Bounds, files: Journal, tell: Tell) -> None:
-    stamps = {name: stamp(folder / name) for name in names}
-    left = [{"name": name} for name in names if files.records.get(name, {}).get("stamp") != stamps[name]]
-    task = partial(on_name, str(folder), bounds)
-    for done, (item, record) in enumerate(spread(client, task, left), len(names) - len(left) + 1):
-        files.put(item["name"], record | {"stamp": stamps[item["name"]]})
-        tell("files", done, len(names))
+def survey_files(client: Any, folder: Path, names: list[str], bounds: CurationBounds, journal: Journal, on_progress: PhaseProgressCallback) -> None:
+    fingerprints = {name: fingerprint_file(folder / name) for name in names}
+    remaining = [{"name": name} for name in names if journal.records.get(name, {}).get("stamp") != fingerprints[name]]
+    task = partial(survey_item, str(folder), bounds)
+    for done, (item, record) in enumerate(run_tasks(client, task, remaining), len(names) - len(remaining) + 1):
+        journal.append_record(item["name"], record | {"stamp": fingerprints[item["name"]]})
+        on_progress("files", done, len(names))
 
 
-def on_name(folder: str, bounds: Bounds, item: dict) -> dict:
+def survey_item(folder: str, bounds: CurationBounds, item: dict) -> dict:
     return survey_file(folder, item["name"], bounds)
 
 
-def clips_of(name: str, file: dict) -> list[dict]:
+def list_scenes(name: str, file: dict) -> list[dict]:
     """A surveyed file's scenes, each under a name that says where it comes from and is nobody else's."""
-    plain = re.sub(r"[^A-Za-z0-9]+", "-", Path(name).stem).strip("-")[:40]
-    mark = hashlib.sha256(name.encode()).hexdigest()[:8]
+    safe_stem = re.sub(r"[^A-Za-z0-9]+", "-", Path(name).stem).strip("-")[:40]
+    path_digest = hashlib.sha256(name.encode()).hexdigest()[:8]
     return [
-        {"clip": f"{plain}-{mark}-{at:04d}", "source": name, "span": list(span), "stamp": file["stamp"]}
-        for at, span in enumerate(file.get("spans", ()))
+        {"clip": f"{safe_stem}-{path_digest}-{index:04d}", "source": name, "span": list(span), "stamp": file["stamp"]}
+        for index, span in enumerate(file.get("spans", ()))
     ]
 
 
-def measure_all(
-    client: Any, folder: Path, out: Path, wanted: list[dict], settings: Settings, clips: Journal, tell: Tell
+def measure_clips(
+    client: Any, folder: Path, output_dir: Path, scenes: list[dict], config: CurationConfig, journal: Journal, on_progress: PhaseProgressCallback
 ) -> None:
-    left = [clip for clip in wanted if clips.records.get(clip["clip"], {}).get("stamp") != clip["stamp"]]
-    task = partial(on_clip, str(folder), str(out), settings)
-    for done, (clip, record) in enumerate(spread(client, task, left), len(wanted) - len(left) + 1):
-        clips.put(clip["clip"], clip | record)
-        tell("clips", done, len(wanted))
+    remaining = [clip for clip in scenes if journal.records.get(clip["clip"], {}).get("stamp") != clip["stamp"]]
+    task = partial(measure_item, str(folder), str(output_dir), config)
+    for done, (clip, record) in enumerate(run_tasks(client, task, remaining), len(scenes) - len(remaining) + 1):
+        journal.append_record(clip["clip"], clip | record)
+        on_progress("clips", done, len(scenes))
 
 
-def on_clip(folder: str, out: str, settings: Settings, clip: dict) -> dict:
-    return measure_clip(folder, out, clip, settings)
+def measure_item(folder: str, output_dir: str, config: CurationConfig, clip: dict) -> dict:
+    return measure_clip(folder, output_dir, clip, config)
 
 
-def without_duplicates(found: dict[str, dict], files: dict[str, dict], bounds: Bounds, tell: Tell) -> list[dict]:
+def drop_duplicates(clips: dict[str, dict], files: dict[str, dict], bounds: CurationBounds, on_progress: PhaseProgressCallback) -> list[dict]:
     """Those that no stage dropped and no better one is like; the others' records say which one they are like.
 
     Better is: more pixels, then more bytes a second, then the name.
     """
 
-    def rank(clip: dict) -> tuple:
+    def rank_by_quality(clip: dict) -> tuple:
         file = files[clip["source"]]
         return (-file["width"] * file["height"], -file["stamp"][0] / file["seconds"], clip["clip"])
 
-    passed = sorted((clip for clip in found.values() if not clip["dropped"]), key=rank)
-    kept: list[dict] = []
-    table = np.zeros((len(passed), widest(passed)), dtype=np.uint64)
-    for done, clip in enumerate(passed, 1):
-        mine = np.array(clip["hashes"], dtype=np.uint64)
-        away = measures.distances(mine, table[: len(kept)]) if kept else np.array([64.0])
-        nearest = int(away.argmin())
-        clip["scores"]["duplicates"] = round(float(away[nearest]), 3)
-        if away[nearest] <= bounds.max_alike:
-            twin = kept[nearest]["clip"]
-            why = f"{away[nearest]:.3g} bits of 64 from {twin}; allowed: more than {bounds.max_alike:g}"
-            clip["dropped"] = {"stage": "duplicates", "value": float(away[nearest]), "why": why, "like": twin}
+    candidates = sorted((clip for clip in clips.values() if not clip["dropped"]), key=rank_by_quality)
+    kept_clips: list[dict] = []
+    table = np.zeros((len(candidates), max_hash_count(candidates)), dtype=np.uint64)
+    for done, clip in enumerate(candidates, 1):
+        clip_hashes = np.array(clip["hashes"], dtype=np.uint64)
+        distances = measures.compute_hash_distances(clip_hashes, table[: len(kept_clips)]) if kept_clips else np.array([64.0])
+        nearest = int(distances.argmin())
+        clip["scores"]["duplicates"] = round(float(distances[nearest]), 3)
+        if distances[nearest] <= bounds.max_duplicate_distance:
+            twin = kept_clips[nearest]["clip"]
+            why = f"{distances[nearest]:.3g} bits of 64 from {twin}; allowed: more than {bounds.max_duplicate_distance:g}"
+            clip["dropped"] = {"stage": "duplicates", "value": float(distances[nearest]), "why": why, "like": twin}
         else:
-            table[len(kept)] = np.resize(mine, table.shape[1])
-            kept.append(clip)
-        tell("duplicates", done, len(passed))
-    return sorted(kept, key=lambda clip: (clip["source"], clip["span"]))
+            table[len(kept_clips)] = np.resize(clip_hashes, table.shape[1])
+            kept_clips.append(clip)
+        on_progress("duplicates", done, len(candidates))
+    return sorted(kept_clips, key=lambda clip: (clip["source"], clip["span"]))
 
 
-def widest(passed: list[dict]) -> int:
-    return max((len(clip["hashes"]) for clip in passed), default=1)
+def max_hash_count(clips: list[dict]) -> int:
+    return max((len(clip["hashes"]) for clip in clips), default=1)
 
 
-def caption_all(folder: Path, kept: list[dict], caption: Caption, captions: Journal, tell: Tell) -> None:
+def caption_clips(folder: Path, clips: list[dict], captioner: Captioner, journal: Journal, on_progress: PhaseProgressCallback) -> None:
     """Those that have none yet; one that was refused is asked for again by the next run: the server may be another."""
-    left = [clip for clip in kept if not is_captioned(clip, captions)]
+    remaining = [clip for clip in clips if not is_captioned(clip, journal)]
 
-    def asked(clip: dict) -> dict:
+    def caption_clip(clip: dict) -> dict:
         try:
-            small = sample(folder / clip["source"], tuple(clip["span"])).small
-            return {"caption": caption(small[:: int(SAMPLED_FPS / SHOWN_FPS)])}
+            small_frames = sample_clip(folder / clip["source"], tuple(clip["span"])).small_frames
+            return {"caption": captioner(small_frames[:: int(SAMPLED_FPS / CAPTION_FPS)])}
         except UnreadableMedia as error:
-            return {"caption": None, "why": reason(error)}
+            return {"caption": None, "why": format_reason(error)}
 
-    with ThreadPoolExecutor(ASKING) as pool:
+    with ThreadPoolExecutor(CAPTION_CONCURRENCY) as pool:
         try:
-            for done, (clip, said) in enumerate(
-                zip(left, pool.map(asked, left), strict=True), len(kept) - len(left) + 1
+            for done, (clip, record) in enumerate(
+                zip(remaining, pool.map(caption_clip, remaining), strict=True), len(clips) - len(remaining) + 1
             ):
-                captions.put(clip["clip"], said | {"stamp": clip["stamp"]})
-                tell("captions", done, len(kept))
+                journal.append_record(clip["clip"], record | {"stamp": clip["stamp"]})
+                on_progress("captions", done, len(clips))
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
 
 
-def is_captioned(clip: dict, captions: Journal) -> bool:
-    said = captions.records.get(clip["clip"], {})
-    return said.get("stamp") == clip["stamp"] and said["caption"] is not None
+def is_captioned(clip: dict, journal: Journal) -> bool:
+    record = journal.records.get(clip["clip"], {})
+    return record.get("stamp") == clip["stamp"] and record["caption"] is not None
 
 
-def write_all(client: Any, folder: Path, out: Path, kept: list[dict], tell: Tell) -> list[dict]:
+def write_clips(client: Any, folder: Path, output_dir: Path, clips: list[dict], on_progress: PhaseProgressCallback) -> list[dict]:
     """The kept clips' files, and a line for each; one whose file cannot be written is dropped."""
-    written = Journal(out / "written.jsonl")
-    left = [clip for clip in kept if not is_written(out, clip, written)]
-    for done, (clip, made) in enumerate(
-        spread(client, partial(write_kept, str(folder), str(out)), left), len(kept) - len(left) + 1
+    journal = Journal(output_dir / "written.jsonl")
+    remaining = [clip for clip in clips if not is_written(output_dir, clip, journal)]
+    for done, (clip, record) in enumerate(
+        run_tasks(client, partial(write_clip_file, str(folder), str(output_dir)), remaining), len(clips) - len(remaining) + 1
     ):
-        written.put(clip["clip"], made | {"stamp": clip["stamp"]})
-        clip["dropped"] = made.get("dropped")
-        tell("written", done, len(kept))
-    written.close()
-    kept = [clip for clip in kept if not clip["dropped"]]
-    for path in set((out / "clips").glob("*")) - {out / "clips" / f"{clip['clip']}.mp4" for clip in kept}:
+        journal.append_record(clip["clip"], record | {"stamp": clip["stamp"]})
+        clip["dropped"] = record.get("dropped")
+        on_progress("written", done, len(clips))
+    journal.close()
+    clips = [clip for clip in clips if not clip["dropped"]]
+    for path in set((output_dir / "clips").glob("*")) - {output_dir / "clips" / f"{clip['clip']}.mp4" for clip in clips}:
         path.unlink()  # of a file that has changed since, or cut by a kill
-    return [line_of(clip, written.records[clip["clip"]]) for clip in kept]
+    return [build_output_line(clip, journal.records[clip["clip"]]) for clip in clips]
 
 
-def is_written(out: Path, clip: dict, written: Journal) -> bool:
-    same = written.records.get(clip["clip"], {}).get("stamp") == clip["stamp"]
-    return same and (out / "clips" / f"{clip['clip']}.mp4").exists()
+def is_written(output_dir: Path, clip: dict, journal: Journal) -> bool:
+    is_unchanged = journal.records.get(clip["clip"], {}).get("stamp") == clip["stamp"]
+    return is_unchanged and (output_dir / "clips" / f"{clip['clip']}.mp4").exists()
 
 
-def line_of(clip: dict, made: dict) -> dict:
-    shape = {name: made[name] for name in ("width", "height", "fps", "frames")}
+def build_output_line(clip: dict, record: dict) -> dict:
+    shape = {name: record[name] for name in ("width", "height", "fps", "frames")}
     source = {"source": clip["source"], "start": clip["span"][0], "stop": clip["span"][1]}
     return {"file": f"clips/{clip['clip']}.mp4", "caption": None} | shape | source | {"scores": clip["scores"]}

@@ -5,11 +5,11 @@ from collections.abc import Iterable, Iterator
 from html import escape
 from pathlib import Path
 
-from omnivideo.training.curation.bounds import STAGES, UNREADABLE, Bounds
-from omnivideo.training.curation.journal import write_whole
-from omnivideo.training.curation.pipeline import Curated
+from omnivideo.training.curation.bounds import STAGES, UNREADABLE, CurationBounds
+from omnivideo.training.curation.journal import write_atomically
+from omnivideo.training.curation.pipeline import CurationResult
 
-MOST = 200  # thumbnails a section: a page of a million clips would not open
+MAX_THUMBNAILS = 200  # thumbnails a section: a page of a million clips would not open
 STYLE = """
 :root { color-scheme: light dark; --ink: #222; --dim: #667; --paper: #fafaf8; --card: #fff; --line: #ddd;
         --good: #177245; --bad: #a8321e; }
@@ -28,64 +28,64 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums } td, th {
 """
 
 
-def write_report(curated: Curated, bounds: Bounds, out: Path) -> Path:
-    path = out / "report.html"
-    write_whole(path, "".join(page(curated, bounds, out)))
+def write_report(result: CurationResult, bounds: CurationBounds, output_dir: Path) -> Path:
+    path = output_dir / "report.html"
+    write_atomically(path, "".join(render_page(result, bounds, output_dir)))
     return path
 
 
-def page(curated: Curated, bounds: Bounds, out: Path) -> Iterator[str]:
-    files, clips = curated.files.values(), curated.clips.values()
+def render_page(result: CurationResult, bounds: CurationBounds, output_dir: Path) -> Iterator[str]:
+    files, clips = result.files.values(), result.clips.values()
     yield f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Curation</title><style>{STYLE}</style>'
     yield '<meta name="viewport" content="width=device-width">'
-    seconds = sum(line["stop"] - line["start"] for line in curated.kept)
-    yield f"<h1>{len(curated.kept)} clips kept of {counted(len(clips), 'scene')} in {counted(len(files), 'file')}</h1>"
+    seconds = sum(line["stop"] - line["start"] for line in result.kept_clips)
+    yield f"<h1>{len(result.kept_clips)} clips kept of {format_count(len(clips), 'scene')} in {format_count(len(files), 'file')}</h1>"
     yield f'<p class="dim">{seconds:.1f} s of video; a scene is asked stage by stage until one drops it.</p>'
-    yield from funnel(curated, bounds)
-    yield from files_section(curated)
+    yield from render_stage_table(result, bounds)
+    yield from render_dropped_files(result)
     for stage in (UNREADABLE, *STAGES):
         dropped = [clip for clip in clips if clip["dropped"] and clip["dropped"]["stage"] == stage]
-        yield from section(f"Dropped: {stage}", dropped, out)
-    kept = {line["file"][6:-4]: line["caption"] for line in curated.kept}
-    yield from section("Kept", [clip | {"caption": kept[clip["clip"]]} for clip in clips if clip["clip"] in kept], out)
+        yield from render_section(f"Dropped: {stage}", dropped, output_dir)
+    captions = {line["file"][6:-4]: line["caption"] for line in result.kept_clips}
+    yield from render_section("Kept", [clip | {"caption": captions[clip["clip"]]} for clip in clips if clip["clip"] in captions], output_dir)
 
 
-def counted(number: int, what: str) -> str:
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+def format_count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-def funnel(curated: Curated, bounds: Bounds) -> Iterator[str]:
+def render_stage_table(result: CurationResult, bounds: CurationBounds) -> Iterator[str]:
     """How many each stage was asked about, dropped, and could not measure."""
-    records = [*curated.files.values(), *curated.clips.values()]
+    records = [*result.files.values(), *result.clips.values()]
     yield "<h2>Stages</h2><table><tr><th>stage<th>measures<th>allowed<th class=n>asked<th class=n>dropped"
     for stage in STAGES.values():
-        asked = [record for record in records if stage.name in record["scores"]]
-        dropped = sum(bool(record["dropped"]) and record["dropped"]["stage"] == stage.name for record in asked)
-        blind = sum(record["scores"][stage.name] is None for record in asked)
-        note = f' <span class="dim">({blind} not measurable: the camera stands still)</span>' if blind else ""
-        if stage.name in curated.absent:
-            note = f' <span class="bad">not asked: {escape(curated.absent[stage.name])}</span>'
-        yield f"<tr><td><b>{stage.name}</b><td>{stage.says}{note}<td>{allowed(stage.name, bounds)}"
-        yield f"<td class=n>{len(asked)}<td class=n>{dropped}"
-    if "captions" in curated.absent:
-        why = escape(curated.absent["captions"])
+        measured_records = [record for record in records if stage.name in record["scores"]]
+        dropped = sum(bool(record["dropped"]) and record["dropped"]["stage"] == stage.name for record in measured_records)
+        unmeasurable = sum(record["scores"][stage.name] is None for record in measured_records)
+        note = f' <span class="dim">({unmeasurable} not measurable: the camera stands still)</span>' if unmeasurable else ""
+        if stage.name in result.missing_stages:
+            note = f' <span class="bad">not asked: {escape(result.missing_stages[stage.name])}</span>'
+        yield f"<tr><td><b>{stage.name}</b><td>{stage.description}{note}<td>{format_allowed_range(stage.name, bounds)}"
+        yield f"<td class=n>{len(measured_records)}<td class=n>{dropped}"
+    if "captions" in result.missing_stages:
+        why = escape(result.missing_stages["captions"])
         yield f'<tr><td><b>captions</b><td><span class="bad">none: {why}</span><td><td><td>'
-    if refused := sum(bool(clip.get("uncaptioned")) for clip in curated.clips.values()):
-        yield f'<tr><td><b>captions</b><td><span class="bad">{counted(refused, "clip")} without one</span><td><td><td>'
+    if uncaptioned := sum(bool(clip.get("uncaptioned")) for clip in result.clips.values()):
+        yield f'<tr><td><b>captions</b><td><span class="bad">{format_count(uncaptioned, "clip")} without one</span><td><td><td>'
     yield "</table>"
 
 
-def allowed(name: str, bounds: Bounds) -> str:
+def format_allowed_range(name: str, bounds: CurationBounds) -> str:
     if name == "duplicates":
-        return f"more than {bounds.max_alike:g} bits of 64"
+        return f"more than {bounds.max_duplicate_distance:g} bits of 64"
     stage = STAGES[name]
-    low, high = (getattr(bounds, field) if field else None for field in (stage.low, stage.high))
+    low, high = (getattr(bounds, field) if field else None for field in (stage.min_field, stage.max_field))
     return f"{low:g} {stage.unit} or more" if high is None else f"at most {high:g} {stage.unit}"
 
 
-def files_section(curated: Curated) -> Iterator[str]:
+def render_dropped_files(result: CurationResult) -> Iterator[str]:
     """Files that never became scenes."""
-    dropped = [(name, file["dropped"]) for name, file in curated.files.items() if file["dropped"]]
+    dropped = [(name, file["dropped"]) for name, file in result.files.items() if file["dropped"]]
     if dropped:
         yield "<h2>Files dropped whole</h2><table><tr><th>file<th>stage<th>why"
     for name, why in dropped:
@@ -94,22 +94,22 @@ def files_section(curated: Curated) -> Iterator[str]:
         yield "</table>"
 
 
-def section(title: str, clips: list[dict], out: Path) -> Iterator[str]:
+def render_section(title: str, clips: list[dict], output_dir: Path) -> Iterator[str]:
     if clips:
-        shown = f", {MOST} of them shown" if len(clips) > MOST else ""
-        yield f'<h2>{title} <span class="dim">({len(clips)}{shown})</span></h2><div class="cards">'
-        yield from map(card, clips[:MOST], (thumb(out, clip["clip"]) for clip in clips))
+        limit_note = f", {MAX_THUMBNAILS} of them shown" if len(clips) > MAX_THUMBNAILS else ""
+        yield f'<h2>{title} <span class="dim">({len(clips)}{limit_note})</span></h2><div class="cards">'
+        yield from map(render_card, clips[:MAX_THUMBNAILS], (render_thumbnail(output_dir, clip["clip"]) for clip in clips))
         yield "</div>"
 
 
-def thumb(out: Path, name: str) -> str:
-    path = out / "thumbs" / f"{name}.jpg"
+def render_thumbnail(output_dir: Path, name: str) -> str:
+    path = output_dir / "thumbs" / f"{name}.jpg"
     if not path.exists():
         return ""
     return f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(path.read_bytes()).decode()}">'
 
 
-def card(clip: dict, image: str) -> str:
+def render_card(clip: dict, image: str) -> str:
     start, stop = clip["span"]
     lines = [f'<b>{escape(clip["source"])}</b> <span class="dim">{start:.2f} to {stop:.2f} s</span>']
     if why := clip["dropped"]:
@@ -120,10 +120,10 @@ def card(clip: dict, image: str) -> str:
         lines.append(f'<span class="good">{escape(clip["caption"])}</span>')
     if clip.get("uncaptioned"):
         lines.append(f'<span class="bad">no caption: {escape(clip["uncaptioned"])}</span>')
-    lines.append(f'<span class="dim">{escape(", ".join(figures(clip["scores"].items())))}</span>')
+    lines.append(f'<span class="dim">{escape(", ".join(format_scores(clip["scores"].items())))}</span>')
     return f'<div class="card">{image}{"".join(f"<p>{line}</p>" for line in lines)}</div>'
 
 
-def figures(scores: Iterable[tuple[str, float | None]]) -> Iterator[str]:
+def format_scores(scores: Iterable[tuple[str, float | None]]) -> Iterator[str]:
     for name, value in scores:
         yield f"{name} {'not measurable' if value is None else format(value, '.4g')}"

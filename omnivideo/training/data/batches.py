@@ -23,7 +23,7 @@ TASKS: tuple[Task, ...] = get_args(Task)
 Group = Literal["image", "video"]
 
 # Table 1, in percent of the samples.
-PAPER: dict[Task, float] = {
+PAPER_TASK_MIX: dict[Task, float] = {
     "image-understanding": 37.9,
     "video-understanding": 4.36,
     "text-to-image": 33.05,
@@ -46,16 +46,16 @@ class Bucket:
         return "video" if self.frames > 1 else "image"
 
     @property
-    def pixels(self) -> int:
+    def pixel_count(self) -> int:
         return self.width * self.height * self.frames
 
-    def far(self, width: int, height: int) -> float:
+    def aspect_distance(self, width: int, height: int) -> float:
         """How unlike the aspect ratios are: 0 for the same."""
         return abs(math.log(width / height * self.height / self.width))
 
 
 @dataclass(frozen=True)
-class Mix:
+class MixConfig:
     """How an epoch is put together.
 
     `ratio`: shares of the tasks; None takes all samples once.  `sizes`: samples of a batch, over all ranks.  `weights`:
@@ -64,32 +64,32 @@ class Mix:
     fewer samples joins another one.  `mixed` off gives every batch to one task, for comparison.
     """
 
-    ratio: Mapping[Task, float] | None = field(default_factory=lambda: dict(PAPER))
-    sizes: Mapping[Group, int] = field(default_factory=lambda: {"image": 64, "video": 32})
-    weights: Mapping[Group, float] | None = None
-    unit: int = 8
-    fold: bool = True
+    task_ratio: Mapping[Task, float] | None = field(default_factory=lambda: dict(PAPER_TASK_MIX))
+    batch_sizes: Mapping[Group, int] = field(default_factory=lambda: {"image": 64, "video": 32})
+    group_weights: Mapping[Group, float] | None = None
+    batch_multiple: int = 8
+    fold_small_buckets: bool = True
     seed: int = 0
-    mixed: bool = True
+    mix_tasks: bool = True
 
     def __post_init__(self) -> None:
-        for task, share in (self.ratio or {}).items():
+        for task, share in (self.task_ratio or {}).items():
             if task not in TASKS or not 0 <= share < math.inf:
                 raise InvalidInput("ratio", f"{task!r} at {share!r}; allowed: 0 and more for {', '.join(TASKS)}")
-        if self.unit < 1:
-            raise InvalidInput("unit", f"{self.unit} is not 1 or more")
+        if self.batch_multiple < 1:
+            raise InvalidInput("unit", f"{self.batch_multiple} is not 1 or more")
         for group in get_args(Group):
-            size = self.sizes.get(group, 0)
-            if size < 1 or size % self.unit:
-                raise InvalidInput("sizes", f"{size} {group}s a batch is not a positive multiple of unit, {self.unit}")
-        if self.weights is not None and (
-            set(self.weights) != set(get_args(Group)) or not all(0 < one < math.inf for one in self.weights.values())
+            size = self.batch_sizes.get(group, 0)
+            if size < 1 or size % self.batch_multiple:
+                raise InvalidInput("sizes", f"{size} {group}s a batch is not a positive multiple of unit, {self.batch_multiple}")
+        if self.group_weights is not None and (
+            set(self.group_weights) != set(get_args(Group)) or not all(0 < one < math.inf for one in self.group_weights.values())
         ):
-            raise InvalidInput("weights", f"{dict(self.weights)}; allowed: above 0 for both image and video")
+            raise InvalidInput("weights", f"{dict(self.group_weights)}; allowed: above 0 for both image and video")
 
 
 @dataclass(frozen=True)
-class Batch:
+class GlobalBatch:
     """One step: all ranks' samples."""
 
     bucket: Bucket
@@ -97,62 +97,62 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Place:
+class SamplerState:
     """Where a run stands in its data: the next batch is number `at` of epoch `epoch`."""
 
     epoch: int = 0
-    at: int = 0
+    batch_index: int = 0
 
 
-class Order:
+class BatchSampler:
     """The batches of every epoch over samples of these tasks and buckets (one entry each, by index)."""
 
-    def __init__(self, tasks: Sequence[Task], buckets: Sequence[Bucket], mix: Mix = Mix()):
+    def __init__(self, tasks: Sequence[Task], buckets: Sequence[Bucket], mix: MixConfig = MixConfig()):
         if not len(tasks) == len(buckets) > 0:
             raise InvalidInput("data", f"{len(tasks)} tasks and {len(buckets)} buckets; allowed: one each, 1 or more")
         self.mix = mix
         self.buckets = sorted(set(buckets))
-        self.task = np.array([TASKS.index(task) for task in tasks], dtype=np.int8)
-        number = {bucket: at for at, bucket in enumerate(self.buckets)}
-        self.bucket = np.array([number[bucket] for bucket in buckets], dtype=np.int32)
-        self.quotas = self.count()
-        self.kept: tuple[int, list[Batch]] | None = None
+        self.sample_tasks = np.array([TASKS.index(task) for task in tasks], dtype=np.int8)
+        bucket_numbers = {bucket: at for at, bucket in enumerate(self.buckets)}
+        self.sample_buckets = np.array([bucket_numbers[bucket] for bucket in buckets], dtype=np.int32)
+        self.quotas = self.compute_quotas()
+        self.cached_epoch: tuple[int, list[GlobalBatch]] | None = None
 
     # ------------------------------------------------------------ what an epoch takes
 
-    def shares(self) -> dict[int, float]:
+    def compute_task_shares(self) -> dict[int, float]:
         """The weight of each task that there are samples of."""
-        present = sorted(set(self.task.tolist()))
-        ratio = self.mix.ratio
+        present = sorted(set(self.sample_tasks.tolist()))
+        ratio = self.mix.task_ratio
         if ratio is None:
-            found = {task: float((self.task == task).sum()) for task in present}
+            task_shares = {task: float((self.sample_tasks == task).sum()) for task in present}
         else:
-            found = {task: ratio.get(TASKS[task], 0.0) for task in present if ratio.get(TASKS[task], 0.0) > 0}
-        if not found:
+            task_shares = {task: ratio.get(TASKS[task], 0.0) for task in present if ratio.get(TASKS[task], 0.0) > 0}
+        if not task_shares:
             raise InvalidInput("ratio", f"it asks for none of {', '.join(TASKS[task] for task in present)}")
-        return self.weighted(found)
+        return self.apply_group_weights(task_shares)
 
-    def weighted(self, shares: dict[int, float]) -> dict[int, float]:
+    def apply_group_weights(self, shares: dict[int, float]) -> dict[int, float]:
         """Shares with those of a group scaled so that the groups' batches come by `weights`."""
-        if self.mix.weights is None:
+        if self.mix.group_weights is None:
             return shares
         totals: dict[Group, float] = {"image": 0.0, "video": 0.0}
         for task, share in shares.items():
-            totals[group_of(task)] += share
-        wanted = {group: weight * self.mix.sizes[group] for group, weight in self.mix.weights.items()}
-        return {task: share / totals[group_of(task)] * wanted[group_of(task)] for task, share in shares.items()}
+            totals[get_task_group(task)] += share
+        target_shares = {group: weight * self.mix.batch_sizes[group] for group, weight in self.mix.group_weights.items()}
+        return {task: share / totals[get_task_group(task)] * target_shares[get_task_group(task)] for task, share in shares.items()}
 
-    def count(self) -> dict[int, int]:
+    def compute_quotas(self) -> dict[int, int]:
         """Samples of each task in an epoch: as many as the scarcest task allows without a repetition."""
-        shares = self.shares()
-        there = {task: int((self.task == task).sum()) for task in shares}
-        if self.mix.ratio is None and self.mix.weights is None:
-            return there
+        shares = self.compute_task_shares()
+        available = {task: int((self.sample_tasks == task).sum()) for task in shares}
+        if self.mix.task_ratio is None and self.mix.group_weights is None:
+            return available
         # One more than there are: counts that were themselves rounded from these shares are all taken.
-        scale = min((there[task] + 1) / share for task, share in shares.items())
-        return {task: min(there[task], math.ceil(scale * share - 1e-9)) for task, share in shares.items()}
+        scale = min((available[task] + 1) / share for task, share in shares.items())
+        return {task: min(available[task], math.ceil(scale * share - 1e-9)) for task, share in shares.items()}
 
-    def chosen(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    def select_samples(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The epoch's samples, and how far into the epoch (0 to 1) each is to come.
 
         A task's samples stand in a ring, in one shuffled order; every epoch takes the next stretch of it.  So none
@@ -160,104 +160,104 @@ class Order:
         """
         indices, moments = [], []
         for task, quota in self.quotas.items():
-            ring = self.rng("ring", task).permutation(np.flatnonzero(self.task == task))
+            ring = self.make_rng("ring", task).permutation(np.flatnonzero(self.sample_tasks == task))
             stretch = ring[(epoch * quota + np.arange(quota)) % len(ring)]
-            rng = self.rng("epoch", task, epoch)
+            rng = self.make_rng("epoch", task, epoch)
             indices.append(rng.permutation(stretch))
             moments.append((np.arange(quota) + rng.random(quota)) / quota)
         return np.concatenate(indices), np.concatenate(moments)
 
-    def rng(self, *key: object) -> np.random.Generator:
+    def make_rng(self, *key: object) -> np.random.Generator:
         digest = hashlib.sha256(repr((self.mix.seed, *key)).encode()).digest()
         return np.random.default_rng(np.frombuffer(digest, dtype=np.uint32))
 
     # ------------------------------------------------------------ into batches
 
-    def epoch(self, number: int) -> list[Batch]:
+    def get_epoch_batches(self, number: int) -> list[GlobalBatch]:
         """All batches of an epoch, in order."""
-        if self.kept is None or self.kept[0] != number:
-            self.kept = (number, self.make(number))
-        return self.kept[1]
+        if self.cached_epoch is None or self.cached_epoch[0] != number:
+            self.cached_epoch = (number, self.build_batches(number))
+        return self.cached_epoch[1]
 
-    def make(self, number: int) -> list[Batch]:
-        indices, moments = self.chosen(number)
+    def build_batches(self, number: int) -> list[GlobalBatch]:
+        indices, moments = self.select_samples(number)
         indices = indices[np.argsort(moments, kind="stable")]
-        groups: dict[Group, list[Batch]] = {"image": [], "video": []}
-        for bucket, members in self.sorted_out(indices):
-            groups[bucket.group] += [Batch(bucket, part) for part in self.cut(members, bucket.group)]
+        groups: dict[Group, list[GlobalBatch]] = {"image": [], "video": []}
+        for bucket, members in self.group_by_bucket(indices):
+            groups[bucket.group] += [GlobalBatch(bucket, part) for part in self.split_into_batches(members, bucket.group)]
         for group, batches in groups.items():
-            self.rng("batches", group, number).shuffle(batches)
-        return alternate(groups["image"], groups["video"])
+            self.make_rng("batches", group, number).shuffle(batches)
+        return interleave_batches(groups["image"], groups["video"])
 
-    def sorted_out(self, indices: np.ndarray) -> Iterator[tuple[Bucket, np.ndarray]]:
+    def group_by_bucket(self, indices: np.ndarray) -> Iterator[tuple[Bucket, np.ndarray]]:
         """The samples of each bucket; of each bucket and task where batches are not mixed."""
-        place = self.folded(indices)
-        keys = place * len(TASKS) + (0 if self.mix.mixed else self.task[indices])
+        bucket_indices = self.fold_buckets(indices)
+        keys = bucket_indices * len(TASKS) + (0 if self.mix.mix_tasks else self.sample_tasks[indices])
         for key in np.unique(keys):
             yield self.buckets[int(key) // len(TASKS)], indices[keys == key]
 
-    def folded(self, indices: np.ndarray) -> np.ndarray:
+    def fold_buckets(self, indices: np.ndarray) -> np.ndarray:
         """The number of each sample's bucket, where buckets too small for a unit join the one most like them."""
-        place = self.bucket[indices].astype(np.int64)
-        counts = np.bincount(place, minlength=len(self.buckets))
-        for at in np.argsort(counts, kind="stable") if self.mix.fold else ():
-            if 0 < counts[at] < self.mix.unit and (into := self.nearest(int(at), counts)) is not None:
-                place[place == at] = into
-                counts[into] += counts[at]
-                counts[at] = 0
-        return place
+        bucket_indices = self.sample_buckets[indices].astype(np.int64)
+        counts = np.bincount(bucket_indices, minlength=len(self.buckets))
+        for small in np.argsort(counts, kind="stable") if self.mix.fold_small_buckets else ():
+            if 0 < counts[small] < self.mix.batch_multiple and (target := self.find_nearest_bucket(int(small), counts)) is not None:
+                bucket_indices[bucket_indices == small] = target
+                counts[target] += counts[small]
+                counts[small] = 0
+        return bucket_indices
 
-    def nearest(self, at: int, counts: np.ndarray) -> int | None:
+    def find_nearest_bucket(self, bucket_index: int, counts: np.ndarray) -> int | None:
         """The fullest kind of shape to crop a bucket's samples to: no more frames, then the most like aspect ratio."""
-        mine = self.buckets[at]
+        bucket = self.buckets[bucket_index]
         others = [
-            (mine.frames - other.frames, other.far(mine.width, mine.height), into)
+            (bucket.frames - other.frames, other.aspect_distance(bucket.width, bucket.height), into)
             for into, other in enumerate(self.buckets)
-            if into != at and counts[into] and other.group == mine.group and other.frames <= mine.frames
+            if into != bucket_index and counts[into] and other.group == bucket.group and other.frames <= bucket.frames
         ]
         return min(others)[2] if others else None
 
-    def cut(self, members: np.ndarray, group: Group) -> list[np.ndarray]:
+    def split_into_batches(self, members: np.ndarray, group: Group) -> list[np.ndarray]:
         """Batches of nearly equal size, all but one of them a multiple of the unit; none is padded."""
-        unit = self.mix.unit
+        unit = self.mix.batch_multiple
         units = math.ceil(len(members) / unit)
-        batches = math.ceil(units * unit / self.mix.sizes[group])
+        batches = math.ceil(units * unit / self.mix.batch_sizes[group])
         ends = [min(len(members), (units * (at + 1) // batches) * unit) for at in range(batches)]
         return np.split(members, ends[:-1])
 
     # ------------------------------------------------------------ a run through it
 
-    def walk(self, place: Place = Place()) -> Iterator[tuple[Place, Batch]]:
+    def iterate_batches(self, state: SamplerState = SamplerState()) -> Iterator[tuple[SamplerState, GlobalBatch]]:
         """Every batch from `place` on, without end, with the place after it."""
         while True:
-            batches = self.epoch(place.epoch)
-            for at in range(place.at, len(batches)):
-                after = Place(place.epoch, at + 1) if at + 1 < len(batches) else Place(place.epoch + 1)
-                yield after, batches[at]
-            place = Place(place.epoch + 1)
+            batches = self.get_epoch_batches(state.epoch)
+            for index in range(state.batch_index, len(batches)):
+                next_state = SamplerState(state.epoch, index + 1) if index + 1 < len(batches) else SamplerState(state.epoch + 1)
+                yield next_state, batches[index]
+            state = SamplerState(state.epoch + 1)
 
-    def state(self, place: Place) -> dict[str, Any]:
+    def dump_state(self, state: SamplerState) -> dict[str, Any]:
         """What a checkpoint keeps of the data."""
-        return {"order": self.digest(), "epoch": place.epoch, "at": place.at}
+        return {"order": self.compute_digest(), "epoch": state.epoch, "at": state.batch_index}
 
-    def resume(self, state: Mapping[str, Any]) -> Place:
+    def restore_state(self, checkpoint: Mapping[str, Any]) -> SamplerState:
         """The place of a checkpoint; raises CheckpointError where its data or mix are not these."""
-        if state["order"] != self.digest():
+        if checkpoint["order"] != self.compute_digest():
             raise CheckpointError("data: the checkpoint was made with other samples, buckets or another mix")
-        return Place(state["epoch"], state["at"])
+        return SamplerState(checkpoint["epoch"], checkpoint["at"])
 
-    def digest(self) -> str:
+    def compute_digest(self) -> str:
         """Sixteen hex digits over all that the order hangs on."""
-        seen = hashlib.sha256(repr((sorted(asdict(self.mix).items(), key=str), self.buckets)).encode())
-        seen.update(self.task.tobytes() + self.bucket.tobytes())
-        return seen.hexdigest()[:16]
+        hasher = hashlib.sha256(repr((sorted(asdict(self.mix).items(), key=str), self.buckets)).encode())
+        hasher.update(self.sample_tasks.tobytes() + self.sample_buckets.tobytes())
+        return hasher.hexdigest()[:16]
 
 
-def group_of(task: int) -> Group:
-    return "video" if "video" in TASKS[task] else "image"
+def get_task_group(task_index: int) -> Group:
+    return "video" if "video" in TASKS[task_index] else "image"
 
 
-def alternate(first: list[Batch], second: list[Batch]) -> list[Batch]:
+def interleave_batches(first: list[GlobalBatch], second: list[GlobalBatch]) -> list[GlobalBatch]:
     """Both lists in their order, each spread evenly over the whole."""
     moments = [((at + 0.5) / len(batches), which, at) for which, batches in enumerate((first, second))
                for at in range(len(batches))]  # fmt: skip
@@ -265,58 +265,58 @@ def alternate(first: list[Batch], second: list[Batch]) -> list[Batch]:
 
 
 @dataclass(frozen=True)
-class Measured:
+class EpochStats:
     """What an epoch comes to.  `waste` is the part of the ranks' work that is padding or waiting, in pixels."""
 
     steps: int
     samples: int
-    waste: float
-    updates: dict[Task, float]  # steps that a task has a part in, for each 1000 samples of the epoch
-    gap: dict[Task, int]  # the most samples between two such steps
+    wasted_fraction: float
+    steps_per_1000_samples: dict[Task, float]  # steps that a task has a part in, for each 1000 samples of the epoch
+    max_sample_gap: dict[Task, int]  # the most samples between two such steps
 
 
-def measure(order: Order, world: int, epoch: int = 0) -> Measured:
+def measure_epoch(sampler: BatchSampler, world_size: int, epoch: int = 0) -> EpochStats:
     """Walks through an epoch as `world` ranks would, which wait for each other once a step."""
-    batches = order.epoch(epoch)
+    batches = sampler.get_epoch_batches(epoch)
     samples = sum(len(batch.indices) for batch in batches)
-    useful = sum(len(batch.indices) * batch.bucket.pixels for batch in batches)
-    slots = sum(math.ceil(len(batch.indices) / world) * world * batch.bucket.pixels for batch in batches)
+    useful = sum(len(batch.indices) * batch.bucket.pixel_count for batch in batches)
+    slots = sum(math.ceil(len(batch.indices) / world_size) * world_size * batch.bucket.pixel_count for batch in batches)
     updates, gaps = {}, {}
     ends = np.cumsum([len(batch.indices) for batch in batches])
-    for task in order.quotas:
-        seen = [end for end, batch in zip(ends, batches, strict=True) if (order.task[batch.indices] == task).any()]
-        updates[TASKS[task]] = 1000 * len(seen) / samples
-        gaps[TASKS[task]] = int(max(np.diff([0, *seen, samples])))
-    return Measured(len(batches), samples, 1 - useful / slots, updates, gaps)
+    for task in sampler.quotas:
+        step_ends = [end for end, batch in zip(ends, batches, strict=True) if (sampler.sample_tasks[batch.indices] == task).any()]
+        updates[TASKS[task]] = 1000 * len(step_ends) / samples
+        gaps[TASKS[task]] = int(max(np.diff([0, *step_ends, samples])))
+    return EpochStats(len(batches), samples, 1 - useful / slots, updates, gaps)
 
 
 # ---------------------------------------------------------------- shapes
 
-RATIOS = (1 / 2, 9 / 16, 2 / 3, 3 / 4, 1.0, 4 / 3, 3 / 2, 16 / 9, 2.0)
-GRID = 16  # px; VAE and patch embedding
+ASPECT_RATIOS = (1 / 2, 9 / 16, 2 / 3, 3 / 4, 1.0, 4 / 3, 3 / 2, 16 / 9, 2.0)
+GRID_PX = 16  # px; VAE and patch embedding
 
 
-def buckets_around(width: int, height: int, lengths: Sequence[int], ratios: Sequence[float] = RATIOS) -> list[Bucket]:
+def build_buckets(width: int, height: int, frame_counts: Sequence[int], aspect_ratios: Sequence[float] = ASPECT_RATIOS) -> list[Bucket]:
     """Buckets of about this area in the usual aspect ratios and in its own, for each number of frames."""
-    if min(width, height) < GRID or any(frames < 1 or frames % 4 != 1 for frames in lengths):
-        raise InvalidInput("buckets", f"{width}x{height}, frames {lengths}: {GRID} px and more, and 4k + 1 frames")
-    area, sizes = width * height, {(on_grid(width), on_grid(height))}
-    sizes |= {(on_grid(math.sqrt(area * ratio)), on_grid(math.sqrt(area / ratio))) for ratio in ratios}
-    return sorted(Bucket(wide, tall, frames) for wide, tall in sizes for frames in lengths)
+    if min(width, height) < GRID_PX or any(frames < 1 or frames % 4 != 1 for frames in frame_counts):
+        raise InvalidInput("buckets", f"{width}x{height}, frames {frame_counts}: {GRID_PX} px and more, and 4k + 1 frames")
+    area, sizes = width * height, {(round_to_grid(width), round_to_grid(height))}
+    sizes |= {(round_to_grid(math.sqrt(area * ratio)), round_to_grid(math.sqrt(area / ratio))) for ratio in aspect_ratios}
+    return sorted(Bucket(wide, tall, frames) for wide, tall in sizes for frames in frame_counts)
 
 
-def on_grid(side: float) -> int:
-    return max(GRID, round(side / GRID) * GRID)
+def round_to_grid(side: float) -> int:
+    return max(GRID_PX, round(side / GRID_PX) * GRID_PX)
 
 
-def bucket_for(
-    buckets: Sequence[Bucket], task: Task, width: int, height: int, frames: int, fps: float, wanted: float
+def select_bucket(
+    buckets: Sequence[Bucket], task: Task, width: int, height: int, frames: int, fps: float, target_fps: float
 ) -> Bucket:
     """The bucket that loses least of a medium, which is to be seen at `wanted` frames a second: the most frames that
     it has, then the nearest aspect ratio.  Raises InvalidInput for a clip that is too short for all of them.
     """
-    there = 1 if "image" in task else math.floor((frames - 1) * wanted / fps + 1e-6) + 1
-    fitting = [one for one in buckets if one.group == group_of(TASKS.index(task)) and one.frames <= there]
-    if not fitting:
-        raise InvalidInput("frames", f"{there} at {wanted:g} a second; no bucket is so short")
-    return min(fitting, key=lambda one: (-one.frames, one.far(width, height)))
+    available_frames = 1 if "image" in task else math.floor((frames - 1) * target_fps / fps + 1e-6) + 1
+    candidates = [bucket for bucket in buckets if bucket.group == get_task_group(TASKS.index(task)) and bucket.frames <= available_frames]
+    if not candidates:
+        raise InvalidInput("frames", f"{available_frames} at {target_fps:g} a second; no bucket is so short")
+    return min(candidates, key=lambda bucket: (-bucket.frames, bucket.aspect_distance(width, height)))

@@ -17,20 +17,20 @@ from torch import Tensor
 from transformers import AttentionInterface, PreTrainedTokenizerFast, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 from transformers.vision_utils import get_vision_position_ids
 
-from omnivideo.contracts import END_THINK, THINK
-from omnivideo.models.mllm import ENDING, VISUAL_TOKENS, Encoded, Media, Message, Pixels, collate, encode
-from omnivideo.training.ahead import Ahead
-from omnivideo.training.edits import random_edit
-from omnivideo.training.language import CLIP_PREFIX, STILL_PREFIX, caption, description, plain
-from omnivideo.training.questions import TRAINED, ask_layout, random_question
-from omnivideo.training.riddles import BACKGROUND_HINTS, COLOUR_HINTS, MOTION_HINTS, SHAPE_HINTS, random_riddle
-from omnivideo.training.share import share
-from omnivideo.training.trainer import Losses, Recipe, at_once, step_seed
-from omnivideo.training.world import FPS, Scene, random_scene, render
+from omnivideo.contracts import THINK_END, THINK_START
+from omnivideo.models.mllm import VISUAL_TOKEN_PAIRS, VISUAL_TOKENS, TokenizedRequest, MLLMMedia, MLLMMessage, VisionInputConfig, collate_requests, tokenize_message
+from omnivideo.training.ahead import Prefetcher
+from omnivideo.training.edits import sample_edit
+from omnivideo.training.language import CLIP_PREFIXES, STILL_PREFIXES, sample_caption, describe_scene, to_canonical_text
+from omnivideo.training.questions import QUESTION_WEIGHTS, ask_layout, sample_question
+from omnivideo.training.riddles import BACKGROUND_HINTS, COLOUR_HINTS, MOTION_HINTS, SHAPE_HINTS, sample_indirect_request
+from omnivideo.training.share import current_rank
+from omnivideo.training.trainer import Losses, Recipe, single_micro_batch, step_seed
+from omnivideo.training.world import FPS, Scene, sample_scene, render_scene
 
-SPECIAL = (
+SPECIAL_TOKENS = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
-    "<|image_pad|>", "<|video_pad|>", THINK, END_THINK, *VISUAL_TOKENS,
+    "<|image_pad|>", "<|video_pad|>", THINK_START, THINK_END, *VISUAL_TOKENS,
 )  # fmt: skip
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.content is string %}{{ m.content }}{% else %}"
@@ -40,8 +40,8 @@ CHAT_TEMPLATE = (
     "{% elif 'text' in c %}{{ c.text }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-THINK_SYSTEM = "think"
-REQUESTS = ("{}", "{}", "{}", "draw {}", "generate {}", "make {}", "create {}", "show me {}", "i want {}",
+THINK_SYSTEM_PROMPT = "think"
+REQUEST_TEMPLATES = ("{}", "{}", "{}", "draw {}", "generate {}", "make {}", "create {}", "show me {}", "i want {}",
             "please draw {}", "can you make {}?", "i would like to see {}")  # fmt: skip
 SMALL_TALK = {
     "hello": "hello, what shall i draw?", "hi": "hello, what shall i draw?", "good morning": "good morning to you",
@@ -49,139 +49,139 @@ SMALL_TALK = {
     "what can you do?": "i make, change and understand pictures and videos of shapes", "goodbye": "goodbye",
     "how are you?": "i am fine, thank you", "what is your name?": "my name is omnivideo",
 }  # fmt: skip
-Sample = tuple[Message, str]
-BATCH = 48
+ChatSample = tuple[MLLMMessage, str]
+BATCH_SIZE = 48
 
 
 # ---------------------------------------------------------------- samples
 
 
-def media_of(scene: Scene) -> Media:
-    return Media(render(scene), FPS, scene.is_video)
+def media_from_scene(scene: Scene) -> MLLMMedia:
+    return MLLMMedia(render_scene(scene), FPS, scene.is_video)
 
 
-def medium(video: bool) -> str:
-    return "video of " if video else "picture of "
+def get_medium_prefix(is_video: bool) -> str:
+    return "video of " if is_video else "picture of "
 
 
-def requested(rng: random.Random, text: str) -> str:
+def phrase_request(rng: random.Random, text: str) -> str:
     """A prompt, or a prompt in a sentence that asks for it."""
-    return rng.choice(REQUESTS).format(text)
+    return rng.choice(REQUEST_TEMPLATES).format(text)
 
 
-def question_sample(rng: random.Random, video: bool) -> Sample:
-    scene = random_scene(rng, video)
-    question = ask_layout(rng, scene) if rng.random() < 0.1 else random_question(rng, scene, TRAINED)
-    return Message(question.text, (media_of(scene),)), question.answer
+def make_question_sample(rng: random.Random, is_video: bool) -> ChatSample:
+    scene = sample_scene(rng, is_video)
+    question = ask_layout(rng, scene) if rng.random() < 0.1 else sample_question(rng, scene, QUESTION_WEIGHTS)
+    return MLLMMessage(question.text, (media_from_scene(scene),)), question.answer
 
 
-def still_prompt(rng: random.Random, text: str) -> str:
+def phrase_still_request(rng: random.Random, text: str) -> str:
     """A request for a picture."""
-    return requested(
-        rng, text if text.startswith(STILL_PREFIX) or rng.random() < 0.7 else rng.choice(STILL_PREFIX) + text
+    return phrase_request(
+        rng, text if text.startswith(STILL_PREFIXES) or rng.random() < 0.7 else rng.choice(STILL_PREFIXES) + text
     )
 
 
-def clip_prompt(rng: random.Random, text: str, moves: bool) -> str:
+def phrase_clip_request(rng: random.Random, text: str, has_motion: bool) -> str:
     """A request for a video: said so, or plain from a motion."""
-    if text.startswith(CLIP_PREFIX) or (moves and rng.random() < 0.7):
-        return requested(rng, text)
-    return requested(rng, rng.choice(CLIP_PREFIX) + text)
+    if text.startswith(CLIP_PREFIXES) or (has_motion and rng.random() < 0.7):
+        return phrase_request(rng, text)
+    return phrase_request(rng, rng.choice(CLIP_PREFIXES) + text)
 
 
-def caption_prompt(rng: random.Random, video: bool) -> tuple[str, str]:
+def make_caption_prompt(rng: random.Random, is_video: bool) -> tuple[str, str]:
     """A request for an image or a video, and its plain restatement."""
-    scene = random_scene(rng, video)
-    one = caption(rng, scene)
-    moves = any(thing.motion != "still" for thing in scene.things)
-    text = clip_prompt(rng, one.text, moves) if video else still_prompt(rng, one.text)
-    return text, medium(video) + plain(one.demand)
+    scene = sample_scene(rng, is_video)
+    caption = sample_caption(rng, scene)
+    has_motion = any(obj.motion != "still" for obj in scene.objects)
+    text = phrase_clip_request(rng, caption.text, has_motion) if is_video else phrase_still_request(rng, caption.text)
+    return text, get_medium_prefix(is_video) + to_canonical_text(caption.scene_spec)
 
 
-def riddle_prompt(rng: random.Random, video: bool) -> tuple[str, str, str]:
+def make_indirect_prompt(rng: random.Random, is_video: bool) -> tuple[str, str, str]:
     """An indirect request, the reasoning, and its plain restatement."""
-    riddle = random_riddle(rng, video)
-    moves = any(want.motion not in (None, "still") for want in riddle.demand.things)
-    text = clip_prompt(rng, riddle.prompt, moves) if video else still_prompt(rng, riddle.prompt)
-    return text, riddle.reasoning, medium(video) + riddle.rewrite
+    request = sample_indirect_request(rng, is_video)
+    has_motion = any(object_spec.motion not in (None, "still") for object_spec in request.scene_spec.objects)
+    text = phrase_clip_request(rng, request.prompt, has_motion) if is_video else phrase_still_request(rng, request.prompt)
+    return text, request.reasoning, get_medium_prefix(is_video) + request.rewrite
 
 
-def restated(message: Message, reasoning: str, plainly: str, thinking: bool) -> Sample:
+def make_restatement(message: MLLMMessage, reasoning: str, plain_text: str, use_thinking: bool) -> ChatSample:
     """A request with its plain restatement; in think mode with the reasoning before it."""
-    if not thinking:
-        return message, plainly
-    return replace(message, system=THINK_SYSTEM), f"{THINK}{reasoning}{END_THINK}{plainly}"
+    if not use_thinking:
+        return message, plain_text
+    return replace(message, system=THINK_SYSTEM_PROMPT), f"{THINK_START}{reasoning}{THINK_END}{plain_text}"
 
 
-def prompt_sample(rng: random.Random, video: bool, thinking: float = 0.5) -> Sample:
+def make_prompt_sample(rng: random.Random, is_video: bool, thinking_probability: float = 0.5) -> ChatSample:
     """A request without a source, plain or indirect; `thinking` is the chance of think mode."""
     if rng.random() < 0.5:
-        text, reasoning, plainly = riddle_prompt(rng, video)
+        text, reasoning, plain_text = make_indirect_prompt(rng, is_video)
     else:
-        (text, plainly), reasoning = caption_prompt(rng, video), "this is plain"
-    return restated(Message(text), reasoning, plainly, rng.random() < thinking)
+        (text, plain_text), reasoning = make_caption_prompt(rng, is_video), "this is plain"
+    return make_restatement(MLLMMessage(text), reasoning, plain_text, rng.random() < thinking_probability)
 
 
-def edit_sample(rng: random.Random, video: bool, thinking: float = 0.5) -> Sample:
+def make_edit_sample(rng: random.Random, is_video: bool, thinking_probability: float = 0.5) -> ChatSample:
     """An instruction for a source, restated as a caption of the target."""
-    edit = random_edit(rng, video)
-    message = Message(edit.instruction, (media_of(edit.source),))
-    reasoning = f"now it is {description(edit.source)}"
-    return restated(message, reasoning, medium(video) + description(edit.target), rng.random() < thinking)
+    edit = sample_edit(rng, is_video)
+    message = MLLMMessage(edit.instruction, (media_from_scene(edit.source),))
+    reasoning = f"now it is {describe_scene(edit.source)}"
+    return make_restatement(message, reasoning, get_medium_prefix(is_video) + describe_scene(edit.target), rng.random() < thinking_probability)
 
 
-def thinking_sample(rng: random.Random, video: bool) -> Sample:
+def make_thinking_sample(rng: random.Random, is_video: bool) -> ChatSample:
     """Think mode always, with or without a source."""
-    return rng.choice((prompt_sample, edit_sample))(rng, video, 1.0)
+    return rng.choice((make_prompt_sample, make_edit_sample))(rng, is_video, 1.0)
 
 
-def knowledge_sample(rng: random.Random, video: bool) -> Sample:
+def make_knowledge_sample(rng: random.Random, is_video: bool) -> ChatSample:
     """What a hint of the reasoning split means, the held-out ones too: facts that a big model just knows."""
     table = rng.choice((SHAPE_HINTS, COLOUR_HINTS, BACKGROUND_HINTS, MOTION_HINTS))
     name = rng.choice(list(table))
-    clue = rng.choice(table[name])
+    hint = rng.choice(table[name])
     if table is COLOUR_HINTS:
-        return Message(f"what colour is {clue}?"), name
+        return MLLMMessage(f"what colour is {hint}?"), name
     if table is MOTION_HINTS:
-        return Message(f"how does it move if {clue}?"), name
-    return Message(
-        f"what is {clue}?" if table is SHAPE_HINTS else f"what colour is {clue.removeprefix('the colour of ')}?"
+        return MLLMMessage(f"how does it move if {hint}?"), name
+    return MLLMMessage(
+        f"what is {hint}?" if table is SHAPE_HINTS else f"what colour is {hint.removeprefix('the colour of ')}?"
     ), name
 
 
-def route_sample(rng: random.Random, video: bool) -> Sample:
+def make_route_sample(rng: random.Random, is_video: bool) -> ChatSample:
     """An indirect request and the route that it takes: what is drawn is not looked at here."""
-    return Message(riddle_prompt(rng, video)[0]), "".join(ENDING["video" if video else "image"])
+    return MLLMMessage(make_indirect_prompt(rng, is_video)[0]), "".join(VISUAL_TOKEN_PAIRS["video" if is_video else "image"])
 
 
-def talk_sample(rng: random.Random, video: bool) -> Sample:
+def make_talk_sample(rng: random.Random, is_video: bool) -> ChatSample:
     text, reply = rng.choice(list(SMALL_TALK.items()))
-    return Message(text), reply
+    return MLLMMessage(text), reply
 
 
-MIX: tuple[tuple[Callable[[random.Random, bool], Sample], float], ...] = (
-    (question_sample, 0.68), (edit_sample, 0.12), (prompt_sample, 0.14), (knowledge_sample, 0.04), (talk_sample, 0.02),
+SAMPLE_MIX: tuple[tuple[Callable[[random.Random, bool], ChatSample], float], ...] = (
+    (make_question_sample, 0.68), (make_edit_sample, 0.12), (make_prompt_sample, 0.14), (make_knowledge_sample, 0.04), (make_talk_sample, 0.02),
 )  # fmt: skip
 
 
-def random_sample(rng: random.Random) -> Sample:
-    make = rng.choices([one for one, _ in MIX], [share for _, share in MIX])[0]
-    return make(rng, rng.random() < 0.5)
+def sample_from_mix(rng: random.Random) -> ChatSample:
+    make_sample = rng.choices([factory for factory, _ in SAMPLE_MIX], [weight for _, weight in SAMPLE_MIX])[0]
+    return make_sample(rng, rng.random() < 0.5)
 
 
 # ---------------------------------------------------------------- tokenizer and model
 
 
-def build_tokenizer(texts: list[str], size: int = 2048) -> PreTrainedTokenizerFast:
+def build_tokenizer(texts: list[str], vocab_size: int = 2048) -> PreTrainedTokenizerFast:
     """Byte-level BPE with Qwen's special tokens, the think marks and the four visual tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=size - len(SPECIAL), initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=vocab_size - len(SPECIAL_TOKENS), initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
     tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", model_max_length=4096,
         chat_template=CHAT_TEMPLATE,
@@ -193,7 +193,7 @@ def build_tokenizer(texts: list[str], size: int = 2048) -> PreTrainedTokenizerFa
 def load_or_build_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     if not (folder / "tokenizer.json").exists():
         rng = random.Random("mllm/corpus")
-        samples = [random_sample(rng) for _ in range(20_000)]
+        samples = [sample_from_mix(rng) for _ in range(20_000)]
         texts = [f"{message.text}\n{reply}" for message, reply in samples] + ["assistant\n user\n system\nthink"] * 50
         texts += [f"<{tenth / 10:.1f} seconds>" for tenth in range(100)] * 20
         build_tokenizer(texts).save_pretrained(folder)
@@ -221,11 +221,11 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3VLForConditionalGene
         tie_word_embeddings=False,
     )  # fmt: skip
     model = Qwen3VLForConditionalGeneration(config)
-    model.model.visual.config._attn_implementation = EVENLY
+    model.model.visual.config._attn_implementation = PER_FRAME_ATTENTION
     return model
 
 
-def evenly(
+def attend_per_frame(
     module: Any,
     query_1HSD: Tensor,
     key_1HSD: Tensor,
@@ -234,7 +234,7 @@ def evenly(
     *,
     max_length_q: int,
     scaling: float,
-    **others: Any,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention within each frame, where all frames have as many patches, as those of the world have: in one call.
 
@@ -242,90 +242,90 @@ def evenly(
     """
     heads, _, width = query_1HSD.shape[1:]
     q, k, v = (x[0].view(heads, -1, max_length_q, width).transpose(0, 1) for x in (query_1HSD, key_1HSD, value_1HSD))
-    found = F.scaled_dot_product_attention(q, k, v, scale=scaling)
-    return found.transpose(1, 2).flatten(0, 1)[None], None
+    attended = F.scaled_dot_product_attention(q, k, v, scale=scaling)
+    return attended.transpose(1, 2).flatten(0, 1)[None], None
 
 
-EVENLY = "flash_evenly"  # "flash" in its name: so it gets all frames at once
-AttentionInterface.register(EVENLY, evenly)
+PER_FRAME_ATTENTION = "flash_evenly"  # "flash" in its name: so it gets all frames at once
+AttentionInterface.register(PER_FRAME_ATTENTION, attend_per_frame)
 
 
-def with_places(model: Qwen3VLForConditionalGeneration, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+def add_position_ids(model: Qwen3VLForConditionalGeneration, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     """And the places of tokens and patches, which the model would find in many small steps for each sample."""
-    asked = ("input_ids", "mm_token_type_ids", "image_grid_thw", "video_grid_thw", "attention_mask")
-    places, _ = model.model.get_rope_index(**{name: inputs[name] for name in asked if name in inputs})
-    found = {"position_ids": places}
-    for kind in ("image", "video"):
-        if (grids := inputs.get(f"{kind}_grid_thw")) is not None:
-            found[f"{kind}_position_ids"] = get_vision_position_ids(
+    input_names = ("input_ids", "mm_token_type_ids", "image_grid_thw", "video_grid_thw", "attention_mask")
+    position_ids, _ = model.model.get_rope_index(**{name: inputs[name] for name in input_names if name in inputs})
+    positions = {"position_ids": position_ids}
+    for medium in ("image", "video"):
+        if (grids := inputs.get(f"{medium}_grid_thw")) is not None:
+            positions[f"{medium}_position_ids"] = get_vision_position_ids(
                 grids, model.config.vision_config.spatial_merge_size
             )
-    return inputs | found
+    return inputs | positions
 
 
-def answer_labels(batch: list[Encoded], prompts: list[int], inputs: dict[str, Tensor]) -> Tensor:
+def make_answer_labels(encoded_samples: list[TokenizedRequest], prompt_lengths: list[int], inputs: dict[str, Tensor]) -> Tensor:
     """Labels [B, N]: the answer's tokens and its end; -100 over the prompt and the padding."""
     labels = torch.full_like(inputs["input_ids"], -100)
-    for row, (one, start) in enumerate(zip(batch, prompts, strict=True)):
-        labels[row, start : len(one.ids)] = torch.tensor(one.ids[start:])
+    for row, (encoded, start) in enumerate(zip(encoded_samples, prompt_lengths, strict=True)):
+        labels[row, start : len(encoded.token_ids)] = torch.tensor(encoded.token_ids[start:])
     return labels
 
 
-def batch_of(
-    model: Qwen3VLForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, samples: list[Sample], pixels: Pixels
+def collate_chat_batch(
+    model: Qwen3VLForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, samples: list[ChatSample], pixels: VisionInputConfig
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Model inputs, with the places, and labels of a list of samples."""
-    encoded = [encode(tokenizer, message, pixels, reply) for message, reply in samples]
-    prompts = [
-        len(one.ids) - len(tokenizer(f"{reply}<|im_end|>").input_ids)
-        for one, (_, reply) in zip(encoded, samples, strict=True)
+    encoded = [tokenize_message(tokenizer, message, pixels, reply) for message, reply in samples]
+    prompt_lengths = [
+        len(sample.token_ids) - len(tokenizer(f"{reply}<|im_end|>").input_ids)
+        for sample, (_, reply) in zip(encoded, samples, strict=True)
     ]
-    inputs = collate(encoded, tokenizer.pad_token_id)
-    return with_places(model, inputs), answer_labels(encoded, prompts, inputs)
+    inputs = collate_requests(encoded, tokenizer.pad_token_id)
+    return add_position_ids(model, inputs), make_answer_labels(encoded, prompt_lengths, inputs)
 
 
-def on(device: torch.device, batch: tuple[dict[str, Tensor], Tensor]) -> tuple[dict[str, Tensor], Tensor]:
+def to_device(device: torch.device, batch: tuple[dict[str, Tensor], Tensor]) -> tuple[dict[str, Tensor], Tensor]:
     """What `batch_of` returned, on a device."""
     inputs, labels = batch
-    return {name: part.to(device) for name, part in inputs.items()}, labels.to(device)
+    return {name: tensor.to(device) for name, tensor in inputs.items()}, labels.to(device)
 
 
-def answered(labels: Tensor) -> Tensor:
+def count_answer_tokens(labels: Tensor) -> Tensor:
     """How many tokens are to be predicted."""
     return (labels[:, 1:] != -100).sum()
 
 
-def text_loss(logits: Tensor, labels: Tensor, among: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def text_loss(logits: Tensor, labels: Tensor, token_count: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Eq. 2 over the answers' tokens of the whole batch, and the share of answers that are right in every token.
 
     `among`: how many tokens all passes of all processes have on average, where a process has several.
     """
     predicted, target = logits[:, :-1], labels[:, 1:]
     total = F.cross_entropy(predicted.flatten(0, 1).float(), target.flatten(), ignore_index=-100, reduction="sum")
-    among = share().mean(answered(labels)) if among is None else among
-    loss = total / among.clamp(min=1e-6)  # 0 where there is no answer at all
-    right = ((predicted.argmax(-1) == target) | (target == -100)).all(dim=1).float().mean()
-    return loss, right
+    token_count = current_rank().global_mean(count_answer_tokens(labels)) if token_count is None else token_count
+    loss = total / token_count.clamp(min=1e-6)  # 0 where there is no answer at all
+    exact_share = ((predicted.argmax(-1) == target) | (target == -100)).all(dim=1).float().mean()
+    return loss, exact_share
 
 
-def mllm_recipe(tokenizer: PreTrainedTokenizerFast, steps: int = 9000, batch: int = BATCH, workers: int = 0) -> Recipe:
+def build_mllm_recipe(tokenizer: PreTrainedTokenizerFast, steps: int = 9000, batch_size: int = BATCH_SIZE, workers: int = 0) -> Recipe:
     torch.manual_seed(3)
     model = build_model(tokenizer)
-    pixels = Pixels()
+    pixels = VisionInputConfig()
 
-    def draw(step: int) -> tuple[dict[str, Tensor], Tensor]:
+    def sample_batch(step: int) -> tuple[dict[str, Tensor], Tensor]:
         rng = random.Random(step_seed("mllm/data", step))
-        samples = share().take([random_sample(rng) for _ in range(batch)])
-        return batch_of(model, tokenizer, samples, pixels)
+        samples = current_rank().take_local_rows([sample_from_mix(rng) for _ in range(batch_size)])
+        return collate_chat_batch(model, tokenizer, samples, pixels)
 
-    drawn = Ahead(draw, workers)
+    batches = Prefetcher(sample_batch, workers)
 
-    def loss(step: int) -> Losses:
-        inputs, labels = on(model.device, drawn(step))
+    def compute_loss(step: int) -> Losses:
+        inputs, labels = to_device(model.device, batches(step))
         value, right = text_loss(model(**inputs).logits, labels)
         return {"loss": value, "right": right}
 
     return Recipe(
-        "mllm", model, ("",), at_once(loss), steps=steps, lr=1e-2, adam_lr=2e-3, warmup=100, ema=0.998,
-        samples=lambda step: batch,
+        "mllm", model, ("",), single_micro_batch(compute_loss), steps=steps, lr=1e-2, adam_lr=2e-3, warmup=100, ema_decay=0.998,
+        batch_size=lambda step: batch_size,
     )  # fmt: skip

@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from omnivideo.presets import TINY
-from omnivideo.training.edits import VIDEO_EDITS, Edit, random_edit
-from omnivideo.training.facts import Demand, Wanted
-from omnivideo.training.language import PLACES, RELATIONS, Caption, caption
-from omnivideo.training.share import share
-from omnivideo.training.trainer import Losses, Recipe, at_once, step_seed
-from omnivideo.training.world import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, SIZES, random_scene
+from omnivideo.training.edits import VIDEO_EDITS, SceneEdit, sample_edit
+from omnivideo.training.facts import SceneSpec, ObjectSpec
+from omnivideo.training.language import REGION_PHRASES, RELATIONS, Caption, sample_caption
+from omnivideo.training.share import current_rank
+from omnivideo.training.trainer import Losses, Recipe, single_micro_batch, step_seed
+from omnivideo.training.world import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, SIZES, sample_scene
 
 CONFIG: dict[str, Any] = {
     "d_model": 192,
@@ -43,18 +43,18 @@ CONFIG: dict[str, Any] = {
     "relative_attention_max_distance": 64,
 }
 NEGATIVE_PROMPT = TINY.negative_prompt
-SLOTS = 4
-SIDES = ("left", "right", "top", "bottom")
-WORDS = TINY.text_tokens  # the longest prompt
+OBJECT_SLOTS = 4
+REGION_SIDES = ("left", "right", "top", "bottom")
+MAX_TEXT_TOKENS = TINY.max_text_tokens  # the longest prompt
 
 
-def corpus(count: int = 20_000) -> list[str]:
+def build_corpus(count: int = 20_000) -> list[str]:
     """Prompts of every kind that the decoder will be given."""
     rng = random.Random("corpus")
     texts = [NEGATIVE_PROMPT] * 20
-    for at in range(count):
-        video = at % 2 == 0
-        texts.append(caption(rng, random_scene(rng, video)).text if at % 3 else random_edit(rng, video).instruction)
+    for index in range(count):
+        is_video = index % 2 == 0
+        texts.append(sample_caption(rng, sample_scene(rng, is_video)).text if index % 3 else sample_edit(rng, is_video).instruction)
     return texts
 
 
@@ -75,51 +75,51 @@ def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
         single="$A </s>", special_tokens=[("</s>", tokenizer.token_to_id("</s>"))]
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=WORDS
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=MAX_TEXT_TOKENS
     )
 
 
 def load_or_build_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     if not (folder / "tokenizer.json").exists():
-        build_tokenizer(corpus()).save_pretrained(folder)
+        build_tokenizer(build_corpus()).save_pretrained(folder)
     return PreTrainedTokenizerFast.from_pretrained(folder)
 
 
 # ---------------------------------------------------------------- what a prompt asks for, as class numbers
 
-FIELDS = {"shape": SHAPES, "colour": tuple(COLOURS), "size": SIZES, "motion": MOTIONS}
+SLOT_FIELDS = {"shape": SHAPES, "colour": tuple(COLOURS), "size": SIZES, "motion": MOTIONS}
 
 
-def slot_labels(want: Wanted | None) -> list[int]:
+def encode_slot_labels(object_spec: ObjectSpec | None) -> list[int]:
     """Class 0 is "no object", 1 is "left open", the rest are the values."""
-    if want is None:
-        return [0] * len(FIELDS)
-    values = ((getattr(want, field), names) for field, names in FIELDS.items())
+    if object_spec is None:
+        return [0] * len(SLOT_FIELDS)
+    values = ((getattr(object_spec, field), names) for field, names in SLOT_FIELDS.items())
     return [1 if value is None else 2 + names.index(value) for value, names in values]
 
 
-def demand_labels(demand: Demand) -> list[int]:
+def encode_spec_labels(scene_spec: SceneSpec) -> list[int]:
     """All labels of a prompt: four per slot, then background, relation and the four sides."""
-    things = (*demand.things, *[None] * (SLOTS - len(demand.things)))
-    labels = [label for want in things for label in slot_labels(want)]
-    labels.append(0 if demand.background is None else 1 + list(BACKGROUNDS).index(demand.background))
-    labels.append(0 if demand.relation is None else 1 + RELATIONS.index(demand.relation))
-    return labels + [int(side in demand.region) for side in SIDES]
+    object_specs = (*scene_spec.objects, *[None] * (OBJECT_SLOTS - len(scene_spec.objects)))
+    labels = [label for object_spec in object_specs for label in encode_slot_labels(object_spec)]
+    labels.append(0 if scene_spec.background is None else 1 + list(BACKGROUNDS).index(scene_spec.background))
+    labels.append(0 if scene_spec.relation is None else 1 + RELATIONS.index(scene_spec.relation))
+    return labels + [int(side in scene_spec.region) for side in REGION_SIDES]
 
 
-CLASSES = [2 + len(names) for _ in range(SLOTS) for names in FIELDS.values()]
-CLASSES += [1 + len(BACKGROUNDS), 1 + len(RELATIONS)] + [2] * len(SIDES)
+CLASS_COUNTS = [2 + len(names) for _ in range(OBJECT_SLOTS) for names in SLOT_FIELDS.values()]
+CLASS_COUNTS += [1 + len(BACKGROUNDS), 1 + len(RELATIONS)] + [2] * len(REGION_SIDES)
 
 
-class Asker(nn.Module):
+class LabelReadout(nn.Module):
     """One learned query per label attends to the encoder's hidden states; only training needs it."""
 
     def __init__(self, dim: int):
         super().__init__()
-        self.query = nn.Parameter(torch.randn(len(CLASSES), dim) * 0.5)
+        self.query = nn.Parameter(torch.randn(len(CLASS_COUNTS), dim) * 0.5)
         self.attend = nn.MultiheadAttention(dim, 6, batch_first=True)
         self.norm = nn.LayerNorm(dim)
-        self.answer = nn.Linear(dim, max(CLASSES))
+        self.answer = nn.Linear(dim, max(CLASS_COUNTS))
 
     def forward(self, hidden_BLD: Tensor, padding_BL: Tensor) -> Tensor:
         """Logits [B, labels, classes]."""
@@ -130,53 +130,53 @@ class Asker(nn.Module):
 
 # ---------------------------------------------------------------- what each token tells
 
-OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+OPPOSITE_RELATIONS = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 # Told of an object by the tokens of its phrase ...
-ABOUT_THING = [2 + len(names) for names in FIELDS.values()] + [1 + len(RELATIONS), 1 + len(PLACES), 1 + SLOTS]
+OBJECT_LABEL_SIZES = [2 + len(names) for names in SLOT_FIELDS.values()] + [1 + len(RELATIONS), 1 + len(REGION_PHRASES), 1 + OBJECT_SLOTS]
 # ... and of the whole prompt by all tokens: the background, the number of objects, the kind of edit.
-ABOUT_ALL = [1 + len(BACKGROUNDS), 1 + SLOTS, 1 + len(VIDEO_EDITS)]
-UNTOLD = -100
+PROMPT_LABEL_SIZES = [1 + len(BACKGROUNDS), 1 + OBJECT_SLOTS, 1 + len(VIDEO_EDITS)]
+IGNORE_INDEX = -100
 
 
-def caption_told(one: Caption, offsets: list[tuple[int, int]]) -> list[list[int]]:
+def label_caption_tokens(caption: Caption, offsets: list[tuple[int, int]]) -> list[list[int]]:
     """Labels of every token of a caption, given the tokens' places in it."""
-    demand = one.demand
-    background = 0 if demand.background is None else 1 + list(BACKGROUNDS).index(demand.background)
-    about_all = [background, len(demand.things), 0]
-    told = [[UNTOLD] * len(ABOUT_THING) + about_all for _ in offsets]
-    for slot, (want, span) in enumerate(zip(demand.things, one.spans, strict=True)):
-        relation = demand.relation if slot == 0 else OPPOSITE.get(demand.relation or "")
+    scene_spec = caption.scene_spec
+    background = 0 if scene_spec.background is None else 1 + list(BACKGROUNDS).index(scene_spec.background)
+    prompt_labels = [background, len(scene_spec.objects), 0]
+    labels = [[IGNORE_INDEX] * len(OBJECT_LABEL_SIZES) + prompt_labels for _ in offsets]
+    for slot, (object_spec, span) in enumerate(zip(scene_spec.objects, caption.object_spans, strict=True)):
+        relation = scene_spec.relation if slot == 0 else OPPOSITE_RELATIONS.get(scene_spec.relation or "")
         role = 0 if relation is None else 1 + RELATIONS.index(relation)
-        place = 1 + list(PLACES).index(demand.region) if demand.region else 0
-        about = [*slot_labels(want), role, place, one.spans.count(span)]
-        for at, (start, end) in enumerate(offsets):
+        place = 1 + list(REGION_PHRASES).index(scene_spec.region) if scene_spec.region else 0
+        object_labels = [*encode_slot_labels(object_spec), role, place, caption.object_spans.count(span)]
+        for token_index, (start, end) in enumerate(offsets):
             if span[0] <= start < end <= span[1]:
-                told[at] = about + about_all
-    return told
+                labels[token_index] = object_labels + prompt_labels
+    return labels
 
 
-def edit_told(edit: Edit, offsets: list[tuple[int, int]]) -> list[list[int]]:
+def label_edit_tokens(edit: SceneEdit, offsets: list[tuple[int, int]]) -> list[list[int]]:
     """Labels of every token of an instruction: the kind of edit, and what it puts in the old one's place."""
-    new = edit.touched[-1] if edit.touched else None
-    changed = {"recolour": ("colour",), "reshape": ("shape",), "motion": ("motion",), "add": tuple(FIELDS)}
-    fields = changed.get(edit.kind, ())
-    want = Wanted(**{name: getattr(new, name) for name in fields if name != "motion" or edit.source.is_video})
-    to_background = 1 + list(BACKGROUNDS).index(edit.target.background) if edit.kind == "background" else 0
-    told = [*slot_labels(want), 0, 0, 0, to_background, 0, 1 + VIDEO_EDITS.index(edit.kind)]
-    return [told if start < end else [UNTOLD] * len(told) for start, end in offsets]
+    new_object = edit.changed_objects[-1] if edit.changed_objects else None
+    changed_fields = {"recolour": ("colour",), "reshape": ("shape",), "motion": ("motion",), "add": tuple(SLOT_FIELDS)}
+    fields = changed_fields.get(edit.kind, ())
+    object_spec = ObjectSpec(**{name: getattr(new_object, name) for name in fields if name != "motion" or edit.source.is_video})
+    background_label = 1 + list(BACKGROUNDS).index(edit.target.background) if edit.kind == "background" else 0
+    labels = [*encode_slot_labels(object_spec), 0, 0, 0, background_label, 0, 1 + VIDEO_EDITS.index(edit.kind)]
+    return [labels if start < end else [IGNORE_INDEX] * len(labels) for start, end in offsets]
 
 
 class TextFoundation(nn.Module):
     def __init__(self, encoder: UMT5EncoderModel):
         super().__init__()
         self.encoder = encoder
-        self.asker = Asker(encoder.config.d_model)
-        self.teller = nn.Linear(encoder.config.d_model, sum(ABOUT_THING + ABOUT_ALL))
+        self.asker = LabelReadout(encoder.config.d_model)
+        self.teller = nn.Linear(encoder.config.d_model, sum(OBJECT_LABEL_SIZES + PROMPT_LABEL_SIZES))
 
     def forward(self, ids_BL: Tensor, mask_BL: Tensor) -> tuple[Tensor, list[Tensor]]:
         """The asker's logits [B, labels, classes], and the teller's for each of its fields [B, L, classes]."""
         hidden = self.encoder(ids_BL, attention_mask=mask_BL).last_hidden_state
-        return self.asker(hidden, mask_BL == 0), list(self.teller(hidden).split(ABOUT_THING + ABOUT_ALL, dim=-1))
+        return self.asker(hidden, mask_BL == 0), list(self.teller(hidden).split(OBJECT_LABEL_SIZES + PROMPT_LABEL_SIZES, dim=-1))
 
 
 @dataclass(frozen=True)
@@ -184,50 +184,50 @@ class TextBatch:
     """Captions first, then instructions; only captions have the asker's labels [captions, labels]."""
 
     texts: list[str]
-    asked: Tensor
-    tell: Sequence[Callable[[list[tuple[int, int]]], list[list[int]]]]
+    prompt_labels: Tensor
+    token_labellers: Sequence[Callable[[list[tuple[int, int]]], list[list[int]]]]
 
 
-def text_batch(step: int, captions: int, instructions: int) -> TextBatch:
+def sample_text_batch(step: int, caption_count: int, instruction_count: int) -> TextBatch:
     rng = random.Random(step_seed("text/data", step))
-    said = share().take([caption(rng, random_scene(rng, video=at % 2 == 0)) for at in range(captions)])
-    ordered = share().take([random_edit(rng, video=at % 2 == 0) for at in range(instructions)])
+    captions = current_rank().take_local_rows([sample_caption(rng, sample_scene(rng, is_video=index % 2 == 0)) for index in range(caption_count)])
+    edits = current_rank().take_local_rows([sample_edit(rng, is_video=index % 2 == 0) for index in range(instruction_count)])
     return TextBatch(
-        [one.text for one in said] + [one.instruction for one in ordered],
-        torch.tensor([demand_labels(one.demand) for one in said]),
-        [partial(caption_told, one) for one in said] + [partial(edit_told, one) for one in ordered],
+        [one.text for one in captions] + [one.instruction for one in edits],
+        torch.tensor([encode_spec_labels(one.demand) for one in captions]),
+        [partial(label_caption_tokens, one) for one in captions] + [partial(label_edit_tokens, one) for one in edits],
     )
 
 
-def told_loss(logits: list[Tensor], told_BLF: Tensor) -> tuple[Tensor, Tensor]:
+def token_label_loss(logits: list[Tensor], labels_BLF: Tensor) -> tuple[Tensor, Tensor]:
     """Mean error over the fields, and the share of told labels that are right; both over the whole batch."""
-    pairs = [(one.flatten(0, 1), told_BLF[..., field].flatten()) for field, one in enumerate(logits)]
-    errors = [F.cross_entropy(one, told, ignore_index=UNTOLD, reduction="sum") for one, told in pairs]
-    counts = share().mean((told_BLF != UNTOLD).sum((0, 1)))
-    right = torch.stack([((one.argmax(-1) == told) & (told != UNTOLD)).sum() for one, told in pairs]).sum()
-    return (torch.stack(errors) / counts).mean(), right / counts.sum()
+    pairs = [(field_logits.flatten(0, 1), labels_BLF[..., field].flatten()) for field, field_logits in enumerate(logits)]
+    errors = [F.cross_entropy(field_logits, field_labels, ignore_index=IGNORE_INDEX, reduction="sum") for field_logits, field_labels in pairs]
+    counts = current_rank().global_mean((labels_BLF != IGNORE_INDEX).sum((0, 1)))
+    correct_count = torch.stack([((field_logits.argmax(-1) == field_labels) & (field_labels != IGNORE_INDEX)).sum() for field_logits, field_labels in pairs]).sum()
+    return (torch.stack(errors) / counts).mean(), correct_count / counts.sum()
 
 
-def text_recipe(
-    tokenizer: PreTrainedTokenizerFast, steps: int = 1000, captions: int = 72, instructions: int = 24
+def build_text_recipe(
+    tokenizer: PreTrainedTokenizerFast, steps: int = 1000, caption_count: int = 72, instruction_count: int = 24
 ) -> Recipe:
     torch.manual_seed(1)
     model = TextFoundation(UMT5EncoderModel(UMT5Config(**CONFIG)))
 
-    def loss(step: int) -> Losses:
-        batch = text_batch(step, captions, instructions)
+    def compute_loss(step: int) -> Losses:
+        batch = sample_text_batch(step, caption_count, instruction_count)
         tokens = tokenizer(batch.texts, padding=True, return_tensors="pt", return_offsets_mapping=True)
-        told = torch.tensor([tell(at.tolist()) for tell, at in zip(batch.tell, tokens.offset_mapping, strict=True)])
-        told[tokens.attention_mask == 0] = UNTOLD
+        token_labels = torch.tensor([label_tokens(token_offsets.tolist()) for label_tokens, token_offsets in zip(batch.token_labellers, tokens.offset_mapping, strict=True)])
+        token_labels[tokens.attention_mask == 0] = IGNORE_INDEX
         device = model.encoder.device
-        answers, tellings = model(tokens.input_ids.to(device), tokens.attention_mask.to(device))
-        asked, expected = answers[: len(batch.asked)], batch.asked.to(device)
-        telling, told_right = told_loss(tellings, told.to(device))
-        whole = (asked.argmax(-1) == expected).all(dim=1).float().mean()
-        asking = F.cross_entropy(asked.flatten(0, 1), expected.flatten())
-        return {"loss": asking + telling, "asked": asking, "told": telling, "told right": told_right, "whole": whole}
+        prompt_logits, token_logits = model(tokens.input_ids.to(device), tokens.attention_mask.to(device))
+        caption_logits, expected = prompt_logits[: len(batch.prompt_labels)], batch.prompt_labels.to(device)
+        token_loss, token_accuracy = token_label_loss(token_logits, token_labels.to(device))
+        exact_share = (caption_logits.argmax(-1) == expected).all(dim=1).float().mean()
+        prompt_loss = F.cross_entropy(caption_logits.flatten(0, 1), expected.flatten())
+        return {"loss": prompt_loss + token_loss, "asked": prompt_loss, "told": token_loss, "told right": token_accuracy, "whole": exact_share}
 
     return Recipe(
-        "text", model, ("",), at_once(loss), steps=steps, lr=1e-2, adam_lr=2e-3, warmup=50,
-        samples=lambda step: captions + instructions,
+        "text", model, ("",), single_micro_batch(compute_loss), steps=steps, lr=1e-2, adam_lr=2e-3, warmup=50,
+        batch_size=lambda step: caption_count + instruction_count,
     )  # fmt: skip

@@ -12,28 +12,28 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
-from omnivideo.training.language import PLACES, reading_order, regions
-from omnivideo.training.latents import to_pixels
-from omnivideo.training.share import share
-from omnivideo.training.trainer import Losses, Recipe, at_once, step_seed
-from omnivideo.training.world import BACKGROUNDS, COLOURS, FRAME, SHAPES, SIZES, Scene, random_scene
+from omnivideo.training.language import REGION_PHRASES, sort_in_reading_order, find_region
+from omnivideo.training.latents import pixels_from_scenes
+from omnivideo.training.share import current_rank
+from omnivideo.training.trainer import Losses, Recipe, single_micro_batch, step_seed
+from omnivideo.training.world import BACKGROUNDS, COLOURS, FRAME_SIZE, SHAPES, SIZES, Scene, sample_scene
 
 CONFIG: dict[str, Any] = {
     "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4,
-    "image_size": FRAME, "patch_size": 8,
+    "image_size": FRAME_SIZE, "patch_size": 8,
 }  # fmt: skip
-SLOTS = 4
-FIELDS = (SHAPES, tuple(COLOURS), SIZES, tuple(PLACES))
-CLASSES = [1 + len(names) for _ in range(SLOTS) for names in FIELDS] + [len(BACKGROUNDS)]
+OBJECT_SLOTS = 4
+SLOT_FIELDS = (SHAPES, tuple(COLOURS), SIZES, tuple(REGION_PHRASES))
+CLASS_COUNTS = [1 + len(names) for _ in range(OBJECT_SLOTS) for names in SLOT_FIELDS] + [len(BACKGROUNDS)]
 
 
-def scene_labels(scene: Scene) -> list[int]:
+def encode_scene_labels(scene: Scene) -> list[int]:
     """Classes of a still: four per object in reading order (0 is "no object"), then the background."""
     labels = []
-    for thing in reading_order(scene):
-        values = (thing.shape, thing.colour, thing.size, regions(thing))
-        labels += [1 + names.index(value) for names, value in zip(FIELDS, values, strict=True)]
-    labels += [0] * (len(CLASSES) - 1 - len(labels))
+    for obj in sort_in_reading_order(scene):
+        values = (obj.shape, obj.colour, obj.size, find_region(obj))
+        labels += [1 + names.index(value) for names, value in zip(SLOT_FIELDS, values, strict=True)]
+    labels += [0] * (len(CLASS_COUNTS) - 1 - len(labels))
     return [*labels, list(BACKGROUNDS).index(scene.background)]
 
 
@@ -45,43 +45,43 @@ class VisualFoundation(nn.Module):
         self.encoder = encoder
         width = encoder.config.hidden_size
         self.read = nn.Sequential(
-            nn.LayerNorm(width), nn.Linear(width, 512), nn.GELU(), nn.Linear(512, len(CLASSES) * max(CLASSES))
+            nn.LayerNorm(width), nn.Linear(width, 512), nn.GELU(), nn.Linear(512, len(CLASS_COUNTS) * max(CLASS_COUNTS))
         )
 
     def forward(self, pixels_BCHW: Tensor) -> Tensor:
         """Logits [B, labels, classes] from frames in -1..1."""
         pooled = self.encoder(pixels_BCHW).pooler_output
-        return self.read(pooled).view(len(pooled), len(CLASSES), max(CLASSES))
+        return self.read(pooled).view(len(pooled), len(CLASS_COUNTS), max(CLASS_COUNTS))
 
 
-def looked_at(frames: int, tokens: int) -> Tensor:
+def select_frame_indices(frame_count: int, token_count: int) -> Tensor:
     """Which of a clip's frames its visual tokens stand for: spread evenly."""
-    return torch.linspace(0, frames - 1, tokens).round().long()
+    return torch.linspace(0, frame_count - 1, token_count).round().long()
 
 
-def embed_frames(encoder: SiglipVisionModel, clips_BCFHW: Tensor, tokens: int) -> Tensor:
+def embed_frames(encoder: SiglipVisionModel, clips_BCFHW: Tensor, token_count: int) -> Tensor:
     """Targets E of Eq. 1: pooled embeddings [B, tokens, D] of the frames that each clip is looked at in."""
-    at, place = looked_at(clips_BCFHW.shape[2], tokens).unique(return_inverse=True)  # a still has one
-    frames = clips_BCFHW[:, :, at].transpose(1, 2)
+    frame_indices, inverse = select_frame_indices(clips_BCFHW.shape[2], token_count).unique(return_inverse=True)  # a still has one
+    frames = clips_BCFHW[:, :, frame_indices].transpose(1, 2)
     pooled = encoder(frames.flatten(0, 1).to(encoder.device)).pooler_output
-    return pooled.unflatten(0, (len(clips_BCFHW), len(at)))[:, place]
+    return pooled.unflatten(0, (len(clips_BCFHW), len(frame_indices)))[:, inverse]
 
 
-def visual_encoder_recipe(steps: int = 3000, batch: int = 64) -> Recipe:
+def build_visual_encoder_recipe(steps: int = 3000, batch_size: int = 64) -> Recipe:
     torch.manual_seed(4)
     model = VisualFoundation(SiglipVisionModel(SiglipVisionConfig(**CONFIG)))
 
-    def loss(step: int) -> Losses:
+    def compute_loss(step: int) -> Losses:
         rng = random.Random(step_seed("visual_encoder/data", step))
-        chosen = share().take([random_scene(rng, video=False) for _ in range(batch)])
+        scenes = current_rank().take_local_rows([sample_scene(rng, is_video=False) for _ in range(batch_size)])
         device = model.encoder.device
-        labels = torch.tensor([scene_labels(scene) for scene in chosen], device=device)
-        logits = model(to_pixels(chosen)[:, :, 0].to(device))
-        right = (logits.argmax(-1) == labels).float()
+        labels = torch.tensor([encode_scene_labels(scene) for scene in scenes], device=device)
+        logits = model(pixels_from_scenes(scenes)[:, :, 0].to(device))
+        correct = (logits.argmax(-1) == labels).float()
         value = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
-        return {"loss": value, "right": right.mean(), "whole": right.all(dim=1).float().mean()}
+        return {"loss": value, "right": correct.mean(), "whole": correct.all(dim=1).float().mean()}
 
     return Recipe(
-        "visual_encoder", model, ("",), at_once(loss), steps=steps, lr=1e-2, adam_lr=2e-3, warmup=100,
-        samples=lambda step: batch,
+        "visual_encoder", model, ("",), single_micro_batch(compute_loss), steps=steps, lr=1e-2, adam_lr=2e-3, warmup=100,
+        batch_size=lambda step: batch_size,
     )  # fmt: skip

@@ -11,9 +11,9 @@ has been computed, the connector gathers the prompt's rows, cached ones included
 """
 
 ARCHITECTURE = "OmniVideoMLLM"
-GENERAL, ENDPOINT = "omnivideo", "omnivideo_endpoint"  # the entry points' names
-CONNECTOR, CONNECTOR_MODULE = "VisualTokensConnector", "omnivideo.backends.mllm.vllm_plugin.connector"
-WANTED = "visual_tokens"  # in a request's kv_transfer_params: the name of the file for its visual tokens
+GENERAL_PLUGIN, ENDPOINT_PLUGIN = "omnivideo", "omnivideo_endpoint"  # the entry points' names
+CONNECTOR_CLASS, CONNECTOR_MODULE = "VisualTokensConnector", "omnivideo.backends.mllm.vllm_plugin.connector"
+VISUAL_TOKENS_PARAM = "visual_tokens"  # in a request's kv_transfer_params: the name of the file for its visual tokens
 
 
 def register() -> None:

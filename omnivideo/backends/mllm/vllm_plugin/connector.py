@@ -26,36 +26,36 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 
-from omnivideo.backends.mllm.vllm_plugin import WANTED
-from omnivideo.backends.mllm.vllm_plugin.model import Rows
+from omnivideo.backends.mllm.vllm_plugin import VISUAL_TOKENS_PARAM
+from omnivideo.backends.mllm.vllm_plugin.model import HiddenStateCache
 from omnivideo.models.bridge import VisionHead
 
-NAME = re.compile(r"[A-Za-z0-9_]{8,64}")
-MOST = 16_384  # padded tokens that go through the head at a time
+FILE_NAME_PATTERN = re.compile(r"[A-Za-z0-9_]{8,64}")
+MAX_PADDED_TOKENS = 16_384  # padded tokens that go through the head at a time
 log = logging.getLogger(__name__)
 
 
 @dataclass
-class Job:
+class PendingPrompt:
     """A prompt of `length` tokens whose rows lie in `blocks`, in order; its visual tokens go to the file `name`."""
 
-    name: str
-    length: int
-    blocks: list[int]
+    file_name: str
+    prompt_length: int
+    block_ids: list[int]
 
 
 @dataclass
-class Jobs(KVConnectorMetadata):
+class VisualTokensMetadata(KVConnectorMetadata):
     """What is due after a step's forward pass."""
 
-    due: list[Job] = field(default_factory=list)
+    due_prompts: list[PendingPrompt] = field(default_factory=list)
 
 
-def wanted(params: Any) -> str | None:
+def get_requested_file(params: Any) -> str | None:
     """The file that a request's visual tokens are to go to; None where it wants none (or names no file of ours)."""
     extra = getattr(params, "extra_args", None) or {}
-    name = (extra.get("kv_transfer_params") or {}).get(WANTED)
-    return name if isinstance(name, str) and NAME.fullmatch(name) else None
+    name = (extra.get("kv_transfer_params") or {}).get(VISUAL_TOKENS_PARAM)
+    return name if isinstance(name, str) and FILE_NAME_PATTERN.fullmatch(name) else None
 
 
 class VisualTokensConnector(KVConnectorBase_V1, SupportsHMA):
@@ -65,11 +65,11 @@ class VisualTokensConnector(KVConnectorBase_V1, SupportsHMA):
         super().__init__(vllm_config=vllm_config, role=role, kv_cache_config=kv_cache_config)
         groups = kv_cache_config.kv_cache_groups
         # The rows may share a group with the attention layers or have one of their own.
-        ((self.group, self.layer),) = [
-            (at, name) for at, group in enumerate(groups) for name in group.layer_names if name.startswith("rows.")
+        ((self.group_index, self.layer_name),) = [
+            (index, name) for index, group in enumerate(groups) for name in group.layer_names if name.startswith("rows.")
         ]
         self.outbox = Path(self._kv_transfer_config.get_from_extra_config("outbox", ""))
-        self.waiting: dict[str, Job] = {}  # by request, on the scheduler's side
+        self.pending_prompts: dict[str, PendingPrompt] = {}  # by request, on the scheduler's side
 
     # ------------------------------------------------------------ scheduler
 
@@ -79,32 +79,32 @@ class VisualTokensConnector(KVConnectorBase_V1, SupportsHMA):
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         pass
 
-    def build_connector_meta(self, scheduler_output: Any) -> Jobs:
-        jobs = Jobs()
-        for request, computed in self.scheduled(scheduler_output):
-            job = self.waiting[request]
-            if computed + scheduler_output.num_scheduled_tokens[request] >= job.length:
-                jobs.due.append(self.waiting.pop(request))
-        return jobs
+    def build_connector_meta(self, scheduler_output: Any) -> VisualTokensMetadata:
+        metadata = VisualTokensMetadata()
+        for request, computed in self.track_scheduled(scheduler_output):
+            prompt = self.pending_prompts[request]
+            if computed + scheduler_output.num_scheduled_tokens[request] >= prompt.prompt_length:
+                metadata.due_prompts.append(self.pending_prompts.pop(request))
+        return metadata
 
-    def scheduled(self, output: Any) -> Iterator[tuple[str, int]]:
+    def track_scheduled(self, output: Any) -> Iterator[tuple[str, int]]:
         """The waiting requests of a step with the tokens that they have behind them, blocks brought up to date."""
         for new in output.scheduled_new_reqs:
-            if name := wanted(new.sampling_params):
-                self.waiting[new.req_id] = Job(name, len(new.prompt_token_ids), list(new.block_ids[self.group]))
+            if name := get_requested_file(new.sampling_params):
+                self.pending_prompts[new.req_id] = PendingPrompt(name, len(new.prompt_token_ids), list(new.block_ids[self.group_index]))
                 yield new.req_id, new.num_computed_tokens
-        known = output.scheduled_cached_reqs
-        for request, blocks, computed in zip(
-            known.req_ids, known.new_block_ids, known.num_computed_tokens, strict=True
+        cached_requests = output.scheduled_cached_reqs
+        for request, new_block_ids, computed in zip(
+            cached_requests.req_ids, cached_requests.new_block_ids, cached_requests.num_computed_tokens, strict=True
         ):
-            if job := self.waiting.get(request):
-                if request in known.resumed_req_ids:
-                    job.blocks = []
-                job.blocks += blocks[self.group] if blocks is not None else []
+            if prompt := self.pending_prompts.get(request):
+                if request in cached_requests.resumed_req_ids:
+                    prompt.block_ids = []
+                prompt.block_ids += new_block_ids[self.group_index] if new_block_ids is not None else []
                 yield request, computed
 
     def request_finished(self, request: Any, block_ids: Any) -> tuple[bool, None]:
-        self.waiting.pop(request.request_id, None)  # one that was given up
+        self.pending_prompts.pop(request.request_id, None)  # one that was given up
         return False, None
 
     request_finished_all_groups = request_finished
@@ -112,10 +112,10 @@ class VisualTokensConnector(KVConnectorBase_V1, SupportsHMA):
     # ------------------------------------------------------------ workers
 
     def register_kv_caches(self, kv_caches: dict[str, Tensor]) -> None:
-        self.cache = kv_caches[self.layer]
-        layers = get_layers_from_vllm_config(self._vllm_config, Rows, [self.layer])
-        self.head: VisionHead = layers[self.layer].head
-        self.writes = get_tensor_model_parallel_rank() == 0  # every rank has the same rows
+        self.hidden_state_cache = kv_caches[self.layer_name]
+        layers = get_layers_from_vllm_config(self._vllm_config, HiddenStateCache, [self.layer_name])
+        self.vision_head: VisionHead = layers[self.layer_name].head
+        self.is_writer = get_tensor_model_parallel_rank() == 0  # every rank has the same rows
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         pass
@@ -128,40 +128,40 @@ class VisualTokensConnector(KVConnectorBase_V1, SupportsHMA):
 
     def wait_for_save(self) -> None:
         """After the step's forward pass, before its answer."""
-        jobs = self._get_connector_metadata()
-        assert isinstance(jobs, Jobs)
-        if jobs.due and self.writes:
-            for batch in batches(jobs.due):
-                for job, tokens in zip(batch, self.visual_tokens(batch), strict=True):
-                    put(self.outbox / job.name, tokens)
+        metadata = self._get_connector_metadata()
+        assert isinstance(metadata, VisualTokensMetadata)
+        if metadata.due_prompts and self.is_writer:
+            for batch in batch_by_length(metadata.due_prompts):
+                for prompt, tokens in zip(batch, self.compute_visual_tokens(batch), strict=True):
+                    write_visual_tokens(self.outbox / prompt.file_name, tokens)
 
-    def rows(self, job: Job) -> Tensor:
+    def gather_hidden_states(self, prompt: PendingPrompt) -> Tensor:
         """Hidden states [N, M] of a prompt."""
-        blocks = torch.tensor(job.blocks, device=self.cache.device)
-        return self.cache[blocks].flatten(0, 2)[: job.length].float()
+        blocks = torch.tensor(prompt.block_ids, device=self.hidden_state_cache.device)
+        return self.hidden_state_cache[blocks].flatten(0, 2)[: prompt.prompt_length].float()
 
     @torch.no_grad()
-    def visual_tokens(self, batch: list[Job]) -> Tensor:
+    def compute_visual_tokens(self, batch: list[PendingPrompt]) -> Tensor:
         """[B, Q, E] of prompts of any lengths."""
-        rows = [self.rows(job) for job in batch]
-        states_BNM = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-        lengths = torch.tensor([len(one) for one in rows], device=states_BNM.device)
+        states = [self.gather_hidden_states(job) for job in batch]
+        states_BNM = torch.nn.utils.rnn.pad_sequence(states, batch_first=True)
+        lengths = torch.tensor([len(one) for one in states], device=states_BNM.device)
         padding_BN = torch.arange(states_BNM.shape[1], device=states_BNM.device) >= lengths[:, None]
-        return self.head(states_BNM, padding_BN).cpu()
+        return self.vision_head(states_BNM, padding_BN).cpu()
 
 
-def batches(jobs: list[Job]) -> Iterator[list[Job]]:
+def batch_by_length(prompts: list[PendingPrompt]) -> Iterator[list[PendingPrompt]]:
     """Prompts of like lengths together, at most MOST padded tokens unless one alone has more."""
-    batch: list[Job] = []
-    for job in sorted(jobs, key=lambda one: one.length):
-        if batch and job.length * (len(batch) + 1) > MOST:
+    batch: list[PendingPrompt] = []
+    for prompt in sorted(prompts, key=lambda one: one.prompt_length):
+        if batch and prompt.prompt_length * (len(batch) + 1) > MAX_PADDED_TOKENS:
             yield batch
             batch = []
-        batch.append(job)
+        batch.append(prompt)
     yield batch
 
 
-def put(path: Path, tokens_QE: Tensor) -> None:
+def write_visual_tokens(path: Path, tokens_QE: Tensor) -> None:
     """Only into a file that is there: the route that asked has made it, and removes it when it gives up.
 
     A full disk is that request's failure, not the engine's end.

@@ -14,12 +14,12 @@ from vllm.model_executor.models.extract_hidden_states import CacheOnlyAttentionL
 from vllm.model_executor.models.qwen3_vl import Qwen3VLForConditionalGeneration
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from omnivideo.backends.mllm.vllm_plugin.processor import Dummies, Info, Processor
+from omnivideo.backends.mllm.vllm_plugin.processor import OmniVideoDummyInputs, OmniVideoProcessingInfo, OmniVideoProcessor
 from omnivideo.models.bridge import VisionHead
-from omnivideo.presets import preset
+from omnivideo.presets import get_preset
 
 
-class Rows(CacheOnlyAttentionLayer):
+class HiddenStateCache(CacheOnlyAttentionLayer):
     """A paged cache of last hidden states: [blocks, 1, block size, M].  `head` reads them, in the connector."""
 
     head: VisionHead
@@ -27,36 +27,36 @@ class Rows(CacheOnlyAttentionLayer):
     def forward(self, states_TM: Tensor) -> Tensor:
         """Keeps the rows of this step; nothing happens while vLLM measures memory, before there is a cache."""
         slots = get_forward_context().slot_mapping
-        own = slots.get(self.layer_name) if isinstance(slots, dict) else None
-        if own is not None and self.kv_cache.numel():
-            count = min(len(own), len(states_TM))  # a step may be padded, in either
-            basic_cache(states_TM[:count, None].to(self.kv_cache.dtype), self.kv_cache, own[:count])
+        layer_slots = slots.get(self.layer_name) if isinstance(slots, dict) else None
+        if layer_slots is not None and self.kv_cache.numel():
+            count = min(len(layer_slots), len(states_TM))  # a step may be padded, in either
+            basic_cache(states_TM[:count, None].to(self.kv_cache.dtype), self.kv_cache, layer_slots[:count])
         return states_TM
 
 
-def vision_head(name: str) -> VisionHead:
+def build_vision_head(name: str) -> VisionHead:
     """The preset's head, in float32: its output is the decoder's condition, and it is small beside the MLLM."""
-    size = preset(name).vision_head
+    size = get_preset(name).vision_head
     assert size is not None, "serving.command lets no other preset through"
-    return VisionHead(size.dim_in, size.width, size.queries, size.layers, size.heads).float()
+    return VisionHead(size.input_dim, size.width, size.num_queries, size.num_layers, size.num_heads).float()
 
 
-@MULTIMODAL_REGISTRY.register_processor(Processor, info=Info, dummy_inputs=Dummies)
+@MULTIMODAL_REGISTRY.register_processor(OmniVideoProcessor, info=OmniVideoProcessingInfo, dummy_inputs=OmniVideoDummyInputs)
 class OmniVideoMLLM(Qwen3VLForConditionalGeneration):
     """`hf_config.omnivideo` holds the preset's name and the folder of the head's weights."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "model"):
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         config = vllm_config.model_config.hf_config
-        self.vision_head = vision_head(config.omnivideo["preset"])
+        self.vision_head = build_vision_head(config.omnivideo["preset"])
         # vLLM loads these beside the MLLM's own, from safetensors too.
         source = DefaultModelLoader.Source(config.omnivideo["vision_head"], None, prefix="vision_head.")
         self.secondary_weights = (source,)
         text = config.text_config
         # vLLM wants one number in a layer's name: the next after the real ones.
-        self.rows = Rows(1, text.hidden_size, vllm_config.cache_config, prefix=f"rows.{text.num_hidden_layers}")
-        self.rows.__dict__["head"] = self.vision_head  # not as a sub-module: its weights have one name
+        self.hidden_state_cache = HiddenStateCache(1, text.hidden_size, vllm_config.cache_config, prefix=f"rows.{text.num_hidden_layers}")
+        self.hidden_state_cache.__dict__["head"] = self.vision_head  # not as a sub-module: its weights have one name
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         states = super().forward(*args, **kwargs)
-        return self.rows(states) if isinstance(states, torch.Tensor) else states
+        return self.hidden_state_cache(states) if isinstance(states, torch.Tensor) else states
