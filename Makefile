@@ -16,7 +16,7 @@ ARGS ?=
 
 demo:
 	@bash deploy/setup.sh
-	.venv/bin/python -m omnivideo.demo out/demo
+	.venv/bin/python -m omnivideo.cli.demo out/demo
 
 serve:
 	@bash deploy/setup.sh serve

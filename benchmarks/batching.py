@@ -19,12 +19,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from omnivideo.training.data.batches import PAPER_TASK_MIX, TASKS, Bucket, MixConfig, BatchSampler, measure_epoch
-from omnivideo.training.drawn import PreparationConfig, load_cached_task
-from omnivideo.training.recipes.stages import TASK_GROUPS, build_adapter_recipe
-from omnivideo.training.samples import sample_requests
-from omnivideo.training.tiny import REQUESTS_PER_TASK, TinyPipeline
-from omnivideo.training.trainer import Losses, Recipe, Trainer, single_micro_batch, read_complete_lines, step_seed
+from omnivideo.training.data.batch_sampler import PAPER_TASK_MIX, TASKS, BatchSampler, Bucket, MixConfig, measure_epoch
+from omnivideo.training.engine.recipe import Losses, Recipe, single_micro_batch, step_seed
+from omnivideo.training.engine.trainer import Trainer, read_complete_lines
+from omnivideo.training.recipes.flow import build_adapter_recipe
+from omnivideo.training.recipes.parts import TASK_GROUPS
+from omnivideo.training.tiny.feature_cache import PreparationConfig, load_cached_task
+from omnivideo.training.tiny.pipeline import REQUESTS_PER_TASK, TinyPipeline
+from omnivideo.training.tiny.requests import sample_requests
 
 ARMS = ("mixed", "one task")
 LOOKS = 4  # held-out batches of each task
@@ -49,7 +51,10 @@ def orders(total: int) -> None:
         f"{len(tasks)} samples in Table 1's shares, {len(set(buckets))} buckets, 2 ranks; steps with a part for a task,"
     )
     print("for each 1000 samples of the epoch (and the most samples between two of them)")
-    found = [measure_epoch(BatchSampler(tasks, buckets, MixConfig(task_ratio=None, mix_tasks=mixed)), 2) for mixed in (True, False)]
+    found = [
+        measure_epoch(BatchSampler(tasks, buckets, MixConfig(task_ratio=None, mix_tasks=mixed)), 2)
+        for mixed in (True, False)
+    ]
     print(f"{'':22}{'mixed':>18}{'one task a batch':>20}")
     for task in TASKS:
         cells = [f"{one.steps_per_1000_samples[task]:.1f} ({one.max_sample_gap[task]})" for one in found]
@@ -62,10 +67,12 @@ def orders(total: int) -> None:
 
 
 def data_of(tiny: TinyPipeline, omni, seed: int, count: int, folder: Path) -> dict:
-    tell = lambda done, of: print(f"  preparing data: {done}/{of}", end="\r", flush=True)  # noqa: E731
+    tell = lambda done, of: print(f"  preparing data: {done}/{of}", end="\r", flush=True)
     encoder = tiny.load_visual_encoder()
     return {
-        task: load_cached_task(folder, omni, encoder, sample_requests(seed, task, count), PreparationConfig(tell)) for group in TASK_GROUPS for task in group
+        task: load_cached_task(folder, omni, encoder, sample_requests(seed, task, count), PreparationConfig(tell))
+        for group in TASK_GROUPS
+        for task in group
     }
 
 
@@ -95,7 +102,7 @@ def run(tiny: TinyPipeline, arm: str, seed: int, given: argparse.Namespace) -> l
     omni, sizes, name = tiny.load_omni("stage2a"), tuple(given.sizes), f"batching{seed}"
     cache = given.runs / "cache"
     data, unseen = data_of(tiny, omni, 1, given.count, cache), data_of(tiny, omni, 2, max(sizes) * 2, cache)
-    make = lambda tag, some: build_adapter_recipe(tag, omni, some, given.steps, sizes, 0)  # noqa: E731
+    make = lambda tag, some: build_adapter_recipe(tag, omni, some, given.steps, sizes, 0)
     whole = make(name, data)
     alone, looks = ({task: make(tag, {task: some[task]}) for task in some}
                     for tag, some in ((name, data), ("held-out", unseen)))  # fmt: skip

@@ -25,8 +25,8 @@ from rich.table import Table
 
 from omnivideo.settings import load_settings
 from omnivideo.wiring import ServiceWiring
-from tests.integration.s3_server import ACCESS_KEY, SECRET_KEY, S3Server
-from tests.integration.servers import Postgres, Redis, free_port
+from tests.support.s3_server import ACCESS_KEY, SECRET_KEY, S3Server
+from tests.support.servers import Postgres, Redis, free_port
 
 JOBS, STEPS = 10, 60
 KEY = "a-key-for-the-faults"

@@ -25,14 +25,24 @@ from omnivideo.evaluation.suite import CHUNK_SIZE, iterate_chunks, sample_clips
 from omnivideo.models.mllm import MLLMMessage
 from omnivideo.models.omni import OmniVideoModel
 from omnivideo.models.vae import encode_pixels, pixels_from_bytes
-from omnivideo.training.drawn import CachedTask, load_cached_task, load_or_compute
-from omnivideo.training.recipes.stages import SyntheticSource, build_flow_recipe
-from omnivideo.training.recipes.visual_encoder import embed_frames
-from omnivideo.training.samples import TASKS, sample_requests
-from omnivideo.training.scorer import estimate_background, detect_blobs, track_blobs, detect_scene
-from omnivideo.training.tiny import REQUESTS_PER_TASK, TinyPipeline
-from omnivideo.training.trainer import Trainer, read_complete_lines
-from omnivideo.training.world import BACKGROUNDS, CELL_SIZE, COLOURS, FPS, FRAME_SIZE, Scene, SceneObject, rasterize_shape
+from omnivideo.synthetic.scenes import (
+    BACKGROUNDS,
+    CELL_SIZE,
+    COLOURS,
+    FPS,
+    FRAME_SIZE,
+    Scene,
+    SceneObject,
+    rasterize_shape,
+)
+from omnivideo.synthetic.scorer import detect_blobs, detect_scene, estimate_background, track_blobs
+from omnivideo.training.data.batch import CachedTask
+from omnivideo.training.data.visual_targets import embed_frames
+from omnivideo.training.engine.trainer import Trainer, read_complete_lines
+from omnivideo.training.recipes.flow import SyntheticSource, build_flow_recipe
+from omnivideo.training.tiny.feature_cache import load_cached_task, load_or_compute
+from omnivideo.training.tiny.pipeline import REQUESTS_PER_TASK, TinyPipeline
+from omnivideo.training.tiny.requests import TASKS, sample_requests
 
 RATES = (FPS, 12)
 MEASURES = ("right", "steady", "uneven")
@@ -64,7 +74,9 @@ def render_at(scene: Scene, rate: int) -> np.ndarray:
 
 
 @torch.no_grad()
-def at_rate(data: CachedTask, scenes: list[Scene], rate: int, tiny: TinyPipeline, queries: int, file: Path) -> CachedTask:
+def at_rate(
+    data: CachedTask, scenes: list[Scene], rate: int, tiny: TinyPipeline, queries: int, file: Path
+) -> CachedTask:
     """The same requests with their targets' latents and embeddings at another rate, kept in a file."""
     if rate == FPS:
         return data
@@ -104,7 +116,9 @@ def looked_at(omni: OmniVideoModel, count: int) -> dict[str, float]:
     for first, chunk in iterate_chunks(sample_prompts(count, ["motion"])):
         texts = [one.text for one in chunk]
         for one, clip in zip(
-            chunk, sample_clips(omni, texts, [MLLMMessage(text) for text in texts], "text-to-video", 1000 + first), strict=True
+            chunk,
+            sample_clips(omni, texts, [MLLMMessage(text) for text in texts], "text-to-video", 1000 + first),
+            strict=True,
         ):
             reading = detect_scene(clip)
             right.append(one.scene_spec.is_met_by(reading))
@@ -125,7 +139,13 @@ def arm(tiny: TinyPipeline, rate: int, given: argparse.Namespace) -> list[dict]:
             data[task] = at_rate(data[task], scenes, rate, tiny, omni.bridge.vision_head.num_queries, file)
     torch.manual_seed(14)
     recipe = build_flow_recipe(
-        "stage3", omni, SyntheticSource("stage3", data, tuple(given.sizes)), given.steps, lr=7e-3, alignment_weight=0.1, high_noise_share=0.9
+        "stage3",
+        omni,
+        SyntheticSource("stage3", data, tuple(given.sizes)),
+        given.steps,
+        lr=7e-3,
+        alignment_weight=0.1,
+        high_noise_share=0.9,
     )
     trainer = Trainer(recipe, given.out / str(rate))
     log = given.out / str(rate) / "looks.jsonl"

@@ -3,7 +3,7 @@ in a process.
 
     python -m benchmarks.mllm --weights FOLDER [--rounds 60] [--users 16] [--address http://...]
 
-Without an address it starts a server on the CPU (tests/integration/vllm_server.py).  Calls of different kinds take
+Without an address it starts a server on the CPU (tests/support/vllm_server.py).  Calls of different kinds take
 turns, so that whatever else the machine does falls on all of them alike; every call has a prompt of its own, since the
 second time a prompt would come out of the prefix cache.
 """
@@ -25,10 +25,10 @@ import httpx
 from omnivideo.backends.mllm.local import LocalMLLM
 from omnivideo.backends.mllm.remote import RemoteMLLM
 from omnivideo.contracts import MLLMRequest
-from omnivideo.models import checkpoint
-from omnivideo.storage.memory import MemoryObjectStore
-from tests.integration.servers import free_port
-from tests.integration.vllm_server import Server, interpreter
+from omnivideo.models.weights import checkpoint
+from omnivideo.storage.objects.memory import MemoryObjectStore
+from tests.support.servers import free_port
+from tests.support.vllm_server import Server, interpreter
 
 Call = Callable[[str], object]
 number = count()

@@ -13,11 +13,10 @@ from pathlib import Path
 import torch
 from diffusers import UniPCMultistepScheduler, WanPipeline
 
-from omnivideo.models.checkpoint import load
 from omnivideo.models.omni import OmniVideoModel
 from omnivideo.models.sampling import denoise, sample_initial_noise
 from omnivideo.models.vae import decode_latents, pixels_to_bytes
-from omnivideo.studio import find_shipped_weights
+from omnivideo.models.weights.checkpoint import find_shipped_weights, load
 
 GUIDANCE, SHIFT = 3.0, 5.0
 

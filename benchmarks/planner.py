@@ -13,9 +13,9 @@ from langgraph.checkpoint.memory import InMemorySaver
 
 from omnivideo.agent.graph import Planner, load_prompts
 from omnivideo.agent.thread import Thread
-from omnivideo.conversations import open_checkpointer
 from omnivideo.settings import load_settings
-from tests.twins import InstantQueue, ScriptedMLLM
+from omnivideo.storage.checkpointer import open_checkpointer
+from tests.support.twins import InstantQueue, ScriptedMLLM
 
 
 def milliseconds(saver, name: str, turns: int) -> list[float]:

@@ -22,12 +22,12 @@ from pathlib import Path
 import httpx
 
 from benchmarks.faults import KEY, Plant
-from omnivideo.contracts import SamplingOverrides, Job
+from omnivideo.contracts import Job, SamplingOverrides
 
 
 def quantiles(values: list[float]) -> str:
     ranked = sorted(values)
-    at = lambda share: ranked[min(len(ranked) - 1, int(share * len(ranked)))]  # noqa: E731
+    at = lambda share: ranked[min(len(ranked) - 1, int(share * len(ranked)))]
     return f"p50 {1000 * at(0.5):.1f} ms, p99 {1000 * at(0.99):.1f} ms, most {1000 * ranked[-1]:.1f} ms"
 
 

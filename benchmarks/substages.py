@@ -16,12 +16,14 @@ from pathlib import Path
 import torch
 
 from omnivideo.models.omni import OmniVideoModel
-from omnivideo.training.drawn import CachedTask, FlowBatch, load_cached_task, collate_flow_batch
-from omnivideo.training.recipes import stages
-from omnivideo.training.recipes.decoder import flow_matching_loss
-from omnivideo.training.samples import TASKS, Task, sample_requests
-from omnivideo.training.tiny import REQUESTS_PER_TASK, TinyPipeline
-from omnivideo.training.trainer import Recipe, Trainer
+from omnivideo.training.data.batch import CachedTask, FlowBatch, collate_flow_batch
+from omnivideo.training.engine.recipe import Recipe
+from omnivideo.training.engine.trainer import Trainer
+from omnivideo.training.recipes import flow, parts
+from omnivideo.training.recipes.flow_matching import flow_matching_loss
+from omnivideo.training.tiny.feature_cache import load_cached_task
+from omnivideo.training.tiny.pipeline import REQUESTS_PER_TASK, TinyPipeline
+from omnivideo.training.tiny.requests import TASKS, Task, sample_requests
 
 EVERY, WATCHED = 50, 96  # steps; requests of each task
 Curve = dict[Task, list[tuple[int, float]]]
@@ -34,15 +36,17 @@ def rows_of(data: CachedTask) -> FlowBatch:
 @torch.no_grad()
 def error(omni: OmniVideoModel, rows: FlowBatch) -> float:
     """Eq. 4 over rows of one task, nothing dropped, the same noise each time."""
-    model, never = stages.TrainableParts(omni), stages.ConditionDropout(0.0, 0.0, 0.0)
+    model, never = parts.TrainableParts(omni), flow.ConditionDropout(0.0, 0.0, 0.0)
     null = omni.encode_prompts([omni.preset.negative_prompt])[0]
-    condition, _ = stages.build_condition(omni, model, rows, [1.0] * len(rows), never, null)
+    condition, _ = flow.build_condition(omni, model, rows, [1.0] * len(rows), never, null)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return float(flow_matching_loss(omni.decoder, rows.target_latents, condition).mean())
 
 
-def followed(omni: OmniVideoModel, recipe: Recipe, folder: Path, before: int, watched: dict[Task, FlowBatch]) -> Iterator[Curve]:
+def followed(
+    omni: OmniVideoModel, recipe: Recipe, folder: Path, before: int, watched: dict[Task, FlowBatch]
+) -> Iterator[Curve]:
     """Trains to the end; the errors of every task each EVERY steps, counted from `before`."""
     trainer = Trainer(recipe, folder)
     while trainer.step < recipe.steps:
@@ -59,17 +63,21 @@ def joined(curves: Iterator[Curve], name: str) -> Curve:
     return whole
 
 
-def two_substages(tiny: TinyPipeline, steps: list[int], out: Path, data: dict[Task, CachedTask], watched: dict) -> Iterator[Curve]:
+def two_substages(
+    tiny: TinyPipeline, steps: list[int], out: Path, data: dict[Task, CachedTask], watched: dict
+) -> Iterator[Curve]:
     omni = tiny.load_omni("stage2a")
-    first = stages.build_stage2b_generation_recipe(omni, data, steps[0])
+    first = flow.build_stage2b_generation_recipe(omni, data, steps[0])
     yield from followed(omni, first, out / "first", 0, watched)
-    second = stages.build_stage2b_recipe(omni, data, steps[1])
+    second = flow.build_stage2b_recipe(omni, data, steps[1])
     yield from followed(omni, second, out / "second", steps[0], watched)
 
 
-def all_at_once(tiny: TinyPipeline, steps: list[int], out: Path, data: dict[Task, CachedTask], watched: dict) -> Iterator[Curve]:
+def all_at_once(
+    tiny: TinyPipeline, steps: list[int], out: Path, data: dict[Task, CachedTask], watched: dict
+) -> Iterator[Curve]:
     omni = tiny.load_omni("stage2a")
-    yield from followed(omni, stages.build_stage2b_recipe(omni, data, sum(steps)), out / "at-once", 0, watched)
+    yield from followed(omni, flow.build_stage2b_recipe(omni, data, sum(steps)), out / "at-once", 0, watched)
 
 
 def plot(found: dict[str, Curve], picture: Path) -> None:
@@ -97,8 +105,14 @@ def main() -> None:
     print(f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads")
     tiny, cache = TinyPipeline(given.runs, initial_weights=given.weights), given.runs / "cache"
     omni, encoder = tiny.load_omni("stage2a"), tiny.load_visual_encoder()
-    data = {task: load_cached_task(cache, omni, encoder, sample_requests(1, task, given.count), tiny.preparation) for task in TASKS}
-    unseen = {task: rows_of(load_cached_task(cache, omni, encoder, sample_requests(2, task, WATCHED), tiny.preparation)) for task in TASKS}
+    data = {
+        task: load_cached_task(cache, omni, encoder, sample_requests(1, task, given.count), tiny.preparation)
+        for task in TASKS
+    }
+    unseen = {
+        task: rows_of(load_cached_task(cache, omni, encoder, sample_requests(2, task, WATCHED), tiny.preparation))
+        for task in TASKS
+    }
     found = {
         "two sub-stages": joined(two_substages(tiny, given.steps, given.out, data, unseen), "two"),
         "all at once": joined(all_at_once(tiny, given.steps, given.out, data, unseen), "at once"),

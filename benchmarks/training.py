@@ -29,13 +29,13 @@ from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
 
 from omnivideo.models.omni import Bridge, OmniVideoModel, build_decoder
-from omnivideo.presets import Preset, count_decoder_tokens, compute_latent_grid, get_preset
-from omnivideo.training.distributed import ProcessContext, launch_processes, is_launched, open_process_context
-from omnivideo.training.drawn import CachedTask, RaggedTensor
-from omnivideo.training.flops import count_decoder_flops
-from omnivideo.training.recipes.stages import build_stage2b_recipe, build_stage3_recipe
-from omnivideo.training.trainer import Recipe
-from omnivideo.training.watch import measure_peak_memory, find_peak_flops
+from omnivideo.presets import Preset, compute_latent_grid, count_decoder_tokens, get_preset
+from omnivideo.training.data.batch import CachedTask, RaggedTensor
+from omnivideo.training.engine.monitor import find_peak_flops, measure_peak_memory
+from omnivideo.training.engine.recipe import Recipe
+from omnivideo.training.engine.zero import ProcessContext, is_launched, launch_processes, open_process_context
+from omnivideo.training.planning.flops import count_decoder_flops
+from omnivideo.training.recipes.flow import build_stage2b_recipe, build_stage3_recipe
 
 STAGES = {"stage 2b": build_stage2b_recipe, "stage 3": build_stage3_recipe}
 PLAIN = "plain loop"
@@ -131,7 +131,9 @@ def plain(given: argparse.Namespace) -> Measured:
     if given.checkpointing:
         decoder.enable_gradient_checkpointing()
     optimizer = torch.optim.AdamW(decoder.parameters(), lr=1e-5, fused=device.type == "cuda")
-    latents = torch.randn(given.batch, chosen.decoder["in_channels"], *compute_latent_grid(*given.size)).to(device, dtype)
+    latents = torch.randn(given.batch, chosen.decoder["in_channels"], *compute_latent_grid(*given.size)).to(
+        device, dtype
+    )
     condition = torch.randn(given.batch, chosen.min_condition_tokens, chosen.text_width).to(device, dtype)
 
     def step() -> None:

@@ -11,12 +11,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from omnivideo.client import AsyncClient, Client
-    from omnivideo.studio import Result, Studio
+    from omnivideo.sdk.async_client import AsyncClient
+    from omnivideo.sdk.client import Client
+    from omnivideo.sdk.result import Result
+    from omnivideo.sdk.studio import Studio
 
 __version__ = "0.1.0"
 __all__ = ["AsyncClient", "Client", "Result", "Studio", "__version__"]
-LAZY_EXPORTS = {"Studio": "studio", "Result": "studio", "Client": "client", "AsyncClient": "client"}
+LAZY_EXPORTS = {
+    "Studio": "sdk.studio",
+    "Result": "sdk.result",
+    "Client": "sdk.client",
+    "AsyncClient": "sdk.async_client",
+}
 
 
 def __getattr__(name: str) -> Any:

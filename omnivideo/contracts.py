@@ -290,7 +290,18 @@ class TurnCompleted(FrozenModel):
     turn: Turn
 
 
-TurnEvent = PlanReady | ThinkingDelta | PromptRewritten | StepProgress | TextDelta | Preview | ArtifactReady | WaitingNotice | QuestionAsked | TurnCompleted
+TurnEvent = (
+    PlanReady
+    | ThinkingDelta
+    | PromptRewritten
+    | StepProgress
+    | TextDelta
+    | Preview
+    | ArtifactReady
+    | WaitingNotice
+    | QuestionAsked
+    | TurnCompleted
+)
 
 
 def invalid_input_from_validation(error: ValidationError) -> InvalidInput:
@@ -321,7 +332,10 @@ def resolve_sampling_params(preset: Preset, task: Task, **overrides: object) -> 
 
 def check_model_limits(preset: Preset, params: SamplingParams) -> None:
     """Raises InvalidInput where the model has no positions, or no condition, for so much."""
-    grid, max_positions = compute_latent_grid(params.width, params.height, params.frames), preset.decoder["rope_max_seq_len"]
+    grid, max_positions = (
+        compute_latent_grid(params.width, params.height, params.frames),
+        preset.decoder["rope_max_seq_len"],
+    )
     for axis, patch, field in zip(grid, preset.decoder["patch_size"], ("frames", "height", "width"), strict=True):
         if axis // patch > max_positions:
             raise InvalidInput(field, f"{getattr(params, field)} is more than this model has positions for")

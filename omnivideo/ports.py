@@ -3,7 +3,7 @@
 from collections.abc import Collection, Iterator
 from typing import Protocol
 
-from omnivideo.contracts import Artifact, MLLMRequest, Job, Medium, Preview, Route, StepProgress
+from omnivideo.contracts import Artifact, Job, Medium, MLLMRequest, Preview, Route, StepProgress
 
 
 class ObjectStore(Protocol):

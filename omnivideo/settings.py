@@ -27,7 +27,9 @@ class ServiceSettings(BaseSettings):
     database: str = Field(default="", pattern=r"^$|^postgres(ql)?://")
     broker: str = Field(default="", pattern=r"^$|^(redis|rediss|amqp|amqps)://")
     mllm: str = Field(default="", pattern=HTTP_URL_PATTERN)
-    artifact_lifetime_seconds: int = Field(default=30 * SECONDS_PER_DAY, ge=60)  # seconds that an artifact nothing refers to is kept
+    artifact_lifetime_seconds: int = Field(
+        default=30 * SECONDS_PER_DAY, ge=60
+    )  # seconds that an artifact nothing refers to is kept
 
     s3: str = Field(default="", pattern=HTTP_URL_PATTERN)
     s3_bucket: str = Field(default="omnivideo", pattern=r"^[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]$")

@@ -9,27 +9,28 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omnivideo.backends.media import store_user_file
-from omnivideo.conversations import LOCAL_OWNER, Conversations, open_checkpointer
+from omnivideo.agent.conversations import LOCAL_OWNER, Conversations
 from omnivideo.errors import InvalidInput
+from omnivideo.media.artifacts import store_user_file
 from omnivideo.ports import MLLM, JobQueue, SweepableObjectStore
 from omnivideo.presets import get_preset
 from omnivideo.settings import ServiceSettings
-from omnivideo.storage.local import LocalObjectStore
+from omnivideo.storage.checkpointer import open_checkpointer
+from omnivideo.storage.objects.local import LocalObjectStore
 
 if TYPE_CHECKING:
-    from omnivideo.api.rooms import ServiceContext
-    from omnivideo.backends.decoder.painter import Renderer
+    from omnivideo.api.dependencies import ServiceContext
+    from omnivideo.backends.decoder.renderer import Renderer
     from omnivideo.backends.decoder.worker import Worker
     from omnivideo.models.omni import OmniVideoModel
-    from omnivideo.storage.jobs import JobRepository
+    from omnivideo.storage.database.jobs import JobRepository
 
 
 def build_local_conversations(omni: "OmniVideoModel", weights_digest: str, settings: ServiceSettings) -> Conversations:
     """The Studio's wiring: a clip is drawn while it is followed, here; so is the MLLM, unless the settings name one."""
-    from omnivideo.backends.decoder.local import LocalQueue
-    from omnivideo.backends.decoder.painter import Renderer
+    from omnivideo.backends.decoder.renderer import Renderer
     from omnivideo.backends.mllm.remote import RemoteMLLM
+    from omnivideo.backends.queue.local import LocalQueue
 
     store = LocalObjectStore(settings.home / "store")
     renderer = Renderer(omni, store, weights_digest)
@@ -58,7 +59,7 @@ class ServiceWiring:
         settings = self.settings
         if not settings.s3:
             return LocalObjectStore(settings.home / "store")
-        from omnivideo.storage.minio import S3ObjectStore
+        from omnivideo.storage.objects.s3 import S3ObjectStore
 
         return S3ObjectStore(
             settings.s3,
@@ -72,7 +73,7 @@ class ServiceWiring:
     @cached_property
     def engine(self) -> Any:
         """The database, at the newest schema."""
-        from omnivideo.storage.database import create_database_engine, upgrade_schema
+        from omnivideo.storage.database.schema import create_database_engine, upgrade_schema
 
         settings = self.settings
         if not settings.database:
@@ -84,15 +85,16 @@ class ServiceWiring:
 
     @cached_property
     def jobs(self) -> "JobRepository":
-        from omnivideo.storage.jobs import JobRepository
+        from omnivideo.storage.database.jobs import JobRepository
 
         return JobRepository(self.engine, self.settings.max_queued_jobs, self.settings.max_open_jobs_per_key)
 
     @cached_property
     def renderer(self) -> "Renderer":
-        from omnivideo.backends.decoder.painter import Renderer
-        from omnivideo.models import checkpoint
-        from omnivideo.studio import pick_device, find_shipped_weights
+        from omnivideo.backends.decoder.renderer import Renderer
+        from omnivideo.models.device import pick_device
+        from omnivideo.models.weights import checkpoint
+        from omnivideo.models.weights.checkpoint import find_shipped_weights
 
         folder = Path(self.settings.weights) if self.settings.weights else find_shipped_weights(self.settings.preset)
         omni = checkpoint.load(folder, pick_device(self.device))
@@ -100,11 +102,16 @@ class ServiceWiring:
 
     @cached_property
     def worker(self) -> "Worker":
-        from omnivideo.backends.decoder.worker import WorkerConfig, Worker
+        from omnivideo.backends.decoder.worker import Worker, WorkerConfig
 
         settings = self.settings
         max_batch_size = settings.max_batch_size or get_preset(settings.preset).max_batch_size
-        worker_config = WorkerConfig(settings.save_state_every_steps, settings.save_state_every_seconds, settings.heartbeat_timeout, max_batch_size)
+        worker_config = WorkerConfig(
+            settings.save_state_every_steps,
+            settings.save_state_every_seconds,
+            settings.heartbeat_timeout,
+            max_batch_size,
+        )
         return Worker(self.renderer, self.jobs, worker_config)
 
     @cached_property
@@ -120,12 +127,12 @@ class ServiceWiring:
     @cached_property
     def notify_workers(self) -> Callable[[], None]:
         """Lets workers know that there is work; without a broker, this process works itself."""
-        from omnivideo.backends.broker import Reaper, create_celery_app, create_notifier
+        from omnivideo.backends.queue.reaper import Reaper, create_celery_app, create_notifier
 
         if self.settings.broker:
             notify = create_notifier(create_celery_app(self.settings.broker))
         else:
-            from omnivideo.backends.decoder.workers import InProcessWorker
+            from omnivideo.backends.queue.celery import InProcessWorker
 
             workers = InProcessWorker(self.worker).start()
             self.close_callbacks.append(workers.stop)
@@ -135,35 +142,41 @@ class ServiceWiring:
         return notify
 
     def open_queue(self, owner: str = LOCAL_OWNER) -> JobQueue:
-        from omnivideo.backends.jobs import DurableQueue
+        from omnivideo.backends.queue.durable import DurableQueue
 
         return DurableQueue(self.jobs, self.store, self.notify_workers, owner)
 
     @cached_property
     def conversations(self) -> Conversations:
         saver = open_checkpointer(self.settings)
-        conversations = Conversations(self.mllm, self.open_queue, self.store, saver, self.attach_file, self.settings.preset)
+        conversations = Conversations(
+            self.mllm, self.open_queue, self.store, saver, self.attach_file, self.settings.preset
+        )
         self.close_callbacks.append(conversations.close)
         return conversations
 
     def build_service_context(self) -> "ServiceContext":
         """What the HTTP service stands on."""
-        from omnivideo.api.rooms import ServiceContext
-        from omnivideo.api.running import TurnRunner
-        from omnivideo.backends import incoming
-        from omnivideo.backends.hooks import check_reachable
-        from omnivideo.backends.pictures import create_picture_renderer
-        from omnivideo.storage.keys import APIKeyRepository
+        from omnivideo.api.dependencies import ServiceContext
+        from omnivideo.api.turn_runner import TurnRunner
+        from omnivideo.backends.webhooks import check_reachable
+        from omnivideo.media import ingest
+        from omnivideo.media.thumbnails import create_picture_renderer
+        from omnivideo.storage.database.keys import APIKeyRepository
+        from omnivideo.storage.database.turns import TurnRepository
         from omnivideo.storage.records import RecordRepository
-        from omnivideo.storage.turns import TurnRepository
 
         settings = self.settings
 
         def fetch_media(url: str) -> bytes:
             if url.startswith("data:"):
-                return incoming.decode_data_url(url, settings.max_upload_bytes)
-            max_bytes, timeout_seconds, ports = settings.max_upload_bytes, settings.fetch_timeout_seconds, settings.media_ports
-            return incoming.fetch_media(url, settings.media_hosts, max_bytes, timeout_seconds, extra_ports=ports)
+                return ingest.decode_data_url(url, settings.max_upload_bytes)
+            max_bytes, timeout_seconds, ports = (
+                settings.max_upload_bytes,
+                settings.fetch_timeout_seconds,
+                settings.media_ports,
+            )
+            return ingest.fetch_media(url, settings.media_hosts, max_bytes, timeout_seconds, extra_ports=ports)
 
         context = ServiceContext(
             settings=settings,
@@ -173,7 +186,7 @@ class ServiceWiring:
             records=RecordRepository(self.engine),
             turns=TurnRepository(self.engine),
             conversations=self.conversations,
-            ingest_media=lambda data, made_by, name="": incoming.ingest_media(self.store, data, made_by, name),
+            ingest_media=lambda data, made_by, name="": ingest.ingest_media(self.store, data, made_by, name),
             fetch_media=fetch_media,
             notify_workers=self.notify_workers,
             render_thumbnail=create_picture_renderer(self.store),
@@ -185,13 +198,21 @@ class ServiceWiring:
 
     def start_background_services(self, context: "ServiceContext") -> "ServiceContext":
         """The same rooms, with what works beside the requests begun: batches and webhooks."""
-        from omnivideo.api import chat
-        from omnivideo.api.batches import BatchLineHandler
-        from omnivideo.backends.batches import BatchRunner
-        from omnivideo.backends.hooks import WebhookSender
+        from omnivideo.api.routes import chat
+        from omnivideo.api.routes.batches import BatchLineHandler
+        from omnivideo.backends.batches.runner import BatchRunner
+        from omnivideo.backends.webhooks import WebhookSender
 
         settings, send_chat_request = self.settings, partial(chat.run_chat_request, context)
-        runner = BatchRunner(context.records, self.jobs, self.store, self.notify_workers, BatchLineHandler(context), send_chat_request, settings.heartbeat_timeout)
+        runner = BatchRunner(
+            context.records,
+            self.jobs,
+            self.store,
+            self.notify_workers,
+            BatchLineHandler(context),
+            send_chat_request,
+            settings.heartbeat_timeout,
+        )
         sender = WebhookSender(context.records, settings.webhook_hosts)
         self.close_callbacks += [runner.start().stop, sender.start().stop]
         return context
@@ -205,7 +226,9 @@ class ServiceWiring:
         from omnivideo.storage.records import RecordRepository
 
         referenced_keys = (
-            self.conversations.collect_referenced_keys() | self.jobs.collect_referenced_keys(self.settings.artifact_lifetime_seconds) | RecordRepository(self.engine).collect_referenced_keys()
+            self.conversations.collect_referenced_keys()
+            | self.jobs.collect_referenced_keys(self.settings.artifact_lifetime_seconds)
+            | RecordRepository(self.engine).collect_referenced_keys()
         )
         return self.store.sweep(referenced_keys, self.settings.artifact_lifetime_seconds)
 

@@ -10,18 +10,20 @@ from transformers import UMT5Config, UMT5EncoderModel
 
 from omnivideo.backends.mllm.local import LocalMLLM
 from omnivideo.backends.mllm.remote import RemoteMLLM
-from omnivideo.models import checkpoint
 from omnivideo.models.mllm import VisionInputConfig
 from omnivideo.models.omni import Bridge, OmniVideoModel, build_decoder
+from omnivideo.models.weights import checkpoint
 from omnivideo.presets import TINY
-from omnivideo.training.recipes import mllm, text
+from omnivideo.training.tiny import mllm, text_encoder
+from tests.support.openai_service import client_for, http_for, service_in
+from tests.support.vllm_server import interpreter
 
 torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
 def text_tokenizer():
-    return text.build_tokenizer(text.build_corpus(400))
+    return text_encoder.build_tokenizer(text_encoder.build_corpus(400))
 
 
 @pytest.fixture(scope="session")
@@ -41,7 +43,7 @@ def omni(text_tokenizer, mllm_tokenizer) -> OmniVideoModel:
         vision_config=VisionInputConfig(),
         bridge=Bridge(TINY),
         decoder=build_decoder(TINY),
-        text_encoder=UMT5EncoderModel(UMT5Config(**text.CONFIG)),
+        text_encoder=UMT5EncoderModel(UMT5Config(**text_encoder.CONFIG)),
         tokenizer=text_tokenizer,
         vae=AutoencoderKLWan(**TINY.vae),
     ).eval()
@@ -59,3 +61,37 @@ def short_answers(monkeypatch):
     """An untrained model would talk on to the limit."""
     monkeypatch.setattr(LocalMLLM, "most", 24)
     monkeypatch.setattr(RemoteMLLM, "most", 24)
+
+
+@pytest.fixture(scope="session")
+def vllm_python() -> str:
+    """An interpreter that has vLLM."""
+    try:
+        return interpreter()
+    except LookupError as why:
+        pytest.skip(str(why))
+
+
+@pytest.fixture(scope="module")
+def service(omni, tmp_path_factory):
+    with service_in(tmp_path_factory.mktemp("service"), omni) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def rooms(service):
+    return service[1]
+
+
+@pytest.fixture(scope="module")
+def client(service):
+    """The unmodified openai client."""
+    with client_for(service) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def http(service):
+    """For what the openai client has no words for."""
+    with http_for(service) as http:
+        yield http

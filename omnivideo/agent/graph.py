@@ -19,32 +19,32 @@ from langgraph.config import get_config, get_stream_writer
 from langgraph.graph import END, START, StateGraph
 from langgraph.types import interrupt
 
-from omnivideo.agent import words
+from omnivideo.agent import english_rules
 from omnivideo.agent.state import PlannerState
 from omnivideo.contracts import (
-    THINK_END,
     MAX_SEED,
+    THINK_END,
     THINK_START,
     Action,
-    Artifact,
-    MLLMRequest,
     ActionResult,
-    TurnEvent,
-    TurnCompleted,
-    SamplingOverrides,
+    Artifact,
+    ArtifactReady,
+    Candidate,
     Goal,
     Job,
-    ArtifactReady,
     Medium,
+    MLLMRequest,
     Plan,
     PlanReady,
     PromptRewritten,
     Route,
+    SamplingOverrides,
     TextDelta,
     ThinkingDelta,
     ThinkTrace,
-    Candidate,
     Turn,
+    TurnCompleted,
+    TurnEvent,
     TurnOptions,
 )
 from omnivideo.ports import MLLM, JobQueue
@@ -151,10 +151,12 @@ class Planner:
         """The acts' words, and what each is about: by the model where it can plan and does so in form, else nothing."""
         if self.prompts.plan:
             artifacts = [Artifact(**one) for one in state.get("artifacts", []) + state["attachments"]]
-            request = MLLMRequest(text=words.build_plan_request(state["text"], artifacts), system=self.prompts.plan)
-            if planned := words.parse_plan("".join(self.mllm.stream_text(request)), len(artifacts)):
+            request = MLLMRequest(
+                text=english_rules.build_plan_request(state["text"], artifacts), system=self.prompts.plan
+            )
+            if planned := english_rules.parse_plan("".join(self.mllm.stream_text(request)), len(artifacts)):
                 return [one.text for one in planned], [one.reference for one in planned]
-        pieces = words.split_actions(state["text"])
+        pieces = english_rules.split_actions(state["text"])
         return pieces, [""] * len(pieces)
 
     def resolve_reference(self, state: PlannerState) -> dict[str, Any]:
@@ -167,7 +169,7 @@ class Planner:
             source = self.artifact_from_plan(about, search)
         else:
             source = self.resolve_by_words(text, state["current"], search)
-        if source is None and not search.artifacts and words.is_change_request(text):
+        if source is None and not search.artifacts and english_rules.is_change_request(text):
             # Nothing is there to change: the reply is what to begin with.
             text = search.ask_user(NOTHING_TO_EDIT_QUESTION)
         act = Action(text=text, source=None if source is None else source.key)
@@ -175,7 +177,7 @@ class Planner:
             "act": act.model_dump(), "trace": None, "statement": None, "tries": [], "over": False,
             "asked": state["asked"] + search.clarifications, "descriptions": search.descriptions,
         }  # fmt: skip
-        if source is None or not words.is_go_back_request(text):
+        if source is None or not english_rules.is_go_back_request(text):
             return updates
         emit_event(ArtifactReady(artifact=source))
         route = Route(kind="text", probability=1.0)
@@ -194,33 +196,39 @@ class Planner:
         artifacts = search.artifacts
         if not artifacts:
             return None
-        if named := words.find_by_ordinal(text, artifacts):
-            return named.artifact or self.ask_which_artifact(f"There is no {named.words.removeprefix('the ')} here. ", search)
-        if described := words.find_description(text):
+        if named := english_rules.find_by_ordinal(text, artifacts):
+            return named.artifact or self.ask_which_artifact(
+                f"There is no {named.words.removeprefix('the ')} here. ", search
+            )
+        if described := english_rules.find_description(text):
             return self.find_by_description(*described, search)
-        if words.is_reference(text):
+        if english_rules.is_reference(text):
             return next((one for one in reversed(artifacts) if one.key == current), None)
         return None
 
     def find_by_description(self, description: str, medium: Medium | None, search: ReferenceSearch) -> Artifact:
         """The latest artifact that shows what the words say, by the model's own description of each."""
         for one in reversed(search.artifacts):
-            if medium in (None, one.medium) and words.matches_description(description, self.describe_artifact(one, search)):
+            if medium in (None, one.medium) and english_rules.matches_description(
+                description, self.describe_artifact(one, search)
+            ):
                 return one
         return self.ask_which_artifact(f"I find no {description.strip()} here. ", search)
 
     def ask_which_artifact(self, preamble: str, search: ReferenceSearch) -> Artifact:
         """Asks which artifact is meant, twice at most; who names none then gets the last one."""
         descriptions = [self.describe_artifact(one, search) for one in search.artifacts]
-        question = preamble + words.build_choice_question(search.artifacts, descriptions)
+        question = preamble + english_rules.build_choice_question(search.artifacts, descriptions)
         for _ in range(2):
-            if artifact := words.artifact_from_reply(search.ask_user(question), search.artifacts, descriptions):
+            if artifact := english_rules.artifact_from_reply(search.ask_user(question), search.artifacts, descriptions):
                 return artifact
         return search.artifacts[-1]
 
     def describe_artifact(self, artifact: Artifact, search: ReferenceSearch) -> str:
         if artifact.key not in search.descriptions:
-            request = MLLMRequest(text=self.prompts.describe.format(medium=MEDIUM_NAMES[artifact.medium]), artifacts=(artifact,))
+            request = MLLMRequest(
+                text=self.prompts.describe.format(medium=MEDIUM_NAMES[artifact.medium]), artifacts=(artifact,)
+            )
             search.descriptions[artifact.key] = "".join(self.mllm.stream_text(request)).strip()
         return search.descriptions[artifact.key]
 
@@ -231,7 +239,7 @@ class Planner:
         request = self.build_request(state)
         route = self.mllm.route(request)
         options = TurnOptions(**state["options"])
-        wanted = options.think == "on" or (options.think == "auto" and words.is_indirect(request.text))
+        wanted = options.think == "on" or (options.think == "auto" and english_rules.is_indirect(request.text))
         trace = None
         if wanted and route.kind != "text":
             trace = self.rewrite_prompt(request)
@@ -289,7 +297,9 @@ class Planner:
             id=f"{get_thread_id()}/{turn_number}.{action_index + 1}.{attempt + 1}{retry_suffix}",
             task=f"{medium}-editing" if source else f"text-to-{medium}",  # type: ignore[arg-type]
             prompt=prompt,
-            visual_tokens=self.mllm.predict_visual_tokens(MLLMRequest(text=prompt, artifacts=(source,) if source else ()), medium),
+            visual_tokens=self.mllm.predict_visual_tokens(
+                MLLMRequest(text=prompt, artifacts=(source,) if source else ()), medium
+            ),
             source=source,
             seed=(base_seed + attempt) % (MAX_SEED + 1),
             overrides=SamplingOverrides(steps=options.steps, guidance_scale=options.guidance_scale),

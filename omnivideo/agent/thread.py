@@ -11,7 +11,16 @@ from langgraph.types import Command, StateSnapshot
 from pydantic import ValidationError
 
 from omnivideo.agent.graph import derive_seed
-from omnivideo.contracts import Artifact, TurnEvent, TurnCompleted, QuestionAsked, Turn, TurnOptions, check_prompt, invalid_input_from_validation
+from omnivideo.contracts import (
+    Artifact,
+    QuestionAsked,
+    Turn,
+    TurnCompleted,
+    TurnEvent,
+    TurnOptions,
+    check_prompt,
+    invalid_input_from_validation,
+)
 from omnivideo.errors import InvalidInput, OmniVideoError
 
 AttachFile = Callable[[str | Path, str], Artifact]
@@ -74,11 +83,20 @@ class Thread:
     def find_snapshot_after(self, num_turns: int) -> StateSnapshot | None:
         """The state after so many turns; None where there never was one."""
         history = self.graph.get_state_history(self.config)
-        return next((snapshot for snapshot in history if is_turn_complete(snapshot) and len(snapshot.values["turns"]) == num_turns), None)
+        return next(
+            (
+                snapshot
+                for snapshot in history
+                if is_turn_complete(snapshot) and len(snapshot.values["turns"]) == num_turns
+            ),
+            None,
+        )
 
     # ------------------------------------------------------------ a turn
 
-    def send(self, text: str, attachments: Sequence[str | Path | Artifact] = (), **options: object) -> Iterator[TurnEvent]:
+    def send(
+        self, text: str, attachments: Sequence[str | Path | Artifact] = (), **options: object
+    ) -> Iterator[TurnEvent]:
         """Runs a turn and gives its events as they happen; the last one is Finished, or a Question.
 
         After a Question the next text sent is the reply.  A turn that a killed process left is finished first.

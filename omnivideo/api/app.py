@@ -14,9 +14,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from omnivideo import __version__
 from omnivideo.api import errors
-from omnivideo.api.events import EventFeed
-from omnivideo.api.rooms import ServiceContext
-from omnivideo.api.running import TurnRunner
+from omnivideo.api.dependencies import ServiceContext
+from omnivideo.api.event_feed import EventFeed
+from omnivideo.api.turn_runner import TurnRunner
 
 log = logging.getLogger("omnivideo.api")
 TRACER = trace.get_tracer("omnivideo.api")
@@ -64,12 +64,18 @@ class RequestMiddleware:
             span.update_name(f"{scope['method']} {route}")
         self.context.request_metrics.saw(scope["method"], route, status, started_at)
         elapsed_ms = 1000 * (time.perf_counter() - started_at)
-        log_fields = {"request": request_id, "method": scope["method"], "route": route, "status": status, "ms": round(elapsed_ms, 1)}
+        log_fields = {
+            "request": request_id,
+            "method": scope["method"],
+            "route": route,
+            "status": status,
+            "ms": round(elapsed_ms, 1),
+        }
         log.info("%s %s %d", scope["method"], scope["path"], status, extra=log_fields)
 
 
 def create_app(context: ServiceContext) -> FastAPI:
-    from omnivideo.api import batches, chat, files, hooks, images, threads, videos, watching
+    from omnivideo.api.routes import batches, chat, files, images, operations, threads, videos, webhooks
 
     context.turn_runner = runner = context.turn_runner or TurnRunner(context)
 
@@ -82,10 +88,10 @@ def create_app(context: ServiceContext) -> FastAPI:
     description = "Understand, create and edit video by talking."
     app = FastAPI(title="omnivideo", version=__version__, description=description, lifespan=lifespan)
     app.state.rooms, app.state.runner, app.state.feed = context, runner, EventFeed(context)
-    context.request_metrics = watching.RequestMetrics(context)
+    context.request_metrics = operations.RequestMetrics(context)
     app.add_middleware(RequestMiddleware, rooms=context)
     errors.register_error_handlers(app)
-    for routes in (chat, videos, images, files, batches, hooks, threads, watching):
+    for routes in (chat, videos, images, files, batches, webhooks, threads, operations):
         app.include_router(routes.router)
 
     return app

@@ -10,13 +10,13 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from omnivideo.errors import (
-    ServiceBusy,
+    ArtifactNotFound,
     InvalidInput,
     JobCancelled,
     JobFailed,
     ModelUnavailable,
-    ArtifactNotFound,
     OmniVideoError,
+    ServiceBusy,
     StoreError,
 )
 
@@ -95,7 +95,9 @@ def api_error_from_validation(error: RequestValidationError) -> APIError:
     """A request's first wrong field."""
     first_error = error.errors()[0]
     field_path = [str(part) for part in first_error["loc"] if part not in ("body", "query", "path", "header")]
-    return APIError(400, f"{'.'.join(field_path) or 'body'}: {first_error['msg']}", ".".join(field_path) or None, "invalid_value")
+    return APIError(
+        400, f"{'.'.join(field_path) or 'body'}: {first_error['msg']}", ".".join(field_path) or None, "invalid_value"
+    )
 
 
 def register_error_handlers(app: FastAPI) -> None:
@@ -124,5 +126,7 @@ def register_error_handlers(app: FastAPI) -> None:
         request_id = getattr(request.state, "request_id", "?")
         log.exception("request %s", request_id, exc_info=error)
         api_error = APIError(500, INTERNAL_ERROR, None, "internal")
-        api_error.headers["x-request-id"] = request_id  # this answer is made outside of the gate, which names the others
+        api_error.headers["x-request-id"] = (
+            request_id  # this answer is made outside of the gate, which names the others
+        )
         return to_json_response(api_error)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from rich.table import Table
 
 from omnivideo.evaluation.prompts import CATEGORIES
-from omnivideo.evaluation.suite import ConditionMode, Score, EvaluationProgress, evaluate_generation
+from omnivideo.evaluation.suite import ConditionMode, EvaluationProgress, Score, evaluate_generation
 from omnivideo.models.omni import OmniVideoModel
 
 ABLATION_ROWS: tuple[tuple[str, str, ConditionMode], ...] = (
@@ -20,7 +20,9 @@ ABLATION_ROWS: tuple[tuple[str, str, ConditionMode], ...] = (
 )
 
 
-def run_ablation(load_after_stage: Callable[[str], OmniVideoModel], count: int, on_progress: EvaluationProgress) -> Iterator[tuple[str, dict[str, Score]]]:
+def run_ablation(
+    load_after_stage: Callable[[str], OmniVideoModel], count: int, on_progress: EvaluationProgress
+) -> Iterator[tuple[str, dict[str, Score]]]:
     """The name and the scores of each row; `after` gives the model as it stands after a recipe."""
     for name, recipe, mode in ABLATION_ROWS:
         yield name, evaluate_generation(load_after_stage(recipe), count, on_progress, mode)

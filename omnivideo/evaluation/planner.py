@@ -11,26 +11,26 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from omnivideo.contracts import Artifact, MLLMRequest, ActionResult, TurnCompleted, Turn
+from omnivideo.contracts import ActionResult, Artifact, MLLMRequest, Turn, TurnCompleted
 from omnivideo.evaluation.prompts import sample_prompts
-from omnivideo.evaluation.suite import Score, EvaluationProgress, score_verdicts
+from omnivideo.evaluation.suite import EvaluationProgress, Score, score_verdicts
 from omnivideo.ports import MLLM
-from omnivideo.training.edits import EDIT_MAKERS, spec_from_scene, sample_edit
-from omnivideo.training.facts import SceneSpec
-from omnivideo.training.language import to_canonical_text
-from omnivideo.training.questions import ask_background, ask_colour, ask_count, ask_presence
-from omnivideo.training.recipes.mllm import (
-    make_caption_prompt,
-    make_knowledge_sample,
+from omnivideo.synthetic.captions import to_canonical_text
+from omnivideo.synthetic.edits import EDIT_MAKERS, sample_edit, spec_from_scene
+from omnivideo.synthetic.facts import SceneSpec
+from omnivideo.synthetic.indirect_requests import sample_indirect_request
+from omnivideo.synthetic.questions import ask_background, ask_colour, ask_count, ask_presence
+from omnivideo.synthetic.scenes import Scene, sample_scene
+from omnivideo.synthetic.scorer import detect_scene
+from omnivideo.training.tiny.mllm import (
     get_medium_prefix,
-    make_question_sample,
+    make_caption_prompt,
     make_indirect_prompt,
-    phrase_still_request,
+    make_knowledge_sample,
+    make_question_sample,
     make_talk_sample,
+    phrase_still_request,
 )
-from omnivideo.training.riddles import sample_indirect_request
-from omnivideo.training.scorer import detect_scene
-from omnivideo.training.world import Scene, sample_scene
 
 # What the evaluation needs of a thread: words in, the whole turn out (None where it asked back).
 SendTurn = Callable[..., Turn | None]
@@ -63,7 +63,9 @@ class Tally:
         return score_verdicts(self.verdicts)
 
 
-def run_attempt(open_thread: OpenThread, load_frames: LoadFrames, text: str, scene_spec: SceneSpec, tally: Tally, **options: object) -> None:
+def run_attempt(
+    open_thread: OpenThread, load_frames: LoadFrames, text: str, scene_spec: SceneSpec, tally: Tally, **options: object
+) -> None:
     send_turn = open_thread()
     began = time.perf_counter()
     turn = send_turn(text, **options)
@@ -71,7 +73,9 @@ def run_attempt(open_thread: OpenThread, load_frames: LoadFrames, text: str, sce
     tally.verdicts.append(turn is not None and make_scene_check(scene_spec)(turn.results[-1], load_frames))
 
 
-def evaluate_think_modes(open_thread: OpenThread, load_frames: LoadFrames, count: int, on_progress: EvaluationProgress) -> dict[str, Tally]:
+def evaluate_think_modes(
+    open_thread: OpenThread, load_frames: LoadFrames, count: int, on_progress: EvaluationProgress
+) -> dict[str, Tally]:
     """Held-out riddles and plain prompts with think off, on and auto, each at the same seed."""
     rng = random.Random("evaluation/thinking")
     rows = {f"{kind}, think {mode}": Tally() for kind in ("reasoning", "plain") for mode in ("off", "on", "auto")}
@@ -81,19 +85,25 @@ def evaluate_think_modes(open_thread: OpenThread, load_frames: LoadFrames, count
             ("reasoning", phrase_still_request(rng, riddle.prompt), riddle.scene_spec), ("plain", plain_prompt.text, plain_prompt.scene_spec)
         ):  # fmt: skip
             for mode in ("off", "on", "auto"):
-                run_attempt(open_thread, load_frames, text, demand, rows[f"{kind}, think {mode}"], think=mode, seed=index)
+                run_attempt(
+                    open_thread, load_frames, text, demand, rows[f"{kind}, think {mode}"], think=mode, seed=index
+                )
         on_progress("thinking", index + 1, count)
     return rows
 
 
-def evaluate_best_of_candidates(open_thread: OpenThread, load_frames: LoadFrames, count: int, on_progress: EvaluationProgress) -> dict[str, Tally]:
+def evaluate_best_of_candidates(
+    open_thread: OpenThread, load_frames: LoadFrames, count: int, on_progress: EvaluationProgress
+) -> dict[str, Tally]:
     """Two objects, counting and colour attribution with one try and with up to four."""
     rows: dict[str, Tally] = {}
     for category in ("two", "counting", "colour attribution"):
         for index, prompt in enumerate(sample_prompts(count, [category])):
             for tries in (1, 4):
                 row = rows.setdefault(f"{category}, {tries} tries", Tally())
-                run_attempt(open_thread, load_frames, prompt.text, prompt.scene_spec, row, think="off", check=tries, seed=index)
+                run_attempt(
+                    open_thread, load_frames, prompt.text, prompt.scene_spec, row, think="off", check=tries, seed=index
+                )
             on_progress(category, index + 1, count)
     return rows
 
@@ -147,7 +157,9 @@ def sample_script(rng: random.Random, turn_count: int = 10) -> list[ScriptedTurn
     lines.append(make_opening_turn(scene))
     while len(lines) < turn_count:
         lot = rng.random()
-        if lot < 0.45 and (change := EDIT_MAKERS[rng.choice(("recolour", "reshape", "remove", "background"))](rng, scene)):
+        if lot < 0.45 and (
+            change := EDIT_MAKERS[rng.choice(("recolour", "reshape", "remove", "background"))](rng, scene)
+        ):
             scene = change[0]
             lines.append(ScriptedTurn(change[1], make_scene_check(spec_from_scene(scene))))
         elif lot < 0.8:
@@ -174,10 +186,14 @@ def sample_first_scene(rng: random.Random, video: bool) -> Scene:
 
 def make_opening_turn(scene: Scene) -> ScriptedTurn:
     demand = spec_from_scene(scene)
-    return ScriptedTurn(f"draw a {get_medium_prefix(scene.is_video)}{to_canonical_text(demand)}", make_scene_check(demand))
+    return ScriptedTurn(
+        f"draw a {get_medium_prefix(scene.is_video)}{to_canonical_text(demand)}", make_scene_check(demand)
+    )
 
 
-def evaluate_conversations(open_thread: OpenThread, load_frames: LoadFrames, count: int, on_progress: EvaluationProgress) -> Score:
+def evaluate_conversations(
+    open_thread: OpenThread, load_frames: LoadFrames, count: int, on_progress: EvaluationProgress
+) -> Score:
     """Share of right turns over `count` scripted conversations of ten turns; one that asks back counts as wrong."""
     rng, verdicts = random.Random("evaluation/conversations"), []
     for at in range(count):
@@ -191,7 +207,10 @@ def evaluate_conversations(open_thread: OpenThread, load_frames: LoadFrames, cou
 
 def sample_joined_actions(rng: random.Random) -> tuple[str, list[str]]:
     """A turn of two or three acts, and the acts."""
-    parts = [make_caption_prompt(rng, rng.random() < 0.5)[0], sample_edit(rng, False, "held_out", ["recolour"]).instruction]
+    parts = [
+        make_caption_prompt(rng, rng.random() < 0.5)[0],
+        sample_edit(rng, False, "held_out", ["recolour"]).instruction,
+    ]
     parts += [make_question_sample(rng, False)[0].text] * (rng.random() < 0.5)
     return rng.choice(("; ", ", then ", ". ", ", and then ", "; now ")).join(parts), parts
 

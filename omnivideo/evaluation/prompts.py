@@ -4,18 +4,26 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from omnivideo.training.facts import SceneSpec, ObjectSpec
-from omnivideo.training.language import (
+from omnivideo.synthetic.captions import (
     BACKGROUND_PHRASES,
     BACKGROUND_WORDS,
     MOTION_WORDS,
     NUMBER_WORDS,
     RELATION_WORDS,
     add_article,
-    sample_noun_phrase,
     find_relation,
+    sample_noun_phrase,
 )
-from omnivideo.training.world import BACKGROUNDS, CLIP_FRAMES, Scene, SceneObject, place_randomly, sample_object, is_in_split
+from omnivideo.synthetic.facts import ObjectSpec, SceneSpec
+from omnivideo.synthetic.scenes import (
+    BACKGROUNDS,
+    CLIP_FRAMES,
+    Scene,
+    SceneObject,
+    is_in_split,
+    place_randomly,
+    sample_object,
+)
 
 IMAGE_CATEGORIES = ("single", "two", "counting", "colours", "position", "colour attribution")
 CATEGORIES = (*IMAGE_CATEGORIES, "motion")
@@ -59,7 +67,9 @@ def sample_held_out_scene(rng: random.Random, category: str) -> Scene:
 
 
 def describe_object(rng: random.Random, scene_object: SceneObject, plural: bool = False) -> str:
-    return sample_noun_phrase(rng, scene_object, with_size=scene_object.motion not in ("growing", "shrinking"), is_plural=plural)
+    return sample_noun_phrase(
+        rng, scene_object, with_size=scene_object.motion not in ("growing", "shrinking"), is_plural=plural
+    )
 
 
 def describe_scene(rng: random.Random, category: str, scene: Scene) -> str:
@@ -67,7 +77,11 @@ def describe_scene(rng: random.Random, category: str, scene: Scene) -> str:
     first = scene.objects[0]
     if category == "counting":
         count = len(scene.objects)
-        return add_article(describe_object(rng, first)) if count == 1 else f"{NUMBER_WORDS[count]} {describe_object(rng, first, plural=True)}"
+        return (
+            add_article(describe_object(rng, first))
+            if count == 1
+            else f"{NUMBER_WORDS[count]} {describe_object(rng, first, plural=True)}"
+        )
     if category == "motion":
         return f"{add_article(describe_object(rng, first))} {rng.choice(MOTION_WORDS[first.motion])}".strip()
     if len(scene.objects) == 1:

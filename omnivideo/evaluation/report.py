@@ -7,7 +7,7 @@ from typing import Any
 from rich.table import Table
 
 from omnivideo.evaluation import planner
-from omnivideo.evaluation.suite import Score, EvaluationProgress
+from omnivideo.evaluation.suite import EvaluationProgress, Score
 
 # What the tiny preset is to reach (the issue that made it).
 TARGET_SCORES = {
@@ -52,5 +52,7 @@ def score_planner(conversations: Any, count: int, on_progress: EvaluationProgres
     for name, row in rows.items():
         scores[name] = row.score
         scores[f"{name}: seconds each"] = round(row.total_seconds / row.score.count, 3)
-    scores["conversations"] = planner.evaluate_conversations(open_thread, conversations.frames, (3 * count + 4) // 5, on_progress)
+    scores["conversations"] = planner.evaluate_conversations(
+        open_thread, conversations.frames, (3 * count + 4) // 5, on_progress
+    )
     return scores

@@ -20,19 +20,19 @@ from omnivideo.models.omni import OmniVideoModel, TargetMedium
 from omnivideo.models.sampling import denoise, sample_initial_noise
 from omnivideo.models.vae import decode_latents, encode_pixels, pixels_to_bytes
 from omnivideo.presets import Task, compute_latent_grid
-from omnivideo.training.edits import IMAGE_EDITS, VIDEO_EDITS, SceneEdit, sample_edit
-from omnivideo.training.latents import pixels_from_scenes
-from omnivideo.training.questions import sample_question
-from omnivideo.training.recipes.mllm import (
+from omnivideo.synthetic.edits import IMAGE_EDITS, VIDEO_EDITS, SceneEdit, sample_edit
+from omnivideo.synthetic.questions import sample_question
+from omnivideo.synthetic.scenes import render_object_mask, render_scene, sample_scene
+from omnivideo.synthetic.scorer import detect_scene
+from omnivideo.training.tiny.latents import pixels_from_scenes
+from omnivideo.training.tiny.mllm import (
     make_caption_prompt,
-    make_knowledge_sample,
-    media_from_scene,
-    make_question_sample,
     make_indirect_prompt,
+    make_knowledge_sample,
+    make_question_sample,
     make_talk_sample,
+    media_from_scene,
 )
-from omnivideo.training.scorer import detect_scene
-from omnivideo.training.world import render_object_mask, sample_scene, render_scene
 
 # What the decoder is told: everything; no visual tokens; visual tokens without the text; another prompt's tokens.
 ConditionMode = Literal["full", "text only", "visual only", "swapped"]
@@ -60,7 +60,12 @@ def iterate_chunks(items: Sequence[T]) -> Iterator[tuple[int, Sequence[T]]]:
 
 
 def build_conditions(
-    omni: OmniVideoModel, texts: Sequence[str], messages: Sequence[MLLMMessage], target: TargetMedium, mode: ConditionMode, source: Tensor | None
+    omni: OmniVideoModel,
+    texts: Sequence[str],
+    messages: Sequence[MLLMMessage],
+    target: TargetMedium,
+    mode: ConditionMode,
+    source: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """The condition and the null condition of a batch, under an ablation's mode."""
     negative = omni.preset.negative_prompt
@@ -71,7 +76,9 @@ def build_conditions(
     if mode == "swapped":
         visual = visual.roll(1, dims=0)
     decoder_texts = [negative] * len(texts) if mode == "visual only" else texts
-    return omni.build_condition(decoder_texts, list(omni.adapt_visual_tokens(visual, [target] * len(texts))), source), null
+    return omni.build_condition(
+        decoder_texts, list(omni.adapt_visual_tokens(visual, [target] * len(texts))), source
+    ), null
 
 
 @torch.no_grad()
@@ -90,12 +97,16 @@ def sample_clips(
     condition, null = build_conditions(omni, texts, messages, target, mode, source)
     grid = compute_latent_grid(sampling.width, sampling.height, sampling.frames)
     x = sample_initial_noise(list(range(seed, seed + len(texts))), (omni.vae.config.z_dim, *grid), omni.device)
-    for state in denoise(omni.decoder, x, condition, null, sampling.steps, sampling.guidance_scale, sampling.flow_shift):
+    for state in denoise(
+        omni.decoder, x, condition, null, sampling.steps, sampling.guidance_scale, sampling.flow_shift
+    ):
         x = state.state.latents
     return pixels_to_bytes(decode_latents(omni.vae, x))
 
 
-def evaluate_generation(omni: OmniVideoModel, count: int, on_progress: EvaluationProgress, mode: ConditionMode = "full") -> dict[str, Score]:
+def evaluate_generation(
+    omni: OmniVideoModel, count: int, on_progress: EvaluationProgress, mode: ConditionMode = "full"
+) -> dict[str, Score]:
     """GenEval's six categories and motion, `count` held-out prompts each; and how steady the clips are."""
     verdicts: dict[str, list[bool]] = defaultdict(list)
     steady: list[float] = []
@@ -106,7 +117,9 @@ def evaluate_generation(omni: OmniVideoModel, count: int, on_progress: Evaluatio
             texts = [one.text for one in chunk]
             drawn = sample_clips(omni, texts, [MLLMMessage(text) for text in texts], task, 1000 + first, mode)
             readings = [detect_scene(clip) for clip in drawn]
-            verdicts[category] += [one.scene_spec.is_met_by(reading) for one, reading in zip(chunk, readings, strict=True)]
+            verdicts[category] += [
+                one.scene_spec.is_met_by(reading) for one, reading in zip(chunk, readings, strict=True)
+            ]
             steady += [reading.steadiness for reading in readings if wanted[0].is_video]
             on_progress(category, first + len(chunk), count)
     scores = {name: score_verdicts(found) for name, found in verdicts.items()}
@@ -139,7 +152,9 @@ def apply_edits(omni: OmniVideoModel, edits: Sequence[SceneEdit], video: bool, s
     return sample_clips(omni, [edit.instruction for edit in edits], messages, task, seed, source=source)
 
 
-def evaluate_editing(omni: OmniVideoModel, count: int, on_progress: EvaluationProgress, video: bool) -> dict[str, Score | float]:
+def evaluate_editing(
+    omni: OmniVideoModel, count: int, on_progress: EvaluationProgress, video: bool
+) -> dict[str, Score | float]:
     """Held-out edits of every kind: success, and PSNR of what should have stayed."""
     verdicts: dict[str, list[bool]] = defaultdict(list)
     untouched_psnrs: list[float] = []
@@ -150,7 +165,9 @@ def evaluate_editing(omni: OmniVideoModel, count: int, on_progress: EvaluationPr
             psnr = compute_untouched_psnr(edit, render_scene(edit.source), clip)
             untouched_psnrs += [] if psnr is None else [psnr]
         on_progress(f"{name}-editing", first + len(chunk), count)
-    scores: dict[str, Score | float] = {f"{name} edit: {kind}": score_verdicts(found) for kind, found in verdicts.items()}
+    scores: dict[str, Score | float] = {
+        f"{name} edit: {kind}": score_verdicts(found) for kind, found in verdicts.items()
+    }
     scores[f"{name} edits"] = score_verdicts(verdict for found in verdicts.values() for verdict in found)
     scores[f"{name} edits: untouched area, median dB"] = float(np.median(untouched_psnrs))
     return scores

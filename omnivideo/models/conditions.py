@@ -64,7 +64,9 @@ def assemble_conditions(
     return nn.functional.embedding(indices_BL, torch.cat(pool))
 
 
-def count_condition_tokens(markers: MarkerEmbeddings, text_tokens: int, visual_tokens: int | None, context_tokens: int | None) -> int:
+def count_condition_tokens(
+    markers: MarkerEmbeddings, text_tokens: int, visual_tokens: int | None, context_tokens: int | None
+) -> int:
     """How many tokens a sample's condition has, by those of its parts (None: absent), before it is padded."""
     parts = (("prp", text_tokens), ("ipl", visual_tokens), ("img", context_tokens))
     return sum(

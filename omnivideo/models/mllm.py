@@ -22,7 +22,9 @@ from omnivideo.contracts import Route
 BOI, EOI, BOV, EOV = "<BOI>", "<EOI>", "<BOV>", "<EOV>"
 VISUAL_TOKENS = (BOI, EOI, BOV, EOV)
 # transformers 5.24 calls it "cache"; before (5.19 goes with vLLM 0.32) it was "past_key_values".
-CACHE_ARGUMENT = "cache" if "cache" in signature(Qwen3VLForConditionalGeneration.forward).parameters else "past_key_values"
+CACHE_ARGUMENT = (
+    "cache" if "cache" in signature(Qwen3VLForConditionalGeneration.forward).parameters else "past_key_values"
+)
 VISUAL_TOKEN_PAIRS = {"image": (BOI, EOI), "video": (BOV, EOV)}
 
 
@@ -105,7 +107,11 @@ def patchify(frames: np.ndarray, vision_config: VisionInputConfig) -> tuple[Tens
     missing = -len(frames) % vision_config.temporal_patch_size
     frames = np.concatenate([frames, frames[-1:].repeat(missing, axis=0)])
     x = torch.from_numpy(frames).float() / 127.5 - 1
-    t, y, x_ = len(frames) // vision_config.temporal_patch_size, size[0] // vision_config.patch_size, size[1] // vision_config.patch_size
+    t, y, x_ = (
+        len(frames) // vision_config.temporal_patch_size,
+        size[0] // vision_config.patch_size,
+        size[1] // vision_config.patch_size,
+    )
     m, p = vision_config.merge_size, vision_config.patch_size
     x = x.view(t, vision_config.temporal_patch_size, y // m, m, p, x_ // m, m, p, 3)
     return x.permute(0, 2, 5, 3, 6, 8, 1, 4, 7).reshape(t * y * x_, -1), [t, y, x_]
@@ -129,7 +135,9 @@ def encode_media(media: MLLMMedia, vision_config: VisionInputConfig) -> tuple[st
     return text, patches, grid
 
 
-def tokenize_message(tokenizer: PreTrainedTokenizerBase, message: MLLMMessage, vision_config: VisionInputConfig, answer: str = "") -> TokenizedRequest:
+def tokenize_message(
+    tokenizer: PreTrainedTokenizerBase, message: MLLMMessage, vision_config: VisionInputConfig, answer: str = ""
+) -> TokenizedRequest:
     """The chat up to the answer, or through it (with its end token) where one is given."""
     patches: dict[str, list[Tensor]] = {"image": [], "video": []}
     grids: dict[str, list[list[int]]] = {"image": [], "video": []}
@@ -148,7 +156,9 @@ def tokenize_message(tokenizer: PreTrainedTokenizerBase, message: MLLMMessage, v
     return TokenizedRequest(ids, types, patches, grids)
 
 
-def collate_requests(batch: Sequence[TokenizedRequest], pad_token_id: int, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+def collate_requests(
+    batch: Sequence[TokenizedRequest], pad_token_id: int, device: torch.device | str = "cpu"
+) -> dict[str, Tensor]:
     """Keyword arguments of Qwen3-VL for a batch, padded on the right."""
     longest = max(len(one.token_ids) for one in batch)
 
@@ -174,15 +184,23 @@ def collate_requests(batch: Sequence[TokenizedRequest], pad_token_id: int, devic
 
 @torch.no_grad()
 def compute_first_logits(
-    model: Qwen3VLForConditionalGeneration, tokenizer: PreTrainedTokenizerBase, message: MLLMMessage, vision_config: VisionInputConfig
+    model: Qwen3VLForConditionalGeneration,
+    tokenizer: PreTrainedTokenizerBase,
+    message: MLLMMessage,
+    vision_config: VisionInputConfig,
 ) -> Tensor:
     """Logits [V] of the first token of the answer."""
-    inputs = collate_requests([tokenize_message(tokenizer, message, vision_config)], tokenizer.pad_token_id, model.device)
+    inputs = collate_requests(
+        [tokenize_message(tokenizer, message, vision_config)], tokenizer.pad_token_id, model.device
+    )
     return model(**inputs, logits_to_keep=1).logits[0, -1].float()
 
 
 def predict_route(
-    model: Qwen3VLForConditionalGeneration, tokenizer: PreTrainedTokenizerBase, message: MLLMMessage, vision_config: VisionInputConfig
+    model: Qwen3VLForConditionalGeneration,
+    tokenizer: PreTrainedTokenizerBase,
+    message: MLLMMessage,
+    vision_config: VisionInputConfig,
 ) -> Route:
     """Greedy, hence the same for the same request; the probability of text is that of neither special token."""
     probabilities = compute_first_logits(model, tokenizer, message, vision_config).softmax(-1)
@@ -206,10 +224,15 @@ def compute_hidden_states(
 
 
 def prepare_hidden_state_inputs(
-    tokenizer: PreTrainedTokenizerBase, batch: Sequence[tuple[MLLMMessage, Literal["image", "video"]]], vision_config: VisionInputConfig
+    tokenizer: PreTrainedTokenizerBase,
+    batch: Sequence[tuple[MLLMMessage, Literal["image", "video"]]],
+    vision_config: VisionInputConfig,
 ) -> dict[str, Tensor]:
     """What the model is given for `hidden_states`."""
-    encoded = [tokenize_message(tokenizer, message, vision_config, "".join(VISUAL_TOKEN_PAIRS[kind])) for message, kind in batch]
+    encoded = [
+        tokenize_message(tokenizer, message, vision_config, "".join(VISUAL_TOKEN_PAIRS[kind]))
+        for message, kind in batch
+    ]
     return collate_requests(encoded, tokenizer.pad_token_id)
 
 
@@ -244,7 +267,9 @@ def generate_answer(
 
     The routing tokens cannot come first here: the caller has already decided for text.
     """
-    inputs = collate_requests([tokenize_message(tokenizer, message, vision_config)], tokenizer.pad_token_id, model.device)
+    inputs = collate_requests(
+        [tokenize_message(tokenizer, message, vision_config)], tokenizer.pad_token_id, model.device
+    )
     generator = torch.Generator().manual_seed(seed)
     banned = tokenizer.convert_tokens_to_ids(list(VISUAL_TOKENS))
     end = tokenizer.eos_token_id

@@ -30,7 +30,9 @@ class Bridge(nn.Module):
         head, adapter = preset.vision_head, preset.adapter
         assert head is not None and adapter is not None, "a version 1 preset"
         self.vision_head = VisionHead(head.input_dim, head.width, head.num_queries, head.num_layers, head.num_heads)
-        self.adapter = Adapter(adapter.input_dim, adapter.width, adapter.num_queries, adapter.num_layers, adapter.num_heads)
+        self.adapter = Adapter(
+            adapter.input_dim, adapter.width, adapter.num_queries, adapter.num_layers, adapter.num_heads
+        )
         self.visual_context = build_visual_context_adapter(preset)
         self.markers = MarkerEmbeddings(preset.text_width)
 
@@ -69,7 +71,9 @@ class OmniVideoModel:
         # Every visual token goes through alone: those that no request uses need not.
         tokens = self.bridge.adapter(visual_BQE if "video" in targets else visual_BQE[:, :1])
         tokens_per_image = self.count_adapter_tokens("image")
-        return [row if target == "video" else row[:tokens_per_image] for row, target in zip(tokens, targets, strict=True)]
+        return [
+            row if target == "video" else row[:tokens_per_image] for row, target in zip(tokens, targets, strict=True)
+        ]
 
     def encode_prompts(self, prompts: Sequence[str]) -> list[Tensor]:
         """Text embeddings [L, D] of each prompt, at its true length."""
@@ -88,7 +92,9 @@ class OmniVideoModel:
         """c [B, L, D] for the decoder, from prompts, adapter tokens and, in editing mode, source latents."""
         context = self.encode_visual_context(source_BzThw, len(prompts))
         min_tokens, max_tokens = self.preset.min_condition_tokens, self.preset.max_condition_tokens
-        return assemble_conditions(self.bridge.markers, self.encode_prompts(prompts), visual, context, min_tokens, max_tokens)
+        return assemble_conditions(
+            self.bridge.markers, self.encode_prompts(prompts), visual, context, min_tokens, max_tokens
+        )
 
     def compute_condition_length(self, prompt: str, target: TargetMedium) -> int:
         """L of the condition of a new image or video, without making it."""

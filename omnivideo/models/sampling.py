@@ -59,10 +59,14 @@ def restore_scheduler(scheduler: UniPCMultistepScheduler, state: DenoisingState)
     order, completed_steps = scheduler.config.solver_order, state.step
     missing: list[Tensor | None] = [None] * (order - len(state.model_outputs))
     scheduler.model_outputs = [*missing, *state.model_outputs]
-    scheduler.timestep_list = [None] * len(missing) + list(scheduler.timesteps[completed_steps - len(state.model_outputs) : completed_steps])
+    scheduler.timestep_list = [None] * len(missing) + list(
+        scheduler.timesteps[completed_steps - len(state.model_outputs) : completed_steps]
+    )
     scheduler.last_sample = state.previous_sample
     scheduler.lower_order_nums = min(completed_steps, order)
-    scheduler.this_order = min(order, len(scheduler.timesteps) - completed_steps + 1, min(completed_steps - 1, order) + 1)
+    scheduler.this_order = min(
+        order, len(scheduler.timesteps) - completed_steps + 1, min(completed_steps - 1, order) + 1
+    )
     scheduler._step_index = completed_steps
 
 
@@ -96,4 +100,6 @@ def denoise(
         clean_latents = latents_BzThw - scheduler.sigmas[completed_steps - 1] * velocity
         latents_BzThw = scheduler.step(velocity, timestep, latents_BzThw, return_dict=False)[0]
         outputs = tuple(output for output in scheduler.model_outputs if output is not None)
-        yield DenoisingStep(steps, DenoisingState(completed_steps, latents_BzThw, scheduler.last_sample, outputs), clean_latents)
+        yield DenoisingStep(
+            steps, DenoisingState(completed_steps, latents_BzThw, scheduler.last_sample, outputs), clean_latents
+        )

@@ -49,7 +49,9 @@ def decode_unclamped(vae: AutoencoderKLWan, z_BzThw: Tensor) -> Tensor:
     x = vae.post_quant_conv(z_BzThw)
     frames = []
     for index in range(x.shape[2]):
-        frames.append(vae.decoder(x[:, :, index : index + 1], feat_cache=vae._feat_map, feat_idx=[0], first_chunk=index == 0))
+        frames.append(
+            vae.decoder(x[:, :, index : index + 1], feat_cache=vae._feat_map, feat_idx=[0], first_chunk=index == 0)
+        )
     vae.clear_cache()
     pixels = torch.cat(frames, dim=2)
     return pixels if vae.config.patch_size is None else unpatchify(pixels, patch_size=vae.config.patch_size)

@@ -11,12 +11,27 @@ from typing import Any
 from sqlalchemy import ColumnElement, Row, Table, and_, delete, func, or_, select, update
 
 from omnivideo.contracts import JobStatus
-from omnivideo.errors import ServiceBusy, InvalidInput
-from omnivideo.storage.database import Repository, select_values, batches, webhook_deliveries, files, webhooks, jobs, batch_lines, unix_now
-from omnivideo.storage.jobs import status_from_row
+from omnivideo.errors import InvalidInput, ServiceBusy
+from omnivideo.storage.database.jobs import status_from_row
+from omnivideo.storage.database.schema import (
+    Repository,
+    batch_lines,
+    batches,
+    files,
+    jobs,
+    select_values,
+    unix_now,
+    webhook_deliveries,
+    webhooks,
+)
 
 ENDED_STATES = ("done", "failed", "cancelled")
-ACTIVE_BATCH_STATES = ("validating", "in_progress", "finalizing", "cancelling")  # a batch's states that a runner takes on
+ACTIVE_BATCH_STATES = (
+    "validating",
+    "in_progress",
+    "finalizing",
+    "cancelling",
+)  # a batch's states that a runner takes on
 DELIVERY_RETENTION_SECONDS = 7 * 86_400  # seconds that a delivery is kept after its end
 RowPage = tuple[list[Row[Any]], bool]  # and whether there is more
 
@@ -24,7 +39,9 @@ RowPage = tuple[list[Row[Any]], bool]  # and whether there is more
 class RecordRepository(Repository):
     # ------------------------------------------------------------ for every kind
 
-    def list_page(self, table: Table, owned: ColumnElement[bool], after: str | None, limit: int, newest_first: bool) -> RowPage:
+    def list_page(
+        self, table: Table, owned: ColumnElement[bool], after: str | None, limit: int, newest_first: bool
+    ) -> RowPage:
         """The rows that follow that id by age.  Raises InvalidInput where there is no such id."""
         wanted = select(table).where(owned)
         if after is not None:
@@ -52,7 +69,9 @@ class RecordRepository(Repository):
         row = self.fetch_one(select(jobs).where(jobs.c.id == job_id, match_owned_jobs(owner, kind)))
         return None if row is None else status_from_row(row)
 
-    def list_owned_jobs(self, owner: str, kind: str, after: str | None, limit: int, newest_first: bool) -> tuple[list[JobStatus], bool]:
+    def list_owned_jobs(
+        self, owner: str, kind: str, after: str | None, limit: int, newest_first: bool
+    ) -> tuple[list[JobStatus], bool]:
         rows, more = self.list_page(jobs, match_owned_jobs(owner, kind), after, limit, newest_first)
         return [status_from_row(row) for row in rows], more
 
@@ -63,7 +82,10 @@ class RecordRepository(Repository):
 
     def list_ended_jobs(self, job_ids: Collection[str]) -> list[JobStatus]:
         """Those of the jobs that have ended."""
-        return [status_from_row(row) for row in self.fetch_all(select(jobs).where(jobs.c.id.in_(job_ids), jobs.c.state.in_(ENDED_STATES)))]
+        return [
+            status_from_row(row)
+            for row in self.fetch_all(select(jobs).where(jobs.c.id.in_(job_ids), jobs.c.state.in_(ENDED_STATES)))
+        ]
 
     # ------------------------------------------------------------ files
 
@@ -75,7 +97,9 @@ class RecordRepository(Repository):
         return self.fetch_one(select(files).where(files.c.id == file_id, match_owned_files(owner)))
 
     def list_files(self, owner: str, purpose: str | None, after: str | None, limit: int, newest_first: bool) -> RowPage:
-        mine = match_owned_files(owner) if purpose is None else and_(match_owned_files(owner), files.c.purpose == purpose)
+        mine = (
+            match_owned_files(owner) if purpose is None else and_(match_owned_files(owner), files.c.purpose == purpose)
+        )
         return self.list_page(files, mine, after, limit, newest_first)
 
     def delete_file(self, file_id: str, owner: str) -> bool:
@@ -97,12 +121,18 @@ class RecordRepository(Repository):
             "owner": owner, "state": "validating", "counts": {"total": 0, "completed": 0, "failed": 0}, "beat": 0.0,
             "made": unix_now(),
         }  # fmt: skip
-        open_ones = select(func.count()).where(batches.c.owner == owner, batches.c.state.in_(ACTIVE_BATCH_STATES)).scalar_subquery()
+        open_ones = (
+            select(func.count())
+            .where(batches.c.owner == owner, batches.c.state.in_(ACTIVE_BATCH_STATES))
+            .scalar_subquery()
+        )
         room = select_values(batches, values).where(open_ones < max_open_batches)
         self.fetch_all(self.insert_into(batches).from_select(list(values), room).on_conflict_do_nothing())
         row = self.get_batch(values["id"], owner)
         if row is None:
-            raise ServiceBusy(f"batches: you have {max_open_batches} open ones; wait until one has ended", retry_after_seconds=60.0)
+            raise ServiceBusy(
+                f"batches: you have {max_open_batches} open ones; wait until one has ended", retry_after_seconds=60.0
+            )
         return row
 
     def get_batch(self, batch_id: str, owner: str) -> Row[Any] | None:
@@ -124,12 +154,16 @@ class RecordRepository(Repository):
         """The oldest batch that has no runner, or one that was silent for so many seconds; now this runner's."""
         lost = and_(batches.c.state.in_(ACTIVE_BATCH_STATES), batches.c.beat < unix_now() - heartbeat_timeout_seconds)
         first = select(batches.c.id).where(lost).order_by(batches.c.made).limit(1).with_for_update(skip_locked=True)
-        mine = update(batches).where(batches.c.id == first.scalar_subquery(), lost).values(runner=runner, beat=unix_now())
+        mine = (
+            update(batches).where(batches.c.id == first.scalar_subquery(), lost).values(runner=runner, beat=unix_now())
+        )
         return self.fetch_one(mine.returning(batches))
 
     def get_batch_input_key(self, batch_id: str) -> str:
         """The key of its input, whether the file was deleted since or not."""
-        row = self.fetch_one(select(files.c.key).join(batches, batches.c.input == files.c.id).where(batches.c.id == batch_id))
+        row = self.fetch_one(
+            select(files.c.key).join(batches, batches.c.input == files.c.id).where(batches.c.id == batch_id)
+        )
         assert row is not None
         return str(row.key)
 
@@ -159,12 +193,19 @@ class RecordRepository(Repository):
     def load_line_results(self, batch_id: str) -> dict[int, bool]:
         """Of each line that has an outcome, whether it went well."""
         return {
-            row.number: row.ok for row in self.fetch_all(select(batch_lines.c.number, batch_lines.c.ok).where(batch_lines.c.batch == batch_id))
+            row.number: row.ok
+            for row in self.fetch_all(
+                select(batch_lines.c.number, batch_lines.c.ok).where(batch_lines.c.batch == batch_id)
+            )
         }
 
     def list_line_outcomes(self, batch_id: str, after_line_number: int, limit: int) -> Sequence[Row[Any]]:
         """Kept lines with a number above `after`, in order."""
-        wanted = select(batch_lines).where(batch_lines.c.batch == batch_id, batch_lines.c.number > after_line_number).order_by(batch_lines.c.number)
+        wanted = (
+            select(batch_lines)
+            .where(batch_lines.c.batch == batch_id, batch_lines.c.number > after_line_number)
+            .order_by(batch_lines.c.number)
+        )
         return self.fetch_all(wanted.limit(limit))
 
     def delete_line_outcomes(self, batch_id: str) -> None:
@@ -214,12 +255,19 @@ class RecordRepository(Repository):
 
     def claim_due_deliveries(self, limit: int, lease_seconds: float) -> list[tuple[Row[Any], Row[Any] | None]]:
         """Deliveries to try now, each with its hook; they are due again in `lease` seconds, should nobody say more."""
-        waits = select(webhook_deliveries.c.id).where(webhook_deliveries.c.done.is_(False), webhook_deliveries.c.due <= unix_now())
+        waits = select(webhook_deliveries.c.id).where(
+            webhook_deliveries.c.done.is_(False), webhook_deliveries.c.due <= unix_now()
+        )
         first = waits.order_by(webhook_deliveries.c.due).limit(limit).with_for_update(skip_locked=True)
         late = {"due": unix_now() + lease_seconds, "tries": webhook_deliveries.c.tries + 1}
-        mine = update(webhook_deliveries).where(webhook_deliveries.c.id.in_(first), webhook_deliveries.c.done.is_(False))
+        mine = update(webhook_deliveries).where(
+            webhook_deliveries.c.id.in_(first), webhook_deliveries.c.done.is_(False)
+        )
         rows = self.fetch_all(mine.values(late).returning(webhook_deliveries))
-        known = {hook.id: hook for hook in self.fetch_all(select(webhooks).where(webhooks.c.id.in_([row.hook for row in rows])))}
+        known = {
+            hook.id: hook
+            for hook in self.fetch_all(select(webhooks).where(webhooks.c.id.in_([row.hook for row in rows])))
+        }
         return [(row, known.get(row.hook)) for row in rows]
 
     def complete_delivery(self, delivery_id: str) -> None:
@@ -227,11 +275,19 @@ class RecordRepository(Repository):
         self.fetch_all(update(webhook_deliveries).where(webhook_deliveries.c.id == delivery_id).values(done=True))
 
     def postpone_delivery(self, delivery_id: str, delay_seconds: float) -> None:
-        self.fetch_all(update(webhook_deliveries).where(webhook_deliveries.c.id == delivery_id).values(due=unix_now() + delay_seconds))
+        self.fetch_all(
+            update(webhook_deliveries)
+            .where(webhook_deliveries.c.id == delivery_id)
+            .values(due=unix_now() + delay_seconds)
+        )
 
     def delete_old_deliveries(self) -> None:
         """Forgets what was delivered long ago."""
-        self.fetch_all(delete(webhook_deliveries).where(webhook_deliveries.c.done, webhook_deliveries.c.due < unix_now() - DELIVERY_RETENTION_SECONDS))
+        self.fetch_all(
+            delete(webhook_deliveries).where(
+                webhook_deliveries.c.done, webhook_deliveries.c.due < unix_now() - DELIVERY_RETENTION_SECONDS
+            )
+        )
 
 
 def match_owned_jobs(owner: str, kind: str) -> ColumnElement[bool]:

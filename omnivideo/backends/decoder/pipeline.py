@@ -66,7 +66,9 @@ def generate_clip(
         if visual_1QE is None:
             assert not isinstance(source, Tensor), "latents cannot be shown to the MLLM"
             visual_1QE = read_visual_tokens(omni, prompt, params, source)
-        condition = omni.build_condition([prompt], list(omni.adapt_visual_tokens(visual_1QE, [medium_from_params(params)])), latents)
+        condition = omni.build_condition(
+            [prompt], list(omni.adapt_visual_tokens(visual_1QE, [medium_from_params(params)])), latents
+        )
         null = omni.build_null_condition(params.negative_prompt, 1, latents)
     for progress in run_denoising(omni, [params.seed], condition, null, params, initial_state, seconds_by_stage):
         yield progress
@@ -101,17 +103,31 @@ def run_denoising(
 ) -> Iterator[DenoisingProgress]:  # fmt: skip
     """Every denoising step; the last one's point has the result."""
     grid = compute_latent_grid(params.width, params.height, params.frames)
-    x = initial_state.latents if initial_state else sample_initial_noise(list(seeds), (omni.vae.config.z_dim, *grid), omni.device)
+    x = (
+        initial_state.latents
+        if initial_state
+        else sample_initial_noise(list(seeds), (omni.vae.config.z_dim, *grid), omni.device)
+    )
     started_at, first_step = time.perf_counter(), initial_state.step if initial_state else 0
     sampler_args = params.steps, params.guidance_scale, params.flow_shift
     for denoising_step in denoise(omni.decoder, x, condition_BLD, null_BLD, *sampler_args, initial_state):
         steps_done = denoising_step.state.step
         seconds_per_step = (time.perf_counter() - started_at) / (steps_done - first_step)
-        yield DenoisingProgress(StepProgress(step=steps_done, steps=denoising_step.steps, eta_seconds=seconds_per_step * (denoising_step.steps - steps_done)), denoising_step.clean_latents, denoising_step.state)
+        yield DenoisingProgress(
+            StepProgress(
+                step=steps_done,
+                steps=denoising_step.steps,
+                eta_seconds=seconds_per_step * (denoising_step.steps - steps_done),
+            ),
+            denoising_step.clean_latents,
+            denoising_step.state,
+        )
     seconds_by_stage["denoising"] = round(time.perf_counter() - started_at, 3)
 
 
-def decode_clip(omni: OmniVideoModel, latents_1zThw: Tensor, params: SamplingParams, seconds_by_stage: dict[str, float]) -> GeneratedClip:
+def decode_clip(
+    omni: OmniVideoModel, latents_1zThw: Tensor, params: SamplingParams, seconds_by_stage: dict[str, float]
+) -> GeneratedClip:
     with time_stage(seconds_by_stage, "decoding"):
         frames = pixels_to_bytes(decode_latents(omni.vae, latents_1zThw))[0]
     assert len(frames) == params.frames or params.frames == 1

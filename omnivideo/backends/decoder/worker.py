@@ -16,14 +16,14 @@ from opentelemetry import trace
 from opentelemetry.propagate import extract
 from safetensors.torch import load, save
 
-from omnivideo.backends.decoder.local import PREVIEW_FRACTIONS
-from omnivideo.backends.decoder.painter import Renderer
-from omnivideo.backends.decoder.pipeline import GeneratedClip, DenoisingProgress
-from omnivideo.backends.jobs import retry_while_unavailable
+from omnivideo.backends.decoder.pipeline import DenoisingProgress, GeneratedClip
+from omnivideo.backends.decoder.renderer import Renderer
+from omnivideo.backends.queue.durable import retry_while_unavailable
+from omnivideo.backends.queue.local import PREVIEW_FRACTIONS
 from omnivideo.contracts import Artifact, Claim, Job, SamplingParams, StepProgress
-from omnivideo.errors import InvalidInput, JobLost, ArtifactNotFound, OmniVideoError, StoreError
+from omnivideo.errors import ArtifactNotFound, InvalidInput, JobLost, OmniVideoError, StoreError
 from omnivideo.models.sampling import DenoisingState
-from omnivideo.storage.jobs import JobRepository
+from omnivideo.storage.database.jobs import JobRepository
 
 log = logging.getLogger("omnivideo.worker")
 TRACER = trace.get_tracer("omnivideo.worker")
@@ -63,7 +63,9 @@ class Worker:
             return False
         claims = self.claim_batch(claim)
         for member in claims:
-            log.info("job %s, attempt %d, %s", member.job.id, member.attempt, "goes on" if member.resume_key else "begins")
+            log.info(
+                "job %s, attempt %d, %s", member.job.id, member.attempt, "goes on" if member.resume_key else "begins"
+            )
         context = extract({"traceparent": claim.traceparent}) if claim.traceparent else None
         attributes: dict[str, str | int] = {"job": claim.job.id, "attempt": claim.attempt, "task": claim.job.task}
         with TRACER.start_as_current_span("job", context, attributes=attributes | {"together": len(claims)}):
@@ -76,11 +78,17 @@ class Worker:
 
     def claim_batch(self, claim: Claim) -> list[Claim]:
         """What is drawn in one pass with it, itself first."""
-        batch_key = None if claim.lane != "batch" or self.config.max_batch_size < 2 else self.renderer.compute_batch_key(claim.job)
+        batch_key = (
+            None
+            if claim.lane != "batch" or self.config.max_batch_size < 2
+            else self.renderer.compute_batch_key(claim.job)
+        )
         if batch_key is None and not claim.batch_job_ids:
             return [claim]
-        is_compatible = lambda job: self.renderer.compute_batch_key(job) == batch_key  # noqa: E731
-        return retry_while_unavailable(lambda: self.jobs.claim_render_batch(claim, self.worker_name, self.config.max_batch_size, is_compatible))
+        is_compatible = lambda job: self.renderer.compute_batch_key(job) == batch_key
+        return retry_while_unavailable(
+            lambda: self.jobs.claim_render_batch(claim, self.worker_name, self.config.max_batch_size, is_compatible)
+        )
 
     def run_claim(self, claim: Claim) -> None:
         """Draws it and says what became of it; raises JobLost."""
@@ -170,15 +178,27 @@ class Worker:
             saved_at = time.monotonic() if save_due else saved_at
         raise AssertionError("draw ends with a clip")
 
-    def render_claims(self, claims_by_job: dict[str, Claim], first_claim: Claim) -> Iterator[tuple[Job, SamplingParams, GeneratedClip]]:
+    def render_claims(
+        self, claims_by_job: dict[str, Claim], first_claim: Claim
+    ) -> Iterator[tuple[Job, SamplingParams, GeneratedClip]]:
         """The jobs of a pack that are this worker's, with their clips; those that are lost or cancelled on the way go
         from `mine`."""
-        jobs_by_id = {status.id: status.job for status in retry_while_unavailable(lambda: self.jobs.list_statuses(first_claim.batch_job_ids))}
-        prepared_jobs = [retry_while_unavailable(partial(self.renderer.prepare_job, jobs_by_id[job_id])) for job_id in first_claim.batch_job_ids]
+        jobs_by_id = {
+            status.id: status.job
+            for status in retry_while_unavailable(lambda: self.jobs.list_statuses(first_claim.batch_job_ids))
+        }
+        prepared_jobs = [
+            retry_while_unavailable(partial(self.renderer.prepare_job, jobs_by_id[job_id]))
+            for job_id in first_claim.batch_job_ids
+        ]
         saved_at = time.monotonic()
         for event in self.renderer.render_batch(prepared_jobs, self.load_state(first_claim)):
             if isinstance(event, list):
-                yield from ((*pair, clip) for pair, clip in zip(prepared_jobs, event, strict=True) if pair[0].id in claims_by_job)
+                yield from (
+                    (*pair, clip)
+                    for pair, clip in zip(prepared_jobs, event, strict=True)
+                    if pair[0].id in claims_by_job
+                )
                 return
             save_due = self.should_save_state(event.step, saved_at)
             self.report_batch_step(claims_by_job, event, save_due)
@@ -188,7 +208,9 @@ class Worker:
 
     def report_batch_step(self, claims_by_job: dict[str, Claim], progress: DenoisingProgress, save_due: bool) -> None:
         fields = {"point": self.save_state(progress.state)} if save_due else {}
-        wanted_by_job = retry_while_unavailable(lambda: self.jobs.heartbeat_all(list(claims_by_job.values()), progress.step, **fields))
+        wanted_by_job = retry_while_unavailable(
+            lambda: self.jobs.heartbeat_all(list(claims_by_job.values()), progress.step, **fields)
+        )
         for job_id, claim in list(claims_by_job.items()):
             if not wanted_by_job.get(job_id):
                 del claims_by_job[job_id]
@@ -197,7 +219,10 @@ class Worker:
 
     def should_save_state(self, step: StepProgress, saved_at: float) -> bool:
         """Whether a point is left after the step, where the last one was at the moment `kept`."""
-        return step.step % self.config.save_every_steps == 0 and time.monotonic() - saved_at >= self.config.save_every_seconds
+        return (
+            step.step % self.config.save_every_steps == 0
+            and time.monotonic() - saved_at >= self.config.save_every_seconds
+        )
 
     def save_state(self, state: DenoisingState) -> str:
         return retry_while_unavailable(lambda: self.renderer.store.put(pack_state(state), "safetensors"))
@@ -205,7 +230,9 @@ class Worker:
     def report_step(self, claim: Claim, params: SamplingParams, progress: DenoisingProgress, save_due: bool) -> None:
         """The heartbeat of a step, with a point or a preview where one is due; nobody looks on at a batch."""
         fields: dict[str, str] = {}
-        if claim.lane == "interactive" and progress.step.step in {round(fraction * params.steps) for fraction in PREVIEW_FRACTIONS}:
+        if claim.lane == "interactive" and progress.step.step in {
+            round(fraction * params.steps) for fraction in PREVIEW_FRACTIONS
+        }:
             png = base64.b64decode(self.renderer.render_preview(progress.clean_latents).png)
             fields["preview"] = retry_while_unavailable(lambda: self.renderer.store.put(png, "png"))
         if save_due:

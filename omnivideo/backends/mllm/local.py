@@ -5,13 +5,13 @@ from functools import lru_cache
 
 import torch
 
-from omnivideo.backends.media import load_frames
-from omnivideo.backends.mllm.plain import sanitize_text, list_special_tokens
-from omnivideo.contracts import Artifact, MLLMRequest, Medium, Route
-from omnivideo.models.mllm import MLLMMedia, MLLMMessage, generate_answer, compute_first_logits, predict_route
+from omnivideo.backends.mllm.sanitize import list_special_tokens, sanitize_text
+from omnivideo.contracts import Artifact, Medium, MLLMRequest, Route
+from omnivideo.media.artifacts import load_frames
+from omnivideo.models.mllm import MLLMMedia, MLLMMessage, compute_first_logits, generate_answer, predict_route
 from omnivideo.models.omni import OmniVideoModel
 from omnivideo.ports import ObjectStore
-from omnivideo.storage.tensors import put_tensors
+from omnivideo.storage.objects.tensors import put_tensors
 
 
 class LocalMLLM:
@@ -30,10 +30,14 @@ class LocalMLLM:
         return MLLMMedia(load_frames(self.store, artifact), artifact.fps, artifact.medium == "video")
 
     def build_message(self, ask: MLLMRequest) -> MLLMMessage:
-        return MLLMMessage(sanitize_text(ask.text, self.special_tokens), tuple(map(self.load_media_cached, ask.artifacts)), ask.system)
+        return MLLMMessage(
+            sanitize_text(ask.text, self.special_tokens), tuple(map(self.load_media_cached, ask.artifacts)), ask.system
+        )
 
     def route(self, request: MLLMRequest) -> Route:
-        return predict_route(self.omni.mllm, self.omni.mllm_tokenizer, self.build_message(request), self.omni.vision_config)
+        return predict_route(
+            self.omni.mllm, self.omni.mllm_tokenizer, self.build_message(request), self.omni.vision_config
+        )
 
     def stream_text(self, request: MLLMRequest, max_tokens: int | None = None) -> Iterator[str]:
         # Greedy: what a thread says must come out the same when a killed process goes on with it.

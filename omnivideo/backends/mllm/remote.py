@@ -7,8 +7,15 @@ from collections.abc import Iterator
 import httpx
 from pydantic import BaseModel, ValidationError
 
-from omnivideo.backends.mllm.wire import AgreementResponse, MLLMPayload, VisualTokensRequest, WriteRequest, RefusalResponse, MediaPayload
-from omnivideo.contracts import Artifact, MLLMRequest, Medium, Route
+from omnivideo.backends.mllm.protocol import (
+    AgreementResponse,
+    MediaPayload,
+    MLLMPayload,
+    RefusalResponse,
+    VisualTokensRequest,
+    WriteRequest,
+)
+from omnivideo.contracts import Artifact, Medium, MLLMRequest, Route
 from omnivideo.errors import InvalidInput, ModelUnavailable
 from omnivideo.ports import ObjectStore
 
@@ -40,15 +47,22 @@ class RemoteMLLM:
         return Route.model_validate_json(self.post_request("/v1/route", self.build_payload(request)))
 
     def score_agreement(self, request: MLLMRequest) -> float:
-        return AgreementResponse.model_validate_json(self.post_request("/v1/agreement", self.build_payload(request))).agreement
+        return AgreementResponse.model_validate_json(
+            self.post_request("/v1/agreement", self.build_payload(request))
+        ).agreement
 
     def predict_visual_tokens(self, request: MLLMRequest, medium: Medium) -> str:
-        tokens = self.post_request("/v1/visual_tokens", VisualTokensRequest(payload=self.build_payload(request), medium=medium))
+        tokens = self.post_request(
+            "/v1/visual_tokens", VisualTokensRequest(payload=self.build_payload(request), medium=medium)
+        )
         return self.store.put(tokens, "safetensors")
 
     def stream_text(self, request: MLLMRequest) -> Iterator[str]:
         """What was said before the server went away is not said again."""
-        body, emitted_chars = WriteRequest(payload=self.build_payload(request), max_tokens=self.max_tokens).model_dump_json(), 0
+        body, emitted_chars = (
+            WriteRequest(payload=self.build_payload(request), max_tokens=self.max_tokens).model_dump_json(),
+            0,
+        )
         for attempt in range(MAX_ATTEMPTS):
             received_chars = 0  # characters: the next server may cut its pieces elsewhere
             try:
@@ -112,5 +126,7 @@ def raise_for_refusal(response: httpx.Response) -> None:
         refusal = RefusalResponse.model_validate_json(response.content)
     except ValidationError:
         code = response.status_code
-        raise ModelUnavailable(f"the language model's server does not know our requests (HTTP {code}): is it ours?") from None
+        raise ModelUnavailable(
+            f"the language model's server does not know our requests (HTTP {code}): is it ours?"
+        ) from None
     raise InvalidInput(refusal.field, refusal.message)

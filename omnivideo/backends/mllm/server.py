@@ -14,10 +14,16 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.concurrency import iterate_in_threadpool
 
 from omnivideo.backends.mllm.local import LocalMLLM
-from omnivideo.backends.mllm.wire import AgreementResponse, MLLMPayload, VisualTokensRequest, WriteRequest, RefusalResponse
-from omnivideo.contracts import Artifact, MLLMRequest, Medium, Route
-from omnivideo.errors import InvalidInput, ArtifactNotFound
-from omnivideo.storage.local import compute_object_key
+from omnivideo.backends.mllm.protocol import (
+    AgreementResponse,
+    MLLMPayload,
+    RefusalResponse,
+    VisualTokensRequest,
+    WriteRequest,
+)
+from omnivideo.contracts import Artifact, Medium, MLLMRequest, Route
+from omnivideo.errors import ArtifactNotFound, InvalidInput
+from omnivideo.storage.objects.local import compute_object_key
 
 
 class MLLMService(Protocol):
@@ -123,7 +129,9 @@ class SerializedMLLM:
     async def write_answer(self, payload: MLLMPayload, max_tokens: int) -> AsyncIterator[str]:
         async with self.lock:
             ask = await asyncio.to_thread(self.request_from_payload, payload)
-            await asyncio.to_thread(self.mllm.build_message, ask)  # what cannot be read is refused here; it stays decoded
+            await asyncio.to_thread(
+                self.mllm.build_message, ask
+            )  # what cannot be read is refused here; it stays decoded
         return self.stream_pieces(ask, max_tokens)
 
     async def stream_pieces(self, ask: MLLMRequest, max_tokens: int) -> AsyncIterator[str]:

@@ -50,9 +50,15 @@ STAGES = {
         CurationStage("aspect", "longer side over shorter side", "to 1", max_field="max_aspect"),
         CurationStage("length", "a scene between two cuts", "s", min_field="min_seconds"),
         CurationStage("bars", "black bars at the edges", "of the frame", max_field="max_bars"),
-        CurationStage("motion", "optical flow of the fastest twentieth of the pixels", "sides a second", min_field="min_motion"),
-        CurationStage("shake", "how far the camera's motion jumps from one 1/8 s to the next", "sides", max_field="max_shake"),
-        CurationStage("overlay", "outlines that stand still in a moving picture", "of the frame", max_field="max_overlay"),
+        CurationStage(
+            "motion", "optical flow of the fastest twentieth of the pixels", "sides a second", min_field="min_motion"
+        ),
+        CurationStage(
+            "shake", "how far the camera's motion jumps from one 1/8 s to the next", "sides", max_field="max_shake"
+        ),
+        CurationStage(
+            "overlay", "outlines that stand still in a moving picture", "of the frame", max_field="max_overlay"
+        ),
         CurationStage("text", "what OCR can read", "of the frame", max_field="max_text"),
         CurationStage("aesthetic", "the predictor's score", "points", min_field="min_aesthetic"),
         CurationStage("duplicates", "distance to a better clip that is kept", "bits of 64"),

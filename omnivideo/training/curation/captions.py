@@ -46,7 +46,9 @@ class RemoteCaptioner:
                 return self.request_caption(body)
             except self.http_error:
                 time.sleep(0.5 * 2**attempt)
-        raise ModelUnavailable("the language model at --captions does not answer; run again to go on where this stopped")
+        raise ModelUnavailable(
+            "the language model at --captions does not answer; run again to go on where this stopped"
+        )
 
     def close(self) -> None:
         self.client.close()

@@ -91,7 +91,9 @@ def measure_motion(small_frames: np.ndarray) -> MotionStats:
     if not flow_fields:
         return MotionStats(0.0, 0.0, 0.0)
     fastest = [np.quantile(np.linalg.norm(flow, axis=-1), 1 - FASTEST_FRACTION / 2) for flow in flow_fields]
-    camera = np.array([np.median(flow, axis=(0, 1)) for flow in flow_fields])  # [F-1, 2]: most of a picture is not subject
+    camera = np.array(
+        [np.median(flow, axis=(0, 1)) for flow in flow_fields]
+    )  # [F-1, 2]: most of a picture is not subject
     jumps = np.linalg.norm(np.diff(camera, axis=0), axis=1)
     travel = np.linalg.norm(camera, axis=1).sum()
     return MotionStats(float(np.mean(fastest)) * SAMPLED_FPS, float(jumps.mean()) if len(jumps) else 0.0, float(travel))
@@ -104,7 +106,9 @@ def compute_outline_gradients(full_frames: Sequence[np.ndarray]) -> np.ndarray:
     """Sobel gradients [N, 2, h, w]."""
     cv = load_opencv()
     greys = [to_grayscale(shrink_frame(frame, OUTLINE_SIDE)) for frame in full_frames]
-    return np.array([[cv.Sobel(grey_frame, cv.CV_32F, 1, 0), cv.Sobel(grey_frame, cv.CV_32F, 0, 1)] for grey_frame in greys])
+    return np.array(
+        [[cv.Sobel(grey_frame, cv.CV_32F, 1, 0), cv.Sobel(grey_frame, cv.CV_32F, 0, 1)] for grey_frame in greys]
+    )
 
 
 def measure_overlay(full_frames: Sequence[np.ndarray], travel: float) -> float | None:
@@ -119,7 +123,12 @@ def measure_overlay(full_frames: Sequence[np.ndarray], travel: float) -> float |
     strength = np.linalg.norm(usual, axis=0)
     strays = np.median(np.linalg.norm(gradients - usual, axis=1), axis=0)
     is_static = (strength > MIN_OUTLINE_STRENGTH) & (strays < MAX_OUTLINE_DEVIATION * strength)
-    is_static[:4], is_static[-4:], is_static[:, :4], is_static[:, -4:] = False, False, False, False  # where a codec pads
+    is_static[:4], is_static[-4:], is_static[:, :4], is_static[:, -4:] = (
+        False,
+        False,
+        False,
+        False,
+    )  # where a codec pads
     return float(group_outlines(load_opencv(), is_static).mean())
 
 
@@ -144,7 +153,9 @@ def measure_text(full_frames: Sequence[np.ndarray]) -> tuple[float, str]:
     for frame in full_frames[:: max(1, len(full_frames) // 3)]:
         detections, _ = load_ocr()(shrink_frame(frame, 960)[..., ::-1].copy())
         confident_words = [
-            (box, said) for box, said, score in detections or [] if score >= MIN_OCR_SCORE and sum(map(str.isalnum, said)) > 1
+            (box, said)
+            for box, said, score in detections or []
+            if score >= MIN_OCR_SCORE and sum(map(str.isalnum, said)) > 1
         ]
         shape = shrink_frame(frame, 960).shape
         shares.append(sum(compute_polygon_area(box) for box, _ in confident_words) / (shape[0] * shape[1]))
@@ -168,7 +179,9 @@ def compute_hashes(full_frames: Sequence[np.ndarray]) -> list[int]:
 
 def compute_perceptual_hash(frame: np.ndarray) -> int:
     cv = load_opencv()
-    small = cv.resize(to_grayscale(frame), (HASH_INPUT_SIDE, HASH_INPUT_SIDE), interpolation=cv.INTER_AREA).astype(np.float32)
+    small = cv.resize(to_grayscale(frame), (HASH_INPUT_SIDE, HASH_INPUT_SIDE), interpolation=cv.INTER_AREA).astype(
+        np.float32
+    )
     low = cv.dct(small)[:8, :8].ravel()
     bits = low > np.median(low[1:])
     return int.from_bytes(np.packbits(bits).tobytes(), "big")

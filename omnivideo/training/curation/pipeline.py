@@ -31,8 +31,8 @@ from omnivideo.training.curation.reading import (
     SAMPLED_FPS,
     VIDEO_SUFFIXES,
     SampledClip,
-    read_frame_size,
     import_optional,
+    read_frame_size,
     sample_clip,
     survey_video,
     write_clip,
@@ -93,7 +93,9 @@ def measure_clip(folder: str, output_dir: str, clip: dict, config: CurationConfi
     return record | {"hashes": measures.compute_hashes(sampled_clip.full_frames)}
 
 
-def measure_stages(sampled_clip: SampledClip, config: CurationConfig, record: dict) -> Iterator[tuple[str, float | None]]:
+def measure_stages(
+    sampled_clip: SampledClip, config: CurationConfig, record: dict
+) -> Iterator[tuple[str, float | None]]:
     """Stage by stage, so that what is dropped early costs little."""
     yield "length", record["scores"]["length"]
     yield "bars", measures.measure_black_bars(sampled_clip.full_frames)
@@ -133,7 +135,9 @@ def run_safely(task: Callable[[dict], dict], item: dict) -> dict:
         if isinstance(error, OSError) and error.strerror:  # a source's own is UnreadableMedia by now
             raise StoreError(f"the output folder cannot be written: {error.strerror}") from None
         message = " ".join(word for word in str(error).split() if not set(word) & set("/\\"))  # no path
-        return make_unreadable_record(f"cannot be used ({type(error).__name__}: {message[:200]}); allowed: a whole file")
+        return make_unreadable_record(
+            f"cannot be used ({type(error).__name__}: {message[:200]}); allowed: a whole file"
+        )
 
 
 def make_unreadable_record(reason: str) -> dict:
@@ -208,7 +212,8 @@ def curate(
     prepare_output(output_dir, config)
     with ExitStack() as stack:
         file_journal, clip_journal, caption_journal = (
-            stack.enter_context(closing(Journal(output_dir / f"{name}.jsonl"))) for name in ("files", "measured", "captions")
+            stack.enter_context(closing(Journal(output_dir / f"{name}.jsonl")))
+            for name in ("files", "measured", "captions")
         )
         client = stack.enter_context(connect_workers(worker_count, cluster))
         survey_files(client, folder, names, config.bounds, file_journal, on_progress)
@@ -232,7 +237,9 @@ def list_sources(folder: Path, output_dir: Path) -> list[str]:
     if not folder.is_dir():
         raise InvalidInput("folder", "there is no such folder; allowed: a folder of videos")
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in VIDEO_SUFFIXES and path.is_file())
-    names = [path.relative_to(folder).as_posix() for path in paths if output_dir.resolve() not in path.resolve().parents]
+    names = [
+        path.relative_to(folder).as_posix() for path in paths if output_dir.resolve() not in path.resolve().parents
+    ]
     if not names:
         raise InvalidInput("folder", f"no video is in it; allowed: {', '.join(VIDEO_SUFFIXES)}")
     return names
@@ -274,7 +281,14 @@ def fingerprint_file(path: Path) -> list[int]:
     return [stat.st_size, stat.st_mtime_ns]
 
 
-def survey_files(client: Any, folder: Path, names: list[str], bounds: CurationBounds, journal: Journal, on_progress: PhaseProgressCallback) -> None:
+def survey_files(
+    client: Any,
+    folder: Path,
+    names: list[str],
+    bounds: CurationBounds,
+    journal: Journal,
+    on_progress: PhaseProgressCallback,
+) -> None:
     fingerprints = {name: fingerprint_file(folder / name) for name in names}
     remaining = [{"name": name} for name in names if journal.records.get(name, {}).get("stamp") != fingerprints[name]]
     task = partial(survey_item, str(folder), bounds)
@@ -298,7 +312,13 @@ def list_scenes(name: str, file: dict) -> list[dict]:
 
 
 def measure_clips(
-    client: Any, folder: Path, output_dir: Path, scenes: list[dict], config: CurationConfig, journal: Journal, on_progress: PhaseProgressCallback
+    client: Any,
+    folder: Path,
+    output_dir: Path,
+    scenes: list[dict],
+    config: CurationConfig,
+    journal: Journal,
+    on_progress: PhaseProgressCallback,
 ) -> None:
     remaining = [clip for clip in scenes if journal.records.get(clip["clip"], {}).get("stamp") != clip["stamp"]]
     task = partial(measure_item, str(folder), str(output_dir), config)
@@ -311,7 +331,9 @@ def measure_item(folder: str, output_dir: str, config: CurationConfig, clip: dic
     return measure_clip(folder, output_dir, clip, config)
 
 
-def drop_duplicates(clips: dict[str, dict], files: dict[str, dict], bounds: CurationBounds, on_progress: PhaseProgressCallback) -> list[dict]:
+def drop_duplicates(
+    clips: dict[str, dict], files: dict[str, dict], bounds: CurationBounds, on_progress: PhaseProgressCallback
+) -> list[dict]:
     """Those that no stage dropped and no better one is like; the others' records say which one they are like.
 
     Better is: more pixels, then more bytes a second, then the name.
@@ -326,12 +348,16 @@ def drop_duplicates(clips: dict[str, dict], files: dict[str, dict], bounds: Cura
     table = np.zeros((len(candidates), max_hash_count(candidates)), dtype=np.uint64)
     for done, clip in enumerate(candidates, 1):
         clip_hashes = np.array(clip["hashes"], dtype=np.uint64)
-        distances = measures.compute_hash_distances(clip_hashes, table[: len(kept_clips)]) if kept_clips else np.array([64.0])
+        distances = (
+            measures.compute_hash_distances(clip_hashes, table[: len(kept_clips)]) if kept_clips else np.array([64.0])
+        )
         nearest = int(distances.argmin())
         clip["scores"]["duplicates"] = round(float(distances[nearest]), 3)
         if distances[nearest] <= bounds.max_duplicate_distance:
             twin = kept_clips[nearest]["clip"]
-            why = f"{distances[nearest]:.3g} bits of 64 from {twin}; allowed: more than {bounds.max_duplicate_distance:g}"
+            why = (
+                f"{distances[nearest]:.3g} bits of 64 from {twin}; allowed: more than {bounds.max_duplicate_distance:g}"
+            )
             clip["dropped"] = {"stage": "duplicates", "value": float(distances[nearest]), "why": why, "like": twin}
         else:
             table[len(kept_clips)] = np.resize(clip_hashes, table.shape[1])
@@ -344,7 +370,9 @@ def max_hash_count(clips: list[dict]) -> int:
     return max((len(clip["hashes"]) for clip in clips), default=1)
 
 
-def caption_clips(folder: Path, clips: list[dict], captioner: Captioner, journal: Journal, on_progress: PhaseProgressCallback) -> None:
+def caption_clips(
+    folder: Path, clips: list[dict], captioner: Captioner, journal: Journal, on_progress: PhaseProgressCallback
+) -> None:
     """Those that have none yet; one that was refused is asked for again by the next run: the server may be another."""
     remaining = [clip for clip in clips if not is_captioned(clip, journal)]
 
@@ -372,19 +400,24 @@ def is_captioned(clip: dict, journal: Journal) -> bool:
     return record.get("stamp") == clip["stamp"] and record["caption"] is not None
 
 
-def write_clips(client: Any, folder: Path, output_dir: Path, clips: list[dict], on_progress: PhaseProgressCallback) -> list[dict]:
+def write_clips(
+    client: Any, folder: Path, output_dir: Path, clips: list[dict], on_progress: PhaseProgressCallback
+) -> list[dict]:
     """The kept clips' files, and a line for each; one whose file cannot be written is dropped."""
     journal = Journal(output_dir / "written.jsonl")
     remaining = [clip for clip in clips if not is_written(output_dir, clip, journal)]
     for done, (clip, record) in enumerate(
-        run_tasks(client, partial(write_clip_file, str(folder), str(output_dir)), remaining), len(clips) - len(remaining) + 1
+        run_tasks(client, partial(write_clip_file, str(folder), str(output_dir)), remaining),
+        len(clips) - len(remaining) + 1,
     ):
         journal.append_record(clip["clip"], record | {"stamp": clip["stamp"]})
         clip["dropped"] = record.get("dropped")
         on_progress("written", done, len(clips))
     journal.close()
     clips = [clip for clip in clips if not clip["dropped"]]
-    for path in set((output_dir / "clips").glob("*")) - {output_dir / "clips" / f"{clip['clip']}.mp4" for clip in clips}:
+    for path in set((output_dir / "clips").glob("*")) - {
+        output_dir / "clips" / f"{clip['clip']}.mp4" for clip in clips
+    }:
         path.unlink()  # of a file that has changed since, or cut by a kill
     return [build_output_line(clip, journal.records[clip["clip"]]) for clip in clips]
 

@@ -104,7 +104,10 @@ def read_frame_size(path: Path) -> tuple[int, int]:
 
 def survey_video(path: Path, max_scene_seconds: float) -> VideoSurvey:
     """Decodes the whole file once: is it whole, and where are its cuts?  Scenes above `longest` s are parted evenly."""
-    detectors, scenedetect = import_optional("scenedetect.detectors", "scenedetect-headless"), import_optional("scenedetect")
+    detectors, scenedetect = (
+        import_optional("scenedetect.detectors", "scenedetect-headless"),
+        import_optional("scenedetect"),
+    )
     with open_video(path) as (container, stream):
         fps = float(stream.average_rate or stream.guessed_rate or 0) or 25.0
         detector = detectors.AdaptiveDetector(min_scene_len=MIN_SCENE_SECONDS)
@@ -113,7 +116,12 @@ def survey_video(path: Path, max_scene_seconds: float) -> VideoSurvey:
         is_rotated = False
         for time, frame in decode_frames(container, stream):
             timecode = scenedetect.FrameTimecode(len(times), fps)
-            cuts += [cut.frame_num for cut in detector.process_frame(timecode, to_upright_pixels(frame, CUT_DETECTION_SIDE)[..., ::-1].copy())]
+            cuts += [
+                cut.frame_num
+                for cut in detector.process_frame(
+                    timecode, to_upright_pixels(frame, CUT_DETECTION_SIDE)[..., ::-1].copy()
+                )
+            ]
             times.append(time)
             is_rotated = round(frame.rotation / 90) % 2 == 1
         check_complete(len(times), stream, container.duration, fps)
@@ -161,7 +169,10 @@ def sample_clip(path: Path, span: TimeSpan) -> SampledClip:
             last = frame
         if last is None:
             raise UnreadableMedia("source", f"has no frame from {start:.2f} to {stop:.2f} s; allowed: one or more")
-        small_frames, full_frames = small_frames or [to_upright_pixels(last, SMALL_FRAME_SIDE)], full_frames or [to_upright_pixels(last)]
+        small_frames, full_frames = (
+            small_frames or [to_upright_pixels(last, SMALL_FRAME_SIDE)],
+            full_frames or [to_upright_pixels(last)],
+        )
     return SampledClip(np.stack(small_frames), full_frames)
 
 

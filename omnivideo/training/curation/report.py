@@ -47,7 +47,9 @@ def render_page(result: CurationResult, bounds: CurationBounds, output_dir: Path
         dropped = [clip for clip in clips if clip["dropped"] and clip["dropped"]["stage"] == stage]
         yield from render_section(f"Dropped: {stage}", dropped, output_dir)
     captions = {line["file"][6:-4]: line["caption"] for line in result.kept_clips}
-    yield from render_section("Kept", [clip | {"caption": captions[clip["clip"]]} for clip in clips if clip["clip"] in captions], output_dir)
+    yield from render_section(
+        "Kept", [clip | {"caption": captions[clip["clip"]]} for clip in clips if clip["clip"] in captions], output_dir
+    )
 
 
 def format_count(number: int, noun: str) -> str:
@@ -60,9 +62,15 @@ def render_stage_table(result: CurationResult, bounds: CurationBounds) -> Iterat
     yield "<h2>Stages</h2><table><tr><th>stage<th>measures<th>allowed<th class=n>asked<th class=n>dropped"
     for stage in STAGES.values():
         measured_records = [record for record in records if stage.name in record["scores"]]
-        dropped = sum(bool(record["dropped"]) and record["dropped"]["stage"] == stage.name for record in measured_records)
+        dropped = sum(
+            bool(record["dropped"]) and record["dropped"]["stage"] == stage.name for record in measured_records
+        )
         unmeasurable = sum(record["scores"][stage.name] is None for record in measured_records)
-        note = f' <span class="dim">({unmeasurable} not measurable: the camera stands still)</span>' if unmeasurable else ""
+        note = (
+            f' <span class="dim">({unmeasurable} not measurable: the camera stands still)</span>'
+            if unmeasurable
+            else ""
+        )
         if stage.name in result.missing_stages:
             note = f' <span class="bad">not asked: {escape(result.missing_stages[stage.name])}</span>'
         yield f"<tr><td><b>{stage.name}</b><td>{stage.description}{note}<td>{format_allowed_range(stage.name, bounds)}"
@@ -98,7 +106,9 @@ def render_section(title: str, clips: list[dict], output_dir: Path) -> Iterator[
     if clips:
         limit_note = f", {MAX_THUMBNAILS} of them shown" if len(clips) > MAX_THUMBNAILS else ""
         yield f'<h2>{title} <span class="dim">({len(clips)}{limit_note})</span></h2><div class="cards">'
-        yield from map(render_card, clips[:MAX_THUMBNAILS], (render_thumbnail(output_dir, clip["clip"]) for clip in clips))
+        yield from map(
+            render_card, clips[:MAX_THUMBNAILS], (render_thumbnail(output_dir, clip["clip"]) for clip in clips)
+        )
         yield "</div>"
 
 

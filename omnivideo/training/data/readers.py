@@ -35,7 +35,11 @@ def read_records(path: Path, skip_report: SkipReport) -> Iterator[tuple[str, Rec
         rows = read_parquet_rows(path, skip_report)
     else:
         text = read_text(path)
-        rows = parse_json_array(path, text, skip_report) if text.lstrip().startswith("[") else parse_json_lines(path, text, skip_report)
+        rows = (
+            parse_json_array(path, text, skip_report)
+            if text.lstrip().startswith("[")
+            else parse_json_lines(path, text, skip_report)
+        )
     for name, row in rows:
         if isinstance(row, dict):
             yield name, row
@@ -74,7 +78,9 @@ def parse_json_array(path: Path, text: str, skip_report: SkipReport) -> Iterator
         try:
             row, position = decoder.raw_decode(text, position)
         except (ValueError, RecursionError) as error:
-            skip_report.add_skip("wrong record", f"{path.name}#{number}", f"it is not JSON, and the rest is lost: {error}")
+            skip_report.add_skip(
+                "wrong record", f"{path.name}#{number}", f"it is not JSON, and the rest is lost: {error}"
+            )
             return
         yield f"{path.name}#{number}", row
 
@@ -153,7 +159,9 @@ def parse_llava(row: Record, media: Path) -> TrainingSample:
         raise InvalidInput("conversations", "human and gpt are to take turns")
     source = read_media_field(row, media, "video", "image")
     turns = tuple(zip(texts[::2], texts[1::2], strict=True))
-    return TrainingSample("video-understanding" if is_clip(source) else "image-understanding", source=source, turns=turns)
+    return TrainingSample(
+        "video-understanding" if is_clip(source) else "image-understanding", source=source, turns=turns
+    )
 
 
 def parse_sharegpt4video(row: Record, media: Path) -> TrainingSample:
@@ -163,7 +171,9 @@ def parse_sharegpt4video(row: Record, media: Path) -> TrainingSample:
     full_captions = [caption for caption in captions if isinstance(caption, dict) and str(caption.get("idx")) == "-1"]
     if not full_captions:
         raise InvalidInput("captions", "there is none of the whole clip (idx -1)")
-    return TrainingSample("text-to-video", read_text_field(full_captions[0], "content"), target=read_media_field(row, media, "video_path"))
+    return TrainingSample(
+        "text-to-video", read_text_field(full_captions[0], "content"), target=read_media_field(row, media, "video_path")
+    )
 
 
 def parse_ultraedit(row: Record, media: Path) -> TrainingSample:
@@ -192,7 +202,9 @@ def parse_edit(
 
 
 def parse_captions(row: Record, media: Path) -> TrainingSample:
-    return TrainingSample("text-to-image", read_text_field(row, *CAPTION_FIELDS), target=read_media_field(row, media, *IMAGE_FIELDS))
+    return TrainingSample(
+        "text-to-image", read_text_field(row, *CAPTION_FIELDS), target=read_media_field(row, media, *IMAGE_FIELDS)
+    )
 
 
 def parse_curated(row: Record, media: Path) -> TrainingSample:
@@ -229,7 +241,9 @@ def read_samples(layout: str, path: Path, media: Path, skip_report: SkipReport) 
 def list_annotation_files(path: Path, layout: str) -> list[Path]:
     if not path.is_dir():
         return [path]
-    files = sorted(file for file in path.rglob(FILE_PATTERNS.get(layout, "*")) if file.suffix in (".json", ".jsonl", ".parquet"))
+    files = sorted(
+        file for file in path.rglob(FILE_PATTERNS.get(layout, "*")) if file.suffix in (".json", ".jsonl", ".parquet")
+    )
     if not files:
         expected = FILE_PATTERNS.get(layout, ".json, .jsonl or .parquet file")
         raise InvalidInput("annotations", f"{path.name!r} holds no {expected}")

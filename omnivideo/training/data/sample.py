@@ -20,8 +20,8 @@ import av
 import numpy as np
 from PIL import Image, ImageOps
 
-from omnivideo.errors import InvalidInput, ArtifactNotFound, UnreadableMedia
-from omnivideo.training.data.batches import TASKS, Task
+from omnivideo.errors import ArtifactNotFound, InvalidInput, UnreadableMedia
+from omnivideo.training.data.batch_sampler import TASKS, Task
 
 MAX_FRAME_PIXELS = 8192 * 8192  # of a frame
 MAX_DECODED_BYTES = 4 << 30  # bytes of a clip's pixels
@@ -140,7 +140,11 @@ def decode_clip(data: bytes, demuxer: str) -> Iterator[tuple[np.ndarray, float, 
     with av.open(io.BytesIO(data), "r", format=demuxer) as container:
         stream = container.streams.video[0]
         check_frame_size(stream.width, stream.height)
-        fps, frame_count, expected_count = float(stream.average_rate or stream.guessed_rate or 1), 0, expected_frame_count(stream)
+        fps, frame_count, expected_count = (
+            float(stream.average_rate or stream.guessed_rate or 1),
+            0,
+            expected_frame_count(stream),
+        )
         start_time, time = None, 0.0
         for packet in container.demux(stream):
             if packet.is_corrupt:
@@ -227,7 +231,9 @@ def check_sample(sample: TrainingSample) -> None:
         raise InvalidInput("task", f"{sample.task!r} is not one of {', '.join(TASKS)}")
     for name in ("source", "target", "text", "turns"):
         if bool(getattr(sample, name)) != (name in required_fields(sample.task)):
-            raise InvalidInput(name, f"{'missing from' if name in required_fields(sample.task) else 'not for'} {sample.task}")
+            raise InvalidInput(
+                name, f"{'missing from' if name in required_fields(sample.task) else 'not for'} {sample.task}"
+            )
     all_text = "".join((sample.text, sample.caption, *(side for turn in sample.turns for side in turn)))
     if any("\ud800" <= letter <= "\udfff" for letter in all_text):
         raise InvalidInput("text", "it holds half of a surrogate pair")

@@ -66,7 +66,10 @@ class VisualTokensConnector(KVConnectorBase_V1, SupportsHMA):
         groups = kv_cache_config.kv_cache_groups
         # The rows may share a group with the attention layers or have one of their own.
         ((self.group_index, self.layer_name),) = [
-            (index, name) for index, group in enumerate(groups) for name in group.layer_names if name.startswith("rows.")
+            (index, name)
+            for index, group in enumerate(groups)
+            for name in group.layer_names
+            if name.startswith("rows.")
         ]
         self.outbox = Path(self._kv_transfer_config.get_from_extra_config("outbox", ""))
         self.pending_prompts: dict[str, PendingPrompt] = {}  # by request, on the scheduler's side
@@ -91,7 +94,9 @@ class VisualTokensConnector(KVConnectorBase_V1, SupportsHMA):
         """The waiting requests of a step with the tokens that they have behind them, blocks brought up to date."""
         for new in output.scheduled_new_reqs:
             if name := get_requested_file(new.sampling_params):
-                self.pending_prompts[new.req_id] = PendingPrompt(name, len(new.prompt_token_ids), list(new.block_ids[self.group_index]))
+                self.pending_prompts[new.req_id] = PendingPrompt(
+                    name, len(new.prompt_token_ids), list(new.block_ids[self.group_index])
+                )
                 yield new.req_id, new.num_computed_tokens
         cached_requests = output.scheduled_cached_reqs
         for request, new_block_ids, computed in zip(

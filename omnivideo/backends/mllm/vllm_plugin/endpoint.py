@@ -23,15 +23,15 @@ from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionReque
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
-from omnivideo.backends.decoder.video import read_media
-from omnivideo.backends.mllm.plain import sanitize_text, list_special_tokens
+from omnivideo.backends.mllm.protocol import MediaPayload, MLLMPayload
+from omnivideo.backends.mllm.sanitize import list_special_tokens, sanitize_text
 from omnivideo.backends.mllm.server import add_mllm_routes
 from omnivideo.backends.mllm.vllm_plugin import ENDPOINT_PLUGIN, VISUAL_TOKENS_PARAM
 from omnivideo.backends.mllm.vllm_plugin.processor import vision_config_from_hf
 from omnivideo.backends.mllm.vllm_plugin.prompt import build_engine_input
-from omnivideo.backends.mllm.wire import MLLMPayload, MediaPayload
 from omnivideo.contracts import Medium, Route
 from omnivideo.errors import InvalidInput
+from omnivideo.media.read import read_media
 from omnivideo.models.mllm import BOI, BOV, VISUAL_TOKEN_PAIRS, VISUAL_TOKENS, MLLMMedia, MLLMMessage, tokenize_message
 
 MAX_INLINE_CHARS = 4000  # characters, the most of a user's request
@@ -63,20 +63,30 @@ class VLLMService:
     # ------------------------------------------------------------ requests
 
     def build_prompt(self, payload: MLLMPayload, answer: str) -> Any:
-        message = MLLMMessage(sanitize_text(payload.text, self.special_tokens), tuple(map(self.load_media_cached, payload.media)), payload.system)
+        message = MLLMMessage(
+            sanitize_text(payload.text, self.special_tokens),
+            tuple(map(self.load_media_cached, payload.media)),
+            payload.system,
+        )
         encoded = tokenize_message(self.tokenizer, message, self.vision_config, answer)
         if len(encoded.token_ids) >= self.max_model_len:
             max_prompt_tokens = self.max_model_len - 1
-            raise InvalidInput("prompt", f"it has {len(encoded.token_ids)} tokens; the language model takes {max_prompt_tokens}")
+            raise InvalidInput(
+                "prompt", f"it has {len(encoded.token_ids)} tokens; the language model takes {max_prompt_tokens}"
+            )
         digests: dict[str, list[str]] = {"image": [], "video": []}
         for one in payload.media:
             digests[one.medium].append(compute_media_digest(one))
         return build_engine_input(encoded, digests, self.vision_config.merge_size)
 
-    async def start_generation(self, payload: MLLMPayload, params: SamplingParams, answer: str = "") -> AsyncIterator[Any]:
+    async def start_generation(
+        self, payload: MLLMPayload, params: SamplingParams, answer: str = ""
+    ) -> AsyncIterator[Any]:
         """Pixels and long texts stay off the event loop; a short text is encoded faster than a thread is found."""
         slow = payload.media or len(payload.text) > MAX_INLINE_CHARS
-        prompt = await asyncio.to_thread(self.build_prompt, payload, answer) if slow else self.build_prompt(payload, answer)
+        prompt = (
+            await asyncio.to_thread(self.build_prompt, payload, answer) if slow else self.build_prompt(payload, answer)
+        )
         return self.stream_outputs(prompt, params)
 
     async def stream_outputs(self, prompt: Any, params: SamplingParams) -> AsyncIterator[Any]:
@@ -183,7 +193,9 @@ class Endpoint:
         @app.post("/v1/chat/completions")
         async def create_chat(request: ChatCompletionRequest, raw_request: Request) -> Any:
             """vLLM's own, but for what users cannot say."""
-            return await create_chat_completion(sanitize_chat_request(request, self.service.special_tokens), raw_request)
+            return await create_chat_completion(
+                sanitize_chat_request(request, self.service.special_tokens), raw_request
+            )
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         outbox = Path(engine_client.vllm_config.kv_transfer_config.kv_connector_extra_config["outbox"])

@@ -14,7 +14,11 @@ from vllm.model_executor.models.extract_hidden_states import CacheOnlyAttentionL
 from vllm.model_executor.models.qwen3_vl import Qwen3VLForConditionalGeneration
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from omnivideo.backends.mllm.vllm_plugin.processor import OmniVideoDummyInputs, OmniVideoProcessingInfo, OmniVideoProcessor
+from omnivideo.backends.mllm.vllm_plugin.processor import (
+    OmniVideoDummyInputs,
+    OmniVideoProcessingInfo,
+    OmniVideoProcessor,
+)
 from omnivideo.models.bridge import VisionHead
 from omnivideo.presets import get_preset
 
@@ -41,7 +45,9 @@ def build_vision_head(name: str) -> VisionHead:
     return VisionHead(size.input_dim, size.width, size.num_queries, size.num_layers, size.num_heads).float()
 
 
-@MULTIMODAL_REGISTRY.register_processor(OmniVideoProcessor, info=OmniVideoProcessingInfo, dummy_inputs=OmniVideoDummyInputs)
+@MULTIMODAL_REGISTRY.register_processor(
+    OmniVideoProcessor, info=OmniVideoProcessingInfo, dummy_inputs=OmniVideoDummyInputs
+)
 class OmniVideoMLLM(Qwen3VLForConditionalGeneration):
     """`hf_config.omnivideo` holds the preset's name and the folder of the head's weights."""
 
@@ -54,7 +60,9 @@ class OmniVideoMLLM(Qwen3VLForConditionalGeneration):
         self.secondary_weights = (source,)
         text = config.text_config
         # vLLM wants one number in a layer's name: the next after the real ones.
-        self.hidden_state_cache = HiddenStateCache(1, text.hidden_size, vllm_config.cache_config, prefix=f"rows.{text.num_hidden_layers}")
+        self.hidden_state_cache = HiddenStateCache(
+            1, text.hidden_size, vllm_config.cache_config, prefix=f"rows.{text.num_hidden_layers}"
+        )
         self.hidden_state_cache.__dict__["head"] = self.vision_head  # not as a sub-module: its weights have one name
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

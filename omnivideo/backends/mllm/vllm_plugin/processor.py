@@ -32,7 +32,11 @@ INPUT_FIELDS = {"image": ("pixel_values", "image_grid_thw"), "video": ("pixel_va
 def vision_config_from_hf(config: Any) -> VisionInputConfig:
     """The patching of the model; what it looks at is as everywhere."""
     vision = config.vision_config
-    return VisionInputConfig(patch_size=vision.patch_size, merge_size=vision.spatial_merge_size, temporal_patch_size=vision.temporal_patch_size)
+    return VisionInputConfig(
+        patch_size=vision.patch_size,
+        merge_size=vision.spatial_merge_size,
+        temporal_patch_size=vision.temporal_patch_size,
+    )
 
 
 def collate_patches(patches: Mapping[str, list[Tensor]], grids: Mapping[str, list[list[int]]]) -> dict[str, Tensor]:
@@ -75,7 +79,11 @@ class OmniVideoProcessingInfo(Qwen3VLProcessingInfo):
         return {"text_kwargs": set(), "images_kwargs": set(), "videos_kwargs": set()}
 
     def get_mm_max_tokens_per_item(self, seq_len: int, mm_counts: Mapping[str, int]) -> Mapping[str, int]:
-        return {"image": self.count_frame_tokens(), "video": -(-self.count_max_frames(seq_len) // self.get_vision_input_config().temporal_patch_size) * self.count_frame_tokens()}
+        return {
+            "image": self.count_frame_tokens(),
+            "video": -(-self.count_max_frames(seq_len) // self.get_vision_input_config().temporal_patch_size)
+            * self.count_frame_tokens(),
+        }
 
 
 class OmniVideoDummyInputs(Qwen3VLDummyInputsBuilder):

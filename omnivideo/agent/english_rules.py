@@ -1,0 +1,203 @@
+"""What the words of a turn say about its shape: the acts in it, what they refer to, whether to think first.
+
+Plain text analysis, the same for the same words.  What the request means is the model's to say; this only finds
+which picture or clip it should be shown.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from omnivideo.contracts import Artifact, Medium
+
+IMPERATIVE_VERBS = (
+    "make", "turn", "paint", "change", "recolour", "recolor", "add", "put", "draw", "remove", "delete", "erase",
+    "take", "get", "set", "use", "replace", "transform", "generate", "create", "show", "let", "have", "go", "return",
+    "switch", "give",
+)  # fmt: skip
+QUESTION_WORDS = ("how", "what", "which", "where", "who", "why", "when", "is", "are", "does", "do", "tell", "describe", "count",
+        "caption", "say", "explain")  # fmt: skip
+ACTION_START = "|".join((*IMPERATIVE_VERBS, *QUESTION_WORDS))
+LEAD_IN = r"(?:and|then|now|also|next|finally|afterwards|after that|ok|okay|so|but|please)"
+QUANTITY = r"(?:an?|one|two|three|four|five|six|some|several|another|as many|half|twice|\d+)"
+
+ACTION_BOUNDARY = re.compile(
+    rf"(?<=[.!?])\s+(?=\S)|\s*;\s*|\s*,?\s+(?:and\s+)?(?:then|afterwards|after that)\s+(?={LEAD_IN}|{ACTION_START})"
+    rf"|\s*,\s*(?:and\s+)?(?={LEAD_IN}?\s*(?:{ACTION_START})\b)|\s+and\s+(?=(?:{ACTION_START}|now)\b)",
+    re.IGNORECASE,
+)
+POLITE_PREFIX = re.compile(
+    rf"^(?:{LEAD_IN}[\s,]+|(?:can|could|would|will) you (?!see\b)(?:please )?"
+    r"|tell me\s+(?=how|what|which|where|who|why))+",
+    re.IGNORECASE,
+)
+# A new thing is asked for: "a red star", "draw two circles", "i want a clip of ...".
+NEW_SUBJECT = re.compile(
+    rf"^(?:(?:make|draw|show|generate|create|give|produce)(?: me| us)?\s+|i (?:want|need|would like)(?: to see)?\s+)?"
+    rf"(?:{QUANTITY}\b|(?:pictures?|images?|photos?|videos?|clips?|animations?|footage) of\b)",
+    re.IGNORECASE,
+)
+CHANGE_REQUEST = re.compile(
+    r"^(?:make|turn|paint|change|recolou?r|add|put|remove|delete|erase|take away|get rid of|set|use|replace|transform"
+    r"|let|have|now)\b",
+    re.IGNORECASE,
+)
+QUESTION = re.compile(rf"^(?:{'|'.join(QUESTION_WORDS)}|can you see|do you see)\b|\?\s*$", re.IGNORECASE)
+DEFINITE_REFERENCE = re.compile(r"\b(?:it|its|them|they|there|this|these|those|you see|the)\b", re.IGNORECASE)
+PRONOUN = re.compile(r"\b(?:it|its|them|they|this|these|those)\b", re.IGNORECASE)
+
+MEDIUM_BY_NOUN: dict[str, Medium | None] = {
+    "clip": "video", "video": "video", "animation": "video", "movie": "video", "picture": "image", "image": "image",
+    "still": "image", "photo": "image", "drawing": "image", "one": None, "result": None, "version": None,
+}  # fmt: skip
+ORDINAL_INDEX = {
+    "first": 0, "second": 1, "third": 2, "fourth": 3, "fifth": 4, "sixth": 5, "seventh": 6, "eighth": 7, "ninth": 8,
+    "tenth": 9, "last": -1, "latest": -1, "newest": -1, "previous": -2,
+}  # fmt: skip
+ORDINAL_REFERENCE = re.compile(rf"\bthe ({'|'.join(ORDINAL_INDEX)}) ({'|'.join(MEDIUM_BY_NOUN)})\b", re.IGNORECASE)
+GO_BACK_REQUEST = re.compile(r"\b(?:go|return|switch|come) back to (?:the |my |that )?(.+)$|^undo\b", re.IGNORECASE)
+DESCRIPTION = r"((?:(?!(?:the|in|of|on|is|are|to|does|this|and)\b)[\w-]+ ){1,3})"
+DESCRIPTION_REFERENCE = re.compile(
+    rf"\b(?:in|use|open) the {DESCRIPTION}({'|'.join(MEDIUM_BY_NOUN)})\b"
+    rf"|\bthe {DESCRIPTION}({'|'.join(name for name in MEDIUM_BY_NOUN if name not in ('one', 'still'))})\b",
+    re.IGNORECASE,
+)
+STOP_WORDS = {"the", "a", "an", "one", "ones", "with", "of", "and", "my", "that", "again", "please", *MEDIUM_BY_NOUN}
+
+# What is meant must first be worked out: a comparison, a description in place of a name, a sum in words.
+INDIRECT_REQUEST = re.compile(
+    r"(?<!would )\blike\b|\bcolou?rs? of\b|\bas \w+(?: \w+)? as\b|\bas many\b|\b(?:more|less|fewer) than\b"
+    r"|\b(?:half|twice|double|pairs?)\b|\bwhose\b|\bsomething\b|\bsomeone\b|\bopposite\b|\bremind"
+    r"|\ban? (?:\w+ )?shape\b|\bshapes? (?:with|that|without|you)\b|,\s*(?:it|they)\b|\bthe (?:number|amount) of\b",
+    re.IGNORECASE,
+)
+
+
+def split_actions(text: str) -> list[str]:
+    """The separate things that a turn asks for, in order, each without the words that join it to the others."""
+    pieces = [POLITE_PREFIX.sub("", piece.strip(" ,;")).strip(" ,;.!") for piece in ACTION_BOUNDARY.split(text)]
+    return [piece for piece in pieces if piece] or [text.strip()]
+
+
+def is_indirect(text: str) -> bool:
+    """Whether a request names things by description, or says too little, so that thinking first should pay."""
+    alone = len(text.split()) < 2 and text.isascii()  # not every script puts blanks between words
+    return bool(INDIRECT_REQUEST.search(text)) or alone
+
+
+def is_change_request(text: str) -> bool:
+    """Whether it tells to change something that is there, rather than to draw something new."""
+    return bool(CHANGE_REQUEST.match(text)) and not NEW_SUBJECT.match(text)
+
+
+def is_reference(text: str) -> bool:
+    """Whether the words are about something that is already there."""
+    if NEW_SUBJECT.match(text):
+        return False
+    return (
+        is_change_request(text)
+        or bool(PRONOUN.search(text))
+        or bool(QUESTION.search(text) and DEFINITE_REFERENCE.search(text))
+    )
+
+
+@dataclass(frozen=True)
+class OrdinalMatch:
+    """An artifact by its place in the conversation, `None` where there is none there."""
+
+    artifact: Artifact | None
+    words: str
+
+
+def find_by_ordinal(text: str, artifacts: Sequence[Artifact]) -> OrdinalMatch | None:
+    """ "the second clip": the artifact that an ordinal names; None where no ordinal is said."""
+    match = ORDINAL_REFERENCE.search(text)
+    if match is None:
+        return None
+    medium = MEDIUM_BY_NOUN[match[2].lower()]
+    candidates = [one for one in artifacts if medium in (None, one.medium)]
+    index = ORDINAL_INDEX[match[1].lower()]
+    in_range = -len(candidates) <= index < len(candidates)
+    return OrdinalMatch(candidates[index] if in_range else None, match[0])
+
+
+def find_description(text: str) -> tuple[str, Medium | None] | None:
+    """ "go back to the red one", "in the blue clip": the words that describe an artifact, and its medium if named."""
+    if (found := GO_BACK_REQUEST.search(text)) and found[1]:
+        words, medium = (
+            found[1],
+            next((MEDIUM_BY_NOUN[word] for word in found[1].lower().split() if word in MEDIUM_BY_NOUN), None),
+        )
+    elif found := DESCRIPTION_REFERENCE.search(text):
+        words, medium = found[1] or found[3], MEDIUM_BY_NOUN[(found[2] or found[4]).lower()]
+    else:
+        return None
+    return (words, medium) if get_content_words(words) else None
+
+
+def is_go_back_request(text: str) -> bool:
+    """Whether it only asks for something of before, as it was."""
+    return GO_BACK_REQUEST.search(text) is not None
+
+
+def get_content_words(words: str) -> set[str]:
+    """The words that say something, without their plural."""
+    return {
+        word.rstrip("s") for word in re.findall(r"[\w-]+", words.lower()) if word not in STOP_WORDS | set(ORDINAL_INDEX)
+    }
+
+
+def matches_description(words: str, description: str) -> bool:
+    return get_content_words(words) <= get_content_words(description)
+
+
+def build_choice_question(options: Sequence[Artifact], descriptions: Sequence[str]) -> str:
+    """A question that lists what there is."""
+    named = {"image": "picture", "video": "clip"}
+    listed = (f"{at}) the {named[one.medium]}: {description}"
+              for at, (one, description) in enumerate(zip(options, descriptions, strict=True), start=1))  # fmt: skip
+    return "Which one do you mean? " + "; ".join(listed)
+
+
+def artifact_from_reply(reply: str, options: Sequence[Artifact], descriptions: Sequence[str]) -> Artifact | None:
+    """The option that a reply to `which_one` means: by number, ordinal or description."""
+    if (number := re.search(r"\d+", reply)) and 1 <= int(number[0]) <= len(options):
+        return options[int(number[0]) - 1]
+    for word, at in ORDINAL_INDEX.items():
+        if re.search(rf"\b{word}\b", reply.lower()) and -len(options) <= at < len(options):
+            return options[at]
+    fitting = [
+        one
+        for one, told in zip(options, descriptions, strict=True)
+        if get_content_words(reply) and matches_description(reply, told)
+    ]
+    return fitting[-1] if fitting else None
+
+
+# ---------------------------------------------------------------- plans that the model makes
+
+
+@dataclass(frozen=True)
+class PlannedAction:
+    """One act of a model's plan; `about` is "new", "last", "unclear", or the number of an artifact from 1."""
+
+    text: str
+    reference: str
+
+
+def build_plan_request(text: str, artifacts: Sequence[Artifact]) -> str:
+    listed = "\n".join(f"{at}. {one.medium}: {one.caption}" for at, one in enumerate(artifacts, start=1))
+    return f"Made so far:\n{listed or 'nothing'}\n\nThe user says: {text}"
+
+
+def parse_plan(answer: str, num_artifacts: int) -> list[PlannedAction]:
+    """The plan in what a model wrote; empty where it is not of the form that was asked for."""
+    begin, end = answer.find("["), answer.rfind("]")
+    try:
+        entries = json.loads(answer[begin : end + 1])
+        actions = [PlannedAction(str(one["do"]).strip(), str(one["about"])) for one in entries]
+    except (ValueError, TypeError, KeyError):
+        return []
+    allowed_references = {"new", "last", "unclear", *map(str, range(1, num_artifacts + 1))}
+    return actions if all(one.text and one.reference in allowed_references for one in actions) else []

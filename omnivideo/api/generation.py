@@ -1,0 +1,300 @@
+"""From the wire's words to jobs: what to draw, at which size and length, from what, under which name."""
+
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, Field
+
+from omnivideo.api.dependencies import ServiceContext
+from omnivideo.api.errors import APIError
+from omnivideo.api.request_body import (
+    CleanText,
+    MediaReference,
+    build_key_reused_error,
+    digest_request,
+    rename_error_field,
+    resolve_source,
+    validate_fields,
+)
+from omnivideo.contracts import (
+    Artifact,
+    Job,
+    JobStatus,
+    Lane,
+    SamplingOverrides,
+    SamplingParams,
+    check_prompt,
+    resolve_sampling_params,
+)
+from omnivideo.errors import InvalidInput, JobCancelled, JobFailed
+from omnivideo.presets import Preset, Task, get_preset
+
+SIZE_PATTERN = re.compile(r"(\d{1,5})x(\d{1,5})")
+REQUEST_FIELD_NAMES = {"width": "size", "height": "size", "frames": "num_frames", "steps": "num_inference_steps"}
+
+
+def get_constraints(field: str) -> list[Any]:
+    """The bounds that a setting has: they stand in contracts.Settings."""
+    return SamplingParams.model_fields[field].metadata
+
+
+class GenerationRequest(BaseModel):
+    """What an image and a clip have in common.  A size is WIDTHxHEIGHT, both multiples of 16."""
+
+    prompt: CleanText = Field(min_length=1, max_length=4000)
+    model: CleanText | None = None
+    size: str | None = Field(default=None, pattern=r"^(\d{1,5}x\d{1,5}|auto)$")
+    num_inference_steps: Annotated[int | None, *get_constraints("steps")] = None
+    guidance_scale: Annotated[float | None, *get_constraints("guidance_scale")] = None
+    flow_shift: Annotated[float | None, *get_constraints("flow_shift")] = None
+    seed: Annotated[int | None, *get_constraints("seed")] = None
+    negative_prompt: Annotated[CleanText | None, *get_constraints("negative_prompt")] = None
+
+
+class VideoRequest(GenerationRequest):
+    """A clip's length is `num_frames` (4k + 1), or the next such number to `seconds` at `fps`."""
+
+    seconds: float | None = Field(default=None, gt=0, le=3600, allow_inf_nan=False)
+    num_frames: Annotated[int | None, *get_constraints("frames")] = None
+    fps: Annotated[int | None, *get_constraints("fps")] = None
+    input_reference: MediaReference | None = None
+
+
+class VideoEditRequest(VideoRequest):
+    video: MediaReference
+
+
+class ImageRequest(GenerationRequest):
+    n: int = Field(default=1, ge=1, le=8)
+    response_format: Literal["b64_json", "url"] | None = None
+    output_format: Literal["png"] | None = None
+    stream: Literal[False] | None = None
+    mask: None = None
+
+
+def wrap_in_list(value: Any) -> Any:
+    return value if isinstance(value, list) else [value]
+
+
+class ImageEditRequest(ImageRequest):
+    image: Annotated[list[MediaReference], BeforeValidator(wrap_in_list)] = Field(min_length=1, max_length=1)
+
+
+@dataclass(frozen=True)
+class JobRequest:
+    """A job as it is submitted; `meta` is what the wire tells of it besides."""
+
+    job: Job
+    kind: Literal["video", "image"]
+    meta: dict[str, str]
+
+
+# ---------------------------------------------------------------- clips
+
+
+def build_video_job(context: ServiceContext, owner: str, fields: Mapping[str, Any], job_id: str) -> JobRequest:
+    """A clip of the prompt; with an `input_reference`, the reference changed as the prompt says.
+
+    The model edits: it has no first-frame mode.  A clip as a reference is edited as a clip; an image is taken as a
+    still clip, which the prompt may set in motion.
+    """
+    request = validate_fields(VideoRequest, fields)
+    source = None
+    if request.input_reference is not None:
+        source = resolve_source(context, owner, request.input_reference, "input_reference")
+    task: Task = "text-to-video" if source is None else "video-editing"
+    return build_clip_job(context, request, task, job_id, source, {})
+
+
+def build_video_edit_job(context: ServiceContext, owner: str, fields: Mapping[str, Any], job_id: str) -> JobRequest:
+    """The `video`, changed as the prompt says; one that was drawn here keeps its size, length and rate."""
+    request = validate_fields(VideoEditRequest, fields)
+    source = resolve_source(context, owner, request.video, "video")
+    return build_clip_job(
+        context,
+        inherit_source_format(request, source) if request.video.id else request,
+        "video-editing",
+        job_id,
+        source,
+        {},
+    )
+
+
+def build_remix_job(context: ServiceContext, fields: Mapping[str, Any], job_id: str, original: JobStatus) -> JobRequest:
+    """A completed video, changed as the prompt says."""
+    request = validate_fields(VideoRequest, fields)
+    if original.result is None:
+        raise InvalidInput("id", "that video is not completed")
+    extra_meta = {"remixed_from": original.id}
+    return build_clip_job(
+        context, inherit_source_format(request, original.result), "video-editing", job_id, original.result, extra_meta
+    )
+
+
+def inherit_source_format(request: VideoRequest, source: Artifact) -> VideoRequest:
+    updates: dict[str, Any] = {
+        "size": request.size or f"{source.width}x{source.height}",
+        "fps": request.fps or round(source.fps),
+    }
+    if request.seconds is None:
+        updates["num_frames"] = request.num_frames or source.frames
+    return request.model_copy(update=updates)
+
+
+def build_clip_job(
+    context: ServiceContext,
+    request: VideoRequest,
+    task: Task,
+    job_id: str,
+    source: Artifact | None,
+    extra_meta: dict[str, str],
+) -> JobRequest:
+    model = require_served_preset(context, request.model)
+    overrides = overrides_from_request(request, fps=request.fps, frames=resolve_num_frames(model, task, request))
+    params = sampling_params_from_overrides(model, task, overrides, resolve_seed(request, job_id))
+    seconds = params.frames / params.fps if request.seconds is None else request.seconds
+    meta = {"size": f"{params.width}x{params.height}", "seconds": f"{seconds:.6g}"} | extra_meta
+    return build_job_request(request, params, overrides, job_id, source, "video", meta)
+
+
+def resolve_num_frames(model: Preset, task: Task, request: VideoRequest) -> int | None:
+    """The clip's number of frames, None for the preset's."""
+    if request.seconds is None:
+        return request.num_frames
+    fps = request.fps or model.sampling[task].fps
+    frames = 4 * round((request.seconds * fps - 1) / 4) + 1
+    if request.num_frames not in (None, frames):
+        text = f"{request.seconds:g} s at {fps} fps are {frames} frames and not num_frames; give one of the two"
+        raise InvalidInput("seconds", text)
+    max_frames = next(bound.le for bound in get_constraints("frames") if hasattr(bound, "le"))
+    if not 5 <= frames <= max_frames:
+        text = f"{request.seconds:g} s at {fps} fps are {max(0, frames)} frames"
+        raise InvalidInput(
+            "seconds", f"{text}; allowed: 5 to {max_frames}, so {5 / fps:.2g} to {max_frames / fps:.3g} s"
+        )
+    return frames
+
+
+# ---------------------------------------------------------------- images
+
+
+def build_image_jobs(context: ServiceContext, owner: str, fields: Mapping[str, Any], base_id: str) -> list[JobRequest]:
+    """One job for each of `n` images, with seeds that follow each other."""
+    return build_jobs_per_image(context, validate_fields(ImageRequest, fields), "text-to-image", base_id, None)
+
+
+def build_image_edit_jobs(
+    context: ServiceContext, owner: str, fields: Mapping[str, Any], base_id: str
+) -> list[JobRequest]:
+    request = validate_fields(ImageEditRequest, fields)
+    source = resolve_source(context, owner, request.image[0], "image")
+    if source.medium != "image":
+        raise InvalidInput("image", "it is a clip; use /v1/videos/edits")
+    return build_jobs_per_image(context, request, "image-editing", base_id, source)
+
+
+def build_jobs_per_image(
+    context: ServiceContext, request: ImageRequest, task: Task, base_id: str, source: Artifact | None
+) -> list[JobRequest]:
+    model, overrides, seed = (
+        require_served_preset(context, request.model),
+        overrides_from_request(request),
+        resolve_seed(request, base_id),
+    )
+    job_requests = []
+    for index, job_id in enumerate(make_image_ids(base_id, request.n)):
+        params = sampling_params_from_overrides(model, task, overrides, (seed + index) % 2**63)
+        job_requests.append(
+            build_job_request(
+                request, params, overrides, job_id, source, "image", {"size": f"{params.width}x{params.height}"}
+            )
+        )
+    return job_requests
+
+
+def make_image_ids(base_id: str, n: int) -> list[str]:
+    return [f"{base_id}_{index}" for index in range(n)]
+
+
+# ---------------------------------------------------------------- jobs
+
+
+def require_served_preset(context: ServiceContext, name: str | None) -> Preset:
+    served_preset = context.settings.preset
+    if name not in (None, served_preset):
+        raise InvalidInput("model", f"there is no {str(name)[:100]!r} here; allowed: {served_preset}")
+    return get_preset(served_preset)
+
+
+def resolve_seed(request: GenerationRequest, job_id: str) -> int:
+    """Chance where none is given, and yet the same for the same name: a repeated request asks for the same job."""
+    derived_seed = int.from_bytes(hashlib.sha256(job_id.encode()).digest()[:4])
+    return derived_seed if request.seed is None else request.seed
+
+
+def overrides_from_request(request: GenerationRequest, **extra: Any) -> SamplingOverrides:
+    size = SIZE_PATTERN.fullmatch(request.size or "")
+    width, height = map(int, size.groups()) if size else (None, None)
+    return SamplingOverrides(
+        width=width, height=height, steps=request.num_inference_steps, guidance_scale=request.guidance_scale,
+        flow_shift=request.flow_shift, negative_prompt=request.negative_prompt, **extra,
+    )  # fmt: skip
+
+
+def sampling_params_from_overrides(
+    model: Preset, task: Task, overrides: SamplingOverrides, seed: int
+) -> SamplingParams:
+    """The job's settings; raises InvalidInput in the wire's words for what this model cannot draw."""
+    try:
+        return resolve_sampling_params(model, task, seed=seed, **overrides.model_dump())
+    except InvalidInput as error:
+        raise rename_error_field(error, REQUEST_FIELD_NAMES.get(error.field, error.field)) from None
+
+
+def build_job_request(
+    request: GenerationRequest, params: SamplingParams, overrides: SamplingOverrides, job_id: str, source: Artifact | None, kind: Literal["video", "image"],
+    meta: dict[str, str],
+) -> JobRequest:  # fmt: skip
+    job = Job(
+        id=job_id, task=params.task, prompt=check_prompt("prompt", request.prompt), visual_tokens=None, source=source,
+        seed=params.seed, overrides=overrides,
+    )  # fmt: skip
+    n = getattr(request, "n", 1)
+    return JobRequest(
+        job,
+        kind,
+        meta | {"request": digest_request(kind, job.model_dump(exclude={"id", "seed"}), request.seed, n, meta)},
+    )
+
+
+def submit_job(context: ServiceContext, owner: str, job_request: JobRequest, lane: Lane = "interactive") -> JobStatus:
+    """The job as it stands; an id that is known is the same job, whoever asks at the same time.
+
+    Raises WireError where the id was made from a key that came with another request, and Busy.
+    """
+    try:
+        status: JobStatus | None = context.jobs.submit(job_request.job, owner, lane, job_request.kind, job_request.meta)
+    except InvalidInput:
+        raise build_key_reused_error() from None
+    if status is not None:
+        context.notify_workers()
+        return status
+    status = context.records.job(job_request.job.id, owner, job_request.kind)
+    if status is None:
+        raise APIError(404, "Idempotency-Key: what it stands for was deleted; give a new one", "Idempotency-Key")
+    if status.meta.get("request") != job_request.meta["request"]:
+        raise build_key_reused_error()
+    return status
+
+
+def error_from_status(status: JobStatus) -> Exception:
+    """Why a job that has ended has no result, in words that the wire knows."""
+    if status.state == "cancelled":
+        return JobCancelled("it was cancelled")
+    if status.code == "invalid_input":
+        field, _, text = (status.error or "").partition(": ")
+        return InvalidInput(field, text)
+    return JobFailed(status.code or "internal", status.error or "it could not be drawn")

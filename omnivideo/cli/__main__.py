@@ -1,0 +1,5 @@
+"""Run the command line: `python -m omnivideo.cli`."""
+
+from omnivideo.cli.main import main
+
+main()

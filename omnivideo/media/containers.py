@@ -1,0 +1,70 @@
+"""TODO docstring of omnivideo/media/containers.py."""
+
+import os
+from typing import BinaryIO
+
+STILL_BRANDS = (b"avif", b"avis", b"heic", b"heix", b"hevc", b"mif1", b"msf1")  # pictures in an mp4's clothes
+
+
+def sniff_format(head: bytes) -> str | None:
+    """The kind of a file from its first 16 bytes: png, jpeg, gif, webp, or one of CLIPS; None for anything else."""
+    starts = {b"\x89PNG\r\n\x1a\n": "png", b"\xff\xd8\xff": "jpeg", b"GIF8": "gif", b"\x1a\x45\xdf\xa3": "matroska"}
+    for start, kind in starts.items():
+        if head.startswith(start):
+            return kind
+    if head.startswith(b"RIFF"):
+        return {b"WEBP": "webp", b"AVI ": "avi"}.get(head[8:12])
+    boxes = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip")
+    return "mov" if head[4:8] in boxes and head[8:12] not in STILL_BRANDS else None
+
+
+def read_stated_size(file: BinaryIO, kind: str, size: int) -> int:
+    """The bytes a file says it has, more than `size` where it was cut short; `size` where it does not say."""
+    if kind in ("png", "gif"):
+        file.seek(max(0, size - 2**16))
+        tail = file.read()
+        is_complete = b"IEND\xaeB`\x82" in tail if kind == "png" else tail.rstrip(b"\0\r\n").endswith(b";")
+        return size if is_complete else size + 1
+    if kind == "mov":
+        return find_boxes_end(file, size)
+    if kind == "matroska":
+        return find_segment_end(file, size)
+    if kind == "avi":
+        file.seek(4)
+        return 8 + int.from_bytes(file.read(4), "little")
+    return size
+
+
+def find_boxes_end(file: BinaryIO, size: int) -> int:
+    """Where the last top-level box of an mp4 ends (ISO/IEC 14496-12, 4.2)."""
+    offset = 0
+    for _ in range(10_000):  # two a frame at most, when fragmented
+        file.seek(offset)
+        head = file.read(16)
+        length = int.from_bytes(head[:4], "big")
+        if length == 1:
+            length = int.from_bytes(head[8:], "big")
+        if length == 0 and len(head) >= 8:  # up to the end of the file
+            return size
+        offset += max(8, length)
+        if offset >= size:
+            return offset
+    return size
+
+
+def find_segment_end(file: BinaryIO, size: int) -> int:
+    """Where the segment of a webm or mkv ends; `size` where it is of unknown length, as in a live recording."""
+    file.seek(4)
+    file.seek(read_vint(file) or 0, os.SEEK_CUR)
+    if file.read(4) != b"\x18\x53\x80\x67":
+        return size
+    length = read_vint(file)
+    return size if length is None else file.tell() + length
+
+
+def read_vint(file: BinaryIO) -> int | None:
+    """A variable-size integer (RFC 8794, section 4); None for the reserved value that means unknown."""
+    first = file.read(1)[0]
+    width = 9 - first.bit_length()
+    value = int.from_bytes(bytes([first & (0xFF >> width)]) + file.read(width - 1), "big")
+    return None if value == 2 ** (7 * width) - 1 else value

@@ -1,0 +1,97 @@
+"""The way a user's media come into a service of many users: as bytes, in a data URL, or by URL from allowed hosts.
+
+Nothing here believes what it is told: not a size, not a type, not a name.  Every refusal is one line that names the
+field and the allowed range.
+"""
+
+import binascii
+import re
+
+from omnivideo.contracts import Artifact
+from omnivideo.errors import InvalidInput, UnreadableMedia
+from omnivideo.media.fetch import fetch_media
+from omnivideo.media.read import MediaLimits
+from omnivideo.media.sandbox import (
+    DEFAULT_MEDIA_LIMITS,
+    DEFAULT_PROCESS_LIMITS,
+    ProcessLimits,
+    detect_suffix,
+    measure_in_sandbox,
+)
+from omnivideo.ports import ObjectStore
+
+__all__ = ["decode_data_url", "fetch_media", "ingest_media"]
+
+# ---------------------------------------------------------------- bytes into the store
+
+
+def ingest_media(
+    store: ObjectStore, data: bytes, made_by: str, name: str = "", *,
+    limits: MediaLimits = DEFAULT_MEDIA_LIMITS, process_limits: ProcessLimits = DEFAULT_PROCESS_LIMITS, field: str = "source",
+) -> Artifact:  # fmt: skip
+    """A user's bytes as an artifact; `name` is what the user calls them, and gives words only, never a path or a type.
+
+    Raises UnreadableMedia that names the field, or Busy, and then nothing is stored.  `limits` may be lower than the
+    default, never higher: the default is what read_media takes.
+
+    That is what makes media.frames_of safe to call on an artifact in a process without limits of its own: the key is
+    the digest of these very bytes, which were decoded whole by the same reader, under the same limits or lower ones,
+    before they got it.
+    """
+    assert all(
+        getattr(limits, limit_name) <= max_value
+        for limit_name, max_value in vars(DEFAULT_MEDIA_LIMITS).items()
+        if max_value is not None
+    )
+    try:
+        info = measure_in_sandbox(data, limits, process_limits)
+    except UnreadableMedia as error:
+        raise UnreadableMedia(field, f"{printable_file_name(name)} {str(error).removeprefix('source: ')}") from None
+    key = store.put(data, detect_suffix(data[:64]) or "bin")
+    return Artifact(
+        key=key, medium=info.kind, width=info.width, height=info.height, frames=info.frames,
+        fps=info.fps or 1.0, caption=words_from_name(name) or info.kind, created_by=made_by,
+    )  # fmt: skip
+
+
+def base_name(name: str) -> str:
+    """The last part of a path of any system, short."""
+    return re.split(r"[\\/]", name)[-1][:100]
+
+
+def printable_file_name(name: str) -> str:
+    """The name for a message: on one line whatever it holds."""
+    printable = "".join(char if char.isprintable() else "?" for char in base_name(name))
+    return f"'{printable}'" if printable else "the file"
+
+
+def words_from_name(name: str) -> str:
+    """The words of a file name: letters and digits of any script, without the ending."""
+    stem = re.sub(r"\.\w{1,5}$", "", base_name(name))
+    return " ".join(re.findall(r"[^\W_]+", stem))
+
+
+# ---------------------------------------------------------------- data URLs
+
+DATA_URL_PATTERN = re.compile(r"data:(?:image|video)/[a-z0-9][a-z0-9.+-]{0,63};base64,", re.IGNORECASE)
+
+
+def decode_data_url(text: str, max_bytes: int = DEFAULT_MEDIA_LIMITS.max_bytes, *, field: str = "url") -> bytes:
+    """The bytes of `data:image/...;base64,...` or `data:video/...`; raises InvalidInput before it decodes too much.
+
+    The type is not kept: content decides.
+    """
+    head = DATA_URL_PATTERN.match(text[:200])
+    if head is None:
+        raise InvalidInput(field, "is no data URL of media; allowed: data:image/...;base64,... or data:video/...")
+    padding = text[-2:].count("=")
+    size = (len(text) - head.end()) // 4 * 3 - padding
+    if not 1 <= size <= max_bytes:
+        raise InvalidInput(field, f"holds {size} bytes; allowed: 1 to {max_bytes}")
+    try:
+        data = binascii.a2b_base64(text[head.end() :], strict_mode=True)
+    except ValueError:  # binascii.Error is one, and so is a letter beyond ASCII
+        data = b""
+    if len(data) != size:  # strict mode lets padding through that pads nothing
+        raise InvalidInput(field, "is damaged; allowed: base64 with its padding and nothing else")
+    return data

@@ -1,0 +1,230 @@
+"""A stranger's media, measured by decoding them in a process that has little to lose.
+
+The process is made for one source and ends with it: bytes of memory, seconds, files and environment are bounded
+before the first byte is read.  What comes back is a line of JSON, which is believed only within the limits.
+"""
+
+import json
+import logging
+import math
+import os
+import re
+import resource
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from importlib import import_module
+from pathlib import Path
+from typing import NoReturn
+
+from omnivideo.errors import ServiceBusy, UnreadableMedia
+from omnivideo.media.containers import sniff_format
+from omnivideo.media.read import MediaGuard, MediaInfo, MediaLimits, measure_media
+
+# What browsers, phones and our own writer make.  FFmpeg knows five hundred more, old and seldom looked at.
+ALLOWED_CODECS = ("h264", "hevc", "mpeg4", "mjpeg", "prores", "vp8", "libvpx", "vp9", "libvpx-vp9", "av1", "libdav1d")
+ALLOWED_FORMATS = "mp4, mov, webm, mkv, gif, png, jpeg or webp"
+MAX_REPORT_BYTES = 4096  # bytes of a report
+MEDIA_PATH = Path("/proc/self/fd/0")
+# The parent's own places to import from: a child in isolated mode would find neither a checkout nor a user's site.
+CHILD_PROGRAM = "import sys; sys.path[:] = sys.argv[2:]; from omnivideo.backends import decoding; decoding.child()"
+PROCESS_SLOTS = threading.BoundedSemaphore(os.cpu_count() or 1)  # more at once would only make each other late
+
+
+@dataclass(frozen=True)
+class ProcessLimits:
+    """What the process may use: seconds on the clock and on the CPU each, bytes of memory above what it starts with."""
+
+    timeout_seconds: float = 30.0
+    max_memory_bytes: int = 2**30
+
+
+DEFAULT_MEDIA_LIMITS, DEFAULT_PROCESS_LIMITS = MediaLimits(), ProcessLimits()
+log = logging.getLogger(__name__)
+
+
+# ---------------------------------------------------------------- the parent
+
+
+def detect_suffix(head: bytes) -> str | None:
+    """The file type by the first 64 bytes: png, jpg, webp, gif, mp4, mov, webm or mkv; None for anything else."""
+    kind = sniff_format(head[:16])
+    if kind == "mov":
+        return "mp4" if head[4:8] == b"ftyp" and head[8:12] != b"qt  " else "mov"
+    if kind == "matroska":
+        return "webm" if re.search(rb"\x42\x82.webm", head[:64], re.DOTALL) else "mkv"
+    return {"jpeg": "jpg", "png": "png", "webp": "webp", "gif": "gif"}.get(kind or "")
+
+
+def measure_in_sandbox(
+    data: bytes, limits: MediaLimits = DEFAULT_MEDIA_LIMITS, process_limits: ProcessLimits = DEFAULT_PROCESS_LIMITS
+) -> MediaInfo:
+    """What the bytes come to as frames, decoded whole under the limits in a process of their own.
+
+    Raises UnreadableMedia, whose text starts with "source: " and goes on with what is wrong; Busy where no process
+    can be had within the time that one may take.
+    """
+    if not data:
+        refuse_media(f"is empty; allowed: 1 to {limits.max_bytes} bytes")
+    if len(data) > limits.max_bytes:
+        refuse_media(f"has {len(data)} bytes; allowed: 1 to {limits.max_bytes}")
+    if detect_suffix(data[:64]) is None:
+        refuse_media(f"is no image or video; allowed: {ALLOWED_FORMATS}")
+    request = json.dumps({"limits": asdict(replace(limits, codecs=ALLOWED_CODECS)), "bounds": asdict(process_limits)})
+    with acquire_process_slot(process_limits.timeout_seconds), open_memory_file(data) as media_fd:
+        report, status = run_child_process(request, media_fd, process_limits.timeout_seconds)
+    return parse_report(report, status, limits, process_limits)
+
+
+def refuse_media(problem: str) -> NoReturn:
+    raise UnreadableMedia("source", problem)
+
+
+@contextmanager
+def acquire_process_slot(timeout_seconds: float) -> Iterator[None]:
+    """A place among the processes that read at the same time."""
+    if not PROCESS_SLOTS.acquire(timeout=timeout_seconds):
+        raise ServiceBusy("media: too many are being read at once; try again in a moment", timeout_seconds)
+    try:
+        yield
+    finally:
+        PROCESS_SLOTS.release()
+
+
+@contextmanager
+def open_memory_file(data: bytes) -> Iterator[int]:
+    """A descriptor of a file without a name that holds the data."""
+    media_fd = os.memfd_create("media")
+    try:
+        with open(media_fd, "wb", closefd=False) as file:
+            file.write(data)
+        yield media_fd
+    finally:
+        os.close(media_fd)
+
+
+def run_child_process(request: str, media_fd: int, timeout_seconds: float) -> tuple[bytes, int | None]:
+    """What the process wrote, and its exit status: None where it was stopped at the deadline."""
+    paths = [path for path in sys.path if os.path.isabs(path)] + [str(Path(__file__).parents[2])]
+    command = [sys.executable, "-I", "-S", "-B", "-c", CHILD_PROGRAM, request, *paths]
+    deadline = time.monotonic() + timeout_seconds
+    try:
+        process = subprocess.Popen(
+            command,
+            stdin=media_fd,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=build_child_environment(),
+            cwd="/",
+        )
+    except OSError as error:
+        raise ServiceBusy(
+            "media: no process can be started to read them; try again in a moment", timeout_seconds
+        ) from error
+    with process:  # which waits for its end, so that no zombie stays
+        try:
+            report = read_report(process, deadline)
+            return report, process.wait(max(0.0, deadline - time.monotonic()))
+        except (TimeoutError, subprocess.TimeoutExpired):
+            return b"", None
+        finally:
+            process.kill()
+
+
+def build_child_environment() -> dict[str, str]:
+    """Nothing of ours but where its libraries are: no key, no address.  One arena, as 64 would fill the memory."""
+    inherited_variables = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
+    return inherited_variables | {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
+
+
+def read_report(process: subprocess.Popen[bytes], deadline: float) -> bytes:
+    """All that the process writes, at most MOST_SAID and a little; raises TimeoutError at the deadline."""
+    assert process.stdout is not None
+    poller, report = select.poll(), b""  # not select(), which ends at descriptor 1024
+    poller.register(process.stdout)
+    while len(report) <= MAX_REPORT_BYTES:
+        if not poller.poll(max(0.0, deadline - time.monotonic()) * 1000):
+            raise TimeoutError
+        chunk = os.read(process.stdout.fileno(), MAX_REPORT_BYTES)
+        if not chunk:
+            return report
+        report += chunk
+    process.kill()
+    return b""
+
+
+def parse_report(report: bytes, status: int | None, limits: MediaLimits, process_limits: ProcessLimits) -> MediaInfo:
+    """The report as numbers within the limits: a decoder that hostile bytes took over may write anything."""
+    if status is None or status in (-signal.SIGXCPU, -signal.SIGALRM):
+        refuse_media(
+            f"takes more than {process_limits.timeout_seconds:g} seconds to read; allowed: a shorter or smaller source"
+        )
+    try:
+        fields = json.loads(report) if status == 0 else {}
+        if isinstance(fields.get("refused"), str):
+            refuse_media("".join(char if char.isprintable() else "?" for char in fields["refused"][:400]))
+        info = MediaInfo(**fields)
+        if is_plausible(info, limits):
+            return info
+    except (AttributeError, TypeError, ValueError, RecursionError):
+        pass
+    log.warning("the process that reads media ended with status %s and no report", status)
+    refuse_media("is damaged, or needs more memory than there is; allowed: a shorter or smaller source")
+
+
+def is_plausible(info: MediaInfo, limits: MediaLimits) -> bool:
+    """Whether read_media could have come to this; raises UnreadableMedia where it is above the limits."""
+    sizes = (info.width, info.height, info.frames)
+    if not all(type(size) is int and size > 0 for size in sizes):
+        return False
+    MediaGuard(MEDIA_PATH, limits).check_dimensions(*sizes, 0)
+    if info.kind == "image":
+        return info.fps is None and info.frames == 1
+    return info.kind == "video" and isinstance(info.fps, float) and 0 < info.fps <= limits.max_fps
+
+
+# ---------------------------------------------------------------- the child
+
+
+def run_in_child() -> None:
+    """The process: its order is the first argument, the media its input; one line of JSON is its output."""
+    request = json.loads(sys.argv[1])
+    import_module("PIL.WebPImagePlugin")  # to find this one by itself, Pillow would load all its formats
+    confine_process(ProcessLimits(**request["bounds"]))
+    limits = MediaLimits(**request["limits"] | {"codecs": tuple(request["limits"]["codecs"])})
+    os.write(1, json.dumps(build_report(limits)).encode())
+
+
+def confine_process(process_limits: ProcessLimits) -> None:
+    """Gives up for good what reading media does not need.  The alarm is for a child whose parent is gone."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    cpu_seconds = math.ceil(process_limits.timeout_seconds)
+    lower_resource_limit(resource.RLIMIT_AS, pages * resource.getpagesize() + process_limits.max_memory_bytes)
+    lower_resource_limit(
+        resource.RLIMIT_CPU, cpu_seconds, cpu_seconds + 1
+    )  # the first is SIGXCPU, which says why; the second SIGKILL
+    lower_resource_limit(resource.RLIMIT_FSIZE, 0)
+    lower_resource_limit(resource.RLIMIT_NOFILE, 16)
+    lower_resource_limit(resource.RLIMIT_CORE, 0)
+    signal.setitimer(signal.ITIMER_REAL, process_limits.timeout_seconds)
+
+
+def lower_resource_limit(resource_id: int, soft: int, hard: int | None = None) -> None:
+    """Lowers a limit; one that is lower already stays."""
+    hard = soft if hard is None else hard
+    current_hard = resource.getrlimit(resource_id)[1]
+    hard = hard if current_hard == resource.RLIM_INFINITY else min(hard, current_hard)
+    resource.setrlimit(resource_id, (min(soft, hard), hard))
+
+
+def build_report(limits: MediaLimits) -> dict[str, object]:
+    try:
+        return asdict(measure_media(MEDIA_PATH, limits))
+    except UnreadableMedia as error:
+        return {"refused": str(error).removeprefix(f"source: '{MEDIA_PATH.name}' ")}

@@ -1,0 +1,135 @@
+"""Sequence parallelism (Ulysses) for the decoder: every process of a group has a part of each sample's tokens.
+
+Decoder tokens and condition tokens are dealt out in equal parts; everything but attention works on a part alone.
+For attention DeepSpeed's `DistributedAttention` exchanges tokens for heads and back: each process sees the whole
+sequence, but only its heads.  That is so in self-attention and in cross-attention, so the condition, which editing
+makes long, is never whole on one process after its embedding.  Where a sequence does not divide, the last parts are
+filled up, and what was filled is cut before attention.
+
+Every process of a group ends with the same whole velocity and the same loss.  The gather's gradient is therefore
+counted as often as there are processes, so that the *mean* over all processes is the gradient, as in data
+parallelism: data and sequence parallelism mix without knowing of each other, and losses that do not pass through the
+decoder (Eq. 1) need no care.
+
+Diffusers' own context parallelism was not taken: it leaves the condition whole on every process, wants sequences that
+divide, counts CPU processes by an accelerator, and its gradients are to be summed, which is wrong for Eq. 1.
+
+Shapes: B batch, S decoder tokens, L condition tokens, D width, H heads, E head width; _s, _l, _h are parts.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from diffusers import WanTransformer3DModel
+from torch import Tensor, nn
+
+from omnivideo.errors import InvalidInput, MissingDependency
+
+
+def take_local_part(full_BSX: Tensor, rank: int, world_size: int) -> Tensor:
+    """The rank's part along dimension 1, filled up with zeros to the length that all parts have."""
+    part_length = -(-full_BSX.shape[1] // world_size)
+    local_BsX = full_BSX[:, rank * part_length : (rank + 1) * part_length]
+    missing = part_length - local_BsX.shape[1]
+    return F.pad(local_BsX, (0, 0) * (local_BsX.ndim - 2) + (0, missing)) if missing else local_BsX
+
+
+class SequenceGather(torch.autograd.Function):
+    """Parts [B, s, X] of all processes, one after another; its gradient counts once for each process."""
+
+    @staticmethod
+    def forward(ctx: Any, local_BsX: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.rank, ctx.world = dist.get_rank(group), dist.get_world_size(group)
+        parts = [torch.empty_like(local_BsX) for _ in range(ctx.world)]
+        dist.all_gather(parts, local_BsX.contiguous(), group=group)
+        return torch.cat(parts, dim=1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return take_local_part(grads[0], ctx.rank, ctx.world) * ctx.world, None
+
+
+def attend_local_heads(query_BShE: Tensor, key_BLhE: Tensor, value_BLhE: Tensor, key_length: int) -> Tensor:
+    """Attention over the first `length` keys (what follows was filled up), for this process's heads."""
+    query, key, value = (
+        x.transpose(1, 2) for x in (query_BShE, key_BLhE[:, :key_length], value_BLhE[:, :key_length])
+    )  # fmt: skip
+    return F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
+
+
+def apply_rotary(x_BsHE: Tensor, cos_1s1E: Tensor, sin_1s1E: Tensor) -> Tensor:
+    """Rotary positions over neighbouring pairs of channels, as Wan has them."""
+    even, odd = x_BsHE.unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = cos_1s1E[..., 0::2], sin_1s1E[..., 1::2]
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).type_as(x_BsHE)
+
+
+class UlyssesProcessor:
+    """An attention processor for a group of processes, for the attentions of one decoder.
+
+    `condition` and `tokens` are the whole lengths in the last forward pass: its backward pass comes before the next.
+    """
+
+    def __init__(self, group: dist.ProcessGroup):
+        self.group = group
+        self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
+        self.attend_across_group = import_distributed_attention()(
+            attend_local_heads, group, scatter_idx=2, gather_idx=1
+        )
+        self.condition_length = self.token_length = 0
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """[B, s, D], attending to all S tokens where `rotary_emb` (of all of them) is there, else to the condition."""
+        source = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        query, key = attn.norm_q(attn.to_q(hidden_states)), attn.norm_k(attn.to_k(source))
+        query, key, value = (x.unflatten(2, (attn.heads, -1)) for x in (query, key, attn.to_v(source)))
+        key_length = self.condition_length
+        if rotary_emb is not None:
+            key_length = rotary_emb[0].shape[1]
+            tables = [take_local_part(table, self.rank, self.world_size) for table in rotary_emb]
+            query, key = apply_rotary(query, *tables), apply_rotary(key, *tables)
+        attended = self.attend_across_group(query, key, value, 0, None, key_length)
+        return attn.to_out[1](attn.to_out[0](attended.flatten(2, 3).type_as(query)))
+
+    # ---------------------------------------------------------------- hooks of the decoder
+
+    def split_condition_tokens(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
+        self.condition_length = args[0].shape[1]
+        return (take_local_part(args[0], self.rank, self.world_size),)
+
+    def split_decoder_tokens(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        self.token_length = args[0].shape[1]
+        return (take_local_part(args[0], self.rank, self.world_size), *args[1:])
+
+    def gather_velocity(self, module: nn.Module, args: tuple[Any, ...], velocity_BsP: Tensor) -> Tensor:
+        return SequenceGather.apply(velocity_BsP, self.group)[:, : self.token_length]
+
+
+def import_distributed_attention() -> Callable[..., Any]:
+    try:
+        from deepspeed.sequence.layer import DistributedAttention
+    except ImportError:
+        raise MissingDependency("sequence parallelism needs DeepSpeed: pip install omnivideo[train]") from None
+    return DistributedAttention
+
+
+def enable_sequence_parallel(decoder: WanTransformer3DModel, group: dist.ProcessGroup) -> None:
+    """Lets a group of processes share every sample's tokens; raises InvalidInput where the heads do not divide."""
+    world_size, heads = dist.get_world_size(group), decoder.config.num_attention_heads
+    if heads % world_size:
+        raise InvalidInput("sequence", f"{world_size} processes cannot share {heads} heads; use a divisor")
+    ulysses = UlyssesProcessor(group)
+    decoder.set_attn_processor(ulysses)
+    decoder.condition_embedder.text_embedder.register_forward_pre_hook(ulysses.split_condition_tokens)
+    decoder.blocks[0].register_forward_pre_hook(ulysses.split_decoder_tokens)
+    decoder.proj_out.register_forward_hook(ulysses.gather_velocity)

@@ -1,0 +1,213 @@
+"""A preset's weights on disk: a Diffusers-style folder, loaded strictly.
+
+    model_index.json       preset, format, and the sha256 of every weights file
+    mllm/ vision_head/ adapter/ visual_context/ markers/ transformer/ text_encoder/ tokenizer/ vae/
+
+Every weights file is safetensors.  A missing or unknown key, a wrong shape or a changed file is an error.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen3VLForConditionalGeneration, UMT5EncoderModel
+from transformers.utils import logging
+
+from omnivideo.errors import CheckpointError
+from omnivideo.models.conditions import MarkerEmbeddings
+from omnivideo.models.mllm import (
+    VISUAL_TOKENS,
+    VisionInputConfig,
+)
+from omnivideo.models.omni import Bridge, OmniVideoModel
+from omnivideo.models.positions import add_absolute_positions
+from omnivideo.models.weights import checkpoint
+from omnivideo.presets import Preset, get_preset
+
+if TYPE_CHECKING:
+    pass
+
+INDEX_FILE = "model_index.json"
+BRIDGE_PARTS = ("vision_head", "adapter", "visual_context", "markers")
+WEIGHTS_FILE = "model.safetensors"
+SHIPPED_WEIGHTS_FOLDER = Path(__file__).parents[2] / "weights"  # a folder for each preset that is shipped
+
+
+def compute_file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def save(omni: OmniVideoModel, folder: Path, dtype: torch.dtype = torch.float16) -> None:
+    """Writes all parts in the given precision.  The models in memory are left as they are."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, part in (("mllm", omni.mllm), ("transformer", omni.decoder), ("text_encoder", omni.text_encoder),
+                       ("vae", omni.vae)):  # fmt: skip
+        save_library_model(part, folder / name, dtype)
+    omni.mllm_tokenizer.save_pretrained(folder / "mllm")
+    omni.tokenizer.save_pretrained(folder / "tokenizer")
+    for name in BRIDGE_PARTS:
+        (folder / name).mkdir(exist_ok=True)
+        state = getattr(omni.bridge, name).state_dict()
+        save_file({key: value.to(dtype).contiguous() for key, value in state.items()}, folder / name / WEIGHTS_FILE)
+    files = {str(path.relative_to(folder)): compute_file_digest(path) for path in sorted(folder.rglob("*.safetensors"))}
+    index = {"_class_name": "OmniVideo", "format": 1, "preset": omni.preset.name, "sha256": files}
+    (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def save_library_model(part: Any, folder: Path, dtype: torch.dtype) -> None:
+    """The configuration as its library writes it; the weights in one safetensors file under the library's name."""
+    folder.mkdir(exist_ok=True)
+    if isinstance(part, WanTransformer3DModel | AutoencoderKLWan):
+        part.save_config(folder)
+        path = folder / "diffusion_pytorch_model.safetensors"
+    else:
+        part.config.save_pretrained(folder)
+        path = folder / WEIGHTS_FILE
+    strip_provenance(folder / "config.json")
+    state = {key: value.to(dtype).contiguous() for key, value in part.state_dict().items()}
+    if isinstance(part, UMT5EncoderModel):
+        state.pop("encoder.embed_tokens.weight", None)  # the same tensor as shared.weight
+    save_file(state, path, metadata={"format": "pt"})
+
+
+def strip_provenance(config: Path) -> None:
+    """Leaves out what a library notes of how the model came here: from which folder, and in which precision."""
+
+    def strip_keys(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {key: strip_keys(one) for key, one in value.items() if key not in ("_name_or_path", "dtype")}
+
+    config.write_text(json.dumps(strip_keys(json.loads(config.read_text())), indent=2, sort_keys=True) + "\n")
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    path = folder / INDEX_FILE
+    if not path.is_file():
+        raise CheckpointError(f"no {INDEX_FILE} in the weights folder {folder.name!r}")
+    try:
+        index = json.loads(path.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{INDEX_FILE} of {folder.name!r} is not JSON") from error
+    if index.get("_class_name") != "OmniVideo" or index.get("format") != 1:
+        raise CheckpointError(f"{INDEX_FILE} of {folder.name!r} is not of format 1")
+    return index
+
+
+def compute_weights_digest(folder: Path) -> str:
+    """One digest over all weights, as manifests carry it."""
+    return hashlib.sha256(json.dumps(read_index(folder)["sha256"], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def verify_digests(folder: Path) -> None:
+    """Compares every weights file with the index; raises CheckpointError on the first that differs."""
+    for name, expected in read_index(folder)["sha256"].items():
+        path = folder / name
+        if not path.is_file():
+            raise CheckpointError(f"{name} is missing from the weights")
+        if compute_file_digest(path) != expected:
+            raise CheckpointError(f"{name} is damaged: its sha256 is not the index's")
+
+
+def load(folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> OmniVideoModel:
+    """All parts of the preset that the folder's index names, in evaluation mode."""
+    return load_parts(folder, lambda name, part: part.to(device), dtype)
+
+
+def load_parts(folder: Path, place_part: Callable[[str, Any], Any], dtype: torch.dtype | None = None) -> OmniVideoModel:
+    """As `load`; `put` brings each part, by its name in `Omni`, where it belongs before the next is read.
+
+    Without a `dtype` the parts come as `strictly` reads them.
+    """
+    model_preset = get_preset(read_index(folder)["preset"])
+    logging.disable_progress_bar()  # transformers draws one for each part, whatever the size
+    decoder = place_part("decoder", load_strict(WanTransformer3DModel, folder, "transformer", dtype))
+    mllm = place_part("mllm", load_strict(Qwen3VLForConditionalGeneration, folder, "mllm", dtype))
+    return OmniVideoModel(
+        preset=model_preset,
+        mllm=mllm,
+        mllm_tokenizer=load_mllm_tokenizer(folder, mllm.get_input_embeddings().num_embeddings),
+        vision_config=VisionInputConfig(),
+        bridge=place_part("bridge", load_bridge(model_preset, folder, dtype)),
+        decoder=add_absolute_positions(decoder) if model_preset.absolute_positions else decoder,
+        text_encoder=place_part("text_encoder", load_strict(UMT5EncoderModel, folder, "text_encoder", dtype)),
+        tokenizer=AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True),
+        vae=place_part("vae", load_strict(AutoencoderKLWan, folder, "vae", dtype)),
+    ).eval()
+
+
+def load_mllm_tokenizer(folder: Path, embedding_count: int) -> PreTrainedTokenizerBase:
+    """The MLLM's; a stock one has not the tokens that route, and would split them without a word."""
+    tokenizer = AutoTokenizer.from_pretrained(folder / "mllm", local_files_only=True)
+    ids = tokenizer("".join(VISUAL_TOKENS), add_special_tokens=False).input_ids
+    if ids != tokenizer.convert_tokens_to_ids(list(VISUAL_TOKENS)) or max(ids) >= embedding_count:
+        raise CheckpointError(
+            f"mllm: {', '.join(VISUAL_TOKENS)} are to be one token each, with an embedding; add them to its tokenizer "
+            "and model as docs/weights.md says"
+        )
+    return tokenizer
+
+
+def load_strict(cls: Any, folder: Path, name: str, dtype: torch.dtype | None) -> Any:
+    """A library model from its sub-folder; the libraries only warn of missing keys, here they are an error.
+
+    Without a `dtype` a model of transformers comes in the file's precision, one of diffusers in fp32.
+    """
+    part = folder / name
+    if not (part / "config.json").is_file():
+        raise CheckpointError(f"{name}/config.json is missing from the weights")
+    try:
+        model, report = cls.from_pretrained(
+            part, torch_dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{name} cannot be loaded: {get_first_line(error)}") from error
+    check_keys(name, list(report["missing_keys"]), list(report["unexpected_keys"]), list(report["mismatched_keys"]))
+    return model
+
+
+def load_bridge(model_preset: Preset, folder: Path, dtype: torch.dtype | None) -> Bridge:
+    with torch.device("meta"):
+        bridge = Bridge(model_preset)
+    for name in BRIDGE_PARTS:
+        path = folder / name / WEIGHTS_FILE
+        if not path.is_file():
+            raise CheckpointError(f"{name}/{WEIGHTS_FILE} is missing from the weights")
+        state = {key: value.to(dtype or value.dtype) for key, value in load_file(path).items()}
+        if name == "markers":
+            with torch.device("meta"):
+                bridge.markers = MarkerEmbeddings(
+                    model_preset.text_width, {key: len(value) for key, value in state.items()}
+                )
+        module = getattr(bridge, name)
+        expected = {key: value.shape for key, value in module.state_dict().items()}
+        mismatched = [key for key in state if key in expected and state[key].shape != expected[key]]
+        check_keys(name, sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys()), mismatched)
+        module.load_state_dict(state, assign=True)
+    return bridge
+
+
+def check_keys(name: str, missing: list, unknown: list, mismatched: list) -> None:
+    """Raises CheckpointError unless all three lists are empty."""
+    for problem, keys in (("is missing", missing), ("is unknown", unknown), ("has another shape", mismatched)):
+        if keys:
+            first = keys[0] if isinstance(keys[0], str) else keys[0][0]
+            raise CheckpointError(f"{name}: {len(keys)} weights do not fit; the first, {first}, {problem}")
+
+
+def get_first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+
+
+def find_shipped_weights(preset_name: str) -> Path:
+    """The folder of a preset's shipped weights; raises where the preset is unknown or ships none."""
+    folder = checkpoint.SHIPPED_WEIGHTS_FOLDER / get_preset(preset_name).name
+    if not (folder / checkpoint.INDEX_FILE).is_file():
+        raise CheckpointError(f"preset {preset_name!r} ships no weights; give a folder of them (--weights)")
+    return folder

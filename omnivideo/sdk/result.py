@@ -1,0 +1,52 @@
+"""TODO docstring of omnivideo/sdk/result.py."""
+
+import base64
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from omnivideo.contracts import (
+    Manifest,
+)
+from omnivideo.errors import InvalidInput
+from omnivideo.media.artifacts import encode_clip
+from omnivideo.media.write import check_output, write_media
+
+if TYPE_CHECKING:
+    pass
+
+
+@dataclass(frozen=True)
+class Result:
+    """A clip [F, H, W, 3] or a still (F = 1), with the manifest of how it came to be."""
+
+    frames: np.ndarray
+    manifest: Manifest
+
+    def _repr_html_(self) -> str:
+        """How a notebook shows it: the clip itself, looping."""
+        data, suffix = encode_clip(self.frames, self.manifest.settings.fps)
+        source = f"data:{'video/mp4' if suffix == 'mp4' else 'image/png'};base64,{base64.b64encode(data).decode()}"
+        if suffix == "png":
+            return f'<img src="{source}" width="256">'
+        return f'<video src="{source}" width="256" controls loop autoplay muted></video>'
+
+    def save(self, path: str | Path) -> Path:
+        """Writes the media by the file's ending, and the manifest beside it as JSON; both or neither."""
+        path = Path(path)
+        check_output(path, len(self.frames))
+        write_media(path, self.frames, self.manifest.settings.fps)
+        manifest_path = path.with_name(path.name + ".json")
+        partial = manifest_path.with_name(f".{manifest_path.name}.partial")
+        try:
+            partial.write_text(json.dumps(self.manifest.model_dump(), indent=2) + "\n")
+            os.replace(partial, manifest_path)
+        except OSError as error:
+            path.unlink(missing_ok=True)
+            partial.unlink(missing_ok=True)
+            raise InvalidInput("output", "the manifest cannot be written beside it") from error
+        return path

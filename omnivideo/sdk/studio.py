@@ -1,0 +1,158 @@
+"""The Python SDK in-process: one preset, loaded once, that generates, edits and understands."""
+
+from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from omnivideo.backends.decoder.pipeline import GeneratedClip, generate_clip
+from omnivideo.backends.decoder.renderer import build_manifest
+from omnivideo.contracts import Artifact, Route, SamplingParams, StepProgress, check_prompt, resolve_sampling_params
+from omnivideo.media.read import fit_media, read_media
+from omnivideo.models.device import pick_device
+from omnivideo.models.mllm import MLLMMedia, MLLMMessage, generate_answer, predict_route
+from omnivideo.models.omni import OmniVideoModel
+from omnivideo.models.weights import checkpoint
+from omnivideo.models.weights.checkpoint import find_shipped_weights
+from omnivideo.presets import Task
+from omnivideo.sdk.batch import BatchOutcome, parse_items, run_batch
+from omnivideo.sdk.result import Result
+from omnivideo.settings import load_settings
+from omnivideo.storage.objects.local import LocalObjectStore
+
+if TYPE_CHECKING:
+    from omnivideo.agent.conversations import Conversations
+    from omnivideo.agent.thread import Thread
+
+StepCallback = Callable[[StepProgress], None]
+
+
+def ignore_step(step: StepProgress) -> None:
+    """The default listener."""
+
+
+class Studio:
+    """A model in this process.
+
+    `weights` is a folder in our layout, by default the shipped one of the preset; `device` is "auto" (a GPU where
+    there is one), "cpu" or "cuda:N"; `home` keeps threads and their artifacts (default: OMNIVIDEO_HOME, or a folder
+    of the user's).  Raises CheckpointError where weights are missing or do not fit.
+    """
+
+    def __init__(
+        self,
+        preset: str = "tiny",
+        weights: str | Path | None = None,
+        device: str = "auto",
+        home: str | Path | None = None,
+    ):
+        self.settings = load_settings(home=home)
+        self.weights_folder = Path(weights) if weights else find_shipped_weights(preset)
+        self.omni: OmniVideoModel = checkpoint.load(self.weights_folder, pick_device(device))
+        self.weights_digest = checkpoint.compute_weights_digest(self.weights_folder)
+
+    @cached_property
+    def conversations(self) -> "Conversations":
+        """The threads of this home; LangGraph is loaded, and the folder made, with the first use only."""
+        from omnivideo.wiring import build_local_conversations
+
+        return build_local_conversations(self.omni, self.weights_digest, self.settings)
+
+    def open_thread(self, thread_id: str | None = None, create: bool = False) -> "Thread":
+        """A conversation: a new one, or the one of that id (made if `create`)."""
+        return self.conversations.open_thread(thread_id, create)
+
+    def artifact_path(self, artifact: Artifact) -> Path:
+        """Where a thread's artifact lies."""
+        return LocalObjectStore(self.settings.home / "store").path_for_key(artifact.key)
+
+    def replay(self, artifact: Artifact) -> str:
+        """Draws a kept artifact again from its manifest; the key of what came out (the same, on the same machine)."""
+        return self.conversations.replay_artifact(artifact)
+
+    def batch(self, prompts: Iterable[str | dict], folder: str | Path) -> Iterator[BatchOutcome]:
+        """Draws each prompt into the folder, with a line in its results.jsonl; run again, it does what is left."""
+        yield from run_batch(self, parse_items(prompts), Path(folder))
+
+    def route(self, prompt: str, source: str | Path | None = None) -> Route:
+        """What the model takes the request for: text, image or video, with the probability."""
+        media = () if source is None else (self.load_media(source),)
+        message = MLLMMessage(check_prompt("prompt", prompt), media)
+        return predict_route(self.omni.mllm, self.omni.mllm_tokenizer, message, self.omni.vision_config)
+
+    def generate(
+        self, prompt: str, *, image: bool | None = None, on_step: StepCallback = ignore_step, **overrides: object
+    ) -> Result:
+        """A clip, or a still if `image`; where `image` is None the model's own routing decides.
+
+        `given` may hold width, height, frames, fps, steps, guidance_scale, flow_shift, negative_prompt and seed;
+        what it does not name comes from the preset.
+        """
+        prompt = check_prompt("prompt", prompt)
+        if image is None:
+            image = self.route(prompt).kind == "image" if overrides.get("frames") is None else overrides["frames"] == 1
+        task: Task = "text-to-image" if image else "text-to-video"
+        return self.generate_result(
+            prompt, resolve_sampling_params(self.omni.preset, task, **overrides), None, None, on_step
+        )
+
+    def edit(
+        self, source: str | Path, instruction: str, *, on_step: StepCallback = ignore_step, **overrides: object
+    ) -> Result:
+        """The source changed as told; what is not named stays.  An image stays an image, a clip a clip."""
+        instruction = check_prompt("instruction", instruction)
+        media = read_media(source)
+        task: Task = "image-editing" if media.kind == "image" else "video-editing"
+        params = resolve_sampling_params(self.omni.preset, task, **overrides)
+        frames = fit_media(media, params.width, params.height, params.frames, params.fps)
+        return self.generate_result(instruction, params, frames, Path(source).name, on_step)
+
+    def understand(
+        self,
+        source: str | Path,
+        question: str,
+        *,
+        on_text: Callable[[str], None] = lambda piece: None,
+        temperature: float = 0.2,
+        top_p: float = 0.6,
+        seed: int = 0,
+    ) -> str:
+        """The answer to a question about an image or a clip; `on_text` is told each piece as it comes."""
+        message = MLLMMessage(check_prompt("question", question), (self.load_media(source),))
+        pieces = []
+        for piece in generate_answer(
+            self.omni.mllm,
+            self.omni.mllm_tokenizer,
+            message,
+            self.omni.vision_config,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+        ):
+            pieces.append(piece)
+            on_text(piece)
+        return "".join(pieces).strip()
+
+    def load_media(self, source: str | Path) -> MLLMMedia:
+        """A source as the MLLM takes it."""
+        media = read_media(source)
+        return MLLMMedia(media.frames, media.fps or 1.0, media.kind == "video")
+
+    def generate_result(
+        self,
+        prompt: str,
+        params: SamplingParams,
+        source_frames: np.ndarray | None,
+        source_name: str | None,
+        on_step: StepCallback,
+    ) -> Result:
+        for event in generate_clip(self.omni, prompt, params, source_frames):
+            if isinstance(event, GeneratedClip):
+                return Result(
+                    event.frames,
+                    build_manifest(self.omni, self.weights_digest, prompt, params, event.seconds_by_stage, source_name),
+                )
+            on_step(event.step)
+        raise AssertionError("draw ends with a clip")

@@ -1,0 +1,17 @@
+"""Alembic's entry: runs the migrations on the connection that `storage.database.migrate` gives it."""
+
+from alembic import context
+from sqlalchemy import text
+
+from omnivideo.storage.database.schema import metadata
+
+ADVISORY_LOCK_ID = 0x6F6D6E69  # any number, the same everywhere
+
+connection = context.config.attributes["connection"]
+context.configure(connection=connection, target_metadata=metadata, transaction_per_migration=False)
+with context.begin_transaction():
+    if connection.dialect.name == "postgresql":
+        connection.execute(text(f"SELECT pg_advisory_xact_lock({ADVISORY_LOCK_ID})"))
+    else:
+        connection.execute(text("BEGIN IMMEDIATE"))
+    context.run_migrations()

@@ -1,0 +1,64 @@
+"""An S3 server as a client meets it: its address, how long it is waited for, and its failures in one line each."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from urllib.parse import urlsplit
+
+import urllib3
+from minio import Minio
+from minio.error import MinioException
+from urllib3.exceptions import HTTPError, NewConnectionError, SSLError, TimeoutError
+
+from omnivideo.errors import ArtifactNotFound, InvalidInput, StoreError
+
+# A server that is down is given up after 3 s, one whose packets vanish after 11 s, one that hangs after 45 s.
+HTTP_TIMEOUT = urllib3.Timeout(connect=2, read=20)
+RETRY_POLICY = urllib3.Retry(
+    total=3, read=1, backoff_factor=0.5, status_forcelist=(500, 502, 503, 504), allowed_methods=None
+)
+ACCESS_REFUSED_MESSAGE = "it refuses this access key, its secret, or what they may do here"
+ERROR_MESSAGES = {"AccessDenied": ACCESS_REFUSED_MESSAGE, "InvalidAccessKeyId": ACCESS_REFUSED_MESSAGE, "SignatureDoesNotMatch": ACCESS_REFUSED_MESSAGE,
+         "RequestTimeTooSkewed": "its clock and this machine's are too far apart"}  # fmt: skip
+
+
+def create_s3_client(address: str, access_key: str, secret_key: str, region: str) -> Minio:
+    """A client of `http://host:port` or `https://host:port`; nothing is asked yet."""
+    url = urlsplit(address)
+    if url.scheme not in ("http", "https") or not url.hostname or "@" in url.netloc or url.path.strip("/") or url.query:
+        raise InvalidInput("S3 address", "http://host:port or https://host:port, without user, password and path")
+    pool = urllib3.PoolManager(maxsize=16, timeout=HTTP_TIMEOUT, retries=RETRY_POLICY)
+    secure = url.scheme == "https"
+    return Minio(url.netloc, access_key, secret_key, secure=secure, region=region, http_client=pool)
+
+
+def get_error_code(error: MinioException) -> str:
+    """S3's word for what went wrong; where a server calls its XML text/xml, the client gives it to us as text only."""
+    found = re.search(r"<Code>(\w+)</Code>", str(error))
+    return getattr(error, "code", None) or (found[1] if found else "something that is not S3")
+
+
+@contextmanager
+def translate_errors(address: str, key: str = "", fallback_message: str = "it answers {code}") -> Iterator[None]:
+    """Turns the client's failures into ours; no secret and no signed address is in their text."""
+    server = f"store: the S3 server at {urlsplit(address).netloc}: "
+    try:
+        yield
+    except MinioException as error:
+        code = get_error_code(error)
+        if code in ("NoSuchKey", "NoSuchBucket", "NoSuchUpload"):
+            raise ArtifactNotFound(f"store: there is no artifact {key}") from None
+        if code == "InvalidRange":
+            raise InvalidInput("range", "within the artifact") from None
+        raise StoreError(server + ERROR_MESSAGES.get(code, fallback_message.format(code=code))) from None
+    except HTTPError as error:
+        raise StoreError(server + describe_http_error(error)) from None
+
+
+def describe_http_error(error: HTTPError) -> str:
+    reason = getattr(error, "reason", None) or error
+    if isinstance(reason, NewConnectionError):
+        return "no connection"
+    if isinstance(reason, TimeoutError):
+        return "no answer in time"
+    return "no trusted certificate" if isinstance(reason, SSLError) else "it fails, or the connection breaks"

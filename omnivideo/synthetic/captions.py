@@ -1,0 +1,262 @@
+"""Captions of scenes, in varied wording.
+
+A caption states facts that hold; which ones it states varies, and so do the words.  `plain` gives the one
+canonical wording, which think mode learns to rewrite to.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from omnivideo.synthetic.facts import ObjectSpec, SceneSpec
+from omnivideo.synthetic.scenes import FRAME_SIZE, Scene, SceneObject, arrange_by_default
+
+SHAPE_WORDS = {
+    "circle": ("circle", "circle", "ball", "disc", "dot", "round shape"),
+    "square": ("square", "square", "box", "block"),
+    "triangle": ("triangle", "triangle", "three-sided shape"),
+    "star": ("star", "star", "five-pointed star"),
+}
+COLOUR_WORDS = {
+    "red": ("red", "red", "crimson", "scarlet"),
+    "green": ("green", "green", "emerald"),
+    "blue": ("blue", "blue", "azure"),
+    "yellow": ("yellow", "yellow", "golden"),
+    "orange": ("orange", "orange", "tangerine"),
+    "purple": ("purple", "purple", "violet"),
+    "cyan": ("cyan", "cyan", "turquoise"),
+    "white": ("white", "white", "snow-white"),
+}
+SIZE_WORDS = {"small": ("small", "small", "little", "tiny"), "large": ("large", "large", "big", "huge")}
+BACKGROUND_WORDS = {
+    "black": ("black",),
+    "grey": ("grey", "gray"),
+    "white": ("white",),
+    "pink": ("pink",),
+    "brown": ("brown",),
+}
+MOTION_WORDS = {
+    "still": ("", "", "staying still", "standing still", "that does not move"),
+    "left": ("moving left", "moving to the left", "sliding left", "drifting to the left", "going left"),
+    "right": ("moving right", "moving to the right", "sliding right", "drifting to the right", "going right"),
+    "up": ("moving up", "rising", "moving upwards", "floating up", "going up"),
+    "down": ("moving down", "falling", "moving downwards", "dropping", "going down"),
+    "growing": ("growing", "getting bigger", "expanding", "becoming larger"),
+    "shrinking": ("shrinking", "getting smaller", "contracting", "becoming smaller"),
+}
+BACKGROUND_PHRASES = ("on a {} background", "on a {} background", "against {}", "on {}", "in front of a {} backdrop")
+NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five")
+STILL_PREFIXES = ("a picture of ", "an image of ", "a photo of ", "a still of ")
+CLIP_PREFIXES = ("a video of ", "a clip of ", "an animation of ", "footage of ")
+REGION_PHRASES: dict[tuple[str, ...], str] = {
+    (): "in the middle",
+    ("left",): "on the left",
+    ("right",): "on the right",
+    ("top",): "at the top",
+    ("bottom",): "at the bottom",
+    **{(along, across): f"in the {along} {across}" for along in ("top", "bottom") for across in ("left", "right")},
+}
+RELATIONS = ("left of", "right of", "above", "below")
+RELATION_WORDS = {
+    "left of": ("to the left of", "left of", "on the left of"),
+    "right of": ("to the right of", "right of", "on the right of"),
+    "above": ("above", "over", "higher than"),
+    "below": ("below", "under", "beneath"),
+}
+
+
+def pluralize(noun: str) -> str:
+    return {"box": "boxes"}.get(noun, noun + "s")
+
+
+def add_article(phrase: str) -> str:
+    return f"an {phrase}" if phrase[0] in "aeiou" else f"a {phrase}"
+
+
+def find_region(obj: SceneObject) -> tuple[str, ...]:
+    """The sides of the frame on which the object's centre lies (at frame 0): none, one or two."""
+    middle, margin = FRAME_SIZE // 2, 4
+    across = "left" if obj.x < middle - margin else "right" if obj.x > middle + margin else ""
+    along = "top" if obj.y < middle - margin else "bottom" if obj.y > middle + margin else ""
+    return tuple(name for name in (along, across) if name)
+
+
+def find_relation(first: SceneObject, second: SceneObject) -> str | None:
+    """How the first stands to the second at frame 0: the larger of the two distances decides; None on a diagonal."""
+    dx, dy = first.x - second.x, first.y - second.y
+    if abs(dx) == abs(dy):
+        return None
+    if abs(dx) > abs(dy):
+        return "left of" if dx < 0 else "right of"
+    return "above" if dy < 0 else "below"
+
+
+@dataclass(frozen=True)
+class Caption:
+    """A text and exactly what it asks for, objects in the order of their mention.
+
+    `spans` says where each object is named, from character to character; a group's objects share one.
+    """
+
+    text: str
+    scene_spec: SceneSpec
+    object_spans: tuple[tuple[int, int], ...]
+
+
+def sample_noun_phrase(rng: random.Random, obj: SceneObject, *, with_size: bool, is_plural: bool = False) -> str:
+    """ "small red circle", in some wording; without an article."""
+    words = [rng.choice(SIZE_WORDS[obj.size])] if with_size else []
+    shape = rng.choice(SHAPE_WORDS[obj.shape])
+    words += [rng.choice(COLOUR_WORDS[obj.colour]), pluralize(shape) if is_plural else shape]
+    return " ".join(words)
+
+
+def should_mention_size(rng: random.Random, obj: SceneObject) -> bool:
+    """Sizes are named mostly, and never for what grows or shrinks."""
+    return obj.motion not in ("growing", "shrinking") and rng.random() < 0.7
+
+
+def spec_from_object(obj: SceneObject, *, with_size: bool, with_motion: bool) -> ObjectSpec:
+    return ObjectSpec(obj.shape, obj.colour, obj.size if with_size else None, obj.motion if with_motion else None)
+
+
+def sample_object_phrase(rng: random.Random, obj: SceneObject, is_video: bool) -> tuple[str, ObjectSpec]:
+    """One object with its article, sometimes its size, and its motion in a clip."""
+    with_size = should_mention_size(rng, obj)
+    text = add_article(sample_noun_phrase(rng, obj, with_size=with_size))
+    motion = rng.choice(MOTION_WORDS[obj.motion]) if is_video else ""
+    return f"{text} {motion}".strip(), spec_from_object(obj, with_size=with_size, with_motion=is_video)
+
+
+def join_phrases(phrases: Sequence[str]) -> str:
+    return phrases[0] if len(phrases) == 1 else ", ".join(phrases[:-1]) + " and " + phrases[-1]
+
+
+def is_group(scene: Scene) -> bool:
+    """Whether the scene is several objects that differ in place only."""
+    first = scene.objects[0]
+    return len(scene.objects) > 1 and all(
+        (t.shape, t.colour, t.size, t.motion) == (first.shape, first.colour, first.size, first.motion)
+        for t in scene.objects
+    )
+
+
+def sample_place_phrase(rng: random.Random, region: tuple[str, ...]) -> str:
+    """A place in the frame, as words; no side is the middle."""
+    if len(region) == 2:
+        return rng.choice(("in the {0} {1}", "in the {0} {1} corner")).format(*region)
+    return REGION_PHRASES[region]
+
+
+def sample_group_caption(rng: random.Random, scene: Scene) -> Caption:
+    first, with_size = scene.objects[0], should_mention_size(rng, scene.objects[0])
+    number = NUMBER_WORDS[len(scene.objects)] if rng.random() < 0.85 else str(len(scene.objects))
+    motion = rng.choice(MOTION_WORDS[first.motion]) if scene.is_video else ""
+    text = f"{number} {sample_noun_phrase(rng, first, with_size=with_size, is_plural=True)} {motion}".strip()
+    count = len(scene.objects)
+    return Caption(
+        text,
+        SceneSpec((spec_from_object(first, with_size=with_size, with_motion=scene.is_video),) * count),
+        ((0, len(text)),) * count,
+    )
+
+
+def find_spans(phrases: Sequence[str], text: str) -> tuple[tuple[int, int], ...]:
+    """Where each of the parts stands in a text that holds them in order."""
+    spans, position = [], 0
+    for phrase in phrases:
+        position = text.index(phrase, position)
+        spans.append((position, position + len(phrase)))
+        position += len(phrase)
+    return tuple(spans)
+
+
+def sample_object_caption(rng: random.Random, scene: Scene, is_composed: bool) -> Caption:
+    """The objects of a scene, with a relation or a place now and then, without the background.
+
+    Of a composed scene the objects are named in their order, and where they are is said if it is not as usual.
+    """
+    if is_group(scene):
+        return sample_group_caption(rng, scene)
+    is_default_layout = is_composed and arrange_by_default(scene.objects, scene.frame_count) == scene.objects
+    relation_probability, place_probability = (
+        (0.4, 0.0) if is_default_layout else (1.0, 1.0) if is_composed else (0.6, 0.3)
+    )
+    chance = rng.random()
+    shuffled = not is_composed or (chance < relation_probability and rng.random() < 0.5)
+    objects = rng.sample(scene.objects, len(scene.objects)) if shuffled else list(scene.objects)
+    pairs = [sample_object_phrase(rng, obj, scene.is_video) for obj in objects]
+    phrases, object_specs = [text for text, _ in pairs], tuple(object_spec for _, object_spec in pairs)
+    if len(objects) == 2 and objects[0].motion == objects[1].motion and chance < relation_probability:
+        relation = find_relation(objects[0], objects[1])
+        if relation:
+            text = f"{phrases[0]} {rng.choice(RELATION_WORDS[relation])} {phrases[1]}"
+            return Caption(text, SceneSpec(object_specs, relation=relation), find_spans(phrases, text))
+    if len(objects) == 1 and objects[0].motion == "still" and chance < place_probability:
+        region = find_region(objects[0])
+        return Caption(
+            f"{phrases[0]} {sample_place_phrase(rng, region)}",
+            SceneSpec(object_specs, region=region),
+            ((0, len(phrases[0])),),
+        )
+    return Caption(join_phrases(phrases), SceneSpec(object_specs), find_spans(phrases, join_phrases(phrases)))
+
+
+def sample_caption(rng: random.Random, scene: Scene, is_composed: bool = False) -> Caption:
+    """A caption that states the objects and, mostly, the background; `composed` as for `content`."""
+    inner = sample_object_caption(rng, scene, is_composed)
+    text, scene_spec, prefix = inner.text, inner.scene_spec, ""
+    if rng.random() < 0.65:
+        text += " " + rng.choice(BACKGROUND_PHRASES).format(rng.choice(BACKGROUND_WORDS[scene.background]))
+        scene_spec = replace(scene_spec, background=scene.background)
+    if rng.random() < 0.25:
+        prefix = rng.choice(CLIP_PREFIXES if scene.is_video else STILL_PREFIXES)
+    spans = tuple((start + len(prefix), end + len(prefix)) for start, end in inner.object_spans)
+    return Caption(prefix + text, scene_spec, spans)
+
+
+# ---------------------------------------------------------------- the canonical wording
+
+
+def sort_in_reading_order(scene: Scene) -> list[SceneObject]:
+    """Objects from left to right, then from top to bottom, by their place at frame 0."""
+    return sorted(scene.objects, key=lambda obj: (obj.x, obj.y))
+
+
+CANONICAL_MOTION_WORDS = {name: words[0] or "staying still" for name, words in MOTION_WORDS.items()}
+
+
+def to_canonical_phrase(object_spec: ObjectSpec, count: int = 1) -> str:
+    """ "a small red circle moving right" or "three small red circles moving right"."""
+    assert object_spec.shape is not None
+    words = [
+        object_spec.size or "",
+        object_spec.colour or "",
+        pluralize(object_spec.shape) if count > 1 else object_spec.shape,
+    ]
+    text = " ".join(word for word in words if word)
+    text = f"{NUMBER_WORDS[count]} {text}" if count > 1 else add_article(text)
+    return f"{text} {CANONICAL_MOTION_WORDS[object_spec.motion]}" if object_spec.motion else text
+
+
+def to_canonical_text(scene_spec: SceneSpec) -> str:
+    """The one canonical wording of what is asked for."""
+    first = scene_spec.objects[0]
+    if len(scene_spec.objects) > 1 and all(object_spec == first for object_spec in scene_spec.objects):
+        text = to_canonical_phrase(first, len(scene_spec.objects))
+    elif scene_spec.relation:
+        text = f"{to_canonical_phrase(first)} {RELATION_WORDS[scene_spec.relation][0]} {to_canonical_phrase(scene_spec.objects[1])}"
+    else:
+        text = join_phrases([to_canonical_phrase(object_spec) for object_spec in scene_spec.objects])
+    if scene_spec.region:
+        text += f" {REGION_PHRASES[scene_spec.region]}"
+    return f"{text} on a {scene_spec.background} background" if scene_spec.background else text
+
+
+def describe_scene(scene: Scene) -> str:
+    """A full plain caption of a scene, objects in reading order."""
+    object_specs = tuple(
+        spec_from_object(obj, with_size=obj.motion not in ("growing", "shrinking"), with_motion=scene.is_video)
+        for obj in sort_in_reading_order(scene)
+    )
+    return to_canonical_text(SceneSpec(object_specs, background=scene.background))

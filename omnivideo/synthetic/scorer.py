@@ -1,0 +1,207 @@
+"""Pixels in, facts out: what is on a clip, without any model of ours.
+
+Every frame is cut into blobs that differ from the background; a blob gets the nearest palette colour and the
+shape whose template overlaps it best (and well: a shapeless blob has no name).  Blobs of one colour are followed
+from frame to frame, which gives motion and steadiness.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+from scipy import ndimage
+
+from omnivideo.synthetic.facts import ObjectDetection, SceneDetection
+from omnivideo.synthetic.scenes import BACKGROUNDS, COLOURS, RADIUS_BY_SIZE, SHAPES, compute_outline, rasterize_shape
+
+MIN_FOREGROUND_DISTANCE = 40.0  # RGB distance from the background at which a pixel may belong to an object
+MIN_BLOB_PIXELS = 24  # px: blobs below are specks
+MAX_COLOUR_DISTANCE = 75.0  # RGB distance from a palette colour beyond which a blob has no colour name
+MIN_TEMPLATE_OVERLAP = 0.78  # intersection over union with a template, below which a blob has no shape
+SIZE_THRESHOLD_RADIUS = (RADIUS_BY_SIZE["small"] + RADIUS_BY_SIZE["large"]) / 2
+MIN_MOTION_PX = 14.0  # px from first to last frame, of 32 for a whole motion
+MAX_REST_PX = 6.0
+MIN_GROWTH_RATIO = 1.35
+
+
+@dataclass(frozen=True)
+class Blob:
+    """One object on one frame: centre of the box and half of it in px, `clarity` the overlap with its template."""
+
+    colour: str | None
+    shape: str | None
+    x: float
+    y: float
+    radius: float
+    template_overlap: float
+
+
+@cache
+def compute_unit_area(shape: str) -> float:
+    """Area of a shape over the square of its radius."""
+    if shape == "circle":
+        return np.pi
+    x, y = compute_outline(shape, 1.0).T
+    return float(abs(np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1))) / 2)
+
+
+@cache
+def render_template(shape: str, quarter_radius: int) -> tuple[np.ndarray, np.ndarray]:
+    """Coverage [32, 32] of a shape with its centroid (y, x)."""
+    filled = rasterize_shape(shape, quarter_radius / 4)
+    return filled, np.array(ndimage.center_of_mass(filled))
+
+
+def find_nearest_colour(palette: dict[str, tuple[int, int, int]], rgb: np.ndarray) -> str | None:
+    distances = {name: float(np.linalg.norm(rgb - np.asarray(value))) for name, value in palette.items()}
+    best = min(distances, key=distances.__getitem__)
+    return best if distances[best] <= MAX_COLOUR_DISTANCE else None
+
+
+def estimate_background(clip: np.ndarray) -> np.ndarray:
+    """The colour [3] of the background: the median of the frame's border, over all frames."""
+    border = np.concatenate(
+        [
+            clip[:, :2].reshape(-1, 3),
+            clip[:, -2:].reshape(-1, 3),
+            clip[:, :, :2].reshape(-1, 3),
+            clip[:, :, -2:].reshape(-1, 3),
+        ]
+    )
+    return np.median(border, axis=0)
+
+
+def match_shape(alpha: np.ndarray, centroid: np.ndarray, area: float) -> tuple[str | None, float, float, np.ndarray]:
+    """The best template: its name (None below `OVERLAP`), the overlap, the radius, and the box centre (y, x)."""
+    best: tuple[str | None, float, float, np.ndarray] = (None, 0.0, (area / 3.0) ** 0.5, centroid)
+    for shape in SHAPES:
+        radius = (area / compute_unit_area(shape)) ** 0.5
+        quarter_radius = int(np.clip(round(radius * 4), 12, 60))
+        filled, template_centroid = render_template(shape, quarter_radius)
+        aligned = ndimage.shift(
+            crop_window(alpha, centroid, template_centroid),
+            template_centroid - 16 - (centroid - np.floor(centroid)),
+            order=1,
+        )
+        overlap = float(np.minimum(aligned, filled).sum() / np.maximum(aligned, filled).sum())
+        if overlap > best[1]:
+            best = (shape, overlap, radius, centroid + 15.5 - template_centroid)
+    return best if best[1] >= MIN_TEMPLATE_OVERLAP else (None, *best[1:])
+
+
+def crop_window(alpha: np.ndarray, centroid: np.ndarray, middle: np.ndarray) -> np.ndarray:
+    """A 32x32 window of `alpha` whose pixel 16 is the floor of the centroid, padded with nothing."""
+    y, x = np.floor(centroid).astype(int)
+    return np.pad(alpha, 16)[y : y + 32, x : x + 32]
+
+
+def blob_from_region(pixels: np.ndarray, background: np.ndarray, region: np.ndarray) -> Blob:
+    """Names the pixels of one region [H, W] of a frame [H, W, 3]."""
+    difference = pixels - background
+    distance = np.linalg.norm(difference, axis=-1)
+    core = region & (distance >= np.quantile(distance[region], 0.5))
+    colour = np.median(pixels[core], axis=0)
+    colour_axis = colour - background
+    alpha = np.clip(difference @ colour_axis / max(float(colour_axis @ colour_axis), 1.0), 0, 1)
+    alpha = np.where(ndimage.binary_dilation(region, iterations=1), alpha, 0)
+    centroid = np.array(ndimage.center_of_mass(alpha))
+    shape, overlap, radius, centre = match_shape(alpha, centroid, float(alpha.sum()))
+    return Blob(find_nearest_colour(COLOURS, colour), shape, centre[1] + 0.5, centre[0] + 0.5, radius, overlap)
+
+
+def find_regions(foreground: np.ndarray) -> list[np.ndarray]:
+    """Connected regions of at least `SMALLEST` px."""
+    labels, count = ndimage.label(foreground)
+    regions = (labels == index for index in range(1, count + 1))
+    return [region for region in regions if region.sum() >= MIN_BLOB_PIXELS]
+
+
+def detect_blobs(frame: np.ndarray, background: np.ndarray) -> list[Blob]:
+    """The objects of one frame [H, W, 3]."""
+    pixels = frame.astype(np.float32)
+    distance = np.linalg.norm(pixels - background, axis=-1)
+    detected = []
+    for region in find_regions(distance > MIN_FOREGROUND_DISTANCE):
+        # Two objects can be joined by a faint bridge: cut again at half of this region's own contrast.
+        contrast = float(np.quantile(distance[region], 0.75))
+        detected += [
+            blob_from_region(pixels, background, subregion)
+            for subregion in find_regions(region & (distance > contrast / 2))
+        ]
+    return detected
+
+
+def track_blobs(frames: Sequence[list[Blob]]) -> list[list[Blob | None]]:
+    """Tracks: each blob of the first frame, matched on to the nearest of its colour on every next one."""
+    tracks: list[list[Blob | None]] = [[blob] for blob in frames[0]]
+    for blobs in frames[1:]:
+        unmatched = list(blobs)
+        for track in tracks:
+            last = next(blob for blob in reversed(track) if blob is not None)
+            candidates = [
+                blob
+                for blob in unmatched
+                if blob.colour == last.colour and np.hypot(blob.x - last.x, blob.y - last.y) < 12
+            ]
+            match = min(candidates, key=lambda blob: np.hypot(blob.x - last.x, blob.y - last.y), default=None)
+            if match is not None:
+                unmatched.remove(match)
+            track.append(match)
+    return tracks
+
+
+def classify_motion(track: Sequence[Blob | None]) -> str | None:
+    """The motion's name from the first and last sight of an object; None where it is neither clear nor at rest."""
+    present = [blob for blob in track if blob is not None]
+    first, last = present[0], present[-1]
+    if len(track) == 1:
+        return "still"
+    if len(present) < len(track) - 2:
+        return None
+    dx, dy = last.x - first.x, last.y - first.y
+    far, near = (dx, dy) if abs(dx) > abs(dy) else (dy, dx)
+    if abs(far) >= MIN_MOTION_PX and abs(near) < abs(far) / 2:
+        return ("right" if dx > 0 else "left") if abs(dx) > abs(dy) else ("down" if dy > 0 else "up")
+    if abs(far) >= MAX_REST_PX:
+        return None
+    ratio = last.radius / first.radius
+    return "growing" if ratio > MIN_GROWTH_RATIO else "shrinking" if ratio < 1 / MIN_GROWTH_RATIO else "still"
+
+
+def find_majority(names: Sequence[str | None]) -> str | None:
+    """The name that more than half agree on."""
+    name, votes = Counter(names).most_common(1)[0]
+    return name if votes > len(names) / 2 else None
+
+
+def detection_from_track(track: Sequence[Blob | None]) -> ObjectDetection:
+    present = [blob for blob in track if blob is not None]
+    first = present[0]
+    return ObjectDetection(
+        shape=find_majority([blob.shape for blob in present]),
+        colour=find_majority([blob.colour for blob in present]),
+        size="small" if first.radius < SIZE_THRESHOLD_RADIUS else "large",
+        motion=classify_motion(track),
+        x=first.x,
+        y=first.y,
+    )
+
+
+def detect_scene(clip: np.ndarray) -> SceneDetection:
+    """The facts of a clip or still: uint8 [F, H, W, 3]."""
+    background = estimate_background(clip)
+    frames = [detect_blobs(frame, background) for frame in clip]
+    usual_count = find_majority([str(len(blobs)) for blobs in frames])
+    tracks = track_blobs(frames)
+    objects = tuple(map(detection_from_track, tracks))
+    steady = [
+        str(len(blobs)) == usual_count
+        and all(
+            track[frame_index] is not None and track[frame_index].shape == obj.shape  # type: ignore[union-attr]
+            for track, obj in zip(tracks, objects, strict=True)
+        )
+        for frame_index, blobs in enumerate(frames)
+    ]
+    return SceneDetection(find_nearest_colour(BACKGROUNDS, background), objects, sum(steady) / len(steady))

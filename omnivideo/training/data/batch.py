@@ -1,0 +1,162 @@
+"""TODO docstring of omnivideo/training/data/batch.py."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from omnivideo.models.omni import TargetMedium
+from omnivideo.training.planning.flops import (
+    Flops,
+)
+
+
+@dataclass
+class Stage1Batch:
+    """What a process has of a batch of stage 1 in one pass: model inputs and labels, those that ask for something
+    drawn first, with the pixels [B, 3, F, S, S] of what they ask for; what their mean weighs among those of all."""
+
+    inputs: dict[str, Tensor]
+    labels: Tensor
+    target_pixels: Tensor
+    loss_weight: float = 1.0
+
+
+@dataclass
+class MicroBatch:
+    """What a process has of a step's batch in one pass: which of the `whole` batch's samples these are, what their
+    mean weighs among those of all passes, and what was done to them `before`, by the model's frozen parts."""
+
+    batch: "FlowBatch"
+    dropout_draws: list[float]
+    global_size: int
+    local_indices: slice | list[int]
+    loss_weight: float = 1.0
+    frozen_flops: Flops = field(default_factory=Flops)
+
+
+class FlowSource(Protocol):
+    """Where the samples of stages 2b and 3 come from.
+
+    `draw` may run in another process; `ready` is called with what it made, where the models are, for the portion of
+    each pass.
+    """
+
+    def load_batch(self, step: int) -> Any: ...
+    def to_micro_batches(self, batch: Any) -> list[MicroBatch]: ...
+    def batch_size(self, step: int) -> int: ...
+
+
+class RaggedTensor:
+    """Rows [n_i, D] of different lengths."""
+
+    def __init__(self, flat: Tensor, offsets: Tensor):
+        self.flat, self.offsets = flat, offsets
+
+    @classmethod
+    def from_rows(cls, rows: Sequence[Tensor]) -> "RaggedTensor":
+        lengths = torch.tensor([0, *map(len, rows)])
+        return cls(torch.cat(list(rows)).half(), lengths.cumsum(0))
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.flat[self.offsets[index] : self.offsets[index + 1]].float()
+
+    def __add__(self, other: "RaggedTensor") -> "RaggedTensor":
+        offsets = torch.cat([self.offsets, self.offsets[-1] + other.offsets[1:]])
+        return RaggedTensor(torch.cat([self.flat, other.flat]), offsets)
+
+
+@dataclass
+class CachedTask:
+    """One task's requests with all that is frozen; `source` is None in generation mode."""
+
+    target_latents: Tensor
+    source_latents: Tensor | None
+    hidden_states: RaggedTensor
+    text_embeddings: RaggedTensor
+    visual_embeddings: Tensor
+
+    def __len__(self) -> int:
+        return len(self.target_latents)
+
+    def __add__(self, other: "CachedTask") -> "CachedTask":
+        """More requests of the same task."""
+        assert (self.source_latents is None) == (other.source_latents is None)
+        source_latents = (
+            None
+            if self.source_latents is None or other.source_latents is None
+            else torch.cat([self.source_latents, other.source_latents])
+        )
+        return CachedTask(
+            torch.cat([self.target_latents, other.target_latents]), source_latents, self.hidden_states + other.hidden_states, self.text_embeddings + other.text_embeddings,
+            torch.cat([self.visual_embeddings, other.visual_embeddings]),
+        )  # fmt: skip
+
+
+TaskSample = tuple[CachedTask, int]  # a task, and which of its requests
+
+
+@dataclass
+class FlowBatch:
+    """A batch.  Latents [B, z, T, h, w], and [E, ...] of the sources of the rows that have one; hidden states
+    [B, N, M] and text [B, L, D] with their lengths, zero past them; embeddings [B, Q, E]."""
+
+    target_latents: Tensor
+    has_source: Tensor
+    source_latents: Tensor | None
+    hidden_states: Tensor
+    hidden_lengths: list[int]
+    text_embeddings: Tensor
+    text_lengths: list[int]
+    visual_embeddings: Tensor
+
+    def __len__(self) -> int:
+        return len(self.target_latents)
+
+    def to(self, device: torch.device) -> "FlowBatch":
+        """All but `edited`, which is asked for on the CPU."""
+        tensors = {
+            name: tensor for name, tensor in vars(self).items() if isinstance(tensor, Tensor) and name != "edited"
+        }
+        moved: dict[str, Any] = {name: tensor.to(device) for name, tensor in tensors.items()}
+        return replace(self, **moved)
+
+    @property
+    def medium(self) -> TargetMedium:
+        return "video" if self.target_latents.shape[2] > 1 else "image"
+
+    @property
+    def unpadded_texts(self) -> list[Tensor]:
+        return [row[:length] for row, length in zip(self.text_embeddings, self.text_lengths, strict=True)]
+
+
+def sample_mixed_batch(
+    rng: random.Random, tasks: Sequence[CachedTask], count: int, edit_share: float = 0.5
+) -> list[TaskSample]:
+    """A mixed batch: `count` samples of tasks that share resolution and frame count (hybrid mixed batching).
+
+    `edits` is the share of the tasks that have a source, where both kinds are there.
+    """
+    shares = [1 - edit_share if task.source_latents is None else edit_share for task in tasks]
+    return [(task, rng.randrange(len(task))) for task in rng.choices(tasks, shares, k=count)]
+
+
+def collate_flow_batch(samples: Sequence[TaskSample]) -> FlowBatch:
+    """The samples as one batch in single precision."""
+    hidden_states, text_embeddings = (
+        [task.hidden_states[index] for task, index in samples],
+        [task.text_embeddings[index] for task, index in samples],
+    )
+    sources = [task.source_latents[index].float() for task, index in samples if task.source_latents is not None]
+    return FlowBatch(
+        torch.stack([task.target_latents[index].float() for task, index in samples]),
+        torch.tensor([task.source_latents is not None for task, _ in samples]),
+        torch.stack(sources) if sources else None,
+        pad_sequence(hidden_states, batch_first=True), [len(row) for row in hidden_states],
+        pad_sequence(text_embeddings, batch_first=True), [len(row) for row in text_embeddings],
+        torch.stack([task.visual_embeddings[index].float() for task, index in samples]),
+    )  # fmt: skip

@@ -1,0 +1,75 @@
+"""TODO docstring of omnivideo/training/data/chat_batch.py."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast, Qwen3VLForConditionalGeneration
+from transformers.vision_utils import get_vision_position_ids
+
+from omnivideo.models.mllm import MLLMMessage, TokenizedRequest, VisionInputConfig, collate_requests, tokenize_message
+from omnivideo.training.engine.data_parallel import current_rank
+
+ChatSample = tuple[MLLMMessage, str]
+
+
+def add_position_ids(model: Qwen3VLForConditionalGeneration, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """And the places of tokens and patches, which the model would find in many small steps for each sample."""
+    input_names = ("input_ids", "mm_token_type_ids", "image_grid_thw", "video_grid_thw", "attention_mask")
+    position_ids, _ = model.model.get_rope_index(**{name: inputs[name] for name in input_names if name in inputs})
+    positions = {"position_ids": position_ids}
+    for medium in ("image", "video"):
+        if (grids := inputs.get(f"{medium}_grid_thw")) is not None:
+            positions[f"{medium}_position_ids"] = get_vision_position_ids(
+                grids, model.config.vision_config.spatial_merge_size
+            )
+    return inputs | positions
+
+
+def make_answer_labels(
+    encoded_samples: list[TokenizedRequest], prompt_lengths: list[int], inputs: dict[str, Tensor]
+) -> Tensor:
+    """Labels [B, N]: the answer's tokens and its end; -100 over the prompt and the padding."""
+    labels = torch.full_like(inputs["input_ids"], -100)
+    for row, (encoded, start) in enumerate(zip(encoded_samples, prompt_lengths, strict=True)):
+        labels[row, start : len(encoded.token_ids)] = torch.tensor(encoded.token_ids[start:])
+    return labels
+
+
+def collate_chat_batch(
+    model: Qwen3VLForConditionalGeneration,
+    tokenizer: PreTrainedTokenizerFast,
+    samples: list[ChatSample],
+    pixels: VisionInputConfig,
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Model inputs, with the places, and labels of a list of samples."""
+    encoded = [tokenize_message(tokenizer, message, pixels, reply) for message, reply in samples]
+    prompt_lengths = [
+        len(sample.token_ids) - len(tokenizer(f"{reply}<|im_end|>").input_ids)
+        for sample, (_, reply) in zip(encoded, samples, strict=True)
+    ]
+    inputs = collate_requests(encoded, tokenizer.pad_token_id)
+    return add_position_ids(model, inputs), make_answer_labels(encoded, prompt_lengths, inputs)
+
+
+def to_device(device: torch.device, batch: tuple[dict[str, Tensor], Tensor]) -> tuple[dict[str, Tensor], Tensor]:
+    """What `batch_of` returned, on a device."""
+    inputs, labels = batch
+    return {name: tensor.to(device) for name, tensor in inputs.items()}, labels.to(device)
+
+
+def count_answer_tokens(labels: Tensor) -> Tensor:
+    """How many tokens are to be predicted."""
+    return (labels[:, 1:] != -100).sum()
+
+
+def text_loss(logits: Tensor, labels: Tensor, token_count: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Eq. 2 over the answers' tokens of the whole batch, and the share of answers that are right in every token.
+
+    `among`: how many tokens all passes of all processes have on average, where a process has several.
+    """
+    predicted, target = logits[:, :-1], labels[:, 1:]
+    total = F.cross_entropy(predicted.flatten(0, 1).float(), target.flatten(), ignore_index=-100, reduction="sum")
+    token_count = current_rank().global_mean(count_answer_tokens(labels)) if token_count is None else token_count
+    loss = total / token_count.clamp(min=1e-6)  # 0 where there is no answer at all
+    exact_share = ((predicted.argmax(-1) == target) | (target == -100)).all(dim=1).float().mean()
+    return loss, exact_share

@@ -1,0 +1,404 @@
+"""The stages over shards: the samples of an epoch in its order, from the shards and the cache.
+
+Stage 1 needs the shards alone.  From stage 2a on latents and text come from the cache (`omnivideo data encode`) where
+it has them; what it has not, the MLLM's hidden states, and in stage 3 the visual encoder's embeddings are computed as
+they are needed, from the media.
+
+A sample that cannot be read when its turn comes is left out of its batch, whose mean is over the others, and is named
+in the library's problems.  Where a process has none left, a blank one goes along for nothing.
+"""
+
+import hashlib
+import io
+import logging
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import SiglipVisionModel
+
+from omnivideo.models.mllm import (
+    VISUAL_TOKEN_PAIRS,
+    MLLMMedia,
+    MLLMMessage,
+    forward_hidden_states,
+    prepare_hidden_state_inputs,
+)
+from omnivideo.models.omni import OmniVideoModel
+from omnivideo.models.vae import pixels_from_bytes
+from omnivideo.training.data.batch import FlowBatch, MicroBatch, Stage1Batch
+from omnivideo.training.data.batch_sampler import Bucket, GlobalBatch, MixConfig
+from omnivideo.training.data.chat_batch import add_position_ids, collate_chat_batch
+from omnivideo.training.data.latent_cache import (
+    ENCODE_BATCH_SIZE,
+    BucketAssigner,
+    FrozenEncoders,
+    LatentCache,
+    build_batch_sampler,
+)
+from omnivideo.training.data.sample import SkippedSample, SkipReport, TrainingSample, resample_media
+from omnivideo.training.data.visual_targets import embed_frames, select_frame_indices
+from omnivideo.training.data.webdataset import SampleRef, ShardDataset
+from omnivideo.training.engine.data_parallel import current_rank
+from omnivideo.training.engine.placement import move_cpu_parts_to_device
+from omnivideo.training.engine.recipe import step_seed
+from omnivideo.training.planning.flops import count_mllm_flops
+
+T = TypeVar("T")
+log = logging.getLogger("omnivideo.training")
+
+
+@dataclass
+class RankSlice:
+    """What a process has of a step: the numbers of its samples, which of the whole batch's they are, and whether they
+    count: with fewer samples than processes one goes along with another's, for nothing."""
+
+    bucket: Bucket
+    sample_indices: list[int]
+    global_size: int
+    batch_slice: slice
+    is_counted: bool
+
+
+class EpochDataset:
+    """The wanted samples of a library, epoch after epoch, each in its order.
+
+    `micro`: how many a process takes in one forward and backward pass at the most; None: all that it has of a batch.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        dataset: ShardDataset,
+        assigner: BucketAssigner,
+        mix: MixConfig,
+        include: Callable[[SampleRef], bool],
+    ):
+        self.name, self.dataset, self.assigner = name, dataset, assigner
+        self.micro_batch_size: int | None = None
+        self.batch_sampler, self.sample_indices = build_batch_sampler(dataset, assigner, mix, include)
+        self.epoch_lengths: list[int] = []
+
+    def get_global_batch(self, step: int) -> GlobalBatch:
+        """The batch of a step, counted on from epoch to epoch."""
+        epoch = 0
+        while True:
+            if epoch == len(self.epoch_lengths):
+                self.epoch_lengths.append(len(self.batch_sampler.get_epoch_batches(epoch)))
+            if step < self.epoch_lengths[epoch]:
+                return self.batch_sampler.get_epoch_batches(epoch)[step]
+            step, epoch = step - self.epoch_lengths[epoch], epoch + 1
+
+    def batch_size(self, step: int) -> int:
+        return len(self.get_global_batch(step).indices)
+
+    def compute_digest(self) -> str:
+        """Sixteen hex digits over the samples, what they are brought to, and their order.
+
+        A sample is told by its name and by where its members lie in the shard: keys alone are mere numbers.
+        """
+        hasher = hashlib.sha256(repr((self.batch_sampler.compute_digest(), self.assigner)).encode())
+        for entry in (self.dataset.entries[number] for number in self.sample_indices):
+            hasher.update(repr((entry.shard, entry.key, sorted(entry.members.items()))).encode())
+        return hasher.hexdigest()[:16]
+
+    def get_rank_slice(self, step: int) -> RankSlice:
+        """This process's."""
+        batch = self.get_global_batch(step)
+        global_size, batch_slice = len(batch.indices), current_rank().local_slice(len(batch.indices))
+        is_counted = batch_slice.stop > batch_slice.start
+        batch_slice = batch_slice if is_counted else slice(0, 1)
+        return RankSlice(
+            batch.bucket,
+            [self.sample_indices[one] for one in batch.indices[batch_slice]],
+            global_size,
+            batch_slice,
+            is_counted,
+        )
+
+    def split_micro_batches(self, rows: list[T]) -> list[list[T]]:
+        """What is to be taken at once, as evenly as can be."""
+        count = -(-len(rows) // (self.micro_batch_size or len(rows)))
+        return [rows[len(rows) * at // count : len(rows) * (at + 1) // count] for at in range(count)]
+
+    def build_message(self, sample: TrainingSample, text: str, bucket: Bucket) -> MLLMMessage:
+        """What the MLLM is asked: the text, with the source where there is one."""
+        media: tuple[MLLMMedia, ...] = ()
+        if sample.source is not None:
+            frames = resample_media(sample.source, bucket.width, bucket.height, bucket.frames, self.assigner.fps)
+            media = (MLLMMedia(frames, self.assigner.fps, bucket.group == "video"),)
+        return MLLMMessage(text, media)
+
+    def load_target_frames(
+        self, omni: OmniVideoModel, encoder: SiglipVisionModel, sample: TrainingSample, bucket: Bucket
+    ) -> Tensor:
+        """uint8 [1, F, S, S, 3], or [0, ...] where nothing is drawn: what the visual encoder looks at of a target."""
+        side, tokens = encoder.config.image_size, omni.bridge.vision_head.num_queries
+        frame_indices = select_frame_indices(bucket.frames, tokens).tolist() if bucket.group == "video" else [0]
+        if sample.target is None:
+            return torch.zeros(0, len(frame_indices), side, side, 3, dtype=torch.uint8)
+        return torch.from_numpy(
+            resample_media(sample.target, side, side, bucket.frames, self.assigner.fps, frame_indices)
+        )[None]
+
+
+def make_blank_sample(bucket: Bucket) -> TrainingSample:
+    """A black still that is asked for without a word."""
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(file, "PNG")
+    return TrainingSample("text-to-video" if bucket.group == "video" else "text-to-image", target=file.getvalue())
+
+
+def load_readable(
+    dataset: ShardDataset, rank_slice: RankSlice, build: Callable[[int, TrainingSample, SampleRef | None], T]
+) -> tuple[list[T], bool, list[SkippedSample]]:
+    """What is made of each sample (by its place in the whole batch) that can be read, whether they count, and why the
+    others cannot.  Where none can, it is made of a blank one, which has no entry and does not count."""
+    skip_report, built = SkipReport(), list[T]()
+    for position, sample_index in zip(
+        range(rank_slice.global_size)[rank_slice.batch_slice], rank_slice.sample_indices, strict=True
+    ):
+        entry = dataset.entries[sample_index]
+        with skip_report.skip_on_error(f"{entry.shard}/{entry.key}"):
+            built.append(build(position, dataset[sample_index], entry))
+    is_counted = rank_slice.is_counted and bool(built)
+    return (
+        built or [build(rank_slice.batch_slice.start, make_blank_sample(rank_slice.bucket), None)],
+        is_counted,
+        skip_report.skipped_samples,
+    )
+
+
+def log_new_skips(dataset: ShardDataset, skipped_samples: list[SkippedSample]) -> None:
+    """Adds them to the library's, and says those that are new: a run may end before its report is written."""
+    for skip in dataset.skip_report.merge_skips(skipped_samples):
+        log.warning("skipped, %s: %s: %s", *skip)
+
+
+def compute_pass_weights(counts: Sequence[int], device: torch.device) -> list[float]:
+    """What a mean over so many samples, in each of this process's passes, weighs among those of all; all processes are
+    asked."""
+    mean_count = float(current_rank().global_mean(torch.tensor(float(sum(counts)), device=device)))
+    return [count * len(counts) / max(1e-6, mean_count) for count in counts]
+
+
+# ---------------------------------------------------------------- stage 1
+
+
+class Stage1Dataset(EpochDataset):
+    """Stage 1's samples of all six tasks.  Of several questions about one medium each time one is asked."""
+
+    def __init__(
+        self,
+        omni: OmniVideoModel,
+        dataset: ShardDataset,
+        assigner: BucketAssigner,
+        mix: MixConfig,
+        encoder: SiglipVisionModel,
+    ):
+        super().__init__("stage1", dataset, assigner, mix, lambda entry: True)
+        self.omni, self.encoder = omni, encoder
+
+    def load_batch(self, step: int) -> tuple[list[Stage1Batch], list[SkippedSample]]:
+        rank_slice, rng = self.get_rank_slice(step), random.Random(step_seed("stage1/turns", step))
+        question_draws = [rng.random() for _ in range(rank_slice.global_size)]
+
+        def build_example(
+            position: int, sample: TrainingSample, entry: SampleRef | None
+        ) -> tuple[tuple[MLLMMessage, str], Tensor]:
+            return self.build_request_and_answer(
+                sample, question_draws[position], rank_slice.bucket
+            ), self.load_target_frames(self.omni, self.encoder, sample, rank_slice.bucket)
+
+        rows, is_counted, skipped_samples = load_readable(self.dataset, rank_slice, build_example)
+        return [
+            self.build_batch(micro_batch_rows, is_counted) for micro_batch_rows in self.split_micro_batches(rows)
+        ], skipped_samples
+
+    def build_batch(self, rows: list[tuple[tuple[MLLMMessage, str], Tensor]], is_counted: bool) -> Stage1Batch:
+        rows.sort(key=lambda row: not len(row[1]))
+        inputs, labels = collate_chat_batch(
+            self.omni.mllm, self.omni.mllm_tokenizer, [row[0] for row in rows], self.omni.vision_config
+        )
+        pixels = torch.cat([row[1] for row in rows])
+        if not is_counted:
+            labels, pixels = torch.full_like(labels, -100), pixels[:0]
+        return Stage1Batch(inputs, labels, pixels)
+
+    def to_micro_batches(self, batch: tuple[list[Stage1Batch], list[SkippedSample]]) -> list[Stage1Batch]:
+        """With their weights, and pixels in -1..1."""
+        micro_batches, skipped_samples = batch
+        log_new_skips(self.dataset, skipped_samples)
+        weights = compute_pass_weights([len(one.target_pixels) for one in micro_batches], self.omni.device)
+        return [
+            replace(one, weight=weight, pixels=pixels_from_bytes(one.target_pixels.numpy()))
+            for one, weight in zip(micro_batches, weights, strict=True)
+        ]
+
+    def build_request_and_answer(
+        self, sample: TrainingSample, question_draw: float, bucket: Bucket
+    ) -> tuple[MLLMMessage, str]:
+        """A request and its answer: for what is drawn, the token that says so."""
+        if sample.target is not None:
+            return self.build_message(sample, sample.text, bucket), "".join(VISUAL_TOKEN_PAIRS[bucket.group])
+        question, answer = sample.turns[int(question_draw * len(sample.turns))]
+        return self.build_message(sample, question, bucket), answer
+
+
+# ---------------------------------------------------------------- from stage 2a on
+
+Tensors = dict[str, Tensor]
+
+
+@dataclass
+class LoadedSample:
+    """A sample as it is on disk: latents and text as the cache has `kept` them, else `pixels` [F, H, W, 3] to encode;
+    what the visual encoder is to see, uint8 [1, F, S, S, 3]."""
+
+    batch_position: int  # in the whole batch
+    message: MLLMMessage
+    cached_tensors: Tensors
+    pixels: Tensors
+    target_frames: Tensor | None
+
+
+@dataclass
+class LoadedBatch:
+    """What a process has of a batch in one pass before any model saw it: its rows, of which `count` count, and their
+    places in the whole batch."""
+
+    cached_tensors: list[Tensors]
+    pixels: list[Tensors]
+    texts: list[str]
+    dropout_draws: list[float]
+    batch_positions: list[int]
+    global_size: int
+    counted_rows: int
+    mllm_inputs: Tensors
+    target_frames: Tensor | None
+
+
+class FlowDataset(EpochDataset):
+    """A `Source` of the stages' recipes.  With an `encoder` the targets are embedded as well (Eq. 1)."""
+
+    def __init__(
+        self,
+        name: str,
+        omni: OmniVideoModel,
+        dataset: ShardDataset,
+        cache: LatentCache,
+        assigner: BucketAssigner,
+        mix: MixConfig,
+        encoder: SiglipVisionModel | None = None,
+    ):
+        endings = ("to-image", "to-video") + (() if name in ("stage2a", "stage2b_generation") else ("editing",))
+        super().__init__(name, dataset, assigner, mix, lambda entry: entry.task.endswith(endings))
+        self.omni, self.cache, self.encoder, self.frozen_encoders = omni, cache, encoder, FrozenEncoders.from_omni(omni)
+
+    def load_batch(self, step: int) -> tuple[list[LoadedBatch], list[SkippedSample]]:
+        rank_slice = self.get_rank_slice(step)
+        rng = random.Random(step_seed(f"{self.name}/lots", step))
+        dropout_draws = [rng.random() for _ in range(rank_slice.global_size)]
+
+        def build_row(position: int, sample: TrainingSample, entry: SampleRef | None) -> LoadedSample:
+            return self.load_sample(position, sample, self.cache(entry) if entry else {}, rank_slice.bucket)
+
+        rows, is_counted, skipped_samples = load_readable(self.dataset, rank_slice, build_row)
+        return [
+            self.collate_samples(micro_batch_rows, dropout_draws, rank_slice, is_counted)
+            for micro_batch_rows in self.split_micro_batches(rows)
+        ], skipped_samples
+
+    def collate_samples(
+        self, rows: list[LoadedSample], dropout_draws: list[float], rank_slice: RankSlice, is_counted: bool
+    ) -> LoadedBatch:
+        requests = [(one.message, rank_slice.bucket.group) for one in rows]
+        target_frames = [one.target_frames for one in rows if one.target_frames is not None]
+        return LoadedBatch(
+            [one.cached_tensors for one in rows], [one.pixels for one in rows],
+            [one.message.text for one in rows], [dropout_draws[one.batch_position] for one in rows], [one.batch_position for one in rows],
+            rank_slice.global_size, len(rows) if is_counted else 0,
+            add_position_ids(self.omni.mllm, prepare_hidden_state_inputs(self.omni.mllm_tokenizer, requests, self.omni.vision_config)),
+            torch.cat(target_frames) if target_frames else None,
+        )  # fmt: skip
+
+    def load_sample(
+        self, position: int, sample: TrainingSample, cached_tensors: Tensors, bucket: Bucket
+    ) -> LoadedSample:
+        """Raises InvalidInput for what cannot be used."""
+        pixels: Tensors = {}
+        if not cached_tensors:
+            self.frozen_encoders.check_text_length(sample.text)
+            pixels = {name: torch.from_numpy(part) for name, part in self.assigner.load_pixels(sample, bucket).items()}
+        target_frames = (
+            None if self.encoder is None else self.load_target_frames(self.omni, self.encoder, sample, bucket)
+        )
+        return LoadedSample(
+            position, self.build_message(sample, sample.text, bucket), cached_tensors, pixels, target_frames
+        )
+
+    def to_micro_batches(self, batch: tuple[list[LoadedBatch], list[SkippedSample]]) -> list[MicroBatch]:
+        loaded_batches, skipped_samples = batch
+        log_new_skips(self.dataset, skipped_samples)
+        weights = compute_pass_weights([one.counted_rows for one in loaded_batches], self.omni.device)
+        return [self.build_micro_batch(one, weight) for one, weight in zip(loaded_batches, weights, strict=True)]
+
+    @torch.no_grad()
+    def build_micro_batch(self, loaded_batch: LoadedBatch, weight: float) -> MicroBatch:
+        rows = collate_cached(self.encode_missing(loaded_batch))
+        states, padding = forward_hidden_states(self.omni.mllm, loaded_batch.mllm_inputs)
+        rows.hidden_states = states.masked_fill(padding[..., None], 0.0).float()
+        rows.hidden_lengths = (~padding).sum(1).tolist()
+        if self.encoder is not None and loaded_batch.target_frames is not None:
+            target_pixels = pixels_from_bytes(loaded_batch.target_frames.numpy())
+            rows.visual_embeddings = embed_frames(self.encoder, target_pixels, self.omni.bridge.vision_head.num_queries)
+        frozen_flops = count_mllm_flops(self.omni.mllm, loaded_batch.mllm_inputs)
+        return MicroBatch(
+            rows,
+            loaded_batch.dropout_draws,
+            loaded_batch.global_size,
+            loaded_batch.batch_positions,
+            weight,
+            frozen_flops,
+        )
+
+    def encode_missing(self, loaded_batch: LoadedBatch) -> list[Tensors]:
+        """Latents and text of each row; what the cache has not is made as it would have it, whatever the precision of
+        the products around."""
+        rows = [dict(kept) for kept in loaded_batch.cached_tensors]
+        missing = [
+            (row, name, part.numpy())
+            for row, parts in zip(rows, loaded_batch.pixels, strict=True) for name, part in parts.items()
+        ]  # fmt: skip
+        chunk_size = ENCODE_BATCH_SIZE if missing and len(missing[0][2]) == 1 else 1  # a clip alone is large enough
+        if missing:
+            move_cpu_parts_to_device(self.omni)
+        with torch.autocast(self.omni.device.type, enabled=False):
+            for chunk in (missing[at : at + chunk_size] for at in range(0, len(missing), chunk_size)):
+                chunk_latents = self.frozen_encoders.encode_latents([part for *_, part in chunk])
+                for (row, name, _), latents in zip(chunk, chunk_latents, strict=True):
+                    row[name] = latents
+            for row, parts, text in zip(rows, loaded_batch.pixels, loaded_batch.texts, strict=True):
+                if parts:
+                    row["text"] = self.frozen_encoders.encode_prompt(text)
+        return rows
+
+
+def collate_cached(cached_samples: list[Tensors]) -> FlowBatch:
+    """A batch of what the cache has of each sample; hidden states and embeddings are still lacking."""
+    text = [one["text"].float() for one in cached_samples]
+    sources = [one["source"].float() for one in cached_samples if "source" in one]
+    empty = torch.zeros(len(cached_samples), 0)
+    return FlowBatch(
+        torch.stack([one["target"].float() for one in cached_samples]),
+        torch.tensor(["source" in one for one in cached_samples]),
+        torch.stack(sources) if sources else None,
+        empty, [],
+        pad_sequence(text, batch_first=True), [len(row) for row in text],
+        empty,
+    )  # fmt: skip

@@ -1,0 +1,158 @@
+"""The stages of any preset over shards: `omnivideo train stage2b --data SHARDS --weights FOLDER`."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from omnivideo.errors import InvalidInput
+from omnivideo.models.omni import OmniVideoModel
+from omnivideo.training.data.batch_sampler import PAPER_TASK_MIX, MixConfig
+from omnivideo.training.data.dataset import EpochDataset, FlowDataset, Stage1Dataset
+from omnivideo.training.data.latent_cache import BucketAssigner, LatentCache, compute_cache_digest, fingerprint_weights
+from omnivideo.training.data.webdataset import ShardDataset
+from omnivideo.training.engine.placement import StageLoader
+from omnivideo.training.engine.recipe import Recipe
+from omnivideo.training.recipes.flow import FLOW_BATCH_SIZES, build_flow_recipe
+from omnivideo.training.recipes.parts import TrainableParts
+from omnivideo.training.recipes.stage1 import assemble_stage1_recipe
+from omnivideo.training.recipes.stage2a import assemble_stage2a_recipe
+from omnivideo.training.tiny.pipeline import TinyPipeline
+
+PREVIOUS_STAGE = {
+    "stage1": "", "stage2a": "stage1", "stage2b_generation": "stage2a", "stage2b": "stage2b_generation",
+    "stage3": "stage2b",
+}  # fmt: skip
+ALIGNMENT_WEIGHT = 0.1
+BASE_LR = 1e-5  # AdamW's; stages 1 and 2a, which begin at random, take ten times as much
+DEFAULT_STEPS = 20_000
+BATCH_UNIT = 8  # processes that have equal parts of nearly every batch
+
+
+def build_mix(
+    stills: int | None = None, clips: int | None = None, batch_scale: int = 1, ratio: Sequence[str] = (),
+    weights: Sequence[str] = (), seed: int = 0,
+) -> MixConfig:  # fmt: skip
+    """How the stages mix: batches of so many samples (None: as over the rendered world), and shares as NAME=NUMBER, of
+    tasks (none: Table 1's) and of the groups' batches (none: as the tasks' shares have it); the order is the seed's.
+    Raises InvalidInput.
+
+    Nothing is cropped to another bucket than the one that its latents are of.
+    """
+    sizes = {
+        "image": (FLOW_BATCH_SIZES[0] if stills is None else stills) * batch_scale,
+        "video": (FLOW_BATCH_SIZES[1] if clips is None else clips) * batch_scale,
+    }
+    task_shares, group_weights = (
+        parse_named_numbers("ratio", ratio) or PAPER_TASK_MIX,
+        parse_named_numbers("weights", weights),
+    )
+    unit = max(1, math.gcd(BATCH_UNIT, *sizes.values()))
+    return MixConfig(task_shares, sizes, group_weights or None, unit, fold_small_buckets=False, seed=seed)  # type: ignore[arg-type]
+
+
+def parse_named_numbers(field: str, items: Sequence[str]) -> dict[str, float]:
+    numbers: dict[str, float] = {}
+    for item in items:
+        name, _, number = item.partition("=")
+        try:
+            value = float(number)
+        except ValueError:
+            raise InvalidInput(field, f"{item!r} is not NAME=NUMBER") from None
+        if name in numbers:
+            raise InvalidInput(field, f"{name!r} is given twice")
+        numbers[name] = value
+    return numbers
+
+
+def build_recipe_factories(
+    library: ShardDataset,
+    fit: BucketAssigner,
+    stage: str,
+    tiny: TinyPipeline,
+    weights: Path | None,
+    mix: MixConfig,
+    micro_batch_size: int | None = None,
+    precision: torch.dtype | None = None,
+) -> dict[str, Callable[[], Recipe]]:
+    """The recipes that train over a library; its cache (from stage 2a on) counts where it is of the same weights.
+
+    `micro`: samples of one process's forward and backward pass at the most (None: all that it has of a batch).
+    Raises InvalidInput for a recipe that is no stage, and where weights are not named.
+    """
+    if stage not in PREVIOUS_STAGE:
+        raise InvalidInput("recipe", f"{stage!r} does not train over shards; allowed: {', '.join(PREVIOUS_STAGE)}")
+    if weights is None:
+        raise InvalidInput("weights", "shards need a folder of weights to begin with")
+    return {stage: partial(build_stage_recipe, library, fit, stage, tiny, weights, mix, micro_batch_size, precision)}
+
+
+def build_stage_recipe(
+    library: ShardDataset, fit: BucketAssigner, stage: str, tiny: TinyPipeline, weights: Path, mix: MixConfig, micro_batch_size: int | None = None,
+    precision: torch.dtype | None = None,
+) -> Recipe:  # fmt: skip
+    """A stage, from the earlier stage's run, else from the weights.  AdamW with a cosine; on a GPU in bf16, if no other
+    `precision` is asked for."""
+    precision = precision or (torch.bfloat16 if tiny.device.type == "cuda" else torch.float32)
+    loader = StageLoader(stage, weights, tiny.device, precision)
+    omni = loader.load_omni()
+    if PREVIOUS_STAGE[stage] and tiny.has_run(PREVIOUS_STAGE[stage]):
+        state = torch.load(tiny.get_stage_file(PREVIOUS_STAGE[stage]), weights_only=True, map_location="cpu", mmap=True)
+        TrainableParts(omni).load_state_dict(state["model"] | state["average"])
+    source, recipe = (build_stage1_recipe if stage == "stage1" else build_flow_stage_recipe)(
+        library, fit, stage, tiny, loader, omni, mix
+    )
+    source.micro_batch_size = micro_batch_size
+    return replace(recipe, optimizer="adamw", shape="cosine", precision=precision, data=source.compute_digest())
+
+
+def build_stage1_recipe(
+    library: ShardDataset,
+    fit: BucketAssigner,
+    stage: str,
+    tiny: TinyPipeline,
+    loader: StageLoader,
+    omni: OmniVideoModel,
+    mix: MixConfig,
+) -> tuple[EpochDataset, Recipe]:
+    """Stage 1."""
+    encoder = loader.load_visual_encoder()
+    source = Stage1Dataset(omni, library, fit, mix, encoder)
+    recipe = assemble_stage1_recipe(
+        omni, encoder, source.load_batch, DEFAULT_STEPS, source.batch_size, tiny.workers, source.to_micro_batches
+    )
+    return source, replace(recipe, lr=100 * BASE_LR, adam_lr=10 * BASE_LR)
+
+
+def build_flow_stage_recipe(
+    library: ShardDataset,
+    fit: BucketAssigner,
+    stage: str,
+    tiny: TinyPipeline,
+    loader: StageLoader,
+    omni: OmniVideoModel,
+    mix: MixConfig,
+) -> tuple[EpochDataset, Recipe]:
+    """From stage 2a on: over latents and text of the cache, where it has them."""
+    encoder = loader.load_visual_encoder() if stage == "stage3" else None
+    cache = LatentCache(library.file_store, compute_cache_digest(fingerprint_weights(loader.weights), fit))
+    source = FlowDataset(stage, omni, library, cache, fit, mix, encoder)
+    if stage == "stage2a":
+        recipe = replace(
+            assemble_stage2a_recipe(omni, source, DEFAULT_STEPS, tiny.workers), lr=100 * BASE_LR, adam_lr=10 * BASE_LR
+        )
+        return source, recipe
+    eq1, high = (ALIGNMENT_WEIGHT, 0.9) if stage == "stage3" else (0.0, 0.5)  # as the tiny preset's
+    return source, build_flow_recipe(
+        stage,
+        omni,
+        source,
+        DEFAULT_STEPS,
+        lr=10 * BASE_LR,
+        alignment_weight=eq1,
+        high_noise_share=high,
+        workers=tiny.workers,
+    )

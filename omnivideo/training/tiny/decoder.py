@@ -1,0 +1,93 @@
+"""Foundation: the diffusion decoder, for text-to-image and text-to-video.
+
+Stands for Wan's downloaded weights: a plain `WanTransformer3DModel` under the condition of a frozen text encoder.
+Image and clip batches take turns; a tenth of the captions give way to the universal negative prompt, which is the
+null condition of guidance.
+"""
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
+
+from omnivideo.models.conditions import encode_text, pad_condition
+from omnivideo.models.omni import build_decoder
+from omnivideo.presets import TINY
+from omnivideo.synthetic.captions import sample_caption
+from omnivideo.synthetic.scenes import Scene, stream_scenes
+from omnivideo.training.engine.data_parallel import current_rank
+from omnivideo.training.engine.recipe import Losses, Recipe, single_micro_batch, step_seed
+from omnivideo.training.recipes.flow_matching import flow_matching_loss
+from omnivideo.training.tiny.latents import load_or_encode_latents, take_scenes
+from omnivideo.training.tiny.requests import COMPOSED_SHARE
+from omnivideo.training.tiny.text_encoder import MAX_TEXT_TOKENS, NEGATIVE_PROMPT
+
+STILL_COUNT, CLIP_COUNT = 32_000, 12_000  # scenes in the cache
+CAPTION_DROP_RATE = 0.1
+LAYOUT_START_STEP = 1200  # first how things look; from here on half of the samples teach where they go
+
+
+class DecoderFoundation(nn.Module):
+    def __init__(self, decoder: WanTransformer3DModel, text_encoder: UMT5EncoderModel):
+        super().__init__()
+        self.decoder = decoder
+        self.text_encoder = text_encoder
+
+
+class CaptionedLatents:
+    """Cached latents of one kind with captions made anew each time: `batch(step)` is a function of the step."""
+
+    def __init__(
+        self, folder: Path, vae: AutoencoderKLWan, is_video: bool, count: int, on_progress: Callable[[int, int], None]
+    ):
+        self.name = "clips" if is_video else "stills"
+        self.scenes: list[Scene] = take_scenes(stream_scenes(1, is_video, composed_share=COMPOSED_SHARE), count)
+        self.latents = load_or_encode_latents(folder, self.name, vae, self.scenes, on_progress)
+
+    def sample_batch(self, step: int, size: int) -> tuple[Tensor, list[str]]:
+        rng = random.Random(step_seed(f"decoder/{self.name}", step))
+        indices = rng.sample(range(len(self.scenes)), size)
+        texts = [
+            NEGATIVE_PROMPT
+            if rng.random() < CAPTION_DROP_RATE
+            else sample_caption(rng, self.scenes[index], is_composed=True).text
+            for index in indices
+        ]
+        return self.latents[current_rank().take_local_rows(indices)].float(), current_rank().take_local_rows(texts)
+
+
+def build_decoder_recipe(
+    stills: CaptionedLatents,
+    clips: CaptionedLatents,
+    tokenizer: PreTrainedTokenizerBase,
+    text_encoder: UMT5EncoderModel,
+    steps: int = 9_500,
+    batch_sizes: tuple[int, int] = (96, 32),
+) -> Recipe:
+    torch.manual_seed(2)
+    decoder = build_decoder(TINY)
+    model = DecoderFoundation(decoder, text_encoder)
+
+    def compute_loss(step: int) -> Losses:
+        is_still = step % 2 == 0
+        latents, texts = (
+            stills.sample_batch(step, batch_sizes[0]) if is_still else clips.sample_batch(step, batch_sizes[1])
+        )
+        with torch.no_grad():
+            text = encode_text(tokenizer, text_encoder, texts, MAX_TEXT_TOKENS)[0]
+        condition = pad_condition(
+            text, current_rank().global_max(max(TINY.min_condition_tokens, text.shape[1])), MAX_TEXT_TOKENS
+        )
+        error = flow_matching_loss(
+            decoder, latents.to(condition.device), condition, 0.5 if step >= LAYOUT_START_STEP else 0.0
+        ).mean()
+        return {"loss": error, "stills" if is_still else "clips": error}
+
+    return Recipe(
+        "decoder", model, ("decoder",), single_micro_batch(compute_loss), steps=steps, lr=1e-2, adam_lr=1e-3, warmup=200, decay_from=0.7,
+        ema_decay=0.999, batch_size=lambda step: batch_sizes[step % 2],
+    )  # fmt: skip

@@ -1,0 +1,149 @@
+"""The data of stages 2b and 3: everything that is frozen there, computed once.
+
+Per request: latents of the target and of the source, last hidden states of the MLLM, text embeddings, and the visual
+encoder's embeddings of the target (Eq. 1).  Ragged rows are kept flat with their offsets, in half precision.
+"""
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import SiglipVisionModel
+
+from omnivideo.models.mllm import forward_hidden_states, prepare_hidden_state_inputs
+from omnivideo.models.omni import OmniVideoModel
+from omnivideo.models.vae import encode_pixels
+from omnivideo.training.data.batch import CachedTask, RaggedTensor
+from omnivideo.training.data.chat_batch import add_position_ids
+from omnivideo.training.data.prefetch import map_in_order
+from omnivideo.training.data.visual_targets import embed_frames
+from omnivideo.training.tiny.latents import hash_weights, pixels_from_scenes
+from omnivideo.training.tiny.requests import TrainingRequest
+
+ProgressCallback = Callable[[int, int], None]
+T = TypeVar("T")
+CHUNK_SIZE = 32
+
+
+@dataclass(frozen=True)
+class PreparationConfig:
+    """How the data are made: so many requests at once, prepared by so many processes (0: by this one)."""
+
+    on_progress: ProgressCallback
+    chunk_size: int = CHUNK_SIZE
+    workers: int = 0
+
+    def map_chunks(self, requests: list[TrainingRequest], prepare: Callable[[list[TrainingRequest]], T]) -> Iterator[T]:
+        """What `prepare` makes of each chunk."""
+        starts = range(0, len(requests), self.chunk_size)
+        results = map_in_order(lambda start: prepare(requests[start : start + self.chunk_size]), starts, self.workers)
+        for start, result in zip(starts, results, strict=True):
+            yield result
+            self.on_progress(min(start + self.chunk_size, len(requests)), len(requests))
+
+
+@torch.no_grad()
+def compute_frozen_features(
+    omni: OmniVideoModel, encoder: SiglipVisionModel, requests: list[TrainingRequest], config: PreparationConfig
+) -> dict[str, Tensor]:
+    """What does not hang on the MLLM: latents, text embeddings, and the visual encoder's of the target."""
+    text_embeddings, visual_embeddings, latents = [], [], defaultdict(list)
+    queries = omni.bridge.vision_head.num_queries
+
+    def render_chunk(chunk: list[TrainingRequest]) -> tuple[list[str], dict[str, Tensor]]:
+        pixels = {"target": pixels_from_scenes(request.target for request in chunk)}
+        sources = [request.source for request in chunk if request.source is not None]
+        return [request.text for request in chunk], pixels | (
+            {"source": pixels_from_scenes(sources)} if sources else {}
+        )
+
+    for texts, pixels in config.map_chunks(requests, render_chunk):
+        text_embeddings += [row.cpu() for row in omni.encode_prompts(texts)]
+        moved = {name: tensor.to(omni.device) for name, tensor in pixels.items()}
+        visual_embeddings.append(embed_frames(encoder, moved["target"], queries).half().cpu())
+        for name, tensor in moved.items():
+            latents[name].append(encode_pixels(omni.vae, tensor).half().cpu())
+    tensors = {name: torch.cat(parts) for name, parts in latents.items()} | {"embeddings": torch.cat(visual_embeddings)}
+    return tensors | flatten_ragged("text", text_embeddings)
+
+
+@torch.no_grad()
+def compute_hidden_states(
+    omni: OmniVideoModel, requests: list[TrainingRequest], config: PreparationConfig
+) -> dict[str, Tensor]:
+    """The MLLM's last hidden states."""
+    hidden_states = []
+
+    def tokenize_chunk(chunk: list[TrainingRequest]) -> dict[str, Tensor]:
+        inputs = prepare_hidden_state_inputs(
+            omni.mllm_tokenizer, [(request.message, request.medium) for request in chunk], omni.vision_config
+        )
+        return add_position_ids(omni.mllm, inputs)
+
+    for inputs in config.map_chunks(requests, tokenize_chunk):
+        states, padding = forward_hidden_states(omni.mllm, inputs)
+        hidden_states += [row[~is_padding].half().cpu() for row, is_padding in zip(states, padding, strict=True)]
+    return flatten_ragged("hidden", hidden_states)
+
+
+def flatten_ragged(name: str, rows: Sequence[Tensor]) -> dict[str, Tensor]:
+    ragged = RaggedTensor.from_rows(rows)
+    return {name: ragged.flat, f"{name}_offsets": ragged.offsets}
+
+
+def load_or_compute(path: Path, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The file's tensors, made where it is not there."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        save_file(compute(), partial)
+        partial.rename(path)
+    return load_file(path)
+
+
+def make_cache_key(*parts: object) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+def load_frozen_features(
+    folder: Path,
+    omni: OmniVideoModel,
+    encoder: SiglipVisionModel,
+    requests: list[TrainingRequest],
+    config: PreparationConfig,
+) -> tuple[str, str, dict[str, Tensor]]:
+    """What does not hang on the MLLM, with its name and key, from the folder's cache where it has it."""
+    name = f"{requests[0].task}-{len(requests)}"
+    key = make_cache_key(requests, *map(hash_weights, (omni.vae, omni.text_encoder, encoder)))
+    return (
+        name,
+        key,
+        load_or_compute(
+            folder / f"{name}-{key}.safetensors", lambda: compute_frozen_features(omni, encoder, requests, config)
+        ),
+    )
+
+
+def load_cached_task(
+    folder: Path,
+    omni: OmniVideoModel,
+    encoder: SiglipVisionModel,
+    requests: list[TrainingRequest],
+    config: PreparationConfig,
+) -> CachedTask:
+    """The data of one task, from the folder's cache where it has them."""
+    name, frozen_key, tensors = load_frozen_features(folder, omni, encoder, requests, config)
+    hidden_key = make_cache_key(frozen_key, hash_weights(omni.mllm.model))
+    tensors |= load_or_compute(
+        folder / f"{name}-hidden-{hidden_key}.safetensors", lambda: compute_hidden_states(omni, requests, config)
+    )
+    hidden_states, text_embeddings = (
+        RaggedTensor(tensors[name], tensors[f"{name}_offsets"]) for name in ("hidden", "text")
+    )
+    return CachedTask(tensors["target"], tensors.get("source"), hidden_states, text_embeddings, tensors["embeddings"])

@@ -1,0 +1,406 @@
+"""The tiny preset from nothing: every recipe in its order, each resumable, in one folder of runs."""
+
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+from torch import nn
+from transformers import Qwen3VLForConditionalGeneration, SiglipVisionModel, UMT5Config, UMT5EncoderModel
+
+from omnivideo.errors import CheckpointError, InvalidInput
+from omnivideo.models.mllm import VisionInputConfig
+from omnivideo.models.omni import Bridge, OmniVideoModel, build_decoder
+from omnivideo.models.positions import add_absolute_positions
+from omnivideo.models.weights.checkpoint import (
+    SHIPPED_WEIGHTS_FOLDER,
+    load_bridge,
+    load_strict,
+    save,
+    save_library_model,
+)
+from omnivideo.presets import TINY
+from omnivideo.synthetic.scenes import stream_scenes
+from omnivideo.training.data.batch import CachedTask
+from omnivideo.training.engine.monitor import (
+    OVERALL_SCORE,
+    MetricWriterFactory,
+    SampleHook,
+    build_writer_factory,
+    format_progress_line,
+    measure_throughput,
+    skip_samples,
+)
+from omnivideo.training.engine.plots import plot_losses
+from omnivideo.training.engine.recipe import Recipe
+from omnivideo.training.engine.trainer import Trainer, TrainingProgress
+from omnivideo.training.engine.zero import ProcessContext
+from omnivideo.training.recipes import flow, parts, stage1, stage2a
+from omnivideo.training.tiny import mllm, text_encoder
+from omnivideo.training.tiny.decoder import (
+    CLIP_COUNT,
+    STILL_COUNT,
+    CaptionedLatents,
+    DecoderFoundation,
+    build_decoder_recipe,
+)
+from omnivideo.training.tiny.feature_cache import CHUNK_SIZE, PreparationConfig, load_cached_task
+from omnivideo.training.tiny.latents import encode_scenes, hash_weights, set_latent_statistics, take_scenes
+from omnivideo.training.tiny.model_card import build_model_card
+from omnivideo.training.tiny.requests import TASKS, Task, sample_requests
+from omnivideo.training.tiny.vae import build_vae_decoder_recipe, build_vae_recipe
+from omnivideo.training.tiny.visual_encoder import build_visual_encoder_recipe
+
+REQUESTS_PER_TASK = 12_000  # of each task, in stages 2b and 3
+# Of the requests.  Stage 3 has as many edits again for each further seed: it sees them often enough to know them.
+REQUEST_SEEDS = (1, 3, 4)
+ProgressCallback = Callable[[int, int], None]
+SINGLE_PROCESS = ProcessContext()
+NO_WRITERS = build_writer_factory(())
+
+
+def ignore_progress(done: int, count: int) -> None:
+    """Tells nobody."""
+
+
+class TinyPipeline:
+    """The recipes over one folder (`runs/` by default): each knows how to load what came before it.
+
+    Where an earlier foundation's run is not at hand, its part of the shipped weights stands in.  With `weights`, a
+    folder of that layout, these stand in for every earlier recipe, and the MLLM goes on from them.  `workers` processes
+    draw the batches, each `times` as large as the recipe says.  Stages 2b and 3 draw their requests of `seeds`: of the
+    first for all tasks, in stage 3 of the others for edits.
+    """
+
+    def __init__(
+        self,
+        runs_folder: Path,
+        compile_model: bool = False,
+        on_progress: ProgressCallback = ignore_progress,
+        shipped_weights: Path = SHIPPED_WEIGHTS_FOLDER / "tiny",
+        make_writers: MetricWriterFactory = NO_WRITERS,
+        initial_weights: Path | None = None,
+        device: torch.device | str = "cpu",
+        workers: int = 0,
+        batch_scale: int = 1,
+        request_seeds: Sequence[int] = REQUEST_SEEDS,
+    ):
+        self.runs_folder = runs_folder
+        self.compile_model = compile_model
+        self.on_progress = on_progress
+        self.weights_folder = initial_weights or shipped_weights
+        self.continues_from_weights = initial_weights is not None
+        self.device = torch.device(device)
+        if self.device.type == "cuda":
+            torch.set_float32_matmul_precision("high")  # TF32; bf16 would only add conversions at this size
+        self.workers = workers
+        self.batch_scale = batch_scale
+        self.request_seeds = request_seeds
+        self.preparation = PreparationConfig(on_progress, CHUNK_SIZE if self.device.type == "cpu" else 512, workers)
+        self.make_writers = make_writers
+        self.recipe_factories: dict[str, Callable[[], Recipe]] = {
+            "vae": build_vae_recipe,
+            "vae_decoder": lambda: build_vae_decoder_recipe(self.load_jointly_trained_vae()),
+            "text": lambda: text_encoder.build_text_recipe(self.load_tokenizer()),
+            "decoder": self.build_decoder_recipe,
+            "visual_encoder": build_visual_encoder_recipe,
+            "mllm": self.build_mllm_recipe,
+            "stage1": lambda: stage1.build_stage1_recipe(
+                self.load_omni("mllm"),
+                self.load_visual_encoder(),
+                batch_size=stage1.STAGE1_BATCH_SIZE * batch_scale,
+                workers=workers,
+            ),
+            "stage1_text": lambda: stage1.build_stage1_text_recipe(
+                self.load_omni("stage1"), batch_size=stage1.TEXT_BATCH_SIZE * batch_scale, workers=workers
+            ),
+            "stage2a": lambda: stage2a.build_stage2a_recipe(self.load_omni("stage1")),
+            "stage2b_generation": lambda: self.build_flow_recipe(flow.build_stage2b_generation_recipe, "stage2a"),
+            "stage2b": lambda: self.build_flow_recipe(flow.build_stage2b_recipe, "stage2b_generation"),
+            "stage3": lambda: self.build_flow_recipe(flow.build_stage3_recipe, "stage2b", request_seeds[1:]),
+        }
+
+    def has_run(self, name: str) -> bool:
+        return (self.runs_folder / name / "state.pt").exists()
+
+    def load_trained(self, recipe: Recipe) -> Any:
+        """A recipe's model with the (averaged) weights of its checkpoint, as it stands."""
+        if not self.has_run(recipe.name):
+            raise CheckpointError(f"recipe {recipe.name} has not been trained yet: omnivideo train {recipe.name}")
+        return Trainer(recipe, self.runs_folder / recipe.name).apply_ema_weights().eval().requires_grad_(False)
+
+    def load_vae(self) -> AutoencoderKLWan:
+        """The trained VAE, with the decoder that went on alone where there is such a run."""
+        if not self.has_run("vae_decoder"):
+            return self.load_jointly_trained_vae()
+        return self.load_trained(self.recipe_factories["vae_decoder"]()).to(self.device)
+
+    def load_jointly_trained_vae(self) -> AutoencoderKLWan:
+        """The VAE that was trained as a whole, with its latent statistics measured on stills and clips once."""
+        if not self.has_run("vae"):
+            return self.load_shipped_part(AutoencoderKLWan, "vae")
+        vae = self.load_trained(build_vae_recipe()).to(self.device)
+        path = self.runs_folder / "vae" / f"statistics-{hash_weights(vae)}.pt"
+        if not path.exists():
+            samples = [encode_scenes(vae, take_scenes(stream_scenes(2, is_video), 512)) for is_video in (False, True)]
+            set_latent_statistics(vae, samples)
+            torch.save({"mean": vae.config.latents_mean, "std": vae.config.latents_std}, path)
+        saved = torch.load(path, weights_only=True)
+        vae.register_to_config(latents_mean=saved["mean"], latents_std=saved["std"])
+        return vae
+
+    def load_tokenizer(self) -> Any:
+        return text_encoder.load_or_build_tokenizer(
+            resolve_tokenizer_folder("tokenizer", self.runs_folder / "text" / "tokenizer", self.weights_folder)
+        )
+
+    def load_mllm_tokenizer(self) -> Any:
+        return mllm.load_or_build_tokenizer(
+            resolve_tokenizer_folder("mllm", self.runs_folder / "mllm" / "tokenizer", self.weights_folder)
+        )
+
+    def load_text_encoder(self) -> UMT5EncoderModel:
+        if not self.has_run("text"):
+            return self.load_shipped_part(UMT5EncoderModel, "text_encoder")
+        return self.load_trained(self.recipe_factories["text"]()).encoder.to(self.device)
+
+    def load_shipped_part(self, model_class: Any, name: str) -> Any:
+        """A part of the weights that stand in for the runs that are not at hand."""
+        return (
+            load_strict(model_class, self.weights_folder, name, torch.float32)
+            .eval()
+            .requires_grad_(False)
+            .to(self.device)
+        )
+
+    def build_mllm_recipe(self) -> Recipe:
+        recipe = mllm.build_mllm_recipe(
+            self.load_mllm_tokenizer(), batch_size=mllm.BATCH_SIZE * self.batch_scale, workers=self.workers
+        )
+        if self.continues_from_weights:
+            recipe.model.load_state_dict(self.load_shipped_part(Qwen3VLForConditionalGeneration, "mllm").state_dict())
+        return recipe
+
+    def load_mllm(self) -> Qwen3VLForConditionalGeneration:
+        if self.continues_from_weights and not self.has_run("mllm"):
+            return self.load_shipped_part(Qwen3VLForConditionalGeneration, "mllm")
+        return self.load_trained(self.build_mllm_recipe()).to(self.device)
+
+    def build_decoder_recipe(self) -> Recipe:
+        vae = self.load_vae()
+        stills, clips = (
+            CaptionedLatents(self.runs_folder / "cache", vae, is_video, count, self.on_progress)
+            for is_video, count in ((False, STILL_COUNT), (True, CLIP_COUNT))
+        )
+        return build_decoder_recipe(stills, clips, self.load_tokenizer(), self.load_text_encoder())
+
+    def load_foundation(self) -> DecoderFoundation:
+        """The decoder with the text encoder that it was trained under."""
+        if self.has_run("decoder"):
+            model = DecoderFoundation(build_decoder(TINY), UMT5EncoderModel(UMT5Config(**text_encoder.CONFIG)))
+            state = torch.load(self.runs_folder / "decoder" / "state.pt", weights_only=True)
+            model.load_state_dict(state["model"] | state["average"])
+        else:
+            decoder = self.load_shipped_part(WanTransformer3DModel, "transformer")
+            encoder = self.load_shipped_part(UMT5EncoderModel, "text_encoder")
+            model = DecoderFoundation(add_absolute_positions(decoder), encoder)
+        return model.eval().requires_grad_(False)
+
+    def load_visual_encoder(self) -> SiglipVisionModel:
+        if not self.has_run("visual_encoder"):
+            return self.load_shipped_part(SiglipVisionModel, "visual_encoder")
+        return self.load_trained(build_visual_encoder_recipe()).encoder.to(self.device)
+
+    def load_omni(self, after_recipe: str) -> OmniVideoModel:
+        """All parts as they stand after a recipe: "mllm" (the foundations), or one of the stages."""
+        foundation = self.load_foundation()
+        omni = OmniVideoModel(
+            preset=TINY,
+            mllm=self.load_mllm(),
+            mllm_tokenizer=self.load_mllm_tokenizer(),
+            vision_config=VisionInputConfig(),
+            bridge=build_seeded_bridge(),
+            decoder=foundation.decoder,
+            text_encoder=foundation.text_encoder,
+            tokenizer=self.load_tokenizer(),
+            vae=self.load_vae(),
+        )
+        if after_recipe != "mllm" and self.continues_from_weights and not self.has_run(after_recipe):
+            omni.bridge = load_bridge(TINY, self.weights_folder, torch.float32)
+        elif after_recipe != "mllm":
+            state = torch.load(self.get_stage_file(after_recipe), weights_only=True)
+            parts.TrainableParts(omni).load_state_dict(state["model"] | state["average"])
+        if after_recipe not in ("mllm", "stage1") and self.has_run("stage1_text"):
+            text_head = torch.load(self.get_stage_file("stage1_text"), weights_only=True)["average"]
+            parts.TrainableParts(omni).load_state_dict(text_head, strict=False)
+        return omni.to(self.device).eval()
+
+    def get_stage_file(self, name: str) -> Path:
+        if not self.has_run(name):
+            raise CheckpointError(f"recipe {name} has not been trained yet: omnivideo train {name}")
+        return self.runs_folder / name / "state.pt"
+
+    def build_flow_recipe(
+        self, recipe_factory: Callable[..., Recipe], after_recipe: str, extra_edit_seeds: Sequence[int] = ()
+    ) -> Recipe:
+        """A recipe over the four tasks' cached data; what is frozen in stages 2b and 3 is frozen in the cache.
+
+        Edits are drawn for the seeds in `more` as well.
+        """
+        omni, encoder = self.load_omni(after_recipe), self.load_visual_encoder()
+
+        def load_task(seed: int, task: Task) -> CachedTask:
+            return load_cached_task(
+                self.runs_folder / "cache",
+                omni,
+                encoder,
+                sample_requests(seed, task, REQUESTS_PER_TASK),
+                self.preparation,
+            )
+
+        data = {task: load_task(self.request_seeds[0], task) for task in TASKS}
+        for seed, task in product(extra_edit_seeds, TASKS[2:]):
+            data[task] += load_task(seed, task)
+        stills, clips = flow.FLOW_BATCH_SIZES
+        return recipe_factory(
+            omni, data, sizes=(stills * self.batch_scale, clips * self.batch_scale), workers=self.workers
+        )
+
+    def train(
+        self,
+        name: str,
+        console: Console,
+        context: ProcessContext = SINGLE_PROCESS,
+        stop_at_step: int | None = None,
+        lr_scale: float = 1.0,
+        save_every_seconds: float = 120.0,
+        sample_hook: SampleHook = skip_samples,
+        **overrides: Any,
+    ) -> None:
+        """One recipe, or all of them in order for "tiny"; to step `until`, at `rate` times its learning rates, with
+        other fields changed.
+
+        Raises InvalidInput for a name that is none, and to look at a recipe that draws nothing.
+        """
+        if name != "tiny" and name not in self.recipe_factories:
+            raise InvalidInput("recipe", f"{name!r} is not one of tiny, {', '.join(self.recipe_factories)}")
+        if sample_hook is not skip_samples and name not in ("tiny", *parts.GENERATIVE_STAGES):
+            raise InvalidInput(
+                "look-every", f"{name} draws nothing; for {', '.join(parts.GENERATIVE_STAGES)}, and tiny: all"
+            )
+        for recipe_name in self.recipe_factories if name == "tiny" else [name]:
+            with context.main_process_first():
+                recipe = self.recipe_factories[recipe_name]()
+                if self.compile_model:
+                    compile_decoder(recipe.model)
+                overrides |= {"device": self.device, "lr": recipe.lr * lr_scale, "adam_lr": recipe.adam_lr * lr_scale}
+                recipe = replace(recipe, **overrides)
+            train_recipe(
+                recipe,
+                self.runs_folder / recipe_name,
+                console,
+                context,
+                self.make_writers,
+                stop_at_step,
+                save_every_seconds,
+                sample_hook,
+            )
+        if name == "tiny" and context.is_main_process:
+            self.export_preset(self.runs_folder / "tiny")
+
+    def export_preset(self, folder: Path) -> None:
+        """The whole preset as it is shipped, with its card; scores are in it once `runs/scores.json` has them
+        (`omnivideo evaluate tiny --weights runs/tiny --report runs/scores.json`)."""
+        folder.mkdir(parents=True, exist_ok=True)
+        save_library_model(self.load_visual_encoder(), folder / "visual_encoder", torch.float16)
+        save(self.load_omni("stage3"), folder)  # last: its index is over all that lies there
+        report = self.runs_folder / "scores.json"
+        scores = json.loads(report.read_text()) if report.exists() else {}
+        earlier_card = self.weights_folder / "README.md"
+        markdown = build_model_card(
+            self.runs_folder, self.recipe_factories, read_git_commit(), f"{platform.machine()}, {os.cpu_count()} cores", scores,
+            earlier_card.read_text() if earlier_card.exists() else "",
+        )  # fmt: skip
+        (folder / "README.md").write_text(markdown)
+
+    def export_foundations(self, folder: Path) -> None:
+        """The foundations that are there, in the shipped layout, so that a later machine can go on from them."""
+        foundation = self.load_foundation()
+        parts = {"vae": self.load_vae(), "transformer": foundation.decoder, "text_encoder": foundation.text_encoder}
+        if self.has_run("visual_encoder"):
+            parts["visual_encoder"] = self.load_visual_encoder()
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, model in parts.items():
+            save_library_model(model, folder / name, torch.float16)
+        self.load_tokenizer().save_pretrained(folder / "tokenizer")
+
+
+def read_git_commit() -> str:
+    """The checkout's commit, "unknown" outside of one."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    return result.stdout.strip() or "unknown"
+
+
+def resolve_tokenizer_folder(name: str, run_folder: Path, shipped_folder: Path) -> Path:
+    """A tokenizer's folder: the run's, or the shipped one where there is no run."""
+    use_shipped = (shipped_folder / name / "tokenizer.json").exists() and not (run_folder / "tokenizer.json").exists()
+    return shipped_folder / name if use_shipped else run_folder
+
+
+def compile_decoder(model: nn.Module) -> None:
+    """Its blocks, where there is one: they are compiled once for all."""
+    for module in model.modules():
+        if isinstance(module, WanTransformer3DModel):
+            module.compile_repeated_blocks()
+
+
+def build_seeded_bridge() -> Bridge:
+    """The joining parts at random, the same every time (stage 1 starts here)."""
+    torch.manual_seed(10)
+    return Bridge(TINY)
+
+
+def train_recipe(
+    recipe: Recipe,
+    folder: Path,
+    console: Console,
+    context: ProcessContext = SINGLE_PROCESS,
+    make_writers: MetricWriterFactory = NO_WRITERS,
+    stop_at_step: int | None = None,
+    save_every_seconds: float = 120.0,
+    sample_hook: SampleHook = skip_samples,
+) -> None:
+    """Trains to the end with a progress bar, prints what is trainable, and draws the losses."""
+    trainer = context.create_trainer(recipe, folder)
+    if not context.is_main_process:
+        trainer.run(stop_at_step, save_every_seconds, sample_hook=sample_hook)
+        return
+    weights = sum(parameter.numel() for _, parameter in trainer.trainable_parameters)
+    trained_parts = sorted({".".join(key.split(".")[:2]) for key, _ in trainer.trainable_parameters})
+    console.print(f"[bold]{recipe.name}[/bold]: {weights:,} trainable weights in {', '.join(trained_parts)}")
+    columns = (TextColumn(recipe.name), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Bar(*columns, TextColumn("{task.description}"), console=console) as bar:
+        task = bar.add_task("", total=recipe.steps, completed=trainer.step)
+        writers = make_writers(folder, recipe, trainer.step)
+        last_scores: dict[str, float] = {}
+
+        def show_progress(progress: TrainingProgress) -> None:
+            figures = measure_throughput(recipe, progress, context.world_size).to_metrics()
+            last_scores.update((name, value) for name, value in progress.scores.items() if name == OVERALL_SCORE)
+            bar.update(task, completed=progress.step, description=format_progress_line(progress, last_scores | figures))
+            for write in writers:
+                write(progress.step, progress.losses | progress.scores | figures)
+
+        trainer.run(stop_at_step, save_every_seconds, show_progress, sample_hook)
+    plot_losses(folder / "log.jsonl", folder / "loss.png", recipe.name)

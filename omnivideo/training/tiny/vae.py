@@ -1,0 +1,170 @@
+"""Foundation: the video autoencoder, which stands for Wan's downloaded one.
+
+Trained on crops around objects first (a quarter of the cost of a whole frame, and most of their pixels teach
+something), then on whole clips.  Its decoder goes on alone (`vae_decoder`): latents mean the same as before, so that
+whatever was trained on them stays, but are drawn more sharply, also where they are a little off.
+"""
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKLWan
+from torch import Tensor
+
+from omnivideo.models.vae import decode_unclamped, encode_pixels, get_latent_statistics
+from omnivideo.presets import TINY
+from omnivideo.synthetic.scenes import CLIP_FRAMES, FRAME_SIZE, Scene, render_object_mask, render_scene, sample_scene
+from omnivideo.training.engine.data_parallel import current_rank
+from omnivideo.training.engine.recipe import Losses, Recipe, single_micro_batch, step_seed
+
+CROP_STRIDE = 8  # px: crops keep an object's place within its latent cell
+
+
+@dataclass(frozen=True)
+class CropPhase:
+    """`steps` batches of `batch` crops of `side` px and `frames` frames."""
+
+    steps: int
+    batch_size: int
+    frame_count: int
+    crop_size: int
+
+
+PHASES = (
+    CropPhase(500, 64, 1, 32),
+    CropPhase(500, 16, 5, 32),
+    CropPhase(1800, 12, 9, 32),
+    CropPhase(500, 8, 9, FRAME_SIZE),
+)
+
+
+def find_phase(phases: tuple[CropPhase, ...], step: int) -> CropPhase:
+    for phase in phases:
+        if step < phase.steps:
+            return phase
+        step -= phase.steps
+    return phases[-1]
+
+
+def sample_crop(rng: random.Random, scene: Scene, phase: CropPhase) -> tuple[slice, slice, slice]:
+    """Frames, rows and columns of a crop near one object."""
+    first_frame = rng.randint(0, scene.frame_count - phase.frame_count)
+    frames = slice(first_frame, first_frame + phase.frame_count)
+    obj = rng.choice(scene.objects)
+    centre = obj.centre_at(rng.randrange(first_frame, first_frame + phase.frame_count))
+
+    def sample_start(centre: int) -> int:
+        jitter = rng.randint(-1, 1) * CROP_STRIDE
+        return min(
+            max((centre - phase.crop_size // 2 + jitter) // CROP_STRIDE * CROP_STRIDE, 0), FRAME_SIZE - phase.crop_size
+        )
+
+    x, y = sample_start(centre[0]), sample_start(centre[1])
+    return frames, slice(y, y + phase.crop_size), slice(x, x + phase.crop_size)
+
+
+def sample_batch(
+    step: int, phase: CropPhase, name: str = "vae", make_scene: Callable[[random.Random], Scene] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Pixels [B, 3, F, S, S] in -1..1 and the object mask [B, 1, F, S, S], of this process's share."""
+    rng = random.Random(step_seed(f"{name}/data", step))
+    crops = []
+    for _ in range(phase.batch_size):
+        scene = make_scene(rng) if make_scene else sample_scene(rng, is_video=phase.frame_count > 1)
+        crops.append((scene, sample_crop(rng, scene, phase)))
+    local_crops = current_rank().take_local_rows(crops)
+    pixels = torch.from_numpy(np.stack([render_scene(scene)[crop] for scene, crop in local_crops])).permute(
+        0, 4, 1, 2, 3
+    )
+    mask = torch.from_numpy(np.stack([render_object_mask(scene)[crop] for scene, crop in local_crops]))[:, None]
+    return pixels.float() / 127.5 - 1, mask.float()
+
+
+def compute_image_gradients(x: Tensor) -> tuple[Tensor, Tensor]:
+    return x[..., 1:, :] - x[..., :-1, :], x[..., :, 1:] - x[..., :, :-1]
+
+
+def compute_vae_losses(vae: AutoencoderKLWan, pixels: Tensor, mask: Tensor) -> Losses:
+    """Error of the reconstruction, and the KL term."""
+    mean, logvar = vae._encode(pixels).chunk(2, dim=1)
+    logvar = logvar.clamp(-30, 20)
+    noise = current_rank().take_local_rows(
+        torch.randn(len(mean) * current_rank().world_size, *mean.shape[1:], device=mean.device)
+    )
+    z = mean + noise * (0.5 * logvar).exp()
+    kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+    losses = compute_reconstruction_losses(decode_unclamped(vae, z), pixels, mask)
+    return losses | {"loss": losses["loss"] + 3e-4 * kl, "kl": kl}
+
+
+def compute_reconstruction_losses(reconstructed: Tensor, pixels: Tensor, mask: Tensor) -> Losses:
+    """Squared and absolute error (objects count fourfold), and error of the image gradients."""
+    error, weight = reconstructed - pixels, 1 + 3 * mask
+    squared, absolute = (weight * error.square()).mean(), (weight * error.abs()).mean()
+    edges = sum(
+        (
+            (a - b).abs().mean()
+            for a, b in zip(compute_image_gradients(reconstructed), compute_image_gradients(pixels), strict=True)
+        ),
+        start=pixels.new_zeros(()),
+    )
+    psnr = -10 * torch.log10(F.mse_loss(reconstructed.clamp(-1, 1), pixels) / 4)
+    return {"loss": 4 * squared + 0.3 * absolute + 0.3 * edges, "psnr": psnr}
+
+
+def build_vae_recipe(phases: tuple[CropPhase, ...] = PHASES) -> Recipe:
+    torch.manual_seed(0)
+    vae = AutoencoderKLWan(**TINY.vae)
+
+    def compute_loss(step: int) -> Losses:
+        pixels, mask = sample_batch(step, find_phase(phases, step))
+        return compute_vae_losses(vae, pixels.to(vae.device), mask.to(vae.device))
+
+    return Recipe(
+        "vae", vae, ("",), single_micro_batch(compute_loss), steps=sum(phase.steps for phase in phases), lr=3e-3, adam_lr=2e-3,
+        batch_size=lambda step: find_phase(phases, step).batch_size,
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------- the decoder alone
+
+MAX_LATENT_OFFSET = 0.3  # deviations that a latent is off at most: where an edit is right, it is by 0.1 to 0.3
+
+
+def compute_difficulty(scene: Scene) -> int:
+    """What the decoder draws worst: small things, stars above all, on pink and grey."""
+    small_objects = [obj for obj in scene.objects if obj.size == "small"]
+    stars = sum(obj.shape == "star" for obj in small_objects)
+    return 1 + len(small_objects) + 2 * stars + 2 * (scene.background in ("pink", "grey"))
+
+
+def sample_hard_scene(rng: random.Random) -> Scene:
+    candidates = [sample_scene(rng, is_video=True) for _ in range(4)]
+    return rng.choices(candidates, [compute_difficulty(scene) for scene in candidates])[0]
+
+
+def build_vae_decoder_recipe(vae: AutoencoderKLWan, steps: int = 4000, batch_size: int = 6) -> Recipe:
+    """`count` whole clips a step, from latents that are off by up to OFF."""
+    phase = CropPhase(steps, batch_size, CLIP_FRAMES, FRAME_SIZE)
+
+    def compute_loss(step: int) -> Losses:
+        pixels, mask = (tensor.to(vae.device) for tensor in sample_batch(step, phase, "vae_decoder", sample_hard_scene))
+        with torch.no_grad():
+            z = encode_pixels(vae, pixels)
+            mean, std = get_latent_statistics(vae, z)
+        directions = current_rank().take_local_rows(torch.randn(batch_size, *z.shape[1:], device=z.device))
+        magnitudes = current_rank().take_local_rows(
+            MAX_LATENT_OFFSET * torch.rand(batch_size, 1, 1, 1, 1, device=z.device)
+        )
+        return compute_reconstruction_losses(
+            decode_unclamped(vae, (z + magnitudes * directions) * std + mean), pixels, mask
+        )
+
+    return Recipe(
+        "vae_decoder", vae, ("decoder", "post_quant_conv"), single_micro_batch(compute_loss), steps, lr=2e-3, adam_lr=1e-3, ema_decay=0.998,
+        batch_size=lambda step: batch_size,
+    )  # fmt: skip

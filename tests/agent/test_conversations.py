@@ -1,0 +1,297 @@
+"""The embedded wiring over a real (untrained) model: store, jobs, threads, batches, the terminal chat."""
+
+import errno
+import io
+import json
+import os
+import random
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from omnivideo.backends.mllm.local import LocalMLLM
+from omnivideo.cli.chat import TerminalChat
+from omnivideo.contracts import (
+    Action,
+    ActionResult,
+    Artifact,
+    Job,
+    Manifest,
+    MLLMRequest,
+    Preview,
+    Route,
+    SamplingOverrides,
+    StepProgress,
+    TurnCompleted,
+)
+from omnivideo.errors import ArtifactNotFound, InvalidInput, JobCancelled, StoreError, UnreadableMedia
+from omnivideo.evaluation import planner
+from omnivideo.evaluation.report import build_score_table, score_planner
+from omnivideo.presets import TINY
+from omnivideo.sdk.batch import load_finished_ids, parse_items
+from omnivideo.sdk.studio import Studio
+from omnivideo.settings import load_settings
+from omnivideo.storage.objects.local import LocalObjectStore
+from omnivideo.storage.objects.tensors import get_tensors, put_tensors
+from omnivideo.synthetic.scenes import BACKGROUNDS, render_scene
+
+
+@pytest.fixture(scope="module")
+def studio(weights, tmp_path_factory) -> Studio:
+    return Studio(weights=weights, home=tmp_path_factory.mktemp("home"), device="cpu")
+
+
+def job(studio, name="t.1.1.1", source=None, seed=3) -> Job:
+    mllm = studio.conversations.graph  # the wiring is made with it
+    assert mllm is not None
+    ask = MLLMRequest(text="a red ball", artifacts=(source,) if source else ())
+    tokens = LocalMLLM(studio.omni, studio.conversations.store).predict_visual_tokens(ask, "video")
+    task = "video-editing" if source else "text-to-video"
+    return Job(
+        id=name,
+        task=task,
+        prompt="a red ball",
+        visual_tokens=tokens,
+        source=source,
+        seed=seed,
+        overrides=SamplingOverrides(steps=4),
+    )
+
+
+def made(studio, wanted: Job) -> Artifact:
+    return [event for event in studio.conversations.queue_for("local").run(wanted)][-1]
+
+
+# ---------------------------------------------------------------- store
+
+
+def test_the_store_is_addressed_by_content(tmp_path):
+    store = LocalObjectStore(tmp_path)
+    key = store.put(b"frames", "mp4")
+    assert store.put(b"frames", "mp4") == key and store.get(key) == b"frames"
+    assert list(store.iter_keys()) == [key]
+    tensors = {"x": torch.arange(6.0).view(2, 3)}
+    assert torch.equal(get_tensors(store, put_tensors(store, tensors))["x"], tensors["x"])
+    with pytest.raises(StoreError, match="holds no tensors"):
+        get_tensors(store, key)
+
+
+@pytest.mark.parametrize("key", ["../../etc/passwd", "", "a" * 64, "a" * 64 + "./x"])
+def test_what_is_no_key_is_no_path(tmp_path, key):
+    with pytest.raises(ArtifactNotFound, match="no artifact key"):
+        LocalObjectStore(tmp_path).get(key)
+
+
+def test_the_sweep_leaves_what_is_referred_to_and_what_is_young(tmp_path):
+    store = LocalObjectStore(tmp_path)
+    kept, old, young = (store.put(name, "bin") for name in (b"kept", b"old", b"young"))
+    for key in (kept, old):
+        os.utime(store.path_for_key(key), (0, 0))
+    part = store.path_for_key(old).with_name(".0123.part")
+    part.write_bytes(b"cut")
+    os.utime(part, (0, 0))
+    assert store.sweep({kept}, lifetime_seconds=60) == [old]
+    assert sorted(store.iter_keys()) == sorted([kept, young]) and not part.exists()
+    os.utime(store.path_for_key(young), (0, 0))
+    store.put(b"young", "bin")  # put again: young again
+    assert store.sweep({kept}, lifetime_seconds=60) == []
+
+
+def test_a_full_disk_is_said_and_nothing_is_half_written(tmp_path, monkeypatch):
+    store = LocalObjectStore(tmp_path)
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(StoreError, match="store: nothing was kept: No space left on device"):
+        store.put(b"frames", "mp4")
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+# ---------------------------------------------------------------- jobs
+
+
+def test_a_job_is_steps_previews_and_one_artifact(studio):
+    events = list(studio.conversations.queue_for("local").run(job(studio)))
+    assert [event.step for event in events if isinstance(event, StepProgress)] == [1, 2, 3, 4]
+    assert len([event for event in events if isinstance(event, Preview)]) == 2
+    artifact = events[-1]
+    assert artifact.medium == "video" and artifact.frames == 9
+    manifest = Manifest(**json.loads(studio.conversations.store.get(artifact.manifest)))
+    assert manifest.prompt == "a red ball" and manifest.settings.seed == 3 and manifest.weights == studio.digest
+
+
+def test_a_manifest_draws_the_same_bytes_again(studio):
+    first = made(studio, job(studio))
+    edited = made(studio, job(studio, "t.2.1.1", source=first, seed=9))
+    assert studio.replay(edited) == edited.key
+    assert studio.replay(first) == first.key
+    assert made(studio, job(studio, "other")).key == first.key
+
+
+def test_an_edit_starts_from_the_latents_that_were_kept(studio):
+    first = made(studio, job(studio))
+    found = studio.conversations.queue_for("local").painter.source(first, studio_settings(studio))
+    assert torch.equal(found, get_tensors(studio.conversations.store, first.latents)["latents"])
+    plain = first.model_copy(update={"latents": None})
+    assert isinstance(
+        studio.conversations.queue_for("local").painter.source(plain, studio_settings(studio)), np.ndarray
+    )
+
+
+def studio_settings(studio):
+    from omnivideo.contracts import resolve_sampling_params
+
+    return resolve_sampling_params(studio.omni.preset, "video-editing")
+
+
+def test_a_cancelled_job_stops_within_a_step(studio):
+    running = studio.conversations.queue_for("local").run(job(studio, "cancelled"))
+    assert isinstance(next(running), StepProgress)
+    studio.conversations.queue_for("local").cancel("cancelled")
+    with pytest.raises(JobCancelled):
+        next(running)
+
+
+# ---------------------------------------------------------------- threads
+
+
+def test_a_thread_runs_over_the_real_parts(studio):
+    thread = studio.thread()
+    last = list(thread.send("a red ball; make it blue", steps=2, think="off"))[-1]
+    assert isinstance(last, TurnCompleted) or last.kind == "question"
+    assert studio.thread(thread.id).id == thread.id
+    assert thread.id in studio.conversations.threads()
+    with pytest.raises(InvalidInput, match="thread: there is no thread 'nobody'"):
+        studio.thread("nobody")
+
+
+def test_a_wrong_attachment_changes_nothing(studio, tmp_path):
+    thread = studio.thread()
+    (tmp_path / "notes.txt").write_text("no picture")
+    with pytest.raises(UnreadableMedia):
+        list(thread.send("make it blue", [tmp_path / "notes.txt"]))
+    assert thread.history() == [] and thread.question() is None
+
+
+def test_the_sweep_keeps_what_threads_refer_to(studio, tmp_path, monkeypatch):
+    from PIL import Image
+
+    monkeypatch.setattr(studio.conversations.mllm, "route", lambda ask: Route(kind="image", probability=1.0))
+
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "red.png")
+    thread = studio.thread()
+    list(thread.send("make it blue", [tmp_path / "red.png"], steps=1, think="off"))
+    store = studio.conversations.store
+    stray = store.put(b"stray", "bin")
+    for key in list(store.keys()):
+        os.utime(store.path(key), (0, 0))
+    gone = studio.conversations.sweep(studio.settings.lifetime)
+    assert stray in gone
+    for artifact in thread.artifacts():
+        assert store.has(artifact.key)
+    drawn = thread.artifacts()[-1]
+    assert studio.replay(drawn) == drawn.key  # all that it was drawn from is there too
+
+
+def test_settings_come_from_the_environment_and_are_checked(monkeypatch, tmp_path):
+    monkeypatch.setenv("OMNIVIDEO_HOME", str(tmp_path))
+    assert load_settings().home == tmp_path
+    monkeypatch.setenv("OMNIVIDEO_DATABASE", "mysql://x")
+    with pytest.raises(InvalidInput, match="OMNIVIDEO_DATABASE"):
+        load_settings()
+
+
+# ---------------------------------------------------------------- batches
+
+
+def test_a_batch_does_what_is_left(studio, tmp_path):
+    lines = [{"id": "one", "prompt": "a red ball", "image": True, "steps": 1}, "a blue star"]
+    lines[1] = {"prompt": lines[1], "image": True, "steps": 1}
+    running = studio.batch(lines, tmp_path)
+    assert next(running).file == "one.png"
+    running.close()
+    with (tmp_path / "results.jsonl").open("a") as results:
+        results.write('{"id": "000002", "fi')  # a process killed in mid-line
+    began = time.time()
+    outcomes = list(studio.batch(lines, tmp_path))
+    assert [outcome.file for outcome in outcomes] == [None, "000002.png"]
+    assert (tmp_path / "one.png").stat().st_mtime < began
+    results = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert [line["id"] for line in results] == ["one", "000002"]
+    assert load_finished_ids(tmp_path) == {"one", "000002"}
+
+
+def test_a_prompt_that_fails_does_not_stop_the_others(studio, tmp_path):
+    lines = [{"prompt": "x", "image": True, "width": 63}, {"prompt": "x", "image": True, "steps": 1}]
+    first, second = studio.batch(lines, tmp_path)
+    assert first.error and first.file is None and second.file
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (["{no json"], "line 1: it is not JSON"),
+        (['{"prompt": ""}'], "line 1, prompt: "),
+        (['{"prompt": "x", "colour": 1}'], "line 1, colour: "),
+        (['{"id": "../x", "prompt": "x"}'], "line 1, id: "),
+        (['{"id": "a", "prompt": "x"}', '{"id": "a", "prompt": "x"}'], "line 2: the id 'a' is there twice"),
+        ([], "prompts: there are none"),
+    ],
+)
+def test_a_bad_line_is_named_before_anything_is_drawn(lines, message):
+    with pytest.raises(InvalidInput, match=message):
+        parse_items(lines)
+
+
+# ---------------------------------------------------------------- chat
+
+
+def test_the_terminal_chat_goes_on_after_a_mistake(studio):
+    shown = io.StringIO()
+    chat = TerminalChat(studio.thread(), studio.file, Console(file=shown, width=200), steps=1)
+    chat.run(["/nonsense", "/save", "/undo", "a red ball", "/history", "/fork 9", "/fork 0", "/history", "/quit", "no"])
+    text = shown.getvalue()
+    assert "/nonsense is none of" in text and "nothing was made here yet" in text and "no turn to take back" in text
+    assert "a red ball" in text and "turn: 9 is not a turn of this thread" in text
+    assert "after turn 0" in text
+
+
+# ---------------------------------------------------------------- evaluation
+
+
+def test_the_planner_evaluation_runs_over_the_real_parts(studio, monkeypatch):
+    """An untrained model gets nothing right but everything is asked, drawn and counted."""
+    steps = {task: one.model_copy(update={"steps": 1}) for task, one in TINY.sampling.items()}
+    monkeypatch.setattr(studio.omni, "preset", TINY.model_copy(update={"sampling": steps}))
+    scores = score_planner(studio.conversations, 1, lambda name, done, of: None)
+    for kind in ("reasoning", "plain"):
+        assert [scores[f"{kind}, think {mode}"].count for mode in ("off", "on", "auto")] == [4, 4, 4]
+    assert scores["counting, 4 tries"].count == 1 and scores["conversations"].count == 10
+    assert scores["acts split"].mean == 1 and scores["routing"].count == 10
+    assert build_score_table(scores).row_count == len(scores)
+
+
+def test_a_script_is_scored_by_what_is_seen():
+    """Ground truth in place of the model: every line is right by its own scene, and a wrong scene is wrong."""
+    rng = random.Random(0)
+    for _ in range(5):
+        scene = planner.sample_first_scene(rng, True)
+        line = planner.make_opening_turn(scene)
+        done = ActionResult(action=Action(text=""), goal="generate", route=ROUTED, trace=None, artifact=ARTIFACT)
+        assert line.is_right(done, lambda artifact, scene=scene: render_scene(scene))
+        other = replace(scene, background=next(name for name in BACKGROUNDS if name not in colours_of(scene)))
+        assert not line.is_right(done, lambda artifact, other=other: render_scene(other))
+
+
+ROUTED = Route(kind="video", probability=1.0)
+ARTIFACT = Artifact(key="", medium="video", width=64, height=64, frames=9, fps=8.0, caption="", created_by="")
+
+
+def colours_of(scene):
+    return {scene.background, *(thing.colour for thing in scene.things)}

@@ -1,0 +1,422 @@
+"""The unmodified openai client against the service: videos, images, files."""
+
+import base64
+import hashlib
+import io
+import json
+import threading
+
+import httpx
+import openai
+import pytest
+from PIL import Image
+
+from omnivideo.media.read import read_media
+from tests.support.openai_service import QUICK, SMALL, by_id, client_for, lines, mp4, nobody_works, png, until
+
+pytestmark = pytest.mark.filterwarnings("ignore:The Sora API:DeprecationWarning")
+
+
+@pytest.fixture(scope="module")
+def stranger(service, rooms):
+    """Another owner's client."""
+    _, key = rooms.keys.add("stranger")
+    with client_for(service, key) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def video(client):
+    """A completed one."""
+    return client.videos.create_and_poll(prompt="a red ball", seconds="1", size="32x32", extra_body={"fps": 8})
+
+
+# ---------------------------------------------------------------- videos
+
+
+def test_a_video_is_created_polled_and_described(client, video):
+    assert (video.status, video.progress, video.size, video.seconds) == ("completed", 100, "32x32", "1")
+    assert (video.model, video.prompt, video.error) == ("tiny", "a red ball", None)
+    assert video.created_at <= video.completed_at < video.expires_at
+    assert client.videos.retrieve(video.id) == video
+
+
+def test_a_videos_content_in_all_variants(client, video, tmp_path):
+    path = tmp_path / "clip.mp4"
+    client.videos.download_content(video.id).write_to_file(path)
+    assert read_media(path).frames.shape == (9, 32, 32, 3)  # 1 s at 8 fps is 9 frames: 4k + 1
+    kinds = {}
+    for variant in ("video", "thumbnail", "spritesheet"):
+        answer = client.videos.download_content(video.id, variant=variant)
+        kinds[variant] = answer.response.headers["content-type"]
+        if variant != "video":
+            size = Image.open(io.BytesIO(answer.read())).size
+            assert size == {"thumbnail": (32, 32), "spritesheet": (96, 96)}[variant]
+    assert kinds == {"video": "video/mp4", "thumbnail": "image/webp", "spritesheet": "image/jpeg"}
+
+
+def test_videos_are_listed_in_pages(client, video):
+    made = [client.videos.create(prompt=f"ball {at}", **SMALL).id for at in range(3)]
+    page = client.videos.list(limit=2)
+    assert [one.id for one in page.data] == made[:0:-1] and page.has_more and page.last_id == made[1]
+    everything = [one.id for one in client.videos.list(limit=2)]
+    assert everything[:3] == made[::-1] and video.id in everything and len(set(everything)) == len(everything)
+    assert [one.id for one in client.videos.list(order="asc", after=video.id, limit=3)][:3] == made
+
+
+def test_a_remix_and_an_edit_keep_size_and_length(client, video):
+    remix = client.videos.remix(video.id, prompt="make it blue")
+    edit = client.videos.edit(prompt="make it green", **by_id(video.id))
+    for asked, source in ((remix, video.id), (edit, None)):
+        done = client.videos.poll(asked.id)
+        assert (done.status, done.size, done.remixed_from_video_id) == ("completed", "32x32", source)
+    frames = {hashlib.sha256(client.videos.download_content(one.id).read()).hexdigest() for one in (video, remix, edit)}
+    assert len(frames) == 3
+
+
+@pytest.mark.parametrize("way", ["image", "clip", "file_id", "image_url", "json"])
+def test_an_input_reference_is_edited(client, http, rooms, way):
+    if way == "json":
+        url = "data:image/png;base64," + base64.b64encode(png()).decode()
+        body = {"prompt": "make it move", "size": "32x32", "input_reference": {"image_url": url}} | QUICK
+        name = http.post("/v1/videos", json=body).json()["id"]
+    else:
+        reference = {
+            "image": lambda: ("a.png", png()), "clip": lambda: ("b.mp4", mp4()),
+            "file_id": lambda: {"file_id": client.files.create(file=("c.png", png()), purpose="vision").id},
+            "image_url": lambda: {"image_url": "data:image/png;base64," + base64.b64encode(png()).decode()},
+        }[way]()  # fmt: skip
+        given = {"input_reference": reference} if isinstance(reference, tuple) else {}
+        more = QUICK | ({} if given else {"input_reference": reference})
+        name = client.videos.create(prompt="make it move", size="32x32", extra_body=more, **given).id
+    job = rooms.jobs.status(name).job
+    assert (job.task, job.source.medium) == ("video-editing", "video" if way == "clip" else "image")
+    assert client.videos.poll(name).status == "completed"
+
+
+def test_an_uploaded_clip_is_edited(client):
+    asked = client.videos.edit(prompt="make it blue", video=("b.mp4", mp4()), extra_body={"num_inference_steps": 1})
+    assert asked.size == "64x64" and client.videos.poll(asked.id).status == "completed"
+
+
+def test_a_deleted_video_is_gone(client):
+    made = client.videos.create_and_poll(prompt="a ball", **SMALL)
+    gone = client.videos.delete(made.id)
+    assert (gone.id, gone.deleted, gone.object) == (made.id, True, "video.deleted")
+    for act in (client.videos.retrieve, client.videos.delete, client.videos.download_content):
+        with pytest.raises(openai.NotFoundError):
+            act(made.id)
+    assert made.id not in [one.id for one in client.videos.list(limit=100)]
+
+
+def test_a_running_video_is_stopped_by_cancel_and_by_delete(client, http, rooms):
+    first, second = (client.videos.create(prompt="a ball", extra_body={"num_inference_steps": 200}) for _ in range(2))
+    until(lambda: rooms.jobs.status(first.id).step)
+    seen = http.get(f"/v1/videos/{first.id}")
+    assert seen.json()["status"] == "in_progress" and 100 <= int(seen.headers["openai-poll-after-ms"]) <= 1000
+    assert http.post(f"/v1/videos/{first.id}/cancel").status_code == 200
+    assert client.videos.poll(first.id).status == "cancelled"
+    assert http.get(f"/v1/videos/{first.id}/content").json()["error"]["code"] == "not_ready"
+    until(lambda: rooms.jobs.status(second.id).step)
+    client.videos.delete(second.id)
+    until(lambda: rooms.jobs.status(second.id).state == "cancelled")
+
+
+def test_a_failed_video_says_why(client, service, rooms, monkeypatch):
+    def broken(job):
+        raise MemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(service[0].worker.painter, "ready", broken)
+        failed = client.videos.create_and_poll(prompt="a ball", **SMALL)
+    assert failed.status == "failed" and failed.error.code == "out_of_memory" and "memory" in failed.error.message
+
+
+def test_extending_is_said_to_be_impossible(client, video):
+    with pytest.raises(openai.BadRequestError, match="cannot continue a clip") as refused:
+        client.videos.extend(prompt="on", seconds="4", **by_id(video.id))
+    assert refused.value.code == "unsupported"
+
+
+@pytest.mark.parametrize(
+    ("asked", "status", "part"),
+    [
+        ("bytes=0-9", 206, slice(0, 10)),
+        ("bytes=10-", 206, slice(10, None)),
+        ("bytes=-7", 206, slice(-7, None)),
+        ("bytes=0-999999999", 206, slice(None)),
+        ("bytes=999999999-", 416, None),
+        ("bytes=5-2", 416, None),
+        ("bytes=x", 200, slice(None)),
+        ("bytes=0-1,4-5", 200, slice(None)),
+        (None, 200, slice(None)),
+    ],
+)
+def test_ranges_of_a_video(http, video, asked, status, part):
+    where = f"/v1/videos/{video.id}/content"
+    whole = http.get(where)
+    answer = http.get(where, headers={"Range": asked} if asked else {})
+    assert answer.status_code == status and answer.headers["accept-ranges"] == "bytes"
+    if part is None:
+        assert answer.headers["content-range"] == f"bytes */{len(whole.content)}" and not answer.content
+    else:
+        assert answer.content == whole.content[part]
+
+
+def test_a_range_of_what_has_changed_is_the_whole(http, video):
+    where = f"/v1/videos/{video.id}/content"
+    whole = http.get(where)
+    same = http.get(where, headers={"Range": "bytes=0-3", "If-Range": whole.headers["etag"]})
+    other = http.get(where, headers={"Range": "bytes=0-3", "If-Range": '"other"'})
+    assert (same.status_code, other.status_code, other.content) == (206, 200, whole.content)
+    assert http.get(where, headers={"If-None-Match": whole.headers["etag"]}).status_code == 304
+
+
+# ---------------------------------------------------------------- who may
+
+ROUTES = [
+    ("GET", "/v1/videos"), ("POST", "/v1/videos"), ("GET", "/v1/videos/x/content"), ("POST", "/v1/images/generations"),
+    ("POST", "/v1/images/edits"), ("GET", "/v1/files"), ("POST", "/v1/files"), ("POST", "/v1/batches"),
+    ("GET", "/v1/batches"), ("POST", "/v1/webhooks"), ("DELETE", "/v1/webhooks/x"), ("POST", "/v1/videos/extensions"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("method", "path"), ROUTES)
+def test_a_key_is_asked_for_everywhere(service, method, path):
+    for key in (None, "wrong"):
+        given = {"Authorization": f"Bearer {key}"} if key else {}
+        with httpx.Client(base_url=service[2], headers=given, trust_env=False) as http:
+            answer = http.request(method, path)
+        assert answer.status_code == 401 and answer.json()["error"]["code"] == "invalid_api_key"
+
+
+def test_what_is_anothers_is_not_there(client, stranger, video):
+    file = client.files.create(file=("lines.jsonl", lines(1)), purpose="batch")
+    batch = client.batches.create(input_file_id=file.id, endpoint="/v1/videos", completion_window="24h")
+    hook = client.webhooks.create(name="mine", url="http://localhost/", event_types=["video.failed"])
+    acts = [
+        lambda: stranger.videos.retrieve(video.id), lambda: stranger.videos.delete(video.id),
+        lambda: stranger.videos.download_content(video.id), lambda: stranger.videos.remix(video.id, prompt="a"),
+        lambda: stranger.files.retrieve(file.id), lambda: stranger.files.content(file.id),
+        lambda: stranger.files.delete(file.id), lambda: stranger.batches.retrieve(batch.id),
+        lambda: stranger.batches.cancel(batch.id), lambda: stranger.webhooks.retrieve(hook.id),
+        lambda: stranger.webhooks.delete(hook.id),
+    ]  # fmt: skip
+    for act in acts:
+        with pytest.raises(openai.NotFoundError):
+            act()
+    for refused in (
+        lambda: stranger.videos.edit(prompt="a", **by_id(video.id)),
+        lambda: stranger.videos.create(prompt="a", extra_body={"input_reference": {"file_id": file.id}}),
+        lambda: stranger.batches.create(input_file_id=file.id, endpoint="/v1/videos", completion_window="24h"),
+    ):
+        with pytest.raises(openai.BadRequestError, match="there is no"):
+            refused()
+    assert not [*stranger.videos.list(), *stranger.files.list(), *stranger.batches.list(), *stranger.webhooks.list()]
+    client.batches.cancel(batch.id)
+    client.webhooks.delete(hook.id)
+
+
+def test_limits_are_said_with_when_to_try_again(service, client, http, rooms, monkeypatch):
+    with nobody_works(service[0]), monkeypatch.context() as patched:
+        patched.setattr(rooms.jobs, "most_each", 1)
+        first = client.videos.create(prompt="a ball", **SMALL)
+        answer = http.post("/v1/videos", json={"prompt": "another"})
+        assert answer.status_code == 429 and int(answer.headers["retry-after"]) >= 1
+        assert answer.json()["error"]["type"] == "rate_limit_error"
+        images = http.post("/v1/images/generations", json={"prompt": "another", "n": 2})
+        assert images.status_code == 429
+    assert client.videos.poll(first.id).status == "completed"
+
+
+# ---------------------------------------------------------------- what is wrong is named
+
+WRONG_VIDEOS = [
+    ({"prompt": ""}, "prompt"), ({"prompt": " "}, "prompt"), ({"prompt": "a" * 4001}, "prompt"),
+    ({"prompt": "a\0b"}, "prompt"), ({"prompt": 7}, "prompt"), ({"prompt": None}, "prompt"),
+    ({"model": "sora-2"}, "model"), ({"size": "32"}, "size"), ({"size": "33x32"}, "size"), ({"size": "0x0"}, "size"),
+    ({"size": "1280x1280"}, "size"), ({"seconds": "x"}, "seconds"), ({"seconds": "0"}, "seconds"),
+    ({"seconds": "-1"}, "seconds"), ({"seconds": "1e9"}, "seconds"), ({"seconds": "nan"}, "seconds"),
+    ({"seconds": "0.01"}, "seconds"), ({"seconds": "100"}, "seconds"), ({"seconds": "4", "num_frames": 9}, "seconds"),
+    ({"num_frames": 8}, "num_frames"), ({"num_frames": 1}, "num_frames"), ({"num_frames": 245}, "num_frames"),
+    ({"num_frames": 2.5}, "num_frames"), ({"fps": 0}, "fps"), ({"fps": 61}, "fps"), ({"fps": "many"}, "fps"),
+    ({"num_inference_steps": 0}, "num_inference_steps"), ({"num_inference_steps": 201}, "num_inference_steps"),
+    ({"guidance_scale": -1}, "guidance_scale"), ({"guidance_scale": "inf"}, "guidance_scale"),
+    ({"flow_shift": 0}, "flow_shift"), ({"seed": -1}, "seed"), ({"seed": 2**63}, "seed"),
+    ({"negative_prompt": "a" * 4001}, "negative_prompt"), ({"input_reference": {}}, "input_reference"),
+    ({"input_reference": "a.png"}, "input_reference"),
+    ({"input_reference": {"file_id": "x"}}, "input_reference.file_id"),
+    ({"input_reference": {"image_url": "x", "file_id": "x"}}, "input_reference"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("wrong", "field"), WRONG_VIDEOS, ids=lambda case: str(case)[:40])
+def test_a_wrong_video_is_refused_with_the_fields_name(http, wrong, field):
+    answer = http.post("/v1/videos", json={"prompt": "a ball"} | wrong)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"], error["code"]) == (400, field, "invalid_value"), error
+    assert error["message"].startswith(f"{field}: ") and answer.headers["x-request-id"]
+
+
+WRONG = [
+    ("/v1/images/generations", {"prompt": "a", "n": 0}, "n"), ("/v1/images/generations", {"prompt": "a", "n": 9}, "n"),
+    ("/v1/images/generations", {"prompt": "a", "size": "17x17"}, "size"),
+    ("/v1/images/generations", {"prompt": "a", "response_format": "x"}, "response_format"),
+    ("/v1/images/generations", {"prompt": "a", "output_format": "gif"}, "output_format"),
+    ("/v1/images/generations", {"prompt": "a", "stream": True}, "stream"),
+    ("/v1/images/generations", {}, "prompt"), ("/v1/images/edits", {"prompt": "a"}, "image"),
+    ("/v1/videos/edits", {"prompt": "a"}, "video"),
+    ("/v1/videos/edits", {"prompt": "a", "video": {"id": "x"}}, "video.id"),
+    ("/v1/batches", {}, "input_file_id"),
+    ("/v1/batches", {"input_file_id": "x", "endpoint": "/v1/videos", "completion_window": "24h"}, "input_file_id"),
+    ("/v1/batches", {"input_file_id": "x", "endpoint": "/v1/embeddings", "completion_window": "24h"}, "endpoint"),
+    ("/v1/batches", {"input_file_id": "x", "endpoint": "/v1/videos", "completion_window": "1h"}, "completion_window"),
+    ("/v1/webhooks", {}, "url"), ("/v1/webhooks", {"url": "https://1.1.1.1", "event_types": ["x"]}, "event_types.0"),
+    ("/v1/files", {"purpose": "batch"}, "file"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("path", "body", "field"), WRONG, ids=lambda case: str(case)[:40])
+def test_what_is_wrong_elsewhere_is_named_too(http, path, body, field):
+    answer = http.post(path, json=body)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, field), answer.text
+
+
+@pytest.mark.parametrize("query", ["limit=0", "limit=101", "limit=x", "order=up", "after=nothing", "after=%00"])
+def test_a_wrong_page_is_refused(http, query):
+    answer = http.get(f"/v1/videos?{query}")
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, query.partition("=")[0])
+
+
+# ---------------------------------------------------------------- the same request again
+
+
+def posted(http, key: str, **body) -> httpx.Response:
+    return http.post(
+        "/v1/videos", json={"prompt": "a ball", "size": "32x32"} | QUICK | body, headers={"Idempotency-Key": key}
+    )
+
+
+def test_the_same_key_is_the_same_video(http, rooms):
+    first, again = posted(http, "one").json(), posted(http, "one").json()
+    assert first["id"] == again["id"] != posted(http, "two").json()["id"]
+    other = posted(http, "one", prompt="a star")
+    assert other.status_code == 422 and other.json()["error"]["code"] == "idempotency_key_reused"
+    assert (
+        posted(http, "one", seed=7).status_code == 422
+        and posted(http, "one", seconds="1", num_frames=None).status_code == 422
+    )
+
+
+def test_requests_at_the_same_time_are_one_video(http):
+    answers: list[httpx.Response] = []
+    twins = [threading.Thread(target=lambda: answers.append(posted(http, "twins"))) for _ in range(6)]
+    for twin in twins:
+        twin.start()
+    for twin in twins:
+        twin.join()
+    assert {answer.status_code for answer in answers} == {200} and len({answer.json()["id"] for answer in answers}) == 1
+
+
+def test_the_same_key_is_another_owners_other_video(client, stranger):
+    given = {"extra_headers": {"Idempotency-Key": "shared"}}
+    names = {one.videos.create(prompt="a ball", **SMALL, **given).id for one in (client, stranger)}
+    assert len(names) == 2
+
+
+def test_the_same_key_gives_the_same_images_and_batch(http, client):
+    given = {"Idempotency-Key": "images"}
+    body = {"prompt": "a star", "size": "32x32", "num_inference_steps": 1, "n": 2}
+    first, again = (http.post("/v1/images/generations", json=body, headers=given) for _ in range(2))
+    assert first.json() == again.json() and len({one["b64_json"] for one in first.json()["data"]}) == 2
+    assert http.post("/v1/images/generations", json=body | {"n": 3}, headers=given).status_code == 422
+    file = client.files.create(file=("a.jsonl", lines(1)), purpose="batch")
+    asked = {"input_file_id": file.id, "endpoint": "/v1/videos", "completion_window": "24h"}
+    batches = {client.batches.create(**asked, extra_headers={"Idempotency-Key": "b"}).id for _ in range(2)}
+    assert len(batches) == 1
+    assert (
+        http.post("/v1/batches", json=asked | {"metadata": {"a": "b"}}, headers={"Idempotency-Key": "b"}).status_code
+        == 422
+    )
+    client.batches.cancel(batches.pop())
+
+
+def test_the_same_key_is_the_same_file(http, client):
+    def sent(data: bytes) -> httpx.Response:
+        form = {"files": {"file": ("a", data)}, "data": {"purpose": "user_data"}}
+        return http.post("/v1/files", headers={"Idempotency-Key": "file"}, **form)
+
+    first, again = sent(b"one").json(), sent(b"one").json()
+    assert first == again and client.files.content(first["id"]).read() == b"one"
+    assert sent(b"two").status_code == 422
+
+
+# ---------------------------------------------------------------- images
+
+
+def test_images_are_generated(client):
+    made = client.images.generate(prompt="a star", n=2, size="32x32", extra_body={"num_inference_steps": 1, "seed": 4})
+    pictures = [base64.b64decode(one.b64_json) for one in made.data]
+    assert [Image.open(io.BytesIO(one)).size for one in pictures] == [(32, 32)] * 2 and pictures[0] != pictures[1]
+    assert (made.size, made.output_format) == ("32x32", "png")
+    second = client.images.generate(prompt="a star", size="32x32", extra_body={"num_inference_steps": 1, "seed": 5})
+    assert base64.b64decode(second.data[0].b64_json) == pictures[1]
+
+
+def test_an_image_comes_as_a_url_too(client, http):
+    made = client.images.generate(
+        prompt="a star", size="32x32", response_format="url", extra_body={"num_inference_steps": 1}
+    )
+    answer = http.get(made.data[0].url)
+    assert answer.headers["content-type"] == "image/png" and Image.open(io.BytesIO(answer.content)).size == (32, 32)
+
+
+def test_an_image_is_edited(client):
+    for image in (("a.png", png()), [("a.png", png())]):
+        made = client.images.edit(image=image, prompt="make it blue", extra_body={"num_inference_steps": 1})
+        assert Image.open(io.BytesIO(base64.b64decode(made.data[0].b64_json))).size == (64, 64)
+    with pytest.raises(openai.BadRequestError, match="image: it is a clip"):
+        client.images.edit(image=("a.mp4", mp4()), prompt="make it blue")
+
+
+def test_a_client_that_goes_away_stops_its_images(service, rooms):
+    with client_for(service) as client, pytest.raises(openai.APITimeoutError):
+        client.images.generate(prompt="gone", extra_body={"num_inference_steps": 200}, timeout=0.4)
+    (job,), _ = rooms.records.jobs("admin", "image", None, 1, True)
+    assert job.job.prompt == "gone"
+    until(lambda: rooms.jobs.status(job.id).state == "cancelled")
+
+
+# ---------------------------------------------------------------- files
+
+
+def test_files_are_kept_listed_and_deleted(client):
+    kept = client.files.create(file=("my notes.txt", b"<script>"), purpose="user_data")
+    assert (kept.filename, kept.bytes, kept.purpose, kept.object) == ("my notes.txt", 8, "user_data", "file")
+    answer = client.files.content(kept.id)
+    assert answer.read() == b"<script>" and answer.response.headers["content-type"] == "application/octet-stream"
+    assert answer.response.headers["x-content-type-options"] == "nosniff"
+    assert answer.response.headers["content-disposition"] == "attachment; filename*=UTF-8''my%20notes.txt"
+    picture = client.files.create(file=("a.png", png()), purpose="vision")
+    assert client.files.content(picture.id).response.headers["content-type"] == "image/png"
+    assert next(one.id for one in client.files.list(purpose="vision", limit=1)) == picture.id
+    everything = [one.id for one in client.files.list(limit=1)]
+    assert everything[:2] == [picture.id, kept.id]
+    assert client.files.delete(kept.id).deleted
+    with pytest.raises(openai.NotFoundError):
+        client.files.content(kept.id)
+
+
+def test_a_file_that_is_no_picture_is_no_vision_file(client):
+    with pytest.raises(openai.BadRequestError, match=r"file: 'a\.png' is no image or video"):
+        client.files.create(file=("a.png", b"text"), purpose="vision")
+    kept = client.files.create(file=("a.png", b"text"), purpose="user_data")
+    with pytest.raises(openai.BadRequestError, match=r"input_reference.file_id: that file is no image or clip"):
+        client.videos.create(prompt="a", extra_body={"input_reference": {"file_id": kept.id}})
+
+
+def test_the_wire_as_it_is_documented(http):
+    document = http.get("/openapi.json").json()
+    for path in ("/v1/videos", "/v1/videos/edits", "/v1/images/edits", "/v1/files"):
+        assert "multipart/form-data" in document["paths"][path]["post"]["requestBody"]["content"]
+    assert "$defs" not in json.dumps(document)

@@ -1,0 +1,61 @@
+"""What an operator sees of a request: its id, its trace down to the worker's steps, and the metrics."""
+
+import time
+
+import httpx
+import pytest
+from opentelemetry import trace
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+from tests.support.openai_service import KEY, until
+
+
+@pytest.fixture(scope="module")
+def spans():
+    exporter, provider = InMemorySpanExporter(), TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    trace.set_tracer_provider(provider)
+    return exporter
+
+
+def drawn(http, steps: int = 3) -> str:
+    body = {"prompt": "a red ball", "num_inference_steps": steps, "num_frames": 5, "size": "32x32"}
+    answer = http.post("/v1/videos", json=body)
+    assert answer.status_code == 200 and len(answer.headers["x-request-id"]) == 32
+    name = answer.json()["id"]
+    until(lambda: http.get(f"/v1/videos/{name}").json()["status"] == "completed")
+    return answer.headers["x-request-id"]
+
+
+def test_a_trace_leads_from_the_request_to_the_workers_steps(spans, http):
+    request_id = drawn(http, steps=3)
+    time.sleep(0.2)
+    told = spans.get_finished_spans()
+    (request,) = [span for span in told if span.attributes.get("request_id") == request_id]
+    assert request.name == "POST /v1/videos"
+    mine = [span for span in told if span.context.trace_id == request.context.trace_id]
+    (job,) = [span for span in mine if span.name == "job"]
+    assert job.parent.span_id in {span.context.span_id for span in mine}
+    steps = [span.attributes["step"] for span in mine if span.name == "denoising step"]
+    assert sorted(steps) == [1, 2, 3]
+
+
+def test_a_callers_trace_is_gone_on_with(spans, service):
+    caller = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+    httpx.get(f"{service[2]}/health", headers={"traceparent": caller}, trust_env=False)
+    assert any(f"{span.context.trace_id:032x}" == caller.split("-")[1] for span in spans.get_finished_spans())
+
+
+def test_metrics_count_requests_by_route_and_jobs_by_state(http):
+    drawn(http)
+    text = http.get("/metrics").text
+    assert 'omnivideo_request_seconds_count{method="GET",route="/v1/videos/{video_id}",status="200"}' in text
+    assert 'omnivideo_jobs_ended_total{lane="interactive",state="done"}' in text
+    assert "omnivideo_database_up 1.0" in text and KEY not in text
+
+
+def test_health_and_readiness(http):
+    assert http.get("/health").json() == {"status": "ok"}
+    assert http.get("/ready").json() == {"status": "ready", "language_model": "ready"}

@@ -1,0 +1,260 @@
+"""Threads, turns, events and chat over HTTP."""
+
+import base64
+import io
+import json
+import threading
+import time
+
+import httpx
+import numpy as np
+import openai
+import pytest
+from PIL import Image
+
+from omnivideo.api.turn_runner import TurnRunner
+from tests.support.api_server import scripted, serving
+
+
+@pytest.fixture(scope="module")
+def wiring(omni, tmp_path_factory):
+    return scripted(tmp_path_factory.mktemp("service"), omni, admin_key="a-key-for-the-tests")
+
+
+@pytest.fixture(scope="module")
+def address(wiring):
+    with serving(wiring) as address:
+        yield address
+
+
+@pytest.fixture
+def http(address):
+    with httpx.Client(
+        base_url=address, headers={"Authorization": "Bearer a-key-for-the-tests"}, timeout=60, trust_env=False
+    ) as client:
+        yield client
+
+
+@pytest.fixture
+def thread(http) -> str:
+    return http.post("/v1/threads").json()["id"]
+
+
+def events(http, thread: str, turn: str, after: int = 0) -> list[tuple[int, dict]]:
+    """All events of a turn, read as a browser would."""
+    told, number = [], 0
+    headers = {"Last-Event-ID": str(after)} if after else {}
+    with http.stream("GET", f"/v1/threads/{thread}/turns/{turn}/events", headers=headers) as stream:
+        assert stream.headers["content-type"].startswith("text/event-stream")
+        for line in stream.iter_lines():
+            if line.startswith("id: "):
+                number = int(line[4:])
+            elif line.startswith("data: "):
+                told.append((number, json.loads(line[6:])))
+    return told
+
+
+def said(http, thread: str, text: str, **given) -> dict:
+    """A turn, waited for."""
+    begun = http.post(f"/v1/threads/{thread}/turns", json={"text": text, "steps": 3, **given})
+    assert begun.status_code == 202, begun.text
+    turn = begun.json()["id"]
+    events(http, thread, turn)
+    return http.get(f"/v1/threads/{thread}/turns/{turn}").json()
+
+
+def png(colour=(200, 30, 30)) -> str:
+    out = io.BytesIO()
+    Image.fromarray(np.full((64, 64, 3), colour, dtype=np.uint8)).save(out, "PNG")
+    return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()
+
+
+def test_a_conversation_builds_on_itself(http, thread):
+    first = said(http, thread, "a red ball; now make it blue; how many balls are there?")
+    assert (first["state"], first["number"]) == ("done", 1)
+    drawn, edited, answered = first["turn"]["done"]
+    assert edited["artifact"]["source"] == drawn["artifact"]["key"] and answered["answer"]
+    second = said(http, thread, "make it green")
+    assert second["turn"]["done"][0]["artifact"]["source"] == edited["artifact"]["key"]
+    whole = http.get(f"/v1/threads/{thread}").json()
+    assert [turn["number"] for turn in whole["turns"]] == [1, 2] and len(whole["artifacts"]) == 3
+    line = http.get(f"/v1/threads/{thread}/lineage").json()
+    assert [one["key"] for one in line] == [one["key"] for one in reversed(whole["artifacts"])]
+    branch = http.post(f"/v1/threads/{thread}/forks", json={"turn": 1}).json()["id"]
+    assert [turn["number"] for turn in http.get(f"/v1/threads/{branch}").json()["turns"]] == [1]
+    assert thread in [one["id"] for one in http.get("/v1/threads").json()["data"]]
+
+
+def test_events_come_in_order_and_resume_where_a_client_left(http, thread):
+    turn = http.post(f"/v1/threads/{thread}/turns", json={"text": "a red ball", "steps": 8}).json()["id"]
+    told = events(http, thread, turn)
+    kinds = [event["kind"] for _, event in told]
+    assert kinds[0] == "plan" and kinds[-1] == "done" and {"step", "preview", "artifact"} <= set(kinds)
+    assert [number for number, _ in told] == list(range(1, len(told) + 1))
+    assert events(http, thread, turn, after=4) == told[4:]
+    assert events(http, thread, turn, after=len(told)) == []
+
+
+def test_many_followers_see_the_same(http, address, thread):
+    turn = http.post(f"/v1/threads/{thread}/turns", json={"text": "a red ball", "steps": 20}).json()["id"]
+    seen: list[list] = []
+
+    def follow() -> None:
+        with httpx.Client(base_url=address, headers=http.headers, timeout=60, trust_env=False) as mine:
+            seen.append(events(mine, thread, turn))
+
+    followers = [threading.Thread(target=follow) for _ in range(12)]
+    for follower in followers:
+        follower.start()
+    for follower in followers:
+        follower.join()
+    assert len(seen) == 12 and all(one == seen[0] for one in seen) and seen[0][-1][1]["kind"] == "done"
+
+
+def test_an_artifact_is_read_whole_and_in_parts(http, thread):
+    key = said(http, thread, "a red ball")["turn"]["done"][0]["artifact"]["key"]
+    where = f"/v1/threads/{thread}/artifacts/{key}"
+    whole = http.get(where)
+    assert whole.headers["content-type"] == "video/mp4" and whole.content[4:8] == b"ftyp"
+    part = http.get(where, headers={"Range": "bytes=10-19"})
+    assert (part.status_code, part.content) == (206, whole.content[10:20])
+    assert http.get(where, headers={"Range": "bytes=-5"}).content == whole.content[-5:]
+    beyond = http.get(where, headers={"Range": "bytes=99999999-"})
+    assert (beyond.status_code, beyond.headers["content-range"]) == (416, f"bytes */{len(whole.content)}")
+    assert http.get(where, headers={"If-None-Match": whole.headers["etag"]}).status_code == 304
+
+
+def test_a_repeated_request_is_the_same_turn(http, thread):
+    wanted, key = {"text": "a red ball", "steps": 3}, {"Idempotency-Key": "k"}
+    twice = [http.post(f"/v1/threads/{thread}/turns", json=wanted, headers=key) for _ in range(2)]
+    assert twice[0].json()["id"] == twice[1].json()["id"]
+    events(http, thread, twice[0].json()["id"])
+    assert len(http.get(f"/v1/threads/{thread}").json()["turns"]) == 1
+
+
+def test_a_question_waits_for_its_reply(http, thread):
+    asked = said(http, thread, "make it blue")
+    assert asked["state"] == "asks" and asked["question"].startswith("There is nothing here yet")
+    replied = said(http, thread, "a red ball")
+    assert replied["state"] == "done" and replied["turn"]["asked"][0][1] == "a red ball"
+
+
+def test_attachments_are_edited_and_asked_about(http, thread):
+    turn = said(http, thread, "make it blue", attachments=[{"url": png()}])["turn"]
+    assert turn["done"][0]["goal"] == "edit" and turn["done"][0]["artifact"]["source"] == turn["attachments"][0]["key"]
+
+
+def test_a_running_turn_is_cancelled_and_leaves_the_thread_as_it_was(http, thread):
+    said(http, thread, "a red ball")
+    turn = http.post(f"/v1/threads/{thread}/turns", json={"text": "a blue ball", "steps": 200}).json()["id"]
+    where = f"/v1/threads/{thread}/turns/{turn}"
+    busy = http.post(f"/v1/threads/{thread}/turns", json={"text": "another"})
+    assert (busy.status_code, busy.json()["error"]["code"]) == (409, "busy")
+    http.post(f"{where}/cancel")
+    until = time.monotonic() + 20
+    while (state := http.get(where).json()["state"]) in ("queued", "running") and time.monotonic() < until:
+        time.sleep(0.05)
+    assert state == "cancelled"
+    assert len(http.get(f"/v1/threads/{thread}").json()["turns"]) == 1
+    assert said(http, thread, "a blue ball")["state"] == "done"
+
+
+def test_a_turn_of_a_process_that_died_goes_on_in_another(http, thread, wiring, address):
+    """The row of a turn as a killed process leaves it: running, with a beat that is long ago."""
+    rooms = wiring.rooms()
+    silent = TurnRunner(rooms)
+    silent.pool.submit = lambda *rest: None  # type: ignore[method-assign]
+    row = silent.start_turn("turn_left", "admin", thread, "a red ball", steps=3)
+    claimed = rooms.turns.claim(row.id)
+    running = silent.iterate_events(claimed, silent.get_thread("admin", thread), has_events=False)
+    next(running)
+    next(running)
+    del running
+    with rooms.turns.engine.connect() as connection:
+        connection.exec_driver_sql("UPDATE turns SET beat = beat - 3600 WHERE id = ?", (row.id,))
+    assert events(http, thread, row.id)[-1][1]["kind"] == "done"
+    assert http.get(f"/v1/threads/{thread}/turns/{row.id}").json()["state"] == "done"
+    assert len(http.get(f"/v1/threads/{thread}").json()["turns"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "param"),
+    [
+        ({"text": ""}, "text"),
+        ({"text": "x", "steps": 0}, "steps"),
+        ({"text": "x", "think": "perhaps"}, "think"),
+        ({"text": "x", "check": 17}, "check"),
+        ({"text": "x", "attachments": [{}]}, "attachments.0"),
+        ({"text": "x", "attachments": [{"url": "http://example.com/a.png"}]}, "url"),
+        ({"text": "x", "attachments": [{"url": "file:///etc/passwd"}]}, "url"),
+        ({"text": "x", "attachments": [{"file_id": "file_none"}]}, "id"),
+    ],
+)
+def test_what_is_wrong_names_the_field_and_changes_nothing(http, thread, given, param):
+    answer = http.post(f"/v1/threads/{thread}/turns", json=given)
+    assert answer.status_code in (400, 404)
+    error = answer.json()["error"]
+    assert error["param"] == param and error["message"] and "/work" not in error["message"]
+    assert http.get(f"/v1/threads/{thread}").json()["turns"] == []
+
+
+def test_what_is_not_there_and_what_is_not_yours_look_the_same(http, address, wiring, thread):
+    _, key = wiring.rooms().keys.add("somebody else")
+    with httpx.Client(base_url=address, headers={"Authorization": f"Bearer {key}"}, trust_env=False) as other:
+        for path in (f"/v1/threads/{thread}", f"/v1/threads/{thread}/lineage", "/v1/threads/nothing"):
+            assert other.get(path).status_code == 404
+        assert other.post(f"/v1/threads/{thread}/turns", json={"text": "x"}).status_code == 404
+        assert other.post("/v1/threads", json={"id": thread}).status_code == 400
+        assert other.get("/v1/threads").json()["data"] == []
+    for headers in ({}, {"Authorization": "Bearer wrong"}):
+        refused = httpx.get(f"{address}/v1/threads", headers=headers, trust_env=False)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (401, "invalid_api_key")
+        assert refused.headers["x-request-id"]
+
+
+# ---------------------------------------------------------------- chat
+
+
+@pytest.fixture
+def client(address):
+    with openai.OpenAI(base_url=f"{address}/v1", api_key="a-key-for-the-tests", max_retries=0) as client:
+        yield client
+
+
+GIVEN = {"extra_body": {"steps": 3}}
+
+
+def test_the_openai_client_chats(client):
+    messages = [{"role": "user", "content": "a red ball"}]
+    first = client.chat.completions.create(model="tiny", messages=messages, **GIVEN)
+    assert "![video](http://" in first.choices[0].message.content
+    messages += [first.choices[0].message.model_dump(include={"role", "content"})]
+    messages += [{"role": "user", "content": "make it blue"}]
+    second = client.chat.completions.create(model="tiny", messages=messages, **GIVEN)
+    assert second.omnivideo["thread"] == first.omnivideo["thread"]
+    messages[2:] = [{"role": "user", "content": "how many balls are there?"}]
+    branch = client.chat.completions.create(model="tiny", messages=messages, **GIVEN)
+    assert branch.omnivideo["thread"] != first.omnivideo["thread"]
+    assert branch.choices[0].message.content.startswith("it is a red ball")
+
+
+def test_the_openai_client_chats_streamed(client):
+    image = {"type": "image_url", "image_url": {"url": png()}}
+    content = [{"type": "text", "text": "how many balls are there?"}, image]
+    stream = client.chat.completions.create(
+        model="tiny", messages=[{"role": "user", "content": content}], stream=True, **GIVEN
+    )
+    chunks = list(stream)
+    assert chunks[0].choices[0].delta.role == "assistant" and chunks[-1].choices[0].finish_reason == "stop"
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks).startswith("it is")
+
+
+def test_models_are_listed(client):
+    assert [model.id for model in client.models.list()] == ["tiny"]
+    with pytest.raises(openai.NotFoundError, match="there is no 'gpt'"):
+        client.chat.completions.create(model="gpt", messages=[{"role": "user", "content": "hello"}])
+
+
+def test_chat_errors_are_the_wires(client):
+    with pytest.raises(openai.BadRequestError, match="the last one must be the user's"):
+        client.chat.completions.create(model="tiny", messages=[{"role": "assistant", "content": "hello"}])

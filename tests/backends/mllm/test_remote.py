@@ -1,0 +1,146 @@
+"""The MLLM behind HTTP answers as it does in the process."""
+
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+
+import httpx
+import pytest
+import uvicorn
+
+from omnivideo.backends.decoder.renderer import Renderer
+from omnivideo.backends.mllm import remote
+from omnivideo.backends.mllm.local import LocalMLLM
+from omnivideo.backends.mllm.remote import RemoteMLLM
+from omnivideo.backends.mllm.server import LRUObjectStore, create_mllm_app
+from omnivideo.contracts import Artifact, MLLMRequest
+from omnivideo.errors import ModelUnavailable
+from omnivideo.settings import load_settings as chosen
+from omnivideo.storage.objects.local import LocalObjectStore
+from omnivideo.storage.objects.memory import MemoryObjectStore
+from omnivideo.wiring import ServiceWiring
+from tests.backends.queue.test_kill import HalfScripted
+from tests.support.api_server import serving as serving_api
+from tests.support.servers import free_port
+
+
+@contextmanager
+def serving(mllm, port: int):
+    server = uvicorn.Server(uvicorn.Config(create_mllm_app(mllm), port=port, log_level="warning"))
+    running = threading.Thread(target=server.run, daemon=True)
+    running.start()
+    until = time.monotonic() + 20
+    while not server.started and time.monotonic() < until:
+        time.sleep(0.02)
+    try:
+        yield
+    finally:
+        server.should_exit = True
+        running.join(10)
+
+
+@pytest.fixture(scope="module")
+def local(omni, tmp_path_factory):
+    return LocalMLLM(omni, LocalObjectStore(tmp_path_factory.mktemp("store")))
+
+
+@pytest.fixture(scope="module")
+def asks(local):
+    from PIL import Image
+
+    path = local.store.folder / "red.png"
+    Image.new("RGB", (64, 64), "red").save(path)
+    key = local.store.put(path.read_bytes(), "png")
+    shown = Artifact(key=key, medium="image", width=64, height=64, frames=1, fps=1.0, caption="red", created_by="test")
+    return [
+        MLLMRequest(text="a red ball"),
+        MLLMRequest(text="what is this?", artifacts=(shown,)),
+        MLLMRequest(text="a coin", system="think"),
+    ]
+
+
+def test_the_same_answers_from_both(local, asks):
+    port = free_port()
+    with serving(local, port):
+        away = RemoteMLLM(f"http://127.0.0.1:{port}", local.store)
+        for ask in asks:
+            assert away.route(ask) == local.route(ask)
+            assert "".join(away.stream_text(ask)) == "".join(local.write(ask))
+            assert away.score_agreement(ask) == local.agreement(ask)
+            assert away.predict_visual_tokens(ask, "video") == local.visual_tokens(ask, "video")
+        away.close()
+
+
+class Breaking(LocalMLLM):
+    """Breaks off in the middle of its first answer."""
+
+    broken = False
+
+    def stream_text(self, request: MLLMRequest, most: int | None = None):
+        for at, piece in enumerate(super().stream_text(request, most)):
+            if at == 3 and not self.broken:
+                self.broken = True
+                raise RuntimeError("the server falls over")
+            yield piece
+
+
+def test_an_answer_that_is_cut_is_said_on_and_not_again(local, asks, caplog):
+    port, breaking = free_port(), Breaking(local.omni, local.store)
+    with serving(breaking, port):
+        away = RemoteMLLM(f"http://127.0.0.1:{port}", local.store)
+        assert "".join(away.stream_text(asks[0])) == "".join(local.write(asks[0]))
+        away.close()
+    assert breaking.broken
+
+
+def test_a_model_that_is_away_is_said(asks, monkeypatch):
+    monkeypatch.setattr(remote, "TRIES", 2)
+    away = RemoteMLLM(f"http://127.0.0.1:{free_port()}", MemoryObjectStore())
+    with pytest.raises(ModelUnavailable, match="the language model is starting or away"):
+        away.route(asks[0])
+    with pytest.raises(ModelUnavailable):
+        list(away.stream_text(asks[0]))
+    away.close()
+
+
+def begun(http: httpx.Client, text: str) -> str:
+    """The path of a turn in a thread of its own."""
+    thread = http.post("/v1/threads").json()["id"]
+    return f"/v1/threads/{thread}/turns/" + http.post(f"/v1/threads/{thread}/turns", json={"text": text}).json()["id"]
+
+
+def test_a_turn_waits_for_a_language_model_that_is_starting(omni, tmp_path, monkeypatch):
+    monkeypatch.setattr(remote, "TRIES", 1)
+    port = free_port()
+    wiring = ServiceWiring(chosen(home=tmp_path, mllm=f"http://127.0.0.1:{port}"), "cpu")
+    wiring.renderer = Renderer(omni, wiring.store, "random")  # type: ignore[misc]
+    with serving_api(wiring) as address, httpx.Client(base_url=address, timeout=60, trust_env=False) as http:
+        assert http.get("/ready").json() == {"status": "ready", "language_model": "starting"}
+        assert "omnivideo_language_model_up 0.0" in http.get("/metrics").text
+        turn = begun(http, "how many balls are there?")
+        with http.stream("GET", f"{turn}/events") as events:
+            lines = (line for line in events.iter_lines() if line.startswith("event: "))
+            assert "event: waiting" in (next(lines), next(lines))
+            with serving(HalfScripted(omni, LRUObjectStore()), port):
+                assert "event: waiting" not in (told := list(lines)) and told[-1] == "event: done"
+                assert http.get("/ready").json()["language_model"] == "ready"
+                assert "omnivideo_language_model_up 1.0" in http.get("/metrics").text
+        assert http.get(turn).json()["state"] == "done"
+
+
+def test_no_torch_in_a_process_that_only_serves(tmp_path):
+    """The API's own process: everything else is somewhere else."""
+    program = f"""
+import os, sys
+os.environ.update(OMNIVIDEO_HOME={str(tmp_path)!r}, OMNIVIDEO_MLLM="http://127.0.0.1:9", OMNIVIDEO_BROKER="redis://127.0.0.1:9/0")
+from omnivideo.operate import wiring
+from omnivideo.api.app import create_app
+rooms = wiring()
+create_app(rooms.rooms())
+rooms.close()
+print(sorted(name for name in ("torch", "transformers", "diffusers", "safetensors") if name in sys.modules))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=100)
+    assert done.stdout.strip() == "[]"

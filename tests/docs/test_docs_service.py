@@ -1,0 +1,53 @@
+"""The examples of the README and of docs/service.md, run against a service as they stand but for its port."""
+
+import json
+import re
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+
+from omnivideo.presets import PRESETS, TINY
+from tests.support.api_server import scripted, serving
+
+ROOT = Path(__file__).parents[2]
+PAGES = {name: (ROOT / name).read_text() for name in ("README.md", "docs/service.md")}
+HERE = re.compile(r"(?:http://)?(?:localhost|127\.0\.0\.1):8000")
+
+
+@pytest.fixture(scope="module")
+def address(omni, tmp_path_factory):
+    steps = {task: chosen.model_copy(update={"steps": 2}) for task, chosen in TINY.sampling.items()}
+    with pytest.MonkeyPatch.context() as quick:
+        quick.setitem(PRESETS, "tiny", TINY.model_copy(update={"sampling": steps}))
+        quick.setattr(omni, "preset", PRESETS["tiny"])
+        with serving(scripted(tmp_path_factory.mktemp("service"), omni)) as address:
+            yield address
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_from_a_prompt_to_a_clip_by_curl(page, address, tmp_path):
+    if shutil.which("curl") is None:
+        pytest.skip("curl is not here: the service's examples in the shell were not tested")
+    lines = re.findall(r"^curl .*$", PAGES[page], flags=re.M)
+    posted, downloaded = (HERE.sub(address, line) for line in lines)
+    made = subprocess.run(["bash", "-c", posted], capture_output=True, text=True, check=True, timeout=60)
+    video = json.loads(made.stdout)
+    assert video["object"] == "video", video
+    until = time.monotonic() + 60
+    while video["status"] != "completed" and time.monotonic() < until:
+        time.sleep(0.1)
+        video = httpx.get(f"{address}/v1/videos/{video['id']}", trust_env=False).json()
+    command = downloaded.replace("/ID/", f"/{video['id']}/")
+    subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, check=True, timeout=60)
+    assert (tmp_path / "clip.mp4").read_bytes()[4:8] == b"ftyp"
+
+
+def test_the_client_of_the_service_page(address, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (block,) = re.findall(r"```python\n(.*?)```", PAGES["docs/service.md"], flags=re.S)
+    exec(compile(HERE.sub(address, block), "docs/service.md", "exec"), {})
+    assert (tmp_path / "clip.mp4").exists()

@@ -1,0 +1,121 @@
+"""What the tests of the OpenAI-compatible routes have in common: the service, clients, media and batches."""
+
+import io
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import httpx
+import numpy as np
+import openai
+from PIL import Image
+
+from omnivideo.api.routes.batches import BatchLineHandler
+from omnivideo.backends.batches.runner import BatchRunner
+from omnivideo.backends.webhooks import check_reachable
+from omnivideo.errors import InvalidInput
+from omnivideo.media.artifacts import encode_clip
+from omnivideo.media.thumbnails import create_picture_renderer
+from omnivideo.storage.database.jobs import JobRepository
+from tests.support.api_server import scripted, serving
+
+KEY = "an-admin-key-for-tests"
+QUICK = {"num_inference_steps": 1, "num_frames": 5}
+SMALL = {"size": "32x32", "extra_body": QUICK}
+
+
+@contextmanager
+def service_in(folder, omni, **given) -> Iterator[tuple]:
+    """The wiring, its rooms and the address of a service that draws with an untrained model."""
+    wiring = scripted(folder, omni, admin_key=KEY, **given)
+    rooms = wiring.build_service_context()
+    rooms.render_thumbnail = create_picture_renderer(wiring.store)
+    rooms.check_webhook_url = partial(check_reachable, internal_hosts=("localhost",))
+    wiring.build_service_context = lambda: rooms  # type: ignore[method-assign]
+    with serving(wiring) as address:
+        yield wiring, rooms, address
+
+
+def client_for(service, key: str = KEY) -> openai.OpenAI:
+    http = openai.DefaultHttpxClient(trust_env=False)
+    return openai.OpenAI(base_url=f"{service[2]}/v1", api_key=key, max_retries=0, http_client=http, timeout=60)
+
+
+def http_for(service, **given) -> httpx.Client:
+    """For what the openai client has no words for."""
+    headers = {"Authorization": f"Bearer {KEY}"}
+    return httpx.Client(base_url=service[2], headers=headers, timeout=60, trust_env=False, **given)
+
+
+def by_id(video_id: str) -> dict:
+    """A video that is here: the client's own types know this form, its check for files refuses it."""
+    return {"video": openai.omit, "extra_body": {"video": {"id": video_id}}}
+
+
+def png(colour: int = 200, size: int = 64) -> bytes:
+    out = io.BytesIO()
+    Image.fromarray(np.full((size, size, 3), colour, dtype=np.uint8)).save(out, "PNG")
+    return out.getvalue()
+
+
+def mp4() -> bytes:
+    return encode_clip(np.full((9, 64, 64, 3), 90, dtype=np.uint8), 8)[0]
+
+
+def until(is_so, seconds: float = 30.0):
+    """What `is_so` gives once it is something."""
+    deadline = time.monotonic() + seconds
+    while not (found := is_so()):
+        assert time.monotonic() < deadline, "it did not come about in time"
+        time.sleep(0.02)
+    return found
+
+
+@contextmanager
+def nobody_works(wiring) -> Iterator[None]:
+    """Jobs stay where they are."""
+    claim, wiring.worker.jobs.claim = wiring.worker.jobs.claim, lambda worker: None
+    try:
+        yield
+    finally:
+        wiring.worker.jobs.claim = claim
+        wiring.tell()
+
+
+# ---------------------------------------------------------------- batches
+
+
+def lines(count: int, url: str = "/v1/videos", **body) -> bytes:
+    body = {"prompt": "a ball", "size": "32x32"} | (QUICK if url == "/v1/videos" else {"num_inference_steps": 1}) | body
+    made = [{"custom_id": f"line {at}", "method": "POST", "url": url, "body": body} for at in range(count)]
+    return b"".join(json.dumps(one).encode() + b"\n" for one in made)
+
+
+def say(owner: str, body: dict) -> dict:
+    if body["messages"][0]["content"] == "bad":
+        raise InvalidInput("messages", "they are bad")
+    return {"object": "chat.completion", "owner": owner, "said": body["messages"][0]["content"]}
+
+
+def runner_for(rooms, **given) -> BatchRunner:
+    jobs = JobRepository(rooms.records.engine)
+    return BatchRunner(
+        rooms.records, jobs, rooms.store, rooms.tell, BatchLineHandler(rooms), say, **({"pause": 0.05} | given)
+    )
+
+
+def batch_of(client, data: bytes, endpoint: str = "/v1/videos"):
+    file = client.files.create(file=("lines.jsonl", data), purpose="batch")
+    return client.batches.create(
+        input_file_id=file.id, endpoint=endpoint, completion_window="24h", metadata={"for": "tests"}
+    )
+
+
+def ended(client, batch, *states: str):
+    return until(lambda: (now := client.batches.retrieve(batch.id)).status in (states or ("completed",)) and now)
+
+
+def told(client, file_id: str | None) -> list[dict]:
+    return [json.loads(line) for line in client.files.content(file_id).read().splitlines()] if file_id else []

