@@ -67,7 +67,7 @@ def orders(total: int) -> None:
 
 
 def data_of(tiny: TinyPipeline, omni, seed: int, count: int, folder: Path) -> dict:
-    tell = lambda done, of: print(f"  preparing data: {done}/{of}", end="\r", flush=True)
+    tell = lambda done, of: print(f"  preparing data: {done}/{of}", end="\r", flush=True)  # noqa: E731
     encoder = tiny.load_visual_encoder()
     return {
         task: load_cached_task(folder, omni, encoder, sample_requests(seed, task, count), PreparationConfig(tell))
@@ -102,12 +102,12 @@ def run(tiny: TinyPipeline, arm: str, seed: int, given: argparse.Namespace) -> l
     omni, sizes, name = tiny.load_omni("stage2a"), tuple(given.sizes), f"batching{seed}"
     cache = given.runs / "cache"
     data, unseen = data_of(tiny, omni, 1, given.count, cache), data_of(tiny, omni, 2, max(sizes) * 2, cache)
-    make = lambda tag, some: build_adapter_recipe(tag, omni, some, given.steps, sizes, 0)
+    make = lambda tag, some: build_adapter_recipe(tag, omni, some, given.steps, sizes, 0)  # noqa: E731
     whole = make(name, data)
     alone, looks = ({task: make(tag, {task: some[task]}) for task in some}
                     for tag, some in ((name, data), ("held-out", unseen)))  # fmt: skip
     folder = given.out / f"{arm.replace(' ', '-')}-{seed}"
-    trainer = Trainer(replace(whole, passes=single_micro_batch(arm_loss(arm, whole, alone))), folder)
+    trainer = Trainer(replace(whole, micro_batch_losses=single_micro_batch(arm_loss(arm, whole, alone))), folder)
     return train(trainer, looks, folder / "held-out.jsonl", given, sizes)
 
 

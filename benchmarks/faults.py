@@ -76,9 +76,10 @@ class Plant:
         settings = {
             "DATABASE": self.postgres.address, "BROKER": self.redis.address, "S3": self.s3.address,
             "S3_ACCESS_KEY": ACCESS_KEY, "S3_SECRET_KEY": SECRET_KEY, "MLLM": "http://127.0.0.1:9",
-            "WEIGHTS": weights, "HOME": str(folder), "LOST_AFTER": "3", "ADMIN_KEY": KEY, "LIFETIME": "60",
+            "WEIGHTS": weights, "HOME": str(folder), "HEARTBEAT_TIMEOUT": "3",
+            "ADMIN_KEY": KEY, "ARTIFACT_LIFETIME_SECONDS": "60",
         }  # fmt: skip
-        settings |= {"RESUME_STEPS": "8", "RESUME_SECONDS": "0"} if hurried else {}
+        settings |= {"SAVE_STATE_EVERY_STEPS": "8", "SAVE_STATE_EVERY_SECONDS": "0"} if hurried else {}
         self.environment = os.environ | {f"OMNIVIDEO_{name}": value for name, value in settings.items() if value}
         self.environment |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
         self.address = f"http://127.0.0.1:{port}"

@@ -92,7 +92,7 @@ def at_rate(
         return {"target": torch.cat(latents), "embeddings": torch.cat(embeddings)}
 
     saved = load_or_compute(file, made)
-    return replace(data, target=saved["target"], embeddings=saved["embeddings"])
+    return replace(data, target_latents=saved["target"], visual_embeddings=saved["embeddings"])
 
 
 # ---------------------------------------------------------------- what comes out

@@ -27,7 +27,7 @@ from omnivideo.contracts import Job, SamplingOverrides
 
 def quantiles(values: list[float]) -> str:
     ranked = sorted(values)
-    at = lambda share: ranked[min(len(ranked) - 1, int(share * len(ranked)))]
+    at = lambda share: ranked[min(len(ranked) - 1, int(share * len(ranked)))]  # noqa: E731
     return f"p50 {1000 * at(0.5):.1f} ms, p99 {1000 * at(0.99):.1f} ms, most {1000 * ranked[-1]:.1f} ms"
 
 
@@ -68,10 +68,10 @@ async def followers(plant: Plant, given: argparse.Namespace) -> None:
     ) as client:
         turns = plant.rooms.build_service_context().turns
         thread = (await client.post("/v1/threads")).json()["id"]
-        row = turns.add(
-            "turn_followed", thread, "admin", 1, {"text": "", "attachments": [], "options": {}, "reply": False}
+        row = turns.create_turn(
+            "turn_followed", thread, "admin", 1, {"text": "", "attachments": [], "options": {}, "is_reply": False}
         )
-        row = turns.claim(row.id)
+        row = turns.claim_turn(row.id)
 
         async def follow() -> int:
             count = 0
@@ -87,14 +87,14 @@ async def followers(plant: Plant, given: argparse.Namespace) -> None:
         began = time.perf_counter()
         waiting = [asyncio.create_task(follow()) for _ in range(given.followers)]
         for _ in range(max(1, min(40, given.followers // 25))):  # a silent turn would be taken over
-            await asyncio.to_thread(turns.beat, row)
+            await asyncio.to_thread(turns.heartbeat, row)
             await asyncio.sleep(0.5)
         for number in range(1, given.events + 1):
-            event = {"kind": "step", "step": number, "steps": given.events, "left": 0.0}
-            await asyncio.to_thread(turns.told, row, number, event)
-            await asyncio.to_thread(turns.beat, row)
+            event = {"kind": "step", "step": number, "steps": given.events, "eta_seconds": 0.0}
+            await asyncio.to_thread(turns.append_event, row, number, event)
+            await asyncio.to_thread(turns.heartbeat, row)
             await asyncio.sleep(0.2)
-        await asyncio.to_thread(turns.end, row, "cancelled")
+        await asyncio.to_thread(turns.end_turn, row, "cancelled")
         counts = await asyncio.gather(*waiting)
     print(*refused[:3], sep="\n")
     late = [max(times) - min(times) for times in seen.values()]
@@ -139,19 +139,19 @@ LOOP = """
 import sys, json, time
 import torch
 torch.set_num_threads(1)
-from omnivideo.backends.decoder.pipeline import Clip, draw
-from omnivideo.backends.media import encoded
-from omnivideo.contracts import settings
+from omnivideo.backends.decoder.pipeline import GeneratedClip, generate_clip
+from omnivideo.media.artifacts import encode_clip
+from omnivideo.contracts import resolve_sampling_params
 from omnivideo.studio import Studio
 weights, first, count, steps = sys.argv[1] or None, int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
 studio = Studio(weights=weights, device="cpu")
 sys.stdin.readline() if print("ready", flush=True) is None else None
 began = time.perf_counter()
 for at in range(first, first + count):
-    chosen = settings(studio.omni.preset, "text-to-video", seed=at, steps=steps)
-    for event in draw(studio.omni, f"a red ball {at}", chosen):
-        if isinstance(event, Clip):
-            encoded(event.frames, chosen.fps)
+    params = resolve_sampling_params(studio.omni.preset, "text-to-video", seed=at, steps=steps)
+    for event in generate_clip(studio.omni, f"a red ball {at}", params):
+        if isinstance(event, GeneratedClip):
+            encode_clip(event.frames, params.fps)
 print(time.perf_counter() - began, flush=True)
 """
 
@@ -248,7 +248,7 @@ def main() -> None:
     parser.add_argument("--kill", action="store_true")
     given = parser.parse_args()
     print(json.dumps({"cores": os.cpu_count(), "machine": platform.processor() or platform.machine()}))
-    os.environ |= {"OMNIVIDEO_QUEUE_MOST": "100000", "OMNIVIDEO_KEY_MOST": "100000"}
+    os.environ |= {"OMNIVIDEO_MAX_QUEUED_JOBS": "100000", "OMNIVIDEO_MAX_OPEN_JOBS_PER_KEY": "100000"}
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         workers = 0 if given.what in ("submits", "followers") else 2
         plant = Plant(Path(folder), given.weights, stack, workers, hurried=False)

@@ -109,8 +109,9 @@ def stage(world: ProcessContext, name: str, given: argparse.Namespace) -> Measur
     recipe: Recipe = STAGES[name](omni, data, steps=1000, batch_sizes=(batch, batch))
     precision = torch.bfloat16 if device.type == "cuda" else torch.float32
     many = replace(
-        recipe, optimizer="adamw", shape="cosine", precision=precision, device=device,
-        checkpointing=given.checkpointing, adam_lr=1e-5, passes=lambda step: [*recipe.micro_batch_losses(step)] * given.passes,
+        recipe, optimizer="adamw", lr_schedule="cosine", precision=precision, device=device,
+        checkpointing=given.checkpointing, adam_lr=1e-5,
+        micro_batch_losses=lambda step: [*recipe.micro_batch_losses(step)] * given.passes,
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         trainer = world.create_trainer(many, Path(folder))

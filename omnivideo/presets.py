@@ -58,7 +58,7 @@ class Preset(PresetModel):
 
     `decoder` and `vae` are the configurations of diffusers' `WanTransformer3DModel` and `AutoencoderKLWan`;
     version 1 has a vision head and an adapter, version 2 a normalised projection of the MLLM's hidden states.
-    `together` is how many clips of a batch are drawn in one pass, where that was measured to be faster.
+    `max_batch_size` is how many clips of a batch are drawn in one pass, where that was measured to be faster.
     """
 
     name: str
@@ -198,8 +198,8 @@ OMNIVIDEO2_A14B = OMNIVIDEO2_1_3B.model_copy(
     update={
         "name": "omnivideo2-a14b",
         "decoder": WAN_14B_CONFIG,
-        "decoders": 2,
-        "boundary": 0.875,
+        "num_decoders": 2,
+        "boundary_ratio": 0.875,
         "visual_context": VisualContextConfig(hidden_dim=5120),
     }
 )

@@ -59,8 +59,8 @@ def weights(omni, tmp_path_factory) -> Path:
 @pytest.fixture(autouse=True)
 def short_answers(monkeypatch):
     """An untrained model would talk on to the limit."""
-    monkeypatch.setattr(LocalMLLM, "most", 24)
-    monkeypatch.setattr(RemoteMLLM, "most", 24)
+    monkeypatch.setattr(LocalMLLM, "max_tokens", 24)
+    monkeypatch.setattr(RemoteMLLM, "max_tokens", 24)
 
 
 @pytest.fixture(scope="session")

@@ -16,8 +16,10 @@ IMPERATIVE_VERBS = (
     "take", "get", "set", "use", "replace", "transform", "generate", "create", "show", "let", "have", "go", "return",
     "switch", "give",
 )  # fmt: skip
-QUESTION_WORDS = ("how", "what", "which", "where", "who", "why", "when", "is", "are", "does", "do", "tell", "describe", "count",
-        "caption", "say", "explain")  # fmt: skip
+QUESTION_WORDS = (
+    "how", "what", "which", "where", "who", "why", "when", "is", "are", "does", "do", "tell", "describe", "count",
+    "caption", "say", "explain",
+)  # fmt: skip
 ACTION_START = "|".join((*IMPERATIVE_VERBS, *QUESTION_WORDS))
 LEAD_IN = r"(?:and|then|now|also|next|finally|afterwards|after that|ok|okay|so|but|please)"
 QUANTITY = r"(?:an?|one|two|three|four|five|six|some|several|another|as many|half|twice|\d+)"
@@ -161,7 +163,7 @@ def build_choice_question(options: Sequence[Artifact], descriptions: Sequence[st
 
 
 def artifact_from_reply(reply: str, options: Sequence[Artifact], descriptions: Sequence[str]) -> Artifact | None:
-    """The option that a reply to `which_one` means: by number, ordinal or description."""
+    """The option that a reply to `build_choice_question` means: by number, ordinal or description."""
     if (number := re.search(r"\d+", reply)) and 1 <= int(number[0]) <= len(options):
         return options[int(number[0]) - 1]
     for word, at in ORDINAL_INDEX.items():
@@ -180,7 +182,7 @@ def artifact_from_reply(reply: str, options: Sequence[Artifact], descriptions: S
 
 @dataclass(frozen=True)
 class PlannedAction:
-    """One act of a model's plan; `about` is "new", "last", "unclear", or the number of an artifact from 1."""
+    """One act of a model's plan; `reference` is "new", "last", "unclear", or the number of an artifact from 1."""
 
     text: str
     reference: str

@@ -1,9 +1,9 @@
 """The planner: a turn of a conversation through think, route, understand | generate | edit, check.
 
-    plan -> refer -> think -> route -> understand ------------> next act, or answer
-                                    -> generate | edit -> check -> another try, next act, or answer
+    plan -> resolve_reference -> think -> route -> understand ------------> next act, or answer
+                                                -> generate | edit -> check -> another try, next act, or answer
 
-`refer` finds what the act is about, and asks back (interrupt) where that is not clear.
+`resolve_reference` finds what the act is about, and asks back (interrupt) where that is not clear.
 Each node is one step of the thread's checkpoint: a process that is killed goes on from the last one.  The planner
 knows only ports; what happens is told as events while it happens.
 """
@@ -116,17 +116,31 @@ class Planner:
 
     def build_graph(self, checkpointer: BaseCheckpointSaver) -> Any:
         builder = StateGraph(PlannerState)
-        for name in ("plan", "refer", "think", "route", "understand", "generate", "edit", "check", "answer"):
+        for name in (
+            "plan",
+            "resolve_reference",
+            "think",
+            "route",
+            "understand",
+            "generate",
+            "edit",
+            "check",
+            "answer",
+        ):
             builder.add_node(name, getattr(self, name))
         builder.add_edge(START, "plan")
-        builder.add_edge("plan", "refer")
-        builder.add_conditional_edges("refer", choose_node_after_reference, ["think", "refer", "answer"])
+        builder.add_edge("plan", "resolve_reference")
+        builder.add_conditional_edges(
+            "resolve_reference", choose_node_after_reference, ["think", "resolve_reference", "answer"]
+        )
         builder.add_edge("think", "route")
         builder.add_conditional_edges("route", choose_goal_node, ["understand", "generate", "edit"])
-        builder.add_conditional_edges("understand", choose_next_node, ["refer", "answer"])
+        builder.add_conditional_edges("understand", choose_next_node, ["resolve_reference", "answer"])
         builder.add_edge("generate", "check")
         builder.add_edge("edit", "check")
-        builder.add_conditional_edges("check", choose_node_after_check, ["generate", "edit", "refer", "answer"])
+        builder.add_conditional_edges(
+            "check", choose_node_after_check, ["generate", "edit", "resolve_reference", "answer"]
+        )
         builder.add_edge("answer", END)
         return builder.compile(checkpointer=checkpointer)
 
@@ -137,13 +151,13 @@ class Planner:
         emit_event(PlanReady(plan=Plan(actions=tuple(Action(text=piece) for piece in action_texts))))
         attached = state["attachments"]
         return {
-            "pieces": action_texts,
-            "abouts": references,
-            "at": 0,
-            "asked": [],
-            "done": [],
+            "action_texts": action_texts,
+            "action_references": references,
+            "action_index": 0,
+            "clarifications": [],
+            "results": [],
             "artifacts": attached,
-            "current": attached[-1]["key"] if attached else state.get("current"),
+            "current_key": attached[-1]["key"] if attached else state.get("current_key"),
             "descriptions": state.get("descriptions", {}),
         }
 
@@ -162,27 +176,27 @@ class Planner:
     def resolve_reference(self, state: PlannerState) -> dict[str, Any]:
         """Which artifact the act is about; asks back where that is not clear."""
         search = ReferenceSearch([Artifact(**one) for one in state["artifacts"]], dict(state["descriptions"]), [])
-        text = state["pieces"][state["at"]]
-        if state["at"] == 0 and state["attachments"]:
+        text = state["action_texts"][state["action_index"]]
+        if state["action_index"] == 0 and state["attachments"]:
             source: Artifact | None = search.artifacts[-1]
-        elif about := state["abouts"][state["at"]]:
+        elif about := state["action_references"][state["action_index"]]:
             source = self.artifact_from_plan(about, search)
         else:
-            source = self.resolve_by_words(text, state["current"], search)
+            source = self.resolve_by_words(text, state["current_key"], search)
         if source is None and not search.artifacts and english_rules.is_change_request(text):
             # Nothing is there to change: the reply is what to begin with.
             text = search.ask_user(NOTHING_TO_EDIT_QUESTION)
         act = Action(text=text, source=None if source is None else source.key)
         updates = {
-            "act": act.model_dump(), "trace": None, "statement": None, "tries": [], "over": False,
-            "asked": state["asked"] + search.clarifications, "descriptions": search.descriptions,
+            "action": act.model_dump(), "trace": None, "statement": None, "candidates": [], "action_done": False,
+            "clarifications": state["clarifications"] + search.clarifications, "descriptions": search.descriptions,
         }  # fmt: skip
         if source is None or not english_rules.is_go_back_request(text):
             return updates
         emit_event(ArtifactReady(artifact=source))
         route = Route(kind="text", probability=1.0)
         result = ActionResult(action=act, goal="understand", route=route, trace=None, artifact=source)
-        return updates | {"current": source.key} | close_action(state, result)
+        return updates | {"current_key": source.key} | close_action(state, result)
 
     def artifact_from_plan(self, reference: str, search: ReferenceSearch) -> Artifact | None:
         """What the model's plan says: "new", "last", "unclear", or the number of an artifact."""
@@ -244,7 +258,7 @@ class Planner:
         if wanted and route.kind != "text":
             trace = self.rewrite_prompt(request)
             emit_event(PromptRewritten(trace=trace))
-        return {"routed": route.model_dump(), "trace": trace and trace.model_dump()}
+        return {"detected_route": route.model_dump(), "trace": trace and trace.model_dump()}
 
     def rewrite_prompt(self, request: MLLMRequest) -> ThinkTrace:
         started, text = time.perf_counter(), ""
@@ -258,7 +272,7 @@ class Planner:
 
     def route(self, state: PlannerState) -> dict[str, Any]:
         """By the model's own token; where that is a toss-up, the user is asked."""
-        route = Route(**state["routed"])
+        route = Route(**state["detected_route"])
         if route.probability >= MIN_ROUTE_PROBABILITY:
             return {}
         reply = interrupt(ROUTE_QUESTION)
@@ -266,8 +280,8 @@ class Planner:
             "image" if any(word in reply.lower() for word in ("picture", "image", "photo", "still"))
             else "video" if any(word in reply.lower() for word in ("clip", "video", "animation", "movie")) else "text"
         )  # fmt: skip
-        asked = [*state["asked"], (ROUTE_QUESTION, reply)]
-        return {"routed": Route(kind=kind, probability=1.0).model_dump(), "asked": asked}
+        asked = [*state["clarifications"], (ROUTE_QUESTION, reply)]
+        return {"detected_route": Route(kind=kind, probability=1.0).model_dump(), "clarifications": asked}
 
     # ------------------------------------------------------------ the three goals
 
@@ -286,13 +300,13 @@ class Planner:
 
     def render_candidate(self, state: PlannerState, source: Artifact | None) -> dict[str, Any]:
         """One try: the vision head's tokens for the (rewritten) prompt, then a job with the next seed."""
-        options, candidates = TurnOptions(**state["options"]), list(state["tries"])
-        turn_number, action_index, attempt = len(state["turns"]) + 1, state["at"], len(candidates)
+        options, candidates = TurnOptions(**state["options"]), list(state["candidates"])
+        turn_number, action_index, attempt = len(state["turns"]) + 1, state["action_index"], len(candidates)
         base_seed = options.seed if options.seed is not None else derive_seed(state["seed"], turn_number, action_index)
-        medium: Medium = source.medium if source else "image" if state["routed"]["kind"] == "image" else "video"
+        medium: Medium = source.medium if source else "image" if state["detected_route"]["kind"] == "image" else "video"
         prompt = self.get_prompt(state)
         # A turn that failed may be said again: its jobs are other jobs.
-        retry_suffix = f".{state['failures']}" if state.get("failures") else ""
+        retry_suffix = f".{state['failed_turns']}" if state.get("failed_turns") else ""
         job = Job(
             id=f"{get_thread_id()}/{turn_number}.{action_index + 1}.{attempt + 1}{retry_suffix}",
             task=f"{medium}-editing" if source else f"text-to-{medium}",  # type: ignore[arg-type]
@@ -305,7 +319,7 @@ class Planner:
             overrides=SamplingOverrides(steps=options.steps, guidance_scale=options.guidance_scale),
         )
         artifact = self.follow_job(job, final=options.check == 1)
-        return {"tries": [*candidates, Candidate(seed=job.seed, artifact=artifact).model_dump()]}
+        return {"candidates": [*candidates, Candidate(seed=job.seed, artifact=artifact).model_dump()]}
 
     def follow_job(self, job: Job, final: bool) -> Artifact:
         for event in self.queue.run(job):
@@ -320,7 +334,7 @@ class Planner:
     def check(self, state: PlannerState) -> dict[str, Any]:
         """Inference-time scaling: the model's own understanding says whether a try shows what was asked for."""
         options = TurnOptions(**state["options"])
-        candidates = [Candidate(**one) for one in state["tries"]]
+        candidates = [Candidate(**one) for one in state["candidates"]]
         if options.check == 1:
             return self.select_best(state, candidates)
         statement = state["statement"] or self.build_statement(state)
@@ -328,15 +342,15 @@ class Planner:
         agreement = self.mllm.score_agreement(MLLMRequest(text=question, artifacts=(candidates[-1].artifact,)))
         candidates[-1] = candidates[-1].model_copy(update={"agreement": round(agreement, 4)})
         if agreement < MIN_AGREEMENT and len(candidates) < options.check:
-            return {"tries": [one.model_dump() for one in candidates], "statement": statement}
+            return {"candidates": [one.model_dump() for one in candidates], "statement": statement}
         return self.select_best(state, candidates)
 
     def build_statement(self, state: PlannerState) -> str:
         """What the result should show.  An instruction says what to change, so it is restated first."""
         trace = state["trace"]
-        if trace is None and state["act"]["source"]:
+        if trace is None and state["action"]["source"]:
             trace = self.rewrite_prompt(self.build_request(state)).model_dump()
-        said = trace["rewrite"] if trace else state["act"]["text"]
+        said = trace["rewrite"] if trace else state["action"]["text"]
         return said.removeprefix("picture of ").removeprefix("video of ")
 
     def select_best(self, state: PlannerState, candidates: list[Candidate]) -> dict[str, Any]:
@@ -345,16 +359,16 @@ class Planner:
             emit_event(ArtifactReady(artifact=best))
         goal: Goal = "edit" if best.source else "generate"
         result = ActionResult(**self.build_result_fields(state, goal), candidates=tuple(candidates), artifact=best)
-        updates = {"artifacts": [best.model_dump()], "current": best.key}
-        return updates | {"tries": [one.model_dump() for one in candidates]} | close_action(state, result)
+        updates = {"artifacts": [best.model_dump()], "current_key": best.key}
+        return updates | {"candidates": [one.model_dump() for one in candidates]} | close_action(state, result)
 
     def answer(self, state: PlannerState) -> dict[str, Any]:
         turn = Turn(
             number=len(state["turns"]) + 1,
             text=state["text"],
             attachments=tuple(Artifact(**one) for one in state["attachments"]),
-            clarifications=tuple((question, reply) for question, reply in state["asked"]),
-            results=tuple(ActionResult(**one) for one in state["done"]),
+            clarifications=tuple((question, reply) for question, reply in state["clarifications"]),
+            results=tuple(ActionResult(**one) for one in state["results"]),
         )
         emit_event(TurnCompleted(turn=turn))
         return {"turns": [turn.model_dump()]}
@@ -362,18 +376,18 @@ class Planner:
     # ------------------------------------------------------------ what several nodes need
 
     def find_source(self, state: PlannerState) -> Artifact | None:
-        key = state["act"]["source"]
+        key = state["action"]["source"]
         return next((Artifact(**one) for one in reversed(state["artifacts"]) if one["key"] == key), None)
 
     def build_request(self, state: PlannerState) -> MLLMRequest:
         source = self.find_source(state)
-        return MLLMRequest(text=state["act"]["text"], artifacts=(source,) if source else ())
+        return MLLMRequest(text=state["action"]["text"], artifacts=(source,) if source else ())
 
     def get_prompt(self, state: PlannerState) -> str:
-        return state["trace"]["rewrite"] if state["trace"] else state["act"]["text"]
+        return state["trace"]["rewrite"] if state["trace"] else state["action"]["text"]
 
     def build_result_fields(self, state: PlannerState, goal: Goal) -> dict[str, Any]:
-        return {"act": state["act"], "goal": goal, "routed": state["routed"], "trace": state["trace"]}
+        return {"action": state["action"], "goal": goal, "route": state["detected_route"], "trace": state["trace"]}
 
 
 def get_thread_id() -> str:
@@ -381,24 +395,28 @@ def get_thread_id() -> str:
 
 
 def close_action(state: PlannerState, result: ActionResult) -> dict[str, Any]:
-    return {"done": [*state["done"], result.model_dump()], "at": state["at"] + 1, "over": True}
+    return {
+        "results": [*state["results"], result.model_dump()],
+        "action_index": state["action_index"] + 1,
+        "action_done": True,
+    }
 
 
 def choose_next_node(state: PlannerState) -> str:
-    return "refer" if state["at"] < len(state["pieces"]) else "answer"
+    return "resolve_reference" if state["action_index"] < len(state["action_texts"]) else "answer"
 
 
 def choose_node_after_reference(state: PlannerState) -> str:
     """An act that only went back to something is over already."""
-    return choose_next_node(state) if state["over"] else "think"
+    return choose_next_node(state) if state["action_done"] else "think"
 
 
 def choose_goal_node(state: PlannerState) -> str:
-    if state["routed"]["kind"] == "text":
+    if state["detected_route"]["kind"] == "text":
         return "understand"
-    return "edit" if state["act"]["source"] else "generate"
+    return "edit" if state["action"]["source"] else "generate"
 
 
 def choose_node_after_check(state: PlannerState) -> str:
     """Another try while the act is not over."""
-    return choose_next_node(state) if state["over"] else choose_goal_node(state)
+    return choose_next_node(state) if state["action_done"] else choose_goal_node(state)

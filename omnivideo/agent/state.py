@@ -19,12 +19,12 @@ class PlannerState(TypedDict, total=False):
     action_references: list[str]  # what each is about, where the model has planned it
     action_index: int  # the act that runs
     clarifications: list[tuple[str, str]]
-    results: list[dict[str, Any]]  # contracts.Done
+    results: list[dict[str, Any]]  # contracts.ActionResult
     # The act that runs.
-    action: dict[str, Any]  # contracts.Act
+    action: dict[str, Any]  # contracts.Action
     action_done: bool  # whether it is done with
-    detected_route: dict[str, Any]  # contracts.Routed
-    trace: dict[str, Any] | None  # contracts.Trace
+    detected_route: dict[str, Any]  # contracts.Route
+    trace: dict[str, Any] | None  # contracts.ThinkTrace
     statement: str | None  # what the check asks about
-    candidates: list[dict[str, Any]]  # contracts.Try
+    candidates: list[dict[str, Any]]  # contracts.Candidate
     failed_turns: int  # turns of this thread that failed

@@ -61,7 +61,7 @@ class Thread:
 
     def initialize_state(self, values: dict[str, Any] | None = None) -> "Thread":
         """The first checkpoint: empty, or a copy of another thread's state."""
-        empty = {"seed": derive_seed(self.id), "turns": [], "artifacts": [], "current": None, "descriptions": {}}
+        empty = {"seed": derive_seed(self.id), "turns": [], "artifacts": [], "current_key": None, "descriptions": {}}
         self.graph.update_state(self.config, values or empty, as_node="answer")
         return self
 
@@ -144,7 +144,10 @@ class Thread:
         """Back to the state after so many turns; what the failed turn wrote stays in the past."""
         snapshot = self.find_snapshot_after(num_turns)
         assert snapshot is not None, "a turn begins from a whole state"
-        updates = {"current": snapshot.values["current"], "failures": snapshot.values.get("failures", 0) + 1}
+        updates = {
+            "current_key": snapshot.values["current_key"],
+            "failed_turns": snapshot.values.get("failed_turns", 0) + 1,
+        }
         self.graph.update_state(snapshot.config, updates, as_node="answer")
 
     async def asend(

@@ -62,7 +62,7 @@ class RequestMiddleware:
                 await self.app(scope, receive_within_limit, send_with_request_id)
             route = getattr(scope.get("route"), "path", "none")
             span.update_name(f"{scope['method']} {route}")
-        self.context.request_metrics.saw(scope["method"], route, status, started_at)
+        self.context.request_metrics.observe_request(scope["method"], route, status, started_at)
         elapsed_ms = 1000 * (time.perf_counter() - started_at)
         log_fields = {
             "request": request_id,
@@ -87,9 +87,9 @@ def create_app(context: ServiceContext) -> FastAPI:
 
     description = "Understand, create and edit video by talking."
     app = FastAPI(title="omnivideo", version=__version__, description=description, lifespan=lifespan)
-    app.state.rooms, app.state.runner, app.state.feed = context, runner, EventFeed(context)
+    app.state.context, app.state.turn_runner, app.state.event_feed = context, runner, EventFeed(context)
     context.request_metrics = operations.RequestMetrics(context)
-    app.add_middleware(RequestMiddleware, rooms=context)
+    app.add_middleware(RequestMiddleware, context=context)
     errors.register_error_handlers(app)
     for routes in (chat, videos, images, files, batches, webhooks, threads, operations):
         app.include_router(routes.router)

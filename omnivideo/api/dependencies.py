@@ -20,11 +20,11 @@ BEARER = HTTPBearer(auto_error=False, description="An API key")
 class ServiceContext:
     settings: ServiceSettings
     store: SweepableObjectStore
-    jobs: Any  # storage.jobs.Jobs
-    api_keys: Any  # storage.keys.Keys
-    records: Any  # storage.records.Records: files, batches, hooks, and what was answered to a repeated request
-    turns: Any  # storage.turns.Turns
-    conversations: Any  # conversations.Conversations
+    jobs: Any  # storage.database.jobs.JobRepository
+    api_keys: Any  # storage.database.keys.APIKeyRepository
+    records: Any  # storage.records.RecordRepository: files, batches, hooks, and what was answered to a repeated request
+    turns: Any  # storage.database.turns.TurnRepository
+    conversations: Any  # agent.conversations.Conversations
     ingest_media: Callable[..., Any]  # a user's bytes as an artifact, decoded in a limited process
     fetch_media: Callable[[str], bytes]  # a user's URL, from allowed hosts
     notify_workers: Callable[[], None]  # there is work
@@ -33,22 +33,22 @@ class ServiceContext:
     )
     remote_mllm: Any = None  # backends.mllm.remote.RemoteMLLM; None where the language model is in this process
     check_webhook_url: Callable[[str], None] | None = None  # raises InvalidInput for a URL that no webhook may have
-    turn_runner: Any = None  # api.running.Runner
-    request_metrics: Any = None  # api.watching.Requests, of the application
+    turn_runner: Any = None  # api.turn_runner.TurnRunner
+    request_metrics: Any = None  # api.routes.operations.RequestMetrics, of the application
 
 
 async def get_service_context(request: Request) -> ServiceContext:
-    return cast(ServiceContext, request.app.state.rooms)
+    return cast(ServiceContext, request.app.state.context)
 
 
 async def authenticate_owner(
     request: Request, credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(BEARER)] = None
 ) -> str:
     """The key's id; "local" where the service asks for none."""
-    api_keys = request.app.state.rooms.keys
-    if not api_keys.asked_for:
+    api_keys = request.app.state.context.api_keys
+    if not api_keys.is_required:
         return "local"
-    owner = await run_sync(api_keys.owner, credentials.credentials) if credentials else None
+    owner = await run_sync(api_keys.find_owner, credentials.credentials) if credentials else None
     if owner is None:
         unauthorized = APIError(401, "the API key is missing, wrong or revoked", None, "invalid_api_key")
         unauthorized.headers["WWW-Authenticate"] = "Bearer"

@@ -23,21 +23,21 @@ class EventFeed:
         self.poll_task: asyncio.Task[None] | None = None
 
     async def follow_turn(self, turn_id: str, last_number: int = 0) -> AsyncIterator[NumberedEvent]:
-        """The turn's events with a number above `after`, to its end."""
+        """The turn's events with a number above `last_number`, to its end."""
         queue: asyncio.Queue[NumberedEvent | None] = asyncio.Queue()
         self.subscribers.setdefault(turn_id, set()).add(queue)
         if self.poll_task is None or self.poll_task.done():
             self.poll_task = asyncio.create_task(self.poll_events())
         try:
             # What was told before this follower came; the look tells what is told from here on.
-            for number, body in await anyio.to_thread.run_sync(self.context.turns.events_of, turn_id, last_number):
+            for number, body in await anyio.to_thread.run_sync(self.context.turns.list_events, turn_id, last_number):
                 last_number = number
                 yield number, body
             while (numbered_event := await queue.get()) is not None:
                 if numbered_event[0] > last_number:
                     last_number = numbered_event[0]
                     yield numbered_event
-            for numbered_event in await anyio.to_thread.run_sync(self.context.turns.events_of, turn_id, last_number):
+            for numbered_event in await anyio.to_thread.run_sync(self.context.turns.list_events, turn_id, last_number):
                 yield numbered_event
         finally:
             self.unsubscribe(turn_id, queue)
@@ -55,7 +55,7 @@ class EventFeed:
             last_numbers = {turn: last_numbers.get(turn, 0) for turn in turn_ids}
             try:
                 new_events, closed_turn_ids = await anyio.to_thread.run_sync(
-                    self.context.turns.fresh, turn_ids, OVERLAP_SECONDS
+                    self.context.turns.list_recent_events, turn_ids, OVERLAP_SECONDS
                 )
             except Exception:  # the database is away: the followers wait with us
                 await asyncio.sleep(1.0)

@@ -37,7 +37,7 @@ REQUEST_FIELD_NAMES = {"width": "size", "height": "size", "frames": "num_frames"
 
 
 def get_constraints(field: str) -> list[Any]:
-    """The bounds that a setting has: they stand in contracts.Settings."""
+    """The bounds that a setting has: they stand in contracts.SamplingParams."""
     return SamplingParams.model_fields[field].metadata
 
 
@@ -273,7 +273,7 @@ def build_job_request(
 def submit_job(context: ServiceContext, owner: str, job_request: JobRequest, lane: Lane = "interactive") -> JobStatus:
     """The job as it stands; an id that is known is the same job, whoever asks at the same time.
 
-    Raises WireError where the id was made from a key that came with another request, and Busy.
+    Raises APIError where the id was made from a key that came with another request, and ServiceBusy.
     """
     try:
         status: JobStatus | None = context.jobs.submit(job_request.job, owner, lane, job_request.kind, job_request.meta)
@@ -282,7 +282,7 @@ def submit_job(context: ServiceContext, owner: str, job_request: JobRequest, lan
     if status is not None:
         context.notify_workers()
         return status
-    status = context.records.job(job_request.job.id, owner, job_request.kind)
+    status = context.records.get_owned_job(job_request.job.id, owner, job_request.kind)
     if status is None:
         raise APIError(404, "Idempotency-Key: what it stands for was deleted; give a new one", "Idempotency-Key")
     if status.meta.get("request") != job_request.meta["request"]:

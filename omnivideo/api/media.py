@@ -30,17 +30,17 @@ class MediaPart(BaseModel):
         return self
 
 
-def artifact_from_part(context: Any, owner: str, part: MediaPart, made_by: str) -> Artifact:
+def artifact_from_part(context: Any, owner: str, part: MediaPart, created_by: str) -> Artifact:
     """The part in the store; raises UnreadableMedia where it is no image or clip."""
     if part.url is not None:
-        artifact: Artifact = context.taken(context.fetched(part.url), made_by)
+        artifact: Artifact = context.ingest_media(context.fetch_media(part.url), created_by)
         return artifact
-    file = context.records.file(part.file_id, owner)
+    file = context.records.get_file(part.file_id, owner)
     if file is None:
         raise build_not_found_error("file", str(part.file_id))
     if file.artifact is None:
         raise APIError(400, "file_id: that file is no image or clip", "file_id", "invalid_value")
-    return Artifact(**(file.artifact | {"made_by": made_by}))
+    return Artifact(**(file.artifact | {"created_by": created_by}))
 
 
 def build_range_response(request: Request, data: bytes, key: str) -> Response:

@@ -115,7 +115,7 @@ def validate_fields(model_class: type[Model], fields: Mapping[str, Any]) -> Mode
 
 
 def document_request_body(model_class: type[BaseModel], *file_fields: str, accepts_json: bool = True) -> dict[str, Any]:
-    """A route's body in the OpenAPI document: as JSON if `plain`, and as a form where some fields may be files."""
+    """A route's body in the OpenAPI document: as JSON if `accepts_json`, and as a form where some fields may be files."""
     schema = model_class.model_json_schema()
     schema = inline_definitions(schema, schema.pop("$defs", {}))
     content: dict[str, Any] = {"application/json": {"schema": schema}} if accepts_json else {}
@@ -173,7 +173,7 @@ def artifact_from_upload(context: ServiceContext, owner: str, file: UploadFile) 
 
 
 def artifact_from_file(context: ServiceContext, owner: str, file_id: str) -> Artifact:
-    row = context.records.file(file_id, owner)
+    row = context.records.get_file(file_id, owner)
     if row is None:
         raise InvalidInput("file_id", f"there is no file {file_id[:100]!r}")
     if row.artifact is None:
@@ -187,7 +187,7 @@ def artifact_from_url(context: ServiceContext, owner: str, url: str) -> Artifact
 
 
 def artifact_from_job(context: ServiceContext, owner: str, job_id: str) -> Artifact:
-    status = context.records.job(job_id, owner, "video")
+    status = context.records.get_owned_job(job_id, owner, "video")
     if status is None:
         raise InvalidInput("id", f"there is no video {job_id[:100]!r}")
     if status.result is None:

@@ -56,10 +56,10 @@ class TurnRunner:
             "text": text,
             "attachments": [attachment.model_dump() for attachment in attachments],
             "options": turn_options.model_dump(),
-            "reply": thread.get_open_question() is not None,
+            "is_reply": thread.get_open_question() is not None,
         }
-        row = self.context.turns.add(turn_id, thread_id, owner, len(thread.get_turns()) + 1, turn_body)
-        if row is None and (row := self.context.turns.get(turn_id, owner)) is not None:
+        row = self.context.turns.create_turn(turn_id, thread_id, owner, len(thread.get_turns()) + 1, turn_body)
+        if row is None and (row := self.context.turns.get_turn(turn_id, owner)) is not None:
             return row  # a twin of this request came first
         if row is None:
             raise APIError(409, "thread: a turn is running; wait for its end or cancel it", "thread", "busy")
@@ -69,13 +69,13 @@ class TurnRunner:
     def get_thread(self, owner: str, thread_id: str) -> Thread:
         if not self.context.turns.has_thread(thread_id, owner):
             raise build_not_found_error("thread", thread_id)
-        thread: Thread = self.context.conversations.thread(thread_id, create=True, owner=owner)
+        thread: Thread = self.context.conversations.open_thread(thread_id, create=True, owner=owner)
         return thread
 
     # ------------------------------------------------------------ running
 
     def claim_and_run(self, turn_id: str) -> None:
-        if (row := self.context.turns.claim(turn_id)) is not None:
+        if (row := self.context.turns.claim_turn(turn_id)) is not None:
             self.run_to_end(row)
 
     def run_to_end(self, row: Any) -> None:
@@ -99,7 +99,7 @@ class TurnRunner:
             self.interrupt_reasons.pop(row.id, None)
         if not self.stop_event.is_set():
             with suppress(StoreError):  # silent then: another look takes it over and finds that it is done
-                self.context.turns.end(row, state, error)
+                self.context.turns.end_turn(row, state, error)
 
     def retry_while_unavailable(self, row: Any) -> str:
         """Begins again where the thread stands, while what it needs is away for a moment."""
@@ -116,7 +116,7 @@ class TurnRunner:
 
     def emit_waiting(self, row: Any, error: Exception) -> None:
         """Tells who follows that the turn waits, unless nothing has come since that was told last."""
-        event_kinds = [event["kind"] for _, event in self.context.turns.events_of(row.id)]
+        event_kinds = [event["kind"] for _, event in self.context.turns.list_events(row.id)]
         if [kind for kind in event_kinds if kind != "plan"][-1:] == ["waiting"]:  # each attempt begins with the plan
             return
         text = (
@@ -124,16 +124,16 @@ class TurnRunner:
             if isinstance(error, ModelUnavailable)
             else "something is away for a moment; this goes on by itself"
         )
-        self.context.turns.told(row, len(event_kinds) + 1, WaitingNotice(text=text).model_dump())
+        self.context.turns.append_event(row, len(event_kinds) + 1, WaitingNotice(text=text).model_dump())
 
     def run_turn(self, row: Any) -> str:
-        thread = self.get_thread(row.owner, row.thread)
-        previous_events, state = self.context.turns.events_of(row.id), "asks"
+        thread = self.get_thread(row.owner, row.thread_id)
+        previous_events, state = self.context.turns.list_events(row.id), "asks"
         events = self.iterate_events(
             row, thread, has_events=any(event["kind"] != "waiting" for _, event in previous_events)
         )
         for number, event in enumerate(events, start=len(previous_events) + 1):
-            self.context.turns.told(row, number, event.model_dump())
+            self.context.turns.append_event(row, number, event.model_dump())
             state = "done" if isinstance(event, TurnCompleted) else state
             if reason := self.interrupt_reasons.get(row.id):
                 events.close()
@@ -149,17 +149,17 @@ class TurnRunner:
             yield TurnCompleted(turn=history[row.number - 1])
             return
         state = thread.graph.get_state(thread.config)
-        if state.interrupts and (has_events or not row.body["reply"]):
+        if state.interrupts and (has_events or not row.body["is_reply"]):
             yield QuestionAsked(text=str(thread.get_open_question()))
         elif not is_turn_complete(state) and not state.interrupts:
             yield from thread.resume()
         else:
-            attachments = [Artifact(**one) for one in row.body["attachments"]]
+            attachments = [Artifact(**attachment) for attachment in row.body["attachments"]]
             yield from thread.send(row.body["text"], attachments, **row.body["options"])
 
     def cancel_turn(self, row: Any) -> None:
-        self.context.turns.cancel(row.id)
-        self.context.jobs.cancel_of(row.owner, f"{row.thread}/")
+        self.context.turns.cancel_turn(row.id)
+        self.context.jobs.cancel_by_prefix(row.owner, f"{row.thread_id}/")
 
     # ------------------------------------------------------------ looking after
 
@@ -173,14 +173,14 @@ class TurnRunner:
 
     def send_heartbeats(self) -> None:
         for row in list(self.running_rows.values()):
-            turn_state = self.context.turns.beat(row)
+            turn_state = self.context.turns.heartbeat(row)
             if turn_state != "wanted":
                 self.interrupt_reasons[row.id] = turn_state
             if turn_state == "cancelled":  # the job that it waits for may be younger than the cancel
-                self.context.jobs.cancel_of(row.owner, f"{row.thread}/")
+                self.context.jobs.cancel_by_prefix(row.owner, f"{row.thread_id}/")
 
     def take_over_lost_turns(self) -> None:
-        while (row := self.context.turns.claim_lost(self.heartbeat_timeout_seconds)) is not None:
+        while (row := self.context.turns.claim_lost_turn(self.heartbeat_timeout_seconds)) is not None:
             log.warning("turn %s: its process fell silent; it goes on here", row.id)
             self.pool.submit(self.run_to_end, row)
 

@@ -2,7 +2,7 @@
 
 An event is in the database before its job counts as announced, under an id that follows from job and hook: whoever
 comes twice, or dies in between, adds nothing.  A delivery is tried by one process at a time; one that dies with it
-leaves it to the next after LEASE seconds, so that a hook may hear the same id twice, and never none.
+leaves it to the next after DELIVERY_LEASE_SECONDS, so that a hook may hear the same id twice, and never none.
 """
 
 import base64
@@ -45,7 +45,7 @@ EVENT_TYPE_BY_STATE = {"done": "video.completed", "failed": "video.failed"}
 def parse_webhook_url(url: str, internal_hosts: Collection[str]) -> tuple[SplitResult, str, int]:
     """The URL's parts, host and port; raises InvalidInput for what may not be called.
 
-    As with media, what parsers read differently is refused before one has read it.  Hosts in `inside` are the
+    As with media, what parsers read differently is refused before one has read it.  Hosts in `internal_hosts` are the
     operator's own: any address and port will do for them.
     """
     if not re.fullmatch(r"[!-\[\]-~]{1,2000}", url):
@@ -124,7 +124,7 @@ def send_event(url: str, secret: str, event_id: str, event: dict[str, Any], inte
 class WebhookSender:
     """Announces and delivers in threads of this process.  Any number of processes may.
 
-    `first` is the pause after the first failure, in seconds; it doubles with each.
+    `first_retry_seconds` is the pause after the first failure, in seconds; it doubles with each.
     """
 
     def __init__(
@@ -171,10 +171,15 @@ class WebhookSender:
         while jobs := self.records.list_unannounced_jobs("video", 100):
             hooks = self.records.list_webhooks_of_owners({job.owner for job in jobs})
             matching_pairs = [
-                (job, hook) for job in jobs for hook in hooks if hook.owner == job.owner and hook.made <= job.ended
+                (job, hook)
+                for job in jobs
+                for hook in hooks
+                if hook.owner == job.owner and hook.created_at <= job.ended_at
             ]
             events = [build_event(job, hook) for job, hook in matching_pairs]
-            deliveries = [(event_id, hook.id, body) for event_id, hook, body in events if body["type"] in hook.events]
+            deliveries = [
+                (event_id, hook.id, body) for event_id, hook, body in events if body["type"] in hook.event_types
+            ]
             if deliveries:
                 self.records.enqueue_deliveries(deliveries)
             self.records.mark_announced([job.id for job in jobs])
@@ -200,7 +205,7 @@ class WebhookSender:
         if 200 <= status < 300:
             self.records.complete_delivery(delivery.id)
             return
-        retry_seconds = min(self.first_retry_seconds * 2.0 ** (delivery.tries - 1), RETRY_WINDOW_SECONDS)
+        retry_seconds = min(self.first_retry_seconds * 2.0 ** (delivery.attempts - 1), RETRY_WINDOW_SECONDS)
         if time.time() + retry_seconds > delivery.body["created_at"] + RETRY_WINDOW_SECONDS:
             log.warning("webhook %s: %s was not taken within a day", hook.id, delivery.id)
             self.records.complete_delivery(delivery.id)
@@ -212,7 +217,7 @@ def build_event(job: Any, hook: Any) -> tuple[str, Any, dict[str, Any]]:
     """An event's id, its hook and its body."""
     event_id = f"evt_{hashlib.sha256(f'{job.id} {hook.id}'.encode()).hexdigest()[:32]}"
     body = {
-        "id": event_id, "object": "event", "created_at": int(job.ended), "type": EVENT_TYPE_BY_STATE[job.state],
+        "id": event_id, "object": "event", "created_at": int(job.ended_at), "type": EVENT_TYPE_BY_STATE[job.state],
         "data": {"id": job.id},
     }  # fmt: skip
     return event_id, hook, body

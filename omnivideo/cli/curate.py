@@ -52,7 +52,7 @@ def show_progress(console: Console) -> Iterator[Callable[[str, int, int], None]]
 def curate(
     folder: Annotated[Path, typer.Argument(help="Folder of videos, with all its folders.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder of clips/, clips.jsonl and report.html.")],
-    bound: Annotated[list[str], typer.Option(help=f"NAME=VALUE, as often as you like: {BOUNDS_HELP}.")] = [],
+    bound: Annotated[list[str], typer.Option(help=f"NAME=VALUE, as often as you like: {BOUNDS_HELP}.")] = [],  # noqa: B006
     captions: Annotated[Optional[str], typer.Option(help="Address of omnivideo's language model server.")] = None,  # noqa: UP045
     aesthetic: Annotated[Optional[Path], typer.Option(help="Folder of a downloaded predictor: clip/, head.*.")] = None,  # noqa: UP045
     ocr: Annotated[bool, typer.Option(help="Read text, where rapidocr-onnxruntime is installed.")] = True,

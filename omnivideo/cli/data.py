@@ -14,7 +14,7 @@ from rich.table import Table
 
 from omnivideo.errors import InvalidInput
 
-app = typer.Typer(name="data", no_args_is_help=True, help="Training data: curate, pack, look, encode.")
+app = typer.Typer(name="data", no_args_is_help=True, help="Training data: curate, pack, inspect, encode.")
 console, error_console = Console(), Console(stderr=True)
 
 ShardsArgument = Annotated[str, typer.Argument(help="A folder of shards, or s3://bucket/prefix.")]
@@ -71,8 +71,8 @@ def inspect(
     world_size: Annotated[int, typer.Option(min=1, max=4096, help="Ranks.")] = 1,
     stills: StillsOption = None,
     clips: ClipsOption = None,
-    ratio: RatioOption = [],
-    group_weight: GroupWeightOption = [],
+    ratio: RatioOption = [],  # noqa: B006
+    group_weight: GroupWeightOption = [],  # noqa: B006
     report: ReportOption = None,
 ) -> None:
     """Count samples by task and bucket, and say what an epoch of stage 1's batches over them comes to."""
@@ -81,20 +81,22 @@ def inspect(
     from omnivideo.training.recipes.over_shards import build_mix
 
     dataset, assigner = open_dataset(shards, size, frames, fps)
-    sampler, sample_indices = build_batch_sampler(
-        dataset, assigner, build_mix(stills, clips, ratio=ratio, weights=group_weight)
+    mix = build_mix(stills, clips, ratio=ratio, weights=group_weight)
+    sampler, sample_indices = build_batch_sampler(dataset, assigner, mix)
+    counts = Counter(
+        (dataset.entries[number].task, sampler.buckets[position])
+        for number, position in zip(sample_indices, sampler.sample_buckets.tolist(), strict=True)
     )
-    counts = Counter((dataset.entries[number].task, sampler.buckets[position])
-                     for number, position in zip(sample_indices, sampler.sample_buckets.tolist(), strict=True))  # fmt: skip
     table = Table("task", "bucket", "samples", box=None)
     for (task, bucket), count in sorted(counts.items()):
         table.add_row(task, f"{bucket.width}x{bucket.height}x{bucket.frames}", str(count))
     console.print(table)
     epoch_stats = measure_epoch(sampler, world_size)
     console.print(
-        f"an epoch: {epoch_stats.samples} samples in {epoch_stats.steps} steps, {epoch_stats.wasted_fraction:.2%} of {world_size} ranks' work wasted"
+        f"an epoch: {epoch_stats.samples} samples in {epoch_stats.steps} steps, "
+        f"{epoch_stats.wasted_fraction:.2%} of {world_size} ranks' work wasted"
     )
-    print_skips(dataset.problems, report)
+    print_skips(dataset.skip_report, report)
 
 
 @app.command()
@@ -127,7 +129,7 @@ def encode(
             dataset, encoders, assigner, lambda done, count: bar.update(row, completed=done, total=count)
         )
     console.print(f"{encoded_count} samples encoded; cache {encoders.compute_digest(assigner)}", highlight=False)
-    print_skips(dataset.problems, report)
+    print_skips(dataset.skip_report, report)
 
 
 def open_dataset(shards: str, size: str, frames: str, fps: float) -> tuple[Any, Any]:
@@ -167,18 +169,18 @@ def report_skips(skip_report: Any, report_path: Path | None, distributed_context
     """Around a run: the first process says at its end, however that comes, what any process met on the way."""
     try:
         yield
-        skip_report.meet(distributed_context.gathered(skip_report.found))
+        skip_report.merge_skips(distributed_context.all_gather(skip_report.skipped_samples))
     finally:
-        if distributed_context.first:
+        if distributed_context.is_main_process:
             print_skips(skip_report, report_path)
 
 
 def print_skips(skip_report: Any, report_path: Path | None) -> None:
     """Says what was skipped: every kind with its number and first case; all of them in the report."""
     if report_path is not None:
-        skip_report.write(report_path)
-    for kind, count in skip_report.counts().items():
-        _, location, detail = next(skip for skip in skip_report.found if skip[0] == kind)
+        skip_report.write_jsonl(report_path)
+    for kind, count in skip_report.count_by_kind().items():
+        _, location, detail = next(skip for skip in skip_report.skipped_samples if skip[0] == kind)
         error_console.print(
             f"skipped, {kind}: {count}, the first {location}: {detail}", style="yellow", markup=False, highlight=False
         )

@@ -190,7 +190,7 @@ def migrate() -> None:
 
 @app.command()
 def sweep(home: HomeOption = None) -> None:
-    """Removes artifacts that nothing refers to, once they are older than OMNIVIDEO_LIFETIME."""
+    """Removes artifacts that nothing refers to, once they are older than OMNIVIDEO_ARTIFACT_LIFETIME_SECONDS."""
     rooms = build_wiring(home=home)
     gone = rooms.sweep()
     console.print(f"{len(gone)} removed")

@@ -1,4 +1,4 @@
-"""TODO docstring of omnivideo/cli/train.py."""
+"""The commands of training: train (and its plan), evaluate, ablate."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,12 +8,11 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from omnivideo.cli import data
-from omnivideo.cli.main import DeviceOption, WeightsOption, app, console, error_console, open_studio, parse_size
+from omnivideo.cli.app import DeviceOption, WeightsOption, console, error_console, open_studio, parse_size
 from omnivideo.errors import InvalidInput
 from omnivideo.presets import get_preset as preset_of
 
 
-@app.command()
 def evaluate(
     preset: Annotated[str, typer.Argument(help="tiny: its world has a scorer.")] = "tiny",
     weights: WeightsOption = None,
@@ -48,7 +47,6 @@ def evaluate(
         report.write_text(scores_to_json(scores))
 
 
-@app.command()
 def ablate(
     runs: Annotated[Path, typer.Option(help="Folder in which all recipes were trained.")] = Path("runs"),
     count: Annotated[int, typer.Option(min=1, max=10_000, help="Held-out prompts a category.")] = 50,
@@ -66,7 +64,6 @@ def ablate(
     console.print(build_ablation_table(rows))
 
 
-@app.command()
 def train(
     recipe: Annotated[str, typer.Argument(help="tiny for all of them in order, or one recipe's name.")],
     runs: Annotated[Path, typer.Option(help="Folder of checkpoints, logs and plots.")] = Path("runs"),
@@ -80,7 +77,7 @@ def train(
         Optional[bool],  # noqa: UP045
         typer.Option("--checkpointing/--no-checkpointing", help="Less memory, more time."),
     ] = None,
-    log_to: Annotated[list[str], typer.Option(help="tensorboard or wandb; may be given twice.")] = [],
+    log_to: Annotated[list[str], typer.Option(help="tensorboard or wandb; may be given twice.")] = [],  # noqa: B006
     sample_every: Annotated[
         int | None, typer.Option(min=1, help="Draw and score samples every so many steps, to RUN/samples.")
     ] = None,
@@ -99,8 +96,8 @@ def train(
     fps: Annotated[float, typer.Option(help="With --data: frames a second that clips are seen at.")] = 8.0,
     stills: data.StillsOption = None,
     clips: data.ClipsOption = None,
-    ratio: data.RatioOption = [],
-    group_weight: data.GroupWeightOption = [],
+    ratio: data.RatioOption = [],  # noqa: B006
+    group_weight: data.GroupWeightOption = [],  # noqa: B006
     micro_batch_size: Annotated[
         int | None, typer.Option(min=1, help="With --data: samples of a process's forward and backward pass; else all.")
     ] = None,
@@ -110,12 +107,14 @@ def train(
     seed: Annotated[
         list[int],
         typer.Option(min=0, help="Of the requests, further ones for more edits; with --data one, of the order."),
-    ] = [],
+    ] = [],  # noqa: B006
     plan: Annotated[bool, typer.Option("--plan", help="Only say what the recipe costs at full size.")] = False,
     preset: Annotated[str, typer.Option(help="With --plan: the model.")] = "omnivideo-1.3b",
     gpus: Annotated[str, typer.Option(help="With --plan: COUNTxNAME.")] = "8xH100",
     batch: Annotated[int, typer.Option(min=1, help="With --plan: clips on one GPU in a pass.")] = 1,
-    grad_accum: Annotated[int, typer.Option(min=1, help="With --plan: passes of a step, as --micro makes them.")] = 1,
+    grad_accum: Annotated[
+        int, typer.Option(min=1, help="With --plan: passes of a step, as --micro-batch-size makes them.")
+    ] = 1,
     size: Annotated[str, typer.Option(help="With --plan or --data: WIDTHxHEIGHT in px.")] = "832x480",
     frames: Annotated[str, typer.Option(help="With --plan: frames of a clip; with --data: all lengths.")] = "17",
     cached: Annotated[bool, typer.Option(help="With --plan: latents and text come from the cache.")] = True,
@@ -127,8 +126,8 @@ def train(
     if plan:
         return print_plan(
             recipe, gpus, preset_of(preset), batch, **parse_size(size),
-            frames=data.parse_integers("frames", [frames])[0], sequence=sequence_parallel, checkpointing=bool(checkpointing),
-            cached=cached, steps=steps, utilisation=utilisation, passes=grad_accum,
+            frames=data.parse_integers("frames", [frames])[0], sequence_parallel_size=sequence_parallel,
+            checkpointing=bool(checkpointing), cached=cached, steps=steps, utilisation=utilisation, grad_accum_steps=grad_accum,
         )  # fmt: skip
     from omnivideo.training.engine import zero
     from omnivideo.training.engine.monitor import build_sample_hook, build_writer_factory, skip_samples
@@ -148,13 +147,13 @@ def train(
     changes = {name: value for name, value in requested_changes.items() if value is not None}
     with zero.open_process_context(processes, sequence_parallel, device) as world:
         tiny = TinyPipeline(
-            runs, compiled, make_writers=make, initial_weights=weights, device=device, workers=workers, batch_scale=batch_scale,
-            request_seeds=seed or REQUEST_SEEDS,
+            runs, compiled, make_writers=make, initial_weights=weights, device=device, workers=workers,
+            batch_scale=batch_scale, request_seeds=seed or REQUEST_SEEDS,
         )  # fmt: skip
         if data_location is None:
             if stills or clips or ratio or group_weight or micro_batch_size:
                 raise InvalidInput(
-                    "data", "--stills, --clips, --ratio, --group-weight and --micro are of batches over it"
+                    "data", "--stills, --clips, --ratio, --group-weight and --micro-batch-size are of batches over it"
                 )
             return tiny.train(recipe, console, world, stop_at_step, lr_scale, save_every, sample_callback, **changes)
         from omnivideo.training.recipes.over_shards import build_mix, build_recipe_factories
@@ -163,12 +162,12 @@ def train(
             raise InvalidInput("seed", f"{len(seed)} are given; allowed: one with --data")
         mix = build_mix(stills, clips, batch_scale, ratio, group_weight, *seed)
         library, fit = data.open_dataset(data_location, size, frames, fps)
-        with data.report_skips(library.problems, report, world):
+        with data.report_skips(library.skip_report, report, world):
             tiny.recipe_factories = build_recipe_factories(
                 library, fit, recipe, tiny, weights, mix, micro_batch_size, requested_changes["precision"]
             )
             if world.is_main_process:
-                tiny.recipe_factories = data.report_skips_after_build(tiny.recipe_factories, library.problems, report)
+                tiny.recipe_factories = data.report_skips_after_build(tiny.recipe_factories, library.skip_report, report)
             tiny.train(recipe, console, world, stop_at_step, lr_scale, save_every, sample_callback, **changes)
 
 

@@ -131,7 +131,7 @@ def compute_untouched_psnr(edit: SceneEdit, source: np.ndarray, result: np.ndarr
     new background, which touches all of it."""
     if edit.kind == "background":
         return None
-    untouched_mask = ~render_object_mask(replace(edit.source, things=edit.changed_objects))
+    untouched_mask = ~render_object_mask(replace(edit.source, objects=edit.changed_objects))
     error = np.mean((source[untouched_mask].astype(float) - result[untouched_mask].astype(float)) ** 2)
     return float(10 * np.log10(255**2 / max(error, 1e-3)))
 

@@ -122,11 +122,13 @@ HOST_PATTERN = re.compile(r"(?=.{1,253}$)[a-z0-9_-]{1,63}(\.[a-z0-9_-]{1,63})*|[
 
 
 def fetch_media(
-    url: str, allowed_hosts: Collection[str], max_bytes: int, timeout_seconds: float, *, extra_ports: Collection[int] = (),
-    permitted_addresses: Collection[str] = (), resolve: Callable[[str], list[str]] = resolve_addresses,
+    url: str, allowed_hosts: Collection[str], max_bytes: int, timeout_seconds: float, *,
+    extra_ports: Collection[int] = (), permitted_addresses: Collection[str] = (),
+    resolve: Callable[[str], list[str]] = resolve_addresses,
     tls_context: ssl.SSLContext | None = None, field: str = "url",
 ) -> bytes:  # fmt: skip
-    """What an http(s) URL gives: at most `most` bytes within `seconds` in all, through at most 3 redirects.
+    """What an http(s) URL gives: at most `max_bytes` bytes within `timeout_seconds` in all, through at most 3
+    redirects.
 
     `allowed` are host names; ".example.org" stands for that name and all below it; none at all turns fetching off.
     `ports` are allowed besides the usual ones.  The resolver alone keeps its own time.  Raises InvalidInput.
@@ -207,8 +209,9 @@ class MediaFetcher:
         parts, host, port = self.check_url(url)
         netloc = f"[{host}]" if ":" in host else host
         headers = [
-            ("Host", netloc if port == DEFAULT_PORTS[parts.scheme] else f"{netloc}:{port}"), ("User-Agent", "omnivideo"),
-            ("Accept", "image/*, video/*"), ("Accept-Encoding", "identity"), ("Connection", "close"),
+            ("Host", netloc if port == DEFAULT_PORTS[parts.scheme] else f"{netloc}:{port}"),
+            ("User-Agent", "omnivideo"), ("Accept", "image/*, video/*"),
+            ("Accept-Encoding", "identity"), ("Connection", "close"),
         ]  # fmt: skip
         target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
         request_url = httpcore2.URL(scheme=parts.scheme, host=host, port=port, target=target)

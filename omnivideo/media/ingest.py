@@ -27,7 +27,8 @@ __all__ = ["decode_data_url", "fetch_media", "ingest_media"]
 
 def ingest_media(
     store: ObjectStore, data: bytes, made_by: str, name: str = "", *,
-    limits: MediaLimits = DEFAULT_MEDIA_LIMITS, process_limits: ProcessLimits = DEFAULT_PROCESS_LIMITS, field: str = "source",
+    limits: MediaLimits = DEFAULT_MEDIA_LIMITS, process_limits: ProcessLimits = DEFAULT_PROCESS_LIMITS,
+    field: str = "source",
 ) -> Artifact:  # fmt: skip
     """A user's bytes as an artifact; `name` is what the user calls them, and gives words only, never a path or a type.
 

@@ -33,7 +33,7 @@ ALLOWED_FORMATS = "mp4, mov, webm, mkv, gif, png, jpeg or webp"
 MAX_REPORT_BYTES = 4096  # bytes of a report
 MEDIA_PATH = Path("/proc/self/fd/0")
 # The parent's own places to import from: a child in isolated mode would find neither a checkout nor a user's site.
-CHILD_PROGRAM = "import sys; sys.path[:] = sys.argv[2:]; from omnivideo.backends import decoding; decoding.child()"
+CHILD_PROGRAM = "import sys; sys.path[:] = sys.argv[2:]; from omnivideo.media import sandbox; sandbox.run_in_child()"
 PROCESS_SLOTS = threading.BoundedSemaphore(os.cpu_count() or 1)  # more at once would only make each other late
 
 
@@ -144,7 +144,7 @@ def build_child_environment() -> dict[str, str]:
 
 
 def read_report(process: subprocess.Popen[bytes], deadline: float) -> bytes:
-    """All that the process writes, at most MOST_SAID and a little; raises TimeoutError at the deadline."""
+    """All that the process writes, at most MAX_REPORT_BYTES and a little; raises TimeoutError at the deadline."""
     assert process.stdout is not None
     poller, report = select.poll(), b""  # not select(), which ends at descriptor 1024
     poller.register(process.stdout)

@@ -27,7 +27,6 @@ from omnivideo.errors import (
     ServiceBusy,
     StoreError,
 )
-from omnivideo.sdk.async_client import AsyncClient
 from omnivideo.sdk.batch import BatchItem, BatchOutcome, parse_items
 
 EVENT_ADAPTER: TypeAdapter[TurnEvent] = TypeAdapter(TurnEvent)
@@ -111,7 +110,7 @@ class Client:
         on_step: Callable[[StepProgress], None] = lambda step: None,
         **overrides: Any,
     ) -> RemoteResult:
-        """A clip, or a still if `image`; `given` as for Studio.generate.  `on_step` hears of a clip's progress."""
+        """A clip, or a still if `image`; `overrides` as for Studio.generate.  `on_step` hears of a clip's progress."""
         fields = {"prompt": check_prompt("prompt", prompt)} | to_wire_fields(overrides)
         if image or overrides.get("frames") == 1:
             fields.pop("num_frames", None)
@@ -259,7 +258,7 @@ class RemoteThread:
         self.path = f"/v1/threads/{thread_id}"
 
     def send(self, text: str, attachments: Sequence[str | Path] = (), **options: Any) -> Iterator[TurnEvent]:
-        """Runs a turn and gives its events as they happen, through cut connections; the last is Finished or Question.
+        """Runs a turn and gives its events as they happen, through cut connections; the last is TurnCompleted or QuestionAsked.
 
         `options` may hold think, check, seed, steps and guidance_scale.
         """
@@ -310,7 +309,7 @@ class RemoteThread:
                     data = ""
 
     def fork(self, turn: int, thread_id: str | None = None) -> "RemoteThread":
-        body = {"turn": turn} | ({"id": thread_id} if thread_id else {})
+        body = {"after_turn": turn} | ({"id": thread_id} if thread_id else {})
         return RemoteThread(self.client, self.client.send_request("POST", f"{self.path}/forks", json=body).json()["id"])
 
     def fetch_detail(self) -> dict[str, Any]:
@@ -374,4 +373,4 @@ def error_from_response(response: httpx.Response) -> OmniVideoError:
     return JobFailed(error.get("code") or "failed", message)
 
 
-__all__ = ["AsyncClient", "Client", "QuestionAsked", "RemoteResult", "RemoteThread", "TurnCompleted"]
+__all__ = ["Client", "QuestionAsked", "RemoteResult", "RemoteThread", "TurnCompleted"]

@@ -87,7 +87,7 @@ class Studio:
     ) -> Result:
         """A clip, or a still if `image`; where `image` is None the model's own routing decides.
 
-        `given` may hold width, height, frames, fps, steps, guidance_scale, flow_shift, negative_prompt and seed;
+        `overrides` may hold width, height, frames, fps, steps, guidance_scale, flow_shift, negative_prompt and seed;
         what it does not name comes from the preset.
         """
         prompt = check_prompt("prompt", prompt)

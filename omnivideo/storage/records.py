@@ -45,14 +45,14 @@ class RecordRepository(Repository):
         """The rows that follow that id by age.  Raises InvalidInput where there is no such id."""
         wanted = select(table).where(owned)
         if after is not None:
-            last = self.fetch_one(select(table.c.made, table.c.id).where(owned, table.c.id == after))
+            last = self.fetch_one(select(table.c.created_at, table.c.id).where(owned, table.c.id == after))
             if last is None:
                 raise InvalidInput("after", "it is no id of this list")
-            here, there = table.c.made, table.c.id
-            next_ones = here < last.made if newest_first else here > last.made
+            here, there = table.c.created_at, table.c.id
+            next_ones = here < last.created_at if newest_first else here > last.created_at
             same_moment = there < last.id if newest_first else there > last.id
-            wanted = wanted.where(or_(next_ones, and_(here == last.made, same_moment)))
-        keys = [column.desc() if newest_first else column.asc() for column in (table.c.made, table.c.id)]
+            wanted = wanted.where(or_(next_ones, and_(here == last.created_at, same_moment)))
+        keys = [column.desc() if newest_first else column.asc() for column in (table.c.created_at, table.c.id)]
         rows = self.fetch_all(wanted.order_by(*keys).limit(limit + 1))
         return list(rows[:limit]), len(rows) > limit
 
@@ -90,8 +90,8 @@ class RecordRepository(Repository):
     # ------------------------------------------------------------ files
 
     def create_file(self, owner: str, **values: Any) -> Row[Any]:
-        """`values` are id, name, purpose, bytes, key and artifact."""
-        return self.insert_if_absent(files, {"owner": owner, "made": unix_now(), "deleted": False} | values)
+        """`values` are id, name, purpose, size_bytes, object_key and artifact."""
+        return self.insert_if_absent(files, {"owner": owner, "created_at": unix_now(), "deleted": False} | values)
 
     def get_file(self, file_id: str, owner: str) -> Row[Any] | None:
         return self.fetch_one(select(files).where(files.c.id == file_id, match_owned_files(owner)))
@@ -109,17 +109,17 @@ class RecordRepository(Repository):
 
     def collect_referenced_keys(self) -> set[str]:
         """The keys that files refer to, those that an open batch still reads included."""
-        read = select(batches.c.input).where(batches.c.state.in_(ACTIVE_BATCH_STATES))
+        read = select(batches.c.input_file_id).where(batches.c.state.in_(ACTIVE_BATCH_STATES))
         held = or_(files.c.deleted.is_(False), files.c.id.in_(read))
-        return {row.key for row in self.fetch_all(select(files.c.key).where(held))}
+        return {row.object_key for row in self.fetch_all(select(files.c.object_key).where(held))}
 
     # ------------------------------------------------------------ batches
 
     def create_batch(self, owner: str, max_open_batches: int, **values: Any) -> Row[Any]:
-        """`values` are id, endpoint, input, meta and times.  Raises Busy where the owner has `most` open ones."""
+        """`values` are id, endpoint, input_file_id, metadata and state_times.  Raises ServiceBusy where the owner has `max_open_batches` open ones."""
         values |= {
-            "owner": owner, "state": "validating", "counts": {"total": 0, "completed": 0, "failed": 0}, "beat": 0.0,
-            "made": unix_now(),
+            "owner": owner, "state": "validating", "counts": {"total": 0, "completed": 0, "failed": 0},
+            "heartbeat_at": 0.0, "created_at": unix_now(),
         }  # fmt: skip
         open_ones = (
             select(func.count())
@@ -143,48 +143,61 @@ class RecordRepository(Repository):
 
     def transition_batch(self, row: Row[Any], state: str, runner: str | None = None, **values: Any) -> bool:
         """From the state that the row has to another one; whether it was still so, and still this runner's."""
-        times = row.times | {f"{state}_at": int(time.time())}
+        state_times = row.state_times | {f"{state}_at": int(time.time())}
         still = and_(batches.c.id == row.id, batches.c.state == row.state)
         if runner is not None:
-            still = and_(still, batches.c.runner == runner)
-        moved = update(batches).where(still).values(state=state, times=times, **values)
+            still = and_(still, batches.c.runner_name == runner)
+        moved = update(batches).where(still).values(state=state, state_times=state_times, **values)
         return bool(self.fetch_all(moved.returning(batches.c.id)))
 
     def claim_batch(self, runner: str, heartbeat_timeout_seconds: float) -> Row[Any] | None:
         """The oldest batch that has no runner, or one that was silent for so many seconds; now this runner's."""
-        lost = and_(batches.c.state.in_(ACTIVE_BATCH_STATES), batches.c.beat < unix_now() - heartbeat_timeout_seconds)
-        first = select(batches.c.id).where(lost).order_by(batches.c.made).limit(1).with_for_update(skip_locked=True)
+        lost = and_(
+            batches.c.state.in_(ACTIVE_BATCH_STATES), batches.c.heartbeat_at < unix_now() - heartbeat_timeout_seconds
+        )
+        first = (
+            select(batches.c.id).where(lost).order_by(batches.c.created_at).limit(1).with_for_update(skip_locked=True)
+        )
         mine = (
-            update(batches).where(batches.c.id == first.scalar_subquery(), lost).values(runner=runner, beat=unix_now())
+            update(batches)
+            .where(batches.c.id == first.scalar_subquery(), lost)
+            .values(runner_name=runner, heartbeat_at=unix_now())
         )
         return self.fetch_one(mine.returning(batches))
 
     def get_batch_input_key(self, batch_id: str) -> str:
         """The key of its input, whether the file was deleted since or not."""
         row = self.fetch_one(
-            select(files.c.key).join(batches, batches.c.input == files.c.id).where(batches.c.id == batch_id)
+            select(files.c.object_key)
+            .join(batches, batches.c.input_file_id == files.c.id)
+            .where(batches.c.id == batch_id)
         )
         assert row is not None
-        return str(row.key)
+        return str(row.object_key)
 
     def get_claimed_batch(self, batch_id: str, runner: str) -> Row[Any] | None:
         """The row, while it is this runner's."""
-        return self.fetch_one(select(batches).where(batches.c.id == batch_id, batches.c.runner == runner))
+        return self.fetch_one(select(batches).where(batches.c.id == batch_id, batches.c.runner_name == runner))
 
     def heartbeat_batches(self, runner: str, batch_ids: Collection[str]) -> None:
-        mine = and_(batches.c.runner == runner, batches.c.id.in_(batch_ids), batches.c.state.in_(ACTIVE_BATCH_STATES))
-        self.fetch_all(update(batches).where(mine).values(beat=unix_now()))
+        mine = and_(
+            batches.c.runner_name == runner, batches.c.id.in_(batch_ids), batches.c.state.in_(ACTIVE_BATCH_STATES)
+        )
+        self.fetch_all(update(batches).where(mine).values(heartbeat_at=unix_now()))
 
     def release_batches(self, runner: str) -> None:
         """For the next runner, at once."""
-        mine = and_(batches.c.runner == runner, batches.c.state.in_(ACTIVE_BATCH_STATES))
-        self.fetch_all(update(batches).where(mine).values(beat=0.0, runner=None))
+        mine = and_(batches.c.runner_name == runner, batches.c.state.in_(ACTIVE_BATCH_STATES))
+        self.fetch_all(update(batches).where(mine).values(heartbeat_at=0.0, runner_name=None))
 
     # ------------------------------------------------------------ lines of batches
 
     def save_line_outcomes(self, batch_id: str, outcomes: Sequence[tuple[int, bool, dict[str, Any]]]) -> None:
         """What became of some lines: number, whether it went well, and its line of the output or error file."""
-        values = [{"batch": batch_id, "number": number, "ok": ok, "answer": made} for number, ok, made in outcomes]
+        values = [
+            {"batch_id": batch_id, "line_number": number, "succeeded": ok, "output_line": line}
+            for number, ok, line in outcomes
+        ]
         self.fetch_all(self.insert_into(batch_lines).values(values).on_conflict_do_nothing())
 
     def update_batch_counts(self, batch_id: str, counts: dict[str, int]) -> None:
@@ -193,29 +206,29 @@ class RecordRepository(Repository):
     def load_line_results(self, batch_id: str) -> dict[int, bool]:
         """Of each line that has an outcome, whether it went well."""
         return {
-            row.number: row.ok
+            row.line_number: row.succeeded
             for row in self.fetch_all(
-                select(batch_lines.c.number, batch_lines.c.ok).where(batch_lines.c.batch == batch_id)
+                select(batch_lines.c.line_number, batch_lines.c.succeeded).where(batch_lines.c.batch_id == batch_id)
             )
         }
 
     def list_line_outcomes(self, batch_id: str, after_line_number: int, limit: int) -> Sequence[Row[Any]]:
-        """Kept lines with a number above `after`, in order."""
+        """Kept lines with a number above `after_line_number`, in order."""
         wanted = (
             select(batch_lines)
-            .where(batch_lines.c.batch == batch_id, batch_lines.c.number > after_line_number)
-            .order_by(batch_lines.c.number)
+            .where(batch_lines.c.batch_id == batch_id, batch_lines.c.line_number > after_line_number)
+            .order_by(batch_lines.c.line_number)
         )
         return self.fetch_all(wanted.limit(limit))
 
     def delete_line_outcomes(self, batch_id: str) -> None:
-        self.fetch_all(delete(batch_lines).where(batch_lines.c.batch == batch_id))
+        self.fetch_all(delete(batch_lines).where(batch_lines.c.batch_id == batch_id))
 
     # ------------------------------------------------------------ webhooks
 
     def create_webhook(self, owner: str, max_webhooks: int, **values: Any) -> Row[Any]:
-        """`values` are id, url, secret, name and events.  Raises InvalidInput where the owner has `most`."""
-        values |= {"owner": owner, "made": unix_now()}
+        """`values` are id, url, secret, name and event_types.  Raises InvalidInput where the owner has `max_webhooks`."""
+        values |= {"owner": owner, "created_at": unix_now()}
         mine = select(func.count()).where(webhooks.c.owner == owner).scalar_subquery()
         room = select_values(webhooks, values).where(mine < max_webhooks)
         row = self.fetch_one(self.insert_into(webhooks).from_select(list(values), room).returning(webhooks))
@@ -235,17 +248,17 @@ class RecordRepository(Repository):
         return bool(self.fetch_all(gone.returning(webhooks.c.id)))
 
     def list_unannounced_jobs(self, kind: str, limit: int) -> Sequence[Row[Any]]:
-        """Jobs of the kind that came to an end that nobody has been told of: id, owner, state, ended."""
+        """Jobs of the kind that came to an end that nobody has been told of: id, owner, state, ended_at."""
         told = and_(jobs.c.announced.is_(False), jobs.c.kind == kind, jobs.c.state.in_(("done", "failed")))
-        return self.fetch_all(select(jobs.c.id, jobs.c.owner, jobs.c.state, jobs.c.ended).where(told).limit(limit))
+        return self.fetch_all(select(jobs.c.id, jobs.c.owner, jobs.c.state, jobs.c.ended_at).where(told).limit(limit))
 
     def list_webhooks_of_owners(self, owners: Collection[str]) -> Sequence[Row[Any]]:
         return self.fetch_all(select(webhooks).where(webhooks.c.owner.in_(owners)))
 
     def enqueue_deliveries(self, events: Sequence[tuple[str, str, dict[str, Any]]]) -> None:
-        """Events that are due now: id, hook, body.  One whose id is known stays as it is."""
+        """Events that are due now: id, webhook_id, body.  One whose id is known stays as it is."""
         values = [
-            {"id": name, "hook": hook, "body": body, "tries": 0, "due": 0.0, "done": False}
+            {"id": name, "webhook_id": hook, "body": body, "attempts": 0, "due_at": 0.0, "completed": False}
             for name, hook, body in events
         ]
         self.fetch_all(self.insert_into(webhook_deliveries).values(values).on_conflict_do_nothing())
@@ -254,38 +267,38 @@ class RecordRepository(Repository):
         self.fetch_all(update(jobs).where(jobs.c.id.in_(job_ids)).values(announced=True))
 
     def claim_due_deliveries(self, limit: int, lease_seconds: float) -> list[tuple[Row[Any], Row[Any] | None]]:
-        """Deliveries to try now, each with its hook; they are due again in `lease` seconds, should nobody say more."""
+        """Deliveries to try now, each with its hook; they are due again in `lease_seconds`, should nobody say more."""
         waits = select(webhook_deliveries.c.id).where(
-            webhook_deliveries.c.done.is_(False), webhook_deliveries.c.due <= unix_now()
+            webhook_deliveries.c.completed.is_(False), webhook_deliveries.c.due_at <= unix_now()
         )
-        first = waits.order_by(webhook_deliveries.c.due).limit(limit).with_for_update(skip_locked=True)
-        late = {"due": unix_now() + lease_seconds, "tries": webhook_deliveries.c.tries + 1}
+        first = waits.order_by(webhook_deliveries.c.due_at).limit(limit).with_for_update(skip_locked=True)
+        late = {"due_at": unix_now() + lease_seconds, "attempts": webhook_deliveries.c.attempts + 1}
         mine = update(webhook_deliveries).where(
-            webhook_deliveries.c.id.in_(first), webhook_deliveries.c.done.is_(False)
+            webhook_deliveries.c.id.in_(first), webhook_deliveries.c.completed.is_(False)
         )
         rows = self.fetch_all(mine.values(late).returning(webhook_deliveries))
         known = {
             hook.id: hook
-            for hook in self.fetch_all(select(webhooks).where(webhooks.c.id.in_([row.hook for row in rows])))
+            for hook in self.fetch_all(select(webhooks).where(webhooks.c.id.in_([row.webhook_id for row in rows])))
         }
-        return [(row, known.get(row.hook)) for row in rows]
+        return [(row, known.get(row.webhook_id)) for row in rows]
 
     def complete_delivery(self, delivery_id: str) -> None:
         """There is nothing more to do about it."""
-        self.fetch_all(update(webhook_deliveries).where(webhook_deliveries.c.id == delivery_id).values(done=True))
+        self.fetch_all(update(webhook_deliveries).where(webhook_deliveries.c.id == delivery_id).values(completed=True))
 
     def postpone_delivery(self, delivery_id: str, delay_seconds: float) -> None:
         self.fetch_all(
             update(webhook_deliveries)
             .where(webhook_deliveries.c.id == delivery_id)
-            .values(due=unix_now() + delay_seconds)
+            .values(due_at=unix_now() + delay_seconds)
         )
 
     def delete_old_deliveries(self) -> None:
         """Forgets what was delivered long ago."""
         self.fetch_all(
             delete(webhook_deliveries).where(
-                webhook_deliveries.c.done, webhook_deliveries.c.due < unix_now() - DELIVERY_RETENTION_SECONDS
+                webhook_deliveries.c.completed, webhook_deliveries.c.due_at < unix_now() - DELIVERY_RETENTION_SECONDS
             )
         )
 

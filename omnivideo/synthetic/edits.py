@@ -129,7 +129,7 @@ def reshape_object(rng: random.Random, scene: Scene) -> SceneChange | None:
 
 def replace_objects(scene: Scene, replacements: dict[SceneObject, SceneObject], instruction: str) -> SceneChange:
     objects = tuple(replacements.get(obj, obj) for obj in scene.objects)
-    return replace(scene, things=objects), instruction, (*replacements.keys(), *replacements.values())
+    return replace(scene, objects=objects), instruction, (*replacements.keys(), *replacements.values())
 
 
 def add_object(rng: random.Random, scene: Scene) -> SceneChange | None:
@@ -143,7 +143,7 @@ def add_object(rng: random.Random, scene: Scene) -> SceneChange | None:
         return None
     text = f"{rng.choice(('add', 'add', 'put', 'draw'))} {add_article(sample_noun_phrase(rng, obj, with_size=True))}"
     motion = rng.choice(MOTION_WORDS[obj.motion]) if scene.is_video else ""
-    return replace(scene, things=(*scene.objects, placed)), f"{text} {motion}".strip(), (placed,)
+    return replace(scene, objects=(*scene.objects, placed)), f"{text} {motion}".strip(), (placed,)
 
 
 def place_farthest(obj: SceneObject, scene: Scene) -> SceneObject | None:
@@ -171,7 +171,7 @@ def remove_object(rng: random.Random, scene: Scene) -> SceneChange | None:
     forms = ("remove {}", "remove {}", "delete {}", "take away {}", "erase {}", "get rid of {}")
     text = rng.choice(forms).format(refer_to_object(rng, obj, scene))
     remaining_objects = tuple(other for other in scene.objects if other is not obj)
-    return replace(scene, things=remaining_objects), text, (obj,)
+    return replace(scene, objects=remaining_objects), text, (obj,)
 
 
 def change_background(rng: random.Random, scene: Scene) -> SceneChange | None:

@@ -233,7 +233,7 @@ def corrupt_scene(rng: random.Random, scene: Scene) -> Scene:
             "motion": replace(obj, motion=rng.choice(MOTIONS)),
             "size": replace(obj, size=rng.choice(SIZES)),
         }.get(kind) or replace(obj, colour=rng.choice(list(COLOURS)))
-    return replace(scene, things=tuple(objects))
+    return replace(scene, objects=tuple(objects))
 
 
 def detection_from_scene(scene: Scene) -> SceneDetection:

@@ -123,7 +123,7 @@ def test_a_job_is_steps_previews_and_one_artifact(studio):
     artifact = events[-1]
     assert artifact.medium == "video" and artifact.frames == 9
     manifest = Manifest(**json.loads(studio.conversations.store.get(artifact.manifest)))
-    assert manifest.prompt == "a red ball" and manifest.settings.seed == 3 and manifest.weights == studio.digest
+    assert manifest.prompt == "a red ball" and manifest.settings.seed == 3 and manifest.weights == studio.weights_digest
 
 
 def test_a_manifest_draws_the_same_bytes_again(studio):
@@ -136,11 +136,11 @@ def test_a_manifest_draws_the_same_bytes_again(studio):
 
 def test_an_edit_starts_from_the_latents_that_were_kept(studio):
     first = made(studio, job(studio))
-    found = studio.conversations.queue_for("local").painter.source(first, studio_settings(studio))
+    found = studio.conversations.queue_for("local").renderer.load_source(first, studio_settings(studio))
     assert torch.equal(found, get_tensors(studio.conversations.store, first.latents)["latents"])
     plain = first.model_copy(update={"latents": None})
     assert isinstance(
-        studio.conversations.queue_for("local").painter.source(plain, studio_settings(studio)), np.ndarray
+        studio.conversations.queue_for("local").renderer.load_source(plain, studio_settings(studio)), np.ndarray
     )
 
 
@@ -162,21 +162,21 @@ def test_a_cancelled_job_stops_within_a_step(studio):
 
 
 def test_a_thread_runs_over_the_real_parts(studio):
-    thread = studio.thread()
+    thread = studio.open_thread()
     last = list(thread.send("a red ball; make it blue", steps=2, think="off"))[-1]
     assert isinstance(last, TurnCompleted) or last.kind == "question"
-    assert studio.thread(thread.id).id == thread.id
-    assert thread.id in studio.conversations.threads()
+    assert studio.open_thread(thread.id).id == thread.id
+    assert thread.id in studio.conversations.list_thread_ids()
     with pytest.raises(InvalidInput, match="thread: there is no thread 'nobody'"):
-        studio.thread("nobody")
+        studio.open_thread("nobody")
 
 
 def test_a_wrong_attachment_changes_nothing(studio, tmp_path):
-    thread = studio.thread()
+    thread = studio.open_thread()
     (tmp_path / "notes.txt").write_text("no picture")
     with pytest.raises(UnreadableMedia):
         list(thread.send("make it blue", [tmp_path / "notes.txt"]))
-    assert thread.history() == [] and thread.question() is None
+    assert thread.get_turns() == [] and thread.get_open_question() is None
 
 
 def test_the_sweep_keeps_what_threads_refer_to(studio, tmp_path, monkeypatch):
@@ -185,17 +185,17 @@ def test_the_sweep_keeps_what_threads_refer_to(studio, tmp_path, monkeypatch):
     monkeypatch.setattr(studio.conversations.mllm, "route", lambda ask: Route(kind="image", probability=1.0))
 
     Image.new("RGB", (64, 64), "red").save(tmp_path / "red.png")
-    thread = studio.thread()
+    thread = studio.open_thread()
     list(thread.send("make it blue", [tmp_path / "red.png"], steps=1, think="off"))
     store = studio.conversations.store
     stray = store.put(b"stray", "bin")
-    for key in list(store.keys()):
-        os.utime(store.path(key), (0, 0))
-    gone = studio.conversations.sweep(studio.settings.lifetime)
+    for key in list(store.iter_keys()):
+        os.utime(store.path_for_key(key), (0, 0))
+    gone = studio.conversations.sweep_artifacts(studio.settings.artifact_lifetime_seconds)
     assert stray in gone
-    for artifact in thread.artifacts():
+    for artifact in thread.get_artifacts():
         assert store.has(artifact.key)
-    drawn = thread.artifacts()[-1]
+    drawn = thread.get_artifacts()[-1]
     assert studio.replay(drawn) == drawn.key  # all that it was drawn from is there too
 
 
@@ -254,7 +254,7 @@ def test_a_bad_line_is_named_before_anything_is_drawn(lines, message):
 
 def test_the_terminal_chat_goes_on_after_a_mistake(studio):
     shown = io.StringIO()
-    chat = TerminalChat(studio.thread(), studio.file, Console(file=shown, width=200), steps=1)
+    chat = TerminalChat(studio.open_thread(), studio.artifact_path, Console(file=shown, width=200), steps=1)
     chat.run(["/nonsense", "/save", "/undo", "a red ball", "/history", "/fork 9", "/fork 0", "/history", "/quit", "no"])
     text = shown.getvalue()
     assert "/nonsense is none of" in text and "nothing was made here yet" in text and "no turn to take back" in text
@@ -294,4 +294,4 @@ ARTIFACT = Artifact(key="", medium="video", width=64, height=64, frames=9, fps=8
 
 
 def colours_of(scene):
-    return {scene.background, *(thing.colour for thing in scene.things)}
+    return {scene.background, *(thing.colour for thing in scene.objects)}

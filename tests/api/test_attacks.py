@@ -39,8 +39,8 @@ LEAK = re.compile(r"0x[0-9a-f]{6,}|Traceback|File \"|/work/|/tmp/|site-packages|
 
 @pytest.fixture(scope="module")
 def service(omni, tmp_path_factory):
-    with service_in(tmp_path_factory.mktemp("attacked"), omni, upload_most=MOST) as made:
-        made[1].reachable = partial(check_reachable, internal_hosts=())
+    with service_in(tmp_path_factory.mktemp("attacked"), omni, max_upload_bytes=MOST) as made:
+        made[1].check_webhook_url = partial(check_reachable, internal_hosts=())
         yield made
 
 
@@ -73,8 +73,8 @@ def test_attack_traversal_in_a_file_name(http, rooms, name):
     before = {path for path in rooms.settings.home.parent.rglob("*") if path.is_file()}
     kept = http.post("/v1/files", files={"file": (name, b"text")}, data={"purpose": "user_data"}).json()
     assert not set(kept["filename"]) & set("/\\")
-    row = rooms.records.file(kept["id"], "admin")
-    assert re.fullmatch(r"[0-9a-f]{64}\.bin", row.key) and rooms.store.get(row.key) == b"text"
+    row = rooms.records.get_file(kept["id"], "admin")
+    assert re.fullmatch(r"[0-9a-f]{64}\.bin", row.object_key) and rooms.store.get(row.object_key) == b"text"
     made = {path for path in rooms.settings.home.parent.rglob("*") if path.is_file()} - before
     assert all(path.is_relative_to(rooms.settings.home) for path in made)
 
@@ -270,7 +270,7 @@ def test_attack_form_of_many_parts(http):
 )
 def test_attack_uncapped(http, rooms, path, given, field):
     refused(http.post(f"/v1/{path}", json={"prompt": "a"} | given), field)
-    assert rooms.jobs.waiting() == 0
+    assert rooms.jobs.count_queued() == 0
 
 
 def test_attack_uncapped_in_a_form_and_in_a_batch(http, client, rooms):
@@ -417,7 +417,7 @@ def test_attack_webhook_url_of_another_kind(http, url):
 def test_attack_webhook_name_that_turns_inside_later(rooms, inner, monkeypatch):
     """A name that was public when the hook was made: each call looks again, and calls what it has looked at."""
     answers = iter([["1.1.1.1"], ["127.0.0.1"]])
-    monkeypatch.setattr("omnivideo.backends.webhooks.addresses", lambda host: next(answers))
+    monkeypatch.setattr("omnivideo.backends.webhooks.resolve_addresses", lambda host: next(answers))
     check_reachable("http://hook.test/")
     with pytest.raises(Exception, match=r"^$"):
         send_event("http://hook.test/", "whsec_AAAA", "evt_1", {"a": 1}, ())
@@ -451,7 +451,7 @@ def test_attack_redirect_of_a_webhook_to_the_inside(rooms, inner):
 
 
 def test_attack_webhook_that_answers_never(rooms, monkeypatch):
-    monkeypatch.setattr("omnivideo.backends.webhooks.SECONDS", 0.3)
+    monkeypatch.setattr("omnivideo.backends.webhooks.DELIVERY_TIMEOUT_SECONDS", 0.3)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         began = time.monotonic()
         with pytest.raises(Exception, match=r"^$|timed out"):
@@ -472,7 +472,7 @@ def test_attack_traceback_in_an_answer(service, monkeypatch, path):
         raise ZeroDivisionError(where)
 
     monkeypatch.setattr(service[1].jobs, "submit", broken)
-    monkeypatch.setattr(service[1].records, "add_file", broken)
+    monkeypatch.setattr(service[1].records, "create_file", broken)
     given = {"Authorization": f"Bearer {KEY}"}
     form = (
         {"files": {"file": b"x"}, "data": {"purpose": "user_data"}}
@@ -493,7 +493,7 @@ def test_attack_traceback_in_a_job_and_in_a_batch(service, client, http, rooms, 
     runner = runner_for(rooms).start()
     try:
         with monkeypatch.context() as patched:
-            patched.setattr(service[0].worker.painter, "ready", broken)
+            patched.setattr(service[0].worker.renderer, "prepare_job", broken)
             video = http.post("/v1/videos", json={"prompt": "a"}).json()["id"]
             batch = client.batches.create(input_file_id=file.id, endpoint="/v1/videos", completion_window="24h")
             (line,) = told(client, ended(client, batch).error_file_id)
@@ -519,8 +519,11 @@ def test_the_routes_and_their_threads_need_no_torch():
     """An API process is small."""
     program = """
 import sys
-from omnivideo.api import batches, drawing, files, forms, hooks, images, videos
-from omnivideo.backends import batches, hooks, pictures
+from omnivideo.api import generation, request_body
+from omnivideo.api.routes import batches, files, images, videos, webhooks
+from omnivideo.backends import webhooks
+from omnivideo.backends.batches import runner
+from omnivideo.media import thumbnails
 from omnivideo.storage import records
 print(sorted({"torch", "diffusers", "transformers", "celery"} & set(sys.modules)))
 """
@@ -540,7 +543,7 @@ def test_signatures_are_the_standards():
 def test_a_sender_lives_on_after_trouble(rooms):
     sender = WebhookSender(rooms.records, poll_seconds=0.01)
     told_of = []
-    sender.records = type("Broken", (), {"unannounced": lambda *rest: told_of.append(1) or 1 / 0})()
+    sender.records = type("Broken", (), {"list_unannounced_jobs": lambda *rest: told_of.append(1) or 1 / 0})()
     sender.start()
     until(lambda: len(told_of) > 2)
     sender.stop()

@@ -76,13 +76,13 @@ def test_wrong_lines_fail_the_batch_with_their_numbers(client, runner):
 
 
 def test_a_batch_without_lines_and_one_with_too_many(client, runner, monkeypatch):
-    monkeypatch.setattr("omnivideo.backends.batches.runner.MOST_LINES", 3)
+    monkeypatch.setattr("omnivideo.backends.batches.runner.MAX_BATCH_LINES", 3)
     empty, full = (ended(client, batch_of(client, data), "failed") for data in (b"\n \n", lines(4)))
     assert [one.errors.data[0].code for one in (empty, full)] == ["empty", "too_many_lines"]
 
 
 def test_a_batch_is_cancelled(client, service, rooms):
-    runner = runner_for(rooms, most=2).start()
+    runner = runner_for(rooms, max_open_jobs=2).start()
     try:
         with nobody_works(service[0]):
             batch = batch_of(client, lines(5))
@@ -97,12 +97,12 @@ def test_a_batch_is_cancelled(client, service, rooms):
 
 
 def test_a_batch_expires(client, service, rooms, monkeypatch):
-    runner = runner_for(rooms, most=2)
+    runner = runner_for(rooms, max_open_jobs=2)
     with nobody_works(service[0]):
         batch = batch_of(client, lines(4))
         for _ in range(3):
             runner.run_once()
-        monkeypatch.setattr("omnivideo.backends.batches.runner.WINDOW", -1.0)
+        monkeypatch.setattr("omnivideo.backends.batches.runner.COMPLETION_WINDOW_SECONDS", -1.0)
         until(lambda: (runner.run_once(), client.batches.retrieve(batch.id).status == "expired")[1])
     done = client.batches.retrieve(batch.id)
     assert {line["error"]["code"] for line in told(client, done.error_file_id)} == {"batch_expired"}
@@ -139,8 +139,8 @@ def test_a_batch_whose_runner_dies_is_taken_over_and_no_line_is_done_twice(clien
     )
     batch = batch_of(client, lines(10))
     for at in range(60):
-        runner = runner_for(rooms, most=4, silent=0.05)
-        acts = ("keep_lines", "count", "move", "forget_lines", "add_file")
+        runner = runner_for(rooms, max_open_jobs=4, heartbeat_timeout_seconds=0.05)
+        acts = ("save_line_outcomes", "update_batch_counts", "transition_batch", "delete_line_outcomes", "create_file")
         dies = acts[at % len(acts)]
         with monkeypatch.context() as mortal:
             mortal.setattr(rooms.records, dies, deadly(getattr(rooms.records, dies)))
@@ -222,7 +222,7 @@ def test_a_webhook_tells_of_completed_and_failed_videos(client, service, ear, se
     assert seen.id == hook.id and not hasattr(seen, "signing_secret")
     done = client.videos.create_and_poll(prompt="a ball", **SMALL)
     with monkeypatch.context() as patched:
-        patched.setattr(service[0].worker.painter, "ready", lambda job: (_ for _ in ()).throw(MemoryError))
+        patched.setattr(service[0].worker.renderer, "prepare_job", lambda job: (_ for _ in ()).throw(MemoryError))
         failed = client.videos.create_and_poll(prompt="a ball", **SMALL)
     until(lambda: len(ear.heard) == 2)
     client.webhooks.delete(hook.id)
@@ -254,7 +254,7 @@ def test_an_end_is_announced_once_whoever_dies(client, rooms, ear):
     sender.announce_ended_jobs()
     client.videos.create_and_poll(prompt="a ball", **SMALL)
     with pytest.MonkeyPatch.context() as mortal:
-        mortal.setattr(rooms.records, "announced", lambda ids: (_ for _ in ()).throw(KeyboardInterrupt))
+        mortal.setattr(rooms.records, "mark_announced", lambda ids: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             sender.announce_ended_jobs()
     others = [WebhookSender(rooms.records, ("localhost",)) for _ in range(2)]

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:The Sora API:DeprecationWarning"
 @pytest.fixture(scope="module")
 def stranger(service, rooms):
     """Another owner's client."""
-    _, key = rooms.keys.add("stranger")
+    _, key = rooms.api_keys.create_key("stranger")
     with client_for(service, key) as client:
         yield client
 
@@ -89,7 +89,7 @@ def test_an_input_reference_is_edited(client, http, rooms, way):
         given = {"input_reference": reference} if isinstance(reference, tuple) else {}
         more = QUICK | ({} if given else {"input_reference": reference})
         name = client.videos.create(prompt="make it move", size="32x32", extra_body=more, **given).id
-    job = rooms.jobs.status(name).job
+    job = rooms.jobs.get_status(name).job
     assert (job.task, job.source.medium) == ("video-editing", "video" if way == "clip" else "image")
     assert client.videos.poll(name).status == "completed"
 
@@ -111,15 +111,15 @@ def test_a_deleted_video_is_gone(client):
 
 def test_a_running_video_is_stopped_by_cancel_and_by_delete(client, http, rooms):
     first, second = (client.videos.create(prompt="a ball", extra_body={"num_inference_steps": 200}) for _ in range(2))
-    until(lambda: rooms.jobs.status(first.id).step)
+    until(lambda: rooms.jobs.get_status(first.id).step)
     seen = http.get(f"/v1/videos/{first.id}")
     assert seen.json()["status"] == "in_progress" and 100 <= int(seen.headers["openai-poll-after-ms"]) <= 1000
     assert http.post(f"/v1/videos/{first.id}/cancel").status_code == 200
     assert client.videos.poll(first.id).status == "cancelled"
     assert http.get(f"/v1/videos/{first.id}/content").json()["error"]["code"] == "not_ready"
-    until(lambda: rooms.jobs.status(second.id).step)
+    until(lambda: rooms.jobs.get_status(second.id).step)
     client.videos.delete(second.id)
-    until(lambda: rooms.jobs.status(second.id).state == "cancelled")
+    until(lambda: rooms.jobs.get_status(second.id).state == "cancelled")
 
 
 def test_a_failed_video_says_why(client, service, rooms, monkeypatch):
@@ -127,7 +127,7 @@ def test_a_failed_video_says_why(client, service, rooms, monkeypatch):
         raise MemoryError
 
     with monkeypatch.context() as patched:
-        patched.setattr(service[0].worker.painter, "ready", broken)
+        patched.setattr(service[0].worker.renderer, "prepare_job", broken)
         failed = client.videos.create_and_poll(prompt="a ball", **SMALL)
     assert failed.status == "failed" and failed.error.code == "out_of_memory" and "memory" in failed.error.message
 
@@ -219,7 +219,7 @@ def test_what_is_anothers_is_not_there(client, stranger, video):
 
 def test_limits_are_said_with_when_to_try_again(service, client, http, rooms, monkeypatch):
     with nobody_works(service[0]), monkeypatch.context() as patched:
-        patched.setattr(rooms.jobs, "most_each", 1)
+        patched.setattr(rooms.jobs, "max_open_jobs_per_owner", 1)
         first = client.videos.create(prompt="a ball", **SMALL)
         answer = http.post("/v1/videos", json={"prompt": "another"})
         assert answer.status_code == 429 and int(answer.headers["retry-after"]) >= 1
@@ -382,9 +382,9 @@ def test_an_image_is_edited(client):
 def test_a_client_that_goes_away_stops_its_images(service, rooms):
     with client_for(service) as client, pytest.raises(openai.APITimeoutError):
         client.images.generate(prompt="gone", extra_body={"num_inference_steps": 200}, timeout=0.4)
-    (job,), _ = rooms.records.jobs("admin", "image", None, 1, True)
+    (job,), _ = rooms.records.list_owned_jobs("admin", "image", None, 1, True)
     assert job.job.prompt == "gone"
-    until(lambda: rooms.jobs.status(job.id).state == "cancelled")
+    until(lambda: rooms.jobs.get_status(job.id).state == "cancelled")
 
 
 # ---------------------------------------------------------------- files

@@ -72,15 +72,15 @@ def png(colour=(200, 30, 30)) -> str:
 def test_a_conversation_builds_on_itself(http, thread):
     first = said(http, thread, "a red ball; now make it blue; how many balls are there?")
     assert (first["state"], first["number"]) == ("done", 1)
-    drawn, edited, answered = first["turn"]["done"]
+    drawn, edited, answered = first["turn"]["results"]
     assert edited["artifact"]["source"] == drawn["artifact"]["key"] and answered["answer"]
     second = said(http, thread, "make it green")
-    assert second["turn"]["done"][0]["artifact"]["source"] == edited["artifact"]["key"]
+    assert second["turn"]["results"][0]["artifact"]["source"] == edited["artifact"]["key"]
     whole = http.get(f"/v1/threads/{thread}").json()
     assert [turn["number"] for turn in whole["turns"]] == [1, 2] and len(whole["artifacts"]) == 3
     line = http.get(f"/v1/threads/{thread}/lineage").json()
     assert [one["key"] for one in line] == [one["key"] for one in reversed(whole["artifacts"])]
-    branch = http.post(f"/v1/threads/{thread}/forks", json={"turn": 1}).json()["id"]
+    branch = http.post(f"/v1/threads/{thread}/forks", json={"after_turn": 1}).json()["id"]
     assert [turn["number"] for turn in http.get(f"/v1/threads/{branch}").json()["turns"]] == [1]
     assert thread in [one["id"] for one in http.get("/v1/threads").json()["data"]]
 
@@ -112,7 +112,7 @@ def test_many_followers_see_the_same(http, address, thread):
 
 
 def test_an_artifact_is_read_whole_and_in_parts(http, thread):
-    key = said(http, thread, "a red ball")["turn"]["done"][0]["artifact"]["key"]
+    key = said(http, thread, "a red ball")["turn"]["results"][0]["artifact"]["key"]
     where = f"/v1/threads/{thread}/artifacts/{key}"
     whole = http.get(where)
     assert whole.headers["content-type"] == "video/mp4" and whole.content[4:8] == b"ftyp"
@@ -136,12 +136,12 @@ def test_a_question_waits_for_its_reply(http, thread):
     asked = said(http, thread, "make it blue")
     assert asked["state"] == "asks" and asked["question"].startswith("There is nothing here yet")
     replied = said(http, thread, "a red ball")
-    assert replied["state"] == "done" and replied["turn"]["asked"][0][1] == "a red ball"
+    assert replied["state"] == "done" and replied["turn"]["clarifications"][0][1] == "a red ball"
 
 
 def test_attachments_are_edited_and_asked_about(http, thread):
     turn = said(http, thread, "make it blue", attachments=[{"url": png()}])["turn"]
-    assert turn["done"][0]["goal"] == "edit" and turn["done"][0]["artifact"]["source"] == turn["attachments"][0]["key"]
+    assert turn["results"][0]["goal"] == "edit" and turn["results"][0]["artifact"]["source"] == turn["attachments"][0]["key"]
 
 
 def test_a_running_turn_is_cancelled_and_leaves_the_thread_as_it_was(http, thread):
@@ -161,17 +161,17 @@ def test_a_running_turn_is_cancelled_and_leaves_the_thread_as_it_was(http, threa
 
 def test_a_turn_of_a_process_that_died_goes_on_in_another(http, thread, wiring, address):
     """The row of a turn as a killed process leaves it: running, with a beat that is long ago."""
-    rooms = wiring.rooms()
+    rooms = wiring.build_service_context()
     silent = TurnRunner(rooms)
     silent.pool.submit = lambda *rest: None  # type: ignore[method-assign]
     row = silent.start_turn("turn_left", "admin", thread, "a red ball", steps=3)
-    claimed = rooms.turns.claim(row.id)
+    claimed = rooms.turns.claim_turn(row.id)
     running = silent.iterate_events(claimed, silent.get_thread("admin", thread), has_events=False)
     next(running)
     next(running)
     del running
     with rooms.turns.engine.connect() as connection:
-        connection.exec_driver_sql("UPDATE turns SET beat = beat - 3600 WHERE id = ?", (row.id,))
+        connection.exec_driver_sql("UPDATE turns SET heartbeat_at = heartbeat_at - 3600 WHERE id = ?", (row.id,))
     assert events(http, thread, row.id)[-1][1]["kind"] == "done"
     assert http.get(f"/v1/threads/{thread}/turns/{row.id}").json()["state"] == "done"
     assert len(http.get(f"/v1/threads/{thread}").json()["turns"]) == 1
@@ -199,7 +199,7 @@ def test_what_is_wrong_names_the_field_and_changes_nothing(http, thread, given, 
 
 
 def test_what_is_not_there_and_what_is_not_yours_look_the_same(http, address, wiring, thread):
-    _, key = wiring.rooms().keys.add("somebody else")
+    _, key = wiring.build_service_context().api_keys.create_key("somebody else")
     with httpx.Client(base_url=address, headers={"Authorization": f"Bearer {key}"}, trust_env=False) as other:
         for path in (f"/v1/threads/{thread}", f"/v1/threads/{thread}/lineage", "/v1/threads/nothing"):
             assert other.get(path).status_code == 404

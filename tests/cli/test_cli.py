@@ -92,14 +92,14 @@ GENERATE = ("generate", "a red circle", "--video")
         ((*GENERATE, "--frames", "8", "-o", "x.mp4"), "frames: 8 is not of the form 4k + 1"),
         ((*GENERATE, "--frames", "-1", "-o", "x.mp4"), "frames: input should be greater than or equal to 1"),
         ((*GENERATE, "--steps", "0", "-o", "x.mp4"), "steps: input should be greater than or equal to 1"),
-        ((*GENERATE, "--guidance", "nan", "-o", "x.mp4"), "guidance_scale:"),
+        ((*GENERATE, "--guidance-scale", "nan", "-o", "x.mp4"), "guidance_scale:"),
         ((*GENERATE, "--seed", "-3", "-o", "x.mp4"), "seed: input should be greater than or equal to 0"),
         ((*GENERATE, "--preset", "giant", "-o", "x.mp4"), "preset: 'giant' is not one of tiny"),
         ((*GENERATE, "--weights", "nowhere", "-o", "x.mp4"), "model_index.json"),
         (("edit", "nowhere.mp4", "make it blue", "-o", "x.mp4"), "source:"),
         (("understand", "nowhere.mp4", "what is it?"), "source:"),
         (("train", "nothing"), "recipe: 'nothing' is not one of"),
-        (("train", "stage1", "--look-every", "9"), "look-every: stage1 draws nothing"),
+        (("train", "stage1", "--sample-every", "9"), "look-every: stage1 draws nothing"),
     ],
 )
 def test_bad_input_is_one_line_and_code_2(run, monkeypatch, tmp_path, args, said):
@@ -114,11 +114,11 @@ def test_bad_input_is_one_line_and_code_2(run, monkeypatch, tmp_path, args, said
 def test_what_training_is_told_arrives(run, monkeypatch, tmp_path):
     told = []
     monkeypatch.setattr(TinyPipeline, "train", lambda tiny, name, out, world, *given, **changes: told.append(given))
-    assert run("train", "stage3", "--runs", str(tmp_path), "--save-every", "600", "--look-every", "50")[0] == 0
+    assert run("train", "stage3", "--runs", str(tmp_path), "--save-every", "600", "--sample-every", "50")[0] == 0
     assert run("train", "stage3", "--runs", str(tmp_path))[0] == 0
     (_, _, seconds, look), (_, _, usual, none) = told
     assert (seconds, usual) == (600, 120) and look is not none is skip_samples
-    assert run("train", "stage3", "--look-every", "0")[0] == run("train", "stage3", "--save-every", "-1")[0] == 2
+    assert run("train", "stage3", "--sample-every", "0")[0] == run("train", "stage3", "--save-every", "-1")[0] == 2
 
 
 def test_sources_that_are_no_media(run, tmp_path, monkeypatch, clip):

@@ -17,7 +17,7 @@ import typer
 import yaml
 
 from omnivideo.backends.mllm import launch
-from omnivideo.cli import service
+from omnivideo.cli.service import mllm_cli
 from omnivideo.settings import ServiceSettings
 
 ROOT = Path(__file__).parents[2]
@@ -132,7 +132,7 @@ def test_volumes_networks_and_configs_are_declared():
 def started(words: list[str]) -> dict:
     """What `omnivideo mllm serve` makes of its arguments; vLLM's options are in their ranges."""
     assert words[:3] == ["omnivideo", "mllm", "serve"]
-    given = typer.main.get_command(service.mllm_cli).commands["serve"].make_context("serve", words[3:]).params
+    given = typer.main.get_command(mllm_cli).commands["serve"].make_context("serve", words[3:]).params
     launch.parse_options(**{name: value for name, value in given.items() if name in launch.VLLMOptions.model_fields})
     assert given["engine"] in launch.ENGINES
     return given
@@ -374,8 +374,14 @@ def test_the_chart_starts_the_language_model_as_it_is_told(helm):
         ({"mllm": {"memory": 1.5}}, "/mllm/memory"),
         ({"settings": {}}, "settings.OMNIVIDEO_S3 is needed"),
         ({"secret": {}}, "secret.name is needed"),
-        ({"settings": {"OMNIVIDEO_S3": "http://s3", "OMNIVIDEO_LIFETIME": 60}}, "OMNIVIDEO_LIFETIME"),
-        ({"settings": {"OMNIVIDEO_S3": "http://s3", "OMNIVIDEO_LIFETIM": "60"}}, "OMNIVIDEO_LIFETIM"),
+        (
+            {"settings": {"OMNIVIDEO_S3": "http://s3", "OMNIVIDEO_ARTIFACT_LIFETIME_SECONDS": 60}},
+            "OMNIVIDEO_ARTIFACT_LIFETIME_SECONDS",
+        ),
+        (
+            {"settings": {"OMNIVIDEO_S3": "http://s3", "OMNIVIDEO_ARTIFACT_LIFETIME_SECOND": "60"}},
+            "OMNIVIDEO_ARTIFACT_LIFETIME_SECOND",
+        ),
         ({"api": {"image": {"tag": "latest"}}}, "/api/image/tag"),
     ],
 )

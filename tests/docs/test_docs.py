@@ -22,7 +22,7 @@ def shipped(monkeypatch, weights, tmp_path):
     """A folder to work in, with the weights where the package ships them."""
     steps = {task: chosen.model_copy(update={"steps": 1}) for task, chosen in TINY.sampling.items()}
     monkeypatch.setitem(PRESETS, "tiny", TINY.model_copy(update={"sampling": steps}))
-    monkeypatch.setattr(checkpoint, "SHIPPED", weights.parent)
+    monkeypatch.setattr(checkpoint, "SHIPPED_WEIGHTS_FOLDER", weights.parent)
     monkeypatch.setenv("OMNIVIDEO_HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
 

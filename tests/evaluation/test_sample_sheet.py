@@ -29,7 +29,7 @@ def few(preset, **changes):
 @pytest.fixture
 def drawing(omni, monkeypatch):
     """The untrained model, which draws little and quickly."""
-    monkeypatch.setattr(looking, "COUNT", 2)
+    monkeypatch.setattr(looking, "SAMPLES_PER_KIND", 2)
     monkeypatch.setattr(omni, "preset", few(omni.preset))
     return omni
 
@@ -75,7 +75,7 @@ def test_what_is_drawn_with_is_the_average_and_all_is_put_back(request, tmp_path
 
 def test_what_is_right_is_scored(drawing, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        looking, "edited", lambda omni, edits, video, seed: np.stack([render_scene(one.target) for one in edits])
+        looking, "apply_edits", lambda omni, edits, video, seed: np.stack([render_scene(one.target) for one in edits])
     )
     scores = looking.render_sample_sheet(drawing, tmp_path / "new" / "sheet.png")
     assert scores["stills edited right"] == scores["clips edited right"] == 1

@@ -125,7 +125,7 @@ def get(server):
     port = server.server_address[1]
 
     def got(path: str, *, host: str = "media.test", most: int = 20_000, seconds: float = 5, **options: object) -> bytes:
-        usual = {"ports": [port], "permitted": ["127.0.0.1"], "resolve": lambda name: ["127.0.0.1"]}
+        usual = {"extra_ports": [port], "permitted_addresses": ["127.0.0.1"], "resolve": lambda name: ["127.0.0.1"]}
         return fetch_media(f"http://{host}:{port}/{path}", HOSTS, most, seconds, **(usual | options))
 
     server.seen.clear()
@@ -270,7 +270,7 @@ def test_attack_port_scan_closed_and_refused_read_the_same(get):
     with socket.socket() as held:
         held.bind(("127.0.0.1", 0))  # bound, not listening: nobody answers
         closed = held.getsockname()[1]
-        url, rest = f"http://media.test:{closed}/", {"ports": [closed], "resolve": lambda name: ["127.0.0.1"]}
+        url, rest = f"http://media.test:{closed}/", {"extra_ports": [closed], "resolve": lambda name: ["127.0.0.1"]}
         for permitted in (["127.0.0.1"], []):
             with pytest.raises(InvalidInput) as caught:
                 fetch_media(url, HOSTS, 100, 2, permitted_addresses=permitted, **rest)
@@ -278,7 +278,10 @@ def test_attack_port_scan_closed_and_refused_read_the_same(get):
 
 
 def test_the_second_address_is_tried(get):
-    assert get("good", permitted=["127.0.0.1", "127.0.0.9", "::1"], resolve=lambda _: ["::1", "127.0.0.1"]) == BODY
+    assert (
+        get("good", permitted_addresses=["127.0.0.1", "127.0.0.9", "::1"], resolve=lambda _: ["::1", "127.0.0.1"])
+        == BODY
+    )
 
 
 def test_attack_proxy_from_the_environment(get, monkeypatch):
@@ -317,7 +320,12 @@ def secure(tmp_path_factory):
 
 def over_tls(secure, host: str, **options: object) -> bytes:
     port, trusted = secure
-    usual = {"ports": [port], "permitted": ["127.0.0.1"], "resolve": lambda _: ["127.0.0.1"], "tls": trusted}
+    usual = {
+        "extra_ports": [port],
+        "permitted_addresses": ["127.0.0.1"],
+        "resolve": lambda _: ["127.0.0.1"],
+        "tls_context": trusted,
+    }
     return fetch_media(f"https://{host}:{port}/good", HOSTS, 20_000, 5, **(usual | options))
 
 
@@ -325,7 +333,7 @@ def test_tls_to_the_address_that_was_looked_at(secure):
     assert over_tls(secure, "media.test") == BODY
 
 
-@pytest.mark.parametrize(("host", "options"), [("a.cdn.test", {}), ("media.test", {"tls": None})])
+@pytest.mark.parametrize(("host", "options"), [("a.cdn.test", {}), ("media.test", {"tls_context": None})])
 def test_attack_certificate_of_another(secure, host, options):
     """A name that the certificate does not hold, and a certificate that nobody vouches for."""
     with pytest.raises(InvalidInput) as caught:

@@ -92,8 +92,10 @@ def child_that(monkeypatch):
     """The child's own program with another reader in it, given as an expression."""
 
     def replaced(reader: str) -> None:
-        program = sandbox.CHILD_PROGRAM.replace("decoding.child()", f"decoding.report = lambda limits: {reader}; ")
-        monkeypatch.setattr(sandbox, "PROGRAM", program + "decoding.child()")
+        program = sandbox.CHILD_PROGRAM.replace(
+            "sandbox.run_in_child()", f"sandbox.build_report = lambda limits: {reader}; "
+        )
+        monkeypatch.setattr(sandbox, "CHILD_PROGRAM", program + "sandbox.run_in_child()")
 
     return replaced
 
@@ -168,7 +170,7 @@ def test_a_field_of_the_callers(mp4):
 def test_attack_traversal_in_a_name(name, about, monkeypatch):
     text = refusal(b"no media", name)
     assert "/" not in text and "\\" not in text and text.isprintable() and len(text) < 300
-    monkeypatch.setattr(ingest, "measured", lambda *_: MediaInfo(48, 64, 1, None, "image"))
+    monkeypatch.setattr(ingest, "measure_in_sandbox", lambda *_: MediaInfo(48, 64, 1, None, "image"))
     made = ingest_media(MemoryObjectStore(), still("PNG"), "user", name)
     assert made.caption == about and made.key[64:] == ".png" and len(made.key) == 68
 
@@ -239,7 +241,7 @@ def test_attack_webp_canvas_of_a_gigabyte():
     data = bytearray(animation("WEBP"))
     at = data.index(b"VP8X") + 12  # 24 bits each of width - 1 and height - 1
     data[at : at + 6] = (16_382).to_bytes(3, "little") * 2
-    refusal(bytes(data), bounds=ProcessLimits(max_memory_bytes=2**28))
+    refusal(bytes(data), process_limits=ProcessLimits(max_memory_bytes=2**28))
 
 
 def test_attack_gif_of_many_frames():
@@ -303,29 +305,29 @@ def test_attack_child_that_eats_memory(child_that, mp4):
     assert (
         ingest_media(MemoryObjectStore(), mp4, "user", process_limits=ProcessLimits(max_memory_bytes=2**31)).frames == 9
     )
-    assert "needs more memory than there is" in refusal(mp4, bounds=ProcessLimits(max_memory_bytes=2**26))
+    assert "needs more memory than there is" in refusal(mp4, process_limits=ProcessLimits(max_memory_bytes=2**26))
 
 
 @pytest.mark.parametrize("reader", ["__import__('time').sleep(60)", "[None for _ in iter(int, 1)]"])
 def test_attack_child_that_hangs(child_that, mp4, reader):
     child_that(reader)
-    assert "takes more than 0.6 seconds to read" in refusal(mp4, bounds=ProcessLimits(timeout_seconds=0.6))
+    assert "takes more than 0.6 seconds to read" in refusal(mp4, process_limits=ProcessLimits(timeout_seconds=0.6))
 
 
 def test_attack_child_that_ends_by_itself_when_its_parent_is_gone(mp4, monkeypatch, child_that):
     child_that("__import__('time').sleep(60)")
-    monkeypatch.setattr(sandbox, "heard", lambda process, deadline: process.stdout.read())
-    assert "takes more than 0.3 seconds" in refusal(mp4, bounds=ProcessLimits(timeout_seconds=0.3))
+    monkeypatch.setattr(sandbox, "read_report", lambda process, deadline: process.stdout.read())
+    assert "takes more than 0.3 seconds" in refusal(mp4, process_limits=ProcessLimits(timeout_seconds=0.3))
 
 
 @pytest.mark.parametrize("signal", [6, 9, 11])
 def test_attack_child_that_crashes(child_that, mp4, signal):
-    child_that(f"decoding.os.kill(decoding.os.getpid(), {signal})")
+    child_that(f"sandbox.os.kill(sandbox.os.getpid(), {signal})")
     assert "is damaged" in refusal(mp4)
 
 
 def test_attack_child_that_floods(child_that, mp4):
-    child_that("[decoding.os.write(1, bytes(65536)) for _ in iter(int, 1)]")
+    child_that("[sandbox.os.write(1, bytes(65536)) for _ in iter(int, 1)]")
     assert "is damaged" in refusal(mp4)
 
 
@@ -360,8 +362,8 @@ def test_attack_child_that_looks_for_secrets_files_and_descriptors(child_that, m
     with (tmp_path / "secret").open("wb") as held:
         os.set_inheritable(held.fileno(), True)
         child_that(
-            "{'refused': ' '.join([*sorted(decoding.os.environ), *decoding.os.listdir('/proc/self/fd'), "
-            "*(str(decoding.resource.getrlimit(what)[1]) for what in (1, 4, 7))])}"
+            "{'refused': ' '.join([*sorted(sandbox.os.environ), *sandbox.os.listdir('/proc/self/fd'), "
+            "*(str(sandbox.resource.getrlimit(what)[1]) for what in (1, 4, 7))])}"
         )
         told = refusal(mp4).removeprefix("source: 'clip.mp4' ").split()
     assert set(told) <= {"LC_CTYPE", "LD_LIBRARY_PATH", *sandbox.build_child_environment(), *"01236", "16"}
@@ -369,7 +371,7 @@ def test_attack_child_that_looks_for_secrets_files_and_descriptors(child_that, m
 
 
 def test_attack_child_that_writes_a_file(child_that, mp4, tmp_path):
-    child_that(f"decoding.Path({str(tmp_path / 'a')!r}).write_bytes(b'owned')")
+    child_that(f"sandbox.Path({str(tmp_path / 'a')!r}).write_bytes(b'owned')")
     refusal(mp4)
     assert (tmp_path / "a").read_bytes() == b""
 
@@ -381,7 +383,7 @@ def test_no_process_to_be_had(mp4, monkeypatch):
 
 
 def test_too_many_at_once(mp4, monkeypatch):
-    monkeypatch.setattr(sandbox, "SLOTS", threading.BoundedSemaphore(1))
+    monkeypatch.setattr(sandbox, "PROCESS_SLOTS", threading.BoundedSemaphore(1))
     with sandbox.acquire_process_slot(1), pytest.raises(ServiceBusy, match="too many are being read at once"):
         sandbox.measure_in_sandbox(mp4, process_limits=ProcessLimits(timeout_seconds=0.05))
     assert sandbox.measure_in_sandbox(mp4).frames == 9

@@ -341,7 +341,7 @@ def test_a_bomb_is_refused_by_its_header(tmp_path, side):
     ],
 )
 def test_over_a_limit_by_the_header(mp4, limits, what, monkeypatch):
-    monkeypatch.setattr(read, "decoded", None)
+    monkeypatch.setattr(read, "decode_stream", None)
     assert what in refusal(mp4, limits)
 
 
@@ -516,7 +516,7 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, f
             raise failure
         return whole(pixels)
 
-    monkeypatch.setattr(read, "yuv", failing)
+    monkeypatch.setattr(write, "rgb_to_yuv", failing)
     with pytest.raises(raised):
         write_media(tmp_path / "a.mp4", shapes(), FPS)
     assert [path.name for path in tmp_path.iterdir()] == ["a.mp4"] and (tmp_path / "a.mp4").read_bytes() == b"old"

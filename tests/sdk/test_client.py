@@ -31,19 +31,19 @@ def client(address):
 
 
 def test_a_conversation_has_the_studios_face(client, tmp_path):
-    thread = client.thread()
+    thread = client.open_thread()
     events = list(thread.send("a red ball; now make it blue", steps=4))
     assert isinstance(events[-1], TurnCompleted) and any(isinstance(event, StepProgress) for event in events)
-    assert [turn.number for turn in thread.history()] == [1]
-    made = thread.artifacts()
-    assert made[1].source == made[0].key and [one.key for one in thread.lineage()] == [made[1].key, made[0].key]
-    assert thread.fetch(made[0]).frames.shape == (9, 64, 64, 3)
-    branch = client.thread(thread.fork(1, "a-branch").id)
-    assert branch.id == "a-branch" and len(branch.history()) == 1
+    assert [turn.number for turn in thread.get_turns()] == [1]
+    made = thread.get_artifacts()
+    assert made[1].source == made[0].key and [one.key for one in thread.get_lineage()] == [made[1].key, made[0].key]
+    assert thread.fetch_artifact(made[0]).frames.shape == (9, 64, 64, 3)
+    branch = client.open_thread(thread.fork(1, "a-branch").id)
+    assert branch.id == "a-branch" and len(branch.get_turns()) == 1
     Image.new("RGB", (64, 64), "red").save(tmp_path / "red.png")
     turn = list(branch.send("make it green", [tmp_path / "red.png"], steps=2))[-1].turn
-    assert turn.attachments[0].about == "red" and turn.done[0].artifact.source == turn.attachments[0].key
-    asked = list(client.thread().send("make it blue"))[-1]
+    assert turn.attachments[0].caption == "red" and turn.results[0].artifact.source == turn.attachments[0].key
+    asked = list(client.open_thread().send("make it blue"))[-1]
     assert isinstance(asked, QuestionAsked)
 
 
@@ -88,13 +88,13 @@ def test_refusals_are_our_own_errors(client, address, tmp_path):
     with pytest.raises(InvalidInput, match="size"):
         client.generate("a red ball", width=72, height=64)
     with pytest.raises(InvalidInput, match="thread: there is no thread 'nothing'"):
-        client.thread("nothing")
+        client.open_thread("nothing")
     with pytest.raises(ArtifactNotFound):
-        client.ask("GET", "/v1/threads/nothing")
+        client.send_request("GET", "/v1/threads/nothing")
     with Client(address, "wrong") as stranger, pytest.raises(OmniVideoError, match="API key"):
         stranger.open_thread()
     with pytest.raises(InvalidInput, match=r"attachments: 'none\.png' cannot be read"):
-        list(client.thread().send("what is this?", [tmp_path / "none.png"]))
+        list(client.open_thread().send("what is this?", [tmp_path / "none.png"]))
 
 
 def test_a_service_that_comes_late_is_waited_for(omni, tmp_path, monkeypatch):
@@ -102,11 +102,11 @@ def test_a_service_that_comes_late_is_waited_for(omni, tmp_path, monkeypatch):
     port = free_port()
     with Client(f"http://127.0.0.1:{port}") as client:
         with monkeypatch.context() as hasty, pytest.raises(StoreError, match="service: it cannot be reached"):
-            hasty.setattr("omnivideo.sdk.client.TRIES", 2)
+            hasty.setattr("omnivideo.sdk.client.MAX_ATTEMPTS", 2)
             client.open_thread()
         made: list = []
         waiting = threading.Thread(target=lambda: made.append(client.open_thread()))
         waiting.start()
         with serving(scripted(tmp_path, omni), port):
             waiting.join(20)
-            assert made and made[0].history() == []
+            assert made and made[0].get_turns() == []

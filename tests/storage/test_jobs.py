@@ -50,7 +50,7 @@ def silence(book: JobRepository, name: str) -> None:
     """As if the job's worker had not been heard of for an hour."""
     with book.engine.connect() as connection:
         connection.execute(
-            update(jobs).where(jobs.c.id == name).values(beat=unix_now() - 3600.0, told=unix_now() - 3600.0)
+            update(jobs).where(jobs.c.id == name).values(heartbeat_at=unix_now() - 3600.0, notified_at=unix_now() - 3600.0)
         )
 
 
@@ -62,17 +62,17 @@ def test_migrations_make_the_tables_that_the_code_speaks_of(engine):
 
 def test_a_job_is_drawn_once(book):
     assert book.submit(job("one")) and not book.submit(job("one"))
-    claim = book.claim("worker")
-    assert (claim.job, claim.attempt, claim.point) == (job("one"), 1, None)
-    assert book.claim("worker") is None
-    assert book.beat(claim, StepProgress(step=3, steps=20, eta_seconds=1.5), preview="p.png", point="x.safetensors")
-    seen = book.status("one")
-    assert (seen.state, seen.step, seen.steps, seen.left, seen.preview) == ("running", 3, 20, 1.5, "p.png")
+    claim = book.claim_next_job("worker")
+    assert (claim.job, claim.attempt, claim.resume_key) == (job("one"), 1, None)
+    assert book.claim_next_job("worker") is None
+    assert book.heartbeat(claim, StepProgress(step=3, steps=20, eta_seconds=1.5), preview="p.png", resume_key="x.safetensors")
+    seen = book.get_status("one")
+    assert (seen.state, seen.step, seen.steps, seen.eta_seconds, seen.preview) == ("running", 3, 20, 1.5, "p.png")
     assert result_from_status(seen) is None
-    book.finish(claim, ARTIFACT)
-    assert result_from_status(book.status("one")) == ARTIFACT
+    book.mark_done(claim, ARTIFACT)
+    assert result_from_status(book.get_status("one")) == ARTIFACT
     with pytest.raises(JobLost):
-        book.beat(claim)
+        book.heartbeat(claim)
 
 
 def test_an_id_stands_for_one_request_of_one_owner(book):
@@ -86,16 +86,16 @@ def test_an_id_stands_for_one_request_of_one_owner(book):
 def test_interactive_work_comes_before_batches(book):
     book.submit(job("slow"), lane="batch")
     book.submit(job("quick"))
-    assert [book.claim("w").job.id for _ in range(2)] == ["quick", "slow"]
+    assert [book.claim_next_job("w").job.id for _ in range(2)] == ["quick", "slow"]
 
 
 def test_owners_take_turns(book):
     for at in range(6):
         book.submit(job(f"ann{at}"), owner="ann")
-    assert book.claim("w").job.id == "ann0"
+    assert book.claim_next_job("w").job.id == "ann0"
     book.submit(job("bob0"), owner="bob")
     book.submit(job("bob1"), owner="bob")
-    order = [book.claim("w").job.id for _ in range(5)]
+    order = [book.claim_next_job("w").job.id for _ in range(5)]
     assert order.index("bob0") <= 1 and order.index("bob1") <= 3
     assert [name for name in order if name.startswith("ann")] == ["ann1", "ann2", "ann3"]
 
@@ -115,29 +115,29 @@ def test_bounds_are_kept(engine, book):
 
 def test_a_silent_workers_job_goes_to_another_one_from_its_point(book):
     book.submit(job("one"))
-    late = book.claim("first")
-    book.beat(late, StepProgress(step=8, steps=20, eta_seconds=1.0), point="x.safetensors")
-    assert book.reap(5.0) == []
+    late = book.claim_next_job("first")
+    book.heartbeat(late, StepProgress(step=8, steps=20, eta_seconds=1.0), resume_key="x.safetensors")
+    assert book.requeue_lost_jobs(5.0) == []
     silence(book, "one")
-    assert book.reap(5.0) == ["one"]
-    claim = book.claim("second")
-    assert (claim.attempt, claim.point) == (2, "x.safetensors")
-    for twin in (lambda: book.beat(late), lambda: book.finish(late, ARTIFACT), lambda: book.fail(late, "x", "x")):
+    assert book.requeue_lost_jobs(5.0) == ["one"]
+    claim = book.claim_next_job("second")
+    assert (claim.attempt, claim.resume_key) == (2, "x.safetensors")
+    for twin in (lambda: book.heartbeat(late), lambda: book.mark_done(late, ARTIFACT), lambda: book.mark_failed(late, "x", "x")):
         with pytest.raises(JobLost):
             twin()
-    book.finish(claim, ARTIFACT)
-    assert book.status("one").state == "done"
+    book.mark_done(claim, ARTIFACT)
+    assert book.get_status("one").state == "done"
 
 
 def test_a_job_that_silences_three_workers_fails(book):
     book.submit(job("one"))
     for _ in range(3):
-        assert book.claim("w")
+        assert book.claim_next_job("w")
         silence(book, "one")
-        book.reap(5.0)
-    assert book.claim("w") is None
+        book.requeue_lost_jobs(5.0)
+    assert book.claim_next_job("w") is None
     with pytest.raises(JobFailed, match="it stopped 3 workers in a row") as failed:
-        result_from_status(book.status("one"))
+        result_from_status(book.get_status("one"))
     assert failed.value.code == "poison"
 
 
@@ -146,31 +146,31 @@ def test_cancelling(book):
     book.submit(job("runs"))
     book.cancel("waits")
     with pytest.raises(JobCancelled):
-        result_from_status(book.status("waits"))
-    claim = book.claim("w")
-    assert claim.job.id == "runs" and book.beat(claim)
+        result_from_status(book.get_status("waits"))
+    claim = book.claim_next_job("w")
+    assert claim.job.id == "runs" and book.heartbeat(claim)
     book.cancel("runs")
-    assert not book.beat(claim)
-    book.stop(claim)
-    assert book.status("runs").state == "cancelled"
+    assert not book.heartbeat(claim)
+    book.mark_cancelled(claim)
+    assert book.get_status("runs").state == "cancelled"
     book.cancel("runs")
     book.cancel("nothing")
 
 
 def test_a_cancelled_job_of_a_lost_worker_is_not_drawn_again(book):
     book.submit(job("one"))
-    book.claim("w")
+    book.claim_next_job("w")
     book.cancel("one")
     silence(book, "one")
-    assert book.reap(5.0) == []
-    assert book.status("one").state == "cancelled"
+    assert book.requeue_lost_jobs(5.0) == []
+    assert book.get_status("one").state == "cancelled"
 
 
 def test_a_message_that_was_lost_is_noticed_once(book):
     book.submit(job("one"))
-    assert not book.untold(5.0)
+    assert not book.claim_renotification(5.0)
     silence(book, "one")
-    assert book.untold(5.0) and not book.untold(5.0)
+    assert book.claim_renotification(5.0) and not book.claim_renotification(5.0)
 
 
 def test_many_workers_never_share_a_job(book):
@@ -179,9 +179,9 @@ def test_many_workers_never_share_a_job(book):
     taken: list[str] = []
 
     def work() -> None:
-        while claim := book.claim(threading.current_thread().name):
+        while claim := book.claim_next_job(threading.current_thread().name):
             taken.append(claim.job.id)
-            book.finish(claim, ARTIFACT)
+            book.mark_done(claim, ARTIFACT)
 
     workers = [threading.Thread(target=work) for _ in range(6)]
     for worker in workers:
@@ -208,34 +208,34 @@ def test_a_pack_is_the_next_of_the_batch_lane_and_half_of_it_at_most(book):
     book.submit(job("quick"))
     for at in range(6):
         book.submit(job(f"line{at}", f"ball {at}"), lane="batch")
-    quick, first = book.claim("w"), book.claim("w")
+    quick, first = book.claim_next_job("w"), book.claim_next_job("w")
     assert (quick.lane, first.lane) == ("interactive", "batch")
-    assert book.joined(quick, "w", 4, any_job) == [quick]
-    claims = book.joined(first, "w", 4, lambda found: found.prompt != "ball 2")
+    assert book.claim_render_batch(quick, "w", 4, any_job) == [quick]
+    claims = book.claim_render_batch(first, "w", 4, lambda found: found.prompt != "ball 2")
     assert [claim.job.id for claim in claims] == ["line0", "line1", "line3"]  # 4 wait that are alike: 2 of them
-    assert {claim.pack for claim in claims} == {("line0", "line1", "line3")}
-    assert all(book.status(claim.job.id).state == "running" for claim in claims)
-    assert book.beat_all(claims, StepProgress(step=2, steps=9, eta_seconds=1.0), point="x.safetensors") == {
+    assert {claim.batch_job_ids for claim in claims} == {("line0", "line1", "line3")}
+    assert all(book.get_status(claim.job.id).state == "running" for claim in claims)
+    assert book.heartbeat_all(claims, StepProgress(step=2, steps=9, eta_seconds=1.0), resume_key="x.safetensors") == {
         "line0": True, "line1": True, "line3": True
     }  # fmt: skip
     book.cancel("line1")
-    assert book.beat_all(claims) == {"line0": True, "line1": False, "line3": True}
+    assert book.heartbeat_all(claims) == {"line0": True, "line1": False, "line3": True}
 
 
 def test_a_lost_pack_is_taken_over_whole(book):
     for at in range(6):
         book.submit(job(f"line{at}"), lane="batch")
-    claims = book.joined(book.claim("w"), "w", 3, any_job)
-    pack = claims[0].pack
-    book.beat_all(claims, point="x.safetensors")
-    book.finish(claims[1], ARTIFACT)
+    claims = book.claim_render_batch(book.claim_next_job("w"), "w", 3, any_job)
+    pack = claims[0].batch_job_ids
+    book.heartbeat_all(claims, resume_key="x.safetensors")
+    book.mark_done(claims[1], ARTIFACT)
     for name in pack:
         silence(book, name)
-    assert set(book.reap(60)) == {pack[0], pack[2]}
-    again = sorted(book.joined(book.claim("v"), "v", 1, any_job), key=lambda claim: claim.job.id)
-    assert [(claim.job.id, claim.attempt, claim.point, claim.pack) for claim in again] == [
+    assert set(book.requeue_lost_jobs(60)) == {pack[0], pack[2]}
+    again = sorted(book.claim_render_batch(book.claim_next_job("v"), "v", 1, any_job), key=lambda claim: claim.job.id)
+    assert [(claim.job.id, claim.attempt, claim.resume_key, claim.batch_job_ids) for claim in again] == [
         (pack[0], 2, "x.safetensors", pack), (pack[2], 2, "x.safetensors", pack)
     ]  # fmt: skip
-    assert book.beat_all(claims) == {}  # the first worker has none of them any more
-    fresh = book.joined(book.claim("v"), "v", 3, any_job)
-    assert fresh[0].job.id == "line3" and fresh[0].pack == ("line3", "line4")
+    assert book.heartbeat_all(claims) == {}  # the first worker has none of them any more
+    fresh = book.claim_render_batch(book.claim_next_job("v"), "v", 3, any_job)
+    assert fresh[0].job.id == "line3" and fresh[0].batch_job_ids == ("line3", "line4")

@@ -107,17 +107,17 @@ def test_tensors(store):
 
 
 def test_the_sweep_leaves_what_is_referred_to_and_what_is_young(sweeping):
-    assert list(sweeping.keys()) == [] and sweeping.sweep(set(), 0) == []
+    assert list(sweeping.iter_keys()) == [] and sweeping.sweep(set(), 0) == []
     kept, old, again = (sweeping.put(data, "mp4") for data in (b"kept", b"old", b"again"))
-    assert sorted(sweeping.keys()) == sorted([kept, old, again])
+    assert sorted(sweeping.iter_keys()) == sorted([kept, old, again])
     assert sweeping.sweep({kept}, lifetime=60) == []
     time.sleep(3.1)
     young = sweeping.put(b"young", "mp4")
     assert sweeping.put(b"again", "mp4") == again
     assert sweeping.sweep({kept}, lifetime=3) == [old]
     assert [sweeping.has(key) for key in (kept, old, again, young)] == [True, False, True, True]
-    assert sorted(sweeping.keys()) == sorted([kept, again, young])
-    assert sorted(sweeping.sweep(set(), 0)) == sorted([kept, again, young]) and list(sweeping.keys()) == []
+    assert sorted(sweeping.iter_keys()) == sorted([kept, again, young])
+    assert sorted(sweeping.sweep(set(), 0)) == sorted([kept, again, young]) and list(sweeping.iter_keys()) == []
 
 
 # A sweep and a put of the same bytes at the same time.
@@ -129,7 +129,7 @@ class PutMeanwhile(S3ObjectStore):
     other: S3ObjectStore
     putting: threading.Thread | None = None
 
-    def remove(self, names: list[str]) -> None:
+    def remove_objects(self, names: list[str]) -> None:
         if self.putting is None and names:
             self.putting = threading.Thread(target=self.other.put, args=(b"clip", "mp4"))
             self.putting.start()
@@ -154,7 +154,7 @@ def test_a_sweep_that_meets_a_put_takes_nothing_that_the_put_said_is_there(s3, s
 
 def test_without_the_marks_it_would(s3, server, monkeypatch):
     """That the meeting above is the dangerous one."""
-    monkeypatch.setattr(s3, "is_up", lambda mark: False)
+    monkeypatch.setattr(s3, "is_mark_active", lambda mark: False)
     assert not swept_and_put(s3, server)
 
 
@@ -181,12 +181,12 @@ def test_sweeps_and_puts_in_any_order(s3):
 def test_the_mark_of_a_killed_sweep_is_void_after_its_time(s3, monkeypatch):
     key = s3.put(b"clip", "mp4")
     s3.client.put_object(s3.bucket, f".sweep/{key[:2]}-dead", io.BytesIO(), 0)
-    monkeypatch.setattr(ours, "MARK_LIVES", timedelta(seconds=2))
+    monkeypatch.setattr(ours, "MARK_LIFETIME", timedelta(seconds=2))
     began = time.monotonic()
     assert s3.put(b"clip", "mp4") == key and s3.has(key)
     assert 0.5 < time.monotonic() - began < 5
     assert s3.put(b"clip", "mp4") == key
-    assert list(s3.keys()) == [key]
+    assert list(s3.iter_keys()) == [key]
 
 
 def test_prefixes_keep_apart(server):
@@ -288,7 +288,7 @@ def test_a_server_in_trouble_is_asked_four_times(peculiar):
 
 
 def test_a_server_that_hangs(monkeypatch):
-    monkeypatch.setattr(connection, "WAITS", urllib3.Timeout(connect=1, read=0.2))
+    monkeypatch.setattr(connection, "HTTP_TIMEOUT", urllib3.Timeout(connect=1, read=0.2))
     with socket.create_server(("127.0.0.1", 0)) as deaf, pytest.raises(StoreError, match=r"no answer in time$"):
         store_on(f"http://127.0.0.1:{deaf.getsockname()[1]}").get(MISSING)
 
@@ -320,13 +320,13 @@ def download(address: str) -> tuple[bytes, str]:
 
 def test_a_signed_address_downloads_with_its_type_until_it_expires(s3):
     for suffix, kind in (("mp4", "video/mp4"), ("png", "image/png"), ("json", "application/json"), ("html", None)):
-        got, got_kind = download(s3.signed(s3.put(b"what it holds", suffix), 60))
+        got, got_kind = download(s3.presign_url(s3.put(b"what it holds", suffix), 60))
         assert got == b"what it holds" and got_kind == (kind or "application/octet-stream")
     key, other = s3.put(b"a clip", "mp4"), s3.put(b"another", "mp4")
-    short = s3.signed(key, 1)
+    short = s3.presign_url(key, 1)
     assert SECRET_KEY not in short
     time.sleep(2.1)
-    for refused in (short, s3.signed(key, 60).replace(key, other), s3.signed(key, 60).split("?")[0]):
+    for refused in (short, s3.presign_url(key, 60).replace(key, other), s3.presign_url(key, 60).split("?")[0]):
         with pytest.raises(urllib.error.HTTPError) as caught:
             download(refused)
         assert caught.value.code in (400, 403)
@@ -345,18 +345,18 @@ def test_signed_addresses_name_the_public_server(server):
 @pytest.mark.parametrize("seconds", [0, -5, 7 * 86_400 + 1])
 def test_a_signed_address_lives_a_second_to_a_week(s3, seconds):
     with pytest.raises(InvalidInput, match=r"^seconds: 1 to 604800"):
-        s3.signed(MISSING, seconds)
+        s3.presign_url(MISSING, seconds)
 
 
 def test_parts(s3):
     key = s3.put(bytes(range(100)), "mp4")
-    assert s3.size(key) == 100
-    assert s3.part(key, 0, 0) == b"\0" and s3.part(key, 10, 19) == bytes(range(10, 20))
-    assert s3.part(key, 90, 1000) == bytes(range(90, 100)) and s3.part(key, 0, 99) == s3.get(key)
+    assert s3.get_size(key) == 100
+    assert s3.read_range(key, 0, 0) == b"\0" and s3.read_range(key, 10, 19) == bytes(range(10, 20))
+    assert s3.read_range(key, 90, 1000) == bytes(range(90, 100)) and s3.read_range(key, 0, 99) == s3.get(key)
     for first, last in ((100, 101), (-1, 3), (5, 4)):
         with pytest.raises(InvalidInput, match=r"^range: "):
-            s3.part(key, first, last)
-    for ask in (s3.size, lambda key: s3.part(key, 0, 1)):
+            s3.read_range(key, first, last)
+    for ask in (s3.get_size, lambda key: s3.read_range(key, 0, 1)):
         with pytest.raises(ArtifactNotFound):
             ask(MISSING)
 
@@ -366,9 +366,9 @@ def test_parts(s3):
 PUT_FILE = """
 import sys
 from pathlib import Path
-from omnivideo.storage.minio import S3Store
+from omnivideo.storage.objects.s3 import S3ObjectStore
 peak = lambda: int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) / 1024
-store = S3Store(sys.argv[1], "large", sys.argv[2], sys.argv[3])
+store = S3ObjectStore(sys.argv[1], "large", sys.argv[2], sys.argv[3])
 store.put(b"warm", "mp4")
 before = peak()
 print(store.put_file(Path(sys.argv[4]), "mp4"), peak() - before)
@@ -413,7 +413,7 @@ def imitation(tmp_path_factory):
 def test_a_server_without_lifecycle_rules_says_so(s3):
     for _ in range(2):  # without and with the bucket
         with pytest.raises(StoreError, match=r"it keeps no lifecycle rules; use the sweep$"):
-            s3.set_lifetime(3)
+            s3.set_lifecycle_expiration(3)
         s3.put(b"clip", "mp4")
 
 

@@ -38,9 +38,9 @@ def test_a_thread_lives_on_in_another_connection(thread_in):
     thread = thread_in("talk")
     assert isinstance(list(thread.send("a red ball; make it blue"))[-1], TurnCompleted)
     again = thread_in("talk")
-    assert [turn.text for turn in again.history()] == ["a red ball; make it blue"]
-    made = list(again.fork(1, "branch").send("make it green"))[-1].turn.done[0].artifact
-    assert made.source == again.artifacts()[-1].key
+    assert [turn.text for turn in again.get_turns()] == ["a red ball; make it blue"]
+    made = list(again.fork(1, "branch").send("make it green"))[-1].turn.results[0].artifact
+    assert made.source == again.get_artifacts()[-1].key
 
 
 def test_a_cut_turn_goes_on(thread_in):
@@ -51,7 +51,7 @@ def test_a_cut_turn_goes_on(thread_in):
     del running
     again = thread_in("cut")
     assert isinstance(list(again.resume())[-1], TurnCompleted)
-    assert [one.about for one in again.artifacts()] == ["a red ball", "make it blue"]
+    assert [one.caption for one in again.get_artifacts()] == ["a red ball", "make it blue"]
 
 
 def test_a_server_that_is_not_there_is_said():

@@ -76,12 +76,12 @@ def until(is_so, seconds: float = 30.0):
 @contextmanager
 def nobody_works(wiring) -> Iterator[None]:
     """Jobs stay where they are."""
-    claim, wiring.worker.jobs.claim = wiring.worker.jobs.claim, lambda worker: None
+    claim_next_job, wiring.worker.jobs.claim_next_job = wiring.worker.jobs.claim_next_job, lambda worker: None
     try:
         yield
     finally:
-        wiring.worker.jobs.claim = claim
-        wiring.tell()
+        wiring.worker.jobs.claim_next_job = claim_next_job
+        wiring.notify_workers()
 
 
 # ---------------------------------------------------------------- batches
@@ -102,7 +102,7 @@ def say(owner: str, body: dict) -> dict:
 def runner_for(rooms, **given) -> BatchRunner:
     jobs = JobRepository(rooms.records.engine)
     return BatchRunner(
-        rooms.records, jobs, rooms.store, rooms.tell, BatchLineHandler(rooms), say, **({"pause": 0.05} | given)
+        rooms.records, jobs, rooms.store, rooms.notify_workers, BatchLineHandler(rooms), say, **({"poll_seconds": 0.05} | given)
     )
 
 

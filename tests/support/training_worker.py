@@ -114,7 +114,7 @@ class Recipes:
             )
             for task in TASKS
         }
-        return make(omni, data, steps=self.steps, sizes=(4, 2))
+        return make(omni, data, steps=self.steps, batch_sizes=(4, 2))
 
     def stage2b_generation(self) -> Recipe:
         return self.flow(flow.build_stage2b_generation_recipe)

@@ -92,7 +92,7 @@ def test_a_wrong_scene_does_not_meet_the_demand():
         made = sample_caption(rng, scene)
         thing = scene.objects[0]
         other = next(c for c in COLOURS if c not in {t.colour for t in scene.objects} | {scene.background})
-        changed = replace(scene, things=(replace(thing, colour=other), *scene.objects[1:]))
+        changed = replace(scene, objects=(replace(thing, colour=other), *scene.objects[1:]))
         wrong += made.scene_spec.is_met_by(detect_scene(render_scene(changed)))
     assert wrong == 0
 

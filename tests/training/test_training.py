@@ -191,7 +191,7 @@ def test_more_requests_of_a_task_follow_the_others(request):
     first = data(request, fresh(request))["video-editing"]
     both = first + first
     assert len(both) == 8
-    for name in ("target", "source", "hidden", "text", "embeddings"):
+    for name in ("target_latents", "source_latents", "hidden_states", "text_embeddings", "visual_embeddings"):
         whole, part = getattr(both, name), getattr(first, name)
         assert all(torch.equal(whole[at], part[at % 4]) for at in range(8)), name
 
@@ -257,9 +257,9 @@ class Steep(torch.autograd.Function):
 def test_what_is_not_finite_ends_the_run_and_leaves_the_checkpoint(spoiled, what, tmp_path):
     Trainer(toy(), tmp_path).run(stop_at_step=2)
     recipe = toy()
-    passes = single_micro_batch(lambda step: {"loss": spoiled(recipe.compute_losses(step)["loss"])})
+    micro_batch_losses = single_micro_batch(lambda step: {"loss": spoiled(recipe.compute_losses(step)["loss"])})
     with pytest.raises(TrainingDiverged, match=f"{what}.* at step 3"):
-        Trainer(replace(recipe, passes=passes), tmp_path).run(save_every_seconds=0)
+        Trainer(replace(recipe, micro_batch_losses=micro_batch_losses), tmp_path).run(save_every_seconds=0)
     again = Trainer(toy(), tmp_path)
     assert again.step == 2 and all(weight.isfinite().all() for weight in again.weights.values())
 
@@ -375,7 +375,7 @@ def operations(recipe, step) -> int:
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            recipe.loss(step)["loss"].backward()
+            recipe.compute_losses(step)["loss"].backward()
     finally:
         torch.backends.mha.set_fastpath_enabled(quick)
     parts = counter.get_flop_counts()
@@ -390,4 +390,4 @@ def test_a_steps_operations_are_those_that_torch_counts(make, step, request, tmp
     Trainer(recipe, tmp_path)
     near = 0.005 if make is stage3_recipe else 0.03
     counted = operations(recipe, step)
-    assert recipe.flops(step) == pytest.approx(counted, rel=near)
+    assert recipe.step_flops(step) == pytest.approx(counted, rel=near)

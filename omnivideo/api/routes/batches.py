@@ -105,19 +105,19 @@ class BatchList(BaseModel):
 
 def to_batch_object(row: Any) -> BatchObject:
     batch = BatchObject(
-        id=row.id, endpoint=row.endpoint, input_file_id=row.input, status=row.state, output_file_id=row.output,
-        error_file_id=row.errors, created_at=int(row.made), expires_at=int(row.made) + COMPLETION_WINDOW_SECONDS,
-        request_counts=BatchRequestCounts(**row.counts), metadata=row.meta or None,
+        id=row.id, endpoint=row.endpoint, input_file_id=row.input_file_id, status=row.state, output_file_id=row.output_file_id,
+        error_file_id=row.error_file_id, created_at=int(row.created_at), expires_at=int(row.created_at) + COMPLETION_WINDOW_SECONDS,
+        request_counts=BatchRequestCounts(**row.counts), metadata=row.metadata or None,
     )  # fmt: skip
     for state in TIMESTAMPED_STATES:
-        setattr(batch, f"{state}_at", row.times.get(f"{state}_at"))
-    if row.trouble:
-        batch.errors = BatchErrorList(data=[BatchLineError(**problem) for problem in row.trouble])
+        setattr(batch, f"{state}_at", row.state_times.get(f"{state}_at"))
+    if row.validation_errors:
+        batch.errors = BatchErrorList(data=[BatchLineError(**problem) for problem in row.validation_errors])
     return batch
 
 
 def require_batch(context: ServiceContext, batch_id: str, owner: str) -> Any:
-    row = context.records.batch(batch_id, owner)
+    row = context.records.get_batch(batch_id, owner)
     if row is None:
         raise build_not_found_error("batch", batch_id)
     return row
@@ -129,18 +129,18 @@ def create_batch(
 ) -> BatchObject:
     """Takes on a file of requests, one to a line: {custom_id, method, url, body}; its lines are looked at next."""
     payload = validate_fields(CreateBatchRequest, fields)
-    file = context.records.file(payload.input_file_id, owner)
+    file = context.records.get_file(payload.input_file_id, owner)
     if file is None:
         raise InvalidInput("input_file_id", f"there is no file {payload.input_file_id!r}")
     if file.purpose != "batch":
         raise InvalidInput("input_file_id", f"its purpose is {file.purpose}; allowed: batch")
-    if file.bytes > MAX_INPUT_BYTES:
-        raise InvalidInput("input_file_id", f"it has {file.bytes} bytes; allowed: 1 to {MAX_INPUT_BYTES}")
-    row = context.records.add_batch(
-        owner, MAX_OPEN_BATCHES, id=make_id("batch", owner, idempotency_key), endpoint=payload.endpoint, input=payload.input_file_id,
-        meta=payload.metadata or {}, times={},
+    if file.size_bytes > MAX_INPUT_BYTES:
+        raise InvalidInput("input_file_id", f"it has {file.size_bytes} bytes; allowed: 1 to {MAX_INPUT_BYTES}")
+    row = context.records.create_batch(
+        owner, MAX_OPEN_BATCHES, id=make_id("batch", owner, idempotency_key), endpoint=payload.endpoint, input_file_id=payload.input_file_id,
+        metadata=payload.metadata or {}, state_times={},
     )  # fmt: skip
-    if (row.endpoint, row.input, row.meta) != (payload.endpoint, payload.input_file_id, payload.metadata or {}):
+    if (row.endpoint, row.input_file_id, row.metadata) != (payload.endpoint, payload.input_file_id, payload.metadata or {}):
         raise build_key_reused_error()
     return to_batch_object(row)
 
@@ -150,7 +150,7 @@ def list_batches(
     context: ContextDep, owner: OwnerDep, after: AfterCursor = None, limit: Annotated[int, Query(ge=1, le=100)] = 20
 ) -> BatchList:  # fmt: skip
     """Your batches, the newest first."""
-    rows, has_more = context.records.batches(owner, after, limit)
+    rows, has_more = context.records.list_batches(owner, after, limit)
     data = [to_batch_object(row) for row in rows]
     first, last = (data[0].id, data[-1].id) if data else (None, None)
     return BatchList(data=data, first_id=first, last_id=last, has_more=has_more)
@@ -166,7 +166,7 @@ def cancel_batch(batch_id: ResourceId, context: ContextDep, owner: OwnerDep) -> 
     """Stops what is not done; what is done comes in the output file all the same."""
     row = require_batch(context, batch_id, owner)
     while row.state in ("validating", "in_progress"):  # its runner may move it at the same time
-        context.records.move(row, "cancelling")
+        context.records.transition_batch(row, "cancelling")
         row = require_batch(context, batch_id, owner)
     return to_batch_object(row)
 

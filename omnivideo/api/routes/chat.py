@@ -136,30 +136,30 @@ class ChatCompletion:
         ]
         options = self.payload.model_dump(include={"think", "check", "seed", "steps", "guidance_scale"})
         turn_id = make_id("turn", self.owner, None)
-        self.turn_id = self.runner.begin(
+        self.turn_id = self.runner.start_turn(
             turn_id, self.owner, self.thread_id, last_message.text, attachments, **options
         ).id
 
     def find_or_create_thread(self) -> str:
         """The thread of the messages before the last one."""
-        known_thread = self.context.turns.chat(self.owner, digest_messages(self.payload.messages[:-1]))
+        known_thread = self.context.turns.find_chat_thread(self.owner, digest_messages(self.payload.messages[:-1]))
         thread_id = uuid.uuid4().hex[:16]
         if known_thread is not None:
-            thread = self.runner.thread(self.owner, known_thread[0])
-            if len(thread.history()) == known_thread[1]:
+            thread = self.runner.get_thread(self.owner, known_thread[0])
+            if len(thread.get_turns()) == known_thread[1]:
                 return str(known_thread[0])
-            self.context.turns.add_thread(thread_id, self.owner)
+            self.context.turns.create_thread(thread_id, self.owner)
             thread.fork(known_thread[1], thread_id)
             return thread_id
-        self.context.turns.add_thread(thread_id, self.owner)
-        self.context.conversations.thread(thread_id, create=True, owner=self.owner)
+        self.context.turns.create_thread(thread_id, self.owner)
+        self.context.conversations.open_thread(thread_id, create=True, owner=self.owner)
         return thread_id
 
     def text_from_event(self, event: dict[str, Any]) -> str:
         """What an event adds to the answer's text."""
         match event["kind"]:
             case "text":
-                return str(event["piece"])
+                return str(event["delta"])
             case "question":
                 return str(event["text"])
             case "artifact" if event["final"]:
@@ -173,23 +173,23 @@ class ChatCompletion:
 
     def record_completion(self) -> None:
         """Remembers where these messages lead to; raises what ended the turn before its end."""
-        row = self.context.turns.get(self.turn_id, self.owner)
+        row = self.context.turns.get_turn(self.turn_id, self.owner)
         if row.state in ("failed", "cancelled"):
             error = row.error or {"message": "the turn was cancelled", "param": None, "code": "cancelled"}
             status = 500 if error.get("type") == "server_error" else 409 if row.error is None else 400
             raise APIError(status, error["message"], error["param"], error["code"])
         answer = ChatMessage(role="assistant", content=self.answer_text)
-        num_turns = len(self.runner.thread(self.owner, self.thread_id).history())
+        num_turns = len(self.runner.get_thread(self.owner, self.thread_id).get_turns())
         digest = digest_messages([*self.payload.messages, answer])
-        self.context.turns.keep_chat(self.owner, digest, self.thread_id, num_turns)
+        self.context.turns.save_chat_thread(self.owner, digest, self.thread_id, num_turns)
 
     # ------------------------------------------------------------ on the wire
 
     def build_completion(self) -> dict[str, Any]:
         """The whole answer of a turn that is over."""
-        events = [event for _, event in self.context.turns.events_of(self.turn_id)]
+        events = [event for _, event in self.context.turns.list_events(self.turn_id)]
         self.answer_text = "".join(map(self.text_from_event, events))
-        reasoning = "".join(event["piece"] for event in events if event["kind"] == "thinking")
+        reasoning = "".join(event["delta"] for event in events if event["kind"] == "thinking")
         self.record_completion()
         message = {"role": "assistant", "content": self.answer_text}
         if reasoning:
@@ -203,7 +203,7 @@ class ChatCompletion:
                 self.answer_text += text
                 yield self.build_chunk({"content": text})
             elif event["kind"] == "thinking":
-                yield self.build_chunk({"reasoning_content": event["piece"]})
+                yield self.build_chunk({"reasoning_content": event["delta"]})
             elif event["kind"] == "waiting":  # where a person sees it
                 yield self.build_chunk({"reasoning_content": f"\n{event['text']}\n"})
             elif event["kind"] == "step":
@@ -245,9 +245,9 @@ async def create_chat_completion(
 
 
 def run_chat_request(context: ServiceContext, owner: str, fields: dict[str, Any]) -> dict[str, Any]:
-    """A batch's line: the answer as the route would give it, waited for here.  Raises OmniVideoError or WireError."""
+    """A batch's line: the answer as the route would give it, waited for here.  Raises OmniVideoError or APIError."""
     completion = ChatCompletion(context, owner, validate_fields(ChatCompletionRequest, fields))
     completion.start_turn()
-    while context.turns.get(completion.turn_id, owner).state in ("queued", "running"):
+    while context.turns.get_turn(completion.turn_id, owner).state in ("queued", "running"):
         time.sleep(0.05)
     return completion.build_completion()

@@ -67,11 +67,11 @@ class FileDeleted(BaseModel):
 
 
 def to_file_object(row: Any) -> FileObject:
-    return FileObject(id=row.id, bytes=row.bytes, created_at=int(row.made), filename=row.name, purpose=row.purpose)
+    return FileObject(id=row.id, bytes=row.size_bytes, created_at=int(row.created_at), filename=row.name, purpose=row.purpose)
 
 
 def require_file(context: ServiceContext, file_id: str, owner: str) -> Any:
-    row = context.records.file(file_id, owner)
+    row = context.records.get_file(file_id, owner)
     if row is None:
         raise build_not_found_error("file", file_id)
     return row
@@ -88,11 +88,11 @@ def upload_file(
         raise InvalidInput("file", f"it is empty; allowed: 1 to {context.settings.max_upload_bytes} bytes")
     artifact = ingest_upload(context, data, filename, payload.purpose)
     object_key = artifact.key if artifact else context.store.put(data, "jsonl" if payload.purpose == "batch" else "bin")
-    row = context.records.add_file(
-        owner, id=make_id("file", owner, idempotency_key).replace("_", "-"), name=filename, purpose=payload.purpose, bytes=len(data),
-        key=object_key, artifact=artifact.model_dump() if artifact else None,
+    row = context.records.create_file(
+        owner, id=make_id("file", owner, idempotency_key).replace("_", "-"), name=filename, purpose=payload.purpose, size_bytes=len(data),
+        object_key=object_key, artifact=artifact.model_dump() if artifact else None,
     )  # fmt: skip
-    if (row.key, row.purpose) != (object_key, payload.purpose):
+    if (row.object_key, row.purpose) != (object_key, payload.purpose):
         raise build_key_reused_error()
     return to_file_object(row)
 
@@ -119,7 +119,7 @@ def list_files(
     order: Literal["asc", "desc"] = "desc", purpose: Annotated[CleanText | None, Query(max_length=40)] = None,
 ) -> FileList:  # fmt: skip
     """Your files by age, `after` the one of that id."""
-    rows, has_more = context.records.files(owner, purpose, after, limit, order == "desc")
+    rows, has_more = context.records.list_files(owner, purpose, after, limit, order == "desc")
     data = [to_file_object(row) for row in rows]
     first, last = (data[0].id, data[-1].id) if data else (None, None)
     return FileList(data=data, first_id=first, last_id=last, has_more=has_more)
@@ -133,7 +133,7 @@ def get_file(file_id: ResourceId, context: ContextDep, owner: OwnerDep) -> FileO
 @router.delete("/{file_id}")
 def delete_file(file_id: ResourceId, context: ContextDep, owner: OwnerDep) -> FileDeleted:
     """Forgets it; its bytes go with the next sweep, unless something else refers to them."""
-    if not context.records.remove_file(file_id, owner):
+    if not context.records.delete_file(file_id, owner):
         raise build_not_found_error("file", file_id)
     return FileDeleted(id=file_id)
 
@@ -142,7 +142,7 @@ def delete_file(file_id: ResourceId, context: ContextDep, owner: OwnerDep) -> Fi
 def get_file_content(file_id: ResourceId, request: Request, context: ContextDep, owner: OwnerDep) -> Response:
     """The file's bytes, to be saved and never shown as a page: a stranger may have written them."""
     row = require_file(context, file_id, owner)
-    response = build_range_response(request, context.store.get(row.key), row.key)
+    response = build_range_response(request, context.store.get(row.object_key), row.object_key)
     # Quoted whole, so that no name can end the header or begin another one.
     response.headers["Content-Disposition"] = f"attachment; filename*=UTF-8''{quote(row.name, safe='')}"
     return response

@@ -67,7 +67,7 @@ async def edit_images(
 @router.get("/{image_id}/content", response_class=Response)
 def get_image_content(image_id: ResourceId, request: Request, context: ContextDep, owner: OwnerDep) -> Response:
     """An image that was asked for as a URL."""
-    status: JobStatus | None = context.records.job(image_id, owner, "image")
+    status: JobStatus | None = context.records.get_owned_job(image_id, owner, "image")
     if status is None:
         raise build_not_found_error("image", image_id)
     return build_content_response(context, status, request)
@@ -107,7 +107,7 @@ def cancel_jobs(context: ServiceContext, job_ids: list[str]) -> None:
 async def wait_for_jobs(request: Request, context: ServiceContext, job_ids: list[str]) -> list[JobStatus] | None:
     """The jobs in order, once all are done; None where the client has gone.  Raises what ended one of them."""
     while True:
-        status_by_id = {status.id: status for status in await run_sync(context.jobs.statuses, job_ids)}
+        status_by_id = {status.id: status for status in await run_sync(context.jobs.list_statuses, job_ids)}
         statuses = [status_by_id[job_id] for job_id in job_ids]
         failed = next((status for status in statuses if status.state in ("failed", "cancelled")), None)
         if failed is not None:
@@ -134,6 +134,6 @@ def to_image_object(context: ServiceContext, status: JobStatus, inline: bool, ba
     assert artifact is not None
     if inline:
         return ImageObject(b64_json=base64.b64encode(context.store.get(artifact.key)).decode())
-    if base_url and (sign_url := getattr(context.store, "signed", None)):
+    if base_url and (sign_url := getattr(context.store, "presign_url", None)):
         return ImageObject(url=sign_url(artifact.key, LINK_LIFETIME_SECONDS))
     return ImageObject(url=f"{base_url or '/'}v1/images/{status.id}/content")

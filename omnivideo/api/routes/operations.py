@@ -52,7 +52,7 @@ class QueueCollector(Collector):
     def collect(self) -> Iterable[Metric]:
         up = GaugeMetricFamily("omnivideo_database_up", "Whether the database answers")
         try:
-            counts, oldest = self.context.jobs.counts(), self.context.jobs.oldest()
+            counts, oldest = self.context.jobs.count_by_lane_and_state(), self.context.jobs.get_oldest_wait_seconds()
         except OmniVideoError:
             up.add_metric([], 0)
             yield up
@@ -81,9 +81,9 @@ class LanguageModelCollector(Collector):
 
     def collect(self) -> Iterable[Metric]:
         up = GaugeMetricFamily("omnivideo_language_model_up", "Whether the language model's server answers")
-        up.add_metric([], self.context.remote_mllm.ready())
+        up.add_metric([], self.context.remote_mllm.is_ready())
         yield up
-        for family in text_string_to_metric_families(self.context.remote_mllm.metrics()):
+        for family in text_string_to_metric_families(self.context.remote_mllm.fetch_metrics()):
             if family.name.removeprefix("vllm:") in self.exported_metrics:
                 yield family
 
@@ -100,8 +100,8 @@ def check_ready(context: ContextDep) -> dict[str, str]:
 
     They may come while the language model is starting, too: what needs it waits.
     """
-    context.jobs.waiting()
-    model = "ready" if context.remote_mllm is None or context.remote_mllm.ready() else "starting"
+    context.jobs.count_queued()
+    model = "ready" if context.remote_mllm is None or context.remote_mllm.is_ready() else "starting"
     return {"status": "ready", "language_model": model}
 
 

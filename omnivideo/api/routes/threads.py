@@ -79,12 +79,12 @@ class ThreadDeleted(BaseModel):
 
 
 def get_turn_runner(request: Request) -> TurnRunner:
-    runner: TurnRunner = request.app.state.runner
+    runner: TurnRunner = request.app.state.turn_runner
     return runner
 
 
 def get_event_feed(request: Request) -> EventFeed:
-    feed: EventFeed = request.app.state.feed
+    feed: EventFeed = request.app.state.event_feed
     return feed
 
 
@@ -98,21 +98,21 @@ def create_thread(
     """A new, empty thread; the same Idempotency-Key is the same thread."""
     thread_id = (payload and payload.id) or make_id("thread", owner, idempotency_key)
     if not (idempotency_key and context.turns.has_thread(thread_id, owner)):
-        context.turns.add_thread(thread_id, owner)
-    context.conversations.thread(thread_id, create=True, owner=owner)
+        context.turns.create_thread(thread_id, owner)
+    context.conversations.open_thread(thread_id, create=True, owner=owner)
     return load_thread_summary(context, owner, thread_id)
 
 
 def load_thread_summary(context: Any, owner: str, thread_id: str) -> ThreadSummary:
-    row = next(row for row in context.turns.threads_of(owner, 10**6) if row["id"] == thread_id)
-    return ThreadSummary(id=thread_id, created_at=int(row["made"]))
+    row = next(row for row in context.turns.list_threads(owner, 10**6) if row["id"] == thread_id)
+    return ThreadSummary(id=thread_id, created_at=int(row["created_at"]))
 
 
 @router.get("")
 def list_threads(context: ContextDep, owner: OwnerDep, limit: Annotated[int, Query(ge=1, le=100)] = 20) -> ThreadList:
     """Your threads, the newest first."""
-    rows = context.turns.threads_of(owner, limit)
-    return ThreadList(data=[ThreadSummary(id=row["id"], created_at=int(row["made"])) for row in rows])
+    rows = context.turns.list_threads(owner, limit)
+    return ThreadList(data=[ThreadSummary(id=row["id"], created_at=int(row["created_at"])) for row in rows])
 
 
 @router.get("/{name}")
@@ -128,7 +128,7 @@ def get_thread(name: str, request: Request, owner: OwnerDep) -> ThreadDetail:
 def delete_thread(name: str, request: Request, context: ContextDep, owner: OwnerDep) -> ThreadDeleted:
     """Forgets the thread; its artifacts go with the next sweep, unless something else refers to them."""
     get_turn_runner(request).get_thread(owner, name)
-    context.turns.drop_thread(name)
+    context.turns.delete_thread(name)
     return ThreadDeleted(id=name)
 
 
@@ -141,7 +141,7 @@ def fork_thread(
     owner: OwnerDep,
     idempotency_key: IdempotencyKey = None,
 ) -> ThreadSummary:
-    """A new thread that begins with this one's first `turn` turns."""
+    """A new thread that begins with this one's first `after_turn` turns."""
     thread, branch = (
         get_turn_runner(request).get_thread(owner, name),
         payload.id or make_id("thread", owner, idempotency_key),
@@ -151,9 +151,9 @@ def fork_thread(
     snapshot = thread.find_snapshot_after(payload.after_turn)
     if snapshot is None:
         raise APIError(
-            400, f"turn: {payload.after_turn} is not a turn of this thread: 0 to {len(thread.get_turns())}", "turn"
+            400, f"after_turn: {payload.after_turn} is not a turn of this thread: 0 to {len(thread.get_turns())}", "after_turn"
         )
-    context.turns.add_thread(branch, owner)
+    context.turns.create_thread(branch, owner)
     thread.fork(payload.after_turn, branch)
     return load_thread_summary(context, owner, branch)
 
@@ -188,7 +188,7 @@ def create_turn(
     """Begins a turn; with `stream`, its events follow at once.  The same Idempotency-Key is the same turn."""
     runner, turn_id = get_turn_runner(request), make_id("turn", owner, idempotency_key)
     runner.get_thread(owner, name)
-    if idempotency_key and (row := context.turns.get(turn_id, owner)) is not None:
+    if idempotency_key and (row := context.turns.get_turn(turn_id, owner)) is not None:
         return stream_events(request, row.id, 0) if payload.stream else to_turn_response(runner, row)
     attachments = [artifact_from_part(context, owner, part, f"{name}/attached") for part in payload.attachments]
     options = payload.model_dump(exclude={"text", "attachments", "stream"})
@@ -228,18 +228,18 @@ def stream_events(request: Request, turn_id: str, last_number: int) -> EventSour
 
 
 def require_turn(context: Any, owner: str, thread_id: str, turn_id: str) -> Any:
-    row = context.turns.get(turn_id, owner)
-    if row is None or row.thread != thread_id:
+    row = context.turns.get_turn(turn_id, owner)
+    if row is None or row.thread_id != thread_id:
         raise build_not_found_error("turn", turn_id)
     return row
 
 
 def to_turn_response(runner: TurnRunner, row: Any) -> TurnResponse:
     response = TurnResponse(
-        id=row.id, thread_id=row.thread, number=row.number, state=row.state, created_at=int(row.made), error=row.error
+        id=row.id, thread_id=row.thread_id, number=row.number, state=row.state, created_at=int(row.created_at), error=row.error
     )
     if row.state == "done":
-        response.turn = runner.get_thread(row.owner, row.thread).get_turns()[row.number - 1]
+        response.turn = runner.get_thread(row.owner, row.thread_id).get_turns()[row.number - 1]
     if row.state == "asks":
-        response.question = runner.get_thread(row.owner, row.thread).get_open_question()
+        response.question = runner.get_thread(row.owner, row.thread_id).get_open_question()
     return response

@@ -65,7 +65,7 @@ class WebhookEndpointDeleted(BaseModel):
 
 def to_webhook_endpoint(row: Any, secret: str | None = None) -> WebhookEndpoint:
     return WebhookEndpoint(
-        id=row.id, created_at=int(row.made), name=row.name, url=row.url, event_types=row.events,
+        id=row.id, created_at=int(row.created_at), name=row.name, url=row.url, event_types=row.event_types,
         signing_secret=secret, secret=secret,
     )  # fmt: skip
 
@@ -79,9 +79,9 @@ def create_webhook(context: ContextDep, owner: OwnerDep, fields: BodyFields) -> 
     assert context.check_webhook_url, "the wiring gives a service its way to look at a webhook's URL"
     context.check_webhook_url(payload.url)
     secret = "whsec_" + base64.b64encode(secrets.token_bytes(32)).decode()
-    row = context.records.add_hook(
+    row = context.records.create_webhook(
         owner, MAX_WEBHOOKS_PER_OWNER, id=make_id("whe", owner, None), url=payload.url, secret=secret, name=payload.name,
-        events=list(dict.fromkeys(payload.event_types)),
+        event_types=list(dict.fromkeys(payload.event_types)),
     )  # fmt: skip
     return to_webhook_endpoint(row, secret)
 
@@ -92,7 +92,7 @@ def list_webhooks(
     context: ContextDep, owner: OwnerDep, after: AfterCursor = None, limit: Annotated[int, Query(ge=1, le=100)] = 20
 ) -> WebhookEndpointList:  # fmt: skip
     """Your webhooks, the newest first."""
-    rows, has_more = context.records.hooks(owner, after, limit)
+    rows, has_more = context.records.list_webhooks(owner, after, limit)
     data = [to_webhook_endpoint(row) for row in rows]
     first, last = (data[0].id, data[-1].id) if data else (None, None)
     return WebhookEndpointList(data=data, first_id=first, last_id=last, has_more=has_more)
@@ -101,7 +101,7 @@ def list_webhooks(
 @router.get("/webhook_endpoints/{hook_id}", response_model_exclude_none=True)
 @router.get("/webhooks/{hook_id}", response_model_exclude_none=True)
 def get_webhook(hook_id: ResourceId, context: ContextDep, owner: OwnerDep) -> WebhookEndpoint:
-    row = context.records.hook(hook_id, owner)
+    row = context.records.get_webhook(hook_id, owner)
     if row is None:
         raise build_not_found_error("webhook", hook_id)
     return to_webhook_endpoint(row)
@@ -111,6 +111,6 @@ def get_webhook(hook_id: ResourceId, context: ContextDep, owner: OwnerDep) -> We
 @router.delete("/webhooks/{hook_id}")
 def delete_webhook(hook_id: ResourceId, context: ContextDep, owner: OwnerDep) -> WebhookEndpointDeleted:
     """What it has not been told by now it will not be."""
-    if not context.records.remove_hook(hook_id, owner):
+    if not context.records.delete_webhook(hook_id, owner):
         raise build_not_found_error("webhook", hook_id)
     return WebhookEndpointDeleted(id=hook_id)

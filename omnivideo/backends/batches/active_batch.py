@@ -42,12 +42,12 @@ class BatchLinePort(Protocol):
 class ActiveBatch:
     """A batch that this runner works on: its input on disk, the jobs that are open, and where it is.
 
-    `done` says of each line that has an outcome whether it went well.
+    `succeeded_by_line` says of each line that has an outcome whether it went well.
     """
 
     def __init__(self, row: Any, data: bytes, succeeded_by_line: dict[int, bool]):
         self.id, self.owner, self.endpoint = row.id, row.owner, row.endpoint
-        self.input_file: IO[bytes] = tempfile.TemporaryFile()
+        self.input_file: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (closed when the batch is let go)
         self.input_file.write(data)
         self.succeeded_by_line = succeeded_by_line
         self.open_lines: dict[int, tuple[str, list[str]]] = {}  # of a line: custom_id and jobs

@@ -37,12 +37,13 @@ ChatResponder = Callable[[str, dict[str, Any]], dict[str, Any]]
 class BatchRunner:
     """Works batches off in a thread of this process.  Any number of processes may.
 
-    `say` answers a chat line; `silent` is when another runner counts as lost, in seconds; `most` bounds the jobs that
-    one batch has open.
+    `answer_chat` answers a chat line; `heartbeat_timeout_seconds` is when another runner counts as lost, in
+    seconds; `max_open_jobs` bounds the jobs that one batch has open.
     """
 
     def __init__(
-        self, records: RecordRepository, jobs: JobRepository, store: ObjectStore, notify_workers: Callable[[], None], line_port: BatchLinePort, answer_chat: ChatResponder,
+        self, records: RecordRepository, jobs: JobRepository, store: ObjectStore, notify_workers: Callable[[], None],
+        line_port: BatchLinePort, answer_chat: ChatResponder,
         heartbeat_timeout_seconds: float = 15.0, max_open_jobs: int = 200, poll_seconds: float = 0.2,
     ):  # fmt: skip
         self.records, self.jobs, self.store, self.notify_workers, self.line_port, self.answer_chat = (
@@ -147,7 +148,7 @@ class BatchRunner:
     def process_lines(self, batch: ActiveBatch, row: Any) -> None:
         if row.state == "cancelling":
             batch.stop_reason = "batch_cancelled"
-        elif row.state == "in_progress" and time.time() > row.made + COMPLETION_WINDOW_SECONDS:
+        elif row.state == "in_progress" and time.time() > row.created_at + COMPLETION_WINDOW_SECONDS:
             batch.stop_reason = "batch_expired"
         total = row.counts["total"]
         self.submit_lines(batch, total)
@@ -195,7 +196,7 @@ class BatchRunner:
         return None
 
     def reject_batch(self, row: Any, line_errors: list[dict[str, Any]]) -> None:
-        self.records.transition_batch(row, "failed", self.runner_name, trouble=line_errors)
+        self.records.transition_batch(row, "failed", self.runner_name, validation_errors=line_errors)
         self.release_batch(row.id)
 
     # ------------------------------------------------------------ asking
@@ -316,8 +317,8 @@ class BatchRunner:
             batch,
             row,
             final_state,
-            output=self.write_result_file(batch, True),
-            errors=self.write_result_file(batch, False),
+            output_file_id=self.write_result_file(batch, True),
+            error_file_id=self.write_result_file(batch, False),
         )
 
     def close_batch(self, batch: ActiveBatch, row: Any, state: str, **values: Any) -> None:
@@ -332,14 +333,15 @@ class BatchRunner:
         """The id of the file of the lines that went well, or of the others; None where there are none."""
         data, last_number = bytearray(), 0
         while rows := self.records.list_line_outcomes(batch.id, last_number, OUTCOME_CHUNK_SIZE):
-            last_number = rows[-1].number
+            last_number = rows[-1].line_number
             for line in rows:
-                data += json.dumps(line.answer).encode() + b"\n" if line.ok == succeeded else b""
+                data += json.dumps(line.output_line).encode() + b"\n" if line.succeeded == succeeded else b""
         if not data:
             return None
         name = "output" if succeeded else "errors"
         row = self.records.create_file(
-            batch.owner, id=f"file-{batch.derive_line_key(0)}-{name}", name=f"{batch.id}_{name}.jsonl", purpose="batch_output",
-            bytes=len(data), key=self.store.put(bytes(data), "jsonl"), artifact=None,
+            batch.owner, id=f"file-{batch.derive_line_key(0)}-{name}", name=f"{batch.id}_{name}.jsonl",
+            purpose="batch_output", size_bytes=len(data), object_key=self.store.put(bytes(data), "jsonl"),
+            artifact=None,
         )  # fmt: skip
         return str(row.id)

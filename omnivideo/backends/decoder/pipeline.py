@@ -52,7 +52,8 @@ def generate_clip(
     visual_1QE: Tensor | None = None,
     initial_state: DenoisingState | None = None,
 ) -> Iterator[DenoisingProgress | GeneratedClip]:
-    """Yields a `Drawing` after each denoising step and the `Clip` at the end; goes on from `begin` if given.
+    """Yields a `DenoisingProgress` after each denoising step and the `GeneratedClip` at the end; goes on
+    from `initial_state` if given.
 
     `source` turns generation mode into editing mode: pixels [F, H, W, 3] of the settings' size, or the latents
     [z, T, h, w] of a clip that was drawn here, which spares it the way through pixels.  `visual_1QE` are the vision
@@ -81,7 +82,7 @@ def generate_clip_batch(
     omni: OmniVideoModel, prompts: Sequence[str], seeds: Sequence[int], params: SamplingParams, visual_BQE: Tensor,
     initial_state: DenoisingState | None = None,
 ) -> Iterator[DenoisingProgress | list[GeneratedClip]]:  # fmt: skip
-    """As `draw`, several clips in one pass, which differ in prompt and seed alone.
+    """As `generate_clip`, several clips in one pass, which differ in prompt and seed alone.
 
     Each comes out as it would alone but for rounding; the same ones together, in the same order, give identical bytes.
     """

@@ -40,7 +40,7 @@ from omnivideo.storage.objects.tensors import get_tensors, put_tensors
 
 
 class Renderer:
-    """Draws jobs with one model.  `digest` names the weights in manifests."""
+    """Draws jobs with one model.  `weights_digest` names the weights in manifests."""
 
     def __init__(self, omni: OmniVideoModel, store: ObjectStore, weights_digest: str):
         self.omni = omni
@@ -65,7 +65,7 @@ class Renderer:
     def render_job(
         self, job: Job, params: SamplingParams, initial_state: DenoisingState | None = None
     ) -> Iterator[DenoisingProgress | GeneratedClip]:
-        """As `draw`, for a job that is ready."""
+        """As `generate_clip`, for a job that is ready."""
         yield from generate_clip(
             self.omni,
             job.prompt,
@@ -94,7 +94,7 @@ class Renderer:
     def render_batch(
         self, prepared_jobs: Sequence[tuple[Job, SamplingParams]], initial_state: DenoisingState | None = None
     ) -> Iterator[DenoisingProgress | list[GeneratedClip]]:
-        """As `drawn`, several jobs of one shape in one pass."""
+        """As `render_job`, several jobs of one shape in one pass."""
         visual_tokens = torch.cat([self.load_visual_tokens(job) for job, _ in prepared_jobs])
         prompts, seeds = [job.prompt for job, _ in prepared_jobs], [job.seed for job, _ in prepared_jobs]
         yield from generate_clip_batch(self.omni, prompts, seeds, prepared_jobs[0][1], visual_tokens, initial_state)
@@ -166,7 +166,7 @@ def build_manifest(
     seconds_by_stage: dict[str, float],
     source: str | None = None,
 ) -> Manifest:
-    """What every clip's manifest says; `digest` names the weights."""
+    """What every clip's manifest says; `weights_digest` names the weights."""
     versions = {"omnivideo": __version__} | {name: version(name) for name in ("torch", "diffusers", "transformers")}
     return Manifest(
         prompt=prompt,

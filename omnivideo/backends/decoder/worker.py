@@ -85,7 +85,7 @@ class Worker:
         )
         if batch_key is None and not claim.batch_job_ids:
             return [claim]
-        is_compatible = lambda job: self.renderer.compute_batch_key(job) == batch_key
+        is_compatible = lambda job: self.renderer.compute_batch_key(job) == batch_key  # noqa: E731
         return retry_while_unavailable(
             lambda: self.jobs.claim_render_batch(claim, self.worker_name, self.config.max_batch_size, is_compatible)
         )
@@ -182,7 +182,7 @@ class Worker:
         self, claims_by_job: dict[str, Claim], first_claim: Claim
     ) -> Iterator[tuple[Job, SamplingParams, GeneratedClip]]:
         """The jobs of a pack that are this worker's, with their clips; those that are lost or cancelled on the way go
-        from `mine`."""
+        from `claims_by_job`."""
         jobs_by_id = {
             status.id: status.job
             for status in retry_while_unavailable(lambda: self.jobs.list_statuses(first_claim.batch_job_ids))
@@ -207,7 +207,7 @@ class Worker:
                 return
 
     def report_batch_step(self, claims_by_job: dict[str, Claim], progress: DenoisingProgress, save_due: bool) -> None:
-        fields = {"point": self.save_state(progress.state)} if save_due else {}
+        fields = {"resume_key": self.save_state(progress.state)} if save_due else {}
         wanted_by_job = retry_while_unavailable(
             lambda: self.jobs.heartbeat_all(list(claims_by_job.values()), progress.step, **fields)
         )
@@ -218,7 +218,7 @@ class Worker:
                     self.record_failure(claim, CancellationRequested() if job_id in wanted_by_job else JobLost(job_id))
 
     def should_save_state(self, step: StepProgress, saved_at: float) -> bool:
-        """Whether a point is left after the step, where the last one was at the moment `kept`."""
+        """Whether a point is left after the step, where the last one was at the moment `saved_at`."""
         return (
             step.step % self.config.save_every_steps == 0
             and time.monotonic() - saved_at >= self.config.save_every_seconds
@@ -236,7 +236,7 @@ class Worker:
             png = base64.b64decode(self.renderer.render_preview(progress.clean_latents).png)
             fields["preview"] = retry_while_unavailable(lambda: self.renderer.store.put(png, "png"))
         if save_due:
-            fields["point"] = self.save_state(progress.state)
+            fields["resume_key"] = self.save_state(progress.state)
         if not retry_while_unavailable(lambda: self.jobs.heartbeat(claim, progress.step, **fields)):
             raise CancellationRequested
 

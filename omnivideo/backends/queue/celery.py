@@ -15,7 +15,7 @@ log = logging.getLogger("omnivideo.worker")
 
 
 class InProcessWorker:
-    """A worker in a thread of this process, woken by `tell`."""
+    """A worker in a thread of this process, woken by `notify_workers`."""
 
     def __init__(self, worker: Worker):
         self.worker = worker
@@ -51,8 +51,8 @@ class InProcessWorker:
 def serve_celery_worker(
     broker_url: str, build_worker: Callable[[], tuple[Worker, float]], concurrency: int = 1
 ) -> None:
-    """Runs a Celery worker until it is told to end.  `make` builds what draws, in each child: no model and no CUDA
-    in the parent."""
+    """Runs a Celery worker until it is told to end.  `build_worker` builds what draws, in each child: no model and
+    no CUDA in the parent."""
     app, notify_workers = create_celery_app(broker_url), create_notifier(create_celery_app(broker_url))
     child_workers: list[Worker] = []  # of this child
 

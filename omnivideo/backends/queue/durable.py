@@ -30,7 +30,7 @@ def retry_while_unavailable(operation: Callable[[], Answer]) -> Answer:
 
 
 class DurableQueue:
-    """The planner's job queue over the database.  `tell` lets workers know that there is work."""
+    """The planner's job queue over the database.  `notify_workers` lets workers know that there is work."""
 
     def __init__(
         self,

@@ -15,7 +15,7 @@ def compute_key_digest(key: str) -> str:
 
 
 class APIKeyRepository(Repository):
-    """`admin` is one more key, from the settings; its owner is "admin"."""
+    """`admin_key` is one more key, from the settings; its owner is "admin"."""
 
     def __init__(self, engine: Engine, admin_key: str = ""):
         super().__init__(engine)
@@ -29,7 +29,13 @@ class APIKeyRepository(Repository):
     def create_key(self, name: str) -> tuple[str, str]:
         """The id and the key, which is told this once."""
         key_id, key = f"key_{secrets.token_hex(8)}", f"ov_{secrets.token_urlsafe(32)}"
-        values = {"id": key_id, "digest": compute_key_digest(key), "name": name, "made": unix_now(), "revoked": False}
+        values = {
+            "id": key_id,
+            "digest": compute_key_digest(key),
+            "name": name,
+            "created_at": unix_now(),
+            "revoked": False,
+        }
         self.fetch_all(insert(api_keys).values(values))
         return key_id, key
 
@@ -47,5 +53,7 @@ class APIKeyRepository(Repository):
         return bool(self.fetch_all(gone))
 
     def list_keys(self) -> list[dict[str, Any]]:
-        shown = select(api_keys.c.id, api_keys.c.name, api_keys.c.made, api_keys.c.revoked).order_by(api_keys.c.made)
+        shown = select(api_keys.c.id, api_keys.c.name, api_keys.c.created_at, api_keys.c.revoked).order_by(
+            api_keys.c.created_at
+        )
         return [dict(row._mapping) for row in self.fetch_all(shown)]

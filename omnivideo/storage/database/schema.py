@@ -44,11 +44,11 @@ jobs = Table(
     Column("id", String(200), primary_key=True),
     Column("owner", String(64), nullable=False),  # the API key's id, or "local"
     Column("lane", Integer, nullable=False),  # 0 interactive, 1 batch
-    Column("turn", Integer, nullable=False),  # its place in the lane's fair order
+    Column("fair_rank", Integer, nullable=False),  # its place in the lane's fair order
     Column("state", String(10), nullable=False),  # queued, running, done, failed, cancelled
     Column("attempt", Integer, nullable=False, default=0),  # the fencing number: each claim has a higher one
-    Column("losses", Integer, nullable=False, default=0),  # workers that fell silent over it
-    Column("cancel", Boolean, nullable=False, default=False),
+    Column("worker_losses", Integer, nullable=False, default=0),  # workers that fell silent over it
+    Column("cancel_requested", Boolean, nullable=False, default=False),
     Column("body", JSON, nullable=False),  # contracts.Job
     Column("kind", String(10), nullable=False),  # what asked for it: video, image, turn
     Column("meta", JSON, nullable=False),  # what that kind keeps beside the job
@@ -56,32 +56,32 @@ jobs = Table(
     Column("announced", Boolean, nullable=False, default=False),  # its end, to its owner's webhooks
     Column("step", Integer, nullable=False, default=0),
     Column("steps", Integer, nullable=False, default=0),
-    Column("left", Float, nullable=False, default=0.0),
+    Column("eta_seconds", Float, nullable=False, default=0.0),
     Column("preview", String(100)),  # the key of a PNG
-    Column("point", String(100)),  # the key of the tensors to go on from
-    Column("pack", JSON(none_as_null=True)),  # the jobs that are drawn in one pass with it, in their order
+    Column("resume_key", String(100)),  # the key of the tensors to go on from
+    Column("batch_job_ids", JSON(none_as_null=True)),  # the jobs that are drawn in one pass with it, in their order
     Column("result", JSON),  # contracts.Artifact
     Column("code", String(40)),  # why it failed
     Column("error", String(1000)),
-    Column("worker", String(100)),
-    Column("made", Float, nullable=False),
-    Column("told", Float, nullable=False),  # when the broker was last told of it
-    Column("started", Float),
-    Column("beat", Float),
-    Column("ended", Float),
-    Index("jobs_next", "state", "lane", "turn", "made"),
-    Index("jobs_owner", "owner", "lane", "state", "turn"),
-    Index("jobs_listed", "owner", "kind", "made"),
+    Column("worker_name", String(100)),
+    Column("created_at", Float, nullable=False),
+    Column("notified_at", Float, nullable=False),  # when the broker was last told of it
+    Column("started_at", Float),
+    Column("heartbeat_at", Float),
+    Column("ended_at", Float),
+    Index("jobs_next", "state", "lane", "fair_rank", "created_at"),
+    Index("jobs_owner", "owner", "lane", "state", "fair_rank"),
+    Index("jobs_listed", "owner", "kind", "created_at"),
     Index("jobs_announced", "announced", "kind", "state"),
 )
 
 api_keys = Table(
-    "keys",
+    "api_keys",
     metadata,
     Column("id", String(64), primary_key=True),
     Column("digest", String(64), nullable=False, unique=True),  # sha256 of the key; the key itself is kept nowhere
     Column("name", String(100), nullable=False),
-    Column("made", Float, nullable=False),
+    Column("created_at", Float, nullable=False),
     Column("revoked", Boolean, nullable=False, default=False),
 )
 
@@ -92,12 +92,12 @@ files = Table(
     Column("owner", String(64), nullable=False),
     Column("name", String(255), nullable=False),
     Column("purpose", String(40), nullable=False),
-    Column("bytes", BigInteger, nullable=False),
-    Column("key", String(100), nullable=False),  # in the object store
+    Column("size_bytes", BigInteger, nullable=False),
+    Column("object_key", String(100), nullable=False),  # in the object store
     Column("artifact", JSON),  # contracts.Artifact, where it is an image or a clip
-    Column("made", Float, nullable=False),
+    Column("created_at", Float, nullable=False),
     Column("deleted", Boolean, nullable=False, default=False),
-    Index("files_listed", "owner", "made"),
+    Index("files_listed", "owner", "created_at"),
 )
 
 batches = Table(
@@ -107,27 +107,27 @@ batches = Table(
     Column("owner", String(64), nullable=False),
     Column("state", String(12), nullable=False),  # the wire's: validating ... cancelled
     Column("endpoint", String(40), nullable=False),
-    Column("input", String(64), nullable=False),  # of files
-    Column("output", String(64)),
-    Column("errors", String(64)),
+    Column("input_file_id", String(64), nullable=False),  # of files
+    Column("output_file_id", String(64)),
+    Column("error_file_id", String(64)),
     Column("counts", JSON, nullable=False),  # total, completed, failed
-    Column("meta", JSON, nullable=False),
-    Column("trouble", JSON),  # why it could not begin
-    Column("times", JSON, nullable=False),  # of each state, in seconds since 1970
-    Column("runner", String(100)),
-    Column("beat", Float, nullable=False),
-    Column("made", Float, nullable=False),
-    Index("batches_listed", "owner", "made"),
-    Index("batches_open", "state", "beat"),
+    Column("metadata", JSON, nullable=False),
+    Column("validation_errors", JSON),  # why it could not begin
+    Column("state_times", JSON, nullable=False),  # of each state, in seconds since 1970
+    Column("runner_name", String(100)),
+    Column("heartbeat_at", Float, nullable=False),
+    Column("created_at", Float, nullable=False),
+    Index("batches_listed", "owner", "created_at"),
+    Index("batches_open", "state", "heartbeat_at"),
 )
 
 batch_lines = Table(  # what became of the lines of a batch that is not finished
-    "lines",
+    "batch_lines",
     metadata,
-    Column("batch", String(64), primary_key=True),
-    Column("number", Integer, primary_key=True),  # in the input file, from 1
-    Column("ok", Boolean, nullable=False),
-    Column("answer", JSON, nullable=False),  # the line of the output or error file
+    Column("batch_id", String(64), primary_key=True),
+    Column("line_number", Integer, primary_key=True),  # in the input file, from 1
+    Column("succeeded", Boolean, nullable=False),
+    Column("output_line", JSON, nullable=False),  # the line of the output or error file
 )
 
 threads = Table(
@@ -135,72 +135,72 @@ threads = Table(
     metadata,
     Column("id", String(64), primary_key=True),
     Column("owner", String(64), nullable=False),
-    Column("made", Float, nullable=False),
+    Column("created_at", Float, nullable=False),
     Column("deleted", Boolean, nullable=False, default=False),
-    Index("threads_listed", "owner", "made"),
+    Index("threads_listed", "owner", "created_at"),
 )
 
 turns = Table(
     "turns",
     metadata,
     Column("id", String(64), primary_key=True),
-    Column("thread", String(64), nullable=False),
+    Column("thread_id", String(64), nullable=False),
     Column("owner", String(64), nullable=False),
     Column("state", String(10), nullable=False),  # queued, running, done, asks, failed, cancelled
     Column("number", Integer, nullable=False),  # of the thread's turns, from 1
-    Column("cancel", Boolean, nullable=False, default=False),
+    Column("cancel_requested", Boolean, nullable=False, default=False),
     Column("body", JSON, nullable=False),  # the text, the attachments and the options
     Column("error", JSON),  # the wire's, where it failed
     Column("attempt", Integer, nullable=False, default=0),
-    Column("beat", Float, nullable=False),
-    Column("made", Float, nullable=False),
-    Index("turns_open", "state", "beat"),
-    Index("turns_thread", "thread", "made"),
+    Column("heartbeat_at", Float, nullable=False),
+    Column("created_at", Float, nullable=False),
+    Index("turns_open", "state", "heartbeat_at"),
+    Index("turns_thread", "thread_id", "created_at"),
 )
 
 turn_events = Table(
-    "events",
+    "turn_events",
     metadata,
-    Column("turn", String(64), primary_key=True),  # of turns
+    Column("turn_id", String(64), primary_key=True),  # of turns
     Column("number", Integer, primary_key=True),  # from 1
-    Column("body", JSON, nullable=False),  # contracts.Event
-    Column("made", Float, nullable=False),
-    Index("events_made", "made"),
+    Column("body", JSON, nullable=False),  # contracts.TurnEvent
+    Column("created_at", Float, nullable=False),
+    Index("turn_events_created", "created_at"),
 )
 
 chat_threads = Table(  # which thread a chat client's messages belong to
-    "chats",
+    "chat_threads",
     metadata,
     Column("owner", String(64), primary_key=True),
-    Column("digest", String(64), primary_key=True),  # of all messages so far
-    Column("thread", String(64), nullable=False),
-    Column("turns", Integer, nullable=False),  # that the thread had then
-    Column("made", Float, nullable=False),
+    Column("messages_digest", String(64), primary_key=True),  # of all messages so far
+    Column("thread_id", String(64), nullable=False),
+    Column("turn_count", Integer, nullable=False),  # that the thread had then
+    Column("created_at", Float, nullable=False),
 )
 
 webhooks = Table(
-    "hooks",
+    "webhooks",
     metadata,
     Column("id", String(64), primary_key=True),
     Column("owner", String(64), nullable=False),
     Column("url", String(2000), nullable=False),
     Column("secret", String(100), nullable=False),
     Column("name", String(100), nullable=False),
-    Column("events", JSON, nullable=False),  # the types that it is told of
-    Column("made", Float, nullable=False),
-    Index("hooks_owner", "owner"),
+    Column("event_types", JSON, nullable=False),  # the types that it is told of
+    Column("created_at", Float, nullable=False),
+    Index("webhooks_owner", "owner"),
 )
 
 webhook_deliveries = Table(
-    "deliveries",
+    "webhook_deliveries",
     metadata,
     Column("id", String(64), primary_key=True),
-    Column("hook", String(64), nullable=False),
+    Column("webhook_id", String(64), nullable=False),
     Column("body", JSON, nullable=False),
-    Column("tries", Integer, nullable=False, default=0),
-    Column("due", Float, nullable=False),
-    Column("done", Boolean, nullable=False, default=False),
-    Index("deliveries_due", "done", "due"),
+    Column("attempts", Integer, nullable=False, default=0),
+    Column("due_at", Float, nullable=False),
+    Column("completed", Boolean, nullable=False, default=False),
+    Index("webhook_deliveries_due", "completed", "due_at"),
 )
 
 
@@ -224,7 +224,7 @@ def compile_unix_now_postgresql(element: Any, compiler: Any, **kw: Any) -> str:
 def create_database_engine(database_url: str) -> Engine:
     """An engine in which every statement is a transaction of its own.
 
-    `address` is postgresql://... or sqlite:///FILE.  Raises StoreError where the server cannot be reached.
+    `database_url` is postgresql://... or sqlite:///FILE.  Raises StoreError where the server cannot be reached.
     """
     url = make_url(database_url)
     if url.get_backend_name() == "sqlite":
@@ -253,7 +253,7 @@ def upgrade_schema(engine: Engine) -> None:
     Raises StoreError where the database cannot be reached.
     """
     alembic_config = Config()
-    alembic_config.set_main_option("script_location", str(resources.files("omnivideo.storage") / "migrations"))
+    alembic_config.set_main_option("script_location", str(resources.files("omnivideo.storage.database") / "migrations"))
     try:
         with engine.connect().execution_options(isolation_level="SERIALIZABLE") as connection:
             alembic_config.attributes["connection"] = connection

@@ -46,7 +46,7 @@ class CurationStage:
 STAGES = {
     stage.name: stage
     for stage in (
-        CurationStage("resolution", "the shorter side", "px", min_field="min_pixels"),
+        CurationStage("resolution", "the shorter side", "px", min_field="min_short_side"),
         CurationStage("aspect", "longer side over shorter side", "to 1", max_field="max_aspect"),
         CurationStage("length", "a scene between two cuts", "s", min_field="min_seconds"),
         CurationStage("bars", "black bars at the edges", "of the frame", max_field="max_bars"),

@@ -118,9 +118,9 @@ class FlowBatch:
         return len(self.target_latents)
 
     def to(self, device: torch.device) -> "FlowBatch":
-        """All but `edited`, which is asked for on the CPU."""
+        """All but `has_source`, which is asked for on the CPU."""
         tensors = {
-            name: tensor for name, tensor in vars(self).items() if isinstance(tensor, Tensor) and name != "edited"
+            name: tensor for name, tensor in vars(self).items() if isinstance(tensor, Tensor) and name != "has_source"
         }
         moved: dict[str, Any] = {name: tensor.to(device) for name, tensor in tensors.items()}
         return replace(self, **moved)

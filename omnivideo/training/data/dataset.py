@@ -236,7 +236,7 @@ class Stage1Dataset(EpochDataset):
         log_new_skips(self.dataset, skipped_samples)
         weights = compute_pass_weights([len(one.target_pixels) for one in micro_batches], self.omni.device)
         return [
-            replace(one, weight=weight, pixels=pixels_from_bytes(one.target_pixels.numpy()))
+            replace(one, loss_weight=weight, target_pixels=pixels_from_bytes(one.target_pixels.numpy()))
             for one, weight in zip(micro_batches, weights, strict=True)
         ]
 
@@ -318,12 +318,14 @@ class FlowDataset(EpochDataset):
         self, rows: list[LoadedSample], dropout_draws: list[float], rank_slice: RankSlice, is_counted: bool
     ) -> LoadedBatch:
         requests = [(one.message, rank_slice.bucket.group) for one in rows]
+        mllm_inputs = prepare_hidden_state_inputs(self.omni.mllm_tokenizer, requests, self.omni.vision_config)
         target_frames = [one.target_frames for one in rows if one.target_frames is not None]
         return LoadedBatch(
             [one.cached_tensors for one in rows], [one.pixels for one in rows],
-            [one.message.text for one in rows], [dropout_draws[one.batch_position] for one in rows], [one.batch_position for one in rows],
+            [one.message.text for one in rows], [dropout_draws[one.batch_position] for one in rows],
+            [one.batch_position for one in rows],
             rank_slice.global_size, len(rows) if is_counted else 0,
-            add_position_ids(self.omni.mllm, prepare_hidden_state_inputs(self.omni.mllm_tokenizer, requests, self.omni.vision_config)),
+            add_position_ids(self.omni.mllm, mllm_inputs),
             torch.cat(target_frames) if target_frames else None,
         )  # fmt: skip
 

@@ -94,7 +94,7 @@ def map_in_order(make_item: Callable[[int], T], keys: Sequence[int], workers: in
         collate_fn=return_unchanged, prefetch_factor=4, multiprocessing_context="fork",
     )  # fmt: skip
     for packed in loader:
-        yield packed.unpacked()
+        yield packed.unpack()
 
 
 class Prefetcher(Generic[T]):

@@ -192,8 +192,8 @@ def parse_senorita(row: Record, media: Path) -> TrainingSample:
 
 
 def parse_edit(
-    row: Record, media: Path, source_fields: tuple[str, ...], target_fields: tuple[str, ...], text_fields: tuple[str, ...],
-    caption_fields: tuple[str, ...],
+    row: Record, media: Path, source_fields: tuple[str, ...], target_fields: tuple[str, ...],
+    text_fields: tuple[str, ...], caption_fields: tuple[str, ...],
 ) -> TrainingSample:  # fmt: skip
     before, after = read_media_field(row, media, *source_fields), read_media_field(row, media, *target_fields)
     target_caption = next((row[name].strip() for name in caption_fields if isinstance(row.get(name), str)), "")

@@ -103,7 +103,7 @@ class ShardWriter:
 
     def __init__(self, path: Path):
         self.path, self.entries = path, list[SampleRef]()
-        self.tar = tarfile.open(path, "w", format=tarfile.PAX_FORMAT)
+        self.tar = tarfile.open(path, "w", format=tarfile.PAX_FORMAT)  # noqa: SIM115
 
     def add_sample(self, sample: TrainingSample, shape: MediaShape) -> None:
         spans = {}

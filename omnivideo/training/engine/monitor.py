@@ -81,7 +81,7 @@ def open_tensorboard(folder: Path, recipe: Recipe, step: int) -> MetricWriter:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        raise MissingDependency("--watch tensorboard needs it: pip install omnivideo[train]") from None
+        raise MissingDependency("--log-to tensorboard needs it: pip install omnivideo[train]") from None
     writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def write_scalars(step: int, metrics: dict[str, float]) -> None:
@@ -98,7 +98,7 @@ def open_wandb(folder: Path, recipe: Recipe, step: int) -> MetricWriter:
     try:
         import wandb as library
     except ImportError:
-        raise MissingDependency("--watch wandb needs it: pip install wandb") from None
+        raise MissingDependency("--log-to wandb needs it: pip install wandb") from None
     id_file = folder / "wandb-id"
     if not id_file.exists():
         id_file.write_text(secrets.token_hex(8))
@@ -113,7 +113,7 @@ def build_writer_factory(kinds: Sequence[str]) -> MetricWriterFactory:
     """Makes the writers of the kinds named, for a run that is at a step; raises InvalidInput for other kinds."""
     for kind in kinds:
         if kind not in METRIC_WRITERS:
-            raise InvalidInput("watch", f"{kind!r} is not one of {', '.join(METRIC_WRITERS)}")
+            raise InvalidInput("log-to", f"{kind!r} is not one of {', '.join(METRIC_WRITERS)}")
     openers = {"tensorboard": open_tensorboard, "wandb": open_wandb}
     return lambda folder, recipe, step: [openers[kind](folder, recipe, step) for kind in dict.fromkeys(kinds)]
 

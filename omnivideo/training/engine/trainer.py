@@ -153,7 +153,7 @@ class Trainer:
         for name, value in (("loss", mean_losses["loss"]), ("gradient's norm", float(norm))):
             if not isfinite(value):
                 raise TrainingDiverged(
-                    f"{name}: {value} at step {self.step}; the last checkpoint stands, try a lower --rate"
+                    f"{name}: {value} at step {self.step}; the last checkpoint stands, try a lower --lr-scale"
                 )
         return mean_losses
 

@@ -539,10 +539,10 @@ def iter_remedies(config: PlanConfig) -> Iterator[tuple[str, PlanConfig]]:
         yield "--checkpointing", replace(config, checkpointing=True)
     for batch in (config.clips_per_gpu // 2, 1):
         if 1 <= batch < config.clips_per_gpu:
-            yield f"--batch {batch}", replace(config, batch=batch)
+            yield f"--batch {batch}", replace(config, clips_per_gpu=batch)
     for sequence in (2, 4):
         if sequence > config.sequence_parallel_size and config.gpus % sequence == 0:
-            yield f"--sequence-parallel {sequence}", replace(config, sequence=sequence)
+            yield f"--sequence-parallel {sequence}", replace(config, sequence_parallel_size=sequence)
     for factor in (2, 4, 8):
         yield f"--gpus {config.gpus * factor}x{config.gpu.name}", replace(config, gpus=config.gpus * factor)
     for gpu in sorted(GPUS.values(), key=lambda candidate: candidate.memory_gb):

@@ -106,7 +106,7 @@ def build_stage_recipe(
         library, fit, stage, tiny, loader, omni, mix
     )
     source.micro_batch_size = micro_batch_size
-    return replace(recipe, optimizer="adamw", shape="cosine", precision=precision, data=source.compute_digest())
+    return replace(recipe, optimizer="adamw", lr_schedule="cosine", precision=precision, data_digest=source.compute_digest())
 
 
 def build_stage1_recipe(

@@ -143,7 +143,7 @@ def build_stage1_recipe(
         )
         text_samples = [make(rng, rng.random() < 0.5) for make in factories]
         requests, text_samples = current_rank().take_local_rows(requests), current_rank().take_local_rows(text_samples)
-        samples = [(request.message, "".join(VISUAL_TOKEN_PAIRS[request.kind])) for request in requests] + text_samples
+        samples = [(request.message, "".join(VISUAL_TOKEN_PAIRS[request.medium])) for request in requests] + text_samples
         return [
             Stage1Batch(
                 *collate_chat_batch(omni.mllm, omni.mllm_tokenizer, samples, omni.vision_config),

@@ -90,11 +90,11 @@ def build_stage2a_recipe(omni: OmniVideoModel, steps: int = 1000, batch_size: in
         with torch.no_grad():
             texts = omni.encode_prompts([request.text for request in requests])
             inputs = prepare_hidden_state_inputs(
-                omni.mllm_tokenizer, [(request.message, request.kind) for request in requests], omni.vision_config
+                omni.mllm_tokenizer, [(request.message, request.medium) for request in requests], omni.vision_config
             )
             states, padding = forward_hidden_states(model.mllm, inputs)
             visual = model.bridge.vision_head(states, padding)
-        media = [request.kind for request in requests]
+        media = [request.medium for request in requests]
         local_flops = count_adapter_stage_flops(
             omni.preset, TRAINABLE_BY_STAGE["stage2a"], states.shape[1], "video" in media
         ) * len(requests)

@@ -273,7 +273,7 @@ class TinyPipeline:
             data[task] += load_task(seed, task)
         stills, clips = flow.FLOW_BATCH_SIZES
         return recipe_factory(
-            omni, data, sizes=(stills * self.batch_scale, clips * self.batch_scale), workers=self.workers
+            omni, data, batch_sizes=(stills * self.batch_scale, clips * self.batch_scale), workers=self.workers
         )
 
     def train(

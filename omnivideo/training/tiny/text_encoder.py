@@ -214,7 +214,7 @@ def sample_text_batch(step: int, caption_count: int, instruction_count: int) -> 
     )
     return TextBatch(
         [one.text for one in captions] + [one.instruction for one in edits],
-        torch.tensor([encode_spec_labels(one.demand) for one in captions]),
+        torch.tensor([encode_spec_labels(one.scene_spec) for one in captions]),
         [partial(label_caption_tokens, one) for one in captions] + [partial(label_edit_tokens, one) for one in edits],
     )
 

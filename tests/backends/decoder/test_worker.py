@@ -97,23 +97,23 @@ def test_a_killed_workers_job_goes_on_from_its_point_to_the_same_bytes(place):
     torch.set_num_threads(1)  # a forked child cannot use the parent's pool
     try:
         place.jobs.submit(job("whole", steps=40).model_copy(update={"id": "whole"}))
-        assert place.worker().work()
+        assert place.worker().run_next_job()
         place.jobs.submit(job("cut", steps=40))
         kill_midway(place, after=10)
-        assert place.jobs.status("cut").state == "running" and not place.worker().work()
+        assert place.jobs.get_status("cut").state == "running" and not place.worker().run_next_job()
         time.sleep(HABITS.heartbeat_timeout_seconds)
-        assert place.jobs.reap(HABITS.heartbeat_timeout_seconds) == ["cut"]
+        assert place.jobs.requeue_lost_jobs(HABITS.heartbeat_timeout_seconds) == ["cut"]
         worker, told = place.worker(), []
-        beat = worker.jobs.beat
-        worker.jobs.beat = lambda claim, step=None, **kept: (told.append(step), beat(claim, step, **kept))[1]
-        assert worker.work()
+        beat = worker.jobs.heartbeat
+        worker.jobs.heartbeat = lambda claim, step=None, **kept: (told.append(step), beat(claim, step, **kept))[1]
+        assert worker.run_next_job()
     finally:
         torch.set_num_threads(threads)
     first = min(step.step for step in told if step)
     assert first > 2  # it did not begin anew
     one, two = drawn(place, "whole"), drawn(place, "cut")
     assert (one.key, one.latents) == (two.key, two.latents)
-    assert place.jobs.status("cut").attempt == 2
+    assert place.jobs.get_status("cut").attempt == 2
 
 
 def test_a_point_survives_its_way_through_the_store():
@@ -134,7 +134,7 @@ def test_a_running_job_is_cancelled_within_a_step(place):
         queue.cancel("long")
         with pytest.raises(JobCancelled):
             list(running)
-        assert step.step <= place.jobs.status("long").step < 200
+        assert step.step <= place.jobs.get_status("long").step < 200
         assert isinstance(list(queue.run(job("next")))[-1], Artifact)
     finally:
         workers.stop()
@@ -149,9 +149,9 @@ def test_a_running_job_is_cancelled_within_a_step(place):
 )
 def test_what_cannot_be_drawn_fails_with_its_reason(place, wanted, code, said):
     place.jobs.submit(wanted)
-    assert place.worker().work()
+    assert place.worker().run_next_job()
     with pytest.raises(JobFailed, match=said) as failed:
-        list(place.queue().follow(wanted.id))
+        list(place.queue().follow_job(wanted.id))
     assert failed.value.code == code
 
 
@@ -163,11 +163,11 @@ def test_trouble_in_the_worker_ends_that_job_only(place, monkeypatch, raised, co
     place.jobs.submit(job("one"))
     place.jobs.submit(job("two"))
     with monkeypatch.context() as broken:
-        broken.setattr(worker.painter, "drawn", lambda *rest: (_ for _ in ()).throw(raised))
-        assert worker.work()
-    status = place.jobs.status("one")
+        broken.setattr(worker.renderer, "render_job", lambda *rest: (_ for _ in ()).throw(raised))
+        assert worker.run_next_job()
+    status = place.jobs.get_status("one")
     assert (status.state, status.code) == ("failed", code) and "/etc" not in status.error
-    assert worker.work()
+    assert worker.run_next_job()
     assert drawn(place, "two").frames == 9
 
 
@@ -175,26 +175,26 @@ def test_a_late_twin_changes_nothing(place):
     """A worker that was thought lost comes back with its result: the other one's stands."""
     place.jobs.submit(job("one"))
     slow, quick = place.worker(), place.worker()
-    claim = slow.jobs.claim("slow")
+    claim = slow.jobs.claim_next_job("slow")
     time.sleep(0.05)
-    assert place.jobs.reap(0.01) == ["one"]
-    assert quick.work()
+    assert place.jobs.requeue_lost_jobs(0.01) == ["one"]
+    assert quick.run_next_job()
     expected = drawn(place, "one")
     with pytest.raises(Exception, match="not this worker's any more"):
-        slow.ended(claim)
+        slow.run_claim(claim)
     assert drawn(place, "one") == expected
 
 
 def test_the_reaper_wakes_workers_for_what_was_lost(place):
     place.jobs.submit(job("one"))
-    place.jobs.claim("gone")
+    place.jobs.claim_next_job("gone")
     told = threading.Event()
     reaper = Reaper(place.jobs, 0.5, told.set).start()
     try:
         assert told.wait(5)
     finally:
         reaper.stop()
-    assert place.worker().work()
+    assert place.worker().run_next_job()
     assert drawn(place, "one")
 
 
@@ -216,14 +216,14 @@ def latents(place: Place, name: str) -> torch.Tensor:
 
 def test_clips_of_the_batch_lane_in_one_pass_differ_by_rounding_only(place):
     lines(place, "one", "two", "three", steps=12)
-    assert place.worker(TOGETHER).work()
-    states = [place.jobs.status(name).state for name in ("one", "two", "three", "rest0")]
+    assert place.worker(TOGETHER).run_next_job()
+    states = [place.jobs.get_status(name).state for name in ("one", "two", "three", "rest0")]
     assert states == ["done", "done", "done", "queued"]
     for at, name in enumerate(("one", "two", "three")):
         alone = job(f"{name} alone", steps=12).model_copy(update={"seed": at, "prompt": f"a red ball {at}"})
         place.jobs.submit(alone)
-        assert place.worker(TOGETHER).work()  # the interactive lane comes first, and one at a time
-        assert place.jobs.status(f"{name} alone").state == "done"
+        assert place.worker(TOGETHER).run_next_job()  # the interactive lane comes first, and one at a time
+        assert place.jobs.get_status(f"{name} alone").state == "done"
         pair = latents(place, name), latents(place, f"{name} alone")
         assert (pair[0] - pair[1]).abs().max() < 1e-4  # of deviation 1
         one, two = (pixels_to_bytes(decode_latents(place.omni.vae, each[None])) for each in pair)
@@ -242,21 +242,21 @@ def test_a_killed_workers_pack_goes_on_whole_to_the_same_bytes(place, tmp_path_f
         kill_midway(place, after=10, habits=TOGETHER)
         place.jobs.cancel("two")  # it is drawn along all the same
         time.sleep(TOGETHER.heartbeat_timeout_seconds)
-        assert sorted(place.jobs.reap(TOGETHER.heartbeat_timeout_seconds)) == ["cut", "three"]
+        assert sorted(place.jobs.requeue_lost_jobs(TOGETHER.heartbeat_timeout_seconds)) == ["cut", "three"]
         worker, told = (
             place.worker(WorkerConfig(save_every_steps=2, save_every_seconds=0.0, heartbeat_timeout_seconds=1.0)),
             [],
         )
-        beat = worker.jobs.beat_all
-        worker.jobs.beat_all = lambda claims, step=None, **kept: (told.append(step), beat(claims, step, **kept))[1]
-        assert worker.work()
+        beat = worker.jobs.heartbeat_all
+        worker.jobs.heartbeat_all = lambda claims, step=None, **kept: (told.append(step), beat(claims, step, **kept))[1]
+        assert worker.run_next_job()
     finally:
         torch.set_num_threads(threads)
     assert min(step.step for step in told if step) > 2
     for name in ("cut", "three"):
         one, two = drawn(quiet, name), drawn(place, name)
         assert (one.key, one.latents) == (two.key, two.latents)
-    assert place.jobs.status("two").state == "cancelled"
+    assert place.jobs.get_status("two").state == "cancelled"
 
 
 def test_only_what_is_alike_is_drawn_in_one_pass(place):
@@ -264,8 +264,8 @@ def test_only_what_is_alike_is_drawn_in_one_pass(place):
     for at, one in enumerate((job("one"), job("other", steps=7), job("two"), job("long"), job("three"), job("four"))):
         words = long if one.id == "long" else one.prompt
         place.jobs.submit(one.model_copy(update={"seed": at, "prompt": words}), lane="batch")
-    assert place.worker(TOGETHER).work()
-    assert [name for name in ("one", "other", "two", "long", "three") if place.jobs.status(name).state == "done"] == [
+    assert place.worker(TOGETHER).run_next_job()
+    assert [name for name in ("one", "other", "two", "long", "three") if place.jobs.get_status(name).state == "done"] == [
         "one", "two"
     ]  # fmt: skip
 
@@ -273,24 +273,24 @@ def test_only_what_is_alike_is_drawn_in_one_pass(place):
 def test_a_cancelled_job_leaves_its_pack(place):
     lines(place, "one", "two", "three", steps=12)
     worker = place.worker(TOGETHER)
-    beat = worker.jobs.beat_all
+    beat = worker.jobs.heartbeat_all
 
     def beaten(claims, step=None, **kept):
         if step and step.step == 3:
             place.jobs.cancel("two")
         return beat(claims, step, **kept)
 
-    worker.jobs.beat_all = beaten
-    assert worker.work()
-    assert [place.jobs.status(name).state for name in ("one", "two", "three")] == ["done", "cancelled", "done"]
+    worker.jobs.heartbeat_all = beaten
+    assert worker.run_next_job()
+    assert [place.jobs.get_status(name).state for name in ("one", "two", "three")] == ["done", "cancelled", "done"]
 
 
 def test_a_pack_without_room_is_drawn_one_by_one(place, monkeypatch):
     lines(place, "one", "two", "three")
     worker = place.worker(TOGETHER)
-    full = lambda *rest: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA"))
-    monkeypatch.setattr(worker.painter, "drawn_together", full)
-    assert worker.work()
+    full = lambda *rest: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA"))  # noqa: E731
+    monkeypatch.setattr(worker.renderer, "render_batch", full)
+    assert worker.run_next_job()
     assert all(drawn(place, name) for name in ("one", "two", "three"))
 
 
@@ -298,10 +298,10 @@ def test_what_kills_its_workers_is_found_out_among_its_pack(place):
     """After two losses each job of the pack is drawn alone; the third loss is the culprit's own."""
     lines(place, "one", "two", "three")
     for _ in range(2):
-        first = place.jobs.claim("w")
-        claims = place.jobs.joined(first, "w", 3, lambda job: True)
+        first = place.jobs.claim_next_job("w")
+        claims = place.jobs.claim_render_batch(first, "w", 3, lambda job: True)
         assert sorted(claim.job.id for claim in claims) == ["one", "three", "two"]
         time.sleep(0.05)
-        place.jobs.reap(0.01)
-    seen = [place.jobs.claim("w") for _ in range(3)]
-    assert all(claim.pack == () and claim.point is None for claim in seen)
+        place.jobs.requeue_lost_jobs(0.01)
+    seen = [place.jobs.claim_next_job("w") for _ in range(3)]
+    assert all(claim.batch_job_ids == () and claim.resume_key is None for claim in seen)

@@ -33,8 +33,9 @@ class Plant:
             "PATH": os.environ["PATH"], "HOME": str(home), "PYTHONPATH": str(Path(__file__).parents[3]),
             "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive",
             "OMNIVIDEO_HOME": str(home), "OMNIVIDEO_BROKER": broker, "OMNIVIDEO_DATABASE": database,
-            "OMNIVIDEO_WEIGHTS": str(weights), "OMNIVIDEO_LOST_AFTER": str(SILENT), "OMNIVIDEO_RESUME_STEPS": "2",
-            "OMNIVIDEO_RESUME_SECONDS": "0",
+            "OMNIVIDEO_WEIGHTS": str(weights), "OMNIVIDEO_HEARTBEAT_TIMEOUT": str(SILENT),
+            "OMNIVIDEO_SAVE_STATE_EVERY_STEPS": "2",
+            "OMNIVIDEO_SAVE_STATE_EVERY_SECONDS": "0",
         }  # fmt: skip
         self.store = LocalObjectStore(home / "store")
         engine = create_database_engine(database or f"sqlite:///{home}/service.sqlite")
@@ -104,7 +105,7 @@ def test_workers_draw_are_killed_and_lose_nothing(plant):
         plant.until("cut", step=20)
         os.kill(child_of(worker), signal.SIGKILL)
         plant.until("cut", ended=True)
-        status = plant.jobs.status("cut")
+        status = plant.jobs.get_status("cut")
         assert (status.state, status.attempt) == ("done", 2)
         assert (status.result.key, status.result.latents) == (whole.key, whole.latents)
 
@@ -125,9 +126,9 @@ def test_workers_draw_are_killed_and_lose_nothing(plant):
             plant.until("left", ended=True)
     finally:
         reaper.stop()
-    status = plant.jobs.status("left")
+    status = plant.jobs.get_status("left")
     assert (status.state, status.result.key) == ("done", whole.key)
-    assert plant.jobs.waiting() == 0
+    assert plant.jobs.count_queued() == 0
 
 
 class Opens:
@@ -159,7 +160,7 @@ def test_a_worker_that_is_told_to_end_finishes_its_job(plant):
         plant.until("last", step=5)
         worker.send_signal(signal.SIGTERM)
         worker.wait(60)
-    status = plant.jobs.status("last")
+    status = plant.jobs.get_status("last")
     assert (status.state, status.attempt) == ("done", 1)
 
 
@@ -172,7 +173,7 @@ def test_a_broker_that_is_away_loses_no_job(tmp_path, weights):
     plant.tell()
     assert plant.jobs.get_status("early").state == "queued"
     with plant.jobs.engine.connect() as connection:
-        connection.exec_driver_sql("UPDATE jobs SET told = told - 60")
+        connection.exec_driver_sql("UPDATE jobs SET notified_at = notified_at - 60")
     with redis(tmp_path / "broker", port), plant.worker():
         reaper = Reaper(plant.jobs, SILENT, plant.tell).start()
         try:

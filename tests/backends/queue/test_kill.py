@@ -37,7 +37,7 @@ class HalfScripted(LocalMLLM):
     def route(self, request: MLLMRequest) -> Route:
         return self.script.route(request)
 
-    def stream_text(self, request: MLLMRequest, most: int | None = None):
+    def stream_text(self, request: MLLMRequest, max_tokens: int | None = None):
         yield from self.script.stream_text(request)
 
     def score_agreement(self, request: MLLMRequest) -> float:

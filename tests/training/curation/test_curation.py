@@ -157,11 +157,11 @@ def tree(out: Path) -> dict[str, bytes]:
 
 
 def command(folder: Path, out: Path) -> list[str]:
-    bounds = ["--bound", "min_pixels=200", "--bound", "min_aesthetic=5"]
+    bounds = ["--bound", "min_short_side=200", "--bound", "min_aesthetic=5"]
     return [
         sys.executable,
         "-m",
-        "omnivideo.cli.main",
+        "omnivideo",
         "data",
         "curate",
         str(folder),
@@ -454,8 +454,8 @@ def test_what_concerns_all_clips_ends_the_run():
         (401, "InvalidInput", "captions: the server answers 401 Unauthorized", 1),
         (403, "InvalidInput", "captions: the server answers 403 Forbidden", 1),
         (404, "InvalidInput", "captions: the server answers 404 Not Found", 1),
-        (429, "ModelAway", "does not answer", 4),
-        (503, "ModelAway", "does not answer", 4),
+        (429, "ModelUnavailable", "does not answer", 4),
+        (503, "ModelUnavailable", "does not answer", 4),
     ],
 )
 def test_what_the_captioning_server_refuses(monkeypatch, status, error, said, asked):

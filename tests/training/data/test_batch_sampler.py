@@ -72,7 +72,7 @@ def test_ten_thousand_samples_come_once_an_epoch_on_any_number_of_ranks(order, w
 
 def test_every_micro_batch_has_one_shape_and_no_more_than_two_percent_are_waste(order):
     tasks, shapes = mixed_set()
-    for batch in order.epoch(0):
+    for batch in order.get_epoch_batches(0):
         assert {shapes[index] for index in batch.indices} == {batch.bucket}
     for world in (1, 2, 4, 8):
         assert measure_epoch(order, world).wasted_fraction < 0.02
@@ -94,19 +94,19 @@ def test_the_mix_that_stages_train_with_wastes_less_than_two_percent_on_two_rank
     order = BatchSampler(tasks, shapes, build_mix())
     assert measure_epoch(order, 2).wasted_fraction < 0.02
     assert all({shapes[index] for index in batch.indices} == {batch.bucket} for batch in order.get_epoch_batches(0))
-    assert measure_epoch(BatchSampler(tasks, shapes, replace(build_mix(), unit=1)), 2).wasted_fraction > 0.02
+    assert measure_epoch(BatchSampler(tasks, shapes, replace(build_mix(), batch_multiple=1)), 2).wasted_fraction > 0.02
 
 
 def test_what_ranks_wait_for_is_measured(order):
-    pixels = np.array([batch.bucket.pixels for batch in order.epoch(0)])
-    lengths = np.array([[len(rank) for rank in dealt(batch, 3)] for batch in order.epoch(0)])
+    pixels = np.array([batch.bucket.pixel_count for batch in order.get_epoch_batches(0)])
+    lengths = np.array([[len(rank) for rank in dealt(batch, 3)] for batch in order.get_epoch_batches(0)])
     assert np.ptp(lengths, axis=1).max() <= 1  # nobody waits for more than one sample
     useful, there = (lengths.sum(axis=1) * pixels).sum(), (3 * lengths.max(axis=1) * pixels).sum()
     assert measure_epoch(order, 3).wasted_fraction == pytest.approx(1 - useful / there)
 
 
 def test_images_and_videos_take_turns_evenly(order):
-    kinds = [batch.bucket.group for batch in order.epoch(0)]
+    kinds = [batch.bucket.group for batch in order.get_epoch_batches(0)]
     videos = [at for at, kind in enumerate(kinds) if kind == "video"]
     gaps = np.diff(videos)
     assert len(videos) > 20
@@ -143,8 +143,8 @@ def test_without_a_ratio_everything_comes_once():
 
 
 def test_tasks_are_spread_over_the_batches(order):
-    stills = [batch for batch in order.epoch(0) if batch.bucket == STILLS[0]]
-    edits = [(order.task[batch.indices] == TASKS.index("image-editing")).mean() for batch in stills]
+    stills = [batch for batch in order.get_epoch_batches(0) if batch.bucket == STILLS[0]]
+    edits = [(order.sample_tasks[batch.indices] == TASKS.index("image-editing")).mean() for batch in stills]
     assert np.std(edits) < 0.06
     assert min(edits) > 0
 
@@ -162,16 +162,16 @@ def test_the_order_goes_on_in_mid_epoch_on_other_numbers_of_ranks(order):
     _, whole = run(order, SamplerState(), 1, 300)  # an epoch is shorter: the second one is reached
     place, resumed = SamplerState(), []
     for world, steps in ((2, 71), (1, 40), (4, 189)):
-        state = order.state(place)
+        state = order.dump_state(place)
         place = BatchSampler(*mixed_set()).restore_state(state)  # as a new process would
         place, some = run(order, place, world, steps)
         resumed += some
-    assert len(order.epoch(0)) < 300
+    assert len(order.get_epoch_batches(0)) < 300
     assert resumed == whole
 
 
 def test_a_checkpoint_of_other_data_is_refused(order):
-    state = order.state(SamplerState(0, 3))
+    state = order.dump_state(SamplerState(0, 3))
     tasks, shapes = mixed_set()
     for other in (BatchSampler(tasks, shapes, MixConfig(seed=1)), BatchSampler(tasks[1:], shapes[1:])):
         with pytest.raises(CheckpointError, match="other samples"):
@@ -179,8 +179,8 @@ def test_a_checkpoint_of_other_data_is_refused(order):
 
 
 def test_another_seed_and_another_epoch_come_in_another_order(order):
-    first = [tuple(batch.indices) for batch in order.epoch(0)]
-    assert first != [tuple(batch.indices) for batch in order.epoch(1)]
+    first = [tuple(batch.indices) for batch in order.get_epoch_batches(0)]
+    assert first != [tuple(batch.indices) for batch in order.get_epoch_batches(1)]
     assert first != [
         tuple(batch.indices) for batch in BatchSampler(*mixed_set(), MixConfig(seed=1)).get_epoch_batches(0)
     ]
@@ -220,14 +220,14 @@ def test_mixed_batches_update_each_task_more_often_than_one_task_a_batch(order):
 @pytest.mark.parametrize(
     ("field", "given"),
     [
-        ("ratio", {"ratio": {"text-to-sound": 1}}),
-        ("ratio", {"ratio": {"text-to-image": -1}}),
-        ("sizes", {"sizes": {"image": 12, "video": 8}}),
-        ("sizes", {"sizes": {"image": 8}}),
-        ("unit", {"unit": 0}),
-        ("weights", {"weights": {"image": 1}}),
-        ("weights", {"weights": {"image": 1, "video": math.inf}}),
-        ("weights", {"weights": {"image": 1, "video": 1, "sound": 1}}),
+        ("ratio", {"task_ratio": {"text-to-sound": 1}}),
+        ("ratio", {"task_ratio": {"text-to-image": -1}}),
+        ("sizes", {"batch_sizes": {"image": 12, "video": 8}}),
+        ("sizes", {"batch_sizes": {"image": 8}}),
+        ("unit", {"batch_multiple": 0}),
+        ("weights", {"group_weights": {"image": 1}}),
+        ("weights", {"group_weights": {"image": 1, "video": math.inf}}),
+        ("weights", {"group_weights": {"image": 1, "video": 1, "sound": 1}}),
     ],
 )
 def test_a_mix_that_cannot_be_is_refused(field, given):
@@ -254,7 +254,7 @@ def test_the_stages_mix_is_as_asked():
         and build_mix().batch_sizes == {"image": 64, "video": 24}
     )
     assert build_mix(clips=6).batch_multiple == 2  # it divides both sizes
-    one, other = (BatchSampler(*mixed_set(), replace(build_mix(seed=seed), ratio=None)) for seed in (0, 1))
+    one, other = (BatchSampler(*mixed_set(), replace(build_mix(seed=seed), task_ratio=None)) for seed in (0, 1))
     assert sorted(seen(one, 1)) == sorted(seen(other, 1)) and seen(one, 1) != seen(other, 1)
 
 

@@ -72,7 +72,7 @@ def encoder() -> SiglipVisionModel:
 
 
 def source(made, weights, name: str = "stage3", embedded: bool = True) -> FlowDataset:
-    cache = LatentCache(made.shelf, FrozenEncoders.load(weights, "cpu").compute_digest(FIT))
+    cache = LatentCache(made.file_store, FrozenEncoders.load(weights, "cpu").compute_digest(FIT))
     mix = MixConfig(task_ratio=None, batch_sizes={"image": 3, "video": 2}, batch_multiple=1)
     return FlowDataset(name, load(weights), made, cache, FIT, mix, encoder() if embedded else None)
 
@@ -127,8 +127,8 @@ def test_stage1_is_dealt_out_by_what_is_drawn(made, weights):
         for rank in range(2):
             with use_rank(Half(rank, 2, len(whole.target_pixels))):
                 dealt += one.to_micro_batches(one.load_batch(step))
-        assert sum(len(part.pixels) for part in dealt) == len(whole.target_pixels)
-        assert sum(part.weight for part in dealt) == pytest.approx(2 * bool(len(whole.target_pixels)))
+        assert sum(len(part.target_pixels) for part in dealt) == len(whole.target_pixels)
+        assert sum(part.loss_weight for part in dealt) == pytest.approx(2 * bool(len(whole.target_pixels)))
         kept = sum(int((part.labels != -100).sum()) for part in dealt)
         assert kept == int((whole.labels != -100).sum())
 
@@ -283,7 +283,7 @@ def test_a_run_does_not_go_on_over_another_library_of_the_same_shapes(made, weig
     other = library(tmp_path / "other", [replace(SAMPLES[0], target=png(40, (32, 32))), *SAMPLES[1:]])
     encode_shards(other, FrozenEncoders.load(weights, "cpu"), FIT, lambda done, count: None)
     given = ["train", "stage2a", "--weights", str(weights), "--runs", str(tmp_path), "--size", "64x64", "--frames", "5"]
-    ran = CliRunner().invoke(app, [*given, "--until", "1", "--data", str(made.shelf.folder)], catch_exceptions=False)
+    ran = CliRunner().invoke(app, [*given, "--until", "1", "--data", str(made.file_store.folder)], catch_exceptions=False)
     assert ran.exit_code == 0
     with pytest.raises(CheckpointError, match="data: the checkpoint was made with other samples"):
         CliRunner().invoke(app, [*given, "--data", str(tmp_path / "other")], catch_exceptions=False)
@@ -296,13 +296,13 @@ def test_the_digest_is_over_the_samples_and_what_they_are_brought_to(made):
         slower.batch_sampler.compute_digest() == one.batch_sampler.compute_digest()
         and slower.compute_digest() != one.compute_digest()
     )
-    again = ShardDataset(made.shelf, SkipReport())
+    again = ShardDataset(made.file_store, SkipReport())
     assert EpochDataset("some", again, FIT, mix, lambda entry: True).compute_digest() == one.compute_digest()
 
 
 def test_the_command_trains_over_shards(made, weights, tmp_path):
     save_library_model(encoder(), weights / "visual_encoder", torch.float16)
-    given = ["--data", str(made.shelf.folder), "--weights", str(weights), "--runs", str(tmp_path), "--size", "64x64"]
+    given = ["--data", str(made.file_store.folder), "--weights", str(weights), "--runs", str(tmp_path), "--size", "64x64"]
     for stage in ("stage1", "stage2a", "stage2b", "stage3"):
         ran = CliRunner().invoke(app, ["train", stage, *given, "--frames", "5", "--steps", "2"], catch_exceptions=False)
         assert ran.exit_code == 0 and (tmp_path / stage / "state.pt").exists()
@@ -312,7 +312,7 @@ def test_the_command_trains_over_shards(made, weights, tmp_path):
     assert ran.exit_code == 0 and [set(json.loads(line)) for line in lines] == 3 * [
         {"step", "loss", "vision", "stills"}
     ]
-    looked = CliRunner().invoke(app, ["data", "look", given[1], "--frames", "5", *asked[:4]])
+    looked = CliRunner().invoke(app, ["data", "inspect", given[1], "--frames", "5", *asked[:4]])
     assert "5 samples in 3 steps, 0.00% of 1 ranks' work wasted" in looked.output
     seeds = ["--seed", "1", "--seed", "2"]
     wrongs = (
@@ -330,7 +330,7 @@ def test_the_command_trains_over_shards(made, weights, tmp_path):
 @pytest.mark.parametrize("kept", [0, 1])
 def test_what_is_not_in_the_cache_is_computed_as_the_cache_has_it(made, weights, tmp_path, monkeypatch, kept):
     """Of three shards, so many are encoded."""
-    monkeypatch.setattr("omnivideo.training.data.webdataset.SHARD_SAMPLES", 4)
+    monkeypatch.setattr("omnivideo.training.data.webdataset.MAX_SHARD_SAMPLES", 4)
     some = library(tmp_path, SAMPLES)
     encode_shards(some, FrozenEncoders.load(weights, "cpu"), FIT, lambda done, count: None)
     for path in sorted(tmp_path.glob("*.safetensors"))[kept:]:
@@ -343,12 +343,12 @@ def test_what_is_not_in_the_cache_is_computed_as_the_cache_has_it(made, weights,
     computed = []
     monkeypatch.setattr(
         bare.frozen_encoders,
-        "latents",
+        "encode_latents",
         lambda pixels, make=bare.frozen_encoders.encode_latents: computed.append(len(pixels)) or make(pixels),
     )
     for step in range(len(bare.batch_sampler.get_epoch_batches(0))):
         one, two = (each.to_micro_batches(each.load_batch(step))[0].batch for each in (cached, bare))
-        for name in ("target", "source", "text", "hidden", "embeddings"):
+        for name in ("target_latents", "source_latents", "text_embeddings", "hidden_states", "visual_embeddings"):
             first, second = getattr(one, name), getattr(two, name)
             assert first is second is None or torch.allclose(first, second, atol=2e-3, rtol=2e-3)
         assert torch.equal(one.has_source, two.has_source) and one.text_lengths == two.text_lengths
@@ -385,7 +385,7 @@ def damage(there: ShardDataset, number: int) -> str:
 @pytest.mark.parametrize("left", [0, 4, 200, -100])
 def test_a_damaged_cache_is_named_and_its_samples_are_left_out(weights, tmp_path, monkeypatch, left):
     """Cut so that nothing, half of a length, of the header or of the tensors is left."""
-    monkeypatch.setattr("omnivideo.training.data.webdataset.SHARD_SAMPLES", 4)
+    monkeypatch.setattr("omnivideo.training.data.webdataset.MAX_SHARD_SAMPLES", 4)
     there = library(tmp_path, SAMPLES)
     encode_shards(there, FrozenEncoders.load(weights, "cpu"), FIT, lambda done, count: None)
     first = sorted(tmp_path.glob("*.safetensors"))[0]
@@ -471,8 +471,8 @@ def test_the_command_says_what_it_does_not_use(made, weights, tmp_path):
     with (tmp_path / "shards" / "00001.tar").open("r+b") as file:
         file.truncate(there.entries[3].members["json"][0] + 10)
     report = tmp_path / "report.jsonl"
-    ran = CliRunner().invoke(app, ["train", "stage2b", "--data", str(there.file_store.folder), "--weights", str(weights),
-                                   "--runs", str(tmp_path), "--size", "64x64", "--frames", "5", "--steps", "8",
+    ran = CliRunner().invoke(app, ["train", "stage2b", "--data", str(there.file_store.folder),
+                                   "--weights", str(weights), "--runs", str(tmp_path), "--size", "64x64", "--frames", "5", "--steps", "8",
                                    "--workers", "2", "--report", str(report)], catch_exceptions=False)  # fmt: skip
     assert ran.exit_code == 0
     rows = [json.loads(line) for line in report.read_text().splitlines()]

@@ -39,28 +39,28 @@ def test_the_cache_holds_what_the_models_give(frozen, tmp_path):
     told = []
     assert encode_shards(made, frozen, FIT, lambda done, count: told.append((done, count))) == 4
     assert told[-1] == (4, 4)
-    cache = LatentCache(made.file_store, frozen.digest(FIT))
+    cache = LatentCache(made.file_store, frozen.compute_digest(FIT))
     found = cache(made.entries[5])
     with torch.no_grad():
         pixels = pixels_from_bytes(resample_media(mp4(7), 64, 64, 5, FIT.fps)[None])
         assert torch.allclose(found["target"].float(), encode_pixels(frozen.vae, pixels)[0], atol=2e-2, rtol=1e-2)
     assert found["source"].shape == found["target"].shape == (16, 2, 8, 8)
-    assert torch.equal(found["text"], frozen.text(made[5].text))
+    assert torch.equal(found["text"], frozen.encode_prompt(made[5].text))
     assert set(cache(made.entries[2])) == {"text", "target"}
     assert not cache(made.entries[0])  # understanding: the MLLM sees its pixels
 
 
 def test_what_is_done_is_not_done_again_and_other_buckets_are_another_cache(frozen, tmp_path, monkeypatch):
-    monkeypatch.setattr("omnivideo.training.data.webdataset.SHARD_SAMPLES", 1)
+    monkeypatch.setattr("omnivideo.training.data.webdataset.MAX_SHARD_SAMPLES", 1)
     made = library(tmp_path, [TrainingSample("text-to-image", f"ball {at}", target=png(at)) for at in range(3)])
     encode_shards(made, frozen, FIT, lambda done, count: None)
-    (tmp_path / cache_name("00001.tar", frozen.digest(FIT))).unlink()  # as a killed run leaves it
+    (tmp_path / cache_name("00001.tar", frozen.compute_digest(FIT))).unlink()  # as a killed run leaves it
     assert encode_shards(made, frozen, FIT, lambda done, count: None) == 1
     assert encode_shards(made, frozen, FIT, lambda done, count: None) == 0
     other = BucketAssigner(FIT.buckets, fps=12)
-    assert frozen.digest(other) != frozen.digest(FIT)
-    assert LatentCache(made.file_store, frozen.digest(FIT))(made.entries[0])
-    assert not LatentCache(made.file_store, frozen.digest(other))(made.entries[0])
+    assert frozen.compute_digest(other) != frozen.compute_digest(FIT)
+    assert LatentCache(made.file_store, frozen.compute_digest(FIT))(made.entries[0])
+    assert not LatentCache(made.file_store, frozen.compute_digest(other))(made.entries[0])
 
 
 def test_what_cannot_be_encoded_is_named_and_the_rest_goes_on(frozen, tmp_path):
@@ -69,14 +69,14 @@ def test_what_cannot_be_encoded_is_named_and_the_rest_goes_on(frozen, tmp_path):
     made = library(tmp_path, [long, short, TrainingSample("text-to-image", "ball", target=png(2))])
     encode_shards(made, frozen, FIT, lambda done, count: None)
     assert [where for _, where, _ in made.skip_report.skipped_samples] == ["00000.tar/000000001", "00000.tar/000000000"]
-    assert LatentCache(made.file_store, frozen.digest(FIT))(made.entries[2])["target"].shape[0] == 16
+    assert LatentCache(made.file_store, frozen.compute_digest(FIT))(made.entries[2])["target"].shape[0] == 16
 
 
 def test_the_command_encodes_and_says_under_which_name(weights, frozen, tmp_path):
     made = library(tmp_path, six())
     given = ["data", "encode", str(tmp_path), "--weights", str(weights), "--frames", "5"]
     ran = CliRunner().invoke(app, given, catch_exceptions=False)
-    digest = frozen.digest(FIT)
+    digest = frozen.compute_digest(FIT)
     assert f"4 samples encoded; cache {digest}" in ran.output
     assert LatentCache(made.file_store, digest)(made.entries[4])["source"].shape == (
         16,

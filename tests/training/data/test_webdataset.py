@@ -103,7 +103,7 @@ def test_an_index_is_made_again_where_it_is_gone_or_does_not_fit(shards):
 
 
 def test_a_second_shard_begins_where_the_first_is_full(tmp_path, monkeypatch):
-    monkeypatch.setattr("omnivideo.training.data.webdataset.SHARD_SAMPLES", 4)
+    monkeypatch.setattr("omnivideo.training.data.webdataset.MAX_SHARD_SAMPLES", 4)
     write_shards(six(), open_file_store(tmp_path), SkipReport())
     assert sorted(path.name for path in tmp_path.glob("*.tar")) == ["00000.tar", "00001.tar"]
     assert contents(stream_samples(open_file_store(tmp_path), SkipReport())) == contents(six())
@@ -222,8 +222,11 @@ def test_a_clip_is_seen_at_the_wanted_rate_and_shape():
 
 def test_a_clip_is_decoded_as_far_as_it_is_looked_at(monkeypatch):
     taken = []
-    seen = lambda data: (taken.append(1) or one for one in decode_media(data))
-    monkeypatch.setattr("omnivideo.training.data.sample.decoded", seen)
+
+    def seen(data):
+        return (taken.append(1) or one for one in decode_media(data))
+
+    monkeypatch.setattr("omnivideo.training.data.sample.decode_media", seen)
     assert resample_media(mp4(48, fps=16), 32, 32, 5, 8).shape == (5, 32, 32, 3)
     assert len(taken) == 10  # the fifth is frame 8
 
@@ -441,7 +444,7 @@ def test_a_broken_parquet_is_named(tmp_path):
 # ---------------------------------------------------------------- the commands
 
 
-def test_pack_names_what_it_skips_and_look_counts_the_rest(tmp_path):
+def test_pack_names_what_it_skips_and_inspect_counts_the_rest(tmp_path):
     whole = mp4(24)
     lay(tmp_path, {"in/1.mp4": whole, "in/2.mp4": whole[: len(whole) // 2]})
     rows = [{"video_path": f"{at}.mp4", "captions": [{"idx": "-1", "content": "a ball"}]} for at in (1, 2)]
@@ -453,12 +456,12 @@ def test_pack_names_what_it_skips_and_look_counts_the_rest(tmp_path):
     assert "1 samples written" in ran.output
     (line,) = [json.loads(line) for line in report.read_text().splitlines()]
     assert line["kind"] == "unreadable media" and line["where"] == "sharegpt4video a.jsonl:2"
-    looked = CliRunner().invoke(app, ["data", "look", to, "--frames", "9"], catch_exceptions=False)
+    looked = CliRunner().invoke(app, ["data", "inspect", to, "--frames", "9"], catch_exceptions=False)
     assert "64x64x9" in looked.output
-    looked = CliRunner().invoke(app, ["data", "look", to, "--frames", "9", "--world", "4"], catch_exceptions=False)
+    looked = CliRunner().invoke(app, ["data", "inspect", to, "--frames", "9", "--world-size", "4"], catch_exceptions=False)
     assert "1 samples in 1 steps, 75.00% of 4 ranks' work wasted" in looked.output
     with pytest.raises(InvalidInput, match="weights"):
-        CliRunner().invoke(app, ["data", "look", to, "--group-weight", "image=1"], catch_exceptions=False)
+        CliRunner().invoke(app, ["data", "inspect", to, "--group-weight", "image=1"], catch_exceptions=False)
     with pytest.raises(InvalidInput, match="already"):
         CliRunner().invoke(app, given, catch_exceptions=False)
 

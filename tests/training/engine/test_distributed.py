@@ -265,7 +265,7 @@ def test_shards_on_two_processes_have_the_losses_of_one(weights, tmp_path):
         given = ["train", "stage2b", "--data", tmp_path / "shards", "--weights", weights, "--size", "64x64",
                  "--frames", "5", "--steps", "3", "--processes", processes,
                  "--runs", tmp_path / str(processes), "--report", tmp_path / "report",
-                 *(("--micro", 1) if processes > 1 else ())]  # fmt: skip
+                 *(("--micro-batch-size", 1) if processes > 1 else ())]  # fmt: skip
         command = [sys.executable, "-m", "omnivideo.cli", *map(str, given)]
         subprocess.run(command, check=True, timeout=240, env=os.environ | {"OMP_NUM_THREADS": "1"})
         found.append(logged(tmp_path / str(processes) / "stage2b"))

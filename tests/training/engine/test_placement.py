@@ -45,7 +45,7 @@ def asked(monkeypatch) -> dict[str, WeightPlacement]:
         found[name] = choose_placement(stage, name, GPU, BF16)
         return replace(found[name], device=CPU)
 
-    monkeypatch.setattr(placement, "place_of", on_a_gpu)
+    monkeypatch.setattr(placement, "choose_placement", on_a_gpu)
     return found
 
 
@@ -68,7 +68,7 @@ def test_what_is_trained_is_fp32_and_what_is_frozen_bf16_on_a_gpu():
 def test_every_stage_trains_with_its_parts_in_their_places(made, weights, asked, tmp_path, monkeypatch):
     """A step of each in a GPU's precisions, every one from the run of the one before."""
     nulls, condition = [], flow.build_condition
-    monkeypatch.setattr(flow, "group_condition", lambda *given: nulls.append(given[5]) or condition(*given))
+    monkeypatch.setattr(flow, "build_condition", lambda *given: nulls.append(given[5]) or condition(*given))
     before: dict[str, torch.Tensor] = {}
     for name in PREVIOUS_STAGE:
         asked.clear()
@@ -107,7 +107,7 @@ def test_a_part_is_in_its_place_before_the_next_is_read(weights, monkeypatch):
         steps.append(f"read {name}")
         return read(cls, folder, name, dtype)
 
-    monkeypatch.setattr(checkpoint, "strictly", reading)
+    monkeypatch.setattr(checkpoint, "load_strict", reading)
     load_parts(weights, lambda name, part: steps.append(f"put {name}") or part)
     assert steps == ["read transformer", "put decoder", "read mllm", "put mllm", "put bridge", "read text_encoder",
                      "put text_encoder", "read vae", "put vae"]  # fmt: skip

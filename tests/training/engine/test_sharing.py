@@ -101,9 +101,9 @@ def test_the_cosine_rises_once_and_falls_to_nothing():
 @pytest.mark.parametrize("cuts", [(0, 13, 32), (0, 32)])
 def test_shards_of_any_number_of_processes_go_on_to_the_same_losses(optimizer, cuts, tmp_path):
     """Shards are cut by hand from one process's state, as two or three processes would hold it."""
-    whole = Trainer(toy(optimizer=optimizer, ema=0.9), tmp_path / "whole")
+    whole = Trainer(toy(optimizer=optimizer, ema_decay=0.9), tmp_path / "whole")
     losses = [whole.train_step() for _ in range(4)]
-    trainer = Trainer(toy(optimizer=optimizer, ema=0.9), tmp_path / "cut")
+    trainer = Trainer(toy(optimizer=optimizer, ema_decay=0.9), tmp_path / "cut")
     assert [trainer.train_step() for _ in range(2)] == losses[:2]
     names = group_names_by_optimizer(trainer.trainable_parameters, optimizer)
     trainer.save()
@@ -121,14 +121,14 @@ def test_shards_of_any_number_of_processes_go_on_to_the_same_losses(optimizer, c
     trainer.state_file.unlink()
     assert checkpoint.find_latest_checkpoint(tmp_path / "cut", names) is None  # not finished
     checkpoint.commit_shards(tmp_path / "cut", 2)
-    again = Trainer(toy(optimizer=optimizer, ema=0.9), tmp_path / "cut")
+    again = Trainer(toy(optimizer=optimizer, ema_decay=0.9), tmp_path / "cut")
     assert again.step == 2 and [again.train_step() for _ in range(2)] == losses[2:]
     assert all(torch.equal(value, whole.ema_weights[name]) for name, value in again.ema_weights.items())
 
 
 def cut_out(saved, name, low, high):
-    tensors = {kind: saved.read(name, kind, low, high) for kind in saved.kinds(name) | {"weight", "average"}}
-    return checkpoint.ParameterShard(name, low, tensors, saved.steps(name))
+    tensors = {kind: saved.read_tensor(name, kind, low, high) for kind in saved.list_optimizer_tensors(name) | {"weight", "average"}}
+    return checkpoint.ParameterShard(name, low, tensors, saved.read_optimizer_steps(name))
 
 
 def test_a_missing_shard_is_said(tmp_path):
@@ -140,13 +140,13 @@ def test_a_missing_shard_is_said(tmp_path):
 
 
 def test_deepspeed_is_told_what_the_recipe_says():
-    made = build_deepspeed_config(toy(clip=0.5, precision=torch.bfloat16))
+    made = build_deepspeed_config(toy(max_grad_norm=0.5, precision=torch.bfloat16))
     assert made["gradient_clipping"] == 0.5 and made["bf16"]["enabled"]
     assert made["zero_optimization"]["stage"] == 1
 
 
 def test_speed_is_shown_where_it_is_known():
-    recipe = toy(samples=lambda step: 32, flops=lambda step: 4e12)
+    recipe = toy(batch_size=lambda step: 32, step_flops=lambda step: 4e12)
     figures = measure_throughput(recipe, TrainingProgress(1, 20, {"loss": 0.5}, 9.0, 2.0), 2).to_metrics()
     assert figures["samples/s"] == 16 and figures["TFLOP/s"] == 2 and "MFU" not in figures and figures["GB"] > 0.01
     assert format_progress_line(TrainingProgress(1, 20, {"loss": 0.5}, 9.0, 2.0), {"GB": 1.0}) == "loss 0.5  GB 1"
@@ -155,7 +155,7 @@ def test_speed_is_shown_where_it_is_known():
 
 
 def test_unknown_watchers_are_refused():
-    with pytest.raises(InvalidInput, match="watch: 'x' is not one of tensorboard, wandb"):
+    with pytest.raises(InvalidInput, match="log-to: 'x' is not one of tensorboard, wandb"):
         build_writer_factory(["x"])
 
 

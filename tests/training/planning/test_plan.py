@@ -179,16 +179,16 @@ def made():
 
 def test_parameters_are_those_of_the_released_model(made):
     """`model.pt` with the six markers is trained; MLLM and SigLIP2 are frozen beside it, the rest is cached."""
-    assert made.trained == 3_482_668_864 + 6 * 4096
-    assert made.frozen == 8_767_123_696 + 428_225_600
-    assert made.away == 5_680_910_336 + 126_892_531  # UMT5-XXL and the VAE
+    assert made.trained_parameters == 3_482_668_864 + 6 * 4096
+    assert made.frozen_parameters == 8_767_123_696 + 428_225_600
+    assert made.offloaded_parameters == 5_680_910_336 + 126_892_531  # UMT5-XXL and the VAE
     frozen = build_plan(replace(STAGE_3, recipe="stage2b"))
     assert frozen.trained_parameters == 1_902_141_440 + 6_690_304 + 6 * 4096
-    assert frozen.trained_parameters + frozen.frozen_parameters == made.trained + 8_767_123_696  # nothing is aligned
+    assert frozen.trained_parameters + frozen.frozen_parameters == made.trained_parameters + 8_767_123_696  # nothing is aligned
     uncached = build_plan(replace(STAGE_3, cached=False))
-    assert uncached.frozen_parameters == made.frozen + made.away and uncached.offloaded_parameters == 0
+    assert uncached.frozen_parameters == made.frozen_parameters + made.offloaded_parameters and uncached.offloaded_parameters == 0
     assert (
-        build_plan(replace(STAGE_3, recipe="stage1", cached=False)).offloaded_parameters == made.away
+        build_plan(replace(STAGE_3, recipe="stage1", cached=False)).offloaded_parameters == made.offloaded_parameters
     )  # there is nothing to cache
 
 
@@ -198,15 +198,15 @@ def test_memory_of_zero_1_by_hand(made):
     2 T = 6.965, 12 T / 8 = 5.224, 4 T / 8 = 1.741, 2 F = 18.391; in turn the activations, or the gradients with a
     bucket of them, 2 (T + 5e8) = 7.965, which is more than the share thrice, 8 T / 8 = 3.483.
     """
-    assert list(made.memory.values()) == pytest.approx([6.965, 5.224, 1.741, 18.391, 2.5], abs=1e-3)
+    assert list(made.resident_gb.values()) == pytest.approx([6.965, 5.224, 1.741, 18.391, 2.5], abs=1e-3)
     # A clip's: 30 blocks of 7800 (2 (13 d + 2 f) + 24 d + 96) + 6 d 2560 bytes, d = 1536, f = 8960, are 27.098 GB; the
     # decoder's ends 0.154; vision head, adapter and visual context 0.296 + 0.539 + 0.050.  Five stills have more: their
     # five conditions are as long as the clip's.
     assert estimate_activations(STAGE_3, "clip") / 1e9 == pytest.approx(
         27.098 + 0.154 + 0.296 + 0.539 + 0.050, abs=2e-3
     )
-    assert list(made.peaks.values()) == pytest.approx([estimate_activations(STAGE_3, "still") / 1e9, 7.965], abs=1e-3)
-    assert made.needed == pytest.approx(34.821 + 31.556, abs=2e-3)
+    assert list(made.transient_gb.values()) == pytest.approx([estimate_activations(STAGE_3, "still") / 1e9, 7.965], abs=1e-3)
+    assert made.required_gb == pytest.approx(34.821 + 31.556, abs=2e-3)
     two = build_plan(replace(STAGE_3, gpus=2))  # the share thrice, 8 T / 2
     assert two.transient_gb["gradients (bf16), of the share fp32"] == pytest.approx(13.931, abs=1e-3)
 
@@ -248,11 +248,11 @@ def test_memory_is_what_was_measured(stage, gpus, one, two, frozen, copies):
 
 def test_what_saves_memory_saves_it(made):
     few = build_plan(replace(STAGE_3, checkpointing=True))
-    assert made.peaks["activations"] > 4 * few.transient_gb["activations"]
-    shared = build_plan(replace(STAGE_3, sequence=4))
-    assert 0.25 < shared.transient_gb["activations"] / made.peaks["activations"] < 0.4
+    assert made.transient_gb["activations"] > 4 * few.transient_gb["activations"]
+    shared = build_plan(replace(STAGE_3, sequence_parallel_size=4))
+    assert 0.25 < shared.transient_gb["activations"] / made.transient_gb["activations"] < 0.4
     uncached = build_plan(replace(STAGE_3, cached=False))
-    assert sum(uncached.resident_gb.values()) - sum(made.memory.values()) == pytest.approx(
+    assert sum(uncached.resident_gb.values()) - sum(made.resident_gb.values()) == pytest.approx(
         2 * 5.6809 + 4 * 0.1269, abs=1e-3
     )
 
@@ -304,10 +304,10 @@ def test_times_follow_from_the_operations(made):
     assert 0.3 < made.mfu < 0.45
     again = build_plan(replace(STAGE_3, checkpointing=True))
     forward = count_decoder_flops(STAGE_3.preset.decoder, 7800, 2560).total / (989e12 * 0.45)
-    assert again.step_seconds["clip"]["compute"] - made.step["clip"]["compute"] == pytest.approx(forward)
-    assert again.step_flops == made.flops  # MFU does not count it
-    shared = build_plan(replace(STAGE_3, sequence=4))  # of the tokens; the MLLM sees every sample on each of the four
-    rest = made.step["clip"]["compute"] - 3 * forward
+    assert again.step_seconds["clip"]["compute"] - made.step_seconds["clip"]["compute"] == pytest.approx(forward)
+    assert again.step_flops == made.step_flops  # MFU does not count it
+    shared = build_plan(replace(STAGE_3, sequence_parallel_size=4))  # of the tokens; the MLLM sees every sample on each of the four
+    rest = made.step_seconds["clip"]["compute"] - 3 * forward
     assert shared.step_seconds["clip"]["compute"] == pytest.approx(3 * forward / 4 + rest)
     more = build_plan(replace(STAGE_3, gpus=64))
     assert 1 / 8 < more.days / made.days < 1 / 3 and sum(more.steps.values()) == pytest.approx(
@@ -320,18 +320,18 @@ def test_times_follow_from_the_operations(made):
 
 def test_a_step_of_several_passes_exchanges_once_and_keeps_what_they_add_up_to(made):
     """4 T = 13.931 GB beside the activations; of several processes also beside a pass's bf16 gradients, 2 T."""
-    many = build_plan(replace(STAGE_3, passes=3))
-    assert many.resident_gb == made.memory
-    assert many.transient_gb["activations"] == pytest.approx(made.peaks["activations"] + 13.931, abs=1e-3)
+    many = build_plan(replace(STAGE_3, grad_accum_steps=3))
+    assert many.resident_gb == made.resident_gb
+    assert many.transient_gb["activations"] == pytest.approx(made.transient_gb["activations"] + 13.931, abs=1e-3)
     assert many.transient_gb["gradients (bf16), of the share fp32"] == pytest.approx(13.931 + 6.965, abs=1e-3)
-    alone, several = (build_plan(replace(STAGE_3, gpus=1, passes=passes)).transient_gb for passes in (1, 3))
+    alone, several = (build_plan(replace(STAGE_3, gpus=1, grad_accum_steps=passes)).transient_gb for passes in (1, 3))
     assert [several[name] - alone[name] for name in alone] == pytest.approx([13.931, 0], abs=1e-3)
     for kind, times in many.step_seconds.items():
-        assert times == made.step[kind] | {"compute": pytest.approx(3 * made.step[kind]["compute"])}
-        assert many.step_flops[kind] == pytest.approx(3 * made.flops[kind])
+        assert times == made.step_seconds[kind] | {"compute": pytest.approx(3 * made.step_seconds[kind]["compute"])}
+        assert many.step_flops[kind] == pytest.approx(3 * made.step_flops[kind])
         assert many.steps[kind] == pytest.approx(made.steps[kind] / 3)
     shared = [
-        build_plan(replace(STAGE_3, sequence=2, passes=passes)).step_seconds["clip"]["all-to-all"] for passes in (1, 3)
+        build_plan(replace(STAGE_3, sequence_parallel_size=2, grad_accum_steps=passes)).step_seconds["clip"]["all-to-all"] for passes in (1, 3)
     ]
     assert shared[1] == pytest.approx(3 * shared[0])
 
@@ -373,7 +373,7 @@ def test_the_figures_of_the_documentation_are_the_plans():
 def test_what_does_not_fit_is_refused_with_what_would(made):
     check_fits(made)
     with pytest.raises(InvalidInput, match=r"do not fit the 80 GB of one H100; it fits with --checkpointing") as caught:
-        check_fits(build_plan(replace(STAGE_3, batch=4)))
+        check_fits(build_plan(replace(STAGE_3, clips_per_gpu=4)))
     assert caught.value.field == "gpus"
     with pytest.raises(InvalidInput, match=r"115\.1 GB do not fit the 48 GB of one L40S; it fits with --gpus 1xH200"):
         check_fits(build_plan(replace(STAGE_3, gpu=GPUS["L40S"], gpus=1)))
@@ -388,8 +388,8 @@ def test_what_does_not_fit_is_refused_with_what_would(made):
         ({"recipe": "stage1_text"}, "recipe"),  # does not train over shards
         ({"preset": TINY}, "preset"),
         ({"frames": 16}, "frames"),
-        ({"sequence": 3}, "sequence-parallel"),
-        ({"sequence": 8}, "sequence-parallel"),
+        ({"sequence_parallel_size": 3}, "sequence-parallel"),
+        ({"sequence_parallel_size": 8}, "sequence-parallel"),
         ({"utilisation": 0.0}, "utilisation"),
     ],
 )
@@ -417,7 +417,7 @@ def test_the_command_line_prints_the_plan_or_refuses_it(monkeypatch, capsys):
     code, text, _ = run("stage3", "--gpus", "8xH100")
     assert code == 0 and "3,482,693,440" in text and "days" in text and "optimizer" in text
     assert run("stage3", "--no-checkpointing")[1] == text != run("stage3", "--checkpointing")[1]  # as `train` does it
-    assert "3 x 1 x 7,800 tokens" in run("stage3", "--passes", "3", "--checkpointing")[1]
+    assert "3 x 1 x 7,800 tokens" in run("stage3", "--grad-accum", "3", "--checkpointing")[1]
     code, text, error = run("stage3", "--gpus", "1xL40S")
     assert code == 2 and "days" in text and error.startswith("error: gpus: ") and error.count("\n") == 1
     code, text, error = run("stage9")
