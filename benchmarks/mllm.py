@@ -83,7 +83,7 @@ def chat_of(address: str) -> Call:
 
 @contextmanager
 def serving(weights: Path, users: int, folder: Path) -> Iterator[str]:
-    server = Server(interpreter(), weights, folder, free_port(), users=users).start()
+    server = Server(interpreter(), weights, folder, free_port(), max_num_seqs=users).start()
     try:
         yield server.wait(900).address
     finally:

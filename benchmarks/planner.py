@@ -20,7 +20,7 @@ from tests.support.twins import InstantQueue, ScriptedMLLM
 
 def milliseconds(saver, name: str, turns: int) -> list[float]:
     graph = Planner(ScriptedMLLM(), InstantQueue(), load_prompts("tiny")).build_graph(saver)
-    thread = Thread(graph, name, lambda path, made_by: None).initialize_state()
+    thread = Thread(graph, name, lambda path, created_by: None).initialize_state()
     spent = []
     for turn in range(turns):
         began = time.perf_counter()

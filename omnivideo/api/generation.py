@@ -255,13 +255,23 @@ def sampling_params_from_overrides(
 
 
 def build_job_request(
-    request: GenerationRequest, params: SamplingParams, overrides: SamplingOverrides, job_id: str, source: Artifact | None, kind: Literal["video", "image"],
+    request: GenerationRequest,
+    params: SamplingParams,
+    overrides: SamplingOverrides,
+    job_id: str,
+    source: Artifact | None,
+    kind: Literal["video", "image"],
     meta: dict[str, str],
-) -> JobRequest:  # fmt: skip
+) -> JobRequest:
     job = Job(
-        id=job_id, task=params.task, prompt=check_prompt("prompt", request.prompt), visual_tokens=None, source=source,
-        seed=params.seed, overrides=overrides,
-    )  # fmt: skip
+        id=job_id,
+        task=params.task,
+        prompt=check_prompt("prompt", request.prompt),
+        visual_tokens=None,
+        source=source,
+        seed=params.seed,
+        overrides=overrides,
+    )
     n = getattr(request, "n", 1)
     return JobRequest(
         job,

@@ -115,7 +115,8 @@ def validate_fields(model_class: type[Model], fields: Mapping[str, Any]) -> Mode
 
 
 def document_request_body(model_class: type[BaseModel], *file_fields: str, accepts_json: bool = True) -> dict[str, Any]:
-    """A route's body in the OpenAPI document: as JSON if `accepts_json`, and as a form where some fields may be files."""
+    """A route's body in the OpenAPI document: as JSON if `accepts_json`, and as a form where some fields may be
+    files."""
     schema = model_class.model_json_schema()
     schema = inline_definitions(schema, schema.pop("$defs", {}))
     content: dict[str, Any] = {"application/json": {"schema": schema}} if accepts_json else {}
@@ -197,8 +198,11 @@ def artifact_from_job(context: ServiceContext, owner: str, job_id: str) -> Artif
 
 
 ARTIFACT_RESOLVERS: dict[str, Callable[[ServiceContext, str, Any], Artifact]] = {
-    "upload": artifact_from_upload, "file_id": artifact_from_file, "image_url": artifact_from_url, "id": artifact_from_job,
-}  # fmt: skip
+    "upload": artifact_from_upload,
+    "file_id": artifact_from_file,
+    "image_url": artifact_from_url,
+    "id": artifact_from_job,
+}
 
 
 # ---------------------------------------------------------------- repeated requests

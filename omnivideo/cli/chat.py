@@ -42,9 +42,13 @@ class TerminalChat:
         self.turn_options = turn_options
         self.thread = thread
         self.commands: dict[str, Callable[[str], None]] = {
-            "history": self.print_history, "fork": self.fork_thread, "undo": self.undo_turn, "save": self.save_latest, "open": self.open_latest,
+            "history": self.print_history,
+            "fork": self.fork_thread,
+            "undo": self.undo_turn,
+            "save": self.save_latest,
+            "open": self.open_latest,
             "help": lambda rest: self.console.print(HELP_TEXT),
-        }  # fmt: skip
+        }
 
     def run(self, lines: Iterable[str]) -> None:
         """Takes lines until they end or say /quit; what a user can cause is told in one line, and it goes on."""

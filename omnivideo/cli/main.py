@@ -41,6 +41,7 @@ app.add_typer(weights.app, name="weights")
 data.app.command()(curate)
 app.add_typer(data.app)
 
+
 @app.command()
 def generate(
     prompt: str,
@@ -61,8 +62,12 @@ def generate(
 
     prompt = check_prompt("prompt", prompt)
     overrides: dict[str, Any] = parse_size(size) | {
-        "seed": seed, "steps": steps, "guidance_scale": guidance_scale, "frames": frames, "negative_prompt": negative_prompt,
-    }  # fmt: skip
+        "seed": seed,
+        "steps": steps,
+        "guidance_scale": guidance_scale,
+        "frames": frames,
+        "negative_prompt": negative_prompt,
+    }
     if image is None and (frames == 1 or output.suffix.lower() == ".png"):
         image = True
     # Refused before any model is loaded.

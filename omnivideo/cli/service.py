@@ -145,7 +145,7 @@ def mllm_serve(
     device: DeviceOption = "auto",
     weights: WeightsOption = None,
     engine: Annotated[str, typer.Option(help="auto (vLLM where it is installed), vllm or transformers.")] = "auto",
-    tensor_parallel: Annotated[int, typer.Option(help="vLLM: GPUs that share the model.")] = 1,
+    tensor_parallel_size: Annotated[int, typer.Option(help="vLLM: GPUs that share the model.")] = 1,
     gpu_memory_utilization: Annotated[float, typer.Option(help="vLLM: share of the GPU's memory.")] = 0.9,
     cpu_kvcache_gib: Annotated[int, typer.Option(help="vLLM on a CPU: GiB for the cache.")] = 1,
     dtype: Annotated[str, typer.Option(help="vLLM: auto, float32, float16 or bfloat16.")] = "auto",
@@ -164,9 +164,15 @@ def mllm_serve(
     settings = load_settings(weights=str(weights) if weights else None)
     folder = Path(settings.weights) if settings.weights else find_shipped_weights(settings.preset)
     serving_options = launch.parse_options(
-        tensor_parallel=tensor_parallel, memory=gpu_memory_utilization, cache=cpu_kvcache_gib, dtype=dtype, quantization=quantization,
-        lora=lora, longest=max_model_len, users=max_num_seqs,
-    )  # fmt: skip
+        tensor_parallel=tensor_parallel,
+        memory=gpu_memory_utilization,
+        cache=cpu_kvcache_gib,
+        dtype=dtype,
+        quantization=quantization,
+        lora=lora,
+        longest=max_model_len,
+        users=max_num_seqs,
+    )
     if server_command := launch.build_command(device, folder, port, host, engine, serving_options):
         launch.exec_command(server_command)
     from omnivideo.backends.mllm.local import LocalMLLM

@@ -125,10 +125,19 @@ def train(
     """Train the tiny preset, or one recipe of it, or a stage over shards; goes on from its last checkpoint."""
     if plan:
         return print_plan(
-            recipe, gpus, preset_of(preset), batch, **parse_size(size),
-            frames=data.parse_integers("frames", [frames])[0], sequence_parallel_size=sequence_parallel,
-            checkpointing=bool(checkpointing), cached=cached, steps=steps, utilisation=utilisation, grad_accum_steps=grad_accum,
-        )  # fmt: skip
+            recipe,
+            gpus,
+            preset_of(preset),
+            batch,
+            **parse_size(size),
+            frames=data.parse_integers("frames", [frames])[0],
+            sequence_parallel_size=sequence_parallel,
+            checkpointing=bool(checkpointing),
+            cached=cached,
+            steps=steps,
+            utilisation=utilisation,
+            grad_accum_steps=grad_accum,
+        )
     from omnivideo.training.engine import zero
     from omnivideo.training.engine.monitor import build_sample_hook, build_writer_factory, skip_samples
     from omnivideo.training.engine.trainer import PRECISIONS
@@ -167,7 +176,9 @@ def train(
                 library, fit, recipe, tiny, weights, mix, micro_batch_size, requested_changes["precision"]
             )
             if world.is_main_process:
-                tiny.recipe_factories = data.report_skips_after_build(tiny.recipe_factories, library.skip_report, report)
+                tiny.recipe_factories = data.report_skips_after_build(
+                    tiny.recipe_factories, library.skip_report, report
+                )
             tiny.train(recipe, console, world, stop_at_step, lr_scale, save_every, sample_callback, **changes)
 
 

@@ -82,8 +82,9 @@ def evaluate_think_modes(
     for index, plain_prompt in enumerate(sample_prompts(count, ["colours"])):
         riddle = sample_indirect_request(rng, False, "held_out")
         for kind, text, demand in (
-            ("reasoning", phrase_still_request(rng, riddle.prompt), riddle.scene_spec), ("plain", plain_prompt.text, plain_prompt.scene_spec)
-        ):  # fmt: skip
+            ("reasoning", phrase_still_request(rng, riddle.prompt), riddle.scene_spec),
+            ("plain", plain_prompt.text, plain_prompt.scene_spec),
+        ):
             for mode in ("off", "on", "auto"):
                 run_attempt(
                     open_thread, load_frames, text, demand, rows[f"{kind}, think {mode}"], think=mode, seed=index

@@ -35,13 +35,16 @@ def scores_to_json(scores: Mapping[str, Score | float]) -> str:
 def score_planner(conversations: Any, count: int, on_progress: EvaluationProgress) -> dict[str, Score | float]:
     """All of the planner's evaluation, its count in proportion to `count` a category.
 
-    `conversations` is the wiring: `open_thread()`, `read_frames(artifact)` and the planner's `mllm` and `split_actions`.
+    `conversations` is the wiring: `open_thread()`, `read_frames(artifact)` and the planner's `mllm` and
+    `split_actions`.
     """
 
     def open_thread() -> planner.SendTurn:
         return planner.make_turn_sender(conversations.open_thread().send)
 
-    scores: dict[str, Score | float] = {"acts split": planner.evaluate_splitting(conversations.split_actions, 4 * count)}
+    scores: dict[str, Score | float] = {
+        "acts split": planner.evaluate_splitting(conversations.split_actions, 4 * count)
+    }
     table = planner.count_route_confusions(conversations.mllm, 10 * count, on_progress)
     right = sum(number for (expected, found), number in table.items() if expected == found)
     scores["routing"] = Score(right / table.total(), table.total())

@@ -70,7 +70,7 @@ class Adapter(QueryTransformer):
 class VisualContextAdapter(nn.Module):
     """The source's latents as condition tokens, for editing: [B, z, T, h, w] -> [B, T * h/k * w/k, D].
 
-    `absolute` adds fixed positions of the token grid, which the released model does without.
+    `absolute_positions` adds fixed positions of the token grid, which the released model does without.
     """
 
     def __init__(self, channels: int, hidden: int, dim: int, kernel: int, absolute_positions: bool):

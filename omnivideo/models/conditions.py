@@ -36,9 +36,9 @@ def assemble_conditions(
     min_tokens: int,
     max_tokens: int,
 ) -> Tensor:
-    """The conditions [B, L, D] of a batch, zero-padded to the longest and to `least` tokens.
+    """The conditions [B, L, D] of a batch, zero-padded to the longest and to `min_tokens` tokens.
 
-    Raises ConditionTooLong above `most`: nothing is ever cut.
+    Raises ConditionTooLong above `max_tokens`: nothing is ever cut.
     """
     # All tokens once, then one gather: a kernel for each part of each row is what a GPU would wait for.
     pool = [texts_LD[0].new_zeros(1, texts_LD[0].shape[-1])]  # the padding
@@ -76,7 +76,7 @@ def count_condition_tokens(
 
 
 def pad_condition(tokens: Tensor, min_tokens: int, max_tokens: int) -> Tensor:
-    """[..., L, D] with zeros up to `least` tokens."""
+    """[..., L, D] with zeros up to `min_tokens` tokens."""
     length = tokens.shape[-2]
     check_condition_length(length, max_tokens)
     return nn.functional.pad(tokens, (0, 0, 0, max(0, min_tokens - length)))
@@ -92,7 +92,7 @@ def encode_text(
 ) -> tuple[Tensor, Tensor]:
     """Text embeddings [B, L, D], zero past the end of each prompt, and the prompts' lengths [B].
 
-    Raises ConditionTooLong where a prompt has more than `most` tokens.
+    Raises ConditionTooLong where a prompt has more than `max_tokens` tokens.
     """
     tokens = tokenizer(list(prompts), padding=True, return_tensors="pt", verbose=False)
     ids, mask = (tokens[name].to(encoder.device) for name in ("input_ids", "attention_mask"))

@@ -228,7 +228,7 @@ def prepare_hidden_state_inputs(
     batch: Sequence[tuple[MLLMMessage, Literal["image", "video"]]],
     vision_config: VisionInputConfig,
 ) -> dict[str, Tensor]:
-    """What the model is given for `hidden_states`."""
+    """What the model is given for `compute_hidden_states`."""
     encoded = [
         tokenize_message(tokenizer, message, vision_config, "".join(VISUAL_TOKEN_PAIRS[kind]))
         for message, kind in batch
@@ -237,7 +237,7 @@ def prepare_hidden_state_inputs(
 
 
 def forward_hidden_states(model: Qwen3VLForConditionalGeneration, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Last hidden states [B, N, M] of what `asking` made, and the padding mask [B, N]."""
+    """Last hidden states [B, N, M] of what `prepare_hidden_state_inputs` made, and the padding mask [B, N]."""
     device_inputs = {name: part.to(model.device) for name, part in inputs.items()}
     return model.model(**device_inputs).last_hidden_state, device_inputs["attention_mask"] == 0
 

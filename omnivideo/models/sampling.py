@@ -16,7 +16,8 @@ from torch import Tensor
 class DenoisingState:
     """All that the loop needs to go on after `step` steps to the same bits.  (UniPC draws nothing at random.)
 
-    `latents` is the noisy sample; `before` the one that the last step began with; `outputs` what the scheduler made
+    `latents` is the noisy sample; `previous_sample` the one that the last step began with; `model_outputs` what the
+    scheduler made
     of the decoder's last answers, at most two, oldest first.  All [B, z, T, h, w].
     """
 
@@ -28,7 +29,7 @@ class DenoisingState:
 
 @dataclass(frozen=True)
 class DenoisingStep:
-    """After one step of `steps`: where the loop is, and `guess`, how the clean sample looks from there."""
+    """After one step of `steps`: where the loop is, and `clean_latents`, how the clean sample looks from there."""
 
     steps: int
     state: DenoisingState

@@ -258,7 +258,8 @@ class RemoteThread:
         self.path = f"/v1/threads/{thread_id}"
 
     def send(self, text: str, attachments: Sequence[str | Path] = (), **options: Any) -> Iterator[TurnEvent]:
-        """Runs a turn and gives its events as they happen, through cut connections; the last is TurnCompleted or QuestionAsked.
+        """Runs a turn and gives its events as they happen, through cut connections; the last is TurnCompleted or
+        QuestionAsked.
 
         `options` may hold think, check, seed, steps and guidance_scale.
         """

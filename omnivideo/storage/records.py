@@ -116,7 +116,8 @@ class RecordRepository(Repository):
     # ------------------------------------------------------------ batches
 
     def create_batch(self, owner: str, max_open_batches: int, **values: Any) -> Row[Any]:
-        """`values` are id, endpoint, input_file_id, metadata and state_times.  Raises ServiceBusy where the owner has `max_open_batches` open ones."""
+        """`values` are id, endpoint, input_file_id, metadata and state_times.  Raises ServiceBusy where the owner has
+        `max_open_batches` open ones."""
         values |= {
             "owner": owner, "state": "validating", "counts": {"total": 0, "completed": 0, "failed": 0},
             "heartbeat_at": 0.0, "created_at": unix_now(),
@@ -227,7 +228,8 @@ class RecordRepository(Repository):
     # ------------------------------------------------------------ webhooks
 
     def create_webhook(self, owner: str, max_webhooks: int, **values: Any) -> Row[Any]:
-        """`values` are id, url, secret, name and event_types.  Raises InvalidInput where the owner has `max_webhooks`."""
+        """`values` are id, url, secret, name and event_types.  Raises InvalidInput where the owner has
+        `max_webhooks`."""
         values |= {"owner": owner, "created_at": unix_now()}
         mine = select(func.count()).where(webhooks.c.owner == owner).scalar_subquery()
         room = select_values(webhooks, values).where(mine < max_webhooks)

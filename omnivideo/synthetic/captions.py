@@ -245,7 +245,8 @@ def to_canonical_text(scene_spec: SceneSpec) -> str:
     if len(scene_spec.objects) > 1 and all(object_spec == first for object_spec in scene_spec.objects):
         text = to_canonical_phrase(first, len(scene_spec.objects))
     elif scene_spec.relation:
-        text = f"{to_canonical_phrase(first)} {RELATION_WORDS[scene_spec.relation][0]} {to_canonical_phrase(scene_spec.objects[1])}"
+        relation = RELATION_WORDS[scene_spec.relation][0]
+        text = f"{to_canonical_phrase(first)} {relation} {to_canonical_phrase(scene_spec.objects[1])}"
     else:
         text = join_phrases([to_canonical_phrase(object_spec) for object_spec in scene_spec.objects])
     if scene_spec.region:

@@ -126,9 +126,8 @@ def compose_object_hints(rng: random.Random, object_spec: ObjectSpec, split: Spl
         text = text if "shape" in hinted_fields else add_article(f"{size}{object_spec.colour} {object_spec.shape}")
     if object_spec.motion and "motion" in hinted_fields:
         motion_hint = sample_hint(rng, MOTION_HINTS[object_spec.motion], split)
-        steps.append(
-            f"{motion_hint}, so it is {'moving ' if object_spec.motion in ('left', 'right', 'up', 'down') else ''}{object_spec.motion}"
-        )
+        verb = "moving " if object_spec.motion in ("left", "right", "up", "down") else ""
+        steps.append(f"{motion_hint}, so it is {verb}{object_spec.motion}")
         text += f", {motion_hint}"
     elif object_spec.motion:
         text += f", {'moving ' if object_spec.motion in ('left', 'right', 'up', 'down') else ''}{object_spec.motion}"

@@ -141,7 +141,10 @@ def test_a_question_waits_for_its_reply(http, thread):
 
 def test_attachments_are_edited_and_asked_about(http, thread):
     turn = said(http, thread, "make it blue", attachments=[{"url": png()}])["turn"]
-    assert turn["results"][0]["goal"] == "edit" and turn["results"][0]["artifact"]["source"] == turn["attachments"][0]["key"]
+    assert (
+        turn["results"][0]["goal"] == "edit"
+        and turn["results"][0]["artifact"]["source"] == turn["attachments"][0]["key"]
+    )
 
 
 def test_a_running_turn_is_cancelled_and_leaves_the_thread_as_it_was(http, thread):

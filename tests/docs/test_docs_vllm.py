@@ -29,9 +29,9 @@ SERVE = typer.main.get_command(service.mllm_cli).commands["serve"]
 
 @pytest.fixture
 def on_gpus(monkeypatch, tmp_path):
-    monkeypatch.setattr(launch, "builds", lambda: {"vllm": "0.32.0"})
+    monkeypatch.setattr(launch, "list_installed_builds", lambda: {"vllm": "0.32.0"})
     monkeypatch.setattr(launch, "has_gpu", lambda: True)
-    monkeypatch.setattr(launch, "outbox", lambda: tmp_path / "outbox")
+    monkeypatch.setattr(launch, "create_outbox", lambda: tmp_path / "outbox")
 
 
 @pytest.mark.parametrize("line", STARTS)
@@ -69,7 +69,7 @@ def test_requests_are_answered(omni, tmp_path):
     assert json.loads(answers["write"].splitlines()[-1]) is None
     store = LRUObjectStore()
     tokens = get_tensors(store, store.put((tmp_path / "tokens.safetensors").read_bytes(), "safetensors"))
-    assert tokens["visual_tokens"].shape == (1, omni.preset.vision_head.queries, omni.preset.vision_head.width)
+    assert tokens["visual_tokens"].shape == (1, omni.preset.vision_head.num_queries, omni.preset.vision_head.width)
 
 
 def test_the_command_for_a_gpu_runs_these_tests_there(on_gpus, weights, monkeypatch):
@@ -82,8 +82,8 @@ def test_the_command_for_a_gpu_runs_these_tests_there(on_gpus, weights, monkeypa
     monkeypatch.setattr(vllm_server, "DEVICE", device)
     monkeypatch.setattr(vllm_server, "ON_GPU", True)
     started = []
-    monkeypatch.setattr(launch, "become", started.append)
-    vllm_server.serve(str(weights), "8001", "more=--block-size 32")
+    monkeypatch.setattr(launch, "exec_command", started.append)
+    vllm_server.serve(str(weights), "8001", "extra_args=--block-size 32")
     (command,) = started
     told = dict(zip(command.argv[3::2], command.argv[4::2], strict=False))
     assert (told["--dtype"], told["--attention-backend"], told["--block-size"]) == ("float32", "FLEX_ATTENTION", "32")

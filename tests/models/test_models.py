@@ -65,15 +65,17 @@ def test_batches_equal_single_requests(omni):
         (MLLMMessage("make it blue", (MLLMMedia(CLIP),)), "video"),
         (MLLMMessage("make the star a circle", (MLLMMedia(FRAME, is_video=False),)), "image"),
     ]
-    together = omni.visual_tokens(requests)
+    together = omni.compute_visual_tokens(requests)
     for row, request in zip(together, requests, strict=True):
-        assert torch.allclose(row, omni.visual_tokens([request])[0], atol=1e-4)
+        assert torch.allclose(row, omni.compute_visual_tokens([request])[0], atol=1e-4)
 
 
 def test_cached_answers_equal_the_full_forward(omni):
     message = MLLMMessage("what is in this picture?", (MLLMMedia(FRAME, is_video=False),))
-    text = "".join(generate_answer(omni.mllm, omni.mllm_tokenizer, message, omni.pixels, temperature=0, max_tokens=6))
-    encoded = tokenize_message(omni.mllm_tokenizer, message, omni.pixels)
+    text = "".join(
+        generate_answer(omni.mllm, omni.mllm_tokenizer, message, omni.vision_config, temperature=0, max_tokens=6)
+    )
+    encoded = tokenize_message(omni.mllm_tokenizer, message, omni.vision_config)
     banned = omni.mllm_tokenizer.convert_tokens_to_ids(["<BOI>", "<EOI>", "<BOV>", "<EOV>"])
     ids, made = list(encoded.token_ids), []
     for _ in range(6):
@@ -89,16 +91,16 @@ def test_cached_answers_equal_the_full_forward(omni):
 
 def test_routing_follows_the_special_token(omni):
     message = MLLMMessage("a red circle")
-    first = predict_route(omni.mllm, omni.mllm_tokenizer, message, omni.pixels)
-    assert first == predict_route(omni.mllm, omni.mllm_tokenizer, message, omni.pixels)
+    first = predict_route(omni.mllm, omni.mllm_tokenizer, message, omni.vision_config)
+    assert first == predict_route(omni.mllm, omni.mllm_tokenizer, message, omni.vision_config)
     head = omni.mllm.lm_head.weight
     row = omni.mllm_tokenizer.convert_tokens_to_ids(BOI)
-    states, _ = compute_hidden_states(omni.mllm, omni.mllm_tokenizer, [(message, "image")], omni.pixels)
-    length = len(tokenize_message(omni.mllm_tokenizer, message, omni.pixels).token_ids)
+    states, _ = compute_hidden_states(omni.mllm, omni.mllm_tokenizer, [(message, "image")], omni.vision_config)
+    length = len(tokenize_message(omni.mllm_tokenizer, message, omni.vision_config).token_ids)
     saved = head[row].clone()
     head[row] = states[0, length - 1] * 10
     try:
-        pushed = predict_route(omni.mllm, omni.mllm_tokenizer, message, omni.pixels)
+        pushed = predict_route(omni.mllm, omni.mllm_tokenizer, message, omni.vision_config)
     finally:
         head[row] = saved
     assert pushed.kind == "image" and pushed.probability > 0.99
@@ -120,31 +122,31 @@ def test_condition_is_in_the_documented_order():
 
 def test_a_condition_that_is_too_long_is_refused(omni):
     with pytest.raises(ConditionTooLong, match="1 to 64"):
-        omni.condition(["red circle " * 80], [None])
+        omni.build_condition(["red circle " * 80], [None])
     with pytest.raises(ConditionTooLong, match="the decoder takes 1 to 10"):
         assemble_conditions(MarkerEmbeddings(4), [torch.zeros(9, 4)], [None], [None], min_tokens=0, max_tokens=10)
 
 
 def test_an_image_uses_the_first_visual_token_only(omni, monkeypatch):
     visual = torch.randn(2, 4, TINY.vision_head.width)
-    image, video = omni.adapted(visual, ["image", "video"])
+    image, video = omni.adapt_visual_tokens(visual, ["image", "video"])
     assert len(image) == TINY.adapter.num_queries and len(video) == 4 * len(image)
     changed = visual.clone()
     changed[:, 1:] = 0
-    assert torch.allclose(omni.adapted(changed, ["image", "video"])[0], image, atol=1e-5)
+    assert torch.allclose(omni.adapt_visual_tokens(changed, ["image", "video"])[0], image, atol=1e-5)
     taken = []
     with monkeypatch.context() as patch:
         forward = omni.bridge.adapter.forward
         patch.setattr(omni.bridge.adapter, "forward", lambda tokens: taken.append(tokens) or forward(tokens))
-        alone = omni.adapted(visual, ["image", "image"])
+        alone = omni.adapt_visual_tokens(visual, ["image", "image"])
     assert torch.allclose(alone[0], image, atol=1e-5) and taken[0].shape[1] == 1  # the others are not made
 
 
 @pytest.mark.parametrize("target", ["image", "video"])
 @pytest.mark.parametrize("prompt", ["a red circle", "a red circle " * 15])
 def test_the_length_of_a_condition_is_known_without_making_it(omni, prompt, target):
-    visual = omni.adapted(torch.randn(1, 4, TINY.vision_head.width), [target])
-    assert omni.condition_length(prompt, target) == omni.condition([prompt], visual).shape[1]
+    visual = omni.adapt_visual_tokens(torch.randn(1, 4, TINY.vision_head.width), [target])
+    assert omni.compute_condition_length(prompt, target) == omni.build_condition([prompt], visual).shape[1]
 
 
 # ---------------------------------------------------------------- denoising
@@ -159,8 +161,8 @@ def test_timesteps_are_the_released_ones():
 def run(
     omni, seed: int, guidance: float = 3.0, steps: int = 4, begin: DenoisingState | None = None, shift: float = 5.0
 ):
-    condition = omni.condition(["a red circle"], [None])
-    null = omni.null_condition(TINY.negative_prompt, 1)
+    condition = omni.build_condition(["a red circle"], [None])
+    null = omni.build_null_condition(TINY.negative_prompt, 1)
     x = sample_initial_noise([seed], (16, 3, 8, 8), torch.device("cpu"))
     return list(denoise(omni.decoder, x, condition, null, steps, guidance, shift, begin))
 
@@ -191,7 +193,7 @@ def test_denoising_goes_on_from_any_point_to_the_same_bits(omni, steps):
 
 
 class ReleasedLevels(UniPCMultistepScheduler):
-    """diffusers' scheduler at the released code's noise levels, as `unipc` sets them."""
+    """diffusers' scheduler at the released code's noise levels, as `create_scheduler` sets them."""
 
     def set_timesteps(self, num_inference_steps=None, device=None, **rest):
         super().set_timesteps(sigmas=np.linspace(0.999, 0, num_inference_steps + 1)[:-1], device=device)
@@ -203,8 +205,8 @@ def test_the_loop_equals_diffusers_own_pipeline(omni):
     theirs = WanPipeline(omni.tokenizer, omni.text_encoder, omni.vae, scheduler, omni.decoder)
     theirs.set_progress_bar_config(disable=True)
     latents = theirs(
-        prompt_embeds=omni.condition(["a red circle"], [None]),
-        negative_prompt_embeds=omni.null_condition(TINY.negative_prompt, 1),
+        prompt_embeds=omni.build_condition(["a red circle"], [None]),
+        negative_prompt_embeds=omni.build_null_condition(TINY.negative_prompt, 1),
         height=64, width=64, num_frames=9, num_inference_steps=4, guidance_scale=3.0, output_type="latent",
         latents=sample_initial_noise([1], (16, 3, 8, 8), torch.device("cpu")),
     ).frames  # fmt: skip
@@ -287,7 +289,7 @@ def test_damage_and_absence_are_named(weights, tmp_path):
 def test_a_stock_mllm_is_refused_until_the_tokens_that_route_are_added(weights, tmp_path, monkeypatch, size):
     """By the lines of docs/weights.md."""
     stock = tuple(token for token in mllm.SPECIAL_TOKENS if token not in VISUAL_TOKENS)
-    monkeypatch.setattr(mllm, "SPECIAL", stock)
+    monkeypatch.setattr(mllm, "SPECIAL_TOKENS", stock)
     samples = [mllm.sample_from_mix(random.Random(at)) for at in range(200)]
     tokenizer = mllm.build_tokenizer([f"{message.text} {reply}" for message, reply in samples], size)
     model = mllm.build_model(tokenizer)
@@ -321,7 +323,7 @@ def test_a_question_in_words_does_not_hear_of_the_clip_before_it(omni):
 
     def said(message):
         return "".join(
-            generate_answer(omni.mllm, omni.mllm_tokenizer, message, omni.pixels, temperature=0.0, max_tokens=12)
+            generate_answer(omni.mllm, omni.mllm_tokenizer, message, omni.vision_config, temperature=0.0, max_tokens=12)
         )
 
     omni.mllm.model.rope_deltas = None  # as in a new process

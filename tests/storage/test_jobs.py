@@ -12,22 +12,7 @@ from omnivideo.contracts import Artifact, Job, StepProgress
 from omnivideo.errors import InvalidInput, JobCancelled, JobFailed, JobLost, ServiceBusy, StoreError
 from omnivideo.storage.database.jobs import JobRepository, result_from_status
 from omnivideo.storage.database.schema import create_database_engine, jobs, metadata, unix_now, upgrade_schema
-from tests.support.servers import free_port, postgres
-
-
-@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
-def engine(request, tmp_path_factory):
-    folder = tmp_path_factory.mktemp(request.param)
-    if request.param == "sqlite":
-        engine = create_database_engine(f"sqlite:///{folder}/service.db")
-        upgrade_schema(engine)
-        yield engine
-        return
-    with postgres(folder) as address:
-        engine = create_database_engine(address)
-        upgrade_schema(engine)
-        yield engine
-        engine.dispose()
+from tests.support.servers import free_port
 
 
 @pytest.fixture
@@ -50,7 +35,9 @@ def silence(book: JobRepository, name: str) -> None:
     """As if the job's worker had not been heard of for an hour."""
     with book.engine.connect() as connection:
         connection.execute(
-            update(jobs).where(jobs.c.id == name).values(heartbeat_at=unix_now() - 3600.0, notified_at=unix_now() - 3600.0)
+            update(jobs)
+            .where(jobs.c.id == name)
+            .values(heartbeat_at=unix_now() - 3600.0, notified_at=unix_now() - 3600.0)
         )
 
 
@@ -65,7 +52,9 @@ def test_a_job_is_drawn_once(book):
     claim = book.claim_next_job("worker")
     assert (claim.job, claim.attempt, claim.resume_key) == (job("one"), 1, None)
     assert book.claim_next_job("worker") is None
-    assert book.heartbeat(claim, StepProgress(step=3, steps=20, eta_seconds=1.5), preview="p.png", resume_key="x.safetensors")
+    assert book.heartbeat(
+        claim, StepProgress(step=3, steps=20, eta_seconds=1.5), preview="p.png", resume_key="x.safetensors"
+    )
     seen = book.get_status("one")
     assert (seen.state, seen.step, seen.steps, seen.eta_seconds, seen.preview) == ("running", 3, 20, 1.5, "p.png")
     assert result_from_status(seen) is None
@@ -122,7 +111,11 @@ def test_a_silent_workers_job_goes_to_another_one_from_its_point(book):
     assert book.requeue_lost_jobs(5.0) == ["one"]
     claim = book.claim_next_job("second")
     assert (claim.attempt, claim.resume_key) == (2, "x.safetensors")
-    for twin in (lambda: book.heartbeat(late), lambda: book.mark_done(late, ARTIFACT), lambda: book.mark_failed(late, "x", "x")):
+    for twin in (
+        lambda: book.heartbeat(late),
+        lambda: book.mark_done(late, ARTIFACT),
+        lambda: book.mark_failed(late, "x", "x"),
+    ):
         with pytest.raises(JobLost):
             twin()
     book.mark_done(claim, ARTIFACT)

@@ -29,9 +29,9 @@ from omnivideo.storage.objects.tensors import get_tensors, put_tensors
 from tests.support.s3_server import ACCESS_KEY, SECRET_KEY, S3Server, moto_server, s3_server
 
 minio = pytest.importorskip("minio", reason="minio is not here (pip install minio): the S3 store was not tested")
-from omnivideo.storage.objects import s3 as ours
-from omnivideo.storage.objects import s3_client as connection
-from omnivideo.storage.objects.s3 import LIFECYCLE_RULE_ID, S3ObjectStore
+from omnivideo.storage.objects import s3 as ours  # noqa: E402
+from omnivideo.storage.objects import s3_client as connection  # noqa: E402
+from omnivideo.storage.objects.s3 import LIFECYCLE_RULE_ID, S3ObjectStore  # noqa: E402
 
 MISSING = "0" * 64 + ".mp4"
 
@@ -110,11 +110,11 @@ def test_the_sweep_leaves_what_is_referred_to_and_what_is_young(sweeping):
     assert list(sweeping.iter_keys()) == [] and sweeping.sweep(set(), 0) == []
     kept, old, again = (sweeping.put(data, "mp4") for data in (b"kept", b"old", b"again"))
     assert sorted(sweeping.iter_keys()) == sorted([kept, old, again])
-    assert sweeping.sweep({kept}, lifetime=60) == []
+    assert sweeping.sweep({kept}, lifetime_seconds=60) == []
     time.sleep(3.1)
     young = sweeping.put(b"young", "mp4")
     assert sweeping.put(b"again", "mp4") == again
-    assert sweeping.sweep({kept}, lifetime=3) == [old]
+    assert sweeping.sweep({kept}, lifetime_seconds=3) == [old]
     assert [sweeping.has(key) for key in (kept, old, again, young)] == [True, False, True, True]
     assert sorted(sweeping.iter_keys()) == sorted([kept, again, young])
     assert sorted(sweeping.sweep(set(), 0)) == sorted([kept, again, young]) and list(sweeping.iter_keys()) == []

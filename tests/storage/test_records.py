@@ -52,7 +52,9 @@ def file(records: RecordRepository, name: str, owner: str = "ann", **given):
 
 
 def batch(records: RecordRepository, name: str, owner: str = "ann", most: int = 9):
-    return records.create_batch(owner, most, id=name, endpoint="/v1/videos", input_file_id="file", metadata={"a": "b"}, state_times={})
+    return records.create_batch(
+        owner, most, id=name, endpoint="/v1/videos", input_file_id="file", metadata={"a": "b"}, state_times={}
+    )
 
 
 def test_pages_follow_each_other_whatever_their_moment(records):
@@ -93,7 +95,10 @@ def test_what_files_refer_to_stays(records):
     row = batch(records, "batch")
     records.delete_file("gone", "ann")
     records.delete_file("file", "ann")
-    assert records.collect_referenced_keys() == {"kept.bin", "file.bin"} and records.get_batch_input_key("batch") == "file.bin"
+    assert (
+        records.collect_referenced_keys() == {"kept.bin", "file.bin"}
+        and records.get_batch_input_key("batch") == "file.bin"
+    )
     records.transition_batch(row, "failed")
     assert records.collect_referenced_keys() == {"kept.bin"}
 
@@ -139,7 +144,9 @@ def test_lines_are_kept_once(records):
 
 
 def hook(records: RecordRepository, name: str, most: int = 9):
-    return records.create_webhook("ann", most, id=name, url="https://a.test/", secret="whsec_", name="a", event_types=["x"])
+    return records.create_webhook(
+        "ann", most, id=name, url="https://a.test/", secret="whsec_", name="a", event_types=["x"]
+    )
 
 
 def test_hooks_of_one_owner_are_bounded(records):
@@ -161,7 +168,9 @@ def test_an_end_is_announced_and_delivered_once(records):
     records.mark_announced([job.id])
     assert (job.id, job.state) == ("one", "done") and not records.list_unannounced_jobs("video", 9)
     ((row, found),) = records.claim_due_deliveries(9, 60.0)
-    assert (row.attempts, row.body, found.id) == (1, {"created_at": 1}, "hook") and not records.claim_due_deliveries(9, 60.0)
+    assert (row.attempts, row.body, found.id) == (1, {"created_at": 1}, "hook") and not records.claim_due_deliveries(
+        9, 60.0
+    )
     records.postpone_delivery("event", -1.0)
     records.delete_webhook("hook", "ann")
     ((row, found),) = records.claim_due_deliveries(9, -1.0)

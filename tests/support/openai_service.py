@@ -102,7 +102,13 @@ def say(owner: str, body: dict) -> dict:
 def runner_for(rooms, **given) -> BatchRunner:
     jobs = JobRepository(rooms.records.engine)
     return BatchRunner(
-        rooms.records, jobs, rooms.store, rooms.notify_workers, BatchLineHandler(rooms), say, **({"poll_seconds": 0.05} | given)
+        rooms.records,
+        jobs,
+        rooms.store,
+        rooms.notify_workers,
+        BatchLineHandler(rooms),
+        say,
+        **({"poll_seconds": 0.05} | given),
     )
 
 

@@ -48,13 +48,13 @@ class Recipes:
     def make(self, name: str, **changes: Any) -> Recipe:
         return replace(getattr(self, name)(), **changes)
 
-    @cache
+    @cache  # noqa: B019
     def encoder(self) -> SiglipVisionModel:
         torch.manual_seed(2)
         encoder = SiglipVisionModel(SiglipVisionConfig(**visual_encoder.CONFIG)).eval().requires_grad_(False)
         return encoder.to(torch.get_default_dtype())
 
-    @cache
+    @cache  # noqa: B019
     def loaded(self) -> OmniVideoModel:
         omni = checkpoint.load(self.weights)
         for part in vars(omni).values():

@@ -169,8 +169,8 @@ def serve(weights: str, port: str, *words: str) -> None:
     from omnivideo.backends.mllm import launch
 
     given: dict[str, object] = dict(word.split("=", 1) for word in words)
-    more = (*str(given.pop("more", "")).split(), *(EXACT if ON_GPU else ()))
-    chosen = launch.parse_options(**{"dtype": "float32", "memory": 0.5} | given, more=more)
+    more = (*str(given.pop("extra_args", "")).split(), *(EXACT if ON_GPU else ()))
+    chosen = launch.parse_options(**{"dtype": "float32", "gpu_memory_utilization": 0.5} | given, extra_args=more)
     started = launch.build_command(DEVICE, Path(weights), int(port), options=chosen)
     assert started is not None
     launch.exec_command(started)

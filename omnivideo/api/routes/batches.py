@@ -105,10 +105,17 @@ class BatchList(BaseModel):
 
 def to_batch_object(row: Any) -> BatchObject:
     batch = BatchObject(
-        id=row.id, endpoint=row.endpoint, input_file_id=row.input_file_id, status=row.state, output_file_id=row.output_file_id,
-        error_file_id=row.error_file_id, created_at=int(row.created_at), expires_at=int(row.created_at) + COMPLETION_WINDOW_SECONDS,
-        request_counts=BatchRequestCounts(**row.counts), metadata=row.metadata or None,
-    )  # fmt: skip
+        id=row.id,
+        endpoint=row.endpoint,
+        input_file_id=row.input_file_id,
+        status=row.state,
+        output_file_id=row.output_file_id,
+        error_file_id=row.error_file_id,
+        created_at=int(row.created_at),
+        expires_at=int(row.created_at) + COMPLETION_WINDOW_SECONDS,
+        request_counts=BatchRequestCounts(**row.counts),
+        metadata=row.metadata or None,
+    )
     for state in TIMESTAMPED_STATES:
         setattr(batch, f"{state}_at", row.state_times.get(f"{state}_at"))
     if row.validation_errors:
@@ -137,10 +144,19 @@ def create_batch(
     if file.size_bytes > MAX_INPUT_BYTES:
         raise InvalidInput("input_file_id", f"it has {file.size_bytes} bytes; allowed: 1 to {MAX_INPUT_BYTES}")
     row = context.records.create_batch(
-        owner, MAX_OPEN_BATCHES, id=make_id("batch", owner, idempotency_key), endpoint=payload.endpoint, input_file_id=payload.input_file_id,
-        metadata=payload.metadata or {}, state_times={},
-    )  # fmt: skip
-    if (row.endpoint, row.input_file_id, row.metadata) != (payload.endpoint, payload.input_file_id, payload.metadata or {}):
+        owner,
+        MAX_OPEN_BATCHES,
+        id=make_id("batch", owner, idempotency_key),
+        endpoint=payload.endpoint,
+        input_file_id=payload.input_file_id,
+        metadata=payload.metadata or {},
+        state_times={},
+    )
+    if (row.endpoint, row.input_file_id, row.metadata) != (
+        payload.endpoint,
+        payload.input_file_id,
+        payload.metadata or {},
+    ):
         raise build_key_reused_error()
     return to_batch_object(row)
 

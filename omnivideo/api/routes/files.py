@@ -67,7 +67,9 @@ class FileDeleted(BaseModel):
 
 
 def to_file_object(row: Any) -> FileObject:
-    return FileObject(id=row.id, bytes=row.size_bytes, created_at=int(row.created_at), filename=row.name, purpose=row.purpose)
+    return FileObject(
+        id=row.id, bytes=row.size_bytes, created_at=int(row.created_at), filename=row.name, purpose=row.purpose
+    )
 
 
 def require_file(context: ServiceContext, file_id: str, owner: str) -> Any:
@@ -89,9 +91,14 @@ def upload_file(
     artifact = ingest_upload(context, data, filename, payload.purpose)
     object_key = artifact.key if artifact else context.store.put(data, "jsonl" if payload.purpose == "batch" else "bin")
     row = context.records.create_file(
-        owner, id=make_id("file", owner, idempotency_key).replace("_", "-"), name=filename, purpose=payload.purpose, size_bytes=len(data),
-        object_key=object_key, artifact=artifact.model_dump() if artifact else None,
-    )  # fmt: skip
+        owner,
+        id=make_id("file", owner, idempotency_key).replace("_", "-"),
+        name=filename,
+        purpose=payload.purpose,
+        size_bytes=len(data),
+        object_key=object_key,
+        artifact=artifact.model_dump() if artifact else None,
+    )
     if (row.object_key, row.purpose) != (object_key, payload.purpose):
         raise build_key_reused_error()
     return to_file_object(row)
@@ -115,9 +122,13 @@ def ingest_upload(context: ServiceContext, data: bytes, filename: str, purpose: 
 
 @router.get("")
 def list_files(
-    context: ContextDep, owner: OwnerDep, after: AfterCursor = None, limit: Annotated[int, Query(ge=1, le=10_000)] = 1000,
-    order: Literal["asc", "desc"] = "desc", purpose: Annotated[CleanText | None, Query(max_length=40)] = None,
-) -> FileList:  # fmt: skip
+    context: ContextDep,
+    owner: OwnerDep,
+    after: AfterCursor = None,
+    limit: Annotated[int, Query(ge=1, le=10_000)] = 1000,
+    order: Literal["asc", "desc"] = "desc",
+    purpose: Annotated[CleanText | None, Query(max_length=40)] = None,
+) -> FileList:
     """Your files by age, `after` the one of that id."""
     rows, has_more = context.records.list_files(owner, purpose, after, limit, order == "desc")
     data = [to_file_object(row) for row in rows]

@@ -74,8 +74,13 @@ def get_image_content(image_id: ResourceId, request: Request, context: ContextDe
 
 
 async def run_image_jobs(
-    request: Request, context: ServiceContext, owner: str, fields: Mapping[str, Any], base_id: str, build_jobs: ImageJobBuilder
-) -> Response:  # fmt: skip
+    request: Request,
+    context: ServiceContext,
+    owner: str,
+    fields: Mapping[str, Any],
+    base_id: str,
+    build_jobs: ImageJobBuilder,
+) -> Response:
     job_ids = await run_sync(submit_image_jobs, context, owner, fields, base_id, build_jobs)
     statuses = await wait_for_jobs(request, context, job_ids)
     if statuses is None:

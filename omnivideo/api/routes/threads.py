@@ -151,7 +151,9 @@ def fork_thread(
     snapshot = thread.find_snapshot_after(payload.after_turn)
     if snapshot is None:
         raise APIError(
-            400, f"after_turn: {payload.after_turn} is not a turn of this thread: 0 to {len(thread.get_turns())}", "after_turn"
+            400,
+            f"after_turn: {payload.after_turn} is not a turn of this thread: 0 to {len(thread.get_turns())}",
+            "after_turn",
         )
     context.turns.create_thread(branch, owner)
     thread.fork(payload.after_turn, branch)
@@ -236,7 +238,12 @@ def require_turn(context: Any, owner: str, thread_id: str, turn_id: str) -> Any:
 
 def to_turn_response(runner: TurnRunner, row: Any) -> TurnResponse:
     response = TurnResponse(
-        id=row.id, thread_id=row.thread_id, number=row.number, state=row.state, created_at=int(row.created_at), error=row.error
+        id=row.id,
+        thread_id=row.thread_id,
+        number=row.number,
+        state=row.state,
+        created_at=int(row.created_at),
+        error=row.error,
     )
     if row.state == "done":
         response.turn = runner.get_thread(row.owner, row.thread_id).get_turns()[row.number - 1]

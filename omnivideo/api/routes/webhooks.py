@@ -80,9 +80,14 @@ def create_webhook(context: ContextDep, owner: OwnerDep, fields: BodyFields) -> 
     context.check_webhook_url(payload.url)
     secret = "whsec_" + base64.b64encode(secrets.token_bytes(32)).decode()
     row = context.records.create_webhook(
-        owner, MAX_WEBHOOKS_PER_OWNER, id=make_id("whe", owner, None), url=payload.url, secret=secret, name=payload.name,
+        owner,
+        MAX_WEBHOOKS_PER_OWNER,
+        id=make_id("whe", owner, None),
+        url=payload.url,
+        secret=secret,
+        name=payload.name,
         event_types=list(dict.fromkeys(payload.event_types)),
-    )  # fmt: skip
+    )
     return to_webhook_endpoint(row, secret)
 
 

@@ -1,6 +1,6 @@
 """How the language model's server is started: vLLM where it is installed and fits the machine, ours where it is not.
 
-    command(device, folder, ...)  ->  the program, its arguments and its environment; None for our own server
+    build_command(device, folder, ...)  ->  the program, its arguments and its environment; None for our own server
 
 Nothing of vLLM is imported here: what is installed is read from the packages' names.
 """
@@ -37,7 +37,8 @@ LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # of a LoRA, as vLLM sets r
 class VLLMOptions(FrozenModel):
     """How much of the machine vLLM takes.  What is None is vLLM's own choice.
 
-    `memory` is the share of the GPU's for weights and cache; `cache` is what the cache takes of the CPU's, in GiB.
+    `gpu_memory_utilization` is the share of the GPU's for weights and cache; `cpu_kvcache_gib` is what the cache
+    takes of the CPU's, in GiB.
     """
 
     tensor_parallel_size: int = Field(default=1, ge=1, le=64)
@@ -54,7 +55,7 @@ class VLLMOptions(FrozenModel):
 
 @dataclass(frozen=True)
 class LaunchCommand:
-    """A program and its arguments, for `become`."""
+    """A program and its arguments, for `exec_command`."""
 
     argv: list[str]
     environment: dict[str, str] = field(repr=False)
@@ -82,7 +83,7 @@ def build_command(
     """vLLM's server for a folder of our layout; None where our own is to run instead.
 
     `device` is auto, cpu or cuda:N.  With `auto` for the engine, vLLM is taken where it is installed.  Raises
-    NotInstalled or InvalidInput where vLLM was asked for, or is there, and cannot run.
+    MissingDependency or InvalidInput where vLLM was asked for, or is there, and cannot run.
     """
     if engine not in ENGINES:
         raise InvalidInput("engine", f"{engine!r} is not one of {', '.join(ENGINES)}")
@@ -116,7 +117,7 @@ def has_gpu() -> bool:
 
 
 def resolve_gpu_use(device: str) -> bool:
-    """Whether vLLM runs on a GPU; raises NotInstalled or InvalidInput where it can run nowhere."""
+    """Whether vLLM runs on a GPU; raises MissingDependency or InvalidInput where it can run nowhere."""
     builds = list_installed_builds()
     if not builds:
         raise MissingDependency(f"vLLM is not installed: pip install 'omnivideo[{suggest_extra(device)}]'")

@@ -1,12 +1,13 @@
 """What travels between the planner and a language model server, whichever of the two it is.
 
-    POST /v1/route          Asked            -> Routed
-    POST /v1/agreement      Asked            -> Agreement
-    POST /v1/write          AskedToWrite     -> one JSON string a line, then null
-    POST /v1/visual_tokens  AskedForTokens   -> the bytes of a safetensors file: visual_tokens [1, Q, E] of float32
-    GET  /health                             -> 200 where it answers
+    POST /v1/route          MLLMPayload          -> Route
+    POST /v1/agreement      MLLMPayload          -> AgreementResponse
+    POST /v1/write          WriteRequest         -> one JSON string a line, then null
+    POST /v1/visual_tokens  VisualTokensRequest  -> the bytes of a safetensors file: visual_tokens [1, Q, E] of float32
+    GET  /health                                 -> 200 where it answers
 
-What cannot be answered, whoever asks, is a 400 with Refused.  A medium travels as the bytes of its file: that is a
+What cannot be answered, whoever asks, is a 400 with RefusalResponse.  A medium travels as the bytes of its file: that
+is a
 tenth of its pixels, and the server reads it just as the planner's own process would.
 """
 
@@ -54,7 +55,7 @@ class MLLMPayload(FrozenModel):
 
 
 class WriteRequest(FrozenModel):
-    """`most` is the number of tokens at which the answer is cut."""
+    """`max_tokens` is the number of tokens at which the answer is cut."""
 
     payload: MLLMPayload
     max_tokens: int = Field(ge=1, le=32_768)

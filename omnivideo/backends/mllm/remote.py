@@ -26,7 +26,8 @@ UNAVAILABLE_MESSAGE = "the language model is starting or away; try again in a mo
 class RemoteMLLM:
     """`store` holds the artifacts that are shown, and takes the visual tokens.
 
-    Every call gives the same answer for the same ask, so all are safe to repeat.  Raises ModelAway where the server
+    Every call gives the same answer for the same ask, so all are safe to repeat.  Raises ModelUnavailable where the
+    server
     does not answer, and InvalidInput for what it refuses.
     """
 

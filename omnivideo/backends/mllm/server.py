@@ -41,7 +41,7 @@ class MLLMService(Protocol):
 
 
 def add_mllm_routes(app: FastAPI, get_service: Callable[[], MLLMService]) -> None:
-    """Adds the routes of `wire`; `answers` is asked for at each request, so it may be made later."""
+    """Adds the routes of `protocol`; `get_service` is asked for at each request, so it may be made later."""
 
     @app.exception_handler(InvalidInput)
     async def handle_invalid_input(request: Request, error: InvalidInput) -> JSONResponse:
@@ -141,7 +141,7 @@ class SerializedMLLM:
 
 
 def create_mllm_app(mllm: LocalMLLM) -> FastAPI:
-    """`mllm`'s store takes what is shown and the tokens that are sent back; `Lately` is enough."""
+    """`mllm`'s store takes what is shown and the tokens that are sent back; `LRUObjectStore` is enough."""
     app = FastAPI(title="omnivideo mllm", docs_url=None, redoc_url=None)
     service = SerializedMLLM(mllm)
     add_mllm_routes(app, lambda: service)

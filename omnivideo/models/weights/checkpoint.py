@@ -121,9 +121,9 @@ def load(folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype = 
 
 
 def load_parts(folder: Path, place_part: Callable[[str, Any], Any], dtype: torch.dtype | None = None) -> OmniVideoModel:
-    """As `load`; `put` brings each part, by its name in `Omni`, where it belongs before the next is read.
+    """As `load`; `place_part` brings each part, by its name in `OmniVideoModel`, where it belongs before the next is read.
 
-    Without a `dtype` the parts come as `strictly` reads them.
+    Without a `dtype` the parts come as `load_strict` reads them.
     """
     model_preset = get_preset(read_index(folder)["preset"])
     logging.disable_progress_bar()  # transformers draws one for each part, whatever the size

@@ -217,8 +217,10 @@ def encode_header(tensors: Mapping[str, Tensor], keys: list[str]) -> bytes:
     for key in keys:
         value = tensors[key]
         entries[key] = {
-            "dtype": NAME_BY_DTYPE[value.dtype], "shape": list(value.shape), "data_offsets": [offset, offset + value.nbytes],
-        }  # fmt: skip
+            "dtype": NAME_BY_DTYPE[value.dtype],
+            "shape": list(value.shape),
+            "data_offsets": [offset, offset + value.nbytes],
+        }
         offset += value.nbytes
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -237,7 +239,7 @@ def iterate_chunks(tensor: Tensor) -> Iterator[Any]:
 
 @contextmanager
 def stage_folder(folder: Path, needed_bytes: int) -> Iterator[Path]:
-    """A folder to write `needed` bytes into, which takes its name when all is there; after a failure nothing is left.
+    """A folder to write `needed_bytes` bytes into, which takes its name when all is there; after a failure nothing is left.
 
     Raises InvalidInput where the name is taken, CheckpointError where the disk is too small.
     """

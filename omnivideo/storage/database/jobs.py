@@ -63,10 +63,24 @@ class JobRepository(Repository):
         """
         lane_index = LANES.index(lane)
         values = {
-            "id": job.id, "owner": owner, "lane": lane_index, "fair_rank": build_fair_rank_subquery(owner, lane_index), "state": "queued", "attempt": 0,
-            "worker_losses": 0, "cancel_requested": False, "body": job.model_dump(), "kind": kind, "meta": add_trace_context(meta),
-            "deleted": False, "step": 0, "steps": 0, "eta_seconds": 0.0, "created_at": unix_now(), "notified_at": unix_now(),
-        }  # fmt: skip
+            "id": job.id,
+            "owner": owner,
+            "lane": lane_index,
+            "fair_rank": build_fair_rank_subquery(owner, lane_index),
+            "state": "queued",
+            "attempt": 0,
+            "worker_losses": 0,
+            "cancel_requested": False,
+            "body": job.model_dump(),
+            "kind": kind,
+            "meta": add_trace_context(meta),
+            "deleted": False,
+            "step": 0,
+            "steps": 0,
+            "eta_seconds": 0.0,
+            "created_at": unix_now(),
+            "notified_at": unix_now(),
+        }
         room = select_values(jobs, values)
         if self.is_near_limit(owner):
             waiting, mine = build_count_subqueries(owner)
@@ -148,18 +162,31 @@ class JobRepository(Repository):
             "started_at": unix_now(),
             "heartbeat_at": unix_now(),
         }
-        return [claim_from_row(row) for row in self.fetch_all(
-            update(jobs).where(condition, jobs.c.state == "queued").values(values).returning(
-                jobs.c.body, jobs.c.attempt, jobs.c.resume_key, jobs.c.lane, jobs.c.batch_job_ids, jobs.c.worker_losses, jobs.c.meta
+        return [
+            claim_from_row(row)
+            for row in self.fetch_all(
+                update(jobs)
+                .where(condition, jobs.c.state == "queued")
+                .values(values)
+                .returning(
+                    jobs.c.body,
+                    jobs.c.attempt,
+                    jobs.c.resume_key,
+                    jobs.c.lane,
+                    jobs.c.batch_job_ids,
+                    jobs.c.worker_losses,
+                    jobs.c.meta,
+                )
             )
-        )]  # fmt: skip
+        ]
 
     def claim_render_batch(
         self, claim: Claim, worker: str, max_jobs: int, can_render_with: Callable[[Job], bool]
     ) -> list[Claim]:
         """The claim, and others to be drawn in one pass with it.
 
-        For a job that has a pack, those of it that wait.  Else up to `max_jobs` that are alike and that nobody has begun,
+        For a job that has a pack, those of it that wait.  Else up to `max_jobs` that are alike and that nobody has
+        begun,
         the next of the batch lane, but no more than half of what is there: the rest is for other workers.
         """
         if claim.batch_job_ids:

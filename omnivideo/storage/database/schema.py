@@ -247,7 +247,7 @@ def configure_sqlite(connection: Any, record: Any) -> None:
     connection.execute("PRAGMA synchronous=NORMAL")
 
 
-def upgrade_schema(engine: Engine) -> None:
+def upgrade_schema(engine: Engine, revision: str = "head") -> None:
     """Brings the schema to the newest version; one process at a time does it, the others wait.
 
     Raises StoreError where the database cannot be reached.
@@ -257,7 +257,7 @@ def upgrade_schema(engine: Engine) -> None:
     try:
         with engine.connect().execution_options(isolation_level="SERIALIZABLE") as connection:
             alembic_config.attributes["connection"] = connection
-            command.upgrade(alembic_config, "head")
+            command.upgrade(alembic_config, revision)
     except DBAPIError as error:
         raise StoreError("database: it cannot be reached or changed; see OMNIVIDEO_DATABASE") from error
 

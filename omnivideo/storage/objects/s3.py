@@ -230,7 +230,7 @@ class S3ObjectStore:
         unfinished = AbortIncompleteMultipartUpload(days_after_initiation=1)
         ours = Rule(ENABLED, Filter(prefix=self.prefix), LIFECYCLE_RULE_ID, unfinished, Expiration(days=days))
         self.ensure_bucket()
-        with self.translate_errors(otherwise=NO_LIFECYCLE_MESSAGE):
+        with self.translate_errors(fallback_message=NO_LIFECYCLE_MESSAGE):
             lifecycle = self.client.get_bucket_lifecycle(self.bucket)
             others = [rule for rule in (lifecycle.rules if lifecycle else []) if rule.rule_id != LIFECYCLE_RULE_ID]
             self.client.set_bucket_lifecycle(self.bucket, LifecycleConfig([*others, ours]))

@@ -18,8 +18,12 @@ RETRY_POLICY = urllib3.Retry(
     total=3, read=1, backoff_factor=0.5, status_forcelist=(500, 502, 503, 504), allowed_methods=None
 )
 ACCESS_REFUSED_MESSAGE = "it refuses this access key, its secret, or what they may do here"
-ERROR_MESSAGES = {"AccessDenied": ACCESS_REFUSED_MESSAGE, "InvalidAccessKeyId": ACCESS_REFUSED_MESSAGE, "SignatureDoesNotMatch": ACCESS_REFUSED_MESSAGE,
-         "RequestTimeTooSkewed": "its clock and this machine's are too far apart"}  # fmt: skip
+ERROR_MESSAGES = {
+    "AccessDenied": ACCESS_REFUSED_MESSAGE,
+    "InvalidAccessKeyId": ACCESS_REFUSED_MESSAGE,
+    "SignatureDoesNotMatch": ACCESS_REFUSED_MESSAGE,
+    "RequestTimeTooSkewed": "its clock and this machine's are too far apart",
+}
 
 
 def create_s3_client(address: str, access_key: str, secret_key: str, region: str) -> Minio:

@@ -203,9 +203,15 @@ def get_result(future: Any, distributed: Any) -> dict:
 
 
 def curate(
-    folder: Path, output_dir: Path, config: CurationConfig, captioner: Captioner | None = None, *,
-    worker_count: int = 1, cluster: str | None = None, on_progress: PhaseProgressCallback = lambda phase, done, of: None,
-) -> CurationResult:  # fmt: skip
+    folder: Path,
+    output_dir: Path,
+    config: CurationConfig,
+    captioner: Captioner | None = None,
+    *,
+    worker_count: int = 1,
+    cluster: str | None = None,
+    on_progress: PhaseProgressCallback = lambda phase, done, of: None,
+) -> CurationResult:
     """Kept clips in `out`/clips and their lines in `out`/clips.jsonl; what a run before did stays."""
     names, missing = list_sources(folder, output_dir), find_missing_stages(config, captioner)
     config = config.model_copy(update={"ocr": config.ocr and "text" not in missing})

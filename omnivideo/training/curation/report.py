@@ -39,7 +39,8 @@ def render_page(result: CurationResult, bounds: CurationBounds, output_dir: Path
     yield f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Curation</title><style>{STYLE}</style>'
     yield '<meta name="viewport" content="width=device-width">'
     seconds = sum(line["stop"] - line["start"] for line in result.kept_clips)
-    yield f"<h1>{len(result.kept_clips)} clips kept of {format_count(len(clips), 'scene')} in {format_count(len(files), 'file')}</h1>"
+    scenes, sources = format_count(len(clips), "scene"), format_count(len(files), "file")
+    yield f"<h1>{len(result.kept_clips)} clips kept of {scenes} in {sources}</h1>"
     yield f'<p class="dim">{seconds:.1f} s of video; a scene is asked stage by stage until one drops it.</p>'
     yield from render_stage_table(result, bounds)
     yield from render_dropped_files(result)
@@ -79,7 +80,8 @@ def render_stage_table(result: CurationResult, bounds: CurationBounds) -> Iterat
         why = escape(result.missing_stages["captions"])
         yield f'<tr><td><b>captions</b><td><span class="bad">none: {why}</span><td><td><td>'
     if uncaptioned := sum(bool(clip.get("uncaptioned")) for clip in result.clips.values()):
-        yield f'<tr><td><b>captions</b><td><span class="bad">{format_count(uncaptioned, "clip")} without one</span><td><td><td>'
+        missing = format_count(uncaptioned, "clip")
+        yield f'<tr><td><b>captions</b><td><span class="bad">{missing} without one</span><td><td><td>'
     yield "</table>"
 
 

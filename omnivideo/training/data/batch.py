@@ -92,9 +92,12 @@ class CachedTask:
             else torch.cat([self.source_latents, other.source_latents])
         )
         return CachedTask(
-            torch.cat([self.target_latents, other.target_latents]), source_latents, self.hidden_states + other.hidden_states, self.text_embeddings + other.text_embeddings,
+            torch.cat([self.target_latents, other.target_latents]),
+            source_latents,
+            self.hidden_states + other.hidden_states,
+            self.text_embeddings + other.text_embeddings,
             torch.cat([self.visual_embeddings, other.visual_embeddings]),
-        )  # fmt: skip
+        )
 
 
 TaskSample = tuple[CachedTask, int]  # a task, and which of its requests

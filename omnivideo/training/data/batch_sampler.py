@@ -91,6 +91,17 @@ class MixConfig:
             raise InvalidInput("weights", f"{dict(self.group_weights)}; allowed: above 0 for both image and video")
 
 
+# Fields as digests spell them since version 0.1: a checkpoint's data would not be known again.
+MIX_DIGEST_KEYS = {
+    "task_ratio": "ratio",
+    "batch_sizes": "sizes",
+    "group_weights": "weights",
+    "batch_multiple": "unit",
+    "fold_small_buckets": "fold",
+    "mix_tasks": "mixed",
+}
+
+
 @dataclass(frozen=True)
 class GlobalBatch:
     """One step: all ranks' samples."""
@@ -263,7 +274,8 @@ class BatchSampler:
 
     def compute_digest(self) -> str:
         """Sixteen hex digits over all that the order hangs on."""
-        hasher = hashlib.sha256(repr((sorted(asdict(self.mix).items(), key=str), self.buckets)).encode())
+        mix = {MIX_DIGEST_KEYS.get(name, name): value for name, value in asdict(self.mix).items()}
+        hasher = hashlib.sha256(repr((sorted(mix.items(), key=str), self.buckets)).encode())
         hasher.update(self.sample_tasks.tobytes() + self.sample_buckets.tobytes())
         return hasher.hexdigest()[:16]
 

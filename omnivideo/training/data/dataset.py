@@ -102,7 +102,7 @@ class EpochDataset:
 
         A sample is told by its name and by where its members lie in the shard: keys alone are mere numbers.
         """
-        hasher = hashlib.sha256(repr((self.batch_sampler.compute_digest(), self.assigner)).encode())
+        hasher = hashlib.sha256(f"({self.batch_sampler.compute_digest()!r}, {self.assigner.digest_key})".encode())
         for entry in (self.dataset.entries[number] for number in self.sample_indices):
             hasher.update(repr((entry.shard, entry.key, sorted(entry.members.items()))).encode())
         return hasher.hexdigest()[:16]

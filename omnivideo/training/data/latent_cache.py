@@ -44,6 +44,11 @@ class BucketAssigner:
     buckets: tuple[Bucket, ...]
     fps: float = 8.0
 
+    @property
+    def digest_key(self) -> str:
+        """What digests are over, spelled as in version 0.1: other caches and checkpoints would not be found again."""
+        return f"Fit(buckets={self.buckets!r}, fps={self.fps!r})"
+
     def assign_bucket(self, entry: SampleRef) -> Bucket:
         """Raises InvalidInput for a clip that is too short."""
         shape = entry.shape
@@ -109,7 +114,7 @@ def fingerprint_weights(folder: Path) -> str:
 
 
 def compute_cache_digest(weights_fingerprint: str, assigner: BucketAssigner) -> str:
-    return hashlib.sha256(repr((weights_fingerprint, assigner)).encode()).hexdigest()[:12]
+    return hashlib.sha256(f"({weights_fingerprint!r}, {assigner.digest_key})".encode()).hexdigest()[:12]
 
 
 def build_batch_sampler(

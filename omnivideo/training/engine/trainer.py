@@ -338,7 +338,7 @@ class NullTrainingLog(TrainingLog):
     """Where another process writes the log."""
 
     def __init__(self) -> None:
-        self.file = open(os.devnull, "a")
+        self.file = open(os.devnull, "a")  # noqa: SIM115
 
 
 def read_complete_lines(path: Path) -> Iterable[str]:

@@ -80,8 +80,13 @@ PAPER_SAMPLE_COUNTS = {
 }  # fmt: skip
 GENERATION_TASKS = ("text-to-image", "text-to-video")
 GENERATION_AND_EDITING_TASKS = (*GENERATION_TASKS, "image editing", "video editing")
-TASKS_BY_STAGE = {"stage1": tuple(PAPER_SAMPLE_COUNTS), "stage2a": GENERATION_TASKS, "stage2b_generation": GENERATION_TASKS, "stage2b": GENERATION_AND_EDITING_TASKS,
-            "stage3": GENERATION_AND_EDITING_TASKS}  # fmt: skip
+TASKS_BY_STAGE = {
+    "stage1": tuple(PAPER_SAMPLE_COUNTS),
+    "stage2a": GENERATION_TASKS,
+    "stage2b_generation": GENERATION_TASKS,
+    "stage2b": GENERATION_AND_EDITING_TASKS,
+    "stage3": GENERATION_AND_EDITING_TASKS,
+}
 EDITING_STAGES = ("stage2b", "stage3")  # with a source to encode
 ALIGNED_STAGES = ("stage1", "stage3")  # by Eq. 1, to the visual encoder
 FLOW_STAGES = ("stage2b_generation", "stage2b", "stage3")  # and these go through the decoder
@@ -225,9 +230,13 @@ def count_stage_weights(preset_name: str, recipe: str, cached: bool) -> StageWei
     counts = {part: sum(parameter.numel() for parameter in model.parameters()) for part, model in models.items()}
     trained = sum(parameter.numel() for _, parameter in freeze_except(models, TRAINABLE_BY_STAGE[recipe]))
     placements = [
-        (parameter.numel(), choose_placement(recipe, key, torch.device("cuda"), torch.bfloat16, cached or recipe == "stage1"))
-        for key, parameter in models.named_parameters() if not parameter.requires_grad
-    ]  # fmt: skip
+        (
+            parameter.numel(),
+            choose_placement(recipe, key, torch.device("cuda"), torch.bfloat16, cached or recipe == "stage1"),
+        )
+        for key, parameter in models.named_parameters()
+        if not parameter.requires_grad
+    ]
     on_gpu = [(count, count * place.dtype.itemsize) for count, place in placements if place.device.type == "cuda"]
     return StageWeights(trained, counts, sum(count for count, _ in on_gpu), sum(size for _, size in on_gpu))
 
@@ -564,8 +573,10 @@ def plan_to_table(plan: TrainingPlan) -> Table:
             table.add_row(*row)
         table.add_section()
     table.caption = (
-        f"assumed: {config.utilisation:.0%} of {config.gpu.peak_tflops:g} TFLOP/s (dense bf16) in products and attention; "
-        f"{config.gpu.memory_gb_per_second:g} GB/s of memory, {find_slowest_link(config):g} GB/s between GPUs; nothing overlaps. "
+        f"assumed: {config.utilisation:.0%} of {config.gpu.peak_tflops:g} TFLOP/s (dense bf16) in products and "
+        "attention; "
+        f"{config.gpu.memory_gb_per_second:g} GB/s of memory, {find_slowest_link(config):g} GB/s between GPUs; "
+        "nothing overlaps. "
         f"Peaks: {config.gpu.datasheet}"
     )
     return table

@@ -117,11 +117,13 @@ def compute_condition_length(
     rows = zip(dropout_draws, batch.text_lengths, batch.has_source.tolist(), strict=True)
     lengths = [
         count_condition_tokens(
-            omni.bridge.markers, null_length if dropout.drops_text(dropout_draw) else text_length, None if dropout.drops_visual(dropout_draw) else visual_length,
+            omni.bridge.markers,
+            null_length if dropout.drops_text(dropout_draw) else text_length,
+            None if dropout.drops_visual(dropout_draw) else visual_length,
             source_length if edited else None,
         )
         for dropout_draw, text_length, edited in rows
-    ]  # fmt: skip
+    ]
     return max(omni.preset.min_condition_tokens, *lengths)
 
 
@@ -176,9 +178,16 @@ class SyntheticSource:
 
 
 def build_flow_recipe(
-    name: str, omni: OmniVideoModel, source: FlowSource, steps: int, lr: float, alignment_weight: float, high_noise_share: float = 0.5, workers: int = 0,
+    name: str,
+    omni: OmniVideoModel,
+    source: FlowSource,
+    steps: int,
+    lr: float,
+    alignment_weight: float,
+    high_noise_share: float = 0.5,
+    workers: int = 0,
     trainable: tuple[str, ...] = (),
-) -> Recipe:  # fmt: skip
+) -> Recipe:
     """Flow matching through the decoder over mixed batches.
 
     It trains what the stage of that name does, or what is `trained`.  `high` is the share of noise levels as the
@@ -230,9 +239,19 @@ def build_flow_recipe(
         return losses
 
     return Recipe(
-        name, model, trainable_parts, make_micro_batch_losses, steps, lr=lr, adam_lr=lr / 10, warmup=200, ema_decay=0.999,
-        batch_size=source.batch_size, step_flops=lambda step: step_flops.total, omni=omni,
-    )  # fmt: skip
+        name,
+        model,
+        trainable_parts,
+        make_micro_batch_losses,
+        steps,
+        lr=lr,
+        adam_lr=lr / 10,
+        warmup=200,
+        ema_decay=0.999,
+        batch_size=source.batch_size,
+        step_flops=lambda step: step_flops.total,
+        omni=omni,
+    )
 
 
 def count_batch_flops(micro_batches: Sequence[MicroBatch], count_row_flops: Callable[[FlowBatch], Flops]) -> Flops:

@@ -91,9 +91,15 @@ def build_recipe_factories(
 
 
 def build_stage_recipe(
-    library: ShardDataset, fit: BucketAssigner, stage: str, tiny: TinyPipeline, weights: Path, mix: MixConfig, micro_batch_size: int | None = None,
+    library: ShardDataset,
+    fit: BucketAssigner,
+    stage: str,
+    tiny: TinyPipeline,
+    weights: Path,
+    mix: MixConfig,
+    micro_batch_size: int | None = None,
     precision: torch.dtype | None = None,
-) -> Recipe:  # fmt: skip
+) -> Recipe:
     """A stage, from the earlier stage's run, else from the weights.  AdamW with a cosine; on a GPU in bf16, if no other
     `precision` is asked for."""
     precision = precision or (torch.bfloat16 if tiny.device.type == "cuda" else torch.float32)
@@ -106,7 +112,9 @@ def build_stage_recipe(
         library, fit, stage, tiny, loader, omni, mix
     )
     source.micro_batch_size = micro_batch_size
-    return replace(recipe, optimizer="adamw", lr_schedule="cosine", precision=precision, data_digest=source.compute_digest())
+    return replace(
+        recipe, optimizer="adamw", lr_schedule="cosine", precision=precision, data_digest=source.compute_digest()
+    )
 
 
 def build_stage1_recipe(

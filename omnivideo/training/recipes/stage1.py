@@ -42,8 +42,12 @@ from omnivideo.training.tiny.mllm import (
 from omnivideo.training.tiny.requests import TASKS, TrainingRequest, sample_request
 
 STAGE1_TEXT_MIX = (
-    (make_question_sample, 0.5), (make_thinking_sample, 0.2), (make_route_sample, 0.18), (make_knowledge_sample, 0.06), (make_talk_sample, 0.06),
-)  # fmt: skip
+    (make_question_sample, 0.5),
+    (make_thinking_sample, 0.2),
+    (make_route_sample, 0.18),
+    (make_knowledge_sample, 0.06),
+    (make_talk_sample, 0.06),
+)
 
 
 STAGE1_BATCH_SIZE, TEXT_BATCH_SIZE = 32, 48
@@ -60,9 +64,14 @@ def alignment_loss(visual_BQE: Tensor, target_BQE: Tensor) -> Tensor:
 
 
 def assemble_stage1_recipe(
-    omni: OmniVideoModel, encoder: SiglipVisionModel, load_batch: Callable[[int], Any], steps: int,
-    batch_size: Callable[[int], int], workers: int = 0, to_micro_batches: Callable[[Any], list[Stage1Batch]] = return_unchanged,
-) -> Recipe:  # fmt: skip
+    omni: OmniVideoModel,
+    encoder: SiglipVisionModel,
+    load_batch: Callable[[int], Any],
+    steps: int,
+    batch_size: Callable[[int], int],
+    workers: int = 0,
+    to_micro_batches: Callable[[Any], list[Stage1Batch]] = return_unchanged,
+) -> Recipe:
     """Eq. 1 for what is asked to be drawn, Eq. 2 for all answers; `draw` may run in another process, `ready` gets
     what it made in this one, and has the lesson of each pass."""
     model = TrainableParts(omni)
@@ -108,9 +117,17 @@ def assemble_stage1_recipe(
         return {"loss": value + vision, "text": value, "vision": vision, "right": exact_share}
 
     return Recipe(
-        "stage1", model, TRAINABLE_BY_STAGE["stage1"], make_micro_batch_losses, steps, lr=1e-2, adam_lr=2e-3, warmup=100, batch_size=batch_size,
+        "stage1",
+        model,
+        TRAINABLE_BY_STAGE["stage1"],
+        make_micro_batch_losses,
+        steps,
+        lr=1e-2,
+        adam_lr=2e-3,
+        warmup=100,
+        batch_size=batch_size,
         step_flops=lambda step: step_flops.total,
-    )  # fmt: skip
+    )
 
 
 def count_stage1_flops(omni: OmniVideoModel, inputs: Mapping[str, Tensor], target_count: int) -> Flops:
@@ -143,7 +160,9 @@ def build_stage1_recipe(
         )
         text_samples = [make(rng, rng.random() < 0.5) for make in factories]
         requests, text_samples = current_rank().take_local_rows(requests), current_rank().take_local_rows(text_samples)
-        samples = [(request.message, "".join(VISUAL_TOKEN_PAIRS[request.medium])) for request in requests] + text_samples
+        samples = [
+            (request.message, "".join(VISUAL_TOKEN_PAIRS[request.medium])) for request in requests
+        ] + text_samples
         return [
             Stage1Batch(
                 *collate_chat_batch(omni.mllm, omni.mllm_tokenizer, samples, omni.vision_config),
@@ -207,9 +226,16 @@ def build_stage1_text_recipe(
         return {"loss": value + first, "first": first, "right": exact_share}
 
     return Recipe(
-        "stage1_text", model, TRAINABLE_BY_STAGE["stage1_text"], single_micro_batch(compute_loss), steps, adam_lr=1e-3, warmup=20, ema_decay=0.99,
+        "stage1_text",
+        model,
+        TRAINABLE_BY_STAGE["stage1_text"],
+        single_micro_batch(compute_loss),
+        steps,
+        adam_lr=1e-3,
+        warmup=20,
+        ema_decay=0.99,
         batch_size=lambda step: batch_size,
-    )  # fmt: skip
+    )
 
 
 def pixels_from_requests(requests: Sequence[TrainingRequest]) -> Tensor:
@@ -220,6 +246,10 @@ def pixels_from_requests(requests: Sequence[TrainingRequest]) -> Tensor:
 
 
 TEXT_HEAD_MIX = (
-    (make_question_sample, 0.45), (make_generation_sample, 0.25), (make_thinking_sample, 0.15), (make_route_sample, 0.07),
-    (make_knowledge_sample, 0.04), (make_talk_sample, 0.04),
-)  # fmt: skip
+    (make_question_sample, 0.45),
+    (make_generation_sample, 0.25),
+    (make_thinking_sample, 0.15),
+    (make_route_sample, 0.07),
+    (make_knowledge_sample, 0.04),
+    (make_talk_sample, 0.04),
+)

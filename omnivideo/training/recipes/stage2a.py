@@ -71,9 +71,18 @@ def assemble_stage2a_recipe(omni: OmniVideoModel, source: "FlowSource", steps: i
         }
 
     return Recipe(
-        "stage2a", model, TRAINABLE_BY_STAGE["stage2a"], make_micro_batch_losses, steps, lr=5e-3, adam_lr=1e-3, warmup=100,
-        batch_size=source.batch_size, step_flops=lambda step: step_flops.total, omni=omni,
-    )  # fmt: skip
+        "stage2a",
+        model,
+        TRAINABLE_BY_STAGE["stage2a"],
+        make_micro_batch_losses,
+        steps,
+        lr=5e-3,
+        adam_lr=1e-3,
+        warmup=100,
+        batch_size=source.batch_size,
+        step_flops=lambda step: step_flops.total,
+        omni=omni,
+    )
 
 
 def build_stage2a_recipe(omni: OmniVideoModel, steps: int = 1000, batch_size: int = 32) -> Recipe:
@@ -102,6 +111,15 @@ def build_stage2a_recipe(omni: OmniVideoModel, steps: int = 1000, batch_size: in
         return {"loss": batch_text_alignment_loss(omni, visual, media, texts)}
 
     return Recipe(
-        "stage2a", model, TRAINABLE_BY_STAGE["stage2a"], single_micro_batch(compute_loss), steps, lr=5e-3, adam_lr=1e-3, warmup=100,
-        batch_size=lambda step: batch_size, step_flops=lambda step: step_flops.total, omni=omni,
-    )  # fmt: skip
+        "stage2a",
+        model,
+        TRAINABLE_BY_STAGE["stage2a"],
+        single_micro_batch(compute_loss),
+        steps,
+        lr=5e-3,
+        adam_lr=1e-3,
+        warmup=100,
+        batch_size=lambda step: batch_size,
+        step_flops=lambda step: step_flops.total,
+        omni=omni,
+    )

@@ -88,6 +88,15 @@ def build_decoder_recipe(
         return {"loss": error, "stills" if is_still else "clips": error}
 
     return Recipe(
-        "decoder", model, ("decoder",), single_micro_batch(compute_loss), steps=steps, lr=1e-2, adam_lr=1e-3, warmup=200, decay_from=0.7,
-        ema_decay=0.999, batch_size=lambda step: batch_sizes[step % 2],
-    )  # fmt: skip
+        "decoder",
+        model,
+        ("decoder",),
+        single_micro_batch(compute_loss),
+        steps=steps,
+        lr=1e-2,
+        adam_lr=1e-3,
+        warmup=200,
+        decay_from=0.7,
+        ema_decay=0.999,
+        batch_size=lambda step: batch_sizes[step % 2],
+    )

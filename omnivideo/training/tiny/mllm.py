@@ -186,8 +186,12 @@ def make_talk_sample(rng: random.Random, is_video: bool) -> ChatSample:
 
 
 SAMPLE_MIX: tuple[tuple[Callable[[random.Random, bool], ChatSample], float], ...] = (
-    (make_question_sample, 0.68), (make_edit_sample, 0.12), (make_prompt_sample, 0.14), (make_knowledge_sample, 0.04), (make_talk_sample, 0.02),
-)  # fmt: skip
+    (make_question_sample, 0.68),
+    (make_edit_sample, 0.12),
+    (make_prompt_sample, 0.14),
+    (make_knowledge_sample, 0.04),
+    (make_talk_sample, 0.02),
+)
 
 
 def sample_from_mix(rng: random.Random) -> ChatSample:
@@ -298,6 +302,14 @@ def build_mllm_recipe(
         return {"loss": value, "right": right}
 
     return Recipe(
-        "mllm", model, ("",), single_micro_batch(compute_loss), steps=steps, lr=1e-2, adam_lr=2e-3, warmup=100, ema_decay=0.998,
+        "mllm",
+        model,
+        ("",),
+        single_micro_batch(compute_loss),
+        steps=steps,
+        lr=1e-2,
+        adam_lr=2e-3,
+        warmup=100,
+        ema_decay=0.998,
         batch_size=lambda step: batch_size,
-    )  # fmt: skip
+    )

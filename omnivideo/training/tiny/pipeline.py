@@ -328,9 +328,13 @@ class TinyPipeline:
         scores = json.loads(report.read_text()) if report.exists() else {}
         earlier_card = self.weights_folder / "README.md"
         markdown = build_model_card(
-            self.runs_folder, self.recipe_factories, read_git_commit(), f"{platform.machine()}, {os.cpu_count()} cores", scores,
+            self.runs_folder,
+            self.recipe_factories,
+            read_git_commit(),
+            f"{platform.machine()}, {os.cpu_count()} cores",
+            scores,
             earlier_card.read_text() if earlier_card.exists() else "",
-        )  # fmt: skip
+        )
         (folder / "README.md").write_text(markdown)
 
     def export_foundations(self, folder: Path) -> None:

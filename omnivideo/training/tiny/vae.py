@@ -125,9 +125,15 @@ def build_vae_recipe(phases: tuple[CropPhase, ...] = PHASES) -> Recipe:
         return compute_vae_losses(vae, pixels.to(vae.device), mask.to(vae.device))
 
     return Recipe(
-        "vae", vae, ("",), single_micro_batch(compute_loss), steps=sum(phase.steps for phase in phases), lr=3e-3, adam_lr=2e-3,
+        "vae",
+        vae,
+        ("",),
+        single_micro_batch(compute_loss),
+        steps=sum(phase.steps for phase in phases),
+        lr=3e-3,
+        adam_lr=2e-3,
         batch_size=lambda step: find_phase(phases, step).batch_size,
-    )  # fmt: skip
+    )
 
 
 # ---------------------------------------------------------------- the decoder alone
@@ -165,6 +171,13 @@ def build_vae_decoder_recipe(vae: AutoencoderKLWan, steps: int = 4000, batch_siz
         )
 
     return Recipe(
-        "vae_decoder", vae, ("decoder", "post_quant_conv"), single_micro_batch(compute_loss), steps, lr=2e-3, adam_lr=1e-3, ema_decay=0.998,
+        "vae_decoder",
+        vae,
+        ("decoder", "post_quant_conv"),
+        single_micro_batch(compute_loss),
+        steps,
+        lr=2e-3,
+        adam_lr=1e-3,
+        ema_decay=0.998,
         batch_size=lambda step: batch_size,
-    )  # fmt: skip
+    )

@@ -69,6 +69,13 @@ def build_visual_encoder_recipe(steps: int = 3000, batch_size: int = 64) -> Reci
         return {"loss": value, "right": correct.mean(), "whole": correct.all(dim=1).float().mean()}
 
     return Recipe(
-        "visual_encoder", model, ("",), single_micro_batch(compute_loss), steps=steps, lr=1e-2, adam_lr=2e-3, warmup=100,
+        "visual_encoder",
+        model,
+        ("",),
+        single_micro_batch(compute_loss),
+        steps=steps,
+        lr=1e-2,
+        adam_lr=2e-3,
+        warmup=100,
         batch_size=lambda step: batch_size,
-    )  # fmt: skip
+    )

@@ -265,9 +265,8 @@ def test_only_what_is_alike_is_drawn_in_one_pass(place):
         words = long if one.id == "long" else one.prompt
         place.jobs.submit(one.model_copy(update={"seed": at, "prompt": words}), lane="batch")
     assert place.worker(TOGETHER).run_next_job()
-    assert [name for name in ("one", "other", "two", "long", "three") if place.jobs.get_status(name).state == "done"] == [
-        "one", "two"
-    ]  # fmt: skip
+    names = ("one", "other", "two", "long", "three")
+    assert [name for name in names if place.jobs.get_status(name).state == "done"] == ["one", "two"]
 
 
 def test_a_cancelled_job_leaves_its_pack(place):

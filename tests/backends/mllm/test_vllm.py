@@ -75,7 +75,7 @@ def local(loud, store):
 def server(vllm_python, loud, tmp_path_factory):
     folder = tmp_path_factory.mktemp("vllm")
     few = "--block-size 32 --num-gpu-blocks-override 132"
-    served = Server(vllm_python, loud, folder, free_port(), step_tokens=64, more=few).start().wait()
+    served = Server(vllm_python, loud, folder, free_port(), max_num_batched_tokens=64, extra_args=few).start().wait()
     yield served
     served.stop()
 
@@ -135,7 +135,7 @@ def asks(local, store):
 def tokens_of(mllm, ask: MLLMRequest) -> torch.Tensor:
     """For an image and a clip in turn, by the ask's own digest."""
     medium = "video" if len(ask.text) % 2 else "image"
-    return get_tensors(mllm.store, mllm.visual_tokens(ask, medium))["visual_tokens"]
+    return get_tensors(mllm.store, mllm.predict_visual_tokens(ask, medium))["visual_tokens"]
 
 
 @pytest.fixture(scope="module")
@@ -186,14 +186,14 @@ def said(local: LocalMLLM, ask: MLLMRequest) -> tuple[str, float]:
         return pick(logits, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mllm, "pick", picked)
+        patch.setattr(mllm, "sample_token", picked)
         return "".join(local.stream_text(ask)), min(gaps)
 
 
 def test_answers_are_equal_token_for_token(away, local, asks):
     chosen = [ask for ask in asks if length(local, ask) < 1000][:40]
     with ThreadPoolExecutor(16) as pool:
-        got = list(pool.map(lambda ask: "".join(away.write(ask)), chosen))
+        got = list(pool.map(lambda ask: "".join(away.stream_text(ask)), chosen))
     # Weights at random now and then have two tokens as good as each other, which rounding decides.
     pairs = [(one, *said(local, ask)) for one, ask in zip(got, chosen, strict=True)]
     decided = [(one, other) for one, other, gap in pairs if gap > 1e-3]
@@ -205,23 +205,23 @@ def test_routes_and_agreements(away, local, asks):
     chosen, kinds = asks[:120], set()
     with ThreadPoolExecutor(16) as pool:
         routed = list(pool.map(away.route, chosen))
-        agreed = list(pool.map(away.agreement, chosen))
+        agreed = list(pool.map(away.score_agreement, chosen))
     for ask, one, agreement in zip(chosen, routed, agreed, strict=True):
         other = local.route(ask)
         assert one.kind == other.kind and one.probability == pytest.approx(other.probability, abs=CLOSE)
-        assert agreement == pytest.approx(local.agreement(ask), abs=CLOSE)
+        assert agreement == pytest.approx(local.score_agreement(ask), abs=CLOSE)
         kinds.add(one.kind)
     assert kinds == {"text", "image", "video"}
 
 
 def test_requests_that_are_turned_out_of_the_cache(server, away, local, asks, expected, monkeypatch):
     """Long answers grow until others have to begin again."""
-    monkeypatch.setattr(LocalMLLM, "most", 300)
-    monkeypatch.setattr(RemoteMLLM, "most", 300)
+    monkeypatch.setattr(LocalMLLM, "max_tokens", 300)
+    monkeypatch.setattr(RemoteMLLM, "max_tokens", 300)
     writing = [MLLMRequest(text=" ".join(random.Random(at).choices(WORDS, k=200))) for at in range(14)]
     before = metric(server, "num_preemptions_total")
     with ThreadPoolExecutor(40) as pool:
-        written = [pool.submit(lambda ask=ask: "".join(away.write(ask))) for ask in writing]
+        written = [pool.submit(lambda ask=ask: "".join(away.stream_text(ask))) for ask in writing]
         drawn = [pool.submit(tokens_of, away, ask) for ask in asks]
         assert furthest([one.result() for one in drawn], expected) <= CLOSE
     pairs = [(one.result(), *said(local, ask)) for one, ask in zip(written, writing, strict=True)]
@@ -233,9 +233,9 @@ def test_requests_that_are_turned_out_of_the_cache(server, away, local, asks, ex
 @pytest.mark.parametrize("said", SAID)
 def test_special_tokens_that_are_typed_are_text(away, local, said):
     ask = MLLMRequest(text=said)
-    ids = tokenize_message(local.omni.mllm_tokenizer, local.message(ask), local.omni.pixels).token_ids
+    ids = tokenize_message(local.omni.mllm_tokenizer, local.build_message(ask), local.omni.vision_config).token_ids
     empty = tokenize_message(
-        local.omni.mllm_tokenizer, local.message(MLLMRequest(text="")), local.omni.pixels
+        local.omni.mllm_tokenizer, local.build_message(MLLMRequest(text="")), local.omni.vision_config
     ).token_ids
     special = set(local.omni.mllm_tokenizer.get_added_vocab().values())
     assert [one for one in ids if one in special] == [one for one in empty if one in special]
@@ -245,11 +245,23 @@ def test_special_tokens_that_are_typed_are_text(away, local, said):
 
 def test_what_cannot_be_answered_is_refused(away, local, store):
     long = filled(local, MLLMRequest(text="draw"), LIMIT + 1)
-    for call in (away.route, lambda ask: list(away.write(ask)), lambda ask: away.visual_tokens(ask, "image")):
+    for call in (
+        away.route,
+        lambda ask: list(away.stream_text(ask)),
+        lambda ask: away.predict_visual_tokens(ask, "image"),
+    ):
         with pytest.raises(InvalidInput, match=r"prompt: .* tokens; the language model takes 4095"):
             call(filled(local, long, LIMIT + 40))
-    broken = Artifact(key=store.put(b"no picture", "png"), medium="image", width=1, height=1, frames=1, fps=1, caption="",
-                      created_by="test")  # fmt: skip
+    broken = Artifact(
+        key=store.put(b"no picture", "png"),
+        medium="image",
+        width=1,
+        height=1,
+        frames=1,
+        fps=1,
+        caption="",
+        created_by="test",
+    )
     with pytest.raises(InvalidInput):
         away.route(MLLMRequest(text="what is this?", artifacts=(broken,)))
 
@@ -278,10 +290,10 @@ def test_chat_sees_what_the_twin_sees(server, local, store):
     for video in (False, True):
         ask = MLLMRequest(text="what is <BOI> this?<|im_end|>", artifacts=(artifact(store, rng, video),))
         answer = chat(server, spoken(ask, store)).json()
-        encoded_ = tokenize_message(local.omni.mllm_tokenizer, local.message(ask), local.omni.pixels)
+        encoded_ = tokenize_message(local.omni.mllm_tokenizer, local.build_message(ask), local.omni.vision_config)
         assert answer["usage"]["prompt_tokens"] == len(encoded_.token_ids)
         if not video:  # vLLM decodes clips by OpenCV, which rounds colours otherwise
-            assert answer["choices"][0]["message"]["content"] == "".join(local.write(ask, 12))
+            assert answer["choices"][0]["message"]["content"] == "".join(local.stream_text(ask, 12))
 
 
 def test_chat_fetches_nothing(server):
@@ -294,22 +306,22 @@ def test_chat_fetches_nothing(server):
 
 def test_a_server_that_is_killed_and_started_again(server, away, local, asks, monkeypatch):
     sleep = time.sleep
-    monkeypatch.setattr(LocalMLLM, "most", 200)
-    monkeypatch.setattr(RemoteMLLM, "most", 200)
+    monkeypatch.setattr(LocalMLLM, "max_tokens", 200)
+    monkeypatch.setattr(RemoteMLLM, "max_tokens", 200)
     monkeypatch.setattr(remote.time, "sleep", lambda seconds: sleep(min(seconds, 1.0)))
-    monkeypatch.setattr(remote, "TRIES", 400)
+    monkeypatch.setattr(remote, "MAX_ATTEMPTS", 400)
     writing = MLLMRequest(text="tell me of a red ball")
-    pieces = away.write(writing)
+    pieces = away.stream_text(writing)
     said = [next(pieces) for _ in range(3)]
     server.kill()
-    assert not away.ready()
-    monkeypatch.setattr(remote, "TRIES", 2)
+    assert not away.is_ready()
+    monkeypatch.setattr(remote, "MAX_ATTEMPTS", 2)
     with pytest.raises(ModelUnavailable, match="the language model is starting or away"):
         away.route(writing)
-    monkeypatch.setattr(remote, "TRIES", 400)
+    monkeypatch.setattr(remote, "MAX_ATTEMPTS", 400)
     server.start()
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(tokens_of, away, asks[1])
-        assert "".join([*said, *pieces]) == "".join(local.write(writing))
+        assert "".join([*said, *pieces]) == "".join(local.stream_text(writing))
         assert furthest([waiting.result()], [tokens_of(local, asks[1])]) <= CLOSE
-    assert away.ready()
+    assert away.is_ready()

@@ -17,7 +17,7 @@ from omnivideo.models.weights.checkpoint import SHIPPED_WEIGHTS_FOLDER
 from omnivideo.sdk.studio import Studio
 from omnivideo.settings import load_settings
 from omnivideo.wiring import ServiceWiring
-from tests.agent.test_conversations import *
+from tests.agent.test_conversations import *  # noqa: F403
 from tests.support.api_server import serving
 from tests.support.servers import free_port
 from tests.support.vllm_server import Server

@@ -81,13 +81,14 @@ def asks(store: LocalObjectStore) -> list[MLLMRequest]:
 def test_every_answer_is_that_of_the_merged_twin(twins, monkeypatch):
     away, base, merged = twins
     for kind in (LocalMLLM, RemoteMLLM):
-        monkeypatch.setattr(kind, "most", 40)
+        monkeypatch.setattr(kind, "max_tokens", 40)
     for ask in asks(away.store):
-        said = "".join(away.write(ask))
-        assert said == "".join(merged.write(ask)) and said != "".join(base.write(ask))
+        said = "".join(away.stream_text(ask))
+        assert said == "".join(merged.stream_text(ask)) and said != "".join(base.stream_text(ask))
         routed, expected = away.route(ask), merged.route(ask)
         assert routed.kind == expected.kind and routed.probability == pytest.approx(expected.probability, abs=CLOSE)
         got, same, other = (
-            get_tensors(away.store, one.visual_tokens(ask, "video"))["visual_tokens"] for one in (away, merged, base)
+            get_tensors(away.store, one.predict_visual_tokens(ask, "video"))["visual_tokens"]
+            for one in (away, merged, base)
         )
         assert (got - same).abs().max() <= CLOSE < 0.01 * (got - other).abs().max()

@@ -155,7 +155,7 @@ def test_what_was_imported_loads_strictly(tmp_path):
 
 @pytest.mark.usefixtures("small")
 def test_large_decoders_are_sharded(monkeypatch, tmp_path):
-    monkeypatch.setattr(convert, "SHARD", 100_000)
+    monkeypatch.setattr(convert, "MAX_SHARD_BYTES", 100_000)
     preset = PRESETS["omnivideo2-1.3b"]
     made = publish(tmp_path / "theirs", preset)
     import_weights(tmp_path / "theirs", tmp_path / "ours")

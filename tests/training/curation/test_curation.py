@@ -161,7 +161,7 @@ def command(folder: Path, out: Path) -> list[str]:
     return [
         sys.executable,
         "-m",
-        "omnivideo",
+        "omnivideo.cli",
         "data",
         "curate",
         str(folder),

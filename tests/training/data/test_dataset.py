@@ -283,7 +283,9 @@ def test_a_run_does_not_go_on_over_another_library_of_the_same_shapes(made, weig
     other = library(tmp_path / "other", [replace(SAMPLES[0], target=png(40, (32, 32))), *SAMPLES[1:]])
     encode_shards(other, FrozenEncoders.load(weights, "cpu"), FIT, lambda done, count: None)
     given = ["train", "stage2a", "--weights", str(weights), "--runs", str(tmp_path), "--size", "64x64", "--frames", "5"]
-    ran = CliRunner().invoke(app, [*given, "--until", "1", "--data", str(made.file_store.folder)], catch_exceptions=False)
+    ran = CliRunner().invoke(
+        app, [*given, "--until", "1", "--data", str(made.file_store.folder)], catch_exceptions=False
+    )
     assert ran.exit_code == 0
     with pytest.raises(CheckpointError, match="data: the checkpoint was made with other samples"):
         CliRunner().invoke(app, [*given, "--data", str(tmp_path / "other")], catch_exceptions=False)
@@ -302,7 +304,16 @@ def test_the_digest_is_over_the_samples_and_what_they_are_brought_to(made):
 
 def test_the_command_trains_over_shards(made, weights, tmp_path):
     save_library_model(encoder(), weights / "visual_encoder", torch.float16)
-    given = ["--data", str(made.file_store.folder), "--weights", str(weights), "--runs", str(tmp_path), "--size", "64x64"]
+    given = [
+        "--data",
+        str(made.file_store.folder),
+        "--weights",
+        str(weights),
+        "--runs",
+        str(tmp_path),
+        "--size",
+        "64x64",
+    ]
     for stage in ("stage1", "stage2a", "stage2b", "stage3"):
         ran = CliRunner().invoke(app, ["train", stage, *given, "--frames", "5", "--steps", "2"], catch_exceptions=False)
         assert ran.exit_code == 0 and (tmp_path / stage / "state.pt").exists()
@@ -412,7 +423,7 @@ def test_an_unreadable_sample_weighs_nothing_in_its_batch(weights, tmp_path, mon
         found.append(flow_matching_loss(*given, **more))
         return found[-1]
 
-    monkeypatch.setattr(flow, "flow_matching", flow)
+    monkeypatch.setattr("omnivideo.training.recipes.flow.flow_matching_loss", flow)
     one = source(there, weights, "stage2b", embedded=False)
     recipe = build_flow_recipe("stage2b", one.omni, one, steps=9, lr=1e-4, alignment_weight=0.0)
     freeze_except(recipe.model, recipe.trainable)
@@ -471,9 +482,30 @@ def test_the_command_says_what_it_does_not_use(made, weights, tmp_path):
     with (tmp_path / "shards" / "00001.tar").open("r+b") as file:
         file.truncate(there.entries[3].members["json"][0] + 10)
     report = tmp_path / "report.jsonl"
-    ran = CliRunner().invoke(app, ["train", "stage2b", "--data", str(there.file_store.folder),
-                                   "--weights", str(weights), "--runs", str(tmp_path), "--size", "64x64", "--frames", "5", "--steps", "8",
-                                   "--workers", "2", "--report", str(report)], catch_exceptions=False)  # fmt: skip
+    ran = CliRunner().invoke(
+        app,
+        [
+            "train",
+            "stage2b",
+            "--data",
+            str(there.file_store.folder),
+            "--weights",
+            str(weights),
+            "--runs",
+            str(tmp_path),
+            "--size",
+            "64x64",
+            "--frames",
+            "5",
+            "--steps",
+            "8",
+            "--workers",
+            "2",
+            "--report",
+            str(report),
+        ],
+        catch_exceptions=False,
+    )
     assert ran.exit_code == 0
     rows = [json.loads(line) for line in report.read_text().splitlines()]
     kinds = {row["where"]: row["kind"] for row in rows}

@@ -458,7 +458,9 @@ def test_pack_names_what_it_skips_and_inspect_counts_the_rest(tmp_path):
     assert line["kind"] == "unreadable media" and line["where"] == "sharegpt4video a.jsonl:2"
     looked = CliRunner().invoke(app, ["data", "inspect", to, "--frames", "9"], catch_exceptions=False)
     assert "64x64x9" in looked.output
-    looked = CliRunner().invoke(app, ["data", "inspect", to, "--frames", "9", "--world-size", "4"], catch_exceptions=False)
+    looked = CliRunner().invoke(
+        app, ["data", "inspect", to, "--frames", "9", "--world-size", "4"], catch_exceptions=False
+    )
     assert "1 samples in 1 steps, 75.00% of 4 ranks' work wasted" in looked.output
     with pytest.raises(InvalidInput, match="weights"):
         CliRunner().invoke(app, ["data", "inspect", to, "--group-weight", "image=1"], catch_exceptions=False)

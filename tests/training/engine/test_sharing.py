@@ -127,7 +127,10 @@ def test_shards_of_any_number_of_processes_go_on_to_the_same_losses(optimizer, c
 
 
 def cut_out(saved, name, low, high):
-    tensors = {kind: saved.read_tensor(name, kind, low, high) for kind in saved.list_optimizer_tensors(name) | {"weight", "average"}}
+    tensors = {
+        kind: saved.read_tensor(name, kind, low, high)
+        for kind in saved.list_optimizer_tensors(name) | {"weight", "average"}
+    }
     return checkpoint.ParameterShard(name, low, tensors, saved.read_optimizer_steps(name))
 
 

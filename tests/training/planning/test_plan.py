@@ -86,7 +86,7 @@ def test_training_is_three_times_the_forward_and_through_frozen_weights_twice_an
     forward = count_decoder_flops(TINY.decoder, TOKENS, CONDITION)
     for trained, expected, share in ((True, forward.with_backward, 0.002), (False, forward.with_frozen_backward, 0.03)):
         model, given = decoder(trained), inputs()
-        found = counted(lambda: velocity(model, given).sum().backward())
+        found = counted(lambda: velocity(model, given).sum().backward())  # noqa: B023
         assert found == pytest.approx(expected.total, rel=share) and found <= expected.total
 
 
@@ -184,9 +184,14 @@ def test_parameters_are_those_of_the_released_model(made):
     assert made.offloaded_parameters == 5_680_910_336 + 126_892_531  # UMT5-XXL and the VAE
     frozen = build_plan(replace(STAGE_3, recipe="stage2b"))
     assert frozen.trained_parameters == 1_902_141_440 + 6_690_304 + 6 * 4096
-    assert frozen.trained_parameters + frozen.frozen_parameters == made.trained_parameters + 8_767_123_696  # nothing is aligned
+    assert (
+        frozen.trained_parameters + frozen.frozen_parameters == made.trained_parameters + 8_767_123_696
+    )  # nothing is aligned
     uncached = build_plan(replace(STAGE_3, cached=False))
-    assert uncached.frozen_parameters == made.frozen_parameters + made.offloaded_parameters and uncached.offloaded_parameters == 0
+    assert (
+        uncached.frozen_parameters == made.frozen_parameters + made.offloaded_parameters
+        and uncached.offloaded_parameters == 0
+    )
     assert (
         build_plan(replace(STAGE_3, recipe="stage1", cached=False)).offloaded_parameters == made.offloaded_parameters
     )  # there is nothing to cache
@@ -205,7 +210,9 @@ def test_memory_of_zero_1_by_hand(made):
     assert estimate_activations(STAGE_3, "clip") / 1e9 == pytest.approx(
         27.098 + 0.154 + 0.296 + 0.539 + 0.050, abs=2e-3
     )
-    assert list(made.transient_gb.values()) == pytest.approx([estimate_activations(STAGE_3, "still") / 1e9, 7.965], abs=1e-3)
+    assert list(made.transient_gb.values()) == pytest.approx(
+        [estimate_activations(STAGE_3, "still") / 1e9, 7.965], abs=1e-3
+    )
     assert made.required_gb == pytest.approx(34.821 + 31.556, abs=2e-3)
     two = build_plan(replace(STAGE_3, gpus=2))  # the share thrice, 8 T / 2
     assert two.transient_gb["gradients (bf16), of the share fp32"] == pytest.approx(13.931, abs=1e-3)
@@ -306,7 +313,9 @@ def test_times_follow_from_the_operations(made):
     forward = count_decoder_flops(STAGE_3.preset.decoder, 7800, 2560).total / (989e12 * 0.45)
     assert again.step_seconds["clip"]["compute"] - made.step_seconds["clip"]["compute"] == pytest.approx(forward)
     assert again.step_flops == made.step_flops  # MFU does not count it
-    shared = build_plan(replace(STAGE_3, sequence_parallel_size=4))  # of the tokens; the MLLM sees every sample on each of the four
+    shared = build_plan(
+        replace(STAGE_3, sequence_parallel_size=4)
+    )  # of the tokens; the MLLM sees every sample on each of the four
     rest = made.step_seconds["clip"]["compute"] - 3 * forward
     assert shared.step_seconds["clip"]["compute"] == pytest.approx(3 * forward / 4 + rest)
     more = build_plan(replace(STAGE_3, gpus=64))
@@ -331,7 +340,10 @@ def test_a_step_of_several_passes_exchanges_once_and_keeps_what_they_add_up_to(m
         assert many.step_flops[kind] == pytest.approx(3 * made.step_flops[kind])
         assert many.steps[kind] == pytest.approx(made.steps[kind] / 3)
     shared = [
-        build_plan(replace(STAGE_3, sequence_parallel_size=2, grad_accum_steps=passes)).step_seconds["clip"]["all-to-all"] for passes in (1, 3)
+        build_plan(replace(STAGE_3, sequence_parallel_size=2, grad_accum_steps=passes)).step_seconds["clip"][
+            "all-to-all"
+        ]
+        for passes in (1, 3)
     ]
     assert shared[1] == pytest.approx(3 * shared[0])
 

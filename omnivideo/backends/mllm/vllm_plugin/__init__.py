@@ -1,13 +1,14 @@
 """vLLM serves our MLLM, vision head included: an out-of-tree model, a connector and routes, all by vLLM's own seams.
 
     vllm.general_plugins    register          every process: the model's name, nothing loaded
-    vllm.endpoint_plugins   endpoint:Endpoint the API server: the routes of `wire` (named in VLLM_PLUGINS)
+    vllm.endpoint_plugins   endpoint:Endpoint the API server: the routes of `protocol` (named in VLLM_PLUGINS)
     --kv-transfer-config    connector         scheduler and workers: hidden states out of the cache, through the head
 
 The model writes the last hidden state of every token into a cache layer of its own, which vLLM pages, shares between
 prompts with a common beginning and evicts like any other.  When the last token of a prompt that wants visual tokens
 has been computed, the connector gathers the prompt's rows, cached ones included, and puts them through the head.
-`serving.command` gives all the flags.  Bound to vLLM 0.32: the cache layer and its layout are not a stable interface.
+`launch.build_command` gives all the flags.  Bound to vLLM 0.32: the cache layer and its layout are not a stable
+interface.
 """
 
 ARCHITECTURE = "OmniVideoMLLM"

@@ -37,7 +37,8 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class PendingPrompt:
-    """A prompt of `length` tokens whose rows lie in `blocks`, in order; its visual tokens go to the file `name`."""
+    """A prompt of `prompt_length` tokens whose rows lie in `block_ids`, in order; its visual tokens go to
+    `file_name`."""
 
     file_name: str
     prompt_length: int
@@ -156,7 +157,7 @@ class VisualTokensConnector(KVConnectorBase_V1, SupportsHMA):
 
 
 def batch_by_length(prompts: list[PendingPrompt]) -> Iterator[list[PendingPrompt]]:
-    """Prompts of like lengths together, at most MOST padded tokens unless one alone has more."""
+    """Prompts of like lengths together, at most MAX_PADDED_TOKENS padded tokens unless one alone has more."""
     batch: list[PendingPrompt] = []
     for prompt in sorted(prompts, key=lambda one: one.prompt_length):
         if batch and prompt.prompt_length * (len(batch) + 1) > MAX_PADDED_TOKENS:

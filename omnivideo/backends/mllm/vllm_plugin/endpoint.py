@@ -1,6 +1,7 @@
-"""The routes of `wire` on vLLM's API server, answered by its engine.
+"""The routes of `protocol` on vLLM's API server, answered by its engine.
 
-Prompts are made by `models.mllm.encode`, so that what the engine sees is what the twin in a process sees, token for
+Prompts are made by `models.mllm.tokenize_message`, so that what the engine sees is what the twin in a process sees,
+token for
 token and pixel for pixel.
 """
 
@@ -50,7 +51,7 @@ def compute_media_digest(media: MediaPayload) -> str:
 
 
 class VLLMService:
-    """`Answers` by vLLM's engine.  Greedy throughout, so the same for the same request."""
+    """`MLLMService` by vLLM's engine.  Greedy throughout, so the same for the same request."""
 
     def __init__(self, client: Any, tokenizer: Any, outbox: Path, lora: Any = None):
         self.client, self.tokenizer, self.outbox, self.lora = client, tokenizer, outbox, lora
@@ -138,7 +139,7 @@ class VLLMService:
         return self.stream_pieces(await self.start_generation(payload, params))
 
     async def stream_pieces(self, outputs: AsyncIterator[Any]) -> AsyncIterator[str]:
-        """Special tokens but the end are left in, as in `models.mllm.answer`.
+        """Special tokens but the end are left in, as in `models.mllm.generate_answer`.
 
         Token by token, though a busy engine tells of several at once: else half a character at an answer's end would
         take what came with it along.

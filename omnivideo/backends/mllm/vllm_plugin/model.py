@@ -41,7 +41,7 @@ class HiddenStateCache(CacheOnlyAttentionLayer):
 def build_vision_head(name: str) -> VisionHead:
     """The preset's head, in float32: its output is the decoder's condition, and it is small beside the MLLM."""
     size = get_preset(name).vision_head
-    assert size is not None, "serving.command lets no other preset through"
+    assert size is not None, "launch.build_command lets no other preset through"
     return VisionHead(size.input_dim, size.width, size.num_queries, size.num_layers, size.num_heads).float()
 
 

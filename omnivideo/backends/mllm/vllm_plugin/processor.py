@@ -54,7 +54,7 @@ def media_from_image(image: Any) -> MLLMMedia:
 
 
 def media_from_video(video: tuple[Any, Mapping[str, Any]]) -> MLLMMedia:
-    """The server is told to read every frame (`serving.command`); of fewer, evenly chosen, the rate is less."""
+    """The server is told to read every frame (`launch.build_command`); of fewer, evenly chosen, the rate is less."""
     frames, metadata = np.asarray(video[0]), video[1]
     total = metadata.get("total_num_frames") or len(frames)
     return MLLMMedia(frames, float(metadata.get("fps") or 1.0) * len(frames) / total)

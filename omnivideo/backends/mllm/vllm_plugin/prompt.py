@@ -12,7 +12,7 @@ from vllm.multimodal.inputs import MultiModalKwargsItems, PlaceholderRange
 from omnivideo.backends.mllm.vllm_plugin.processor import collate_patches
 from omnivideo.models.mllm import TokenizedRequest
 
-MODALITY_IDS = {"image": 1, "video": 2}  # in Encoded.types
+MODALITY_IDS = {"image": 1, "video": 2}  # in TokenizedRequest.token_types
 
 
 def find_runs(token_types: Sequence[int], kind: int) -> Iterator[tuple[int, int]]:
