@@ -142,7 +142,7 @@ torch.set_num_threads(1)
 from omnivideo.backends.decoder.pipeline import GeneratedClip, generate_clip
 from omnivideo.media.artifacts import encode_clip
 from omnivideo.contracts import resolve_sampling_params
-from omnivideo.studio import Studio
+from omnivideo.sdk.studio import Studio
 weights, first, count, steps = sys.argv[1] or None, int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
 studio = Studio(weights=weights, device="cpu")
 sys.stdin.readline() if print("ready", flush=True) is None else None

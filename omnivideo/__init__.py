@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from omnivideo.sdk.result import Result
     from omnivideo.sdk.studio import Studio
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["AsyncClient", "Client", "Result", "Studio", "__version__"]
 LAZY_EXPORTS = {
     "Studio": "sdk.studio",

@@ -1,5 +1,6 @@
 """The service's settings, from the environment (`OMNIVIDEO_...`): one truth each."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +15,21 @@ HTTP_URL_PATTERN = r"^$|^https?://[^\s]+$"
 
 def split_commas(value: object) -> object:
     return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+
+# Names of version 0.1: refused with the new name, since a setting that is silently ignored is worse than an error.
+RENAMED_SETTINGS = {
+    "OMNIVIDEO_LIFETIME": "OMNIVIDEO_ARTIFACT_LIFETIME_SECONDS",
+    "OMNIVIDEO_HOOK_HOSTS": "OMNIVIDEO_WEBHOOK_HOSTS",
+    "OMNIVIDEO_FETCH_SECONDS": "OMNIVIDEO_FETCH_TIMEOUT_SECONDS",
+    "OMNIVIDEO_UPLOAD_MOST": "OMNIVIDEO_MAX_UPLOAD_BYTES",
+    "OMNIVIDEO_QUEUE_MOST": "OMNIVIDEO_MAX_QUEUED_JOBS",
+    "OMNIVIDEO_KEY_MOST": "OMNIVIDEO_MAX_OPEN_JOBS_PER_KEY",
+    "OMNIVIDEO_LOST_AFTER": "OMNIVIDEO_HEARTBEAT_TIMEOUT",
+    "OMNIVIDEO_RESUME_STEPS": "OMNIVIDEO_SAVE_STATE_EVERY_STEPS",
+    "OMNIVIDEO_RESUME_SECONDS": "OMNIVIDEO_SAVE_STATE_EVERY_SECONDS",
+    "OMNIVIDEO_TOGETHER": "OMNIVIDEO_MAX_BATCH_SIZE",
+}
 
 
 class ServiceSettings(BaseSettings):
@@ -60,7 +76,13 @@ class ServiceSettings(BaseSettings):
 
 
 def load_settings(**overrides: object) -> ServiceSettings:
-    """The environment's settings with what is given in place; raises InvalidInput that names the setting."""
+    """Return the environment's settings, with `overrides` that are not None in their place.
+
+    Raises InvalidInput that names the setting; an old name in the environment is refused with its new one.
+    """
+    for old_name, new_name in RENAMED_SETTINGS.items():
+        if old_name in os.environ:
+            raise InvalidInput(old_name, f"it is called {new_name} since version 0.2; rename it")
     try:
         return ServiceSettings(**{name: value for name, value in overrides.items() if value is not None})  # type: ignore[arg-type]
     except ValidationError as error:

@@ -164,14 +164,14 @@ def mllm_serve(
     settings = load_settings(weights=str(weights) if weights else None)
     folder = Path(settings.weights) if settings.weights else find_shipped_weights(settings.preset)
     serving_options = launch.parse_options(
-        tensor_parallel=tensor_parallel,
-        memory=gpu_memory_utilization,
-        cache=cpu_kvcache_gib,
+        tensor_parallel_size=tensor_parallel_size,
+        gpu_memory_utilization=gpu_memory_utilization,
+        cpu_kvcache_gib=cpu_kvcache_gib,
         dtype=dtype,
         quantization=quantization,
         lora=lora,
-        longest=max_model_len,
-        users=max_num_seqs,
+        max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs,
     )
     if server_command := launch.build_command(device, folder, port, host, engine, serving_options):
         launch.exec_command(server_command)

@@ -82,7 +82,7 @@ def denoise(
     flow_shift: float,
     initial_state: DenoisingState | None = None,
 ) -> Iterator[DenoisingStep]:
-    """Yields after every step; the last one's latents are the result.  Goes on from `begin` where one is given.
+    """Yields after every step; the last one's latents are the result.  Goes on from `initial_state` where one is given.
 
     Guidance is the usual formula, null + scale * (condition - null); at scale 1 the null pass is left out.
     (The released code's scale s is this one's s + 1.)

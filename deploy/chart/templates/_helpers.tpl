@@ -111,11 +111,11 @@ volumeMounts:
 host: "0.0.0.0"
 port: {{ int .port | quote }}
 engine: {{ .engine }}
-tensor-parallel: {{ int .tensorParallel | quote }}
-memory: {{ .memory | quote }}
-cache: {{ int .cache | quote }}
+tensor-parallel-size: {{ int .tensorParallel | quote }}
+gpu-memory-utilization: {{ .memory | quote }}
+cpu-kvcache-gib: {{ int .cache | quote }}
 dtype: {{ .dtype }}
-users: {{ int .users | quote }}
+max-num-seqs: {{ int .users | quote }}
 {{- if .quantization }}
 quantization: {{ .quantization | quote }}
 {{- end }}
@@ -123,7 +123,7 @@ quantization: {{ .quantization | quote }}
 lora: {{ .lora | quote }}
 {{- end }}
 {{- if .longest }}
-longest: {{ int .longest | quote }}
+max-model-len: {{ int .longest | quote }}
 {{- end }}
 {{- end }}
 {{- end }}

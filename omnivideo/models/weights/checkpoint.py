@@ -121,9 +121,9 @@ def load(folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype = 
 
 
 def load_parts(folder: Path, place_part: Callable[[str, Any], Any], dtype: torch.dtype | None = None) -> OmniVideoModel:
-    """As `load`; `place_part` brings each part, by its name in `OmniVideoModel`, where it belongs before the next is read.
+    """As `load`; `place_part` brings each part, by its name in `OmniVideoModel`, where it belongs.
 
-    Without a `dtype` the parts come as `load_strict` reads them.
+    It does so before the next part is read.  Without a `dtype` the parts come as `load_strict` reads them.
     """
     model_preset = get_preset(read_index(folder)["preset"])
     logging.disable_progress_bar()  # transformers draws one for each part, whatever the size

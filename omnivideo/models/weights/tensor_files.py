@@ -239,7 +239,7 @@ def iterate_chunks(tensor: Tensor) -> Iterator[Any]:
 
 @contextmanager
 def stage_folder(folder: Path, needed_bytes: int) -> Iterator[Path]:
-    """A folder to write `needed_bytes` bytes into, which takes its name when all is there; after a failure nothing is left.
+    """A folder to write `needed_bytes` into, which takes its name when all is there; after a failure nothing is left.
 
     Raises InvalidInput where the name is taken, CheckpointError where the disk is too small.
     """

@@ -40,7 +40,7 @@ class RemoteCaptioner:
 
     def __call__(self, frames: np.ndarray) -> str:
         media_payload = {"data": encode_base64_mp4(frames), "suffix": "mp4", "medium": "video", "fps": CAPTION_FPS}
-        body = {"asked": {"text": self.prompt, "shown": [media_payload]}, "most": MAX_CAPTION_TOKENS}
+        body = {"payload": {"text": self.prompt, "media": [media_payload]}, "max_tokens": MAX_CAPTION_TOKENS}
         for attempt in range(MAX_ATTEMPTS):
             try:
                 return self.request_caption(body)

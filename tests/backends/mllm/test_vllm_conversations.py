@@ -61,7 +61,7 @@ def asked(store, message) -> MLLMRequest:
     for one in message.media:
         data, suffix = encode_clip(one.frames, one.fps)
         count, height, width, _ = one.frames.shape
-        medium = "video" if one.video else "image"
+        medium = "video" if one.is_video else "image"
         shown.append(Artifact(key=store.put(data, suffix), medium=medium, width=width, height=height, frames=count,
                               fps=one.fps, caption="", created_by="test"))  # fmt: skip
     return MLLMRequest(text=message.text, artifacts=tuple(shown))
@@ -81,7 +81,7 @@ def test_every_labelled_request_takes_the_same_route(studio):
 def test_a_conversation_of_ten_turns_goes_the_same_way(studio, whole):
     told = []
     for where in (studio, whole):
-        say = make_turn_sender(where.thread().send)
+        say = make_turn_sender(where.open_thread().send)
         turns = [say(line.text, seed=3, steps=4) for line in sample_script(random.Random(4))]
         told.append([[(one.goal, one.route.kind, one.answer) for one in turn.results] for turn in turns if turn])
     assert told[0] == told[1] and len(told[0]) >= 8  # a turn that asks back says nothing more
@@ -96,7 +96,7 @@ def test_the_service_goes_on_when_vllm_is_killed_in_the_middle_of_a_turn(server,
         next(fate := killed_once(server))
         turn, told = played(http, words, fate.send)
     assert "waiting" in told and turn["state"] == undisturbed["state"] == "done"
-    assert [one["answer"] for one in turn["turn"]["done"]] == [one["answer"] for one in undisturbed["turn"]["done"]]
+    assert [one["answer"] for one in turn["turn"]["results"]] == [one["answer"] for one in undisturbed["turn"]["results"]]
 
 
 def killed_once(server: Server) -> Generator[None, str]:

@@ -309,7 +309,7 @@ def captioning(answer: Callable[[bytes], tuple[int, str]]) -> Iterator[tuple[str
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            shown.append(base64.b64decode(body["asked"]["shown"][0]["data"]))
+            shown.append(base64.b64decode(body["payload"]["media"][0]["data"]))
             status, text = answer(shown[-1])
             self.send_response(status)
             self.send_header("Content-Length", str(len(text)))

@@ -284,7 +284,7 @@ def test_a_run_does_not_go_on_over_another_library_of_the_same_shapes(made, weig
     encode_shards(other, FrozenEncoders.load(weights, "cpu"), FIT, lambda done, count: None)
     given = ["train", "stage2a", "--weights", str(weights), "--runs", str(tmp_path), "--size", "64x64", "--frames", "5"]
     ran = CliRunner().invoke(
-        app, [*given, "--until", "1", "--data", str(made.file_store.folder)], catch_exceptions=False
+        app, [*given, "--stop-at-step", "1", "--data", str(made.file_store.folder)], catch_exceptions=False
     )
     assert ran.exit_code == 0
     with pytest.raises(CheckpointError, match="data: the checkpoint was made with other samples"):
@@ -317,7 +317,7 @@ def test_the_command_trains_over_shards(made, weights, tmp_path):
     for stage in ("stage1", "stage2a", "stage2b", "stage3"):
         ran = CliRunner().invoke(app, ["train", stage, *given, "--frames", "5", "--steps", "2"], catch_exceptions=False)
         assert ran.exit_code == 0 and (tmp_path / stage / "state.pt").exists()
-    asked = ["--stills", "2", "--ratio", "text-to-image=1", "--micro", "1", "--runs", str(tmp_path / "asked")]
+    asked = ["--stills", "2", "--ratio", "text-to-image=1", "--micro-batch-size", "1", "--runs", str(tmp_path / "asked")]
     ran = CliRunner().invoke(app, ["train", "stage3", *given, *asked, "--frames", "5", "--steps", "3"])
     lines = (tmp_path / "asked" / "stage3" / "log.jsonl").read_text().splitlines()
     assert ran.exit_code == 0 and [set(json.loads(line)) for line in lines] == 3 * [
@@ -327,7 +327,7 @@ def test_the_command_trains_over_shards(made, weights, tmp_path):
     assert "5 samples in 3 steps, 0.00% of 1 ranks' work wasted" in looked.output
     seeds = ["--seed", "1", "--seed", "2"]
     wrongs = (
-        (["decoder", *given], "recipe"), (["stage3", *given[:2]], "weights"), (["stage3", "--micro", "1"], "data"),
+        (["decoder", *given], "recipe"), (["stage3", *given[:2]], "weights"), (["stage3", "--micro-batch-size", "1"], "data"),
         (["stage3", *given, *seeds], "seed"),
     )  # fmt: skip
     for wrong, field in wrongs:
