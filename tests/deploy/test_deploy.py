@@ -129,6 +129,15 @@ def test_volumes_networks_and_configs_are_declared():
     assert compose("compose.gpu.yaml")["services"].keys() <= whole["services"].keys()
 
 
+# The deployment's names of the server's options, where they differ.
+OPTION_BY_SETTING = {"tensor_parallel": "tensor_parallel_size", "memory": "gpu_memory_utilization",
+                     "cache": "cpu_kvcache_gib", "users": "max_num_seqs", "longest": "max_model_len"}  # fmt: skip
+
+
+def get_option(options: dict, setting: str) -> object:
+    return options[OPTION_BY_SETTING.get(setting.lower(), setting.lower())]
+
+
 def started(words: list[str]) -> dict:
     """What `omnivideo mllm serve` makes of its arguments; vLLM's options are in their ranges."""
     assert words[:3] == ["omnivideo", "mllm", "serve"]
@@ -142,13 +151,13 @@ def test_compose_starts_the_language_model_as_it_is_told():
     said = dict(re.findall(r"^#MLLM_(\w+)=(.*)$", (DEPLOY / ".env.example").read_text(), flags=re.M))
     plain = started(shlex.split(SERVICES["mllm"]["command"]))
     assert plain["host"] == "0.0.0.0" and f"mllm:{plain['port']}" in SERVICES["api"]["environment"]["OMNIVIDEO_MLLM"]
-    assert {name: "" if plain[name.lower()] is None else str(plain[name.lower()]) for name in said} == said
+    assert {name: "" if (value := get_option(plain, name)) is None else str(value) for name in said} == said
     chosen = {"ENGINE": "vllm", "TENSOR_PARALLEL": "2", "MEMORY": "0.7", "CACHE": "8", "DTYPE": "bfloat16",
               "USERS": "64", "LONGEST": "8192", "QUANTIZATION": "fp8", "LORA": "/weights/lora"}  # fmt: skip
     assert chosen.keys() == said.keys()
     told = compose(**{f"MLLM_{name}": value for name, value in chosen.items()})["services"]["mllm"]
     given = started(shlex.split(told["command"]))
-    assert {name: str(given[name.lower()]) for name in chosen} == chosen
+    assert {name: str(get_option(given, name)) for name in chosen} == chosen
 
 
 def test_the_language_model_has_shared_memory_and_time_to_load():
@@ -354,14 +363,14 @@ def mllm_container(helm, case: dict) -> tuple[dict, dict]:
 def test_the_chart_starts_the_language_model_as_it_is_told(helm):
     pod, container = mllm_container(helm, {})
     given = started(container["command"])
-    assert (given["engine"], given["memory"], given["users"], given["longest"], given["lora"]) == (
-        "auto", 0.9, 16, None, None,
-    )  # fmt: skip
+    names = ("engine", "gpu_memory_utilization", "max_num_seqs", "max_model_len", "lora")
+    assert tuple(given[name] for name in names) == ("auto", 0.9, 16, None, None)
     assert {"name": "shared", "mountPath": "/dev/shm"} in container["volumeMounts"]
     assert {"name": "shared", "emptyDir": {"medium": "Memory", "sizeLimit": "2Gi"}} in pod["volumes"]
     _, container = mllm_container(helm, CASES["gpu"])
     given = started(container["command"])
-    assert (given["tensor_parallel"], given["memory"], given["longest"], given["users"]) == (2, 0.85, 1_000_000, 64)
+    names = ("tensor_parallel_size", "gpu_memory_utilization", "max_model_len", "max_num_seqs")
+    assert tuple(given[name] for name in names) == (2, 0.85, 1_000_000, 64)
     assert (given["quantization"], given["dtype"], str(given["lora"])) == ("fp8", "bfloat16", "/weights/lora")
     probe = container["startupProbe"]
     assert probe["periodSeconds"] * probe["failureThreshold"] == 3600

@@ -96,7 +96,8 @@ def test_the_service_goes_on_when_vllm_is_killed_in_the_middle_of_a_turn(server,
         next(fate := killed_once(server))
         turn, told = played(http, words, fate.send)
     assert "waiting" in told and turn["state"] == undisturbed["state"] == "done"
-    assert [one["answer"] for one in turn["turn"]["results"]] == [one["answer"] for one in undisturbed["turn"]["results"]]
+    results, expected = turn["turn"]["results"], undisturbed["turn"]["results"]
+    assert [one["answer"] for one in results] == [one["answer"] for one in expected]
 
 
 def killed_once(server: Server) -> Generator[None, str]:

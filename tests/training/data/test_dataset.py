@@ -317,7 +317,8 @@ def test_the_command_trains_over_shards(made, weights, tmp_path):
     for stage in ("stage1", "stage2a", "stage2b", "stage3"):
         ran = CliRunner().invoke(app, ["train", stage, *given, "--frames", "5", "--steps", "2"], catch_exceptions=False)
         assert ran.exit_code == 0 and (tmp_path / stage / "state.pt").exists()
-    asked = ["--stills", "2", "--ratio", "text-to-image=1", "--micro-batch-size", "1", "--runs", str(tmp_path / "asked")]
+    asked = ["--stills", "2", "--ratio", "text-to-image=1", "--micro-batch-size", "1"]
+    asked += ["--runs", str(tmp_path / "asked")]
     ran = CliRunner().invoke(app, ["train", "stage3", *given, *asked, "--frames", "5", "--steps", "3"])
     lines = (tmp_path / "asked" / "stage3" / "log.jsonl").read_text().splitlines()
     assert ran.exit_code == 0 and [set(json.loads(line)) for line in lines] == 3 * [
@@ -327,7 +328,8 @@ def test_the_command_trains_over_shards(made, weights, tmp_path):
     assert "5 samples in 3 steps, 0.00% of 1 ranks' work wasted" in looked.output
     seeds = ["--seed", "1", "--seed", "2"]
     wrongs = (
-        (["decoder", *given], "recipe"), (["stage3", *given[:2]], "weights"), (["stage3", "--micro-batch-size", "1"], "data"),
+        (["decoder", *given], "recipe"), (["stage3", *given[:2]], "weights"),
+        (["stage3", "--micro-batch-size", "1"], "data"),
         (["stage3", *given, *seeds], "seed"),
     )  # fmt: skip
     for wrong, field in wrongs:
