@@ -19,8 +19,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from omnivideo.training.config import TrainingConfig
 from omnivideo.training.data.batch_sampler import PAPER_TASK_MIX, TASKS, BatchSampler, Bucket, MixConfig, measure_epoch
 from omnivideo.training.engine.recipe import Losses, Recipe, single_micro_batch, step_seed
+from omnivideo.training.engine.run import RunContext
 from omnivideo.training.engine.trainer import Trainer, read_complete_lines
 from omnivideo.training.recipes.flow import build_adapter_recipe
 from omnivideo.training.recipes.parts import TASK_GROUPS
@@ -33,6 +35,10 @@ LOOKS = 4  # held-out batches of each task
 
 
 # ---------------------------------------------------------------- the orders alone
+
+
+def open_tiny(given: argparse.Namespace) -> TinyPipeline:
+    return TinyPipeline(RunContext(TrainingConfig(recipe="tiny", runs=given.runs, weights=given.weights)))
 
 
 def paper_set(total: int) -> tuple[list, list[Bucket]]:
@@ -181,7 +187,7 @@ def main() -> None:
     orders(10_000)
     if given.runs is None:
         return
-    tiny = TinyPipeline(given.runs, initial_weights=given.weights)
+    tiny = open_tiny(given)
     curves = {arm: [run(tiny, arm, seed, given) for seed in range(given.seeds)] for arm in ARMS}
     print(f"{platform.machine()}, {torch.get_num_threads()} threads; {given.steps} steps, {given.seeds} seeds")
     summary(curves)

@@ -36,8 +36,10 @@ from omnivideo.synthetic.scenes import (
     rasterize_shape,
 )
 from omnivideo.synthetic.scorer import detect_blobs, detect_scene, estimate_background, track_blobs
+from omnivideo.training.config import TrainingConfig
 from omnivideo.training.data.batch import CachedTask
 from omnivideo.training.data.visual_targets import embed_frames
+from omnivideo.training.engine.run import RunContext
 from omnivideo.training.engine.trainer import Trainer, read_complete_lines
 from omnivideo.training.recipes.flow import SyntheticSource, build_flow_recipe
 from omnivideo.training.tiny.feature_cache import load_cached_task, load_or_compute
@@ -49,6 +51,10 @@ MEASURES = ("right", "steady", "uneven")
 
 
 # ---------------------------------------------------------------- the world at another rate
+
+
+def open_tiny(given: argparse.Namespace) -> TinyPipeline:
+    return TinyPipeline(RunContext(TrainingConfig(recipe="tiny", runs=given.runs, weights=given.weights)))
 
 
 def covered(thing: SceneObject, at: float) -> np.ndarray:
@@ -187,7 +193,7 @@ def main() -> None:
     given = reader.parse_args()
     print(f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads")
     given.out.mkdir(parents=True, exist_ok=True)
-    found = {rate: arm(TinyPipeline(given.runs, initial_weights=given.weights), rate, given) for rate in RATES}
+    found = {rate: arm(open_tiny(given), rate, given) for rate in RATES}
     plot(found, given.out / "frame-rate.png")
     for name in MEASURES:
         print(f"{name:8}", *(f"{rate} frames a second {rows[-1][name]:.3f}" for rate, rows in found.items()), sep="  ")

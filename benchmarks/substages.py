@@ -16,8 +16,10 @@ from pathlib import Path
 import torch
 
 from omnivideo.models.omni import OmniVideoModel
+from omnivideo.training.config import TrainingConfig
 from omnivideo.training.data.batch import CachedTask, FlowBatch, collate_flow_batch
 from omnivideo.training.engine.recipe import Recipe
+from omnivideo.training.engine.run import RunContext
 from omnivideo.training.engine.trainer import Trainer
 from omnivideo.training.recipes import flow, parts
 from omnivideo.training.recipes.flow_matching import flow_matching_loss
@@ -27,6 +29,10 @@ from omnivideo.training.tiny.requests import TASKS, Task, sample_requests
 
 EVERY, WATCHED = 50, 96  # steps; requests of each task
 Curve = dict[Task, list[tuple[int, float]]]
+
+
+def open_tiny(given: argparse.Namespace) -> TinyPipeline:
+    return TinyPipeline(RunContext(TrainingConfig(recipe="tiny", runs=given.runs, weights=given.weights)))
 
 
 def rows_of(data: CachedTask) -> FlowBatch:
@@ -103,7 +109,7 @@ def main() -> None:
     reader.add_argument("--weights", type=Path, default=None, help="stand in for recipes without a run")
     given = reader.parse_args()
     print(f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads")
-    tiny, cache = TinyPipeline(given.runs, initial_weights=given.weights), given.runs / "cache"
+    tiny, cache = open_tiny(given), given.runs / "cache"
     omni, encoder = tiny.load_omni("stage2a"), tiny.load_visual_encoder()
     data = {
         task: load_cached_task(cache, omni, encoder, sample_requests(1, task, given.count), tiny.preparation)

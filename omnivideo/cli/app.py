@@ -29,12 +29,17 @@ NegativePromptOption = Annotated[Optional[str], typer.Option(help="Negative prom
 
 
 def parse_size(size: str | None) -> dict[str, int | None]:
-    if size is None:
-        return {"width": None, "height": None}
+    """Return WIDTHxHEIGHT as overrides of the preset's size, which are None if no size is given."""
+    width, height = (None, None) if size is None else parse_width_height(size)
+    return {"width": width, "height": height}
+
+
+def parse_width_height(size: str) -> tuple[int, int]:
+    """Return WIDTHxHEIGHT as two integers; raise InvalidInput for another form."""
     width, cross, height = size.lower().partition("x")
     if not (cross and width.isascii() and width.isdigit() and height.isascii() and height.isdigit()):
         raise InvalidInput("size", f"{size!r} is not of the form WIDTHxHEIGHT, e.g. 64x64")
-    return {"width": int(width), "height": int(height)}
+    return int(width), int(height)
 
 
 @contextmanager

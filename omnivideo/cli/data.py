@@ -1,9 +1,6 @@
 """`omnivideo data`: other people's layouts into shards, a look at shards, and their latents and text states."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -78,7 +75,7 @@ def inspect(
     """Count samples by task and bucket, and say what an epoch of stage 1's batches over them comes to."""
     from omnivideo.training.data.batch_sampler import measure_epoch
     from omnivideo.training.data.latent_cache import build_batch_sampler
-    from omnivideo.training.recipes.over_shards import build_mix
+    from omnivideo.training.recipes.over_shards import build_mix, open_dataset
 
     dataset, assigner = open_dataset(shards, size, frames, fps)
     mix = build_mix(stills, clips, ratio=ratio, weights=group_weight)
@@ -112,6 +109,7 @@ def encode(
     """Keep latents and text states beside the shards; run again, it does the shards that are left."""
     from omnivideo.models.weights.checkpoint import SHIPPED_WEIGHTS_FOLDER
     from omnivideo.training.data.latent_cache import FrozenEncoders, encode_shards
+    from omnivideo.training.recipes.over_shards import open_dataset
 
     dataset, assigner = open_dataset(shards, size, frames, fps)
     with error_console.status("loading the VAE and the text encoder"):
@@ -130,49 +128,6 @@ def encode(
         )
     console.print(f"{encoded_count} samples encoded; cache {encoders.compute_digest(assigner)}", highlight=False)
     print_skips(dataset.skip_report, report)
-
-
-def open_dataset(shards: str, size: str, frames: str, fps: float) -> tuple[Any, Any]:
-    """The library and the fit of the options."""
-    from omnivideo.training.data.batch_sampler import build_buckets
-    from omnivideo.training.data.file_store import open_file_store
-    from omnivideo.training.data.latent_cache import BucketAssigner
-    from omnivideo.training.data.sample import SkipReport
-    from omnivideo.training.data.webdataset import ShardDataset
-
-    width, height = parse_integers("size", size.lower().split("x"), 2)
-    buckets = build_buckets(width, height, (1, *parse_integers("frames", frames.split(","))))
-    return ShardDataset(open_file_store(shards), SkipReport()), BucketAssigner(tuple(buckets), fps)
-
-
-def parse_integers(field: str, parts: list[str], count: int | None = None) -> list[int]:
-    if not all(part.isascii() and part.isdigit() for part in parts) or count not in (None, len(parts)):
-        raise InvalidInput(field, "whole numbers, e.g. --size 832x480 --frames 17,41,81")
-    return [int(part) for part in parts]
-
-
-def report_skips_after_build(
-    makers: Mapping[str, Callable[[], Any]], skip_report: Any, report_path: Path | None
-) -> dict[str, Callable]:
-    """The recipes' makers, which say what of the samples is not usable before the first step."""
-
-    def build_and_report(build_recipe: Callable[[], Any]) -> Any:
-        recipe = build_recipe()
-        print_skips(skip_report, report_path)
-        return recipe
-
-    return {name: partial(build_and_report, make) for name, make in makers.items()}
-
-
-@contextmanager
-def report_skips(skip_report: Any, report_path: Path | None, distributed_context: Any) -> Iterator[None]:
-    """Around a run: the first process says at its end, however that comes, what any process met on the way."""
-    try:
-        yield
-        skip_report.merge_skips(distributed_context.all_gather(skip_report.skipped_samples))
-    finally:
-        if distributed_context.is_main_process:
-            print_skips(skip_report, report_path)
 
 
 def print_skips(skip_report: Any, report_path: Path | None) -> None:

@@ -30,7 +30,8 @@ from omnivideo.cli.app import (
     show_step_progress,
 )
 from omnivideo.cli.curate import curate
-from omnivideo.cli.train import ablate, evaluate, train
+from omnivideo.cli.evaluate import ablate, evaluate
+from omnivideo.cli.train import plan, train
 from omnivideo.contracts import check_prompt, resolve_sampling_params
 from omnivideo.errors import InvalidInput, OmniVideoError
 from omnivideo.presets import Task
@@ -189,6 +190,7 @@ def batch(
 app.command()(evaluate)
 app.command()(ablate)
 app.command()(train)
+app.command()(plan)
 
 
 @app.command()

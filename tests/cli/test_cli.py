@@ -99,7 +99,7 @@ GENERATE = ("generate", "a red circle", "--video")
         (("edit", "nowhere.mp4", "make it blue", "-o", "x.mp4"), "source:"),
         (("understand", "nowhere.mp4", "what is it?"), "source:"),
         (("train", "nothing"), "recipe: 'nothing' is not one of"),
-        (("train", "stage1", "--sample-every", "9"), "look-every: stage1 draws nothing"),
+        (("train", "stage1", "--sample-every", "9"), "sample-every: stage1 generates no samples"),
     ],
 )
 def test_bad_input_is_one_line_and_code_2(run, monkeypatch, tmp_path, args, said):
@@ -113,11 +113,12 @@ def test_bad_input_is_one_line_and_code_2(run, monkeypatch, tmp_path, args, said
 
 def test_what_training_is_told_arrives(run, monkeypatch, tmp_path):
     told = []
-    monkeypatch.setattr(TinyPipeline, "train", lambda tiny, name, out, world, *given, **changes: told.append(given))
+    monkeypatch.setattr(TinyPipeline, "train", lambda tiny: told.append(tiny.run))
     assert run("train", "stage3", "--runs", str(tmp_path), "--save-every", "600", "--sample-every", "50")[0] == 0
     assert run("train", "stage3", "--runs", str(tmp_path))[0] == 0
-    (_, _, seconds, look), (_, _, usual, none) = told
-    assert (seconds, usual) == (600, 120) and look is not none is skip_samples
+    assert [run.config.save_every for run in told] == [600, 120]
+    assert [run.config.sample_every for run in told] == [50, None]
+    assert told[0].sample_hook is not told[1].sample_hook is skip_samples
     assert run("train", "stage3", "--sample-every", "0")[0] == run("train", "stage3", "--save-every", "-1")[0] == 2
 
 

@@ -14,9 +14,11 @@ from rich.console import Console
 from omnivideo.errors import InvalidInput
 from omnivideo.evaluation import sample_sheet as looking
 from omnivideo.synthetic.scenes import render_scene
-from omnivideo.training.engine.monitor import all_parts_on_one_device, build_sample_hook, build_writer_factory
+from omnivideo.training.config import TrainingConfig
+from omnivideo.training.engine.monitor import all_parts_on_one_device, build_sample_hook
+from omnivideo.training.engine.run import RunContext
 from omnivideo.training.engine.trainer import Trainer
-from omnivideo.training.tiny.pipeline import TinyPipeline, train_recipe
+from omnivideo.training.tiny.pipeline import TinyPipeline
 from tests.training.test_training import logged, stage2a_recipe, stage3_recipe, toy
 
 
@@ -104,10 +106,10 @@ def test_parts_that_lie_elsewhere_come_and_go_back(drawing, monkeypatch):
 
 
 def test_recipes_that_draw_nothing_are_refused(weights, tmp_path):
-    tiny, out = TinyPipeline(tmp_path / "runs", shipped_weights=weights), Console(file=io.StringIO())
     for name in ("vae", "text", "mllm", "decoder", "stage1", "stage1_text"):
-        with pytest.raises(InvalidInput, match=f"look-every: {name} draws nothing; for stage2a, stage2b_generation, "):
-            tiny.train(name, out, sample_hook=build_sample_hook(1, looking.render_sample_sheet))
+        with pytest.raises(InvalidInput, match=f"sample-every: {name} generates no samples; allowed with stage2a, "):
+            config = TrainingConfig(recipe=name, runs=tmp_path / "runs", sample_every=1)
+            TinyPipeline(RunContext(config), shipped_weights=weights).train()
     assert not (tmp_path / "runs").exists()
     assert (
         build_sample_hook(1, looking.render_sample_sheet)(Trainer(toy(), tmp_path / "toy")) == {}
@@ -117,18 +119,22 @@ def test_recipes_that_draw_nothing_are_refused(weights, tmp_path):
 # ---------------------------------------------------------------- the run's own records
 
 
-def test_points_after_the_checkpoint_are_not_shown_twice(tmp_path):
+def test_points_after_the_checkpoint_are_not_shown_twice(tmp_path, monkeypatch):
     """A run that was killed after step 6 goes on from its checkpoint at step 3."""
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    out, watch = Console(file=io.StringIO()), build_writer_factory(["tensorboard"])
-    train_recipe(toy(), tmp_path, out, make_writers=watch, stop_at_step=3)
-    shutil.copy(tmp_path / "state.pt", tmp_path / "kept")
-    train_recipe(toy(), tmp_path, out, make_writers=watch, stop_at_step=6)
-    shutil.move(tmp_path / "kept", tmp_path / "state.pt")
-    train_recipe(
-        toy(), tmp_path, out, make_writers=watch, stop_at_step=8, sample_hook=lambda trainer: {"drawn right": 0.5}
-    )
-    found = events.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    out, folder = Console(file=io.StringIO()), tmp_path / "toy"
+
+    def train_until(step: int) -> None:
+        config = TrainingConfig(recipe="toy", runs=tmp_path, log_to=["tensorboard"], stop_at_step=step)
+        RunContext(config, console=out).train_recipe(toy())
+
+    train_until(3)
+    shutil.copy(folder / "state.pt", tmp_path / "kept")
+    train_until(6)
+    shutil.move(tmp_path / "kept", folder / "state.pt")
+    monkeypatch.setattr(RunContext, "sample_hook", property(lambda run: lambda trainer: {"drawn right": 0.5}))
+    train_until(8)
+    found = events.EventAccumulator(str(folder / "tensorboard")).Reload()
     assert [point.step for point in found.Scalars("loss")] == list(range(1, 9))
     assert [point.step for point in found.Scalars("drawn right")] == list(range(4, 9))
     assert "drawn right 0.5" in out.file.getvalue()
@@ -151,13 +157,8 @@ def test_a_run_goes_on_under_its_own_id(tmp_path, monkeypatch):
     service = Service()
     monkeypatch.setitem(sys.modules, "wandb", service)
     for folder in ("one", "two", "one"):
-        train_recipe(
-            toy(),
-            tmp_path / folder,
-            Console(file=io.StringIO()),
-            make_writers=build_writer_factory(["wandb"]),
-            stop_at_step=1,
-        )
+        config = TrainingConfig(recipe="toy", runs=tmp_path / folder, log_to=["wandb"], stop_at_step=1)
+        RunContext(config, console=Console(file=io.StringIO())).train_recipe(toy())
     ids = [given["id"] for given in service.opened]
     assert ids[0] == ids[2] != ids[1] and all(given["name"] == "toy" for given in service.opened)
 
@@ -166,7 +167,6 @@ def test_checkpoints_come_as_often_as_is_said(tmp_path, monkeypatch):
     saved = []
     monkeypatch.setattr(Trainer, "save", lambda trainer: saved.append(trainer.step))
     for seconds in (0.0, 120.0):
-        train_recipe(
-            toy(), tmp_path / str(seconds), Console(file=io.StringIO()), stop_at_step=3, save_every_seconds=seconds
-        )
+        config = TrainingConfig(recipe="toy", runs=tmp_path / str(seconds), stop_at_step=3, save_every=seconds)
+        RunContext(config, console=Console(file=io.StringIO())).train_recipe(toy())
     assert saved == [1, 2, 3, 3, 3]

@@ -20,10 +20,12 @@ from omnivideo.presets import TINY
 from omnivideo.synthetic.captions import RELATIONS, Caption
 from omnivideo.synthetic.facts import ObjectSpec, SceneSpec
 from omnivideo.synthetic.scenes import BACKGROUNDS, COLOURS
+from omnivideo.training.config import TrainingConfig
 from omnivideo.training.data.batch import collate_flow_batch, sample_mixed_batch
 from omnivideo.training.engine.optim import build_optimizers, orthogonalise, trapezoidal_lr_scale
 from omnivideo.training.engine.plots import plot_losses, read_curves
 from omnivideo.training.engine.recipe import Recipe, single_micro_batch
+from omnivideo.training.engine.run import RunContext
 from omnivideo.training.engine.trainer import Trainer, freeze_except
 from omnivideo.training.recipes import flow, stage1, stage2a
 from omnivideo.training.tiny import decoder, mllm, text_encoder, vae, visual_encoder
@@ -284,8 +286,12 @@ def test_the_rate_rises_stays_and_falls_to_nothing():
     assert shares[60:] == sorted(shares[60:], reverse=True)
 
 
+def run_in(folder, **options) -> RunContext:
+    return RunContext(TrainingConfig(recipe="tiny", runs=folder, **options))
+
+
 def test_the_shipped_weights_stand_in_for_runs_that_are_not_at_hand(omni, weights, tmp_path):
-    tiny = TinyPipeline(tmp_path / "runs", shipped_weights=weights)
+    tiny = TinyPipeline(run_in(tmp_path / "runs"), shipped_weights=weights)
     shipped = tiny.load_vae().state_dict()
     assert all(torch.allclose(value.half().float(), shipped[key]) for key, value in omni.vae.state_dict().items())
     foundation = tiny.load_foundation()
@@ -299,9 +305,9 @@ def test_the_shipped_weights_stand_in_for_runs_that_are_not_at_hand(omni, weight
 
 
 def test_foundations_are_exported_in_the_shipped_layout(weights, tmp_path):
-    first = TinyPipeline(tmp_path / "runs", shipped_weights=weights)
+    first = TinyPipeline(run_in(tmp_path / "runs"), shipped_weights=weights)
     first.export_foundations(tmp_path / "out")
-    again = TinyPipeline(tmp_path / "runs", shipped_weights=tmp_path / "out")
+    again = TinyPipeline(run_in(tmp_path / "runs"), shipped_weights=tmp_path / "out")
     for one, two in ((first.load_vae(), again.load_vae()), (first.load_text_encoder(), again.load_text_encoder())):
         assert all(torch.equal(value, two.state_dict()[key]) for key, value in one.state_dict().items())
 
@@ -359,14 +365,14 @@ def test_text_is_learned_as_it_is_said(mllm_tokenizer):
 
 
 def test_training_goes_on_from_a_folder_of_weights(weights, tmp_path):
-    there, tiny = checkpoint.load(weights), TinyPipeline(tmp_path, initial_weights=weights)
+    there, tiny = checkpoint.load(weights), TinyPipeline(run_in(tmp_path, weights=weights))
     begun = tiny.load_omni("stage2b")
     for name in ("mllm", "bridge", "decoder", "text_encoder", "vae"):
         expected = getattr(there, name).state_dict()
         assert all(torch.equal(value, expected[key]) for key, value in getattr(begun, name).state_dict().items()), name
     assert torch.equal(tiny.build_mllm_recipe().model.lm_head.weight, there.mllm.lm_head.weight)
     with pytest.raises(CheckpointError, match="mllm has not been trained"):
-        TinyPipeline(tmp_path, shipped_weights=weights).load_omni("stage2b")
+        TinyPipeline(run_in(tmp_path), shipped_weights=weights).load_omni("stage2b")
 
 
 def operations(recipe, step) -> int:

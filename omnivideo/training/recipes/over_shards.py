@@ -1,26 +1,29 @@
 """The stages of any preset over shards: `omnivideo train stage2b --data SHARDS --weights FOLDER`."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import torch
 
 from omnivideo.errors import InvalidInput
 from omnivideo.models.omni import OmniVideoModel
-from omnivideo.training.data.batch_sampler import PAPER_TASK_MIX, MixConfig
+from omnivideo.training.config import TrainingConfig
+from omnivideo.training.data.batch_sampler import PAPER_TASK_MIX, MixConfig, build_buckets
 from omnivideo.training.data.dataset import EpochDataset, FlowDataset, Stage1Dataset
+from omnivideo.training.data.file_store import open_file_store
 from omnivideo.training.data.latent_cache import BucketAssigner, LatentCache, compute_cache_digest, fingerprint_weights
+from omnivideo.training.data.sample import SkipReport
 from omnivideo.training.data.webdataset import ShardDataset
 from omnivideo.training.engine.placement import StageLoader
 from omnivideo.training.engine.recipe import Recipe
+from omnivideo.training.engine.run import RunContext
+from omnivideo.training.engine.trainer import PRECISIONS
 from omnivideo.training.recipes.flow import FLOW_BATCH_SIZES, build_flow_recipe
 from omnivideo.training.recipes.parts import TrainableParts
 from omnivideo.training.recipes.stage1 import assemble_stage1_recipe
 from omnivideo.training.recipes.stage2a import assemble_stage2a_recipe
-from omnivideo.training.tiny.pipeline import TinyPipeline
 
 PREVIOUS_STAGE = {
     "stage1": "", "stage2a": "stage1", "stage2b_generation": "stage2a", "stage2b": "stage2b_generation",
@@ -68,50 +71,47 @@ def parse_named_numbers(field: str, items: Sequence[str]) -> dict[str, float]:
     return numbers
 
 
-def build_recipe_factories(
-    library: ShardDataset,
-    fit: BucketAssigner,
-    stage: str,
-    tiny: TinyPipeline,
-    weights: Path | None,
-    mix: MixConfig,
-    micro_batch_size: int | None = None,
-    precision: torch.dtype | None = None,
-) -> dict[str, Callable[[], Recipe]]:
-    """The recipes that train over a library; its cache (from stage 2a on) counts where it is of the same weights.
+def open_dataset(shards: str, size: str, frames: str, fps: float) -> tuple[ShardDataset, BucketAssigner]:
+    """Return a folder of shards (or s3://bucket/prefix), with the buckets for a WIDTHxHEIGHT and frame counts."""
+    width, height = parse_integers("size", size.lower().split("x"), 2)
+    buckets = build_buckets(width, height, (1, *parse_integers("frames", frames.split(","))))
+    return ShardDataset(open_file_store(shards), SkipReport()), BucketAssigner(tuple(buckets), fps)
 
-    `micro`: samples of one process's forward and backward pass at the most (None: all that it has of a batch).
+
+def parse_integers(field: str, parts: Sequence[str], count: int | None = None) -> list[int]:
+    """Return the parts of an option as integers; raise InvalidInput if they are none, or not `count` of them."""
+    if not all(part.isascii() and part.isdigit() for part in parts) or count not in (None, len(parts)):
+        raise InvalidInput(field, "whole numbers, e.g. --size 832x480 --frames 17,41,81")
+    return [int(part) for part in parts]
+
+
+def check_stage(config: TrainingConfig) -> tuple[str, Path]:
+    """Return the stage that is trained and the weights that it starts from; raise InvalidInput for other recipes."""
+    if config.recipe not in PREVIOUS_STAGE:
+        allowed = ", ".join(PREVIOUS_STAGE)
+        raise InvalidInput("recipe", f"{config.recipe!r} does not train over shards; allowed: {allowed}")
+    if config.weights is None:
+        raise InvalidInput("weights", "shards need a folder of weights to begin with")
+    return config.recipe, config.weights
+
+
+def build_stage_recipe(library: ShardDataset, fit: BucketAssigner, run: RunContext, mix: MixConfig) -> Recipe:
+    """A stage, from the earlier stage's run, else from the weights.  AdamW with a cosine; on a GPU in bf16, if no other
+    precision is asked for.  Its cache (from stage 2a on) counts where it is of the same weights.
+
     Raises InvalidInput for a recipe that is no stage, and where weights are not named.
     """
-    if stage not in PREVIOUS_STAGE:
-        raise InvalidInput("recipe", f"{stage!r} does not train over shards; allowed: {', '.join(PREVIOUS_STAGE)}")
-    if weights is None:
-        raise InvalidInput("weights", "shards need a folder of weights to begin with")
-    return {stage: partial(build_stage_recipe, library, fit, stage, tiny, weights, mix, micro_batch_size, precision)}
-
-
-def build_stage_recipe(
-    library: ShardDataset,
-    fit: BucketAssigner,
-    stage: str,
-    tiny: TinyPipeline,
-    weights: Path,
-    mix: MixConfig,
-    micro_batch_size: int | None = None,
-    precision: torch.dtype | None = None,
-) -> Recipe:
-    """A stage, from the earlier stage's run, else from the weights.  AdamW with a cosine; on a GPU in bf16, if no other
-    `precision` is asked for."""
-    precision = precision or (torch.bfloat16 if tiny.device.type == "cuda" else torch.float32)
-    loader = StageLoader(stage, weights, tiny.device, precision)
+    stage, weights = check_stage(run.config)
+    precision = PRECISIONS[run.config.precision or ("bf16" if run.device.type == "cuda" else "fp32")]
+    loader = StageLoader(stage, weights, run.device, precision)
     omni = loader.load_omni()
-    if PREVIOUS_STAGE[stage] and tiny.has_run(PREVIOUS_STAGE[stage]):
-        state = torch.load(tiny.get_stage_file(PREVIOUS_STAGE[stage]), weights_only=True, map_location="cpu", mmap=True)
+    if PREVIOUS_STAGE[stage] and run.has_run(PREVIOUS_STAGE[stage]):
+        state = torch.load(run.get_state_file(PREVIOUS_STAGE[stage]), weights_only=True, map_location="cpu", mmap=True)
         TrainableParts(omni).load_state_dict(state["model"] | state["average"])
     source, recipe = (build_stage1_recipe if stage == "stage1" else build_flow_stage_recipe)(
-        library, fit, stage, tiny, loader, omni, mix
+        library, fit, stage, run, loader, omni, mix
     )
-    source.micro_batch_size = micro_batch_size
+    source.micro_batch_size = run.config.micro_batch_size
     return replace(
         recipe, optimizer="adamw", lr_schedule="cosine", precision=precision, data_digest=source.compute_digest()
     )
@@ -121,7 +121,7 @@ def build_stage1_recipe(
     library: ShardDataset,
     fit: BucketAssigner,
     stage: str,
-    tiny: TinyPipeline,
+    run: RunContext,
     loader: StageLoader,
     omni: OmniVideoModel,
     mix: MixConfig,
@@ -130,7 +130,7 @@ def build_stage1_recipe(
     encoder = loader.load_visual_encoder()
     source = Stage1Dataset(omni, library, fit, mix, encoder)
     recipe = assemble_stage1_recipe(
-        omni, encoder, source.load_batch, DEFAULT_STEPS, source.batch_size, tiny.workers, source.to_micro_batches
+        omni, encoder, source.load_batch, DEFAULT_STEPS, source.batch_size, run.config.workers, source.to_micro_batches
     )
     return source, replace(recipe, lr=100 * BASE_LR, adam_lr=10 * BASE_LR)
 
@@ -139,7 +139,7 @@ def build_flow_stage_recipe(
     library: ShardDataset,
     fit: BucketAssigner,
     stage: str,
-    tiny: TinyPipeline,
+    run: RunContext,
     loader: StageLoader,
     omni: OmniVideoModel,
     mix: MixConfig,
@@ -150,7 +150,9 @@ def build_flow_stage_recipe(
     source = FlowDataset(stage, omni, library, cache, fit, mix, encoder)
     if stage == "stage2a":
         recipe = replace(
-            assemble_stage2a_recipe(omni, source, DEFAULT_STEPS, tiny.workers), lr=100 * BASE_LR, adam_lr=10 * BASE_LR
+            assemble_stage2a_recipe(omni, source, DEFAULT_STEPS, run.config.workers),
+            lr=100 * BASE_LR,
+            adam_lr=10 * BASE_LR,
         )
         return source, recipe
     eq1, high = (ALIGNMENT_WEIGHT, 0.9) if stage == "stage3" else (0.0, 0.5)  # as the tiny preset's
@@ -162,5 +164,5 @@ def build_flow_stage_recipe(
         lr=10 * BASE_LR,
         alignment_weight=eq1,
         high_noise_share=high,
-        workers=tiny.workers,
+        workers=run.config.workers,
     )

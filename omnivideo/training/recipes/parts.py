@@ -2,7 +2,9 @@
 
 from torch import nn
 
+from omnivideo.errors import InvalidInput
 from omnivideo.models.omni import OmniVideoModel
+from omnivideo.training.config import TrainingConfig
 from omnivideo.training.tiny.requests import Task
 
 # What each stage trains, by the beginnings of its parameters' names.
@@ -32,3 +34,12 @@ class TrainableParts(nn.Module):
         self.mllm = omni.mllm
         self.bridge = omni.bridge
         self.decoder = omni.decoder
+
+
+def check_sampling(config: TrainingConfig) -> None:
+    """Raise InvalidInput if samples are asked for from a recipe that does not generate any."""
+    if config.sample_every is not None and config.recipe not in GENERATIVE_STAGES:
+        raise InvalidInput(
+            "sample-every",
+            f"{config.recipe} generates no samples; allowed with {', '.join(GENERATIVE_STAGES)} and tiny",
+        )

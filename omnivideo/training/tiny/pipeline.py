@@ -5,20 +5,15 @@ import os
 import platform
 import subprocess
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
-from torch import nn
 from transformers import Qwen3VLForConditionalGeneration, SiglipVisionModel, UMT5Config, UMT5EncoderModel
 
-from omnivideo.errors import CheckpointError, InvalidInput
+from omnivideo.errors import InvalidInput
 from omnivideo.models.mllm import VisionInputConfig
 from omnivideo.models.omni import Bridge, OmniVideoModel, build_decoder
 from omnivideo.models.positions import add_absolute_positions
@@ -32,19 +27,9 @@ from omnivideo.models.weights.checkpoint import (
 from omnivideo.presets import TINY
 from omnivideo.synthetic.scenes import stream_scenes
 from omnivideo.training.data.batch import CachedTask
-from omnivideo.training.engine.monitor import (
-    OVERALL_SCORE,
-    MetricWriterFactory,
-    SampleHook,
-    build_writer_factory,
-    format_progress_line,
-    measure_throughput,
-    skip_samples,
-)
-from omnivideo.training.engine.plots import plot_losses
 from omnivideo.training.engine.recipe import Recipe
-from omnivideo.training.engine.trainer import Trainer, TrainingProgress
-from omnivideo.training.engine.zero import ProcessContext
+from omnivideo.training.engine.run import RunContext
+from omnivideo.training.engine.trainer import Trainer
 from omnivideo.training.recipes import flow, parts, stage1, stage2a
 from omnivideo.training.tiny import mllm, text_encoder
 from omnivideo.training.tiny.decoder import (
@@ -65,8 +50,6 @@ REQUESTS_PER_TASK = 12_000  # of each task, in stages 2b and 3
 # Of the requests.  Stage 3 has as many edits again for each further seed: it sees them often enough to know them.
 REQUEST_SEEDS = (1, 3, 4)
 ProgressCallback = Callable[[int, int], None]
-SINGLE_PROCESS = ProcessContext()
-NO_WRITERS = build_writer_factory(())
 
 
 def ignore_progress(done: int, count: int) -> None:
@@ -74,40 +57,29 @@ def ignore_progress(done: int, count: int) -> None:
 
 
 class TinyPipeline:
-    """The recipes over one folder (`runs/` by default): each knows how to load what came before it.
+    """The recipes over one folder of runs: each knows how to load what came before it.
 
-    Where an earlier foundation's run is not at hand, its part of the shipped weights stands in.  With `weights`, a
-    folder of that layout, these stand in for every earlier recipe, and the MLLM goes on from them.  `workers` processes
-    draw the batches, each `times` as large as the recipe says.  Stages 2b and 3 draw their requests of `seeds`: of the
-    first for all tasks, in stage 3 of the others for edits.
+    Where an earlier foundation's run is not at hand, its part of the shipped weights stands in.  With the weights that
+    the configuration names, these stand in for every earlier recipe, and the MLLM goes on from them.  Stages 2b and 3
+    draw their requests of the configured seeds: of the first for all tasks, in stage 3 of the others for edits.
     """
 
     def __init__(
         self,
-        runs_folder: Path,
-        compile_model: bool = False,
+        run: RunContext,
         on_progress: ProgressCallback = ignore_progress,
         shipped_weights: Path = SHIPPED_WEIGHTS_FOLDER / "tiny",
-        make_writers: MetricWriterFactory = NO_WRITERS,
-        initial_weights: Path | None = None,
-        device: torch.device | str = "cpu",
-        workers: int = 0,
-        batch_scale: int = 1,
-        request_seeds: Sequence[int] = REQUEST_SEEDS,
     ):
-        self.runs_folder = runs_folder
-        self.compile_model = compile_model
+        self.run, config = run, run.config
+        self.runs_folder = config.runs
         self.on_progress = on_progress
-        self.weights_folder = initial_weights or shipped_weights
-        self.continues_from_weights = initial_weights is not None
-        self.device = torch.device(device)
-        if self.device.type == "cuda":
-            torch.set_float32_matmul_precision("high")  # TF32; bf16 would only add conversions at this size
-        self.workers = workers
-        self.batch_scale = batch_scale
-        self.request_seeds = request_seeds
+        self.weights_folder = config.weights or shipped_weights
+        self.continues_from_weights = config.weights is not None
+        self.device = run.device
+        self.workers = workers = config.workers
+        self.batch_scale = batch_scale = config.batch_scale
+        self.request_seeds = request_seeds = config.seeds or REQUEST_SEEDS
         self.preparation = PreparationConfig(on_progress, CHUNK_SIZE if self.device.type == "cpu" else 512, workers)
-        self.make_writers = make_writers
         self.recipe_factories: dict[str, Callable[[], Recipe]] = {
             "vae": build_vae_recipe,
             "vae_decoder": lambda: build_vae_decoder_recipe(self.load_jointly_trained_vae()),
@@ -130,24 +102,24 @@ class TinyPipeline:
             "stage3": lambda: self.build_flow_recipe(flow.build_stage3_recipe, "stage2b", request_seeds[1:]),
         }
 
-    def has_run(self, name: str) -> bool:
-        return (self.runs_folder / name / "state.pt").exists()
-
     def load_trained(self, recipe: Recipe) -> Any:
         """A recipe's model with the (averaged) weights of its checkpoint, as it stands."""
-        if not self.has_run(recipe.name):
-            raise CheckpointError(f"recipe {recipe.name} has not been trained yet: omnivideo train {recipe.name}")
-        return Trainer(recipe, self.runs_folder / recipe.name).apply_ema_weights().eval().requires_grad_(False)
+        return (
+            Trainer(recipe, self.run.get_state_file(recipe.name).parent)
+            .apply_ema_weights()
+            .eval()
+            .requires_grad_(False)
+        )
 
     def load_vae(self) -> AutoencoderKLWan:
         """The trained VAE, with the decoder that went on alone where there is such a run."""
-        if not self.has_run("vae_decoder"):
+        if not self.run.has_run("vae_decoder"):
             return self.load_jointly_trained_vae()
         return self.load_trained(self.recipe_factories["vae_decoder"]()).to(self.device)
 
     def load_jointly_trained_vae(self) -> AutoencoderKLWan:
         """The VAE that was trained as a whole, with its latent statistics measured on stills and clips once."""
-        if not self.has_run("vae"):
+        if not self.run.has_run("vae"):
             return self.load_shipped_part(AutoencoderKLWan, "vae")
         vae = self.load_trained(build_vae_recipe()).to(self.device)
         path = self.runs_folder / "vae" / f"statistics-{hash_weights(vae)}.pt"
@@ -170,7 +142,7 @@ class TinyPipeline:
         )
 
     def load_text_encoder(self) -> UMT5EncoderModel:
-        if not self.has_run("text"):
+        if not self.run.has_run("text"):
             return self.load_shipped_part(UMT5EncoderModel, "text_encoder")
         return self.load_trained(self.recipe_factories["text"]()).encoder.to(self.device)
 
@@ -192,7 +164,7 @@ class TinyPipeline:
         return recipe
 
     def load_mllm(self) -> Qwen3VLForConditionalGeneration:
-        if self.continues_from_weights and not self.has_run("mllm"):
+        if self.continues_from_weights and not self.run.has_run("mllm"):
             return self.load_shipped_part(Qwen3VLForConditionalGeneration, "mllm")
         return self.load_trained(self.build_mllm_recipe()).to(self.device)
 
@@ -206,7 +178,7 @@ class TinyPipeline:
 
     def load_foundation(self) -> DecoderFoundation:
         """The decoder with the text encoder that it was trained under."""
-        if self.has_run("decoder"):
+        if self.run.has_run("decoder"):
             model = DecoderFoundation(build_decoder(TINY), UMT5EncoderModel(UMT5Config(**text_encoder.CONFIG)))
             state = torch.load(self.runs_folder / "decoder" / "state.pt", weights_only=True)
             model.load_state_dict(state["model"] | state["average"])
@@ -217,7 +189,7 @@ class TinyPipeline:
         return model.eval().requires_grad_(False)
 
     def load_visual_encoder(self) -> SiglipVisionModel:
-        if not self.has_run("visual_encoder"):
+        if not self.run.has_run("visual_encoder"):
             return self.load_shipped_part(SiglipVisionModel, "visual_encoder")
         return self.load_trained(build_visual_encoder_recipe()).encoder.to(self.device)
 
@@ -235,20 +207,15 @@ class TinyPipeline:
             tokenizer=self.load_tokenizer(),
             vae=self.load_vae(),
         )
-        if after_recipe != "mllm" and self.continues_from_weights and not self.has_run(after_recipe):
+        if after_recipe != "mllm" and self.continues_from_weights and not self.run.has_run(after_recipe):
             omni.bridge = load_bridge(TINY, self.weights_folder, torch.float32)
         elif after_recipe != "mllm":
-            state = torch.load(self.get_stage_file(after_recipe), weights_only=True)
+            state = torch.load(self.run.get_state_file(after_recipe), weights_only=True)
             parts.TrainableParts(omni).load_state_dict(state["model"] | state["average"])
-        if after_recipe not in ("mllm", "stage1") and self.has_run("stage1_text"):
-            text_head = torch.load(self.get_stage_file("stage1_text"), weights_only=True)["average"]
+        if after_recipe not in ("mllm", "stage1") and self.run.has_run("stage1_text"):
+            text_head = torch.load(self.run.get_state_file("stage1_text"), weights_only=True)["average"]
             parts.TrainableParts(omni).load_state_dict(text_head, strict=False)
         return omni.to(self.device).eval()
-
-    def get_stage_file(self, name: str) -> Path:
-        if not self.has_run(name):
-            raise CheckpointError(f"recipe {name} has not been trained yet: omnivideo train {name}")
-        return self.runs_folder / name / "state.pt"
 
     def build_flow_recipe(
         self, recipe_factory: Callable[..., Recipe], after_recipe: str, extra_edit_seeds: Sequence[int] = ()
@@ -276,46 +243,19 @@ class TinyPipeline:
             omni, data, batch_sizes=(stills * self.batch_scale, clips * self.batch_scale), workers=self.workers
         )
 
-    def train(
-        self,
-        name: str,
-        console: Console,
-        context: ProcessContext = SINGLE_PROCESS,
-        stop_at_step: int | None = None,
-        lr_scale: float = 1.0,
-        save_every_seconds: float = 120.0,
-        sample_hook: SampleHook = skip_samples,
-        **overrides: Any,
-    ) -> None:
-        """One recipe, or all of them in order for "tiny"; to step `until`, at `rate` times its learning rates, with
-        other fields changed.
+    def train(self) -> None:
+        """Train the configured recipe, or all of them in order and export the preset for "tiny".
 
-        Raises InvalidInput for a name that is none, and to look at a recipe that draws nothing.
+        Raises InvalidInput for a name that is none.
         """
+        name = self.run.config.recipe
         if name != "tiny" and name not in self.recipe_factories:
             raise InvalidInput("recipe", f"{name!r} is not one of tiny, {', '.join(self.recipe_factories)}")
-        if sample_hook is not skip_samples and name not in ("tiny", *parts.GENERATIVE_STAGES):
-            raise InvalidInput(
-                "look-every", f"{name} draws nothing; for {', '.join(parts.GENERATIVE_STAGES)}, and tiny: all"
-            )
+        if name != "tiny":
+            parts.check_sampling(self.run.config)
         for recipe_name in self.recipe_factories if name == "tiny" else [name]:
-            with context.main_process_first():
-                recipe = self.recipe_factories[recipe_name]()
-                if self.compile_model:
-                    compile_decoder(recipe.model)
-                overrides |= {"device": self.device, "lr": recipe.lr * lr_scale, "adam_lr": recipe.adam_lr * lr_scale}
-                recipe = replace(recipe, **overrides)
-            train_recipe(
-                recipe,
-                self.runs_folder / recipe_name,
-                console,
-                context,
-                self.make_writers,
-                stop_at_step,
-                save_every_seconds,
-                sample_hook,
-            )
-        if name == "tiny" and context.is_main_process:
+            self.run.build_and_train(self.recipe_factories[recipe_name])
+        if name == "tiny" and self.run.processes.is_main_process:
             self.export_preset(self.runs_folder / "tiny")
 
     def export_preset(self, folder: Path) -> None:
@@ -341,7 +281,7 @@ class TinyPipeline:
         """The foundations that are there, in the shipped layout, so that a later machine can go on from them."""
         foundation = self.load_foundation()
         parts = {"vae": self.load_vae(), "transformer": foundation.decoder, "text_encoder": foundation.text_encoder}
-        if self.has_run("visual_encoder"):
+        if self.run.has_run("visual_encoder"):
             parts["visual_encoder"] = self.load_visual_encoder()
         folder.mkdir(parents=True, exist_ok=True)
         for name, model in parts.items():
@@ -362,49 +302,7 @@ def resolve_tokenizer_folder(name: str, run_folder: Path, shipped_folder: Path) 
     return shipped_folder / name if use_shipped else run_folder
 
 
-def compile_decoder(model: nn.Module) -> None:
-    """Its blocks, where there is one: they are compiled once for all."""
-    for module in model.modules():
-        if isinstance(module, WanTransformer3DModel):
-            module.compile_repeated_blocks()
-
-
 def build_seeded_bridge() -> Bridge:
     """The joining parts at random, the same every time (stage 1 starts here)."""
     torch.manual_seed(10)
     return Bridge(TINY)
-
-
-def train_recipe(
-    recipe: Recipe,
-    folder: Path,
-    console: Console,
-    context: ProcessContext = SINGLE_PROCESS,
-    make_writers: MetricWriterFactory = NO_WRITERS,
-    stop_at_step: int | None = None,
-    save_every_seconds: float = 120.0,
-    sample_hook: SampleHook = skip_samples,
-) -> None:
-    """Trains to the end with a progress bar, prints what is trainable, and draws the losses."""
-    trainer = context.create_trainer(recipe, folder)
-    if not context.is_main_process:
-        trainer.run(stop_at_step, save_every_seconds, sample_hook=sample_hook)
-        return
-    weights = sum(parameter.numel() for _, parameter in trainer.trainable_parameters)
-    trained_parts = sorted({".".join(key.split(".")[:2]) for key, _ in trainer.trainable_parameters})
-    console.print(f"[bold]{recipe.name}[/bold]: {weights:,} trainable weights in {', '.join(trained_parts)}")
-    columns = (TextColumn(recipe.name), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Bar(*columns, TextColumn("{task.description}"), console=console) as bar:
-        task = bar.add_task("", total=recipe.steps, completed=trainer.step)
-        writers = make_writers(folder, recipe, trainer.step)
-        last_scores: dict[str, float] = {}
-
-        def show_progress(progress: TrainingProgress) -> None:
-            figures = measure_throughput(recipe, progress, context.world_size).to_metrics()
-            last_scores.update((name, value) for name, value in progress.scores.items() if name == OVERALL_SCORE)
-            bar.update(task, completed=progress.step, description=format_progress_line(progress, last_scores | figures))
-            for write in writers:
-                write(progress.step, progress.losses | progress.scores | figures)
-
-        trainer.run(stop_at_step, save_every_seconds, show_progress, sample_hook)
-    plot_losses(folder / "log.jsonl", folder / "loss.png", recipe.name)

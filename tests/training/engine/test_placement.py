@@ -7,6 +7,7 @@ import torch
 
 from omnivideo.models.weights import checkpoint
 from omnivideo.models.weights.checkpoint import load, load_parts, save_library_model
+from omnivideo.training.config import TrainingConfig
 from omnivideo.training.data.latent_cache import FrozenEncoders, encode_shards
 from omnivideo.training.engine import placement
 from omnivideo.training.engine.placement import (
@@ -16,12 +17,12 @@ from omnivideo.training.engine.placement import (
     choose_placement,
     move_cpu_parts_to_device,
 )
+from omnivideo.training.engine.run import RunContext
 from omnivideo.training.engine.trainer import Trainer
 from omnivideo.training.planning.plan import ALIGNED_STAGES, FLOW_STAGES, TASKS_BY_STAGE
 from omnivideo.training.recipes import flow
 from omnivideo.training.recipes.over_shards import PREVIOUS_STAGE, build_mix, build_stage_recipe
 from omnivideo.training.recipes.parts import TRAINABLE_BY_STAGE
-from omnivideo.training.tiny.pipeline import TinyPipeline
 from tests.training.data.test_dataset import SAMPLES, encoder
 from tests.training.data.test_latent_cache import FIT, library
 
@@ -72,8 +73,8 @@ def test_every_stage_trains_with_its_parts_in_their_places(made, weights, asked,
     before: dict[str, torch.Tensor] = {}
     for name in PREVIOUS_STAGE:
         asked.clear()
-        tiny = TinyPipeline(tmp_path, initial_weights=weights)
-        recipe = replace(build_stage_recipe(made, FIT, name, tiny, weights, build_mix()), precision=BF16)
+        run = RunContext(TrainingConfig(recipe=name, runs=tmp_path, data="shards", weights=weights))
+        recipe = replace(build_stage_recipe(made, FIT, run, build_mix()), precision=BF16)
         assert {part.partition(".")[0] for part, place in asked.items() if place.device != GPU} == set(
             placement.CPU_PARTS
         )

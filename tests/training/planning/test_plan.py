@@ -420,7 +420,7 @@ def test_gpus_that_are_not_known_are_named(text):
 
 def test_the_command_line_prints_the_plan_or_refuses_it(monkeypatch, capsys):
     def run(*args: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["omnivideo", "train", *args, "--plan"])
+        monkeypatch.setattr(sys, "argv", ["omnivideo", "plan", *args])
         with pytest.raises(SystemExit) as caught:
             main()
         printed = capsys.readouterr()

@@ -1,0 +1,64 @@
+"""The commands of evaluation: evaluate, ablate."""
+
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from omnivideo.cli.app import DeviceOption, WeightsOption, console, error_console, open_studio
+from omnivideo.errors import InvalidInput
+
+
+def evaluate(
+    preset: Annotated[str, typer.Argument(help="tiny: its world has a scorer.")] = "tiny",
+    weights: WeightsOption = None,
+    device: DeviceOption = "auto",
+    count: Annotated[int, typer.Option(min=1, max=10_000, help="Held-out prompts a category.")] = 50,
+    planner: Annotated[bool, typer.Option("--planner", help="Score the planner's turns instead.")] = False,
+    report: Annotated[Optional[Path], typer.Option(help="Write the scores as JSON.")] = None,  # noqa: UP045
+) -> None:
+    """Score a preset on held-out prompts, edits, questions and routes; or the planner, turn by turn."""
+    from omnivideo.evaluation.report import build_score_table, score_planner, scores_to_json
+    from omnivideo.evaluation.suite import evaluate_all
+
+    if preset != "tiny":
+        raise InvalidInput("preset", f"{preset!r} has no world to be scored in; use tiny")
+    studio = open_studio(preset, weights, device)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=error_console, transient=True) as bar:
+        rows: dict[str, Any] = {}
+
+        def on_progress(name: str, done: int, total: int) -> None:
+            if name not in rows:
+                rows[name] = bar.add_task(name)
+            bar.update(rows[name], completed=done, total=total)
+
+        scores = (
+            score_planner(studio.conversations, count, on_progress)
+            if planner
+            else evaluate_all(studio.omni, count, on_progress)
+        )
+    console.print(build_score_table(scores))
+    if report is not None:
+        report.write_text(scores_to_json(scores))
+
+
+def ablate(
+    runs: Annotated[Path, typer.Option(help="Folder in which all recipes were trained.")] = Path("runs"),
+    count: Annotated[int, typer.Option(min=1, max=10_000, help="Held-out prompts a category.")] = 50,
+) -> None:
+    """Score the tiny preset after every stage, and without its visual tokens."""
+    from omnivideo.evaluation.ablation import build_ablation_table, run_ablation
+    from omnivideo.training.config import TrainingConfig
+    from omnivideo.training.engine.run import RunContext
+    from omnivideo.training.tiny.pipeline import TinyPipeline
+
+    tiny = TinyPipeline(RunContext(TrainingConfig(recipe="tiny", runs=runs)))
+    with error_console.status("") as status:
+
+        def on_progress(name: str, done: int, total: int) -> None:
+            status.update(f"{name} {done}/{total}")
+
+        rows = dict(run_ablation(tiny.load_omni, count, on_progress))
+    console.print(build_ablation_table(rows))
