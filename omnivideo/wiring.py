@@ -73,7 +73,7 @@ class ServiceWiring:
     @cached_property
     def engine(self) -> Any:
         """The database, at the newest schema."""
-        from omnivideo.storage.database.schema import create_database_engine, upgrade_schema
+        from omnivideo.storage.database.engine import create_database_engine, upgrade_schema
 
         settings = self.settings
         if not settings.database:
@@ -162,9 +162,11 @@ class ServiceWiring:
         from omnivideo.backends.webhooks import check_reachable
         from omnivideo.media import ingest
         from omnivideo.media.thumbnails import create_picture_renderer
+        from omnivideo.storage.database.batches import BatchRepository
+        from omnivideo.storage.database.files import FileRepository
         from omnivideo.storage.database.keys import APIKeyRepository
         from omnivideo.storage.database.turns import TurnRepository
-        from omnivideo.storage.records import RecordRepository
+        from omnivideo.storage.database.webhooks import WebhookRepository
 
         settings = self.settings
 
@@ -183,7 +185,9 @@ class ServiceWiring:
             store=self.store,
             jobs=self.jobs,
             api_keys=APIKeyRepository(self.engine, settings.admin_key),
-            records=RecordRepository(self.engine),
+            files=FileRepository(self.engine),
+            batches=BatchRepository(self.engine),
+            webhooks=WebhookRepository(self.engine),
             turns=TurnRepository(self.engine),
             conversations=self.conversations,
             ingest_media=lambda data, made_by, name="": ingest.ingest_media(self.store, data, made_by, name),
@@ -205,7 +209,8 @@ class ServiceWiring:
 
         settings, send_chat_request = self.settings, partial(chat.run_chat_request, context)
         runner = BatchRunner(
-            context.records,
+            context.batches,
+            context.files,
             self.jobs,
             self.store,
             self.notify_workers,
@@ -213,7 +218,7 @@ class ServiceWiring:
             send_chat_request,
             settings.heartbeat_timeout,
         )
-        sender = WebhookSender(context.records, settings.webhook_hosts)
+        sender = WebhookSender(context.webhooks, self.jobs, settings.webhook_hosts)
         self.close_callbacks += [runner.start().stop, sender.start().stop]
         return context
 
@@ -223,12 +228,12 @@ class ServiceWiring:
 
     def sweep_store(self) -> list[str]:
         """Removes what no thread, job or file refers to; returns the removed keys."""
-        from omnivideo.storage.records import RecordRepository
+        from omnivideo.storage.database.files import FileRepository
 
         referenced_keys = (
             self.conversations.collect_referenced_keys()
             | self.jobs.collect_referenced_keys(self.settings.artifact_lifetime_seconds)
-            | RecordRepository(self.engine).collect_referenced_keys()
+            | FileRepository(self.engine).collect_referenced_keys()
         )
         return self.store.sweep(referenced_keys, self.settings.artifact_lifetime_seconds)
 

@@ -22,7 +22,9 @@ class ServiceContext:
     store: SweepableObjectStore
     jobs: Any  # storage.database.jobs.JobRepository
     api_keys: Any  # storage.database.keys.APIKeyRepository
-    records: Any  # storage.records.RecordRepository: files, batches, hooks, and what was answered to a repeated request
+    files: Any  # storage.database.files.FileRepository
+    batches: Any  # storage.database.batches.BatchRepository
+    webhooks: Any  # storage.database.webhooks.WebhookRepository
     turns: Any  # storage.database.turns.TurnRepository
     conversations: Any  # agent.conversations.Conversations
     ingest_media: Callable[..., Any]  # a user's bytes as an artifact, decoded in a limited process

@@ -292,7 +292,7 @@ def submit_job(context: ServiceContext, owner: str, job_request: JobRequest, lan
     if status is not None:
         context.notify_workers()
         return status
-    status = context.records.get_owned_job(job_request.job.id, owner, job_request.kind)
+    status = context.jobs.get_owned_job(job_request.job.id, owner, job_request.kind)
     if status is None:
         raise APIError(404, "Idempotency-Key: what it stands for was deleted; give a new one", "Idempotency-Key")
     if status.meta.get("request") != job_request.meta["request"]:

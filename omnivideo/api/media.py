@@ -35,7 +35,7 @@ def artifact_from_part(context: Any, owner: str, part: MediaPart, created_by: st
     if part.url is not None:
         artifact: Artifact = context.ingest_media(context.fetch_media(part.url), created_by)
         return artifact
-    file = context.records.get_file(part.file_id, owner)
+    file = context.files.get_file(part.file_id, owner)
     if file is None:
         raise build_not_found_error("file", str(part.file_id))
     if file.artifact is None:

@@ -174,7 +174,7 @@ def artifact_from_upload(context: ServiceContext, owner: str, file: UploadFile) 
 
 
 def artifact_from_file(context: ServiceContext, owner: str, file_id: str) -> Artifact:
-    row = context.records.get_file(file_id, owner)
+    row = context.files.get_file(file_id, owner)
     if row is None:
         raise InvalidInput("file_id", f"there is no file {file_id[:100]!r}")
     if row.artifact is None:
@@ -188,7 +188,7 @@ def artifact_from_url(context: ServiceContext, owner: str, url: str) -> Artifact
 
 
 def artifact_from_job(context: ServiceContext, owner: str, job_id: str) -> Artifact:
-    status = context.records.get_owned_job(job_id, owner, "video")
+    status = context.jobs.get_owned_job(job_id, owner, "video")
     if status is None:
         raise InvalidInput("id", f"there is no video {job_id[:100]!r}")
     if status.result is None:

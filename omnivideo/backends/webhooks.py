@@ -29,7 +29,8 @@ from omnivideo.media.fetch import (
     load_tls_context,
     resolve_addresses,
 )
-from omnivideo.storage.records import RecordRepository
+from omnivideo.storage.database.jobs import JobRepository
+from omnivideo.storage.database.webhooks import WebhookRepository
 
 log = logging.getLogger("omnivideo.hooks")
 DELIVERY_TIMEOUT_SECONDS = 10.0  # that one try may take
@@ -129,12 +130,14 @@ class WebhookSender:
 
     def __init__(
         self,
-        records: RecordRepository,
+        webhooks: WebhookRepository,
+        jobs: JobRepository,
         internal_hosts: Collection[str] = (),
         poll_seconds: float = 0.5,
         first_retry_seconds: float = 5.0,
     ):
-        self.records = records
+        self.webhooks = webhooks
+        self.jobs = jobs
         self.internal_hosts = tuple(internal_hosts)
         self.poll_seconds = poll_seconds
         self.first_retry_seconds = first_retry_seconds
@@ -159,7 +162,7 @@ class WebhookSender:
                 self.announce_ended_jobs()
                 self.send_due_deliveries()
                 if time.monotonic() - last_tidied_at > 3600:
-                    self.records.delete_old_deliveries()
+                    self.webhooks.delete_old_deliveries()
                     last_tidied_at = time.monotonic()
             except OmniVideoError as error:
                 log.warning("%s", error)
@@ -168,8 +171,8 @@ class WebhookSender:
 
     def announce_ended_jobs(self) -> None:
         """Puts what has ended before the hooks that wanted to know then."""
-        while jobs := self.records.list_unannounced_jobs("video", 100):
-            hooks = self.records.list_webhooks_of_owners({job.owner for job in jobs})
+        while jobs := self.jobs.list_unannounced_jobs("video", 100):
+            hooks = self.webhooks.list_webhooks_of_owners({job.owner for job in jobs})
             matching_pairs = [
                 (job, hook)
                 for job in jobs
@@ -181,8 +184,8 @@ class WebhookSender:
                 (event_id, hook.id, body) for event_id, hook, body in events if body["type"] in hook.event_types
             ]
             if deliveries:
-                self.records.enqueue_deliveries(deliveries)
-            self.records.mark_announced([job.id for job in jobs])
+                self.webhooks.enqueue_deliveries(deliveries)
+            self.jobs.mark_announced([job.id for job in jobs])
 
     def send_due_deliveries(self) -> None:
         """Tries what is due, as far as there is a free thread; a host that is slow to answer holds up no announcing."""
@@ -190,12 +193,12 @@ class WebhookSender:
         if free_slots := MAX_CONCURRENT_DELIVERIES - len(self.in_flight):
             self.in_flight |= {
                 self.executor.submit(self.attempt_delivery, *pair)
-                for pair in self.records.claim_due_deliveries(free_slots, DELIVERY_LEASE_SECONDS)
+                for pair in self.webhooks.claim_due_deliveries(free_slots, DELIVERY_LEASE_SECONDS)
             }
 
     def attempt_delivery(self, delivery: Any, hook: Any) -> None:
         if hook is None:
-            self.records.complete_delivery(delivery.id)
+            self.webhooks.complete_delivery(delivery.id)
             return
         try:
             status = send_event(hook.url, hook.secret, delivery.id, delivery.body, self.internal_hosts)
@@ -203,14 +206,14 @@ class WebhookSender:
             log.info("webhook %s: %s: %s", hook.id, delivery.id, type(error).__name__)
             status = 0
         if 200 <= status < 300:
-            self.records.complete_delivery(delivery.id)
+            self.webhooks.complete_delivery(delivery.id)
             return
         retry_seconds = min(self.first_retry_seconds * 2.0 ** (delivery.attempts - 1), RETRY_WINDOW_SECONDS)
         if time.time() + retry_seconds > delivery.body["created_at"] + RETRY_WINDOW_SECONDS:
             log.warning("webhook %s: %s was not taken within a day", hook.id, delivery.id)
-            self.records.complete_delivery(delivery.id)
+            self.webhooks.complete_delivery(delivery.id)
         else:
-            self.records.postpone_delivery(delivery.id, retry_seconds)
+            self.webhooks.postpone_delivery(delivery.id, retry_seconds)
 
 
 def build_event(job: Any, hook: Any) -> tuple[str, Any, dict[str, Any]]:

@@ -73,7 +73,7 @@ def test_attack_traversal_in_a_file_name(http, rooms, name):
     before = {path for path in rooms.settings.home.parent.rglob("*") if path.is_file()}
     kept = http.post("/v1/files", files={"file": (name, b"text")}, data={"purpose": "user_data"}).json()
     assert not set(kept["filename"]) & set("/\\")
-    row = rooms.records.get_file(kept["id"], "admin")
+    row = rooms.files.get_file(kept["id"], "admin")
     assert re.fullmatch(r"[0-9a-f]{64}\.bin", row.object_key) and rooms.store.get(row.object_key) == b"text"
     made = {path for path in rooms.settings.home.parent.rglob("*") if path.is_file()} - before
     assert all(path.is_relative_to(rooms.settings.home) for path in made)
@@ -472,7 +472,7 @@ def test_attack_traceback_in_an_answer(service, monkeypatch, path):
         raise ZeroDivisionError(where)
 
     monkeypatch.setattr(service[1].jobs, "submit", broken)
-    monkeypatch.setattr(service[1].records, "create_file", broken)
+    monkeypatch.setattr(service[1].files, "create_file", broken)
     given = {"Authorization": f"Bearer {KEY}"}
     form = (
         {"files": {"file": b"x"}, "data": {"purpose": "user_data"}}
@@ -524,7 +524,7 @@ from omnivideo.api.routes import batches, files, images, videos, webhooks
 from omnivideo.backends import webhooks
 from omnivideo.backends.batches import runner
 from omnivideo.media import thumbnails
-from omnivideo.storage import records
+from omnivideo.storage.database import batches, files, webhooks
 print(sorted({"torch", "diffusers", "transformers", "celery"} & set(sys.modules)))
 """
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
@@ -541,9 +541,9 @@ def test_signatures_are_the_standards():
 
 
 def test_a_sender_lives_on_after_trouble(rooms):
-    sender = WebhookSender(rooms.records, poll_seconds=0.01)
+    sender = WebhookSender(rooms.webhooks, rooms.jobs, poll_seconds=0.01)
     told_of = []
-    sender.records = type("Broken", (), {"list_unannounced_jobs": lambda *rest: told_of.append(1) or 1 / 0})()
+    sender.jobs = type("Broken", (), {"list_unannounced_jobs": lambda *rest: told_of.append(1) or 1 / 0})()
     sender.start()
     until(lambda: len(told_of) > 2)
     sender.stop()

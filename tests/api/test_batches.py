@@ -142,8 +142,9 @@ def test_a_batch_whose_runner_dies_is_taken_over_and_no_line_is_done_twice(clien
         runner = runner_for(rooms, max_open_jobs=4, heartbeat_timeout_seconds=0.05)
         acts = ("save_line_outcomes", "update_batch_counts", "transition_batch", "delete_line_outcomes", "create_file")
         dies = acts[at % len(acts)]
+        store = rooms.files if dies == "create_file" else rooms.batches
         with monkeypatch.context() as mortal:
-            mortal.setattr(rooms.records, dies, deadly(getattr(rooms.records, dies)))
+            mortal.setattr(store, dies, deadly(getattr(store, dies)))
             try:
                 for _ in range(4):
                     runner.run_once()
@@ -208,7 +209,9 @@ def ear():
 
 @pytest.fixture
 def sender(rooms):
-    sender = WebhookSender(rooms.records, ("localhost",), poll_seconds=0.05, first_retry_seconds=0.1).start()
+    sender = WebhookSender(
+        rooms.webhooks, rooms.jobs, ("localhost",), poll_seconds=0.05, first_retry_seconds=0.1
+    ).start()
     yield sender
     sender.stop()
 
@@ -250,14 +253,14 @@ def test_a_webhook_is_tried_again_and_never_sent_elsewhere(client, ear, sender):
 
 def test_an_end_is_announced_once_whoever_dies(client, rooms, ear):
     hook = client.webhooks.create(name="mine", url=ear.address, event_types=["video.completed"])
-    sender = WebhookSender(rooms.records, ("localhost",))
+    sender = WebhookSender(rooms.webhooks, rooms.jobs, ("localhost",))
     sender.announce_ended_jobs()
     client.videos.create_and_poll(prompt="a ball", **SMALL)
     with pytest.MonkeyPatch.context() as mortal:
-        mortal.setattr(rooms.records, "mark_announced", lambda ids: (_ for _ in ()).throw(KeyboardInterrupt))
+        mortal.setattr(rooms.jobs, "mark_announced", lambda ids: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             sender.announce_ended_jobs()
-    others = [WebhookSender(rooms.records, ("localhost",)) for _ in range(2)]
+    others = [WebhookSender(rooms.webhooks, rooms.jobs, ("localhost",)) for _ in range(2)]
     for other in others:
         other.announce_ended_jobs()
     for other in others:

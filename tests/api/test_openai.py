@@ -382,7 +382,7 @@ def test_an_image_is_edited(client):
 def test_a_client_that_goes_away_stops_its_images(service, rooms):
     with client_for(service) as client, pytest.raises(openai.APITimeoutError):
         client.images.generate(prompt="gone", extra_body={"num_inference_steps": 200}, timeout=0.4)
-    (job,), _ = rooms.records.list_owned_jobs("admin", "image", None, 1, True)
+    (job,), _ = rooms.jobs.list_owned_jobs("admin", "image", None, 1, True)
     assert job.job.prompt == "gone"
     until(lambda: rooms.jobs.get_status(job.id).state == "cancelled")
 

@@ -10,16 +10,16 @@ from sqlalchemy import update
 
 from omnivideo.contracts import Artifact, Job, StepProgress
 from omnivideo.errors import InvalidInput, JobCancelled, JobFailed, JobLost, ServiceBusy, StoreError
+from omnivideo.storage.database.engine import create_database_engine, upgrade_schema
 from omnivideo.storage.database.jobs import JobRepository, result_from_status
-from omnivideo.storage.database.schema import create_database_engine, jobs, metadata, unix_now, upgrade_schema
+from omnivideo.storage.database.repository import unix_now
+from omnivideo.storage.database.schema import jobs, metadata
 from tests.support.servers import free_port
 
 
 @pytest.fixture
-def book(engine):
-    with engine.connect() as connection:
-        connection.execute(jobs.delete())
-    return JobRepository(engine)
+def book(empty_database):
+    return JobRepository(empty_database)
 
 
 def job(name: str, prompt: str = "a red ball") -> Job:
@@ -66,9 +66,9 @@ def test_a_job_is_drawn_once(book):
 
 def test_an_id_stands_for_one_request_of_one_owner(book):
     book.submit(job("one"), owner="ann")
-    with pytest.raises(InvalidInput, match="id: that id is another job's"):
+    with pytest.raises(InvalidInput, match="id: that id belongs to a different job"):
         book.submit(job("one", "a blue ball"), owner="ann")
-    with pytest.raises(InvalidInput, match="id: that id is another job's"):
+    with pytest.raises(InvalidInput, match="id: that id belongs to a different job"):
         book.submit(job("one"), owner="bob")
 
 
@@ -232,3 +232,41 @@ def test_a_lost_pack_is_taken_over_whole(book):
     assert book.heartbeat_all(claims) == {}  # the first worker has none of them any more
     fresh = book.claim_render_batch(book.claim_next_job("v"), "v", 3, any_job)
     assert fresh[0].job.id == "line3" and fresh[0].batch_job_ids == ("line3", "line4")
+
+
+# ---------------------------------------------------------------- jobs as their owner sees them
+
+
+def test_pages_follow_each_other_even_if_jobs_have_the_same_time(book):
+    for at in range(7):
+        book.submit(job(f"job{at}"), "ann", kind="video")
+    book.fetch_all(update(jobs).where(jobs.c.id.in_(["job2", "job3", "job4"])).values(created_at=unix_now()))
+    for newest_first in (True, False):
+        seen, after, has_more = [], None, True
+        while has_more:
+            page, has_more = book.list_owned_jobs("ann", "video", after, 2, newest_first)
+            seen += [status.id for status in page]
+            after = seen[-1]
+        assert sorted(seen) == [f"job{at}" for at in range(7)] and len(page) == 1
+    with pytest.raises(InvalidInput, match="after"):
+        book.list_owned_jobs("bob", "video", "job1", 2, True)
+    assert book.list_owned_jobs("ann", "image", None, 2, True) == ([], False)
+
+
+def test_a_deleted_job_is_not_found_nor_deleted_again(book):
+    book.submit(job("one"), "ann", kind="video")
+    assert book.get_owned_job("one", "ann", "video") and not book.get_owned_job("one", "bob", "video")
+    assert not book.delete_owned_job("one", "bob", "video") and book.delete_owned_job("one", "ann", "video")
+    assert not book.delete_owned_job("one", "ann", "video") and book.get_owned_job("one", "ann", "video") is None
+
+
+def test_the_end_of_a_job_is_announced_once(book):
+    book.submit(job("one"), "ann", kind="video")
+    book.submit(job("two"), "ann", kind="image")
+    assert not book.list_unannounced_jobs("video", 9)
+    for _ in range(2):
+        book.mark_done(book.claim_next_job("w"), ARTIFACT)
+    (ended,) = book.list_unannounced_jobs("video", 9)
+    assert (ended.id, ended.owner, ended.state) == ("one", "ann", "done") and ended.ended_at > 0
+    book.mark_announced([ended.id])
+    assert not book.list_unannounced_jobs("video", 9)

@@ -16,11 +16,13 @@ from omnivideo.contracts import (
     ThinkingDelta,
     TurnCompleted,
 )
+from omnivideo.storage.database.batches import BatchRepository
+from omnivideo.storage.database.engine import create_database_engine, upgrade_schema
+from omnivideo.storage.database.files import FileRepository
 from omnivideo.storage.database.jobs import JobRepository
 from omnivideo.storage.database.keys import APIKeyRepository
-from omnivideo.storage.database.schema import create_database_engine, upgrade_schema
 from omnivideo.storage.database.turns import TurnRepository
-from omnivideo.storage.records import RecordRepository
+from omnivideo.storage.database.webhooks import WebhookRepository
 from tests.support.servers import postgres
 
 OLD_ARTIFACT = {
@@ -147,23 +149,23 @@ def test_jobs_read_as_before(upgraded):
 
 
 def test_keys_files_batches_and_webhooks_read_as_before(upgraded):
-    records = RecordRepository(upgraded)
+    batches = BatchRepository(upgraded)
     assert APIKeyRepository(upgraded).list_keys() == [
         {"id": "key_1", "name": "ann", "created_at": 1.0, "revoked": False}
     ]
-    file = records.get_file("file", "ann")
+    file = FileRepository(upgraded).get_file("file", "ann")
     assert (file.size_bytes, file.object_key, file.created_at) == (5, "f.bin", 2.0)
     assert Artifact(**file.artifact) == ARTIFACT
-    row = records.get_batch("batch", "ann")
+    row = batches.get_batch("batch", "ann")
     assert (row.state, row.input_file_id, row.output_file_id, row.error_file_id) == ("in_progress", "file", None, None)
     assert (row.metadata, row.validation_errors, row.state_times) == (
         {"a": "b"}, [{"code": "x"}], {"in_progress_at": 3}
     )  # fmt: skip
     assert (row.counts["total"], row.runner_name, row.heartbeat_at, row.created_at) == (2, "r", 4.0, 3.0)
-    assert records.get_batch_input_key("batch") == "f.bin" and records.load_line_results("batch") == {1: True}
-    assert [line.output_line for line in records.list_line_outcomes("batch", 0, 9)] == [{"a": 1}]
-    assert records.claim_batch("second", 5.0).id == "batch"
-    ((delivery, hook),) = records.claim_due_deliveries(9, 60.0)
+    assert batches.get_batch_input_key("batch") == "f.bin" and batches.load_line_results("batch") == {1: True}
+    assert [line.output_line for line in batches.list_line_outcomes("batch", 0, 9)] == [{"a": 1}]
+    assert batches.claim_batch("second", 5.0).id == "batch"
+    ((delivery, hook),) = WebhookRepository(upgraded).claim_due_deliveries(9, 60.0)
     assert (delivery.id, delivery.attempts, delivery.body) == ("event", 2, {"created_at": 1})
     assert (hook.id, hook.event_types, hook.created_at) == ("hook", ["x"], 8.0)
 

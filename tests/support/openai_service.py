@@ -100,10 +100,10 @@ def say(owner: str, body: dict) -> dict:
 
 
 def runner_for(rooms, **given) -> BatchRunner:
-    jobs = JobRepository(rooms.records.engine)
     return BatchRunner(
-        rooms.records,
-        jobs,
+        rooms.batches,
+        rooms.files,
+        JobRepository(rooms.jobs.engine),
         rooms.store,
         rooms.notify_workers,
         BatchLineHandler(rooms),

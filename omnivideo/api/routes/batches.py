@@ -124,7 +124,7 @@ def to_batch_object(row: Any) -> BatchObject:
 
 
 def require_batch(context: ServiceContext, batch_id: str, owner: str) -> Any:
-    row = context.records.get_batch(batch_id, owner)
+    row = context.batches.get_batch(batch_id, owner)
     if row is None:
         raise build_not_found_error("batch", batch_id)
     return row
@@ -136,21 +136,20 @@ def create_batch(
 ) -> BatchObject:
     """Takes on a file of requests, one to a line: {custom_id, method, url, body}; its lines are looked at next."""
     payload = validate_fields(CreateBatchRequest, fields)
-    file = context.records.get_file(payload.input_file_id, owner)
+    file = context.files.get_file(payload.input_file_id, owner)
     if file is None:
         raise InvalidInput("input_file_id", f"there is no file {payload.input_file_id!r}")
     if file.purpose != "batch":
         raise InvalidInput("input_file_id", f"its purpose is {file.purpose}; allowed: batch")
     if file.size_bytes > MAX_INPUT_BYTES:
         raise InvalidInput("input_file_id", f"it has {file.size_bytes} bytes; allowed: 1 to {MAX_INPUT_BYTES}")
-    row = context.records.create_batch(
+    row = context.batches.create_batch(
         owner,
         MAX_OPEN_BATCHES,
-        id=make_id("batch", owner, idempotency_key),
+        batch_id=make_id("batch", owner, idempotency_key),
         endpoint=payload.endpoint,
         input_file_id=payload.input_file_id,
         metadata=payload.metadata or {},
-        state_times={},
     )
     if (row.endpoint, row.input_file_id, row.metadata) != (
         payload.endpoint,
@@ -166,7 +165,7 @@ def list_batches(
     context: ContextDep, owner: OwnerDep, after: AfterCursor = None, limit: Annotated[int, Query(ge=1, le=100)] = 20
 ) -> BatchList:  # fmt: skip
     """Your batches, the newest first."""
-    rows, has_more = context.records.list_batches(owner, after, limit)
+    rows, has_more = context.batches.list_batches(owner, after, limit)
     data = [to_batch_object(row) for row in rows]
     first, last = (data[0].id, data[-1].id) if data else (None, None)
     return BatchList(data=data, first_id=first, last_id=last, has_more=has_more)
@@ -182,7 +181,7 @@ def cancel_batch(batch_id: ResourceId, context: ContextDep, owner: OwnerDep) -> 
     """Stops what is not done; what is done comes in the output file all the same."""
     row = require_batch(context, batch_id, owner)
     while row.state in ("validating", "in_progress"):  # its runner may move it at the same time
-        context.records.transition_batch(row, "cancelling")
+        context.batches.transition_batch(row, "cancelling")
         row = require_batch(context, batch_id, owner)
     return to_batch_object(row)
 

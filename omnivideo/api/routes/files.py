@@ -73,7 +73,7 @@ def to_file_object(row: Any) -> FileObject:
 
 
 def require_file(context: ServiceContext, file_id: str, owner: str) -> Any:
-    row = context.records.get_file(file_id, owner)
+    row = context.files.get_file(file_id, owner)
     if row is None:
         raise build_not_found_error("file", file_id)
     return row
@@ -90,9 +90,9 @@ def upload_file(
         raise InvalidInput("file", f"it is empty; allowed: 1 to {context.settings.max_upload_bytes} bytes")
     artifact = ingest_upload(context, data, filename, payload.purpose)
     object_key = artifact.key if artifact else context.store.put(data, "jsonl" if payload.purpose == "batch" else "bin")
-    row = context.records.create_file(
+    row = context.files.create_file(
         owner,
-        id=make_id("file", owner, idempotency_key).replace("_", "-"),
+        file_id=make_id("file", owner, idempotency_key).replace("_", "-"),
         name=filename,
         purpose=payload.purpose,
         size_bytes=len(data),
@@ -130,7 +130,7 @@ def list_files(
     purpose: Annotated[CleanText | None, Query(max_length=40)] = None,
 ) -> FileList:
     """Your files by age, `after` the one of that id."""
-    rows, has_more = context.records.list_files(owner, purpose, after, limit, order == "desc")
+    rows, has_more = context.files.list_files(owner, purpose, after, limit, order == "desc")
     data = [to_file_object(row) for row in rows]
     first, last = (data[0].id, data[-1].id) if data else (None, None)
     return FileList(data=data, first_id=first, last_id=last, has_more=has_more)
@@ -144,7 +144,7 @@ def get_file(file_id: ResourceId, context: ContextDep, owner: OwnerDep) -> FileO
 @router.delete("/{file_id}")
 def delete_file(file_id: ResourceId, context: ContextDep, owner: OwnerDep) -> FileDeleted:
     """Forgets it; its bytes go with the next sweep, unless something else refers to them."""
-    if not context.records.delete_file(file_id, owner):
+    if not context.files.delete_file(file_id, owner):
         raise build_not_found_error("file", file_id)
     return FileDeleted(id=file_id)
 

@@ -67,7 +67,7 @@ async def edit_images(
 @router.get("/{image_id}/content", response_class=Response)
 def get_image_content(image_id: ResourceId, request: Request, context: ContextDep, owner: OwnerDep) -> Response:
     """An image that was asked for as a URL."""
-    status: JobStatus | None = context.records.get_owned_job(image_id, owner, "image")
+    status: JobStatus | None = context.jobs.get_owned_job(image_id, owner, "image")
     if status is None:
         raise build_not_found_error("image", image_id)
     return build_content_response(context, status, request)

@@ -102,7 +102,7 @@ def compute_progress(status: JobStatus) -> int:
 
 
 def require_video(context: ServiceContext, video_id: str, owner: str) -> JobStatus:
-    status: JobStatus | None = context.records.get_owned_job(video_id, owner, "video")
+    status: JobStatus | None = context.jobs.get_owned_job(video_id, owner, "video")
     if status is None:
         raise build_not_found_error("video", video_id)
     return status
@@ -160,7 +160,7 @@ def list_videos(
     order: Literal["asc", "desc"] = "desc",
 ) -> VideoList:  # fmt: skip
     """Your videos by age, `after` the one of that id."""
-    statuses, has_more = context.records.list_owned_jobs(owner, "video", after, limit, order == "desc")
+    statuses, has_more = context.jobs.list_owned_jobs(owner, "video", after, limit, order == "desc")
     data = [to_video_object(context, status) for status in statuses]
     first, last = (data[0].id, data[-1].id) if data else (None, None)
     return VideoList(data=data, first_id=first, last_id=last, has_more=has_more)
@@ -192,7 +192,7 @@ def cancel_video(video_id: ResourceId, context: ContextDep, owner: OwnerDep) -> 
 @router.delete("/{video_id}")
 def delete_video(video_id: ResourceId, context: ContextDep, owner: OwnerDep) -> VideoDeleted:
     """Forgets it, and stops it where it is not completed; the clip's bytes go with the next sweep."""
-    if not context.records.delete_owned_job(video_id, owner, "video"):
+    if not context.jobs.delete_owned_job(video_id, owner, "video"):
         raise build_not_found_error("video", video_id)
     context.jobs.cancel(video_id)
     return VideoDeleted(id=video_id)

@@ -79,10 +79,10 @@ def create_webhook(context: ContextDep, owner: OwnerDep, fields: BodyFields) -> 
     assert context.check_webhook_url, "the wiring gives a service its way to look at a webhook's URL"
     context.check_webhook_url(payload.url)
     secret = "whsec_" + base64.b64encode(secrets.token_bytes(32)).decode()
-    row = context.records.create_webhook(
+    row = context.webhooks.create_webhook(
         owner,
         MAX_WEBHOOKS_PER_OWNER,
-        id=make_id("whe", owner, None),
+        webhook_id=make_id("whe", owner, None),
         url=payload.url,
         secret=secret,
         name=payload.name,
@@ -97,7 +97,7 @@ def list_webhooks(
     context: ContextDep, owner: OwnerDep, after: AfterCursor = None, limit: Annotated[int, Query(ge=1, le=100)] = 20
 ) -> WebhookEndpointList:  # fmt: skip
     """Your webhooks, the newest first."""
-    rows, has_more = context.records.list_webhooks(owner, after, limit)
+    rows, has_more = context.webhooks.list_webhooks(owner, after, limit)
     data = [to_webhook_endpoint(row) for row in rows]
     first, last = (data[0].id, data[-1].id) if data else (None, None)
     return WebhookEndpointList(data=data, first_id=first, last_id=last, has_more=has_more)
@@ -106,7 +106,7 @@ def list_webhooks(
 @router.get("/webhook_endpoints/{hook_id}", response_model_exclude_none=True)
 @router.get("/webhooks/{hook_id}", response_model_exclude_none=True)
 def get_webhook(hook_id: ResourceId, context: ContextDep, owner: OwnerDep) -> WebhookEndpoint:
-    row = context.records.get_webhook(hook_id, owner)
+    row = context.webhooks.get_webhook(hook_id, owner)
     if row is None:
         raise build_not_found_error("webhook", hook_id)
     return to_webhook_endpoint(row)
@@ -116,6 +116,6 @@ def get_webhook(hook_id: ResourceId, context: ContextDep, owner: OwnerDep) -> We
 @router.delete("/webhooks/{hook_id}")
 def delete_webhook(hook_id: ResourceId, context: ContextDep, owner: OwnerDep) -> WebhookEndpointDeleted:
     """What it has not been told by now it will not be."""
-    if not context.records.delete_webhook(hook_id, owner):
+    if not context.webhooks.delete_webhook(hook_id, owner):
         raise build_not_found_error("webhook", hook_id)
     return WebhookEndpointDeleted(id=hook_id)

@@ -6,9 +6,9 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import IO, Any, Protocol
 
 from omnivideo.contracts import JobStatus
+from omnivideo.storage.database.batches import LineOutcome
 
 CHAT_ENDPOINT = "/v1/chat/completions"
-LineOutcome = tuple[int, bool, dict[str, Any]]  # a line's number, whether it went well, and its line of a file
 
 
 class BatchLinePort(Protocol):
@@ -94,7 +94,7 @@ class ActiveBatch:
         line_key = self.derive_line_key(number)
         response = {"status_code": status_code, "request_id": line_key, "body": body}
         line = {"id": f"batch_req_{line_key}", "custom_id": custom_id, "response": response, "error": None}
-        return number, status_code == 200, line
+        return LineOutcome(number, status_code == 200, line)
 
     def build_stopped_outcome(self, number: int, custom_id: str) -> LineOutcome:
         """Of a line that was not done before the batch came to its end."""
@@ -104,4 +104,5 @@ class ActiveBatch:
             "message": f"this line was not done when the batch was {self.stop_reason[6:]}",
         }
         line_key = self.derive_line_key(number)
-        return number, False, {"id": f"batch_req_{line_key}", "custom_id": custom_id, "response": None, "error": error}
+        line = {"id": f"batch_req_{line_key}", "custom_id": custom_id, "response": None, "error": error}
+        return LineOutcome(number, False, line)

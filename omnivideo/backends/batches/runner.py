@@ -15,12 +15,13 @@ import time
 from collections.abc import Callable, Collection
 from typing import Any
 
-from omnivideo.backends.batches.active_batch import CHAT_ENDPOINT, ActiveBatch, BatchLinePort, LineOutcome
+from omnivideo.backends.batches.active_batch import CHAT_ENDPOINT, ActiveBatch, BatchLinePort
 from omnivideo.contracts import JobStatus
 from omnivideo.errors import ArtifactNotFound, ModelUnavailable, OmniVideoError, ServiceBusy, StoreError
 from omnivideo.ports import ObjectStore
+from omnivideo.storage.database.batches import BatchRepository, LineOutcome
+from omnivideo.storage.database.files import FileRepository
 from omnivideo.storage.database.jobs import JobRepository
-from omnivideo.storage.records import RecordRepository
 
 log = logging.getLogger("omnivideo.batches")
 MAX_BATCH_LINES = 50_000
@@ -42,23 +43,20 @@ class BatchRunner:
     """
 
     def __init__(
-        self, records: RecordRepository, jobs: JobRepository, store: ObjectStore, notify_workers: Callable[[], None],
-        line_port: BatchLinePort, answer_chat: ChatResponder,
+        self, batches: BatchRepository, files: FileRepository, jobs: JobRepository, store: ObjectStore,
+        notify_workers: Callable[[], None], line_port: BatchLinePort, answer_chat: ChatResponder,
         heartbeat_timeout_seconds: float = 15.0, max_open_jobs: int = 200, poll_seconds: float = 0.2,
     ):  # fmt: skip
-        self.records, self.jobs, self.store, self.notify_workers, self.line_port, self.answer_chat = (
-            records,
-            jobs,
-            store,
-            notify_workers,
-            line_port,
-            answer_chat,
-        )
-        self.heartbeat_timeout_seconds, self.max_open_jobs, self.poll_seconds = (
-            heartbeat_timeout_seconds,
-            max_open_jobs,
-            poll_seconds,
-        )
+        self.batches = batches
+        self.files = files
+        self.jobs = jobs
+        self.store = store
+        self.notify_workers = notify_workers
+        self.line_port = line_port
+        self.answer_chat = answer_chat
+        self.heartbeat_timeout_seconds = heartbeat_timeout_seconds
+        self.max_open_jobs = max_open_jobs
+        self.poll_seconds = poll_seconds
         self.runner_name = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
         self.active_batches: dict[str, ActiveBatch] = {}
         self.stop_event = threading.Event()
@@ -77,7 +75,7 @@ class BatchRunner:
         self.stop_event.set()
         for thread in self.threads:
             thread.join()
-        self.records.release_batches(self.runner_name)
+        self.batches.release_batches(self.runner_name)
         for batch_id in list(self.active_batches):
             self.release_batch(batch_id)
 
@@ -85,7 +83,7 @@ class BatchRunner:
         """Lives while a line takes its time."""
         while not self.stop_event.wait(self.heartbeat_timeout_seconds / 4):
             try:
-                self.records.heartbeat_batches(self.runner_name, list(self.active_batches))
+                self.batches.heartbeat_batches(self.runner_name, list(self.active_batches))
             except OmniVideoError as error:
                 log.warning("%s", error)
 
@@ -105,7 +103,7 @@ class BatchRunner:
     def run_once(self) -> None:
         """Takes on what nobody works on, and brings each batch that it holds a little further."""
         while len(self.active_batches) < MAX_ACTIVE_BATCHES and (
-            row := self.records.claim_batch(self.runner_name, self.heartbeat_timeout_seconds)
+            row := self.batches.claim_batch(self.runner_name, self.heartbeat_timeout_seconds)
         ):
             self.activate_batch(row)
         for batch in list(self.active_batches.values()):
@@ -120,22 +118,22 @@ class BatchRunner:
 
     def activate_batch(self, row: Any) -> None:
         try:
-            data = self.store.get(self.records.get_batch_input_key(row.id))
+            data = self.store.get(self.batches.get_batch_input_key(row.id))
         except ArtifactNotFound:
             self.reject_batch(row, [{"code": "not_found", "message": "the input file is not here any more"}])
             return
         log.info("batch %s: %s", row.id, row.state)
         self.release_batch(row.id)  # after a silence of our own somebody else may have had it
-        self.active_batches[row.id] = ActiveBatch(row, data, self.records.load_line_results(row.id))
+        self.active_batches[row.id] = ActiveBatch(row, data, self.batches.load_line_results(row.id))
 
     def record_fault(self, batch: ActiveBatch) -> None:
         """A batch that we fail at three times in a row fails itself, and no other one has to wait for it."""
         batch.consecutive_faults += 1
-        if batch.consecutive_faults == 3 and (row := self.records.get_claimed_batch(batch.id, self.runner_name)):
+        if batch.consecutive_faults == 3 and (row := self.batches.get_claimed_batch(batch.id, self.runner_name)):
             self.reject_batch(row, [INTERNAL_ERROR])
 
     def advance_batch(self, batch: ActiveBatch) -> None:
-        row = self.records.get_claimed_batch(batch.id, self.runner_name)
+        row = self.batches.get_claimed_batch(batch.id, self.runner_name)
         if row is None:
             self.release_batch(batch.id)
         elif row.state == "validating":
@@ -179,7 +177,7 @@ class BatchRunner:
         if line_errors:
             self.reject_batch(row, line_errors)
         else:
-            self.records.transition_batch(row, "in_progress", self.runner_name, counts=batch.count_lines(total))
+            self.batches.transition_batch(row, "in_progress", self.runner_name, counts=batch.count_lines(total))
 
     def find_line_error(
         self, number: int, data: bytes, endpoint: str, seen_custom_ids: set[str]
@@ -196,7 +194,7 @@ class BatchRunner:
         return None
 
     def reject_batch(self, row: Any, line_errors: list[dict[str, Any]]) -> None:
-        self.records.transition_batch(row, "failed", self.runner_name, validation_errors=line_errors)
+        self.batches.transition_batch(row, "failed", self.runner_name, validation_errors=line_errors)
         self.release_batch(row.id)
 
     # ------------------------------------------------------------ asking
@@ -271,7 +269,7 @@ class BatchRunner:
         """Writes down what became of the lines whose jobs have all ended."""
         if batch.stop_reason:
             self.cancel_jobs(batch.list_open_job_ids())
-        ended_statuses = {status.id: status for status in self.records.list_ended_jobs(batch.list_open_job_ids())}
+        ended_statuses = {status.id: status for status in self.jobs.list_ended_jobs(batch.list_open_job_ids())}
         complete_lines = [
             number
             for number, (_, job_ids) in batch.open_lines.items()
@@ -299,9 +297,9 @@ class BatchRunner:
         if not outcomes:
             return
         succeeded_by_line = batch.succeeded_by_line | {number: ok for number, ok, _ in outcomes}
-        self.records.save_line_outcomes(batch.id, outcomes)
+        self.batches.save_line_outcomes(batch.id, outcomes)
         batch.succeeded_by_line = succeeded_by_line
-        self.records.update_batch_counts(batch.id, batch.count_lines(total))
+        self.batches.update_batch_counts(batch.id, batch.count_lines(total))
         for number, _, _ in outcomes:
             batch.open_lines.pop(number, None)
 
@@ -310,7 +308,7 @@ class BatchRunner:
     def finish_batch(self, batch: ActiveBatch, row: Any) -> None:
         """The files, once; a runner that comes late makes the same ones, and changes nothing."""
         if row.state == "in_progress" and not batch.stop_reason:
-            self.records.transition_batch(row, "finalizing", self.runner_name)
+            self.batches.transition_batch(row, "finalizing", self.runner_name)
             return  # the next round goes on
         final_state = {"finalizing": "completed", "cancelling": "cancelled", "in_progress": "expired"}[row.state]
         self.close_batch(
@@ -323,24 +321,24 @@ class BatchRunner:
 
     def close_batch(self, batch: ActiveBatch, row: Any, state: str, **values: Any) -> None:
         # Counted anew: whoever wrote the last lines down may have died before it had counted them.
-        if self.records.transition_batch(
+        if self.batches.transition_batch(
             row, state, self.runner_name, counts=batch.count_lines(row.counts["total"]), **values
         ):
-            self.records.delete_line_outcomes(batch.id)
+            self.batches.delete_line_outcomes(batch.id)
             self.release_batch(batch.id)
 
     def write_result_file(self, batch: ActiveBatch, succeeded: bool) -> str | None:
         """The id of the file of the lines that went well, or of the others; None where there are none."""
         data, last_number = bytearray(), 0
-        while rows := self.records.list_line_outcomes(batch.id, last_number, OUTCOME_CHUNK_SIZE):
+        while rows := self.batches.list_line_outcomes(batch.id, last_number, OUTCOME_CHUNK_SIZE):
             last_number = rows[-1].line_number
             for line in rows:
                 data += json.dumps(line.output_line).encode() + b"\n" if line.succeeded == succeeded else b""
         if not data:
             return None
         name = "output" if succeeded else "errors"
-        row = self.records.create_file(
-            batch.owner, id=f"file-{batch.derive_line_key(0)}-{name}", name=f"{batch.id}_{name}.jsonl",
+        row = self.files.create_file(
+            batch.owner, file_id=f"file-{batch.derive_line_key(0)}-{name}", name=f"{batch.id}_{name}.jsonl",
             purpose="batch_output", size_bytes=len(data), object_key=self.store.put(bytes(data), "jsonl"),
             artifact=None,
         )  # fmt: skip

@@ -1,36 +1,55 @@
-"""The life of jobs, in the database: who is next, who has what, and what became of it.
+"""Jobs in the database: their queue, the workers that hold them, and their results.
 
-Every method is one statement, or reads only, so that there is nothing to hold and nothing half-written.  A worker's
-statements carry the number of its attempt: once another worker has claimed the job they change nothing.
+Every method runs a single statement or only reads, so there are no locks to hold and no half-written state. The
+statements of a worker carry the number of its attempt: they change nothing once another worker has claimed the job.
 
-Fair order.  In each lane a job gets a turn when it comes: one more than its owner's last waiting job has, and no less
-than the turn that is being drawn.  Whoever brings one job beside somebody's thousand is next but one.
+Fair order: each lane takes turns between owners. A new job gets the rank after its owner's last queued job, and at
+least the rank that is being rendered. One job submitted beside another owner's thousand is therefore rendered next
+but one.
 """
 
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple
 
 from opentelemetry.propagate import inject
-from sqlalchemy import Engine, Row, and_, case, func, or_, select, update
+from sqlalchemy import ColumnElement, Engine, and_, func, or_, select, update
 
 from omnivideo.contracts import Artifact, Claim, Job, JobState, JobStatus, Lane, StepProgress
 from omnivideo.errors import InvalidInput, JobCancelled, JobFailed, JobLost, ServiceBusy
-from omnivideo.storage.database.schema import Repository, jobs, select_values, unix_now
+from omnivideo.storage.database.job_rows import (
+    ENDED_STATES,
+    LANES,
+    MAX_WORKER_LOSSES,
+    OPEN_STATES,
+    build_count_subqueries,
+    build_fair_rank_subquery,
+    claim_from_row,
+    match_attempt,
+    match_attempts,
+    match_owned_jobs,
+    status_from_row,
+)
+from omnivideo.storage.database.repository import Repository, select_values, unix_now
+from omnivideo.storage.database.schema import jobs
 
-LANES: tuple[Lane, ...] = ("interactive", "batch")
-OPEN_STATES: tuple[JobState, ...] = ("queued", "running")
-TRACE_HEADER = "traceparent"  # W3C's header, kept in a job's meta
-MAX_WORKER_LOSSES = 3  # workers that a job may take with it
-EXACT_COUNT_BELOW = 1000  # jobs within which a bound is always counted
-COUNT_CACHE_SECONDS = 1.0  # seconds for which a count far from its bound will do
-Answer = TypeVar("Answer")
+EXACT_COUNT_BELOW = 1000  # limits below this are checked with an exact count at every submit
+COUNT_CACHE_SECONDS = 1.0  # how long a count that is far from its limit is reused
+
+
+class EndedJob(NamedTuple):
+    """A job that is done or failed, as webhooks are told of it. `ended_at` is in seconds since 1970."""
+
+    id: str
+    owner: str
+    state: JobState
+    ended_at: float
 
 
 @dataclass
 class QueueCounts:
-    """How many jobs waited, and were an owner's own open ones, when that was counted; and submits since, from here."""
+    """The numbers of queued jobs and of an owner's open jobs when last counted, and this process's submits since."""
 
     queued: int
     owner_open: int
@@ -39,7 +58,7 @@ class QueueCounts:
 
 
 class JobRepository(Repository):
-    """`max_open_jobs` and `max_open_jobs_per_owner` bound the jobs that are open at once, in all and for one owner."""
+    """`max_open_jobs` limits the queued jobs of all owners, `max_open_jobs_per_owner` the open jobs of one owner."""
 
     def __init__(self, engine: Engine, max_open_jobs: int = 10_000, max_open_jobs_per_owner: int = 2_000):
         super().__init__(engine)
@@ -47,7 +66,7 @@ class JobRepository(Repository):
         self.max_open_jobs_per_owner = max_open_jobs_per_owner
         self.queue_counts: dict[str, QueueCounts] = {}
 
-    # ------------------------------------------------------------ those who ask
+    # ------------------------------------------------------------ submitting and following
 
     def submit(
         self,
@@ -57,9 +76,9 @@ class JobRepository(Repository):
         kind: str = "turn",
         meta: dict[str, str] | None = None,
     ) -> JobStatus | None:
-        """The new job, None where it was there before: the same id with the same content is the same job.
+        """Submit a job. Return None if it was submitted before: the same id with the same content is the same job.
 
-        Raises ServiceBusy where a bound is reached, and InvalidInput where the id stands for something else.
+        Raises ServiceBusy if a limit is reached, and InvalidInput if the id belongs to a different job.
         """
         lane_index = LANES.index(lane)
         values = {
@@ -81,30 +100,32 @@ class JobRepository(Repository):
             "created_at": unix_now(),
             "notified_at": unix_now(),
         }
-        room = select_values(jobs, values)
+        row_if_allowed = select_values(jobs, values)
         if self.is_near_limit(owner):
-            waiting, mine = build_count_subqueries(owner)
-            room = room.where(waiting < self.max_open_jobs, mine < self.max_open_jobs_per_owner)
-        made = self.insert_into(jobs).from_select(list(values), room).on_conflict_do_nothing().returning(jobs)
-        if (row := self.fetch_one(made)) is not None:
+            queued, owner_open = build_count_subqueries(owner)
+            row_if_allowed = row_if_allowed.where(
+                queued < self.max_open_jobs, owner_open < self.max_open_jobs_per_owner
+            )
+        insertion = self.insert_into(jobs).from_select(list(values), row_if_allowed).on_conflict_do_nothing()
+        if (row := self.fetch_one(insertion.returning(jobs))) is not None:
             return status_from_row(row)
-        known = self.fetch_one(select(jobs.c.owner, jobs.c.body).where(jobs.c.id == job.id))
-        if known is None:
+        existing = self.fetch_one(select(jobs.c.owner, jobs.c.body).where(jobs.c.id == job.id))
+        if existing is None:
             raise ServiceBusy("queue: too many clips are waiting; try again later", retry_after_seconds=5.0)
-        if known.owner != owner or Job(**known.body) != job:
-            raise InvalidInput("id", "that id is another job's; give a new one")
+        if existing.owner != owner or Job(**existing.body) != job:
+            raise InvalidInput("id", "that id belongs to a different job; use a new one")
         return None
 
     def is_near_limit(self, owner: str) -> bool:
-        """Whether a bound may be near, so that a submit has to count, which takes the longer the more jobs wait."""
+        """Return whether a limit may be near, so that a submit must count, which gets slower the more jobs wait."""
         if min(self.max_open_jobs, self.max_open_jobs_per_owner) < EXACT_COUNT_BELOW:
             return True
         counts = self.queue_counts.get(owner)
         if counts is None or time.monotonic() - counts.counted_at > COUNT_CACHE_SECONDS:
-            row = self.fetch_one(select(*build_count_subqueries(owner)))
+            queued, owner_open = build_count_subqueries(owner)
+            row = self.fetch_one(select(queued.label("queued"), owner_open.label("owner_open")))
             assert row is not None
-            waiting, mine = list(row)
-            counts = self.queue_counts[owner] = QueueCounts(waiting, mine, time.monotonic())
+            counts = self.queue_counts[owner] = QueueCounts(row.queued, row.owner_open, time.monotonic())
         counts.submitted_since += 1
         return (
             2 * (counts.queued + counts.submitted_since) >= self.max_open_jobs
@@ -118,43 +139,66 @@ class JobRepository(Repository):
     def list_statuses(self, job_ids: Collection[str]) -> list[JobStatus]:
         return [status_from_row(row) for row in self.fetch_all(select(jobs).where(jobs.c.id.in_(job_ids)))]
 
+    def list_ended_jobs(self, job_ids: Collection[str]) -> list[JobStatus]:
+        """Return the status of each of these jobs that has ended."""
+        query = select(jobs).where(jobs.c.id.in_(job_ids), jobs.c.state.in_(ENDED_STATES))
+        return [status_from_row(row) for row in self.fetch_all(query)]
+
     def cancel(self, job_id: str) -> None:
-        """At once where nobody has it yet; else its worker sees it at its next step.  An ended job stays as it is."""
-        waits = and_(jobs.c.id == job_id, jobs.c.state == "queued")
-        stopped = (
-            update(jobs)
-            .where(waits)
-            .values(state="cancelled", cancel_requested=True, ended_at=unix_now())
-            .returning(jobs.c.id)
-        )
-        if self.fetch_one(stopped) is None:
-            self.fetch_all(
-                update(jobs).where(jobs.c.id == job_id, jobs.c.state == "running").values(cancel_requested=True)
-            )
+        """Cancel a job: at once if it is queued, else at its worker's next step. An ended job stays as it is."""
+        is_queued = and_(jobs.c.id == job_id, jobs.c.state == "queued")
+        cancellation = update(jobs).where(is_queued)
+        values = {"state": "cancelled", "cancel_requested": True, "ended_at": unix_now()}
+        if self.fetch_one(cancellation.values(values).returning(jobs.c.id)) is None:
+            is_running = and_(jobs.c.id == job_id, jobs.c.state == "running")
+            self.fetch_all(update(jobs).where(is_running).values(cancel_requested=True))
 
     def cancel_by_prefix(self, owner: str, id_prefix: str) -> None:
-        """All open jobs of the owner whose ids begin so."""
-        matching_open = and_(
-            jobs.c.owner == owner, jobs.c.state.in_(OPEN_STATES), jobs.c.id.startswith(id_prefix, autoescape=True)
-        )
-        for row in self.fetch_all(select(jobs.c.id).where(matching_open)):
+        """Cancel all open jobs of the owner whose ids begin with the prefix."""
+        has_prefix = jobs.c.id.startswith(id_prefix, autoescape=True)
+        query = select(jobs.c.id).where(jobs.c.owner == owner, jobs.c.state.in_(OPEN_STATES), has_prefix)
+        for row in self.fetch_all(query):
             self.cancel(row.id)
 
-    # ------------------------------------------------------------ workers
+    # ------------------------------------------------------------ jobs as an owner sees them
+
+    def get_owned_job(self, job_id: str, owner: str, kind: str) -> JobStatus | None:
+        row = self.fetch_one(select(jobs).where(jobs.c.id == job_id, match_owned_jobs(owner, kind)))
+        return None if row is None else status_from_row(row)
+
+    def list_owned_jobs(
+        self, owner: str, kind: str, after: str | None, limit: int, newest_first: bool
+    ) -> tuple[list[JobStatus], bool]:
+        """Return a page of the owner's jobs of a kind, and whether more follow."""
+        rows, has_more = self.fetch_page(jobs, match_owned_jobs(owner, kind), after, limit, newest_first)
+        return [status_from_row(row) for row in rows], has_more
+
+    def delete_owned_job(self, job_id: str, owner: str, kind: str) -> bool:
+        """Mark a job as deleted, without cancelling it. Return False if the owner has no such job."""
+        deletion = update(jobs).where(jobs.c.id == job_id, match_owned_jobs(owner, kind)).values(deleted=True)
+        return bool(self.fetch_all(deletion.returning(jobs.c.id)))
+
+    def list_unannounced_jobs(self, kind: str, limit: int) -> list[EndedJob]:
+        """Return jobs of a kind that are done or failed and that no webhook has been told of."""
+        is_unannounced = and_(jobs.c.announced.is_(False), jobs.c.kind == kind, jobs.c.state.in_(("done", "failed")))
+        columns = select(jobs.c.id, jobs.c.owner, jobs.c.state, jobs.c.ended_at)
+        return [EndedJob._make(row) for row in self.fetch_all(columns.where(is_unannounced).limit(limit))]
+
+    def mark_announced(self, job_ids: Collection[str]) -> None:
+        self.fetch_all(update(jobs).where(jobs.c.id.in_(job_ids)).values(announced=True))
+
+    # ------------------------------------------------------------ workers: claiming
 
     def claim_next_job(self, worker: str) -> Claim | None:
-        """The next job, or None where nothing waits."""
-        waits = (
-            select(jobs.c.id)
-            .where(jobs.c.state == "queued")
-            .order_by(jobs.c.lane, jobs.c.fair_rank, jobs.c.created_at, jobs.c.id)
-        )
-        first = waits.limit(1).with_for_update(skip_locked=True).scalar_subquery()
-        taken = self.claim_where(jobs.c.id == first, worker)
-        return taken[0] if taken else None
+        """Give the worker the next job, or return None if no job is queued."""
+        query = select(jobs.c.id).where(jobs.c.state == "queued")
+        in_order = query.order_by(jobs.c.lane, jobs.c.fair_rank, jobs.c.created_at, jobs.c.id)
+        next_id = in_order.limit(1).with_for_update(skip_locked=True).scalar_subquery()
+        claims = self.claim_where(jobs.c.id == next_id, worker)
+        return claims[0] if claims else None
 
-    def claim_where(self, condition: Any, worker: str) -> list[Claim]:
-        """Whichever of the jobs wait, from now on this worker's."""
+    def claim_where(self, condition: ColumnElement[bool], worker: str) -> list[Claim]:
+        """Give the worker every queued job that meets the condition."""
         values = {
             "state": "running",
             "attempt": jobs.c.attempt + 1,
@@ -162,158 +206,150 @@ class JobRepository(Repository):
             "started_at": unix_now(),
             "heartbeat_at": unix_now(),
         }
-        return [
-            claim_from_row(row)
-            for row in self.fetch_all(
-                update(jobs)
-                .where(condition, jobs.c.state == "queued")
-                .values(values)
-                .returning(
-                    jobs.c.body,
-                    jobs.c.attempt,
-                    jobs.c.resume_key,
-                    jobs.c.lane,
-                    jobs.c.batch_job_ids,
-                    jobs.c.worker_losses,
-                    jobs.c.meta,
-                )
+        claim = update(jobs).where(condition, jobs.c.state == "queued").values(values)
+        rows = self.fetch_all(
+            claim.returning(
+                jobs.c.body,
+                jobs.c.attempt,
+                jobs.c.resume_key,
+                jobs.c.lane,
+                jobs.c.batch_job_ids,
+                jobs.c.worker_losses,
+                jobs.c.meta,
             )
-        ]
+        )
+        return [claim_from_row(row) for row in rows]
 
     def claim_render_batch(
         self, claim: Claim, worker: str, max_jobs: int, can_render_with: Callable[[Job], bool]
     ) -> list[Claim]:
-        """The claim, and others to be drawn in one pass with it.
+        """Return the claim together with claims of jobs to render in one pass with it.
 
-        For a job that has a pack, those of it that wait.  Else up to `max_jobs` that are alike and that nobody has
-        begun,
-        the next of the batch lane, but no more than half of what is there: the rest is for other workers.
+        A job that already belongs to a render batch takes the queued jobs of that batch along. Otherwise up to
+        `max_jobs` compatible jobs of the batch lane that no worker has started are claimed, but no more than half of
+        those that are queued: the rest is left to other workers.
         """
         if claim.batch_job_ids:
-            return [
-                claim,
-                *self.claim_where(
-                    and_(jobs.c.id.in_(claim.batch_job_ids), jobs.c.worker_losses < MAX_WORKER_LOSSES - 1), worker
-                ),
-            ]
+            is_member = and_(jobs.c.id.in_(claim.batch_job_ids), jobs.c.worker_losses < MAX_WORKER_LOSSES - 1)
+            return [claim, *self.claim_where(is_member, worker)]
         if max_jobs < 2 or claim.lane != "batch" or claim.attempt > 1:
             return [claim]
-        fresh = and_(jobs.c.state == "queued", jobs.c.lane == LANES.index("batch"), jobs.c.attempt == 0)
-        waits = select(jobs.c.id, jobs.c.body).where(fresh).order_by(jobs.c.fair_rank, jobs.c.created_at, jobs.c.id)
-        candidate_ids = [
-            row.id for row in self.fetch_all(waits.limit(4 * max_jobs)) if can_render_with(Job(**row.body))
-        ]
+        is_new = and_(jobs.c.state == "queued", jobs.c.lane == LANES.index("batch"), jobs.c.attempt == 0)
+        query = select(jobs.c.id, jobs.c.body).where(is_new).order_by(jobs.c.fair_rank, jobs.c.created_at, jobs.c.id)
+        rows = self.fetch_all(query.limit(4 * max_jobs))
+        candidate_ids = [row.id for row in rows if can_render_with(Job(**row.body))]
         selected_ids = candidate_ids[: min(max_jobs - 1, len(candidate_ids) // 2)]
-        extra_claims = (
-            self.claim_where(and_(jobs.c.id.in_(selected_ids), jobs.c.attempt == 0), worker) if selected_ids else []
-        )
+        if not selected_ids:
+            return [claim]
+        extra_claims = self.claim_where(and_(jobs.c.id.in_(selected_ids), jobs.c.attempt == 0), worker)
         if not extra_claims:
             return [claim]
-        claims = [claim, *sorted(extra_claims, key=lambda one: selected_ids.index(one.job.id))]
-        batch_job_ids = [one.job.id for one in claims]
-        mine = and_(jobs.c.id.in_(batch_job_ids), jobs.c.worker_name == worker, jobs.c.state == "running")
-        self.fetch_all(update(jobs).where(mine).values(batch_job_ids=batch_job_ids))
-        return [one.model_copy(update={"batch_job_ids": tuple(batch_job_ids)}) for one in claims]
+        claims = [claim, *sorted(extra_claims, key=lambda extra_claim: selected_ids.index(extra_claim.job.id))]
+        batch_job_ids = [member.job.id for member in claims]
+        is_claimed = and_(jobs.c.id.in_(batch_job_ids), jobs.c.worker_name == worker, jobs.c.state == "running")
+        self.fetch_all(update(jobs).where(is_claimed).values(batch_job_ids=batch_job_ids))
+        return [member.model_copy(update={"batch_job_ids": tuple(batch_job_ids)}) for member in claims]
+
+    # ------------------------------------------------------------ workers: progress and result
 
     def heartbeat(self, claim: Claim, step: StepProgress | None = None, **artifact_keys: str) -> bool:
-        """Says that the worker lives and how far it is; whether the job is still wanted.
+        """Record that the worker is alive and how far it is. Return False if the job is to be cancelled.
 
-        `artifact_keys` may hold the keys of a preview and of a point.  Raises JobLost.
+        `artifact_keys` may hold the object keys of a `preview` and of a saved state (`resume_key`). Raises JobLost if
+        the job belongs to another attempt by now.
         """
-        wanted = self.heartbeat_all([claim], step, **artifact_keys)
-        if not wanted:
-            raise JobLost(f"job {claim.job.id} is not this worker's any more")
-        return wanted[claim.job.id]
+        wanted_by_job = self.heartbeat_all([claim], step, **artifact_keys)
+        if not wanted_by_job:
+            raise JobLost(f"job {claim.job.id} does not belong to this worker any more")
+        return wanted_by_job[claim.job.id]
 
     def heartbeat_all(
         self, claims: Sequence[Claim], step: StepProgress | None = None, **artifact_keys: str
     ) -> dict[str, bool]:
-        """As `heartbeat`: of those that are this worker's still, whether each is wanted."""
+        """Do as `heartbeat` for several claims. Return whether each job that still belongs to the worker is wanted."""
         values: dict[str, Any] = {"heartbeat_at": unix_now()} | artifact_keys
         if step is not None:
             values |= {"step": step.step, "steps": step.steps, "eta_seconds": step.eta_seconds}
-        beaten = update(jobs).where(or_(*map(match_attempt, claims))).values(values)
-        return {
-            row.id: not row.cancel_requested
-            for row in self.fetch_all(beaten.returning(jobs.c.id, jobs.c.cancel_requested))
-        }
+        heartbeat = update(jobs).where(match_attempts(claims)).values(values)
+        rows = self.fetch_all(heartbeat.returning(jobs.c.id, jobs.c.cancel_requested))
+        return {row.id: not row.cancel_requested for row in rows}
 
     def mark_done(self, claim: Claim, result: Artifact) -> None:
-        """Raises JobLost where the result came too late."""
+        """Store the result. Raises JobLost if the job belongs to another attempt by now."""
         self.end_attempt(claim, state="done", result=result.model_dump(), eta_seconds=0.0)
 
     def mark_failed(self, claim: Claim, code: str, error: str) -> None:
         self.end_attempt(claim, state="failed", code=code, error=error[:1000])
 
     def mark_cancelled(self, claim: Claim) -> None:
-        """A cancelled job has stopped."""
+        """Record that a job has stopped after its cancellation was requested."""
         self.end_attempt(claim, state="cancelled")
 
     def detach_from_batch(self, claim: Claim) -> Claim:
-        """The claim without its pack, and from the beginning."""
+        """Take a job out of its render batch, to be rendered alone and from the beginning."""
         self.fetch_all(update(jobs).where(match_attempt(claim)).values(batch_job_ids=None, resume_key=None))
         return claim.model_copy(update={"batch_job_ids": (), "resume_key": None})
 
     def requeue(self, claim: Claim) -> None:
-        """A worker that has to go leaves its job to the next one."""
+        """Put the job of a worker that must stop back into the queue."""
         self.fetch_all(update(jobs).where(match_attempt(claim)).values(state="queued"))
 
     def end_attempt(self, claim: Claim, **values: Any) -> None:
-        ended = update(jobs).where(match_attempt(claim)).values(ended_at=unix_now(), resume_key=None, **values)
-        if self.fetch_one(ended.returning(jobs.c.id)) is None:
-            raise JobLost(f"job {claim.job.id} is not this worker's any more")
+        """Write the final state of a job. Raises JobLost if the job belongs to another attempt by now."""
+        ending = update(jobs).where(match_attempt(claim)).values(ended_at=unix_now(), resume_key=None, **values)
+        if self.fetch_one(ending.returning(jobs.c.id)) is None:
+            raise JobLost(f"job {claim.job.id} does not belong to this worker any more")
 
-    def collect_referenced_keys(self, lifetime_seconds: float) -> set[str]:
-        """The keys that open jobs refer to, and results that are not deleted and not older than `lifetime_seconds`."""
-        young = and_(jobs.c.state == "done", jobs.c.deleted.is_(False), jobs.c.ended_at > unix_now() - lifetime_seconds)
-        wanted = or_(jobs.c.state.in_(OPEN_STATES), young)
-        found: set[str | None] = set()
-        for row in self.fetch_all(select(jobs.c.body, jobs.c.resume_key, jobs.c.preview, jobs.c.result).where(wanted)):
-            body, result = Job(**row.body), row.result or {}
-            source = body.source.model_dump() if body.source else {}
-            found |= {row.resume_key, row.preview, body.visual_tokens}
-            found |= {one.get(name) for one in (source, result) for name in ("key", "manifest", "latents")}
-        return {key for key in found if key}
-
-    # ------------------------------------------------------------ the reaper
+    # ------------------------------------------------------------ upkeep
 
     def requeue_lost_jobs(self, heartbeat_timeout_seconds: float) -> list[str]:
-        """Puts back what workers silent for so many seconds had; fails what has silenced MAX_WORKER_LOSSES of them."""
-        lost = and_(jobs.c.state == "running", jobs.c.heartbeat_at < unix_now() - heartbeat_timeout_seconds)
-        reason = f"it stopped {MAX_WORKER_LOSSES} workers in a row and is not tried again"
-        values = {
+        """Requeue the jobs of silent workers and return their ids; fail a job that has lost MAX_WORKER_LOSSES."""
+        is_lost = and_(jobs.c.state == "running", jobs.c.heartbeat_at < unix_now() - heartbeat_timeout_seconds)
+        failure = {
             "state": "failed",
             "code": "poison",
-            "error": reason,
+            "error": f"it stopped {MAX_WORKER_LOSSES} workers in a row and is not tried again",
             "ended_at": unix_now(),
             "worker_losses": jobs.c.worker_losses + 1,
         }
-        self.fetch_all(update(jobs).where(lost, jobs.c.worker_losses >= MAX_WORKER_LOSSES - 1).values(values))
-        self.fetch_all(update(jobs).where(lost, jobs.c.cancel_requested).values(state="cancelled", ended_at=unix_now()))
-        back = (
-            update(jobs)
-            .where(lost)
-            .values(state="queued", worker_losses=jobs.c.worker_losses + 1, notified_at=unix_now())
-        )
-        return [row.id for row in self.fetch_all(back.returning(jobs.c.id))]
+        may_retry_no_more = jobs.c.worker_losses >= MAX_WORKER_LOSSES - 1
+        self.fetch_all(update(jobs).where(is_lost, may_retry_no_more).values(failure))
+        cancellation = update(jobs).where(is_lost, jobs.c.cancel_requested)
+        self.fetch_all(cancellation.values(state="cancelled", ended_at=unix_now()))
+        requeued = {"state": "queued", "worker_losses": jobs.c.worker_losses + 1, "notified_at": unix_now()}
+        return [row.id for row in self.fetch_all(update(jobs).where(is_lost).values(requeued).returning(jobs.c.id))]
 
     def claim_renotification(self, max_age_seconds: float) -> bool:
-        """Whether a job waits that nobody was told of for so long; it counts as told from now on."""
-        waits = select(jobs.c.id).where(jobs.c.state == "queued", jobs.c.notified_at < unix_now() - max_age_seconds)
-        first = waits.order_by(jobs.c.notified_at).limit(1).with_for_update(skip_locked=True).scalar_subquery()
-        return (
-            self.fetch_one(update(jobs).where(jobs.c.id == first).values(notified_at=unix_now()).returning(jobs.c.id))
-            is not None
-        )
+        """Return whether the workers must be notified again of a queued job, and count it as notified now."""
+        is_stale = and_(jobs.c.state == "queued", jobs.c.notified_at < unix_now() - max_age_seconds)
+        oldest = select(jobs.c.id).where(is_stale).order_by(jobs.c.notified_at).limit(1)
+        oldest_id = oldest.with_for_update(skip_locked=True).scalar_subquery()
+        notification = update(jobs).where(jobs.c.id == oldest_id).values(notified_at=unix_now())
+        return self.fetch_one(notification.returning(jobs.c.id)) is not None
+
+    def collect_referenced_keys(self, lifetime_seconds: float) -> set[str]:
+        """Return the object keys of open jobs, and of results younger than `lifetime_seconds` and not deleted."""
+        is_recent = jobs.c.ended_at > unix_now() - lifetime_seconds
+        has_result = and_(jobs.c.state == "done", jobs.c.deleted.is_(False), is_recent)
+        columns = select(jobs.c.body, jobs.c.resume_key, jobs.c.preview, jobs.c.result)
+        keys: set[str | None] = set()
+        for row in self.fetch_all(columns.where(or_(jobs.c.state.in_(OPEN_STATES), has_result))):
+            job, result = Job(**row.body), row.result or {}
+            source = job.source.model_dump() if job.source else {}
+            keys |= {row.resume_key, row.preview, job.visual_tokens}
+            keys |= {artifact.get(name) for artifact in (source, result) for name in ("key", "manifest", "latents")}
+        return {key for key in keys if key}
+
+    # ------------------------------------------------------------ metrics
 
     def count_by_lane_and_state(self) -> list[tuple[str, str, int]]:
-        """How many jobs of each lane and state there are."""
+        """Return the number of jobs of each lane and state."""
         job_count = func.count().label("job_count")
         grouped = select(jobs.c.lane, jobs.c.state, job_count).group_by(jobs.c.lane, jobs.c.state)
         return [(LANES[row.lane], row.state, row.job_count) for row in self.fetch_all(grouped)]
 
     def get_oldest_wait_seconds(self) -> float:
-        """How long the longest waiting job has waited, in seconds."""
+        """Return how long the oldest queued job has waited, in seconds; 0 if no job is queued."""
         row = self.fetch_one(select(unix_now() - func.min(jobs.c.created_at)).where(jobs.c.state == "queued"))
         return float(row[0] or 0.0) if row else 0.0
 
@@ -324,55 +360,16 @@ class JobRepository(Repository):
 
 
 def add_trace_context(meta: dict[str, str] | None) -> dict[str, str]:
-    """What the job's worker needs to go on with the trace of who asked."""
+    """Add the caller's trace context to the meta of a job, so that its worker continues the trace."""
     carrier: dict[str, str] = {}
     inject(carrier)
     return (meta or {}) | carrier
 
 
-def claim_from_row(row: Row[Any]) -> Claim:
-    """What has silenced all but one of the workers that it may take with it is drawn alone, and from the beginning:
-    if it was another one of its pack, that one is found out, and this one is not lost for it."""
-    alone = row.batch_job_ids is not None and row.worker_losses >= MAX_WORKER_LOSSES - 1
-    return Claim(
-        job=Job(**row.body), attempt=row.attempt, resume_key=None if alone else row.resume_key, lane=LANES[row.lane],
-        batch_job_ids=() if alone else row.batch_job_ids or (), traceparent=row.meta.get(TRACE_HEADER),
-    )  # fmt: skip
-
-
-def match_attempt(claim: Claim) -> Any:
-    return and_(jobs.c.id == claim.job.id, jobs.c.attempt == claim.attempt, jobs.c.state == "running")
-
-
-def build_count_subqueries(owner: str) -> tuple[Any, Any]:
-    """How many jobs wait, and how many of the owner's are open, as subqueries."""
-    waiting = select(func.count()).where(jobs.c.state == "queued")
-    mine = select(func.count()).where(jobs.c.owner == owner, jobs.c.state.in_(OPEN_STATES))
-    return waiting.scalar_subquery(), mine.scalar_subquery()
-
-
-def build_fair_rank_subquery(owner: str, lane: int) -> Any:
-    """The place of an owner's new job in its lane, as a subquery.  The ends of an index, not max and min: PostgreSQL
-    reads all rows for these where it has not yet seen how many there are."""
-    turns = select(jobs.c.fair_rank).where(jobs.c.lane == lane).limit(1)
-    last = turns.where(jobs.c.owner == owner, jobs.c.state == "queued").order_by(jobs.c.fair_rank.desc())
-    drawn = turns.where(jobs.c.state == "running").order_by(jobs.c.fair_rank.desc())
-    first = turns.where(jobs.c.state == "queued").order_by(jobs.c.fair_rank)
-    current = func.coalesce(drawn.scalar_subquery(), first.scalar_subquery() - 1, 0)
-    mine = func.coalesce(last.scalar_subquery(), 0)
-    return case((mine > current, mine), else_=current) + 1
-
-
-def status_from_row(row: Row[Any]) -> JobStatus:
-    fields = {name: getattr(row, name) for name in JobStatus.model_fields if name not in ("lane", "job", "result")}
-    result = None if row.result is None else Artifact(**row.result)
-    return JobStatus(lane=LANES[row.lane], job=Job(**row.body), result=result, **fields)
-
-
 def result_from_status(status: JobStatus) -> Artifact | None:
-    """The artifact of a job that is done, None for an open one; raises JobFailed or JobCancelled."""
+    """Return the result of a job, or None while it is open. Raises JobFailed or JobCancelled."""
     if status.state == "failed":
-        raise JobFailed(status.code or "internal", f"the clip could not be drawn: {status.error}")
+        raise JobFailed(status.code or "internal", f"the clip could not be rendered: {status.error}")
     if status.state == "cancelled":
         raise JobCancelled("the clip was cancelled")
     return status.result

@@ -6,7 +6,8 @@ from typing import Any
 
 from sqlalchemy import Engine, insert, select, update
 
-from omnivideo.storage.database.schema import Repository, api_keys, unix_now
+from omnivideo.storage.database.repository import Repository, unix_now
+from omnivideo.storage.database.schema import api_keys
 
 
 def compute_key_digest(key: str) -> str:

@@ -12,15 +12,8 @@ from sqlalchemy.exc import IntegrityError
 
 from omnivideo.contracts import FrozenModel
 from omnivideo.errors import InvalidInput
-from omnivideo.storage.database.schema import (
-    Repository,
-    chat_threads,
-    select_values,
-    threads,
-    turn_events,
-    turns,
-    unix_now,
-)
+from omnivideo.storage.database.repository import Repository, select_values, unix_now
+from omnivideo.storage.database.schema import chat_threads, threads, turn_events, turns
 
 OPEN_STATES = ("queued", "running")
 

@@ -17,8 +17,8 @@ from omnivideo.contracts import Artifact, Job, Preview, SamplingOverrides, StepP
 from omnivideo.errors import JobCancelled, JobFailed
 from omnivideo.models.sampling import DenoisingState
 from omnivideo.models.vae import decode_latents, pixels_to_bytes
+from omnivideo.storage.database.engine import create_database_engine, upgrade_schema
 from omnivideo.storage.database.jobs import JobRepository
-from omnivideo.storage.database.schema import create_database_engine, upgrade_schema
 from omnivideo.storage.objects.local import LocalObjectStore
 from omnivideo.storage.objects.tensors import get_tensors
 
@@ -180,7 +180,7 @@ def test_a_late_twin_changes_nothing(place):
     assert place.jobs.requeue_lost_jobs(0.01) == ["one"]
     assert quick.run_next_job()
     expected = drawn(place, "one")
-    with pytest.raises(Exception, match="not this worker's any more"):
+    with pytest.raises(Exception, match="does not belong to this worker any more"):
         slow.run_claim(claim)
     assert drawn(place, "one") == expected
 

@@ -16,8 +16,8 @@ from omnivideo.backends.queue.durable import DurableQueue
 from omnivideo.backends.queue.reaper import Reaper, create_celery_app, create_notifier
 from omnivideo.contracts import Artifact, Job, SamplingOverrides
 from omnivideo.errors import JobCancelled
+from omnivideo.storage.database.engine import create_database_engine, upgrade_schema
 from omnivideo.storage.database.jobs import JobRepository
-from omnivideo.storage.database.schema import create_database_engine, upgrade_schema
 from omnivideo.storage.objects.local import LocalObjectStore
 from tests.support.servers import postgres, rabbitmq, redis
 

@@ -1,4 +1,4 @@
-"""Alembic's entry: runs the migrations on the connection that `storage.database.schema.upgrade_schema` gives it."""
+"""Alembic's entry: runs the migrations on the connection that `storage.database.engine.upgrade_schema` gives it."""
 
 from alembic import context
 from sqlalchemy import text

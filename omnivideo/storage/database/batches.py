@@ -1,0 +1,154 @@
+"""Batches, who runs them, and the outcomes of their lines until their result files are written."""
+
+import time
+from collections.abc import Collection, Sequence
+from typing import Any, NamedTuple
+
+from sqlalchemy import and_, delete, func, select, update
+
+from omnivideo.contracts import FrozenModel
+from omnivideo.errors import ServiceBusy
+from omnivideo.storage.database.repository import Repository, record_from_row, select_values, unix_now
+from omnivideo.storage.database.schema import batch_lines, batches, files
+
+ACTIVE_BATCH_STATES = ("validating", "in_progress", "finalizing", "cancelling")  # the states in which a runner works
+
+
+class BatchRecord(FrozenModel):
+    """A batch. `counts` has total, completed and failed lines; `state_times` when each state began (Unix seconds)."""
+
+    id: str
+    owner: str
+    state: str
+    endpoint: str
+    input_file_id: str
+    output_file_id: str | None
+    error_file_id: str | None
+    counts: dict[str, int]
+    metadata: dict[str, str]
+    validation_errors: list[dict[str, Any]] | None
+    state_times: dict[str, int]
+    runner_name: str | None
+    heartbeat_at: float
+    created_at: float
+
+
+class LineOutcome(NamedTuple):
+    """The outcome of one line of a batch. `output_line` is its line in the output file or the error file."""
+
+    line_number: int
+    succeeded: bool
+    output_line: dict[str, Any]
+
+
+class BatchRepository(Repository):
+    def create_batch(
+        self, owner: str, max_open_batches: int, *, batch_id: str, endpoint: str, input_file_id: str,
+        metadata: dict[str, str],
+    ) -> BatchRecord:  # fmt: skip
+        """Create a batch and return it. If the owner has a batch with the id, return that one, unchanged.
+
+        Raises ServiceBusy if the owner already has `max_open_batches` active batches.
+        """
+        values = {
+            "id": batch_id, "owner": owner, "state": "validating", "endpoint": endpoint,
+            "input_file_id": input_file_id, "metadata": metadata, "state_times": {},
+            "counts": {"total": 0, "completed": 0, "failed": 0}, "heartbeat_at": 0.0, "created_at": unix_now(),
+        }  # fmt: skip
+        active_count = select(func.count()).where(batches.c.owner == owner, batches.c.state.in_(ACTIVE_BATCH_STATES))
+        row_if_allowed = select_values(batches, values).where(active_count.scalar_subquery() < max_open_batches)
+        self.fetch_all(self.insert_into(batches).from_select(list(values), row_if_allowed).on_conflict_do_nothing())
+        batch = self.get_batch(batch_id, owner)
+        if batch is None:
+            raise ServiceBusy(
+                f"batches: you have {max_open_batches} open batches, the maximum; wait until one has ended",
+                retry_after_seconds=60.0,
+            )
+        return batch
+
+    def get_batch(self, batch_id: str, owner: str) -> BatchRecord | None:
+        row = self.fetch_one(select(batches).where(batches.c.id == batch_id, batches.c.owner == owner))
+        return None if row is None else record_from_row(BatchRecord, row)
+
+    def list_batches(self, owner: str, after: str | None, limit: int) -> tuple[list[BatchRecord], bool]:
+        """Return a page of the owner's batches, newest first, and whether more follow."""
+        rows, has_more = self.fetch_page(batches, batches.c.owner == owner, after, limit, newest_first=True)
+        return [record_from_row(BatchRecord, row) for row in rows], has_more
+
+    def transition_batch(self, batch: BatchRecord, state: str, runner: str | None = None, **values: Any) -> bool:
+        """Move a batch to another state and set other columns with it.
+
+        Return False, and change nothing, if the batch has left the state that `batch` says or, if `runner` is given,
+        belongs to another runner.
+        """
+        state_times = batch.state_times | {f"{state}_at": int(time.time())}
+        is_unchanged = and_(batches.c.id == batch.id, batches.c.state == batch.state)
+        if runner is not None:
+            is_unchanged = and_(is_unchanged, batches.c.runner_name == runner)
+        transition = update(batches).where(is_unchanged).values(state=state, state_times=state_times, **values)
+        return bool(self.fetch_all(transition.returning(batches.c.id)))
+
+    # ------------------------------------------------------------ runners
+
+    def claim_batch(self, runner: str, heartbeat_timeout_seconds: float) -> BatchRecord | None:
+        """Give the runner the oldest active batch that has no runner or whose runner has been silent for too long."""
+        is_unattended = and_(
+            batches.c.state.in_(ACTIVE_BATCH_STATES), batches.c.heartbeat_at < unix_now() - heartbeat_timeout_seconds
+        )
+        oldest = select(batches.c.id).where(is_unattended).order_by(batches.c.created_at).limit(1)
+        oldest_id = oldest.with_for_update(skip_locked=True).scalar_subquery()
+        claim = update(batches).where(batches.c.id == oldest_id, is_unattended)
+        row = self.fetch_one(claim.values(runner_name=runner, heartbeat_at=unix_now()).returning(batches))
+        return None if row is None else record_from_row(BatchRecord, row)
+
+    def get_claimed_batch(self, batch_id: str, runner: str) -> BatchRecord | None:
+        """Return the batch if it belongs to the runner."""
+        row = self.fetch_one(select(batches).where(batches.c.id == batch_id, batches.c.runner_name == runner))
+        return None if row is None else record_from_row(BatchRecord, row)
+
+    def get_batch_input_key(self, batch_id: str) -> str:
+        """Return the object key of the input file, even if the file has been deleted since."""
+        join = select(files.c.object_key).join(batches, batches.c.input_file_id == files.c.id)
+        row = self.fetch_one(join.where(batches.c.id == batch_id))
+        assert row is not None
+        return str(row.object_key)
+
+    def heartbeat_batches(self, runner: str, batch_ids: Collection[str]) -> None:
+        is_claimed = and_(
+            batches.c.runner_name == runner, batches.c.id.in_(batch_ids), batches.c.state.in_(ACTIVE_BATCH_STATES)
+        )
+        self.fetch_all(update(batches).where(is_claimed).values(heartbeat_at=unix_now()))
+
+    def release_batches(self, runner: str) -> None:
+        """Give up the runner's batches, so that another runner can claim them at once."""
+        is_claimed = and_(batches.c.runner_name == runner, batches.c.state.in_(ACTIVE_BATCH_STATES))
+        self.fetch_all(update(batches).where(is_claimed).values(heartbeat_at=0.0, runner_name=None))
+
+    # ------------------------------------------------------------ lines
+
+    def save_line_outcomes(self, batch_id: str, outcomes: Sequence[LineOutcome]) -> None:
+        """Save outcomes of lines. A line that already has an outcome keeps it."""
+        values = [
+            {"batch_id": batch_id, "line_number": number, "succeeded": succeeded, "output_line": output_line}
+            for number, succeeded, output_line in outcomes
+        ]
+        self.fetch_all(self.insert_into(batch_lines).values(values).on_conflict_do_nothing())
+
+    def update_batch_counts(self, batch_id: str, counts: dict[str, int]) -> None:
+        self.fetch_all(update(batches).where(batches.c.id == batch_id).values(counts=counts))
+
+    def load_line_results(self, batch_id: str) -> dict[int, bool]:
+        """Return whether each line that has an outcome succeeded, by line number."""
+        query = select(batch_lines.c.line_number, batch_lines.c.succeeded).where(batch_lines.c.batch_id == batch_id)
+        return {row.line_number: row.succeeded for row in self.fetch_all(query)}
+
+    def list_line_outcomes(self, batch_id: str, after_line_number: int, limit: int) -> list[LineOutcome]:
+        """Return the saved outcomes of lines above `after_line_number`, in order."""
+        columns = select(batch_lines.c.line_number, batch_lines.c.succeeded, batch_lines.c.output_line)
+        query = columns.where(batch_lines.c.batch_id == batch_id, batch_lines.c.line_number > after_line_number)
+        return [
+            LineOutcome._make(row) for row in self.fetch_all(query.order_by(batch_lines.c.line_number).limit(limit))
+        ]
+
+    def delete_line_outcomes(self, batch_id: str) -> None:
+        self.fetch_all(delete(batch_lines).where(batch_lines.c.batch_id == batch_id))

@@ -1,0 +1,52 @@
+"""Connect to the service's database, PostgreSQL or SQLite, and bring its schema up to date."""
+
+import sqlite3
+from importlib import resources
+
+from alembic import command
+from alembic.config import Config
+from sqlalchemy import Engine, create_engine, event, make_url
+from sqlalchemy.exc import DBAPIError
+
+from omnivideo.errors import StoreError
+
+
+def create_database_engine(database_url: str) -> Engine:
+    """Return an engine that runs every statement in its own transaction.
+
+    `database_url` is `postgresql://...` or `sqlite:///FILE`. No connection is opened yet.
+    """
+    url = make_url(database_url)
+    if url.get_backend_name() == "sqlite":
+        engine = create_engine(url, isolation_level="AUTOCOMMIT", connect_args={"timeout": 30})
+        event.listen(engine, "connect", configure_sqlite)
+        return engine
+    return create_engine(
+        url.set(drivername="postgresql+psycopg"),
+        isolation_level="AUTOCOMMIT",
+        pool_pre_ping=True,
+        pool_size=10,
+        max_overflow=20,
+        connect_args={"connect_timeout": 5},
+    )
+
+
+def configure_sqlite(connection: sqlite3.Connection, connection_record: object) -> None:
+    """Let readers work beside the writer, and do not flush the disk at every heartbeat."""
+    connection.execute("PRAGMA journal_mode=WAL")
+    connection.execute("PRAGMA synchronous=NORMAL")
+
+
+def upgrade_schema(engine: Engine, revision: str = "head") -> None:
+    """Upgrade the schema to `revision`. One process does it while the others wait.
+
+    Raises StoreError if the database cannot be reached or changed.
+    """
+    alembic_config = Config()
+    alembic_config.set_main_option("script_location", str(resources.files("omnivideo.storage.database") / "migrations"))
+    try:
+        with engine.connect().execution_options(isolation_level="SERIALIZABLE") as connection:
+            alembic_config.attributes["connection"] = connection
+            command.upgrade(alembic_config, revision)
+    except DBAPIError as error:
+        raise StoreError("database: it cannot be reached or changed; see OMNIVIDEO_DATABASE") from error

@@ -1,0 +1,65 @@
+"""Files that users uploaded, and result files of batches."""
+
+from typing import Any
+
+from sqlalchemy import ColumnElement, and_, or_, select, update
+
+from omnivideo.contracts import FrozenModel
+from omnivideo.storage.database.batches import ACTIVE_BATCH_STATES
+from omnivideo.storage.database.repository import Repository, record_from_row, unix_now
+from omnivideo.storage.database.schema import batches, files
+
+
+class FileRecord(FrozenModel):
+    """A stored file. `object_key` is its key in the object store; `artifact` is set if it is an image or a clip."""
+
+    id: str
+    owner: str
+    name: str
+    purpose: str
+    size_bytes: int
+    object_key: str
+    artifact: dict[str, Any] | None
+    created_at: float
+
+
+class FileRepository(Repository):
+    def create_file(
+        self, owner: str, *, file_id: str, name: str, purpose: str, size_bytes: int, object_key: str,
+        artifact: dict[str, Any] | None,
+    ) -> FileRecord:  # fmt: skip
+        """Create a file and return it. If the id exists, return the file that has it, unchanged."""
+        values = {
+            "id": file_id, "owner": owner, "name": name, "purpose": purpose, "size_bytes": size_bytes,
+            "object_key": object_key, "artifact": artifact, "created_at": unix_now(), "deleted": False,
+        }  # fmt: skip
+        return record_from_row(FileRecord, self.insert_if_absent(files, values))
+
+    def get_file(self, file_id: str, owner: str) -> FileRecord | None:
+        row = self.fetch_one(select(files).where(files.c.id == file_id, match_owned_files(owner)))
+        return None if row is None else record_from_row(FileRecord, row)
+
+    def list_files(
+        self, owner: str, purpose: str | None, after: str | None, limit: int, newest_first: bool
+    ) -> tuple[list[FileRecord], bool]:
+        """Return a page of the owner's files, of one purpose if given, and whether more follow."""
+        condition = match_owned_files(owner)
+        if purpose is not None:
+            condition = and_(condition, files.c.purpose == purpose)
+        rows, has_more = self.fetch_page(files, condition, after, limit, newest_first)
+        return [record_from_row(FileRecord, row) for row in rows], has_more
+
+    def delete_file(self, file_id: str, owner: str) -> bool:
+        """Mark a file as deleted. Return False if the owner has no such file."""
+        deletion = update(files).where(files.c.id == file_id, match_owned_files(owner)).values(deleted=True)
+        return bool(self.fetch_all(deletion.returning(files.c.id)))
+
+    def collect_referenced_keys(self) -> set[str]:
+        """Return the object keys of all files, including deleted files that an active batch still reads."""
+        active_input_ids = select(batches.c.input_file_id).where(batches.c.state.in_(ACTIVE_BATCH_STATES))
+        is_referenced = or_(files.c.deleted.is_(False), files.c.id.in_(active_input_ids))
+        return {row.object_key for row in self.fetch_all(select(files.c.object_key).where(is_referenced))}
+
+
+def match_owned_files(owner: str) -> ColumnElement[bool]:
+    return and_(files.c.owner == owner, files.c.deleted.is_(False))

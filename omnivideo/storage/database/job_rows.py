@@ -1,0 +1,73 @@
+"""Rows of the table of jobs as messages, and the SQL expressions that its queries share."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from sqlalchemy import ColumnElement, Row, ScalarSelect, and_, case, func, or_, select
+
+from omnivideo.contracts import Artifact, Claim, Job, JobState, JobStatus, Lane
+from omnivideo.storage.database.schema import jobs
+
+LANES: tuple[Lane, ...] = ("interactive", "batch")
+OPEN_STATES: tuple[JobState, ...] = ("queued", "running")
+ENDED_STATES: tuple[JobState, ...] = ("done", "failed", "cancelled")
+TRACE_HEADER = "traceparent"  # the W3C header, kept in the meta of a job
+MAX_WORKER_LOSSES = 3  # the number of lost workers after which a job fails
+
+
+def status_from_row(row: Row[Any]) -> JobStatus:
+    fields = {name: getattr(row, name) for name in JobStatus.model_fields if name not in ("lane", "job", "result")}
+    result = None if row.result is None else Artifact(**row.result)
+    return JobStatus(lane=LANES[row.lane], job=Job(**row.body), result=result, **fields)
+
+
+def claim_from_row(row: Row[Any]) -> Claim:
+    """Return the claim of a job that has just been claimed.
+
+    A job that may lose no more than one further worker is rendered alone and from the beginning: if another job of
+    its batch was the cause, that job is found out, and this one does not fail with it.
+    """
+    must_run_alone = row.batch_job_ids is not None and row.worker_losses >= MAX_WORKER_LOSSES - 1
+    return Claim(
+        job=Job(**row.body),
+        attempt=row.attempt,
+        resume_key=None if must_run_alone else row.resume_key,
+        lane=LANES[row.lane],
+        batch_job_ids=() if must_run_alone else row.batch_job_ids or (),
+        traceparent=row.meta.get(TRACE_HEADER),
+    )
+
+
+def match_attempt(claim: Claim) -> ColumnElement[bool]:
+    """Match the job as long as no other attempt has claimed it and it has not ended."""
+    return and_(jobs.c.id == claim.job.id, jobs.c.attempt == claim.attempt, jobs.c.state == "running")
+
+
+def match_attempts(claims: Sequence[Claim]) -> ColumnElement[bool]:
+    return or_(*map(match_attempt, claims))
+
+
+def match_owned_jobs(owner: str, kind: str) -> ColumnElement[bool]:
+    return and_(jobs.c.owner == owner, jobs.c.kind == kind, jobs.c.deleted.is_(False))
+
+
+def build_count_subqueries(owner: str) -> tuple[ScalarSelect[int], ScalarSelect[int]]:
+    """Return the number of queued jobs, and of the owner's open jobs, as subqueries."""
+    queued = select(func.count()).where(jobs.c.state == "queued")
+    owner_open = select(func.count()).where(jobs.c.owner == owner, jobs.c.state.in_(OPEN_STATES))
+    return queued.scalar_subquery(), owner_open.scalar_subquery()
+
+
+def build_fair_rank_subquery(owner: str, lane_index: int) -> ColumnElement[int]:
+    """Return the fair rank of the owner's new job in its lane, as a subquery.
+
+    It reads the ends of an index with ORDER BY and LIMIT: for max() and min(), PostgreSQL reads all rows as long as
+    it has no statistics of the table.
+    """
+    ranks = select(jobs.c.fair_rank).where(jobs.c.lane == lane_index).limit(1)
+    last_of_owner = ranks.where(jobs.c.owner == owner, jobs.c.state == "queued").order_by(jobs.c.fair_rank.desc())
+    last_running = ranks.where(jobs.c.state == "running").order_by(jobs.c.fair_rank.desc())
+    first_queued = ranks.where(jobs.c.state == "queued").order_by(jobs.c.fair_rank)
+    current_rank = func.coalesce(last_running.scalar_subquery(), first_queued.scalar_subquery() - 1, 0)
+    owner_rank = func.coalesce(last_of_owner.scalar_subquery(), 0)
+    return case((owner_rank > current_rank, owner_rank), else_=current_rank) + 1

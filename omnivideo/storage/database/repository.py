@@ -1,0 +1,100 @@
+"""What the repositories share: running statements, reading pages, the database's clock, and rows as records."""
+
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+from sqlalchemy import ColumnElement, Engine, Executable, Float, Row, Select, Table, and_, literal, or_, select
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.exc import DBAPIError, IntegrityError
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.compiler import SQLCompiler
+from sqlalchemy.sql.expression import FunctionElement
+
+from omnivideo.contracts import FrozenModel
+from omnivideo.errors import InvalidInput, StoreError
+
+Record = TypeVar("Record", bound=FrozenModel)
+
+
+class unix_now(FunctionElement[float]):
+    """Seconds since 1970 by the database's clock, so that the clocks of the machines need not agree."""
+
+    type = Float()
+    inherit_cache = True
+
+
+@compiles(unix_now, "sqlite")
+def compile_unix_now_sqlite(element: unix_now, compiler: SQLCompiler, **kw: object) -> str:
+    return "((julianday('now') - 2440587.5) * 86400.0)"
+
+
+@compiles(unix_now, "postgresql")
+def compile_unix_now_postgresql(element: unix_now, compiler: SQLCompiler, **kw: object) -> str:
+    return "extract(epoch from clock_timestamp())::float8"
+
+
+class Repository:
+    """Run statements on the database. Every method raises StoreError if the database does not answer."""
+
+    def __init__(self, engine: Engine):
+        self.engine = engine
+
+    def fetch_all(self, statement: Executable) -> Sequence[Row[Any]]:
+        """Run a statement in its own transaction and return its rows. Lets IntegrityError through."""
+        try:
+            with self.engine.connect() as connection:
+                result = connection.execute(statement)
+                return result.all() if result.returns_rows else []
+        except IntegrityError:
+            raise
+        except DBAPIError as error:
+            raise StoreError("database: it does not answer; try again later") from error
+
+    def fetch_one(self, statement: Executable) -> Row[Any] | None:
+        rows = self.fetch_all(statement)
+        return rows[0] if rows else None
+
+    def insert_into(self, table: Table) -> sqlite.Insert | postgresql.Insert:
+        """Return an insert that supports `on_conflict_do_nothing` and `on_conflict_do_update`."""
+        return sqlite.insert(table) if self.engine.dialect.name == "sqlite" else postgresql.insert(table)
+
+    def insert_if_absent(self, table: Table, values: dict[str, Any]) -> Row[Any]:
+        """Insert a row unless its id exists, and return the row with that id."""
+        self.fetch_all(self.insert_into(table).values(values).on_conflict_do_nothing())
+        row = self.fetch_one(select(table).where(table.c.id == values["id"]))
+        assert row is not None
+        return row
+
+    def fetch_page(
+        self, table: Table, condition: ColumnElement[bool], after: str | None, limit: int, newest_first: bool
+    ) -> tuple[list[Row[Any]], bool]:
+        """Return the rows that follow the row with the id `after`, ordered by age, and whether more follow.
+
+        Raises InvalidInput if no row that meets the condition has that id.
+        """
+        query = select(table).where(condition)
+        created_at, row_id = table.c.created_at, table.c.id
+        if after is not None:
+            last = self.fetch_one(select(created_at, row_id).where(condition, row_id == after))
+            if last is None:
+                raise InvalidInput("after", "this list has no item with that id")
+            is_later = created_at < last.created_at if newest_first else created_at > last.created_at
+            is_next_of_same_time = row_id < last.id if newest_first else row_id > last.id
+            query = query.where(or_(is_later, and_(created_at == last.created_at, is_next_of_same_time)))
+        order = [column.desc() if newest_first else column.asc() for column in (created_at, row_id)]
+        rows = self.fetch_all(query.order_by(*order).limit(limit + 1))
+        return list(rows[:limit]), len(rows) > limit
+
+
+def select_values(table: Table, values: dict[str, Any]) -> Select[Any]:
+    """Return the values as a SELECT, for an insert that depends on a condition."""
+    typed_values: list[ColumnElement[Any]] = [
+        value if isinstance(value, ColumnElement) else literal(value, table.c[name].type)
+        for name, value in values.items()
+    ]
+    return select(*typed_values)
+
+
+def record_from_row(record_type: type[Record], row: Row[Any]) -> Record:
+    """Return the columns of a row that the record type names, as a record."""
+    return record_type(**{name: getattr(row, name) for name in record_type.model_fields})

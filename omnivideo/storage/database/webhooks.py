@@ -1,0 +1,111 @@
+"""Webhooks, and the deliveries that are due to them."""
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from sqlalchemy import delete, func, select, update
+
+from omnivideo.contracts import FrozenModel
+from omnivideo.errors import InvalidInput
+from omnivideo.storage.database.repository import Repository, record_from_row, select_values, unix_now
+from omnivideo.storage.database.schema import webhook_deliveries, webhooks
+
+DELIVERY_RETENTION_SECONDS = 7 * 86_400  # how long a completed delivery is kept
+
+
+class WebhookRecord(FrozenModel):
+    """A webhook: where events go (`url`), the key that signs them (`secret`), and the types of event it receives."""
+
+    id: str
+    owner: str
+    url: str
+    secret: str
+    name: str
+    event_types: list[str]
+    created_at: float
+
+
+class DeliveryRecord(FrozenModel):
+    """An event for one webhook. `attempts` counts the attempts to deliver it, including the one under way."""
+
+    id: str
+    webhook_id: str
+    body: dict[str, Any]
+    attempts: int
+
+
+class WebhookRepository(Repository):
+    def create_webhook(
+        self, owner: str, max_webhooks: int, *, webhook_id: str, url: str, secret: str, name: str,
+        event_types: Sequence[str],
+    ) -> WebhookRecord:  # fmt: skip
+        """Create a webhook and return it. Raises InvalidInput if the owner already has `max_webhooks`."""
+        values = {
+            "id": webhook_id, "owner": owner, "url": url, "secret": secret, "name": name,
+            "event_types": list(event_types), "created_at": unix_now(),
+        }  # fmt: skip
+        webhook_count = select(func.count()).where(webhooks.c.owner == owner).scalar_subquery()
+        row_if_allowed = select_values(webhooks, values).where(webhook_count < max_webhooks)
+        row = self.fetch_one(self.insert_into(webhooks).from_select(list(values), row_if_allowed).returning(webhooks))
+        if row is None:
+            raise InvalidInput("webhooks", f"you have {max_webhooks}, the maximum for one API key")
+        return record_from_row(WebhookRecord, row)
+
+    def get_webhook(self, webhook_id: str, owner: str) -> WebhookRecord | None:
+        row = self.fetch_one(select(webhooks).where(webhooks.c.id == webhook_id, webhooks.c.owner == owner))
+        return None if row is None else record_from_row(WebhookRecord, row)
+
+    def list_webhooks(self, owner: str, after: str | None, limit: int) -> tuple[list[WebhookRecord], bool]:
+        """Return a page of the owner's webhooks, newest first, and whether more follow."""
+        rows, has_more = self.fetch_page(webhooks, webhooks.c.owner == owner, after, limit, newest_first=True)
+        return [record_from_row(WebhookRecord, row) for row in rows], has_more
+
+    def delete_webhook(self, webhook_id: str, owner: str) -> bool:
+        """Delete a webhook; what is not delivered yet never will be. Return False if the owner has no such webhook."""
+        deletion = delete(webhooks).where(webhooks.c.id == webhook_id, webhooks.c.owner == owner)
+        return bool(self.fetch_all(deletion.returning(webhooks.c.id)))
+
+    def list_webhooks_of_owners(self, owners: Collection[str]) -> list[WebhookRecord]:
+        rows = self.fetch_all(select(webhooks).where(webhooks.c.owner.in_(owners)))
+        return [record_from_row(WebhookRecord, row) for row in rows]
+
+    # ------------------------------------------------------------ deliveries
+
+    def enqueue_deliveries(self, events: Sequence[tuple[str, str, dict[str, Any]]]) -> None:
+        """Add deliveries that are due now, as (event id, webhook id, body). A known event id changes nothing."""
+        values = [
+            {"id": event_id, "webhook_id": webhook_id, "body": body, "attempts": 0, "due_at": 0.0, "completed": False}
+            for event_id, webhook_id, body in events
+        ]
+        self.fetch_all(self.insert_into(webhook_deliveries).values(values).on_conflict_do_nothing())
+
+    def claim_due_deliveries(
+        self, limit: int, lease_seconds: float
+    ) -> list[tuple[DeliveryRecord, WebhookRecord | None]]:
+        """Claim due deliveries, each with its webhook (None if deleted).
+
+        A delivery falls due again after `lease_seconds` unless it is completed or postponed before.
+        """
+        is_open = webhook_deliveries.c.completed.is_(False)
+        due = select(webhook_deliveries.c.id).where(is_open, webhook_deliveries.c.due_at <= unix_now())
+        due_ids = due.order_by(webhook_deliveries.c.due_at).limit(limit).with_for_update(skip_locked=True)
+        values = {"due_at": unix_now() + lease_seconds, "attempts": webhook_deliveries.c.attempts + 1}
+        claim = update(webhook_deliveries).where(webhook_deliveries.c.id.in_(due_ids), is_open).values(values)
+        rows = self.fetch_all(claim.returning(webhook_deliveries))
+        deliveries = [record_from_row(DeliveryRecord, row) for row in rows]
+        query = select(webhooks).where(webhooks.c.id.in_([delivery.webhook_id for delivery in deliveries]))
+        webhooks_by_id = {row.id: record_from_row(WebhookRecord, row) for row in self.fetch_all(query)}
+        return [(delivery, webhooks_by_id.get(delivery.webhook_id)) for delivery in deliveries]
+
+    def complete_delivery(self, delivery_id: str) -> None:
+        """Mark a delivery as finished, whether it was delivered or given up."""
+        self.fetch_all(update(webhook_deliveries).where(webhook_deliveries.c.id == delivery_id).values(completed=True))
+
+    def postpone_delivery(self, delivery_id: str, delay_seconds: float) -> None:
+        is_delivery = webhook_deliveries.c.id == delivery_id
+        self.fetch_all(update(webhook_deliveries).where(is_delivery).values(due_at=unix_now() + delay_seconds))
+
+    def delete_old_deliveries(self) -> None:
+        """Delete deliveries that were completed more than DELIVERY_RETENTION_SECONDS ago."""
+        is_old = webhook_deliveries.c.due_at < unix_now() - DELIVERY_RETENTION_SECONDS
+        self.fetch_all(delete(webhook_deliveries).where(webhook_deliveries.c.completed, is_old))
