@@ -19,7 +19,6 @@ from torch import nn
 from transformers import Qwen3VLForConditionalGeneration, SiglipVisionModel, UMT5Config, UMT5EncoderModel
 
 from omnivideo.errors import CheckpointError, InvalidInput
-from omnivideo.models.mllm import VisionInputConfig
 from omnivideo.models.omni import Bridge, OmniVideoModel, build_decoder
 from omnivideo.models.positions import add_absolute_positions
 from omnivideo.models.weights.checkpoint import (
@@ -228,7 +227,6 @@ class TinyPipeline:
             preset=TINY,
             mllm=self.load_mllm(),
             mllm_tokenizer=self.load_mllm_tokenizer(),
-            vision_config=VisionInputConfig(),
             bridge=build_seeded_bridge(),
             decoder=foundation.decoder,
             text_encoder=foundation.text_encoder,
