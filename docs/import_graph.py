@@ -175,7 +175,8 @@ def render_page(text: str) -> str:
 def main() -> None:
     stale = [page for page in PAGES if page.read_text() != render_page(page.read_text())]
     if "--check" in sys.argv[1:]:
-        sys.exit(f"out of date: {', '.join(page.name for page in stale)}; run python docs/import_graph.py" if stale else 0)
+        names = ", ".join(page.name for page in stale)
+        sys.exit(f"out of date: {names}; run python docs/import_graph.py" if stale else 0)
     for page in stale:
         page.write_text(render_page(page.read_text()))
         print(f"wrote {page.relative_to(ROOT)}")

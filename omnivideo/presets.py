@@ -53,6 +53,19 @@ class VisualContextConfig(PresetModel):
     absolute_positions: bool = False
 
 
+class VisionInputConfig(PresetModel):
+    """How the MLLM takes pixels: the patching, and the bounds on what it sees of an image or a clip."""
+
+    patch_size: int  # px
+    merge_size: int  # patches along each side of one token
+    temporal_patch_size: int  # frames in one patch
+    min_pixels: int  # px of one frame
+    max_pixels: int
+    fps: float  # frames sampled from a second of video
+    min_frames: int
+    max_frames: int
+
+
 class Preset(PresetModel):
     """Everything that fixes the shapes of a model.
 
@@ -64,6 +77,7 @@ class Preset(PresetModel):
     name: str
     version: Literal[1, 2]
     mllm_width: int
+    vision_input: VisionInputConfig
     text_width: int
     max_text_tokens: int
     min_condition_tokens: int
@@ -102,6 +116,12 @@ def build_wan_config(num_heads: int, num_layers: int, ffn_dim: int) -> dict[str,
 
 WAN_1_3B_CONFIG, WAN_14B_CONFIG = build_wan_config(12, 30, 8960), build_wan_config(40, 40, 13824)
 
+# The defaults of transformers' Qwen3VLVideoProcessor, for images too: 128 to 768 tokens of 32 x 32 px in a frame.
+QWEN3_VL_INPUT = VisionInputConfig(
+    patch_size=16, merge_size=2, temporal_patch_size=2, min_pixels=128 * 32 * 32, max_pixels=768 * 32 * 32,
+    fps=2.0, min_frames=4, max_frames=768,
+)  # fmt: skip
+
 VERSION_1_SAMPLING: dict[Task, SamplingDefaults] = {
     "text-to-video": SamplingDefaults(width=832, height=480, frames=81, fps=16, steps=40, guidance_scale=3.0),
     "video-editing": SamplingDefaults(width=640, height=352, frames=17, fps=8, steps=40, guidance_scale=3.0),
@@ -126,6 +146,16 @@ TINY = Preset(
     version=1,
     max_batch_size=4,  # 0.34 s a clip of 20 steps on one core, alone 0.54 s
     mllm_width=192,
+    vision_input=VisionInputConfig(
+        patch_size=8,
+        merge_size=2,
+        temporal_patch_size=2,
+        min_pixels=64 * 64,
+        max_pixels=64 * 64,
+        fps=4.0,
+        min_frames=4,
+        max_frames=768,
+    ),
     text_width=192,
     max_text_tokens=64,
     min_condition_tokens=72,  # about what a clip's edit has: the attention to the padding is the same for every request
@@ -170,6 +200,7 @@ OMNIVIDEO_1_3B = Preset(
     name="omnivideo-1.3b",
     version=1,
     mllm_width=4096,
+    vision_input=QWEN3_VL_INPUT,
     text_width=4096,
     max_text_tokens=512,
     min_condition_tokens=2560,
@@ -185,6 +216,7 @@ OMNIVIDEO2_1_3B = Preset(
     name="omnivideo2-1.3b",
     version=2,
     mllm_width=2048,
+    vision_input=QWEN3_VL_INPUT,
     text_width=4096,
     max_text_tokens=512,
     min_condition_tokens=512,
@@ -208,10 +240,20 @@ PRESETS = {preset.name: preset for preset in (TINY, OMNIVIDEO_1_3B, OMNIVIDEO2_1
 
 
 def get_preset(name: str) -> Preset:
-    """The preset of this name; raises InvalidInput where there is none."""
+    """Return the preset of this name; raises InvalidInput for an unknown one."""
     if name not in PRESETS:
         raise InvalidInput("preset", f"{name!r} is not one of {', '.join(PRESETS)}")
     return PRESETS[name]
+
+
+def get_vision_input(patch_size: int, merge_size: int, temporal_patch_size: int) -> VisionInputConfig:
+    """Return the vision input of the preset whose MLLM patches so; raises InvalidInput if no preset does."""
+    patching = (patch_size, merge_size, temporal_patch_size)
+    for preset in PRESETS.values():
+        known = preset.vision_input
+        if (known.patch_size, known.merge_size, known.temporal_patch_size) == patching:
+            return known
+    raise InvalidInput("preset", f"no preset has an MLLM with the patching {patching}")
 
 
 # ---------------------------------------------------------------- counts of tokens

@@ -10,7 +10,6 @@ from transformers import UMT5Config, UMT5EncoderModel
 
 from omnivideo.backends.mllm.local import LocalMLLM
 from omnivideo.backends.mllm.remote import RemoteMLLM
-from omnivideo.models.mllm import VisionInputConfig
 from omnivideo.models.omni import Bridge, OmniVideoModel, build_decoder
 from omnivideo.models.weights import checkpoint
 from omnivideo.presets import TINY
@@ -40,7 +39,6 @@ def omni(text_tokenizer, mllm_tokenizer) -> OmniVideoModel:
         preset=TINY,
         mllm=mllm.build_model(mllm_tokenizer),
         mllm_tokenizer=mllm_tokenizer,
-        vision_config=VisionInputConfig(),
         bridge=Bridge(TINY),
         decoder=build_decoder(TINY),
         text_encoder=UMT5EncoderModel(UMT5Config(**text_encoder.CONFIG)),

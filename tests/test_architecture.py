@@ -24,7 +24,8 @@ MAY_IMPORT = {
     "api": {"agent", "media"},
     "wiring": {"agent", "api", "backends", "media", "models", "storage"},
     "sdk": {"agent", "backends", "media", "models", "storage", "wiring"},
-    "cli": {"agent", "api", "backends", "evaluation", "media", "models", "sdk", "storage", "synthetic", "training", "wiring"},
+    "cli": {"agent", "api", "backends", "evaluation", "media", "models", "sdk", "storage", "synthetic", "training"}
+    | {"wiring"},
     "omnivideo": {"sdk"},
 } | {name: set() for name in BASE}  # fmt: skip
 # package -> distributions that it must not import
@@ -59,7 +60,18 @@ KNOWN_EXCEPTIONS: dict[str, dict[str, str]] = {
 }
 MODULES = import_graph.find_modules()
 GRAPH = import_graph.build_graph(MODULES)
-HEAVY = {"torch", "vllm", "celery", "fastapi", "diffusers", "transformers", "deepspeed", "sqlalchemy", "langgraph", "av"}
+HEAVY = {
+    "torch",
+    "vllm",
+    "celery",
+    "fastapi",
+    "diffusers",
+    "transformers",
+    "deepspeed",
+    "sqlalchemy",
+    "langgraph",
+    "av",
+}
 
 
 def top_of(module: str) -> str:
@@ -128,8 +140,9 @@ def test_importing_loads_no_heavy_library(module, tmp_path):
 WATCH_IMPORTS = """
 import importlib, json, os, sys, threading
 
-WATCHED = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.putenv", "os.unsetenv", "os.system", "os.exec", "os.fork",
-           "subprocess.Popen", "socket.connect", "socket.bind", "signal.pthread_kill", "shutil.rmtree", "sqlite3.connect"}
+WATCHED = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.putenv", "os.unsetenv", "os.system", "os.exec",
+           "os.fork", "subprocess.Popen", "socket.connect", "socket.bind", "signal.pthread_kill", "shutil.rmtree",
+           "sqlite3.connect"}
 effects = []
 
 def owner():
@@ -158,7 +171,9 @@ targets = [getattr(thread, "_target", None) for thread in threading.enumerate()]
 ours = [str(target) for target in targets if target and target.__module__.startswith("omnivideo")]
 print(json.dumps({"effects": effects, "missing": missing, "threads": ours}))
 """
-RUN_BY_ALEMBIC = {"omnivideo.storage.database.migrations.env"}  # a script by Alembic's convention: it runs when imported
+RUN_BY_ALEMBIC = {
+    "omnivideo.storage.database.migrations.env"
+}  # a script by Alembic's convention: it runs when imported
 NEEDS_VLLM = "omnivideo.backends.mllm.vllm_plugin."
 
 
@@ -169,4 +184,6 @@ def test_importing_has_no_side_effects(tmp_path):
     report = json.loads(run_python(WATCH_IMPORTS, *names, cwd=folder, home=home).splitlines()[-1])
     assert report["effects"] == [] and report["threads"] == []
     assert not list(folder.iterdir())
-    assert all(name.startswith(NEEDS_VLLM) and lacking == "vllm" for name, lacking in report["missing"]), report["missing"]
+    assert all(name.startswith(NEEDS_VLLM) and lacking == "vllm" for name, lacking in report["missing"]), report[
+        "missing"
+    ]

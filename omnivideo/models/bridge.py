@@ -1,8 +1,8 @@
-"""The joining parts of the paper: vision head, adapter and visual context adapter (sections 3.2 and 3.3).
+"""The modules between the MLLM and the decoder: vision head, adapter and visual context adapter (sections 3.2, 3.3).
 
-Sizes and parameter names follow the released weights, so that those load strictly.
-Shapes: B batch, N hidden states of the MLLM, L tokens, Q learned queries, M width of the MLLM, E width of the visual
-encoder, D text width of the decoder.
+Their sizes and parameter names follow the released weights, so that those load strictly.
+Shapes: B batch, N hidden states of the MLLM, L tokens, I input width, Q learned queries, M width of the MLLM,
+E width of the visual encoder, D text width of the decoder, K condition tokens of the source, z T h w its latents.
 """
 
 from typing import Any
@@ -14,18 +14,18 @@ from omnivideo.models.positions import build_grid_positions
 
 
 def build_transformer(width: int, layers: int, heads: int) -> nn.Transformer:
-    """Pre-norm encoder-decoder with ReLU and a four times wider feed-forward."""
+    """Return a pre-norm encoder-decoder with ReLU and a feed-forward layer of four times its width."""
     shape: dict[str, Any] = {"dim_feedforward": 4 * width, "dropout": 0.0, "batch_first": True, "norm_first": True}
     layer = nn.TransformerEncoderLayer(width, heads, **shape)
-    # Given by hand only because nn.Transformer's own warns that nested tensors need post-norm.
+    # nn.Transformer's default encoder warns that nested tensors need post-norm layers, so we pass our own.
     encoder = nn.TransformerEncoder(layer, layers, nn.LayerNorm(width), enable_nested_tensor=False)
     return nn.Transformer(width, heads, layers, layers, custom_encoder=encoder, **shape)
 
 
 class QueryTransformer(nn.Module):
-    """A two-layer projection, then an encoder over the input and a decoder whose learned queries read it.
+    """A two-layer projection and an encoder over the input, and a decoder whose learned queries read the result.
 
-    [B, L, in] -> [B, Q, width].  Parameters: `fc`, `adapter` and `decoder_query` of the released adapter.
+    [B, L, I] -> [B, Q, width]. The parameters are `fc`, `adapter` and `decoder_query`, as in the released adapter.
     """
 
     def __init__(self, dim_in: int, width: int, num_queries: int, layers: int, heads: int):
@@ -39,26 +39,27 @@ class QueryTransformer(nn.Module):
         return self.decoder_query.shape[1]
 
     def forward(self, x_BLI: Tensor, padding_BL: Tensor | None = None) -> Tensor:
-        """`padding_BL` is True where a token is padding."""
-        return self.adapter(
+        """Return [B, Q, width]; `padding_BL` is True for tokens that are padding."""
+        out: Tensor = self.adapter(
             self.fc(x_BLI),
             self.decoder_query.expand(len(x_BLI), -1, -1),
             src_key_padding_mask=padding_BL,
             memory_key_padding_mask=padding_BL,
         )
+        return out
 
 
 class VisionHead(QueryTransformer):
-    """Continuous visual tokens V_o (Eq. 1) from the last hidden states of the whole sequence.
+    """Predicts the continuous visual tokens V_o (Eq. 1) from the last hidden states of the sequence.
 
-    [B, N, M] -> [B, Q, E].  Q is 4: one token per quarter of a clip; an image uses the first alone.
+    [B, N, M] -> [B, Q, E]. Q is 4, one token for each quarter of a clip; an image uses only the first.
     """
 
 
 class Adapter(QueryTransformer):
-    """Q = Adapter(V_o) (Eq. 3): visual tokens into the decoder's text space.
+    """Maps visual tokens into the decoder's text space: Q = Adapter(V_o) (Eq. 3).
 
-    Every visual token goes through alone: [B, L, E] -> [B, L * Q, D].
+    [B, L, E] -> [B, L * Q, D]. Each visual token is mapped independently of the others.
     """
 
     def forward(self, x_BLE: Tensor, padding_BL: Tensor | None = None) -> Tensor:
@@ -68,9 +69,10 @@ class Adapter(QueryTransformer):
 
 
 class VisualContextAdapter(nn.Module):
-    """The source's latents as condition tokens, for editing: [B, z, T, h, w] -> [B, T * h/k * w/k, D].
+    """Turns the latents of an edit's source into condition tokens.
 
-    `absolute_positions` adds fixed positions of the token grid, which the released model does without.
+    [B, z, T, h, w] -> [B, K, D] with K = T * h/kernel * w/kernel. `absolute_positions` adds fixed positions on the
+    token grid, which the released model does not have.
     """
 
     def __init__(self, channels: int, hidden: int, dim: int, kernel: int, absolute_positions: bool):
@@ -80,16 +82,17 @@ class VisualContextAdapter(nn.Module):
         self.absolute_positions = absolute_positions
 
     def forward(self, latents_BzThw: Tensor) -> Tensor:
-        patches = self.patch_embedding(latents_BzThw)
-        tokens = nn.functional.layer_norm(patches.flatten(2).mT, (patches.shape[1],))
-        out = nn.functional.layer_norm(self.projection(tokens), (self.projection.out_features,))
+        patches_BCThw = self.patch_embedding(latents_BzThw)
+        tokens_BKC = nn.functional.layer_norm(patches_BCThw.flatten(2).mT, (patches_BCThw.shape[1],))
+        out_BKD = nn.functional.layer_norm(self.projection(tokens_BKC), (self.projection.out_features,))
         if self.absolute_positions:
-            out = out + build_grid_positions(out.shape[-1], *patches.shape[2:]).flatten(1).mT.to(out)
-        return out
+            positions_DThw = build_grid_positions(out_BKD.shape[-1], *patches_BCThw.shape[2:])
+            out_BKD = out_BKD + positions_DThw.flatten(1).mT.to(out_BKD)
+        return out_BKD
 
 
 class HiddenProjection(nn.Module):
-    """Version 2 in place of vision head and adapter: the MLLM's hidden states, normalised and projected.
+    """Normalises and projects the MLLM's hidden states; in version 2 it replaces vision head and adapter.
 
     [B, N, M] -> [B, N, D].
     """
@@ -100,4 +103,5 @@ class HiddenProjection(nn.Module):
         self.proj = nn.Linear(width, dim)
 
     def forward(self, x_BNM: Tensor) -> Tensor:
-        return self.proj(self.norm(x_BNM))
+        out_BND: Tensor = self.proj(self.norm(x_BNM))
+        return out_BND

@@ -2,9 +2,9 @@
 
     c = [<img_st> h <img_ed> || <ipl_st> v <ipl_ed> || <prp_st> t <prp_ed> || zeros]
 
-`h` is the source's visual context (editing mode only), `v` the adapter's tokens, `t` the text.  The order is the
-released code's; the paper writes v, h, t (section 3.3).  A part that is absent takes its markers with it.
-Shapes: B batch, L tokens, D the decoder's text width.
+`h` is the visual context of the source (editing only), `v` the adapter's tokens and `t` the text. The order is that
+of the released code; the paper writes v, h, t (section 3.3). If a part is absent, so are its markers.
+Shapes: B batch, L tokens, D text width of the decoder.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,7 @@ MARKER_NAMES = ("img_st", "img_ed", "ipl_st", "ipl_ed", "prp_st", "prp_ed")
 
 
 class MarkerEmbeddings(nn.Module):
-    """Six learned embeddings [n, D], one token each unless `lengths` says otherwise, as for published weights."""
+    """Six learned markers [n, D]; n is 1 unless `lengths` gives another value, as it does for published weights."""
 
     def __init__(self, dim: int, lengths: Mapping[str, int] | None = None):
         super().__init__()
@@ -36,19 +36,20 @@ def assemble_conditions(
     min_tokens: int,
     max_tokens: int,
 ) -> Tensor:
-    """The conditions [B, L, D] of a batch, zero-padded to the longest and to `min_tokens` tokens.
+    """Return the conditions [B, L, D] of a batch, zero-padded to the longest of them and to at least `min_tokens`.
 
-    Raises ConditionTooLong above `max_tokens`: nothing is ever cut.
+    Raises ConditionTooLong if one has more than `max_tokens` tokens; nothing is ever truncated.
     """
-    # All tokens once, then one gather: a kernel for each part of each row is what a GPU would wait for.
-    pool = [texts_LD[0].new_zeros(1, texts_LD[0].shape[-1])]  # the padding
+    # Concatenate all tokens once and gather the rows from them: launching a kernel for every part of every row would
+    # leave a GPU idle.
+    pool = [texts_LD[0].new_zeros(1, texts_LD[0].shape[-1])]  # index 0 is the padding
     pool_length = 1
 
-    def add_to_pool(tokens: Tensor) -> range:
+    def add_to_pool(tokens_LD: Tensor) -> range:
         nonlocal pool_length
-        pool.append(tokens.to(pool[0]))
-        pool_length += len(tokens)
-        return range(pool_length - len(tokens), pool_length)
+        pool.append(tokens_LD.to(pool[0]))
+        pool_length += len(tokens_LD)
+        return range(pool_length - len(tokens_LD), pool_length)
 
     marker = {name: add_to_pool(getattr(markers, name)) for name in MARKER_NAMES}
     rows: list[list[int]] = []
@@ -67,7 +68,7 @@ def assemble_conditions(
 def count_condition_tokens(
     markers: MarkerEmbeddings, text_tokens: int, visual_tokens: int | None, context_tokens: int | None
 ) -> int:
-    """How many tokens a sample's condition has, by those of its parts (None: absent), before it is padded."""
+    """Return the number of tokens of a condition before padding; None stands for an absent part."""
     parts = (("prp", text_tokens), ("ipl", visual_tokens), ("img", context_tokens))
     return sum(
         count + len(getattr(markers, f"{kind}_st")) + len(getattr(markers, f"{kind}_ed"))
@@ -75,11 +76,11 @@ def count_condition_tokens(
     )  # fmt: skip
 
 
-def pad_condition(tokens: Tensor, min_tokens: int, max_tokens: int) -> Tensor:
-    """[..., L, D] with zeros up to `min_tokens` tokens."""
-    length = tokens.shape[-2]
+def pad_condition(tokens_BLD: Tensor, min_tokens: int, max_tokens: int) -> Tensor:
+    """Return [B, L, D] padded with zeros to at least `min_tokens` tokens; raises ConditionTooLong."""
+    length = tokens_BLD.shape[-2]
     check_condition_length(length, max_tokens)
-    return nn.functional.pad(tokens, (0, 0, 0, max(0, min_tokens - length)))
+    return nn.functional.pad(tokens_BLD, (0, 0, 0, max(0, min_tokens - length)))
 
 
 def check_condition_length(length: int, max_tokens: int) -> None:
@@ -90,15 +91,15 @@ def check_condition_length(length: int, max_tokens: int) -> None:
 def encode_text(
     tokenizer: PreTrainedTokenizerBase, encoder: UMT5EncoderModel, prompts: Sequence[str], max_tokens: int
 ) -> tuple[Tensor, Tensor]:
-    """Text embeddings [B, L, D], zero past the end of each prompt, and the prompts' lengths [B].
+    """Return text embeddings [B, L, D], which are zero after the end of each prompt, and the prompts' lengths [B].
 
-    Raises ConditionTooLong where a prompt has more than `max_tokens` tokens.
+    Raises ConditionTooLong if a prompt has more than `max_tokens` tokens.
     """
     tokens = tokenizer(list(prompts), padding=True, return_tensors="pt", verbose=False)
-    ids, mask = (tokens[name].to(encoder.device) for name in ("input_ids", "attention_mask"))
-    check_prompt_length(ids.shape[1], max_tokens)
-    hidden = encoder(ids, attention_mask=mask).last_hidden_state
-    return hidden * mask[..., None].to(hidden), mask.sum(1)
+    ids_BL, mask_BL = (tokens[name].to(encoder.device) for name in ("input_ids", "attention_mask"))
+    check_prompt_length(ids_BL.shape[1], max_tokens)
+    hidden_BLD = encoder(ids_BL, attention_mask=mask_BL).last_hidden_state
+    return hidden_BLD * mask_BL[..., None].to(hidden_BLD), mask_BL.sum(1)
 
 
 def check_prompt_length(count: int, max_tokens: int) -> None:

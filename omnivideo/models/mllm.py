@@ -1,8 +1,8 @@
-"""The multimodal language model: Qwen3-VL with a text head that also routes (paper section 3.2).
+"""The multimodal language model: Qwen3-VL, whose text head also routes (paper section 3.2).
 
-The first token of an answer decides: `<BOI>` asks for an image, `<BOV>` for a video, anything else begins a text.
-For generation the last hidden states of the whole sequence, the routing token included, go to the vision head.
-Shapes: B batch, N tokens, M width of the model, F H W frames and pixels, P patches.
+The first token of an answer decides: `<BOI>` requests an image, `<BOV>` a video, and any other token starts a text.
+For generation, the vision head reads the last hidden states of the sequence, including the routing token.
+Shapes: B batch, N tokens, V vocabulary, M width of the model, F frames, H W pixels, P patches, I values of a patch.
 """
 
 import math
@@ -18,42 +18,29 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, Qwen3VLForConditionalGeneration
 
 from omnivideo.contracts import Route
+from omnivideo.presets import VisionInputConfig
 
 BOI, EOI, BOV, EOV = "<BOI>", "<EOI>", "<BOV>", "<EOV>"
 VISUAL_TOKENS = (BOI, EOI, BOV, EOV)
-# transformers 5.24 calls it "cache"; before (5.19 goes with vLLM 0.32) it was "past_key_values".
+VISUAL_TOKEN_PAIRS = {"image": (BOI, EOI), "video": (BOV, EOV)}
+# The argument is "cache" in transformers 5.24 and "past_key_values" in 5.19, which vLLM 0.32 needs.
 CACHE_ARGUMENT = (
     "cache" if "cache" in signature(Qwen3VLForConditionalGeneration.forward).parameters else "past_key_values"
 )
-VISUAL_TOKEN_PAIRS = {"image": (BOI, EOI), "video": (BOV, EOV)}
-
-
-@dataclass(frozen=True)
-class VisionInputConfig:
-    """How frames become patches; the defaults are the tiny preset's.  Means and deviations are 0.5 throughout."""
-
-    patch_size: int = 8
-    merge_size: int = 2
-    temporal_patch_size: int = 2  # frames in a patch
-    min_pixels: int = 64 * 64  # px of a frame
-    max_pixels: int = 64 * 64
-    fps: float = 4.0  # frames looked at in a second of video
-    min_frames: int = 4
-    max_frames: int = 768
 
 
 @dataclass(frozen=True)
 class MLLMMedia:
-    """An image (one frame) or a clip: uint8 [F, H, W, 3]."""
+    """An image (one frame) or a clip: uint8 [F, H, W, 3]. `fps` matters only for a clip."""
 
     frames: np.ndarray
-    fps: float = 8.0
+    fps: float = 1.0
     is_video: bool = True
 
 
 @dataclass(frozen=True)
 class MLLMMessage:
-    """One request: media first, then the text; `system` names a mode such as think."""
+    """One request: the media come first, then the text. `system` is the system prompt of a mode such as think."""
 
     text: str
     media: tuple[MLLMMedia, ...] = ()
@@ -62,7 +49,11 @@ class MLLMMessage:
 
 @dataclass(frozen=True)
 class TokenizedRequest:
-    """A request ready for the model: token ids [N], modality of each (0 text, 1 image, 2 video), patches and grids."""
+    """The model's input for one request.
+
+    `token_ids` are the N token ids and `token_types` their modalities (0 text, 1 image, 2 video). `patches` [P, I] and
+    `grids` (t, h, w, in patches) are lists with one entry for each medium, under "image" and "video".
+    """
 
     token_ids: list[int]
     token_types: list[int]
@@ -74,112 +65,120 @@ class TokenizedRequest:
 
 
 def fit_size(height: int, width: int, vision_config: VisionInputConfig) -> tuple[int, int]:
-    """The nearest size whose sides are multiples of a merged patch and whose area is in the allowed range."""
+    """Return the nearest height and width that are multiples of a merged patch and have an allowed area."""
     factor = vision_config.patch_size * vision_config.merge_size
-    tall, wide = (max(factor, round(side / factor) * factor) for side in (height, width))
-    if tall * wide > vision_config.max_pixels:
+    fit_height, fit_width = (max(factor, round(side / factor) * factor) for side in (height, width))
+    if fit_height * fit_width > vision_config.max_pixels:
         shrink = math.sqrt(height * width / vision_config.max_pixels)
-        tall, wide = (max(factor, math.floor(side / shrink / factor) * factor) for side in (height, width))
-    elif tall * wide < vision_config.min_pixels:
+        fit_height, fit_width = (
+            max(factor, math.floor(side / shrink / factor) * factor) for side in (height, width)
+        )  # fmt: skip
+    elif fit_height * fit_width < vision_config.min_pixels:
         grow = math.sqrt(vision_config.min_pixels / (height * width))
-        tall, wide = (math.ceil(side * grow / factor) * factor for side in (height, width))
-    return tall, wide
+        fit_height, fit_width = (math.ceil(side * grow / factor) * factor for side in (height, width))
+    return fit_height, fit_width
 
 
 def sample_frame_indices(media: MLLMMedia, vision_config: VisionInputConfig) -> list[int]:
-    """Indices of the frames that the model looks at: `fps` a second, evenly from the first to the last."""
+    """Return the indices of the frames that the model sees, evenly spaced from the first to the last.
+
+    Their number is `fps` for each second of the clip, within the configured bounds.
+    """
     total = len(media.frames)
     count = int(total / media.fps * vision_config.fps)
     count = min(max(count, vision_config.min_frames), vision_config.max_frames, total)
-    return np.linspace(0, total - 1, count).round().astype(int).tolist()
+    return [int(index) for index in np.linspace(0, total - 1, count).round()]
 
 
-def resize_frame(frame: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    if frame.shape[:2] == size:
-        return frame
-    return np.asarray(Image.fromarray(frame).resize((size[1], size[0]), Image.Resampling.BICUBIC))
+def resize_frame(frame_HW3: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Return the frame at a height and width, by bicubic interpolation."""
+    if frame_HW3.shape[:2] == size:
+        return frame_HW3
+    return np.asarray(Image.fromarray(frame_HW3).resize((size[1], size[0]), Image.Resampling.BICUBIC))
 
 
-def patchify(frames: np.ndarray, vision_config: VisionInputConfig) -> tuple[Tensor, list[int]]:
-    """Patches [P, 3 * pair * patch * patch] of frames [F, H, W, 3] in Qwen's order, and their grid (t, h, w)."""
-    size = fit_size(frames.shape[1], frames.shape[2], vision_config)
-    frames = np.stack([resize_frame(frame, size) for frame in frames])
-    missing = -len(frames) % vision_config.temporal_patch_size
-    frames = np.concatenate([frames, frames[-1:].repeat(missing, axis=0)])
+def patchify(frames_FHW3: np.ndarray, vision_config: VisionInputConfig) -> tuple[Tensor, list[int]]:
+    """Return the patches [P, I] of frames in Qwen's order, and their grid (t, h, w); I = 3 * frames * patch * patch.
+
+    Pixels are normalised to mean 0.5 and deviation 0.5. The last frame is repeated to fill its patch.
+    """
+    size = fit_size(frames_FHW3.shape[1], frames_FHW3.shape[2], vision_config)
+    frames = np.stack([resize_frame(frame, size) for frame in frames_FHW3])
+    patch, merge, temporal = vision_config.patch_size, vision_config.merge_size, vision_config.temporal_patch_size
+    frames = np.concatenate([frames, frames[-1:].repeat(-len(frames) % temporal, axis=0)])
+    t, h, w = len(frames) // temporal, size[0] // patch, size[1] // patch
     x = torch.from_numpy(frames).float() / 127.5 - 1
-    t, y, x_ = (
-        len(frames) // vision_config.temporal_patch_size,
-        size[0] // vision_config.patch_size,
-        size[1] // vision_config.patch_size,
-    )
-    m, p = vision_config.merge_size, vision_config.patch_size
-    x = x.view(t, vision_config.temporal_patch_size, y // m, m, p, x_ // m, m, p, 3)
-    return x.permute(0, 2, 5, 3, 6, 8, 1, 4, 7).reshape(t * y * x_, -1), [t, y, x_]
+    x = x.view(t, temporal, h // merge, merge, patch, w // merge, merge, patch, 3)
+    # To (t, h / merge, w / merge, merge, merge), then within a patch (colour, frame, row, column).
+    return x.permute(0, 2, 5, 3, 6, 8, 1, 4, 7).reshape(t * h * w, -1), [t, h, w]
 
 
 # ---------------------------------------------------------------- requests to tokens
 
 
 def encode_media(media: MLLMMedia, vision_config: VisionInputConfig) -> tuple[str, Tensor, list[int]]:
-    """The placeholder text of one medium (a video has a timestamp before each pair of frames), patches and grid."""
+    """Return a medium's placeholder text, its patches [P, I] and their grid (t, h, w).
+
+    In the text of a clip, each group of `temporal_patch_size` frames follows its timestamp.
+    """
     indices = sample_frame_indices(media, vision_config) if media.is_video else [0]
-    patches, grid = patchify(media.frames[indices], vision_config)
+    patches_PI, grid = patchify(media.frames[indices], vision_config)
     tokens_per_frame = grid[1] * grid[2] // vision_config.merge_size**2
     if not media.is_video:
-        return f"<|vision_start|>{'<|image_pad|>' * tokens_per_frame}<|vision_end|>", patches, grid
+        return f"<|vision_start|>{'<|image_pad|>' * tokens_per_frame}<|vision_end|>", patches_PI, grid
     indices += [indices[-1]] * (-len(indices) % vision_config.temporal_patch_size)
     text = ""
     for start in range(0, len(indices), vision_config.temporal_patch_size):
         seconds = (indices[start] + indices[start + vision_config.temporal_patch_size - 1]) / 2 / media.fps
         text += f"<{seconds:.1f} seconds><|vision_start|>{'<|video_pad|>' * tokens_per_frame}<|vision_end|>"
-    return text, patches, grid
+    return text, patches_PI, grid
 
 
 def tokenize_message(
     tokenizer: PreTrainedTokenizerBase, message: MLLMMessage, vision_config: VisionInputConfig, answer: str = ""
 ) -> TokenizedRequest:
-    """The chat up to the answer, or through it (with its end token) where one is given."""
+    """Return the chat up to the start of the answer; with `answer`, up to and including the answer's end token."""
     patches: dict[str, list[Tensor]] = {"image": [], "video": []}
     grids: dict[str, list[list[int]]] = {"image": [], "video": []}
     content = ""
     for media in message.media:
-        text, patch, grid = encode_media(media, vision_config)
+        text, patches_PI, grid = encode_media(media, vision_config)
         kind = "video" if media.is_video else "image"
         content += text
-        patches[kind].append(patch)
+        patches[kind].append(patches_PI)
         grids[kind].append(grid)
     system = f"<|im_start|>system\n{message.system}<|im_end|>\n" if message.system else ""
     chat = f"{system}<|im_start|>user\n{content}{message.text}<|im_end|>\n<|im_start|>assistant\n"
-    ids = tokenizer(chat + (f"{answer}<|im_end|>" if answer else ""), add_special_tokens=False).input_ids
-    image, video = tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>"])
-    types = [1 if one == image else 2 if one == video else 0 for one in ids]
-    return TokenizedRequest(ids, types, patches, grids)
+    token_ids = tokenizer(chat + (f"{answer}<|im_end|>" if answer else ""), add_special_tokens=False).input_ids
+    image_id, video_id = tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>"])
+    token_types = [1 if token_id == image_id else 2 if token_id == video_id else 0 for token_id in token_ids]
+    return TokenizedRequest(token_ids, token_types, patches, grids)
 
 
 def collate_requests(
     batch: Sequence[TokenizedRequest], pad_token_id: int, device: torch.device | str = "cpu"
 ) -> dict[str, Tensor]:
-    """Keyword arguments of Qwen3-VL for a batch, padded on the right."""
-    longest = max(len(one.token_ids) for one in batch)
+    """Return Qwen3-VL's keyword arguments for a batch, padded on the right."""
+    longest = max(len(request.token_ids) for request in batch)
 
     def pad_rows(rows: list[list[int]], value: int) -> Tensor:
         return torch.tensor([row + [value] * (longest - len(row)) for row in rows], device=device)
 
     inputs = {
-        "input_ids": pad_rows([one.token_ids for one in batch], pad_token_id),
-        "attention_mask": pad_rows([[1] * len(one.token_ids) for one in batch], 0),
-        "mm_token_type_ids": pad_rows([one.token_types for one in batch], 0),
+        "input_ids": pad_rows([request.token_ids for request in batch], pad_token_id),
+        "attention_mask": pad_rows([[1] * len(request.token_ids) for request in batch], 0),
+        "mm_token_type_ids": pad_rows([request.token_types for request in batch], 0),
     }
     for kind, pixel_name in (("image", "pixel_values"), ("video", "pixel_values_videos")):
-        patches = [patch for one in batch for patch in one.patches[kind]]
+        patches = [patches_PI for request in batch for patches_PI in request.patches[kind]]
         if patches:
             inputs[pixel_name] = torch.cat(patches).to(device)
-            grids = [grid for one in batch for grid in one.grids[kind]]
+            grids = [grid for request in batch for grid in request.grids[kind]]
             inputs[f"{kind}_grid_thw"] = torch.tensor(grids, device=device)
     return inputs
 
 
-# ---------------------------------------------------------------- what is asked of the model
+# ---------------------------------------------------------------- routing
 
 
 @torch.no_grad()
@@ -189,11 +188,12 @@ def compute_first_logits(
     message: MLLMMessage,
     vision_config: VisionInputConfig,
 ) -> Tensor:
-    """Logits [V] of the first token of the answer."""
+    """Return the logits [V] of the answer's first token."""
     inputs = collate_requests(
         [tokenize_message(tokenizer, message, vision_config)], tokenizer.pad_token_id, model.device
     )
-    return model(**inputs, logits_to_keep=1).logits[0, -1].float()
+    logits_1NV: Tensor = model(**inputs, logits_to_keep=1).logits
+    return logits_1NV[0, -1].float()
 
 
 def predict_route(
@@ -202,15 +202,21 @@ def predict_route(
     message: MLLMMessage,
     vision_config: VisionInputConfig,
 ) -> Route:
-    """Greedy, hence the same for the same request; the probability of text is that of neither special token."""
-    probabilities = compute_first_logits(model, tokenizer, message, vision_config).softmax(-1)
-    best = int(probabilities.argmax())
-    boi, bov = tokenizer.convert_tokens_to_ids([BOI, BOV])
-    if best == boi:
-        return Route(kind="image", probability=float(probabilities[boi]))
-    if best == bov:
-        return Route(kind="video", probability=float(probabilities[bov]))
-    return Route(kind="text", probability=float(1 - probabilities[boi] - probabilities[bov]))
+    """Return the route of the likeliest first token; the same request always takes the same route.
+
+    The probability of the text route is that of all tokens but the two routing tokens.
+    """
+    probabilities_V = compute_first_logits(model, tokenizer, message, vision_config).softmax(-1)
+    best_id = int(probabilities_V.argmax())
+    boi_id, bov_id = tokenizer.convert_tokens_to_ids([BOI, BOV])
+    if best_id == boi_id:
+        return Route(kind="image", probability=float(probabilities_V[boi_id]))
+    if best_id == bov_id:
+        return Route(kind="video", probability=float(probabilities_V[bov_id]))
+    return Route(kind="text", probability=float(1 - probabilities_V[boi_id] - probabilities_V[bov_id]))
+
+
+# ---------------------------------------------------------------- hidden states for the vision head
 
 
 def compute_hidden_states(
@@ -219,7 +225,10 @@ def compute_hidden_states(
     batch: Sequence[tuple[MLLMMessage, Literal["image", "video"]]],
     vision_config: VisionInputConfig,
 ) -> tuple[Tensor, Tensor]:
-    """Last hidden states [B, N, M] of each request with its routing and closing token, and the padding mask [B, N]."""
+    """Return the last hidden states [B, N, M] of each request, and a mask [B, N] that is True for padding.
+
+    Each sequence ends with the request's routing token and its closing token.
+    """
     return forward_hidden_states(model, prepare_hidden_state_inputs(tokenizer, batch, vision_config))
 
 
@@ -228,7 +237,7 @@ def prepare_hidden_state_inputs(
     batch: Sequence[tuple[MLLMMessage, Literal["image", "video"]]],
     vision_config: VisionInputConfig,
 ) -> dict[str, Tensor]:
-    """What the model is given for `compute_hidden_states`."""
+    """Return the model's keyword arguments for `compute_hidden_states`, on the CPU."""
     encoded = [
         tokenize_message(tokenizer, message, vision_config, "".join(VISUAL_TOKEN_PAIRS[kind]))
         for message, kind in batch
@@ -237,13 +246,16 @@ def prepare_hidden_state_inputs(
 
 
 def forward_hidden_states(model: Qwen3VLForConditionalGeneration, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Last hidden states [B, N, M] of what `prepare_hidden_state_inputs` made, and the padding mask [B, N]."""
-    device_inputs = {name: part.to(model.device) for name, part in inputs.items()}
+    """Return the last hidden states [B, N, M] of `prepare_hidden_state_inputs`' result, and the padding [B, N]."""
+    device_inputs = {name: value.to(model.device) for name, value in inputs.items()}
     return model.model(**device_inputs).last_hidden_state, device_inputs["attention_mask"] == 0
 
 
+# ---------------------------------------------------------------- text
+
+
 def sample_token(logits_V: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
-    """One token: the likeliest at temperature 0, else drawn from the smallest set that holds `top_p`."""
+    """Return one token id: the likeliest at temperature 0, else a sample from the smallest set that holds `top_p`."""
     if temperature == 0:
         return int(logits_V.argmax())
     probabilities, order = (logits_V / temperature).softmax(-1).sort(descending=True)
@@ -263,33 +275,32 @@ def generate_answer(
     max_tokens: int = 1024,
     seed: int = 0,
 ) -> Iterator[str]:
-    """The answer as pieces of text (paper defaults for understanding); special tokens but the think marks are left out.
+    """Yield the answer in pieces of text, with the paper's defaults for understanding.
 
-    The routing tokens cannot come first here: the caller has already decided for text.
+    Only the end token is left out. The routing tokens are banned, because the caller has already chosen text.
     """
     inputs = collate_requests(
         [tokenize_message(tokenizer, message, vision_config)], tokenizer.pad_token_id, model.device
     )
     generator = torch.Generator().manual_seed(seed)
-    banned = tokenizer.convert_tokens_to_ids(list(VISUAL_TOKENS))
-    end = tokenizer.eos_token_id
-    ids: list[int] = []
+    banned_ids = tokenizer.convert_tokens_to_ids(list(VISUAL_TOKENS))
+    token_ids: list[int] = []
     emitted_text = ""
     out = model(**inputs, logits_to_keep=1, use_cache=True)
-    # A request without media leaves the offset of whatever was asked before.
+    # transformers keeps the rotary offset of the last request with media; a request without media has no offset.
     offset = model.model.rope_deltas if message.media else torch.zeros(1, dtype=torch.long, device=model.device)
     for _ in range(max_tokens):
-        logits = out.logits[0, -1].float().cpu()
-        logits[banned] = -torch.inf
-        token_id = sample_token(logits, temperature, top_p, generator)
-        if token_id == end:
+        logits_V = out.logits[0, -1].float().cpu()
+        logits_V[banned_ids] = -torch.inf
+        token_id = sample_token(logits_V, temperature, top_p, generator)
+        if token_id == tokenizer.eos_token_id:
             return
-        ids.append(token_id)
-        text = tokenizer.decode(ids)
+        token_ids.append(token_id)
+        text = tokenizer.decode(token_ids)
         if not text.endswith("\ufffd"):  # a character may span several tokens
             yield text[len(emitted_text) :]
             emitted_text = text
-        position = inputs["input_ids"].shape[1] + len(ids) - 1 + offset
+        position = inputs["input_ids"].shape[1] + len(token_ids) - 1 + offset
         out = model(
             input_ids=torch.tensor([[token_id]], device=model.device),
             **{CACHE_ARGUMENT: getattr(out, CACHE_ARGUMENT)},

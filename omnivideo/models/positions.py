@@ -1,25 +1,28 @@
-"""Fixed positions on the decoder's token grid, for models too small to find their place by themselves.
+"""Fixed positions on the decoder's token grid, for models that are too small to infer them.
 
-Wan knows positions only through rotary attention, which is relative: a token under pure noise can tell where it
-is only by comparing itself with its neighbours.  A large model learns that; one of a few million weights spends
-hours on it.  Presets with `absolute_positions` add this table after the patch embedding and to the visual
-context tokens.  It has no weights, so checkpoints keep the layout of the stock classes.
+Wan encodes positions only by rotary attention, which is relative: under pure noise a token can locate itself only by
+comparing itself with its neighbours. A large model learns to do so; a model of a few million weights spends hours
+of training on it. Presets with `absolute_positions` add this table after the patch embedding and to the visual
+context tokens. The table has no weights, so checkpoints keep the layout of the stock classes.
+Shapes: B batch, D channels, T h w token grid, L positions along one axis.
 """
 
 import torch
 from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
 
+MAX_WAVELENGTH = 64.0  # tokens, in units of 2 pi
+
 
 def build_axis_table(length: int, dim: int) -> Tensor:
-    """[length, dim] sines and cosines with wavelengths from 2 pi to 2 pi * 64 tokens; `dim` is even."""
-    frequencies = 64.0 ** -torch.linspace(0, 1, dim // 2)
-    angles = torch.arange(length)[:, None] * frequencies
-    return torch.cat([angles.sin(), angles.cos()], dim=1)
+    """Return [L, D] sines and cosines, with wavelengths from 2 pi to 2 pi * MAX_WAVELENGTH tokens; `dim` is even."""
+    frequencies_D = MAX_WAVELENGTH ** -torch.linspace(0, 1, dim // 2)
+    angles_LD = torch.arange(length)[:, None] * frequencies_D
+    return torch.cat([angles_LD.sin(), angles_LD.cos()], dim=1)
 
 
 def build_grid_positions(dim: int, frames: int, height: int, width: int) -> Tensor:
-    """[dim, frames, height, width]: a third of the channels for each axis, in units of one token."""
+    """Return [D, T, h, w]: each axis has a third of the channels and counts in tokens."""
     third = dim // 6 * 2
     t = build_axis_table(frames, third)[:, None, None].expand(-1, height, width, -1)
     y = build_axis_table(height, third)[None, :, None].expand(frames, -1, width, -1)
@@ -27,12 +30,13 @@ def build_grid_positions(dim: int, frames: int, height: int, width: int) -> Tens
     return torch.cat([t, y, x], dim=-1).permute(3, 0, 1, 2)
 
 
-def add_positions(module: nn.Module, args: tuple[Tensor, ...], patches_BDTHW: Tensor) -> Tensor:
-    """A forward hook for a patch embedding."""
-    table = build_grid_positions(*patches_BDTHW.shape[1:])
-    return patches_BDTHW + table.to(patches_BDTHW)
+def add_positions(module: nn.Module, args: tuple[Tensor, ...], patches_BDThw: Tensor) -> Tensor:
+    """Add the table to the output of a patch embedding; a forward hook."""
+    table_DThw = build_grid_positions(*patches_BDThw.shape[1:])
+    return patches_BDThw + table_DThw.to(patches_BDThw)
 
 
 def add_absolute_positions(decoder: WanTransformer3DModel) -> WanTransformer3DModel:
+    """Hook the table onto the decoder's patch embedding, in place, and return the decoder."""
     decoder.patch_embedding.register_forward_hook(add_positions)
     return decoder

@@ -1,6 +1,6 @@
-"""Noise -> schedule -> denoise -> latents, as in the paper's Eq. 4 and section 5.1.
+"""Sampling: from noise to latents with UniPC along the decoder's velocity field (paper Eq. 4 and section 5.1).
 
-Shapes: B batch, z latent channels, T h w latent grid, L condition tokens, D the decoder's text width.
+Shapes: B batch, z latent channels, T h w latent grid, L condition tokens, D text width of the decoder.
 """
 
 from collections.abc import Iterator
@@ -14,11 +14,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class DenoisingState:
-    """All that the loop needs to go on after `step` steps to the same bits.  (UniPC draws nothing at random.)
+    """What the loop needs to continue after `step` steps and arrive at the same bits; every tensor is [B, z, T, h, w].
 
-    `latents` is the noisy sample; `previous_sample` the one that the last step began with; `model_outputs` what the
-    scheduler made
-    of the decoder's last answers, at most two, oldest first.  All [B, z, T, h, w].
+    `latents` is the noisy sample, and `previous_sample` is the sample that the last step started from.
+    `model_outputs` are the clean samples that the scheduler derived from the last velocities: at most two, oldest
+    first. UniPC uses no random numbers, so no generator state is needed.
     """
 
     step: int
@@ -29,52 +29,17 @@ class DenoisingState:
 
 @dataclass(frozen=True)
 class DenoisingStep:
-    """After one step of `steps`: where the loop is, and `clean_latents`, how the clean sample looks from there."""
+    """The result of one of `steps` steps: the state after it, and the clean sample [B, z, T, h, w] predicted by it."""
 
     steps: int
     state: DenoisingState
     clean_latents: Tensor
 
 
-def create_scheduler(steps: int, flow_shift: float, device: torch.device | str = "cpu") -> UniPCMultistepScheduler:
-    """UniPC of order 2 (bh2), ready for `steps` steps from noise to data.
-
-    Wan's own noise levels, from 0.999 evenly to 0 and then shifted, so that the timesteps are the released code's
-    (999, 995, 991 ... 92 at 50 steps and shift 5); diffusers' default ends a little higher.
-    """
-    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=flow_shift)
-    scheduler.set_timesteps(sigmas=np.linspace(0.999, 0, steps + 1)[:-1], device=device)
-    # Else it would look its first step up by the timestep, which under a large shift several steps share.
-    scheduler.set_begin_index(0)
-    return scheduler
-
-
-def sample_initial_noise(seeds: list[int], shape_zThw: tuple[int, int, int, int], device: torch.device) -> Tensor:
-    """Standard normal latents, each row of the batch from its own seed; drawn on the CPU, so alike on any device."""
-    rows = [torch.randn(shape_zThw, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    return torch.stack(rows).to(device)
-
-
-def restore_scheduler(scheduler: UniPCMultistepScheduler, state: DenoisingState) -> None:
-    """The scheduler as it was at a point.  What is not kept there follows from the number of the step."""
-    order, completed_steps = scheduler.config.solver_order, state.step
-    missing: list[Tensor | None] = [None] * (order - len(state.model_outputs))
-    scheduler.model_outputs = [*missing, *state.model_outputs]
-    scheduler.timestep_list = [None] * len(missing) + list(
-        scheduler.timesteps[completed_steps - len(state.model_outputs) : completed_steps]
-    )
-    scheduler.last_sample = state.previous_sample
-    scheduler.lower_order_nums = min(completed_steps, order)
-    scheduler.this_order = min(
-        order, len(scheduler.timesteps) - completed_steps + 1, min(completed_steps - 1, order) + 1
-    )
-    scheduler._step_index = completed_steps
-
-
 @torch.no_grad()
 def denoise(
     decoder: WanTransformer3DModel,
-    latents_BzThw: Tensor,
+    noise_BzThw: Tensor,
     condition_BLD: Tensor,
     null_BLD: Tensor,
     steps: int,
@@ -82,25 +47,84 @@ def denoise(
     flow_shift: float,
     initial_state: DenoisingState | None = None,
 ) -> Iterator[DenoisingStep]:
-    """Yields after every step; the last one's latents are the result.  Goes on from `initial_state` where one is given.
+    """Yield after every step; the latents of the last state are the result.
 
-    Guidance is the usual formula, null + scale * (condition - null); at scale 1 the null pass is left out.
-    (The released code's scale s is this one's s + 1.)
+    With `initial_state` the loop continues after that state and ignores `noise_BzThw`, except for its device.
     """
-    scheduler = create_scheduler(steps, flow_shift, latents_BzThw.device)
+    scheduler = create_scheduler(steps, flow_shift, noise_BzThw.device)
+    x_BzThw, first_step = noise_BzThw, 0
     if initial_state:
         restore_scheduler(scheduler, initial_state)
-        latents_BzThw = initial_state.latents
-    first_step = initial_state.step if initial_state else 0
-    for completed_steps, timestep in enumerate(scheduler.timesteps[first_step:], start=first_step + 1):
-        timesteps_B = timestep.expand(len(latents_BzThw))
-        velocity = decoder(latents_BzThw, timesteps_B, condition_BLD, return_dict=False)[0]
-        if guidance_scale != 1:
-            null = decoder(latents_BzThw, timesteps_B, null_BLD, return_dict=False)[0]
-            velocity = null + guidance_scale * (velocity - null)
-        clean_latents = latents_BzThw - scheduler.sigmas[completed_steps - 1] * velocity
-        latents_BzThw = scheduler.step(velocity, timestep, latents_BzThw, return_dict=False)[0]
-        outputs = tuple(output for output in scheduler.model_outputs if output is not None)
-        yield DenoisingStep(
-            steps, DenoisingState(completed_steps, latents_BzThw, scheduler.last_sample, outputs), clean_latents
-        )
+        x_BzThw, first_step = initial_state.latents, initial_state.step
+
+    for step in range(first_step, steps):
+        timestep, sigma = scheduler.timesteps[step], scheduler.sigmas[step]
+        velocity_BzThw = predict_velocity(decoder, x_BzThw, timestep, condition_BLD, null_BLD, guidance_scale)
+        clean_BzThw = x_BzThw - sigma * velocity_BzThw
+        x_BzThw = scheduler.step(velocity_BzThw, timestep, x_BzThw, return_dict=False)[0]
+        yield DenoisingStep(steps, capture_state(scheduler, step + 1, x_BzThw), clean_BzThw)
+
+
+def predict_velocity(
+    decoder: WanTransformer3DModel,
+    x_BzThw: Tensor,
+    timestep: Tensor,
+    condition_BLD: Tensor,
+    null_BLD: Tensor,
+    guidance_scale: float,
+) -> Tensor:
+    """Return the guided velocity [B, z, T, h, w]: null + scale * (condition - null).
+
+    At scale 1 the null pass is skipped. The released code's scale s equals s + 1 here.
+    """
+    timestep_B = timestep.expand(len(x_BzThw))
+    velocity_BzThw: Tensor = decoder(x_BzThw, timestep_B, condition_BLD, return_dict=False)[0]
+    if guidance_scale == 1:
+        return velocity_BzThw
+    null_BzThw: Tensor = decoder(x_BzThw, timestep_B, null_BLD, return_dict=False)[0]
+    return null_BzThw + guidance_scale * (velocity_BzThw - null_BzThw)
+
+
+def sample_initial_noise(seeds: list[int], shape_zThw: tuple[int, int, int, int], device: torch.device) -> Tensor:
+    """Return standard normal latents [B, z, T, h, w], one seed for each row.
+
+    They are sampled on the CPU, so that a seed gives the same noise on every device.
+    """
+    rows = [torch.randn(shape_zThw, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    return torch.stack(rows).to(device)
+
+
+# ---------------------------------------------------------------- scheduler
+
+
+def create_scheduler(steps: int, flow_shift: float, device: torch.device | str = "cpu") -> UniPCMultistepScheduler:
+    """Return UniPC of order 2 (bh2), ready for `steps` steps from noise to data.
+
+    The noise levels are Wan's own, evenly spaced from 0.999 to 0 and then shifted, which gives the timesteps of the
+    released code (999, 995, 991 ... 92 at 50 steps and shift 5). diffusers' default levels start slightly higher.
+    """
+    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=flow_shift)
+    scheduler.set_timesteps(sigmas=np.linspace(0.999, 0, steps + 1)[:-1], device=device)
+    # Otherwise the scheduler looks up its first step by timestep, and under a large shift several steps share one.
+    scheduler.set_begin_index(0)
+    return scheduler
+
+
+def capture_state(scheduler: UniPCMultistepScheduler, completed_steps: int, x_BzThw: Tensor) -> DenoisingState:
+    """Return the state from which `restore_scheduler` continues after `completed_steps` steps."""
+    outputs = tuple(output for output in scheduler.model_outputs if output is not None)
+    return DenoisingState(completed_steps, x_BzThw, scheduler.last_sample, outputs)
+
+
+def restore_scheduler(scheduler: UniPCMultistepScheduler, state: DenoisingState) -> None:
+    """Set the scheduler's history to that of `state`; whatever the state does not hold follows from its step."""
+    order, completed_steps, num_outputs = scheduler.config.solver_order, state.step, len(state.model_outputs)
+    missing: list[None] = [None] * (order - num_outputs)
+    scheduler.model_outputs = [*missing, *state.model_outputs]
+    scheduler.timestep_list = [*missing, *scheduler.timesteps[completed_steps - num_outputs : completed_steps]]
+    scheduler.last_sample = state.previous_sample
+    scheduler.lower_order_nums = min(completed_steps, order)
+    scheduler.this_order = min(
+        order, len(scheduler.timesteps) - completed_steps + 1, min(completed_steps - 1, order) + 1
+    )
+    scheduler._step_index = completed_steps

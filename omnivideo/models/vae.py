@@ -1,7 +1,7 @@
 """The video autoencoder: pixels to normalised latents and back, around diffusers' `AutoencoderKLWan`.
 
-Shapes: B batch, C = 3 colours or z latent channels, F frames, T = (F - 1) / 4 + 1 latent frames, H W pixels,
-h = H / 8, w = W / 8.  Pixels are in -1..1.
+Shapes: B batch, C 3 colours, z latent channels, F frames, T = (F - 1) / 4 + 1 latent frames, H W pixels,
+h = H / 8, w = W / 8. Pixels are in -1..1.
 """
 
 import numpy as np
@@ -12,46 +12,53 @@ from torch import Tensor
 
 
 def pixels_from_bytes(clips_BFHWC: np.ndarray) -> Tensor:
-    """Pixels [B, 3, F, H, W] in -1..1 from uint8 [B, F, H, W, 3]."""
+    """Return pixels [B, 3, F, H, W] in -1..1 from uint8 [B, F, H, W, 3]."""
     return torch.from_numpy(clips_BFHWC).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
 
 
 def pixels_to_bytes(pixels_BCFHW: Tensor) -> np.ndarray:
-    """uint8 [B, F, H, W, 3] from pixels in -1..1."""
+    """Return uint8 [B, F, H, W, 3] from pixels in -1..1."""
     scaled = ((pixels_BCFHW.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     return scaled.permute(0, 2, 3, 4, 1).cpu().numpy()
 
 
 def get_latent_statistics(vae: AutoencoderKLWan, reference: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each latent channel, shaped [1, z, 1, 1, 1]."""
-    mean, std = (
+    """Return each latent channel's mean and standard deviation [1, z, 1, 1, 1], in the device and type of a tensor."""
+    mean_z, std_z = (
         torch.tensor(getattr(vae.config, key), device=reference.device, dtype=reference.dtype)
         for key in ("latents_mean", "latents_std")
     )
-    return mean.view(1, -1, 1, 1, 1), std.view(1, -1, 1, 1, 1)
+    return mean_z.view(1, -1, 1, 1, 1), std_z.view(1, -1, 1, 1, 1)
 
 
 def encode_pixels(vae: AutoencoderKLWan, pixels_BCFHW: Tensor) -> Tensor:
-    """Normalised latents [B, z, T, h, w]: the mean of the posterior, per channel of mean 0 and deviation 1."""
+    """Return latents [B, z, T, h, w]: the posterior's mode, normalised to mean 0 and deviation 1 in each channel."""
     mean, std = get_latent_statistics(vae, pixels_BCFHW)
-    return (vae.encode(pixels_BCFHW).latent_dist.mode() - mean) / std
+    latents_BzThw: Tensor = vae.encode(pixels_BCFHW).latent_dist.mode()
+    return (latents_BzThw - mean) / std
 
 
 def decode_latents(vae: AutoencoderKLWan, latents_BzThw: Tensor) -> Tensor:
-    """Pixels [B, 3, F, H, W] in -1..1 from normalised latents."""
+    """Return pixels [B, 3, F, H, W] in -1..1 from normalised latents."""
     mean, std = get_latent_statistics(vae, latents_BzThw)
-    return vae.decode(latents_BzThw * std + mean, return_dict=False)[0]
+    pixels_BCFHW: Tensor = vae.decode(latents_BzThw * std + mean, return_dict=False)[0]
+    return pixels_BCFHW
 
 
 def decode_unclamped(vae: AutoencoderKLWan, z_BzThw: Tensor) -> Tensor:
-    """Pixels from raw latents without diffusers' final clamp, under which saturated pixels would get no gradient."""
+    """Return pixels [B, 3, F, H, W] from latents that are not normalised, without the clamp that diffusers applies.
+
+    Training needs it: clamped pixels have no gradient.
+    """
     vae.clear_cache()
-    x = vae.post_quant_conv(z_BzThw)
+    x_BzThw = vae.post_quant_conv(z_BzThw)
     frames = []
-    for index in range(x.shape[2]):
-        frames.append(
-            vae.decoder(x[:, :, index : index + 1], feat_cache=vae._feat_map, feat_idx=[0], first_chunk=index == 0)
-        )
+    for index in range(x_BzThw.shape[2]):
+        latent_frame = x_BzThw[:, :, index : index + 1]
+        frames.append(vae.decoder(latent_frame, feat_cache=vae._feat_map, feat_idx=[0], first_chunk=index == 0))
     vae.clear_cache()
-    pixels = torch.cat(frames, dim=2)
-    return pixels if vae.config.patch_size is None else unpatchify(pixels, patch_size=vae.config.patch_size)
+    pixels_BCFHW = torch.cat(frames, dim=2)
+    if vae.config.patch_size is None:
+        return pixels_BCFHW
+    unpatched_BCFHW: Tensor = unpatchify(pixels_BCFHW, patch_size=vae.config.patch_size)
+    return unpatched_BCFHW

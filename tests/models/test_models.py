@@ -21,7 +21,6 @@ from omnivideo.models.mllm import (
     VISUAL_TOKENS,
     MLLMMedia,
     MLLMMessage,
-    VisionInputConfig,
     collate_requests,
     compute_hidden_states,
     generate_answer,
@@ -49,13 +48,13 @@ def test_patches_are_those_of_qwen():
         patch_size=8, temporal_patch_size=2, merge_size=2, min_pixels=4096, max_pixels=4096,
         image_mean=[0.5] * 3, image_std=[0.5] * 3,
     )(images=[Image.fromarray(FRAME[0])], return_tensors="pt")  # fmt: skip
-    ours, grid = patchify(FRAME, VisionInputConfig())
+    ours, grid = patchify(FRAME, TINY.vision_input)
     assert theirs["image_grid_thw"].tolist() == [grid]
     assert torch.allclose(theirs["pixel_values"], ours, atol=1e-6)
 
 
 def test_a_clip_is_seen_at_its_ends_and_between():
-    assert sample_frame_indices(MLLMMedia(CLIP, 8.0), VisionInputConfig()) == [0, 3, 5, 8]
+    assert sample_frame_indices(MLLMMedia(CLIP, 8.0), TINY.vision_input) == [0, 3, 5, 8]
 
 
 def test_batches_equal_single_requests(omni):

@@ -159,7 +159,11 @@ class Postgres:
         time.sleep(0.2)
 
     def stop(self) -> None:
-        self.run("pg_ctl", "-t", "240", "-m", "immediate", "stop")  # a loaded machine takes its time
+        try:
+            self.run("pg_ctl", "-t", "240", "-m", "immediate", "stop")  # a loaded machine takes its time
+        except subprocess.CalledProcessError:
+            with suppress(FileNotFoundError):  # it has ended after all
+                self.kill()
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
@@ -20,17 +20,11 @@ from transformers.utils import logging
 
 from omnivideo.errors import CheckpointError
 from omnivideo.models.conditions import MarkerEmbeddings
-from omnivideo.models.mllm import (
-    VISUAL_TOKENS,
-    VisionInputConfig,
-)
+from omnivideo.models.mllm import VISUAL_TOKENS
 from omnivideo.models.omni import Bridge, OmniVideoModel
 from omnivideo.models.positions import add_absolute_positions
 from omnivideo.models.weights import checkpoint
 from omnivideo.presets import Preset, get_preset
-
-if TYPE_CHECKING:
-    pass
 
 INDEX_FILE = "model_index.json"
 BRIDGE_PARTS = ("vision_head", "adapter", "visual_context", "markers")
@@ -133,7 +127,6 @@ def load_parts(folder: Path, place_part: Callable[[str, Any], Any], dtype: torch
         preset=model_preset,
         mllm=mllm,
         mllm_tokenizer=load_mllm_tokenizer(folder, mllm.get_input_embeddings().num_embeddings),
-        vision_config=VisionInputConfig(),
         bridge=place_part("bridge", load_bridge(model_preset, folder, dtype)),
         decoder=add_absolute_positions(decoder) if model_preset.absolute_positions else decoder,
         text_encoder=place_part("text_encoder", load_strict(UMT5EncoderModel, folder, "text_encoder", dtype)),

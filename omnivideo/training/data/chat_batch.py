@@ -6,7 +6,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen3VLForConditionalGeneration
 from transformers.vision_utils import get_vision_position_ids
 
-from omnivideo.models.mllm import MLLMMessage, TokenizedRequest, VisionInputConfig, collate_requests, tokenize_message
+from omnivideo.models.mllm import MLLMMessage, TokenizedRequest, collate_requests, tokenize_message
+from omnivideo.presets import VisionInputConfig
 from omnivideo.training.engine.data_parallel import current_rank
 
 ChatSample = tuple[MLLMMessage, str]

@@ -22,8 +22,8 @@ from omnivideo.models.mllm import (
     VISUAL_TOKENS,
     MLLMMedia,
     MLLMMessage,
-    VisionInputConfig,
 )
+from omnivideo.presets import TINY
 from omnivideo.synthetic.captions import (
     CLIP_PREFIXES,
     STILL_PREFIXES,
@@ -287,7 +287,7 @@ def build_mllm_recipe(
 ) -> Recipe:
     torch.manual_seed(3)
     model = build_model(tokenizer)
-    pixels = VisionInputConfig()
+    pixels = TINY.vision_input
 
     def sample_batch(step: int) -> tuple[dict[str, Tensor], Tensor]:
         rng = random.Random(step_seed("mllm/data", step))

@@ -14,7 +14,6 @@ from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from transformers import Qwen3VLForConditionalGeneration, SiglipVisionModel, UMT5Config, UMT5EncoderModel
 
 from omnivideo.errors import InvalidInput
-from omnivideo.models.mllm import VisionInputConfig
 from omnivideo.models.omni import Bridge, OmniVideoModel, build_decoder
 from omnivideo.models.positions import add_absolute_positions
 from omnivideo.models.weights.checkpoint import (
@@ -200,7 +199,6 @@ class TinyPipeline:
             preset=TINY,
             mllm=self.load_mllm(),
             mllm_tokenizer=self.load_mllm_tokenizer(),
-            vision_config=VisionInputConfig(),
             bridge=build_seeded_bridge(),
             decoder=foundation.decoder,
             text_encoder=foundation.text_encoder,

@@ -23,20 +23,17 @@ from vllm.multimodal.inputs import MultiModalKwargsItems
 from vllm.multimodal.parse import MultiModalDataItems
 from vllm.multimodal.processing import PromptReplacement, PromptUpdate, PromptUpdateDetails
 
-from omnivideo.models.mllm import MLLMMedia, VisionInputConfig, encode_media
+from omnivideo.models.mllm import MLLMMedia, encode_media
+from omnivideo.presets import VisionInputConfig, get_vision_input
 
 TIMESTAMP_PATTERN = re.compile(r"<([\d.]+) seconds>")
 INPUT_FIELDS = {"image": ("pixel_values", "image_grid_thw"), "video": ("pixel_values_videos", "video_grid_thw")}
 
 
 def vision_config_from_hf(config: Any) -> VisionInputConfig:
-    """The patching of the model; what it looks at is as everywhere."""
+    """Return the vision input of the preset whose MLLM patches as this one does."""
     vision = config.vision_config
-    return VisionInputConfig(
-        patch_size=vision.patch_size,
-        merge_size=vision.spatial_merge_size,
-        temporal_patch_size=vision.temporal_patch_size,
-    )
+    return get_vision_input(vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size)
 
 
 def collate_patches(patches: Mapping[str, list[Tensor]], grids: Mapping[str, list[list[int]]]) -> dict[str, Tensor]:
