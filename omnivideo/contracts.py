@@ -1,6 +1,6 @@
 """The frozen messages that cross rooms."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -217,6 +217,20 @@ class Turn(FrozenModel):
     attachments: tuple[Artifact, ...]
     clarifications: tuple[tuple[str, str], ...]
     results: tuple[ActionResult, ...]
+
+
+class TurnRecord(FrozenModel):
+    """A turn as the service stores it; `attempt` counts the processes that have run it."""
+
+    id: str
+    thread_id: str
+    owner: str
+    state: str
+    number: int
+    body: dict[str, Any]
+    attempt: int
+    error: dict[str, Any] | None
+    created_at: float
 
 
 class TurnOptions(FrozenModel):

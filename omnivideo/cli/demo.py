@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from omnivideo.agent.conversations import Conversations
 from omnivideo.agent.thread import Thread
 from omnivideo.contracts import ActionResult, Artifact, TurnCompleted
 from omnivideo.errors import OmniVideoError
+from omnivideo.media.artifacts import load_frames
 from omnivideo.media.contact_sheet import make_contact_sheet
 from omnivideo.sdk.studio import Studio
 from omnivideo.synthetic.facts import ObjectSpec, SceneDetection, SceneSpec
@@ -83,6 +85,7 @@ def run_turn(thread: Thread, turn: DemoTurn) -> ActionResult | None:
 def run_demo(folder: Path, console: Console, studio: Studio) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     conversations: Conversations = studio.conversations
+    read_frames = partial(load_frames, conversations.store)
     thread, rows, captions, right = (
         conversations.open_thread("demo", create=True),
         [],
@@ -92,7 +95,7 @@ def run_demo(folder: Path, console: Console, studio: Studio) -> None:
     for number, turn in enumerate(DEMO_TURNS, start=1):
         active_thread = thread if turn.fork_after is None else thread.fork(turn.fork_after, f"{thread.id}-{number}")
         done = run_turn(active_thread, turn)
-        good, finding = judge_turn(turn, done, conversations.read_frames) if done else (False, "it asked back")
+        good, finding = judge_turn(turn, done, read_frames) if done else (False, "it asked back")
         right += good
         branch = "" if turn.fork_after is None else f"(a branch after turn {turn.fork_after}) "
         console.print(
@@ -103,7 +106,7 @@ def run_demo(folder: Path, console: Console, studio: Studio) -> None:
         if done and done.artifact:
             name = f"{number}{Path(done.artifact.key).suffix}"
             shutil.copyfile(studio.artifact_path(done.artifact), folder / name)
-            rows.append(list(conversations.read_frames(done.artifact)))
+            rows.append(list(read_frames(done.artifact)))
             captions.append(f"{number}. {branch}{turn.text}")
         elif captions and done:
             captions[-1] += f"   {turn.text} - {finding}"

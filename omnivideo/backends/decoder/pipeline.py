@@ -14,6 +14,7 @@ from omnivideo.models.mllm import MLLMMedia, MLLMMessage
 from omnivideo.models.omni import OmniVideoModel, TargetMedium
 from omnivideo.models.sampling import DenoisingState, denoise, sample_initial_noise
 from omnivideo.models.vae import decode_latents, encode_pixels, pixels_from_bytes, pixels_to_bytes
+from omnivideo.ports import Decoder
 from omnivideo.presets import compute_latent_grid
 
 
@@ -41,6 +42,9 @@ class DenoisingProgress:
     step: StepProgress
     clean_latents: Tensor
     state: DenoisingState
+
+
+ClipDecoder = Decoder[Tensor, DenoisingState, GeneratedClip]
 
 
 @torch.no_grad()

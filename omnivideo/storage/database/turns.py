@@ -10,26 +10,12 @@ from typing import Any, Literal
 from sqlalchemy import Row, and_, exists, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
-from omnivideo.contracts import FrozenModel
+from omnivideo.contracts import TurnRecord
 from omnivideo.errors import InvalidInput
 from omnivideo.storage.database.repository import Repository, select_values, unix_now
 from omnivideo.storage.database.schema import chat_threads, threads, turn_events, turns
 
 OPEN_STATES = ("queued", "running")
-
-
-class TurnRecord(FrozenModel):
-    """A turn as the service keeps it; `attempt` counts the processes that have run it."""
-
-    id: str
-    thread_id: str
-    owner: str
-    state: str
-    number: int
-    body: dict[str, Any]
-    attempt: int
-    error: dict[str, Any] | None
-    created_at: float
 
 
 class TurnRepository(Repository):
