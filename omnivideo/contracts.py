@@ -318,6 +318,53 @@ TurnEvent = (
 )
 
 
+# ---------------------------------------------------------------- what the service stores for its users
+
+
+class FileRecord(FrozenModel):
+    """A stored file. `object_key` is its key in the object store; `artifact` is set if it is an image or a clip."""
+
+    id: str
+    owner: str
+    name: str
+    purpose: str
+    size_bytes: int
+    object_key: str
+    artifact: dict[str, Any] | None
+    created_at: float
+
+
+class BatchRecord(FrozenModel):
+    """A batch. `counts` has total, completed and failed lines; `state_times` when each state began (Unix seconds)."""
+
+    id: str
+    owner: str
+    state: str
+    endpoint: str
+    input_file_id: str
+    output_file_id: str | None
+    error_file_id: str | None
+    counts: dict[str, int]
+    metadata: dict[str, str]
+    validation_errors: list[dict[str, Any]] | None
+    state_times: dict[str, int]
+    runner_name: str | None
+    heartbeat_at: float
+    created_at: float
+
+
+class WebhookRecord(FrozenModel):
+    """A webhook: where events go (`url`), the key that signs them (`secret`), and the types of event it receives."""
+
+    id: str
+    owner: str
+    url: str
+    secret: str
+    name: str
+    event_types: list[str]
+    created_at: float
+
+
 def invalid_input_from_validation(error: ValidationError) -> InvalidInput:
     """A message's first wrong field, with the allowed range."""
     first = error.errors()[0]

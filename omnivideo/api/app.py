@@ -16,7 +16,7 @@ from omnivideo import __version__
 from omnivideo.api import errors
 from omnivideo.api.dependencies import ServiceContext
 from omnivideo.api.event_feed import EventFeed
-from omnivideo.api.turn_runner import TurnRunner
+from omnivideo.api.routes import batches, chat, files, images, operations, threads, videos, webhooks
 
 log = logging.getLogger("omnivideo.api")
 TRACER = trace.get_tracer("omnivideo.api")
@@ -25,10 +25,10 @@ TRACER = trace.get_tracer("omnivideo.api")
 class RequestMiddleware:
     """Gives each request an id and a span, bounds its body while it is read, counts it, and logs one line."""
 
-    def __init__(self, app: ASGIApp, context: ServiceContext):
+    def __init__(self, app: ASGIApp, max_body_bytes: int, metrics: operations.RequestMetrics):
         self.app = app
-        self.context = context
-        self.max_body_bytes = context.settings.max_upload_bytes
+        self.max_body_bytes = max_body_bytes
+        self.metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -62,7 +62,7 @@ class RequestMiddleware:
                 await self.app(scope, receive_within_limit, send_with_request_id)
             route = getattr(scope.get("route"), "path", "none")
             span.update_name(f"{scope['method']} {route}")
-        self.context.request_metrics.observe_request(scope["method"], route, status, started_at)
+        self.metrics.observe_request(scope["method"], route, status, started_at)
         elapsed_ms = 1000 * (time.perf_counter() - started_at)
         log_fields = {
             "request": request_id,
@@ -75,21 +75,18 @@ class RequestMiddleware:
 
 
 def create_app(context: ServiceContext) -> FastAPI:
-    from omnivideo.api.routes import batches, chat, files, images, operations, threads, videos, webhooks
-
-    context.turn_runner = runner = context.turn_runner or TurnRunner(context)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        runner.start()
+        context.turn_runner.start()
         yield
-        await anyio.to_thread.run_sync(runner.stop)
+        await anyio.to_thread.run_sync(context.turn_runner.stop)
 
     description = "Understand, create and edit video by talking."
     app = FastAPI(title="omnivideo", version=__version__, description=description, lifespan=lifespan)
-    app.state.context, app.state.turn_runner, app.state.event_feed = context, runner, EventFeed(context)
-    context.request_metrics = operations.RequestMetrics(context)
-    app.add_middleware(RequestMiddleware, context=context)
+    metrics = operations.RequestMetrics(context)
+    app.state.context, app.state.event_feed, app.state.request_metrics = context, EventFeed(context), metrics
+    app.add_middleware(RequestMiddleware, max_body_bytes=context.settings.max_upload_bytes, metrics=metrics)
     errors.register_error_handlers(app)
     for routes in (chat, videos, images, files, batches, webhooks, threads, operations):
         app.include_router(routes.router)

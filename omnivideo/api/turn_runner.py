@@ -8,8 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
 
+from omnivideo.agent.conversations import Conversations
 from omnivideo.agent.thread import Thread, is_turn_complete, parse_turn_options
-from omnivideo.api.dependencies import ServiceContext
 from omnivideo.api.errors import INTERNAL_ERROR, APIError, build_error_body, build_not_found_error, to_api_error
 from omnivideo.contracts import Artifact, QuestionAsked, TurnCompleted, TurnEvent, WaitingNotice, check_prompt
 from omnivideo.errors import ArtifactNotFound, InvalidInput, JobCancelled, ModelUnavailable, OmniVideoError, StoreError
@@ -23,9 +23,18 @@ RETRY_TIMEOUT_SECONDS = (
 class TurnRunner:
     """Runs turns in threads of this process, and takes over those of processes that fell silent."""
 
-    def __init__(self, context: ServiceContext, max_concurrent_turns: int = 16):
-        self.context = context
-        self.heartbeat_timeout_seconds = context.settings.heartbeat_timeout
+    def __init__(
+        self,
+        turns: Any,
+        jobs: Any,
+        conversations: Conversations,
+        heartbeat_timeout_seconds: float,
+        max_concurrent_turns: int = 16,
+    ):
+        self.turns = turns
+        self.jobs = jobs
+        self.conversations = conversations
+        self.heartbeat_timeout_seconds = heartbeat_timeout_seconds
         self.pool = ThreadPoolExecutor(max_concurrent_turns, thread_name_prefix="turn")
         self.running_rows: dict[str, Any] = {}  # rows of the turns that run here
         self.interrupt_reasons: dict[str, str] = {}  # why: "cancelled", or "lost" to another process
@@ -58,8 +67,8 @@ class TurnRunner:
             "options": turn_options.model_dump(),
             "is_reply": thread.get_open_question() is not None,
         }
-        row = self.context.turns.create_turn(turn_id, thread_id, owner, len(thread.get_turns()) + 1, turn_body)
-        if row is None and (row := self.context.turns.get_turn(turn_id, owner)) is not None:
+        row = self.turns.create_turn(turn_id, thread_id, owner, len(thread.get_turns()) + 1, turn_body)
+        if row is None and (row := self.turns.get_turn(turn_id, owner)) is not None:
             return row  # a twin of this request came first
         if row is None:
             raise APIError(409, "thread: a turn is running; wait for its end or cancel it", "thread", "busy")
@@ -67,15 +76,15 @@ class TurnRunner:
         return row
 
     def get_thread(self, owner: str, thread_id: str) -> Thread:
-        if not self.context.turns.has_thread(thread_id, owner):
+        if not self.turns.has_thread(thread_id, owner):
             raise build_not_found_error("thread", thread_id)
-        thread: Thread = self.context.conversations.open_thread(thread_id, create=True, owner=owner)
+        thread: Thread = self.conversations.open_thread(thread_id, create=True, owner=owner)
         return thread
 
     # ------------------------------------------------------------ running
 
     def claim_and_run(self, turn_id: str) -> None:
-        if (row := self.context.turns.claim_turn(turn_id)) is not None:
+        if (row := self.turns.claim_turn(turn_id)) is not None:
             self.run_to_end(row)
 
     def run_to_end(self, row: Any) -> None:
@@ -99,7 +108,7 @@ class TurnRunner:
             self.interrupt_reasons.pop(row.id, None)
         if not self.stop_event.is_set():
             with suppress(StoreError):  # silent then: another look takes it over and finds that it is done
-                self.context.turns.end_turn(row, state, error)
+                self.turns.end_turn(row, state, error)
 
     def retry_while_unavailable(self, row: Any) -> str:
         """Begins again where the thread stands, while what it needs is away for a moment."""
@@ -116,7 +125,7 @@ class TurnRunner:
 
     def emit_waiting(self, row: Any, error: Exception) -> None:
         """Tells who follows that the turn waits, unless nothing has come since that was told last."""
-        event_kinds = [event["kind"] for _, event in self.context.turns.list_events(row.id)]
+        event_kinds = [event["kind"] for _, event in self.turns.list_events(row.id)]
         if [kind for kind in event_kinds if kind != "plan"][-1:] == ["waiting"]:  # each attempt begins with the plan
             return
         text = (
@@ -124,16 +133,16 @@ class TurnRunner:
             if isinstance(error, ModelUnavailable)
             else "something is away for a moment; this goes on by itself"
         )
-        self.context.turns.append_event(row, len(event_kinds) + 1, WaitingNotice(text=text).model_dump())
+        self.turns.append_event(row, len(event_kinds) + 1, WaitingNotice(text=text).model_dump())
 
     def run_turn(self, row: Any) -> str:
         thread = self.get_thread(row.owner, row.thread_id)
-        previous_events, state = self.context.turns.list_events(row.id), "asks"
+        previous_events, state = self.turns.list_events(row.id), "asks"
         events = self.iterate_events(
             row, thread, has_events=any(event["kind"] != "waiting" for _, event in previous_events)
         )
         for number, event in enumerate(events, start=len(previous_events) + 1):
-            self.context.turns.append_event(row, number, event.model_dump())
+            self.turns.append_event(row, number, event.model_dump())
             state = "done" if isinstance(event, TurnCompleted) else state
             if reason := self.interrupt_reasons.get(row.id):
                 events.close()
@@ -158,8 +167,8 @@ class TurnRunner:
             yield from thread.send(row.body["text"], attachments, **row.body["options"])
 
     def cancel_turn(self, row: Any) -> None:
-        self.context.turns.cancel_turn(row.id)
-        self.context.jobs.cancel_by_prefix(row.owner, f"{row.thread_id}/")
+        self.turns.cancel_turn(row.id)
+        self.jobs.cancel_by_prefix(row.owner, f"{row.thread_id}/")
 
     # ------------------------------------------------------------ looking after
 
@@ -173,14 +182,14 @@ class TurnRunner:
 
     def send_heartbeats(self) -> None:
         for row in list(self.running_rows.values()):
-            turn_state = self.context.turns.heartbeat(row)
+            turn_state = self.turns.heartbeat(row)
             if turn_state != "wanted":
                 self.interrupt_reasons[row.id] = turn_state
             if turn_state == "cancelled":  # the job that it waits for may be younger than the cancel
-                self.context.jobs.cancel_by_prefix(row.owner, f"{row.thread_id}/")
+                self.jobs.cancel_by_prefix(row.owner, f"{row.thread_id}/")
 
     def take_over_lost_turns(self) -> None:
-        while (row := self.context.turns.claim_lost_turn(self.heartbeat_timeout_seconds)) is not None:
+        while (row := self.turns.claim_lost_turn(self.heartbeat_timeout_seconds)) is not None:
             log.warning("turn %s: its process fell silent; it goes on here", row.id)
             self.pool.submit(self.run_to_end, row)
 

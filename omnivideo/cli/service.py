@@ -6,13 +6,16 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 from rich.console import Console
 
 from omnivideo.errors import InvalidInput, MissingDependency
 from omnivideo.settings import load_settings
+
+if TYPE_CHECKING:
+    from omnivideo.wiring import ServiceWiring
 
 app = typer.Typer()
 keys_cli = typer.Typer(no_args_is_help=True, help="API keys.")
@@ -29,7 +32,7 @@ HomeOption = Annotated[Optional[Path], typer.Option(help="Folder of what is embe
 WeightsOption = Annotated[Optional[Path], typer.Option(help="Folder of weights, if not the shipped one.")]  # noqa: UP045
 
 
-def build_wiring(device: str = "auto", home: Path | None = None, weights: Path | None = None) -> Any:
+def build_wiring(device: str = "auto", home: Path | None = None, weights: Path | None = None) -> "ServiceWiring":
     """The rooms that the environment names; the packages that they need are asked for by name."""
     settings = load_settings(home=home, weights=str(weights) if weights else None)
     try:
@@ -107,17 +110,17 @@ def serve(
 ) -> None:
     """The HTTP service; alone, it is the whole service on SQLite, a folder and a worker of its own."""
     configure_logging("api")
-    rooms = build_wiring(device, home, weights)
-    if host not in ("127.0.0.1", "localhost", "::1") and not rooms.settings.admin_key:
+    wiring = build_wiring(device, home, weights)
+    if host not in ("127.0.0.1", "localhost", "::1") and not wiring.settings.admin_key:
         raise InvalidInput("OMNIVIDEO_ADMIN_KEY", "it is empty; who can reach the service from outside needs a key")
     try:
         from omnivideo.api.app import create_app
     except ImportError as error:
         raise MissingDependency(f"the service needs {error.name}: pip install 'omnivideo[serve,worker]'") from None
     try:
-        run_server(lambda: create_app(rooms.attended(rooms.rooms())), host, port)
+        run_server(lambda: create_app(wiring.start_background_services(wiring.build_service_context())), host, port)
     finally:
-        rooms.close()
+        wiring.close()
 
 
 @app.command()
@@ -197,9 +200,8 @@ def migrate() -> None:
 @app.command()
 def sweep(home: HomeOption = None) -> None:
     """Removes artifacts that nothing refers to, once they are older than OMNIVIDEO_ARTIFACT_LIFETIME_SECONDS."""
-    rooms = build_wiring(home=home)
-    gone = rooms.sweep()
-    console.print(f"{len(gone)} removed")
+    removed_keys = build_wiring(home=home).sweep_store()
+    console.print(f"{len(removed_keys)} removed")
 
 
 @keys_cli.command("add")

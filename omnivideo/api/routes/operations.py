@@ -4,13 +4,13 @@ model's server."""
 import time
 from collections.abc import Iterable
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
-from omnivideo.api.dependencies import ContextDep, ServiceContext
+from omnivideo.api.dependencies import ContextDep, MLLMServer, ServiceContext
 from omnivideo.api.errors import ERROR_RESPONSES
 from omnivideo.errors import OmniVideoError
 
@@ -24,8 +24,8 @@ class RequestMetrics:
     def __init__(self, context: ServiceContext):
         self.registry = CollectorRegistry()
         self.registry.register(QueueCollector(context))
-        if context.remote_mllm:
-            self.registry.register(LanguageModelCollector(context))
+        if context.mllm_server:
+            self.registry.register(MLLMServerCollector(context.mllm_server))
         label_names = ("method", "route", "status")
         self.latency_seconds = Histogram(
             "omnivideo_request_seconds",
@@ -70,20 +70,20 @@ class QueueCollector(Collector):
         yield oldest_wait
 
 
-class LanguageModelCollector(Collector):
+class MLLMServerCollector(Collector):
     """Whether its server answers, and what a vLLM says of its load: asked at each scrape."""
 
     exported_metrics = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "num_preemptions",
              "prompt_tokens", "generation_tokens", "prefix_cache_queries", "prefix_cache_hits")  # fmt: skip
 
-    def __init__(self, context: ServiceContext):
-        self.context = context
+    def __init__(self, server: MLLMServer):
+        self.server = server
 
     def collect(self) -> Iterable[Metric]:
         up = GaugeMetricFamily("omnivideo_language_model_up", "Whether the language model's server answers")
-        up.add_metric([], self.context.remote_mllm.is_ready())
+        up.add_metric([], self.server.is_ready())
         yield up
-        for family in text_string_to_metric_families(self.context.remote_mllm.fetch_metrics()):
+        for family in text_string_to_metric_families(self.server.fetch_metrics()):
             if family.name.removeprefix("vllm:") in self.exported_metrics:
                 yield family
 
@@ -101,12 +101,12 @@ def check_ready(context: ContextDep) -> dict[str, str]:
     They may come while the language model is starting, too: what needs it waits.
     """
     context.jobs.count_queued()
-    model = "ready" if context.remote_mllm is None or context.remote_mllm.is_ready() else "starting"
+    model = "ready" if context.mllm_server is None or context.mllm_server.is_ready() else "starting"
     return {"status": "ready", "language_model": model}
 
 
 @router.get("/metrics", response_class=Response)
-def export_metrics(context: ContextDep) -> Response:
+def export_metrics(request: Request) -> Response:
     """For Prometheus."""
-    assert context.request_metrics is not None
-    return Response(generate_latest(context.request_metrics.registry), media_type=CONTENT_TYPE_LATEST)
+    metrics: RequestMetrics = request.app.state.request_metrics
+    return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)

@@ -78,11 +78,6 @@ class ThreadDeleted(BaseModel):
     deleted: bool = True
 
 
-def get_turn_runner(request: Request) -> TurnRunner:
-    runner: TurnRunner = request.app.state.turn_runner
-    return runner
-
-
 def get_event_feed(request: Request) -> EventFeed:
     feed: EventFeed = request.app.state.event_feed
     return feed
@@ -116,18 +111,18 @@ def list_threads(context: ContextDep, owner: OwnerDep, limit: Annotated[int, Que
 
 
 @router.get("/{name}")
-def get_thread(name: str, request: Request, owner: OwnerDep) -> ThreadDetail:
+def get_thread(name: str, context: ContextDep, owner: OwnerDep) -> ThreadDetail:
     """All that was said and made."""
-    thread = get_turn_runner(request).get_thread(owner, name)
+    thread = context.turn_runner.get_thread(owner, name)
     return ThreadDetail(
         id=name, turns=thread.get_turns(), question=thread.get_open_question(), artifacts=thread.get_artifacts()
     )
 
 
 @router.delete("/{name}")
-def delete_thread(name: str, request: Request, context: ContextDep, owner: OwnerDep) -> ThreadDeleted:
+def delete_thread(name: str, context: ContextDep, owner: OwnerDep) -> ThreadDeleted:
     """Forgets the thread; its artifacts go with the next sweep, unless something else refers to them."""
-    get_turn_runner(request).get_thread(owner, name)
+    context.turn_runner.get_thread(owner, name)
     context.turns.delete_thread(name)
     return ThreadDeleted(id=name)
 
@@ -136,14 +131,13 @@ def delete_thread(name: str, request: Request, context: ContextDep, owner: Owner
 def fork_thread(
     name: str,
     payload: ForkThreadRequest,
-    request: Request,
     context: ContextDep,
     owner: OwnerDep,
     idempotency_key: IdempotencyKey = None,
 ) -> ThreadSummary:
     """A new thread that begins with this one's first `after_turn` turns."""
     thread, branch = (
-        get_turn_runner(request).get_thread(owner, name),
+        context.turn_runner.get_thread(owner, name),
         payload.id or make_id("thread", owner, idempotency_key),
     )
     if idempotency_key and context.turns.has_thread(branch, owner):
@@ -161,15 +155,15 @@ def fork_thread(
 
 
 @router.get("/{name}/lineage")
-def get_lineage(name: str, request: Request, owner: OwnerDep, artifact: str | None = None) -> list[Artifact]:
+def get_lineage(name: str, context: ContextDep, owner: OwnerDep, artifact: str | None = None) -> list[Artifact]:
     """An artifact (the last one) and what it was made from, newest first."""
-    return get_turn_runner(request).get_thread(owner, name).get_lineage(artifact)
+    return context.turn_runner.get_thread(owner, name).get_lineage(artifact)
 
 
 @router.get("/{name}/artifacts/{key}", response_class=Response)
 def get_artifact_content(name: str, key: str, request: Request, context: ContextDep, owner: OwnerDep) -> Response:
     """An artifact's bytes, or those of its manifest."""
-    thread = get_turn_runner(request).get_thread(owner, name)
+    thread = context.turn_runner.get_thread(owner, name)
     if not any(key in (stored.key, stored.manifest) for stored in thread.get_artifacts()):
         raise build_not_found_error("artifact", key)
     return build_range_response(request, context.store.get(key), key)
@@ -188,7 +182,7 @@ def create_turn(
     idempotency_key: IdempotencyKey = None,
 ) -> Any:
     """Begins a turn; with `stream`, its events follow at once.  The same Idempotency-Key is the same turn."""
-    runner, turn_id = get_turn_runner(request), make_id("turn", owner, idempotency_key)
+    runner, turn_id = context.turn_runner, make_id("turn", owner, idempotency_key)
     runner.get_thread(owner, name)
     if idempotency_key and (row := context.turns.get_turn(turn_id, owner)) is not None:
         return stream_events(request, row.id, 0) if payload.stream else to_turn_response(runner, row)
@@ -199,15 +193,15 @@ def create_turn(
 
 
 @router.get("/{name}/turns/{turn}")
-def get_turn(name: str, turn: str, request: Request, context: ContextDep, owner: OwnerDep) -> TurnResponse:
+def get_turn(name: str, turn: str, context: ContextDep, owner: OwnerDep) -> TurnResponse:
     """How far a turn is."""
-    return to_turn_response(get_turn_runner(request), require_turn(context, owner, name, turn))
+    return to_turn_response(context.turn_runner, require_turn(context, owner, name, turn))
 
 
 @router.post("/{name}/turns/{turn}/cancel")
-def cancel_turn(name: str, turn: str, request: Request, context: ContextDep, owner: OwnerDep) -> TurnResponse:
+def cancel_turn(name: str, turn: str, context: ContextDep, owner: OwnerDep) -> TurnResponse:
     """Stops it within a denoising step; the thread is then as it was before the turn."""
-    row, runner = require_turn(context, owner, name, turn), get_turn_runner(request)
+    row, runner = require_turn(context, owner, name, turn), context.turn_runner
     runner.cancel_turn(row)
     return to_turn_response(runner, row)
 

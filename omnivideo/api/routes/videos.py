@@ -212,7 +212,6 @@ def build_content_response(context: ServiceContext, status: JobStatus, request: 
     if status.result is None:
         raise APIError(400, f"id: there is nothing to download, as it is {status.state}", "id", "not_ready")
     if variant in ("thumbnail", "spritesheet"):
-        assert context.render_thumbnail, "the wiring gives a service its way to make pictures"
         data, suffix = context.render_thumbnail(status.result, variant)
         response = build_range_response(request, data, f"{status.result.key.partition('.')[0]}-{variant}.{suffix}")
     else:
