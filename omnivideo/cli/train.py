@@ -21,7 +21,8 @@ MODEL, HARDWARE, BATCHES = "Model", "Hardware", "Batches"
 @accept_config(TrainingConfig)
 def train(config: TrainingConfig) -> None:
     """Train a recipe, or all recipes of the tiny preset, or a stage over shards; resume from the last checkpoint."""
-    from omnivideo.training.engine.zero import is_launched, relaunch_command
+    from omnivideo.training.engine.distributed.launcher import relaunch_command
+    from omnivideo.training.engine.distributed.processes import is_launched
     from omnivideo.training.train import run_training
 
     if config.processes > 1 and not is_launched():
