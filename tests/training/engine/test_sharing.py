@@ -15,13 +15,13 @@ from omnivideo.training.engine.distributed.sharded_muon import assign_owners, gr
 from omnivideo.training.engine.distributed.zero import build_deepspeed_config
 from omnivideo.training.engine.monitor import (
     build_writer_factory,
-    find_peak_flops,
     format_progress_line,
     measure_throughput,
 )
 from omnivideo.training.engine.optim import cosine_lr_scale, group_names_by_optimizer
 from omnivideo.training.engine.recipe import Recipe, single_micro_batch
 from omnivideo.training.engine.trainer import Trainer, TrainingProgress
+from omnivideo.training.planning.gpus import find_peak_flops
 
 
 class Second(DataParallelRank):
