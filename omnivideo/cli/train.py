@@ -21,7 +21,8 @@ MODEL, HARDWARE, BATCHES = "Model", "Hardware", "Batches"
 @accept_config(TrainingConfig)
 def train(config: TrainingConfig) -> None:
     """Train a recipe, or all recipes of the tiny preset, or a stage over shards; resume from the last checkpoint."""
-    from omnivideo.training.engine.zero import is_launched, relaunch_command
+    from omnivideo.training.engine.distributed.launcher import relaunch_command
+    from omnivideo.training.engine.distributed.processes import is_launched
     from omnivideo.training.train import run_training
 
     if config.processes > 1 and not is_launched():
@@ -61,16 +62,19 @@ def plan(
     ] = True,
 ) -> None:
     """Estimate what a stage costs at full size: memory, seconds per step and days; exit with 2 if it does not fit."""
-    from omnivideo.training.planning.flops import parse_gpus
-    from omnivideo.training.planning.plan import PlanConfig, build_plan, check_fits, plan_to_table
+    from omnivideo.training.planning.config import PlanConfig
+    from omnivideo.training.planning.gpus import parse_gpus
+    from omnivideo.training.planning.plan import build_plan, check_fits
+    from omnivideo.training.planning.table import build_plan_table
 
     width, height = parse_width_height(size)
     gpu_count, gpu = parse_gpus(gpus)
     training_plan = build_plan(
         PlanConfig(
-            recipe, gpu, gpu_count, get_preset(preset), batch, width, height, frames,
-            sequence_parallel, checkpointing, cached, steps, utilisation, grad_accum,
+            recipe=recipe, gpu=gpu, gpus=gpu_count, preset=get_preset(preset), clips_per_gpu=batch, width=width,
+            height=height, frames=frames, sequence_parallel_size=sequence_parallel, checkpointing=checkpointing,
+            cached=cached, steps=steps, utilisation=utilisation, grad_accum_steps=grad_accum,
         )
     )  # fmt: skip
-    console.print(plan_to_table(training_plan))
+    console.print(build_plan_table(training_plan))
     check_fits(training_plan)

@@ -7,10 +7,10 @@ from rich.console import Console
 
 from omnivideo.training.config import TrainingConfig
 from omnivideo.training.data.sample import SkipReport
+from omnivideo.training.engine.distributed.processes import ProcessContext, open_process_context
 from omnivideo.training.engine.monitor import SampleRenderer
 from omnivideo.training.engine.recipe import Recipe
 from omnivideo.training.engine.run import RunContext
-from omnivideo.training.engine.zero import ProcessContext, open_process_context
 from omnivideo.training.recipes.over_shards import build_mix, build_stage_recipe, check_stage, open_dataset
 from omnivideo.training.recipes.parts import check_sampling
 from omnivideo.training.tiny.pipeline import TinyPipeline

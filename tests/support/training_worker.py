@@ -26,10 +26,10 @@ from omnivideo.models.omni import OmniVideoModel, build_decoder
 from omnivideo.models.parallel.ulysses import enable_sequence_parallel
 from omnivideo.models.weights import checkpoint
 from omnivideo.presets import TINY
+from omnivideo.training.engine.distributed.processes import DistributedContext, ProcessContext, open_process_context
 from omnivideo.training.engine.monitor import build_sample_hook, skip_samples
 from omnivideo.training.engine.recipe import Recipe, single_micro_batch
 from omnivideo.training.engine.trainer import PRECISIONS, freeze_except
-from omnivideo.training.engine.zero import DistributedContext, ProcessContext, open_process_context
 from omnivideo.training.recipes import flow, parts, stage1, stage2a
 from omnivideo.training.tiny import decoder, mllm, text_encoder, vae, visual_encoder
 from omnivideo.training.tiny.feature_cache import PreparationConfig, load_cached_task

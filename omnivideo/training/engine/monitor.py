@@ -19,7 +19,7 @@ from omnivideo.models.omni import OmniVideoModel
 from omnivideo.training.engine.placement import CPU_PARTS, move_cpu_parts_to_device
 from omnivideo.training.engine.recipe import Recipe
 from omnivideo.training.engine.trainer import Trainer, TrainingProgress
-from omnivideo.training.planning.flops import GPUS
+from omnivideo.training.planning.gpus import find_peak_flops
 
 METRIC_WRITERS = ("tensorboard", "wandb")
 
@@ -41,12 +41,6 @@ class Throughput:
             "MFU": self.mfu,
         }
         return {name: value for name, value in named.items() if value} | {"GB": self.peak_memory_bytes / 1e9}
-
-
-def find_peak_flops(device_name: str) -> float | None:
-    """The bf16 peak of a device in FLOP/s: of the card all parts of whose name are in the device's; the longest."""
-    matches = [name for name in GPUS if all(word in device_name for word in name.split("-"))]
-    return GPUS[max(matches, key=len)].peak_tflops * 1e12 if matches else None
 
 
 def measure_throughput(recipe: Recipe, progress: TrainingProgress, processes: int) -> Throughput:

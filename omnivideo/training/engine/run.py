@@ -14,6 +14,7 @@ from torch import nn
 from omnivideo.errors import CheckpointError
 from omnivideo.training.config import TrainingConfig
 from omnivideo.training.engine.checkpoint import STATE_FILE_NAME
+from omnivideo.training.engine.distributed.processes import ProcessContext
 from omnivideo.training.engine.monitor import (
     OVERALL_SCORE,
     SampleHook,
@@ -27,7 +28,6 @@ from omnivideo.training.engine.monitor import (
 from omnivideo.training.engine.plots import plot_losses
 from omnivideo.training.engine.recipe import Recipe
 from omnivideo.training.engine.trainer import PRECISIONS, Trainer, TrainingProgress
-from omnivideo.training.engine.zero import ProcessContext
 
 SINGLE_PROCESS = ProcessContext()
 

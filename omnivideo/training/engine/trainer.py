@@ -118,14 +118,14 @@ class Trainer:
         self.step, self.trained_seconds = saved.step, saved.trained_seconds
         self.restore_state(saved)
 
-    def restore_state(self, saved: Checkpoint) -> None:
-        self.recipe.model.load_state_dict(saved.read_model_state(self.recipe.model))
+    def restore_state(self, checkpoint: Checkpoint) -> None:
+        self.recipe.model.load_state_dict(checkpoint.read_model_state(self.recipe.model))
         for optimizer, names in zip(
             self.optimizers, group_names_by_optimizer(self.local_parameters, self.recipe.optimizer), strict=True
         ):
-            load_optimizer_state(optimizer, names, saved)
+            load_optimizer_state(optimizer, names, checkpoint)
         for name, value in self.ema_weights.items():
-            tensor = saved.read_tensor(name, "average")
+            tensor = checkpoint.read_tensor(name, "average")
             value.copy_(tensor.view_as(value) if tensor is not None else value)
 
     def save(self) -> None:

@@ -23,8 +23,9 @@ import torch
 from omnivideo.errors import CheckpointError
 from omnivideo.training.data.latent_cache import FrozenEncoders, encode_shards
 from omnivideo.training.engine.checkpoint import list_complete_shard_folders
+from omnivideo.training.engine.distributed.launcher import launch_processes
+from omnivideo.training.engine.distributed.processes import ProcessContext
 from omnivideo.training.engine.trainer import Trainer
-from omnivideo.training.engine.zero import ProcessContext, launch_processes
 from tests.support.training_worker import FOUNDATIONS, STAGES, Recipes, train
 from tests.training.data.test_dataset import SAMPLES, damage
 from tests.training.data.test_latent_cache import FIT, library

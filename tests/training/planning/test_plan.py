@@ -18,30 +18,25 @@ from omnivideo.errors import InvalidInput
 from omnivideo.models.bridge import VisionHead, VisualContextAdapter
 from omnivideo.models.omni import build_decoder
 from omnivideo.presets import TINY
+from omnivideo.training.planning.config import TASKS_BY_STAGE, PlanConfig
+from omnivideo.training.planning.duration import estimate_sample_flops
 from omnivideo.training.planning.flops import (
-    GPUS,
-    compute_mfu,
     count_decoder_flops,
     count_query_transformer_flops,
     count_visual_context_flops,
-    parse_gpus,
-    tflops_per_second,
 )
-from omnivideo.training.planning.plan import (
+from omnivideo.training.planning.gpus import GPUS, compute_mfu, parse_gpus, tflops_per_second
+from omnivideo.training.planning.memory import (
     FIXED_OVERHEAD_GB,
-    TASKS_BY_STAGE,
-    PlanConfig,
-    build_plan,
-    check_fits,
     count_stage_weights,
-    count_table_parameters,
     estimate_activations,
     estimate_decoder_activations,
     estimate_encoding_bytes,
     estimate_query_transformer_activations,
     estimate_resident_gb,
-    estimate_sample_flops,
 )
+from omnivideo.training.planning.models import count_table_parameters
+from omnivideo.training.planning.plan import build_plan, check_fits
 
 GRID, CONDITION = (3, 8, 8), 40
 TOKENS = 48
@@ -215,7 +210,7 @@ def test_memory_of_zero_1_by_hand(made):
     )
     assert made.required_gb == pytest.approx(34.821 + 31.556, abs=2e-3)
     two = build_plan(replace(STAGE_3, gpus=2))  # the share thrice, 8 T / 2
-    assert two.transient_gb["gradients (bf16), of the share fp32"] == pytest.approx(13.931, abs=1e-3)
+    assert two.transient_gb["gradients (bf16; own part also fp32)"] == pytest.approx(13.931, abs=1e-3)
 
 
 def test_memory_of_one_process_by_hand():
@@ -332,7 +327,7 @@ def test_a_step_of_several_passes_exchanges_once_and_keeps_what_they_add_up_to(m
     many = build_plan(replace(STAGE_3, grad_accum_steps=3))
     assert many.resident_gb == made.resident_gb
     assert many.transient_gb["activations"] == pytest.approx(made.transient_gb["activations"] + 13.931, abs=1e-3)
-    assert many.transient_gb["gradients (bf16), of the share fp32"] == pytest.approx(13.931 + 6.965, abs=1e-3)
+    assert many.transient_gb["gradients (bf16; own part also fp32)"] == pytest.approx(13.931 + 6.965, abs=1e-3)
     alone, several = (build_plan(replace(STAGE_3, gpus=1, grad_accum_steps=passes)).transient_gb for passes in (1, 3))
     assert [several[name] - alone[name] for name in alone] == pytest.approx([13.931, 0], abs=1e-3)
     for kind, times in many.step_seconds.items():
