@@ -32,6 +32,7 @@ import torch.distributed as dist
 from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
 
+from omnivideo.cpu_threads import build_child_environment
 from omnivideo.errors import CheckpointError, InvalidInput, MissingDependency
 from omnivideo.models.parallel.ulysses import enable_sequence_parallel
 from omnivideo.training.engine.checkpoint import (
@@ -483,9 +484,8 @@ def open_process_context(processes: int, sequence_parallel_size: int, device: st
 
 def launch_processes(processes: int, command: list[str]) -> int:
     """Runs a command as several processes; the first that fails ends the others, and its code is returned."""
-    threads = str(max(1, (os.cpu_count() or 1) // processes))
     env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(find_free_port()), "WORLD_SIZE": str(processes)}
-    env = {"OMP_NUM_THREADS": threads} | os.environ | env | {"LOCAL_WORLD_SIZE": str(processes)}
+    env = build_child_environment(processes) | env | {"LOCAL_WORLD_SIZE": str(processes)}
     children = [
         subprocess.Popen(
             command, env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, preexec_fn=terminate_with_parent
