@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from rich.console import Console
@@ -21,9 +22,11 @@ from omnivideo.contracts import ActionResult, Artifact, TurnCompleted
 from omnivideo.errors import OmniVideoError
 from omnivideo.media.artifacts import load_frames
 from omnivideo.media.contact_sheet import make_contact_sheet
-from omnivideo.sdk.studio import Studio
 from omnivideo.synthetic.facts import ObjectSpec, SceneDetection, SceneSpec
 from omnivideo.synthetic.scorer import detect_scene
+
+if TYPE_CHECKING:
+    from omnivideo.sdk.studio import Studio
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,7 @@ def run_turn(thread: Thread, turn: DemoTurn) -> ActionResult | None:
     return last.turn.results[-1] if isinstance(last, TurnCompleted) else None
 
 
-def run_demo(folder: Path, console: Console, studio: Studio) -> None:
+def run_demo(folder: Path, console: Console, studio: "Studio") -> None:
     folder.mkdir(parents=True, exist_ok=True)
     conversations: Conversations = studio.conversations
     read_frames = partial(load_frames, conversations.store)
@@ -116,9 +119,17 @@ def run_demo(folder: Path, console: Console, studio: Studio) -> None:
     console.print(f"{right} of {len(DEMO_TURNS)} turns right, by the scorer")
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Run the demo into the folder named on the command line, with threads in a temporary home."""
+    from omnivideo import Studio  # torch is loaded here, once the CPU threads are configured
+
+    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "out/demo")
     try:
         with tempfile.TemporaryDirectory() as home:
-            run_demo(Path(sys.argv[1] if len(sys.argv) > 1 else "out/demo"), Console(), Studio(home=home))
+            run_demo(folder, Console(), Studio(home=home))
     except OmniVideoError as error:
         sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -33,6 +33,7 @@ from omnivideo.cli.curate import curate
 from omnivideo.cli.evaluate import ablate, evaluate
 from omnivideo.cli.train import plan, train
 from omnivideo.contracts import check_prompt, resolve_sampling_params
+from omnivideo.cpu_threads import configure_cpu_threads
 from omnivideo.errors import InvalidInput, OmniVideoError
 from omnivideo.presets import Task
 from omnivideo.presets import get_preset as preset_of
@@ -206,6 +207,7 @@ def doctor() -> None:
 
 def main() -> None:
     """Runs the command line; what a user can cause ends as one line and exit code 2."""
+    configure_cpu_threads()
     try:
         app()
     except OmniVideoError as error:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 from rich.console import Console
 
+from omnivideo.cpu_threads import configure_cpu_threads
 from omnivideo.errors import InvalidInput, MissingDependency
 from omnivideo.settings import load_settings
 
@@ -124,8 +125,13 @@ def serve(
 
 
 @app.command()
-def worker(device: DeviceOption = "auto", weights: WeightsOption = None) -> None:
+def worker(
+    device: DeviceOption = "auto",
+    weights: WeightsOption = None,
+    workers_per_host: Annotated[int, typer.Option(min=1, help="Workers that share this machine's CPUs.")] = 1,
+) -> None:
     """Draws what waits, for services that share a broker; one for each device."""
+    configure_cpu_threads(workers_per_host)
     settings = load_settings()
     if not settings.broker:
         raise InvalidInput("OMNIVIDEO_BROKER", "it is empty; give redis://... or amqp://... (serve alone needs none)")
@@ -158,6 +164,7 @@ def mllm_serve(
     max_num_seqs: Annotated[int, typer.Option(help="vLLM: requests answered at a time.")] = 16,
 ) -> None:
     """Answers for many services that have no language model in their process: vLLM's server, or a plain one."""
+    configure_cpu_threads(tensor_parallel_size)
     configure_logging("mllm")
     from omnivideo.backends.mllm import launch
     from omnivideo.models.device import pick_device

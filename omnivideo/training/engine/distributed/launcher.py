@@ -1,13 +1,13 @@
 """Start a command as several processes on this machine."""
 
 import ctypes
-import os
 import signal
 import socket
 import subprocess
 import sys
 import time
 
+from omnivideo.cpu_threads import build_child_environment
 from omnivideo.training.engine.distributed.processes import check_process_counts
 
 POLL_INTERVAL_SECONDS = 0.1
@@ -21,9 +21,8 @@ def relaunch_command(processes: int, sequence_parallel_size: int) -> int:
 
 def launch_processes(processes: int, command: list[str]) -> int:
     """Run a command as several processes and return the exit code; if one fails, kill the others."""
-    threads = str(max(1, (os.cpu_count() or 1) // processes))
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(find_free_port()), "WORLD_SIZE": str(processes)}
-    environment = {"OMP_NUM_THREADS": threads} | os.environ | shared | {"LOCAL_WORLD_SIZE": str(processes)}
+    environment = build_child_environment(processes) | shared | {"LOCAL_WORLD_SIZE": str(processes)}
     children = [
         subprocess.Popen(
             command, env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, preexec_fn=terminate_with_parent
