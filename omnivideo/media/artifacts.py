@@ -17,9 +17,14 @@ SUFFIX_BY_MEDIUM: dict[Medium, str] = {"image": "png", "video": "mp4"}
 
 def load_media(store: ObjectStore, key: str) -> DecodedMedia:
     """Return the decoded image or clip that the store holds under a key."""
+    return decode_media(store.get(key), key)
+
+
+def decode_media(data: bytes, file_name: str) -> DecodedMedia:
+    """Return the decoded image or clip in the bytes of a file. Raises UnreadableMedia with the file name."""
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / key
-        path.write_bytes(store.get(key))
+        path = Path(folder) / file_name
+        path.write_bytes(data)
         return read_media(path)
 
 
