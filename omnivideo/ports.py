@@ -63,7 +63,11 @@ class MLLM(Protocol):
         ...
 
     def predict_visual_tokens(self, request: MLLMRequest, medium: Medium) -> str:
-        """Return the object key of the vision head's tokens for the request."""
+        """Return a reference to the vision head's tokens for the request.
+
+        It is the object key of the tokens' file. The file is in the store only if a job may outlive this process or is
+        rendered in another one.
+        """
         ...
 
 

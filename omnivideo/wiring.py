@@ -37,7 +37,8 @@ def build_local_conversations(omni: "OmniVideoModel", weights_digest: str, setti
     from omnivideo.backends.queue.local import LocalQueue
 
     store = LocalObjectStore(settings.home / "store")
-    renderer = Renderer(omni, store, weights_digest)
+    # A job of this queue never leaves the process, so neither do its visual tokens.
+    renderer = Renderer(omni, store, weights_digest, persist_tokens=False)
     queue = LocalQueue(renderer)
     return Conversations(
         mllm=RemoteMLLM(settings.mllm, store) if settings.mllm else renderer.mllm,

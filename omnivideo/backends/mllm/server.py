@@ -13,7 +13,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.concurrency import iterate_in_threadpool
 
-from omnivideo.backends.mllm.local import LocalMLLM
+from omnivideo.backends.mllm.local import LocalMLLM, encode_visual_tokens
 from omnivideo.backends.mllm.protocol import (
     AgreementResponse,
     MLLMPayload,
@@ -123,7 +123,9 @@ class SerializedMLLM:
     async def compute_visual_tokens(self, payload: MLLMPayload, medium: Medium) -> bytes:
         async with self.lock:
             return await asyncio.to_thread(
-                lambda: self.mllm.store.get(self.mllm.predict_visual_tokens(self.request_from_payload(payload), medium))
+                lambda: encode_visual_tokens(
+                    self.mllm.compute_visual_tokens(self.request_from_payload(payload), medium)
+                )
             )
 
     async def write_answer(self, payload: MLLMPayload, max_tokens: int) -> AsyncIterator[str]:

@@ -10,7 +10,6 @@ import atexit
 import hashlib
 import math
 import shutil
-import tempfile
 import uuid
 from argparse import Namespace
 from collections.abc import AsyncIterator
@@ -32,17 +31,16 @@ from omnivideo.backends.mllm.vllm_plugin.processor import vision_config_from_hf
 from omnivideo.backends.mllm.vllm_plugin.prompt import build_engine_input
 from omnivideo.contracts import Medium, Route
 from omnivideo.errors import InvalidInput
-from omnivideo.media.read import read_media
+from omnivideo.media.artifacts import decode_media
 from omnivideo.models.mllm import BOI, BOV, VISUAL_TOKEN_PAIRS, VISUAL_TOKENS, MLLMMedia, MLLMMessage, tokenize_message
 
 MAX_INLINE_CHARS = 4000  # characters, the most of a user's request
 
 
 def load_media(media: MediaPayload) -> MLLMMedia:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / f"shown.{media.suffix}"
-        path.write_bytes(media.data)
-        return MLLMMedia(read_media(path).frames, media.fps, media.medium == "video")
+    """Decode a medium exactly as `LocalMLLM` does."""
+    frames = decode_media(media.data, f"source.{media.suffix}").frames
+    return MLLMMedia(frames, media.fps, media.medium == "video")
 
 
 def compute_media_digest(media: MediaPayload) -> str:
