@@ -154,6 +154,7 @@ class JobStatus(FrozenModel):
     kind: str
     meta: dict[str, str]
     job: Job
+    turn_id: str | None = None
 
 
 class Claim(FrozenModel):
@@ -233,6 +234,21 @@ class TurnRecord(FrozenModel):
     created_at: float
 
 
+class TurnEvents(FrozenModel):
+    """Numbered events of a turn; `is_open` tells whether more may follow."""
+
+    is_open: bool
+    events: tuple[tuple[int, dict[str, Any]], ...]
+
+
+class Change(FrozenModel):
+    """A change of a turn or a job. An event of a turn comes with its number, and with its body if it is small."""
+
+    topic: str
+    number: int | None = None
+    body: dict[str, Any] | None = None
+
+
 class TurnOptions(FrozenModel):
     """How a turn is run: `check` is the number of tries."""
 
@@ -275,6 +291,13 @@ class Preview(FrozenModel):
 
     kind: Literal["preview"] = "preview"
     png: str
+
+
+class StoredPreview(FrozenModel):
+    """A preview as the service records it: `key` is the PNG's key in the object store."""
+
+    kind: Literal["preview"] = "preview"
+    key: str
 
 
 class ArtifactReady(FrozenModel):

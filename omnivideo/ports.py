@@ -1,10 +1,12 @@
 """The seams: what one package needs of another, as protocols. omnivideo/wiring.py chooses what stands behind each."""
 
 from collections.abc import Collection, Hashable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Literal, Protocol, TypeVar
 
 from omnivideo.contracts import (
     Artifact,
+    Change,
     Job,
     JobStatus,
     Lane,
@@ -14,6 +16,7 @@ from omnivideo.contracts import (
     Route,
     SamplingParams,
     StepProgress,
+    TurnEvents,
     TurnRecord,
 )
 
@@ -127,6 +130,14 @@ class JobQueue(Protocol):
         ...
 
 
+class ChangeWatch(Protocol):
+    """The notifications of one follower."""
+
+    async def receive(self, timeout_seconds: float | None = None) -> Change | None:
+        """Return the next change, or None if the store must be read: on a timeout, or if changes were missed."""
+        ...
+
+
 class JobStore(Protocol):
     """The jobs of all owners: submitting, following, listing and counting them."""
 
@@ -147,6 +158,10 @@ class JobStore(Protocol):
     def get_status(self, job_id: str) -> JobStatus | None: ...
 
     def list_statuses(self, job_ids: Collection[str]) -> list[JobStatus]: ...
+
+    def watch_ends(self, job_ids: Collection[str]) -> AbstractContextManager[ChangeWatch]:
+        """Follow the ends of jobs in the running event loop."""
+        ...
 
     def cancel(self, job_id: str) -> None: ...
 
@@ -202,14 +217,22 @@ class TurnStore(Protocol):
 
     def end_turn(self, turn: TurnRecord, state: str, error: dict[str, Any] | None = None) -> bool: ...
 
-    def append_event(self, turn: TurnRecord, number: int, event: dict[str, Any]) -> None: ...
+    def append_event(self, turn: TurnRecord, event: dict[str, Any]) -> bool:
+        """Append an event under the turn's next number. Return False if another process runs the turn by now."""
+        ...
 
     def list_events(self, turn_id: str, after_number: int = 0) -> list[tuple[int, dict[str, Any]]]: ...
 
-    def list_recent_events(
-        self, turn_ids: Collection[str], max_age_seconds: float
-    ) -> tuple[list[tuple[str, int, dict[str, Any]]], set[str]]:
-        """Return the recent events of these turns, and the ids of those turns that have ended."""
+    def read_events(self, turn_id: str, after_number: int = 0) -> TurnEvents:
+        """Return the events with a number above `after_number`, and whether more may follow."""
+        ...
+
+    def watch_events(self, turn_id: str) -> AbstractContextManager[ChangeWatch]:
+        """Follow a turn in the running event loop; its events come with their numbers."""
+        ...
+
+    def wait_for_end(self, turn_id: str, owner: str) -> None:
+        """Wait until the turn is not open any more."""
         ...
 
     def find_chat_thread(self, owner: str, digest: str) -> tuple[str, int] | None: ...

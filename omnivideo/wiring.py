@@ -251,11 +251,12 @@ class ServiceWiring:
         return store_user_file(self.store, path, created_by)
 
     def sweep_store(self) -> list[str]:
-        """Removes what no thread, job or file refers to; returns the removed keys."""
+        """Removes what no thread, turn, job or file refers to; returns the removed keys."""
         referenced_keys = (
             self.conversations.collect_referenced_keys()
             | self.jobs.collect_referenced_keys(self.settings.artifact_lifetime_seconds)
             | self.files.collect_referenced_keys()
+            | self.turns.collect_referenced_keys()
         )
         return self.store.sweep(referenced_keys, self.settings.artifact_lifetime_seconds)
 

@@ -85,7 +85,11 @@ def create_app(context: ServiceContext) -> FastAPI:
     description = "Understand, create and edit video by talking."
     app = FastAPI(title="omnivideo", version=__version__, description=description, lifespan=lifespan)
     metrics = operations.RequestMetrics(context)
-    app.state.context, app.state.event_feed, app.state.request_metrics = context, EventFeed(context), metrics
+    app.state.context, app.state.event_feed, app.state.request_metrics = (
+        context,
+        EventFeed(context.turns, context.store),
+        metrics,
+    )
     app.add_middleware(RequestMiddleware, max_body_bytes=context.settings.max_upload_bytes, metrics=metrics)
     errors.register_error_handlers(app)
     for routes in (chat, videos, images, files, batches, webhooks, threads, operations):

@@ -133,7 +133,7 @@ class TurnRunner:
             if isinstance(error, ModelUnavailable)
             else "something is away for a moment; this goes on by itself"
         )
-        self.turns.append_event(row, len(event_kinds) + 1, WaitingNotice(text=text).model_dump())
+        self.turns.append_event(row, WaitingNotice(text=text).model_dump())
 
     def run_turn(self, row: Any) -> str:
         thread = self.get_thread(row.owner, row.thread_id)
@@ -141,8 +141,8 @@ class TurnRunner:
         events = self.iterate_events(
             row, thread, has_events=any(event["kind"] != "waiting" for _, event in previous_events)
         )
-        for number, event in enumerate(events, start=len(previous_events) + 1):
-            self.turns.append_event(row, number, event.model_dump())
+        for event in events:
+            self.turns.append_event(row, event.model_dump())
             state = "done" if isinstance(event, TurnCompleted) else state
             if reason := self.interrupt_reasons.get(row.id):
                 events.close()

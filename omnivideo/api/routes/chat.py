@@ -248,6 +248,5 @@ def run_chat_request(context: ServiceContext, owner: str, fields: dict[str, Any]
     """A batch's line: the answer as the route would give it, waited for here.  Raises OmniVideoError or APIError."""
     completion = ChatCompletion(context, owner, validate_fields(ChatCompletionRequest, fields))
     completion.start_turn()
-    while context.turns.get_turn(completion.turn_id, owner).state in ("queued", "running"):
-        time.sleep(0.05)
+    context.turns.wait_for_end(completion.turn_id, owner)
     return completion.build_completion()

@@ -4,7 +4,6 @@ import base64
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-import anyio
 from anyio.to_thread import run_sync
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
@@ -26,7 +25,7 @@ from omnivideo.api.routes.videos import build_content_response
 from omnivideo.contracts import Artifact, JobStatus
 
 router = APIRouter(prefix="/v1/images", tags=["images"], responses=ERROR_RESPONSES)
-POLL_SECONDS = 0.05  # seconds between two looks at the jobs
+DISCONNECT_CHECK_SECONDS = 0.5  # how often a waiting request checks that its client is still connected
 LINK_LIFETIME_SECONDS = 3600  # seconds that a link to the store is good for
 CLIENT_CLOSED_REQUEST = 499  # what others write into their logs for a client that did not wait
 ImageJobBuilder = Callable[[ServiceContext, str, Mapping[str, Any], str], list[JobRequest]]
@@ -111,19 +110,20 @@ def cancel_jobs(context: ServiceContext, job_ids: list[str]) -> None:
 
 async def wait_for_jobs(request: Request, context: ServiceContext, job_ids: list[str]) -> list[JobStatus] | None:
     """The jobs in order, once all are done; None where the client has gone.  Raises what ended one of them."""
-    while True:
-        status_by_id = {status.id: status for status in await run_sync(context.jobs.list_statuses, job_ids)}
-        statuses = [status_by_id[job_id] for job_id in job_ids]
-        failed = next((status for status in statuses if status.state in ("failed", "cancelled")), None)
-        if failed is not None:
-            await run_sync(cancel_jobs, context, job_ids)
-            raise error_from_status(failed)
-        if all(status.state == "done" for status in statuses):
-            return statuses
-        if await request.is_disconnected():
-            await run_sync(cancel_jobs, context, job_ids)
-            return None
-        await anyio.sleep(POLL_SECONDS)
+    with context.jobs.watch_ends(job_ids) as watch:
+        while True:
+            status_by_id = {status.id: status for status in await run_sync(context.jobs.list_statuses, job_ids)}
+            statuses = [status_by_id[job_id] for job_id in job_ids]
+            failed = next((status for status in statuses if status.state in ("failed", "cancelled")), None)
+            if failed is not None:
+                await run_sync(cancel_jobs, context, job_ids)
+                raise error_from_status(failed)
+            if all(status.state == "done" for status in statuses):
+                return statuses
+            if await request.is_disconnected():
+                await run_sync(cancel_jobs, context, job_ids)
+                return None
+            await watch.receive(DISCONNECT_CHECK_SECONDS)
 
 
 def build_images_response(

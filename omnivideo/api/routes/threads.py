@@ -1,6 +1,5 @@
 """Conversations: threads, their turns and events, forks and lineage."""
 
-from collections.abc import AsyncIterator
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Header, Query, Request, Response
@@ -9,7 +8,7 @@ from sse_starlette import EventSourceResponse
 
 from omnivideo.api.dependencies import ContextDep, OwnerDep
 from omnivideo.api.errors import ERROR_RESPONSES, APIError, build_not_found_error
-from omnivideo.api.event_feed import EventFeed, to_sse
+from omnivideo.api.event_feed import EventFeed
 from omnivideo.api.media import MediaPart, artifact_from_part, build_range_response
 from omnivideo.api.request_body import IdempotencyKey, make_id
 from omnivideo.api.turn_runner import TurnRunner
@@ -216,11 +215,7 @@ def follow_turn_events(
 
 
 def stream_events(request: Request, turn_id: str, last_number: int) -> EventSourceResponse:
-    async def iterate_sse_events() -> AsyncIterator[dict[str, str]]:
-        async for number, body in get_event_feed(request).follow_turn(turn_id, last_number):
-            yield to_sse(number, body)
-
-    return EventSourceResponse(iterate_sse_events(), ping=15)
+    return EventSourceResponse(get_event_feed(request).stream_turn(turn_id, last_number), ping=15)
 
 
 def require_turn(context: Any, owner: str, thread_id: str, turn_id: str) -> Any:

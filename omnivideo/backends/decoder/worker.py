@@ -21,12 +21,12 @@ from safetensors.torch import load, save
 
 from omnivideo.backends.decoder.pipeline import DenoisingProgress, GeneratedClip
 from omnivideo.backends.decoder.renderer import Renderer
-from omnivideo.backends.queue.durable import retry_while_unavailable
 from omnivideo.backends.queue.local import PREVIEW_FRACTIONS
 from omnivideo.contracts import Artifact, Claim, Job, SamplingParams, StepProgress
 from omnivideo.errors import ArtifactNotFound, InvalidInput, JobLost, OmniVideoError, StoreError
 from omnivideo.models.sampling import DenoisingState
 from omnivideo.storage.database.jobs import JobRepository
+from omnivideo.storage.database.repository import retry_while_unavailable
 
 log = logging.getLogger("omnivideo.worker")
 TRACER = trace.get_tracer("omnivideo.worker")
@@ -167,7 +167,7 @@ class Worker:
                 except OmniVideoError:
                     continue  # the next step reports the same error
 
-        heartbeat_thread = threading.Thread(target=send_heartbeats, daemon=True)
+        heartbeat_thread = threading.Thread(target=send_heartbeats, daemon=True, name="heartbeat")
         heartbeat_thread.start()
         try:
             yield
