@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from omnivideo.storage.database.batches import BatchRepository
     from omnivideo.storage.database.files import FileRepository
     from omnivideo.storage.database.jobs import JobRepository
+    from omnivideo.storage.database.turns import TurnRepository
     from omnivideo.storage.database.webhooks import WebhookRepository
 
 
@@ -113,6 +114,12 @@ class ServiceWiring:
         return WebhookRepository(self.engine)
 
     @cached_property
+    def turns(self) -> "TurnRepository":
+        from omnivideo.storage.database.turns import TurnRepository
+
+        return TurnRepository(self.engine)
+
+    @cached_property
     def renderer(self) -> "Renderer":
         from omnivideo.backends.decoder.renderer import Renderer
         from omnivideo.models.device import pick_device
@@ -191,9 +198,8 @@ class ServiceWiring:
         from omnivideo.media import ingest
         from omnivideo.media.thumbnails import create_picture_renderer
         from omnivideo.storage.database.keys import APIKeyRepository
-        from omnivideo.storage.database.turns import TurnRepository
 
-        settings, turns = self.settings, TurnRepository(self.engine)
+        settings = self.settings
 
         def fetch_media(url: str) -> bytes:
             if url.startswith("data:"):
@@ -213,9 +219,9 @@ class ServiceWiring:
             files=self.files,
             batches=self.batches,
             webhooks=self.webhooks,
-            turns=turns,
+            turns=self.turns,
             conversations=self.conversations,
-            turn_runner=TurnRunner(turns, self.jobs, self.conversations, settings.heartbeat_timeout),
+            turn_runner=TurnRunner(self.turns, self.jobs, self.conversations, settings.heartbeat_timeout),
             ingest_media=partial(ingest.ingest_media, self.store),
             fetch_media=fetch_media,
             notify_workers=self.notify_workers,

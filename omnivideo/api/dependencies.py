@@ -1,11 +1,13 @@
-"""What every route is given: the parts that the service is wired from, and the owner who asks."""
+"""What every route is given: the parts of the service, the owner who asks, and ids for what the request creates."""
 
+import hashlib
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, Protocol, cast
+from typing import Annotated, Protocol, cast
 
 from anyio.to_thread import run_sync
-from fastapi import Depends, Request
+from fastapi import Depends, Header, Path, Query, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from omnivideo.agent.conversations import LOCAL_OWNER, Conversations
@@ -13,7 +15,7 @@ from omnivideo.api.errors import APIError
 from omnivideo.api.stores import APIKeyStore, BatchStore, FileStore, WebhookStore
 from omnivideo.api.turn_runner import TurnRunner
 from omnivideo.contracts import Artifact
-from omnivideo.ports import SweepableObjectStore
+from omnivideo.ports import JobStore, SweepableObjectStore, TurnStore
 from omnivideo.settings import ServiceSettings
 
 BEARER = HTTPBearer(auto_error=False, description="An API key")
@@ -44,8 +46,8 @@ class ServiceContext:
 
     settings: ServiceSettings
     store: SweepableObjectStore
-    jobs: Any
-    turns: Any
+    jobs: JobStore
+    turns: TurnStore
     files: FileStore
     batches: BatchStore
     webhooks: WebhookStore
@@ -85,3 +87,14 @@ async def authenticate_owner(
 
 ContextDep = Annotated[ServiceContext, Depends(get_service_context)]
 OwnerDep = Annotated[str, Depends(authenticate_owner)]
+ResourceId = Annotated[str, Path(pattern=r"^[A-Za-z0-9_.-]{1,200}$")]
+AfterCursor = Annotated[str | None, Query(pattern=r"^[A-Za-z0-9_.-]{1,200}$")]
+IdempotencyKey = Annotated[str | None, Header(alias="Idempotency-Key", min_length=1, max_length=255)]
+
+
+def make_id(prefix: str, owner: str, idempotency_key: str | None) -> str:
+    """Return a new id, or the id that all requests of this owner with this idempotency key share."""
+    if idempotency_key is None:
+        return f"{prefix}_{uuid.uuid4().hex}"
+    digest = hashlib.sha256(f"{owner}\0{prefix}\0{idempotency_key}".encode())
+    return f"{prefix}_{digest.hexdigest()[:32]}"
