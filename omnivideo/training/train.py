@@ -21,7 +21,7 @@ SkipPrinter = Callable[[SkipReport], None]
 def run_training(
     config: TrainingConfig, console: Console, print_skips: SkipPrinter, render_samples: SampleRenderer | None = None
 ) -> None:
-    """Train what the configuration names, in this process or as one of the processes of a launcher."""
+    """Train what the configuration describes, in this process or as one of the processes of a launcher."""
     with open_process_context(config.processes, config.sequence_parallel, config.device) as processes:
         run = RunContext(config, processes, console, render_samples)
         if config.data is None:
@@ -50,7 +50,7 @@ def train_over_shards(run: RunContext, shards: str, print_skips: SkipPrinter) ->
 
 @contextmanager
 def report_skips(skip_report: SkipReport, processes: ProcessContext, print_skips: SkipPrinter) -> Iterator[None]:
-    """Print at the end of a run, even one that fails, which samples were skipped in any process."""
+    """Print the samples that any process skipped, at the end of a run, even if it fails."""
     try:
         yield
         skip_report.merge_skips(processes.all_gather(skip_report.skipped_samples))

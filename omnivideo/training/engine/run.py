@@ -1,4 +1,4 @@
-"""A training run of any preset: where its checkpoints lie, and how it trains one recipe."""
+"""A training run of any preset: the folders of its checkpoints, and how it trains one recipe."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -46,7 +46,7 @@ class RunContext:
 
     def __post_init__(self) -> None:
         if self.device.type == "cuda":
-            torch.set_float32_matmul_precision("high")  # TF32; bf16 would only add conversions at the tiny size
+            torch.set_float32_matmul_precision("high")  # TF32
 
     @property
     def device(self) -> torch.device:

@@ -9,8 +9,8 @@ from omnivideo.training.planning.plan import TrainingPlan
 def build_plan_table(plan: TrainingPlan) -> Table:
     config, gpu = plan.config, plan.config.gpu
     table = Table(title=f"{config.recipe} of {config.preset.name} on {config.gpus} x {gpu.name}")
-    table.add_column("what")
-    table.add_column("figure", justify="right")
+    table.add_column("item")
+    table.add_column("value", justify="right")
     for rows in (format_weight_rows(plan), format_memory_rows(plan), format_time_rows(plan)):
         for row in rows:
             table.add_row(*row)
