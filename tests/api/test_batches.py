@@ -63,7 +63,7 @@ WRONG_LINES = [
     (lines(1).replace(b"POST", b"GET"), "method: input should be 'POST'"),
     (lines(1, "/v1/images/generations"), "url: it is /v1/images/generations"),
     (lines(1).replace(b"/v1/videos", b"http://127.0.0.1/"), "url: input should be"),
-    (lines(1).replace(b"line 0", b"line 1"), "custom_id: 'line 1' is an earlier line's, too"),
+    (lines(1).replace(b"line 0", b"line 1"), "custom_id: 'line 1' is already used by an earlier line"),
     (b'{"a":' * 100_000, "line: it is not valid JSON"),
 ]  # fmt: skip
 
