@@ -100,5 +100,5 @@ def test_a_clip_is_decoded_no_further_than_needed(tmp_path, monkeypatch):
 @pytest.mark.parametrize("share", [0.3, 0.6, 0.9])
 def test_a_truncated_clip_is_refused_before_it_is_decoded(tmp_path, share):
     data = write_clip(tmp_path / "a.mp4").read_bytes()
-    with pytest.raises(UnreadableMedia, match="^target: the file is "):
+    with pytest.raises(UnreadableMedia, match=r"^target: the file is "):
         read_fitted_media(data[: int(len(data) * share)], 32, 32, 1, 8, field="target")

@@ -153,7 +153,8 @@ def test_ultraedit(tmp_path):
 
 
 def test_anyedit_as_parquet(tmp_path):
-    row = {"image_id": "1", "image_file": cell(make_png(1)), "edited_file": cell(make_png(2)), "edit_instruction": "make it blue",
+    row = {"image_id": "1", "image_file": cell(make_png(1)), "edited_file": cell(make_png(2)),
+           "edit_instruction": "make it blue",
            "edit_type": "color_alter", "input": "a ball", "output": "a blue ball", "visual_input": None}  # fmt: skip
     write_parquet(tmp_path / "train-0.parquet", [row])
     samples, skip_report = read_layout("anyedit", tmp_path, "train-0.parquet")
