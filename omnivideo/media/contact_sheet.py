@@ -1,23 +1,24 @@
-"""TODO docstring of omnivideo/media/contact_sheet.py."""
+"""Lay out clips as rows of frames under their captions."""
 
 from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from omnivideo.media.read import ClipFrames
+from omnivideo.media.resample import spread_frame_indices
 
-MAX_SHEET_FRAMES = 9  # frames of a clip that a sheet shows
-
-
+MAX_SHEET_FRAMES = 9  # frames that a row shows
 MARGIN_PIXELS, GAP_PIXELS, MIN_SHEET_WIDTH = 20, 6, 480  # px
-
-
 PAPER_COLOR, INK_COLOR, RULE_COLOR = (248, 248, 246), (40, 40, 44), (190, 190, 188)
+
+ClipFrames = Sequence[np.ndarray] | np.ndarray  # frames [H, W, 3] of one size, or one array [F, H, W, 3]
 
 
 def make_contact_sheet(rows: Sequence[ClipFrames], captions: Sequence[str], scale: int = 2) -> Image.Image:
-    """One row a clip: its caption above up to 9 of its frames, evenly chosen, enlarged without smoothing."""
+    """Return a page with a row for each clip: its caption above up to 9 evenly spaced frames.
+
+    Frames are enlarged `scale` times without smoothing.
+    """
     font = ImageFont.load_default(size=15)
     strips = [make_film_strip(row, scale) for row in rows]
     width = max([MIN_SHEET_WIDTH, *(strip.width for strip in strips)])
@@ -36,10 +37,10 @@ def make_contact_sheet(rows: Sequence[ClipFrames], captions: Sequence[str], scal
 
 
 def make_film_strip(frames: ClipFrames, scale: int) -> Image.Image:
-    """Up to 9 frames side by side, each with a hairline, so that a white frame does not melt into the paper."""
-    frame_indices = np.rint(np.linspace(0, len(frames) - 1, min(MAX_SHEET_FRAMES, len(frames)))).astype(int)
+    """Return up to 9 frames side by side, each with a thin border that shows where a white frame ends."""
     images = [
-        ImageOps.scale(Image.fromarray(frames[index]), scale, Image.Resampling.NEAREST) for index in frame_indices
+        ImageOps.scale(Image.fromarray(frames[index]), scale, Image.Resampling.NEAREST)
+        for index in spread_frame_indices(len(frames), MAX_SHEET_FRAMES)
     ]
     images = [ImageOps.expand(image, border=1, fill=RULE_COLOR) for image in images]
     width = sum(image.width for image in images) + GAP_PIXELS * (len(images) - 1)
@@ -52,7 +53,7 @@ def make_film_strip(frames: ClipFrames, scale: int) -> Image.Image:
 
 
 def wrap_text(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, max_width: int) -> str:
-    """The text in lines of at most `width` px, broken between words."""
+    """Return the text in lines of at most `max_width` px, broken between words."""
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()

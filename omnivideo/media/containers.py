@@ -1,16 +1,24 @@
-"""TODO docstring of omnivideo/media/containers.py."""
+"""Detect file formats by content, and whether a file has all the bytes that its container states."""
 
 import os
 from typing import BinaryIO
 
-STILL_BRANDS = (b"avif", b"avis", b"heic", b"heix", b"hevc", b"mif1", b"msf1")  # pictures in an mp4's clothes
+STILL_BRANDS = (b"avif", b"avis", b"heic", b"heix", b"hevc", b"mif1", b"msf1")  # pictures in mp4's container format
+MAGIC_BYTES = {
+    b"\x89PNG\r\n\x1a\n": "png",
+    b"\xff\xd8\xff": "jpeg",
+    b"GIF8": "gif",
+    b"\x1a\x45\xdf\xa3": "matroska",
+}
 
 
 def sniff_format(head: bytes) -> str | None:
-    """The kind of a file from its first 16 bytes: png, jpeg, gif, webp, or one of CLIPS; None for anything else."""
-    starts = {b"\x89PNG\r\n\x1a\n": "png", b"\xff\xd8\xff": "jpeg", b"GIF8": "gif", b"\x1a\x45\xdf\xa3": "matroska"}
-    for start, kind in starts.items():
-        if head.startswith(start):
+    """Return the format by the first 16 bytes: png, jpeg, gif, webp, mov, matroska or avi; None for any other.
+
+    The names are those of Pillow's formats and FFmpeg's demuxers.
+    """
+    for prefix, kind in MAGIC_BYTES.items():
+        if head.startswith(prefix):
             return kind
     if head.startswith(b"RIFF"):
         return {b"WEBP": "webp", b"AVI ": "avi"}.get(head[8:12])
@@ -19,7 +27,10 @@ def sniff_format(head: bytes) -> str | None:
 
 
 def read_stated_size(file: BinaryIO, kind: str, size: int) -> int:
-    """The bytes a file says it has, more than `size` where it was cut short; `size` where it does not say."""
+    """Return the size in bytes that the content states; more than `size` means that the file is cut short.
+
+    Return `size` if the content does not state one.
+    """
     if kind in ("png", "gif"):
         file.seek(max(0, size - 2**16))
         tail = file.read()
@@ -36,15 +47,15 @@ def read_stated_size(file: BinaryIO, kind: str, size: int) -> int:
 
 
 def find_boxes_end(file: BinaryIO, size: int) -> int:
-    """Where the last top-level box of an mp4 ends (ISO/IEC 14496-12, 4.2)."""
+    """Return the offset at which the last top-level box of an mp4 ends (ISO/IEC 14496-12, 4.2)."""
     offset = 0
-    for _ in range(10_000):  # two a frame at most, when fragmented
+    for _ in range(10_000):  # a fragmented mp4 has two boxes a frame
         file.seek(offset)
         head = file.read(16)
         length = int.from_bytes(head[:4], "big")
         if length == 1:
             length = int.from_bytes(head[8:], "big")
-        if length == 0 and len(head) >= 8:  # up to the end of the file
+        if length == 0 and len(head) >= 8:  # the box reaches to the end of the file
             return size
         offset += max(8, length)
         if offset >= size:
@@ -53,7 +64,10 @@ def find_boxes_end(file: BinaryIO, size: int) -> int:
 
 
 def find_segment_end(file: BinaryIO, size: int) -> int:
-    """Where the segment of a webm or mkv ends; `size` where it is of unknown length, as in a live recording."""
+    """Return the offset at which the segment of a webm or mkv ends.
+
+    Return `size` if its length is unknown, as in a live recording.
+    """
     file.seek(4)
     file.seek(read_vint(file) or 0, os.SEEK_CUR)
     if file.read(4) != b"\x18\x53\x80\x67":
@@ -63,7 +77,7 @@ def find_segment_end(file: BinaryIO, size: int) -> int:
 
 
 def read_vint(file: BinaryIO) -> int | None:
-    """A variable-size integer (RFC 8794, section 4); None for the reserved value that means unknown."""
+    """Read a variable-size integer (RFC 8794, section 4); return None for the reserved value that means unknown."""
     first = file.read(1)[0]
     width = 9 - first.bit_length()
     value = int.from_bytes(bytes([first & (0xFF >> width)]) + file.read(width - 1), "big")

@@ -10,7 +10,7 @@ import re
 from omnivideo.contracts import Artifact
 from omnivideo.errors import InvalidInput, UnreadableMedia
 from omnivideo.media.fetch import fetch_media
-from omnivideo.media.read import MediaLimits
+from omnivideo.media.limits import MediaLimits
 from omnivideo.media.sandbox import (
     DEFAULT_MEDIA_LIMITS,
     DEFAULT_PROCESS_LIMITS,

@@ -25,7 +25,8 @@ from typing import NoReturn
 
 from omnivideo.errors import ServiceBusy, UnreadableMedia
 from omnivideo.media.containers import sniff_format
-from omnivideo.media.read import MediaGuard, MediaInfo, MediaLimits, measure_media
+from omnivideo.media.limits import MediaGuard, MediaLimits, printable_name
+from omnivideo.media.read import MediaInfo, measure_media
 
 # What browsers, phones and our own writer make.  FFmpeg knows five hundred more, old and seldom looked at.
 ALLOWED_CODECS = ("h264", "hevc", "mpeg4", "mjpeg", "prores", "vp8", "libvpx", "vp9", "libvpx-vp9", "av1", "libdav1d")
@@ -183,7 +184,7 @@ def is_plausible(info: MediaInfo, limits: MediaLimits) -> bool:
     sizes = (info.width, info.height, info.frames)
     if not all(type(size) is int and size > 0 for size in sizes):
         return False
-    MediaGuard(MEDIA_PATH, limits).check_dimensions(*sizes, 0)
+    MediaGuard(printable_name(MEDIA_PATH), limits).check_dimensions(*sizes, 0)
     if info.kind == "image":
         return info.fps is None and info.frames == 1
     return info.kind == "video" and isinstance(info.fps, float) and 0 < info.fps <= limits.max_fps

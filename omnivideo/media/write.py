@@ -1,4 +1,4 @@
-"""TODO docstring of omnivideo/media/write.py."""
+"""Write pixels uint8 [F, H, W, 3] as mp4, gif or png; the same pixels give the same bytes on any machine."""
 
 import os
 import secrets
@@ -7,21 +7,26 @@ from pathlib import Path
 
 import av
 import numpy as np
+from av.container import OutputContainer
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
+from av.video.stream import VideoStream
 from PIL import Image
 
 from omnivideo.errors import InvalidInput
-from omnivideo.media.read import EXACT_INTERPOLATION, WRITABLE_SUFFIXES, printable_name
+from omnivideo.media.decode import EXACT_INTERPOLATION
+from omnivideo.media.limits import printable_name
+
+WRITABLE_SUFFIXES = (".mp4", ".gif", ".png")
 
 
 def check_output(path: str | Path, frames: int) -> None:
-    """The cheap check before any compute: InvalidInput where `frames` frames could not be written to `path`."""
+    """Raise InvalidInput if `frames` frames cannot be written to `path`; a cheap check before any compute."""
     path = Path(path)
     allowed = f"allowed: {', '.join(WRITABLE_SUFFIXES)}"
-    ending = path.suffix.lower()
-    if ending not in WRITABLE_SUFFIXES:
-        raise InvalidInput("output", f"{printable_name(path)} has no ending that can be written; {allowed}")
-    if ending == ".png" and frames > 1:
+    suffix = path.suffix.lower()
+    if suffix not in WRITABLE_SUFFIXES:
+        raise InvalidInput("output", f"{printable_name(path)} has no suffix that can be written; {allowed}")
+    if suffix == ".png" and frames > 1:
         raise InvalidInput("output", f"{printable_name(path)} holds one frame, not {frames}; allowed: .mp4, .gif")
     if path.is_dir():
         raise InvalidInput(
@@ -36,10 +41,10 @@ def check_output(path: str | Path, frames: int) -> None:
 
 
 def write_media(path: str | Path, frames: np.ndarray, fps: float) -> None:
-    """Writes uint8 [F, H, W, 3] as the ending says, whole or not at all; the same input gives the same bytes.
+    """Write uint8 [F, H, W, 3] atomically, in the format of the path's suffix.
 
-    An mp4 of odd width or height is padded to even by its edge.  A gif keeps times in 1/100 s, and players stretch
-    what is faster than 50 fps.
+    An mp4 of odd width or height is padded to an even size by repeating its edge. A gif keeps times in 1/100 s, and
+    players slow down a gif faster than 50 fps. Raises InvalidInput.
     """
     assert frames.dtype == np.uint8 and frames.ndim == 4 and frames.shape[-1] == 3 and frames.size
     path = Path(path)
@@ -60,20 +65,14 @@ def write_media(path: str | Path, frames: np.ndarray, fps: float) -> None:
 
 
 def encode_mp4(path: Path, frames: np.ndarray, fps: float) -> None:
-    """H.264 that browsers play: yuv420p, tagged BT.709, index at the front; nothing in it names a time or a machine."""
+    """Write H.264 that browsers play, with the index at the front and no date or machine name in it."""
     _, height, width, _ = frames.shape
     frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
     rate = Fraction(fps).limit_denominator(1001)
     options = {"movflags": "+faststart", "fflags": "+bitexact"}
     with av.open(f"file:{path}", "w", format="mp4", options=options) as container:
-        # Without x264's macroblock tree: with it a clip in twenty came out a few bytes different, one thread or not.
-        options = {"crf": "12", "flags": "+bitexact", "x264-params": "mbtree=0"}
-        stream = container.add_stream("libx264", rate=rate, options=options)
-        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
-        context = stream.codec_context
-        context.thread_count = 1  # x264's output depends on it, and the default is the machine's
-        context.colorspace, context.color_range = Colorspace.ITU709, ColorRange.MPEG
-        context.color_primaries, context.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
+        stream = add_h264_stream(container, rate, crf=12)
+        stream.height, stream.width = frames.shape[1:3]
         for index, pixels in enumerate(frames):
             frame = rgb_to_yuv(pixels)
             frame.pts, frame.time_base = index, 1 / rate
@@ -81,8 +80,21 @@ def encode_mp4(path: Path, frames: np.ndarray, fps: float) -> None:
         container.mux(stream.encode())
 
 
+def add_h264_stream(container: OutputContainer, rate: Fraction, crf: int) -> VideoStream:
+    """Return a new yuv420p stream, tagged BT.709, whose bytes depend on the frames alone."""
+    # With x264's macroblock tree one clip in twenty differed by a few bytes between runs, even with one thread.
+    options = {"crf": str(crf), "flags": "+bitexact", "x264-params": "mbtree=0"}
+    stream = container.add_stream("libx264", rate=rate, options=options)
+    stream.pix_fmt = "yuv420p"
+    context = stream.codec_context
+    context.thread_count = 1  # x264's output depends on it, and the default is the machine's number of cores
+    context.colorspace, context.color_range = Colorspace.ITU709, ColorRange.MPEG
+    context.color_primaries, context.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
+    return stream
+
+
 def rgb_to_yuv(pixels: np.ndarray) -> av.VideoFrame:
-    """BT.709 yuv420p in video range, from uint8 [H, W, 3] of even size."""
+    """Return BT.709 yuv420p in video range, from uint8 [H, W, 3] of even size."""
     frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
     return frame.reformat(
         format="yuv420p",
@@ -93,7 +105,7 @@ def rgb_to_yuv(pixels: np.ndarray) -> av.VideoFrame:
 
 
 def encode_gif(path: Path, frames: np.ndarray, fps: float) -> None:
-    """Endless, 256 colours chosen for each frame.  Pillow joins equal neighbours into one longer frame."""
+    """Write an endless loop with 256 colours for each frame. Pillow joins equal neighbours into one longer frame."""
     images = [Image.fromarray(pixels).quantize(256, dither=Image.Dither.NONE) for pixels in frames]
     ticks = np.rint(np.arange(len(images) + 1) * 100 / fps).astype(int)  # rounding the times keeps the mean rate
     durations = [10 * max(2, int(ticks_shown)) for ticks_shown in np.diff(ticks)]
@@ -101,5 +113,5 @@ def encode_gif(path: Path, frames: np.ndarray, fps: float) -> None:
 
 
 def encode_png(path: Path, frames: np.ndarray, fps: float) -> None:
-    """The one frame, without loss."""
+    """Write the only frame, without loss."""
     Image.fromarray(frames[0]).save(path, format="PNG")

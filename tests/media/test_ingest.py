@@ -22,7 +22,8 @@ from omnivideo.errors import InvalidInput, ServiceBusy, UnreadableMedia
 from omnivideo.media import fetch, ingest, sandbox
 from omnivideo.media.artifacts import load_frames
 from omnivideo.media.ingest import decode_data_url, fetch_media, ingest_media
-from omnivideo.media.read import MediaInfo, MediaLimits
+from omnivideo.media.limits import MediaLimits
+from omnivideo.media.read import MediaInfo
 from omnivideo.media.sandbox import ProcessLimits
 from omnivideo.media.write import write_media
 from omnivideo.storage.objects.memory import MemoryObjectStore

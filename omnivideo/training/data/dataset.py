@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import SiglipVisionModel
 
+from omnivideo.media.read import read_fitted_media
 from omnivideo.models.mllm import (
     VISUAL_TOKEN_PAIRS,
     MLLMMedia,
@@ -41,7 +42,7 @@ from omnivideo.training.data.latent_cache import (
     LatentCache,
     build_batch_sampler,
 )
-from omnivideo.training.data.sample import SkippedSample, SkipReport, TrainingSample, resample_media
+from omnivideo.training.data.sample import TRAINING_LIMITS, SkippedSample, SkipReport, TrainingSample
 from omnivideo.training.data.visual_targets import embed_frames, select_frame_indices
 from omnivideo.training.data.webdataset import SampleRef, ShardDataset
 from omnivideo.training.engine.data_parallel import current_rank
@@ -130,7 +131,9 @@ class EpochDataset:
         """What the MLLM is asked: the text, with the source where there is one."""
         media: tuple[MLLMMedia, ...] = ()
         if sample.source is not None:
-            frames = resample_media(sample.source, bucket.width, bucket.height, bucket.frames, self.assigner.fps)
+            frames = read_fitted_media(
+                sample.source, bucket.width, bucket.height, bucket.frames, self.assigner.fps, TRAINING_LIMITS
+            )
             media = (MLLMMedia(frames, self.assigner.fps, bucket.group == "video"),)
         return MLLMMessage(text, media)
 
@@ -142,9 +145,11 @@ class EpochDataset:
         frame_indices = select_frame_indices(bucket.frames, tokens).tolist() if bucket.group == "video" else [0]
         if sample.target is None:
             return torch.zeros(0, len(frame_indices), side, side, 3, dtype=torch.uint8)
-        return torch.from_numpy(
-            resample_media(sample.target, side, side, bucket.frames, self.assigner.fps, frame_indices)
-        )[None]
+        frames = read_fitted_media(
+            sample.target, side, side, bucket.frames, self.assigner.fps, TRAINING_LIMITS,
+            frame_indices=frame_indices, field="target",
+        )  # fmt: skip
+        return torch.from_numpy(frames)[None]
 
 
 def make_blank_sample(bucket: Bucket) -> TrainingSample:

@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderModel
 
 from omnivideo.errors import ArtifactNotFound, UnreadableMedia
+from omnivideo.media.read import read_fitted_media
 from omnivideo.models.conditions import check_prompt_length, encode_text
 from omnivideo.models.omni import OmniVideoModel
 from omnivideo.models.vae import encode_pixels, pixels_from_bytes
@@ -30,7 +31,7 @@ from omnivideo.models.weights.checkpoint import load_strict, read_index
 from omnivideo.presets import get_preset
 from omnivideo.training.data.batch_sampler import BatchSampler, Bucket, MixConfig, select_bucket
 from omnivideo.training.data.file_store import FileStore
-from omnivideo.training.data.sample import SkipReport, TrainingSample, resample_media
+from omnivideo.training.data.sample import TRAINING_LIMITS, SkipReport, TrainingSample
 from omnivideo.training.data.webdataset import SampleRef, ShardDataset
 
 ENCODE_BATCH_SIZE = 8  # samples of one bucket that the VAE encodes at once
@@ -57,7 +58,9 @@ class BucketAssigner:
     def load_pixels(self, sample: TrainingSample, bucket: Bucket) -> dict[str, np.ndarray]:
         """[F, H, W, 3] of the target and, where there is one, the source.  Raises UnreadableMedia."""
         return {
-            name: resample_media(data, bucket.width, bucket.height, bucket.frames, self.fps)
+            name: read_fitted_media(
+                data, bucket.width, bucket.height, bucket.frames, self.fps, TRAINING_LIMITS, field=name
+            )
             for name in ("source", "target") if (data := getattr(sample, name)) is not None
         }  # fmt: skip
 

@@ -26,7 +26,7 @@ from omnivideo.training.data.sample import (
     SkipReport,
     TrainingSample,
     check_sample,
-    detect_format,
+    detect_member_suffix,
     measure_sample,
 )
 
@@ -55,7 +55,7 @@ def to_members(sample: TrainingSample) -> dict[str, bytes]:
     members = {"json": json.dumps(record, ensure_ascii=False).encode()}
     for name in ("source", "target"):
         if data := getattr(sample, name):
-            members[f"{name}.{detect_format(data)}"] = data
+            members[f"{name}.{detect_member_suffix(data)}"] = data
     return members
 
 

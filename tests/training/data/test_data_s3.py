@@ -10,7 +10,7 @@ from omnivideo.training.data.prefetch import Prefetcher
 from omnivideo.training.data.sample import SkipReport
 from omnivideo.training.data.webdataset import ShardDataset, stream_samples, write_shards
 from tests.support.s3_server import ACCESS_KEY, SECRET_KEY, s3_server
-from tests.training.data.test_webdataset import contents, six
+from tests.support.training_samples import drop_keys, make_samples
 
 WHERE = "s3://training/sets/six"
 
@@ -25,13 +25,13 @@ def server(tmp_path, monkeypatch):
 
 
 def test_shards_are_written_to_and_read_from_a_bucket(server):
-    problems = SkipReport()
-    write_shards(six(), open_file_store(WHERE), problems)
+    skip_report = SkipReport()
+    write_shards(make_samples(), open_file_store(WHERE), skip_report)
     assert open_file_store(WHERE).list_names(".tar") == ["00000.tar"]
-    assert contents(stream_samples(open_file_store(WHERE), problems)) == contents(six())
-    library = ShardDataset(open_file_store(WHERE), problems)
-    assert contents([library[4], library[1]]) == contents([six()[4], six()[1]])
-    assert not problems.skipped_samples
+    assert drop_keys(stream_samples(open_file_store(WHERE), skip_report)) == drop_keys(make_samples())
+    library = ShardDataset(open_file_store(WHERE), skip_report)
+    assert drop_keys([library[4], library[1]]) == drop_keys([make_samples()[4], make_samples()[1]])
+    assert not skip_report.skipped_samples
     server.kill()
     with pytest.raises(StoreError, match="no connection"):
         library[0]
@@ -40,19 +40,19 @@ def test_shards_are_written_to_and_read_from_a_bucket(server):
 @pytest.mark.usefixtures("server")
 def test_worker_processes_have_connections_of_their_own():
     """They are forked from one that has read the indices, whose connection stays open."""
-    write_shards(six(), open_file_store(WHERE), SkipReport())
+    write_shards(make_samples(), open_file_store(WHERE), SkipReport())
     library = ShardDataset(open_file_store(WHERE), SkipReport())
-    ours, samples = library.file_store.client, contents(six())
+    ours, samples = library.file_store.client, drop_keys(make_samples())
 
     def read(step: int) -> tuple[int, bool, dict]:
         one = library[step % 6]
-        return os.getpid(), library.file_store.client is ours, contents([one])[0]
+        return os.getpid(), library.file_store.client is ours, drop_keys([one])[0]
 
     ahead = Prefetcher(read, workers=2)
     found = [ahead(step) for step in range(240)]
     assert [sample for _, _, sample in found] == 40 * samples
     assert len({pid for pid, _, _ in found}) == 2 and not any(shared for _, shared, _ in found)
-    assert library.file_store.client is ours and contents([library[3]]) == samples[3:4]
+    assert library.file_store.client is ours and drop_keys([library[3]]) == samples[3:4]
 
 
 def test_a_bucket_without_a_server_is_refused(monkeypatch):

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from omnivideo.cli.main import app
 from omnivideo.errors import CheckpointError, InvalidInput
+from omnivideo.media.read import read_fitted_media
 from omnivideo.models.vae import pixels_from_bytes
 from omnivideo.models.weights.checkpoint import load, save_library_model
 from omnivideo.training.data.batch import MicroBatch
@@ -19,7 +20,7 @@ from omnivideo.training.data.batch_sampler import MixConfig
 from omnivideo.training.data.dataset import EpochDataset, FlowDataset, Stage1Dataset
 from omnivideo.training.data.latent_cache import FrozenEncoders, LatentCache, encode_shards
 from omnivideo.training.data.prefetch import Prefetcher
-from omnivideo.training.data.sample import SkipReport, TrainingSample, resample_media
+from omnivideo.training.data.sample import SkipReport, TrainingSample
 from omnivideo.training.data.visual_targets import embed_frames
 from omnivideo.training.data.webdataset import ShardDataset
 from omnivideo.training.engine.data_parallel import DataParallelRank, use_rank
@@ -30,18 +31,18 @@ from omnivideo.training.recipes.flow_matching import flow_matching_loss
 from omnivideo.training.recipes.stage1 import assemble_stage1_recipe
 from omnivideo.training.recipes.stage2a import assemble_stage2a_recipe
 from omnivideo.training.tiny import visual_encoder
+from tests.support.training_samples import make_mp4, make_png
 from tests.training.data.test_latent_cache import FIT, library
-from tests.training.data.test_webdataset import mp4, png
 from tests.training.test_training import operations
 
 SAMPLES = [
-    *(TrainingSample("text-to-image", f"a red ball {at}", target=png(at, (32, 32))) for at in range(4)),
-    TrainingSample("text-to-image", "a wide ball", target=png(9, (64, 32))),
-    TrainingSample("text-to-video", "a red ball rolls", target=mp4(9)),
-    TrainingSample("image-editing", "make it blue", png(3, (32, 32)), png(4, (32, 32))),
-    *(TrainingSample("video-editing", f"make it blue {at}", mp4(6 + at), mp4(8 + at)) for at in range(2)),
+    *(TrainingSample("text-to-image", f"a red ball {at}", target=make_png(at, (32, 32))) for at in range(4)),
+    TrainingSample("text-to-image", "a wide ball", target=make_png(9, (64, 32))),
+    TrainingSample("text-to-video", "a red ball rolls", target=make_mp4(9)),
+    TrainingSample("image-editing", "make it blue", make_png(3, (32, 32)), make_png(4, (32, 32))),
+    *(TrainingSample("video-editing", f"make it blue {at}", make_mp4(6 + at), make_mp4(8 + at)) for at in range(2)),
     TrainingSample(
-        "image-understanding", source=png(1, (32, 32)), turns=(("what is it?", "a ball"), ("how many?", "two"))
+        "image-understanding", source=make_png(1, (32, 32)), turns=(("what is it?", "a ball"), ("how many?", "two"))
     ),
 ]
 
@@ -155,7 +156,7 @@ def test_rows_are_those_of_the_cache_and_the_models(made, weights):
             assert torch.equal(rows.unpadded_texts[at], kept["text"].float())
             assert ("source" in kept) == bool(rows.has_source[at])
             frames = one.get_global_batch(step).bucket.frames
-            seen = pixels_from_bytes(resample_media(made[number].target, 64, 64, frames, FIT.fps)[None])
+            seen = pixels_from_bytes(read_fitted_media(made[number].target, 64, 64, frames, FIT.fps)[None])
             assert torch.allclose(rows.visual_embeddings[at], embed_frames(one.encoder, seen, 4)[0], atol=1e-5)
             if "source" in kept:
                 assert torch.equal(next(sources), kept["source"].float())
@@ -280,7 +281,7 @@ def test_a_run_goes_on_over_the_same_samples_only(made, weights, tmp_path):
 
 
 def test_a_run_does_not_go_on_over_another_library_of_the_same_shapes(made, weights, tmp_path):
-    other = library(tmp_path / "other", [replace(SAMPLES[0], target=png(40, (32, 32))), *SAMPLES[1:]])
+    other = library(tmp_path / "other", [replace(SAMPLES[0], target=make_png(40, (32, 32))), *SAMPLES[1:]])
     encode_shards(other, FrozenEncoders.load(weights, "cpu"), FIT, lambda done, count: None)
     given = ["train", "stage2a", "--weights", str(weights), "--runs", str(tmp_path), "--size", "64x64", "--frames", "5"]
     ran = CliRunner().invoke(
@@ -477,7 +478,7 @@ def test_an_unreadable_sample_is_left_out_of_a_lesson(weights, tmp_path):
 
 
 def test_the_command_says_what_it_does_not_use(made, weights, tmp_path):
-    short = TrainingSample("text-to-video", "too short", target=mp4(2))
+    short = TrainingSample("text-to-video", "too short", target=make_mp4(2))
     there = library(tmp_path / "shards", [*SAMPLES, short])
     named = damage(there, 1)
     shutil.copy(tmp_path / "shards" / "00000.tar", tmp_path / "shards" / "00001.tar")

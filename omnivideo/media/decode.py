@@ -1,0 +1,220 @@
+"""Decode sources into timed frames: stills and animations with Pillow, clips with PyAV.
+
+Pillow reads png, jpeg, webp and gif because FFmpeg accepts a truncated gif without an error. This is the only code
+that decodes clips; serving, training and curation all build on it, so they see the same pixels at the same times.
+"""
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from io import BytesIO
+from itertools import count
+from pathlib import Path
+
+import av
+import numpy as np
+from av.container import InputContainer
+from av.stream import Disposition
+from av.video.reformatter import Colorspace, Interpolation
+from av.video.stream import VideoStream
+from PIL import Image, ImageOps
+
+from omnivideo.media.limits import MediaGuard, MediaLimits
+
+CLIP_DEMUXERS = ("mov", "matroska", "avi")  # FFmpeg's names of the allowed demuxers: no playlists, no network
+MIN_HD_HEIGHT = 720  # px; untagged video of this height or more is BT.709, below it BT.601
+# FFmpeg's own default rounds down, which darkens a clip by one level at every save and load.
+EXACT_INTERPOLATION = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
+
+MediaFile = Path | bytes  # a path, or a file's content
+TimedFrame = tuple[np.ndarray, float, float]  # pixels [H, W, 3], and the start and duration of their display in s
+TimedVideoFrame = tuple[av.VideoFrame, float, float]  # the same before conversion to pixels
+
+
+# ---------------------------------------------------------------- stills and animations
+
+
+def iterate_image_frames(file: MediaFile, kind: str, guard: MediaGuard) -> Iterator[TimedFrame]:
+    """Yield the pictures of a png, jpeg, webp or gif."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow warns about odd metadata, and about sizes that the guard checks
+        with Image.open(BytesIO(file) if isinstance(file, bytes) else file, formats=(kind,)) as image:
+            # The number of a gif's frames is known only after reading it.
+            promised_frames = getattr(image, "n_frames", 1) if kind in ("png", "webp") else 1
+            guard.check_dimensions(*image.size, promised_frames, 0)
+            start = 0.0
+            for index in count(1):
+                image.load()
+                seconds = read_frame_seconds(image)
+                yield composite_on_white(ImageOps.exif_transpose(image)), start, seconds
+                start += seconds
+                # Some phones store a second view in a jpeg; that does not make it a clip.
+                if kind == "jpeg" or not seek_frame(image, index):
+                    break
+            if index < promised_frames:
+                guard.refuse_media(f"is cut short: it has {index} frames of {promised_frames}; allowed: a whole file")
+
+
+def seek_frame(image: Image.Image, index: int) -> bool:
+    """Move to picture `index` of an animation; return False at its end."""
+    try:
+        image.seek(index)
+    except EOFError:
+        return False
+    return True
+
+
+def read_frame_seconds(image: Image.Image) -> float:
+    """Return the seconds that a picture of an animation is shown; 10 ms or less means 100 ms, as in browsers."""
+    duration_ms = image.info.get("duration")  # the text chunks of a png may hold anything under this name
+    return duration_ms / 1000 if isinstance(duration_ms, int | float) and duration_ms > 10 else 0.1
+
+
+def composite_on_white(image: Image.Image) -> np.ndarray:
+    """Return pixels uint8 [H, W, 3] with alpha composited on white."""
+    if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip at 255
+        grey = np.asarray(image, dtype=np.int64) >> 8
+        return np.repeat(grey.clip(0, 255).astype(np.uint8)[..., None], 3, axis=-1)
+    if image.has_transparency_data:
+        canvas = Image.new("RGBA", image.size, "white")
+        canvas.alpha_composite(image.convert("RGBA"))
+        image = canvas
+    return np.asarray(image.convert("RGB"))
+
+
+# ---------------------------------------------------------------- clips
+
+
+def iterate_clip_frames(file: MediaFile, demuxer: str, guard: MediaGuard) -> Iterator[TimedFrame]:
+    """Yield the frames of an mp4, mov, webm, mkv or avi; refuse a clip with fewer frames than its header promises."""
+    with open_container(file, demuxer, guard.limits) as container:
+        stream = select_video_stream(container, guard)
+        promised_frames = check_clip_header(container, stream, guard)
+        frame_count = 0
+        for frame, start, seconds in decode_stream(container, stream, guard):
+            frame_count += 1
+            yield to_upright_pixels(frame), start, seconds
+        check_frame_count(frame_count, promised_frames, guard)
+
+
+def read_frame_times(file: MediaFile, demuxer: str, guard: MediaGuard) -> list[tuple[float, float]] | None:
+    """Return the start and duration of each frame in s, from the packets alone, without decoding.
+
+    Return None if a packet has no time. The times are those of `iterate_clip_frames` as long as every packet holds
+    one frame; a caller has to compare them.
+    """
+    packet_times: list[tuple[int, int]] = []
+    with open_container(file, demuxer, guard.limits) as container:
+        stream = select_video_stream(container, guard)
+        promised_frames = check_clip_header(container, stream, guard)
+        for packet in container.demux(stream):
+            if packet.is_corrupt:
+                guard.refuse_media("is cut short or damaged midway; allowed: a whole file")
+            if packet.size == 0 or packet.is_discard:  # the last packet flushes the decoder
+                continue
+            if packet.pts is None or packet.time_base is None:
+                return None
+            packet_times.append((packet.pts, packet.duration or 0))
+        check_frame_count(len(packet_times), promised_frames, guard)
+        clock = FrameClock.for_stream(stream)
+        time_base = stream.time_base or 0
+        return [
+            clock.place_frame(float(pts * time_base), float(duration * time_base))
+            for pts, duration in sorted(packet_times)
+        ]
+
+
+def open_container(file: MediaFile, demuxer: str, limits: MediaLimits) -> InputContainer:
+    """Open a clip of unknown origin with one demuxer; other files and the network stay closed to it."""
+    source = BytesIO(file) if isinstance(file, bytes) else f"file:{file}"
+    return av.open(source, "r", format=demuxer, options=build_container_options(limits))
+
+
+def build_container_options(limits: MediaLimits) -> dict[str, str]:
+    """Return FFmpeg's options for a container of unknown origin.
+
+    One stream above the limit is allowed, so that the guard refuses it with its own message.
+    """
+    options = {"protocol_whitelist": "file", "max_streams": str(limits.max_streams + 1)}
+    return options | ({"codec_whitelist": ",".join(limits.codecs)} if limits.codecs is not None else {})
+
+
+def select_video_stream(container: InputContainer, guard: MediaGuard) -> VideoStream:
+    """Return the first video stream that is not cover art; raise UnreadableMedia if none may be decoded."""
+    guard.check_at_most("streams", len(container.streams), guard.limits.max_streams)
+    streams = [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
+    if not streams:
+        guard.refuse_media("has no video stream; allowed: 1 or more")
+    codec, allowed_codecs = streams[0].codec_context.name, guard.limits.codecs
+    if allowed_codecs is not None and codec not in allowed_codecs:
+        guard.refuse_media(f"is coded as {codec}; allowed: {', '.join(allowed_codecs)}")
+    streams[0].codec_context.options = {"max_pixels": str(guard.limits.max_frame_pixels)}  # the header may lie
+    return streams[0]
+
+
+def check_clip_header(container: InputContainer, stream: VideoStream, guard: MediaGuard) -> int:
+    """Check the header's dimensions against the limits; return the number of frames that it promises."""
+    seconds = (stream.duration or 0) * float(stream.time_base or 0) or (container.duration or 0) / av.time_base
+    promised_frames = count_promised_frames(stream)
+    guard.check_dimensions(stream.width, stream.height, promised_frames, seconds)
+    return promised_frames
+
+
+def count_promised_frames(stream: VideoStream) -> int:
+    """Return the frames that the header promises, less those that its edit list cuts away; 0 if it does not say."""
+    indexed = sum(not entry.is_discard for entry in stream.index_entries) if stream.frames else 0
+    return min(stream.frames, indexed)
+
+
+def check_frame_count(frame_count: int, promised_frames: int, guard: MediaGuard) -> None:
+    """Raise UnreadableMedia if the header promises more frames."""
+    if frame_count < promised_frames:
+        guard.refuse_media(f"is cut short: it has {frame_count} frames of {promised_frames}; allowed: a whole file")
+
+
+@dataclass
+class FrameClock:
+    """Gives frames strictly rising start times in s, even if the file's own times are missing or go back."""
+
+    default_seconds: float
+    expected_start: float = 0.0
+
+    @classmethod
+    def for_stream(cls, stream: VideoStream) -> "FrameClock":
+        """Return a clock whose default step is the stream's mean frame time."""
+        return cls(1 / float(stream.average_rate or stream.guessed_rate or 1))
+
+    def place_frame(self, time: float | None, duration: float) -> tuple[float, float]:
+        """Return the start and duration of the next frame, from those that the file states."""
+        is_rising = time is not None and time > self.expected_start - self.default_seconds
+        start = time if time is not None and is_rising else self.expected_start
+        self.expected_start = start + self.default_seconds
+        return start, duration or self.default_seconds
+
+
+def decode_stream(container: InputContainer, stream: VideoStream, guard: MediaGuard) -> Iterator[TimedVideoFrame]:
+    """Yield a stream's frames in display order, from the container's current position on."""
+    clock = FrameClock.for_stream(stream)
+    for packet in container.demux(stream):
+        if packet.is_corrupt:
+            guard.refuse_media("is cut short or damaged midway; allowed: a whole file")
+        for frame in packet.decode():
+            duration = float((frame.duration or 0) * (frame.time_base or 0))
+            yield frame, *clock.place_frame(frame.time, duration)
+
+
+def to_upright_pixels(frame: av.VideoFrame, max_side: int | None = None) -> np.ndarray:
+    """Return pixels uint8 [H, W, 3], rotated by the display matrix; the longer side is at most `max_side`."""
+    alpha = frame.format.has_palette or any(component.is_alpha for component in frame.format.components)
+    untagged_hd = frame.colorspace == Colorspace.DEFAULT and frame.height >= MIN_HD_HEIGHT and not frame.format.is_rgb
+    scale = min(1.0, max_side / max(frame.width, frame.height)) if max_side else 1.0
+    pixels = frame.to_ndarray(
+        width=max(2, round(frame.width * scale)) if scale < 1 else None,
+        height=max(2, round(frame.height * scale)) if scale < 1 else None,
+        format="rgba" if alpha else "rgb24",
+        src_colorspace=Colorspace.ITU709 if untagged_hd else None,
+        interpolation=EXACT_INTERPOLATION,
+    )
+    if alpha:
+        pixels = composite_on_white(Image.fromarray(pixels))
+    return np.rot90(pixels, round(frame.rotation / 90))

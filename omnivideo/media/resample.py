@@ -1,0 +1,53 @@
+"""The rules for picking frames and for cropping: one for serving, training and curation alike.
+
+A model generates what it was trained on only if both sides pick the same frames and cut the same box.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image
+
+from omnivideo.media.limits import MediaGuard
+
+
+def build_even_grid(starts: np.ndarray, end: float, guard: MediaGuard) -> tuple[Sequence[int], float]:
+    """Return the index of the frame to show at each step of an even grid, and the grid's frames per second.
+
+    `starts` are rising times from 0 in s. Times within a quarter of a step of even ones are taken as they are;
+    otherwise the step is the median one, and frames are repeated.
+    """
+    if len(starts) == 1:
+        return [0], 1 / end
+    steps = np.arange(len(starts))
+    fps = steps[-1] / starts[-1]
+    if np.abs(starts * fps - steps).max() <= 0.25 and end * fps < len(starts) + 0.5:  # and the last frame is not held
+        return range(len(starts)), round(float(fps), 4)
+    step = float(np.median(np.diff(starts)))
+    guard.check_at_most("frames", end // step, guard.limits.max_frames)  # a step of a nanosecond would fill the memory
+    middles = (np.arange(round(end / step)) + 0.5) * step
+    return [int(index) for index in np.searchsorted(starts, middles, side="right") - 1], round(1 / step, 4)
+
+
+def select_nearest_frames(source_count: int, source_fps: float | None, count: int, fps: float) -> np.ndarray:
+    """Return the indices [count] of the source's frames nearest to the times 0, 1 / fps, 2 / fps ...
+
+    A longer source is cut, a shorter one repeats its last frame. A still has no `source_fps` and is repeated.
+    """
+    indices = np.floor(np.arange(count) * (source_fps or 0) / fps + 0.5).astype(int)
+    return np.minimum(indices, source_count - 1)
+
+
+def spread_frame_indices(source_count: int, max_count: int) -> list[int]:
+    """Return the indices of up to `max_count` frames, evenly spaced from the first to the last."""
+    return [int(index) for index in np.linspace(0, source_count - 1, min(max_count, source_count)).round()]
+
+
+def center_crop_resize(pixels: np.ndarray, width: int, height: int) -> np.ndarray:
+    """Return [height, width, 3]: the largest centred box of that aspect ratio, resized with a Lanczos filter."""
+    full_height, full_width = pixels.shape[:2]
+    scale = min(full_width / width, full_height / height)
+    left = max(0.0, (full_width - width * scale) / 2)
+    top = max(0.0, (full_height - height * scale) / 2)
+    box = (left, top, full_width - left, full_height - top)
+    return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.LANCZOS, box=box))

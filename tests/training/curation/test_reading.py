@@ -1,0 +1,35 @@
+"""Scenes are read and written with their own frame times."""
+
+import numpy as np
+import pytest
+
+from omnivideo.media.decode import iterate_clip_frames
+from omnivideo.media.limits import MediaGuard
+from omnivideo.media.read import read_fitted_media
+from omnivideo.training.data.sample import TRAINING_LIMITS
+from tests.support import footage
+
+
+def test_a_clip_of_uneven_times_keeps_them_and_is_seen_by_them(tmp_path):
+    """A second of a pan at 24 frames a second, a pause of two, and another second: 12 a second on average."""
+    from omnivideo.training.curation.reading import write_clip
+
+    path, written = footage.film(tmp_path / "pause.mp4", footage.pan(5, 48), gap=(24, 2)), tmp_path / "written.mp4"
+    assert write_clip(path, (0.0, 4.0), written)["frames"] == 48
+    for clip in (path, written):
+        demuxer, guard = "mov", MediaGuard("", TRAINING_LIMITS)
+        frames, times, _ = zip(*iterate_clip_frames(clip, demuxer, guard), strict=True)
+        assert times == pytest.approx([index / 24 + 2 * (index >= 24) for index in range(48)], abs=1e-3)
+        fitted = read_fitted_media(clip.read_bytes(), footage.WIDTH, footage.HEIGHT, 9, 2, TRAINING_LIMITS)
+        picked = [next(index for index, frame in enumerate(frames) if np.array_equal(frame, image)) for image in fitted]
+        assert picked == [0, 12, 23, 23, 23, 23, 24, 36, 47]
+
+
+def test_a_frame_just_before_an_empty_span_stands_for_it(tmp_path):
+    from omnivideo.training.curation.reading import sample_clip
+
+    path = footage.film(tmp_path / "gap.mp4", footage.pan(5, 48), gap=(24, 60))
+    shown = sample_clip(
+        path, (1.2, 20.0)
+    )  # the last frame before the gap is at 0.96 s, nearer than a quarter of 1 / 0.77
+    assert len(shown.small_frames) == len(shown.full_frames) == 1
