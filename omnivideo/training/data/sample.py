@@ -20,8 +20,8 @@ import av
 import numpy as np
 from PIL import Image, ImageOps
 
+from omnivideo.contracts import TASKS, TRAINING_TASKS, TrainingTask, get_task_medium, is_editing_task
 from omnivideo.errors import ArtifactNotFound, InvalidInput, UnreadableMedia
-from omnivideo.training.data.batch_sampler import TASKS, Task
 
 MAX_FRAME_PIXELS = 8192 * 8192  # of a frame
 MAX_DECODED_BYTES = 4 << 30  # bytes of a clip's pixels
@@ -33,7 +33,7 @@ CLIP_DEMUXERS = {"mp4": "mov", "webm": "matroska", "avi": "avi"}  # FFmpeg's nam
 class TrainingSample:
     """`caption` is what the target of an edit shows, where its source says; `origin` names the data set."""
 
-    task: Task
+    task: TrainingTask
     text: str = ""
     source: bytes | None = None
     target: bytes | None = None
@@ -218,17 +218,17 @@ def center_crop_resize(pixels: np.ndarray, width: int, height: int) -> np.ndarra
 # ---------------------------------------------------------------- checking
 
 
-def required_fields(task: Task) -> tuple[str, ...]:
+def required_fields(task: TrainingTask) -> tuple[str, ...]:
     """The fields that a task's samples have."""
-    if task.endswith("understanding"):
+    if task not in TASKS:
         return ("source", "turns")
-    return ("source", "target", "text") if task.endswith("editing") else ("target", "text")
+    return ("source", "target", "text") if is_editing_task(task) else ("target", "text")
 
 
 def check_sample(sample: TrainingSample) -> None:
     """Raises InvalidInput where a field is missing, is one too many, or is a clip where the task wants an image."""
-    if sample.task not in TASKS:
-        raise InvalidInput("task", f"{sample.task!r} is not one of {', '.join(TASKS)}")
+    if sample.task not in TRAINING_TASKS:
+        raise InvalidInput("task", f"{sample.task!r} is not one of {', '.join(TRAINING_TASKS)}")
     for name in ("source", "target", "text", "turns"):
         if bool(getattr(sample, name)) != (name in required_fields(sample.task)):
             raise InvalidInput(
@@ -238,7 +238,7 @@ def check_sample(sample: TrainingSample) -> None:
     if any("\ud800" <= letter <= "\udfff" for letter in all_text):
         raise InvalidInput("text", "it holds half of a surrogate pair")
     for data in (sample.source, sample.target):
-        if data is not None and is_clip(data) != ("video" in sample.task):
+        if data is not None and is_clip(data) != (get_task_medium(sample.task) == "video"):
             raise InvalidInput("task", f"{sample.task} with a medium of type {detect_format(data)}")
 
 

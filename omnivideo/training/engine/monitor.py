@@ -147,8 +147,9 @@ def build_sample_hook(interval_steps: int, render_samples: SampleRenderer) -> Sa
         if omni is None or trainer.step % interval_steps:
             return {}
         with trainer.evaluation_mode(), all_parts_on_one_device(omni):
-            return render_samples(
+            scores = render_samples(
                 omni, trainer.folder / "samples" / f"{trainer.step:08}.png" if trainer.is_main_process else None
             )
+        return scores | ({OVERALL_SCORE: sum(scores.values()) / len(scores)} if scores else {})
 
     return sample_hook
