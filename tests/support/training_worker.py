@@ -28,10 +28,10 @@ from omnivideo.models.parallel.ulysses import enable_sequence_parallel
 from omnivideo.models.weights import checkpoint
 from omnivideo.presets import TINY
 from omnivideo.synthetic.requests import sample_requests
+from omnivideo.training.engine.distributed.processes import DistributedContext, ProcessContext, open_process_context
 from omnivideo.training.engine.monitor import build_sample_hook, skip_samples
 from omnivideo.training.engine.recipe import Recipe, single_micro_batch
 from omnivideo.training.engine.trainer import PRECISIONS, freeze_except
-from omnivideo.training.engine.distributed.processes import DistributedContext, ProcessContext, open_process_context
 from omnivideo.training.recipes import parts
 from omnivideo.training.tiny import (
     alignment_stages,
