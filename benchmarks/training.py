@@ -37,7 +37,7 @@ from omnivideo.training.engine.monitor import measure_peak_memory
 from omnivideo.training.engine.recipe import Recipe
 from omnivideo.training.planning.flops import count_decoder_flops
 from omnivideo.training.planning.gpus import find_peak_flops
-from omnivideo.training.recipes.flow import build_stage2b_recipe, build_stage3_recipe
+from omnivideo.training.tiny.flow_stages import build_stage2b_recipe, build_stage3_recipe
 
 STAGES = {"stage 2b": build_stage2b_recipe, "stage 3": build_stage3_recipe}
 PLAIN = "plain loop"

@@ -1,6 +1,6 @@
 """The frozen messages that cross rooms."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -58,9 +58,34 @@ class Manifest(FrozenModel):
     seconds: dict[str, float]
 
 
-# ---------------------------------------------------------------- what a conversation is made of
+# ---------------------------------------------------------------- tasks
 
 Medium = Literal["image", "video"]
+# `Task` is a task that generates: the presets have sampling defaults for each. Training has two more.
+TrainingTask = Literal["image-understanding", "video-understanding", Task]
+TASKS: tuple[Task, ...] = get_args(Task)
+TRAINING_TASKS: tuple[TrainingTask, ...] = get_args(TrainingTask)
+
+
+def get_task_medium(task: TrainingTask) -> Medium:
+    """Return the medium that a task generates, edits or answers questions about."""
+    return "video" if task in ("video-understanding", "text-to-video", "video-editing") else "image"
+
+
+def is_editing_task(task: TrainingTask) -> bool:
+    return task in ("image-editing", "video-editing")
+
+
+def get_generation_task(medium: Medium) -> Task:
+    return "text-to-video" if medium == "video" else "text-to-image"
+
+
+def get_editing_task(medium: Medium) -> Task:
+    return "video-editing" if medium == "video" else "image-editing"
+
+
+# ---------------------------------------------------------------- what a conversation is made of
+
 Think = Literal["off", "on", "auto"]
 Goal = Literal["understand", "generate", "edit"]
 THINK_START, THINK_END = "<think>", "</think>"  # around the reasoning in an answer
@@ -408,7 +433,7 @@ def resolve_sampling_params(preset: Preset, task: Task, **overrides: object) -> 
     compute_latent_grid(params.width, params.height, params.frames)
     if params.width * params.height * params.frames > MAX_CLIP_PIXELS:
         raise InvalidInput("size", f"width x height x frames is above {MAX_CLIP_PIXELS}")
-    if (params.frames == 1) != (task in ("text-to-image", "image-editing")):
+    if (params.frames == 1) != (get_task_medium(task) == "image"):
         raise InvalidInput("frames", f"{params.frames} does not fit {task}: an image has 1, a video 5 or more")
     check_model_limits(preset, params)
     return params
@@ -423,7 +448,7 @@ def check_model_limits(preset: Preset, params: SamplingParams) -> None:
     for axis, patch, field in zip(grid, preset.decoder["patch_size"], ("frames", "height", "width"), strict=True):
         if axis // patch > max_positions:
             raise InvalidInput(field, f"{getattr(params, field)} is more than this model has positions for")
-    tokens = count_visual_context_tokens(preset, grid) if params.task.endswith("editing") else 0
+    tokens = count_visual_context_tokens(preset, grid) if is_editing_task(params.task) else 0
     if tokens > preset.max_condition_tokens:
         text = f"an edit at this size and length has {tokens} tokens of source; allowed: {preset.max_condition_tokens}"
         raise InvalidInput("size", text)

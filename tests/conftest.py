@@ -35,8 +35,8 @@ def text_tokenizer():
 @pytest.fixture(scope="session")
 def mllm_tokenizer():
     rng = random.Random(0)
-    samples = [mllm.sample_from_mix(rng) for _ in range(200)]
-    return mllm.build_tokenizer([f"{message.text} {reply}" for message, reply in samples], vocab_size=600)
+    examples = [mllm.sample_foundation_example(rng) for _ in range(200)]
+    return mllm.build_tokenizer([f"{example.text} {example.answer}" for example in examples], vocab_size=600)
 
 
 @pytest.fixture(scope="session")

@@ -46,6 +46,8 @@ from omnivideo.contracts import (
     TurnCompleted,
     TurnEvent,
     TurnOptions,
+    get_editing_task,
+    get_generation_task,
 )
 from omnivideo.ports import MLLM, JobQueue
 
@@ -299,7 +301,7 @@ class Planner:
         retry_suffix = f".{state['failed_turns']}" if state.get("failed_turns") else ""
         job = Job(
             id=f"{get_thread_id()}/{turn_number}.{action_index + 1}.{attempt + 1}{retry_suffix}",
-            task=f"{medium}-editing" if source else f"text-to-{medium}",  # type: ignore[arg-type]
+            task=get_editing_task(medium) if source else get_generation_task(medium),
             prompt=prompt,
             visual_tokens=self.mllm.predict_visual_tokens(
                 MLLMRequest(text=prompt, artifacts=(source,) if source else ()), medium

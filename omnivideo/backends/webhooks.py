@@ -21,6 +21,7 @@ from urllib.parse import SplitResult, urlsplit
 
 import httpcore2
 
+from omnivideo.contracts import WebhookRecord
 from omnivideo.errors import InvalidInput, OmniVideoError
 from omnivideo.media.fetch import (
     DEFAULT_PORTS,
@@ -31,7 +32,7 @@ from omnivideo.media.fetch import (
     resolve_addresses,
 )
 from omnivideo.storage.database.jobs import EndedJob, JobRepository
-from omnivideo.storage.database.webhooks import DeliveryRecord, WebhookRecord, WebhookRepository
+from omnivideo.storage.database.webhooks import DeliveryRecord, WebhookRepository
 
 log = logging.getLogger("omnivideo.hooks")
 DELIVERY_TIMEOUT_SECONDS = 10.0  # of one attempt

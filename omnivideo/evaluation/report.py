@@ -1,4 +1,4 @@
-"""Scores as a table for the terminal, and as JSON."""
+"""Format scores as a table for the terminal, and as JSON."""
 
 import json
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from omnivideo.evaluation import planner
 from omnivideo.evaluation.suite import EvaluationProgress, Score
 from omnivideo.media.artifacts import load_frames
 
-# What the tiny preset is to reach (the issue that made it).
+# The scores that the tiny preset should reach.
 TARGET_SCORES = {
     "single": 0.97, "colours": 0.95, "two": 0.85, "counting": 0.80, "position": 0.80, "colour attribution": 0.75,
     "motion": 0.90, "image edits": 0.80, "video edits": 0.75, "image edits: untouched area, median dB": 25.0,

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from omnivideo.contracts import SamplingParams, StepProgress
+from omnivideo.contracts import Medium, SamplingParams, StepProgress
 from omnivideo.models.mllm import MLLMMedia, MLLMMessage
-from omnivideo.models.omni import OmniVideoModel, TargetMedium
+from omnivideo.models.omni import OmniVideoModel
 from omnivideo.models.sampling import DenoisingState, denoise, sample_initial_noise
 from omnivideo.models.vae import decode_latents, encode_pixels, pixels_from_bytes, pixels_to_bytes
 from omnivideo.ports import Decoder
@@ -166,7 +166,7 @@ def decode_clip(
     return GeneratedClip(frames, x_1zThw[0], seconds_by_stage)
 
 
-def medium_from_params(params: SamplingParams) -> TargetMedium:
+def medium_from_params(params: SamplingParams) -> Medium:
     return "video" if params.frames > 1 else "image"
 
 

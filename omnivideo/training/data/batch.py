@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from omnivideo.models.omni import TargetMedium
+from omnivideo.contracts import Medium
 from omnivideo.training.planning.flops import (
     Flops,
 )
@@ -129,7 +129,7 @@ class FlowBatch:
         return replace(self, **moved)
 
     @property
-    def medium(self) -> TargetMedium:
+    def medium(self) -> Medium:
         return "video" if self.target_latents.shape[2] > 1 else "image"
 
     @property

@@ -10,20 +10,15 @@ import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 
+from omnivideo.contracts import TRAINING_TASKS, Medium, TrainingTask, get_task_medium
 from omnivideo.errors import CheckpointError, InvalidInput
 
-Task = Literal[
-    "image-understanding", "video-understanding", "text-to-image", "text-to-video", "image-editing", "video-editing"
-]
-TASKS: tuple[Task, ...] = get_args(Task)
-Group = Literal["image", "video"]
-
 # Table 1, in percent of the samples.
-PAPER_TASK_MIX: dict[Task, float] = {
+PAPER_TASK_MIX: dict[TrainingTask, float] = {
     "image-understanding": 37.9,
     "video-understanding": 4.36,
     "text-to-image": 33.05,
@@ -42,7 +37,7 @@ class Bucket:
     frames: int
 
     @property
-    def group(self) -> Group:
+    def group(self) -> Medium:
         return "video" if self.frames > 1 else "image"
 
     @property
@@ -64,9 +59,9 @@ class MixConfig:
     fewer samples joins another one.  `mixed` off gives every batch to one task, for comparison.
     """
 
-    task_ratio: Mapping[Task, float] | None = field(default_factory=lambda: dict(PAPER_TASK_MIX))
-    batch_sizes: Mapping[Group, int] = field(default_factory=lambda: {"image": 64, "video": 32})
-    group_weights: Mapping[Group, float] | None = None
+    task_ratio: Mapping[TrainingTask, float] | None = field(default_factory=lambda: dict(PAPER_TASK_MIX))
+    batch_sizes: Mapping[Medium, int] = field(default_factory=lambda: {"image": 64, "video": 32})
+    group_weights: Mapping[Medium, float] | None = None
     batch_multiple: int = 8
     fold_small_buckets: bool = True
     seed: int = 0
@@ -74,18 +69,20 @@ class MixConfig:
 
     def __post_init__(self) -> None:
         for task, share in (self.task_ratio or {}).items():
-            if task not in TASKS or not 0 <= share < math.inf:
-                raise InvalidInput("ratio", f"{task!r} at {share!r}; allowed: 0 and more for {', '.join(TASKS)}")
+            if task not in TRAINING_TASKS or not 0 <= share < math.inf:
+                raise InvalidInput(
+                    "ratio", f"{task!r} at {share!r}; allowed: 0 and more for {', '.join(TRAINING_TASKS)}"
+                )
         if self.batch_multiple < 1:
             raise InvalidInput("unit", f"{self.batch_multiple} is not 1 or more")
-        for group in get_args(Group):
+        for group in get_args(Medium):
             size = self.batch_sizes.get(group, 0)
             if size < 1 or size % self.batch_multiple:
                 raise InvalidInput(
                     "sizes", f"{size} {group}s a batch is not a positive multiple of unit, {self.batch_multiple}"
                 )
         if self.group_weights is not None and (
-            set(self.group_weights) != set(get_args(Group))
+            set(self.group_weights) != set(get_args(Medium))
             or not all(0 < one < math.inf for one in self.group_weights.values())
         ):
             raise InvalidInput("weights", f"{dict(self.group_weights)}; allowed: above 0 for both image and video")
@@ -121,12 +118,12 @@ class SamplerState:
 class BatchSampler:
     """The batches of every epoch over samples of these tasks and buckets (one entry each, by index)."""
 
-    def __init__(self, tasks: Sequence[Task], buckets: Sequence[Bucket], mix: MixConfig = MixConfig()):
+    def __init__(self, tasks: Sequence[TrainingTask], buckets: Sequence[Bucket], mix: MixConfig = MixConfig()):
         if not len(tasks) == len(buckets) > 0:
             raise InvalidInput("data", f"{len(tasks)} tasks and {len(buckets)} buckets; allowed: one each, 1 or more")
         self.mix = mix
         self.buckets = sorted(set(buckets))
-        self.sample_tasks = np.array([TASKS.index(task) for task in tasks], dtype=np.int8)
+        self.sample_tasks = np.array([TRAINING_TASKS.index(task) for task in tasks], dtype=np.int8)
         bucket_numbers = {bucket: at for at, bucket in enumerate(self.buckets)}
         self.sample_buckets = np.array([bucket_numbers[bucket] for bucket in buckets], dtype=np.int32)
         self.quotas = self.compute_quotas()
@@ -141,16 +138,20 @@ class BatchSampler:
         if ratio is None:
             task_shares = {task: float((self.sample_tasks == task).sum()) for task in present}
         else:
-            task_shares = {task: ratio.get(TASKS[task], 0.0) for task in present if ratio.get(TASKS[task], 0.0) > 0}
+            task_shares = {
+                task: ratio.get(TRAINING_TASKS[task], 0.0)
+                for task in present
+                if ratio.get(TRAINING_TASKS[task], 0.0) > 0
+            }
         if not task_shares:
-            raise InvalidInput("ratio", f"it asks for none of {', '.join(TASKS[task] for task in present)}")
+            raise InvalidInput("ratio", f"it asks for none of {', '.join(TRAINING_TASKS[task] for task in present)}")
         return self.apply_group_weights(task_shares)
 
     def apply_group_weights(self, shares: dict[int, float]) -> dict[int, float]:
         """Shares with those of a group scaled so that the groups' batches come by `weights`."""
         if self.mix.group_weights is None:
             return shares
-        totals: dict[Group, float] = {"image": 0.0, "video": 0.0}
+        totals: dict[Medium, float] = {"image": 0.0, "video": 0.0}
         for task, share in shares.items():
             totals[get_task_group(task)] += share
         target_shares = {
@@ -201,7 +202,7 @@ class BatchSampler:
     def build_batches(self, number: int) -> list[GlobalBatch]:
         indices, moments = self.select_samples(number)
         indices = indices[np.argsort(moments, kind="stable")]
-        groups: dict[Group, list[GlobalBatch]] = {"image": [], "video": []}
+        groups: dict[Medium, list[GlobalBatch]] = {"image": [], "video": []}
         for bucket, members in self.group_by_bucket(indices):
             groups[bucket.group] += [
                 GlobalBatch(bucket, part) for part in self.split_into_batches(members, bucket.group)
@@ -213,9 +214,9 @@ class BatchSampler:
     def group_by_bucket(self, indices: np.ndarray) -> Iterator[tuple[Bucket, np.ndarray]]:
         """The samples of each bucket; of each bucket and task where batches are not mixed."""
         bucket_indices = self.fold_buckets(indices)
-        keys = bucket_indices * len(TASKS) + (0 if self.mix.mix_tasks else self.sample_tasks[indices])
+        keys = bucket_indices * len(TRAINING_TASKS) + (0 if self.mix.mix_tasks else self.sample_tasks[indices])
         for key in np.unique(keys):
-            yield self.buckets[int(key) // len(TASKS)], indices[keys == key]
+            yield self.buckets[int(key) // len(TRAINING_TASKS)], indices[keys == key]
 
     def fold_buckets(self, indices: np.ndarray) -> np.ndarray:
         """The number of each sample's bucket, where buckets too small for a unit join the one most like them."""
@@ -241,7 +242,7 @@ class BatchSampler:
         ]
         return min(others)[2] if others else None
 
-    def split_into_batches(self, members: np.ndarray, group: Group) -> list[np.ndarray]:
+    def split_into_batches(self, members: np.ndarray, group: Medium) -> list[np.ndarray]:
         """Batches of nearly equal size, all but one of them a multiple of the unit; none is padded."""
         unit = self.mix.batch_multiple
         units = math.ceil(len(members) / unit)
@@ -280,8 +281,8 @@ class BatchSampler:
         return hasher.hexdigest()[:16]
 
 
-def get_task_group(task_index: int) -> Group:
-    return "video" if "video" in TASKS[task_index] else "image"
+def get_task_group(task_index: int) -> Medium:
+    return get_task_medium(TRAINING_TASKS[task_index])
 
 
 def interleave_batches(first: list[GlobalBatch], second: list[GlobalBatch]) -> list[GlobalBatch]:
@@ -298,8 +299,10 @@ class EpochStats:
     steps: int
     samples: int
     wasted_fraction: float
-    steps_per_1000_samples: dict[Task, float]  # steps that a task has a part in, for each 1000 samples of the epoch
-    max_sample_gap: dict[Task, int]  # the most samples between two such steps
+    steps_per_1000_samples: dict[
+        TrainingTask, float
+    ]  # steps that a task has a part in, for each 1000 samples of the epoch
+    max_sample_gap: dict[TrainingTask, int]  # the most samples between two such steps
 
 
 def measure_epoch(sampler: BatchSampler, world_size: int, epoch: int = 0) -> EpochStats:
@@ -314,8 +317,8 @@ def measure_epoch(sampler: BatchSampler, world_size: int, epoch: int = 0) -> Epo
         step_ends = [
             end for end, batch in zip(ends, batches, strict=True) if (sampler.sample_tasks[batch.indices] == task).any()
         ]
-        updates[TASKS[task]] = 1000 * len(step_ends) / samples
-        gaps[TASKS[task]] = int(max(np.diff([0, *step_ends, samples])))
+        updates[TRAINING_TASKS[task]] = 1000 * len(step_ends) / samples
+        gaps[TRAINING_TASKS[task]] = int(max(np.diff([0, *step_ends, samples])))
     return EpochStats(len(batches), samples, 1 - useful / slots, updates, gaps)
 
 
@@ -345,7 +348,7 @@ def round_to_grid(side: float) -> int:
 
 
 def select_bucket(
-    buckets: Sequence[Bucket], task: Task, width: int, height: int, frames: int, fps: float, target_fps: float
+    buckets: Sequence[Bucket], task: TrainingTask, width: int, height: int, frames: int, fps: float, target_fps: float
 ) -> Bucket:
     """The bucket that loses least of a medium, which is to be seen at `wanted` frames a second: the most frames that
     it has, then the nearest aspect ratio.  Raises InvalidInput for a clip that is too short for all of them.
@@ -354,7 +357,7 @@ def select_bucket(
     candidates = [
         bucket
         for bucket in buckets
-        if bucket.group == get_task_group(TASKS.index(task)) and bucket.frames <= available_frames
+        if bucket.group == get_task_group(TRAINING_TASKS.index(task)) and bucket.frames <= available_frames
     ]
     if not candidates:
         raise InvalidInput("frames", f"{available_frames} at {target_fps:g} a second; no bucket is so short")

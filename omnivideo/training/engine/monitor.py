@@ -154,6 +154,7 @@ def build_sample_hook(interval_steps: int, render_samples: SampleRenderer) -> Sa
             return {}
         with trainer.evaluation_mode(), all_parts_on_one_device(omni):
             path = trainer.folder / "samples" / f"{trainer.step:08}.png"
-            return render_samples(omni, path if trainer.is_main_process else None)
+            scores = render_samples(omni, path if trainer.is_main_process else None)
+        return scores | ({OVERALL_SCORE: sum(scores.values()) / len(scores)} if scores else {})
 
     return sample_hook

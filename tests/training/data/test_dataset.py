@@ -27,7 +27,7 @@ from omnivideo.training.engine.data_parallel import DataParallelRank, use_rank
 from omnivideo.training.engine.recipe import Recipe, step_seed
 from omnivideo.training.engine.trainer import Trainer, freeze_except
 from omnivideo.training.recipes.flow import build_flow_recipe
-from omnivideo.training.recipes.flow_matching import flow_matching_loss
+from omnivideo.training.recipes.losses import flow_matching_loss
 from omnivideo.training.recipes.stage1 import assemble_stage1_recipe
 from omnivideo.training.recipes.stage2a import assemble_stage2a_recipe
 from omnivideo.training.tiny import visual_encoder
