@@ -1,0 +1,138 @@
+"""Attacks through bodies: pickles, JSON that does not end, and bodies above the limits."""
+
+import pickle
+import socket
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.support.attacks import MAX_UPLOAD_BYTES, assert_refused
+from tests.support.openai_service import KEY, ended, runner_for
+
+
+class Bomb:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize(
+    "kind", ["application/octet-stream", "application/x-python-pickle", "application/json", "text/plain"]
+)
+@pytest.mark.parametrize("path", ["/v1/videos", "/v1/images/generations", "/v1/files", "/v1/batches", "/v1/webhooks"])
+def test_pickle_as_a_body(http, tmp_path, path, kind):
+    trap = tmp_path / "unpickled"
+    answer = http.post(path, content=pickle.dumps(Bomb(trap)), headers={"Content-Type": kind})
+    assert answer.status_code == (400 if kind == "application/json" else 415)
+    assert not trap.exists()
+
+
+def test_pickle_as_a_file(http, client, rooms, tmp_path):
+    trap = tmp_path / "unpickled"
+    data = pickle.dumps(Bomb(trap))
+    assert "no image or video" in assert_refused(
+        http.post("/v1/files", files={"file": data}, data={"purpose": "vision"}), "file"
+    )
+    stored = http.post("/v1/files", files={"file": ("a.safetensors", data)}, data={"purpose": "batch"}).json()
+    batch = client.batches.create(input_file_id=stored["id"], endpoint="/v1/videos", completion_window="24h")
+    runner = runner_for(rooms).start()
+    try:
+        assert ended(client, batch, "failed").errors.data[0].message == "line: it is not valid JSON"
+    finally:
+        runner.stop()
+    reference = {"prompt": "a", "input_reference": {"file_id": stored["id"]}}
+    assert_refused(http.post("/v1/videos", json=reference), "input_reference.file_id")
+    assert not trap.exists()
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b'{"prompt":' + b"[" * 200_000, b"[" * 200_000, b'{"a":' * 200_000, b'{"prompt": NaN}', b"\xff\xfe", b"",
+     b"null", b'"' + b"a" * 100_000, b"1" * 10_000],
+    ids=range(9),
+)  # fmt: skip
+@pytest.mark.parametrize("path", ["/v1/videos", "/v1/batches"])
+def test_malformed_and_deeply_nested_json(http, path, body):
+    assert_refused(http.post(path, content=body, headers={"Content-Type": "application/json"}), "body")
+
+
+def test_numbers_with_thousands_of_digits(http):
+    number = "1" * 4000
+    for field in ("num_frames", "fps", "seed", "num_inference_steps"):
+        body = f'{{"prompt": "a", "{field}": {number}}}'
+        assert_refused(http.post("/v1/videos", content=body, headers={"Content-Type": "application/json"}), field)
+
+
+def send_raw(service, head: str, pieces, max_bytes: int) -> tuple[bytes, int]:
+    """Send pieces until the server answers; return the answer and the number of bytes sent, at most `max_bytes`."""
+    host, port = service[2].removeprefix("http://").split(":")
+    sent = 0
+    with socket.create_connection((host, int(port)), timeout=20) as connection:
+        connection.sendall(f"POST {head}\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\n".encode())
+        connection.sendall(b"Content-Type: multipart/form-data; boundary=b\r\n")
+        try:
+            for piece in pieces:
+                connection.sendall(piece)
+                sent += len(piece)
+                connection.setblocking(False)
+                try:
+                    if connection.recv(1, socket.MSG_PEEK):
+                        break
+                except BlockingIOError:
+                    pass
+                connection.setblocking(True)
+                assert sent < max_bytes, "the server does not stop reading"
+        except (BrokenPipeError, ConnectionResetError):
+            pass
+        connection.settimeout(20)
+        try:
+            return connection.recv(65536), sent
+        except ConnectionResetError:
+            return b"", sent
+
+
+HEAD = b'--b\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n'
+
+
+def test_body_above_the_limit_with_its_length(service):
+    """The length alone is enough to refuse it, without reading the body."""
+    answer, sent = send_raw(
+        service, "/v1/files HTTP/1.1", iter([b"Content-Length: 99999999999\r\n\r\n", HEAD]), 2 * MAX_UPLOAD_BYTES
+    )
+    assert answer.startswith(b"HTTP/1.1 413") and sent < 1000
+
+
+@pytest.mark.parametrize("path", ["/v1/files", "/v1/videos", "/v1/images/edits"])
+def test_body_above_the_limit_without_its_length(service, path):
+    chunk = b"10000\r\n" + b"x" * 65536 + b"\r\n"
+
+    def pieces():
+        yield b"Transfer-Encoding: chunked\r\n\r\n"
+        yield f"{len(HEAD):x}\r\n".encode() + HEAD + b"\r\n"
+        while True:
+            yield chunk
+
+    answer, sent = send_raw(service, f"{path} HTTP/1.1", pieces(), 64 * 2**20)
+    assert answer.startswith(b"HTTP/1.1 413") or not answer
+    assert sent < 32 * 2**20  # including what the sockets buffer
+
+
+def test_body_without_an_api_key_is_not_read(service, monkeypatch):
+    """The API key is checked first."""
+    forms_read = []
+    monkeypatch.setattr("starlette.requests.Request.form", lambda *arguments, **options: forms_read.append(arguments))
+    with httpx.Client(base_url=service[2], trust_env=False) as http:
+        assert http.post("/v1/files", files={"file": b"x" * 10**6}).status_code == 401
+    assert not forms_read
+
+
+def test_form_of_many_parts(http):
+    files = [("file", (f"{index}", b"x")) for index in range(50)]
+    assert http.post("/v1/files", files=files, data={"purpose": "vision"}).status_code == 400
+    fields = {f"field{index}": "x" for index in range(5000)}
+    assert http.post("/v1/videos", data=fields, files={"a": b"b"}).status_code == 400
