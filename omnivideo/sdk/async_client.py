@@ -1,4 +1,4 @@
-"""TODO docstring of omnivideo/sdk/async_client.py."""
+"""The client of the HTTP service for an event loop."""
 
 import asyncio
 import functools
@@ -11,13 +11,18 @@ from omnivideo.contracts import TurnEvent
 from omnivideo.sdk.batch import BatchOutcome
 from omnivideo.sdk.client import Client, RemoteResult, RemoteThread, Value
 
+MAX_CONCURRENT_CALLS = 8
+
 
 class AsyncClient:
-    """`Client` for an event loop: `await client.generate(...)`, `async for event in client.send(thread, ...)`."""
+    """`Client` for an event loop: `await client.generate(...)`, `async for event in client.send(thread, ...)`.
 
-    def __init__(self, *args: Any, **client_options: Any):
-        self.client = Client(*args, **client_options)
-        self.executor = ThreadPoolExecutor(8, thread_name_prefix="omnivideo")
+    It runs the calls of a `Client` in threads, so that there is one implementation. It takes the same arguments.
+    """
+
+    def __init__(self, address: str = "http://127.0.0.1:8000", api_key: str | None = None, timeout: float = 60.0):
+        self.client = Client(address, api_key, timeout)
+        self.executor = ThreadPoolExecutor(MAX_CONCURRENT_CALLS, thread_name_prefix="omnivideo")
 
     async def __aenter__(self) -> "AsyncClient":
         return self
@@ -29,6 +34,11 @@ class AsyncClient:
     async def run_in_thread(self, call: Callable[..., Value], *args: Any, **kwargs: Any) -> Value:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self.executor, functools.partial(call, *args, **kwargs))
+
+    async def iterate_in_thread(self, iterator: Iterator[Value]) -> AsyncIterator[Value]:
+        exhausted = object()
+        while (item := await self.run_in_thread(next, iterator, exhausted)) is not exhausted:
+            yield item
 
     async def open_thread(self, thread_id: str | None = None, create: bool = False) -> RemoteThread:
         return await self.run_in_thread(self.client.open_thread, thread_id, create)
@@ -47,8 +57,3 @@ class AsyncClient:
 
     def batch(self, prompts: Iterable[str | dict[str, Any]], folder: str | Path) -> AsyncIterator[BatchOutcome]:
         return self.iterate_in_thread(self.client.batch(prompts, folder))
-
-    async def iterate_in_thread(self, iterator: Iterator[Value]) -> AsyncIterator[Value]:
-        exhausted = object()
-        while (item := await self.run_in_thread(next, iterator, exhausted)) is not exhausted:
-            yield item

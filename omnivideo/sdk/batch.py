@@ -1,21 +1,24 @@
-"""Many prompts in a row, with a line of JSON for each result; what is left after a stop is taken up again."""
+"""Batches of prompts: their parsing, and running them in this process with a file of results that can be resumed."""
 
 import json
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from omnivideo.errors import InvalidInput, OmniVideoError
 
+if TYPE_CHECKING:
+    from omnivideo.sdk.studio import Studio
+
 RESULTS_FILE = "results.jsonl"
 
 
 class BatchItem(BaseModel):
-    """One line of a batch: a prompt, and settings where they are not the preset's."""
+    """One line of a batch: a prompt, and the settings that differ from the preset's."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -33,23 +36,25 @@ class BatchItem(BaseModel):
 
 @dataclass(frozen=True)
 class BatchOutcome:
+    """The file of an item's clip within the batch's folder, or the error; neither if it was done before."""
+
     id: str
     file: str | None
     error: str | None
 
 
 def parse_items(lines: Iterable[str | dict[str, Any]]) -> list[BatchItem]:
-    """Prompts, objects, or lines of JSON as items; raises InvalidInput that names the line."""
-    parsed, seen_ids = [], set()
+    """Parse prompts, dicts and lines of JSON; raise InvalidInput that names the line."""
+    items, seen_ids = [], set()
     for line_number, line in enumerate(lines, start=1):
         item = parse_item(line, line_number)
         if item.id in seen_ids:
-            raise InvalidInput(f"line {line_number}", f"the id {item.id!r} is there twice")
+            raise InvalidInput(f"line {line_number}", f"the id {item.id!r} is not unique")
         seen_ids.add(item.id)
-        parsed.append(item)
-    if not parsed:
+        items.append(item)
+    if not items:
         raise InvalidInput("prompts", "there are none; give 1 or more")
-    return parsed
+    return items
 
 
 def parse_item(line: str | dict[str, Any], line_number: int) -> BatchItem:
@@ -58,7 +63,7 @@ def parse_item(line: str | dict[str, Any], line_number: int) -> BatchItem:
         try:
             values = json.loads(line) if line.lstrip().startswith("{") else {"prompt": line}
         except ValueError:
-            raise InvalidInput(f"line {line_number}", "it is not JSON") from None
+            raise InvalidInput(f"line {line_number}", "it is not valid JSON") from None
     try:
         return BatchItem(**({"id": f"{line_number:06d}"} | values))
     except ValidationError as error:
@@ -67,7 +72,10 @@ def parse_item(line: str | dict[str, Any], line_number: int) -> BatchItem:
 
 
 def load_finished_ids(folder: Path) -> set[str]:
-    """Ids whose result is in the file and whose clip is there; a last line that was cut is taken out."""
+    """Return the ids of items whose result is in the results file and whose clip exists.
+
+    Removes a last line that is incomplete because the process was killed while it wrote it.
+    """
     path = folder / RESULTS_FILE
     if not path.exists():
         return set()
@@ -79,12 +87,12 @@ def load_finished_ids(folder: Path) -> set[str]:
     return {line["id"] for line in lines if line["file"] and (folder / line["file"]).exists()}
 
 
-def run_batch(studio: Any, items: list[BatchItem], folder: Path) -> Iterator[BatchOutcome]:
-    """Draws what is left into `folder`, one result line each; a prompt that fails does not stop the others."""
+def run_batch(studio: "Studio", items: list[BatchItem], folder: Path) -> Iterator[BatchOutcome]:
+    """Generate the items that are not done, with one line each in the results file; a failed item stops no other."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InvalidInput("output", f"the folder cannot be made: {error.strerror}") from None
+        raise InvalidInput("output", f"the folder cannot be created: {error.strerror}") from None
     finished_ids = load_finished_ids(folder)
     with (folder / RESULTS_FILE).open("a") as results:
         for item in items:
@@ -97,7 +105,7 @@ def run_batch(studio: Any, items: list[BatchItem], folder: Path) -> Iterator[Bat
             yield outcome
 
 
-def generate_item(studio: Any, item: BatchItem, folder: Path) -> BatchOutcome:
+def generate_item(studio: "Studio", item: BatchItem, folder: Path) -> BatchOutcome:
     overrides = item.model_dump(exclude={"id", "prompt", "image"})
     try:
         result = studio.generate(item.prompt, image=item.image, **overrides)

@@ -1,7 +1,4 @@
-"""The Studio's face over HTTP: threads, clips, edits, questions and batches of a service somewhere else.
-
-`Client` is the implementation; `AsyncClient` runs its calls in threads of its own, so that there is one of each.
-"""
+"""The client of the HTTP service, with the methods of Studio: threads, clips, edits, questions and batches."""
 
 import base64
 import json
@@ -27,36 +24,38 @@ from omnivideo.errors import (
     ServiceBusy,
     StoreError,
 )
-from omnivideo.sdk.batch import BatchItem, BatchOutcome, parse_items
+from omnivideo.sdk.batch import RESULTS_FILE, BatchItem, BatchOutcome, load_finished_ids, parse_items
 
 EVENT_ADAPTER: TypeAdapter[TurnEvent] = TypeAdapter(TurnEvent)
-MAX_ATTEMPTS = 5  # of a request; all are safe to repeat, for those that make something carry an idempotency key
-POLL_SECONDS = 0.1  # seconds between two looks at a clip, where the service does not say
-WIRE_FIELD_NAMES = {"frames": "num_frames", "steps": "num_inference_steps"}
+MAX_ATTEMPTS = 5  # per request; a repeated POST carries the same idempotency key, so it creates nothing twice
+POLL_SECONDS = 0.1  # unless the service suggests an interval
+# Our names of settings -> the names in requests.
+REQUEST_FIELD_NAMES = {"frames": "num_frames", "steps": "num_inference_steps"}
 Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
 class RemoteResult:
-    """A clip (mp4) or a still (png) as the service made it."""
+    """The file of a clip (mp4) or an image (png) from the service."""
 
     data: bytes
     suffix: str
 
     @property
     def frames(self) -> np.ndarray:
-        """uint8 [F, H, W, 3]."""
+        """The decoded frames, uint8 [F, H, W, 3]."""
         from omnivideo.media.read import read_media
 
         with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / f"made.{self.suffix}"
+            path = Path(folder) / f"result.{self.suffix}"
             path.write_bytes(self.data)
             return read_media(path).frames
 
     def save(self, path: str | Path) -> Path:
+        """Write the file; raise InvalidInput if the suffix does not fit or it cannot be written."""
         path = Path(path)
         if path.suffix.lower() != f".{self.suffix}":
-            raise InvalidInput("output", f"it is a .{self.suffix}; name a file that ends so")
+            raise InvalidInput("output", f"the file's name must end with .{self.suffix}")
         try:
             path.write_bytes(self.data)
         except OSError as error:
@@ -71,7 +70,10 @@ class RemoteResult:
 
 
 class Client:
-    """A service at `address`, with the API key that it asks for; what it refuses is raised as an OmniVideoError."""
+    """The client of the service at `address`. `timeout` is in seconds.
+
+    All methods raise an OmniVideoError if the service refuses a request or cannot be reached.
+    """
 
     def __init__(self, address: str = "http://127.0.0.1:8000", api_key: str | None = None, timeout: float = 60.0):
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
@@ -89,7 +91,10 @@ class Client:
     # ------------------------------------------------------------ conversations
 
     def open_thread(self, thread_id: str | None = None, create: bool = False) -> "RemoteThread":
-        """A conversation: a new one, or the one of that id (made if `create`)."""
+        """Return a new thread, or the thread with the given id, which is created if `create` is set.
+
+        Raises InvalidInput if it does not exist.
+        """
         if thread_id is not None:
             try:
                 self.send_request("GET", f"/v1/threads/{thread_id}")
@@ -97,8 +102,8 @@ class Client:
             except ArtifactNotFound:
                 if not create:
                     raise InvalidInput("thread", f"there is no thread {thread_id!r}") from None
-        made = self.send_request("POST", "/v1/threads", json={} if thread_id is None else {"id": thread_id}).json()
-        return RemoteThread(self, made["id"])
+        body = {} if thread_id is None else {"id": thread_id}
+        return RemoteThread(self, self.send_request("POST", "/v1/threads", json=body).json()["id"])
 
     # ------------------------------------------------------------ single clips
 
@@ -110,29 +115,36 @@ class Client:
         on_step: Callable[[StepProgress], None] = lambda step: None,
         **overrides: Any,
     ) -> RemoteResult:
-        """A clip, or a still if `image`; `overrides` as for Studio.generate.  `on_step` hears of a clip's progress."""
-        fields = {"prompt": check_prompt("prompt", prompt)} | to_wire_fields(overrides)
+        """Generate a clip, or an image if `image` is set, with the overrides of Studio.generate.
+
+        `on_step` is called with the progress of a clip in percent.
+        """
+        fields = {"prompt": check_prompt("prompt", prompt)} | to_request_fields(overrides)
         if image or overrides.get("frames") == 1:
             fields.pop("num_frames", None)
             return self.request_image("/v1/images/generations", json=fields)
         return self.request_clip(on_step, "/v1/videos", json=fields)
 
     def edit(
-        self, source: str | Path, instruction: str, *,
-        on_step: Callable[[StepProgress], None] = lambda step: None, **overrides: Any,
-    ) -> RemoteResult:  # fmt: skip
-        """The source changed as told; an image stays an image, a clip a clip."""
-        fields = {"prompt": check_prompt("instruction", instruction)} | to_wire_fields(overrides)
+        self,
+        source: str | Path,
+        instruction: str,
+        *,
+        on_step: Callable[[StepProgress], None] = lambda step: None,
+        **overrides: Any,
+    ) -> RemoteResult:
+        """Edit a source as the instruction says. An image is edited to an image, a clip to a clip."""
+        fields = {"prompt": check_prompt("instruction", instruction)} | to_request_fields(overrides)
         form = {name: str(value) for name, value in fields.items()}
-        name, data, still = self.read_source(source)
-        if still:
+        name, data, is_image = self.read_source(source)
+        if is_image:
             return self.request_image("/v1/images/edits", data=form, files={"image": (name, data)})
         return self.request_clip(on_step, "/v1/videos/edits", data=form, files={"video": (name, data)})
 
     def understand(
         self, source: str | Path, question: str, *, on_text: Callable[[str], None] = lambda piece: None
     ) -> str:
-        """The answer to a question about an image or a clip."""
+        """Answer a question about an image or a clip; call `on_text` with each piece of the answer."""
         thread, pieces = self.open_thread(), []
         for event in thread.send(check_prompt("question", question), [source], think="off"):
             if event.kind == "text":
@@ -141,7 +153,7 @@ class Client:
         return "".join(pieces).strip()
 
     def read_source(self, source: str | Path) -> tuple[str, bytes, bool]:
-        """Name, bytes, and whether it is a still."""
+        """Return the source's name, its bytes, and whether it is an image."""
         from omnivideo.media.read import measure_media
 
         path = Path(source)
@@ -149,54 +161,59 @@ class Client:
 
     def request_image(self, path: str, **request: Any) -> RemoteResult:
         body_json = {"json": request.pop("json") | {"response_format": "b64_json"}} if "json" in request else {}
-        made = self.send_request("POST", path, timeout=600.0, **body_json, **request).json()
-        return RemoteResult(base64.b64decode(made["data"][0]["b64_json"]), "png")
+        images = self.send_request("POST", path, timeout=600.0, **body_json, **request).json()["data"]
+        return RemoteResult(base64.b64decode(images[0]["b64_json"]), "png")
 
     def request_clip(self, on_step: Callable[[StepProgress], None], path: str, **request: Any) -> RemoteResult:
+        """Create a video, poll it until it has ended, and download it. Raises JobFailed."""
         video = self.send_request("POST", path, **request).json()
-        began, shown = time.monotonic(), -1
+        started_at, last_progress = time.monotonic(), -1
         while video["status"] in ("queued", "in_progress"):
-            answer = self.send_request("GET", f"/v1/videos/{video['id']}")
-            video = answer.json()
-            if (done := video["progress"]) != shown:
-                shown, spent = done, time.monotonic() - began
-                on_step(StepProgress(step=done, steps=100, eta_seconds=spent / done * (100 - done) if done else 0.0))
+            response = self.send_request("GET", f"/v1/videos/{video['id']}")
+            video = response.json()
+            if (progress := video["progress"]) != last_progress:
+                last_progress, elapsed = progress, time.monotonic() - started_at
+                eta_seconds = elapsed / progress * (100 - progress) if progress else 0.0
+                on_step(StepProgress(step=progress, steps=100, eta_seconds=eta_seconds))
             if video["status"] in ("queued", "in_progress"):
-                time.sleep(int(answer.headers.get("openai-poll-after-ms", 1000 * POLL_SECONDS)) / 1000)
+                time.sleep(int(response.headers.get("openai-poll-after-ms", 1000 * POLL_SECONDS)) / 1000)
         if video["status"] != "completed":
             error = video.get("error") or {"code": "cancelled", "message": "the clip was cancelled"}
             raise JobFailed(error["code"], error["message"])
         return RemoteResult(self.send_request("GET", f"/v1/videos/{video['id']}/content").content, "mp4")
 
-    # ------------------------------------------------------------ many
+    # ------------------------------------------------------------ batches
 
     def batch(self, prompts: Iterable[str | dict[str, Any]], folder: str | Path) -> Iterator[BatchOutcome]:
-        """Draws each prompt on the service's batch lane into the folder, with results.jsonl; run again, it follows
-        the batch that it began, and fetches what is not there yet."""
-        from omnivideo.sdk.batch import RESULTS_FILE, load_finished_ids
+        """Generate each prompt as a batch of the service, and download the clips into the folder, with a results.jsonl.
 
-        wanted, folder = parse_items(prompts), Path(folder)
+        When called again with the same prompts, continue with the same batch and skip the clips that are there.
+        """
+        items, folder = parse_items(prompts), Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        done = load_finished_ids(folder)
-        remaining = [item for item in wanted if item.id not in done]
-        yield from (BatchOutcome(item.id, None, None) for item in wanted if item.id in done)
+        finished_ids = load_finished_ids(folder)
+        remaining = [item for item in items if item.id not in finished_ids]
+        yield from (BatchOutcome(item.id, None, None) for item in items if item.id in finished_ids)
         if not remaining:
             return
-        answers = self.wait_for_batch(remaining, folder)
+        lines_by_id = self.wait_for_batch(remaining, folder)
         with (folder / RESULTS_FILE).open("a") as results:
             for item in remaining:
-                outcome = self.download_outcome(item, answers[item.id], folder)
+                outcome = self.download_outcome(item, lines_by_id[item.id], folder)
                 results.write(json.dumps(vars(outcome) | {"prompt": item.prompt}) + "\n")
                 results.flush()
                 yield outcome
 
     def wait_for_batch(self, items: list[BatchItem], folder: Path) -> dict[str, Any]:
-        """The service's answer to each item.  The batch's id is kept, so that another call follows the same one."""
+        """Return the output or error line of each item, by the item's id.
+
+        The batch's id is stored in the folder, so that another call waits for the same batch.
+        """
         state_path = folder / ".batch.json"
-        names = [item.id for item in items]
+        item_ids = [item.id for item in items]
         batch_state = json.loads(state_path.read_text()) if state_path.exists() else {}
-        if batch_state.get("items") != names:
-            batch_state = {"items": names, "id": self.submit_batch(items)}
+        if batch_state.get("items") != item_ids:
+            batch_state = {"items": item_ids, "id": self.submit_batch(items)}
             state_path.write_text(json.dumps(batch_state))
         while True:
             batch = self.send_request("GET", f"/v1/batches/{batch_state['id']}").json()
@@ -204,17 +221,18 @@ class Client:
                 break
             time.sleep(5 * POLL_SECONDS)
         lines: dict[str, Any] = {}
-        for name in ("output_file_id", "error_file_id"):
-            if batch.get(name):
-                text = self.send_request("GET", f"/v1/files/{batch[name]}/content").text
+        for file_field in ("output_file_id", "error_file_id"):
+            if batch.get(file_field):
+                text = self.send_request("GET", f"/v1/files/{batch[file_field]}/content").text
                 lines |= {(line := json.loads(raw))["custom_id"]: line for raw in text.splitlines()}
-        return {name: lines.get(name, {"error": {"message": f"the batch is {batch['status']}"}}) for name in names}
+        missing_line = {"error": {"message": f"the batch is {batch['status']}"}}
+        return {item_id: lines.get(item_id, missing_line) for item_id in item_ids}
 
     def submit_batch(self, items: list[BatchItem]) -> str:
         lines = [json.dumps(to_batch_line(item)) for item in items]
         file = ("batch.jsonl", "\n".join(lines).encode())
-        made = self.send_request("POST", "/v1/files", data={"purpose": "batch"}, files={"file": file}).json()
-        body = {"input_file_id": made["id"], "endpoint": "/v1/videos", "completion_window": "24h"}
+        upload = self.send_request("POST", "/v1/files", data={"purpose": "batch"}, files={"file": file}).json()
+        body = {"input_file_id": upload["id"], "endpoint": "/v1/videos", "completion_window": "24h"}
         return str(self.send_request("POST", "/v1/batches", json=body).json()["id"])
 
     def download_outcome(self, item: BatchItem, line: dict[str, Any], folder: Path) -> BatchOutcome:
@@ -229,19 +247,19 @@ class Client:
     # ------------------------------------------------------------ requests
 
     def send_request(self, method: str, path: str, **request_options: Any) -> httpx.Response:
-        """One request, tried again while the service is away or full.  Raises OmniVideoError."""
+        """Send a request, and retry while the service is unavailable or busy. Raises OmniVideoError."""
         headers = {"Idempotency-Key": uuid.uuid4().hex} if method == "POST" else {}
         error: OmniVideoError = StoreError("service: it cannot be reached; is it running, and is the address right?")
         for attempt in range(MAX_ATTEMPTS):
             pause = min(8.0, 0.25 * 2**attempt)
             try:
-                answer = self.http.request(method, path, headers=headers, **request_options)
-                if answer.status_code < 400:
-                    return answer
-                error = error_from_response(answer)
-                if answer.status_code not in (429, 502, 503, 504):
+                response = self.http.request(method, path, headers=headers, **request_options)
+                if response.status_code < 400:
+                    return response
+                error = error_from_response(response)
+                if response.status_code not in (429, 502, 503, 504):
                     raise error
-                pause = float(answer.headers.get("Retry-After", pause))
+                pause = float(response.headers.get("Retry-After", pause))
             except httpx.TransportError:
                 pass
             if attempt + 1 < MAX_ATTEMPTS:
@@ -250,7 +268,7 @@ class Client:
 
 
 class RemoteThread:
-    """One conversation of a service, with the face of agent.thread.Thread."""
+    """A thread of a service, with the methods of agent.thread.Thread."""
 
     def __init__(self, client: Client, thread_id: str):
         self.client = client
@@ -258,48 +276,47 @@ class RemoteThread:
         self.path = f"/v1/threads/{thread_id}"
 
     def send(self, text: str, attachments: Sequence[str | Path] = (), **options: Any) -> Iterator[TurnEvent]:
-        """Runs a turn and gives its events as they happen, through cut connections; the last is TurnCompleted or
-        QuestionAsked.
+        """Run a turn and yield its events as they happen; the last is TurnCompleted or QuestionAsked.
 
-        `options` may hold think, check, seed, steps and guidance_scale.
+        A lost connection is resumed without a lost event. `options` are think, check, seed, steps and guidance_scale.
         """
         parts = [{"file_id": self.upload_file(Path(path))} for path in attachments]
         body = {"text": text, "attachments": parts} | options
-        turn = self.client.send_request("POST", f"{self.path}/turns", json=body).json()["id"]
-        yield from self.follow_turn(turn)
+        yield from self.follow_turn(self.client.send_request("POST", f"{self.path}/turns", json=body).json()["id"])
 
     def upload_file(self, path: Path) -> str:
         try:
             file = (path.name, path.read_bytes())
         except OSError as error:
             raise InvalidInput("attachments", f"{path.name!r} cannot be read: {error.strerror}") from None
-        made = self.client.send_request("POST", "/v1/files", data={"purpose": "vision"}, files={"file": file})
-        return str(made.json()["id"])
+        upload = self.client.send_request("POST", "/v1/files", data={"purpose": "vision"}, files={"file": file})
+        return str(upload.json()["id"])
 
     def follow_turn(self, turn_id: str) -> Iterator[TurnEvent]:
-        """A turn's events from the first on; raises what ended it early."""
-        last = 0
+        """Yield a turn's events from the first one; raise JobFailed if the turn has failed or was cancelled."""
+        last_event_id = 0
         for attempt in range(MAX_ATTEMPTS):
             try:
-                for number, event in self.stream_events(turn_id, last):
-                    last = number
+                for number, event in self.stream_events(turn_id, last_event_id):
+                    last_event_id = number
                     yield event
                 break
             except httpx.TransportError:
                 time.sleep(0.25 * 2**attempt)
-        shown = self.client.send_request("GET", f"{self.path}/turns/{turn_id}").json()
-        if shown["state"] == "failed":
-            raise JobFailed(shown["error"]["code"] or "failed", shown["error"]["message"])
-        if shown["state"] == "cancelled":
+        turn = self.client.send_request("GET", f"{self.path}/turns/{turn_id}").json()
+        if turn["state"] == "failed":
+            raise JobFailed(turn["error"]["code"] or "failed", turn["error"]["message"])
+        if turn["state"] == "cancelled":
             raise JobFailed("cancelled", "the turn was cancelled")
 
     def stream_events(self, turn_id: str, after_event_id: int) -> Iterator[tuple[int, TurnEvent]]:
+        """Yield (id, event) of the turn's server-sent events with ids above `after_event_id`."""
         headers, number, data = {"Last-Event-ID": str(after_event_id)}, after_event_id, ""
-        with self.client.http.stream("GET", f"{self.path}/turns/{turn_id}/events", headers=headers) as answer:
-            if answer.status_code >= 400:
-                answer.read()
-                raise error_from_response(answer)
-            for line in answer.iter_lines():
+        with self.client.http.stream("GET", f"{self.path}/turns/{turn_id}/events", headers=headers) as response:
+            if response.status_code >= 400:
+                response.read()
+                raise error_from_response(response)
+            for line in response.iter_lines():
                 name, _, value = line.partition(": ")
                 if name == "id":
                     number = int(value)
@@ -314,8 +331,8 @@ class RemoteThread:
         return RemoteThread(self.client, self.client.send_request("POST", f"{self.path}/forks", json=body).json()["id"])
 
     def fetch_detail(self) -> dict[str, Any]:
-        found: dict[str, Any] = self.client.send_request("GET", self.path).json()
-        return found
+        detail: dict[str, Any] = self.client.send_request("GET", self.path).json()
+        return detail
 
     def get_turns(self) -> list[Turn]:
         return [Turn(**turn) for turn in self.fetch_detail()["turns"]]
@@ -324,44 +341,42 @@ class RemoteThread:
         return [Artifact(**artifact) for artifact in self.fetch_detail()["artifacts"]]
 
     def get_open_question(self) -> str | None:
-        asked: str | None = self.fetch_detail()["question"]
-        return asked
+        question: str | None = self.fetch_detail()["question"]
+        return question
 
     def get_lineage(self, artifact_key: str | None = None) -> list[Artifact]:
         query = {"artifact": artifact_key} if artifact_key else {}
-        return [
-            Artifact(**artifact)
-            for artifact in self.client.send_request("GET", f"{self.path}/lineage", params=query).json()
-        ]
+        lineage = self.client.send_request("GET", f"{self.path}/lineage", params=query).json()
+        return [Artifact(**artifact) for artifact in lineage]
 
     def fetch_artifact(self, artifact: Artifact) -> RemoteResult:
-        """An artifact's bytes."""
-        answer = self.client.send_request("GET", f"{self.path}/artifacts/{artifact.key}")
-        return RemoteResult(answer.content, artifact.key.rpartition(".")[2])
+        """Download an artifact."""
+        response = self.client.send_request("GET", f"{self.path}/artifacts/{artifact.key}")
+        return RemoteResult(response.content, artifact.key.rpartition(".")[2])
 
 
-def to_wire_fields(overrides: dict[str, Any]) -> dict[str, Any]:
-    """Settings in the wire's words."""
+def to_request_fields(overrides: dict[str, Any]) -> dict[str, Any]:
+    """Return settings under the names that requests use, without those that are None."""
     width, height = overrides.pop("width", None), overrides.pop("height", None)
-    fields = {WIRE_FIELD_NAMES.get(name, name): value for name, value in overrides.items() if value is not None}
+    fields = {REQUEST_FIELD_NAMES.get(name, name): value for name, value in overrides.items() if value is not None}
     return fields | ({"size": f"{width}x{height}"} if width and height else {})
 
 
 def to_batch_line(item: BatchItem) -> dict[str, Any]:
     overrides = item.model_dump(exclude={"id", "prompt", "image"})
     if item.image:
-        raise InvalidInput(item.id, "a batch of the service draws clips; leave out image")
-    body = {"prompt": item.prompt} | to_wire_fields(overrides)
+        raise InvalidInput(item.id, "a batch of the service generates clips only; leave out image")
+    body = {"prompt": item.prompt} | to_request_fields(overrides)
     return {"custom_id": item.id, "method": "POST", "url": "/v1/videos", "body": body}
 
 
 def error_from_response(response: httpx.Response) -> OmniVideoError:
-    """The service's refusal as our own error."""
+    """Return the error of the tree in omnivideo/errors.py that an error response stands for."""
     try:
         error = response.json()["error"]
         message, param = str(error["message"]), error.get("param")
     except (ValueError, KeyError, TypeError):
-        return StoreError(f"service: it answers {response.status_code}, and not as omnivideo does")
+        return StoreError(f"service: it has answered {response.status_code} with an unknown body; is it omnivideo?")
     match response.status_code:
         case 404:
             return ArtifactNotFound(message)

@@ -1,34 +1,28 @@
-"""TODO docstring of omnivideo/sdk/result.py."""
+"""A clip or an image that was generated in this process, with its manifest."""
 
 import base64
 import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from omnivideo.contracts import (
-    Manifest,
-)
+from omnivideo.contracts import Manifest
 from omnivideo.errors import InvalidInput
 from omnivideo.media.artifacts import encode_clip
 from omnivideo.media.write import check_output, write_media
 
-if TYPE_CHECKING:
-    pass
-
 
 @dataclass(frozen=True)
 class Result:
-    """A clip [F, H, W, 3] or a still (F = 1), with the manifest of how it came to be."""
+    """A clip, or an image (F = 1), as uint8 frames [F, H, W, 3], with the manifest that reproduces it."""
 
     frames: np.ndarray
     manifest: Manifest
 
     def _repr_html_(self) -> str:
-        """How a notebook shows it: the clip itself, looping."""
+        """Return the clip or the image for display in a notebook."""
         data, suffix = encode_clip(self.frames, self.manifest.settings.fps)
         source = f"data:{'video/mp4' if suffix == 'mp4' else 'image/png'};base64,{base64.b64encode(data).decode()}"
         if suffix == "png":
@@ -36,7 +30,10 @@ class Result:
         return f'<video src="{source}" width="256" controls loop autoplay muted></video>'
 
     def save(self, path: str | Path) -> Path:
-        """Writes the media by the file's ending, and the manifest beside it as JSON; both or neither."""
+        """Write the media in the format of the file's suffix, and the manifest beside it as JSON; both or neither.
+
+        Raises InvalidInput if the format does not fit or the file cannot be written.
+        """
         path = Path(path)
         check_output(path, len(self.frames))
         write_media(path, self.frames, self.manifest.settings.fps)
@@ -48,5 +45,5 @@ class Result:
         except OSError as error:
             path.unlink(missing_ok=True)
             partial.unlink(missing_ok=True)
-            raise InvalidInput("output", "the manifest cannot be written beside it") from error
+            raise InvalidInput("output", f"{manifest_path.name} cannot be written: {error.strerror}") from error
         return path

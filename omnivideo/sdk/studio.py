@@ -1,9 +1,9 @@
-"""The Python SDK in-process: one preset, loaded once, that generates, edits and understands."""
+"""The SDK in this process: one preset, loaded once, that generates, edits and understands."""
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -31,15 +31,16 @@ StepCallback = Callable[[StepProgress], None]
 
 
 def ignore_step(step: StepProgress) -> None:
-    """The default listener."""
+    """Do nothing; the default of `on_step`."""
 
 
 class Studio:
     """A model in this process.
 
-    `weights` is a folder in our layout, by default the shipped one of the preset; `device` is "auto" (a GPU where
-    there is one), "cpu" or "cuda:N"; `home` keeps threads and their artifacts (default: OMNIVIDEO_HOME, or a folder
-    of the user's).  Raises CheckpointError where weights are missing or do not fit.
+    `weights` is a folder in our format, by default the preset's shipped weights. `device` is "auto" (a GPU if there is
+    one), "cpu" or "cuda:N". `home` is the folder of threads and their artifacts, by default OMNIVIDEO_HOME.
+
+    Raises CheckpointError if the weights are missing or do not fit the preset.
     """
 
     def __init__(
@@ -57,29 +58,32 @@ class Studio:
 
     @cached_property
     def conversations(self) -> "Conversations":
-        """The threads of this home; LangGraph is loaded, and the folder made, with the first use only."""
+        """The threads of this home. The first use loads LangGraph and creates the folder."""
         from omnivideo.wiring import build_local_conversations
 
         return build_local_conversations(self.omni, self.weights_digest, self.settings)
 
     def open_thread(self, thread_id: str | None = None, create: bool = False) -> "Thread":
-        """A conversation: a new one, or the one of that id (made if `create`)."""
+        """Return a new thread, or the thread with the given id, which is created if `create` is set.
+
+        Raises InvalidInput if it does not exist.
+        """
         return self.conversations.open_thread(thread_id, create)
 
     def artifact_path(self, artifact: Artifact) -> Path:
-        """Where a thread's artifact lies."""
+        """Return the path of a thread's artifact."""
         return LocalObjectStore(self.settings.home / "store").path_for_key(artifact.key)
 
     def replay(self, artifact: Artifact) -> str:
-        """Draws a kept artifact again from its manifest; the key of what came out (the same, on the same machine)."""
+        """Generate an artifact again from its manifest and return its key (the same one on the same machine)."""
         return self.conversations.replay_artifact(artifact)
 
-    def batch(self, prompts: Iterable[str | dict], folder: str | Path) -> Iterator[BatchOutcome]:
-        """Draws each prompt into the folder, with a line in its results.jsonl; run again, it does what is left."""
+    def batch(self, prompts: Iterable[str | dict[str, Any]], folder: str | Path) -> Iterator[BatchOutcome]:
+        """Generate each prompt into the folder, with a line in its results.jsonl; skip what an earlier run has done."""
         yield from run_batch(self, parse_items(prompts), Path(folder))
 
     def route(self, prompt: str, source: str | Path | None = None) -> Route:
-        """What the model takes the request for: text, image or video, with the probability."""
+        """Return what the model would answer the request with: text, an image or a video, with its probability."""
         media = () if source is None else (self.load_media(source),)
         message = MLLMMessage(check_prompt("prompt", prompt), media)
         return predict_route(self.omni.mllm, self.omni.mllm_tokenizer, message, self.omni.vision_config)
@@ -87,10 +91,10 @@ class Studio:
     def generate(
         self, prompt: str, *, image: bool | None = None, on_step: StepCallback = ignore_step, **overrides: object
     ) -> Result:
-        """A clip, or a still if `image`; where `image` is None the model's own routing decides.
+        """Generate an image if `image` is True, a clip if it is False; by default the model decides.
 
-        `overrides` may hold width, height, frames, fps, steps, guidance_scale, flow_shift, negative_prompt and seed;
-        what it does not name comes from the preset.
+        `overrides` are width, height, frames, fps, steps, guidance_scale, flow_shift, negative_prompt and seed; the
+        others come from the preset. Raises InvalidInput that names the setting.
         """
         prompt = check_prompt("prompt", prompt)
         if image is None:
@@ -103,7 +107,7 @@ class Studio:
     def edit(
         self, source: str | Path, instruction: str, *, on_step: StepCallback = ignore_step, **overrides: object
     ) -> Result:
-        """The source changed as told; what is not named stays.  An image stays an image, a clip a clip."""
+        """Edit a source as the instruction says. An image is edited to an image, a clip to a clip."""
         instruction = check_prompt("instruction", instruction)
         media = read_media(source)
         task: Task = "image-editing" if media.kind == "image" else "video-editing"
@@ -121,7 +125,7 @@ class Studio:
         top_p: float = 0.6,
         seed: int = 0,
     ) -> str:
-        """The answer to a question about an image or a clip; `on_text` is told each piece as it comes."""
+        """Answer a question about an image or a clip; call `on_text` with each new piece of the answer."""
         message = MLLMMessage(check_prompt("question", question), (self.load_media(source),))
         pieces = []
         for piece in generate_answer(
@@ -138,7 +142,7 @@ class Studio:
         return "".join(pieces).strip()
 
     def load_media(self, source: str | Path) -> MLLMMedia:
-        """A source as the MLLM takes it."""
+        """Read a source in the form that the MLLM accepts."""
         media = read_media(source)
         return MLLMMedia(media.frames, media.fps or 1.0, media.kind == "video")
 
@@ -157,4 +161,4 @@ class Studio:
                     build_manifest(self.omni, self.weights_digest, prompt, params, event.seconds_by_stage, source_name),
                 )
             on_step(event.step)
-        raise AssertionError("draw ends with a clip")
+        raise AssertionError("generate_clip ends with a clip")

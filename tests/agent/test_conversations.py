@@ -240,7 +240,7 @@ def test_a_prompt_that_fails_does_not_stop_the_others(studio, tmp_path):
         (['{"prompt": ""}'], "line 1, prompt: "),
         (['{"prompt": "x", "colour": 1}'], "line 1, colour: "),
         (['{"id": "../x", "prompt": "x"}'], "line 1, id: "),
-        (['{"id": "a", "prompt": "x"}', '{"id": "a", "prompt": "x"}'], "line 2: the id 'a' is there twice"),
+        (['{"id": "a", "prompt": "x"}', '{"id": "a", "prompt": "x"}'], "line 2: the id 'a' is not unique"),
         ([], "prompts: there are none"),
     ],
 )

@@ -30,59 +30,59 @@ def client(address):
         yield client
 
 
-def test_a_conversation_has_the_studios_face(client, tmp_path):
+def test_a_thread_has_the_methods_of_a_local_thread(client, tmp_path):
     thread = client.open_thread()
     events = list(thread.send("a red ball; now make it blue", steps=4))
     assert isinstance(events[-1], TurnCompleted) and any(isinstance(event, StepProgress) for event in events)
     assert [turn.number for turn in thread.get_turns()] == [1]
-    made = thread.get_artifacts()
-    assert made[1].source == made[0].key and [one.key for one in thread.get_lineage()] == [made[1].key, made[0].key]
-    assert thread.fetch_artifact(made[0]).frames.shape == (9, 64, 64, 3)
+    first, second = thread.get_artifacts()
+    assert second.source == first.key and [artifact.key for artifact in thread.get_lineage()] == [second.key, first.key]
+    assert thread.fetch_artifact(first).frames.shape == (9, 64, 64, 3)
     branch = client.open_thread(thread.fork(1, "a-branch").id)
     assert branch.id == "a-branch" and len(branch.get_turns()) == 1
     Image.new("RGB", (64, 64), "red").save(tmp_path / "red.png")
     turn = list(branch.send("make it green", [tmp_path / "red.png"], steps=2))[-1].turn
     assert turn.attachments[0].caption == "red" and turn.results[0].artifact.source == turn.attachments[0].key
-    asked = list(client.open_thread().send("make it blue"))[-1]
-    assert isinstance(asked, QuestionAsked)
+    last_event = list(client.open_thread().send("make it blue"))[-1]
+    assert isinstance(last_event, QuestionAsked)
 
 
-def test_clips_and_stills(client, tmp_path):
+def test_clips_and_images(client, tmp_path):
     steps: list[int] = []
     clip = client.generate("a red ball", steps=8, seed=3, on_step=lambda step: steps.append(step.step))
     assert clip.frames.shape == (9, 64, 64, 3) and steps[-1] == 100
     assert np.array_equal(client.generate("a red ball", steps=8, seed=3).frames, clip.frames)
     saved = clip.save(tmp_path / "ball.mp4")
     assert client.edit(saved, "make it blue", steps=2).suffix == "mp4"
-    still = client.generate("a red ball", image=True, steps=2, width=64, height=64)
-    assert still.frames.shape == (1, 64, 64, 3) and "image/png" in still._repr_html_()
-    assert client.edit(still.save(tmp_path / "ball.png"), "make it blue", steps=2).suffix == "png"
+    image = client.generate("a red ball", image=True, steps=2, width=64, height=64)
+    assert image.frames.shape == (1, 64, 64, 3) and "image/png" in image._repr_html_()
+    assert client.edit(image.save(tmp_path / "ball.png"), "make it blue", steps=2).suffix == "png"
     assert client.understand(saved, "how many balls are there?").startswith("it is")
 
 
-def test_a_batch_is_drawn_once_and_followed_again(client, tmp_path):
+def test_a_batch_is_generated_once_and_resumed(client, tmp_path):
     prompts = [{"id": name, "prompt": f"a {name} ball", "steps": 2} for name in ("red", "green", "blue")]
     prompts += [{"id": "odd", "prompt": "a ball", "steps": 2, "frames": 10}]
-    first = {one.id: one for one in client.batch(prompts, tmp_path / "out")}
-    assert [first[name].file for name in ("red", "green", "blue")] == ["red.mp4", "green.mp4", "blue.mp4"]
-    assert first["odd"].file is None and "frames" in first["odd"].error
+    outcomes = {outcome.id: outcome for outcome in client.batch(prompts, tmp_path / "out")}
+    assert [outcomes[name].file for name in ("red", "green", "blue")] == ["red.mp4", "green.mp4", "blue.mp4"]
+    assert outcomes["odd"].file is None and "frames" in outcomes["odd"].error
     assert (tmp_path / "out" / "red.mp4").stat().st_size > 0
-    again = {one.id: one for one in client.batch(prompts[:3], tmp_path / "out")}
-    assert all(one.file is None and one.error is None for one in again.values())  # nothing was left to do
+    repeated = list(client.batch(prompts[:3], tmp_path / "out"))
+    assert all(outcome.file is None and outcome.error is None for outcome in repeated)  # all were done before
 
 
-def test_the_same_for_an_event_loop(address):
-    async def talk() -> tuple:
+def test_the_async_client_generates_and_streams(address):
+    async def use_client() -> tuple:
         async with AsyncClient(address, KEY) as client:
             clip, thread = await asyncio.gather(client.generate("a red ball", steps=2), client.open_thread())
             kinds = [event.kind async for event in client.send(thread, "a red ball", steps=2)]
             return clip, kinds
 
-    clip, kinds = asyncio.run(talk())
+    clip, kinds = asyncio.run(use_client())
     assert clip.suffix == "mp4" and kinds[-1] == "done"
 
 
-def test_refusals_are_our_own_errors(client, address, tmp_path):
+def test_refusals_are_raised_as_errors_of_the_tree(client, address, tmp_path):
     with pytest.raises(InvalidInput, match="prompt: it is empty"):
         client.generate(" ")
     with pytest.raises(InvalidInput, match="size"):
@@ -97,16 +97,16 @@ def test_refusals_are_our_own_errors(client, address, tmp_path):
         list(client.open_thread().send("what is this?", [tmp_path / "none.png"]))
 
 
-def test_a_service_that_comes_late_is_waited_for(omni, tmp_path, monkeypatch):
-    """The first tries find nobody; the request is made once all the same."""
+def test_the_client_waits_for_a_service_that_starts_late(omni, tmp_path, monkeypatch):
+    """The first attempts fail, and the request still takes effect only once."""
     port = free_port()
     with Client(f"http://127.0.0.1:{port}") as client:
-        with monkeypatch.context() as hasty, pytest.raises(StoreError, match="service: it cannot be reached"):
-            hasty.setattr("omnivideo.sdk.client.MAX_ATTEMPTS", 2)
+        with monkeypatch.context() as patched, pytest.raises(StoreError, match="service: it cannot be reached"):
+            patched.setattr("omnivideo.sdk.client.MAX_ATTEMPTS", 2)
             client.open_thread()
-        made: list = []
-        waiting = threading.Thread(target=lambda: made.append(client.open_thread()))
-        waiting.start()
+        threads: list = []
+        opener = threading.Thread(target=lambda: threads.append(client.open_thread()))
+        opener.start()
         with serving(scripted(tmp_path, omni), port):
-            waiting.join(20)
-            assert made and made[0].get_turns() == []
+            opener.join(20)
+            assert threads and threads[0].get_turns() == []
