@@ -236,7 +236,7 @@ def test_a_prompt_that_fails_does_not_stop_the_others(studio, tmp_path):
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        (["{no json"], "line 1: it is not JSON"),
+        (["{no json"], "line 1: it is not valid JSON"),
         (['{"prompt": ""}'], "line 1, prompt: "),
         (['{"prompt": "x", "colour": 1}'], "line 1, colour: "),
         (['{"id": "../x", "prompt": "x"}'], "line 1, id: "),
