@@ -421,6 +421,6 @@ def test_the_command_line_says_what_it_did_or_why_not(monkeypatch, capsys, tmp_p
     assert "not in the source: mllm, text_encoder, tokenizer, vae" in text
     assert run("export", tmp_path / "ours", "-o", tmp_path / "back")[0] == 0
     code, text, error = run("import", tmp_path / "theirs")
-    assert code == 2 and error == "error: output: give either -o FOLDER or --check\n"
+    assert code == 2 and error == "error: output: give either --output or --check\n"
     code, text, error = run("import", tmp_path / "nothing", "--check")
     assert code == 2 and error == "error: source: 'nothing' does not exist\n"
