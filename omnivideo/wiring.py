@@ -96,12 +96,6 @@ class ServiceWiring:
         return JobRepository(self.engine, self.settings.max_queued_jobs, self.settings.max_open_jobs_per_key)
 
     @cached_property
-    def turns(self) -> "TurnRepository":
-        from omnivideo.storage.database.turns import TurnRepository
-
-        return TurnRepository(self.engine)
-
-    @cached_property
     def files(self) -> "FileRepository":
         from omnivideo.storage.database.files import FileRepository
 

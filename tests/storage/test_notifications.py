@@ -19,6 +19,7 @@ from omnivideo.storage.database.jobs import JobRepository
 from omnivideo.storage.database.turns import TurnRepository
 from omnivideo.storage.objects.memory import MemoryObjectStore
 from tests.support.servers import Postgres
+from tests.support.slow_polls import slow_polls
 
 ARTIFACT = Artifact(key="a.mp4", medium="video", width=64, height=64, frames=9, fps=8, caption="x", created_by="one")
 WORKER_SCRIPT = """
@@ -72,14 +73,10 @@ class Follower:
         assert len(self.events) >= count, self.events
 
 
-@pytest.fixture
-def slow_polls(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Make polls so slow that only a notification can be on time."""
-    monkeypatch.setattr(notifications, "SQLITE_POLL_SECONDS", 60.0)
-    monkeypatch.setattr(notifications, "POSTGRESQL_POLL_SECONDS", 60.0)
-    notifications.NOTIFIERS.clear()
-    yield
-    notifications.NOTIFIERS.clear()
+@pytest.fixture(name="slow_polls")
+def use_slow_polls() -> Iterator[None]:
+    with slow_polls():
+        yield
 
 
 @pytest.mark.usefixtures("slow_polls")
