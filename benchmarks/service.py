@@ -91,7 +91,7 @@ async def followers(plant: Plant, given: argparse.Namespace) -> None:
             await asyncio.sleep(0.5)
         for number in range(1, given.events + 1):
             event = {"kind": "step", "step": number, "steps": given.events, "eta_seconds": 0.0}
-            await asyncio.to_thread(turns.append_event, row, number, event)
+            await asyncio.to_thread(turns.append_event, row, event)
             await asyncio.to_thread(turns.heartbeat, row)
             await asyncio.sleep(0.2)
         await asyncio.to_thread(turns.end_turn, row, "cancelled")

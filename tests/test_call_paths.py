@@ -5,9 +5,22 @@ import sys
 import threading
 from pathlib import Path
 
+import httpx
+import pytest
+
+from omnivideo.backends.decoder.pipeline import DenoisingProgress
+from omnivideo.backends.decoder.worker import Worker
+from omnivideo.contracts import Claim, SamplingParams
 from omnivideo.errors import InvalidInput
+from omnivideo.models.omni import OmniVideoModel
 from omnivideo.presets import get_preset
-from tests.support.call_paths import record_calls
+from tests.support.api_server import scripted, serving
+from tests.support.call_paths import Window, record_calls
+from tests.support.slow_polls import slow_polls
+
+# Threads that look after jobs and turns; they run beside every call path.
+UPKEEP_THREADS = ("heartbeat", "reaper", "turns", "batches", "hooks")
+MAX_FILES_FROM_STEP_TO_BROWSER = 6
 
 
 def test_the_recorder_counts_functions_of_threads_and_children(tmp_path: Path) -> None:
@@ -28,3 +41,36 @@ def test_the_recorder_counts_functions_of_threads_and_children(tmp_path: Path) -
     assert first.list_files(ignored_threads=["reader"]) == ["errors.py"]
     assert len({call.process_id for call in first.list_calls()}) == 2
     assert second.list_files() == ["errors.py"], second.describe()
+
+
+def test_a_step_reaches_the_browser_through_few_files(
+    omni: OmniVideoModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The worker waits in its second step, inside the window, until the browser has the step's bytes."""
+    report_step, windows, received = Worker.report_step, list[Window](), threading.Event()
+
+    def report_step_in_window(
+        worker: Worker, claim: Claim, params: SamplingParams, progress: DenoisingProgress, save_due: bool
+    ) -> None:
+        if progress.step.step != 2:
+            report_step(worker, claim, params, progress, save_due)
+            return
+        with recorder.open_window() as window:
+            report_step(worker, claim, params, progress, save_due)
+            assert received.wait(30)
+        windows.append(window)
+
+    monkeypatch.setattr(Worker, "report_step", report_step_in_window)
+    with slow_polls(), record_calls(tmp_path / "calls") as recorder:
+        wiring = scripted(tmp_path / "home", omni)
+        with serving(wiring) as address, httpx.Client(base_url=address, timeout=60, trust_env=False) as http:
+            thread_id = http.post("/v1/threads").json()["id"]
+            turn = http.post(f"/v1/threads/{thread_id}/turns", json={"text": "a red ball", "steps": 8}).json()
+            with http.stream("GET", f"/v1/threads/{thread_id}/turns/{turn['id']}/events") as stream:
+                for line in stream.iter_lines():
+                    if line.startswith('data: {"kind": "step", "step": 2,'):
+                        received.set()
+    (window,) = windows
+    files = window.list_files(UPKEEP_THREADS)
+    assert "backends/decoder/worker.py" in files and "api/event_feed.py" in files
+    assert len(files) <= MAX_FILES_FROM_STEP_TO_BROWSER, window.describe(UPKEEP_THREADS)

@@ -1,9 +1,11 @@
 """A database of the schema before (0002), with work in it, is brought to the newest one: its rows read as before."""
 
 import json
+from importlib import resources
 
 import pytest
-from sqlalchemy import text
+from alembic.script import ScriptDirectory
+from sqlalchemy import Engine, text
 
 from omnivideo.contracts import (
     Artifact,
@@ -16,6 +18,7 @@ from omnivideo.contracts import (
     ThinkingDelta,
     TurnCompleted,
 )
+from omnivideo.errors import StoreError
 from omnivideo.storage.database.batches import BatchRepository
 from omnivideo.storage.database.engine import create_database_engine, upgrade_schema
 from omnivideo.storage.database.files import FileRepository
@@ -96,6 +99,7 @@ OLD_ROWS = [
     }),
     *[("events", {"turn": "turn", "number": at, "body": event, "made": 6.0 + at})
       for at, event in enumerate(OLD_EVENTS, 1)],
+    ("events", {"turn": "turn", "number": 8, "body": {"kind": "preview", "png": "aGVsbG8="}, "made": 6.5}),
     ("chats", {"owner": "ann", "digest": "d2", "thread": "talk", "turns": 1, "made": 7.0}),
     ("hooks", {
         "id": "hook", "owner": "ann", "url": "https://a.test/", "secret": "s", "name": "a", "events": ["x"],
@@ -168,6 +172,18 @@ def test_keys_files_batches_and_webhooks_read_as_before(upgraded):
     ((delivery, hook),) = WebhookRepository(upgraded).claim_due_deliveries(9, 60.0)
     assert (delivery.id, delivery.attempts, delivery.body) == ("event", 2, {"created_at": 1})
     assert (hook.id, hook.event_types, hook.created_at) == ("hook", ["x"], 8.0)
+
+
+def test_events_with_preview_images_are_dropped(upgraded: Engine) -> None:
+    events = TurnRepository(upgraded).list_events("turn")
+    assert len(events) == len(OLD_EVENTS) and all(event["kind"] != "preview" for _, event in events)
+
+
+def test_a_downgrade_is_refused(upgraded: Engine) -> None:
+    scripts = ScriptDirectory(str(resources.files("omnivideo.storage.database") / "migrations"))
+    for revision in scripts.walk_revisions():
+        with pytest.raises(StoreError, match="its schema cannot be downgraded; restore the backup"):
+            revision.module.downgrade()
 
 
 def test_threads_turns_and_events_read_as_before(upgraded):

@@ -22,6 +22,7 @@ from omnivideo.ports import ObjectStore
 from omnivideo.storage.database.batches import BatchRepository, LineOutcome
 from omnivideo.storage.database.files import FileRepository
 from omnivideo.storage.database.jobs import JobRepository
+from omnivideo.storage.database.notifications import Watch
 
 log = logging.getLogger("omnivideo.batches")
 MAX_BATCH_LINES = 50_000
@@ -29,6 +30,7 @@ MAX_REPORTED_ERRORS = 100  # invalid lines that are reported before validation s
 COMPLETION_WINDOW_SECONDS = 86_400.0  # after which a batch expires
 MAX_ACTIVE_BATCHES = 8  # that one runner processes at a time
 SUBMIT_SLICE_SECONDS = 1.0  # for which a batch may submit before the next one has its turn
+MIN_ROUND_SECONDS = 0.02  # between two rounds, so that jobs that end together are collected together
 OUTCOME_CHUNK_SIZE = 500  # outcomes written or read at a time
 RETRYABLE_ERRORS = (ServiceBusy, StoreError, ModelUnavailable)  # not caused by the line, which is tried again
 INTERNAL_ERROR = {"code": "internal", "message": "an internal error occurred"}
@@ -59,6 +61,7 @@ class BatchRunner:
         self.poll_seconds = poll_seconds
         self.runner_name = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
         self.active_batches: dict[str, ActiveBatch] = {}
+        self.job_ends: Watch | None = None
         self.stop_event = threading.Event()
         self.threads = [
             threading.Thread(target=self.run, daemon=True, name="batches"),
@@ -73,6 +76,8 @@ class BatchRunner:
     def stop(self) -> None:
         """Stop the threads and release all batches, so that another runner can claim them."""
         self.stop_event.set()
+        if self.job_ends is not None:
+            self.job_ends.deliver()
         for thread in self.threads:
             thread.join()
         self.batches.release_batches(self.runner_name)
@@ -88,15 +93,21 @@ class BatchRunner:
                 log.warning("%s", error)
 
     def run(self) -> None:
-        while not self.stop_event.wait(self.poll_seconds if self.active_batches else 5 * self.poll_seconds):
-            try:
-                self.run_once()
-            except OmniVideoError as error:
-                log.warning("%s", error)
-                self.stop_event.wait(1.0)
-            except Exception:
-                log.exception("batches")
-                self.stop_event.wait(1.0)
+        """Advance the batches: at once when a job ends, else when it is time to look for new batches and lines."""
+        with self.jobs.watch_any_end() as self.job_ends:
+            while not self.stop_event.wait(MIN_ROUND_SECONDS):
+                has_lines_to_submit = any(not batch.open_lines for batch in self.active_batches.values())
+                self.job_ends.wait(self.poll_seconds if has_lines_to_submit else 5 * self.poll_seconds)
+                if self.stop_event.is_set():
+                    return
+                try:
+                    self.run_once()
+                except OmniVideoError as error:
+                    log.warning("%s", error)
+                    self.stop_event.wait(1.0)
+                except Exception:
+                    log.exception("batches")
+                    self.stop_event.wait(1.0)
 
     # ------------------------------------------------------------ rounds
 

@@ -31,7 +31,7 @@ from omnivideo.storage.database.job_rows import (
     match_owned_jobs,
     status_from_row,
 )
-from omnivideo.storage.database.notifications import AsyncWatch, Watch, job_end_topic, job_step_topic
+from omnivideo.storage.database.notifications import ANY_JOB_END, AsyncWatch, Watch, job_end_topic, job_step_topic
 from omnivideo.storage.database.repository import Repository, select_values, unix_now
 from omnivideo.storage.database.schema import jobs, turns
 
@@ -149,6 +149,10 @@ class JobRepository(Repository):
     def watch_job(self, job_id: str, include_steps: bool = False) -> AbstractContextManager[Watch]:
         """Follow the end of a job and, if the job belongs to no turn, its steps."""
         return self.notifier.watch(job_end_topic(job_id), *[job_step_topic(job_id)] * include_steps)
+
+    def watch_any_end(self) -> AbstractContextManager[Watch]:
+        """Follow the ends of all jobs, in a thread."""
+        return self.notifier.watch(ANY_JOB_END)
 
     def watch_ends(self, job_ids: Collection[str]) -> AbstractContextManager[AsyncWatch]:
         """Follow the ends of jobs in the running event loop."""
