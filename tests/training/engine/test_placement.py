@@ -1,4 +1,4 @@
-"""Where a stage's weights lie and in which precision, by the rule that a GPU has, on a CPU at tiny size."""
+"""The device and precision of a stage's weights: the rule for GPUs, applied to the tiny preset on a CPU."""
 
 from dataclasses import replace
 
@@ -9,6 +9,7 @@ from omnivideo.models.weights import checkpoint
 from omnivideo.models.weights.checkpoint import load, load_parts, save_library_model
 from omnivideo.training.config import TrainingConfig
 from omnivideo.training.data.latent_cache import FrozenEncoders, encode_shards
+from omnivideo.training.data.webdataset import ShardDataset
 from omnivideo.training.engine import placement
 from omnivideo.training.engine.placement import (
     CPU,
@@ -30,27 +31,28 @@ GPU, BF16, FP32 = torch.device("cuda"), torch.bfloat16, torch.float32
 
 
 @pytest.fixture(scope="module")
-def made(weights, tmp_path_factory):
+def dataset(weights, tmp_path_factory) -> ShardDataset:
+    """Shards of every task, with a visual encoder beside the weights and a full cache."""
     save_library_model(encoder(), weights / "visual_encoder", torch.float16)
-    there = library(tmp_path_factory.mktemp("shards"), SAMPLES)
-    encode_shards(there, FrozenEncoders.load(weights, "cpu"), FIT, lambda done, count: None)
-    return there
+    shards = library(tmp_path_factory.mktemp("shards"), SAMPLES)
+    encode_shards(shards, FrozenEncoders.load(weights, "cpu"), FIT, lambda done, count: None)
+    return shards
 
 
 @pytest.fixture
-def asked(monkeypatch) -> dict[str, WeightPlacement]:
-    """The places that the rule gives on a GPU, which are then taken on the CPU."""
-    found: dict[str, WeightPlacement] = {}
+def gpu_placements(monkeypatch) -> dict[str, WeightPlacement]:
+    """Return the placements on a GPU by parameter, as they are asked for; the weights are placed on the CPU instead."""
+    placements: dict[str, WeightPlacement] = {}
 
-    def on_a_gpu(stage: str, name: str, device: torch.device, precision: torch.dtype) -> WeightPlacement:
-        found[name] = choose_placement(stage, name, GPU, BF16)
-        return replace(found[name], device=CPU)
+    def choose_gpu_placement(stage: str, name: str, device: torch.device, precision: torch.dtype) -> WeightPlacement:
+        placements[name] = choose_placement(stage, name, GPU, BF16)
+        return replace(placements[name], device=CPU)
 
-    monkeypatch.setattr(placement, "choose_placement", on_a_gpu)
-    return found
+    monkeypatch.setattr(placement, "choose_placement", choose_gpu_placement)
+    return placements
 
 
-def test_what_is_trained_is_fp32_and_what_is_frozen_bf16_on_a_gpu():
+def test_trained_weights_are_fp32_and_frozen_ones_bf16_on_a_gpu():
     assert choose_placement("stage1", "mllm.lm_head.weight", GPU, BF16) == WeightPlacement(GPU, FP32)
     assert choose_placement("stage1", "mllm.model.norm.weight", GPU, BF16) == WeightPlacement(GPU, BF16)
     assert choose_placement("stage2b", "decoder.proj_out.weight", GPU, BF16) == WeightPlacement(GPU, BF16)
@@ -66,55 +68,55 @@ def test_what_is_trained_is_fp32_and_what_is_frozen_bf16_on_a_gpu():
     assert choose_placement("stage3", "mllm.model.norm.weight", CPU, BF16) == WeightPlacement(CPU, FP32)
 
 
-def test_every_stage_trains_with_its_parts_in_their_places(made, weights, asked, tmp_path, monkeypatch):
-    """A step of each in a GPU's precisions, every one from the run of the one before."""
-    nulls, condition = [], flow.build_condition
-    monkeypatch.setattr(flow, "build_condition", lambda *given: nulls.append(given[5]) or condition(*given))
-    before: dict[str, torch.Tensor] = {}
+def test_every_stage_trains_with_the_precisions_of_a_gpu(dataset, weights, gpu_placements, tmp_path, monkeypatch):
+    """Train one step of each stage, which starts from the run of the preceding stage."""
+    null_prompts, build_condition = [], flow.build_condition
+    monkeypatch.setattr(flow, "build_condition", lambda *args: null_prompts.append(args[5]) or build_condition(*args))
+    previous: dict[str, torch.Tensor] = {}
     for name in PREVIOUS_STAGE:
-        asked.clear()
+        gpu_placements.clear()
         run = RunContext(TrainingConfig(recipe=name, runs=tmp_path, data="shards", weights=weights))
-        recipe = replace(build_stage_recipe(made, FIT, run, build_mix()), precision=BF16)
-        assert {part.partition(".")[0] for part, place in asked.items() if place.device != GPU} == set(
-            placement.CPU_PARTS
-        )
-        assert any(part.startswith("visual_encoder.") for part in asked) == (name in ALIGNED_STAGES)
+        recipe = replace(build_stage_recipe(dataset, FIT, run, build_mix()), precision=BF16)
+        parts_on_cpu = {key.partition(".")[0] for key, place in gpu_placements.items() if place.device != GPU}
+        assert parts_on_cpu == set(placement.CPU_PARTS)
+        assert any(key.startswith("visual_encoder.") for key in gpu_placements) == (name in ALIGNED_STAGES)
         assert bool(recipe.ema_decay) == (name in FLOW_STAGES)
-        held = dict(recipe.model.named_parameters())
-        assert {key for key, one in held.items() if one.dtype == FP32} == {
-            k for k in held if k.startswith(TRAINABLE_BY_STAGE[name])
-        }
-        assert all(one.dtype in (FP32, BF16) for one in held.values())
-        for key, value in before.items():
-            assert torch.equal(held[key], value.to(held[key].dtype)), key
+        parameters = dict(recipe.model.named_parameters())
+        trained = {key for key in parameters if key.startswith(TRAINABLE_BY_STAGE[name])}
+        assert {key for key, parameter in parameters.items() if parameter.dtype == FP32} == trained
+        assert all(parameter.dtype in (FP32, BF16) for parameter in parameters.values())
+        for key, value in previous.items():
+            assert torch.equal(parameters[key], value.to(parameters[key].dtype)), key
         trainer = Trainer(recipe, tmp_path / name)
         trainer.run(stop_at_step=1)
-        before = {key: one.detach().clone() for key, one in trainer.trainable_parameters} | trainer.ema_weights
-    assert {one.dtype for one in nulls} == {FP32} and len(nulls) == 3
+        previous = {key: parameter.detach().clone() for key, parameter in trainer.trainable_parameters}
+        previous |= trainer.ema_weights
+    assert {embedding.dtype for embedding in null_prompts} == {FP32} and len(null_prompts) == 3
     assert set(PREVIOUS_STAGE) == set(TASKS_BY_STAGE)
 
 
-def test_on_a_cpu_the_models_are_those_of_the_weights(weights):
-    made, there = StageLoader("stage3", weights, CPU, FP32).load_omni(), load(weights)
-    for mine, its in zip(made.modules, there.modules, strict=True):
-        assert all(torch.equal(one, other) for one, other in zip(mine.parameters(), its.parameters(), strict=True))
-        assert not any(one.requires_grad for one in mine.parameters()) and not mine.training
+def test_the_stage_loader_loads_the_stored_models_on_a_cpu(weights):
+    loaded, stored = StageLoader("stage3", weights, CPU, FP32).load_omni(), load(weights)
+    for module, expected in zip(loaded.modules, stored.modules, strict=True):
+        pairs = zip(module.parameters(), expected.parameters(), strict=True)
+        assert all(torch.equal(parameter, other) for parameter, other in pairs)
+        assert not any(parameter.requires_grad for parameter in module.parameters()) and not module.training
 
 
-def test_a_part_is_in_its_place_before_the_next_is_read(weights, monkeypatch):
-    steps, read = [], checkpoint.load_strict
+def test_each_part_is_placed_before_the_next_is_read(weights, monkeypatch):
+    steps, load_strict = [], checkpoint.load_strict
 
-    def reading(cls, folder, name, dtype):
+    def load_and_record(cls, folder, name, dtype):
         steps.append(f"read {name}")
-        return read(cls, folder, name, dtype)
+        return load_strict(cls, folder, name, dtype)
 
-    monkeypatch.setattr(checkpoint, "load_strict", reading)
-    load_parts(weights, lambda name, part: steps.append(f"put {name}") or part)
-    assert steps == ["read transformer", "put decoder", "read mllm", "put mllm", "put bridge", "read text_encoder",
-                     "put text_encoder", "read vae", "put vae"]  # fmt: skip
+    monkeypatch.setattr(checkpoint, "load_strict", load_and_record)
+    load_parts(weights, lambda name, part: steps.append(f"place {name}") or part)
+    assert steps == ["read transformer", "place decoder", "read mllm", "place mllm", "place bridge",
+                     "read text_encoder", "place text_encoder", "read vae", "place vae"]  # fmt: skip
 
 
-def test_what_stays_on_the_cpu_can_be_brought_to_the_rest(weights):
+def test_parts_on_the_cpu_can_be_moved_to_the_others(weights):
     omni = StageLoader("stage3", weights, CPU, FP32).load_omni()
     omni.decoder.to("meta")
     move_cpu_parts_to_device(omni)
