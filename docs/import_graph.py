@@ -115,7 +115,7 @@ LABELS = {
     "media": "clips in and out",
     "synthetic": "the rendered world",
 }
-MARKED = re.compile(r"(?<=<!-- import graph: (\w{5}) -->\n).*?(?=<!-- end of import graph -->)", flags=re.S)
+MARKED = re.compile(r"(<!-- import graph: (\w+) -->\n).*?(<!-- end of import graph -->)", flags=re.S)
 PAGES = (ROOT / "README.md", ROOT / "docs" / "architecture.md")
 
 
@@ -170,7 +170,7 @@ def render_page(text: str) -> str:
     modules = find_modules()
     packages = group_by_package(build_graph(modules))
     parts = {"chart": draw_diagram(packages), "table": write_table(packages, modules)}
-    return MARKED.sub(lambda match: parts[match[1]], text)
+    return MARKED.sub(lambda match: match[1] + parts[match[2]] + match[3], text)
 
 
 def main() -> None:
