@@ -11,15 +11,16 @@ import time
 
 from langgraph.checkpoint.memory import InMemorySaver
 
-from omnivideo.agent.graph import Planner, load_prompts
+from omnivideo.agent.graph import Planner
 from omnivideo.agent.thread import Thread
+from omnivideo.presets import TINY
 from omnivideo.settings import load_settings
 from omnivideo.storage.checkpointer import open_checkpointer
 from tests.support.twins import InstantQueue, ScriptedMLLM
 
 
 def milliseconds(saver, name: str, turns: int) -> list[float]:
-    graph = Planner(ScriptedMLLM(), InstantQueue(), load_prompts("tiny")).build_graph(saver)
+    graph = Planner(ScriptedMLLM(), InstantQueue(), TINY).build_graph(saver)
     thread = Thread(graph, name, lambda path, created_by: None).initialize_state()
     spent = []
     for turn in range(turns):

@@ -71,7 +71,10 @@ class Preset(PresetModel):
 
     `decoder` and `vae` are the configurations of diffusers' `WanTransformer3DModel` and `AutoencoderKLWan`;
     version 1 has a vision head and an adapter, version 2 a normalised projection of the MLLM's hidden states.
-    `max_batch_size` is how many clips of a batch are drawn in one pass, where that was measured to be faster.
+    `max_batch_size` is how many clips of a batch are rendered in one pass, where that was measured to be faster.
+    `prompts` is the folder of the planner's prompts. If the MLLM cannot plan, English rules split the user's turns.
+    `prompts` is the folder of the planner's instructions; `mllm_can_plan` tells whether the MLLM writes the planner's
+    plan itself, or English rules split the user's words.
     """
 
     name: str
@@ -84,6 +87,8 @@ class Preset(PresetModel):
     max_condition_tokens: int
     decoder: dict[str, Any]
     num_decoders: int = 1
+    mllm_can_plan: bool = True
+    prompts: Literal["instructions", "keywords"] = "instructions"
     max_batch_size: int = 1
     boundary_ratio: float | None = None
     absolute_positions: bool = False
@@ -144,6 +149,8 @@ TINY_SAMPLING: dict[Task, SamplingDefaults] = {
 TINY = Preset(
     name="tiny",
     version=1,
+    mllm_can_plan=False,
+    prompts="keywords",
     max_batch_size=4,  # 0.34 s a clip of 20 steps on one core, alone 0.54 s
     mllm_width=192,
     vision_input=VisionInputConfig(

@@ -47,7 +47,7 @@ def build_local_conversations(omni: "OmniVideoModel", weights_digest: str, setti
         store=store,
         checkpointer=open_checkpointer(settings),
         attach_file=lambda path, made_by: store_user_file(store, path, made_by),
-        preset=omni.preset.name,
+        preset=omni.preset,
         replay_manifest=renderer.replay_manifest,
     )
 
@@ -185,7 +185,7 @@ class ServiceWiring:
     def conversations(self) -> Conversations:
         saver = open_checkpointer(self.settings)
         conversations = Conversations(
-            self.mllm, self.open_queue, self.store, saver, self.attach_file, self.settings.preset
+            self.mllm, self.open_queue, self.store, saver, self.attach_file, get_preset(self.settings.preset)
         )
         self.close_callbacks.append(conversations.close)
         return conversations

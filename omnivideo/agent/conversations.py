@@ -10,11 +10,12 @@ from typing import Any
 from langgraph.checkpoint.base import BaseCheckpointSaver
 
 from omnivideo.agent import english_rules
-from omnivideo.agent.graph import Planner, load_prompts
+from omnivideo.agent.graph import Planner
 from omnivideo.agent.thread import AttachFile, Thread
 from omnivideo.contracts import Artifact, Manifest
 from omnivideo.errors import ArtifactNotFound
 from omnivideo.ports import MLLM, JobQueue, SweepableObjectStore
+from omnivideo.presets import Preset
 
 LOCAL_OWNER = "local"  # the owner where there is but one
 
@@ -29,7 +30,7 @@ class Conversations:
     store: SweepableObjectStore
     checkpointer: BaseCheckpointSaver
     attach_file: AttachFile
-    preset: str = "tiny"
+    preset: Preset
     replay_manifest: Callable[[Manifest], str] | None = None
 
     def __post_init__(self) -> None:
@@ -37,7 +38,7 @@ class Conversations:
         self.get_graph = lru_cache(maxsize=256)(self.build_graph)
 
     def build_graph(self, owner: str) -> Any:
-        return Planner(self.mllm, self.queue_for(owner), load_prompts(self.preset)).build_graph(self.checkpointer)
+        return Planner(self.mllm, self.queue_for(owner), self.preset).build_graph(self.checkpointer)
 
     @property
     def graph(self) -> Any:

@@ -4,7 +4,6 @@ Plain text analysis, the same for the same words.  What the request means is the
 which picture or clip it should be shown.
 """
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -175,31 +174,3 @@ def artifact_from_reply(reply: str, options: Sequence[Artifact], descriptions: S
         if get_content_words(reply) and matches_description(reply, told)
     ]
     return fitting[-1] if fitting else None
-
-
-# ---------------------------------------------------------------- plans that the model makes
-
-
-@dataclass(frozen=True)
-class PlannedAction:
-    """One act of a model's plan; `reference` is "new", "last", "unclear", or the number of an artifact from 1."""
-
-    text: str
-    reference: str
-
-
-def build_plan_request(text: str, artifacts: Sequence[Artifact]) -> str:
-    listed = "\n".join(f"{at}. {one.medium}: {one.caption}" for at, one in enumerate(artifacts, start=1))
-    return f"Made so far:\n{listed or 'nothing'}\n\nThe user says: {text}"
-
-
-def parse_plan(answer: str, num_artifacts: int) -> list[PlannedAction]:
-    """The plan in what a model wrote; empty where it is not of the form that was asked for."""
-    begin, end = answer.find("["), answer.rfind("]")
-    try:
-        entries = json.loads(answer[begin : end + 1])
-        actions = [PlannedAction(str(one["do"]).strip(), str(one["about"])) for one in entries]
-    except (ValueError, TypeError, KeyError):
-        return []
-    allowed_references = {"new", "last", "unclear", *map(str, range(1, num_artifacts + 1))}
-    return actions if all(one.text and one.reference in allowed_references for one in actions) else []

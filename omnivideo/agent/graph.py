@@ -20,6 +20,7 @@ from langgraph.graph import END, START, StateGraph
 from langgraph.types import interrupt
 
 from omnivideo.agent import english_rules
+from omnivideo.agent.mllm_plan import build_plan_request, parse_plan
 from omnivideo.agent.state import PlannerState
 from omnivideo.contracts import (
     MAX_SEED,
@@ -50,6 +51,7 @@ from omnivideo.contracts import (
     get_generation_task,
 )
 from omnivideo.ports import MLLM, JobQueue
+from omnivideo.presets import Preset
 
 # The names of the nodes are part of every stored checkpoint: a turn that waits for a reply continues by them. This
 # node's name is older than its method's.
@@ -63,21 +65,22 @@ ROUTE_QUESTION = "I am not sure what you would like: a picture, a clip, or an an
 
 @dataclass(frozen=True)
 class Prompts:
-    """The instructions for the MLLM's modes.  A small model is trained for short ones of its own, and cannot plan: its
-    turns are split, and their references found, by their (English) words."""
+    """The prompts of the MLLM's modes. `plan` is None for an MLLM that cannot plan."""
 
     think: str
     check: str
     describe: str
-    plan: str | None = None
+    plan: str | None
 
 
-def load_prompts(preset: str) -> Prompts:
-    folder = files("omnivideo.agent") / "prompts"
-    folder = folder / preset if (folder / preset).is_dir() else folder
-    names = ("think", "check", "describe", "plan")
-    paths = {name: folder / f"{name}.md" for name in names}
-    return Prompts(**{name: path.read_text().strip() for name, path in paths.items() if path.is_file()})
+def load_prompts(preset: Preset) -> Prompts:
+    folder = files("omnivideo.agent") / "prompts" / preset.prompts
+
+    def read_prompt(name: str) -> str:
+        return (folder / f"{name}.md").read_text().strip()
+
+    plan = read_prompt("plan") if preset.mllm_can_plan else None
+    return Prompts(read_prompt("think"), read_prompt("check"), read_prompt("describe"), plan)
 
 
 def emit_event(event: TurnEvent) -> None:
@@ -114,10 +117,11 @@ class ReferenceSearch:
 class Planner:
     """The nodes, over the ports that they need."""
 
-    def __init__(self, mllm: MLLM, queue: JobQueue, prompts: Prompts):
+    def __init__(self, mllm: MLLM, queue: JobQueue, preset: Preset):
         self.mllm = mllm
         self.queue = queue
-        self.prompts = prompts
+        self.preset = preset
+        self.prompts = load_prompts(preset)
 
     def build_graph(self, checkpointer: BaseCheckpointSaver) -> Any:
         builder = StateGraph(PlannerState)
@@ -154,16 +158,19 @@ class Planner:
         }
 
     def split_actions(self, state: PlannerState) -> tuple[list[str], list[str]]:
-        """The acts' words, and what each is about: by the model where it can plan and does so in form, else nothing."""
-        if self.prompts.plan:
-            artifacts = [Artifact(**one) for one in state.get("artifacts", []) + state["attachments"]]
-            request = MLLMRequest(
-                text=english_rules.build_plan_request(state["text"], artifacts), system=self.prompts.plan
-            )
-            if planned := english_rules.parse_plan("".join(self.mllm.stream_text(request)), len(artifacts)):
-                return [one.text for one in planned], [one.reference for one in planned]
-        pieces = english_rules.split_actions(state["text"])
-        return pieces, [""] * len(pieces)
+        """Return the text of each action, and what it refers to ("" if the rules must find that out).
+
+        An MLLM that can plan does this itself; if its plan is invalid, the turn is one action about the last artifact.
+        """
+        if self.prompts.plan is None:
+            action_texts = english_rules.split_actions(state["text"])
+            return action_texts, [""] * len(action_texts)
+        artifacts = [Artifact(**artifact) for artifact in state.get("artifacts", []) + state["attachments"]]
+        request = MLLMRequest(text=build_plan_request(state["text"], artifacts), system=self.prompts.plan)
+        planned_actions = parse_plan("".join(self.mllm.stream_text(request)), len(artifacts))
+        if not planned_actions:
+            return [state["text"]], ["last" if artifacts else "new"]
+        return [action.text for action in planned_actions], [action.reference for action in planned_actions]
 
     def resolve_reference(self, state: PlannerState) -> dict[str, Any]:
         """Which artifact the act is about; asks back where that is not clear."""

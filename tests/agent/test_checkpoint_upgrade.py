@@ -13,9 +13,10 @@ import pytest
 from langgraph.checkpoint.base import BaseCheckpointSaver
 from langgraph.checkpoint.sqlite import SqliteSaver
 
-from omnivideo.agent.graph import Planner, load_prompts
+from omnivideo.agent.graph import Planner
 from omnivideo.agent.thread import Thread
 from omnivideo.contracts import ArtifactReady, QuestionAsked, Turn, TurnCompleted
+from omnivideo.presets import TINY
 from omnivideo.settings import load_settings
 from omnivideo.storage import checkpointer as checkpointers
 from tests.support.servers import postgres
@@ -69,7 +70,7 @@ def open_upgraded(
 @pytest.fixture
 def open_thread(open_upgraded: OpenCheckpointer) -> Iterator[Callable[[str], Thread]]:
     checkpointer: Any = open_upgraded()
-    graph = Planner(ScriptedMLLM(), InstantQueue(), load_prompts("tiny")).build_graph(checkpointer)
+    graph = Planner(ScriptedMLLM(), InstantQueue(), TINY).build_graph(checkpointer)
     yield lambda name: Thread(graph, name, lambda path, created_by: pytest.fail("nothing is attached"))
     checkpointer.conn.close()
 
@@ -170,7 +171,7 @@ def test_a_conversion_that_fails_changes_nothing(tmp_path: Path, monkeypatch: py
         patch.setattr(checkpoint_upgrade, "convert_value", fail_late)
         checkpointers.open_checkpointer(load_settings(home=tmp_path))
     checkpointer: Any = checkpointers.open_checkpointer(load_settings(home=tmp_path))
-    graph = Planner(ScriptedMLLM(), InstantQueue(), load_prompts("tiny")).build_graph(checkpointer)
+    graph = Planner(ScriptedMLLM(), InstantQueue(), TINY).build_graph(checkpointer)
     thread = Thread(graph, "finished", lambda path, created_by: pytest.fail("nothing is attached"))
     assert len(thread.get_turns()) == 3
     checkpointer.conn.close()

@@ -24,6 +24,7 @@ from omnivideo.contracts import (
     TurnCompleted,
 )
 from omnivideo.errors import InvalidInput, JobCancelled
+from omnivideo.presets import OMNIVIDEO_1_3B, TINY
 from omnivideo.synthetic.chat import make_talk_example
 from omnivideo.synthetic.edits import sample_edit
 from omnivideo.synthetic.questions import sample_question
@@ -35,9 +36,9 @@ from tests.support.twins import InstantQueue, ScriptedMLLM
 class Talk:
     """A thread over twins, with what it saw."""
 
-    def __init__(self, saver=None, name="talk", mllm=None, prompts=None):
+    def __init__(self, saver=None, name="talk", mllm=None, preset=TINY):
         self.mllm, self.queue = mllm or ScriptedMLLM(), InstantQueue()
-        planner = Planner(self.mllm, self.queue, prompts or load_prompts("tiny"))
+        planner = Planner(self.mllm, self.queue, preset)
         self.graph = planner.build_graph(saver or InMemorySaver())
         self.thread = Thread(self.graph, name, attach)
         self.events: list = []
@@ -299,7 +300,7 @@ class PlanningMLLM(ScriptedMLLM):
             yield from super().stream_text(request)
 
 
-PROMPTS = load_prompts("omnivideo-1.3b")
+PROMPTS = load_prompts(OMNIVIDEO_1_3B)
 TURNS = {
     "de": ("ein roter Ball; mach ihn blau; wie viele Bälle sind es?", "ein roter Ball", "mach ihn blau"),
     "fr": ("une balle rouge, puis rends-la bleue, combien de balles ?", "une balle rouge", "rends-la bleue"),
@@ -315,7 +316,7 @@ def test_a_model_that_can_plan_splits_and_refers_in_any_language(language):
     mllm = PlanningMLLM()
     entries = [{"do": first, "about": "new"}, {"do": second, "about": "last"}, {"do": "how many?", "about": "last"}]
     mllm.plans = {text: "Here it is: " + json.dumps(entries), "again": '[{"do": "make it green", "about": "1"}]'}
-    talk = Talk(mllm=mllm, prompts=PROMPTS)
+    talk = Talk(mllm=mllm, preset=OMNIVIDEO_1_3B)
     drawn, changed, answered = talk.say(text).results
     assert changed.artifact.source == drawn.artifact.key
     assert answered.action.source == changed.artifact.key and answered.answer
@@ -328,12 +329,24 @@ def test_a_model_that_can_plan_splits_and_refers_in_any_language(language):
     "written",
     ["no plan", "[]", "[1]", '[{"do": "x"}]', '[{"do": "", "about": "new"}]', '[{"do": "x", "about": "9"}]', "[[["],
 )
-def test_a_plan_out_of_form_falls_back_to_the_words(written):
+def test_an_invalid_plan_makes_the_turn_one_action_about_the_last_artifact(written):
+    """The English rules, which would split these turns, are not used for an MLLM that can plan."""
     mllm = PlanningMLLM()
-    mllm.plans = {"a red ball; now make it blue": written}
-    talk = Talk(mllm=mllm, prompts=PROMPTS)
-    drawn, changed = talk.say("a red ball; now make it blue").results
-    assert changed.artifact.source == drawn.artifact.key
+    mllm.plans = {"a red ball; now make it blue": written, "a red star; now make it green": written}
+    talk = Talk(mllm=mllm, preset=OMNIVIDEO_1_3B)
+    (rendered,) = talk.say("a red ball; now make it blue").results
+    assert rendered.action.text == "a red ball; now make it blue" and rendered.artifact.source is None
+    (edited,) = talk.say("a red star; now make it green").results
+    assert edited.artifact.source == rendered.artifact.key
+
+
+def test_an_mllm_that_cannot_plan_is_not_asked_for_a_plan():
+    mllm = PlanningMLLM()
+    mllm.plans = {"a red ball; now make it blue": '[{"do": "something else", "about": "new"}]'}
+    talk = Talk(mllm=mllm, preset=OMNIVIDEO_1_3B.model_copy(update={"mllm_can_plan": False}))
+    first, second = talk.say("a red ball; now make it blue").results
+    assert (first.action.text, second.action.text) == ("a red ball", "make it blue")
+    assert second.artifact.source == first.artifact.key and not any(ask.system == PROMPTS.plan for ask in mllm.asks)
 
 
 def test_an_unclear_reference_is_asked_back():
@@ -343,7 +356,7 @@ def test_an_unclear_reference_is_asked_back():
         "a picture of a star": '[{"do": "a picture of a star", "about": "new"}]',
         "make that one green": '[{"do": "make that one green", "about": "unclear"}]',
     }
-    talk = Talk(mllm=mllm, prompts=PROMPTS)
+    talk = Talk(mllm=mllm, preset=OMNIVIDEO_1_3B)
     ball = talk.say("a red ball").results[0].artifact
     talk.say("a picture of a star")
     assert talk.say("make that one green").text.startswith("Which one do you mean?")

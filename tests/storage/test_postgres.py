@@ -2,10 +2,11 @@
 
 import pytest
 
-from omnivideo.agent.graph import Planner, load_prompts
+from omnivideo.agent.graph import Planner
 from omnivideo.agent.thread import Thread
 from omnivideo.contracts import TurnCompleted
 from omnivideo.errors import InvalidInput
+from omnivideo.presets import TINY
 from omnivideo.settings import load_settings
 from omnivideo.storage.checkpointer import open_checkpointer
 from tests.support.servers import free_port, postgres
@@ -25,7 +26,7 @@ def thread_in(address):
 
     def opening(name: str) -> Thread:
         opened.append(saver := open_checkpointer(load_settings(database=address)))
-        graph = Planner(ScriptedMLLM(), InstantQueue(), load_prompts("tiny")).build_graph(saver)
+        graph = Planner(ScriptedMLLM(), InstantQueue(), TINY).build_graph(saver)
         thread = Thread(graph, name, lambda path, made_by: None)
         return thread if thread.exists() else thread.initialize_state()
 

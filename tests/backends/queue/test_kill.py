@@ -14,13 +14,14 @@ from pathlib import Path
 import torch
 from langgraph.checkpoint.sqlite import SqliteSaver
 
-from omnivideo.agent.graph import Planner, load_prompts
+from omnivideo.agent.graph import Planner
 from omnivideo.agent.thread import Thread
 from omnivideo.backends.decoder.renderer import Renderer
 from omnivideo.backends.mllm.local import LocalMLLM
 from omnivideo.backends.queue.local import LocalQueue
 from omnivideo.contracts import Artifact, MLLMRequest, Route
 from omnivideo.media.artifacts import store_user_file
+from omnivideo.presets import TINY
 from omnivideo.storage.objects.local import LocalObjectStore
 from tests.support.twins import ScriptedMLLM
 
@@ -47,7 +48,7 @@ class HalfScripted(LocalMLLM):
 def thread_in(home: Path, omni) -> Thread:
     home.mkdir(exist_ok=True)
     store = LocalObjectStore(home / "store")
-    planner = Planner(HalfScripted(omni, store), LocalQueue(Renderer(omni, store, "random")), load_prompts("tiny"))
+    planner = Planner(HalfScripted(omni, store), LocalQueue(Renderer(omni, store, "random")), TINY)
     saver = SqliteSaver(sqlite3.connect(home / "threads.sqlite", check_same_thread=False))
     thread = Thread(planner.build_graph(saver), "talk", lambda path, made_by: store_user_file(store, path, made_by))
     return thread if thread.exists() else thread.initialize_state()
