@@ -138,7 +138,8 @@ def test_attack_rare_codec():
 
 
 def test_attack_bytes_above_the_cap(noise_mp4, no_child_process):
-    assert f"has {len(noise_mp4)} bytes; allowed: 1 to 100" in ingest_refusal(noise_mp4, limits=MediaLimits(max_bytes=100))
+    text = ingest_refusal(noise_mp4, limits=MediaLimits(max_bytes=100))
+    assert f"has {len(noise_mp4)} bytes; allowed: 1 to 100" in text
 
 
 @pytest.mark.parametrize("side", [4_000, 50_000])
