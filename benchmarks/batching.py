@@ -19,16 +19,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from omnivideo.contracts import TRAINING_TASKS
+from omnivideo.synthetic.requests import sample_requests
 from omnivideo.training.config import TrainingConfig
-from omnivideo.training.data.batch_sampler import PAPER_TASK_MIX, TASKS, BatchSampler, Bucket, MixConfig, measure_epoch
+from omnivideo.training.data.batch_sampler import PAPER_TASK_MIX, BatchSampler, Bucket, MixConfig, measure_epoch
 from omnivideo.training.engine.recipe import Losses, Recipe, single_micro_batch, step_seed
 from omnivideo.training.engine.run import RunContext
 from omnivideo.training.engine.trainer import Trainer, read_complete_lines
-from omnivideo.training.recipes.flow import build_adapter_recipe
-from omnivideo.training.recipes.parts import TASK_GROUPS
 from omnivideo.training.tiny.feature_cache import PreparationConfig, load_cached_task
+from omnivideo.training.tiny.flow_stages import TASK_GROUPS, build_adapter_recipe
 from omnivideo.training.tiny.pipeline import REQUESTS_PER_TASK, TinyPipeline
-from omnivideo.training.tiny.requests import sample_requests
 
 ARMS = ("mixed", "one task")
 LOOKS = 4  # held-out batches of each task
@@ -44,7 +44,9 @@ def open_tiny(given: argparse.Namespace) -> TinyPipeline:
 def paper_set(total: int) -> tuple[list, list[Bucket]]:
     """Samples in Table 1's shares; three aspect ratios, and two lengths of clips."""
     rng = np.random.default_rng(0)
-    tasks = rng.permutation([task for task in TASKS for _ in range(round(total * PAPER_TASK_MIX[task] / 100))]).tolist()
+    tasks = rng.permutation(
+        [task for task in TRAINING_TASKS for _ in range(round(total * PAPER_TASK_MIX[task] / 100))]
+    ).tolist()
     wide = [(480, 480), (832, 480), (480, 832)]
     shapes = [(*wide[rng.choice(3)], int(rng.choice((17, 41))) if "video" in task else 1) for task in tasks]
     return tasks, [Bucket(*shape) for shape in shapes]
@@ -62,7 +64,7 @@ def orders(total: int) -> None:
         for mixed in (True, False)
     ]
     print(f"{'':22}{'mixed':>18}{'one task a batch':>20}")
-    for task in TASKS:
+    for task in TRAINING_TASKS:
         cells = [f"{one.steps_per_1000_samples[task]:.1f} ({one.max_sample_gap[task]})" for one in found]
         print(f"{task:22}{cells[0]:>18}{cells[1]:>20}")
     print(f"{'steps':22}{found[0].steps:>18}{found[1].steps:>20}")

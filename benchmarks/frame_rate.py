@@ -20,11 +20,13 @@ import numpy as np
 import torch
 from scipy import ndimage
 
+from omnivideo.contracts import TASKS
 from omnivideo.evaluation.prompts import sample_prompts
 from omnivideo.evaluation.suite import CHUNK_SIZE, iterate_chunks, sample_clips
 from omnivideo.models.mllm import MLLMMessage
 from omnivideo.models.omni import OmniVideoModel
 from omnivideo.models.vae import encode_pixels, pixels_from_bytes
+from omnivideo.synthetic.requests import sample_requests
 from omnivideo.synthetic.scenes import (
     BACKGROUNDS,
     CELL_SIZE,
@@ -41,10 +43,10 @@ from omnivideo.training.data.batch import CachedTask
 from omnivideo.training.data.visual_targets import embed_frames
 from omnivideo.training.engine.run import RunContext
 from omnivideo.training.engine.trainer import Trainer, read_complete_lines
-from omnivideo.training.recipes.flow import SyntheticSource, build_flow_recipe
+from omnivideo.training.recipes.flow import build_flow_recipe
 from omnivideo.training.tiny.feature_cache import load_cached_task, load_or_compute
+from omnivideo.training.tiny.flow_stages import SyntheticSource
 from omnivideo.training.tiny.pipeline import REQUESTS_PER_TASK, TinyPipeline
-from omnivideo.training.tiny.requests import TASKS, sample_requests
 
 RATES = (FPS, 12)
 MEASURES = ("right", "steady", "uneven")

@@ -15,17 +15,20 @@ from pathlib import Path
 
 import torch
 
+from omnivideo.contracts import TASKS
 from omnivideo.models.omni import OmniVideoModel
+from omnivideo.presets import Task
+from omnivideo.synthetic.requests import sample_requests
 from omnivideo.training.config import TrainingConfig
 from omnivideo.training.data.batch import CachedTask, FlowBatch, collate_flow_batch
 from omnivideo.training.engine.recipe import Recipe
 from omnivideo.training.engine.run import RunContext
 from omnivideo.training.engine.trainer import Trainer
 from omnivideo.training.recipes import flow, parts
-from omnivideo.training.recipes.flow_matching import flow_matching_loss
+from omnivideo.training.recipes.losses import flow_matching_loss
+from omnivideo.training.tiny import flow_stages
 from omnivideo.training.tiny.feature_cache import load_cached_task
 from omnivideo.training.tiny.pipeline import REQUESTS_PER_TASK, TinyPipeline
-from omnivideo.training.tiny.requests import TASKS, Task, sample_requests
 
 EVERY, WATCHED = 50, 96  # steps; requests of each task
 Curve = dict[Task, list[tuple[int, float]]]
@@ -73,9 +76,9 @@ def two_substages(
     tiny: TinyPipeline, steps: list[int], out: Path, data: dict[Task, CachedTask], watched: dict
 ) -> Iterator[Curve]:
     omni = tiny.load_omni("stage2a")
-    first = flow.build_stage2b_generation_recipe(omni, data, steps[0])
+    first = flow_stages.build_stage2b_generation_recipe(omni, data, steps[0])
     yield from followed(omni, first, out / "first", 0, watched)
-    second = flow.build_stage2b_recipe(omni, data, steps[1])
+    second = flow_stages.build_stage2b_recipe(omni, data, steps[1])
     yield from followed(omni, second, out / "second", steps[0], watched)
 
 
@@ -83,7 +86,7 @@ def all_at_once(
     tiny: TinyPipeline, steps: list[int], out: Path, data: dict[Task, CachedTask], watched: dict
 ) -> Iterator[Curve]:
     omni = tiny.load_omni("stage2a")
-    yield from followed(omni, flow.build_stage2b_recipe(omni, data, sum(steps)), out / "at-once", 0, watched)
+    yield from followed(omni, flow_stages.build_stage2b_recipe(omni, data, sum(steps)), out / "at-once", 0, watched)
 
 
 def plot(found: dict[str, Curve], picture: Path) -> None:

@@ -31,11 +31,13 @@ from torch import Tensor, nn
 from omnivideo.models.omni import Bridge, OmniVideoModel, build_decoder
 from omnivideo.presets import Preset, compute_latent_grid, count_decoder_tokens, get_preset
 from omnivideo.training.data.batch import CachedTask, RaggedTensor
-from omnivideo.training.engine.monitor import find_peak_flops, measure_peak_memory
+from omnivideo.training.engine.distributed.launcher import launch_processes
+from omnivideo.training.engine.distributed.processes import ProcessContext, is_launched, open_process_context
+from omnivideo.training.engine.monitor import measure_peak_memory
 from omnivideo.training.engine.recipe import Recipe
-from omnivideo.training.engine.zero import ProcessContext, is_launched, launch_processes, open_process_context
 from omnivideo.training.planning.flops import count_decoder_flops
-from omnivideo.training.recipes.flow import build_stage2b_recipe, build_stage3_recipe
+from omnivideo.training.planning.gpus import find_peak_flops
+from omnivideo.training.tiny.flow_stages import build_stage2b_recipe, build_stage3_recipe
 
 STAGES = {"stage 2b": build_stage2b_recipe, "stage 3": build_stage3_recipe}
 PLAIN = "plain loop"

@@ -99,7 +99,8 @@ def find_cycles(graph: dict[str, set[str]]) -> list[list[str]]:
 
 # ---------------------------------------------------------------- diagrams
 
-BASE = ("contracts", "errors", "ports", "presets", "settings")  # single modules that every package may import
+# Single modules that every package may import.
+BASE = ("contracts", "cpu_threads", "errors", "ports", "presets", "settings")
 LABELS = {
     "cli": "command line",
     "sdk": "Studio, Client",

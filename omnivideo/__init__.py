@@ -1,14 +1,16 @@
-"""OmniVideo: a service you talk to, that understands, creates and edits video.
+"""OmniVideo: understand, generate and edit video in one conversation.
 
     from omnivideo import Studio
     clip = Studio().generate("a small red circle moving right")
     clip.save("clip.mp4")
 
-Importing this package loads no model library: what it names is fetched on first use.
+Importing this package loads no model library: each name below is imported on first use.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from omnivideo.cpu_threads import configure_cpu_threads
 
 if TYPE_CHECKING:
     from omnivideo.sdk.async_client import AsyncClient
@@ -28,5 +30,7 @@ LAZY_EXPORTS = {
 
 def __getattr__(name: str) -> Any:
     if name in LAZY_EXPORTS:
+        if name == "Studio":  # its module loads torch
+            configure_cpu_threads()
         return getattr(import_module(f"omnivideo.{LAZY_EXPORTS[name]}"), name)
     raise AttributeError(f"module 'omnivideo' has no attribute {name!r}")

@@ -1,6 +1,6 @@
 """The frozen messages that cross rooms."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -58,9 +58,34 @@ class Manifest(FrozenModel):
     seconds: dict[str, float]
 
 
-# ---------------------------------------------------------------- what a conversation is made of
+# ---------------------------------------------------------------- tasks
 
 Medium = Literal["image", "video"]
+# `Task` is a task that generates: the presets have sampling defaults for each. Training has two more.
+TrainingTask = Literal["image-understanding", "video-understanding", Task]
+TASKS: tuple[Task, ...] = get_args(Task)
+TRAINING_TASKS: tuple[TrainingTask, ...] = get_args(TrainingTask)
+
+
+def get_task_medium(task: TrainingTask) -> Medium:
+    """Return the medium that a task generates, edits or answers questions about."""
+    return "video" if task in ("video-understanding", "text-to-video", "video-editing") else "image"
+
+
+def is_editing_task(task: TrainingTask) -> bool:
+    return task in ("image-editing", "video-editing")
+
+
+def get_generation_task(medium: Medium) -> Task:
+    return "text-to-video" if medium == "video" else "text-to-image"
+
+
+def get_editing_task(medium: Medium) -> Task:
+    return "video-editing" if medium == "video" else "image-editing"
+
+
+# ---------------------------------------------------------------- what a conversation is made of
+
 Think = Literal["off", "on", "auto"]
 Goal = Literal["understand", "generate", "edit"]
 THINK_START, THINK_END = "<think>", "</think>"  # around the reasoning in an answer
@@ -154,6 +179,7 @@ class JobStatus(FrozenModel):
     kind: str
     meta: dict[str, str]
     job: Job
+    turn_id: str | None = None
 
 
 class Claim(FrozenModel):
@@ -219,6 +245,35 @@ class Turn(FrozenModel):
     results: tuple[ActionResult, ...]
 
 
+class TurnRecord(FrozenModel):
+    """A turn as the service stores it; `attempt` counts the processes that have run it."""
+
+    id: str
+    thread_id: str
+    owner: str
+    state: str
+    number: int
+    body: dict[str, Any]
+    attempt: int
+    error: dict[str, Any] | None
+    created_at: float
+
+
+class TurnEvents(FrozenModel):
+    """Numbered events of a turn; `is_open` tells whether more may follow."""
+
+    is_open: bool
+    events: tuple[tuple[int, dict[str, Any]], ...]
+
+
+class Change(FrozenModel):
+    """A change of a turn or a job. An event of a turn comes with its number, and with its body if it is small."""
+
+    topic: str
+    number: int | None = None
+    body: dict[str, Any] | None = None
+
+
 class TurnOptions(FrozenModel):
     """How a turn is run: `check` is the number of tries."""
 
@@ -263,6 +318,13 @@ class Preview(FrozenModel):
     png: str
 
 
+class StoredPreview(FrozenModel):
+    """A preview as the service records it: `key` is the PNG's key in the object store."""
+
+    kind: Literal["preview"] = "preview"
+    key: str
+
+
 class ArtifactReady(FrozenModel):
     """An artifact is there; `final` is False for a try that may give way to a better one."""
 
@@ -304,6 +366,53 @@ TurnEvent = (
 )
 
 
+# ---------------------------------------------------------------- what the service stores for its users
+
+
+class FileRecord(FrozenModel):
+    """A stored file. `object_key` is its key in the object store; `artifact` is set if it is an image or a clip."""
+
+    id: str
+    owner: str
+    name: str
+    purpose: str
+    size_bytes: int
+    object_key: str
+    artifact: dict[str, Any] | None
+    created_at: float
+
+
+class BatchRecord(FrozenModel):
+    """A batch. `counts` has total, completed and failed lines; `state_times` when each state began (Unix seconds)."""
+
+    id: str
+    owner: str
+    state: str
+    endpoint: str
+    input_file_id: str
+    output_file_id: str | None
+    error_file_id: str | None
+    counts: dict[str, int]
+    metadata: dict[str, str]
+    validation_errors: list[dict[str, Any]] | None
+    state_times: dict[str, int]
+    runner_name: str | None
+    heartbeat_at: float
+    created_at: float
+
+
+class WebhookRecord(FrozenModel):
+    """A webhook: where events go (`url`), the key that signs them (`secret`), and the types of event it receives."""
+
+    id: str
+    owner: str
+    url: str
+    secret: str
+    name: str
+    event_types: list[str]
+    created_at: float
+
+
 def invalid_input_from_validation(error: ValidationError) -> InvalidInput:
     """A message's first wrong field, with the allowed range."""
     first = error.errors()[0]
@@ -324,7 +433,7 @@ def resolve_sampling_params(preset: Preset, task: Task, **overrides: object) -> 
     compute_latent_grid(params.width, params.height, params.frames)
     if params.width * params.height * params.frames > MAX_CLIP_PIXELS:
         raise InvalidInput("size", f"width x height x frames is above {MAX_CLIP_PIXELS}")
-    if (params.frames == 1) != (task in ("text-to-image", "image-editing")):
+    if (params.frames == 1) != (get_task_medium(task) == "image"):
         raise InvalidInput("frames", f"{params.frames} does not fit {task}: an image has 1, a video 5 or more")
     check_model_limits(preset, params)
     return params
@@ -339,7 +448,7 @@ def check_model_limits(preset: Preset, params: SamplingParams) -> None:
     for axis, patch, field in zip(grid, preset.decoder["patch_size"], ("frames", "height", "width"), strict=True):
         if axis // patch > max_positions:
             raise InvalidInput(field, f"{getattr(params, field)} is more than this model has positions for")
-    tokens = count_visual_context_tokens(preset, grid) if params.task.endswith("editing") else 0
+    tokens = count_visual_context_tokens(preset, grid) if is_editing_task(params.task) else 0
     if tokens > preset.max_condition_tokens:
         text = f"an edit at this size and length has {tokens} tokens of source; allowed: {preset.max_condition_tokens}"
         raise InvalidInput("size", text)

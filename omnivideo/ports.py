@@ -1,15 +1,36 @@
-"""The seams: what the planner needs of the world.  Each has an in-process wiring and, in tests, an in-memory twin."""
+"""The seams: what one package needs of another, as protocols. omnivideo/wiring.py chooses what stands behind each."""
 
-from collections.abc import Collection, Iterator
-from typing import Protocol
+from collections.abc import Collection, Hashable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Literal, Protocol, TypeVar
 
-from omnivideo.contracts import Artifact, Job, Medium, MLLMRequest, Preview, Route, StepProgress
+from omnivideo.contracts import (
+    Artifact,
+    Change,
+    Job,
+    JobStatus,
+    Lane,
+    Medium,
+    MLLMRequest,
+    Preview,
+    Route,
+    SamplingParams,
+    StepProgress,
+    TurnEvents,
+    TurnRecord,
+)
+
+Latents = TypeVar("Latents")
+LatentsOut = TypeVar("LatentsOut", covariant=True)
+State = TypeVar("State")
+StateOut = TypeVar("StateOut", covariant=True)
+Clip = TypeVar("Clip")
 
 
 class ObjectStore(Protocol):
-    """Bytes under the digest of what they are.  A key is `<sha256>.<suffix>`; the same bytes are the same key.
+    """Files by content: a key is `<sha256>.<suffix>`, so the same bytes always have the same key.
 
-    Raises StoreError where bytes cannot be written, and NotStored where a key is not there.
+    Raises StoreError if the bytes cannot be written, and ArtifactNotFound for an unknown key.
     """
 
     def put(self, data: bytes, suffix: str) -> str: ...
@@ -20,45 +41,200 @@ class ObjectStore(Protocol):
 
 
 class SweepableObjectStore(ObjectStore, Protocol):
-    """A store that can be looked through and cleaned."""
+    """An object store whose files can be listed and removed."""
 
     def iter_keys(self) -> Iterator[str]: ...
 
     def sweep(self, referenced_keys: Collection[str], lifetime_seconds: float) -> list[str]:
-        """Removes what nothing refers to and nobody has put for `lifetime` seconds; returns the removed keys."""
+        """Remove the files that are neither referenced nor written within `lifetime_seconds`. Return their keys."""
         ...
 
 
 class MLLM(Protocol):
-    """The multimodal language model with its two heads.  Everything it returns is the same for the same ask."""
+    """The multimodal language model with its text head and vision head. Equal requests get equal answers."""
 
     def route(self, request: MLLMRequest) -> Route:
-        """By the first token of the answer."""
+        """Return what the first token of the answer asks for."""
         ...
 
     def stream_text(self, request: MLLMRequest) -> Iterator[str]:
-        """The text head's answer, piece by piece, think marks included."""
+        """Yield the text head's answer in pieces, including the marks around the reasoning."""
         ...
 
     def score_agreement(self, request: MLLMRequest) -> float:
-        """The probability of "yes" against "no" as the answer, 0 to 1."""
+        """Return the probability, 0 to 1, that the answer is "yes" rather than "no"."""
         ...
 
     def predict_visual_tokens(self, request: MLLMRequest, medium: Medium) -> str:
-        """The key in the store of the vision head's tokens for the ask."""
+        """Return a reference to the vision head's tokens for the request.
+
+        It is the object key of the tokens' file. The file is in the store only if a job may outlive this process or is
+        rendered in another one.
+        """
         ...
 
 
+class RenderProgress(Protocol[LatentsOut, StateOut]):
+    """The state of a clip after a denoising step: its predicted clean latents, and what is needed to continue."""
+
+    @property
+    def step(self) -> StepProgress: ...
+
+    @property
+    def clean_latents(self) -> LatentsOut: ...
+
+    @property
+    def state(self) -> StateOut: ...
+
+
+class Decoder(Protocol[Latents, State, Clip]):
+    """Renders jobs in this process. The types of its latents, denoising states and clips are its own."""
+
+    def prepare_job(self, job: Job) -> tuple[Job, SamplingParams]:
+        """Return the job with its visual tokens, and its settings. Raises InvalidInput if it cannot be rendered."""
+        ...
+
+    def compute_batch_key(self, job: Job) -> Hashable | None:
+        """Return what jobs must share to be rendered in one pass, or None if the job is rendered alone."""
+        ...
+
+    def render_job(
+        self, job: Job, params: SamplingParams, initial_state: State | None = None
+    ) -> Iterator[RenderProgress[Latents, State] | Clip]:
+        """Yield the progress after each denoising step, and the clip at the end."""
+        ...
+
+    def render_batch(
+        self, prepared_jobs: Sequence[tuple[Job, SamplingParams]], initial_state: State | None = None
+    ) -> Iterator[RenderProgress[Latents, State] | list[Clip]]:
+        """Render several jobs with the same batch key in one pass."""
+        ...
+
+    def render_preview(self, clean_latents: Latents, /) -> Preview: ...
+
+    def store_result(self, job: Job, params: SamplingParams, clip: Clip) -> Artifact: ...
+
+
 class JobQueue(Protocol):
-    """Where clips are drawn."""
+    """Renders the planner's clips."""
 
     def run(self, job: Job) -> Iterator[StepProgress | Preview | Artifact]:
-        """Submits the job and follows it: steps and previews as they come, the stored artifact at the end.
+        """Submit a job and follow it: yield steps and previews as they happen, and the stored artifact at the end.
 
-        A job that is known by its id is followed, not drawn again.  Raises JobCancelled, or an OmniVideoError.
+        A job whose id is known is followed and not rendered again. Raises JobCancelled or another OmniVideoError.
         """
         ...
 
     def cancel(self, job_id: str) -> None:
-        """Takes effect within one denoising step."""
+        """Cancel a job within one denoising step."""
         ...
+
+
+class ChangeWatch(Protocol):
+    """The notifications of one follower."""
+
+    async def receive(self, timeout_seconds: float | None = None) -> Change | None:
+        """Return the next change, or None if the store must be read: on a timeout, or if changes were missed."""
+        ...
+
+
+class JobStore(Protocol):
+    """The jobs of all owners: submitting, following, listing and counting them."""
+
+    def submit(
+        self,
+        job: Job,
+        owner: str = "local",
+        lane: Lane = "interactive",
+        kind: str = "turn",
+        meta: dict[str, str] | None = None,
+    ) -> JobStatus | None:
+        """Submit a job. Return None if the same job was submitted before.
+
+        Raises ServiceBusy if a limit is reached, and InvalidInput if the id belongs to a different job.
+        """
+        ...
+
+    def get_status(self, job_id: str) -> JobStatus | None: ...
+
+    def list_statuses(self, job_ids: Collection[str]) -> list[JobStatus]: ...
+
+    def watch_ends(self, job_ids: Collection[str]) -> AbstractContextManager[ChangeWatch]:
+        """Follow the ends of jobs in the running event loop."""
+        ...
+
+    def cancel(self, job_id: str) -> None: ...
+
+    def cancel_by_prefix(self, owner: str, id_prefix: str) -> None: ...
+
+    def get_owned_job(self, job_id: str, owner: str, kind: str) -> JobStatus | None: ...
+
+    def list_owned_jobs(
+        self, owner: str, kind: str, after: str | None, limit: int, newest_first: bool
+    ) -> tuple[list[JobStatus], bool]:
+        """Return a page of an owner's jobs, and whether there are more."""
+        ...
+
+    def delete_owned_job(self, job_id: str, owner: str, kind: str) -> bool:
+        """Delete a job. Return whether there was one."""
+        ...
+
+    def count_queued(self) -> int: ...
+
+    def count_by_lane_and_state(self) -> list[tuple[str, str, int]]: ...
+
+    def get_oldest_wait_seconds(self) -> float: ...
+
+
+class TurnStore(Protocol):
+    """The service's threads, the turns that run in them, and the events of each turn."""
+
+    def create_thread(self, thread_id: str, owner: str) -> None:
+        """Create a thread. Raises InvalidInput if the id is taken."""
+        ...
+
+    def has_thread(self, thread_id: str, owner: str) -> bool: ...
+
+    def list_threads(self, owner: str, limit: int) -> list[dict[str, Any]]: ...
+
+    def delete_thread(self, thread_id: str) -> None: ...
+
+    def create_turn(
+        self, turn_id: str, thread_id: str, owner: str, number: int, body: dict[str, Any]
+    ) -> TurnRecord | None:
+        """Create a turn. Return None if the id is known or another turn of the thread is open."""
+        ...
+
+    def get_turn(self, turn_id: str, owner: str) -> TurnRecord | None: ...
+
+    def claim_turn(self, turn_id: str) -> TurnRecord | None: ...
+
+    def claim_lost_turn(self, heartbeat_timeout_seconds: float) -> TurnRecord | None: ...
+
+    def heartbeat(self, turn: TurnRecord) -> Literal["wanted", "cancelled", "lost"]: ...
+
+    def cancel_turn(self, turn_id: str) -> None: ...
+
+    def end_turn(self, turn: TurnRecord, state: str, error: dict[str, Any] | None = None) -> bool: ...
+
+    def append_event(self, turn: TurnRecord, event: dict[str, Any]) -> bool:
+        """Append an event under the turn's next number. Return False if another process runs the turn by now."""
+        ...
+
+    def list_events(self, turn_id: str, after_number: int = 0) -> list[tuple[int, dict[str, Any]]]: ...
+
+    def read_events(self, turn_id: str, after_number: int = 0) -> TurnEvents:
+        """Return the events with a number above `after_number`, and whether more may follow."""
+        ...
+
+    def watch_events(self, turn_id: str) -> AbstractContextManager[ChangeWatch]:
+        """Follow a turn in the running event loop; its events come with their numbers."""
+        ...
+
+    def wait_for_end(self, turn_id: str, owner: str) -> None:
+        """Wait until the turn is not open any more."""
+        ...
+
+    def find_chat_thread(self, owner: str, digest: str) -> tuple[str, int] | None: ...
+
+    def save_chat_thread(self, owner: str, digest: str, thread_id: str, turn_count: int) -> None: ...

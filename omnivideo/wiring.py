@@ -22,8 +22,13 @@ if TYPE_CHECKING:
     from omnivideo.api.dependencies import ServiceContext
     from omnivideo.backends.decoder.renderer import Renderer
     from omnivideo.backends.decoder.worker import Worker
+    from omnivideo.backends.mllm.remote import RemoteMLLM
     from omnivideo.models.omni import OmniVideoModel
+    from omnivideo.storage.database.batches import BatchRepository
+    from omnivideo.storage.database.files import FileRepository
     from omnivideo.storage.database.jobs import JobRepository
+    from omnivideo.storage.database.turns import TurnRepository
+    from omnivideo.storage.database.webhooks import WebhookRepository
 
 
 def build_local_conversations(omni: "OmniVideoModel", weights_digest: str, settings: ServiceSettings) -> Conversations:
@@ -33,7 +38,8 @@ def build_local_conversations(omni: "OmniVideoModel", weights_digest: str, setti
     from omnivideo.backends.queue.local import LocalQueue
 
     store = LocalObjectStore(settings.home / "store")
-    renderer = Renderer(omni, store, weights_digest)
+    # A job of this queue never leaves the process, so neither do its visual tokens.
+    renderer = Renderer(omni, store, weights_digest, persist_tokens=False)
     queue = LocalQueue(renderer)
     return Conversations(
         mllm=RemoteMLLM(settings.mllm, store) if settings.mllm else renderer.mllm,
@@ -90,6 +96,30 @@ class ServiceWiring:
         return JobRepository(self.engine, self.settings.max_queued_jobs, self.settings.max_open_jobs_per_key)
 
     @cached_property
+    def files(self) -> "FileRepository":
+        from omnivideo.storage.database.files import FileRepository
+
+        return FileRepository(self.engine)
+
+    @cached_property
+    def batches(self) -> "BatchRepository":
+        from omnivideo.storage.database.batches import BatchRepository
+
+        return BatchRepository(self.engine)
+
+    @cached_property
+    def webhooks(self) -> "WebhookRepository":
+        from omnivideo.storage.database.webhooks import WebhookRepository
+
+        return WebhookRepository(self.engine)
+
+    @cached_property
+    def turns(self) -> "TurnRepository":
+        from omnivideo.storage.database.turns import TurnRepository
+
+        return TurnRepository(self.engine)
+
+    @cached_property
     def renderer(self) -> "Renderer":
         from omnivideo.backends.decoder.renderer import Renderer
         from omnivideo.models.device import pick_device
@@ -116,13 +146,18 @@ class ServiceWiring:
 
     @cached_property
     def mllm(self) -> MLLM:
-        if self.settings.mllm:
-            from omnivideo.backends.mllm.remote import RemoteMLLM
+        return self.remote_mllm or self.renderer.mllm
 
-            remote = RemoteMLLM(self.settings.mllm, self.store)
-            self.close_callbacks.append(remote.close)
-            return remote
-        return self.renderer.mllm
+    @cached_property
+    def remote_mllm(self) -> "RemoteMLLM | None":
+        """The MLLM behind its own server, or None if it runs in this process."""
+        if not self.settings.mllm:
+            return None
+        from omnivideo.backends.mllm.remote import RemoteMLLM
+
+        remote = RemoteMLLM(self.settings.mllm, self.store)
+        self.close_callbacks.append(remote.close)
+        return remote
 
     @cached_property
     def notify_workers(self) -> Callable[[], None]:
@@ -162,11 +197,7 @@ class ServiceWiring:
         from omnivideo.backends.webhooks import check_reachable
         from omnivideo.media import ingest
         from omnivideo.media.thumbnails import create_picture_renderer
-        from omnivideo.storage.database.batches import BatchRepository
-        from omnivideo.storage.database.files import FileRepository
         from omnivideo.storage.database.keys import APIKeyRepository
-        from omnivideo.storage.database.turns import TurnRepository
-        from omnivideo.storage.database.webhooks import WebhookRepository
 
         settings = self.settings
 
@@ -180,25 +211,24 @@ class ServiceWiring:
             )
             return ingest.fetch_media(url, settings.media_hosts, max_bytes, timeout_seconds, extra_ports=ports)
 
-        context = ServiceContext(
+        return ServiceContext(
             settings=settings,
             store=self.store,
             jobs=self.jobs,
             api_keys=APIKeyRepository(self.engine, settings.admin_key),
-            files=FileRepository(self.engine),
-            batches=BatchRepository(self.engine),
-            webhooks=WebhookRepository(self.engine),
-            turns=TurnRepository(self.engine),
+            files=self.files,
+            batches=self.batches,
+            webhooks=self.webhooks,
+            turns=self.turns,
             conversations=self.conversations,
-            ingest_media=lambda data, made_by, name="": ingest.ingest_media(self.store, data, made_by, name),
+            turn_runner=TurnRunner(self.turns, self.jobs, self.conversations, settings.heartbeat_timeout),
+            ingest_media=partial(ingest.ingest_media, self.store),
             fetch_media=fetch_media,
             notify_workers=self.notify_workers,
             render_thumbnail=create_picture_renderer(self.store),
             check_webhook_url=partial(check_reachable, internal_hosts=settings.webhook_hosts),
-            remote_mllm=self.mllm if settings.mllm else None,
+            mllm_server=self.remote_mllm,
         )
-        context.turn_runner = TurnRunner(context)
-        return context
 
     def start_background_services(self, context: "ServiceContext") -> "ServiceContext":
         """The same rooms, with what works beside the requests begun: batches and webhooks."""
@@ -209,8 +239,8 @@ class ServiceWiring:
 
         settings, send_chat_request = self.settings, partial(chat.run_chat_request, context)
         runner = BatchRunner(
-            context.batches,
-            context.files,
+            self.batches,
+            self.files,
             self.jobs,
             self.store,
             self.notify_workers,
@@ -218,7 +248,7 @@ class ServiceWiring:
             send_chat_request,
             settings.heartbeat_timeout,
         )
-        sender = WebhookSender(context.webhooks, self.jobs, settings.webhook_hosts)
+        sender = WebhookSender(self.webhooks, self.jobs, settings.webhook_hosts)
         self.close_callbacks += [runner.start().stop, sender.start().stop]
         return context
 
@@ -227,13 +257,12 @@ class ServiceWiring:
         return store_user_file(self.store, path, created_by)
 
     def sweep_store(self) -> list[str]:
-        """Removes what no thread, job or file refers to; returns the removed keys."""
-        from omnivideo.storage.database.files import FileRepository
-
+        """Removes what no thread, turn, job or file refers to; returns the removed keys."""
         referenced_keys = (
             self.conversations.collect_referenced_keys()
             | self.jobs.collect_referenced_keys(self.settings.artifact_lifetime_seconds)
-            | FileRepository(self.engine).collect_referenced_keys()
+            | self.files.collect_referenced_keys()
+            | self.turns.collect_referenced_keys()
         )
         return self.store.sweep(referenced_keys, self.settings.artifact_lifetime_seconds)
 

@@ -1,4 +1,4 @@
-"""Weights of the tiny preset at random, in the shipped layout: what every test of loading and running stands on."""
+"""Random weights of the tiny preset, in the shipped layout, and a service that uses them."""
 
 import random
 from pathlib import Path
@@ -15,9 +15,16 @@ from omnivideo.models.weights import checkpoint
 from omnivideo.presets import TINY
 from omnivideo.training.tiny import mllm, text_encoder
 from tests.support.openai_service import client_for, http_for, service_in
+from tests.support.tiers import mark_tiers
 from tests.support.vllm_server import interpreter
 
 torch.set_num_threads(1)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Mark the tests before pytest selects them by `-m`."""
+    mark_tiers(items)
 
 
 @pytest.fixture(scope="session")
@@ -28,8 +35,8 @@ def text_tokenizer():
 @pytest.fixture(scope="session")
 def mllm_tokenizer():
     rng = random.Random(0)
-    samples = [mllm.sample_from_mix(rng) for _ in range(200)]
-    return mllm.build_tokenizer([f"{message.text} {reply}" for message, reply in samples], vocab_size=600)
+    examples = [mllm.sample_foundation_example(rng) for _ in range(200)]
+    return mllm.build_tokenizer([f"{example.text} {example.answer}" for example in examples], vocab_size=600)
 
 
 @pytest.fixture(scope="session")
@@ -56,14 +63,14 @@ def weights(omni, tmp_path_factory) -> Path:
 
 @pytest.fixture(autouse=True)
 def short_answers(monkeypatch):
-    """An untrained model would talk on to the limit."""
+    """Limit the answers: an untrained model never ends one."""
     monkeypatch.setattr(LocalMLLM, "max_tokens", 24)
     monkeypatch.setattr(RemoteMLLM, "max_tokens", 24)
 
 
 @pytest.fixture(scope="session")
 def vllm_python() -> str:
-    """An interpreter that has vLLM."""
+    """Return the path of an interpreter that has vLLM, or skip."""
     try:
         return interpreter()
     except LookupError as why:
@@ -83,13 +90,13 @@ def rooms(service):
 
 @pytest.fixture(scope="module")
 def client(service):
-    """The unmodified openai client."""
+    """Yield the unmodified openai client."""
     with client_for(service) as client:
         yield client
 
 
 @pytest.fixture(scope="module")
 def http(service):
-    """For what the openai client has no words for."""
+    """Yield an HTTP client, for the routes that OpenAI does not have."""
     with http_for(service) as http:
         yield http

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-import numpy as np
 from langgraph.checkpoint.base import BaseCheckpointSaver
 
 from omnivideo.agent import english_rules
@@ -15,7 +14,6 @@ from omnivideo.agent.graph import Planner, load_prompts
 from omnivideo.agent.thread import AttachFile, Thread
 from omnivideo.contracts import Artifact, Manifest
 from omnivideo.errors import ArtifactNotFound
-from omnivideo.media.artifacts import load_frames
 from omnivideo.ports import MLLM, JobQueue, SweepableObjectStore
 
 LOCAL_OWNER = "local"  # the owner where there is but one
@@ -59,10 +57,6 @@ class Conversations:
     def list_thread_ids(self) -> list[str]:
         thread_ids = {entry.config["configurable"]["thread_id"]: None for entry in self.checkpointer.list(None)}
         return list(thread_ids)
-
-    def read_frames(self, artifact: Artifact) -> np.ndarray:
-        """uint8 [F, H, W, 3]."""
-        return load_frames(self.store, artifact)
 
     def replay_artifact(self, artifact: Artifact) -> str:
         """The key of what an artifact's manifest draws; raises NotStored for one that was attached."""

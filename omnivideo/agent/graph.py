@@ -46,9 +46,14 @@ from omnivideo.contracts import (
     TurnCompleted,
     TurnEvent,
     TurnOptions,
+    get_editing_task,
+    get_generation_task,
 )
 from omnivideo.ports import MLLM, JobQueue
 
+# The names of the nodes are part of every stored checkpoint: a turn that waits for a reply continues by them. This
+# node's name is older than its method's.
+REFERENCE_NODE = "refer"
 MIN_ROUTE_PROBABILITY = 0.5  # below this probability the route is asked for
 MIN_AGREEMENT = 0.5  # from here on a try is taken as it is
 MEDIUM_NAMES: dict[Medium, str] = {"image": "picture", "video": "video"}
@@ -116,31 +121,18 @@ class Planner:
 
     def build_graph(self, checkpointer: BaseCheckpointSaver) -> Any:
         builder = StateGraph(PlannerState)
-        for name in (
-            "plan",
-            "resolve_reference",
-            "think",
-            "route",
-            "understand",
-            "generate",
-            "edit",
-            "check",
-            "answer",
-        ):
+        for name in ("plan", "think", "route", "understand", "generate", "edit", "check", "answer"):
             builder.add_node(name, getattr(self, name))
+        builder.add_node(REFERENCE_NODE, self.resolve_reference)
         builder.add_edge(START, "plan")
-        builder.add_edge("plan", "resolve_reference")
-        builder.add_conditional_edges(
-            "resolve_reference", choose_node_after_reference, ["think", "resolve_reference", "answer"]
-        )
+        builder.add_edge("plan", REFERENCE_NODE)
+        builder.add_conditional_edges(REFERENCE_NODE, choose_node_after_reference, ["think", REFERENCE_NODE, "answer"])
         builder.add_edge("think", "route")
         builder.add_conditional_edges("route", choose_goal_node, ["understand", "generate", "edit"])
-        builder.add_conditional_edges("understand", choose_next_node, ["resolve_reference", "answer"])
+        builder.add_conditional_edges("understand", choose_next_node, [REFERENCE_NODE, "answer"])
         builder.add_edge("generate", "check")
         builder.add_edge("edit", "check")
-        builder.add_conditional_edges(
-            "check", choose_node_after_check, ["generate", "edit", "resolve_reference", "answer"]
-        )
+        builder.add_conditional_edges("check", choose_node_after_check, ["generate", "edit", REFERENCE_NODE, "answer"])
         builder.add_edge("answer", END)
         return builder.compile(checkpointer=checkpointer)
 
@@ -309,7 +301,7 @@ class Planner:
         retry_suffix = f".{state['failed_turns']}" if state.get("failed_turns") else ""
         job = Job(
             id=f"{get_thread_id()}/{turn_number}.{action_index + 1}.{attempt + 1}{retry_suffix}",
-            task=f"{medium}-editing" if source else f"text-to-{medium}",  # type: ignore[arg-type]
+            task=get_editing_task(medium) if source else get_generation_task(medium),
             prompt=prompt,
             visual_tokens=self.mllm.predict_visual_tokens(
                 MLLMRequest(text=prompt, artifacts=(source,) if source else ()), medium
@@ -403,7 +395,7 @@ def close_action(state: PlannerState, result: ActionResult) -> dict[str, Any]:
 
 
 def choose_next_node(state: PlannerState) -> str:
-    return "resolve_reference" if state["action_index"] < len(state["action_texts"]) else "answer"
+    return REFERENCE_NODE if state["action_index"] < len(state["action_texts"]) else "answer"
 
 
 def choose_node_after_reference(state: PlannerState) -> str:

@@ -1,7 +1,10 @@
-"""What went wrong, in the wire's words: {"error": {message, type, param, code}}, and no trace of our insides."""
+"""Errors over HTTP: what each error of omnivideo/errors.py becomes, in answers, streams, turns and batch lines alike.
+
+The body is {"error": {"message", "type", "param", "code"}}; it never contains internal details.
+"""
 
 import logging
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -9,6 +12,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
+from omnivideo.contracts import JobStatus, TurnRecord
 from omnivideo.errors import (
     ArtifactNotFound,
     InvalidInput,
@@ -21,16 +25,27 @@ from omnivideo.errors import (
 )
 
 log = logging.getLogger("omnivideo.api")
-INTERNAL_ERROR = "something went wrong on our side; the request id is in the header x-request-id"
+INTERNAL_ERROR_MESSAGE = "something went wrong on our side; the request id is in the header x-request-id"
 
 
 class APIError(Exception):
-    """An answer that is no success; `param` names the field that is to blame."""
+    """An HTTP error with its status; `param` is the name of the field at fault."""
 
     def __init__(self, status_code: int, message: str, param: str | None = None, code: str | None = None):
         super().__init__(message)
         self.status_code, self.message, self.param, self.code = status_code, message, param, code
         self.headers: dict[str, str] = {}
+
+    @property
+    def error_type(self) -> str:
+        """The `type` that OpenAI's clients expect with this status."""
+        error_type = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+        default = "server_error" if self.status_code >= 500 else "invalid_request_error"
+        return error_type.get(self.status_code, default)
+
+    def to_body(self) -> dict[str, Any]:
+        error = {"message": self.message, "type": self.error_type, "param": self.param, "code": self.code}
+        return {"error": error}
 
 
 class ErrorBody(BaseModel):
@@ -41,79 +56,128 @@ class ErrorBody(BaseModel):
 
 
 class ErrorResponse(BaseModel):
-    """Every answer of 400 and above."""
+    """The body of every answer with a status of 400 or above."""
 
     error: ErrorBody
 
 
-# What a router tells of its errors in the OpenAPI document.
+# How routers document their errors in the OpenAPI document.
 ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
-    "4XX": {"model": ErrorResponse, "description": "Refused: `param` names the field that is to blame"},
-    "5XX": {"model": ErrorResponse, "description": "Not possible now, or a fault of ours"},
+    "4XX": {"model": ErrorResponse, "description": "Refused: `param` names the field at fault"},
+    "5XX": {"model": ErrorResponse, "description": "Unavailable at the moment, or an internal error"},
 }
+
+
+# ---------------------------------------------------------------- the mapping
+
+
+class HTTPMapping(NamedTuple):
+    """`code` is None if the error has its own; `retry_after_seconds` is None if a retry will not help."""
+
+    status_code: int
+    code: str | None = None
+    retry_after_seconds: float | None = None
+
+
+# An error that is not listed is mapped like its nearest base class.
+HTTP_MAPPINGS: dict[type[BaseException], HTTPMapping] = {
+    OmniVideoError: HTTPMapping(400),
+    InvalidInput: HTTPMapping(400, "invalid_value"),
+    StoreError: HTTPMapping(503, "unavailable", retry_after_seconds=5),
+    ArtifactNotFound: HTTPMapping(404, "not_found"),
+    ServiceBusy: HTTPMapping(429, "queue_full"),  # the error says when to retry
+    ModelUnavailable: HTTPMapping(503, "unavailable", retry_after_seconds=5),
+    JobFailed: HTTPMapping(500),  # the error has the job's code
+    JobCancelled: HTTPMapping(409, "cancelled"),
+}
+
+
+def to_api_error(error: BaseException) -> APIError:
+    """Return the HTTP error for any exception; one that is not ours becomes an internal error without details."""
+    if isinstance(error, APIError):
+        return error
+    if not isinstance(error, OmniVideoError):
+        return APIError(500, INTERNAL_ERROR_MESSAGE, None, "internal")
+    mapping = next(HTTP_MAPPINGS[base] for base in type(error).__mro__ if base in HTTP_MAPPINGS)
+    param = error.field if isinstance(error, InvalidInput) else None
+    code = error.code if isinstance(error, JobFailed) else mapping.code
+    api_error = APIError(mapping.status_code, str(error), param, code)
+    retry_after = error.retry_after_seconds if isinstance(error, ServiceBusy) else mapping.retry_after_seconds
+    if retry_after is not None:
+        api_error.headers["Retry-After"] = str(max(1, round(retry_after)))
+    return api_error
+
+
+def log_if_internal(error: BaseException, subject: str) -> None:
+    """Log the traceback of an exception that the client is told nothing about."""
+    if not isinstance(error, APIError | OmniVideoError):
+        log.error("%s", subject, exc_info=error)
+
+
+def error_from_job(status: JobStatus) -> OmniVideoError:
+    """Return the error that ended a failed or cancelled job."""
+    if status.state == "cancelled":
+        return JobCancelled("it was cancelled")
+    code, message = describe_job_failure(status)
+    if code == "invalid_input":
+        field, _, text = message.partition(": ")
+        return InvalidInput(field, text)
+    return JobFailed(code, message)
+
+
+def describe_job_failure(status: JobStatus) -> tuple[str, str]:
+    """Return the code and the message of a failed job."""
+    return status.code or "internal", status.error or "it could not be rendered"
+
+
+def error_from_turn(turn: TurnRecord) -> APIError:
+    """Return the error that ended a failed or cancelled turn. A turn stores the error's body, without its status."""
+    if turn.error is None:
+        return APIError(409, "the turn was cancelled", None, "cancelled")
+    status_code = 500 if turn.error.get("type") == "server_error" else 400
+    return APIError(status_code, turn.error["message"], turn.error["param"], turn.error["code"])
+
+
+# ---------------------------------------------------------------- errors that several routes raise
 
 
 def build_not_found_error(resource: str, resource_id: str) -> APIError:
     return APIError(404, f"there is no {resource} {resource_id[:100]!r}", "id", "not_found")
 
 
-def build_error_body(status_code: int, message: str, param: str | None, code: str | None) -> dict[str, Any]:
-    error_type = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}.get(status_code)
-    error_type = error_type or ("server_error" if status_code >= 500 else "invalid_request_error")
-    return {"error": {"message": message, "type": error_type, "param": param, "code": code}}
+def build_key_reused_error() -> APIError:
+    message = "Idempotency-Key: it was used for a different request; use a new one"
+    return APIError(422, message, "Idempotency-Key", "idempotency_key_reused")
+
+
+def build_body_too_large_error(max_bytes: int, advice: str = "") -> APIError:
+    return APIError(413, f"the body is larger than {max_bytes} bytes{advice}", "body", "too_large")
+
+
+def error_from_validation(error: RequestValidationError) -> APIError:
+    """Return the error of a request's first invalid field."""
+    first_error = error.errors()[0]
+    field_path = [str(part) for part in first_error["loc"] if part not in ("body", "query", "path", "header")]
+    field = ".".join(field_path)
+    return APIError(400, f"{field or 'body'}: {first_error['msg']}", field or None, "invalid_value")
+
+
+# ---------------------------------------------------------------- answers
 
 
 def to_json_response(error: APIError) -> JSONResponse:
-    content = build_error_body(error.status_code, error.message, error.param, error.code)
-    return JSONResponse(content, status_code=error.status_code, headers=error.headers)
-
-
-def to_api_error(error: OmniVideoError) -> APIError:
-    """Our own errors on the wire."""
-    match error:
-        case InvalidInput():
-            return APIError(400, str(error), error.field, "invalid_value")
-        case ArtifactNotFound():
-            return APIError(404, str(error), None, "not_found")
-        case ServiceBusy():
-            too_many_requests = APIError(429, str(error), None, "queue_full")
-            too_many_requests.headers["Retry-After"] = str(max(1, round(error.retry_after_seconds)))
-            return too_many_requests
-        case ModelUnavailable() | StoreError():
-            unavailable = APIError(503, str(error), None, "unavailable")
-            unavailable.headers["Retry-After"] = "5"
-            return unavailable
-        case JobFailed():
-            return APIError(500, str(error), None, error.code)
-        case JobCancelled():
-            return APIError(409, str(error), None, "cancelled")
-        case _:
-            return APIError(400, str(error), None, None)
-
-
-def api_error_from_validation(error: RequestValidationError) -> APIError:
-    """A request's first wrong field."""
-    first_error = error.errors()[0]
-    field_path = [str(part) for part in first_error["loc"] if part not in ("body", "query", "path", "header")]
-    return APIError(
-        400, f"{'.'.join(field_path) or 'body'}: {first_error['msg']}", ".".join(field_path) or None, "invalid_value"
-    )
+    return JSONResponse(error.to_body(), status_code=error.status_code, headers=error.headers)
 
 
 def register_error_handlers(app: FastAPI) -> None:
-    """Every way out of a handler that is not a success."""
-
     @app.exception_handler(APIError)
-    async def handle_api_error(request: Request, error: APIError) -> JSONResponse:
-        return to_json_response(error)
-
     @app.exception_handler(OmniVideoError)
-    async def handle_omnivideo_error(request: Request, error: OmniVideoError) -> JSONResponse:
+    async def handle_known_error(request: Request, error: APIError | OmniVideoError) -> JSONResponse:
         return to_json_response(to_api_error(error))
 
     @app.exception_handler(RequestValidationError)
     async def handle_validation_error(request: Request, error: RequestValidationError) -> JSONResponse:
-        return to_json_response(api_error_from_validation(error))
+        return to_json_response(error_from_validation(error))
 
     @app.exception_handler(HTTPException)
     async def handle_http_exception(request: Request, error: HTTPException) -> JSONResponse:
@@ -124,9 +188,8 @@ def register_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(Exception)
     async def handle_unexpected_error(request: Request, error: Exception) -> JSONResponse:
         request_id = getattr(request.state, "request_id", "?")
-        log.exception("request %s", request_id, exc_info=error)
-        api_error = APIError(500, INTERNAL_ERROR, None, "internal")
-        api_error.headers["x-request-id"] = (
-            request_id  # this answer is made outside of the gate, which names the others
-        )
+        log_if_internal(error, f"request {request_id}")
+        api_error = to_api_error(error)
+        # Starlette sends this answer outside of RequestMiddleware, which adds the id to all others.
+        api_error.headers["x-request-id"] = request_id
         return to_json_response(api_error)

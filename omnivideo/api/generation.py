@@ -1,4 +1,4 @@
-"""From the wire's words to jobs: what to draw, at which size and length, from what, under which name."""
+"""From a request to its jobs: what to generate, at which size and length, from which source, and under which id."""
 
 import hashlib
 import re
@@ -9,16 +9,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, Field
 
 from omnivideo.api.dependencies import ServiceContext
-from omnivideo.api.errors import APIError
-from omnivideo.api.request_body import (
-    CleanText,
-    MediaReference,
-    build_key_reused_error,
-    digest_request,
-    rename_error_field,
-    resolve_source,
-    validate_fields,
-)
+from omnivideo.api.errors import APIError, build_key_reused_error
+from omnivideo.api.media import MediaReference, resolve_source
+from omnivideo.api.request_body import CleanText, digest_request, rename_error_field, validate_fields
 from omnivideo.contracts import (
     Artifact,
     Job,
@@ -29,20 +22,21 @@ from omnivideo.contracts import (
     check_prompt,
     resolve_sampling_params,
 )
-from omnivideo.errors import InvalidInput, JobCancelled, JobFailed
+from omnivideo.errors import InvalidInput
 from omnivideo.presets import Preset, Task, get_preset
 
 SIZE_PATTERN = re.compile(r"(\d{1,5})x(\d{1,5})")
+# Our names of settings -> the names that OpenAI's clients use.
 REQUEST_FIELD_NAMES = {"width": "size", "height": "size", "frames": "num_frames", "steps": "num_inference_steps"}
 
 
 def get_constraints(field: str) -> list[Any]:
-    """The bounds that a setting has: they stand in contracts.SamplingParams."""
+    """Return the bounds of a setting, which contracts.SamplingParams defines."""
     return SamplingParams.model_fields[field].metadata
 
 
 class GenerationRequest(BaseModel):
-    """What an image and a clip have in common.  A size is WIDTHxHEIGHT, both multiples of 16."""
+    """The fields that images and clips share. A size is WIDTHxHEIGHT in pixels, both multiples of 16."""
 
     prompt: CleanText = Field(min_length=1, max_length=4000)
     model: CleanText | None = None
@@ -55,7 +49,7 @@ class GenerationRequest(BaseModel):
 
 
 class VideoRequest(GenerationRequest):
-    """A clip's length is `num_frames` (4k + 1), or the next such number to `seconds` at `fps`."""
+    """A clip has `num_frames` frames (4k + 1), or the number of that form nearest to `seconds` at `fps`."""
 
     seconds: float | None = Field(default=None, gt=0, le=3600, allow_inf_nan=False)
     num_frames: Annotated[int | None, *get_constraints("frames")] = None
@@ -85,7 +79,7 @@ class ImageEditRequest(ImageRequest):
 
 @dataclass(frozen=True)
 class JobRequest:
-    """A job as it is submitted; `meta` is what the wire tells of it besides."""
+    """A job to submit. `meta` is stored with it: the size and length to report, and a digest of the request."""
 
     job: Job
     kind: Literal["video", "image"]
@@ -96,45 +90,38 @@ class JobRequest:
 
 
 def build_video_job(context: ServiceContext, owner: str, fields: Mapping[str, Any], job_id: str) -> JobRequest:
-    """A clip of the prompt; with an `input_reference`, the reference changed as the prompt says.
+    """Build the job of a clip; with an `input_reference`, it edits the reference as the prompt says.
 
-    The model edits: it has no first-frame mode.  A clip as a reference is edited as a clip; an image is taken as a
-    still clip, which the prompt may set in motion.
+    The model has no first-frame mode: an image is edited as a still clip, which the prompt may set in motion.
     """
     request = validate_fields(VideoRequest, fields)
     source = None
     if request.input_reference is not None:
         source = resolve_source(context, owner, request.input_reference, "input_reference")
     task: Task = "text-to-video" if source is None else "video-editing"
-    return build_clip_job(context, request, task, job_id, source, {})
+    return build_clip_job(context, request, task, job_id, source)
 
 
 def build_video_edit_job(context: ServiceContext, owner: str, fields: Mapping[str, Any], job_id: str) -> JobRequest:
-    """The `video`, changed as the prompt says; one that was drawn here keeps its size, length and rate."""
+    """Build the job that edits `video`. A video that was generated here keeps its size, length and frame rate."""
     request = validate_fields(VideoEditRequest, fields)
     source = resolve_source(context, owner, request.video, "video")
-    return build_clip_job(
-        context,
-        inherit_source_format(request, source) if request.video.id else request,
-        "video-editing",
-        job_id,
-        source,
-        {},
-    )
+    edit_request = inherit_source_format(request, source) if request.video.id else request
+    return build_clip_job(context, edit_request, "video-editing", job_id, source)
 
 
 def build_remix_job(context: ServiceContext, fields: Mapping[str, Any], job_id: str, original: JobStatus) -> JobRequest:
-    """A completed video, changed as the prompt says."""
+    """Build the job that edits a completed video and keeps its size, length and frame rate."""
     request = validate_fields(VideoRequest, fields)
-    if original.result is None:
+    source = original.result
+    if source is None:
         raise InvalidInput("id", "that video is not completed")
-    extra_meta = {"remixed_from": original.id}
-    return build_clip_job(
-        context, inherit_source_format(request, original.result), "video-editing", job_id, original.result, extra_meta
-    )
+    remix_request = inherit_source_format(request, source)
+    return build_clip_job(context, remix_request, "video-editing", job_id, source, remixed_from=original.id)
 
 
 def inherit_source_format(request: VideoRequest, source: Artifact) -> VideoRequest:
+    """Return the request with the source's size, frame rate and length where it gives none."""
     updates: dict[str, Any] = {
         "size": request.size or f"{source.width}x{source.height}",
         "fps": request.fps or round(source.fps),
@@ -145,36 +132,30 @@ def inherit_source_format(request: VideoRequest, source: Artifact) -> VideoReque
 
 
 def build_clip_job(
-    context: ServiceContext,
-    request: VideoRequest,
-    task: Task,
-    job_id: str,
-    source: Artifact | None,
-    extra_meta: dict[str, str],
+    context: ServiceContext, request: VideoRequest, task: Task, job_id: str, source: Artifact | None, **meta: str
 ) -> JobRequest:
-    model = require_served_preset(context, request.model)
-    overrides = overrides_from_request(request, fps=request.fps, frames=resolve_num_frames(model, task, request))
-    params = sampling_params_from_overrides(model, task, overrides, resolve_seed(request, job_id))
+    preset = require_served_preset(context, request.model)
+    overrides = overrides_from_request(request, fps=request.fps, frames=resolve_num_frames(preset, task, request))
+    params = resolve_request_params(preset, task, overrides, resolve_seed(request, job_id))
     seconds = params.frames / params.fps if request.seconds is None else request.seconds
-    meta = {"size": f"{params.width}x{params.height}", "seconds": f"{seconds:.6g}"} | extra_meta
+    meta = {"size": f"{params.width}x{params.height}", "seconds": f"{seconds:.6g}"} | meta
     return build_job_request(request, params, overrides, job_id, source, "video", meta)
 
 
-def resolve_num_frames(model: Preset, task: Task, request: VideoRequest) -> int | None:
-    """The clip's number of frames, None for the preset's."""
+def resolve_num_frames(preset: Preset, task: Task, request: VideoRequest) -> int | None:
+    """Return the clip's number of frames, or None for the preset's default."""
     if request.seconds is None:
         return request.num_frames
-    fps = request.fps or model.sampling[task].fps
+    fps = request.fps or preset.sampling[task].fps
     frames = 4 * round((request.seconds * fps - 1) / 4) + 1
     if request.num_frames not in (None, frames):
-        text = f"{request.seconds:g} s at {fps} fps are {frames} frames and not num_frames; give one of the two"
+        text = f"{request.seconds:g} s at {fps} fps are {frames} frames, which is not num_frames; give only one of them"
         raise InvalidInput("seconds", text)
     max_frames = next(bound.le for bound in get_constraints("frames") if hasattr(bound, "le"))
     if not 5 <= frames <= max_frames:
         text = f"{request.seconds:g} s at {fps} fps are {max(0, frames)} frames"
-        raise InvalidInput(
-            "seconds", f"{text}; allowed: 5 to {max_frames}, so {5 / fps:.2g} to {max_frames / fps:.3g} s"
-        )
+        allowed = f"5 to {max_frames} frames, which are {5 / fps:.2g} to {max_frames / fps:.3g} s"
+        raise InvalidInput("seconds", f"{text}; allowed: {allowed}")
     return frames
 
 
@@ -182,7 +163,7 @@ def resolve_num_frames(model: Preset, task: Task, request: VideoRequest) -> int 
 
 
 def build_image_jobs(context: ServiceContext, owner: str, fields: Mapping[str, Any], base_id: str) -> list[JobRequest]:
-    """One job for each of `n` images, with seeds that follow each other."""
+    """Build one job for each of `n` images, with consecutive seeds."""
     return build_jobs_per_image(context, validate_fields(ImageRequest, fields), "text-to-image", base_id, None)
 
 
@@ -199,19 +180,13 @@ def build_image_edit_jobs(
 def build_jobs_per_image(
     context: ServiceContext, request: ImageRequest, task: Task, base_id: str, source: Artifact | None
 ) -> list[JobRequest]:
-    model, overrides, seed = (
-        require_served_preset(context, request.model),
-        overrides_from_request(request),
-        resolve_seed(request, base_id),
-    )
+    preset = require_served_preset(context, request.model)
+    overrides, seed = overrides_from_request(request), resolve_seed(request, base_id)
     job_requests = []
     for index, job_id in enumerate(make_image_ids(base_id, request.n)):
-        params = sampling_params_from_overrides(model, task, overrides, (seed + index) % 2**63)
-        job_requests.append(
-            build_job_request(
-                request, params, overrides, job_id, source, "image", {"size": f"{params.width}x{params.height}"}
-            )
-        )
+        params = resolve_request_params(preset, task, overrides, (seed + index) % 2**63)
+        meta = {"size": f"{params.width}x{params.height}"}
+        job_requests.append(build_job_request(request, params, overrides, job_id, source, "image", meta))
     return job_requests
 
 
@@ -230,26 +205,26 @@ def require_served_preset(context: ServiceContext, name: str | None) -> Preset:
 
 
 def resolve_seed(request: GenerationRequest, job_id: str) -> int:
-    """Chance where none is given, and yet the same for the same name: a repeated request asks for the same job."""
+    """Return the request's seed, or one derived from the job's id, so that a repeated request is the same job."""
     derived_seed = int.from_bytes(hashlib.sha256(job_id.encode()).digest()[:4])
     return derived_seed if request.seed is None else request.seed
 
 
-def overrides_from_request(request: GenerationRequest, **extra: Any) -> SamplingOverrides:
+def overrides_from_request(
+    request: GenerationRequest, fps: int | None = None, frames: int | None = None
+) -> SamplingOverrides:
     size = SIZE_PATTERN.fullmatch(request.size or "")
     width, height = map(int, size.groups()) if size else (None, None)
     return SamplingOverrides(
-        width=width, height=height, steps=request.num_inference_steps, guidance_scale=request.guidance_scale,
-        flow_shift=request.flow_shift, negative_prompt=request.negative_prompt, **extra,
+        width=width, height=height, frames=frames, fps=fps, steps=request.num_inference_steps,
+        guidance_scale=request.guidance_scale, flow_shift=request.flow_shift, negative_prompt=request.negative_prompt,
     )  # fmt: skip
 
 
-def sampling_params_from_overrides(
-    model: Preset, task: Task, overrides: SamplingOverrides, seed: int
-) -> SamplingParams:
-    """The job's settings; raises InvalidInput in the wire's words for what this model cannot draw."""
+def resolve_request_params(preset: Preset, task: Task, overrides: SamplingOverrides, seed: int) -> SamplingParams:
+    """Return the job's settings; raise InvalidInput that names the request's field if the model cannot do that."""
     try:
-        return resolve_sampling_params(model, task, seed=seed, **overrides.model_dump())
+        return resolve_sampling_params(preset, task, seed=seed, **overrides.model_dump())
     except InvalidInput as error:
         raise rename_error_field(error, REQUEST_FIELD_NAMES.get(error.field, error.field)) from None
 
@@ -272,39 +247,28 @@ def build_job_request(
         seed=params.seed,
         overrides=overrides,
     )
-    n = getattr(request, "n", 1)
-    return JobRequest(
-        job,
-        kind,
-        meta | {"request": digest_request(kind, job.model_dump(exclude={"id", "seed"}), request.seed, n, meta)},
-    )
+    n = request.n if isinstance(request, ImageRequest) else 1
+    digest = digest_request(kind, job.model_dump(exclude={"id", "seed"}), request.seed, n, meta)
+    return JobRequest(job, kind, meta | {"request": digest})
 
 
 def submit_job(context: ServiceContext, owner: str, job_request: JobRequest, lane: Lane = "interactive") -> JobStatus:
-    """The job as it stands; an id that is known is the same job, whoever asks at the same time.
+    """Submit the job and return its status; a job that was submitted before, even a moment ago, is returned as it is.
 
-    Raises APIError where the id was made from a key that came with another request, and ServiceBusy.
+    Raises ServiceBusy, and APIError if the id comes from an idempotency key that was used for a different request.
     """
+    job = job_request.job
     try:
-        status: JobStatus | None = context.jobs.submit(job_request.job, owner, lane, job_request.kind, job_request.meta)
+        new_status = context.jobs.submit(job, owner, lane, job_request.kind, job_request.meta)
     except InvalidInput:
         raise build_key_reused_error() from None
-    if status is not None:
+    if new_status is not None:
         context.notify_workers()
-        return status
-    status = context.jobs.get_owned_job(job_request.job.id, owner, job_request.kind)
+        return new_status
+    status = context.jobs.get_owned_job(job.id, owner, job_request.kind)
     if status is None:
-        raise APIError(404, "Idempotency-Key: what it stands for was deleted; give a new one", "Idempotency-Key")
+        message = "Idempotency-Key: the job of its first request was deleted; use a new one"
+        raise APIError(404, message, "Idempotency-Key")
     if status.meta.get("request") != job_request.meta["request"]:
         raise build_key_reused_error()
     return status
-
-
-def error_from_status(status: JobStatus) -> Exception:
-    """Why a job that has ended has no result, in words that the wire knows."""
-    if status.state == "cancelled":
-        return JobCancelled("it was cancelled")
-    if status.code == "invalid_input":
-        field, _, text = (status.error or "").partition(": ")
-        return InvalidInput(field, text)
-    return JobFailed(status.code or "internal", status.error or "it could not be drawn")

@@ -1,13 +1,19 @@
-"""Images and clips on their way in and out of the service."""
+"""Images and clips of requests and answers: what a request refers to, and answers with a range of bytes."""
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 from fastapi import Request, Response
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, InstanceOf, model_validator
+from pydantic.json_schema import SkipJsonSchema
+from starlette.datastructures import UploadFile
 
+from omnivideo.api.dependencies import ServiceContext
 from omnivideo.api.errors import APIError, build_not_found_error
+from omnivideo.api.request_body import CleanText, rename_error_field
 from omnivideo.contracts import Artifact
+from omnivideo.errors import InvalidInput
 
 MEDIA_TYPES = {
     "png": "image/png", "jpg": "image/jpeg", "jpeg": "image/jpeg", "webp": "image/webp", "gif": "image/gif",
@@ -17,8 +23,11 @@ MEDIA_TYPES = {
 RANGE_PATTERN = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")
 
 
+# ---------------------------------------------------------------- attachments of threads and chats
+
+
 class MediaPart(BaseModel):
-    """An image or a clip: an uploaded file's id, or a URL (data:, or http(s) from a host that the operator allows)."""
+    """An image or a clip: an uploaded file's id, or a URL (data:, or http(s) on a host that the operator allows)."""
 
     file_id: str | None = Field(default=None, max_length=64)
     url: str | None = None
@@ -26,25 +35,92 @@ class MediaPart(BaseModel):
     @model_validator(mode="after")
     def check_exactly_one(self) -> "MediaPart":
         if (self.file_id is None) == (self.url is None):
-            raise ValueError("give file_id or url, one of the two")
+            raise ValueError("give either file_id or url")
         return self
 
 
-def artifact_from_part(context: Any, owner: str, part: MediaPart, created_by: str) -> Artifact:
-    """The part in the store; raises UnreadableMedia where it is no image or clip."""
+def artifact_from_part(context: ServiceContext, owner: str, part: MediaPart, created_by: str) -> Artifact:
+    """Return the part as a stored artifact; raise UnreadableMedia if it is neither an image nor a clip."""
     if part.url is not None:
-        artifact: Artifact = context.ingest_media(context.fetch_media(part.url), created_by)
-        return artifact
-    file = context.files.get_file(part.file_id, owner)
+        return context.ingest_media(context.fetch_media(part.url), created_by)
+    file_id = str(part.file_id)
+    file = context.files.get_file(file_id, owner)
     if file is None:
-        raise build_not_found_error("file", str(part.file_id))
+        raise build_not_found_error("file", file_id)
     if file.artifact is None:
-        raise APIError(400, "file_id: that file is no image or clip", "file_id", "invalid_value")
+        raise APIError(400, "file_id: that file is not an image or a clip", "file_id", "invalid_value")
     return Artifact(**(file.artifact | {"created_by": created_by}))
 
 
+# ---------------------------------------------------------------- sources of edits
+
+
+class MediaReference(BaseModel):
+    """An image or a clip: uploaded with the request or before it (`file_id`), generated here (`id`), or at a URL."""
+
+    model_config = ConfigDict(title="Reference")
+
+    upload: SkipJsonSchema[InstanceOf[UploadFile] | None] = None
+    file_id: CleanText | None = None
+    image_url: CleanText | None = None
+    id: CleanText | None = None
+
+
+def resolve_source(context: ServiceContext, owner: str, reference: MediaReference, field: str) -> Artifact:
+    """Return the referenced image or clip as an artifact; raise InvalidInput that names the field."""
+    reference_fields = reference.model_dump(exclude_none=True)
+    if len(reference_fields) != 1:
+        raise InvalidInput(field, "give a file, or one of file_id, image_url and id")
+    kind = next(iter(reference_fields))
+    field_path = field if kind == "upload" else f"{field}.{kind}"
+    try:
+        return ARTIFACT_RESOLVERS[kind](context, owner, reference_fields[kind])
+    except InvalidInput as error:
+        raise rename_error_field(error, field_path) from None
+
+
+def artifact_from_upload(context: ServiceContext, owner: str, file: UploadFile) -> Artifact:
+    return context.ingest_media(file.file.read(), "upload", file.filename or "")
+
+
+def artifact_from_file(context: ServiceContext, owner: str, file_id: str) -> Artifact:
+    file = context.files.get_file(file_id, owner)
+    if file is None:
+        raise InvalidInput("file_id", f"there is no file {file_id[:100]!r}")
+    if file.artifact is None:
+        raise InvalidInput("file_id", "that file is not an image or a clip")
+    return Artifact(**file.artifact)
+
+
+def artifact_from_url(context: ServiceContext, owner: str, url: str) -> Artifact:
+    return context.ingest_media(context.fetch_media(url), "upload")
+
+
+def artifact_from_job(context: ServiceContext, owner: str, job_id: str) -> Artifact:
+    status = context.jobs.get_owned_job(job_id, owner, "video")
+    if status is None:
+        raise InvalidInput("id", f"there is no video {job_id[:100]!r}")
+    if status.result is None:
+        raise InvalidInput("id", "that video is not completed")
+    return status.result
+
+
+ARTIFACT_RESOLVERS: dict[str, Callable[[ServiceContext, str, Any], Artifact]] = {
+    "upload": artifact_from_upload,
+    "file_id": artifact_from_file,
+    "image_url": artifact_from_url,
+    "id": artifact_from_job,
+}
+
+
+# ---------------------------------------------------------------- answers
+
+
 def build_range_response(request: Request, data: bytes, key: str) -> Response:
-    """The bytes, or the range that is asked for: 206, or 416 with the size.  The key is the entity tag."""
+    """Return the bytes, or the requested range of them (206, or 416 with the size if the range lies outside).
+
+    The key, which is a digest of the bytes, is the entity tag.
+    """
     headers = {"Accept-Ranges": "bytes", "ETag": f'"{key}"', "X-Content-Type-Options": "nosniff"}
     media_type = MEDIA_TYPES.get(key.rpartition(".")[2], "application/octet-stream")
     if request.headers.get("if-none-match") == headers["ETag"]:

@@ -1,4 +1,4 @@
-"""Turns that outlive the request that began them, and the process that runs them."""
+"""Runs the turns of the service's threads, independently of the requests that started them."""
 
 import logging
 import threading
@@ -8,162 +8,188 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
 
+from omnivideo.agent.conversations import Conversations
 from omnivideo.agent.thread import Thread, is_turn_complete, parse_turn_options
-from omnivideo.api.dependencies import ServiceContext
-from omnivideo.api.errors import INTERNAL_ERROR, APIError, build_error_body, build_not_found_error, to_api_error
-from omnivideo.contracts import Artifact, QuestionAsked, TurnCompleted, TurnEvent, WaitingNotice, check_prompt
+from omnivideo.api.errors import APIError, build_not_found_error, log_if_internal, to_api_error
+from omnivideo.contracts import (
+    Artifact,
+    QuestionAsked,
+    TurnCompleted,
+    TurnEvent,
+    TurnRecord,
+    WaitingNotice,
+    check_prompt,
+)
 from omnivideo.errors import ArtifactNotFound, InvalidInput, JobCancelled, ModelUnavailable, OmniVideoError, StoreError
+from omnivideo.ports import JobStore, TurnStore
 
 log = logging.getLogger("omnivideo.api")
-RETRY_TIMEOUT_SECONDS = (
-    600.0  # seconds that a turn waits for a server of ours: a large language model is loaded for minutes
-)
+RETRY_TIMEOUT_SECONDS = 600.0  # how long a turn waits for an unavailable server: an MLLM takes minutes to load
+RETRY_INTERVAL_SECONDS = 1.0
 
 
 class TurnRunner:
-    """Runs turns in threads of this process, and takes over those of processes that fell silent."""
+    """Runs turns in threads of this process, and takes over the turns of processes that have stopped responding.
 
-    def __init__(self, context: ServiceContext, max_concurrent_turns: int = 16):
-        self.context = context
-        self.heartbeat_timeout_seconds = context.settings.heartbeat_timeout
+    A turn belongs to one process at a time, which sends heartbeats for it. A turn whose heartbeat is older than
+    `heartbeat_timeout_seconds` is continued by another process from the last checkpoint of its thread.
+    """
+
+    def __init__(
+        self,
+        turns: TurnStore,
+        jobs: JobStore,
+        conversations: Conversations,
+        heartbeat_timeout_seconds: float,
+        max_concurrent_turns: int = 16,
+    ):
+        self.turns = turns
+        self.jobs = jobs
+        self.conversations = conversations
+        self.heartbeat_timeout_seconds = heartbeat_timeout_seconds
         self.pool = ThreadPoolExecutor(max_concurrent_turns, thread_name_prefix="turn")
-        self.running_rows: dict[str, Any] = {}  # rows of the turns that run here
-        self.interrupt_reasons: dict[str, str] = {}  # why: "cancelled", or "lost" to another process
+        self.running_turns: dict[str, TurnRecord] = {}  # by id
+        self.interrupt_reasons: dict[str, str] = {}  # turn id -> "cancelled", or "lost" to another process
         self.stop_event = threading.Event()
-        self.watch_thread = threading.Thread(target=self.poll_turns, daemon=True, name="turns")
+        self.heartbeat_thread = threading.Thread(target=self.keep_turns_alive, daemon=True, name="turns")
 
     def start(self) -> "TurnRunner":
-        self.watch_thread.start()
+        self.heartbeat_thread.start()
         return self
 
     def stop(self) -> None:
-        """Leaves what runs to the next process."""
+        """Stop without ending the running turns; another process will continue them."""
         self.stop_event.set()
-        self.watch_thread.join()
+        self.heartbeat_thread.join()
         self.pool.shutdown(wait=False, cancel_futures=True)
 
-    # ------------------------------------------------------------ beginning
+    # ------------------------------------------------------------ starting and cancelling
 
     def start_turn(
         self, turn_id: str, owner: str, thread_id: str, text: str, attachments: Sequence[Artifact] = (), **options: Any
-    ) -> Any:
-        """The new turn's row; what is wrong with it is said before anything is kept."""
+    ) -> TurnRecord:
+        """Create a turn, start it, and return it. If the id exists, return the turn that has it.
+
+        Raises InvalidInput before anything is stored, and APIError if the thread does not exist (404) or another turn
+        is running in it (409).
+        """
         text, turn_options = check_prompt("text", text), parse_turn_options(**options)
         thread = self.get_thread(owner, thread_id)
-        if attachments and thread.get_open_question():
-            raise InvalidInput("attachments", "a question is open; reply to it in words first")
+        is_reply = thread.get_open_question() is not None
+        if attachments and is_reply:
+            raise InvalidInput("attachments", "a question is open; reply to it without attachments first")
         turn_body = {
             "text": text,
             "attachments": [attachment.model_dump() for attachment in attachments],
             "options": turn_options.model_dump(),
-            "is_reply": thread.get_open_question() is not None,
+            "is_reply": is_reply,
         }
-        row = self.context.turns.create_turn(turn_id, thread_id, owner, len(thread.get_turns()) + 1, turn_body)
-        if row is None and (row := self.context.turns.get_turn(turn_id, owner)) is not None:
-            return row  # a twin of this request came first
-        if row is None:
-            raise APIError(409, "thread: a turn is running; wait for its end or cancel it", "thread", "busy")
-        self.pool.submit(self.claim_and_run, row.id)
-        return row
+        turn = self.turns.create_turn(turn_id, thread_id, owner, len(thread.get_turns()) + 1, turn_body)
+        if turn is None:
+            existing_turn = self.turns.get_turn(turn_id, owner)
+            if existing_turn is None:
+                raise APIError(409, "thread: a turn is running; wait until it ends, or cancel it", "thread", "busy")
+            return existing_turn
+        self.pool.submit(self.claim_and_run, turn.id)
+        return turn
 
     def get_thread(self, owner: str, thread_id: str) -> Thread:
-        if not self.context.turns.has_thread(thread_id, owner):
+        """Return the owner's thread; raise APIError (404) if there is none."""
+        if not self.turns.has_thread(thread_id, owner):
             raise build_not_found_error("thread", thread_id)
-        thread: Thread = self.context.conversations.open_thread(thread_id, create=True, owner=owner)
-        return thread
+        return self.conversations.open_thread(thread_id, create=True, owner=owner)
+
+    def cancel_turn(self, turn: TurnRecord) -> None:
+        self.turns.cancel_turn(turn.id)
+        self.jobs.cancel_by_prefix(turn.owner, f"{turn.thread_id}/")
 
     # ------------------------------------------------------------ running
 
     def claim_and_run(self, turn_id: str) -> None:
-        if (row := self.context.turns.claim_turn(turn_id)) is not None:
-            self.run_to_end(row)
+        if (turn := self.turns.claim_turn(turn_id)) is not None:
+            self.run_to_end(turn)
 
-    def run_to_end(self, row: Any) -> None:
-        """Runs the turn to its end and keeps all that it tells."""
-        self.running_rows[row.id] = row
+    def run_to_end(self, turn: TurnRecord) -> None:
+        """Run a claimed turn and store its end state."""
+        self.running_turns[turn.id] = turn
+        state, error = "failed", None
         try:
-            state, error = self.retry_while_unavailable(row), None
+            state = self.retry_while_unavailable(turn)
         except (JobCancelled, TurnInterrupted):
-            state, error = "cancelled", None
-        except OmniVideoError as raised:
-            api_error = to_api_error(raised)
-            state, error = (
-                "failed",
-                build_error_body(api_error.status_code, api_error.message, api_error.param, api_error.code)["error"],
-            )
-        except Exception:
-            log.exception("turn %s", row.id)
-            state, error = "failed", build_error_body(500, INTERNAL_ERROR, None, "internal")["error"]
+            state = "cancelled"
+        except Exception as raised:
+            log_if_internal(raised, f"turn {turn.id}")
+            error = to_api_error(raised).to_body()["error"]
         finally:
-            self.running_rows.pop(row.id, None)
-            self.interrupt_reasons.pop(row.id, None)
+            self.running_turns.pop(turn.id, None)
+            self.interrupt_reasons.pop(turn.id, None)
         if not self.stop_event.is_set():
-            with suppress(StoreError):  # silent then: another look takes it over and finds that it is done
-                self.context.turns.end_turn(row, state, error)
+            # If the store is unavailable, the turn is taken over later, which finds that it has completed.
+            with suppress(StoreError):
+                self.turns.end_turn(turn, state, error)
 
-    def retry_while_unavailable(self, row: Any) -> str:
-        """Begins again where the thread stands, while what it needs is away for a moment."""
+    def retry_while_unavailable(self, turn: TurnRecord) -> str:
+        """Run the turn, and continue it from the thread's last checkpoint when a server was unavailable.
+
+        Returns the turn's end state. Raises the last error after RETRY_TIMEOUT_SECONDS.
+        """
         deadline = time.monotonic() + RETRY_TIMEOUT_SECONDS
         while True:
             try:
-                return self.run_turn(row)
+                return self.run_turn(turn)
             except Exception as error:
-                if not is_transient(error) or time.monotonic() > deadline or self.stop_event.wait(1.0):
+                if not is_transient(error) or time.monotonic() > deadline:
                     raise
-                log.warning("turn %s waits: %s", row.id, type(error).__name__)
-                with suppress(StoreError):  # where that can be told at all
-                    self.emit_waiting(row, error)
+                if self.stop_event.wait(RETRY_INTERVAL_SECONDS):
+                    raise
+                log.warning("turn %s waits: %s", turn.id, type(error).__name__)
+                with suppress(StoreError):  # the unavailable server may be the database
+                    self.emit_waiting(turn, error)
 
-    def emit_waiting(self, row: Any, error: Exception) -> None:
-        """Tells who follows that the turn waits, unless nothing has come since that was told last."""
-        event_kinds = [event["kind"] for _, event in self.context.turns.list_events(row.id)]
-        if [kind for kind in event_kinds if kind != "plan"][-1:] == ["waiting"]:  # each attempt begins with the plan
+    def emit_waiting(self, turn: TurnRecord, error: Exception) -> None:
+        """Tell the turn's followers that it waits, unless they have been told and nothing has happened since."""
+        event_kinds = [event["kind"] for _, event in self.turns.list_events(turn.id)]
+        # Every attempt begins with the plan, so it does not count as something that has happened.
+        if [kind for kind in event_kinds if kind != "plan"][-1:] == ["waiting"]:
             return
-        text = (
-            str(error)
-            if isinstance(error, ModelUnavailable)
-            else "something is away for a moment; this goes on by itself"
-        )
-        self.context.turns.append_event(row, len(event_kinds) + 1, WaitingNotice(text=text).model_dump())
+        text = str(error) if isinstance(error, ModelUnavailable) else "a server is unavailable; the turn will continue"
+        self.turns.append_event(turn, WaitingNotice(text=text).model_dump())
 
-    def run_turn(self, row: Any) -> str:
-        thread = self.get_thread(row.owner, row.thread_id)
-        previous_events, state = self.context.turns.list_events(row.id), "asks"
-        events = self.iterate_events(
-            row, thread, has_events=any(event["kind"] != "waiting" for _, event in previous_events)
-        )
-        for number, event in enumerate(events, start=len(previous_events) + 1):
-            self.context.turns.append_event(row, number, event.model_dump())
+    def run_turn(self, turn: TurnRecord) -> str:
+        """Run the turn once and store its events. Returns "done" or "asks"; raises TurnInterrupted."""
+        thread = self.get_thread(turn.owner, turn.thread_id)
+        previous_events, state = self.turns.list_events(turn.id), "asks"
+        has_started = any(event["kind"] != "waiting" for _, event in previous_events)
+        events = self.iterate_events(turn, thread, has_started)
+        for event in events:
+            self.turns.append_event(turn, event.model_dump())
             state = "done" if isinstance(event, TurnCompleted) else state
-            if reason := self.interrupt_reasons.get(row.id):
+            if reason := self.interrupt_reasons.get(turn.id):
                 events.close()
                 if reason == "cancelled":
-                    thread.roll_back(row.number - 1)
+                    thread.roll_back(turn.number - 1)
                 raise TurnInterrupted
         return state
 
-    def iterate_events(self, row: Any, thread: Thread, has_events: bool) -> Generator[TurnEvent]:
-        """Where the thread stands says what is left of the turn, whoever began it."""
-        history = thread.get_turns()
-        if len(history) >= row.number:
-            yield TurnCompleted(turn=history[row.number - 1])
+    def iterate_events(self, turn: TurnRecord, thread: Thread, has_started: bool) -> Generator[TurnEvent]:
+        """Yield the rest of the turn's events. The thread's checkpoint says how far an earlier attempt has come."""
+        completed_turns = thread.get_turns()
+        if len(completed_turns) >= turn.number:
+            yield TurnCompleted(turn=completed_turns[turn.number - 1])
             return
         state = thread.graph.get_state(thread.config)
-        if state.interrupts and (has_events or not row.body["is_reply"]):
+        if state.interrupts and (has_started or not turn.body["is_reply"]):
             yield QuestionAsked(text=str(thread.get_open_question()))
         elif not is_turn_complete(state) and not state.interrupts:
             yield from thread.resume()
         else:
-            attachments = [Artifact(**attachment) for attachment in row.body["attachments"]]
-            yield from thread.send(row.body["text"], attachments, **row.body["options"])
+            attachments = [Artifact(**attachment) for attachment in turn.body["attachments"]]
+            yield from thread.send(turn.body["text"], attachments, **turn.body["options"])
 
-    def cancel_turn(self, row: Any) -> None:
-        self.context.turns.cancel_turn(row.id)
-        self.context.jobs.cancel_by_prefix(row.owner, f"{row.thread_id}/")
+    # ------------------------------------------------------------ heartbeats
 
-    # ------------------------------------------------------------ looking after
-
-    def poll_turns(self) -> None:
+    def keep_turns_alive(self) -> None:
+        """Send heartbeats and take over lost turns, until the runner stops."""
         while not self.stop_event.wait(min(1.0, self.heartbeat_timeout_seconds / 4)):
             try:
                 self.send_heartbeats()
@@ -172,27 +198,26 @@ class TurnRunner:
                 log.warning("%s", error)
 
     def send_heartbeats(self) -> None:
-        for row in list(self.running_rows.values()):
-            turn_state = self.context.turns.heartbeat(row)
+        for turn in list(self.running_turns.values()):
+            turn_state = self.turns.heartbeat(turn)
             if turn_state != "wanted":
-                self.interrupt_reasons[row.id] = turn_state
-            if turn_state == "cancelled":  # the job that it waits for may be younger than the cancel
-                self.context.jobs.cancel_by_prefix(row.owner, f"{row.thread_id}/")
+                self.interrupt_reasons[turn.id] = turn_state
+            if turn_state == "cancelled":  # the turn may have submitted a job after cancel_turn was called
+                self.jobs.cancel_by_prefix(turn.owner, f"{turn.thread_id}/")
 
     def take_over_lost_turns(self) -> None:
-        while (row := self.context.turns.claim_lost_turn(self.heartbeat_timeout_seconds)) is not None:
-            log.warning("turn %s: its process fell silent; it goes on here", row.id)
-            self.pool.submit(self.run_to_end, row)
+        while (turn := self.turns.claim_lost_turn(self.heartbeat_timeout_seconds)) is not None:
+            log.warning("turn %s: its process has stopped responding; it continues here", turn.id)
+            self.pool.submit(self.run_to_end, turn)
 
 
 def is_transient(error: Exception) -> bool:
-    """Whether it is a server of ours that is away: the store, the database (also under LangGraph), the MLLM."""
+    """Return whether a server of ours is unavailable: the store, the MLLM, or the database (also under LangGraph)."""
     if isinstance(error, ArtifactNotFound):
         return False
-    return isinstance(error, StoreError | ModelUnavailable) or type(error).__module__.partition(".")[0].startswith(
-        "psycopg"
-    )
+    is_database_error = type(error).__module__.partition(".")[0].startswith("psycopg")
+    return isinstance(error, StoreError | ModelUnavailable) or is_database_error
 
 
 class TurnInterrupted(Exception):
-    """The turn was cancelled, or another process has it by now."""
+    """The turn was cancelled, or another process runs it now."""

@@ -1,8 +1,9 @@
-"""What webhooks are told: each end of a video once, signed, and again until the other side has taken it.
+"""Webhooks: send a signed event when a video ends, and retry until the receiver accepts it.
 
-An event is in the database before its job counts as announced, under an id that follows from job and hook: whoever
-comes twice, or dies in between, adds nothing.  A delivery is tried by one process at a time; one that dies with it
-leaves it to the next after DELIVERY_LEASE_SECONDS, so that a hook may hear the same id twice, and never none.
+Events are written to the database before their job is marked as announced, with ids derived from job and webhook, so a
+process that dies in between causes neither loss nor duplicates there. One process at a time attempts a delivery. If it
+dies, another one takes over after DELIVERY_LEASE_SECONDS. A receiver may therefore get an event twice, with the same
+id, but never misses one.
 """
 
 import base64
@@ -20,6 +21,7 @@ from urllib.parse import SplitResult, urlsplit
 
 import httpcore2
 
+from omnivideo.contracts import WebhookRecord
 from omnivideo.errors import InvalidInput, OmniVideoError
 from omnivideo.media.fetch import (
     DEFAULT_PORTS,
@@ -29,38 +31,38 @@ from omnivideo.media.fetch import (
     load_tls_context,
     resolve_addresses,
 )
-from omnivideo.storage.database.jobs import JobRepository
-from omnivideo.storage.database.webhooks import WebhookRepository
+from omnivideo.storage.database.jobs import EndedJob, JobRepository
+from omnivideo.storage.database.webhooks import DeliveryRecord, WebhookRepository
 
 log = logging.getLogger("omnivideo.hooks")
-DELIVERY_TIMEOUT_SECONDS = 10.0  # that one try may take
-DELIVERY_LEASE_SECONDS = 60.0  # more than a try can take
-MAX_CONCURRENT_DELIVERIES = 8  # tries
-RETRY_WINDOW_SECONDS = 86_400.0  # after which nothing is tried again
+DELIVERY_TIMEOUT_SECONDS = 10.0  # of one attempt
+DELIVERY_LEASE_SECONDS = 60.0  # longer than an attempt can take
+MAX_CONCURRENT_DELIVERIES = 8
+RETRY_WINDOW_SECONDS = 86_400.0  # after the job's end; later failures are not retried
 EVENT_TYPE_BY_STATE = {"done": "video.completed", "failed": "video.failed"}
 
 
-# ---------------------------------------------------------------- where to
+# ---------------------------------------------------------------- addresses
 
 
 def parse_webhook_url(url: str, internal_hosts: Collection[str]) -> tuple[SplitResult, str, int]:
-    """The URL's parts, host and port; raises InvalidInput for what may not be called.
+    """Return the URL's parts, host and port. Raises InvalidInput for a URL that must not be called.
 
-    As with media, what parsers read differently is refused before one has read it.  Hosts in `internal_hosts` are the
-    operator's own: any address and port will do for them.
+    Characters that parsers interpret differently are refused before any parser runs, as for media. Hosts in
+    `internal_hosts` belong to the operator and may have any address and port.
     """
     if not re.fullmatch(r"[!-\[\]-~]{1,2000}", url):
-        refuse_url("is no URL; allowed: up to 2000 ASCII characters without blanks and backslashes")
+        refuse_url("is not a URL; allowed: up to 2000 ASCII characters without spaces and backslashes")
     try:
         parts = urlsplit(url)
         host, port = parts.hostname or "", parts.port
     except ValueError:
-        refuse_url("is no URL; allowed: https:// or http://, a host, a path")
+        refuse_url("is not a URL; allowed: https:// or http://, a host, a path")
     if parts.scheme not in DEFAULT_PORTS or "@" in parts.netloc or not HOST_PATTERN.fullmatch(host):
-        refuse_url("is not what can be called; allowed: https:// or http://, a host, no user name")
+        refuse_url("cannot be called; allowed: https:// or http://, a host, no user name")
     default_port = DEFAULT_PORTS[parts.scheme]
     if port not in (None, default_port) and not is_internal_host(host, internal_hosts):
-        refuse_url(f"names another port; allowed: {default_port}")
+        refuse_url(f"has port {port}; allowed: {default_port}")
     return parts, host, port or default_port
 
 
@@ -73,7 +75,7 @@ def is_internal_host(host: str, internal_hosts: Collection[str]) -> bool:
 
 
 def build_backend(host: str, internal_hosts: Collection[str], deadline: float) -> PublicOnlyBackend:
-    """Connects to public addresses only, or to wherever a listed host is."""
+    """Return a network backend that connects to public addresses only, or to any address of an internal host."""
     if not is_internal_host(host, internal_hosts):
         return PublicOnlyBackend(deadline, (), resolve_addresses)
     try:
@@ -84,24 +86,24 @@ def build_backend(host: str, internal_hosts: Collection[str], deadline: float) -
 
 
 def check_reachable(url: str, internal_hosts: Collection[str] = ()) -> None:
-    """Raises InvalidInput for a URL that will not be called: said at once, though each call looks again."""
+    """Raise InvalidInput for a URL that cannot be called. Every later delivery checks the address again."""
     _, host, _ = parse_webhook_url(url, internal_hosts)
     if not build_backend(host, internal_hosts, time.monotonic() + DELIVERY_TIMEOUT_SECONDS).vet_addresses(host):
         refuse_url("the host cannot be reached; allowed: a public address")
 
 
-# ---------------------------------------------------------------- what is sent
+# ---------------------------------------------------------------- events
 
 
 def sign_event(secret: str, event_id: str, timestamp: int, body: bytes) -> str:
-    """`v1,<base64>`: HMAC-SHA256 over id, time and body, as standardwebhooks.com has it."""
+    """Return the signature `v1,<base64>`: HMAC-SHA256 of id, time and body, as defined by standardwebhooks.com."""
     key = base64.b64decode(secret.removeprefix("whsec_"))
     digest = hmac.new(key, f"{event_id}.{timestamp}.".encode() + body, hashlib.sha256).digest()
     return f"v1,{base64.b64encode(digest).decode()}"
 
 
 def send_event(url: str, secret: str, event_id: str, event: dict[str, Any], internal_hosts: Collection[str]) -> int:
-    """One try; the answer's status.  Redirects are not followed, and the answer's body is not read."""
+    """Send an event once and return the response's status. Redirects are not followed; the body is not read."""
     parts, host, port = parse_webhook_url(url, internal_hosts)
     body, timestamp = json.dumps(event).encode(), int(time.time())
     netloc = f"[{host}]" if ":" in host else host
@@ -123,9 +125,9 @@ def send_event(url: str, secret: str, event_id: str, event: dict[str, Any], inte
 
 
 class WebhookSender:
-    """Announces and delivers in threads of this process.  Any number of processes may.
+    """Announces ended jobs and delivers events, in threads of this process. Several processes may do so at once.
 
-    `first_retry_seconds` is the pause after the first failure, in seconds; it doubles with each.
+    `first_retry_seconds` is the pause after the first failed attempt. It doubles with each further one.
     """
 
     def __init__(
@@ -156,21 +158,21 @@ class WebhookSender:
         self.executor.shutdown()
 
     def run(self) -> None:
-        last_tidied_at = 0.0
+        last_cleanup_at = 0.0
         while not self.stop_event.wait(self.poll_seconds):
             try:
                 self.announce_ended_jobs()
                 self.send_due_deliveries()
-                if time.monotonic() - last_tidied_at > 3600:
+                if time.monotonic() - last_cleanup_at > 3600:
                     self.webhooks.delete_old_deliveries()
-                    last_tidied_at = time.monotonic()
+                    last_cleanup_at = time.monotonic()
             except OmniVideoError as error:
                 log.warning("%s", error)
             except Exception:
                 log.exception("webhooks")
 
     def announce_ended_jobs(self) -> None:
-        """Puts what has ended before the hooks that wanted to know then."""
+        """Queue an event of each ended job for the webhooks that its owner had when it ended."""
         while jobs := self.jobs.list_unannounced_jobs("video", 100):
             hooks = self.webhooks.list_webhooks_of_owners({job.owner for job in jobs})
             matching_pairs = [
@@ -188,7 +190,7 @@ class WebhookSender:
             self.jobs.mark_announced([job.id for job in jobs])
 
     def send_due_deliveries(self) -> None:
-        """Tries what is due, as far as there is a free thread; a host that is slow to answer holds up no announcing."""
+        """Start the due deliveries for which a thread is free, without waiting for slow receivers."""
         self.in_flight = {future for future in self.in_flight if not future.done()}
         if free_slots := MAX_CONCURRENT_DELIVERIES - len(self.in_flight):
             self.in_flight |= {
@@ -196,13 +198,14 @@ class WebhookSender:
                 for pair in self.webhooks.claim_due_deliveries(free_slots, DELIVERY_LEASE_SECONDS)
             }
 
-    def attempt_delivery(self, delivery: Any, hook: Any) -> None:
+    def attempt_delivery(self, delivery: DeliveryRecord, hook: WebhookRecord | None) -> None:
+        """Send an event, and schedule a retry if it fails. `hook` is None if the webhook was deleted."""
         if hook is None:
             self.webhooks.complete_delivery(delivery.id)
             return
         try:
             status = send_event(hook.url, hook.secret, delivery.id, delivery.body, self.internal_hosts)
-        except Exception as error:  # whatever the other side does is one failed try
+        except Exception as error:  # whatever goes wrong, it is one failed attempt
             log.info("webhook %s: %s: %s", hook.id, delivery.id, type(error).__name__)
             status = 0
         if 200 <= status < 300:
@@ -210,14 +213,14 @@ class WebhookSender:
             return
         retry_seconds = min(self.first_retry_seconds * 2.0 ** (delivery.attempts - 1), RETRY_WINDOW_SECONDS)
         if time.time() + retry_seconds > delivery.body["created_at"] + RETRY_WINDOW_SECONDS:
-            log.warning("webhook %s: %s was not taken within a day", hook.id, delivery.id)
+            log.warning("webhook %s: %s was not accepted within a day", hook.id, delivery.id)
             self.webhooks.complete_delivery(delivery.id)
         else:
             self.webhooks.postpone_delivery(delivery.id, retry_seconds)
 
 
-def build_event(job: Any, hook: Any) -> tuple[str, Any, dict[str, Any]]:
-    """An event's id, its hook and its body."""
+def build_event(job: EndedJob, hook: WebhookRecord) -> tuple[str, WebhookRecord, dict[str, Any]]:
+    """Return an event's id, its webhook and its body."""
     event_id = f"evt_{hashlib.sha256(f'{job.id} {hook.id}'.encode()).hexdigest()[:32]}"
     body = {
         "id": event_id, "object": "event", "created_at": int(job.ended_at), "type": EVENT_TYPE_BY_STATE[job.state],

@@ -1,31 +1,70 @@
-"""The command line's application, its consoles, and the options that its commands share."""
+"""The command line's application, its consoles, and the options that several commands share."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from omnivideo.contracts import StepProgress
 from omnivideo.errors import InvalidInput
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+if TYPE_CHECKING:
+    from omnivideo.sdk.result import Result
+    from omnivideo.sdk.studio import Studio
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Understand, generate and edit video in one conversation.",
+)
 console = Console()
 error_console = Console(stderr=True)
 
-PresetOption = Annotated[str, typer.Option(help="Model: tiny is shipped; the full sizes need --weights.")]
-WeightsOption = Annotated[Optional[Path], typer.Option(help="Folder of weights, if not the shipped one.")]  # noqa: UP045
-DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda:N.")]
-HomeOption = Annotated[Optional[Path], typer.Option(help="Folder of threads and artifacts.")]  # noqa: UP045
-OutputFileOption = Annotated[Path, typer.Option("-o", "--output", help="File to write: .mp4, .gif or .png.")]
-SeedOption = Annotated[int, typer.Option(help="Fixes every byte of the result.")]
-StepsOption = Annotated[Optional[int], typer.Option(help="Denoising steps.")]  # noqa: UP045
-GuidanceOption = Annotated[Optional[float], typer.Option(help="Guidance scale.")]  # noqa: UP045
-FramesOption = Annotated[Optional[int], typer.Option(help="Frames of a clip: 5, 9, 13 ...")]  # noqa: UP045
-SizeOption = Annotated[Optional[str], typer.Option(help="WIDTHxHEIGHT in px, multiples of 16.")]  # noqa: UP045
-NegativePromptOption = Annotated[Optional[str], typer.Option(help="Negative prompt.")]  # noqa: UP045
+# Groups of commands in `omnivideo --help`.
+VIDEO_COMMANDS = "Video"
+SERVICE_COMMANDS = "Service"
+TRAINING_COMMANDS = "Training and evaluation"
+INSTALLATION_COMMANDS = "Installation"
+# Groups of options in the help of a command.
+MODEL, SAMPLING, CONVERSATION, OUTPUT = "Model", "Sampling", "Conversation", "Output"
+STORAGE, SERVER = "Storage", "Server"
+
+PresetOption = Annotated[
+    str, typer.Option(help="Model; the weights of tiny are shipped, others need --weights.", rich_help_panel=MODEL)
+]
+WeightsOption = Annotated[
+    Path | None, typer.Option(help="Folder of weights. Default: the preset's shipped ones.", rich_help_panel=MODEL)
+]
+DeviceOption = Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu or cuda:N.", rich_help_panel=MODEL)]
+HomeOption = Annotated[
+    Path | None, typer.Option(help="Folder of threads and artifacts. Default: OMNIVIDEO_HOME.", rich_help_panel=STORAGE)
+]
+OutputFileOption = Annotated[
+    Path, typer.Option("-o", "--output", help="File to write: .mp4, .gif or .png.", rich_help_panel=OUTPUT)
+]
+SeedOption = Annotated[
+    int, typer.Option(help="The same seed gives the same bytes on the same machine.", rich_help_panel=SAMPLING)
+]
+StepsOption = Annotated[
+    int | None, typer.Option(help="Denoising steps, 1 to 200. Default: the preset's.", rich_help_panel=SAMPLING)
+]
+GuidanceOption = Annotated[
+    float | None, typer.Option(help="Guidance scale, 0 to 30. Default: the preset's.", rich_help_panel=SAMPLING)
+]
+FramesOption = Annotated[
+    int | None, typer.Option(help="Frames of the clip: 4k + 1, such as 5, 9 or 13.", rich_help_panel=SAMPLING)
+]
+SizeOption = Annotated[
+    str | None, typer.Option(help="WIDTHxHEIGHT in pixels, multiples of 16.", rich_help_panel=SAMPLING)
+]
+NegativePromptOption = Annotated[
+    str | None, typer.Option(help="What to avoid. Default: the preset's.", rich_help_panel=SAMPLING)
+]
 
 
 def parse_size(size: str | None) -> dict[str, int | None]:
@@ -43,23 +82,24 @@ def parse_width_height(size: str) -> tuple[int, int]:
 
 
 @contextmanager
-def show_step_progress(label: str) -> Iterator[Callable[[Any], None]]:
-    """A bar with steps done and time left, fed with `Step` events."""
+def show_step_progress(label: str) -> Iterator[Callable[[StepProgress], None]]:
+    """Show a progress bar of denoising steps, and yield the function that updates it."""
     columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=error_console, transient=True) as bar:
         row = bar.add_task("", total=None)
         yield lambda step: bar.update(row, total=step.steps, completed=step.step)
 
 
-def open_studio(preset: str, weights: Path | None, device: str, home: Path | None = None) -> Any:
-    # Imported here: torch and its friends take seconds that --help and a refused argument need not wait for.
+def open_studio(preset: str, weights: Path | None, device: str, home: Path | None = None) -> "Studio":
+    # Loading torch takes seconds, which --help and a refused argument should not wait for.
     from omnivideo.sdk.studio import Studio
 
     with error_console.status("loading the model"):
         return Studio(preset, weights, device, home)
 
 
-def save_result(result: Any, output: Path) -> None:
+def save_result(result: "Result", output: Path) -> None:
+    """Write the result and its manifest, and print the file's name, length and generation time."""
     result.save(output)
     seconds = result.manifest.seconds
     console.print(f"{output} [dim]({len(result.frames)} frames, {sum(seconds.values()):.1f} s)[/dim]", highlight=False)

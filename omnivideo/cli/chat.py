@@ -1,4 +1,4 @@
-"""A conversation in the terminal."""
+"""The terminal of `omnivideo chat`."""
 
 import shutil
 import subprocess
@@ -25,14 +25,14 @@ from omnivideo.contracts import (
 )
 from omnivideo.errors import InvalidInput, OmniVideoError
 
-HELP_TEXT = """[dim]Say what you would like to see, change or know. To show a file: @FILE in the line.
-/history   what was said and made      /fork N   a new thread from turn N on
-/undo      back before the last turn   /save F   the last clip to a file
+HELP_TEXT = """[dim]Say what you would like to see, change or know. Write @FILE in a line to attach a file.
+/history   list the turns              /fork N   continue from turn N in a new thread
+/undo      take back the last turn     /save F   save the last clip to a file
 /open      show the last clip          /quit[/dim]"""
 
 
 class TerminalChat:
-    """One terminal over one thread at a time; `path` gives the file of an artifact."""
+    """A conversation in one thread at a time. `artifact_path` returns the file of an artifact."""
 
     def __init__(
         self, thread: Thread, artifact_path: Callable[[Artifact], Path], console: Console, **turn_options: Any
@@ -47,11 +47,11 @@ class TerminalChat:
             "undo": self.undo_turn,
             "save": self.save_latest,
             "open": self.open_latest,
-            "help": lambda rest: self.console.print(HELP_TEXT),
+            "help": lambda argument: self.console.print(HELP_TEXT),
         }
 
     def run(self, lines: Iterable[str]) -> None:
-        """Takes lines until they end or say /quit; what a user can cause is told in one line, and it goes on."""
+        """Process lines until they end or one is /quit. An error of the user is printed, and the chat continues."""
         self.console.print(HELP_TEXT)
         for line in lines:
             name, _, argument = line.strip().removeprefix("/").partition(" ")
@@ -67,14 +67,15 @@ class TerminalChat:
 
     def run_command(self, name: str, argument: str) -> None:
         if name not in self.commands:
-            raise InvalidInput("command", f"/{name} is none of /{', /'.join(self.commands)}, /quit")
+            raise InvalidInput("command", f"/{name} is not one of /{', /'.join(self.commands)}, /quit")
         self.commands[name](argument)
 
     def send_message(self, line: str) -> None:
+        """Send a line as a turn, with its @FILEs as attachments, and print the turn's events."""
         words = line.split()
         files = [word[1:] for word in words if word.startswith("@") and len(word) > 1]
         text = " ".join(word for word in words if not (word.startswith("@") and len(word) > 1))
-        columns = (TextColumn("drawing"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        columns = (TextColumn("generating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=self.console, transient=True) as bar:
             row = bar.add_task("", total=None, visible=False)
             for event in self.thread.send(text, files, **self.turn_options):
@@ -86,11 +87,12 @@ class TerminalChat:
 
     def print_event(self, event: TurnEvent) -> None:
         if isinstance(event, PlanReady) and len(event.plan.actions) > 1:
-            self.console.print("[dim]" + " > ".join(act.text for act in event.plan.actions) + "[/dim]", highlight=False)
+            texts = " > ".join(action.text for action in event.plan.actions)
+            self.console.print(texts, style="dim", markup=False, highlight=False)
         elif isinstance(event, ThinkingDelta):
             self.console.print(event.delta, style="dim italic", end="", markup=False, highlight=False)
         elif isinstance(event, PromptRewritten):
-            self.console.print(f"\n[dim]so: {event.trace.rewrite}[/dim]", highlight=False)
+            self.console.print(f"\n[dim]prompt: {event.trace.rewrite}[/dim]", highlight=False)
         elif isinstance(event, TextDelta):
             self.console.print(event.delta, end="", markup=False, highlight=False)
         elif isinstance(event, QuestionAsked):
@@ -105,35 +107,36 @@ class TerminalChat:
     def print_history(self, argument: str) -> None:
         for turn in self.thread.get_turns():
             self.console.print(f"[bold]{turn.number}[/bold] {turn.text}", highlight=False)
-            for done in turn.results:
-                said = done.answer if done.artifact is None else f"{done.goal}: {done.artifact.caption}"
-                self.console.print(f"    {said}", style="dim", markup=False, highlight=False)
+            for result in turn.results:
+                summary = result.answer if result.artifact is None else f"{result.goal}: {result.artifact.caption}"
+                self.console.print(f"    {summary}", style="dim", markup=False, highlight=False)
 
     def fork_thread(self, argument: str) -> None:
         if not argument.isdigit():
-            raise InvalidInput("fork", f"give the turn to go on from: /fork N, 0 to {len(self.thread.get_turns())}")
+            raise InvalidInput("fork", f"give the turn to continue from: /fork N, 0 to {len(self.thread.get_turns())}")
         self.thread = self.thread.fork(int(argument), uuid.uuid4().hex[:12])
         self.console.print(f"[dim]thread {self.thread.id}, after turn {argument}[/dim]", highlight=False)
 
     def undo_turn(self, argument: str) -> None:
-        turns = len(self.thread.get_turns())
-        if turns == 0:
+        num_turns = len(self.thread.get_turns())
+        if num_turns == 0:
             raise InvalidInput("undo", "there is no turn to take back")
-        self.fork_thread(str(turns - 1))
+        self.fork_thread(str(num_turns - 1))
 
-    def latest_artifact(self) -> Artifact:
-        made = self.thread.get_artifacts()
-        if not made:
-            raise InvalidInput("artifact", "nothing was made here yet")
-        return made[-1]
+    def require_latest_artifact(self) -> Artifact:
+        artifacts = self.thread.get_artifacts()
+        if not artifacts:
+            raise InvalidInput("artifact", "this thread has no clip or image yet")
+        return artifacts[-1]
 
     def save_latest(self, argument: str) -> None:
-        last = self.latest_artifact()
-        target = Path(argument or f"made{Path(last.key).suffix}")
-        if target.suffix != Path(last.key).suffix:
-            raise InvalidInput("save", f"it is kept as {Path(last.key).suffix}; name a file that ends so")
+        artifact = self.require_latest_artifact()
+        suffix = Path(artifact.key).suffix
+        target = Path(argument or f"clip{suffix}")
+        if target.suffix != suffix:
+            raise InvalidInput("save", f"the file's name must end with {suffix}")
         try:
-            shutil.copyfile(self.artifact_path(last), target)
+            shutil.copyfile(self.artifact_path(artifact), target)
         except OSError as error:
             raise InvalidInput("save", f"{target.name} cannot be written: {error.strerror}") from None
         self.console.print(f"[green]saved[/green] {target}", highlight=False)
@@ -142,13 +145,12 @@ class TerminalChat:
         opener = {"darwin": "open", "win32": "explorer"}.get(sys.platform, "xdg-open")
         if shutil.which(opener) is None:
             raise InvalidInput("open", f"this machine has no {opener}; use /save")
-        subprocess.Popen(
-            [opener, self.artifact_path(self.latest_artifact())], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
+        path = self.artifact_path(self.require_latest_artifact())
+        subprocess.Popen([opener, path], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 def read_keyboard_lines(console: Console) -> Iterable[str]:
-    """Lines from the keyboard until it is closed."""
+    """Yield lines from the keyboard until the end of the input (Ctrl-D)."""
     while True:
         try:
             yield console.input("[bold cyan]> [/bold cyan]")

@@ -1,5 +1,4 @@
-"""The main job in one go: a conversation that makes a clip and a still, changes them, asks about them, goes back to
-the first turn on a branch, and solves a riddle; every turn is scored.
+"""A scored demo: a conversation that generates, edits and asks about clips and images, forks, and solves a riddle.
 
 python -m omnivideo.cli.demo out/demo
 """
@@ -9,24 +8,28 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from rich.console import Console
 
-from omnivideo.agent.conversations import Conversations
 from omnivideo.agent.thread import Thread
 from omnivideo.contracts import ActionResult, Artifact, TurnCompleted
 from omnivideo.errors import OmniVideoError
+from omnivideo.media.artifacts import load_frames
 from omnivideo.media.contact_sheet import make_contact_sheet
-from omnivideo.sdk.studio import Studio
 from omnivideo.synthetic.facts import ObjectSpec, SceneDetection, SceneSpec
 from omnivideo.synthetic.scorer import detect_scene
+
+if TYPE_CHECKING:
+    from omnivideo.sdk.studio import Studio
 
 
 @dataclass(frozen=True)
 class DemoTurn:
-    """One turn: the words, what is right (things to be seen, or an answer), and after which turn it branches off."""
+    """One turn: its text, the expected scene or answer, and the turn after which it forks the thread, if any."""
 
     text: str
     expected: SceneSpec | str
@@ -34,9 +37,9 @@ class DemoTurn:
 
 
 def build_scene_spec(*objects: tuple[str, str] | tuple[str, str, str], background: str | None = None) -> SceneSpec:
-    """Each thing as (colour, shape), and its motion in a clip."""
-    wants = (ObjectSpec(one[1], one[0], None, one[2] if len(one) > 2 else None) for one in objects)
-    return SceneSpec(tuple(wants), background=background)
+    """Build a scene from (colour, shape) of each object, with its motion as a third item in clips."""
+    specs = (ObjectSpec(shape, colour, None, motion[0] if motion else None) for colour, shape, *motion in objects)
+    return SceneSpec(tuple(specs), background=background)
 
 
 DEMO_TURNS = (
@@ -58,64 +61,70 @@ DEMO_TURNS = (
 
 
 def describe_detection(detection: SceneDetection, is_video: bool) -> str:
-    """What the scorer reads off a result, as one line; "?" for what it cannot name."""
+    """Return what the scorer has detected as one line, with "?" for what it could not identify."""
     fields = ("size", "colour", "shape", "motion") if is_video else ("size", "colour", "shape")
-    things = [" ".join(getattr(thing, field) or "?" for field in fields) for thing in detection.objects]
-    return f"{'; '.join(things) or 'nothing'} on {detection.background or '?'}"
+    objects = [" ".join(getattr(item, field) or "?" for field in fields) for item in detection.objects]
+    return f"{'; '.join(objects) or 'nothing'} on {detection.background or '?'}"
 
 
-def judge_turn(turn: DemoTurn, done: ActionResult, load_frames: Callable[[Artifact], np.ndarray]) -> tuple[bool, str]:
-    """Whether what came of a turn is right, and what the scorer (or the answer) says."""
+def judge_turn(turn: DemoTurn, result: ActionResult, read_frames: Callable[[Artifact], np.ndarray]) -> tuple[bool, str]:
+    """Return whether a turn's result is right, and what the scorer has detected or the model has answered."""
     if isinstance(turn.expected, str):
-        return done.answer == turn.expected, done.answer or "no answer"
-    if done.artifact is None:
-        return False, done.answer or "nothing was drawn"
-    reading = detect_scene(load_frames(done.artifact))
-    return turn.expected.is_met_by(reading), describe_detection(reading, done.artifact.medium == "video")
+        return result.answer == turn.expected, result.answer or "no answer"
+    if result.artifact is None:
+        return False, result.answer or "nothing was generated"
+    detection = detect_scene(read_frames(result.artifact))
+    return turn.expected.is_met_by(detection), describe_detection(detection, result.artifact.medium == "video")
 
 
 def run_turn(thread: Thread, turn: DemoTurn) -> ActionResult | None:
-    """The turn's last act; None where the thread asked back."""
-    last = list(thread.send(turn.text))[-1]
-    return last.turn.results[-1] if isinstance(last, TurnCompleted) else None
+    """Return the result of the turn's last action, or None if the model has asked a question."""
+    last_event = list(thread.send(turn.text))[-1]
+    return last_event.turn.results[-1] if isinstance(last_event, TurnCompleted) else None
 
 
-def run_demo(folder: Path, console: Console, studio: Studio) -> None:
+def run_demo(folder: Path, console: Console, studio: "Studio") -> None:
+    """Run and score all turns; write the clips and images, and a contact sheet of them, to the folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    conversations: Conversations = studio.conversations
-    thread, rows, captions, right = (
-        conversations.open_thread("demo", create=True),
-        [],
-        [],
-        0,
-    )  # its seeds follow from its name
+    read_frames = partial(load_frames, studio.conversations.store)
+    thread = studio.conversations.open_thread("demo", create=True)  # the seeds are derived from the thread's name
+    rows: list[list[np.ndarray]] = []
+    captions: list[str] = []
+    right_count = 0
     for number, turn in enumerate(DEMO_TURNS, start=1):
         active_thread = thread if turn.fork_after is None else thread.fork(turn.fork_after, f"{thread.id}-{number}")
-        done = run_turn(active_thread, turn)
-        good, finding = judge_turn(turn, done, conversations.read_frames) if done else (False, "it asked back")
-        right += good
-        branch = "" if turn.fork_after is None else f"(a branch after turn {turn.fork_after}) "
-        console.print(
-            f"[bold]{number}. {branch}{turn.text}[/bold]\n   {finding}  {'[green]right' if good else '[red]wrong'}"
-        )
-        if done and done.trace:
-            console.print(f"   [dim]thought: {done.trace.reasoning}; so: {done.trace.rewrite}[/dim]")
-        if done and done.artifact:
-            name = f"{number}{Path(done.artifact.key).suffix}"
-            shutil.copyfile(studio.artifact_path(done.artifact), folder / name)
-            rows.append(list(conversations.read_frames(done.artifact)))
-            captions.append(f"{number}. {branch}{turn.text}")
-        elif captions and done:
+        result = run_turn(active_thread, turn)
+        is_right, finding = judge_turn(turn, result, read_frames) if result else (False, "a question")
+        right_count += is_right
+        title = f"{number}. {'' if turn.fork_after is None else f'(fork after turn {turn.fork_after}) '}{turn.text}"
+        verdict = "[green]right" if is_right else "[red]wrong"
+        console.print(f"[bold]{title}[/bold]\n   {finding}  {verdict}")
+        if result and result.trace:
+            console.print(f"   [dim]reasoning: {result.trace.reasoning}; prompt: {result.trace.rewrite}[/dim]")
+        if result and result.artifact:
+            path = folder / f"{number}{Path(result.artifact.key).suffix}"
+            shutil.copyfile(studio.artifact_path(result.artifact), path)
+            rows.append(list(read_frames(result.artifact)))
+            captions.append(title)
+        elif captions and result:
             captions[-1] += f"   {turn.text} - {finding}"
     if rows:
         make_contact_sheet(rows, captions).save(folder / "contact-sheet.png")
-        console.print(f"all of it on one sheet: {folder / 'contact-sheet.png'}")
-    console.print(f"{right} of {len(DEMO_TURNS)} turns right, by the scorer")
+        console.print(f"contact sheet: {folder / 'contact-sheet.png'}")
+    console.print(f"{right_count} of {len(DEMO_TURNS)} turns right, by the scorer")
+
+
+def main() -> None:
+    """Run the demo into the folder named on the command line, with threads in a temporary home."""
+    from omnivideo import Studio  # torch is loaded here, once the CPU threads are configured
+
+    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "out/demo")
+    try:
+        with tempfile.TemporaryDirectory() as home:
+            run_demo(folder, Console(), Studio(home=home))
+    except OmniVideoError as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":
-    try:
-        with tempfile.TemporaryDirectory() as home:
-            run_demo(Path(sys.argv[1] if len(sys.argv) > 1 else "out/demo"), Console(), Studio(home=home))
-    except OmniVideoError as error:
-        sys.exit(f"error: {error}")
+    main()

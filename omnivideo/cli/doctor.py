@@ -1,4 +1,4 @@
-"""What this machine can run."""
+"""What this machine can run, for `omnivideo doctor`."""
 
 import os
 import platform
@@ -22,12 +22,12 @@ def get_installed_version(package: str) -> str:
 
 
 def describe_weights(preset_name: str) -> str:
-    """Whether a preset's shipped weights are there and whole."""
+    """Return whether a preset's shipped weights exist and match their digests, as text."""
     try:
         verify_digests(find_shipped_weights(preset_name))
     except CheckpointError as error:
         return str(error)
-    return "shipped, whole"
+    return "shipped, intact"
 
 
 def format_gibibytes(size_bytes: float) -> str:
@@ -35,7 +35,7 @@ def format_gibibytes(size_bytes: float) -> str:
 
 
 def collect_findings() -> Iterator[tuple[str, str]]:
-    """Rows of name and value."""
+    """Yield rows of name and value."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     yield "machine", f"{platform.system()} {platform.machine()}, Python {platform.python_version()}"
     yield (
@@ -46,7 +46,7 @@ def collect_findings() -> Iterator[tuple[str, str]]:
         properties = torch.cuda.get_device_properties(index)
         yield f"cuda:{index}", f"{properties.name}, {format_gibibytes(properties.total_memory)}"
     if not torch.cuda.is_available():
-        yield "gpu", "none: the full sizes need one"
+        yield "gpu", "none; presets other than tiny need one"
     for name in PACKAGES:
         yield name, get_installed_version(name)
     for name in PRESETS:

@@ -1,33 +1,37 @@
-"""The commands of evaluation: evaluate, ablate."""
+"""The commands of evaluation: evaluate and ablate."""
 
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from omnivideo.cli.app import DeviceOption, WeightsOption, console, error_console, open_studio
+from omnivideo.cli.app import OUTPUT, DeviceOption, WeightsOption, console, error_console, open_studio
 from omnivideo.errors import InvalidInput
 
 
 def evaluate(
-    preset: Annotated[str, typer.Argument(help="tiny: its world has a scorer.")] = "tiny",
+    preset: Annotated[str, typer.Argument(help="Only tiny: its synthetic world has a scorer.")] = "tiny",
     weights: WeightsOption = None,
     device: DeviceOption = "auto",
-    count: Annotated[int, typer.Option(min=1, max=10_000, help="Held-out prompts a category.")] = 50,
-    planner: Annotated[bool, typer.Option("--planner", help="Score the planner's turns instead.")] = False,
-    report: Annotated[Optional[Path], typer.Option(help="Write the scores as JSON.")] = None,  # noqa: UP045
+    count: Annotated[int, typer.Option(min=1, max=10_000, help="Held-out prompts per category.")] = 50,
+    planner: Annotated[
+        bool, typer.Option("--planner", help="Score the planner's turns instead of single clips.")
+    ] = False,
+    report: Annotated[
+        Path | None, typer.Option(help="File to write the scores to, as JSON.", rich_help_panel=OUTPUT)
+    ] = None,
 ) -> None:
-    """Score a preset on held-out prompts, edits, questions and routes; or the planner, turn by turn."""
+    """Score a preset on held-out prompts, edits, questions and routes, or the planner on whole conversations."""
     from omnivideo.evaluation.report import build_score_table, score_planner, scores_to_json
     from omnivideo.evaluation.suite import evaluate_all
 
     if preset != "tiny":
-        raise InvalidInput("preset", f"{preset!r} has no world to be scored in; use tiny")
+        raise InvalidInput("preset", f"{preset!r} has no scorer; allowed: tiny")
     studio = open_studio(preset, weights, device)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=error_console, transient=True) as bar:
-        rows: dict[str, Any] = {}
+        rows: dict[str, TaskID] = {}
 
         def on_progress(name: str, done: int, total: int) -> None:
             if name not in rows:
@@ -45,10 +49,10 @@ def evaluate(
 
 
 def ablate(
-    runs: Annotated[Path, typer.Option(help="Folder in which all recipes were trained.")] = Path("runs"),
-    count: Annotated[int, typer.Option(min=1, max=10_000, help="Held-out prompts a category.")] = 50,
+    runs: Annotated[Path, typer.Option(help="Folder in which all recipes have been trained.")] = Path("runs"),
+    count: Annotated[int, typer.Option(min=1, max=10_000, help="Held-out prompts per category.")] = 50,
 ) -> None:
-    """Score the tiny preset after every stage, and without its visual tokens."""
+    """Score the tiny preset after each training stage, and without its visual tokens."""
     from omnivideo.evaluation.ablation import build_ablation_table, run_ablation
     from omnivideo.training.config import TrainingConfig
     from omnivideo.training.engine.run import RunContext

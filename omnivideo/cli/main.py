@@ -1,8 +1,8 @@
-"""The command line: parse, build, run."""
+"""The command line's entry point, and the commands that generate, edit and understand video."""
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -10,6 +10,12 @@ from rich.table import Table
 
 from omnivideo.cli import data, service, weights
 from omnivideo.cli.app import (
+    CONVERSATION,
+    INSTALLATION_COMMANDS,
+    OUTPUT,
+    SAMPLING,
+    TRAINING_COMMANDS,
+    VIDEO_COMMANDS,
     DeviceOption,
     FramesOption,
     GuidanceOption,
@@ -33,21 +39,21 @@ from omnivideo.cli.curate import curate
 from omnivideo.cli.evaluate import ablate, evaluate
 from omnivideo.cli.train import plan, train
 from omnivideo.contracts import check_prompt, resolve_sampling_params
+from omnivideo.cpu_threads import configure_cpu_threads
 from omnivideo.errors import InvalidInput, OmniVideoError
-from omnivideo.presets import Task
-from omnivideo.presets import get_preset as preset_of
-
-app.add_typer(service.app)
-app.add_typer(weights.app, name="weights")
-data.app.command()(curate)
-app.add_typer(data.app)
+from omnivideo.presets import Task, get_preset
 
 
-@app.command()
+@app.command(rich_help_panel=VIDEO_COMMANDS)
 def generate(
-    prompt: str,
+    prompt: Annotated[str, typer.Argument(help="What to show, 1 to 4000 characters.")],
     output: OutputFileOption,
-    image: Annotated[bool | None, typer.Option("--image/--video", help="Default: the model decides.")] = None,
+    image: Annotated[
+        bool | None,
+        typer.Option(
+            "--image/--video", help="Generate an image or a clip. Default: the model decides.", rich_help_panel=OUTPUT
+        ),
+    ] = None,
     preset: PresetOption = "tiny",
     weights: WeightsOption = None,
     device: DeviceOption = "auto",
@@ -58,7 +64,7 @@ def generate(
     size: SizeOption = None,
     negative_prompt: NegativePromptOption = None,
 ) -> None:
-    """Draw a clip or a still from a sentence."""
+    """Generate a clip or an image from a prompt."""
     from omnivideo.media.write import check_output
 
     prompt = check_prompt("prompt", prompt)
@@ -71,9 +77,9 @@ def generate(
     }
     if image is None and (frames == 1 or output.suffix.lower() == ".png"):
         image = True
-    # Refused before any model is loaded.
+    # Invalid settings are refused before the model is loaded, which takes seconds.
     task: Task = "text-to-image" if image else "text-to-video"
-    params = resolve_sampling_params(preset_of(preset), task, **overrides)
+    params = resolve_sampling_params(get_preset(preset), task, **overrides)
     check_output(output, params.frames)
     studio = open_studio(preset, weights, device)
     with show_step_progress("denoising") as on_step:
@@ -81,10 +87,10 @@ def generate(
     save_result(result, output)
 
 
-@app.command()
+@app.command(rich_help_panel=VIDEO_COMMANDS)
 def edit(
-    source: Path,
-    instruction: str,
+    source: Annotated[Path, typer.Argument(help="The clip or image to edit.")],
+    instruction: Annotated[str, typer.Argument(help="What to change, 1 to 4000 characters.")],
     output: OutputFileOption,
     preset: PresetOption = "tiny",
     weights: WeightsOption = None,
@@ -95,32 +101,34 @@ def edit(
     size: SizeOption = None,
     negative_prompt: NegativePromptOption = None,
 ) -> None:
-    """Change a clip or a still as told; what is not named stays."""
+    """Edit a clip or an image by an instruction; everything else stays as it is."""
     from omnivideo.media.read import read_media
     from omnivideo.media.write import check_output
 
     instruction = check_prompt("instruction", instruction)
     overrides: dict[str, Any] = parse_size(size) | {
-        "seed": seed, "steps": steps, "guidance_scale": guidance_scale, "negative_prompt": negative_prompt,
-    }  # fmt: skip
-    kind = read_media(source).kind
-    task: Task = "image-editing" if kind == "image" else "video-editing"
-    check_output(output, resolve_sampling_params(preset_of(preset), task, **overrides).frames)
+        "seed": seed,
+        "steps": steps,
+        "guidance_scale": guidance_scale,
+        "negative_prompt": negative_prompt,
+    }
+    task: Task = "image-editing" if read_media(source).kind == "image" else "video-editing"
+    check_output(output, resolve_sampling_params(get_preset(preset), task, **overrides).frames)
     studio = open_studio(preset, weights, device)
     with show_step_progress("denoising") as on_step:
         result = studio.edit(source, instruction, on_step=on_step, **overrides)
     save_result(result, output)
 
 
-@app.command()
+@app.command(rich_help_panel=VIDEO_COMMANDS)
 def understand(
-    source: Path,
-    question: str,
+    source: Annotated[Path, typer.Argument(help="The clip or image that the question is about.")],
+    question: Annotated[str, typer.Argument(help="The question, 1 to 4000 characters.")],
     preset: PresetOption = "tiny",
     weights: WeightsOption = None,
     device: DeviceOption = "auto",
 ) -> None:
-    """Answer a question about a clip or a still."""
+    """Answer a question about a clip or an image."""
     from omnivideo.media.read import read_media
 
     question = check_prompt("question", question)
@@ -132,20 +140,31 @@ def understand(
     console.print()
 
 
-@app.command()
+@app.command(rich_help_panel=VIDEO_COMMANDS)
 def chat(
-    thread: Annotated[Optional[str], typer.Option(help="Go on with this thread.")] = None,  # noqa: UP045
+    thread: Annotated[
+        str | None, typer.Option(help="Thread to continue. Default: a new one.", rich_help_panel=CONVERSATION)
+    ] = None,
     preset: PresetOption = "tiny",
     weights: WeightsOption = None,
     device: DeviceOption = "auto",
     home: HomeOption = None,
-    think: Annotated[str, typer.Option(help="Reason before drawing: off, on or auto.")] = "auto",
-    check: Annotated[int, typer.Option(min=1, max=16, help="Tries, of which the model keeps the best.")] = 1,
-    seed: Annotated[Optional[int], typer.Option(help="Default: follows from the thread.")] = None,  # noqa: UP045
+    think: Annotated[
+        str, typer.Option(help="Reason before generating: off, on or auto.", rich_help_panel=CONVERSATION)
+    ] = "auto",
+    check: Annotated[
+        int,
+        typer.Option(
+            min=1, max=16, help="Candidates to generate, of which the model keeps the best.", rich_help_panel=SAMPLING
+        ),
+    ] = 1,
+    seed: Annotated[
+        int | None, typer.Option(help="Default: derived from the thread's name.", rich_help_panel=SAMPLING)
+    ] = None,
     steps: StepsOption = None,
     guidance_scale: GuidanceOption = None,
 ) -> None:
-    """Talk: create, change and ask, each turn building on the last."""
+    """Talk: generate, edit and ask, where each turn builds on the last."""
     from omnivideo.agent.thread import parse_turn_options
     from omnivideo.cli.chat import TerminalChat, read_keyboard_lines
 
@@ -156,15 +175,18 @@ def chat(
     TerminalChat(studio.open_thread(thread), studio.artifact_path, console, **options).run(lines)
 
 
-@app.command()
+@app.command(rich_help_panel=VIDEO_COMMANDS)
 def batch(
-    prompts: Path,
-    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the clips and results.jsonl.")],
+    prompts: Annotated[Path, typer.Argument(help="File with a prompt, or a JSON object, on each line.")],
+    output: Annotated[
+        Path,
+        typer.Option("-o", "--output", help="Folder for the clips and results.jsonl.", rich_help_panel=OUTPUT),
+    ],
     preset: PresetOption = "tiny",
     weights: WeightsOption = None,
     device: DeviceOption = "auto",
 ) -> None:
-    """Draw every line of a JSONL file (or of plain prompts); run again, it does what is left."""
+    """Generate a clip for every line of a file; when run again, continue with the lines that are not done."""
     from omnivideo.sdk.batch import parse_items, run_batch
 
     try:
@@ -180,22 +202,25 @@ def batch(
             if outcome.error:
                 failed_count += 1
                 bar.console.print(f"{outcome.id}: {outcome.error}", style="red", markup=False, highlight=False)
-    console.print(
-        f"{len(batch_items) - failed_count} of {len(batch_items)} done: {output / 'results.jsonl'}", highlight=False
-    )
+    done_count = len(batch_items) - failed_count
+    console.print(f"{done_count} of {len(batch_items)} done: {output / 'results.jsonl'}", highlight=False)
     if failed_count:
         raise typer.Exit(1)
 
 
-app.command()(evaluate)
-app.command()(ablate)
-app.command()(train)
-app.command()(plan)
+app.add_typer(service.app)
+app.command(rich_help_panel=TRAINING_COMMANDS)(train)
+app.command(rich_help_panel=TRAINING_COMMANDS)(plan)
+app.command(rich_help_panel=TRAINING_COMMANDS)(evaluate)
+app.command(rich_help_panel=TRAINING_COMMANDS)(ablate)
+data.app.command()(curate)
+app.add_typer(data.app, rich_help_panel=TRAINING_COMMANDS)
+app.add_typer(weights.app, name="weights", rich_help_panel=INSTALLATION_COMMANDS)
 
 
-@app.command()
+@app.command(rich_help_panel=INSTALLATION_COMMANDS)
 def doctor() -> None:
-    """What this machine can run: devices, memory, packages, weights."""
+    """Print what this machine can run: devices, memory, packages and weights."""
     from omnivideo.cli.doctor import collect_findings
 
     table = Table(show_header=False, box=None)
@@ -205,7 +230,8 @@ def doctor() -> None:
 
 
 def main() -> None:
-    """Runs the command line; what a user can cause ends as one line and exit code 2."""
+    """Run the command line. An error that the user can cause ends as one line on stderr, with exit code 2."""
+    configure_cpu_threads()
     try:
         app()
     except OmniVideoError as error:

@@ -1,4 +1,4 @@
-"""The service's commands: serve, worker, mllm, migrate, keys, sweep.  Settings come from the environment."""
+"""The service's commands: serve, worker, mllm, migrate, sweep and keys. Their settings come from the environment."""
 
 import json
 import logging
@@ -6,32 +6,37 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
+from omnivideo.cli.app import SERVER, SERVICE_COMMANDS, DeviceOption, HomeOption, WeightsOption, console
+from omnivideo.cpu_threads import configure_cpu_threads
 from omnivideo.errors import InvalidInput, MissingDependency
-from omnivideo.settings import load_settings
+
+if TYPE_CHECKING:
+    from omnivideo.settings import ServiceSettings
+    from omnivideo.wiring import ServiceWiring
 
 app = typer.Typer()
-keys_cli = typer.Typer(no_args_is_help=True, help="API keys.")
-mllm_cli = typer.Typer(no_args_is_help=True, help="The language model's own server.")
-app.add_typer(keys_cli, name="keys")
-app.add_typer(mllm_cli, name="mllm")
-console = Console()
-error_console = Console(stderr=True)
+keys_cli = typer.Typer(no_args_is_help=True)
+mllm_cli = typer.Typer(no_args_is_help=True)
+VLLM = "vLLM"
 
-HostOption = Annotated[str, typer.Option(help="Address to listen on.")]
-PortOption = Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")]
-DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda:N.")]
-HomeOption = Annotated[Optional[Path], typer.Option(help="Folder of what is embedded.")]  # noqa: UP045
-WeightsOption = Annotated[Optional[Path], typer.Option(help="Folder of weights, if not the shipped one.")]  # noqa: UP045
+HostOption = Annotated[str, typer.Option(help="Address to listen on.", rich_help_panel=SERVER)]
+PortOption = Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.", rich_help_panel=SERVER)]
 
 
-def build_wiring(device: str = "auto", home: Path | None = None, weights: Path | None = None) -> Any:
-    """The rooms that the environment names; the packages that they need are asked for by name."""
-    settings = load_settings(home=home, weights=str(weights) if weights else None)
+def load_service_settings(home: Path | None = None, weights: Path | None = None) -> "ServiceSettings":
+    """Return the environment's settings, with the command's options in their place."""
+    from omnivideo.settings import load_settings  # it loads pydantic-settings, which --help need not wait for
+
+    return load_settings(home=home, weights=str(weights) if weights else None)
+
+
+def build_wiring(device: str = "auto", home: Path | None = None, weights: Path | None = None) -> "ServiceWiring":
+    """Return the wiring that the environment describes; raise MissingDependency if a package is not installed."""
+    settings = load_service_settings(home, weights)
     try:
         import alembic  # noqa: F401
         import sqlalchemy  # noqa: F401
@@ -43,27 +48,27 @@ def build_wiring(device: str = "auto", home: Path | None = None, weights: Path |
 
 
 class JSONLogFormatter(logging.Formatter):
-    """One object a line: what a log store can search."""
+    """Formats each record as a JSON object on one line, with the fields of its `extra`."""
 
     standard_fields = set(vars(logging.makeLogRecord({}))) | {"message", "asctime"}
 
     def format(self, record: logging.LogRecord) -> str:
-        told = {"time": self.formatTime(record), "level": record.levelname, "logger": record.name}
-        told |= {"message": record.getMessage()}
-        told |= {name: value for name, value in vars(record).items() if name not in self.standard_fields}
+        fields = {"time": self.formatTime(record), "level": record.levelname, "logger": record.name}
+        fields |= {"message": record.getMessage()}
+        fields |= {name: value for name, value in vars(record).items() if name not in self.standard_fields}
         if record.exc_info:
-            told["trace"] = self.formatException(record.exc_info)
-        return json.dumps(told, default=str)
+            fields["trace"] = self.formatException(record.exc_info)
+        return json.dumps(fields, default=str)
 
 
 def configure_logging(component: str) -> None:
-    """Logs to stderr, as JSON where nobody watches; traces to where OTEL_EXPORTER_OTLP_ENDPOINT says, if it does."""
+    """Log to stderr, as JSON unless it is a terminal, and export traces if OTEL_EXPORTER_OTLP_ENDPOINT is set."""
     handler = logging.StreamHandler(sys.stderr)
     plain = logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s")
     handler.setFormatter(plain if sys.stderr.isatty() else JSONLogFormatter())
     logging.basicConfig(level=logging.INFO, handlers=[handler])
-    for chatty in ("httpx", "httpcore2", "alembic"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)
+    for verbose_logger in ("httpx", "httpcore2", "alembic"):
+        logging.getLogger(verbose_logger).setLevel(logging.WARNING)
     if os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT"):
         export_traces(component)
 
@@ -85,19 +90,25 @@ def export_traces(component: str) -> None:
 
 
 def run_server(create_application: Callable[[], Any], host: str, port: int) -> None:
-    """Runs an HTTP application until it is told to end."""
+    """Run an HTTP application until the process receives SIGINT or SIGTERM."""
     try:
         import uvicorn
     except ImportError:
         raise MissingDependency("a server needs: pip install 'omnivideo[serve]'") from None
-    # Idle connections are the client's to close: at uvicorn's 5 s a request can meet a connection as it goes.
+    # The client should be the one to close an idle connection. With uvicorn's default of 5 s, a request can be sent on
+    # a connection that the server is closing.
     uvicorn.run(
-        create_application(), host=host, port=port, log_config=None, access_log=False, timeout_graceful_shutdown=10,
+        create_application(),
+        host=host,
+        port=port,
+        log_config=None,
+        access_log=False,
+        timeout_graceful_shutdown=10,
         timeout_keep_alive=75,
-    )  # fmt: skip
+    )
 
 
-@app.command()
+@app.command(rich_help_panel=SERVICE_COMMANDS)
 def serve(
     host: HostOption = "127.0.0.1",
     port: PortOption = 8000,
@@ -105,37 +116,42 @@ def serve(
     home: HomeOption = None,
     weights: WeightsOption = None,
 ) -> None:
-    """The HTTP service; alone, it is the whole service on SQLite, a folder and a worker of its own."""
+    """Run the HTTP service. Without further settings it contains a worker, and stores all in SQLite and a folder."""
     configure_logging("api")
-    rooms = build_wiring(device, home, weights)
-    if host not in ("127.0.0.1", "localhost", "::1") and not rooms.settings.admin_key:
-        raise InvalidInput("OMNIVIDEO_ADMIN_KEY", "it is empty; who can reach the service from outside needs a key")
+    wiring = build_wiring(device, home, weights)
+    if host not in ("127.0.0.1", "localhost", "::1") and not wiring.settings.admin_key:
+        raise InvalidInput("OMNIVIDEO_ADMIN_KEY", "it is empty; a service for other machines needs a key")
     try:
         from omnivideo.api.app import create_app
     except ImportError as error:
         raise MissingDependency(f"the service needs {error.name}: pip install 'omnivideo[serve,worker]'") from None
     try:
-        run_server(lambda: create_app(rooms.attended(rooms.rooms())), host, port)
+        run_server(lambda: create_app(wiring.start_background_services(wiring.build_service_context())), host, port)
     finally:
-        rooms.close()
+        wiring.close()
 
 
-@app.command()
-def worker(device: DeviceOption = "auto", weights: WeightsOption = None) -> None:
-    """Draws what waits, for services that share a broker; one for each device."""
-    settings = load_settings()
+@app.command(rich_help_panel=SERVICE_COMMANDS)
+def worker(
+    device: DeviceOption = "auto",
+    weights: WeightsOption = None,
+    workers_per_host: Annotated[int, typer.Option(min=1, help="Workers that share this machine's CPUs.")] = 1,
+) -> None:
+    """Render the jobs of services that share a broker; start one worker for each device."""
+    configure_cpu_threads(workers_per_host)
+    settings = load_service_settings()
     if not settings.broker:
-        raise InvalidInput("OMNIVIDEO_BROKER", "it is empty; give redis://... or amqp://... (serve alone needs none)")
+        raise InvalidInput("OMNIVIDEO_BROKER", "it is empty; give redis://... or amqp://...")
     try:
-        from omnivideo.backends.queue.celery import serve_celery_worker as run
+        from omnivideo.backends.queue.celery import serve_celery_worker
     except ImportError as error:
         raise MissingDependency(f"a worker needs {error.name}: pip install 'omnivideo[worker]'") from None
 
     def build_worker() -> tuple[Any, float]:
-        configure_logging("worker")  # in the child: neither threads nor connections outlive a fork
+        configure_logging("worker")  # in the child process, because threads and connections do not survive a fork
         return build_wiring(device, weights=weights).worker, settings.heartbeat_timeout
 
-    run(settings.broker, build_worker)
+    serve_celery_worker(settings.broker, build_worker)
 
 
 @mllm_cli.command("serve")
@@ -144,24 +160,39 @@ def mllm_serve(
     port: PortOption = 8001,
     device: DeviceOption = "auto",
     weights: WeightsOption = None,
-    engine: Annotated[str, typer.Option(help="auto (vLLM where it is installed), vllm or transformers.")] = "auto",
-    tensor_parallel_size: Annotated[int, typer.Option(help="vLLM: GPUs that share the model.")] = 1,
-    gpu_memory_utilization: Annotated[float, typer.Option(help="vLLM: share of the GPU's memory.")] = 0.9,
-    cpu_kvcache_gib: Annotated[int, typer.Option(help="vLLM on a CPU: GiB for the cache.")] = 1,
-    dtype: Annotated[str, typer.Option(help="vLLM: auto, float32, float16 or bfloat16.")] = "auto",
-    quantization: Annotated[Optional[str], typer.Option(help="vLLM: a method, such as fp8.")] = None,  # noqa: UP045
-    lora: Annotated[Optional[Path], typer.Option(help="vLLM: a folder as PEFT saves it.")] = None,  # noqa: UP045
-    max_model_len: Annotated[Optional[int], typer.Option(help="vLLM: tokens of a request at the most.")] = None,  # noqa: UP045
-    max_num_seqs: Annotated[int, typer.Option(help="vLLM: requests answered at a time.")] = 16,
+    engine: Annotated[
+        str, typer.Option(help="auto (vLLM if it is installed), vllm or transformers.", rich_help_panel=SERVER)
+    ] = "auto",
+    tensor_parallel_size: Annotated[int, typer.Option(help="GPUs that share the model.", rich_help_panel=VLLM)] = 1,
+    gpu_memory_utilization: Annotated[
+        float, typer.Option(help="Fraction of the GPU memory to use.", rich_help_panel=VLLM)
+    ] = 0.9,
+    cpu_kvcache_gib: Annotated[
+        int, typer.Option(help="Size of the KV cache on a CPU, in GiB.", rich_help_panel=VLLM)
+    ] = 1,
+    dtype: Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.", rich_help_panel=VLLM)] = "auto",
+    quantization: Annotated[
+        str | None, typer.Option(help="Quantization method, such as fp8.", rich_help_panel=VLLM)
+    ] = None,
+    lora: Annotated[
+        Path | None, typer.Option(help="Folder of a LoRA adapter in the format of PEFT.", rich_help_panel=VLLM)
+    ] = None,
+    max_model_len: Annotated[
+        int | None, typer.Option(help="Maximum number of tokens in a request.", rich_help_panel=VLLM)
+    ] = None,
+    max_num_seqs: Annotated[
+        int, typer.Option(help="Maximum number of requests that are answered at the same time.", rich_help_panel=VLLM)
+    ] = 16,
 ) -> None:
-    """Answers for many services that have no language model in their process: vLLM's server, or a plain one."""
+    """Serve the MLLM over HTTP for services that do not load it themselves, with vLLM or with transformers."""
+    configure_cpu_threads(tensor_parallel_size)
     configure_logging("mllm")
     from omnivideo.backends.mllm import launch
     from omnivideo.models.device import pick_device
     from omnivideo.models.weights import checkpoint
     from omnivideo.models.weights.checkpoint import find_shipped_weights
 
-    settings = load_settings(weights=str(weights) if weights else None)
+    settings = load_service_settings(weights=weights)
     folder = Path(settings.weights) if settings.weights else find_shipped_weights(settings.preset)
     serving_options = launch.parse_options(
         tensor_parallel_size=tensor_parallel_size,
@@ -183,28 +214,27 @@ def mllm_serve(
 
 
 @mllm_cli.callback()
-def mllm_help() -> None:
-    """The language model's own server."""
+def describe_mllm_commands() -> None:
+    """Serve the MLLM in a process of its own."""
 
 
-@app.command()
+@app.command(rich_help_panel=SERVICE_COMMANDS)
 def migrate() -> None:
-    """Brings the database to this version's schema; serve and worker do it too."""
+    """Upgrade the database to this version's schema, as serve and worker also do when they start."""
     build_wiring().engine.dispose()
-    console.print("the database is at the newest schema")
+    console.print("the database has the newest schema")
 
 
-@app.command()
+@app.command(rich_help_panel=SERVICE_COMMANDS)
 def sweep(home: HomeOption = None) -> None:
-    """Removes artifacts that nothing refers to, once they are older than OMNIVIDEO_ARTIFACT_LIFETIME_SECONDS."""
-    rooms = build_wiring(home=home)
-    gone = rooms.sweep()
-    console.print(f"{len(gone)} removed")
+    """Remove artifacts that nothing refers to and that are older than OMNIVIDEO_ARTIFACT_LIFETIME_SECONDS."""
+    removed_keys = build_wiring(home=home).sweep_store()
+    console.print(f"{len(removed_keys)} artifacts removed")
 
 
 @keys_cli.command("add")
-def add_api_key(name: Annotated[str, typer.Argument(help="Whose it is.")]) -> None:
-    """Makes a key and prints it, this once."""
+def add_api_key(name: Annotated[str, typer.Argument(help="Name of the key's owner.")]) -> None:
+    """Create a key and print it. It cannot be shown again."""
     from omnivideo.storage.database.keys import APIKeyRepository
 
     key_id, key = APIKeyRepository(build_wiring().engine).create_key(name)
@@ -213,20 +243,28 @@ def add_api_key(name: Annotated[str, typer.Argument(help="Whose it is.")]) -> No
 
 @keys_cli.command("list")
 def list_api_keys() -> None:
-    """All keys, without their secrets."""
+    """List all keys by id and name."""
     from omnivideo.storage.database.keys import APIKeyRepository
 
     for row in APIKeyRepository(build_wiring().engine).list_keys():
-        console.print(
-            f"{row['id']}  {row['name']}{'  revoked' if row['revoked'] else ''}", highlight=False, markup=False
-        )
+        revoked = "  revoked" if row["revoked"] else ""
+        console.print(f"{row['id']}  {row['name']}{revoked}", highlight=False, markup=False)
 
 
 @keys_cli.command("revoke")
-def revoke_api_key(key_id: str) -> None:
-    """From now on nobody gets in with it."""
+def revoke_api_key(key_id: Annotated[str, typer.Argument(help="Id of the key, as `keys list` prints it.")]) -> None:
+    """Revoke a key, so that requests with it are refused."""
     from omnivideo.storage.database.keys import APIKeyRepository
 
     if not APIKeyRepository(build_wiring().engine).revoke_key(key_id):
-        raise InvalidInput("key", f"there is no {key_id!r}")
+        raise InvalidInput("key", f"there is no key {key_id!r}")
     console.print("revoked")
+
+
+@keys_cli.callback()
+def describe_key_commands() -> None:
+    """Create, list and revoke API keys."""
+
+
+app.add_typer(keys_cli, name="keys", rich_help_panel=SERVICE_COMMANDS)
+app.add_typer(mllm_cli, name="mllm", rich_help_panel=SERVICE_COMMANDS)

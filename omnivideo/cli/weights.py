@@ -1,31 +1,34 @@
-"""The commands of weights: import, export, pack.  Sizes are printed before anything is written."""
+"""The commands of `omnivideo weights`: import, export and pack."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from omnivideo.cli.app import OUTPUT, console, error_console
 from omnivideo.errors import InvalidInput
 
 if TYPE_CHECKING:
     from omnivideo.models.weights.convert import WeightsReport
 
-app = typer.Typer(no_args_is_help=True, help="Published weights in and out; a run's checkpoint as a folder of weights.")
-console = Console()
-error_console = Console(stderr=True)
+app = typer.Typer(no_args_is_help=True, help="Convert weights from and to published formats and checkpoints.")
 
-OutputFolderOption = Annotated[Path, typer.Option("-o", "--output", help="Folder to write, which is not there yet.")]
-OptionalOutputFolder = Annotated[Optional[Path], typer.Option("-o", "--output", help="Folder to write.")]  # noqa: UP045
-OptionalPreset = Annotated[Optional[str], typer.Option(help="Default: as the source's files say.")]  # noqa: UP045
+OutputFolderOption = Annotated[
+    Path, typer.Option("-o", "--output", help="Folder to write; it must not exist.", rich_help_panel=OUTPUT)
+]
+OptionalOutputFolder = Annotated[
+    Path | None, typer.Option("-o", "--output", help="Folder to write.", rich_help_panel=OUTPUT)
+]
+OptionalPreset = Annotated[str | None, typer.Option(help="Default: derived from the source's files.")]
 
 
 @contextmanager
 def show_byte_progress() -> Iterator[Callable[[str, int], None]]:
+    """Show a progress bar of bytes, and yield the function that advances it: (file, bytes)."""
     with Progress(TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn(),
                   console=error_console, transient=True, disable=not error_console.is_terminal) as bar:  # fmt: skip
         row = bar.add_task("", total=None)
@@ -48,24 +51,28 @@ def print_report(report: "WeightsReport") -> None:
 
 @app.command("import")
 def import_published(
-    source: Annotated[Path, typer.Argument(help="The published folder, or one file of tensors.")],
+    source: Annotated[Path, typer.Argument(help="The published folder, or a single file of tensors.")],
     output: OptionalOutputFolder = None,
     preset: OptionalPreset = None,
-    check: Annotated[bool, typer.Option("--check", help="Only compare keys and shapes, and count.")] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Only compare keys and shapes, without writing anything.")
+    ] = False,
 ) -> None:
-    """The authors' weights (version 1 or 2) into a folder of ours; strict, bit for bit, and no code is run."""
+    """Convert the authors' weights (version 1 or 2) to our format, bit for bit and without running their code."""
     from omnivideo.models.weights.convert import import_weights
 
     if check == (output is not None):
-        raise InvalidInput("output", "give either -o FOLDER or --check")
-    with show_byte_progress() as tell:
-        report = import_weights(source, output, preset, tell)
+        raise InvalidInput("output", "give either --output or --check")
+    with show_byte_progress() as on_bytes:
+        report = import_weights(source, output, preset, on_bytes)
     print_report(report)
 
 
 @app.command()
-def export(folder: Path, output: OutputFolderOption) -> None:
-    """A folder of ours in the layout that the authors' code reads."""
+def export(
+    folder: Annotated[Path, typer.Argument(help="Folder of weights in our format.")], output: OutputFolderOption
+) -> None:
+    """Convert a folder of weights to the layout that the authors' code reads."""
     from omnivideo.models.weights.convert import export_weights
 
     with error_console.status("checking and writing"):
@@ -77,11 +84,11 @@ def export(folder: Path, output: OutputFolderOption) -> None:
 def pack(
     state: Annotated[Path, typer.Argument(help="A stage's checkpoint: runs/<recipe>/state.pt.")],
     output: OutputFolderOption,
-    base: Annotated[Path, typer.Option(help="The folder that the run began with.")],
+    base: Annotated[Path, typer.Option(help="Folder of weights that the run started from.")],
 ) -> None:
-    """A training run's checkpoint as a folder of weights that every command takes."""
+    """Convert a training run's checkpoint to a folder of weights that every command accepts."""
     from omnivideo.models.weights.convert import pack_training_checkpoint
 
-    with show_byte_progress() as tell:
-        report = pack_training_checkpoint(state, base, output, tell)
+    with show_byte_progress() as on_bytes:
+        report = pack_training_checkpoint(state, base, output, on_bytes)
     print_report(report)

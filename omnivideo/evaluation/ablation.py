@@ -1,4 +1,4 @@
-"""What each stage, and the visual tokens themselves, are worth: one table over the same held-out prompts."""
+"""Compare the stages, and the parts of the condition, on the same held-out prompts."""
 
 from collections.abc import Callable, Iterator, Mapping
 
@@ -23,7 +23,7 @@ ABLATION_ROWS: tuple[tuple[str, str, ConditionMode], ...] = (
 def run_ablation(
     load_after_stage: Callable[[str], OmniVideoModel], count: int, on_progress: EvaluationProgress
 ) -> Iterator[tuple[str, dict[str, Score]]]:
-    """The name and the scores of each row; `after` gives the model as it stands after a recipe."""
+    """Yield the name and the scores of each row; `load_after_stage` returns the model as a recipe left it."""
     for name, recipe, mode in ABLATION_ROWS:
         yield name, evaluate_generation(load_after_stage(recipe), count, on_progress, mode)
 

@@ -1,15 +1,17 @@
-"""Scores as a table for the terminal, and as JSON."""
+"""Format scores as a table for the terminal, and as JSON."""
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from rich.table import Table
 
 from omnivideo.evaluation import planner
 from omnivideo.evaluation.suite import EvaluationProgress, Score
+from omnivideo.media.artifacts import load_frames
 
-# What the tiny preset is to reach (the issue that made it).
+# The scores that the tiny preset should reach.
 TARGET_SCORES = {
     "single": 0.97, "colours": 0.95, "two": 0.85, "counting": 0.80, "position": 0.80, "colour attribution": 0.75,
     "motion": 0.90, "image edits": 0.80, "video edits": 0.75, "image edits: untouched area, median dB": 25.0,
@@ -35,13 +37,14 @@ def scores_to_json(scores: Mapping[str, Score | float]) -> str:
 def score_planner(conversations: Any, count: int, on_progress: EvaluationProgress) -> dict[str, Score | float]:
     """All of the planner's evaluation, its count in proportion to `count` a category.
 
-    `conversations` is the wiring: `open_thread()`, `read_frames(artifact)` and the planner's `mllm` and
+    `conversations` is the wiring: `open_thread()`, the `store` and the planner's `mllm` and
     `split_actions`.
     """
 
     def open_thread() -> planner.SendTurn:
         return planner.make_turn_sender(conversations.open_thread().send)
 
+    read_frames = partial(load_frames, conversations.store)
     scores: dict[str, Score | float] = {
         "acts split": planner.evaluate_splitting(conversations.split_actions, 4 * count)
     }
@@ -50,12 +53,12 @@ def score_planner(conversations: Any, count: int, on_progress: EvaluationProgres
     scores["routing"] = Score(right / table.total(), table.total())
     for (expected, found), number in sorted(table.items()):
         scores[f"routing: {expected} taken for {found}"] = float(number)
-    rows = planner.evaluate_think_modes(open_thread, conversations.read_frames, 4 * count, on_progress)
-    rows |= planner.evaluate_best_of_candidates(open_thread, conversations.read_frames, count, on_progress)
+    rows = planner.evaluate_think_modes(open_thread, read_frames, 4 * count, on_progress)
+    rows |= planner.evaluate_best_of_candidates(open_thread, read_frames, count, on_progress)
     for name, row in rows.items():
         scores[name] = row.score
         scores[f"{name}: seconds each"] = round(row.total_seconds / row.score.count, 3)
     scores["conversations"] = planner.evaluate_conversations(
-        open_thread, conversations.read_frames, (3 * count + 4) // 5, on_progress
+        open_thread, read_frames, (3 * count + 4) // 5, on_progress
     )
     return scores

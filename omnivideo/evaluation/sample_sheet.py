@@ -1,6 +1,6 @@
-"""A look at a model while it trains: held-out prompts and edits from fixed seeds, drawn on one sheet and scored.
+"""Samples of a model while it trains: held-out prompts and edits at fixed seeds, on one sheet, with scores.
 
-So that sheets and scores of different steps differ by the model alone.
+Sheets and scores of different steps differ by the model alone.
 """
 
 from collections.abc import Iterator
@@ -9,24 +9,24 @@ from pathlib import Path
 
 import numpy as np
 
+from omnivideo.contracts import Medium, get_generation_task
 from omnivideo.evaluation.prompts import IMAGE_CATEGORIES, sample_prompts
 from omnivideo.evaluation.suite import apply_edits, sample_clips, sample_held_out_edits
 from omnivideo.media.contact_sheet import make_contact_sheet
 from omnivideo.models.mllm import MLLMMessage
 from omnivideo.models.omni import OmniVideoModel
-from omnivideo.presets import TINY, Task
+from omnivideo.presets import TINY
 from omnivideo.synthetic.facts import SceneSpec
 from omnivideo.synthetic.scenes import render_scene
 from omnivideo.synthetic.scorer import detect_scene
-from omnivideo.training.engine.monitor import OVERALL_SCORE
 
-SAMPLES_PER_KIND = 6  # samples of each kind; stills have one of each category
-SHEET_ROWS_PER_KIND = 2  # of each kind, on the sheet
+SAMPLES_PER_KIND = 6  # images have one sample of each category
+SHEET_ROWS_PER_KIND = 2
 
 
 @dataclass(frozen=True)
 class ScoredSample:
-    """What was drawn, uint8 [F, H, W, 3], and what should be seen; of an edit, also what it was made from."""
+    """Generated frames, uint8 [F, H, W, 3], with what they should show; `source` holds the frames before an edit."""
 
     text: str
     frames: np.ndarray
@@ -39,51 +39,56 @@ class ScoredSample:
 
 
 def render_sample_sheet(omni: OmniVideoModel, sheet_path: Path | None) -> dict[str, float]:
-    """Writes the sheet, and returns the share of right samples of each kind and of all.
+    """Write the sheet, and return the share of correct samples of each kind.
 
-    A preset whose world has no scorer draws two prompts and has no scores.  Without a path it only draws.
+    A preset whose world has no scorer generates two samples and has no scores. Without a path the samples are generated
+    but neither scored nor written.
     """
-    scored = omni.preset.name == TINY.name
-    kinds = dict(generate_samples(omni, SAMPLES_PER_KIND if scored else 1, with_edits=scored))
+    has_scorer = omni.preset.name == TINY.name
+    samples_by_kind = dict(generate_samples(omni, SAMPLES_PER_KIND if has_scorer else 1, with_edits=has_scorer))
     if sheet_path is None:
         return {}
     sheet_path.parent.mkdir(parents=True, exist_ok=True)
-    verdicts = {kind: [one.is_right for one in found] for kind, found in kinds.items()} if scored else {}
-    rows = [
-        row for kind, found in kinds.items() for row in build_sheet_rows(found, verdicts.get(kind, [None] * len(found)))
-    ]
-    make_contact_sheet([list(frames) for _, frames in rows], [caption for caption, _ in rows], 2 if scored else 1).save(
-        sheet_path
-    )
-    scores = {f"{kind} right": float(np.mean(found)) for kind, found in verdicts.items()}
-    return scores | ({OVERALL_SCORE: float(np.mean(list(scores.values())))} if scored else {})
+    rows, scores = list[tuple[str, np.ndarray]](), dict[str, float]()
+    for kind, samples in samples_by_kind.items():
+        verdicts = [sample.is_right for sample in samples] if has_scorer else [None] * len(samples)
+        rows += build_sheet_rows(samples, verdicts)
+        if has_scorer:
+            scores[f"{kind} right"] = float(np.mean([verdict is True for verdict in verdicts]))
+    clips, captions = [list(frames) for _, frames in rows], [caption for caption, _ in rows]
+    make_contact_sheet(clips, captions, 2 if has_scorer else 1).save(sheet_path)
+    return scores
 
 
 def generate_samples(omni: OmniVideoModel, count: int, with_edits: bool) -> Iterator[tuple[str, list[ScoredSample]]]:
-    """As many of each kind, by the names of the losses that training has for them."""
-    for kind, categories in (("stills", IMAGE_CATEGORIES[:count]), ("clips", ("motion",))):
-        eval_prompts = sample_prompts(count // len(categories), categories)
-        texts = [one.text for one in eval_prompts]
-        task: Task = "text-to-video" if kind == "clips" else "text-to-image"
-        generated = sample_clips(omni, texts, [MLLMMessage(text) for text in texts], task, 1000)
+    """Yield `count` samples of each kind; a kind has the name that its loss has in the training log."""
+    generation_kinds: tuple[tuple[str, Medium, tuple[str, ...]], ...] = (
+        ("stills", "image", IMAGE_CATEGORIES[:count]),
+        ("clips", "video", ("motion",)),
+    )
+    for kind, medium, categories in generation_kinds:
+        prompts = sample_prompts(count // len(categories), categories)
+        texts = [prompt.text for prompt in prompts]
+        clips = sample_clips(omni, texts, [MLLMMessage(text) for text in texts], get_generation_task(medium), 1000)
         yield (
             kind,
-            [ScoredSample(one.text, clip, one.scene_spec) for one, clip in zip(eval_prompts, generated, strict=True)],
+            [ScoredSample(prompt.text, clip, prompt.scene_spec) for prompt, clip in zip(prompts, clips, strict=True)],
         )
     for kind, video in (("stills edited", False), ("clips edited", True)) if with_edits else ():
-        held_out = sample_held_out_edits(count, video)
-        pairs = zip(held_out, apply_edits(omni, held_out, video, 2000), strict=True)
+        edits = sample_held_out_edits(count, video)
+        pairs = zip(edits, apply_edits(omni, edits, video, 2000), strict=True)
         yield (
             kind,
-            [ScoredSample(one.instruction, clip, one.target_spec, render_scene(one.source)) for one, clip in pairs],
+            [ScoredSample(edit.instruction, clip, edit.target_spec, render_scene(edit.source)) for edit, clip in pairs],
         )
 
 
 def build_sheet_rows(
-    scored_samples: list[ScoredSample], verdicts: list[bool] | list[None]
+    samples: list[ScoredSample], verdicts: list[bool] | list[None]
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Captions and frames of the first ones, an edit's source above it."""
-    for sample, right in list(zip(scored_samples, verdicts, strict=True))[:SHEET_ROWS_PER_KIND]:
+    """Yield captions and frames of the first samples; the source of an edit comes before its result."""
+    for sample, verdict in list(zip(samples, verdicts, strict=True))[:SHEET_ROWS_PER_KIND]:
         if sample.source is not None:
             yield f"to be edited: {sample.text}", sample.source
-        yield sample.text + ("" if right is None else f" - {'right' if right else 'wrong'}"), sample.frames
+        suffix = "" if verdict is None else f" - {'right' if verdict else 'wrong'}"
+        yield sample.text + suffix, sample.frames

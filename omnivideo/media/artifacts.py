@@ -8,19 +8,29 @@ import numpy as np
 from PIL import Image
 
 from omnivideo.contracts import Artifact, Medium
-from omnivideo.media.read import read_media
+from omnivideo.media.read import DecodedMedia, read_media
 from omnivideo.media.write import write_media
 from omnivideo.ports import ObjectStore
 
 SUFFIX_BY_MEDIUM: dict[Medium, str] = {"image": "png", "video": "mp4"}
 
 
+def load_media(store: ObjectStore, key: str) -> DecodedMedia:
+    """Return the decoded image or clip that the store holds under a key."""
+    return decode_media(store.get(key), key)
+
+
+def decode_media(data: bytes, file_name: str) -> DecodedMedia:
+    """Return the decoded image or clip in the bytes of a file. Raises UnreadableMedia with the file name."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / file_name
+        path.write_bytes(data)
+        return read_media(path)
+
+
 def load_frames(store: ObjectStore, artifact: Artifact) -> np.ndarray:
     """uint8 [F, H, W, 3] of an artifact."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / artifact.key
-        path.write_bytes(store.get(artifact.key))
-        return read_media(path).frames
+    return load_media(store, artifact.key).frames
 
 
 def encode_clip(frames: np.ndarray, fps: float) -> tuple[bytes, str]:

@@ -35,7 +35,8 @@ def select_nearest_frames(source_count: int, source_fps: float | None, count: in
     A longer source is cut, a shorter one repeats its last frame. A still has no `source_fps` and is repeated.
     """
     indices = np.floor(np.arange(count) * (source_fps or 0) / fps + 0.5).astype(int)
-    return np.minimum(indices, source_count - 1)
+    nearest: np.ndarray = np.minimum(indices, source_count - 1)
+    return nearest
 
 
 def spread_frame_indices(source_count: int, max_count: int) -> list[int]:

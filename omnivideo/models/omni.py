@@ -6,20 +6,18 @@ L condition tokens, D text width of the decoder, z T h w latents.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Qwen3VLForConditionalGeneration, UMT5EncoderModel
 
+from omnivideo.contracts import Medium
 from omnivideo.models.bridge import Adapter, VisionHead, VisualContextAdapter
 from omnivideo.models.conditions import MarkerEmbeddings, assemble_conditions, count_condition_tokens, encode_text
 from omnivideo.models.mllm import MLLMMessage, compute_hidden_states
 from omnivideo.models.positions import add_absolute_positions
 from omnivideo.presets import Preset, VisionInputConfig
-
-TargetMedium = Literal["image", "video"]
 
 
 class Bridge(nn.Module):
@@ -71,13 +69,13 @@ class OmniVideoModel:
 
     # ------------------------------------------------------------ visual tokens
 
-    def compute_visual_tokens(self, requests: Sequence[tuple[MLLMMessage, TargetMedium]]) -> Tensor:
+    def compute_visual_tokens(self, requests: Sequence[tuple[MLLMMessage, Medium]]) -> Tensor:
         """Return V_o [B, Q, E] (Eq. 1): the vision head's reading of the MLLM's hidden states of each request."""
         states_BNM, padding_BN = compute_hidden_states(self.mllm, self.mllm_tokenizer, requests, self.vision_config)
         visual_BQE: Tensor = self.bridge.vision_head(states_BNM, padding_BN)
         return visual_BQE
 
-    def adapt_visual_tokens(self, visual_BQE: Tensor, targets: Sequence[TargetMedium]) -> list[Tensor]:
+    def adapt_visual_tokens(self, visual_BQE: Tensor, targets: Sequence[Medium]) -> list[Tensor]:
         """Return each request's adapter tokens [L, D] (Eq. 3): of all visual tokens for a video, of one for an image.
 
         An image uses the first visual token.
@@ -90,7 +88,7 @@ class OmniVideoModel:
             for row_LD, target in zip(tokens_BLD, targets, strict=True)
         ]
 
-    def count_adapter_tokens(self, target: TargetMedium) -> int:
+    def count_adapter_tokens(self, target: Medium) -> int:
         """Return the number of condition tokens that the adapter yields for an image or a video."""
         return self.bridge.adapter.num_queries * (self.bridge.vision_head.num_queries if target == "video" else 1)
 
@@ -127,7 +125,7 @@ class OmniVideoModel:
         """
         return self.build_condition([negative_prompt] * count, [None] * count, source_BzThw)
 
-    def compute_condition_length(self, prompt: str, target: TargetMedium) -> int:
+    def compute_condition_length(self, prompt: str, target: Medium) -> int:
         """Return L of the condition of a new image or video, without building the condition."""
         text_tokens = len(self.tokenizer(prompt, verbose=False).input_ids)
         needed = count_condition_tokens(self.bridge.markers, text_tokens, self.count_adapter_tokens(target), None)

@@ -10,6 +10,7 @@ import numpy as np
 from omnivideo.backends.decoder.pipeline import GeneratedClip, generate_clip
 from omnivideo.backends.decoder.renderer import build_manifest
 from omnivideo.contracts import Artifact, Route, SamplingParams, StepProgress, check_prompt, resolve_sampling_params
+from omnivideo.cpu_threads import configure_cpu_threads
 from omnivideo.media.read import fit_media, read_media
 from omnivideo.models.device import pick_device
 from omnivideo.models.mllm import MLLMMedia, MLLMMessage, generate_answer, predict_route
@@ -48,6 +49,7 @@ class Studio:
         device: str = "auto",
         home: str | Path | None = None,
     ):
+        configure_cpu_threads()
         self.settings = load_settings(home=home)
         self.weights_folder = Path(weights) if weights else find_shipped_weights(preset)
         self.omni: OmniVideoModel = checkpoint.load(self.weights_folder, pick_device(device))

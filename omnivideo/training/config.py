@@ -25,13 +25,16 @@ def option(
 class TrainingConfig(FrozenModel):
     """What to train, on what data, how, and where; None leaves a recipe's own value."""
 
-    recipe: str = Field(description="A recipe's name, or tiny for all recipes of the tiny preset in order.")
+    recipe: str = Field(
+        description="tiny for all recipes of the tiny preset in order, or one recipe. "
+        "With --data: stage1, stage2a, stage2b_generation, stage2b or stage3."
+    )
 
     steps: int | None = option(None, "Number of steps; default: the recipe's.", OPTIMIZATION, ge=1)
     stop_at_step: int | None = option(
-        None, "Stop at this step; 0 only writes the initial state.pt.", OPTIMIZATION, ge=0
+        None, "Stop at this step; 0 trains nothing and only writes state.pt.", OPTIMIZATION, ge=0
     )
-    optimizer: Literal["muon", "adamw"] | None = option(None, "Default: the recipe's.", OPTIMIZATION)
+    optimizer: Literal["muon", "adamw"] | None = option(None, "Optimizer; default: the recipe's.", OPTIMIZATION)
     lr_scale: float = option(1.0, "Factor on the recipe's learning rates.", OPTIMIZATION, ge=0)
     precision: Literal["fp32", "bf16"] | None = option(
         None, "Precision of matrix products; default: the recipe's.", OPTIMIZATION
@@ -40,34 +43,40 @@ class TrainingConfig(FrozenModel):
         None, "Recompute activations in the backward pass: less memory, more time.", OPTIMIZATION
     )
     weights: Path | None = option(
-        None, "Folder of weights to start from where an earlier recipe has no run.", OPTIMIZATION
+        None, "Folder of weights to start from if the preceding recipe has no run.", OPTIMIZATION
     )
 
     batch_scale: int = option(1, "Factor on the recipe's batch sizes.", BATCHES, ge=1)
     seeds: tuple[int, ...] = option(
         (),
-        "Seed of the rendered requests; each further seed adds edits to stage 3. With --data: one, of the order.",
+        "Seed of the synthetic samples; each further seed adds edits to stage 3. "
+        "With --data: one seed, for the order of the samples.",
         BATCHES,
         flag="--seed",
     )
     workers: int = option(0, "Extra processes that prepare batches.", BATCHES, ge=0)
 
     data: str | None = option(None, "Folder of shards or s3://bucket/prefix; default: the synthetic world.", SHARDS)
-    size: str = option("832x480", "WIDTHxHEIGHT in px: buckets have about this area.", SHARDS)
+    size: str = option("832x480", "WIDTHxHEIGHT in px; all buckets have about this area.", SHARDS)
     frames: str = option("17", "Frame counts of the clip buckets, separated by commas (4k + 1).", SHARDS)
     fps: float = option(8.0, "Frames per second at which clips are sampled.", SHARDS, ge=0.1, le=240)
-    stills: int | None = option(None, "Images in a batch, over all processes (default: 64).", SHARDS, ge=1)
-    clips: int | None = option(None, "Clips in a batch, over all processes (default: 24).", SHARDS, ge=1)
+    stills: int | None = option(None, "Images in a batch, over all processes; default: 64.", SHARDS, ge=1)
+    clips: int | None = option(None, "Clips in a batch, over all processes; default: 24.", SHARDS, ge=1)
     ratio: tuple[str, ...] = option(
-        (), "TASK=SHARE of the samples, repeatable; default: the shares of the paper's Table 1.", SHARDS
+        (), "TASK=SHARE: the task's share of the samples; repeatable; default: the paper's Table 1.", SHARDS
     )
     group_weight: tuple[str, ...] = option(
-        (), "image=N and video=M: N image batches for every M video batches; repeatable.", SHARDS
+        (),
+        "image=N or video=M: N image batches for every M video batches; repeatable; default: by task.",
+        SHARDS,
     )
     micro_batch_size: int | None = option(
-        None, "Samples in one forward and backward pass of a process; default: its whole share.", SHARDS, ge=1
+        None,
+        "Maximum samples in a forward and backward pass of one process; default: no limit.",
+        SHARDS,
+        ge=1,
     )
-    report: Path | None = option(None, "File for the samples that were skipped, as JSON lines.", SHARDS)
+    report: Path | None = option(None, "File to which skipped samples are written as JSON lines.", SHARDS)
 
     device: Literal["cpu", "cuda"] = option("cpu", "Device to train on.", DEVICES)
     processes: int = option(1, "Processes that share every batch.", DEVICES, ge=1)
@@ -77,10 +86,10 @@ class TrainingConfig(FrozenModel):
     runs: Path = option(Path("runs"), "Folder for checkpoints, logs and plots.", OUTPUT)
     save_every: float = option(120.0, "Seconds between checkpoints.", OUTPUT, ge=0)
     log_to: tuple[Literal["tensorboard", "wandb"], ...] = option(
-        (), "tensorboard or wandb: where metrics go besides log.jsonl; repeatable.", OUTPUT
+        (), "Also write metrics to tensorboard or wandb; repeatable.", OUTPUT
     )
     sample_every: int | None = option(
-        None, "Steps between sheets of generated and scored samples in RUN/samples.", OUTPUT, ge=1
+        None, "Steps between sample sheets, which are generated, scored and written to RUN/samples.", OUTPUT, ge=1
     )
 
     def model_post_init(self, context: object) -> None:
@@ -91,4 +100,4 @@ class TrainingConfig(FrozenModel):
                 "data", "--stills, --clips, --ratio, --group-weight and --micro-batch-size apply only with --data"
             )
         if self.data is not None and len(self.seeds) > 1:
-            raise InvalidInput("seed", f"{len(self.seeds)} are given; allowed: one with --data")
+            raise InvalidInput("seed", f"{len(self.seeds)} seeds are given; only one is allowed with --data")

@@ -7,10 +7,10 @@ from rich.console import Console
 
 from omnivideo.training.config import TrainingConfig
 from omnivideo.training.data.sample import SkipReport
+from omnivideo.training.engine.distributed.processes import ProcessContext, open_process_context
 from omnivideo.training.engine.monitor import SampleRenderer
 from omnivideo.training.engine.recipe import Recipe
 from omnivideo.training.engine.run import RunContext
-from omnivideo.training.engine.zero import ProcessContext, open_process_context
 from omnivideo.training.recipes.over_shards import build_mix, build_stage_recipe, check_stage, open_dataset
 from omnivideo.training.recipes.parts import check_sampling
 from omnivideo.training.tiny.pipeline import TinyPipeline
@@ -21,7 +21,7 @@ SkipPrinter = Callable[[SkipReport], None]
 def run_training(
     config: TrainingConfig, console: Console, print_skips: SkipPrinter, render_samples: SampleRenderer | None = None
 ) -> None:
-    """Train what the configuration names, in this process or as one of the processes of a launcher."""
+    """Train what the configuration describes, in this process or as one of the processes of a launcher."""
     with open_process_context(config.processes, config.sequence_parallel, config.device) as processes:
         run = RunContext(config, processes, console, render_samples)
         if config.data is None:
@@ -50,7 +50,7 @@ def train_over_shards(run: RunContext, shards: str, print_skips: SkipPrinter) ->
 
 @contextmanager
 def report_skips(skip_report: SkipReport, processes: ProcessContext, print_skips: SkipPrinter) -> Iterator[None]:
-    """Print at the end of a run, even one that fails, which samples were skipped in any process."""
+    """Print the samples that any process skipped, at the end of a run, even if it fails."""
     try:
         yield
         skip_report.merge_skips(processes.all_gather(skip_report.skipped_samples))

@@ -257,7 +257,7 @@ def test_the_terminal_chat_goes_on_after_a_mistake(studio):
     chat = TerminalChat(studio.open_thread(), studio.artifact_path, Console(file=shown, width=200), steps=1)
     chat.run(["/nonsense", "/save", "/undo", "a red ball", "/history", "/fork 9", "/fork 0", "/history", "/quit", "no"])
     text = shown.getvalue()
-    assert "/nonsense is none of" in text and "nothing was made here yet" in text and "no turn to take back" in text
+    assert "/nonsense is not one of" in text and "has no clip or image yet" in text and "no turn to take back" in text
     assert "a red ball" in text and "turn: 9 is not a turn of this thread" in text
     assert "after turn 0" in text
 

@@ -24,10 +24,11 @@ from omnivideo.contracts import (
     TurnCompleted,
 )
 from omnivideo.errors import InvalidInput, JobCancelled
+from omnivideo.synthetic.chat import make_talk_example
 from omnivideo.synthetic.edits import sample_edit
 from omnivideo.synthetic.questions import sample_question
+from omnivideo.synthetic.requests import make_caption_prompt, make_indirect_prompt
 from omnivideo.synthetic.scenes import sample_scene
-from omnivideo.training.tiny.mllm import make_caption_prompt, make_indirect_prompt, make_talk_sample
 from tests.support.twins import InstantQueue, ScriptedMLLM
 
 
@@ -249,7 +250,7 @@ def questions(rng, video):
         (questions, True, None),
         (lambda rng, video: make_caption_prompt(rng, video)[0], False, False),
         (lambda rng, video: make_indirect_prompt(rng, video)[0], False, True),
-        (lambda rng, video: make_talk_sample(rng, video)[0].text, False, None),
+        (lambda rng, video: make_talk_example(rng, video).text, False, None),
     ],
     ids=["edits", "questions", "captions", "riddles", "talk"],
 )

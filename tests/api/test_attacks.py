@@ -154,7 +154,7 @@ def test_attack_pickle_as_a_file(http, client, rooms, tmp_path):
     batch = client.batches.create(**asked)
     runner = runner_for(rooms).start()
     try:
-        assert ended(client, batch, "failed").errors.data[0].message == "line: it is no JSON"
+        assert ended(client, batch, "failed").errors.data[0].message == "line: it is not valid JSON"
     finally:
         runner.stop()
     reference = {"prompt": "a", "input_reference": {"file_id": kept["id"]}}

@@ -57,12 +57,14 @@ def test_a_batch_of_images_and_one_of_chat(client, http, runner):
 
 
 WRONG_LINES = [
-    (b"{", "line: it is no JSON"), (b"[1]", "line: it is no JSON object"), (b"{}", "custom_id: field required"),
+    (b"{", "line: it is not valid JSON"),
+    (b"[1]", "line: it is not a JSON object"),
+    (b"{}", "custom_id: field required"),
     (lines(1).replace(b"POST", b"GET"), "method: input should be 'POST'"),
     (lines(1, "/v1/images/generations"), "url: it is /v1/images/generations"),
     (lines(1).replace(b"/v1/videos", b"http://127.0.0.1/"), "url: input should be"),
-    (lines(1).replace(b"line 0", b"line 1"), "custom_id: 'line 1' is an earlier line's, too"),
-    (b'{"a":' * 100_000, "line: it is no JSON"),
+    (lines(1).replace(b"line 0", b"line 1"), "custom_id: 'line 1' is already used by an earlier line"),
+    (b'{"a":' * 100_000, "line: it is not valid JSON"),
 ]  # fmt: skip
 
 

@@ -411,7 +411,7 @@ def test_a_file_that_is_no_picture_is_no_vision_file(client):
     with pytest.raises(openai.BadRequestError, match=r"file: 'a\.png' is no image or video"):
         client.files.create(file=("a.png", b"text"), purpose="vision")
     kept = client.files.create(file=("a.png", b"text"), purpose="user_data")
-    with pytest.raises(openai.BadRequestError, match=r"input_reference.file_id: that file is no image or clip"):
+    with pytest.raises(openai.BadRequestError, match=r"input_reference.file_id: that file is not an image or a clip"):
         client.videos.create(prompt="a", extra_body={"input_reference": {"file_id": kept.id}})
 
 

@@ -165,11 +165,11 @@ def test_a_running_turn_is_cancelled_and_leaves_the_thread_as_it_was(http, threa
 def test_a_turn_of_a_process_that_died_goes_on_in_another(http, thread, wiring, address):
     """The row of a turn as a killed process leaves it: running, with a beat that is long ago."""
     rooms = wiring.build_service_context()
-    silent = TurnRunner(rooms)
+    silent = TurnRunner(rooms.turns, rooms.jobs, rooms.conversations, rooms.settings.heartbeat_timeout)
     silent.pool.submit = lambda *rest: None  # type: ignore[method-assign]
     row = silent.start_turn("turn_left", "admin", thread, "a red ball", steps=3)
     claimed = rooms.turns.claim_turn(row.id)
-    running = silent.iterate_events(claimed, silent.get_thread("admin", thread), has_events=False)
+    running = silent.iterate_events(claimed, silent.get_thread("admin", thread), has_started=False)
     next(running)
     next(running)
     del running
@@ -259,5 +259,5 @@ def test_models_are_listed(client):
 
 
 def test_chat_errors_are_the_wires(client):
-    with pytest.raises(openai.BadRequestError, match="the last one must be the user's"):
+    with pytest.raises(openai.BadRequestError, match="the last message must be the user's"):
         client.chat.completions.create(model="tiny", messages=[{"role": "assistant", "content": "hello"}])

@@ -151,7 +151,7 @@ def test_the_sdk_tells_every_step(weights, still):
 
 
 def test_a_preset_without_weights_says_so():
-    with pytest.raises(CheckpointError, match="ships no weights"):
+    with pytest.raises(CheckpointError, match="no weights are shipped"):
         Studio("omnivideo-1.3b")
 
 

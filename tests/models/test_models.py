@@ -289,7 +289,7 @@ def test_a_stock_mllm_is_refused_until_the_tokens_that_route_are_added(weights, 
     """By the lines of docs/weights.md."""
     stock = tuple(token for token in mllm.SPECIAL_TOKENS if token not in VISUAL_TOKENS)
     monkeypatch.setattr(mllm, "SPECIAL_TOKENS", stock)
-    samples = [mllm.sample_from_mix(random.Random(at)) for at in range(200)]
+    samples = [mllm.to_chat_sample(mllm.sample_foundation_example(random.Random(at))) for at in range(200)]
     tokenizer = mllm.build_tokenizer([f"{message.text} {reply}" for message, reply in samples], size)
     model = mllm.build_model(tokenizer)
     rows = model.get_input_embeddings().num_embeddings
@@ -298,7 +298,7 @@ def test_a_stock_mllm_is_refused_until_the_tokens_that_route_are_added(weights, 
     shutil.rmtree(tmp_path / "FOLDER" / "mllm")
     checkpoint.save_library_model(model, tmp_path / "FOLDER" / "mllm", torch.float32)
     tokenizer.save_pretrained(tmp_path / "FOLDER" / "mllm")
-    with pytest.raises(CheckpointError, match="mllm: <BOI>, <EOI>, <BOV>, <EOV> are to be one token each"):
+    with pytest.raises(CheckpointError, match="mllm: <BOI>, <EOI>, <BOV>, <EOV> must be one token each"):
         checkpoint.load(tmp_path / "FOLDER")
     monkeypatch.chdir(tmp_path)
     (lines,) = re.findall("```python\n(.*?)```", (DOCS / "weights.md").read_text(), flags=re.S)

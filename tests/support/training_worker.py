@@ -20,20 +20,29 @@ from torch import Tensor, nn
 from torch.distributed._tools.mem_tracker import MemTracker
 from transformers import SiglipVisionConfig, SiglipVisionModel, UMT5Config, UMT5EncoderModel
 
+from omnivideo.contracts import TASKS
 from omnivideo.evaluation.suite import sample_clips
 from omnivideo.models.mllm import MLLMMessage
 from omnivideo.models.omni import OmniVideoModel, build_decoder
 from omnivideo.models.parallel.ulysses import enable_sequence_parallel
 from omnivideo.models.weights import checkpoint
 from omnivideo.presets import TINY
+from omnivideo.synthetic.requests import sample_requests
+from omnivideo.training.engine.distributed.processes import DistributedContext, ProcessContext, open_process_context
 from omnivideo.training.engine.monitor import build_sample_hook, skip_samples
 from omnivideo.training.engine.recipe import Recipe, single_micro_batch
 from omnivideo.training.engine.trainer import PRECISIONS, freeze_except
-from omnivideo.training.engine.zero import DistributedContext, ProcessContext, open_process_context
-from omnivideo.training.recipes import flow, parts, stage1, stage2a
-from omnivideo.training.tiny import decoder, mllm, text_encoder, vae, visual_encoder
+from omnivideo.training.recipes import parts
+from omnivideo.training.tiny import (
+    alignment_stages,
+    decoder,
+    flow_stages,
+    mllm,
+    text_encoder,
+    vae,
+    visual_encoder,
+)
 from omnivideo.training.tiny.feature_cache import PreparationConfig, load_cached_task
-from omnivideo.training.tiny.requests import TASKS, sample_requests
 
 FOUNDATIONS = ("vae", "text", "decoder", "mllm", "visual_encoder")
 STAGES = ("stage1", "stage1_text", "stage2a", "stage2b_generation", "stage2b", "stage3")
@@ -94,13 +103,13 @@ class Recipes:
         return visual_encoder.build_visual_encoder_recipe(steps=self.steps, batch_size=2)
 
     def stage1(self) -> Recipe:
-        return stage1.build_stage1_recipe(self.omni(), self.encoder(), steps=self.steps, batch_size=4)
+        return alignment_stages.build_stage1_recipe(self.omni(), self.encoder(), steps=self.steps, batch_size=4)
 
     def stage1_text(self) -> Recipe:
-        return stage1.build_stage1_text_recipe(self.omni(), steps=self.steps, batch_size=4)
+        return alignment_stages.build_stage1_text_recipe(self.omni(), steps=self.steps, batch_size=4)
 
     def stage2a(self) -> Recipe:
-        return stage2a.build_stage2a_recipe(self.omni(), steps=self.steps, batch_size=2)
+        return alignment_stages.build_stage2a_recipe(self.omni(), steps=self.steps, batch_size=2)
 
     def flow(self, make: Callable[..., Recipe]) -> Recipe:
         omni = self.omni()
@@ -117,13 +126,13 @@ class Recipes:
         return make(omni, data, steps=self.steps, batch_sizes=(4, 2))
 
     def stage2b_generation(self) -> Recipe:
-        return self.flow(flow.build_stage2b_generation_recipe)
+        return self.flow(flow_stages.build_stage2b_generation_recipe)
 
     def stage2b(self) -> Recipe:
-        return self.flow(flow.build_stage2b_recipe)
+        return self.flow(flow_stages.build_stage2b_recipe)
 
     def stage3(self) -> Recipe:
-        return self.flow(flow.build_stage3_recipe)
+        return self.flow(flow_stages.build_stage3_recipe)
 
 
 # ---------------------------------------------------------------- the decoder's tokens, whole and in parts
@@ -210,7 +219,7 @@ def draw(omni: OmniVideoModel, sheet: Path | None) -> dict[str, float]:
     sheet.parent.mkdir(exist_ok=True)
     weights = {name: one.float() for name, one in parts.TrainableParts(omni).state_dict().items()}
     torch.save({"still": torch.from_numpy(still), "weights": weights}, sheet)
-    return {"drawn right": float(still.mean())}
+    return {"stills right": float(still.mean())}
 
 
 def in_double() -> None:

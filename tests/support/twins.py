@@ -1,9 +1,26 @@
 """In-memory twins of the ports, for tests of the rooms that use them."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
-from omnivideo.contracts import Artifact, Job, Medium, MLLMRequest, Preview, Route, StepProgress
+import numpy as np
+import torch
+from torch import Tensor
+
+from omnivideo.backends.decoder.pipeline import DenoisingProgress, GeneratedClip
+from omnivideo.contracts import (
+    Artifact,
+    Job,
+    Medium,
+    MLLMRequest,
+    Preview,
+    Route,
+    SamplingParams,
+    StepProgress,
+    resolve_sampling_params,
+)
+from omnivideo.models.sampling import DenoisingState
+from omnivideo.presets import TINY
 from omnivideo.storage.objects.memory import MemoryObjectStore
 
 
@@ -63,4 +80,42 @@ class InstantQueue:
         yield Artifact(
             key=self.store.put(drawn.encode(), "mp4"), medium=medium, width=64, height=64, frames=9, fps=8.0,
             caption=job.prompt, source=job.source.key if job.source else None, created_by=job.id,
+        )  # fmt: skip
+
+
+class InstantDecoder:
+    """A decoder without a model: a clip is black, and its file holds the job's prompt and seed."""
+
+    def __init__(self) -> None:
+        self.store = MemoryObjectStore()
+
+    def prepare_job(self, job: Job) -> tuple[Job, SamplingParams]:
+        return job, resolve_sampling_params(TINY, job.task, seed=job.seed, **job.overrides.model_dump())
+
+    def compute_batch_key(self, job: Job) -> str:
+        return job.task
+
+    def render_job(
+        self, job: Job, params: SamplingParams, initial_state: DenoisingState | None = None
+    ) -> Iterator[DenoisingProgress | GeneratedClip]:
+        latents = torch.zeros(1, 1, 1, 1, 1)
+        for step in range(1 + (initial_state.step if initial_state else 0), params.steps + 1):
+            state = DenoisingState(step, latents, latents, ())
+            yield DenoisingProgress(StepProgress(step=step, steps=params.steps, eta_seconds=0.0), latents, state)
+        yield GeneratedClip(np.zeros((params.frames, params.height, params.width, 3), np.uint8), latents[0])
+
+    def render_batch(
+        self, prepared_jobs: Sequence[tuple[Job, SamplingParams]], initial_state: DenoisingState | None = None
+    ) -> Iterator[DenoisingProgress | list[GeneratedClip]]:
+        for event in self.render_job(*prepared_jobs[0], initial_state):
+            yield event if isinstance(event, DenoisingProgress) else [event] * len(prepared_jobs)
+
+    def render_preview(self, clean_latents: Tensor, /) -> Preview:
+        return Preview(png="")
+
+    def store_result(self, job: Job, params: SamplingParams, clip: GeneratedClip) -> Artifact:
+        frames, height, width, _ = clip.frames.shape
+        return Artifact(
+            key=self.store.put(json.dumps([job.prompt, params.seed]).encode(), "mp4"), medium="video", width=width,
+            height=height, frames=frames, fps=params.fps, caption=job.prompt, created_by=job.id,
         )  # fmt: skip

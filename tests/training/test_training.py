@@ -13,12 +13,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import SiglipVisionConfig, SiglipVisionModel, UMT5Config, UMT5EncoderModel
 
+from omnivideo.contracts import TASKS
 from omnivideo.errors import CheckpointError, TrainingDiverged
 from omnivideo.models.mllm import VISUAL_TOKENS
 from omnivideo.models.weights import checkpoint
 from omnivideo.presets import TINY
 from omnivideo.synthetic.captions import RELATIONS, Caption
 from omnivideo.synthetic.facts import ObjectSpec, SceneSpec
+from omnivideo.synthetic.requests import sample_requests
 from omnivideo.synthetic.scenes import BACKGROUNDS, COLOURS
 from omnivideo.training.config import TrainingConfig
 from omnivideo.training.data.batch import collate_flow_batch, sample_mixed_batch
@@ -27,12 +29,19 @@ from omnivideo.training.engine.plots import plot_losses, read_curves
 from omnivideo.training.engine.recipe import Recipe, single_micro_batch
 from omnivideo.training.engine.run import RunContext
 from omnivideo.training.engine.trainer import Trainer, freeze_except
-from omnivideo.training.recipes import flow, stage1, stage2a
-from omnivideo.training.tiny import decoder, mllm, text_encoder, vae, visual_encoder
+from omnivideo.training.recipes import stage1
+from omnivideo.training.tiny import (
+    alignment_stages,
+    decoder,
+    flow_stages,
+    mllm,
+    text_encoder,
+    vae,
+    visual_encoder,
+)
 from omnivideo.training.tiny.feature_cache import PreparationConfig, load_cached_task
 from omnivideo.training.tiny.model_card import build_model_card
 from omnivideo.training.tiny.pipeline import TinyPipeline
-from omnivideo.training.tiny.requests import TASKS, sample_requests
 
 STEPS = 6
 TEACHERS = ("SiglipVisionModel", "UMT5EncoderModel")  # their results are targets
@@ -95,26 +104,26 @@ def data(request, omni):
 
 
 def stage1_recipe(request):
-    return stage1.build_stage1_recipe(fresh(request), encoder(), steps=STEPS, batch_size=4)
+    return alignment_stages.build_stage1_recipe(fresh(request), encoder(), steps=STEPS, batch_size=4)
 
 
 def stage2a_recipe(request):
-    return stage2a.build_stage2a_recipe(fresh(request), steps=STEPS, batch_size=2)
+    return alignment_stages.build_stage2a_recipe(fresh(request), steps=STEPS, batch_size=2)
 
 
 def stage2b_recipe(request):
     omni = fresh(request)
-    return flow.build_stage2b_recipe(omni, data(request, omni), steps=STEPS, batch_sizes=(2, 2))
+    return flow_stages.build_stage2b_recipe(omni, data(request, omni), steps=STEPS, batch_sizes=(2, 2))
 
 
 def stage2b_generation_recipe(request):
     omni = fresh(request)
-    return flow.build_stage2b_generation_recipe(omni, data(request, omni), steps=STEPS, batch_sizes=(2, 2))
+    return flow_stages.build_stage2b_generation_recipe(omni, data(request, omni), steps=STEPS, batch_sizes=(2, 2))
 
 
 def stage3_recipe(request):
     omni = fresh(request)
-    return flow.build_stage3_recipe(omni, data(request, omni), steps=STEPS, batch_sizes=(2, 2))
+    return flow_stages.build_stage3_recipe(omni, data(request, omni), steps=STEPS, batch_sizes=(2, 2))
 
 
 FOUNDATIONS = [vae_recipe, vae_decoder_recipe, text_recipe, decoder_recipe, mllm_recipe, visual_encoder_recipe]

@@ -1,9 +1,9 @@
-"""Chat as OpenAI's clients speak it.
+"""Chat completions, in the format of OpenAI's clients.
 
-Such a client sends all messages every time and knows nothing of threads, so the messages themselves say which thread
-they belong to: after each answer the digest of all messages so far is kept with the thread and its number of turns.
-Messages that lead back to an earlier answer go on from there, in a fork if the thread has grown since; messages that
-were never seen here begin a new thread with the last one.
+Such a client sends the whole conversation with every request and does not know about threads, so the service finds the
+thread by the messages: after each answer it stores a digest of all messages so far, with the thread and its number of
+turns. Messages that continue a known answer continue its thread, or a fork of it if the thread has grown since.
+Messages that are not known start a new thread, in which only the last message is sent.
 """
 
 import hashlib
@@ -19,13 +19,13 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 from sse_starlette import EventSourceResponse
 
-from omnivideo.api.dependencies import ContextDep, OwnerDep, ServiceContext
-from omnivideo.api.errors import ERROR_RESPONSES, INTERNAL_ERROR, APIError, build_error_body
+from omnivideo.api.dependencies import ContextDep, OwnerDep, ServiceContext, make_id
+from omnivideo.api.errors import ERROR_RESPONSES, APIError, error_from_turn, log_if_internal, to_api_error
 from omnivideo.api.event_feed import EventFeed
 from omnivideo.api.media import MediaPart, artifact_from_part
-from omnivideo.api.request_body import make_id, validate_fields
+from omnivideo.api.request_body import validate_fields
 from omnivideo.api.routes.threads import get_event_feed
-from omnivideo.contracts import MAX_SEED, Artifact, Think
+from omnivideo.contracts import MAX_SEED, Artifact, Think, TurnRecord
 
 router = APIRouter(prefix="/v1", tags=["chat"], responses=ERROR_RESPONSES)
 
@@ -73,7 +73,7 @@ class StreamOptions(BaseModel):
 
 
 class ChatCompletionRequest(BaseModel):
-    """`think`, `check`, `seed`, `steps` and `guidance_scale` are for this turn, as in a thread."""
+    """`think`, `check`, `seed`, `steps` and `guidance_scale` apply to this turn, as in a thread."""
 
     model: str
     messages: list[ChatMessage] = Field(min_length=1, max_length=1000)
@@ -89,7 +89,7 @@ class ChatCompletionRequest(BaseModel):
 
 @router.get("/models")
 def list_models(context: ContextDep, owner: OwnerDep) -> dict[str, Any]:
-    """What may stand in `model`."""
+    """Return the names that `model` accepts."""
     return {"object": "list", "data": [to_model_object(context.settings.preset)]}
 
 
@@ -105,30 +105,30 @@ def to_model_object(name: str) -> dict[str, Any]:
 
 def check_model_name(context: ServiceContext, name: str) -> None:
     if name != context.settings.preset:
-        text = f"model: there is no {name[:100]!r} here, but {context.settings.preset!r}"
-        raise APIError(404, text, "model", "model_not_found")
+        message = f"model: there is no {name[:100]!r} here; allowed: {context.settings.preset}"
+        raise APIError(404, message, "model", "model_not_found")
 
 
 def digest_messages(messages: list[ChatMessage]) -> str:
-    """Of the words and media of all messages; what they carry besides does not matter."""
+    """Return a digest of the roles, texts and media of all messages; other fields do not count."""
     content = [[message.role, message.text, message.media_urls] for message in messages]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 class ChatCompletion:
-    """One answer: the thread it is said in, and the turn that is its making."""
+    """One answer, with the thread that it belongs to and the turn that produces it."""
 
     def __init__(self, context: ServiceContext, owner: str, payload: ChatCompletionRequest, base_url: str = "/"):
         self.context, self.owner, self.payload, self.base_url = context, owner, payload, base_url
-        self.runner = context.turn_runner
         self.id, self.created_at = f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
         self.thread_id, self.turn_id, self.answer_text = "", "", ""
 
     def start_turn(self) -> None:
+        """Start the turn of the last message; raise APIError or InvalidInput if the request is refused."""
         check_model_name(self.context, self.payload.model)
         last_message = self.payload.messages[-1]
         if last_message.role != "user" or not last_message.text.strip():
-            raise APIError(400, "messages: the last one must be the user's, with some text", "messages")
+            raise APIError(400, "messages: the last message must be the user's and contain text", "messages")
         self.thread_id = self.find_or_create_thread()
         media_parts = [MediaPart(url=url) for url in last_message.media_urls]
         attachments = [
@@ -136,27 +136,29 @@ class ChatCompletion:
         ]
         options = self.payload.model_dump(include={"think", "check", "seed", "steps", "guidance_scale"})
         turn_id = make_id("turn", self.owner, None)
-        self.turn_id = self.runner.start_turn(
+        turn = self.context.turn_runner.start_turn(
             turn_id, self.owner, self.thread_id, last_message.text, attachments, **options
-        ).id
+        )
+        self.turn_id = turn.id
 
     def find_or_create_thread(self) -> str:
-        """The thread of the messages before the last one."""
+        """Return the id of the thread that the messages before the last one belong to."""
         known_thread = self.context.turns.find_chat_thread(self.owner, digest_messages(self.payload.messages[:-1]))
-        thread_id = uuid.uuid4().hex[:16]
-        if known_thread is not None:
-            thread = self.runner.get_thread(self.owner, known_thread[0])
-            if len(thread.get_turns()) == known_thread[1]:
-                return str(known_thread[0])
-            self.context.turns.create_thread(thread_id, self.owner)
-            thread.fork(known_thread[1], thread_id)
-            return thread_id
-        self.context.turns.create_thread(thread_id, self.owner)
-        self.context.conversations.open_thread(thread_id, create=True, owner=self.owner)
-        return thread_id
+        new_thread_id = uuid.uuid4().hex[:16]
+        if known_thread is None:
+            self.context.turns.create_thread(new_thread_id, self.owner)
+            self.context.conversations.open_thread(new_thread_id, create=True, owner=self.owner)
+            return new_thread_id
+        known_thread_id, num_turns = known_thread
+        thread = self.context.turn_runner.get_thread(self.owner, known_thread_id)
+        if len(thread.get_turns()) == num_turns:
+            return known_thread_id
+        self.context.turns.create_thread(new_thread_id, self.owner)
+        thread.fork(num_turns, new_thread_id)
+        return new_thread_id
 
     def text_from_event(self, event: dict[str, Any]) -> str:
-        """What an event adds to the answer's text."""
+        """Return the text that an event adds to the answer."""
         match event["kind"]:
             case "text":
                 return str(event["delta"])
@@ -167,26 +169,29 @@ class ChatCompletion:
         return ""
 
     def to_markdown_link(self, artifact: Artifact) -> str:
-        """A clip or a picture as Markdown shows it."""
+        """Return a clip or an image as Markdown."""
         url = f"{self.base_url}v1/threads/{self.thread_id}/artifacts/{artifact.key}"
         return f"\n![{artifact.medium}]({url})\n"
 
+    def require_turn(self) -> TurnRecord:
+        turn = self.context.turns.get_turn(self.turn_id, self.owner)
+        assert turn is not None, "turns are never deleted"
+        return turn
+
     def record_completion(self) -> None:
-        """Remembers where these messages lead to; raises what ended the turn before its end."""
-        row = self.context.turns.get_turn(self.turn_id, self.owner)
-        if row.state in ("failed", "cancelled"):
-            error = row.error or {"message": "the turn was cancelled", "param": None, "code": "cancelled"}
-            status = 500 if error.get("type") == "server_error" else 409 if row.error is None else 400
-            raise APIError(status, error["message"], error["param"], error["code"])
+        """Store which thread continues these messages; raise the error of a turn that has failed or was cancelled."""
+        turn = self.require_turn()
+        if turn.state in ("failed", "cancelled"):
+            raise error_from_turn(turn)
         answer = ChatMessage(role="assistant", content=self.answer_text)
-        num_turns = len(self.runner.get_thread(self.owner, self.thread_id).get_turns())
+        num_turns = len(self.context.turn_runner.get_thread(self.owner, self.thread_id).get_turns())
         digest = digest_messages([*self.payload.messages, answer])
         self.context.turns.save_chat_thread(self.owner, digest, self.thread_id, num_turns)
 
-    # ------------------------------------------------------------ on the wire
+    # ------------------------------------------------------------ responses
 
     def build_completion(self) -> dict[str, Any]:
-        """The whole answer of a turn that is over."""
+        """Return the answer of a turn that has ended."""
         events = [event for _, event in self.context.turns.list_events(self.turn_id)]
         self.answer_text = "".join(map(self.text_from_event, events))
         reasoning = "".join(event["delta"] for event in events if event["kind"] == "thinking")
@@ -197,6 +202,7 @@ class ChatCompletion:
         return self.build_envelope("chat.completion", {"message": message, "finish_reason": "stop"})
 
     async def stream_chunks(self, feed: EventFeed) -> AsyncIterator[dict[str, str]]:
+        """Yield the answer as server-sent events while the turn runs."""
         yield self.build_chunk({"role": "assistant", "content": ""})
         async for _, event in feed.follow_turn(self.turn_id):
             if text := self.text_from_event(event):
@@ -204,16 +210,15 @@ class ChatCompletion:
                 yield self.build_chunk({"content": text})
             elif event["kind"] == "thinking":
                 yield self.build_chunk({"reasoning_content": event["delta"]})
-            elif event["kind"] == "waiting":  # where a person sees it
+            elif event["kind"] == "waiting":  # chat programs show the reasoning to their users
                 yield self.build_chunk({"reasoning_content": f"\n{event['text']}\n"})
             elif event["kind"] == "step":
                 yield {"comment": f"step {event['step']} of {event['steps']}"}
         try:
             await anyio.to_thread.run_sync(self.record_completion)
-        except APIError as error:
-            yield {"data": json.dumps(build_error_body(error.status_code, error.message, error.param, error.code))}
-        except Exception:
-            yield {"data": json.dumps(build_error_body(500, INTERNAL_ERROR, None, "internal"))}
+        except Exception as error:
+            log_if_internal(error, f"chat completion {self.id}")
+            yield {"data": json.dumps(to_api_error(error).to_body())}
         else:
             yield self.build_chunk({}, finish_reason="stop")
         yield {"data": "[DONE]"}
@@ -234,7 +239,7 @@ class ChatCompletion:
 async def create_chat_completion(
     payload: ChatCompletionRequest, request: Request, context: ContextDep, owner: OwnerDep
 ) -> Response:
-    """Says the last message in the conversation that the earlier ones are."""
+    """Send the last message in the conversation that the earlier messages form."""
     completion = ChatCompletion(context, owner, payload, str(request.base_url))
     await anyio.to_thread.run_sync(completion.start_turn)
     if payload.stream:
@@ -245,9 +250,11 @@ async def create_chat_completion(
 
 
 def run_chat_request(context: ServiceContext, owner: str, fields: dict[str, Any]) -> dict[str, Any]:
-    """A batch's line: the answer as the route would give it, waited for here.  Raises OmniVideoError or APIError."""
+    """Answer a line of a batch as the route would, and block until the answer is complete.
+
+    Raises OmniVideoError or APIError.
+    """
     completion = ChatCompletion(context, owner, validate_fields(ChatCompletionRequest, fields))
     completion.start_turn()
-    while context.turns.get_turn(completion.turn_id, owner).state in ("queued", "running"):
-        time.sleep(0.05)
+    context.turns.wait_for_end(completion.turn_id, owner)
     return completion.build_completion()

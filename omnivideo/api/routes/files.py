@@ -1,7 +1,7 @@
-"""Files: what users keep here to name it later, and what batches leave for them."""
+"""Files: what users upload to refer to it later, and the result files of their batches."""
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 from urllib.parse import quote
 
 from fastapi import APIRouter, Query, Request, Response
@@ -9,22 +9,25 @@ from pydantic import BaseModel, InstanceOf
 from pydantic.json_schema import SkipJsonSchema
 from starlette.datastructures import UploadFile
 
-from omnivideo.api.dependencies import ContextDep, OwnerDep, ServiceContext
-from omnivideo.api.errors import ERROR_RESPONSES, build_not_found_error
+from omnivideo.api.dependencies import (
+    AfterCursor,
+    ContextDep,
+    IdempotencyKey,
+    OwnerDep,
+    ResourceId,
+    ServiceContext,
+    make_id,
+)
+from omnivideo.api.errors import ERROR_RESPONSES, build_key_reused_error, build_not_found_error
 from omnivideo.api.media import build_range_response
 from omnivideo.api.request_body import (
-    AfterCursor,
     BodyFields,
     CleanText,
-    IdempotencyKey,
-    ResourceId,
-    build_key_reused_error,
     document_request_body,
-    make_id,
     rename_error_field,
     validate_fields,
 )
-from omnivideo.contracts import Artifact
+from omnivideo.contracts import Artifact, FileRecord
 from omnivideo.errors import InvalidInput, UnreadableMedia
 
 router = APIRouter(prefix="/v1/files", tags=["files"], responses=ERROR_RESPONSES)
@@ -36,7 +39,7 @@ class UploadField(BaseModel):
 
 
 class CreateFileRequest(BaseModel):
-    """`vision` must be an image or a clip, `batch` lines of JSON; `user_data` may be anything."""
+    """A `vision` file must be an image or a clip, a `batch` file JSON lines; a `user_data` file can be anything."""
 
     file: UploadField
     purpose: UploadPurpose
@@ -66,31 +69,37 @@ class FileDeleted(BaseModel):
     deleted: bool = True
 
 
-def to_file_object(row: Any) -> FileObject:
-    return FileObject(
-        id=row.id, bytes=row.size_bytes, created_at=int(row.created_at), filename=row.name, purpose=row.purpose
+def to_file_object(file: FileRecord) -> FileObject:
+    return FileObject.model_validate(
+        {
+            "id": file.id,
+            "bytes": file.size_bytes,
+            "created_at": int(file.created_at),
+            "filename": file.name,
+            "purpose": file.purpose,
+        }
     )
 
 
-def require_file(context: ServiceContext, file_id: str, owner: str) -> Any:
-    row = context.files.get_file(file_id, owner)
-    if row is None:
+def require_file(context: ServiceContext, file_id: str, owner: str) -> FileRecord:
+    file = context.files.get_file(file_id, owner)
+    if file is None:
         raise build_not_found_error("file", file_id)
-    return row
+    return file
 
 
 @router.post("", openapi_extra=document_request_body(CreateFileRequest, "file", accepts_json=False))
 def upload_file(
     context: ContextDep, owner: OwnerDep, fields: BodyFields, idempotency_key: IdempotencyKey = None
 ) -> FileObject:
-    """Keeps a file.  Its name is a label, and nothing here is ever called so."""
+    """Store a file. Its name is only a label; it is never used as a path."""
     payload = validate_fields(CreateFileRequest, fields)
     data, filename = payload.file.upload.file.read(), sanitize_filename(payload.file.upload.filename or "")
     if not data:
         raise InvalidInput("file", f"it is empty; allowed: 1 to {context.settings.max_upload_bytes} bytes")
     artifact = ingest_upload(context, data, filename, payload.purpose)
     object_key = artifact.key if artifact else context.store.put(data, "jsonl" if payload.purpose == "batch" else "bin")
-    row = context.files.create_file(
+    file = context.files.create_file(
         owner,
         file_id=make_id("file", owner, idempotency_key).replace("_", "-"),
         name=filename,
@@ -99,19 +108,22 @@ def upload_file(
         object_key=object_key,
         artifact=artifact.model_dump() if artifact else None,
     )
-    if (row.object_key, row.purpose) != (object_key, payload.purpose):
+    if (file.object_key, file.purpose) != (object_key, payload.purpose):
         raise build_key_reused_error()
-    return to_file_object(row)
+    return to_file_object(file)
 
 
 def sanitize_filename(filename: str) -> str:
-    """The last part of the user's name for it, on one line and short."""
+    """Return the last part of the user's path, without control characters and at most 255 characters long."""
     basename = re.split(r"[\\/]", filename)[-1][-255:]
     return "".join(char for char in basename if char.isprintable()) or "file"
 
 
 def ingest_upload(context: ServiceContext, data: bytes, filename: str, purpose: UploadPurpose) -> Artifact | None:
-    """The file as an image or a clip, decoded in a limited process; None for what is kept as it is."""
+    """Store the file as an image or a clip and return it; return None if it is to be stored as plain bytes.
+
+    Raises UnreadableMedia if a file for `vision` is neither an image nor a clip.
+    """
     try:
         return context.ingest_media(data, "upload", filename) if purpose != "batch" else None
     except UnreadableMedia as error:
@@ -129,11 +141,11 @@ def list_files(
     order: Literal["asc", "desc"] = "desc",
     purpose: Annotated[CleanText | None, Query(max_length=40)] = None,
 ) -> FileList:
-    """Your files by age, `after` the one of that id."""
-    rows, has_more = context.files.list_files(owner, purpose, after, limit, order == "desc")
-    data = [to_file_object(row) for row in rows]
-    first, last = (data[0].id, data[-1].id) if data else (None, None)
-    return FileList(data=data, first_id=first, last_id=last, has_more=has_more)
+    """Return a page of your files, ordered by age, beginning after the id `after`."""
+    records, has_more = context.files.list_files(owner, purpose, after, limit, order == "desc")
+    data = [to_file_object(file) for file in records]
+    first_id, last_id = (data[0].id, data[-1].id) if data else (None, None)
+    return FileList(data=data, first_id=first_id, last_id=last_id, has_more=has_more)
 
 
 @router.get("/{file_id}")
@@ -143,7 +155,7 @@ def get_file(file_id: ResourceId, context: ContextDep, owner: OwnerDep) -> FileO
 
 @router.delete("/{file_id}")
 def delete_file(file_id: ResourceId, context: ContextDep, owner: OwnerDep) -> FileDeleted:
-    """Forgets it; its bytes go with the next sweep, unless something else refers to them."""
+    """Delete a file. The next sweep removes its bytes, unless something else refers to them."""
     if not context.files.delete_file(file_id, owner):
         raise build_not_found_error("file", file_id)
     return FileDeleted(id=file_id)
@@ -151,9 +163,9 @@ def delete_file(file_id: ResourceId, context: ContextDep, owner: OwnerDep) -> Fi
 
 @router.get("/{file_id}/content", response_class=Response)
 def get_file_content(file_id: ResourceId, request: Request, context: ContextDep, owner: OwnerDep) -> Response:
-    """The file's bytes, to be saved and never shown as a page: a stranger may have written them."""
-    row = require_file(context, file_id, owner)
-    response = build_range_response(request, context.store.get(row.object_key), row.object_key)
-    # Quoted whole, so that no name can end the header or begin another one.
-    response.headers["Content-Disposition"] = f"attachment; filename*=UTF-8''{quote(row.name, safe='')}"
+    """Return the file's bytes as an attachment, so that a browser does not run what it contains."""
+    file = require_file(context, file_id, owner)
+    response = build_range_response(request, context.store.get(file.object_key), file.object_key)
+    # All special characters are quoted, so that a name cannot end the header or start another one.
+    response.headers["Content-Disposition"] = f"attachment; filename*=UTF-8''{quote(file.name, safe='')}"
     return response

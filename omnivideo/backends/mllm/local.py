@@ -1,9 +1,13 @@
-"""The MLLM in this process, by transformers, behind the planner's port."""
+"""The MLLM in this process, run by transformers, behind the planner's port."""
 
+import threading
+from collections import OrderedDict
 from collections.abc import Iterator
 from functools import lru_cache
 
 import torch
+from safetensors.torch import save
+from torch import Tensor
 
 from omnivideo.backends.mllm.sanitize import list_special_tokens, sanitize_text
 from omnivideo.contracts import Artifact, Medium, MLLMRequest, Route
@@ -11,36 +15,46 @@ from omnivideo.media.artifacts import load_frames
 from omnivideo.models.mllm import MLLMMedia, MLLMMessage, compute_first_logits, generate_answer, predict_route
 from omnivideo.models.omni import OmniVideoModel
 from omnivideo.ports import ObjectStore
-from omnivideo.storage.objects.tensors import put_tensors
+from omnivideo.storage.objects.local import compute_object_key
+from omnivideo.storage.objects.tensors import get_tensors
+
+MAX_CACHED_MEDIA = 8  # decoded media; one turn reads the same clip several times (route, answer, visual tokens)
+MAX_CACHED_TOKENS = 1024  # results of the vision head, some kilobytes each
 
 
 class LocalMLLM:
-    """`store` holds the artifacts that are shown, and takes the visual tokens."""
+    """The MLLM of `omni`, for one process.
 
-    max_tokens = 1024  # tokens of an answer
+    `store` holds the artifacts that requests refer to. A reference to visual tokens is the object key of their
+    safetensors file. The tokens themselves stay in memory, where a renderer of the same process finds them. With
+    `persist_tokens` they are also written to the store, as a job needs that outlives this process.
+    """
 
-    def __init__(self, omni: OmniVideoModel, store: ObjectStore):
+    max_tokens = 1024  # limit of an answer
+
+    def __init__(self, omni: OmniVideoModel, store: ObjectStore, persist_tokens: bool = True):
         self.omni = omni
         self.store = store
-        # A turn asks about the same clip several times (route, answer, tokens); a few are kept decoded.
-        self.load_media_cached = lru_cache(maxsize=8)(self.load_media)
+        self.persist_tokens = persist_tokens
+        self.load_media_cached = lru_cache(maxsize=MAX_CACHED_MEDIA)(self.load_media)
         self.special_tokens = list_special_tokens(omni.mllm_tokenizer)
+        self.tokens_by_reference: OrderedDict[str, Tensor] = OrderedDict()
+        self.tokens_lock = threading.Lock()
 
     def load_media(self, artifact: Artifact) -> MLLMMedia:
         return MLLMMedia(load_frames(self.store, artifact), artifact.fps, artifact.medium == "video")
 
-    def build_message(self, ask: MLLMRequest) -> MLLMMessage:
-        return MLLMMessage(
-            sanitize_text(ask.text, self.special_tokens), tuple(map(self.load_media_cached, ask.artifacts)), ask.system
-        )
+    def build_message(self, request: MLLMRequest) -> MLLMMessage:
+        """Return the model's input for a request. Raises UnreadableMedia or ArtifactNotFound."""
+        text = sanitize_text(request.text, self.special_tokens)
+        return MLLMMessage(text, tuple(map(self.load_media_cached, request.artifacts)), request.system)
 
     def route(self, request: MLLMRequest) -> Route:
-        return predict_route(
-            self.omni.mllm, self.omni.mllm_tokenizer, self.build_message(request), self.omni.vision_config
-        )
+        message = self.build_message(request)
+        return predict_route(self.omni.mllm, self.omni.mllm_tokenizer, message, self.omni.vision_config)
 
     def stream_text(self, request: MLLMRequest, max_tokens: int | None = None) -> Iterator[str]:
-        # Greedy: what a thread says must come out the same when a killed process goes on with it.
+        # Greedy, so that another process that continues a turn gets the same text.
         yield from generate_answer(
             self.omni.mllm,
             self.omni.mllm_tokenizer,
@@ -52,11 +66,42 @@ class LocalMLLM:
 
     def score_agreement(self, request: MLLMRequest) -> float:
         tokenizer = self.omni.mllm_tokenizer
-        logits = compute_first_logits(self.omni.mllm, tokenizer, self.build_message(request), self.omni.vision_config)
+        logits_V = compute_first_logits(self.omni.mllm, tokenizer, self.build_message(request), self.omni.vision_config)
         answer_ids = [tokenizer(word, add_special_tokens=False).input_ids[0] for word in ("yes", "no")]
-        return float(logits[answer_ids].softmax(-1)[0])
+        return float(logits_V[answer_ids].softmax(-1)[0])
+
+    # ------------------------------------------------------------ visual tokens
 
     @torch.no_grad()
+    def compute_visual_tokens(self, request: MLLMRequest, medium: Medium) -> Tensor:
+        """Return V_o [1, Q, E] (Eq. 1) of a request for an image or a video."""
+        return self.omni.compute_visual_tokens([(self.build_message(request), medium)])
+
     def predict_visual_tokens(self, request: MLLMRequest, medium: Medium) -> str:
-        tokens = self.omni.compute_visual_tokens([(self.build_message(request), medium)])
-        return put_tensors(self.store, {"visual_tokens": tokens})
+        """Return the reference of a request's visual tokens."""
+        visual_1QE = self.compute_visual_tokens(request, medium)
+        data = encode_visual_tokens(visual_1QE)
+        reference = compute_object_key(data, "safetensors")
+        with self.tokens_lock:
+            self.tokens_by_reference[reference] = visual_1QE
+            self.tokens_by_reference.move_to_end(reference)
+            if len(self.tokens_by_reference) > MAX_CACHED_TOKENS:
+                self.tokens_by_reference.popitem(last=False)
+        if self.persist_tokens:
+            self.store.put(data, "safetensors")
+        return reference
+
+    def load_visual_tokens(self, reference: str) -> Tensor:
+        """Return V_o [1, Q, E] by reference: from memory, else from the store. Raises ArtifactNotFound."""
+        visual_1QE = self.tokens_by_reference.get(reference)
+        if visual_1QE is None:
+            visual_1QE = get_tensors(self.store, reference)["visual_tokens"]
+        return visual_1QE.to(self.omni.device)
+
+    def has_visual_tokens(self, reference: str) -> bool:
+        return reference in self.tokens_by_reference or self.store.has(reference)
+
+
+def encode_visual_tokens(visual_1QE: Tensor) -> bytes:
+    """Return the safetensors file of visual tokens [1, Q, E]."""
+    return save({"visual_tokens": visual_1QE.detach().cpu().contiguous()})

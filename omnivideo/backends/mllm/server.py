@@ -1,6 +1,6 @@
-"""A language model server: the routes, and what stands behind them where vLLM does not (transformers, in turn).
+"""A language model server: the routes of `protocol`, and a service behind them that runs on transformers.
 
-`omnivideo mllm serve` runs it.  vLLM's own server gets the same routes by `vllm_plugin`.
+`omnivideo mllm serve` starts it where vLLM is not used. `vllm_plugin` adds the same routes to vLLM's own server.
 """
 
 import asyncio
@@ -13,7 +13,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.concurrency import iterate_in_threadpool
 
-from omnivideo.backends.mllm.local import LocalMLLM
+from omnivideo.backends.mllm.local import LocalMLLM, encode_visual_tokens
 from omnivideo.backends.mllm.protocol import (
     AgreementResponse,
     MLLMPayload,
@@ -27,21 +27,23 @@ from omnivideo.storage.objects.local import compute_object_key
 
 
 class MLLMService(Protocol):
-    """What stands behind the routes.  Raises InvalidInput for what cannot be answered."""
+    """Answers the routes. Every method raises InvalidInput for a request that cannot be answered."""
 
     async def route(self, payload: MLLMPayload) -> Route: ...
 
     async def score_agreement(self, payload: MLLMPayload) -> float: ...
 
     async def write_answer(self, payload: MLLMPayload, max_tokens: int) -> AsyncIterator[str]:
-        """Returns once it is sure that there will be an answer."""
+        """Return the answer's pieces. An invalid request raises before the first piece."""
         ...
 
-    async def compute_visual_tokens(self, payload: MLLMPayload, medium: Medium) -> bytes: ...
+    async def compute_visual_tokens(self, payload: MLLMPayload, medium: Medium) -> bytes:
+        """Return the safetensors file of the visual tokens [1, Q, E]."""
+        ...
 
 
 def add_mllm_routes(app: FastAPI, get_service: Callable[[], MLLMService]) -> None:
-    """Adds the routes of `protocol`; `get_service` is asked for at each request, so it may be made later."""
+    """Add the routes of `protocol`. `get_service` is called for each request, so the service may be created later."""
 
     @app.exception_handler(InvalidInput)
     async def handle_invalid_input(request: Request, error: InvalidInput) -> JSONResponse:
@@ -68,17 +70,18 @@ def add_mllm_routes(app: FastAPI, get_service: Callable[[], MLLMService]) -> Non
 
 
 async def encode_ndjson(pieces: AsyncIterator[str]) -> AsyncIterator[str]:
+    """Yield a JSON line for each piece, then null to mark the end of a complete answer."""
     async for piece in pieces:
         yield json.dumps(piece) + "\n"
     yield "null\n"
 
 
 class LRUObjectStore:
-    """An object store for what passes through: of the newest things, as many as have room."""
+    """An object store in memory that keeps the most recent objects, up to `max_bytes` in total."""
 
     def __init__(self, max_bytes: int = 2**30):
         self.entries: OrderedDict[str, bytes] = OrderedDict()
-        self.max_bytes = max_bytes  # bytes
+        self.max_bytes = max_bytes
 
     def put(self, data: bytes, suffix: str) -> str:
         key = compute_object_key(data, suffix)
@@ -98,17 +101,18 @@ class LRUObjectStore:
 
 
 class SerializedMLLM:
-    """A LocalMLLM for many: one answer at a time, since it uses all cores (or the GPU) for each."""
+    """A LocalMLLM for many clients. It computes one answer at a time, since each uses all cores or the GPU."""
 
     def __init__(self, mllm: LocalMLLM):
         self.mllm = mllm
         self.lock = asyncio.Lock()
 
     def request_from_payload(self, payload: MLLMPayload) -> MLLMRequest:
+        """Return the payload as a request, with its media in the MLLM's store."""
         artifacts = tuple(
-            Artifact(key=self.mllm.store.put(one.data, one.suffix), medium=one.medium, width=0, height=0, frames=0,
-                     fps=one.fps, caption="", created_by="")
-            for one in payload.media
+            Artifact(key=self.mllm.store.put(media.data, media.suffix), medium=media.medium, width=0, height=0,
+                     frames=0, fps=media.fps, caption="", created_by="")
+            for media in payload.media
         )  # fmt: skip
         return MLLMRequest(text=payload.text, artifacts=artifacts, system=payload.system)
 
@@ -121,27 +125,27 @@ class SerializedMLLM:
             return await asyncio.to_thread(lambda: self.mllm.score_agreement(self.request_from_payload(payload)))
 
     async def compute_visual_tokens(self, payload: MLLMPayload, medium: Medium) -> bytes:
+        def compute() -> bytes:
+            return encode_visual_tokens(self.mllm.compute_visual_tokens(self.request_from_payload(payload), medium))
+
         async with self.lock:
-            return await asyncio.to_thread(
-                lambda: self.mllm.store.get(self.mllm.predict_visual_tokens(self.request_from_payload(payload), medium))
-            )
+            return await asyncio.to_thread(compute)
 
     async def write_answer(self, payload: MLLMPayload, max_tokens: int) -> AsyncIterator[str]:
         async with self.lock:
-            ask = await asyncio.to_thread(self.request_from_payload, payload)
-            await asyncio.to_thread(
-                self.mllm.build_message, ask
-            )  # what cannot be read is refused here; it stays decoded
-        return self.stream_pieces(ask, max_tokens)
+            request = await asyncio.to_thread(self.request_from_payload, payload)
+            # Media that cannot be read are refused here. Decoded media are cached for the answer.
+            await asyncio.to_thread(self.mllm.build_message, request)
+        return self.stream_pieces(request, max_tokens)
 
-    async def stream_pieces(self, ask: MLLMRequest, max_tokens: int) -> AsyncIterator[str]:
+    async def stream_pieces(self, request: MLLMRequest, max_tokens: int) -> AsyncIterator[str]:
         async with self.lock:
-            async for piece in iterate_in_threadpool(self.mllm.stream_text(ask, max_tokens)):
+            async for piece in iterate_in_threadpool(self.mllm.stream_text(request, max_tokens)):
                 yield piece
 
 
 def create_mllm_app(mllm: LocalMLLM) -> FastAPI:
-    """`mllm`'s store takes what is shown and the tokens that are sent back; `LRUObjectStore` is enough."""
+    """Return the server's app. The store of `mllm` receives the media of requests; an LRUObjectStore is enough."""
     app = FastAPI(title="omnivideo mllm", docs_url=None, redoc_url=None)
     service = SerializedMLLM(mllm)
     add_mllm_routes(app, lambda: service)

@@ -2,8 +2,7 @@
 
 from collections.abc import Iterator
 
-from omnivideo.backends.decoder.pipeline import GeneratedClip
-from omnivideo.backends.decoder.renderer import Renderer
+from omnivideo.backends.decoder.pipeline import ClipDecoder, GeneratedClip
 from omnivideo.contracts import Artifact, Job, Preview, StepProgress
 from omnivideo.errors import JobCancelled
 
@@ -13,7 +12,7 @@ PREVIEW_FRACTIONS = (0.4, 0.7)  # shares of the steps after which a preview is s
 class LocalQueue:
     """A queue that keeps nothing: a job lives as long as its follower."""
 
-    def __init__(self, renderer: Renderer):
+    def __init__(self, renderer: ClipDecoder):
         self.renderer = renderer
         self.cancelled_job_ids: set[str] = set()
 

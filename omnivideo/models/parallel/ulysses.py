@@ -1,20 +1,21 @@
-"""Sequence parallelism (Ulysses) for the decoder: every process of a group has a part of each sample's tokens.
+"""Sequence parallelism (Ulysses) for the decoder: each process of a group has a part of each sample's tokens.
 
-Decoder tokens and condition tokens are dealt out in equal parts; everything but attention works on a part alone.
-For attention DeepSpeed's `DistributedAttention` exchanges tokens for heads and back: each process sees the whole
-sequence, but only its heads.  That is so in self-attention and in cross-attention, so the condition, which editing
-makes long, is never whole on one process after its embedding.  Where a sequence does not divide, the last parts are
-filled up, and what was filled is cut before attention.
+Decoder tokens and condition tokens are divided into equal parts; everything but attention works on one part. For
+attention DeepSpeed's `DistributedAttention` exchanges tokens for heads and back, so each process sees the full sequence
+for some of the heads. This applies to self-attention and cross-attention, so no process holds the full condition, which
+is long in editing, after its embedding. If a sequence does not divide evenly, the last parts are padded, and the
+padding is removed before attention.
 
-Every process of a group ends with the same whole velocity and the same loss.  The gather's gradient is therefore
-counted as often as there are processes, so that the *mean* over all processes is the gradient, as in data
-parallelism: data and sequence parallelism mix without knowing of each other, and losses that do not pass through the
-decoder (Eq. 1) need no care.
+Every process of a group ends with the same full velocity and the same loss. The gradient of the gather is therefore
+multiplied by the number of processes, so that the mean over all processes is the gradient, as in data parallelism.
+Data and sequence parallelism combine without depending on each other, and losses that do not involve the decoder
+(Eq. 1) need no special treatment.
 
-Diffusers' own context parallelism was not taken: it leaves the condition whole on every process, wants sequences that
-divide, counts CPU processes by an accelerator, and its gradients are to be summed, which is wrong for Eq. 1.
+Diffusers' own context parallelism does not fit: it keeps the full condition on every process, requires sequences that
+divide evenly, needs an accelerator API on CPUs, and sums its gradients, which is wrong for Eq. 1.
 
-Shapes: B batch, S decoder tokens, L condition tokens, D width, H heads, E head width; _s, _l, _h are parts.
+Shapes: B batch, S decoder tokens, L condition tokens, D width, H heads, E head width, P patch channels, X any; lower
+case (s, l, h) is the part of one process, and 1 is a dimension of size one.
 """
 
 from collections.abc import Callable
@@ -30,7 +31,7 @@ from omnivideo.errors import InvalidInput, MissingDependency
 
 
 def take_local_part(full_BSX: Tensor, rank: int, world_size: int) -> Tensor:
-    """The rank's part along dimension 1, filled up with zeros to the length that all parts have."""
+    """Return the rank's part along dimension 1, padded with zeros to the common length of all parts."""
     part_length = -(-full_BSX.shape[1] // world_size)
     local_BsX = full_BSX[:, rank * part_length : (rank + 1) * part_length]
     missing = part_length - local_BsX.shape[1]
@@ -38,7 +39,7 @@ def take_local_part(full_BSX: Tensor, rank: int, world_size: int) -> Tensor:
 
 
 class SequenceGather(torch.autograd.Function):
-    """Parts [B, s, X] of all processes, one after another; its gradient counts once for each process."""
+    """Concatenates the parts [B, s, X] of all processes; its gradient is multiplied by their number."""
 
     @staticmethod
     def forward(ctx: Any, local_BsX: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -53,7 +54,7 @@ class SequenceGather(torch.autograd.Function):
 
 
 def attend_local_heads(query_BShE: Tensor, key_BLhE: Tensor, value_BLhE: Tensor, key_length: int) -> Tensor:
-    """Attention over the first `length` keys (what follows was filled up), for this process's heads."""
+    """Compute attention for this process's heads over the first `key_length` keys; the others are padding."""
     query, key, value = (
         x.transpose(1, 2) for x in (query_BShE, key_BLhE[:, :key_length], value_BLhE[:, :key_length])
     )  # fmt: skip
@@ -61,16 +62,17 @@ def attend_local_heads(query_BShE: Tensor, key_BLhE: Tensor, value_BLhE: Tensor,
 
 
 def apply_rotary(x_BsHE: Tensor, cos_1s1E: Tensor, sin_1s1E: Tensor) -> Tensor:
-    """Rotary positions over neighbouring pairs of channels, as Wan has them."""
-    even, odd = x_BsHE.unflatten(-1, (-1, 2)).unbind(-1)
+    """Apply rotary position embeddings to pairs of neighbouring channels, as Wan does."""
+    even, odd = torch.unflatten(x_BsHE, -1, (-1, 2)).unbind(-1)
     cos, sin = cos_1s1E[..., 0::2], sin_1s1E[..., 1::2]
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).type_as(x_BsHE)
 
 
 class UlyssesProcessor:
-    """An attention processor for a group of processes, for the attentions of one decoder.
+    """An attention processor for all attention layers of one decoder in a group of processes.
 
-    `condition` and `tokens` are the whole lengths in the last forward pass: its backward pass comes before the next.
+    `condition_length` and `token_length` are the full lengths in the latest forward pass. They stay valid in its
+    backward pass, which precedes the next forward pass.
     """
 
     def __init__(self, group: dist.ProcessGroup):
@@ -89,7 +91,7 @@ class UlyssesProcessor:
         attention_mask: Tensor | None = None,
         rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """[B, s, D], attending to all S tokens where `rotary_emb` (of all of them) is there, else to the condition."""
+        """Return [B, s, D]: attention to all S tokens if their `rotary_emb` is given, otherwise to the condition."""
         source = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         query, key = attn.norm_q(attn.to_q(hidden_states)), attn.norm_k(attn.to_k(source))
         query, key, value = (x.unflatten(2, (attn.heads, -1)) for x in (query, key, attn.to_v(source)))
@@ -99,9 +101,10 @@ class UlyssesProcessor:
             tables = [take_local_part(table, self.rank, self.world_size) for table in rotary_emb]
             query, key = apply_rotary(query, *tables), apply_rotary(key, *tables)
         attended = self.attend_across_group(query, key, value, 0, None, key_length)
-        return attn.to_out[1](attn.to_out[0](attended.flatten(2, 3).type_as(query)))
+        output: Tensor = attn.to_out[1](attn.to_out[0](attended.flatten(2, 3).type_as(query)))
+        return output
 
-    # ---------------------------------------------------------------- hooks of the decoder
+    # ---------------------------------------------------------------- hooks on the decoder's modules
 
     def split_condition_tokens(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
         self.condition_length = args[0].shape[1]
@@ -112,22 +115,30 @@ class UlyssesProcessor:
         return (take_local_part(args[0], self.rank, self.world_size), *args[1:])
 
     def gather_velocity(self, module: nn.Module, args: tuple[Any, ...], velocity_BsP: Tensor) -> Tensor:
-        return SequenceGather.apply(velocity_BsP, self.group)[:, : self.token_length]
+        velocity_BSP: Tensor = SequenceGather.apply(velocity_BsP, self.group)  # type: ignore[no-untyped-call]
+        return velocity_BSP[:, : self.token_length]
 
 
 def import_distributed_attention() -> Callable[..., Any]:
+    """Return DeepSpeed's DistributedAttention class; raise MissingDependency if DeepSpeed is not installed."""
     try:
         from deepspeed.sequence.layer import DistributedAttention
     except ImportError:
         raise MissingDependency("sequence parallelism needs DeepSpeed: pip install omnivideo[train]") from None
-    return DistributedAttention
+    attention_class: Callable[..., Any] = DistributedAttention
+    return attention_class
 
 
 def enable_sequence_parallel(decoder: WanTransformer3DModel, group: dist.ProcessGroup) -> None:
-    """Lets a group of processes share every sample's tokens; raises InvalidInput where the heads do not divide."""
+    """Make a group of processes share the tokens of each sample.
+
+    Raise InvalidInput if the number of processes does not divide the number of attention heads.
+    """
     world_size, heads = dist.get_world_size(group), decoder.config.num_attention_heads
     if heads % world_size:
-        raise InvalidInput("sequence", f"{world_size} processes cannot share {heads} heads; use a divisor")
+        raise InvalidInput(
+            "sequence-parallel", f"{world_size} is not a divisor of the decoder's {heads} attention heads"
+        )
     ulysses = UlyssesProcessor(group)
     decoder.set_attn_processor(ulysses)
     decoder.condition_embedder.text_embedder.register_forward_pre_hook(ulysses.split_condition_tokens)

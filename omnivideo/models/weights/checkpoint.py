@@ -1,14 +1,15 @@
-"""A preset's weights on disk: a Diffusers-style folder, loaded strictly.
+"""Save and load a preset's weights: a Diffusers-style folder, loaded strictly.
 
-    model_index.json       preset, format, and the sha256 of every weights file
+    model_index.json       preset, format, and the SHA-256 of every weights file
     mllm/ vision_head/ adapter/ visual_context/ markers/ transformer/ text_encoder/ tokenizer/ vae/
 
-Every weights file is safetensors.  A missing or unknown key, a wrong shape or a changed file is an error.
+Every weights file is safetensors. A missing or unknown key or a wrong shape is an error when loading;
+`verify_digests` finds files that have changed.
 """
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,22 +24,22 @@ from omnivideo.models.conditions import MarkerEmbeddings
 from omnivideo.models.mllm import VISUAL_TOKENS
 from omnivideo.models.omni import Bridge, OmniVideoModel
 from omnivideo.models.positions import add_absolute_positions
-from omnivideo.models.weights import checkpoint
 from omnivideo.presets import Preset, get_preset
 
 INDEX_FILE = "model_index.json"
 BRIDGE_PARTS = ("vision_head", "adapter", "visual_context", "markers")
 WEIGHTS_FILE = "model.safetensors"
-SHIPPED_WEIGHTS_FOLDER = Path(__file__).parents[2] / "weights"  # a folder for each preset that is shipped
+SHIPPED_WEIGHTS_FOLDER = Path(__file__).parents[2] / "weights"  # one folder for each preset with shipped weights
 
 
 def compute_file_digest(path: Path) -> str:
+    """Return the SHA-256 of a file as hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def save(omni: OmniVideoModel, folder: Path, dtype: torch.dtype = torch.float16) -> None:
-    """Writes all parts in the given precision.  The models in memory are left as they are."""
+    """Write all parts in a precision, without changing the models in memory."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, part in (("mllm", omni.mllm), ("transformer", omni.decoder), ("text_encoder", omni.text_encoder),
                        ("vae", omni.vae)):  # fmt: skip
@@ -55,7 +56,7 @@ def save(omni: OmniVideoModel, folder: Path, dtype: torch.dtype = torch.float16)
 
 
 def save_library_model(part: Any, folder: Path, dtype: torch.dtype) -> None:
-    """The configuration as its library writes it; the weights in one safetensors file under the library's name."""
+    """Write a part's configuration as its library does, and its weights as one safetensors file."""
     folder.mkdir(exist_ok=True)
     if isinstance(part, WanTransformer3DModel | AutoencoderKLWan):
         part.save_config(folder)
@@ -71,56 +72,58 @@ def save_library_model(part: Any, folder: Path, dtype: torch.dtype) -> None:
 
 
 def strip_provenance(config: Path) -> None:
-    """Leaves out what a library notes of how the model came here: from which folder, and in which precision."""
+    """Remove a library's notes on a model's origin: the folder that it was loaded from, and its precision."""
 
     def strip_keys(value: Any) -> Any:
         if not isinstance(value, dict):
             return value
-        return {key: strip_keys(one) for key, one in value.items() if key not in ("_name_or_path", "dtype")}
+        return {key: strip_keys(entry) for key, entry in value.items() if key not in ("_name_or_path", "dtype")}
 
     config.write_text(json.dumps(strip_keys(json.loads(config.read_text())), indent=2, sort_keys=True) + "\n")
 
 
 def read_index(folder: Path) -> dict[str, Any]:
+    """Return a folder's index. Raises CheckpointError if it is missing, damaged or of another format."""
     path = folder / INDEX_FILE
     if not path.is_file():
         raise CheckpointError(f"no {INDEX_FILE} in the weights folder {folder.name!r}")
     try:
-        index = json.loads(path.read_text())
+        index: dict[str, Any] = json.loads(path.read_text())
     except ValueError as error:
-        raise CheckpointError(f"{INDEX_FILE} of {folder.name!r} is not JSON") from error
+        raise CheckpointError(f"{INDEX_FILE} in {folder.name!r} is not JSON") from error
     if index.get("_class_name") != "OmniVideo" or index.get("format") != 1:
-        raise CheckpointError(f"{INDEX_FILE} of {folder.name!r} is not of format 1")
+        raise CheckpointError(f"{INDEX_FILE} in {folder.name!r} does not have format 1")
     return index
 
 
 def compute_weights_digest(folder: Path) -> str:
-    """One digest over all weights, as manifests carry it."""
+    """Return one digest of all weights, 16 hexadecimal digits, which identifies them in manifests."""
     return hashlib.sha256(json.dumps(read_index(folder)["sha256"], sort_keys=True).encode()).hexdigest()[:16]
 
 
 def verify_digests(folder: Path) -> None:
-    """Compares every weights file with the index; raises CheckpointError on the first that differs."""
+    """Compare every weights file with the index. Raises CheckpointError for the first that differs."""
     for name, expected in read_index(folder)["sha256"].items():
         path = folder / name
         if not path.is_file():
             raise CheckpointError(f"{name} is missing from the weights")
         if compute_file_digest(path) != expected:
-            raise CheckpointError(f"{name} is damaged: its sha256 is not the index's")
+            raise CheckpointError(f"{name} is damaged: its SHA-256 differs from the index")
 
 
 def load(folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> OmniVideoModel:
-    """All parts of the preset that the folder's index names, in evaluation mode."""
+    """Load all parts of a folder's preset onto a device, in evaluation mode."""
     return load_parts(folder, lambda name, part: part.to(device), dtype)
 
 
 def load_parts(folder: Path, place_part: Callable[[str, Any], Any], dtype: torch.dtype | None = None) -> OmniVideoModel:
-    """As `load`; `place_part` brings each part, by its name in `OmniVideoModel`, where it belongs.
+    """Load all parts as `load` does, and let `place_part` move each to its device before the next one is read.
 
-    It does so before the next part is read.  Without a `dtype` the parts come as `load_strict` reads them.
+    `place_part` gets a part and its name in `OmniVideoModel`. Without a `dtype`, parts keep the precision in which
+    `load_strict` reads them.
     """
     model_preset = get_preset(read_index(folder)["preset"])
-    logging.disable_progress_bar()  # transformers draws one for each part, whatever the size
+    logging.disable_progress_bar()  # transformers shows one for each part, however small
     decoder = place_part("decoder", load_strict(WanTransformer3DModel, folder, "transformer", dtype))
     mllm = place_part("mllm", load_strict(Qwen3VLForConditionalGeneration, folder, "mllm", dtype))
     return OmniVideoModel(
@@ -136,21 +139,24 @@ def load_parts(folder: Path, place_part: Callable[[str, Any], Any], dtype: torch
 
 
 def load_mllm_tokenizer(folder: Path, embedding_count: int) -> PreTrainedTokenizerBase:
-    """The MLLM's; a stock one has not the tokens that route, and would split them without a word."""
+    """Load the MLLM's tokenizer.
+
+    Raises CheckpointError if it lacks the routing tokens, as Qwen's own does; it would split them silently.
+    """
     tokenizer = AutoTokenizer.from_pretrained(folder / "mllm", local_files_only=True)
     ids = tokenizer("".join(VISUAL_TOKENS), add_special_tokens=False).input_ids
     if ids != tokenizer.convert_tokens_to_ids(list(VISUAL_TOKENS)) or max(ids) >= embedding_count:
         raise CheckpointError(
-            f"mllm: {', '.join(VISUAL_TOKENS)} are to be one token each, with an embedding; add them to its tokenizer "
-            "and model as docs/weights.md says"
+            f"mllm: {', '.join(VISUAL_TOKENS)} must be one token each, with an embedding; add them to its tokenizer "
+            "and model as described in docs/weights.md"
         )
     return tokenizer
 
 
 def load_strict(cls: Any, folder: Path, name: str, dtype: torch.dtype | None) -> Any:
-    """A library model from its sub-folder; the libraries only warn of missing keys, here they are an error.
+    """Load a library's model from a subfolder. Raises CheckpointError for missing keys, where libraries only warn.
 
-    Without a `dtype` a model of transformers comes in the file's precision, one of diffusers in fp32.
+    Without a `dtype`, a transformers model gets the file's precision and a diffusers model gets float32.
     """
     part = folder / name
     if not (part / "config.json").is_file():
@@ -166,6 +172,7 @@ def load_strict(cls: Any, folder: Path, name: str, dtype: torch.dtype | None) ->
 
 
 def load_bridge(model_preset: Preset, folder: Path, dtype: torch.dtype | None) -> Bridge:
+    """Load the bridge; each marker has as many embeddings as the weights hold."""
     with torch.device("meta"):
         bridge = Bridge(model_preset)
     for name in BRIDGE_PARTS:
@@ -186,8 +193,13 @@ def load_bridge(model_preset: Preset, folder: Path, dtype: torch.dtype | None) -
     return bridge
 
 
-def check_keys(name: str, missing: list, unknown: list, mismatched: list) -> None:
-    """Raises CheckpointError unless all three lists are empty."""
+def check_keys(
+    name: str,
+    missing: Sequence[str],
+    unknown: Sequence[str],
+    mismatched: Sequence[str | tuple[str, torch.Size, torch.Size]],
+) -> None:
+    """Raise CheckpointError unless all lists are empty. transformers lists mismatched keys with both shapes."""
     for problem, keys in (("is missing", missing), ("is unknown", unknown), ("has another shape", mismatched)):
         if keys:
             first = keys[0] if isinstance(keys[0], str) else keys[0][0]
@@ -195,12 +207,16 @@ def check_keys(name: str, missing: list, unknown: list, mismatched: list) -> Non
 
 
 def get_first_line(error: Exception) -> str:
+    """Return the first line of an error's text, at most 200 characters, or its type if it has no text."""
     return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
 
 
 def find_shipped_weights(preset_name: str) -> Path:
-    """The folder of a preset's shipped weights; raises where the preset is unknown or ships none."""
-    folder = checkpoint.SHIPPED_WEIGHTS_FOLDER / get_preset(preset_name).name
-    if not (folder / checkpoint.INDEX_FILE).is_file():
-        raise CheckpointError(f"preset {preset_name!r} ships no weights; give a folder of them (--weights)")
+    """Return the folder of a preset's shipped weights.
+
+    Raises InvalidInput if the preset is unknown, and CheckpointError if it has no shipped weights.
+    """
+    folder = SHIPPED_WEIGHTS_FOLDER / get_preset(preset_name).name
+    if not (folder / INDEX_FILE).is_file():
+        raise CheckpointError(f"no weights are shipped for the preset {preset_name!r}; name a folder with --weights")
     return folder

@@ -1,11 +1,11 @@
-"""The authors' published weights: which of their files and tensors is which of ours.
+"""The layouts of the authors' published weights, and the mapping from their tensors to ours.
 
     version 1       transformer/model.pt              wan_model. adapter. ar_vision_head. visual_context_adapter.
     version 2       transformer/pytorch_model.pt      wan_model. vlm_norm. vlm_proj. visual_context_adapter.
-      two experts   high_noise_model/model.pt, low_noise_model/model.pt, each like that
+      two experts   high_noise_model/model.pt, low_noise_model/model.pt, each with the same prefixes
     markers         special_tokens/tokens.pkl (version 1), special_tokens.pkl (version 2)
 
-Our folder has one part for each of their prefixes; the parts of the low-noise expert end in `_2`.
+Our folder has one part for each of their prefixes. The parts of the low-noise expert end in `_2`.
 """
 
 import re
@@ -30,7 +30,7 @@ KEY_PREFIXES = {
     "visual_context": "visual_context_adapter.",
 }
 
-# diffusers' names of Wan's layers on the left, Wan's own on the right; the norms of a block change places.
+# From diffusers' names of Wan's layers to Wan's own. Two norms of a block trade their names.
 WAN_KEY_RULES = tuple(
     (re.compile(pattern), name)
     for pattern, name in (
@@ -55,7 +55,7 @@ WAN_KEY_RULES = tuple(
 
 @dataclass(frozen=True)
 class TensorLocation:
-    """Where one of their tensors lies in our folder, and its shape."""
+    """The part and key of a published tensor in our folder, and its shape."""
 
     part: str
     key: str
@@ -63,7 +63,7 @@ class TensorLocation:
 
 
 def to_published_key(part: str, key: str) -> str:
-    """Their name of the tensor `key` of our part."""
+    """Return the published name of a tensor of one of our parts."""
     if part == "transformer":
         for pattern, name in WAN_KEY_RULES:
             key = pattern.sub(name, key)
@@ -73,7 +73,7 @@ def to_published_key(part: str, key: str) -> str:
 
 
 def list_weight_files(preset: Preset) -> tuple[str, ...]:
-    """Their files of tensors, one for each decoder."""
+    """Return the published files of tensors, one for each decoder."""
     if preset.version == 1:
         return ("transformer/model.pt",)
     if preset.num_decoders == 1:
@@ -86,12 +86,12 @@ def get_markers_file(preset: Preset) -> str:
 
 
 def list_required_markers(preset: Preset) -> tuple[str, ...]:
-    """Version 2 has no adapter's tokens to stand between markers."""
+    """Return the markers that a preset needs; version 2 has no adapter tokens to mark."""
     return tuple(name for name in MARKER_NAMES if preset.version == 1 or not name.startswith("ipl"))
 
 
 def build_meta_modules(preset: Preset) -> dict[str, nn.Module]:
-    """Our parts of one of their files, without memory (meta device)."""
+    """Return our parts of one published file on the meta device, without memory."""
     with torch.device("meta"):
         parts: dict[str, nn.Module] = {"transformer": WanTransformer3DModel(**preset.decoder)}
         if preset.version == 1:
@@ -102,7 +102,7 @@ def build_meta_modules(preset: Preset) -> dict[str, nn.Module]:
 
 
 def locate_tensors(preset: Preset) -> dict[str, TensorLocation]:
-    """All tensors of one of their files by their names."""
+    """Return the location in our folder of every tensor of a published file, by its published name."""
     return {
         to_published_key(part, key): TensorLocation(part, key, tuple(value.shape))
         for part, module in build_meta_modules(preset).items()
@@ -111,12 +111,12 @@ def locate_tensors(preset: Preset) -> dict[str, TensorLocation]:
 
 
 def get_part_folder(part: str, decoder_index: int) -> str:
-    """Our folder of a part of the decoder `number`: 0 for the only or the high-noise one."""
+    """Return our subfolder for a part of a decoder; index 0 is the only decoder or the high-noise expert."""
     return part if decoder_index == 0 else f"{part}_{decoder_index + 1}"
 
 
 def detect_preset(source: Path) -> str | None:
-    """The preset whose files lie in the folder, if any."""
+    """Return the preset whose published files a folder has, or None."""
     matches = [
         name
         for name in PUBLISHED_PRESETS

@@ -1,7 +1,7 @@
-"""Weights that are larger than memory: read where they lie, written a piece at a time, and all of them or none.
+"""Read and write weights that are larger than memory.
 
-Tensors come as maps of their files (nothing is read before it is needed), from pickles that may hold tensors and
-plain containers only.
+Files are memory-mapped, so that tensors are read only when they are used, and written in pieces. Pickles may hold only
+tensors and plain containers. An output folder appears only when it is complete.
 """
 
 import hashlib
@@ -19,6 +19,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -26,7 +27,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from omnivideo.errors import CheckpointError, InvalidInput
 
 StateDict = dict[str, Tensor]
-WriteProgress = Callable[[str, int], None]  # the file and how many bytes more of it are written
+WriteProgress = Callable[[str, int], None]  # the file, and the number of bytes just written
 
 CHUNK_BYTES = 1 << 20
 DTYPE_BY_NAME = {
@@ -40,25 +41,26 @@ NAME_BY_DTYPE = {dtype: name for name, dtype in DTYPE_BY_NAME.items()}
 
 
 def read_pickle(path: Path) -> dict[str, Any]:
-    """What torch.save wrote, its tensors as maps of the file.
+    """Return what torch.save wrote, with memory-mapped tensors.
 
-    Raises CheckpointError where the pickle names anything but tensors and plain containers, so that none of it runs.
+    Raises CheckpointError if the pickle names anything but tensors and plain containers, before any of it runs.
     """
     check_plain_zip(path)
     try:
-        # Fake tensors know where in the file their bytes lie.  torch's own mmap=True asks the system to be ready to
-        # copy every page, which it refuses for a file larger than memory.
+        # Fake tensors know their offset in the file. torch's own mmap=True reserves memory to copy every page, which
+        # the system refuses for a file larger than memory.
         with FakeTensorMode(), warnings.catch_warnings(action="ignore"):
             loaded = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(loaded, Mapping):
             raise CheckpointError(f"{path.name} holds {type(loaded).__name__}, not a dictionary of tensors")
-        return map_fake_tensors(loaded, map_bytes(path))
+        mapped: dict[str, Any] = map_fake_tensors(loaded, map_bytes(path))
+        return mapped
     except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, AssertionError):
         raise CheckpointError(explain_refusal(path)) from None
 
 
 def check_plain_zip(path: Path) -> None:
-    """Raises CheckpointError unless the file can be read and is a zip whose entries lie there as they are."""
+    """Raise CheckpointError unless the file can be read and is a zip archive of uncompressed entries."""
     try:
         if not is_zip(path):
             raise zipfile.BadZipFile
@@ -67,35 +69,40 @@ def check_plain_zip(path: Path) -> None:
     except OSError as error:
         raise CheckpointError(f"{path.parent.name}/{path.name} cannot be read: {error.strerror}") from None
     except zipfile.BadZipFile:
-        raise CheckpointError(f"{path.name} is cut, or is not in the zip format of torch.save") from None
+        raise CheckpointError(f"{path.name} is cut short, or is not in the zip format of torch.save") from None
     if compressed:
         raise CheckpointError(f"{path.name} is compressed, which torch.save never does")
 
 
 def is_zip(path: Path) -> bool:
-    """By its first bytes, as torch tells; a zip may also hide further back in another file."""
+    """Return whether a file begins as a zip archive, which is how torch decides.
+
+    zipfile.is_zipfile would also accept an archive at the end of another file.
+    """
     with path.open("rb") as file:
         return file.read(4) == b"PK\x03\x04"
 
 
 def explain_refusal(path: Path) -> str:
-    """Why torch will not read a file; its pickle is only looked through here, never run."""
+    """Return why torch refuses a file. Its pickle is only scanned, never run."""
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except (RuntimeError, ValueError, pickle.UnpicklingError):
         return f"{path.name} is damaged: its pickle cannot be read"
-    return unsafe_name_message(path.name, names[0]) if names else f"{path.name} is damaged, or not of torch.save"
+    if not names:
+        return f"{path.name} is damaged, or was not written by torch.save"
+    return unsafe_name_message(path.name, names[0])
 
 
 def map_fake_tensors(value: Any, data: mmap.mmap) -> Any:
-    """The same dictionaries with every fake tensor over its bytes in the file."""
+    """Return the same dictionaries with each fake tensor replaced by a view of its bytes in the file."""
     if isinstance(value, Mapping):
         return {key: map_fake_tensors(entry, data) for key, entry in value.items()}
     if not isinstance(value, FakeTensor) or value.layout != torch.strided:
         return value
     storage = value.untyped_storage()
     offset = storage._checkpoint_offset
-    assert offset is not None, "a fake tensor of torch.load"
+    assert offset is not None, "torch.load sets the offset of every fake tensor"
     flat = tensor_over_buffer(data, value.dtype, storage.nbytes() // value.element_size(), offset)
     return flat.as_strided(value.shape, value.stride(), value.storage_offset())
 
@@ -106,33 +113,33 @@ def map_bytes(path: Path) -> mmap.mmap:
 
 
 def tensor_over_buffer(data: mmap.mmap, dtype: torch.dtype, count: int, offset: int) -> Tensor:
-    """A flat tensor over bytes that must not be written to, which torch warns of each time."""
+    """Return a flat tensor over read-only bytes, without torch's warning about them."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given buffer is not writable")
         return torch.frombuffer(data, dtype=dtype, count=count, offset=offset)
 
 
 def unsafe_name_message(file: str, name: str) -> str:
-    return f"{file} asks for {name}, which is neither a tensor nor a plain container: it could run code, and is refused"
+    return f"{file} is refused: it names {name}, which is neither a tensor nor a plain container and could run code"
 
 
 def check_dense_tensors(file: str, loaded: Mapping[Any, Any]) -> StateDict:
-    """The dictionary, of which every entry is a dense tensor of floating point numbers."""
+    """Return the dictionary. Raises CheckpointError unless every entry is a dense floating-point tensor."""
     for key, value in loaded.items():
         dense = isinstance(value, Tensor) and value.layout == torch.strided and value.dtype in NAME_BY_DTYPE
         if not (isinstance(key, str) and dense):
-            raise CheckpointError(f"{file}: {key!r} is not a dense tensor of floating point numbers")
+            raise CheckpointError(f"{file}: {key!r} is not a dense tensor of floating-point numbers")
     return {key: value.detach() for key, value in loaded.items()}
 
 
 def load_storage(data: bytes) -> Any:
-    """A tensor's bytes inside a plain pickle, which are a file of torch.save again."""
+    """Load the bytes of a storage inside a plain pickle, which torch.save wrote."""
     with warnings.catch_warnings(action="ignore"):
         return torch.load(BytesIO(data), weights_only=True)
 
 
 class RestrictedUnpickler(pickle.Unpickler):
-    """For plain pickles of tensors, as `pickle.dump` writes them: what they may call is listed here."""
+    """Reads plain pickles of tensors, as `pickle.dump` writes them, and allows only the calls that those need."""
 
     def find_class(self, module: str, name: str) -> Any:
         allowed: dict[tuple[str, str], Any] = {
@@ -150,7 +157,7 @@ class RestrictedUnpickler(pickle.Unpickler):
 
 
 def read_small_pickle(path: Path) -> StateDict:
-    """A few tensors, in memory, from a plain pickle or from torch.save's zip."""
+    """Read a few tensors into memory, from a plain pickle or from torch.save's zip format."""
     if is_zip(path):
         return check_dense_tensors(path.name, read_pickle(path))
     try:
@@ -169,7 +176,7 @@ def read_small_pickle(path: Path) -> StateDict:
 
 
 def map_safetensors_folder(folder: Path) -> StateDict:
-    """All tensors of a folder's safetensors files, each as a map of its own piece of the file."""
+    """Return all tensors of a folder's safetensors files, memory-mapped."""
     state: StateDict = {}
     for path in sorted(folder.glob("*.safetensors")):
         state |= map_safetensors_file(path)
@@ -177,31 +184,32 @@ def map_safetensors_folder(folder: Path) -> StateDict:
 
 
 def map_safetensors_file(path: Path) -> StateDict:
+    """Return all tensors of a safetensors file, memory-mapped."""
     data = map_bytes(path)
     start = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:start])
     state = {}
     for key, entry in header.items():
         if key != "__metadata__":
-            first, last = entry["data_offsets"]
+            begin, end = entry["data_offsets"]
             dtype = DTYPE_BY_NAME[entry["dtype"]]
-            state[key] = tensor_over_buffer(data, dtype, (last - first) // dtype.itemsize, start + first).view(
-                entry["shape"]
-            )
+            flat = tensor_over_buffer(data, dtype, (end - begin) // dtype.itemsize, start + begin)
+            state[key] = flat.view(entry["shape"])
     return state
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], on_progress: WriteProgress) -> str:
-    """A safetensors file, a piece at a time; returns its sha256.  A piece of zeros is left as a hole in the file."""
-    keys = sorted(tensors, key=lambda key: (-tensors[key].element_size(), key))  # keeps every tensor aligned
+    """Write a safetensors file in pieces and return its SHA-256. Pieces of zeros become holes in the file."""
+    # Tensors with large elements come first, which keeps every tensor aligned.
+    keys = sorted(tensors, key=lambda key: (-tensors[key].element_size(), key))
     header, digest = encode_header(tensors, keys), hashlib.sha256()
     with path.open("wb") as file:
         file.write(header)
         digest.update(header)
         for piece in (piece for key in keys for piece in iterate_chunks(tensors[key])):
-            digest.update(piece)
+            digest.update(piece.data)
             if piece[:4096].any() or piece.any():
-                file.write(piece)
+                file.write(piece.data)
             else:
                 file.seek(len(piece), os.SEEK_CUR)
             on_progress(path.name, len(piece))
@@ -212,6 +220,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], on_progress: Wr
 
 
 def encode_header(tensors: Mapping[str, Tensor], keys: list[str]) -> bytes:
+    """Return the header of a safetensors file with the tensors in the order of `keys`."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for key in keys:
@@ -227,8 +236,8 @@ def encode_header(tensors: Mapping[str, Tensor], keys: list[str]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def iterate_chunks(tensor: Tensor) -> Iterator[Any]:
-    """The tensor's bytes in order, as arrays of at most PIECE."""
+def iterate_chunks(tensor: Tensor) -> Iterator[np.ndarray]:
+    """Yield the tensor's bytes in order, as uint8 arrays of at most CHUNK_BYTES."""
     flat = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
     for start in range(0, len(flat), CHUNK_BYTES):
         yield flat[start : start + CHUNK_BYTES]
@@ -239,15 +248,15 @@ def iterate_chunks(tensor: Tensor) -> Iterator[Any]:
 
 @contextmanager
 def stage_folder(folder: Path, needed_bytes: int) -> Iterator[Path]:
-    """A folder to write `needed_bytes` into, which takes its name when all is there; after a failure nothing is left.
+    """Provide a temporary folder for `needed_bytes`, which gets its name at the end. A failure leaves nothing behind.
 
-    Raises InvalidInput where the name is taken, CheckpointError where the disk is too small.
+    Raises InvalidInput if the folder exists and is not empty, and CheckpointError if the disk has too little space.
     """
     folder = folder.resolve()
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise InvalidInput("output", f"{folder.name!r} is there already; name a folder that is not, or an empty one")
+        raise InvalidInput("output", f"{folder.name!r} already exists; name a new or an empty folder")
     partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of an import that was killed
+    shutil.rmtree(partial, ignore_errors=True)  # left by an import that was killed
     try:
         partial.mkdir(parents=True)
         free_bytes = shutil.disk_usage(partial).free

@@ -6,31 +6,12 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import and_, delete, func, select, update
 
-from omnivideo.contracts import FrozenModel
+from omnivideo.contracts import BatchRecord
 from omnivideo.errors import ServiceBusy
 from omnivideo.storage.database.repository import Repository, record_from_row, select_values, unix_now
 from omnivideo.storage.database.schema import batch_lines, batches, files
 
 ACTIVE_BATCH_STATES = ("validating", "in_progress", "finalizing", "cancelling")  # the states in which a runner works
-
-
-class BatchRecord(FrozenModel):
-    """A batch. `counts` has total, completed and failed lines; `state_times` when each state began (Unix seconds)."""
-
-    id: str
-    owner: str
-    state: str
-    endpoint: str
-    input_file_id: str
-    output_file_id: str | None
-    error_file_id: str | None
-    counts: dict[str, int]
-    metadata: dict[str, str]
-    validation_errors: list[dict[str, Any]] | None
-    state_times: dict[str, int]
-    runner_name: str | None
-    heartbeat_at: float
-    created_at: float
 
 
 class LineOutcome(NamedTuple):

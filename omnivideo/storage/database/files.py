@@ -4,23 +4,10 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, and_, or_, select, update
 
-from omnivideo.contracts import FrozenModel
+from omnivideo.contracts import FileRecord
 from omnivideo.storage.database.batches import ACTIVE_BATCH_STATES
 from omnivideo.storage.database.repository import Repository, record_from_row, unix_now
 from omnivideo.storage.database.schema import batches, files
-
-
-class FileRecord(FrozenModel):
-    """A stored file. `object_key` is its key in the object store; `artifact` is set if it is an image or a clip."""
-
-    id: str
-    owner: str
-    name: str
-    purpose: str
-    size_bytes: int
-    object_key: str
-    artifact: dict[str, Any] | None
-    created_at: float
 
 
 class FileRepository(Repository):

@@ -1,12 +1,11 @@
 """Rows of the table of jobs as messages, and the SQL expressions that its queries share."""
 
-from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import ColumnElement, Row, ScalarSelect, and_, case, func, or_, select
+from sqlalchemy import ColumnElement, Row, ScalarSelect, and_, case, func, select
 
 from omnivideo.contracts import Artifact, Claim, Job, JobState, JobStatus, Lane
-from omnivideo.storage.database.schema import jobs
+from omnivideo.storage.database.schema import jobs, turns
 
 LANES: tuple[Lane, ...] = ("interactive", "batch")
 OPEN_STATES: tuple[JobState, ...] = ("queued", "running")
@@ -38,15 +37,6 @@ def claim_from_row(row: Row[Any]) -> Claim:
     )
 
 
-def match_attempt(claim: Claim) -> ColumnElement[bool]:
-    """Match the job as long as no other attempt has claimed it and it has not ended."""
-    return and_(jobs.c.id == claim.job.id, jobs.c.attempt == claim.attempt, jobs.c.state == "running")
-
-
-def match_attempts(claims: Sequence[Claim]) -> ColumnElement[bool]:
-    return or_(*map(match_attempt, claims))
-
-
 def match_owned_jobs(owner: str, kind: str) -> ColumnElement[bool]:
     return and_(jobs.c.owner == owner, jobs.c.kind == kind, jobs.c.deleted.is_(False))
 
@@ -56,6 +46,12 @@ def build_count_subqueries(owner: str) -> tuple[ScalarSelect[int], ScalarSelect[
     queued = select(func.count()).where(jobs.c.state == "queued")
     owner_open = select(func.count()).where(jobs.c.owner == owner, jobs.c.state.in_(OPEN_STATES))
     return queued.scalar_subquery(), owner_open.scalar_subquery()
+
+
+def build_turn_subquery(owner: str, job_id: str) -> ScalarSelect[str]:
+    """Return the running turn that submits the job, as a subquery: the id of its job begins with "<thread id>/"."""
+    is_running = and_(turns.c.thread_id == job_id.partition("/")[0], turns.c.state == "running")
+    return select(turns.c.id).where(is_running, turns.c.owner == owner).limit(1).scalar_subquery()
 
 
 def build_fair_rank_subquery(owner: str, lane_index: int) -> ColumnElement[int]:

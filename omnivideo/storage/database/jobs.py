@@ -10,13 +10,14 @@ but one.
 
 import time
 from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from opentelemetry.propagate import inject
-from sqlalchemy import ColumnElement, Engine, and_, func, or_, select, update
+from sqlalchemy import ColumnElement, Engine, Row, Update, and_, func, literal, null, or_, select, update
 
-from omnivideo.contracts import Artifact, Claim, Job, JobState, JobStatus, Lane, StepProgress
+from omnivideo.contracts import Artifact, Change, Claim, Job, JobState, JobStatus, Lane, StepProgress, StoredPreview
 from omnivideo.errors import InvalidInput, JobCancelled, JobFailed, JobLost, ServiceBusy
 from omnivideo.storage.database.job_rows import (
     ENDED_STATES,
@@ -25,14 +26,14 @@ from omnivideo.storage.database.job_rows import (
     OPEN_STATES,
     build_count_subqueries,
     build_fair_rank_subquery,
+    build_turn_subquery,
     claim_from_row,
-    match_attempt,
-    match_attempts,
     match_owned_jobs,
     status_from_row,
 )
+from omnivideo.storage.database.notifications import AsyncWatch, Watch, job_end_topic, job_step_topic
 from omnivideo.storage.database.repository import Repository, select_values, unix_now
-from omnivideo.storage.database.schema import jobs
+from omnivideo.storage.database.schema import jobs, turns
 
 EXACT_COUNT_BELOW = 1000  # limits below this are checked with an exact count at every submit
 COUNT_CACHE_SECONDS = 1.0  # how long a count that is far from its limit is reused
@@ -93,6 +94,7 @@ class JobRepository(Repository):
             "body": job.model_dump(),
             "kind": kind,
             "meta": add_trace_context(meta),
+            "turn_id": build_turn_subquery(owner, job.id) if kind == "turn" else null(),
             "deleted": False,
             "step": 0,
             "steps": 0,
@@ -144,12 +146,20 @@ class JobRepository(Repository):
         query = select(jobs).where(jobs.c.id.in_(job_ids), jobs.c.state.in_(ENDED_STATES))
         return [status_from_row(row) for row in self.fetch_all(query)]
 
+    def watch_job(self, job_id: str, include_steps: bool = False) -> AbstractContextManager[Watch]:
+        """Follow the end of a job and, if the job belongs to no turn, its steps."""
+        return self.notifier.watch(job_end_topic(job_id), *[job_step_topic(job_id)] * include_steps)
+
+    def watch_ends(self, job_ids: Collection[str]) -> AbstractContextManager[AsyncWatch]:
+        """Follow the ends of jobs in the running event loop."""
+        return self.notifier.watch_async(*map(job_end_topic, job_ids))
+
     def cancel(self, job_id: str) -> None:
         """Cancel a job: at once if it is queued, else at its worker's next step. An ended job stays as it is."""
         is_queued = and_(jobs.c.id == job_id, jobs.c.state == "queued")
         cancellation = update(jobs).where(is_queued)
         values = {"state": "cancelled", "cancel_requested": True, "ended_at": unix_now()}
-        if self.fetch_one(cancellation.values(values).returning(jobs.c.id)) is None:
+        if not self.end_jobs(cancellation.values(values)):
             is_running = and_(jobs.c.id == job_id, jobs.c.state == "running")
             self.fetch_all(update(jobs).where(is_running).values(cancel_requested=True))
 
@@ -270,9 +280,24 @@ class JobRepository(Repository):
         values: dict[str, Any] = {"heartbeat_at": unix_now()} | artifact_keys
         if step is not None:
             values |= {"step": step.step, "steps": step.steps, "eta_seconds": step.eta_seconds}
-        heartbeat = update(jobs).where(match_attempts(claims)).values(values)
-        rows = self.fetch_all(heartbeat.returning(jobs.c.id, jobs.c.cancel_requested))
+        is_claimed = or_(*[match_attempt(claim) for claim in claims])
+        heartbeat = update(jobs).where(is_claimed).values(values)
+        rows = self.fetch_all(heartbeat.returning(jobs.c.id, jobs.c.attempt, jobs.c.turn_id, jobs.c.cancel_requested))
+        if step is not None:
+            for row in rows:
+                self.publish_step(row, step, artifact_keys.get("preview"))
         return {row.id: not row.cancel_requested for row in rows}
+
+    def publish_step(self, row: Row[Any], step: StepProgress, preview_key: str | None) -> None:
+        """Append the step, and the preview if it has one, to the events of the job's turn."""
+        if row.turn_id is None:
+            self.notifier.publish(Change(topic=job_step_topic(row.id)))
+            return
+        source = jobs.join(turns, turns.c.id == jobs.c.turn_id)
+        is_current = and_(jobs.c.id == row.id, jobs.c.attempt == row.attempt, turns.c.state == "running")
+        self.append_turn_event(turns.c.id, source, is_current, step.model_dump())
+        if preview_key is not None:
+            self.append_turn_event(turns.c.id, source, is_current, StoredPreview(key=preview_key).model_dump())
 
     def mark_done(self, claim: Claim, result: Artifact) -> None:
         """Store the result. Raises JobLost if the job belongs to another attempt by now."""
@@ -297,8 +322,16 @@ class JobRepository(Repository):
     def end_attempt(self, claim: Claim, **values: Any) -> None:
         """Write the final state of a job. Raises JobLost if the job belongs to another attempt by now."""
         ending = update(jobs).where(match_attempt(claim)).values(ended_at=unix_now(), resume_key=None, **values)
-        if self.fetch_one(ending.returning(jobs.c.id)) is None:
+        if not self.end_jobs(ending):
             raise JobLost(f"job {claim.job.id} does not belong to this worker any more")
+
+    def end_jobs(self, ending: Update) -> list[str]:
+        """Run a statement that ends jobs, notify their followers, and return the ids of the jobs."""
+        notification = self.notifier.build_notification(literal("end ") + jobs.c.id)
+        job_ids = [row.id for row in self.fetch_all(ending.returning(jobs.c.id, notification))]
+        for job_id in job_ids:
+            self.notifier.publish(Change(topic=job_end_topic(job_id)))
+        return job_ids
 
     # ------------------------------------------------------------ upkeep
 
@@ -313,9 +346,9 @@ class JobRepository(Repository):
             "worker_losses": jobs.c.worker_losses + 1,
         }
         may_retry_no_more = jobs.c.worker_losses >= MAX_WORKER_LOSSES - 1
-        self.fetch_all(update(jobs).where(is_lost, may_retry_no_more).values(failure))
+        self.end_jobs(update(jobs).where(is_lost, may_retry_no_more).values(failure))
         cancellation = update(jobs).where(is_lost, jobs.c.cancel_requested)
-        self.fetch_all(cancellation.values(state="cancelled", ended_at=unix_now()))
+        self.end_jobs(cancellation.values(state="cancelled", ended_at=unix_now()))
         requeued = {"state": "queued", "worker_losses": jobs.c.worker_losses + 1, "notified_at": unix_now()}
         return [row.id for row in self.fetch_all(update(jobs).where(is_lost).values(requeued).returning(jobs.c.id))]
 
@@ -357,6 +390,11 @@ class JobRepository(Repository):
         row = self.fetch_one(select(func.count()).where(jobs.c.state == "queued"))
         assert row is not None
         return int(row[0])
+
+
+def match_attempt(claim: Claim) -> ColumnElement[bool]:
+    """Match the job as long as no other attempt has claimed it and it has not ended."""
+    return and_(jobs.c.id == claim.job.id, jobs.c.attempt == claim.attempt, jobs.c.state == "running")
 
 
 def add_trace_context(meta: dict[str, str] | None) -> dict[str, str]:

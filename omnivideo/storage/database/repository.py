@@ -1,19 +1,41 @@
-"""What the repositories share: running statements, reading pages, the database's clock, and rows as records."""
+"""Run statements, append turn events, read pages of rows, and convert rows to records, for all repositories."""
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from sqlalchemy import ColumnElement, Engine, Executable, Float, Row, Select, Table, and_, literal, or_, select
+from sqlalchemy import (
+    JSON,
+    ColumnElement,
+    Engine,
+    Executable,
+    Float,
+    FromClause,
+    Row,
+    Select,
+    String,
+    Table,
+    and_,
+    func,
+    literal,
+    or_,
+    select,
+)
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.expression import FunctionElement
 
-from omnivideo.contracts import FrozenModel
-from omnivideo.errors import InvalidInput, StoreError
+from omnivideo.contracts import Change, FrozenModel
+from omnivideo.errors import ArtifactNotFound, InvalidInput, StoreError
+from omnivideo.storage.database.notifications import get_notifier, turn_topic
+from omnivideo.storage.database.schema import turn_events
 
 Record = TypeVar("Record", bound=FrozenModel)
+Answer = TypeVar("Answer")
+RETRY_TIMEOUT_SECONDS = 120.0  # how long an unavailable database or object store is waited for
+MAX_NUMBER_CONFLICTS = 20  # attempts to give an event the next number while others append to the same turn
 
 
 class unix_now(FunctionElement[float]):
@@ -38,6 +60,7 @@ class Repository:
 
     def __init__(self, engine: Engine):
         self.engine = engine
+        self.notifier = get_notifier(engine)
 
     def fetch_all(self, statement: Executable) -> Sequence[Row[Any]]:
         """Run a statement in its own transaction and return its rows. Lets IntegrityError through."""
@@ -53,6 +76,33 @@ class Repository:
     def fetch_one(self, statement: Executable) -> Row[Any] | None:
         rows = self.fetch_all(statement)
         return rows[0] if rows else None
+
+    def append_turn_event(
+        self, turn_id: ColumnElement[str], source: FromClause, condition: ColumnElement[bool], event: dict[str, Any]
+    ) -> bool:
+        """Append an event to a turn, under the turn's next number, and notify the turn's followers.
+
+        The event is appended only if `condition` holds for a row of `source`, which also has the turn's id. Return
+        whether it was appended.
+        """
+        last_number = select(func.max(turn_events.c.number)).where(turn_events.c.turn_id == turn_id)
+        number = func.coalesce(last_number.correlate_except(turn_events).scalar_subquery(), 0) + 1
+        row = select(turn_id, number, literal(event, JSON), unix_now()).select_from(source).where(condition)
+        insertion = self.insert_into(turn_events).from_select(["turn_id", "number", "body", "created_at"], row)
+        notification = self.notifier.build_notification(
+            literal("turn ", String) + turn_events.c.turn_id, turn_events.c.number, event
+        )
+        for _ in range(MAX_NUMBER_CONFLICTS):
+            try:
+                appended = self.fetch_one(
+                    insertion.returning(turn_events.c.turn_id, turn_events.c.number, notification)
+                )
+            except IntegrityError:
+                continue  # another event took the number
+            if appended is not None:
+                self.notifier.publish(Change(topic=turn_topic(appended.turn_id), number=appended.number, body=event))
+            return appended is not None
+        raise StoreError("database: too many events are written to the same turn; try again later")
 
     def insert_into(self, table: Table) -> sqlite.Insert | postgresql.Insert:
         """Return an insert that supports `on_conflict_do_nothing` and `on_conflict_do_update`."""
@@ -98,3 +148,19 @@ def select_values(table: Table, values: dict[str, Any]) -> Select[Any]:
 def record_from_row(record_type: type[Record], row: Row[Any]) -> Record:
     """Return the columns of a row that the record type names, as a record."""
     return record_type(**{name: getattr(row, name) for name in record_type.model_fields})
+
+
+def retry_while_unavailable(operation: Callable[[], Answer]) -> Answer:
+    """Retry an operation while the database or the object store is unavailable.
+
+    Raises StoreError after RETRY_TIMEOUT_SECONDS, and ArtifactNotFound at once.
+    """
+    pause_seconds, deadline = 0.05, time.monotonic() + RETRY_TIMEOUT_SECONDS
+    while True:
+        try:
+            return operation()
+        except StoreError as error:
+            if isinstance(error, ArtifactNotFound) or time.monotonic() > deadline:
+                raise
+            time.sleep(pause_seconds)
+            pause_seconds = min(2 * pause_seconds, 2.0)

@@ -21,6 +21,7 @@ jobs = Table(
     Column("body", JSON, nullable=False),  # contracts.Job
     Column("kind", String(10), nullable=False),  # what asked for it: video, image, turn
     Column("meta", JSON, nullable=False),  # what that kind keeps beside the job
+    Column("turn_id", String(64)),  # the turn that the job is rendered for, which shows its steps and previews
     Column("deleted", Boolean, nullable=False, default=False),
     Column("announced", Boolean, nullable=False, default=False),  # its end, to its owner's webhooks
     Column("step", Integer, nullable=False, default=0),

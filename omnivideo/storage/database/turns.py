@@ -4,32 +4,20 @@ A turn is run by one process at a time, which says that it lives; one that fell 
 with jobs, what a process writes carries the number of its attempt.
 """
 
-from collections.abc import Collection
+from contextlib import AbstractContextManager
 from typing import Any, Literal
 
-from sqlalchemy import Row, and_, exists, insert, select, update
+from sqlalchemy import Row, and_, exists, insert, literal, select, update
 from sqlalchemy.exc import IntegrityError
 
-from omnivideo.contracts import FrozenModel
+from omnivideo.contracts import Change, TurnEvents, TurnRecord
 from omnivideo.errors import InvalidInput
+from omnivideo.storage.database.notifications import AsyncWatch, turn_topic
 from omnivideo.storage.database.repository import Repository, select_values, unix_now
 from omnivideo.storage.database.schema import chat_threads, threads, turn_events, turns
 
 OPEN_STATES = ("queued", "running")
-
-
-class TurnRecord(FrozenModel):
-    """A turn as the service keeps it; `attempt` counts the processes that have run it."""
-
-    id: str
-    thread_id: str
-    owner: str
-    state: str
-    number: int
-    body: dict[str, Any]
-    attempt: int
-    error: dict[str, Any] | None
-    created_at: float
+NumberedEvent = tuple[int, dict[str, Any]]  # numbers begin at 1
 
 
 class TurnRepository(Repository):
@@ -116,40 +104,48 @@ class TurnRepository(Repository):
 
     def end_turn(self, turn: TurnRecord, state: str, error: dict[str, Any] | None = None) -> bool:
         """Whether it was this attempt's to end."""
-        ended = update(turns).where(match_attempt(turn)).values(state=state, error=error, heartbeat_at=unix_now())
-        return bool(self.fetch_all(ended.returning(turns.c.id)))
+        ending = update(turns).where(match_attempt(turn)).values(state=state, error=error, heartbeat_at=unix_now())
+        notification = self.notifier.build_notification(literal("turn ") + turns.c.id)
+        has_ended = bool(self.fetch_all(ending.returning(turns.c.id, notification)))
+        self.notifier.publish(Change(topic=turn_topic(turn.id)))
+        return has_ended
 
     # ------------------------------------------------------------ events
 
-    def append_event(self, turn: TurnRecord, number: int, event: dict[str, Any]) -> None:
-        """Keeps the turn's event of that number; one that is there already stays as it is."""
-        values = {"turn_id": turn.id, "number": number, "body": event, "created_at": unix_now()}
-        self.fetch_all(self.insert_into(turn_events).values(values).on_conflict_do_nothing())
+    def append_event(self, turn: TurnRecord, event: dict[str, Any]) -> bool:
+        """Append an event under the turn's next number. Return False if another process runs the turn by now."""
+        return self.append_turn_event(turns.c.id, turns, match_attempt(turn), event)
 
-    def list_events(self, turn_id: str, after_number: int = 0) -> list[tuple[int, dict[str, Any]]]:
-        wanted = select(turn_events.c.number, turn_events.c.body).where(
-            turn_events.c.turn_id == turn_id, turn_events.c.number > after_number
-        )
-        return [(row.number, row.body) for row in self.fetch_all(wanted.order_by(turn_events.c.number))]
+    def list_events(self, turn_id: str, after_number: int = 0) -> list[NumberedEvent]:
+        """Return the events of a turn with a number above `after_number`, in order."""
+        return list(self.read_events(turn_id, after_number).events)
 
-    def list_recent_events(
-        self, turn_ids: Collection[str], max_age_seconds: float
-    ) -> tuple[list[tuple[str, int, dict[str, Any]]], set[str]]:
-        """The last seconds' events of these turns, and which of the turns are not open any more."""
-        young = and_(turn_events.c.turn_id.in_(turn_ids), turn_events.c.created_at > unix_now() - max_age_seconds)
-        # In this order: a turn that has ended has told all of its events before.
-        closed = {
-            row.id
-            for row in self.fetch_all(
-                select(turns.c.id).where(turns.c.id.in_(turn_ids), turns.c.state.not_in(OPEN_STATES))
-            )
-        }
-        wanted = (
-            select(turn_events.c.turn_id, turn_events.c.number, turn_events.c.body)
-            .where(young)
-            .order_by(turn_events.c.number)
-        )
-        return [(row.turn_id, row.number, row.body) for row in self.fetch_all(wanted)], closed
+    def read_events(self, turn_id: str, after_number: int = 0) -> TurnEvents:
+        """Return the turn's later events, and whether more may follow, as they were at one moment."""
+        is_later = and_(turn_events.c.turn_id == turns.c.id, turn_events.c.number > after_number)
+        columns = select(turns.c.state, turn_events.c.number, turn_events.c.body)
+        query = columns.select_from(turns.outerjoin(turn_events, is_later)).where(turns.c.id == turn_id)
+        rows = self.fetch_all(query.order_by(turn_events.c.number))
+        is_open = bool(rows) and rows[0].state in OPEN_STATES
+        events = tuple((row.number, row.body) for row in rows if row.number is not None)
+        return TurnEvents(is_open=is_open, events=events)
+
+    def watch_events(self, turn_id: str) -> AbstractContextManager[AsyncWatch]:
+        """Follow the turn in the running event loop; its events come with their numbers."""
+        return self.notifier.watch_async(turn_topic(turn_id))
+
+    def wait_for_end(self, turn_id: str, owner: str) -> None:
+        """Wait until the turn is not open any more."""
+        with self.notifier.watch(turn_topic(turn_id)) as watch:
+            while (turn := self.get_turn(turn_id, owner)) is not None and turn.state in OPEN_STATES:
+                watch.wait()
+
+    def collect_referenced_keys(self) -> set[str]:
+        """Return the object keys of the previews of open turns. Those of ended turns may be swept."""
+        kind, key = turn_events.c.body["kind"].as_string(), turn_events.c.body["key"].as_string()
+        is_shown = and_(turns.c.state.in_(OPEN_STATES), kind == "preview")
+        query = select(key).select_from(turn_events.join(turns, turns.c.id == turn_events.c.turn_id)).where(is_shown)
+        return {row[0] for row in self.fetch_all(query)}
 
     # ------------------------------------------------------------ chats
 

@@ -5,24 +5,12 @@ from typing import Any
 
 from sqlalchemy import delete, func, select, update
 
-from omnivideo.contracts import FrozenModel
+from omnivideo.contracts import FrozenModel, WebhookRecord
 from omnivideo.errors import InvalidInput
 from omnivideo.storage.database.repository import Repository, record_from_row, select_values, unix_now
 from omnivideo.storage.database.schema import webhook_deliveries, webhooks
 
 DELIVERY_RETENTION_SECONDS = 7 * 86_400  # how long a completed delivery is kept
-
-
-class WebhookRecord(FrozenModel):
-    """A webhook: where events go (`url`), the key that signs them (`secret`), and the types of event it receives."""
-
-    id: str
-    owner: str
-    url: str
-    secret: str
-    name: str
-    event_types: list[str]
-    created_at: float
 
 
 class DeliveryRecord(FrozenModel):

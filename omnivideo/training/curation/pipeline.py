@@ -30,6 +30,7 @@ from omnivideo.training.curation.journal import Journal, write_atomically
 from omnivideo.training.curation.reading import (
     SAMPLED_FPS,
     VIDEO_SUFFIXES,
+    ClipShape,
     SampledClip,
     import_optional,
     read_frame_size,
@@ -119,7 +120,7 @@ def write_thumbnail(sampled_clip: SampledClip, path: Path) -> None:
     Image.fromarray(strip).save(path, quality=72)
 
 
-def write_clip_file(folder: str, output_dir: str, clip: dict) -> dict:
+def write_clip_file(folder: str, output_dir: str, clip: dict) -> ClipShape:
     return write_clip(Path(folder) / clip["source"], clip["span"], Path(output_dir) / "clips" / f"{clip['clip']}.mp4")
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from omnivideo.models.omni import TargetMedium
+from omnivideo.contracts import Medium
 from omnivideo.training.planning.flops import Flops
 
 
@@ -136,7 +136,7 @@ class FlowBatch:
         return replace(self, **moved)
 
     @property
-    def medium(self) -> TargetMedium:
+    def medium(self) -> Medium:
         """Return "video" if the latents have more than one frame."""
         return "video" if self.target_latents.shape[2] > 1 else "image"
 

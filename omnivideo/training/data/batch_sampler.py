@@ -10,21 +10,17 @@ import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 
+from omnivideo.contracts import TRAINING_TASKS, Medium, TrainingTask, get_task_medium
 from omnivideo.errors import CheckpointError, InvalidInput
 
-Task = Literal[
-    "image-understanding", "video-understanding", "text-to-image", "text-to-video", "image-editing", "video-editing"
-]
-TASKS: tuple[Task, ...] = get_args(Task)
-Group = Literal["image", "video"]
-BATCH_SIZE_OPTIONS: dict[Group, str] = {"image": "stills", "video": "clips"}  # command-line options of batch sizes
+BATCH_SIZE_OPTIONS: dict[Medium, str] = {"image": "stills", "video": "clips"}  # command-line options of batch sizes
 
 # Paper, Table 1: percent of the samples.
-PAPER_TASK_MIX: dict[Task, float] = {
+PAPER_TASK_MIX: dict[TrainingTask, float] = {
     "image-understanding": 37.9,
     "video-understanding": 4.36,
     "text-to-image": 33.05,
@@ -43,7 +39,7 @@ class Bucket:
     frames: int
 
     @property
-    def group(self) -> Group:
+    def group(self) -> Medium:
         """Return "video" for more than one frame."""
         return "video" if self.frames > 1 else "image"
 
@@ -70,9 +66,9 @@ class MixConfig:
     mix_tasks: False restricts every batch to one task, for comparison.
     """
 
-    task_ratio: Mapping[Task, float] | None = field(default_factory=lambda: dict(PAPER_TASK_MIX))
-    batch_sizes: Mapping[Group, int] = field(default_factory=lambda: {"image": 64, "video": 32})
-    group_weights: Mapping[Group, float] | None = None
+    task_ratio: Mapping[TrainingTask, float] | None = field(default_factory=lambda: dict(PAPER_TASK_MIX))
+    batch_sizes: Mapping[Medium, int] = field(default_factory=lambda: {"image": 64, "video": 32})
+    group_weights: Mapping[Medium, float] | None = None
     batch_multiple: int = 8
     fold_small_buckets: bool = True
     seed: int = 0
@@ -80,18 +76,20 @@ class MixConfig:
 
     def __post_init__(self) -> None:
         for task, share in (self.task_ratio or {}).items():
-            if task not in TASKS or not 0 <= share < math.inf:
-                raise InvalidInput("ratio", f"{task!r} at {share!r}; allowed: 0 or more for {', '.join(TASKS)}")
+            if task not in TRAINING_TASKS or not 0 <= share < math.inf:
+                raise InvalidInput(
+                    "ratio", f"{task!r} at {share!r}; allowed: 0 or more for {', '.join(TRAINING_TASKS)}"
+                )
         if self.batch_multiple < 1:
             raise InvalidInput("batch_multiple", f"{self.batch_multiple}; allowed: 1 or more")
-        for group in get_args(Group):
+        for group in get_args(Medium):
             size = self.batch_sizes.get(group, 0)
             if size < 1 or size % self.batch_multiple:
                 raise InvalidInput(
                     BATCH_SIZE_OPTIONS[group], f"{size}; allowed: a positive multiple of {self.batch_multiple}"
                 )
         if self.group_weights is not None and (
-            set(self.group_weights) != set(get_args(Group))
+            set(self.group_weights) != set(get_args(Medium))
             or not all(0 < weight < math.inf for weight in self.group_weights.values())
         ):
             raise InvalidInput(
@@ -129,12 +127,12 @@ class SamplerState:
 class BatchSampler:
     """Yields the batches of every epoch over samples, which are given by their tasks and buckets, by index."""
 
-    def __init__(self, tasks: Sequence[Task], buckets: Sequence[Bucket], mix: MixConfig = MixConfig()):
+    def __init__(self, tasks: Sequence[TrainingTask], buckets: Sequence[Bucket], mix: MixConfig = MixConfig()):
         if not len(tasks) == len(buckets) > 0:
             raise InvalidInput("shards", f"{len(tasks)} tasks and {len(buckets)} buckets; allowed: one each, 1 or more")
         self.mix = mix
         self.buckets = sorted(set(buckets))
-        self.sample_tasks = np.array([TASKS.index(task) for task in tasks], dtype=np.int8)
+        self.sample_tasks = np.array([TRAINING_TASKS.index(task) for task in tasks], dtype=np.int8)
         bucket_numbers = {bucket: index for index, bucket in enumerate(self.buckets)}
         self.sample_buckets = np.array([bucket_numbers[bucket] for bucket in buckets], dtype=np.int32)
         self.quotas = self.compute_quotas()
@@ -149,12 +147,16 @@ class BatchSampler:
         if ratio is None:
             task_shares = {task: float((self.sample_tasks == task).sum()) for task in present}
         else:
-            task_shares = {task: ratio.get(TASKS[task], 0.0) for task in present if ratio.get(TASKS[task], 0.0) > 0}
+            task_shares = {
+                task: ratio.get(TRAINING_TASKS[task], 0.0)
+                for task in present
+                if ratio.get(TRAINING_TASKS[task], 0.0) > 0
+            }
         if not task_shares:
             raise InvalidInput(
                 "ratio",
                 f"every task with samples has a share of 0; allowed: above 0 for one of "
-                f"{', '.join(TASKS[task] for task in present)}",
+                f"{', '.join(TRAINING_TASKS[task] for task in present)}",
             )
         return self.apply_group_weights(task_shares)
 
@@ -162,7 +164,7 @@ class BatchSampler:
         """Scale the shares of each group so that the numbers of batches follow `group_weights`."""
         if self.mix.group_weights is None:
             return shares
-        totals: dict[Group, float] = {"image": 0.0, "video": 0.0}
+        totals: dict[Medium, float] = {"image": 0.0, "video": 0.0}
         for task, share in shares.items():
             totals[get_task_group(task)] += share
         target_shares = {
@@ -215,7 +217,7 @@ class BatchSampler:
         """Divide an epoch's samples into batches, and interleave those of the two groups."""
         indices, moments = self.select_samples(number)
         indices = indices[np.argsort(moments, kind="stable")]
-        groups: dict[Group, list[GlobalBatch]] = {"image": [], "video": []}
+        groups: dict[Medium, list[GlobalBatch]] = {"image": [], "video": []}
         for bucket, members in self.group_by_bucket(indices):
             groups[bucket.group] += [
                 GlobalBatch(bucket, part) for part in self.split_into_batches(members, bucket.group)
@@ -227,9 +229,9 @@ class BatchSampler:
     def group_by_bucket(self, indices: np.ndarray) -> Iterator[tuple[Bucket, np.ndarray]]:
         """Yield the samples of each bucket, or of each bucket and task if tasks are not mixed."""
         bucket_indices = self.fold_buckets(indices)
-        keys = bucket_indices * len(TASKS) + (0 if self.mix.mix_tasks else self.sample_tasks[indices])
+        keys = bucket_indices * len(TRAINING_TASKS) + (0 if self.mix.mix_tasks else self.sample_tasks[indices])
         for key in np.unique(keys):
-            yield self.buckets[int(key) // len(TASKS)], indices[keys == key]
+            yield self.buckets[int(key) // len(TRAINING_TASKS)], indices[keys == key]
 
     def fold_buckets(self, indices: np.ndarray) -> np.ndarray:
         """Return the index of each sample's bucket after merging small buckets into the most similar ones."""
@@ -255,7 +257,7 @@ class BatchSampler:
         ]
         return min(others)[2] if others else None
 
-    def split_into_batches(self, members: np.ndarray, group: Group) -> list[np.ndarray]:
+    def split_into_batches(self, members: np.ndarray, group: Medium) -> list[np.ndarray]:
         """Return batches of nearly equal size without padding; all but one are multiples of `batch_multiple`."""
         unit = self.mix.batch_multiple
         units = math.ceil(len(members) / unit)
@@ -294,9 +296,9 @@ class BatchSampler:
         return hasher.hexdigest()[:16]
 
 
-def get_task_group(task_index: int) -> Group:
-    """Return the group of a task, given by its index in TASKS."""
-    return "video" if "video" in TASKS[task_index] else "image"
+def get_task_group(task_index: int) -> Medium:
+    """Return the group of a task, given by its index in TRAINING_TASKS."""
+    return get_task_medium(TRAINING_TASKS[task_index])
 
 
 def interleave_batches(first: list[GlobalBatch], second: list[GlobalBatch]) -> list[GlobalBatch]:
@@ -313,8 +315,8 @@ class EpochStats:
     steps: int
     samples: int
     wasted_fraction: float
-    steps_per_1000_samples: dict[Task, float]  # steps with samples of a task per 1000 samples of the epoch
-    max_sample_gap: dict[Task, int]  # the largest number of samples between two such steps
+    steps_per_1000_samples: dict[TrainingTask, float]  # steps with samples of a task per 1000 samples of the epoch
+    max_sample_gap: dict[TrainingTask, int]  # the largest number of samples between two such steps
 
 
 def measure_epoch(sampler: BatchSampler, world_size: int, epoch: int = 0) -> EpochStats:
@@ -329,8 +331,8 @@ def measure_epoch(sampler: BatchSampler, world_size: int, epoch: int = 0) -> Epo
         step_ends = [
             end for end, batch in zip(ends, batches, strict=True) if (sampler.sample_tasks[batch.indices] == task).any()
         ]
-        updates[TASKS[task]] = 1000 * len(step_ends) / samples
-        gaps[TASKS[task]] = int(max(np.diff([0, *step_ends, samples])))
+        updates[TRAINING_TASKS[task]] = 1000 * len(step_ends) / samples
+        gaps[TRAINING_TASKS[task]] = int(max(np.diff([0, *step_ends, samples])))
     return EpochStats(len(batches), samples, 1 - useful / slots, updates, gaps)
 
 
@@ -361,7 +363,7 @@ def round_to_grid(side: float) -> int:
 
 
 def select_bucket(
-    buckets: Sequence[Bucket], task: Task, width: int, height: int, frames: int, fps: float, target_fps: float
+    buckets: Sequence[Bucket], task: TrainingTask, width: int, height: int, frames: int, fps: float, target_fps: float
 ) -> Bucket:
     """Return the bucket that keeps most of a medium, sampled at `target_fps`.
 
@@ -372,7 +374,7 @@ def select_bucket(
     candidates = [
         bucket
         for bucket in buckets
-        if bucket.group == get_task_group(TASKS.index(task)) and bucket.frames <= available_frames
+        if bucket.group == get_task_group(TRAINING_TASKS.index(task)) and bucket.frames <= available_frames
     ]
     if not candidates:
         raise InvalidInput("frames", f"{available_frames} at {target_fps:g} a second; no bucket is so short")

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import SiglipVisionModel
 
+from omnivideo.contracts import TASKS, get_generation_task, is_editing_task
 from omnivideo.media.read import read_fitted_media
 from omnivideo.models.mllm import (
     VISUAL_TOKEN_PAIRS,
@@ -161,7 +162,7 @@ def make_blank_sample(bucket: Bucket) -> TrainingSample:
     """Return a request for a black image with an empty prompt."""
     file = io.BytesIO()
     Image.new("RGB", (8, 8)).save(file, "PNG")
-    return TrainingSample("text-to-video" if bucket.group == "video" else "text-to-image", target=file.getvalue())
+    return TrainingSample(get_generation_task(bucket.group), target=file.getvalue())
 
 
 def load_readable(
@@ -315,8 +316,9 @@ class FlowDataset(EpochDataset):
         mix: MixConfig,
         encoder: SiglipVisionModel | None = None,
     ):
-        endings = ("to-image", "to-video") + (() if name in ("stage2a", "stage2b_generation") else ("editing",))
-        super().__init__(name, dataset, assigner, mix, lambda entry: entry.task.endswith(endings))
+        allows_edits = name not in ("stage2a", "stage2b_generation")
+        tasks = {task for task in TASKS if allows_edits or not is_editing_task(task)}
+        super().__init__(name, dataset, assigner, mix, lambda entry: entry.task in tasks)
         self.omni, self.cache, self.encoder, self.frozen_encoders = omni, cache, encoder, FrozenEncoders.from_omni(omni)
 
     def load_batch(self, step: int) -> tuple[list[LoadedBatch], list[SkippedSample]]:

@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderModel
 
+from omnivideo.contracts import TASKS
 from omnivideo.errors import ArtifactNotFound, UnreadableMedia
 from omnivideo.media.read import read_fitted_media
 from omnivideo.models.conditions import check_prompt_length, encode_text
@@ -158,9 +159,7 @@ def encode_shards(
     """
     digest, encoded_count = encoders.compute_digest(assigner), 0
     cache_files = set(dataset.file_store.list_names(".safetensors"))
-    generative_entries = [
-        (index, entry) for index, entry in enumerate(dataset.entries) if not entry.task.endswith("understanding")
-    ]
+    generative_entries = [(index, entry) for index, entry in enumerate(dataset.entries) if entry.task in TASKS]
     remaining = [pair for pair in generative_entries if cache_name(pair[1].shard, digest) not in cache_files]
     for shard, shard_entries in groupby(remaining, key=lambda pair: pair[1].shard):
         tensors: dict[str, Tensor] = {}

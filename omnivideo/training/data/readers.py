@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from omnivideo.contracts import get_editing_task
 from omnivideo.errors import InvalidInput, MissingDependency
 from omnivideo.training.data.sample import SkipReport, TrainingSample, is_clip
 
@@ -206,8 +207,8 @@ def parse_edit(
     """Return the sample of an edit from the fields of its source, target, instruction and target caption."""
     before, after = read_media_field(row, media, *source_fields), read_media_field(row, media, *target_fields)
     target_caption = next((row[name].strip() for name in caption_fields if isinstance(row.get(name), str)), "")
-    task = "video-editing" if is_clip(after) else "image-editing"
-    return TrainingSample(task, read_text_field(row, *text_fields), before, after, caption=target_caption)  # type: ignore[arg-type]
+    task = get_editing_task("video" if is_clip(after) else "image")
+    return TrainingSample(task, read_text_field(row, *text_fields), before, after, caption=target_caption)
 
 
 def parse_captions(row: Record, media: Path) -> TrainingSample:

@@ -14,12 +14,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from omnivideo.contracts import TASKS, TRAINING_TASKS, TrainingTask, get_task_medium, is_editing_task
 from omnivideo.errors import ArtifactNotFound, InvalidInput, UnreadableMedia
 from omnivideo.media.containers import sniff_format
 from omnivideo.media.decode import CLIP_DEMUXERS
 from omnivideo.media.limits import READABLE_FORMATS, MediaLimits
 from omnivideo.media.read import measure_media
-from omnivideo.training.data.batch_sampler import TASKS, Task
 
 # Data sets hold larger frames and longer clips than users may send; memory is the only bound that matters here.
 TRAINING_LIMITS = MediaLimits(
@@ -33,7 +33,7 @@ SUFFIX_BY_FORMAT = {"mov": "mp4", "matroska": "webm", "jpeg": "jpg"}  # other fo
 class TrainingSample:
     """A sample of one task; `caption` describes the target of an edit, if known, and `origin` names the data set."""
 
-    task: Task
+    task: TrainingTask
     text: str = ""
     source: bytes | None = None
     target: bytes | None = None
@@ -130,17 +130,17 @@ def measure_shape(data: bytes, field: str = "media") -> MediaShape:
 # ---------------------------------------------------------------- checking
 
 
-def required_fields(task: Task) -> tuple[str, ...]:
+def required_fields(task: TrainingTask) -> tuple[str, ...]:
     """Return the fields that samples of a task have."""
-    if task.endswith("understanding"):
+    if task not in TASKS:
         return ("source", "turns")
-    return ("source", "target", "text") if task.endswith("editing") else ("target", "text")
+    return ("source", "target", "text") if is_editing_task(task) else ("target", "text")
 
 
 def check_sample(sample: TrainingSample) -> None:
     """Raise InvalidInput if a field is missing or does not belong to the task, or a medium is of the wrong kind."""
-    if sample.task not in TASKS:
-        raise InvalidInput("task", f"{sample.task!r} is not one of {', '.join(TASKS)}")
+    if sample.task not in TRAINING_TASKS:
+        raise InvalidInput("task", f"{sample.task!r} is not one of {', '.join(TRAINING_TASKS)}")
     for name in ("source", "target", "text", "turns"):
         is_required = name in required_fields(sample.task)
         if bool(getattr(sample, name)) != is_required:
@@ -149,7 +149,7 @@ def check_sample(sample: TrainingSample) -> None:
     if any("\ud800" <= letter <= "\udfff" for letter in all_text):
         raise InvalidInput("text", "it holds half of a surrogate pair")
     for name, data in (("source", sample.source), ("target", sample.target)):
-        if data is not None and is_clip(data) != ("video" in sample.task):
+        if data is not None and is_clip(data) != (get_task_medium(sample.task) == "video"):
             raise InvalidInput(name, f"a file of type {detect_member_suffix(data)} does not fit the task {sample.task}")
 
 

@@ -18,8 +18,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
+from omnivideo.contracts import TrainingTask
 from omnivideo.errors import ArtifactNotFound, InvalidInput
-from omnivideo.training.data.batch_sampler import Task
 from omnivideo.training.data.file_store import FileStore
 from omnivideo.training.data.sample import (
     MediaShape,
@@ -42,7 +42,7 @@ class SampleRef:
 
     shard: str
     key: str
-    task: Task
+    task: TrainingTask
     shape: MediaShape
     members: dict[str, ByteSpan]
 

@@ -1,11 +1,11 @@
-"""Checkpoints: one file of one process, or one file from each of several, readable on any number of processes.
+"""Checkpoints: one file from a single process, or one file from each of several processes.
 
-    <run>/state.pt                     one process, whole tensors
-    <run>/shards/00001200/0-of-2.pt    what rank 0 of 2 held: parts of flattened tensors, by the parameter's name
+    <run>/state.pt                     one process, full tensors
+    <run>/shards/00001200/0-of-2.pt    rank 0 of 2, parts of flattened tensors by the name of the parameter
 
-Both appear by a rename, so a run that is killed while writing leaves the one before.  Whoever goes on from them reads
-parts by name (`Saved.read`), wherever they lie, so shards can be read by any other number of processes.
-Kinds of tensors: "weight", "average", and the optimizer's ("exp_avg", "momentum_buffer", ...), all fp32.
+Both are written under another name and then renamed, so a run that is killed while writing leaves the previous one.
+Tensors are read by name and range (`Checkpoint.read_tensor`), so any number of processes can resume from the shards.
+The kinds of tensors are "weight", "average", and those of the optimizer ("exp_avg", "momentum_buffer", ...), in fp32.
 """
 
 import os
@@ -25,13 +25,13 @@ from omnivideo.training.engine.optim import Muon
 
 STATE_FILE_NAME = "state.pt"
 SHARDS_FOLDER_NAME = "shards"
-OPTIMIZER_MISMATCH = "the checkpoint is of another optimizer than the recipe's"
+OPTIMIZER_MISMATCH = "the checkpoint was written with another optimizer than the recipe's"
 SHARD_FILE_PATTERN = re.compile(r"(\d+)-of-(\d+)\.pt")
 
 
 @dataclass
 class ParameterShard:
-    """What a process holds of one parameter: its flattened tensors from `start` on, and the optimizer's steps."""
+    """A part of one parameter: its flattened tensors from index `start` on, and the steps of its optimizer."""
 
     name: str
     start: int
@@ -40,7 +40,7 @@ class ParameterShard:
 
 
 class Checkpoint(Protocol):
-    """A checkpoint that can be read in parts."""
+    """A checkpoint whose tensors can be read in parts."""
 
     parameter_names: list[str]
     step: int
@@ -48,20 +48,20 @@ class Checkpoint(Protocol):
     data_digest: str
 
     def read_tensor(self, name: str, kind: str, start: int = 0, stop: int | None = None) -> Tensor | None:
-        """A part of a flattened tensor; None where there is none of this kind."""
+        """Return a range of a flattened tensor, or None if the parameter has no tensor of this kind."""
 
     def list_optimizer_tensors(self, name: str) -> set[str]:
-        """The optimizer's tensors of a parameter; none where it never moved."""
+        """Return the kinds of a parameter's optimizer tensors; there are none if it was never updated."""
 
     def read_optimizer_steps(self, name: str) -> float | None:
-        """How often Adam moved a parameter."""
+        """Return how often Adam updated a parameter, or None if it was never updated or has no such count."""
 
     def read_model_state(self, model: nn.Module) -> dict[str, Tensor]:
-        """All weights of the model by name; those that are not in the checkpoint are the model's own."""
+        """Return all weights by name; weights that are not in the checkpoint are those of `model`."""
 
 
 class SingleFileCheckpoint:
-    """state.pt; `layout` names the parameters in each of its optimizers' states."""
+    """A state.pt; `names_by_optimizer` lists the parameters in the state of each optimizer."""
 
     def __init__(self, path: Path, names_by_optimizer: list[list[str]]):
         self.state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -74,7 +74,8 @@ class SingleFileCheckpoint:
     def find_optimizer_state(self, name: str) -> dict[str, Tensor]:
         for names, optimizer_state in zip(self.names_by_optimizer, self.state["optimizers"], strict=True):
             if name in names:
-                return optimizer_state["state"].get(names.index(name), {})
+                state: dict[str, Tensor] = optimizer_state["state"].get(names.index(name), {})
+                return state
         return {}
 
     def read_tensor(self, name: str, kind: str, start: int = 0, stop: int | None = None) -> Tensor | None:
@@ -90,11 +91,12 @@ class SingleFileCheckpoint:
         return None if optimizer_steps is None else float(optimizer_steps)
 
     def read_model_state(self, model: nn.Module) -> dict[str, Tensor]:
-        return self.state["model"]
+        state: dict[str, Tensor] = self.state["model"]
+        return state
 
 
 class ShardedCheckpoint:
-    """A folder of shards, read lazily."""
+    """A folder of shards, which are mapped into memory and read on demand."""
 
     def __init__(self, folder: Path):
         files = [
@@ -125,7 +127,8 @@ class ShardedCheckpoint:
         return {kind for shard in self.shards_by_name[name] for kind in shard["tensors"]} - {"weight", "average"}
 
     def read_optimizer_steps(self, name: str) -> float | None:
-        return self.shards_by_name[name][0]["steps"]
+        steps: float | None = self.shards_by_name[name][0]["steps"]
+        return steps
 
     def read_model_state(self, model: nn.Module) -> dict[str, Tensor]:
         state = dict(model.state_dict())
@@ -137,7 +140,7 @@ class ShardedCheckpoint:
 
 
 def list_shard_files(folder: Path) -> list[Path]:
-    """One file of each process; raises CheckpointError where one is missing."""
+    """Return the files of all processes; raise CheckpointError if one is missing."""
     files = sorted(path for path in folder.iterdir() if SHARD_FILE_PATTERN.fullmatch(path.name))
     sizes = {path.stem.partition("-of-")[2] for path in files}
     if len(sizes) != 1 or int(sizes.pop()) != len(files):
@@ -146,12 +149,12 @@ def list_shard_files(folder: Path) -> list[Path]:
 
 
 def list_complete_shard_folders(run_folder: Path) -> list[Path]:
-    """The run's folders of shards, the newest last."""
+    """Return the folders of complete shards of a run, the latest last."""
     return sorted(path for path in (run_folder / SHARDS_FOLDER_NAME).glob("*") if path.name.isdigit())
 
 
 def find_latest_checkpoint(run_folder: Path, names_by_optimizer: list[list[str]]) -> Checkpoint | None:
-    """The checkpoint that a run goes on from: of the file and the shards, the one that is further."""
+    """Return the checkpoint to resume from: the file or the shards, whichever has more steps; None without any."""
     checkpoints: list[Checkpoint] = [ShardedCheckpoint(path) for path in list_complete_shard_folders(run_folder)[-1:]]
     if (run_folder / STATE_FILE_NAME).exists():
         checkpoints.append(SingleFileCheckpoint(run_folder / STATE_FILE_NAME, names_by_optimizer))
@@ -159,9 +162,9 @@ def find_latest_checkpoint(run_folder: Path, names_by_optimizer: list[list[str]]
 
 
 def create_partial_folder(run_folder: Path, step: int) -> None:
-    """An empty folder for a step's shards, that does not count yet."""
+    """Create an empty folder for the shards of a step; it becomes valid by `commit_shards`."""
     folder = partial_folder(run_folder, step)
-    shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed while it wrote
+    shutil.rmtree(folder, ignore_errors=True)  # left by a run that was killed while writing
     folder.mkdir(parents=True)
 
 
@@ -176,7 +179,7 @@ def partial_folder(run_folder: Path, step: int) -> Path:
 def write_shard(
     run_folder: Path, step: int, rank: int, world_size: int, metadata: dict[str, Any], shards: Iterator[ParameterShard]
 ) -> None:
-    """This process's file."""
+    """Write the shard file of one process."""
     shards_by_name = {
         shard.name: {"start": shard.start, "steps": shard.optimizer_steps, "tensors": shard.tensors} for shard in shards
     }
@@ -187,16 +190,19 @@ def write_shard(
 
 
 def commit_shards(run_folder: Path, step: int) -> None:
-    """Makes the folder of a step count, once every process has written, and removes the others."""
+    """Make the folder of a step valid once every process has written its file, and remove older ones."""
     folder = step_folder(run_folder, step)
     partial_folder(run_folder, step).rename(folder)
-    for other in (run_folder / SHARDS_FOLDER_NAME).iterdir():
-        if other != folder:
-            shutil.rmtree(other)
+    for path in (run_folder / SHARDS_FOLDER_NAME).iterdir():
+        if path != folder:
+            shutil.rmtree(path)
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, names: list[str], checkpoint: Checkpoint) -> None:
-    """Loads an optimizer over whole parameters, named in its order."""
+    """Load the state of an optimizer over full parameters, whose names are in its order.
+
+    Raise CheckpointError if the checkpoint was written with another optimizer.
+    """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state = optimizer.state_dict()
     pairs = enumerate(zip(names, parameters, strict=True))
@@ -212,7 +218,7 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, names: list[str], che
 
 
 def read_parameter_state(name: str, parameter: Tensor, checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """The optimizer's state of one whole parameter."""
+    """Return the optimizer's state of one full parameter."""
     tensors = {kind: checkpoint.read_tensor(name, kind) for kind in checkpoint.list_optimizer_tensors(name)}
     state = {kind: value.clone().view(parameter.shape) for kind, value in tensors.items() if value is not None}
     steps = checkpoint.read_optimizer_steps(name)
@@ -224,8 +230,8 @@ def build_single_file_state(
     model: nn.Module,
     optimizers: list[torch.optim.Optimizer],
     names_by_optimizer: list[list[str]],
-) -> dict:
-    """What state.pt holds, from any checkpoint; `built` are optimizers over stand-ins for the parameters."""
+) -> dict[str, Any]:
+    """Return the content of state.pt from any checkpoint; `optimizers` are over placeholders of the parameters."""
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     averages = {name: checkpoint.read_tensor(name, "average") for name in checkpoint.parameter_names}
     for optimizer, names in zip(optimizers, names_by_optimizer, strict=True):
@@ -242,6 +248,7 @@ def build_single_file_state(
 
 
 def write_state_file(state: dict[str, Any], path: Path) -> None:
+    """Write state.pt and replace the previous file in one step."""
     partial = path.with_suffix(".partial")
     torch.save(state, partial)
     os.replace(partial, path)

@@ -1,7 +1,7 @@
-"""What a run shows while it runs: speed, memory, TensorBoard and Weights & Biases, and a look at its samples.
+"""Monitoring of a run: throughput, memory, TensorBoard and Weights & Biases, and generated samples.
 
-Shares of the peak (MFU) count the model's own FLOPs, attention with them, and nothing that is computed again; they
-are shown where the recipe knows its FLOPs and the device's peak is known.
+MFU counts the model's operations including attention, and nothing that checkpointing repeats. It is shown if the recipe
+knows its operations and the device's peak is known.
 """
 
 import resource
@@ -19,42 +19,40 @@ from omnivideo.models.omni import OmniVideoModel
 from omnivideo.training.engine.placement import CPU_PARTS, move_cpu_parts_to_device
 from omnivideo.training.engine.recipe import Recipe
 from omnivideo.training.engine.trainer import Trainer, TrainingProgress
-from omnivideo.training.planning.flops import GPUS
+from omnivideo.training.planning.gpus import find_peak_flops
 
 METRIC_WRITERS = ("tensorboard", "wandb")
 
 
 @dataclass(frozen=True)
 class Throughput:
-    """Of one step, over all processes; what is not known is None."""
+    """The throughput of one step over all processes; unknown values are None.
+
+    `peak_memory_bytes` is the maximum of this process so far.
+    """
 
     samples_per_second: float | None
     flops_per_second: float | None
     mfu: float | None
-    peak_memory_bytes: float  # bytes, at most so far, of this process
+    peak_memory_bytes: float
 
     def to_metrics(self) -> dict[str, float]:
-        """By the names they are shown under."""
-        named = {
+        """Return the known values under the names that are shown."""
+        metrics = {
             "samples/s": self.samples_per_second,
             "TFLOP/s": self.flops_per_second and self.flops_per_second / 1e12,
             "MFU": self.mfu,
         }
-        return {name: value for name, value in named.items() if value} | {"GB": self.peak_memory_bytes / 1e9}
-
-
-def find_peak_flops(device_name: str) -> float | None:
-    """The bf16 peak of a device in FLOP/s: of the card all parts of whose name are in the device's; the longest."""
-    matches = [name for name in GPUS if all(word in device_name for word in name.split("-"))]
-    return GPUS[max(matches, key=len)].peak_tflops * 1e12 if matches else None
+        return {name: value for name, value in metrics.items() if value} | {"GB": self.peak_memory_bytes / 1e9}
 
 
 def measure_throughput(recipe: Recipe, progress: TrainingProgress, processes: int) -> Throughput:
+    """Return the throughput of the step that `progress` reports."""
     index = progress.step - 1
     samples = recipe.batch_size(index)
     flops = recipe.step_flops(index) / progress.step_seconds if recipe.step_flops else None
-    cuda = recipe.device.type == "cuda"
-    peak = find_peak_flops(torch.cuda.get_device_name(recipe.device)) if cuda else None
+    is_cuda = recipe.device.type == "cuda"
+    peak = find_peak_flops(torch.cuda.get_device_name(recipe.device)) if is_cuda else None
     mfu = flops / (peak * processes) if flops and peak else None
     return Throughput(
         samples / progress.step_seconds if samples else None, flops, mfu, measure_peak_memory(recipe.device)
@@ -62,14 +60,14 @@ def measure_throughput(recipe: Recipe, progress: TrainingProgress, processes: in
 
 
 def measure_peak_memory(device: torch.device) -> float:
-    """The most that was in use so far, in bytes: of the GPU, or of the process."""
+    """Return the maximum memory of the GPU, or else of the process, so far in bytes."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0  # Linux counts it in KiB
 
 
 def format_progress_line(progress: TrainingProgress, metrics: dict[str, float]) -> str:
-    """Losses and speed in one line."""
+    """Return losses and metrics as one line."""
     return "  ".join(f"{name} {value:.4g}" for name, value in (progress.losses | metrics).items())
 
 
@@ -77,11 +75,11 @@ MetricWriter = Callable[[int, dict[str, float]], None]
 
 
 def open_tensorboard(folder: Path, recipe: Recipe, step: int) -> MetricWriter:
-    """Writes scalars to `<run>/tensorboard`; what a killed run wrote after `step` is no longer shown."""
+    """Return a writer to `<run>/tensorboard`; what a killed run wrote after `step` is not shown any more."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        raise MissingDependency("--log-to tensorboard needs it: pip install omnivideo[train]") from None
+        raise MissingDependency("--log-to tensorboard needs TensorBoard: pip install omnivideo[train]") from None
     writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def write_scalars(step: int, metrics: dict[str, float]) -> None:
@@ -93,12 +91,14 @@ def open_tensorboard(folder: Path, recipe: Recipe, step: int) -> MetricWriter:
 
 
 def open_wandb(folder: Path, recipe: Recipe, step: int) -> MetricWriter:
-    """Logs to the project "omnivideo", or to a folder where WANDB_MODE is offline; `<run>/wandb-id` keeps the id under
-    which the run goes on."""
+    """Return a writer to the W&B project "omnivideo", or to a folder if WANDB_MODE is offline.
+
+    The file `<run>/wandb-id` keeps the id, so that a resumed run continues the same W&B run.
+    """
     try:
         import wandb as library
     except ImportError:
-        raise MissingDependency("--log-to wandb needs it: pip install wandb") from None
+        raise MissingDependency("--log-to wandb needs Weights & Biases: pip install wandb") from None
     id_file = folder / "wandb-id"
     if not id_file.exists():
         id_file.write_text(secrets.token_hex(8))
@@ -110,7 +110,7 @@ MetricWriterFactory = Callable[[Path, Recipe, int], list[MetricWriter]]
 
 
 def build_writer_factory(kinds: Sequence[str]) -> MetricWriterFactory:
-    """Makes the writers of the kinds named, for a run that is at a step; raises InvalidInput for other kinds."""
+    """Return a function that opens writers of some kinds for a run at a step; raise InvalidInput for unknown kinds."""
     for kind in kinds:
         if kind not in METRIC_WRITERS:
             raise InvalidInput("log-to", f"{kind!r} is not one of {', '.join(METRIC_WRITERS)}")
@@ -120,19 +120,19 @@ def build_writer_factory(kinds: Sequence[str]) -> MetricWriterFactory:
 
 # ---------------------------------------------------------------- samples
 
-OVERALL_SCORE = "drawn right"  # of the scores the one that stays on the progress line
+OVERALL_SCORE = "drawn right"  # the score that stays on the progress line
 SampleRenderer = Callable[[OmniVideoModel, Path | None], dict[str, float]]
 SampleHook = Callable[[Trainer], dict[str, float]]
 
 
 def skip_samples(trainer: Trainer) -> dict[str, float]:
-    """Looks at nothing."""
+    """Generate no samples and return no scores."""
     return {}
 
 
 @contextmanager
 def all_parts_on_one_device(omni: OmniVideoModel) -> Iterator[OmniVideoModel]:
-    """All parts on one device; those that training does without go back to where they lay."""
+    """Hold all models on one device; afterwards move those that training does not need back."""
     devices = {name: next(getattr(omni, name).parameters()).device for name in CPU_PARTS}
     try:
         yield move_cpu_parts_to_device(omni)
@@ -142,10 +142,10 @@ def all_parts_on_one_device(omni: OmniVideoModel) -> Iterator[OmniVideoModel]:
 
 
 def build_sample_hook(interval_steps: int, render_samples: SampleRenderer) -> SampleHook:
-    """Has the model as it stands drawn with every so many steps, to `<run>/samples/STEP.png`, and returns the scores.
+    """Return a hook that generates samples every `interval_steps` steps and returns their scores.
 
-    All processes draw the same, since averages and tokens may be dealt out among them; the first writes it down, the
-    others are given no path.
+    All processes generate the same samples, because averages and tokens may be distributed over them. The main process
+    writes them to `<run>/samples/STEP.png`; the others pass no path.
     """
 
     def sample_hook(trainer: Trainer) -> dict[str, float]:
@@ -153,8 +153,8 @@ def build_sample_hook(interval_steps: int, render_samples: SampleRenderer) -> Sa
         if omni is None or trainer.step % interval_steps:
             return {}
         with trainer.evaluation_mode(), all_parts_on_one_device(omni):
-            return render_samples(
-                omni, trainer.folder / "samples" / f"{trainer.step:08}.png" if trainer.is_main_process else None
-            )
+            path = trainer.folder / "samples" / f"{trainer.step:08}.png"
+            scores = render_samples(omni, path if trainer.is_main_process else None)
+        return scores | ({OVERALL_SCORE: sum(scores.values()) / len(scores)} if scores else {})
 
     return sample_hook

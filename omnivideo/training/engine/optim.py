@@ -1,8 +1,8 @@
-"""Muon for matrices and Adam for the rest, or AdamW for all, with the learning rate's shape over a run.
+"""Optimizers (Muon for matrices and Adam for the rest, or AdamW for all) and learning-rate schedules.
 
-Muon (Jordan et al. 2024) orthogonalises the momentum of every weight matrix.  torch.optim.Muon takes exactly
-two-dimensional weights one by one; here convolution kernels are flattened and matrices of equal shape go through
-the iteration as one batch, which is what makes it affordable for models of a few million weights on a CPU.
+Muon (Jordan et al. 2024) orthogonalises the momentum of every weight matrix. torch.optim.Muon accepts only
+two-dimensional weights and processes them one by one. This Muon flattens convolution kernels and iterates over all
+matrices of equal shape as one batch, which makes it affordable for models of a few million weights on a CPU.
 """
 
 from collections import defaultdict
@@ -13,13 +13,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-# Newton-Schulz quintic of the Muon paper: pushes all singular values towards 1.
+# The quintic Newton-Schulz iteration of the Muon paper, which pushes all singular values towards 1.
 NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 NEWTON_SCHULZ_STEPS = 5
 
 
 def orthogonalise(m_NRC: Tensor, precision: torch.dtype) -> Tensor:
-    """The nearest semi-orthogonal matrix of each [R, C] in a batch [N, R, C], approximately."""
+    """Return approximately the nearest semi-orthogonal matrix of each [R, C] matrix in a batch [N, R, C]."""
     tall = m_NRC.shape[-2] > m_NRC.shape[-1]
     x = (m_NRC.mT if tall else m_NRC).to(precision)
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
@@ -31,13 +31,13 @@ def orthogonalise(m_NRC: Tensor, precision: torch.dtype) -> Tensor:
 
 
 def choose_muon_dtype() -> torch.dtype:
-    """bf16 where matrix products in it are fast (the iteration does not need more), else fp32."""
+    """Return bf16, which is enough for the iteration, if matrix products in it are fast, otherwise fp32."""
     native = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
     return torch.bfloat16 if native or torch.cuda.is_available() else torch.float32
 
 
 class Muon(torch.optim.Optimizer):
-    """Nesterov momentum, orthogonalised; decoupled weight decay.  Weights need two or more dimensions."""
+    """Nesterov momentum, orthogonalised, with decoupled weight decay, for weights of two or more dimensions."""
 
     def __init__(
         self,
@@ -53,24 +53,27 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         for group in self.param_groups:
-            moved = [parameter for parameter in group["params"] if parameter.grad is not None]
-            if not moved:
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if not parameters:
                 continue
-            for parameter in moved:
+            for parameter in parameters:
                 if "momentum_buffer" not in self.state[parameter]:
                     self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-            buffers = [self.state[parameter]["momentum_buffer"] for parameter in moved]
-            gradients = [parameter.grad for parameter in moved]
+            buffers = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
+            gradients = [parameter.grad for parameter in parameters]
             torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
             updates = torch._foreach_lerp(gradients, buffers, group["momentum"])
             by_shape: dict[tuple[int, int], list[tuple[nn.Parameter, Tensor]]] = defaultdict(list)
-            for parameter, update in zip(moved, updates, strict=True):
+            for parameter, update in zip(parameters, updates, strict=True):
                 flat = update.flatten(1)
                 by_shape[(flat.shape[0], flat.shape[1])].append((parameter, flat))
             for shape, pairs in by_shape.items():
                 self.apply_updates(group, shape, pairs)
 
-    def apply_updates(self, group: dict, shape: tuple[int, int], pairs: list[tuple[nn.Parameter, Tensor]]) -> None:
+    def apply_updates(
+        self, group: dict[str, Any], shape: tuple[int, int], pairs: list[tuple[nn.Parameter, Tensor]]
+    ) -> None:
+        """Orthogonalise the updates of parameters of one shape and apply them."""
         orthogonal = orthogonalise(torch.stack([update for _, update in pairs]), self.precision)
         scale = max(1.0, shape[0] / shape[1]) ** 0.5
         parameters: list[Tensor] = [parameter for parameter, _ in pairs]
@@ -81,7 +84,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def is_matrix(name: str, parameter: nn.Parameter) -> bool:
-    """Hidden weights go to Muon; tables (embeddings, queries, markers), gains and biases to Adam."""
+    """Return True for hidden weights, which Muon trains; Adam trains embeddings, queries, gains and biases."""
     tables = ("embed_tokens", "shared", "lm_head", "query", "markers", "scale_shift_table", "position_embedding")
     return parameter.ndim >= 2 and min(parameter.flatten(1).shape) > 1 and not any(t in name for t in tables)
 
@@ -92,7 +95,7 @@ ADAM_BETAS = (0.9, 0.98)
 
 
 def split_matrices(parameters: Iterable[tuple[str, nn.Parameter]]) -> tuple[NamedParameters, NamedParameters]:
-    """The matrices, and the rest."""
+    """Return the matrices and the other parameters."""
     parameters = list(parameters)
     return [pair for pair in parameters if is_matrix(*pair)], [pair for pair in parameters if not is_matrix(*pair)]
 
@@ -100,7 +103,7 @@ def split_matrices(parameters: Iterable[tuple[str, nn.Parameter]]) -> tuple[Name
 def group_names_by_optimizer(
     parameters: Iterable[tuple[str, nn.Parameter]], optimizer: OptimizerName = "muon"
 ) -> list[list[str]]:
-    """The parameters' names in each of `optimizers`, in its order."""
+    """Return the names of the parameters of each optimizer that `build_optimizers` builds, in its order."""
     name_groups = [[name for name, _ in part] for part in split_matrices(parameters) if part]
     return name_groups if optimizer == "muon" else [[name for part in name_groups for name in part]]
 
@@ -112,9 +115,9 @@ def build_optimizers(
     weight_decay: float = 0.0,
     optimizer: OptimizerName = "muon",
 ) -> list[torch.optim.Optimizer]:
-    """Muon over the matrices at `lr` and Adam over the rest at `adam_lr`, or AdamW over all at `adam_lr`.
+    """Build Muon for the matrices at `lr` and Adam for the rest at `adam_lr`, or AdamW for all at `adam_lr`.
 
-    Matrices alone decay.  Groups remember their peak rate.
+    Weight decay applies to matrices only. Parameter groups store their peak rate as "peak_lr".
     """
     matrices, rest = ([parameter for _, parameter in part] for part in split_matrices(parameters))
     optimizers: list[torch.optim.Optimizer] = []
@@ -133,14 +136,17 @@ def build_optimizers(
 
 
 def cosine_lr_scale(step: int, steps: int, warmup: int) -> float:
-    """Share of the peak rate at a step: linear warm-up, then half a cosine to zero."""
+    """Return the fraction of the peak rate at a step: linear warm-up, then half a cosine to zero."""
     rising = (step + 1) / max(1, warmup)
     progress = (step - warmup) / max(1, steps - warmup)
     return rising if rising < 1 else (1 + cos(pi * min(1.0, max(0.0, progress)))) / 2
 
 
 def trapezoidal_lr_scale(step: int, steps: int, warmup: int, decay_from: float) -> float:
-    """Share of the peak rate at a step: linear warm-up, flat, then linear to zero from `decay_from` of the run."""
+    """Return the fraction of the peak rate at a step: linear warm-up, constant, then linear decay to zero.
+
+    The decay begins at the fraction `decay_from` of the run.
+    """
     rising = min(1.0, (step + 1) / max(1, warmup))
     start = decay_from * steps
     falling = min(1.0, max(0.0, (steps - step) / max(1.0, steps - start)))
@@ -148,10 +154,11 @@ def trapezoidal_lr_scale(step: int, steps: int, warmup: int, decay_from: float) 
 
 
 def set_lr_scale(optimizers: list[torch.optim.Optimizer], lr_scale: float) -> None:
+    """Set the learning rate of every group to a fraction of its peak."""
     for group in iter_param_groups(optimizers):
         group["lr"] = group["peak_lr"] * lr_scale
 
 
-def iter_param_groups(optimizers: list[torch.optim.Optimizer]) -> Iterator[dict]:
+def iter_param_groups(optimizers: list[torch.optim.Optimizer]) -> Iterator[dict[str, Any]]:
     for optimizer in optimizers:
         yield from optimizer.param_groups

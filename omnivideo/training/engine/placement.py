@@ -1,7 +1,8 @@
-"""Where the weights of a stage over shards lie, and in which precision; `plan.py` counts by the same rule.
+"""The device and precision of each weight in a stage over shards; planning/memory.py counts by the same rule.
 
-On a GPU what is trained is fp32 and what is frozen has the precision of the products.  The text encoder and the VAE
-stay on the CPU, since `omnivideo data encode` has kept what they make, until something is not kept (`bring`).
+On a GPU trained weights are fp32, and frozen weights have the precision of matrix products. The text encoder and the
+VAE stay on the CPU, because their outputs come from the cache that `omnivideo data encode` fills; they are moved to the
+GPU once a sample is not in the cache (`move_cpu_parts_to_device`).
 """
 
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from omnivideo.models.omni import OmniVideoModel
 from omnivideo.models.weights.checkpoint import load_parts, load_strict
 from omnivideo.training.recipes.parts import TRAINABLE_BY_STAGE
 
-CPU_PARTS = ("text_encoder", "vae")  # what they make is in the cache
+CPU_PARTS = ("text_encoder", "vae")  # their outputs are in the cache
 CPU = torch.device("cpu")
 
 
@@ -28,9 +29,9 @@ class WeightPlacement:
 def choose_placement(
     stage: str, name: str, device: torch.device, precision: torch.dtype, cached: bool = True
 ) -> WeightPlacement:
-    """Of a parameter, named from its part on: mllm, bridge, decoder, text_encoder, vae or visual_encoder.
+    """Return the placement of a parameter in a stage; its name begins with its part, such as "decoder.".
 
-    Latents are made in fp32, here as by `omnivideo data encode`.
+    The VAE is always in fp32, as in `omnivideo data encode`, so that latents are the same.
     """
     part = name.partition(".")[0]
     location = CPU if cached and part in CPU_PARTS else device
@@ -40,7 +41,7 @@ def choose_placement(
 
 @dataclass(frozen=True)
 class StageLoader:
-    """Reads a stage's models from a folder of weights: each part goes where it belongs before the next is read."""
+    """Loads a stage's models from a folder of weights; each part is placed before the next one is read."""
 
     stage: str
     weights: Path
@@ -48,17 +49,17 @@ class StageLoader:
     precision: torch.dtype
 
     def load_omni(self) -> OmniVideoModel:
-        """Raises CheckpointError."""
+        """Load all models but the visual encoder; raise CheckpointError for missing or wrong files."""
         return load_parts(self.weights, self.place_part)
 
     def load_visual_encoder(self) -> SiglipVisionModel:
-        """Raises CheckpointError."""
+        """Load the visual encoder; raise CheckpointError for missing or wrong files."""
         encoder = load_strict(SiglipVisionModel, self.weights, "visual_encoder", None)
         return self.place_part("visual_encoder", encoder).eval().requires_grad_(False)
 
     @torch.no_grad()
     def place_part(self, name: str, part: nn.Module) -> nn.Module:
-        """A parameter at a time, so that no part is anywhere twice."""
+        """Move a part to its device and precision, one parameter at a time so that no part is in memory twice."""
         for key, parameter in part.named_parameters():
             placement = choose_placement(self.stage, f"{name}.{key}", self.device, self.precision)
             parameter.data = parameter.data.to(placement.device, placement.dtype)
@@ -66,7 +67,7 @@ class StageLoader:
 
 
 def move_cpu_parts_to_device(omni: OmniVideoModel) -> OmniVideoModel:
-    """Moves what stays on the CPU to the other parts, for a sample that is not in the cache."""
+    """Move the text encoder and the VAE to the device of the other parts, for a sample that is not in the cache."""
     for name in CPU_PARTS:
         getattr(omni, name).to(omni.device)
     return omni

@@ -1,4 +1,4 @@
-"""TODO docstring of omnivideo/training/engine/recipe.py."""
+"""A recipe: what one stage of training minimises, which parameters it trains, and how it moves them."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -9,15 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from omnivideo.models.omni import OmniVideoModel
-from omnivideo.training.engine.optim import (
-    OptimizerName,
-    cosine_lr_scale,
-    trapezoidal_lr_scale,
-)
+from omnivideo.training.engine.optim import OptimizerName, cosine_lr_scale, trapezoidal_lr_scale
 
-Losses = dict[str, Tensor]  # "loss" is what is minimised; the others are shown
-
-
+Losses = dict[str, Tensor]  # "loss" is minimised; the others are only shown
 MicroBatchLosses = Sequence[Callable[[], Losses]]
 
 
@@ -25,13 +19,14 @@ MicroBatchLosses = Sequence[Callable[[], Losses]]
 class Recipe:
     """One stage of training.
 
-    `model` holds all weights of the checkpoint; `trainable` names the parameters to train by prefix ("" is all).
-    `passes(step)` are the parts that a batch, or this process's share of it (`share.py`), is taken in: each gives its
-    named losses, whose average over all is the batch's, so that gradients add up one by one (`at_once`: one part);
-    `data` tells its samples and their order from others (a checkpoint does not go on over other ones).
-    `samples(step)` is the size of the whole batch, `flops(step)` what the model cost on it, asked after its loss (0 and
-    None: not known).  `omni` draws samples with the model's weights, where it can.
-    Products are of `precision`, what the optimizer moves is always fp32; `checkpointing` trades time for memory.
+    `model` holds all weights of the checkpoint. `trainable` lists the prefixes of the parameters to train; "" stands
+    for all. `micro_batch_losses(step)` returns a function for each micro-batch of this process's part of the batch
+    (data_parallel.py); each computes named losses, whose averages over the micro-batches are the losses of the batch.
+    `data_digest` identifies the samples and their order; a checkpoint resumes only over the same ones.
+    `batch_size(step)` is the number of samples over all processes, or 0 if unknown. `step_flops(step)` are the
+    operations of the model in a step and may be asked for only after its losses; None if unknown. `omni` can generate
+    samples with the model's weights; None if the stage cannot.
+    `precision` is that of matrix products; the optimizer always works in fp32.
     """
 
     name: str
@@ -57,29 +52,29 @@ class Recipe:
     omni: OmniVideoModel | None = None
 
     def compute_losses(self, step: int) -> Losses:
-        """Those of all passes."""
+        """Return the losses of a step, averaged over its micro-batches."""
         return average_losses([compute_loss() for compute_loss in self.micro_batch_losses(step)])
 
     def lr_scale(self, step: int) -> float:
-        """Share of the peak learning rate."""
+        """Return the learning rate at a step as a fraction of its peak."""
         if self.lr_schedule == "cosine":
             return cosine_lr_scale(step, self.steps, self.warmup)
         return trapezoidal_lr_scale(step, self.steps, self.warmup, self.decay_from)
 
 
 def single_micro_batch(loss: Callable[[int], Losses]) -> Callable[[int], MicroBatchLosses]:
-    """The passes of a recipe that takes its batch whole."""
+    """Return the micro-batches of a recipe that does not divide its batch."""
     return lambda step: [partial(loss, step)]
 
 
 def average_losses(all_losses: Sequence[Losses]) -> Losses:
-    """Each loss averaged over the passes that have it."""
+    """Return each loss averaged over the micro-batches that have it."""
     names = dict.fromkeys(name for losses in all_losses for name in losses)
     return {name: torch.stack([losses[name] for losses in all_losses if name in losses]).mean() for name in names}
 
 
 def step_seed(name: str, step: int) -> int:
-    """A seed that depends on the recipe's name and the step only (FNV-1a, as `hash` differs between processes)."""
+    """Return a seed that depends only on the recipe's name and the step (FNV-1a; `hash` differs between processes)."""
     value = 0xCBF29CE484222325
     for byte in f"{name}/{step}".encode():
         value = ((value ^ byte) * 0x100000001B3) % 2**64

@@ -1,4 +1,4 @@
-"""A training run of any preset: where its checkpoints lie, and how it trains one recipe."""
+"""A training run of any preset: the folders of its checkpoints, and how it trains one recipe."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -14,6 +14,7 @@ from torch import nn
 from omnivideo.errors import CheckpointError
 from omnivideo.training.config import TrainingConfig
 from omnivideo.training.engine.checkpoint import STATE_FILE_NAME
+from omnivideo.training.engine.distributed.processes import ProcessContext
 from omnivideo.training.engine.monitor import (
     OVERALL_SCORE,
     SampleHook,
@@ -27,7 +28,6 @@ from omnivideo.training.engine.monitor import (
 from omnivideo.training.engine.plots import plot_losses
 from omnivideo.training.engine.recipe import Recipe
 from omnivideo.training.engine.trainer import PRECISIONS, Trainer, TrainingProgress
-from omnivideo.training.engine.zero import ProcessContext
 
 SINGLE_PROCESS = ProcessContext()
 
@@ -46,7 +46,7 @@ class RunContext:
 
     def __post_init__(self) -> None:
         if self.device.type == "cuda":
-            torch.set_float32_matmul_precision("high")  # TF32; bf16 would only add conversions at the tiny size
+            torch.set_float32_matmul_precision("high")  # TF32
 
     @property
     def device(self) -> torch.device:

@@ -1,39 +1,47 @@
-"""TODO docstring of omnivideo/training/recipes/parts.py."""
+"""What each stage trains (paper sections 4.2 and 4.3).
 
-from torch import nn
+stage1              vision head, text head              Eq. 1 and Eq. 2, understanding and generation together
+stage1_text         text head                           Eq. 2 alone, and again at the first token: it is the route
+stage2a             adapter                             its output against the decoder's text embeddings
+stage2b_generation  adapter, visual context, markers    Eq. 4 through the frozen decoder: text to image and to video
+stage2b             adapter, visual context, markers    the same for all four generative tasks
+stage3              vision head, adapter, decoder       Eq. 4, with Eq. 1 kept for the vision head
+"""
+
+import torch
+from torch import Tensor, nn
 
 from omnivideo.errors import InvalidInput
 from omnivideo.models.omni import OmniVideoModel
 from omnivideo.training.config import TrainingConfig
-from omnivideo.training.tiny.requests import Task
+from omnivideo.training.data.batch import FlowBatch
 
-# What each stage trains, by the beginnings of its parameters' names.
 ADAPTER_PARTS = ("bridge.adapter", "bridge.visual_context", "bridge.markers")
-
-
-TRAINABLE_BY_STAGE = {
+# Prefixes of the parameters' names in `TrainableParts`.
+TRAINABLE_BY_STAGE: dict[str, tuple[str, ...]] = {
     "stage1": ("mllm.lm_head", "bridge.vision_head"), "stage1_text": ("mllm.lm_head",), "stage2a": ("bridge.adapter",),
     "stage2b_generation": ADAPTER_PARTS, "stage2b": ADAPTER_PARTS, "stage3": ("bridge", "decoder"),
 }  # fmt: skip
-
-
-GENERATIVE_STAGES = tuple(
-    name for name, parts in TRAINABLE_BY_STAGE.items() if "mllm.lm_head" not in parts
-)  # seen in samples
-
-
-# Resolution and frame count are shared inside a group, so its tasks share a batch.
-TASK_GROUPS: tuple[tuple[Task, ...], ...] = (("text-to-image", "image-editing"), ("text-to-video", "video-editing"))
+# Stages after which generated samples differ.
+GENERATIVE_STAGES = tuple(name for name, parts in TRAINABLE_BY_STAGE.items() if "mllm.lm_head" not in parts)
 
 
 class TrainableParts(nn.Module):
-    """All trainable parts under the names that the stages speak of."""
+    """The parts of a model that some stage trains, under the names that checkpoints use."""
 
     def __init__(self, omni: OmniVideoModel):
         super().__init__()
         self.mllm = omni.mllm
         self.bridge = omni.bridge
         self.decoder = omni.decoder
+
+
+def compute_visual_tokens(model: TrainableParts, batch: FlowBatch) -> Tensor:
+    """Return the visual tokens [B, Q, E] of a batch's hidden states."""
+    lengths = torch.tensor(batch.hidden_lengths, device=batch.hidden_states.device)
+    padding = torch.arange(batch.hidden_states.shape[1], device=batch.hidden_states.device) >= lengths[:, None]
+    visual_BQE: Tensor = model.bridge.vision_head(batch.hidden_states, padding)
+    return visual_BQE
 
 
 def check_sampling(config: TrainingConfig) -> None:

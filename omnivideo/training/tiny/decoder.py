@@ -18,12 +18,12 @@ from omnivideo.models.conditions import encode_text, pad_condition
 from omnivideo.models.omni import build_decoder
 from omnivideo.presets import TINY
 from omnivideo.synthetic.captions import sample_caption
+from omnivideo.synthetic.requests import COMPOSED_SHARE
 from omnivideo.synthetic.scenes import Scene, stream_scenes
 from omnivideo.training.engine.data_parallel import current_rank
 from omnivideo.training.engine.recipe import Losses, Recipe, single_micro_batch, step_seed
-from omnivideo.training.recipes.flow_matching import flow_matching_loss
+from omnivideo.training.recipes.losses import flow_matching_loss
 from omnivideo.training.tiny.latents import load_or_encode_latents, take_scenes
-from omnivideo.training.tiny.requests import COMPOSED_SHARE
 from omnivideo.training.tiny.text_encoder import MAX_TEXT_TOKENS, NEGATIVE_PROMPT
 
 STILL_COUNT, CLIP_COUNT = 32_000, 12_000  # scenes in the cache

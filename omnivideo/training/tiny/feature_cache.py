@@ -19,12 +19,13 @@ from transformers import SiglipVisionModel
 from omnivideo.models.mllm import forward_hidden_states, prepare_hidden_state_inputs
 from omnivideo.models.omni import OmniVideoModel
 from omnivideo.models.vae import encode_pixels
+from omnivideo.synthetic.requests import SceneRequest
 from omnivideo.training.data.batch import CachedTask, RaggedTensor
 from omnivideo.training.data.chat_batch import add_position_ids
 from omnivideo.training.data.prefetch import map_in_order
 from omnivideo.training.data.visual_targets import embed_frames
 from omnivideo.training.tiny.latents import hash_weights, pixels_from_scenes
-from omnivideo.training.tiny.requests import TrainingRequest
+from omnivideo.training.tiny.mllm import message_from_request
 
 ProgressCallback = Callable[[int, int], None]
 T = TypeVar("T")
@@ -39,7 +40,7 @@ class PreparationConfig:
     chunk_size: int = CHUNK_SIZE
     workers: int = 0
 
-    def map_chunks(self, requests: list[TrainingRequest], prepare: Callable[[list[TrainingRequest]], T]) -> Iterator[T]:
+    def map_chunks(self, requests: list[SceneRequest], prepare: Callable[[list[SceneRequest]], T]) -> Iterator[T]:
         """What `prepare` makes of each chunk."""
         starts = range(0, len(requests), self.chunk_size)
         results = map_in_order(lambda start: prepare(requests[start : start + self.chunk_size]), starts, self.workers)
@@ -50,13 +51,13 @@ class PreparationConfig:
 
 @torch.no_grad()
 def compute_frozen_features(
-    omni: OmniVideoModel, encoder: SiglipVisionModel, requests: list[TrainingRequest], config: PreparationConfig
+    omni: OmniVideoModel, encoder: SiglipVisionModel, requests: list[SceneRequest], config: PreparationConfig
 ) -> dict[str, Tensor]:
     """What does not hang on the MLLM: latents, text embeddings, and the visual encoder's of the target."""
     text_embeddings, visual_embeddings, latents = [], [], defaultdict(list)
     queries = omni.bridge.vision_head.num_queries
 
-    def render_chunk(chunk: list[TrainingRequest]) -> tuple[list[str], dict[str, Tensor]]:
+    def render_chunk(chunk: list[SceneRequest]) -> tuple[list[str], dict[str, Tensor]]:
         pixels = {"target": pixels_from_scenes(request.target for request in chunk)}
         sources = [request.source for request in chunk if request.source is not None]
         return [request.text for request in chunk], pixels | (
@@ -75,14 +76,16 @@ def compute_frozen_features(
 
 @torch.no_grad()
 def compute_hidden_states(
-    omni: OmniVideoModel, requests: list[TrainingRequest], config: PreparationConfig
+    omni: OmniVideoModel, requests: list[SceneRequest], config: PreparationConfig
 ) -> dict[str, Tensor]:
     """The MLLM's last hidden states."""
     hidden_states = []
 
-    def tokenize_chunk(chunk: list[TrainingRequest]) -> dict[str, Tensor]:
+    def tokenize_chunk(chunk: list[SceneRequest]) -> dict[str, Tensor]:
         inputs = prepare_hidden_state_inputs(
-            omni.mllm_tokenizer, [(request.message, request.medium) for request in chunk], omni.vision_config
+            omni.mllm_tokenizer,
+            [(message_from_request(request), request.medium) for request in chunk],
+            omni.vision_config,
         )
         return add_position_ids(omni.mllm, inputs)
 
@@ -115,7 +118,7 @@ def load_frozen_features(
     folder: Path,
     omni: OmniVideoModel,
     encoder: SiglipVisionModel,
-    requests: list[TrainingRequest],
+    requests: list[SceneRequest],
     config: PreparationConfig,
 ) -> tuple[str, str, dict[str, Tensor]]:
     """What does not hang on the MLLM, with its name and key, from the folder's cache where it has it."""
@@ -134,7 +137,7 @@ def load_cached_task(
     folder: Path,
     omni: OmniVideoModel,
     encoder: SiglipVisionModel,
-    requests: list[TrainingRequest],
+    requests: list[SceneRequest],
     config: PreparationConfig,
 ) -> CachedTask:
     """The data of one task, from the folder's cache where it has them."""

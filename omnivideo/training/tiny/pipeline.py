@@ -13,6 +13,7 @@ import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from transformers import Qwen3VLForConditionalGeneration, SiglipVisionModel, UMT5Config, UMT5EncoderModel
 
+from omnivideo.contracts import TASKS, is_editing_task
 from omnivideo.errors import InvalidInput
 from omnivideo.models.omni import Bridge, OmniVideoModel, build_decoder
 from omnivideo.models.positions import add_absolute_positions
@@ -23,14 +24,16 @@ from omnivideo.models.weights.checkpoint import (
     save,
     save_library_model,
 )
-from omnivideo.presets import TINY
+from omnivideo.presets import TINY, Task
+from omnivideo.synthetic.requests import sample_requests
 from omnivideo.synthetic.scenes import stream_scenes
 from omnivideo.training.data.batch import CachedTask
 from omnivideo.training.engine.recipe import Recipe
 from omnivideo.training.engine.run import RunContext
 from omnivideo.training.engine.trainer import Trainer
-from omnivideo.training.recipes import flow, parts, stage1, stage2a
-from omnivideo.training.tiny import mllm, text_encoder
+from omnivideo.training.recipes import parts
+from omnivideo.training.recipes.flow import FLOW_BATCH_SIZES
+from omnivideo.training.tiny import alignment_stages, flow_stages, mllm, text_encoder
 from omnivideo.training.tiny.decoder import (
     CLIP_COUNT,
     STILL_COUNT,
@@ -41,7 +44,6 @@ from omnivideo.training.tiny.decoder import (
 from omnivideo.training.tiny.feature_cache import CHUNK_SIZE, PreparationConfig, load_cached_task
 from omnivideo.training.tiny.latents import encode_scenes, hash_weights, set_latent_statistics, take_scenes
 from omnivideo.training.tiny.model_card import build_model_card
-from omnivideo.training.tiny.requests import TASKS, Task, sample_requests
 from omnivideo.training.tiny.vae import build_vae_decoder_recipe, build_vae_recipe
 from omnivideo.training.tiny.visual_encoder import build_visual_encoder_recipe
 
@@ -86,19 +88,21 @@ class TinyPipeline:
             "decoder": self.build_decoder_recipe,
             "visual_encoder": build_visual_encoder_recipe,
             "mllm": self.build_mllm_recipe,
-            "stage1": lambda: stage1.build_stage1_recipe(
+            "stage1": lambda: alignment_stages.build_stage1_recipe(
                 self.load_omni("mllm"),
                 self.load_visual_encoder(),
-                batch_size=stage1.STAGE1_BATCH_SIZE * batch_scale,
+                batch_size=alignment_stages.STAGE1_BATCH_SIZE * batch_scale,
                 workers=workers,
             ),
-            "stage1_text": lambda: stage1.build_stage1_text_recipe(
-                self.load_omni("stage1"), batch_size=stage1.TEXT_BATCH_SIZE * batch_scale, workers=workers
+            "stage1_text": lambda: alignment_stages.build_stage1_text_recipe(
+                self.load_omni("stage1"), batch_size=alignment_stages.TEXT_BATCH_SIZE * batch_scale, workers=workers
             ),
-            "stage2a": lambda: stage2a.build_stage2a_recipe(self.load_omni("stage1")),
-            "stage2b_generation": lambda: self.build_flow_recipe(flow.build_stage2b_generation_recipe, "stage2a"),
-            "stage2b": lambda: self.build_flow_recipe(flow.build_stage2b_recipe, "stage2b_generation"),
-            "stage3": lambda: self.build_flow_recipe(flow.build_stage3_recipe, "stage2b", request_seeds[1:]),
+            "stage2a": lambda: alignment_stages.build_stage2a_recipe(self.load_omni("stage1")),
+            "stage2b_generation": lambda: self.build_flow_recipe(
+                flow_stages.build_stage2b_generation_recipe, "stage2a"
+            ),
+            "stage2b": lambda: self.build_flow_recipe(flow_stages.build_stage2b_recipe, "stage2b_generation"),
+            "stage3": lambda: self.build_flow_recipe(flow_stages.build_stage3_recipe, "stage2b", request_seeds[1:]),
         }
 
     def load_trained(self, recipe: Recipe) -> Any:
@@ -234,9 +238,9 @@ class TinyPipeline:
             )
 
         data = {task: load_task(self.request_seeds[0], task) for task in TASKS}
-        for seed, task in product(extra_edit_seeds, TASKS[2:]):
+        for seed, task in product(extra_edit_seeds, filter(is_editing_task, TASKS)):
             data[task] += load_task(seed, task)
-        stills, clips = flow.FLOW_BATCH_SIZES
+        stills, clips = FLOW_BATCH_SIZES
         return recipe_factory(
             omni, data, batch_sizes=(stills * self.batch_scale, clips * self.batch_scale), workers=self.workers
         )

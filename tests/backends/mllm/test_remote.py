@@ -98,7 +98,7 @@ def test_an_answer_that_is_cut_is_said_on_and_not_again(local, asks, caplog):
 def test_a_model_that_is_away_is_said(asks, monkeypatch):
     monkeypatch.setattr(remote, "MAX_ATTEMPTS", 2)
     away = RemoteMLLM(f"http://127.0.0.1:{free_port()}", MemoryObjectStore())
-    with pytest.raises(ModelUnavailable, match="the language model is starting or away"):
+    with pytest.raises(ModelUnavailable, match="the language model is starting or unavailable"):
         away.route(asks[0])
     with pytest.raises(ModelUnavailable):
         list(away.stream_text(asks[0]))

@@ -316,7 +316,7 @@ def test_a_server_that_is_killed_and_started_again(server, away, local, asks, mo
     server.kill()
     assert not away.is_ready()
     monkeypatch.setattr(remote, "MAX_ATTEMPTS", 2)
-    with pytest.raises(ModelUnavailable, match="the language model is starting or away"):
+    with pytest.raises(ModelUnavailable, match="the language model is starting or unavailable"):
         away.route(writing)
     monkeypatch.setattr(remote, "MAX_ATTEMPTS", 400)
     server.start()

@@ -357,7 +357,7 @@ def test_a_killed_import_can_be_run_again_and_a_finished_one_is_not_overwritten(
     (tmp_path / ".ours.partial" / "transformer" / "half").write_bytes(b"half")
     import_weights(tmp_path / "theirs", tmp_path / "ours")
     assert not (tmp_path / ".ours.partial").exists() and not list((tmp_path / "ours").rglob("half"))
-    with pytest.raises(InvalidInput, match="'ours' is there already"):
+    with pytest.raises(InvalidInput, match="'ours' already exists"):
         import_weights(tmp_path / "theirs", tmp_path / "ours")
 
 
@@ -399,10 +399,10 @@ def test_a_stages_checkpoint_becomes_a_folder_that_loads(omni, weights, tmp_path
 
 def test_other_checkpoints_are_not_packed(weights, tmp_path):
     torch.save({"model": {"encoder.weight": torch.zeros(2)}, "average": {}, "step": 1}, tmp_path / "state.pt")
-    with pytest.raises(CheckpointError, match="no stage that joins the parts: it has encoder"):
+    with pytest.raises(CheckpointError, match="parts of no omnivideo model: encoder"):
         pack_training_checkpoint(tmp_path / "state.pt", weights, tmp_path / "packed")
     torch.save({"weight": torch.zeros(2)}, tmp_path / "state.pt")
-    with pytest.raises(CheckpointError, match="not a checkpoint of a recipe"):
+    with pytest.raises(CheckpointError, match="not a training checkpoint"):
         pack_training_checkpoint(tmp_path / "state.pt", weights, tmp_path / "packed")
 
 

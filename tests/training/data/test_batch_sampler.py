@@ -8,10 +8,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from omnivideo.contracts import TRAINING_TASKS
 from omnivideo.errors import CheckpointError, InvalidInput
 from omnivideo.training.data.batch_sampler import (
     PAPER_TASK_MIX,
-    TASKS,
     BatchSampler,
     Bucket,
     GlobalBatch,
@@ -144,7 +144,7 @@ def test_without_a_ratio_everything_comes_once():
 
 def test_tasks_are_spread_over_the_batches(order):
     stills = [batch for batch in order.get_epoch_batches(0) if batch.bucket == STILLS[0]]
-    edits = [(order.sample_tasks[batch.indices] == TASKS.index("image-editing")).mean() for batch in stills]
+    edits = [(order.sample_tasks[batch.indices] == TRAINING_TASKS.index("image-editing")).mean() for batch in stills]
     assert np.std(edits) < 0.06
     assert min(edits) > 0
 
@@ -212,7 +212,7 @@ def test_a_clip_never_joins_a_bucket_of_more_frames():
 def test_mixed_batches_update_each_task_more_often_than_one_task_a_batch(order):
     mixed, alone = measure_epoch(order, 2), measure_epoch(BatchSampler(*mixed_set(), MixConfig(mix_tasks=False)), 2)
     assert mixed.samples == alone.samples == 10_000
-    for task in TASKS:
+    for task in TRAINING_TASKS:
         assert mixed.steps_per_1000_samples[task] > alone.steps_per_1000_samples[task]
     assert mixed.max_sample_gap["image-editing"] < alone.max_sample_gap["image-editing"]
 

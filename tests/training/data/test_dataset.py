@@ -206,7 +206,7 @@ def test_a_run_goes_on_over_the_same_samples_only(encoded_dataset, weights, tmp_
     Trainer(recipe(), tmp_path / "cut").run(stop_at_step=2)
     Trainer(recipe(), tmp_path / "cut").run()
     assert logged("cut") == pytest.approx(logged("whole"), abs=1e-6) and len(logged("cut")) == 4
-    with pytest.raises(CheckpointError, match="data: the checkpoint was encoded_dataset with other samples"):
+    with pytest.raises(CheckpointError, match="data: the checkpoint was made with other samples"):
         Trainer(recipe("others"), tmp_path / "cut")
 
 
@@ -218,7 +218,7 @@ def test_a_run_does_not_go_on_over_another_library_of_the_same_shapes(encoded_da
         app, [*given, "--stop-at-step", "1", "--data", str(encoded_dataset.file_store.folder)], catch_exceptions=False
     )
     assert ran.exit_code == 0
-    with pytest.raises(CheckpointError, match="data: the checkpoint was encoded_dataset with other samples"):
+    with pytest.raises(CheckpointError, match="data: the checkpoint was made with other samples"):
         CliRunner().invoke(app, [*given, "--data", str(tmp_path / "other")], catch_exceptions=False)
 
 

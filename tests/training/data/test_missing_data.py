@@ -16,7 +16,7 @@ from omnivideo.training.data.prefetch import Prefetcher
 from omnivideo.training.data.sample import TrainingSample
 from omnivideo.training.engine.trainer import freeze_except
 from omnivideo.training.recipes.flow import build_flow_recipe
-from omnivideo.training.recipes.flow_matching import flow_matching_loss
+from omnivideo.training.recipes.losses import flow_matching_loss
 from omnivideo.training.recipes.stage1 import assemble_stage1_recipe
 from tests.support.shards import (
     ASSIGNER,

@@ -23,8 +23,9 @@ import torch
 from omnivideo.errors import CheckpointError
 from omnivideo.training.data.latent_cache import FrozenEncoders, encode_shards
 from omnivideo.training.engine.checkpoint import list_complete_shard_folders
+from omnivideo.training.engine.distributed.launcher import launch_processes
+from omnivideo.training.engine.distributed.processes import ProcessContext
 from omnivideo.training.engine.trainer import Trainer
-from omnivideo.training.engine.zero import ProcessContext, launch_processes
 from tests.support.shards import ASSIGNER as FIT
 from tests.support.shards import SAMPLES
 from tests.support.shards import damage_target as damage

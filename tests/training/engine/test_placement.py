@@ -19,7 +19,7 @@ from omnivideo.training.engine.placement import (
 )
 from omnivideo.training.engine.run import RunContext
 from omnivideo.training.engine.trainer import Trainer
-from omnivideo.training.planning.plan import ALIGNED_STAGES, FLOW_STAGES, TASKS_BY_STAGE
+from omnivideo.training.planning.config import ALIGNED_STAGES, FLOW_STAGES, TASKS_BY_STAGE
 from omnivideo.training.recipes import flow
 from omnivideo.training.recipes.over_shards import PREVIOUS_STAGE, build_mix, build_stage_recipe
 from omnivideo.training.recipes.parts import TRAINABLE_BY_STAGE

@@ -9,22 +9,19 @@ from omnivideo.errors import CheckpointError, InvalidInput
 from omnivideo.models.parallel.ulysses import take_local_part
 from omnivideo.training.engine import checkpoint
 from omnivideo.training.engine.data_parallel import DataParallelRank, current_rank, use_rank
+from omnivideo.training.engine.distributed.launcher import wait_for_processes
+from omnivideo.training.engine.distributed.processes import check_process_counts
+from omnivideo.training.engine.distributed.sharded_muon import assign_owners, group_into_buckets
+from omnivideo.training.engine.distributed.zero import build_deepspeed_config
 from omnivideo.training.engine.monitor import (
     build_writer_factory,
-    find_peak_flops,
     format_progress_line,
     measure_throughput,
 )
 from omnivideo.training.engine.optim import cosine_lr_scale, group_names_by_optimizer
 from omnivideo.training.engine.recipe import Recipe, single_micro_batch
 from omnivideo.training.engine.trainer import Trainer, TrainingProgress
-from omnivideo.training.engine.zero import (
-    assign_owners,
-    build_deepspeed_config,
-    check_process_counts,
-    group_into_buckets,
-    wait_for_processes,
-)
+from omnivideo.training.planning.gpus import find_peak_flops
 
 
 class Second(DataParallelRank):

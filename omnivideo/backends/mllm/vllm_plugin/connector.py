@@ -1,10 +1,12 @@
-"""Visual tokens out of a prompt's hidden states, once its last token has been computed.
+"""Compute visual tokens from a prompt's hidden states once its last token has been computed.
 
-The scheduler's half says which requests of a step are due and where their rows lie; the workers' half gathers the rows,
-puts them through the head and writes the tokens into the file that the request names, before the step's answer leaves.
-A request may have come in chunks, found its beginning in the prefix cache, or lost everything to another and begun
-again: its rows stand in its blocks whatever happened, and the blocks are its own until the step is over.
-Shapes: B requests, N tokens of the longest, M width of the MLLM, Q queries, E width of the tokens.
+In the scheduler, the connector determines which requests a step completes and which cache blocks hold their hidden
+states. In the workers, it gathers the hidden states, runs the vision head and writes the visual tokens to the file
+that the request names, before the step's output is sent. A request may have been computed in chunks, found its
+beginning in the prefix cache, or been preempted and started again; in every case its blocks hold all of its hidden
+states and belong to it until the step ends.
+
+Shapes: B requests, N tokens of the longest, M width of the MLLM, Q visual tokens, E their width.
 """
 
 import logging
@@ -31,14 +33,16 @@ from omnivideo.backends.mllm.vllm_plugin.model import HiddenStateCache
 from omnivideo.models.bridge import VisionHead
 
 FILE_NAME_PATTERN = re.compile(r"[A-Za-z0-9_]{8,64}")
-MAX_PADDED_TOKENS = 16_384  # padded tokens that go through the head at a time
+MAX_PADDED_TOKENS = 16_384  # in one batch of the vision head
 log = logging.getLogger(__name__)
 
 
 @dataclass
 class PendingPrompt:
-    """A prompt of `prompt_length` tokens whose rows lie in `block_ids`, in order; its visual tokens go to
-    `file_name`."""
+    """A prompt of `prompt_length` tokens whose visual tokens are written to `file_name`.
+
+    `block_ids` are the cache blocks of its hidden states, in order.
+    """
 
     file_name: str
     prompt_length: int
@@ -47,25 +51,25 @@ class PendingPrompt:
 
 @dataclass
 class VisualTokensMetadata(KVConnectorMetadata):
-    """What is due after a step's forward pass."""
+    """The prompts whose visual tokens are due after a step's forward pass."""
 
     due_prompts: list[PendingPrompt] = field(default_factory=list)
 
 
 def get_requested_file(params: Any) -> str | None:
-    """The file that a request's visual tokens are to go to; None where it wants none (or names no file of ours)."""
+    """Return the file for a request's visual tokens, or None if it requests none or the name is invalid."""
     extra = getattr(params, "extra_args", None) or {}
     name = (extra.get("kv_transfer_params") or {}).get(VISUAL_TOKENS_PARAM)
     return name if isinstance(name, str) and FILE_NAME_PATTERN.fullmatch(name) else None
 
 
 class VisualTokensConnector(KVConnectorBase_V1, SupportsHMA):
-    """`kv_connector_extra_config` names the folder of the files: `outbox`."""
+    """Writes visual tokens to files in a folder, the `outbox` of `kv_connector_extra_config`."""
 
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: Any):
         super().__init__(vllm_config=vllm_config, role=role, kv_cache_config=kv_cache_config)
         groups = kv_cache_config.kv_cache_groups
-        # The rows may share a group with the attention layers or have one of their own.
+        # The hidden states may share a group with the attention layers or have a separate one.
         ((self.group_index, self.layer_name),) = [
             (index, name)
             for index, group in enumerate(groups)
@@ -73,7 +77,7 @@ class VisualTokensConnector(KVConnectorBase_V1, SupportsHMA):
             if name.startswith("rows.")
         ]
         self.outbox = Path(self._kv_transfer_config.get_from_extra_config("outbox", ""))
-        self.pending_prompts: dict[str, PendingPrompt] = {}  # by request, on the scheduler's side
+        self.pending_prompts: dict[str, PendingPrompt] = {}  # by request id, in the scheduler
 
     # ------------------------------------------------------------ scheduler
 
@@ -85,32 +89,32 @@ class VisualTokensConnector(KVConnectorBase_V1, SupportsHMA):
 
     def build_connector_meta(self, scheduler_output: Any) -> VisualTokensMetadata:
         metadata = VisualTokensMetadata()
-        for request, computed in self.track_scheduled(scheduler_output):
-            prompt = self.pending_prompts[request]
-            if computed + scheduler_output.num_scheduled_tokens[request] >= prompt.prompt_length:
-                metadata.due_prompts.append(self.pending_prompts.pop(request))
+        for request_id, num_computed_tokens in self.track_scheduled(scheduler_output):
+            prompt = self.pending_prompts[request_id]
+            if num_computed_tokens + scheduler_output.num_scheduled_tokens[request_id] >= prompt.prompt_length:
+                metadata.due_prompts.append(self.pending_prompts.pop(request_id))
         return metadata
 
     def track_scheduled(self, output: Any) -> Iterator[tuple[str, int]]:
-        """The waiting requests of a step with the tokens that they have behind them, blocks brought up to date."""
-        for new in output.scheduled_new_reqs:
-            if name := get_requested_file(new.sampling_params):
-                self.pending_prompts[new.req_id] = PendingPrompt(
-                    name, len(new.prompt_token_ids), list(new.block_ids[self.group_index])
-                )
-                yield new.req_id, new.num_computed_tokens
-        cached_requests = output.scheduled_cached_reqs
-        for request, new_block_ids, computed in zip(
-            cached_requests.req_ids, cached_requests.new_block_ids, cached_requests.num_computed_tokens, strict=True
+        """Update the blocks of pending prompts and yield the scheduled ones with their number of computed tokens."""
+        for new_request in output.scheduled_new_reqs:
+            if file_name := get_requested_file(new_request.sampling_params):
+                block_ids = list(new_request.block_ids[self.group_index])
+                prompt = PendingPrompt(file_name, len(new_request.prompt_token_ids), block_ids)
+                self.pending_prompts[new_request.req_id] = prompt
+                yield new_request.req_id, new_request.num_computed_tokens
+        running = output.scheduled_cached_reqs
+        for request_id, new_block_ids, num_computed_tokens in zip(
+            running.req_ids, running.new_block_ids, running.num_computed_tokens, strict=True
         ):
-            if prompt := self.pending_prompts.get(request):
-                if request in cached_requests.resumed_req_ids:
-                    prompt.block_ids = []
-                prompt.block_ids += new_block_ids[self.group_index] if new_block_ids is not None else []
-                yield request, computed
+            if pending := self.pending_prompts.get(request_id):
+                if request_id in running.resumed_req_ids:
+                    pending.block_ids = []  # preempted: vLLM lists all of its blocks again
+                pending.block_ids += new_block_ids[self.group_index] if new_block_ids is not None else []
+                yield request_id, num_computed_tokens
 
     def request_finished(self, request: Any, block_ids: Any) -> tuple[bool, None]:
-        self.pending_prompts.pop(request.request_id, None)  # one that was given up
+        self.pending_prompts.pop(request.request_id, None)  # it may have been aborted
         return False, None
 
     request_finished_all_groups = request_finished
@@ -121,7 +125,7 @@ class VisualTokensConnector(KVConnectorBase_V1, SupportsHMA):
         self.hidden_state_cache = kv_caches[self.layer_name]
         layers = get_layers_from_vllm_config(self._vllm_config, HiddenStateCache, [self.layer_name])
         self.vision_head: VisionHead = layers[self.layer_name].head
-        self.is_writer = get_tensor_model_parallel_rank() == 0  # every rank has the same rows
+        self.is_writer = get_tensor_model_parallel_rank() == 0  # every rank has the same hidden states
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         pass
@@ -133,7 +137,7 @@ class VisualTokensConnector(KVConnectorBase_V1, SupportsHMA):
         pass
 
     def wait_for_save(self) -> None:
-        """After the step's forward pass, before its answer."""
+        """Write the visual tokens that are due. vLLM calls this after a step's forward pass, before its output."""
         metadata = self._get_connector_metadata()
         assert isinstance(metadata, VisualTokensMetadata)
         if metadata.due_prompts and self.is_writer:
@@ -142,24 +146,28 @@ class VisualTokensConnector(KVConnectorBase_V1, SupportsHMA):
                     write_visual_tokens(self.outbox / prompt.file_name, tokens)
 
     def gather_hidden_states(self, prompt: PendingPrompt) -> Tensor:
-        """Hidden states [N, M] of a prompt."""
-        blocks = torch.tensor(prompt.block_ids, device=self.hidden_state_cache.device)
-        return self.hidden_state_cache[blocks].flatten(0, 2)[: prompt.prompt_length].float()
+        """Return the hidden states [N, M] of a prompt."""
+        block_ids = torch.tensor(prompt.block_ids, device=self.hidden_state_cache.device)
+        return self.hidden_state_cache[block_ids].flatten(0, 2)[: prompt.prompt_length].float()
 
     @torch.no_grad()
     def compute_visual_tokens(self, batch: list[PendingPrompt]) -> Tensor:
-        """[B, Q, E] of prompts of any lengths."""
-        states = [self.gather_hidden_states(job) for job in batch]
-        states_BNM = torch.nn.utils.rnn.pad_sequence(states, batch_first=True)
-        lengths = torch.tensor([len(one) for one in states], device=states_BNM.device)
-        padding_BN = torch.arange(states_BNM.shape[1], device=states_BNM.device) >= lengths[:, None]
-        return self.vision_head(states_BNM, padding_BN).cpu()
+        """Return V_o [B, Q, E] of prompts of any lengths."""
+        states_NM = [self.gather_hidden_states(prompt) for prompt in batch]
+        states_BNM = torch.nn.utils.rnn.pad_sequence(states_NM, batch_first=True)
+        lengths_B = torch.tensor([prompt.prompt_length for prompt in batch], device=states_BNM.device)
+        padding_BN = torch.arange(states_BNM.shape[1], device=states_BNM.device) >= lengths_B[:, None]
+        visual_BQE: Tensor = self.vision_head(states_BNM, padding_BN)
+        return visual_BQE.cpu()
 
 
 def batch_by_length(prompts: list[PendingPrompt]) -> Iterator[list[PendingPrompt]]:
-    """Prompts of like lengths together, at most MAX_PADDED_TOKENS padded tokens unless one alone has more."""
+    """Yield batches of prompts of similar lengths.
+
+    A batch has at most MAX_PADDED_TOKENS tokens, padding included, unless it is a single longer prompt.
+    """
     batch: list[PendingPrompt] = []
-    for prompt in sorted(prompts, key=lambda one: one.prompt_length):
+    for prompt in sorted(prompts, key=lambda prompt: prompt.prompt_length):
         if batch and prompt.prompt_length * (len(batch) + 1) > MAX_PADDED_TOKENS:
             yield batch
             batch = []
@@ -168,12 +176,12 @@ def batch_by_length(prompts: list[PendingPrompt]) -> Iterator[list[PendingPrompt
 
 
 def write_visual_tokens(path: Path, tokens_QE: Tensor) -> None:
-    """Only into a file that is there: the route that asked has made it, and removes it when it gives up.
+    """Write visual tokens to an existing file. The route creates it, and removes it if the request is aborted.
 
-    A full disk is that request's failure, not the engine's end.
+    An error such as a full disk fails only this request, not the engine.
     """
     try:
         with path.open("r+b") as file:
             file.write(save({"visual_tokens": tokens_QE[None].contiguous()}))
     except OSError as error:
-        log.error("no visual tokens were written: %s", error)
+        log.error("visual tokens could not be written: %s", error)

@@ -1,8 +1,6 @@
 """The routes of `protocol` on vLLM's API server, answered by its engine.
 
-Prompts are made by `models.mllm.tokenize_message`, so that what the engine sees is what the twin in a process sees,
-token for
-token and pixel for pixel.
+`models.mllm.tokenize_message` builds the prompts, so that the engine gets the same tokens and pixels as `LocalMLLM`.
 """
 
 import asyncio
@@ -10,7 +8,6 @@ import atexit
 import hashlib
 import math
 import shutil
-import tempfile
 import uuid
 from argparse import Namespace
 from collections.abc import AsyncIterator
@@ -32,26 +29,28 @@ from omnivideo.backends.mllm.vllm_plugin.processor import vision_config_from_hf
 from omnivideo.backends.mllm.vllm_plugin.prompt import build_engine_input
 from omnivideo.contracts import Medium, Route
 from omnivideo.errors import InvalidInput
-from omnivideo.media.read import read_media
+from omnivideo.media.artifacts import decode_media
 from omnivideo.models.mllm import BOI, BOV, VISUAL_TOKEN_PAIRS, VISUAL_TOKENS, MLLMMedia, MLLMMessage, tokenize_message
 
-MAX_INLINE_CHARS = 4000  # characters, the most of a user's request
+MAX_INLINE_CHARS = 4000  # characters; shorter texts are tokenized on the event loop
 
 
 def load_media(media: MediaPayload) -> MLLMMedia:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / f"shown.{media.suffix}"
-        path.write_bytes(media.data)
-        return MLLMMedia(read_media(path).frames, media.fps, media.medium == "video")
+    """Decode a medium exactly as `LocalMLLM` does."""
+    frames = decode_media(media.data, f"source.{media.suffix}").frames
+    return MLLMMedia(frames, media.fps, media.medium == "video")
 
 
 def compute_media_digest(media: MediaPayload) -> str:
-    """Unlike any that vLLM's own chat route gives a medium, whose prompts are put together elsewhere."""
+    """Return a digest for vLLM's cache of encoded media.
+
+    Its prefix keeps it distinct from the digests of vLLM's own chat route, which builds its prompts differently.
+    """
     return "omnivideo-" + hashlib.sha256(media.data + f"|{media.medium}|{media.fps}".encode()).hexdigest()
 
 
 class VLLMService:
-    """`MLLMService` by vLLM's engine.  Greedy throughout, so the same for the same request."""
+    """An `MLLMService` on vLLM's engine. Decoding is greedy, so the same request always gets the same answer."""
 
     def __init__(self, client: Any, tokenizer: Any, outbox: Path, lora: Any = None):
         self.client, self.tokenizer, self.outbox, self.lora = client, tokenizer, outbox, lora
@@ -59,11 +58,12 @@ class VLLMService:
         self.max_model_len: int = client.model_config.max_model_len
         self.vision_config = vision_config_from_hf(self.config)
         self.special_tokens = list_special_tokens(tokenizer)
-        self.load_media_cached = lru_cache(maxsize=8)(load_media)  # a turn asks about the same clip several times
+        self.load_media_cached = lru_cache(maxsize=8)(load_media)  # one turn reads the same clip several times
 
     # ------------------------------------------------------------ requests
 
     def build_prompt(self, payload: MLLMPayload, answer: str) -> Any:
+        """Return the engine's input for a request. Raises InvalidInput if it is too long for the model."""
         message = MLLMMessage(
             sanitize_text(payload.text, self.special_tokens),
             tuple(map(self.load_media_cached, payload.media)),
@@ -71,27 +71,26 @@ class VLLMService:
         )
         encoded = tokenize_message(self.tokenizer, message, self.vision_config, answer)
         if len(encoded.token_ids) >= self.max_model_len:
-            max_prompt_tokens = self.max_model_len - 1
-            raise InvalidInput(
-                "prompt", f"it has {len(encoded.token_ids)} tokens; the language model takes {max_prompt_tokens}"
-            )
+            text = f"it has {len(encoded.token_ids)} tokens; the language model takes {self.max_model_len - 1}"
+            raise InvalidInput("prompt", text)
         digests: dict[str, list[str]] = {"image": [], "video": []}
-        for one in payload.media:
-            digests[one.medium].append(compute_media_digest(one))
+        for media in payload.media:
+            digests[media.medium].append(compute_media_digest(media))
         return build_engine_input(encoded, digests, self.vision_config.merge_size)
 
     async def start_generation(
         self, payload: MLLMPayload, params: SamplingParams, answer: str = ""
     ) -> AsyncIterator[Any]:
-        """Pixels and long texts stay off the event loop; a short text is encoded faster than a thread is found."""
-        slow = payload.media or len(payload.text) > MAX_INLINE_CHARS
-        prompt = (
-            await asyncio.to_thread(self.build_prompt, payload, answer) if slow else self.build_prompt(payload, answer)
-        )
+        """Submit a request and return the engine's outputs; `answer` is the beginning of the model's answer."""
+        # Tokenizing a short text is faster than switching to a thread.
+        if payload.media or len(payload.text) > MAX_INLINE_CHARS:
+            prompt = await asyncio.to_thread(self.build_prompt, payload, answer)
+        else:
+            prompt = self.build_prompt(payload, answer)
         return self.stream_outputs(prompt, params)
 
     async def stream_outputs(self, prompt: Any, params: SamplingParams) -> AsyncIterator[Any]:
-        if prompt["type"] == "multimodal":  # what the engine has already seen is not sent again
+        if prompt["type"] == "multimodal":  # media that the engine has cached are not sent again
             self.client.input_processor.inject_into_mm_cache(prompt["mm_hashes"], prompt["mm_kwargs"])
         request_id = f"omnivideo-{uuid.uuid4().hex}"
         try:
@@ -101,7 +100,8 @@ class VLLMService:
             raise InvalidInput("prompt", str(error)) from None
 
     async def generate_final_output(self, payload: MLLMPayload, params: SamplingParams, answer: str = "") -> Any:
-        return [output async for output in await self.start_generation(payload, params, answer)][-1]
+        outputs = await self.start_generation(payload, params, answer)
+        return [output async for output in outputs][-1]
 
     # ------------------------------------------------------------ answers
 
@@ -109,10 +109,10 @@ class VLLMService:
         return [self.tokenizer.encode(word, add_special_tokens=False)[0] for word in words]
 
     async def predict_first_token(self, payload: MLLMPayload, token_ids: list[int]) -> tuple[int, list[float]]:
-        """The likeliest first token, and the logarithms of the probabilities of these."""
+        """Return the answer's likeliest first token and the log probabilities of `token_ids`."""
         params = SamplingParams(temperature=0, max_tokens=1, logprob_token_ids=token_ids, detokenize=False)
         output = await self.generate_final_output(payload, params)
-        return output.token_ids[0], [output.logprobs[0][one].logprob for one in token_ids]
+        return output.token_ids[0], [output.logprobs[0][token_id].logprob for token_id in token_ids]
 
     async def route(self, payload: MLLMPayload) -> Route:
         boi, bov = self.encode_first_tokens(BOI, BOV)
@@ -139,15 +139,15 @@ class VLLMService:
         return self.stream_pieces(await self.start_generation(payload, params))
 
     async def stream_pieces(self, outputs: AsyncIterator[Any]) -> AsyncIterator[str]:
-        """Special tokens but the end are left in, as in `models.mllm.generate_answer`.
+        """Yield the text of tokens, with all special tokens but the end token, as `models.mllm.generate_answer` does.
 
-        Token by token, though a busy engine tells of several at once: else half a character at an answer's end would
-        take what came with it along.
+        Each token is decoded separately, although a busy engine returns several at once. Otherwise an incomplete
+        character at the end of an answer would hold back the complete tokens before it.
         """
         pending_ids: list[int] = []  # a character may span several tokens
         async for output in outputs:
-            for one in output.token_ids:
-                pending_ids += [one] if one != self.tokenizer.eos_token_id else []
+            for token_id in output.token_ids:
+                pending_ids += [token_id] if token_id != self.tokenizer.eos_token_id else []
                 text = self.tokenizer.decode(pending_ids)
                 if text and not text.endswith("\ufffd"):
                     yield text
@@ -155,21 +155,21 @@ class VLLMService:
 
     async def compute_visual_tokens(self, payload: MLLMPayload, medium: Medium) -> bytes:
         path = self.outbox / f"tokens_{uuid.uuid4().hex}"
-        path.touch(mode=0o600)  # the connector writes only where somebody waits
-        extra = {"kv_transfer_params": {VISUAL_TOKENS_PARAM: path.name}}
-        params = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, detokenize=False, extra_args=extra)
+        path.touch(mode=0o600)  # the connector writes only to existing files
+        extra_args = {"kv_transfer_params": {VISUAL_TOKENS_PARAM: path.name}}
+        params = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, detokenize=False, extra_args=extra_args)
         try:
             await self.generate_final_output(payload, params, "".join(VISUAL_TOKEN_PAIRS[medium]))
             tokens = path.read_bytes()
         finally:
             path.unlink(missing_ok=True)
         if not tokens:
-            raise RuntimeError("the connector wrote no visual tokens; the engine's log says why")
+            raise RuntimeError("the connector wrote no visual tokens; see the engine's log")
         return tokens
 
 
 def sanitize_chat_request(request: ChatCompletionRequest, special_tokens: frozenset[str]) -> ChatCompletionRequest:
-    """A chat whose users and tools have no special tokens in their words."""
+    """Remove special tokens from the messages of users and tools, in place, and return the request."""
     for message in request.messages:
         if message.get("role") in ("user", "tool"):
             content: Any = message.get("content")
@@ -182,7 +182,7 @@ def sanitize_chat_request(request: ChatCompletionRequest, special_tokens: frozen
 
 
 class Endpoint:
-    """vLLM's EndpointPlugin."""
+    """The EndpointPlugin that vLLM loads."""
 
     name = ENDPOINT_PLUGIN
     required_tasks = ("generate",)
@@ -193,7 +193,7 @@ class Endpoint:
 
         @app.post("/v1/chat/completions")
         async def create_chat(request: ChatCompletionRequest, raw_request: Request) -> Any:
-            """vLLM's own, but for what users cannot say."""
+            """Answer as vLLM's own route does, with special tokens removed from the users' texts."""
             return await create_chat_completion(
                 sanitize_chat_request(request, self.service.special_tokens), raw_request
             )
@@ -202,5 +202,5 @@ class Endpoint:
         outbox = Path(engine_client.vllm_config.kv_transfer_config.kv_connector_extra_config["outbox"])
         outbox.mkdir(mode=0o700, parents=True, exist_ok=True)
         atexit.register(shutil.rmtree, outbox, ignore_errors=True)
-        loras = list(state.openai_serving_models.lora_requests.values())
-        self.service = VLLMService(engine_client, engine_client.get_tokenizer(), outbox, loras[0] if loras else None)
+        lora = next(iter(state.openai_serving_models.lora_requests.values()), None)
+        self.service = VLLMService(engine_client, engine_client.get_tokenizer(), outbox, lora)

@@ -1,7 +1,7 @@
-"""Pixels for vLLM as `models.mllm` makes them: the same frames, sizes, patches and timestamps, and none of its own.
+"""vLLM's multimodal processor for our MLLM, with the frames, sizes, patches and timestamps of `models.mllm`.
 
-vLLM's stock chat route comes through here; our own routes bring patches along.  Hugging Face's processors are never
-asked, so the checkpoint needs no file for them.
+Only vLLM's own chat route uses it, since our routes send patches. Hugging Face's processors are not used, so a
+checkpoint needs no files for them.
 """
 
 import re
@@ -37,7 +37,7 @@ def vision_config_from_hf(config: Any) -> VisionInputConfig:
 
 
 def collate_patches(patches: Mapping[str, list[Tensor]], grids: Mapping[str, list[list[int]]]) -> dict[str, Tensor]:
-    """The model's inputs for patches [P, D] and grids (t, h, w) of each kind."""
+    """Return the model's inputs for the patches [P, I] and grids (t, h, w) of each kind of medium."""
     inputs: dict[str, Tensor] = {}
     for kind, (values, grid) in INPUT_FIELDS.items():
         if patches[kind]:
@@ -46,29 +46,35 @@ def collate_patches(patches: Mapping[str, list[Tensor]], grids: Mapping[str, lis
 
 
 def media_from_image(image: Any) -> MLLMMedia:
-    shown = image.convert("RGB") if isinstance(image, Image.Image) else image
-    return MLLMMedia(np.asarray(shown)[None], is_video=False)
+    pixels = image.convert("RGB") if isinstance(image, Image.Image) else image
+    return MLLMMedia(np.asarray(pixels)[None], is_video=False)
 
 
 def media_from_video(video: tuple[Any, Mapping[str, Any]]) -> MLLMMedia:
-    """The server is told to read every frame (`launch.build_command`); of fewer, evenly chosen, the rate is less."""
+    """Return a video as vLLM reads it: pixels [F, H, W, 3] and metadata.
+
+    `launch.build_command` makes the server read every frame. If it reads fewer, evenly spaced ones, the frame rate is
+    lowered accordingly.
+    """
     frames, metadata = np.asarray(video[0]), video[1]
     total = metadata.get("total_num_frames") or len(frames)
     return MLLMMedia(frames, float(metadata.get("fps") or 1.0) * len(frames) / total)
 
 
 class OmniVideoProcessingInfo(Qwen3VLProcessingInfo):
+    """The sizes of media in tokens, by which vLLM plans its memory."""
+
     def get_vision_input_config(self) -> VisionInputConfig:
         return vision_config_from_hf(self.get_hf_config())
 
     def count_max_frames(self, seq_len: int) -> int:
-        """The longest clip that fits a prompt, in frames that the model looks at."""
+        """Return the number of frames that the model sees of the longest clip that fits into `seq_len` tokens."""
         vision_config = self.get_vision_input_config()
         pairs = max(1, seq_len // (self.count_frame_tokens() + 2))  # a pair has a start and an end token
         return min(vision_config.max_frames, pairs * vision_config.temporal_patch_size)
 
     def count_frame_tokens(self) -> int:
-        """Tokens of a frame at the most."""
+        """Return the largest number of tokens of a frame."""
         vision_config = self.get_vision_input_config()
         return vision_config.max_pixels // (vision_config.patch_size * vision_config.merge_size) ** 2
 
@@ -84,7 +90,7 @@ class OmniVideoProcessingInfo(Qwen3VLProcessingInfo):
 
 
 class OmniVideoDummyInputs(Qwen3VLDummyInputsBuilder):
-    """The largest media, for vLLM to measure memory with."""
+    """The largest media, with which vLLM measures its memory."""
 
     def get_dummy_mm_data(
         self, seq_len: int, mm_counts: Mapping[str, int], mm_options: Mapping[str, Any]
@@ -100,20 +106,23 @@ class OmniVideoDummyInputs(Qwen3VLDummyInputsBuilder):
 
 
 class OmniVideoProcessor(Qwen3VLMultiModalProcessor):
+    """Turns media into patches, and placeholders in a prompt into their tokens."""
+
     def _apply_hf_processor_main(self, mm_items: MultiModalDataItems, hf_kwargs: Mapping[str, object]) -> BatchFeature:
         info: OmniVideoProcessingInfo = self.info
         patches: dict[str, list[Tensor]] = {"image": [], "video": []}
         grids: dict[str, list[list[int]]] = {"image": [], "video": []}
-        seconds: list[list[float]] = []
-        media = [media_from_image(one) for one in mm_items["image"].get_all()] if "image" in mm_items else []
-        media += [media_from_video(one) for one in mm_items["video"].get_all()] if "video" in mm_items else []
-        for one in media:
-            text, patch, grid = encode_media(one, info.get_vision_input_config())
-            patches["video" if one.is_video else "image"].append(patch)
-            grids["video" if one.is_video else "image"].append(grid)
-            if one.is_video:
-                seconds.append([float(at) for at in TIMESTAMP_PATTERN.findall(text)])
-        return BatchFeature(collate_patches(patches, grids) | ({"timestamps": seconds} if seconds else {}))
+        timestamps: list[list[float]] = []
+        all_media = [media_from_image(image) for image in mm_items["image"].get_all()] if "image" in mm_items else []
+        all_media += [media_from_video(video) for video in mm_items["video"].get_all()] if "video" in mm_items else []
+        for media in all_media:
+            text, patches_PI, grid = encode_media(media, info.get_vision_input_config())
+            kind = "video" if media.is_video else "image"
+            patches[kind].append(patches_PI)
+            grids[kind].append(grid)
+            if media.is_video:
+                timestamps.append([float(seconds) for seconds in TIMESTAMP_PATTERN.findall(text)])
+        return BatchFeature(collate_patches(patches, grids) | ({"timestamps": timestamps} if timestamps else {}))
 
     def _get_prompt_updates(
         self,

@@ -1,4 +1,4 @@
-"""An encoded request as the engine takes it: token ids, patches, and where in the prompt each medium stands."""
+"""A tokenized request as input for vLLM's engine: token ids, patches, and the position of each medium."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -16,22 +16,22 @@ MODALITY_IDS = {"image": 1, "video": 2}  # in TokenizedRequest.token_types
 
 
 def find_runs(token_types: Sequence[int], kind: int) -> Iterator[tuple[int, int]]:
-    """Beginning and end of every unbroken run of a type."""
+    """Yield the beginning and end of every unbroken run of a token type."""
     begin = None
-    for index, one in enumerate([*token_types, 0]):
-        if one == kind and begin is None:
+    for index, token_type in enumerate([*token_types, 0]):
+        if token_type == kind and begin is None:
             begin = index
-        elif one != kind and begin is not None:
+        elif token_type != kind and begin is not None:
             yield begin, index
             begin = None
 
 
 def locate_placeholders(encoded: TokenizedRequest, kind: str) -> list[PlaceholderRange]:
-    """Where the media of a kind stand.  A clip has a run for each pair of frames, and text between them."""
+    """Return the positions of the media of a kind. A clip has a run for each group of frames, with text between."""
     media_runs, placeholders = find_runs(encoded.token_types, MODALITY_IDS[kind]), []
     for frames, _, _ in encoded.grids[kind]:
         item_runs = [next(media_runs) for _ in range(frames)]
-        # From a clip's first start token: the model looks for it to place the frames in time.
+        # A clip begins at its first start token, by which the model computes the positions of its frames.
         begin, end = (item_runs[0][0] - 1, item_runs[-1][1]) if kind == "video" else item_runs[0]
         mask = torch.tensor(encoded.token_types[begin:end]) == MODALITY_IDS[kind]
         placeholders.append(PlaceholderRange(begin, end - begin, mask if kind == "video" else None))
@@ -39,7 +39,7 @@ def locate_placeholders(encoded: TokenizedRequest, kind: str) -> list[Placeholde
 
 
 def build_engine_input(encoded: TokenizedRequest, digests: dict[str, list[str]], merge_size: int) -> Any:
-    """`digests` name the media of each kind: what is equal by them is put through the encoder once."""
+    """Return the engine's input. Media with equal `digests` are encoded only once."""
     tensors = collate_patches(encoded.patches, encoded.grids)
     if not tensors:
         return tokens_input(encoded.token_ids)

@@ -3,6 +3,8 @@
 import sqlalchemy as sa
 from alembic import op
 
+from omnivideo.storage.database.migrations import refuse_downgrade
+
 revision = ${repr(up_revision)}
 down_revision = ${repr(down_revision)}
 
@@ -11,5 +13,4 @@ def upgrade() -> None:
     ${upgrades if upgrades else "pass"}
 
 
-def downgrade() -> None:
-    ${downgrades if downgrades else "pass"}
+downgrade = refuse_downgrade

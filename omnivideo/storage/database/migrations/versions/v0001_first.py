@@ -3,6 +3,8 @@
 import sqlalchemy as sa
 from alembic import op
 
+from omnivideo.storage.database.migrations import refuse_downgrade
+
 revision = "0001"
 down_revision = None
 
@@ -164,28 +166,4 @@ def upgrade() -> None:
     op.create_index("turns_thread", "turns", ["thread", "made"], unique=False)
 
 
-def downgrade() -> None:
-    op.drop_index("turns_thread", table_name="turns")
-    op.drop_index("turns_open", table_name="turns")
-    op.drop_table("turns")
-    op.drop_index("threads_listed", table_name="threads")
-    op.drop_table("threads")
-    op.drop_table("lines")
-    op.drop_table("keys")
-    op.drop_index("jobs_owner", table_name="jobs")
-    op.drop_index("jobs_next", table_name="jobs")
-    op.drop_index("jobs_listed", table_name="jobs")
-    op.drop_index("jobs_announced", table_name="jobs")
-    op.drop_table("jobs")
-    op.drop_index("hooks_owner", table_name="hooks")
-    op.drop_table("hooks")
-    op.drop_index("files_listed", table_name="files")
-    op.drop_table("files")
-    op.drop_index("events_made", table_name="events")
-    op.drop_table("events")
-    op.drop_index("deliveries_due", table_name="deliveries")
-    op.drop_table("deliveries")
-    op.drop_table("chats")
-    op.drop_index("batches_open", table_name="batches")
-    op.drop_index("batches_listed", table_name="batches")
-    op.drop_table("batches")
+downgrade = refuse_downgrade

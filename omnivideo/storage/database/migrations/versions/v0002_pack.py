@@ -3,6 +3,8 @@
 import sqlalchemy as sa
 from alembic import op
 
+from omnivideo.storage.database.migrations import refuse_downgrade
+
 revision = "0002"
 down_revision = "0001"
 
@@ -11,5 +13,4 @@ def upgrade() -> None:
     op.add_column("jobs", sa.Column("pack", sa.JSON(none_as_null=True), nullable=True))
 
 
-def downgrade() -> None:
-    op.drop_column("jobs", "pack")
+downgrade = refuse_downgrade

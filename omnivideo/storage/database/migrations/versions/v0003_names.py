@@ -6,6 +6,8 @@ from typing import Any
 import sqlalchemy as sa
 from alembic import op
 
+from omnivideo.storage.database.migrations import refuse_downgrade
+
 revision = "0003"
 down_revision = "0002"
 
@@ -77,10 +79,6 @@ DOCUMENTS: list[tuple[str, list[str], dict[str, Fields | None]]] = [  # table, i
 ROWS_AT_ONCE = 500
 
 
-def invert_fields(fields: Fields) -> Fields:
-    return {new: (old, invert_fields(inner)) for old, (new, inner) in fields.items()}
-
-
 def rename_fields(value: Any, fields: Fields) -> Any:
     if isinstance(value, list):
         return [rename_fields(item, fields) for item in value]
@@ -93,8 +91,8 @@ def rename_fields(value: Any, fields: Fields) -> Any:
     return renamed
 
 
-def convert_documents(is_upgrade: bool) -> None:
-    """The documents of every row, a few hundred rows at a time; the tables have their new names."""
+def convert_documents() -> None:
+    """Rename the keys of the JSON documents in every row, ROWS_AT_ONCE rows at a time; tables have new names by now."""
     connection = op.get_bind()
     for table_name, key_names, documents in DOCUMENTS:
         columns: Iterable[Any] = [sa.column(name) for name in key_names]
@@ -110,7 +108,7 @@ def convert_documents(is_upgrade: bool) -> None:
                     if document is None:
                         continue
                     fields = EVENTS.get(document["kind"], {}) if named_fields is None else named_fields
-                    new_document = rename_fields(document, fields if is_upgrade else invert_fields(fields))
+                    new_document = rename_fields(document, fields)
                     if new_document != document:
                         converted[name] = new_document
                 if converted:
@@ -133,22 +131,7 @@ def upgrade() -> None:
     if op.get_bind().dialect.name == "postgresql":
         for table, old, new in CONSTRAINTS:
             op.execute(f"ALTER TABLE {table} RENAME CONSTRAINT {old} TO {new}")
-    convert_documents(is_upgrade=True)
+    convert_documents()
 
 
-def downgrade() -> None:
-    convert_documents(is_upgrade=False)
-    if op.get_bind().dialect.name == "postgresql":
-        for table, old, new in CONSTRAINTS:
-            op.execute(f"ALTER TABLE {table} RENAME CONSTRAINT {new} TO {old}")
-    for _, new, _, _ in INDEXES:
-        op.drop_index(new)
-    for table, columns in COLUMNS.items():
-        for old, new in columns.items():
-            op.alter_column(table, new, new_column_name=old)
-    for old, new in TABLES.items():
-        op.rename_table(new, old)
-    old_tables = {new: old for old, new in TABLES.items()}
-    old_columns = {table: {new: old for old, new in columns.items()} for table, columns in COLUMNS.items()}
-    for old, _, table, names in INDEXES:
-        op.create_index(old, old_tables[table], [old_columns[table].get(name, name) for name in names])
+downgrade = refuse_downgrade

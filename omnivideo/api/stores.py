@@ -1,0 +1,83 @@
+"""What the API needs of the records that only it reads and writes: files, batches, webhooks and API keys.
+
+The stores of jobs and turns, which the planner and the workers use too, are in omnivideo/ports.py. The repositories in
+storage/database implement all of them.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from omnivideo.contracts import BatchRecord, FileRecord, WebhookRecord
+
+
+class FileStore(Protocol):
+    def create_file(
+        self, owner: str, *, file_id: str, name: str, purpose: str, size_bytes: int, object_key: str,
+        artifact: dict[str, Any] | None,
+    ) -> FileRecord:  # fmt: skip
+        """Create a file and return it. If the id exists, return the file that has it, unchanged."""
+        ...
+
+    def get_file(self, file_id: str, owner: str) -> FileRecord | None: ...
+
+    def list_files(
+        self, owner: str, purpose: str | None, after: str | None, limit: int, newest_first: bool
+    ) -> tuple[list[FileRecord], bool]:
+        """Return a page of the owner's files, of one purpose if given, and whether more follow."""
+        ...
+
+    def delete_file(self, file_id: str, owner: str) -> bool:
+        """Return False if the owner has no such file."""
+        ...
+
+
+class BatchStore(Protocol):
+    def create_batch(
+        self, owner: str, max_open_batches: int, *, batch_id: str, endpoint: str, input_file_id: str,
+        metadata: dict[str, str],
+    ) -> BatchRecord:  # fmt: skip
+        """Create a batch and return it. If the owner has a batch with the id, return that one, unchanged.
+
+        Raises ServiceBusy if the owner already has `max_open_batches` active batches.
+        """
+        ...
+
+    def get_batch(self, batch_id: str, owner: str) -> BatchRecord | None: ...
+
+    def list_batches(self, owner: str, after: str | None, limit: int) -> tuple[list[BatchRecord], bool]:
+        """Return a page of the owner's batches, newest first, and whether more follow."""
+        ...
+
+    def transition_batch(self, batch: BatchRecord, state: str) -> bool:
+        """Move a batch to another state. Return False if it has left the state that `batch` says."""
+        ...
+
+
+class WebhookStore(Protocol):
+    def create_webhook(
+        self, owner: str, max_webhooks: int, *, webhook_id: str, url: str, secret: str, name: str,
+        event_types: Sequence[str],
+    ) -> WebhookRecord:  # fmt: skip
+        """Create a webhook and return it. Raises InvalidInput if the owner already has `max_webhooks`."""
+        ...
+
+    def get_webhook(self, webhook_id: str, owner: str) -> WebhookRecord | None: ...
+
+    def list_webhooks(self, owner: str, after: str | None, limit: int) -> tuple[list[WebhookRecord], bool]:
+        """Return a page of the owner's webhooks, newest first, and whether more follow."""
+        ...
+
+    def delete_webhook(self, webhook_id: str, owner: str) -> bool:
+        """Return False if the owner has no such webhook."""
+        ...
+
+
+class APIKeyStore(Protocol):
+    @property
+    def is_required(self) -> bool:
+        """Return whether a request needs a key, which it does if the operator has set an admin key."""
+        ...
+
+    def find_owner(self, key: str) -> str | None:
+        """Return the id of the key, which owns what is made with it; None for a wrong or revoked key."""
+        ...

@@ -1,0 +1,216 @@
+"""Notify the followers of turns and jobs of a change, in this process and in the others on the same database.
+
+The database is the only record: a follower that misses a notification loses no event, it only reads it later.
+
+- In one process, a change is delivered as soon as the statement that wrote it has been committed.
+- Across processes, PostgreSQL delivers it: the statement itself calls `pg_notify`, in its own transaction. One
+  connection of each process listens as long as anybody follows, and reconnects when it is lost.
+- SQLite cannot notify other processes. Their followers read the database every SQLITE_POLL_SECONDS.
+
+On PostgreSQL, followers read the database every POSTGRESQL_POLL_SECONDS as well, in case a notification was lost.
+"""
+
+import asyncio
+import json
+import logging
+import os
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from sqlalchemy import URL, ColumnElement, Engine, String, cast, func, literal, null
+
+from omnivideo.contracts import Change
+
+log = logging.getLogger("omnivideo.storage")
+CHANNEL = "omnivideo_changes"  # of PostgreSQL's LISTEN and NOTIFY
+SQLITE_POLL_SECONDS = 0.5
+POSTGRESQL_POLL_SECONDS = 5.0
+MAX_PAYLOAD_BYTES = 7000  # PostgreSQL allows 8000; a longer event is read from the database
+LISTENER_IDLE_SECONDS = 10.0  # how long the connection listens on after the last follower has left
+RECONNECT_SECONDS = (0.1, 5.0)  # the first and the longest pause between two attempts to connect
+ANY_JOB_END = "end"
+
+
+Deliver = Callable[[Change | None], None]  # None: changes may have been missed, so read the database
+
+
+def turn_topic(turn_id: str) -> str:
+    """Return the topic of a turn's events and of its end."""
+    return f"turn {turn_id}"
+
+
+def job_step_topic(job_id: str) -> str:
+    """Return the topic of the steps of a job that belongs to no turn; it is published in this process only."""
+    return f"step {job_id}"
+
+
+def job_end_topic(job_id: str) -> str:
+    """Return the topic of a job's end. Whoever watches ANY_JOB_END is notified as well."""
+    return f"{ANY_JOB_END} {job_id}"
+
+
+class Watch:
+    """The notifications of a follower that runs in a thread."""
+
+    def __init__(self, poll_seconds: float):
+        self.poll_seconds = poll_seconds
+        self.changed = threading.Event()
+
+    def deliver(self, change: Change | None = None) -> None:
+        self.changed.set()
+
+    def wait(self, timeout_seconds: float | None = None) -> None:
+        """Wait for a change, but no longer than the poll interval or `timeout_seconds`."""
+        self.changed.wait(self.poll_seconds if timeout_seconds is None else min(timeout_seconds, self.poll_seconds))
+        self.changed.clear()
+
+
+class AsyncWatch:
+    """The notifications of a follower that runs in an event loop."""
+
+    def __init__(self, poll_seconds: float):
+        self.poll_seconds = poll_seconds
+        self.loop = asyncio.get_running_loop()
+        self.changes: asyncio.Queue[Change | None] = asyncio.Queue()
+
+    def deliver(self, change: Change | None) -> None:
+        with suppress(RuntimeError):  # the loop has been closed
+            self.loop.call_soon_threadsafe(self.changes.put_nowait, change)
+
+    async def receive(self, timeout_seconds: float | None = None) -> Change | None:
+        """Return the next change, or None if the database must be read: on a timeout, or if changes were missed."""
+        timeout = self.poll_seconds if timeout_seconds is None else min(timeout_seconds, self.poll_seconds)
+        try:
+            return await asyncio.wait_for(self.changes.get(), timeout)
+        except TimeoutError:
+            return None
+
+
+class ChangeNotifier:
+    """Deliver the changes in one database to the followers in this process."""
+
+    def __init__(self, url: URL):
+        self.url = url
+        self.is_postgresql = url.get_backend_name() == "postgresql"
+        self.poll_seconds = POSTGRESQL_POLL_SECONDS if self.is_postgresql else SQLITE_POLL_SECONDS
+        self.process_token = secrets.token_hex(8)  # marks the notifications that this process has already delivered
+        self.followers: dict[str, set[Deliver]] = {}
+        self.lock = threading.Lock()
+        self.listener: threading.Thread | None = None
+
+    @contextmanager
+    def watch(self, *topics: str) -> Iterator[Watch]:
+        """Follow topics in a thread. Read the database after entering, and again after every wait."""
+        watch = Watch(self.poll_seconds)
+        with self.subscribe(topics, watch.deliver):
+            yield watch
+
+    @contextmanager
+    def watch_async(self, *topics: str) -> Iterator[AsyncWatch]:
+        """Follow topics in the running event loop. Read the database after entering."""
+        watch = AsyncWatch(self.poll_seconds)
+        with self.subscribe(topics, watch.deliver):
+            yield watch
+
+    @contextmanager
+    def subscribe(self, topics: tuple[str, ...], deliver: Deliver) -> Iterator[None]:
+        with self.lock:
+            for topic in topics:
+                self.followers.setdefault(topic, set()).add(deliver)
+            if self.is_postgresql and self.listener is None:
+                self.listener = threading.Thread(target=self.listen, daemon=True, name="listener")
+                self.listener.start()
+        try:
+            yield
+        finally:
+            with self.lock:
+                for topic in topics:
+                    self.followers[topic].discard(deliver)
+                    if not self.followers[topic]:
+                        del self.followers[topic]
+
+    def publish(self, change: Change) -> None:
+        """Deliver a change to the followers in this process."""
+        with self.lock:
+            kind = change.topic.partition(" ")[0]
+            followers = [*self.followers.get(change.topic, ()), *self.followers.get(kind, ())]
+        for deliver in followers:
+            deliver(change)
+
+    def build_notification(
+        self, topic: ColumnElement[str], number: ColumnElement[int] | None = None, body: dict[str, Any] | None = None
+    ) -> ColumnElement[Any]:
+        """Return a column for RETURNING that notifies the other processes when the statement is committed."""
+        if not self.is_postgresql:
+            return null().label("notification")
+        payload: ColumnElement[str] = literal(f"{self.process_token}\t") + topic
+        if number is not None:
+            text = json.dumps(body)
+            is_small = len(text.encode()) <= MAX_PAYLOAD_BYTES
+            payload = payload + literal("\t") + cast(number, String) + literal(f"\t{text if is_small else ''}")
+        return func.pg_notify(CHANNEL, payload).label("notification")
+
+    # ------------------------------------------------------------ PostgreSQL's notifications
+
+    def listen(self) -> None:
+        """Deliver the notifications of other processes until nobody has followed for LISTENER_IDLE_SECONDS."""
+        import psycopg
+
+        address = self.url.set(drivername="postgresql").render_as_string(hide_password=False)
+        pause_seconds, idle_since = RECONNECT_SECONDS[0], time.monotonic()
+        while True:
+            try:
+                with psycopg.connect(address, autocommit=True, connect_timeout=5) as connection:
+                    connection.execute(f"LISTEN {CHANNEL}")
+                    self.deliver_missed()  # what was written before LISTEN took effect
+                    pause_seconds = RECONNECT_SECONDS[0]
+                    while True:
+                        for notification in connection.notifies(timeout=1.0):
+                            self.deliver_payload(notification.payload)
+                        idle_since = time.monotonic() if self.followers else idle_since
+                        if self.stop_if_idle(idle_since):
+                            return
+            except psycopg.Error as error:
+                log.warning("notifications: the database is not available: %s", type(error).__name__)
+                idle_since = time.monotonic() if self.followers else idle_since
+                if self.stop_if_idle(idle_since):
+                    return
+                time.sleep(pause_seconds)
+                pause_seconds = min(2 * pause_seconds, RECONNECT_SECONDS[1])
+
+    def deliver_payload(self, payload: str) -> None:
+        token, topic, *rest = payload.split("\t")
+        if token == self.process_token:
+            return
+        number, body = rest or (None, "")
+        self.publish(
+            Change(topic=topic, number=int(number) if number else None, body=json.loads(body) if body else None)
+        )
+
+    def deliver_missed(self) -> None:
+        """Make every follower read the database."""
+        with self.lock:
+            followers = {deliver for group in self.followers.values() for deliver in group}
+        for deliver in followers:
+            deliver(None)
+
+    def stop_if_idle(self, idle_since: float) -> bool:
+        with self.lock:
+            if self.followers or time.monotonic() - idle_since < LISTENER_IDLE_SECONDS:
+                return False
+            self.listener = None
+            return True
+
+
+NOTIFIERS: dict[str, ChangeNotifier] = {}  # of this process, by the address of their database
+os.register_at_fork(after_in_child=NOTIFIERS.clear)
+
+
+def get_notifier(engine: Engine) -> ChangeNotifier:
+    """Return the notifier of an engine's database; all engines of this process on one database share it."""
+    address = engine.url.render_as_string(hide_password=False)
+    return NOTIFIERS.setdefault(address, ChangeNotifier(engine.url))

@@ -1,0 +1,120 @@
+"""Visual tokens and latents on their way from the MLLM to the renderer."""
+
+import json
+
+import pytest
+
+from omnivideo.backends.decoder.renderer import Renderer
+from omnivideo.contracts import Artifact, Job, Manifest, MLLMRequest, SamplingOverrides
+from omnivideo.errors import ArtifactNotFound
+from omnivideo.sdk.studio import Studio
+from omnivideo.storage.objects.local import LocalObjectStore
+from omnivideo.storage.objects.memory import MemoryObjectStore
+from omnivideo.wiring import ServiceWiring
+
+STEPS = SamplingOverrides(steps=2)
+
+
+class RecordingStore(MemoryObjectStore):
+    """Records the keys of tensors that are written and read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.written_tensors: list[str] = []
+        self.read_tensors: list[str] = []
+
+    def put(self, data: bytes, suffix: str) -> str:
+        key = super().put(data, suffix)
+        self.written_tensors += [key] if suffix == "safetensors" else []
+        return key
+
+    def get(self, key: str) -> bytes:
+        self.read_tensors += [key] if key.endswith(".safetensors") else []
+        return super().get(key)
+
+
+def render(renderer: Renderer, job: Job) -> Artifact:
+    prepared, params = renderer.prepare_job(job)
+    *_, clip = renderer.render_job(prepared, params)
+    return renderer.store_result(prepared, params, clip)
+
+
+def build_job(visual_tokens: str | None = None) -> Job:
+    return Job(
+        id="clip", task="text-to-video", prompt="a red ball", visual_tokens=visual_tokens, source=None, seed=3,
+        overrides=STEPS,
+    )  # fmt: skip
+
+
+def test_generate_passes_no_tensor_through_the_store(weights, tmp_path, monkeypatch):
+    studio = Studio(weights=weights, home=tmp_path, device="cpu")
+    accessed: list[str] = []
+    put, get = LocalObjectStore.put, LocalObjectStore.get
+
+    def record_put(store: LocalObjectStore, data: bytes, suffix: str) -> str:
+        accessed.append(key := put(store, data, suffix))
+        return key
+
+    def record_get(store: LocalObjectStore, key: str) -> bytes:
+        accessed.append(key)
+        return get(store, key)
+
+    monkeypatch.setattr(LocalObjectStore, "put", record_put)
+    monkeypatch.setattr(LocalObjectStore, "get", record_get)
+    studio.generate("a red ball", image=False, steps=2)
+    assert accessed == []
+    renderer = studio.conversations.queue_for("local").renderer
+    reference = studio.conversations.mllm.predict_visual_tokens(MLLMRequest(text="a red ball"), "video")
+    *_, artifact = studio.conversations.queue_for("local").run(build_job(reference))
+    # The finished clip's latents are kept for later edits; the visual tokens appear nowhere.
+    assert [key for key in accessed if key.endswith(".safetensors")] == [artifact.latents]
+    assert renderer.mllm.has_visual_tokens(reference) and not renderer.store.has(reference)
+
+
+@pytest.mark.parametrize("persist_tokens", [True, False])
+def test_a_renderer_of_the_same_process_takes_tokens_from_memory(omni, persist_tokens):
+    store = RecordingStore()
+    renderer = Renderer(omni, store, "random", persist_tokens)
+    reference = renderer.mllm.predict_visual_tokens(MLLMRequest(text="a red ball"), "video")
+    artifact = render(renderer, build_job(reference))
+    assert store.written_tensors == ([reference] if persist_tokens else []) + [artifact.latents]
+    assert store.read_tensors == []
+
+
+def test_tokens_from_memory_and_from_the_store_give_the_same_bytes(omni):
+    store = RecordingStore()
+    first = Renderer(omni, store, "random")
+    reference = first.mllm.predict_visual_tokens(MLLMRequest(text="a red ball"), "video")
+    from_memory, from_store = (render(one, build_job(reference)) for one in (first, Renderer(omni, store, "random")))
+    assert store.read_tensors == [reference]
+    assert (from_memory.key, from_memory.latents) == (from_store.key, from_store.latents)
+    computed_here = render(Renderer(omni, MemoryObjectStore(), "random", persist_tokens=False), build_job())
+    assert (computed_here.key, computed_here.latents) == (from_store.key, from_store.latents)
+
+
+def test_tokens_that_are_nowhere_are_an_error(omni):
+    reference = Renderer(omni, MemoryObjectStore(), "random").mllm.predict_visual_tokens(
+        MLLMRequest(text="a red ball"), "video"
+    )
+    with pytest.raises(ArtifactNotFound):
+        render(Renderer(omni, MemoryObjectStore(), "random"), build_job(reference))
+
+
+def test_the_service_writes_tokens_for_jobs_that_survive_it(omni, tmp_path):
+    from omnivideo.settings import load_settings
+
+    wiring = ServiceWiring(load_settings(home=tmp_path), "cpu")
+    wiring.renderer = Renderer(omni, wiring.store, "random")  # type: ignore[misc]
+    reference = wiring.mllm.predict_visual_tokens(MLLMRequest(text="a red ball"), "video")
+    assert wiring.store.has(reference) and wiring.renderer.mllm.has_visual_tokens(reference)
+
+
+def test_a_manifest_is_replayed_without_its_tokens(omni):
+    store = MemoryObjectStore()
+    generated = render(Renderer(omni, store, "random", persist_tokens=False), build_job())
+    edit = build_job().model_copy(update={"id": "edit", "task": "video-editing", "source": generated})
+    edited = render(Renderer(omni, store, "random", persist_tokens=False), edit)
+    for artifact in (generated, edited):
+        manifest = Manifest(**json.loads(store.get(artifact.manifest)))
+        assert manifest.visual_tokens and not store.has(manifest.visual_tokens)
+        assert Renderer(omni, store, "random").replay_manifest(manifest) == artifact.key

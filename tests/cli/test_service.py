@@ -1,0 +1,66 @@
+"""The service's commands over an empty home: what they start, print and refuse."""
+
+import sys
+
+import pytest
+from fastapi import FastAPI
+
+from omnivideo.cli import service
+from omnivideo.cli.main import main
+from omnivideo.wiring import ServiceWiring
+
+
+@pytest.fixture
+def run_cli(monkeypatch, capsys, tmp_path):
+    """Runs a command line with its home in a temporary folder; returns the exit code, stdout and stderr."""
+    monkeypatch.setenv("OMNIVIDEO_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(service, "configure_logging", lambda component: None)
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["omnivideo", *arguments])
+        with pytest.raises(SystemExit) as raised:
+            main()
+        printed = capsys.readouterr()
+        return raised.value.code or 0, printed.out, printed.err
+
+    return run
+
+
+def test_serve_builds_the_application_and_stops_what_it_has_started(run_cli, monkeypatch, weights):
+    served, closed = [], []
+    monkeypatch.setattr(
+        service, "run_server", lambda create_application, host, port: served.append(create_application())
+    )
+    close = ServiceWiring.close
+    monkeypatch.setattr(ServiceWiring, "close", lambda wiring: closed.append(wiring) or close(wiring))
+    assert run_cli("serve", "--weights", str(weights))[0] == 0
+    (application,) = served
+    assert isinstance(application, FastAPI) and "/v1/videos" in application.openapi()["paths"]
+    (wiring,) = closed
+    assert wiring.close_callbacks == []
+
+
+def test_serve_refuses_to_listen_to_other_machines_without_a_key(run_cli):
+    code, _, err = run_cli("serve", "--host", "0.0.0.0")
+    assert code == 2 and "OMNIVIDEO_ADMIN_KEY: it is empty" in err
+
+
+def test_worker_needs_a_broker(run_cli):
+    code, _, err = run_cli("worker")
+    assert code == 2 and "OMNIVIDEO_BROKER: it is empty" in err
+
+
+def test_migrate_and_sweep_work_on_an_empty_home(run_cli, weights, monkeypatch):
+    monkeypatch.setenv("OMNIVIDEO_WEIGHTS", str(weights))
+    assert run_cli("migrate")[:2] == (0, "the database has the newest schema\n")
+    assert run_cli("sweep")[:2] == (0, "0 artifacts removed\n")
+
+
+def test_keys_are_created_listed_and_revoked(run_cli):
+    key_id, key = run_cli("keys", "add", "ann")[1].split()
+    assert key.startswith("ov_")
+    assert run_cli("keys", "list")[1] == f"{key_id}  ann\n"
+    assert run_cli("keys", "revoke", key_id)[:2] == (0, "revoked\n")
+    assert run_cli("keys", "list")[1] == f"{key_id}  ann  revoked\n"
+    code, _, err = run_cli("keys", "revoke", "key_unknown")
+    assert code == 2 and "key: there is no key 'key_unknown'" in err
