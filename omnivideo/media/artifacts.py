@@ -29,27 +29,28 @@ def decode_media(data: bytes, file_name: str) -> DecodedMedia:
 
 
 def load_frames(store: ObjectStore, artifact: Artifact) -> np.ndarray:
-    """uint8 [F, H, W, 3] of an artifact."""
+    """Return the frames of an artifact, uint8 [F, H, W, 3]."""
     return load_media(store, artifact.key).frames
 
 
 def encode_clip(frames: np.ndarray, fps: float) -> tuple[bytes, str]:
-    """A clip as mp4, a single frame as png, and which of the two."""
+    """Return a clip as mp4 or a single frame as png, and the suffix of the two."""
     suffix = SUFFIX_BY_MEDIUM["video" if len(frames) > 1 else "image"]
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / f"made.{suffix}"
+        path = Path(folder) / f"clip.{suffix}"
         write_media(path, frames, fps)
         return path.read_bytes(), suffix
 
 
 def to_png_bytes(frame: np.ndarray) -> bytes:
+    """Return a frame [H, W, 3] as a png file."""
     buffer = io.BytesIO()
     Image.fromarray(frame).save(buffer, "PNG")
     return buffer.getvalue()
 
 
 def store_user_file(store: ObjectStore, path: str | Path, made_by: str) -> Artifact:
-    """A user's file as an artifact of its own bytes; raises UnreadableMedia where it is no image or video."""
+    """Store a user's file unchanged as an artifact; raise UnreadableMedia if it is not an image or video."""
     media = read_media(path)
     frame_count, height, width, _ = media.frames.shape
     suffix = Path(path).suffix.lower().lstrip(".")

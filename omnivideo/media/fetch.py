@@ -1,8 +1,8 @@
-"""Media by URL, from allowed hosts at public addresses only.
+"""Fetch media by URL, from allowed hosts at public addresses only.
 
-Each step of a fetch is looked at from the start: the URL's form, its host against the list, every address that the
-name has.  The connection then goes to the very address that was looked at.  Errors tell no more than the user knew:
-an address that may not be reached reads as one that cannot be.
+Every step is checked first: the form of the URL, its host against the list, and every address of that host. The
+connection then goes to an address that was checked. Errors reveal nothing about the network: a forbidden address reads
+like one that does not answer.
 """
 
 import functools
@@ -23,17 +23,16 @@ from omnivideo.errors import InvalidInput
 # ---------------------------------------------------------------- addresses
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
-PUBLIC_IPV6_NETWORK = ipaddress.ip_network(
-    "2000::/3"
-)  # all of IPv6 that is given out; mapped, NAT64 and local ones lie outside
-# Global by their registries, and yet a way inside: tunnels that carry an IPv4 address, relays, clouds' own services.
+# All allocated IPv6 addresses; mapped, NAT64 and local ones lie outside.
+PUBLIC_IPV6_NETWORK = ipaddress.ip_network("2000::/3")
+# Global in the registries, but able to reach internal hosts: tunnels to IPv4, relays, services of cloud providers.
 BLOCKED_NETWORKS = [ipaddress.ip_network(net) for net in (
     "2001::/23", "2002::/16", "3fff::/20", "192.0.0.0/24", "192.88.99.0/24", "168.63.129.16/32",
 )]  # fmt: skip
 
 
 def is_public_address(address: Address) -> bool:
-    """Whether it is some machine of the open internet: not private, local, shared, reserved, multicast or a tunnel."""
+    """Return whether the address is public: not private, local, shared, reserved, multicast or a tunnel."""
     if address.version == 6 and address not in PUBLIC_IPV6_NETWORK:
         return False
     special = address.is_multicast or address.is_reserved or address.is_unspecified or not address.is_global
@@ -41,13 +40,13 @@ def is_public_address(address: Address) -> bool:
 
 
 def resolve_addresses(host: str) -> list[str]:
-    """All the addresses that the system's resolver gives for a name."""
+    """Return all addresses that the system's resolver gives for a name."""
     return list(dict.fromkeys(str(entry[4][0]) for entry in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)))
 
 
 @dataclass(frozen=True)
 class DeadlineStream(httpcore2.NetworkStream):
-    """A connection of which every wait ends at the deadline, however little comes at a time."""
+    """A connection whose every wait ends at the deadline, even if data keeps arriving slowly."""
 
     stream: httpcore2.NetworkStream
     deadline: float
@@ -70,7 +69,7 @@ class DeadlineStream(httpcore2.NetworkStream):
 
 
 def remaining_seconds(deadline: float) -> float:
-    """Seconds to the deadline; raises ReadTimeout after it."""
+    """Return the seconds to the deadline; raise ReadTimeout after it."""
     seconds = deadline - time.monotonic()
     if seconds <= 0:
         raise httpcore2.ReadTimeout
@@ -79,7 +78,7 @@ def remaining_seconds(deadline: float) -> float:
 
 @dataclass(frozen=True)
 class PublicOnlyBackend(httpcore2.SyncBackend):
-    """Connects to the very addresses that it has looked at: a name that is asked once cannot answer twice."""
+    """Connects only to addresses that it has checked; resolving once prevents DNS rebinding."""
 
     deadline: float
     permitted_addresses: Collection[str]
@@ -90,7 +89,7 @@ class PublicOnlyBackend(httpcore2.SyncBackend):
         socket_options: Iterable[httpcore2.SOCKET_OPTION] | None = None,
     ) -> httpcore2.NetworkStream:  # fmt: skip
         candidates = self.vet_addresses(host)
-        for remaining_count in range(len(candidates), 0, -1):  # each address gets its share of the time
+        for remaining_count in range(len(candidates), 0, -1):  # each address gets an equal share of the time
             try:
                 share_seconds = remaining_seconds(self.deadline) / remaining_count
                 return DeadlineStream(
@@ -102,13 +101,13 @@ class PublicOnlyBackend(httpcore2.SyncBackend):
         raise httpcore2.ConnectError
 
     def vet_addresses(self, host: str) -> list[str]:
-        """The host's addresses; none where one of them may not be reached."""
+        """Return the host's addresses, or none if any of them is forbidden."""
         try:
             candidates = self.resolve(host)
             is_allowed = all(
                 text in self.permitted_addresses or is_public_address(ipaddress.ip_address(text)) for text in candidates
             )
-        except (OSError, ValueError):  # no such name, or what is no name
+        except (OSError, ValueError):  # an unknown or invalid name
             return []
         return candidates if is_allowed else []
 
@@ -127,13 +126,13 @@ def fetch_media(
     resolve: Callable[[str], list[str]] = resolve_addresses,
     tls_context: ssl.SSLContext | None = None, field: str = "url",
 ) -> bytes:  # fmt: skip
-    """What an http(s) URL gives: at most `max_bytes` bytes within `timeout_seconds` in all, through at most 3
-    redirects.
+    """Return the content of an http(s) URL: at most `max_bytes` within `timeout_seconds`, with at most 3 redirects.
 
-    `allowed` are host names; ".example.org" stands for that name and all below it; none at all turns fetching off.
-    `ports` are allowed besides the usual ones.  The resolver alone keeps its own time.  Raises InvalidInput.
+    `allowed_hosts` are host names; ".example.org" allows that name and its subdomains, and an empty list turns fetching
+    off. `extra_ports` are allowed besides 80 and 443. Name resolution is not covered by the timeout. Raises
+    InvalidInput.
 
-    For tests: `permitted` are addresses that need not be public, `resolve` gives a name's addresses, `tls` trusts.
+    For tests: `permitted_addresses` need not be public; `resolve` and `tls_context` replace the system's.
     """
     assert not isinstance(allowed_hosts, str)
     fetcher = MediaFetcher(
@@ -151,18 +150,18 @@ def fetch_media(
         if isinstance(result, bytes):
             return result
         url = result
-    fetcher.refuse_url(f"is sent on more than {MAX_REDIRECTS} times; allowed: the address of the file itself")
+    fetcher.refuse_url(f"is redirected more than {MAX_REDIRECTS} times; allowed: the address of the file itself")
 
 
 @functools.cache
 def load_tls_context() -> ssl.SSLContext:
-    """The system's certificates, read once: that takes longer than many a fetch."""
+    """Return the system's certificates; they are cached because loading them takes longer than many fetches."""
     return httpcore2.default_ssl_context()
 
 
 @dataclass(frozen=True)
 class MediaFetcher:
-    """One fetch: what it may do, and until when."""
+    """One fetch with its limits and its deadline."""
 
     field: str
     allowed_hosts: tuple[str, ...]
@@ -173,12 +172,13 @@ class MediaFetcher:
     tls_context: ssl.SSLContext | None
 
     def refuse_url(self, problem: str) -> NoReturn:
+        """Raise InvalidInput."""
         raise InvalidInput(self.field, problem)
 
     def check_url(self, url: str) -> tuple[SplitResult, str, int]:
-        """The URL's parts, its host and its port.
+        """Return the URL's parts, its host and its port; raise InvalidInput if it is not allowed.
 
-        What parsers read differently (blanks, backslashes, letters beyond ASCII) is refused before one has read it.
+        Characters that parsers treat differently (blanks, backslashes, non-ASCII) are refused before parsing.
         """
         if not self.allowed_hosts:
             self.refuse_url("fetching by URL is off here; allowed: an upload, or a data: URL")
@@ -205,7 +205,7 @@ class MediaFetcher:
         return parts, host, port or default_port
 
     def request_once(self, url: str, backend: httpcore2.NetworkBackend) -> bytes | str:
-        """The body, or the URL that it is sent on to."""
+        """Return the body, or the URL of a redirect."""
         parts, host, port = self.check_url(url)
         netloc = f"[{host}]" if ":" in host else host
         headers = [
@@ -232,22 +232,23 @@ class MediaFetcher:
             self.refuse_url("the host's answer breaks off or is no HTTP; allowed: a whole answer")
 
     def read_response(self, url: str, response: httpcore2.Response) -> bytes | str:
+        """Return the body of a complete answer, or the URL of a redirect."""
         header = {name.decode().lower(): value.decode("latin-1").strip() for name, value in response.headers}
         if response.status in REDIRECT_STATUSES and "location" in header:
             try:
                 return urljoin(url, header["location"])
             except ValueError:
-                self.refuse_url("is sent on to what is no URL; allowed: the address of the file itself")
+                self.refuse_url("is redirected to an invalid URL; allowed: the address of the file itself")
         if response.status != 200:
             self.refuse_url(f"the host answers with status {response.status}; allowed: 200")
         if not MEDIA_TYPE_PATTERN.fullmatch(header.get("content-type", "").partition(";")[0].strip()):
             self.refuse_url("is neither image nor video by its Content-Type; allowed: image/*, video/*, octet-stream")
-        if header.get("content-encoding", "identity").lower() != "identity":  # a bomb, when it is unpacked
+        if header.get("content-encoding", "identity").lower() != "identity":  # it could be a decompression bomb
             self.refuse_url("is sent compressed; allowed: the file as it is")
         return self.read_body(response, header.get("content-length", ""))
 
     def read_body(self, response: httpcore2.Response, content_length: str) -> bytes:
-        """The bytes as they come: the stated length is a hint that spares the reading, no more."""
+        """Read the body up to the limit; the stated length only avoids reading one that is too long."""
         data = bytearray()
         if content_length.isdecimal() and int(content_length) > self.max_bytes:
             self.refuse_url(f"has more than {self.max_bytes} bytes; allowed: 1 to {self.max_bytes}")
@@ -259,5 +260,5 @@ class MediaFetcher:
 
 
 def is_host_match(host: str, pattern: str) -> bool:
-    """Whether an allowed name lets the host in."""
+    """Return whether an allowed name matches the host."""
     return host == pattern.lstrip(".") or (pattern.startswith(".") and host.endswith(pattern))

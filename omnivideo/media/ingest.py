@@ -1,7 +1,6 @@
-"""The way a user's media come into a service of many users: as bytes, in a data URL, or by URL from allowed hosts.
+"""Accept media of users: as bytes, in a data URL, or by URL from allowed hosts.
 
-Nothing here believes what it is told: not a size, not a type, not a name.  Every refusal is one line that names the
-field and the allowed range.
+Stated sizes, types and names are never trusted. Every refusal is one line with the field and the allowed range.
 """
 
 import binascii
@@ -30,14 +29,13 @@ def ingest_media(
     limits: MediaLimits = DEFAULT_MEDIA_LIMITS, process_limits: ProcessLimits = DEFAULT_PROCESS_LIMITS,
     field: str = "source",
 ) -> Artifact:  # fmt: skip
-    """A user's bytes as an artifact; `name` is what the user calls them, and gives words only, never a path or a type.
+    """Store a user's bytes as an artifact; the user's `name` gives only words of the caption, never a path or a type.
 
-    Raises UnreadableMedia that names the field, or Busy, and then nothing is stored.  `limits` may be lower than the
-    default, never higher: the default is what read_media takes.
+    Raises UnreadableMedia with the field, or ServiceBusy; nothing is stored then. `limits` may only be lower than the
+    default ones, which `read_media` applies.
 
-    That is what makes media.frames_of safe to call on an artifact in a process without limits of its own: the key is
-    the digest of these very bytes, which were decoded whole by the same reader, under the same limits or lower ones,
-    before they got it.
+    Because of this check, `load_frames` is safe in an unconfined process: the key is the digest of these bytes, which
+    the same reader has already decoded completely, under the same or lower limits.
     """
     assert all(
         getattr(limits, limit_name) <= max_value
@@ -56,18 +54,18 @@ def ingest_media(
 
 
 def base_name(name: str) -> str:
-    """The last part of a path of any system, short."""
+    """Return the last part of a path of any operating system, cut to 100 characters."""
     return re.split(r"[\\/]", name)[-1][:100]
 
 
 def printable_file_name(name: str) -> str:
-    """The name for a message: on one line whatever it holds."""
+    """Return the name for a message, on one line."""
     printable = "".join(char if char.isprintable() else "?" for char in base_name(name))
     return f"'{printable}'" if printable else "the file"
 
 
 def words_from_name(name: str) -> str:
-    """The words of a file name: letters and digits of any script, without the ending."""
+    """Return the words of a file name without its suffix: letters and digits of any script."""
     stem = re.sub(r"\.\w{1,5}$", "", base_name(name))
     return " ".join(re.findall(r"[^\W_]+", stem))
 
@@ -78,9 +76,9 @@ DATA_URL_PATTERN = re.compile(r"data:(?:image|video)/[a-z0-9][a-z0-9.+-]{0,63};b
 
 
 def decode_data_url(text: str, max_bytes: int = DEFAULT_MEDIA_LIMITS.max_bytes, *, field: str = "url") -> bytes:
-    """The bytes of `data:image/...;base64,...` or `data:video/...`; raises InvalidInput before it decodes too much.
+    """Return the bytes of `data:image/...;base64,...` or `data:video/...`; check their size before decoding.
 
-    The type is not kept: content decides.
+    The stated type is ignored, since the content decides. Raises InvalidInput.
     """
     head = DATA_URL_PATTERN.match(text[:200])
     if head is None:
@@ -91,8 +89,8 @@ def decode_data_url(text: str, max_bytes: int = DEFAULT_MEDIA_LIMITS.max_bytes, 
         raise InvalidInput(field, f"holds {size} bytes; allowed: 1 to {max_bytes}")
     try:
         data = binascii.a2b_base64(text[head.end() :], strict_mode=True)
-    except ValueError:  # binascii.Error is one, and so is a letter beyond ASCII
+    except ValueError:  # binascii.Error is a ValueError; non-ASCII characters raise one too
         data = b""
-    if len(data) != size:  # strict mode lets padding through that pads nothing
+    if len(data) != size:  # strict mode accepts superfluous padding
         raise InvalidInput(field, "is damaged; allowed: base64 with its padding and nothing else")
     return data

@@ -1,7 +1,7 @@
-"""A stranger's media, measured by decoding them in a process that has little to lose.
+"""Measure media of unknown origin by decoding them in a confined process.
 
-The process is made for one source and ends with it: bytes of memory, seconds, files and environment are bounded
-before the first byte is read.  What comes back is a line of JSON, which is believed only within the limits.
+A process handles one source and then ends. Its memory, time, files and environment are limited before the first byte is
+read. It answers with one line of JSON, which is accepted only within the limits.
 """
 
 import json
@@ -28,19 +28,19 @@ from omnivideo.media.containers import sniff_format
 from omnivideo.media.limits import MediaGuard, MediaLimits, printable_name
 from omnivideo.media.read import MediaInfo, measure_media
 
-# What browsers, phones and our own writer make.  FFmpeg knows five hundred more, old and seldom looked at.
+# The codecs of browsers, phones and our own writer. FFmpeg has five hundred more, old and rarely audited.
 ALLOWED_CODECS = ("h264", "hevc", "mpeg4", "mjpeg", "prores", "vp8", "libvpx", "vp9", "libvpx-vp9", "av1", "libdav1d")
 ALLOWED_FORMATS = "mp4, mov, webm, mkv, gif, png, jpeg or webp"
 MAX_REPORT_BYTES = 4096  # bytes of a report
 MEDIA_PATH = Path("/proc/self/fd/0")
-# The parent's own places to import from: a child in isolated mode would find neither a checkout nor a user's site.
+# The child gets the parent's import paths: in isolated mode it would find neither a checkout nor the user's site.
 CHILD_PROGRAM = "import sys; sys.path[:] = sys.argv[2:]; from omnivideo.media import sandbox; sandbox.run_in_child()"
-PROCESS_SLOTS = threading.BoundedSemaphore(os.cpu_count() or 1)  # more at once would only make each other late
+PROCESS_SLOTS = threading.BoundedSemaphore(os.cpu_count() or 1)  # more would only slow each other down
 
 
 @dataclass(frozen=True)
 class ProcessLimits:
-    """What the process may use: seconds on the clock and on the CPU each, bytes of memory above what it starts with."""
+    """The limits of the process: seconds of wall time and of CPU time, and memory above that at its start."""
 
     timeout_seconds: float = 30.0
     max_memory_bytes: int = 2**30
@@ -54,7 +54,7 @@ log = logging.getLogger(__name__)
 
 
 def detect_suffix(head: bytes) -> str | None:
-    """The file type by the first 64 bytes: png, jpg, webp, gif, mp4, mov, webm or mkv; None for anything else."""
+    """Return the suffix by the first 64 bytes: png, jpg, webp, gif, mp4, mov, webm or mkv; None for any other."""
     kind = sniff_format(head[:16])
     if kind == "mov":
         return "mp4" if head[4:8] == b"ftyp" and head[8:12] != b"qt  " else "mov"
@@ -66,10 +66,10 @@ def detect_suffix(head: bytes) -> str | None:
 def measure_in_sandbox(
     data: bytes, limits: MediaLimits = DEFAULT_MEDIA_LIMITS, process_limits: ProcessLimits = DEFAULT_PROCESS_LIMITS
 ) -> MediaInfo:
-    """What the bytes come to as frames, decoded whole under the limits in a process of their own.
+    """Return the shape of the media after decoding them completely in a confined process.
 
-    Raises UnreadableMedia, whose text starts with "source: " and goes on with what is wrong; Busy where no process
-    can be had within the time that one may take.
+    Raises UnreadableMedia, whose text is "source: " and the problem; raises ServiceBusy if no process becomes available
+    within the time limit of one.
     """
     if not data:
         refuse_media(f"is empty; allowed: 1 to {limits.max_bytes} bytes")
@@ -84,12 +84,13 @@ def measure_in_sandbox(
 
 
 def refuse_media(problem: str) -> NoReturn:
+    """Raise UnreadableMedia."""
     raise UnreadableMedia("source", problem)
 
 
 @contextmanager
 def acquire_process_slot(timeout_seconds: float) -> Iterator[None]:
-    """A place among the processes that read at the same time."""
+    """Hold one of the slots for processes that read at the same time."""
     if not PROCESS_SLOTS.acquire(timeout=timeout_seconds):
         raise ServiceBusy("media: too many are being read at once; try again in a moment", timeout_seconds)
     try:
@@ -100,7 +101,7 @@ def acquire_process_slot(timeout_seconds: float) -> Iterator[None]:
 
 @contextmanager
 def open_memory_file(data: bytes) -> Iterator[int]:
-    """A descriptor of a file without a name that holds the data."""
+    """Yield a descriptor of an anonymous file with the data."""
     media_fd = os.memfd_create("media")
     try:
         with open(media_fd, "wb", closefd=False) as file:
@@ -111,7 +112,7 @@ def open_memory_file(data: bytes) -> Iterator[int]:
 
 
 def run_child_process(request: str, media_fd: int, timeout_seconds: float) -> tuple[bytes, int | None]:
-    """What the process wrote, and its exit status: None where it was stopped at the deadline."""
+    """Return the process's output and exit status; the status is None if it was stopped at the deadline."""
     paths = [path for path in sys.path if os.path.isabs(path)] + [str(Path(__file__).parents[2])]
     command = [sys.executable, "-I", "-S", "-B", "-c", CHILD_PROGRAM, request, *paths]
     deadline = time.monotonic() + timeout_seconds
@@ -128,7 +129,7 @@ def run_child_process(request: str, media_fd: int, timeout_seconds: float) -> tu
         raise ServiceBusy(
             "media: no process can be started to read them; try again in a moment", timeout_seconds
         ) from error
-    with process:  # which waits for its end, so that no zombie stays
+    with process:  # waits for its end, so that no zombie remains
         try:
             report = read_report(process, deadline)
             return report, process.wait(max(0.0, deadline - time.monotonic()))
@@ -139,13 +140,13 @@ def run_child_process(request: str, media_fd: int, timeout_seconds: float) -> tu
 
 
 def build_child_environment() -> dict[str, str]:
-    """Nothing of ours but where its libraries are: no key, no address.  One arena, as 64 would fill the memory."""
+    """Return an environment without any of our keys and addresses. With 64 malloc arenas memory would run out."""
     inherited_variables = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
     return inherited_variables | {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
 
 
 def read_report(process: subprocess.Popen[bytes], deadline: float) -> bytes:
-    """All that the process writes, at most MAX_REPORT_BYTES and a little; raises TimeoutError at the deadline."""
+    """Return the output, or nothing if it is longer than MAX_REPORT_BYTES; raise TimeoutError at the deadline."""
     assert process.stdout is not None
     poller, report = select.poll(), b""  # not select(), which ends at descriptor 1024
     poller.register(process.stdout)
@@ -161,7 +162,7 @@ def read_report(process: subprocess.Popen[bytes], deadline: float) -> bytes:
 
 
 def parse_report(report: bytes, status: int | None, limits: MediaLimits, process_limits: ProcessLimits) -> MediaInfo:
-    """The report as numbers within the limits: a decoder that hostile bytes took over may write anything."""
+    """Return the report if it is within the limits; a decoder under an attacker's control may write anything."""
     if status is None or status in (-signal.SIGXCPU, -signal.SIGALRM):
         refuse_media(
             f"takes more than {process_limits.timeout_seconds:g} seconds to read; allowed: a shorter or smaller source"
@@ -180,7 +181,7 @@ def parse_report(report: bytes, status: int | None, limits: MediaLimits, process
 
 
 def is_plausible(info: MediaInfo, limits: MediaLimits) -> bool:
-    """Whether read_media could have come to this; raises UnreadableMedia where it is above the limits."""
+    """Return whether read_media could give this shape; raise UnreadableMedia if it is above the limits."""
     sizes = (info.width, info.height, info.frames)
     if not all(type(size) is int and size > 0 for size in sizes):
         return False
@@ -194,22 +195,22 @@ def is_plausible(info: MediaInfo, limits: MediaLimits) -> bool:
 
 
 def run_in_child() -> None:
-    """The process: its order is the first argument, the media its input; one line of JSON is its output."""
+    """Run as the process: the request is the first argument, the media are the input, the report is the output."""
     request = json.loads(sys.argv[1])
-    import_module("PIL.WebPImagePlugin")  # to find this one by itself, Pillow would load all its formats
+    import_module("PIL.WebPImagePlugin")  # Pillow would otherwise import all its formats to find this one
     confine_process(ProcessLimits(**request["bounds"]))
     limits = MediaLimits(**request["limits"] | {"codecs": tuple(request["limits"]["codecs"])})
     os.write(1, json.dumps(build_report(limits)).encode())
 
 
 def confine_process(process_limits: ProcessLimits) -> None:
-    """Gives up for good what reading media does not need.  The alarm is for a child whose parent is gone."""
+    """Give up everything that reading media does not need. The alarm ends a child whose parent is gone."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     cpu_seconds = math.ceil(process_limits.timeout_seconds)
     lower_resource_limit(resource.RLIMIT_AS, pages * resource.getpagesize() + process_limits.max_memory_bytes)
     lower_resource_limit(
         resource.RLIMIT_CPU, cpu_seconds, cpu_seconds + 1
-    )  # the first is SIGXCPU, which says why; the second SIGKILL
+    )  # SIGXCPU, which tells the reason, then SIGKILL
     lower_resource_limit(resource.RLIMIT_FSIZE, 0)
     lower_resource_limit(resource.RLIMIT_NOFILE, 16)
     lower_resource_limit(resource.RLIMIT_CORE, 0)
@@ -217,7 +218,7 @@ def confine_process(process_limits: ProcessLimits) -> None:
 
 
 def lower_resource_limit(resource_id: int, soft: int, hard: int | None = None) -> None:
-    """Lowers a limit; one that is lower already stays."""
+    """Lower a limit; keep it if it is lower already."""
     hard = soft if hard is None else hard
     current_hard = resource.getrlimit(resource_id)[1]
     hard = hard if current_hard == resource.RLIM_INFINITY else min(hard, current_hard)
@@ -225,6 +226,7 @@ def lower_resource_limit(resource_id: int, soft: int, hard: int | None = None) -
 
 
 def build_report(limits: MediaLimits) -> dict[str, object]:
+    """Return the shape of the media, or the reason for refusing them."""
     try:
         return asdict(measure_media(MEDIA_PATH, limits))
     except UnreadableMedia as error:

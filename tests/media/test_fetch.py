@@ -237,7 +237,7 @@ def test_attack_redirect_to_a_listed_name_at_an_inner_address(get, server):
 
 
 def test_attack_redirect_without_end(get, server):
-    assert "is sent on more than 3 times; allowed: " in refusal(get, "hop/4")
+    assert "is redirected more than 3 times; allowed: " in refusal(get, "hop/4")
     assert len(server.seen) == 4
 
 

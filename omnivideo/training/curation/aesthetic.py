@@ -1,4 +1,4 @@
-"""The aesthetic predictor: a linear head on CLIP's image embedding, as LAION publishes them.  Nothing is shipped.
+"""The aesthetic predictor: a linear head on CLIP's image embedding, as LAION publishes them. No weights are shipped.
 
 The folder holds `clip/` (transformers' layout of a CLIP model with its image processor) and `head.safetensors` or
 `head.pth`: `weight`, `bias` of one layer, or `layers.N.weight`, `layers.N.bias` of several without activations.
@@ -17,7 +17,7 @@ from omnivideo.errors import CheckpointError
 
 
 def score_frames(folder: str, full_frames: Sequence[np.ndarray]) -> float:
-    """The mean of the frames' points, of 10."""
+    """Return the mean score of the frames, from 0 to 10."""
     clip, processor, layers = load_predictor(folder)
     with torch.no_grad():
         pixels = processor(images=list(full_frames), return_tensors="pt")["pixel_values"]
@@ -41,7 +41,7 @@ def load_predictor(folder: str) -> tuple:
 
 
 def load_head(folder: Path) -> list[tuple[Tensor, Tensor]]:
-    """The layers in their order."""
+    """Return the weight and bias of each layer, in order."""
     file = folder / "head.safetensors"
     state = load_file(file) if file.exists() else torch.load(folder / "head.pth", weights_only=True)
     names = [name.removesuffix("weight") for name in state if name.endswith("weight")]

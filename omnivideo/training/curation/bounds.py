@@ -1,6 +1,7 @@
-"""What a clip may be, and the stages that ask, in their order.  Every figure has one unit, named beside it."""
+"""The limits on clips and the stages that check them, in order. Every figure has one unit, named beside it."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from pydantic import Field
 
@@ -8,24 +9,24 @@ from omnivideo.contracts import FrozenModel
 
 
 class CurationBounds(FrozenModel):
-    """The allowed range of every stage's figure; "side" is the frame's longer side in px."""
+    """The allowed range of every stage's figure; the unit "side" is the longer side of the frame."""
 
     min_short_side: int = Field(default=480, ge=16, le=8192)  # of the shorter side
     max_aspect: float = Field(default=2.4, ge=1, le=10)  # longer side / shorter side
     min_seconds: float = Field(default=1.0, ge=0.25, le=60)
-    max_seconds: float = Field(default=20.0, ge=1, le=600)  # longer scenes are cut into equal parts
+    max_seconds: float = Field(default=20.0, ge=1, le=600)  # longer scenes are split into equal parts
     max_bars: float = Field(default=0.01, ge=0, le=1)  # share of the frame
     min_motion: float = Field(default=0.02, ge=0, le=10)  # sides a second
     max_shake: float = Field(default=0.015, ge=0, le=1)  # sides
     max_overlay: float = Field(default=0.002, ge=0, le=1)  # share of the frame
     max_text: float = Field(default=0.001, ge=0, le=1)  # share of the frame
     min_aesthetic: float = Field(default=4.5, ge=0, le=10)  # points of 10
-    max_duplicate_distance: float = Field(default=8.0, ge=0, le=32)  # bits of 64: as near as this is a duplicate
+    max_duplicate_distance: float = Field(default=8.0, ge=0, le=32)  # bits of 64; a clip this close is a duplicate
 
 
 @dataclass(frozen=True)
 class CurationStage:
-    """`low` and `high` name the bounds of its figure."""
+    """A stage; `min_field` and `max_field` name the limits of its figure in CurationBounds."""
 
     name: str
     description: str
@@ -33,8 +34,8 @@ class CurationStage:
     min_field: str | None = None
     max_field: str | None = None
 
-    def find_rejection(self, bounds: CurationBounds, value: float) -> dict | None:
-        """The reason, where the figure lies outside."""
+    def find_rejection(self, bounds: CurationBounds, value: float) -> dict[str, Any] | None:
+        """Return the stage, the figure and the reason if the figure is outside the limits."""
         low = getattr(bounds, self.min_field) if self.min_field else None
         high = getattr(bounds, self.max_field) if self.max_field else None
         if (low is None or value >= low) and (high is None or value <= high):
@@ -54,14 +55,14 @@ STAGES = {
             "motion", "optical flow of the fastest twentieth of the pixels", "sides a second", min_field="min_motion"
         ),
         CurationStage(
-            "shake", "how far the camera's motion jumps from one 1/8 s to the next", "sides", max_field="max_shake"
+            "shake", "the jump of the camera's motion from one 1/8 s to the next", "sides", max_field="max_shake"
         ),
         CurationStage(
-            "overlay", "outlines that stand still in a moving picture", "of the frame", max_field="max_overlay"
+            "overlay", "outlines that stay in place while the camera moves", "of the frame", max_field="max_overlay"
         ),
-        CurationStage("text", "what OCR can read", "of the frame", max_field="max_text"),
+        CurationStage("text", "text found by OCR", "of the frame", max_field="max_text"),
         CurationStage("aesthetic", "the predictor's score", "points", min_field="min_aesthetic"),
         CurationStage("duplicates", "distance to a better clip that is kept", "bits of 64"),
     )
 }
-UNREADABLE = "unreadable"  # the stage of a file that no stage could be asked about
+UNREADABLE = "unreadable"  # the stage of files and clips that could not be measured

@@ -1,6 +1,6 @@
-"""A clip's caption from omnivideo's language model server (`POST /v1/write`, one JSON string a line, then null).
+"""Caption clips with omnivideo's MLLM server (`POST /v1/write`, which answers one JSON string a line, then null).
 
-The recipe of a caption is in `QUESTION`; any callable from frames to a string stands in this place as well.
+CAPTION_PROMPT is the prompt; any callable from frames to a string can replace this captioner.
 """
 
 import base64
@@ -9,13 +9,14 @@ import json
 import time
 from collections.abc import Callable
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 
 from omnivideo.errors import InvalidInput, ModelUnavailable, UnreadableMedia
 from omnivideo.training.curation.reading import encode_into, import_optional
 
-# uint8 [F, H, W, 3] at SHOWN_FPS; UnreadableMedia leaves this clip without, any other exception ends the run.
+# Takes uint8 [F, H, W, 3] at CAPTION_FPS. UnreadableMedia skips the caption; any other exception ends the run.
 Captioner = Callable[[np.ndarray], str]
 
 CAPTION_PROMPT = (
@@ -24,13 +25,13 @@ CAPTION_PROMPT = (
 )
 CAPTION_FPS = 2.0
 MAX_ATTEMPTS = 4  # pauses of 0.5, 1, 2 s
-FATAL_STATUS_CODES = (401, 403, 404, 405)  # what is wrong with the address or the key, not with a clip
+FATAL_STATUS_CODES = (401, 403, 404, 405)  # the address or the key is wrong, not a clip
 RETRYABLE_STATUS_CODES = (408, 425, 429)
 MAX_CAPTION_TOKENS = 256
 
 
 class RemoteCaptioner:
-    """The port, wired to a server at `address`."""
+    """A Captioner that asks the server at `address`."""
 
     def __init__(self, address: str, prompt: str = CAPTION_PROMPT):
         httpx = import_optional("httpx")
@@ -39,6 +40,7 @@ class RemoteCaptioner:
         self.client = httpx.Client(base_url=address, timeout=httpx.Timeout(300.0, connect=5.0), trust_env=False)
 
     def __call__(self, frames: np.ndarray) -> str:
+        """Return the caption of a clip; retry while the server is busy."""
         media_payload = {"data": encode_base64_mp4(frames), "suffix": "mp4", "medium": "video", "fps": CAPTION_FPS}
         body = {"payload": {"text": self.prompt, "media": [media_payload]}, "max_tokens": MAX_CAPTION_TOKENS}
         for attempt in range(MAX_ATTEMPTS):
@@ -46,14 +48,14 @@ class RemoteCaptioner:
                 return self.request_caption(body)
             except self.http_error:
                 time.sleep(0.5 * 2**attempt)
-        raise ModelUnavailable(
-            "the language model at --captions does not answer; run again to go on where this stopped"
-        )
+        raise ModelUnavailable("the server at --captions does not answer; run the command again to continue")
 
     def close(self) -> None:
+        """Close the connections."""
         self.client.close()
 
-    def request_caption(self, body: dict) -> str:
+    def request_caption(self, body: dict[str, Any]) -> str:
+        """Send one request and return the caption."""
         response = self.client.post("/v1/write", json=body)
         if response.status_code in FATAL_STATUS_CODES:
             what = f"{response.status_code} {response.reason_phrase}"
@@ -62,13 +64,13 @@ class RemoteCaptioner:
             raise UnreadableMedia("captions", f"the server refuses the clip: {' '.join(response.text.split())[:200]}")
         response.raise_for_status()
         pieces = [json.loads(line) for line in response.text.splitlines() if line]
-        if not pieces or pieces[-1] is not None:  # the server went away in the middle
+        if not pieces or pieces[-1] is not None:  # the connection broke off midway
             raise self.http_error("cut short")
         return "".join(pieces[:-1]).strip()
 
 
 def encode_base64_mp4(frames: np.ndarray) -> str:
-    """The frames as base64 of a small file."""
+    """Return the frames as the base64 of an mp4."""
     buffer = io.BytesIO()
     encode_into(buffer, ((index / CAPTION_FPS, frame) for index, frame in enumerate(frames)), Fraction(CAPTION_FPS))
     return base64.b64encode(buffer.getvalue()).decode()

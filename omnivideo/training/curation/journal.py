@@ -1,4 +1,4 @@
-"""Records that outlive a kill: one JSON line each, on the disk before the next begins; a cut line is made anew."""
+"""A journal of records that survives a kill: each is one JSON line, on disk before the next; a cut line is dropped."""
 
 import json
 import os
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 class Journal:
-    """A file of records by key; of two with the same key the later one holds."""
+    """A file of records by key; a later record replaces an earlier one with the same key."""
 
     def __init__(self, path: Path):
         self.records: dict[str, dict] = {}
@@ -21,6 +21,7 @@ class Journal:
         self.file = path.open("a")
 
     def append_record(self, key: str, record: dict) -> dict:
+        """Append a record and wait until it is on disk."""
         self.records[key] = record = {"key": key} | record
         self.file.write(json.dumps(record) + "\n")
         self.file.flush()
@@ -28,11 +29,12 @@ class Journal:
         return record
 
     def close(self) -> None:
+        """Close the file."""
         self.file.close()
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """All of it or nothing."""
+    """Write a file atomically."""
     partial_path = path.with_name(f".{path.name}.part")
     partial_path.write_text(text)
     os.replace(partial_path, path)

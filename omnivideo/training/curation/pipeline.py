@@ -1,7 +1,7 @@
-"""The stages over a folder: survey every file, measure every scene, drop the duplicates, caption, write.
+"""Curate a folder: survey every file, measure every scene, drop duplicates, caption and write clips.
 
-Dask runs the tasks, on this machine's cores or on a cluster (whose machines see both folders under the same path).
-Each result is in a journal before it counts, so a run that was killed goes on after the last one, to the same result.
+Dask runs the tasks, on this machine's cores or on a cluster whose machines see both folders under the same path. Each
+result is written to a journal first, so a killed run continues after the last one and comes to the same result.
 """
 
 import hashlib
@@ -39,16 +39,16 @@ from omnivideo.training.curation.reading import (
     write_clip,
 )
 
-TASKS_PER_WORKER = 4  # tasks given out for each worker: enough to keep them busy, few enough to stop at once
+TASKS_PER_WORKER = 4  # queued for each worker: enough to keep it busy, few enough to stop quickly
 THUMBNAIL_FRAMES = 3  # frames of a thumbnail
 THUMBNAIL_SIDE = 220  # px, the longer side of each
-CAPTION_CONCURRENCY = 8  # captions asked for at a time: the server batches them
+CAPTION_CONCURRENCY = 8  # concurrent requests; the server batches them
 
-PhaseProgressCallback = Callable[[str, int, int], None]  # phase, done, of
+PhaseProgressCallback = Callable[[str, int, int], None]  # phase, items done, items in total
 
 
 class CurationConfig(FrozenModel):
-    """All that the result hangs on; a folder takes up only a run of the same."""
+    """Everything that determines the result; a folder only continues a run of an equal configuration."""
 
     bounds: CurationBounds = CurationBounds()
     ocr: bool = True
@@ -57,7 +57,7 @@ class CurationConfig(FrozenModel):
 
 @dataclass
 class CurationResult:
-    """What a run came to: records of files and clips, those that were kept, and stages that could not be asked."""
+    """The result of a run: the records of files and clips, the kept clips, and the stages that were not available."""
 
     files: dict[str, dict]
     clips: dict[str, dict]
@@ -65,11 +65,11 @@ class CurationResult:
     missing_stages: dict[str, str] = field(default_factory=dict)
 
 
-# ---------------------------------------------------------------- one task each
+# ---------------------------------------------------------------- tasks
 
 
 def survey_file(folder: str, name: str, bounds: CurationBounds) -> dict:
-    """A file's record: its size and scenes, or why it is dropped."""
+    """Return a file's record: its size and scenes, or the reason for dropping it."""
     path = Path(folder) / name
     width, height = read_frame_size(path)
     record: dict = {"width": width, "height": height, "scores": {}}
@@ -82,7 +82,7 @@ def survey_file(folder: str, name: str, bounds: CurationBounds) -> dict:
 
 
 def measure_clip(folder: str, output_dir: str, clip: dict, config: CurationConfig) -> dict:
-    """A clip's record with a figure for each stage up to the one that drops it."""
+    """Return a clip's record with the figure of each stage up to the one that drops it."""
     path, span = Path(folder) / clip["source"], clip["span"]
     record = clip | {"scores": {"length": round(span[1] - span[0], 4)}, "words": "", "hashes": [], "dropped": None}
     sampled_clip = sample_clip(path, span)
@@ -97,7 +97,7 @@ def measure_clip(folder: str, output_dir: str, clip: dict, config: CurationConfi
 def measure_stages(
     sampled_clip: SampledClip, config: CurationConfig, record: dict
 ) -> Iterator[tuple[str, float | None]]:
-    """Stage by stage, so that what is dropped early costs little."""
+    """Yield the figures stage by stage, so that the costly stages run only for clips that pass the others."""
     yield "length", record["scores"]["length"]
     yield "bars", measures.measure_black_bars(sampled_clip.full_frames)
     motion = measures.measure_motion(sampled_clip.small_frames)
@@ -114,7 +114,7 @@ def measure_stages(
 
 
 def write_thumbnail(sampled_clip: SampledClip, path: Path) -> None:
-    """A few frames side by side."""
+    """Write a few frames side by side."""
     frames = sampled_clip.full_frames[:: max(1, len(sampled_clip.full_frames) // THUMBNAIL_FRAMES)][:THUMBNAIL_FRAMES]
     strip = np.concatenate([measures.shrink_frame(frame, THUMBNAIL_SIDE) for frame in frames], axis=1)
     Image.fromarray(strip).save(path, quality=72)
@@ -125,7 +125,7 @@ def write_clip_file(folder: str, output_dir: str, clip: dict) -> ClipShape:
 
 
 def run_safely(task: Callable[[dict], dict], item: dict) -> dict:
-    """The task's record; what goes wrong with one file or clip is its reason, what would with all is raised."""
+    """Return the task's record; a fault of one file or clip becomes its reason, a fault of the whole run is raised."""
     try:
         return task(item)
     except InvalidInput as error:
@@ -133,7 +133,7 @@ def run_safely(task: Callable[[dict], dict], item: dict) -> dict:
     except (OmniVideoError, ImportError):
         raise
     except Exception as error:  # decoders and OpenCV raise whatever they like on odd pixels
-        if isinstance(error, OSError) and error.strerror:  # a source's own is UnreadableMedia by now
+        if isinstance(error, OSError) and error.strerror:  # errors of the source are UnreadableMedia by now
             raise StoreError(f"the output folder cannot be written: {error.strerror}") from None
         message = " ".join(word for word in str(error).split() if not set(word) & set("/\\"))  # no path
         return make_unreadable_record(
@@ -149,12 +149,12 @@ def format_reason(error: InvalidInput) -> str:
     return str(error).removeprefix(f"{error.field}: ")
 
 
-# ---------------------------------------------------------------- all of them
+# ---------------------------------------------------------------- the run
 
 
 @contextmanager
 def connect_workers(count: int, address: str | None) -> Iterator[Any]:
-    """Dask's client: of a cluster, or of `count` processes here that end with this one."""
+    """Yield a Dask client of a cluster, or of `count` local processes that end with this one."""
     distributed = import_optional("distributed", "dask[distributed]")
     with ignore_sigint():
         cluster = nullcontext(address) if address else distributed.LocalCluster(
@@ -166,7 +166,7 @@ def connect_workers(count: int, address: str | None) -> Iterator[Any]:
 
 @contextmanager
 def ignore_sigint() -> Iterator[None]:
-    """Processes begun in here do not hear Ctrl-C, which a terminal sends to all: this one ends them."""
+    """Make processes started in this context ignore Ctrl-C, which a terminal sends to all; this process ends them."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -178,7 +178,7 @@ def ignore_sigint() -> Iterator[None]:
 
 
 def run_tasks(client: Any, task: Callable, items: Iterable[dict]) -> Iterator[tuple[dict, dict]]:
-    """Items with their records, as they are done; one that fails, or takes its worker down, is said as unreadable."""
+    """Yield items with their records as they complete; one that crashes its worker is unreadable."""
     distributed = import_optional("distributed", "dask[distributed]")
     remaining = iter(items)
     running: dict[Any, dict] = {}
@@ -213,7 +213,7 @@ def curate(
     cluster: str | None = None,
     on_progress: PhaseProgressCallback = lambda phase, done, of: None,
 ) -> CurationResult:
-    """Kept clips in `out`/clips and their lines in `out`/clips.jsonl; what a run before did stays."""
+    """Write the kept clips and clips.jsonl to `output_dir`; results of an earlier run are reused."""
     names, missing = list_sources(folder, output_dir), find_missing_stages(config, captioner)
     config = config.model_copy(update={"ocr": config.ocr and "text" not in missing})
     prepare_output(output_dir, config)
@@ -240,20 +240,20 @@ def curate(
 
 
 def list_sources(folder: Path, output_dir: Path) -> list[str]:
-    """The videos under the folder, by their path in it."""
+    """Return the videos under the folder, by their relative paths."""
     if not folder.is_dir():
-        raise InvalidInput("folder", "there is no such folder; allowed: a folder of videos")
+        raise InvalidInput("folder", "it does not exist; allowed: a folder of videos")
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in VIDEO_SUFFIXES and path.is_file())
     names = [
         path.relative_to(folder).as_posix() for path in paths if output_dir.resolve() not in path.resolve().parents
     ]
     if not names:
-        raise InvalidInput("folder", f"no video is in it; allowed: {', '.join(VIDEO_SUFFIXES)}")
+        raise InvalidInput("folder", f"it contains no video; allowed: {', '.join(VIDEO_SUFFIXES)}")
     return names
 
 
 def find_missing_stages(config: CurationConfig, captioner: Captioner | None) -> dict[str, str]:
-    """The stages that are not asked, and what would bring them."""
+    """Return the stages that are not available, and how to enable them."""
     missing = {}
     try:
         if config.ocr:
@@ -265,25 +265,25 @@ def find_missing_stages(config: CurationConfig, captioner: Captioner | None) -> 
     if not config.aesthetic:
         missing["aesthetic"] = "no model given: --aesthetic FOLDER"
     if captioner is None:
-        missing["captions"] = "no language model given: --captions URL"
+        missing["captions"] = "no MLLM server given: --captions URL"
     return missing
 
 
 def prepare_output(output_dir: Path, config: CurationConfig) -> None:
-    """The folder's parts; a run with other settings is refused, since its records would be mixed with ours."""
+    """Create the folder; refuse one with a run of other settings, whose records would be mixed with ours."""
     try:
         for subfolder in ("clips", "thumbs"):
             (output_dir / subfolder).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InvalidInput("output", f"the folder cannot be made: {error.strerror}") from None
+        raise InvalidInput("output", f"the folder cannot be created: {error.strerror}") from None
     file, text = output_dir / "settings.json", config.model_dump_json(indent=1)
     if file.exists() and file.read_text() != text:
-        raise InvalidInput("output", "it holds a run with other settings (settings.json); use another folder")
+        raise InvalidInput("output", "it contains a run with other settings (settings.json); allowed: another folder")
     write_atomically(file, text)
 
 
 def fingerprint_file(path: Path) -> list[int]:
-    """A file that changes between two runs is taken for another one."""
+    """Return size and time; a file that changes between two runs counts as another one."""
     stat = path.stat()
     return [stat.st_size, stat.st_mtime_ns]
 
@@ -309,7 +309,7 @@ def survey_item(folder: str, bounds: CurationBounds, item: dict) -> dict:
 
 
 def list_scenes(name: str, file: dict) -> list[dict]:
-    """A surveyed file's scenes, each under a name that says where it comes from and is nobody else's."""
+    """Return a surveyed file's scenes, each with a unique name that tells its origin."""
     safe_stem = re.sub(r"[^A-Za-z0-9]+", "-", Path(name).stem).strip("-")[:40]
     path_digest = hashlib.sha256(name.encode()).hexdigest()[:8]
     return [
@@ -341,9 +341,9 @@ def measure_item(folder: str, output_dir: str, config: CurationConfig, clip: dic
 def drop_duplicates(
     clips: dict[str, dict], files: dict[str, dict], bounds: CurationBounds, on_progress: PhaseProgressCallback
 ) -> list[dict]:
-    """Those that no stage dropped and no better one is like; the others' records say which one they are like.
+    """Return the clips that no stage dropped and that resemble no better clip; record which one the others resemble.
 
-    Better is: more pixels, then more bytes a second, then the name.
+    The better clip has more pixels, then more bytes per second, then the first name.
     """
 
     def rank_by_quality(clip: dict) -> tuple:
@@ -380,7 +380,7 @@ def max_hash_count(clips: list[dict]) -> int:
 def caption_clips(
     folder: Path, clips: list[dict], captioner: Captioner, journal: Journal, on_progress: PhaseProgressCallback
 ) -> None:
-    """Those that have none yet; one that was refused is asked for again by the next run: the server may be another."""
+    """Caption the clips without a caption; the next run, perhaps with another server, repeats refused ones."""
     remaining = [clip for clip in clips if not is_captioned(clip, journal)]
 
     def caption_clip(clip: dict) -> dict:
@@ -410,7 +410,7 @@ def is_captioned(clip: dict, journal: Journal) -> bool:
 def write_clips(
     client: Any, folder: Path, output_dir: Path, clips: list[dict], on_progress: PhaseProgressCallback
 ) -> list[dict]:
-    """The kept clips' files, and a line for each; one whose file cannot be written is dropped."""
+    """Write the files of the kept clips and return a line for each; a clip that cannot be written is dropped."""
     journal = Journal(output_dir / "written.jsonl")
     remaining = [clip for clip in clips if not is_written(output_dir, clip, journal)]
     for done, (clip, record) in enumerate(
@@ -425,7 +425,7 @@ def write_clips(
     for path in set((output_dir / "clips").glob("*")) - {
         output_dir / "clips" / f"{clip['clip']}.mp4" for clip in clips
     }:
-        path.unlink()  # of a file that has changed since, or cut by a kill
+        path.unlink()  # of a source that has changed since, or incomplete after a kill
     return [build_output_line(clip, journal.records[clip["clip"]]) for clip in clips]
 
 

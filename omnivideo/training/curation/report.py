@@ -1,4 +1,4 @@
-"""The report: one HTML file that needs nothing else, with what was kept, what was dropped, by which stage, and why."""
+"""The report: one self-contained HTML file with the kept and dropped clips, the stages and the reasons."""
 
 import base64
 from collections.abc import Iterable, Iterator
@@ -9,7 +9,7 @@ from omnivideo.training.curation.bounds import STAGES, UNREADABLE, CurationBound
 from omnivideo.training.curation.journal import write_atomically
 from omnivideo.training.curation.pipeline import CurationResult
 
-MAX_THUMBNAILS = 200  # thumbnails a section: a page of a million clips would not open
+MAX_THUMBNAILS = 200  # per section; a page with a million clips would not open
 STYLE = """
 :root { color-scheme: light dark; --ink: #222; --dim: #667; --paper: #fafaf8; --card: #fff; --line: #ddd;
         --good: #177245; --bad: #a8321e; }
@@ -41,7 +41,7 @@ def render_page(result: CurationResult, bounds: CurationBounds, output_dir: Path
     seconds = sum(line["stop"] - line["start"] for line in result.kept_clips)
     scenes, sources = format_count(len(clips), "scene"), format_count(len(files), "file")
     yield f"<h1>{len(result.kept_clips)} clips kept of {scenes} in {sources}</h1>"
-    yield f'<p class="dim">{seconds:.1f} s of video; a scene is asked stage by stage until one drops it.</p>'
+    yield f'<p class="dim">{seconds:.1f} s of video; a scene passes through the stages until one drops it.</p>'
     yield from render_stage_table(result, bounds)
     yield from render_dropped_files(result)
     for stage in (UNREADABLE, *STAGES):
@@ -58,9 +58,9 @@ def format_count(number: int, noun: str) -> str:
 
 
 def render_stage_table(result: CurationResult, bounds: CurationBounds) -> Iterator[str]:
-    """How many each stage was asked about, dropped, and could not measure."""
+    """Yield a table of the scenes that each stage checked, dropped and could not measure."""
     records = [*result.files.values(), *result.clips.values()]
-    yield "<h2>Stages</h2><table><tr><th>stage<th>measures<th>allowed<th class=n>asked<th class=n>dropped"
+    yield "<h2>Stages</h2><table><tr><th>stage<th>measures<th>allowed<th class=n>checked<th class=n>dropped"
     for stage in STAGES.values():
         measured_records = [record for record in records if stage.name in record["scores"]]
         dropped = sum(
@@ -68,12 +68,10 @@ def render_stage_table(result: CurationResult, bounds: CurationBounds) -> Iterat
         )
         unmeasurable = sum(record["scores"][stage.name] is None for record in measured_records)
         note = (
-            f' <span class="dim">({unmeasurable} not measurable: the camera stands still)</span>'
-            if unmeasurable
-            else ""
+            f' <span class="dim">({unmeasurable} not measurable: the camera is static)</span>' if unmeasurable else ""
         )
         if stage.name in result.missing_stages:
-            note = f' <span class="bad">not asked: {escape(result.missing_stages[stage.name])}</span>'
+            note = f' <span class="bad">not checked: {escape(result.missing_stages[stage.name])}</span>'
         yield f"<tr><td><b>{stage.name}</b><td>{stage.description}{note}<td>{format_allowed_range(stage.name, bounds)}"
         yield f"<td class=n>{len(measured_records)}<td class=n>{dropped}"
     if "captions" in result.missing_stages:
@@ -94,10 +92,10 @@ def format_allowed_range(name: str, bounds: CurationBounds) -> str:
 
 
 def render_dropped_files(result: CurationResult) -> Iterator[str]:
-    """Files that never became scenes."""
+    """Yield a table of the files that were dropped before they were split into scenes."""
     dropped = [(name, file["dropped"]) for name, file in result.files.items() if file["dropped"]]
     if dropped:
-        yield "<h2>Files dropped whole</h2><table><tr><th>file<th>stage<th>why"
+        yield "<h2>Files dropped completely</h2><table><tr><th>file<th>stage<th>why"
     for name, why in dropped:
         yield f'<tr><td>{escape(name)}<td class="bad">{why["stage"]}<td>{escape(why["why"])}'
     if dropped:

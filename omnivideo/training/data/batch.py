@@ -1,4 +1,4 @@
-"""TODO docstring of omnivideo/training/data/batch.py."""
+"""Batches of the stages: the samples that a process takes through the models in one pass."""
 
 import random
 from collections.abc import Sequence
@@ -10,15 +10,16 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from omnivideo.contracts import Medium
-from omnivideo.training.planning.flops import (
-    Flops,
-)
+from omnivideo.training.planning.flops import Flops
 
 
 @dataclass
 class Stage1Batch:
-    """What a process has of a batch of stage 1 in one pass: model inputs and labels, those that ask for something
-    drawn first, with the pixels [B, 3, F, S, S] of what they ask for; what their mean weighs among those of all."""
+    """A process's part of a stage 1 batch for one pass.
+
+    Requests for generation come first in `inputs` and `labels`; `target_pixels` [B, 3, F, S, S] are their targets.
+    `loss_weight` is the weight of this pass's mean among those of all passes.
+    """
 
     inputs: dict[str, Tensor]
     labels: Tensor
@@ -28,8 +29,11 @@ class Stage1Batch:
 
 @dataclass
 class MicroBatch:
-    """What a process has of a step's batch in one pass: which of the `whole` batch's samples these are, what their
-    mean weighs among those of all passes, and what was done to them `before`, by the model's frozen parts."""
+    """A process's part of a flow batch for one pass.
+
+    `local_indices` are its samples' positions in the global batch of `global_size`, and `loss_weight` is the weight of
+    this pass's mean among those of all passes. `frozen_flops` counts the work of the frozen models so far.
+    """
 
     batch: "FlowBatch"
     dropout_draws: list[float]
@@ -40,10 +44,9 @@ class MicroBatch:
 
 
 class FlowSource(Protocol):
-    """Where the samples of stages 2b and 3 come from.
+    """The source of the samples of stages 2b and 3.
 
-    `draw` may run in another process; `ready` is called with what it made, where the models are, for the portion of
-    each pass.
+    `load_batch` may run in a worker process; `to_micro_batches` takes its result in the process that has the models.
     """
 
     def load_batch(self, step: int) -> Any: ...
@@ -59,6 +62,7 @@ class RaggedTensor:
 
     @classmethod
     def from_rows(cls, rows: Sequence[Tensor]) -> "RaggedTensor":
+        """Store the rows in half precision."""
         lengths = torch.tensor([0, *map(len, rows)])
         return cls(torch.cat(list(rows)).half(), lengths.cumsum(0))
 
@@ -72,7 +76,7 @@ class RaggedTensor:
 
 @dataclass
 class CachedTask:
-    """One task's requests with all that is frozen; `source` is None in generation mode."""
+    """A task's requests with the outputs of the frozen models; `source_latents` is None in generation mode."""
 
     target_latents: Tensor
     source_latents: Tensor | None
@@ -84,7 +88,7 @@ class CachedTask:
         return len(self.target_latents)
 
     def __add__(self, other: "CachedTask") -> "CachedTask":
-        """More requests of the same task."""
+        """Concatenate requests of the same task."""
         assert (self.source_latents is None) == (other.source_latents is None)
         source_latents = (
             None
@@ -100,13 +104,16 @@ class CachedTask:
         )
 
 
-TaskSample = tuple[CachedTask, int]  # a task, and which of its requests
+TaskSample = tuple[CachedTask, int]  # a task, and the index of one of its requests
 
 
 @dataclass
 class FlowBatch:
-    """A batch.  Latents [B, z, T, h, w], and [E, ...] of the sources of the rows that have one; hidden states
-    [B, N, M] and text [B, L, D] with their lengths, zero past them; embeddings [B, Q, E]."""
+    """A batch of the flow stages.
+
+    Target latents are [B, z, T, h, w], source latents [E, z, T, h, w] for the rows that have a source. Hidden states
+    [B, N, M] and text embeddings [B, L, D] are zero past their lengths. Visual embeddings are [B, Q, E].
+    """
 
     target_latents: Tensor
     has_source: Tensor
@@ -121,7 +128,7 @@ class FlowBatch:
         return len(self.target_latents)
 
     def to(self, device: torch.device) -> "FlowBatch":
-        """All but `has_source`, which is asked for on the CPU."""
+        """Return the batch on a device; `has_source` stays on the CPU, where it is read."""
         tensors = {
             name: tensor for name, tensor in vars(self).items() if isinstance(tensor, Tensor) and name != "has_source"
         }
@@ -130,26 +137,28 @@ class FlowBatch:
 
     @property
     def medium(self) -> Medium:
+        """Return "video" if the latents have more than one frame."""
         return "video" if self.target_latents.shape[2] > 1 else "image"
 
     @property
     def unpadded_texts(self) -> list[Tensor]:
+        """Return the text embeddings [L_i, D] of each row without padding."""
         return [row[:length] for row, length in zip(self.text_embeddings, self.text_lengths, strict=True)]
 
 
 def sample_mixed_batch(
     rng: random.Random, tasks: Sequence[CachedTask], count: int, edit_share: float = 0.5
 ) -> list[TaskSample]:
-    """A mixed batch: `count` samples of tasks that share resolution and frame count (hybrid mixed batching).
+    """Sample `count` requests of tasks that share resolution and frame count (hybrid mixed batching).
 
-    `edits` is the share of the tasks that have a source, where both kinds are there.
+    `edit_share` is the share of the tasks that have a source, if there are both kinds.
     """
     shares = [1 - edit_share if task.source_latents is None else edit_share for task in tasks]
     return [(task, rng.randrange(len(task))) for task in rng.choices(tasks, shares, k=count)]
 
 
 def collate_flow_batch(samples: Sequence[TaskSample]) -> FlowBatch:
-    """The samples as one batch in single precision."""
+    """Collate the samples into one batch in single precision."""
     hidden_states, text_embeddings = (
         [task.hidden_states[index] for task, index in samples],
         [task.text_embeddings[index] for task, index in samples],

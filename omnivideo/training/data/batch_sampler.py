@@ -1,9 +1,9 @@
-"""Hybrid mixed batching (paper section 4.2): which samples make up each step of an epoch, for any number of ranks.
+"""Hybrid mixed batching (paper section 4.2): the samples of each step of an epoch, for any number of ranks.
 
-A step is one batch of one group (images or videos) and of one bucket (width, height, frames); whatever task they are
-of, its samples share the forward and backward pass.  The order is a function of the samples, the mix and the epoch
-alone.  Ranks come in only where a batch is dealt out, so a run goes on in the middle of an epoch, from its `Place`, on
-any number of ranks.  Nothing here knows tensors or processes: samples are indices.
+A step is one batch of one group (images or videos) and one bucket (width, height, frames). Its samples share the
+forward and backward pass, whatever their tasks. The order depends only on the samples, the mix and the epoch. Ranks
+matter only when a batch is divided among them, so a run can resume in the middle of an epoch, from its SamplerState,
+on any number of ranks. This module knows neither tensors nor processes: samples are indices.
 """
 
 import hashlib
@@ -17,7 +17,9 @@ import numpy as np
 from omnivideo.contracts import TRAINING_TASKS, Medium, TrainingTask, get_task_medium
 from omnivideo.errors import CheckpointError, InvalidInput
 
-# Table 1, in percent of the samples.
+BATCH_SIZE_OPTIONS: dict[Medium, str] = {"image": "stills", "video": "clips"}  # command-line options of batch sizes
+
+# Paper, Table 1: percent of the samples.
 PAPER_TASK_MIX: dict[TrainingTask, float] = {
     "image-understanding": 37.9,
     "video-understanding": 4.36,
@@ -30,7 +32,7 @@ PAPER_TASK_MIX: dict[TrainingTask, float] = {
 
 @dataclass(frozen=True, order=True)
 class Bucket:
-    """The shape that samples are brought to: px, and frames (4k + 1; 1 is an image)."""
+    """The shape that samples are cropped and resized to: px, and 4k + 1 frames; an image has one."""
 
     width: int
     height: int
@@ -38,25 +40,30 @@ class Bucket:
 
     @property
     def group(self) -> Medium:
+        """Return "video" for more than one frame."""
         return "video" if self.frames > 1 else "image"
 
     @property
     def pixel_count(self) -> int:
+        """Return the pixels of one sample in all frames."""
         return self.width * self.height * self.frames
 
     def aspect_distance(self, width: int, height: int) -> float:
-        """How unlike the aspect ratios are: 0 for the same."""
+        """Return the distance between the aspect ratios in log space; 0 means equal."""
         return abs(math.log(width / height * self.height / self.width))
 
 
 @dataclass(frozen=True)
 class MixConfig:
-    """How an epoch is put together.
+    """The composition of an epoch.
 
-    `ratio`: shares of the tasks; None takes all samples once.  `sizes`: samples of a batch, over all ranks.  `weights`:
-    how many batches of a group come for those of the other; None leaves that to the ratio.  `unit`: batches are
-    multiples of it wherever that is possible, so that 1, 2, 4 ... `unit` ranks get equal parts; with `fold` a bucket of
-    fewer samples joins another one.  `mixed` off gives every batch to one task, for comparison.
+    task_ratio: shares of the tasks; None takes every sample once.
+    batch_sizes: samples in a batch over all ranks, for each group.
+    group_weights: numbers of batches of the groups relative to each other; None follows the task ratio.
+    batch_multiple: batches are multiples of it where possible, so that each of its divisors as the number of ranks
+        gives equal parts.
+    fold_small_buckets: merge a bucket with fewer samples than batch_multiple into a similar one.
+    mix_tasks: False restricts every batch to one task, for comparison.
     """
 
     task_ratio: Mapping[TrainingTask, float] | None = field(default_factory=lambda: dict(PAPER_TASK_MIX))
@@ -71,24 +78,26 @@ class MixConfig:
         for task, share in (self.task_ratio or {}).items():
             if task not in TRAINING_TASKS or not 0 <= share < math.inf:
                 raise InvalidInput(
-                    "ratio", f"{task!r} at {share!r}; allowed: 0 and more for {', '.join(TRAINING_TASKS)}"
+                    "ratio", f"{task!r} at {share!r}; allowed: 0 or more for {', '.join(TRAINING_TASKS)}"
                 )
         if self.batch_multiple < 1:
-            raise InvalidInput("unit", f"{self.batch_multiple} is not 1 or more")
+            raise InvalidInput("batch_multiple", f"{self.batch_multiple}; allowed: 1 or more")
         for group in get_args(Medium):
             size = self.batch_sizes.get(group, 0)
             if size < 1 or size % self.batch_multiple:
                 raise InvalidInput(
-                    "sizes", f"{size} {group}s a batch is not a positive multiple of unit, {self.batch_multiple}"
+                    BATCH_SIZE_OPTIONS[group], f"{size}; allowed: a positive multiple of {self.batch_multiple}"
                 )
         if self.group_weights is not None and (
             set(self.group_weights) != set(get_args(Medium))
-            or not all(0 < one < math.inf for one in self.group_weights.values())
+            or not all(0 < weight < math.inf for weight in self.group_weights.values())
         ):
-            raise InvalidInput("weights", f"{dict(self.group_weights)}; allowed: above 0 for both image and video")
+            raise InvalidInput(
+                "group-weight", f"{dict(self.group_weights)}; allowed: a number above 0 for both image and video"
+            )
 
 
-# Fields as digests spell them since version 0.1: a checkpoint's data would not be known again.
+# The fields' names in version 0.1. Digests keep them, so that checkpoints of that version still match their data.
 MIX_DIGEST_KEYS = {
     "task_ratio": "ratio",
     "batch_sizes": "sizes",
@@ -101,7 +110,7 @@ MIX_DIGEST_KEYS = {
 
 @dataclass(frozen=True)
 class GlobalBatch:
-    """One step: all ranks' samples."""
+    """The samples of one step over all ranks."""
 
     bucket: Bucket
     indices: np.ndarray
@@ -109,30 +118,30 @@ class GlobalBatch:
 
 @dataclass(frozen=True)
 class SamplerState:
-    """Where a run stands in its data: the next batch is number `at` of epoch `epoch`."""
+    """A run's position in its data: the epoch, and the index of its next batch."""
 
     epoch: int = 0
     batch_index: int = 0
 
 
 class BatchSampler:
-    """The batches of every epoch over samples of these tasks and buckets (one entry each, by index)."""
+    """Yields the batches of every epoch over samples, which are given by their tasks and buckets, by index."""
 
     def __init__(self, tasks: Sequence[TrainingTask], buckets: Sequence[Bucket], mix: MixConfig = MixConfig()):
         if not len(tasks) == len(buckets) > 0:
-            raise InvalidInput("data", f"{len(tasks)} tasks and {len(buckets)} buckets; allowed: one each, 1 or more")
+            raise InvalidInput("shards", f"{len(tasks)} tasks and {len(buckets)} buckets; allowed: one each, 1 or more")
         self.mix = mix
         self.buckets = sorted(set(buckets))
         self.sample_tasks = np.array([TRAINING_TASKS.index(task) for task in tasks], dtype=np.int8)
-        bucket_numbers = {bucket: at for at, bucket in enumerate(self.buckets)}
+        bucket_numbers = {bucket: index for index, bucket in enumerate(self.buckets)}
         self.sample_buckets = np.array([bucket_numbers[bucket] for bucket in buckets], dtype=np.int32)
         self.quotas = self.compute_quotas()
         self.cached_epoch: tuple[int, list[GlobalBatch]] | None = None
 
-    # ------------------------------------------------------------ what an epoch takes
+    # ------------------------------------------------------------ the samples of an epoch
 
     def compute_task_shares(self) -> dict[int, float]:
-        """The weight of each task that there are samples of."""
+        """Return the weight of each task that has samples."""
         present = sorted(set(self.sample_tasks.tolist()))
         ratio = self.mix.task_ratio
         if ratio is None:
@@ -144,11 +153,15 @@ class BatchSampler:
                 if ratio.get(TRAINING_TASKS[task], 0.0) > 0
             }
         if not task_shares:
-            raise InvalidInput("ratio", f"it asks for none of {', '.join(TRAINING_TASKS[task] for task in present)}")
+            raise InvalidInput(
+                "ratio",
+                f"every task with samples has a share of 0; allowed: above 0 for one of "
+                f"{', '.join(TRAINING_TASKS[task] for task in present)}",
+            )
         return self.apply_group_weights(task_shares)
 
     def apply_group_weights(self, shares: dict[int, float]) -> dict[int, float]:
-        """Shares with those of a group scaled so that the groups' batches come by `weights`."""
+        """Scale the shares of each group so that the numbers of batches follow `group_weights`."""
         if self.mix.group_weights is None:
             return shares
         totals: dict[Medium, float] = {"image": 0.0, "video": 0.0}
@@ -163,20 +176,20 @@ class BatchSampler:
         }
 
     def compute_quotas(self) -> dict[int, int]:
-        """Samples of each task in an epoch: as many as the scarcest task allows without a repetition."""
+        """Return the samples of each task in an epoch, limited by the scarcest task, without repetition."""
         shares = self.compute_task_shares()
         available = {task: int((self.sample_tasks == task).sum()) for task in shares}
         if self.mix.task_ratio is None and self.mix.group_weights is None:
             return available
-        # One more than there are: counts that were themselves rounded from these shares are all taken.
+        # With one more than available, counts that were rounded from these very shares are used completely.
         scale = min((available[task] + 1) / share for task, share in shares.items())
         return {task: min(available[task], math.ceil(scale * share - 1e-9)) for task, share in shares.items()}
 
     def select_samples(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The epoch's samples, and how far into the epoch (0 to 1) each is to come.
+        """Return the epoch's samples, and the position of each in the epoch from 0 to 1.
 
-        A task's samples stand in a ring, in one shuffled order; every epoch takes the next stretch of it.  So none
-        comes twice in an epoch, and each equally often in the long run.  Every task is spread evenly over the epoch.
+        A task's samples form a ring in one shuffled order, of which every epoch takes the next stretch. So no sample
+        repeats within an epoch, and all are used equally often in the long run. Each task is spread evenly.
         """
         indices, moments = [], []
         for task, quota in self.quotas.items():
@@ -188,18 +201,20 @@ class BatchSampler:
         return np.concatenate(indices), np.concatenate(moments)
 
     def make_rng(self, *key: object) -> np.random.Generator:
+        """Return a generator that depends only on the mix's seed and the key."""
         digest = hashlib.sha256(repr((self.mix.seed, *key)).encode()).digest()
         return np.random.default_rng(np.frombuffer(digest, dtype=np.uint32))
 
-    # ------------------------------------------------------------ into batches
+    # ------------------------------------------------------------ batches
 
     def get_epoch_batches(self, number: int) -> list[GlobalBatch]:
-        """All batches of an epoch, in order."""
+        """Return all batches of an epoch in order; the last epoch is cached."""
         if self.cached_epoch is None or self.cached_epoch[0] != number:
             self.cached_epoch = (number, self.build_batches(number))
         return self.cached_epoch[1]
 
     def build_batches(self, number: int) -> list[GlobalBatch]:
+        """Divide an epoch's samples into batches, and interleave those of the two groups."""
         indices, moments = self.select_samples(number)
         indices = indices[np.argsort(moments, kind="stable")]
         groups: dict[Medium, list[GlobalBatch]] = {"image": [], "video": []}
@@ -212,14 +227,14 @@ class BatchSampler:
         return interleave_batches(groups["image"], groups["video"])
 
     def group_by_bucket(self, indices: np.ndarray) -> Iterator[tuple[Bucket, np.ndarray]]:
-        """The samples of each bucket; of each bucket and task where batches are not mixed."""
+        """Yield the samples of each bucket, or of each bucket and task if tasks are not mixed."""
         bucket_indices = self.fold_buckets(indices)
         keys = bucket_indices * len(TRAINING_TASKS) + (0 if self.mix.mix_tasks else self.sample_tasks[indices])
         for key in np.unique(keys):
             yield self.buckets[int(key) // len(TRAINING_TASKS)], indices[keys == key]
 
     def fold_buckets(self, indices: np.ndarray) -> np.ndarray:
-        """The number of each sample's bucket, where buckets too small for a unit join the one most like them."""
+        """Return the index of each sample's bucket after merging small buckets into the most similar ones."""
         bucket_indices = self.sample_buckets[indices].astype(np.int64)
         counts = np.bincount(bucket_indices, minlength=len(self.buckets))
         for small in np.argsort(counts, kind="stable") if self.mix.fold_small_buckets else ():
@@ -233,27 +248,27 @@ class BatchSampler:
         return bucket_indices
 
     def find_nearest_bucket(self, bucket_index: int, counts: np.ndarray) -> int | None:
-        """The fullest kind of shape to crop a bucket's samples to: no more frames, then the most like aspect ratio."""
+        """Return the bucket to merge into: the most frames, but no more than now, then the nearest aspect ratio."""
         bucket = self.buckets[bucket_index]
         others = [
-            (bucket.frames - other.frames, other.aspect_distance(bucket.width, bucket.height), into)
-            for into, other in enumerate(self.buckets)
-            if into != bucket_index and counts[into] and other.group == bucket.group and other.frames <= bucket.frames
+            (bucket.frames - other.frames, other.aspect_distance(bucket.width, bucket.height), index)
+            for index, other in enumerate(self.buckets)
+            if index != bucket_index and counts[index] and other.group == bucket.group and other.frames <= bucket.frames
         ]
         return min(others)[2] if others else None
 
     def split_into_batches(self, members: np.ndarray, group: Medium) -> list[np.ndarray]:
-        """Batches of nearly equal size, all but one of them a multiple of the unit; none is padded."""
+        """Return batches of nearly equal size without padding; all but one are multiples of `batch_multiple`."""
         unit = self.mix.batch_multiple
         units = math.ceil(len(members) / unit)
         batches = math.ceil(units * unit / self.mix.batch_sizes[group])
-        ends = [min(len(members), (units * (at + 1) // batches) * unit) for at in range(batches)]
+        ends = [min(len(members), (units * (index + 1) // batches) * unit) for index in range(batches)]
         return np.split(members, ends[:-1])
 
-    # ------------------------------------------------------------ a run through it
+    # ------------------------------------------------------------ the position of a run
 
     def iterate_batches(self, state: SamplerState = SamplerState()) -> Iterator[tuple[SamplerState, GlobalBatch]]:
-        """Every batch from `place` on, without end, with the place after it."""
+        """Yield every batch from `state` on, endlessly, each with the state after it."""
         while True:
             batches = self.get_epoch_batches(state.epoch)
             for index in range(state.batch_index, len(batches)):
@@ -264,17 +279,17 @@ class BatchSampler:
             state = SamplerState(state.epoch + 1)
 
     def dump_state(self, state: SamplerState) -> dict[str, Any]:
-        """What a checkpoint keeps of the data."""
+        """Return the position in the data for a checkpoint."""
         return {"order": self.compute_digest(), "epoch": state.epoch, "at": state.batch_index}
 
     def restore_state(self, checkpoint: Mapping[str, Any]) -> SamplerState:
-        """The place of a checkpoint; raises CheckpointError where its data or mix are not these."""
+        """Return a checkpoint's position; raise CheckpointError if its data or mix differ from these."""
         if checkpoint["order"] != self.compute_digest():
             raise CheckpointError("data: the checkpoint was made with other samples, buckets or another mix")
         return SamplerState(checkpoint["epoch"], checkpoint["at"])
 
     def compute_digest(self) -> str:
-        """Sixteen hex digits over all that the order hangs on."""
+        """Return sixteen hex digits of everything that the order depends on."""
         mix = {MIX_DIGEST_KEYS.get(name, name): value for name, value in asdict(self.mix).items()}
         hasher = hashlib.sha256(repr((sorted(mix.items(), key=str), self.buckets)).encode())
         hasher.update(self.sample_tasks.tobytes() + self.sample_buckets.tobytes())
@@ -282,31 +297,30 @@ class BatchSampler:
 
 
 def get_task_group(task_index: int) -> Medium:
+    """Return the group of a task, given by its index in TRAINING_TASKS."""
     return get_task_medium(TRAINING_TASKS[task_index])
 
 
 def interleave_batches(first: list[GlobalBatch], second: list[GlobalBatch]) -> list[GlobalBatch]:
-    """Both lists in their order, each spread evenly over the whole."""
-    moments = [((at + 0.5) / len(batches), which, at) for which, batches in enumerate((first, second))
-               for at in range(len(batches))]  # fmt: skip
-    return [(first, second)[which][at] for _, which, at in sorted(moments)]
+    """Merge two lists, keeping their orders and spreading each evenly."""
+    positions = [((index + 0.5) / len(batches), list_index, index)
+                 for list_index, batches in enumerate((first, second)) for index in range(len(batches))]  # fmt: skip
+    return [(first, second)[list_index][index] for _, list_index, index in sorted(positions)]
 
 
 @dataclass(frozen=True)
 class EpochStats:
-    """What an epoch comes to.  `waste` is the part of the ranks' work that is padding or waiting, in pixels."""
+    """The size of an epoch; `wasted_fraction` is the share of the ranks' pixels that are padding or waiting."""
 
     steps: int
     samples: int
     wasted_fraction: float
-    steps_per_1000_samples: dict[
-        TrainingTask, float
-    ]  # steps that a task has a part in, for each 1000 samples of the epoch
-    max_sample_gap: dict[TrainingTask, int]  # the most samples between two such steps
+    steps_per_1000_samples: dict[TrainingTask, float]  # steps with samples of a task per 1000 samples of the epoch
+    max_sample_gap: dict[TrainingTask, int]  # the largest number of samples between two such steps
 
 
 def measure_epoch(sampler: BatchSampler, world_size: int, epoch: int = 0) -> EpochStats:
-    """Walks through an epoch as `world` ranks would, which wait for each other once a step."""
+    """Measure an epoch on `world_size` ranks, which wait for each other once a step."""
     batches = sampler.get_epoch_batches(epoch)
     samples = sum(len(batch.indices) for batch in batches)
     useful = sum(len(batch.indices) * batch.bucket.pixel_count for batch in batches)
@@ -325,17 +339,17 @@ def measure_epoch(sampler: BatchSampler, world_size: int, epoch: int = 0) -> Epo
 # ---------------------------------------------------------------- shapes
 
 ASPECT_RATIOS = (1 / 2, 9 / 16, 2 / 3, 3 / 4, 1.0, 4 / 3, 3 / 2, 16 / 9, 2.0)
-GRID_PX = 16  # px; VAE and patch embedding
+GRID_PX = 16  # px; VAE and patch embedding need multiples of it
 
 
 def build_buckets(
     width: int, height: int, frame_counts: Sequence[int], aspect_ratios: Sequence[float] = ASPECT_RATIOS
 ) -> list[Bucket]:
-    """Buckets of about this area in the usual aspect ratios and in its own, for each number of frames."""
-    if min(width, height) < GRID_PX or any(frames < 1 or frames % 4 != 1 for frames in frame_counts):
-        raise InvalidInput(
-            "buckets", f"{width}x{height}, frames {frame_counts}: {GRID_PX} px and more, and 4k + 1 frames"
-        )
+    """Return buckets of about this area, in the usual aspect ratios and its own, for each number of frames."""
+    if min(width, height) < GRID_PX:
+        raise InvalidInput("size", f"{width}x{height}; allowed: sides of {GRID_PX} px or more")
+    if any(frames < 1 or frames % 4 != 1 for frames in frame_counts):
+        raise InvalidInput("frames", f"{', '.join(map(str, frame_counts))}; allowed: 4k + 1, e.g. 1, 5, 9")
     area, sizes = width * height, {(round_to_grid(width), round_to_grid(height))}
     sizes |= {
         (round_to_grid(math.sqrt(area * ratio)), round_to_grid(math.sqrt(area / ratio))) for ratio in aspect_ratios
@@ -344,14 +358,17 @@ def build_buckets(
 
 
 def round_to_grid(side: float) -> int:
+    """Return the nearest multiple of GRID_PX, at least one."""
     return max(GRID_PX, round(side / GRID_PX) * GRID_PX)
 
 
 def select_bucket(
     buckets: Sequence[Bucket], task: TrainingTask, width: int, height: int, frames: int, fps: float, target_fps: float
 ) -> Bucket:
-    """The bucket that loses least of a medium, which is to be seen at `wanted` frames a second: the most frames that
-    it has, then the nearest aspect ratio.  Raises InvalidInput for a clip that is too short for all of them.
+    """Return the bucket that keeps most of a medium, sampled at `target_fps`.
+
+    It has the most frames that the medium can fill, then the nearest aspect ratio. Raises InvalidInput for a clip
+    that is too short for every bucket.
     """
     available_frames = 1 if "image" in task else math.floor((frames - 1) * target_fps / fps + 1e-6) + 1
     candidates = [

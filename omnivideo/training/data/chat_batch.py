@@ -1,4 +1,4 @@
-"""TODO docstring of omnivideo/training/data/chat_batch.py."""
+"""Batches of requests and answers for the MLLM, and the loss over the answers."""
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ ChatSample = tuple[MLLMMessage, str]
 
 
 def add_position_ids(model: Qwen3VLForConditionalGeneration, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """And the places of tokens and patches, which the model would find in many small steps for each sample."""
+    """Add the position ids of tokens and patches; the model would compute them sample by sample, which is slow."""
     input_names = ("input_ids", "mm_token_type_ids", "image_grid_thw", "video_grid_thw", "attention_mask")
     position_ids, _ = model.model.get_rope_index(**{name: inputs[name] for name in input_names if name in inputs})
     positions = {"position_ids": position_ids}
@@ -29,7 +29,7 @@ def add_position_ids(model: Qwen3VLForConditionalGeneration, inputs: dict[str, T
 def make_answer_labels(
     encoded_samples: list[TokenizedRequest], prompt_lengths: list[int], inputs: dict[str, Tensor]
 ) -> Tensor:
-    """Labels [B, N]: the answer's tokens and its end; -100 over the prompt and the padding."""
+    """Return labels [B, N]: the tokens of the answer and its end, and -100 over the prompt and the padding."""
     labels = torch.full_like(inputs["input_ids"], -100)
     for row, (encoded, start) in enumerate(zip(encoded_samples, prompt_lengths, strict=True)):
         labels[row, start : len(encoded.token_ids)] = torch.tensor(encoded.token_ids[start:])
@@ -42,7 +42,7 @@ def collate_chat_batch(
     samples: list[ChatSample],
     pixels: VisionInputConfig,
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Model inputs, with the places, and labels of a list of samples."""
+    """Return the model inputs with position ids, and the labels, of a list of samples."""
     encoded = [tokenize_message(tokenizer, message, pixels, reply) for message, reply in samples]
     prompt_lengths = [
         len(sample.token_ids) - len(tokenizer(f"{reply}<|im_end|>").input_ids)
@@ -53,24 +53,24 @@ def collate_chat_batch(
 
 
 def to_device(device: torch.device, batch: tuple[dict[str, Tensor], Tensor]) -> tuple[dict[str, Tensor], Tensor]:
-    """What `batch_of` returned, on a device."""
+    """Return the result of `collate_chat_batch` on a device."""
     inputs, labels = batch
     return {name: tensor.to(device) for name, tensor in inputs.items()}, labels.to(device)
 
 
 def count_answer_tokens(labels: Tensor) -> Tensor:
-    """How many tokens are to be predicted."""
+    """Return the number of tokens to predict."""
     return (labels[:, 1:] != -100).sum()
 
 
 def text_loss(logits: Tensor, labels: Tensor, token_count: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Eq. 2 over the answers' tokens of the whole batch, and the share of answers that are right in every token.
+    """Return the loss of Eq. 2 over the answers' tokens, and the share of answers with every token right.
 
-    `among`: how many tokens all passes of all processes have on average, where a process has several.
+    `token_count` is the mean number of tokens in a pass over all processes; None computes it for a single pass.
     """
     predicted, target = logits[:, :-1], labels[:, 1:]
     total = F.cross_entropy(predicted.flatten(0, 1).float(), target.flatten(), ignore_index=-100, reduction="sum")
     token_count = current_rank().global_mean(count_answer_tokens(labels)) if token_count is None else token_count
-    loss = total / token_count.clamp(min=1e-6)  # 0 where there is no answer at all
+    loss = total / token_count.clamp(min=1e-6)  # 0 if the batch has no answer
     exact_share = ((predicted.argmax(-1) == target) | (target == -100)).all(dim=1).float().mean()
     return loss, exact_share

@@ -1,11 +1,11 @@
-"""The stages over shards: the samples of an epoch in its order, from the shards and the cache.
+"""The samples of an epoch in order, from shards and the latent cache, as batches of the stages.
 
-Stage 1 needs the shards alone.  From stage 2a on latents and text come from the cache (`omnivideo data encode`) where
-it has them; what it has not, the MLLM's hidden states, and in stage 3 the visual encoder's embeddings are computed as
-they are needed, from the media.
+Stage 1 needs only the shards. From stage 2a on, latents and text embeddings come from the cache (`omnivideo data
+encode`) if it has them. Missing ones, the MLLM's hidden states and in stage 3 the visual encoder's embeddings are
+computed from the media as they are needed.
 
-A sample that cannot be read when its turn comes is left out of its batch, whose mean is over the others, and is named
-in the library's problems.  Where a process has none left, a blank one goes along for nothing.
+A sample that cannot be read is left out of its batch, whose mean is over the others, and is named in the data set's
+skip report. A process without a readable sample takes a blank one along, which does not count.
 """
 
 import hashlib
@@ -57,8 +57,11 @@ log = logging.getLogger("omnivideo.training")
 
 @dataclass
 class RankSlice:
-    """What a process has of a step: the numbers of its samples, which of the whole batch's they are, and whether they
-    count: with fewer samples than processes one goes along with another's, for nothing."""
+    """A process's part of a step.
+
+    `sample_indices` are its samples in the data set and `batch_slice` their positions in the global batch. With fewer
+    samples than processes, some processes repeat a sample of another; theirs do not count.
+    """
 
     bucket: Bucket
     sample_indices: list[int]
@@ -68,9 +71,10 @@ class RankSlice:
 
 
 class EpochDataset:
-    """The wanted samples of a library, epoch after epoch, each in its order.
+    """The samples of a data set that a stage uses, epoch after epoch.
 
-    `micro`: how many a process takes in one forward and backward pass at the most; None: all that it has of a batch.
+    `micro_batch_size` is the most samples that a process takes in one forward and backward pass; None takes its whole
+    part of a batch at once.
     """
 
     def __init__(
@@ -87,7 +91,7 @@ class EpochDataset:
         self.epoch_lengths: list[int] = []
 
     def get_global_batch(self, step: int) -> GlobalBatch:
-        """The batch of a step, counted on from epoch to epoch."""
+        """Return the batch of a step; steps are counted across epochs."""
         epoch = 0
         while True:
             if epoch == len(self.epoch_lengths):
@@ -97,12 +101,13 @@ class EpochDataset:
             step, epoch = step - self.epoch_lengths[epoch], epoch + 1
 
     def batch_size(self, step: int) -> int:
+        """Return the number of samples of a step over all processes."""
         return len(self.get_global_batch(step).indices)
 
     def compute_digest(self) -> str:
-        """Sixteen hex digits over the samples, what they are brought to, and their order.
+        """Return sixteen hex digits over the samples, their buckets and their order.
 
-        A sample is told by its name and by where its members lie in the shard: keys alone are mere numbers.
+        A sample is identified by its key and by the positions of its members in the shard, since keys are only numbers.
         """
         hasher = hashlib.sha256(f"({self.batch_sampler.compute_digest()!r}, {self.assigner.digest_key})".encode())
         for entry in (self.dataset.entries[number] for number in self.sample_indices):
@@ -110,26 +115,26 @@ class EpochDataset:
         return hasher.hexdigest()[:16]
 
     def get_rank_slice(self, step: int) -> RankSlice:
-        """This process's."""
+        """Return this process's part of a step."""
         batch = self.get_global_batch(step)
         global_size, batch_slice = len(batch.indices), current_rank().local_slice(len(batch.indices))
         is_counted = batch_slice.stop > batch_slice.start
         batch_slice = batch_slice if is_counted else slice(0, 1)
         return RankSlice(
             batch.bucket,
-            [self.sample_indices[one] for one in batch.indices[batch_slice]],
+            [self.sample_indices[index] for index in batch.indices[batch_slice]],
             global_size,
             batch_slice,
             is_counted,
         )
 
     def split_micro_batches(self, rows: list[T]) -> list[list[T]]:
-        """What is to be taken at once, as evenly as can be."""
+        """Split rows as evenly as possible into parts of at most `micro_batch_size`."""
         count = -(-len(rows) // (self.micro_batch_size or len(rows)))
-        return [rows[len(rows) * at // count : len(rows) * (at + 1) // count] for at in range(count)]
+        return [rows[len(rows) * part // count : len(rows) * (part + 1) // count] for part in range(count)]
 
     def build_message(self, sample: TrainingSample, text: str, bucket: Bucket) -> MLLMMessage:
-        """What the MLLM is asked: the text, with the source where there is one."""
+        """Return the message to the MLLM: the text, with the source if there is one."""
         media: tuple[MLLMMedia, ...] = ()
         if sample.source is not None:
             frames = read_fitted_media(
@@ -141,7 +146,7 @@ class EpochDataset:
     def load_target_frames(
         self, omni: OmniVideoModel, encoder: SiglipVisionModel, sample: TrainingSample, bucket: Bucket
     ) -> Tensor:
-        """uint8 [1, F, S, S, 3], or [0, ...] where nothing is drawn: what the visual encoder looks at of a target."""
+        """Return the target's frames for the visual encoder, uint8 [1, F, S, S, 3], or [0, ...] without a target."""
         side, tokens = encoder.config.image_size, omni.bridge.vision_head.num_queries
         frame_indices = select_frame_indices(bucket.frames, tokens).tolist() if bucket.group == "video" else [0]
         if sample.target is None:
@@ -154,7 +159,7 @@ class EpochDataset:
 
 
 def make_blank_sample(bucket: Bucket) -> TrainingSample:
-    """A black still that is asked for without a word."""
+    """Return a request for a black image with an empty prompt."""
     file = io.BytesIO()
     Image.new("RGB", (8, 8)).save(file, "PNG")
     return TrainingSample(get_generation_task(bucket.group), target=file.getvalue())
@@ -163,8 +168,11 @@ def make_blank_sample(bucket: Bucket) -> TrainingSample:
 def load_readable(
     dataset: ShardDataset, rank_slice: RankSlice, build: Callable[[int, TrainingSample, SampleRef | None], T]
 ) -> tuple[list[T], bool, list[SkippedSample]]:
-    """What is made of each sample (by its place in the whole batch) that can be read, whether they count, and why the
-    others cannot.  Where none can, it is made of a blank one, which has no entry and does not count."""
+    """Call `build` for each sample of the slice that can be read, with its position in the global batch.
+
+    Return the results, whether they count, and the skipped samples. If no sample can be read, the result is that of a
+    blank one, which has no SampleRef and does not count.
+    """
     skip_report, built = SkipReport(), list[T]()
     for position, sample_index in zip(
         range(rank_slice.global_size)[rank_slice.batch_slice], rank_slice.sample_indices, strict=True
@@ -181,14 +189,16 @@ def load_readable(
 
 
 def log_new_skips(dataset: ShardDataset, skipped_samples: list[SkippedSample]) -> None:
-    """Adds them to the library's, and says those that are new: a run may end before its report is written."""
+    """Add skips to the data set's report and log the new ones, since a run may end before its report is written."""
     for skip in dataset.skip_report.merge_skips(skipped_samples):
         log.warning("skipped, %s: %s: %s", *skip)
 
 
 def compute_pass_weights(counts: Sequence[int], device: torch.device) -> list[float]:
-    """What a mean over so many samples, in each of this process's passes, weighs among those of all; all processes are
-    asked."""
+    """Return the weight of each pass's mean among those of all processes, given the samples in each pass.
+
+    This is a collective operation: every process has to call it.
+    """
     mean_count = float(current_rank().global_mean(torch.tensor(float(sum(counts)), device=device)))
     return [count * len(counts) / max(1e-6, mean_count) for count in counts]
 
@@ -197,7 +207,7 @@ def compute_pass_weights(counts: Sequence[int], device: torch.device) -> list[fl
 
 
 class Stage1Dataset(EpochDataset):
-    """Stage 1's samples of all six tasks.  Of several questions about one medium each time one is asked."""
+    """Stage 1's samples of all six tasks. If a medium has several questions, each epoch asks one at random."""
 
     def __init__(
         self,
@@ -211,6 +221,7 @@ class Stage1Dataset(EpochDataset):
         self.omni, self.encoder = omni, encoder
 
     def load_batch(self, step: int) -> tuple[list[Stage1Batch], list[SkippedSample]]:
+        """Read this process's part of a step, as one batch for each pass, and the samples that were skipped."""
         rank_slice, rng = self.get_rank_slice(step), random.Random(step_seed("stage1/turns", step))
         question_draws = [rng.random() for _ in range(rank_slice.global_size)]
 
@@ -227,6 +238,7 @@ class Stage1Dataset(EpochDataset):
         ], skipped_samples
 
     def build_batch(self, rows: list[tuple[tuple[MLLMMessage, str], Tensor]], is_counted: bool) -> Stage1Batch:
+        """Collate rows into a batch, with requests for generation first."""
         rows.sort(key=lambda row: not len(row[1]))
         inputs, labels = collate_chat_batch(
             self.omni.mllm, self.omni.mllm_tokenizer, [row[0] for row in rows], self.omni.vision_config
@@ -237,19 +249,19 @@ class Stage1Dataset(EpochDataset):
         return Stage1Batch(inputs, labels, pixels)
 
     def to_micro_batches(self, batch: tuple[list[Stage1Batch], list[SkippedSample]]) -> list[Stage1Batch]:
-        """With their weights, and pixels in -1..1."""
+        """Return the batches with their loss weights, and with pixels in [-1, 1]."""
         micro_batches, skipped_samples = batch
         log_new_skips(self.dataset, skipped_samples)
-        weights = compute_pass_weights([len(one.target_pixels) for one in micro_batches], self.omni.device)
+        weights = compute_pass_weights([len(batch.target_pixels) for batch in micro_batches], self.omni.device)
         return [
-            replace(one, loss_weight=weight, target_pixels=pixels_from_bytes(one.target_pixels.numpy()))
-            for one, weight in zip(micro_batches, weights, strict=True)
+            replace(batch, loss_weight=weight, target_pixels=pixels_from_bytes(batch.target_pixels.numpy()))
+            for batch, weight in zip(micro_batches, weights, strict=True)
         ]
 
     def build_request_and_answer(
         self, sample: TrainingSample, question_draw: float, bucket: Bucket
     ) -> tuple[MLLMMessage, str]:
-        """A request and its answer: for what is drawn, the token that says so."""
+        """Return a request and its answer; a request for generation is answered with the tokens that start it."""
         if sample.target is not None:
             return self.build_message(sample, sample.text, bucket), "".join(VISUAL_TOKEN_PAIRS[bucket.group])
         question, answer = sample.turns[int(question_draw * len(sample.turns))]
@@ -263,10 +275,13 @@ Tensors = dict[str, Tensor]
 
 @dataclass
 class LoadedSample:
-    """A sample as it is on disk: latents and text as the cache has `kept` them, else `pixels` [F, H, W, 3] to encode;
-    what the visual encoder is to see, uint8 [1, F, S, S, 3]."""
+    """A sample as read from disk.
 
-    batch_position: int  # in the whole batch
+    `cached_tensors` are its latents and text embeddings; without them, `pixels` [F, H, W, 3] have to be encoded.
+    `target_frames` uint8 [1, F, S, S, 3] are for the visual encoder.
+    """
+
+    batch_position: int  # in the global batch
     message: MLLMMessage
     cached_tensors: Tensors
     pixels: Tensors
@@ -275,8 +290,7 @@ class LoadedSample:
 
 @dataclass
 class LoadedBatch:
-    """What a process has of a batch in one pass before any model saw it: its rows, of which `count` count, and their
-    places in the whole batch."""
+    """A process's part of a batch for one pass, before any model has seen it; only `counted_rows` of its rows count."""
 
     cached_tensors: list[Tensors]
     pixels: list[Tensors]
@@ -290,7 +304,7 @@ class LoadedBatch:
 
 
 class FlowDataset(EpochDataset):
-    """A `Source` of the stages' recipes.  With an `encoder` the targets are embedded as well (Eq. 1)."""
+    """A FlowSource over shards. With an `encoder` the targets are embedded for the alignment loss (Eq. 1)."""
 
     def __init__(
         self,
@@ -308,6 +322,7 @@ class FlowDataset(EpochDataset):
         self.omni, self.cache, self.encoder, self.frozen_encoders = omni, cache, encoder, FrozenEncoders.from_omni(omni)
 
     def load_batch(self, step: int) -> tuple[list[LoadedBatch], list[SkippedSample]]:
+        """Read this process's part of a step, as one batch for each pass, and the samples that were skipped."""
         rank_slice = self.get_rank_slice(step)
         rng = random.Random(step_seed(f"{self.name}/lots", step))
         dropout_draws = [rng.random() for _ in range(rank_slice.global_size)]
@@ -324,13 +339,14 @@ class FlowDataset(EpochDataset):
     def collate_samples(
         self, rows: list[LoadedSample], dropout_draws: list[float], rank_slice: RankSlice, is_counted: bool
     ) -> LoadedBatch:
-        requests = [(one.message, rank_slice.bucket.group) for one in rows]
+        """Collate samples, and prepare the MLLM's inputs."""
+        requests = [(row.message, rank_slice.bucket.group) for row in rows]
         mllm_inputs = prepare_hidden_state_inputs(self.omni.mllm_tokenizer, requests, self.omni.vision_config)
-        target_frames = [one.target_frames for one in rows if one.target_frames is not None]
+        target_frames = [row.target_frames for row in rows if row.target_frames is not None]
         return LoadedBatch(
-            [one.cached_tensors for one in rows], [one.pixels for one in rows],
-            [one.message.text for one in rows], [dropout_draws[one.batch_position] for one in rows],
-            [one.batch_position for one in rows],
+            [row.cached_tensors for row in rows], [row.pixels for row in rows],
+            [row.message.text for row in rows], [dropout_draws[row.batch_position] for row in rows],
+            [row.batch_position for row in rows],
             rank_slice.global_size, len(rows) if is_counted else 0,
             add_position_ids(self.omni.mllm, mllm_inputs),
             torch.cat(target_frames) if target_frames else None,
@@ -352,13 +368,15 @@ class FlowDataset(EpochDataset):
         )
 
     def to_micro_batches(self, batch: tuple[list[LoadedBatch], list[SkippedSample]]) -> list[MicroBatch]:
+        """Run the frozen models over the loaded batches."""
         loaded_batches, skipped_samples = batch
         log_new_skips(self.dataset, skipped_samples)
-        weights = compute_pass_weights([one.counted_rows for one in loaded_batches], self.omni.device)
-        return [self.build_micro_batch(one, weight) for one, weight in zip(loaded_batches, weights, strict=True)]
+        weights = compute_pass_weights([loaded.counted_rows for loaded in loaded_batches], self.omni.device)
+        return [self.build_micro_batch(loaded, weight) for loaded, weight in zip(loaded_batches, weights, strict=True)]
 
     @torch.no_grad()
     def build_micro_batch(self, loaded_batch: LoadedBatch, weight: float) -> MicroBatch:
+        """Add the outputs of the frozen models that the cache does not hold."""
         rows = collate_cached(self.encode_missing(loaded_batch))
         states, padding = forward_hidden_states(self.omni.mllm, loaded_batch.mllm_inputs)
         rows.hidden_states = states.masked_fill(padding[..., None], 0.0).float()
@@ -377,18 +395,20 @@ class FlowDataset(EpochDataset):
         )
 
     def encode_missing(self, loaded_batch: LoadedBatch) -> list[Tensors]:
-        """Latents and text of each row; what the cache has not is made as it would have it, whatever the precision of
-        the products around."""
-        rows = [dict(kept) for kept in loaded_batch.cached_tensors]
+        """Return the latents and text embeddings of each row.
+
+        Missing ones are encoded as for the cache, even inside a region of lower precision.
+        """
+        rows = [dict(tensors) for tensors in loaded_batch.cached_tensors]
         missing = [
             (row, name, part.numpy())
             for row, parts in zip(rows, loaded_batch.pixels, strict=True) for name, part in parts.items()
         ]  # fmt: skip
-        chunk_size = ENCODE_BATCH_SIZE if missing and len(missing[0][2]) == 1 else 1  # a clip alone is large enough
+        chunk_size = ENCODE_BATCH_SIZE if missing and len(missing[0][2]) == 1 else 1  # one clip fills a batch
         if missing:
             move_cpu_parts_to_device(self.omni)
         with torch.autocast(self.omni.device.type, enabled=False):
-            for chunk in (missing[at : at + chunk_size] for at in range(0, len(missing), chunk_size)):
+            for chunk in (missing[start : start + chunk_size] for start in range(0, len(missing), chunk_size)):
                 chunk_latents = self.frozen_encoders.encode_latents([part for *_, part in chunk])
                 for (row, name, _), latents in zip(chunk, chunk_latents, strict=True):
                     row[name] = latents
@@ -399,13 +419,13 @@ class FlowDataset(EpochDataset):
 
 
 def collate_cached(cached_samples: list[Tensors]) -> FlowBatch:
-    """A batch of what the cache has of each sample; hidden states and embeddings are still lacking."""
-    text = [one["text"].float() for one in cached_samples]
-    sources = [one["source"].float() for one in cached_samples if "source" in one]
+    """Collate the cached tensors; hidden states and visual embeddings are still empty."""
+    text = [sample["text"].float() for sample in cached_samples]
+    sources = [sample["source"].float() for sample in cached_samples if "source" in sample]
     empty = torch.zeros(len(cached_samples), 0)
     return FlowBatch(
-        torch.stack([one["target"].float() for one in cached_samples]),
-        torch.tensor(["source" in one for one in cached_samples]),
+        torch.stack([sample["target"].float() for sample in cached_samples]),
+        torch.tensor(["source" in sample for sample in cached_samples]),
         torch.stack(sources) if sources else None,
         empty, [],
         pad_sequence(text, batch_first=True), [len(row) for row in text],

@@ -1,4 +1,4 @@
-"""Where shards stand: a folder, or a bucket on an S3 server (`s3://bucket/prefix`, with the service's settings)."""
+"""Storage of shards: a folder, or a bucket on an S3 server (`s3://bucket/prefix`, with the service's settings)."""
 
 import os
 import shutil
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class FileStore(Protocol):
-    """Files by name, read whole, in part, or as a stream from the start."""
+    """Files by name, read completely, by range, or as a stream."""
 
     def list_names(self, suffix: str) -> list[str]: ...
     def get_size(self, name: str) -> int: ...
@@ -26,8 +26,8 @@ class FileStore(Protocol):
     def put_file(self, path: Path) -> None: ...
 
 
-def open_file_store(location: str | Path) -> "FileStore":
-    """The shelf of a folder's path or of `s3://bucket/prefix`."""
+def open_file_store(location: str | Path) -> FileStore:
+    """Return the store of a folder or of `s3://bucket/prefix`."""
     if not str(location).startswith("s3://"):
         return LocalFileStore(Path(location))
     bucket, _, prefix = str(location).removeprefix("s3://").partition("/")
@@ -35,25 +35,27 @@ def open_file_store(location: str | Path) -> "FileStore":
 
 
 class LocalFileStore:
+    """Files in a folder."""
+
     def __init__(self, folder: Path):
         self.folder = folder
 
     def list_names(self, suffix: str) -> list[str]:
         if not self.folder.is_dir():
-            raise InvalidInput("shards", f"there is no folder {self.folder.name!r}")
+            raise InvalidInput("shards", f"the folder {self.folder.name!r} does not exist; allowed: a folder of shards")
         return sorted(path.name for path in self.folder.glob(f"*{suffix}"))
 
     def get_size(self, name: str) -> int:
         return (self.folder / name).stat().st_size
 
     def read_range(self, name: str, offset: int = 0, length: int = 0) -> bytes:
-        """All from `offset` on, or `length` bytes; raises NotStored where there is no such file."""
+        """Return `length` bytes from `offset`, or all if it is 0; raise ArtifactNotFound if there is no such file."""
         try:
             with (self.folder / name).open("rb") as file:
                 file.seek(offset)
                 return file.read(length or -1)
         except FileNotFoundError:
-            raise ArtifactNotFound(f"shards: there is no {name}") from None
+            raise ArtifactNotFound(f"shards: {name} does not exist") from None
 
     @contextmanager
     def open(self, name: str) -> Iterator[IO[bytes]]:
@@ -61,7 +63,7 @@ class LocalFileStore:
             yield file
 
     def put_file(self, path: Path) -> None:
-        """Takes a file over, whole or not at all."""
+        """Move a file into the folder atomically."""
         self.folder.mkdir(parents=True, exist_ok=True)
         partial = self.folder / f".{path.name}.partial"
         shutil.move(path, partial)
@@ -69,6 +71,8 @@ class LocalFileStore:
 
 
 class S3FileStore:
+    """Objects under a prefix of a bucket."""
+
     def __init__(self, bucket: str, prefix: str):
         try:
             from omnivideo.storage.objects.s3_client import create_s3_client, translate_errors
@@ -76,7 +80,10 @@ class S3FileStore:
             raise MissingDependency("shards on S3 need the S3 client: pip install 'minio>=7.2.20,<8'") from None
         settings = load_settings()
         if not (settings.s3 and bucket):
-            raise InvalidInput("shards", "s3://bucket/prefix needs OMNIVIDEO_S3 and its two keys")
+            raise InvalidInput(
+                "shards",
+                "s3://bucket/prefix needs OMNIVIDEO_S3, OMNIVIDEO_S3_ACCESS_KEY and OMNIVIDEO_S3_SECRET_KEY",
+            )
         self.connect = lambda: create_s3_client(
             settings.s3, settings.s3_access_key, settings.s3_secret_key, settings.s3_region
         )
@@ -86,7 +93,7 @@ class S3FileStore:
 
     @property
     def client(self) -> "Minio":
-        """This process's own: one that was forked from another (`ahead`) must not share its connections."""
+        """Return this process's client; a forked prefetch worker must not share its parent's connections."""
         if os.getpid() not in self.clients_by_pid:
             self.clients_by_pid[os.getpid()] = self.connect()
         return self.clients_by_pid[os.getpid()]
@@ -102,7 +109,7 @@ class S3FileStore:
             return self.client.stat_object(self.bucket, self.prefix + name).size or 0
 
     def read_range(self, name: str, offset: int = 0, length: int = 0) -> bytes:
-        remaining_tries = 2  # the pool asks again by itself, but not once bytes have begun to come
+        remaining_tries = 2  # the pool retries requests, but not after the first byte of a response
         while True:
             remaining_tries -= 1
             with self.open(name, offset, length) as response:

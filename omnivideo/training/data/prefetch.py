@@ -1,4 +1,4 @@
-"""Batches made ahead of their use, by worker processes: a GPU would wait for the rendering and the tokenizer."""
+"""Prepare batches ahead of their use in worker processes, so that the GPU does not wait for rendering or tokenizing."""
 
 import io
 import pickle
@@ -16,13 +16,14 @@ ALIGNMENT_BYTES = 16  # bytes: no type has larger elements
 
 
 class TensorPickler(pickle.Pickler):
-    """Leaves the tensors out, and keeps them."""
+    """A pickler that leaves tensors out of the bytes and collects them in `tensors`."""
 
     def __init__(self, file: io.BytesIO):
         super().__init__(file)
         self.tensors: list[Tensor] = []
 
     def persistent_id(self, obj: Any) -> int | None:
+        """Return a tensor's index in `tensors`; None pickles any other object as usual."""
         if not isinstance(obj, Tensor):
             return None
         self.tensors.append(obj)
@@ -30,17 +31,23 @@ class TensorPickler(pickle.Pickler):
 
 
 class TensorUnpickler(pickle.Unpickler):
+    """The inverse of TensorPickler."""
+
     def __init__(self, file: io.BytesIO, tensors: list[Tensor]):
         super().__init__(file)
         self.tensors = tensors
 
     def persistent_load(self, pid: int) -> Tensor:
+        """Return the tensor of that index."""
         return self.tensors[pid]
 
 
 @dataclass
 class PackedTensors:
-    """Anything, with the bytes of all its tensors in one: each that a worker hands over takes an open file."""
+    """A pickled value with the bytes of all its tensors in one buffer.
+
+    Each tensor that a worker process hands over takes an open file; this takes one.
+    """
 
     pickle_bytes: bytes
     layouts: list[tuple[int, torch.dtype, torch.Size]]
@@ -48,6 +55,7 @@ class PackedTensors:
 
     @classmethod
     def pack(cls, value: object) -> "PackedTensors":
+        """Pickle a value and copy its tensors into one buffer."""
         pickler = TensorPickler(file := io.BytesIO())
         pickler.dump(value)
         layouts, end = [], 0
@@ -60,7 +68,7 @@ class PackedTensors:
         return cls(file.getvalue(), layouts, buffer)
 
     def unpack(self) -> Any:
-        """The tensors are parts of the one: nothing is copied."""
+        """Return the value; its tensors are views of the buffer, without a copy."""
         sizes = [shape.numel() * dtype.itemsize for _, dtype, shape in self.layouts]
         tensors = [
             self.buffer[start : start + size].view(dtype).view(shape)
@@ -70,7 +78,7 @@ class PackedTensors:
 
 
 class PackedDataset(Dataset[PackedTensors]):
-    """What `make` makes of each key."""
+    """The packed results of `make_item` for each key."""
 
     def __init__(self, make_item: Callable[[int], object]):
         self.make_item = make_item
@@ -80,15 +88,16 @@ class PackedDataset(Dataset[PackedTensors]):
 
 
 def return_unchanged(value: T) -> T:
+    """Return the value; the loader would otherwise convert it."""
     return value
 
 
 def map_in_order(make_item: Callable[[int], T], keys: Sequence[int], workers: int) -> Iterator[T]:
-    """`make(key)` for key after key, by so many processes (0: here, as they are asked for)."""
+    """Yield `make_item(key)` for each key, computed by worker processes, or on demand in this one if `workers` is 0."""
     if not workers:
         yield from map(make_item, keys)
         return
-    # A generator of its own: the loader would take its seed from the one that the trainer has just seeded.
+    # Without its own generator the loader would draw from the one that the trainer has just seeded.
     loader = DataLoader(
         PackedDataset(make_item), sampler=keys, batch_size=None, num_workers=workers, generator=torch.Generator(),
         collate_fn=return_unchanged, prefetch_factor=4, multiprocessing_context="fork",
@@ -98,7 +107,10 @@ def map_in_order(make_item: Callable[[int], T], keys: Sequence[int], workers: in
 
 
 class Prefetcher(Generic[T]):
-    """`make(step)`, which may not hang on anything but the step; steps are expected to be asked for in order."""
+    """Calls `make_item(step)` ahead of its use; the result must depend on the step alone.
+
+    Steps that are not requested in order start the workers anew.
+    """
 
     def __init__(self, make_item: Callable[[int], T], workers: int = 0):
         self.make_item, self.workers = make_item, workers

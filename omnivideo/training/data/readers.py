@@ -1,15 +1,15 @@
-"""The published layouts of the paper's sources, each read into the same samples.
+"""Read the published layouts of the paper's data sets into training samples.
 
     llava             JSON or JSONL: image or video, conversations [{from: human | gpt, value}]
-    sharegpt4video    JSONL: video_path, captions [{idx, content}]; idx "-1" is the whole clip's
+    sharegpt4video    JSONL: video_path, captions [{idx, content}]; idx "-1" is the caption of the whole clip
     ultraedit         parquet: source_image, edited_image, edit_prompt, target_caption
     anyedit           parquet or JSON: image_file, edited_file, edit_instruction (in JSON "edit"), output
     senorita          JSON: source_video_path, target_video_path, instruction, enhanced_instruction
     captions          parquet: image and caption columns
     curated           JSONL of `omnivideo data curate`: file, caption
 
-A reader is a function of the file, the folder that its media stand in, and the problems; what cannot be used is noted
-there and skipped.  Pictures in parquet are bytes, or {bytes, path} as the `datasets` package writes them.
+A parser takes a record and the folder of its media. Records that cannot be used are added to a skip report. Pictures in
+parquet are bytes, or {bytes, path} as the `datasets` package writes them.
 """
 
 import json
@@ -31,7 +31,7 @@ CAPTION_FIELDS = ("caption", "text", "txt", "recaption", "prompt")
 
 
 def read_records(path: Path, skip_report: SkipReport) -> Iterator[tuple[str, Record]]:
-    """Name and content of each record of a .json (an array), .jsonl or .parquet file."""
+    """Yield the location and content of each record of a .json (an array), .jsonl or .parquet file."""
     if path.suffix == ".parquet":
         rows = read_parquet_rows(path, skip_report)
     else:
@@ -45,10 +45,11 @@ def read_records(path: Path, skip_report: SkipReport) -> Iterator[tuple[str, Rec
         if isinstance(row, dict):
             yield name, row
         else:
-            skip_report.add_skip("wrong record", name, "it is not an object")
+            skip_report.add_skip("wrong record", name, "it is not a JSON object")
 
 
 def read_text(path: Path) -> str:
+    """Return a file's text; raise InvalidInput if it cannot be read."""
     try:
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError as error:
@@ -56,6 +57,7 @@ def read_text(path: Path) -> str:
 
 
 def parse_json_lines(path: Path, text: str, skip_report: SkipReport) -> Iterator[tuple[str, Any]]:
+    """Yield the location and value of each line of a .jsonl file."""
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             name = f"{path.name}:{number}"
@@ -68,7 +70,7 @@ def parse_json_lines(path: Path, text: str, skip_report: SkipReport) -> Iterator
 
 
 def parse_json_array(path: Path, text: str, skip_report: SkipReport) -> Iterator[tuple[str, Any]]:
-    """Elements one by one, so that a file cut short gives what comes before the cut."""
+    """Yield elements one by one, so that a truncated file gives all those before the cut."""
     decoder, element_start = json.JSONDecoder(), re.compile(r"[^\s,]|$")
     position, number = text.index("[") + 1, 0
     while match := element_start.search(text, position):
@@ -80,13 +82,14 @@ def parse_json_array(path: Path, text: str, skip_report: SkipReport) -> Iterator
             row, position = decoder.raw_decode(text, position)
         except (ValueError, RecursionError) as error:
             skip_report.add_skip(
-                "wrong record", f"{path.name}#{number}", f"it is not JSON, and the rest is lost: {error}"
+                "wrong record", f"{path.name}#{number}", f"it is not JSON, and the rest of the file is lost: {error}"
             )
             return
         yield f"{path.name}#{number}", row
 
 
 def read_parquet_rows(path: Path, skip_report: SkipReport) -> Iterator[tuple[str, Any]]:
+    """Yield the location and content of each row of a parquet file."""
     try:
         from pyarrow import ArrowException
         from pyarrow.parquet import ParquetFile
@@ -100,7 +103,7 @@ def read_parquet_rows(path: Path, skip_report: SkipReport) -> Iterator[tuple[str
                     number += 1
                     yield f"{path.name}#{number}", row
     except FileNotFoundError:
-        raise InvalidInput("annotations", f"there is no {path.name!r}") from None
+        raise InvalidInput("annotations", f"the file {path.name!r} does not exist") from None
     except (ArrowException, OSError) as error:
         detail = str(error).strip().splitlines()[0][:200]
         skip_report.add_skip("broken file", path.name, f"after {number} rows: {detail}")
@@ -110,7 +113,7 @@ def read_parquet_rows(path: Path, skip_report: SkipReport) -> Iterator[tuple[str
 
 
 def read_text_field(row: Record, *names: str) -> str:
-    """The first of these fields that holds text."""
+    """Return the first of these fields that holds text; raise InvalidInput if none does."""
     for name in names:
         if isinstance(value := row.get(name), str) and value.strip():
             return value.strip()
@@ -118,7 +121,7 @@ def read_text_field(row: Record, *names: str) -> str:
 
 
 def read_media_field(row: Record, media: Path, *names: str) -> bytes:
-    """The first of these fields that names a file under `media`, or holds its bytes."""
+    """Return the bytes of the first of these fields that names a file under `media`, or holds its content."""
     for name in names:
         value = row.get(name)
         if isinstance(value, list) and len(value) == 1:
@@ -130,20 +133,20 @@ def read_media_field(row: Record, media: Path, *names: str) -> bytes:
         if isinstance(value, str) and value:
             return read_file_in_folder(media, value)
         if value is not None:
-            raise InvalidInput(name, "one file, or the bytes of one, is wanted")
+            raise InvalidInput(name, "it must be one file name, or the bytes of a file")
     raise InvalidInput(names[0], f"missing (also looked for: {', '.join(names[1:]) or 'nothing else'})")
 
 
 def read_file_in_folder(folder: Path, name: str) -> bytes:
-    """A file's bytes; never one outside of the folder, whatever the record says."""
+    """Return a file's bytes; raise InvalidInput for a name outside the folder."""
     try:
         path = (folder / name).resolve()
         if not path.is_relative_to(folder.resolve()):
-            raise InvalidInput("file", f"{name!r} is outside of the media folder")
+            raise InvalidInput("file", f"{name!r} is outside the media folder")
         return path.read_bytes()
     except FileNotFoundError:
         raise InvalidInput("file", f"{name!r} is missing") from None
-    except (OSError, ValueError, RuntimeError):  # no permission, no file name at all, a ring of links
+    except (OSError, ValueError, RuntimeError):  # no permission, an invalid file name, a loop of links
         raise InvalidInput("file", f"{name[:200]!r} cannot be read") from None
 
 
@@ -151,13 +154,14 @@ def read_file_in_folder(folder: Path, name: str) -> bytes:
 
 
 def parse_llava(row: Record, media: Path) -> TrainingSample:
+    """Return the sample of a question-and-answer record of LLaVA."""
     conversation = row.get("conversations")
     if not isinstance(conversation, list) or not all(isinstance(turn, dict) for turn in conversation):
         raise InvalidInput("conversations", "missing, or not a list of turns")
     texts = [re.sub(r"\s*<(image|video)>\s*", "", read_text_field(turn, "value")) for turn in conversation]
     roles = [turn.get("from") for turn in conversation]
     if roles != ["human", "gpt"] * (len(conversation) // 2):
-        raise InvalidInput("conversations", "human and gpt are to take turns")
+        raise InvalidInput("conversations", "human and gpt must alternate")
     source = read_media_field(row, media, "video", "image")
     turns = tuple(zip(texts[::2], texts[1::2], strict=True))
     return TrainingSample(
@@ -166,28 +170,32 @@ def parse_llava(row: Record, media: Path) -> TrainingSample:
 
 
 def parse_sharegpt4video(row: Record, media: Path) -> TrainingSample:
+    """Return the sample of a captioned clip of ShareGPT4Video."""
     captions = row.get("captions")
     if not isinstance(captions, list):
         raise InvalidInput("captions", "missing, or not a list")
     full_captions = [caption for caption in captions if isinstance(caption, dict) and str(caption.get("idx")) == "-1"]
     if not full_captions:
-        raise InvalidInput("captions", "there is none of the whole clip (idx -1)")
+        raise InvalidInput("captions", "the caption of the whole clip (idx -1) is missing")
     return TrainingSample(
         "text-to-video", read_text_field(full_captions[0], "content"), target=read_media_field(row, media, "video_path")
     )
 
 
 def parse_ultraedit(row: Record, media: Path) -> TrainingSample:
+    """Return the sample of an edit of UltraEdit."""
     return parse_edit(row, media, ("source_image",), ("edited_image",), ("edit_prompt",), ("target_caption",))
 
 
 def parse_anyedit(row: Record, media: Path) -> TrainingSample:
+    """Return the sample of an edit of AnyEdit."""
     if row.get("visual_input") not in (None, "", "None"):
-        raise InvalidInput("visual_input", "edits by a second picture are not among the six tasks")
+        raise InvalidInput("visual_input", "edits guided by a second picture are not one of the six tasks")
     return parse_edit(row, media, ("image_file",), ("edited_file",), ("edit_instruction", "edit"), ("output",))
 
 
 def parse_senorita(row: Record, media: Path) -> TrainingSample:
+    """Return the sample of an edit of Señorita-2M."""
     instruction = ("enhanced_instruction", "instruction")
     return parse_edit(row, media, ("source_video_path",), ("target_video_path",), instruction, ("target_prompt",))
 
@@ -196,6 +204,7 @@ def parse_edit(
     row: Record, media: Path, source_fields: tuple[str, ...], target_fields: tuple[str, ...],
     text_fields: tuple[str, ...], caption_fields: tuple[str, ...],
 ) -> TrainingSample:  # fmt: skip
+    """Return the sample of an edit from the fields of its source, target, instruction and target caption."""
     before, after = read_media_field(row, media, *source_fields), read_media_field(row, media, *target_fields)
     target_caption = next((row[name].strip() for name in caption_fields if isinstance(row.get(name), str)), "")
     task = get_editing_task("video" if is_clip(after) else "image")
@@ -203,16 +212,18 @@ def parse_edit(
 
 
 def parse_captions(row: Record, media: Path) -> TrainingSample:
+    """Return the sample of a captioned image."""
     return TrainingSample(
         "text-to-image", read_text_field(row, *CAPTION_FIELDS), target=read_media_field(row, media, *IMAGE_FIELDS)
     )
 
 
 def parse_curated(row: Record, media: Path) -> TrainingSample:
+    """Return the sample of a captioned clip of `omnivideo data curate`."""
     if dropped := row.get("dropped"):
-        raise InvalidInput("dropped", f"the curation rejected it: {json.dumps(dropped)[:200]}")
+        raise InvalidInput("dropped", f"curation rejected the clip: {json.dumps(dropped)[:200]}")
     if row.get("caption") is None:
-        raise InvalidInput("caption", "there is none: curate with --captions")
+        raise InvalidInput("caption", "it is missing; run `omnivideo data curate` with --captions")
     return TrainingSample("text-to-video", read_text_field(row, "caption"), target=read_media_field(row, media, "file"))
 
 
@@ -225,11 +236,11 @@ LAYOUT_PARSERS: dict[str, Callable[[Record, Path], TrainingSample]] = {
     "captions": parse_captions,
     "curated": parse_curated,
 }
-FILE_PATTERNS = {"curated": "clips.jsonl"}  # of its folder: the files beside it are journals
+FILE_PATTERNS = {"curated": "clips.jsonl"}  # the other .jsonl files in the folder are journals
 
 
 def read_samples(layout: str, path: Path, media: Path, skip_report: SkipReport) -> Iterator[TrainingSample]:
-    """The samples of a file, or of all .json, .jsonl and .parquet files of a folder, in this layout."""
+    """Yield the samples of a file, or of all .json, .jsonl and .parquet files of a folder, in a layout."""
     if layout not in LAYOUT_PARSERS:
         raise InvalidInput("layout", f"{layout!r} is not one of {', '.join(LAYOUT_PARSERS)}")
     for file in list_annotation_files(path, layout):
@@ -240,6 +251,7 @@ def read_samples(layout: str, path: Path, media: Path, skip_report: SkipReport) 
 
 
 def list_annotation_files(path: Path, layout: str) -> list[Path]:
+    """Return the file itself, or the annotation files of a folder; raise InvalidInput if it has none."""
     if not path.is_dir():
         return [path]
     files = sorted(
@@ -247,5 +259,5 @@ def list_annotation_files(path: Path, layout: str) -> list[Path]:
     )
     if not files:
         expected = FILE_PATTERNS.get(layout, ".json, .jsonl or .parquet file")
-        raise InvalidInput("annotations", f"{path.name!r} holds no {expected}")
+        raise InvalidInput("annotations", f"{path.name!r} contains no {expected}")
     return files

@@ -51,7 +51,7 @@ def build_mix(
     }
     task_shares, group_weights = (
         parse_named_numbers("ratio", ratio) or PAPER_TASK_MIX,
-        parse_named_numbers("weights", weights),
+        parse_named_numbers("group-weight", weights),
     )
     unit = max(1, math.gcd(BATCH_UNIT, *sizes.values()))
     return MixConfig(task_shares, sizes, group_weights or None, unit, fold_small_buckets=False, seed=seed)  # type: ignore[arg-type]

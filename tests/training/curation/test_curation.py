@@ -127,7 +127,7 @@ def test_the_report_says_what_was_dropped_and_why(out):
     assert re.search(r"6 clips kept of \d+ scenes in 16 files", page)
     assert "broken/cut.mp4" in page and "is cut short" in page and "broken/words.mp4" in page
     assert "0.25 of the frame; allowed: at most 0.01" in page
-    assert "not asked: switched off" in page and "no model given" in page and "no language model given" in page
+    assert "not checked: switched off" in page and "no model given" in page and "no MLLM server given" in page
     assert page.count("data:image/jpeg;base64,") == len(read_jsonl(out / "measured.jsonl"))
     assert "http://" not in page and "https://" not in page and 'src="/' not in page
 
@@ -160,7 +160,7 @@ def test_kill_and_go_on_gives_the_same(folder, out, tmp_path):
         file.write('{"key": "half a li')
     done = subprocess.run([*build_command(folder, again), "--workers", "1"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "broken/cut.mp4 is cut short" in done.stderr and "not asked" not in done.stdout
+    assert "broken/cut.mp4 is cut short" in done.stderr and "not checked" not in done.stdout
     assert (again / "measured.jsonl").read_bytes() == measured  # nothing was measured twice
     assert read_outputs(again) == read_outputs(out)
 
@@ -207,15 +207,15 @@ def test_a_second_run_changes_nothing_and_other_settings_are_refused(folder, out
     )
     curate(folder, out, CurationConfig(bounds=BOUNDS, ocr=False))
     assert read_outputs(out) == before and all((out / name).read_bytes() == held for name, held in journals.items())
-    with pytest.raises(InvalidInput, match="output: it holds a run with other settings"):
+    with pytest.raises(InvalidInput, match="output: it contains a run with other settings"):
         curate(folder, out, CurationConfig(bounds=CurationBounds(min_short_side=100), ocr=False))
 
 
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        (("nowhere", "-o", "out"), "folder: there is no such folder"),
-        ((".", "-o", "out"), "folder: no video is in it"),
+        (("nowhere", "-o", "out"), "folder: it does not exist"),
+        ((".", "-o", "out"), "folder: it contains no video"),
         ((".", "-o", "out", "--bound", "max_bars=2"), "max_bars: input should be less than or equal to 1"),
         ((".", "-o", "out", "--bound", "colour=2"), "bound: 'colour=2' is not NAME=VALUE"),
     ],

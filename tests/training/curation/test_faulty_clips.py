@@ -88,7 +88,7 @@ def test_one_clip_does_not_end_the_run(tmp_path):
     given = ["data", "pack", "curated", str(out), "-o", str(tmp_path / "set")]
     packed = CliRunner().invoke(app, given, catch_exceptions=False)
     assert packed.exit_code == 0 and f"{len(captions) - 1} samples written" in packed.output
-    assert "skipped, wrong record: 1" in packed.output and "caption: there is none" in packed.output
+    assert "skipped, wrong record: 1" in packed.output and "caption: it is missing" in packed.output
     entries = ShardDataset(open_file_store(str(tmp_path / "set")), SkipReport()).entries
     assert {entry.task for entry in entries} == {"text-to-video"} and len(entries) == len(captions) - 1
 

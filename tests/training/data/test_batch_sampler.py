@@ -222,12 +222,12 @@ def test_mixed_batches_update_each_task_more_often_than_one_task_a_batch(order):
     [
         ("ratio", {"task_ratio": {"text-to-sound": 1}}),
         ("ratio", {"task_ratio": {"text-to-image": -1}}),
-        ("sizes", {"batch_sizes": {"image": 12, "video": 8}}),
-        ("sizes", {"batch_sizes": {"image": 8}}),
-        ("unit", {"batch_multiple": 0}),
-        ("weights", {"group_weights": {"image": 1}}),
-        ("weights", {"group_weights": {"image": 1, "video": math.inf}}),
-        ("weights", {"group_weights": {"image": 1, "video": 1, "sound": 1}}),
+        ("stills", {"batch_sizes": {"image": 12, "video": 8}}),
+        ("clips", {"batch_sizes": {"image": 8}}),
+        ("batch_multiple", {"batch_multiple": 0}),
+        ("group-weight", {"group_weights": {"image": 1}}),
+        ("group-weight", {"group_weights": {"image": 1, "video": math.inf}}),
+        ("group-weight", {"group_weights": {"image": 1, "video": 1, "sound": 1}}),
     ],
 )
 def test_a_mix_that_cannot_be_is_refused(field, given):
@@ -265,8 +265,8 @@ def test_the_stages_mix_is_as_asked():
         ("ratio", {"ratio": ["text-to-image"]}),
         ("ratio", {"ratio": ["text-to-image=nan"]}),
         ("ratio", {"ratio": ["text-to-image=1", "text-to-image=2"]}),
-        ("weights", {"weights": ["image=1"]}),
-        ("weights", {"weights": ["image=1", "video=0"]}),
+        ("group-weight", {"weights": ["image=1"]}),
+        ("group-weight", {"weights": ["image=1", "video=0"]}),
     ],
 )
 def test_shares_that_cannot_be_are_refused(field, given):

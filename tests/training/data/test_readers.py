@@ -199,10 +199,10 @@ def test_curated(tmp_path):
         ("wrong record", "clips.jsonl:5"),
     ]
     assert (
-        "caption: there is none" in skip_report.skipped_samples[0][2]
+        "caption: it is missing" in skip_report.skipped_samples[0][2]
         and "0.01 sides a second" in skip_report.skipped_samples[1][2]
     )
-    with pytest.raises(InvalidInput, match=r"'clips' holds no clips\.jsonl"):
+    with pytest.raises(InvalidInput, match=r"'clips' contains no clips\.jsonl"):
         list(read_samples("curated", tmp_path / "clips", tmp_path, SkipReport()))
 
 

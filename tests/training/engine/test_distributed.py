@@ -26,9 +26,11 @@ from omnivideo.training.engine.checkpoint import list_complete_shard_folders
 from omnivideo.training.engine.distributed.launcher import launch_processes
 from omnivideo.training.engine.distributed.processes import ProcessContext
 from omnivideo.training.engine.trainer import Trainer
+from tests.support.shards import ASSIGNER as FIT
+from tests.support.shards import SAMPLES
+from tests.support.shards import damage_target as damage
+from tests.support.shards import write_dataset as library
 from tests.support.training_worker import FOUNDATIONS, STAGES, Recipes, train
-from tests.training.data.test_dataset import SAMPLES, damage
-from tests.training.data.test_latent_cache import FIT, library
 
 deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None,

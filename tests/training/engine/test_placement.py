@@ -24,8 +24,10 @@ from omnivideo.training.planning.config import ALIGNED_STAGES, FLOW_STAGES, TASK
 from omnivideo.training.recipes import flow
 from omnivideo.training.recipes.over_shards import PREVIOUS_STAGE, build_mix, build_stage_recipe
 from omnivideo.training.recipes.parts import TRAINABLE_BY_STAGE
-from tests.training.data.test_dataset import SAMPLES, encoder
-from tests.training.data.test_latent_cache import FIT, library
+from tests.support.shards import ASSIGNER as FIT
+from tests.support.shards import SAMPLES
+from tests.support.shards import make_visual_encoder as encoder
+from tests.support.shards import write_dataset as library
 
 GPU, BF16, FP32 = torch.device("cuda"), torch.bfloat16, torch.float32
 

@@ -1,0 +1,130 @@
+"""The process that decodes media of users: each attack on its parent by its name."""
+
+import json
+import os
+import pickle
+import threading
+
+import pytest
+
+from omnivideo.errors import ServiceBusy, UnreadableMedia
+from omnivideo.media import sandbox
+from omnivideo.media.ingest import ingest_media
+from omnivideo.media.limits import MediaLimits
+from omnivideo.media.sandbox import ProcessLimits
+from omnivideo.storage.objects.memory import MemoryObjectStore
+from tests.support.foreign_media import ingest_refusal
+
+
+@pytest.fixture
+def replace_child_reader(monkeypatch):
+    """The child's own program with another reader in it, given as an expression."""
+
+    def replaced(reader: str) -> None:
+        program = sandbox.CHILD_PROGRAM.replace(
+            "sandbox.run_in_child()", f"sandbox.build_report = lambda limits: {reader}; "
+        )
+        monkeypatch.setattr(sandbox, "CHILD_PROGRAM", program + "sandbox.run_in_child()")
+
+    return replaced
+
+
+TRUE = {"width": 48, "height": 64, "frames": 9, "fps": 8.0, "kind": "video"}
+
+
+def test_attack_child_that_eats_memory(replace_child_reader, noise_mp4):
+    replace_child_reader(f"(bytearray(2**30), {TRUE})[1]")
+    assert (
+        ingest_media(
+            MemoryObjectStore(), noise_mp4, "user", process_limits=ProcessLimits(max_memory_bytes=2**31)
+        ).frames
+        == 9
+    )
+    assert "needs more memory than there is" in ingest_refusal(
+        noise_mp4, process_limits=ProcessLimits(max_memory_bytes=2**26)
+    )
+
+
+@pytest.mark.parametrize("reader", ["__import__('time').sleep(60)", "[None for _ in iter(int, 1)]"])
+def test_attack_child_that_hangs(replace_child_reader, noise_mp4, reader):
+    replace_child_reader(reader)
+    assert "takes more than 0.6 seconds to read" in ingest_refusal(
+        noise_mp4, process_limits=ProcessLimits(timeout_seconds=0.6)
+    )
+
+
+def test_attack_child_that_ends_by_itself_when_its_parent_is_gone(noise_mp4, monkeypatch, replace_child_reader):
+    replace_child_reader("__import__('time').sleep(60)")
+    monkeypatch.setattr(sandbox, "read_report", lambda process, deadline: process.stdout.read())
+    assert "takes more than 0.3 seconds" in ingest_refusal(noise_mp4, process_limits=ProcessLimits(timeout_seconds=0.3))
+
+
+@pytest.mark.parametrize("signal", [6, 9, 11])
+def test_attack_child_that_crashes(replace_child_reader, noise_mp4, signal):
+    replace_child_reader(f"sandbox.os.kill(sandbox.os.getpid(), {signal})")
+    assert "is damaged" in ingest_refusal(noise_mp4)
+
+
+def test_attack_child_that_floods(replace_child_reader, noise_mp4):
+    replace_child_reader("[sandbox.os.write(1, bytes(65536)) for _ in iter(int, 1)]")
+    assert "is damaged" in ingest_refusal(noise_mp4)
+
+
+def test_attack_child_that_lies(replace_child_reader, noise_mp4):
+    replace_child_reader(repr(TRUE))
+    assert ingest_media(MemoryObjectStore(), noise_mp4, "user").frames == 9
+    for lie in (
+        {"width": -1}, {"height": "64"}, {"frames": True}, {"fps": float("nan")}, {"fps": float("inf")}, {"fps": None},
+        {"kind": "../x"}, {"kind": "image"}, {"frames": 10**9}, {"width": 10**9}, {"more": 1},
+    ):  # fmt: skip
+        said = json.dumps(TRUE | lie).encode()
+        with pytest.raises(UnreadableMedia):
+            sandbox.parse_report(said, 0, MediaLimits(), ProcessLimits())
+
+
+@pytest.mark.parametrize(
+    "said", [b"", b"[]", b"[" * 4000, b"null", b"\xff", pickle.dumps({"width": 1}), b'{"refused": 1}']
+)
+def test_attack_report_that_is_none(said):
+    with pytest.raises(UnreadableMedia, match="is damaged"):
+        sandbox.parse_report(said, 0, MediaLimits(), ProcessLimits())
+
+
+def test_a_refusal_cannot_break_the_line():
+    with pytest.raises(UnreadableMedia) as caught:
+        sandbox.parse_report(json.dumps({"refused": "a\nb" + "c" * 9000}).encode(), 0, MediaLimits(), ProcessLimits())
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+
+
+def test_attack_child_that_looks_for_secrets_files_and_descriptors(
+    replace_child_reader, noise_mp4, monkeypatch, tmp_path
+):
+    monkeypatch.setenv("OMNIVIDEO_DATABASE", "postgresql://secret")
+    with (tmp_path / "secret").open("wb") as held:
+        os.set_inheritable(held.fileno(), True)
+        replace_child_reader(
+            "{'refused': ' '.join([*sorted(sandbox.os.environ), *sandbox.os.listdir('/proc/self/fd'), "
+            "*(str(sandbox.resource.getrlimit(what)[1]) for what in (1, 4, 7))])}"
+        )
+        told = ingest_refusal(noise_mp4).removeprefix("source: 'clip.mp4' ").split()
+    assert set(told) <= {"LC_CTYPE", "LD_LIBRARY_PATH", *sandbox.build_child_environment(), *"01236", "16"}
+    assert told[-3:] == ["0", "0", "16"]  # bytes of a file, of a core dump; open files
+
+
+def test_attack_child_that_writes_a_file(replace_child_reader, noise_mp4, tmp_path):
+    replace_child_reader(f"sandbox.Path({str(tmp_path / 'a')!r}).write_bytes(b'owned')")
+    ingest_refusal(noise_mp4)
+    assert (tmp_path / "a").read_bytes() == b""
+
+
+def test_no_process_to_be_had(noise_mp4, monkeypatch):
+    monkeypatch.setattr(sandbox.sys, "executable", "/none/python")
+    with pytest.raises(ServiceBusy, match="no process can be started"):
+        sandbox.measure_in_sandbox(noise_mp4)
+
+
+def test_too_many_at_once(noise_mp4, monkeypatch):
+    monkeypatch.setattr(sandbox, "PROCESS_SLOTS", threading.BoundedSemaphore(1))
+    with sandbox.acquire_process_slot(1), pytest.raises(ServiceBusy, match="too many are being read at once"):
+        sandbox.measure_in_sandbox(noise_mp4, process_limits=ProcessLimits(timeout_seconds=0.05))
+    assert sandbox.measure_in_sandbox(noise_mp4).frames == 9
