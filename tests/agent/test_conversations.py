@@ -108,7 +108,7 @@ def test_a_full_disk_is_said_and_nothing_is_half_written(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(StoreError, match="store: nothing was kept: No space left on device"):
+    with pytest.raises(StoreError, match="store: the file was not written: No space left on device"):
         store.put(b"frames", "mp4")
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 

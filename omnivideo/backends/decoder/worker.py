@@ -240,7 +240,7 @@ class Worker:
         return retry_while_unavailable(lambda: self.renderer.store.put(pack_state(state), "safetensors"))
 
     def report_step(self, claim: Claim, params: SamplingParams, progress: DenoisingProgress, save_due: bool) -> None:
-        """The heartbeat of a step, with a point or a preview where one is due; nobody looks on at a batch."""
+        """Send the heartbeat of a step, with a saved state or a preview if one is due. Raises CancellationRequested."""
         fields: dict[str, str] = {}
         if claim.lane == "interactive" and progress.step.step in {
             round(fraction * params.steps) for fraction in PREVIEW_FRACTIONS

@@ -1,4 +1,4 @@
-"""Where workers run: in a thread of this process, or in Celery's children, one for each device."""
+"""Run workers in a thread of this process, or in Celery's child processes, one for each device."""
 
 import logging
 import threading
@@ -31,7 +31,7 @@ class InProcessWorker:
         return self
 
     def stop(self) -> None:
-        """After the job that it has."""
+        """Stop the thread after its current job."""
         self.stop_requested = True
         self.notify_workers()
         self.thread.join()
@@ -45,14 +45,17 @@ class InProcessWorker:
                 log.warning("%s", error)
                 ran_job = False
             if not ran_job and not self.stop_requested:
-                self.work_available.wait(1.0)  # another process may have put work into the same database
+                self.work_available.wait(1.0)  # another process may have queued a job in the same database
 
 
 def serve_celery_worker(
     broker_url: str, build_worker: Callable[[], tuple[Worker, float]], concurrency: int = 1
 ) -> None:
-    """Runs a Celery worker until it is told to end.  `build_worker` builds what draws, in each child: no model and
-    no CUDA in the parent."""
+    """Run a Celery worker until it is stopped.
+
+    `build_worker` runs in each child process, so that the parent loads no model and does not initialize CUDA. It
+    returns the worker and the heartbeat timeout in seconds.
+    """
     app, notify_workers = create_celery_app(broker_url), create_notifier(create_celery_app(broker_url))
     child_workers: list[Worker] = []  # of this child
 
@@ -65,7 +68,7 @@ def serve_celery_worker(
     @app.task(name=TASK_NAME)
     def run_task() -> None:
         if child_workers[0].run_next_job() and child_workers[0].jobs.count_queued():
-            notify_workers()  # while there is work no worker needs a message of its own to find it
+            notify_workers()  # one message is enough to work off the whole queue
 
     app.worker_main(["worker", "--pool=prefork", f"--concurrency={concurrency}", "--loglevel=WARNING",
                      "--without-gossip", "--without-mingle", "-Ofair"])  # fmt: skip

@@ -1,4 +1,4 @@
-"""Clips drawn in this process while they are followed, behind the planner's job queue port."""
+"""Render jobs in this process while they are followed."""
 
 from collections.abc import Iterator
 
@@ -6,11 +6,11 @@ from omnivideo.backends.decoder.pipeline import ClipDecoder, GeneratedClip
 from omnivideo.contracts import Artifact, Job, Preview, StepProgress
 from omnivideo.errors import JobCancelled
 
-PREVIEW_FRACTIONS = (0.4, 0.7)  # shares of the steps after which a preview is shown
+PREVIEW_FRACTIONS = (0.4, 0.7)  # fractions of the steps after which a preview is shown
 
 
 class LocalQueue:
-    """A queue that keeps nothing: a job lives as long as its follower."""
+    """A queue without storage: a job runs as long as its follower iterates over it."""
 
     def __init__(self, renderer: ClipDecoder):
         self.renderer = renderer

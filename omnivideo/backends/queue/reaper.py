@@ -1,6 +1,7 @@
-"""The broker, which only says that there is work, and the reaper, which says it again where that was lost.
+"""Notify workers of queued jobs over the broker, and requeue the jobs of lost workers.
 
-No torch in here: an API process tells and reaps too.
+A message says only that there is work, so a lost message loses no job. This module does not import torch: API
+processes notify and requeue too.
 """
 
 import logging
@@ -15,11 +16,11 @@ from omnivideo.storage.database.jobs import JobRepository
 
 log = logging.getLogger("omnivideo.worker")
 TASK_NAME = "omnivideo.work"
-RENOTIFY_SECONDS = 5.0  # seconds after which a waiting job is told of again: the message may have been lost
+RENOTIFY_SECONDS = 5.0  # after which workers are notified of a queued job again
 
 
 class Reaper:
-    """Looks after jobs whose workers fell silent, and after messages that were lost.  Any number may run."""
+    """Requeues the jobs of lost workers and repeats lost messages, in a thread. Any number may run."""
 
     def __init__(self, jobs: JobRepository, heartbeat_timeout_seconds: float, notify_workers: Callable[[], None]):
         self.jobs = jobs
@@ -45,14 +46,14 @@ class Reaper:
 
     def reap_once(self) -> None:
         for job_id in self.jobs.requeue_lost_jobs(self.heartbeat_timeout_seconds):
-            log.warning("job %s: its worker fell silent; it goes to another one", job_id)
+            log.warning("job %s: its worker was lost; another worker gets it", job_id)
             self.notify_workers()
         if self.jobs.claim_renotification(RENOTIFY_SECONDS):
             self.notify_workers()
 
 
 def create_celery_app(broker_url: str) -> Celery:
-    """A message says only that there is work; which, the worker reads in the database."""
+    """Return a Celery app whose messages only say that there is work; workers read the database for which."""
     app = Celery("omnivideo", broker=broker_url)
     app.conf.update(
         task_serializer="json",
@@ -70,12 +71,12 @@ def create_celery_app(broker_url: str) -> Celery:
 
 
 def create_notifier(app: Celery) -> Callable[[], None]:
-    """Sends a message; where the broker is away, the reaper will."""
+    """Return a function that sends a message. If the broker is unavailable, the reaper sends it later."""
 
     def notify_workers() -> None:
         try:
             app.send_task(TASK_NAME, retry=False)
         except (OperationalError, OSError) as error:
-            log.warning("the broker does not take messages now: %s", type(error).__name__)
+            log.warning("the broker is unavailable: %s", type(error).__name__)
 
     return notify_workers

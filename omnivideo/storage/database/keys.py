@@ -1,22 +1,22 @@
-"""API keys: only their digests are kept."""
+"""Create, check and revoke API keys. The database holds only their digests."""
 
 import hashlib
 import secrets
 from typing import Any
 
-from sqlalchemy import Engine, insert, select, update
+from sqlalchemy import Engine, and_, insert, select, update
 
 from omnivideo.storage.database.repository import Repository, unix_now
 from omnivideo.storage.database.schema import api_keys
 
 
 def compute_key_digest(key: str) -> str:
-    # A key is 32 random bytes, so a plain digest is enough: there is nothing to guess.
+    """Return the SHA-256 of a key. A key is 32 random bytes, which cannot be guessed, so it needs no salt."""
     return hashlib.sha256(key.encode()).hexdigest()
 
 
 class APIKeyRepository(Repository):
-    """`admin_key` is one more key, from the settings; its owner is "admin"."""
+    """API keys. `admin_key` is a further key, from the settings, whose owner is "admin"."""
 
     def __init__(self, engine: Engine, admin_key: str = ""):
         super().__init__(engine)
@@ -24,11 +24,11 @@ class APIKeyRepository(Repository):
 
     @property
     def is_required(self) -> bool:
-        """Whether a key is needed at all: not where the operator has set none."""
+        """Return whether requests need a key: only if the operator has set an admin key."""
         return self.admin_digest is not None
 
     def create_key(self, name: str) -> tuple[str, str]:
-        """The id and the key, which is told this once."""
+        """Create a key. Return its id and the key itself, which cannot be read again."""
         key_id, key = f"key_{secrets.token_hex(8)}", f"ov_{secrets.token_urlsafe(32)}"
         values = {
             "id": key_id,
@@ -41,20 +41,19 @@ class APIKeyRepository(Repository):
         return key_id, key
 
     def find_owner(self, key: str) -> str | None:
-        """Whose key it is; None for a wrong or a revoked one."""
+        """Return the owner of a key, or None if the key is wrong or revoked."""
         digest = compute_key_digest(key)
         if self.admin_digest and secrets.compare_digest(digest, self.admin_digest):
             return "admin"
-        found = self.fetch_all(select(api_keys.c.id).where(api_keys.c.digest == digest, api_keys.c.revoked.is_(False)))
-        return found[0].id if found else None
+        is_valid = and_(api_keys.c.digest == digest, api_keys.c.revoked.is_(False))
+        row = self.fetch_one(select(api_keys.c.id).where(is_valid))
+        return None if row is None else str(row.id)
 
     def revoke_key(self, key_id: str) -> bool:
-        """Whether there was such a key."""
-        gone = update(api_keys).where(api_keys.c.id == key_id).values(revoked=True).returning(api_keys.c.id)
-        return bool(self.fetch_all(gone))
+        """Revoke a key. Return False if there is none with that id."""
+        revocation = update(api_keys).where(api_keys.c.id == key_id).values(revoked=True)
+        return bool(self.fetch_all(revocation.returning(api_keys.c.id)))
 
     def list_keys(self) -> list[dict[str, Any]]:
-        shown = select(api_keys.c.id, api_keys.c.name, api_keys.c.created_at, api_keys.c.revoked).order_by(
-            api_keys.c.created_at
-        )
-        return [dict(row._mapping) for row in self.fetch_all(shown)]
+        columns = select(api_keys.c.id, api_keys.c.name, api_keys.c.created_at, api_keys.c.revoked)
+        return [dict(row._mapping) for row in self.fetch_all(columns.order_by(api_keys.c.created_at))]

@@ -1,6 +1,6 @@
 """The tables of the service's database.
 
-The database is the only record of jobs, keys, files and batches; the broker only says that there is work.
+The database is the only record of jobs, keys, files and batches; the broker only notifies workers of queued jobs.
 """
 
 from sqlalchemy import JSON, BigInteger, Boolean, Column, Float, Index, Integer, MetaData, String, Table
@@ -13,29 +13,29 @@ jobs = Table(
     Column("id", String(200), primary_key=True),
     Column("owner", String(64), nullable=False),  # the API key's id, or "local"
     Column("lane", Integer, nullable=False),  # 0 interactive, 1 batch
-    Column("fair_rank", Integer, nullable=False),  # its place in the lane's fair order
+    Column("fair_rank", Integer, nullable=False),  # the position in the lane's fair order
     Column("state", String(10), nullable=False),  # queued, running, done, failed, cancelled
-    Column("attempt", Integer, nullable=False, default=0),  # the fencing number: each claim has a higher one
-    Column("worker_losses", Integer, nullable=False, default=0),  # workers that fell silent over it
+    Column("attempt", Integer, nullable=False, default=0),  # the fencing number; each claim increments it
+    Column("worker_losses", Integer, nullable=False, default=0),  # workers that were lost while rendering it
     Column("cancel_requested", Boolean, nullable=False, default=False),
     Column("body", JSON, nullable=False),  # contracts.Job
-    Column("kind", String(10), nullable=False),  # what asked for it: video, image, turn
-    Column("meta", JSON, nullable=False),  # what that kind keeps beside the job
+    Column("kind", String(10), nullable=False),  # what requested it: video, image, turn
+    Column("meta", JSON, nullable=False),  # further fields of that kind
     Column("turn_id", String(64)),  # the turn that the job is rendered for, which shows its steps and previews
     Column("deleted", Boolean, nullable=False, default=False),
-    Column("announced", Boolean, nullable=False, default=False),  # its end, to its owner's webhooks
+    Column("announced", Boolean, nullable=False, default=False),  # whether webhooks have been told of its end
     Column("step", Integer, nullable=False, default=0),
     Column("steps", Integer, nullable=False, default=0),
     Column("eta_seconds", Float, nullable=False, default=0.0),
     Column("preview", String(100)),  # the key of a PNG
-    Column("resume_key", String(100)),  # the key of the tensors to go on from
-    Column("batch_job_ids", JSON(none_as_null=True)),  # the jobs that are drawn in one pass with it, in their order
+    Column("resume_key", String(100)),  # the key of the denoising state to resume from
+    Column("batch_job_ids", JSON(none_as_null=True)),  # the jobs rendered in one pass, in order; null: alone
     Column("result", JSON),  # contracts.Artifact
-    Column("code", String(40)),  # why it failed
+    Column("code", String(40)),  # the error code of a failed job
     Column("error", String(1000)),
     Column("worker_name", String(100)),
     Column("created_at", Float, nullable=False),
-    Column("notified_at", Float, nullable=False),  # when the broker was last told of it
+    Column("notified_at", Float, nullable=False),  # when workers were last notified of it
     Column("started_at", Float),
     Column("heartbeat_at", Float),
     Column("ended_at", Float),
@@ -49,7 +49,7 @@ api_keys = Table(
     "api_keys",
     metadata,
     Column("id", String(64), primary_key=True),
-    Column("digest", String(64), nullable=False, unique=True),  # sha256 of the key; the key itself is kept nowhere
+    Column("digest", String(64), nullable=False, unique=True),  # SHA-256 of the key; the key itself is not stored
     Column("name", String(100), nullable=False),
     Column("created_at", Float, nullable=False),
     Column("revoked", Boolean, nullable=False, default=False),
@@ -64,7 +64,7 @@ files = Table(
     Column("purpose", String(40), nullable=False),
     Column("size_bytes", BigInteger, nullable=False),
     Column("object_key", String(100), nullable=False),  # in the object store
-    Column("artifact", JSON),  # contracts.Artifact, where it is an image or a clip
+    Column("artifact", JSON),  # contracts.Artifact of an image or a clip
     Column("created_at", Float, nullable=False),
     Column("deleted", Boolean, nullable=False, default=False),
     Index("files_listed", "owner", "created_at"),
@@ -75,15 +75,15 @@ batches = Table(
     metadata,
     Column("id", String(64), primary_key=True),
     Column("owner", String(64), nullable=False),
-    Column("state", String(12), nullable=False),  # the wire's: validating ... cancelled
+    Column("state", String(12), nullable=False),  # as in the API: validating ... cancelled
     Column("endpoint", String(40), nullable=False),
     Column("input_file_id", String(64), nullable=False),  # of files
     Column("output_file_id", String(64)),
     Column("error_file_id", String(64)),
     Column("counts", JSON, nullable=False),  # total, completed, failed
     Column("metadata", JSON, nullable=False),
-    Column("validation_errors", JSON),  # why it could not begin
-    Column("state_times", JSON, nullable=False),  # of each state, in seconds since 1970
+    Column("validation_errors", JSON),  # the errors of a failed batch
+    Column("state_times", JSON, nullable=False),  # when each state began, in seconds since 1970
     Column("runner_name", String(100)),
     Column("heartbeat_at", Float, nullable=False),
     Column("created_at", Float, nullable=False),
@@ -91,7 +91,7 @@ batches = Table(
     Index("batches_open", "state", "heartbeat_at"),
 )
 
-batch_lines = Table(  # what became of the lines of a batch that is not finished
+batch_lines = Table(  # the outcomes of the lines of an unfinished batch
     "batch_lines",
     metadata,
     Column("batch_id", String(64), primary_key=True),
@@ -117,10 +117,10 @@ turns = Table(
     Column("thread_id", String(64), nullable=False),
     Column("owner", String(64), nullable=False),
     Column("state", String(10), nullable=False),  # queued, running, done, asks, failed, cancelled
-    Column("number", Integer, nullable=False),  # of the thread's turns, from 1
+    Column("number", Integer, nullable=False),  # within the thread, from 1
     Column("cancel_requested", Boolean, nullable=False, default=False),
-    Column("body", JSON, nullable=False),  # the text, the attachments and the options
-    Column("error", JSON),  # the wire's, where it failed
+    Column("body", JSON, nullable=False),  # text, attachments and options
+    Column("error", JSON),  # the API's error object of a failed turn
     Column("attempt", Integer, nullable=False, default=0),
     Column("heartbeat_at", Float, nullable=False),
     Column("created_at", Float, nullable=False),
@@ -138,13 +138,13 @@ turn_events = Table(
     Index("turn_events_created", "created_at"),
 )
 
-chat_threads = Table(  # which thread a chat client's messages belong to
+chat_threads = Table(  # the threads that chat clients' messages belong to
     "chat_threads",
     metadata,
     Column("owner", String(64), primary_key=True),
     Column("messages_digest", String(64), primary_key=True),  # of all messages so far
     Column("thread_id", String(64), nullable=False),
-    Column("turn_count", Integer, nullable=False),  # that the thread had then
+    Column("turn_count", Integer, nullable=False),  # of the thread after these messages
     Column("created_at", Float, nullable=False),
 )
 
@@ -156,7 +156,7 @@ webhooks = Table(
     Column("url", String(2000), nullable=False),
     Column("secret", String(100), nullable=False),
     Column("name", String(100), nullable=False),
-    Column("event_types", JSON, nullable=False),  # the types that it is told of
+    Column("event_types", JSON, nullable=False),  # the types that it receives
     Column("created_at", Float, nullable=False),
     Index("webhooks_owner", "owner"),
 )

@@ -1,13 +1,13 @@
-"""The service's threads: whose they are, the turns that run in them, and every event that a turn told.
+"""Threads and their owners, the turns that run in them, and the events of each turn.
 
-A turn is run by one process at a time, which says that it lives; one that fell silent is taken over by another.  As
-with jobs, what a process writes carries the number of its attempt.
+One process at a time runs a turn and sends heartbeats; when they stop, another process takes the turn over. As with
+jobs, what a process writes carries the number of its attempt.
 """
 
 from contextlib import AbstractContextManager
 from typing import Any, Literal
 
-from sqlalchemy import Row, and_, exists, insert, literal, select, update
+from sqlalchemy import ColumnElement, Row, and_, exists, insert, literal, select, update
 from sqlalchemy.exc import IntegrityError
 
 from omnivideo.contracts import Change, TurnEvents, TurnRecord
@@ -21,26 +21,27 @@ NumberedEvent = tuple[int, dict[str, Any]]  # numbers begin at 1
 
 
 class TurnRepository(Repository):
+    """The threads of all owners, with their turns and events."""
+
     # ------------------------------------------------------------ threads
 
     def create_thread(self, thread_id: str, owner: str) -> None:
-        """Raises InvalidInput where the id is taken."""
+        """Create a thread. Raises InvalidInput if the id is taken."""
         try:
             self.fetch_all(insert(threads).values(id=thread_id, owner=owner, created_at=unix_now(), deleted=False))
         except IntegrityError:
             raise InvalidInput("thread", "that id is taken; give another, or none") from None
 
     def has_thread(self, thread_id: str, owner: str) -> bool:
-        mine = and_(threads.c.id == thread_id, threads.c.owner == owner, threads.c.deleted.is_(False))
-        return bool(self.fetch_all(select(threads.c.id).where(mine)))
+        is_owned = and_(threads.c.id == thread_id, threads.c.owner == owner, threads.c.deleted.is_(False))
+        return bool(self.fetch_all(select(threads.c.id).where(is_owned)))
 
     def list_threads(self, owner: str, limit: int) -> list[dict[str, Any]]:
-        """The newest first."""
-        mine = and_(threads.c.owner == owner, threads.c.deleted.is_(False))
-        wanted = (
-            select(threads.c.id, threads.c.created_at).where(mine).order_by(threads.c.created_at.desc(), threads.c.id)
-        )
-        return [dict(row._mapping) for row in self.fetch_all(wanted.limit(limit))]
+        """Return the owner's threads, the newest first."""
+        is_owned = and_(threads.c.owner == owner, threads.c.deleted.is_(False))
+        columns = select(threads.c.id, threads.c.created_at).where(is_owned)
+        newest_first = columns.order_by(threads.c.created_at.desc(), threads.c.id)
+        return [dict(row._mapping) for row in self.fetch_all(newest_first.limit(limit))]
 
     def delete_thread(self, thread_id: str) -> None:
         self.fetch_all(update(threads).where(threads.c.id == thread_id).values(deleted=True))
@@ -53,57 +54,57 @@ class TurnRepository(Repository):
     def create_turn(
         self, turn_id: str, thread_id: str, owner: str, number: int, body: dict[str, Any]
     ) -> TurnRecord | None:
-        """The new turn, or None while another one of the thread is open (one at a time), or where it is there."""
-        busy = exists().where(turns.c.thread_id == thread_id, turns.c.state.in_(OPEN_STATES))
+        """Create a turn. Return None if the id is known or another turn of the thread is open."""
+        has_open_turn = exists().where(turns.c.thread_id == thread_id, turns.c.state.in_(OPEN_STATES))
         values = {
             "id": turn_id, "thread_id": thread_id, "owner": owner, "state": "queued",
             "number": number, "body": body, "attempt": 0,
             "cancel_requested": False, "heartbeat_at": unix_now(), "created_at": unix_now(),
         }  # fmt: skip
-        new = self.insert_into(turns).from_select(list(values), select_values(turns, values).where(~busy))
-        made = new.on_conflict_do_nothing().returning(turns)
-        rows = self.fetch_all(made)
-        return turn_from_row(rows[0]) if rows else None
+        insertion = self.insert_into(turns).from_select(
+            list(values), select_values(turns, values).where(~has_open_turn)
+        )
+        row = self.fetch_one(insertion.on_conflict_do_nothing().returning(turns))
+        return None if row is None else turn_from_row(row)
 
     def get_turn(self, turn_id: str, owner: str) -> TurnRecord | None:
-        rows = self.fetch_all(select(turns).where(turns.c.id == turn_id, turns.c.owner == owner))
-        return turn_from_row(rows[0]) if rows else None
+        row = self.fetch_one(select(turns).where(turns.c.id == turn_id, turns.c.owner == owner))
+        return None if row is None else turn_from_row(row)
 
     def list_turns(self, thread_id: str) -> list[TurnRecord]:
-        return [
-            turn_from_row(row)
-            for row in self.fetch_all(select(turns).where(turns.c.thread_id == thread_id).order_by(turns.c.created_at))
-        ]
+        """Return the turns of a thread, the oldest first."""
+        query = select(turns).where(turns.c.thread_id == thread_id).order_by(turns.c.created_at)
+        return [turn_from_row(row) for row in self.fetch_all(query)]
 
     def claim_turn(self, turn_id: str) -> TurnRecord | None:
-        """The turn for this process to run, or None where another one has it."""
+        """Claim a queued turn for this process. Return None if another process has it."""
         return self.claim_where(and_(turns.c.id == turn_id, turns.c.state == "queued"))
 
     def claim_lost_turn(self, heartbeat_timeout_seconds: float) -> TurnRecord | None:
-        """A turn whose process has been silent for so many seconds, now this one's."""
-        lost = and_(turns.c.state.in_(OPEN_STATES), turns.c.heartbeat_at < unix_now() - heartbeat_timeout_seconds)
-        first = select(turns.c.id).where(lost).limit(1).with_for_update(skip_locked=True).scalar_subquery()
-        return self.claim_where(and_(turns.c.id == first, lost))
+        """Claim a turn whose process has sent no heartbeat for the given time, or return None."""
+        is_lost = and_(turns.c.state.in_(OPEN_STATES), turns.c.heartbeat_at < unix_now() - heartbeat_timeout_seconds)
+        first_id = select(turns.c.id).where(is_lost).limit(1).with_for_update(skip_locked=True).scalar_subquery()
+        return self.claim_where(and_(turns.c.id == first_id, is_lost))
 
-    def claim_where(self, condition: Any) -> TurnRecord | None:
+    def claim_where(self, condition: ColumnElement[bool]) -> TurnRecord | None:
         values = {"state": "running", "attempt": turns.c.attempt + 1, "heartbeat_at": unix_now()}
-        rows = self.fetch_all(update(turns).where(condition).values(values).returning(turns))
-        return turn_from_row(rows[0]) if rows else None
+        row = self.fetch_one(update(turns).where(condition).values(values).returning(turns))
+        return None if row is None else turn_from_row(row)
 
     def heartbeat(self, turn: TurnRecord) -> Literal["wanted", "cancelled", "lost"]:
-        """This process lives and runs the turn; what became of it meanwhile."""
-        rows = self.fetch_all(
-            update(turns).where(match_attempt(turn)).values(heartbeat_at=unix_now()).returning(turns.c.cancel_requested)
-        )
-        return "lost" if not rows else "cancelled" if rows[0].cancel_requested else "wanted"
+        """Record that this process runs the turn, and return whether it must go on doing so."""
+        heartbeat = update(turns).where(match_attempt(turn)).values(heartbeat_at=unix_now())
+        row = self.fetch_one(heartbeat.returning(turns.c.cancel_requested))
+        return "lost" if row is None else "cancelled" if row.cancel_requested else "wanted"
 
     def cancel_turn(self, turn_id: str) -> None:
+        """Request the cancellation of an open turn; its process stops at its next heartbeat."""
         self.fetch_all(
             update(turns).where(turns.c.id == turn_id, turns.c.state.in_(OPEN_STATES)).values(cancel_requested=True)
         )
 
     def end_turn(self, turn: TurnRecord, state: str, error: dict[str, Any] | None = None) -> bool:
-        """Whether it was this attempt's to end."""
+        """End a turn and notify its followers. Return False if another process runs the turn by now."""
         ending = update(turns).where(match_attempt(turn)).values(state=state, error=error, heartbeat_at=unix_now())
         notification = self.notifier.build_notification(literal("turn ") + turns.c.id)
         has_ended = bool(self.fetch_all(ending.returning(turns.c.id, notification)))
@@ -150,25 +151,24 @@ class TurnRepository(Repository):
     # ------------------------------------------------------------ chats
 
     def find_chat_thread(self, owner: str, digest: str) -> tuple[str, int] | None:
-        """The thread that these messages belong to, and how many turns it had then."""
-        rows = self.fetch_all(
-            select(chat_threads).where(chat_threads.c.owner == owner, chat_threads.c.messages_digest == digest)
-        )
-        return (rows[0].thread_id, rows[0].turn_count) if rows else None
+        """Return the thread that a chat's messages belong to, and how many turns it had after them."""
+        is_chat = and_(chat_threads.c.owner == owner, chat_threads.c.messages_digest == digest)
+        row = self.fetch_one(select(chat_threads).where(is_chat))
+        return None if row is None else (row.thread_id, row.turn_count)
 
     def save_chat_thread(self, owner: str, digest: str, thread_id: str, turn_count: int) -> None:
         values = {
             "owner": owner, "messages_digest": digest, "thread_id": thread_id, "turn_count": turn_count,
             "created_at": unix_now(),
         }  # fmt: skip
-        kept = self.insert_into(chat_threads).values(values)
-        which = [chat_threads.c.owner, chat_threads.c.messages_digest]
-        self.fetch_all(
-            kept.on_conflict_do_update(index_elements=which, set_={"thread_id": thread_id, "turn_count": turn_count})
-        )
+        insertion = self.insert_into(chat_threads).values(values)
+        key_columns = [chat_threads.c.owner, chat_threads.c.messages_digest]
+        new_values = {"thread_id": thread_id, "turn_count": turn_count}
+        self.fetch_all(insertion.on_conflict_do_update(index_elements=key_columns, set_=new_values))
 
 
-def match_attempt(turn: TurnRecord) -> Any:
+def match_attempt(turn: TurnRecord) -> ColumnElement[bool]:
+    """Match the turn as long as no other process has claimed it and it has not ended."""
     return and_(turns.c.id == turn.id, turns.c.attempt == turn.attempt, turns.c.state == "running")
 
 

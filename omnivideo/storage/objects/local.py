@@ -1,4 +1,4 @@
-"""The object store in a folder: content-addressed files, written whole or not at all."""
+"""Store objects as files in a folder, named by their digest and written atomically."""
 
 import hashlib
 import os
@@ -16,17 +16,21 @@ DAY_SECONDS = 86_400.0
 
 
 def compute_object_key(data: bytes, suffix: str) -> str:
+    """Return `<sha256 of the bytes>.<suffix>`."""
     return f"{hashlib.sha256(data).hexdigest()}.{suffix}"
 
 
 class LocalObjectStore:
-    """`<folder>/ab/abcd….mp4`.  Several processes may share it."""
+    """A store in a folder, as `<folder>/ab/abcd….mp4`. Several processes may share it."""
 
     def __init__(self, folder: Path):
         self.folder = folder
 
     def path_for_key(self, key: str) -> Path:
-        """The file of a key, there or not; raises NotStored for what is no key (never a path out of the folder)."""
+        """Return the file of a key, whether or not it exists.
+
+        Raises ArtifactNotFound for anything but a key, so that no path leads out of the folder.
+        """
         if not KEY_PATTERN.fullmatch(key):
             raise ArtifactNotFound(
                 "store: that is no artifact key; a key is 64 hexadecimal digits, a dot and a file type"
@@ -38,14 +42,17 @@ class LocalObjectStore:
         path = self.path_for_key(key)
         try:
             with suppress(FileNotFoundError):
-                os.utime(path)  # young again, so that a sweep that runs now leaves it
+                os.utime(path)  # a sweep that runs now must not remove it
                 return key
             self.write_atomically(path, data)
         except OSError as error:
-            raise StoreError(f"store: nothing was kept: {error.strerror or 'the folder cannot be written'}") from error
+            raise StoreError(
+                f"store: the file was not written: {error.strerror or 'the folder cannot be written'}"
+            ) from error
         return key
 
     def write_atomically(self, path: Path, data: bytes) -> None:
+        """Write a file that either exists with all its bytes or does not exist, even after a crash."""
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f".{secrets.token_hex(8)}.part")
         try:
@@ -74,28 +81,31 @@ class LocalObjectStore:
                 yield path.name
 
     def sweep(self, referenced_keys: Collection[str], lifetime_seconds: float = 7 * DAY_SECONDS) -> list[str]:
-        """Removes what nothing refers to and nobody has put for `lifetime` seconds; returns the removed keys.
+        """Remove the files that are neither referenced nor written within `lifetime_seconds`. Return their keys.
 
-        Parts that a killed process left are removed by the same age.
+        Incomplete files of killed processes are removed at the same age.
         """
-        now, gone = time.time(), []
+        now, removed_keys = time.time(), list[str]()
         for path in sorted(self.folder.glob("??/*")):
             with suppress(FileNotFoundError):
                 if path.name in referenced_keys or now - path.stat().st_mtime < lifetime_seconds:
                     continue
             if self.remove_if_stale(path, now - lifetime_seconds):
-                gone += [path.name] if KEY_PATTERN.fullmatch(path.name) else []
-        return gone
+                removed_keys += [path.name] if KEY_PATTERN.fullmatch(path.name) else []
+        return removed_keys
 
     def remove_if_stale(self, path: Path, modified_before: float) -> bool:
-        """Takes an old file away.  It is moved aside first: a put that made it young in the meantime gets it back."""
-        aside = path.with_name(f".{secrets.token_hex(8)}.old")
+        """Remove a file unless it was written again in the meantime. Return whether it was removed.
+
+        The file is moved first, so that its age can be checked while no `put` can change it.
+        """
+        moved_path = path.with_name(f".{secrets.token_hex(8)}.old")
         try:
-            os.rename(path, aside)
+            os.rename(path, moved_path)
         except FileNotFoundError:
             return False
-        if aside.stat().st_mtime >= modified_before:
-            os.rename(aside, path)
+        if moved_path.stat().st_mtime >= modified_before:
+            os.rename(moved_path, path)
             return False
-        aside.unlink()
+        moved_path.unlink()
         return True

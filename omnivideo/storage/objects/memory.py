@@ -1,10 +1,12 @@
-"""The object store in memory, for tests of other rooms."""
+"""Store objects in memory, for tests."""
 
 from omnivideo.errors import ArtifactNotFound
 from omnivideo.storage.objects.local import compute_object_key
 
 
 class MemoryObjectStore:
+    """An object store that is lost with its process."""
+
     def __init__(self) -> None:
         self.objects: dict[str, bytes] = {}
 

@@ -1,11 +1,12 @@
-"""The object store on an S3 server (MinIO, Garage, SeaweedFS, RustFS, AWS ...): keys and sweep as in a folder.
+"""Store objects on an S3 server (MinIO, Garage, SeaweedFS, RustFS, AWS and others).
 
-S3 cannot delete "only if nobody has put it again", so put and sweep raise a flag each before they look:
-  sweep  marks a shard (`ab`), then reads its ages, deletes what is old, and takes the mark away
-  put    uploads, which makes young, then waits until the shard has no mark, then asks whether the object is there
-A put that sees no mark has uploaded before any later sweep looks, and that one finds it young; an earlier sweep is
-over, and what it took is missed and uploaded again.  This needs what S3 promises since 2020: a listing shows every
-write that has ended.  A mark is void after MARK_LIVES seconds, more than the slowest delete after it can take.
+S3 has no "delete unless it was written again". A sweep and a put of the same bytes therefore coordinate by a mark:
+  sweep  writes a mark for the shard (`ab`), lists the ages of its objects, deletes the old ones, removes the mark
+  put    uploads the object, waits until the shard has no mark, and checks that the object exists
+If a put sees no mark, it has uploaded before any later sweep lists the shard, and that sweep finds the object young.
+An earlier sweep has ended; if it deleted the object, the put notices and uploads it again. This relies on S3's strong
+consistency (since 2020): a listing shows every write that has ended. A mark expires after MARK_LIFETIME, which is
+longer than the slowest delete that follows it.
 """
 
 import hashlib
@@ -31,12 +32,10 @@ from omnivideo.errors import ArtifactNotFound, InvalidInput, StoreError
 from omnivideo.storage.objects.local import DAY_SECONDS, KEY_PATTERN, compute_object_key
 from omnivideo.storage.objects.s3_client import create_s3_client, get_error_code, translate_errors
 
-PART_SIZE_BYTES = 16 << 20  # bytes of an upload held at a time; S3 takes 10,000 parts, 160 GB
+PART_SIZE_BYTES = 16 << 20  # held in memory at a time; S3 allows 10,000 parts, so 160 GB
 MARK_LIFETIME = timedelta(seconds=90)
-DELETE_DEADLINE_SECONDS = (
-    20.0  # seconds after the mark: with the 51 s that the slowest delete takes, less than MARK_LIVES
-)
-MAX_DELETES_PER_REQUEST = 1000  # S3 deletes so many in one request
+DELETE_DEADLINE_SECONDS = 20.0  # after the mark; with the slowest delete (51 s) it stays below MARK_LIFETIME
+MAX_DELETES_PER_REQUEST = 1000  # S3's limit
 LIFECYCLE_RULE_ID = "omnivideo-lifetime"
 NO_LIFECYCLE_MESSAGE = "it keeps no lifecycle rules; use the sweep"
 CONTENT_TYPES = {"mp4": "video/mp4", "webm": "video/webm", "png": "image/png", "jpg": "image/jpeg", "gif": "image/gif",
@@ -44,7 +43,10 @@ CONTENT_TYPES = {"mp4": "video/mp4", "webm": "video/webm", "png": "image/png", "
 
 
 class S3ObjectStore:
-    """`<prefix>/ab/abcd….mp4` in a bucket, which the first put makes.  Threads may share one, forked children not."""
+    """A store in a bucket, as `<prefix>/ab/abcd….mp4`. The first put creates the bucket.
+
+    Threads may share a store; forked processes may not. `public_address` is the server's address in download links.
+    """
 
     def __init__(
         self, address: str, bucket: str, access_key: str, secret_key: str,
@@ -68,7 +70,7 @@ class S3ObjectStore:
         return self.upload_until_present(compute_object_key(data, suffix), io.BytesIO(data), len(data))
 
     def put_file(self, path: Path, suffix: str) -> str:
-        """As `put`, with a part or two of the file in memory at a time.  Nobody may change the file meanwhile."""
+        """Store a file with no more than two parts of it in memory. The file must not change meanwhile."""
         try:
             with path.open("rb") as file:
                 key = f"{hashlib.file_digest(file, 'sha256').hexdigest()}.{suffix}"
@@ -77,7 +79,8 @@ class S3ObjectStore:
             raise StoreError(f"store: {path.name} cannot be read: {error.strerror or 'it was cut short'}") from None
 
     def upload_until_present(self, key: str, file: BinaryIO, size_bytes: int) -> str:
-        for _ in range(5):  # twice where a sweep has just taken it
+        """Upload an object until no sweep has deleted it. Raises StoreError after five attempts."""
+        for _ in range(5):
             try:
                 self.upload_object(key, file, size_bytes)
             except ArtifactNotFound:
@@ -87,7 +90,7 @@ class S3ObjectStore:
                 time.sleep(0.05)
             if self.has(key):
                 return key
-        raise StoreError(f"store: sweeps take {key} as fast as it is put: their lifetime is too short")
+        raise StoreError(f"store: sweeps remove {key} as fast as it is written: their lifetime is too short")
 
     def upload_object(self, key: str, file: BinaryIO, size_bytes: int) -> None:
         file.seek(0)
@@ -109,20 +112,21 @@ class S3ObjectStore:
         return self.read_object(key, 0, 0)
 
     def read_range(self, key: str, first_byte: int, last_byte: int) -> bytes:
-        """Bytes `first` to `last`, both included, as in HTTP; fewer where the artifact ends before."""
+        """Return the bytes from `first_byte` to `last_byte`, both included, or fewer if the object ends before."""
         if not 0 <= first_byte <= last_byte:
             raise InvalidInput("range", "0 <= first <= last")
         return self.read_object(key, first_byte, last_byte - first_byte + 1)
 
     def read_object(self, key: str, offset: int, length: int) -> bytes:
-        name, tries = self.object_name(key), 2  # the pool asks again by itself, but not once bytes have begun to come
+        # The connection pool retries requests, but not once it has received a part of the body.
+        name, attempts_left = self.object_name(key), 2
         while True:
-            tries -= 1
+            attempts_left -= 1
             with self.translate_errors(key), self.client.get_object(self.bucket, name, offset, length) as response:
                 try:
                     return bytes(response.read())
                 except (ProtocolError, TimeoutError):
-                    if not tries:
+                    if not attempts_left:
                         raise
 
     def get_size(self, key: str) -> int:
@@ -137,7 +141,10 @@ class S3ObjectStore:
         return False
 
     def presign_url(self, key: str, expires_in_seconds: int) -> str:
-        """Where anybody may download it for so long.  No server is asked: what is not there is a 404 there."""
+        """Return a link that anybody can download the object from until it expires.
+
+        No server is asked, so the link to a missing object answers 404.
+        """
         if not 1 <= expires_in_seconds <= 7 * DAY_SECONDS:
             raise InvalidInput("seconds", "1 to 604800 (7 days)")
         return self.public_client.presigned_get_object(
@@ -151,55 +158,55 @@ class S3ObjectStore:
                     yield item.object_name, item.last_modified
 
     def list_keys_with_times(self, subfolder: str = "") -> Iterator[tuple[str, datetime]]:
-        for name, put in self.list_objects(subfolder):
+        for name, written_at in self.list_objects(subfolder):
             key = name.rpartition("/")[2]
             if KEY_PATTERN.fullmatch(key) and name == self.object_name(key):
-                yield key, put
+                yield key, written_at
 
     def iter_keys(self) -> Iterator[str]:
         return (key for key, _ in self.list_keys_with_times())
 
     def sweep(self, referenced_keys: Collection[str], lifetime_seconds: float = 7 * DAY_SECONDS) -> list[str]:
-        """Removes what nothing refers to and nobody has put for `lifetime` seconds; returns the removed keys.
+        """Remove the objects that are neither referenced nor written within `lifetime_seconds`. Return their keys.
 
-        Ages are by the server's clock.  `lifetime` is to be longer than the longest upload, which is as old as its
-        start, and than it takes from a put to the reference.  What killed processes left goes after a day.
+        Ages are by the server's clock. The lifetime must exceed the longest upload, whose age counts from its start,
+        and the time from a put to the first reference. Leftovers of killed processes are removed after a day.
         """
-        gone: list[str] = []
+        all_removed_keys: list[str] = []
         for shard in sorted({key[:2] for key in self.iter_keys() if key not in referenced_keys}):
             while (
                 len(removed_keys := self.sweep_shard_once(shard, referenced_keys, timedelta(seconds=lifetime_seconds)))
                 == MAX_DELETES_PER_REQUEST
             ):
-                gone += removed_keys
-            gone += removed_keys
+                all_removed_keys += removed_keys
+            all_removed_keys += removed_keys
         yesterday = datetime.now(UTC) - timedelta(seconds=DAY_SECONDS)
-        self.remove_objects([mark for mark, raised in self.list_objects(".sweep/") if raised < yesterday])
+        self.remove_objects([mark for mark, written_at in self.list_objects(".sweep/") if written_at < yesterday])
         self.abort_stale_uploads(max(lifetime_seconds, DAY_SECONDS))
-        return gone
+        return all_removed_keys
 
     def sweep_shard_once(self, shard: str, referred: Collection[str], min_age: timedelta) -> list[str]:
-        mark, began = f"{self.prefix}.sweep/{shard}-{secrets.token_hex(8)}", time.monotonic()
+        """Delete up to MAX_DELETES_PER_REQUEST old objects of a shard under a mark, and return their keys."""
+        mark, started_at = f"{self.prefix}.sweep/{shard}-{secrets.token_hex(8)}", time.monotonic()
         with self.translate_errors():
             self.client.put_object(self.bucket, mark, io.BytesIO(), 0)
-        now = dict(self.list_objects(f".sweep/{shard}-")).get(mark)  # None: a put might not see it either
+        now = dict(self.list_objects(f".sweep/{shard}-")).get(mark)  # None if a put may not see the mark either
         old = [
             key
-            for key, put in self.list_keys_with_times(f"{shard}/")
-            if now and key not in referred and now - put >= min_age
+            for key, written_at in self.list_keys_with_times(f"{shard}/")
+            if now and key not in referred and now - written_at >= min_age
         ]
-        late = time.monotonic() - began > DELETE_DEADLINE_SECONDS
-        old = [] if late else old[:MAX_DELETES_PER_REQUEST]
+        is_late = time.monotonic() - started_at > DELETE_DEADLINE_SECONDS
+        old = [] if is_late else old[:MAX_DELETES_PER_REQUEST]
         self.remove_objects([self.object_name(key) for key in old])
-        self.remove_objects(
-            [mark]
-        )  # not reached where a delete failed: it may still come, so the mark stays until it is void
+        # Not reached if a delete failed: the server may still execute it, so the mark stays until it expires.
+        self.remove_objects([mark])
         return old
 
     def is_mark_active(self, mark: str) -> bool:
         with suppress(ArtifactNotFound), self.translate_errors():
             head = self.client.stat_object(self.bucket, mark)
-            now = parsedate_to_datetime(cast(dict, head.metadata)["date"])  # by the clock that wrote last_modified
+            now = parsedate_to_datetime(cast(dict[str, str], head.metadata)["date"])  # by the clock of last_modified
             return now - cast(datetime, head.last_modified) < MARK_LIFETIME
         return False
 
@@ -209,21 +216,23 @@ class S3ObjectStore:
                 raise StoreError(f"store: {error.name or 'an artifact'} cannot be removed: {error.code}")
 
     def abort_stale_uploads(self, min_age_seconds: float = DAY_SECONDS) -> int:
-        """Ends multipart uploads that began so many seconds ago and never ended (1,000 at most); how many."""
+        """Abort up to 1,000 multipart uploads that began `min_age_seconds` ago or earlier. Return their number."""
         before = datetime.now(UTC) - timedelta(seconds=min_age_seconds)
         stale_uploads = []
         with suppress(ArtifactNotFound), self.translate_errors():
-            # The client has no other way to list and end uploads; tests/storage/test_objects.py holds it to these.
+            # The client has no public methods for this; tests/storage/test_objects_lifecycle.py checks these two.
             page = self.client._list_multipart_uploads(self.bucket, prefix=self.prefix)
-            stale_uploads = [one for one in page.uploads if one.initiated_time and one.initiated_time <= before]
-            for one in stale_uploads:
-                self.client._abort_multipart_upload(self.bucket, one.object_name, cast(str, one.upload_id))
+            stale_uploads = [
+                upload for upload in page.uploads if upload.initiated_time and upload.initiated_time <= before
+            ]
+            for upload in stale_uploads:
+                self.client._abort_multipart_upload(self.bucket, upload.object_name, cast(str, upload.upload_id))
         return len(stale_uploads)
 
     def set_lifecycle_expiration(self, days: int) -> None:
-        """Has the server itself remove whatever is older, referred to or not; StoreError where it keeps no such rule.
+        """Let the server remove every object older than `days`, whether it is referenced or not.
 
-        Other rules of the bucket stay as they are.
+        The bucket's other rules do not change. Raises StoreError if the server supports no such rules.
         """
         if not 1 <= days <= 36_500:
             raise InvalidInput("days", "1 to 36500")
@@ -234,6 +243,6 @@ class S3ObjectStore:
             lifecycle = self.client.get_bucket_lifecycle(self.bucket)
             others = [rule for rule in (lifecycle.rules if lifecycle else []) if rule.rule_id != LIFECYCLE_RULE_ID]
             self.client.set_bucket_lifecycle(self.bucket, LifecycleConfig([*others, ours]))
-            lifecycle = self.client.get_bucket_lifecycle(self.bucket)  # some servers say yes and keep nothing
+            lifecycle = self.client.get_bucket_lifecycle(self.bucket)  # some servers accept a rule without storing it
             if LIFECYCLE_RULE_ID not in [rule.rule_id for rule in (lifecycle.rules if lifecycle else [])]:
                 raise StoreError(f"store: the S3 server: {NO_LIFECYCLE_MESSAGE}")

@@ -1,4 +1,4 @@
-"""An S3 server as a client meets it: its address, how long it is waited for, and its failures in one line each."""
+"""Connect to an S3 server, with timeouts and retries, and translate its failures into one-line errors."""
 
 import re
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from urllib3.exceptions import HTTPError, NewConnectionError, SSLError, TimeoutE
 
 from omnivideo.errors import ArtifactNotFound, InvalidInput, StoreError
 
-# A server that is down is given up after 3 s, one whose packets vanish after 11 s, one that hangs after 45 s.
+# A request fails after 3 s if the server is down, after 11 s if its packets are lost, and after 45 s if it hangs.
 HTTP_TIMEOUT = urllib3.Timeout(connect=2, read=20)
 RETRY_POLICY = urllib3.Retry(
     total=3, read=1, backoff_factor=0.5, status_forcelist=(500, 502, 503, 504), allowed_methods=None
@@ -27,7 +27,10 @@ ERROR_MESSAGES = {
 
 
 def create_s3_client(address: str, access_key: str, secret_key: str, region: str) -> Minio:
-    """A client of `http://host:port` or `https://host:port`; nothing is asked yet."""
+    """Return a client of `http://host:port` or `https://host:port`, without connecting.
+
+    Raises InvalidInput for any other form of address.
+    """
     url = urlsplit(address)
     if url.scheme not in ("http", "https") or not url.hostname or "@" in url.netloc or url.path.strip("/") or url.query:
         raise InvalidInput("S3 address", "http://host:port or https://host:port, without user, password and path")
@@ -37,14 +40,14 @@ def create_s3_client(address: str, access_key: str, secret_key: str, region: str
 
 
 def get_error_code(error: MinioException) -> str:
-    """S3's word for what went wrong; where a server calls its XML text/xml, the client gives it to us as text only."""
-    found = re.search(r"<Code>(\w+)</Code>", str(error))
-    return getattr(error, "code", None) or (found[1] if found else "something that is not S3")
+    """Return S3's error code. If a server labels its XML as text/xml, the client passes it on as text only."""
+    match = re.search(r"<Code>(\w+)</Code>", str(error))
+    return getattr(error, "code", None) or (match[1] if match else "something that is not S3")
 
 
 @contextmanager
 def translate_errors(address: str, key: str = "", fallback_message: str = "it answers {code}") -> Iterator[None]:
-    """Turns the client's failures into ours; no secret and no signed address is in their text."""
+    """Raise the client's failures as errors of ours, whose text holds no secret and no signed URL."""
     server = f"store: the S3 server at {urlsplit(address).netloc}: "
     try:
         yield

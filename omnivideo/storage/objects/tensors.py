@@ -1,4 +1,4 @@
-"""Tensors in an object store, as safetensors: never in JSON, a database or a broker."""
+"""Store tensors as safetensors files; they never travel in JSON, the database or the broker."""
 
 from safetensors.torch import load, save
 from torch import Tensor
@@ -8,15 +8,15 @@ from omnivideo.ports import ObjectStore
 
 
 def put_tensors(store: ObjectStore, tensors: dict[str, Tensor]) -> str:
-    """The key of the tensors, moved to the CPU."""
+    """Store the tensors, moved to the CPU, and return their key."""
     cpu_tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     return store.put(save(cpu_tensors), "safetensors")
 
 
 def get_tensors(store: ObjectStore, key: str) -> dict[str, Tensor]:
-    """Raises StoreError where the key holds no tensors."""
+    """Return the tensors of a key, on the CPU. Raises StoreError if the key is not one of tensors."""
     if not key.endswith(".safetensors"):
         raise StoreError(f"store: {key} holds no tensors")
-    # Copied to memory of torch's own alignment: out of a buffer that starts anywhere, the same matrix product comes
-    # out differently in the last bits from one run to the next.
+    # The copies have torch's own alignment. With the alignment of the file's buffer, which differs between runs, the
+    # last bits of a matrix product would differ as well.
     return {name: tensor.clone() for name, tensor in load(store.get(key)).items()}

@@ -1,4 +1,4 @@
-"""Alembic's entry: runs the migrations on the connection that `storage.database.engine.upgrade_schema` gives it."""
+"""Run the migrations on the connection that `storage.database.engine.upgrade_schema` passes in."""
 
 from alembic import context
 from sqlalchemy import text

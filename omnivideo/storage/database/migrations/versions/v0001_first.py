@@ -10,6 +10,20 @@ down_revision = None
 
 
 def upgrade() -> None:
+    create_batches_table()
+    create_chats_table()
+    create_deliveries_table()
+    create_events_table()
+    create_files_table()
+    create_hooks_table()
+    create_jobs_table()
+    create_keys_table()
+    create_lines_table()
+    create_threads_table()
+    create_turns_table()
+
+
+def create_batches_table() -> None:
     op.create_table(
         "batches",
         sa.Column("id", sa.String(length=64), nullable=False),
@@ -30,6 +44,9 @@ def upgrade() -> None:
     )
     op.create_index("batches_listed", "batches", ["owner", "made"], unique=False)
     op.create_index("batches_open", "batches", ["state", "beat"], unique=False)
+
+
+def create_chats_table() -> None:
     op.create_table(
         "chats",
         sa.Column("owner", sa.String(length=64), nullable=False),
@@ -39,6 +56,9 @@ def upgrade() -> None:
         sa.Column("made", sa.Float(), nullable=False),
         sa.PrimaryKeyConstraint("owner", "digest"),
     )
+
+
+def create_deliveries_table() -> None:
     op.create_table(
         "deliveries",
         sa.Column("id", sa.String(length=64), nullable=False),
@@ -50,6 +70,9 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("id"),
     )
     op.create_index("deliveries_due", "deliveries", ["done", "due"], unique=False)
+
+
+def create_events_table() -> None:
     op.create_table(
         "events",
         sa.Column("turn", sa.String(length=64), nullable=False),
@@ -59,6 +82,9 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("turn", "number"),
     )
     op.create_index("events_made", "events", ["made"], unique=False)
+
+
+def create_files_table() -> None:
     op.create_table(
         "files",
         sa.Column("id", sa.String(length=64), nullable=False),
@@ -73,6 +99,9 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("id"),
     )
     op.create_index("files_listed", "files", ["owner", "made"], unique=False)
+
+
+def create_hooks_table() -> None:
     op.create_table(
         "hooks",
         sa.Column("id", sa.String(length=64), nullable=False),
@@ -85,6 +114,9 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("id"),
     )
     op.create_index("hooks_owner", "hooks", ["owner"], unique=False)
+
+
+def create_jobs_table() -> None:
     op.create_table(
         "jobs",
         sa.Column("id", sa.String(length=200), nullable=False),
@@ -120,6 +152,9 @@ def upgrade() -> None:
     op.create_index("jobs_listed", "jobs", ["owner", "kind", "made"], unique=False)
     op.create_index("jobs_next", "jobs", ["state", "lane", "turn", "made"], unique=False)
     op.create_index("jobs_owner", "jobs", ["owner", "lane", "state", "turn"], unique=False)
+
+
+def create_keys_table() -> None:
     op.create_table(
         "keys",
         sa.Column("id", sa.String(length=64), nullable=False),
@@ -130,6 +165,9 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("id"),
         sa.UniqueConstraint("digest"),
     )
+
+
+def create_lines_table() -> None:
     op.create_table(
         "lines",
         sa.Column("batch", sa.String(length=64), nullable=False),
@@ -138,6 +176,9 @@ def upgrade() -> None:
         sa.Column("answer", sa.JSON(), nullable=False),
         sa.PrimaryKeyConstraint("batch", "number"),
     )
+
+
+def create_threads_table() -> None:
     op.create_table(
         "threads",
         sa.Column("id", sa.String(length=64), nullable=False),
@@ -147,6 +188,9 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("id"),
     )
     op.create_index("threads_listed", "threads", ["owner", "made"], unique=False)
+
+
+def create_turns_table() -> None:
     op.create_table(
         "turns",
         sa.Column("id", sa.String(length=64), nullable=False),

@@ -1,4 +1,4 @@
-"""Jobs that are drawn in one pass."""
+"""A job knows the jobs that are rendered in one pass with it."""
 
 import sqlalchemy as sa
 from alembic import op
