@@ -142,12 +142,18 @@ class Job(FrozenModel):
     """
 
     id: str
-    task: Task
     prompt: str
     visual_tokens: str | None
     source: Artifact | None
-    seed: int = Field(ge=0, le=MAX_SEED)
-    overrides: SamplingOverrides = SamplingOverrides()
+    params: SamplingParams
+
+    @property
+    def task(self) -> Task:
+        return self.params.task
+
+    @property
+    def seed(self) -> int:
+        return self.params.seed
 
 
 JobState = Literal["queued", "running", "done", "failed", "cancelled"]
@@ -420,9 +426,10 @@ def invalid_input_from_validation(error: ValidationError) -> InvalidInput:
 
 
 def resolve_sampling_params(preset: Preset, task: Task, **overrides: object) -> SamplingParams:
-    """The preset's defaults for a task with what is given in place; None leaves a default.
+    """Return the preset's settings for a task, with the `overrides` that are not None in their place.
 
-    Raises InvalidInput that names the field and the allowed range.
+    A request's settings are resolved here, once, when it becomes a job. Raises InvalidInput that names the field and
+    the allowed range.
     """
     defaults = preset.sampling[task].model_dump() | {"negative_prompt": preset.negative_prompt, "seed": 0}
     given_values = {name: value for name, value in overrides.items() if value is not None}
@@ -430,21 +437,24 @@ def resolve_sampling_params(preset: Preset, task: Task, **overrides: object) -> 
         params = SamplingParams(task=task, **(defaults | given_values))
     except ValidationError as error:
         raise invalid_input_from_validation(error) from None
-    compute_latent_grid(params.width, params.height, params.frames)
-    if params.width * params.height * params.frames > MAX_CLIP_PIXELS:
-        raise InvalidInput("size", f"width x height x frames is above {MAX_CLIP_PIXELS}")
-    if (params.frames == 1) != (get_task_medium(task) == "image"):
-        raise InvalidInput("frames", f"{params.frames} does not fit {task}: an image has 1, a video 5 or more")
-    check_model_limits(preset, params)
+    check_sampling_params(preset, params)
     return params
 
 
+def check_sampling_params(preset: Preset, params: SamplingParams) -> None:
+    """Raise InvalidInput if a model of this preset cannot render with these settings."""
+    compute_latent_grid(params.width, params.height, params.frames)
+    if params.width * params.height * params.frames > MAX_CLIP_PIXELS:
+        raise InvalidInput("size", f"width x height x frames is above {MAX_CLIP_PIXELS}")
+    if (params.frames == 1) != (get_task_medium(params.task) == "image"):
+        raise InvalidInput("frames", f"{params.frames} does not fit {params.task}: an image has 1, a video 5 or more")
+    check_model_limits(preset, params)
+
+
 def check_model_limits(preset: Preset, params: SamplingParams) -> None:
-    """Raises InvalidInput where the model has no positions, or no condition, for so much."""
-    grid, max_positions = (
-        compute_latent_grid(params.width, params.height, params.frames),
-        preset.decoder["rope_max_seq_len"],
-    )
+    """Raise InvalidInput if the clip has more positions, or an edit's source more tokens, than the model allows."""
+    grid = compute_latent_grid(params.width, params.height, params.frames)
+    max_positions = preset.decoder["rope_max_seq_len"]
     for axis, patch, field in zip(grid, preset.decoder["patch_size"], ("frames", "height", "width"), strict=True):
         if axis // patch > max_positions:
             raise InvalidInput(field, f"{getattr(params, field)} is more than this model has positions for")

@@ -139,7 +139,7 @@ def build_clip_job(
     params = resolve_request_params(preset, task, overrides, resolve_seed(request, job_id))
     seconds = params.frames / params.fps if request.seconds is None else request.seconds
     meta = {"size": f"{params.width}x{params.height}", "seconds": f"{seconds:.6g}"} | meta
-    return build_job_request(request, params, overrides, job_id, source, "video", meta)
+    return build_job_request(request, params, job_id, source, "video", meta)
 
 
 def resolve_num_frames(preset: Preset, task: Task, request: VideoRequest) -> int | None:
@@ -186,7 +186,7 @@ def build_jobs_per_image(
     for index, job_id in enumerate(make_image_ids(base_id, request.n)):
         params = resolve_request_params(preset, task, overrides, (seed + index) % 2**63)
         meta = {"size": f"{params.width}x{params.height}"}
-        job_requests.append(build_job_request(request, params, overrides, job_id, source, "image", meta))
+        job_requests.append(build_job_request(request, params, job_id, source, "image", meta))
     return job_requests
 
 
@@ -232,7 +232,6 @@ def resolve_request_params(preset: Preset, task: Task, overrides: SamplingOverri
 def build_job_request(
     request: GenerationRequest,
     params: SamplingParams,
-    overrides: SamplingOverrides,
     job_id: str,
     source: Artifact | None,
     kind: Literal["video", "image"],
@@ -240,15 +239,13 @@ def build_job_request(
 ) -> JobRequest:
     job = Job(
         id=job_id,
-        task=params.task,
         prompt=check_prompt("prompt", request.prompt),
         visual_tokens=None,
         source=source,
-        seed=params.seed,
-        overrides=overrides,
+        params=params,
     )
     n = request.n if isinstance(request, ImageRequest) else 1
-    digest = digest_request(kind, job.model_dump(exclude={"id", "seed"}), request.seed, n, meta)
+    digest = digest_request(kind, job.model_dump(exclude={"id": True, "params": {"seed"}}), request.seed, n, meta)
     return JobRequest(job, kind, meta | {"request": digest})
 
 
