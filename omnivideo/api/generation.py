@@ -17,7 +17,6 @@ from omnivideo.contracts import (
     Job,
     JobStatus,
     Lane,
-    SamplingOverrides,
     SamplingParams,
     check_prompt,
     resolve_sampling_params,
@@ -212,19 +211,22 @@ def resolve_seed(request: GenerationRequest, job_id: str) -> int:
 
 def overrides_from_request(
     request: GenerationRequest, fps: int | None = None, frames: int | None = None
-) -> SamplingOverrides:
+) -> dict[str, int | float | str | None]:
     size = SIZE_PATTERN.fullmatch(request.size or "")
     width, height = map(int, size.groups()) if size else (None, None)
-    return SamplingOverrides(
-        width=width, height=height, frames=frames, fps=fps, steps=request.num_inference_steps,
-        guidance_scale=request.guidance_scale, flow_shift=request.flow_shift, negative_prompt=request.negative_prompt,
-    )  # fmt: skip
+    return {
+        "width": width, "height": height, "frames": frames, "fps": fps, "steps": request.num_inference_steps,
+        "guidance_scale": request.guidance_scale, "flow_shift": request.flow_shift,
+        "negative_prompt": request.negative_prompt,
+    }  # fmt: skip
 
 
-def resolve_request_params(preset: Preset, task: Task, overrides: SamplingOverrides, seed: int) -> SamplingParams:
+def resolve_request_params(
+    preset: Preset, task: Task, overrides: Mapping[str, int | float | str | None], seed: int
+) -> SamplingParams:
     """Return the job's settings; raise InvalidInput that names the request's field if the model cannot do that."""
     try:
-        return resolve_sampling_params(preset, task, seed=seed, **overrides.model_dump())
+        return resolve_sampling_params(preset, task, seed=seed, **overrides)
     except InvalidInput as error:
         raise rename_error_field(error, REQUEST_FIELD_NAMES.get(error.field, error.field)) from None
 
