@@ -22,7 +22,8 @@ from pathlib import Path
 import httpx
 
 from benchmarks.faults import KEY, Plant
-from omnivideo.contracts import Job, SamplingOverrides
+from omnivideo.contracts import Job, resolve_sampling_params
+from omnivideo.presets import TINY
 
 
 def quantiles(values: list[float]) -> str:
@@ -179,8 +180,8 @@ def throughput(plant: Plant, given: argparse.Namespace) -> None:
     jobs = plant.rooms.jobs
     for at in range(given.prompts):
         made = Job(
-            id=f"line-{at}", task="text-to-video", prompt=f"a red ball {at}", visual_tokens=None, source=None, seed=at,
-            overrides=SamplingOverrides(steps=given.steps),
+            id=f"line-{at}", prompt=f"a red ball {at}", visual_tokens=None, source=None,
+            params=resolve_sampling_params(TINY, "text-to-video", seed=at, steps=given.steps),
         )  # fmt: skip
         jobs.submit(made, "admin", "batch")
     began = time.perf_counter()

@@ -1,14 +1,14 @@
-"""The frozen messages that cross rooms."""
+"""The frozen messages that cross packages, and the one place where a request's settings are resolved."""
 
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from omnivideo.errors import InvalidInput
-from omnivideo.presets import Preset, Task, compute_latent_grid, count_visual_context_tokens
+from omnivideo.presets import Preset, Task, check_model_limits, compute_latent_grid
 
 MAX_SEED = 2**63 - 1
-MAX_CLIP_PIXELS = 1280 * 720 * 121  # of a whole clip: above what any preset was made for
+MAX_CLIP_PIXELS = 1280 * 720 * 121  # width x height x frames; no preset was made for more
 
 
 class FrozenModel(BaseModel):
@@ -16,7 +16,7 @@ class FrozenModel(BaseModel):
 
 
 class SamplingParams(FrozenModel):
-    """How one clip is drawn.  Sizes in px; `seed` fixes every byte of the result."""
+    """The complete settings of one clip. Sizes are in px; the seed determines every byte of the result."""
 
     task: Task
     width: int = Field(ge=16, le=1280)
@@ -31,7 +31,7 @@ class SamplingParams(FrozenModel):
 
 
 class StepProgress(FrozenModel):
-    """Denoising step `step` of `steps` is done; `left` is the expected time to the last one, in seconds."""
+    """Denoising step `step` of `steps` is done; the last one is expected in `eta_seconds`."""
 
     kind: Literal["step"] = "step"
     step: int
@@ -40,10 +40,10 @@ class StepProgress(FrozenModel):
 
 
 class Manifest(FrozenModel):
-    """What a file was made from: enough to make the same bytes again.
+    """Everything that a file was made from: enough to make the same bytes again.
 
-    `source` is the source's file name, or its artifact key where it comes out of a store; `visual_tokens` and
-    `source_latents` are keys of tensors, where they are kept.
+    `source` is the file name of an edit's source, or its object key if it was in the store. `visual_tokens` and
+    `source_latents` are object keys of tensors, or None if these are not stored.
     """
 
     prompt: str
@@ -84,7 +84,7 @@ def get_editing_task(medium: Medium) -> Task:
     return "video-editing" if medium == "video" else "image-editing"
 
 
-# ---------------------------------------------------------------- what a conversation is made of
+# ---------------------------------------------------------------- conversations and jobs
 
 Think = Literal["off", "on", "auto"]
 Goal = Literal["understand", "generate", "edit"]
@@ -92,7 +92,7 @@ THINK_START, THINK_END = "<think>", "</think>"  # around the reasoning in an ans
 
 
 class Artifact(FrozenModel):
-    """A stored image or clip.  `about` are the words that it shows; `source` is the artifact that it was made from."""
+    """A stored image or clip. `source` is the key of the artifact that it was edited from."""
 
     key: str
     medium: Medium
@@ -108,7 +108,7 @@ class Artifact(FrozenModel):
 
 
 class MLLMRequest(FrozenModel):
-    """What the MLLM is asked: words, the artifacts that are shown with them, and an instruction that names a mode."""
+    """A request to the MLLM: text, the artifacts shown with it, and the system prompt of a mode."""
 
     text: str
     artifacts: tuple[Artifact, ...] = ()
@@ -116,38 +116,31 @@ class MLLMRequest(FrozenModel):
 
 
 class Route(FrozenModel):
-    """What the first token of the MLLM's answer asks for, with its probability."""
+    """The medium that the first token of the MLLM's answer stands for, with its probability."""
 
     kind: Literal["text", "image", "video"]
     probability: float
 
 
-class SamplingOverrides(FrozenModel):
-    """Settings of a clip that are not to be the preset's."""
-
-    width: int | None = None
-    height: int | None = None
-    frames: int | None = None
-    fps: int | None = None
-    steps: int | None = None
-    guidance_scale: float | None = None
-    flow_shift: float | None = None
-    negative_prompt: str | None = None
-
-
 class Job(FrozenModel):
-    """One clip to draw.  Its id is the client's: the same id twice is the same job.
+    """One clip to render. The client may choose the id; the same id and content are the same job.
 
-    `visual_tokens` is the key of the vision head's tokens; a worker reads them itself for a job without.
+    `visual_tokens` is the object key of the vision head's tokens; if it is None, the worker predicts them.
     """
 
     id: str
-    task: Task
     prompt: str
     visual_tokens: str | None
     source: Artifact | None
-    seed: int = Field(ge=0, le=MAX_SEED)
-    overrides: SamplingOverrides = SamplingOverrides()
+    params: SamplingParams
+
+    @property
+    def task(self) -> Task:
+        return self.params.task
+
+    @property
+    def seed(self) -> int:
+        return self.params.seed
 
 
 JobState = Literal["queued", "running", "done", "failed", "cancelled"]
@@ -155,9 +148,9 @@ Lane = Literal["interactive", "batch"]
 
 
 class JobStatus(FrozenModel):
-    """What is known of a job.  Times in seconds since 1970 by the database's clock.
+    """The state of a job. Times are in seconds since 1970 by the database's clock.
 
-    `attempt` counts the claims; `preview` is the key of a PNG; `code` and `error` say why it failed.
+    `attempt` counts the claims; `preview` is the object key of a PNG; `code` and `error` say why the job failed.
     """
 
     id: str
@@ -183,9 +176,11 @@ class JobStatus(FrozenModel):
 
 
 class Claim(FrozenModel):
-    """A job that a worker has taken: `attempt` fences what it writes, `point` is where to go on from; `pack` names the
-    jobs that are drawn in one pass with it, in their order (none: it is drawn alone); `trace` is the W3C traceparent of
-    who asked."""
+    """A job that a worker has claimed. `attempt` is the fencing number of everything that the worker writes.
+
+    `resume_key` is the object key of a saved denoising state. `batch_job_ids` are the jobs that are rendered in one
+    pass, in order, or empty for a job that is rendered alone. `traceparent` is the W3C trace context of the request.
+    """
 
     job: Job
     attempt: int
@@ -196,7 +191,7 @@ class Claim(FrozenModel):
 
 
 class ThinkTrace(FrozenModel):
-    """Think mode's record: the request, the reasoning, the rewrite, and how long it took."""
+    """The reasoning of think mode and the prompt that came of it."""
 
     request: str
     reasoning: str
@@ -205,7 +200,7 @@ class ThinkTrace(FrozenModel):
 
 
 class Action(FrozenModel):
-    """One thing to do: the words, and the key of the artifact that they are about."""
+    """One thing that a turn asks for, and the key of the artifact that it refers to."""
 
     text: str
     source: str | None = None
@@ -216,7 +211,7 @@ class Plan(FrozenModel):
 
 
 class Candidate(FrozenModel):
-    """One seed's result; `agreement` is how far the model itself finds what was asked for in it, 0 to 1."""
+    """The result of one seed. `agreement`, 0 to 1, is the MLLM's judgement of whether it shows what was asked for."""
 
     seed: int
     artifact: Artifact
@@ -224,7 +219,7 @@ class Candidate(FrozenModel):
 
 
 class ActionResult(FrozenModel):
-    """What became of an act."""
+    """The result of an action: a clip and its candidates, or an answer."""
 
     action: Action
     goal: Goal
@@ -236,7 +231,7 @@ class ActionResult(FrozenModel):
 
 
 class Turn(FrozenModel):
-    """One turn of a thread, whole; `asked` is what had to be asked back, with the reply."""
+    """A completed turn of a thread. `clarifications` are the questions that were asked back, with the replies."""
 
     number: int
     text: str
@@ -275,7 +270,7 @@ class Change(FrozenModel):
 
 
 class TurnOptions(FrozenModel):
-    """How a turn is run: `check` is the number of tries."""
+    """The options of a turn. `check` is the largest number of candidates that are rendered for an action."""
 
     think: Think = "auto"
     check: int = Field(default=1, ge=1, le=16)
@@ -284,7 +279,7 @@ class TurnOptions(FrozenModel):
     guidance_scale: float | None = Field(default=None, ge=0, le=30, allow_inf_nan=False)
 
 
-# ---------------------------------------------------------------- what is told while a turn runs
+# ---------------------------------------------------------------- events of a turn
 
 
 class PlanReady(FrozenModel):
@@ -293,7 +288,7 @@ class PlanReady(FrozenModel):
 
 
 class ThinkingDelta(FrozenModel):
-    """A piece of the reasoning, as it comes."""
+    """A piece of the reasoning."""
 
     kind: Literal["thinking"] = "thinking"
     delta: str
@@ -305,14 +300,14 @@ class PromptRewritten(FrozenModel):
 
 
 class TextDelta(FrozenModel):
-    """A piece of an answer, as it comes."""
+    """A piece of an answer."""
 
     kind: Literal["text"] = "text"
     delta: str
 
 
 class Preview(FrozenModel):
-    """A PNG of how the clip looks so far, base64."""
+    """A frame of the unfinished clip, as a PNG in base64."""
 
     kind: Literal["preview"] = "preview"
     png: str
@@ -326,7 +321,7 @@ class StoredPreview(FrozenModel):
 
 
 class ArtifactReady(FrozenModel):
-    """An artifact is there; `final` is False for a try that may give way to a better one."""
+    """An artifact is stored; `final` is False for a candidate that may be replaced by a better one."""
 
     kind: Literal["artifact"] = "artifact"
     artifact: Artifact
@@ -334,14 +329,14 @@ class ArtifactReady(FrozenModel):
 
 
 class WaitingNotice(FrozenModel):
-    """Something that the turn needs is away or starting; it goes on by itself once that is there."""
+    """The turn waits for a server that is unavailable or starting, and continues when it is back."""
 
     kind: Literal["waiting"] = "waiting"
     text: str
 
 
 class QuestionAsked(FrozenModel):
-    """The turn waits for the user's reply."""
+    """The turn waits for the user's reply to a question."""
 
     kind: Literal["question"] = "question"
     text: str
@@ -414,48 +409,39 @@ class WebhookRecord(FrozenModel):
 
 
 def invalid_input_from_validation(error: ValidationError) -> InvalidInput:
-    """A message's first wrong field, with the allowed range."""
+    """Return an error that names the first wrong field and its allowed range."""
     first = error.errors()[0]
     return InvalidInput(str(first["loc"][0]), first["msg"][0].lower() + first["msg"][1:])
 
 
 def resolve_sampling_params(preset: Preset, task: Task, **overrides: object) -> SamplingParams:
-    """The preset's defaults for a task with what is given in place; None leaves a default.
+    """Return the preset's settings for a task, with the `overrides` that are not None in their place.
 
-    Raises InvalidInput that names the field and the allowed range.
+    A request's settings are resolved here, once, when it becomes a job. Raises InvalidInput that names the field and
+    the allowed range.
     """
     defaults = preset.sampling[task].model_dump() | {"negative_prompt": preset.negative_prompt, "seed": 0}
-    given_values = {name: value for name, value in overrides.items() if value is not None}
+    given = {name: value for name, value in overrides.items() if value is not None}
     try:
-        params = SamplingParams(task=task, **(defaults | given_values))
+        params = SamplingParams(task=task, **(defaults | given))
     except ValidationError as error:
         raise invalid_input_from_validation(error) from None
-    compute_latent_grid(params.width, params.height, params.frames)
-    if params.width * params.height * params.frames > MAX_CLIP_PIXELS:
-        raise InvalidInput("size", f"width x height x frames is above {MAX_CLIP_PIXELS}")
-    if (params.frames == 1) != (get_task_medium(task) == "image"):
-        raise InvalidInput("frames", f"{params.frames} does not fit {task}: an image has 1, a video 5 or more")
-    check_model_limits(preset, params)
+    check_sampling_params(preset, params)
     return params
 
 
-def check_model_limits(preset: Preset, params: SamplingParams) -> None:
-    """Raises InvalidInput where the model has no positions, or no condition, for so much."""
-    grid, max_positions = (
-        compute_latent_grid(params.width, params.height, params.frames),
-        preset.decoder["rope_max_seq_len"],
-    )
-    for axis, patch, field in zip(grid, preset.decoder["patch_size"], ("frames", "height", "width"), strict=True):
-        if axis // patch > max_positions:
-            raise InvalidInput(field, f"{getattr(params, field)} is more than this model has positions for")
-    tokens = count_visual_context_tokens(preset, grid) if is_editing_task(params.task) else 0
-    if tokens > preset.max_condition_tokens:
-        text = f"an edit at this size and length has {tokens} tokens of source; allowed: {preset.max_condition_tokens}"
-        raise InvalidInput("size", text)
+def check_sampling_params(preset: Preset, params: SamplingParams) -> None:
+    """Raise InvalidInput if a model of this preset cannot render with these settings."""
+    compute_latent_grid(params.width, params.height, params.frames)
+    if params.width * params.height * params.frames > MAX_CLIP_PIXELS:
+        raise InvalidInput("size", f"width x height x frames is above {MAX_CLIP_PIXELS}")
+    if (params.frames == 1) != (get_task_medium(params.task) == "image"):
+        raise InvalidInput("frames", f"{params.frames} does not fit {params.task}: an image has 1, a video 5 or more")
+    check_model_limits(preset, params.width, params.height, params.frames, is_editing_task(params.task))
 
 
 def check_prompt(field: str, text: str) -> str:
-    """The text without outer blanks; raises InvalidInput where nothing or too much is left."""
+    """Return the text without surrounding blanks. Raises InvalidInput unless it has 1 to 4000 characters."""
     text = text.strip()
     if not text:
         raise InvalidInput(field, "it is empty; give 1 to 4000 characters")

@@ -1,28 +1,28 @@
-"""What a user can cause, as one tree.
+"""The errors that a user can cause, as one tree. Our own mistakes are assertions.
 
 OmniVideoError
-  InvalidInput          a value that cannot be used: names the field and the allowed range
-    UnreadableMedia     a source that is no image or video, is too large, or is cut short
-    ConditionTooLong    a prompt and its visual tokens that do not fit the decoder's condition
-  CheckpointError       weights that are missing, incomplete or of another model
-  Diverged              training whose loss is not finite any more
-  NotInstalled          an optional package that this command needs
-  StoreError            the store cannot take or give what it is asked for
-    NotStored           no such artifact
-  Busy                  the queue, or the caller's share of it, is full: try again later
-  JobFailed             a clip that could not be drawn; its code says why
-  JobCancelled          a clip that somebody stopped
-  JobLost               a worker's job that another one has by now
-  ModelAway             the language model's server does not answer
+  InvalidInput          a value is wrong: the message names the field and the allowed range
+    UnreadableMedia     a file is not an image or a video, is too large, or is truncated
+    ConditionTooLong    a prompt and its visual tokens do not fit the decoder's condition
+  CheckpointError       weights are missing, incomplete or of another model
+  TrainingDiverged      the training loss is not finite any more
+  MissingDependency     an optional package is not installed
+  StoreError            the store or the database cannot read or write
+    ArtifactNotFound    the store has no such artifact
+  ServiceBusy           the queue, or the caller's share of it, is full: try again later
+  JobFailed             a clip could not be rendered; the code says why
+  JobCancelled          a clip was cancelled
+  JobLost               a worker's job belongs to another worker by now
+  ModelUnavailable      the language model's server does not answer
 """
 
 
 class OmniVideoError(Exception):
-    """The base: its text is one line, fit for a user's eyes."""
+    """The base class. The message is one line that can be shown to a user."""
 
 
 class InvalidInput(OmniVideoError):
-    """A value that cannot be used: `field` says which."""
+    """A value is wrong; `field` is its name in the request, the command or the environment."""
 
     def __init__(self, field: str, message: str):
         super().__init__(f"{field}: {message}")
@@ -30,35 +30,35 @@ class InvalidInput(OmniVideoError):
 
 
 class UnreadableMedia(InvalidInput):
-    """A source that is no image or video, is too large, or is cut short."""
+    """A file is not an image or a video, is too large, or is truncated."""
 
 
 class ConditionTooLong(InvalidInput):
-    """A prompt and its visual tokens that do not fit the decoder's condition."""
+    """A prompt and its visual tokens do not fit the decoder's condition."""
 
 
 class CheckpointError(OmniVideoError):
-    """Weights that are missing, incomplete or of another model."""
+    """Weights are missing, incomplete or of another model."""
 
 
 class TrainingDiverged(OmniVideoError):
-    """Training whose loss is not finite any more."""
+    """The training loss is not finite any more."""
 
 
 class MissingDependency(OmniVideoError):
-    """An optional package that this command needs."""
+    """An optional package that a command needs is not installed."""
 
 
 class StoreError(OmniVideoError):
-    """The store cannot take or give what it is asked for."""
+    """The store or the database cannot read or write."""
 
 
 class ArtifactNotFound(StoreError):
-    """No such artifact."""
+    """The store has no such artifact."""
 
 
 class ServiceBusy(OmniVideoError):
-    """The queue, or the caller's share of it, is full; `after` is when to try again, in seconds."""
+    """The queue, or the caller's share of it, is full; try again after `retry_after_seconds`."""
 
     def __init__(self, message: str, retry_after_seconds: float):
         super().__init__(message)
@@ -66,7 +66,7 @@ class ServiceBusy(OmniVideoError):
 
 
 class JobFailed(OmniVideoError):
-    """A clip that could not be drawn; `code` says why."""
+    """A clip could not be rendered; `code` says why."""
 
     def __init__(self, code: str, message: str):
         super().__init__(message)
@@ -74,11 +74,11 @@ class JobFailed(OmniVideoError):
 
 
 class JobCancelled(OmniVideoError):
-    """A clip that somebody stopped."""
+    """A clip was cancelled."""
 
 
 class JobLost(OmniVideoError):
-    """A worker's job that another one has by now, or that has ended: what this one made of it does not count."""
+    """A worker's job belongs to another worker by now, or has ended; the worker's result is discarded."""
 
 
 class ModelUnavailable(OmniVideoError):

@@ -288,3 +288,16 @@ def count_visual_context_tokens(preset: Preset, grid: tuple[int, int, int]) -> i
     """Tokens of the visual context for a source's latent grid."""
     kernel = preset.visual_context.kernel_size
     return grid[0] * (grid[1] // kernel) * (grid[2] // kernel)
+
+
+def check_model_limits(preset: Preset, width: int, height: int, frames: int, has_source: bool) -> None:
+    """Raise InvalidInput if a clip has more positions, or an edit's source more tokens, than the model allows."""
+    grid, max_positions = compute_latent_grid(width, height, frames), preset.decoder["rope_max_seq_len"]
+    sizes = (("frames", frames), ("height", height), ("width", width))
+    for axis, patch, (field, size) in zip(grid, preset.decoder["patch_size"], sizes, strict=True):
+        if axis // patch > max_positions:
+            raise InvalidInput(field, f"{size} is more than this model has positions for")
+    tokens = count_visual_context_tokens(preset, grid) if has_source else 0
+    if tokens > preset.max_condition_tokens:
+        text = f"an edit at this size and length has {tokens} tokens of source; allowed: {preset.max_condition_tokens}"
+        raise InvalidInput("size", text)

@@ -85,7 +85,7 @@ class ServiceWiring:
         if not settings.database:
             create_home_folder(settings.home)
         engine = create_database_engine(settings.database or f"sqlite:///{settings.home / 'service.sqlite'}")
-        upgrade_schema(engine)
+        upgrade_schema(engine, preset=get_preset(settings.preset))
         self.close_callbacks.append(engine.dispose)
         return engine
 

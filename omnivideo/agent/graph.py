@@ -39,7 +39,6 @@ from omnivideo.contracts import (
     PlanReady,
     PromptRewritten,
     Route,
-    SamplingOverrides,
     TextDelta,
     ThinkingDelta,
     ThinkTrace,
@@ -49,6 +48,7 @@ from omnivideo.contracts import (
     TurnOptions,
     get_editing_task,
     get_generation_task,
+    resolve_sampling_params,
 )
 from omnivideo.ports import MLLM, JobQueue
 from omnivideo.presets import Preset
@@ -308,14 +308,18 @@ class Planner:
         retry_suffix = f".{state['failed_turns']}" if state.get("failed_turns") else ""
         job = Job(
             id=f"{get_thread_id()}/{turn_number}.{action_index + 1}.{attempt + 1}{retry_suffix}",
-            task=get_editing_task(medium) if source else get_generation_task(medium),
             prompt=prompt,
             visual_tokens=self.mllm.predict_visual_tokens(
                 MLLMRequest(text=prompt, artifacts=(source,) if source else ()), medium
             ),
             source=source,
-            seed=(base_seed + attempt) % (MAX_SEED + 1),
-            overrides=SamplingOverrides(steps=options.steps, guidance_scale=options.guidance_scale),
+            params=resolve_sampling_params(
+                self.preset,
+                get_editing_task(medium) if source else get_generation_task(medium),
+                steps=options.steps,
+                guidance_scale=options.guidance_scale,
+                seed=(base_seed + attempt) % (MAX_SEED + 1),
+            ),
         )
         artifact = self.follow_job(job, final=options.check == 1)
         return {"candidates": [*candidates, Candidate(seed=job.seed, artifact=artifact).model_dump()]}

@@ -17,7 +17,6 @@ from omnivideo.contracts import (
     Job,
     JobStatus,
     Lane,
-    SamplingOverrides,
     SamplingParams,
     check_prompt,
     resolve_sampling_params,
@@ -139,7 +138,7 @@ def build_clip_job(
     params = resolve_request_params(preset, task, overrides, resolve_seed(request, job_id))
     seconds = params.frames / params.fps if request.seconds is None else request.seconds
     meta = {"size": f"{params.width}x{params.height}", "seconds": f"{seconds:.6g}"} | meta
-    return build_job_request(request, params, overrides, job_id, source, "video", meta)
+    return build_job_request(request, params, job_id, source, "video", meta)
 
 
 def resolve_num_frames(preset: Preset, task: Task, request: VideoRequest) -> int | None:
@@ -186,7 +185,7 @@ def build_jobs_per_image(
     for index, job_id in enumerate(make_image_ids(base_id, request.n)):
         params = resolve_request_params(preset, task, overrides, (seed + index) % 2**63)
         meta = {"size": f"{params.width}x{params.height}"}
-        job_requests.append(build_job_request(request, params, overrides, job_id, source, "image", meta))
+        job_requests.append(build_job_request(request, params, job_id, source, "image", meta))
     return job_requests
 
 
@@ -212,19 +211,22 @@ def resolve_seed(request: GenerationRequest, job_id: str) -> int:
 
 def overrides_from_request(
     request: GenerationRequest, fps: int | None = None, frames: int | None = None
-) -> SamplingOverrides:
+) -> dict[str, int | float | str | None]:
     size = SIZE_PATTERN.fullmatch(request.size or "")
     width, height = map(int, size.groups()) if size else (None, None)
-    return SamplingOverrides(
-        width=width, height=height, frames=frames, fps=fps, steps=request.num_inference_steps,
-        guidance_scale=request.guidance_scale, flow_shift=request.flow_shift, negative_prompt=request.negative_prompt,
-    )  # fmt: skip
+    return {
+        "width": width, "height": height, "frames": frames, "fps": fps, "steps": request.num_inference_steps,
+        "guidance_scale": request.guidance_scale, "flow_shift": request.flow_shift,
+        "negative_prompt": request.negative_prompt,
+    }  # fmt: skip
 
 
-def resolve_request_params(preset: Preset, task: Task, overrides: SamplingOverrides, seed: int) -> SamplingParams:
+def resolve_request_params(
+    preset: Preset, task: Task, overrides: Mapping[str, int | float | str | None], seed: int
+) -> SamplingParams:
     """Return the job's settings; raise InvalidInput that names the request's field if the model cannot do that."""
     try:
-        return resolve_sampling_params(preset, task, seed=seed, **overrides.model_dump())
+        return resolve_sampling_params(preset, task, seed=seed, **overrides)
     except InvalidInput as error:
         raise rename_error_field(error, REQUEST_FIELD_NAMES.get(error.field, error.field)) from None
 
@@ -232,7 +234,6 @@ def resolve_request_params(preset: Preset, task: Task, overrides: SamplingOverri
 def build_job_request(
     request: GenerationRequest,
     params: SamplingParams,
-    overrides: SamplingOverrides,
     job_id: str,
     source: Artifact | None,
     kind: Literal["video", "image"],
@@ -240,15 +241,13 @@ def build_job_request(
 ) -> JobRequest:
     job = Job(
         id=job_id,
-        task=params.task,
         prompt=check_prompt("prompt", request.prompt),
         visual_tokens=None,
         source=source,
-        seed=params.seed,
-        overrides=overrides,
+        params=params,
     )
     n = request.n if isinstance(request, ImageRequest) else 1
-    digest = digest_request(kind, job.model_dump(exclude={"id", "seed"}), request.seed, n, meta)
+    digest = digest_request(kind, job.model_dump(exclude={"id": True, "params": {"seed"}}), request.seed, n, meta)
     return JobRequest(job, kind, meta | {"request": digest})
 
 

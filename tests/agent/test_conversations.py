@@ -24,9 +24,9 @@ from omnivideo.contracts import (
     MLLMRequest,
     Preview,
     Route,
-    SamplingOverrides,
     StepProgress,
     TurnCompleted,
+    resolve_sampling_params,
 )
 from omnivideo.errors import ArtifactNotFound, InvalidInput, JobCancelled, StoreError, UnreadableMedia
 from omnivideo.evaluation import planner
@@ -53,12 +53,10 @@ def job(studio, name="t.1.1.1", source=None, seed=3) -> Job:
     task = "video-editing" if source else "text-to-video"
     return Job(
         id=name,
-        task=task,
         prompt="a red ball",
         visual_tokens=tokens,
         source=source,
-        seed=seed,
-        overrides=SamplingOverrides(steps=4),
+        params=resolve_sampling_params(TINY, task, seed=seed, steps=4),
     )
 
 
@@ -145,8 +143,6 @@ def test_an_edit_starts_from_the_latents_that_were_kept(studio):
 
 
 def studio_settings(studio):
-    from omnivideo.contracts import resolve_sampling_params
-
     return resolve_sampling_params(studio.omni.preset, "video-editing")
 
 

@@ -12,13 +12,14 @@ from omnivideo.contracts import (
     ArtifactReady,
     Job,
     PlanReady,
-    SamplingOverrides,
     StepProgress,
     TextDelta,
     ThinkingDelta,
     TurnCompleted,
+    resolve_sampling_params,
 )
 from omnivideo.errors import StoreError
+from omnivideo.presets import TINY
 from omnivideo.storage.database.batches import BatchRepository
 from omnivideo.storage.database.engine import create_database_engine, upgrade_schema
 from omnivideo.storage.database.files import FileRepository
@@ -45,8 +46,8 @@ OLD_JOB = {
     "seed": 1, "given": OLD_GIVEN,
 }  # fmt: skip
 JOB = Job(
-    id="open", task="video-editing", prompt="make it blue", visual_tokens=None, source=ARTIFACT, seed=1,
-    overrides=SamplingOverrides(width=32, steps=4),
+    id="open", prompt="make it blue", visual_tokens=None, source=ARTIFACT,
+    params=resolve_sampling_params(TINY, "video-editing", width=32, steps=4, seed=1),
 )  # fmt: skip
 OLD_ACT = {"text": "make it blue", "source": "a.mp4"}
 OLD_DONE = {
@@ -124,7 +125,7 @@ def upgraded(request, tmp_path_factory):
         with engine.connect() as connection:
             for table, row in OLD_ROWS:
                 insert_old_row(connection, table, row)
-        upgrade_schema(engine)
+        upgrade_schema(engine, preset=TINY)
         return engine
 
     folder = tmp_path_factory.mktemp(request.param)

@@ -17,10 +17,8 @@ from omnivideo.contracts import (
     Route,
     SamplingParams,
     StepProgress,
-    resolve_sampling_params,
 )
 from omnivideo.models.sampling import DenoisingState
-from omnivideo.presets import TINY
 from omnivideo.storage.objects.memory import MemoryObjectStore
 
 
@@ -90,7 +88,7 @@ class InstantDecoder:
         self.store = MemoryObjectStore()
 
     def prepare_job(self, job: Job) -> tuple[Job, SamplingParams]:
-        return job, resolve_sampling_params(TINY, job.task, seed=job.seed, **job.overrides.model_dump())
+        return job, job.params
 
     def compute_batch_key(self, job: Job) -> str:
         return job.task

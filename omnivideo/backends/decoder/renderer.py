@@ -25,7 +25,7 @@ from omnivideo.contracts import (
     MLLMRequest,
     Preview,
     SamplingParams,
-    resolve_sampling_params,
+    check_sampling_params,
 )
 from omnivideo.errors import InvalidInput
 from omnivideo.media.artifacts import encode_clip, load_media, to_png_bytes
@@ -54,12 +54,12 @@ class Renderer:
     # ------------------------------------------------------------ preparing
 
     def prepare_job(self, job: Job) -> tuple[Job, SamplingParams]:
-        """Return the job with a reference to its visual tokens, and its resolved settings.
+        """Return the job with a reference to its visual tokens, and its settings.
 
         Raises InvalidInput if this model cannot render the job.
         """
-        params = resolve_sampling_params(self.omni.preset, job.task, seed=job.seed, **job.overrides.model_dump())
-        return self.add_visual_tokens(job, params), params
+        check_sampling_params(self.omni.preset, job.params)
+        return self.add_visual_tokens(job, job.params), job.params
 
     def add_visual_tokens(self, job: Job, params: SamplingParams) -> Job:
         """Return the job with a reference to its visual tokens, which are predicted here if it has none."""
@@ -92,9 +92,10 @@ class Renderer:
         if job.source is not None:
             return None
         try:
-            params = resolve_sampling_params(self.omni.preset, job.task, seed=0, **job.overrides.model_dump())
+            check_sampling_params(self.omni.preset, job.params)
         except InvalidInput:
             return None
+        params = job.params.model_copy(update={"seed": 0})
         return params.model_dump_json(), self.omni.compute_condition_length(job.prompt, medium_from_params(params))
 
     # ------------------------------------------------------------ rendering
@@ -138,11 +139,10 @@ class Renderer:
             reference = None
         job = Job(
             id="replay",
-            task=manifest.task,
             prompt=manifest.prompt,
             visual_tokens=reference,
             source=source,
-            seed=params.seed,
+            params=params,
         )
         for event in self.render_job(self.add_visual_tokens(job, params), params):
             if isinstance(event, GeneratedClip):

@@ -9,6 +9,7 @@ from sqlalchemy import Engine, create_engine, event, make_url
 from sqlalchemy.exc import DBAPIError
 
 from omnivideo.errors import StoreError
+from omnivideo.presets import Preset
 
 
 def create_database_engine(database_url: str) -> Engine:
@@ -37,8 +38,10 @@ def configure_sqlite(connection: sqlite3.Connection, connection_record: object) 
     connection.execute("PRAGMA synchronous=NORMAL")
 
 
-def upgrade_schema(engine: Engine, revision: str = "head") -> None:
+def upgrade_schema(engine: Engine, revision: str = "head", preset: Preset | None = None) -> None:
     """Upgrade the schema to `revision`. One process does it while the others wait.
+
+    The jobs of version 0.1 take the settings that they leave open from `preset`.
 
     Raises StoreError if the database cannot be reached or changed.
     """
@@ -47,6 +50,7 @@ def upgrade_schema(engine: Engine, revision: str = "head") -> None:
     try:
         with engine.connect().execution_options(isolation_level="SERIALIZABLE") as connection:
             alembic_config.attributes["connection"] = connection
+            alembic_config.attributes["preset"] = preset
             command.upgrade(alembic_config, revision)
     except DBAPIError as error:
         raise StoreError("database: it cannot be reached or changed; see OMNIVIDEO_DATABASE") from error

@@ -5,14 +5,13 @@ import json
 import pytest
 
 from omnivideo.backends.decoder.renderer import Renderer
-from omnivideo.contracts import Artifact, Job, Manifest, MLLMRequest, SamplingOverrides
+from omnivideo.contracts import Artifact, Job, Manifest, MLLMRequest, resolve_sampling_params
 from omnivideo.errors import ArtifactNotFound
+from omnivideo.presets import TINY
 from omnivideo.sdk.studio import Studio
 from omnivideo.storage.objects.local import LocalObjectStore
 from omnivideo.storage.objects.memory import MemoryObjectStore
 from omnivideo.wiring import ServiceWiring
-
-STEPS = SamplingOverrides(steps=2)
 
 
 class RecordingStore(MemoryObjectStore):
@@ -41,8 +40,8 @@ def render(renderer: Renderer, job: Job) -> Artifact:
 
 def build_job(visual_tokens: str | None = None) -> Job:
     return Job(
-        id="clip", task="text-to-video", prompt="a red ball", visual_tokens=visual_tokens, source=None, seed=3,
-        overrides=STEPS,
+        id="clip", prompt="a red ball", visual_tokens=visual_tokens, source=None,
+        params=resolve_sampling_params(TINY, "text-to-video", seed=3, steps=2),
     )  # fmt: skip
 
 

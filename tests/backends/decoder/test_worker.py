@@ -13,10 +13,11 @@ from omnivideo.backends.decoder.worker import Worker, WorkerConfig, pack_state, 
 from omnivideo.backends.queue.celery import InProcessWorker
 from omnivideo.backends.queue.durable import DurableQueue
 from omnivideo.backends.queue.reaper import Reaper
-from omnivideo.contracts import Artifact, Job, Preview, SamplingOverrides, StepProgress
+from omnivideo.contracts import Artifact, Job, Preview, StepProgress, resolve_sampling_params
 from omnivideo.errors import JobCancelled, JobFailed
 from omnivideo.models.sampling import DenoisingState
 from omnivideo.models.vae import decode_latents, pixels_to_bytes
+from omnivideo.presets import TINY
 from omnivideo.storage.database.engine import create_database_engine, upgrade_schema
 from omnivideo.storage.database.jobs import JobRepository
 from omnivideo.storage.objects.local import LocalObjectStore
@@ -49,11 +50,9 @@ def place(omni, tmp_path):
     return Place(tmp_path, omni)
 
 
-def job(name: str, steps: int = 6, **given) -> Job:
-    return Job(
-        id=name, task="text-to-video", prompt="a red ball", visual_tokens=None, source=None, seed=5,
-        overrides=SamplingOverrides(steps=steps, **given),
-    )  # fmt: skip
+def job(name: str, prompt: str = "a red ball", steps: int = 6, seed: int = 5, **overrides) -> Job:
+    params = resolve_sampling_params(TINY, "text-to-video", seed=seed, steps=steps)
+    return Job(id=name, prompt=prompt, visual_tokens=None, source=None, params=params.model_copy(update=overrides))
 
 
 def drawn(place: Place, name: str) -> Artifact:
@@ -206,7 +205,7 @@ TOGETHER = WorkerConfig(save_every_steps=2, save_every_seconds=0.0, heartbeat_ti
 def lines(place: Place, *names: str, **given) -> None:
     """Jobs of the batch lane, and as many others after them: a worker leaves half of what waits to the next one."""
     for at, name in enumerate((*names, *(f"rest{at}" for at, _ in enumerate(names)))):
-        one = job(name, **given).model_copy(update={"seed": at, "prompt": f"a red ball {at}"})
+        one = job(name, f"a red ball {at}", seed=at, **given)
         place.jobs.submit(one, lane="batch")
 
 
@@ -220,7 +219,7 @@ def test_clips_of_the_batch_lane_in_one_pass_differ_by_rounding_only(place):
     states = [place.jobs.get_status(name).state for name in ("one", "two", "three", "rest0")]
     assert states == ["done", "done", "done", "queued"]
     for at, name in enumerate(("one", "two", "three")):
-        alone = job(f"{name} alone", steps=12).model_copy(update={"seed": at, "prompt": f"a red ball {at}"})
+        alone = job(f"{name} alone", f"a red ball {at}", steps=12, seed=at)
         place.jobs.submit(alone)
         assert place.worker(TOGETHER).run_next_job()  # the interactive lane comes first, and one at a time
         assert place.jobs.get_status(f"{name} alone").state == "done"
@@ -263,7 +262,7 @@ def test_only_what_is_alike_is_drawn_in_one_pass(place):
     long = " ".join(["a red ball and"] * 12)
     for at, one in enumerate((job("one"), job("other", steps=7), job("two"), job("long"), job("three"), job("four"))):
         words = long if one.id == "long" else one.prompt
-        place.jobs.submit(one.model_copy(update={"seed": at, "prompt": words}), lane="batch")
+        place.jobs.submit(job(one.id, words, steps=one.params.steps, seed=at), lane="batch")
     assert place.worker(TOGETHER).run_next_job()
     names = ("one", "other", "two", "long", "three")
     assert [name for name in names if place.jobs.get_status(name).state == "done"] == ["one", "two"]

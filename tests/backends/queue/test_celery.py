@@ -14,8 +14,9 @@ from kombu import Connection
 
 from omnivideo.backends.queue.durable import DurableQueue
 from omnivideo.backends.queue.reaper import Reaper, create_celery_app, create_notifier
-from omnivideo.contracts import Artifact, Job, SamplingOverrides
+from omnivideo.contracts import Artifact, Job, resolve_sampling_params
 from omnivideo.errors import JobCancelled
+from omnivideo.presets import TINY
 from omnivideo.storage.database.engine import create_database_engine, upgrade_schema
 from omnivideo.storage.database.jobs import JobRepository
 from omnivideo.storage.objects.local import LocalObjectStore
@@ -81,10 +82,8 @@ def plant(request, weights, tmp_path_factory):
 
 
 def job(name: str, steps: int = 4) -> Job:
-    given = SamplingOverrides(steps=steps)
-    return Job(
-        id=name, task="text-to-video", prompt="a red ball", visual_tokens=None, source=None, seed=5, overrides=given
-    )
+    params = resolve_sampling_params(TINY, "text-to-video", seed=5, steps=steps)
+    return Job(id=name, prompt="a red ball", visual_tokens=None, source=None, params=params)
 
 
 def child_of(worker: subprocess.Popen[bytes]) -> int:

@@ -3,13 +3,14 @@
 import pytest
 
 from omnivideo.backends.queue.local import LocalQueue
-from omnivideo.contracts import Artifact, Job, Preview, SamplingOverrides, StepProgress
+from omnivideo.contracts import Artifact, Job, Preview, StepProgress, resolve_sampling_params
 from omnivideo.errors import JobCancelled
+from omnivideo.presets import TINY
 from tests.support.twins import InstantDecoder
 
 JOB = Job(
-    id="job", task="text-to-video", prompt="a red ball", visual_tokens=None, source=None, seed=1,
-    overrides=SamplingOverrides(steps=10),
+    id="job", prompt="a red ball", visual_tokens=None, source=None,
+    params=resolve_sampling_params(TINY, "text-to-video", seed=1, steps=10),
 )  # fmt: skip
 
 

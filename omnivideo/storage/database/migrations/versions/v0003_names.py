@@ -91,6 +91,18 @@ def rename_fields(value: Any, fields: Fields) -> Any:
     return renamed
 
 
+def resolve_job(job: dict[str, Any]) -> dict[str, Any]:
+    """Return a job whose settings are complete, in place of those that differ from the preset's."""
+    config = op.get_context().config
+    assert config and config.attributes["preset"], "upgrade_schema needs the preset that the jobs were made for"
+    preset = config.attributes["preset"]
+    rest = dict(job)
+    defaults = preset.sampling[rest["task"]].model_dump() | {"negative_prompt": preset.negative_prompt}
+    params = {"task": rest.pop("task")} | defaults | {"seed": rest.pop("seed")}
+    params |= {name: value for name, value in rest.pop("overrides").items() if value is not None}
+    return rest | {"params": params}
+
+
 def convert_documents() -> None:
     """Rename the keys of the JSON documents in every row, ROWS_AT_ONCE rows at a time; tables have new names by now."""
     connection = op.get_bind()
@@ -109,6 +121,8 @@ def convert_documents() -> None:
                         continue
                     fields = EVENTS.get(document["kind"], {}) if named_fields is None else named_fields
                     new_document = rename_fields(document, fields)
+                    if fields is JOB:
+                        new_document = resolve_job(new_document)
                     if new_document != document:
                         converted[name] = new_document
                 if converted:
