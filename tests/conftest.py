@@ -84,7 +84,7 @@ def service(omni, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def rooms(service):
+def context(service):
     return service[1]
 
 

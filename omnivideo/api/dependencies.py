@@ -12,7 +12,7 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from omnivideo.agent.conversations import LOCAL_OWNER, Conversations
 from omnivideo.api.errors import APIError
-from omnivideo.api.stores import APIKeyStore, BatchStore, FileStore, WebhookStore
+from omnivideo.api.stores import APIKeyStore, BatchStore, UserFileStore, WebhookStore
 from omnivideo.api.turn_runner import TurnRunner
 from omnivideo.contracts import Artifact
 from omnivideo.ports import JobStore, SweepableObjectStore, TurnStore
@@ -48,7 +48,7 @@ class ServiceContext:
     store: SweepableObjectStore
     jobs: JobStore
     turns: TurnStore
-    files: FileStore
+    files: UserFileStore
     batches: BatchStore
     webhooks: WebhookStore
     api_keys: APIKeyStore

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from omnivideo.contracts import BatchRecord, FileRecord, WebhookRecord
 
 
-class FileStore(Protocol):
+class UserFileStore(Protocol):
     def create_file(
         self, owner: str, *, file_id: str, name: str, purpose: str, size_bytes: int, object_key: str,
         artifact: dict[str, Any] | None,

@@ -1,4 +1,4 @@
-"""Batches to their end, whoever dies in between, and webhooks: by the unmodified openai client."""
+"""Batches and webhooks with the unmodified openai client, including runners that die in between."""
 
 import threading
 import time
@@ -15,8 +15,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:The Sora API:DeprecationWarning"
 
 
 @pytest.fixture
-def runner(rooms):
-    runner = runner_for(rooms).start()
+def runner(context):
+    runner = runner_for(context).start()
     yield runner
     runner.stop()
 
@@ -38,7 +38,7 @@ def test_a_batch_of_videos(client, runner):
     assert line["response"]["body"]["error"]["param"] == "num_frames"
     assert done.in_progress_at <= done.finalizing_at <= done.completed_at and done.expires_at
     assert client.files.retrieve(done.output_file_id).purpose == "batch_output"
-    assert next(one.id for one in client.batches.list(limit=1)) == batch.id
+    assert next(batch.id for batch in client.batches.list(limit=1)) == batch.id
 
 
 def test_a_batch_of_images_and_one_of_chat(client, http, runner):
@@ -83,8 +83,8 @@ def test_a_batch_without_lines_and_one_with_too_many(client, runner, monkeypatch
     assert [one.errors.data[0].code for one in (empty, full)] == ["empty", "too_many_lines"]
 
 
-def test_a_batch_is_cancelled(client, service, rooms):
-    runner = runner_for(rooms, max_open_jobs=2).start()
+def test_a_batch_is_cancelled(client, service, context):
+    runner = runner_for(context, max_open_jobs=2).start()
     try:
         with nobody_works(service[0]):
             batch = batch_of(client, lines(5))
@@ -98,8 +98,8 @@ def test_a_batch_is_cancelled(client, service, rooms):
     assert client.batches.cancel(batch.id).status == "cancelled"
 
 
-def test_a_batch_expires(client, service, rooms, monkeypatch):
-    runner = runner_for(rooms, max_open_jobs=2)
+def test_a_batch_expires(client, service, context, monkeypatch):
+    runner = runner_for(context, max_open_jobs=2)
     with nobody_works(service[0]):
         batch = batch_of(client, lines(4))
         for _ in range(3):
@@ -111,8 +111,8 @@ def test_a_batch_expires(client, service, rooms, monkeypatch):
     assert len(told(client, done.error_file_id)) == 4 and done.expired_at
 
 
-def test_a_batch_waits_for_room(client, rooms):
-    runner = runner_for(rooms)
+def test_a_batch_waits_for_room(client, context):
+    runner = runner_for(context)
     runner.jobs.max_open_jobs_per_owner = 1
     runner.start()
     try:
@@ -132,7 +132,7 @@ def deadly(act):
     return died
 
 
-def test_a_batch_whose_runner_dies_is_taken_over_and_no_line_is_done_twice(client, rooms, monkeypatch):
+def test_a_batch_whose_runner_dies_is_taken_over_and_no_line_is_done_twice(client, context, monkeypatch):
     """Each runner dies after a few rounds, in the middle of whatever it does; nothing of it is stopped or told."""
     drawn: list[str] = []
     submit = JobRepository.submit
@@ -141,10 +141,10 @@ def test_a_batch_whose_runner_dies_is_taken_over_and_no_line_is_done_twice(clien
     )
     batch = batch_of(client, lines(10))
     for at in range(60):
-        runner = runner_for(rooms, max_open_jobs=4, heartbeat_timeout_seconds=0.05)
+        runner = runner_for(context, max_open_jobs=4, heartbeat_timeout_seconds=0.05)
         acts = ("save_line_outcomes", "update_batch_counts", "transition_batch", "delete_line_outcomes", "create_file")
         dies = acts[at % len(acts)]
-        store = rooms.files if dies == "create_file" else rooms.batches
+        store = context.files if dies == "create_file" else context.batches
         with monkeypatch.context() as mortal:
             mortal.setattr(store, dies, deadly(getattr(store, dies)))
             try:
@@ -164,8 +164,8 @@ def test_a_batch_whose_runner_dies_is_taken_over_and_no_line_is_done_twice(clien
     assert len(drawn) == len(set(drawn)) == 10 and (done.request_counts.completed, done.error_file_id) == (10, None)
 
 
-def test_two_runners_share_what_there_is(client, rooms):
-    runners = [runner_for(rooms).start() for _ in range(2)]
+def test_two_runners_share_what_there_is(client, context):
+    runners = [runner_for(context).start() for _ in range(2)]
     try:
         batches = [batch_of(client, lines(3)) for _ in range(3)]
         for batch in batches:
@@ -210,9 +210,9 @@ def ear():
 
 
 @pytest.fixture
-def sender(rooms):
+def sender(context):
     sender = WebhookSender(
-        rooms.webhooks, rooms.jobs, ("localhost",), poll_seconds=0.05, first_retry_seconds=0.1
+        context.webhooks, context.jobs, ("localhost",), poll_seconds=0.05, first_retry_seconds=0.1
     ).start()
     yield sender
     sender.stop()
@@ -253,16 +253,16 @@ def test_a_webhook_is_tried_again_and_never_sent_elsewhere(client, ear, sender):
     assert len({body for _, _, body in ear.heard}) == 1
 
 
-def test_an_end_is_announced_once_whoever_dies(client, rooms, ear):
+def test_an_end_is_announced_once_whoever_dies(client, context, ear):
     hook = client.webhooks.create(name="mine", url=ear.address, event_types=["video.completed"])
-    sender = WebhookSender(rooms.webhooks, rooms.jobs, ("localhost",))
+    sender = WebhookSender(context.webhooks, context.jobs, ("localhost",))
     sender.announce_ended_jobs()
     client.videos.create_and_poll(prompt="a ball", **SMALL)
     with pytest.MonkeyPatch.context() as mortal:
-        mortal.setattr(rooms.jobs, "mark_announced", lambda ids: (_ for _ in ()).throw(KeyboardInterrupt))
+        mortal.setattr(context.jobs, "mark_announced", lambda ids: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             sender.announce_ended_jobs()
-    others = [WebhookSender(rooms.webhooks, rooms.jobs, ("localhost",)) for _ in range(2)]
+    others = [WebhookSender(context.webhooks, context.jobs, ("localhost",)) for _ in range(2)]
     for other in others:
         other.announce_ended_jobs()
     for other in others:

@@ -18,16 +18,16 @@ pytestmark = pytest.mark.filterwarnings("ignore:The Sora API:DeprecationWarning"
 
 
 @pytest.fixture(scope="module")
-def stranger(service, rooms):
+def stranger(service, context):
     """Another owner's client."""
-    _, key = rooms.api_keys.create_key("stranger")
+    _, key = context.api_keys.create_key("stranger")
     with client_for(service, key) as client:
         yield client
 
 
 @pytest.fixture(scope="module")
 def video(client):
-    """A completed one."""
+    """A completed video."""
     return client.videos.create_and_poll(prompt="a red ball", seconds="1", size="32x32", extra_body={"fps": 8})
 
 
@@ -56,26 +56,26 @@ def test_a_videos_content_in_all_variants(client, video, tmp_path):
 
 
 def test_videos_are_listed_in_pages(client, video):
-    made = [client.videos.create(prompt=f"ball {at}", **SMALL).id for at in range(3)]
+    new_ids = [client.videos.create(prompt=f"ball {index}", **SMALL).id for index in range(3)]
     page = client.videos.list(limit=2)
-    assert [one.id for one in page.data] == made[:0:-1] and page.has_more and page.last_id == made[1]
-    everything = [one.id for one in client.videos.list(limit=2)]
-    assert everything[:3] == made[::-1] and video.id in everything and len(set(everything)) == len(everything)
-    assert [one.id for one in client.videos.list(order="asc", after=video.id, limit=3)][:3] == made
+    assert [item.id for item in page.data] == new_ids[:0:-1] and page.has_more and page.last_id == new_ids[1]
+    all_ids = [item.id for item in client.videos.list(limit=2)]
+    assert all_ids[:3] == new_ids[::-1] and video.id in all_ids and len(set(all_ids)) == len(all_ids)
+    assert [item.id for item in client.videos.list(order="asc", after=video.id, limit=3)][:3] == new_ids
 
 
 def test_a_remix_and_an_edit_keep_size_and_length(client, video):
     remix = client.videos.remix(video.id, prompt="make it blue")
     edit = client.videos.edit(prompt="make it green", **by_id(video.id))
-    for asked, source in ((remix, video.id), (edit, None)):
-        done = client.videos.poll(asked.id)
+    for requested, source in ((remix, video.id), (edit, None)):
+        done = client.videos.poll(requested.id)
         assert (done.status, done.size, done.remixed_from_video_id) == ("completed", "32x32", source)
     frames = {hashlib.sha256(client.videos.download_content(one.id).read()).hexdigest() for one in (video, remix, edit)}
     assert len(frames) == 3
 
 
 @pytest.mark.parametrize("way", ["image", "clip", "file_id", "image_url", "json"])
-def test_an_input_reference_is_edited(client, http, rooms, way):
+def test_an_input_reference_is_edited(client, http, context, way):
     if way == "json":
         url = "data:image/png;base64," + base64.b64encode(png()).decode()
         body = {"prompt": "make it move", "size": "32x32", "input_reference": {"image_url": url}} | QUICK
@@ -89,40 +89,40 @@ def test_an_input_reference_is_edited(client, http, rooms, way):
         given = {"input_reference": reference} if isinstance(reference, tuple) else {}
         more = QUICK | ({} if given else {"input_reference": reference})
         name = client.videos.create(prompt="make it move", size="32x32", extra_body=more, **given).id
-    job = rooms.jobs.get_status(name).job
+    job = context.jobs.get_status(name).job
     assert (job.task, job.source.medium) == ("video-editing", "video" if way == "clip" else "image")
     assert client.videos.poll(name).status == "completed"
 
 
 def test_an_uploaded_clip_is_edited(client):
-    asked = client.videos.edit(prompt="make it blue", video=("b.mp4", mp4()), extra_body={"num_inference_steps": 1})
-    assert asked.size == "64x64" and client.videos.poll(asked.id).status == "completed"
+    edit = client.videos.edit(prompt="make it blue", video=("b.mp4", mp4()), extra_body={"num_inference_steps": 1})
+    assert edit.size == "64x64" and client.videos.poll(edit.id).status == "completed"
 
 
 def test_a_deleted_video_is_gone(client):
-    made = client.videos.create_and_poll(prompt="a ball", **SMALL)
-    gone = client.videos.delete(made.id)
-    assert (gone.id, gone.deleted, gone.object) == (made.id, True, "video.deleted")
-    for act in (client.videos.retrieve, client.videos.delete, client.videos.download_content):
+    created = client.videos.create_and_poll(prompt="a ball", **SMALL)
+    deletion = client.videos.delete(created.id)
+    assert (deletion.id, deletion.deleted, deletion.object) == (created.id, True, "video.deleted")
+    for call in (client.videos.retrieve, client.videos.delete, client.videos.download_content):
         with pytest.raises(openai.NotFoundError):
-            act(made.id)
-    assert made.id not in [one.id for one in client.videos.list(limit=100)]
+            call(created.id)
+    assert created.id not in [video.id for video in client.videos.list(limit=100)]
 
 
-def test_a_running_video_is_stopped_by_cancel_and_by_delete(client, http, rooms):
+def test_a_running_video_is_stopped_by_cancel_and_by_delete(client, http, context):
     first, second = (client.videos.create(prompt="a ball", extra_body={"num_inference_steps": 200}) for _ in range(2))
-    until(lambda: rooms.jobs.get_status(first.id).step)
+    until(lambda: context.jobs.get_status(first.id).step)
     seen = http.get(f"/v1/videos/{first.id}")
     assert seen.json()["status"] == "in_progress" and 100 <= int(seen.headers["openai-poll-after-ms"]) <= 1000
     assert http.post(f"/v1/videos/{first.id}/cancel").status_code == 200
     assert client.videos.poll(first.id).status == "cancelled"
     assert http.get(f"/v1/videos/{first.id}/content").json()["error"]["code"] == "not_ready"
-    until(lambda: rooms.jobs.get_status(second.id).step)
+    until(lambda: context.jobs.get_status(second.id).step)
     client.videos.delete(second.id)
-    until(lambda: rooms.jobs.get_status(second.id).state == "cancelled")
+    until(lambda: context.jobs.get_status(second.id).state == "cancelled")
 
 
-def test_a_failed_video_says_why(client, service, rooms, monkeypatch):
+def test_a_failed_video_says_why(client, service, context, monkeypatch):
     def broken(job):
         raise MemoryError
 
@@ -132,7 +132,7 @@ def test_a_failed_video_says_why(client, service, rooms, monkeypatch):
     assert failed.status == "failed" and failed.error.code == "out_of_memory" and "memory" in failed.error.message
 
 
-def test_extending_is_said_to_be_impossible(client, video):
+def test_extending_is_refused(client, video):
     with pytest.raises(openai.BadRequestError, match="cannot continue a clip") as refused:
         client.videos.extend(prompt="on", seconds="4", **by_id(video.id))
     assert refused.value.code == "unsupported"
@@ -163,7 +163,7 @@ def test_ranges_of_a_video(http, video, asked, status, part):
         assert answer.content == whole.content[part]
 
 
-def test_a_range_of_what_has_changed_is_the_whole(http, video):
+def test_a_range_of_changed_content_returns_all_of_it(http, video):
     where = f"/v1/videos/{video.id}/content"
     whole = http.get(where)
     same = http.get(where, headers={"Range": "bytes=0-3", "If-Range": whole.headers["etag"]})
@@ -172,7 +172,7 @@ def test_a_range_of_what_has_changed_is_the_whole(http, video):
     assert http.get(where, headers={"If-None-Match": whole.headers["etag"]}).status_code == 304
 
 
-# ---------------------------------------------------------------- who may
+# ---------------------------------------------------------------- permissions
 
 ROUTES = [
     ("GET", "/v1/videos"), ("POST", "/v1/videos"), ("GET", "/v1/videos/x/content"), ("POST", "/v1/images/generations"),
@@ -182,7 +182,7 @@ ROUTES = [
 
 
 @pytest.mark.parametrize(("method", "path"), ROUTES)
-def test_a_key_is_asked_for_everywhere(service, method, path):
+def test_every_route_requires_a_key(service, method, path):
     for key in (None, "wrong"):
         given = {"Authorization": f"Bearer {key}"} if key else {}
         with httpx.Client(base_url=service[2], headers=given, trust_env=False) as http:
@@ -190,11 +190,11 @@ def test_a_key_is_asked_for_everywhere(service, method, path):
         assert answer.status_code == 401 and answer.json()["error"]["code"] == "invalid_api_key"
 
 
-def test_what_is_anothers_is_not_there(client, stranger, video):
+def test_the_resources_of_others_are_not_found(client, stranger, video):
     file = client.files.create(file=("lines.jsonl", lines(1)), purpose="batch")
     batch = client.batches.create(input_file_id=file.id, endpoint="/v1/videos", completion_window="24h")
     hook = client.webhooks.create(name="mine", url="http://localhost/", event_types=["video.failed"])
-    acts = [
+    calls = [
         lambda: stranger.videos.retrieve(video.id), lambda: stranger.videos.delete(video.id),
         lambda: stranger.videos.download_content(video.id), lambda: stranger.videos.remix(video.id, prompt="a"),
         lambda: stranger.files.retrieve(file.id), lambda: stranger.files.content(file.id),
@@ -202,9 +202,9 @@ def test_what_is_anothers_is_not_there(client, stranger, video):
         lambda: stranger.batches.cancel(batch.id), lambda: stranger.webhooks.retrieve(hook.id),
         lambda: stranger.webhooks.delete(hook.id),
     ]  # fmt: skip
-    for act in acts:
+    for call in calls:
         with pytest.raises(openai.NotFoundError):
-            act()
+            call()
     for refused in (
         lambda: stranger.videos.edit(prompt="a", **by_id(video.id)),
         lambda: stranger.videos.create(prompt="a", extra_body={"input_reference": {"file_id": file.id}}),
@@ -217,9 +217,9 @@ def test_what_is_anothers_is_not_there(client, stranger, video):
     client.webhooks.delete(hook.id)
 
 
-def test_limits_are_said_with_when_to_try_again(service, client, http, rooms, monkeypatch):
+def test_a_full_queue_says_when_to_retry(service, client, http, context, monkeypatch):
     with nobody_works(service[0]), monkeypatch.context() as patched:
-        patched.setattr(rooms.jobs, "max_open_jobs_per_owner", 1)
+        patched.setattr(context.jobs, "max_open_jobs_per_owner", 1)
         first = client.videos.create(prompt="a ball", **SMALL)
         answer = http.post("/v1/videos", json={"prompt": "another"})
         assert answer.status_code == 429 and int(answer.headers["retry-after"]) >= 1
@@ -229,7 +229,7 @@ def test_limits_are_said_with_when_to_try_again(service, client, http, rooms, mo
     assert client.videos.poll(first.id).status == "completed"
 
 
-# ---------------------------------------------------------------- what is wrong is named
+# ---------------------------------------------------------------- invalid fields
 
 WRONG_VIDEOS = [
     ({"prompt": ""}, "prompt"), ({"prompt": " "}, "prompt"), ({"prompt": "a" * 4001}, "prompt"),
@@ -251,7 +251,7 @@ WRONG_VIDEOS = [
 
 
 @pytest.mark.parametrize(("wrong", "field"), WRONG_VIDEOS, ids=lambda case: str(case)[:40])
-def test_a_wrong_video_is_refused_with_the_fields_name(http, wrong, field):
+def test_an_invalid_video_is_refused_with_the_name_of_the_field(http, wrong, field):
     answer = http.post("/v1/videos", json={"prompt": "a ball"} | wrong)
     error = answer.json()["error"]
     assert (answer.status_code, error["param"], error["code"]) == (400, field, "invalid_value"), error
@@ -277,18 +277,18 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("path", "body", "field"), WRONG, ids=lambda case: str(case)[:40])
-def test_what_is_wrong_elsewhere_is_named_too(http, path, body, field):
+def test_other_invalid_requests_are_refused_with_the_name_of_the_field(http, path, body, field):
     answer = http.post(path, json=body)
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, field), answer.text
 
 
 @pytest.mark.parametrize("query", ["limit=0", "limit=101", "limit=x", "order=up", "after=nothing", "after=%00"])
-def test_a_wrong_page_is_refused(http, query):
+def test_an_invalid_page_is_refused(http, query):
     answer = http.get(f"/v1/videos?{query}")
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, query.partition("=")[0])
 
 
-# ---------------------------------------------------------------- the same request again
+# ---------------------------------------------------------------- repeated requests
 
 
 def posted(http, key: str, **body) -> httpx.Response:
@@ -297,7 +297,7 @@ def posted(http, key: str, **body) -> httpx.Response:
     )
 
 
-def test_the_same_key_is_the_same_video(http, rooms):
+def test_the_same_key_is_the_same_video(http, context):
     first, again = posted(http, "one").json(), posted(http, "one").json()
     assert first["id"] == again["id"] != posted(http, "two").json()["id"]
     other = posted(http, "one", prompt="a star")
@@ -310,18 +310,18 @@ def test_the_same_key_is_the_same_video(http, rooms):
 
 def test_requests_at_the_same_time_are_one_video(http):
     answers: list[httpx.Response] = []
-    twins = [threading.Thread(target=lambda: answers.append(posted(http, "twins"))) for _ in range(6)]
-    for twin in twins:
-        twin.start()
-    for twin in twins:
-        twin.join()
+    threads = [threading.Thread(target=lambda: answers.append(posted(http, "twins"))) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
     assert {answer.status_code for answer in answers} == {200} and len({answer.json()["id"] for answer in answers}) == 1
 
 
-def test_the_same_key_is_another_owners_other_video(client, stranger):
-    given = {"extra_headers": {"Idempotency-Key": "shared"}}
-    names = {one.videos.create(prompt="a ball", **SMALL, **given).id for one in (client, stranger)}
-    assert len(names) == 2
+def test_the_same_key_of_another_owner_is_another_video(client, stranger):
+    headers = {"Idempotency-Key": "shared"}
+    video_ids = {user.videos.create(prompt="a ball", **SMALL, extra_headers=headers).id for user in (client, stranger)}
+    assert len(video_ids) == 2
 
 
 def test_the_same_key_gives_the_same_images_and_batch(http, client):
@@ -355,15 +355,17 @@ def test_the_same_key_is_the_same_file(http, client):
 
 
 def test_images_are_generated(client):
-    made = client.images.generate(prompt="a star", n=2, size="32x32", extra_body={"num_inference_steps": 1, "seed": 4})
-    pictures = [base64.b64decode(one.b64_json) for one in made.data]
-    assert [Image.open(io.BytesIO(one)).size for one in pictures] == [(32, 32)] * 2 and pictures[0] != pictures[1]
-    assert (made.size, made.output_format) == ("32x32", "png")
+    images = client.images.generate(
+        prompt="a star", n=2, size="32x32", extra_body={"num_inference_steps": 1, "seed": 4}
+    )
+    files = [base64.b64decode(image.b64_json) for image in images.data]
+    assert [Image.open(io.BytesIO(file)).size for file in files] == [(32, 32)] * 2 and files[0] != files[1]
+    assert (images.size, images.output_format) == ("32x32", "png")
     second = client.images.generate(prompt="a star", size="32x32", extra_body={"num_inference_steps": 1, "seed": 5})
-    assert base64.b64decode(second.data[0].b64_json) == pictures[1]
+    assert base64.b64decode(second.data[0].b64_json) == files[1]
 
 
-def test_an_image_comes_as_a_url_too(client, http):
+def test_an_image_is_returned_as_a_url(client, http):
     made = client.images.generate(
         prompt="a star", size="32x32", response_format="url", extra_body={"num_inference_steps": 1}
     )
@@ -379,21 +381,21 @@ def test_an_image_is_edited(client):
         client.images.edit(image=("a.mp4", mp4()), prompt="make it blue")
 
 
-def test_a_client_that_goes_away_stops_its_images(service, rooms):
+def test_images_are_cancelled_when_the_client_disconnects(service, context):
     with client_for(service) as client, pytest.raises(openai.APITimeoutError):
         client.images.generate(prompt="gone", extra_body={"num_inference_steps": 200}, timeout=0.4)
-    (job,), _ = rooms.jobs.list_owned_jobs("admin", "image", None, 1, True)
+    (job,), _ = context.jobs.list_owned_jobs("admin", "image", None, 1, True)
     assert job.job.prompt == "gone"
-    until(lambda: rooms.jobs.get_status(job.id).state == "cancelled")
+    until(lambda: context.jobs.get_status(job.id).state == "cancelled")
 
 
 # ---------------------------------------------------------------- files
 
 
-def test_files_are_kept_listed_and_deleted(client):
-    kept = client.files.create(file=("my notes.txt", b"<script>"), purpose="user_data")
-    assert (kept.filename, kept.bytes, kept.purpose, kept.object) == ("my notes.txt", 8, "user_data", "file")
-    answer = client.files.content(kept.id)
+def test_files_are_stored_listed_and_deleted(client):
+    stored = client.files.create(file=("my notes.txt", b"<script>"), purpose="user_data")
+    assert (stored.filename, stored.bytes, stored.purpose, stored.object) == ("my notes.txt", 8, "user_data", "file")
+    answer = client.files.content(stored.id)
     assert answer.read() == b"<script>" and answer.response.headers["content-type"] == "application/octet-stream"
     assert answer.response.headers["x-content-type-options"] == "nosniff"
     assert answer.response.headers["content-disposition"] == "attachment; filename*=UTF-8''my%20notes.txt"
@@ -401,21 +403,21 @@ def test_files_are_kept_listed_and_deleted(client):
     assert client.files.content(picture.id).response.headers["content-type"] == "image/png"
     assert next(one.id for one in client.files.list(purpose="vision", limit=1)) == picture.id
     everything = [one.id for one in client.files.list(limit=1)]
-    assert everything[:2] == [picture.id, kept.id]
-    assert client.files.delete(kept.id).deleted
+    assert everything[:2] == [picture.id, stored.id]
+    assert client.files.delete(stored.id).deleted
     with pytest.raises(openai.NotFoundError):
-        client.files.content(kept.id)
+        client.files.content(stored.id)
 
 
-def test_a_file_that_is_no_picture_is_no_vision_file(client):
+def test_a_vision_file_must_be_an_image_or_a_clip(client):
     with pytest.raises(openai.BadRequestError, match=r"file: 'a\.png' is no image or video"):
         client.files.create(file=("a.png", b"text"), purpose="vision")
-    kept = client.files.create(file=("a.png", b"text"), purpose="user_data")
+    stored = client.files.create(file=("a.png", b"text"), purpose="user_data")
     with pytest.raises(openai.BadRequestError, match=r"input_reference.file_id: that file is not an image or a clip"):
-        client.videos.create(prompt="a", extra_body={"input_reference": {"file_id": kept.id}})
+        client.videos.create(prompt="a", extra_body={"input_reference": {"file_id": stored.id}})
 
 
-def test_the_wire_as_it_is_documented(http):
+def test_the_openapi_document_describes_forms(http):
     document = http.get("/openapi.json").json()
     for path in ("/v1/videos", "/v1/videos/edits", "/v1/images/edits", "/v1/files"):
         assert "multipart/form-data" in document["paths"][path]["post"]["requestBody"]["content"]

@@ -1,4 +1,4 @@
-"""Our OpenAPI document against the service itself: no 5xx, and no answer that the document does not have."""
+"""The service conforms to its OpenAPI document: no 5xx, and no answer that is not documented."""
 
 import os
 
@@ -9,7 +9,7 @@ from schemathesis import checks
 
 from tests.support.api_server import scripted, serving
 
-EXAMPLES = int(os.environ.get("OMNIVIDEO_EXAMPLES", "8"))  # a route
+EXAMPLES = int(os.environ.get("OMNIVIDEO_EXAMPLES", "8"))  # per route
 KEY = "a-key-for-the-tests"
 CHECKS = [
     checks.not_a_server_error,
@@ -27,23 +27,22 @@ def document(omni, tmp_path_factory):
 
 @pytest.mark.timeout(900)
 @pytest.mark.filterwarnings("ignore")
-def test_the_document_is_kept(document):
-    seen, wrong = 0, []
-    for found in document.get_all_operations():
-        operation = found.ok()
+def test_the_service_conforms_to_its_document(document):
+    operation_count, failures = 0, []
+    for result in document.get_all_operations():
+        operation = result.ok()
 
         @given(case=operation.as_strategy())
         @settings(max_examples=EXAMPLES, deadline=None, derandomize=True, database=None,
                   suppress_health_check=list(HealthCheck), phases=(Phase.explicit, Phase.generate))  # fmt: skip
-        def kept(case):
-            case.call_and_validate(
-                checks=CHECKS, headers={"Authorization": f"Bearer {KEY}"}, timeout=300
-            )  # a busy machine takes its time
+        def check_operation(case):
+            # The timeout is long because the machine may be busy with other tests.
+            case.call_and_validate(checks=CHECKS, headers={"Authorization": f"Bearer {KEY}"}, timeout=300)
 
         try:
-            kept()
+            check_operation()
         except (Exception, BaseExceptionGroup) as error:
-            wrong.append(f"{operation.label}: {error}")
-        seen += 1
-    assert seen > 30
-    assert not wrong, "\n\n".join(wrong)
+            failures.append(f"{operation.label}: {error}")
+        operation_count += 1
+    assert operation_count > 30
+    assert not failures, "\n\n".join(failures)

@@ -1,4 +1,4 @@
-"""What an operator sees of a request: its id, its trace down to the worker's steps, and the metrics."""
+"""What an operator sees of a request: its id, its trace down to the worker's steps, and its metrics."""
 
 import time
 
@@ -20,36 +20,36 @@ def spans():
     return exporter
 
 
-def drawn(http, steps: int = 3) -> str:
+def generate_clip(http, steps: int = 3) -> str:
     body = {"prompt": "a red ball", "num_inference_steps": steps, "num_frames": 5, "size": "32x32"}
-    answer = http.post("/v1/videos", json=body)
-    assert answer.status_code == 200 and len(answer.headers["x-request-id"]) == 32
-    name = answer.json()["id"]
-    until(lambda: http.get(f"/v1/videos/{name}").json()["status"] == "completed")
-    return answer.headers["x-request-id"]
+    response = http.post("/v1/videos", json=body)
+    assert response.status_code == 200 and len(response.headers["x-request-id"]) == 32
+    video_id = response.json()["id"]
+    until(lambda: http.get(f"/v1/videos/{video_id}").json()["status"] == "completed")
+    return response.headers["x-request-id"]
 
 
 def test_a_trace_leads_from_the_request_to_the_workers_steps(spans, http):
-    request_id = drawn(http, steps=3)
+    request_id = generate_clip(http, steps=3)
     time.sleep(0.2)
-    told = spans.get_finished_spans()
-    (request,) = [span for span in told if span.attributes.get("request_id") == request_id]
+    finished_spans = spans.get_finished_spans()
+    (request,) = [span for span in finished_spans if span.attributes.get("request_id") == request_id]
     assert request.name == "POST /v1/videos"
-    mine = [span for span in told if span.context.trace_id == request.context.trace_id]
-    (job,) = [span for span in mine if span.name == "job"]
-    assert job.parent.span_id in {span.context.span_id for span in mine}
-    steps = [span.attributes["step"] for span in mine if span.name == "denoising step"]
+    trace_spans = [span for span in finished_spans if span.context.trace_id == request.context.trace_id]
+    (job,) = [span for span in trace_spans if span.name == "job"]
+    assert job.parent.span_id in {span.context.span_id for span in trace_spans}
+    steps = [span.attributes["step"] for span in trace_spans if span.name == "denoising step"]
     assert sorted(steps) == [1, 2, 3]
 
 
-def test_a_callers_trace_is_gone_on_with(spans, service):
+def test_a_callers_trace_is_continued(spans, service):
     caller = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
     httpx.get(f"{service[2]}/health", headers={"traceparent": caller}, trust_env=False)
     assert any(f"{span.context.trace_id:032x}" == caller.split("-")[1] for span in spans.get_finished_spans())
 
 
 def test_metrics_count_requests_by_route_and_jobs_by_state(http):
-    drawn(http)
+    generate_clip(http)
     text = http.get("/metrics").text
     assert 'omnivideo_request_seconds_count{method="GET",route="/v1/videos/{video_id}",status="200"}' in text
     assert 'omnivideo_jobs_ended_total{lane="interactive",state="done"}' in text

@@ -85,7 +85,7 @@ def test_a_conversation_builds_on_itself(http, thread):
     assert thread in [one["id"] for one in http.get("/v1/threads").json()["data"]]
 
 
-def test_events_come_in_order_and_resume_where_a_client_left(http, thread):
+def test_events_are_ordered_and_resume_after_the_last_event_id(http, thread):
     turn = http.post(f"/v1/threads/{thread}/turns", json={"text": "a red ball", "steps": 8}).json()["id"]
     told = events(http, thread, turn)
     kinds = [event["kind"] for _, event in told]
@@ -95,23 +95,23 @@ def test_events_come_in_order_and_resume_where_a_client_left(http, thread):
     assert events(http, thread, turn, after=len(told)) == []
 
 
-def test_many_followers_see_the_same(http, address, thread):
+def test_all_followers_see_the_same_events(http, address, thread):
     turn = http.post(f"/v1/threads/{thread}/turns", json={"text": "a red ball", "steps": 20}).json()["id"]
     seen: list[list] = []
 
     def follow() -> None:
-        with httpx.Client(base_url=address, headers=http.headers, timeout=60, trust_env=False) as mine:
-            seen.append(events(mine, thread, turn))
+        with httpx.Client(base_url=address, headers=http.headers, timeout=60, trust_env=False) as follower_http:
+            seen.append(events(follower_http, thread, turn))
 
     followers = [threading.Thread(target=follow) for _ in range(12)]
     for follower in followers:
         follower.start()
     for follower in followers:
         follower.join()
-    assert len(seen) == 12 and all(one == seen[0] for one in seen) and seen[0][-1][1]["kind"] == "done"
+    assert len(seen) == 12 and all(events_seen == seen[0] for events_seen in seen) and seen[0][-1][1]["kind"] == "done"
 
 
-def test_an_artifact_is_read_whole_and_in_parts(http, thread):
+def test_an_artifact_is_downloaded_in_one_piece_and_in_ranges(http, thread):
     key = said(http, thread, "a red ball")["turn"]["results"][0]["artifact"]["key"]
     where = f"/v1/threads/{thread}/artifacts/{key}"
     whole = http.get(where)
@@ -162,18 +162,18 @@ def test_a_running_turn_is_cancelled_and_leaves_the_thread_as_it_was(http, threa
     assert said(http, thread, "a blue ball")["state"] == "done"
 
 
-def test_a_turn_of_a_process_that_died_goes_on_in_another(http, thread, wiring, address):
-    """The row of a turn as a killed process leaves it: running, with a beat that is long ago."""
-    rooms = wiring.build_service_context()
-    silent = TurnRunner(rooms.turns, rooms.jobs, rooms.conversations, rooms.settings.heartbeat_timeout)
-    silent.pool.submit = lambda *rest: None  # type: ignore[method-assign]
-    row = silent.start_turn("turn_left", "admin", thread, "a red ball", steps=3)
-    claimed = rooms.turns.claim_turn(row.id)
-    running = silent.iterate_events(claimed, silent.get_thread("admin", thread), has_started=False)
+def test_a_turn_of_a_dead_process_continues_in_another(http, thread, wiring, address):
+    """A killed process leaves its turn running, with an old heartbeat."""
+    context = wiring.build_service_context()
+    dead_runner = TurnRunner(context.turns, context.jobs, context.conversations, context.settings.heartbeat_timeout)
+    dead_runner.pool.submit = lambda *arguments: None  # type: ignore[method-assign]
+    row = dead_runner.start_turn("turn_left", "admin", thread, "a red ball", steps=3)
+    claimed = context.turns.claim_turn(row.id)
+    running = dead_runner.iterate_events(claimed, dead_runner.get_thread("admin", thread), has_started=False)
     next(running)
     next(running)
     del running
-    with rooms.turns.engine.connect() as connection:
+    with context.turns.engine.connect() as connection:
         connection.exec_driver_sql("UPDATE turns SET heartbeat_at = heartbeat_at - 3600 WHERE id = ?", (row.id,))
     assert events(http, thread, row.id)[-1][1]["kind"] == "done"
     assert http.get(f"/v1/threads/{thread}/turns/{row.id}").json()["state"] == "done"
@@ -181,7 +181,7 @@ def test_a_turn_of_a_process_that_died_goes_on_in_another(http, thread, wiring, 
 
 
 @pytest.mark.parametrize(
-    ("given", "param"),
+    ("body", "param"),
     [
         ({"text": ""}, "text"),
         ({"text": "x", "steps": 0}, "steps"),
@@ -193,15 +193,15 @@ def test_a_turn_of_a_process_that_died_goes_on_in_another(http, thread, wiring, 
         ({"text": "x", "attachments": [{"file_id": "file_none"}]}, "id"),
     ],
 )
-def test_what_is_wrong_names_the_field_and_changes_nothing(http, thread, given, param):
-    answer = http.post(f"/v1/threads/{thread}/turns", json=given)
+def test_an_invalid_turn_is_refused_with_the_name_of_the_field_and_changes_nothing(http, thread, body, param):
+    answer = http.post(f"/v1/threads/{thread}/turns", json=body)
     assert answer.status_code in (400, 404)
     error = answer.json()["error"]
     assert error["param"] == param and error["message"] and "/work" not in error["message"]
     assert http.get(f"/v1/threads/{thread}").json()["turns"] == []
 
 
-def test_what_is_not_there_and_what_is_not_yours_look_the_same(http, address, wiring, thread):
+def test_threads_of_others_look_like_threads_that_do_not_exist(http, address, wiring, thread):
     _, key = wiring.build_service_context().api_keys.create_key("somebody else")
     with httpx.Client(base_url=address, headers={"Authorization": f"Bearer {key}"}, trust_env=False) as other:
         for path in (f"/v1/threads/{thread}", f"/v1/threads/{thread}/lineage", "/v1/threads/nothing"):
@@ -258,6 +258,6 @@ def test_models_are_listed(client):
         client.chat.completions.create(model="gpt", messages=[{"role": "user", "content": "hello"}])
 
 
-def test_chat_errors_are_the_wires(client):
+def test_chat_errors_have_the_format_of_openai(client):
     with pytest.raises(openai.BadRequestError, match="the last message must be the user's"):
         client.chat.completions.create(model="tiny", messages=[{"role": "assistant", "content": "hello"}])

@@ -1,5 +1,4 @@
-"""The HTTP service on a free port: real database, store, queue and worker over an untrained model; what that model
-would say is scripted."""
+"""The HTTP service on a free port: a real database, store, queue and worker; the MLLM's answers are scripted."""
 
 import threading
 import time
@@ -26,7 +25,7 @@ def scripted(home: Path, omni, **given) -> ServiceWiring:
 
 @contextmanager
 def serving(wiring: ServiceWiring, port: int | None = None) -> Iterator[str]:
-    """The service's address; it is stopped, and all that it began ended, afterwards."""
+    """Run the service and yield its address; afterwards, stop it and everything that the wiring has started."""
     port = port or free_port()
     config = uvicorn.Config(
         create_app(wiring.build_service_context()), port=port, log_level="warning", timeout_graceful_shutdown=2

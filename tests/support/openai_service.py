@@ -1,4 +1,4 @@
-"""What the tests of the OpenAI-compatible routes have in common: the service, clients, media and batches."""
+"""What the tests of the OpenAI-compatible routes share: the service, clients, media and batches."""
 
 import io
 import json
@@ -28,14 +28,14 @@ SMALL = {"size": "32x32", "extra_body": QUICK}
 
 @contextmanager
 def service_in(folder, omni, **given) -> Iterator[tuple]:
-    """The wiring, its rooms and the address of a service that draws with an untrained model."""
+    """Run a service over an untrained model; yield its wiring, its context and its address."""
     wiring = scripted(folder, omni, admin_key=KEY, **given)
-    rooms = wiring.build_service_context()
-    rooms.render_thumbnail = create_picture_renderer(wiring.store)
-    rooms.check_webhook_url = partial(check_reachable, internal_hosts=("localhost",))
-    wiring.build_service_context = lambda: rooms  # type: ignore[method-assign]
+    context = wiring.build_service_context()
+    context.render_thumbnail = create_picture_renderer(wiring.store)
+    context.check_webhook_url = partial(check_reachable, internal_hosts=("localhost",))
+    wiring.build_service_context = lambda: context  # type: ignore[method-assign]
     with serving(wiring) as address:
-        yield wiring, rooms, address
+        yield wiring, context, address
 
 
 def client_for(service, key: str = KEY) -> openai.OpenAI:
@@ -44,13 +44,13 @@ def client_for(service, key: str = KEY) -> openai.OpenAI:
 
 
 def http_for(service, **given) -> httpx.Client:
-    """For what the openai client has no words for."""
+    """Return an HTTP client for what the openai client does not offer."""
     headers = {"Authorization": f"Bearer {KEY}"}
     return httpx.Client(base_url=service[2], headers=headers, timeout=60, trust_env=False, **given)
 
 
 def by_id(video_id: str) -> dict:
-    """A video that is here: the client's own types know this form, its check for files refuses it."""
+    """Return the arguments that name a video of the service; the openai client only accepts files for `video`."""
     return {"video": openai.omit, "extra_body": {"video": {"id": video_id}}}
 
 
@@ -64,18 +64,18 @@ def mp4() -> bytes:
     return encode_clip(np.full((9, 64, 64, 3), 90, dtype=np.uint8), 8)[0]
 
 
-def until(is_so, seconds: float = 30.0):
-    """What `is_so` gives once it is something."""
+def until(condition, seconds: float = 30.0):
+    """Poll `condition` until it is true, and return its value."""
     deadline = time.monotonic() + seconds
-    while not (found := is_so()):
-        assert time.monotonic() < deadline, "it did not come about in time"
+    while not (value := condition()):
+        assert time.monotonic() < deadline, "the condition was not met in time"
         time.sleep(0.02)
-    return found
+    return value
 
 
 @contextmanager
 def nobody_works(wiring) -> Iterator[None]:
-    """Jobs stay where they are."""
+    """Keep the worker from claiming jobs."""
     claim_next_job, wiring.worker.jobs.claim_next_job = wiring.worker.jobs.claim_next_job, lambda worker: None
     try:
         yield
@@ -89,8 +89,8 @@ def nobody_works(wiring) -> Iterator[None]:
 
 def lines(count: int, url: str = "/v1/videos", **body) -> bytes:
     body = {"prompt": "a ball", "size": "32x32"} | (QUICK if url == "/v1/videos" else {"num_inference_steps": 1}) | body
-    made = [{"custom_id": f"line {at}", "method": "POST", "url": url, "body": body} for at in range(count)]
-    return b"".join(json.dumps(one).encode() + b"\n" for one in made)
+    requests = [{"custom_id": f"line {n}", "method": "POST", "url": url, "body": body} for n in range(count)]
+    return b"".join(json.dumps(request).encode() + b"\n" for request in requests)
 
 
 def say(owner: str, body: dict) -> dict:
@@ -99,14 +99,14 @@ def say(owner: str, body: dict) -> dict:
     return {"object": "chat.completion", "owner": owner, "said": body["messages"][0]["content"]}
 
 
-def runner_for(rooms, **given) -> BatchRunner:
+def runner_for(context, **given) -> BatchRunner:
     return BatchRunner(
-        rooms.batches,
-        rooms.files,
-        JobRepository(rooms.jobs.engine),
-        rooms.store,
-        rooms.notify_workers,
-        BatchLineHandler(rooms),
+        context.batches,
+        context.files,
+        JobRepository(context.jobs.engine),
+        context.store,
+        context.notify_workers,
+        BatchLineHandler(context),
         say,
         **({"poll_seconds": 0.05} | given),
     )

@@ -63,7 +63,7 @@ def test_malformed_url(http, url):
     assert "root:" not in message
 
 
-def test_ssrf_through_batch_lines(client, rooms, inner):
+def test_ssrf_through_batch_lines(client, context, inner):
     urls = [f"http://{host}:{inner.server_address[1]}/a.png" for host in INTERNAL_HOSTS] + ["file:///etc/passwd"]
     data = b"".join(
         lines(1, input_reference={"image_url": url}).replace(b"line 0", str(index).encode())
@@ -71,7 +71,7 @@ def test_ssrf_through_batch_lines(client, rooms, inner):
     )
     file = client.files.create(file=("a.jsonl", data), purpose="batch")
     batch = client.batches.create(input_file_id=file.id, endpoint="/v1/videos", completion_window="24h")
-    runner = runner_for(rooms).start()
+    runner = runner_for(context).start()
     try:
         done = ended(client, batch)
     finally:
@@ -83,11 +83,11 @@ def test_ssrf_through_batch_lines(client, rooms, inner):
         assert error["param"] == "input_reference.image_url" and not INTERNAL_DETAIL.search(json.dumps(error))
 
 
-def test_batch_line_with_another_url(client, rooms, inner):
+def test_batch_line_with_another_url(client, context, inner):
     url = f"http://127.0.0.1:{inner.server_address[1]}/v1/videos"
     file = client.files.create(file=("a.jsonl", lines(1, url)), purpose="batch")
     batch = client.batches.create(input_file_id=file.id, endpoint="/v1/videos", completion_window="24h")
-    runner = runner_for(rooms).start()
+    runner = runner_for(context).start()
     try:
         failed = ended(client, batch, "failed")
     finally:
@@ -112,7 +112,7 @@ def test_webhook_url_with_another_scheme_port_or_form(http, url):
     assert_refused(http.post("/v1/webhooks", json={"url": url}), "url")
 
 
-def test_webhook_host_that_later_resolves_to_an_internal_address(rooms, inner, monkeypatch):
+def test_webhook_host_that_later_resolves_to_an_internal_address(context, inner, monkeypatch):
     """The host was public when the webhook was created. Each delivery resolves it again and uses that address."""
     answers = iter([["1.1.1.1"], ["127.0.0.1"]])
     monkeypatch.setattr("omnivideo.backends.webhooks.resolve_addresses", lambda host: next(answers))
@@ -124,7 +124,7 @@ def test_webhook_host_that_later_resolves_to_an_internal_address(rooms, inner, m
         send_event(f"http://hook.test:{inner.server_address[1]}/", "whsec_AAAA", "evt_1", {"a": 1}, ())
 
 
-def test_redirect_of_a_webhook_to_an_internal_address(rooms, inner):
+def test_redirect_of_a_webhook_to_an_internal_address(context, inner):
     """A redirect is not followed, and its body is not read."""
     port = inner.server_address[1]
 
@@ -148,7 +148,7 @@ def test_redirect_of_a_webhook_to_an_internal_address(rooms, inner):
     assert not inner.seen
 
 
-def test_webhook_that_never_answers(rooms, monkeypatch):
+def test_webhook_that_never_answers(context, monkeypatch):
     monkeypatch.setattr("omnivideo.backends.webhooks.DELIVERY_TIMEOUT_SECONDS", 0.3)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         started_at = time.monotonic()
@@ -165,8 +165,8 @@ def test_signatures_follow_the_standard():
     assert signature == "v1,g0hM9SsE+OTPJTGt/tmIKtSyZlE3uFJELVlNIOLJ1OE="
 
 
-def test_the_sender_continues_after_an_error(rooms):
-    sender = WebhookSender(rooms.webhooks, rooms.jobs, poll_seconds=0.01)
+def test_the_sender_continues_after_an_error(context):
+    sender = WebhookSender(context.webhooks, context.jobs, poll_seconds=0.01)
     calls = []
     sender.jobs = type("Broken", (), {"list_unannounced_jobs": lambda *arguments: calls.append(1) or 1 / 0})()
     sender.start()

@@ -32,7 +32,7 @@ def test_pickle_as_a_body(http, tmp_path, path, kind):
     assert not trap.exists()
 
 
-def test_pickle_as_a_file(http, client, rooms, tmp_path):
+def test_pickle_as_a_file(http, client, context, tmp_path):
     trap = tmp_path / "unpickled"
     data = pickle.dumps(Bomb(trap))
     assert "no image or video" in assert_refused(
@@ -40,7 +40,7 @@ def test_pickle_as_a_file(http, client, rooms, tmp_path):
     )
     stored = http.post("/v1/files", files={"file": ("a.safetensors", data)}, data={"purpose": "batch"}).json()
     batch = client.batches.create(input_file_id=stored["id"], endpoint="/v1/videos", completion_window="24h")
-    runner = runner_for(rooms).start()
+    runner = runner_for(context).start()
     try:
         assert ended(client, batch, "failed").errors.data[0].message == "line: it is not valid JSON"
     finally:

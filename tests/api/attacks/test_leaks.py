@@ -35,12 +35,12 @@ def test_no_traceback_in_an_answer(service, monkeypatch, path):
     assert not INTERNAL_DETAIL.search(answer.text) and answer.headers["x-request-id"]
 
 
-def test_no_traceback_in_a_job_or_a_batch(service, client, http, rooms, monkeypatch):
+def test_no_traceback_in_a_job_or_a_batch(service, client, http, context, monkeypatch):
     def broken(job):
         raise ZeroDivisionError(f"at {object()!r} in {Path(__file__).resolve()}")
 
     file = client.files.create(file=("a.jsonl", lines(1)), purpose="batch")
-    runner = runner_for(rooms).start()
+    runner = runner_for(context).start()
     try:
         with monkeypatch.context() as patched:
             patched.setattr(service[0].worker.renderer, "prepare_job", broken)
@@ -54,10 +54,10 @@ def test_no_traceback_in_a_job_or_a_batch(service, client, http, rooms, monkeypa
     assert line["response"]["body"]["error"]["code"] == "internal" and not INTERNAL_DETAIL.search(json.dumps(line))
 
 
-def test_an_object_key_does_not_open_the_files_of_others(http, rooms):
+def test_an_object_key_does_not_open_the_files_of_others(http, context):
     """Files are opened by their ids only, and only by their owner; knowing a digest is not enough."""
-    key = rooms.store.put(b"secret", "bin")
-    assert isinstance(rooms.store, LocalObjectStore)
+    key = context.store.put(b"secret", "bin")
+    assert isinstance(context.store, LocalObjectStore)
     for path in (f"/v1/files/{key}/content", f"/v1/videos/{key}/content"):
         assert http.get(path).status_code == 404
     assert_refused(

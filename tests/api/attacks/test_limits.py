@@ -27,18 +27,18 @@ from tests.support.openai_service import ended, lines, runner_for, told
         ("images/generations", {"num_frames": 9, "n": 10**18}, "n"),
     ],
 )
-def test_values_above_their_limits(http, rooms, path, fields, field):
+def test_values_above_their_limits(http, context, path, fields, field):
     assert_refused(http.post(f"/v1/{path}", json={"prompt": "a"} | fields), field)
-    assert rooms.jobs.count_queued() == 0
+    assert context.jobs.count_queued() == 0
 
 
-def test_values_above_their_limits_in_a_form_and_in_a_batch(http, client, rooms):
+def test_values_above_their_limits_in_a_form_and_in_a_batch(http, client, context):
     form = {"prompt": "a", "num_frames": "99999", "num_inference_steps": "99999"}
     assert_refused(http.post("/v1/videos", data=form, files={"x": b""}), "num_inference_steps")
     data = lines(1, num_frames=99_997, num_inference_steps=1)
     file = client.files.create(file=("a.jsonl", data), purpose="batch")
     batch = client.batches.create(input_file_id=file.id, endpoint="/v1/videos", completion_window="24h")
-    runner = runner_for(rooms).start()
+    runner = runner_for(context).start()
     try:
         (line,) = told(client, ended(client, batch).error_file_id)
     finally:

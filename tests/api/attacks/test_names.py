@@ -8,14 +8,14 @@ import pytest
 @pytest.mark.parametrize(
     "name", ["../../etc/passwd", "..\\..\\boot.ini", "/etc/passwd", "a/../../b.png", "....//x", "C:\\x\\a.png", ".."]
 )
-def test_traversal_in_a_file_name(http, rooms, name):
-    before = {path for path in rooms.settings.home.parent.rglob("*") if path.is_file()}
+def test_traversal_in_a_file_name(http, context, name):
+    before = {path for path in context.settings.home.parent.rglob("*") if path.is_file()}
     stored = http.post("/v1/files", files={"file": (name, b"text")}, data={"purpose": "user_data"}).json()
     assert not set(stored["filename"]) & set("/\\")
-    record = rooms.files.get_file(stored["id"], "admin")
-    assert re.fullmatch(r"[0-9a-f]{64}\.bin", record.object_key) and rooms.store.get(record.object_key) == b"text"
-    new_files = {path for path in rooms.settings.home.parent.rglob("*") if path.is_file()} - before
-    assert all(path.is_relative_to(rooms.settings.home) for path in new_files)
+    record = context.files.get_file(stored["id"], "admin")
+    assert re.fullmatch(r"[0-9a-f]{64}\.bin", record.object_key) and context.store.get(record.object_key) == b"text"
+    new_files = {path for path in context.settings.home.parent.rglob("*") if path.is_file()} - before
+    assert all(path.is_relative_to(context.settings.home) for path in new_files)
 
 
 @pytest.mark.parametrize("name", ["../../../etc/passwd", "..%2f..%2fetc%2fpasswd", "a" * 300, "%00", "a%0d%0ab"])
