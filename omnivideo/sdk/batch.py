@@ -5,14 +5,14 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from omnivideo.errors import InvalidInput, OmniVideoError
 
 if TYPE_CHECKING:
-    from omnivideo.sdk.studio import Studio
+    from omnivideo.sdk.result import Result
 
 RESULTS_FILE = "results.jsonl"
 
@@ -32,6 +32,12 @@ class BatchItem(BaseModel):
     width: int | None = None
     height: int | None = None
     negative_prompt: str | None = None
+
+
+class ClipGenerator(Protocol):
+    """What generates the items of a batch: a Studio."""
+
+    def generate(self, prompt: str, *, image: bool | None = None, **overrides: Any) -> "Result": ...
 
 
 @dataclass(frozen=True)
@@ -87,7 +93,7 @@ def load_finished_ids(folder: Path) -> set[str]:
     return {line["id"] for line in lines if line["file"] and (folder / line["file"]).exists()}
 
 
-def run_batch(studio: "Studio", items: list[BatchItem], folder: Path) -> Iterator[BatchOutcome]:
+def run_batch(studio: ClipGenerator, items: list[BatchItem], folder: Path) -> Iterator[BatchOutcome]:
     """Generate the items that are not done, with one line each in the results file; a failed item stops no other."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -105,7 +111,7 @@ def run_batch(studio: "Studio", items: list[BatchItem], folder: Path) -> Iterato
             yield outcome
 
 
-def generate_item(studio: "Studio", item: BatchItem, folder: Path) -> BatchOutcome:
+def generate_item(studio: ClipGenerator, item: BatchItem, folder: Path) -> BatchOutcome:
     overrides = item.model_dump(exclude={"id", "prompt", "image"})
     try:
         result = studio.generate(item.prompt, image=item.image, **overrides)
