@@ -1,4 +1,4 @@
-"""The MLLM behind HTTP answers as it does in the process."""
+"""The MLLM behind HTTP gives the same answers as in this process."""
 
 import subprocess
 import sys
@@ -17,7 +17,7 @@ from omnivideo.backends.mllm.remote import RemoteMLLM
 from omnivideo.backends.mllm.server import LRUObjectStore, create_mllm_app
 from omnivideo.contracts import Artifact, MLLMRequest
 from omnivideo.errors import ModelUnavailable
-from omnivideo.settings import load_settings as chosen
+from omnivideo.settings import load_settings
 from omnivideo.storage.objects.local import LocalObjectStore
 from omnivideo.storage.objects.memory import MemoryObjectStore
 from omnivideo.wiring import ServiceWiring
@@ -29,16 +29,16 @@ from tests.support.servers import free_port
 @contextmanager
 def serving(mllm, port: int):
     server = uvicorn.Server(uvicorn.Config(create_mllm_app(mllm), port=port, log_level="warning"))
-    running = threading.Thread(target=server.run, daemon=True)
-    running.start()
-    until = time.monotonic() + 20
-    while not server.started and time.monotonic() < until:
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    deadline = time.monotonic() + 20
+    while not server.started and time.monotonic() < deadline:
         time.sleep(0.02)
     try:
         yield
     finally:
         server.should_exit = True
-        running.join(10)
+        thread.join(10)
 
 
 @pytest.fixture(scope="module")
@@ -47,66 +47,66 @@ def local(omni, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def asks(local):
+def requests(local):
     from PIL import Image
 
     path = local.store.folder / "red.png"
     Image.new("RGB", (64, 64), "red").save(path)
     key = local.store.put(path.read_bytes(), "png")
-    shown = Artifact(key=key, medium="image", width=64, height=64, frames=1, fps=1.0, caption="red", created_by="test")
+    image = Artifact(key=key, medium="image", width=64, height=64, frames=1, fps=1.0, caption="red", created_by="test")
     return [
         MLLMRequest(text="a red ball"),
-        MLLMRequest(text="what is this?", artifacts=(shown,)),
+        MLLMRequest(text="what is this?", artifacts=(image,)),
         MLLMRequest(text="a coin", system="think"),
     ]
 
 
-def test_the_same_answers_from_both(local, asks):
+def test_both_give_the_same_answers(local, requests):
     port = free_port()
     with serving(local, port):
-        away = RemoteMLLM(f"http://127.0.0.1:{port}", local.store)
-        for ask in asks:
-            assert away.route(ask) == local.route(ask)
-            assert "".join(away.stream_text(ask)) == "".join(local.stream_text(ask))
-            assert away.score_agreement(ask) == local.score_agreement(ask)
-            assert away.predict_visual_tokens(ask, "video") == local.predict_visual_tokens(ask, "video")
-        away.close()
+        client = RemoteMLLM(f"http://127.0.0.1:{port}", local.store)
+        for request in requests:
+            assert client.route(request) == local.route(request)
+            assert "".join(client.stream_text(request)) == "".join(local.stream_text(request))
+            assert client.score_agreement(request) == local.score_agreement(request)
+            assert client.predict_visual_tokens(request, "video") == local.predict_visual_tokens(request, "video")
+        client.close()
 
 
-class Breaking(LocalMLLM):
-    """Breaks off in the middle of its first answer."""
+class BreakingMLLM(LocalMLLM):
+    """Fails in the middle of its first answer."""
 
     broken = False
 
     def stream_text(self, request: MLLMRequest, max_tokens: int | None = None):
-        for at, piece in enumerate(super().stream_text(request, max_tokens)):
-            if at == 3 and not self.broken:
+        for index, piece in enumerate(super().stream_text(request, max_tokens)):
+            if index == 3 and not self.broken:
                 self.broken = True
-                raise RuntimeError("the server falls over")
+                raise RuntimeError("the server fails")
             yield piece
 
 
-def test_an_answer_that_is_cut_is_said_on_and_not_again(local, asks, caplog):
-    port, breaking = free_port(), Breaking(local.omni, local.store)
+def test_an_answer_that_breaks_off_is_continued_without_repetition(local, requests, caplog):
+    port, breaking = free_port(), BreakingMLLM(local.omni, local.store)
     with serving(breaking, port):
-        away = RemoteMLLM(f"http://127.0.0.1:{port}", local.store)
-        assert "".join(away.stream_text(asks[0])) == "".join(local.stream_text(asks[0]))
-        away.close()
+        client = RemoteMLLM(f"http://127.0.0.1:{port}", local.store)
+        assert "".join(client.stream_text(requests[0])) == "".join(local.stream_text(requests[0]))
+        client.close()
     assert breaking.broken
 
 
-def test_a_model_that_is_away_is_said(asks, monkeypatch):
+def test_an_unavailable_model_is_an_error(requests, monkeypatch):
     monkeypatch.setattr(remote, "MAX_ATTEMPTS", 2)
-    away = RemoteMLLM(f"http://127.0.0.1:{free_port()}", MemoryObjectStore())
+    client = RemoteMLLM(f"http://127.0.0.1:{free_port()}", MemoryObjectStore())
     with pytest.raises(ModelUnavailable, match="the language model is starting or unavailable"):
-        away.route(asks[0])
+        client.route(requests[0])
     with pytest.raises(ModelUnavailable):
-        list(away.stream_text(asks[0]))
-    away.close()
+        list(client.stream_text(requests[0]))
+    client.close()
 
 
-def begun(http: httpx.Client, text: str) -> str:
-    """The path of a turn in a thread of its own."""
+def start_turn(http: httpx.Client, text: str) -> str:
+    """Start a turn in a new thread and return its path."""
     thread = http.post("/v1/threads").json()["id"]
     return f"/v1/threads/{thread}/turns/" + http.post(f"/v1/threads/{thread}/turns", json={"text": text}).json()["id"]
 
@@ -114,24 +114,24 @@ def begun(http: httpx.Client, text: str) -> str:
 def test_a_turn_waits_for_a_language_model_that_is_starting(omni, tmp_path, monkeypatch):
     monkeypatch.setattr(remote, "MAX_ATTEMPTS", 1)
     port = free_port()
-    wiring = ServiceWiring(chosen(home=tmp_path, mllm=f"http://127.0.0.1:{port}"), "cpu")
+    wiring = ServiceWiring(load_settings(home=tmp_path, mllm=f"http://127.0.0.1:{port}"), "cpu")
     wiring.renderer = Renderer(omni, wiring.store, "random")  # type: ignore[misc]
     with serving_api(wiring) as address, httpx.Client(base_url=address, timeout=60, trust_env=False) as http:
         assert http.get("/ready").json() == {"status": "ready", "language_model": "starting"}
         assert "omnivideo_language_model_up 0.0" in http.get("/metrics").text
-        turn = begun(http, "how many balls are there?")
+        turn = start_turn(http, "how many balls are there?")
         with http.stream("GET", f"{turn}/events") as events:
             lines = (line for line in events.iter_lines() if line.startswith("event: "))
             assert "event: waiting" in (next(lines), next(lines))
             with serving(HalfScripted(omni, LRUObjectStore()), port):
-                assert "event: waiting" not in (told := list(lines)) and told[-1] == "event: done"
+                assert "event: waiting" not in (events_after := list(lines)) and events_after[-1] == "event: done"
                 assert http.get("/ready").json()["language_model"] == "ready"
                 assert "omnivideo_language_model_up 1.0" in http.get("/metrics").text
         assert http.get(turn).json()["state"] == "done"
 
 
 def test_no_torch_in_a_process_that_only_serves(tmp_path):
-    """The API's own process: everything else is somewhere else."""
+    """An API process whose MLLM and workers run elsewhere."""
     program = f"""
 import os, sys
 os.environ.update(OMNIVIDEO_HOME={str(tmp_path)!r}, OMNIVIDEO_MLLM="http://127.0.0.1:9", OMNIVIDEO_BROKER="redis://127.0.0.1:9/0")
@@ -142,5 +142,5 @@ create_app(wiring.build_service_context())
 wiring.close()
 print(sorted(name for name in ("torch", "transformers", "diffusers", "safetensors") if name in sys.modules))
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=100)
-    assert done.stdout.strip() == "[]"
+    completed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=100)
+    assert completed.stdout.strip() == "[]"

@@ -1,7 +1,7 @@
-"""The planner's whole conversation suite once more, its language model behind vLLM, over the weights that we ship."""
+"""The conversation tests once more with the shipped weights and the language model on vLLM."""
 
 import random
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
@@ -25,83 +25,85 @@ from tests.support.vllm_server import Server
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 WEIGHTS = SHIPPED_WEIGHTS_FOLDER / "tiny"
-LABELLED = 400  # as many as `omnivideo evaluate tiny` asks
+NUM_LABELLED = 400  # as in `omnivideo evaluate tiny`
 
 
 @pytest.fixture(scope="module")
 def server(vllm_python, tmp_path_factory):
-    served = Server(vllm_python, WEIGHTS, tmp_path_factory.mktemp("vllm"), free_port()).start().wait()
-    yield served
-    served.stop()
+    vllm = Server(vllm_python, WEIGHTS, tmp_path_factory.mktemp("vllm"), free_port()).start().wait()
+    yield vllm
+    vllm.stop()
 
 
-def studio_in(home) -> Studio:
+def create_studio(home) -> Studio:
     return Studio(weights=WEIGHTS, home=home, device="cpu")
 
 
 @pytest.fixture(scope="module")
 def studio(server, tmp_path_factory):
-    """What the suite runs on: everything here but the language model."""
+    """A Studio whose language model is on vLLM; the tests of test_conversations run on it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMNIVIDEO_MLLM", server.address)
-        made = studio_in(tmp_path_factory.mktemp("home"))
-        assert isinstance(made.conversations.mllm, RemoteMLLM)
-    yield made
-    made.conversations.mllm.close()
+        vllm_studio = create_studio(tmp_path_factory.mktemp("home"))
+        assert isinstance(vllm_studio.conversations.mllm, RemoteMLLM)
+    yield vllm_studio
+    vllm_studio.conversations.mllm.close()
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """The same, language model included."""
-    return studio_in(tmp_path_factory.mktemp("whole"))
+def local_studio(tmp_path_factory):
+    """A Studio with its language model in this process."""
+    return create_studio(tmp_path_factory.mktemp("local"))
 
 
-def asked(store, message) -> MLLMRequest:
-    shown = []
-    for one in message.media:
-        data, suffix = encode_clip(one.frames, one.fps)
-        count, height, width, _ = one.frames.shape
-        medium = "video" if one.is_video else "image"
-        shown.append(Artifact(key=store.put(data, suffix), medium=medium, width=width, height=height, frames=count,
-                              fps=one.fps, caption="", created_by="test"))  # fmt: skip
-    return MLLMRequest(text=message.text, artifacts=tuple(shown))
+def request_from_message(store, message) -> MLLMRequest:
+    artifacts = []
+    for media in message.media:
+        data, suffix = encode_clip(media.frames, media.fps)
+        count, height, width, _ = media.frames.shape
+        medium = "video" if media.is_video else "image"
+        artifacts.append(Artifact(key=store.put(data, suffix), medium=medium, width=width, height=height, frames=count,
+                              fps=media.fps, caption="", created_by="test"))  # fmt: skip
+    return MLLMRequest(text=message.text, artifacts=tuple(artifacts))
 
 
 def test_every_labelled_request_takes_the_same_route(studio):
-    rng, away = random.Random("evaluation/routing"), studio.conversations.mllm
-    here = LocalMLLM(studio.omni, away.store)
-    asks = [asked(away.store, sample_routing_case(rng)[0]) for _ in range(LABELLED)]
+    rng, remote_mllm = random.Random("evaluation/routing"), studio.conversations.mllm
+    local = LocalMLLM(studio.omni, remote_mllm.store)
+    requests = [request_from_message(local.store, sample_routing_case(rng)[0]) for _ in range(NUM_LABELLED)]
     with ThreadPoolExecutor(16) as pool:
-        routed = list(pool.map(away.route, asks))
-    expected = [here.route(ask) for ask in asks]
-    assert [one.kind for one in routed] == [one.kind for one in expected]
-    assert [one.probability for one in routed] == pytest.approx([one.probability for one in expected], abs=1e-4)
+        routes = list(pool.map(remote_mllm.route, requests))
+    expected = [local.route(request) for request in requests]
+    assert [route.kind for route in routes] == [route.kind for route in expected]
+    expected_probabilities = [route.probability for route in expected]
+    assert [route.probability for route in routes] == pytest.approx(expected_probabilities, abs=1e-4)
 
 
-def test_a_conversation_of_ten_turns_goes_the_same_way(studio, whole):
-    told = []
-    for where in (studio, whole):
-        say = make_turn_sender(where.open_thread().send)
-        turns = [say(line.text, seed=3, steps=4) for line in sample_script(random.Random(4))]
-        told.append([[(one.goal, one.route.kind, one.answer) for one in turn.results] for turn in turns if turn])
-    assert told[0] == told[1] and len(told[0]) >= 8  # a turn that asks back says nothing more
+def test_a_conversation_of_ten_turns_has_the_same_results(studio, local_studio):
+    outcomes = []
+    for current_studio in (studio, local_studio):
+        send = make_turn_sender(current_studio.open_thread().send)
+        turns = [send(line.text, seed=3, steps=4) for line in sample_script(random.Random(4))]
+        results = [turn.results for turn in turns if turn]
+        outcomes.append([[(result.goal, result.route.kind, result.answer) for result in row] for row in results])
+    assert outcomes[0] == outcomes[1] and len(outcomes[0]) >= 8  # a turn that ends with a question has no results
 
 
-def test_the_service_goes_on_when_vllm_is_killed_in_the_middle_of_a_turn(server, tmp_path):
-    """Killed while it answers and started again: the turn ends as if nothing had been, and nobody asked again."""
+def test_a_turn_continues_after_vllm_is_killed_and_restarted(server, tmp_path):
+    """The turn ends with the same answers, and the user is not asked again."""
     wiring = ServiceWiring(load_settings(home=tmp_path, mllm=server.address, weights=str(WEIGHTS)), "cpu")
-    words = "draw a big red circle and a small blue square; how many shapes are there?"
+    text = "draw a big red circle and a small blue square; how many shapes are there?"
     with serving(wiring) as address, httpx.Client(base_url=address, timeout=600, trust_env=False) as http:
-        undisturbed, _ = played(http, words, lambda kind: None)
-        next(fate := killed_once(server))
-        turn, told = played(http, words, fate.send)
-    assert "waiting" in told and turn["state"] == undisturbed["state"] == "done"
+        undisturbed, _ = run_turn(http, text, lambda kind: None)
+        next(restart := restart_once(server))
+        turn, kinds = run_turn(http, text, restart.send)
+    assert "waiting" in kinds and turn["state"] == undisturbed["state"] == "done"
     results, expected = turn["turn"]["results"], undisturbed["turn"]["results"]
-    assert [one["answer"] for one in results] == [one["answer"] for one in expected]
+    assert [result["answer"] for result in results] == [result["answer"] for result in expected]
 
 
-def killed_once(server: Server) -> Generator[None, str]:
-    """Killed at the first step of the clip, and started again when the turn waits for it; takes an event a time."""
+def restart_once(server: Server) -> Generator[None, str]:
+    """Receive the kinds of events: kill the server at a clip's first step, and start it when the turn waits for it."""
     while (yield) != "step":
         pass
     server.kill()
@@ -112,13 +114,14 @@ def killed_once(server: Server) -> Generator[None, str]:
         yield
 
 
-def played(http: httpx.Client, words: str, saw) -> tuple[dict, list[str]]:
-    """A turn and the kinds of its events."""
-    thread, told = http.post("/v1/threads").json()["id"], []
-    begun = http.post(f"/v1/threads/{thread}/turns", json={"text": words, "steps": 4, "seed": 3}).json()["id"]
-    with http.stream("GET", f"/v1/threads/{thread}/turns/{begun}/events") as events:
+def run_turn(http: httpx.Client, text: str, on_event: Callable[[str], None]) -> tuple[dict, list[str]]:
+    """Run a turn in a new thread and return it with the kinds of its events."""
+    thread, kinds = http.post("/v1/threads").json()["id"], []
+    body = {"text": text, "steps": 4, "seed": 3}
+    turn_path = f"/v1/threads/{thread}/turns/" + http.post(f"/v1/threads/{thread}/turns", json=body).json()["id"]
+    with http.stream("GET", f"{turn_path}/events") as events:
         for line in events.iter_lines():
             if line.startswith("event: "):
-                told.append(line.removeprefix("event: "))
-                saw(told[-1])
-    return http.get(f"/v1/threads/{thread}/turns/{begun}").json(), told
+                kinds.append(line.removeprefix("event: "))
+                on_event(kinds[-1])
+    return http.get(turn_path).json(), kinds

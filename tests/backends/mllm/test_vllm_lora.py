@@ -1,6 +1,6 @@
-"""vLLM with a LoRA: every answer is that of the twin into whose weights it is merged, visual tokens included.
+"""vLLM with a LoRA gives the answers, visual tokens included, of a LocalMLLM into whose weights the LoRA is merged.
 
-Real vLLM in float32, and a LoRA at random in the layout in which PEFT saves one.
+vLLM runs in float32. The LoRA is random, in the layout in which PEFT saves it.
 """
 
 import json
@@ -24,13 +24,13 @@ from tests.support.vllm_server import Server
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
-CLOSE = 1e-4
+TOLERANCE = 1e-4
 RANK, ALPHA = 24, 48.0  # above vLLM's own limit of 16
-ASKS = ("a red ball moves left", "what is this?", "make it snow", "draw " * 100 + "a small star")
+TEXTS = ("a red ball moves left", "what is this?", "make it snow", "draw " * 100 + "a small star")
 
 
-def adapted(omni: OmniVideoModel, folder: Path) -> Path:
-    """Writes a LoRA for every linear layer of the language model, and merges it into `omni`."""
+def create_lora(omni: OmniVideoModel, folder: Path) -> Path:
+    """Write a LoRA for every linear layer of the language model and merge it into `omni`."""
     generator = torch.Generator().manual_seed(7)
     tensors, targets = {}, set()
     for name, layer in omni.mllm.named_modules():
@@ -43,14 +43,14 @@ def adapted(omni: OmniVideoModel, folder: Path) -> Path:
             layer.weight.data += ALPHA / RANK * up @ down
     folder.mkdir()
     save_file(tensors, folder / "adapter_model.safetensors")
-    about = {"peft_type": "LORA", "r": RANK, "lora_alpha": ALPHA, "target_modules": sorted(targets), "bias": "none"}
-    (folder / "adapter_config.json").write_text(json.dumps(about))
+    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": ALPHA, "target_modules": sorted(targets), "bias": "none"}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
     return folder
 
 
 @pytest.fixture(scope="module")
-def twins(vllm_python, weights, tmp_path_factory):
-    """The folder of loud weights and of the LoRA, the twin without it, and the twin with it."""
+def mllms(vllm_python, weights, tmp_path_factory):
+    """The MLLM on vLLM with a LoRA, a LocalMLLM without it, and a LocalMLLM with it merged."""
     folder = tmp_path_factory.mktemp("lora")
     omni = checkpoint.load(weights)
     torch.manual_seed(5)
@@ -60,35 +60,35 @@ def twins(vllm_python, weights, tmp_path_factory):
     checkpoint.save(omni, folder / "tiny")
     store = LocalObjectStore(folder / "store")
     base, merged = (LocalMLLM(checkpoint.load(folder / "tiny"), store) for _ in range(2))
-    lora = adapted(merged.omni, folder / "adapter")
+    lora = create_lora(merged.omni, folder / "adapter")
     server = Server(vllm_python, folder / "tiny", folder, free_port(), lora=lora).start()
     try:
-        away = RemoteMLLM(server.wait(900).address, store)
-        yield away, base, merged
-        away.close()
+        remote_mllm = RemoteMLLM(server.wait(900).address, store)
+        yield remote_mllm, base, merged
+        remote_mllm.close()
     finally:
         server.stop()
 
 
-def asks(store: LocalObjectStore) -> list[MLLMRequest]:
+def build_requests(store: LocalObjectStore) -> list[MLLMRequest]:
     frames = np.random.default_rng(1).integers(0, 255, (9, 64, 64, 3), dtype=np.uint8)
     data, suffix = encode_clip(frames, 8.0)
     clip = Artifact(key=store.put(data, suffix), medium="video", width=64, height=64, frames=9, fps=8.0, caption="",
                     created_by="test")  # fmt: skip
-    return [*(MLLMRequest(text=text) for text in ASKS), MLLMRequest(text="how does it move?", artifacts=(clip,))]
+    return [*(MLLMRequest(text=text) for text in TEXTS), MLLMRequest(text="how does it move?", artifacts=(clip,))]
 
 
-def test_every_answer_is_that_of_the_merged_twin(twins, monkeypatch):
-    away, base, merged = twins
-    for kind in (LocalMLLM, RemoteMLLM):
-        monkeypatch.setattr(kind, "max_tokens", 40)
-    for ask in asks(away.store):
-        said = "".join(away.stream_text(ask))
-        assert said == "".join(merged.stream_text(ask)) and said != "".join(base.stream_text(ask))
-        routed, expected = away.route(ask), merged.route(ask)
-        assert routed.kind == expected.kind and routed.probability == pytest.approx(expected.probability, abs=CLOSE)
-        got, same, other = (
-            get_tensors(away.store, one.predict_visual_tokens(ask, "video"))["visual_tokens"]
-            for one in (away, merged, base)
+def test_every_answer_is_that_of_the_merged_model(mllms, monkeypatch):
+    remote_mllm, base, merged = mllms
+    for mllm_class in (LocalMLLM, RemoteMLLM):
+        monkeypatch.setattr(mllm_class, "max_tokens", 40)
+    for request in build_requests(remote_mllm.store):
+        answer = "".join(remote_mllm.stream_text(request))
+        assert answer == "".join(merged.stream_text(request)) and answer != "".join(base.stream_text(request))
+        route, expected = remote_mllm.route(request), merged.route(request)
+        assert route.kind == expected.kind and route.probability == pytest.approx(expected.probability, abs=TOLERANCE)
+        tokens, merged_tokens, base_tokens = (
+            get_tensors(remote_mllm.store, mllm.predict_visual_tokens(request, "video"))["visual_tokens"]
+            for mllm in (remote_mllm, merged, base)
         )
-        assert (got - same).abs().max() <= CLOSE < 0.01 * (got - other).abs().max()
+        assert (tokens - merged_tokens).abs().max() <= TOLERANCE < 0.01 * (tokens - base_tokens).abs().max()

@@ -1,4 +1,4 @@
-"""Published layouts, made here with exactly their files, key names and shapes, into our folder and back."""
+"""Published layouts, created here with exactly their files, keys and shapes, to our folder and back."""
 
 import os
 import pickle
@@ -30,12 +30,12 @@ from omnivideo.training.engine.recipe import Recipe
 from omnivideo.training.engine.trainer import Trainer
 from omnivideo.training.recipes.parts import TrainableParts
 
-FULL = {"omnivideo-1.3b": (1087, 3_482_668_864), "omnivideo2-1.3b": (832, 1_434_081_856),
+FULL_SIZES = {"omnivideo-1.3b": (1087, 3_482_668_864), "omnivideo2-1.3b": (832, 1_434_081_856),
         "omnivideo2-a14b": (2204, 28_638_355_584)}  # fmt: skip
 
 
 def narrow(preset: Preset) -> Preset:
-    """The same layers and key names at a width that a test can write."""
+    """Return the preset with the same layers and keys at a width that a test can write."""
     small = {"num_attention_heads": 2, "attention_head_dim": 12, "text_dim": 16, "freq_dim": 8, "ffn_dim": 20}
     update = {"decoder": preset.decoder | small, "text_width": 16, "mllm_width": 12}
     update |= {"visual_context": VisualContextConfig(hidden_dim=24)}
@@ -46,22 +46,23 @@ def narrow(preset: Preset) -> Preset:
 
 
 @pytest.fixture
-def small(monkeypatch):
+def narrow_presets(monkeypatch):
     for name in PUBLISHED_PRESETS:
         monkeypatch.setitem(PRESETS, name, narrow(PRESETS[name]))
 
 
 def random_state(preset: Preset, seed: int) -> dict[str, torch.Tensor]:
-    """Norms in fp32 among bf16, as mixed files are."""
-    made = torch.Generator().manual_seed(seed)
-    kinds = {key: torch.float32 if "norm" in key else torch.bfloat16 for key in locate_tensors(preset)}
+    """Return a published file's tensors: norms in float32 and all others in bfloat16."""
+    generator = torch.Generator().manual_seed(seed)
+    dtypes = {key: torch.float32 if "norm" in key else torch.bfloat16 for key in locate_tensors(preset)}
     return {
-        key: torch.randn(place.shape, generator=made).to(kinds[key]) for key, place in locate_tensors(preset).items()
+        key: torch.randn(location.shape, generator=generator).to(dtypes[key])
+        for key, location in locate_tensors(preset).items()
     }
 
 
 def publish(folder: Path, preset: Preset, level: str | None = None) -> dict[str, dict[str, torch.Tensor]]:
-    """Their folder; returns what is in each file."""
+    """Write a published folder and return the content of each file."""
     states = {file: random_state(preset, seed) for seed, file in enumerate(list_weight_files(preset))}
     for file, state in states.items():
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
@@ -74,127 +75,127 @@ def publish(folder: Path, preset: Preset, level: str | None = None) -> dict[str,
 
 
 def publish_sparse(folder: Path, preset: Preset, dtype: torch.dtype) -> None:
-    """Their files in full shape, whose bytes are holes."""
+    """Write published files with their full shapes as sparse files."""
     for file in list_weight_files(preset):
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        state = {key: torch.empty(location.shape, dtype=dtype) for key, location in locate_tensors(preset).items()}
         with torch.serialization.skip_data():
-            torch.save({key: torch.empty(place.shape, dtype=dtype) for key, place in locate_tensors(preset).items()},
-                       folder / file)  # fmt: skip
+            torch.save(state, folder / file)
 
 
-def same(one: torch.Tensor, two: torch.Tensor) -> bool:
-    """Bit for bit, and of one type."""
-    flat = [value.contiguous().reshape(-1).view(torch.uint8) for value in (one, two)]
-    return one.dtype == two.dtype and one.shape == two.shape and torch.equal(*flat)
+def is_identical(first: torch.Tensor, second: torch.Tensor) -> bool:
+    """Return whether two tensors have the same type, shape and bits."""
+    flat = [tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (first, second)]
+    return first.dtype == second.dtype and first.shape == second.shape and torch.equal(*flat)
 
 
-# ---------------------------------------------------------------- names
-
-
-@pytest.mark.parametrize("name", PUBLISHED_PRESETS)
-def test_the_decoders_names_are_those_of_diffusers_converter(name):
-    found = {key.removeprefix("wan_model."): place.key
-             for key, place in locate_tensors(PRESETS[name]).items() if place.part == "transformer"}  # fmt: skip
-    converted = convert_wan_transformer_to_diffusers({key: key for key in found})
-    assert {theirs: ours for ours, theirs in converted.items()} == found
+# ---------------------------------------------------------------- keys
 
 
 @pytest.mark.parametrize("name", PUBLISHED_PRESETS)
-def test_full_shapes_are_recognised_checked_and_counted(name, tmp_path):
+def test_the_decoders_keys_match_diffusers_converter(name):
+    expected_keys = {key.removeprefix("wan_model."): location.key
+             for key, location in locate_tensors(PRESETS[name]).items() if location.part == "transformer"}  # fmt: skip
+    converted = convert_wan_transformer_to_diffusers({key: key for key in expected_keys})
+    assert {published_key: our_key for our_key, published_key in converted.items()} == expected_keys
+
+
+@pytest.mark.parametrize("name", PUBLISHED_PRESETS)
+def test_full_sizes_are_recognised_checked_and_counted(name, tmp_path):
     publish_sparse(tmp_path, PRESETS[name], torch.bfloat16)
     report = import_weights(tmp_path, None)
     counts = sum(part.tensor_count for part in report.parts), sum(part.parameter_count for part in report.parts)
-    assert (report.preset, counts) == (name, FULL[name])
-    assert report.total_bytes == 2 * FULL[name][1] and all(part.dtypes == ("BF16",) for part in report.parts)
+    assert (report.preset, counts) == (name, FULL_SIZES[name])
+    assert report.total_bytes == 2 * FULL_SIZES[name][1] and all(part.dtypes == ("BF16",) for part in report.parts)
     assert report.missing_parts == ("markers", "mllm", "text_encoder", "tokenizer", "vae")
 
 
-# ---------------------------------------------------------------- there and back
+# ---------------------------------------------------------------- round trips
 
 
-@pytest.mark.usefixtures("small")
+@pytest.mark.usefixtures("narrow_presets")
 @pytest.mark.parametrize("level", [None, "module"])
 @pytest.mark.parametrize("name", PUBLISHED_PRESETS)
-def test_there_and_back_bit_for_bit(name, level, tmp_path):
+def test_a_round_trip_is_bit_identical(name, level, tmp_path):
     preset = PRESETS[name]
-    made = publish(tmp_path / "theirs", preset, level)
-    report = import_weights(tmp_path / "theirs", tmp_path / "ours")
-    assert sum(part.tensor_count for part in report.parts) == FULL[name][0] + len(list_required_markers(preset))
+    published = publish(tmp_path / "published", preset, level)
+    report = import_weights(tmp_path / "published", tmp_path / "ours")
+    assert sum(part.tensor_count for part in report.parts) == FULL_SIZES[name][0] + len(list_required_markers(preset))
     checkpoint.verify_digests(tmp_path / "ours")
     parts = {path.parent.name: load_file(path) for path in (tmp_path / "ours").rglob("*.safetensors")}
-    for number, file in enumerate(list_weight_files(preset)):
-        for key, place in locate_tensors(preset).items():
-            part = place.part if number == 0 else f"{place.part}_2"
-            assert same(made[file][key], parts[part][place.key]), key
+    for decoder_index, file in enumerate(list_weight_files(preset)):
+        for key, location in locate_tensors(preset).items():
+            part = location.part if decoder_index == 0 else f"{location.part}_2"
+            assert is_identical(published[file][key], parts[part][location.key]), key
     export_weights(tmp_path / "ours", tmp_path / "back")
     for file in list_weight_files(preset):
         back = torch.load(tmp_path / "back" / file, weights_only=True)
-        assert back.keys() == made[file].keys()
-        assert all(same(value, back[key]) for key, value in made[file].items())
+        assert back.keys() == published[file].keys()
+        assert all(is_identical(value, back[key]) for key, value in published[file].items())
     markers = pickle.loads((tmp_path / "back" / get_markers_file(preset)).read_bytes())
-    assert all(same(value, markers[key]) for key, value in made[get_markers_file(preset)].items())
+    assert all(is_identical(value, markers[key]) for key, value in published[get_markers_file(preset)].items())
 
 
-@pytest.mark.usefixtures("small")
-def test_what_was_imported_loads_strictly(tmp_path):
-    """As the service loads it: the decoder by diffusers, the joining parts by ours, the markers at their own length."""
+@pytest.mark.usefixtures("narrow_presets")
+def test_imported_weights_load_strictly(tmp_path):
+    """diffusers loads the decoder, we load the bridge, and each marker has its published length."""
     preset = PRESETS["omnivideo-1.3b"]
-    made = publish(tmp_path / "theirs", preset)
-    import_weights(tmp_path / "theirs", tmp_path / "ours")
+    published = publish(tmp_path / "published", preset)
+    import_weights(tmp_path / "published", tmp_path / "ours")
     decoder = checkpoint.load_strict(WanTransformer3DModel, tmp_path / "ours", "transformer", torch.float32)
     bridge = checkpoint.load_bridge(preset, tmp_path / "ours", torch.float32)
-    state = made[list_weight_files(preset)[0]]
+    state = published[list_weight_files(preset)[0]]
     assert torch.equal(decoder.blocks[3].norm2.weight, state["wan_model.blocks.3.norm3.weight"])
     assert torch.equal(bridge.vision_head.decoder_query, state["ar_vision_head.decoder_query"].float())
     assert (
-        torch.equal(bridge.markers.ipl_st, made[get_markers_file(preset)]["<ipl_st>"])
+        torch.equal(bridge.markers.ipl_st, published[get_markers_file(preset)]["<ipl_st>"])
         and bridge.markers.ipl_st.ndim == 2
     )
     assert len(bridge.markers.img_st) == 2
 
 
-@pytest.mark.usefixtures("small")
+@pytest.mark.usefixtures("narrow_presets")
 def test_large_decoders_are_sharded(monkeypatch, tmp_path):
     monkeypatch.setattr(convert, "MAX_SHARD_BYTES", 100_000)
     preset = PRESETS["omnivideo2-1.3b"]
-    made = publish(tmp_path / "theirs", preset)
-    import_weights(tmp_path / "theirs", tmp_path / "ours")
+    published = publish(tmp_path / "published", preset)
+    import_weights(tmp_path / "published", tmp_path / "ours")
     assert len(list((tmp_path / "ours" / "transformer").glob("*-of-*.safetensors"))) > 2
     decoder = checkpoint.load_strict(WanTransformer3DModel, tmp_path / "ours", "transformer", torch.float32)
-    state = made[list_weight_files(preset)[0]]
+    state = published[list_weight_files(preset)[0]]
     assert torch.equal(decoder.proj_out.weight, state["wan_model.head.head.weight"].float())
     export_weights(tmp_path / "ours", tmp_path / "back")
     back = torch.load(tmp_path / "back" / list_weight_files(preset)[0], weights_only=True)
-    assert all(same(value, back[key]) for key, value in state.items())
+    assert all(is_identical(value, back[key]) for key, value in state.items())
 
 
 @pytest.mark.slow
-def test_version_1_in_full_shape_there_and_back_in_little_memory(tmp_path):
-    """1087 tensors, 3.48 GB at one byte each: holes, with marks in them that must arrive."""
-    preset, file = PRESETS["omnivideo-1.3b"], tmp_path / "theirs" / "transformer" / "model.pt"
-    publish_sparse(tmp_path / "theirs", preset, torch.float8_e4m3fn)
-    mark(file)
-    before, most = anonymous(), 0
+def test_version_1_in_full_size_needs_little_memory(tmp_path):
+    """1087 tensors, 3.48 GB at one byte for each parameter, in a sparse file with one marked byte for each tensor."""
+    preset, file = PRESETS["omnivideo-1.3b"], tmp_path / "published" / "transformer" / "model.pt"
+    publish_sparse(tmp_path / "published", preset, torch.float8_e4m3fn)
+    mark_tensors(file)
+    memory_before, max_growth = read_anonymous_memory(), 0
 
-    def tell(name: str, count: int) -> None:
-        nonlocal most
-        most = max(most, anonymous() - before)
+    def measure_memory(name: str, count: int) -> None:
+        nonlocal max_growth
+        max_growth = max(max_growth, read_anonymous_memory() - memory_before)
 
-    report = import_weights(tmp_path / "theirs", tmp_path / "ours", on_progress=tell)
-    assert report.total_bytes == FULL[preset.name][1] and most < 300 << 20
+    report = import_weights(tmp_path / "published", tmp_path / "ours", on_progress=measure_memory)
+    assert report.total_bytes == FULL_SIZES[preset.name][1] and max_growth < 300 << 20
     assert sum(path.stat().st_blocks * 512 for path in (tmp_path / "ours").rglob("*")) < report.total_bytes / 2
     export_weights(tmp_path / "ours", tmp_path / "back")
-    assert anonymous() - before < 300 << 20
+    assert read_anonymous_memory() - memory_before < 300 << 20
     back = torch.load(tmp_path / "back" / "transformer" / "model.pt", weights_only=True, mmap=True)
-    theirs = torch.load(file, weights_only=True, mmap=True)
-    assert len(back) == 1087 and back.keys() == theirs.keys()
-    assert all(same(value, back[key]) for key, value in theirs.items())
+    published_state = torch.load(file, weights_only=True, mmap=True)
+    assert len(back) == 1087 and back.keys() == published_state.keys()
+    assert all(is_identical(value, back[key]) for key, value in published_state.items())
     assert sum(bool(value.reshape(-1)[:1].view(torch.uint8)) for value in back.values()) == 1087
     shutil.rmtree(tmp_path)
 
 
-def mark(file: Path) -> None:
-    """A byte of its own at the beginning of every tensor of a sparse file."""
+def mark_tensors(file: Path) -> None:
+    """Set the first byte of every tensor of a sparse file."""
     reader = torch._C.PyTorchFileReader(str(file))
     with file.open("r+b") as out:
         for number in range(1087):
@@ -202,17 +203,17 @@ def mark(file: Path) -> None:
             out.write(bytes([1 + number % 120]))
 
 
-def anonymous() -> int:
-    """Memory of this process that is not a map of a file."""
+def read_anonymous_memory() -> int:
+    """Return the bytes of this process's memory that are not mapped from a file."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon"))
 
 
-# ---------------------------------------------------------------- what is refused
+# ---------------------------------------------------------------- refusals
 
 
-class Code:
-    """Would leave a file where it ran."""
+class MaliciousCode:
+    """Creates a file if it is unpickled."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -221,33 +222,33 @@ class Code:
         return os.system, (f"touch {self.path}",)
 
 
-@pytest.mark.usefixtures("small")
-@pytest.mark.parametrize("how", ["zip", "old", "markers", "markers in a zip", "hidden in bytes", "hidden in a zip"])
-def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(how, tmp_path):
-    preset, ran = PRESETS["omnivideo-1.3b"], tmp_path / "ran"
-    made = publish(tmp_path / "theirs", preset)
-    file, markers = (tmp_path / "theirs" / name for name in (list_weight_files(preset)[0], get_markers_file(preset)))
-    if how in ("zip", "old"):
-        state = made[list_weight_files(preset)[0]] | {"extra": Code(ran)}
-        torch.save(state, file, _use_new_zipfile_serialization=how == "zip")
-    elif how == "markers":
-        markers.write_bytes(pickle.dumps({"<img_st>": Code(ran)}))
-    elif how == "markers in a zip":
-        torch.save({"<img_st>": Code(ran)}, markers)
+@pytest.mark.usefixtures("narrow_presets")
+@pytest.mark.parametrize("variant", ["zip", "old", "markers", "markers in a zip", "hidden in bytes", "hidden in a zip"])
+def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(variant, tmp_path):
+    preset, created = PRESETS["omnivideo-1.3b"], tmp_path / "created"
+    published = publish(tmp_path / "published", preset)
+    file, markers = (tmp_path / "published" / name for name in (list_weight_files(preset)[0], get_markers_file(preset)))
+    if variant in ("zip", "old"):
+        state = published[list_weight_files(preset)[0]] | {"extra": MaliciousCode(created)}
+        torch.save(state, file, _use_new_zipfile_serialization=variant == "zip")
+    elif variant == "markers":
+        markers.write_bytes(pickle.dumps({"<img_st>": MaliciousCode(created)}))
+    elif variant == "markers in a zip":
+        torch.save({"<img_st>": MaliciousCode(created)}, markers)
     else:
         inner = BytesIO()
-        torch.save(Code(ran), inner, _use_new_zipfile_serialization=how == "hidden in a zip")
-        markers.write_bytes(pickle.dumps(Nested(inner.getvalue())))
-    with pytest.raises(CheckpointError, match=r"refused|zip format|damaged") as caught:
-        import_weights(tmp_path / "theirs", tmp_path / "ours")
-    assert "\n" not in str(caught.value) and str(tmp_path) not in str(caught.value)
-    if how in ("zip", "markers", "markers in a zip"):
-        assert "posix.system" in str(caught.value)
-    assert not ran.exists() and sorted(path.name for path in tmp_path.iterdir()) == ["theirs"]
+        torch.save(MaliciousCode(created), inner, _use_new_zipfile_serialization=variant == "hidden in a zip")
+        markers.write_bytes(pickle.dumps(NestedPickle(inner.getvalue())))
+    with pytest.raises(CheckpointError, match=r"refused|zip format|damaged") as refusal:
+        import_weights(tmp_path / "published", tmp_path / "ours")
+    assert "\n" not in str(refusal.value) and str(tmp_path) not in str(refusal.value)
+    if variant in ("zip", "markers", "markers in a zip"):
+        assert "posix.system" in str(refusal.value)
+    assert not created.exists() and sorted(path.name for path in tmp_path.iterdir()) == ["published"]
 
 
-class Nested:
-    """Goes through what plain pickles of tensors may call."""
+class NestedPickle:
+    """Hides a pickle behind a call that plain pickles of tensors may make."""
 
     def __init__(self, data: bytes):
         self.data = data
@@ -256,22 +257,22 @@ class Nested:
         return torch.storage._load_from_bytes, (self.data,)
 
 
-def broken(state: dict, how: str) -> dict:
+def break_state(state: dict, variant: str) -> dict:
     key = "wan_model.blocks.29.ffn.2.weight"
-    if how == "missing":
+    if variant == "missing":
         return {name: value for name, value in state.items() if name != key}
-    if how == "unknown":
+    if variant == "unknown":
         return state | {"wan_model.blocks.30.ffn.2.weight": state[key]}
-    if how == "integers":
+    if variant == "integers":
         return state | {key: state[key].int()}
-    if how == "no tensor":
+    if variant == "no tensor":
         return state | {key: [1.0]}
     return state | {key: state[key][:-1]}
 
 
-@pytest.mark.usefixtures("small")
+@pytest.mark.usefixtures("narrow_presets")
 @pytest.mark.parametrize(
-    ("how", "said"),
+    ("variant", "message"),
     [
         ("missing", "blocks.29.ffn.2.weight, is missing"),
         ("unknown", "blocks.30.ffn.2.weight, is unknown"),
@@ -280,32 +281,32 @@ def broken(state: dict, how: str) -> dict:
         ("no tensor", "blocks.29.ffn.2.weight' is not a dense tensor"),
     ],
 )
-def test_keys_and_shapes_are_strict(how, said, tmp_path):
+def test_keys_and_shapes_are_strict(variant, message, tmp_path):
     preset = PRESETS["omnivideo-1.3b"]
-    made = publish(tmp_path / "theirs", preset)
+    published = publish(tmp_path / "published", preset)
     file = list_weight_files(preset)[0]
-    torch.save(broken(made[file], how), tmp_path / "theirs" / file)
-    with pytest.raises(CheckpointError, match=said):
-        import_weights(tmp_path / "theirs", tmp_path / "ours")
+    torch.save(break_state(published[file], variant), tmp_path / "published" / file)
+    with pytest.raises(CheckpointError, match=message):
+        import_weights(tmp_path / "published", tmp_path / "ours")
     assert not (tmp_path / "ours").exists()
 
 
-@pytest.mark.usefixtures("small")
+@pytest.mark.usefixtures("narrow_presets")
 def test_markers_are_strict(tmp_path):
     preset = PRESETS["omnivideo-1.3b"]
     markers = publish(tmp_path, preset)[get_markers_file(preset)]
-    for changed, said in (({"<new>": markers["<img_st>"]}, "<new>, is unknown"),
+    for changed, message in (({"<new>": markers["<img_st>"]}, "<new>, is unknown"),
                           ({"<img_st>": torch.zeros(2, 3)}, "<img_st>, has another shape")):  # fmt: skip
         (tmp_path / get_markers_file(preset)).write_bytes(pickle.dumps(markers | changed))
-        with pytest.raises(CheckpointError, match=said):
+        with pytest.raises(CheckpointError, match=message):
             import_weights(tmp_path, None)
     (tmp_path / get_markers_file(preset)).write_bytes(pickle.dumps({"<img_st>": markers["<img_st>"]}))
     with pytest.raises(CheckpointError, match="<img_ed>, is missing"):
         import_weights(tmp_path, None)
 
 
-@pytest.mark.usefixtures("small")
-def test_one_file_is_enough_where_there_is_one(tmp_path):
+@pytest.mark.usefixtures("narrow_presets")
+def test_a_single_file_is_enough_for_one_decoder(tmp_path):
     for name in PUBLISHED_PRESETS[:2]:
         publish(tmp_path / name, PRESETS[name])
         assert import_weights(tmp_path / name / list_weight_files(PRESETS[name])[0], None).preset == name
@@ -327,44 +328,44 @@ def test_one_file_is_enough_where_there_is_one(tmp_path):
         import_weights(tmp_path, None, "tiny")
 
 
-# ---------------------------------------------------------------- all or nothing
+# ---------------------------------------------------------------- incomplete output
 
 
-@pytest.mark.usefixtures("small")
-def test_a_full_disk_leaves_nothing(monkeypatch, tmp_path):
+@pytest.mark.usefixtures("narrow_presets")
+def test_a_full_disk_leaves_no_output(monkeypatch, tmp_path):
     preset = PRESETS["omnivideo-1.3b"]
-    publish(tmp_path / "theirs", preset)
-    import_weights(tmp_path / "theirs", tmp_path / "ours")
+    publish(tmp_path / "published", preset)
+    import_weights(tmp_path / "published", tmp_path / "ours")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # a write past it fails as on a full disk
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # a larger file fails as on a full disk
     try:
         with pytest.raises(CheckpointError, match="could not be written"):
-            import_weights(tmp_path / "theirs", tmp_path / "again")
+            import_weights(tmp_path / "published", tmp_path / "again")
         with pytest.raises(CheckpointError, match="could not be written"):
             export_weights(tmp_path / "ours", tmp_path / "back")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     monkeypatch.setattr(tensor_files.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6 - 10, 10))
     with pytest.raises(CheckpointError, match=r"the disk has 0.0 GB free"):
-        import_weights(tmp_path / "theirs", tmp_path / "again")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["ours", "theirs"]
+        import_weights(tmp_path / "published", tmp_path / "again")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ours", "published"]
 
 
-@pytest.mark.usefixtures("small")
-def test_a_killed_import_can_be_run_again_and_a_finished_one_is_not_overwritten(tmp_path):
-    publish(tmp_path / "theirs", PRESETS["omnivideo-1.3b"])
-    (tmp_path / ".ours.partial" / "transformer").mkdir(parents=True)  # what kill -9 leaves
+@pytest.mark.usefixtures("narrow_presets")
+def test_a_killed_import_can_be_repeated_and_a_finished_one_is_kept(tmp_path):
+    publish(tmp_path / "published", PRESETS["omnivideo-1.3b"])
+    (tmp_path / ".ours.partial" / "transformer").mkdir(parents=True)  # left by a killed import
     (tmp_path / ".ours.partial" / "transformer" / "half").write_bytes(b"half")
-    import_weights(tmp_path / "theirs", tmp_path / "ours")
+    import_weights(tmp_path / "published", tmp_path / "ours")
     assert not (tmp_path / ".ours.partial").exists() and not list((tmp_path / "ours").rglob("half"))
     with pytest.raises(InvalidInput, match="'ours' already exists"):
-        import_weights(tmp_path / "theirs", tmp_path / "ours")
+        import_weights(tmp_path / "published", tmp_path / "ours")
 
 
-@pytest.mark.usefixtures("small")
+@pytest.mark.usefixtures("narrow_presets")
 def test_a_changed_file_is_not_exported(tmp_path):
-    publish(tmp_path / "theirs", PRESETS["omnivideo-1.3b"])
-    import_weights(tmp_path / "theirs", tmp_path / "ours")
+    publish(tmp_path / "published", PRESETS["omnivideo-1.3b"])
+    import_weights(tmp_path / "published", tmp_path / "ours")
     path = tmp_path / "ours" / "adapter" / "model.safetensors"
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
@@ -373,11 +374,11 @@ def test_a_changed_file_is_not_exported(tmp_path):
         export_weights(tmp_path / "ours", tmp_path / "back")
 
 
-# ---------------------------------------------------------------- a run's checkpoint, the command line
+# ---------------------------------------------------------------- training checkpoints and the command line
 
 
 def test_a_stages_checkpoint_becomes_a_folder_that_loads(omni, weights, tmp_path):
-    """Averaged where the run keeps averages, the run's own elsewhere, and the base's for what no stage holds."""
+    """The weights are the run's averages, else the run's own, else the base's for parts that no stage trains."""
     model = TrainableParts(checkpoint.load(weights))
     recipe = Recipe("stage3", model, ("bridge", "decoder"), lambda step: {}, steps=1, ema_decay=0.9)
     trainer = Trainer(recipe, tmp_path / "stage3")
@@ -397,7 +398,7 @@ def test_a_stages_checkpoint_becomes_a_folder_that_loads(omni, weights, tmp_path
     omni.vae.float()
 
 
-def test_other_checkpoints_are_not_packed(weights, tmp_path):
+def test_other_checkpoints_are_refused(weights, tmp_path):
     torch.save({"model": {"encoder.weight": torch.zeros(2)}, "average": {}, "step": 1}, tmp_path / "state.pt")
     with pytest.raises(CheckpointError, match="parts of no omnivideo model: encoder"):
         pack_training_checkpoint(tmp_path / "state.pt", weights, tmp_path / "packed")
@@ -406,21 +407,21 @@ def test_other_checkpoints_are_not_packed(weights, tmp_path):
         pack_training_checkpoint(tmp_path / "state.pt", weights, tmp_path / "packed")
 
 
-@pytest.mark.usefixtures("small")
-def test_the_command_line_says_what_it_did_or_why_not(monkeypatch, capsys, tmp_path):
+@pytest.mark.usefixtures("narrow_presets")
+def test_the_command_line_reports_results_and_errors(monkeypatch, capsys, tmp_path):
     def run(*args: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["omnivideo", "weights", *map(str, args)])
-        with pytest.raises(SystemExit) as caught:
+        with pytest.raises(SystemExit) as exit_info:
             main()
-        printed = capsys.readouterr()
-        return caught.value.code or 0, printed.out, printed.err
+        captured = capsys.readouterr()
+        return exit_info.value.code or 0, captured.out, captured.err
 
-    publish(tmp_path / "theirs", PRESETS["omnivideo2-a14b"])
-    code, text, _ = run("import", tmp_path / "theirs", "-o", tmp_path / "ours")
+    publish(tmp_path / "published", PRESETS["omnivideo2-a14b"])
+    code, text, _ = run("import", tmp_path / "published", "-o", tmp_path / "ours")
     assert code == 0 and "transformer_2" in text and "2,208" in text and "BF16 F32" in text
     assert "not in the source: mllm, text_encoder, tokenizer, vae" in text
     assert run("export", tmp_path / "ours", "-o", tmp_path / "back")[0] == 0
-    code, text, error = run("import", tmp_path / "theirs")
+    code, text, error = run("import", tmp_path / "published")
     assert code == 2 and error == "error: output: give either --output or --check\n"
     code, text, error = run("import", tmp_path / "nothing", "--check")
     assert code == 2 and error == "error: source: 'nothing' does not exist\n"
