@@ -238,7 +238,7 @@ class MediaFetcher:
             try:
                 return urljoin(url, header["location"])
             except ValueError:
-                self.refuse_url("is redirected to an invalid URL; allowed: the address of the file itself")
+                self.refuse_url("redirects to an address that is no URL; allowed: the address of the file itself")
         if response.status != 200:
             self.refuse_url(f"the host answers with status {response.status}; allowed: 200")
         if not MEDIA_TYPE_PATTERN.fullmatch(header.get("content-type", "").partition(";")[0].strip()):
