@@ -1,12 +1,12 @@
-"""Hybrid mixed batches against one task a batch: updates for the same samples, and how fast the losses fall (4.2).
+"""Compare hybrid mixed batches with one task per batch (section 4.2): updates per sample, and held-out losses.
 
-python benchmarks/batching.py                                    # the orders alone; no weights
+python benchmarks/batching.py                                    # only the order of batches; no weights
 python benchmarks/batching.py --runs runs [--steps 800] [--seeds 1] [--every 50] [--out out/batching]
 
 With `--runs`, stage 2b is trained twice from the end of stage 2a, on the data that stages 2b and 3 keep in runs/cache:
-once with both tasks of a group in every batch, once with the tasks in turns.  Batch sizes, samples of each task, rates
-and noise are the same.  Every `--every` steps the loss is taken on held-out requests, at the same noise and drops.
-A killed run goes on where it was.
+once with both tasks of a group in every batch, once with alternating tasks. Batch sizes, samples of each task, rates
+and noise are the same. Every `--every` steps the loss is computed on held-out requests with fixed noise and dropout.
+A killed run resumes.
 """
 
 import argparse
@@ -14,14 +14,18 @@ import json
 import platform
 from collections.abc import Callable
 from dataclasses import replace
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from omnivideo.contracts import TRAINING_TASKS
+from omnivideo.contracts import TRAINING_TASKS, TrainingTask
+from omnivideo.models.omni import OmniVideoModel
+from omnivideo.presets import Task
 from omnivideo.synthetic.requests import sample_requests
 from omnivideo.training.config import TrainingConfig
+from omnivideo.training.data.batch import CachedTask
 from omnivideo.training.data.batch_sampler import PAPER_TASK_MIX, BatchSampler, Bucket, MixConfig, measure_epoch
 from omnivideo.training.engine.recipe import Losses, Recipe, single_micro_batch, step_seed
 from omnivideo.training.engine.run import RunContext
@@ -30,145 +34,163 @@ from omnivideo.training.tiny.feature_cache import PreparationConfig, load_cached
 from omnivideo.training.tiny.flow_stages import TASK_GROUPS, build_adapter_recipe
 from omnivideo.training.tiny.pipeline import REQUESTS_PER_TASK, TinyPipeline
 
+Row = dict[str, float]  # step, samples, and the held-out loss of each task
 ARMS = ("mixed", "one task")
-LOOKS = 4  # held-out batches of each task
+HELD_OUT_BATCHES = 4  # of each task
 
 
-# ---------------------------------------------------------------- the orders alone
+def open_tiny(arguments: argparse.Namespace) -> TinyPipeline:
+    return TinyPipeline(RunContext(TrainingConfig(recipe="tiny", runs=arguments.runs, weights=arguments.weights)))
 
 
-def open_tiny(given: argparse.Namespace) -> TinyPipeline:
-    return TinyPipeline(RunContext(TrainingConfig(recipe="tiny", runs=given.runs, weights=given.weights)))
+# ---------------------------------------------------------------- the order of batches
 
 
-def paper_set(total: int) -> tuple[list, list[Bucket]]:
-    """Samples in Table 1's shares; three aspect ratios, and two lengths of clips."""
+def make_paper_samples(count: int) -> tuple[list[TrainingTask], list[Bucket]]:
+    """Return tasks in the shares of Table 1, and buckets of three aspect ratios and two lengths of clips."""
     rng = np.random.default_rng(0)
-    tasks = rng.permutation(
-        [task for task in TRAINING_TASKS for _ in range(round(total * PAPER_TASK_MIX[task] / 100))]
-    ).tolist()
-    wide = [(480, 480), (832, 480), (480, 832)]
-    shapes = [(*wide[rng.choice(3)], int(rng.choice((17, 41))) if "video" in task else 1) for task in tasks]
+    ordered = [task for task in TRAINING_TASKS for _ in range(round(count * PAPER_TASK_MIX[task] / 100))]
+    tasks: list[TrainingTask] = rng.permutation(ordered).tolist()
+    sizes = [(480, 480), (832, 480), (480, 832)]
+    shapes = [(*sizes[rng.choice(3)], int(rng.choice((17, 41))) if "video" in task else 1) for task in tasks]
     return tasks, [Bucket(*shape) for shape in shapes]
 
 
-def orders(total: int) -> None:
-    """Updates per 1000 samples, over 2 ranks."""
-    tasks, buckets = paper_set(total)
+def compare_orders(count: int) -> None:
+    """Print the updates per 1000 samples on 2 ranks."""
+    tasks, buckets = make_paper_samples(count)
     print(
-        f"{len(tasks)} samples in Table 1's shares, {len(set(buckets))} buckets, 2 ranks; steps with a part for a task,"
+        f"{len(tasks)} samples in the shares of Table 1, {len(set(buckets))} buckets, 2 ranks; steps that train a task"
     )
-    print("for each 1000 samples of the epoch (and the most samples between two of them)")
-    found = [
+    print("per 1000 samples of the epoch (in brackets: the maximum number of samples between two of them)")
+    stats = [
         measure_epoch(BatchSampler(tasks, buckets, MixConfig(task_ratio=None, mix_tasks=mixed)), 2)
         for mixed in (True, False)
     ]
-    print(f"{'':22}{'mixed':>18}{'one task a batch':>20}")
+    print(f"{'':22}{'mixed':>18}{'one task per batch':>20}")
     for task in TRAINING_TASKS:
-        cells = [f"{one.steps_per_1000_samples[task]:.1f} ({one.max_sample_gap[task]})" for one in found]
+        cells = [f"{epoch.steps_per_1000_samples[task]:.1f} ({epoch.max_sample_gap[task]})" for epoch in stats]
         print(f"{task:22}{cells[0]:>18}{cells[1]:>20}")
-    print(f"{'steps':22}{found[0].steps:>18}{found[1].steps:>20}")
-    print(f"{'padding or waiting':22}{found[0].wasted_fraction:>18.2%}{found[1].wasted_fraction:>20.2%}")
+    print(f"{'steps':22}{stats[0].steps:>18}{stats[1].steps:>20}")
+    print(f"{'padding or waiting':22}{stats[0].wasted_fraction:>18.2%}{stats[1].wasted_fraction:>20.2%}")
 
 
-# ---------------------------------------------------------------- how fast the losses fall
+# ---------------------------------------------------------------- held-out losses
 
 
-def data_of(tiny: TinyPipeline, omni, seed: int, count: int, folder: Path) -> dict:
-    tell = lambda done, of: print(f"  preparing data: {done}/{of}", end="\r", flush=True)  # noqa: E731
+def load_tasks(tiny: TinyPipeline, omni: OmniVideoModel, seed: int, count: int, folder: Path) -> dict[Task, CachedTask]:
+    """Load the requests of every task from the cache, or compute them."""
+
+    def print_progress(done: int, total: int) -> None:
+        print(f"  preparing data: {done}/{total}", end="\r", flush=True)
+
     encoder = tiny.load_visual_encoder()
     return {
-        task: load_cached_task(folder, omni, encoder, sample_requests(seed, task, count), PreparationConfig(tell))
+        task: load_cached_task(
+            folder, omni, encoder, sample_requests(seed, task, count), PreparationConfig(print_progress)
+        )
         for group in TASK_GROUPS
         for task in group
     }
 
 
-def arm_loss(arm: str, whole: Recipe, alone: dict[str, Recipe]) -> Callable[[int], Losses]:
-    """The loss of a step: of both tasks of the step's group, or of its two tasks in turns."""
+def select_losses(arm: str, mixed: Recipe, by_task: dict[Task, Recipe]) -> Callable[[int], Losses]:
+    """Return the losses of a step: for both tasks of the step's group, or for its two tasks alternately."""
     if arm == "mixed":
-        return whole.compute_losses
-    return lambda step: alone[TASK_GROUPS[step % 2][step // 2 % 2]].compute_losses(step)
+        return mixed.compute_losses
+    return lambda step: by_task[TASK_GROUPS[step % 2][step // 2 % 2]].compute_losses(step)
 
 
 @torch.no_grad()
-def held_out(looks: dict[str, Recipe]) -> dict[str, float]:
-    """The loss of each task on held-out requests; noise and drops are a function of the look alone."""
-    found = {}
-    for kind, group in enumerate(TASK_GROUPS):
+def compute_held_out_losses(recipes: dict[Task, Recipe]) -> dict[str, float]:
+    """Return the loss of each task on held-out requests, always with the same noise and dropout."""
+    losses: dict[str, float] = {}
+    for group_index, group in enumerate(TASK_GROUPS):
         for task in group:
             values = []
-            for look in range(LOOKS):
-                torch.manual_seed(step_seed("held-out", look))
-                values.append(float(looks[task].compute_losses(2 * look + kind)["loss"]))
-            found[task] = float(np.mean(values))
-    return found
+            for batch in range(HELD_OUT_BATCHES):
+                torch.manual_seed(step_seed("held-out", batch))
+                values.append(float(recipes[task].compute_losses(2 * batch + group_index)["loss"]))
+            losses[task] = float(np.mean(values))
+    return losses
 
 
-def run(tiny: TinyPipeline, arm: str, seed: int, given: argparse.Namespace) -> list[dict]:
-    """Trains one arm; returns the held-out losses on the way."""
-    omni, sizes, name = tiny.load_omni("stage2a"), tuple(given.sizes), f"batching{seed}"
-    cache = given.runs / "cache"
-    data, unseen = data_of(tiny, omni, 1, given.count, cache), data_of(tiny, omni, 2, max(sizes) * 2, cache)
-    make = lambda tag, some: build_adapter_recipe(tag, omni, some, given.steps, sizes, 0)  # noqa: E731
-    whole = make(name, data)
-    alone, looks = ({task: make(tag, {task: some[task]}) for task in some}
-                    for tag, some in ((name, data), ("held-out", unseen)))  # fmt: skip
-    folder = given.out / f"{arm.replace(' ', '-')}-{seed}"
-    trainer = Trainer(replace(whole, micro_batch_losses=single_micro_batch(arm_loss(arm, whole, alone))), folder)
-    return train(trainer, looks, folder / "held-out.jsonl", given, sizes)
+def train_arm(tiny: TinyPipeline, arm: str, seed: int, arguments: argparse.Namespace) -> list[Row]:
+    """Train one arm and return its held-out losses."""
+    omni, sizes, name = tiny.load_omni("stage2a"), tuple(arguments.sizes), f"batching{seed}"
+    cache = arguments.runs / "cache"
+    data = load_tasks(tiny, omni, 1, arguments.count, cache)
+    held_out_data = load_tasks(tiny, omni, 2, max(sizes) * 2, cache)
+
+    def build_recipe(recipe_name: str, tasks: dict[Task, CachedTask]) -> Recipe:
+        return build_adapter_recipe(recipe_name, omni, tasks, arguments.steps, sizes, 0)
+
+    mixed = build_recipe(name, data)
+    by_task = {task: build_recipe(name, {task: data[task]}) for task in data}
+    held_out = {task: build_recipe("held-out", {task: held_out_data[task]}) for task in held_out_data}
+    folder = arguments.out / f"{arm.replace(' ', '-')}-{seed}"
+    trainer = Trainer(replace(mixed, micro_batch_losses=single_micro_batch(select_losses(arm, mixed, by_task))), folder)
+    return train_and_log(trainer, held_out, folder / "held-out.jsonl", arguments, sizes)
 
 
-def train(trainer: Trainer, looks: dict[str, Recipe], log: Path, given: argparse.Namespace, sizes: tuple) -> list[dict]:
+def train_and_log(
+    trainer: Trainer, held_out: dict[Task, Recipe], log: Path, arguments: argparse.Namespace, sizes: tuple[int, ...]
+) -> list[Row]:
+    """Train to the end; log the held-out losses every `--every` steps and return them."""
     rows = [row for row in map(json.loads, read_complete_lines(log)) if row["step"] <= trainer.step]
     while True:
         if not rows or rows[-1]["step"] < trainer.step:
-            rows.append({"step": trainer.step, "samples": trainer.step * sum(sizes) // 2} | held_out(looks))
+            samples = trainer.step * sum(sizes) // 2
+            rows.append({"step": trainer.step, "samples": samples} | compute_held_out_losses(held_out))
             log.write_text("".join(json.dumps(row) + "\n" for row in rows))
-            print(f"{log.parent.name}: step {trainer.step}/{given.steps}, held out {total(rows[-1]):.4f}", flush=True)
-        if trainer.step >= given.steps:
+            progress = f"step {trainer.step}/{arguments.steps}, held out {mean_over_tasks(rows[-1]):.4f}"
+            print(f"{log.parent.name}: {progress}", flush=True)
+        if trainer.step >= arguments.steps:
             return rows
-        trainer.run(stop_at_step=trainer.step + given.every)
+        trainer.run(stop_at_step=trainer.step + arguments.every)
 
 
-def total(row: dict) -> float:
-    """The mean over the four tasks."""
+def mean_over_tasks(row: Row) -> float:
     return float(np.mean([row[task] for group in TASK_GROUPS for task in group]))
 
 
-def summary(curves: dict[str, list[list[dict]]]) -> None:
-    """Held-out losses at the end, and the samples after which each arm is where the other one ends."""
+def print_summary(curves: dict[str, list[list[Row]]]) -> None:
+    """Print the final held-out losses, and after how many samples each arm reaches the worse of them."""
     tasks = [task for group in TASK_GROUPS for task in group]
     print(f"{'held-out loss':22}" + "".join(f"{arm:>14}" for arm in ARMS))
-    print(f"{'at the start':22}" + "".join(f"{mean(curves[arm], 0, total):>14.4f}" for arm in ARMS))
+    print(f"{'at the start':22}" + "".join(f"{mean_over_runs(curves[arm], 0, mean_over_tasks):>14.4f}" for arm in ARMS))
     for task in tasks:
-        print(f"{task:22}" + "".join(f"{mean(curves[arm], -1, lambda row, t=task: row[t]):>14.4f}" for arm in ARMS))
-    print(f"{'all four':22}" + "".join(f"{mean(curves[arm], -1, total):>14.4f}" for arm in ARMS))
-    goal = max(mean(curves[arm], -1, total) for arm in ARMS)
-    print(f"{f'samples to {goal:.4f}':22}" + "".join(f"{reached(curves[arm], goal):>14}" for arm in ARMS))
+        losses = [mean_over_runs(curves[arm], -1, itemgetter(task)) for arm in ARMS]
+        print(f"{task:22}" + "".join(f"{loss:>14.4f}" for loss in losses))
+    print(f"{'all four':22}" + "".join(f"{mean_over_runs(curves[arm], -1, mean_over_tasks):>14.4f}" for arm in ARMS))
+    goal = max(mean_over_runs(curves[arm], -1, mean_over_tasks) for arm in ARMS)
+    print(f"{f'samples to {goal:.4f}':22}" + "".join(f"{count_samples_to(curves[arm], goal):>14}" for arm in ARMS))
 
 
-def mean(runs: list[list[dict]], at: int, value: Callable[[dict], float]) -> float:
-    return float(np.mean([value(rows[at]) for rows in runs]))
+def mean_over_runs(runs: list[list[Row]], index: int, value: Callable[[Row], float]) -> float:
+    return float(np.mean([value(rows[index]) for rows in runs]))
 
 
-def reached(runs: list[list[dict]], goal: float) -> int:
-    """Samples after which the mean curve is at `goal` for the first time."""
-    points = [(rows[0]["samples"], mean([[row] for row in rows], 0, total)) for rows in zip(*runs, strict=True)]
+def count_samples_to(runs: list[list[Row]], goal: float) -> int:
+    """Return the number of samples after which the mean curve first reaches `goal`."""
+    points = [
+        (int(rows[0]["samples"]), mean_over_runs([[row] for row in rows], 0, mean_over_tasks))
+        for rows in zip(*runs, strict=True)
+    ]
     return next(samples for samples, value in points if value <= goal + 1e-12)
 
 
-def plot(curves: dict[str, list[list[dict]]], picture: Path) -> None:
+def plot_curves(curves: dict[str, list[list[Row]]], picture: Path) -> None:
     from matplotlib.figure import Figure
 
     names = ["all four", *(task for group in TASK_GROUPS for task in group)]
     figure = Figure(figsize=(4 * len(names), 3.2), layout="constrained")
-    for at, name in enumerate(names, start=1):
-        axes = figure.add_subplot(1, len(names), at)
+    for index, name in enumerate(names, start=1):
+        axes = figure.add_subplot(1, len(names), index)
         for arm, colour in zip(ARMS, ("tab:blue", "tab:orange"), strict=True):
-            for number, rows in enumerate(curves[arm]):
-                values = [total(row) if name == "all four" else row[name] for row in rows]
-                axes.plot([row["samples"] for row in rows], values, color=colour, label=None if number else arm)
+            for run, rows in enumerate(curves[arm]):
+                values = [mean_over_tasks(row) if name == "all four" else row[name] for row in rows]
+                axes.plot([row["samples"] for row in rows], values, color=colour, label=None if run else arm)
         axes.set(title=name, xlabel="samples", ylabel="held-out loss")
         axes.grid(alpha=0.3)
         axes.legend()
@@ -184,17 +206,17 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--sizes", type=int, nargs=2, default=(64, 24), metavar=("STILLS", "CLIPS"))
     parser.add_argument("--count", type=int, default=REQUESTS_PER_TASK, help="requests of each task")
-    parser.add_argument("--weights", type=Path, default=None, help="stand in for recipes without a run")
-    given = parser.parse_args()
-    orders(10_000)
-    if given.runs is None:
+    parser.add_argument("--weights", type=Path, default=None, help="folder of weights for recipes without a run")
+    arguments = parser.parse_args()
+    compare_orders(10_000)
+    if arguments.runs is None:
         return
-    tiny = open_tiny(given)
-    curves = {arm: [run(tiny, arm, seed, given) for seed in range(given.seeds)] for arm in ARMS}
-    print(f"{platform.machine()}, {torch.get_num_threads()} threads; {given.steps} steps, {given.seeds} seeds")
-    summary(curves)
-    plot(curves, given.out / "batching.png")
-    print(given.out / "batching.png")
+    tiny = open_tiny(arguments)
+    curves = {arm: [train_arm(tiny, arm, seed, arguments) for seed in range(arguments.seeds)] for arm in ARMS}
+    print(f"{platform.machine()}, {torch.get_num_threads()} threads; {arguments.steps} steps, {arguments.seeds} seeds")
+    print_summary(curves)
+    plot_curves(curves, arguments.out / "batching.png")
+    print(arguments.out / "batching.png")
 
 
 if __name__ == "__main__":

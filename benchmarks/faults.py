@@ -1,9 +1,9 @@
-"""The fault matrix: whatever is killed, every job ends once, with the bytes of an undisturbed run, and nothing stays.
+"""The fault matrix: kill one process after another and check that every job still ends once, with the same bytes.
 
 python -m benchmarks.faults [--runs 20] [--only redis,worker] [--weights FOLDER]
 
-Real Redis, PostgreSQL and S3 server (rclone), two Celery workers and the API, each a process of its own.  In each run
-ten clips are in flight when one of them is killed with SIGKILL at a random moment, and started again a moment later.
+It runs Redis, PostgreSQL, an S3 server (rclone), two Celery workers and the API as separate processes. In each run ten
+clips are in flight when one of these processes is killed with SIGKILL at a random time and then restarted.
 """
 
 import argparse
@@ -33,8 +33,8 @@ KEY = "a-key-for-the-faults"
 TARGETS = ("worker child", "worker", "api", "redis", "postgresql", "s3")
 
 
-class Program:
-    """One of our own processes, `start`ed and `kill`ed like the servers."""
+class OmnivideoProcess:
+    """A process of ours that can be started and killed like the servers."""
 
     def __init__(self, command: list[str], environment: dict[str, str], log: Path, ready: str = ""):
         self.command, self.environment, self.log, self.ready = command, environment, log, ready
@@ -45,8 +45,8 @@ class Program:
             self.process = subprocess.Popen(
                 command, env=self.environment, stdout=log, stderr=log, start_new_session=True
             )
-        until = time.monotonic() + 60
-        while self.ready and time.monotonic() < until:
+        deadline = time.monotonic() + 60
+        while self.ready and time.monotonic() < deadline:
             with suppress(httpx.HTTPError):
                 if httpx.get(self.ready, trust_env=False, timeout=5).status_code == 200:
                     return
@@ -64,10 +64,13 @@ class Program:
                 os.kill(int(child), signal.SIGKILL)
 
 
-class Plant:
-    """Everything, running, in a folder; `hurried` leaves points to go on from as often as a short test needs them."""
+class ServiceCluster:
+    """The whole service, running in a folder.
 
-    def __init__(self, folder: Path, weights: str, stack: ExitStack, workers: int = 2, hurried: bool = True):
+    With `frequent_saves` workers save resume points as often as short jobs need them.
+    """
+
+    def __init__(self, folder: Path, weights: str, stack: ExitStack, workers: int = 2, frequent_saves: bool = True):
         self.redis, self.postgres, self.s3 = Redis(folder / "redis"), Postgres(folder / "pg"), S3Server(folder / "s3")
         for server in (self.redis, self.postgres, self.s3):
             server.start()
@@ -79,38 +82,41 @@ class Plant:
             "WEIGHTS": weights, "HOME": str(folder), "HEARTBEAT_TIMEOUT": "3",
             "ADMIN_KEY": KEY, "ARTIFACT_LIFETIME_SECONDS": "60",
         }  # fmt: skip
-        settings |= {"SAVE_STATE_EVERY_STEPS": "8", "SAVE_STATE_EVERY_SECONDS": "0"} if hurried else {}
+        settings |= {"SAVE_STATE_EVERY_STEPS": "8", "SAVE_STATE_EVERY_SECONDS": "0"} if frequent_saves else {}
         self.environment = os.environ | {f"OMNIVIDEO_{name}": value for name, value in settings.items() if value}
         self.environment |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
         self.address = f"http://127.0.0.1:{port}"
-        self.api = Program(
+        self.api = OmnivideoProcess(
             ["serve", "--port", str(port)], self.environment, folder / "api.log", f"{self.address}/ready"
         )
         command = ["worker", "--device", "cpu"]
-        self.workers = [Program(command, self.environment, folder / f"worker{at}.log") for at in range(workers)]
+        self.workers = [
+            OmnivideoProcess(command, self.environment, folder / f"worker{index}.log") for index in range(workers)
+        ]
         for program in (self.api, *self.workers):
             program.start()
             stack.callback(program.kill)
-        given = {name.lower(): value for name, value in settings.items() if value}
-        self.rooms = ServiceWiring(load_settings(**given))
-        stack.callback(self.rooms.close)
+        overrides = {name.lower(): value for name, value in settings.items() if value}
+        self.wiring = ServiceWiring(load_settings(**overrides))
+        stack.callback(self.wiring.close)
         self.http = httpx.Client(
             base_url=self.address, headers={"Authorization": f"Bearer {KEY}"}, trust_env=False, timeout=30
         )
         stack.callback(self.http.close)
 
     def submit(self, seed: int) -> str:
-        """Through the API, asked again while it is away; the key makes it one job."""
+        """Submit a job and return its id; retry while the API is down, with a key that makes it one job."""
         body = {"prompt": f"a red ball {seed}", "seed": seed, "num_inference_steps": STEPS}
         headers = {"Idempotency-Key": f"{time.monotonic_ns()}"}
         while True:
             with suppress(httpx.HTTPError):
-                answer = self.http.post("/v1/videos", json=body, headers=headers)
-                if answer.status_code == 200:
-                    return str(answer.json()["id"])
+                response = self.http.post("/v1/videos", json=body, headers=headers)
+                if response.status_code == 200:
+                    return str(response.json()["id"])
             time.sleep(0.2)
 
-    def hurt(self, target: str) -> None:
+    def kill_target(self, target: str) -> None:
+        """Kill a process or server and start it again; a worker restarts its child by itself."""
         match target:
             case "worker child":
                 self.workers[0].kill_child()
@@ -121,48 +127,55 @@ class Plant:
                 self.api.kill()
                 self.api.start()
             case _:
-                server = {"redis": self.redis, "postgresql": self.postgres, "s3": self.s3}[target]
+                servers: dict[str, Redis | Postgres | S3Server] = {
+                    "redis": self.redis, "postgresql": self.postgres, "s3": self.s3,
+                }  # fmt: skip
+                server = servers[target]
                 server.kill()
                 time.sleep(1.0)
                 server.start()
 
-    def ended(self, ids: list[str], seconds: float = 240) -> dict[str, tuple[str, str, int]]:
-        """State, artifact and attempts of each, once none is open (or the time is over)."""
-        until = time.monotonic() + seconds
-        while time.monotonic() < until:
+    def wait_for_jobs(self, ids: list[str], seconds: float = 240) -> dict[str, tuple[str, str, int]]:
+        """Wait until no job is open, or for some seconds; return the state, artifact and attempts of each."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
             with suppress(Exception):
-                found = {one.id: one for one in self.rooms.jobs.list_statuses(ids)}
-                if all(one.state not in ("queued", "running") for one in found.values()):
-                    return {name: (one.state, one.result.key if one.result else "", one.attempt)
-                            for name, one in found.items()}  # fmt: skip
+                statuses = self.wiring.jobs.list_statuses(ids)
+                if all(status.state not in ("queued", "running") for status in statuses):
+                    return {status.id: (status.state, status.result.key if status.result else "", status.attempt)
+                            for status in statuses}  # fmt: skip
             time.sleep(0.1)
-        return {one.id: (one.state, "", one.attempt) for one in self.rooms.jobs.list_statuses(ids)}
+        return {status.id: (status.state, "", status.attempt) for status in self.wiring.jobs.list_statuses(ids)}
 
-    def left_in_queue(self) -> int:
-        """Messages that nobody took, once the workers are idle."""
+    def count_queue_messages(self) -> int:
+        """Return the number of messages in the queue after the workers have become idle."""
         time.sleep(0.5)
         with Connection(self.redis.address) as connection:
             return int(connection.default_channel.client.llen("omnivideo"))
 
-    def orphans(self) -> int:
-        """Objects that nothing refers to after a sweep of whatever is not young."""
-        referred = self.rooms.jobs.collect_referenced_keys(86_400)
-        self.rooms.store.sweep(referred, 0.0)
-        kept = set(self.rooms.store.iter_keys())
-        return len(kept - referred)
+    def count_orphans(self) -> int:
+        """Sweep the object store and return the number of objects that nothing refers to."""
+        referenced = self.wiring.jobs.collect_referenced_keys(86_400)
+        self.wiring.store.sweep(referenced, 0.0)
+        return len(set(self.wiring.store.iter_keys()) - referenced)
 
 
-def run(plant: Plant, target: str, rng: random.Random, expected: list[str]) -> tuple[int, int, int, int, float]:
-    """Jobs done once, jobs with the right bytes, attempts above one, messages left, and the seconds it took."""
-    began = time.perf_counter()
-    ids = [plant.submit(seed) for seed in range(JOBS)]
+def run_once(
+    cluster: ServiceCluster, target: str, rng: random.Random, expected: list[str]
+) -> tuple[int, int, int, int, float]:
+    """Kill a target while jobs run.
+
+    Return the jobs done, the jobs with the right bytes, further attempts, messages in the queue, and the seconds.
+    """
+    start = time.perf_counter()
+    ids = [cluster.submit(seed) for seed in range(JOBS)]
     time.sleep(rng.uniform(0, 4))
-    plant.hurt(target)
-    ends = plant.ended(ids)
+    cluster.kill_target(target)
+    ends = cluster.wait_for_jobs(ids)
     done = sum(state == "done" for state, _, _ in ends.values())
-    right = sum(ends[name][1] == key for name, key in zip(ids, expected, strict=True))
-    again = sum(attempt - 1 for _, _, attempt in ends.values())
-    return done, right, again, plant.left_in_queue(), time.perf_counter() - began
+    same_bytes = sum(ends[job_id][1] == key for job_id, key in zip(ids, expected, strict=True))
+    retries = sum(attempt - 1 for _, _, attempt in ends.values())
+    return done, same_bytes, retries, cluster.count_queue_messages(), time.perf_counter() - start
 
 
 def main() -> None:
@@ -170,29 +183,30 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=20)
     parser.add_argument("--only", default=",".join(TARGETS))
     parser.add_argument("--weights", default="")
-    given = parser.parse_args()
-    out, rng = Console(width=120), random.Random(0)
+    arguments = parser.parse_args()
+    console, rng = Console(width=120), random.Random(0)
     table = Table(title=f"{JOBS} clips of {STEPS} steps in flight, 2 workers, {platform.machine()}")
-    for column in ("killed", "runs", "jobs", "done once", "same bytes", "taken over", "left in queue", "s a run"):
+    for column in ("killed", "runs", "jobs", "done once", "same bytes", "taken over", "in queue", "s per run"):
         table.add_column(column, justify="right")
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        plant = Plant(Path(folder), given.weights, stack)
-        quiet = [plant.submit(seed) for seed in range(JOBS)]
-        ends = plant.ended(quiet)
-        expected = [ends[name][1] for name in quiet]
+        cluster = ServiceCluster(Path(folder), arguments.weights, stack)
+        ids = [cluster.submit(seed) for seed in range(JOBS)]
+        ends = cluster.wait_for_jobs(ids)
+        expected = [ends[job_id][1] for job_id in ids]
         assert all(expected), ends
-        for target in given.only.split(","):
+        for target in arguments.only.split(","):
             sums = [0, 0, 0, 0, 0.0]
-            for at in range(given.runs):
-                sums = [one + more for one, more in zip(sums, run(plant, target, rng, expected), strict=True)]
-                out.print(f"[dim]{target} {at + 1}/{given.runs}: {sums}[/dim]")
-            done, right, again, left, seconds = sums
-            jobs = given.runs * JOBS
-            table.add_row(target, str(given.runs), str(jobs), str(done), str(right), str(again), str(left),
-                          f"{seconds / given.runs:.1f}")  # fmt: skip
-        orphans = plant.orphans()
-    out.print(table)
-    out.print(f"objects that nothing refers to after a sweep: {orphans}")
+            for run in range(arguments.runs):
+                result = run_once(cluster, target, rng, expected)
+                sums = [total + value for total, value in zip(sums, result, strict=True)]
+                console.print(f"[dim]{target} {run + 1}/{arguments.runs}: {sums}[/dim]")
+            done, same_bytes, retries, queued, seconds = sums
+            jobs = arguments.runs * JOBS
+            table.add_row(target, str(arguments.runs), str(jobs), str(done), str(same_bytes), str(retries), str(queued),
+                          f"{seconds / arguments.runs:.1f}")  # fmt: skip
+        orphans = cluster.count_orphans()
+    console.print(table)
+    console.print(f"unreferenced objects after a sweep: {orphans}")
 
 
 if __name__ == "__main__":

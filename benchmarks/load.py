@@ -1,8 +1,9 @@
-"""An open loop of submits, as a process of its own: what it measures is the service, so it costs next to nothing.
+"""Submit jobs at a constant rate, from a separate process that uses little CPU time.
 
-python -m benchmarks.load HOST PORT KEY RATE SECONDS    prints {"seconds": ..., "spent": [...], "wrong": [...]}
+python -m benchmarks.load HOST PORT KEY RATE SECONDS    prints {"seconds": ..., "latencies": [...], "errors": [...]}
 
-Requests leave at their times, whether or not the earlier ones have come back; a connection serves one at a time.
+Requests are sent on schedule (an open loop), even if earlier ones are not answered yet. A connection carries one at a
+time.
 """
 
 import asyncio
@@ -13,8 +14,8 @@ import time
 Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
-async def answered(connection: Connection, request: bytes) -> tuple[int, bytes]:
-    """Status and body of a request over a connection that is kept."""
+async def send_request(connection: Connection, request: bytes) -> tuple[int, bytes]:
+    """Send a request over a persistent connection and return the status and body of the response."""
     reader, writer = connection
     writer.write(request)
     head = await reader.readuntil(b"\r\n\r\n")
@@ -22,35 +23,36 @@ async def answered(connection: Connection, request: bytes) -> tuple[int, bytes]:
     return int(head.split(b" ", 2)[1]), await reader.readexactly(int(length.partition(b":")[2]))
 
 
-async def load(host: str, port: int, key: str, rate: float, seconds: float) -> dict[str, object]:
-    free: list[Connection] = []
-    spent: list[float] = []
-    wrong: list[str] = []
+async def generate_load(host: str, port: int, key: str, rate: float, seconds: float) -> dict[str, object]:
+    """Submit `rate` jobs per second and return the latencies, measured from the scheduled times, and the errors."""
+    idle_connections: list[Connection] = []
+    latencies: list[float] = []
+    errors: list[str] = []
 
-    async def one(at: int, due: float) -> None:
-        body = json.dumps({"prompt": "a red ball", "seed": at}).encode()
+    async def submit(seed: int, due: float) -> None:
+        body = json.dumps({"prompt": "a red ball", "seed": seed}).encode()
         head = f"POST /v1/videos HTTP/1.1\r\nHost: {host}\r\nAuthorization: Bearer {key}\r\nContent-Length: {len(body)}"
         request = f"{head}\r\nContent-Type: application/json\r\n\r\n".encode() + body
         try:
-            connection = free.pop() if free else await asyncio.open_connection(host, port)
-            status, answer = await asyncio.wait_for(answered(connection, request), 60)
+            connection = idle_connections.pop() if idle_connections else await asyncio.open_connection(host, port)
+            status, response = await asyncio.wait_for(send_request(connection, request), 60)
         except (OSError, EOFError, TimeoutError) as error:
-            wrong.append(repr(error))
+            errors.append(repr(error))
             return
-        free.append(connection)
-        spent.append(time.perf_counter() - due)
+        idle_connections.append(connection)
+        latencies.append(time.perf_counter() - due)
         if status != 200:
-            wrong.append(answer[:100].decode())
+            errors.append(response[:100].decode())
 
-    began, tasks = time.perf_counter(), []
-    for at in range(int(rate * seconds)):
-        due = began + at / rate
+    start, tasks = time.perf_counter(), []
+    for seed in range(int(rate * seconds)):
+        due = start + seed / rate
         await asyncio.sleep(max(0.0, due - time.perf_counter()))
-        tasks.append(asyncio.create_task(one(at, due)))
+        tasks.append(asyncio.create_task(submit(seed, due)))
     await asyncio.gather(*tasks)
-    return {"seconds": time.perf_counter() - began, "spent": spent, "wrong": wrong}
+    return {"seconds": time.perf_counter() - start, "latencies": latencies, "errors": errors}
 
 
 if __name__ == "__main__":
-    told = sys.argv[1], int(sys.argv[2]), sys.argv[3], float(sys.argv[4]), float(sys.argv[5])
-    print(json.dumps(asyncio.run(load(*told))))
+    host, port, key, rate, seconds = sys.argv[1:]
+    print(json.dumps(asyncio.run(generate_load(host, int(port), key, float(rate), float(seconds)))))

@@ -1,4 +1,4 @@
-"""Our denoising and decoding against diffusers' own WanPipeline: same weights, steps, size and condition, in turns.
+"""Compare our denoising and decoding with diffusers' WanPipeline: same weights, steps, size and condition.
 
 python -m benchmarks.pipeline [--weights FOLDER] [--steps 20] [--runs 7]
 """
@@ -21,23 +21,23 @@ from omnivideo.models.weights.checkpoint import find_shipped_weights, load
 GUIDANCE, SHIFT = 3.0, 5.0
 
 
-def ours(omni: OmniVideoModel, condition: torch.Tensor, null: torch.Tensor, steps: int) -> float:
-    began = time.perf_counter()
-    x = sample_initial_noise([0], (16, 3, 8, 8), omni.device)
-    for state in denoise(omni.decoder, x, condition, null, steps, GUIDANCE, SHIFT):
-        x = state.state.latents
+def time_ours(omni: OmniVideoModel, condition: torch.Tensor, null: torch.Tensor, steps: int) -> float:
+    start = time.perf_counter()
+    latents = sample_initial_noise([0], (16, 3, 8, 8), omni.device)
+    for state in denoise(omni.decoder, latents, condition, null, steps, GUIDANCE, SHIFT):
+        latents = state.state.latents
     with torch.no_grad():
-        pixels_to_bytes(decode_latents(omni.vae, x))
-    return time.perf_counter() - began
+        pixels_to_bytes(decode_latents(omni.vae, latents))
+    return time.perf_counter() - start
 
 
-def theirs(pipeline: WanPipeline, condition: torch.Tensor, null: torch.Tensor, steps: int) -> float:
-    began = time.perf_counter()
+def time_wan_pipeline(pipeline: WanPipeline, condition: torch.Tensor, null: torch.Tensor, steps: int) -> float:
+    start = time.perf_counter()
     pipeline(
         prompt_embeds=condition, negative_prompt_embeds=null, height=64, width=64, num_frames=9,
         num_inference_steps=steps, guidance_scale=GUIDANCE, generator=torch.Generator().manual_seed(0),
     )  # fmt: skip
-    return time.perf_counter() - began
+    return time.perf_counter() - start
 
 
 def main() -> None:
@@ -45,9 +45,9 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, default=None)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--runs", type=int, default=7)
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
-    omni = load(given.weights or find_shipped_weights("tiny"))
+    omni = load(arguments.weights or find_shipped_weights("tiny"))
     scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=SHIFT)
     pipeline = WanPipeline(
         tokenizer=omni.tokenizer, text_encoder=omni.text_encoder, transformer=omni.decoder, vae=omni.vae,
@@ -58,13 +58,17 @@ def main() -> None:
         condition = omni.build_condition(["a small red circle moving right"], [None])
         null = omni.build_null_condition(omni.preset.negative_prompt, 1)
     pairs = [
-        (ours(omni, condition, null, given.steps), theirs(pipeline, condition, null, given.steps))
-        for _ in range(given.runs + 1)
+        (
+            time_ours(omni, condition, null, arguments.steps),
+            time_wan_pipeline(pipeline, condition, null, arguments.steps),
+        )
+        for _ in range(arguments.runs + 1)
     ][1:]
-    mine, other = (statistics.median(column) for column in zip(*pairs, strict=True))
-    ratio = statistics.median(a / b for a, b in pairs)
+    our_seconds, wan_seconds = (statistics.median(column) for column in zip(*pairs, strict=True))
+    ratio = statistics.median(our / wan for our, wan in pairs)
     print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    print(f"ours {mine:.3f} s, WanPipeline {other:.3f} s, ratio {ratio:.3f} ({given.steps} steps, {given.runs} runs)")
+    size = f"{arguments.steps} steps, {arguments.runs} runs"
+    print(f"ours {our_seconds:.3f} s, WanPipeline {wan_seconds:.3f} s, ratio {ratio:.3f} ({size})")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the planner costs a turn, the models' time left out: instant twins behind its ports, real SQLite checkpoints.
+"""Measure the planner's own time in a turn: instant twins of the models, and real SQLite checkpoints.
 
 python -m benchmarks.planner [--threads 20] [--turns 10]
 """
@@ -8,39 +8,51 @@ import platform
 import statistics
 import tempfile
 import time
+from pathlib import Path
+from typing import Any
 
+from langgraph.checkpoint.base import BaseCheckpointSaver
 from langgraph.checkpoint.memory import InMemorySaver
 
 from omnivideo.agent.graph import Planner
 from omnivideo.agent.thread import Thread
+from omnivideo.contracts import Artifact
 from omnivideo.presets import TINY
 from omnivideo.settings import load_settings
 from omnivideo.storage.checkpointer import open_checkpointer
 from tests.support.twins import InstantQueue, ScriptedMLLM
 
 
-def milliseconds(saver, name: str, turns: int) -> list[float]:
+def refuse_attachment(path: str | Path, created_by: str) -> Artifact:
+    raise AssertionError("the conversation has no attachments")
+
+
+def time_turns(saver: BaseCheckpointSaver[Any], name: str, turns: int) -> list[float]:
+    """Run a conversation and return the milliseconds of each turn."""
     graph = Planner(ScriptedMLLM(), InstantQueue(), TINY).build_graph(saver)
-    thread = Thread(graph, name, lambda path, created_by: None).initialize_state()
-    spent = []
+    thread = Thread(graph, name, refuse_attachment).initialize_state()
+    milliseconds = []
     for turn in range(turns):
-        began = time.perf_counter()
+        start = time.perf_counter()
         list(thread.send("a red ball moving right" if turn % 3 == 0 else "make it blue" if turn % 3 == 1 else "how?"))
-        spent.append(1000 * (time.perf_counter() - began))
-    return spent
+        milliseconds.append(1000 * (time.perf_counter() - start))
+    return milliseconds
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--turns", type=int, default=10)
     parser.add_argument("--threads", type=int, default=20)
-    given = parser.parse_args()
-    print(f"{platform.processor() or platform.machine()}; {given.threads} threads of {given.turns} turns, ms a turn")
+    arguments = parser.parse_args()
+    machine = platform.processor() or platform.machine()
+    print(f"{machine}; {arguments.threads} threads of {arguments.turns} turns, ms per turn")
     with tempfile.TemporaryDirectory() as folder:
         for label, saver in (("SQLite", open_checkpointer(load_settings(home=folder))), ("memory", InMemorySaver())):
-            spent = [one for at in range(given.threads) for one in milliseconds(saver, f"{label}-{at}", given.turns)]
-            spent.sort()
-            print(f"{label}: median {statistics.median(spent):.1f}, 95th {spent[int(0.95 * len(spent))]:.1f}")
+            names = [f"{label}-{index}" for index in range(arguments.threads)]
+            times = sorted(value for name in names for value in time_turns(saver, name, arguments.turns))
+            print(
+                f"{label}: median {statistics.median(times):.1f}, 95th percentile {times[int(0.95 * len(times))]:.1f}"
+            )
 
 
 if __name__ == "__main__":
