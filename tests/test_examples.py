@@ -22,7 +22,7 @@ def run_example(name: str, *arguments: str, cwd: Path) -> str:
 
 
 def list_existing_files(output: str) -> list[Path]:
-    return [path for line in output.splitlines() if (path := Path(line.split()[-1])).is_file()]
+    return [path for word in output.split() if (path := Path(word)).is_absolute() and path.is_file()]
 
 
 def test_studio_conversation(tmp_path):
