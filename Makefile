@@ -6,7 +6,7 @@
 #   make test-long     soak tests, fault matrices, vLLM servers, training on several processes: at most 75 minutes
 #   make test-clients  other programs, in environments of their own, against our service
 #   make test-gpu      the tests in tests/gpu, which need an NVIDIA GPU
-#   make test-deploy   build the images, start the stack and generate a clip (needs Docker)
+#   make test-deploy   build the images, start the stack and ask whether it is ready (needs Docker)
 #   make lint          ruff and mypy
 #   make docs          build the documentation site into out/site
 #   make release       build wheel, sdist and software bill of materials into dist/, and try the wheel
@@ -53,7 +53,11 @@ test-gpu:
 	.venv/bin/python -m pytest -n 0 -m "$(GPU_TIER)" $(ARGS)
 
 test-deploy:
-	bash deploy/test_stack.sh
+	@command -v docker >/dev/null || { echo "make test-deploy needs Docker" >&2; exit 2; }
+	docker compose -f deploy/compose.yaml build
+	docker compose -f deploy/compose.yaml up --detach --wait
+	curl --fail --silent --show-error http://127.0.0.1:8000/ready
+	docker compose -f deploy/compose.yaml down
 
 lint:
 	@bash deploy/setup.sh dev

@@ -3,7 +3,7 @@
 #
 #   bash deploy/setup.sh        what `make demo` needs
 #   bash deploy/setup.sh serve  and what `make serve` needs
-#   bash deploy/setup.sh dev    and what `make test` and `make lint` need
+#   bash deploy/setup.sh dev    and what `make test` and `make lint` need (docs, release: those targets)
 #
 # Run it as often as you like: a finished set-up is recognised at once, and an interrupted one is made anew.
 # PYTHON=/path/to/python and TORCH='torch==2.14.1' choose another interpreter and another torch.
@@ -14,7 +14,9 @@ case ${1:-base} in
     base) extras='' ;;
     serve) extras='[serve]' ;;
     dev) extras='[dev]' ;;
-    *) echo "setup.sh: unknown set-up '$1'; there are 'base', 'serve' and 'dev'" >&2 && exit 2 ;;
+    docs) extras='[docs]' ;;
+    release) extras='[release]' ;;
+    *) echo "setup.sh: unknown set-up '$1'; choose base, serve, dev, docs or release" >&2 && exit 2 ;;
 esac
 # Without a GPU: 2.13.0, whose CPU build pip takes wherever it lies at hand (PIP_FIND_LINKS); with one: pip's choice.
 if command -v nvidia-smi >/dev/null; then torch='torch>=2.11'; else torch='torch==2.13.0'; fi

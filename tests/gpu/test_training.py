@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 
 from omnivideo.training.engine.trainer import Trainer
-from omnivideo.training.recipes.stage2a import build_stage2a_recipe
+from omnivideo.training.tiny.alignment_stages import build_stage2a_recipe
 
 
 def test_steps_in_bf16(gpu_omni, device, tmp_path):
