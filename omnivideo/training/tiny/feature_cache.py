@@ -16,14 +16,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import SiglipVisionModel
 
-from omnivideo.models.mllm import forward_hidden_states, prepare_hidden_state_inputs
+from omnivideo.models.mllm import add_position_ids, forward_hidden_states, prepare_hidden_state_inputs
 from omnivideo.models.omni import OmniVideoModel
 from omnivideo.models.vae import encode_pixels
 from omnivideo.synthetic.requests import SceneRequest
 from omnivideo.training.data.batch import CachedTask, RaggedTensor
-from omnivideo.training.data.chat_batch import add_position_ids
 from omnivideo.training.data.prefetch import map_in_order
-from omnivideo.training.data.visual_targets import embed_frames
+from omnivideo.training.recipes.losses import embed_frames
 from omnivideo.training.tiny.latents import hash_weights, pixels_from_scenes
 from omnivideo.training.tiny.mllm import message_from_request
 
