@@ -117,7 +117,8 @@ def compute_visual_tokens(model: TrainableParts, batch: FlowBatch) -> Tensor:
     """Return the visual tokens [B, Q, E] of a batch's hidden states."""
     lengths = torch.tensor(batch.hidden_lengths, device=batch.hidden_states.device)
     padding = torch.arange(batch.hidden_states.shape[1], device=batch.hidden_states.device) >= lengths[:, None]
-    return model.bridge.vision_head(batch.hidden_states, padding)
+    visual_BQE: Tensor = model.bridge.vision_head(batch.hidden_states, padding)
+    return visual_BQE
 
 
 def build_condition(

@@ -26,10 +26,11 @@ def embed_frames(encoder: SiglipVisionModel, clips_BCFHW: Tensor, token_count: i
 
     Each frame is encoded once, even if several tokens represent it, as for an image.
     """
-    frame_indices, inverse = select_frame_indices(clips_BCFHW.shape[2], token_count).unique(return_inverse=True)
+    frame_of_token = select_frame_indices(clips_BCFHW.shape[2], token_count)
+    frame_indices, inverse = torch.unique(frame_of_token, return_inverse=True)
     frames = clips_BCFHW[:, :, frame_indices].transpose(1, 2)
-    pooled = encoder(frames.flatten(0, 1).to(encoder.device)).pooler_output
-    return pooled.unflatten(0, (len(clips_BCFHW), len(frame_indices)))[:, inverse]
+    pooled: Tensor = encoder(frames.flatten(0, 1).to(encoder.device)).pooler_output
+    return pooled.reshape(len(clips_BCFHW), len(frame_indices), -1)[:, inverse]
 
 
 def alignment_loss(visual_BQE: Tensor, target_BQE: Tensor) -> Tensor:
