@@ -42,10 +42,10 @@ from omnivideo.synthetic.scenes import (
 from omnivideo.synthetic.scorer import detect_blobs, detect_scene, estimate_background, track_blobs
 from omnivideo.training.config import TrainingConfig
 from omnivideo.training.data.batch import CachedTask
-from omnivideo.training.data.visual_targets import embed_frames
 from omnivideo.training.engine.run import RunContext
 from omnivideo.training.engine.trainer import Trainer, read_complete_lines
 from omnivideo.training.recipes.flow import build_flow_recipe
+from omnivideo.training.recipes.losses import embed_frames
 from omnivideo.training.tiny.feature_cache import load_cached_task, load_or_compute
 from omnivideo.training.tiny.flow_stages import SyntheticSource
 from omnivideo.training.tiny.pipeline import REQUESTS_PER_TASK, TinyPipeline

@@ -14,13 +14,18 @@ from omnivideo.contracts import Claim, SamplingParams
 from omnivideo.errors import InvalidInput
 from omnivideo.models.omni import OmniVideoModel
 from omnivideo.presets import get_preset
+from omnivideo.training.data.latent_cache import FrozenEncoders, encode_shards
+from omnivideo.training.engine.trainer import Trainer
+from omnivideo.training.recipes.flow import build_flow_recipe
 from tests.support.api_server import scripted, serving
 from tests.support.call_paths import Window, record_calls
+from tests.support.shards import ASSIGNER, SAMPLES, make_flow_dataset, write_dataset
 from tests.support.slow_polls import slow_polls
 
 # Threads that look after jobs and turns; they run beside every call path.
 UPKEEP_THREADS = ("heartbeat", "reaper", "turns", "batches", "hooks")
 MAX_FILES_FROM_STEP_TO_BROWSER = 6
+MAX_FILES_FROM_SAMPLE_TO_LOSS = 22  # the goal is 18; six of the files are models/, ten training/data/ and engine/
 
 
 def test_the_recorder_counts_functions_of_threads_and_children(tmp_path: Path) -> None:
@@ -74,3 +79,18 @@ def test_a_step_reaches_the_browser_through_few_files(
     files = window.list_files(UPKEEP_THREADS)
     assert "backends/decoder/worker.py" in files and "api/event_feed.py" in files
     assert len(files) <= MAX_FILES_FROM_STEP_TO_BROWSER, window.describe(UPKEEP_THREADS)
+
+
+def test_a_sample_of_a_shard_reaches_the_loss_in_few_files(weights: Path, tmp_path: Path) -> None:
+    """Count a step of stage 3 over a shard with its cache, from the sample's bytes to the loss and its gradients."""
+    clip, edit = SAMPLES[5], SAMPLES[7]
+    dataset = write_dataset(tmp_path / "shards", [clip, edit])
+    encode_shards(dataset, FrozenEncoders.load(weights, "cpu"), ASSIGNER, lambda done, count: None)
+    source = make_flow_dataset(dataset, weights)
+    trainer = Trainer(
+        build_flow_recipe("stage3", source.omni, source, 1, lr=1e-4, alignment_weight=0.1), tmp_path / "run"
+    )
+    with record_calls(tmp_path / "calls") as recorder, recorder.open_window() as window:
+        losses = trainer.accumulate_gradients()
+    assert {"clips", "clips edited", "vision"} <= losses.keys()
+    assert len(window.list_files()) <= MAX_FILES_FROM_SAMPLE_TO_LOSS, window.describe()

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from omnivideo.contracts import ActionResult, Artifact, MLLMRequest, Turn, TurnCompleted
+from omnivideo.contracts import ActionResult, Artifact, MLLMRequest, Turn, TurnCompleted, TurnEvent
 from omnivideo.evaluation.prompts import sample_prompts
 from omnivideo.evaluation.suite import EvaluationProgress, Score, score_verdicts
 from omnivideo.ports import MLLM
@@ -36,7 +36,7 @@ OpenThread = Callable[[], SendTurn]
 LoadFrames = Callable[[Artifact], np.ndarray]
 
 
-def make_turn_sender(send: Callable[..., Iterator]) -> SendTurn:
+def make_turn_sender(send: Callable[..., Iterator[TurnEvent]]) -> SendTurn:
     """Return a function that sends a message through a thread's `send`, and returns the completed turn."""
 
     def send_turn(text: str, **options: object) -> Turn | None:

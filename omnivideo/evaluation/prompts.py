@@ -31,7 +31,7 @@ CATEGORIES = (*IMAGE_CATEGORIES, "motion")
 
 @dataclass(frozen=True)
 class EvaluationPrompt:
-    """One prompt of a category, with what must be seen for it to count as met."""
+    """A prompt of a category, with the content that a clip must show to meet it."""
 
     category: str
     text: str
@@ -40,7 +40,7 @@ class EvaluationPrompt:
 
 
 def sample_objects(rng: random.Random, category: str, background: str) -> list[SceneObject]:
-    """Objects of a category: one, a group, or two that differ in shape and in colour."""
+    """Return objects for a category: one, a group, or two that differ in shape and in colour."""
     video = category == "motion"
     if category in ("single", "colours", "motion"):
         return [sample_object(rng, background, video)]
@@ -54,7 +54,7 @@ def sample_objects(rng: random.Random, category: str, background: str) -> list[S
 
 
 def sample_held_out_scene(rng: random.Random, category: str) -> Scene:
-    """A scene of the category with at least one held-out object."""
+    """Return a scene of the category with at least one held-out object."""
     while True:
         background = rng.choice(list(BACKGROUNDS))
         frames = CLIP_FRAMES if category == "motion" else 1
@@ -73,7 +73,7 @@ def describe_object(rng: random.Random, scene_object: SceneObject, plural: bool 
 
 
 def describe_scene(rng: random.Random, category: str, scene: Scene) -> str:
-    """The objects in words: size, colour and shape always, so that the combination is the held-out one."""
+    """Describe the objects with size, colour and shape, so that the text contains the held-out combination."""
     first = scene.objects[0]
     if category == "counting":
         count = len(scene.objects)
@@ -86,22 +86,23 @@ def describe_scene(rng: random.Random, category: str, scene: Scene) -> str:
         return f"{add_article(describe_object(rng, first))} {rng.choice(MOTION_WORDS[first.motion])}".strip()
     if len(scene.objects) == 1:
         return add_article(describe_object(rng, first))
-    joint = "and"
+    joining_words = "and"
     if category == "position":
-        known = find_relation(*scene.objects)
-        assert known is not None
-        joint = rng.choice(RELATION_WORDS[known])
-    return f"{add_article(describe_object(rng, first))} {joint} {add_article(describe_object(rng, scene.objects[1]))}"
+        relation = find_relation(*scene.objects)
+        assert relation is not None
+        joining_words = rng.choice(RELATION_WORDS[relation])
+    first_phrase = add_article(describe_object(rng, first))
+    return f"{first_phrase} {joining_words} {add_article(describe_object(rng, scene.objects[1]))}"
 
 
 OBJECT_SPEC_BUILDERS: dict[str, Callable[[SceneObject], ObjectSpec]] = {
-    "single": lambda thing: ObjectSpec(thing.shape),
-    "two": lambda thing: ObjectSpec(thing.shape),
-    "counting": lambda thing: ObjectSpec(thing.shape),
-    "colours": lambda thing: ObjectSpec(None, thing.colour),
-    "position": lambda thing: ObjectSpec(thing.shape),
-    "colour attribution": lambda thing: ObjectSpec(thing.shape, thing.colour),
-    "motion": lambda thing: ObjectSpec(None, thing.colour, None, thing.motion),
+    "single": lambda obj: ObjectSpec(obj.shape),
+    "two": lambda obj: ObjectSpec(obj.shape),
+    "counting": lambda obj: ObjectSpec(obj.shape),
+    "colours": lambda obj: ObjectSpec(None, obj.colour),
+    "position": lambda obj: ObjectSpec(obj.shape),
+    "colour attribution": lambda obj: ObjectSpec(obj.shape, obj.colour),
+    "motion": lambda obj: ObjectSpec(None, obj.colour, None, obj.motion),
 }
 
 
@@ -110,16 +111,16 @@ def sample_prompt(rng: random.Random, category: str) -> EvaluationPrompt:
     text = describe_scene(rng, category, scene)
     if rng.random() < 0.5:
         text += " " + rng.choice(BACKGROUND_PHRASES).format(rng.choice(BACKGROUND_WORDS[scene.background]))
-    demand = SceneSpec(tuple(OBJECT_SPEC_BUILDERS[category](thing) for thing in scene.objects))
+    scene_spec = SceneSpec(tuple(OBJECT_SPEC_BUILDERS[category](obj) for obj in scene.objects))
     if category == "position":
-        demand = replace(demand, relation=find_relation(*scene.objects))
-    return EvaluationPrompt(category, text, demand, is_video=scene.is_video)
+        scene_spec = replace(scene_spec, relation=find_relation(*scene.objects))
+    return EvaluationPrompt(category, text, scene_spec, is_video=scene.is_video)
 
 
 def sample_prompts(count: int, categories: Sequence[str] = CATEGORIES) -> list[EvaluationPrompt]:
-    """`count` prompts of each category, the same every time."""
-    made = []
+    """Return `count` prompts of each category, the same at every call."""
+    prompts = list[EvaluationPrompt]()
     for category in categories:
         rng = random.Random(f"evaluation/{category}")
-        made += [sample_prompt(rng, category) for _ in range(count)]
-    return made
+        prompts += [sample_prompt(rng, category) for _ in range(count)]
+    return prompts

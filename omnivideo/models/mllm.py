@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, Qwen3VLForConditionalGeneration
+from transformers.vision_utils import get_vision_position_ids
 
 from omnivideo.contracts import Route
 from omnivideo.presets import VisionInputConfig
@@ -243,6 +244,19 @@ def prepare_hidden_state_inputs(
         for message, kind in batch
     ]
     return collate_requests(encoded, tokenizer.pad_token_id)
+
+
+def add_position_ids(model: Qwen3VLForConditionalGeneration, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the inputs with positions of tokens and patches: the model would compute them one sample at a time."""
+    input_names = ("input_ids", "mm_token_type_ids", "image_grid_thw", "video_grid_thw", "attention_mask")
+    position_ids, _ = model.model.get_rope_index(**{name: inputs[name] for name in input_names if name in inputs})
+    positions = {"position_ids": position_ids}
+    for medium in ("image", "video"):
+        if (grids := inputs.get(f"{medium}_grid_thw")) is not None:
+            positions[f"{medium}_position_ids"] = get_vision_position_ids(
+                grids, model.config.vision_config.spatial_merge_size
+            )
+    return inputs | positions
 
 
 def forward_hidden_states(model: Qwen3VLForConditionalGeneration, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

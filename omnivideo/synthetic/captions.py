@@ -1,7 +1,7 @@
 """Captions of scenes, in varied wording.
 
-A caption states facts that hold; which ones it states varies, and so do the words.  `plain` gives the one
-canonical wording, which think mode learns to rewrite to.
+A caption states true facts; the choice of facts and of words varies. `to_canonical_text` gives the canonical wording,
+to which think mode learns to rewrite.
 """
 
 import random
@@ -74,7 +74,7 @@ def add_article(phrase: str) -> str:
 
 
 def find_region(obj: SceneObject) -> tuple[str, ...]:
-    """The sides of the frame on which the object's centre lies (at frame 0): none, one or two."""
+    """Return the sides of the frame on which the object's centre lies at frame 0: none, one or two."""
     middle, margin = FRAME_SIZE // 2, 4
     across = "left" if obj.x < middle - margin else "right" if obj.x > middle + margin else ""
     along = "top" if obj.y < middle - margin else "bottom" if obj.y > middle + margin else ""
@@ -82,7 +82,7 @@ def find_region(obj: SceneObject) -> tuple[str, ...]:
 
 
 def find_relation(first: SceneObject, second: SceneObject) -> str | None:
-    """How the first stands to the second at frame 0: the larger of the two distances decides; None on a diagonal."""
+    """Return the relation of the first to the second object at frame 0, by the larger distance; None on a diagonal."""
     dx, dy = first.x - second.x, first.y - second.y
     if abs(dx) == abs(dy):
         return None
@@ -93,9 +93,9 @@ def find_relation(first: SceneObject, second: SceneObject) -> str | None:
 
 @dataclass(frozen=True)
 class Caption:
-    """A text and exactly what it asks for, objects in the order of their mention.
+    """A text with the content that it asks for; the objects are in the order of their mention.
 
-    `spans` says where each object is named, from character to character; a group's objects share one.
+    `object_spans` are the character ranges of the objects' phrases; the objects of a group share one.
     """
 
     text: str
@@ -104,7 +104,7 @@ class Caption:
 
 
 def sample_noun_phrase(rng: random.Random, obj: SceneObject, *, with_size: bool, is_plural: bool = False) -> str:
-    """ "small red circle", in some wording; without an article."""
+    """Return a phrase such as "small red circle", without an article, in varied words."""
     words = [rng.choice(SIZE_WORDS[obj.size])] if with_size else []
     shape = rng.choice(SHAPE_WORDS[obj.shape])
     words += [rng.choice(COLOUR_WORDS[obj.colour]), pluralize(shape) if is_plural else shape]
@@ -112,7 +112,7 @@ def sample_noun_phrase(rng: random.Random, obj: SceneObject, *, with_size: bool,
 
 
 def should_mention_size(rng: random.Random, obj: SceneObject) -> bool:
-    """Sizes are named mostly, and never for what grows or shrinks."""
+    """Return whether to name the size: usually, but never for an object that grows or shrinks."""
     return obj.motion not in ("growing", "shrinking") and rng.random() < 0.7
 
 
@@ -121,7 +121,7 @@ def spec_from_object(obj: SceneObject, *, with_size: bool, with_motion: bool) ->
 
 
 def sample_object_phrase(rng: random.Random, obj: SceneObject, is_video: bool) -> tuple[str, ObjectSpec]:
-    """One object with its article, sometimes its size, and its motion in a clip."""
+    """Return an object's phrase with an article, sometimes its size, and its motion in a clip."""
     with_size = should_mention_size(rng, obj)
     text = add_article(sample_noun_phrase(rng, obj, with_size=with_size))
     motion = rng.choice(MOTION_WORDS[obj.motion]) if is_video else ""
@@ -133,7 +133,7 @@ def join_phrases(phrases: Sequence[str]) -> str:
 
 
 def is_group(scene: Scene) -> bool:
-    """Whether the scene is several objects that differ in place only."""
+    """Return whether the scene has several objects that differ only in position."""
     first = scene.objects[0]
     return len(scene.objects) > 1 and all(
         (t.shape, t.colour, t.size, t.motion) == (first.shape, first.colour, first.size, first.motion)
@@ -142,7 +142,7 @@ def is_group(scene: Scene) -> bool:
 
 
 def sample_place_phrase(rng: random.Random, region: tuple[str, ...]) -> str:
-    """A place in the frame, as words; no side is the middle."""
+    """Return words for a place in the frame; an empty region is the middle."""
     if len(region) == 2:
         return rng.choice(("in the {0} {1}", "in the {0} {1} corner")).format(*region)
     return REGION_PHRASES[region]
@@ -162,7 +162,7 @@ def sample_group_caption(rng: random.Random, scene: Scene) -> Caption:
 
 
 def find_spans(phrases: Sequence[str], text: str) -> tuple[tuple[int, int], ...]:
-    """Where each of the parts stands in a text that holds them in order."""
+    """Return the character range of each phrase in a text that contains them in order."""
     spans, position = [], 0
     for phrase in phrases:
         position = text.index(phrase, position)
@@ -172,9 +172,9 @@ def find_spans(phrases: Sequence[str], text: str) -> tuple[tuple[int, int], ...]
 
 
 def sample_object_caption(rng: random.Random, scene: Scene, is_composed: bool) -> Caption:
-    """The objects of a scene, with a relation or a place now and then, without the background.
+    """Return a caption of the objects, sometimes with a relation or a place, without the background.
 
-    Of a composed scene the objects are named in their order, and where they are is said if it is not as usual.
+    The caption of a composed scene names the objects in their order, and states positions that differ from the default.
     """
     if is_group(scene):
         return sample_group_caption(rng, scene)
@@ -203,7 +203,7 @@ def sample_object_caption(rng: random.Random, scene: Scene, is_composed: bool) -
 
 
 def sample_caption(rng: random.Random, scene: Scene, is_composed: bool = False) -> Caption:
-    """A caption that states the objects and, mostly, the background; `composed` as for `content`."""
+    """Return a caption that states the objects and usually the background."""
     inner = sample_object_caption(rng, scene, is_composed)
     text, scene_spec, prefix = inner.text, inner.scene_spec, ""
     if rng.random() < 0.65:
@@ -219,7 +219,7 @@ def sample_caption(rng: random.Random, scene: Scene, is_composed: bool = False) 
 
 
 def sort_in_reading_order(scene: Scene) -> list[SceneObject]:
-    """Objects from left to right, then from top to bottom, by their place at frame 0."""
+    """Return the objects from left to right, then from top to bottom, by their position at frame 0."""
     return sorted(scene.objects, key=lambda obj: (obj.x, obj.y))
 
 
@@ -227,7 +227,7 @@ CANONICAL_MOTION_WORDS = {name: words[0] or "staying still" for name, words in M
 
 
 def to_canonical_phrase(object_spec: ObjectSpec, count: int = 1) -> str:
-    """ "a small red circle moving right" or "three small red circles moving right"."""
+    """Return e.g. "a small red circle moving right" or "three small red circles moving right"."""
     assert object_spec.shape is not None
     words = [
         object_spec.size or "",
@@ -240,7 +240,7 @@ def to_canonical_phrase(object_spec: ObjectSpec, count: int = 1) -> str:
 
 
 def to_canonical_text(scene_spec: SceneSpec) -> str:
-    """The one canonical wording of what is asked for."""
+    """Return the canonical wording of a scene's content."""
     first = scene_spec.objects[0]
     if len(scene_spec.objects) > 1 and all(object_spec == first for object_spec in scene_spec.objects):
         text = to_canonical_phrase(first, len(scene_spec.objects))
@@ -255,7 +255,7 @@ def to_canonical_text(scene_spec: SceneSpec) -> str:
 
 
 def describe_scene(scene: Scene) -> str:
-    """A full plain caption of a scene, objects in reading order."""
+    """Return the complete canonical caption of a scene, with the objects in reading order."""
     object_specs = tuple(
         spec_from_object(obj, with_size=obj.motion not in ("growing", "shrinking"), with_motion=scene.is_video)
         for obj in sort_in_reading_order(scene)

@@ -1,4 +1,4 @@
-"""Edits of scenes by instruction: what is named changes, everything else stays."""
+"""Edits of scenes by instruction: only what the instruction names changes."""
 
 import math
 import random
@@ -48,7 +48,7 @@ MOTION_COMMANDS = {
 
 @dataclass(frozen=True)
 class SceneEdit:
-    """A source, an instruction and the one right target; `touched` are the objects that differ, before and after."""
+    """A source, an instruction and its target; `changed_objects` are the objects that differ, before and after."""
 
     kind: str
     source: Scene
@@ -58,12 +58,12 @@ class SceneEdit:
 
     @property
     def target_spec(self) -> SceneSpec:
-        """All of the target, as a prompt would ask for it."""
+        """Return the target's content, as a prompt would ask for it."""
         return spec_from_scene(self.target)
 
 
 def spec_from_scene(scene: Scene) -> SceneSpec:
-    """All of a scene that does not hang on where things are, as a prompt would ask for it."""
+    """Return a scene's content without sizes and positions, as a prompt would ask for it."""
     object_specs = (
         ObjectSpec(obj.shape, obj.colour, None, obj.motion if scene.is_video else None) for obj in scene.objects
     )
@@ -71,7 +71,7 @@ def spec_from_scene(scene: Scene) -> SceneSpec:
 
 
 def refer_to_object(rng: random.Random, obj: SceneObject, scene: Scene) -> str:
-    """Words that mean this object and no other of the scene; "it" where it is alone."""
+    """Return words that identify the object in the scene; a single object can be "it"."""
     others = [other for other in scene.objects if other is not obj]
     if not others and rng.random() < 0.35:
         return "it"
@@ -85,12 +85,12 @@ def refer_to_object(rng: random.Random, obj: SceneObject, scene: Scene) -> str:
 
 
 def refer_to_group(rng: random.Random, scene: Scene) -> str:
-    """Words for a whole group."""
+    """Return words for all objects of a group."""
     shapes = pluralize(rng.choice(SHAPE_WORDS[scene.objects[0].shape]))
     return rng.choice(("them", f"the {shapes}", f"all the {shapes}"))
 
 
-SceneChange = tuple[Scene, str, tuple[SceneObject, ...]]  # target, instruction, the objects concerned
+SceneChange = tuple[Scene, str, tuple[SceneObject, ...]]  # target, instruction, changed objects
 
 
 def recolour_object(rng: random.Random, scene: Scene) -> SceneChange | None:
@@ -147,7 +147,7 @@ def add_object(rng: random.Random, scene: Scene) -> SceneChange | None:
 
 
 def place_farthest(obj: SceneObject, scene: Scene) -> SceneObject | None:
-    """The object where it is farthest from the others, halfway through a clip; None where there is no room."""
+    """Place the object farthest from the others halfway through a clip; return None if it does not fit."""
     candidates = [replace(obj, x=x, y=y) for x, y in find_lattice_points(obj.size, obj.motion, scene.frame_count)]
     fitting = [
         candidate
@@ -221,9 +221,9 @@ def sample_edit(
     kinds: Sequence[str] | None = None,
     composed_share: float = 0.0,
 ) -> SceneEdit:
-    """An edit of the split; a share `composed` of the sources is composed.
+    """Return an edit of the split; a share `composed_share` of the sources has a composed layout.
 
-    Held out means a held-out object in the target, or in the source where none is new.
+    A held-out edit has a held-out object in its target, or in its source if the edit adds or changes no object.
     """
     kinds = kinds or (VIDEO_EDITS if is_video else IMAGE_EDITS)
     kind = rng.choice(kinds)

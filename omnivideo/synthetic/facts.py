@@ -1,4 +1,4 @@
-"""What is on a clip (`Reading`) and what a prompt asks for (`Demand`): the two sides of every verdict."""
+"""What a clip shows (`SceneDetection`) and what a prompt asks for (`SceneSpec`): a verdict compares the two."""
 
 import itertools
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from omnivideo.synthetic.scenes import FRAME_SIZE
 
 @dataclass(frozen=True)
 class ObjectDetection:
-    """One object over a clip: place at frame 0, size at frame 0, motion over all frames (None where unclear)."""
+    """One object of a clip: position and size at frame 0, and motion over all frames; None if unclear."""
 
     shape: str | None
     colour: str | None
@@ -21,7 +21,7 @@ class ObjectDetection:
 
 @dataclass(frozen=True)
 class SceneDetection:
-    """The facts of a clip; `steadiness` is the share of frames on which every object is there, named as ever."""
+    """The content of a clip; `steadiness` is the share of frames with every object in its usual shape."""
 
     background: str | None
     objects: tuple[ObjectDetection, ...]
@@ -30,7 +30,7 @@ class SceneDetection:
 
 @dataclass(frozen=True)
 class ObjectSpec:
-    """What a prompt asks of one object; None leaves it open."""
+    """The attributes that a prompt asks of one object; None allows any value."""
 
     shape: str | None = None
     colour: str | None = None
@@ -43,7 +43,7 @@ class ObjectSpec:
 
 @dataclass(frozen=True)
 class SceneSpec:
-    """What a prompt asks for: exactly these objects, and a relation of the first to the second if named."""
+    """The content that a prompt asks for: exactly these objects; `relation` is that of the first to the second."""
 
     objects: tuple[ObjectSpec, ...]
     background: str | None = None
@@ -68,14 +68,14 @@ class SceneSpec:
 
 
 def find_sides(detection: ObjectDetection, frame_size: int = FRAME_SIZE) -> tuple[str, ...]:
-    """The halves of the frame in which an object's centre lies."""
+    """Return the halves of the frame that contain an object's centre."""
     horizontal = "left" if detection.x < frame_size / 2 - 2 else "right" if detection.x > frame_size / 2 + 2 else ""
     vertical = "top" if detection.y < frame_size / 2 - 2 else "bottom" if detection.y > frame_size / 2 + 2 else ""
     return tuple(side for side in (vertical, horizontal) if side)
 
 
 def relation_holds(relation: str, first: ObjectDetection, second: ObjectDetection) -> bool:
-    """Whether the offset points the named way, by more than it points any other."""
+    """Return whether the offset from the second to the first object points mainly in the direction of the relation."""
     dx, dy = first.x - second.x, first.y - second.y
     along = {"left of": -dx, "right of": dx, "above": -dy, "below": dy}[relation]
     across = abs(dy) if relation in ("left of", "right of") else abs(dx)

@@ -1,7 +1,7 @@
-"""The reasoning split for think mode: prompts that name things indirectly, with the reasoning and the plain rewrite.
+"""Indirect prompts for think mode, with the reasoning that solves them and the plain rewrite.
 
-"a shape with no corners the colour of grass" -> "a green circle".  A third of each list of hints is kept for
-evaluation only.
+"a shape with no corners, the colour of grass" -> "a green circle". A third of each list of hints is held out for
+evaluation.
 """
 
 import random
@@ -67,7 +67,7 @@ COUNT_HINTS = {
 
 @dataclass(frozen=True)
 class IndirectRequest:
-    """An indirect prompt, the reasoning that solves it, its plain rewrite, and what is to be seen."""
+    """An indirect prompt, the reasoning that solves it, its plain rewrite, and the content that it asks for."""
 
     prompt: str
     reasoning: str
@@ -76,7 +76,7 @@ class IndirectRequest:
 
 
 def sample_hint(rng: random.Random, hints: tuple[str, ...], split: Split) -> str:
-    """The last third of each list is held out."""
+    """Return a hint of the split; the last third of each list is held out."""
     held_out_count = len(hints) // 3
     return rng.choice(
         hints[len(hints) - held_out_count :] if split == "held_out" else hints[: len(hints) - held_out_count]
@@ -94,7 +94,7 @@ def sample_object_spec(rng: random.Random, background: str, is_video: bool) -> O
 
 
 def sample_spec_phrase(rng: random.Random, object_spec: ObjectSpec, is_plural: bool = False) -> str:
-    """The object in plain, varied words."""
+    """Return a direct phrase for the object, in varied words."""
     assert object_spec.shape and object_spec.colour
     obj = SceneObject(
         object_spec.shape, object_spec.colour, object_spec.size or "small", object_spec.motion or "still", 0, 0
@@ -103,7 +103,7 @@ def sample_spec_phrase(rng: random.Random, object_spec: ObjectSpec, is_plural: b
 
 
 def compose_object_hints(rng: random.Random, object_spec: ObjectSpec, split: Split) -> tuple[str, list[str]]:
-    """One object by hints of its shape, its colour or its motion, with the steps that solve them."""
+    """Return a phrase that hints at shape, colour or motion of an object, and the steps that solve the hints."""
     assert object_spec.shape and object_spec.colour
     hinted_fields = (
         rng.sample(("shape", "colour", "motion"), rng.randint(1, 2)) if object_spec.motion else ["shape", "colour"]
@@ -135,7 +135,7 @@ def compose_object_hints(rng: random.Random, object_spec: ObjectSpec, split: Spl
 
 
 def sample_indirect_request(rng: random.Random, is_video: bool, split: Split = "train") -> IndirectRequest:
-    """A riddle about one object, or about a number of equal ones."""
+    """Return an indirect request for one object, or for several equal objects."""
     background = rng.choice(list(BACKGROUNDS))
     object_spec = sample_object_spec(rng, background, is_video)
     count = 1

@@ -1,4 +1,4 @@
-"""Questions about scenes with their right answers: the understanding tasks."""
+"""Questions about scenes with their answers: the understanding tasks."""
 
 import random
 from collections.abc import Callable, Mapping
@@ -42,7 +42,7 @@ class SceneQuestion:
 
 
 def find_unique_shapes(scene: Scene) -> list[SceneObject]:
-    """Objects whose shape no other has."""
+    """Return the objects whose shape is unique in the scene."""
     return [obj for obj in scene.objects if sum(obj.shape == other.shape for other in scene.objects) == 1]
 
 
@@ -56,7 +56,7 @@ def sample_object_name(rng: random.Random, shape: str, colour: str | None = None
 
 
 def sample_reference(rng: random.Random, scene: Scene) -> tuple[SceneObject, str] | None:
-    """An object and words that mean it alone."""
+    """Return an object and words that identify it, or None if no object is unique."""
     unique = [
         obj
         for obj in scene.objects
@@ -196,7 +196,7 @@ def ask_size(rng: random.Random, scene: Scene) -> SceneQuestion | None:
 
 
 def ask_presence(rng: random.Random, scene: Scene) -> SceneQuestion:
-    """Yes or no, evenly; the false ones are near misses as often as not."""
+    """Ask whether an object is present. Yes and no are equally likely; a wrong object may share an attribute."""
     obj = rng.choice(scene.objects)
     shape, colour = obj.shape, obj.colour
     if rng.random() < 0.5:
@@ -212,7 +212,7 @@ def ask_presence(rng: random.Random, scene: Scene) -> SceneQuestion:
 
 
 def corrupt_scene(rng: random.Random, scene: Scene) -> Scene:
-    """The scene with one thing wrong, as a decoder gets it wrong: an attribute, two colours swapped, the number."""
+    """Return the scene with an error that decoders make: a wrong attribute, two swapped colours, or a wrong number."""
     objects = list(scene.objects)
     position = rng.randrange(len(objects))
     obj = objects[position]
@@ -237,13 +237,13 @@ def corrupt_scene(rng: random.Random, scene: Scene) -> Scene:
 
 
 def detection_from_scene(scene: Scene) -> SceneDetection:
-    """What a flawless scorer reads from the scene's pixels."""
+    """Return what a perfect scorer detects in the scene's pixels."""
     objects = (ObjectDetection(obj.shape, obj.colour, obj.size, obj.motion, obj.x, obj.y) for obj in scene.objects)
     return SceneDetection(scene.background, tuple(objects), 1.0)
 
 
 def ask_match(rng: random.Random, scene: Scene) -> SceneQuestion:
-    """Whether a caption holds (what the planner's check asks of a generated clip); half of them are near misses."""
+    """Ask whether a caption is true, as the planner does of a generated clip; half of the captions have an error."""
     caption = sample_caption(rng, scene if rng.random() < 0.5 else corrupt_scene(rng, scene))
     text = caption.text if rng.random() < 0.5 else to_canonical_text(caption.scene_spec)
     forms = ("does this show {}?", "does this show {}?", "is this {}?")
@@ -274,15 +274,14 @@ QUESTION_MAKERS: dict[str, Callable[[random.Random, Scene], SceneQuestion | None
 }  # fmt: skip
 
 
-# How often each kind is asked in training: what hangs on where things are, and on telling true from nearly true, is
-# learned last and by few of the tokens.
+# Sampling weights in training: positions and near misses are learned last, and from few of the tokens.
 QUESTION_WEIGHTS = {
     name: {"match": 4, "position": 4, "relation": 6, "motion": 3, "count": 2}.get(name, 1) for name in QUESTION_MAKERS
 }
 
 
 def ask_layout(rng: random.Random, scene: Scene) -> SceneQuestion:
-    """Where everything is, for training: many answers to "where" in one."""
+    """Ask for the position of every object at once, for training."""
     forms = ("where is everything?", "where are the objects?", "what is where?")
     placements = [
         f"{format_plain_name(obj)} {REGION_PHRASES[find_region(obj)]}" for obj in sort_in_reading_order(scene)
@@ -295,7 +294,7 @@ def format_plain_name(obj: SceneObject) -> str:
 
 
 def sample_question(rng: random.Random, scene: Scene, weights: Mapping[str, int] | None = None) -> SceneQuestion:
-    """A question that the scene can answer; the kinds by weight, or evenly with the hardest one twice as often."""
+    """Return a question that fits the scene: by the weights of its kind, or evenly with "match" twice as often."""
     while True:
         kind = (
             rng.choice([*QUESTION_MAKERS, "match"])

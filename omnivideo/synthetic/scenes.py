@@ -1,17 +1,16 @@
-"""The rendered world: scenes with exact ground truth, as pixels.
+"""The synthetic world: scenes with exact ground truth, rendered to pixels.
 
-It stands for the 45 M samples of the paper's Table 1, which cannot be had here.  Everything about a scene is
-known, so a caption, a question, an edit and a verdict on somebody's pixels can all be derived from one
-`Scene`.
+It replaces the 45 M samples of the paper's Table 1, which are not available. A `Scene` states everything about its
+pixels, so captions, questions, edits and verdicts on generated clips all derive from it.
 
-Geometry.  A frame is 64x64 px.  Objects stand on a lattice that matches the decoder: a small object is centred
-in one 16 px cell (one decoder token: 8 px of VAE stride times a patch of 2), a large one in a block of 2x2 cells.
-A moving object covers 4 px a frame, so each latent frame (4 frames) moves it by exactly one decoder token.
-`../docs/tiny.md` has what this buys.
+Geometry. A frame is 64x64 px. Objects stand on a lattice that matches the decoder: a small object is centred in one
+16 px cell (one decoder token: 8 px of VAE stride times a patch of 2), a large one in a block of 2x2 cells. A moving
+object covers 4 px a frame, so it moves by exactly one decoder token in each latent frame (4 frames). docs/tiny.md
+explains the benefit.
 
-Composition.  Where a caption does not say where things are, scenes for generation are mostly composed as a person would
-compose them: one object in the middle, two side by side in the order of their mention, three or four spread out.  The
-layout then follows from the words, which a small decoder can learn.
+Composition. Most scenes for generation have a default layout if the caption does not state positions: one object in the
+middle, two side by side in the order of their mention, three or four spread out. The layout then follows from the text,
+and a small decoder can learn it.
 """
 
 import itertools
@@ -28,7 +27,7 @@ FRAME_SIZE = 64  # px, both sides
 CELL_SIZE = 16  # px, one decoder token
 CLIP_FRAMES = 9  # a clip: 4k + 1 frames, as the causal VAE wants
 FPS = 8
-SPEED = 4  # px a frame
+SPEED = 4  # px per frame
 MIN_GAP = 3  # px that must stay free between the boxes of two objects, at every frame
 
 Split = Literal["train", "held_out"]
@@ -61,7 +60,7 @@ MOTION_VECTORS = {"left": (-SPEED, 0), "right": (SPEED, 0), "up": (0, -SPEED), "
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One object: `x`, `y` is the centre in px at frame 0.  A growing one starts small, a shrinking one large."""
+    """One object with its centre in px at frame 0. A growing object starts small, a shrinking object large."""
 
     shape: str
     colour: str
@@ -75,7 +74,7 @@ class SceneObject:
         return self.x + dx * frame_index, self.y + dy * frame_index
 
     def radius_at(self, frame_index: int) -> float:
-        """Half of the bounding box, in px."""
+        """Return half of the side of the bounding box, in px."""
         progress = frame_index / (CLIP_FRAMES - 1)
         span = RADIUS_BY_SIZE["large"] - RADIUS_BY_SIZE["small"]
         if self.motion == "growing":
@@ -87,7 +86,7 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class Scene:
-    """A background and one to four objects; `frames` is 1 for a still and 9 for a clip."""
+    """A background and one to four objects; `frame_count` is 1 for a still and 9 for a clip."""
 
     background: str
     objects: tuple[SceneObject, ...]
@@ -99,7 +98,7 @@ class Scene:
 
 
 def is_held_out(obj: SceneObject) -> bool:
-    """The rule: of every (shape, size, motion), one colour in eight is never shown in training."""
+    """Return True for one colour in eight of every (shape, size, motion): training never shows it."""
     index = (
         list(COLOURS).index(obj.colour)
         + 2 * SHAPES.index(obj.shape)
@@ -110,7 +109,7 @@ def is_held_out(obj: SceneObject) -> bool:
 
 
 def is_in_split(scene: Scene, split: Split) -> bool:
-    """Training scenes hold no held-out object; held-out scenes hold at least one."""
+    """Return whether a scene belongs to the split: held-out scenes contain a held-out object, training scenes none."""
     return any(map(is_held_out, scene.objects)) == (split == "held_out")
 
 
@@ -119,7 +118,7 @@ def is_in_split(scene: Scene, split: Split) -> bool:
 
 @cache
 def find_lattice_points(size: str, motion: str, frame_count: int) -> tuple[tuple[int, int], ...]:
-    """Lattice points from which an object of this size and motion stays inside the frame."""
+    """Return the lattice points from which an object of this size and motion stays inside the frame."""
     centred = size == "small" and motion not in ("growing", "shrinking")
     axis = range(CELL_SIZE // 2, FRAME_SIZE, CELL_SIZE) if centred else range(CELL_SIZE, FRAME_SIZE, CELL_SIZE)
     dx, dy = MOTION_VECTORS.get(motion, (0, 0))
@@ -133,7 +132,7 @@ def find_lattice_points(size: str, motion: str, frame_count: int) -> tuple[tuple
 
 
 def is_clear_of(first: SceneObject, second: SceneObject, frame_count: int) -> bool:
-    """Whether the boxes of two objects keep `GAP` px between them at every frame."""
+    """Return whether the boxes of two objects keep `MIN_GAP` px between them at every frame."""
     for frame_index in range(0, frame_count, 2):
         (ax, ay), (bx, by) = first.centre_at(frame_index), second.centre_at(frame_index)
         min_distance = first.radius_at(frame_index) + second.radius_at(frame_index) + MIN_GAP
@@ -145,7 +144,7 @@ def is_clear_of(first: SceneObject, second: SceneObject, frame_count: int) -> bo
 def place_randomly(
     rng: random.Random, objects: Sequence[SceneObject], frame_count: int
 ) -> tuple[SceneObject, ...] | None:
-    """The same objects at random lattice points, none touching another; None where 40 tries found no room."""
+    """Return the objects at random lattice points without contact, or None after 40 failed attempts."""
     for _ in range(40):
         placed: list[SceneObject] = []
         for obj in objects:
@@ -159,8 +158,8 @@ def place_randomly(
     return None
 
 
-# Where the objects of a composed scene stand, in px, halfway through a clip.  A little off the middle, so that an
-# object between two lattice points always takes the same one.
+# Target positions of the objects of a composed scene, in px, halfway through a clip. They are slightly off the middle,
+# so that an object between two lattice points always takes the same one.
 ARRANGEMENTS: dict[str, tuple[tuple[int, int], ...]] = {
     "middle": ((31, 31),),
     "row": ((15, 31), (49, 31)),
@@ -176,9 +175,9 @@ SIDE_TARGETS = (0, 31, FRAME_SIZE)
 def snap_to_lattice(
     kinds: tuple[tuple[str, str], ...], targets: tuple[tuple[int, int], ...], frame_count: int
 ) -> LatticePoints | None:
-    """Lattice points nearest to the targets for objects of these (size, motion), none touching another.
+    """Return the lattice points nearest to the targets at which objects of these (size, motion) do not touch.
 
-    Only the eight nearest points of each are looked at; None where they leave no room.
+    Only the eight nearest points of each object are tried; the result is None if none of them fit.
     """
     options = []
     for (size, motion), (x, y) in zip(kinds, targets, strict=True):
@@ -225,12 +224,12 @@ def compose_layout(
 
 
 def get_initial_size(motion: str, size: str) -> str:
-    """The size at frame 0: growing starts small, shrinking starts large."""
+    """Return the size at frame 0: a growing object starts small, a shrinking object large."""
     return {"growing": "small", "shrinking": "large"}.get(motion, size)
 
 
 def sample_object(rng: random.Random, background: str, is_video: bool, large_probability: float = 0.5) -> SceneObject:
-    """An object without a place; `large` is the chance of a large one."""
+    """Return an object at position (0, 0); it is large with probability `large_probability`."""
     motion = rng.choice(MOTIONS) if is_video else "still"
     colour = rng.choice([name for name in COLOURS if name != background])
     size = get_initial_size(motion, "large" if rng.random() < large_probability else "small")
@@ -238,7 +237,7 @@ def sample_object(rng: random.Random, background: str, is_video: bool, large_pro
 
 
 def sample_objects(rng: random.Random, background: str, is_video: bool) -> list[SceneObject]:
-    """One object, a group of equal ones, or two or three different ones."""
+    """Return one object, a group of equal objects, or two or three different objects."""
     kind = rng.random()
     if kind < 0.35:
         return [sample_object(rng, background, is_video)]
@@ -254,7 +253,7 @@ def sample_objects(rng: random.Random, background: str, is_video: bool) -> list[
 
 
 def sample_scene(rng: random.Random, is_video: bool, split: Split = "train", composed_share: float = 0.0) -> Scene:
-    """A scene of the split, drawn until its objects fit beside each other; a share `composed` is composed."""
+    """Return a scene of the split whose objects do not touch; a share `composed_share` has a composed layout."""
     while True:
         background = rng.choice(list(BACKGROUNDS))
         frame_count = CLIP_FRAMES if is_video else 1
@@ -269,7 +268,7 @@ def sample_scene(rng: random.Random, is_video: bool, split: Split = "train", com
 
 
 def stream_scenes(seed: int, is_video: bool, split: Split = "train", composed_share: float = 0.0) -> Iterator[Scene]:
-    """An endless, repeatable stream of scenes."""
+    """Yield scenes without end, the same for the same arguments."""
     rng = random.Random(f"{seed}/{is_video}/{split}")
     while True:
         yield sample_scene(rng, is_video, split, composed_share)
@@ -279,7 +278,7 @@ def stream_scenes(seed: int, is_video: bool, split: Split = "train", composed_sh
 
 
 def compute_outline(shape: str, radius: float) -> np.ndarray:
-    """Corner points [n, 2] (x, y) of a shape whose bounding box has half-side `radius`, centred at 0."""
+    """Return the corners [n, 2] (x, y) of a shape centred at 0 whose bounding box has half-side `radius`."""
     if shape == "square":
         side = 0.88 * radius
         return np.array([(-side, -side), (side, -side), (side, side), (-side, side)])
@@ -291,7 +290,7 @@ def compute_outline(shape: str, radius: float) -> np.ndarray:
 
 
 def is_inside_polygon(x: np.ndarray, y: np.ndarray, corners: np.ndarray) -> np.ndarray:
-    """Even-odd rule: whether each point lies inside the polygon."""
+    """Return whether each point lies inside the polygon, by the even-odd rule."""
     result = np.zeros(x.shape, dtype=bool)
     for (x1, y1), (x2, y2) in zip(corners, np.roll(corners, -1, axis=0), strict=True):
         if y1 == y2:
@@ -303,16 +302,17 @@ def is_inside_polygon(x: np.ndarray, y: np.ndarray, corners: np.ndarray) -> np.n
 
 @cache
 def rasterize_shape(shape: str, radius: float) -> np.ndarray:
-    """Coverage [32, 32] in 0..1 of a shape centred in the middle, anti-aliased by 8x8 samples a pixel."""
+    """Return the coverage [32, 32] in 0..1 of a centred shape, anti-aliased with 8x8 samples per pixel."""
     side, oversampling = 2 * CELL_SIZE, 8
     axis = (np.arange(side * oversampling) + 0.5) / oversampling - CELL_SIZE
     x, y = np.meshgrid(axis, axis)
     filled = x**2 + y**2 <= radius**2 if shape == "circle" else is_inside_polygon(x, y, compute_outline(shape, radius))
-    return filled.reshape(side, oversampling, side, oversampling).mean(axis=(1, 3)).astype(np.float32)
+    coverage: np.ndarray = filled.reshape(side, oversampling, side, oversampling).mean(axis=(1, 3))
+    return coverage.astype(np.float32)
 
 
 def rasterize_object(obj: SceneObject, frame_index: int) -> np.ndarray:
-    """Coverage [64, 64] in 0..1 of one object at one frame."""
+    """Return the coverage [64, 64] in 0..1 of an object at a frame."""
     canvas = np.zeros((FRAME_SIZE + 2 * CELL_SIZE, FRAME_SIZE + 2 * CELL_SIZE), dtype=np.float32)
     x, y = obj.centre_at(frame_index)
     canvas[y : y + 2 * CELL_SIZE, x : x + 2 * CELL_SIZE] = rasterize_shape(obj.shape, obj.radius_at(frame_index))
@@ -320,7 +320,7 @@ def rasterize_object(obj: SceneObject, frame_index: int) -> np.ndarray:
 
 
 def render_scene(scene: Scene) -> np.ndarray:
-    """The scene's pixels: uint8 [frames, 64, 64, 3]."""
+    """Return the pixels of a scene, uint8 [frames, 64, 64, 3]."""
     clip = np.empty((scene.frame_count, FRAME_SIZE, FRAME_SIZE, 3), dtype=np.float32)
     clip[:] = BACKGROUNDS[scene.background]
     for frame_index in range(scene.frame_count):
@@ -331,7 +331,7 @@ def render_scene(scene: Scene) -> np.ndarray:
 
 
 def render_object_mask(scene: Scene) -> np.ndarray:
-    """Which pixels some object touches: bool [frames, 64, 64]."""
+    """Return which pixels belong to an object, bool [frames, 64, 64]."""
     touched = np.zeros((scene.frame_count, FRAME_SIZE, FRAME_SIZE), dtype=bool)
     for frame_index in range(scene.frame_count):
         for obj in scene.objects:

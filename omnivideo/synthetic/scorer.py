@@ -1,8 +1,8 @@
-"""Pixels in, facts out: what is on a clip, without any model of ours.
+"""Detect the objects of a clip from its pixels, without any trained model.
 
-Every frame is cut into blobs that differ from the background; a blob gets the nearest palette colour and the
-shape whose template overlaps it best (and well: a shapeless blob has no name).  Blobs of one colour are followed
-from frame to frame, which gives motion and steadiness.
+Every frame is segmented into blobs that differ from the background. A blob gets the nearest palette colour, and the
+shape whose template overlaps it best, or no shape if no template overlaps enough. Tracks of blobs of one colour give
+motion and steadiness.
 """
 
 from collections import Counter
@@ -17,18 +17,18 @@ from omnivideo.synthetic.facts import ObjectDetection, SceneDetection
 from omnivideo.synthetic.scenes import BACKGROUNDS, COLOURS, RADIUS_BY_SIZE, SHAPES, compute_outline, rasterize_shape
 
 MIN_FOREGROUND_DISTANCE = 40.0  # RGB distance from the background at which a pixel may belong to an object
-MIN_BLOB_PIXELS = 24  # px: blobs below are specks
+MIN_BLOB_PIXELS = 24  # smaller blobs are noise
 MAX_COLOUR_DISTANCE = 75.0  # RGB distance from a palette colour beyond which a blob has no colour name
 MIN_TEMPLATE_OVERLAP = 0.78  # intersection over union with a template, below which a blob has no shape
 SIZE_THRESHOLD_RADIUS = (RADIUS_BY_SIZE["small"] + RADIUS_BY_SIZE["large"]) / 2
-MIN_MOTION_PX = 14.0  # px from first to last frame, of 32 for a whole motion
+MIN_MOTION_PX = 14.0  # px from first to last frame; a full motion is 32
 MAX_REST_PX = 6.0
 MIN_GROWTH_RATIO = 1.35
 
 
 @dataclass(frozen=True)
 class Blob:
-    """One object on one frame: centre of the box and half of it in px, `clarity` the overlap with its template."""
+    """One object in one frame: centre and half-side of the box in px, and overlap with the template of its shape."""
 
     colour: str | None
     shape: str | None
@@ -40,7 +40,7 @@ class Blob:
 
 @cache
 def compute_unit_area(shape: str) -> float:
-    """Area of a shape over the square of its radius."""
+    """Return the area of a shape divided by the square of its radius."""
     if shape == "circle":
         return np.pi
     x, y = compute_outline(shape, 1.0).T
@@ -49,7 +49,7 @@ def compute_unit_area(shape: str) -> float:
 
 @cache
 def render_template(shape: str, quarter_radius: int) -> tuple[np.ndarray, np.ndarray]:
-    """Coverage [32, 32] of a shape with its centroid (y, x)."""
+    """Return the coverage [32, 32] of a shape and its centroid (y, x)."""
     filled = rasterize_shape(shape, quarter_radius / 4)
     return filled, np.array(ndimage.center_of_mass(filled))
 
@@ -61,7 +61,7 @@ def find_nearest_colour(palette: dict[str, tuple[int, int, int]], rgb: np.ndarra
 
 
 def estimate_background(clip: np.ndarray) -> np.ndarray:
-    """The colour [3] of the background: the median of the frame's border, over all frames."""
+    """Return the colour [3] of the background: the median of the frames' borders."""
     border = np.concatenate(
         [
             clip[:, :2].reshape(-1, 3),
@@ -70,11 +70,12 @@ def estimate_background(clip: np.ndarray) -> np.ndarray:
             clip[:, :, -2:].reshape(-1, 3),
         ]
     )
-    return np.median(border, axis=0)
+    colour: np.ndarray = np.median(border, axis=0)
+    return colour
 
 
 def match_shape(alpha: np.ndarray, centroid: np.ndarray, area: float) -> tuple[str | None, float, float, np.ndarray]:
-    """The best template: its name (None below `OVERLAP`), the overlap, the radius, and the box centre (y, x)."""
+    """Return the best shape (None below `MIN_TEMPLATE_OVERLAP`), the overlap, the radius, and the box centre (y, x)."""
     best: tuple[str | None, float, float, np.ndarray] = (None, 0.0, (area / 3.0) ** 0.5, centroid)
     for shape in SHAPES:
         radius = (area / compute_unit_area(shape)) ** 0.5
@@ -92,13 +93,13 @@ def match_shape(alpha: np.ndarray, centroid: np.ndarray, area: float) -> tuple[s
 
 
 def crop_window(alpha: np.ndarray, centroid: np.ndarray, middle: np.ndarray) -> np.ndarray:
-    """A 32x32 window of `alpha` whose pixel 16 is the floor of the centroid, padded with nothing."""
+    """Return a 32x32 window of `alpha` whose pixel 16 is the floor of the centroid, padded with zeros."""
     y, x = np.floor(centroid).astype(int)
     return np.pad(alpha, 16)[y : y + 32, x : x + 32]
 
 
 def blob_from_region(pixels: np.ndarray, background: np.ndarray, region: np.ndarray) -> Blob:
-    """Names the pixels of one region [H, W] of a frame [H, W, 3]."""
+    """Return the object in a region [H, W] of a frame [H, W, 3]."""
     difference = pixels - background
     distance = np.linalg.norm(difference, axis=-1)
     core = region & (distance >= np.quantile(distance[region], 0.5))
@@ -112,19 +113,19 @@ def blob_from_region(pixels: np.ndarray, background: np.ndarray, region: np.ndar
 
 
 def find_regions(foreground: np.ndarray) -> list[np.ndarray]:
-    """Connected regions of at least `SMALLEST` px."""
+    """Return the connected regions of at least `MIN_BLOB_PIXELS` px."""
     labels, count = ndimage.label(foreground)
     regions = (labels == index for index in range(1, count + 1))
     return [region for region in regions if region.sum() >= MIN_BLOB_PIXELS]
 
 
 def detect_blobs(frame: np.ndarray, background: np.ndarray) -> list[Blob]:
-    """The objects of one frame [H, W, 3]."""
+    """Return the objects of a frame [H, W, 3]."""
     pixels = frame.astype(np.float32)
     distance = np.linalg.norm(pixels - background, axis=-1)
     detected = []
     for region in find_regions(distance > MIN_FOREGROUND_DISTANCE):
-        # Two objects can be joined by a faint bridge: cut again at half of this region's own contrast.
+        # A faint bridge can join two objects: segment again at half of the region's own contrast.
         contrast = float(np.quantile(distance[region], 0.75))
         detected += [
             blob_from_region(pixels, background, subregion)
@@ -134,7 +135,7 @@ def detect_blobs(frame: np.ndarray, background: np.ndarray) -> list[Blob]:
 
 
 def track_blobs(frames: Sequence[list[Blob]]) -> list[list[Blob | None]]:
-    """Tracks: each blob of the first frame, matched on to the nearest of its colour on every next one."""
+    """Return a track for each blob of the first frame: the nearest blob of its colour in every later frame."""
     tracks: list[list[Blob | None]] = [[blob] for blob in frames[0]]
     for blobs in frames[1:]:
         unmatched = list(blobs)
@@ -153,7 +154,7 @@ def track_blobs(frames: Sequence[list[Blob]]) -> list[list[Blob | None]]:
 
 
 def classify_motion(track: Sequence[Blob | None]) -> str | None:
-    """The motion's name from the first and last sight of an object; None where it is neither clear nor at rest."""
+    """Return the motion between the first and the last detection of an object, or None if it is unclear."""
     present = [blob for blob in track if blob is not None]
     first, last = present[0], present[-1]
     if len(track) == 1:
@@ -171,7 +172,7 @@ def classify_motion(track: Sequence[Blob | None]) -> str | None:
 
 
 def find_majority(names: Sequence[str | None]) -> str | None:
-    """The name that more than half agree on."""
+    """Return the name that more than half of the entries have, or None."""
     name, votes = Counter(names).most_common(1)[0]
     return name if votes > len(names) / 2 else None
 
@@ -190,7 +191,7 @@ def detection_from_track(track: Sequence[Blob | None]) -> ObjectDetection:
 
 
 def detect_scene(clip: np.ndarray) -> SceneDetection:
-    """The facts of a clip or still: uint8 [F, H, W, 3]."""
+    """Return the background, objects and steadiness of a clip or still, uint8 [F, H, W, 3]."""
     background = estimate_background(clip)
     frames = [detect_blobs(frame, background) for frame in clip]
     usual_count = find_majority([str(len(blobs)) for blobs in frames])

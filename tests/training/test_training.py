@@ -344,7 +344,7 @@ def test_the_card_says_what_ran_and_what_came_of_it(tmp_path):
     lines = [{"step": at, "loss": 0.5, "kl": 2.0} for at in range(1, 201)]
     (tmp_path / "vae" / "log.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     made = build_model_card(
-        tmp_path, ("vae", "text"), "abc123", "x86_64", {"single": {"right": 0.98, "count": 50}, "dB": 27.5}
+        tmp_path, ("vae", "text"), "abc123", "x86_64", {"single": {"mean": 0.98, "count": 50}, "dB": 27.5}
     )
     assert "| `vae` | 1,200 | 1.5 | loss 0.5, kl 2 |" in made and "`text`" not in made
     later = build_model_card(

@@ -4,26 +4,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen3VLForConditionalGeneration
-from transformers.vision_utils import get_vision_position_ids
 
-from omnivideo.models.mllm import MLLMMessage, TokenizedRequest, collate_requests, tokenize_message
+from omnivideo.models.mllm import MLLMMessage, TokenizedRequest, add_position_ids, collate_requests, tokenize_message
 from omnivideo.presets import VisionInputConfig
 from omnivideo.training.engine.data_parallel import current_rank
 
 ChatSample = tuple[MLLMMessage, str]
-
-
-def add_position_ids(model: Qwen3VLForConditionalGeneration, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Add the position ids of tokens and patches; the model would compute them sample by sample, which is slow."""
-    input_names = ("input_ids", "mm_token_type_ids", "image_grid_thw", "video_grid_thw", "attention_mask")
-    position_ids, _ = model.model.get_rope_index(**{name: inputs[name] for name in input_names if name in inputs})
-    positions = {"position_ids": position_ids}
-    for medium in ("image", "video"):
-        if (grids := inputs.get(f"{medium}_grid_thw")) is not None:
-            positions[f"{medium}_position_ids"] = get_vision_position_ids(
-                grids, model.config.vision_config.spatial_merge_size
-            )
-    return inputs | positions
 
 
 def make_answer_labels(

@@ -28,6 +28,7 @@ from omnivideo.models.mllm import (
     VISUAL_TOKEN_PAIRS,
     MLLMMedia,
     MLLMMessage,
+    add_position_ids,
     forward_hidden_states,
     prepare_hidden_state_inputs,
 )
@@ -35,7 +36,7 @@ from omnivideo.models.omni import OmniVideoModel
 from omnivideo.models.vae import pixels_from_bytes
 from omnivideo.training.data.batch import FlowBatch, MicroBatch, Stage1Batch
 from omnivideo.training.data.batch_sampler import Bucket, GlobalBatch, MixConfig
-from omnivideo.training.data.chat_batch import add_position_ids, collate_chat_batch
+from omnivideo.training.data.chat_batch import collate_chat_batch
 from omnivideo.training.data.latent_cache import (
     ENCODE_BATCH_SIZE,
     BucketAssigner,
@@ -44,12 +45,12 @@ from omnivideo.training.data.latent_cache import (
     build_batch_sampler,
 )
 from omnivideo.training.data.sample import TRAINING_LIMITS, SkippedSample, SkipReport, TrainingSample
-from omnivideo.training.data.visual_targets import embed_frames, select_frame_indices
 from omnivideo.training.data.webdataset import SampleRef, ShardDataset
 from omnivideo.training.engine.data_parallel import current_rank
 from omnivideo.training.engine.placement import move_cpu_parts_to_device
 from omnivideo.training.engine.recipe import step_seed
 from omnivideo.training.planning.flops import count_mllm_flops
+from omnivideo.training.recipes.losses import embed_frames, select_frame_indices
 
 T = TypeVar("T")
 log = logging.getLogger("omnivideo.training")

@@ -19,7 +19,7 @@ from omnivideo.training.engine.data_parallel import current_rank
 from omnivideo.training.engine.recipe import Losses, MicroBatchLosses, Recipe
 from omnivideo.training.planning.flops import Flops, count_flow_stage_flops
 from omnivideo.training.recipes.losses import alignment_loss, flow_matching_loss, sample_noise
-from omnivideo.training.recipes.parts import TRAINABLE_BY_STAGE, TrainableParts, compute_visual_tokens
+from omnivideo.training.recipes.parts import TRAINABLE_BY_STAGE, TrainableParts
 
 FLOW_BATCH_SIZES = (64, 24)  # images and clips in a batch
 
@@ -111,6 +111,14 @@ class FlowObjective:
         return count_flow_stage_flops(
             self.omni.preset, self.trainable_parts, (t, h, w), condition_length, hidden_length, edit_share
         )
+
+
+def compute_visual_tokens(model: TrainableParts, batch: FlowBatch) -> Tensor:
+    """Return the visual tokens [B, Q, E] of a batch's hidden states."""
+    lengths = torch.tensor(batch.hidden_lengths, device=batch.hidden_states.device)
+    padding = torch.arange(batch.hidden_states.shape[1], device=batch.hidden_states.device) >= lengths[:, None]
+    visual_BQE: Tensor = model.bridge.vision_head(batch.hidden_states, padding)
+    return visual_BQE
 
 
 def build_condition(

@@ -1,6 +1,9 @@
-"""The losses of the stages: alignment (Eq. 1), text (Eq. 2, in `data.chat_batch`) and flow matching (Eq. 4).
+"""The losses of the stages: alignment (Eq. 1) with its targets, text alignment (stage 2a), flow matching (Eq. 4).
 
-Shapes: B batch, Q visual tokens, E width of a visual token, L adapter tokens, N text tokens, D width of both.
+Eq. 2, the loss of text, is in `data.chat_batch`.
+
+Shapes: B batch, C colours, F frames, H W pixels, Q visual tokens, E width of a visual token, L adapter tokens,
+N text tokens, D width of both.
 """
 
 from collections.abc import Callable
@@ -8,8 +11,26 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import SiglipVisionModel
 
 from omnivideo.training.engine.data_parallel import current_rank
+
+
+def select_frame_indices(frame_count: int, token_count: int) -> Tensor:
+    """Return the index of the frame that each visual token represents; the frames are evenly spaced."""
+    return torch.linspace(0, frame_count - 1, token_count).round().long()
+
+
+def embed_frames(encoder: SiglipVisionModel, clips_BCFHW: Tensor, token_count: int) -> Tensor:
+    """Return the targets of Eq. 1: pooled embeddings [B, Q, E] of the frames that the visual tokens represent.
+
+    Each frame is encoded once, even if several tokens represent it, as for an image.
+    """
+    frame_of_token = select_frame_indices(clips_BCFHW.shape[2], token_count)
+    frame_indices, inverse = torch.unique(frame_of_token, return_inverse=True)
+    frames = clips_BCFHW[:, :, frame_indices].transpose(1, 2)
+    pooled: Tensor = encoder(frames.flatten(0, 1).to(encoder.device)).pooler_output
+    return pooled.reshape(len(clips_BCFHW), len(frame_indices), -1)[:, inverse]
 
 
 def alignment_loss(visual_BQE: Tensor, target_BQE: Tensor) -> Tensor:

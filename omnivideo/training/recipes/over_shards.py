@@ -1,4 +1,4 @@
-"""The stages of any preset over shards: `omnivideo train stage2b --data SHARDS --weights FOLDER`."""
+"""Train the stages of any preset over shards: `omnivideo train stage2b --data SHARDS --weights FOLDER`."""
 
 import math
 from collections.abc import Sequence
@@ -30,20 +30,20 @@ PREVIOUS_STAGE = {
     "stage3": "stage2b",
 }  # fmt: skip
 ALIGNMENT_WEIGHT = 0.1
-BASE_LR = 1e-5  # AdamW's; stages 1 and 2a, which begin at random, take ten times as much
+BASE_LR = 1e-5  # of AdamW; stages 1 and 2a start from random weights and use ten times as much
 DEFAULT_STEPS = 20_000
-BATCH_UNIT = 8  # processes that have equal parts of nearly every batch
+BATCH_UNIT = 8  # number of processes among which nearly every batch divides evenly
 
 
 def build_mix(
     stills: int | None = None, clips: int | None = None, batch_scale: int = 1, ratio: Sequence[str] = (),
     weights: Sequence[str] = (), seed: int = 0,
 ) -> MixConfig:  # fmt: skip
-    """How the stages mix: batches of so many samples (None: as over the rendered world), and shares as NAME=NUMBER, of
-    tasks (none: Table 1's) and of the groups' batches (none: as the tasks' shares have it); the order is the seed's.
-    Raises InvalidInput.
+    """Return the mix of tasks and batches; raise InvalidInput for shares that are malformed.
 
-    Nothing is cropped to another bucket than the one that its latents are of.
+    `stills` and `clips` are samples in a batch (None: as over the synthetic world). `ratio` and `weights` are
+    NAME=NUMBER shares of the tasks (default: the paper's Table 1) and of the batches of each medium (default: by the
+    tasks' shares). Buckets are not merged, since cached latents belong to one bucket.
     """
     sizes = {
         "image": (FLOW_BATCH_SIZES[0] if stills is None else stills) * batch_scale,
@@ -66,7 +66,7 @@ def parse_named_numbers(field: str, items: Sequence[str]) -> dict[str, float]:
         except ValueError:
             raise InvalidInput(field, f"{item!r} is not NAME=NUMBER") from None
         if name in numbers:
-            raise InvalidInput(field, f"{name!r} is given twice")
+            raise InvalidInput(field, f"{name!r} is repeated")
         numbers[name] = value
     return numbers
 
@@ -96,10 +96,10 @@ def check_stage(config: TrainingConfig) -> tuple[str, Path]:
 
 
 def build_stage_recipe(library: ShardDataset, fit: BucketAssigner, run: RunContext, mix: MixConfig) -> Recipe:
-    """A stage, from the earlier stage's run, else from the weights.  AdamW with a cosine; on a GPU in bf16, if no other
-    precision is asked for.  Its cache (from stage 2a on) counts where it is of the same weights.
+    """Build the recipe of a stage, which starts from the previous stage's run, or from the weights without a run.
 
-    Raises InvalidInput for a recipe that is no stage, and where weights are not named.
+    It uses AdamW with a cosine schedule, and by default bf16 on a GPU. From stage 2a on it reads the cache that was
+    computed with the same weights. Raises InvalidInput for a recipe that is not a stage, and if weights are missing.
     """
     stage, weights = check_stage(run.config)
     precision = PRECISIONS[run.config.precision or ("bf16" if run.device.type == "cuda" else "fp32")]
@@ -126,7 +126,7 @@ def build_stage1_recipe(
     omni: OmniVideoModel,
     mix: MixConfig,
 ) -> tuple[EpochDataset, Recipe]:
-    """Stage 1."""
+    """Build stage 1 over the samples of all tasks."""
     encoder = loader.load_visual_encoder()
     source = Stage1Dataset(omni, library, fit, mix, encoder)
     recipe = assemble_stage1_recipe(
@@ -144,7 +144,7 @@ def build_flow_stage_recipe(
     omni: OmniVideoModel,
     mix: MixConfig,
 ) -> tuple[EpochDataset, Recipe]:
-    """From stage 2a on: over latents and text of the cache, where it has them."""
+    """Build a stage from 2a on, with latents and text embeddings from the cache if it contains them."""
     encoder = loader.load_visual_encoder() if stage == "stage3" else None
     cache = LatentCache(library.file_store, compute_cache_digest(fingerprint_weights(loader.weights), fit))
     source = FlowDataset(stage, omni, library, cache, fit, mix, encoder)
@@ -155,14 +155,14 @@ def build_flow_stage_recipe(
             adam_lr=10 * BASE_LR,
         )
         return source, recipe
-    eq1, high = (ALIGNMENT_WEIGHT, 0.9) if stage == "stage3" else (0.0, 0.5)  # as the tiny preset's
+    alignment_weight, high_noise_share = (ALIGNMENT_WEIGHT, 0.9) if stage == "stage3" else (0.0, 0.5)
     return source, build_flow_recipe(
         stage,
         omni,
         source,
         DEFAULT_STEPS,
         lr=10 * BASE_LR,
-        alignment_weight=eq1,
-        high_noise_share=high,
+        alignment_weight=alignment_weight,
+        high_noise_share=high_noise_share,
         workers=run.config.workers,
     )

@@ -8,13 +8,11 @@ stage2b             adapter, visual context, markers    the same for all four ge
 stage3              vision head, adapter, decoder       Eq. 4, with Eq. 1 kept for the vision head
 """
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from omnivideo.errors import InvalidInput
 from omnivideo.models.omni import OmniVideoModel
 from omnivideo.training.config import TrainingConfig
-from omnivideo.training.data.batch import FlowBatch
 
 ADAPTER_PARTS = ("bridge.adapter", "bridge.visual_context", "bridge.markers")
 # Prefixes of the parameters' names in `TrainableParts`.
@@ -34,14 +32,6 @@ class TrainableParts(nn.Module):
         self.mllm = omni.mllm
         self.bridge = omni.bridge
         self.decoder = omni.decoder
-
-
-def compute_visual_tokens(model: TrainableParts, batch: FlowBatch) -> Tensor:
-    """Return the visual tokens [B, Q, E] of a batch's hidden states."""
-    lengths = torch.tensor(batch.hidden_lengths, device=batch.hidden_states.device)
-    padding = torch.arange(batch.hidden_states.shape[1], device=batch.hidden_states.device) >= lengths[:, None]
-    visual_BQE: Tensor = model.bridge.vision_head(batch.hidden_states, padding)
-    return visual_BQE
 
 
 def check_sampling(config: TrainingConfig) -> None:

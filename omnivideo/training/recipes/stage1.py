@@ -17,7 +17,6 @@ from omnivideo.models.omni import OmniVideoModel
 from omnivideo.training.data.batch import Stage1Batch
 from omnivideo.training.data.chat_batch import count_answer_tokens, text_loss, to_device
 from omnivideo.training.data.prefetch import Prefetcher, return_unchanged
-from omnivideo.training.data.visual_targets import embed_frames
 from omnivideo.training.engine.data_parallel import current_rank
 from omnivideo.training.engine.recipe import Losses, MicroBatchLosses, Recipe
 from omnivideo.training.planning.flops import (
@@ -26,7 +25,7 @@ from omnivideo.training.planning.flops import (
     count_mllm_flops,
     count_query_transformer_flops,
 )
-from omnivideo.training.recipes.losses import alignment_loss
+from omnivideo.training.recipes.losses import alignment_loss, embed_frames
 from omnivideo.training.recipes.parts import TRAINABLE_BY_STAGE, TrainableParts
 
 

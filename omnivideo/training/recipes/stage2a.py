@@ -16,9 +16,9 @@ from omnivideo.training.data.batch import FlowBatch, FlowSource, MicroBatch
 from omnivideo.training.data.prefetch import Prefetcher
 from omnivideo.training.engine.recipe import Losses, MicroBatchLosses, Recipe
 from omnivideo.training.planning.flops import Flops, count_adapter_stage_flops
-from omnivideo.training.recipes.flow import count_batch_flops
+from omnivideo.training.recipes.flow import compute_visual_tokens, count_batch_flops
 from omnivideo.training.recipes.losses import text_alignment_loss
-from omnivideo.training.recipes.parts import TRAINABLE_BY_STAGE, TrainableParts, compute_visual_tokens
+from omnivideo.training.recipes.parts import TRAINABLE_BY_STAGE, TrainableParts
 
 
 def batch_text_alignment_loss(

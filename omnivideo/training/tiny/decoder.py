@@ -1,8 +1,7 @@
 """Foundation: the diffusion decoder, for text-to-image and text-to-video.
 
-Stands for Wan's downloaded weights: a plain `WanTransformer3DModel` under the condition of a frozen text encoder.
-Image and clip batches take turns; a tenth of the captions give way to the universal negative prompt, which is the
-null condition of guidance.
+It replaces Wan's downloaded weights: a `WanTransformer3DModel` with the condition of a frozen text encoder. Batches of
+images and of clips alternate. The negative prompt, the null condition of guidance, replaces a tenth of the captions.
 """
 
 import random
@@ -28,7 +27,9 @@ from omnivideo.training.tiny.text_encoder import MAX_TEXT_TOKENS, NEGATIVE_PROMP
 
 STILL_COUNT, CLIP_COUNT = 32_000, 12_000  # scenes in the cache
 CAPTION_DROP_RATE = 0.1
-LAYOUT_START_STEP = 1200  # first how things look; from here on half of the samples teach where they go
+LAYOUT_START_STEP = (
+    1200  # shapes and colours first; from this step on, half of the samples have high noise, which teaches the layout
+)
 
 
 class DecoderFoundation(nn.Module):
@@ -39,7 +40,7 @@ class DecoderFoundation(nn.Module):
 
 
 class CaptionedLatents:
-    """Cached latents of one kind with captions made anew each time: `batch(step)` is a function of the step."""
+    """Cached latents of stills or of clips, with new captions in every batch; a batch depends on the step alone."""
 
     def __init__(
         self, folder: Path, vae: AutoencoderKLWan, is_video: bool, count: int, on_progress: Callable[[int, int], None]

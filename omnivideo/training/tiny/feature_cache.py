@@ -1,7 +1,7 @@
-"""The data of stages 2b and 3: everything that is frozen there, computed once.
+"""The cached features of stages 2b and 3: the outputs of all models that are frozen there.
 
-Per request: latents of the target and of the source, last hidden states of the MLLM, text embeddings, and the visual
-encoder's embeddings of the target (Eq. 1).  Ragged rows are kept flat with their offsets, in half precision.
+For each request: latents of target and source, the MLLM's last hidden states, text embeddings, and the visual encoder's
+embeddings of the target (Eq. 1). Ragged rows are stored flat with their offsets, in half precision.
 """
 
 import hashlib
@@ -16,14 +16,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import SiglipVisionModel
 
-from omnivideo.models.mllm import forward_hidden_states, prepare_hidden_state_inputs
+from omnivideo.models.mllm import add_position_ids, forward_hidden_states, prepare_hidden_state_inputs
 from omnivideo.models.omni import OmniVideoModel
 from omnivideo.models.vae import encode_pixels
 from omnivideo.synthetic.requests import SceneRequest
 from omnivideo.training.data.batch import CachedTask, RaggedTensor
-from omnivideo.training.data.chat_batch import add_position_ids
 from omnivideo.training.data.prefetch import map_in_order
-from omnivideo.training.data.visual_targets import embed_frames
+from omnivideo.training.recipes.losses import embed_frames
 from omnivideo.training.tiny.latents import hash_weights, pixels_from_scenes
 from omnivideo.training.tiny.mllm import message_from_request
 
@@ -34,14 +33,14 @@ CHUNK_SIZE = 32
 
 @dataclass(frozen=True)
 class PreparationConfig:
-    """How the data are made: so many requests at once, prepared by so many processes (0: by this one)."""
+    """How features are computed: requests per chunk, and processes that prepare chunks (0: this process)."""
 
     on_progress: ProgressCallback
     chunk_size: int = CHUNK_SIZE
     workers: int = 0
 
     def map_chunks(self, requests: list[SceneRequest], prepare: Callable[[list[SceneRequest]], T]) -> Iterator[T]:
-        """What `prepare` makes of each chunk."""
+        """Yield the result of `prepare` for each chunk of requests."""
         starts = range(0, len(requests), self.chunk_size)
         results = map_in_order(lambda start: prepare(requests[start : start + self.chunk_size]), starts, self.workers)
         for start, result in zip(starts, results, strict=True):
@@ -53,7 +52,7 @@ class PreparationConfig:
 def compute_frozen_features(
     omni: OmniVideoModel, encoder: SiglipVisionModel, requests: list[SceneRequest], config: PreparationConfig
 ) -> dict[str, Tensor]:
-    """What does not hang on the MLLM: latents, text embeddings, and the visual encoder's of the target."""
+    """Return the features that do not depend on the MLLM: latents, text embeddings and visual embeddings."""
     text_embeddings, visual_embeddings, latents = [], [], defaultdict(list)
     queries = omni.bridge.vision_head.num_queries
 
@@ -78,7 +77,7 @@ def compute_frozen_features(
 def compute_hidden_states(
     omni: OmniVideoModel, requests: list[SceneRequest], config: PreparationConfig
 ) -> dict[str, Tensor]:
-    """The MLLM's last hidden states."""
+    """Return the MLLM's last hidden states of the requests, as a ragged tensor."""
     hidden_states = []
 
     def tokenize_chunk(chunk: list[SceneRequest]) -> dict[str, Tensor]:
@@ -101,7 +100,7 @@ def flatten_ragged(name: str, rows: Sequence[Tensor]) -> dict[str, Tensor]:
 
 
 def load_or_compute(path: Path, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The file's tensors, made where it is not there."""
+    """Return a file's tensors; compute and store them if it does not exist."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
@@ -121,7 +120,7 @@ def load_frozen_features(
     requests: list[SceneRequest],
     config: PreparationConfig,
 ) -> tuple[str, str, dict[str, Tensor]]:
-    """What does not hang on the MLLM, with its name and key, from the folder's cache where it has it."""
+    """Return name, cache key and tensors of the features that do not depend on the MLLM."""
     name = f"{requests[0].task}-{len(requests)}"
     key = make_cache_key(requests, *map(hash_weights, (omni.vae, omni.text_encoder, encoder)))
     return (
@@ -140,7 +139,7 @@ def load_cached_task(
     requests: list[SceneRequest],
     config: PreparationConfig,
 ) -> CachedTask:
-    """The data of one task, from the folder's cache where it has them."""
+    """Return the features of one task from the folder's cache; compute and store what is missing."""
     name, frozen_key, tensors = load_frozen_features(folder, omni, encoder, requests, config)
     hidden_key = make_cache_key(frozen_key, hash_weights(omni.mllm.model))
     tensors |= load_or_compute(

@@ -1,7 +1,7 @@
-"""Latents of rendered scenes, encoded once and reused: 20 ms a clip to encode against under 2 to render.
+"""Latents of rendered scenes, encoded once and cached: a clip takes 20 ms to encode and under 2 ms to render.
 
-A cache is a safetensors file named by what it depends on (the scenes and the VAE's weights); the scenes are drawn
-again from their seed, so only latents are stored, in half precision.
+A cache is a safetensors file whose name depends on the scenes and the VAE's weights. Scenes are sampled again from
+their seed, so only latents are stored, in half precision.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ ENCODE_CHUNK_SIZE = 64
 
 
 def hash_weights(model: nn.Module) -> str:
-    """Twelve hex digits over all weights and buffers, in the order of their names."""
+    """Return twelve hex digits over all weights and buffers, in the order of their names."""
     hasher = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
         hasher.update(name.encode())
@@ -31,7 +31,7 @@ def hash_weights(model: nn.Module) -> str:
 
 
 def pixels_from_scenes(scenes: Iterable[Scene]) -> Tensor:
-    """[B, 3, F, 64, 64] in -1..1."""
+    """Return the pixels [B, 3, F, 64, 64] of scenes, in -1..1."""
     return pixels_from_bytes(np.stack([render_scene(scene) for scene in scenes]))
 
 
@@ -39,7 +39,7 @@ def pixels_from_scenes(scenes: Iterable[Scene]) -> Tensor:
 def encode_scenes(
     vae: AutoencoderKLWan, scenes: list[Scene], on_progress: Callable[[int, int], None] = lambda done, count: None
 ) -> Tensor:
-    """Normalised latents [N, z, T, h, w] in half precision."""
+    """Return normalised latents [N, z, T, h, w] in half precision."""
     latents = []
     for start in range(0, len(scenes), ENCODE_CHUNK_SIZE):
         latents.append(
@@ -58,7 +58,7 @@ def load_or_encode_latents(
     scenes: list[Scene],
     on_progress: Callable[[int, int], None] = lambda done, count: None,
 ) -> Tensor:
-    """The latents of these scenes, from the folder's cache where it has them."""
+    """Return the latents of scenes from the folder's cache; compute and store them if they are not there."""
     scenes_digest = hashlib.sha256(repr(scenes).encode()).hexdigest()[:12]
     path = folder / f"{name}-{len(scenes)}-{scenes_digest}-{hash_weights(vae)}.safetensors"
     if not path.exists():
@@ -74,6 +74,6 @@ def take_scenes(stream: Iterable[Scene], count: int) -> list[Scene]:
 
 
 def set_latent_statistics(vae: AutoencoderKLWan, latents: Iterable[Tensor]) -> None:
-    """Stores each latent channel's mean and deviation in the VAE's config, as Wan's published VAE does."""
+    """Store mean and deviation of each latent channel in the VAE's config, as Wan's published VAE does."""
     flat = torch.cat([z.float().transpose(0, 1).flatten(1) for z in latents], dim=1)
     vae.register_to_config(latents_mean=flat.mean(1).tolist(), latents_std=flat.std(1).tolist())

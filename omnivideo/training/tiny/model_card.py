@@ -1,4 +1,4 @@
-"""The model card of a trained preset: what ran, for how long, and what came of it."""
+"""The model card of a trained preset: its recipes with their durations, losses and scores."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -9,10 +9,10 @@ import torch
 
 HEADER = """# tiny
 
-OmniVideo's model at tiny size (64x64 px, 9 frames at 8 fps), trained from nothing on the project's own rendered world
+OmniVideo's model at tiny size (64x64 px, 9 frames at 8 fps), trained from scratch on the project's synthetic world
 by `omnivideo train tiny`, at commit {commit}, on {machine}. Half precision; loaded strictly; licence as the project's.
 It knows circles, squares, triangles and stars in eight colours, five backgrounds and seven motions, in English, and
-nothing else. `docs/tiny.md` has the world, the recipes, and what ran otherwise than from nothing.
+nothing else. `docs/tiny.md` describes the world, the recipes, and which recipes did not start from scratch.
 """
 
 
@@ -24,9 +24,9 @@ def build_model_card(
     scores: Mapping[str, Any],
     earlier_card: str = "",
 ) -> str:
-    """Markdown.  `scores` is the JSON that `omnivideo evaluate tiny --report` writes; empty where there is none yet.
+    """Return the card as Markdown. `scores` is the JSON of `omnivideo evaluate tiny --report`, or empty.
 
-    A recipe without a run has the row of the `earlier` card: of the weights that stand in for it.
+    A recipe without a run keeps its row of `earlier_card`, the card of the weights that replace the run.
     """
     rows = {line.split("`")[1]: line for line in earlier_card.splitlines() if line.startswith("| `")}
     rows |= {
@@ -51,11 +51,11 @@ def format_recipe_row(folder: Path, name: str) -> str:
     names = [name for name in dict.fromkeys(key for record in records for key in record) if name != "step"]
     means = {name: [record[name] for record in records if name in record] for name in names}
     mean_losses = ", ".join(f"{name} {sum(values) / len(values):.4g}" for name, values in means.items())
-    hours = f"{state['seconds'] / 3600:.1f}" if state.get("seconds") else "not kept"
+    hours = f"{state['seconds'] / 3600:.1f}" if state.get("seconds") else "unknown"
     return f"| `{name}` | {state['step']:,} | {hours} | {mean_losses} |"
 
 
 def format_score_row(entry: tuple[str, Any]) -> str:
     name, value = entry
-    figure, count = (value["right"], value["count"]) if isinstance(value, dict) else (value, "")
+    figure, count = (value["mean"], value["count"]) if isinstance(value, dict) else (value, "")
     return f"| {name} | {figure:.3f} | {count} |"

@@ -1,4 +1,4 @@
-"""The tiny preset from nothing: every recipe in its order, each resumable, in one folder of runs."""
+"""Train the tiny preset from scratch: every recipe in order, each resumable, in one folder of runs."""
 
 import json
 import os
@@ -47,22 +47,22 @@ from omnivideo.training.tiny.model_card import build_model_card
 from omnivideo.training.tiny.vae import build_vae_decoder_recipe, build_vae_recipe
 from omnivideo.training.tiny.visual_encoder import build_visual_encoder_recipe
 
-REQUESTS_PER_TASK = 12_000  # of each task, in stages 2b and 3
-# Of the requests.  Stage 3 has as many edits again for each further seed: it sees them often enough to know them.
+REQUESTS_PER_TASK = 12_000  # in stages 2b and 3
+# Each further seed adds as many edits to stage 3, which would otherwise memorise them.
 REQUEST_SEEDS = (1, 3, 4)
 ProgressCallback = Callable[[int, int], None]
 
 
 def ignore_progress(done: int, count: int) -> None:
-    """Tells nobody."""
+    """Accept the progress and show nothing."""
 
 
 class TinyPipeline:
-    """The recipes over one folder of runs: each knows how to load what came before it.
+    """The recipes over one folder of runs; each loads what it needs from the runs of earlier recipes.
 
-    Where an earlier foundation's run is not at hand, its part of the shipped weights stands in.  With the weights that
-    the configuration names, these stand in for every earlier recipe, and the MLLM goes on from them.  Stages 2b and 3
-    draw their requests of the configured seeds: of the first for all tasks, in stage 3 of the others for edits.
+    The shipped weights replace the run of a foundation that is missing. Weights that the configuration names replace
+    every missing run, and the MLLM continues from them. Stages 2b and 3 sample their requests with the first configured
+    seed; stage 3 samples further edits with the other seeds.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class TinyPipeline:
         }
 
     def load_trained(self, recipe: Recipe) -> Any:
-        """A recipe's model with the (averaged) weights of its checkpoint, as it stands."""
+        """Return a recipe's model with the averaged weights of its latest checkpoint."""
         return (
             Trainer(recipe, self.run.get_state_file(recipe.name).parent)
             .apply_ema_weights()
@@ -115,13 +115,13 @@ class TinyPipeline:
         )
 
     def load_vae(self) -> AutoencoderKLWan:
-        """The trained VAE, with the decoder that went on alone where there is such a run."""
+        """Return the trained VAE, with the decoder of `vae_decoder` if it has run."""
         if not self.run.has_run("vae_decoder"):
             return self.load_jointly_trained_vae()
         return self.load_trained(self.recipe_factories["vae_decoder"]()).to(self.device)
 
     def load_jointly_trained_vae(self) -> AutoencoderKLWan:
-        """The VAE that was trained as a whole, with its latent statistics measured on stills and clips once."""
+        """Return the VAE of the recipe `vae`, with latent statistics that are measured once on stills and clips."""
         if not self.run.has_run("vae"):
             return self.load_shipped_part(AutoencoderKLWan, "vae")
         vae = self.load_trained(build_vae_recipe()).to(self.device)
@@ -150,7 +150,7 @@ class TinyPipeline:
         return self.load_trained(self.recipe_factories["text"]()).encoder.to(self.device)
 
     def load_shipped_part(self, model_class: Any, name: str) -> Any:
-        """A part of the weights that stand in for the runs that are not at hand."""
+        """Return a part of the weights that replace missing runs."""
         return (
             load_strict(model_class, self.weights_folder, name, torch.float32)
             .eval()
@@ -180,7 +180,7 @@ class TinyPipeline:
         return build_decoder_recipe(stills, clips, self.load_tokenizer(), self.load_text_encoder())
 
     def load_foundation(self) -> DecoderFoundation:
-        """The decoder with the text encoder that it was trained under."""
+        """Return the decoder with the text encoder of its training."""
         if self.run.has_run("decoder"):
             model = DecoderFoundation(build_decoder(TINY), UMT5EncoderModel(UMT5Config(**text_encoder.CONFIG)))
             state = torch.load(self.runs_folder / "decoder" / "state.pt", weights_only=True)
@@ -197,7 +197,7 @@ class TinyPipeline:
         return self.load_trained(build_visual_encoder_recipe()).encoder.to(self.device)
 
     def load_omni(self, after_recipe: str) -> OmniVideoModel:
-        """All parts as they stand after a recipe: "mllm" (the foundations), or one of the stages."""
+        """Return the model as it is after a recipe: "mllm" (the foundations), or one of the stages."""
         foundation = self.load_foundation()
         omni = OmniVideoModel(
             preset=TINY,
@@ -222,10 +222,7 @@ class TinyPipeline:
     def build_flow_recipe(
         self, recipe_factory: Callable[..., Recipe], after_recipe: str, extra_edit_seeds: Sequence[int] = ()
     ) -> Recipe:
-        """A recipe over the four tasks' cached data; what is frozen in stages 2b and 3 is frozen in the cache.
-
-        Edits are drawn for the seeds in `more` as well.
-        """
+        """Build a recipe over cached features of the four tasks, with more edits for each of `extra_edit_seeds`."""
         omni, encoder = self.load_omni(after_recipe), self.load_visual_encoder()
 
         def load_task(seed: int, task: Task) -> CachedTask:
@@ -248,7 +245,7 @@ class TinyPipeline:
     def train(self) -> None:
         """Train the configured recipe, or all of them in order and export the preset for "tiny".
 
-        Raises InvalidInput for a name that is none.
+        Raises InvalidInput for an unknown recipe.
         """
         name = self.run.config.recipe
         if name != "tiny" and name not in self.recipe_factories:
@@ -261,11 +258,14 @@ class TinyPipeline:
             self.export_preset(self.runs_folder / "tiny")
 
     def export_preset(self, folder: Path) -> None:
-        """The whole preset as it is shipped, with its card; scores are in it once `runs/scores.json` has them
-        (`omnivideo evaluate tiny --weights runs/tiny --report runs/scores.json`)."""
+        """Write the preset as it is shipped, with its model card.
+
+        The card contains scores if `runs/scores.json` exists, which
+        `omnivideo evaluate tiny --weights runs/tiny --report runs/scores.json` writes.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         save_library_model(self.load_visual_encoder(), folder / "visual_encoder", torch.float16)
-        save(self.load_omni("stage3"), folder)  # last: its index is over all that lies there
+        save(self.load_omni("stage3"), folder)  # last, because its index covers all files of the folder
         report = self.runs_folder / "scores.json"
         scores = json.loads(report.read_text()) if report.exists() else {}
         earlier_card = self.weights_folder / "README.md"
@@ -280,7 +280,7 @@ class TinyPipeline:
         (folder / "README.md").write_text(markdown)
 
     def export_foundations(self, folder: Path) -> None:
-        """The foundations that are there, in the shipped layout, so that a later machine can go on from them."""
+        """Write the trained foundations in the shipped layout, so that another machine can continue from them."""
         foundation = self.load_foundation()
         parts = {"vae": self.load_vae(), "transformer": foundation.decoder, "text_encoder": foundation.text_encoder}
         if self.run.has_run("visual_encoder"):
@@ -292,19 +292,19 @@ class TinyPipeline:
 
 
 def read_git_commit() -> str:
-    """The checkout's commit, "unknown" outside of one."""
+    """Return the commit of the checkout, or "unknown" outside of one."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     return result.stdout.strip() or "unknown"
 
 
 def resolve_tokenizer_folder(name: str, run_folder: Path, shipped_folder: Path) -> Path:
-    """A tokenizer's folder: the run's, or the shipped one where there is no run."""
+    """Return a tokenizer's folder: that of its run, or the shipped one if there is no run."""
     use_shipped = (shipped_folder / name / "tokenizer.json").exists() and not (run_folder / "tokenizer.json").exists()
     return shipped_folder / name if use_shipped else run_folder
 
 
 def build_seeded_bridge() -> Bridge:
-    """The joining parts at random, the same every time (stage 1 starts here)."""
+    """Return the bridge with random weights from a fixed seed, with which stage 1 starts."""
     torch.manual_seed(10)
     return Bridge(TINY)

@@ -1,10 +1,9 @@
-"""Foundation: the decoder's tokenizer and text encoder, which stand for the downloaded UMT5.
+"""Foundation: the decoder's tokenizer and text encoder, in place of a downloaded UMT5.
 
-The encoder learns the language of prompts by answering what a prompt asks for, in two ways.  Slots read its hidden
-states and name each object in the order of mention, the background, the relation and the place.  And every token of
-an object's phrase must tell all of that object by itself: a decoder that attends to one token then has the
-colour together with the shape.  (Without it the decoder learned every word and, after 7,600 steps, nothing of
-which colour goes with which shape.)
+The encoder learns to predict what a prompt asks for, in two ways. Queries over its hidden states name each object in
+the order of mention, the background, the relation and the region. And each token of an object's phrase must predict all
+attributes of that object, so that a decoder that attends to one token gets the colour together with the shape. (Without
+the second loss the decoder had learned every word after 7,600 steps, but not which colour belongs to which shape.)
 """
 
 import random
@@ -49,7 +48,7 @@ MAX_TEXT_TOKENS = TINY.max_text_tokens  # the longest prompt
 
 
 def build_corpus(count: int = 20_000) -> list[str]:
-    """Prompts of every kind that the decoder will be given."""
+    """Return prompts of every kind that the decoder gets."""
     rng = random.Random("corpus")
     texts = [NEGATIVE_PROMPT] * 20
     for index in range(count):
@@ -63,7 +62,7 @@ def build_corpus(count: int = 20_000) -> list[str]:
 
 
 def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """Byte-pair encoding with byte fallback, with UMT5's conventions: `</s>` at the end, `<pad>` is 0."""
+    """Train a byte-pair encoding with byte fallback and UMT5's conventions: `</s>` at the end, `<pad>` is 0."""
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.NFKC(), normalizers.Lowercase(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]
@@ -93,13 +92,13 @@ def load_or_build_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast.from_pretrained(folder)
 
 
-# ---------------------------------------------------------------- what a prompt asks for, as class numbers
+# ---------------------------------------------------------------- labels of a prompt
 
 SLOT_FIELDS = {"shape": SHAPES, "colour": tuple(COLOURS), "size": SIZES, "motion": MOTIONS}
 
 
 def encode_slot_labels(object_spec: ObjectSpec | None) -> list[int]:
-    """Class 0 is "no object", 1 is "left open", the rest are the values."""
+    """Return one class for each field: 0 is "no object", 1 is "not specified", the others are the values."""
     if object_spec is None:
         return [0] * len(SLOT_FIELDS)
     values = ((getattr(object_spec, field), names) for field, names in SLOT_FIELDS.items())
@@ -107,7 +106,7 @@ def encode_slot_labels(object_spec: ObjectSpec | None) -> list[int]:
 
 
 def encode_spec_labels(scene_spec: SceneSpec) -> list[int]:
-    """All labels of a prompt: four per slot, then background, relation and the four sides."""
+    """Return all labels of a prompt: four for each slot, then background, relation and the four sides."""
     object_specs = (*scene_spec.objects, *[None] * (OBJECT_SLOTS - len(scene_spec.objects)))
     labels = [label for object_spec in object_specs for label in encode_slot_labels(object_spec)]
     labels.append(0 if scene_spec.background is None else 1 + list(BACKGROUNDS).index(scene_spec.background))
@@ -120,7 +119,7 @@ CLASS_COUNTS += [1 + len(BACKGROUNDS), 1 + len(RELATIONS)] + [2] * len(REGION_SI
 
 
 class LabelReadout(nn.Module):
-    """One learned query per label attends to the encoder's hidden states; only training needs it."""
+    """Read-outs with one learned query for each label, which attends to the hidden states; used only in training."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -130,22 +129,23 @@ class LabelReadout(nn.Module):
         self.answer = nn.Linear(dim, max(CLASS_COUNTS))
 
     def forward(self, hidden_BLD: Tensor, padding_BL: Tensor) -> Tensor:
-        """Logits [B, labels, classes]."""
+        """Return logits [B, labels, classes]."""
         query = self.query.expand(len(hidden_BLD), -1, -1)
-        found, _ = self.attend(query, hidden_BLD, hidden_BLD, key_padding_mask=padding_BL, need_weights=False)
-        return self.answer(self.norm(found + query))
+        attended, _ = self.attend(query, hidden_BLD, hidden_BLD, key_padding_mask=padding_BL, need_weights=False)
+        logits: Tensor = self.answer(self.norm(attended + query))
+        return logits
 
 
-# ---------------------------------------------------------------- what each token tells
+# ---------------------------------------------------------------- labels of each token
 
 OPPOSITE_RELATIONS = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
-# Told of an object by the tokens of its phrase ...
+# Labels of an object, predicted by each token of its phrase.
 OBJECT_LABEL_SIZES = [2 + len(names) for names in SLOT_FIELDS.values()] + [
     1 + len(RELATIONS),
     1 + len(REGION_PHRASES),
     1 + OBJECT_SLOTS,
 ]
-# ... and of the whole prompt by all tokens: the background, the number of objects, the kind of edit.
+# Labels of the prompt, predicted by all tokens: the background, the number of objects, the kind of edit.
 PROMPT_LABEL_SIZES = [1 + len(BACKGROUNDS), 1 + OBJECT_SLOTS, 1 + len(VIDEO_EDITS)]
 IGNORE_INDEX = -100
 
@@ -197,7 +197,7 @@ class TextFoundation(nn.Module):
 
 @dataclass(frozen=True)
 class TextBatch:
-    """Captions first, then instructions; only captions have the asker's labels [captions, labels]."""
+    """Captions, then instructions; only captions have prompt labels [captions, labels]."""
 
     texts: list[str]
     prompt_labels: Tensor
@@ -213,14 +213,15 @@ def sample_text_batch(step: int, caption_count: int, instruction_count: int) -> 
         [sample_edit(rng, is_video=index % 2 == 0) for index in range(instruction_count)]
     )
     return TextBatch(
-        [one.text for one in captions] + [one.instruction for one in edits],
-        torch.tensor([encode_spec_labels(one.scene_spec) for one in captions]),
-        [partial(label_caption_tokens, one) for one in captions] + [partial(label_edit_tokens, one) for one in edits],
+        [caption.text for caption in captions] + [edit.instruction for edit in edits],
+        torch.tensor([encode_spec_labels(caption.scene_spec) for caption in captions]),
+        [partial(label_caption_tokens, caption) for caption in captions]
+        + [partial(label_edit_tokens, edit) for edit in edits],
     )
 
 
 def token_label_loss(logits: list[Tensor], labels_BLF: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean error over the fields, and the share of told labels that are right; both over the whole batch."""
+    """Return the mean error over the fields, and the share of correct labels, both over the global batch."""
     pairs = [
         (field_logits.flatten(0, 1), labels_BLF[..., field].flatten()) for field, field_logits in enumerate(logits)
     ]

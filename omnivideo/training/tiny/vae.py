@@ -1,8 +1,8 @@
-"""Foundation: the video autoencoder, which stands for Wan's downloaded one.
+"""Foundation: the video autoencoder, in place of Wan's downloaded one.
 
-Trained on crops around objects first (a quarter of the cost of a whole frame, and most of their pixels teach
-something), then on whole clips.  Its decoder goes on alone (`vae_decoder`): latents mean the same as before, so that
-whatever was trained on them stays, but are drawn more sharply, also where they are a little off.
+It trains on crops around objects first (a quarter of the cost of a full frame, with fewer empty pixels), then on full
+clips. A second recipe (`vae_decoder`) trains only its decoder: latents keep their meaning, so models trained on them
+stay valid, but decode more sharply, also with small errors.
 """
 
 import random
@@ -21,12 +21,12 @@ from omnivideo.synthetic.scenes import CLIP_FRAMES, FRAME_SIZE, Scene, render_ob
 from omnivideo.training.engine.data_parallel import current_rank
 from omnivideo.training.engine.recipe import Losses, Recipe, single_micro_batch, step_seed
 
-CROP_STRIDE = 8  # px: crops keep an object's place within its latent cell
+CROP_STRIDE = 8  # px: crops keep an object's position within its latent cell
 
 
 @dataclass(frozen=True)
 class CropPhase:
-    """`steps` batches of `batch` crops of `side` px and `frames` frames."""
+    """`steps` batches of `batch_size` crops with sides of `crop_size` px and `frame_count` frames."""
 
     steps: int
     batch_size: int
@@ -51,7 +51,7 @@ def find_phase(phases: tuple[CropPhase, ...], step: int) -> CropPhase:
 
 
 def sample_crop(rng: random.Random, scene: Scene, phase: CropPhase) -> tuple[slice, slice, slice]:
-    """Frames, rows and columns of a crop near one object."""
+    """Return the frames, rows and columns of a crop near an object."""
     first_frame = rng.randint(0, scene.frame_count - phase.frame_count)
     frames = slice(first_frame, first_frame + phase.frame_count)
     obj = rng.choice(scene.objects)
@@ -70,7 +70,7 @@ def sample_crop(rng: random.Random, scene: Scene, phase: CropPhase) -> tuple[sli
 def sample_batch(
     step: int, phase: CropPhase, name: str = "vae", make_scene: Callable[[random.Random], Scene] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Pixels [B, 3, F, S, S] in -1..1 and the object mask [B, 1, F, S, S], of this process's share."""
+    """Return pixels [B, 3, F, S, S] in -1..1 and the object mask [B, 1, F, S, S] of this process's rows."""
     rng = random.Random(step_seed(f"{name}/data", step))
     crops = []
     for _ in range(phase.batch_size):
@@ -89,7 +89,7 @@ def compute_image_gradients(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def compute_vae_losses(vae: AutoencoderKLWan, pixels: Tensor, mask: Tensor) -> Losses:
-    """Error of the reconstruction, and the KL term."""
+    """Return the error of the reconstruction, and the KL term."""
     mean, logvar = vae._encode(pixels).chunk(2, dim=1)
     logvar = logvar.clamp(-30, 20)
     noise = current_rank().take_local_rows(
@@ -102,7 +102,7 @@ def compute_vae_losses(vae: AutoencoderKLWan, pixels: Tensor, mask: Tensor) -> L
 
 
 def compute_reconstruction_losses(reconstructed: Tensor, pixels: Tensor, mask: Tensor) -> Losses:
-    """Squared and absolute error (objects count fourfold), and error of the image gradients."""
+    """Return squared and absolute error, with objects weighted fourfold, plus the error of the image gradients."""
     error, weight = reconstructed - pixels, 1 + 3 * mask
     squared, absolute = (weight * error.square()).mean(), (weight * error.abs()).mean()
     edges = sum(
@@ -138,11 +138,11 @@ def build_vae_recipe(phases: tuple[CropPhase, ...] = PHASES) -> Recipe:
 
 # ---------------------------------------------------------------- the decoder alone
 
-MAX_LATENT_OFFSET = 0.3  # deviations that a latent is off at most: where an edit is right, it is by 0.1 to 0.3
+MAX_LATENT_OFFSET = 0.3  # standard deviations; the latents of a correct edit are off by 0.1 to 0.3
 
 
 def compute_difficulty(scene: Scene) -> int:
-    """What the decoder draws worst: small things, stars above all, on pink and grey."""
+    """Return a weight for what the decoder renders worst: small objects, stars, pink and grey backgrounds."""
     small_objects = [obj for obj in scene.objects if obj.size == "small"]
     stars = sum(obj.shape == "star" for obj in small_objects)
     return 1 + len(small_objects) + 2 * stars + 2 * (scene.background in ("pink", "grey"))
@@ -154,7 +154,7 @@ def sample_hard_scene(rng: random.Random) -> Scene:
 
 
 def build_vae_decoder_recipe(vae: AutoencoderKLWan, steps: int = 4000, batch_size: int = 6) -> Recipe:
-    """`count` whole clips a step, from latents that are off by up to OFF."""
+    """Build the recipe of the decoder alone: full clips, from latents with errors of up to `MAX_LATENT_OFFSET`."""
     phase = CropPhase(steps, batch_size, CLIP_FRAMES, FRAME_SIZE)
 
     def compute_loss(step: int) -> Losses:

@@ -1,7 +1,7 @@
-"""Foundation: the frozen visual encoder that stage 1 aligns the vision head to, standing for SigLIP2.
+"""Foundation: the frozen visual encoder to which stage 1 aligns the vision head, in place of SigLIP2.
 
-A `SiglipVisionModel` over single frames, whose pooled embedding learns to describe: read-outs name every object
-in reading order (shape, colour, size, place) and the background.
+It is a `SiglipVisionModel` over single frames. Read-outs of its pooled embedding learn to name every object in reading
+order (shape, colour, size, region) and the background.
 """
 
 import random
@@ -28,7 +28,7 @@ CLASS_COUNTS = [1 + len(names) for _ in range(OBJECT_SLOTS) for names in SLOT_FI
 
 
 def encode_scene_labels(scene: Scene) -> list[int]:
-    """Classes of a still: four per object in reading order (0 is "no object"), then the background."""
+    """Return the classes of a still: four for each object in reading order (0 is "no object"), then the background."""
     labels = []
     for obj in sort_in_reading_order(scene):
         values = (obj.shape, obj.colour, obj.size, find_region(obj))
@@ -38,7 +38,7 @@ def encode_scene_labels(scene: Scene) -> list[int]:
 
 
 class VisualFoundation(nn.Module):
-    """The encoder with read-outs of its pooled embedding, which only its training needs."""
+    """The encoder with read-outs of its pooled embedding, which are used only in training."""
 
     def __init__(self, encoder: SiglipVisionModel):
         super().__init__()
@@ -49,9 +49,10 @@ class VisualFoundation(nn.Module):
         )
 
     def forward(self, pixels_BCHW: Tensor) -> Tensor:
-        """Logits [B, labels, classes] from frames in -1..1."""
+        """Return logits [B, labels, classes] for frames in -1..1."""
         pooled = self.encoder(pixels_BCHW).pooler_output
-        return self.read(pooled).view(len(pooled), len(CLASS_COUNTS), max(CLASS_COUNTS))
+        logits: Tensor = self.read(pooled)
+        return logits.view(len(pooled), len(CLASS_COUNTS), max(CLASS_COUNTS))
 
 
 def build_visual_encoder_recipe(steps: int = 3000, batch_size: int = 64) -> Recipe:
@@ -65,8 +66,8 @@ def build_visual_encoder_recipe(steps: int = 3000, batch_size: int = 64) -> Reci
         labels = torch.tensor([encode_scene_labels(scene) for scene in scenes], device=device)
         logits = model(pixels_from_scenes(scenes)[:, :, 0].to(device))
         correct = (logits.argmax(-1) == labels).float()
-        value = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
-        return {"loss": value, "right": correct.mean(), "whole": correct.all(dim=1).float().mean()}
+        loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        return {"loss": loss, "right": correct.mean(), "whole": correct.all(dim=1).float().mean()}
 
     return Recipe(
         "visual_encoder",

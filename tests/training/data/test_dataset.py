@@ -17,11 +17,11 @@ from omnivideo.training.data.batch_sampler import MixConfig
 from omnivideo.training.data.dataset import EpochDataset, Stage1Dataset
 from omnivideo.training.data.latent_cache import FrozenEncoders, encode_shards
 from omnivideo.training.data.sample import SkipReport
-from omnivideo.training.data.visual_targets import embed_frames
 from omnivideo.training.data.webdataset import ShardDataset
 from omnivideo.training.engine.data_parallel import use_rank
 from omnivideo.training.engine.trainer import Trainer
 from omnivideo.training.recipes.flow import build_flow_recipe
+from omnivideo.training.recipes.losses import embed_frames
 from tests.support.shards import (
     ASSIGNER,
     SAMPLES,
