@@ -279,8 +279,8 @@ def compute_latent_grid(width: int, height: int, frames: int) -> tuple[int, int,
 
 
 def count_decoder_tokens(preset: Preset, grid: tuple[int, int, int]) -> int:
-    """Tokens of the decoder for a latent grid."""
-    t, y, x = preset.decoder["patch_size"]
+    """Return the number of the decoder's tokens for a latent grid."""
+    t, y, x = map(int, preset.decoder["patch_size"])
     return (grid[0] // t) * (grid[1] // y) * (grid[2] // x)
 
 

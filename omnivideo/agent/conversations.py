@@ -28,7 +28,7 @@ class Conversations:
     mllm: MLLM
     queue_for: Callable[[str], JobQueue]
     store: SweepableObjectStore
-    checkpointer: BaseCheckpointSaver
+    checkpointer: BaseCheckpointSaver[Any]
     attach_file: AttachFile
     preset: Preset
     replay_manifest: Callable[[Manifest], str] | None = None

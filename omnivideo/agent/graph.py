@@ -123,7 +123,7 @@ class Planner:
         self.preset = preset
         self.prompts = load_prompts(preset)
 
-    def build_graph(self, checkpointer: BaseCheckpointSaver) -> Any:
+    def build_graph(self, checkpointer: BaseCheckpointSaver[Any]) -> Any:
         builder = StateGraph(PlannerState)
         for name in ("plan", "think", "route", "understand", "generate", "edit", "check", "answer"):
             builder.add_node(name, getattr(self, name))
@@ -353,7 +353,7 @@ class Planner:
         trace = state["trace"]
         if trace is None and state["action"]["source"]:
             trace = self.rewrite_prompt(self.build_request(state)).model_dump()
-        said = trace["rewrite"] if trace else state["action"]["text"]
+        said: str = trace["rewrite"] if trace else state["action"]["text"]
         return said.removeprefix("picture of ").removeprefix("video of ")
 
     def select_best(self, state: PlannerState, candidates: list[Candidate]) -> dict[str, Any]:
@@ -387,7 +387,8 @@ class Planner:
         return MLLMRequest(text=state["action"]["text"], artifacts=(source,) if source else ())
 
     def get_prompt(self, state: PlannerState) -> str:
-        return state["trace"]["rewrite"] if state["trace"] else state["action"]["text"]
+        prompt: str = state["trace"]["rewrite"] if state["trace"] else state["action"]["text"]
+        return prompt
 
     def build_result_fields(self, state: PlannerState, goal: Goal) -> dict[str, Any]:
         return {"action": state["action"], "goal": goal, "route": state["detected_route"], "trace": state["trace"]}

@@ -59,13 +59,13 @@ def serve_celery_worker(
     app, notify_workers = create_celery_app(broker_url), create_notifier(create_celery_app(broker_url))
     child_workers: list[Worker] = []  # of this child
 
-    @signals.worker_process_init.connect(weak=False)
+    @signals.worker_process_init.connect(weak=False)  # type: ignore[untyped-decorator]
     def start_child_worker(**_: Any) -> None:
         worker, heartbeat_timeout_seconds = build_worker()
         child_workers.append(worker)
         Reaper(worker.jobs, heartbeat_timeout_seconds, notify_workers).start()
 
-    @app.task(name=TASK_NAME)
+    @app.task(name=TASK_NAME)  # type: ignore[untyped-decorator]
     def run_task() -> None:
         if child_workers[0].run_next_job() and child_workers[0].jobs.count_queued():
             notify_workers()  # one message is enough to work off the whole queue

@@ -7,6 +7,7 @@ The folder holds `clip/` (transformers' layout of a CLIP model with its image pr
 import functools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ def score_frames(folder: str, full_frames: Sequence[np.ndarray]) -> float:
 
 
 @functools.cache
-def load_predictor(folder: str) -> tuple:
+def load_predictor(folder: str) -> tuple[Any, ...]:
     from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
     try:

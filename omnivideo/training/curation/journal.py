@@ -3,13 +3,14 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 
 class Journal:
     """A file of records by key; a later record replaces an earlier one with the same key."""
 
     def __init__(self, path: Path):
-        self.records: dict[str, dict] = {}
+        self.records: dict[str, dict[str, Any]] = {}
         if path.exists():
             text = path.read_text()
             complete_lines = text[: text.rfind("\n") + 1]
@@ -20,7 +21,7 @@ class Journal:
                 os.truncate(path, len(complete_lines.encode()))
         self.file = path.open("a")
 
-    def append_record(self, key: str, record: dict) -> dict:
+    def append_record(self, key: str, record: dict[str, Any]) -> dict[str, Any]:
         """Append a record and wait until it is on disk."""
         self.records[key] = record = {"key": key} | record
         self.file.write(json.dumps(record) + "\n")

@@ -32,7 +32,8 @@ def load_opencv() -> Any:
 
 def to_grayscale(frame: np.ndarray) -> np.ndarray:
     """Return the brightness, uint8 [H, W]."""
-    return load_opencv().cvtColor(np.ascontiguousarray(frame), load_opencv().COLOR_RGB2GRAY)
+    result: np.ndarray = load_opencv().cvtColor(np.ascontiguousarray(frame), load_opencv().COLOR_RGB2GRAY)
+    return result
 
 
 def shrink_frame(frame: np.ndarray, max_side: int) -> np.ndarray:
@@ -40,7 +41,8 @@ def shrink_frame(frame: np.ndarray, max_side: int) -> np.ndarray:
     cv = load_opencv()
     height, width = frame.shape[:2]
     scale = min(1.0, max_side / max(height, width))
-    return cv.resize(frame, (round(width * scale), round(height * scale)), interpolation=cv.INTER_AREA)
+    result: np.ndarray = cv.resize(frame, (round(width * scale), round(height * scale)), interpolation=cv.INTER_AREA)
+    return result
 
 
 # ---------------------------------------------------------------- black bars
@@ -144,7 +146,8 @@ def group_outlines(cv: Any, is_static: np.ndarray) -> np.ndarray:
     _, labels, stats, _ = cv.connectedComponentsWithStats(closed_outlines)
     large = stats[:, cv.CC_STAT_AREA] >= 30
     large[0] = False
-    return large[labels]
+    result: np.ndarray = large[labels]
+    return result
 
 
 @functools.cache
@@ -196,4 +199,5 @@ def compute_perceptual_hash(frame: np.ndarray) -> int:
 
 def compute_hash_distances(clip_hashes: np.ndarray, kept_hashes: np.ndarray) -> np.ndarray:
     """Return the mean distance [N] in bits of a clip's hashes [A] to the nearest of each kept clip's [N, B]."""
-    return np.bitwise_count(clip_hashes[None, :, None] ^ kept_hashes[:, None, :]).min(axis=2).mean(axis=1)
+    result: np.ndarray = np.bitwise_count(clip_hashes[None, :, None] ^ kept_hashes[:, None, :]).min(axis=2).mean(axis=1)
+    return result

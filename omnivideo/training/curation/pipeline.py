@@ -9,7 +9,7 @@ import json
 import re
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -59,20 +59,20 @@ class CurationConfig(FrozenModel):
 class CurationResult:
     """The result of a run: the records of files and clips, the kept clips, and the stages that were not available."""
 
-    files: dict[str, dict]
-    clips: dict[str, dict]
-    kept_clips: list[dict]
+    files: dict[str, dict[str, Any]]
+    clips: dict[str, dict[str, Any]]
+    kept_clips: list[dict[str, Any]]
     missing_stages: dict[str, str] = field(default_factory=dict)
 
 
 # ---------------------------------------------------------------- tasks
 
 
-def survey_file(folder: str, name: str, bounds: CurationBounds) -> dict:
+def survey_file(folder: str, name: str, bounds: CurationBounds) -> dict[str, Any]:
     """Return a file's record: its size and scenes, or the reason for dropping it."""
     path = Path(folder) / name
     width, height = read_frame_size(path)
-    record: dict = {"width": width, "height": height, "scores": {}}
+    record: dict[str, Any] = {"width": width, "height": height, "scores": {}}
     short, long = sorted((width, height))
     for stage, value in (("resolution", short), ("aspect", round(long / short, 4))):
         record["scores"][stage] = value
@@ -81,7 +81,7 @@ def survey_file(folder: str, name: str, bounds: CurationBounds) -> dict:
     return record | asdict(survey_video(path, bounds.max_seconds)) | {"dropped": None}
 
 
-def measure_clip(folder: str, output_dir: str, clip: dict, config: CurationConfig) -> dict:
+def measure_clip(folder: str, output_dir: str, clip: dict[str, Any], config: CurationConfig) -> dict[str, Any]:
     """Return a clip's record with the figure of each stage up to the one that drops it."""
     path, span = Path(folder) / clip["source"], clip["span"]
     record = clip | {"scores": {"length": round(span[1] - span[0], 4)}, "words": "", "hashes": [], "dropped": None}
@@ -95,7 +95,7 @@ def measure_clip(folder: str, output_dir: str, clip: dict, config: CurationConfi
 
 
 def measure_stages(
-    sampled_clip: SampledClip, config: CurationConfig, record: dict
+    sampled_clip: SampledClip, config: CurationConfig, record: dict[str, Any]
 ) -> Iterator[tuple[str, float | None]]:
     """Yield the figures stage by stage, so that the costly stages run only for clips that pass the others."""
     yield "length", record["scores"]["length"]
@@ -120,11 +120,11 @@ def write_thumbnail(sampled_clip: SampledClip, path: Path) -> None:
     Image.fromarray(strip).save(path, quality=72)
 
 
-def write_clip_file(folder: str, output_dir: str, clip: dict) -> ClipShape:
+def write_clip_file(folder: str, output_dir: str, clip: dict[str, Any]) -> ClipShape:
     return write_clip(Path(folder) / clip["source"], clip["span"], Path(output_dir) / "clips" / f"{clip['clip']}.mp4")
 
 
-def run_safely(task: Callable[[dict], dict], item: dict) -> dict:
+def run_safely(task: Callable[[dict[str, Any]], dict[str, Any]], item: dict[str, Any]) -> dict[str, Any]:
     """Return the task's record; a fault of one file or clip becomes its reason, a fault of the whole run is raised."""
     try:
         return task(item)
@@ -141,7 +141,7 @@ def run_safely(task: Callable[[dict], dict], item: dict) -> dict:
         )
 
 
-def make_unreadable_record(reason: str) -> dict:
+def make_unreadable_record(reason: str) -> dict[str, Any]:
     return {"scores": {}, "dropped": {"stage": UNREADABLE, "value": None, "why": reason}}
 
 
@@ -177,11 +177,13 @@ def ignore_sigint() -> Iterator[None]:
         signal.signal(signal.SIGINT, previous_handler)
 
 
-def run_tasks(client: Any, task: Callable, items: Iterable[dict]) -> Iterator[tuple[dict, dict]]:
+def run_tasks(
+    client: Any, task: Callable[..., Mapping[str, Any]], items: Iterable[dict[str, Any]]
+) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
     """Yield items with their records as they complete; one that crashes its worker is unreadable."""
     distributed = import_optional("distributed", "dask[distributed]")
     remaining = iter(items)
-    running: dict[Any, dict] = {}
+    running: dict[Any, dict[str, Any]] = {}
     max_running = TASKS_PER_WORKER * max(1, len(client.scheduler_info()["workers"]))
     try:
         while True:
@@ -196,9 +198,10 @@ def run_tasks(client: Any, task: Callable, items: Iterable[dict]) -> Iterator[tu
         client.cancel(list(running))
 
 
-def get_result(future: Any, distributed: Any) -> dict:
+def get_result(future: Any, distributed: Any) -> dict[str, Any]:
     try:
-        return future.result()
+        result: dict[str, Any] = future.result()
+        return result
     except distributed.KilledWorker:
         return make_unreadable_record("took the decoder down; allowed: a whole file")
 
@@ -304,11 +307,11 @@ def survey_files(
         on_progress("files", done, len(names))
 
 
-def survey_item(folder: str, bounds: CurationBounds, item: dict) -> dict:
+def survey_item(folder: str, bounds: CurationBounds, item: dict[str, Any]) -> dict[str, Any]:
     return survey_file(folder, item["name"], bounds)
 
 
-def list_scenes(name: str, file: dict) -> list[dict]:
+def list_scenes(name: str, file: dict[str, Any]) -> list[dict[str, Any]]:
     """Return a surveyed file's scenes, each with a unique name that tells its origin."""
     safe_stem = re.sub(r"[^A-Za-z0-9]+", "-", Path(name).stem).strip("-")[:40]
     path_digest = hashlib.sha256(name.encode()).hexdigest()[:8]
@@ -322,7 +325,7 @@ def measure_clips(
     client: Any,
     folder: Path,
     output_dir: Path,
-    scenes: list[dict],
+    scenes: list[dict[str, Any]],
     config: CurationConfig,
     journal: Journal,
     on_progress: PhaseProgressCallback,
@@ -334,24 +337,27 @@ def measure_clips(
         on_progress("clips", done, len(scenes))
 
 
-def measure_item(folder: str, output_dir: str, config: CurationConfig, clip: dict) -> dict:
+def measure_item(folder: str, output_dir: str, config: CurationConfig, clip: dict[str, Any]) -> dict[str, Any]:
     return measure_clip(folder, output_dir, clip, config)
 
 
 def drop_duplicates(
-    clips: dict[str, dict], files: dict[str, dict], bounds: CurationBounds, on_progress: PhaseProgressCallback
-) -> list[dict]:
+    clips: dict[str, dict[str, Any]],
+    files: dict[str, dict[str, Any]],
+    bounds: CurationBounds,
+    on_progress: PhaseProgressCallback,
+) -> list[dict[str, Any]]:
     """Return the clips that no stage dropped and that resemble no better clip; record which one the others resemble.
 
     The better clip has more pixels, then more bytes per second, then the first name.
     """
 
-    def rank_by_quality(clip: dict) -> tuple:
+    def rank_by_quality(clip: dict[str, Any]) -> tuple[Any, ...]:
         file = files[clip["source"]]
         return (-file["width"] * file["height"], -file["stamp"][0] / file["seconds"], clip["clip"])
 
     candidates = sorted((clip for clip in clips.values() if not clip["dropped"]), key=rank_by_quality)
-    kept_clips: list[dict] = []
+    kept_clips: list[dict[str, Any]] = []
     table = np.zeros((len(candidates), max_hash_count(candidates)), dtype=np.uint64)
     for done, clip in enumerate(candidates, 1):
         clip_hashes = np.array(clip["hashes"], dtype=np.uint64)
@@ -373,17 +379,21 @@ def drop_duplicates(
     return sorted(kept_clips, key=lambda clip: (clip["source"], clip["span"]))
 
 
-def max_hash_count(clips: list[dict]) -> int:
+def max_hash_count(clips: list[dict[str, Any]]) -> int:
     return max((len(clip["hashes"]) for clip in clips), default=1)
 
 
 def caption_clips(
-    folder: Path, clips: list[dict], captioner: Captioner, journal: Journal, on_progress: PhaseProgressCallback
+    folder: Path,
+    clips: list[dict[str, Any]],
+    captioner: Captioner,
+    journal: Journal,
+    on_progress: PhaseProgressCallback,
 ) -> None:
     """Caption the clips without a caption; the next run, perhaps with another server, repeats refused ones."""
     remaining = [clip for clip in clips if not is_captioned(clip, journal)]
 
-    def caption_clip(clip: dict) -> dict:
+    def caption_clip(clip: dict[str, Any]) -> dict[str, Any]:
         try:
             small_frames = sample_clip(folder / clip["source"], tuple(clip["span"])).small_frames
             return {"caption": captioner(small_frames[:: int(SAMPLED_FPS / CAPTION_FPS)])}
@@ -402,14 +412,14 @@ def caption_clips(
             raise
 
 
-def is_captioned(clip: dict, journal: Journal) -> bool:
+def is_captioned(clip: dict[str, Any], journal: Journal) -> bool:
     record = journal.records.get(clip["clip"], {})
     return record.get("stamp") == clip["stamp"] and record["caption"] is not None
 
 
 def write_clips(
-    client: Any, folder: Path, output_dir: Path, clips: list[dict], on_progress: PhaseProgressCallback
-) -> list[dict]:
+    client: Any, folder: Path, output_dir: Path, clips: list[dict[str, Any]], on_progress: PhaseProgressCallback
+) -> list[dict[str, Any]]:
     """Write the files of the kept clips and return a line for each; a clip that cannot be written is dropped."""
     journal = Journal(output_dir / "written.jsonl")
     remaining = [clip for clip in clips if not is_written(output_dir, clip, journal)]
@@ -429,12 +439,12 @@ def write_clips(
     return [build_output_line(clip, journal.records[clip["clip"]]) for clip in clips]
 
 
-def is_written(output_dir: Path, clip: dict, journal: Journal) -> bool:
+def is_written(output_dir: Path, clip: dict[str, Any], journal: Journal) -> bool:
     is_unchanged = journal.records.get(clip["clip"], {}).get("stamp") == clip["stamp"]
     return is_unchanged and (output_dir / "clips" / f"{clip['clip']}.mp4").exists()
 
 
-def build_output_line(clip: dict, record: dict) -> dict:
+def build_output_line(clip: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
     shape = {name: record[name] for name in ("width", "height", "fps", "frames")}
     source = {"source": clip["source"], "start": clip["span"][0], "stop": clip["span"][1]}
     return {"file": f"clips/{clip['clip']}.mp4", "caption": None} | shape | source | {"scores": clip["scores"]}

@@ -4,6 +4,7 @@ import base64
 from collections.abc import Iterable, Iterator
 from html import escape
 from pathlib import Path
+from typing import Any
 
 from omnivideo.training.curation.bounds import STAGES, UNREADABLE, CurationBounds
 from omnivideo.training.curation.journal import write_atomically
@@ -102,7 +103,7 @@ def render_dropped_files(result: CurationResult) -> Iterator[str]:
         yield "</table>"
 
 
-def render_section(title: str, clips: list[dict], output_dir: Path) -> Iterator[str]:
+def render_section(title: str, clips: list[dict[str, Any]], output_dir: Path) -> Iterator[str]:
     if clips:
         limit_note = f", {MAX_THUMBNAILS} of them shown" if len(clips) > MAX_THUMBNAILS else ""
         yield f'<h2>{title} <span class="dim">({len(clips)}{limit_note})</span></h2><div class="cards">'
@@ -119,7 +120,7 @@ def render_thumbnail(output_dir: Path, name: str) -> str:
     return f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(path.read_bytes()).decode()}">'
 
 
-def render_card(clip: dict, image: str) -> str:
+def render_card(clip: dict[str, Any], image: str) -> str:
     start, stop = clip["span"]
     lines = [f'<b>{escape(clip["source"])}</b> <span class="dim">{start:.2f} to {stop:.2f} s</span>']
     if why := clip["dropped"]:

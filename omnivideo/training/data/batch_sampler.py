@@ -235,7 +235,7 @@ class BatchSampler:
 
     def fold_buckets(self, indices: np.ndarray) -> np.ndarray:
         """Return the index of each sample's bucket after merging small buckets into the most similar ones."""
-        bucket_indices = self.sample_buckets[indices].astype(np.int64)
+        bucket_indices: np.ndarray = self.sample_buckets[indices].astype(np.int64)
         counts = np.bincount(bucket_indices, minlength=len(self.buckets))
         for small in np.argsort(counts, kind="stable") if self.mix.fold_small_buckets else ():
             if (
