@@ -1,4 +1,4 @@
-"""The service's settings, from the environment (`OMNIVIDEO_...`): one truth each."""
+"""The service's settings, read from the environment (`OMNIVIDEO_...`)."""
 
 import os
 from pathlib import Path
@@ -33,42 +33,41 @@ RENAMED_SETTINGS = {
 
 
 class ServiceSettings(BaseSettings):
-    """What is left empty is embedded: SQLite and a folder in `home`, a worker and the MLLM in the same process."""
+    """Settings of the service. Empty means embedded: SQLite and files in `home`, MLLM and worker in this process."""
 
     model_config = SettingsConfigDict(env_prefix="OMNIVIDEO_", frozen=True, extra="ignore")
 
     home: Path = Field(default_factory=lambda: Path.home() / ".local" / "share" / "omnivideo")
     preset: str = "tiny"
-    weights: str = ""  # a folder in our layout; empty for the preset's shipped ones
+    weights: str = ""  # a folder in our layout; empty: the weights shipped for the preset
     database: str = Field(default="", pattern=r"^$|^postgres(ql)?://")
     broker: str = Field(default="", pattern=r"^$|^(redis|rediss|amqp|amqps)://")
     mllm: str = Field(default="", pattern=HTTP_URL_PATTERN)
-    artifact_lifetime_seconds: int = Field(
-        default=30 * SECONDS_PER_DAY, ge=60
-    )  # seconds that an artifact nothing refers to is kept
+    artifact_lifetime_seconds: int = Field(default=30 * SECONDS_PER_DAY, ge=60)  # of an unreferenced artifact
 
     s3: str = Field(default="", pattern=HTTP_URL_PATTERN)
     s3_bucket: str = Field(default="omnivideo", pattern=r"^[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]$")
     s3_access_key: str = ""
     s3_secret_key: str = Field(default="", repr=False)
     s3_region: str = "us-east-1"
-    s3_public: str = Field(default="", pattern=HTTP_URL_PATTERN)  # the address in signed URLs, where it is not `s3`
+    s3_public: str = Field(default="", pattern=HTTP_URL_PATTERN)  # the address in signed URLs; empty: `s3`
 
-    admin_key: str = Field(default="", pattern=r"^$|^.{16,200}$", repr=False)  # empty: no keys are asked for
-    media_hosts: Annotated[
-        tuple[str, ...], NoDecode, BeforeValidator(split_commas)
-    ] = ()  # hosts whose URLs are fetched, separated by commas
-    webhook_hosts: Annotated[tuple[str, ...], NoDecode, BeforeValidator(split_commas)] = ()  # webhooks may reach inside
-    fetch_timeout_seconds: float = Field(default=20.0, ge=0.1, le=300)  # that fetching one of them may take
-    media_ports: Annotated[tuple[int, ...], NoDecode, BeforeValidator(split_commas)] = ()  # besides 80 and 443
-    max_upload_bytes: int = Field(default=200 * 2**20, ge=2**10, le=512 * 2**20)  # bytes of an upload
+    admin_key: str = Field(default="", pattern=r"^$|^.{16,200}$", repr=False)  # empty: no API keys are required
+    # Hosts that media may be fetched from, separated by commas.
+    media_hosts: Annotated[tuple[str, ...], NoDecode, BeforeValidator(split_commas)] = ()
+    # Internal hosts that webhooks may reach, separated by commas.
+    webhook_hosts: Annotated[tuple[str, ...], NoDecode, BeforeValidator(split_commas)] = ()
+    fetch_timeout_seconds: float = Field(default=20.0, ge=0.1, le=300)  # of one media URL
+    # Ports that media may be fetched from besides 80 and 443.
+    media_ports: Annotated[tuple[int, ...], NoDecode, BeforeValidator(split_commas)] = ()
+    max_upload_bytes: int = Field(default=200 * 2**20, ge=2**10, le=512 * 2**20)
 
-    max_queued_jobs: int = Field(default=10_000, ge=1)  # clips that wait, in all
-    max_open_jobs_per_key: int = Field(default=2_000, ge=1)  # clips that one key has open
-    heartbeat_timeout: float = Field(default=15.0, ge=0.5, le=3600)  # seconds of silence after which a worker is lost
-    save_state_every_steps: int = Field(default=8, ge=1)  # denoising steps between two points to go on from
-    save_state_every_seconds: float = Field(default=2.0, ge=0, le=3600)  # and seconds of drawing, at the least
-    max_batch_size: int = Field(default=0, ge=0, le=64)  # clips of the batch lane in one pass; 0: the preset's number
+    max_queued_jobs: int = Field(default=10_000, ge=1)  # of all owners
+    max_open_jobs_per_key: int = Field(default=2_000, ge=1)  # queued or running
+    heartbeat_timeout: float = Field(default=15.0, ge=0.5, le=3600)  # seconds until a silent worker is lost
+    save_state_every_steps: int = Field(default=8, ge=1)  # denoising steps between saved states
+    save_state_every_seconds: float = Field(default=2.0, ge=0, le=3600)  # seconds between saved states, at least
+    max_batch_size: int = Field(default=0, ge=0, le=64)  # clips of the batch lane in one pass; 0: the preset's
 
     def model_post_init(self, context: object) -> None:
         if self.s3 and not (self.s3_access_key and self.s3_secret_key):

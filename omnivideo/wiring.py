@@ -1,7 +1,7 @@
-"""The composition root: the settings say which room stands behind each port.
+"""The composition root: it builds the implementation behind each port that the settings ask for.
 
-Whatever is not named in the settings is embedded: SQLite and a folder under the home, the MLLM and a worker in this
-process.  Only what is embedded loads torch.
+Without settings everything is embedded: SQLite and files in the home folder, the MLLM and a worker in this process.
+Only embedded parts load torch.
 """
 
 from collections.abc import Callable
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 def build_local_conversations(omni: "OmniVideoModel", weights_digest: str, settings: ServiceSettings) -> Conversations:
-    """The Studio's wiring: a clip is drawn while it is followed, here; so is the MLLM, unless the settings name one."""
+    """Build the Studio's conversations: clips are rendered in this process, while they are followed."""
     from omnivideo.backends.decoder.renderer import Renderer
     from omnivideo.backends.mllm.remote import RemoteMLLM
     from omnivideo.backends.queue.local import LocalQueue
@@ -46,14 +46,14 @@ def build_local_conversations(omni: "OmniVideoModel", weights_digest: str, setti
         queue_for=lambda owner: queue,
         store=store,
         checkpointer=open_checkpointer(settings),
-        attach_file=lambda path, made_by: store_user_file(store, path, made_by),
+        attach_file=lambda path, created_by: store_user_file(store, path, created_by),
         preset=omni.preset,
         replay_manifest=renderer.replay_manifest,
     )
 
 
 class ServiceWiring:
-    """The service's rooms, each made when it is first needed."""
+    """The parts of the service. Each is built when it is first used."""
 
     def __init__(self, settings: ServiceSettings, device: str = "auto"):
         self.settings = settings
@@ -78,7 +78,7 @@ class ServiceWiring:
 
     @cached_property
     def engine(self) -> Any:
-        """The database, at the newest schema."""
+        """The database, with its schema up to date."""
         from omnivideo.storage.database.engine import create_database_engine, upgrade_schema
 
         settings = self.settings
@@ -161,7 +161,7 @@ class ServiceWiring:
 
     @cached_property
     def notify_workers(self) -> Callable[[], None]:
-        """Lets workers know that there is work; without a broker, this process works itself."""
+        """Tell the workers that there is work. Without a broker, a worker is started in this process."""
         from omnivideo.backends.queue.reaper import Reaper, create_celery_app, create_notifier
 
         if self.settings.broker:
@@ -191,7 +191,7 @@ class ServiceWiring:
         return conversations
 
     def build_service_context(self) -> "ServiceContext":
-        """What the HTTP service stands on."""
+        """Build what the HTTP service's routes use."""
         from omnivideo.api.dependencies import ServiceContext
         from omnivideo.api.turn_runner import TurnRunner
         from omnivideo.backends.webhooks import check_reachable
@@ -231,7 +231,7 @@ class ServiceWiring:
         )
 
     def start_background_services(self, context: "ServiceContext") -> "ServiceContext":
-        """The same rooms, with what works beside the requests begun: batches and webhooks."""
+        """Start what runs beside the requests, the batches and the webhooks. Return the same context."""
         from omnivideo.api.routes import chat
         from omnivideo.api.routes.batches import BatchLineHandler
         from omnivideo.backends.batches.runner import BatchRunner
@@ -253,11 +253,11 @@ class ServiceWiring:
         return context
 
     def attach_file(self, path: str | Path, created_by: str) -> Any:
-        """A file of this machine's own user; what comes over the wire goes through backends.incoming."""
+        """Store a file of this machine's own user. Uploads go through media.ingest, which does not trust them."""
         return store_user_file(self.store, path, created_by)
 
     def sweep_store(self) -> list[str]:
-        """Removes what no thread, turn, job or file refers to; returns the removed keys."""
+        """Remove the objects that no thread, turn, job or file refers to. Return their keys."""
         referenced_keys = (
             self.conversations.collect_referenced_keys()
             | self.jobs.collect_referenced_keys(self.settings.artifact_lifetime_seconds)
@@ -267,7 +267,7 @@ class ServiceWiring:
         return self.store.sweep(referenced_keys, self.settings.artifact_lifetime_seconds)
 
     def close(self) -> None:
-        """Ends what was begun, the newest first."""
+        """Stop what was started, in reverse order."""
         while self.close_callbacks:
             self.close_callbacks.pop()()
 
@@ -276,4 +276,4 @@ def create_home_folder(home: Path) -> None:
     try:
         home.mkdir(parents=True, exist_ok=True)
     except OSError:
-        raise InvalidInput("OMNIVIDEO_HOME", "it cannot be made; give a folder that can be written") from None
+        raise InvalidInput("OMNIVIDEO_HOME", "the folder cannot be created; give one that can be written") from None

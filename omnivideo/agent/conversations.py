@@ -1,4 +1,4 @@
-"""All conversations of one wiring: the planner over its ports, the threads' checkpoints, and the store."""
+"""All conversations of a service or Studio: the planner over its ports, the checkpoints and the store."""
 
 import json
 import uuid
@@ -17,13 +17,16 @@ from omnivideo.errors import ArtifactNotFound
 from omnivideo.ports import MLLM, JobQueue, SweepableObjectStore
 from omnivideo.presets import Preset
 
-LOCAL_OWNER = "local"  # the owner where there is but one
+LOCAL_OWNER = "local"  # the only owner, if the service asks for no keys
 
 
 @dataclass
 class Conversations:
-    """Threads of many owners.  `queue_for` gives the queue on which an owner's clips are drawn; `attach` stores a
-    user's file; `redraw` gives the key of what a manifest draws, where this process has the decoder."""
+    """The threads of all owners.
+
+    `queue_for` returns the queue that renders an owner's clips. `attach_file` stores a user's file. `replay_manifest`
+    renders a manifest's clip again and returns its object key; it is None if the decoder is in another process.
+    """
 
     mllm: MLLM
     queue_for: Callable[[str], JobQueue]
@@ -45,14 +48,14 @@ class Conversations:
         return self.get_graph(LOCAL_OWNER)
 
     def open_thread(self, name: str | None = None, create: bool = False, owner: str = LOCAL_OWNER) -> Thread:
-        """The thread of that id, a new one without; raises InvalidInput where there is none and `create` is False."""
+        """Open the thread with this id, or a new one. Raises InvalidInput if there is none and `create` is False."""
         thread = Thread(self.get_graph(owner), name or uuid.uuid4().hex[:12], self.attach_file)
         if (name is None or create) and not thread.exists():
             return thread.initialize_state()
         return thread.require_existing()
 
     def close(self) -> None:
-        """Lets go of the database."""
+        """Close the checkpoints' database."""
         self.checkpointer.conn.close()  # type: ignore[attr-defined]
 
     def list_thread_ids(self) -> list[str]:
@@ -60,14 +63,14 @@ class Conversations:
         return list(thread_ids)
 
     def replay_artifact(self, artifact: Artifact) -> str:
-        """The key of what an artifact's manifest draws; raises NotStored for one that was attached."""
+        """Render an artifact again and return its object key. Raises ArtifactNotFound if it was attached."""
         if artifact.manifest is None:
-            raise ArtifactNotFound("store: that artifact was attached, not drawn")
+            raise ArtifactNotFound("store: that artifact was attached, so there is no manifest to render it from")
         assert self.replay_manifest, "a replay needs the decoder in this process"
         return self.replay_manifest(Manifest(**json.loads(self.store.get(artifact.manifest))))
 
     def collect_referenced_keys(self) -> set[str]:
-        """The keys that some thread refers to."""
+        """Return the object keys that any thread refers to."""
         referenced_keys: set[str | None] = set()
         for name in self.list_thread_ids():
             for snapshot in self.graph.get_state_history({"configurable": {"thread_id": name}}):
@@ -77,11 +80,11 @@ class Conversations:
         return keys | self.collect_replay_keys(keys)
 
     def collect_replay_keys(self, keys: set[str]) -> set[str]:
-        """The tensors that the manifests among these name: without them nothing could be drawn again."""
+        """Return the keys of the tensors that the manifests among `keys` need to be rendered again."""
         manifests = [json.loads(self.store.get(key)) for key in keys if key.endswith(".json") and self.store.has(key)]
-        named = {one.get(name) for one in manifests for name in ("visual_tokens", "source_latents")}
-        return {key for key in named if key}
+        tensor_keys = {manifest.get(name) for manifest in manifests for name in ("visual_tokens", "source_latents")}
+        return {key for key in tensor_keys if key}
 
     def sweep_artifacts(self, lifetime_seconds: float) -> list[str]:
-        """Removes artifacts that no thread refers to, once they are older than `lifetime` seconds."""
+        """Remove artifacts that no thread refers to and that are older than `lifetime_seconds`. Return their keys."""
         return self.store.sweep(self.collect_referenced_keys(), lifetime_seconds)

@@ -1,7 +1,7 @@
-"""What the words of a turn say about its shape: the acts in it, what they refer to, whether to think first.
+"""Rules on English text: the actions in a turn, which artifact each refers to, and whether to think first.
 
-Plain text analysis, the same for the same words.  What the request means is the model's to say; this only finds
-which picture or clip it should be shown.
+They split turns and resolve references for an MLLM that cannot plan. They only find the image or clip that the MLLM
+is shown; what a request means is left to the MLLM. The same text always gives the same result.
 """
 
 import re
@@ -33,7 +33,7 @@ POLITE_PREFIX = re.compile(
     r"|tell me\s+(?=how|what|which|where|who|why))+",
     re.IGNORECASE,
 )
-# A new thing is asked for: "a red star", "draw two circles", "i want a clip of ...".
+# A request for something new: "a red star", "draw two circles", "i want a clip of ...".
 NEW_SUBJECT = re.compile(
     rf"^(?:(?:make|draw|show|generate|create|give|produce)(?: me| us)?\s+|i (?:want|need|would like)(?: to see)?\s+)?"
     rf"(?:{QUANTITY}\b|(?:pictures?|images?|photos?|videos?|clips?|animations?|footage) of\b)",
@@ -66,7 +66,7 @@ DESCRIPTION_REFERENCE = re.compile(
 )
 STOP_WORDS = {"the", "a", "an", "one", "ones", "with", "of", "and", "my", "that", "again", "please", *MEDIUM_BY_NOUN}
 
-# What is meant must first be worked out: a comparison, a description in place of a name, a sum in words.
+# A request that needs reasoning: a comparison, a description in place of a name, a sum in words.
 INDIRECT_REQUEST = re.compile(
     r"(?<!would )\blike\b|\bcolou?rs? of\b|\bas \w+(?: \w+)? as\b|\bas many\b|\b(?:more|less|fewer) than\b"
     r"|\b(?:half|twice|double|pairs?)\b|\bwhose\b|\bsomething\b|\bsomeone\b|\bopposite\b|\bremind"
@@ -76,24 +76,24 @@ INDIRECT_REQUEST = re.compile(
 
 
 def split_actions(text: str) -> list[str]:
-    """The separate things that a turn asks for, in order, each without the words that join it to the others."""
-    pieces = [POLITE_PREFIX.sub("", piece.strip(" ,;")).strip(" ,;.!") for piece in ACTION_BOUNDARY.split(text)]
-    return [piece for piece in pieces if piece] or [text.strip()]
+    """Split a turn into the actions that it asks for, in order, without the words that join them."""
+    parts = [POLITE_PREFIX.sub("", part.strip(" ,;")).strip(" ,;.!") for part in ACTION_BOUNDARY.split(text)]
+    return [part for part in parts if part] or [text.strip()]
 
 
 def is_indirect(text: str) -> bool:
-    """Whether a request names things by description, or says too little, so that thinking first should pay."""
-    alone = len(text.split()) < 2 and text.isascii()  # not every script puts blanks between words
-    return bool(INDIRECT_REQUEST.search(text)) or alone
+    """Return whether a request describes things instead of naming them, or is a single word."""
+    is_single_word = len(text.split()) < 2 and text.isascii()  # not every script puts blanks between words
+    return bool(INDIRECT_REQUEST.search(text)) or is_single_word
 
 
 def is_change_request(text: str) -> bool:
-    """Whether it tells to change something that is there, rather than to draw something new."""
+    """Return whether a request changes an existing artifact instead of asking for a new one."""
     return bool(CHANGE_REQUEST.match(text)) and not NEW_SUBJECT.match(text)
 
 
 def is_reference(text: str) -> bool:
-    """Whether the words are about something that is already there."""
+    """Return whether a request refers to an existing artifact."""
     if NEW_SUBJECT.match(text):
         return False
     return (
@@ -105,45 +105,46 @@ def is_reference(text: str) -> bool:
 
 @dataclass(frozen=True)
 class OrdinalMatch:
-    """An artifact by its place in the conversation, `None` where there is none there."""
+    """An ordinal ("the second clip") and the artifact that it refers to, or None if there are fewer."""
 
     artifact: Artifact | None
     words: str
 
 
 def find_by_ordinal(text: str, artifacts: Sequence[Artifact]) -> OrdinalMatch | None:
-    """ "the second clip": the artifact that an ordinal names; None where no ordinal is said."""
+    """Return the artifact that an ordinal such as "the second clip" refers to; None if the text has no ordinal."""
     match = ORDINAL_REFERENCE.search(text)
     if match is None:
         return None
     medium = MEDIUM_BY_NOUN[match[2].lower()]
-    candidates = [one for one in artifacts if medium in (None, one.medium)]
+    candidates = [artifact for artifact in artifacts if medium in (None, artifact.medium)]
     index = ORDINAL_INDEX[match[1].lower()]
     in_range = -len(candidates) <= index < len(candidates)
     return OrdinalMatch(candidates[index] if in_range else None, match[0])
 
 
 def find_description(text: str) -> tuple[str, Medium | None] | None:
-    """ "go back to the red one", "in the blue clip": the words that describe an artifact, and its medium if named."""
-    if (found := GO_BACK_REQUEST.search(text)) and found[1]:
-        words, medium = (
-            found[1],
-            next((MEDIUM_BY_NOUN[word] for word in found[1].lower().split() if word in MEDIUM_BY_NOUN), None),
-        )
-    elif found := DESCRIPTION_REFERENCE.search(text):
-        words, medium = found[1] or found[3], MEDIUM_BY_NOUN[(found[2] or found[4]).lower()]
+    """Return the words that describe an artifact, as in "go back to the red one" or "in the blue clip", and its medium.
+
+    The medium is None if the text does not name it. Return None if the text describes no artifact.
+    """
+    if (match := GO_BACK_REQUEST.search(text)) and match[1]:
+        words = match[1]
+        medium = next((MEDIUM_BY_NOUN[word] for word in words.lower().split() if word in MEDIUM_BY_NOUN), None)
+    elif match := DESCRIPTION_REFERENCE.search(text):
+        words, medium = match[1] or match[3], MEDIUM_BY_NOUN[(match[2] or match[4]).lower()]
     else:
         return None
     return (words, medium) if get_content_words(words) else None
 
 
 def is_go_back_request(text: str) -> bool:
-    """Whether it only asks for something of before, as it was."""
+    """Return whether a request only returns to an earlier artifact, without changing it."""
     return GO_BACK_REQUEST.search(text) is not None
 
 
 def get_content_words(words: str) -> set[str]:
-    """The words that say something, without their plural."""
+    """Return the words that describe something, in the singular."""
     return {
         word.rstrip("s") for word in re.findall(r"[\w-]+", words.lower()) if word not in STOP_WORDS | set(ORDINAL_INDEX)
     }
@@ -154,23 +155,25 @@ def matches_description(words: str, description: str) -> bool:
 
 
 def build_choice_question(options: Sequence[Artifact], descriptions: Sequence[str]) -> str:
-    """A question that lists what there is."""
-    named = {"image": "picture", "video": "clip"}
-    listed = (f"{at}) the {named[one.medium]}: {description}"
-              for at, (one, description) in enumerate(zip(options, descriptions, strict=True), start=1))  # fmt: skip
-    return "Which one do you mean? " + "; ".join(listed)
+    """Return a question that lists the artifacts to choose from."""
+    nouns = {"image": "picture", "video": "clip"}
+    choices = (
+        f"{number}) the {nouns[artifact.medium]}: {description}"
+        for number, (artifact, description) in enumerate(zip(options, descriptions, strict=True), start=1)
+    )
+    return "Which one do you mean? " + "; ".join(choices)
 
 
 def artifact_from_reply(reply: str, options: Sequence[Artifact], descriptions: Sequence[str]) -> Artifact | None:
-    """The option that a reply to `build_choice_question` means: by number, ordinal or description."""
+    """Return the option that a reply to the question names by number, ordinal or description, or None."""
     if (number := re.search(r"\d+", reply)) and 1 <= int(number[0]) <= len(options):
         return options[int(number[0]) - 1]
-    for word, at in ORDINAL_INDEX.items():
-        if re.search(rf"\b{word}\b", reply.lower()) and -len(options) <= at < len(options):
-            return options[at]
-    fitting = [
-        one
-        for one, told in zip(options, descriptions, strict=True)
-        if get_content_words(reply) and matches_description(reply, told)
+    for word, index in ORDINAL_INDEX.items():
+        if re.search(rf"\b{word}\b", reply.lower()) and -len(options) <= index < len(options):
+            return options[index]
+    matches = [
+        artifact
+        for artifact, description in zip(options, descriptions, strict=True)
+        if get_content_words(reply) and matches_description(reply, description)
     ]
-    return fitting[-1] if fitting else None
+    return matches[-1] if matches else None

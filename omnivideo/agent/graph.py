@@ -1,11 +1,11 @@
 """The planner: a turn of a conversation through think, route, understand | generate | edit, check.
 
-    plan -> resolve_reference -> think -> route -> understand ------------> next act, or answer
-                                                -> generate | edit -> check -> another try, next act, or answer
+    plan -> refer -> think -> route -> understand ------------> next action, or answer
+                                    -> generate | edit -> check -> next candidate, next action, or answer
 
-`resolve_reference` finds what the act is about, and asks back (interrupt) where that is not clear.
-Each node is one step of the thread's checkpoint: a process that is killed goes on from the last one.  The planner
-knows only ports; what happens is told as events while it happens.
+`refer` finds the artifact that an action refers to; if that is unclear, it interrupts the turn to ask the user. Each
+node is one step of the thread's checkpoint, so that a killed process loses at most one step. The planner knows only
+ports, and emits events while a turn runs.
 """
 
 import hashlib
@@ -56,10 +56,10 @@ from omnivideo.presets import Preset
 # The names of the nodes are part of every stored checkpoint: a turn that waits for a reply continues by them. This
 # node's name is older than its method's.
 REFERENCE_NODE = "refer"
-MIN_ROUTE_PROBABILITY = 0.5  # below this probability the route is asked for
-MIN_AGREEMENT = 0.5  # from here on a try is taken as it is
+MIN_ROUTE_PROBABILITY = 0.5  # below this probability, the user is asked
+MIN_AGREEMENT = 0.5  # a candidate with this agreement is accepted
 MEDIUM_NAMES: dict[Medium, str] = {"image": "picture", "video": "video"}
-NOTHING_TO_EDIT_QUESTION = "There is nothing here yet to change. What shall I draw?"
+NOTHING_TO_EDIT_QUESTION = "There is nothing to change yet. What should I create?"
 ROUTE_QUESTION = "I am not sure what you would like: a picture, a clip, or an answer in words?"
 
 
@@ -88,34 +88,37 @@ def emit_event(event: TurnEvent) -> None:
 
 
 def derive_seed(*parts: object) -> int:
-    """A seed that follows from what it is for."""
+    """Return a seed derived from what it is used for, such as a thread, turn and action."""
     digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:8], "big") % (MAX_SEED + 1)
 
 
 def split_reasoning(text: str) -> tuple[str, str]:
-    """The reasoning and the rewrite of a think-mode answer; the rewrite is empty where the model did not get there."""
+    """Split a think-mode answer into its reasoning and its rewrite, which is empty if the reasoning has no end."""
     before, mark, after = text.partition(THINK_END)
     return before.replace(THINK_START, "").strip(), after.strip() if mark else ""
 
 
 @dataclass
 class ReferenceSearch:
-    """The search for what an act is about: what there is, what the model saw on it, what had to be asked."""
+    """The search for the artifact that an action refers to, with the questions that were asked on the way.
+
+    `descriptions` holds the MLLM's description of each artifact that it has described, by key.
+    """
 
     artifacts: list[Artifact]
     descriptions: dict[str, str]
     clarifications: list[tuple[str, str]]
 
     def ask_user(self, question: str) -> str:
-        """Halts the turn until the user replies."""
+        """Interrupt the turn until the user replies, and return the reply."""
         reply = str(interrupt(question))
         self.clarifications.append((question, reply))
         return reply
 
 
 class Planner:
-    """The nodes, over the ports that they need."""
+    """The nodes of the graph. A node takes the thread's state and returns its updates."""
 
     def __init__(self, mllm: MLLM, queue: JobQueue, preset: Preset):
         self.mllm = mllm
@@ -140,20 +143,20 @@ class Planner:
         builder.add_edge("answer", END)
         return builder.compile(checkpointer=checkpointer)
 
-    # ------------------------------------------------------------ the turn comes in
+    # ------------------------------------------------------------ planning and resolving references
 
     def plan(self, state: PlannerState) -> dict[str, Any]:
         action_texts, references = self.split_actions(state)
-        emit_event(PlanReady(plan=Plan(actions=tuple(Action(text=piece) for piece in action_texts))))
-        attached = state["attachments"]
+        emit_event(PlanReady(plan=Plan(actions=tuple(Action(text=text) for text in action_texts))))
+        attachments = state["attachments"]
         return {
             "action_texts": action_texts,
             "action_references": references,
             "action_index": 0,
             "clarifications": [],
             "results": [],
-            "artifacts": attached,
-            "current_key": attached[-1]["key"] if attached else state.get("current_key"),
+            "artifacts": attachments,
+            "current_key": attachments[-1]["key"] if attachments else state.get("current_key"),
             "descriptions": state.get("descriptions", {}),
         }
 
@@ -173,39 +176,41 @@ class Planner:
         return [action.text for action in planned_actions], [action.reference for action in planned_actions]
 
     def resolve_reference(self, state: PlannerState) -> dict[str, Any]:
-        """Which artifact the act is about; asks back where that is not clear."""
-        search = ReferenceSearch([Artifact(**one) for one in state["artifacts"]], dict(state["descriptions"]), [])
+        """Find the artifact that the action refers to; ask the user if that is unclear."""
+        search = ReferenceSearch(
+            [Artifact(**artifact) for artifact in state["artifacts"]], dict(state["descriptions"]), []
+        )
         text = state["action_texts"][state["action_index"]]
         if state["action_index"] == 0 and state["attachments"]:
             source: Artifact | None = search.artifacts[-1]
-        elif about := state["action_references"][state["action_index"]]:
-            source = self.artifact_from_plan(about, search)
+        elif reference := state["action_references"][state["action_index"]]:
+            source = self.artifact_from_plan(reference, search)
         else:
             source = self.resolve_by_words(text, state["current_key"], search)
         if source is None and not search.artifacts and english_rules.is_change_request(text):
-            # Nothing is there to change: the reply is what to begin with.
+            # The reply replaces the request.
             text = search.ask_user(NOTHING_TO_EDIT_QUESTION)
-        act = Action(text=text, source=None if source is None else source.key)
+        action = Action(text=text, source=None if source is None else source.key)
         updates = {
-            "action": act.model_dump(), "trace": None, "statement": None, "candidates": [], "action_done": False,
+            "action": action.model_dump(), "trace": None, "statement": None, "candidates": [], "action_done": False,
             "clarifications": state["clarifications"] + search.clarifications, "descriptions": search.descriptions,
         }  # fmt: skip
         if source is None or not english_rules.is_go_back_request(text):
             return updates
         emit_event(ArtifactReady(artifact=source))
         route = Route(kind="text", probability=1.0)
-        result = ActionResult(action=act, goal="understand", route=route, trace=None, artifact=source)
+        result = ActionResult(action=action, goal="understand", route=route, trace=None, artifact=source)
         return updates | {"current_key": source.key} | close_action(state, result)
 
     def artifact_from_plan(self, reference: str, search: ReferenceSearch) -> Artifact | None:
-        """What the model's plan says: "new", "last", "unclear", or the number of an artifact."""
+        """Return the artifact of a plan's reference: "new", "last", "unclear", or the number of an artifact."""
         if reference == "new" or not search.artifacts:
             return None
         if reference == "unclear":
             return self.ask_which_artifact("", search)
         return search.artifacts[-1 if reference == "last" else int(reference) - 1]
 
-    def resolve_by_words(self, text: str, current: str | None, search: ReferenceSearch) -> Artifact | None:
+    def resolve_by_words(self, text: str, current_key: str | None, search: ReferenceSearch) -> Artifact | None:
         artifacts = search.artifacts
         if not artifacts:
             return None
@@ -216,21 +221,21 @@ class Planner:
         if described := english_rules.find_description(text):
             return self.find_by_description(*described, search)
         if english_rules.is_reference(text):
-            return next((one for one in reversed(artifacts) if one.key == current), None)
+            return next((artifact for artifact in reversed(artifacts) if artifact.key == current_key), None)
         return None
 
     def find_by_description(self, description: str, medium: Medium | None, search: ReferenceSearch) -> Artifact:
-        """The latest artifact that shows what the words say, by the model's own description of each."""
-        for one in reversed(search.artifacts):
-            if medium in (None, one.medium) and english_rules.matches_description(
-                description, self.describe_artifact(one, search)
+        """Return the latest artifact whose description by the MLLM has all the words of `description`."""
+        for artifact in reversed(search.artifacts):
+            if medium in (None, artifact.medium) and english_rules.matches_description(
+                description, self.describe_artifact(artifact, search)
             ):
-                return one
+                return artifact
         return self.ask_which_artifact(f"I find no {description.strip()} here. ", search)
 
     def ask_which_artifact(self, preamble: str, search: ReferenceSearch) -> Artifact:
-        """Asks which artifact is meant, twice at most; who names none then gets the last one."""
-        descriptions = [self.describe_artifact(one, search) for one in search.artifacts]
+        """Ask which artifact is meant, at most twice; without an answer, it is the last one."""
+        descriptions = [self.describe_artifact(artifact, search) for artifact in search.artifacts]
         question = preamble + english_rules.build_choice_question(search.artifacts, descriptions)
         for _ in range(2):
             if artifact := english_rules.artifact_from_reply(search.ask_user(question), search.artifacts, descriptions):
@@ -248,13 +253,13 @@ class Planner:
     # ------------------------------------------------------------ think and route
 
     def think(self, state: PlannerState) -> dict[str, Any]:
-        """Think mode: the request rewritten by reasoning, before anything is drawn."""
+        """Route the request; in think mode, also rewrite it by reasoning before anything is rendered."""
         request = self.build_request(state)
         route = self.mllm.route(request)
         options = TurnOptions(**state["options"])
-        wanted = options.think == "on" or (options.think == "auto" and english_rules.is_indirect(request.text))
+        should_think = options.think == "on" or (options.think == "auto" and english_rules.is_indirect(request.text))
         trace = None
-        if wanted and route.kind != "text":
+        if should_think and route.kind != "text":
             trace = self.rewrite_prompt(request)
             emit_event(PromptRewritten(trace=trace))
         return {"detected_route": route.model_dump(), "trace": trace and trace.model_dump()}
@@ -270,7 +275,7 @@ class Planner:
         return ThinkTrace(request=request.text, reasoning=reasoning, rewrite=rewrite or request.text, seconds=seconds)
 
     def route(self, state: PlannerState) -> dict[str, Any]:
-        """By the model's own token; where that is a toss-up, the user is asked."""
+        """Keep the route of the MLLM's first token; if that is uncertain, ask the user."""
         route = Route(**state["detected_route"])
         if route.probability >= MIN_ROUTE_PROBABILITY:
             return {}
@@ -279,17 +284,17 @@ class Planner:
             "image" if any(word in reply.lower() for word in ("picture", "image", "photo", "still"))
             else "video" if any(word in reply.lower() for word in ("clip", "video", "animation", "movie")) else "text"
         )  # fmt: skip
-        asked = [*state["clarifications"], (ROUTE_QUESTION, reply)]
-        return {"detected_route": Route(kind=kind, probability=1.0).model_dump(), "clarifications": asked}
+        clarifications = [*state["clarifications"], (ROUTE_QUESTION, reply)]
+        return {"detected_route": Route(kind=kind, probability=1.0).model_dump(), "clarifications": clarifications}
 
     # ------------------------------------------------------------ the three goals
 
     def understand(self, state: PlannerState) -> dict[str, Any]:
-        said = ""
+        answer = ""
         for piece in self.mllm.stream_text(self.build_request(state)):
-            said += piece
+            answer += piece
             emit_event(TextDelta(delta=piece))
-        return close_action(state, ActionResult(**self.build_result_fields(state, "understand"), answer=said.strip()))
+        return close_action(state, ActionResult(**self.build_result_fields(state, "understand"), answer=answer.strip()))
 
     def generate(self, state: PlannerState) -> dict[str, Any]:
         return self.render_candidate(state, None)
@@ -298,13 +303,13 @@ class Planner:
         return self.render_candidate(state, self.find_source(state))
 
     def render_candidate(self, state: PlannerState, source: Artifact | None) -> dict[str, Any]:
-        """One try: the vision head's tokens for the (rewritten) prompt, then a job with the next seed."""
+        """Render the next candidate: predict the prompt's visual tokens, then run a job with the next seed."""
         options, candidates = TurnOptions(**state["options"]), list(state["candidates"])
         turn_number, action_index, attempt = len(state["turns"]) + 1, state["action_index"], len(candidates)
         base_seed = options.seed if options.seed is not None else derive_seed(state["seed"], turn_number, action_index)
         medium: Medium = source.medium if source else "image" if state["detected_route"]["kind"] == "image" else "video"
         prompt = self.get_prompt(state)
-        # A turn that failed may be said again: its jobs are other jobs.
+        # A turn that failed may be sent again; its jobs need new ids.
         retry_suffix = f".{state['failed_turns']}" if state.get("failed_turns") else ""
         job = Job(
             id=f"{get_thread_id()}/{turn_number}.{action_index + 1}.{attempt + 1}{retry_suffix}",
@@ -330,14 +335,14 @@ class Planner:
                 emit_event(ArtifactReady(artifact=event, final=final))
                 return event
             emit_event(event)
-        raise AssertionError("a job ends with an artifact")
+        raise AssertionError("a job must end with an artifact")
 
     # ------------------------------------------------------------ check and answer
 
     def check(self, state: PlannerState) -> dict[str, Any]:
-        """Inference-time scaling: the model's own understanding says whether a try shows what was asked for."""
+        """Inference-time scaling: let the MLLM judge the candidate, and render another one if it disagrees."""
         options = TurnOptions(**state["options"])
-        candidates = [Candidate(**one) for one in state["candidates"]]
+        candidates = [Candidate(**candidate) for candidate in state["candidates"]]
         if options.check == 1:
             return self.select_best(state, candidates)
         statement = state["statement"] or self.build_statement(state)
@@ -345,42 +350,44 @@ class Planner:
         agreement = self.mllm.score_agreement(MLLMRequest(text=question, artifacts=(candidates[-1].artifact,)))
         candidates[-1] = candidates[-1].model_copy(update={"agreement": round(agreement, 4)})
         if agreement < MIN_AGREEMENT and len(candidates) < options.check:
-            return {"candidates": [one.model_dump() for one in candidates], "statement": statement}
+            return {"candidates": [candidate.model_dump() for candidate in candidates], "statement": statement}
         return self.select_best(state, candidates)
 
     def build_statement(self, state: PlannerState) -> str:
-        """What the result should show.  An instruction says what to change, so it is restated first."""
+        """Return what the result should show. An edit's instruction names only the change, so it is rewritten first."""
         trace = state["trace"]
         if trace is None and state["action"]["source"]:
             trace = self.rewrite_prompt(self.build_request(state)).model_dump()
-        said: str = trace["rewrite"] if trace else state["action"]["text"]
-        return said.removeprefix("picture of ").removeprefix("video of ")
+        statement: str = trace["rewrite"] if trace else state["action"]["text"]
+        return statement.removeprefix("picture of ").removeprefix("video of ")
 
     def select_best(self, state: PlannerState, candidates: list[Candidate]) -> dict[str, Any]:
-        best = max(candidates, key=lambda one: one.agreement or 0.0).artifact
+        best = max(candidates, key=lambda candidate: candidate.agreement or 0.0).artifact
         if len(candidates) > 1 or candidates[0].agreement is not None:
             emit_event(ArtifactReady(artifact=best))
         goal: Goal = "edit" if best.source else "generate"
         result = ActionResult(**self.build_result_fields(state, goal), candidates=tuple(candidates), artifact=best)
-        updates = {"artifacts": [best.model_dump()], "current_key": best.key}
-        return updates | {"candidates": [one.model_dump() for one in candidates]} | close_action(state, result)
+        updates: dict[str, Any] = {"artifacts": [best.model_dump()], "current_key": best.key}
+        return (
+            updates | {"candidates": [candidate.model_dump() for candidate in candidates]} | close_action(state, result)
+        )
 
     def answer(self, state: PlannerState) -> dict[str, Any]:
         turn = Turn(
             number=len(state["turns"]) + 1,
             text=state["text"],
-            attachments=tuple(Artifact(**one) for one in state["attachments"]),
+            attachments=tuple(Artifact(**artifact) for artifact in state["attachments"]),
             clarifications=tuple((question, reply) for question, reply in state["clarifications"]),
-            results=tuple(ActionResult(**one) for one in state["results"]),
+            results=tuple(ActionResult(**result) for result in state["results"]),
         )
         emit_event(TurnCompleted(turn=turn))
         return {"turns": [turn.model_dump()]}
 
-    # ------------------------------------------------------------ what several nodes need
+    # ------------------------------------------------------------ helpers of several nodes
 
     def find_source(self, state: PlannerState) -> Artifact | None:
         key = state["action"]["source"]
-        return next((Artifact(**one) for one in reversed(state["artifacts"]) if one["key"] == key), None)
+        return next((Artifact(**artifact) for artifact in reversed(state["artifacts"]) if artifact["key"] == key), None)
 
     def build_request(self, state: PlannerState) -> MLLMRequest:
         source = self.find_source(state)
@@ -411,7 +418,7 @@ def choose_next_node(state: PlannerState) -> str:
 
 
 def choose_node_after_reference(state: PlannerState) -> str:
-    """An act that only went back to something is over already."""
+    """An action that only returns to an earlier artifact is already done."""
     return choose_next_node(state) if state["action_done"] else "think"
 
 
@@ -422,5 +429,5 @@ def choose_goal_node(state: PlannerState) -> str:
 
 
 def choose_node_after_check(state: PlannerState) -> str:
-    """Another try while the act is not over."""
+    """Return the node of the next candidate while the action is not done."""
     return choose_next_node(state) if state["action_done"] else choose_goal_node(state)

@@ -1,4 +1,7 @@
-"""What a thread's checkpoint holds: plain JSON, so that any saver can keep it and a later version can read it."""
+"""The state in a thread's checkpoint: plain JSON, which any checkpointer can store and a later version can read.
+
+A rename needs a conversion of the stored checkpoints: storage/checkpoint_upgrade.py.
+"""
 
 import operator
 from typing import Annotated, Any, TypedDict
@@ -6,25 +9,25 @@ from typing import Annotated, Any, TypedDict
 
 class PlannerState(TypedDict, total=False):
     # The conversation so far.
-    seed: int  # of the thread; every clip's seed follows from it
+    seed: int  # of the thread; every clip's seed is derived from it
     turns: Annotated[list[dict[str, Any]], operator.add]  # contracts.Turn
-    artifacts: Annotated[list[dict[str, Any]], operator.add]  # contracts.Artifact, in the order of their making
-    current_key: str | None  # the key of what "it" is
-    descriptions: dict[str, str]  # what the model sees on an artifact, where it was asked
-    # The turn that runs.
+    artifacts: Annotated[list[dict[str, Any]], operator.add]  # contracts.Artifact, in order of creation
+    current_key: str | None  # the artifact that "it" refers to
+    descriptions: dict[str, str]  # the MLLM's descriptions of artifacts, by key
+    # The current turn.
     text: str
     attachments: list[dict[str, Any]]
     options: dict[str, Any]  # contracts.TurnOptions
-    action_texts: list[str]  # the acts' words
-    action_references: list[str]  # what each is about, where the model has planned it
-    action_index: int  # the act that runs
+    action_texts: list[str]  # the text of each action
+    action_references: list[str]  # what each action refers to by the MLLM's plan, or ""
+    action_index: int  # of the current action
     clarifications: list[tuple[str, str]]
     results: list[dict[str, Any]]  # contracts.ActionResult
-    # The act that runs.
+    # The current action.
     action: dict[str, Any]  # contracts.Action
-    action_done: bool  # whether it is done with
+    action_done: bool  # whether it is complete
     detected_route: dict[str, Any]  # contracts.Route
     trace: dict[str, Any] | None  # contracts.ThinkTrace
-    statement: str | None  # what the check asks about
+    statement: str | None  # what the check asks the MLLM about
     candidates: list[dict[str, Any]]  # contracts.Candidate
     failed_turns: int  # turns of this thread that failed

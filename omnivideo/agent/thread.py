@@ -1,4 +1,4 @@
-"""One conversation: turns that build on each other, kept by a LangGraph checkpointer after every step."""
+"""A conversation: turns that build on each other, saved by a LangGraph checkpointer after every step."""
 
 import asyncio
 import re
@@ -28,15 +28,15 @@ THREAD_ID_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 def is_turn_complete(snapshot: StateSnapshot) -> bool:
-    """Whether nothing is left to run: the state after a turn's answer, or before the first turn.
+    """Return whether a state lies between two turns, so that no step remains to be run.
 
-    By its tasks: `next` leaves out a step that has run but whose result was not yet taken up.
+    The tasks decide: `next` leaves out a step that has run but whose result is not applied yet.
     """
     return not snapshot.tasks
 
 
 def parse_turn_options(**options: object) -> TurnOptions:
-    """Raises InvalidInput that names the field and the allowed range."""
+    """Return the options of a turn. Raises InvalidInput that names the field and the allowed range."""
     try:
         return TurnOptions(**options)  # type: ignore[arg-type]
     except ValidationError as error:
@@ -44,25 +44,29 @@ def parse_turn_options(**options: object) -> TurnOptions:
 
 
 class Thread:
-    """`attach` stores a user's file.  Several threads may run at once, one turn of each at a time."""
+    """A conversation by its id. Several threads may run at once, but only one turn of each at a time.
+
+    `attach_file` stores a user's file.
+    """
 
     def __init__(self, graph: Any, name: str, attach_file: AttachFile):
         if not THREAD_ID_PATTERN.fullmatch(name):
-            raise InvalidInput("thread", f"{name!r} is no thread id: 1 to 64 letters, digits, dots, dashes")
+            allowed = "1 to 64 letters, digits, dots, dashes or underscores, the first a letter or digit"
+            raise InvalidInput("thread", f"{name!r} is not a thread id; give {allowed}")
         self.graph = graph
         self.id = name
         self.attach_file = attach_file
         self.config = {"configurable": {"thread_id": name}}
 
-    # ------------------------------------------------------------ beginning and branching
+    # ------------------------------------------------------------ creating and forking
 
     def exists(self) -> bool:
         return bool(self.graph.get_state(self.config).values)
 
     def initialize_state(self, values: dict[str, Any] | None = None) -> "Thread":
-        """The first checkpoint: empty, or a copy of another thread's state."""
-        empty = {"seed": derive_seed(self.id), "turns": [], "artifacts": [], "current_key": None, "descriptions": {}}
-        self.graph.update_state(self.config, values or empty, as_node="answer")
+        """Write the first checkpoint: empty, or a copy of another thread's state."""
+        initial = {"seed": derive_seed(self.id), "turns": [], "artifacts": [], "current_key": None, "descriptions": {}}
+        self.graph.update_state(self.config, values or initial, as_node="answer")
         return self
 
     def require_existing(self) -> "Thread":
@@ -71,7 +75,7 @@ class Thread:
         return self
 
     def fork(self, turn: int, name: str) -> "Thread":
-        """A new thread that begins with this one's first `turn` turns (0 to all of them)."""
+        """Return a new thread that starts with the first `turn` turns of this one."""
         branch = Thread(self.graph, name, self.attach_file)
         if branch.exists():
             raise InvalidInput("thread", f"there is a thread {name!r} already")
@@ -81,7 +85,7 @@ class Thread:
         return branch.initialize_state(snapshot.values)
 
     def find_snapshot_after(self, num_turns: int) -> StateSnapshot | None:
-        """The state after so many turns; None where there never was one."""
+        """Return the state after `num_turns` turns, or None if the thread has fewer."""
         history = self.graph.get_state_history(self.config)
         return next(
             (
@@ -97,16 +101,15 @@ class Thread:
     def send(
         self, text: str, attachments: Sequence[str | Path | Artifact] = (), **options: object
     ) -> Iterator[TurnEvent]:
-        """Runs a turn and gives its events as they happen; the last one is Finished, or a Question.
+        """Run a turn and yield its events as they happen; the last one is TurnCompleted or QuestionAsked.
 
-        After a Question the next text sent is the reply.  A turn that a killed process left is finished first.
-        `options` may hold think ("auto", "on", "off"), check (number of tries), seed, steps and guidance_scale.
-        Raises InvalidInput before anything is changed, and OmniVideoError for a turn that failed, which leaves the
-        thread as it was before the turn.
+        The text sent after a QuestionAsked is the reply. A turn that a killed process left open is completed first.
+        `options` are the fields of TurnOptions. Raises InvalidInput before anything is changed, and another
+        OmniVideoError if the turn fails, which leaves the thread as it was before the turn.
         """
         turn_options = parse_turn_options(**options)
         text = check_prompt("text", text)
-        artifacts = [self.to_artifact(one) for one in attachments]
+        artifacts = [self.to_artifact(attachment) for attachment in attachments]
         state = self.graph.get_state(self.config)
         if state.interrupts:
             if artifacts:
@@ -116,14 +119,18 @@ class Thread:
         if not is_turn_complete(state):
             yield from self.run_graph(None, state)
             state = self.graph.get_state(self.config)
-        shown = [one.model_dump() for one in artifacts]
-        yield from self.run_graph({"text": text, "attachments": shown, "options": turn_options.model_dump()}, state)
+        turn_input = {
+            "text": text,
+            "attachments": [artifact.model_dump() for artifact in artifacts],
+            "options": turn_options.model_dump(),
+        }
+        yield from self.run_graph(turn_input, state)
 
     def to_artifact(self, attachment: str | Path | Artifact) -> Artifact:
         return attachment if isinstance(attachment, Artifact) else self.attach_file(attachment, f"{self.id}/attached")
 
     def resume(self) -> Iterator[TurnEvent]:
-        """Goes on with a turn that was cut short, if there is one."""
+        """Continue a turn that was interrupted by the end of its process, if there is one."""
         state = self.graph.get_state(self.config)
         if not is_turn_complete(state) and not state.interrupts:
             yield from self.run_graph(None, state)
@@ -141,9 +148,9 @@ class Thread:
             yield QuestionAsked(text=question)
 
     def roll_back(self, num_turns: int) -> None:
-        """Back to the state after so many turns; what the failed turn wrote stays in the past."""
+        """Return to the state after `num_turns` turns; the failed turn's checkpoints remain in the history."""
         snapshot = self.find_snapshot_after(num_turns)
-        assert snapshot is not None, "a turn begins from a whole state"
+        assert snapshot is not None, "a turn starts from a complete state"
         updates = {
             "current_key": snapshot.values["current_key"],
             "failed_turns": snapshot.values.get("failed_turns", 0) + 1,
@@ -153,33 +160,33 @@ class Thread:
     async def asend(
         self, text: str, attachments: Sequence[str | Path | Artifact] = (), **options: object
     ) -> AsyncIterator[TurnEvent]:
-        """`send` for an event loop: the same turn, run in a thread of its own."""
+        """Do as `send`, in an event loop: the turn runs in an operating system thread."""
         loop = asyncio.get_running_loop()
         events = self.send(text, attachments, **options)
         with ThreadPoolExecutor(1, thread_name_prefix="turn") as pool:
             while (event := await loop.run_in_executor(pool, next, events, None)) is not None:
                 yield event
 
-    # ------------------------------------------------------------ what was said and made
+    # ------------------------------------------------------------ reading
 
     def get_open_question(self) -> str | None:
-        """What the thread waits for an answer to."""
-        waiting = self.graph.get_state(self.config).interrupts
-        return str(waiting[0].value) if waiting else None
+        """Return the question that waits for a reply, or None."""
+        interrupts = self.graph.get_state(self.config).interrupts
+        return str(interrupts[0].value) if interrupts else None
 
     def get_turns(self) -> list[Turn]:
-        return [Turn(**one) for one in self.graph.get_state(self.config).values.get("turns", [])]
+        return [Turn(**turn) for turn in self.graph.get_state(self.config).values.get("turns", [])]
 
     def get_artifacts(self) -> list[Artifact]:
-        """All that was attached or made, in order."""
-        return [Artifact(**one) for one in self.graph.get_state(self.config).values.get("artifacts", [])]
+        """Return every attached or generated artifact, in order."""
+        return [Artifact(**artifact) for artifact in self.graph.get_state(self.config).values.get("artifacts", [])]
 
     def get_lineage(self, key: str | None = None) -> list[Artifact]:
-        """An artifact (the last one) and what it was made from, newest first."""
+        """Return an artifact, by default the last one, and the artifacts that it was edited from, newest first."""
         artifacts = self.get_artifacts()
-        by_key = {one.key: one for one in artifacts}
+        by_key = {artifact.key: artifact for artifact in artifacts}
         if key is not None and key not in by_key:
-            raise InvalidInput("artifact", "this thread made no such artifact")
+            raise InvalidInput("artifact", "this thread has no such artifact")
         ancestors: list[Artifact] = []
         artifact = by_key[key] if key else artifacts[-1] if artifacts else None
         while artifact is not None and artifact not in ancestors:

@@ -135,7 +135,7 @@ def test_ordinals_and_looks_find_earlier_clips():
 
 def test_what_is_not_there_is_asked_for():
     talk = Talk()
-    assert talk.say("make it blue").text.startswith("There is nothing here yet")
+    assert talk.say("make it blue").text.startswith("There is nothing to change yet")
     assert talk.thread.get_open_question()
     turn = talk.say("a red ball")
     assert turn.results[0].goal == "generate" and turn.clarifications[0][1] == "a red ball"
@@ -193,7 +193,7 @@ def test_bad_input_leaves_the_thread_usable():
     assert talk.say("a blue ball").number == 2
     with pytest.raises(InvalidInput, match="there is no thread"):
         Thread(talk.graph, "nobody", attach).require_existing()
-    with pytest.raises(InvalidInput, match="is no thread id"):
+    with pytest.raises(InvalidInput, match="is not a thread id"):
         Thread(talk.graph, "../etc", attach)
 
 
