@@ -9,7 +9,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omnivideo.agent.conversations import LOCAL_OWNER, Conversations
+from omnivideo.agent.conversations import Conversations
 from omnivideo.errors import InvalidInput
 from omnivideo.media.artifacts import store_user_file
 from omnivideo.ports import MLLM, JobQueue, SweepableObjectStore
@@ -167,7 +167,7 @@ class ServiceWiring:
         if self.settings.broker:
             notify = create_notifier(create_celery_app(self.settings.broker))
         else:
-            from omnivideo.backends.queue.celery import InProcessWorker
+            from omnivideo.backends.decoder.worker import InProcessWorker
 
             workers = InProcessWorker(self.worker).start()
             self.close_callbacks.append(workers.stop)
@@ -176,10 +176,12 @@ class ServiceWiring:
         self.close_callbacks.append(reaper.stop)
         return notify
 
-    def open_queue(self, owner: str = LOCAL_OWNER) -> JobQueue:
+    @cached_property
+    def open_queue(self) -> Callable[[str], JobQueue]:
+        """Return the durable queue of an owner's jobs."""
         from omnivideo.backends.queue.durable import DurableQueue
 
-        return DurableQueue(self.jobs, self.store, self.notify_workers, owner)
+        return partial(DurableQueue, self.jobs, self.store, self.notify_workers)
 
     @cached_property
     def conversations(self) -> Conversations:

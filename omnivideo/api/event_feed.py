@@ -4,9 +4,10 @@ import base64
 import json
 from collections.abc import AsyncIterator
 from contextlib import suppress
-from typing import Any
+from typing import Any, cast
 
 from anyio.to_thread import run_sync
+from fastapi import Request
 
 from omnivideo.errors import ArtifactNotFound, StoreError
 from omnivideo.ports import ObjectStore, TurnStore
@@ -53,3 +54,8 @@ class EventFeed:
                     continue  # the turn has ended, and its previews have been swept
                 event = {"kind": "preview", "png": base64.b64encode(png).decode()}
             yield {"id": str(number), "event": str(event["kind"]), "data": json.dumps(event)}
+
+
+def get_event_feed(request: Request) -> EventFeed:
+    """Return the application's feed."""
+    return cast(EventFeed, request.app.state.event_feed)

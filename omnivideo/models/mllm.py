@@ -6,8 +6,10 @@ Shapes: B batch, N tokens, V vocabulary, M width of the model, F frames, H W pix
 """
 
 import math
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from inspect import signature
 from typing import Literal
 
@@ -321,3 +323,39 @@ def generate_answer(
             position_ids=position.view(1, 1, 1).expand(3, 1, 1),
             use_cache=True,
         )
+
+
+# ---------------------------------------------------------------- special tokens in a user's text
+#
+# A request becomes one string with the chat markup around it, and the tokenizer finds its special tokens anywhere in
+# that string. A user who types one (`<BOI>`, `<|im_end|>`, `<think>`) could override the model's own decision. An
+# invisible character after the token's first character turns it into ordinary text.
+
+ZERO_WIDTH_SPACE = "\u200b"
+
+
+@lru_cache(maxsize=8)
+def compile_token_pattern(special_tokens: frozenset[str]) -> re.Pattern[str]:
+    # Longest first: if two tokens begin alike, the tokenizer takes the longer one too.
+    by_length = sorted(special_tokens, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, by_length)))
+
+
+def sanitize_text(text: str, special_tokens: Iterable[str]) -> str:
+    """Return the text with every special token broken after its first character. Other texts stay as they are.
+
+    Special tokens of one character are ignored, because they cannot be broken.
+    """
+    breakable_tokens = frozenset(token for token in special_tokens if len(token) > 1)
+    if not breakable_tokens or not compile_token_pattern(breakable_tokens).search(text):
+        return text
+    sanitized = compile_token_pattern(breakable_tokens).sub(
+        lambda match: match[0][0] + ZERO_WIDTH_SPACE + match[0][1:], text
+    )
+    # Tokens may overlap, and a match hides one that begins inside it.
+    return sanitize_text(sanitized, breakable_tokens)
+
+
+def list_special_tokens(tokenizer: object) -> frozenset[str]:
+    """Return the strings that a Hugging Face tokenizer maps to one token wherever they stand."""
+    return frozenset(tokenizer.get_added_vocab())  # type: ignore[attr-defined]

@@ -21,10 +21,9 @@ from sse_starlette import EventSourceResponse
 
 from omnivideo.api.dependencies import ContextDep, OwnerDep, ServiceContext, make_id
 from omnivideo.api.errors import ERROR_RESPONSES, APIError, error_from_turn, log_if_internal, to_api_error
-from omnivideo.api.event_feed import EventFeed
+from omnivideo.api.event_feed import EventFeed, get_event_feed
 from omnivideo.api.media import MediaPart, artifact_from_part
 from omnivideo.api.request_body import validate_fields
-from omnivideo.api.routes.threads import get_event_feed
 from omnivideo.contracts import MAX_SEED, Artifact, Think, TurnRecord
 
 router = APIRouter(prefix="/v1", tags=["chat"], responses=ERROR_RESPONSES)

@@ -8,7 +8,7 @@ from sse_starlette import EventSourceResponse
 
 from omnivideo.api.dependencies import ContextDep, IdempotencyKey, OwnerDep, ServiceContext, make_id
 from omnivideo.api.errors import ERROR_RESPONSES, APIError, build_not_found_error
-from omnivideo.api.event_feed import EventFeed
+from omnivideo.api.event_feed import get_event_feed
 from omnivideo.api.media import MediaPart, artifact_from_part, build_range_response
 from omnivideo.contracts import MAX_SEED, Artifact, Think, Turn, TurnRecord
 
@@ -74,10 +74,6 @@ class ThreadDeleted(BaseModel):
     id: str
     object: Literal["thread.deleted"] = "thread.deleted"
     deleted: bool = True
-
-
-def get_event_feed(request: Request) -> EventFeed:
-    return cast(EventFeed, request.app.state.event_feed)
 
 
 @router.post("", status_code=201)

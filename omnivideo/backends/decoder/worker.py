@@ -280,3 +280,37 @@ def unpack_state(data: bytes, device: torch.device) -> DenoisingState:
     tensors = {name: tensor.clone().to(device) for name, tensor in load(data).items()}
     outputs = tuple(tensors[f"output{index}"] for index in range(2) if f"output{index}" in tensors)
     return DenoisingState(int(tensors["step"]), tensors["latents"], tensors["before"], outputs)
+
+
+class InProcessWorker:
+    """A worker in a thread of this process, woken by `notify_workers`."""
+
+    def __init__(self, worker: Worker):
+        self.worker = worker
+        self.work_available = threading.Event()
+        self.stop_requested = False
+        self.thread = threading.Thread(target=self.run, daemon=True, name="worker")
+
+    def notify_workers(self) -> None:
+        self.work_available.set()
+
+    def start(self) -> "InProcessWorker":
+        self.thread.start()
+        return self
+
+    def stop(self) -> None:
+        """Stop the thread after its current job."""
+        self.stop_requested = True
+        self.notify_workers()
+        self.thread.join()
+
+    def run(self) -> None:
+        while not self.stop_requested:
+            self.work_available.clear()
+            try:
+                ran_job = self.worker.run_next_job()
+            except OmniVideoError as error:
+                log.warning("%s", error)
+                ran_job = False
+            if not ran_job and not self.stop_requested:
+                self.work_available.wait(1.0)  # another process may have queued a job in the same database

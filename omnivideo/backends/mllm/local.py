@@ -9,10 +9,17 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from omnivideo.backends.mllm.sanitize import list_special_tokens, sanitize_text
 from omnivideo.contracts import Artifact, Medium, MLLMRequest, Route
 from omnivideo.media.artifacts import load_frames
-from omnivideo.models.mllm import MLLMMedia, MLLMMessage, compute_first_logits, generate_answer, predict_route
+from omnivideo.models.mllm import (
+    MLLMMedia,
+    MLLMMessage,
+    compute_first_logits,
+    generate_answer,
+    list_special_tokens,
+    predict_route,
+    sanitize_text,
+)
 from omnivideo.models.omni import OmniVideoModel
 from omnivideo.ports import ObjectStore
 from omnivideo.storage.objects.local import compute_object_key

@@ -1,7 +1,5 @@
-"""Run workers in a thread of this process, or in Celery's child processes, one for each device."""
+"""Run workers in Celery's child processes, one for each device."""
 
-import logging
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -9,43 +7,6 @@ from celery import signals
 
 from omnivideo.backends.decoder.worker import Worker
 from omnivideo.backends.queue.reaper import TASK_NAME, Reaper, create_celery_app, create_notifier
-from omnivideo.errors import OmniVideoError
-
-log = logging.getLogger("omnivideo.worker")
-
-
-class InProcessWorker:
-    """A worker in a thread of this process, woken by `notify_workers`."""
-
-    def __init__(self, worker: Worker):
-        self.worker = worker
-        self.work_available = threading.Event()
-        self.stop_requested = False
-        self.thread = threading.Thread(target=self.run, daemon=True, name="worker")
-
-    def notify_workers(self) -> None:
-        self.work_available.set()
-
-    def start(self) -> "InProcessWorker":
-        self.thread.start()
-        return self
-
-    def stop(self) -> None:
-        """Stop the thread after its current job."""
-        self.stop_requested = True
-        self.notify_workers()
-        self.thread.join()
-
-    def run(self) -> None:
-        while not self.stop_requested:
-            self.work_available.clear()
-            try:
-                ran_job = self.worker.run_next_job()
-            except OmniVideoError as error:
-                log.warning("%s", error)
-                ran_job = False
-            if not ran_job and not self.stop_requested:
-                self.work_available.wait(1.0)  # another process may have queued a job in the same database
 
 
 def serve_celery_worker(

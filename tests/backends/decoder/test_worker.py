@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from omnivideo.backends.decoder.renderer import Renderer
-from omnivideo.backends.decoder.worker import Worker, WorkerConfig, pack_state, unpack_state
-from omnivideo.backends.queue.celery import InProcessWorker
+from omnivideo.backends.decoder.worker import InProcessWorker, Worker, WorkerConfig, pack_state, unpack_state
 from omnivideo.backends.queue.durable import DurableQueue
 from omnivideo.backends.queue.reaper import Reaper
 from omnivideo.contracts import Artifact, Job, Preview, StepProgress, resolve_sampling_params

@@ -12,8 +12,8 @@ from fastapi.testclient import TestClient
 from omnivideo.backends.mllm import launch
 from omnivideo.backends.mllm.launch import build_command, parse_options
 from omnivideo.backends.mllm.protocol import MediaPayload, MLLMPayload
-from omnivideo.backends.mllm.sanitize import ZERO_WIDTH_SPACE, sanitize_text
 from omnivideo.errors import CheckpointError, InvalidInput, MissingDependency
+from omnivideo.models.mllm import ZERO_WIDTH_SPACE, sanitize_text
 
 
 @pytest.fixture

@@ -22,7 +22,6 @@ from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from omnivideo.backends.mllm.protocol import MediaPayload, MLLMPayload
-from omnivideo.backends.mllm.sanitize import list_special_tokens, sanitize_text
 from omnivideo.backends.mllm.server import add_mllm_routes
 from omnivideo.backends.mllm.vllm_plugin import ENDPOINT_PLUGIN, VISUAL_TOKENS_PARAM
 from omnivideo.backends.mllm.vllm_plugin.processor import vision_config_from_hf
@@ -30,7 +29,17 @@ from omnivideo.backends.mllm.vllm_plugin.prompt import build_engine_input
 from omnivideo.contracts import Medium, Route
 from omnivideo.errors import InvalidInput
 from omnivideo.media.artifacts import decode_media
-from omnivideo.models.mllm import BOI, BOV, VISUAL_TOKEN_PAIRS, VISUAL_TOKENS, MLLMMedia, MLLMMessage, tokenize_message
+from omnivideo.models.mllm import (
+    BOI,
+    BOV,
+    VISUAL_TOKEN_PAIRS,
+    VISUAL_TOKENS,
+    MLLMMedia,
+    MLLMMessage,
+    list_special_tokens,
+    sanitize_text,
+    tokenize_message,
+)
 
 MAX_INLINE_CHARS = 4000  # characters; shorter texts are tokenized on the event loop
 
