@@ -96,7 +96,7 @@ def run_demo(folder: Path, console: Console, studio: "Studio") -> None:
         result = run_turn(active_thread, turn)
         is_right, finding = judge_turn(turn, result, read_frames) if result else (False, "a question")
         right_count += is_right
-        title = f"{number}. {'' if turn.fork_after is None else f'(fork after turn {turn.fork_after}) '}{turn.text}"
+        title = f"{number}. {'' if turn.fork_after is None else f'(a branch after turn {turn.fork_after}) '}{turn.text}"
         verdict = "[green]right" if is_right else "[red]wrong"
         console.print(f"[bold]{title}[/bold]\n   {finding}  {verdict}")
         if result and result.trace:
