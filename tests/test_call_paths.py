@@ -3,20 +3,25 @@
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 
+from omnivideo.backends.decoder import pipeline
 from omnivideo.backends.decoder.pipeline import DenoisingProgress
 from omnivideo.backends.decoder.worker import Worker
 from omnivideo.contracts import Claim, SamplingParams
 from omnivideo.errors import InvalidInput
 from omnivideo.models.omni import OmniVideoModel
 from omnivideo.presets import get_preset
+from omnivideo.settings import load_settings
 from omnivideo.training.data.latent_cache import FrozenEncoders, encode_shards
 from omnivideo.training.engine.trainer import Trainer
 from omnivideo.training.recipes.flow import build_flow_recipe
+from omnivideo.wiring import ServiceWiring
 from tests.support.api_server import scripted, serving
 from tests.support.call_paths import Window, record_calls
 from tests.support.shards import ASSIGNER, SAMPLES, make_flow_dataset, write_dataset
@@ -25,6 +30,7 @@ from tests.support.slow_polls import slow_polls
 # Threads that look after jobs and turns; they run beside every call path.
 UPKEEP_THREADS = ("heartbeat", "reaper", "turns", "batches", "hooks")
 MAX_FILES_FROM_STEP_TO_BROWSER = 6
+MAX_FILES_FROM_PROMPT_TO_PIXELS = 31
 MAX_FILES_FROM_SAMPLE_TO_LOSS = 22  # the goal is 18; six of the files are models/, ten training/data/ and engine/
 
 
@@ -94,3 +100,43 @@ def test_a_sample_of_a_shard_reaches_the_loss_in_few_files(weights: Path, tmp_pa
         losses = trainer.accumulate_gradients()
     assert {"clips", "clips edited", "vision"} <= losses.keys()
     assert len(window.list_files()) <= MAX_FILES_FROM_SAMPLE_TO_LOSS, window.describe()
+
+
+def test_a_prompt_becomes_pixels_through_few_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Count from the request of a chat to its decoded frames, in the embedded service with the shipped weights.
+
+    The goal is 18; docs/architecture.md says why it is not reached. A first request opens the database's
+    connections and is not counted.
+    """
+    decode_clip, decoded = pipeline.decode_clip, threading.Event()
+
+    def decode_and_wait(*arguments: Any) -> Any:
+        frames = decode_clip(*arguments)
+        decoded.set()
+        assert closed.wait(60)
+        return frames
+
+    closed = threading.Event()
+    monkeypatch.setattr(pipeline, "decode_clip", decode_and_wait)
+    with record_calls(tmp_path / "calls") as recorder:
+        wiring = ServiceWiring(load_settings(home=tmp_path / "home"), "cpu")
+        with serving(wiring) as address, httpx.Client(base_url=address, timeout=120, trust_env=False) as http:
+            closed.set()
+            ask_for_clip(http, "a blue square moving left")
+            decoded.clear(), closed.clear()
+            with ThreadPoolExecutor(1) as executor:
+                with recorder.open_window() as window:
+                    answer = executor.submit(ask_for_clip, http, "a red circle moving right")
+                    assert decoded.wait(60)
+                closed.set()
+                answer.result()
+    files = window.list_files(UPKEEP_THREADS)
+    assert "api/routes/chat.py" in files and "models/sampling.py" in files
+    assert len(files) <= MAX_FILES_FROM_PROMPT_TO_PIXELS, window.describe(UPKEEP_THREADS)
+
+
+def ask_for_clip(http: httpx.Client, text: str) -> None:
+    body = {"model": "tiny", "messages": [{"role": "user", "content": text}], "steps": 2}
+    response = http.post("/v1/chat/completions", json=body)
+    assert response.status_code == 200, response.text
+    assert ".mp4" in response.text
