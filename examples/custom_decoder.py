@@ -31,7 +31,7 @@ class PlainColourDecoder:
         self.store = store
 
     def prepare_job(self, job: Job) -> tuple[Job, SamplingParams]:
-        return job, resolve_sampling_params(TINY, job.task, seed=job.seed, **job.overrides.model_dump())
+        return job, job.params
 
     def compute_batch_key(self, job: Job) -> None:
         """Return None: every job is rendered alone."""
@@ -63,7 +63,8 @@ class PlainColourDecoder:
 def main(folder: Path) -> None:
     store = LocalObjectStore(folder)
     queue = LocalQueue(PlainColourDecoder(store))
-    job = Job(id="first", task="text-to-video", prompt="a blue sky", visual_tokens=None, source=None, seed=0)
+    params = resolve_sampling_params(TINY, "text-to-video")
+    job = Job(id="first", prompt="a blue sky", visual_tokens=None, source=None, params=params)
     for event in queue.run(job):
         assert isinstance(event, Artifact)
         print(store.path_for_key(event.key))

@@ -8,8 +8,9 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from sqlalchemy import update
 
-from omnivideo.contracts import Artifact, Job, StepProgress
+from omnivideo.contracts import Artifact, Job, StepProgress, resolve_sampling_params
 from omnivideo.errors import InvalidInput, JobCancelled, JobFailed, JobLost, ServiceBusy, StoreError
+from omnivideo.presets import TINY
 from omnivideo.storage.database.engine import create_database_engine, upgrade_schema
 from omnivideo.storage.database.jobs import JobRepository, result_from_status
 from omnivideo.storage.database.repository import unix_now
@@ -23,7 +24,8 @@ def book(empty_database):
 
 
 def job(name: str, prompt: str = "a red ball") -> Job:
-    return Job(id=name, task="text-to-video", prompt=prompt, visual_tokens=None, source=None, seed=1)
+    params = resolve_sampling_params(TINY, "text-to-video", seed=1)
+    return Job(id=name, prompt=prompt, visual_tokens=None, source=None, params=params)
 
 
 ARTIFACT = Artifact(

@@ -12,7 +12,8 @@ import pytest
 from sqlalchemy import Engine
 
 from omnivideo.api.event_feed import EventFeed, NumberedEvent
-from omnivideo.contracts import Artifact, Job, StepProgress, TurnRecord
+from omnivideo.contracts import Artifact, Job, StepProgress, TurnRecord, resolve_sampling_params
+from omnivideo.presets import TINY
 from omnivideo.storage.database import notifications
 from omnivideo.storage.database.engine import create_database_engine, upgrade_schema
 from omnivideo.storage.database.jobs import JobRepository
@@ -48,7 +49,8 @@ def start_turn(turns: TurnRepository, turn_id: str = "turn") -> TurnRecord:
 
 
 def build_job(job_id: str) -> Job:
-    return Job(id=job_id, task="text-to-video", prompt="a red ball", visual_tokens=None, source=None, seed=1)
+    params = resolve_sampling_params(TINY, "text-to-video", seed=1)
+    return Job(id=job_id, prompt="a red ball", visual_tokens=None, source=None, params=params)
 
 
 class Follower:

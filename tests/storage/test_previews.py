@@ -10,7 +10,8 @@ from pathlib import Path
 from sqlalchemy import Engine, select
 
 from omnivideo.api.event_feed import EventFeed
-from omnivideo.contracts import Job, StepProgress, TurnRecord
+from omnivideo.contracts import Job, StepProgress, TurnRecord, resolve_sampling_params
+from omnivideo.presets import TINY
 from omnivideo.storage.database.jobs import JobRepository
 from omnivideo.storage.database.schema import turn_events
 from omnivideo.storage.database.turns import TurnRepository
@@ -26,8 +27,10 @@ def run_turn_with_previews(engine: Engine, store: LocalObjectStore) -> TurnRecor
     turns.create_thread("thread", "ann")
     turns.create_turn("turn", "thread", "ann", 1, {"text": "a red ball"})
     turn = turns.claim_turn("turn")
+    params = resolve_sampling_params(TINY, "text-to-video", seed=1)
     jobs.submit(
-        Job(id="thread/1.1.1", task="text-to-video", prompt="x", visual_tokens=None, source=None, seed=1), "ann"
+        Job(id="thread/1.1.1", prompt="x", visual_tokens=None, source=None, params=params),
+        "ann",
     )
     claim = jobs.claim_next_job("worker")
     assert turn is not None and claim is not None
