@@ -13,6 +13,7 @@ On PostgreSQL, followers read the database every POSTGRESQL_POLL_SECONDS as well
 import asyncio
 import json
 import logging
+import math
 import os
 import secrets
 import threading
@@ -175,10 +176,9 @@ class ChangeNotifier:
                         if self.stop_if_idle(idle_since):
                             return
             except psycopg.Error as error:
-                log.warning("notifications: the database is not available: %s", type(error).__name__)
-                idle_since = time.monotonic() if self.followers else idle_since
-                if self.stop_if_idle(idle_since):
+                if self.stop_if_idle(idle_since=-math.inf):  # without a follower there is no reason to reconnect
                     return
+                log.warning("notifications: the database is not available: %s", type(error).__name__)
                 time.sleep(pause_seconds)
                 pause_seconds = min(2 * pause_seconds, RECONNECT_SECONDS[1])
 
