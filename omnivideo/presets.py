@@ -71,10 +71,10 @@ class Preset(PresetModel):
 
     `decoder` and `vae` are the configurations of diffusers' `WanTransformer3DModel` and `AutoencoderKLWan`;
     version 1 has a vision head and an adapter, version 2 a normalised projection of the MLLM's hidden states.
-    `max_batch_size` is how many clips of a batch are rendered in one pass, where that was measured to be faster.
-    `prompts` is the folder of the planner's prompts. If the MLLM cannot plan, English rules split the user's turns.
-    `prompts` is the folder of the planner's instructions; `mllm_can_plan` tells whether the MLLM writes the planner's
-    plan itself, or English rules split the user's words.
+    `max_batch_size` is the number of clips of a batch that are rendered in one pass, if that was measured to be faster.
+    `prompts` is the folder of the planner's prompts. `mllm_can_plan` is False for an MLLM that is too small to write
+    the plan of a turn; English rules then split it. `has_scorer` is True if the preset's world is the synthetic one,
+    in which pixels can be checked against a request.
     """
 
     name: str
@@ -88,6 +88,7 @@ class Preset(PresetModel):
     decoder: dict[str, Any]
     num_decoders: int = 1
     mllm_can_plan: bool = True
+    has_scorer: bool = False
     prompts: Literal["instructions", "keywords"] = "instructions"
     max_batch_size: int = 1
     boundary_ratio: float | None = None
@@ -149,6 +150,7 @@ TINY_SAMPLING: dict[Task, SamplingDefaults] = {
 TINY = Preset(
     name="tiny",
     version=1,
+    has_scorer=True,
     mllm_can_plan=False,
     prompts="keywords",
     max_batch_size=4,  # 0.34 s a clip of 20 steps on one core, alone 0.54 s

@@ -8,10 +8,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from omnivideo.cli.app import OUTPUT, DeviceOption, WeightsOption, console, error_console, open_studio
 from omnivideo.errors import InvalidInput
+from omnivideo.presets import PRESETS, get_preset
 
 
 def evaluate(
-    preset: Annotated[str, typer.Argument(help="Only tiny: its synthetic world has a scorer.")] = "tiny",
+    preset: Annotated[str, typer.Argument(help="A preset whose world has a scorer: tiny.")] = "tiny",
     weights: WeightsOption = None,
     device: DeviceOption = "auto",
     count: Annotated[int, typer.Option(min=1, max=10_000, help="Held-out prompts per category.")] = 50,
@@ -26,8 +27,9 @@ def evaluate(
     from omnivideo.evaluation.report import build_score_table, score_planner, scores_to_json
     from omnivideo.evaluation.suite import evaluate_all
 
-    if preset != "tiny":
-        raise InvalidInput("preset", f"{preset!r} has no scorer; allowed: tiny")
+    if not get_preset(preset).has_scorer:
+        allowed = ", ".join(name for name, known in PRESETS.items() if known.has_scorer)
+        raise InvalidInput("preset", f"{preset!r} has no scorer; allowed: {allowed}")
     studio = open_studio(preset, weights, device)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=error_console, transient=True) as bar:

@@ -15,7 +15,6 @@ from omnivideo.evaluation.suite import apply_edits, sample_clips, sample_held_ou
 from omnivideo.media.contact_sheet import make_contact_sheet
 from omnivideo.models.mllm import MLLMMessage
 from omnivideo.models.omni import OmniVideoModel
-from omnivideo.presets import TINY
 from omnivideo.synthetic.facts import SceneSpec
 from omnivideo.synthetic.scenes import render_scene
 from omnivideo.synthetic.scorer import detect_scene
@@ -34,7 +33,7 @@ class ScoredSample:
     source: np.ndarray | None = None
 
     @property
-    def is_right(self) -> bool:
+    def is_correct(self) -> bool:
         return self.scene_spec.is_met_by(detect_scene(self.frames))
 
 
@@ -44,17 +43,17 @@ def render_sample_sheet(omni: OmniVideoModel, sheet_path: Path | None) -> dict[s
     A preset whose world has no scorer generates two samples and has no scores. Without a path the samples are generated
     but neither scored nor written.
     """
-    has_scorer = omni.preset.name == TINY.name
+    has_scorer = omni.preset.has_scorer
     samples_by_kind = dict(generate_samples(omni, SAMPLES_PER_KIND if has_scorer else 1, with_edits=has_scorer))
     if sheet_path is None:
         return {}
     sheet_path.parent.mkdir(parents=True, exist_ok=True)
     rows, scores = list[tuple[str, np.ndarray]](), dict[str, float]()
     for kind, samples in samples_by_kind.items():
-        verdicts = [sample.is_right for sample in samples] if has_scorer else [None] * len(samples)
+        verdicts = [sample.is_correct for sample in samples] if has_scorer else [None] * len(samples)
         rows += build_sheet_rows(samples, verdicts)
         if has_scorer:
-            scores[f"{kind} right"] = float(np.mean([verdict is True for verdict in verdicts]))
+            scores[f"{kind} correct"] = float(np.mean([verdict is True for verdict in verdicts]))
     clips, captions = [list(frames) for _, frames in rows], [caption for caption, _ in rows]
     make_contact_sheet(clips, captions, 2 if has_scorer else 1).save(sheet_path)
     return scores
@@ -90,5 +89,5 @@ def build_sheet_rows(
     for sample, verdict in list(zip(samples, verdicts, strict=True))[:SHEET_ROWS_PER_KIND]:
         if sample.source is not None:
             yield f"to be edited: {sample.text}", sample.source
-        suffix = "" if verdict is None else f" - {'right' if verdict else 'wrong'}"
+        suffix = "" if verdict is None else f" - {'correct' if verdict else 'wrong'}"
         yield sample.text + suffix, sample.frames

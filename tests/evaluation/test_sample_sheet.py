@@ -46,10 +46,10 @@ def test_training_does_not_notice(make, request, drawing, tmp_path):
                      (plain.ema_weights, looked.ema_weights)):  # fmt: skip
         assert one.keys() == two.keys() and all(torch.equal(value, two[name]) for name, value in one.items())
     lines = [json.loads(line) for line in (tmp_path / "looked" / "log.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines if "drawn right" in line] == [2, 4]
+    assert [line["step"] for line in lines if "samples correct" in line] == [2, 4]
     kinds = ("stills", "clips", "stills edited", "clips edited")
-    assert all(0 <= lines[1][f"{kind} right"] <= 1 for kind in kinds)
-    assert lines[1][OVERALL_SCORE] == pytest.approx(sum(lines[1][f"{kind} right"] for kind in kinds) / 4, abs=1e-6)
+    assert all(0 <= lines[1][f"{kind} correct"] <= 1 for kind in kinds)
+    assert lines[1][OVERALL_SCORE] == pytest.approx(sum(lines[1][f"{kind} correct"] for kind in kinds) / 4, abs=1e-6)
     sheets = sorted((tmp_path / "looked" / "samples").iterdir())
     assert [sheet.name for sheet in sheets] == ["00000002.png", "00000004.png"]
     with Image.open(sheets[0]) as first, Image.open(sheets[1]) as second:
@@ -81,8 +81,8 @@ def test_what_is_right_is_scored(drawing, tmp_path, monkeypatch):
         looking, "apply_edits", lambda omni, edits, video, seed: np.stack([render_scene(one.target) for one in edits])
     )
     scores = looking.render_sample_sheet(drawing, tmp_path / "new" / "sheet.png")
-    assert scores["stills edited right"] == scores["clips edited right"] == 1
-    assert scores["stills right"] < 1 and scores["clips right"] < 1  # of an untrained model
+    assert scores["stills edited correct"] == scores["clips edited correct"] == 1
+    assert scores["stills correct"] < 1 and scores["clips correct"] < 1  # of an untrained model
     assert looking.render_sample_sheet(drawing, None) == {}
 
 
@@ -132,12 +132,12 @@ def test_points_after_the_checkpoint_are_not_shown_twice(tmp_path, monkeypatch):
     shutil.copy(folder / "state.pt", tmp_path / "kept")
     train_until(6)
     shutil.move(tmp_path / "kept", folder / "state.pt")
-    monkeypatch.setattr(RunContext, "sample_hook", property(lambda run: lambda trainer: {"drawn right": 0.5}))
+    monkeypatch.setattr(RunContext, "sample_hook", property(lambda run: lambda trainer: {"samples correct": 0.5}))
     train_until(8)
     found = events.EventAccumulator(str(folder / "tensorboard")).Reload()
     assert [point.step for point in found.Scalars("loss")] == list(range(1, 9))
-    assert [point.step for point in found.Scalars("drawn right")] == list(range(4, 9))
-    assert "drawn right 0.5" in out.file.getvalue()
+    assert [point.step for point in found.Scalars("samples correct")] == list(range(4, 9))
+    assert "samples correct 0.5" in out.file.getvalue()
 
 
 class Service:

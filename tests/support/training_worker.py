@@ -219,7 +219,7 @@ def draw(omni: OmniVideoModel, sheet: Path | None) -> dict[str, float]:
     sheet.parent.mkdir(exist_ok=True)
     weights = {name: one.float() for name, one in parts.TrainableParts(omni).state_dict().items()}
     torch.save({"still": torch.from_numpy(still), "weights": weights}, sheet)
-    return {"stills right": float(still.mean())}
+    return {"stills correct": float(still.mean())}
 
 
 def in_double() -> None:

@@ -120,7 +120,7 @@ def build_writer_factory(kinds: Sequence[str]) -> MetricWriterFactory:
 
 # ---------------------------------------------------------------- samples
 
-OVERALL_SCORE = "drawn right"  # the score that stays on the progress line
+OVERALL_SCORE = "samples correct"  # the score that stays on the progress line
 SampleRenderer = Callable[[OmniVideoModel, Path | None], dict[str, float]]
 SampleHook = Callable[[Trainer], dict[str, float]]
 
