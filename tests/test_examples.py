@@ -5,8 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.support.api_server import scripted, serving
 
+pytestmark = pytest.mark.timeout(1000)  # on a busy machine a conversation takes minutes
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
 
@@ -15,7 +18,7 @@ def run_example(name: str, *arguments: str, cwd: Path) -> str:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMNIVIDEO_HOME": str(cwd / "home")}
     command = [sys.executable, str(EXAMPLES / name), *arguments]
     completed = subprocess.run(
-        command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=280, check=False
+        command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=900, check=False
     )
     assert completed.returncode == 0, completed.stderr[-4000:]
     return completed.stdout
