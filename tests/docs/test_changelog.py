@@ -69,3 +69,11 @@ def iterate_renames(fields: v0003_names.Fields) -> set[tuple[str, str]]:
 @pytest.mark.parametrize("heading", ["Upgrading from 0.1", "Changed: Python SDK"])
 def test_the_changelog_has_its_sections(heading):
     assert f"### {heading}\n" in CHANGELOG
+
+
+def test_files_named_in_the_guides_exist():
+    """CONTRIBUTING.md names files for each kind of change; `api/web/` is the only one still to be created."""
+    root = Path(__file__).parents[2]
+    for page in (root / "CONTRIBUTING.md", root / "docs" / "architecture.md", *(root / "docs/decisions").glob("*.md")):
+        for name in re.findall(r"`((?:omnivideo|tests|docs)/[\w./]+\.\w+)`", page.read_text()):
+            assert (root / name).exists(), f"{page.name}: {name}"
