@@ -164,7 +164,7 @@ TINY = Preset(
     ),
     text_width=192,
     max_text_tokens=64,
-    min_condition_tokens=72,  # about as many as an edit of a clip has, so every request attends to the same padding
+    min_condition_tokens=72,  # about the length for an edit of a clip, so that all conditions are padded to one length
     max_condition_tokens=192,
     decoder={
         "patch_size": (1, 2, 2),
