@@ -8,7 +8,7 @@ from omnivideo.errors import InvalidInput
 from omnivideo.presets import Preset, Task, check_model_limits, compute_latent_grid
 
 MAX_SEED = 2**63 - 1
-MAX_CLIP_PIXELS = 1280 * 720 * 121  # width x height x frames; no preset was made for more
+MAX_CLIP_PIXELS = 1280 * 720 * 121  # width x height x frames; no preset supports more
 
 
 class FrozenModel(BaseModel):
@@ -31,7 +31,7 @@ class SamplingParams(FrozenModel):
 
 
 class StepProgress(FrozenModel):
-    """Denoising step `step` of `steps` is done; the last one is expected in `eta_seconds`."""
+    """Denoising step `step` of `steps` is done; the last step is expected in `eta_seconds`."""
 
     kind: Literal["step"] = "step"
     step: int
@@ -40,10 +40,10 @@ class StepProgress(FrozenModel):
 
 
 class Manifest(FrozenModel):
-    """Everything that a file was made from: enough to make the same bytes again.
+    """Everything that a file was generated from, which is enough to reproduce its bytes.
 
     `source` is the file name of an edit's source, or its object key if it was in the store. `visual_tokens` and
-    `source_latents` are object keys of tensors, or None if these are not stored.
+    `source_latents` are object keys of tensors, or None if they are not stored.
     """
 
     prompt: str
@@ -61,7 +61,7 @@ class Manifest(FrozenModel):
 # ---------------------------------------------------------------- tasks
 
 Medium = Literal["image", "video"]
-# `Task` is a task that generates: the presets have sampling defaults for each. Training has two more.
+# `Task` lists the tasks that generate media; each preset has sampling defaults for all of them. Training has two more.
 TrainingTask = Literal["image-understanding", "video-understanding", Task]
 TASKS: tuple[Task, ...] = get_args(Task)
 TRAINING_TASKS: tuple[TrainingTask, ...] = get_args(TrainingTask)
@@ -123,7 +123,7 @@ class Route(FrozenModel):
 
 
 class Job(FrozenModel):
-    """One clip to render. The client may choose the id; the same id and content are the same job.
+    """One clip to render. The client may choose the id; requests with the same id and content are the same job.
 
     `visual_tokens` is the object key of the vision head's tokens; if it is None, the worker predicts them.
     """
@@ -191,7 +191,7 @@ class Claim(FrozenModel):
 
 
 class ThinkTrace(FrozenModel):
-    """The reasoning of think mode and the prompt that came of it."""
+    """The reasoning of think mode and the prompt that resulted from it."""
 
     request: str
     reasoning: str
@@ -200,7 +200,7 @@ class ThinkTrace(FrozenModel):
 
 
 class Action(FrozenModel):
-    """One thing that a turn asks for, and the key of the artifact that it refers to."""
+    """One request of a turn, and the key of the artifact that it refers to."""
 
     text: str
     source: str | None = None
@@ -211,7 +211,7 @@ class Plan(FrozenModel):
 
 
 class Candidate(FrozenModel):
-    """The result of one seed. `agreement`, 0 to 1, is the MLLM's judgement of whether it shows what was asked for."""
+    """The result of one seed. `agreement`, 0 to 1, is the MLLM's judgement of whether it shows what was requested."""
 
     seed: int
     artifact: Artifact
@@ -231,7 +231,7 @@ class ActionResult(FrozenModel):
 
 
 class Turn(FrozenModel):
-    """A completed turn of a thread. `clarifications` are the questions that were asked back, with the replies."""
+    """A completed turn of a thread. `clarifications` are the planner's questions to the user, with the replies."""
 
     number: int
     text: str
@@ -255,14 +255,14 @@ class TurnRecord(FrozenModel):
 
 
 class TurnEvents(FrozenModel):
-    """Numbered events of a turn; `is_open` tells whether more may follow."""
+    """Numbered events of a turn; `is_open` says whether more may follow."""
 
     is_open: bool
     events: tuple[tuple[int, dict[str, Any]], ...]
 
 
 class Change(FrozenModel):
-    """A change of a turn or a job. An event of a turn comes with its number, and with its body if it is small."""
+    """A change of a turn or a job. An event of a turn has its number, and its body if the body is small."""
 
     topic: str
     number: int | None = None
@@ -270,7 +270,7 @@ class Change(FrozenModel):
 
 
 class TurnOptions(FrozenModel):
-    """The options of a turn. `check` is the largest number of candidates that are rendered for an action."""
+    """The options of a turn. `check` is the maximum number of candidates to render for an action."""
 
     think: Think = "auto"
     check: int = Field(default=1, ge=1, le=16)
@@ -329,7 +329,7 @@ class ArtifactReady(FrozenModel):
 
 
 class WaitingNotice(FrozenModel):
-    """The turn waits for a server that is unavailable or starting, and continues when it is back."""
+    """The turn waits for a server that is unavailable or starting, and continues when the server is available."""
 
     kind: Literal["waiting"] = "waiting"
     text: str
@@ -378,7 +378,11 @@ class FileRecord(FrozenModel):
 
 
 class BatchRecord(FrozenModel):
-    """A batch. `counts` has total, completed and failed lines; `state_times` when each state began (Unix seconds)."""
+    """A batch of requests.
+
+    `counts` has the numbers of total, completed and failed lines. `state_times` has the time at which each state began,
+    in seconds since 1970.
+    """
 
     id: str
     owner: str
@@ -397,7 +401,7 @@ class BatchRecord(FrozenModel):
 
 
 class WebhookRecord(FrozenModel):
-    """A webhook: where events go (`url`), the key that signs them (`secret`), and the types of event it receives."""
+    """A webhook: the address that receives events (`url`), the key that signs them (`secret`), and the event types."""
 
     id: str
     owner: str
@@ -409,15 +413,15 @@ class WebhookRecord(FrozenModel):
 
 
 def invalid_input_from_validation(error: ValidationError) -> InvalidInput:
-    """Return an error that names the first wrong field and its allowed range."""
+    """Return an error that names the first invalid field and its allowed range."""
     first = error.errors()[0]
     return InvalidInput(str(first["loc"][0]), first["msg"][0].lower() + first["msg"][1:])
 
 
 def resolve_sampling_params(preset: Preset, task: Task, **overrides: object) -> SamplingParams:
-    """Return the preset's settings for a task, with the `overrides` that are not None in their place.
+    """Return the preset's settings for a task, with the `overrides` that are not None applied.
 
-    A request's settings are resolved here, once, when it becomes a job. Raises InvalidInput that names the field and
+    A request's settings are resolved here, once, when it becomes a job. Raises an InvalidInput that names the field and
     the allowed range.
     """
     defaults = preset.sampling[task].model_dump() | {"negative_prompt": preset.negative_prompt, "seed": 0}
@@ -441,7 +445,7 @@ def check_sampling_params(preset: Preset, params: SamplingParams) -> None:
 
 
 def check_prompt(field: str, text: str) -> str:
-    """Return the text without surrounding blanks. Raises InvalidInput unless it has 1 to 4000 characters."""
+    """Return the text without surrounding whitespace. Raises InvalidInput unless it has 1 to 4000 characters."""
     text = text.strip()
     if not text:
         raise InvalidInput(field, "it is empty; give 1 to 4000 characters")

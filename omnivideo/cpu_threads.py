@@ -1,10 +1,10 @@
-"""Set how many CPU threads torch uses and how idle ones wait; every entry point does this before torch is loaded.
+"""Set how many CPU threads torch uses and how idle threads wait; every entry point does this before it loads torch.
 
 By default, GNU's OpenMP starts one thread for each core of the machine, and idle threads spin. Beside other busy
 processes, or under a container's CPU quota, spinning threads take CPU time from working ones: a clip of the tiny
 preset then takes 40 to 155 s instead of 3 s. Values that the user has set in the environment are kept.
 
-This module imports no torch. libgomp reads the environment once, when torch loads it.
+This module does not import torch. libgomp reads the environment once, when torch loads it.
 """
 
 import os
@@ -22,7 +22,7 @@ own_values: dict[str, str] = {}  # the values that this module has set; all othe
 def configure_cpu_threads(workers: int = 1) -> None:
     """Let idle OpenMP threads sleep, and use an equal share of the CPUs where `workers` processes run side by side.
 
-    If torch is loaded already, only its number of threads can still be changed, and this function only lowers it.
+    If torch is already loaded, only its number of threads can still be changed, and this function only lowers it.
     """
     if not any(is_set_by_user(name) for name in WAIT_VARIABLES):
         set_variables(WAIT_VARIABLES)
@@ -52,7 +52,7 @@ def set_variables(values: dict[str, str]) -> None:
 
 
 def count_available_cpus() -> int:
-    """Return the number of CPUs that this process may use: its cpuset's, limited by the quotas of its cgroups."""
+    """Return the number of CPUs that this process may use: those in its cpuset, limited by its cgroups' quotas."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, int(min([cpus, *read_cpu_quotas(CGROUP_ROOT, CGROUP_MEMBERSHIP)])))
 

@@ -1,18 +1,18 @@
-"""The errors that a user can cause, as one tree. Our own mistakes are assertions.
+"""The errors that a user can cause, as one tree. Programming errors are assertions.
 
 OmniVideoError
   InvalidInput          a value is wrong: the message names the field and the allowed range
     UnreadableMedia     a file is not an image or a video, is too large, or is truncated
     ConditionTooLong    a prompt and its visual tokens do not fit the decoder's condition
-  CheckpointError       weights are missing, incomplete or of another model
-  TrainingDiverged      the training loss is not finite any more
+  CheckpointError       weights are missing, incomplete or from another model
+  TrainingDiverged      the training loss is no longer finite
   MissingDependency     an optional package is not installed
   StoreError            the store or the database cannot read or write
     ArtifactNotFound    the store has no such artifact
   ServiceBusy           the queue, or the caller's share of it, is full: try again later
   JobFailed             a clip could not be rendered; the code says why
   JobCancelled          a clip was cancelled
-  JobLost               a worker's job belongs to another worker by now
+  JobLost               a worker's job now belongs to another worker
   ModelUnavailable      the language model's server does not answer
 """
 
@@ -38,11 +38,11 @@ class ConditionTooLong(InvalidInput):
 
 
 class CheckpointError(OmniVideoError):
-    """Weights are missing, incomplete or of another model."""
+    """Weights are missing, incomplete or from another model."""
 
 
 class TrainingDiverged(OmniVideoError):
-    """The training loss is not finite any more."""
+    """The training loss is no longer finite."""
 
 
 class MissingDependency(OmniVideoError):
@@ -78,7 +78,7 @@ class JobCancelled(OmniVideoError):
 
 
 class JobLost(OmniVideoError):
-    """A worker's job belongs to another worker by now, or has ended; the worker's result is discarded."""
+    """A worker's job now belongs to another worker or has ended; the worker's result is discarded."""
 
 
 class ModelUnavailable(OmniVideoError):

@@ -1,4 +1,4 @@
-"""The seams: what one package needs of another, as protocols. omnivideo/wiring.py chooses what stands behind each."""
+"""The ports: what one package needs from another, as protocols. omnivideo/wiring.py chooses their implementations."""
 
 from collections.abc import Collection, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -46,7 +46,7 @@ class SweepableObjectStore(ObjectStore, Protocol):
     def iter_keys(self) -> Iterator[str]: ...
 
     def sweep(self, referenced_keys: Collection[str], lifetime_seconds: float) -> list[str]:
-        """Remove the files that are neither referenced nor written within `lifetime_seconds`. Return their keys."""
+        """Remove the unreferenced files that were not written within `lifetime_seconds`. Return their keys."""
         ...
 
 
@@ -54,7 +54,7 @@ class MLLM(Protocol):
     """The multimodal language model with its text head and vision head. Equal requests get equal answers."""
 
     def route(self, request: MLLMRequest) -> Route:
-        """Return what the first token of the answer asks for."""
+        """Return the medium that the first token of the answer stands for, with its probability."""
         ...
 
     def stream_text(self, request: MLLMRequest) -> Iterator[str]:
@@ -68,8 +68,8 @@ class MLLM(Protocol):
     def predict_visual_tokens(self, request: MLLMRequest, medium: Medium) -> str:
         """Return a reference to the vision head's tokens for the request.
 
-        It is the object key of the tokens' file. The file is in the store only if a job may outlive this process or is
-        rendered in another one.
+        The reference is the object key of the tokens' file. The file is in the store only if a job may outlive this
+        process or be rendered in another one.
         """
         ...
 
@@ -88,7 +88,7 @@ class RenderProgress(Protocol[LatentsOut, StateOut]):
 
 
 class Decoder(Protocol[Latents, State, Clip]):
-    """Renders jobs in this process. The types of its latents, denoising states and clips are its own."""
+    """Renders jobs in this process. Each implementation has its own types of latents, denoising states and clips."""
 
     def prepare_job(self, job: Job) -> tuple[Job, SamplingParams]:
         """Return the job with its visual tokens, and its settings. Raises InvalidInput if it cannot be rendered."""
@@ -121,7 +121,7 @@ class JobQueue(Protocol):
     def run(self, job: Job) -> Iterator[StepProgress | Preview | Artifact]:
         """Submit a job and follow it: yield steps and previews as they happen, and the stored artifact at the end.
 
-        A job whose id is known is followed and not rendered again. Raises JobCancelled or another OmniVideoError.
+        A job whose id is already known is followed, not rendered again. Raises JobCancelled or another OmniVideoError.
         """
         ...
 
@@ -160,7 +160,7 @@ class JobStore(Protocol):
     def list_statuses(self, job_ids: Collection[str]) -> list[JobStatus]: ...
 
     def watch_ends(self, job_ids: Collection[str]) -> AbstractContextManager[ChangeWatch]:
-        """Follow the ends of jobs in the running event loop."""
+        """Watch for the ends of jobs, in the running event loop."""
         ...
 
     def cancel(self, job_id: str) -> None: ...
@@ -218,7 +218,7 @@ class TurnStore(Protocol):
     def end_turn(self, turn: TurnRecord, state: str, error: dict[str, Any] | None = None) -> bool: ...
 
     def append_event(self, turn: TurnRecord, event: dict[str, Any]) -> bool:
-        """Append an event under the turn's next number. Return False if another process runs the turn by now."""
+        """Append an event under the turn's next number. Return False if another process has taken over the turn."""
         ...
 
     def list_events(self, turn_id: str, after_number: int = 0) -> list[tuple[int, dict[str, Any]]]: ...
@@ -228,11 +228,11 @@ class TurnStore(Protocol):
         ...
 
     def watch_events(self, turn_id: str) -> AbstractContextManager[ChangeWatch]:
-        """Follow a turn in the running event loop; its events come with their numbers."""
+        """Watch a turn in the running event loop; its events are delivered with their numbers."""
         ...
 
     def wait_for_end(self, turn_id: str, owner: str) -> None:
-        """Wait until the turn is not open any more."""
+        """Wait until the turn is no longer open."""
         ...
 
     def find_chat_thread(self, owner: str, digest: str) -> tuple[str, int] | None: ...

@@ -1,7 +1,7 @@
-"""Named model architectures, frozen; no environment, no files.
+"""Named, frozen model architectures. This module reads no environment variables and no files.
 
-`tiny` is trained by our own recipes and shipped; the others are the full sizes of the paper and of the authors'
-version 2, for published weights.
+`tiny` is trained by our own recipes, and its weights are shipped. The others are the full sizes of the paper and of the
+authors' version 2, for published weights.
 """
 
 from typing import Any, Literal
@@ -36,7 +36,7 @@ class SamplingDefaults(PresetModel):
 
 
 class QueryTransformerConfig(PresetModel):
-    """Vision head or adapter: input width, own width, learned queries, layers (each side), attention heads."""
+    """Vision head or adapter: input width, hidden width, learned queries, layers (each side), attention heads."""
 
     input_dim: int
     width: int
@@ -54,7 +54,7 @@ class VisualContextConfig(PresetModel):
 
 
 class VisionInputConfig(PresetModel):
-    """How the MLLM takes pixels: the patching, and the bounds on what it sees of an image or a clip."""
+    """The MLLM's visual input: how it patches pixels, and how much of an image or a clip it sees."""
 
     patch_size: int  # px
     merge_size: int  # patches along each side of one token
@@ -67,7 +67,7 @@ class VisionInputConfig(PresetModel):
 
 
 class Preset(PresetModel):
-    """Everything that fixes the shapes of a model.
+    """The architecture of a model and its defaults.
 
     `decoder` and `vae` are the configurations of diffusers' `WanTransformer3DModel` and `AutoencoderKLWan`;
     version 1 has a vision head and an adapter, version 2 a normalised projection of the MLLM's hidden states.
@@ -102,7 +102,7 @@ class Preset(PresetModel):
 
 
 def build_wan_config(num_heads: int, num_layers: int, ffn_dim: int) -> dict[str, Any]:
-    """The configuration of Wan 2.x text-to-video decoders, which differ in width and depth only."""
+    """Return the configuration of a Wan 2.x text-to-video decoder; they differ only in width and depth."""
     return {
         "patch_size": (1, 2, 2),
         "num_attention_heads": num_heads,
@@ -122,7 +122,7 @@ def build_wan_config(num_heads: int, num_layers: int, ffn_dim: int) -> dict[str,
 
 WAN_1_3B_CONFIG, WAN_14B_CONFIG = build_wan_config(12, 30, 8960), build_wan_config(40, 40, 13824)
 
-# The defaults of transformers' Qwen3VLVideoProcessor, for images too: 128 to 768 tokens of 32 x 32 px in a frame.
+# The defaults of transformers' Qwen3VLVideoProcessor, for images too: 128 to 768 tokens of 32 x 32 px per frame.
 QWEN3_VL_INPUT = VisionInputConfig(
     patch_size=16, merge_size=2, temporal_patch_size=2, min_pixels=128 * 32 * 32, max_pixels=768 * 32 * 32,
     fps=2.0, min_frames=4, max_frames=768,
@@ -153,7 +153,7 @@ TINY = Preset(
     has_scorer=True,
     mllm_can_plan=False,
     prompts="keywords",
-    max_batch_size=4,  # 0.34 s a clip of 20 steps on one core, alone 0.54 s
+    max_batch_size=4,  # 0.34 s per clip of 20 steps on one core, 0.54 s alone
     mllm_width=192,
     vision_input=VisionInputConfig(
         patch_size=8,
@@ -167,7 +167,7 @@ TINY = Preset(
     ),
     text_width=192,
     max_text_tokens=64,
-    min_condition_tokens=72,  # about what a clip's edit has: the attention to the padding is the same for every request
+    min_condition_tokens=72,  # about the length for an edit of a clip, so that all conditions are padded to one length
     max_condition_tokens=192,
     decoder={
         "patch_size": (1, 2, 2),
@@ -256,7 +256,7 @@ def get_preset(name: str) -> Preset:
 
 
 def get_vision_input(patch_size: int, merge_size: int, temporal_patch_size: int) -> VisionInputConfig:
-    """Return the vision input of the preset whose MLLM patches so; raises InvalidInput if no preset does."""
+    """Return the vision input of the preset whose MLLM uses this patching; raises InvalidInput if no preset does."""
     patching = (patch_size, merge_size, temporal_patch_size)
     for preset in PRESETS.values():
         known = preset.vision_input
@@ -271,7 +271,7 @@ VAE_SPATIAL_STRIDE, VAE_TEMPORAL_STRIDE = 8, 4
 
 
 def compute_latent_grid(width: int, height: int, frames: int) -> tuple[int, int, int]:
-    """Latent frames, height and width of a clip; raises InvalidInput for sizes that do not fit the patching."""
+    """Return the latent frames, height and width of a clip; raises InvalidInput for sizes that cannot be patched."""
     for field, value in (("width", width), ("height", height)):
         if value < 16 or value % 16:
             raise InvalidInput(field, f"{value} is not a positive multiple of 16")
@@ -287,7 +287,7 @@ def count_decoder_tokens(preset: Preset, grid: tuple[int, int, int]) -> int:
 
 
 def count_visual_context_tokens(preset: Preset, grid: tuple[int, int, int]) -> int:
-    """Tokens of the visual context for a source's latent grid."""
+    """Return the number of the visual context's tokens for a source's latent grid."""
     kernel = preset.visual_context.kernel_size
     return grid[0] * (grid[1] // kernel) * (grid[2] // kernel)
 
@@ -298,7 +298,7 @@ def check_model_limits(preset: Preset, width: int, height: int, frames: int, has
     sizes = (("frames", frames), ("height", height), ("width", width))
     for axis, patch, (field, size) in zip(grid, preset.decoder["patch_size"], sizes, strict=True):
         if axis // patch > max_positions:
-            raise InvalidInput(field, f"{size} is more than this model has positions for")
+            raise InvalidInput(field, f"{size} is more than this model's positions allow")
     tokens = count_visual_context_tokens(preset, grid) if has_source else 0
     if tokens > preset.max_condition_tokens:
         text = f"an edit at this size and length has {tokens} tokens of source; allowed: {preset.max_condition_tokens}"

@@ -33,7 +33,7 @@ RENAMED_SETTINGS = {
 
 
 class ServiceSettings(BaseSettings):
-    """Settings of the service. Empty means embedded: SQLite and files in `home`, MLLM and worker in this process."""
+    """The service's settings. Everything is embedded by default: SQLite, files in `home`, the MLLM and a worker."""
 
     model_config = SettingsConfigDict(env_prefix="OMNIVIDEO_", frozen=True, extra="ignore")
 
@@ -64,9 +64,9 @@ class ServiceSettings(BaseSettings):
 
     max_queued_jobs: int = Field(default=10_000, ge=1)  # of all owners
     max_open_jobs_per_key: int = Field(default=2_000, ge=1)  # queued or running
-    heartbeat_timeout: float = Field(default=15.0, ge=0.5, le=3600)  # seconds until a silent worker is lost
+    heartbeat_timeout: float = Field(default=15.0, ge=0.5, le=3600)  # seconds until a silent worker counts as lost
     save_state_every_steps: int = Field(default=8, ge=1)  # denoising steps between saved states
-    save_state_every_seconds: float = Field(default=2.0, ge=0, le=3600)  # seconds between saved states, at least
+    save_state_every_seconds: float = Field(default=2.0, ge=0, le=3600)  # minimum time between saved states
     max_batch_size: int = Field(default=0, ge=0, le=64)  # clips of the batch lane in one pass; 0: the preset's
 
     def model_post_init(self, context: object) -> None:
@@ -75,13 +75,13 @@ class ServiceSettings(BaseSettings):
 
 
 def load_settings(**overrides: object) -> ServiceSettings:
-    """Return the environment's settings, with `overrides` that are not None in their place.
+    """Return the environment's settings, with the `overrides` that are not None applied.
 
-    Raises InvalidInput that names the setting; an old name in the environment is refused with its new one.
+    Raises an InvalidInput that names the setting, and also the new name if the environment has an old one.
     """
     for old_name, new_name in RENAMED_SETTINGS.items():
         if old_name in os.environ:
-            raise InvalidInput(old_name, f"it is called {new_name} since version 0.2; rename it")
+            raise InvalidInput(old_name, f"it has been called {new_name} since version 0.2; rename it")
     try:
         return ServiceSettings(**{name: value for name, value in overrides.items() if value is not None})  # type: ignore[arg-type]
     except ValidationError as error:

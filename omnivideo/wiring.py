@@ -1,4 +1,4 @@
-"""The composition root: it builds the implementation behind each port that the settings ask for.
+"""The composition root: it builds the implementation of each port that the settings select.
 
 Without settings everything is embedded: SQLite and files in the home folder, the MLLM and a worker in this process.
 Only embedded parts load torch.
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 def build_local_conversations(omni: "OmniVideoModel", weights_digest: str, settings: ServiceSettings) -> Conversations:
-    """Build the Studio's conversations: clips are rendered in this process, while they are followed."""
+    """Build the Studio's conversations: clips are rendered in this process while they are followed."""
     from omnivideo.backends.decoder.renderer import Renderer
     from omnivideo.backends.mllm.remote import RemoteMLLM
     from omnivideo.backends.queue.local import LocalQueue
@@ -161,7 +161,7 @@ class ServiceWiring:
 
     @cached_property
     def notify_workers(self) -> Callable[[], None]:
-        """Tell the workers that there is work. Without a broker, a worker is started in this process."""
+        """Notify the workers that there is work. Without a broker, a worker is started in this process."""
         from omnivideo.backends.queue.reaper import Reaper, create_celery_app, create_notifier
 
         if self.settings.broker:
@@ -233,7 +233,7 @@ class ServiceWiring:
         )
 
     def start_background_services(self, context: "ServiceContext") -> "ServiceContext":
-        """Start what runs beside the requests, the batches and the webhooks. Return the same context."""
+        """Start the batch runner and the webhook sender, which run in the background. Return the same context."""
         from omnivideo.api.routes import chat
         from omnivideo.api.routes.batches import BatchLineHandler
         from omnivideo.backends.batches.runner import BatchRunner
@@ -255,7 +255,7 @@ class ServiceWiring:
         return context
 
     def attach_file(self, path: str | Path, created_by: str) -> Any:
-        """Store a file of this machine's own user. Uploads go through media.ingest, which does not trust them."""
+        """Store a file of this machine's user. Uploads go through media.ingest, which does not trust them."""
         return store_user_file(self.store, path, created_by)
 
     def sweep_store(self) -> list[str]:
@@ -269,7 +269,7 @@ class ServiceWiring:
         return self.store.sweep(referenced_keys, self.settings.artifact_lifetime_seconds)
 
     def close(self) -> None:
-        """Stop what was started, in reverse order."""
+        """Stop everything that was started, in reverse order."""
         while self.close_callbacks:
             self.close_callbacks.pop()()
 

@@ -9,7 +9,7 @@ from omnivideo.settings import RENAMED_SETTINGS, ServiceSettings, load_settings
 @pytest.mark.parametrize(("old_name", "new_name"), RENAMED_SETTINGS.items())
 def test_a_setting_of_version_0_1_is_refused_with_its_new_name(monkeypatch, old_name, new_name):
     monkeypatch.setenv(old_name, "1")
-    with pytest.raises(InvalidInput, match=f"{old_name}: it is called {new_name} since version 0.2"):
+    with pytest.raises(InvalidInput, match=f"{old_name}: it has been called {new_name} since version 0.2"):
         load_settings()
 
 

@@ -1,4 +1,4 @@
-"""All conversations of a service or Studio: the planner over its ports, the checkpoints and the store."""
+"""The conversations of a service or a Studio: the planner with its ports, checkpoints and store."""
 
 import json
 import uuid
@@ -17,7 +17,7 @@ from omnivideo.errors import ArtifactNotFound
 from omnivideo.ports import MLLM, JobQueue, SweepableObjectStore
 from omnivideo.presets import Preset
 
-LOCAL_OWNER = "local"  # the only owner, if the service asks for no keys
+LOCAL_OWNER = "local"  # the only owner, if the service requires no keys
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """Rules on English text: the actions in a turn, which artifact each refers to, and whether to think first.
 
 They split turns and resolve references for an MLLM that cannot plan. They only find the image or clip that the MLLM
-is shown; what a request means is left to the MLLM. The same text always gives the same result.
+is shown; the MLLM decides what a request means. The same text always gives the same result.
 """
 
 import re
@@ -66,7 +66,7 @@ DESCRIPTION_REFERENCE = re.compile(
 )
 STOP_WORDS = {"the", "a", "an", "one", "ones", "with", "of", "and", "my", "that", "again", "please", *MEDIUM_BY_NOUN}
 
-# A request that needs reasoning: a comparison, a description in place of a name, a sum in words.
+# A request that needs reasoning: a comparison, a description instead of a name, an amount in words.
 INDIRECT_REQUEST = re.compile(
     r"(?<!would )\blike\b|\bcolou?rs? of\b|\bas \w+(?: \w+)? as\b|\bas many\b|\b(?:more|less|fewer) than\b"
     r"|\b(?:half|twice|double|pairs?)\b|\bwhose\b|\bsomething\b|\bsomeone\b|\bopposite\b|\bremind"
@@ -76,14 +76,14 @@ INDIRECT_REQUEST = re.compile(
 
 
 def split_actions(text: str) -> list[str]:
-    """Split a turn into the actions that it asks for, in order, without the words that join them."""
+    """Split a turn into the actions that it requests, in order, without the words that join them."""
     parts = [POLITE_PREFIX.sub("", part.strip(" ,;")).strip(" ,;.!") for part in ACTION_BOUNDARY.split(text)]
     return [part for part in parts if part] or [text.strip()]
 
 
 def is_indirect(text: str) -> bool:
     """Return whether a request describes things instead of naming them, or is a single word."""
-    is_single_word = len(text.split()) < 2 and text.isascii()  # not every script puts blanks between words
+    is_single_word = len(text.split()) < 2 and text.isascii()  # not every script puts spaces between words
     return bool(INDIRECT_REQUEST.search(text)) or is_single_word
 
 

@@ -3,9 +3,9 @@
     plan -> refer -> think -> route -> understand ------------> next action, or answer
                                     -> generate | edit -> check -> next candidate, next action, or answer
 
-`refer` finds the artifact that an action refers to; if that is unclear, it interrupts the turn to ask the user. Each
-node is one step of the thread's checkpoint, so that a killed process loses at most one step. The planner knows only
-ports, and emits events while a turn runs.
+`refer` finds the artifact that an action refers to; if that is unclear, it interrupts the turn to ask the user. The
+thread is checkpointed after every node, so a killed process loses at most one step. The planner knows only ports, and
+emits events while a turn runs.
 """
 
 import hashlib
@@ -53,8 +53,8 @@ from omnivideo.contracts import (
 from omnivideo.ports import MLLM, JobQueue
 from omnivideo.presets import Preset
 
-# The names of the nodes are part of every stored checkpoint: a turn that waits for a reply continues by them. This
-# node's name is older than its method's.
+# The names of the nodes are part of every stored checkpoint: a turn that waits for a reply resumes by these names. This
+# node's name is older than its method's name.
 REFERENCE_NODE = "refer"
 MIN_ROUTE_PROBABILITY = 0.5  # below this probability, the user is asked
 MIN_AGREEMENT = 0.5  # a candidate with this agreement is accepted
@@ -94,14 +94,14 @@ def derive_seed(*parts: object) -> int:
 
 
 def split_reasoning(text: str) -> tuple[str, str]:
-    """Split a think-mode answer into its reasoning and its rewrite, which is empty if the reasoning has no end."""
+    """Split a think-mode answer into its reasoning and its rewrite, which is empty if the reasoning does not end."""
     before, mark, after = text.partition(THINK_END)
     return before.replace(THINK_START, "").strip(), after.strip() if mark else ""
 
 
 @dataclass
 class ReferenceSearch:
-    """The search for the artifact that an action refers to, with the questions that were asked on the way.
+    """The search for the artifact that an action refers to, with the questions asked during the search.
 
     `descriptions` holds the MLLM's description of each artifact that it has described, by key.
     """
@@ -231,10 +231,10 @@ class Planner:
                 description, self.describe_artifact(artifact, search)
             ):
                 return artifact
-        return self.ask_which_artifact(f"I find no {description.strip()} here. ", search)
+        return self.ask_which_artifact(f"There is no {description.strip()} here. ", search)
 
     def ask_which_artifact(self, preamble: str, search: ReferenceSearch) -> Artifact:
-        """Ask which artifact is meant, at most twice; without an answer, it is the last one."""
+        """Ask which artifact is meant, at most twice; without an answer, return the last one."""
         descriptions = [self.describe_artifact(artifact, search) for artifact in search.artifacts]
         question = preamble + english_rules.build_choice_question(search.artifacts, descriptions)
         for _ in range(2):
@@ -418,7 +418,7 @@ def choose_next_node(state: PlannerState) -> str:
 
 
 def choose_node_after_reference(state: PlannerState) -> str:
-    """An action that only returns to an earlier artifact is already done."""
+    """Return the node after a resolved reference; an action that only returns to an artifact is already done."""
     return choose_next_node(state) if state["action_done"] else "think"
 
 
@@ -429,5 +429,5 @@ def choose_goal_node(state: PlannerState) -> str:
 
 
 def choose_node_after_check(state: PlannerState) -> str:
-    """Return the node of the next candidate while the action is not done."""
+    """Return the node that renders the next candidate, or the node of the next action if this one is done."""
     return choose_next_node(state) if state["action_done"] else choose_goal_node(state)

@@ -1,6 +1,6 @@
-"""The plan of a turn as an MLLM writes it: a JSON array of actions, each with what it refers to.
+"""The plan of a turn as an MLLM writes it: a JSON array of actions, each with the artifact that it refers to.
 
-prompts/instructions/plan.md asks for it.
+The prompt in prompts/instructions/plan.md requests it.
 """
 
 import json

@@ -19,7 +19,7 @@ class PlannerState(TypedDict, total=False):
     attachments: list[dict[str, Any]]
     options: dict[str, Any]  # contracts.TurnOptions
     action_texts: list[str]  # the text of each action
-    action_references: list[str]  # what each action refers to by the MLLM's plan, or ""
+    action_references: list[str]  # what each action refers to according to the MLLM's plan, or ""
     action_index: int  # of the current action
     clarifications: list[tuple[str, str]]
     results: list[dict[str, Any]]  # contracts.ActionResult

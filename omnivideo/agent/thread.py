@@ -30,13 +30,13 @@ THREAD_ID_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 def is_turn_complete(snapshot: StateSnapshot) -> bool:
     """Return whether a state lies between two turns, so that no step remains to be run.
 
-    The tasks decide: `next` leaves out a step that has run but whose result is not applied yet.
+    The tasks decide this, because `next` omits a step that has run but whose result has not been applied yet.
     """
     return not snapshot.tasks
 
 
 def parse_turn_options(**options: object) -> TurnOptions:
-    """Return the options of a turn. Raises InvalidInput that names the field and the allowed range."""
+    """Return the options of a turn. Raises an InvalidInput that names the field and the allowed range."""
     try:
         return TurnOptions(**options)  # type: ignore[arg-type]
     except ValidationError as error:
@@ -78,7 +78,7 @@ class Thread:
         """Return a new thread that starts with the first `turn` turns of this one."""
         branch = Thread(self.graph, name, self.attach_file)
         if branch.exists():
-            raise InvalidInput("thread", f"there is a thread {name!r} already")
+            raise InvalidInput("thread", f"there is already a thread {name!r}")
         snapshot = self.find_snapshot_after(turn)
         if snapshot is None:
             raise InvalidInput("turn", f"{turn} is not a turn of this thread: 0 to {len(self.get_turns())}")
@@ -160,7 +160,7 @@ class Thread:
     async def asend(
         self, text: str, attachments: Sequence[str | Path | Artifact] = (), **options: object
     ) -> AsyncIterator[TurnEvent]:
-        """Do as `send`, in an event loop: the turn runs in an operating system thread."""
+        """Run a turn as `send` does, from an event loop; the turn runs in an operating system thread."""
         loop = asyncio.get_running_loop()
         events = self.send(text, attachments, **options)
         with ThreadPoolExecutor(1, thread_name_prefix="turn") as pool:

@@ -1,4 +1,4 @@
-"""What every route is given: the parts of the service, the owner who asks, and ids for what the request creates."""
+"""The dependencies of routes: the parts of the service, a request's owner, and ids for what the request creates."""
 
 import hashlib
 import uuid
@@ -69,7 +69,7 @@ async def get_service_context(request: Request) -> ServiceContext:
 async def authenticate_owner(
     request: Request, credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(BEARER)] = None
 ) -> str:
-    """Return the id of the request's API key, or LOCAL_OWNER if the service asks for no keys.
+    """Return the id of the request's API key, or LOCAL_OWNER if the service requires no keys.
 
     Raises APIError (401) if the key is missing, wrong or revoked.
     """

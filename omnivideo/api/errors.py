@@ -1,4 +1,4 @@
-"""Errors over HTTP: what each error of omnivideo/errors.py becomes, in answers, streams, turns and batch lines alike.
+"""Errors over HTTP: how each error of omnivideo/errors.py appears in responses, streams, turns and batch lines.
 
 The body is {"error": {"message", "type", "param", "code"}}; it never contains internal details.
 """
@@ -56,7 +56,7 @@ class ErrorBody(BaseModel):
 
 
 class ErrorResponse(BaseModel):
-    """The body of every answer with a status of 400 or above."""
+    """The body of every response with a status of 400 or above."""
 
     error: ErrorBody
 
@@ -109,7 +109,7 @@ def to_api_error(error: BaseException) -> APIError:
 
 
 def log_if_internal(error: BaseException, subject: str) -> None:
-    """Log the traceback of an exception that the client is told nothing about."""
+    """Log the traceback of an exception whose details the client does not receive."""
     if not isinstance(error, APIError | OmniVideoError):
         log.error("%s", subject, exc_info=error)
 
@@ -162,7 +162,7 @@ def error_from_validation(error: RequestValidationError) -> APIError:
     return APIError(400, f"{field or 'body'}: {first_error['msg']}", field or None, "invalid_value")
 
 
-# ---------------------------------------------------------------- answers
+# ---------------------------------------------------------------- responses
 
 
 def to_json_response(error: APIError) -> JSONResponse:
@@ -190,6 +190,6 @@ def register_error_handlers(app: FastAPI) -> None:
         request_id = getattr(request.state, "request_id", "?")
         log_if_internal(error, f"request {request_id}")
         api_error = to_api_error(error)
-        # Starlette sends this answer outside of RequestMiddleware, which adds the id to all others.
+        # Starlette sends this response outside of RequestMiddleware, which adds the id to all others.
         api_error.headers["x-request-id"] = request_id
         return to_json_response(api_error)

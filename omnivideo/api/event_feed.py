@@ -16,7 +16,7 @@ NumberedEvent = tuple[int, dict[str, Any]]
 
 
 class EventFeed:
-    """The one source of what followers of a turn see: the chat stream and the threads' events read from it."""
+    """The only source of a turn's events for its followers: chat streams and thread streams both read from it."""
 
     def __init__(self, turns: TurnStore, store: ObjectStore):
         self.turns = turns
@@ -25,8 +25,8 @@ class EventFeed:
     async def follow_turn(self, turn_id: str, last_number: int = 0) -> AsyncIterator[NumberedEvent]:
         """Yield the turn's events with a number above `last_number` until the turn ends.
 
-        The next event is yielded as its notification brings it. On anything else (a gap in the numbers, the end of
-        the turn, a timeout, a lost connection) the database is read. While the database is unavailable, the follower
+        The next event is yielded directly from its notification. In all other cases (a gap in the numbers, the end of
+        the turn, a timeout, a lost connection), the database is read. While the database is unavailable, the follower
         waits.
         """
         with self.turns.watch_events(turn_id) as watch:

@@ -1,4 +1,4 @@
-"""From a request to its jobs: what to generate, at which size and length, from which source, and under which id."""
+"""Build the jobs of a request: what to generate, at which size and length, from which source, and under which id."""
 
 import hashlib
 import re
@@ -35,7 +35,7 @@ def get_constraints(field: str) -> list[Any]:
 
 
 class GenerationRequest(BaseModel):
-    """The fields that images and clips share. A size is WIDTHxHEIGHT in pixels, both multiples of 16."""
+    """The fields that requests for images and clips share. A size is WIDTHxHEIGHT in pixels, both multiples of 16."""
 
     prompt: CleanText = Field(min_length=1, max_length=4000)
     model: CleanText | None = None
@@ -224,7 +224,7 @@ def overrides_from_request(
 def resolve_request_params(
     preset: Preset, task: Task, overrides: Mapping[str, int | float | str | None], seed: int
 ) -> SamplingParams:
-    """Return the job's settings; raise InvalidInput that names the request's field if the model cannot do that."""
+    """Return the job's settings; raise an InvalidInput that names the request's field if one is invalid."""
     try:
         return resolve_sampling_params(preset, task, seed=seed, **overrides)
     except InvalidInput as error:
@@ -252,7 +252,7 @@ def build_job_request(
 
 
 def submit_job(context: ServiceContext, owner: str, job_request: JobRequest, lane: Lane = "interactive") -> JobStatus:
-    """Submit the job and return its status; a job that was submitted before, even a moment ago, is returned as it is.
+    """Submit the job and return its status. A job that was submitted before is not changed.
 
     Raises ServiceBusy, and APIError if the id comes from an idempotency key that was used for a different request.
     """

@@ -1,4 +1,4 @@
-"""Images and clips of requests and answers: what a request refers to, and answers with a range of bytes."""
+"""Images and clips in requests and responses: what a request refers to, and responses with a range of bytes."""
 
 import re
 from collections.abc import Callable
@@ -67,7 +67,7 @@ class MediaReference(BaseModel):
 
 
 def resolve_source(context: ServiceContext, owner: str, reference: MediaReference, field: str) -> Artifact:
-    """Return the referenced image or clip as an artifact; raise InvalidInput that names the field."""
+    """Return the referenced image or clip as an artifact; raise an InvalidInput that names the field."""
     reference_fields = reference.model_dump(exclude_none=True)
     if len(reference_fields) != 1:
         raise InvalidInput(field, "give a file, or one of file_id, image_url and id")
@@ -113,11 +113,11 @@ ARTIFACT_RESOLVERS: dict[str, Callable[[ServiceContext, str, Any], Artifact]] = 
 }
 
 
-# ---------------------------------------------------------------- answers
+# ---------------------------------------------------------------- responses
 
 
 def build_range_response(request: Request, data: bytes, key: str) -> Response:
-    """Return the bytes, or the requested range of them (206, or 416 with the size if the range lies outside).
+    """Return the bytes, or the requested range of them (206, or 416 with the size if the range lies outside of them).
 
     The key, which is a digest of the bytes, is the entity tag.
     """

@@ -1,8 +1,7 @@
 """A request's body as a dict of fields, from JSON or from a form as the openai client sends it.
 
-In a form, `a[b]` is field b of the object a, `a[]` is an item of the list a, and a file becomes {"upload": file}.
-Therefore a file that is uploaded, one that is stored and one to be fetched are fields of the same model
-(media.MediaReference).
+In a form, `a[b]` is field b of the object a, `a[]` is an item of the list a, and a file becomes {"upload": file}. An
+uploaded file, a stored file and a file to fetch are therefore fields of the same model (media.MediaReference).
 """
 
 import hashlib
@@ -20,7 +19,7 @@ from omnivideo.api.errors import APIError, build_body_too_large_error
 from omnivideo.errors import InvalidInput
 
 MAX_JSON_BYTES = 64 * 2**20  # enough for a clip in a data URL
-MAX_INLINE_JSON_BYTES = 64 * 2**10  # a body up to this size is parsed faster than a thread is started for it
+MAX_INLINE_JSON_BYTES = 64 * 2**10  # parsing a body up to this size takes less time than starting a thread for it
 MAX_FORM_FIELD_BYTES = 8 * 2**20  # of one field that is not a file
 MAX_FORM_FILES, MAX_FORM_FIELDS = 4, 64
 FORM_FIELD_PATTERN = re.compile(r"(\w{1,64})(?:\[(\w{0,64})\])?")
@@ -107,9 +106,9 @@ def fields_from_form(form: FormData) -> dict[str, Any]:
 
 
 def validate_fields(model_class: type[Model], fields: Mapping[str, Any]) -> Model:
-    """Return the fields as a model, without those that it does not have.
+    """Return the fields as a model, ignoring those that it does not define.
 
-    Raises InvalidInput that names the first invalid field.
+    Raises an InvalidInput that names the first invalid field.
     """
     try:
         return model_class.model_validate(fields)
@@ -120,7 +119,7 @@ def validate_fields(model_class: type[Model], fields: Mapping[str, Any]) -> Mode
 
 
 def rename_error_field(error: InvalidInput, field: str) -> InvalidInput:
-    """Return the same error for the field that the client has sent."""
+    """Return the same error under the name of the field that the client sent."""
     return InvalidInput(field, str(error).removeprefix(f"{error.field}: "))
 
 
@@ -147,7 +146,7 @@ def document_request_body(model_class: type[BaseModel], *file_fields: str, accep
 
 
 def inline_definitions(schema: Any, definitions: dict[str, Any]) -> Any:
-    """Replace references by what they refer to, because `$defs` cannot be reached from within the document."""
+    """Replace references with what they refer to, because `$defs` cannot be reached from within the document."""
     if isinstance(schema, list):
         return [inline_definitions(item, definitions) for item in schema]
     if not isinstance(schema, dict):

@@ -1,4 +1,4 @@
-"""What the API needs of the records that only it reads and writes: files, batches, webhooks and API keys.
+"""The stores of records that only the API reads and writes: files, batches, webhooks and API keys.
 
 The stores of jobs and turns, which the planner and the workers use too, are in omnivideo/ports.py. The repositories in
 storage/database implement all of them.
@@ -49,7 +49,7 @@ class BatchStore(Protocol):
         ...
 
     def transition_batch(self, batch: BatchRecord, state: str) -> bool:
-        """Move a batch to another state. Return False if it has left the state that `batch` says."""
+        """Move a batch to another state. Return False if its state is no longer that of `batch`."""
         ...
 
 
@@ -79,5 +79,5 @@ class APIKeyStore(Protocol):
         ...
 
     def find_owner(self, key: str) -> str | None:
-        """Return the id of the key, which owns what is made with it; None for a wrong or revoked key."""
+        """Return the id of the key, which owns everything created with it, or None if the key is wrong or revoked."""
         ...

@@ -124,12 +124,12 @@ class TurnRunner:
             self.running_turns.pop(turn.id, None)
             self.interrupt_reasons.pop(turn.id, None)
         if not self.stop_event.is_set():
-            # If the store is unavailable, the turn is taken over later, which finds that it has completed.
+            # If the store is unavailable, the turn is taken over later and found to be complete.
             with suppress(StoreError):
                 self.turns.end_turn(turn, state, error)
 
     def retry_while_unavailable(self, turn: TurnRecord) -> str:
-        """Run the turn, and continue it from the thread's last checkpoint when a server was unavailable.
+        """Run the turn, and continue it from the thread's last checkpoint after a server was unavailable.
 
         Returns the turn's end state. Raises the last error after RETRY_TIMEOUT_SECONDS.
         """
@@ -147,9 +147,9 @@ class TurnRunner:
                     self.emit_waiting(turn, error)
 
     def emit_waiting(self, turn: TurnRecord, error: Exception) -> None:
-        """Tell the turn's followers that it waits, unless they have been told and nothing has happened since."""
+        """Notify the turn's followers that it waits, unless the last event already said so."""
         event_kinds = [event["kind"] for _, event in self.turns.list_events(turn.id)]
-        # Every attempt begins with the plan, so it does not count as something that has happened.
+        # Every attempt begins with a plan event, so these do not count.
         if [kind for kind in event_kinds if kind != "plan"][-1:] == ["waiting"]:
             return
         text = str(error) if isinstance(error, ModelUnavailable) else "a server is unavailable; the turn will continue"
@@ -172,7 +172,7 @@ class TurnRunner:
         return state
 
     def iterate_events(self, turn: TurnRecord, thread: Thread, has_started: bool) -> Generator[TurnEvent]:
-        """Yield the rest of the turn's events. The thread's checkpoint says how far an earlier attempt has come."""
+        """Yield the rest of the turn's events. The thread's checkpoint shows how far an earlier attempt got."""
         completed_turns = thread.get_turns()
         if len(completed_turns) >= turn.number:
             yield TurnCompleted(turn=completed_turns[turn.number - 1])
@@ -212,7 +212,7 @@ class TurnRunner:
 
 
 def is_transient(error: Exception) -> bool:
-    """Return whether a server of ours is unavailable: the store, the MLLM, or the database (also under LangGraph)."""
+    """Return whether the error means that the store, the MLLM or the database (also LangGraph's) is unavailable."""
     if isinstance(error, ArtifactNotFound):
         return False
     is_database_error = type(error).__module__.partition(".")[0].startswith("psycopg")

@@ -1,9 +1,9 @@
 """Webhooks: send a signed event when a video ends, and retry until the receiver accepts it.
 
 Events are written to the database before their job is marked as announced, with ids derived from job and webhook, so a
-process that dies in between causes neither loss nor duplicates there. One process at a time attempts a delivery. If it
-dies, another one takes over after DELIVERY_LEASE_SECONDS. A receiver may therefore get an event twice, with the same
-id, but never misses one.
+process that dies in between causes neither lost nor duplicate events in the database. One process at a time attempts a
+delivery. If it dies, another one takes over after DELIVERY_LEASE_SECONDS. A receiver may therefore get an event twice,
+with the same id, but never misses one.
 """
 
 import base64
@@ -52,7 +52,7 @@ def parse_webhook_url(url: str, internal_hosts: Collection[str]) -> tuple[SplitR
     `internal_hosts` belong to the operator and may have any address and port.
     """
     if not re.fullmatch(r"[!-\[\]-~]{1,2000}", url):
-        refuse_url("is not a URL; allowed: up to 2000 ASCII characters without spaces and backslashes")
+        refuse_url("is not a URL; allowed: up to 2000 ASCII characters without spaces or backslashes")
     try:
         parts = urlsplit(url)
         host, port = parts.hostname or "", parts.port
@@ -205,7 +205,7 @@ class WebhookSender:
             return
         try:
             status = send_event(hook.url, hook.secret, delivery.id, delivery.body, self.internal_hosts)
-        except Exception as error:  # whatever goes wrong, it is one failed attempt
+        except Exception as error:  # any error counts as one failed attempt
             log.info("webhook %s: %s: %s", hook.id, delivery.id, type(error).__name__)
             status = 0
         if 200 <= status < 300:

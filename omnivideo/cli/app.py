@@ -35,7 +35,7 @@ MODEL, SAMPLING, CONVERSATION, OUTPUT = "Model", "Sampling", "Conversation", "Ou
 STORAGE, SERVER = "Storage", "Server"
 
 PresetOption = Annotated[
-    str, typer.Option(help="Model; the weights of tiny are shipped, others need --weights.", rich_help_panel=MODEL)
+    str, typer.Option(help="Model. The weights of tiny are shipped; the others need --weights.", rich_help_panel=MODEL)
 ]
 WeightsOption = Annotated[
     Path | None, typer.Option(help="Folder of weights. Default: the preset's shipped ones.", rich_help_panel=MODEL)
@@ -91,7 +91,7 @@ def show_step_progress(label: str) -> Iterator[Callable[[StepProgress], None]]:
 
 
 def open_studio(preset: str, weights: Path | None, device: str, home: Path | None = None) -> "Studio":
-    # Loading torch takes seconds, which --help and a refused argument should not wait for.
+    # Loading torch takes seconds; --help and a refused argument should not wait for it.
     from omnivideo.sdk.studio import Studio
 
     with error_console.status("loading the model"):

@@ -51,7 +51,7 @@ class TerminalChat:
         }
 
     def run(self, lines: Iterable[str]) -> None:
-        """Process lines until they end or one is /quit. An error of the user is printed, and the chat continues."""
+        """Process lines until they end or one is /quit. A user's error is printed, and the chat continues."""
         self.console.print(HELP_TEXT)
         for line in lines:
             name, _, argument = line.strip().removeprefix("/").partition(" ")

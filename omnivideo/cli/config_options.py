@@ -1,4 +1,4 @@
-"""Command-line options generated from a configuration class: names, types, ranges, help and panels stand there once."""
+"""Command-line options generated from a configuration class, which defines names, types, ranges, help and panels."""
 
 import functools
 import inspect
@@ -57,5 +57,5 @@ def build_parameter(name: str, field: FieldInfo) -> inspect.Parameter:
 
 
 def find_bound(field: FieldInfo, kind: str) -> float | None:
-    """Return a field's lower ("ge") or upper ("le") bound, None if it has none."""
+    """Return a field's lower ("ge") or upper ("le") bound, or None if it has none."""
     return next((getattr(item, kind) for item in field.metadata if hasattr(item, kind)), None)

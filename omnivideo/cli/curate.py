@@ -19,7 +19,7 @@ BOUNDS_HELP = ", ".join(f"{name} ({field.default:g})" for name, field in Curatio
 
 
 def parse_bounds(assignments: list[str]) -> CurationBounds:
-    """NAME=VALUE each."""
+    """Return the bounds that the assignments (NAME=VALUE) set; the others keep their defaults."""
     values = {}
     for assignment in assignments:
         name, sign, value = assignment.partition("=")
@@ -36,7 +36,7 @@ def parse_bounds(assignments: list[str]) -> CurationBounds:
 
 @contextmanager
 def show_progress(console: Console) -> Iterator[Callable[[str, int, int], None]]:
-    """A bar a phase, with the time left."""
+    """Show a progress bar for each phase, and yield the function that updates it: (phase, done, total)."""
     columns = (TextColumn("{task.description:>10}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
         rows: dict[str, Any] = {}
@@ -50,16 +50,16 @@ def show_progress(console: Console) -> Iterator[Callable[[str, int, int], None]]
 
 
 def curate(
-    folder: Annotated[Path, typer.Argument(help="Folder of videos, with all its folders.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="Folder of clips/, clips.jsonl and report.html.")],
-    bound: Annotated[list[str], typer.Option(help=f"NAME=VALUE, as often as you like: {BOUNDS_HELP}.")] = [],  # noqa: B006
-    captions: Annotated[Optional[str], typer.Option(help="Address of omnivideo's language model server.")] = None,  # noqa: UP045
+    folder: Annotated[Path, typer.Argument(help="Folder of videos; its subfolders are included.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for clips/, clips.jsonl and report.html.")],
+    bound: Annotated[list[str], typer.Option(help=f"NAME=VALUE; repeatable. {BOUNDS_HELP}.")] = [],  # noqa: B006
+    captions: Annotated[Optional[str], typer.Option(help="Address of an omnivideo MLLM server.")] = None,  # noqa: UP045
     aesthetic: Annotated[Optional[Path], typer.Option(help="Folder of a downloaded predictor: clip/, head.*.")] = None,  # noqa: UP045
-    ocr: Annotated[bool, typer.Option(help="Read text, where rapidocr-onnxruntime is installed.")] = True,
-    workers: Annotated[Optional[int], typer.Option(min=1, max=512, help="Default: one a core.")] = None,  # noqa: UP045
-    cluster: Annotated[Optional[str], typer.Option(help="Address of a Dask scheduler, for many machines.")] = None,  # noqa: UP045
+    ocr: Annotated[bool, typer.Option(help="Detect text if rapidocr-onnxruntime is installed.")] = True,
+    workers: Annotated[Optional[int], typer.Option(min=1, max=512, help="Default: 1 per core.")] = None,  # noqa: UP045
+    cluster: Annotated[Optional[str], typer.Option(help="Address of a Dask scheduler.")] = None,  # noqa: UP045
 ) -> None:
-    """Clips worth training on, from a folder of videos; run again, it goes on where it was stopped."""
+    """Extract clips for training from a folder of videos; when run again, continue where it stopped."""
     bounds = parse_bounds(bound)
     from omnivideo.training.curation.captions import RemoteCaptioner
     from omnivideo.training.curation.pipeline import CurationConfig
@@ -78,7 +78,7 @@ def curate(
                 folder, output, config, captioner, worker_count=worker_count, cluster=cluster, on_progress=on_progress
             )
     except KeyboardInterrupt:
-        console.print("cancelled; the same command goes on from here")
+        console.print("cancelled; run the same command to continue")
         raise typer.Exit(130) from None
     for stage, why in result.missing_stages.items():
         console.print(f"{stage}: {why}", highlight=False, markup=False)

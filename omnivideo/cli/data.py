@@ -1,4 +1,4 @@
-"""`omnivideo data`: other people's layouts into shards, a look at shards, and their latents and text states."""
+"""The commands of `omnivideo data`: pack data sets into shards, inspect shards, and encode latents and text states."""
 
 from collections import Counter
 from pathlib import Path
@@ -15,18 +15,18 @@ app = typer.Typer(name="data", no_args_is_help=True, help="Training data: curate
 console, error_console = Console(), Console(stderr=True)
 
 ShardsArgument = Annotated[str, typer.Argument(help="A folder of shards, or s3://bucket/prefix.")]
-ReportOption = Annotated[Path | None, typer.Option(help="Write every sample that was skipped, one line of JSON each.")]
+ReportOption = Annotated[Path | None, typer.Option(help="File for every skipped sample, one JSON object per line.")]
 BucketSizeOption = Annotated[
     str, typer.Option(help="WIDTHxHEIGHT: buckets have about this area, in the usual aspect ratios.")
 ]
-FrameCountsOption = Annotated[str, typer.Option(help="Frames of clips, e.g. 5,9 (4k + 1).")]
-StillsOption = Annotated[int | None, typer.Option(min=1, help="Images of a batch, over all processes (else 64).")]
-ClipsOption = Annotated[int | None, typer.Option(min=1, help="Clips of a batch, over all processes (else 24).")]
-RatioOption = Annotated[list[str], typer.Option(help="TASK=SHARE of the samples, once for each task; else Table 1's.")]
+FrameCountsOption = Annotated[str, typer.Option(help="Frames per clip, e.g. 5,9 (4k + 1).")]
+StillsOption = Annotated[int | None, typer.Option(min=1, help="Images in a batch, over all processes. Default: 64.")]
+ClipsOption = Annotated[int | None, typer.Option(min=1, help="Clips in a batch, over all processes. Default: 24.")]
+RatioOption = Annotated[list[str], typer.Option(help="TASK=SHARE of the samples; repeatable. Default: Table 1.")]
 GroupWeightOption = Annotated[
-    list[str], typer.Option(help="image=N and video=M: so many batches of one come for those of the other.")
+    list[str], typer.Option(help="image=N and video=M: the ratio of image batches to video batches.")
 ]
-FpsOption = Annotated[float, typer.Option(min=0.1, max=240, help="Frames a second that clips are seen at.")]
+FpsOption = Annotated[float, typer.Option(min=0.1, max=240, help="Frames per second at which clips are sampled.")]
 
 
 @app.command()
@@ -34,12 +34,12 @@ def pack(
     layout: Annotated[
         str, typer.Argument(help="llava, sharegpt4video, ultraedit, anyedit, senorita, captions or curated.")
     ],
-    annotations: Annotated[Path, typer.Argument(help="The .json, .jsonl or .parquet file, or a folder of them.")],
+    annotations: Annotated[Path, typer.Argument(help="A .json, .jsonl or .parquet file, or a folder of them.")],
     output: Annotated[str, typer.Option("-o", "--output", help="Folder for the shards, or s3://bucket/prefix.")],
     media: Annotated[Optional[Path], typer.Option(help="Folder of the media that the annotations name.")] = None,  # noqa: UP045
     report: ReportOption = None,
 ) -> None:
-    """Read a published data set into shards; what cannot be used is counted, named and skipped."""
+    """Pack a published data set into shards. Unusable samples are skipped and reported."""
     from omnivideo.training.data.file_store import open_file_store
     from omnivideo.training.data.readers import read_samples
     from omnivideo.training.data.sample import SkipReport
@@ -47,7 +47,7 @@ def pack(
 
     file_store, skip_report = open_file_store(output), SkipReport()
     if not output.startswith("s3://") and Path(output).is_dir() and file_store.list_names(".tar"):
-        raise InvalidInput("output", f"{Path(output).name!r} has shards already; name another folder")
+        raise InvalidInput("output", f"{Path(output).name!r} already has shards; name another folder")
     folder = media or (annotations if annotations.is_dir() else annotations.parent)
     with Progress(
         TextColumn("samples read"), TextColumn("{task.completed:.0f}"), TimeElapsedColumn(), console=error_console
@@ -72,7 +72,7 @@ def inspect(
     group_weight: GroupWeightOption = [],  # noqa: B006
     report: ReportOption = None,
 ) -> None:
-    """Count samples by task and bucket, and say what an epoch of stage 1's batches over them comes to."""
+    """Count the samples by task and bucket, and print the size of an epoch of stage 1 over them."""
     from omnivideo.training.data.batch_sampler import measure_epoch
     from omnivideo.training.data.latent_cache import build_batch_sampler
     from omnivideo.training.recipes.over_shards import build_mix, open_dataset
@@ -91,7 +91,7 @@ def inspect(
     epoch_stats = measure_epoch(sampler, world_size)
     console.print(
         f"an epoch: {epoch_stats.samples} samples in {epoch_stats.steps} steps, "
-        f"{epoch_stats.wasted_fraction:.2%} of {world_size} ranks' work wasted"
+        f"{epoch_stats.wasted_fraction:.2%} of the work of {world_size} ranks wasted"
     )
     print_skips(dataset.skip_report, report)
 
@@ -99,14 +99,14 @@ def inspect(
 @app.command()
 def encode(
     shards: ShardsArgument,
-    weights: Annotated[Optional[Path], typer.Option(help="Folder of weights, if not the tiny preset's.")] = None,  # noqa: UP045
+    weights: Annotated[Optional[Path], typer.Option(help="Folder of weights. Default: tiny's.")] = None,  # noqa: UP045
     size: BucketSizeOption = "64x64",
     frames: FrameCountsOption = "5,9",
     fps: FpsOption = 8.0,
     device: Annotated[str, typer.Option(help="cpu or cuda:N.")] = "cpu",
     report: ReportOption = None,
 ) -> None:
-    """Keep latents and text states beside the shards; run again, it does the shards that are left."""
+    """Cache latents and text states beside the shards; when run again, continue with the shards that are left."""
     from omnivideo.models.weights.checkpoint import SHIPPED_WEIGHTS_FOLDER
     from omnivideo.training.data.latent_cache import FrozenEncoders, encode_shards
     from omnivideo.training.recipes.over_shards import open_dataset
@@ -131,7 +131,7 @@ def encode(
 
 
 def print_skips(skip_report: Any, report_path: Path | None) -> None:
-    """Says what was skipped: every kind with its number and first case; all of them in the report."""
+    """Print the number and the first case of each kind of skipped sample, and write all of them to the report."""
     if report_path is not None:
         skip_report.write_jsonl(report_path)
     for kind, count in skip_report.count_by_kind().items():

@@ -61,14 +61,14 @@ DEMO_TURNS = (
 
 
 def describe_detection(detection: SceneDetection, is_video: bool) -> str:
-    """Return what the scorer has detected as one line, with "?" for what it could not identify."""
+    """Return the scorer's detections as one line, with "?" for what it could not identify."""
     fields = ("size", "colour", "shape", "motion") if is_video else ("size", "colour", "shape")
     objects = [" ".join(getattr(item, field) or "?" for field in fields) for item in detection.objects]
     return f"{'; '.join(objects) or 'nothing'} on {detection.background or '?'}"
 
 
 def judge_turn(turn: DemoTurn, result: ActionResult, read_frames: Callable[[Artifact], np.ndarray]) -> tuple[bool, str]:
-    """Return whether a turn's result is right, and what the scorer has detected or the model has answered."""
+    """Return whether a turn's result is right, and what the scorer detected or the model answered."""
     if isinstance(turn.expected, str):
         return result.answer == turn.expected, result.answer or "no answer"
     if result.artifact is None:

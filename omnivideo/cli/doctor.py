@@ -1,4 +1,4 @@
-"""What this machine can run, for `omnivideo doctor`."""
+"""Describe what this machine can run, for `omnivideo doctor`."""
 
 import os
 import platform
@@ -35,7 +35,7 @@ def format_gibibytes(size_bytes: float) -> str:
 
 
 def collect_findings() -> Iterator[tuple[str, str]]:
-    """Yield rows of name and value."""
+    """Yield the name and the value of each row."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     yield "machine", f"{platform.system()} {platform.machine()}, Python {platform.python_version()}"
     yield (

@@ -101,7 +101,7 @@ def edit(
     size: SizeOption = None,
     negative_prompt: NegativePromptOption = None,
 ) -> None:
-    """Edit a clip or an image by an instruction; everything else stays as it is."""
+    """Edit a clip or an image by an instruction; everything else stays unchanged."""
     from omnivideo.media.read import read_media
     from omnivideo.media.write import check_output
 
@@ -164,7 +164,7 @@ def chat(
     steps: StepsOption = None,
     guidance_scale: GuidanceOption = None,
 ) -> None:
-    """Talk: generate, edit and ask, where each turn builds on the last."""
+    """Generate, edit and ask questions in a conversation; each turn builds on the previous ones."""
     from omnivideo.agent.thread import parse_turn_options
     from omnivideo.cli.chat import TerminalChat, read_keyboard_lines
 

@@ -28,7 +28,7 @@ PortOption = Annotated[int, typer.Option(min=1, max=65535, help="Port to listen 
 
 
 def load_service_settings(home: Path | None = None, weights: Path | None = None) -> "ServiceSettings":
-    """Return the environment's settings, with the command's options in their place."""
+    """Return the environment's settings, with the command's options applied."""
     from omnivideo.settings import load_settings  # it loads pydantic-settings, which --help need not wait for
 
     return load_settings(home=home, weights=str(weights) if weights else None)
@@ -116,7 +116,7 @@ def serve(
     home: HomeOption = None,
     weights: WeightsOption = None,
 ) -> None:
-    """Run the HTTP service. Without further settings it contains a worker, and stores all in SQLite and a folder."""
+    """Run the HTTP service. By default, it includes a worker and stores everything in SQLite and a folder."""
     configure_logging("api")
     wiring = build_wiring(device, home, weights)
     if host not in ("127.0.0.1", "localhost", "::1") and not wiring.settings.admin_key:
@@ -215,14 +215,14 @@ def mllm_serve(
 
 @mllm_cli.callback()
 def describe_mllm_commands() -> None:
-    """Serve the MLLM in a process of its own."""
+    """Serve the MLLM in a separate process."""
 
 
 @app.command(rich_help_panel=SERVICE_COMMANDS)
 def migrate() -> None:
     """Upgrade the database to this version's schema, as serve and worker also do when they start."""
     build_wiring().engine.dispose()
-    console.print("the database has the newest schema")
+    console.print("the database has the latest schema")
 
 
 @app.command(rich_help_panel=SERVICE_COMMANDS)

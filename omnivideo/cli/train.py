@@ -33,7 +33,7 @@ def train(config: TrainingConfig) -> None:
 
 
 def render_samples(omni: "OmniVideoModel", path: Path | None) -> dict[str, float]:
-    """Render a sheet of samples and return their scores; the evaluation is loaded only when samples are wanted."""
+    """Render a sheet of samples and return their scores; the evaluation is loaded only if samples are requested."""
     from omnivideo.evaluation.sample_sheet import render_sample_sheet
 
     return render_sample_sheet(omni, path)
@@ -70,7 +70,7 @@ def plan(
         bool, typer.Option(help="Read latents and text embeddings from the cache.", rich_help_panel=BATCHES)
     ] = True,
 ) -> None:
-    """Estimate what a stage costs at full size: memory, seconds per step and days; exit with 2 if it does not fit."""
+    """Estimate the cost of a stage at full size: memory, seconds per step and days; exit with 2 if it does not fit."""
     from omnivideo.training.planning.config import PlanConfig
     from omnivideo.training.planning.plan import build_plan, check_fits
     from omnivideo.training.planning.table import build_plan_table

@@ -50,7 +50,7 @@ class BatchOutcome:
 
 
 def parse_items(lines: Iterable[str | dict[str, Any]]) -> list[BatchItem]:
-    """Parse prompts, dicts and lines of JSON; raise InvalidInput that names the line."""
+    """Parse prompts, dicts and lines of JSON; raise an InvalidInput that names the line."""
     items, seen_ids = [], set()
     for line_number, line in enumerate(lines, start=1):
         item = parse_item(line, line_number)
@@ -94,7 +94,10 @@ def load_finished_ids(folder: Path) -> set[str]:
 
 
 def run_batch(studio: ClipGenerator, items: list[BatchItem], folder: Path) -> Iterator[BatchOutcome]:
-    """Generate the items that are not done, with one line each in the results file; a failed item stops no other."""
+    """Generate the items that are not done and write a line for each to the results file.
+
+    A failed item does not stop the others.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

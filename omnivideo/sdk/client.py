@@ -52,7 +52,7 @@ class RemoteResult:
             return read_media(path).frames
 
     def save(self, path: str | Path) -> Path:
-        """Write the file; raise InvalidInput if the suffix does not fit or it cannot be written."""
+        """Write the file; raise InvalidInput if the suffix does not fit or the file cannot be written."""
         path = Path(path)
         if path.suffix.lower() != f".{self.suffix}":
             raise InvalidInput("output", f"the file's name must end with .{self.suffix}")
@@ -187,7 +187,7 @@ class Client:
     def batch(self, prompts: Iterable[str | dict[str, Any]], folder: str | Path) -> Iterator[BatchOutcome]:
         """Generate each prompt as a batch of the service, and download the clips into the folder, with a results.jsonl.
 
-        When called again with the same prompts, continue with the same batch and skip the clips that are there.
+        When called again with the same prompts, continue with the same batch and skip the clips that already exist.
         """
         items, folder = parse_items(prompts), Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -293,7 +293,7 @@ class RemoteThread:
         return str(upload.json()["id"])
 
     def follow_turn(self, turn_id: str) -> Iterator[TurnEvent]:
-        """Yield a turn's events from the first one; raise JobFailed if the turn has failed or was cancelled."""
+        """Yield a turn's events from the first one; raise JobFailed if the turn failed or was cancelled."""
         last_event_id = 0
         for attempt in range(MAX_ATTEMPTS):
             try:
@@ -371,12 +371,12 @@ def to_batch_line(item: BatchItem) -> dict[str, Any]:
 
 
 def error_from_response(response: httpx.Response) -> OmniVideoError:
-    """Return the error of the tree in omnivideo/errors.py that an error response stands for."""
+    """Return the error in omnivideo/errors.py that corresponds to an error response."""
     try:
         error = response.json()["error"]
         message, param = str(error["message"]), error.get("param")
     except (ValueError, KeyError, TypeError):
-        return StoreError(f"service: it has answered {response.status_code} with an unknown body; is it omnivideo?")
+        return StoreError(f"service: it answered {response.status_code} with an unknown body; is it omnivideo?")
     match response.status_code:
         case 404:
             return ArtifactNotFound(message)

@@ -79,7 +79,7 @@ class Studio:
         return self.conversations.replay_artifact(artifact)
 
     def batch(self, prompts: Iterable[str | dict[str, Any]], folder: str | Path) -> Iterator[BatchOutcome]:
-        """Generate each prompt into the folder, with a line in its results.jsonl; skip what an earlier run has done."""
+        """Generate each prompt into the folder, with a line in its results.jsonl; skip what an earlier run did."""
         yield from run_batch(self, parse_items(prompts), Path(folder))
 
     def route(self, prompt: str, source: str | Path | None = None) -> Route:
@@ -94,7 +94,7 @@ class Studio:
         """Generate an image if `image` is True, a clip if it is False; by default the model decides.
 
         `overrides` are width, height, frames, fps, steps, guidance_scale, flow_shift, negative_prompt and seed; the
-        others come from the preset. Raises InvalidInput that names the setting.
+        others come from the preset. Raises an InvalidInput that names the setting.
         """
         prompt = check_prompt("prompt", prompt)
         if image is None:

@@ -45,7 +45,7 @@ INPUT_CHANNEL = "__start__"  # its value is a part of the state, by channel
 
 
 def convert_value(channel: str, value: Any) -> Any:
-    """Return the value of a channel, given its old name, with the new names of the fields."""
+    """Return the value of a channel with the new names of its fields, given the channel's old name."""
     if channel == INPUT_CHANNEL and isinstance(value, Mapping):
         return convert_channels(value)
     return rename_fields(value, DOCUMENTS.get(channel, {}))

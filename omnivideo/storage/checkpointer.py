@@ -67,7 +67,7 @@ def open_postgres_checkpointer(database_url: str) -> BaseCheckpointSaver[str]:
         from psycopg_pool import ConnectionPool, PoolTimeout
     except ImportError:
         raise MissingDependency("threads in PostgreSQL need: pip install 'omnivideo[serve]'") from None
-    # The pool checks a connection before it hands it out, so that a server that was restarted is found again.
+    # The pool checks each connection before use, so it reconnects after the server is restarted.
     connection_options: dict[str, Any] = {"autocommit": True, "prepare_threshold": 0, "row_factory": dict_row}
     pool: ConnectionPool[Any] = ConnectionPool(
         database_url,

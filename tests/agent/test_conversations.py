@@ -74,13 +74,13 @@ def test_the_store_is_addressed_by_content(tmp_path):
     assert list(store.iter_keys()) == [key]
     tensors = {"x": torch.arange(6.0).view(2, 3)}
     assert torch.equal(get_tensors(store, put_tensors(store, tensors))["x"], tensors["x"])
-    with pytest.raises(StoreError, match="holds no tensors"):
+    with pytest.raises(StoreError, match="contains no tensors"):
         get_tensors(store, key)
 
 
 @pytest.mark.parametrize("key", ["../../etc/passwd", "", "a" * 64, "a" * 64 + "./x"])
 def test_what_is_no_key_is_no_path(tmp_path, key):
-    with pytest.raises(ArtifactNotFound, match="no artifact key"):
+    with pytest.raises(ArtifactNotFound, match="not an artifact key"):
         LocalObjectStore(tmp_path).get(key)
 
 

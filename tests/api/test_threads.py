@@ -134,7 +134,7 @@ def test_a_repeated_request_is_the_same_turn(http, thread):
 
 def test_a_question_waits_for_its_reply(http, thread):
     asked = said(http, thread, "make it blue")
-    assert asked["state"] == "asks" and asked["question"].startswith("There is nothing here yet")
+    assert asked["state"] == "asks" and asked["question"].startswith("There is nothing to change yet")
     replied = said(http, thread, "a red ball")
     assert replied["state"] == "done" and replied["turn"]["clarifications"][0][1] == "a red ball"
 

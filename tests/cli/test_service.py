@@ -52,7 +52,7 @@ def test_worker_needs_a_broker(run_cli):
 
 def test_migrate_and_sweep_work_on_an_empty_home(run_cli, weights, monkeypatch):
     monkeypatch.setenv("OMNIVIDEO_WEIGHTS", str(weights))
-    assert run_cli("migrate")[:2] == (0, "the database has the newest schema\n")
+    assert run_cli("migrate")[:2] == (0, "the database has the latest schema\n")
     assert run_cli("sweep")[:2] == (0, "0 artifacts removed\n")
 
 

@@ -22,7 +22,7 @@ def imitation(tmp_path_factory):
 
 def test_a_server_without_lifecycle_rules_says_so(s3):
     for _ in range(2):  # without and with the bucket
-        with pytest.raises(StoreError, match=r"it keeps no lifecycle rules; use the sweep$"):
+        with pytest.raises(StoreError, match=r"it does not support lifecycle rules; use the sweep$"):
             s3.set_lifecycle_expiration(3)
         s3.put(b"clip", "mp4")
 

@@ -182,7 +182,7 @@ def get_batch(batch_id: ResourceId, context: ContextDep, owner: OwnerDep) -> Bat
 def cancel_batch(batch_id: ResourceId, context: ContextDep, owner: OwnerDep) -> BatchObject:
     """Cancel the lines that are not done. The output file contains the results of the others."""
     batch = require_batch(context, batch_id, owner)
-    while batch.state in ("validating", "in_progress"):  # again if the runner has changed the state in between
+    while batch.state in ("validating", "in_progress"):  # try again if the runner has changed the state in the meantime
         context.batches.transition_batch(batch, "cancelling")
         batch = require_batch(context, batch_id, owner)
     return to_batch_object(batch)

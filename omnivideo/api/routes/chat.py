@@ -1,9 +1,9 @@
 """Chat completions, in the format of OpenAI's clients.
 
 Such a client sends the whole conversation with every request and does not know about threads, so the service finds the
-thread by the messages: after each answer it stores a digest of all messages so far, with the thread and its number of
-turns. Messages that continue a known answer continue its thread, or a fork of it if the thread has grown since.
-Messages that are not known start a new thread, in which only the last message is sent.
+thread from the messages. After each answer, it stores a digest of all messages so far, with the thread and its number
+of turns. Messages that continue a known answer continue its thread, or a fork of it if the thread has grown since.
+Unknown messages start a new thread, to which only the last message is sent.
 """
 
 import hashlib

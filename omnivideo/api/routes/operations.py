@@ -18,7 +18,7 @@ LATENCY_BUCKETS_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 
 
 
 class RequestMetrics:
-    """The metrics of one application. Each has a registry of its own, so that two in one process do not mix."""
+    """The metrics of one application. Each has its own registry, so two in one process do not share metrics."""
 
     def __init__(self, context: ServiceContext):
         self.registry = CollectorRegistry()
@@ -33,7 +33,7 @@ class RequestMetrics:
             buckets=LATENCY_BUCKETS_SECONDS,
         )
         self.error_count = Counter(
-            "omnivideo_errors", "Answers with a status of 500 or above", ("route",), registry=self.registry
+            "omnivideo_errors", "Responses with a status of 500 or above", ("route",), registry=self.registry
         )
 
 
@@ -65,7 +65,7 @@ class QueueCollector(Collector):
 
 
 class MLLMServerCollector(Collector):
-    """Asks the MLLM's server at every scrape whether it answers and, if it is vLLM, for its load."""
+    """Checks at every scrape whether the MLLM's server answers and, if it is vLLM, reads its load."""
 
     exported_metrics = (
         "num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "num_preemptions",
@@ -86,7 +86,7 @@ class MLLMServerCollector(Collector):
 
 @router.get("/health")
 def check_health() -> dict[str, str]:
-    """Answer as long as this process lives."""
+    """Answer as long as this process is running."""
     return {"status": "ok"}
 
 

@@ -171,7 +171,7 @@ def create_turn(
     owner: OwnerDep,
     idempotency_key: IdempotencyKey = None,
 ) -> Any:
-    """Start a turn; with `stream`, the answer is its events. The same Idempotency-Key returns the same turn."""
+    """Start a turn; with `stream`, the response is its events. The same Idempotency-Key returns the same turn."""
     turn_id = make_id("turn", owner, idempotency_key)
     context.turn_runner.get_thread(owner, name)
     turn = context.turns.get_turn(turn_id, owner) if idempotency_key else None
@@ -190,7 +190,7 @@ def get_turn(name: str, turn: str, context: ContextDep, owner: OwnerDep) -> Turn
 
 @router.post("/{name}/turns/{turn}/cancel")
 def cancel_turn(name: str, turn: str, context: ContextDep, owner: OwnerDep) -> TurnResponse:
-    """Cancel a turn within one denoising step. The thread then is as it was before the turn."""
+    """Cancel a turn within one denoising step. The thread returns to its state before the turn."""
     record = require_turn(context, owner, name, turn)
     context.turn_runner.cancel_turn(record)
     return to_turn_response(context, record)

@@ -1,4 +1,4 @@
-"""Videos: jobs that clients create, poll, and whose clips they download, in the format of OpenAI's clients."""
+"""Videos: clients create jobs, poll them and download their clips, in the format of OpenAI's clients."""
 
 from typing import Annotated, Literal
 
@@ -210,9 +210,9 @@ def get_video_content(
 
 
 def build_content_response(context: ServiceContext, status: JobStatus, request: Request, variant: str = "") -> Response:
-    """Return a job's result, or a picture of it, with a file name that is made from the job's id."""
+    """Return a job's result, or a picture of it, with a file name that is derived from the job's id."""
     if status.result is None:
-        raise APIError(400, f"id: it has no content to download yet, as it is {status.state}", "id", "not_ready")
+        raise APIError(400, f"id: it has no content to download yet; its state is {status.state}", "id", "not_ready")
     if variant in ("thumbnail", "spritesheet"):
         data, suffix = context.render_thumbnail(status.result, variant)
         response = build_range_response(request, data, f"{status.result.key.partition('.')[0]}-{variant}.{suffix}")

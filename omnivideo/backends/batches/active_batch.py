@@ -12,7 +12,7 @@ CHAT_ENDPOINT = "/v1/chat/completions"
 
 
 class LineJob(Protocol):
-    """A job of a line as it is submitted, with its kind and metadata."""
+    """A job to submit for a line, with its kind and metadata."""
 
     @property
     def job(self) -> Job: ...
@@ -44,7 +44,7 @@ class BatchLinePort(Protocol):
         ...
 
     def error_from_statuses(self, statuses: Collection[JobStatus]) -> Exception:
-        """Return the error of a line of which a job failed or was cancelled."""
+        """Return the error of a line with a job that failed or was cancelled."""
         ...
 
     def to_error_response(self, error: Exception) -> tuple[int, dict[str, Any]]:
@@ -55,8 +55,8 @@ class BatchLinePort(Protocol):
 class ActiveBatch:
     """A batch that a runner is processing. Its input is kept on disk.
 
-    `succeeded_by_line` has the lines with an outcome, `open_lines` the custom_id and job ids of each line whose jobs
-    are open. `deferred_line` is a line that was read but could not be submitted yet. `stop_reason` is set once the
+    `succeeded_by_line` has the lines with an outcome, and `open_lines` has the custom_id and job ids of each line whose
+    jobs are open. `deferred_line` is a line that was read but could not be submitted yet. `stop_reason` is set once the
     batch is cancelled or has expired: "batch_cancelled" or "batch_expired".
     """
 

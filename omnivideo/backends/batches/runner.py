@@ -27,12 +27,12 @@ from omnivideo.storage.database.notifications import Watch
 log = logging.getLogger("omnivideo.batches")
 MAX_BATCH_LINES = 50_000
 MAX_REPORTED_ERRORS = 100  # invalid lines that are reported before validation stops
-COMPLETION_WINDOW_SECONDS = 86_400.0  # after which a batch expires
-MAX_ACTIVE_BATCHES = 8  # that one runner processes at a time
-SUBMIT_SLICE_SECONDS = 1.0  # for which a batch may submit before the next one has its turn
-MIN_ROUND_SECONDS = 0.02  # between two rounds, so that jobs that end together are collected together
+COMPLETION_WINDOW_SECONDS = 86_400.0  # the age at which a batch expires
+MAX_ACTIVE_BATCHES = 8  # batches that one runner processes at a time
+SUBMIT_SLICE_SECONDS = 1.0  # how long a batch may submit jobs before the next batch gets its turn
+MIN_ROUND_SECONDS = 0.02  # so that jobs that end together are collected in one round
 OUTCOME_CHUNK_SIZE = 500  # outcomes written or read at a time
-RETRYABLE_ERRORS = (ServiceBusy, StoreError, ModelUnavailable)  # not caused by the line, which is tried again
+RETRYABLE_ERRORS = (ServiceBusy, StoreError, ModelUnavailable)  # the line did not cause these, so it is tried again
 INTERNAL_ERROR = {"code": "internal", "message": "an internal error occurred"}
 ChatResponder = Callable[[str, dict[str, Any]], dict[str, Any]]
 
@@ -85,7 +85,7 @@ class BatchRunner:
             self.release_batch(batch_id)
 
     def send_heartbeats(self) -> None:
-        """Keep the batches claimed, even while one line takes long."""
+        """Keep the batches claimed, even if one line takes long."""
         while not self.stop_event.wait(self.heartbeat_timeout_seconds / 4):
             try:
                 self.batches.heartbeat_batches(self.runner_name, list(self.active_batches))
@@ -93,7 +93,7 @@ class BatchRunner:
                 log.warning("%s", error)
 
     def run(self) -> None:
-        """Advance the batches: at once when a job ends, else when it is time to look for new batches and lines."""
+        """Advance the batches: at once when a job ends, otherwise when new batches and lines are due."""
         with self.jobs.watch_any_end() as self.job_ends:
             while not self.stop_event.wait(MIN_ROUND_SECONDS):
                 has_lines_to_submit = any(not batch.open_lines for batch in self.active_batches.values())
@@ -145,7 +145,7 @@ class BatchRunner:
             self.reject_batch(record, [INTERNAL_ERROR])
 
     def advance_batch(self, batch: ActiveBatch) -> None:
-        """Do the next piece of work of a batch, depending on its state in the database."""
+        """Take the next step of a batch, depending on its state in the database."""
         record = self.batches.get_claimed_batch(batch.id, self.runner_name)
         if record is None:
             self.release_batch(batch.id)
@@ -336,7 +336,7 @@ class BatchRunner:
             self.release_batch(batch.id)
 
     def write_result_file(self, batch: ActiveBatch, succeeded: bool) -> str | None:
-        """Write the file of the lines that succeeded, or of those that failed. Return its id, or None without lines."""
+        """Write the file of the lines that succeeded, or that failed. Return its id, or None if there are none."""
         data, last_number = bytearray(), 0
         while outcomes := self.batches.list_line_outcomes(batch.id, last_number, OUTCOME_CHUNK_SIZE):
             last_number = outcomes[-1].line_number

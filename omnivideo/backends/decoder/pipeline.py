@@ -91,7 +91,7 @@ def generate_clip_batch(
 ) -> Iterator[DenoisingProgress | list[GeneratedClip]]:
     """Generate several clips in one pass, as `generate_clip` does for one. They differ only in prompt and seed.
 
-    Each clip equals the one that is generated alone, except for rounding. The same clips in the same order give
+    Each clip equals the clip that is generated alone, up to rounding. The same clips in the same order give
     identical bytes.
     """
     seconds_by_stage: dict[str, float] = {}
@@ -172,7 +172,7 @@ def medium_from_params(params: SamplingParams) -> Medium:
 
 @contextmanager
 def time_stage(seconds_by_stage: dict[str, float], stage: str) -> Iterator[None]:
-    """Add the seconds that the body takes to those of a stage."""
+    """Add the duration of the `with` block to a stage's seconds."""
     started_at = time.perf_counter()
     yield
     seconds_by_stage[stage] = round(seconds_by_stage.get(stage, 0.0) + time.perf_counter() - started_at, 3)

@@ -1,4 +1,4 @@
-"""The decoder's side of a job: a job in, its artifact in the store. Every queue and worker renders through it."""
+"""Render a job with the decoder and store its artifact. Every queue and worker renders through this module."""
 
 import base64
 import json
@@ -75,7 +75,7 @@ class Renderer:
         return self.mllm.load_visual_tokens(job.visual_tokens)
 
     def load_source(self, source: Artifact | None, params: SamplingParams) -> np.ndarray | Tensor | None:
-        """Return a source's latents [z, T, h, w] if they are stored and of the job's size, else its fitted pixels."""
+        """Return a source's latents [z, T, h, w] if they are stored and have the job's size, or its fitted pixels."""
         if source is None:
             return None
         grid = compute_latent_grid(params.width, params.height, params.frames)

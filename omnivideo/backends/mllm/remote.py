@@ -54,7 +54,7 @@ class RemoteMLLM:
         body = WriteRequest(payload=self.build_payload(request), max_tokens=self.max_tokens).model_dump_json()
         emitted_chars = 0
         for attempt in range(MAX_ATTEMPTS):
-            received_chars = 0  # counted in characters, because a retry may cut the pieces elsewhere
+            received_chars = 0  # counted in characters, because a retry may split the answer differently
             try:
                 for piece in self.stream_pieces(body):
                     if piece is None:

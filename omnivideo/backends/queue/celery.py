@@ -29,7 +29,7 @@ def serve_celery_worker(
     @app.task(name=TASK_NAME)  # type: ignore[untyped-decorator]
     def run_task() -> None:
         if child_workers[0].run_next_job() and child_workers[0].jobs.count_queued():
-            notify_workers()  # one message is enough to work off the whole queue
+            notify_workers()  # one message is enough to process all queued jobs
 
     app.worker_main(["worker", "--pool=prefork", f"--concurrency={concurrency}", "--loglevel=WARNING",
                      "--without-gossip", "--without-mingle", "-Ofair"])  # fmt: skip

@@ -1,4 +1,4 @@
-"""Jobs that outlive their followers: submitted to the database, drawn by whichever worker comes."""
+"""A queue of jobs that outlive their followers: they are stored in the database, and any worker can claim them."""
 
 import base64
 from collections.abc import Callable, Iterator
@@ -12,7 +12,7 @@ from omnivideo.storage.database.repository import retry_while_unavailable
 
 
 class DurableQueue:
-    """The planner's job queue over the database.  `notify_workers` lets workers know that there is work."""
+    """The planner's job queue in the database. `notify_workers` notifies the workers that there is work."""
 
     def __init__(
         self,
@@ -29,7 +29,7 @@ class DurableQueue:
         self.lane = lane
 
     def run(self, job: Job) -> Iterator[StepProgress | Preview | Artifact]:
-        """Submit the job and follow it, as the port says.
+        """Submit the job and follow it, as the port specifies.
 
         If a turn of the service submits the job, the job's worker writes steps and previews to the turn's events
         itself, and only the artifact is returned here.

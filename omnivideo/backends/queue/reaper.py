@@ -1,4 +1,4 @@
-"""Notify workers of queued jobs over the broker, and requeue the jobs of lost workers.
+"""Notify workers of queued jobs through the broker, and requeue the jobs of lost workers.
 
 A message says only that there is work, so a lost message loses no job. This module does not import torch: API
 processes notify and requeue too.
@@ -16,7 +16,7 @@ from omnivideo.storage.database.jobs import JobRepository
 
 log = logging.getLogger("omnivideo.worker")
 TASK_NAME = "omnivideo.work"
-RENOTIFY_SECONDS = 5.0  # after which workers are notified of a queued job again
+RENOTIFY_SECONDS = 5.0  # the time after which workers are notified of a queued job again
 
 
 class Reaper:
@@ -46,14 +46,14 @@ class Reaper:
 
     def reap_once(self) -> None:
         for job_id in self.jobs.requeue_lost_jobs(self.heartbeat_timeout_seconds):
-            log.warning("job %s: its worker was lost; another worker gets it", job_id)
+            log.warning("job %s: its worker was lost; another worker will render it", job_id)
             self.notify_workers()
         if self.jobs.claim_renotification(RENOTIFY_SECONDS):
             self.notify_workers()
 
 
 def create_celery_app(broker_url: str) -> Celery:
-    """Return a Celery app whose messages only say that there is work; workers read the database for which."""
+    """Return a Celery app whose messages only say that there is work; workers find the job in the database."""
     app = Celery("omnivideo", broker=broker_url)
     app.conf.update(
         task_serializer="json",

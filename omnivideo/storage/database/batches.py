@@ -72,7 +72,7 @@ class BatchRepository(Repository):
     # ------------------------------------------------------------ runners
 
     def claim_batch(self, runner: str, heartbeat_timeout_seconds: float) -> BatchRecord | None:
-        """Give the runner the oldest active batch that has no runner or whose runner has been silent for too long."""
+        """Claim for the runner the oldest active batch that has no runner or whose runner has stopped responding."""
         is_unattended = and_(
             batches.c.state.in_(ACTIVE_BATCH_STATES), batches.c.heartbeat_at < unix_now() - heartbeat_timeout_seconds
         )
@@ -101,7 +101,7 @@ class BatchRepository(Repository):
         self.fetch_all(update(batches).where(is_claimed).values(heartbeat_at=unix_now()))
 
     def release_batches(self, runner: str) -> None:
-        """Give up the runner's batches, so that another runner can claim them at once."""
+        """Release the runner's batches, so that another runner can claim them at once."""
         is_claimed = and_(batches.c.runner_name == runner, batches.c.state.in_(ACTIVE_BATCH_STATES))
         self.fetch_all(update(batches).where(is_claimed).values(heartbeat_at=0.0, runner_name=None))
 

@@ -41,7 +41,7 @@ def configure_sqlite(connection: sqlite3.Connection, connection_record: object) 
 def upgrade_schema(engine: Engine, revision: str = "head", preset: Preset | None = None) -> None:
     """Upgrade the schema to `revision`. One process does it while the others wait.
 
-    The jobs of version 0.1 take the settings that they leave open from `preset`.
+    Jobs of version 0.1 get the settings that they do not specify from `preset`.
 
     Raises StoreError if the database cannot be reached or changed.
     """

@@ -23,8 +23,8 @@ def status_from_row(row: Row[Any]) -> JobStatus:
 def claim_from_row(row: Row[Any]) -> Claim:
     """Return the claim of a job that has just been claimed.
 
-    A job that may lose no more than one further worker is rendered alone and from the beginning: if another job of
-    its batch was the cause, that job is found out, and this one does not fail with it.
+    A job that may lose no more than one further worker is rendered alone and from the beginning: if another job of its
+    batch was the cause, this job does not fail because of it.
     """
     must_run_alone = row.batch_job_ids is not None and row.worker_losses >= MAX_WORKER_LOSSES - 1
     return Claim(

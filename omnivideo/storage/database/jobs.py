@@ -1,11 +1,11 @@
-"""Jobs in the database: their queue, the workers that hold them, and their results.
+"""Jobs in the database: their queue, the workers that have claimed them, and their results.
 
-Every method runs a single statement or only reads, so there are no locks to hold and no half-written state. The
+Every method runs a single statement or only reads, so no locks are needed and no partial state is written. The
 statements of a worker carry the number of its attempt: they change nothing once another worker has claimed the job.
 
-Fair order: each lane takes turns between owners. A new job gets the rank after its owner's last queued job, and at
-least the rank that is being rendered. One job submitted beside another owner's thousand is therefore rendered next
-but one.
+Fair order: each lane alternates between owners. A new job gets the rank after its owner's last queued job, and at least
+the rank that is being rendered. A job that is submitted after another owner's thousand jobs is therefore rendered first
+or second.
 """
 
 import time
@@ -40,7 +40,7 @@ COUNT_CACHE_SECONDS = 1.0  # how long a count that is far from its limit is reus
 
 
 class EndedJob(NamedTuple):
-    """A job that is done or failed, as webhooks are told of it. `ended_at` is in seconds since 1970."""
+    """A job that is done or failed, as announced to webhooks. `ended_at` is in seconds since 1970."""
 
     id: str
     owner: str
@@ -119,7 +119,7 @@ class JobRepository(Repository):
         return None
 
     def is_near_limit(self, owner: str) -> bool:
-        """Return whether a limit may be near, so that a submit must count, which gets slower the more jobs wait."""
+        """Return whether a limit may be near, so that a submit must count. Counting gets slower as more jobs wait."""
         if min(self.max_open_jobs, self.max_open_jobs_per_owner) < EXACT_COUNT_BELOW:
             return True
         counts = self.queue_counts.get(owner)
@@ -147,19 +147,19 @@ class JobRepository(Repository):
         return [status_from_row(row) for row in self.fetch_all(query)]
 
     def watch_job(self, job_id: str, include_steps: bool = False) -> AbstractContextManager[Watch]:
-        """Follow the end of a job and, if the job belongs to no turn, its steps."""
+        """Watch for the end of a job and, if `include_steps` is set and the job belongs to no turn, its steps."""
         return self.notifier.watch(job_end_topic(job_id), *[job_step_topic(job_id)] * include_steps)
 
     def watch_any_end(self) -> AbstractContextManager[Watch]:
-        """Follow the ends of all jobs, in a thread."""
+        """Watch for the ends of all jobs, in a thread."""
         return self.notifier.watch(ANY_JOB_END)
 
     def watch_ends(self, job_ids: Collection[str]) -> AbstractContextManager[AsyncWatch]:
-        """Follow the ends of jobs in the running event loop."""
+        """Watch for the ends of jobs, in the running event loop."""
         return self.notifier.watch_async(*map(job_end_topic, job_ids))
 
     def cancel(self, job_id: str) -> None:
-        """Cancel a job: at once if it is queued, else at its worker's next step. An ended job stays as it is."""
+        """Cancel a job: at once if it is queued, otherwise at its worker's next step. An ended job does not change."""
         is_queued = and_(jobs.c.id == job_id, jobs.c.state == "queued")
         cancellation = update(jobs).where(is_queued)
         values = {"state": "cancelled", "cancel_requested": True, "ended_at": unix_now()}
@@ -193,7 +193,7 @@ class JobRepository(Repository):
         return bool(self.fetch_all(deletion.returning(jobs.c.id)))
 
     def list_unannounced_jobs(self, kind: str, limit: int) -> list[EndedJob]:
-        """Return jobs of a kind that are done or failed and that no webhook has been told of."""
+        """Return jobs of a kind that are done or failed and that have not been announced to webhooks."""
         is_unannounced = and_(jobs.c.announced.is_(False), jobs.c.kind == kind, jobs.c.state.in_(("done", "failed")))
         columns = select(jobs.c.id, jobs.c.owner, jobs.c.state, jobs.c.ended_at)
         return [EndedJob._make(row) for row in self.fetch_all(columns.where(is_unannounced).limit(limit))]
@@ -204,7 +204,7 @@ class JobRepository(Repository):
     # ------------------------------------------------------------ workers: claiming
 
     def claim_next_job(self, worker: str) -> Claim | None:
-        """Give the worker the next job, or return None if no job is queued."""
+        """Claim the next job for the worker, or return None if no job is queued."""
         query = select(jobs.c.id).where(jobs.c.state == "queued")
         in_order = query.order_by(jobs.c.lane, jobs.c.fair_rank, jobs.c.created_at, jobs.c.id)
         next_id = in_order.limit(1).with_for_update(skip_locked=True).scalar_subquery()
@@ -212,7 +212,7 @@ class JobRepository(Repository):
         return claims[0] if claims else None
 
     def claim_where(self, condition: ColumnElement[bool], worker: str) -> list[Claim]:
-        """Give the worker every queued job that meets the condition."""
+        """Claim for the worker every queued job that meets the condition."""
         values = {
             "state": "running",
             "attempt": jobs.c.attempt + 1,
@@ -239,7 +239,7 @@ class JobRepository(Repository):
     ) -> list[Claim]:
         """Return the claim together with claims of jobs to render in one pass with it.
 
-        A job that already belongs to a render batch takes the queued jobs of that batch along. Otherwise up to
+        If the job already belongs to a render batch, the queued jobs of that batch are claimed. Otherwise up to
         `max_jobs` compatible jobs of the batch lane that no worker has started are claimed, but no more than half of
         those that are queued: the rest is left to other workers.
         """
@@ -269,18 +269,18 @@ class JobRepository(Repository):
     def heartbeat(self, claim: Claim, step: StepProgress | None = None, **artifact_keys: str) -> bool:
         """Record that the worker is alive and how far it is. Return False if the job is to be cancelled.
 
-        `artifact_keys` may hold the object keys of a `preview` and of a saved state (`resume_key`). Raises JobLost if
-        the job belongs to another attempt by now.
+        `artifact_keys` may have the object keys of a `preview` and of a saved state (`resume_key`). Raises JobLost if
+        another attempt has claimed the job.
         """
         wanted_by_job = self.heartbeat_all([claim], step, **artifact_keys)
         if not wanted_by_job:
-            raise JobLost(f"job {claim.job.id} does not belong to this worker any more")
+            raise JobLost(f"job {claim.job.id} no longer belongs to this worker")
         return wanted_by_job[claim.job.id]
 
     def heartbeat_all(
         self, claims: Sequence[Claim], step: StepProgress | None = None, **artifact_keys: str
     ) -> dict[str, bool]:
-        """Do as `heartbeat` for several claims. Return whether each job that still belongs to the worker is wanted."""
+        """Send the heartbeats of several claims. Return whether each job that the worker still has is wanted."""
         values: dict[str, Any] = {"heartbeat_at": unix_now()} | artifact_keys
         if step is not None:
             values |= {"step": step.step, "steps": step.steps, "eta_seconds": step.eta_seconds}
@@ -304,7 +304,7 @@ class JobRepository(Repository):
             self.append_turn_event(turns.c.id, source, is_current, StoredPreview(key=preview_key).model_dump())
 
     def mark_done(self, claim: Claim, result: Artifact) -> None:
-        """Store the result. Raises JobLost if the job belongs to another attempt by now."""
+        """Store the result. Raises JobLost if another attempt has claimed the job."""
         self.end_attempt(claim, state="done", result=result.model_dump(), eta_seconds=0.0)
 
     def mark_failed(self, claim: Claim, code: str, error: str) -> None:
@@ -324,10 +324,10 @@ class JobRepository(Repository):
         self.fetch_all(update(jobs).where(match_attempt(claim)).values(state="queued"))
 
     def end_attempt(self, claim: Claim, **values: Any) -> None:
-        """Write the final state of a job. Raises JobLost if the job belongs to another attempt by now."""
+        """Write the final state of a job. Raises JobLost if another attempt has claimed the job."""
         ending = update(jobs).where(match_attempt(claim)).values(ended_at=unix_now(), resume_key=None, **values)
         if not self.end_jobs(ending):
-            raise JobLost(f"job {claim.job.id} does not belong to this worker any more")
+            raise JobLost(f"job {claim.job.id} no longer belongs to this worker")
 
     def end_jobs(self, ending: Update) -> list[str]:
         """Run a statement that ends jobs, notify their followers, and return the ids of the jobs."""
@@ -340,12 +340,12 @@ class JobRepository(Repository):
     # ------------------------------------------------------------ upkeep
 
     def requeue_lost_jobs(self, heartbeat_timeout_seconds: float) -> list[str]:
-        """Requeue the jobs of silent workers and return their ids; fail a job that has lost MAX_WORKER_LOSSES."""
+        """Requeue the jobs of silent workers and return their ids; fail jobs that lost MAX_WORKER_LOSSES workers."""
         is_lost = and_(jobs.c.state == "running", jobs.c.heartbeat_at < unix_now() - heartbeat_timeout_seconds)
         failure = {
             "state": "failed",
             "code": "poison",
-            "error": f"it stopped {MAX_WORKER_LOSSES} workers in a row and is not tried again",
+            "error": f"it stopped {MAX_WORKER_LOSSES} workers in a row and will not be tried again",
             "ended_at": unix_now(),
             "worker_losses": jobs.c.worker_losses + 1,
         }
@@ -357,7 +357,7 @@ class JobRepository(Repository):
         return [row.id for row in self.fetch_all(update(jobs).where(is_lost).values(requeued).returning(jobs.c.id))]
 
     def claim_renotification(self, max_age_seconds: float) -> bool:
-        """Return whether the workers must be notified again of a queued job, and count it as notified now."""
+        """Return whether the workers must be notified again of a queued job, and mark it as notified now."""
         is_stale = and_(jobs.c.state == "queued", jobs.c.notified_at < unix_now() - max_age_seconds)
         oldest = select(jobs.c.id).where(is_stale).order_by(jobs.c.notified_at).limit(1)
         oldest_id = oldest.with_for_update(skip_locked=True).scalar_subquery()

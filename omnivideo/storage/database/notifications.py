@@ -1,10 +1,10 @@
 """Notify the followers of turns and jobs of a change, in this process and in the others on the same database.
 
-The database is the only record: a follower that misses a notification loses no event, it only reads it later.
+The database is the only record: a follower that misses a notification loses no event but reads it later.
 
 - In one process, a change is delivered as soon as the statement that wrote it has been committed.
 - Across processes, PostgreSQL delivers it: the statement itself calls `pg_notify`, in its own transaction. One
-  connection of each process listens as long as anybody follows, and reconnects when it is lost.
+  connection of each process listens as long as there are followers, and reconnects when it is lost.
 - SQLite cannot notify other processes. Their followers read the database every SQLITE_POLL_SECONDS.
 
 On PostgreSQL, followers read the database every POSTGRESQL_POLL_SECONDS as well, in case a notification was lost.
@@ -31,7 +31,7 @@ CHANNEL = "omnivideo_changes"  # of PostgreSQL's LISTEN and NOTIFY
 SQLITE_POLL_SECONDS = 0.5
 POSTGRESQL_POLL_SECONDS = 5.0
 MAX_PAYLOAD_BYTES = 7000  # PostgreSQL allows 8000; a longer event is read from the database
-LISTENER_IDLE_SECONDS = 10.0  # how long the connection listens on after the last follower has left
+LISTENER_IDLE_SECONDS = 10.0  # how long the connection keeps listening after the last follower has left
 RECONNECT_SECONDS = (0.1, 5.0)  # the first and the longest pause between two attempts to connect
 ANY_JOB_END = "end"
 
@@ -50,7 +50,7 @@ def job_step_topic(job_id: str) -> str:
 
 
 def job_end_topic(job_id: str) -> str:
-    """Return the topic of a job's end. Whoever watches ANY_JOB_END is notified as well."""
+    """Return the topic of a job's end. Followers of ANY_JOB_END are notified as well."""
     return f"{ANY_JOB_END} {job_id}"
 
 

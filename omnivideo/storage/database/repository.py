@@ -34,7 +34,7 @@ from omnivideo.storage.database.schema import turn_events
 
 Record = TypeVar("Record", bound=FrozenModel)
 Answer = TypeVar("Answer")
-RETRY_TIMEOUT_SECONDS = 120.0  # how long an unavailable database or object store is waited for
+RETRY_TIMEOUT_SECONDS = 120.0  # how long to wait for an unavailable database or object store
 MAX_NUMBER_CONFLICTS = 20  # attempts to give an event the next number while others append to the same turn
 
 
@@ -63,7 +63,7 @@ class Repository:
         self.notifier = get_notifier(engine)
 
     def fetch_all(self, statement: Executable) -> Sequence[Row[Any]]:
-        """Run a statement in its own transaction and return its rows. Lets IntegrityError through."""
+        """Run a statement in its own transaction and return its rows. Does not catch IntegrityError."""
         try:
             with self.engine.connect() as connection:
                 result = connection.execute(statement)

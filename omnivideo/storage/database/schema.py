@@ -19,11 +19,11 @@ jobs = Table(
     Column("worker_losses", Integer, nullable=False, default=0),  # workers that were lost while rendering it
     Column("cancel_requested", Boolean, nullable=False, default=False),
     Column("body", JSON, nullable=False),  # contracts.Job
-    Column("kind", String(10), nullable=False),  # what requested it: video, image, turn
+    Column("kind", String(10), nullable=False),  # the kind of request: video, image, turn
     Column("meta", JSON, nullable=False),  # further fields of that kind
     Column("turn_id", String(64)),  # the turn that the job is rendered for, which shows its steps and previews
     Column("deleted", Boolean, nullable=False, default=False),
-    Column("announced", Boolean, nullable=False, default=False),  # whether webhooks have been told of its end
+    Column("announced", Boolean, nullable=False, default=False),  # whether webhooks have been notified of its end
     Column("step", Integer, nullable=False, default=0),
     Column("steps", Integer, nullable=False, default=0),
     Column("eta_seconds", Float, nullable=False, default=0.0),

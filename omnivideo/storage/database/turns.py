@@ -92,7 +92,7 @@ class TurnRepository(Repository):
         return None if row is None else turn_from_row(row)
 
     def heartbeat(self, turn: TurnRecord) -> Literal["wanted", "cancelled", "lost"]:
-        """Record that this process runs the turn, and return whether it must go on doing so."""
+        """Record that this process runs the turn, and return whether it must continue."""
         heartbeat = update(turns).where(match_attempt(turn)).values(heartbeat_at=unix_now())
         row = self.fetch_one(heartbeat.returning(turns.c.cancel_requested))
         return "lost" if row is None else "cancelled" if row.cancel_requested else "wanted"
@@ -104,7 +104,7 @@ class TurnRepository(Repository):
         )
 
     def end_turn(self, turn: TurnRecord, state: str, error: dict[str, Any] | None = None) -> bool:
-        """End a turn and notify its followers. Return False if another process runs the turn by now."""
+        """End a turn and notify its followers. Return False if another process has taken over the turn."""
         ending = update(turns).where(match_attempt(turn)).values(state=state, error=error, heartbeat_at=unix_now())
         notification = self.notifier.build_notification(literal("turn ") + turns.c.id)
         has_ended = bool(self.fetch_all(ending.returning(turns.c.id, notification)))
@@ -114,7 +114,7 @@ class TurnRepository(Repository):
     # ------------------------------------------------------------ events
 
     def append_event(self, turn: TurnRecord, event: dict[str, Any]) -> bool:
-        """Append an event under the turn's next number. Return False if another process runs the turn by now."""
+        """Append an event under the turn's next number. Return False if another process has taken over the turn."""
         return self.append_turn_event(turns.c.id, turns, match_attempt(turn), event)
 
     def list_events(self, turn_id: str, after_number: int = 0) -> list[NumberedEvent]:
@@ -122,7 +122,7 @@ class TurnRepository(Repository):
         return list(self.read_events(turn_id, after_number).events)
 
     def read_events(self, turn_id: str, after_number: int = 0) -> TurnEvents:
-        """Return the turn's later events, and whether more may follow, as they were at one moment."""
+        """Return the turn's later events, and whether more may follow, in one consistent read."""
         is_later = and_(turn_events.c.turn_id == turns.c.id, turn_events.c.number > after_number)
         columns = select(turns.c.state, turn_events.c.number, turn_events.c.body)
         query = columns.select_from(turns.outerjoin(turn_events, is_later)).where(turns.c.id == turn_id)
@@ -132,11 +132,11 @@ class TurnRepository(Repository):
         return TurnEvents(is_open=is_open, events=events)
 
     def watch_events(self, turn_id: str) -> AbstractContextManager[AsyncWatch]:
-        """Follow the turn in the running event loop; its events come with their numbers."""
+        """Watch the turn in the running event loop; its events are delivered with their numbers."""
         return self.notifier.watch_async(turn_topic(turn_id))
 
     def wait_for_end(self, turn_id: str, owner: str) -> None:
-        """Wait until the turn is not open any more."""
+        """Wait until the turn is no longer open."""
         with self.notifier.watch(turn_topic(turn_id)) as watch:
             while (turn := self.get_turn(turn_id, owner)) is not None and turn.state in OPEN_STATES:
                 watch.wait()

@@ -49,7 +49,7 @@ class WebhookRepository(Repository):
         return [record_from_row(WebhookRecord, row) for row in rows], has_more
 
     def delete_webhook(self, webhook_id: str, owner: str) -> bool:
-        """Delete a webhook; what is not delivered yet never will be. Return False if the owner has no such webhook."""
+        """Delete a webhook and its undelivered events. Return False if the owner has no such webhook."""
         deletion = delete(webhooks).where(webhooks.c.id == webhook_id, webhooks.c.owner == owner)
         return bool(self.fetch_all(deletion.returning(webhooks.c.id)))
 

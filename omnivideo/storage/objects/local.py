@@ -33,7 +33,7 @@ class LocalObjectStore:
         """
         if not KEY_PATTERN.fullmatch(key):
             raise ArtifactNotFound(
-                "store: that is no artifact key; a key is 64 hexadecimal digits, a dot and a file type"
+                "store: that is not an artifact key; a key is 64 hexadecimal digits, a dot and a file type"
             )
         return self.folder / key[:2] / key
 
@@ -42,7 +42,7 @@ class LocalObjectStore:
         path = self.path_for_key(key)
         try:
             with suppress(FileNotFoundError):
-                os.utime(path)  # a sweep that runs now must not remove it
+                os.utime(path)  # a concurrent sweep must not remove it
                 return key
             self.write_atomically(path, data)
         except OSError as error:
@@ -81,7 +81,7 @@ class LocalObjectStore:
                 yield path.name
 
     def sweep(self, referenced_keys: Collection[str], lifetime_seconds: float = 7 * DAY_SECONDS) -> list[str]:
-        """Remove the files that are neither referenced nor written within `lifetime_seconds`. Return their keys.
+        """Remove the unreferenced files that were not written within `lifetime_seconds`. Return their keys.
 
         Incomplete files of killed processes are removed at the same age.
         """

@@ -37,7 +37,7 @@ MARK_LIFETIME = timedelta(seconds=90)
 DELETE_DEADLINE_SECONDS = 20.0  # after the mark; with the slowest delete (51 s) it stays below MARK_LIFETIME
 MAX_DELETES_PER_REQUEST = 1000  # S3's limit
 LIFECYCLE_RULE_ID = "omnivideo-lifetime"
-NO_LIFECYCLE_MESSAGE = "it keeps no lifecycle rules; use the sweep"
+NO_LIFECYCLE_MESSAGE = "it does not support lifecycle rules; use the sweep"
 CONTENT_TYPES = {"mp4": "video/mp4", "webm": "video/webm", "png": "image/png", "jpg": "image/jpeg", "gif": "image/gif",
          "webp": "image/webp", "json": "application/json", "jsonl": "application/jsonl"}  # fmt: skip
 
@@ -53,7 +53,7 @@ class S3ObjectStore:
         region: str = "us-east-1", prefix: str = "", public_address: str = "",
     ):  # fmt: skip
         if not re.fullmatch(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]", bucket):
-            raise InvalidInput("S3 bucket", "3 to 63 small letters, digits, dots and hyphens")
+            raise InvalidInput("S3 bucket", "3 to 63 lowercase letters, digits, dots and hyphens")
         self.client = create_s3_client(address, access_key, secret_key, region)
         self.public_client = create_s3_client(public_address or address, access_key, secret_key, region)
         self.translate_errors = partial(translate_errors, address)
@@ -62,7 +62,7 @@ class S3ObjectStore:
     def object_name(self, key: str) -> str:
         if not KEY_PATTERN.fullmatch(key):
             raise ArtifactNotFound(
-                "store: that is no artifact key; a key is 64 hexadecimal digits, a dot and a file type"
+                "store: that is not an artifact key; a key is 64 hexadecimal digits, a dot and a file type"
             )
         return f"{self.prefix}{key[:2]}/{key}"
 
@@ -143,7 +143,7 @@ class S3ObjectStore:
     def presign_url(self, key: str, expires_in_seconds: int) -> str:
         """Return a link that anybody can download the object from until it expires.
 
-        No server is asked, so the link to a missing object answers 404.
+        No request is sent to the server, so the link to a missing object answers 404.
         """
         if not 1 <= expires_in_seconds <= 7 * DAY_SECONDS:
             raise InvalidInput("seconds", "1 to 604800 (7 days)")
@@ -167,7 +167,7 @@ class S3ObjectStore:
         return (key for key, _ in self.list_keys_with_times())
 
     def sweep(self, referenced_keys: Collection[str], lifetime_seconds: float = 7 * DAY_SECONDS) -> list[str]:
-        """Remove the objects that are neither referenced nor written within `lifetime_seconds`. Return their keys.
+        """Remove the unreferenced objects that were not written within `lifetime_seconds`. Return their keys.
 
         Ages are by the server's clock. The lifetime must exceed the longest upload, whose age counts from its start,
         and the time from a put to the first reference. Leftovers of killed processes are removed after a day.

@@ -17,7 +17,7 @@ HTTP_TIMEOUT = urllib3.Timeout(connect=2, read=20)
 RETRY_POLICY = urllib3.Retry(
     total=3, read=1, backoff_factor=0.5, status_forcelist=(500, 502, 503, 504), allowed_methods=None
 )
-ACCESS_REFUSED_MESSAGE = "it refuses this access key, its secret, or what they may do here"
+ACCESS_REFUSED_MESSAGE = "it rejects this access key, its secret key, or its permissions"
 ERROR_MESSAGES = {
     "AccessDenied": ACCESS_REFUSED_MESSAGE,
     "InvalidAccessKeyId": ACCESS_REFUSED_MESSAGE,
@@ -47,7 +47,7 @@ def get_error_code(error: MinioException) -> str:
 
 @contextmanager
 def translate_errors(address: str, key: str = "", fallback_message: str = "it answers {code}") -> Iterator[None]:
-    """Raise the client's failures as errors of ours, whose text holds no secret and no signed URL."""
+    """Raise the client's failures as our own errors, whose text contains no secret and no signed URL."""
     server = f"store: the S3 server at {urlsplit(address).netloc}: "
     try:
         yield
@@ -67,5 +67,5 @@ def describe_http_error(error: HTTPError) -> str:
     if isinstance(reason, NewConnectionError):
         return "no connection"
     if isinstance(reason, TimeoutError):
-        return "no answer in time"
-    return "no trusted certificate" if isinstance(reason, SSLError) else "it fails, or the connection breaks"
+        return "no response in time"
+    return "no trusted certificate" if isinstance(reason, SSLError) else "it failed, or the connection was lost"

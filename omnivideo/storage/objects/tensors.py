@@ -14,9 +14,9 @@ def put_tensors(store: ObjectStore, tensors: dict[str, Tensor]) -> str:
 
 
 def get_tensors(store: ObjectStore, key: str) -> dict[str, Tensor]:
-    """Return the tensors of a key, on the CPU. Raises StoreError if the key is not one of tensors."""
+    """Return the tensors of a key, on the CPU. Raises StoreError if the file contains no tensors."""
     if not key.endswith(".safetensors"):
-        raise StoreError(f"store: {key} holds no tensors")
+        raise StoreError(f"store: {key} contains no tensors")
     # The copies have torch's own alignment. With the alignment of the file's buffer, which differs between runs, the
     # last bits of a matrix product would differ as well.
     return {name: tensor.clone() for name, tensor in load(store.get(key)).items()}

@@ -194,7 +194,7 @@ def test_a_superseded_worker_changes_nothing(folder):
     assert folder.jobs.requeue_lost_jobs(0.01) == ["one"]
     assert quick.run_next_job()
     expected = get_result(folder, "one")
-    with pytest.raises(Exception, match="does not belong to this worker any more"):
+    with pytest.raises(Exception, match="no longer belongs to this worker"):
         slow.run_claim(claim)
     assert get_result(folder, "one") == expected
 

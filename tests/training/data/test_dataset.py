@@ -259,7 +259,7 @@ def test_the_command_trains_over_shards(encoded_dataset, weights, tmp_path):
         {"step", "loss", "vision", "stills"}
     ]
     looked = CliRunner().invoke(app, ["data", "inspect", given[1], "--frames", "5", *asked[:4]])
-    assert "5 samples in 3 steps, 0.00% of 1 ranks' work wasted" in looked.output
+    assert "5 samples in 3 steps, 0.00% of the work of 1 ranks wasted" in looked.output
     seeds = ["--seed", "1", "--seed", "2"]
     wrongs = (
         (["decoder", *given], "recipe"), (["stage3", *given[:2]], "weights"),

@@ -30,7 +30,7 @@ def test_pack_names_what_it_skips_and_inspect_counts_the_rest(tmp_path):
     looked = CliRunner().invoke(
         app, ["data", "inspect", to, "--frames", "9", "--world-size", "4"], catch_exceptions=False
     )
-    assert "1 samples in 1 steps, 75.00% of 4 ranks' work wasted" in looked.output
+    assert "1 samples in 1 steps, 75.00% of the work of 4 ranks wasted" in looked.output
     with pytest.raises(InvalidInput, match="group-weight"):
         CliRunner().invoke(app, ["data", "inspect", to, "--group-weight", "image=1"], catch_exceptions=False)
     with pytest.raises(InvalidInput, match="already"):

@@ -19,7 +19,7 @@ VISUAL_TOKENS_PARAM = "visual_tokens"  # in kv_transfer_params: the file for a r
 
 
 def register() -> None:
-    """Register the model by name, which leaves it unloaded until it is built. vLLM may call this twice in a process."""
+    """Register the model by name; its module is imported when it is built. vLLM may call this twice in a process."""
     from vllm import ModelRegistry
 
     ModelRegistry.register_model(ARCHITECTURE, f"{__name__}.model:OmniVideoMLLM")

@@ -118,7 +118,7 @@ class VLLMService:
         return [self.tokenizer.encode(word, add_special_tokens=False)[0] for word in words]
 
     async def predict_first_token(self, payload: MLLMPayload, token_ids: list[int]) -> tuple[int, list[float]]:
-        """Return the answer's likeliest first token and the log probabilities of `token_ids`."""
+        """Return the answer's most likely first token and the log probabilities of `token_ids`."""
         params = SamplingParams(temperature=0, max_tokens=1, logprob_token_ids=token_ids, detokenize=False)
         output = await self.generate_final_output(payload, params)
         return output.token_ids[0], [output.logprobs[0][token_id].logprob for token_id in token_ids]

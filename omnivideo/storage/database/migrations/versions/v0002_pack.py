@@ -1,4 +1,4 @@
-"""A job knows the jobs that are rendered in one pass with it."""
+"""Store the jobs that are rendered in one pass with a job."""
 
 import sqlalchemy as sa
 from alembic import op

@@ -1,4 +1,4 @@
-"""Tables, columns, indexes and the keys of JSON documents under the names that the code has for them."""
+"""Rename tables, columns, indexes and the keys of JSON documents to the names in the code."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -52,7 +52,7 @@ CONSTRAINTS = [  # PostgreSQL's own names: new table, old name, new name
     ("api_keys", "keys_digest_key", "api_keys_digest_key"),
 ]
 
-# Of each document: the old key, the new one, and the fields of what stands there.
+# For each document: the old key, the new key, and the fields of the key's value.
 Fields = dict[str, tuple[str, Any]]
 ARTIFACT: Fields = {"about": ("caption", {}), "made_by": ("created_by", {})}
 SHOWN: Fields = {"artifact": ("artifact", ARTIFACT)}
@@ -92,9 +92,9 @@ def rename_fields(value: Any, fields: Fields) -> Any:
 
 
 def resolve_job(job: dict[str, Any]) -> dict[str, Any]:
-    """Return a job whose settings are complete, in place of those that differ from the preset's."""
+    """Return a job with complete settings, instead of only those that differ from the preset's."""
     config = op.get_context().config
-    assert config and config.attributes["preset"], "upgrade_schema needs the preset that the jobs were made for"
+    assert config and config.attributes["preset"], "upgrade_schema needs the preset that the jobs were created for"
     preset = config.attributes["preset"]
     rest = dict(job)
     defaults = preset.sampling[rest["task"]].model_dump() | {"negative_prompt": preset.negative_prompt}
@@ -104,7 +104,7 @@ def resolve_job(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def convert_documents() -> None:
-    """Rename the keys of the JSON documents in every row, ROWS_AT_ONCE rows at a time; tables have new names by now."""
+    """Rename the keys of all JSON documents, ROWS_AT_ONCE rows at a time; the tables have their new names already."""
     connection = op.get_bind()
     for table_name, key_names, documents in DOCUMENTS:
         columns: Iterable[Any] = [sa.column(name) for name in key_names]

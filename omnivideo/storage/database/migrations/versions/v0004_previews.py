@@ -1,6 +1,6 @@
-"""Events refer to their previews in the object store, and a job knows the turn that shows its steps.
+"""Let events refer to previews in the object store, and store the turn that shows a job's steps.
 
-Events with a preview in them are deleted: nobody looks at the previews of a turn that has ended.
+Events that contain a preview are deleted, because the previews of a turn that has ended are not used.
 """
 
 import sqlalchemy as sa
