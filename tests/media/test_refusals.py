@@ -63,7 +63,7 @@ def test_ten_gigabytes_are_refused_unopened(tmp_path, monkeypatch):
 )
 def test_what_is_no_media(tmp_path, content):
     (tmp_path / "a.mp4").write_bytes(content)
-    assert "no image or video; allowed: mp4" in read_refusal(tmp_path / "a.mp4")
+    assert "not an image or video; allowed: mp4" in read_refusal(tmp_path / "a.mp4")
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from omnivideo.training.engine.optim import Muon
 
 STATE_FILE_NAME = "state.pt"
 SHARDS_FOLDER_NAME = "shards"
-OPTIMIZER_MISMATCH = "the checkpoint was written with another optimizer than the recipe's"
+OPTIMIZER_MISMATCH = "the checkpoint was written with a different optimizer from the recipe's"
 SHARD_FILE_PATTERN = re.compile(r"(\d+)-of-(\d+)\.pt")
 
 
@@ -201,7 +201,7 @@ def commit_shards(run_folder: Path, step: int) -> None:
 def load_optimizer_state(optimizer: torch.optim.Optimizer, names: list[str], checkpoint: Checkpoint) -> None:
     """Load the state of an optimizer over full parameters, whose names are in its order.
 
-    Raise CheckpointError if the checkpoint was written with another optimizer.
+    Raise CheckpointError if the checkpoint was written with a different optimizer.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state = optimizer.state_dict()

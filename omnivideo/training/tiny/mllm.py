@@ -48,7 +48,7 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 BATCH_SIZE = 48
-ExampleMix = tuple[tuple[Callable[[random.Random, bool], ChatExample], float], ...]  # makers of examples with weights
+ExampleMix = tuple[tuple[Callable[[random.Random, bool], ChatExample], float], ...]  # example makers, weights
 
 
 # ---------------------------------------------------------------- samples
@@ -160,7 +160,7 @@ def attend_per_frame(
     scaling: float,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attend within each frame, in one call: all frames of the synthetic world have the same number of patches.
+    """Attend within each frame, in one call: in the synthetic world all frames have the same number of patches.
 
     Without flash attention, Transformers attends to one frame at a time.
     """
