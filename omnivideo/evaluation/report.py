@@ -35,7 +35,7 @@ def scores_to_json(scores: Mapping[str, Score | float]) -> str:
 
 
 def score_planner(conversations: Any, count: int, on_progress: EvaluationProgress) -> dict[str, Score | float]:
-    """Run the whole evaluation of the planner, sized in proportion to `count` prompts for each category.
+    """Run all evaluations of the planner, sized in proportion to `count` prompts for each category.
 
     `conversations` provides `open_thread()`, `store`, and the planner's `mllm` and `split_actions`.
     """

@@ -28,7 +28,7 @@ from omnivideo.synthetic.requests import make_caption_prompt, make_indirect_prom
 from omnivideo.synthetic.scenes import FPS, Scene, render_object_mask, render_scene, sample_scene
 from omnivideo.synthetic.scorer import detect_scene
 
-# The parts of the condition that the decoder gets: all; the text; the visual tokens; another prompt's visual tokens
+# The parts of the condition that the decoder sees: all; the text; the visual tokens; another prompt's visual tokens
 # with the text.
 ConditionMode = Literal["full", "text only", "visual only", "swapped"]
 EvaluationProgress = Callable[[str, int, int], None]  # what is evaluated, the number of items done, the total

@@ -49,7 +49,7 @@ def read_stated_size(file: BinaryIO, kind: str, size: int) -> int:
 def find_boxes_end(file: BinaryIO, size: int) -> int:
     """Return the offset at which the last top-level box of an mp4 ends (ISO/IEC 14496-12, 4.2)."""
     offset = 0
-    for _ in range(10_000):  # a fragmented mp4 has two boxes a frame
+    for _ in range(10_000):  # a fragmented mp4 has two boxes per frame
         file.seek(offset)
         head = file.read(16)
         length = int.from_bytes(head[:4], "big")

@@ -80,7 +80,7 @@ def measure_media(
 
 
 def fit_media(media: DecodedMedia, width: int, height: int, frames: int, fps: float) -> np.ndarray:
-    """Return the source in the shape that the model wants: uint8 [frames, height, width, 3].
+    """Return the source in the shape that the model requires: uint8 [frames, height, width, 3].
 
     It is cropped at the centre to the aspect ratio, resized, and resampled in time by nearest frame.
     """

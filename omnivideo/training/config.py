@@ -18,7 +18,7 @@ DEVICES, OUTPUT = "Devices and processes", "Checkpoints and logs"
 def option(
     default: Any, description: str, panel: str, flag: str = "", ge: float | None = None, le: float | None = None
 ) -> Any:
-    """Return a field that the command line offers as an option, named `flag` or like the field."""
+    """Return a field that the command line offers as an option, named `flag`, or after the field without a `flag`."""
     return Field(default, description=description, json_schema_extra={"panel": panel, "flag": flag}, ge=ge, le=le)
 
 

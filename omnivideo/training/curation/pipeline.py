@@ -125,7 +125,7 @@ def write_clip_file(folder: str, output_dir: str, clip: dict[str, Any]) -> ClipS
 
 
 def run_safely(task: Callable[[dict[str, Any]], dict[str, Any]], item: dict[str, Any]) -> dict[str, Any]:
-    """Return the task's record; a fault of one file or clip becomes its reason, a fault of the whole run is raised."""
+    """Return the task's record; a fault of one file or clip becomes its reason, a fault of the run is raised."""
     try:
         return task(item)
     except InvalidInput as error:

@@ -320,7 +320,7 @@ class EpochStats:
 
 
 def measure_epoch(sampler: BatchSampler, world_size: int, epoch: int = 0) -> EpochStats:
-    """Measure an epoch on `world_size` ranks, which wait for each other once a step."""
+    """Measure an epoch on `world_size` ranks, which wait for each other once per step."""
     batches = sampler.get_epoch_batches(epoch)
     samples = sum(len(batch.indices) for batch in batches)
     useful = sum(len(batch.indices) * batch.bucket.pixel_count for batch in batches)

@@ -162,7 +162,7 @@ def find_latest_checkpoint(run_folder: Path, names_by_optimizer: list[list[str]]
 
 
 def create_partial_folder(run_folder: Path, step: int) -> None:
-    """Create an empty folder for the shards of a step; it becomes valid by `commit_shards`."""
+    """Create an empty folder for the shards of a step; `commit_shards` makes it valid."""
     folder = partial_folder(run_folder, step)
     shutil.rmtree(folder, ignore_errors=True)  # left by a run that was killed while writing
     folder.mkdir(parents=True)

@@ -170,7 +170,7 @@ def attend_per_frame(
     return attended.transpose(1, 2).flatten(0, 1)[None], None
 
 
-PER_FRAME_ATTENTION = "flash_evenly"  # with "flash" in its name, it gets all frames at once
+PER_FRAME_ATTENTION = "flash_evenly"  # with "flash" in its name, it receives all frames at once
 AttentionInterface.register(PER_FRAME_ATTENTION, attend_per_frame)
 
 

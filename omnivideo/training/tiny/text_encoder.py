@@ -49,7 +49,7 @@ MAX_TEXT_TOKENS = TINY.max_text_tokens  # the longest prompt
 
 
 def build_corpus(count: int = 20_000) -> list[str]:
-    """Return prompts of every kind that the decoder gets."""
+    """Return prompts of every kind that the decoder is trained on."""
     rng = random.Random("corpus")
     texts = [NEGATIVE_PROMPT] * 20
     for index in range(count):
