@@ -1,4 +1,4 @@
-"""The limits on clips and the stages that check them, in order. Every limit has one unit, given in a comment."""
+"""The limits on clips and the stages that check them, in order. The unit of a limit is in its name or in a comment."""
 
 from dataclasses import dataclass
 from typing import Any

@@ -79,7 +79,7 @@ def open_dataset(shards: str, size: str, frames: str, fps: float) -> tuple[Shard
 
 
 def parse_integers(field: str, parts: Sequence[str], count: int | None = None) -> list[int]:
-    """Return the parts of an option as integers; raise InvalidInput if they are not integers, or not `count` many."""
+    """Return the parts of an option as integers; raise InvalidInput if they are not `count` integers."""
     if not all(part.isascii() and part.isdigit() for part in parts) or count not in (None, len(parts)):
         raise InvalidInput(field, "whole numbers, e.g. --size 832x480 --frames 17,41,81")
     return [int(part) for part in parts]
