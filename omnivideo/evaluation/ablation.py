@@ -23,7 +23,7 @@ ABLATION_ROWS: tuple[tuple[str, str, ConditionMode], ...] = (
 def run_ablation(
     load_after_stage: Callable[[str], OmniVideoModel], count: int, on_progress: EvaluationProgress
 ) -> Iterator[tuple[str, dict[str, Score]]]:
-    """Yield the name and the scores of each row; `load_after_stage` returns the model as a recipe left it."""
+    """Yield the name and the scores of each row; `load_after_stage` returns the model after a recipe."""
     for name, recipe, mode in ABLATION_ROWS:
         yield name, evaluate_generation(load_after_stage(recipe), count, on_progress, mode)
 

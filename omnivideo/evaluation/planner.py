@@ -30,7 +30,7 @@ from omnivideo.synthetic.requests import (
 from omnivideo.synthetic.scenes import Scene, sample_scene
 from omnivideo.synthetic.scorer import detect_scene
 
-# The only part of a thread that the evaluation uses: text in, the turn out, or None if the planner asked a question.
+# The only operation of a thread in the evaluation: it sends a text and returns the turn, or None for a question back.
 SendTurn = Callable[..., Turn | None]
 OpenThread = Callable[[], SendTurn]
 LoadFrames = Callable[[Artifact], np.ndarray]
@@ -75,7 +75,7 @@ def run_attempt(
 def evaluate_think_modes(
     open_thread: OpenThread, load_frames: LoadFrames, count: int, on_progress: EvaluationProgress
 ) -> dict[str, Tally]:
-    """Compare think modes off, on and auto on held-out indirect and plain prompts, at the same seeds."""
+    """Compare think modes off, on and auto on held-out indirect and plain prompts, with the same seeds."""
     rng = random.Random("evaluation/thinking")
     rows = {f"{kind}, think {mode}": Tally() for kind in ("reasoning", "plain") for mode in ("off", "on", "auto")}
     for index, plain_prompt in enumerate(sample_prompts(count, ["colours"])):
@@ -137,14 +137,14 @@ ResultCheck = Callable[[ActionResult, LoadFrames], bool]
 
 @dataclass(frozen=True)
 class ScriptedTurn:
-    """The user's text of a turn, and the check of its result."""
+    """The user's text in a turn, and the check of its result."""
 
     text: str
     is_right: ResultCheck
 
 
 def make_scene_check(scene_spec: SceneSpec) -> ResultCheck:
-    """Return a check that the result shows what is asked for."""
+    """Return a check that the result shows the requested content."""
 
     def check_scene(result: ActionResult, load_frames: LoadFrames) -> bool:
         return result.artifact is not None and scene_spec.is_met_by(detect_scene(load_frames(result.artifact)))
@@ -199,7 +199,7 @@ def make_opening_turn(scene: Scene) -> ScriptedTurn:
 def evaluate_conversations(
     open_thread: OpenThread, load_frames: LoadFrames, count: int, on_progress: EvaluationProgress
 ) -> Score:
-    """Score the turns of `count` conversations of ten turns. A turn that asks a question back is wrong."""
+    """Score the turns of `count` conversations of ten turns. A turn that asks the user a question counts as wrong."""
     rng, verdicts = random.Random("evaluation/conversations"), list[bool]()
     for index in range(count):
         send_turn = open_thread()
@@ -211,7 +211,7 @@ def evaluate_conversations(
 
 
 def sample_joined_actions(rng: random.Random) -> tuple[str, list[str]]:
-    """Return a text that asks for two or three actions, and the texts of the actions."""
+    """Return a text that requests two or three actions, and the texts of the actions."""
     parts = [
         make_caption_prompt(rng, rng.random() < 0.5)[0],
         sample_edit(rng, False, "held_out", ["recolour"]).instruction,

@@ -118,7 +118,7 @@ def sample_prompt(rng: random.Random, category: str) -> EvaluationPrompt:
 
 
 def sample_prompts(count: int, categories: Sequence[str] = CATEGORIES) -> list[EvaluationPrompt]:
-    """Return `count` prompts of each category, the same at every call."""
+    """Return `count` prompts of each category, the same in every call."""
     prompts = list[EvaluationPrompt]()
     for category in categories:
         rng = random.Random(f"evaluation/{category}")

@@ -35,10 +35,9 @@ def scores_to_json(scores: Mapping[str, Score | float]) -> str:
 
 
 def score_planner(conversations: Any, count: int, on_progress: EvaluationProgress) -> dict[str, Score | float]:
-    """All of the planner's evaluation, its count in proportion to `count` a category.
+    """Run all evaluations of the planner, sized in proportion to `count` prompts for each category.
 
-    `conversations` is the wiring: `open_thread()`, the `store` and the planner's `mllm` and
-    `split_actions`.
+    `conversations` provides `open_thread()`, `store`, and the planner's `mllm` and `split_actions`.
     """
 
     def open_thread() -> planner.SendTurn:

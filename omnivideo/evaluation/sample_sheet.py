@@ -1,6 +1,6 @@
-"""Samples of a model while it trains: held-out prompts and edits at fixed seeds, on one sheet, with scores.
+"""Sample a model while it trains: held-out prompts and edits with fixed seeds, on one sheet, with scores.
 
-Sheets and scores of different steps differ by the model alone.
+Sheets and scores of different steps differ only because of the model.
 """
 
 from collections.abc import Iterator
@@ -40,8 +40,8 @@ class ScoredSample:
 def render_sample_sheet(omni: OmniVideoModel, sheet_path: Path | None) -> dict[str, float]:
     """Write the sheet, and return the share of correct samples of each kind.
 
-    A preset whose world has no scorer generates two samples and has no scores. Without a path the samples are generated
-    but neither scored nor written.
+    A preset whose world has no scorer generates two samples and has no scores. Without a path, the samples are
+    generated but neither scored nor written.
     """
     has_scorer = omni.preset.has_scorer
     samples_by_kind = dict(generate_samples(omni, SAMPLES_PER_KIND if has_scorer else 1, with_edits=has_scorer))
@@ -60,7 +60,7 @@ def render_sample_sheet(omni: OmniVideoModel, sheet_path: Path | None) -> dict[s
 
 
 def generate_samples(omni: OmniVideoModel, count: int, with_edits: bool) -> Iterator[tuple[str, list[ScoredSample]]]:
-    """Yield `count` samples of each kind; a kind has the name that its loss has in the training log."""
+    """Yield `count` samples of each kind; a kind has the name of its loss in the training log."""
     generation_kinds: tuple[tuple[str, Medium, tuple[str, ...]], ...] = (
         ("stills", "image", IMAGE_CATEGORIES[:count]),
         ("clips", "video", ("motion",)),

@@ -1,6 +1,6 @@
-"""Evaluate a preset of the synthetic world: held-out prompts in, verdicts of the scorer out.
+"""Evaluate a preset of the synthetic world: generate from held-out prompts, and score the results.
 
-No figure depends on the model's own judgement: `synthetic.scorer` reads the clips, and answers are compared with the
+No score depends on the model's own judgement: `synthetic.scorer` reads the clips, and answers are compared with the
 ground truth of their scenes.
 """
 
@@ -28,17 +28,17 @@ from omnivideo.synthetic.requests import make_caption_prompt, make_indirect_prom
 from omnivideo.synthetic.scenes import FPS, Scene, render_object_mask, render_scene, sample_scene
 from omnivideo.synthetic.scorer import detect_scene
 
-# The parts of the condition that the decoder gets: all; the text; the visual tokens; another prompt's visual tokens
+# The parts of the condition that the decoder sees: all; the text; the visual tokens; another prompt's visual tokens
 # with the text.
 ConditionMode = Literal["full", "text only", "visual only", "swapped"]
-EvaluationProgress = Callable[[str, int, int], None]  # what is evaluated, how many are done, of how many
+EvaluationProgress = Callable[[str, int, int], None]  # what is evaluated, the number of items done, the total
 CHUNK_SIZE = 25
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Score:
-    """The mean of `count` verdicts or figures."""
+    """The mean of `count` verdicts or values."""
 
     mean: float
     count: int
@@ -50,7 +50,7 @@ def score_verdicts(verdicts: Iterable[bool]) -> Score:
 
 
 def score_by_kind(prefix: str, verdicts: Mapping[str, Sequence[bool]]) -> dict[str, Score]:
-    """Return a score for each kind, and one over all kinds under the bare prefix."""
+    """Return a score for each kind, and one over all kinds, named by the prefix alone."""
     scores = {f"{prefix}: {kind}": score_verdicts(results) for kind, results in sorted(verdicts.items())}
     return scores | {prefix: score_verdicts(verdict for results in verdicts.values() for verdict in results)}
 
@@ -62,7 +62,7 @@ def iterate_chunks(items: Sequence[T]) -> Iterator[tuple[int, Sequence[T]]]:
 
 
 def build_message(text: str, shown: Scene | None = None) -> MLLMMessage:
-    """Return a user's message, with the rendered scene that the user shows."""
+    """Return a user's message with the rendered scene that the user attaches."""
     media = () if shown is None else (MLLMMedia(render_scene(shown), FPS, shown.is_video),)
     return MLLMMessage(text, media)
 
@@ -151,7 +151,7 @@ def compute_untouched_psnr(edit: SceneEdit, source: np.ndarray, result: np.ndarr
 
 
 def sample_held_out_edits(count: int, video: bool) -> list[SceneEdit]:
-    """Return the same edits at every call, with the kinds in turn."""
+    """Return the same edits in every call; the kinds alternate."""
     kinds = VIDEO_EDITS if video else IMAGE_EDITS
     rng = random.Random(f"evaluation/editing/{video}")
     return [sample_edit(rng, video, "held_out", [kinds[index % len(kinds)]]) for index in range(count)]

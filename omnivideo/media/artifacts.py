@@ -1,4 +1,4 @@
-"""Artifacts of a store as pixels, and back."""
+"""Convert the artifacts of a store to pixels and back."""
 
 import io
 import tempfile
@@ -21,7 +21,7 @@ def load_media(store: ObjectStore, key: str) -> DecodedMedia:
 
 
 def decode_media(data: bytes, file_name: str) -> DecodedMedia:
-    """Return the decoded image or clip in the bytes of a file. Raises UnreadableMedia with the file name."""
+    """Return the decoded image or clip in the bytes of a file; raise UnreadableMedia with the file name."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / file_name
         path.write_bytes(data)
@@ -34,7 +34,7 @@ def load_frames(store: ObjectStore, artifact: Artifact) -> np.ndarray:
 
 
 def encode_clip(frames: np.ndarray, fps: float) -> tuple[bytes, str]:
-    """Return a clip as mp4 or a single frame as png, and the suffix of the two."""
+    """Return the bytes and the suffix of a file: an mp4 for a clip, or a png for a single frame."""
     suffix = SUFFIX_BY_MEDIUM["video" if len(frames) > 1 else "image"]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"clip.{suffix}"

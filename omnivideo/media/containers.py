@@ -1,4 +1,4 @@
-"""Detect file formats by content, and whether a file has all the bytes that its container states."""
+"""Detect file formats by content, and check that a file has all the bytes that its container declares."""
 
 import os
 from typing import BinaryIO
@@ -13,7 +13,7 @@ MAGIC_BYTES = {
 
 
 def sniff_format(head: bytes) -> str | None:
-    """Return the format by the first 16 bytes: png, jpeg, gif, webp, mov, matroska or avi; None for any other.
+    """Detect the format from the first 16 bytes: png, jpeg, gif, webp, mov, matroska or avi; None for any other.
 
     The names are those of Pillow's formats and FFmpeg's demuxers.
     """
@@ -27,9 +27,9 @@ def sniff_format(head: bytes) -> str | None:
 
 
 def read_stated_size(file: BinaryIO, kind: str, size: int) -> int:
-    """Return the size in bytes that the content states; more than `size` means that the file is cut short.
+    """Return the size in bytes that the content declares; more than `size` means that the file is cut short.
 
-    Return `size` if the content does not state one.
+    Return `size` if the content does not declare one.
     """
     if kind in ("png", "gif"):
         file.seek(max(0, size - 2**16))
@@ -49,7 +49,7 @@ def read_stated_size(file: BinaryIO, kind: str, size: int) -> int:
 def find_boxes_end(file: BinaryIO, size: int) -> int:
     """Return the offset at which the last top-level box of an mp4 ends (ISO/IEC 14496-12, 4.2)."""
     offset = 0
-    for _ in range(10_000):  # a fragmented mp4 has two boxes a frame
+    for _ in range(10_000):  # a fragmented mp4 has two boxes per frame
         file.seek(offset)
         head = file.read(16)
         length = int.from_bytes(head[:4], "big")

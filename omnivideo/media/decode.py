@@ -39,7 +39,7 @@ def iterate_image_frames(file: MediaFile, kind: str, guard: MediaGuard) -> Itera
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow warns about odd metadata, and about sizes that the guard checks
         with Image.open(BytesIO(file) if isinstance(file, bytes) else file, formats=(kind,)) as image:
-            # The number of a gif's frames is known only after reading it.
+            # The number of frames of a gif is known only after reading it.
             promised_frames = getattr(image, "n_frames", 1) if kind in ("png", "webp") else 1
             guard.check_dimensions(*image.size, promised_frames, 0)
             start = 0.0
@@ -52,7 +52,9 @@ def iterate_image_frames(file: MediaFile, kind: str, guard: MediaGuard) -> Itera
                 if kind == "jpeg" or not seek_frame(image, index):
                     break
             if index < promised_frames:
-                guard.refuse_media(f"is cut short: it has {index} frames of {promised_frames}; allowed: a whole file")
+                guard.refuse_media(
+                    f"is cut short: it has {index} frames of {promised_frames}; allowed: a complete file"
+                )
 
 
 def seek_frame(image: Image.Image, index: int) -> bool:
@@ -65,7 +67,7 @@ def seek_frame(image: Image.Image, index: int) -> bool:
 
 
 def read_frame_seconds(image: Image.Image) -> float:
-    """Return the seconds that a picture of an animation is shown; 10 ms or less means 100 ms, as in browsers."""
+    """Return how many seconds a picture of an animation is shown; 10 ms or less means 100 ms, as in browsers."""
     duration_ms = image.info.get("duration")  # the text chunks of a png may hold anything under this name
     return duration_ms / 1000 if isinstance(duration_ms, int | float) and duration_ms > 10 else 0.1
 
@@ -86,7 +88,7 @@ def composite_on_white(image: Image.Image) -> np.ndarray:
 
 
 def iterate_clip_frames(file: MediaFile, demuxer: str, guard: MediaGuard) -> Iterator[TimedFrame]:
-    """Yield the frames of an mp4, mov, webm, mkv or avi; refuse a clip with fewer frames than its header promises."""
+    """Yield the frames of an mp4, mov, webm, mkv or avi; refuse a clip with fewer frames than its header declares."""
     with open_container(file, demuxer, guard.limits) as container:
         stream = select_video_stream(container, guard)
         promised_frames = check_clip_header(container, stream, guard)
@@ -101,7 +103,7 @@ def read_frame_times(file: MediaFile, demuxer: str, guard: MediaGuard) -> list[t
     """Return the start and duration of each frame in s, from the packets alone, without decoding.
 
     Return None if a packet has no time. The times are those of `iterate_clip_frames` as long as every packet holds
-    one frame; a caller has to compare them.
+    one frame; the caller has to check that.
     """
     packet_times: list[tuple[int, int]] = []
     with open_container(file, demuxer, guard.limits) as container:
@@ -109,7 +111,7 @@ def read_frame_times(file: MediaFile, demuxer: str, guard: MediaGuard) -> list[t
         promised_frames = check_clip_header(container, stream, guard)
         for packet in container.demux(stream):
             if packet.is_corrupt:
-                guard.refuse_media("is cut short or damaged midway; allowed: a whole file")
+                guard.refuse_media("is cut short or damaged midway; allowed: a complete file")
             if packet.size == 0 or packet.is_discard:  # the last packet flushes the decoder
                 continue
             if packet.pts is None or packet.time_base is None:
@@ -125,7 +127,7 @@ def read_frame_times(file: MediaFile, demuxer: str, guard: MediaGuard) -> list[t
 
 
 def open_container(file: MediaFile, demuxer: str, limits: MediaLimits) -> InputContainer:
-    """Open a clip of unknown origin with one demuxer; other files and the network stay closed to it."""
+    """Open a clip of unknown origin with one demuxer, which cannot access other files or the network."""
     source = BytesIO(file) if isinstance(file, bytes) else f"file:{file}"
     return av.open(source, "r", format=demuxer, options=build_container_options(limits))
 
@@ -148,12 +150,12 @@ def select_video_stream(container: InputContainer, guard: MediaGuard) -> VideoSt
     codec, allowed_codecs = streams[0].codec_context.name, guard.limits.codecs
     if allowed_codecs is not None and codec not in allowed_codecs:
         guard.refuse_media(f"is coded as {codec}; allowed: {', '.join(allowed_codecs)}")
-    streams[0].codec_context.options = {"max_pixels": str(guard.limits.max_frame_pixels)}  # the header may lie
+    streams[0].codec_context.options = {"max_pixels": str(guard.limits.max_frame_pixels)}  # the header may be wrong
     return streams[0]
 
 
 def check_clip_header(container: InputContainer, stream: VideoStream, guard: MediaGuard) -> int:
-    """Check the header's dimensions against the limits; return the number of frames that it promises."""
+    """Check the header's dimensions against the limits; return the number of frames that it declares."""
     seconds = (stream.duration or 0) * float(stream.time_base or 0) or (container.duration or 0) / av.time_base
     promised_frames = count_promised_frames(stream)
     guard.check_dimensions(stream.width, stream.height, promised_frames, seconds)
@@ -161,20 +163,20 @@ def check_clip_header(container: InputContainer, stream: VideoStream, guard: Med
 
 
 def count_promised_frames(stream: VideoStream) -> int:
-    """Return the frames that the header promises, less those that its edit list cuts away; 0 if it does not say."""
+    """Return how many frames the header declares, without those that its edit list removes; 0 if it declares none."""
     indexed = sum(not entry.is_discard for entry in stream.index_entries) if stream.frames else 0
     return min(stream.frames, indexed)
 
 
 def check_frame_count(frame_count: int, promised_frames: int, guard: MediaGuard) -> None:
-    """Raise UnreadableMedia if the header promises more frames."""
+    """Raise UnreadableMedia if the header declares more frames."""
     if frame_count < promised_frames:
-        guard.refuse_media(f"is cut short: it has {frame_count} frames of {promised_frames}; allowed: a whole file")
+        guard.refuse_media(f"is cut short: it has {frame_count} frames of {promised_frames}; allowed: a complete file")
 
 
 @dataclass
 class FrameClock:
-    """Gives frames strictly rising start times in s, even if the file's own times are missing or go back."""
+    """Gives frames strictly increasing start times in s, even if the file's times are missing or decrease."""
 
     default_seconds: float
     expected_start: float = 0.0
@@ -185,7 +187,7 @@ class FrameClock:
         return cls(1 / float(stream.average_rate or stream.guessed_rate or 1))
 
     def place_frame(self, time: float | None, duration: float) -> tuple[float, float]:
-        """Return the start and duration of the next frame, from those that the file states."""
+        """Return the start and duration of the next frame, from those in the file."""
         is_rising = time is not None and time > self.expected_start - self.default_seconds
         start = time if time is not None and is_rising else self.expected_start
         self.expected_start = start + self.default_seconds
@@ -197,7 +199,7 @@ def decode_stream(container: InputContainer, stream: VideoStream, guard: MediaGu
     clock = FrameClock.for_stream(stream)
     for packet in container.demux(stream):
         if packet.is_corrupt:
-            guard.refuse_media("is cut short or damaged midway; allowed: a whole file")
+            guard.refuse_media("is cut short or damaged midway; allowed: a complete file")
         for frame in packet.decode():
             duration = float((frame.duration or 0) * (frame.time_base or 0))
             yield frame, *clock.place_frame(frame.time, duration)

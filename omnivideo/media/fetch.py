@@ -1,8 +1,8 @@
 """Fetch media by URL, from allowed hosts at public addresses only.
 
 Every step is checked first: the form of the URL, its host against the list, and every address of that host. The
-connection then goes to an address that was checked. Errors reveal nothing about the network: a forbidden address reads
-like one that does not answer.
+connection then goes to an address that was checked. Errors reveal nothing about the network: a forbidden address gives
+the same error as one that does not respond.
 """
 
 import functools
@@ -46,7 +46,7 @@ def resolve_addresses(host: str) -> list[str]:
 
 @dataclass(frozen=True)
 class DeadlineStream(httpcore2.NetworkStream):
-    """A connection whose every wait ends at the deadline, even if data keeps arriving slowly."""
+    """A connection on which no wait exceeds the deadline, even if data keeps arriving slowly."""
 
     stream: httpcore2.NetworkStream
     deadline: float
@@ -69,7 +69,7 @@ class DeadlineStream(httpcore2.NetworkStream):
 
 
 def remaining_seconds(deadline: float) -> float:
-    """Return the seconds to the deadline; raise ReadTimeout after it."""
+    """Return the seconds until the deadline; raise ReadTimeout after it."""
     seconds = deadline - time.monotonic()
     if seconds <= 0:
         raise httpcore2.ReadTimeout
@@ -129,8 +129,8 @@ def fetch_media(
     """Return the content of an http(s) URL: at most `max_bytes` within `timeout_seconds`, with at most 3 redirects.
 
     `allowed_hosts` are host names; ".example.org" allows that name and its subdomains, and an empty list turns fetching
-    off. `extra_ports` are allowed besides 80 and 443. Name resolution is not covered by the timeout. Raises
-    InvalidInput.
+    off. `extra_ports` are allowed besides 80 and 443. Name resolution is not covered by the timeout. Raise
+    InvalidInput if the media cannot be fetched.
 
     For tests: `permitted_addresses` need not be public; `resolve` and `tls_context` replace the system's.
     """
@@ -155,7 +155,7 @@ def fetch_media(
 
 @functools.cache
 def load_tls_context() -> ssl.SSLContext:
-    """Return the system's certificates; they are cached because loading them takes longer than many fetches."""
+    """Return the system's certificates, which are cached because loading them takes longer than many fetches."""
     return httpcore2.default_ssl_context()
 
 
@@ -181,19 +181,19 @@ class MediaFetcher:
         Characters that parsers treat differently (blanks, backslashes, non-ASCII) are refused before parsing.
         """
         if not self.allowed_hosts:
-            self.refuse_url("fetching by URL is off here; allowed: an upload, or a data: URL")
+            self.refuse_url("fetching by URL is disabled; allowed: an upload, or a data: URL")
         if not re.fullmatch(r"[!-\[\]-~]{1,4096}", url):
-            self.refuse_url("is no URL; allowed: up to 4096 ASCII characters without blanks and backslashes")
+            self.refuse_url("is not a URL; allowed: up to 4096 ASCII characters without blanks and backslashes")
         try:
             parts = urlsplit(url)
             host, port = parts.hostname or "", parts.port
         except ValueError:
-            self.refuse_url("is no URL; allowed: http:// or https://, a host, a path")
+            self.refuse_url("is not a URL; allowed: http:// or https://, a host, a path")
         default_port = DEFAULT_PORTS.get(parts.scheme)
         if default_port is None:
             self.refuse_url("has another scheme; allowed: http, https")
         if "@" in parts.netloc:
-            self.refuse_url("holds a user name or a password; allowed: none")
+            self.refuse_url("contains a user name or a password; allowed: none")
         if not HOST_PATTERN.fullmatch(host) or not any(
             is_host_match(host, pattern.lower()) for pattern in self.allowed_hosts
         ):
@@ -223,32 +223,32 @@ class MediaFetcher:
             ):
                 return self.read_response(url, response)
         except (httpcore2.ConnectError, httpcore2.ConnectTimeout):
-            self.refuse_url("the host cannot be reached; allowed: a public address that answers")
+            self.refuse_url("the host cannot be reached; allowed: a public address that responds")
         except httpcore2.TimeoutException:
             self.refuse_url(
                 f"takes more than {self.timeout_seconds:g} seconds; allowed: a smaller file or a faster host"
             )
         except (httpcore2.NetworkError, httpcore2.ProtocolError):
-            self.refuse_url("the host's answer breaks off or is no HTTP; allowed: a whole answer")
+            self.refuse_url("the host's response is incomplete or is not HTTP; allowed: a complete response")
 
     def read_response(self, url: str, response: httpcore2.Response) -> bytes | str:
-        """Return the body of a complete answer, or the URL of a redirect."""
+        """Return the body of a complete response, or the URL of a redirect."""
         header = {name.decode().lower(): value.decode("latin-1").strip() for name, value in response.headers}
         if response.status in REDIRECT_STATUSES and "location" in header:
             try:
                 return urljoin(url, header["location"])
             except ValueError:
-                self.refuse_url("redirects to an address that is no URL; allowed: the address of the file itself")
+                self.refuse_url("redirects to an address that is not a URL; allowed: the address of the file itself")
         if response.status != 200:
-            self.refuse_url(f"the host answers with status {response.status}; allowed: 200")
+            self.refuse_url(f"the host responds with status {response.status}; allowed: 200")
         if not MEDIA_TYPE_PATTERN.fullmatch(header.get("content-type", "").partition(";")[0].strip()):
-            self.refuse_url("is neither image nor video by its Content-Type; allowed: image/*, video/*, octet-stream")
+            self.refuse_url("is not an image or video by its Content-Type; allowed: image/*, video/*, octet-stream")
         if header.get("content-encoding", "identity").lower() != "identity":  # it could be a decompression bomb
-            self.refuse_url("is sent compressed; allowed: the file as it is")
+            self.refuse_url("is sent compressed; allowed: the file without compression")
         return self.read_body(response, header.get("content-length", ""))
 
     def read_body(self, response: httpcore2.Response, content_length: str) -> bytes:
-        """Read the body up to the limit; the stated length only avoids reading one that is too long."""
+        """Read the body up to the limit; the declared length only avoids reading a body that is too long."""
         data = bytearray()
         if content_length.isdecimal() and int(content_length) > self.max_bytes:
             self.refuse_url(f"has more than {self.max_bytes} bytes; allowed: 1 to {self.max_bytes}")

@@ -1,6 +1,6 @@
-"""Accept media of users: as bytes, in a data URL, or by URL from allowed hosts.
+"""Accept media from users: as bytes, in a data URL, or by URL from allowed hosts.
 
-Stated sizes, types and names are never trusted. Every refusal is one line with the field and the allowed range.
+Declared sizes, types and names are never trusted. Every refusal is one line with the field and the allowed range.
 """
 
 import binascii
@@ -31,7 +31,7 @@ def ingest_media(
 ) -> Artifact:  # fmt: skip
     """Store a user's bytes as an artifact; the user's `name` gives only words of the caption, never a path or a type.
 
-    Raises UnreadableMedia with the field, or ServiceBusy; nothing is stored then. `limits` may only be lower than the
+    Raise UnreadableMedia with the field, or ServiceBusy; nothing is stored then. `limits` may only be lower than the
     default ones, which `read_media` applies.
 
     Because of this check, `load_frames` is safe in an unconfined process: the key is the digest of these bytes, which
@@ -54,7 +54,7 @@ def ingest_media(
 
 
 def base_name(name: str) -> str:
-    """Return the last part of a path of any operating system, cut to 100 characters."""
+    """Return the last part of a path of any operating system, truncated to 100 characters."""
     return re.split(r"[\\/]", name)[-1][:100]
 
 
@@ -78,11 +78,11 @@ DATA_URL_PATTERN = re.compile(r"data:(?:image|video)/[a-z0-9][a-z0-9.+-]{0,63};b
 def decode_data_url(text: str, max_bytes: int = DEFAULT_MEDIA_LIMITS.max_bytes, *, field: str = "url") -> bytes:
     """Return the bytes of `data:image/...;base64,...` or `data:video/...`; check their size before decoding.
 
-    The stated type is ignored, since the content decides. Raises InvalidInput.
+    The declared type is ignored, since the content decides. Raise InvalidInput for anything else.
     """
     head = DATA_URL_PATTERN.match(text[:200])
     if head is None:
-        raise InvalidInput(field, "is no data URL of media; allowed: data:image/...;base64,... or data:video/...")
+        raise InvalidInput(field, "is not a data URL of media; allowed: data:image/...;base64,... or data:video/...")
     padding = text[-2:].count("=")
     size = (len(text) - head.end()) // 4 * 3 - padding
     if not 1 <= size <= max_bytes:

@@ -54,7 +54,7 @@ class MediaGuard:
 
     def check_dimensions(self, width: int, height: int, frames: int, seconds: float) -> None:
         """Raise UnreadableMedia if the frame size, the number of frames, the duration or the pixels exceed a limit."""
-        self.check_at_most("pixels a frame", width * height, self.limits.max_frame_pixels)
+        self.check_at_most("pixels per frame", width * height, self.limits.max_frame_pixels)
         self.check_at_most("frames", frames, self.limits.max_frames)
         self.check_at_most("seconds", seconds, self.limits.max_seconds)
         self.check_at_most("bytes of pixels", width * height * frames * 3, self.limits.max_decoded_bytes)
@@ -67,12 +67,12 @@ class MediaGuard:
         except UnreadableMedia:
             raise
         except Image.DecompressionBombError:
-            self.refuse_media(f"has too many pixels a frame; allowed: 1 to {self.limits.max_frame_pixels}")
+            self.refuse_media(f"has too many pixels per frame; allowed: 1 to {self.limits.max_frame_pixels}")
         except MemoryError as error:  # FFmpeg also raises it for many damaged headers
-            problem = "is damaged, or needs more memory than there is; allowed: a shorter or smaller source"
+            problem = "is damaged, or needs more memory than is available; allowed: a shorter or smaller source"
             raise self.build_error(problem) from error
         except Exception as error:
-            problem = f"is damaged, cut short or of an unknown codec; allowed: a whole {READABLE_FORMATS}"
+            problem = f"is damaged, cut short or uses an unknown codec; allowed: a complete {READABLE_FORMATS}"
             raise self.build_error(problem) from error
 
 

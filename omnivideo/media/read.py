@@ -1,7 +1,7 @@
 """Read files as pixels uint8 [F, H, W, 3], RGB.
 
-Reading trusts nothing: the file's content decides its format, and every limit is checked on the header before
-anything is decoded, and again on the decoded frames.
+No file is trusted: the content decides the format, and every limit is checked on the header before anything is
+decoded, and again on the decoded frames.
 """
 
 import os
@@ -54,8 +54,8 @@ def read_media(
 ) -> DecodedMedia:
     """Return every frame of a still, an animation or a clip, upright, with alpha composited on white.
 
-    `source` is a path or the bytes of a file. A clip with uneven frame times is laid on an even grid by repeating
-    frames. An animation of one frame is an image. Raises UnreadableMedia, whose text starts with `field`.
+    `source` is a path or the bytes of a file. A clip with uneven frame times is resampled to an even grid by repeating
+    frames. An animation of one frame is an image. Raise UnreadableMedia, whose text starts with `field`.
     """
     frames: list[np.ndarray] = []
     file, guard = open_source(source, limits, field)
@@ -80,7 +80,7 @@ def measure_media(
 
 
 def fit_media(media: DecodedMedia, width: int, height: int, frames: int, fps: float) -> np.ndarray:
-    """Return the source in the shape that the model wants: uint8 [frames, height, width, 3].
+    """Return the source in the shape that the model requires: uint8 [frames, height, width, 3].
 
     It is cropped at the centre to the aspect ratio, resized, and resampled in time by nearest frame.
     """
@@ -123,14 +123,14 @@ def fit_clip_prefix(
     starts = np.array([start for start, _ in times])
     end = float(starts[-1] + times[-1][1] - starts[0])
     order, source_fps = build_even_grid(starts - starts[0], end, guard)
-    guard.check_at_most("frames a second", source_fps, guard.limits.max_fps)
+    guard.check_at_most("frames per second", source_fps, guard.limits.max_fps)
     positions = select_nearest_frames(len(order), source_fps, count, fps)
     indices = [order[position] for position in (positions if frame_indices is None else positions[list(frame_indices)])]
     needed, last_needed = set(indices), max(indices)
     resized: dict[int, np.ndarray] = {}
     for index, (pixels, *time) in enumerate(iterate_clip_frames(file, demuxer, guard)):
         if index >= len(times) or not np.allclose(time, times[index], rtol=0, atol=1e-6):
-            return None  # a packet held no frame, or two
+            return None  # a packet contained no frame, or two
         if index in needed:
             resized[index] = center_crop_resize(pixels, *size)
         if index == last_needed:
@@ -165,9 +165,9 @@ def check_format(file: MediaFile, guard: MediaGuard) -> str:
     with BytesIO(file) if isinstance(file, bytes) else file.open("rb") as opened:
         kind = sniff_format(opened.read(16))
         if kind is None:
-            guard.refuse_media(f"is no image or video; allowed: {READABLE_FORMATS}")
+            guard.refuse_media(f"is not an image or video; allowed: {READABLE_FORMATS}")
         if size < read_stated_size(opened, kind, size):
-            guard.refuse_media(f"is cut short: it ends after {size} bytes; allowed: a whole file")
+            guard.refuse_media(f"is cut short: it ends after {size} bytes; allowed: a complete file")
     return kind
 
 
@@ -211,5 +211,5 @@ def collect_frames(
         guard.refuse_media("has no frame; allowed: 1 or more")
     order, fps = build_even_grid(np.array(starts) - starts[0], end, guard)
     guard.check_dimensions(shape[1], shape[0], len(order), 0)
-    guard.check_at_most("frames a second", fps, guard.limits.max_fps)
+    guard.check_at_most("frames per second", fps, guard.limits.max_fps)
     return order, fps

@@ -1,6 +1,6 @@
-"""The rules for picking frames and for cropping: one for serving, training and curation alike.
+"""The rules for picking frames and for cropping, shared by serving, training and curation.
 
-A model generates what it was trained on only if both sides pick the same frames and cut the same box.
+A model generates what it was trained on only if both sides pick the same frames and crop the same box.
 """
 
 from collections.abc import Sequence
@@ -14,17 +14,17 @@ from omnivideo.media.limits import MediaGuard
 def build_even_grid(starts: np.ndarray, end: float, guard: MediaGuard) -> tuple[Sequence[int], float]:
     """Return the index of the frame to show at each step of an even grid, and the grid's frames per second.
 
-    `starts` are rising times from 0 in s. Times within a quarter of a step of even ones are taken as they are;
-    otherwise the step is the median one, and frames are repeated.
+    `starts` are rising times from 0 in s. Times within a quarter of a step of even ones count as even; otherwise the
+    grid has the median step, and frames are repeated.
     """
     if len(starts) == 1:
         return [0], 1 / end
     steps = np.arange(len(starts))
     fps = steps[-1] / starts[-1]
-    if np.abs(starts * fps - steps).max() <= 0.25 and end * fps < len(starts) + 0.5:  # and the last frame is not held
+    if np.abs(starts * fps - steps).max() <= 0.25 and end * fps < len(starts) + 0.5:  # and the last frame is not longer
         return range(len(starts)), round(float(fps), 4)
     step = float(np.median(np.diff(starts)))
-    guard.check_at_most("frames", end // step, guard.limits.max_frames)  # a step of a nanosecond would fill the memory
+    guard.check_at_most("frames", end // step, guard.limits.max_frames)  # a step of a nanosecond would exhaust memory
     middles = (np.arange(round(end / step)) + 0.5) * step
     return [int(index) for index in np.searchsorted(starts, middles, side="right") - 1], round(1 / step, 4)
 

@@ -1,7 +1,7 @@
 """Measure media of unknown origin by decoding them in a confined process.
 
 A process handles one source and then ends. Its memory, time, files and environment are limited before the first byte is
-read. It answers with one line of JSON, which is accepted only within the limits.
+read. Its report is one line of JSON, which is accepted only within the limits.
 """
 
 import json
@@ -28,14 +28,14 @@ from omnivideo.media.containers import sniff_format
 from omnivideo.media.limits import MediaGuard, MediaLimits, printable_name
 from omnivideo.media.read import MediaInfo, measure_media
 
-# The codecs of browsers, phones and our own writer. FFmpeg has five hundred more, old and rarely audited.
+# The codecs of browsers, phones and our own writer. FFmpeg has five hundred more, many of them old and rarely audited.
 ALLOWED_CODECS = ("h264", "hevc", "mpeg4", "mjpeg", "prores", "vp8", "libvpx", "vp9", "libvpx-vp9", "av1", "libdav1d")
 ALLOWED_FORMATS = "mp4, mov, webm, mkv, gif, png, jpeg or webp"
 MAX_REPORT_BYTES = 4096  # bytes of a report
 MEDIA_PATH = Path("/proc/self/fd/0")
 # The child gets the parent's import paths: in isolated mode it would find neither a checkout nor the user's site.
 CHILD_PROGRAM = "import sys; sys.path[:] = sys.argv[2:]; from omnivideo.media import sandbox; sandbox.run_in_child()"
-PROCESS_SLOTS = threading.BoundedSemaphore(os.cpu_count() or 1)  # more would only slow each other down
+PROCESS_SLOTS = threading.BoundedSemaphore(os.cpu_count() or 1)  # more processes would only slow each other down
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ log = logging.getLogger(__name__)
 
 
 def detect_suffix(head: bytes) -> str | None:
-    """Return the suffix by the first 64 bytes: png, jpg, webp, gif, mp4, mov, webm or mkv; None for any other."""
+    """Detect the suffix from the first 64 bytes: png, jpg, webp, gif, mp4, mov, webm or mkv; None for any other."""
     kind = sniff_format(head[:16])
     if kind == "mov":
         return "mp4" if head[4:8] == b"ftyp" and head[8:12] != b"qt  " else "mov"
@@ -68,7 +68,7 @@ def measure_in_sandbox(
 ) -> MediaInfo:
     """Return the shape of the media after decoding them completely in a confined process.
 
-    Raises UnreadableMedia, whose text is "source: " and the problem; raises ServiceBusy if no process becomes available
+    Raise UnreadableMedia, whose text is "source: " and the problem; raise ServiceBusy if no process becomes available
     within the time limit of one.
     """
     if not data:
@@ -76,7 +76,7 @@ def measure_in_sandbox(
     if len(data) > limits.max_bytes:
         refuse_media(f"has {len(data)} bytes; allowed: 1 to {limits.max_bytes}")
     if detect_suffix(data[:64]) is None:
-        refuse_media(f"is no image or video; allowed: {ALLOWED_FORMATS}")
+        refuse_media(f"is not an image or video; allowed: {ALLOWED_FORMATS}")
     request = json.dumps({"limits": asdict(replace(limits, codecs=ALLOWED_CODECS)), "bounds": asdict(process_limits)})
     with acquire_process_slot(process_limits.timeout_seconds), open_memory_file(data) as media_fd:
         report, status = run_child_process(request, media_fd, process_limits.timeout_seconds)
@@ -90,7 +90,7 @@ def refuse_media(problem: str) -> NoReturn:
 
 @contextmanager
 def acquire_process_slot(timeout_seconds: float) -> Iterator[None]:
-    """Hold one of the slots for processes that read at the same time."""
+    """Hold one of the slots that limit how many processes read at the same time."""
     if not PROCESS_SLOTS.acquire(timeout=timeout_seconds):
         raise ServiceBusy("media: too many are being read at once; try again in a moment", timeout_seconds)
     try:
@@ -129,7 +129,7 @@ def run_child_process(request: str, media_fd: int, timeout_seconds: float) -> tu
         raise ServiceBusy(
             "media: no process can be started to read them; try again in a moment", timeout_seconds
         ) from error
-    with process:  # waits for its end, so that no zombie remains
+    with process:  # waits for the process to end, so that no zombie remains
         try:
             report = read_report(process, deadline)
             return report, process.wait(max(0.0, deadline - time.monotonic()))
@@ -140,7 +140,7 @@ def run_child_process(request: str, media_fd: int, timeout_seconds: float) -> tu
 
 
 def build_child_environment() -> dict[str, str]:
-    """Return an environment without any of our keys and addresses. With 64 malloc arenas memory would run out."""
+    """Return an environment without our keys and addresses. The default 64 malloc arenas would exhaust memory."""
     inherited_variables = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
     return inherited_variables | {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
 
@@ -148,7 +148,7 @@ def build_child_environment() -> dict[str, str]:
 def read_report(process: subprocess.Popen[bytes], deadline: float) -> bytes:
     """Return the output, or nothing if it is longer than MAX_REPORT_BYTES; raise TimeoutError at the deadline."""
     assert process.stdout is not None
-    poller, report = select.poll(), b""  # not select(), which ends at descriptor 1024
+    poller, report = select.poll(), b""  # not select(), which fails above descriptor 1023
     poller.register(process.stdout)
     while len(report) <= MAX_REPORT_BYTES:
         if not poller.poll(max(0.0, deadline - time.monotonic()) * 1000):
@@ -177,7 +177,7 @@ def parse_report(report: bytes, status: int | None, limits: MediaLimits, process
     except (AttributeError, TypeError, ValueError, RecursionError):
         pass
     log.warning("the process that reads media ended with status %s and no report", status)
-    refuse_media("is damaged, or needs more memory than there is; allowed: a shorter or smaller source")
+    refuse_media("is damaged, or needs more memory than is available; allowed: a shorter or smaller source")
 
 
 def is_plausible(info: MediaInfo, limits: MediaLimits) -> bool:
@@ -195,7 +195,7 @@ def is_plausible(info: MediaInfo, limits: MediaLimits) -> bool:
 
 
 def run_in_child() -> None:
-    """Run as the process: the request is the first argument, the media are the input, the report is the output."""
+    """Run the child: the request is its first argument, the media are its input, and the report is its output."""
     request = json.loads(sys.argv[1])
     import_module("PIL.WebPImagePlugin")  # Pillow would otherwise import all its formats to find this one
     confine_process(ProcessLimits(**request["bounds"]))
@@ -204,13 +204,13 @@ def run_in_child() -> None:
 
 
 def confine_process(process_limits: ProcessLimits) -> None:
-    """Give up everything that reading media does not need. The alarm ends a child whose parent is gone."""
+    """Give up everything that reading media does not need. The alarm ends a child whose parent has died."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     cpu_seconds = math.ceil(process_limits.timeout_seconds)
     lower_resource_limit(resource.RLIMIT_AS, pages * resource.getpagesize() + process_limits.max_memory_bytes)
     lower_resource_limit(
         resource.RLIMIT_CPU, cpu_seconds, cpu_seconds + 1
-    )  # SIGXCPU, which tells the reason, then SIGKILL
+    )  # SIGXCPU, which shows the reason, then SIGKILL
     lower_resource_limit(resource.RLIMIT_FSIZE, 0)
     lower_resource_limit(resource.RLIMIT_NOFILE, 16)
     lower_resource_limit(resource.RLIMIT_CORE, 0)
@@ -218,7 +218,7 @@ def confine_process(process_limits: ProcessLimits) -> None:
 
 
 def lower_resource_limit(resource_id: int, soft: int, hard: int | None = None) -> None:
-    """Lower a limit; keep it if it is lower already."""
+    """Lower a limit, unless it is already lower."""
     hard = soft if hard is None else hard
     current_hard = resource.getrlimit(resource_id)[1]
     hard = hard if current_hard == resource.RLIM_INFINITY else min(hard, current_hard)

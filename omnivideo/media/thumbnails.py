@@ -21,7 +21,7 @@ DECODE_SLOTS = threading.BoundedSemaphore(2)  # clips decoded at the same time: 
 
 
 def create_picture_renderer(store: ObjectStore) -> Callable[[Artifact, str], tuple[bytes, str]]:
-    """Return a function from an artifact and "thumbnail" or "spritesheet" to the picture's bytes and suffix.
+    """Return a function that maps an artifact and "thumbnail" or "spritesheet" to a picture's bytes and suffix.
 
     A thumbnail is a webp of the middle frame, a spritesheet a jpg. The function caches its results.
     """
@@ -56,7 +56,7 @@ def make_spritesheet(frames: np.ndarray) -> Image.Image:
 
 
 def encode_image(image: Image.Image, image_format: str) -> bytes:
-    """Return the file of a picture in one of Pillow's formats."""
+    """Return a picture encoded in one of Pillow's formats."""
     buffer = io.BytesIO()
     image.save(buffer, image_format, quality=85)
     return buffer.getvalue()

@@ -20,12 +20,12 @@ WRITABLE_SUFFIXES = (".mp4", ".gif", ".png")
 
 
 def check_output(path: str | Path, frames: int) -> None:
-    """Raise InvalidInput if `frames` frames cannot be written to `path`; a cheap check before any compute."""
+    """Raise InvalidInput if `frames` frames cannot be written to `path`; this check comes before any compute."""
     path = Path(path)
     allowed = f"allowed: {', '.join(WRITABLE_SUFFIXES)}"
     suffix = path.suffix.lower()
     if suffix not in WRITABLE_SUFFIXES:
-        raise InvalidInput("output", f"{printable_name(path)} has no suffix that can be written; {allowed}")
+        raise InvalidInput("output", f"{printable_name(path)} does not have a suffix that can be written; {allowed}")
     if suffix == ".png" and frames > 1:
         raise InvalidInput("output", f"{printable_name(path)} holds one frame, not {frames}; allowed: .mp4, .gif")
     if path.is_dir():
@@ -43,8 +43,8 @@ def check_output(path: str | Path, frames: int) -> None:
 def write_media(path: str | Path, frames: np.ndarray, fps: float) -> None:
     """Write uint8 [F, H, W, 3] atomically, in the format of the path's suffix.
 
-    An mp4 of odd width or height is padded to an even size by repeating its edge. A gif keeps times in 1/100 s, and
-    players slow down a gif faster than 50 fps. Raises InvalidInput.
+    An mp4 of odd width or height is padded to an even size by repeating its edge. A gif stores times in 1/100 s, and
+    players slow down a gif faster than 50 fps. Raise InvalidInput if the file cannot be written.
     """
     assert frames.dtype == np.uint8 and frames.ndim == 4 and frames.shape[-1] == 3 and frames.size
     path = Path(path)
@@ -105,7 +105,7 @@ def rgb_to_yuv(pixels: np.ndarray) -> av.VideoFrame:
 
 
 def encode_gif(path: Path, frames: np.ndarray, fps: float) -> None:
-    """Write an endless loop with 256 colours for each frame. Pillow joins equal neighbours into one longer frame."""
+    """Write an endless loop with 256 colours for each frame. Pillow merges equal neighbours into one longer frame."""
     images = [Image.fromarray(pixels).quantize(256, dither=Image.Dither.NONE) for pixels in frames]
     ticks = np.rint(np.arange(len(images) + 1) * 100 / fps).astype(int)  # rounding the times keeps the mean rate
     durations = [10 * max(2, int(ticks_shown)) for ticks_shown in np.diff(ticks)]

@@ -1,6 +1,6 @@
 """The modules between the MLLM and the decoder: vision head, adapter and visual context adapter (sections 3.2, 3.3).
 
-Their sizes and parameter names follow the released weights, so that those load strictly.
+Their sizes and parameter names match the released weights, so that these load strictly.
 Shapes: B batch, N hidden states of the MLLM, L tokens, I input width, Q learned queries, M width of the MLLM,
 E width of the visual encoder, D text width of the decoder, K condition tokens of the source, z T h w its latents.
 """
@@ -23,7 +23,7 @@ def build_transformer(width: int, layers: int, heads: int) -> nn.Transformer:
 
 
 class QueryTransformer(nn.Module):
-    """A two-layer projection and an encoder over the input, and a decoder whose learned queries read the result.
+    """A two-layer projection and an encoder over the input, and a decoder whose learned queries attend to the result.
 
     [B, L, I] -> [B, Q, width]. The parameters are `fc`, `adapter` and `decoder_query`, as in the released adapter.
     """
@@ -92,7 +92,7 @@ class VisualContextAdapter(nn.Module):
 
 
 class HiddenProjection(nn.Module):
-    """Normalises and projects the MLLM's hidden states; in version 2 it replaces vision head and adapter.
+    """Normalises and projects the MLLM's hidden states; in version 2 this replaces the vision head and the adapter.
 
     [B, N, M] -> [B, N, D].
     """

@@ -1,6 +1,6 @@
 """The multimodal language model: Qwen3-VL, whose text head also routes (paper section 3.2).
 
-The first token of an answer decides: `<BOI>` requests an image, `<BOV>` a video, and any other token starts a text.
+The first token of an answer sets the route: `<BOI>` requests an image, `<BOV>` a video, and any other token a text.
 For generation, the vision head reads the last hidden states of the sequence, including the routing token.
 Shapes: B batch, N tokens, V vocabulary, M width of the model, F frames, H W pixels, P patches, I values of a patch.
 """
@@ -103,7 +103,7 @@ def resize_frame(frame_HW3: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 def patchify(frames_FHW3: np.ndarray, vision_config: VisionInputConfig) -> tuple[Tensor, list[int]]:
     """Return the patches [P, I] of frames in Qwen's order, and their grid (t, h, w); I = 3 * frames * patch * patch.
 
-    Pixels are normalised to mean 0.5 and deviation 0.5. The last frame is repeated to fill its patch.
+    Pixels are normalised with mean 0.5 and standard deviation 0.5. The last frame is repeated to fill its patch.
     """
     size = fit_size(frames_FHW3.shape[1], frames_FHW3.shape[2], vision_config)
     frames = np.stack([resize_frame(frame, size) for frame in frames_FHW3])
@@ -205,7 +205,7 @@ def predict_route(
     message: MLLMMessage,
     vision_config: VisionInputConfig,
 ) -> Route:
-    """Return the route of the likeliest first token; the same request always takes the same route.
+    """Return the route of the most likely first token; the same request always takes the same route.
 
     The probability of the text route is that of all tokens but the two routing tokens.
     """
@@ -249,7 +249,7 @@ def prepare_hidden_state_inputs(
 
 
 def add_position_ids(model: Qwen3VLForConditionalGeneration, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the inputs with positions of tokens and patches: the model would compute them one sample at a time."""
+    """Return the inputs with the positions of tokens and patches, which the model computes one sample at a time."""
     input_names = ("input_ids", "mm_token_type_ids", "image_grid_thw", "video_grid_thw", "attention_mask")
     position_ids, _ = model.model.get_rope_index(**{name: inputs[name] for name in input_names if name in inputs})
     positions = {"position_ids": position_ids}
@@ -262,7 +262,7 @@ def add_position_ids(model: Qwen3VLForConditionalGeneration, inputs: dict[str, T
 
 
 def forward_hidden_states(model: Qwen3VLForConditionalGeneration, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Return the last hidden states [B, N, M] of `prepare_hidden_state_inputs`' result, and the padding [B, N]."""
+    """Return the last hidden states [B, N, M] for inputs of `prepare_hidden_state_inputs`, and the padding [B, N]."""
     device_inputs = {name: value.to(model.device) for name, value in inputs.items()}
     return model.model(**device_inputs).last_hidden_state, device_inputs["attention_mask"] == 0
 
@@ -271,7 +271,7 @@ def forward_hidden_states(model: Qwen3VLForConditionalGeneration, inputs: dict[s
 
 
 def sample_token(logits_V: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
-    """Return one token id: the likeliest at temperature 0, else a sample from the smallest set that holds `top_p`."""
+    """Return a token id: the most likely one at temperature 0, otherwise one from nucleus sampling with `top_p`."""
     if temperature == 0:
         return int(logits_V.argmax())
     probabilities, order = (logits_V / temperature).softmax(-1).sort(descending=True)
@@ -291,9 +291,9 @@ def generate_answer(
     max_tokens: int = 1024,
     seed: int = 0,
 ) -> Iterator[str]:
-    """Yield the answer in pieces of text, with the paper's defaults for understanding.
+    """Yield the answer in pieces of text; the defaults are the paper's for understanding.
 
-    Only the end token is left out. The routing tokens are banned, because the caller has already chosen text.
+    Only the end token is omitted. The routing tokens are banned, because the caller has already chosen text.
     """
     inputs = collate_requests(
         [tokenize_message(tokenizer, message, vision_config)], tokenizer.pad_token_id, model.device
@@ -336,13 +336,13 @@ ZERO_WIDTH_SPACE = "\u200b"
 
 @lru_cache(maxsize=8)
 def compile_token_pattern(special_tokens: frozenset[str]) -> re.Pattern[str]:
-    # Longest first: if two tokens begin alike, the tokenizer takes the longer one too.
+    # Longest first: like the tokenizer, the pattern prefers the longer of two tokens with the same beginning.
     by_length = sorted(special_tokens, key=len, reverse=True)
     return re.compile("|".join(map(re.escape, by_length)))
 
 
 def sanitize_text(text: str, special_tokens: Iterable[str]) -> str:
-    """Return the text with every special token broken after its first character. Other texts stay as they are.
+    """Return the text with every special token broken after its first character; other text is unchanged.
 
     Special tokens of one character are ignored, because they cannot be broken.
     """
@@ -357,5 +357,5 @@ def sanitize_text(text: str, special_tokens: Iterable[str]) -> str:
 
 
 def list_special_tokens(tokenizer: object) -> frozenset[str]:
-    """Return the strings that a Hugging Face tokenizer maps to one token wherever they stand."""
+    """Return the strings that a Hugging Face tokenizer maps to one token wherever they occur."""
     return frozenset(tokenizer.get_added_vocab())  # type: ignore[attr-defined]

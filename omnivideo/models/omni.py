@@ -21,7 +21,7 @@ from omnivideo.presets import Preset, VisionInputConfig
 
 
 class Bridge(nn.Module):
-    """The modules between MLLM and decoder, with random weights: vision head, adapter, visual context, markers."""
+    """The modules between the MLLM and the decoder, with random weights: vision head, adapter, context and markers."""
 
     def __init__(self, preset: Preset):
         super().__init__()
@@ -70,7 +70,7 @@ class OmniVideoModel:
     # ------------------------------------------------------------ visual tokens
 
     def compute_visual_tokens(self, requests: Sequence[tuple[MLLMMessage, Medium]]) -> Tensor:
-        """Return V_o [B, Q, E] (Eq. 1): the vision head's reading of the MLLM's hidden states of each request."""
+        """Return V_o [B, Q, E] (Eq. 1), which the vision head predicts from the hidden states of each request."""
         states_BNM, padding_BN = compute_hidden_states(self.mllm, self.mllm_tokenizer, requests, self.vision_config)
         visual_BQE: Tensor = self.bridge.vision_head(states_BNM, padding_BN)
         return visual_BQE
@@ -80,7 +80,7 @@ class OmniVideoModel:
 
         An image uses the first visual token.
         """
-        # Each visual token is adapted on its own, so a batch of images can skip all but the first.
+        # Each visual token is adapted independently, so a batch of images can skip all but the first.
         tokens_BLD = self.bridge.adapter(visual_BQE if "video" in targets else visual_BQE[:, :1])
         image_tokens = self.count_adapter_tokens("image")
         return [
@@ -100,7 +100,7 @@ class OmniVideoModel:
         return [row_LD[:length] for row_LD, length in zip(hidden_BLD, lengths_B.tolist(), strict=True)]
 
     def encode_visual_context(self, source_BzThw: Tensor | None, count: int) -> list[Tensor | None]:
-        """Return the visual context tokens [L, D] of each source; `count` times None if there is no source."""
+        """Return the visual context tokens [L, D] of each source, or `count` times None if there is no source."""
         if source_BzThw is None:
             return [None] * count
         return list(self.bridge.visual_context(source_BzThw))
@@ -110,7 +110,7 @@ class OmniVideoModel:
     ) -> Tensor:
         """Return the decoder's condition c [B, L, D] of prompts, adapter tokens and, for an edit, source latents.
 
-        Raises ConditionTooLong if a prompt or a condition exceeds the preset's limit.
+        Raise ConditionTooLong if a prompt or a condition exceeds the preset's limit.
         """
         context_LD = self.encode_visual_context(source_BzThw, len(prompts))
         min_tokens, max_tokens = self.preset.min_condition_tokens, self.preset.max_condition_tokens
@@ -119,14 +119,14 @@ class OmniVideoModel:
         )
 
     def build_null_condition(self, negative_prompt: str, count: int, source_BzThw: Tensor | None = None) -> Tensor:
-        """Return the null condition of guidance: the negative prompt without visual tokens.
+        """Return the null condition for guidance: the negative prompt without visual tokens.
 
-        The source stays in it, as in the released code.
+        It keeps the source, as in the released code.
         """
         return self.build_condition([negative_prompt] * count, [None] * count, source_BzThw)
 
     def compute_condition_length(self, prompt: str, target: Medium) -> int:
-        """Return L of the condition of a new image or video, without building the condition."""
+        """Return the length L of the condition of a new image or video without building it."""
         text_tokens = len(self.tokenizer(prompt, verbose=False).input_ids)
         needed = count_condition_tokens(self.bridge.markers, text_tokens, self.count_adapter_tokens(target), None)
         return max(self.preset.min_condition_tokens, needed)

@@ -1,9 +1,9 @@
 """Fixed positions on the decoder's token grid, for models that are too small to infer them.
 
 Wan encodes positions only by rotary attention, which is relative: under pure noise a token can locate itself only by
-comparing itself with its neighbours. A large model learns to do so; a model of a few million weights spends hours
-of training on it. Presets with `absolute_positions` add this table after the patch embedding and to the visual
-context tokens. The table has no weights, so checkpoints keep the layout of the stock classes.
+comparing itself with its neighbours. A large model learns to do so; a model of a few million weights needs hours of
+training for it. Presets with `absolute_positions` add this table after the patch embedding and to the visual context
+tokens. The table has no weights, so checkpoints keep the layout of the stock classes.
 Shapes: B batch, D channels, T h w token grid, L positions along one axis.
 """
 
@@ -31,12 +31,12 @@ def build_grid_positions(dim: int, frames: int, height: int, width: int) -> Tens
 
 
 def add_positions(module: nn.Module, args: tuple[Tensor, ...], patches_BDThw: Tensor) -> Tensor:
-    """Add the table to the output of a patch embedding; a forward hook."""
+    """Add the table to the output of a patch embedding; this is a forward hook."""
     table_DThw = build_grid_positions(*patches_BDThw.shape[1:])
     return patches_BDThw + table_DThw.to(patches_BDThw)
 
 
 def add_absolute_positions(decoder: WanTransformer3DModel) -> WanTransformer3DModel:
-    """Hook the table onto the decoder's patch embedding, in place, and return the decoder."""
+    """Register a forward hook that adds the table to the decoder's patch embedding, and return the decoder."""
     decoder.patch_embedding.register_forward_hook(add_positions)
     return decoder

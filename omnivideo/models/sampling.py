@@ -14,7 +14,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class DenoisingState:
-    """What the loop needs to continue after `step` steps and arrive at the same bits; every tensor is [B, z, T, h, w].
+    """What the loop needs to continue after `step` steps with identical bits; every tensor is [B, z, T, h, w].
 
     `latents` is the noisy sample, and `previous_sample` is the sample that the last step started from.
     `model_outputs` are the clean samples that the scheduler derived from the last velocities: at most two, oldest
@@ -47,7 +47,7 @@ def denoise(
     flow_shift: float,
     initial_state: DenoisingState | None = None,
 ) -> Iterator[DenoisingStep]:
-    """Yield after every step; the latents of the last state are the result.
+    """Yield the result of every step; the latents of the last state are the result.
 
     With `initial_state` the loop continues after that state and ignores `noise_BzThw`, except for its device.
     """
@@ -75,7 +75,7 @@ def predict_velocity(
 ) -> Tensor:
     """Return the guided velocity [B, z, T, h, w]: null + scale * (condition - null).
 
-    At scale 1 the null pass is skipped. The released code's scale s equals s + 1 here.
+    At scale 1 the null pass is skipped. A scale s in the released code corresponds to s + 1 here.
     """
     timestep_B = timestep.expand(len(x_BzThw))
     velocity_BzThw: Tensor = decoder(x_BzThw, timestep_B, condition_BLD, return_dict=False)[0]
@@ -117,7 +117,7 @@ def capture_state(scheduler: UniPCMultistepScheduler, completed_steps: int, x_Bz
 
 
 def restore_scheduler(scheduler: UniPCMultistepScheduler, state: DenoisingState) -> None:
-    """Set the scheduler's history to that of `state`; whatever the state does not hold follows from its step."""
+    """Set the scheduler's history to that of `state`; everything that it does not contain follows from its step."""
     order, completed_steps, num_outputs = scheduler.config.solver_order, state.step, len(state.model_outputs)
     missing: list[None] = [None] * (order - num_outputs)
     scheduler.model_outputs = [*missing, *state.model_outputs]

@@ -23,7 +23,7 @@ def pixels_to_bytes(pixels_BCFHW: Tensor) -> np.ndarray:
 
 
 def get_latent_statistics(vae: AutoencoderKLWan, reference: Tensor) -> tuple[Tensor, Tensor]:
-    """Return each latent channel's mean and standard deviation [1, z, 1, 1, 1], in the device and type of a tensor."""
+    """Return each latent channel's mean and standard deviation [1, z, 1, 1, 1], like `reference`."""
     mean_z, std_z = (
         torch.tensor(getattr(vae.config, key), device=reference.device, dtype=reference.dtype)
         for key in ("latents_mean", "latents_std")
@@ -32,7 +32,7 @@ def get_latent_statistics(vae: AutoencoderKLWan, reference: Tensor) -> tuple[Ten
 
 
 def encode_pixels(vae: AutoencoderKLWan, pixels_BCFHW: Tensor) -> Tensor:
-    """Return latents [B, z, T, h, w]: the posterior's mode, normalised to mean 0 and deviation 1 in each channel."""
+    """Return latents [B, z, T, h, w]: the posterior's mode, normalised to mean 0 and variance 1 in each channel."""
     mean, std = get_latent_statistics(vae, pixels_BCFHW)
     latents_BzThw: Tensor = vae.encode(pixels_BCFHW).latent_dist.mode()
     return (latents_BzThw - mean) / std

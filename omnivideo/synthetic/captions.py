@@ -1,7 +1,7 @@
 """Captions of scenes, in varied wording.
 
-A caption states true facts; the choice of facts and of words varies. `to_canonical_text` gives the canonical wording,
-to which think mode learns to rewrite.
+A caption states true facts; the choice of facts and of words varies. `to_canonical_text` returns the canonical
+wording, to which think mode learns to rewrite requests.
 """
 
 import random
@@ -93,7 +93,7 @@ def find_relation(first: SceneObject, second: SceneObject) -> str | None:
 
 @dataclass(frozen=True)
 class Caption:
-    """A text with the content that it asks for; the objects are in the order of their mention.
+    """A text with the content that it describes; the objects are in the order in which the text mentions them.
 
     `object_spans` are the character ranges of the objects' phrases; the objects of a group share one.
     """

@@ -1,4 +1,4 @@
-"""Chat examples about scenes: what a user says and shows, and the right answer."""
+"""Chat examples about scenes: what a user says and shows, and the correct answer."""
 
 import random
 from dataclasses import dataclass, replace

@@ -58,12 +58,12 @@ class SceneEdit:
 
     @property
     def target_spec(self) -> SceneSpec:
-        """Return the target's content, as a prompt would ask for it."""
+        """Return the target's content, as a prompt would describe it."""
         return spec_from_scene(self.target)
 
 
 def spec_from_scene(scene: Scene) -> SceneSpec:
-    """Return a scene's content without sizes and positions, as a prompt would ask for it."""
+    """Return a scene's content without sizes and positions, as a prompt would describe it."""
     object_specs = (
         ObjectSpec(obj.shape, obj.colour, None, obj.motion if scene.is_video else None) for obj in scene.objects
     )

@@ -1,4 +1,4 @@
-"""What a clip shows (`SceneDetection`) and what a prompt asks for (`SceneSpec`): a verdict compares the two."""
+"""What a clip shows (`SceneDetection`) and what a prompt requests (`SceneSpec`); a verdict compares the two."""
 
 import itertools
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ class SceneDetection:
 
 @dataclass(frozen=True)
 class ObjectSpec:
-    """The attributes that a prompt asks of one object; None allows any value."""
+    """The attributes that a prompt requests for one object; None allows any value."""
 
     shape: str | None = None
     colour: str | None = None
@@ -43,7 +43,7 @@ class ObjectSpec:
 
 @dataclass(frozen=True)
 class SceneSpec:
-    """The content that a prompt asks for: exactly these objects; `relation` is that of the first to the second."""
+    """The content that a prompt requests: exactly these objects; `relation` is that of the first to the second."""
 
     objects: tuple[ObjectSpec, ...]
     background: str | None = None

@@ -67,7 +67,7 @@ COUNT_HINTS = {
 
 @dataclass(frozen=True)
 class IndirectRequest:
-    """An indirect prompt, the reasoning that solves it, its plain rewrite, and the content that it asks for."""
+    """An indirect prompt, the reasoning that solves it, its plain rewrite, and the content that it requests."""
 
     prompt: str
     reasoning: str

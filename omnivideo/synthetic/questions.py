@@ -212,7 +212,7 @@ def ask_presence(rng: random.Random, scene: Scene) -> SceneQuestion:
 
 
 def corrupt_scene(rng: random.Random, scene: Scene) -> Scene:
-    """Return the scene with an error that decoders make: a wrong attribute, two swapped colours, or a wrong number."""
+    """Return the scene with a typical decoder error: a wrong attribute, two swapped colours, or a wrong number."""
     objects = list(scene.objects)
     position = rng.randrange(len(objects))
     obj = objects[position]
@@ -243,7 +243,7 @@ def detection_from_scene(scene: Scene) -> SceneDetection:
 
 
 def ask_match(rng: random.Random, scene: Scene) -> SceneQuestion:
-    """Ask whether a caption is true, as the planner does of a generated clip; half of the captions have an error."""
+    """Ask whether a caption is true, as the planner asks about a generated clip; half of the captions have an error."""
     caption = sample_caption(rng, scene if rng.random() < 0.5 else corrupt_scene(rng, scene))
     text = caption.text if rng.random() < 0.5 else to_canonical_text(caption.scene_spec)
     forms = ("does this show {}?", "does this show {}?", "is this {}?")
@@ -274,7 +274,7 @@ QUESTION_MAKERS: dict[str, Callable[[random.Random, Scene], SceneQuestion | None
 }  # fmt: skip
 
 
-# Sampling weights in training: positions and near misses are learned last, and from few of the tokens.
+# Sampling weights in training: positions and near misses are learned last, and only few answer tokens teach them.
 QUESTION_WEIGHTS = {
     name: {"match": 4, "position": 4, "relation": 6, "motion": 3, "count": 2}.get(name, 1) for name in QUESTION_MAKERS
 }
@@ -294,7 +294,7 @@ def format_plain_name(obj: SceneObject) -> str:
 
 
 def sample_question(rng: random.Random, scene: Scene, weights: Mapping[str, int] | None = None) -> SceneQuestion:
-    """Return a question that fits the scene: by the weights of its kind, or evenly with "match" twice as often."""
+    """Return a question that fits the scene, sampled by `weights`, or uniformly with "match" twice as likely."""
     while True:
         kind = (
             rng.choice([*QUESTION_MAKERS, "match"])

@@ -21,7 +21,7 @@ REQUEST_TEMPLATES = (
     "{}", "{}", "{}", "draw {}", "generate {}", "make {}", "create {}", "show me {}", "i want {}", "please draw {}",
     "can you make {}?", "i would like to see {}",
 )  # fmt: skip
-REWRITE_PROBABILITY = 0.25  # share of requests in the wording that think mode rewrites to
+REWRITE_PROBABILITY = 0.25  # share of requests in the canonical wording of think mode
 COMPOSED_SHARE = 0.9  # share of composed scenes for generation; edits have 0.5, since their source shows the layout
 
 
@@ -30,7 +30,7 @@ def get_medium_prefix(is_video: bool) -> str:
 
 
 def phrase_request(rng: random.Random, text: str) -> str:
-    """Return a prompt as it is, or in a sentence that asks for it."""
+    """Return a prompt unchanged, or in a sentence that requests it."""
     return rng.choice(REQUEST_TEMPLATES).format(text)
 
 
@@ -78,7 +78,7 @@ def make_indirect_prompt(rng: random.Random, is_video: bool) -> tuple[str, str, 
 
 @dataclass(frozen=True)
 class SceneRequest:
-    """A request of one of the generative tasks. `source` is the scene to edit, None for generation."""
+    """A request for one of the generative tasks. `source` is the scene to edit, None for generation."""
 
     task: Task
     text: str

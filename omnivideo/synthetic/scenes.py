@@ -3,14 +3,14 @@
 It replaces the 45 M samples of the paper's Table 1, which are not available. A `Scene` states everything about its
 pixels, so captions, questions, edits and verdicts on generated clips all derive from it.
 
-Geometry. A frame is 64x64 px. Objects stand on a lattice that matches the decoder: a small object is centred in one
-16 px cell (one decoder token: 8 px of VAE stride times a patch of 2), a large one in a block of 2x2 cells. A moving
+Geometry. A frame is 64x64 px. Objects are placed on a lattice that matches the decoder: a small object is centred in
+one 16 px cell (one decoder token: 8 px of VAE stride times a patch of 2), a large one in a block of 2x2 cells. A moving
 object covers 4 px a frame, so it moves by exactly one decoder token in each latent frame (4 frames). docs/tiny.md
 explains the benefit.
 
 Composition. Most scenes for generation have a default layout if the caption does not state positions: one object in the
-middle, two side by side in the order of their mention, three or four spread out. The layout then follows from the text,
-and a small decoder can learn it.
+middle, two side by side in the order in which they are mentioned, three or four spread out. The layout then follows
+from the text, and a small decoder can learn it.
 """
 
 import itertools
@@ -25,7 +25,7 @@ import numpy as np
 
 FRAME_SIZE = 64  # px, both sides
 CELL_SIZE = 16  # px, one decoder token
-CLIP_FRAMES = 9  # a clip: 4k + 1 frames, as the causal VAE wants
+CLIP_FRAMES = 9  # a clip: 4k + 1 frames, as the causal VAE requires
 FPS = 8
 SPEED = 4  # px per frame
 MIN_GAP = 3  # px that must stay free between the boxes of two objects, at every frame
@@ -98,7 +98,7 @@ class Scene:
 
 
 def is_held_out(obj: SceneObject) -> bool:
-    """Return True for one colour in eight of every (shape, size, motion): training never shows it."""
+    """Return True for one colour in eight of every (shape, size, motion): training never uses it."""
     index = (
         list(COLOURS).index(obj.colour)
         + 2 * SHAPES.index(obj.shape)
@@ -158,7 +158,7 @@ def place_randomly(
     return None
 
 
-# Target positions of the objects of a composed scene, in px, halfway through a clip. They are slightly off the middle,
+# Target positions of the objects of a composed scene, in px, halfway through a clip. They are slightly off-centre,
 # so that an object between two lattice points always takes the same one.
 ARRANGEMENTS: dict[str, tuple[tuple[int, int], ...]] = {
     "middle": ((31, 31),),
@@ -197,7 +197,7 @@ def snap_to_lattice(
 def arrange_objects(
     objects: Sequence[SceneObject], targets: Sequence[tuple[int, int]], frame_count: int
 ) -> tuple[SceneObject, ...] | None:
-    """The same objects, each near its target, in their order; None where they find no room."""
+    """Return the objects in the same order, each near its target, or None if they do not fit."""
     points = snap_to_lattice(tuple((obj.size, obj.motion) for obj in objects), tuple(targets), frame_count)
     if points is None:
         return None
@@ -205,14 +205,17 @@ def arrange_objects(
 
 
 def arrange_by_default(objects: Sequence[SceneObject], frame_count: int) -> tuple[SceneObject, ...] | None:
-    """The objects where they stand when nobody says where."""
+    """Return the objects at the default positions, which apply if a prompt does not state positions."""
     return arrange_objects(objects, ARRANGEMENTS[DEFAULT_ARRANGEMENTS[len(objects) - 1]], frame_count)
 
 
 def compose_layout(
     rng: random.Random, objects: Sequence[SceneObject], frame_count: int
 ) -> tuple[SceneObject, ...] | None:
-    """As usual, or in a way that a caption can say: one object at a side or in a corner, two above each other."""
+    """Return the objects in the default layout, or in one that a caption can describe, or None if they do not fit.
+
+    Such layouts are one object at a side or in a corner, and two objects one above the other.
+    """
     first = objects[0]
     if len(objects) == 1 and first.motion == "still" and rng.random() < 0.3:
         sides = SIDE_TARGETS if first.size == "large" else (0, FRAME_SIZE)
@@ -268,7 +271,7 @@ def sample_scene(rng: random.Random, is_video: bool, split: Split = "train", com
 
 
 def stream_scenes(seed: int, is_video: bool, split: Split = "train", composed_share: float = 0.0) -> Iterator[Scene]:
-    """Yield scenes without end, the same for the same arguments."""
+    """Yield an endless sequence of scenes, which is the same for the same arguments."""
     rng = random.Random(f"{seed}/{is_video}/{split}")
     while True:
         yield sample_scene(rng, is_video, split, composed_share)

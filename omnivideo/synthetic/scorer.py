@@ -1,8 +1,8 @@
 """Detect the objects of a clip from its pixels, without any trained model.
 
-Every frame is segmented into blobs that differ from the background. A blob gets the nearest palette colour, and the
-shape whose template overlaps it best, or no shape if no template overlaps enough. Tracks of blobs of one colour give
-motion and steadiness.
+Every frame is segmented into blobs that differ from the background. A blob is assigned the nearest palette colour, and
+the shape whose template overlaps it best, or no shape if no template overlaps enough. Tracks of blobs of one colour
+give motion and steadiness.
 """
 
 from collections import Counter
@@ -125,7 +125,7 @@ def detect_blobs(frame: np.ndarray, background: np.ndarray) -> list[Blob]:
     distance = np.linalg.norm(pixels - background, axis=-1)
     detected = []
     for region in find_regions(distance > MIN_FOREGROUND_DISTANCE):
-        # A faint bridge can join two objects: segment again at half of the region's own contrast.
+        # A faint bridge can join two objects, so segment again at half of the region's contrast.
         contrast = float(np.quantile(distance[region], 0.75))
         detected += [
             blob_from_region(pixels, background, subregion)

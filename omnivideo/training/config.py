@@ -1,6 +1,6 @@
-"""The configuration of a training run: one frozen object, built at the edge and passed on whole.
+"""The configuration of a training run: one frozen object, which is built once and passed on unchanged.
 
-The help text and the panel of each field are those of the option of `omnivideo train` that is generated from it.
+`omnivideo train` generates an option with the help text and the panel of each field.
 """
 
 from pathlib import Path
@@ -18,12 +18,12 @@ DEVICES, OUTPUT = "Devices and processes", "Checkpoints and logs"
 def option(
     default: Any, description: str, panel: str, flag: str = "", ge: float | None = None, le: float | None = None
 ) -> Any:
-    """Return a field that the command line offers as an option, under `flag` or else the field's own name."""
+    """Return a field that the command line offers as an option, named `flag`, or after the field without a `flag`."""
     return Field(default, description=description, json_schema_extra={"panel": panel, "flag": flag}, ge=ge, le=le)
 
 
 class TrainingConfig(FrozenModel):
-    """What to train, on what data, how, and where; None leaves a recipe's own value."""
+    """What to train, on what data, how, and where; None keeps a recipe's own value."""
 
     recipe: str = Field(
         description="tiny for all recipes of the tiny preset in order, or one recipe. "

@@ -7,7 +7,7 @@ from omnivideo.media import fetch
 from omnivideo.media.ingest import fetch_media
 
 HOSTS = ("media.test", ".cdn.test")
-UNREACHED = "url: the host cannot be reached; allowed: a public address that answers"
+UNREACHED = "url: the host cannot be reached; allowed: a public address that responds"
 
 
 def fetch_refusal(url: str, allowed=HOSTS, **options: object) -> str:
@@ -92,7 +92,7 @@ def test_attack_userinfo(url, offline):
      "http://media.test:99999/", "http://media.test:x/", "", "http://media.test/" + "a" * 5000],
 )  # fmt: skip
 def test_attack_url_that_parsers_read_differently(url, offline):
-    assert "is no URL; allowed: " in fetch_refusal(url)
+    assert "is not a URL; allowed: " in fetch_refusal(url)
 
 
 @pytest.mark.parametrize("scheme", ["file", "ftp", "gopher", "javascript", "data", "unix", "httpx", ""])
@@ -107,7 +107,7 @@ def test_attack_port(url, offline):
 
 def test_fetching_is_off_where_no_host_is_listed(offline):
     assert fetch_refusal("http://media.test/", allowed=()) == (
-        "url: fetching by URL is off here; allowed: an upload, or a data: URL"
+        "url: fetching by URL is disabled; allowed: an upload, or a data: URL"
     )
 
 

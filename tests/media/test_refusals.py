@@ -63,7 +63,7 @@ def test_ten_gigabytes_are_refused_unopened(tmp_path, monkeypatch):
 )
 def test_what_is_no_media(tmp_path, content):
     (tmp_path / "a.mp4").write_bytes(content)
-    assert "no image or video; allowed: mp4" in read_refusal(tmp_path / "a.mp4")
+    assert "not an image or video; allowed: mp4" in read_refusal(tmp_path / "a.mp4")
 
 
 @pytest.mark.parametrize(
@@ -134,14 +134,14 @@ def png_bomb(side: int) -> bytes:
 @pytest.mark.parametrize("side", [4_000, 10_000, 50_000])  # below, at and above where Pillow warns and refuses
 def test_a_bomb_is_refused_by_its_header(tmp_path, side):
     (tmp_path / "a.png").write_bytes(png_bomb(side))
-    assert "pixels a frame; allowed: 1 to 9437184" in read_refusal(tmp_path / "a.png")
+    assert "pixels per frame; allowed: 1 to 9437184" in read_refusal(tmp_path / "a.png")
 
 
 @pytest.mark.parametrize(
     ("limits", "what"),
     [
         (MediaLimits(max_bytes=100), "bytes; allowed: 1 to 100"),
-        (MediaLimits(max_frame_pixels=64 * 63), "has 4096 pixels a frame; allowed: 1 to 4032"),
+        (MediaLimits(max_frame_pixels=64 * 63), "has 4096 pixels per frame; allowed: 1 to 4032"),
         (MediaLimits(max_frames=8), "has 9 frames; allowed: 1 to 8"),
         (MediaLimits(max_seconds=1), "has 1.125 seconds; allowed: 1 to 1"),
         (MediaLimits(max_decoded_bytes=100_000), "has 110592 bytes of pixels; allowed: 1 to 100000"),
@@ -173,7 +173,7 @@ def test_an_even_grid_stays_within_the_limits(tmp_path):
 
 def test_a_name_cannot_break_the_line(tmp_path):
     (tmp_path / "a\nb.mp4").write_text("no film")
-    with pytest.raises(UnreadableMedia, match=r"^source: 'a\?b.mp4' is no image or video; [^\n]*$"):
+    with pytest.raises(UnreadableMedia, match=r"^source: 'a\?b.mp4' is not an image or video; [^\n]*$"):
         read_media(tmp_path / "a\nb.mp4")
 
 

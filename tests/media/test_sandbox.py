@@ -40,7 +40,7 @@ def test_attack_child_that_eats_memory(replace_child_reader, noise_mp4):
         ).frames
         == 9
     )
-    assert "needs more memory than there is" in ingest_refusal(
+    assert "needs more memory than is available" in ingest_refusal(
         noise_mp4, process_limits=ProcessLimits(max_memory_bytes=2**26)
     )
 

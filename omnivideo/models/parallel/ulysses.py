@@ -1,15 +1,15 @@
-"""Sequence parallelism (Ulysses) for the decoder: each process of a group has a part of each sample's tokens.
+"""Sequence parallelism (Ulysses) for the decoder: each process of a group holds a part of each sample's tokens.
 
 Decoder tokens and condition tokens are divided into equal parts; everything but attention works on one part. For
-attention DeepSpeed's `DistributedAttention` exchanges tokens for heads and back, so each process sees the full sequence
-for some of the heads. This applies to self-attention and cross-attention, so no process holds the full condition, which
-is long in editing, after its embedding. If a sequence does not divide evenly, the last parts are padded, and the
+attention, DeepSpeed's `DistributedAttention` exchanges tokens for heads and back, so each process sees the full
+sequence for some of the heads. This applies to self-attention and cross-attention, so no process holds the full
+embedded condition, which is long in editing. If a sequence does not divide evenly, the last parts are padded, and the
 padding is removed before attention.
 
-Every process of a group ends with the same full velocity and the same loss. The gradient of the gather is therefore
-multiplied by the number of processes, so that the mean over all processes is the gradient, as in data parallelism.
-Data and sequence parallelism combine without depending on each other, and losses that do not involve the decoder
-(Eq. 1) need no special treatment.
+Every process of a group obtains the same full velocity and the same loss. The gradient of the gather is therefore
+multiplied by the number of processes, so that the mean over all processes is the gradient, as in data parallelism. Data
+and sequence parallelism can be combined freely, and losses that do not involve the decoder (Eq. 1) need no special
+treatment.
 
 Diffusers' own context parallelism does not fit: it keeps the full condition on every process, requires sequences that
 divide evenly, needs an accelerator API on CPUs, and sums its gradients, which is wrong for Eq. 1.
@@ -130,7 +130,7 @@ def import_distributed_attention() -> Callable[..., Any]:
 
 
 def enable_sequence_parallel(decoder: WanTransformer3DModel, group: dist.ProcessGroup) -> None:
-    """Make a group of processes share the tokens of each sample.
+    """Divide the tokens of each sample among a group of processes.
 
     Raise InvalidInput if the number of processes does not divide the number of attention heads.
     """

@@ -39,7 +39,7 @@ def compute_file_digest(path: Path) -> str:
 
 
 def save(omni: OmniVideoModel, folder: Path, dtype: torch.dtype = torch.float16) -> None:
-    """Write all parts in a precision, without changing the models in memory."""
+    """Write all parts in the given precision, without changing the models in memory."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, part in (("mllm", omni.mllm), ("transformer", omni.decoder), ("text_encoder", omni.text_encoder),
                        ("vae", omni.vae)):  # fmt: skip
@@ -72,7 +72,7 @@ def save_library_model(part: Any, folder: Path, dtype: torch.dtype) -> None:
 
 
 def strip_provenance(config: Path) -> None:
-    """Remove a library's notes on a model's origin: the folder that it was loaded from, and its precision."""
+    """Remove what a library records of a model's origin: the folder that it was loaded from, and its precision."""
 
     def strip_keys(value: Any) -> Any:
         if not isinstance(value, dict):
@@ -83,7 +83,7 @@ def strip_provenance(config: Path) -> None:
 
 
 def read_index(folder: Path) -> dict[str, Any]:
-    """Return a folder's index. Raises CheckpointError if it is missing, damaged or of another format."""
+    """Return a folder's index; raise CheckpointError if it is missing, damaged or of another format."""
     path = folder / INDEX_FILE
     if not path.is_file():
         raise CheckpointError(f"no {INDEX_FILE} in the weights folder {folder.name!r}")
@@ -102,7 +102,7 @@ def compute_weights_digest(folder: Path) -> str:
 
 
 def verify_digests(folder: Path) -> None:
-    """Compare every weights file with the index. Raises CheckpointError for the first that differs."""
+    """Compare every weights file with the index; raise CheckpointError for the first that differs."""
     for name, expected in read_index(folder)["sha256"].items():
         path = folder / name
         if not path.is_file():
@@ -123,7 +123,7 @@ def load_parts(folder: Path, place_part: Callable[[str, Any], Any], dtype: torch
     `load_strict` reads them.
     """
     model_preset = get_preset(read_index(folder)["preset"])
-    logging.disable_progress_bar()  # transformers shows one for each part, however small
+    logging.disable_progress_bar()  # transformers shows a progress bar for each part, however small
     decoder = place_part("decoder", load_strict(WanTransformer3DModel, folder, "transformer", dtype))
     mllm = place_part("mllm", load_strict(Qwen3VLForConditionalGeneration, folder, "mllm", dtype))
     return OmniVideoModel(
@@ -141,7 +141,7 @@ def load_parts(folder: Path, place_part: Callable[[str, Any], Any], dtype: torch
 def load_mllm_tokenizer(folder: Path, embedding_count: int) -> PreTrainedTokenizerBase:
     """Load the MLLM's tokenizer.
 
-    Raises CheckpointError if it lacks the routing tokens, as Qwen's own does; it would split them silently.
+    Raise CheckpointError if it lacks the routing tokens, as Qwen's tokenizer does; it would split them silently.
     """
     tokenizer = AutoTokenizer.from_pretrained(folder / "mllm", local_files_only=True)
     ids = tokenizer("".join(VISUAL_TOKENS), add_special_tokens=False).input_ids
@@ -154,7 +154,7 @@ def load_mllm_tokenizer(folder: Path, embedding_count: int) -> PreTrainedTokeniz
 
 
 def load_strict(cls: Any, folder: Path, name: str, dtype: torch.dtype | None) -> Any:
-    """Load a library's model from a subfolder. Raises CheckpointError for missing keys, where libraries only warn.
+    """Load a library's model from a subfolder; raise CheckpointError for missing keys, where libraries only warn.
 
     Without a `dtype`, a transformers model gets the file's precision and a diffusers model gets float32.
     """
@@ -172,7 +172,7 @@ def load_strict(cls: Any, folder: Path, name: str, dtype: torch.dtype | None) ->
 
 
 def load_bridge(model_preset: Preset, folder: Path, dtype: torch.dtype | None) -> Bridge:
-    """Load the bridge; each marker has as many embeddings as the weights hold."""
+    """Load the bridge; each marker has as many embeddings as the weights contain."""
     with torch.device("meta"):
         bridge = Bridge(model_preset)
     for name in BRIDGE_PARTS:
@@ -214,9 +214,9 @@ def get_first_line(error: Exception) -> str:
 def find_shipped_weights(preset_name: str) -> Path:
     """Return the folder of a preset's shipped weights.
 
-    Raises InvalidInput if the preset is unknown, and CheckpointError if it has no shipped weights.
+    Raise InvalidInput if the preset is unknown, and CheckpointError if it has no shipped weights.
     """
     folder = SHIPPED_WEIGHTS_FOLDER / get_preset(preset_name).name
     if not (folder / INDEX_FILE).is_file():
-        raise CheckpointError(f"no weights are shipped for the preset {preset_name!r}; name a folder with --weights")
+        raise CheckpointError(f"no weights are shipped for the preset {preset_name!r}; pass a folder with --weights")
     return folder

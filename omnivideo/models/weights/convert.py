@@ -1,4 +1,4 @@
-"""Convert published weights to our folder and back, bit for bit, and a training checkpoint to such a folder.
+"""Convert published weights to our folder and back, bit for bit, and a training checkpoint to our folder.
 
 Every tensor keeps its type. Keys and shapes are compared with the preset before anything is written.
 """
@@ -100,7 +100,7 @@ def build_report(model_preset: Preset, parts: PartStates, missing_parts: tuple[s
 def import_weights(
     source: Path, folder: Path | None, name: str | None = None, on_progress: WriteProgress = ignore_progress
 ) -> WeightsReport:
-    """Convert published weights, a folder or one file of tensors, to our folder. None only checks and counts them."""
+    """Convert published weights, a folder or one file, to our `folder`; None only checks and counts the tensors."""
     model_preset = resolve_preset(source, name)
     parts = read_published_parts(source, model_preset)
     missing_parts = tuple(part for part in ("markers", *UNPUBLISHED_PARTS) if part not in parts)
@@ -112,7 +112,7 @@ def import_weights(
 
 
 def resolve_preset(source: Path, name: str | None) -> Preset:
-    """Return the named preset, or the one whose files the source has. Raises InvalidInput or CheckpointError."""
+    """Return the named preset, or the one whose files the source has; raise InvalidInput or CheckpointError."""
     if not source.exists():
         raise InvalidInput("source", f"{source.name!r} does not exist")
     preset_name = name or (detect_preset(source) if source.is_dir() else detect_preset_from_keys(source))
@@ -123,7 +123,7 @@ def resolve_preset(source: Path, name: str | None) -> Preset:
     if model_preset.name not in PUBLISHED_PRESETS:
         raise InvalidInput("preset", f"{preset_name!r} is not published; allowed: {', '.join(PUBLISHED_PRESETS)}")
     if source.is_file() and model_preset.num_decoders > 1:
-        text = f"{model_preset.name} has two files; name the folder with {join_weight_files(model_preset)}"
+        text = f"{model_preset.name} has two files; pass the folder with {join_weight_files(model_preset)}"
         raise InvalidInput("source", text)
     return model_preset
 
@@ -139,7 +139,7 @@ def detect_preset_from_keys(file: Path) -> str:
 
 
 def read_published_state(file: Path) -> StateDict:
-    """Return the tensors of a published file, also if they are nested one level deep, as DeepSpeed saves them."""
+    """Return the tensors of a published file, even if they are nested one level deep, as DeepSpeed saves them."""
     loaded = read_pickle(file)
     for level in ("module", "model"):
         if isinstance(loaded.get(level), Mapping):
@@ -149,7 +149,7 @@ def read_published_state(file: Path) -> StateDict:
 
 
 def read_published_parts(source: Path, model_preset: Preset) -> PartStates:
-    """Return our parts with our keys. Raises CheckpointError for the first key or shape that does not fit."""
+    """Return our parts with our keys; raise CheckpointError for the first key or shape that does not fit."""
     files = [source] if source.is_file() else [source / file for file in list_weight_files(model_preset)]
     expected, parts = locate_tensors(model_preset), defaultdict[str, StateDict](dict)
     for decoder_index, file in enumerate(files):
@@ -171,7 +171,7 @@ def check_state(label: str, state: Mapping[str, Tensor], expected: Mapping[str, 
 
 
 def read_markers(file: Path, model_preset: Preset) -> StateDict:
-    """Return the markers by our names; each has one or more embeddings [n, D]."""
+    """Return the markers under our names; each has one or more embeddings [n, D]."""
     state = read_small_pickle(file)
     required_keys = {f"<{name}>" for name in list_required_markers(model_preset)}
     mismatched = [key for key, value in state.items() if value.ndim != 2 or value.shape[1] != model_preset.text_width]
@@ -338,5 +338,5 @@ def read_training_parts(state_file: Path) -> PartStates:
         parts["transformer" if top == "decoder" else top][rest] = value
     unknown = sorted(parts.keys() - {"transformer", "mllm", *BRIDGE_PARTS})
     if unknown:
-        raise CheckpointError(f"{state_file.name} has parts of no omnivideo model: {', '.join(unknown)}")
+        raise CheckpointError(f"{state_file.name} has parts that belong to no omnivideo model: {', '.join(unknown)}")
     return dict(parts)

@@ -30,7 +30,7 @@ KEY_PREFIXES = {
     "visual_context": "visual_context_adapter.",
 }
 
-# From diffusers' names of Wan's layers to Wan's own. Two norms of a block trade their names.
+# From diffusers' names of Wan's layers to Wan's own. Two norms of a block swap their names.
 WAN_KEY_RULES = tuple(
     (re.compile(pattern), name)
     for pattern, name in (
@@ -91,7 +91,7 @@ def list_required_markers(preset: Preset) -> tuple[str, ...]:
 
 
 def build_meta_modules(preset: Preset) -> dict[str, nn.Module]:
-    """Return our parts of one published file on the meta device, without memory."""
+    """Return our parts of one published file on the meta device, without allocating memory."""
     with torch.device("meta"):
         parts: dict[str, nn.Module] = {"transformer": WanTransformer3DModel(**preset.decoder)}
         if preset.version == 1:
@@ -102,7 +102,7 @@ def build_meta_modules(preset: Preset) -> dict[str, nn.Module]:
 
 
 def locate_tensors(preset: Preset) -> dict[str, TensorLocation]:
-    """Return the location in our folder of every tensor of a published file, by its published name."""
+    """Return the location in our folder of every tensor of a published file, keyed by its published name."""
     return {
         to_published_key(part, key): TensorLocation(part, key, tuple(value.shape))
         for part, module in build_meta_modules(preset).items()

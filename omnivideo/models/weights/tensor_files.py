@@ -1,7 +1,7 @@
 """Read and write weights that are larger than memory.
 
-Files are memory-mapped, so that tensors are read only when they are used, and written in pieces. Pickles may hold only
-tensors and plain containers. An output folder appears only when it is complete.
+Files are memory-mapped, so that tensors are read only when they are used, and written in pieces. Pickles may contain
+only tensors and plain containers. An output folder appears only when it is complete.
 """
 
 import hashlib
@@ -43,7 +43,7 @@ NAME_BY_DTYPE = {dtype: name for name, dtype in DTYPE_BY_NAME.items()}
 def read_pickle(path: Path) -> dict[str, Any]:
     """Return what torch.save wrote, with memory-mapped tensors.
 
-    Raises CheckpointError if the pickle names anything but tensors and plain containers, before any of it runs.
+    Raise CheckpointError if the pickle names anything but tensors and plain containers, before any of it runs.
     """
     check_plain_zip(path)
     try:
@@ -75,7 +75,7 @@ def check_plain_zip(path: Path) -> None:
 
 
 def is_zip(path: Path) -> bool:
-    """Return whether a file begins as a zip archive, which is how torch decides.
+    """Return whether a file begins like a zip archive, which is how torch decides.
 
     zipfile.is_zipfile would also accept an archive at the end of another file.
     """
@@ -124,7 +124,7 @@ def unsafe_name_message(file: str, name: str) -> str:
 
 
 def check_dense_tensors(file: str, loaded: Mapping[Any, Any]) -> StateDict:
-    """Return the dictionary. Raises CheckpointError unless every entry is a dense floating-point tensor."""
+    """Return the dictionary; raise CheckpointError unless every entry is a dense floating-point tensor."""
     for key, value in loaded.items():
         dense = isinstance(value, Tensor) and value.layout == torch.strided and value.dtype in NAME_BY_DTYPE
         if not (isinstance(key, str) and dense):
@@ -248,13 +248,13 @@ def iterate_chunks(tensor: Tensor) -> Iterator[np.ndarray]:
 
 @contextmanager
 def stage_folder(folder: Path, needed_bytes: int) -> Iterator[Path]:
-    """Provide a temporary folder for `needed_bytes`, which gets its name at the end. A failure leaves nothing behind.
+    """Provide a temporary folder that is renamed to `folder` at the end; a failure leaves nothing behind.
 
-    Raises InvalidInput if the folder exists and is not empty, and CheckpointError if the disk has too little space.
+    Raise InvalidInput if the folder exists and is not empty, and CheckpointError if the disk has too little space.
     """
     folder = folder.resolve()
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise InvalidInput("output", f"{folder.name!r} already exists; name a new or an empty folder")
+        raise InvalidInput("output", f"{folder.name!r} already exists; choose a new or an empty folder")
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # left by an import that was killed
     try:

@@ -1,4 +1,4 @@
-"""The limits on clips and the stages that check them, in order. Every figure has one unit, named beside it."""
+"""The limits on clips and the stages that check them, in order. The unit of a limit is in its name or in a comment."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -9,14 +9,14 @@ from omnivideo.contracts import FrozenModel
 
 
 class CurationBounds(FrozenModel):
-    """The allowed range of every stage's figure; the unit "side" is the longer side of the frame."""
+    """The allowed range of every stage's measurement; the unit "side" is the longer side of the frame."""
 
     min_short_side: int = Field(default=480, ge=16, le=8192)  # of the shorter side
     max_aspect: float = Field(default=2.4, ge=1, le=10)  # longer side / shorter side
     min_seconds: float = Field(default=1.0, ge=0.25, le=60)
     max_seconds: float = Field(default=20.0, ge=1, le=600)  # longer scenes are split into equal parts
     max_bars: float = Field(default=0.01, ge=0, le=1)  # share of the frame
-    min_motion: float = Field(default=0.02, ge=0, le=10)  # sides a second
+    min_motion: float = Field(default=0.02, ge=0, le=10)  # sides per second
     max_shake: float = Field(default=0.015, ge=0, le=1)  # sides
     max_overlay: float = Field(default=0.002, ge=0, le=1)  # share of the frame
     max_text: float = Field(default=0.001, ge=0, le=1)  # share of the frame
@@ -26,7 +26,7 @@ class CurationBounds(FrozenModel):
 
 @dataclass(frozen=True)
 class CurationStage:
-    """A stage; `min_field` and `max_field` name the limits of its figure in CurationBounds."""
+    """A stage; `min_field` and `max_field` name the limits of its measurement in CurationBounds."""
 
     name: str
     description: str
@@ -35,7 +35,7 @@ class CurationStage:
     max_field: str | None = None
 
     def find_rejection(self, bounds: CurationBounds, value: float) -> dict[str, Any] | None:
-        """Return the stage, the figure and the reason if the figure is outside the limits."""
+        """Return the stage, the value and the reason if the value is outside the limits, otherwise None."""
         low = getattr(bounds, self.min_field) if self.min_field else None
         high = getattr(bounds, self.max_field) if self.max_field else None
         if (low is None or value >= low) and (high is None or value <= high):
@@ -52,10 +52,10 @@ STAGES = {
         CurationStage("length", "a scene between two cuts", "s", min_field="min_seconds"),
         CurationStage("bars", "black bars at the edges", "of the frame", max_field="max_bars"),
         CurationStage(
-            "motion", "optical flow of the fastest twentieth of the pixels", "sides a second", min_field="min_motion"
+            "motion", "optical flow of the fastest 5 % of the pixels", "sides per second", min_field="min_motion"
         ),
         CurationStage(
-            "shake", "the jump of the camera's motion from one 1/8 s to the next", "sides", max_field="max_shake"
+            "shake", "change of the camera's motion from one 1/8 s to the next", "sides", max_field="max_shake"
         ),
         CurationStage(
             "overlay", "outlines that stay in place while the camera moves", "of the frame", max_field="max_overlay"

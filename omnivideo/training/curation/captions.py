@@ -1,4 +1,4 @@
-"""Caption clips with omnivideo's MLLM server (`POST /v1/write`, which answers one JSON string a line, then null).
+"""Caption clips with omnivideo's MLLM server (`POST /v1/write`, which returns one JSON string per line, then null).
 
 CAPTION_PROMPT is the prompt; any callable from frames to a string can replace this captioner.
 """
@@ -25,13 +25,13 @@ CAPTION_PROMPT = (
 )
 CAPTION_FPS = 2.0
 MAX_ATTEMPTS = 4  # pauses of 0.5, 1, 2 s
-FATAL_STATUS_CODES = (401, 403, 404, 405)  # the address or the key is wrong, not a clip
+FATAL_STATUS_CODES = (401, 403, 404, 405)  # the address or the key is wrong, not the clip
 RETRYABLE_STATUS_CODES = (408, 425, 429)
 MAX_CAPTION_TOKENS = 256
 
 
 class RemoteCaptioner:
-    """A Captioner that asks the server at `address`."""
+    """A Captioner that sends clips to the server at `address`."""
 
     def __init__(self, address: str, prompt: str = CAPTION_PROMPT):
         httpx = import_optional("httpx")
@@ -48,7 +48,7 @@ class RemoteCaptioner:
                 return self.request_caption(body)
             except self.http_error:
                 time.sleep(0.5 * 2**attempt)
-        raise ModelUnavailable("the server at --captions does not answer; run the command again to continue")
+        raise ModelUnavailable("the server at --captions does not respond; run the command again to continue")
 
     def close(self) -> None:
         """Close the connections."""
@@ -59,7 +59,9 @@ class RemoteCaptioner:
         response = self.client.post("/v1/write", json=body)
         if response.status_code in FATAL_STATUS_CODES:
             what = f"{response.status_code} {response.reason_phrase}"
-            raise InvalidInput("captions", f"the server answers {what}; allowed: omnivideo's language model server")
+            raise InvalidInput(
+                "captions", f"the server responds with {what}; allowed: omnivideo's language model server"
+            )
         if response.is_client_error and response.status_code not in RETRYABLE_STATUS_CODES:
             raise UnreadableMedia("captions", f"the server refuses the clip: {' '.join(response.text.split())[:200]}")
         response.raise_for_status()

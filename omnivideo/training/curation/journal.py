@@ -1,4 +1,4 @@
-"""A journal of records that survives a kill: each is one JSON line, on disk before the next; a cut line is dropped."""
+"""A journal of records that survive a kill: each is a JSON line, on disk before the next; a cut-off line is dropped."""
 
 import json
 import os

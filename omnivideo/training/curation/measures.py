@@ -1,6 +1,6 @@
-"""The figures of the stages. Frames are uint8 RGB: `small_frames` [F, h, w, 3], `full_frames` a list of [H, W, 3].
+"""The measurements of the stages. Frames are uint8 RGB: `small_frames` [F, h, w, 3], `full_frames` a list of [H, W, 3].
 
-The unit "side" is the longer side of the frame, so that no figure depends on the resolution.
+The unit "side" is the longer side of the frame, so that no measurement depends on the resolution.
 """
 
 import functools
@@ -14,12 +14,12 @@ from omnivideo.training.curation.reading import SAMPLED_FPS, import_optional
 
 MAX_BLACK_LEVEL = 20  # of 255; the pixels of a bar stay below it after any codec
 MIN_BAR_EDGE_STEP = 8  # of 255; a bar ends at an edge, a night sky does not
-FASTEST_FRACTION = 0.05  # share of pixels that motion is measured on: a small subject in front of a static wall counts
+FASTEST_FRACTION = 0.05  # share of pixels on which motion is measured: a small subject before a static wall counts
 MIN_OUTLINE_STRENGTH = 60.0  # Sobel response of a visible outline
 OUTLINE_SIDE = 480  # px, the longer side on which outlines are compared
 MAX_OUTLINE_DEVIATION = 0.35  # relative to its strength; static outlines differ less between frames
 MIN_CAMERA_TRAVEL = 0.08  # sides; outlines hardly move if the camera travels less
-MIN_OCR_SCORE = 0.6  # OCR's own score
+MIN_OCR_SCORE = 0.6  # OCR's confidence
 HASH_INPUT_SIDE = 32  # px
 
 

@@ -1,7 +1,7 @@
 """Curate a folder: survey every file, measure every scene, drop duplicates, caption and write clips.
 
 Dask runs the tasks, on this machine's cores or on a cluster whose machines see both folders under the same path. Each
-result is written to a journal first, so a killed run continues after the last one and comes to the same result.
+record is written to a journal first, so a killed run continues after the last one and produces the same result.
 """
 
 import hashlib
@@ -48,7 +48,7 @@ PhaseProgressCallback = Callable[[str, int, int], None]  # phase, items done, it
 
 
 class CurationConfig(FrozenModel):
-    """Everything that determines the result; a folder only continues a run of an equal configuration."""
+    """Everything that determines the result; a folder only continues a run with the same configuration."""
 
     bounds: CurationBounds = CurationBounds()
     ocr: bool = True
@@ -82,7 +82,7 @@ def survey_file(folder: str, name: str, bounds: CurationBounds) -> dict[str, Any
 
 
 def measure_clip(folder: str, output_dir: str, clip: dict[str, Any], config: CurationConfig) -> dict[str, Any]:
-    """Return a clip's record with the figure of each stage up to the one that drops it."""
+    """Return a clip's record with the measurement of each stage up to the one that drops it."""
     path, span = Path(folder) / clip["source"], clip["span"]
     record = clip | {"scores": {"length": round(span[1] - span[0], 4)}, "words": "", "hashes": [], "dropped": None}
     sampled_clip = sample_clip(path, span)
@@ -97,7 +97,7 @@ def measure_clip(folder: str, output_dir: str, clip: dict[str, Any], config: Cur
 def measure_stages(
     sampled_clip: SampledClip, config: CurationConfig, record: dict[str, Any]
 ) -> Iterator[tuple[str, float | None]]:
-    """Yield the figures stage by stage, so that the costly stages run only for clips that pass the others."""
+    """Yield the measurements stage by stage, so that the costly stages run only for clips that pass the others."""
     yield "length", record["scores"]["length"]
     yield "bars", measures.measure_black_bars(sampled_clip.full_frames)
     motion = measures.measure_motion(sampled_clip.small_frames)
@@ -125,19 +125,19 @@ def write_clip_file(folder: str, output_dir: str, clip: dict[str, Any]) -> ClipS
 
 
 def run_safely(task: Callable[[dict[str, Any]], dict[str, Any]], item: dict[str, Any]) -> dict[str, Any]:
-    """Return the task's record; a fault of one file or clip becomes its reason, a fault of the whole run is raised."""
+    """Return the task's record; a fault of one file or clip becomes its reason, a fault of the run is raised."""
     try:
         return task(item)
     except InvalidInput as error:
         return make_unreadable_record(format_reason(error))
     except (OmniVideoError, ImportError):
         raise
-    except Exception as error:  # decoders and OpenCV raise whatever they like on odd pixels
-        if isinstance(error, OSError) and error.strerror:  # errors of the source are UnreadableMedia by now
+    except Exception as error:  # decoders and OpenCV may raise any exception on unusual pixels
+        if isinstance(error, OSError) and error.strerror:  # errors of the source are already UnreadableMedia here
             raise StoreError(f"the output folder cannot be written: {error.strerror}") from None
         message = " ".join(word for word in str(error).split() if not set(word) & set("/\\"))  # no path
         return make_unreadable_record(
-            f"cannot be used ({type(error).__name__}: {message[:200]}); allowed: a whole file"
+            f"cannot be used ({type(error).__name__}: {message[:200]}); allowed: a complete file"
         )
 
 
@@ -203,7 +203,7 @@ def get_result(future: Any, distributed: Any) -> dict[str, Any]:
         result: dict[str, Any] = future.result()
         return result
     except distributed.KilledWorker:
-        return make_unreadable_record("took the decoder down; allowed: a whole file")
+        return make_unreadable_record("crashed the decoder; allowed: a complete file")
 
 
 def curate(
@@ -273,7 +273,7 @@ def find_missing_stages(config: CurationConfig, captioner: Captioner | None) -> 
 
 
 def prepare_output(output_dir: Path, config: CurationConfig) -> None:
-    """Create the folder; refuse one with a run of other settings, whose records would be mixed with ours."""
+    """Create the folder; refuse one that contains a run with other settings, whose records would be mixed with ours."""
     try:
         for subfolder in ("clips", "thumbs"):
             (output_dir / subfolder).mkdir(parents=True, exist_ok=True)
@@ -286,7 +286,7 @@ def prepare_output(output_dir: Path, config: CurationConfig) -> None:
 
 
 def fingerprint_file(path: Path) -> list[int]:
-    """Return size and time; a file that changes between two runs counts as another one."""
+    """Return size and modification time; a file that changes between two runs counts as a new one."""
     stat = path.stat()
     return [stat.st_size, stat.st_mtime_ns]
 
@@ -312,7 +312,7 @@ def survey_item(folder: str, bounds: CurationBounds, item: dict[str, Any]) -> di
 
 
 def list_scenes(name: str, file: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return a surveyed file's scenes, each with a unique name that tells its origin."""
+    """Return a surveyed file's scenes, each with a unique name that shows its origin."""
     safe_stem = re.sub(r"[^A-Za-z0-9]+", "-", Path(name).stem).strip("-")[:40]
     path_digest = hashlib.sha256(name.encode()).hexdigest()[:8]
     return [
@@ -390,7 +390,7 @@ def caption_clips(
     journal: Journal,
     on_progress: PhaseProgressCallback,
 ) -> None:
-    """Caption the clips without a caption; the next run, perhaps with another server, repeats refused ones."""
+    """Caption the clips without a caption; the next run, perhaps with another server, retries refused clips."""
     remaining = [clip for clip in clips if not is_captioned(clip, journal)]
 
     def caption_clip(clip: dict[str, Any]) -> dict[str, Any]:

@@ -33,13 +33,13 @@ from omnivideo.media.write import add_h264_stream, rgb_to_yuv
 from omnivideo.training.data.sample import TRAINING_LIMITS
 
 VIDEO_SUFFIXES = (".mp4", ".mov", ".webm", ".mkv", ".avi")
-SAMPLED_FPS = 8  # rate of the frames that motion is measured on
+SAMPLED_FPS = 8  # rate of the frames on which motion is measured
 SMALL_FRAME_SIDE = 192  # px, their longer side
-MAX_FULL_FRAMES = 8  # full frames of a clip, evenly spaced, for the measures of single frames
-CUT_DETECTION_SIDE = 256  # px, the longer side of the frames that cuts are detected on
+MAX_FULL_FRAMES = 8  # full frames of a clip, evenly spaced, for measurements of single frames
+CUT_DETECTION_SIDE = 256  # px, the longer side of the frames on which cuts are detected
 CLIP_TIME_BASE = Fraction(1, 90_000)  # s, the unit of frame times in written clips
 MIN_SCENE_SECONDS = 0.3  # s; two cuts closer than this are a flash
-DEFAULT_FPS = 25.0  # of a file that states no rate
+DEFAULT_FPS = 25.0  # for a file that declares no rate
 
 TimeSpan = tuple[float, float]
 GUARD = MediaGuard("", TRAINING_LIMITS)  # the report names the file
@@ -93,7 +93,7 @@ def open_video(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
             stream.codec_context.thread_count = 1  # each core already has a process
             yield container, stream
     except av.FFmpegError as error:
-        GUARD.refuse_media(f"is damaged or cut short ({error.strerror}); allowed: a whole file")
+        GUARD.refuse_media(f"is damaged or cut short ({error.strerror}); allowed: a complete file")
 
 
 def sniff_demuxer(path: Path) -> str:
@@ -102,21 +102,21 @@ def sniff_demuxer(path: Path) -> str:
         with path.open("rb") as file:
             demuxer = sniff_format(file.read(16))
     except OSError as error:
-        GUARD.refuse_media(f"is damaged or cut short ({error.strerror}); allowed: a whole file")
+        GUARD.refuse_media(f"is damaged or cut short ({error.strerror}); allowed: a complete file")
     if demuxer not in CLIP_DEMUXERS:
         GUARD.refuse_media(f"is not a video; allowed: {', '.join(VIDEO_SUFFIXES)}")
     return demuxer
 
 
 def read_fps(stream: VideoStream) -> float:
-    """Return the mean frames per second that the header states."""
+    """Return the mean frames per second that the header declares."""
     return float(stream.average_rate or stream.guessed_rate or DEFAULT_FPS)
 
 
 def decode_frames(
     container: InputContainer, stream: VideoStream, start: float = 0.0
 ) -> Iterator[tuple[float, av.VideoFrame]]:
-    """Yield times in s since the file's first frame, and frames, from the one at `start` on."""
+    """Yield times in s since the file's first frame, and frames, starting with the frame at `start`."""
     time_base = stream.time_base or Fraction(1)
     origin = float((stream.start_time or 0) * time_base)
     if start:
@@ -131,14 +131,14 @@ def read_frame_size(path: Path) -> tuple[int, int]:
     """Return width and height without decoding."""
     with open_video(path) as (_, stream):
         if not (stream.width and stream.height):
-            raise UnreadableMedia("source", "has no frame size; allowed: a whole file")
+            raise UnreadableMedia("source", "has no frame size; allowed: a complete file")
         return stream.width, stream.height
 
 
 def survey_video(path: Path, max_scene_seconds: float) -> VideoSurvey:
     """Decode the file once to check that it is complete and to find its cuts; longer scenes are split evenly.
 
-    Raises UnreadableMedia for a damaged file.
+    Raise UnreadableMedia for a damaged file.
     """
     detectors = import_optional("scenedetect.detectors", "scenedetect-headless")
     scenedetect = import_optional("scenedetect")
@@ -165,7 +165,7 @@ def check_complete(frames: int, stream: VideoStream, duration: int | None, fps: 
     """Raise UnreadableMedia if frames are missing: FFmpeg reads a truncated file to its end without an error."""
     expected = count_promised_frames(stream) or int((duration or 0) / av.time_base * fps)
     if frames == 0 or frames < 0.98 * expected - 2:
-        raise UnreadableMedia("source", f"is cut short: it has {frames} frames of {expected}; allowed: a whole file")
+        raise UnreadableMedia("source", f"is cut short: it has {frames} frames of {expected}; allowed: a complete file")
 
 
 def split_scenes(boundaries: list[float], max_scene_seconds: float) -> Iterator[TimeSpan]:
@@ -190,7 +190,7 @@ def decode_span(
 def sample_clip(path: Path, span: TimeSpan) -> SampledClip:
     """Return the frames of a scene that stages measure.
 
-    Raises UnreadableMedia for a span without a frame; a file with uneven frame times may have one.
+    Raise UnreadableMedia for a span without a frame; a file with uneven frame times may have one.
     """
     start, stop = span
     last_frame, next_small_time = None, start
@@ -226,7 +226,7 @@ def write_clip(path: Path, span: TimeSpan, target: Path) -> ClipShape:
 
 
 def encode_into(file: BinaryIO, frames: Iterator[tuple[float, np.ndarray]], rate: Fraction) -> tuple[int, int, int]:
-    """Encode frames with their times in s, which may be uneven; `rate` is the mean rate that the header states.
+    """Encode frames with their times in s, which may be uneven; `rate` is the mean rate that the header declares.
 
     Return the height, the width and the number of frames. An odd last row or column is dropped.
     """

@@ -1,1 +1,1 @@
-"""Training data: one sample format for the six tasks, its shards, other people's layouts, and the order of batches."""
+"""Training data: one sample format for the six tasks, its shards, published layouts, and the order of batches."""

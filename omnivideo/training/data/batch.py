@@ -1,4 +1,4 @@
-"""Batches of the stages: the samples that a process takes through the models in one pass."""
+"""Batches of the stages: the samples that a process runs through the models in one pass."""
 
 import random
 from collections.abc import Sequence

@@ -19,7 +19,7 @@ from omnivideo.errors import CheckpointError, InvalidInput
 
 BATCH_SIZE_OPTIONS: dict[Medium, str] = {"image": "stills", "video": "clips"}  # command-line options of batch sizes
 
-# Paper, Table 1: percent of the samples.
+# Paper, Table 1: percentages of the samples.
 PAPER_TASK_MIX: dict[TrainingTask, float] = {
     "image-understanding": 37.9,
     "video-understanding": 4.36,
@@ -125,7 +125,7 @@ class SamplerState:
 
 
 class BatchSampler:
-    """Yields the batches of every epoch over samples, which are given by their tasks and buckets, by index."""
+    """Yields the batches of every epoch, as indices of samples, which are given by their tasks and buckets."""
 
     def __init__(self, tasks: Sequence[TrainingTask], buckets: Sequence[Bucket], mix: MixConfig = MixConfig()):
         if not len(tasks) == len(buckets) > 0:
@@ -181,15 +181,15 @@ class BatchSampler:
         available = {task: int((self.sample_tasks == task).sum()) for task in shares}
         if self.mix.task_ratio is None and self.mix.group_weights is None:
             return available
-        # With one more than available, counts that were rounded from these very shares are used completely.
+        # One more than available: counts that were rounded from exactly these shares are then used completely.
         scale = min((available[task] + 1) / share for task, share in shares.items())
         return {task: min(available[task], math.ceil(scale * share - 1e-9)) for task, share in shares.items()}
 
     def select_samples(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the epoch's samples, and the position of each in the epoch from 0 to 1.
 
-        A task's samples form a ring in one shuffled order, of which every epoch takes the next stretch. So no sample
-        repeats within an epoch, and all are used equally often in the long run. Each task is spread evenly.
+        A task's samples form a ring in one shuffled order, of which every epoch takes the next segment. So no sample
+        repeats within an epoch, and all are used equally often over many epochs. Each task is spread evenly.
         """
         indices, moments = [], []
         for task, quota in self.quotas.items():
@@ -248,7 +248,7 @@ class BatchSampler:
         return bucket_indices
 
     def find_nearest_bucket(self, bucket_index: int, counts: np.ndarray) -> int | None:
-        """Return the bucket to merge into: the most frames, but no more than now, then the nearest aspect ratio."""
+        """Return the bucket to merge into: the most frames up to the present number, then the nearest aspect ratio."""
         bucket = self.buckets[bucket_index]
         others = [
             (bucket.frames - other.frames, other.aspect_distance(bucket.width, bucket.height), index)
@@ -268,7 +268,7 @@ class BatchSampler:
     # ------------------------------------------------------------ the position of a run
 
     def iterate_batches(self, state: SamplerState = SamplerState()) -> Iterator[tuple[SamplerState, GlobalBatch]]:
-        """Yield every batch from `state` on, endlessly, each with the state after it."""
+        """Yield an endless sequence of batches from `state` on, each with the state after it."""
         while True:
             batches = self.get_epoch_batches(state.epoch)
             for index in range(state.batch_index, len(batches)):
@@ -285,11 +285,11 @@ class BatchSampler:
     def restore_state(self, checkpoint: Mapping[str, Any]) -> SamplerState:
         """Return a checkpoint's position; raise CheckpointError if its data or mix differ from these."""
         if checkpoint["order"] != self.compute_digest():
-            raise CheckpointError("data: the checkpoint was made with other samples, buckets or another mix")
+            raise CheckpointError("data: the checkpoint was made with other samples or buckets, or with another mix")
         return SamplerState(checkpoint["epoch"], checkpoint["at"])
 
     def compute_digest(self) -> str:
-        """Return sixteen hex digits of everything that the order depends on."""
+        """Return a digest of everything that the order depends on, as sixteen hex digits."""
         mix = {MIX_DIGEST_KEYS.get(name, name): value for name, value in asdict(self.mix).items()}
         hasher = hashlib.sha256(repr((sorted(mix.items(), key=str), self.buckets)).encode())
         hasher.update(self.sample_tasks.tobytes() + self.sample_buckets.tobytes())
@@ -320,7 +320,7 @@ class EpochStats:
 
 
 def measure_epoch(sampler: BatchSampler, world_size: int, epoch: int = 0) -> EpochStats:
-    """Measure an epoch on `world_size` ranks, which wait for each other once a step."""
+    """Measure an epoch on `world_size` ranks, which wait for each other once per step."""
     batches = sampler.get_epoch_batches(epoch)
     samples = sum(len(batch.indices) for batch in batches)
     useful = sum(len(batch.indices) * batch.bucket.pixel_count for batch in batches)
@@ -345,7 +345,7 @@ GRID_PX = 16  # px; VAE and patch embedding need multiples of it
 def build_buckets(
     width: int, height: int, frame_counts: Sequence[int], aspect_ratios: Sequence[float] = ASPECT_RATIOS
 ) -> list[Bucket]:
-    """Return buckets of about this area, in the usual aspect ratios and its own, for each number of frames."""
+    """Return buckets of about this area, in this and the usual aspect ratios, for each number of frames."""
     if min(width, height) < GRID_PX:
         raise InvalidInput("size", f"{width}x{height}; allowed: sides of {GRID_PX} px or more")
     if any(frames < 1 or frames % 4 != 1 for frames in frame_counts):
@@ -367,7 +367,7 @@ def select_bucket(
 ) -> Bucket:
     """Return the bucket that keeps most of a medium, sampled at `target_fps`.
 
-    It has the most frames that the medium can fill, then the nearest aspect ratio. Raises InvalidInput for a clip
+    It has the most frames that the medium can fill, then the nearest aspect ratio. Raise InvalidInput for a clip
     that is too short for every bucket.
     """
     available_frames = 1 if "image" in task else math.floor((frames - 1) * target_fps / fps + 1e-6) + 1
@@ -377,5 +377,5 @@ def select_bucket(
         if bucket.group == get_task_group(TRAINING_TASKS.index(task)) and bucket.frames <= available_frames
     ]
     if not candidates:
-        raise InvalidInput("frames", f"{available_frames} at {target_fps:g} a second; no bucket is so short")
+        raise InvalidInput("frames", f"{available_frames} at {target_fps:g} per second; no bucket is so short")
     return min(candidates, key=lambda bucket: (-bucket.frames, bucket.aspect_distance(width, height)))

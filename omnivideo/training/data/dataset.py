@@ -5,7 +5,7 @@ encode`) if it has them. Missing ones, the MLLM's hidden states and in stage 3 t
 computed from the media as they are needed.
 
 A sample that cannot be read is left out of its batch, whose mean is over the others, and is named in the data set's
-skip report. A process without a readable sample takes a blank one along, which does not count.
+skip report. A process without a readable sample processes a blank one, which does not count.
 """
 
 import hashlib
@@ -61,7 +61,7 @@ class RankSlice:
     """A process's part of a step.
 
     `sample_indices` are its samples in the data set and `batch_slice` their positions in the global batch. With fewer
-    samples than processes, some processes repeat a sample of another; theirs do not count.
+    samples than processes, some processes repeat a sample of another; the repetitions do not count.
     """
 
     bucket: Bucket
@@ -74,8 +74,8 @@ class RankSlice:
 class EpochDataset:
     """The samples of a data set that a stage uses, epoch after epoch.
 
-    `micro_batch_size` is the most samples that a process takes in one forward and backward pass; None takes its whole
-    part of a batch at once.
+    `micro_batch_size` is the maximum number of samples in one forward and backward pass of a process; with None, its
+    part of a batch is a single pass.
     """
 
     def __init__(
@@ -356,7 +356,7 @@ class FlowDataset(EpochDataset):
     def load_sample(
         self, position: int, sample: TrainingSample, cached_tensors: Tensors, bucket: Bucket
     ) -> LoadedSample:
-        """Raises InvalidInput for what cannot be used."""
+        """Return the sample with what the models need; raise InvalidInput if it cannot be used."""
         pixels: Tensors = {}
         if not cached_tensors:
             self.frozen_encoders.check_text_length(sample.text)

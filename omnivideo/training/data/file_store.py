@@ -49,7 +49,7 @@ class LocalFileStore:
         return (self.folder / name).stat().st_size
 
     def read_range(self, name: str, offset: int = 0, length: int = 0) -> bytes:
-        """Return `length` bytes from `offset`, or all if it is 0; raise ArtifactNotFound if there is no such file."""
+        """Return `length` bytes from `offset`, or all if `length` is 0; raise ArtifactNotFound for a missing file."""
         try:
             with (self.folder / name).open("rb") as file:
                 file.seek(offset)

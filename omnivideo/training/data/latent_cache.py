@@ -58,7 +58,7 @@ class BucketAssigner:
         return select_bucket(self.buckets, entry.task, shape.width, shape.height, shape.frames, shape.fps, self.fps)
 
     def load_pixels(self, sample: TrainingSample, bucket: Bucket) -> dict[str, np.ndarray]:
-        """Return the pixels [F, H, W, 3] of the target and of the source, if there is one. Raises UnreadableMedia."""
+        """Return the pixels [F, H, W, 3] of the target and of the source, if there is one; raise UnreadableMedia."""
         return {
             name: read_fitted_media(
                 data, bucket.width, bucket.height, bucket.frames, self.fps, TRAINING_LIMITS, field=name
@@ -224,7 +224,7 @@ class LatentCache:
     def __call__(self, entry: SampleRef) -> dict[str, Tensor]:
         """Return a sample's `text`, `target` and, for edits, `source`; nothing if it was not encoded.
 
-        Raises UnreadableMedia if the file is damaged.
+        Raise UnreadableMedia if the file is damaged.
         """
         name = cache_name(entry.shard, self.digest)
         try:
@@ -240,7 +240,7 @@ class LatentCache:
             try:
                 length = int.from_bytes(self.file_store.read_range(name, 0, 8), "little")
                 self.headers[name] = (8 + length, json.loads(self.file_store.read_range(name, 8, length)))
-            except ArtifactNotFound:  # remembered, so that it is not requested again
+            except ArtifactNotFound:  # the absence is cached, so that it is not requested again
                 self.headers[name] = (0, {})
         return self.headers[name]
 

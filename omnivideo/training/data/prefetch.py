@@ -88,7 +88,7 @@ class PackedDataset(Dataset[PackedTensors]):
 
 
 def return_unchanged(value: T) -> T:
-    """Return the value; the loader would otherwise convert it."""
+    """Return the value; the loader's default collation would convert it."""
     return value
 
 
@@ -97,7 +97,7 @@ def map_in_order(make_item: Callable[[int], T], keys: Sequence[int], workers: in
     if not workers:
         yield from map(make_item, keys)
         return
-    # Without its own generator the loader would draw from the one that the trainer has just seeded.
+    # Without its own generator the loader would advance the one that the trainer has just seeded.
     loader = DataLoader(
         PackedDataset(make_item), sampler=keys, batch_size=None, num_workers=workers, generator=torch.Generator(),
         collate_fn=return_unchanged, prefetch_factor=4, multiprocessing_context="fork",
@@ -109,7 +109,7 @@ def map_in_order(make_item: Callable[[int], T], keys: Sequence[int], workers: in
 class Prefetcher(Generic[T]):
     """Calls `make_item(step)` ahead of its use; the result must depend on the step alone.
 
-    Steps that are not requested in order start the workers anew.
+    The workers are restarted if steps are not requested in order.
     """
 
     def __init__(self, make_item: Callable[[int], T], workers: int = 0):

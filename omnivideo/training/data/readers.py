@@ -113,7 +113,7 @@ def read_parquet_rows(path: Path, skip_report: SkipReport) -> Iterator[tuple[str
 
 
 def read_text_field(row: Record, *names: str) -> str:
-    """Return the first of these fields that holds text; raise InvalidInput if none does."""
+    """Return the first of these fields that contains text; raise InvalidInput if none does."""
     for name in names:
         if isinstance(value := row.get(name), str) and value.strip():
             return value.strip()
@@ -121,7 +121,7 @@ def read_text_field(row: Record, *names: str) -> str:
 
 
 def read_media_field(row: Record, media: Path, *names: str) -> bytes:
-    """Return the bytes of the first of these fields that names a file under `media`, or holds its content."""
+    """Return the bytes of the first of these fields that names a file under `media`, or contains its content."""
     for name in names:
         value = row.get(name)
         if isinstance(value, list) and len(value) == 1:

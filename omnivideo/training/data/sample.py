@@ -67,7 +67,7 @@ class SkipReport:
         self.skipped_samples.append((kind, location, detail))
 
     def merge_skips(self, incoming: Iterable[SkippedSample]) -> list[SkippedSample]:
-        """Add the skips that are new, and return them; the same sample is skipped again in every epoch."""
+        """Add the skips that are new and return them, since the same sample is skipped again in every epoch."""
         unseen = [skip for skip in dict.fromkeys(incoming) if skip not in self.skipped_samples]
         self.skipped_samples += unseen
         return unseen
@@ -101,7 +101,7 @@ def detect_format(data: bytes, field: str = "media") -> str:
     """Return the format by content, in FFmpeg's and Pillow's names; raise UnreadableMedia for any other content."""
     media_format = sniff_format(data[:16])
     if media_format is None:
-        raise UnreadableMedia(field, f"it is no image or video; allowed: {READABLE_FORMATS}")
+        raise UnreadableMedia(field, f"it is not an image or video; allowed: {READABLE_FORMATS}")
     return media_format
 
 
@@ -119,7 +119,7 @@ def is_clip(data: bytes) -> bool:
 def measure_shape(data: bytes, field: str = "media") -> MediaShape:
     """Return a medium's shape by decoding all of it; only the first picture of an animation counts.
 
-    Raises UnreadableMedia if any part is damaged.
+    Raise UnreadableMedia if any part is damaged.
     """
     info = measure_media(data, TRAINING_LIMITS, field=field)
     if not is_clip(data):
@@ -147,7 +147,7 @@ def check_sample(sample: TrainingSample) -> None:
             raise InvalidInput(name, f"{'missing from' if is_required else 'not allowed for'} {sample.task}")
     all_text = "".join((sample.text, sample.caption, *(side for turn in sample.turns for side in turn)))
     if any("\ud800" <= letter <= "\udfff" for letter in all_text):
-        raise InvalidInput("text", "it holds half of a surrogate pair")
+        raise InvalidInput("text", "it contains half of a surrogate pair")
     for name, data in (("source", sample.source), ("target", sample.target)):
         if data is not None and is_clip(data) != (get_task_medium(sample.task) == "video"):
             raise InvalidInput(name, f"a file of type {detect_member_suffix(data)} does not fit the task {sample.task}")
@@ -156,7 +156,7 @@ def check_sample(sample: TrainingSample) -> None:
 def measure_sample(sample: TrainingSample) -> MediaShape:
     """Return the shape of the target, or of the source if nothing is to be generated.
 
-    Both are decoded completely, so that damaged media are found. Raises UnreadableMedia.
+    Both are decoded completely; raise UnreadableMedia if any part is damaged.
     """
     media = (("source", sample.source), ("target", sample.target))
     shapes = [measure_shape(data, name) for name, data in media if data is not None]

@@ -5,8 +5,8 @@
 
 Shards are read as a stream, or one sample at a time through the index, as mixed batches need. The index is rebuilt if
 it is missing or does not match the size of the tar. Tars are read with the standard library, because the `webdataset`
-package cannot seek, and accepts a tar that is cut between two members or has a damaged header. That package can read
-the shards written here (tests/training/data/test_webdataset.py).
+package cannot seek, and accepts a tar that is truncated between two members or has a damaged header. That package can
+read the shards written here (tests/training/data/test_webdataset.py).
 """
 
 import io
@@ -120,7 +120,7 @@ class ShardWriter:
 
     @property
     def is_full(self) -> bool:
-        """Return whether the next sample belongs to another shard."""
+        """Return whether the next sample belongs in another shard."""
         return len(self.entries) >= MAX_SHARD_SAMPLES or self.tar.offset >= MAX_SHARD_BYTES
 
     def close(self, file_store: FileStore) -> None:
@@ -139,7 +139,7 @@ def format_index(tar_bytes: int, entries: list[SampleRef]) -> str:
 
 
 def write_shards(samples: Iterable[TrainingSample], file_store: FileStore, skip_report: SkipReport) -> int:
-    """Write the usable samples in order, with their numbers as keys; return how many."""
+    """Write the usable samples in order, with their numbers as keys; return their number."""
     written_count, shard, shard_number = 0, None, 0
     with tempfile.TemporaryDirectory() as folder:
         for sample in samples:
@@ -180,7 +180,7 @@ class TailRecordingReader:
 
 
 def read_members(file: IO[bytes], shard: str, skip_report: SkipReport) -> Iterator[tuple[str, ByteSpan, bytes]]:
-    """Yield the name, span and bytes of every file of a tar, up to the place where it is damaged."""
+    """Yield the name, span and bytes of every file of a tar, up to the point where it is damaged."""
     tee = TailRecordingReader(file)
     try:
         with tarfile.open(fileobj=tee, mode="r|") as tar:  # type: ignore[call-overload]
@@ -197,7 +197,7 @@ def read_members(file: IO[bytes], shard: str, skip_report: SkipReport) -> Iterat
 def read_sample_groups(
     file: IO[bytes], shard: str, skip_report: SkipReport
 ) -> Iterator[tuple[str, dict[str, ByteSpan], dict[str, bytes]]]:
-    """Yield the key, spans and bytes of each sample; the key is a name up to the first dot of its last part."""
+    """Yield the key, spans and bytes of each sample; the key is a path up to the first dot of its last part."""
     key, spans, contents = "", dict[str, ByteSpan](), dict[str, bytes]()
     for name, span, data in read_members(file, shard, skip_report):
         folder, slash, base = name.rpartition("/")

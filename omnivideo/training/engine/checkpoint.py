@@ -25,7 +25,7 @@ from omnivideo.training.engine.optim import Muon
 
 STATE_FILE_NAME = "state.pt"
 SHARDS_FOLDER_NAME = "shards"
-OPTIMIZER_MISMATCH = "the checkpoint was written with another optimizer than the recipe's"
+OPTIMIZER_MISMATCH = "the checkpoint was written with a different optimizer from the recipe's"
 SHARD_FILE_PATTERN = re.compile(r"(\d+)-of-(\d+)\.pt")
 
 
@@ -162,7 +162,7 @@ def find_latest_checkpoint(run_folder: Path, names_by_optimizer: list[list[str]]
 
 
 def create_partial_folder(run_folder: Path, step: int) -> None:
-    """Create an empty folder for the shards of a step; it becomes valid by `commit_shards`."""
+    """Create an empty folder for the shards of a step; `commit_shards` makes it valid."""
     folder = partial_folder(run_folder, step)
     shutil.rmtree(folder, ignore_errors=True)  # left by a run that was killed while writing
     folder.mkdir(parents=True)
@@ -201,7 +201,7 @@ def commit_shards(run_folder: Path, step: int) -> None:
 def load_optimizer_state(optimizer: torch.optim.Optimizer, names: list[str], checkpoint: Checkpoint) -> None:
     """Load the state of an optimizer over full parameters, whose names are in its order.
 
-    Raise CheckpointError if the checkpoint was written with another optimizer.
+    Raise CheckpointError if the checkpoint was written with a different optimizer.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state = optimizer.state_dict()

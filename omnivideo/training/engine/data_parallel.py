@@ -1,9 +1,9 @@
 """Data parallelism: which part of a batch this process takes.
 
-A recipe makes the whole batch in every process, because data, noise and dropout depend on the step alone, and then
+A recipe makes the global batch in every process, because data, noise and dropout depend on the step alone, and then
 takes this process's part. The parts of N processes together are the batch of one process. The trainer sets the rank;
-outside of a trainer the part is the whole batch. Some quantities vary between samples, such as the tokens of an answer:
-their means and maxima are taken over all ranks (`global_mean`, `global_max`).
+outside of a trainer the part is the global batch. Some quantities vary between samples, such as the tokens of an
+answer: their means and maxima are taken over all ranks (`global_mean`, `global_max`).
 """
 
 from collections.abc import Iterator, Mapping
@@ -37,7 +37,7 @@ class DataParallelRank:
     def global_mean(self, counts: Tensor) -> Tensor:
         """Return counts averaged over all ranks.
 
-        A sum divided by it, averaged over the ranks, is the mean over the whole batch.
+        A sum divided by it, averaged over the ranks, is the mean over the global batch.
         """
         return counts
 
@@ -55,7 +55,7 @@ SINGLE_RANK = DataParallelRank()
 
 
 def current_rank() -> DataParallelRank:
-    """Return the rank whose part of the batch is computed; outside of a trainer it is a rank alone."""
+    """Return the rank whose part of the batch is computed; outside of a trainer it is the only rank."""
     return CURRENT_RANK.get(SINGLE_RANK)
 
 

@@ -1,7 +1,7 @@
 """Monitoring of a run: throughput, memory, TensorBoard and Weights & Biases, and generated samples.
 
-MFU counts the model's operations including attention, and nothing that checkpointing repeats. It is shown if the recipe
-knows its operations and the device's peak is known.
+MFU counts the model's operations including attention, but not those that checkpointing repeats. It is shown if the
+recipe knows its operations and the device's peak is known.
 """
 
 import resource
@@ -75,7 +75,7 @@ MetricWriter = Callable[[int, dict[str, float]], None]
 
 
 def open_tensorboard(folder: Path, recipe: Recipe, step: int) -> MetricWriter:
-    """Return a writer to `<run>/tensorboard`; what a killed run wrote after `step` is not shown any more."""
+    """Return a writer to `<run>/tensorboard`; what a killed run wrote after `step` is no longer shown."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
@@ -110,7 +110,7 @@ MetricWriterFactory = Callable[[Path, Recipe, int], list[MetricWriter]]
 
 
 def build_writer_factory(kinds: Sequence[str]) -> MetricWriterFactory:
-    """Return a function that opens writers of some kinds for a run at a step; raise InvalidInput for unknown kinds."""
+    """Return a function that opens writers of these kinds for a run at a step; raise InvalidInput for unknown kinds."""
     for kind in kinds:
         if kind not in METRIC_WRITERS:
             raise InvalidInput("log-to", f"{kind!r} is not one of {', '.join(METRIC_WRITERS)}")
@@ -132,7 +132,7 @@ def skip_samples(trainer: Trainer) -> dict[str, float]:
 
 @contextmanager
 def all_parts_on_one_device(omni: OmniVideoModel) -> Iterator[OmniVideoModel]:
-    """Hold all models on one device; afterwards move those that training does not need back."""
+    """Keep all models on one device; afterwards move back those that training does not need there."""
     devices = {name: next(getattr(omni, name).parameters()).device for name in CPU_PARTS}
     try:
         yield move_cpu_parts_to_device(omni)

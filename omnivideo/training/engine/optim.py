@@ -84,7 +84,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def is_matrix(name: str, parameter: nn.Parameter) -> bool:
-    """Return True for hidden weights, which Muon trains; Adam trains embeddings, queries, gains and biases."""
+    """Return whether a weight is a hidden matrix, for Muon; Adam trains embeddings, queries, gains and biases."""
     tables = ("embed_tokens", "shared", "lm_head", "query", "markers", "scale_shift_table", "position_embedding")
     return parameter.ndim >= 2 and min(parameter.flatten(1).shape) > 1 and not any(t in name for t in tables)
 

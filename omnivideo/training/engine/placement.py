@@ -2,7 +2,7 @@
 
 On a GPU trained weights are fp32, and frozen weights have the precision of matrix products. The text encoder and the
 VAE stay on the CPU, because their outputs come from the cache that `omnivideo data encode` fills; they are moved to the
-GPU once a sample is not in the cache (`move_cpu_parts_to_device`).
+GPU as soon as a sample is not in the cache (`move_cpu_parts_to_device`).
 """
 
 from dataclasses import dataclass

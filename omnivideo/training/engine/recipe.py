@@ -1,4 +1,4 @@
-"""A recipe: what one stage of training minimises, which parameters it trains, and how it moves them."""
+"""A recipe: what one stage of training minimises, which parameters it trains, and how it updates them."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from omnivideo.models.omni import OmniVideoModel
 from omnivideo.training.engine.optim import OptimizerName, cosine_lr_scale, trapezoidal_lr_scale
 
-Losses = dict[str, Tensor]  # "loss" is minimised; the others are only shown
+Losses = dict[str, Tensor]  # "loss" is minimised; the others are only reported
 MicroBatchLosses = Sequence[Callable[[], Losses]]
 
 
@@ -23,10 +23,10 @@ class Recipe:
     for all. `micro_batch_losses(step)` returns a function for each micro-batch of this process's part of the batch
     (data_parallel.py); each computes named losses, whose averages over the micro-batches are the losses of the batch.
     `data_digest` identifies the samples and their order; a checkpoint resumes only over the same ones.
-    `batch_size(step)` is the number of samples over all processes, or 0 if unknown. `step_flops(step)` are the
-    operations of the model in a step and may be asked for only after its losses; None if unknown. `omni` can generate
-    samples with the model's weights; None if the stage cannot.
-    `precision` is that of matrix products; the optimizer always works in fp32.
+    `batch_size(step)` is the number of samples over all processes, or 0 if unknown. `step_flops(step)` is the number of
+    operations of the model in a step and may be called only after its losses; None if unknown. `omni` can generate
+    samples with the model's weights; None if the stage cannot. `precision` is that of matrix products; the optimizer
+    always works in fp32.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""A training run of any preset: the folders of its checkpoints, and how it trains one recipe."""
+"""A training run of any preset: the folders of its checkpoints, and the training of a recipe."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -36,7 +36,7 @@ SINGLE_PROCESS = ProcessContext()
 class RunContext:
     """A configuration with the processes and the console that it runs with; the same for every preset.
 
-    `render_samples` generates the samples that `config.sample_every` asks for.
+    `render_samples` generates the samples that `config.sample_every` requests.
     """
 
     config: TrainingConfig
@@ -73,7 +73,7 @@ class RunContext:
         self.train_recipe(recipe)
 
     def apply_config(self, recipe: Recipe) -> Recipe:
-        """Return a recipe with the fields that the configuration changes, its decoder compiled if that is asked for."""
+        """Return a recipe with the configuration's values, and with a compiled decoder if the configuration says so."""
         config = self.config
         if config.compiled:
             compile_decoder(recipe.model)

@@ -111,9 +111,9 @@ class Trainer:
         return self.folder / STATE_FILE_NAME
 
     def resume_from(self, checkpoint: Checkpoint) -> None:
-        """Resume from a checkpoint; raise CheckpointError if it was written with other parameters or data."""
+        """Resume from a checkpoint; raise CheckpointError if it was written with different parameters or data."""
         if checkpoint.parameter_names != [name for name, _ in self.trainable_parameters]:
-            raise CheckpointError(f"the checkpoint of {self.recipe.name} trains other parameters than the recipe")
+            raise CheckpointError(f"the checkpoint of {self.recipe.name} trains different parameters from the recipe")
         if checkpoint.data_digest != self.recipe.data_digest:
             raise CheckpointError("data: the checkpoint was made with other samples or buckets, or with another mix")
         self.step, self.trained_seconds = checkpoint.step, checkpoint.trained_seconds

@@ -36,12 +36,12 @@ class Flops:
 
     @property
     def with_backward(self) -> "Flops":
-        """Forward and backward: a product has two products in its backward pass, for its input and for its weights."""
+        """Return forward and backward: a product has two products in its backward pass, for its input and weights."""
         return self * 3
 
     @property
     def with_frozen_backward(self) -> "Flops":
-        """Forward and backward through frozen weights, for which no gradients are computed."""
+        """Return forward and backward through frozen weights, for which no gradients are computed."""
         return Flops(self.weights * 2, self.attention * 3)
 
 

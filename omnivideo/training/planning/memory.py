@@ -146,7 +146,7 @@ def estimate_transient_gb(config: PlanConfig, trained: int) -> dict[str, float]:
 
     Gradients are allocated as activations are freed; the fp32 sums of earlier micro-batches stay allocated. Autocast
     keeps its bf16 copies of fp32 weights for the backward pass. DeepSpeed reduces bf16 gradients bucket by bucket, then
-    holds its own part of them three times: as they were, flattened, and in fp32.
+    holds its own part of them three times: unchanged, flattened, and in fp32.
     """
     activation_bytes, gpus = max(estimate_activations(config, kind) for kind in KINDS), config.gpus
     is_accumulating = config.grad_accum_steps > 1

@@ -48,7 +48,7 @@ SIGLIP_CONFIG: dict[str, Any] = {
 
 
 def build_meta_models(preset: Preset) -> nn.ModuleDict:
-    """Build all models on the meta device, under the names by which the stages refer to them."""
+    """Build all models on the meta device, under the names that the stages use."""
     with torch.device("meta"):
         parts = {
             "mllm": Qwen3VLForConditionalGeneration(Qwen3VLConfig(**MLLM_CONFIG)),
@@ -62,7 +62,7 @@ def build_meta_models(preset: Preset) -> nn.ModuleDict:
 
 
 def count_table_parameters() -> dict[str, int]:
-    """Count the parameters of the language models with which not every token is multiplied."""
+    """Count the parameters of the language models that are not multiplied with every token."""
     text = MLLM_CONFIG["text_config"]
     table = text["vocab_size"] * text["hidden_size"]
     words = UMT5_XXL_CONFIG["vocab_size"] * UMT5_XXL_CONFIG["d_model"]

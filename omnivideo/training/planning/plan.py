@@ -1,6 +1,6 @@
 """Estimate what a stage of training costs at full size: weights, memory, seconds per step and days.
 
-Nothing is measured and nothing is allocated. The models are built on the meta device, and every figure follows from
+Nothing is measured and nothing is allocated. The models are built on the meta device, and every number follows from
 formulas that docs/plan.md states and that the tests compare with torch's own counters on a small model.
 """
 
@@ -21,7 +21,8 @@ SECONDS_PER_DAY = 86_400.0
 class TrainingPlan:
     """Numbers of parameters, the memory of one GPU by part, and the seconds and operations of a step of each kind.
 
-    Resident memory is always allocated; of the transient parts one at a time is. `step_flops` are those of one GPU.
+    Resident memory is always allocated; only one of the transient parts is allocated at a time. `step_flops` are those
+    of one GPU.
     """
 
     config: PlanConfig

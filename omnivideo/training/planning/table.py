@@ -1,4 +1,4 @@
-"""Print a plan as a table, with the assumptions on which its figures depend."""
+"""Print a plan as a table, with the assumptions on which its numbers depend."""
 
 from rich.table import Table
 
@@ -33,7 +33,7 @@ def format_weight_rows(plan: TrainingPlan) -> list[tuple[str, str]]:
 
 def format_memory_rows(plan: TrainingPlan) -> list[tuple[str, str]]:
     rows = [(f"GB, {name}", f"{value:.2f}") for name, value in plan.resident_gb.items()]
-    rows += [(f"GB for a time, {name}", f"{value:.2f}") for name, value in plan.transient_gb.items()]
+    rows += [(f"GB (transient), {name}", f"{value:.2f}") for name, value in plan.transient_gb.items()]
     return [*rows, (f"GB in total, of {plan.config.gpu.memory_gb:g} on one GPU", f"{plan.required_gb:.2f}")]
 
 

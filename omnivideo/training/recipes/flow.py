@@ -28,7 +28,7 @@ FLOW_BATCH_SIZES = (64, 24)  # images and clips in a batch
 class ConditionDropout:
     """Probabilities that a sample's condition loses its text and its visual tokens, only its text, or only its tokens.
 
-    One draw in 0..1 for each sample decides all three.
+    One random number in 0..1 for each sample decides all three.
     """
 
     both: float = 0.1
@@ -46,7 +46,7 @@ class ConditionDropout:
 class FlowObjective:
     """The loss of stages 2b and 3.
 
-    `null_LD` is the encoded negative prompt, which replaces a dropped text. `high_noise_share` is the share of noise
+    `null_LD` is the encoded negative prompt, which replaces dropped text. `high_noise_share` is the share of noise
     levels that follow the sampler's schedule; `alignment_weight` weights the vision head's own loss (Eq. 1).
     """
 

@@ -55,8 +55,8 @@ def text_alignment_loss(tokens_LD: Tensor, text_ND: Tensor) -> Tensor:
 def sample_sigma(count: int, high_noise_share: float) -> Tensor:
     """Return noise levels [B] in 0..1: logit-normal, except for a share that follows the sampler's schedule (shift 5).
 
-    Outlines are learned at medium noise. Positions and counts are decided above 0.9, which a logit-normal sample
-    rarely reaches.
+    Outlines are learned at medium noise. Positions and counts are decided above 0.9, which a logit-normal
+    sample rarely reaches.
     """
     logit_normal = torch.sigmoid(torch.randn(count) * 1.1 + 0.5)
     uniform = torch.rand(count)

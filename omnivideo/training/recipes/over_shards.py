@@ -39,7 +39,7 @@ def build_mix(
     stills: int | None = None, clips: int | None = None, batch_scale: int = 1, ratio: Sequence[str] = (),
     weights: Sequence[str] = (), seed: int = 0,
 ) -> MixConfig:  # fmt: skip
-    """Return the mix of tasks and batches; raise InvalidInput for shares that are malformed.
+    """Return the mix of tasks and batches; raise InvalidInput for malformed shares.
 
     `stills` and `clips` are samples in a batch (None: as over the synthetic world). `ratio` and `weights` are
     NAME=NUMBER shares of the tasks (default: the paper's Table 1) and of the batches of each medium (default: by the
@@ -79,7 +79,7 @@ def open_dataset(shards: str, size: str, frames: str, fps: float) -> tuple[Shard
 
 
 def parse_integers(field: str, parts: Sequence[str], count: int | None = None) -> list[int]:
-    """Return the parts of an option as integers; raise InvalidInput if they are none, or not `count` of them."""
+    """Return the parts of an option as integers; raise InvalidInput if they are not `count` integers."""
     if not all(part.isascii() and part.isdigit() for part in parts) or count not in (None, len(parts)):
         raise InvalidInput(field, "whole numbers, e.g. --size 832x480 --frames 17,41,81")
     return [int(part) for part in parts]
@@ -91,7 +91,7 @@ def check_stage(config: TrainingConfig) -> tuple[str, Path]:
         allowed = ", ".join(PREVIOUS_STAGE)
         raise InvalidInput("recipe", f"{config.recipe!r} does not train over shards; allowed: {allowed}")
     if config.weights is None:
-        raise InvalidInput("weights", "shards need a folder of weights to begin with")
+        raise InvalidInput("weights", "shards need a folder of weights to start from")
     return config.recipe, config.weights
 
 
@@ -99,7 +99,7 @@ def build_stage_recipe(library: ShardDataset, fit: BucketAssigner, run: RunConte
     """Build the recipe of a stage, which starts from the previous stage's run, or from the weights without a run.
 
     It uses AdamW with a cosine schedule, and by default bf16 on a GPU. From stage 2a on it reads the cache that was
-    computed with the same weights. Raises InvalidInput for a recipe that is not a stage, and if weights are missing.
+    computed with the same weights. Raise InvalidInput for a recipe that is not a stage, or if weights are missing.
     """
     stage, weights = check_stage(run.config)
     precision = PRECISIONS[run.config.precision or ("bf16" if run.device.type == "cuda" else "fp32")]

@@ -1,7 +1,7 @@
 """What each stage trains (paper sections 4.2 and 4.3).
 
 stage1              vision head, text head              Eq. 1 and Eq. 2, understanding and generation together
-stage1_text         text head                           Eq. 2 alone, and again at the first token: it is the route
+stage1_text         text head                           Eq. 2 alone, and again at the first token, which is the route
 stage2a             adapter                             its output against the decoder's text embeddings
 stage2b_generation  adapter, visual context, markers    Eq. 4 through the frozen decoder: text to image and to video
 stage2b             adapter, visual context, markers    the same for all four generative tasks
@@ -35,7 +35,7 @@ class TrainableParts(nn.Module):
 
 
 def check_sampling(config: TrainingConfig) -> None:
-    """Raise InvalidInput if samples are asked for from a recipe that does not generate any."""
+    """Raise InvalidInput if samples are requested from a recipe that does not generate any."""
     if config.sample_every is not None and config.recipe not in GENERATIVE_STAGES:
         raise InvalidInput(
             "sample-every",

@@ -108,7 +108,7 @@ def assemble_stage1_recipe(
 def count_stage1_flops(omni: OmniVideoModel, inputs: Mapping[str, Tensor], target_count: int) -> Flops:
     """Return the FLOPs of a batch whose first `target_count` rows go through the vision head.
 
-    The visual encoder is not counted, since it is no part of the model. The MLLM's states are frozen and have no
+    The visual encoder is not counted, since it is not part of the model. The MLLM's states are frozen and have no
     gradients.
     """
     assert omni.preset.vision_head is not None, "a version 1 preset"
@@ -126,9 +126,9 @@ def first_token_loss(logits_BNV: Tensor, labels_BN: Tensor) -> Tensor:
 
 
 def text_only_loss(logits_BNV: Tensor, labels_BN: Tensor, route_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Return Eq. 2 over ordinary text, and the share of exact answers: visual tokens are neither labels nor choices.
+    """Return Eq. 2 over ordinary text, and the share of exact answers, without visual tokens in labels or predictions.
 
-    After its reasoning, the model is in the same place as before a plain request: there a route is right, here a word.
+    The state after the reasoning resembles that before a plain answer, where a route is correct; here a word is.
     """
     route_ids = route_ids.to(labels_BN.device)
     text_logits = logits_BNV.index_fill(-1, route_ids, torch.finfo(logits_BNV.dtype).min)

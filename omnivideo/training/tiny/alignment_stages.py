@@ -87,7 +87,7 @@ def build_stage1_recipe(
     batch_size: int = STAGE1_BATCH_SIZE,
     workers: int = 0,
 ) -> Recipe:
-    """Build the recipe of stage 1: half of each batch asks for images and videos of all four tasks, half for text."""
+    """Build the recipe of stage 1: half of each batch requests images and videos in all four tasks, half text."""
     torch.manual_seed(11)
 
     def load_batch(step: int) -> list[Stage1Batch]:

@@ -48,7 +48,7 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 BATCH_SIZE = 48
-ExampleMix = tuple[tuple[Callable[[random.Random, bool], ChatExample], float], ...]  # makers of examples with weights
+ExampleMix = tuple[tuple[Callable[[random.Random, bool], ChatExample], float], ...]  # example makers, weights
 
 
 # ---------------------------------------------------------------- samples
@@ -160,7 +160,7 @@ def attend_per_frame(
     scaling: float,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attend within each frame, in one call: all frames of the synthetic world have the same number of patches.
+    """Attend within each frame, in one call: in the synthetic world all frames have the same number of patches.
 
     Without flash attention, Transformers attends to one frame at a time.
     """
@@ -170,7 +170,7 @@ def attend_per_frame(
     return attended.transpose(1, 2).flatten(0, 1)[None], None
 
 
-PER_FRAME_ATTENTION = "flash_evenly"  # with "flash" in its name, it gets all frames at once
+PER_FRAME_ATTENTION = "flash_evenly"  # with "flash" in its name, it receives all frames at once
 AttentionInterface.register(PER_FRAME_ATTENTION, attend_per_frame)
 
 

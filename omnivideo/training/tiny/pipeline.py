@@ -54,7 +54,7 @@ ProgressCallback = Callable[[int, int], None]
 
 
 def ignore_progress(done: int, count: int) -> None:
-    """Accept the progress and show nothing."""
+    """Do nothing; the default for `on_progress`."""
 
 
 class TinyPipeline:
@@ -197,7 +197,7 @@ class TinyPipeline:
         return self.load_trained(build_visual_encoder_recipe()).encoder.to(self.device)
 
     def load_omni(self, after_recipe: str) -> OmniVideoModel:
-        """Return the model as it is after a recipe: "mllm" (the foundations), or one of the stages."""
+        """Return the model after a recipe: "mllm" (the foundations), or one of the stages."""
         foundation = self.load_foundation()
         omni = OmniVideoModel(
             preset=TINY,
@@ -245,7 +245,7 @@ class TinyPipeline:
     def train(self) -> None:
         """Train the configured recipe, or all of them in order and export the preset for "tiny".
 
-        Raises InvalidInput for an unknown recipe.
+        Raise InvalidInput for an unknown recipe.
         """
         name = self.run.config.recipe
         if name != "tiny" and name not in self.recipe_factories:
@@ -258,7 +258,7 @@ class TinyPipeline:
             self.export_preset(self.runs_folder / "tiny")
 
     def export_preset(self, folder: Path) -> None:
-        """Write the preset as it is shipped, with its model card.
+        """Write the preset in the shipped layout, with its model card.
 
         The card contains scores if `runs/scores.json` exists, which
         `omnivideo evaluate tiny --weights runs/tiny --report runs/scores.json` writes.

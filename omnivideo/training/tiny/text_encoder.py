@@ -1,9 +1,10 @@
 """Foundation: the decoder's tokenizer and text encoder, in place of a downloaded UMT5.
 
-The encoder learns to predict what a prompt asks for, in two ways. Queries over its hidden states name each object in
-the order of mention, the background, the relation and the region. And each token of an object's phrase must predict all
-attributes of that object, so that a decoder that attends to one token gets the colour together with the shape. (Without
-the second loss the decoder had learned every word after 7,600 steps, but not which colour belongs to which shape.)
+The encoder learns to predict the content of a prompt in two ways. Queries over its hidden states predict each object in
+the order of mention, the background, the relation and the region. Each token of an object's phrase must also predict
+all attributes of that object, so that a decoder that attends to one token gets the colour together with the shape.
+(Without the second loss the decoder had learned every word after 7,600 steps, but not which colour belongs to which
+shape.)
 """
 
 import random
@@ -48,7 +49,7 @@ MAX_TEXT_TOKENS = TINY.max_text_tokens  # the longest prompt
 
 
 def build_corpus(count: int = 20_000) -> list[str]:
-    """Return prompts of every kind that the decoder gets."""
+    """Return prompts of every kind that the decoder is trained on."""
     rng = random.Random("corpus")
     texts = [NEGATIVE_PROMPT] * 20
     for index in range(count):
@@ -151,7 +152,7 @@ IGNORE_INDEX = -100
 
 
 def label_caption_tokens(caption: Caption, offsets: list[tuple[int, int]]) -> list[list[int]]:
-    """Labels of every token of a caption, given the tokens' places in it."""
+    """Return the labels of every token of a caption; `offsets` are the tokens' character ranges."""
     scene_spec = caption.scene_spec
     background = 0 if scene_spec.background is None else 1 + list(BACKGROUNDS).index(scene_spec.background)
     prompt_labels = [background, len(scene_spec.objects), 0]
@@ -168,7 +169,7 @@ def label_caption_tokens(caption: Caption, offsets: list[tuple[int, int]]) -> li
 
 
 def label_edit_tokens(edit: SceneEdit, offsets: list[tuple[int, int]]) -> list[list[int]]:
-    """Labels of every token of an instruction: the kind of edit, and what it puts in the old one's place."""
+    """Return the labels of every token of an instruction: the kind of edit, and the attributes that it sets."""
     new_object = edit.changed_objects[-1] if edit.changed_objects else None
     changed_fields = {"recolour": ("colour",), "reshape": ("shape",), "motion": ("motion",), "add": tuple(SLOT_FIELDS)}
     fields = changed_fields.get(edit.kind, ())
@@ -188,7 +189,7 @@ class TextFoundation(nn.Module):
         self.teller = nn.Linear(encoder.config.d_model, sum(OBJECT_LABEL_SIZES + PROMPT_LABEL_SIZES))
 
     def forward(self, ids_BL: Tensor, mask_BL: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """The asker's logits [B, labels, classes], and the teller's for each of its fields [B, L, classes]."""
+        """Return the logits of `asker` [B, labels, classes], and of `teller` for each of its fields [B, L, classes]."""
         hidden = self.encoder(ids_BL, attention_mask=mask_BL).last_hidden_state
         return self.asker(hidden, mask_BL == 0), list(
             self.teller(hidden).split(OBJECT_LABEL_SIZES + PROMPT_LABEL_SIZES, dim=-1)

@@ -1,8 +1,8 @@
 """Foundation: the video autoencoder, in place of Wan's downloaded one.
 
-It trains on crops around objects first (a quarter of the cost of a full frame, with fewer empty pixels), then on full
+It first trains on crops around objects (a quarter of the cost of a full frame, with fewer empty pixels), then on full
 clips. A second recipe (`vae_decoder`) trains only its decoder: latents keep their meaning, so models trained on them
-stay valid, but decode more sharply, also with small errors.
+stay valid, but decode more sharply, even with small errors.
 """
 
 import random
@@ -26,7 +26,7 @@ CROP_STRIDE = 8  # px: crops keep an object's position within its latent cell
 
 @dataclass(frozen=True)
 class CropPhase:
-    """`steps` batches of `batch_size` crops with sides of `crop_size` px and `frame_count` frames."""
+    """A phase of `steps` batches of `batch_size` crops, with sides of `crop_size` px and `frame_count` frames."""
 
     steps: int
     batch_size: int

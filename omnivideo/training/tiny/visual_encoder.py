@@ -1,7 +1,7 @@
 """Foundation: the frozen visual encoder to which stage 1 aligns the vision head, in place of SigLIP2.
 
-It is a `SiglipVisionModel` over single frames. Read-outs of its pooled embedding learn to name every object in reading
-order (shape, colour, size, region) and the background.
+It is a `SiglipVisionModel` over single frames. Read-outs of its pooled embedding learn to predict every object in
+reading order (shape, colour, size, region) and the background.
 """
 
 import random

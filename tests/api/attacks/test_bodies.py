@@ -35,7 +35,7 @@ def test_pickle_as_a_body(http, tmp_path, path, kind):
 def test_pickle_as_a_file(http, client, context, tmp_path):
     trap = tmp_path / "unpickled"
     data = pickle.dumps(Bomb(trap))
-    assert "no image or video" in assert_refused(
+    assert "not an image or video" in assert_refused(
         http.post("/v1/files", files={"file": data}, data={"purpose": "vision"}), "file"
     )
     stored = http.post("/v1/files", files={"file": ("a.safetensors", data)}, data={"purpose": "batch"}).json()

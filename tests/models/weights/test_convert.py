@@ -400,7 +400,7 @@ def test_a_stages_checkpoint_becomes_a_folder_that_loads(omni, weights, tmp_path
 
 def test_other_checkpoints_are_refused(weights, tmp_path):
     torch.save({"model": {"encoder.weight": torch.zeros(2)}, "average": {}, "step": 1}, tmp_path / "state.pt")
-    with pytest.raises(CheckpointError, match="parts of no omnivideo model: encoder"):
+    with pytest.raises(CheckpointError, match="parts that belong to no omnivideo model: encoder"):
         pack_training_checkpoint(tmp_path / "state.pt", weights, tmp_path / "packed")
     torch.save({"weight": torch.zeros(2)}, tmp_path / "state.pt")
     with pytest.raises(CheckpointError, match="not a training checkpoint"):

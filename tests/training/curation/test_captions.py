@@ -43,11 +43,11 @@ def read_caption_frames(path: Path):
     [
         (400, "UnreadableMedia", "captions: the server refuses the clip: what it says", 1),
         (413, "UnreadableMedia", "captions: the server refuses the clip: what it says", 1),
-        (401, "InvalidInput", "captions: the server answers 401 Unauthorized", 1),
-        (403, "InvalidInput", "captions: the server answers 403 Forbidden", 1),
-        (404, "InvalidInput", "captions: the server answers 404 Not Found", 1),
-        (429, "ModelUnavailable", "does not answer", 4),
-        (503, "ModelUnavailable", "does not answer", 4),
+        (401, "InvalidInput", "captions: the server responds with 401 Unauthorized", 1),
+        (403, "InvalidInput", "captions: the server responds with 403 Forbidden", 1),
+        (404, "InvalidInput", "captions: the server responds with 404 Not Found", 1),
+        (429, "ModelUnavailable", "does not respond", 4),
+        (503, "ModelUnavailable", "does not respond", 4),
     ],
 )
 def test_what_the_captioning_server_refuses(monkeypatch, status, error, said, asked):

@@ -75,7 +75,7 @@ def test_one_clip_does_not_end_the_run(tmp_path):
         if clip["dropped"] and clip["dropped"]["stage"] == "unreadable":
             why.setdefault(clip["source"], []).append(clip["dropped"]["why"])
     assert why.pop("gap.mp4") == [f"has no frame from {at}; allowed: one or more" for at in EMPTY_SPANS]
-    assert why.pop("gone.mp4") == ["is damaged or cut short (No such file or directory); allowed: a whole file"]
+    assert why.pop("gone.mp4") == ["is damaged or cut short (No such file or directory); allowed: a complete file"]
     assert "ValueError" in why["sizes.mp4"][0] and "/" not in why.pop("sizes.mp4")[0]
     assert not why
     captions = {line["source"]: line["caption"] for line in read_jsonl(out / "clips.jsonl")}
@@ -113,7 +113,7 @@ def test_what_concerns_all_clips_ends_the_run():
         return task
 
     why = run_safely(failing(RuntimeError("(-215) /io/opencv/a.cpp C:\\clips\\b.mp4 is odd")), {})["dropped"]["why"]
-    assert why == "cannot be used (RuntimeError: (-215) is odd); allowed: a whole file"
+    assert why == "cannot be used (RuntimeError: (-215) is odd); allowed: a complete file"
     with pytest.raises(CheckpointError):
         run_safely(failing(CheckpointError("no predictor")), {})
     with pytest.raises(ImportError):

@@ -182,7 +182,7 @@ def test_curated(tmp_path):
     write_files(tmp_path, {"clips/pan-1-0000.mp4": make_mp4()})
     row = {"file": "clips/pan-1-0000.mp4", "caption": "A ball rolls.", "width": 64, "height": 64, "fps": 8.0,
            "frames": 9, "source": "pan.mp4", "start": 0.0, "stop": 1.1, "scores": {"motion": 0.1}}  # fmt: skip
-    dropped = {"dropped": {"stage": "motion", "value": 0.01, "why": "0.01 sides a second; allowed: 0.02 or more"}}
+    dropped = {"dropped": {"stage": "motion", "value": 0.01, "why": "0.01 sides per second; allowed: 0.02 or more"}}
     rows = [row, row | {"caption": None}, row | dropped, row | {"file": "clips/gone.mp4"}, row | {"caption": " "}]
     (tmp_path / "clips.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "captions.jsonl").write_text('{"key": "pan-1-0000", "caption": "A ball rolls."}\n')
@@ -200,7 +200,7 @@ def test_curated(tmp_path):
     ]
     assert (
         "caption: it is missing" in skip_report.skipped_samples[0][2]
-        and "0.01 sides a second" in skip_report.skipped_samples[1][2]
+        and "0.01 sides per second" in skip_report.skipped_samples[1][2]
     )
     with pytest.raises(InvalidInput, match=r"'clips' contains no clips\.jsonl"):
         list(read_samples("curated", tmp_path / "clips", tmp_path, SkipReport()))

@@ -253,7 +253,7 @@ def test_samples_of_two_processes_are_drawn_with_the_average(optimizer, sequence
 def test_a_checkpoint_of_the_other_optimizer_is_refused(tmp_path, weights):
     made = Recipes(weights, tmp_path / "cache", 2)
     Trainer(made.make("stage2a"), tmp_path / "run").run(stop_at_step=1)
-    with pytest.raises(CheckpointError, match="another optimizer"):
+    with pytest.raises(CheckpointError, match="a different optimizer"):
         Trainer(made.make("stage2a", optimizer="adamw"), tmp_path / "run")
 
 

@@ -52,7 +52,7 @@ def wait_for_processes(children: list[subprocess.Popen[bytes]]) -> int:
 
 
 def terminate_with_parent() -> None:
-    """Make Linux kill this child process when its parent ends, in whatever way it ends."""
+    """Make Linux kill this child process when its parent ends for any reason."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1: PR_SET_PDEATHSIG
 
 

@@ -162,5 +162,5 @@ def open_process_context(processes: int, sequence_parallel_size: int, device: st
     finally:
         dist.destroy_process_group()
         # DeepSpeed still refers to the groups, so gloo's threads keep running. A thread that releases its tensors
-        # while the interpreter shuts down aborts the process; this pause lets the threads release them before.
+        # while the interpreter shuts down aborts the process; this pause lets the threads release them first.
         time.sleep(SHUTDOWN_GRACE_SECONDS)

@@ -19,7 +19,7 @@ MAX_BUCKET_WEIGHTS = 2**25  # a bucket is sent once it has this many weights
 
 
 class ShardedMuonTrainer(DistributedTrainer):
-    """A trainer whose processes each own some parameters as a whole."""
+    """A trainer whose processes each own some complete parameters."""
 
     def set_up_optimizers(self) -> None:
         self.owner_ranks = assign_owners(self.trainable_parameters, self.world_size)

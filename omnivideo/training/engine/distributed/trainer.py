@@ -1,4 +1,4 @@
-"""What the trainers for several processes share: decisions by the main process, and sharded checkpoints.
+"""The common part of the trainers for several processes: decisions by the main process, and sharded checkpoints.
 
 The optimizer's state is distributed over the processes (ZeRO stage 1), and the losses are those of one process. Every
 process generates the same batch and takes its part (data_parallel.py); gradients are averaged over all processes.

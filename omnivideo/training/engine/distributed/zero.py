@@ -93,7 +93,7 @@ class ZeroAdamWTrainer(DistributedTrainer):
     def backward(self, loss: Tensor, is_accumulating: bool) -> None:
         """Compute the gradients of a micro-batch; those of several are summed in fp32.
 
-        DeepSpeed would sum them in fp32 only with another optimizer than that of ZeRO.
+        DeepSpeed would sum them in fp32 only with an optimizer other than that of ZeRO.
         """
         self.engine.backward(loss)
         for name, parameter in self.trainable_parameters if is_accumulating else ():
