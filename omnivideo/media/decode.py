@@ -40,8 +40,8 @@ def iterate_image_frames(file: MediaFile, kind: str, guard: MediaGuard) -> Itera
         warnings.simplefilter("ignore")  # Pillow warns about odd metadata, and about sizes that the guard checks
         with Image.open(BytesIO(file) if isinstance(file, bytes) else file, formats=(kind,)) as image:
             # The number of frames of a gif is known only after reading it.
-            promised_frames = getattr(image, "n_frames", 1) if kind in ("png", "webp") else 1
-            guard.check_dimensions(*image.size, promised_frames, 0)
+            declared_frames = getattr(image, "n_frames", 1) if kind in ("png", "webp") else 1
+            guard.check_dimensions(*image.size, declared_frames, 0)
             start = 0.0
             for index in count(1):
                 image.load()
@@ -51,9 +51,9 @@ def iterate_image_frames(file: MediaFile, kind: str, guard: MediaGuard) -> Itera
                 # Some phones store a second view in a jpeg; that does not make it a clip.
                 if kind == "jpeg" or not seek_frame(image, index):
                     break
-            if index < promised_frames:
+            if index < declared_frames:
                 guard.refuse_media(
-                    f"is cut short: it has {index} frames of {promised_frames}; allowed: a complete file"
+                    f"is cut short: it has {index} frames of {declared_frames}; allowed: a complete file"
                 )
 
 
@@ -91,12 +91,12 @@ def iterate_clip_frames(file: MediaFile, demuxer: str, guard: MediaGuard) -> Ite
     """Yield the frames of an mp4, mov, webm, mkv or avi; refuse a clip with fewer frames than its header declares."""
     with open_container(file, demuxer, guard.limits) as container:
         stream = select_video_stream(container, guard)
-        promised_frames = check_clip_header(container, stream, guard)
+        declared_frames = check_clip_header(container, stream, guard)
         frame_count = 0
         for frame, start, seconds in decode_stream(container, stream, guard):
             frame_count += 1
             yield to_upright_pixels(frame), start, seconds
-        check_frame_count(frame_count, promised_frames, guard)
+        check_frame_count(frame_count, declared_frames, guard)
 
 
 def read_frame_times(file: MediaFile, demuxer: str, guard: MediaGuard) -> list[tuple[float, float]] | None:
@@ -108,7 +108,7 @@ def read_frame_times(file: MediaFile, demuxer: str, guard: MediaGuard) -> list[t
     packet_times: list[tuple[int, int]] = []
     with open_container(file, demuxer, guard.limits) as container:
         stream = select_video_stream(container, guard)
-        promised_frames = check_clip_header(container, stream, guard)
+        declared_frames = check_clip_header(container, stream, guard)
         for packet in container.demux(stream):
             if packet.is_corrupt:
                 guard.refuse_media("is cut short or damaged midway; allowed: a complete file")
@@ -117,7 +117,7 @@ def read_frame_times(file: MediaFile, demuxer: str, guard: MediaGuard) -> list[t
             if packet.pts is None or packet.time_base is None:
                 return None
             packet_times.append((packet.pts, packet.duration or 0))
-        check_frame_count(len(packet_times), promised_frames, guard)
+        check_frame_count(len(packet_times), declared_frames, guard)
         clock = FrameClock.for_stream(stream)
         time_base = stream.time_base or 0
         return [
@@ -157,21 +157,21 @@ def select_video_stream(container: InputContainer, guard: MediaGuard) -> VideoSt
 def check_clip_header(container: InputContainer, stream: VideoStream, guard: MediaGuard) -> int:
     """Check the header's dimensions against the limits; return the number of frames that it declares."""
     seconds = (stream.duration or 0) * float(stream.time_base or 0) or (container.duration or 0) / av.time_base
-    promised_frames = count_promised_frames(stream)
-    guard.check_dimensions(stream.width, stream.height, promised_frames, seconds)
-    return promised_frames
+    declared_frames = count_declared_frames(stream)
+    guard.check_dimensions(stream.width, stream.height, declared_frames, seconds)
+    return declared_frames
 
 
-def count_promised_frames(stream: VideoStream) -> int:
+def count_declared_frames(stream: VideoStream) -> int:
     """Return how many frames the header declares, without those that its edit list removes; 0 if it declares none."""
     indexed = sum(not entry.is_discard for entry in stream.index_entries) if stream.frames else 0
     return min(stream.frames, indexed)
 
 
-def check_frame_count(frame_count: int, promised_frames: int, guard: MediaGuard) -> None:
+def check_frame_count(frame_count: int, declared_frames: int, guard: MediaGuard) -> None:
     """Raise UnreadableMedia if the header declares more frames."""
-    if frame_count < promised_frames:
-        guard.refuse_media(f"is cut short: it has {frame_count} frames of {promised_frames}; allowed: a complete file")
+    if frame_count < declared_frames:
+        guard.refuse_media(f"is cut short: it has {frame_count} frames of {declared_frames}; allowed: a complete file")
 
 
 @dataclass

@@ -31,7 +31,7 @@ def ingest_media(
 ) -> Artifact:  # fmt: skip
     """Store a user's bytes as an artifact; the user's `name` gives only words of the caption, never a path or a type.
 
-    Raise UnreadableMedia with the field, or ServiceBusy; nothing is stored then. `limits` may only be lower than the
+    Raises UnreadableMedia with the field, or ServiceBusy; nothing is stored then. `limits` may only be lower than the
     default ones, which `read_media` applies.
 
     Because of this check, `load_frames` is safe in an unconfined process: the key is the digest of these bytes, which
@@ -78,7 +78,7 @@ DATA_URL_PATTERN = re.compile(r"data:(?:image|video)/[a-z0-9][a-z0-9.+-]{0,63};b
 def decode_data_url(text: str, max_bytes: int = DEFAULT_MEDIA_LIMITS.max_bytes, *, field: str = "url") -> bytes:
     """Return the bytes of `data:image/...;base64,...` or `data:video/...`; check their size before decoding.
 
-    The declared type is ignored, since the content decides. Raise InvalidInput for anything else.
+    The declared type is ignored, since the content decides. Raises InvalidInput for anything else.
     """
     head = DATA_URL_PATTERN.match(text[:200])
     if head is None:

@@ -55,7 +55,7 @@ def read_media(
     """Return every frame of a still, an animation or a clip, upright, with alpha composited on white.
 
     `source` is a path or the bytes of a file. A clip with uneven frame times is resampled to an even grid by repeating
-    frames. An animation of one frame is an image. Raise UnreadableMedia, whose text starts with `field`.
+    frames. An animation of one frame is an image. Raises UnreadableMedia, whose text starts with `field`.
     """
     frames: list[np.ndarray] = []
     file, guard = open_source(source, limits, field)

@@ -68,7 +68,7 @@ def measure_in_sandbox(
 ) -> MediaInfo:
     """Return the shape of the media after decoding them completely in a confined process.
 
-    Raise UnreadableMedia, whose text is "source: " and the problem; raise ServiceBusy if no process becomes available
+    Raises UnreadableMedia, whose text is "source: " and the problem; raise ServiceBusy if no process becomes available
     within the time limit of one.
     """
     if not data:

@@ -44,7 +44,7 @@ def write_media(path: str | Path, frames: np.ndarray, fps: float) -> None:
     """Write uint8 [F, H, W, 3] atomically, in the format of the path's suffix.
 
     An mp4 of odd width or height is padded to an even size by repeating its edge. A gif stores times in 1/100 s, and
-    players slow down a gif faster than 50 fps. Raise InvalidInput if the file cannot be written.
+    players slow down a gif faster than 50 fps. Raises InvalidInput if the file cannot be written.
     """
     assert frames.dtype == np.uint8 and frames.ndim == 4 and frames.shape[-1] == 3 and frames.size
     path = Path(path)

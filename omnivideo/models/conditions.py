@@ -38,7 +38,7 @@ def assemble_conditions(
 ) -> Tensor:
     """Return the conditions [B, L, D] of a batch, zero-padded to the longest of them and to at least `min_tokens`.
 
-    Raise ConditionTooLong if one of them has more than `max_tokens` tokens; nothing is ever truncated.
+    Raises ConditionTooLong if one of them has more than `max_tokens` tokens; nothing is ever truncated.
     """
     # Concatenate all tokens once and gather the rows from them: launching a kernel for every part of every row would
     # leave a GPU idle.
@@ -93,7 +93,7 @@ def encode_text(
 ) -> tuple[Tensor, Tensor]:
     """Return text embeddings [B, L, D], which are zero after the end of each prompt, and the prompts' lengths [B].
 
-    Raise ConditionTooLong if a prompt has more than `max_tokens` tokens.
+    Raises ConditionTooLong if a prompt has more than `max_tokens` tokens.
     """
     tokens = tokenizer(list(prompts), padding=True, return_tensors="pt", verbose=False)
     ids_BL, mask_BL = (tokens[name].to(encoder.device) for name in ("input_ids", "attention_mask"))

@@ -8,7 +8,7 @@ from omnivideo.errors import InvalidInput
 def pick_device(name: str) -> torch.device:
     """Return the named device; "auto" is the first GPU, or the CPU on a machine without a GPU.
 
-    Raise InvalidInput if the machine has no such device.
+    Raises InvalidInput if the machine has no such device.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")

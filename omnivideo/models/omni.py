@@ -110,7 +110,7 @@ class OmniVideoModel:
     ) -> Tensor:
         """Return the decoder's condition c [B, L, D] of prompts, adapter tokens and, for an edit, source latents.
 
-        Raise ConditionTooLong if a prompt or a condition exceeds the preset's limit.
+        Raises ConditionTooLong if a prompt or a condition exceeds the preset's limit.
         """
         context_LD = self.encode_visual_context(source_BzThw, len(prompts))
         min_tokens, max_tokens = self.preset.min_condition_tokens, self.preset.max_condition_tokens

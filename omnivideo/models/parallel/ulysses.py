@@ -132,7 +132,7 @@ def import_distributed_attention() -> Callable[..., Any]:
 def enable_sequence_parallel(decoder: WanTransformer3DModel, group: dist.ProcessGroup) -> None:
     """Divide the tokens of each sample among a group of processes.
 
-    Raise InvalidInput if the number of processes does not divide the number of attention heads.
+    Raises InvalidInput if the number of processes does not divide the number of attention heads.
     """
     world_size, heads = dist.get_world_size(group), decoder.config.num_attention_heads
     if heads % world_size:

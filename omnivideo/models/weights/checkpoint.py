@@ -141,7 +141,7 @@ def load_parts(folder: Path, place_part: Callable[[str, Any], Any], dtype: torch
 def load_mllm_tokenizer(folder: Path, embedding_count: int) -> PreTrainedTokenizerBase:
     """Load the MLLM's tokenizer.
 
-    Raise CheckpointError if it lacks the routing tokens, as Qwen's tokenizer does; it would split them silently.
+    Raises CheckpointError if it lacks the routing tokens, as Qwen's tokenizer does; it would split them silently.
     """
     tokenizer = AutoTokenizer.from_pretrained(folder / "mllm", local_files_only=True)
     ids = tokenizer("".join(VISUAL_TOKENS), add_special_tokens=False).input_ids
@@ -214,7 +214,7 @@ def get_first_line(error: Exception) -> str:
 def find_shipped_weights(preset_name: str) -> Path:
     """Return the folder of a preset's shipped weights.
 
-    Raise InvalidInput if the preset is unknown, and CheckpointError if it has no shipped weights.
+    Raises InvalidInput if the preset is unknown, and CheckpointError if it has no shipped weights.
     """
     folder = SHIPPED_WEIGHTS_FOLDER / get_preset(preset_name).name
     if not (folder / INDEX_FILE).is_file():

@@ -43,7 +43,7 @@ NAME_BY_DTYPE = {dtype: name for name, dtype in DTYPE_BY_NAME.items()}
 def read_pickle(path: Path) -> dict[str, Any]:
     """Return what torch.save wrote, with memory-mapped tensors.
 
-    Raise CheckpointError if the pickle names anything but tensors and plain containers, before any of it runs.
+    Raises CheckpointError if the pickle names anything but tensors and plain containers, before any of it runs.
     """
     check_plain_zip(path)
     try:
@@ -250,7 +250,7 @@ def iterate_chunks(tensor: Tensor) -> Iterator[np.ndarray]:
 def stage_folder(folder: Path, needed_bytes: int) -> Iterator[Path]:
     """Provide a temporary folder that is renamed to `folder` at the end; a failure leaves nothing behind.
 
-    Raise InvalidInput if the folder exists and is not empty, and CheckpointError if the disk has too little space.
+    Raises InvalidInput if the folder exists and is not empty, and CheckpointError if the disk has too little space.
     """
     folder = folder.resolve()
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):

@@ -22,7 +22,7 @@ from omnivideo.errors import MissingDependency, UnreadableMedia
 from omnivideo.media.containers import sniff_format
 from omnivideo.media.decode import (
     CLIP_DEMUXERS,
-    count_promised_frames,
+    count_declared_frames,
     decode_stream,
     open_container,
     select_video_stream,
@@ -138,7 +138,7 @@ def read_frame_size(path: Path) -> tuple[int, int]:
 def survey_video(path: Path, max_scene_seconds: float) -> VideoSurvey:
     """Decode the file once to check that it is complete and to find its cuts; longer scenes are split evenly.
 
-    Raise UnreadableMedia for a damaged file.
+    Raises UnreadableMedia for a damaged file.
     """
     detectors = import_optional("scenedetect.detectors", "scenedetect-headless")
     scenedetect = import_optional("scenedetect")
@@ -163,7 +163,7 @@ def survey_video(path: Path, max_scene_seconds: float) -> VideoSurvey:
 
 def check_complete(frames: int, stream: VideoStream, duration: int | None, fps: float) -> None:
     """Raise UnreadableMedia if frames are missing: FFmpeg reads a truncated file to its end without an error."""
-    expected = count_promised_frames(stream) or int((duration or 0) / av.time_base * fps)
+    expected = count_declared_frames(stream) or int((duration or 0) / av.time_base * fps)
     if frames == 0 or frames < 0.98 * expected - 2:
         raise UnreadableMedia("source", f"is cut short: it has {frames} frames of {expected}; allowed: a complete file")
 
@@ -190,7 +190,7 @@ def decode_span(
 def sample_clip(path: Path, span: TimeSpan) -> SampledClip:
     """Return the frames of a scene that stages measure.
 
-    Raise UnreadableMedia for a span without a frame; a file with uneven frame times may have one.
+    Raises UnreadableMedia for a span without a frame; a file with uneven frame times may have one.
     """
     start, stop = span
     last_frame, next_small_time = None, start

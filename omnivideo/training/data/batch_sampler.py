@@ -367,7 +367,7 @@ def select_bucket(
 ) -> Bucket:
     """Return the bucket that keeps most of a medium, sampled at `target_fps`.
 
-    It has the most frames that the medium can fill, then the nearest aspect ratio. Raise InvalidInput for a clip
+    It has the most frames that the medium can fill, then the nearest aspect ratio. Raises InvalidInput for a clip
     that is too short for every bucket.
     """
     available_frames = 1 if "image" in task else math.floor((frames - 1) * target_fps / fps + 1e-6) + 1

@@ -224,7 +224,7 @@ class LatentCache:
     def __call__(self, entry: SampleRef) -> dict[str, Tensor]:
         """Return a sample's `text`, `target` and, for edits, `source`; nothing if it was not encoded.
 
-        Raise UnreadableMedia if the file is damaged.
+        Raises UnreadableMedia if the file is damaged.
         """
         name = cache_name(entry.shard, self.digest)
         try:

@@ -119,7 +119,7 @@ def is_clip(data: bytes) -> bool:
 def measure_shape(data: bytes, field: str = "media") -> MediaShape:
     """Return a medium's shape by decoding all of it; only the first picture of an animation counts.
 
-    Raise UnreadableMedia if any part is damaged.
+    Raises UnreadableMedia if any part is damaged.
     """
     info = measure_media(data, TRAINING_LIMITS, field=field)
     if not is_clip(data):

@@ -201,7 +201,7 @@ def commit_shards(run_folder: Path, step: int) -> None:
 def load_optimizer_state(optimizer: torch.optim.Optimizer, names: list[str], checkpoint: Checkpoint) -> None:
     """Load the state of an optimizer over full parameters, whose names are in its order.
 
-    Raise CheckpointError if the checkpoint was written with a different optimizer.
+    Raises CheckpointError if the checkpoint was written with a different optimizer.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state = optimizer.state_dict()

@@ -99,7 +99,7 @@ def build_stage_recipe(library: ShardDataset, fit: BucketAssigner, run: RunConte
     """Build the recipe of a stage, which starts from the previous stage's run, or from the weights without a run.
 
     It uses AdamW with a cosine schedule, and by default bf16 on a GPU. From stage 2a on it reads the cache that was
-    computed with the same weights. Raise InvalidInput for a recipe that is not a stage, or if weights are missing.
+    computed with the same weights. Raises InvalidInput for a recipe that is not a stage, or if weights are missing.
     """
     stage, weights = check_stage(run.config)
     precision = PRECISIONS[run.config.precision or ("bf16" if run.device.type == "cuda" else "fp32")]

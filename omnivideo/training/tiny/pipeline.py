@@ -245,7 +245,7 @@ class TinyPipeline:
     def train(self) -> None:
         """Train the configured recipe, or all of them in order and export the preset for "tiny".
 
-        Raise InvalidInput for an unknown recipe.
+        Raises InvalidInput for an unknown recipe.
         """
         name = self.run.config.recipe
         if name != "tiny" and name not in self.recipe_factories:

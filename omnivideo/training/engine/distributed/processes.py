@@ -146,7 +146,7 @@ def check_process_counts(processes: int, sequence_parallel_size: int) -> None:
 def open_process_context(processes: int, sequence_parallel_size: int, device: str = "cpu") -> Iterator[ProcessContext]:
     """Join the process group that a launcher started, or else yield a context of this process alone.
 
-    Raise InvalidInput if `processes` differs from the launcher's number, or if the groups do not divide it.
+    Raises InvalidInput if `processes` differs from the launcher's number, or if the groups do not divide it.
     """
     if not is_launched():
         check_process_counts(1, sequence_parallel_size)
