@@ -75,7 +75,7 @@ class Stage1Objective:
             vision = alignment_loss(visual, target) * micro_batch.loss_weight
         else:
             vision = 0.0 * visual.sum()
-        return {"loss": text + vision, "text": text, "vision": vision, "right": exact_share}
+        return {"loss": text + vision, "text": text, "vision": vision, "exact_match": exact_share}
 
 
 def assemble_stage1_recipe(

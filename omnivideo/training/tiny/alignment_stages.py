@@ -128,7 +128,7 @@ def build_stage1_text_recipe(
         logits = model.mllm.lm_head(states)
         first = first_token_loss(logits, labels)
         text, exact_share = text_only_loss(logits, labels, route_ids)
-        return {"loss": text + first, "first": first, "right": exact_share}
+        return {"loss": text + first, "first_token_loss": first, "exact_match": exact_share}
 
     return Recipe(
         "stage1_text",

@@ -191,7 +191,7 @@ def build_mllm_recipe(
     def compute_loss(step: int) -> Losses:
         inputs, labels = to_device(model.device, batches(step))
         loss, exact_share = text_loss(model(**inputs).logits, labels)
-        return {"loss": loss, "right": exact_share}
+        return {"loss": loss, "exact_match": exact_share}
 
     return Recipe(
         "mllm",

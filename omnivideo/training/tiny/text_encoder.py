@@ -264,10 +264,10 @@ def build_text_recipe(
         prompt_loss = F.cross_entropy(caption_logits.flatten(0, 1), expected.flatten())
         return {
             "loss": prompt_loss + token_loss,
-            "asked": prompt_loss,
-            "told": token_loss,
-            "told right": token_accuracy,
-            "whole": exact_share,
+            "prompt_loss": prompt_loss,
+            "token_loss": token_loss,
+            "token_accuracy": token_accuracy,
+            "exact_match": exact_share,
         }
 
     return Recipe(

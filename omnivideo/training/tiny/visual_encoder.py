@@ -67,7 +67,7 @@ def build_visual_encoder_recipe(steps: int = 3000, batch_size: int = 64) -> Reci
         logits = model(pixels_from_scenes(scenes)[:, :, 0].to(device))
         correct = (logits.argmax(-1) == labels).float()
         loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
-        return {"loss": loss, "right": correct.mean(), "whole": correct.all(dim=1).float().mean()}
+        return {"loss": loss, "accuracy": correct.mean(), "exact_match": correct.all(dim=1).float().mean()}
 
     return Recipe(
         "visual_encoder",
