@@ -238,7 +238,7 @@ def test_training_learns_and_draws_its_losses(tmp_path):
 
 def test_a_checkpoint_of_other_parameters_is_refused(tmp_path):
     Trainer(toy(), tmp_path).run(stop_at_step=1)
-    with pytest.raises(CheckpointError, match="other parameters"):
+    with pytest.raises(CheckpointError, match="different parameters"):
         Trainer(toy(("1.",)), tmp_path)
 
 

@@ -128,7 +128,7 @@ def add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
         (
             {"a.json": b'{"task": "text-to-image", "text": "x"}', "a.target.png": b"nothing"},
             "unreadable media",
-            "no im",
+            "not an im",
         ),
     ],
 )
