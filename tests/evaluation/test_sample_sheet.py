@@ -87,7 +87,7 @@ def test_what_is_right_is_scored(drawing, tmp_path, monkeypatch):
 
 
 def test_another_world_is_drawn_and_not_scored(omni, tmp_path, monkeypatch):
-    monkeypatch.setattr(omni, "preset", few(omni.preset, name="another"))
+    monkeypatch.setattr(omni, "preset", few(omni.preset, name="another", has_scorer=False))
     assert looking.render_sample_sheet(omni, tmp_path / "sheet.png") == {}
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.height < 300  # a still and a clip of 64 px
