@@ -33,7 +33,9 @@ def test_from_a_prompt_to_a_clip_by_curl(page, address, tmp_path):
     if shutil.which("curl") is None:
         pytest.skip("curl is not here: the service's examples in the shell were not tested")
     lines = re.findall(r"^curl .*$", PAGES[page], flags=re.M)
-    posted, downloaded = (HERE.sub(address, line) for line in lines)
+    *waiting, posted, downloaded = (HERE.sub(address, line) for line in lines)
+    for line in waiting:
+        subprocess.run(["bash", "-c", line], capture_output=True, check=True, timeout=60)
     made = subprocess.run(["bash", "-c", posted], capture_output=True, text=True, check=True, timeout=60)
     video = json.loads(made.stdout)
     assert video["object"] == "video", video
