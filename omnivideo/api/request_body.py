@@ -28,7 +28,7 @@ Model = TypeVar("Model", bound=BaseModel)
 
 def check_characters(text: str) -> str:
     if "\0" in text or any("\ud800" <= char <= "\udfff" for char in text):
-        raise ValueError("it contains invalid characters: NUL or half of a surrogate pair")
+        raise ValueError("it contains invalid characters: NUL or a lone surrogate")
     return text
 
 

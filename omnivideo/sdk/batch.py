@@ -35,7 +35,7 @@ class BatchItem(BaseModel):
 
 
 class ClipGenerator(Protocol):
-    """What generates the items of a batch: a Studio."""
+    """Generates the items of a batch, as a Studio does."""
 
     def generate(self, prompt: str, *, image: bool | None = None, **overrides: Any) -> "Result": ...
 
@@ -59,7 +59,7 @@ def parse_items(lines: Iterable[str | dict[str, Any]]) -> list[BatchItem]:
         seen_ids.add(item.id)
         items.append(item)
     if not items:
-        raise InvalidInput("prompts", "there are none; give 1 or more")
+        raise InvalidInput("prompts", "the batch is empty; give 1 prompt or more")
     return items
 
 

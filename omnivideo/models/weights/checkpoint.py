@@ -200,7 +200,7 @@ def check_keys(
     mismatched: Sequence[str | tuple[str, torch.Size, torch.Size]],
 ) -> None:
     """Raise CheckpointError unless all lists are empty. transformers lists mismatched keys with both shapes."""
-    for problem, keys in (("is missing", missing), ("is unknown", unknown), ("has another shape", mismatched)):
+    for problem, keys in (("is missing", missing), ("is unknown", unknown), ("has a different shape", mismatched)):
         if keys:
             first = keys[0] if isinstance(keys[0], str) else keys[0][0]
             raise CheckpointError(f"{name}: {len(keys)} weights do not fit; the first, {first}, {problem}")

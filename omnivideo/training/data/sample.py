@@ -74,7 +74,7 @@ class SkipReport:
 
     @contextmanager
     def skip_on_error(self, location: str) -> Iterator[None]:
-        """Record a sample that cannot be used in place of raising its error."""
+        """Record a sample that cannot be used instead of raising its error."""
         try:
             yield
         except UnreadableMedia as error:
@@ -117,7 +117,7 @@ def is_clip(data: bytes) -> bool:
 
 
 def measure_shape(data: bytes, field: str = "media") -> MediaShape:
-    """Return a medium's shape by decoding all of it; only the first picture of an animation counts.
+    """Return a medium's shape by decoding all of it; only the first frame of an animation counts.
 
     Raises UnreadableMedia if any part is damaged.
     """
@@ -147,7 +147,7 @@ def check_sample(sample: TrainingSample) -> None:
             raise InvalidInput(name, f"{'missing from' if is_required else 'not allowed for'} {sample.task}")
     all_text = "".join((sample.text, sample.caption, *(side for turn in sample.turns for side in turn)))
     if any("\ud800" <= letter <= "\udfff" for letter in all_text):
-        raise InvalidInput("text", "it contains half of a surrogate pair")
+        raise InvalidInput("text", "it contains a lone surrogate")
     for name, data in (("source", sample.source), ("target", sample.target)):
         if data is not None and is_clip(data) != (get_task_medium(sample.task) == "video"):
             raise InvalidInput(name, f"a file of type {detect_member_suffix(data)} does not fit the task {sample.task}")

@@ -276,7 +276,7 @@ def break_state(state: dict, variant: str) -> dict:
     [
         ("missing", "blocks.29.ffn.2.weight, is missing"),
         ("unknown", "blocks.30.ffn.2.weight, is unknown"),
-        ("shape", "blocks.29.ffn.2.weight, has another shape"),
+        ("shape", "blocks.29.ffn.2.weight, has a different shape"),
         ("integers", "blocks.29.ffn.2.weight' is not a dense tensor"),
         ("no tensor", "blocks.29.ffn.2.weight' is not a dense tensor"),
     ],
@@ -296,7 +296,7 @@ def test_markers_are_strict(tmp_path):
     preset = PRESETS["omnivideo-1.3b"]
     markers = publish(tmp_path, preset)[get_markers_file(preset)]
     for changed, message in (({"<new>": markers["<img_st>"]}, "<new>, is unknown"),
-                          ({"<img_st>": torch.zeros(2, 3)}, "<img_st>, has another shape")):  # fmt: skip
+                          ({"<img_st>": torch.zeros(2, 3)}, "<img_st>, has a different shape")):  # fmt: skip
         (tmp_path / get_markers_file(preset)).write_bytes(pickle.dumps(markers | changed))
         with pytest.raises(CheckpointError, match=message):
             import_weights(tmp_path, None)
