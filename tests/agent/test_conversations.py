@@ -237,7 +237,7 @@ def test_a_prompt_that_fails_does_not_stop_the_others(studio, tmp_path):
         (['{"prompt": "x", "colour": 1}'], "line 1, colour: "),
         (['{"id": "../x", "prompt": "x"}'], "line 1, id: "),
         (['{"id": "a", "prompt": "x"}', '{"id": "a", "prompt": "x"}'], "line 2: the id 'a' is not unique"),
-        ([], "prompts: there are none"),
+        ([], "prompts: the batch is empty"),
     ],
 )
 def test_a_bad_line_is_named_before_anything_is_drawn(lines, message):
