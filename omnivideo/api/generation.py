@@ -268,6 +268,7 @@ def submit_job(context: ServiceContext, owner: str, job_request: JobRequest, lan
     if status is None:
         message = "Idempotency-Key: the job of its first request was deleted; use a new one"
         raise APIError(404, message, "Idempotency-Key")
-    if status.meta.get("request") != job_request.meta["request"]:
+    # Jobs of version 0.1 have no digest; `submit` has compared their content.
+    if status.meta.get("request", job_request.meta["request"]) != job_request.meta["request"]:
         raise build_key_reused_error()
     return status

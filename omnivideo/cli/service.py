@@ -220,8 +220,12 @@ def describe_mllm_commands() -> None:
 
 @app.command(rich_help_panel=SERVICE_COMMANDS)
 def migrate() -> None:
-    """Upgrade the database to this version's schema, as serve and worker also do when they start."""
-    build_wiring().engine.dispose()
+    """Upgrade the database and the conversations to this version, as serve and worker also do when they start."""
+    from omnivideo.storage.checkpointer import open_checkpointer
+
+    wiring = build_wiring()
+    wiring.engine.dispose()
+    open_checkpointer(wiring.settings).conn.close()  # type: ignore[attr-defined]
     console.print("the database has the latest schema")
 
 

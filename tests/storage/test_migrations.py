@@ -2,6 +2,7 @@
 
 import json
 from importlib import resources
+from pathlib import Path
 
 import pytest
 from alembic.script import ScriptDirectory
@@ -70,7 +71,8 @@ OLD_EVENTS = [
 OPTIONS = {"think": "auto", "check": 1, "seed": None, "steps": None, "guidance_scale": None}
 OLD_BODY = {"text": "make it blue", "attachments": [OLD_ARTIFACT], "options": OPTIONS, "reply": True}
 JOB_COLUMNS = {
-    "owner": "ann", "lane": 1, "attempt": 2, "cancel": False, "meta": {"size": "64x64"}, "kind": "video",
+    "owner": "ann", "lane": 1, "attempt": 2, "cancel": False,
+    "meta": {"size": "64x64", "request": "a digest of 0.1"}, "kind": "video",
     "deleted": False, "announced": False, "step": 3, "steps": 20, "told": 11.0, "turn": 7,
 }  # fmt: skip
 OLD_ROWS = [
@@ -185,6 +187,17 @@ def test_a_downgrade_is_refused(upgraded: Engine) -> None:
     for revision in scripts.walk_revisions():
         with pytest.raises(StoreError, match="its schema cannot be downgraded; restore the backup"):
             revision.module.downgrade()
+
+
+def test_the_schema_of_a_later_version_is_left_as_it_is(tmp_path: Path) -> None:
+    engine = create_database_engine(f"sqlite:///{tmp_path / 'later.sqlite'}")
+    upgrade_schema(engine)
+    with engine.connect() as connection:
+        connection.execute(text("UPDATE alembic_version SET version_num = '9999'"))
+    upgrade_schema(engine)
+    with engine.connect() as connection:
+        assert connection.execute(text("SELECT version_num FROM alembic_version")).scalar() == "9999"
+    engine.dispose()
 
 
 def test_threads_turns_and_events_read_as_before(upgraded):

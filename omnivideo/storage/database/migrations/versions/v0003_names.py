@@ -132,6 +132,16 @@ def convert_documents() -> None:
             rows = connection.execute(page.where(sa.tuple_(*keys) > sa.tuple_(*last))).all()
 
 
+def remove_request_digests() -> None:
+    """Remove the digests of requests from the jobs: 0.2 computes them from other fields, so none would match."""
+    connection = op.get_bind()
+    table = sa.table("jobs", sa.column("id"), sa.column("meta", sa.JSON))
+    for row in connection.execute(sa.select(table)).all():
+        if row.meta and "request" in row.meta:
+            meta = {name: value for name, value in row.meta.items() if name != "request"}
+            connection.execute(sa.update(table).where(table.c.id == row.id).values(meta=meta))
+
+
 def upgrade() -> None:
     for old, _, _, _ in INDEXES:
         op.drop_index(old)
@@ -146,6 +156,7 @@ def upgrade() -> None:
         for table, old, new in CONSTRAINTS:
             op.execute(f"ALTER TABLE {table} RENAME CONSTRAINT {old} TO {new}")
     convert_documents()
+    remove_request_digests()
 
 
 downgrade = refuse_downgrade
