@@ -378,11 +378,7 @@ class FileRecord(FrozenModel):
 
 
 class BatchRecord(FrozenModel):
-    """A batch of requests.
-
-    `counts` has the numbers of total, completed and failed lines. `state_times` has the time at which each state began,
-    in seconds since 1970.
-    """
+    """A batch of requests; `state_times` is when each state began, in seconds since 1970."""
 
     id: str
     owner: str
@@ -391,7 +387,7 @@ class BatchRecord(FrozenModel):
     input_file_id: str
     output_file_id: str | None
     error_file_id: str | None
-    counts: dict[str, int]
+    counts: dict[str, int]  # of total, completed and failed lines
     metadata: dict[str, str]
     validation_errors: list[dict[str, Any]] | None
     state_times: dict[str, int]

@@ -46,7 +46,7 @@ def build_local_conversations(omni: "OmniVideoModel", weights_digest: str, setti
         queue_for=lambda owner: queue,
         store=store,
         checkpointer=open_checkpointer(settings),
-        attach_file=lambda path, created_by: store_user_file(store, path, created_by),
+        attach_file=partial(store_user_file, store),
         preset=omni.preset,
         replay_manifest=renderer.replay_manifest,
     )
