@@ -69,6 +69,12 @@ def make_flow_dataset(encoded_dataset, weights, name: str = "stage3", embedded: 
     )
 
 
+def make_stage1_dataset(dataset: ShardDataset, weights) -> Stage1Dataset:
+    """Return the data of stage 1."""
+    mix = MixConfig(task_ratio=None, batch_sizes={"image": 3, "video": 2}, batch_multiple=1)
+    return Stage1Dataset(load(weights), dataset, ASSIGNER, mix, make_visual_encoder())
+
+
 def damage_target(dataset: ShardDataset, number: int) -> str:
     """Overwrite a sample's target in its shard, which keeps its size; return the sample's location."""
     entry = dataset.entries[number]
@@ -85,13 +91,7 @@ def build_stage(
 ) -> tuple[EpochDataset, Recipe]:
     """Return a stage's data and recipe, with at most `micro` samples a pass."""
     if name == "stage1":
-        lessons = Stage1Dataset(
-            load(weights),
-            encoded_dataset,
-            ASSIGNER,
-            MixConfig(task_ratio=None, batch_sizes={"image": 3, "video": 2}, batch_multiple=1),
-            make_visual_encoder(),
-        )
+        lessons = make_stage1_dataset(encoded_dataset, weights)
         recipe = assemble_stage1_recipe(
             lessons.omni, lessons.encoder, lessons.load_batch, 6, lessons.batch_size, workers, lessons.to_micro_batches
         )

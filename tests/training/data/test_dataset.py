@@ -29,6 +29,7 @@ from tests.support.shards import (
     build_stage,
     damage_target,
     make_flow_dataset,
+    make_stage1_dataset,
     make_visual_encoder,
     run_epoch,
     write_dataset,
@@ -78,13 +79,7 @@ def test_stage1_has_all_six_tasks_with_what_is_drawn_first(encoded_dataset, weig
 
 def test_stage1_is_dealt_out_by_what_is_drawn(encoded_dataset, weights):
     """The shares' weights of Eq. 1 are as the whole batch's mean has it."""
-    one = Stage1Dataset(
-        load(weights),
-        encoded_dataset,
-        ASSIGNER,
-        MixConfig(task_ratio=None, batch_sizes={"image": 3, "video": 2}, batch_multiple=1),
-        make_visual_encoder(),
-    )
+    one = make_stage1_dataset(encoded_dataset, weights)
     for step in range(len(one.batch_sampler.get_epoch_batches(0))):
         dealt, (whole,) = [], one.to_micro_batches(one.load_batch(step))
         for rank in range(2):

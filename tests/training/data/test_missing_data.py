@@ -8,9 +8,6 @@ import torch
 from typer.testing import CliRunner
 
 from omnivideo.cli.main import app
-from omnivideo.models.weights.checkpoint import load
-from omnivideo.training.data.batch_sampler import MixConfig
-from omnivideo.training.data.dataset import Stage1Dataset
 from omnivideo.training.data.latent_cache import FrozenEncoders, encode_shards
 from omnivideo.training.data.prefetch import Prefetcher
 from omnivideo.training.data.sample import TrainingSample
@@ -23,7 +20,7 @@ from tests.support.shards import (
     SAMPLES,
     damage_target,
     make_flow_dataset,
-    make_visual_encoder,
+    make_stage1_dataset,
     write_dataset,
 )
 from tests.support.training_samples import make_mp4
@@ -128,13 +125,7 @@ def test_an_unreadable_sample_weighs_nothing_in_its_batch(weights, tmp_path, mon
 
 def test_an_unreadable_sample_is_left_out_of_a_lesson(weights, tmp_path):
     there = write_dataset(tmp_path, SAMPLES)
-    one = Stage1Dataset(
-        load(weights),
-        there,
-        ASSIGNER,
-        MixConfig(task_ratio=None, batch_sizes={"image": 3, "video": 2}, batch_multiple=1),
-        make_visual_encoder(),
-    )
+    one = make_stage1_dataset(there, weights)
     recipe = assemble_stage1_recipe(
         one.omni, one.encoder, one.load_batch, 9, one.batch_size, to_micro_batches=one.to_micro_batches
     )
