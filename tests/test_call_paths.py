@@ -29,6 +29,7 @@ from tests.support.slow_polls import slow_polls
 
 # Threads that look after jobs and turns; they run beside every call path.
 UPKEEP_THREADS = ("heartbeat", "reaper", "turns", "batches", "hooks")
+CONNECTION_SETUP_FILE = "storage/database/engine.py"  # runs once for each connection of the pool
 MAX_FILES_FROM_STEP_TO_BROWSER = 6
 MAX_FILES_FROM_PROMPT_TO_PIXELS = 31
 # The goal is 18. The reader of clips in media/, which serving shares, takes five files; the model takes six.
@@ -107,7 +108,7 @@ def test_a_prompt_becomes_pixels_through_few_files(tmp_path: Path, monkeypatch: 
     """Count from the request of a chat to its decoded frames, in the embedded service with the shipped weights.
 
     The goal is 18; docs/architecture.md says why it is not reached. A first request opens the database's
-    connections and is not counted.
+    connections and is not counted. On a busy machine the second one may need one connection more.
     """
     decode_clip, decoded = pipeline.decode_clip, threading.Event()
 
@@ -131,7 +132,7 @@ def test_a_prompt_becomes_pixels_through_few_files(tmp_path: Path, monkeypatch: 
                     assert decoded.wait(60)
                 closed.set()
                 answer.result()
-    files = window.list_files(UPKEEP_THREADS)
+    files = [path for path in window.list_files(UPKEEP_THREADS) if path != CONNECTION_SETUP_FILE]
     assert "api/routes/chat.py" in files and "models/sampling.py" in files
     assert len(files) <= MAX_FILES_FROM_PROMPT_TO_PIXELS, window.describe(UPKEEP_THREADS)
 
