@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -220,12 +221,12 @@ app.add_typer(weights.app, name="weights", rich_help_panel=INSTALLATION_COMMANDS
 
 @app.command(rich_help_panel=INSTALLATION_COMMANDS)
 def doctor() -> None:
-    """Print what this machine can run: devices, memory, packages and weights."""
+    """Print what this machine can run: devices, memory, packages and weights; and whether the settings are valid."""
     from omnivideo.cli.doctor import collect_findings
 
     table = Table(show_header=False, box=None)
     for name, value in collect_findings():
-        table.add_row(f"[bold]{name}[/bold]", value)
+        table.add_row(f"[bold]{name}[/bold]", escape(value))
     console.print(table)
 
 
