@@ -1,20 +1,15 @@
 """Connect to the service's database, PostgreSQL or SQLite, and bring its schema up to date."""
 
-import logging
 import sqlite3
 from importlib import resources
 
 from alembic import command
 from alembic.config import Config
-from alembic.runtime.migration import MigrationContext
-from alembic.script import ScriptDirectory
 from sqlalchemy import Engine, create_engine, event, make_url
 from sqlalchemy.exc import DBAPIError
 
 from omnivideo.errors import StoreError
 from omnivideo.presets import Preset
-
-log = logging.getLogger("omnivideo.storage")
 
 
 def create_database_engine(database_url: str) -> Engine:
@@ -54,20 +49,9 @@ def upgrade_schema(engine: Engine, revision: str = "head", preset: Preset | None
     alembic_config = Config()
     alembic_config.set_main_option("script_location", str(resources.files("omnivideo.storage.database") / "migrations"))
     try:
-        if (later := find_later_revision(engine, alembic_config)) is not None:
-            log.warning("the database has the schema %s of a later version", later)
-            return
         with engine.connect().execution_options(isolation_level="SERIALIZABLE") as connection:
             alembic_config.attributes["connection"] = connection
             alembic_config.attributes["preset"] = preset
             command.upgrade(alembic_config, revision)
     except DBAPIError as error:
         raise StoreError("database: it cannot be reached or changed; see OMNIVIDEO_DATABASE") from error
-
-
-def find_later_revision(engine: Engine, alembic_config: Config) -> str | None:
-    """Return the database's revision if this version does not know it, else None."""
-    with engine.connect() as connection:
-        current = MigrationContext.configure(connection).get_current_revision()
-    known = {script.revision for script in ScriptDirectory.from_config(alembic_config).walk_revisions()}
-    return current if current is not None and current not in known else None
