@@ -162,9 +162,11 @@ class ServiceWiring:
     @cached_property
     def notify_workers(self) -> Callable[[], None]:
         """Notify the workers that there is work. Without a broker, a worker is started in this process."""
-        from omnivideo.backends.queue.reaper import Reaper, create_celery_app, create_notifier
+        from omnivideo.backends.queue.reaper import Reaper
 
         if self.settings.broker:
+            from omnivideo.backends.queue.celery import create_celery_app, create_notifier
+
             notify = create_notifier(create_celery_app(self.settings.broker))
         else:
             from omnivideo.backends.decoder.worker import InProcessWorker
