@@ -16,9 +16,8 @@ from omnivideo.contracts import (
     Route,
     SamplingParams,
     StepProgress,
-    TurnEvents,
-    TurnRecord,
 )
+from omnivideo.turns import TurnEvents, TurnRecord
 
 Latents = TypeVar("Latents")
 LatentsOut = TypeVar("LatentsOut", covariant=True)

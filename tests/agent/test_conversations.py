@@ -17,8 +17,6 @@ from omnivideo.agent.english_rules import split_actions
 from omnivideo.backends.mllm.local import LocalMLLM
 from omnivideo.cli.chat import TerminalChat
 from omnivideo.contracts import (
-    Action,
-    ActionResult,
     Artifact,
     Job,
     Manifest,
@@ -26,7 +24,6 @@ from omnivideo.contracts import (
     Preview,
     Route,
     StepProgress,
-    TurnCompleted,
     resolve_sampling_params,
 )
 from omnivideo.errors import ArtifactNotFound, InvalidInput, JobCancelled, StoreError, UnreadableMedia
@@ -39,6 +36,7 @@ from omnivideo.settings import load_settings
 from omnivideo.storage.objects.local import LocalObjectStore
 from omnivideo.storage.objects.tensors import get_tensors, put_tensors
 from omnivideo.synthetic.scenes import BACKGROUNDS, render_scene
+from omnivideo.turns import Action, ActionResult, TurnCompleted
 
 
 @pytest.fixture(scope="module")

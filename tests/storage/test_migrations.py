@@ -9,17 +9,7 @@ import pytest
 from alembic.script import ScriptDirectory
 from sqlalchemy import Engine, text
 
-from omnivideo.contracts import (
-    Artifact,
-    ArtifactReady,
-    Job,
-    PlanReady,
-    StepProgress,
-    TextDelta,
-    ThinkingDelta,
-    TurnCompleted,
-    resolve_sampling_params,
-)
+from omnivideo.contracts import Artifact, Job, StepProgress, resolve_sampling_params
 from omnivideo.errors import StoreError
 from omnivideo.presets import TINY
 from omnivideo.storage.database.batches import BatchRepository
@@ -29,6 +19,7 @@ from omnivideo.storage.database.jobs import JobRepository
 from omnivideo.storage.database.keys import APIKeyRepository
 from omnivideo.storage.database.turns import TurnRepository
 from omnivideo.storage.database.webhooks import WebhookRepository
+from omnivideo.turns import ArtifactReady, PlanReady, TextDelta, ThinkingDelta, TurnCompleted
 from tests.support.servers import postgres
 
 OLD_ARTIFACT = {
