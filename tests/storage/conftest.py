@@ -1,4 +1,4 @@
-"""Real servers for the tests of storage: SQLite and PostgreSQL at the newest schema, and an S3 server."""
+"""Databases for the tests of storage, in memory, in a file and on a PostgreSQL server; and an S3 server."""
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from omnivideo.storage.objects.s3 import S3ObjectStore
 
 
-@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
+@pytest.fixture(scope="module", params=["memory", "sqlite", "postgresql"])
 def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     with open_database(request.param, tmp_path_factory.mktemp(request.param)) as engine:
         yield engine

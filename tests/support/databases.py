@@ -6,13 +6,13 @@ from pathlib import Path
 
 from sqlalchemy import Engine
 
-from omnivideo.storage.database.engine import create_database_engine, upgrade_schema
+from omnivideo.storage.database.engine import create_database_engine, create_memory_database, upgrade_schema
 from tests.support.servers import postgres
 
 
 @contextmanager
 def open_database(kind: str, folder: Path) -> Iterator[Engine]:
-    """Open an empty database of a kind, "sqlite" or "postgresql", whose files are in `folder`."""
+    """Open an empty database of a kind, "memory", "sqlite" or "postgresql", whose files are in `folder`."""
     if kind == "postgresql":
         with postgres(folder) as address:
             engine = create_database_engine(address)
@@ -20,7 +20,10 @@ def open_database(kind: str, folder: Path) -> Iterator[Engine]:
             yield engine
             engine.dispose()
         return
-    engine = create_database_engine(f"sqlite:///{folder}/service.db")
-    upgrade_schema(engine)
+    if kind == "memory":
+        engine = create_memory_database()
+    else:
+        engine = create_database_engine(f"sqlite:///{folder}/service.db")
+        upgrade_schema(engine)
     yield engine
     engine.dispose()

@@ -1,11 +1,12 @@
 """Connect to the service's database, PostgreSQL or SQLite, and bring its schema up to date."""
 
 import sqlite3
+import uuid
 from importlib import resources
 
 from alembic import command
 from alembic.config import Config
-from sqlalchemy import Engine, create_engine, event, make_url
+from sqlalchemy import Engine, QueuePool, create_engine, event, make_url
 from sqlalchemy.exc import DBAPIError
 
 from omnivideo.errors import StoreError
@@ -30,6 +31,25 @@ def create_database_engine(database_url: str) -> Engine:
         max_overflow=20,
         connect_args={"connect_timeout": 5},
     )
+
+
+def create_memory_database() -> Engine:
+    """Return an empty database in this process's memory, at the newest schema.
+
+    `JobRepository(create_memory_database())` and `TurnRepository(create_memory_database())` are the in-memory twins of
+    the ports JobStore and TurnStore. Threads take turns at the only connection, because another connection would open
+    another database. The unique name keeps the notifications of several databases apart.
+    """
+    engine = create_engine(
+        f"sqlite:///file:{uuid.uuid4().hex}?mode=memory&uri=true",
+        isolation_level="AUTOCOMMIT",
+        poolclass=QueuePool,
+        pool_size=1,
+        max_overflow=0,
+        connect_args={"check_same_thread": False},
+    )
+    upgrade_schema(engine)
+    return engine
 
 
 def configure_sqlite(connection: sqlite3.Connection, connection_record: object) -> None:
