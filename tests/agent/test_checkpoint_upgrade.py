@@ -15,10 +15,10 @@ from langgraph.checkpoint.sqlite import SqliteSaver
 
 from omnivideo.agent.graph import Planner
 from omnivideo.agent.thread import Thread
-from omnivideo.contracts import ArtifactReady, QuestionAsked, Turn, TurnCompleted
 from omnivideo.presets import TINY
 from omnivideo.settings import load_settings
 from omnivideo.storage import checkpointer as checkpointers
+from omnivideo.turns import ArtifactReady, QuestionAsked, Turn, TurnCompleted
 from tests.support.servers import postgres
 from tests.support.twins import InstantQueue, ScriptedMLLM
 

@@ -13,11 +13,10 @@ import pytest
 import torch
 from rich.console import Console
 
+from omnivideo.agent.english_rules import split_actions
 from omnivideo.backends.mllm.local import LocalMLLM
 from omnivideo.cli.chat import TerminalChat
 from omnivideo.contracts import (
-    Action,
-    ActionResult,
     Artifact,
     Job,
     Manifest,
@@ -25,7 +24,6 @@ from omnivideo.contracts import (
     Preview,
     Route,
     StepProgress,
-    TurnCompleted,
     resolve_sampling_params,
 )
 from omnivideo.errors import ArtifactNotFound, InvalidInput, JobCancelled, StoreError, UnreadableMedia
@@ -38,6 +36,7 @@ from omnivideo.settings import load_settings
 from omnivideo.storage.objects.local import LocalObjectStore
 from omnivideo.storage.objects.tensors import get_tensors, put_tensors
 from omnivideo.synthetic.scenes import BACKGROUNDS, render_scene
+from omnivideo.turns import Action, ActionResult, TurnCompleted
 
 
 @pytest.fixture(scope="module")
@@ -265,7 +264,7 @@ def test_the_planner_evaluation_runs_over_the_real_parts(studio, monkeypatch):
     """An untrained model gets nothing right but everything is asked, drawn and counted."""
     steps = {task: one.model_copy(update={"steps": 1}) for task, one in TINY.sampling.items()}
     monkeypatch.setattr(studio.omni, "preset", TINY.model_copy(update={"sampling": steps}))
-    scores = score_planner(studio.conversations, 1, lambda name, done, of: None)
+    scores = score_planner(studio.conversations, split_actions, 1, lambda name, done, of: None)
     for kind in ("reasoning", "plain"):
         assert [scores[f"{kind}, think {mode}"].count for mode in ("off", "on", "auto")] == [4, 4, 4]
     assert scores["counting, 4 tries"].count == 1 and scores["conversations"].count == 10

@@ -12,17 +12,7 @@ from langgraph.checkpoint.sqlite import SqliteSaver
 from omnivideo.agent import english_rules
 from omnivideo.agent.graph import Planner, load_prompts
 from omnivideo.agent.thread import Thread
-from omnivideo.contracts import (
-    Artifact,
-    ArtifactReady,
-    MLLMRequest,
-    PromptRewritten,
-    QuestionAsked,
-    StepProgress,
-    ThinkingDelta,
-    Turn,
-    TurnCompleted,
-)
+from omnivideo.contracts import Artifact, MLLMRequest, StepProgress
 from omnivideo.errors import InvalidInput, JobCancelled
 from omnivideo.presets import OMNIVIDEO_1_3B, TINY
 from omnivideo.synthetic.chat import make_talk_example
@@ -30,6 +20,7 @@ from omnivideo.synthetic.edits import sample_edit
 from omnivideo.synthetic.questions import sample_question
 from omnivideo.synthetic.requests import make_caption_prompt, make_indirect_prompt
 from omnivideo.synthetic.scenes import sample_scene
+from omnivideo.turns import ArtifactReady, PromptRewritten, QuestionAsked, ThinkingDelta, Turn, TurnCompleted
 from tests.support.twins import InstantQueue, ScriptedMLLM
 
 

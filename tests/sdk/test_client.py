@@ -8,8 +8,9 @@ import pytest
 from PIL import Image
 
 from omnivideo import AsyncClient, Client
-from omnivideo.contracts import QuestionAsked, StepProgress, TurnCompleted
+from omnivideo.contracts import StepProgress
 from omnivideo.errors import ArtifactNotFound, InvalidInput, OmniVideoError, StoreError
+from omnivideo.turns import QuestionAsked, TurnCompleted
 from tests.support.api_server import scripted, serving
 from tests.support.servers import free_port
 

@@ -3,22 +3,13 @@
 import json
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import pytest
 from alembic.script import ScriptDirectory
 from sqlalchemy import Engine, text
 
-from omnivideo.contracts import (
-    Artifact,
-    ArtifactReady,
-    Job,
-    PlanReady,
-    StepProgress,
-    TextDelta,
-    ThinkingDelta,
-    TurnCompleted,
-    resolve_sampling_params,
-)
+from omnivideo.contracts import Artifact, Job, StepProgress, resolve_sampling_params
 from omnivideo.errors import StoreError
 from omnivideo.presets import TINY
 from omnivideo.storage.database.batches import BatchRepository
@@ -28,6 +19,7 @@ from omnivideo.storage.database.jobs import JobRepository
 from omnivideo.storage.database.keys import APIKeyRepository
 from omnivideo.storage.database.turns import TurnRepository
 from omnivideo.storage.database.webhooks import WebhookRepository
+from omnivideo.turns import ArtifactReady, PlanReady, TextDelta, ThinkingDelta, TurnCompleted
 from tests.support.servers import postgres
 
 OLD_ARTIFACT = {
@@ -197,6 +189,22 @@ def test_the_schema_of_a_later_version_is_left_as_it_is(tmp_path: Path) -> None:
     upgrade_schema(engine)
     with engine.connect() as connection:
         assert connection.execute(text("SELECT version_num FROM alembic_version")).scalar() == "9999"
+    engine.dispose()
+
+
+def test_the_scripts_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders = []
+    initialize = ScriptDirectory.__init__
+
+    def record_folder(scripts: ScriptDirectory, folder: str, *args: Any, **options: Any) -> None:
+        folders.append(folder)
+        initialize(scripts, folder, *args, **options)
+
+    monkeypatch.setattr(ScriptDirectory, "__init__", record_folder)
+    engine = create_database_engine(f"sqlite:///{tmp_path / 'service.sqlite'}")
+    for expected_count in (1, 2):
+        upgrade_schema(engine)
+        assert len(folders) == expected_count
     engine.dispose()
 
 

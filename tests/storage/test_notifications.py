@@ -12,13 +12,14 @@ import pytest
 from sqlalchemy import Engine
 
 from omnivideo.api.event_feed import EventFeed, NumberedEvent
-from omnivideo.contracts import Artifact, Job, StepProgress, TurnRecord, resolve_sampling_params
+from omnivideo.contracts import Artifact, Job, StepProgress, resolve_sampling_params
 from omnivideo.presets import TINY
 from omnivideo.storage.database import notifications
 from omnivideo.storage.database.engine import create_database_engine, upgrade_schema
 from omnivideo.storage.database.jobs import JobRepository
 from omnivideo.storage.database.turns import TurnRepository
 from omnivideo.storage.objects.memory import MemoryObjectStore
+from omnivideo.turns import TurnRecord
 from tests.support.servers import Postgres
 from tests.support.slow_polls import slow_polls
 

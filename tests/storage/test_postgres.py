@@ -4,11 +4,11 @@ import pytest
 
 from omnivideo.agent.graph import Planner
 from omnivideo.agent.thread import Thread
-from omnivideo.contracts import TurnCompleted
 from omnivideo.errors import InvalidInput
 from omnivideo.presets import TINY
 from omnivideo.settings import load_settings
 from omnivideo.storage.checkpointer import open_checkpointer
+from omnivideo.turns import TurnCompleted
 from tests.support.servers import free_port, postgres
 from tests.support.twins import InstantQueue, ScriptedMLLM
 

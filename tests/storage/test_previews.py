@@ -10,12 +10,13 @@ from pathlib import Path
 from sqlalchemy import Engine, select
 
 from omnivideo.api.event_feed import EventFeed
-from omnivideo.contracts import Job, StepProgress, TurnRecord, resolve_sampling_params
+from omnivideo.contracts import Job, StepProgress, resolve_sampling_params
 from omnivideo.presets import TINY
 from omnivideo.storage.database.jobs import JobRepository
 from omnivideo.storage.database.schema import turn_events
 from omnivideo.storage.database.turns import TurnRepository
 from omnivideo.storage.objects.local import LocalObjectStore
+from omnivideo.turns import TurnRecord
 
 PNGS = (b"first png", b"second png")
 LIFETIME_SECONDS = 3600.0

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 from kombu import Connection
 
+from omnivideo.backends.queue.celery import create_celery_app, create_notifier
 from omnivideo.backends.queue.durable import DurableQueue
-from omnivideo.backends.queue.reaper import Reaper, create_celery_app, create_notifier
+from omnivideo.backends.queue.reaper import Reaper
 from omnivideo.contracts import Artifact, Job, resolve_sampling_params
 from omnivideo.errors import JobCancelled
 from omnivideo.presets import TINY
@@ -79,6 +80,12 @@ def plant(request, weights, tmp_path_factory):
         plant = Plant(folder, broker_address, database_address, weights)
         yield plant
         plant.jobs.engine.dispose()
+
+
+def test_notifying_workers_loads_no_model_library() -> None:
+    code = "import sys; import omnivideo.backends.queue.celery; print('torch' in sys.modules)"
+    completed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert completed.stdout.strip() == "False"
 
 
 def job(name: str, steps: int = 4) -> Job:
