@@ -19,7 +19,7 @@ from omnivideo.training.engine.monitor import OVERALL_SCORE, all_parts_on_one_de
 from omnivideo.training.engine.run import RunContext
 from omnivideo.training.engine.trainer import Trainer
 from omnivideo.training.tiny.pipeline import TinyPipeline
-from tests.training.test_training import logged, stage2a_recipe, stage3_recipe, toy
+from tests.support.recipes import logged, stage2a_recipe, stage3_recipe, toy
 
 
 def few(preset, **changes):

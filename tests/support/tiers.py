@@ -63,11 +63,15 @@ SLOW = (
     "test_cpu_threads.py::test_entry_points*",
     "test_examples.py",
     "training/curation/*.py",
+    "training/data/test_batch.py",
     "training/data/test_dataset*.py",
     "training/engine/test_distributed*.py",
+    "training/engine/test_optim.py",
     "training/engine/test_placement*.py",
+    "training/engine/test_trainer.py",
     "training/planning/*.py::test_parameters_are_those_of_the_released_model",
-    "training/test_training*.py",
+    "training/recipes/*.py",
+    "training/tiny/*.py",
 )
 FOLDERS = {"gpu": "gpu/*", "clients": "clients/*"}
 

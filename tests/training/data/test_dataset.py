@@ -22,6 +22,7 @@ from omnivideo.training.engine.data_parallel import use_rank
 from omnivideo.training.engine.trainer import Trainer
 from omnivideo.training.recipes.flow import build_flow_recipe
 from omnivideo.training.recipes.losses import embed_frames
+from tests.support.recipes import operations
 from tests.support.shards import (
     ASSIGNER,
     SAMPLES,
@@ -35,7 +36,6 @@ from tests.support.shards import (
     write_dataset,
 )
 from tests.support.training_samples import make_png
-from tests.training.test_training import operations
 
 
 def test_an_epoch_has_every_sample_that_is_drawn_once(encoded_dataset, weights):
