@@ -9,7 +9,7 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from tests.support.openai_service import KEY, until
+from tests.support.openai_service import KEY, wait_until
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def generate_clip(http, steps: int = 3) -> str:
     response = http.post("/v1/videos", json=body)
     assert response.status_code == 200 and len(response.headers["x-request-id"]) == 32
     video_id = response.json()["id"]
-    until(lambda: http.get(f"/v1/videos/{video_id}").json()["status"] == "completed")
+    wait_until(lambda: http.get(f"/v1/videos/{video_id}").json()["status"] == "completed")
     return response.headers["x-request-id"]
 
 

@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from omnivideo.presets import PRESETS, TINY
-from tests.support.api_server import scripted, serving
+from tests.support.api_server import build_scripted_wiring, run_api_server
 
 ROOT = Path(__file__).parents[2]
 PAGES = {name: (ROOT / name).read_text() for name in ("README.md", "docs/service.md")}
@@ -24,7 +24,7 @@ def address(omni, tmp_path_factory):
     with pytest.MonkeyPatch.context() as quick:
         quick.setitem(PRESETS, "tiny", TINY.model_copy(update={"sampling": steps}))
         quick.setattr(omni, "preset", PRESETS["tiny"])
-        with serving(scripted(tmp_path_factory.mktemp("service"), omni)) as address:
+        with run_api_server(build_scripted_wiring(tmp_path_factory.mktemp("service"), omni)) as address:
             yield address
 
 

@@ -1,4 +1,4 @@
-"""Real servers for the tests of storage: SQLite and PostgreSQL at the newest schema, and an S3 server."""
+"""Real servers for the storage tests: SQLite and PostgreSQL with the latest schema, and an S3 server."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,7 +33,7 @@ def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture
 def empty_database(engine: Engine) -> Engine:
-    """The database, with all rows deleted."""
+    """Return the database with all rows deleted."""
     with engine.connect() as connection:
         for table in metadata.sorted_tables:
             connection.execute(table.delete())

@@ -1,4 +1,4 @@
-"""The HTTP service on a free port: a real database, store, queue and worker; the MLLM's answers are scripted."""
+"""The HTTP service on a free port, with a real database, store, queue and worker, and scripted answers of the MLLM."""
 
 import threading
 import time
@@ -12,34 +12,35 @@ from omnivideo.api.app import create_app
 from omnivideo.backends.decoder.renderer import Renderer
 from omnivideo.settings import load_settings
 from omnivideo.wiring import ServiceWiring
-from tests.backends.queue.test_kill import HalfScripted
+from tests.backends.queue.test_kill import MLLMWithScriptedText
 from tests.support.servers import free_port
 
 
-def scripted(home: Path, omni, **given) -> ServiceWiring:
-    wiring = ServiceWiring(load_settings(home=home, **given), "cpu")
+def build_scripted_wiring(home: Path, omni, **settings) -> ServiceWiring:
+    """Return the wiring of a service whose MLLM gives scripted answers."""
+    wiring = ServiceWiring(load_settings(home=home, **settings), "cpu")
     wiring.renderer = Renderer(omni, wiring.store, "random")  # type: ignore[misc]
-    wiring.mllm = HalfScripted(omni, wiring.store)  # type: ignore[misc]
+    wiring.mllm = MLLMWithScriptedText(omni, wiring.store)  # type: ignore[misc]
     return wiring
 
 
 @contextmanager
-def serving(wiring: ServiceWiring, port: int | None = None) -> Iterator[str]:
+def run_api_server(wiring: ServiceWiring, port: int | None = None) -> Iterator[str]:
     """Run the service and yield its address; afterwards, stop it and everything that the wiring has started."""
     port = port or free_port()
     config = uvicorn.Config(
         create_app(wiring.build_service_context()), port=port, log_level="warning", timeout_graceful_shutdown=2
     )
     server = uvicorn.Server(config)
-    running = threading.Thread(target=server.run, daemon=True)
-    running.start()
-    until = time.monotonic() + 20
-    while not server.started and time.monotonic() < until:
+    server_thread = threading.Thread(target=server.run, daemon=True)
+    server_thread.start()
+    deadline = time.monotonic() + 20
+    while not server.started and time.monotonic() < deadline:
         time.sleep(0.02)
     assert server.started
     try:
         yield f"http://127.0.0.1:{port}"
     finally:
         server.should_exit = True
-        running.join(10)
+        server_thread.join(10)
         wiring.close()

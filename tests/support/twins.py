@@ -1,4 +1,4 @@
-"""In-memory twins of the ports, for tests of the rooms that use them."""
+"""In-memory twins of the MLLM, the queue and the decoder, for tests of the modules that use them."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -23,12 +23,12 @@ from omnivideo.storage.objects.memory import MemoryObjectStore
 
 
 class ScriptedMLLM:
-    """Answers by rule: a question is text, "picture" an image, the rest a video; think mode puts "plainly" before."""
+    """Follow fixed rules: questions are text, "picture" an image, the rest a video; think mode prepends "plainly"."""
 
     def __init__(self) -> None:
         self.store = MemoryObjectStore()
         self.asks: list[MLLMRequest] = []
-        self.doubt: set[str] = set()  # texts whose route is a toss-up
+        self.doubt: set[str] = set()  # texts whose route is uncertain
         self.agreements: list[float] = []
 
     def route(self, request: MLLMRequest) -> Route:
@@ -58,7 +58,7 @@ class ScriptedMLLM:
 
 
 class InstantQueue:
-    """Draws a job as the JSON of what it was asked for, in two steps."""
+    """Render a job in two steps; its file is JSON with the prompt, the seed, the visual tokens and the source."""
 
     def __init__(self) -> None:
         self.store = MemoryObjectStore()
@@ -74,9 +74,9 @@ class InstantQueue:
             raise self.fails
         yield StepProgress(step=2, steps=2, eta_seconds=0.0)
         medium: Medium = "video" if "video" in job.task else "image"
-        drawn = json.dumps([job.prompt, job.seed, job.visual_tokens, job.source and job.source.key])
+        content = json.dumps([job.prompt, job.seed, job.visual_tokens, job.source and job.source.key])
         yield Artifact(
-            key=self.store.put(drawn.encode(), "mp4"), medium=medium, width=64, height=64, frames=9, fps=8.0,
+            key=self.store.put(content.encode(), "mp4"), medium=medium, width=64, height=64, frames=9, fps=8.0,
             caption=job.prompt, source=job.source.key if job.source else None, created_by=job.id,
         )  # fmt: skip
 

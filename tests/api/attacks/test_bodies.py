@@ -8,7 +8,7 @@ import httpx
 import pytest
 
 from tests.support.attacks import MAX_UPLOAD_BYTES, assert_refused
-from tests.support.openai_service import KEY, ended, runner_for
+from tests.support.openai_service import KEY, make_runner, wait_for_batch
 
 
 class Bomb:
@@ -40,9 +40,9 @@ def test_pickle_as_a_file(http, client, context, tmp_path):
     )
     stored = http.post("/v1/files", files={"file": ("a.safetensors", data)}, data={"purpose": "batch"}).json()
     batch = client.batches.create(input_file_id=stored["id"], endpoint="/v1/videos", completion_window="24h")
-    runner = runner_for(context).start()
+    runner = make_runner(context).start()
     try:
-        assert ended(client, batch, "failed").errors.data[0].message == "line: it is not valid JSON"
+        assert wait_for_batch(client, batch, "failed").errors.data[0].message == "line: it is not valid JSON"
     finally:
         runner.stop()
     reference = {"prompt": "a", "input_reference": {"file_id": stored["id"]}}

@@ -21,8 +21,8 @@ from omnivideo.settings import load_settings
 from omnivideo.storage.objects.local import LocalObjectStore
 from omnivideo.storage.objects.memory import MemoryObjectStore
 from omnivideo.wiring import ServiceWiring
-from tests.backends.queue.test_kill import HalfScripted
-from tests.support.api_server import serving as serving_api
+from tests.backends.queue.test_kill import MLLMWithScriptedText
+from tests.support.api_server import run_api_server
 from tests.support.servers import free_port
 
 
@@ -116,14 +116,14 @@ def test_a_turn_waits_for_a_language_model_that_is_starting(omni, tmp_path, monk
     port = free_port()
     wiring = ServiceWiring(load_settings(home=tmp_path, mllm=f"http://127.0.0.1:{port}"), "cpu")
     wiring.renderer = Renderer(omni, wiring.store, "random")  # type: ignore[misc]
-    with serving_api(wiring) as address, httpx.Client(base_url=address, timeout=60, trust_env=False) as http:
+    with run_api_server(wiring) as address, httpx.Client(base_url=address, timeout=60, trust_env=False) as http:
         assert http.get("/ready").json() == {"status": "ready", "language_model": "starting"}
         assert "omnivideo_language_model_up 0.0" in http.get("/metrics").text
         turn = start_turn(http, "how many balls are there?")
         with http.stream("GET", f"{turn}/events") as events:
             lines = (line for line in events.iter_lines() if line.startswith("event: "))
             assert "event: waiting" in (next(lines), next(lines))
-            with serving(HalfScripted(omni, LRUObjectStore()), port):
+            with serving(MLLMWithScriptedText(omni, LRUObjectStore()), port):
                 assert "event: waiting" not in (events_after := list(lines)) and events_after[-1] == "event: done"
                 assert http.get("/ready").json()["language_model"] == "ready"
                 assert "omnivideo_language_model_up 1.0" in http.get("/metrics").text

@@ -1,14 +1,14 @@
-"""Cached features of several sets of requests."""
+"""The cached features of requests."""
 
 import torch
 
-from tests.support.recipes import data, fresh
+from tests.support.recipes import copy_model, load_task_data
 
 
-def test_more_requests_of_a_task_follow_the_others(request):
-    first = data(request, fresh(request))["video-editing"]
+def test_cached_requests_are_concatenated(request):
+    first = load_task_data(request, copy_model(request))["video-editing"]
     both = first + first
     assert len(both) == 8
     for name in ("target_latents", "source_latents", "hidden_states", "text_embeddings", "visual_embeddings"):
-        whole, part = getattr(both, name), getattr(first, name)
-        assert all(torch.equal(whole[at], part[at % 4]) for at in range(8)), name
+        features, expected = getattr(both, name), getattr(first, name)
+        assert all(torch.equal(features[index], expected[index % 4]) for index in range(8)), name

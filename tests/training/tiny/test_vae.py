@@ -1,16 +1,16 @@
-"""Further training of the VAE's decoder."""
+"""Training the VAE's decoder alone."""
 
 import torch
 
 from omnivideo.training.engine.trainer import Trainer
-from tests.support.recipes import vae_decoder_recipe
+from tests.support.recipes import make_vae_decoder_recipe
 
 
-def test_a_vae_whose_decoder_goes_on_encodes_as_before(request, tmp_path):
-    recipe = vae_decoder_recipe(request)
+def test_training_the_decoder_leaves_the_encoder_unchanged(request, tmp_path):
+    recipe = make_vae_decoder_recipe(request)
     before = {key: value.clone() for key, value in recipe.model.state_dict().items()}
     Trainer(recipe, tmp_path).run(stop_at_step=2)
-    moved = {
+    changed = {
         key.split(".")[0] for key, value in recipe.model.state_dict().items() if not torch.equal(value, before[key])
     }
-    assert moved == {"decoder", "post_quant_conv"}
+    assert changed == {"decoder", "post_quant_conv"}
