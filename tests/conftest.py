@@ -1,4 +1,4 @@
-"""Random weights of the tiny preset, in the shipped layout, and a service that uses them."""
+"""Fixtures: random weights of the tiny preset in the shipped layout, and a service that uses them."""
 
 import random
 from pathlib import Path
@@ -63,7 +63,7 @@ def weights(omni, tmp_path_factory) -> Path:
 
 @pytest.fixture(autouse=True)
 def short_answers(monkeypatch):
-    """Limit the answers: an untrained model never ends one."""
+    """Limit the length of answers, because an untrained model never ends one."""
     monkeypatch.setattr(LocalMLLM, "max_tokens", 24)
     monkeypatch.setattr(RemoteMLLM, "max_tokens", 24)
 

@@ -1,4 +1,4 @@
-"""The scripts in examples/ run as they stand, in processes of their own, with the shipped weights."""
+"""The scripts in examples/ run unchanged in separate processes, with the shipped weights."""
 
 import os
 import subprocess

@@ -29,7 +29,7 @@ def generate_clip(http, steps: int = 3) -> str:
     return response.headers["x-request-id"]
 
 
-def test_a_trace_leads_from_the_request_to_the_workers_steps(spans, http):
+def test_a_trace_covers_the_request_and_the_workers_steps(spans, http):
     request_id = generate_clip(http, steps=3)
     time.sleep(0.2)
     finished_spans = spans.get_finished_spans()

@@ -1,4 +1,4 @@
-"""The openai package, in an environment of its own, against our service: it must not find anything of ours."""
+"""The openai package runs against our service in a separate environment, without our package."""
 
 import subprocess
 import venv

@@ -1,4 +1,4 @@
-"""The examples of the README and of docs/service.md, run against a service as they stand but for its port."""
+"""The examples of the README and of docs/service.md run against a service; only the port is changed."""
 
 import json
 import re
@@ -29,9 +29,9 @@ def address(omni, tmp_path_factory):
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_from_a_prompt_to_a_clip_by_curl(page, address, tmp_path):
+def test_the_curl_examples_generate_a_clip(page, address, tmp_path):
     if shutil.which("curl") is None:
-        pytest.skip("curl is not here: the service's examples in the shell were not tested")
+        pytest.skip("curl is not installed; the shell examples of the service were not tested")
     lines = re.findall(r"^curl .*$", PAGES[page], flags=re.M)
     *waiting, posted, downloaded = (HERE.sub(address, line) for line in lines)
     for line in waiting:
@@ -48,7 +48,7 @@ def test_from_a_prompt_to_a_clip_by_curl(page, address, tmp_path):
     assert (tmp_path / "clip.mp4").read_bytes()[4:8] == b"ftyp"
 
 
-def test_the_client_of_the_service_page(address, tmp_path, monkeypatch):
+def test_the_client_example_runs(address, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (block,) = re.findall(r"```python\n(.*?)```", PAGES["docs/service.md"], flags=re.S)
     exec(compile(HERE.sub(address, block), "docs/service.md", "exec"), {})

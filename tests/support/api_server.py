@@ -1,4 +1,4 @@
-"""The HTTP service on a free port, with a real database, store, queue and worker, and scripted answers of the MLLM."""
+"""Run the HTTP service, with a real database, store, queue and worker and scripted answers, and the MLLM server."""
 
 import threading
 import time
@@ -10,10 +10,11 @@ import uvicorn
 
 from omnivideo.api.app import create_app
 from omnivideo.backends.decoder.renderer import Renderer
+from omnivideo.backends.mllm.server import create_mllm_app
 from omnivideo.settings import load_settings
 from omnivideo.wiring import ServiceWiring
-from tests.backends.queue.test_kill import MLLMWithScriptedText
 from tests.support.servers import free_port
+from tests.support.twins import MLLMWithScriptedText
 
 
 def build_scripted_wiring(home: Path, omni, **settings) -> ServiceWiring:
@@ -44,3 +45,19 @@ def run_api_server(wiring: ServiceWiring, port: int | None = None) -> Iterator[s
         server.should_exit = True
         server_thread.join(10)
         wiring.close()
+
+
+@contextmanager
+def run_mllm_server(mllm, port: int) -> Iterator[None]:
+    """Run our own MLLM server on a port."""
+    server = uvicorn.Server(uvicorn.Config(create_mllm_app(mllm), port=port, log_level="warning"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    deadline = time.monotonic() + 20
+    while not server.started and time.monotonic() < deadline:
+        time.sleep(0.02)
+    try:
+        yield
+    finally:
+        server.should_exit = True
+        thread.join(10)

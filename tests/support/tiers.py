@@ -69,7 +69,7 @@ SLOW = (
     "training/engine/test_optim.py",
     "training/engine/test_placement*.py",
     "training/engine/test_trainer.py",
-    "training/planning/*.py::test_parameters_are_those_of_the_released_model",
+    "training/planning/*.py::test_parameters_agree_with_the_released_model",
     "training/recipes/*.py",
     "training/tiny/*.py",
 )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from omnivideo.backends.decoder.pipeline import DenoisingProgress, GeneratedClip
+from omnivideo.backends.mllm.local import LocalMLLM
 from omnivideo.contracts import (
     Artifact,
     Job,
@@ -57,6 +58,21 @@ class ScriptedMLLM:
         return self.store.put(f"{request.model_dump_json()}{medium}".encode(), "safetensors")
 
 
+class MLLMWithScriptedText(LocalMLLM):
+    """A model with real visual tokens and scripted text."""
+
+    script = ScriptedMLLM()
+
+    def route(self, request: MLLMRequest) -> Route:
+        return self.script.route(request)
+
+    def stream_text(self, request: MLLMRequest, max_tokens: int | None = None):
+        yield from self.script.stream_text(request)
+
+    def score_agreement(self, request: MLLMRequest) -> float:
+        return 0.4 if "red" in request.text else 0.9
+
+
 class InstantQueue:
     """Render a job in two steps; its file is JSON with the prompt, the seed, the visual tokens and the source."""
 
@@ -82,7 +98,7 @@ class InstantQueue:
 
 
 class InstantDecoder:
-    """A decoder without a model: a clip is black, and its file holds the job's prompt and seed."""
+    """A decoder without a model: clips are black, and their files contain the job's prompt and seed."""
 
     def __init__(self) -> None:
         self.store = MemoryObjectStore()

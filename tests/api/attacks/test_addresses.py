@@ -32,7 +32,7 @@ class RecordingHandler(BaseHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def inner():
-    """A running service in the internal network; `seen` lists the paths that were requested."""
+    """Yield a running service in the internal network; its `seen` lists the requested paths."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), RecordingHandler)
     server.daemon_threads, server.block_on_close, server.seen = True, False, []
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})

@@ -1,4 +1,4 @@
-"""Attacks through bodies: pickles, JSON that does not end, and bodies above the limits."""
+"""Attacks through bodies: pickles, unterminated JSON, and bodies above the limits."""
 
 import pickle
 import socket
@@ -12,7 +12,7 @@ from tests.support.openai_service import KEY, make_runner, wait_for_batch
 
 
 class Bomb:
-    """Creates a file when it is unpickled."""
+    """Create a file when it is unpickled."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -100,7 +100,7 @@ HEAD = b'--b\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\
 
 
 def test_body_above_the_limit_with_its_length(service):
-    """The length alone is enough to refuse it, without reading the body."""
+    """The body is refused by its length, without reading it."""
     answer, sent = send_raw(
         service, "/v1/files HTTP/1.1", iter([b"Content-Length: 99999999999\r\n\r\n", HEAD]), 2 * MAX_UPLOAD_BYTES
     )

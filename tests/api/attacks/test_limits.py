@@ -60,7 +60,7 @@ def build_decompression_bomb() -> bytes:
 
 
 def test_decompression_bomb(http):
-    """Its header is enough to refuse it, on every route that accepts images."""
+    """The image is refused by its header, on every route that accepts images."""
     data, started_at = build_decompression_bomb(), time.monotonic()
     assert len(data) < 300_000
     message = assert_refused(

@@ -1,4 +1,4 @@
-"""The conversation tests once more with the shipped weights and the language model on vLLM."""
+"""The conversation tests with the shipped weights and the language model on vLLM."""
 
 import random
 from collections.abc import Callable, Generator
@@ -52,7 +52,7 @@ def studio(server, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def local_studio(tmp_path_factory):
-    """A Studio with its language model in this process."""
+    """Return a Studio with its language model in this process."""
     return create_studio(tmp_path_factory.mktemp("local"))
 
 

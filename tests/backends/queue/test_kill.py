@@ -17,32 +17,16 @@ from langgraph.checkpoint.sqlite import SqliteSaver
 from omnivideo.agent.graph import Planner
 from omnivideo.agent.thread import Thread
 from omnivideo.backends.decoder.renderer import Renderer
-from omnivideo.backends.mllm.local import LocalMLLM
 from omnivideo.backends.queue.local import LocalQueue
-from omnivideo.contracts import Artifact, MLLMRequest, Route
+from omnivideo.contracts import Artifact
 from omnivideo.media.artifacts import store_user_file
 from omnivideo.presets import TINY
 from omnivideo.storage.objects.local import LocalObjectStore
-from tests.support.twins import ScriptedMLLM
+from tests.support.twins import MLLMWithScriptedText
 
 KILLS = int(os.environ.get("OMNIVIDEO_KILLS", "6"))
 TEXTS = ("a red ball; make it blue; how many balls are there?", "a picture of a star", "go back to the red one",
         "a shape like a coin")  # fmt: skip
-
-
-class MLLMWithScriptedText(LocalMLLM):
-    """A model with real visual tokens and scripted text."""
-
-    script = ScriptedMLLM()
-
-    def route(self, request: MLLMRequest) -> Route:
-        return self.script.route(request)
-
-    def stream_text(self, request: MLLMRequest, max_tokens: int | None = None):
-        yield from self.script.stream_text(request)
-
-    def score_agreement(self, request: MLLMRequest) -> float:
-        return 0.4 if "red" in request.text else 0.9
 
 
 def open_thread(home: Path, omni) -> Thread:

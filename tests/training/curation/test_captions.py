@@ -17,12 +17,12 @@ def test_captions_are_requested_from_the_mllm_server(omni, tmp_path):
     from omnivideo.backends.mllm.local import LocalMLLM
     from omnivideo.storage.objects.memory import MemoryObjectStore
     from omnivideo.training.curation.captions import RemoteCaptioner
-    from tests.backends.mllm.test_remote import serving
+    from tests.support.api_server import run_mllm_server
     from tests.support.servers import free_port
 
     footage.write_film(tmp_path / "raw/pan.mp4", footage.pan_camera(1))
     port, settings = free_port(), CurationConfig(bounds=BOUNDS, ocr=False)
-    with serving(LocalMLLM(omni, MemoryObjectStore()), port):
+    with run_mllm_server(LocalMLLM(omni, MemoryObjectStore()), port):
         caption = RemoteCaptioner(f"http://127.0.0.1:{port}", "what is this?")
         (line,) = curate(tmp_path / "raw", tmp_path / "out", settings, caption).kept_clips
         assert line["caption"] and line["caption"] == caption(read_caption_frames(tmp_path / "raw/pan.mp4"))

@@ -97,8 +97,8 @@ def test_a_faulty_clip_does_not_end_the_run(tmp_path):
     measured = (out / "measured.jsonl").read_bytes()
     with serve_captions(lambda mp4: CAPTION_ANSWER) as (address, shown):
         again = CliRunner().invoke(app, [*build_command(raw, out)[3:], "--captions", address], catch_exceptions=False)
-    told = " ".join(again.output.split())
-    assert again.exit_code == 0 and re.search(r"gap-\w+-0001 has no frame from 15.81 to 31.62 s", told), told
+    messages = " ".join(again.output.split())
+    assert again.exit_code == 0 and re.search(r"gap-\w+-0001 has no frame from 15.81 to 31.62 s", messages), messages
     assert len(shown) == 1 and {line["caption"] for line in read_jsonl(out / "clips.jsonl")} == {"A texture moves."}
     assert (out / "measured.jsonl").read_bytes() == measured  # failed clips are not tried again
 
