@@ -208,7 +208,7 @@ def test_other_statuses_are_refused(get, status):
 
 
 @pytest.mark.parametrize(
-    ("where", "says"),
+    ("location", "message"),
     [
         ("http://127.0.0.1/", "host that"),
         ("http://169.254.169.254/latest/meta-data/", "host that"),

@@ -223,7 +223,7 @@ def test_mixed_batches_update_each_task_more_often_than_batches_of_one_task(orde
 
 
 @pytest.mark.parametrize(
-    ("field", "given"),
+    ("field", "options"),
     [
         ("ratio", {"task_ratio": {"text-to-sound": 1}}),
         ("ratio", {"task_ratio": {"text-to-image": -1}}),
@@ -266,7 +266,7 @@ def test_the_mix_follows_its_options():
 
 
 @pytest.mark.parametrize(
-    ("field", "given"),
+    ("field", "options"),
     [
         ("ratio", {"ratio": ["text-to-sound=1"]}),
         ("ratio", {"ratio": ["text-to-image"]}),
