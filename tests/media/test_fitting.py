@@ -61,7 +61,7 @@ SOURCES = {
     "fragmented": lambda folder: mux_clip(
         folder / "a.mp4", make_clip(), "mp4", "libx264", {"movflags": "+frag_keyframe+empty_moov"}
     ),
-    "pause": lambda folder: footage.film(folder / "a.mp4", footage.pan(5, 48), gap=(24, 2)),
+    "pause": lambda folder: footage.write_film(folder / "a.mp4", footage.pan_camera(5, 48), gap=(24, 2)),
     "gif": lambda folder: write_animation(folder / "a.gif", make_clip(), duration=120),
     "png": lambda folder: write_animation(folder / "a.png", make_clip(1)),
 }
