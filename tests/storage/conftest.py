@@ -22,7 +22,7 @@ def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture
 def empty_database(engine: Engine) -> Engine:
-    """The database, with all rows deleted."""
+    """Return the database with all rows deleted."""
     with engine.connect() as connection:
         for table in metadata.sorted_tables:
             connection.execute(table.delete())
