@@ -10,6 +10,7 @@ OmniVideoError
   StoreError            the store or the database cannot read or write
     ArtifactNotFound    the store has no such artifact
   ServiceBusy           the queue, or the caller's share of it, is full: try again later
+    DecodingBusy        no process for reading media became free in time
   JobFailed             a clip could not be rendered; the code says why
   JobCancelled          a clip was cancelled
   JobLost               a worker's job now belongs to another worker
@@ -63,6 +64,10 @@ class ServiceBusy(OmniVideoError):
     def __init__(self, message: str, retry_after_seconds: float):
         super().__init__(message)
         self.retry_after_seconds = retry_after_seconds
+
+
+class DecodingBusy(ServiceBusy):
+    """No process for reading media became free in time; this is the service's state, not the request's fault."""
 
 
 class JobFailed(OmniVideoError):

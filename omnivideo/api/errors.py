@@ -15,6 +15,7 @@ from starlette.exceptions import HTTPException
 from omnivideo.contracts import JobStatus
 from omnivideo.errors import (
     ArtifactNotFound,
+    DecodingBusy,
     InvalidInput,
     JobCancelled,
     JobFailed,
@@ -87,6 +88,7 @@ HTTP_MAPPINGS: dict[type[BaseException], HTTPMapping] = {
     StoreError: HTTPMapping(503, "unavailable", retry_after_seconds=5),
     ArtifactNotFound: HTTPMapping(404, "not_found"),
     ServiceBusy: HTTPMapping(429, "queue_full"),  # the error says when to retry
+    DecodingBusy: HTTPMapping(503, "unavailable"),  # so does this one
     ModelUnavailable: HTTPMapping(503, "unavailable", retry_after_seconds=5),
     JobFailed: HTTPMapping(500),  # the error has the job's code
     JobCancelled: HTTPMapping(409, "cancelled"),

@@ -3,7 +3,8 @@
 import os
 from typing import BinaryIO
 
-STILL_BRANDS = (b"avif", b"avis", b"heic", b"heix", b"hevc", b"mif1", b"msf1")  # pictures in mp4's container format
+AVIF_BRANDS = (b"avif", b"avis")
+STILL_BRANDS = (b"heic", b"heix", b"hevc", b"mif1", b"msf1")  # pictures in mp4's container format
 MAGIC_BYTES = {
     b"\x89PNG\r\n\x1a\n": "png",
     b"\xff\xd8\xff": "jpeg",
@@ -13,7 +14,7 @@ MAGIC_BYTES = {
 
 
 def sniff_format(head: bytes) -> str | None:
-    """Detect the format from the first 16 bytes: png, jpeg, gif, webp, mov, matroska or avi; None for any other.
+    """Detect the format from the first 16 bytes: png, jpeg, gif, webp, avif, mov, matroska or avi; None for any other.
 
     The names are those of Pillow's formats and FFmpeg's demuxers.
     """
@@ -22,6 +23,8 @@ def sniff_format(head: bytes) -> str | None:
             return kind
     if head.startswith(b"RIFF"):
         return {b"WEBP": "webp", b"AVI ": "avi"}.get(head[8:12])
+    if head[4:8] == b"ftyp" and head[8:12] in AVIF_BRANDS:
+        return "avif"
     boxes = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip")
     return "mov" if head[4:8] in boxes and head[8:12] not in STILL_BRANDS else None
 
@@ -36,7 +39,7 @@ def read_stated_size(file: BinaryIO, kind: str, size: int) -> int:
         tail = file.read()
         is_complete = b"IEND\xaeB`\x82" in tail if kind == "png" else tail.rstrip(b"\0\r\n").endswith(b";")
         return size if is_complete else size + 1
-    if kind == "mov":
+    if kind in ("mov", "avif"):
         return find_boxes_end(file, size)
     if kind == "matroska":
         return find_segment_end(file, size)

@@ -1,52 +1,76 @@
 """Decode sources into timed frames: stills and animations with Pillow, clips with PyAV.
 
-Pillow reads png, jpeg, webp and gif because FFmpeg accepts a truncated gif without an error. This is the only code
-that decodes clips; serving, training and curation all build on it, so they see the same pixels at the same times.
+Pillow reads png, jpeg, webp, avif and gif because FFmpeg accepts a truncated gif without an error. This is the
+only code that decodes clips; serving, training and curation all build on it, so they see the same pixels at the same
+times.
 """
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from io import BytesIO
 from itertools import count
 from pathlib import Path
+from typing import cast
 
 import av
 import numpy as np
+from av import CodecContext
 from av.container import InputContainer
 from av.stream import Disposition
-from av.video.reformatter import Colorspace, Interpolation
+from av.video.codeccontext import VideoCodecContext
 from av.video.stream import VideoStream
 from PIL import Image, ImageOps
 
 from omnivideo.media.limits import MediaGuard, MediaLimits
+from omnivideo.media.pixels import (
+    composite_on_white,
+    compute_reduction,
+    read_display_matrix,
+    reduce_to_pixels,
+    to_upright_pixels,
+)
 
 CLIP_DEMUXERS = ("mov", "matroska", "avi")  # FFmpeg's names of the allowed demuxers: no playlists, no network
-MIN_HD_HEIGHT = 720  # px; untagged video of this height or more is BT.709, below it BT.601
-# FFmpeg's own default rounds down, which darkens a clip by one level at every save and load.
-EXACT_INTERPOLATION = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
-
+ALPHA_DECODERS = {"vp8": "libvpx", "libvpx": "libvpx", "vp9": "libvpx-vp9", "libvpx-vp9": "libvpx-vp9"}
 MediaFile = Path | bytes  # a path, or a file's content
-TimedFrame = tuple[np.ndarray, float, float]  # pixels [H, W, 3], and the start and duration of their display in s
-TimedVideoFrame = tuple[av.VideoFrame, float, float]  # the same before conversion to pixels
+TimedVideoFrame = tuple[av.VideoFrame, float, float]  # a frame, and the start and duration of its display in s
+
+
+@dataclass(frozen=True)
+class DecodedFrame:
+    """A frame that is shown from `start` for `seconds`; `size` is its upright width and height, `layout` its format.
+
+    `convert` returns its pixels uint8 [H, W, 3], and has to be called before the next frame is decoded. A frame that is
+    only measured or skipped is not converted.
+    """
+
+    size: tuple[int, int]
+    layout: str
+    start: float
+    seconds: float
+    convert: Callable[[], np.ndarray]
 
 
 # ---------------------------------------------------------------- stills and animations
 
 
-def iterate_image_frames(file: MediaFile, kind: str, guard: MediaGuard) -> Iterator[TimedFrame]:
-    """Yield the pictures of a png, jpeg, webp or gif."""
+def iterate_image_frames(file: MediaFile, kind: str, guard: MediaGuard) -> Iterator[DecodedFrame]:
+    """Yield the pictures of a png, jpeg, webp, gif or avif, reduced if they are larger than a frame may be."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow warns about odd metadata, and about sizes that the guard checks
-        with Image.open(BytesIO(file) if isinstance(file, bytes) else file, formats=(kind,)) as image:
-            # The number of frames of a gif is known only after reading it.
-            declared_frames = getattr(image, "n_frames", 1) if kind in ("png", "webp") else 1
-            guard.check_dimensions(*image.size, declared_frames, 0)
+        declared_frames = count_pictures(file, kind, guard)
+        with open_image(file, kind) as image:
+            factor = compute_reduction(image.size, guard.limits.max_frame_pixels)
+            if kind == "jpeg" and factor > 1:  # the decoder itself reduces: less time, and memory for the result only
+                image.draft("RGB", (-(-image.width // factor), -(-image.height // factor)))
             start = 0.0
             for index in count(1):
                 image.load()
                 seconds = read_frame_seconds(image)
-                yield composite_on_white(ImageOps.exif_transpose(image)), start, seconds
+                upright = ImageOps.exif_transpose(reduce_to_pixels(image, guard.limits.max_frame_pixels))
+                yield DecodedFrame(upright.size, upright.mode, start, seconds, partial(composite_on_white, upright))
                 start += seconds
                 # Some phones store a second view in a jpeg; that does not make it a clip.
                 if kind == "jpeg" or not seek_frame(image, index):
@@ -55,6 +79,22 @@ def iterate_image_frames(file: MediaFile, kind: str, guard: MediaGuard) -> Itera
                 guard.refuse_media(
                     f"is cut short: it has {index} frames of {declared_frames}; allowed: a complete file"
                 )
+
+
+def count_pictures(file: MediaFile, kind: str, guard: MediaGuard) -> int:
+    """Check the size and the number of pictures against the limits before any is decoded; return their number."""
+    with open_image(file, kind) as image:
+        width, height = image.size
+        guard.check_at_most("pixels per frame", width * height, guard.limits.max_still_pixels)
+        picture_count = 1 if kind == "jpeg" else getattr(image, "n_frames", 1)  # a gif is read, but not decoded, for it
+        factor = compute_reduction(image.size, guard.limits.max_frame_pixels)
+        guard.check_dimensions(-(-width // factor), -(-height // factor), picture_count, 0)
+    return picture_count
+
+
+def open_image(file: MediaFile, kind: str) -> Image.Image:
+    """Open a picture of unknown origin with one of Pillow's readers."""
+    return Image.open(BytesIO(file) if isinstance(file, bytes) else file, formats=(kind,))
 
 
 def seek_frame(image: Image.Image, index: int) -> bool:
@@ -72,22 +112,10 @@ def read_frame_seconds(image: Image.Image) -> float:
     return duration_ms / 1000 if isinstance(duration_ms, int | float) and duration_ms > 10 else 0.1
 
 
-def composite_on_white(image: Image.Image) -> np.ndarray:
-    """Return pixels uint8 [H, W, 3] with alpha composited on white."""
-    if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip at 255
-        grey = np.asarray(image, dtype=np.int64) >> 8
-        return np.repeat(grey.clip(0, 255).astype(np.uint8)[..., None], 3, axis=-1)
-    if image.has_transparency_data:
-        canvas = Image.new("RGBA", image.size, "white")
-        canvas.alpha_composite(image.convert("RGBA"))
-        image = canvas
-    return np.asarray(image.convert("RGB"))
-
-
 # ---------------------------------------------------------------- clips
 
 
-def iterate_clip_frames(file: MediaFile, demuxer: str, guard: MediaGuard) -> Iterator[TimedFrame]:
+def iterate_clip_frames(file: MediaFile, demuxer: str, guard: MediaGuard) -> Iterator[DecodedFrame]:
     """Yield the frames of an mp4, mov, webm, mkv or avi; refuse a clip with fewer frames than its header declares."""
     with open_container(file, demuxer, guard.limits) as container:
         stream = select_video_stream(container, guard)
@@ -95,7 +123,9 @@ def iterate_clip_frames(file: MediaFile, demuxer: str, guard: MediaGuard) -> Ite
         frame_count = 0
         for frame, start, seconds in decode_stream(container, stream, guard):
             frame_count += 1
-            yield to_upright_pixels(frame), start, seconds
+            size = (frame.width, frame.height)
+            upright_size = size if read_display_matrix(frame)[0] else size[::-1]
+            yield DecodedFrame(upright_size, frame.format.name, start, seconds, partial(to_upright_pixels, frame))
         check_frame_count(frame_count, declared_frames, guard)
 
 
@@ -150,7 +180,8 @@ def select_video_stream(container: InputContainer, guard: MediaGuard) -> VideoSt
     codec, allowed_codecs = streams[0].codec_context.name, guard.limits.codecs
     if allowed_codecs is not None and codec not in allowed_codecs:
         guard.refuse_media(f"is coded as {codec}; allowed: {', '.join(allowed_codecs)}")
-    streams[0].codec_context.options = {"max_pixels": str(guard.limits.max_frame_pixels)}  # the header may be wrong
+    # The header may be wrong, so the decoder checks the size again.
+    streams[0].codec_context.options = {"max_pixels": str(guard.limits.max_frame_pixels)}
     return streams[0]
 
 
@@ -196,27 +227,22 @@ class FrameClock:
 
 def decode_stream(container: InputContainer, stream: VideoStream, guard: MediaGuard) -> Iterator[TimedVideoFrame]:
     """Yield a stream's frames in display order, from the container's current position on."""
-    clock = FrameClock.for_stream(stream)
+    clock, decoder = FrameClock.for_stream(stream), choose_decoder(stream, guard)
     for packet in container.demux(stream):
         if packet.is_corrupt:
             guard.refuse_media("is cut short or damaged midway; allowed: a complete file")
-        for frame in packet.decode():
+        for frame in decoder.decode(packet):
             duration = float((frame.duration or 0) * (frame.time_base or 0))
             yield frame, *clock.place_frame(frame.time, duration)
 
 
-def to_upright_pixels(frame: av.VideoFrame, max_side: int | None = None) -> np.ndarray:
-    """Return pixels uint8 [H, W, 3], rotated by the display matrix; the longer side is at most `max_side`."""
-    alpha = frame.format.has_palette or any(component.is_alpha for component in frame.format.components)
-    untagged_hd = frame.colorspace == Colorspace.DEFAULT and frame.height >= MIN_HD_HEIGHT and not frame.format.is_rgb
-    scale = min(1.0, max_side / max(frame.width, frame.height)) if max_side else 1.0
-    pixels = frame.to_ndarray(
-        width=max(2, round(frame.width * scale)) if scale < 1 else None,
-        height=max(2, round(frame.height * scale)) if scale < 1 else None,
-        format="rgba" if alpha else "rgb24",
-        src_colorspace=Colorspace.ITU709 if untagged_hd else None,
-        interpolation=EXACT_INTERPOLATION,
-    )
-    if alpha:
-        pixels = composite_on_white(Image.fromarray(pixels))
-    return np.rot90(pixels, round(frame.rotation / 90))
+def choose_decoder(stream: VideoStream, guard: MediaGuard) -> VideoCodecContext:
+    """Return the stream's decoder, or for VP8 and VP9 with alpha libvpx's: FFmpeg's own ones drop the alpha."""
+    name = ALPHA_DECODERS.get(stream.codec_context.name)
+    if name is None or stream.metadata.get("alpha_mode") != "1":
+        return stream.codec_context
+    decoder = cast(VideoCodecContext, CodecContext.create(name, "r"))
+    decoder.extradata = stream.codec_context.extradata
+    decoder.thread_count = stream.codec_context.thread_count
+    decoder.options = {"max_pixels": str(guard.limits.max_frame_pixels)}
+    return decoder

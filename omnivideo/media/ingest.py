@@ -31,7 +31,7 @@ def ingest_media(
 ) -> Artifact:  # fmt: skip
     """Store a user's bytes as an artifact; the user's `name` gives only words of the caption, never a path or a type.
 
-    Raises UnreadableMedia with the field, or ServiceBusy; nothing is stored then. `limits` may only be lower than the
+    Raises UnreadableMedia with the field, or DecodingBusy; nothing is stored then. `limits` may only be lower than the
     default ones, which `read_media` applies.
 
     Because of this check, `load_frames` is safe in an unconfined process: the key is the digest of these bytes, which

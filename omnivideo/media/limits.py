@@ -10,19 +10,21 @@ from PIL import Image
 
 from omnivideo.errors import UnreadableMedia
 
-READABLE_FORMATS = "mp4, mov, webm, mkv, avi, gif, png, jpeg or webp"
+READABLE_FORMATS = "mp4, mov, webm, mkv, avi, gif, png, jpeg, webp or avif"
 
 
 @dataclass(frozen=True)
 class MediaLimits:
     """The largest source that is read.
 
-    `max_decoded_bytes` is the memory that its pixels take. `codecs` are FFmpeg's names of the decoders that may run;
+    A picture above `max_frame_pixels` is reduced while it is decoded, unless it is above `max_still_pixels`; a clip is
+    refused. `max_decoded_bytes` is the memory that all its pixels would take. `codecs` are FFmpeg's names of the decoders that may run;
     None allows all of them.
     """
 
     max_bytes: int = 512 * 2**20
     max_frame_pixels: int = 4096 * 2304
+    max_still_pixels: int = 2**26
     max_frames: int = 2000
     max_seconds: float = 120
     max_fps: float = 240
@@ -67,7 +69,7 @@ class MediaGuard:
         except UnreadableMedia:
             raise
         except Image.DecompressionBombError:
-            self.refuse_media(f"has too many pixels per frame; allowed: 1 to {self.limits.max_frame_pixels}")
+            self.refuse_media(f"has too many pixels per frame; allowed: 1 to {self.limits.max_still_pixels}")
         except MemoryError as error:  # FFmpeg also raises it for many damaged headers
             problem = "is damaged, or needs more memory than is available; allowed: a shorter or smaller source"
             raise self.build_error(problem) from error

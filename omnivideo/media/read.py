@@ -16,8 +16,8 @@ import numpy as np
 from omnivideo.media.containers import read_stated_size, sniff_format
 from omnivideo.media.decode import (
     CLIP_DEMUXERS,
+    DecodedFrame,
     MediaFile,
-    TimedFrame,
     iterate_clip_frames,
     iterate_image_frames,
     read_frame_times,
@@ -49,19 +49,35 @@ class MediaInfo:
     kind: MediaKind
 
 
+@dataclass(frozen=True)
+class FrameGrid:
+    """How a source's frames are shown on an even grid: the frame at each step, by its position in the file.
+
+    `fps` is None for a still.
+    """
+
+    order: Sequence[int]
+    fps: float | None
+    kind: MediaKind
+
+
+ChooseFrames = Callable[[int, float | None], Sequence[int]]  # from the number of frames and their fps to indices
+
+
 def read_media(
     source: str | Path | bytes, limits: MediaLimits = DEFAULT_LIMITS, *, field: str = "source"
 ) -> DecodedMedia:
     """Return every frame of a still, an animation or a clip, upright, with alpha composited on white.
 
     `source` is a path or the bytes of a file. A clip with uneven frame times is resampled to an even grid by repeating
-    frames. An animation of one frame is an image. Raises UnreadableMedia, whose text starts with `field`.
+    frames. An animation of one frame is an image. Raises UnreadableMedia, whose text starts with `field`. A consumer
+    that uses some of the frames, or uses them smaller, calls `read_chosen_frames`, which holds no others.
     """
     frames: list[np.ndarray] = []
     file, guard = open_source(source, limits, field)
     with guard.translate_decoder_errors():
-        order, fps, kind = decode_frames(file, guard, frames.append)
-        return DecodedMedia(np.stack([frames[index] for index in order]), fps, kind)
+        grid = decode_frames(file, guard, lambda frame: frames.append(frame.convert()))
+        return DecodedMedia(np.stack([frames[index] for index in grid.order]), grid.fps, grid.kind)
 
 
 def measure_media(
@@ -69,14 +85,13 @@ def measure_media(
 ) -> MediaInfo:
     """Return the shape that `read_media` would give, or raise what it would raise.
 
-    The whole source is decoded, with one frame in memory at a time.
+    The whole source is decoded, with one frame in memory at a time; only frames of a new format are converted to pixels.
     """
-    shapes: list[tuple[int, ...]] = []
     file, guard = open_source(source, limits, field)
     with guard.translate_decoder_errors():
-        order, fps, kind = decode_frames(file, guard, lambda pixels: shapes.append(pixels.shape))
-    height, width, _ = shapes[0]
-    return MediaInfo(width, height, len(order), fps, kind)
+        grid, first_frame = survey_frames(file, guard)
+    height, width, _ = first_frame.shape
+    return MediaInfo(width, height, len(grid.order), grid.fps, grid.kind)
 
 
 def fit_media(media: DecodedMedia, width: int, height: int, frames: int, fps: float) -> np.ndarray:
@@ -98,44 +113,93 @@ def read_fitted_media(
     A clip is decoded no further than the last frame that is needed, so damage after it is found only if the packets
     show it.
     """
+
+    def choose(count: int, source_fps: float | None) -> Sequence[int]:
+        positions = select_nearest_frames(count, source_fps, frames, fps)
+        return [int(index) for index in (positions if frame_indices is None else positions[list(frame_indices)])]
+
+    def fit(pixels: np.ndarray) -> np.ndarray:
+        return center_crop_resize(pixels, width, height)
+
+    return np.stack(read_chosen_frames(source, choose, fit, limits, field=field)[0])
+
+
+def read_chosen_frames(
+    source: str | Path | bytes, choose: ChooseFrames, transform: Callable[[np.ndarray], np.ndarray],
+    limits: MediaLimits = DEFAULT_LIMITS, *, field: str = "source",
+) -> tuple[list[np.ndarray], FrameGrid]:  # fmt: skip
+    """Return the frames that `choose` names, each passed through `transform` as soon as it is decoded, and the grid.
+
+    `choose` gets the number of frames and the frames per second that `read_media` would give, and returns indices,
+    which may repeat. Only transformed frames are held. A clip is decoded no further than the last chosen frame.
+    """
     file, guard = open_source(source, limits, field)
     with guard.translate_decoder_errors():
-        demuxer = check_format(file, guard)
-        if demuxer in CLIP_DEMUXERS:
-            fitted = fit_clip_prefix(file, demuxer, guard, (width, height), frames, fps, frame_indices)
-            if fitted is not None:
-                return fitted
-    fitted = fit_media(read_media(source, limits, field=field), width, height, frames, fps)
-    return fitted if frame_indices is None else fitted[list(frame_indices)]
+        kind = check_format(file, guard)
+        if kind in CLIP_DEMUXERS and (times := read_frame_times(file, kind, guard)):
+            grid = build_clip_grid(times, guard)
+            frames = pick_frames(file, kind, guard, grid, choose, transform, times)
+            if frames is not None:
+                return frames, grid
+        grid, first_frame = survey_frames(file, guard)
+        if len(grid.order) == 1:  # a still is not decoded again
+            return [transform(first_frame)] * len(choose(1, grid.fps)), grid
+        frames = pick_frames(file, kind, guard, grid, choose, transform)
+    if frames is None:
+        guard.refuse_media("changed while it was read; allowed: a complete file")
+    return frames, grid
 
 
-def fit_clip_prefix(
-    file: MediaFile, demuxer: str, guard: MediaGuard, size: tuple[int, int], count: int, fps: float,
-    frame_indices: Sequence[int] | None,
-) -> np.ndarray | None:  # fmt: skip
-    """Return the fitted frames of a clip, planned from its packets' times and decoded up to the last one needed.
+# ---------------------------------------------------------------- chosen frames
 
-    Return None if the packets do not give the times of the frames, so that the whole clip has to be decoded.
-    """
-    times = read_frame_times(file, demuxer, guard)
-    if not times:
-        return None
+
+def build_clip_grid(times: Sequence[tuple[float, float]], guard: MediaGuard) -> FrameGrid:
+    """Return the even grid of a clip, from its frames' starts and durations in s."""
     starts = np.array([start for start, _ in times])
     end = float(starts[-1] + times[-1][1] - starts[0])
-    order, source_fps = build_even_grid(starts - starts[0], end, guard)
-    guard.check_at_most("frames per second", source_fps, guard.limits.max_fps)
-    positions = select_nearest_frames(len(order), source_fps, count, fps)
-    indices = [order[position] for position in (positions if frame_indices is None else positions[list(frame_indices)])]
+    order, fps = build_even_grid(starts - starts[0], end, guard)
+    guard.check_at_most("frames per second", fps, guard.limits.max_fps)
+    return FrameGrid(order, fps, "video")
+
+
+def pick_frames(
+    file: MediaFile, kind: str, guard: MediaGuard, grid: FrameGrid, choose: ChooseFrames,
+    transform: Callable[[np.ndarray], np.ndarray], times: Sequence[tuple[float, float]] | None = None,
+) -> list[np.ndarray] | None:  # fmt: skip
+    """Decode up to the last chosen frame; return the chosen ones, transformed.
+
+    Return None if the frames are not at `times`, which come from the packets: a packet contained no frame, or two.
+    """
+    indices = [grid.order[position] for position in choose(len(grid.order), grid.fps)]
     needed, last_needed = set(indices), max(indices)
-    resized: dict[int, np.ndarray] = {}
-    for index, (pixels, *time) in enumerate(iterate_clip_frames(file, demuxer, guard)):
-        if index >= len(times) or not np.allclose(time, times[index], rtol=0, atol=1e-6):
-            return None  # a packet contained no frame, or two
+    transformed: dict[int, np.ndarray] = {}
+    for index, frame in enumerate(iterate_frames(file, kind, guard)):
+        time = (frame.start, frame.seconds)
+        if times is not None and (index >= len(times) or not np.allclose(time, times[index], rtol=0, atol=1e-6)):
+            return None
         if index in needed:
-            resized[index] = center_crop_resize(pixels, *size)
+            transformed[index] = transform(frame.convert())
         if index == last_needed:
-            return np.stack([resized[index] for index in indices])
+            return [transformed[index] for index in indices]
     return None
+
+
+def survey_frames(file: MediaFile, guard: MediaGuard) -> tuple[FrameGrid, np.ndarray]:
+    """Decode a whole source with one frame in memory; return its grid and its first frame.
+
+    Frames of a new format are converted as well, so that what is accepted here can also be read.
+    """
+    first_frames: list[np.ndarray] = []
+    layouts: set[str] = set()
+
+    def check_frame(frame: DecodedFrame) -> None:
+        if frame.layout not in layouts:
+            layouts.add(frame.layout)
+            pixels = frame.convert()
+            first_frames[:] = first_frames or [pixels]
+
+    grid = decode_frames(file, guard, check_frame)
+    return grid, first_frames[0]
 
 
 # ---------------------------------------------------------------- decoding
@@ -148,15 +212,18 @@ def open_source(source: str | Path | bytes, limits: MediaLimits, field: str) -> 
     return Path(source), MediaGuard(printable_name(Path(source)), limits, field)
 
 
-def decode_frames(
-    file: MediaFile, guard: MediaGuard, on_frame: Callable[[np.ndarray], object]
-) -> tuple[Sequence[int], float | None, MediaKind]:
-    """Pass every frame to `on_frame`; return the frame to show at each step of an even grid, its fps, and the kind."""
+def decode_frames(file: MediaFile, guard: MediaGuard, on_frame: Callable[[DecodedFrame], object]) -> FrameGrid:
+    """Pass every frame to `on_frame`; return the grid on which they are shown."""
     kind = check_format(file, guard)
-    if kind in CLIP_DEMUXERS:
-        return *collect_frames(iterate_clip_frames(file, kind, guard), guard, on_frame), "video"
-    order, fps = collect_frames(iterate_image_frames(file, kind, guard), guard, on_frame)
-    return (order, fps, "video") if len(order) > 1 else (order, None, "image")
+    order, fps = collect_frames(iterate_frames(file, kind, guard), guard, on_frame)
+    if kind in CLIP_DEMUXERS or len(order) > 1:
+        return FrameGrid(order, fps, "video")
+    return FrameGrid(order, None, "image")
+
+
+def iterate_frames(file: MediaFile, kind: str, guard: MediaGuard) -> Iterator[DecodedFrame]:
+    """Yield the frames of a source of a format that `check_format` found."""
+    return (iterate_clip_frames if kind in CLIP_DEMUXERS else iterate_image_frames)(file, kind, guard)
 
 
 def check_format(file: MediaFile, guard: MediaGuard) -> str:
@@ -194,22 +261,22 @@ def check_path(path: Path, guard: MediaGuard) -> int:
 
 
 def collect_frames(
-    timed_frames: Iterator[TimedFrame], guard: MediaGuard, on_frame: Callable[[np.ndarray], object]
+    frames: Iterator[DecodedFrame], guard: MediaGuard, on_frame: Callable[[DecodedFrame], object]
 ) -> tuple[Sequence[int], float]:
-    """Pass every frame's pixels to `on_frame`; return their order on an even grid, and its frames per second."""
+    """Pass every frame to `on_frame`; return their order on an even grid, and its frames per second."""
     starts: list[float] = []
-    end, shape = 0.0, None
-    for pixels, start, seconds in timed_frames:
-        starts.append(start)
-        end = start + seconds - starts[0]
-        guard.check_dimensions(pixels.shape[1], pixels.shape[0], len(starts), end)
-        if shape not in (None, pixels.shape):
+    end, size = 0.0, None
+    for frame in frames:
+        starts.append(frame.start)
+        end = frame.start + frame.seconds - starts[0]
+        guard.check_dimensions(*frame.size, len(starts), end)
+        if size not in (None, frame.size):
             guard.refuse_media("changes its frame size midway; allowed: one size")
-        shape = pixels.shape
-        on_frame(pixels)
-    if shape is None:
+        size = frame.size
+        on_frame(frame)
+    if size is None:
         guard.refuse_media("has no frame; allowed: 1 or more")
     order, fps = build_even_grid(np.array(starts) - starts[0], end, guard)
-    guard.check_dimensions(shape[1], shape[0], len(order), 0)
+    guard.check_dimensions(*size, len(order), 0)
     guard.check_at_most("frames per second", fps, guard.limits.max_fps)
     return order, fps

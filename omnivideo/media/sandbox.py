@@ -1,7 +1,8 @@
 """Measure media of unknown origin by decoding them in a confined process.
 
-A process handles one source and then ends. Its memory, time, files and environment are limited before the first byte is
-read. Its report is one line of JSON, which is accepted only within the limits.
+A process handles one source and then ends. Its memory, CPU time, files and environment are limited before the first byte
+is read. Wall time is not limited, except far above: on a busy machine reading takes longer, which is no fault of the
+source. Its report is one line of JSON, which is accepted only within the limits.
 """
 
 import json
@@ -23,15 +24,17 @@ from importlib import import_module
 from pathlib import Path
 from typing import NoReturn
 
-from omnivideo.errors import ServiceBusy, UnreadableMedia
+from omnivideo.errors import DecodingBusy, UnreadableMedia
 from omnivideo.media.containers import sniff_format
 from omnivideo.media.limits import MediaGuard, MediaLimits, printable_name
 from omnivideo.media.read import MediaInfo, measure_media
 
 # The codecs of browsers, phones and our own writer. FFmpeg has five hundred more, many of them old and rarely audited.
 ALLOWED_CODECS = ("h264", "hevc", "mpeg4", "mjpeg", "prores", "vp8", "libvpx", "vp9", "libvpx-vp9", "av1", "libdav1d")
-ALLOWED_FORMATS = "mp4, mov, webm, mkv, gif, png, jpeg or webp"
+ALLOWED_FORMATS = "mp4, mov, webm, mkv, gif, png, jpeg, webp or avif"
 MAX_REPORT_BYTES = 4096  # bytes of a report
+POLL_SECONDS = 0.1  # between looks at a process
+RETRY_SECONDS = 10.0  # what a client is told to wait when the machine is busy
 MEDIA_PATH = Path("/proc/self/fd/0")
 # The child gets the parent's import paths: in isolated mode it would find neither a checkout nor the user's site.
 CHILD_PROGRAM = "import sys; sys.path[:] = sys.argv[2:]; from omnivideo.media import sandbox; sandbox.run_in_child()"
@@ -40,10 +43,17 @@ PROCESS_SLOTS = threading.BoundedSemaphore(os.cpu_count() or 1)  # more processe
 
 @dataclass(frozen=True)
 class ProcessLimits:
-    """The limits of the process: seconds of wall time and of CPU time, and memory above that at its start."""
+    """The limits of the process: CPU time in s, and memory above that at its start.
 
-    timeout_seconds: float = 30.0
+    A process that does nothing for `idle_seconds` is ended as stuck. After `wall_seconds` the machine is taken for
+    overloaded, and after `slot_seconds` without a free process too.
+    """
+
+    cpu_seconds: float = 60.0
     max_memory_bytes: int = 2**30
+    idle_seconds: float = 10.0
+    wall_seconds: float = 900.0
+    slot_seconds: float = 30.0
 
 
 DEFAULT_MEDIA_LIMITS, DEFAULT_PROCESS_LIMITS = MediaLimits(), ProcessLimits()
@@ -54,13 +64,13 @@ log = logging.getLogger(__name__)
 
 
 def detect_suffix(head: bytes) -> str | None:
-    """Detect the suffix from the first 64 bytes: png, jpg, webp, gif, mp4, mov, webm or mkv; None for any other."""
+    """Detect the suffix from the first 64 bytes: png, jpg, webp, avif, gif, mp4, mov, webm or mkv; None for any other."""
     kind = sniff_format(head[:16])
     if kind == "mov":
         return "mp4" if head[4:8] == b"ftyp" and head[8:12] != b"qt  " else "mov"
     if kind == "matroska":
         return "webm" if re.search(rb"\x42\x82.webm", head[:64], re.DOTALL) else "mkv"
-    return {"jpeg": "jpg", "png": "png", "webp": "webp", "gif": "gif"}.get(kind or "")
+    return {"jpeg": "jpg", "png": "png", "webp": "webp", "avif": "avif", "gif": "gif"}.get(kind or "")
 
 
 def measure_in_sandbox(
@@ -68,8 +78,7 @@ def measure_in_sandbox(
 ) -> MediaInfo:
     """Return the shape of the media after decoding them completely in a confined process.
 
-    Raises UnreadableMedia, whose text is "source: " and the problem; raise ServiceBusy if no process becomes available
-    within the time limit of one.
+    Raises UnreadableMedia, whose text is "source: " and the problem, and DecodingBusy if no process becomes available.
     """
     if not data:
         refuse_media(f"is empty; allowed: 1 to {limits.max_bytes} bytes")
@@ -78,8 +87,8 @@ def measure_in_sandbox(
     if detect_suffix(data[:64]) is None:
         refuse_media(f"is not an image or video; allowed: {ALLOWED_FORMATS}")
     request = json.dumps({"limits": asdict(replace(limits, codecs=ALLOWED_CODECS)), "bounds": asdict(process_limits)})
-    with acquire_process_slot(process_limits.timeout_seconds), open_memory_file(data) as media_fd:
-        report, status = run_child_process(request, media_fd, process_limits.timeout_seconds)
+    with acquire_process_slot(process_limits.slot_seconds), open_memory_file(data) as media_fd:
+        report, status = run_child_process(request, media_fd, process_limits)
     return parse_report(report, status, limits, process_limits)
 
 
@@ -89,10 +98,10 @@ def refuse_media(problem: str) -> NoReturn:
 
 
 @contextmanager
-def acquire_process_slot(timeout_seconds: float) -> Iterator[None]:
+def acquire_process_slot(slot_seconds: float) -> Iterator[None]:
     """Hold one of the slots that limit how many processes read at the same time."""
-    if not PROCESS_SLOTS.acquire(timeout=timeout_seconds):
-        raise ServiceBusy("media: too many are being read at once; try again in a moment", timeout_seconds)
+    if not PROCESS_SLOTS.acquire(timeout=slot_seconds):
+        raise DecodingBusy("media: too many are being read at once; try again in a moment", RETRY_SECONDS)
     try:
         yield
     finally:
@@ -111,11 +120,13 @@ def open_memory_file(data: bytes) -> Iterator[int]:
         os.close(media_fd)
 
 
-def run_child_process(request: str, media_fd: int, timeout_seconds: float) -> tuple[bytes, int | None]:
-    """Return the process's output and exit status; the status is None if it was stopped at the deadline."""
+def run_child_process(request: str, media_fd: int, process_limits: ProcessLimits) -> tuple[bytes, int | None]:
+    """Return the process's output and exit status; the status is None if it was ended because it was stuck.
+
+    Raises DecodingBusy if it cannot be started, or is not done after the limit of wall time.
+    """
     paths = [path for path in sys.path if os.path.isabs(path)] + [str(Path(__file__).parents[2])]
     command = [sys.executable, "-I", "-S", "-B", "-c", CHILD_PROGRAM, request, *paths]
-    deadline = time.monotonic() + timeout_seconds
     try:
         process = subprocess.Popen(
             command,
@@ -126,17 +137,53 @@ def run_child_process(request: str, media_fd: int, timeout_seconds: float) -> tu
             cwd="/",
         )
     except OSError as error:
-        raise ServiceBusy(
-            "media: no process can be started to read them; try again in a moment", timeout_seconds
+        raise DecodingBusy(
+            "media: no process can be started to read them; try again in a moment", RETRY_SECONDS
         ) from error
     with process:  # waits for the process to end, so that no zombie remains
         try:
-            report = read_report(process, deadline)
-            return report, process.wait(max(0.0, deadline - time.monotonic()))
-        except (TimeoutError, subprocess.TimeoutExpired):
+            watch = ProcessWatch(process.pid, process_limits)
+            report = read_report(process, watch)
+            while process.poll() is None:  # it has closed its output, and ends at once unless it is hostile
+                watch.check_activity()
+                time.sleep(POLL_SECONDS)
+            return report, process.returncode
+        except TimeoutError:
             return b"", None
         finally:
             process.kill()
+
+
+class ProcessWatch:
+    """Tells a process that works or waits for a CPU from one that is stuck."""
+
+    def __init__(self, pid: int, process_limits: ProcessLimits):
+        self.pid, self.process_limits = pid, process_limits
+        self.started_at = self.active_at = time.monotonic()
+        self.cpu_ticks = -1
+
+    def check_activity(self) -> None:
+        """Raise TimeoutError if the process is stuck, and DecodingBusy after the limit of wall time."""
+        now = time.monotonic()
+        cpu_ticks, is_runnable = self.read_threads()
+        if is_runnable or cpu_ticks != self.cpu_ticks:
+            self.cpu_ticks, self.active_at = cpu_ticks, now
+        if now - self.active_at > self.process_limits.idle_seconds:
+            raise TimeoutError
+        if now - self.started_at > self.process_limits.wall_seconds:
+            raise DecodingBusy("media: the machine is too busy to read them; try again later", RETRY_SECONDS)
+
+    def read_threads(self) -> tuple[int, bool]:
+        """Return the CPU time of all threads, and whether any has something to do (running, runnable, or on disk)."""
+        cpu_ticks, is_runnable = 0, False
+        for path in Path(f"/proc/{self.pid}/task").glob("*/stat"):
+            try:
+                fields = path.read_text().rpartition(")")[2].split()
+            except OSError:  # the thread has ended
+                continue
+            cpu_ticks += int(fields[11]) + int(fields[12])
+            is_runnable |= fields[0] in ("R", "D")
+        return cpu_ticks, is_runnable
 
 
 def build_child_environment() -> dict[str, str]:
@@ -145,14 +192,15 @@ def build_child_environment() -> dict[str, str]:
     return inherited_variables | {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
 
 
-def read_report(process: subprocess.Popen[bytes], deadline: float) -> bytes:
-    """Return the output, or nothing if it is longer than MAX_REPORT_BYTES; raise TimeoutError at the deadline."""
+def read_report(process: subprocess.Popen[bytes], watch: ProcessWatch) -> bytes:
+    """Return the output, or nothing if it is longer than MAX_REPORT_BYTES; raise what the watch raises."""
     assert process.stdout is not None
     poller, report = select.poll(), b""  # not select(), which fails above descriptor 1023
     poller.register(process.stdout)
     while len(report) <= MAX_REPORT_BYTES:
-        if not poller.poll(max(0.0, deadline - time.monotonic()) * 1000):
-            raise TimeoutError
+        if not poller.poll(POLL_SECONDS * 1000):
+            watch.check_activity()
+            continue
         chunk = os.read(process.stdout.fileno(), MAX_REPORT_BYTES)
         if not chunk:
             return report
@@ -163,10 +211,15 @@ def read_report(process: subprocess.Popen[bytes], deadline: float) -> bytes:
 
 def parse_report(report: bytes, status: int | None, limits: MediaLimits, process_limits: ProcessLimits) -> MediaInfo:
     """Return the report if it is within the limits; a decoder under an attacker's control may write anything."""
-    if status is None or status in (-signal.SIGXCPU, -signal.SIGALRM):
+    if status == -signal.SIGALRM:
+        raise DecodingBusy("media: the machine is too busy to read them; try again later", RETRY_SECONDS)
+    if status == -signal.SIGXCPU:
         refuse_media(
-            f"takes more than {process_limits.timeout_seconds:g} seconds to read; allowed: a shorter or smaller source"
+            f"takes more than {process_limits.cpu_seconds:g} seconds of CPU time to read; "
+            "allowed: a shorter or smaller source"
         )
+    if status is None:
+        refuse_media("cannot be read: its decoder is stuck; allowed: a complete file")
     try:
         fields = json.loads(report) if status == 0 else {}
         if isinstance(fields.get("refused"), str):
@@ -197,7 +250,8 @@ def is_plausible(info: MediaInfo, limits: MediaLimits) -> bool:
 def run_in_child() -> None:
     """Run the child: the request is its first argument, the media are its input, and the report is its output."""
     request = json.loads(sys.argv[1])
-    import_module("PIL.WebPImagePlugin")  # Pillow would otherwise import all its formats to find this one
+    for plugin in ("WebP", "Avif"):  # Pillow would otherwise import all its formats to find these
+        import_module(f"PIL.{plugin}ImagePlugin")
     confine_process(ProcessLimits(**request["bounds"]))
     limits = MediaLimits(**request["limits"] | {"codecs": tuple(request["limits"]["codecs"])})
     os.write(1, json.dumps(build_report(limits)).encode())
@@ -206,7 +260,8 @@ def run_in_child() -> None:
 def confine_process(process_limits: ProcessLimits) -> None:
     """Give up everything that reading media does not need. The alarm ends a child whose parent has died."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
-    cpu_seconds = math.ceil(process_limits.timeout_seconds)
+    usage = resource.getrusage(resource.RUSAGE_SELF)  # of the imports
+    cpu_seconds = math.ceil(usage.ru_utime + usage.ru_stime + process_limits.cpu_seconds)
     lower_resource_limit(resource.RLIMIT_AS, pages * resource.getpagesize() + process_limits.max_memory_bytes)
     lower_resource_limit(
         resource.RLIMIT_CPU, cpu_seconds, cpu_seconds + 1
@@ -214,7 +269,7 @@ def confine_process(process_limits: ProcessLimits) -> None:
     lower_resource_limit(resource.RLIMIT_FSIZE, 0)
     lower_resource_limit(resource.RLIMIT_NOFILE, 16)
     lower_resource_limit(resource.RLIMIT_CORE, 0)
-    signal.setitimer(signal.ITIMER_REAL, process_limits.timeout_seconds)
+    signal.setitimer(signal.ITIMER_REAL, process_limits.wall_seconds)
 
 
 def lower_resource_limit(resource_id: int, soft: int, hard: int | None = None) -> None:

@@ -3,17 +3,20 @@
 import json
 import os
 import pickle
+import subprocess
+import sys
 import threading
+import time
 
 import pytest
 
-from omnivideo.errors import ServiceBusy, UnreadableMedia
+from omnivideo.errors import DecodingBusy, UnreadableMedia
 from omnivideo.media import sandbox
 from omnivideo.media.ingest import ingest_media
 from omnivideo.media.limits import MediaLimits
 from omnivideo.media.sandbox import ProcessLimits
 from omnivideo.storage.objects.memory import MemoryObjectStore
-from tests.support.foreign_media import ingest_refusal
+from tests.support.foreign_media import encode_clip, ingest_refusal
 
 
 @pytest.fixture
@@ -45,18 +48,50 @@ def test_attack_child_that_exhausts_memory(replace_child_reader, noise_mp4):
     )
 
 
-@pytest.mark.parametrize("reader", ["__import__('time').sleep(60)", "[None for _ in iter(int, 1)]"])
-def test_attack_child_that_hangs(replace_child_reader, noise_mp4, reader):
-    replace_child_reader(reader)
-    assert "takes more than 0.6 seconds to read" in ingest_refusal(
-        noise_mp4, process_limits=ProcessLimits(timeout_seconds=0.6)
-    )
+def test_attack_child_that_sleeps(replace_child_reader, noise_mp4):
+    replace_child_reader("__import__('time').sleep(60)")
+    assert "its decoder is stuck" in ingest_refusal(noise_mp4, process_limits=ProcessLimits(idle_seconds=0.6))
+
+
+def test_attack_child_that_computes_without_end(replace_child_reader, noise_mp4):
+    replace_child_reader("sum(0 for _ in iter(int, 1))")
+    text = ingest_refusal(noise_mp4, process_limits=ProcessLimits(cpu_seconds=1))
+    assert "takes more than 1 seconds of CPU time to read; allowed: a shorter or smaller source" in text
 
 
 def test_attack_child_that_outlives_its_parent(noise_mp4, monkeypatch, replace_child_reader):
     replace_child_reader("__import__('time').sleep(60)")
-    monkeypatch.setattr(sandbox, "read_report", lambda process, deadline: process.stdout.read())
-    assert "takes more than 0.3 seconds" in ingest_refusal(noise_mp4, process_limits=ProcessLimits(timeout_seconds=0.3))
+    monkeypatch.setattr(sandbox, "read_report", lambda process, watch: process.stdout.read())
+    with pytest.raises(DecodingBusy, match="too busy"):
+        sandbox.measure_in_sandbox(noise_mp4, process_limits=ProcessLimits(wall_seconds=0.3))
+
+
+def test_a_process_that_gets_no_cpu_is_waited_for(noise_mp4, monkeypatch):
+    """A process that is ready to run, but is given no CPU, is neither refused nor taken for stuck."""
+    watch = sandbox.ProcessWatch(os.getpid(), ProcessLimits(idle_seconds=0.05))
+    monkeypatch.setattr(watch, "read_threads", lambda: (7, True))
+    for _ in range(3):
+        watch.check_activity()
+        time.sleep(0.1)
+    monkeypatch.setattr(watch, "read_threads", lambda: (7, False))
+    time.sleep(0.1)
+    with pytest.raises(TimeoutError):
+        watch.check_activity()
+
+
+def test_a_busy_machine_takes_longer_and_refuses_nothing(monkeypatch):
+    """As many processes as CPUs compete with the reader, and the limit of CPU time is just above the need."""
+    clip = encode_clip(times=range(300))
+    spinners = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(os.cpu_count() or 1)]
+    try:
+        started_at = time.monotonic()
+        limits = ProcessLimits(cpu_seconds=3, idle_seconds=1)
+        assert sandbox.measure_in_sandbox(clip, process_limits=limits).frames == 300
+        assert time.monotonic() - started_at < limits.wall_seconds
+    finally:
+        for spinner in spinners:
+            spinner.kill()
+            spinner.wait()
 
 
 @pytest.mark.parametrize("signal", [6, 9, 11])
@@ -119,12 +154,12 @@ def test_attack_child_that_writes_a_file(replace_child_reader, noise_mp4, tmp_pa
 
 def test_a_process_that_cannot_be_started_is_reported(noise_mp4, monkeypatch):
     monkeypatch.setattr(sandbox.sys, "executable", "/none/python")
-    with pytest.raises(ServiceBusy, match="no process can be started"):
+    with pytest.raises(DecodingBusy, match="no process can be started"):
         sandbox.measure_in_sandbox(noise_mp4)
 
 
 def test_too_many_processes_at_once_are_refused(noise_mp4, monkeypatch):
     monkeypatch.setattr(sandbox, "PROCESS_SLOTS", threading.BoundedSemaphore(1))
-    with sandbox.acquire_process_slot(1), pytest.raises(ServiceBusy, match="too many are being read at once"):
-        sandbox.measure_in_sandbox(noise_mp4, process_limits=ProcessLimits(timeout_seconds=0.05))
+    with sandbox.acquire_process_slot(1), pytest.raises(DecodingBusy, match="too many are being read at once"):
+        sandbox.measure_in_sandbox(noise_mp4, process_limits=ProcessLimits(slot_seconds=0.05))
     assert sandbox.measure_in_sandbox(noise_mp4).frames == 9

@@ -26,9 +26,9 @@ from omnivideo.media.decode import (
     decode_stream,
     open_container,
     select_video_stream,
-    to_upright_pixels,
 )
 from omnivideo.media.limits import MediaGuard
+from omnivideo.media.pixels import read_display_matrix, to_upright_pixels
 from omnivideo.media.write import add_h264_stream, rgb_to_yuv
 from omnivideo.training.data.sample import TRAINING_LIMITS
 
@@ -153,7 +153,7 @@ def survey_video(path: Path, max_scene_seconds: float) -> VideoSurvey:
             bgr_pixels = to_upright_pixels(frame, CUT_DETECTION_SIDE)[..., ::-1].copy()
             cuts += [cut.frame_num for cut in detector.process_frame(timecode, bgr_pixels)]
             times.append(time)
-            is_rotated = round(frame.rotation / 90) % 2 == 1
+            is_rotated = read_display_matrix(frame)[0] == 0
         check_complete(len(times), stream, container.duration, fps)
         end = times[-1] + 1 / fps
         size = (stream.height, stream.width) if is_rotated else (stream.width, stream.height)
