@@ -5,7 +5,7 @@ The messages of conversations are in omnivideo/turns.py.
 
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, ValidationError, model_serializer
 
 from omnivideo.errors import InvalidInput
 from omnivideo.presets import Preset, Task, check_model_limits, compute_latent_grid
@@ -53,7 +53,8 @@ class Manifest(FrozenModel):
     """Everything that a file was generated from, which is enough to reproduce its bytes.
 
     `source` is the file name of an edit's source, or its object key if it was in the store. `visual_tokens` and
-    `source_latents` are object keys of tensors, or None if they are not stored.
+    `source_latents` are object keys of tensors, or None if they are not stored. `sound` says what became of the
+    source's sound: "kept", or why it was left out. A manifest of a clip whose source has none does not have the field.
     """
 
     prompt: str
@@ -66,6 +67,12 @@ class Manifest(FrozenModel):
     weights: str
     versions: dict[str, str]
     seconds: dict[str, float]
+    sound: str | None = None
+
+    @model_serializer(mode="wrap")
+    def leave_out_missing_sound(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = serialize(self)
+        return {name: value for name, value in fields.items() if name != "sound" or value is not None}
 
 
 # ---------------------------------------------------------------- tasks

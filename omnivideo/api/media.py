@@ -17,7 +17,7 @@ from omnivideo.errors import InvalidInput
 
 MEDIA_TYPES = {
     "png": "image/png", "jpg": "image/jpeg", "jpeg": "image/jpeg", "webp": "image/webp", "gif": "image/gif",
-    "mp4": "video/mp4", "webm": "video/webm", "mov": "video/quicktime", "mkv": "video/x-matroska",
+    "avif": "image/avif", "mp4": "video/mp4", "webm": "video/webm", "mov": "video/quicktime", "mkv": "video/x-matroska",
     "json": "application/json",
 }  # fmt: skip
 RANGE_PATTERN = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")

@@ -1,5 +1,6 @@
 """The command line's application, its consoles, and the options that several commands share."""
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -100,6 +101,14 @@ def open_studio(preset: str, weights: Path | None, device: str, home: Path | Non
 
 def save_result(result: "Result", output: Path) -> None:
     """Write the result and its manifest, and print the file's name, length and generation time."""
-    result.save(output)
+    note = read_sound_note(result.save(output))
     seconds = result.manifest.seconds
     console.print(f"{output} [dim]({len(result.frames)} frames, {sum(seconds.values()):.1f} s)[/dim]", highlight=False)
+    if note is not None:
+        console.print(f"sound of the source: {note}", highlight=False, markup=False)
+
+
+def read_sound_note(output: Path) -> str | None:
+    """Return what the manifest beside a file says about the sound of its source."""
+    note: str | None = json.loads(output.with_name(output.name + ".json").read_text()).get("sound")
+    return note

@@ -103,7 +103,7 @@ def edit(
     negative_prompt: NegativePromptOption = None,
 ) -> None:
     """Edit a clip or an image by an instruction; everything else stays unchanged."""
-    from omnivideo.media.read import read_media
+    from omnivideo.media.read import measure_media
     from omnivideo.media.write import check_output
 
     instruction = check_prompt("instruction", instruction)
@@ -113,7 +113,7 @@ def edit(
         "guidance_scale": guidance_scale,
         "negative_prompt": negative_prompt,
     }
-    task = get_editing_task(read_media(source).kind)
+    task = get_editing_task(measure_media(source).kind)
     check_output(output, resolve_sampling_params(get_preset(preset), task, **overrides).frames)
     studio = open_studio(preset, weights, device)
     with show_step_progress("denoising") as on_step:
@@ -130,10 +130,10 @@ def understand(
     device: DeviceOption = "auto",
 ) -> None:
     """Answer a question about a clip or an image."""
-    from omnivideo.media.read import read_media
+    from omnivideo.media.read import measure_media
 
     question = check_prompt("question", question)
-    read_media(source)
+    measure_media(source)
     studio = open_studio(preset, weights, device)
     studio.understand(
         source, question, on_text=lambda piece: console.print(piece, end="", highlight=False, markup=False)

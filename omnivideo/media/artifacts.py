@@ -8,29 +8,16 @@ import numpy as np
 from PIL import Image
 
 from omnivideo.contracts import Artifact, Medium
-from omnivideo.media.read import DecodedMedia, read_media
+from omnivideo.media.read import measure_media, read_media
 from omnivideo.media.write import write_media
 from omnivideo.ports import ObjectStore
 
 SUFFIX_BY_MEDIUM: dict[Medium, str] = {"image": "png", "video": "mp4"}
 
 
-def load_media(store: ObjectStore, key: str) -> DecodedMedia:
-    """Return the decoded image or clip that the store holds under a key."""
-    return decode_media(store.get(key), key)
-
-
-def decode_media(data: bytes, file_name: str) -> DecodedMedia:
-    """Return the decoded image or clip in the bytes of a file; raise UnreadableMedia with the file name."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / file_name
-        path.write_bytes(data)
-        return read_media(path)
-
-
 def load_frames(store: ObjectStore, artifact: Artifact) -> np.ndarray:
-    """Return the frames of an artifact, uint8 [F, H, W, 3]."""
-    return load_media(store, artifact.key).frames
+    """Return all frames of an artifact, uint8 [F, H, W, 3]; for clips generated here, which are small."""
+    return read_media(store.get(artifact.key)).frames
 
 
 def encode_clip(frames: np.ndarray, fps: float) -> tuple[bytes, str]:
@@ -51,11 +38,10 @@ def to_png_bytes(frame: np.ndarray) -> bytes:
 
 def store_user_file(store: ObjectStore, path: str | Path, made_by: str) -> Artifact:
     """Store a user's file unchanged as an artifact; raise UnreadableMedia if it is not an image or video."""
-    media = read_media(path)
-    frame_count, height, width, _ = media.frames.shape
+    info = measure_media(path)
     suffix = Path(path).suffix.lower().lstrip(".")
     key = store.put(Path(path).read_bytes(), suffix if suffix.isalnum() and len(suffix) <= 16 else "bin")
     return Artifact(
-        key=key, medium=media.kind, width=width, height=height, frames=frame_count, fps=media.fps or 1.0,
+        key=key, medium=info.kind, width=info.width, height=info.height, frames=info.frames, fps=info.fps or 1.0,
         caption=Path(path).stem.replace("_", " ").replace("-", " "), created_by=made_by,
     )  # fmt: skip

@@ -18,8 +18,8 @@ class MediaLimits:
     """The largest source that is read.
 
     A picture above `max_frame_pixels` is reduced while it is decoded, unless it is above `max_still_pixels`; a clip is
-    refused. `max_decoded_bytes` is the memory that all its pixels would take. `codecs` are FFmpeg's names of the decoders that may run;
-    None allows all of them.
+    refused. `max_decoded_bytes` is the memory that all its pixels would take. `codecs` are FFmpeg's names of the
+    decoders that may run; None allows all of them.
     """
 
     max_bytes: int = 512 * 2**20

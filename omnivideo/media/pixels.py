@@ -1,8 +1,10 @@
 """Convert decoded pictures to pixels uint8 [H, W, 3]: colours, HDR, alpha and orientation."""
 
+from typing import cast
+
 import av
 import numpy as np
-from av.sidedata.sidedata import Type as SideDataType
+from av.buffer import Buffer
 from av.video.reformatter import ColorPrimaries, Colorspace, Interpolation
 from PIL import Image
 
@@ -68,7 +70,7 @@ def to_upright_pixels(frame: av.VideoFrame, max_side: int | None = None) -> np.n
     if is_hdr:
         is_bt2020 = frame.color_primaries in (ColorPrimaries.BT2020, ColorPrimaries.UNSPECIFIED)
         colors = tone_map(pixels[..., :3], frame.color_trc, is_bt2020)
-        pixels = np.dstack([colors, (pixels[..., 3:] >> 8).astype(np.uint8)]) if alpha else colors
+        pixels = np.dstack([colors, (pixels[..., 3:] // 257).astype(np.uint8)]) if alpha else colors
     if alpha:
         pixels = composite_on_white(Image.fromarray(pixels))
     return turn_upright(pixels, read_display_matrix(frame))
@@ -89,10 +91,10 @@ def read_display_matrix(frame: av.VideoFrame) -> tuple[int, int, int, int]:
 
     An angle that is not a multiple of 90 degrees is rounded to one, as far as that is unambiguous.
     """
-    side_data = frame.side_data.get(SideDataType.DISPLAYMATRIX)
+    side_data = frame.side_data.get("DISPLAYMATRIX")
     if side_data is None:
         return 1, 0, 0, 1
-    a, b, _, c, d = np.frombuffer(bytes(side_data), "<i4")[:5].tolist()
+    a, b, _, c, d = np.frombuffer(bytes(cast(Buffer, side_data)), "<i4")[:5].tolist()
     if abs(a) + abs(d) >= abs(b) + abs(c):
         return (-1 if a < 0 else 1), 0, 0, (-1 if d < 0 else 1)
     return 0, (-1 if b < 0 else 1), (-1 if c < 0 else 1), 0

@@ -85,7 +85,7 @@ def measure_media(
 ) -> MediaInfo:
     """Return the shape that `read_media` would give, or raise what it would raise.
 
-    The whole source is decoded, with one frame in memory at a time; only frames of a new format are converted to pixels.
+    The whole source is decoded, one frame in memory at a time. Only frames of a new format are converted to pixels.
     """
     file, guard = open_source(source, limits, field)
     with guard.translate_decoder_errors():

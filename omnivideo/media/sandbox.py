@@ -1,8 +1,8 @@
 """Measure media of unknown origin by decoding them in a confined process.
 
-A process handles one source and then ends. Its memory, CPU time, files and environment are limited before the first byte
-is read. Wall time is not limited, except far above: on a busy machine reading takes longer, which is no fault of the
-source. Its report is one line of JSON, which is accepted only within the limits.
+A process handles one source and then ends. Its memory, CPU time, files and environment are limited before the first
+byte is read. Wall time is not limited, except far above: on a busy machine reading takes longer, which is no fault of
+the source. Its report is one line of JSON, which is accepted only within the limits.
 """
 
 import json
@@ -64,7 +64,7 @@ log = logging.getLogger(__name__)
 
 
 def detect_suffix(head: bytes) -> str | None:
-    """Detect the suffix from the first 64 bytes: png, jpg, webp, avif, gif, mp4, mov, webm or mkv; None for any other."""
+    """Detect the suffix from the first 64 bytes: one of ALLOWED_FORMATS (jpg for jpeg); None for any other format."""
     kind = sniff_format(head[:16])
     if kind == "mov":
         return "mp4" if head[4:8] == b"ftyp" and head[8:12] != b"qt  " else "mov"

@@ -38,7 +38,8 @@ def tone_map(pixels_HW3: np.ndarray, transfer: int, is_bt2020: bool) -> np.ndarr
 def read_light(pixels: np.ndarray, transfer: int) -> np.ndarray:
     """Return the light of a display, relative to diffuse white, from uint16 levels [..., 3]."""
     if transfer == ColorTrc.SMPTE2084:
-        return tabulate_pq()[pixels]
+        pq_light: np.ndarray = tabulate_pq()[pixels]
+        return pq_light
     scene = tabulate_hlg()[pixels]
     luma = scene @ BT2020_LUMA
     light: np.ndarray = scene * (luma ** (HLG_SYSTEM_GAMMA - 1) * (HLG_PEAK / DIFFUSE_WHITE))[..., None]

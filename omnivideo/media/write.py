@@ -15,6 +15,7 @@ from PIL import Image
 from omnivideo.errors import InvalidInput
 from omnivideo.media.limits import printable_name
 from omnivideo.media.pixels import EXACT_INTERPOLATION
+from omnivideo.media.sound import SoundSource, keep_sound
 
 WRITABLE_SUFFIXES = (".mp4", ".gif", ".png")
 
@@ -40,9 +41,10 @@ def check_output(path: str | Path, frames: int) -> None:
         raise InvalidInput("output", f"the folder of {printable_name(path)} is read-only; allowed: a writable folder")
 
 
-def write_media(path: str | Path, frames: np.ndarray, fps: float) -> None:
+def write_media(path: str | Path, frames: np.ndarray, fps: float, sound: SoundSource | None = None) -> str | None:
     """Write uint8 [F, H, W, 3] atomically, in the format of the path's suffix.
 
+    The sound of `sound` is kept where possible; the note of `keep_sound` about it is returned.
     An mp4 of odd width or height is padded to an even size by repeating its edge. A gif stores times in 1/100 s, and
     players slow down a gif faster than 50 fps. Raises InvalidInput if the file cannot be written.
     """
@@ -55,6 +57,7 @@ def write_media(path: str | Path, frames: np.ndarray, fps: float) -> None:
     partial_path = path.with_name(f".{secrets.token_hex(8)}.part")
     try:
         encode_frames(partial_path, frames, fps)
+        note = None if sound is None else add_sound(partial_path, path.suffix.lower(), sound, len(frames) / fps, fps)
         os.replace(partial_path, path)
     except OSError as error:
         raise InvalidInput(
@@ -62,6 +65,16 @@ def write_media(path: str | Path, frames: np.ndarray, fps: float) -> None:
         ) from error
     finally:
         partial_path.unlink(missing_ok=True)
+    return note
+
+
+def add_sound(path: Path, suffix: str, sound: SoundSource, seconds: float, fps: float) -> str | None:
+    """Put the source's sound into a written clip, if its format holds sound."""
+    data, note = keep_sound(path.read_bytes(), sound, seconds, fps)
+    if suffix == ".mp4":
+        path.write_bytes(data)
+        return note
+    return None if note is None else f"left out: a {suffix[1:]} holds no sound"
 
 
 def encode_mp4(path: Path, frames: np.ndarray, fps: float) -> None:

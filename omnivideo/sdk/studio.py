@@ -1,6 +1,7 @@
 """The SDK in this process: one preset, loaded once, that generates, edits and understands."""
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,7 @@ import numpy as np
 
 from omnivideo.backends.decoder.pipeline import GeneratedClip, generate_clip
 from omnivideo.backends.decoder.renderer import build_manifest
+from omnivideo.backends.mllm.media import read_mllm_media
 from omnivideo.contracts import (
     Artifact,
     Route,
@@ -20,7 +22,8 @@ from omnivideo.contracts import (
     resolve_sampling_params,
 )
 from omnivideo.cpu_threads import configure_cpu_threads
-from omnivideo.media.read import fit_media, read_media
+from omnivideo.media.read import measure_media, read_fitted_media
+from omnivideo.media.sound import SoundSource
 from omnivideo.models.device import pick_device
 from omnivideo.models.mllm import MLLMMedia, MLLMMessage, generate_answer, predict_route
 from omnivideo.models.omni import OmniVideoModel
@@ -117,11 +120,13 @@ class Studio:
     ) -> Result:
         """Edit a source as the instruction says. An image is edited to an image, a clip to a clip."""
         instruction = check_prompt("instruction", instruction)
-        media = read_media(source)
-        task = get_editing_task(media.kind)
+        info = measure_media(source)
+        task = get_editing_task(info.kind)
         params = resolve_sampling_params(self.omni.preset, task, **overrides)
-        frames = fit_media(media, params.width, params.height, params.frames, params.fps)
-        return self.generate_result(instruction, params, frames, Path(source).name, on_step)
+        frames = read_fitted_media(source, params.width, params.height, params.frames, params.fps)
+        result = self.generate_result(instruction, params, frames, Path(source).name, on_step)
+        sound = SoundSource(Path(source), info.frames / info.fps) if info.fps else None
+        return replace(result, sound=sound)
 
     def understand(
         self,
@@ -151,8 +156,7 @@ class Studio:
 
     def load_media(self, source: str | Path) -> MLLMMedia:
         """Read a source in the form that the MLLM accepts."""
-        media = read_media(source)
-        return MLLMMedia(media.frames, media.fps or 1.0, media.kind == "video")
+        return read_mllm_media(source, self.omni.vision_config)
 
     def generate_result(
         self,

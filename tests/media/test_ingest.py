@@ -163,7 +163,7 @@ def test_attack_webp_canvas_of_a_gigabyte():
 def test_attack_gif_of_many_frames():
     head = b"GIF89a\x01\0\x01\0\x80\0\0" + bytes(6)
     frame = b"\x21\xf9\x04\0\x02\0\0\0" + b"\x2c\0\0\0\0\x01\0\x01\0\0" + b"\x02\x02\x44\x01\0"
-    assert "has 2001 frames; allowed: 1 to 2000" in ingest_refusal(head + frame * 50_000 + b";")
+    assert "has 50000 frames; allowed: 1 to 2000" in ingest_refusal(head + frame * 50_000 + b";")
 
 
 def test_attack_mp4_of_many_frames():

@@ -27,9 +27,10 @@ from omnivideo.contracts import (
     SamplingParams,
     check_sampling_params,
 )
-from omnivideo.errors import InvalidInput
-from omnivideo.media.artifacts import encode_clip, load_media, to_png_bytes
-from omnivideo.media.read import DecodedMedia, fit_media
+from omnivideo.errors import ArtifactNotFound, InvalidInput
+from omnivideo.media.artifacts import encode_clip, to_png_bytes
+from omnivideo.media.read import measure_media, read_fitted_media
+from omnivideo.media.sound import SoundSource, keep_sound
 from omnivideo.models.omni import OmniVideoModel
 from omnivideo.models.sampling import DenoisingState
 from omnivideo.models.vae import decode_latents, pixels_to_bytes
@@ -81,8 +82,8 @@ class Renderer:
         grid = compute_latent_grid(params.width, params.height, params.frames)
         if source.latents and (latents := get_tensors(self.store, source.latents)["latents"]).shape[1:] == grid:
             return latents
-        media = DecodedMedia(load_media(self.store, source.key).frames, source.fps, source.medium)
-        return fit_media(media, params.width, params.height, params.frames, params.fps)
+        data = self.store.get(source.key)
+        return read_fitted_media(data, params.width, params.height, params.frames, params.fps)
 
     def compute_batch_key(self, job: Job) -> tuple[str, int] | None:
         """Return what jobs must share to be rendered in one pass, or None if the job must be rendered alone.
@@ -128,10 +129,10 @@ class Renderer:
         """
         params, source = manifest.settings, None
         if manifest.source:
-            media = load_media(self.store, manifest.source)
+            info = measure_media(self.store.get(manifest.source))
             source = Artifact(
                 key=manifest.source, medium=medium_from_params(params), width=params.width, height=params.height,
-                frames=params.frames, fps=media.fps or 1.0, caption="", latents=manifest.source_latents,
+                frames=info.frames, fps=info.fps or 1.0, caption="", latents=manifest.source_latents,
                 created_by="replay",
             )  # fmt: skip
         reference = manifest.visual_tokens
@@ -146,20 +147,34 @@ class Renderer:
         )
         for event in self.render_job(self.add_visual_tokens(job, params), params):
             if isinstance(event, GeneratedClip):
-                return self.store.put(*encode_clip(event.frames, params.fps))
+                media_bytes, suffix, _ = self.encode_result(job, event)
+                return self.store.put(media_bytes, suffix)
         raise AssertionError("rendering ends with a clip")
 
     # ------------------------------------------------------------ storing
+
+    def encode_result(self, job: Job, clip: GeneratedClip) -> tuple[bytes, str, str | None]:
+        """Return a clip's file and suffix, with the sound of its source where the length is unchanged, and a note."""
+        fps, source = job.params.fps, job.source
+        media_bytes, suffix = encode_clip(clip.frames, fps)
+        if source is None or source.medium != "video" or suffix != "mp4":
+            return media_bytes, suffix, None
+        try:
+            sound = SoundSource(self.store.get(source.key), source.frames / source.fps)
+        except ArtifactNotFound:  # the latents of the source were enough to edit it
+            return media_bytes, suffix, None
+        edited_bytes, note = keep_sound(media_bytes, sound, len(clip.frames) / fps, fps)
+        return edited_bytes, suffix, note
 
     def store_result(self, job: Job, params: SamplingParams, clip: GeneratedClip) -> Artifact:
         """Write the clip, its latents and its manifest to the store and return the artifact.
 
         The artifact depends only on the job, not on where or when it is rendered.
         """
-        media_bytes, suffix = encode_clip(clip.frames, params.fps)
+        media_bytes, suffix, sound = self.encode_result(job, clip)
         manifest = build_manifest(self.omni, self.weights_digest, job.prompt, params, clip.seconds_by_stage)
         source = {} if job.source is None else {"source": job.source.key, "source_latents": job.source.latents}
-        manifest = manifest.model_copy(update={"visual_tokens": job.visual_tokens} | source)
+        manifest = manifest.model_copy(update={"visual_tokens": job.visual_tokens, "sound": sound} | source)
         return Artifact(
             key=self.store.put(media_bytes, suffix),
             medium="video" if suffix == "mp4" else "image",

@@ -3,14 +3,13 @@
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
-from functools import lru_cache
 
 import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from omnivideo.backends.mllm.media import create_media_cache, read_mllm_media
 from omnivideo.contracts import Artifact, Medium, MLLMRequest, Route
-from omnivideo.media.artifacts import load_frames
 from omnivideo.models.mllm import (
     MLLMMedia,
     MLLMMessage,
@@ -25,7 +24,6 @@ from omnivideo.ports import ObjectStore
 from omnivideo.storage.objects.local import compute_object_key
 from omnivideo.storage.objects.tensors import get_tensors
 
-MAX_CACHED_MEDIA = 8  # decoded media; one turn reads the same clip several times (route, answer, visual tokens)
 MAX_CACHED_TOKENS = 1024  # results of the vision head, a few kilobytes each
 
 
@@ -43,18 +41,22 @@ class LocalMLLM:
         self.omni = omni
         self.store = store
         self.persist_tokens = persist_tokens
-        self.load_media_cached = lru_cache(maxsize=MAX_CACHED_MEDIA)(self.load_media)
+        self.media_cache = create_media_cache()
         self.special_tokens = list_special_tokens(omni.mllm_tokenizer)
         self.tokens_by_reference: OrderedDict[str, Tensor] = OrderedDict()
         self.tokens_lock = threading.Lock()
 
     def load_media(self, artifact: Artifact) -> MLLMMedia:
-        return MLLMMedia(load_frames(self.store, artifact), artifact.fps, artifact.medium == "video")
+        def read_artifact() -> MLLMMedia:
+            data = self.store.get(artifact.key)
+            return read_mllm_media(data, self.omni.vision_config, artifact.fps, artifact.medium)
+
+        return self.media_cache.get_or_compute((artifact.key, artifact.fps, artifact.medium), read_artifact)
 
     def build_message(self, request: MLLMRequest) -> MLLMMessage:
         """Return the model's input for a request. Raises UnreadableMedia or ArtifactNotFound."""
         text = sanitize_text(request.text, self.special_tokens)
-        return MLLMMessage(text, tuple(map(self.load_media_cached, request.artifacts)), request.system)
+        return MLLMMessage(text, tuple(map(self.load_media, request.artifacts)), request.system)
 
     def route(self, request: MLLMRequest) -> Route:
         message = self.build_message(request)

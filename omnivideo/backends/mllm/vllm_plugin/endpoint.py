@@ -11,7 +11,6 @@ import shutil
 import uuid
 from argparse import Namespace
 from collections.abc import AsyncIterator
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionReque
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
+from omnivideo.backends.mllm.media import create_media_cache, read_mllm_media
 from omnivideo.backends.mllm.protocol import MediaPayload, MLLMPayload
 from omnivideo.backends.mllm.server import add_mllm_routes
 from omnivideo.backends.mllm.vllm_plugin import ENDPOINT_PLUGIN, VISUAL_TOKENS_PARAM
@@ -28,7 +28,6 @@ from omnivideo.backends.mllm.vllm_plugin.processor import vision_config_from_hf
 from omnivideo.backends.mllm.vllm_plugin.prompt import build_engine_input
 from omnivideo.contracts import Medium, Route
 from omnivideo.errors import InvalidInput
-from omnivideo.media.artifacts import decode_media
 from omnivideo.models.mllm import (
     BOI,
     BOV,
@@ -42,12 +41,6 @@ from omnivideo.models.mllm import (
 )
 
 MAX_INLINE_CHARS = 4000  # characters; shorter texts are tokenized on the event loop
-
-
-def load_media(media: MediaPayload) -> MLLMMedia:
-    """Decode a medium exactly as `LocalMLLM` does."""
-    frames = decode_media(media.data, f"source.{media.suffix}").frames
-    return MLLMMedia(frames, media.fps, media.medium == "video")
 
 
 def compute_media_digest(media: MediaPayload) -> str:
@@ -67,15 +60,22 @@ class VLLMService:
         self.max_model_len: int = client.model_config.max_model_len
         self.vision_config = vision_config_from_hf(self.config)
         self.special_tokens = list_special_tokens(tokenizer)
-        self.load_media_cached = lru_cache(maxsize=8)(load_media)  # one turn reads the same clip several times
+        self.media_cache = create_media_cache()
 
     # ------------------------------------------------------------ requests
+
+    def load_media(self, media: MediaPayload) -> MLLMMedia:
+        """Decode a medium exactly as `LocalMLLM` does."""
+        return self.media_cache.get_or_compute(
+            compute_media_digest(media),
+            lambda: read_mllm_media(media.data, self.vision_config, media.fps, media.medium),
+        )
 
     def build_prompt(self, payload: MLLMPayload, answer: str) -> Any:
         """Return the engine's input for a request. Raises InvalidInput if it is too long for the model."""
         message = MLLMMessage(
             sanitize_text(payload.text, self.special_tokens),
-            tuple(map(self.load_media_cached, payload.media)),
+            tuple(map(self.load_media, payload.media)),
             payload.system,
         )
         encoded = tokenize_message(self.tokenizer, message, self.vision_config, answer)
