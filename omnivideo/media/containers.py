@@ -4,7 +4,7 @@ import os
 from typing import BinaryIO
 
 AVIF_BRANDS = (b"avif", b"avis")
-STILL_BRANDS = (b"heic", b"heix", b"hevc", b"mif1", b"msf1")  # pictures in mp4's container format
+HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"mif1", b"msf1")  # pictures in mp4's container format
 MAGIC_BYTES = {
     b"\x89PNG\r\n\x1a\n": "png",
     b"\xff\xd8\xff": "jpeg",
@@ -26,7 +26,7 @@ def sniff_format(head: bytes) -> str | None:
     if head[4:8] == b"ftyp" and head[8:12] in AVIF_BRANDS:
         return "avif"
     boxes = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip")
-    return "mov" if head[4:8] in boxes and head[8:12] not in STILL_BRANDS else None
+    return "mov" if head[4:8] in boxes and head[8:12] not in HEIC_BRANDS else None
 
 
 def read_stated_size(file: BinaryIO, kind: str, size: int) -> int:

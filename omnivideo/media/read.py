@@ -13,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 
-from omnivideo.media.containers import read_stated_size, sniff_format
+from omnivideo.media.containers import HEIC_BRANDS, read_stated_size, sniff_format
 from omnivideo.media.decode import (
     CLIP_DEMUXERS,
     DecodedFrame,
@@ -230,7 +230,10 @@ def check_format(file: MediaFile, guard: MediaGuard) -> str:
     """Return the format by content; raise UnreadableMedia if it is not readable, or the file is cut short."""
     size = check_file_size(file, guard)
     with BytesIO(file) if isinstance(file, bytes) else file.open("rb") as opened:
-        kind = sniff_format(opened.read(16))
+        head = opened.read(16)
+        kind = sniff_format(head)
+        if kind is None and head[4:8] == b"ftyp" and head[8:12] in HEIC_BRANDS:
+            guard.refuse_media(f"is a HEIC picture, which cannot be read; allowed: {READABLE_FORMATS}")
         if kind is None:
             guard.refuse_media(f"is not an image or video; allowed: {READABLE_FORMATS}")
         if size < read_stated_size(opened, kind, size):

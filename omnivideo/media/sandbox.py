@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from omnivideo.errors import DecodingBusy, UnreadableMedia
-from omnivideo.media.containers import sniff_format
+from omnivideo.media.containers import HEIC_BRANDS, sniff_format
 from omnivideo.media.limits import MediaGuard, MediaLimits, printable_name
 from omnivideo.media.read import MediaInfo, measure_media
 
@@ -84,6 +84,8 @@ def measure_in_sandbox(
         refuse_media(f"is empty; allowed: 1 to {limits.max_bytes} bytes")
     if len(data) > limits.max_bytes:
         refuse_media(f"has {len(data)} bytes; allowed: 1 to {limits.max_bytes}")
+    if data[4:8] == b"ftyp" and data[8:12] in HEIC_BRANDS:
+        refuse_media(f"is a HEIC picture, which cannot be read; allowed: {ALLOWED_FORMATS}")
     if detect_suffix(data[:64]) is None:
         refuse_media(f"is not an image or video; allowed: {ALLOWED_FORMATS}")
     request = json.dumps({"limits": asdict(replace(limits, codecs=ALLOWED_CODECS)), "bounds": asdict(process_limits)})

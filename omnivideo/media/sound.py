@@ -91,7 +91,7 @@ def mux_sound(clip: bytes, source: InputContainer, sound: AudioStream, seconds: 
         return path.read_bytes()
 
 
-def read_packet_time(packet: Packet[Any]) -> float:
+def read_packet_time(packet: "Packet[Any]") -> float:
     """Return the time at which a packet is decoded, in s."""
     return float((packet.dts or 0) * (packet.time_base or 0))
 
@@ -103,7 +103,7 @@ def read_start(stream: VideoStream) -> float:
 
 def list_packets(
     container: InputContainer, stream: VideoStream | AudioStream, origin: float, seconds: float
-) -> Iterator[Packet[Any]]:
+) -> "Iterator[Packet[Any]]":
     """Yield the packets from `origin` to `seconds` later, and those just before them, with times since `origin`."""
     for packet in container.demux(stream):
         if packet.size == 0 or packet.pts is None or packet.dts is None or packet.time_base is None:

@@ -4,6 +4,7 @@ import io
 from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -38,6 +39,12 @@ def make_gradient(width: int, height: int, shift: int = 0) -> np.ndarray:
     green = 60 + 120 * y / height
     blue = 90 + 40 * np.sin(x / width * 3 + shift / 3) + 30 * y / height
     return np.stack([red, green, blue], axis=-1).round().astype(np.uint8)
+
+
+def enlarge_gradient(width: int, height: int) -> np.ndarray:
+    """Return `make_gradient` at a large size, quickly."""
+    small = Image.fromarray(make_gradient(width // 10, height // 10))
+    return np.asarray(small.resize((width, height), Image.Resampling.BICUBIC))
 
 
 def add_alpha(pixels: np.ndarray) -> np.ndarray:
@@ -136,3 +143,40 @@ def encode_picture(pixels: np.ndarray, kind: str, **options: object) -> bytes:
     out = io.BytesIO()
     Image.fromarray(pixels).save(out, kind, **options)
     return out.getvalue()
+
+
+# ---------------------------------------------------------------- the folder
+
+
+def write_plain_clip(path: Path, width: int = 320, height: int = 240, codec: str = "libx264", pix_fmt: str = "yuv420p",
+                     **options: Any) -> Path:  # fmt: skip
+    clip = [make_gradient(width, height, index) for index in range(3)]
+    return encode_video(path, video_frames(clip), codec, pix_fmt, **options)
+
+
+def write_uneven_clip(path: Path) -> Path:
+    clip = [make_gradient(320, 240, index) for index in range(5)]
+    return encode_video(path, video_frames(clip), "libx264", "yuv420p", times=[0, 100, 200, 600, 700], rate=10)
+
+
+def write_long_clip(path: Path) -> Path:
+    """Write 20 s of 1080p30; the frames are few, so that making it is quick, but each has to be decoded."""
+    pictures = [av.VideoFrame.from_ndarray(make_gradient(1920, 1080, index), format="rgb24") for index in range(4)]
+    pictures = [picture.reformat(format="yuv420p") for picture in pictures]
+    frames = (pictures[index % 4] for index in range(600))
+    return encode_video(path, frames, "libx264", "yuv420p", options={"preset": "ultrafast"}, rate=30)
+
+
+CLIPS: dict[str, Callable[[Path], Path]] = {
+    "vp8-alpha.webm": lambda path: write_alpha_clip(
+        path, "libvpx", "yuva420p", {"auto-alt-ref": "0", "crf": "4", "b": "2000000"}
+    ),
+    "vp9-alpha.webm": lambda path: write_alpha_clip(path, "libvpx-vp9", "yuva420p", {}),
+    "prores-alpha.mov": lambda path: write_alpha_clip(path, "prores_ks", "yuva444p10le", {"profile": "4444"}),
+    "plain.mp4": write_plain_clip,
+    "ten-bit.mkv": lambda path: write_plain_clip(path, pix_fmt="yuv420p10le"),
+    "odd-size.mp4": lambda path: write_plain_clip(path, 321, 241, pix_fmt="yuv444p"),
+    "variable-rate.mkv": write_uneven_clip,
+    "no-frame-count.webm": lambda path: write_plain_clip(path, codec="libvpx", container_options={"live": "1"}),
+    "twenty-seconds.mp4": write_long_clip,
+}

@@ -11,6 +11,7 @@ import numpy as np
 from av.filter import Graph
 from av.sidedata.sidedata import Type
 
+LEFT_SITED = ("h264", "hevc")  # their standards' default
 ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 
 
@@ -18,20 +19,24 @@ def read_reference(path: Path) -> np.ndarray:
     """Return every frame of a clip, uint8 [F, H, W, 3]."""
     shown = []
     with av.open(str(path)) as container:
-        stream = container.streams.video[0]
+        stream = max(container.streams.video, key=lambda candidate: candidate.frames)  # an avif holds a still as well
         decoder = stream.codec_context
         if stream.metadata.get("alpha_mode") == "1":
             decoder = av.CodecContext.create(ALPHA_DECODERS[decoder.name], "r")
         for packet in container.demux(stream):
-            shown += [show_frame(frame) for frame in decoder.decode(packet)]
+            shown += [show_frame(frame, stream.codec_context.name in LEFT_SITED) for frame in decoder.decode(packet)]
     return np.stack(shown)
 
 
-def show_frame(frame: av.VideoFrame) -> np.ndarray:
-    """Return one frame as FFmpeg's filters show it, rounded and not cut off, on white."""
+def show_frame(frame: av.VideoFrame, left_sited: bool = False) -> np.ndarray:
+    """Return one frame as FFmpeg's filters show it, rounded and not cut off, on white.
+
+    `left_sited` says where the samples of 4:2:0 chroma lie; PyAV does not pass on what the decoder says.
+    """
     graph = Graph()
     last = graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base)
-    scale = ("scale", "flags=bicubic+accurate_rnd+full_chroma_int")
+    location = ":in_chroma_loc=left" if left_sited and "420" in frame.format.name else ""
+    scale = ("scale", "flags=bicubic+accurate_rnd+full_chroma_int" + location)
     has_alpha = any(component.is_alpha for component in frame.format.components)
     for name, arguments in [scale, ("format", "rgba" if has_alpha else "rgb24"), *list_turns(frame)]:
         link = graph.add(name, arguments or None)

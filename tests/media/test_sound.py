@@ -1,0 +1,102 @@
+"""An edit keeps its source's sound where the length is unchanged, and says why where it does not."""
+
+import io
+
+import av
+import numpy as np
+import pytest
+
+from omnivideo.media.artifacts import encode_clip
+from omnivideo.media.read import read_media
+from omnivideo.media.sound import SoundSource, keep_sound
+from omnivideo.media.write import write_media
+
+RATE, FPS = 48_000, 8
+CLIP = np.random.default_rng(0).integers(0, 256, (17, 48, 64, 3), np.uint8)
+SECONDS = len(CLIP) / FPS
+
+
+def encode_with_sound(kind: str, video_codec: str, sound_codec: str, seconds: int = 2) -> bytes:
+    """Return a clip with a tone in its first second and silence after it."""
+    out = io.BytesIO()
+    with av.open(out, "w", format=kind) as container:
+        video = container.add_stream(video_codec, rate=FPS)
+        video.width, video.height, video.pix_fmt = 64, 48, "yuv420p"
+        sound = container.add_stream(sound_codec, rate=RATE, layout="mono")
+        for index in range(seconds * FPS):
+            pixels = np.full((48, 64, 3), 40 + index, np.uint8)
+            container.mux(video.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(video.encode())
+        times = np.arange(RATE * seconds) / RATE
+        wave = (np.sin(2 * np.pi * 440 * times) * (times < 1) / 2).astype(np.float32)[None]
+        frame = av.AudioFrame.from_ndarray(wave, format="fltp", layout="mono")
+        frame.sample_rate, frame.pts = RATE, 0
+        size = sound.codec_context.frame_size or 1024
+        resampler = av.AudioResampler(sound.codec_context.format, "mono", RATE, frame_size=size)
+        for piece in resampler.resample(frame) + resampler.resample(None):
+            container.mux(sound.encode(piece))
+        container.mux(sound.encode())
+    return out.getvalue()
+
+
+def find_tone(data: bytes) -> tuple[float, float]:
+    """Return when the tone begins and ends, in s."""
+    heard: list[float] = []
+    with av.open(io.BytesIO(data)) as container:
+        for frame in container.decode(audio=0):
+            samples = np.abs(frame.to_ndarray()[0].astype(float))
+            scale = 1 if frame.format.name.startswith("flt") else 2.0**15
+            heard += (frame.time + np.nonzero(samples / scale > 0.2)[0] / RATE).tolist()
+    return min(heard), max(heard)
+
+
+@pytest.mark.parametrize(
+    ("kind", "video_codec", "sound_codec"),
+    [
+        ("mp4", "libx264", "aac"),
+        ("webm", "libvpx", "libopus"),
+        ("matroska", "libx264", "aac"),
+        ("matroska", "libx264", "libmp3lame"),
+        ("matroska", "libx264", "flac"),
+    ],
+)
+def test_the_sound_of_the_source_is_kept_in_time(kind, video_codec, sound_codec):
+    source = SoundSource(encode_with_sound(kind, video_codec, sound_codec), 2.0)
+    silent, _ = encode_clip(CLIP, FPS)
+    edited, note = keep_sound(silent, source, SECONDS, FPS)
+    assert note == "kept"
+    assert find_tone(edited) == pytest.approx((0, 1), abs=0.005)
+    expected, found = read_media(silent), read_media(edited)
+    assert (found.frames == expected.frames).all() and found.fps == expected.fps
+    assert keep_sound(silent, source, SECONDS, FPS)[0] == edited  # the bytes are a function of the inputs
+
+
+@pytest.mark.parametrize(
+    ("source", "why"),
+    [
+        (encode_with_sound("mp4", "libx264", "aac", 4), "the source lasts 4.00 s and the clip 2.12 s"),
+        (encode_with_sound("mov", "libx264", "pcm_s16le"), "it is coded as pcm_s16le; an mp4 takes aac"),
+        (encode_with_sound("mp4", "libx264", "aac")[:3000], "it cannot be copied into an mp4"),
+    ],
+    ids=["length", "codec", "damaged"],
+)
+def test_sound_that_cannot_be_kept_is_named(source, why):
+    silent, _ = encode_clip(CLIP, FPS)
+    edited, note = keep_sound(silent, SoundSource(source, 4.0 if "4.00" in why else 2.0), SECONDS, FPS)
+    assert edited == silent and note is not None and note.startswith("left out: " + why)
+
+
+def test_a_source_without_sound_needs_no_note():
+    silent, _ = encode_clip(CLIP, FPS)
+    assert keep_sound(silent, SoundSource(silent, SECONDS), SECONDS, FPS) == (silent, None)
+    png, _ = encode_clip(CLIP[:1], FPS)
+    assert keep_sound(silent, SoundSource(png, SECONDS), SECONDS, FPS) == (silent, None)
+
+
+def test_a_file_is_written_with_sound_and_a_gif_says_that_it_holds_none(tmp_path):
+    (tmp_path / "source.mp4").write_bytes(encode_with_sound("mp4", "libx264", "aac"))
+    source = SoundSource(tmp_path / "source.mp4", 2.0)
+    assert write_media(tmp_path / "a.mp4", CLIP, FPS, source) == "kept"
+    assert find_tone((tmp_path / "a.mp4").read_bytes()) == pytest.approx((0, 1), abs=0.005)
+    assert write_media(tmp_path / "a.gif", CLIP, FPS, source) == "left out: a gif holds no sound"
+    assert write_media(tmp_path / "b.mp4", CLIP, FPS) is None
