@@ -14,6 +14,8 @@ MIN_HD_HEIGHT = 720  # px; untagged video of this height or more is BT.709, belo
 # FFmpeg's own default rounds down, which darkens a clip by one level at every save and load.
 EXACT_INTERPOLATION = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
 
+MATRIX_BY_QUARTER_TURNS = ((1, 0, 0, 1), (0, -1, 1, 0), (-1, 0, 0, -1), (0, 1, -1, 0))  # counter-clockwise
+
 
 def composite_on_white(image: Image.Image) -> np.ndarray:
     """Return pixels uint8 [H, W, 3] with alpha composited on white."""
@@ -91,9 +93,12 @@ def read_display_matrix(frame: av.VideoFrame) -> tuple[int, int, int, int]:
 
     An angle that is not a multiple of 90 degrees is rounded to one, as far as that is unambiguous.
     """
-    side_data = frame.side_data.get("DISPLAYMATRIX")
+    try:
+        side_data = frame.side_data.get("DISPLAYMATRIX")
+    except ValueError:  # PyAV knows no side data newer than itself, and then lists none
+        return MATRIX_BY_QUARTER_TURNS[round(frame.rotation / 90) % 4]
     if side_data is None:
-        return 1, 0, 0, 1
+        return MATRIX_BY_QUARTER_TURNS[0]
     a, b, _, c, d = np.frombuffer(bytes(cast(Buffer, side_data)), "<i4")[:5].tolist()
     if abs(a) + abs(d) >= abs(b) + abs(c):
         return (-1 if a < 0 else 1), 0, 0, (-1 if d < 0 else 1)

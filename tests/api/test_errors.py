@@ -17,6 +17,7 @@ CASES = [
     (errors.ModelUnavailable("it is unavailable"), 503, "unavailable", None, "5"),
     (errors.ServiceBusy("it is full", retry_after_seconds=0.2), 429, "queue_full", None, "1"),
     (errors.ServiceBusy("it is full", retry_after_seconds=60), 429, "queue_full", None, "60"),
+    (errors.DecodingBusy("it is busy", retry_after_seconds=10), 503, "unavailable", None, "10"),
     (errors.JobFailed("out_of_memory", "it is too large"), 500, "out_of_memory", None, None),
     (errors.JobCancelled("it was cancelled"), 409, "cancelled", None, None),
     (errors.CheckpointError("it is incomplete"), 400, None, None, None),

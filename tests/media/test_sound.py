@@ -10,33 +10,11 @@ from omnivideo.media.artifacts import encode_clip
 from omnivideo.media.read import read_media
 from omnivideo.media.sound import SoundSource, keep_sound
 from omnivideo.media.write import write_media
+from tests.support.sound import RATE, encode_with_sound
 
-RATE, FPS = 48_000, 8
+FPS = 8
 CLIP = np.random.default_rng(0).integers(0, 256, (17, 48, 64, 3), np.uint8)
 SECONDS = len(CLIP) / FPS
-
-
-def encode_with_sound(kind: str, video_codec: str, sound_codec: str, seconds: int = 2) -> bytes:
-    """Return a clip with a tone in its first second and silence after it."""
-    out = io.BytesIO()
-    with av.open(out, "w", format=kind) as container:
-        video = container.add_stream(video_codec, rate=FPS)
-        video.width, video.height, video.pix_fmt = 64, 48, "yuv420p"
-        sound = container.add_stream(sound_codec, rate=RATE, layout="mono")
-        for index in range(seconds * FPS):
-            pixels = np.full((48, 64, 3), 40 + index, np.uint8)
-            container.mux(video.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
-        container.mux(video.encode())
-        times = np.arange(RATE * seconds) / RATE
-        wave = (np.sin(2 * np.pi * 440 * times) * (times < 1) / 2).astype(np.float32)[None]
-        frame = av.AudioFrame.from_ndarray(wave, format="fltp", layout="mono")
-        frame.sample_rate, frame.pts = RATE, 0
-        size = sound.codec_context.frame_size or 1024
-        resampler = av.AudioResampler(sound.codec_context.format, "mono", RATE, frame_size=size)
-        for piece in resampler.resample(frame) + resampler.resample(None):
-            container.mux(sound.encode(piece))
-        container.mux(sound.encode())
-    return out.getvalue()
 
 
 def find_tone(data: bytes) -> tuple[float, float]:

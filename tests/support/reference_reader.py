@@ -54,7 +54,10 @@ def show_frame(frame: av.VideoFrame, left_sited: bool = False) -> np.ndarray:
 
 def list_turns(frame: av.VideoFrame) -> list[tuple[str, str]]:
     """Return the filters of ffmpeg's autorotate (ffmpeg_filter.c): the angle of the matrix decides, then its signs."""
-    side_data = frame.side_data.get(Type.DISPLAYMATRIX)
+    try:
+        side_data = frame.side_data.get(Type.DISPLAYMATRIX)
+    except ValueError:  # the EXIF of a still, which PyAV does not know
+        return []
     if side_data is None:
         return []
     matrix = np.frombuffer(bytes(side_data), np.int32)

@@ -1,17 +1,21 @@
 """Visual tokens and latents on their way from the MLLM to the renderer."""
 
+import io
 import json
 
+import av
 import pytest
 
 from omnivideo.backends.decoder.renderer import Renderer
 from omnivideo.contracts import Artifact, Job, Manifest, MLLMRequest, resolve_sampling_params
 from omnivideo.errors import ArtifactNotFound
+from omnivideo.media.ingest import ingest_media
 from omnivideo.presets import TINY
 from omnivideo.sdk.studio import Studio
 from omnivideo.storage.objects.local import LocalObjectStore
 from omnivideo.storage.objects.memory import MemoryObjectStore
 from omnivideo.wiring import ServiceWiring
+from tests.support.sound import encode_with_sound
 
 
 class RecordingStore(MemoryObjectStore):
@@ -117,3 +121,25 @@ def test_a_manifest_is_replayed_without_its_tokens(omni):
         manifest = Manifest(**json.loads(store.get(artifact.manifest)))
         assert manifest.visual_tokens and not store.has(manifest.visual_tokens)
         assert Renderer(omni, store, "random").replay_manifest(manifest) == artifact.key
+
+
+def test_an_edit_keeps_the_sound_of_its_source_and_its_replay_does_too(omni):
+    params = resolve_sampling_params(TINY, "video-editing", seed=3, steps=1)
+    seconds = params.frames / params.fps
+    for source_seconds, is_kept in ((seconds, True), (seconds + 2, False)):
+        store = MemoryObjectStore()
+        data = encode_with_sound("mp4", "libx264", "aac", source_seconds)
+        source = ingest_media(store, data, "user")
+        job = build_job().model_copy(update={"id": "edit", "source": source, "params": params})
+        artifact = render(Renderer(omni, store, "random"), job)
+        manifest = Manifest(**json.loads(store.get(artifact.manifest)))
+        assert manifest.sound is not None and manifest.sound.startswith("kept" if is_kept else "left out: the source")
+        with av.open(io.BytesIO(store.get(artifact.key))) as container:
+            assert len(container.streams.audio) == is_kept
+        assert Renderer(omni, store, "random").replay_manifest(manifest) == artifact.key
+
+
+def test_a_manifest_without_sound_has_the_fields_of_before(omni):
+    store = MemoryObjectStore()
+    artifact = render(Renderer(omni, store, "random"), build_job())
+    assert "sound" not in json.loads(store.get(artifact.manifest))
