@@ -1,10 +1,10 @@
 """Convert decoded pictures to pixels uint8 [H, W, 3]: colours, HDR, alpha and orientation."""
 
-from typing import cast
+from typing import Any, cast
 
 import av
 import numpy as np
-from av.buffer import Buffer
+from av.sidedata.sidedata import SideDataContainer
 from av.video.reformatter import ColorPrimaries, Colorspace, Interpolation
 from PIL import Image
 
@@ -94,12 +94,13 @@ def read_display_matrix(frame: av.VideoFrame) -> tuple[int, int, int, int]:
     An angle that is not a multiple of 90 degrees is rounded to one, as far as that is unambiguous.
     """
     try:
-        side_data = frame.side_data.get("DISPLAYMATRIX")
+        # frame.side_data would refer to its frame, and keep it in memory until the next garbage collection.
+        side_data = cast(Any, SideDataContainer)(frame).get("DISPLAYMATRIX")
     except ValueError:  # PyAV knows no side data newer than itself, and then lists none
         return MATRIX_BY_QUARTER_TURNS[round(frame.rotation / 90) % 4]
     if side_data is None:
         return MATRIX_BY_QUARTER_TURNS[0]
-    a, b, _, c, d = np.frombuffer(bytes(cast(Buffer, side_data)), "<i4")[:5].tolist()
+    a, b, _, c, d = np.frombuffer(bytes(side_data), "<i4")[:5].tolist()
     if abs(a) + abs(d) >= abs(b) + abs(c):
         return (-1 if a < 0 else 1), 0, 0, (-1 if d < 0 else 1)
     return 0, (-1 if b < 0 else 1), (-1 if c < 0 else 1), 0

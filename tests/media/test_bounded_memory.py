@@ -21,10 +21,11 @@ from omnivideo.storage.objects.memory import MemoryObjectStore
 
 MAX_MEGABYTES = 250  # both files have over 550 MB of pixels
 MEASURE = """
-import re, sys
+import gc, re, sys
 from pathlib import Path
 import omnivideo.media.read, omnivideo.media.thumbnails
 {setup}
+gc.disable()  # a frame that only the garbage collector frees may stay for long
 data = Path(sys.argv[1]).read_bytes()
 read_peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 before = read_peak()
