@@ -13,8 +13,8 @@ from av.video.stream import VideoStream
 from PIL import Image
 
 from omnivideo.errors import InvalidInput
+from omnivideo.media.decode import EXACT_INTERPOLATION
 from omnivideo.media.limits import printable_name
-from omnivideo.media.pixels import EXACT_INTERPOLATION
 from omnivideo.media.sound import SoundSource, keep_sound
 
 WRITABLE_SUFFIXES = (".mp4", ".gif", ".png")

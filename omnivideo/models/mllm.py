@@ -34,11 +34,15 @@ CACHE_ARGUMENT = (
 
 @dataclass(frozen=True)
 class MLLMMedia:
-    """An image (one frame) or a clip: uint8 [F, H, W, 3]. `fps` matters only for a clip."""
+    """An image (one frame) or a clip: uint8 [F, H, W, 3]. `fps` matters only for a clip.
+
+    If `is_fitted`, the frames already have the size that `fit_size` gave for the source's.
+    """
 
     frames: np.ndarray
     fps: float = 1.0
     is_video: bool = True
+    is_fitted: bool = False
 
 
 @dataclass(frozen=True)
@@ -100,12 +104,15 @@ def resize_frame(frame_HW3: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return np.asarray(Image.fromarray(frame_HW3).resize((size[1], size[0]), Image.Resampling.BICUBIC))
 
 
-def patchify(frames_FHW3: np.ndarray, vision_config: VisionInputConfig) -> tuple[Tensor, list[int]]:
+def patchify(
+    frames_FHW3: np.ndarray, vision_config: VisionInputConfig, is_fitted: bool = False
+) -> tuple[Tensor, list[int]]:
     """Return the patches [P, I] of frames in Qwen's order, and their grid (t, h, w); I = 3 * frames * patch * patch.
 
     Pixels are normalised with mean 0.5 and standard deviation 0.5. The last frame is repeated to fill its patch.
     """
-    size = fit_size(frames_FHW3.shape[1], frames_FHW3.shape[2], vision_config)
+    height, width = frames_FHW3.shape[1:3]
+    size = (height, width) if is_fitted else fit_size(height, width, vision_config)
     frames = np.stack([resize_frame(frame, size) for frame in frames_FHW3])
     patch, merge, temporal = vision_config.patch_size, vision_config.merge_size, vision_config.temporal_patch_size
     frames = np.concatenate([frames, frames[-1:].repeat(-len(frames) % temporal, axis=0)])
@@ -125,7 +132,7 @@ def encode_media(media: MLLMMedia, vision_config: VisionInputConfig) -> tuple[st
     In the text of a clip, each group of `temporal_patch_size` frames follows its timestamp.
     """
     indices = sample_frame_indices(media, vision_config) if media.is_video else [0]
-    patches_PI, grid = patchify(media.frames[indices], vision_config)
+    patches_PI, grid = patchify(media.frames[indices], vision_config, media.is_fitted)
     tokens_per_frame = grid[1] * grid[2] // vision_config.merge_size**2
     if not media.is_video:
         return f"<|vision_start|>{'<|image_pad|>' * tokens_per_frame}<|vision_end|>", patches_PI, grid

@@ -120,3 +120,18 @@ def test_a_cache_is_bounded_by_bytes():
         get(key, 40)
     assert computed == ["a", "b", "c"] and list(cache.values) == ["a", "c"] and cache.held_bytes == 80
     assert len(get("large", 1000)) == 1000 and cache.held_bytes <= 100
+
+
+@pytest.mark.parametrize("kind", ["mp4", "gif"])
+def test_the_language_model_gets_the_patches_of_the_whole_clip(bombs, kind):
+    from omnivideo.backends.mllm.media import read_mllm_media
+    from omnivideo.media.read import read_media
+    from omnivideo.models.mllm import MLLMMedia, encode_media
+    from omnivideo.presets import TINY
+
+    media = read_media(bombs[kind])
+    text, patches, grid = encode_media(MLLMMedia(media.frames, media.fps or 1.0), TINY.vision_input)
+    found_text, found_patches, found_grid = encode_media(
+        read_mllm_media(bombs[kind], TINY.vision_input), TINY.vision_input
+    )
+    assert (found_text, found_grid) == (text, grid) and (found_patches == patches).all()

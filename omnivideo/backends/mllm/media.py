@@ -50,14 +50,12 @@ def read_mllm_media(
 
     def fit(frame: np.ndarray) -> np.ndarray:
         height, width = frame.shape[:2]
-        size = fit_size(height, width, vision_config)
-        # The model fits what it gets; a very narrow frame would be fitted differently the second time.
-        return resize_frame(frame, size) if fit_size(*size, vision_config) == size else frame
+        return resize_frame(frame, fit_size(height, width, vision_config))
 
     frames, grid = read_chosen_frames(source, choose, fit)
     sampled = SampledFrames(len(grid.order), dict(zip(indices, frames, strict=True)))
     kind = medium or grid.kind
-    return MLLMMedia(cast(np.ndarray, sampled), fps or grid.fps or 1.0, kind == "video")
+    return MLLMMedia(cast(np.ndarray, sampled), fps or grid.fps or 1.0, kind == "video", is_fitted=True)
 
 
 def create_media_cache() -> ByteBoundedCache[object, MLLMMedia]:

@@ -25,10 +25,11 @@ from omnivideo.media.decode import (
     count_declared_frames,
     decode_stream,
     open_container,
+    read_display_matrix,
     select_video_stream,
+    to_upright_pixels,
 )
 from omnivideo.media.limits import MediaGuard
-from omnivideo.media.pixels import read_display_matrix, to_upright_pixels
 from omnivideo.media.write import add_h264_stream, rgb_to_yuv
 from omnivideo.training.data.sample import TRAINING_LIMITS
 
