@@ -183,7 +183,9 @@ def load_bridge(model_preset: Preset, folder: Path, dtype: torch.dtype | None) -
         if name == "markers":
             with torch.device("meta"):
                 bridge.markers = MarkerEmbeddings(
-                    model_preset.text_width, {key: len(value) for key, value in state.items()}
+                    model_preset.text_width,
+                    model_preset.condition.marker_names,
+                    {key: len(value) for key, value in state.items()},
                 )
         module = getattr(bridge, name)
         expected = {key: value.shape for key, value in module.state_dict().items()}
