@@ -144,11 +144,11 @@ class OmniVideoModel:
         return self.bridge.adapter.num_queries * (self.bridge.vision_head.num_queries if target == "video" else 1)
 
     def predict_visual_tokens(self, features: MLLMFeatures) -> Tensor:
-        """Return V_o [1, Q, E] of a request's features."""
-        if features.kind == "visual-tokens":
-            return features.values
-        visual_1QE: Tensor = self.bridge.vision_head(features.values.to(self.bridge.vision_head.decoder_query))
-        return visual_1QE
+        """Return V_o [1, Q, E] of a request's features, in the adapter's type."""
+        visual_1QE = features.values
+        if features.kind == "hidden-states":
+            visual_1QE = self.bridge.vision_head(visual_1QE.to(self.bridge.vision_head.decoder_query))
+        return visual_1QE.to(self.bridge.adapter.decoder_query)
 
     # ------------------------------------------------------------ the decoder's condition
 
@@ -189,20 +189,22 @@ class OmniVideoModel:
         adapted_LD = self.adapt_visual_tokens(visual_BQE, [target] * len(features))
         return zip_condition_parts({"text": texts_LD, "visual": adapted_LD})
 
-    def encode_null_request(self, negative_prompt: str, target: Medium) -> ConditionTokens:
-        """Return the parts of the null condition for guidance, but for the source, which stays in it."""
+    def encode_null_requests(self, negative_prompt: str, count: int, target: Medium) -> list[ConditionTokens]:
+        """Return `count` times the parts of the null condition for guidance, but for the source, which stays in it."""
         null = self.preset.null
         match null.kind:
             case "negative-prompt":
-                return {"text": self.encode_prompts([negative_prompt])[0]}
+                return zip_condition_parts({"text": self.encode_prompts([negative_prompt] * count)})
             case "negative-prompt-and-small-states":
-                text_LD = self.encode_prompts([negative_prompt])[0]
+                texts_LD = self.encode_prompts([negative_prompt] * count)
                 shape = (null.small_state_rows, self.preset.mllm_width)
-                return {"text": text_LD, "hidden": text_LD.new_full(shape, null.small_state_value)}
+                small_NM = texts_LD[0].new_full(shape, null.small_state_value)
+                return zip_condition_parts({"text": texts_LD, "hidden": [small_NM] * count})
             case "context-file":
                 context = self.bridge.null_context
                 visual_1QE = self.predict_visual_tokens(MLLMFeatures(context.hidden_states, "hidden-states"))
-                return {"text": context.text, "visual": self.adapt_visual_tokens(visual_1QE, [target])[0]}
+                visual_LD = self.adapt_visual_tokens(visual_1QE, [target])
+                return zip_condition_parts({"text": [context.text] * count, "visual": visual_LD * count})
         assert_never(null.kind)
 
     def complete_conditions(
@@ -238,7 +240,7 @@ class OmniVideoModel:
         self, negative_prompt: str, count: int, source_BzThw: Tensor | None = None, target: Medium = "video"
     ) -> Tensor:
         """Return the first decoder's null condition [B, L, D] for guidance. It keeps the source."""
-        return self.complete_conditions([self.encode_null_request(negative_prompt, target)] * count, source_BzThw)
+        return self.complete_conditions(self.encode_null_requests(negative_prompt, count, target), source_BzThw)
 
     def build_experts(
         self,
@@ -253,7 +255,7 @@ class OmniVideoModel:
         Raises ConditionTooLong if a prompt or a condition exceeds the preset's limit and must not be cut.
         """
         rows = self.encode_requests(prompts, features, target, source_BzThw is not None)
-        null_rows = [self.encode_null_request(negative_prompt, target)] * len(prompts)
+        null_rows = self.encode_null_requests(negative_prompt, len(prompts), target)
         boundaries = (self.preset.experts.boundary, 0) if len(self.decoders) == 2 else (0,)
         return [
             Expert(
