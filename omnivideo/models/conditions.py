@@ -41,8 +41,7 @@ def assemble_conditions(
 ) -> Tensor:
     """Return the conditions [B, L, D] of a batch, zero-padded to the longest of them and to at least `min_tokens`.
 
-    A condition of more than `max_tokens` loses its end if the preset says so, but never the whole of a part; otherwise
-    it raises ConditionTooLong.
+    A condition of more than `max_tokens` loses its end if the preset says so; otherwise it raises ConditionTooLong.
     """
     # Concatenate all tokens once and gather the rows from them: launching a kernel for every part of every row would
     # leave a GPU idle.
@@ -65,8 +64,9 @@ def assemble_conditions(
                 name = config.markers.get(part)
                 start, end = (marker[f"{name}_st"], marker[f"{name}_ed"]) if name else (range(0), range(0))
                 row_indices += (*start, *add_to_pool(row[part]), *end)
-        kept = count_kept_tokens(config, len(row_indices), row.get(config.parts[-1]))
-        indices.append(row_indices[:kept])
+        if config.overflow == "refuse":
+            check_condition_length(len(row_indices), config.max_tokens)
+        indices.append(row_indices[: config.max_tokens])
     longest = max(config.min_tokens, *map(len, indices))
     indices_BL = torch.tensor([row + [0] * (longest - len(row)) for row in indices], device=first.device)
     return nn.functional.embedding(indices_BL, torch.cat(pool))
@@ -80,16 +80,6 @@ def zip_condition_parts(columns: Mapping[ConditionPart, Sequence[Tensor | None]]
             if tokens_LD is not None:
                 row[part] = tokens_LD
     return list(rows)
-
-
-def count_kept_tokens(config: ConditionConfig, length: int, last_LD: Tensor | None) -> int:
-    """Return how many tokens of a condition are kept: all, or `max_tokens` if its last part may lose its end."""
-    excess = length - config.max_tokens
-    if excess <= 0:
-        return length
-    if config.overflow == "refuse" or last_LD is None or excess > len(last_LD):
-        check_condition_length(length, config.max_tokens)
-    return config.max_tokens
 
 
 def count_condition_tokens(

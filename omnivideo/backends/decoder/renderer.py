@@ -82,7 +82,8 @@ class Renderer:
         if source.latents and (latents := get_tensors(self.store, source.latents)["latents"]).shape[1:] == grid:
             return latents
         media = DecodedMedia(load_media(self.store, source.key).frames, source.fps, source.medium)
-        return fit_media(media, params.width, params.height, params.frames, params.fps)
+        size = (params.width, params.height, params.frames, params.fps)
+        return fit_media(media, *size, self.omni.preset.source)
 
     def compute_batch_key(self, job: Job) -> tuple[str, int] | None:
         """Return what jobs must share to be rendered in one pass, or None if the job must be rendered alone.
@@ -118,7 +119,7 @@ class Renderer:
     @torch.no_grad()
     def render_preview(self, clean_latents_1zThw: Tensor) -> Preview:
         """Return the middle frame of predicted clean latents."""
-        frames = pixels_to_bytes(decode_latents(self.omni.vae, clean_latents_1zThw))[0]
+        frames = pixels_to_bytes(decode_latents(self.omni.vae, clean_latents_1zThw.to(self.omni.vae.dtype)))[0]
         return Preview(png=base64.b64encode(to_png_bytes(frames[len(frames) // 2])).decode())
 
     def replay_manifest(self, manifest: Manifest) -> str:
