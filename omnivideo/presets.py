@@ -66,6 +66,21 @@ class VisionInputConfig(PresetModel):
     max_frames: int
 
 
+class HubRepository(PresetModel):
+    """A repository of the Hugging Face hub that holds some of a preset's parts.
+
+    `holds` are subfolders of a complete folder of ours, `files` patterns of the files that are needed. Without a
+    `revision`, the first download pins the commit that it finds. `size_bytes` is what these files take, roughly.
+    """
+
+    id: str
+    revision: str | None = None
+    holds: tuple[str, ...]
+    files: tuple[str, ...]
+    size_bytes: int
+    licence: str
+
+
 class Preset(PresetModel):
     """The architecture of a model and its defaults.
 
