@@ -164,12 +164,19 @@ class ExpertsConfig(PresetModel):
     boundary: int = 0
 
 
-class RepositoryConfig(PresetModel):
-    """A repository of the Hugging Face hub, the revision that was tested, and what it holds."""
+class HubRepository(PresetModel):
+    """A repository of the Hugging Face hub that holds some of a preset's parts.
+
+    `holds` are subfolders of a complete folder of ours, `files` patterns of the files that are needed. Without a
+    `revision`, the first download pins the commit that it finds. `size_bytes` is what these files take, roughly.
+    """
 
     id: str
-    revision: str = "main"
-    holds: str
+    revision: str | None = None
+    holds: tuple[str, ...]
+    files: tuple[str, ...]
+    size_bytes: int
+    licence: str
 
 
 class Preset(PresetModel):
@@ -211,7 +218,6 @@ class Preset(PresetModel):
     autocast: DtypeName | None = None
     byte_rounding: Literal["nearest", "truncate"] = "nearest"
     licence: str = ""
-    repositories: tuple[RepositoryConfig, ...] = ()
 
     def in_float32(self) -> "Preset":
         """Return the same model with every part in float32, as the golden tests compare it."""
