@@ -38,6 +38,7 @@ from omnivideo.models.weights.wan_layouts import (
 from omnivideo.presets import Preset, get_preset
 
 Shapes = Mapping[str, tuple[int, ...]]
+TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "tokenizer.model", "vocab.json")  # one of them is enough
 VAE_FIELDS = ("base_dim", "z_dim", "dim_mult", "num_res_blocks", "temperal_downsample", "latents_mean", "latents_std")
 
 
@@ -184,6 +185,9 @@ def find_text_encoder_faults(preset: Preset, folder: Path) -> Iterator[str]:
 
 def find_tokenizer_faults(name: str, folder: Path, vocab_size: int) -> Iterator[str]:
     """Yield a fault if a tokenizer cannot be read, or has ids for which the model has no embedding."""
+    if not any((folder / file).is_file() for file in TOKENIZER_FILES):
+        yield f"{name}: {folder.name}/{TOKENIZER_FILES[0]} is missing"
+        return
     for path in sorted(folder.glob("*.json")):
         try:
             read_json(path)

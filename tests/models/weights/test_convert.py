@@ -324,7 +324,7 @@ def test_a_single_file_is_enough_for_one_decoder(tmp_path):
             None,
             "omnivideo2-a14b",
         )
-    with pytest.raises(InvalidInput, match="files of omnivideo-1.3b and omnivideo2-1.3b; choose one with --preset"):
+    with pytest.raises(InvalidInput, match=r"files of omnivideo-1\.3b and omnivideo2-1\.3b; choose one"):
         import_weights(tmp_path, None)
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match="none of the published layouts"):
