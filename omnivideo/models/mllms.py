@@ -15,6 +15,8 @@ from transformers import PreTrainedTokenizerBase
 from omnivideo.contracts import Medium, Route
 from omnivideo.models import mllm
 from omnivideo.models.mllm import MLLMMessage
+from omnivideo.models.vila import Vila
+from omnivideo.models.vila_answers import BoundVila
 from omnivideo.presets import Preset, VisionInputConfig
 
 
@@ -105,4 +107,6 @@ class Qwen3VLWithRoutingTokens:
 
 def bind_mllm(preset: Preset, model: Any, tokenizer: PreTrainedTokenizerBase) -> BoundMLLM:
     """Return the calls of the preset's MLLM family on a loaded model."""
+    if isinstance(model, Vila):
+        return BoundVila(model, tokenizer)
     return Qwen3VLWithRoutingTokens(model, tokenizer, preset.vision_input)
