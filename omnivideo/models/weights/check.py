@@ -212,7 +212,8 @@ def find_mllm_faults(preset: Preset, folder: Path) -> Iterator[str]:
     config = read_json(folder / "config.json")
     family = "qwen3-vl" if config.get("model_type") in QWEN3_VL_TYPES else "vila" if "llm_cfg" in config else "another"
     if family != get_mllm_family(preset):
-        yield f"mllm: it is a model of the family {family!r}; {preset.name} needs {get_mllm_family(preset)!r}"
+        text = f"{folder.name}/config.json describes a model of the family {family!r}"
+        yield f"mllm: {text}; {preset.name} needs {get_mllm_family(preset)!r}"
     elif family == "vila":
         yield from find_vila_faults(preset, folder)
     else:

@@ -55,7 +55,9 @@ def read_pickle(path: Path) -> dict[str, Any]:
         with FakeTensorMode(), warnings.catch_warnings(action="ignore"):
             loaded = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(loaded, Mapping):
-            raise CheckpointError(f"{path.name} holds {type(loaded).__name__}, not a dictionary of tensors")
+            raise CheckpointError(
+                f"{path.parent.name}/{path.name} holds {type(loaded).__name__}, not a dictionary of tensors"
+            )
         mapped: dict[str, Any] = map_fake_tensors(loaded, map_bytes(path))
         return mapped
     except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, AssertionError):
@@ -72,9 +74,11 @@ def check_plain_zip(path: Path) -> None:
     except OSError as error:
         raise CheckpointError(f"{path.parent.name}/{path.name} cannot be read: {error.strerror}") from None
     except zipfile.BadZipFile:
-        raise CheckpointError(f"{path.name} is cut short, or is not in the zip format of torch.save") from None
+        raise CheckpointError(
+            f"{path.parent.name}/{path.name} is cut short, or is not in the zip format of torch.save"
+        ) from None
     if compressed:
-        raise CheckpointError(f"{path.name} is compressed, which torch.save never does")
+        raise CheckpointError(f"{path.parent.name}/{path.name} is compressed, which torch.save never does")
 
 
 def is_zip(path: Path) -> bool:
@@ -91,10 +95,10 @@ def explain_refusal(path: Path) -> str:
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except (RuntimeError, ValueError, pickle.UnpicklingError):
-        return f"{path.name} is damaged: its pickle cannot be read"
+        return f"{path.parent.name}/{path.name} is damaged: its pickle cannot be read"
     if not names:
-        return f"{path.name} is damaged, or was not written by torch.save"
-    return unsafe_name_message(path.name, names[0])
+        return f"{path.parent.name}/{path.name} is damaged, or was not written by torch.save"
+    return unsafe_name_message(f"{path.parent.name}/{path.name}", names[0])
 
 
 def map_fake_tensors(value: Any, data: mmap.mmap) -> Any:
