@@ -9,7 +9,7 @@ Every weights file is safetensors. A missing or unknown key or a wrong shape is 
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,9 @@ from omnivideo.models.conditions import MarkerEmbeddings
 from omnivideo.models.mllm import VISUAL_TOKENS
 from omnivideo.models.omni import Bridge, OmniVideoModel
 from omnivideo.models.positions import add_absolute_positions
+from omnivideo.models.weights.strict import check_keys as check_keys
+from omnivideo.models.weights.strict import get_first_line as get_first_line
+from omnivideo.models.weights.strict import load_strict as load_strict
 from omnivideo.presets import Preset, get_preset
 
 INDEX_FILE = "model_index.json"
@@ -153,24 +156,6 @@ def load_mllm_tokenizer(folder: Path, embedding_count: int) -> PreTrainedTokeniz
     return tokenizer
 
 
-def load_strict(cls: Any, folder: Path, name: str, dtype: torch.dtype | None) -> Any:
-    """Load a library's model from a subfolder; raise CheckpointError for missing keys, where libraries only warn.
-
-    Without a `dtype`, a transformers model gets the file's precision and a diffusers model gets float32.
-    """
-    part = folder / name
-    if not (part / "config.json").is_file():
-        raise CheckpointError(f"{name}/config.json is missing from the weights")
-    try:
-        model, report = cls.from_pretrained(
-            part, torch_dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{name} cannot be loaded: {get_first_line(error)}") from error
-    check_keys(name, list(report["missing_keys"]), list(report["unexpected_keys"]), list(report["mismatched_keys"]))
-    return model
-
-
 def load_bridge(model_preset: Preset, folder: Path, dtype: torch.dtype | None) -> Bridge:
     """Load the bridge; each marker has as many embeddings as the weights contain."""
     with torch.device("meta"):
@@ -183,7 +168,9 @@ def load_bridge(model_preset: Preset, folder: Path, dtype: torch.dtype | None) -
         if name == "markers":
             with torch.device("meta"):
                 bridge.markers = MarkerEmbeddings(
-                    model_preset.text_width, {key: len(value) for key, value in state.items()}
+                    model_preset.text_width,
+                    model_preset.condition.marker_names,
+                    {key: len(value) for key, value in state.items()},
                 )
         module = getattr(bridge, name)
         expected = {key: value.shape for key, value in module.state_dict().items()}
@@ -191,24 +178,6 @@ def load_bridge(model_preset: Preset, folder: Path, dtype: torch.dtype | None) -
         check_keys(name, sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys()), mismatched)
         module.load_state_dict(state, assign=True)
     return bridge
-
-
-def check_keys(
-    name: str,
-    missing: Sequence[str],
-    unknown: Sequence[str],
-    mismatched: Sequence[str | tuple[str, torch.Size, torch.Size]],
-) -> None:
-    """Raise CheckpointError unless all lists are empty. transformers lists mismatched keys with both shapes."""
-    for problem, keys in (("is missing", missing), ("is unknown", unknown), ("has a different shape", mismatched)):
-        if keys:
-            first = keys[0] if isinstance(keys[0], str) else keys[0][0]
-            raise CheckpointError(f"{name}: {len(keys)} weights do not fit; the first, {first}, {problem}")
-
-
-def get_first_line(error: Exception) -> str:
-    """Return the first line of an error's text, at most 200 characters, or its type if it has no text."""
-    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
 
 
 def find_shipped_weights(preset_name: str) -> Path:

@@ -17,7 +17,6 @@ from diffusers import WanTransformer3DModel
 from torch import nn
 
 from omnivideo.models.bridge import HiddenProjection
-from omnivideo.models.conditions import MARKER_NAMES
 from omnivideo.models.omni import Bridge, build_visual_context_adapter
 from omnivideo.presets import OMNIVIDEO2_1_3B, OMNIVIDEO2_A14B, OMNIVIDEO_1_3B, Preset
 
@@ -77,7 +76,7 @@ def list_weight_files(preset: Preset) -> tuple[str, ...]:
     """Return the published files of tensors, one for each decoder."""
     if preset.version == 1:
         return ("transformer/model.pt",)
-    if preset.num_decoders == 1:
+    if preset.experts.num_decoders == 1:
         return ("transformer/pytorch_model.pt",)
     return ("high_noise_model/model.pt", "low_noise_model/model.pt")
 
@@ -88,7 +87,7 @@ def get_markers_file(preset: Preset) -> str:
 
 def list_required_markers(preset: Preset) -> tuple[str, ...]:
     """Return the markers that a preset needs; version 2 has no adapter tokens to mark."""
-    return tuple(name for name in MARKER_NAMES if preset.version == 1 or not name.startswith("ipl"))
+    return preset.condition.marker_names
 
 
 def build_meta_modules(preset: Preset) -> dict[str, nn.Module]:
