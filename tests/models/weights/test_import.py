@@ -15,6 +15,7 @@ from omnivideo.errors import CheckpointError
 from omnivideo.models.vae import encode_pixels
 from omnivideo.models.weights import checkpoint
 from omnivideo.models.weights.check import find_faults
+from omnivideo.models.weights.convert import export_weights
 from omnivideo.models.weights.importer import import_weights
 from omnivideo.models.weights.published import get_part_folder, list_weight_files, locate_tensors
 from omnivideo.presets import PRESETS, Preset
@@ -112,6 +113,18 @@ def test_vilas_folders_are_linked(imported):
             )
             assert ours.read_bytes() == published.read_bytes()
             assert ours.samefile(published) == (file.suffix == ".safetensors")
+
+
+@pytest.mark.golden
+def test_the_authors_side_files_are_written_back(imported, monkeypatch, tmp_path):
+    """What was imported can be exported and imported again, and is the same."""
+    use_golden_sizes(monkeypatch, VERSION_1)
+    export_weights(imported / "ours", tmp_path / "back")
+    report = import_weights(tmp_path / "back", tmp_path / "again", allow_missing=True)
+    assert set(report.missing_parts) == {"mllm", "text_encoder", "tokenizer", "vae"}
+    digests = checkpoint.read_index(imported / "ours")["sha256"]
+    again = checkpoint.read_index(tmp_path / "again")["sha256"]
+    assert len(again) == 6 and again.items() <= digests.items()
 
 
 # ---------------------------------------------------------------- other sources
