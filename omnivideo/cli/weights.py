@@ -122,7 +122,7 @@ def download(
 
     table = Table("repository", "revision", "GB", "licence", title=preset)
     for repository in list_repositories(preset):
-        revision = (repository.revision or "pinned when first downloaded")[:12]
+        revision = repository.revision[:12] if repository.revision else "pinned at the first download"
         table.add_row(repository.id, revision, f"{repository.size_bytes / 1e9:.1f}", repository.licence)
     console.print(table)
     if not list_only:

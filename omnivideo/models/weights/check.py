@@ -259,6 +259,8 @@ def find_transformers_faults(class_name: str, folder: Path, label: str) -> Itera
     read_json(folder / "config.json")
     read_folder_shapes(folder)  # a damaged or a missing file is named here
     logging.disable_progress_bar()
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # transformers prints a table of what we report in one line
     try:
         _, report = getattr(transformers, class_name).from_pretrained(
             folder, device_map="meta", local_files_only=True, use_safetensors=True, ignore_mismatched_sizes=True,
@@ -267,5 +269,7 @@ def find_transformers_faults(class_name: str, folder: Path, label: str) -> Itera
     except (OSError, ValueError, RuntimeError, TypeError, AttributeError, KeyError) as error:
         yield f"{label} cannot be built: {get_first_line(error)}"
         return
+    finally:
+        logging.set_verbosity(verbosity)
     mismatched = [key if isinstance(key, str) else key[0] for key in report["mismatched_keys"]]
     yield from list_key_faults(label, sorted(report["missing_keys"]), sorted(report["unexpected_keys"]), mismatched)
