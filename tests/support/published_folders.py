@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from omnivideo.models.weights.published import locate_tensors
-from omnivideo.presets import PRESETS, Preset
+from omnivideo.presets import PRESETS, Preset, QueryTransformerConfig, VisualContextConfig
 from tests.support.golden import golden_folder, load_golden
-from tests.support.golden_models import build_golden_preset
 
 CHECKPOINTS = {
     "omnivideo-1.3b": {"transformer/model.pt": "v1_checkpoint"},
@@ -22,6 +21,38 @@ CHECKPOINTS = {
         "low_noise_model/model.pt": "v2_checkpoint_low",
     },
 }
+
+
+def narrow_to_golden(preset: Preset, **update: Any) -> Preset:
+    """Return the preset with the sizes of the golden checkpoint of its layout."""
+    tensors, about = load_golden(next(iter(CHECKPOINTS[preset.name].values())))
+    dims = about["dims"]
+    sizes = {"num_attention_heads": dims["heads"], "attention_head_dim": dims["head_dim"]}
+    sizes |= {"text_dim": dims["text_width"], "freq_dim": dims["freq_dim"], "ffn_dim": dims["ffn_dim"]}
+    update = {"mllm_width": dims["mllm_width"], "text_width": dims["text_width"]} | update
+    update["decoder"] = preset.decoder | sizes | {"num_layers": dims["num_layers"]}
+    hidden_dim = len(tensors["visual_context_adapter.patch_embedding.bias"])
+    update["visual_context"] = preset.visual_context.model_copy(update={"hidden_dim": hidden_dim})
+    assert isinstance(preset.visual_context, VisualContextConfig)
+    update["vae"] = read_vae_config()
+    if preset.version == 1:
+        shape = {"num_layers": dims["layers_of_head_and_adapter"][0]}
+        shape |= {"num_heads": dims["attention_heads_of_head_and_adapter"]}
+        update["vision_head"] = QueryTransformerConfig(
+            input_dim=dims["mllm_width"], width=dims["vision_width"], num_queries=dims["head_queries"], **shape
+        )
+        update["adapter"] = QueryTransformerConfig(
+            input_dim=dims["vision_width"], width=dims["text_width"], num_queries=dims["adapter_queries"], **shape
+        )
+    return preset.model_copy(update=update)
+
+
+def read_vae_config() -> dict[str, Any]:
+    """Return the golden VAE's configuration in diffusers' words."""
+    tensors, about = load_golden("wan21_vae")
+    config = dict(about["config"])
+    config["base_dim"] = config.pop("dim")
+    return config | {"latents_mean": tensors["mean"].tolist(), "latents_std": tensors["std"].tolist()}
 
 
 def read_states(name: str, prefix: str) -> dict[str, Tensor]:
@@ -81,7 +112,6 @@ def write_pickle(path: Path, content: Mapping[str, Any]) -> None:
 
 def use_golden_sizes(monkeypatch: Any, name: str, **update: Any) -> Preset:
     """Register a preset with the golden sizes under its own name."""
-    kind = {"omnivideo-1.3b": "v1", "omnivideo2-1.3b": "single", "omnivideo2-a14b": "experts"}[name]
-    preset = build_golden_preset(kind).model_copy(update=update)
+    preset = narrow_to_golden(PRESETS[name], **update)
     monkeypatch.setitem(PRESETS, name, preset)
     return preset
