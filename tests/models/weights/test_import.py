@@ -288,6 +288,10 @@ def test_a_fault_is_named_in_one_line_and_nothing_is_written(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
 
 
+def test_the_tiny_presets_folder_fits(weights):
+    assert find_faults(weights) == []
+
+
 @pytest.mark.golden
 @pytest.mark.parametrize("preset_name", [VERSION_1])
 def test_check_names_what_does_not_fit_across_parts(preset_name, imported, monkeypatch, tmp_path):
