@@ -124,9 +124,9 @@ class MLLMRequest(FrozenModel):
 
 
 class Route(FrozenModel):
-    """The medium that the first token of the MLLM's answer stands for, with its probability."""
+    """What the MLLM takes a request for, with its probability: words, a medium, a question back, or a refusal."""
 
-    kind: Literal["text", "image", "video"]
+    kind: Literal["text", "image", "video", "ask", "decline"]
     probability: float
 
 

@@ -59,11 +59,12 @@ class VisionInputConfig(PresetModel):
     patch_size: int  # px
     merge_size: int  # patches along each side of one token
     temporal_patch_size: int  # frames in one patch
-    min_pixels: int  # px of one frame
+    min_pixels: int  # px of one frame, or of the whole clip if the budget is "clip"
     max_pixels: int
     fps: float  # frames sampled from a second of video
     min_frames: int
     max_frames: int
+    budget: Literal["frame", "clip"] = "frame"
 
 
 class Preset(PresetModel):
