@@ -16,7 +16,7 @@ from torch import Tensor
 
 from omnivideo.contracts import Medium, get_editing_task, get_generation_task
 from omnivideo.evaluation.prompts import CATEGORIES, sample_prompts
-from omnivideo.models.mllm import MLLMMedia, MLLMMessage, generate_answer, predict_route
+from omnivideo.models.mllm import MLLMMedia, MLLMMessage
 from omnivideo.models.omni import OmniVideoModel
 from omnivideo.models.sampling import denoise, sample_initial_noise
 from omnivideo.models.vae import decode_latents, encode_pixels, pixels_from_bytes, pixels_to_bytes
@@ -199,7 +199,7 @@ def evaluate_understanding(omni: OmniVideoModel, count: int, on_progress: Evalua
         scene = sample_scene(rng, is_video=index % 2 == 1, split="held_out")
         question = sample_question(rng, scene)
         message = build_message(question.text, scene)
-        text = "".join(generate_answer(omni.mllm, omni.mllm_tokenizer, message, omni.vision_config, max_tokens=60))
+        text = "".join(omni.bound_mllm.stream_text(message, max_tokens=60))
         verdicts[question.kind].append(text.strip() == question.answer)
         on_progress("understanding", index + 1, count)
     return score_by_kind("understanding", verdicts)
@@ -226,7 +226,7 @@ def evaluate_routing(omni: OmniVideoModel, count: int, on_progress: EvaluationPr
     verdicts: dict[str, list[bool]] = defaultdict(list)
     for index in range(count):
         message, expected = sample_routing_case(rng)
-        route = predict_route(omni.mllm, omni.mllm_tokenizer, message, omni.vision_config).kind
+        route = omni.bound_mllm.route(message).kind
         verdicts[expected].append(route == expected)
         on_progress("routing", index + 1, count)
     return score_by_kind("routing", verdicts)

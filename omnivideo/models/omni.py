@@ -15,7 +15,8 @@ from transformers import PreTrainedTokenizerBase, Qwen3VLForConditionalGeneratio
 from omnivideo.contracts import Medium
 from omnivideo.models.bridge import Adapter, VisionHead, VisualContextAdapter
 from omnivideo.models.conditions import MarkerEmbeddings, assemble_conditions, count_condition_tokens, encode_text
-from omnivideo.models.mllm import MLLMMessage, compute_hidden_states
+from omnivideo.models.mllm import MLLMMessage
+from omnivideo.models.mllms import BoundMLLM, bind_mllm
 from omnivideo.models.positions import add_absolute_positions
 from omnivideo.presets import Preset, VisionInputConfig
 
@@ -67,11 +68,16 @@ class OmniVideoModel:
     def vision_config(self) -> VisionInputConfig:
         return self.preset.vision_input
 
+    @property
+    def bound_mllm(self) -> BoundMLLM:
+        """The calls of the preset's MLLM family, on this model's weights."""
+        return bind_mllm(self.preset, self.mllm, self.mllm_tokenizer)
+
     # ------------------------------------------------------------ visual tokens
 
     def compute_visual_tokens(self, requests: Sequence[tuple[MLLMMessage, Medium]]) -> Tensor:
         """Return V_o [B, Q, E] (Eq. 1), which the vision head predicts from the hidden states of each request."""
-        states_BNM, padding_BN = compute_hidden_states(self.mllm, self.mllm_tokenizer, requests, self.vision_config)
+        states_BNM, padding_BN = self.bound_mllm.compute_features(requests)
         visual_BQE: Tensor = self.bridge.vision_head(states_BNM, padding_BN)
         return visual_BQE
 

@@ -22,7 +22,7 @@ from omnivideo.contracts import (
 from omnivideo.cpu_threads import configure_cpu_threads
 from omnivideo.media.read import fit_media, read_media
 from omnivideo.models.device import pick_device
-from omnivideo.models.mllm import MLLMMedia, MLLMMessage, generate_answer, predict_route
+from omnivideo.models.mllm import MLLMMedia, MLLMMessage
 from omnivideo.models.omni import OmniVideoModel
 from omnivideo.models.weights import checkpoint
 from omnivideo.models.weights.checkpoint import find_shipped_weights
@@ -94,7 +94,7 @@ class Studio:
         """Return what the model would answer the request with: text, an image or a video, with its probability."""
         media = () if source is None else (self.load_media(source),)
         message = MLLMMessage(check_prompt("prompt", prompt), media)
-        return predict_route(self.omni.mllm, self.omni.mllm_tokenizer, message, self.omni.vision_config)
+        return self.omni.bound_mllm.route(message)
 
     def generate(
         self, prompt: str, *, image: bool | None = None, on_step: StepCallback = ignore_step, **overrides: object
@@ -136,15 +136,7 @@ class Studio:
         """Answer a question about an image or a clip; call `on_text` with each new piece of the answer."""
         message = MLLMMessage(check_prompt("question", question), (self.load_media(source),))
         pieces = []
-        for piece in generate_answer(
-            self.omni.mllm,
-            self.omni.mllm_tokenizer,
-            message,
-            self.omni.vision_config,
-            temperature=temperature,
-            top_p=top_p,
-            seed=seed,
-        ):
+        for piece in self.omni.bound_mllm.stream_text(message, temperature=temperature, top_p=top_p, seed=seed):
             pieces.append(piece)
             on_text(piece)
         return "".join(pieces).strip()

@@ -11,15 +11,7 @@ from torch import Tensor
 
 from omnivideo.contracts import Artifact, Medium, MLLMRequest, Route
 from omnivideo.media.artifacts import load_frames
-from omnivideo.models.mllm import (
-    MLLMMedia,
-    MLLMMessage,
-    compute_first_logits,
-    generate_answer,
-    list_special_tokens,
-    predict_route,
-    sanitize_text,
-)
+from omnivideo.models.mllm import MLLMMedia, MLLMMessage, sanitize_text
 from omnivideo.models.omni import OmniVideoModel
 from omnivideo.ports import ObjectStore
 from omnivideo.storage.objects.local import compute_object_key
@@ -44,7 +36,7 @@ class LocalMLLM:
         self.store = store
         self.persist_tokens = persist_tokens
         self.load_media_cached = lru_cache(maxsize=MAX_CACHED_MEDIA)(self.load_media)
-        self.special_tokens = list_special_tokens(omni.mllm_tokenizer)
+        self.special_tokens = omni.bound_mllm.special_tokens
         self.tokens_by_reference: OrderedDict[str, Tensor] = OrderedDict()
         self.tokens_lock = threading.Lock()
 
@@ -57,25 +49,15 @@ class LocalMLLM:
         return MLLMMessage(text, tuple(map(self.load_media_cached, request.artifacts)), request.system)
 
     def route(self, request: MLLMRequest) -> Route:
-        message = self.build_message(request)
-        return predict_route(self.omni.mllm, self.omni.mllm_tokenizer, message, self.omni.vision_config)
+        return self.omni.bound_mllm.route(self.build_message(request))
 
     def stream_text(self, request: MLLMRequest, max_tokens: int | None = None) -> Iterator[str]:
         # Greedy, so that another process that continues a turn gets the same text.
-        yield from generate_answer(
-            self.omni.mllm,
-            self.omni.mllm_tokenizer,
-            self.build_message(request),
-            self.omni.vision_config,
-            temperature=0.0,
-            max_tokens=max_tokens or self.max_tokens,
-        )
+        message, max_tokens = self.build_message(request), max_tokens or self.max_tokens
+        yield from self.omni.bound_mllm.stream_text(message, temperature=0.0, max_tokens=max_tokens)
 
     def score_agreement(self, request: MLLMRequest) -> float:
-        tokenizer = self.omni.mllm_tokenizer
-        logits_V = compute_first_logits(self.omni.mllm, tokenizer, self.build_message(request), self.omni.vision_config)
-        answer_ids = [tokenizer(word, add_special_tokens=False).input_ids[0] for word in ("yes", "no")]
-        return float(logits_V[answer_ids].softmax(-1)[0])
+        return self.omni.bound_mllm.score_agreement(self.build_message(request))
 
     # ------------------------------------------------------------ visual tokens
 
