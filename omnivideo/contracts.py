@@ -116,11 +116,15 @@ class Artifact(FrozenModel):
 
 
 class MLLMRequest(FrozenModel):
-    """A request to the MLLM: text, the artifacts shown with it, and the system prompt of a mode."""
+    """A request to the MLLM: text, the artifacts shown with it, and the system prompt of a mode.
+
+    With a `json_schema`, the answer is valid JSON of that schema.
+    """
 
     text: str
     artifacts: tuple[Artifact, ...] = ()
     system: str | None = None
+    json_schema: str | None = None
 
 
 class Route(FrozenModel):

@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase, Qwen3VLForConditionalGeneratio
 from transformers.vision_utils import get_vision_position_ids
 
 from omnivideo.contracts import Route
+from omnivideo.models.structured import SchemaConstraint
 from omnivideo.presets import VisionInputConfig
 
 BOI, EOI, BOV, EOV = "<BOI>", "<EOI>", "<BOV>", "<EOV>"
@@ -43,11 +44,15 @@ class MLLMMedia:
 
 @dataclass(frozen=True)
 class MLLMMessage:
-    """One request: the media come first, then the text. `system` is the system prompt of a mode such as think."""
+    """One request: the media come first, then the text. `system` is the system prompt of a mode such as think.
+
+    With a `json_schema`, the answer is valid JSON of that schema.
+    """
 
     text: str
     media: tuple[MLLMMedia, ...] = ()
     system: str | None = None
+    json_schema: str | None = None
 
 
 @dataclass(frozen=True)
@@ -312,14 +317,19 @@ def generate_answer(
     token_ids: list[int] = []
     emitted_text = ""
     out = model(**inputs, logits_to_keep=1, use_cache=True)
+    schema, num_logits = message.json_schema, out.logits.shape[-1]
+    constraint = SchemaConstraint(tokenizer, num_logits, schema) if schema else None
     # transformers keeps the rotary offset of the last request with media; a request without media has no offset.
     offset = model.model.rope_deltas if message.media else torch.zeros(1, dtype=torch.long, device=model.device)
     for _ in range(max_tokens):
         logits_V = out.logits[0, -1].float().cpu()
         logits_V[banned_ids] = -torch.inf
+        logits_V = constraint.mask_logits(logits_V) if constraint else logits_V
         token_id = sample_token(logits_V, temperature, top_p, generator)
         if token_id == tokenizer.eos_token_id or token_id in stop_ids:
             return
+        if constraint:
+            constraint.accept_token(token_id)
         token_ids.append(token_id)
         text = tokenizer.decode(token_ids)
         if not text.endswith("\ufffd"):  # a character may span several tokens

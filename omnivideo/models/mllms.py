@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from omnivideo.contracts import Medium, Route
 from omnivideo.models import mllm
 from omnivideo.models.mllm import MLLMMessage
+from omnivideo.models.qwen3_vl import InstructQwen3VL
 from omnivideo.presets import Preset, VisionInputConfig
 
 

@@ -46,7 +46,8 @@ class LocalMLLM:
     def build_message(self, request: MLLMRequest) -> MLLMMessage:
         """Return the model's input for a request. Raises UnreadableMedia or ArtifactNotFound."""
         text = sanitize_text(request.text, self.special_tokens)
-        return MLLMMessage(text, tuple(map(self.load_media_cached, request.artifacts)), request.system)
+        media = tuple(map(self.load_media_cached, request.artifacts))
+        return MLLMMessage(text, media, request.system, request.json_schema)
 
     def route(self, request: MLLMRequest) -> Route:
         return self.omni.bound_mllm.route(self.build_message(request))

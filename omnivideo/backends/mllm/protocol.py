@@ -54,6 +54,7 @@ class MLLMPayload(FrozenModel):
     text: str
     media: tuple[MediaPayload, ...] = ()
     system: str | None = None
+    json_schema: str | None = None
 
 
 class WriteRequest(FrozenModel):

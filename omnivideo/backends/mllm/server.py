@@ -114,7 +114,9 @@ class SerializedMLLM:
                      frames=0, fps=media.fps, caption="", created_by="")
             for media in payload.media
         )  # fmt: skip
-        return MLLMRequest(text=payload.text, artifacts=artifacts, system=payload.system)
+        return MLLMRequest(
+            text=payload.text, artifacts=artifacts, system=payload.system, json_schema=payload.json_schema
+        )
 
     async def route(self, payload: MLLMPayload) -> Route:
         async with self.lock:
