@@ -56,7 +56,7 @@ def main() -> None:
     pipeline.set_progress_bar_config(disable=True)
     with torch.no_grad():
         condition = omni.build_condition(["a small red circle moving right"], [None])
-        null = omni.build_null_condition(omni.preset.negative_prompt, 1)
+        null = omni.build_null_condition(omni.preset.null.negative_prompt, 1)
     pairs = [
         (
             time_ours(omni, condition, null, arguments.steps),

@@ -7,8 +7,9 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from omnivideo.clip_sizes import check_model_limits, compute_latent_grid
 from omnivideo.errors import InvalidInput
-from omnivideo.presets import Preset, Task, check_model_limits, compute_latent_grid
+from omnivideo.presets import Preset, Task, get_sampling_defaults
 
 MAX_SEED = 2**63 - 1
 MAX_CLIP_PIXELS = 1280 * 720 * 121  # width x height x frames; no preset supports more
@@ -269,7 +270,10 @@ def resolve_sampling_params(preset: Preset, task: Task, **overrides: object) -> 
     A request's settings are resolved here, once, when it becomes a job. Raises an InvalidInput that names the field and
     the allowed range.
     """
-    defaults = preset.sampling[task].model_dump() | {"negative_prompt": preset.negative_prompt, "seed": 0}
+    defaults = get_sampling_defaults(preset, task).model_dump() | {
+        "negative_prompt": preset.null.negative_prompt,
+        "seed": 0,
+    }
     given = {name: value for name, value in overrides.items() if value is not None}
     try:
         params = SamplingParams(task=task, **(defaults | given))

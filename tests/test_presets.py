@@ -4,19 +4,11 @@ import pytest
 import torch
 from diffusers import WanTransformer3DModel
 
+from omnivideo.clip_sizes import compute_latent_grid, count_decoder_tokens, count_visual_context_tokens
 from omnivideo.errors import InvalidInput
 from omnivideo.models.bridge import Adapter, VisionHead, VisualContextAdapter
 from omnivideo.models.omni import Bridge
-from omnivideo.presets import (
-    OMNIVIDEO2_1_3B,
-    OMNIVIDEO2_A14B,
-    OMNIVIDEO_1_3B,
-    PRESETS,
-    compute_latent_grid,
-    count_decoder_tokens,
-    count_visual_context_tokens,
-    get_preset,
-)
+from omnivideo.presets import OMNIVIDEO2_1_3B, OMNIVIDEO2_A14B, OMNIVIDEO_1_3B, PRESETS, get_preset
 
 
 def count(module: torch.nn.Module) -> tuple[int, int]:

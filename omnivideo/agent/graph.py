@@ -81,7 +81,7 @@ def load_prompts(preset: Preset) -> Prompts:
     def read_prompt(name: str) -> str:
         return (folder / f"{name}.md").read_text().strip()
 
-    plan = read_prompt("plan") if preset.mllm_can_plan else None
+    plan = read_prompt("plan") if preset.mllm.can_plan else None
     return Prompts(read_prompt("think"), read_prompt("check"), read_prompt("describe"), plan)
 
 

@@ -14,13 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from omnivideo.clip_sizes import compute_latent_grid
 from omnivideo.contracts import Medium, get_editing_task, get_generation_task
 from omnivideo.evaluation.prompts import CATEGORIES, sample_prompts
 from omnivideo.models.mllm import MLLMMedia, MLLMMessage
 from omnivideo.models.omni import OmniVideoModel
 from omnivideo.models.sampling import denoise, sample_initial_noise
 from omnivideo.models.vae import decode_latents, encode_pixels, pixels_from_bytes, pixels_to_bytes
-from omnivideo.presets import Task, compute_latent_grid
+from omnivideo.presets import Task, get_sampling_defaults
 from omnivideo.synthetic.chat import make_knowledge_example, make_question_example, make_talk_example
 from omnivideo.synthetic.edits import IMAGE_EDITS, VIDEO_EDITS, SceneEdit, sample_edit
 from omnivideo.synthetic.questions import sample_question
@@ -79,7 +80,7 @@ def build_conditions(
     source: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Return the condition and the null condition of a batch, under an ablation's mode."""
-    negative = omni.preset.negative_prompt
+    negative = omni.preset.null.negative_prompt
     null = omni.build_null_condition(negative, len(texts), source)
     if mode == "text only":
         return omni.build_condition(texts, [None] * len(texts), source), null
@@ -102,7 +103,7 @@ def sample_clips(
     source: Tensor | None = None,
 ) -> np.ndarray:
     """Generate clips, uint8 [B, F, H, W, 3], with the preset's steps and guidance; seeds count up from `seed`."""
-    sampling = omni.preset.sampling[task]
+    sampling = get_sampling_defaults(omni.preset, task)
     medium: Medium = "video" if sampling.frames > 1 else "image"
     condition, null = build_conditions(omni, texts, messages, medium, mode, source)
     grid = compute_latent_grid(sampling.width, sampling.height, sampling.frames)

@@ -106,4 +106,7 @@ class Qwen3VLWithRoutingTokens:
 
 def bind_mllm(preset: Preset, model: Any, tokenizer: PreTrainedTokenizerBase) -> BoundMLLM:
     """Return the calls of the preset's MLLM family on a loaded model."""
-    return Qwen3VLWithRoutingTokens(model, tokenizer, preset.vision_input)
+    config = preset.mllm
+    if config.routing == "likelihoods":
+        return InstructQwen3VL(model, tokenizer, config, "caption" in preset.condition.text_parts)
+    return Qwen3VLWithRoutingTokens(model, tokenizer, config.vision_input)

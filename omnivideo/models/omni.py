@@ -66,7 +66,7 @@ class OmniVideoModel:
 
     @property
     def vision_config(self) -> VisionInputConfig:
-        return self.preset.vision_input
+        return self.preset.mllm.vision_input
 
     @property
     def bound_mllm(self) -> BoundMLLM:
@@ -102,7 +102,7 @@ class OmniVideoModel:
 
     def encode_prompts(self, prompts: Sequence[str]) -> list[Tensor]:
         """Return the text embeddings [L, D] of each prompt, without padding."""
-        hidden_BLD, lengths_B = encode_text(self.tokenizer, self.text_encoder, prompts, self.preset.max_text_tokens)
+        hidden_BLD, lengths_B = encode_text(self.tokenizer, self.text_encoder, prompts, self.preset.text.max_tokens)
         return [row_LD[:length] for row_LD, length in zip(hidden_BLD, lengths_B.tolist(), strict=True)]
 
     def encode_visual_context(self, source_BzThw: Tensor | None, count: int) -> list[Tensor | None]:
@@ -119,7 +119,7 @@ class OmniVideoModel:
         Raises ConditionTooLong if a prompt or a condition exceeds the preset's limit.
         """
         context_LD = self.encode_visual_context(source_BzThw, len(prompts))
-        min_tokens, max_tokens = self.preset.min_condition_tokens, self.preset.max_condition_tokens
+        min_tokens, max_tokens = self.preset.condition.min_tokens, self.preset.condition.max_tokens
         return assemble_conditions(
             self.bridge.markers, self.encode_prompts(prompts), visual_LD, context_LD, min_tokens, max_tokens
         )
@@ -135,7 +135,7 @@ class OmniVideoModel:
         """Return the length L of the condition of a new image or video without building it."""
         text_tokens = len(self.tokenizer(prompt, verbose=False).input_ids)
         needed = count_condition_tokens(self.bridge.markers, text_tokens, self.count_adapter_tokens(target), None)
-        return max(self.preset.min_condition_tokens, needed)
+        return max(self.preset.condition.min_tokens, needed)
 
     # ------------------------------------------------------------ modules
 

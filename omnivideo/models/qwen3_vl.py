@@ -23,7 +23,7 @@ from omnivideo.contracts import Medium, Route
 from omnivideo.models import mllm
 from omnivideo.models.choices import BranchQuery, score_choices
 from omnivideo.models.mllm import MLLMMessage, TokenizedRequest
-from omnivideo.presets import VisionInputConfig
+from omnivideo.presets import MLLMConfig, VisionInputConfig
 
 USER_START = "<|im_start|>user\n"
 END_TOKEN = "<|im_end|>"
@@ -133,22 +133,18 @@ def get_source_medium(message: MLLMMessage) -> Medium | None:
 
 
 class InstructQwen3VL:
-    """A stock Qwen3-VL behind `models.mllms.BoundMLLM`.
+    """A stock Qwen3-VL behind `models.mllms.BoundMLLM`, with the inputs and states that a preset's `config` names.
 
-    `vision_config` is its input for questions and routes, `caption_config` for captions, `feature_config` for features.
+    `writes_captions` is False if the decoder reads the user's words alone.
     """
 
     def __init__(
-        self,
-        model: Any,
-        tokenizer: PreTrainedTokenizerBase,
-        vision_config: VisionInputConfig,
-        caption_config: VisionInputConfig | None = None,
-        feature_config: VisionInputConfig | None = None,
+        self, model: Any, tokenizer: PreTrainedTokenizerBase, config: MLLMConfig, writes_captions: bool = True
     ):
-        self.model, self.tokenizer, self.vision_config = model, tokenizer, vision_config
-        self.caption_config = caption_config or vision_config
-        self.feature_config = feature_config or vision_config
+        self.model, self.tokenizer, self.config, self.writes_captions = model, tokenizer, config, writes_captions
+        self.vision_config = config.vision_input
+        self.caption_config = config.caption_input or config.vision_input
+        self.feature_config = config.feature_input or config.vision_input
 
     @property
     def special_tokens(self) -> frozenset[str]:
@@ -220,8 +216,10 @@ class InstructQwen3VL:
         pieces = self.stream_answer(message, self.caption_config, temperature=0.0, max_tokens=MAX_CAPTION_TOKENS)
         return mllm.sanitize_text("".join(pieces).strip(), self.special_tokens)
 
-    def caption_target(self, message: MLLMMessage, medium: Medium) -> str:
+    def caption_target(self, message: MLLMMessage, medium: Medium) -> str | None:
         """Return the caption of the requested clip; an edit's source is captioned first."""
+        if not self.writes_captions:
+            return None
         source_caption = self.write_caption(build_source_caption_message(message)) if message.media else None
         return self.write_caption(build_target_caption_message(message, source_caption))
 
@@ -229,21 +227,28 @@ class InstructQwen3VL:
 
     def compute_features(self, requests: Sequence[tuple[MLLMMessage, Medium]]) -> tuple[Tensor, Tensor]:
         """Return the states [B, N, M] of the kept positions, and a mask [B, N], True for padding."""
-        messages = [build_feature_message(message) for message, _ in requests]
-        return self.compute_states_after_user_start(messages)
+        return self.compute_kept_states([build_feature_message(message) for message, _ in requests])
 
-    def compute_states_after_user_start(self, messages: Sequence[MLLMMessage]) -> tuple[Tensor, Tensor]:
-        """Return the states [B, N, M] after each user turn's opening, and a mask [B, N], True for padding."""
+    @torch.no_grad()
+    def compute_kept_states(self, messages: Sequence[MLLMMessage]) -> tuple[Tensor, Tensor]:
+        """Return the states [B, N, M] of each message's kept positions, and a mask [B, N], True for padding."""
         encoded = [mllm.tokenize_message(self.tokenizer, message, self.feature_config) for message in messages]
         inputs = mllm.collate_requests(encoded, self.tokenizer.pad_token_id)
-        states_BNM = forward_states_before_norm(self.model, inputs)
+        if self.config.hidden_states == "before-norm":
+            states_BNM = forward_states_before_norm(self.model, inputs)
+        else:
+            states_BNM, _ = mllm.forward_hidden_states(self.model, inputs)
         kept = [
-            states_NM[count_dropped_tokens(self.tokenizer, message) : len(request.token_ids)]
+            states_NM[self.count_dropped(message) : len(request.token_ids)]
             for states_NM, message, request in zip(states_BNM, messages, encoded, strict=True)
         ]
         lengths_B = torch.tensor([len(states_NM) for states_NM in kept], device=states_BNM.device)
         padded_BNM = torch.nn.utils.rnn.pad_sequence(kept, batch_first=True)
         return padded_BNM, torch.arange(padded_BNM.shape[1], device=states_BNM.device) >= lengths_B[:, None]
+
+    def count_dropped(self, message: MLLMMessage) -> int:
+        """Return the number of leading positions whose states the preset leaves out."""
+        return 0 if self.config.kept_positions == "all" else count_dropped_tokens(self.tokenizer, message)
 
 
 def list_stop_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

@@ -338,7 +338,8 @@ def test_an_invalid_plan_makes_the_turn_one_action_about_the_last_artifact(plan)
 def test_an_mllm_that_cannot_plan_is_not_asked_for_a_plan():
     mllm = PlanningMLLM()
     mllm.plans = {"a red ball; now make it blue": '[{"do": "something else", "about": "new"}]'}
-    conversation = Conversation(mllm=mllm, preset=OMNIVIDEO_1_3B.model_copy(update={"mllm_can_plan": False}))
+    small = OMNIVIDEO_1_3B.mllm.model_copy(update={"can_plan": False})
+    conversation = Conversation(mllm=mllm, preset=OMNIVIDEO_1_3B.model_copy(update={"mllm": small}))
     first, second = conversation.say("a red ball; now make it blue").results
     assert (first.action.text, second.action.text) == ("a red ball", "make it blue")
     assert second.artifact.source == first.artifact.key and not any(ask.system == PROMPTS.plan for ask in mllm.asks)

@@ -48,13 +48,13 @@ def test_patches_agree_with_those_of_qwen():
         patch_size=8, temporal_patch_size=2, merge_size=2, min_pixels=4096, max_pixels=4096,
         image_mean=[0.5] * 3, image_std=[0.5] * 3,
     )(images=[Image.fromarray(FRAME[0])], return_tensors="pt")  # fmt: skip
-    ours, grid = patchify(FRAME, TINY.vision_input)
+    ours, grid = patchify(FRAME, TINY.mllm.vision_input)
     assert theirs["image_grid_thw"].tolist() == [grid]
     assert torch.allclose(theirs["pixel_values"], ours, atol=1e-6)
 
 
 def test_a_clip_is_sampled_from_its_first_to_its_last_frame():
-    assert sample_frame_indices(MLLMMedia(CLIP, 8.0), TINY.vision_input) == [0, 3, 5, 8]
+    assert sample_frame_indices(MLLMMedia(CLIP, 8.0), TINY.mllm.vision_input) == [0, 3, 5, 8]
 
 
 def test_batches_equal_single_requests(omni):
@@ -161,7 +161,7 @@ def run(
     omni, seed: int, guidance: float = 3.0, steps: int = 4, begin: DenoisingState | None = None, shift: float = 5.0
 ):
     condition = omni.build_condition(["a red circle"], [None])
-    null = omni.build_null_condition(TINY.negative_prompt, 1)
+    null = omni.build_null_condition(TINY.null.negative_prompt, 1)
     x = sample_initial_noise([seed], (16, 3, 8, 8), torch.device("cpu"))
     return list(denoise(omni.decoder, x, condition, null, steps, guidance, shift, begin))
 
@@ -205,7 +205,7 @@ def test_the_loop_agrees_with_the_pipeline_of_diffusers(omni):
     theirs.set_progress_bar_config(disable=True)
     latents = theirs(
         prompt_embeds=omni.build_condition(["a red circle"], [None]),
-        negative_prompt_embeds=omni.build_null_condition(TINY.negative_prompt, 1),
+        negative_prompt_embeds=omni.build_null_condition(TINY.null.negative_prompt, 1),
         height=64, width=64, num_frames=9, num_inference_steps=4, guidance_scale=3.0, output_type="latent",
         latents=sample_initial_noise([1], (16, 3, 8, 8), torch.device("cpu")),
     ).frames  # fmt: skip

@@ -1,4 +1,4 @@
-"""A stock Qwen3-VL: version 2's three calls against the authors' own, routing by likelihoods, and the loaded weights."""
+"""A stock Qwen3-VL: version 2's three calls against the authors' own, routing by likelihoods, plans by a schema."""
 
 from functools import lru_cache
 
@@ -8,16 +8,15 @@ import torch
 from torch.testing import assert_close
 from transformers import AutoTokenizer, Qwen3VLMoeForConditionalGeneration
 
+from omnivideo.agent.mllm_plan import TurnPlan, build_plan_schema, parse_plan
 from omnivideo.models import qwen3_vl
 from omnivideo.models.mllm import MLLMMedia, MLLMMessage, collate_requests, tokenize_message
 from omnivideo.models.qwen3_vl import InstructQwen3VL
-from omnivideo.presets import QWEN3_VL_INPUT
+from omnivideo.presets import OMNIVIDEO2_A14B, QWEN3_VL_INPUT
 from tests.support.golden import golden_folder, load_golden
 
-CAPTION_INPUT = QWEN3_VL_INPUT.model_copy(
-    update={"min_pixels": 230_400, "max_pixels": 921_600, "min_frames": 6, "max_frames": 6, "budget": "clip"}
-)
-FEATURE_INPUT = CAPTION_INPUT.model_copy(update={"min_pixels": 480, "max_pixels": 1920})
+CONFIG = OMNIVIDEO2_A14B.mllm
+CAPTION_INPUT, FEATURE_INPUT = CONFIG.caption_input, CONFIG.feature_input
 TOLERANCE = {"rtol": 0.0, "atol": 2e-5}
 TENSORS, ABOUT = load_golden("qwen3vl")
 
@@ -27,7 +26,7 @@ def load_mllm() -> InstructQwen3VL:
     folder = golden_folder() / "qwen3vl"
     model = Qwen3VLMoeForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    return InstructQwen3VL(model, tokenizer, QWEN3_VL_INPUT, CAPTION_INPUT, FEATURE_INPUT)
+    return InstructQwen3VL(model, tokenizer, CONFIG)
 
 
 def draw_clip() -> MLLMMedia:
@@ -87,7 +86,7 @@ def test_the_features_are_the_authors(name, text):
     if name == "v2v":
         assert encoded.grids["video"] == TENSORS["feature_v2v.video_grid_thw"].tolist()
         assert_close(encoded.patches["video"][0], TENSORS["feature_v2v.patches"], rtol=0.0, atol=1e-6)
-    states, padding = bound.compute_states_after_user_start([message])
+    states, padding = bound.compute_kept_states([message])
     assert not padding.any()
     assert_close(states[0], TENSORS[f"feature_{name}.features"], **TOLERANCE)
     inputs = collate_requests([encoded], bound.tokenizer.pad_token_id)
@@ -100,10 +99,28 @@ def test_the_features_are_the_authors(name, text):
 def test_a_batch_has_the_features_of_each_request_alone():
     bound = load_mllm()
     messages = [MLLMMessage("a red ball", (), "See it."), MLLMMessage("a much longer wish for a blue ball")]
-    states, padding = bound.compute_states_after_user_start(messages)
+    states, padding = bound.compute_kept_states(messages)
     for index, message in enumerate(messages):
-        alone, _ = bound.compute_states_after_user_start([message])
+        alone, _ = bound.compute_kept_states([message])
         assert_close(states[index][~padding[index]], alone[0], **TOLERANCE)
+
+
+@pytest.mark.golden
+def test_the_states_after_the_norm_and_all_positions_can_be_had_too():
+    bound, message = load_mllm(), MLLMMessage(ABOUT["short_prompt"], (), ABOUT["system_prompts"]["feature"])
+    config = CONFIG.model_copy(update={"hidden_states": "after-norm", "kept_positions": "all"})
+    states, _ = InstructQwen3VL(bound.model, bound.tokenizer, config).compute_kept_states([message])
+    assert_close(states[0], TENSORS["feature_t2v.last_hidden_state"], **TOLERANCE)
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("seed", range(3))
+def test_an_answer_by_a_schema_is_always_valid(seed):
+    bound = load_mllm()
+    message = MLLMMessage("make it blue, then say what it is", (), "Plan.", build_plan_schema(2))
+    answer = "".join(bound.stream_text(message, temperature=30.0, top_p=1.0, max_tokens=6000, seed=seed))
+    plan = TurnPlan.model_validate_json(answer)
+    assert parse_plan(answer, 2) == list(plan.actions)
 
 
 @pytest.mark.golden

@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from omnivideo.clip_sizes import compute_latent_grid
 from omnivideo.contracts import Medium, SamplingParams, StepProgress
 from omnivideo.models.mllm import MLLMMedia, MLLMMessage
 from omnivideo.models.omni import OmniVideoModel
 from omnivideo.models.sampling import DenoisingState, denoise, sample_initial_noise
 from omnivideo.models.vae import decode_latents, encode_pixels, pixels_from_bytes, pixels_to_bytes
 from omnivideo.ports import Decoder
-from omnivideo.presets import compute_latent_grid
 
 
 @dataclass

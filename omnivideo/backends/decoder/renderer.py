@@ -18,6 +18,7 @@ from omnivideo.backends.decoder.pipeline import (
     medium_from_params,
 )
 from omnivideo.backends.mllm.local import LocalMLLM
+from omnivideo.clip_sizes import compute_latent_grid
 from omnivideo.contracts import (
     Artifact,
     Job,
@@ -34,7 +35,6 @@ from omnivideo.models.omni import OmniVideoModel
 from omnivideo.models.sampling import DenoisingState
 from omnivideo.models.vae import decode_latents, pixels_to_bytes
 from omnivideo.ports import ObjectStore
-from omnivideo.presets import compute_latent_grid
 from omnivideo.storage.objects.tensors import get_tensors, put_tensors
 
 

@@ -122,7 +122,7 @@ def resolve_preset(source: Path, name: str | None) -> Preset:
     model_preset = get_preset(preset_name)
     if model_preset.name not in PUBLISHED_PRESETS:
         raise InvalidInput("preset", f"{preset_name!r} is not published; allowed: {', '.join(PUBLISHED_PRESETS)}")
-    if source.is_file() and model_preset.num_decoders > 1:
+    if source.is_file() and model_preset.experts.num_decoders > 1:
         text = f"{model_preset.name} has two files; pass the folder with {join_weight_files(model_preset)}"
         raise InvalidInput("source", text)
     return model_preset
@@ -272,7 +272,7 @@ def export_weights(folder: Path, target: Path) -> WeightsReport:
 
 def list_decoder_folders(part: str, model_preset: Preset) -> list[str]:
     """Return the subfolders of a part, one for each decoder."""
-    return [get_part_folder(part, decoder_index) for decoder_index in range(model_preset.num_decoders)]
+    return [get_part_folder(part, decoder_index) for decoder_index in range(model_preset.experts.num_decoders)]
 
 
 def list_part_folders(model_preset: Preset, expected: Mapping[str, TensorLocation]) -> list[str]:

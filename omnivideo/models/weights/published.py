@@ -76,7 +76,7 @@ def list_weight_files(preset: Preset) -> tuple[str, ...]:
     """Return the published files of tensors, one for each decoder."""
     if preset.version == 1:
         return ("transformer/model.pt",)
-    if preset.num_decoders == 1:
+    if preset.experts.num_decoders == 1:
         return ("transformer/pytorch_model.pt",)
     return ("high_noise_model/model.pt", "low_noise_model/model.pt")
 

@@ -83,13 +83,13 @@ class FrozenEncoders:
         vae = load_strict(AutoencoderKLWan, folder, "vae", dtype).to(device).eval()
         text_encoder = load_strict(UMT5EncoderModel, folder, "text_encoder", dtype).to(device).eval()
         tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
-        max_text_tokens = get_preset(read_index(folder)["preset"]).max_text_tokens
+        max_text_tokens = get_preset(read_index(folder)["preset"]).text.max_tokens
         return cls(vae, text_encoder, tokenizer, max_text_tokens, fingerprint_weights(folder))
 
     @classmethod
     def from_omni(cls, omni: OmniVideoModel) -> "FrozenEncoders":
         """Return the encoders of a loaded model."""
-        return cls(omni.vae, omni.text_encoder, omni.tokenizer, omni.preset.max_text_tokens)
+        return cls(omni.vae, omni.text_encoder, omni.tokenizer, omni.preset.text.max_tokens)
 
     def compute_digest(self, assigner: BucketAssigner) -> str:
         """Return the digest of caches with these weights and buckets."""

@@ -10,9 +10,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from omnivideo.clip_sizes import count_visual_context_tokens
 from omnivideo.models.conditions import assemble_conditions, count_condition_tokens, pad_condition
 from omnivideo.models.omni import OmniVideoModel
-from omnivideo.presets import count_visual_context_tokens
 from omnivideo.training.data.batch import FlowBatch, FlowSource, MicroBatch
 from omnivideo.training.data.prefetch import Prefetcher
 from omnivideo.training.engine.data_parallel import current_rank
@@ -139,7 +139,7 @@ def build_condition(
     ]
     tokens = [None if dropout.drops_visual(draw) else row for draw, row in zip(dropout_draws, adapted, strict=True)]
     contexts = compute_source_contexts(model, batch)
-    min_tokens, max_tokens = omni.preset.min_condition_tokens, omni.preset.max_condition_tokens
+    min_tokens, max_tokens = omni.preset.condition.min_tokens, omni.preset.condition.max_tokens
     condition_BLD = assemble_conditions(model.bridge.markers, texts, tokens, contexts, min_tokens, max_tokens)
     return pad_condition(condition_BLD, min_length, max_tokens), visual_BQE
 
@@ -162,7 +162,7 @@ def compute_condition_length(
             dropout_draws, batch.text_lengths, batch.has_source.tolist(), strict=True
         )
     ]
-    return max(omni.preset.min_condition_tokens, *lengths)
+    return max(omni.preset.condition.min_tokens, *lengths)
 
 
 def compute_source_contexts(model: TrainableParts, batch: FlowBatch) -> list[Tensor | None]:
@@ -198,7 +198,7 @@ def build_flow_recipe(
     """
     with torch.no_grad():
         # The text encoder may be on another device and in another precision than the decoder.
-        null_LD = omni.encode_prompts([omni.preset.negative_prompt])[0].to(omni.device).float()
+        null_LD = omni.encode_prompts([omni.preset.null.negative_prompt])[0].to(omni.device).float()
     objective = FlowObjective(
         omni,
         TrainableParts(omni),

@@ -81,7 +81,7 @@ def build_decoder_recipe(
         with torch.no_grad():
             text = encode_text(tokenizer, text_encoder, texts, MAX_TEXT_TOKENS)[0]
         condition = pad_condition(
-            text, current_rank().global_max(max(TINY.min_condition_tokens, text.shape[1])), MAX_TEXT_TOKENS
+            text, current_rank().global_max(max(TINY.condition.min_tokens, text.shape[1])), MAX_TEXT_TOKENS
         )
         error = flow_matching_loss(
             decoder, latents.to(condition.device), condition, 0.5 if step >= LAYOUT_START_STEP else 0.0
