@@ -9,14 +9,14 @@ Every weights file is safetensors. A missing or unknown key or a wrong shape is 
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen3VLForConditionalGeneration, UMT5EncoderModel
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen3VLMoeForConditionalGeneration, UMT5EncoderModel
 from transformers.utils import logging
 
 from omnivideo.errors import CheckpointError
@@ -24,6 +24,10 @@ from omnivideo.models.conditions import MarkerEmbeddings
 from omnivideo.models.mllm import VISUAL_TOKENS
 from omnivideo.models.omni import Bridge, OmniVideoModel
 from omnivideo.models.positions import add_absolute_positions
+from omnivideo.models.weights.qwen3_vl import load_qwen3_vl, restore_published_layout
+from omnivideo.models.weights.strict import check_keys as check_keys
+from omnivideo.models.weights.strict import get_first_line as get_first_line
+from omnivideo.models.weights.strict import load_strict as load_strict
 from omnivideo.presets import Preset, get_preset
 
 INDEX_FILE = "model_index.json"
@@ -66,6 +70,8 @@ def save_library_model(part: Any, folder: Path, dtype: torch.dtype) -> None:
         path = folder / WEIGHTS_FILE
     strip_provenance(folder / "config.json")
     state = {key: value.to(dtype).contiguous() for key, value in part.state_dict().items()}
+    if isinstance(part, Qwen3VLMoeForConditionalGeneration):
+        state = restore_published_layout(state)
     if isinstance(part, UMT5EncoderModel):
         state.pop("encoder.embed_tokens.weight", None)  # the same tensor as shared.weight
     save_file(state, path, metadata={"format": "pt"})
@@ -125,11 +131,13 @@ def load_parts(folder: Path, place_part: Callable[[str, Any], Any], dtype: torch
     model_preset = get_preset(read_index(folder)["preset"])
     logging.disable_progress_bar()  # transformers shows a progress bar for each part, however small
     decoder = place_part("decoder", load_strict(WanTransformer3DModel, folder, "transformer", dtype))
-    mllm = place_part("mllm", load_strict(Qwen3VLForConditionalGeneration, folder, "mllm", dtype))
+    mllm = place_part("mllm", load_qwen3_vl(folder, "mllm", dtype))
     return OmniVideoModel(
         preset=model_preset,
         mllm=mllm,
-        mllm_tokenizer=load_mllm_tokenizer(folder, mllm.get_input_embeddings().num_embeddings),
+        mllm_tokenizer=load_mllm_tokenizer(
+            folder, mllm.get_input_embeddings().num_embeddings, model_preset.mllm.routing == "tokens"
+        ),
         bridge=place_part("bridge", load_bridge(model_preset, folder, dtype)),
         decoder=add_absolute_positions(decoder) if model_preset.absolute_positions else decoder,
         text_encoder=place_part("text_encoder", load_strict(UMT5EncoderModel, folder, "text_encoder", dtype)),
@@ -138,12 +146,14 @@ def load_parts(folder: Path, place_part: Callable[[str, Any], Any], dtype: torch
     ).eval()
 
 
-def load_mllm_tokenizer(folder: Path, embedding_count: int) -> PreTrainedTokenizerBase:
+def load_mllm_tokenizer(folder: Path, embedding_count: int, has_routing_tokens: bool = True) -> PreTrainedTokenizerBase:
     """Load the MLLM's tokenizer.
 
-    Raises CheckpointError if it lacks the routing tokens, as Qwen's tokenizer does; it would split them silently.
+    Raises CheckpointError if it lacks the routing tokens that the preset needs; it would split them silently.
     """
     tokenizer = AutoTokenizer.from_pretrained(folder / "mllm", local_files_only=True)
+    if not has_routing_tokens:
+        return tokenizer
     ids = tokenizer("".join(VISUAL_TOKENS), add_special_tokens=False).input_ids
     if ids != tokenizer.convert_tokens_to_ids(list(VISUAL_TOKENS)) or max(ids) >= embedding_count:
         raise CheckpointError(
@@ -151,24 +161,6 @@ def load_mllm_tokenizer(folder: Path, embedding_count: int) -> PreTrainedTokeniz
             "and model as described in docs/weights.md"
         )
     return tokenizer
-
-
-def load_strict(cls: Any, folder: Path, name: str, dtype: torch.dtype | None) -> Any:
-    """Load a library's model from a subfolder; raise CheckpointError for missing keys, where libraries only warn.
-
-    Without a `dtype`, a transformers model gets the file's precision and a diffusers model gets float32.
-    """
-    part = folder / name
-    if not (part / "config.json").is_file():
-        raise CheckpointError(f"{name}/config.json is missing from the weights")
-    try:
-        model, report = cls.from_pretrained(
-            part, torch_dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{name} cannot be loaded: {get_first_line(error)}") from error
-    check_keys(name, list(report["missing_keys"]), list(report["unexpected_keys"]), list(report["mismatched_keys"]))
-    return model
 
 
 def load_bridge(model_preset: Preset, folder: Path, dtype: torch.dtype | None) -> Bridge:
@@ -191,24 +183,6 @@ def load_bridge(model_preset: Preset, folder: Path, dtype: torch.dtype | None) -
         check_keys(name, sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys()), mismatched)
         module.load_state_dict(state, assign=True)
     return bridge
-
-
-def check_keys(
-    name: str,
-    missing: Sequence[str],
-    unknown: Sequence[str],
-    mismatched: Sequence[str | tuple[str, torch.Size, torch.Size]],
-) -> None:
-    """Raise CheckpointError unless all lists are empty. transformers lists mismatched keys with both shapes."""
-    for problem, keys in (("is missing", missing), ("is unknown", unknown), ("has a different shape", mismatched)):
-        if keys:
-            first = keys[0] if isinstance(keys[0], str) else keys[0][0]
-            raise CheckpointError(f"{name}: {len(keys)} weights do not fit; the first, {first}, {problem}")
-
-
-def get_first_line(error: Exception) -> str:
-    """Return the first line of an error's text, at most 200 characters, or its type if it has no text."""
-    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
 
 
 def find_shipped_weights(preset_name: str) -> Path:
