@@ -15,7 +15,8 @@ from omnivideo.contracts import Artifact, FrozenModel
 
 MAX_ACTIONS = 8
 ActionText = Annotated[str, Field(min_length=1, max_length=300)]
-NEW, LAST, UNCLEAR = "new", "last", "unclear"
+NEW: Literal["new"] = "new"
+LAST, UNCLEAR = "last", "unclear"
 
 
 class PlannedGeneration(FrozenModel):
@@ -74,10 +75,8 @@ class TurnPlan(FrozenModel):
 
 
 def list_references(num_artifacts: int) -> list[str]:
-    """Return what an action can refer to: nothing that exists, or one of the thread's artifacts."""
-    if not num_artifacts:
-        return [NEW]
-    return [NEW, LAST, UNCLEAR, *map(str, range(1, num_artifacts + 1))]
+    """Return what an action can refer to: nothing, what the turn itself has just made, or one of the artifacts."""
+    return [NEW, LAST, *([UNCLEAR] if num_artifacts else []), *map(str, range(1, num_artifacts + 1))]
 
 
 def build_plan_schema(num_artifacts: int) -> str:
@@ -88,8 +87,7 @@ def build_plan_schema(num_artifacts: int) -> str:
     for name, definition in schema["$defs"].items():
         definition.pop("description", None)
         if about := definition["properties"].get("about"):
-            # Without an artifact nothing can be changed, and the planner asks what to make.
-            allowed = references if name != "PlannedEdit" else references[1:] or references
+            allowed = references[1:] if name == "PlannedEdit" else references
             definition["properties"]["about"] = {"enum": [NEW]} if "const" in about else {"enum": allowed}
     schema.pop("description", None)
     return json.dumps(schema)
