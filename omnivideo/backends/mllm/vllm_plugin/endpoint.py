@@ -10,7 +10,7 @@ import math
 import shutil
 import uuid
 from argparse import Namespace
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from omnivideo.backends.mllm.protocol import MediaPayload, MLLMPayload
 from omnivideo.backends.mllm.server import add_mllm_routes
-from omnivideo.backends.mllm.vllm_plugin import ENDPOINT_PLUGIN, VISUAL_TOKENS_PARAM
+from omnivideo.backends.mllm.vllm_plugin import ENDPOINT_PLUGIN, FIRST_POSITION_PARAM, VISUAL_TOKENS_PARAM
 from omnivideo.backends.mllm.vllm_plugin.processor import vision_config_from_hf
 from omnivideo.backends.mllm.vllm_plugin.prompt import build_engine_input
 from omnivideo.contracts import Medium, Route
@@ -40,6 +40,7 @@ from omnivideo.models.mllm import (
     sanitize_text,
     tokenize_message,
 )
+from omnivideo.presets import get_preset
 
 MAX_INLINE_CHARS = 4000  # characters; shorter texts are tokenized on the event loop
 
@@ -67,6 +68,7 @@ class VLLMService:
         self.max_model_len: int = client.model_config.max_model_len
         self.vision_config = vision_config_from_hf(self.config)
         self.special_tokens = list_special_tokens(tokenizer)
+        self.stop_ids: list[int] = [tokenizer.eos_token_id]
         self.load_media_cached = lru_cache(maxsize=8)(load_media)  # one turn reads the same clip several times
 
     # ------------------------------------------------------------ requests
@@ -156,19 +158,31 @@ class VLLMService:
         pending_ids: list[int] = []  # a character may span several tokens
         async for output in outputs:
             for token_id in output.token_ids:
-                pending_ids += [token_id] if token_id != self.tokenizer.eos_token_id else []
+                pending_ids += [token_id] if token_id not in self.stop_ids else []
                 text = self.tokenizer.decode(pending_ids)
                 if text and not text.endswith("\ufffd"):
                     yield text
                     pending_ids = []
 
     async def compute_visual_tokens(self, payload: MLLMPayload, medium: Medium) -> bytes:
+        async def compute(params: SamplingParams) -> None:
+            await self.generate_final_output(payload, params, "".join(VISUAL_TOKEN_PAIRS[medium]))
+
+        return await self.collect_file(compute)
+
+    async def collect_file(
+        self, compute: Callable[[SamplingParams], Awaitable[None]], first_position: int = 0
+    ) -> bytes:
+        """Return the file that the connector writes while a prompt is computed with the given parameters.
+
+        Hidden states before `first_position` are left out.
+        """
         path = self.outbox / f"tokens_{uuid.uuid4().hex}"
         path.touch(mode=0o600)  # the connector writes only to existing files
-        extra_args = {"kv_transfer_params": {VISUAL_TOKENS_PARAM: path.name}}
+        extra_args = {"kv_transfer_params": {VISUAL_TOKENS_PARAM: path.name, FIRST_POSITION_PARAM: first_position}}
         params = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, detokenize=False, extra_args=extra_args)
         try:
-            await self.generate_final_output(payload, params, "".join(VISUAL_TOKEN_PAIRS[medium]))
+            await compute(params)
             tokens = path.read_bytes()
         finally:
             path.unlink(missing_ok=True)
@@ -188,6 +202,16 @@ def sanitize_chat_request(request: ChatCompletionRequest, special_tokens: frozen
                 if isinstance(part, dict) and isinstance(part.get("text"), str):
                     part["text"] = sanitize_text(part["text"], special_tokens)
     return request
+
+
+def create_service(client: Any, outbox: Path, lora: Any) -> VLLMService:
+    """Return the service of the served preset."""
+    from omnivideo.backends.mllm.vllm_plugin.instruct import InstructService  # it extends VLLMService
+
+    preset, tokenizer = get_preset(client.model_config.hf_config.omnivideo["preset"]), client.get_tokenizer()
+    if preset.mllm.routing == "likelihoods":
+        return InstructService(client, tokenizer, outbox, preset, lora)
+    return VLLMService(client, tokenizer, outbox, lora)
 
 
 class Endpoint:
@@ -212,4 +236,4 @@ class Endpoint:
         outbox.mkdir(mode=0o700, parents=True, exist_ok=True)
         atexit.register(shutil.rmtree, outbox, ignore_errors=True)
         lora = next(iter(state.openai_serving_models.lora_requests.values()), None)
-        self.service = VLLMService(engine_client, engine_client.get_tokenizer(), outbox, lora)
+        self.service = create_service(engine_client, outbox, lora)
