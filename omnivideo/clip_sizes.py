@@ -4,6 +4,7 @@ from omnivideo.errors import InvalidInput
 from omnivideo.presets import Preset
 
 VAE_SPATIAL_STRIDE, VAE_TEMPORAL_STRIDE = 8, 4
+MIN_TEXT_TOKENS = 64  # of the prompt and the markers that an edit keeps, if its condition cuts the text
 
 
 def compute_latent_grid(width: int, height: int, frames: int) -> tuple[int, int, int]:
@@ -28,6 +29,13 @@ def count_visual_context_tokens(preset: Preset, grid: tuple[int, int, int]) -> i
     return grid[0] * (grid[1] // kernel) * (grid[2] // kernel)
 
 
+def count_visual_tokens(preset: Preset, frames: int) -> int:
+    """Return the number of the adapter's tokens for a clip, or for an image, which has one visual token."""
+    if preset.adapter is None or preset.vision_head is None:
+        return 0
+    return preset.adapter.num_queries * (preset.vision_head.num_queries if frames > 1 else 1)
+
+
 def check_model_limits(preset: Preset, width: int, height: int, frames: int, has_source: bool) -> None:
     """Raise InvalidInput if a clip has more positions, or an edit's source more tokens, than the model allows."""
     grid, max_positions = compute_latent_grid(width, height, frames), preset.decoder["rope_max_seq_len"]
@@ -37,6 +45,8 @@ def check_model_limits(preset: Preset, width: int, height: int, frames: int, has
             raise InvalidInput(field, f"{size} is more than this model's positions allow")
     tokens = count_visual_context_tokens(preset, grid) if has_source else 0
     max_tokens = preset.condition.max_tokens
+    if preset.condition.overflow == "text":  # the prompt is what would be lost
+        max_tokens -= count_visual_tokens(preset, frames) + MIN_TEXT_TOKENS
     if tokens > max_tokens:
         text = f"an edit at this size and length has {tokens} tokens of source; allowed: {max_tokens}"
         raise InvalidInput("size", text)

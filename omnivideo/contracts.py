@@ -285,11 +285,14 @@ def resolve_sampling_params(preset: Preset, task: Task, **overrides: object) -> 
 
 def check_sampling_params(preset: Preset, params: SamplingParams) -> None:
     """Raise InvalidInput if a model of this preset cannot render with these settings."""
+    get_sampling_defaults(preset, params.task)
     compute_latent_grid(params.width, params.height, params.frames)
     if params.width * params.height * params.frames > MAX_CLIP_PIXELS:
         raise InvalidInput("size", f"width x height x frames is above {MAX_CLIP_PIXELS}")
     if (params.frames == 1) != (get_task_medium(params.task) == "image"):
         raise InvalidInput("frames", f"{params.frames} does not fit {params.task}: an image has 1, a video 5 or more")
+    if params.negative_prompt and preset.null.kind == "context-file":
+        raise InvalidInput("negative_prompt", f"{preset.name} has a null condition of its own; leave this out")
     check_model_limits(preset, params.width, params.height, params.frames, is_editing_task(params.task))
 
 

@@ -97,8 +97,8 @@ class MLLMConfig(PresetModel):
 class ConditionConfig(PresetModel):
     """The decoder's condition: the order of its parts, the markers around them, and its length after padding.
 
-    `markers` has the name of a part's two markers; a part without one stands alone. `overflow` is the part that loses
-    its end if the condition is longer than `max_tokens`: it must be the last one. "refuse" cuts nothing. `text_parts`
+    `markers` has the name of a part's two markers; a part without one stands alone. `overflow` is the part, the last
+    one, whose end is lost if the condition is longer than `max_tokens`; "refuse" cuts nothing. `text_parts`
     are the texts that are encoded one after the other; an instruction is used only if there is a source.
     """
 
@@ -148,14 +148,13 @@ class SourceConfig(PresetModel):
 
     `frames`: those nearest to the clip's times, or every `stride`-th after `skip` frames; the stride shrinks until the
     source is long enough, and one that is too short is refused. `crop`: the largest centred box of the clip's aspect,
-    with exact or whole sides.
+    with exact sides and a Lanczos filter, or with whole sides and a bilinear one.
     """
 
     frames: Literal["nearest", "stride"] = "nearest"
     skip: int = 0
     stride: int = 1
     crop: Literal["exact", "whole"] = "exact"
-    filter: Literal["lanczos", "bilinear"] = "lanczos"
 
 
 class ExpertsConfig(PresetModel):
@@ -165,12 +164,19 @@ class ExpertsConfig(PresetModel):
     boundary: int = 0
 
 
-class RepositoryConfig(PresetModel):
-    """A repository of the Hugging Face hub, the revision that was tested, and what it holds."""
+class HubRepository(PresetModel):
+    """A repository of the Hugging Face hub that holds some of a preset's parts.
+
+    `holds` are subfolders of a complete folder of ours, `files` patterns of the files that are needed. Without a
+    `revision`, the first download pins the commit that it finds. `size_bytes` is what these files take, roughly.
+    """
 
     id: str
-    revision: str = "main"
-    holds: str
+    revision: str | None = None
+    holds: tuple[str, ...]
+    files: tuple[str, ...]
+    size_bytes: int
+    licence: str
 
 
 class Preset(PresetModel):
@@ -212,7 +218,10 @@ class Preset(PresetModel):
     autocast: DtypeName | None = None
     byte_rounding: Literal["nearest", "truncate"] = "nearest"
     licence: str = ""
-    repositories: tuple[RepositoryConfig, ...] = ()
+
+    def in_float32(self) -> "Preset":
+        """Return the same model with every part in float32, as the golden tests compare it."""
+        return self.model_copy(update={"dtypes": {}, "autocast": None})
 
 
 def build_wan_config(num_heads: int, num_layers: int, ffn_dim: int) -> dict[str, Any]:
@@ -345,7 +354,7 @@ OMNIVIDEO_1_3B = Preset(
     condition=ConditionConfig(min_tokens=2560, max_tokens=2560, overflow="text"),
     null=NullConfig(kind="context-file"),
     guidance_offset=1.0,
-    source=SourceConfig(frames="stride", skip=1, stride=2, crop="whole", filter="bilinear"),
+    source=SourceConfig(frames="stride", skip=1, stride=2, crop="whole"),
     decoder=WAN_1_3B_CONFIG,
     vision_head=QueryTransformerConfig(input_dim=4096, width=1152, num_queries=4),
     adapter=QueryTransformerConfig(input_dim=1152, width=4096, num_queries=256),
@@ -380,7 +389,7 @@ OMNIVIDEO2_A14B = Preset(
         text_parts=("caption", "instruction"),
     ),
     null=NullConfig(kind="negative-prompt-and-small-states", negative_prompt=ENGLISH_NEGATIVE_PROMPT),
-    source=SourceConfig(frames="stride", stride=3, crop="whole", filter="bilinear"),
+    source=SourceConfig(frames="stride", stride=3, crop="whole"),
     decoder=WAN_14B_CONFIG,
     experts=ExpertsConfig(num_decoders=2, boundary=875),
     visual_context=VisualContextConfig(hidden_dim=5120, eps=1e-6),

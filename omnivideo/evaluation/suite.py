@@ -19,7 +19,7 @@ from omnivideo.contracts import Medium, get_editing_task, get_generation_task
 from omnivideo.evaluation.prompts import CATEGORIES, sample_prompts
 from omnivideo.models.mllm import MLLMMedia, MLLMMessage
 from omnivideo.models.omni import OmniVideoModel
-from omnivideo.models.sampling import denoise, sample_initial_noise
+from omnivideo.models.sampling import Expert, denoise, sample_initial_noise
 from omnivideo.models.vae import decode_latents, encode_pixels, pixels_from_bytes, pixels_to_bytes
 from omnivideo.presets import Task, get_sampling_defaults
 from omnivideo.synthetic.chat import make_knowledge_example, make_question_example, make_talk_example
@@ -108,7 +108,8 @@ def sample_clips(
     condition, null = build_conditions(omni, texts, messages, medium, mode, source)
     grid = compute_latent_grid(sampling.width, sampling.height, sampling.frames)
     x = sample_initial_noise(list(range(seed, seed + len(texts))), (omni.vae.config.z_dim, *grid), omni.device)
-    for step in denoise(omni.decoder, x, condition, null, sampling.steps, sampling.guidance_scale, sampling.flow_shift):
+    experts = [Expert(omni.decoder, condition, null)]
+    for step in denoise(experts, x, sampling.steps, sampling.guidance_scale, sampling.flow_shift):
         x = step.state.latents
     return pixels_to_bytes(decode_latents(omni.vae, x))
 

@@ -120,7 +120,8 @@ class Studio:
         media = read_media(source)
         task = get_editing_task(media.kind)
         params = resolve_sampling_params(self.omni.preset, task, **overrides)
-        frames = fit_media(media, params.width, params.height, params.frames, params.fps)
+        size = (params.width, params.height, params.frames, params.fps)
+        frames = fit_media(media, *size, self.omni.preset.source)
         return self.generate_result(instruction, params, frames, Path(source).name, on_step)
 
     def understand(

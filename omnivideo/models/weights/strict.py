@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from omnivideo.errors import CheckpointError
 
@@ -21,7 +22,7 @@ def load_strict(cls: Any, folder: Path, name: str, dtype: torch.dtype | None) ->
         model, report = cls.from_pretrained(
             part, torch_dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{name} cannot be loaded: {get_first_line(error)}") from error
     check_keys(name, list(report["missing_keys"]), list(report["unexpected_keys"]), list(report["mismatched_keys"]))
     return model

@@ -198,7 +198,8 @@ def batch_by_length(prompts: list[PendingPrompt]) -> Iterator[list[PendingPrompt
 def write_tensor(path: Path, name: str, values: Tensor) -> None:
     """Write a tensor with a batch dimension of 1 to an existing file.
 
-    The route creates the file, and removes it if the request is aborted. An error such as a full disk fails only this request, not the engine.
+    The route creates the file, and removes it if the request is aborted. An error such as a full disk fails only this
+    request, not the engine.
     """
     try:
         with path.open("r+b") as file:
