@@ -1,12 +1,16 @@
-"""The file that carries an MLLM's features to the decoder: one safetensors file for each request.
+"""What an MLLM gives to the decoder for one clip, and the file that carries it.
 
-    visual_tokens [1, Q, E]     what a vision head predicts, or
-    hidden_states [1, N, M]     the kept positions' hidden states, and
-    caption [bytes]             the caption of the requested clip in UTF-8, if the preset's condition has one
+    visual_tokens [1, Q, E]     what the vision head predicts, or
+    hidden_states [1, N, M]     the hidden states that the preset keeps, and
+    caption [bytes]             the caption of the final clip in UTF-8, if the preset's condition has one
 
 The caption is in the file so that a stored job, which refers to the file by its content, has everything that decides
 its pixels. Shapes: N kept positions, M width of the MLLM, Q visual tokens, E their width.
 """
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from safetensors.torch import load, save
@@ -15,22 +19,37 @@ from torch import Tensor
 VISUAL_TOKENS, HIDDEN_STATES, CAPTION = "visual_tokens", "hidden_states", "caption"
 
 
-def encode_features(tensors: bytes, caption: str | None) -> bytes:
-    """Return the file of features with a caption added; without a caption, the same bytes."""
-    if caption is None:
-        return tensors
-    return save(load(tensors) | {CAPTION: encode_caption(caption)})
+@dataclass(frozen=True)
+class MLLMFeatures:
+    """What the MLLM gives to the decoder for one clip.
+
+    `values` are the hidden states [1, N, M] that the preset keeps, or the visual tokens [1, Q, E] that the vision head
+    has already predicted from them. `caption` describes the final clip, if the preset's condition has a caption.
+    """
+
+    values: Tensor
+    kind: Literal["hidden-states", "visual-tokens"]
+    caption: str = ""
 
 
-def encode_hidden_states(states_1NM: Tensor, caption: str | None) -> bytes:
-    """Return the file of hidden states in float32, and of the caption if there is one."""
-    return encode_features(save({HIDDEN_STATES: states_1NM.detach().float().cpu().contiguous()}), caption)
+def encode_features(features: MLLMFeatures) -> bytes:
+    """Return the file of features; visual tokens keep their type, hidden states are float32."""
+    values = features.values.detach().cpu().contiguous()
+    if features.kind == "visual-tokens":
+        return save({VISUAL_TOKENS: values})
+    return add_caption(save({HIDDEN_STATES: values.float()}), features.caption)
 
 
-def encode_caption(caption: str) -> Tensor:
-    return torch.tensor(list(caption.encode()), dtype=torch.uint8)
+def add_caption(file: bytes, caption: str) -> bytes:
+    """Return a file of features with a caption, or the same bytes without one."""
+    if not caption:
+        return file
+    return save(load(file) | {CAPTION: torch.tensor(list(caption.encode()), dtype=torch.uint8)})
 
 
-def decode_caption(tensors: dict[str, Tensor]) -> str | None:
-    """Return the caption among a file's tensors, or None."""
-    return bytes(tensors[CAPTION].tolist()).decode() if CAPTION in tensors else None
+def decode_features(tensors: Mapping[str, Tensor]) -> MLLMFeatures:
+    """Return the features of a file's tensors."""
+    if VISUAL_TOKENS in tensors:
+        return MLLMFeatures(tensors[VISUAL_TOKENS], "visual-tokens")
+    caption = bytes(tensors[CAPTION].tolist()).decode() if CAPTION in tensors else ""
+    return MLLMFeatures(tensors[HIDDEN_STATES], "hidden-states", caption)

@@ -137,7 +137,8 @@ def test_missing_weights_are_refused(pretend_installed, weights, tmp_path):
         build_command("cpu", complete, 8001)
     index = json.loads((complete / "model_index.json").read_text())
     (complete / "model_index.json").write_text(json.dumps(index | {"preset": "omnivideo2-1.3b"}))
-    with pytest.raises(InvalidInput, match=r"preset: omnivideo2-1.3b has no vision head"):
+    (complete / "mllm" / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(CheckpointError, match=r"mllm/config.json names no model .* supported: qwen3_vl, qwen3_vl_moe"):
         build_command("cpu", complete, 8001)
     with pytest.raises(InvalidInput, match=r"lora: the folder .* has no adapter_config.json"):
         build_command("cpu", weights, 8001, options=parse_options(lora=tmp_path))

@@ -17,7 +17,7 @@ from omnivideo.contracts import Medium, Route
 from omnivideo.errors import InvalidInput
 from omnivideo.models import qwen3_vl
 from omnivideo.models.choices import BranchQuery, score_choices
-from omnivideo.models.features import encode_features
+from omnivideo.models.features import add_caption
 from omnivideo.models.mllm import MLLMMessage, TokenizedRequest, sanitize_text, tokenize_message
 from omnivideo.presets import Preset, VisionInputConfig
 
@@ -139,7 +139,7 @@ class InstructService(VLLMService):
     async def compute_visual_tokens(self, payload: MLLMPayload, medium: Medium) -> bytes:
         """Return the file of the decoder's features: hidden states, and the target's caption if the preset has one."""
         message = await asyncio.to_thread(self.message_from_payload, payload)
-        caption = None
+        caption = ""
         if "caption" in self.preset.condition.text_parts:
             source_caption = None
             if message.media:
@@ -156,4 +156,4 @@ class InstructService(VLLMService):
             await self.generate_encoded(encoded, digests, params)
 
         tensors = await self.collect_file(compute, first)
-        return encode_features(tensors, caption)
+        return add_caption(tensors, caption)
