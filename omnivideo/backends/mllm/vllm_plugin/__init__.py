@@ -12,14 +12,15 @@ included, and runs the vision head on them. `launch.build_command` sets all the 
 This needs vLLM 0.32, because the cache layer and its layout are not a stable interface.
 """
 
-ARCHITECTURE = "OmniVideoMLLM"
+ARCHITECTURE, VILA_ARCHITECTURE = "OmniVideoMLLM", "OmniVideoVila"
 GENERAL_PLUGIN, ENDPOINT_PLUGIN = "omnivideo", "omnivideo_endpoint"  # the entry points' names
 CONNECTOR_CLASS, CONNECTOR_MODULE = "VisualTokensConnector", "omnivideo.backends.mllm.vllm_plugin.connector"
 VISUAL_TOKENS_PARAM = "visual_tokens"  # in kv_transfer_params: the file for a request's visual tokens
 
 
 def register() -> None:
-    """Register the model by name; its module is imported when it is built. vLLM may call this twice in a process."""
+    """Register the models by name; a module is imported when its model is built. vLLM may call this twice."""
     from vllm import ModelRegistry
 
     ModelRegistry.register_model(ARCHITECTURE, f"{__name__}.model:OmniVideoMLLM")
+    ModelRegistry.register_model(VILA_ARCHITECTURE, f"{__name__}.vila_model:OmniVideoVila")
