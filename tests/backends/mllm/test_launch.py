@@ -9,11 +9,13 @@ from importlib import metadata
 import pytest
 from fastapi.testclient import TestClient
 
+from omnivideo import presets
 from omnivideo.backends.mllm import launch
 from omnivideo.backends.mllm.launch import build_command, parse_options
 from omnivideo.backends.mllm.protocol import MediaPayload, MLLMPayload
 from omnivideo.errors import CheckpointError, InvalidInput, MissingDependency
 from omnivideo.models.mllm import ZERO_WIDTH_SPACE, sanitize_text
+from tests.support import vila_weights
 
 
 @pytest.fixture
@@ -111,6 +113,22 @@ def test_command_on_a_gpu(pretend_installed, weights, tmp_path):
     assert {name: get_flag(command.argv, name) for name in expected} == expected
     assert "--enforce-eager" not in command.argv and "VLLM_CPU_KVCACHE_SPACE" not in command.environment
     assert command.environment["CUDA_VISIBLE_DEVICES"] == "1"
+
+
+def test_command_for_vila(pretend_installed, tmp_path, monkeypatch):
+    pretend_installed(vllm_cpu="0.32.0")
+    monkeypatch.setitem(presets.PRESETS, vila_weights.NAME, vila_weights.build_preset())
+    folder = vila_weights.write_weights(tmp_path / "weights")
+    command = build_command("cpu", folder, 8001)
+    assert get_flag(command.argv, "model") == str(folder / "mllm" / "llm")
+    overrides = json.loads(get_flag(command.argv, "hf-overrides"))
+    assert overrides["architectures"] == ["OmniVideoVila"]
+    assert overrides["omnivideo"] == {
+        "preset": vila_weights.NAME, "vision_head": str(folder / "vision_head"), "vila": str(folder / "mllm")
+    }  # fmt: skip
+    (folder / "mllm" / "vision_tower" / "preprocessor_config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"mllm/vision_tower/preprocessor_config.json is missing"):
+        build_command("cpu", folder, 8001)
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,9 @@ final norm. `launch.build_command` sets all the flags.
 This needs vLLM 0.32, because the cache layer and its layout are not a stable interface.
 """
 
-ARCHITECTURE = "OmniVideoMLLM"
 # A stock Qwen3-VL without routing tokens and vision head, by the model type of its configuration.
 FEATURE_ARCHITECTURES = {"qwen3_vl": "OmniVideoQwen3VL", "qwen3_vl_moe": "OmniVideoQwen3VLMoe"}
+ARCHITECTURE, VILA_ARCHITECTURE = "OmniVideoMLLM", "OmniVideoVila"
 GENERAL_PLUGIN, ENDPOINT_PLUGIN = "omnivideo", "omnivideo_endpoint"  # the entry points' names
 CONNECTOR_CLASS, CONNECTOR_MODULE = "VisualTokensConnector", "omnivideo.backends.mllm.vllm_plugin.connector"
 VISUAL_TOKENS_PARAM = "visual_tokens"  # in kv_transfer_params: the file for a request's visual tokens or states
@@ -23,9 +23,10 @@ FIRST_POSITION_PARAM = "first_position"  # the first position whose hidden state
 
 
 def register() -> None:
-    """Register the model by name; its module is imported when it is built. vLLM may call this twice in a process."""
+    """Register the models by name; a module is imported when its model is built. vLLM may call this twice."""
     from vllm import ModelRegistry
 
     ModelRegistry.register_model(ARCHITECTURE, f"{__name__}.model:OmniVideoMLLM")
     for architecture in FEATURE_ARCHITECTURES.values():
         ModelRegistry.register_model(architecture, f"{__name__}.feature_model:{architecture}")
+    ModelRegistry.register_model(VILA_ARCHITECTURE, f"{__name__}.vila_model:OmniVideoVila")

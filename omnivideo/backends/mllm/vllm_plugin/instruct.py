@@ -32,7 +32,7 @@ class InstructService(VLLMService):
         self.feature_config = preset.mllm.feature_input or preset.mllm.vision_input
         generation = client.model_config.try_get_generation_config() or {}
         eos_ids = generation.get("eos_token_id") or []
-        self.stop_ids = sorted({tokenizer.eos_token_id, *(eos_ids if isinstance(eos_ids, list) else [eos_ids])})
+        self.family.stop_ids = sorted({tokenizer.eos_token_id, *(eos_ids if isinstance(eos_ids, list) else [eos_ids])})
 
     # ------------------------------------------------------------ requests
 
@@ -58,7 +58,7 @@ class InstructService(VLLMService):
     async def start_encoded(
         self, encoded: TokenizedRequest, digests: dict[str, list[str]], params: SamplingParams
     ) -> AsyncIterator[Any]:
-        prompt = build_engine_input(encoded, digests, self.vision_config.merge_size)
+        prompt = build_engine_input(encoded, digests, self.mllm_config.vision_input.merge_size)
         return self.stream_outputs(prompt, params)
 
     async def generate_encoded(
@@ -120,7 +120,7 @@ class InstructService(VLLMService):
         params = SamplingParams(
             temperature=0,
             max_tokens=max_tokens,
-            stop_token_ids=self.stop_ids,
+            stop_token_ids=self.family.stop_ids,
             detokenize=False,
             output_kind=RequestOutputKind.DELTA,
             structured_outputs=StructuredOutputsParams(json=schema) if schema else None,
