@@ -81,7 +81,7 @@ def build_conditions(
 ) -> tuple[Tensor, Tensor]:
     """Return the condition and the null condition of a batch, under an ablation's mode."""
     negative = omni.preset.null.negative_prompt
-    null = omni.build_null_condition(negative, len(texts), source)
+    null = omni.build_null_condition(negative, len(texts), source, medium)
     if mode == "text only":
         return omni.build_condition(texts, [None] * len(texts), source), null
     visual = omni.compute_visual_tokens([(message, medium) for message in messages])

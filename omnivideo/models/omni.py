@@ -117,7 +117,7 @@ class OmniVideoModel:
     def compute_visual_tokens(self, requests: Sequence[tuple[MLLMMessage, Medium]]) -> Tensor:
         """Return V_o [B, Q, E] (Eq. 1), which the vision head predicts from the hidden states of each request."""
         states_BNM, padding_BN = self.bound_mllm.compute_features(requests)
-        visual_BQE: Tensor = self.bridge.vision_head(states_BNM, padding_BN)
+        visual_BQE: Tensor = self.bridge.vision_head(states_BNM.to(self.bridge.vision_head.decoder_query), padding_BN)
         return visual_BQE
 
     def compute_mllm_features(self, message: MLLMMessage, medium: Medium) -> MLLMFeatures:
