@@ -117,17 +117,21 @@ class Artifact(FrozenModel):
 
 
 class MLLMRequest(FrozenModel):
-    """A request to the MLLM: text, the artifacts shown with it, and the system prompt of a mode."""
+    """A request to the MLLM: text, the artifacts shown with it, and the system prompt of a mode.
+
+    With a `json_schema`, the answer is valid JSON of that schema.
+    """
 
     text: str
     artifacts: tuple[Artifact, ...] = ()
     system: str | None = None
+    json_schema: str | None = None
 
 
 class Route(FrozenModel):
-    """The medium that the first token of the MLLM's answer stands for, with its probability."""
+    """What the MLLM takes a request for, with its probability: words, a medium, a question back, or a refusal."""
 
-    kind: Literal["text", "image", "video"]
+    kind: Literal["text", "image", "video", "ask", "decline"]
     probability: float
 
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from omnivideo.contracts import Medium, Route
 from omnivideo.models import mllm
 from omnivideo.models.mllm import MLLMMessage
+from omnivideo.models.qwen3_vl import InstructQwen3VL
 from omnivideo.models.vila import Vila
 from omnivideo.models.vila_answers import BoundVila
 from omnivideo.presets import Preset, VisionInputConfig
@@ -109,4 +110,7 @@ def bind_mllm(preset: Preset, model: Any, tokenizer: PreTrainedTokenizerBase) ->
     """Return the calls of the preset's MLLM family on a loaded model."""
     if isinstance(model, Vila):
         return BoundVila(model, tokenizer)
-    return Qwen3VLWithRoutingTokens(model, tokenizer, preset.mllm.vision_input)
+    config = preset.mllm
+    if config.routing == "likelihoods":
+        return InstructQwen3VL(model, tokenizer, config, "caption" in preset.condition.text_parts)
+    return Qwen3VLWithRoutingTokens(model, tokenizer, config.vision_input)

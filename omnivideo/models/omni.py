@@ -6,7 +6,7 @@ L condition tokens, D text width of the decoder, z T h w latents.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, assert_never
+from typing import assert_never
 
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
@@ -24,6 +24,7 @@ from omnivideo.models.conditions import (
     tokenize_prompts,
     zip_condition_parts,
 )
+from omnivideo.models.features import MLLMFeatures as MLLMFeatures
 from omnivideo.models.mllm import MLLMMessage
 from omnivideo.models.mllms import BoundMLLM, bind_mllm
 from omnivideo.models.positions import add_absolute_positions
@@ -84,19 +85,6 @@ def build_decoder(preset: Preset) -> WanTransformer3DModel:
     return add_absolute_positions(decoder) if preset.absolute_positions else decoder
 
 
-@dataclass(frozen=True)
-class MLLMFeatures:
-    """What the MLLM gives to the decoder for one clip.
-
-    `values` are the hidden states [1, N, M] that the preset keeps, or the visual tokens [1, Q, E] that the vision head
-    has already predicted from them. `caption` describes the final clip, if the preset's condition has a caption.
-    """
-
-    values: Tensor
-    kind: Literal["hidden-states", "visual-tokens"]
-    caption: str = ""
-
-
 @dataclass
 class OmniVideoModel:
     """All parts of one preset.
@@ -131,6 +119,14 @@ class OmniVideoModel:
         states_BNM, padding_BN = self.bound_mllm.compute_features(requests)
         visual_BQE: Tensor = self.bridge.vision_head(states_BNM.to(self.bridge.vision_head.decoder_query), padding_BN)
         return visual_BQE
+
+    def compute_mllm_features(self, message: MLLMMessage, medium: Medium) -> MLLMFeatures:
+        """Return what the MLLM gives to the decoder for one request, on the MLLM's device."""
+        if self.preset.vision_head is not None:
+            return MLLMFeatures(self.compute_visual_tokens([(message, medium)]), "visual-tokens")
+        caption = self.bound_mllm.caption_target(message, medium)
+        states_1NM, _ = self.bound_mllm.compute_features([(message, medium)])
+        return MLLMFeatures(states_1NM, "hidden-states", caption or "")
 
     def adapt_visual_tokens(self, visual_BQE: Tensor, targets: Sequence[Medium]) -> list[Tensor]:
         """Return each request's adapter tokens [L, D] (Eq. 3): of all visual tokens for a video, of one for an image.

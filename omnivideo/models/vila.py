@@ -1,7 +1,8 @@
 """VILA, the MLLM of version 1: a SigLIP tower, a projector and a Llama, all stock except the projector.
 
 The projector turns each 2 x 2 patches into one token of the Llama. `vila_requests` makes the inputs.
-Shapes: F images, H W pixels, P patches, K tokens of an image, S width of the tower, N tokens, M width of the Llama.
+Shapes: F images, H W pixels, P patches, K tokens of an image, S width of the tower, N or T tokens, M of the Llama,
+h of its attention heads that share a key, d width of a head.
 """
 
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, SiglipVisionConfig, Sigl
 from omnivideo.models.vila_requests import IMAGE_TOKEN_ID, VilaImageConfig
 
 MERGE_SIZE = 2  # patches along each side of one token
+REPELLED_SCORE = 1000.0  # exp(-1000) is 0 in every precision
 
 
 def join_patches(features_FPS: Tensor) -> Tensor:
@@ -119,3 +121,23 @@ class Vila(nn.Module):
             pieces += [embeddings_NM[start:place], tokens_KM]
             start = place + 1
         return torch.cat([*pieces, embeddings_NM[start:]])[None]
+
+
+def compute_repelled_keys(queries_Thd: Tensor, scale: float) -> Tensor:
+    """Return for each token a key [T, d] to which all of its h queries give the attention weight 0.
+
+    It is the shortest vector whose product with each query is -1000 / scale, by Gram-Schmidt orthogonalisation.
+    """
+    queries_Thd = queries_Thd.float()
+    basis: list[Tensor] = []
+    direction_Td = torch.zeros_like(queries_Thd[:, 0])
+    for query_Td in queries_Thd.unbind(1):
+        rest_Td = query_Td
+        for unit_Td in basis:
+            rest_Td = rest_Td - (rest_Td * unit_Td).sum(-1, keepdim=True) * unit_Td
+        length_T1 = rest_Td.norm(dim=-1, keepdim=True)
+        unit_Td = rest_Td / length_T1
+        missing_T1 = 1 - (query_Td * direction_Td).sum(-1, keepdim=True)
+        direction_Td = direction_Td + missing_T1 / length_T1 * unit_Td
+        basis.append(unit_Td)
+    return direction_Td * (-REPELLED_SCORE / scale)

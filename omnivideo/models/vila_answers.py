@@ -7,6 +7,7 @@ Shapes: B requests, N tokens, M width of the Llama, V vocabulary.
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -16,15 +17,15 @@ from omnivideo.contracts import Medium, Route
 from omnivideo.models.mllm import CACHE_ARGUMENT, MLLMMessage, list_special_tokens, sample_token
 from omnivideo.models.vila import Vila
 from omnivideo.models.vila_requests import (
+    MAX_ROUTING_TOKENS,
     VilaRequest,
     find_routing_ids,
     get_padding_id,
     list_stop_ids,
+    read_route,
     tokenize_features,
     tokenize_request,
 )
-
-MAX_ROUTING_TOKENS = 512  # of an answer in which a routing token is looked for, as in the authors' code
 
 
 @torch.no_grad()
@@ -79,27 +80,20 @@ class BoundVila:
         return tokenize_request(self.tokenizer, message, self.model.image_config)
 
     def route(self, message: MLLMMessage) -> Route:
-        """Return the route of the most likely answer.
-
-        A routing token anywhere in it requests an image or a video; with a source, one like the source. The
-        probability of a text is that of no routing token at any of the answer's positions. That of an image or a video
-        is the probability of its token, times that of no routing token before it.
-        """
-        medium_by_id = {token_id: medium for medium, token_id in self.routing_ids.items()}
-        source_medium: Medium | None = None
-        if message.media:
-            source_medium = "video" if any(media.is_video for media in message.media) else "image"
-        stop_ids, text_probability = list_stop_ids(self.tokenizer), 1.0
+        """Return the route of the most likely answer."""
+        routing_ids, stop_ids = self.routing_ids, list_stop_ids(self.tokenizer)
+        media: list[Medium] = ["video" if media.is_video else "image" for media in message.media]
+        last_ids = stop_ids | set(routing_ids.values())
         answer = iterate_answer(self.model, self.tokenize(message), lambda logits_V: int(logits_V.argmax()))
-        for _, (token_id, logits_V) in zip(range(MAX_ROUTING_TOKENS), answer, strict=False):
+        token_ids: list[int] = []
+        probabilities: list[dict[Medium, float]] = []
+        for token_id, logits_V in islice(answer, MAX_ROUTING_TOKENS):
             probabilities_V = logits_V.softmax(-1)
-            if token_id in medium_by_id:
-                probability = text_probability * float(probabilities_V[token_id])
-                return Route(kind=source_medium or medium_by_id[token_id], probability=probability)
-            text_probability *= 1 - float(probabilities_V[list(medium_by_id)].sum())
-            if token_id in stop_ids:
+            token_ids.append(token_id)
+            probabilities.append({medium: float(probabilities_V[index]) for medium, index in routing_ids.items()})
+            if token_id in last_ids:
                 break
-        return Route(kind="text", probability=text_probability)
+        return read_route(token_ids, probabilities, routing_ids, media)
 
     def score_agreement(self, message: MLLMMessage) -> float:
         answer = iterate_answer(self.model, self.tokenize(message), lambda logits_V: int(logits_V.argmax()))
@@ -130,7 +124,7 @@ class BoundVila:
         answer = iterate_answer(self.model, self.tokenize(message), choose_token)
         token_ids: list[int] = []
         emitted_text = ""
-        for _, (token_id, _) in zip(range(max_tokens), answer, strict=False):
+        for token_id, _ in islice(answer, max_tokens):
             if token_id in stop_ids:
                 return
             token_ids.append(token_id)

@@ -7,7 +7,7 @@ In the second form the model sees only the first frame of a source, as it did in
 Shapes: F images, H W pixels.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,10 +17,11 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from omnivideo.contracts import Medium
+from omnivideo.contracts import Medium, Route
 from omnivideo.models.mllm import MLLMMedia, MLLMMessage
 
 IMAGE_TOKEN_ID = -200  # the place of an image among the token ids
+MAX_ROUTING_TOKENS = 512  # of an answer in which a routing token is looked for, as in the authors' code
 CLIP_FRAMES = 8  # frames of a clip, from the first to the last
 END_OF_TURN = "<|eot_id|>"
 GENERATION_TOKENS: dict[Medium, str] = {"image": "[GEN_IMG]", "video": "[GEN_VID]"}
@@ -95,10 +96,9 @@ def sample_frame_indices(total: int) -> list[int]:
     return [int(index) for index in np.linspace(0, total - 1, CLIP_FRAMES)]
 
 
-def sample_frames(media: MLLMMedia) -> list[np.ndarray]:
-    """Return what the model sees of a medium: an image, or 8 frames of a clip."""
-    indices = sample_frame_indices(len(media.frames)) if media.is_video else [0]
-    return [media.frames[index] for index in indices]
+def list_seen_frames(media: MLLMMedia) -> list[int]:
+    """Return the indices of the frames that the model sees of a medium: that of an image, or 8 of a clip."""
+    return sample_frame_indices(len(media.frames)) if media.is_video else [0]
 
 
 # ---------------------------------------------------------------- tokens
@@ -132,7 +132,7 @@ def format_turn(role: str, text: str) -> str:
 
 def tokenize_request(tokenizer: PreTrainedTokenizerBase, message: MLLMMessage, config: VilaImageConfig) -> VilaRequest:
     """Return the model's input for a question, or for a request that is to be routed."""
-    frames = [frame_HW3 for media in message.media for frame_HW3 in sample_frames(media)]
+    frames = [media.frames[index] for media in message.media for index in list_seen_frames(media)]
     token_ids = tokenize_chat(tokenizer, len(frames), message.text, message.system)
     return VilaRequest(token_ids, convert_frames(frames, config))
 
@@ -176,3 +176,25 @@ def list_stop_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Return the token ids that end an answer: those of the turn's end and of the text's end."""
     token_ids = (tokenizer.convert_tokens_to_ids(END_OF_TURN), tokenizer.eos_token_id)
     return {token_id for token_id in token_ids if token_id is not None}
+
+
+def read_route(
+    token_ids: Iterable[int],
+    probabilities: Iterable[Mapping[Medium, float]],
+    routing_ids: Mapping[Medium, int],
+    media: Sequence[Medium],
+) -> Route:
+    """Return the route of an answer, given the probabilities of the two routing tokens at each of its positions.
+
+    A routing token anywhere in the answer requests an image or a video; with a source, one like the source. The
+    probability of a text is that of no routing token at any position. That of an image or a video is the probability
+    of its token, times that of no routing token before it. Nothing is read after a routing token.
+    """
+    text_probability = 1.0
+    for token_id, position_probabilities in zip(token_ids, probabilities, strict=False):
+        for medium, routing_id in routing_ids.items():
+            if token_id == routing_id:
+                kind = medium if not media else "video" if "video" in media else "image"
+                return Route(kind=kind, probability=text_probability * position_probabilities[medium])
+        text_probability *= 1 - sum(position_probabilities.values())
+    return Route(kind="text", probability=text_probability)

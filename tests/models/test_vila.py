@@ -9,7 +9,7 @@ from PIL import Image
 
 from omnivideo.models.mllm import MLLMMedia, MLLMMessage, sanitize_text
 from omnivideo.models.mllms import bind_mllm
-from omnivideo.models.vila import Vila, join_patches
+from omnivideo.models.vila import Vila, compute_repelled_keys, join_patches
 from omnivideo.models.vila_answers import BoundVila, compute_request_states, iterate_answer
 from omnivideo.models.vila_requests import (
     GENERATION_TOKENS,
@@ -275,3 +275,15 @@ def test_a_vila_can_be_built_from_its_configurations(bound):
         built = Vila.from_configs(model.vision_tower.config, model.llm.config, model.select_layer, model.image_config)
     shapes = {name: value.shape for name, value in model.state_dict().items()}
     assert shapes == {name: value.shape for name, value in built.state_dict().items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_query_of_a_group_attends_to_a_repelled_key(dtype):
+    torch.manual_seed(0)
+    queries, other_keys = torch.randn(50, 4, 128, dtype=dtype), torch.randn(50, 9, 128, dtype=dtype) * 3
+    scale = 128**-0.5
+    repelled = compute_repelled_keys(queries, scale).to(dtype)
+    keys = torch.cat([other_keys, repelled[:, None]], dim=1)
+    weights = (queries.float() @ keys.float().mT * scale).softmax(-1)
+    assert (weights[..., -1] == 0).all()
+    torch.testing.assert_close(weights[..., :-1].sum(-1), torch.ones(50, 4))

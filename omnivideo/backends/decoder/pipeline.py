@@ -140,8 +140,7 @@ def compute_features(
 ) -> MLLMFeatures:
     """Return the MLLM's features of a prompt and, for an edit, the source's pixels [F, H, W, 3]."""
     media = () if source is None else (MLLMMedia(source, params.fps, params.frames > 1),)
-    visual_1QE = omni.compute_visual_tokens([(MLLMMessage(prompt, media), medium_from_params(params))])
-    return MLLMFeatures(visual_1QE, "visual-tokens")
+    return omni.compute_mllm_features(MLLMMessage(prompt, media), medium_from_params(params))
 
 
 def decode_clip(

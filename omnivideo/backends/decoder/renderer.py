@@ -70,9 +70,9 @@ class Renderer:
         return job.model_copy(update={"visual_tokens": reference})
 
     def load_features(self, job: Job) -> MLLMFeatures:
-        """Return the visual tokens of a prepared job. Raises ArtifactNotFound."""
+        """Return the MLLM's features for a prepared job. Raises ArtifactNotFound."""
         assert job.visual_tokens
-        return MLLMFeatures(self.mllm.load_visual_tokens(job.visual_tokens), "visual-tokens")
+        return self.mllm.load_features(job.visual_tokens)
 
     def load_source(self, source: Artifact | None, params: SamplingParams) -> np.ndarray | Tensor | None:
         """Return a source's latents [z, T, h, w] if they are stored and have the job's size, or its fitted pixels."""

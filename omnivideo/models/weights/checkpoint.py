@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen3VLForConditionalGeneration, UMT5EncoderModel
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen3VLMoeForConditionalGeneration, UMT5EncoderModel
 from transformers.utils import logging
 
 from omnivideo.errors import CheckpointError
@@ -27,6 +27,7 @@ from omnivideo.models.conditions import MarkerEmbeddings
 from omnivideo.models.mllm import VISUAL_TOKENS
 from omnivideo.models.omni import Bridge, OmniVideoModel, get_expert_part, get_torch_dtype
 from omnivideo.models.positions import add_absolute_positions
+from omnivideo.models.weights.qwen3_vl import load_qwen3_vl, restore_published_layout
 from omnivideo.models.weights.strict import check_keys as check_keys
 from omnivideo.models.weights.strict import get_first_line as get_first_line
 from omnivideo.models.weights.strict import load_strict as load_strict
@@ -74,6 +75,8 @@ def save_library_model(part: Any, folder: Path, dtype: torch.dtype) -> None:
         path = folder / WEIGHTS_FILE
     strip_provenance(folder / "config.json")
     state = {key: value.to(dtype).contiguous() for key, value in part.state_dict().items()}
+    if isinstance(part, Qwen3VLMoeForConditionalGeneration):
+        state = restore_published_layout(state)
     if isinstance(part, UMT5EncoderModel):
         state.pop("encoder.embed_tokens.weight", None)  # the same tensor as shared.weight
     save_file(state, path, metadata={"format": "pt"})
@@ -183,16 +186,19 @@ def load_mllm(model_preset: Preset, folder: Path, dtype: torch.dtype | None) -> 
     if model_preset.mllm.family == "vila":
         vila: Any = load_vila(folder / "mllm", dtype)
         return vila, load_vila_tokenizer(folder / "mllm", vila.get_input_embeddings().num_embeddings)
-    mllm = load_strict(Qwen3VLForConditionalGeneration, folder, "mllm", dtype)
-    return mllm, load_mllm_tokenizer(folder, mllm.get_input_embeddings().num_embeddings)
+    mllm = load_qwen3_vl(folder, "mllm", dtype)
+    has_routing_tokens = model_preset.mllm.routing == "tokens"
+    return mllm, load_mllm_tokenizer(folder, mllm.get_input_embeddings().num_embeddings, has_routing_tokens)
 
 
-def load_mllm_tokenizer(folder: Path, embedding_count: int) -> PreTrainedTokenizerBase:
+def load_mllm_tokenizer(folder: Path, embedding_count: int, has_routing_tokens: bool = True) -> PreTrainedTokenizerBase:
     """Load the MLLM's tokenizer.
 
-    Raises CheckpointError if it lacks the routing tokens, as Qwen's tokenizer does; it would split them silently.
+    Raises CheckpointError if it lacks the routing tokens that the preset needs; it would split them silently.
     """
     tokenizer = AutoTokenizer.from_pretrained(folder / "mllm", local_files_only=True)
+    if not has_routing_tokens:
+        return tokenizer
     ids = tokenizer("".join(VISUAL_TOKENS), add_special_tokens=False).input_ids
     if ids != tokenizer.convert_tokens_to_ids(list(VISUAL_TOKENS)) or max(ids) >= embedding_count:
         raise CheckpointError(
