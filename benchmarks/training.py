@@ -28,7 +28,7 @@ import torch
 from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
 
-from omnivideo.clip_sizes import compute_latent_grid, count_decoder_tokens
+from omnivideo.contracts import compute_latent_grid, count_decoder_tokens
 from omnivideo.models.omni import Bridge, OmniVideoModel, build_decoder
 from omnivideo.presets import Preset, get_preset
 from omnivideo.training.data.batch import CachedTask, RaggedTensor

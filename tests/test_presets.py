@@ -4,8 +4,12 @@ import pytest
 import torch
 from diffusers import WanTransformer3DModel
 
-from omnivideo.clip_sizes import compute_latent_grid, count_decoder_tokens, count_visual_context_tokens
-from omnivideo.contracts import resolve_sampling_params
+from omnivideo.contracts import (
+    compute_latent_grid,
+    count_decoder_tokens,
+    count_visual_context_tokens,
+    resolve_sampling_params,
+)
 from omnivideo.errors import InvalidInput
 from omnivideo.models.bridge import Adapter, VisionHead, VisualContextAdapter
 from omnivideo.models.omni import Bridge

@@ -14,8 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from omnivideo.clip_sizes import compute_latent_grid
-from omnivideo.contracts import Medium, get_editing_task, get_generation_task
+from omnivideo.contracts import Medium, compute_latent_grid, get_editing_task, get_generation_task
 from omnivideo.evaluation.prompts import CATEGORIES, sample_prompts
 from omnivideo.models.mllm import MLLMMedia, MLLMMessage
 from omnivideo.models.omni import OmniVideoModel

@@ -12,8 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from omnivideo.clip_sizes import compute_latent_grid
-from omnivideo.contracts import Medium, SamplingParams, StepProgress
+from omnivideo.contracts import Medium, SamplingParams, StepProgress, compute_latent_grid
 from omnivideo.models.mllm import MLLMMedia, MLLMMessage
 from omnivideo.models.omni import MLLMFeatures, OmniVideoModel
 from omnivideo.models.sampling import DenoisingState, Expert, denoise, sample_initial_noise

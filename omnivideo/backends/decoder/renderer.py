@@ -18,7 +18,6 @@ from omnivideo.backends.decoder.pipeline import (
     medium_from_params,
 )
 from omnivideo.backends.mllm.local import LocalMLLM
-from omnivideo.clip_sizes import compute_latent_grid
 from omnivideo.contracts import (
     Artifact,
     Job,
@@ -27,6 +26,7 @@ from omnivideo.contracts import (
     Preview,
     SamplingParams,
     check_sampling_params,
+    compute_latent_grid,
 )
 from omnivideo.errors import InvalidInput
 from omnivideo.media.artifacts import encode_clip, load_media, to_png_bytes

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from omnivideo.clip_sizes import compute_latent_grid, count_decoder_tokens, count_visual_context_tokens
+from omnivideo.contracts import compute_latent_grid, count_decoder_tokens, count_visual_context_tokens
 from omnivideo.errors import InvalidInput
 from omnivideo.presets import OMNIVIDEO_1_3B, Preset
 from omnivideo.training.planning.gpus import GPU

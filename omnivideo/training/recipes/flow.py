@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from omnivideo.clip_sizes import count_visual_context_tokens
+from omnivideo.contracts import count_visual_context_tokens
 from omnivideo.models.conditions import assemble_conditions, count_condition_tokens, pad_condition, zip_condition_parts
 from omnivideo.models.omni import OmniVideoModel
 from omnivideo.presets import ConditionPart
