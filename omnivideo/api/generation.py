@@ -24,7 +24,7 @@ from omnivideo.contracts import (
     resolve_sampling_params,
 )
 from omnivideo.errors import InvalidInput
-from omnivideo.presets import Preset, Task, get_preset
+from omnivideo.presets import Preset, Task, get_preset, get_sampling_defaults
 
 SIZE_PATTERN = re.compile(r"(\d{1,5})x(\d{1,5})")
 # Our names of settings -> the names that OpenAI's clients use.
@@ -148,7 +148,7 @@ def resolve_num_frames(preset: Preset, task: Task, request: VideoRequest) -> int
     """Return the clip's number of frames, or None for the preset's default."""
     if request.seconds is None:
         return request.num_frames
-    fps = request.fps or preset.sampling[task].fps
+    fps = request.fps or get_sampling_defaults(preset, task).fps
     frames = 4 * round((request.seconds * fps - 1) / 4) + 1
     if request.num_frames not in (None, frames):
         text = f"{request.seconds:g} s at {fps} fps are {frames} frames, which is not num_frames; give only one of them"

@@ -30,6 +30,8 @@ LONG = (
     # vLLM servers. test_vllm_lora.py, with two short-lived ones, stays in `make test`.
     "backends/mllm/test_vllm.py",
     "backends/mllm/test_vllm_conversations.py",
+    "backends/mllm/test_vllm_instruct.py",
+    "backends/mllm/test_vllm_vila.py",
     # Fault matrices, in which brokers, workers and runs are killed.
     "backends/queue/test_celery.py::test_killed_workers_lose_no_job*",
     "backends/queue/test_celery.py::test_a_terminated_worker*",
