@@ -78,7 +78,8 @@ def save_sparse(path: Path, state: Mapping[str, Tensor]) -> None:
 
 def fill_blocks(path: Path, state: Mapping[str, Tensor]) -> None:
     """Write random values into the decoder's two blocks."""
-    generator, reader = torch.Generator().manual_seed(0), torch._C.PyTorchFileReader(str(path))
+    generator = torch.Generator().manual_seed(0)
+    reader: Any = torch._C.PyTorchFileReader(str(path))
     with path.open("r+b") as file:
         for number, (key, value) in enumerate(state.items()):
             if not any(key.startswith(f"wan_model.blocks.{block}.") for block in RANDOM_BLOCKS):

@@ -13,6 +13,7 @@ from omnivideo.errors import InvalidInput
 Task = Literal["text-to-image", "text-to-video", "image-editing", "video-editing"]
 ConditionPart = Literal["source", "visual", "hidden", "text"]
 DtypeName = Literal["float32", "bfloat16", "float16"]
+Precision = Literal["preset", "float32"]  # the types that the preset states, or float32 for every part
 
 WAN_NEGATIVE_PROMPT = (
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，"

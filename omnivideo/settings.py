@@ -8,6 +8,7 @@ from pydantic import BeforeValidator, Field, ValidationError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from omnivideo.errors import InvalidInput
+from omnivideo.presets import Precision
 
 SECONDS_PER_DAY = 86_400
 HTTP_URL_PATTERN = r"^$|^https?://[^\s]+$"
@@ -40,6 +41,7 @@ class ServiceSettings(BaseSettings):
     home: Path = Field(default_factory=lambda: Path.home() / ".local" / "share" / "omnivideo")
     preset: str = "tiny"
     weights: str = ""  # a folder in our layout; empty: the weights shipped for the preset
+    precision: Precision = "preset"
     database: str = Field(default="", pattern=r"^$|^postgres(ql)?://")
     broker: str = Field(default="", pattern=r"^$|^(redis|rediss|amqp|amqps)://")
     mllm: str = Field(default="", pattern=HTTP_URL_PATTERN)

@@ -127,7 +127,7 @@ class ServiceWiring:
         from omnivideo.models.weights.checkpoint import find_shipped_weights
 
         folder = Path(self.settings.weights) if self.settings.weights else find_shipped_weights(self.settings.preset)
-        omni = checkpoint.load(folder, pick_device(self.device))
+        omni = checkpoint.load(folder, pick_device(self.device), self.settings.precision)
         return Renderer(omni, self.store, checkpoint.compute_weights_digest(folder))
 
     @cached_property

@@ -43,8 +43,9 @@ def print_report(report: "WeightsReport") -> None:
     for name in ("part", "tensors", "parameters", "types", "GB", ""):
         table.add_column(name, justify="left" if name in ("part", "types", "") else "right")
     for part in report.parts:
+        origin = "linked" if part.is_linked and part.tensor_count else ""
         table.add_row(part.name, f"{part.tensor_count:,}", f"{part.parameter_count:,}", " ".join(part.dtypes),
-                      f"{part.size_bytes / 1e9:.3f}", "linked" if part.is_linked else "")  # fmt: skip
+                      f"{part.size_bytes / 1e9:.3f}", origin)  # fmt: skip
     counts = sum(part.tensor_count for part in report.parts), sum(part.parameter_count for part in report.parts)
     table.add_row("all", f"{counts[0]:,}", f"{counts[1]:,}", "", f"{report.total_bytes / 1e9:.3f}", "")
     console.print(table)
@@ -121,7 +122,7 @@ def download(
 
     table = Table("repository", "revision", "GB", "licence", title=preset)
     for repository in list_repositories(preset):
-        revision = (repository.revision or "pinned when first downloaded")[:12]
+        revision = repository.revision[:12] if repository.revision else "pinned at the first download"
         table.add_row(repository.id, revision, f"{repository.size_bytes / 1e9:.1f}", repository.licence)
     console.print(table)
     if not list_only:

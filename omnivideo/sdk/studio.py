@@ -46,7 +46,8 @@ class Studio:
     """A model in this process.
 
     `weights` is a folder in our format, by default the preset's shipped weights. `device` is "auto" (a GPU if there is
-    one), "cpu" or "cuda:N". `home` is the folder of threads and their artifacts, by default OMNIVIDEO_HOME.
+    one), "cpu" or "cuda:N". `home` is the folder of threads and their artifacts, by default OMNIVIDEO_HOME. The
+    setting OMNIVIDEO_PRECISION is "preset", each part in the type that the preset states, or "float32".
 
     Raises CheckpointError if the weights are missing or do not fit the preset.
     """
@@ -61,7 +62,7 @@ class Studio:
         configure_cpu_threads()
         self.settings = load_settings(home=home)
         self.weights_folder = Path(weights) if weights else find_shipped_weights(preset)
-        self.omni: OmniVideoModel = checkpoint.load(self.weights_folder, pick_device(device))
+        self.omni: OmniVideoModel = checkpoint.load(self.weights_folder, pick_device(device), self.settings.precision)
         self.weights_digest = checkpoint.compute_weights_digest(self.weights_folder)
 
     @cached_property

@@ -6,7 +6,6 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-import torch
 from torch import Tensor
 
 from omnivideo.models.omni import OmniVideoModel
@@ -41,7 +40,7 @@ def load_golden_model(kind: str, in_float32: bool = True) -> OmniVideoModel:
         patch.setitem(PRESETS, preset.name, preset)
         published = publish_golden(Path(root) / "published", preset.name)
         import_weights(published, Path(root) / "ours", preset.name, allow_missing=True)
-        omni = checkpoint.load(Path(root) / "ours", dtype=torch.float32 if in_float32 else None, with_mllm=False)
+        omni = checkpoint.load(Path(root) / "ours", precision="float32" if in_float32 else "preset", with_mllm=False)
         return copy.deepcopy(omni)  # its tensors may be mapped from the folder, which goes away
 
 

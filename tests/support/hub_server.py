@@ -47,87 +47,88 @@ def describe_blob(data: bytes) -> dict[str, object]:
     return entry
 
 
-def build_handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
-    class Handler(BaseHTTPRequestHandler):
-        def log_message(self, *args: object) -> None:
-            """Print nothing."""
+class HubHandler(BaseHTTPRequestHandler):
+    """Answers one request."""
 
-        def do_GET(self) -> None:
-            self.answer(send_body=True)
+    hub: Hub
 
-        def do_HEAD(self) -> None:
-            self.answer(send_body=False)
+    def log_message(self, *args: object) -> None:
+        """Print nothing."""
 
-        def answer(self, send_body: bool) -> None:
-            path = unquote(urlsplit(self.path).path).strip("/")
-            hub.requests.append((self.command, path, self.headers.get("Range", "")))
-            if path.startswith("api/models/"):
-                self.send_listing(path.removeprefix("api/models/"))
-                return
-            repository, _, rest = path.partition("/resolve/")
-            commit, _, file = rest.partition("/")
-            self.send_file(repository, commit, file, send_body)
+    def do_GET(self) -> None:
+        self.answer(send_body=True)
 
-        def send_error_code(self, status: int, code: str) -> None:
-            self.send_response(status)
-            self.send_header("X-Error-Code", code)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
+    def do_HEAD(self) -> None:
+        self.answer(send_body=False)
 
-        def send_listing(self, path: str) -> None:
-            repository, _, revision = path.partition("/revision/")
-            if repository in hub.gated:
-                return self.send_error_code(403, "GatedRepo")
-            if not (hub.folder / repository).is_dir():
-                return self.send_error_code(404, "RepoNotFound")
-            if revision not in ("", "main", hub.get_commit(repository)):
-                return self.send_error_code(404, "RevisionNotFound")
-            siblings = [
-                {"rfilename": file.relative_to(hub.folder / repository).as_posix()} | describe_blob(file.read_bytes())
-                for file in hub.list_files(repository)
-            ]
-            body = {"_id": "1", "id": repository, "sha": hub.get_commit(repository), "siblings": siblings, "tags": []}
-            data = json.dumps(body).encode()
-            self.send_response(200)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
+    def answer(self, send_body: bool) -> None:
+        path = unquote(urlsplit(self.path).path).strip("/")
+        self.hub.requests.append((self.command, path, self.headers.get("Range", "")))
+        if path.startswith("api/models/"):
+            self.send_listing(path.removeprefix("api/models/"))
+            return
+        repository, _, rest = path.partition("/resolve/")
+        commit, _, file = rest.partition("/")
+        self.send_file(repository, commit, file, send_body)
 
-        def send_file(self, repository: str, commit: str, file: str, send_body: bool) -> None:
-            source = hub.folder / repository / file
-            if not source.is_file():
-                return self.send_error_code(404, "EntryNotFound")
-            data = source.read_bytes()
-            entry = describe_blob(data)
-            lfs = entry.get("lfs")
-            etag = lfs["sha256"] if isinstance(lfs, dict) else entry["blobId"]
-            start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").split("-")[0])
-            body = data[:-1] + b"?" if f"{repository}/{file}" in hub.changed_bytes else data
-            self.send_response(206 if start else 200)
-            self.send_header("ETag", f'"{etag}"')
-            self.send_header("X-Repo-Commit", commit)
-            self.send_header("Accept-Ranges", "bytes")
-            self.send_header("Content-Length", str(len(data) - start))
-            if start:
-                self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
-            self.end_headers()
-            if not send_body:
-                return None
-            cut = hub.cut_after.pop(f"{repository}/{file}", None)
-            self.wfile.write(body[start:cut])
-            if cut is not None:
-                self.wfile.flush()
-                self.connection.close()
+    def send_error_code(self, status: int, code: str) -> None:
+        self.send_response(status)
+        self.send_header("X-Error-Code", code)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def send_listing(self, path: str) -> None:
+        repository, _, revision = path.partition("/revision/")
+        if repository in self.hub.gated:
+            return self.send_error_code(403, "GatedRepo")
+        if not (self.hub.folder / repository).is_dir():
+            return self.send_error_code(404, "RepoNotFound")
+        if revision not in ("", "main", self.hub.get_commit(repository)):
+            return self.send_error_code(404, "RevisionNotFound")
+        siblings = [
+            {"rfilename": file.relative_to(self.hub.folder / repository).as_posix()} | describe_blob(file.read_bytes())
+            for file in self.hub.list_files(repository)
+        ]
+        body = {"_id": "1", "id": repository, "sha": self.hub.get_commit(repository), "siblings": siblings, "tags": []}
+        data = json.dumps(body).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def send_file(self, repository: str, commit: str, file: str, send_body: bool) -> None:
+        source = self.hub.folder / repository / file
+        if not source.is_file():
+            return self.send_error_code(404, "EntryNotFound")
+        data = source.read_bytes()
+        entry = describe_blob(data)
+        lfs = entry.get("lfs")
+        etag = lfs["sha256"] if isinstance(lfs, dict) else entry["blobId"]
+        start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").split("-")[0])
+        body = data[:-1] + b"?" if f"{repository}/{file}" in self.hub.changed_bytes else data
+        self.send_response(206 if start else 200)
+        self.send_header("ETag", f'"{etag}"')
+        self.send_header("X-Repo-Commit", commit)
+        self.send_header("Accept-Ranges", "bytes")
+        self.send_header("Content-Length", str(len(data) - start))
+        if start:
+            self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
+        self.end_headers()
+        if not send_body:
             return None
-
-    return Handler
+        cut = self.hub.cut_after.pop(f"{repository}/{file}", None)
+        self.wfile.write(body[start:cut])
+        if cut is not None:
+            self.wfile.flush()
+            self.connection.close()
+        return None
 
 
 @contextmanager
 def serve_hub(hub: Hub) -> Iterator[str]:
     """Serve the hub on a free port, and yield its address."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), build_handler(hub))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (HubHandler,), {"hub": hub}))
     server.daemon_threads = True
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()

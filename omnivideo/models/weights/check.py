@@ -8,19 +8,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from transformers import AutoTokenizer, UMT5Config
 from transformers.utils import logging
 
 from omnivideo.errors import CheckpointError
-from omnivideo.models.weights.checkpoint import (
-    INDEX_FILE,
-    WEIGHTS_FILE,
-    check_keys,
-    get_first_line,
-    load_mllm_tokenizer,
-    read_index,
-)
+from omnivideo.models.vila import VilaProjector
+from omnivideo.models.weights.checkpoint import INDEX_FILE, WEIGHTS_FILE, load_mllm_tokenizer, read_index
 from omnivideo.models.weights.published import (
     PUBLISHED_PRESETS,
     build_meta_modules,
@@ -29,7 +24,9 @@ from omnivideo.models.weights.published import (
     list_weight_files,
 )
 from omnivideo.models.weights.sources import QWEN3_VL_TYPES, list_required_parts, read_json
+from omnivideo.models.weights.strict import check_keys, get_first_line
 from omnivideo.models.weights.tensor_files import read_safetensors_header
+from omnivideo.models.weights.vila import load_vila_tokenizer, read_image_config
 from omnivideo.models.weights.wan_layouts import (
     build_meta_text_encoder,
     build_meta_vae,
@@ -39,7 +36,8 @@ from omnivideo.presets import Preset, get_preset
 
 Shapes = Mapping[str, tuple[int, ...]]
 TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "tokenizer.model", "vocab.json")  # one of them is enough
-VAE_FIELDS = ("base_dim", "z_dim", "dim_mult", "num_res_blocks", "temperal_downsample", "latents_mean", "latents_std")
+VAE_FIELDS = ("base_dim", "z_dim", "dim_mult", "num_res_blocks", "temperal_downsample")
+VAE_STATISTICS = ("latents_mean", "latents_std")
 
 
 def find_faults(folder: Path) -> list[str]:
@@ -75,7 +73,7 @@ def find_part_faults(preset: Preset, name: str, folder: Path) -> list[str]:
         if name == "tokenizer":
             return []  # compared with the text encoder's vocabulary
         if name == "mllm":
-            return list(find_mllm_faults(preset, folder))
+            return collect_mllm_faults(preset, folder)
         if name == "vae":
             return list(find_vae_faults(preset, folder))
         if name == "text_encoder":
@@ -165,7 +163,9 @@ def find_null_context_faults(preset: Preset, shapes: Shapes) -> Iterator[str]:
 def find_vae_faults(preset: Preset, folder: Path) -> Iterator[str]:
     config = read_json(folder / "config.json")
     expected = build_meta_vae(preset.vae)
-    yield from find_config_faults("vae", config, {field: expected.config[field] for field in VAE_FIELDS}, preset.name)
+    # The statistics of a VAE of our own are measured when it has been trained; the preset does not know them.
+    fields = (*VAE_FIELDS, *VAE_STATISTICS) if preset.name in PUBLISHED_PRESETS else VAE_FIELDS
+    yield from find_config_faults("vae", config, {field: expected.config[field] for field in fields}, preset.name)
     shapes = {key: tuple(value.shape) for key, value in expected.state_dict().items()}
     yield from find_shape_faults("vae", read_folder_shapes(folder), shapes)
 
@@ -203,16 +203,23 @@ def find_tokenizer_faults(name: str, folder: Path, vocab_size: int) -> Iterator[
         yield f"{name}: the tokenizer has {len(tokenizer)} tokens; the model has {vocab_size} embeddings"
 
 
-def get_mllm_family(preset: Preset) -> str:
-    """Return the family of a preset's MLLM: version 1 as published has VILA."""
-    return "vila" if preset.version == 1 and preset.name in PUBLISHED_PRESETS else "qwen3-vl"
+def collect_mllm_faults(preset: Preset, folder: Path) -> list[str]:
+    """Return the faults of an MLLM, up to the first that keeps the rest from being checked."""
+    faults: list[str] = []
+    try:
+        for fault in find_mllm_faults(preset, folder):
+            faults.append(fault)
+    except CheckpointError as error:
+        faults.append(str(error))
+    return faults
 
 
 def find_mllm_faults(preset: Preset, folder: Path) -> Iterator[str]:
     config = read_json(folder / "config.json")
     family = "qwen3-vl" if config.get("model_type") in QWEN3_VL_TYPES else "vila" if "llm_cfg" in config else "another"
-    if family != get_mllm_family(preset):
-        yield f"mllm: it is a model of the family {family!r}; {preset.name} needs {get_mllm_family(preset)!r}"
+    if family != preset.mllm.family:
+        text = f"{folder.name}/config.json describes a model of the family {family!r}"
+        yield f"mllm: {text}; {preset.name} needs {preset.mllm.family!r}"
     elif family == "vila":
         yield from find_vila_faults(preset, folder)
     else:
@@ -227,11 +234,8 @@ def find_qwen_faults(preset: Preset, folder: Path, config: Mapping[str, Any]) ->
     yield from find_transformers_faults(f"{kind}ForConditionalGeneration", folder, "mllm")
     faults = list(find_tokenizer_faults("mllm", folder, text_config.get("vocab_size", 0)))
     yield from faults
-    if preset.version == 1 and not faults:
-        try:
-            load_mllm_tokenizer(folder.parent, text_config["vocab_size"])
-        except CheckpointError as error:
-            yield str(error)
+    if preset.mllm.routing == "tokens" and not faults:
+        load_mllm_tokenizer(folder.parent, text_config["vocab_size"])
 
 
 def find_vila_faults(preset: Preset, folder: Path) -> Iterator[str]:
@@ -243,13 +247,15 @@ def find_vila_faults(preset: Preset, folder: Path) -> Iterator[str]:
     yield from find_transformers_faults("LlamaForCausalLM", folder / "llm", "mllm/llm")
     yield from find_transformers_faults("SiglipVisionModel", folder / "vision_tower", "mllm/vision_tower")
     read_json(folder / "mm_projector" / "config.json")
-    joined = 4 * tower_width  # 2 x 2 patches
-    expected: dict[str, tuple[int, ...]] = {"layers.1.weight": (joined,), "layers.1.bias": (joined,)}
-    expected |= {"layers.2.weight": (width, joined), "layers.2.bias": (width,)}
-    expected |= {"layers.4.weight": (width, width), "layers.4.bias": (width,)}
+    with torch.device("meta"):
+        projector = VilaProjector(tower_width, width)
+    expected = {key: tuple(value.shape) for key, value in projector.state_dict().items()}
     yield from find_shape_faults("mllm/mm_projector", read_folder_shapes(folder / "mm_projector"), expected)
-    yield from find_tokenizer_faults("mllm/llm", folder / "llm", llm.get("vocab_size", 0))
-    read_json(folder / "vision_tower" / "preprocessor_config.json")
+    read_image_config(folder)
+    faults = list(find_tokenizer_faults("mllm/llm", folder / "llm", llm.get("vocab_size", 0)))
+    yield from faults
+    if not faults:
+        load_vila_tokenizer(folder, llm["vocab_size"])
 
 
 def find_transformers_faults(class_name: str, folder: Path, label: str) -> Iterator[str]:
@@ -257,6 +263,8 @@ def find_transformers_faults(class_name: str, folder: Path, label: str) -> Itera
     read_json(folder / "config.json")
     read_folder_shapes(folder)  # a damaged or a missing file is named here
     logging.disable_progress_bar()
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # transformers prints a table of what we report in one line
     try:
         _, report = getattr(transformers, class_name).from_pretrained(
             folder, device_map="meta", local_files_only=True, use_safetensors=True, ignore_mismatched_sizes=True,
@@ -265,5 +273,7 @@ def find_transformers_faults(class_name: str, folder: Path, label: str) -> Itera
     except (OSError, ValueError, RuntimeError, TypeError, AttributeError, KeyError) as error:
         yield f"{label} cannot be built: {get_first_line(error)}"
         return
+    finally:
+        logging.set_verbosity(verbosity)
     mismatched = [key if isinstance(key, str) else key[0] for key in report["mismatched_keys"]]
     yield from list_key_faults(label, sorted(report["missing_keys"]), sorted(report["unexpected_keys"]), mismatched)

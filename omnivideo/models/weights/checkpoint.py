@@ -32,7 +32,7 @@ from omnivideo.models.weights.strict import check_keys as check_keys
 from omnivideo.models.weights.strict import get_first_line as get_first_line
 from omnivideo.models.weights.strict import load_strict as load_strict
 from omnivideo.models.weights.vila import load_vila, load_vila_tokenizer
-from omnivideo.presets import Preset, get_preset
+from omnivideo.presets import Precision, Preset, get_preset
 
 INDEX_FILE = "model_index.json"
 BRIDGE_PARTS = ("vision_head", "adapter", "visual_context", "markers")
@@ -123,20 +123,20 @@ def verify_digests(folder: Path) -> None:
 
 
 def load(
-    folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None, with_mllm: bool = True
+    folder: Path, device: torch.device | str = "cpu", precision: Precision = "preset", with_mllm: bool = True
 ) -> OmniVideoModel:
     """Load all parts of a folder's preset onto a device, in evaluation mode.
 
-    Each part has the type that the preset states, or all have the given one. A process that gets the MLLM's features
-    from a server loads everything else, `with_mllm=False`.
+    Each part has the type that the preset states, or all are in float32. A process that gets the MLLM's features from
+    a server loads everything else, `with_mllm=False`.
     """
     model_preset = get_preset(read_index(folder)["preset"])
-    if dtype is not None:
+    if precision == "float32":
         model_preset = model_preset.in_float32()
     return load_parts(
         folder,
         lambda name, part: part.to(device),
-        lambda part: dtype or get_torch_dtype(model_preset, part),
+        lambda part: get_torch_dtype(model_preset, part),
         with_mllm,
         model_preset,
     )

@@ -128,7 +128,7 @@ def explain_hub_errors(what: str) -> Iterator[None]:
         raise CheckpointError(f"{what}: the hub answers {status}; repeat the command to continue") from None
     except CheckpointError:
         raise
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # the HTTP client that huggingface_hub chooses has error types of its own
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise CheckpointError(f"{what}: {reason}; repeat the command to continue") from None
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from omnivideo.errors import CheckpointError, InvalidInput
 from omnivideo.models.weights.check import find_part_faults, find_tokenizer_faults
-from omnivideo.models.weights.checkpoint import check_keys
 from omnivideo.models.weights.folder import (
     PartContent,
     WeightsReport,
@@ -39,6 +38,7 @@ from omnivideo.models.weights.sources import (
     read_json,
     scan_sources,
 )
+from omnivideo.models.weights.strict import check_keys
 from omnivideo.models.weights.tensor_files import (
     StateDict,
     WriteProgress,

@@ -32,7 +32,7 @@ VERSION_1_REPOSITORY = HubRepository(
         "*ar_model/checkpoint/*",
     ),
     size_bytes=31_000_000_000,
-    licence="not stated; VILA's weights are CC-BY-NC-SA-4.0 and its language model is under the Llama 3 licence",
+    licence="not stated; VILA's weights are for non-commercial use, its language model is under the Llama 3 licence",
 )  # fmt: skip
 VERSION_2_REPOSITORY = HubRepository(
     id="Fudan-FUXI/OmniVideo2-1.3B",

@@ -136,12 +136,13 @@ def find_our_folder(tree: SourceTree) -> Path | None:
 
 def list_required_parts(preset: Preset) -> tuple[str, ...]:
     """Return the subfolders of a complete folder of ours."""
-    parts = ["mllm"]
-    per_decoder = ["transformer", "visual_context", *(["hidden_projection"] if preset.version == 2 else [])]
-    parts += [get_part_folder(part, index) for index in range(len(list_weight_files(preset))) for part in per_decoder]
-    parts += ["vision_head", "adapter"] if preset.version == 1 else []
-    parts += ["null_context"] if preset.name in PUBLISHED_PRESETS and preset.version == 1 else []
-    return (*parts, "markers", "text_encoder", "tokenizer", "vae")
+    conditions = {"hidden": "hidden_projection", "source": "visual_context"}
+    per_decoder = ["transformer", *(name for part, name in conditions.items() if part in preset.condition.parts)]
+    parts = [get_part_folder(part, index) for index in range(len(list_weight_files(preset))) for part in per_decoder]
+    parts += ["vision_head"] if preset.vision_head else []
+    parts += ["adapter"] if preset.adapter else []
+    parts += ["null_context"] if preset.null.kind == "context-file" else []
+    return ("mllm", *parts, "markers", "text_encoder", "tokenizer", "vae")
 
 
 def find_library_parts(tree: SourceTree) -> dict[str, FoundPart]:

@@ -48,6 +48,7 @@ def read_pickle(path: Path) -> dict[str, Any]:
 
     Raises CheckpointError if the pickle names anything but tensors and plain containers, before any of it runs.
     """
+    label = f"{path.parent.name}/{path.name}"
     check_plain_zip(path)
     try:
         # Fake tensors know their offset in the file. torch's own mmap=True reserves memory to copy every page, which
@@ -55,7 +56,7 @@ def read_pickle(path: Path) -> dict[str, Any]:
         with FakeTensorMode(), warnings.catch_warnings(action="ignore"):
             loaded = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(loaded, Mapping):
-            raise CheckpointError(f"{path.name} holds {type(loaded).__name__}, not a dictionary of tensors")
+            raise CheckpointError(f"{label} holds {type(loaded).__name__}, not a dictionary of tensors")
         mapped: dict[str, Any] = map_fake_tensors(loaded, map_bytes(path))
         return mapped
     except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, AssertionError):
@@ -64,17 +65,18 @@ def read_pickle(path: Path) -> dict[str, Any]:
 
 def check_plain_zip(path: Path) -> None:
     """Raise CheckpointError unless the file can be read and is a zip archive of uncompressed entries."""
+    label = f"{path.parent.name}/{path.name}"
     try:
         if not is_zip(path):
             raise zipfile.BadZipFile
         with zipfile.ZipFile(path) as archive:
             compressed = any(entry.compress_type for entry in archive.infolist())
     except OSError as error:
-        raise CheckpointError(f"{path.parent.name}/{path.name} cannot be read: {error.strerror}") from None
+        raise CheckpointError(f"{label} cannot be read: {error.strerror}") from None
     except zipfile.BadZipFile:
-        raise CheckpointError(f"{path.name} is cut short, or is not in the zip format of torch.save") from None
+        raise CheckpointError(f"{label} is cut short, or is not in the zip format of torch.save") from None
     if compressed:
-        raise CheckpointError(f"{path.name} is compressed, which torch.save never does")
+        raise CheckpointError(f"{label} is compressed, which torch.save never does")
 
 
 def is_zip(path: Path) -> bool:
@@ -88,13 +90,14 @@ def is_zip(path: Path) -> bool:
 
 def explain_refusal(path: Path) -> str:
     """Return why torch refuses a file. Its pickle is only scanned, never run."""
+    label = f"{path.parent.name}/{path.name}"
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except (RuntimeError, ValueError, pickle.UnpicklingError):
-        return f"{path.name} is damaged: its pickle cannot be read"
+        return f"{label} is damaged: its pickle cannot be read"
     if not names:
-        return f"{path.name} is damaged, or was not written by torch.save"
-    return unsafe_name_message(path.name, names[0])
+        return f"{label} is damaged, or was not written by torch.save"
+    return unsafe_name_message(label, names[0])
 
 
 def map_fake_tensors(value: Any, data: mmap.mmap) -> Any:

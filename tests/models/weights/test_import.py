@@ -15,6 +15,7 @@ from omnivideo.errors import CheckpointError
 from omnivideo.models.vae import encode_pixels
 from omnivideo.models.weights import checkpoint
 from omnivideo.models.weights.check import find_faults
+from omnivideo.models.weights.convert import export_weights
 from omnivideo.models.weights.importer import import_weights
 from omnivideo.models.weights.published import get_part_folder, list_weight_files, locate_tensors
 from omnivideo.presets import PRESETS, Preset
@@ -114,6 +115,18 @@ def test_vilas_folders_are_linked(imported):
             assert ours.samefile(published) == (file.suffix == ".safetensors")
 
 
+@pytest.mark.golden
+def test_the_authors_side_files_are_written_back(imported, monkeypatch, tmp_path):
+    """What was imported can be exported and imported again, and is the same."""
+    use_golden_sizes(monkeypatch, VERSION_1)
+    export_weights(imported / "ours", tmp_path / "back")
+    report = import_weights(tmp_path / "back", tmp_path / "again", allow_missing=True)
+    assert set(report.missing_parts) == {"mllm", "text_encoder", "tokenizer", "vae"}
+    digests = checkpoint.read_index(imported / "ours")["sha256"]
+    again = checkpoint.read_index(tmp_path / "again")["sha256"]
+    assert len(again) == 6 and again.items() <= digests.items()
+
+
 # ---------------------------------------------------------------- other sources
 
 
@@ -204,6 +217,20 @@ FILES = {
     ),
     TWO_EXPERTS: ("high_noise_model/model.pt", "low_noise_model/model.pt", "Qwen3-VL/model-00001-of-00002.safetensors"),
 }  # fmt: skip
+SHARED = {"diffusers": VERSION_2, "ours": VERSION_2}  # other forms of that preset's folder
+FILES |= {
+    "diffusers": (
+        "Wan-Diffusers/vae/diffusion_pytorch_model.safetensors",
+        "Wan-Diffusers/text_encoder/model.safetensors",
+        "Wan-Diffusers/tokenizer/tokenizer.json",
+    ),
+    "ours": (
+        "transformer/diffusion_pytorch_model.safetensors",
+        "hidden_projection/model.safetensors",
+        "visual_context/model.safetensors",
+        "markers/model.safetensors",
+    ),
+}
 CASES = [
     (name, file, fault)
     for name, files in FILES.items()
@@ -215,7 +242,7 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def published_folders(tmp_path_factory):
-    """The three layouts, complete."""
+    """The published layouts, and the folders of diffusers and of ours, complete."""
     top = tmp_path_factory.mktemp("published")
     with pytest.MonkeyPatch.context() as patch:
         use_golden_sizes(patch, VERSION_1)
@@ -224,6 +251,13 @@ def published_folders(tmp_path_factory):
             publish_random(top / name, use_golden_sizes(patch, name, mllm_width=32))
             shutil.copytree(golden_folder() / "qwen3vl", top / name / "Qwen3-VL")
             shard(top / name / "Qwen3-VL")
+        import_weights(top / VERSION_2, top / "ours", VERSION_2)
+    for file in ("transformer/pytorch_model.pt", "special_tokens.pkl"):
+        (top / "diffusers" / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(top / VERSION_2 / file, top / "diffusers" / file)
+    shutil.copytree(top / VERSION_2 / "Qwen3-VL", top / "diffusers" / "Qwen3-VL")
+    for part in ("vae", "text_encoder", "tokenizer"):
+        shutil.copytree(top / "ours" / part, top / "diffusers" / "Wan-Diffusers" / part)
     return top
 
 
@@ -262,17 +296,21 @@ def replace_json(path: Path) -> None:
 def test_a_fault_is_named_in_one_line_and_nothing_is_written(
     name, file, fault, published_folders, monkeypatch, tmp_path
 ):
-    use_golden_sizes(monkeypatch, name, **({} if name == VERSION_1 else {"mllm_width": 32}))
+    preset = SHARED.get(name, name)
+    use_golden_sizes(monkeypatch, preset, **({} if preset == VERSION_1 else {"mllm_width": 32}))
     source = shutil.copytree(published_folders / name, tmp_path / "source")
     spoil(source, file, fault)
     with pytest.raises(CheckpointError) as refusal:
         import_weights([source], tmp_path / "ours")
     text = str(refusal.value)
-    print(f"{name} | {file} | {fault} | {text}")
     assert "\n" not in text and str(tmp_path) not in text
     words = {Path(file).name, Path(file).parent.name, Path(file).stem, "mllm" if "Qwen3-VL" in file else file}
     assert any(word in text for word in words), text
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+
+
+def test_the_tiny_presets_folder_fits(weights):
+    assert find_faults(weights) == []
 
 
 @pytest.mark.golden
