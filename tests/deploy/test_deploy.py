@@ -34,16 +34,8 @@ REQUIRED = {name: "x" * 24 for name in (
     "OMNIVIDEO_ADMIN_KEY",
 )}  # fmt: skip
 NOT_IN_API = {
-    "torch",
-    "diffusers",
-    "transformers",
-    "llguidance",
-    "accelerate",
-    "ftfy",
-    "safetensors",
-    "scipy",
-    "matplotlib",
-}
+    "torch", "diffusers", "transformers", "llguidance", "accelerate", "ftfy", "safetensors", "scipy", "matplotlib",
+}  # fmt: skip
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 

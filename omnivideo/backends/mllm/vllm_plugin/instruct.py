@@ -11,8 +11,8 @@ from typing import Any
 from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 
 from omnivideo.backends.mllm.protocol import MLLMPayload
-from omnivideo.backends.mllm.vllm_plugin.endpoint import VLLMService, compute_media_digest
 from omnivideo.backends.mllm.vllm_plugin.prompt import build_engine_input
+from omnivideo.backends.mllm.vllm_plugin.service import VLLMService, compute_media_digest
 from omnivideo.contracts import Medium, Route
 from omnivideo.errors import InvalidInput
 from omnivideo.models import qwen3_vl
