@@ -167,7 +167,8 @@ def classify_folder(folder: Path) -> FoundPart | None:
         return FoundPart("mllm", folder, "vila")
     if folder.name in ("tokenizer", "umt5-xxl") and not (folder / "config.json").exists():
         names = {path.name for path in folder.iterdir()}
-        return FoundPart("tokenizer", folder, "tokenizer") if names & {"tokenizer.json", "spiece.model"} else None
+        known = {"tokenizer.json", "spiece.model", "tokenizer_config.json"}
+        return FoundPart("tokenizer", folder, "tokenizer") if names & known else None
     if not (folder / "config.json").is_file():
         return None
     config = read_json(folder / "config.json")

@@ -143,9 +143,12 @@ def test_imported_weights_load_strictly(tmp_path):
     """diffusers loads the decoder, we load the bridge, and each marker has its published length."""
     preset = PRESETS["omnivideo-1.3b"]
     published = publish(tmp_path / "published", preset)
+    null = {"text_emb": [torch.zeros(3, 16)], "vlm_last_hidden_states": torch.zeros(1, 2, 12)}
+    (tmp_path / "published" / "unconditioned_context").mkdir()
+    (tmp_path / "published" / "unconditioned_context" / "context.pkl").write_bytes(pickle.dumps(null))
     import_weights(tmp_path / "published", tmp_path / "ours", allow_missing=True)
     decoder = checkpoint.load_strict(WanTransformer3DModel, tmp_path / "ours", "transformer", torch.float32)
-    bridge = checkpoint.load_bridge(preset, tmp_path / "ours", torch.float32)
+    bridge = checkpoint.load_bridge(preset, tmp_path / "ours", lambda part: torch.float32)
     state = published[list_weight_files(preset)[0]]
     assert torch.equal(decoder.blocks[3].norm2.weight, state["wan_model.blocks.3.norm3.weight"])
     assert torch.equal(bridge.vision_head.decoder_query, state["ar_vision_head.decoder_query"].float())
