@@ -6,7 +6,7 @@ Shapes: V vocabulary.
 
 import json
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -14,7 +14,10 @@ from torch import Tensor
 
 from omnivideo.errors import InvalidInput
 
-GRAMMAR_DEFAULTS = {"whitespace_flexible": False}  # vLLM's disable_any_whitespace
+if TYPE_CHECKING:
+    from llguidance import JsonCompileOptions
+
+GRAMMAR_DEFAULTS: "JsonCompileOptions" = {"whitespace_flexible": False}  # vLLM's disable_any_whitespace
 
 
 @lru_cache(maxsize=4)
