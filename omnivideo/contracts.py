@@ -181,6 +181,7 @@ class JobStatus(FrozenModel):
     meta: dict[str, str]
     job: Job
     turn_id: str | None = None
+    cancel_requested: bool = False
 
 
 class Claim(FrozenModel):

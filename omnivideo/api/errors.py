@@ -151,6 +151,13 @@ def build_key_reused_error() -> APIError:
     return APIError(422, message, "Idempotency-Key", "idempotency_key_reused")
 
 
+def build_key_in_use_error() -> APIError:
+    message = "Idempotency-Key: another request with it is still being processed; try again"
+    error = APIError(409, message, "Idempotency-Key", "idempotency_key_in_use")
+    error.headers["Retry-After"] = "1"
+    return error
+
+
 def build_body_too_large_error(max_bytes: int, advice: str = "") -> APIError:
     return APIError(413, f"the body is larger than {max_bytes} bytes{advice}", "body", "too_large")
 

@@ -9,9 +9,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, Field
 
 from omnivideo.api.dependencies import ServiceContext
-from omnivideo.api.errors import APIError, build_key_reused_error
 from omnivideo.api.media import MediaReference, resolve_source
-from omnivideo.api.request_body import CleanText, digest_request, rename_error_field, validate_fields
+from omnivideo.api.request_body import CleanText, rename_error_field
 from omnivideo.contracts import (
     Artifact,
     Job,
@@ -80,7 +79,7 @@ class ImageEditRequest(ImageRequest):
 
 @dataclass(frozen=True)
 class JobRequest:
-    """A job to submit. `meta` is stored with it: the size and length to report, and a digest of the request."""
+    """A job to submit. `meta` is stored with it: the size and length to report."""
 
     job: Job
     kind: Literal["video", "image"]
@@ -90,12 +89,11 @@ class JobRequest:
 # ---------------------------------------------------------------- clips
 
 
-def build_video_job(context: ServiceContext, owner: str, fields: Mapping[str, Any], job_id: str) -> JobRequest:
+def build_video_job(context: ServiceContext, owner: str, request: VideoRequest, job_id: str) -> JobRequest:
     """Build the job of a clip; with an `input_reference`, it edits the reference as the prompt says.
 
     The model has no first-frame mode: an image is edited as a still clip, which the prompt may set in motion.
     """
-    request = validate_fields(VideoRequest, fields)
     source = None
     if request.input_reference is not None:
         source = resolve_source(context, owner, request.input_reference, "input_reference")
@@ -103,17 +101,15 @@ def build_video_job(context: ServiceContext, owner: str, fields: Mapping[str, An
     return build_clip_job(context, request, task, job_id, source)
 
 
-def build_video_edit_job(context: ServiceContext, owner: str, fields: Mapping[str, Any], job_id: str) -> JobRequest:
+def build_video_edit_job(context: ServiceContext, owner: str, request: VideoEditRequest, job_id: str) -> JobRequest:
     """Build the job that edits `video`. A video that was generated here keeps its size, length and frame rate."""
-    request = validate_fields(VideoEditRequest, fields)
     source = resolve_source(context, owner, request.video, "video")
     edit_request = inherit_source_format(request, source) if request.video.id else request
     return build_clip_job(context, edit_request, get_editing_task("video"), job_id, source)
 
 
-def build_remix_job(context: ServiceContext, fields: Mapping[str, Any], job_id: str, original: JobStatus) -> JobRequest:
+def build_remix_job(context: ServiceContext, request: VideoRequest, job_id: str, original: JobStatus) -> JobRequest:
     """Build the job that edits a completed video and keeps its size, length and frame rate."""
-    request = validate_fields(VideoRequest, fields)
     source = original.result
     if source is None:
         raise InvalidInput("id", "that video is not completed")
@@ -164,16 +160,14 @@ def resolve_num_frames(preset: Preset, task: Task, request: VideoRequest) -> int
 # ---------------------------------------------------------------- images
 
 
-def build_image_jobs(context: ServiceContext, owner: str, fields: Mapping[str, Any], base_id: str) -> list[JobRequest]:
+def build_image_jobs(context: ServiceContext, owner: str, request: ImageRequest, base_id: str) -> list[JobRequest]:
     """Build one job for each of `n` images, with consecutive seeds."""
-    request = validate_fields(ImageRequest, fields)
     return build_jobs_per_image(context, request, get_generation_task("image"), base_id, None)
 
 
 def build_image_edit_jobs(
-    context: ServiceContext, owner: str, fields: Mapping[str, Any], base_id: str
+    context: ServiceContext, owner: str, request: ImageEditRequest, base_id: str
 ) -> list[JobRequest]:
-    request = validate_fields(ImageEditRequest, fields)
     source = resolve_source(context, owner, request.image[0], "image")
     if source.medium != "image":
         raise InvalidInput("image", "it is a clip; use /v1/videos/edits")
@@ -250,29 +244,18 @@ def build_job_request(
         source=source,
         params=params,
     )
-    n = request.n if isinstance(request, ImageRequest) else 1
-    digest = digest_request(kind, job.model_dump(exclude={"id": True, "params": {"seed"}}), request.seed, n, meta)
-    return JobRequest(job, kind, meta | {"request": digest})
+    return JobRequest(job, kind, meta)
 
 
 def submit_job(context: ServiceContext, owner: str, job_request: JobRequest, lane: Lane = "interactive") -> JobStatus:
-    """Submit the job and return its status. A job that was submitted before is not changed.
-
-    Raises ServiceBusy, and APIError if the id comes from an idempotency key that was used for a different request.
-    """
-    job = job_request.job
-    try:
-        new_status = context.jobs.submit(job, owner, lane, job_request.kind, job_request.meta)
-    except InvalidInput:
-        raise build_key_reused_error() from None
-    if new_status is not None:
-        context.notify_workers()
-        return new_status
-    status = context.jobs.get_owned_job(job.id, owner, job_request.kind)
-    if status is None:
-        message = "Idempotency-Key: the job of its first request was deleted; use a new one"
-        raise APIError(404, message, "Idempotency-Key")
-    # Jobs of version 0.1 have no digest; `submit` has compared their content.
-    if status.meta.get("request", job_request.meta["request"]) != job_request.meta["request"]:
-        raise build_key_reused_error()
+    """Submit the job, whose id must be new, and return its status. Raises ServiceBusy."""
+    status = context.jobs.submit(job_request.job, owner, lane, job_request.kind, job_request.meta)
+    assert status is not None, "the id is new"
+    context.notify_workers()
     return status
+
+
+def find_live_job(context: ServiceContext, owner: str, kind: str, job_id: str) -> JobStatus | None:
+    """Return the owner's job, or None if it does not exist, was cancelled or was deleted."""
+    status = context.jobs.get_owned_job(job_id, owner, kind)
+    return None if status is None or status.cancel_requested or status.state == "cancelled" else status

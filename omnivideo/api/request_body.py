@@ -4,7 +4,6 @@ In a form, `a[b]` is field b of the object a, `a[]` is an item of the list a, an
 uploaded file, a stored file and a file to fetch are therefore fields of the same model (media.MediaReference).
 """
 
-import hashlib
 import json
 import re
 from collections.abc import AsyncIterator, Mapping
@@ -121,11 +120,6 @@ def validate_fields(model_class: type[Model], fields: Mapping[str, Any]) -> Mode
 def rename_error_field(error: InvalidInput, field: str) -> InvalidInput:
     """Return the same error under the name of the field that the client sent."""
     return InvalidInput(field, str(error).removeprefix(f"{error.field}: "))
-
-
-def digest_request(*parts: Any) -> str:
-    """Return a digest of everything that distinguishes a request from another one with the same idempotency key."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 # ---------------------------------------------------------------- documenting

@@ -1,4 +1,4 @@
-"""The stores of records that only the API reads and writes: files, batches, webhooks and API keys.
+"""The stores of records that only the API reads and writes: files, batches, webhooks, idempotency keys and API keys.
 
 The stores of jobs and turns, which the planner and the workers use too, are in omnivideo/ports.py. The repositories in
 storage/database implement all of them.
@@ -70,6 +70,39 @@ class WebhookStore(Protocol):
     def delete_webhook(self, webhook_id: str, owner: str) -> bool:
         """Return False if the owner has no such webhook."""
         ...
+
+
+class KeyClaim(Protocol):
+    """An idempotency key that this request has claimed: what was requested and created with it."""
+
+    @property
+    def request_digest(self) -> str: ...
+
+    @property
+    def resource_id(self) -> str: ...
+
+    @property
+    def waiting_clients(self) -> int: ...
+
+    @property
+    def is_new(self) -> bool: ...
+
+
+class IdempotencyStore(Protocol):
+    def claim_key(
+        self, owner: str, key_digest: str, *, request_digest: str, resource_id: str, lease_seconds: float
+    ) -> KeyClaim | None:
+        """Claim a key, which is created with `resource_id` if it is new. Return None while another request has it.
+
+        A key with another digest is not claimed, but returned.
+        """
+        ...
+
+    def set_key_resource(self, owner: str, key_digest: str, resource_id: str) -> None: ...
+
+    def release_key(self, owner: str, key_digest: str, waiting_clients: int | None = None) -> None: ...
+
+    def delete_key(self, owner: str, key_digest: str) -> None: ...
 
 
 class APIKeyStore(Protocol):

@@ -43,6 +43,7 @@ LONG = (
 SLOW = (
     "agent/test_conversations.py::test_the_planner_evaluation*",
     "api/attacks/*.py",
+    "api/test_idempotency.py",
     "api/test_openai*.py",
     "api/test_openapi.py",
     "api/test_threads*.py",

@@ -12,13 +12,12 @@ from starlette.datastructures import UploadFile
 from omnivideo.api.dependencies import (
     AfterCursor,
     ContextDep,
-    IdempotencyKey,
+    IdempotencyDep,
     OwnerDep,
     ResourceId,
     ServiceContext,
-    make_id,
 )
-from omnivideo.api.errors import ERROR_RESPONSES, build_key_reused_error, build_not_found_error
+from omnivideo.api.errors import ERROR_RESPONSES, build_not_found_error
 from omnivideo.api.media import build_range_response
 from omnivideo.api.request_body import (
     BodyFields,
@@ -90,27 +89,34 @@ def require_file(context: ServiceContext, file_id: str, owner: str) -> FileRecor
 
 @router.post("", openapi_extra=document_request_body(CreateFileRequest, "file", accepts_json=False))
 def upload_file(
-    context: ContextDep, owner: OwnerDep, fields: BodyFields, idempotency_key: IdempotencyKey = None
+    context: ContextDep, owner: OwnerDep, fields: BodyFields, idempotent_request: IdempotencyDep
 ) -> FileObject:
     """Store a file. Its name is only a label; it is never used as a path."""
     payload = validate_fields(CreateFileRequest, fields)
+    file = idempotent_request.run(
+        payload,
+        "file-",
+        find=lambda file_id: context.files.get_file(file_id, owner),
+        create=lambda file_id: store_file(context, owner, payload, file_id),
+    )
+    return to_file_object(file)
+
+
+def store_file(context: ServiceContext, owner: str, payload: CreateFileRequest, file_id: str) -> FileRecord:
     data, filename = payload.file.upload.file.read(), sanitize_filename(payload.file.upload.filename or "")
     if not data:
         raise InvalidInput("file", f"it is empty; allowed: 1 to {context.settings.max_upload_bytes} bytes")
     artifact = ingest_upload(context, data, filename, payload.purpose)
     object_key = artifact.key if artifact else context.store.put(data, "jsonl" if payload.purpose == "batch" else "bin")
-    file = context.files.create_file(
+    return context.files.create_file(
         owner,
-        file_id=make_id("file", owner, idempotency_key).replace("_", "-"),
+        file_id=file_id,
         name=filename,
         purpose=payload.purpose,
         size_bytes=len(data),
         object_key=object_key,
         artifact=artifact.model_dump() if artifact else None,
     )
-    if (file.object_key, file.purpose) != (object_key, payload.purpose):
-        raise build_key_reused_error()
-    return to_file_object(file)
 
 
 def sanitize_filename(filename: str) -> str:

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Query
 from pydantic import BaseModel, Field
 
-from omnivideo.api.dependencies import AfterCursor, ContextDep, OwnerDep, ResourceId, make_id
+from omnivideo.api.dependencies import AfterCursor, ContextDep, IdempotencyDep, OwnerDep, ResourceId, ServiceContext
 from omnivideo.api.errors import ERROR_RESPONSES, build_not_found_error
 from omnivideo.api.request_body import BodyFields, CleanText, document_request_body, validate_fields
 from omnivideo.contracts import WebhookRecord
@@ -72,21 +72,35 @@ def to_webhook_endpoint(webhook: WebhookRecord, secret: str | None = None) -> We
     "/webhook_endpoints", response_model_exclude_none=True, openapi_extra=document_request_body(CreateWebhookRequest)
 )
 @router.post("/webhooks", response_model_exclude_none=True, openapi_extra=document_request_body(CreateWebhookRequest))
-def create_webhook(context: ContextDep, owner: OwnerDep, fields: BodyFields) -> WebhookEndpoint:
+def create_webhook(
+    context: ContextDep, owner: OwnerDep, fields: BodyFields, idempotent_request: IdempotencyDep
+) -> WebhookEndpoint:
     """Create a webhook and return it with its secret."""
     payload = validate_fields(CreateWebhookRequest, fields)
+    webhook = idempotent_request.run(
+        payload,
+        "whe_",
+        find=lambda hook_id: context.webhooks.get_webhook(hook_id, owner),
+        create=lambda hook_id: store_webhook(context, owner, payload, hook_id),
+    )
+    return to_webhook_endpoint(webhook, webhook.secret)
+
+
+def store_webhook(context: ServiceContext, owner: str, payload: CreateWebhookRequest, hook_id: str) -> WebhookRecord:
     context.check_webhook_url(payload.url)
-    secret = "whsec_" + base64.b64encode(secrets.token_bytes(32)).decode()
-    webhook = context.webhooks.create_webhook(
+    return context.webhooks.create_webhook(
         owner,
         MAX_WEBHOOKS_PER_OWNER,
-        webhook_id=make_id("whe", owner, None),
+        webhook_id=hook_id,
         url=payload.url,
-        secret=secret,
+        secret=generate_secret(),
         name=payload.name,
         event_types=list(dict.fromkeys(payload.event_types)),
     )
-    return to_webhook_endpoint(webhook, secret)
+
+
+def generate_secret() -> str:
+    return "whsec_" + base64.b64encode(secrets.token_bytes(32)).decode()
 
 
 @router.get("/webhook_endpoints", response_model_exclude_none=True)
