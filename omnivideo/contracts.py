@@ -3,12 +3,15 @@
 The messages of conversations are in omnivideo/turns.py.
 """
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
 
 from omnivideo.errors import InvalidInput
 from omnivideo.presets import Preset, Task, check_model_limits, compute_latent_grid
+from omnivideo.validation import describe_errors
 
 MAX_SEED = 2**63 - 1
 MAX_CLIP_PIXELS = 1280 * 720 * 121  # width x height x frames; no preset supports more
@@ -254,10 +257,13 @@ class WebhookRecord(FrozenModel):
     created_at: float
 
 
-def invalid_input_from_validation(error: ValidationError) -> InvalidInput:
-    """Return an error that names the first invalid field and its allowed range."""
-    first = error.errors()[0]
-    return InvalidInput(str(first["loc"][0]), first["msg"][0].lower() + first["msg"][1:])
+def invalid_input_from_validation(
+    error: ValidationError, fields: Mapping[str, FieldInfo] | None = None
+) -> InvalidInput:
+    """Return an error that names the first invalid one of the `fields` and its allowed range."""
+    errors = error.errors()
+    given = {str(part): None for details in errors for part in details["loc"][:1]}
+    return InvalidInput(*describe_errors(errors, given, fields))
 
 
 def resolve_sampling_params(preset: Preset, task: Task, **overrides: object) -> SamplingParams:
@@ -271,7 +277,7 @@ def resolve_sampling_params(preset: Preset, task: Task, **overrides: object) -> 
     try:
         params = SamplingParams(task=task, **(defaults | given))
     except ValidationError as error:
-        raise invalid_input_from_validation(error) from None
+        raise invalid_input_from_validation(error, SamplingParams.model_fields) from None
     check_sampling_params(preset, params)
     return params
 

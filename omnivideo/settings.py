@@ -8,6 +8,7 @@ from pydantic import BeforeValidator, Field, ValidationError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from omnivideo.errors import InvalidInput
+from omnivideo.validation import describe_errors
 
 SECONDS_PER_DAY = 86_400
 HTTP_URL_PATTERN = r"^$|^https?://[^\s]+$"
@@ -93,5 +94,7 @@ def load_settings(**overrides: object) -> ServiceSettings:
     try:
         return ServiceSettings(**{name: value for name, value in overrides.items() if value is not None})  # type: ignore[arg-type]
     except ValidationError as validation_error:
-        first = validation_error.errors()[0]
-        raise InvalidInput(f"OMNIVIDEO_{str(first['loc'][0]).upper()}", first["msg"]) from None
+        errors = validation_error.errors()
+        given = {str(part): None for error in errors for part in error["loc"][:1]}
+        name, message = describe_errors(errors, given, ServiceSettings.model_fields)
+        raise InvalidInput(f"OMNIVIDEO_{name.upper()}", message) from None

@@ -98,8 +98,10 @@ async def authenticate_owner(
 
 ContextDep = Annotated[ServiceContext, Depends(get_service_context)]
 OwnerDep = Annotated[str, Depends(authenticate_owner)]
-ResourceId = Annotated[str, Path(pattern=r"^[A-Za-z0-9_.-]{1,200}$")]
-AfterCursor = Annotated[str | None, Query(pattern=r"^[A-Za-z0-9_.-]{1,200}$")]
+ID_PATTERN = r"^[A-Za-z0-9_.-]{1,200}$"
+ID_DESCRIPTION = "an id: 1 to 200 letters, digits, dots, dashes or underscores"
+ResourceId = Annotated[str, Path(pattern=ID_PATTERN, description=ID_DESCRIPTION)]
+AfterCursor = Annotated[str | None, Query(pattern=ID_PATTERN, description=ID_DESCRIPTION)]
 IdempotencyKey = Annotated[str | None, Header(alias="Idempotency-Key", min_length=1, max_length=255)]
 
 
@@ -160,9 +162,9 @@ class IdempotentRequest:
         self.keys.release_key(self.owner, self.key_digest, waiting_clients + is_waiting)
         return resource
 
-    def repeat(self, resource_id: str, action: Callable[[str], Resource]) -> Resource:
+    def repeat(self, resource_id: str, action: Callable[[str], Resource], payload: BaseModel | None = None) -> Resource:
         """Do what a request may do again, such as a cancellation, unless its key was used for another request."""
-        return self.run(None, "", find=lambda _: None, create=action, resource_id=resource_id)
+        return self.run(payload, "", find=lambda _: None, create=action, resource_id=resource_id)
 
     def claim_key(self, resource_id: str) -> KeyClaim:
         """Claim the key; wait while another request has claimed it."""

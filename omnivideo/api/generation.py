@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, Field
+from pydantic import BeforeValidator, Field
 
 from omnivideo.api.dependencies import ServiceContext
-from omnivideo.api.media import MediaReference, resolve_source
-from omnivideo.api.request_body import CleanText, rename_error_field
+from omnivideo.api.media import EXPIRED_MESSAGE, MediaReference, has_expired, resolve_source
+from omnivideo.api.request_body import CleanText, Seed, rename_error_field
 from omnivideo.contracts import (
     Artifact,
     Job,
@@ -24,6 +24,7 @@ from omnivideo.contracts import (
 )
 from omnivideo.errors import InvalidInput
 from omnivideo.presets import Preset, Task, get_preset
+from omnivideo.validation import RequestModel
 
 SIZE_PATTERN = re.compile(r"(\d{1,5})x(\d{1,5})")
 # Our names of settings -> the names that OpenAI's clients use.
@@ -35,16 +36,20 @@ def get_constraints(field: str) -> list[Any]:
     return SamplingParams.model_fields[field].metadata
 
 
-class GenerationRequest(BaseModel):
+class GenerationRequest(RequestModel):
     """The fields that requests for images and clips share. A size is WIDTHxHEIGHT in pixels, both multiples of 16."""
 
     prompt: CleanText = Field(min_length=1, max_length=4000)
     model: CleanText | None = None
-    size: str | None = Field(default=None, pattern=r"^(\d{1,5}x\d{1,5}|auto)$")
+    size: str | None = Field(
+        default=None,
+        pattern=r"^(\d{1,5}x\d{1,5}|auto)$",
+        description="a width and a height in pixels, such as 640x384, or auto",
+    )
     num_inference_steps: Annotated[int | None, *get_constraints("steps")] = None
     guidance_scale: Annotated[float | None, *get_constraints("guidance_scale")] = None
     flow_shift: Annotated[float | None, *get_constraints("flow_shift")] = None
-    seed: Annotated[int | None, *get_constraints("seed")] = None
+    seed: Seed = None
     negative_prompt: Annotated[CleanText | None, *get_constraints("negative_prompt")] = None
 
 
@@ -113,6 +118,8 @@ def build_remix_job(context: ServiceContext, request: VideoRequest, job_id: str,
     source = original.result
     if source is None:
         raise InvalidInput("id", "that video is not completed")
+    if has_expired(context, original):
+        raise InvalidInput("id", EXPIRED_MESSAGE)
     remix_request = inherit_source_format(request, source)
     task = get_editing_task("video")
     return build_clip_job(context, remix_request, task, job_id, source, remixed_from=original.id)
@@ -226,6 +233,9 @@ def resolve_request_params(
     try:
         return resolve_sampling_params(preset, task, seed=seed, **overrides)
     except InvalidInput as error:
+        if error.field in ("width", "height"):
+            message = str(error).removeprefix(f"{error.field}: ")
+            raise InvalidInput("size", f"its {error.field} is not possible; {message}") from None
         raise rename_error_field(error, REQUEST_FIELD_NAMES.get(error.field, error.field)) from None
 
 
@@ -256,6 +266,9 @@ def submit_job(context: ServiceContext, owner: str, job_request: JobRequest, lan
 
 
 def find_live_job(context: ServiceContext, owner: str, kind: str, job_id: str) -> JobStatus | None:
-    """Return the owner's job, or None if it does not exist, was cancelled or was deleted."""
+    """Return the owner's job, or None if it does not exist, was cancelled or deleted, or has expired."""
     status = context.jobs.get_owned_job(job_id, owner, kind)
-    return None if status is None or status.cancel_requested or status.state == "cancelled" else status
+    if status is None or status.state == "cancelled" or has_expired(context, status):
+        return None
+    is_stopping = status.state in ("queued", "running") and status.cancel_requested
+    return None if is_stopping else status

@@ -67,6 +67,14 @@ class WebhookStore(Protocol):
         """Return a page of the owner's webhooks, newest first, and whether more follow."""
         ...
 
+    def update_webhook(self, webhook_id: str, owner: str, **values: Any) -> WebhookRecord | None:
+        """Set fields of a webhook and return it, or None if the owner has no such webhook."""
+        ...
+
+    def enqueue_deliveries(self, events: Sequence[tuple[str, str, dict[str, Any]]]) -> None:
+        """Send events, as (event id, webhook id, body), to webhooks."""
+        ...
+
     def delete_webhook(self, webhook_id: str, owner: str) -> bool:
         """Return False if the owner has no such webhook."""
         ...

@@ -37,6 +37,7 @@ class World:
     video: str
     thread: str
     file: str
+    webhook: str
 
     def new_key(self) -> str:
         return uuid.uuid4().hex
@@ -156,9 +157,27 @@ CASES = {
 }
 # Routes that cancel or change something that exists: the same key repeats them, and another path is refused.
 REPEATED = {
-    "/v1/batches/{batch_id}/cancel", "/v1/threads/{name}/turns/{turn}/cancel",
+    "/v1/batches/{batch_id}/cancel", "/v1/threads/{name}/turns/{turn}/cancel", "/v1/webhook_endpoints/{hook_id}",
+    "/v1/webhook_endpoints/{hook_id}/rotate_secret",
+    "/v1/webhook_endpoints/{hook_id}/test",
 }  # fmt: skip
 REFUSED = {"/v1/videos/extensions"}  # always
+
+
+def change_webhook(action: str, **fields) -> Case:
+    return Case(
+        lambda world: f"/v1/webhooks/{world.webhook}{action}",
+        lambda world, text: {"json": fields} if fields else {},
+        lambda body: body["id"] + body.get("secret", ""),
+        is_ended_by_cancel=True,
+    )
+
+
+CASES |= {
+    "/v1/webhooks/{hook_id}": change_webhook("", name="x"),
+    "/v1/webhooks/{hook_id}/rotate_secret": change_webhook("/rotate_secret"),
+    "/v1/webhooks/{hook_id}/test": change_webhook("/test"),
+}
 CREATING = [name for name, case in CASES.items() if not case.is_ended_by_cancel]
 
 
@@ -182,7 +201,8 @@ def build_world(service, http) -> World:
         "/v1/files", files={"file": ("lines.jsonl", make_lines(1))}, data={"purpose": "batch"}
     ).json()["id"]  # fmt: skip
     wait_until(lambda: http.get(f"/v1/videos/{video}").json()["status"] == "completed")
-    return World(http, video, thread, file)
+    webhook = http.post("/v1/webhooks", json={"url": "http://localhost/"}).json()["id"]
+    return World(http, video, thread, file, webhook)
 
 
 @pytest.fixture(scope="module")
@@ -194,7 +214,7 @@ def shared_world(service, http):
 def world(shared_world, http) -> World:
     """Return what requests refer to, with a thread of its own, in which no turn runs."""
     fork = http.post(f"/v1/threads/{shared_world.thread}/forks", json={"after_turn": 1}).json()["id"]
-    return World(http, shared_world.video, fork, shared_world.file)
+    return World(http, shared_world.video, fork, shared_world.file, shared_world.webhook)
 
 
 def test_the_table_has_every_post_route(http):

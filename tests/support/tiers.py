@@ -43,7 +43,9 @@ LONG = (
 SLOW = (
     "agent/test_conversations.py::test_the_planner_evaluation*",
     "api/attacks/*.py",
+    "api/test_delivery.py",
     "api/test_idempotency.py",
+    "api/test_messages.py",
     "api/test_openai*.py",
     "api/test_openapi.py",
     "api/test_threads*.py",

@@ -34,6 +34,7 @@ from omnivideo.api.routes.images import build_images_response
 from omnivideo.api.routes.videos import to_video_object
 from omnivideo.contracts import BatchRecord, JobStatus
 from omnivideo.errors import InvalidInput
+from omnivideo.validation import RequestModel
 
 router = APIRouter(prefix="/v1/batches", tags=["batches"], responses=ERROR_RESPONSES)
 BatchEndpoint = Literal["/v1/videos", "/v1/images/generations", "/v1/chat/completions"]
@@ -48,7 +49,7 @@ TIMESTAMPED_STATES = ("in_progress", "finalizing", "completed", "failed", "expir
 MetadataLabel = Annotated[CleanText, Field(max_length=64)]
 
 
-class CreateBatchRequest(BaseModel):
+class CreateBatchRequest(RequestModel):
     input_file_id: CleanText = Field(max_length=64)
     endpoint: BatchEndpoint
     completion_window: Literal["24h"]
@@ -210,7 +211,7 @@ def cancel_batch(
 # ---------------------------------------------------------------- lines, for the batch runner
 
 
-class BatchLineRequest(BaseModel):
+class BatchLineRequest(RequestModel):
     """One request of a batch. `custom_id` is the user's name for it, which must be unique within the batch."""
 
     custom_id: CleanText = Field(min_length=1, max_length=512)

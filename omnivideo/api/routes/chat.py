@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 import anyio
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, Field
+from pydantic import Field
 from sse_starlette import EventSourceResponse
 
 from omnivideo.api.dependencies import (
@@ -31,28 +31,29 @@ from omnivideo.api.dependencies import (
 from omnivideo.api.errors import ERROR_RESPONSES, APIError, error_from_turn, log_if_internal, to_api_error
 from omnivideo.api.event_feed import EventFeed, get_event_feed
 from omnivideo.api.media import MediaPart, artifact_from_part
-from omnivideo.api.request_body import validate_fields
-from omnivideo.contracts import MAX_SEED, Artifact
+from omnivideo.api.request_body import Seed, validate_fields
+from omnivideo.contracts import Artifact
 from omnivideo.turns import Think, TurnRecord
+from omnivideo.validation import RequestModel
 
 router = APIRouter(prefix="/v1", tags=["chat"], responses=ERROR_RESPONSES)
 
 
-class MediaUrl(BaseModel):
+class MediaUrl(RequestModel):
     url: str
 
 
-class TextPart(BaseModel):
+class TextPart(RequestModel):
     type: Literal["text"]
     text: str
 
 
-class ImagePart(BaseModel):
+class ImagePart(RequestModel):
     type: Literal["image_url"]
     image_url: MediaUrl
 
 
-class VideoPart(BaseModel):
+class VideoPart(RequestModel):
     type: Literal["video_url"]
     video_url: MediaUrl
 
@@ -60,7 +61,7 @@ class VideoPart(BaseModel):
 ContentPart = Annotated[TextPart | ImagePart | VideoPart, Field(discriminator="type")]
 
 
-class ChatMessage(BaseModel):
+class ChatMessage(RequestModel):
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[ContentPart] | None = None
 
@@ -72,15 +73,24 @@ class ChatMessage(BaseModel):
 
     @property
     def media_urls(self) -> list[str]:
-        media_parts = [part for part in self.content or [] if isinstance(part, ImagePart | VideoPart)]
-        return [(part.image_url if isinstance(part, ImagePart) else part.video_url).url for part in media_parts]
+        return [url for _, url in self.list_media()]
+
+    def list_media(self) -> list[tuple[str, str]]:
+        """Return the message's images and clips: the name of the field, such as `content.1.image_url`, and the URL."""
+        media = []
+        for index, part in enumerate(self.content if isinstance(self.content, list) else []):
+            if isinstance(part, ImagePart):
+                media.append((f"content.{index}.image_url", part.image_url.url))
+            elif isinstance(part, VideoPart):
+                media.append((f"content.{index}.video_url", part.video_url.url))
+        return media
 
 
-class StreamOptions(BaseModel):
+class StreamOptions(RequestModel):
     include_usage: bool = False
 
 
-class ChatCompletionRequest(BaseModel):
+class ChatCompletionRequest(RequestModel):
     """`think`, `check`, `seed`, `steps` and `guidance_scale` apply to this turn, as in a thread."""
 
     model: str
@@ -90,7 +100,7 @@ class ChatCompletionRequest(BaseModel):
     n: int = Field(default=1, ge=1, le=1)
     think: Think = "auto"
     check: int = Field(default=1, ge=1, le=16)
-    seed: int | None = Field(default=None, ge=0, le=MAX_SEED)
+    seed: Seed = None
     steps: int | None = Field(default=None, ge=1, le=200)
     guidance_scale: float | None = Field(default=None, ge=0, le=30)
 
@@ -153,9 +163,12 @@ class ChatCompletion:
         if last_message.role != "user" or not last_message.text.strip():
             raise APIError(400, "messages: the last message must be the user's and contain text", "messages")
         self.thread_id = self.find_or_create_thread()
-        media_parts = [MediaPart(url=url) for url in last_message.media_urls]
+        field = f"messages.{len(self.payload.messages) - 1}"
         attachments = [
-            artifact_from_part(self.context, self.owner, part, f"{self.thread_id}/attached") for part in media_parts
+            artifact_from_part(
+                self.context, self.owner, MediaPart(url=url), f"{self.thread_id}/attached", f"{field}.{name}"
+            )
+            for name, url in last_message.list_media()
         ]
         options = self.payload.model_dump(include={"think", "check", "seed", "steps", "guidance_scale"})
         return self.context.turn_runner.start_turn(

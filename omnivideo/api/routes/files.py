@@ -28,6 +28,7 @@ from omnivideo.api.request_body import (
 )
 from omnivideo.contracts import Artifact, FileRecord
 from omnivideo.errors import InvalidInput, UnreadableMedia
+from omnivideo.validation import RequestModel
 
 router = APIRouter(prefix="/v1/files", tags=["files"], responses=ERROR_RESPONSES)
 UploadPurpose = Literal["batch", "vision", "user_data"]
@@ -37,7 +38,7 @@ class UploadField(BaseModel):
     upload: SkipJsonSchema[InstanceOf[UploadFile]]
 
 
-class CreateFileRequest(BaseModel):
+class CreateFileRequest(RequestModel):
     """A `vision` file must be an image or a clip, a `batch` file JSON lines; a `user_data` file can be anything."""
 
     file: UploadField

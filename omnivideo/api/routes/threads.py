@@ -11,32 +11,35 @@ from omnivideo.api.dependencies import ContextDep, IdempotencyDep, OwnerDep, Ser
 from omnivideo.api.errors import ERROR_RESPONSES, APIError, build_not_found_error
 from omnivideo.api.event_feed import get_event_feed
 from omnivideo.api.media import MediaPart, artifact_from_part, build_range_response
-from omnivideo.contracts import MAX_SEED, Artifact
+from omnivideo.api.request_body import Seed
+from omnivideo.contracts import Artifact
 from omnivideo.turns import Think, Turn, TurnRecord
+from omnivideo.validation import RequestModel
 
 router = APIRouter(prefix="/v1/threads", tags=["threads"], responses=ERROR_RESPONSES)
 ThreadId = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+THREAD_ID_DESCRIPTION = "1 to 64 letters, digits, dots, dashes or underscores, the first a letter or a digit"
 TurnState = Literal["queued", "running", "done", "asks", "failed", "cancelled"]
 
 
-class CreateThreadRequest(BaseModel):
-    id: ThreadId | None = None
+class CreateThreadRequest(RequestModel):
+    id: ThreadId | None = Field(default=None, description=THREAD_ID_DESCRIPTION)
 
 
-class CreateTurnRequest(BaseModel):
+class CreateTurnRequest(RequestModel):
     text: str = Field(min_length=1, max_length=4000)
     attachments: list[MediaPart] = Field(default=[], max_length=4)
     think: Think = "auto"
     check: int = Field(default=1, ge=1, le=16)
-    seed: int | None = Field(default=None, ge=0, le=MAX_SEED)
+    seed: Seed = None
     steps: int | None = Field(default=None, ge=1, le=200)
     guidance_scale: float | None = Field(default=None, ge=0, le=30)
     stream: bool = False
 
 
-class ForkThreadRequest(BaseModel):
+class ForkThreadRequest(RequestModel):
     after_turn: int = Field(ge=0)
-    id: ThreadId | None = None
+    id: ThreadId | None = Field(default=None, description=THREAD_ID_DESCRIPTION)
 
 
 class ThreadSummary(BaseModel):
@@ -192,7 +195,10 @@ def create_turn(
     context.turn_runner.get_thread(owner, name)
 
     def create(turn_id: str) -> TurnRecord:
-        attachments = [artifact_from_part(context, owner, part, f"{name}/attached") for part in payload.attachments]
+        attachments = [
+            artifact_from_part(context, owner, part, f"{name}/attached", f"attachments.{index}.{part.kind}")
+            for index, part in enumerate(payload.attachments)
+        ]
         options = payload.model_dump(exclude={"text", "attachments", "stream"})
         return context.turn_runner.start_turn(turn_id, owner, name, payload.text, attachments, **options)
 
@@ -220,7 +226,11 @@ def cancel_turn(
     return to_turn_response(context, idempotent_request.repeat(turn, cancel))
 
 
-@router.get("/{name}/turns/{turn}/events", response_class=EventSourceResponse)
+@router.get(
+    "/{name}/turns/{turn}/events",
+    response_class=EventSourceResponse,
+    responses={204: {"description": "The turn has ended, and there are no later events"}},
+)
 def follow_turn_events(
     name: str,
     turn: str,
@@ -228,9 +238,16 @@ def follow_turn_events(
     context: ContextDep,
     owner: OwnerDep,
     last_event_id: Annotated[int, Header(ge=0)] = 0,
-) -> EventSourceResponse:
-    """Stream the turn's events as they happen, beginning after the event `Last-Event-ID`."""
-    return stream_events(request, require_turn(context, owner, name, turn).id, last_event_id)
+) -> Response:
+    """Stream the turn's events as they happen, beginning after the event `Last-Event-ID`.
+
+    If none will follow, the answer is 204, so that a browser does not connect again.
+    """
+    turn_id = require_turn(context, owner, name, turn).id
+    later = context.turns.read_events(turn_id, last_event_id)
+    if not later.is_open and not later.events:
+        return Response(status_code=204)
+    return stream_events(request, turn_id, last_event_id)
 
 
 def stream_events(request: Request, turn_id: str, last_number: int) -> EventSourceResponse:

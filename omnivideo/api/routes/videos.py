@@ -26,12 +26,12 @@ from omnivideo.api.generation import (
     find_live_job,
     submit_job,
 )
-from omnivideo.api.media import build_range_response
+from omnivideo.api.media import build_range_response, has_expired
 from omnivideo.api.request_body import BodyFields, document_request_body, validate_fields
 from omnivideo.contracts import JobState, JobStatus
 
 router = APIRouter(prefix="/v1/videos", tags=["videos"], responses=ERROR_RESPONSES)
-VideoStatus = Literal["queued", "in_progress", "completed", "failed", "cancelled"]
+VideoStatus = Literal["queued", "in_progress", "completed", "failed", "cancelled", "expired"]
 STATUS_BY_STATE: dict[JobState, VideoStatus] = {
     "queued": "queued", "running": "in_progress", "done": "completed", "failed": "failed", "cancelled": "cancelled",
 }  # fmt: skip
@@ -45,7 +45,10 @@ class VideoError(BaseModel):
 
 
 class VideoObject(BaseModel):
-    """`seconds` is the requested length; the clip has the nearest length that the model can generate."""
+    """`seconds` is the requested length; the clip has the nearest length that the model can generate.
+
+    After `expires_at`, the status is "expired" and the clip can no longer be downloaded, edited or remixed.
+    """
 
     id: str
     object: Literal["video"] = "video"
@@ -91,6 +94,7 @@ def to_video_object(context: ServiceContext, status: JobStatus) -> VideoObject:
     if status.state == "done" and status.ended_at is not None:
         video.completed_at = int(status.ended_at)
         video.expires_at = video.completed_at + context.settings.artifact_lifetime_seconds
+        video.status = "expired" if has_expired(context, status) else video.status
     if status.state == "failed":
         code, message = describe_job_failure(status)
         video.error = VideoError(code=code, message=message)
@@ -250,6 +254,8 @@ def build_content_response(context: ServiceContext, status: JobStatus, request: 
     """Return a job's result, or a picture of it, with a file name that is derived from the job's id."""
     if status.result is None:
         raise APIError(400, f"id: it has no content to download yet; its state is {status.state}", "id", "not_ready")
+    if has_expired(context, status):
+        raise APIError(404, f"id: the {status.kind} has expired; generate it again", "id", "expired")
     if variant in ("thumbnail", "spritesheet"):
         data, suffix = context.render_thumbnail(status.result, variant)
         response = build_range_response(request, data, f"{status.result.key.partition('.')[0]}-{variant}.{suffix}")

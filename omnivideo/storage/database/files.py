@@ -33,7 +33,8 @@ class FileRepository(Repository):
         condition = match_owned_files(owner)
         if purpose is not None:
             condition = and_(condition, files.c.purpose == purpose)
-        rows, has_more = self.fetch_page(files, condition, after, limit, newest_first)
+        cursor_query = select(files.c.created_at, files.c.id).where(files.c.id == after, files.c.owner == owner)
+        rows, has_more = self.fetch_page(files, condition, after, limit, newest_first, cursor_query)
         return [record_from_row(FileRecord, row) for row in rows], has_more
 
     def delete_file(self, file_id: str, owner: str) -> bool:
