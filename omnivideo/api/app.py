@@ -10,6 +10,7 @@ import anyio
 from fastapi import FastAPI
 from opentelemetry import trace
 from opentelemetry.propagate import extract
+from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from omnivideo import __version__
@@ -114,6 +115,9 @@ def create_app(context: ServiceContext) -> FastAPI:
     )
     app.add_middleware(RequestMiddleware, max_body_bytes=context.settings.max_upload_bytes, metrics=metrics)
     register_error_handlers(app)
+    # The routes of the documentation come first; those of the routers have their complete paths.
+    app.state.api_routes = [route for route in app.routes if isinstance(route, Route)]
     for routes in (chat, videos, images, files, batches, webhooks, threads, operations):
         app.include_router(routes.router)
+        app.state.api_routes += routes.router.routes
     return app

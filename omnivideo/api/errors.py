@@ -13,7 +13,7 @@ from fastapi.routing import APIRoute
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from starlette.exceptions import HTTPException
-from starlette.routing import Match, Route
+from starlette.routing import Match
 
 from omnivideo.contracts import JobStatus
 from omnivideo.errors import (
@@ -199,12 +199,11 @@ def to_json_response(error: APIError) -> JSONResponse:
 
 def find_allowed_methods(request: Request) -> set[str]:
     """Return the methods of all routes with the request's path."""
-    routes = [route for route in request.app.routes if isinstance(route, Route | APIRoute)]
     methods = {
         method
-        for route in routes
+        for route in request.app.state.api_routes
         if route.matches(request.scope)[0] is not Match.NONE
-        for method in route.methods or ()
+        for method in route.methods
     }
     return methods | {"HEAD"} if "GET" in methods else methods
 

@@ -42,7 +42,8 @@ def test_every_route_that_answers_get_answers_head(http, video, turn):
     artifact = http.get(f"/v1/threads/{thread}").json()["artifacts"][0]["key"]
     names = {
         "video_id": video, "file_id": file, "batch_id": http.post("/v1/batches", json=batch).json()["id"],
-        "hook_id": hook, "image_id": image["data"][0]["url"].split("/")[-2], "key": artifact, "turn": turn.split("/")[-1],
+        "hook_id": hook, "image_id": image["data"][0]["url"].split("/")[-2], "key": artifact,
+        "turn": turn.split("/")[-1],
     }  # fmt: skip
     paths = [path for path, methods in http.get("/openapi.json").json()["paths"].items() if "get" in methods]
     assert len(paths) > 20
@@ -154,7 +155,7 @@ def test_an_expired_video_is_expired_everywhere(http, client, context, monkeypat
         assert (content.status_code, content.json()["error"]["code"]) == (404, "expired")
     with pytest.raises(openai.BadRequestError, match="id: that video has expired"):
         client.videos.remix(video, prompt="a")
-    with pytest.raises(openai.BadRequestError, match="video.id: that video has expired"):
+    with pytest.raises(openai.BadRequestError, match=r"video\.id: that video has expired"):
         client.videos.edit(prompt="a", **refer_to_video(video))
     again = http.post("/v1/videos", json=VIDEO, headers={"Idempotency-Key": "old"}).json()
     assert again["id"] != video and again["status"] != "expired"
