@@ -224,6 +224,7 @@ class FileRecord(FrozenModel):
     object_key: str
     artifact: dict[str, Any] | None
     created_at: float
+    expires_at: float | None = None
 
 
 class BatchRecord(FrozenModel):
@@ -255,6 +256,15 @@ class WebhookRecord(FrozenModel):
     name: str
     event_types: list[str]
     created_at: float
+
+
+class KeyClaim(FrozenModel):
+    """A claimed idempotency key: what was requested and created with it. `is_new` says that it was not used before."""
+
+    request_digest: str
+    resource_id: str
+    waiting_clients: int
+    is_new: bool = False
 
 
 def invalid_input_from_validation(

@@ -19,9 +19,9 @@ from pydantic import BaseModel
 from omnivideo.agent.conversations import LOCAL_OWNER, Conversations
 from omnivideo.api.errors import APIError, build_key_in_use_error, build_key_reused_error
 from omnivideo.api.request_digest import digest_request
-from omnivideo.api.stores import APIKeyStore, BatchStore, IdempotencyStore, KeyClaim, UserFileStore, WebhookStore
+from omnivideo.api.stores import APIKeyStore, BatchStore, IdempotencyStore, UserFileStore, WebhookStore
 from omnivideo.api.turn_runner import TurnRunner
-from omnivideo.contracts import Artifact
+from omnivideo.contracts import Artifact, KeyClaim
 from omnivideo.ports import JobStore, SweepableObjectStore, TurnStore
 from omnivideo.settings import ServiceSettings
 

@@ -76,6 +76,7 @@ class MediaReference(RequestModel):
     upload: SkipJsonSchema[InstanceOf[UploadFile] | None] = None
     file_id: CleanText | None = None
     image_url: CleanText | None = None
+    video_url: CleanText | None = None
     id: CleanText | None = None
 
 
@@ -83,9 +84,9 @@ def resolve_source(context: ServiceContext, owner: str, reference: MediaReferenc
     """Return the referenced image or clip as an artifact; raise an InvalidInput that names the field."""
     reference_fields = reference.model_dump(exclude_none=True)
     if len(reference_fields) != 1:
-        raise InvalidInput(field, "give a file, or one of file_id, image_url and id")
+        raise InvalidInput(field, "give a file, or one of file_id, image_url, video_url and id")
     kind = next(iter(reference_fields))
-    field_path = field if kind == "upload" else f"{field}.{kind}"
+    field_path = field if kind == "upload" or field.endswith("_url") else f"{field}.{kind}"
     try:
         return ARTIFACT_RESOLVERS[kind](context, owner, reference_fields[kind])
     except InvalidInput as error:
@@ -124,6 +125,7 @@ ARTIFACT_RESOLVERS: dict[str, Callable[[ServiceContext, str, Any], Artifact]] = 
     "upload": artifact_from_upload,
     "file_id": artifact_from_file,
     "image_url": artifact_from_url,
+    "video_url": artifact_from_url,
     "id": artifact_from_job,
 }
 

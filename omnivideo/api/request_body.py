@@ -34,6 +34,14 @@ def check_characters(text: str) -> str:
 
 
 CleanText = Annotated[str, AfterValidator(check_characters)]
+
+
+def refuse_value(value: object) -> None:
+    raise ValueError("it is not supported here; leave it out")
+
+
+# A field that changes the result and that this service cannot honour: it is refused by name, not ignored.
+Unsupported = Annotated[Any, AfterValidator(refuse_value)]
 # -1 means any seed, as many clients send it.
 Seed = Annotated[int | None, Field(ge=-1, le=MAX_SEED), AfterValidator(lambda seed: None if seed == -1 else seed)]
 

@@ -7,15 +7,18 @@ storage/database implement all of them.
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from omnivideo.contracts import BatchRecord, FileRecord, WebhookRecord
+from omnivideo.contracts import BatchRecord, FileRecord, KeyClaim, WebhookRecord
 
 
 class UserFileStore(Protocol):
     def create_file(
         self, owner: str, *, file_id: str, name: str, purpose: str, size_bytes: int, object_key: str,
-        artifact: dict[str, Any] | None,
+        artifact: dict[str, Any] | None, lifetime_seconds: float | None = None,
     ) -> FileRecord:  # fmt: skip
-        """Create a file and return it. If the id exists, return the file that has it, unchanged."""
+        """Create a file, which expires after `lifetime_seconds`, and return it.
+
+        If the id exists, return the file that has it, unchanged.
+        """
         ...
 
     def get_file(self, file_id: str, owner: str) -> FileRecord | None: ...
@@ -78,22 +81,6 @@ class WebhookStore(Protocol):
     def delete_webhook(self, webhook_id: str, owner: str) -> bool:
         """Return False if the owner has no such webhook."""
         ...
-
-
-class KeyClaim(Protocol):
-    """An idempotency key that this request has claimed: what was requested and created with it."""
-
-    @property
-    def request_digest(self) -> str: ...
-
-    @property
-    def resource_id(self) -> str: ...
-
-    @property
-    def waiting_clients(self) -> int: ...
-
-    @property
-    def is_new(self) -> bool: ...
 
 
 class IdempotencyStore(Protocol):

@@ -2,7 +2,8 @@
 
 from sqlalchemy import Engine
 
-from omnivideo.storage.database.idempotency import IdempotencyRepository, KeyClaim
+from omnivideo.contracts import KeyClaim
+from omnivideo.storage.database.idempotency import IdempotencyRepository
 
 
 def claim_key(

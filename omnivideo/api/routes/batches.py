@@ -26,6 +26,7 @@ from omnivideo.api.generation import (
 from omnivideo.api.request_body import (
     BodyFields,
     CleanText,
+    Unsupported,
     document_request_body,
     parse_json_object,
     validate_fields,
@@ -56,6 +57,7 @@ class CreateBatchRequest(RequestModel):
     metadata: dict[MetadataLabel, Annotated[CleanText, Field(max_length=512)]] | None = Field(
         default=None, max_length=16
     )
+    output_expires_after: Unsupported = None
 
 
 class BatchRequestCounts(BaseModel):

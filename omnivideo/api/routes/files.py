@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from urllib.parse import quote
 
 from fastapi import APIRouter, Query, Request, Response
-from pydantic import BaseModel, InstanceOf
+from pydantic import BaseModel, Field, InstanceOf
 from pydantic.json_schema import SkipJsonSchema
 from starlette.datastructures import UploadFile
 
@@ -38,11 +38,19 @@ class UploadField(BaseModel):
     upload: SkipJsonSchema[InstanceOf[UploadFile]]
 
 
+class ExpiresAfter(RequestModel):
+    """A file is deleted this many seconds after it was created."""
+
+    anchor: Literal["created_at"]
+    seconds: int = Field(ge=3600, le=30 * 86_400)
+
+
 class CreateFileRequest(RequestModel):
     """A `vision` file must be an image or a clip, a `batch` file JSON lines; a `user_data` file can be anything."""
 
     file: UploadField
     purpose: UploadPurpose
+    expires_after: ExpiresAfter | None = None
 
 
 class FileObject(BaseModel):
@@ -50,6 +58,7 @@ class FileObject(BaseModel):
     object: Literal["file"] = "file"
     bytes: int
     created_at: int
+    expires_at: int | None = None
     filename: str
     purpose: Literal["batch", "batch_output", "vision", "user_data"]
     status: Literal["processed"] = "processed"
@@ -75,6 +84,7 @@ def to_file_object(file: FileRecord) -> FileObject:
             "id": file.id,
             "bytes": file.size_bytes,
             "created_at": int(file.created_at),
+            "expires_at": None if file.expires_at is None else int(file.expires_at),
             "filename": file.name,
             "purpose": file.purpose,
         }
@@ -117,6 +127,7 @@ def store_file(context: ServiceContext, owner: str, payload: CreateFileRequest, 
         size_bytes=len(data),
         object_key=object_key,
         artifact=artifact.model_dump() if artifact else None,
+        lifetime_seconds=payload.expires_after.seconds if payload.expires_after else None,
     )
 
 

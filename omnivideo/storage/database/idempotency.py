@@ -2,18 +2,9 @@
 
 from sqlalchemy import and_, delete, select, update
 
-from omnivideo.contracts import FrozenModel
+from omnivideo.contracts import KeyClaim
 from omnivideo.storage.database.repository import Repository, unix_now
 from omnivideo.storage.database.schema import idempotency_keys
-
-
-class KeyClaim(FrozenModel):
-    """The row of an idempotency key. `is_new` says whether this claim has created it."""
-
-    request_digest: str
-    resource_id: str
-    waiting_clients: int
-    is_new: bool = False
 
 
 class IdempotencyRepository(Repository):
