@@ -6,7 +6,7 @@ The messages of conversations are in omnivideo/turns.py.
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
 from omnivideo.errors import InvalidInput
@@ -19,6 +19,17 @@ MAX_CLIP_PIXELS = 1280 * 720 * 121  # width x height x frames; no preset support
 
 class FrozenModel(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class RequestModel(BaseModel):
+    """What a client sends: null means that the field is absent."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def drop_nulls(cls, fields: Any) -> Any:
+        if not isinstance(fields, dict):
+            return fields
+        return {name: value for name, value in fields.items() if value is not None}
 
 
 class SamplingParams(FrozenModel):

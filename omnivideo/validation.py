@@ -6,10 +6,10 @@ Pydantic's own messages contain regular expressions and the names of types, and 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, get_args
 
-from pydantic import BaseModel, model_validator
+from pydantic import BaseModel
 from pydantic.fields import FieldInfo
-from pydantic_core import ErrorDetails
 
+ErrorDetails = Any  # pydantic_core.ErrorDetails, which pydantic does not export
 FieldPath = tuple[str | int, ...]
 BOUNDS = ("ge", "gt", "le", "lt", "min_length", "max_length")
 REQUIRED_KINDS = {
@@ -17,17 +17,6 @@ REQUIRED_KINDS = {
     "bool": "give true or false", "list": "give a list", "tuple": "give a list", "dict": "give an object",
     "model": "give an object", "is": "give a file", "json": "it is not valid JSON", "none": "leave it out",
 }  # fmt: skip
-
-
-class RequestModel(BaseModel):
-    """What a client sends: null means that the field is absent."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def drop_nulls(cls, fields: Any) -> Any:
-        if not isinstance(fields, dict):
-            return fields
-        return {name: value for name, value in fields.items() if value is not None}
 
 
 def describe_errors(

@@ -16,6 +16,7 @@ from omnivideo.contracts import (
     Job,
     JobStatus,
     Lane,
+    RequestModel,
     SamplingParams,
     check_prompt,
     get_editing_task,
@@ -24,7 +25,6 @@ from omnivideo.contracts import (
 )
 from omnivideo.errors import InvalidInput
 from omnivideo.presets import Preset, Task, get_preset
-from omnivideo.validation import RequestModel
 
 SIZE_PATTERN = re.compile(r"(\d{1,5})x(\d{1,5})")
 # Our names of settings -> the names that OpenAI's clients use.

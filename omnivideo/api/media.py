@@ -12,9 +12,8 @@ from starlette.datastructures import UploadFile
 
 from omnivideo.api.dependencies import ServiceContext
 from omnivideo.api.request_body import CleanText, rename_error_field
-from omnivideo.contracts import Artifact, JobStatus
+from omnivideo.contracts import Artifact, JobStatus, RequestModel
 from omnivideo.errors import InvalidInput
-from omnivideo.validation import RequestModel
 
 MEDIA_TYPES = {
     "png": "image/png", "jpg": "image/jpeg", "jpeg": "image/jpeg", "webp": "image/webp", "gif": "image/gif",

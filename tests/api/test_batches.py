@@ -70,7 +70,7 @@ def test_batches_generate_images_and_answer_chats(client, http, runner):
 INVALID_LINES = [
     (b"{", "line: it is not valid JSON"),
     (b"[1]", "line: it is not a JSON object"),
-    (b"{}", "custom_id: field required"),
+    (b"{}", "custom_id: it is required"),
     (make_lines(1).replace(b"POST", b"GET"), "method: allowed: POST"),
     (make_lines(1, "/v1/images/generations"), "url: it is /v1/images/generations"),
     (make_lines(1).replace(b"/v1/videos", b"http://127.0.0.1/"), "url: allowed: /v1/videos, "),

@@ -26,9 +26,8 @@ from omnivideo.api.request_body import (
     rename_error_field,
     validate_fields,
 )
-from omnivideo.contracts import Artifact, FileRecord
+from omnivideo.contracts import Artifact, FileRecord, RequestModel
 from omnivideo.errors import InvalidInput, UnreadableMedia
-from omnivideo.validation import RequestModel
 
 router = APIRouter(prefix="/v1/files", tags=["files"], responses=ERROR_RESPONSES)
 UploadPurpose = Literal["batch", "vision", "user_data"]

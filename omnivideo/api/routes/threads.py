@@ -12,9 +12,8 @@ from omnivideo.api.errors import ERROR_RESPONSES, APIError, build_not_found_erro
 from omnivideo.api.event_feed import get_event_feed
 from omnivideo.api.media import MediaPart, artifact_from_part, build_range_response
 from omnivideo.api.request_body import Seed
-from omnivideo.contracts import Artifact
+from omnivideo.contracts import Artifact, RequestModel
 from omnivideo.turns import Think, Turn, TurnRecord
-from omnivideo.validation import RequestModel
 
 router = APIRouter(prefix="/v1/threads", tags=["threads"], responses=ERROR_RESPONSES)
 ThreadId = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
