@@ -254,7 +254,7 @@ def resolve_size(request: GenerationRequest) -> tuple[int | None, int | None]:
     for field, given, from_size in (("width", request.width, width), ("height", request.height, height)):
         if size and given not in (None, from_size):
             raise InvalidInput(field, f"it is {given}, but size is {request.size}; give one of them")
-    return width or request.width, height or request.height
+    return (width, height) if size else (request.width, request.height)
 
 
 def overrides_from_request(
