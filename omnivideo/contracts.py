@@ -3,12 +3,15 @@
 The messages of conversations are in omnivideo/turns.py.
 """
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 
 from omnivideo.errors import InvalidInput
 from omnivideo.presets import Preset, Task, get_sampling_defaults
+from omnivideo.validation import describe_errors
 
 MAX_SEED = 2**63 - 1
 MAX_CLIP_PIXELS = 1280 * 720 * 121  # width x height x frames; no preset supports more
@@ -16,6 +19,17 @@ MAX_CLIP_PIXELS = 1280 * 720 * 121  # width x height x frames; no preset support
 
 class FrozenModel(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class RequestModel(BaseModel):
+    """What a client sends: null means that the field is absent."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def drop_nulls(cls, fields: Any) -> Any:
+        if not isinstance(fields, dict):
+            return fields
+        return {name: value for name, value in fields.items() if value is not None}
 
 
 class SamplingParams(FrozenModel):
@@ -185,6 +199,7 @@ class JobStatus(FrozenModel):
     meta: dict[str, str]
     job: Job
     turn_id: str | None = None
+    cancel_requested: bool = False
 
 
 class Claim(FrozenModel):
@@ -224,6 +239,7 @@ class FileRecord(FrozenModel):
     object_key: str
     artifact: dict[str, Any] | None
     created_at: float
+    expires_at: float | None = None
 
 
 class BatchRecord(FrozenModel):
@@ -257,10 +273,22 @@ class WebhookRecord(FrozenModel):
     created_at: float
 
 
-def invalid_input_from_validation(error: ValidationError) -> InvalidInput:
-    """Return an error that names the first invalid field and its allowed range."""
-    first = error.errors()[0]
-    return InvalidInput(str(first["loc"][0]), first["msg"][0].lower() + first["msg"][1:])
+class KeyClaim(FrozenModel):
+    """A claimed idempotency key: what was requested and created with it. `is_new` says that it was not used before."""
+
+    request_digest: str
+    resource_id: str
+    waiting_clients: int
+    is_new: bool = False
+
+
+def invalid_input_from_validation(
+    error: ValidationError, fields: Mapping[str, FieldInfo] | None = None
+) -> InvalidInput:
+    """Return an error that names the first invalid one of the `fields` and its allowed range."""
+    errors = error.errors()
+    given = {str(part): None for details in errors for part in details["loc"][:1]}
+    return InvalidInput(*describe_errors(errors, given, fields))
 
 
 def resolve_sampling_params(preset: Preset, task: Task, **overrides: object) -> SamplingParams:
@@ -277,7 +305,7 @@ def resolve_sampling_params(preset: Preset, task: Task, **overrides: object) -> 
     try:
         params = SamplingParams(task=task, **(defaults | given))
     except ValidationError as error:
-        raise invalid_input_from_validation(error) from None
+        raise invalid_input_from_validation(error, SamplingParams.model_fields) from None
     check_sampling_params(preset, params)
     return params
 

@@ -153,6 +153,7 @@ class TurnRecord(FrozenModel):
     attempt: int
     error: dict[str, Any] | None
     created_at: float
+    cancel_requested: bool = False
 
 
 class TurnEvents(FrozenModel):

@@ -15,7 +15,7 @@ from torch import Tensor
 from omnivideo.errors import InvalidInput
 
 if TYPE_CHECKING:
-    from llguidance import JsonCompileOptions
+    from llguidance._lib import JsonCompileOptions
 
 GRAMMAR_DEFAULTS: "JsonCompileOptions" = {"whitespace_flexible": False}  # vLLM's disable_any_whitespace
 

@@ -35,6 +35,7 @@ REQUIRED = {name: "x" * 24 for name in (
 )}  # fmt: skip
 NOT_IN_API = {
     "torch", "diffusers", "transformers", "llguidance", "accelerate", "ftfy", "safetensors", "scipy", "matplotlib",
+    "huggingface-hub",
 }  # fmt: skip
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
