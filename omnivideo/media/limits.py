@@ -8,7 +8,7 @@ from typing import NoReturn
 
 from PIL import Image
 
-from omnivideo.errors import UnreadableMedia
+from omnivideo.errors import InvalidInput, UnreadableMedia
 
 READABLE_FORMATS = "mp4, mov, webm, mkv, avi, gif, png, jpeg, webp or avif"
 
@@ -66,7 +66,7 @@ class MediaGuard:
         """Turn any exception that a decoder raises on hostile bytes into UnreadableMedia."""
         try:
             yield
-        except UnreadableMedia:
+        except InvalidInput:  # such as UnreadableMedia
             raise
         except Image.DecompressionBombError:
             self.refuse_media(f"has too many pixels per frame; allowed: 1 to {self.limits.max_still_pixels}")

@@ -23,10 +23,19 @@ from omnivideo.media.decode import (
     read_frame_times,
 )
 from omnivideo.media.limits import READABLE_FORMATS, MediaGuard, MediaLimits, printable_name
-from omnivideo.media.resample import build_even_grid, center_crop_resize, select_nearest_frames
+from omnivideo.media.resample import (
+    build_even_grid,
+    center_crop_resize,
+    crop_whole_box_resize,
+    select_nearest_frames,
+    select_strided_frames,
+)
+from omnivideo.presets import SourceConfig
 
 MediaKind = Literal["image", "video"]
 DEFAULT_LIMITS = MediaLimits()
+DEFAULT_SOURCE = SourceConfig()
+CROPS = {"exact": center_crop_resize, "whole": crop_whole_box_resize}
 
 
 @dataclass(frozen=True)
@@ -64,6 +73,18 @@ class FrameGrid:
 ChooseFrames = Callable[[int, float | None], Sequence[int]]  # from the number of frames and their fps to indices
 
 
+@dataclass(frozen=True)
+class FrameSelection:
+    """The frames that a consumer uses, and what it makes of each of them as soon as it is decoded.
+
+    `choose` gets the number of frames and the frames per second that `read_media` would give, and returns indices,
+    which may repeat.
+    """
+
+    choose: ChooseFrames
+    transform: Callable[[np.ndarray], np.ndarray]
+
+
 def read_media(
     source: str | Path | bytes, limits: MediaLimits = DEFAULT_LIMITS, *, field: str = "source"
 ) -> DecodedMedia:
@@ -94,19 +115,33 @@ def measure_media(
     return MediaInfo(width, height, len(grid.order), grid.fps, grid.kind)
 
 
-def fit_media(media: DecodedMedia, width: int, height: int, frames: int, fps: float) -> np.ndarray:
+def fit_media(
+    media: DecodedMedia, width: int, height: int, frames: int, fps: float, config: SourceConfig = DEFAULT_SOURCE
+) -> np.ndarray:
     """Return the source in the shape that the model requires: uint8 [frames, height, width, 3].
 
-    It is cropped at the centre to the aspect ratio, resized, and resampled in time by nearest frame.
+    It is cropped at the centre to the aspect ratio, resized, and resampled in time, as `config` says. Raises
+    InvalidInput for a clip that is too short for a model that repeats no frames.
     """
-    indices = select_nearest_frames(len(media.frames), media.fps, frames, fps).tolist()
-    resized = {index: center_crop_resize(media.frames[index], width, height) for index in set(indices)}
+    indices = select_source_frames(len(media.frames), media.fps, frames, fps, config)
+    crop_resize = CROPS[config.crop]
+    resized = {index: crop_resize(media.frames[index], width, height) for index in set(indices)}
     return np.stack([resized[index] for index in indices])
+
+
+def select_source_frames(
+    source_count: int, source_fps: float | None, count: int, fps: float, config: SourceConfig
+) -> list[int]:
+    """Return the indices of the `count` frames of a source that the model gets; `source_fps` is None for a still."""
+    if config.frames == "stride" and source_fps is not None and count > 1:
+        return select_strided_frames(source_count, count, config)
+    return [int(index) for index in select_nearest_frames(source_count, source_fps, count, fps)]
 
 
 def read_fitted_media(
     source: str | Path | bytes, width: int, height: int, frames: int, fps: float,
-    limits: MediaLimits = DEFAULT_LIMITS, *, frame_indices: Sequence[int] | None = None, field: str = "source",
+    limits: MediaLimits = DEFAULT_LIMITS, *, config: SourceConfig = DEFAULT_SOURCE,
+    frame_indices: Sequence[int] | None = None, field: str = "source",
 ) -> np.ndarray:  # fmt: skip
     """Return `fit_media(read_media(source), ...)`, or only its frames `frame_indices`, in their order.
 
@@ -115,11 +150,11 @@ def read_fitted_media(
     """
 
     def choose(count: int, source_fps: float | None) -> Sequence[int]:
-        positions = select_nearest_frames(count, source_fps, frames, fps)
-        return [int(index) for index in (positions if frame_indices is None else positions[list(frame_indices)])]
+        positions = select_source_frames(count, source_fps, frames, fps, config)
+        return positions if frame_indices is None else [positions[index] for index in frame_indices]
 
     def fit(pixels: np.ndarray) -> np.ndarray:
-        return center_crop_resize(pixels, width, height)
+        return CROPS[config.crop](pixels, width, height)
 
     return np.stack(read_chosen_frames(source, choose, fit, limits, field=field)[0])
 
@@ -128,23 +163,32 @@ def read_chosen_frames(
     source: str | Path | bytes, choose: ChooseFrames, transform: Callable[[np.ndarray], np.ndarray],
     limits: MediaLimits = DEFAULT_LIMITS, *, field: str = "source",
 ) -> tuple[list[np.ndarray], FrameGrid]:  # fmt: skip
-    """Return the frames that `choose` names, each passed through `transform` as soon as it is decoded, and the grid.
+    """Return the frames of one selection, and the grid; see `read_frame_selections`."""
+    (frames,), grid = read_frame_selections(source, [FrameSelection(choose, transform)], limits, field=field)
+    return frames, grid
 
-    `choose` gets the number of frames and the frames per second that `read_media` would give, and returns indices,
-    which may repeat. Only transformed frames are held. A clip is decoded no further than the last chosen frame.
+
+def read_frame_selections(
+    source: str | Path | bytes, selections: Sequence[FrameSelection], limits: MediaLimits = DEFAULT_LIMITS,
+    *, field: str = "source",
+) -> tuple[list[list[np.ndarray]], FrameGrid]:  # fmt: skip
+    """Return the frames of each selection, from one decoding, and the grid.
+
+    Only transformed frames are held. A clip is decoded no further than the last chosen frame.
     """
     file, guard = open_source(source, limits, field)
     with guard.translate_decoder_errors():
         kind = check_format(file, guard)
         if kind in CLIP_DEMUXERS and (times := read_frame_times(file, kind, guard)):
             grid = build_clip_grid(times, guard)
-            frames = pick_frames(file, kind, guard, grid, choose, transform, times)
+            frames = pick_frames(file, kind, guard, grid, selections, times)
             if frames is not None:
                 return frames, grid
         grid, first_frame = survey_frames(file, guard)
         if len(grid.order) == 1:  # a still is not decoded again
-            return [transform(first_frame)] * len(choose(1, grid.fps)), grid
-        frames = pick_frames(file, kind, guard, grid, choose, transform)
+            counts = [len(selection.choose(1, grid.fps)) for selection in selections]
+            return [[each.transform(first_frame)] * n for each, n in zip(selections, counts, strict=True)], grid
+        frames = pick_frames(file, kind, guard, grid, selections)
     if frames is None:
         guard.refuse_media("changed while it was read; allowed: a complete file")
     return frames, grid
@@ -163,25 +207,36 @@ def build_clip_grid(times: Sequence[tuple[float, float]], guard: MediaGuard) -> 
 
 
 def pick_frames(
-    file: MediaFile, kind: str, guard: MediaGuard, grid: FrameGrid, choose: ChooseFrames,
-    transform: Callable[[np.ndarray], np.ndarray], times: Sequence[tuple[float, float]] | None = None,
-) -> list[np.ndarray] | None:  # fmt: skip
-    """Decode up to the last chosen frame; return the chosen ones, transformed.
+    file: MediaFile, kind: str, guard: MediaGuard, grid: FrameGrid, selections: Sequence[FrameSelection],
+    times: Sequence[tuple[float, float]] | None = None,
+) -> list[list[np.ndarray]] | None:  # fmt: skip
+    """Decode up to the last chosen frame; return the chosen ones of each selection, transformed.
 
     Return None if the frames are not at `times`, which come from the packets: a packet contained no frame, or two.
     """
-    indices = [grid.order[position] for position in choose(len(grid.order), grid.fps)]
-    needed, last_needed = set(indices), max(indices)
-    transformed: dict[int, np.ndarray] = {}
+    chosen = [
+        [grid.order[position] for position in selection.choose(len(grid.order), grid.fps)] for selection in selections
+    ]
+    last_needed = max(max(indices) for indices in chosen)
+    transformed: list[dict[int, np.ndarray]] = [{} for _ in selections]
     for index, frame in enumerate(iterate_frames(file, kind, guard)):
         time = (frame.start, frame.seconds)
         if times is not None and (index >= len(times) or not np.allclose(time, times[index], rtol=0, atol=1e-6)):
             return None
-        if index in needed:
-            transformed[index] = transform(frame.convert())
+        users = [number for number, indices in enumerate(chosen) if index in indices]
+        for number, result in zip(users, transform_frame(frame, [selections[n] for n in users]), strict=True):
+            transformed[number][index] = result
         if index == last_needed:
-            return [transformed[index] for index in indices]
+            return [[found[index] for index in indices] for found, indices in zip(transformed, chosen, strict=True)]
     return None
+
+
+def transform_frame(frame: DecodedFrame, selections: Sequence[FrameSelection]) -> list[np.ndarray]:
+    """Return what each selection makes of a frame. Its pixels are freed before the next is decoded."""
+    if not selections:
+        return []
+    pixels = frame.convert()
+    return [selection.transform(pixels) for selection in selections]
 
 
 def survey_frames(file: MediaFile, guard: MediaGuard) -> tuple[FrameGrid, np.ndarray]:

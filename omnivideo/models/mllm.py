@@ -7,11 +7,11 @@ Shapes: B batch, N tokens, V vocabulary, M width of the model, F frames, H W pix
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from inspect import signature
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase, Qwen3VLForConditionalGeneratio
 from transformers.vision_utils import get_vision_position_ids
 
 from omnivideo.contracts import Route
+from omnivideo.models.structured import SchemaConstraint
 from omnivideo.presets import VisionInputConfig
 
 BOI, EOI, BOV, EOV = "<BOI>", "<EOI>", "<BOV>", "<EOV>"
@@ -32,26 +33,64 @@ CACHE_ARGUMENT = (
 )
 
 
-@dataclass(frozen=True)
-class MLLMMedia:
-    """An image (one frame) or a clip: uint8 [F, H, W, 3]. `fps` matters only for a clip.
+class FittedFrames:
+    """The frames [H, W, 3] of a medium of `count` frames that a model sees, by their indices, in place of all frames.
 
-    If `is_fitted`, the frames already have the size that `fit_size` gave for the source's.
+    They have the size at which the model sees them, and are kept apart for each of its visual inputs.
     """
 
-    frames: np.ndarray
+    def __init__(self, count: int, frames_by_input: "Mapping[VisualInput, Mapping[int, np.ndarray]]"):
+        self.count, self.frames_by_input = count, frames_by_input
+
+    def __len__(self) -> int:
+        return self.count
+
+    @property
+    def nbytes(self) -> int:
+        return sum(frame.nbytes for fitted in self.frames_by_input.values() for frame in fitted.values())
+
+
+@dataclass(frozen=True)
+class MLLMMedia:
+    """An image (one frame) or a clip: uint8 [F, H, W, 3], or what was kept of it. `fps` matters only for a clip."""
+
+    frames: np.ndarray | FittedFrames
     fps: float = 1.0
     is_video: bool = True
-    is_fitted: bool = False
+
+
+class VisualInput(Protocol):
+    """How a model sees a medium in one of its calls. Inputs are hashable, and equal ones see the same."""
+
+    def list_seen_frames(self, media: MLLMMedia) -> list[int]:
+        """Return the indices of the frames that the model sees; of the medium's frames, only their number is used."""
+        ...
+
+    def fit_frame(self, frame_HW3: np.ndarray, num_frames: int) -> np.ndarray:
+        """Return a frame at the size at which the model sees it as one of `num_frames`."""
+        ...
+
+
+def fit_frames(media: MLLMMedia, visual_input: VisualInput) -> tuple[list[int], list[np.ndarray]]:
+    """Return the indices of the frames that a model sees in one of its calls, and these frames at their size."""
+    indices = visual_input.list_seen_frames(media)
+    if isinstance(media.frames, FittedFrames):
+        fitted = media.frames.frames_by_input[visual_input]
+        return indices, [fitted[index] for index in indices]
+    return indices, [visual_input.fit_frame(media.frames[index], len(indices)) for index in indices]
 
 
 @dataclass(frozen=True)
 class MLLMMessage:
-    """One request: the media come first, then the text. `system` is the system prompt of a mode such as think."""
+    """One request: the media come first, then the text. `system` is the system prompt of a mode such as think.
+
+    With a `json_schema`, the answer is valid JSON of that schema.
+    """
 
     text: str
     media: tuple[MLLMMedia, ...] = ()
     system: str | None = None
+    json_schema: str | None = None
 
 
 @dataclass(frozen=True)
@@ -71,17 +110,23 @@ class TokenizedRequest:
 # ---------------------------------------------------------------- pixels to patches
 
 
-def fit_size(height: int, width: int, vision_config: VisionInputConfig) -> tuple[int, int]:
-    """Return the nearest height and width that are multiples of a merged patch and have an allowed area."""
-    factor = vision_config.patch_size * vision_config.merge_size
+def fit_size(height: int, width: int, vision_config: VisionInputConfig, num_frames: int = 1) -> tuple[int, int]:
+    """Return the nearest height and width that are multiples of a merged patch and have an allowed area.
+
+    If the budget is that of the whole clip, the area counts once for each of its frames.
+    """
+    factor, temporal = vision_config.patch_size * vision_config.merge_size, vision_config.temporal_patch_size
+    area, padded_area = 1, 1  # in frames: as they are, and in whole groups of frames, both as Qwen3-VL's processor does
+    if vision_config.budget == "clip" and num_frames > 1:
+        area, padded_area = num_frames, max(1, round(num_frames / temporal)) * temporal
     fit_height, fit_width = (max(factor, round(side / factor) * factor) for side in (height, width))
-    if fit_height * fit_width > vision_config.max_pixels:
-        shrink = math.sqrt(height * width / vision_config.max_pixels)
+    if padded_area * fit_height * fit_width > vision_config.max_pixels:
+        shrink = math.sqrt(area * height * width / vision_config.max_pixels)
         fit_height, fit_width = (
             max(factor, math.floor(side / shrink / factor) * factor) for side in (height, width)
         )  # fmt: skip
-    elif fit_height * fit_width < vision_config.min_pixels:
-        grow = math.sqrt(vision_config.min_pixels / (height * width))
+    elif padded_area * fit_height * fit_width < vision_config.min_pixels:
+        grow = math.sqrt(vision_config.min_pixels / (area * height * width))
         fit_height, fit_width = (math.ceil(side * grow / factor) * factor for side in (height, width))
     return fit_height, fit_width
 
@@ -104,19 +149,29 @@ def resize_frame(frame_HW3: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return np.asarray(Image.fromarray(frame_HW3).resize((size[1], size[0]), Image.Resampling.BICUBIC))
 
 
-def patchify(
-    frames_FHW3: np.ndarray, vision_config: VisionInputConfig, is_fitted: bool = False
-) -> tuple[Tensor, list[int]]:
+@dataclass(frozen=True)
+class QwenVisualInput:
+    """The `VisualInput` of a Qwen3-VL with a preset's numbers."""
+
+    config: VisionInputConfig
+
+    def list_seen_frames(self, media: MLLMMedia) -> list[int]:
+        return sample_frame_indices(media, self.config) if media.is_video else [0]
+
+    def fit_frame(self, frame_HW3: np.ndarray, num_frames: int) -> np.ndarray:
+        height, width = frame_HW3.shape[:2]
+        return resize_frame(frame_HW3, fit_size(height, width, self.config, num_frames))
+
+
+def patchify(frames_FHW3: np.ndarray, vision_config: VisionInputConfig) -> tuple[Tensor, list[int]]:
     """Return the patches [P, I] of frames in Qwen's order, and their grid (t, h, w); I = 3 * frames * patch * patch.
 
-    Pixels are normalised with mean 0.5 and standard deviation 0.5. The last frame is repeated to fill its patch.
+    The frames have a size that `fit_size` returns. Pixels are normalised with mean 0.5 and standard deviation 0.5. The
+    last frame is repeated to fill its patch.
     """
-    height, width = frames_FHW3.shape[1:3]
-    size = (height, width) if is_fitted else fit_size(height, width, vision_config)
-    frames = np.stack([resize_frame(frame, size) for frame in frames_FHW3])
     patch, merge, temporal = vision_config.patch_size, vision_config.merge_size, vision_config.temporal_patch_size
-    frames = np.concatenate([frames, frames[-1:].repeat(-len(frames) % temporal, axis=0)])
-    t, h, w = len(frames) // temporal, size[0] // patch, size[1] // patch
+    frames = np.concatenate([frames_FHW3, frames_FHW3[-1:].repeat(-len(frames_FHW3) % temporal, axis=0)])
+    t, h, w = len(frames) // temporal, frames.shape[1] // patch, frames.shape[2] // patch
     x = torch.from_numpy(frames).float() / 127.5 - 1
     x = x.view(t, temporal, h // merge, merge, patch, w // merge, merge, patch, 3)
     # To (t, h / merge, w / merge, merge, merge), then within a patch (colour, frame, row, column).
@@ -131,8 +186,8 @@ def encode_media(media: MLLMMedia, vision_config: VisionInputConfig) -> tuple[st
 
     In the text of a clip, each group of `temporal_patch_size` frames follows its timestamp.
     """
-    indices = sample_frame_indices(media, vision_config) if media.is_video else [0]
-    patches_PI, grid = patchify(media.frames[indices], vision_config, media.is_fitted)
+    indices, frames = fit_frames(media, QwenVisualInput(vision_config))
+    patches_PI, grid = patchify(np.stack(frames), vision_config)
     tokens_per_frame = grid[1] * grid[2] // vision_config.merge_size**2
     if not media.is_video:
         return f"<|vision_start|>{'<|image_pad|>' * tokens_per_frame}<|vision_end|>", patches_PI, grid
@@ -297,27 +352,35 @@ def generate_answer(
     top_p: float = 0.6,
     max_tokens: int = 1024,
     seed: int = 0,
+    stop_ids: Collection[int] = (),
 ) -> Iterator[str]:
     """Yield the answer in pieces of text; the defaults are the paper's for understanding.
 
-    Only the end token is omitted. The routing tokens are banned, because the caller has already chosen text.
+    Only the end token is omitted; `stop_ids` are further ones. The routing tokens, which a stock tokenizer does not
+    have, are banned, because the caller has already chosen text.
     """
     inputs = collate_requests(
         [tokenize_message(tokenizer, message, vision_config)], tokenizer.pad_token_id, model.device
     )
     generator = torch.Generator().manual_seed(seed)
-    banned_ids = tokenizer.convert_tokens_to_ids(list(VISUAL_TOKENS))
+    vocabulary = tokenizer.get_added_vocab()
+    banned_ids = [vocabulary[token] for token in VISUAL_TOKENS if token in vocabulary]
     token_ids: list[int] = []
     emitted_text = ""
     out = model(**inputs, logits_to_keep=1, use_cache=True)
+    schema, num_logits = message.json_schema, out.logits.shape[-1]
+    constraint = SchemaConstraint(tokenizer, num_logits, schema) if schema else None
     # transformers keeps the rotary offset of the last request with media; a request without media has no offset.
     offset = model.model.rope_deltas if message.media else torch.zeros(1, dtype=torch.long, device=model.device)
     for _ in range(max_tokens):
         logits_V = out.logits[0, -1].float().cpu()
         logits_V[banned_ids] = -torch.inf
+        logits_V = constraint.mask_logits(logits_V) if constraint else logits_V
         token_id = sample_token(logits_V, temperature, top_p, generator)
-        if token_id == tokenizer.eos_token_id:
+        if token_id == tokenizer.eos_token_id or token_id in stop_ids:
             return
+        if constraint:
+            constraint.accept_token(token_id)
         token_ids.append(token_id)
         text = tokenizer.decode(token_ids)
         if not text.endswith("\ufffd"):  # a character may span several tokens

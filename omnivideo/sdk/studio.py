@@ -25,7 +25,7 @@ from omnivideo.cpu_threads import configure_cpu_threads
 from omnivideo.media.read import measure_media, read_fitted_media
 from omnivideo.media.sound import SoundSource
 from omnivideo.models.device import pick_device
-from omnivideo.models.mllm import MLLMMedia, MLLMMessage, generate_answer, predict_route
+from omnivideo.models.mllm import MLLMMedia, MLLMMessage
 from omnivideo.models.omni import OmniVideoModel
 from omnivideo.models.weights import checkpoint
 from omnivideo.models.weights.checkpoint import find_shipped_weights
@@ -49,7 +49,8 @@ class Studio:
     """A model in this process.
 
     `weights` is a folder in our format, by default the preset's shipped weights. `device` is "auto" (a GPU if there is
-    one), "cpu" or "cuda:N". `home` is the folder of threads and their artifacts, by default OMNIVIDEO_HOME.
+    one), "cpu" or "cuda:N". `home` is the folder of threads and their artifacts, by default OMNIVIDEO_HOME. The
+    setting OMNIVIDEO_PRECISION is "preset", each part in the type that the preset states, or "float32".
 
     Raises CheckpointError if the weights are missing or do not fit the preset.
     """
@@ -64,7 +65,7 @@ class Studio:
         configure_cpu_threads()
         self.settings = load_settings(home=home)
         self.weights_folder = Path(weights) if weights else find_shipped_weights(preset)
-        self.omni: OmniVideoModel = checkpoint.load(self.weights_folder, pick_device(device))
+        self.omni: OmniVideoModel = checkpoint.load(self.weights_folder, pick_device(device), self.settings.precision)
         self.weights_digest = checkpoint.compute_weights_digest(self.weights_folder)
 
     @cached_property
@@ -97,7 +98,7 @@ class Studio:
         """Return what the model would answer the request with: text, an image or a video, with its probability."""
         media = () if source is None else (self.load_media(source),)
         message = MLLMMessage(check_prompt("prompt", prompt), media)
-        return predict_route(self.omni.mllm, self.omni.mllm_tokenizer, message, self.omni.vision_config)
+        return self.omni.bound_mllm.route(message)
 
     def generate(
         self, prompt: str, *, image: bool | None = None, on_step: StepCallback = ignore_step, **overrides: object
@@ -123,7 +124,8 @@ class Studio:
         info = measure_media(source)
         task = get_editing_task(info.kind)
         params = resolve_sampling_params(self.omni.preset, task, **overrides)
-        frames = read_fitted_media(source, params.width, params.height, params.frames, params.fps)
+        size = (params.width, params.height, params.frames, params.fps)
+        frames = read_fitted_media(source, *size, config=self.omni.preset.source)
         result = self.generate_result(instruction, params, frames, Path(source).name, on_step)
         sound = SoundSource(Path(source), info.frames / info.fps) if info.fps else None
         return replace(result, sound=sound)
@@ -141,22 +143,14 @@ class Studio:
         """Answer a question about an image or a clip; call `on_text` with each new piece of the answer."""
         message = MLLMMessage(check_prompt("question", question), (self.load_media(source),))
         pieces = []
-        for piece in generate_answer(
-            self.omni.mllm,
-            self.omni.mllm_tokenizer,
-            message,
-            self.omni.vision_config,
-            temperature=temperature,
-            top_p=top_p,
-            seed=seed,
-        ):
+        for piece in self.omni.bound_mllm.stream_text(message, temperature=temperature, top_p=top_p, seed=seed):
             pieces.append(piece)
             on_text(piece)
         return "".join(pieces).strip()
 
     def load_media(self, source: str | Path) -> MLLMMedia:
         """Read a source in the form that the MLLM accepts."""
-        return read_mllm_media(source, self.omni.vision_config)
+        return read_mllm_media(source, self.omni.bound_mllm.visual_inputs)
 
     def generate_result(
         self,

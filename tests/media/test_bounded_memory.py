@@ -35,13 +35,14 @@ print((read_peak() - before) // 1024)
 SETUP_MLLM = """
 from omnivideo.backends.mllm.media import read_mllm_media
 from omnivideo.presets import get_preset
-config = get_preset("tiny").vision_input
+from omnivideo.models.mllm import QwenVisualInput
+inputs = [QwenVisualInput(get_preset("tiny").mllm.vision_input)]
 """
 CONSUMERS = {
     "thumbnail": ("", "omnivideo.media.thumbnails.draw_picture(data, 'thumbnail')"),
     "spritesheet": ("", "omnivideo.media.thumbnails.draw_picture(data, 'spritesheet')"),
     "renderer": ("", "omnivideo.media.read.read_fitted_media(data, 256, 256, 33, 16)"),
-    "mllm": (SETUP_MLLM, "read_mllm_media(data, config)"),
+    "mllm": (SETUP_MLLM, "read_mllm_media(data, inputs)"),
     "measuring": ("", "omnivideo.media.read.measure_media(data)"),
 }
 
@@ -123,15 +124,36 @@ def test_a_cache_is_bounded_by_bytes():
 
 
 @pytest.mark.parametrize("kind", ["mp4", "gif"])
-def test_the_language_model_gets_the_patches_of_the_whole_clip(bombs, kind):
+@pytest.mark.parametrize("preset", ["tiny", "omnivideo2-a14b"])
+def test_the_language_model_gets_the_patches_of_the_whole_clip(bombs, kind, preset):
+    """A model with several visual inputs gets those of each, from one decoding."""
     from omnivideo.backends.mllm.media import read_mllm_media
     from omnivideo.media.read import read_media
-    from omnivideo.models.mllm import MLLMMedia, encode_media
-    from omnivideo.presets import TINY
+    from omnivideo.models.mllm import MLLMMedia, QwenVisualInput, encode_media
+    from omnivideo.models.qwen3_vl import list_visual_inputs
+    from omnivideo.presets import get_preset
 
+    config = get_preset(preset).mllm
+    assert len(list_visual_inputs(config)) == (1 if preset == "tiny" else 3)
     media = read_media(bombs[kind])
-    text, patches, grid = encode_media(MLLMMedia(media.frames, media.fps or 1.0), TINY.vision_input)
-    found_text, found_patches, found_grid = encode_media(
-        read_mllm_media(bombs[kind], TINY.vision_input), TINY.vision_input
-    )
-    assert (found_text, found_grid) == (text, grid) and (found_patches == patches).all()
+    found_media = read_mllm_media(bombs[kind], list_visual_inputs(config))
+    for visual_input in list_visual_inputs(config):
+        assert isinstance(visual_input, QwenVisualInput)
+        text, patches, grid = encode_media(MLLMMedia(media.frames, media.fps or 1.0), visual_input.config)
+        found_text, found_patches, found_grid = encode_media(found_media, visual_input.config)
+        assert (found_text, found_grid) == (text, grid) and (found_patches == patches).all()
+
+
+@pytest.mark.parametrize("kind", ["mp4", "gif"])
+@pytest.mark.parametrize("mode", ["pad", "resize"])
+def test_vila_gets_the_pixels_of_the_whole_clip(bombs, kind, mode):
+    from omnivideo.backends.mllm.media import read_mllm_media
+    from omnivideo.media.read import read_media
+    from omnivideo.models.mllm import MLLMMedia, fit_frames
+    from omnivideo.models.vila_requests import VilaImageConfig, VilaVisualInput
+
+    vila_input = VilaVisualInput(VilaImageConfig(48, 64, 3, 1 / 255, (0.5,) * 3, (0.5,) * 3, mode))
+    media = read_media(bombs[kind])
+    indices, frames = fit_frames(MLLMMedia(media.frames, media.fps or 1.0), vila_input)
+    found_indices, found_frames = fit_frames(read_mllm_media(bombs[kind], [vila_input]), vila_input)
+    assert found_indices == indices and len(indices) == 8 and (np.stack(found_frames) == np.stack(frames)).all()

@@ -5,10 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from omnivideo.errors import UnreadableMedia
+from omnivideo.errors import InvalidInput, UnreadableMedia
 from omnivideo.media import read
 from omnivideo.media.read import DecodedMedia, fit_media, read_fitted_media, read_media
 from omnivideo.media.write import write_media
+from omnivideo.presets import SourceConfig
 from tests.support import footage
 from tests.support.clips import FPS, make_clip, mux_clip, write_animation
 
@@ -81,6 +82,21 @@ def test_reading_only_the_needed_frames_gives_the_same_result(tmp_path, name, fr
     assert (read_fitted_media(path.read_bytes(), 48, 32, frames, fps) == expected).all()
     indices = [frames - 1, 0, frames // 2]
     assert (read_fitted_media(path, 48, 32, frames, fps, frame_indices=indices) == expected[indices]).all()
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_reading_strided_frames_with_whole_crops_gives_the_same_result(tmp_path, name):
+    config, path = SourceConfig(frames="stride", skip=1, stride=3, crop="whole"), SOURCES[name](tmp_path)
+    for frames in (1, 4):
+        expected = fit_media(read_media(path), 48, 20, frames, 8, config)
+        assert (read_fitted_media(path, 48, 20, frames, 8, config=config) == expected).all()
+
+
+@pytest.mark.parametrize("name", ["mp4", "gif"])
+def test_a_clip_that_is_too_short_to_stride_is_refused_with_its_length(tmp_path, name):
+    config = SourceConfig(frames="stride", skip=1, stride=2)
+    with pytest.raises(InvalidInput, match="it has 9 frames; an edit of 17 frames takes at least 18"):
+        read_fitted_media(SOURCES[name](tmp_path), 48, 32, 17, 8, config=config)
 
 
 def test_a_clip_is_decoded_no_further_than_needed(tmp_path, monkeypatch):

@@ -1,61 +1,56 @@
 """Read the frames of a medium that the MLLM sees, at the size at which it sees them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 
 from omnivideo.contracts import Medium
 from omnivideo.media.cache import ByteBoundedCache
-from omnivideo.media.read import read_chosen_frames
-from omnivideo.models.mllm import MLLMMedia, fit_size, resize_frame, sample_frame_indices
-from omnivideo.presets import VisionInputConfig
+from omnivideo.media.read import FrameSelection, read_frame_selections
+from omnivideo.models.mllm import FittedFrames, MLLMMedia, VisualInput
 
 MAX_CACHED_BYTES = 128 * 2**20  # bytes of pixels; one turn reads the same clip several times (route, answer, tokens)
 
 
-class SampledFrames:
-    """Some frames of a clip, addressed by their positions in the whole clip, as an array [F, H, W, 3] would be."""
+class InputReader:
+    """Selects and fits the frames of one medium for one visual input."""
 
-    def __init__(self, count: int, frame_by_index: dict[int, np.ndarray]):
-        self.count, self.frame_by_index = count, frame_by_index
+    def __init__(self, visual_input: VisualInput, fps: float | None, medium: Medium | None):
+        self.visual_input, self.fps, self.medium = visual_input, fps, medium
+        self.indices: list[int] = []
 
-    def __len__(self) -> int:
-        return self.count
+    def choose(self, count: int, source_fps: float | None) -> list[int]:
+        is_video = source_fps is not None if self.medium is None else self.medium == "video"
+        counted = MLLMMedia(FittedFrames(count, {}), self.fps or source_fps or 1.0, is_video)
+        self.indices = self.visual_input.list_seen_frames(counted)
+        return self.indices
 
-    def __getitem__(self, indices: Sequence[int]) -> np.ndarray:
-        return np.stack([self.frame_by_index[index] for index in indices])
+    def fit(self, frame: np.ndarray) -> np.ndarray:
+        return self.visual_input.fit_frame(frame, len(self.indices))
 
-    @property
-    def nbytes(self) -> int:
-        return sum(frame.nbytes for frame in self.frame_by_index.values())
+    def index_frames(self, frames: Sequence[np.ndarray]) -> Mapping[int, np.ndarray]:
+        """Return the selected frames by their indices in the whole clip."""
+        return dict(zip(self.indices, frames, strict=True))
 
 
 def read_mllm_media(
-    source: str | Path | bytes, vision_config: VisionInputConfig, fps: float | None = None, medium: Medium | None = None
+    source: str | Path | bytes,
+    visual_inputs: Sequence[VisualInput],
+    fps: float | None = None,
+    medium: Medium | None = None,
 ) -> MLLMMedia:
-    """Return a medium for the MLLM, which gets the same patches from it as from all frames at their full size.
+    """Return a medium for an MLLM with these inputs, which sees the same in it as in all frames at their full size.
 
     `fps` and `medium` are the source's own if they are None.
     """
-    indices: list[int] = []
-
-    def choose(count: int, source_fps: float | None) -> list[int]:
-        is_video = source_fps is not None if medium is None else medium == "video"
-        # sample_frame_indices looks at the number of frames only; this array takes one byte.
-        counted = MLLMMedia(np.broadcast_to(np.uint8(0), (count, 1, 1, 3)), fps or source_fps or 1.0)
-        indices[:] = sample_frame_indices(counted, vision_config) if is_video else [0]
-        return indices
-
-    def fit(frame: np.ndarray) -> np.ndarray:
-        height, width = frame.shape[:2]
-        return resize_frame(frame, fit_size(height, width, vision_config))
-
-    frames, grid = read_chosen_frames(source, choose, fit)
-    sampled = SampledFrames(len(grid.order), dict(zip(indices, frames, strict=True)))
+    readers = [InputReader(visual_input, fps, medium) for visual_input in visual_inputs]
+    frames, grid = read_frame_selections(source, [FrameSelection(reader.choose, reader.fit) for reader in readers])
+    frames_by_input = {
+        reader.visual_input: reader.index_frames(fitted) for reader, fitted in zip(readers, frames, strict=True)
+    }
     kind = medium or grid.kind
-    return MLLMMedia(cast(np.ndarray, sampled), fps or grid.fps or 1.0, kind == "video", is_fitted=True)
+    return MLLMMedia(FittedFrames(len(grid.order), frames_by_input), fps or grid.fps or 1.0, kind == "video")
 
 
 def create_media_cache() -> ByteBoundedCache[object, MLLMMedia]:

@@ -79,9 +79,9 @@ def build_decoder_recipe(
             stills.sample_batch(step, batch_sizes[0]) if is_still else clips.sample_batch(step, batch_sizes[1])
         )
         with torch.no_grad():
-            text = encode_text(tokenizer, text_encoder, texts, MAX_TEXT_TOKENS)[0]
+            text = encode_text(tokenizer, text_encoder, texts, TINY.text)[0]
         condition = pad_condition(
-            text, current_rank().global_max(max(TINY.min_condition_tokens, text.shape[1])), MAX_TEXT_TOKENS
+            text, current_rank().global_max(max(TINY.condition.min_tokens, text.shape[1])), MAX_TEXT_TOKENS
         )
         error = flow_matching_loss(
             decoder, latents.to(condition.device), condition, 0.5 if step >= LAYOUT_START_STEP else 0.0

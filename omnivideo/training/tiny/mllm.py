@@ -184,7 +184,7 @@ def build_mllm_recipe(
         rng = random.Random(step_seed("mllm/data", step))
         examples = current_rank().take_local_rows([sample_foundation_example(rng) for _ in range(batch_size)])
         samples = [to_chat_sample(example) for example in examples]
-        return collate_chat_batch(model, tokenizer, samples, TINY.vision_input)
+        return collate_chat_batch(model, tokenizer, samples, TINY.mllm.vision_input)
 
     batches = Prefetcher(sample_batch, workers)
 

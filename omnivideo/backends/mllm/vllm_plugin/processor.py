@@ -24,14 +24,16 @@ from vllm.multimodal.parse import MultiModalDataItems
 from vllm.multimodal.processing import PromptReplacement, PromptUpdate, PromptUpdateDetails
 
 from omnivideo.models.mllm import MLLMMedia, encode_media
-from omnivideo.presets import VisionInputConfig, get_vision_input
+from omnivideo.presets import VisionInputConfig, get_preset, get_vision_input
 
 TIMESTAMP_PATTERN = re.compile(r"<([\d.]+) seconds>")
 INPUT_FIELDS = {"image": ("pixel_values", "image_grid_thw"), "video": ("pixel_values_videos", "video_grid_thw")}
 
 
 def vision_config_from_hf(config: Any) -> VisionInputConfig:
-    """Return the vision input of the preset whose MLLM patches as this one does."""
+    """Return the vision input of the served preset, or of one whose MLLM patches as this one does."""
+    if details := getattr(config, "omnivideo", None):
+        return get_preset(details["preset"]).mllm.vision_input
     vision = config.vision_config
     return get_vision_input(vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size)
 
@@ -45,9 +47,13 @@ def collate_patches(patches: Mapping[str, list[Tensor]], grids: Mapping[str, lis
     return inputs
 
 
+def pixels_from_image(image: Any) -> np.ndarray:
+    """Return an image as vLLM reads it as pixels [H, W, 3]."""
+    return np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image)
+
+
 def media_from_image(image: Any) -> MLLMMedia:
-    pixels = image.convert("RGB") if isinstance(image, Image.Image) else image
-    return MLLMMedia(np.asarray(pixels)[None], is_video=False)
+    return MLLMMedia(pixels_from_image(image)[None], is_video=False)
 
 
 def media_from_video(video: tuple[Any, Mapping[str, Any]]) -> MLLMMedia:
