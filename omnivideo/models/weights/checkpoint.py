@@ -167,14 +167,15 @@ def load_parts(
     if with_mllm:
         mllm, mllm_tokenizer = load_mllm(model_preset, folder, choose_dtype("mllm"))
         mllm = place_part("mllm", mllm)
-    encoder = load_strict(UMT5EncoderModel, folder, "text_encoder", choose_dtype("text_encoder"))
     return OmniVideoModel(
         preset=model_preset,
         mllm=mllm,
         mllm_tokenizer=mllm_tokenizer,
         bridge=place_part("bridge", load_bridge(model_preset, folder, choose_dtype)),
         decoder=add_absolute_positions(decoders[0]) if model_preset.absolute_positions else decoders[0],
-        text_encoder=place_part("text_encoder", encoder),
+        text_encoder=place_part(
+            "text_encoder", load_strict(UMT5EncoderModel, folder, "text_encoder", choose_dtype("text_encoder"))
+        ),
         tokenizer=AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True),
         vae=place_part("vae", load_strict(AutoencoderKLWan, folder, "vae", choose_dtype("vae"))),
         second_decoder=decoders[1] if len(decoders) > 1 else None,

@@ -106,13 +106,18 @@ def test_the_stage_loader_loads_the_stored_models_on_a_cpu(weights):
 
 
 def test_each_part_is_placed_before_the_next_is_read(weights, monkeypatch):
-    steps, load_strict = [], checkpoint.load_strict
+    steps, load_strict, load_qwen3_vl = [], checkpoint.load_strict, checkpoint.load_qwen3_vl
 
     def load_and_record(cls, folder, name, dtype):
         steps.append(f"read {name}")
         return load_strict(cls, folder, name, dtype)
 
+    def load_mllm_and_record(folder, name, dtype):
+        steps.append(f"read {name}")
+        return load_qwen3_vl(folder, name, dtype)
+
     monkeypatch.setattr(checkpoint, "load_strict", load_and_record)
+    monkeypatch.setattr(checkpoint, "load_qwen3_vl", load_mllm_and_record)
     load_parts(weights, lambda name, part: steps.append(f"place {name}") or part)
     assert steps == ["read transformer", "place decoder", "read mllm", "place mllm", "place bridge",
                      "read text_encoder", "place text_encoder", "read vae", "place vae"]  # fmt: skip
