@@ -28,17 +28,9 @@ from omnivideo.evaluation.suite import CHUNK_SIZE, iterate_chunks, sample_clips
 from omnivideo.models.mllm import MLLMMessage
 from omnivideo.models.omni import OmniVideoModel
 from omnivideo.models.vae import encode_pixels, pixels_from_bytes
+from omnivideo.synthetic.rendering import rasterize_shape
 from omnivideo.synthetic.requests import sample_requests
-from omnivideo.synthetic.scenes import (
-    BACKGROUNDS,
-    CELL_SIZE,
-    COLOURS,
-    FPS,
-    FRAME_SIZE,
-    Scene,
-    SceneObject,
-    rasterize_shape,
-)
+from omnivideo.synthetic.scenes import BACKGROUNDS, CELL_SIZE, COLOURS, FPS, FRAME_SIZE, Scene, SceneObject
 from omnivideo.synthetic.scorer import detect_blobs, detect_scene, estimate_background, track_blobs
 from omnivideo.training.config import TrainingConfig
 from omnivideo.training.data.batch import CachedTask

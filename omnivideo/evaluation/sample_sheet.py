@@ -16,7 +16,7 @@ from omnivideo.media.contact_sheet import make_contact_sheet
 from omnivideo.models.mllm import MLLMMessage
 from omnivideo.models.omni import OmniVideoModel
 from omnivideo.synthetic.facts import SceneSpec
-from omnivideo.synthetic.scenes import render_scene
+from omnivideo.synthetic.rendering import render_scene
 from omnivideo.synthetic.scorer import detect_scene
 
 SAMPLES_PER_KIND = 6  # images have one sample of each category

@@ -24,8 +24,9 @@ from omnivideo.presets import Task, compute_latent_grid
 from omnivideo.synthetic.chat import make_knowledge_example, make_question_example, make_talk_example
 from omnivideo.synthetic.edits import IMAGE_EDITS, VIDEO_EDITS, SceneEdit, sample_edit
 from omnivideo.synthetic.questions import sample_question
+from omnivideo.synthetic.rendering import render_object_mask, render_scene
 from omnivideo.synthetic.requests import make_caption_prompt, make_indirect_prompt
-from omnivideo.synthetic.scenes import FPS, Scene, render_object_mask, render_scene, sample_scene
+from omnivideo.synthetic.scenes import FPS, Scene, sample_scene
 from omnivideo.synthetic.scorer import detect_scene
 
 # The parts of the condition that the decoder sees: all; the text; the visual tokens; another prompt's visual tokens

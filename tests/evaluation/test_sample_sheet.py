@@ -13,7 +13,7 @@ from rich.console import Console
 
 from omnivideo.errors import InvalidInput
 from omnivideo.evaluation import sample_sheet as looking
-from omnivideo.synthetic.scenes import render_scene
+from omnivideo.synthetic.rendering import render_scene
 from omnivideo.training.config import TrainingConfig
 from omnivideo.training.engine.monitor import OVERALL_SCORE, all_parts_on_one_device, build_sample_hook
 from omnivideo.training.engine.run import RunContext

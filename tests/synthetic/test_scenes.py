@@ -12,6 +12,7 @@ from omnivideo.synthetic.edits import IMAGE_EDITS, VIDEO_EDITS, sample_edit
 from omnivideo.synthetic.facts import ObjectSpec, SceneSpec
 from omnivideo.synthetic.indirect_requests import sample_indirect_request
 from omnivideo.synthetic.questions import QUESTION_MAKERS, sample_question
+from omnivideo.synthetic.rendering import render_scene
 from omnivideo.synthetic.scenes import (
     COLOURS,
     MOTIONS,
@@ -20,7 +21,6 @@ from omnivideo.synthetic.scenes import (
     Scene,
     SceneObject,
     is_held_out,
-    render_scene,
     sample_scene,
     stream_scenes,
 )

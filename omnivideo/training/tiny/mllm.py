@@ -22,14 +22,17 @@ from omnivideo.models.mllm import VISUAL_TOKENS, MLLMMedia, MLLMMessage
 from omnivideo.presets import TINY
 from omnivideo.synthetic.chat import (
     ChatExample,
+    make_continuation_example,
     make_edit_example,
     make_knowledge_example,
     make_prompt_example,
     make_question_example,
+    make_refusal_example,
     make_talk_example,
 )
+from omnivideo.synthetic.rendering import render_scene
 from omnivideo.synthetic.requests import SceneRequest
-from omnivideo.synthetic.scenes import FPS, Scene, render_scene
+from omnivideo.synthetic.scenes import FPS, Scene
 from omnivideo.training.data.chat_batch import ChatSample, collate_chat_batch, text_loss, to_device
 from omnivideo.training.data.prefetch import Prefetcher
 from omnivideo.training.engine.data_parallel import current_rank
@@ -78,10 +81,12 @@ def sample_examples(rng: random.Random, mix: ExampleMix, count: int) -> list[Cha
 
 
 FOUNDATION_MIX: ExampleMix = (
-    (make_question_example, 0.68),
-    (make_edit_example, 0.12),
-    (make_prompt_example, 0.14),
-    (make_knowledge_example, 0.04),
+    (make_question_example, 0.37),
+    (make_edit_example, 0.2),
+    (make_prompt_example, 0.17),
+    (make_knowledge_example, 0.1),
+    (make_refusal_example, 0.08),
+    (make_continuation_example, 0.06),
     (make_talk_example, 0.02),
 )
 

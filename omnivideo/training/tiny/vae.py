@@ -17,7 +17,8 @@ from torch import Tensor
 
 from omnivideo.models.vae import decode_unclamped, encode_pixels, get_latent_statistics
 from omnivideo.presets import TINY
-from omnivideo.synthetic.scenes import CLIP_FRAMES, FRAME_SIZE, Scene, render_object_mask, render_scene, sample_scene
+from omnivideo.synthetic.rendering import render_object_mask, render_scene
+from omnivideo.synthetic.scenes import CLIP_FRAMES, FRAME_SIZE, Scene, sample_scene
 from omnivideo.training.engine.data_parallel import current_rank
 from omnivideo.training.engine.recipe import Losses, Recipe, single_micro_batch, step_seed
 
