@@ -19,10 +19,10 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import httpx
-from kombu import Connection
 from rich.console import Console
 from rich.table import Table
 
+from omnivideo.backends.queue.celery import create_celery_app
 from omnivideo.settings import load_settings
 from omnivideo.wiring import ServiceWiring
 from tests.support.s3_server import ACCESS_KEY, SECRET_KEY, S3Server
@@ -150,7 +150,7 @@ class ServiceCluster:
     def count_queue_messages(self) -> int:
         """Return the number of messages in the queue after the workers have become idle."""
         time.sleep(0.5)
-        with Connection(self.redis.address) as connection:
+        with create_celery_app(self.redis.address).connection_for_read() as connection:
             return int(connection.default_channel.client.llen("omnivideo"))
 
     def count_orphans(self) -> int:

@@ -62,7 +62,7 @@ def compute_coverage(scene_object: SceneObject, time: float) -> NDArray[np.float
     radius += fraction * (next_radius - radius)
     canvas = np.zeros((FRAME_SIZE + 2 * CELL_SIZE, FRAME_SIZE + 2 * CELL_SIZE), dtype=np.float32)
     canvas[y : y + 2 * CELL_SIZE, x : x + 2 * CELL_SIZE] = rasterize_shape(scene_object.shape, radius)
-    moved = ndimage.shift(canvas, (fraction * (next_y - y), fraction * (next_x - x)), order=1)
+    moved: NDArray[np.float32] = ndimage.shift(canvas, (fraction * (next_y - y), fraction * (next_x - x)), order=1)
     return moved[CELL_SIZE:-CELL_SIZE, CELL_SIZE:-CELL_SIZE]
 
 

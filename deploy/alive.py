@@ -1,7 +1,7 @@
-"""Whether the process in this container lives, for health checks: exit code 0 or 1, and a line that says why.
+"""Check that the process in this container is alive, for health checks: exit with 0 or 1, and print the reason.
 
-python /opt/alive.py http://127.0.0.1:8000/health     an answer of 200
-python /opt/alive.py worker                           an answer of this container's Celery worker, over the broker
+python /opt/alive.py http://127.0.0.1:8000/health     the address must answer 200
+python /opt/alive.py worker                           this container's Celery worker must answer over the broker
 """
 
 import os
@@ -22,7 +22,7 @@ def answers(address: str) -> bool:
 
 
 def works(broker: str) -> bool:
-    """A worker whose broker is away is well: a restart would only cost it the clip that it draws."""
+    """Return whether the worker answers, or True if the broker is down: a restart would only lose the clip."""
     from celery import Celery
     from kombu.exceptions import OperationalError
 
@@ -33,7 +33,7 @@ def works(broker: str) -> bool:
             connection.ensure_connection(max_retries=1, interval_start=0.1, timeout=PATIENCE)
             return bool(app.control.ping([f"celery@{socket.gethostname()}"], PATIENCE, connection=connection))
     except (OperationalError, OSError) as error:
-        print(f"the broker is away: {type(error).__name__}")
+        print(f"the broker is unavailable: {type(error).__name__}")
         return True
 
 

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Build a release into dist/: wheel, source distribution and a software bill of materials (CycloneDX JSON); then install
-# the wheel in an empty environment and generate one clip there.
+# Build a release in dist/: a wheel, a source distribution and a software bill of materials (CycloneDX JSON). Then install
+# the wheel in an empty environment and generate one clip with it.
 #
-#   bash deploy/release.sh [--no-build]     with --no-build, only try the wheel that is in dist/
+#   bash deploy/release.sh [--no-build]     with --no-build, only test the wheel in dist/
 #
-# PYTHON names the interpreter that has `build` and `cyclonedx-py` beside it (default: .venv/bin/python).
+# PYTHON is an interpreter with the package `build`, and `cyclonedx-py` in the same folder (default: .venv/bin/python).
 set -euo pipefail
 cd -P "$(dirname "${BASH_SOURCE[0]}")/.."
 python=$(realpath -s "${PYTHON:-.venv/bin/python}")
@@ -22,7 +22,7 @@ grep -q 'omnivideo/weights/tiny/.*safetensors' <<<"$unzip_list" || { echo "relea
 "$python" -m venv "$trial/venv"
 if command -v nvidia-smi >/dev/null; then torch='torch>=2.11'; else torch='torch==2.13.0'; fi
 "$trial/venv/bin/pip" install --quiet --disable-pip-version-check "${TORCH:-$torch}" "$wheel"
-# The bill of materials lists exactly what this environment holds: the wheel and its dependencies.
+# The bill of materials lists exactly what this environment contains: the wheel and its dependencies.
 "$(dirname "$python")/cyclonedx-py" environment "$trial/venv/bin/python" --output-format JSON \
     --output-file "${wheel%.whl}.cdx.json"
 cd "$trial" # so that the checkout is not importable

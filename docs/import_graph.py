@@ -100,7 +100,7 @@ def find_cycles(graph: dict[str, set[str]]) -> list[list[str]]:
 # ---------------------------------------------------------------- diagrams
 
 # Single modules that every package may import.
-BASE = ("contracts", "cpu_threads", "errors", "ports", "presets", "settings")
+BASE = ("contracts", "cpu_threads", "errors", "ports", "presets", "settings", "turns")
 LABELS = {
     "cli": "command line",
     "sdk": "Studio, Client",

@@ -16,9 +16,8 @@ from omnivideo.contracts import (
     Route,
     SamplingParams,
     StepProgress,
-    TurnEvents,
-    TurnRecord,
 )
+from omnivideo.turns import TurnEvents, TurnRecord
 
 Latents = TypeVar("Latents")
 LatentsOut = TypeVar("LatentsOut", covariant=True)
@@ -139,7 +138,10 @@ class ChangeWatch(Protocol):
 
 
 class JobStore(Protocol):
-    """The jobs of all owners: submitting, following, listing and counting them."""
+    """The jobs of all owners: submitting, following, listing and counting them.
+
+    The in-memory twin is `JobRepository(create_memory_database())`, of omnivideo/storage/database/.
+    """
 
     def submit(
         self,
@@ -187,7 +189,10 @@ class JobStore(Protocol):
 
 
 class TurnStore(Protocol):
-    """The service's threads, the turns that run in them, and the events of each turn."""
+    """The service's threads, the turns that run in them, and the events of each turn.
+
+    The in-memory twin is `TurnRepository(create_memory_database())`, of omnivideo/storage/database/.
+    """
 
     def create_thread(self, thread_id: str, owner: str) -> None:
         """Create a thread. Raises InvalidInput if the id is taken."""

@@ -74,16 +74,24 @@ class ServiceSettings(BaseSettings):
             raise InvalidInput("OMNIVIDEO_S3_SECRET_KEY", "it is empty; an S3 store needs both of its keys")
 
 
+def find_renamed_settings() -> list[InvalidInput]:
+    """Return an error with the new name for each setting of version 0.1 in the environment."""
+    return [
+        InvalidInput(old_name, f"it has been called {new_name} since version 0.2; rename it")
+        for old_name, new_name in RENAMED_SETTINGS.items()
+        if old_name in os.environ
+    ]
+
+
 def load_settings(**overrides: object) -> ServiceSettings:
     """Return the environment's settings, with the `overrides` that are not None applied.
 
     Raises an InvalidInput that names the setting, and also the new name if the environment has an old one.
     """
-    for old_name, new_name in RENAMED_SETTINGS.items():
-        if old_name in os.environ:
-            raise InvalidInput(old_name, f"it has been called {new_name} since version 0.2; rename it")
+    for error in find_renamed_settings():
+        raise error
     try:
         return ServiceSettings(**{name: value for name, value in overrides.items() if value is not None})  # type: ignore[arg-type]
-    except ValidationError as error:
-        first = error.errors()[0]
+    except ValidationError as validation_error:
+        first = validation_error.errors()[0]
         raise InvalidInput(f"OMNIVIDEO_{str(first['loc'][0]).upper()}", first["msg"]) from None

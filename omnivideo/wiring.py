@@ -162,9 +162,11 @@ class ServiceWiring:
     @cached_property
     def notify_workers(self) -> Callable[[], None]:
         """Notify the workers that there is work. Without a broker, a worker is started in this process."""
-        from omnivideo.backends.queue.reaper import Reaper, create_celery_app, create_notifier
+        from omnivideo.backends.queue.reaper import Reaper
 
         if self.settings.broker:
+            from omnivideo.backends.queue.celery import create_celery_app, create_notifier
+
             notify = create_notifier(create_celery_app(self.settings.broker))
         else:
             from omnivideo.backends.decoder.worker import InProcessWorker
@@ -237,7 +239,8 @@ class ServiceWiring:
         from omnivideo.api.routes import chat
         from omnivideo.api.routes.batches import BatchLineHandler
         from omnivideo.backends.batches.runner import BatchRunner
-        from omnivideo.backends.webhooks import WebhookSender
+        from omnivideo.backends.webhooks import POLL_SECONDS, WebhookSender
+        from omnivideo.storage.database.notifications import SQLITE_POLL_SECONDS
 
         settings, send_chat_request = self.settings, partial(chat.run_chat_request, context)
         runner = BatchRunner(
@@ -250,7 +253,9 @@ class ServiceWiring:
             send_chat_request,
             settings.heartbeat_timeout,
         )
-        sender = WebhookSender(self.webhooks, self.jobs, settings.webhook_hosts)
+        # SQLite cannot notify this process of jobs that a broker's workers end.
+        poll_seconds = SQLITE_POLL_SECONDS if settings.broker and not settings.database else POLL_SECONDS
+        sender = WebhookSender(self.webhooks, self.jobs, settings.webhook_hosts, poll_seconds)
         self.close_callbacks += [runner.start().stop, sender.start().stop]
         return context
 

@@ -1,4 +1,4 @@
-"""Random weights of the tiny preset, in the shipped layout, and a service that uses them."""
+"""Fixtures: random weights of the tiny preset in the shipped layout, and a service that uses them."""
 
 import random
 from pathlib import Path
@@ -14,7 +14,7 @@ from omnivideo.models.omni import Bridge, OmniVideoModel, build_decoder
 from omnivideo.models.weights import checkpoint
 from omnivideo.presets import TINY
 from omnivideo.training.tiny import mllm, text_encoder
-from tests.support.openai_service import client_for, http_for, service_in
+from tests.support.openai_service import make_client, make_http_client, run_service
 from tests.support.tiers import mark_tiers
 from tests.support.vllm_server import interpreter
 
@@ -63,7 +63,7 @@ def weights(omni, tmp_path_factory) -> Path:
 
 @pytest.fixture(autouse=True)
 def short_answers(monkeypatch):
-    """Limit the answers: an untrained model never ends one."""
+    """Limit the length of answers, because an untrained model never ends one."""
     monkeypatch.setattr(LocalMLLM, "max_tokens", 24)
     monkeypatch.setattr(RemoteMLLM, "max_tokens", 24)
 
@@ -79,7 +79,7 @@ def vllm_python() -> str:
 
 @pytest.fixture(scope="module")
 def service(omni, tmp_path_factory):
-    with service_in(tmp_path_factory.mktemp("service"), omni) as made:
+    with run_service(tmp_path_factory.mktemp("service"), omni) as made:
         yield made
 
 
@@ -91,12 +91,12 @@ def context(service):
 @pytest.fixture(scope="module")
 def client(service):
     """Yield the unmodified openai client."""
-    with client_for(service) as client:
+    with make_client(service) as client:
         yield client
 
 
 @pytest.fixture(scope="module")
 def http(service):
     """Yield an HTTP client, for the routes that OpenAI does not have."""
-    with http_for(service) as http:
+    with make_http_client(service) as http:
         yield http

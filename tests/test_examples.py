@@ -1,4 +1,4 @@
-"""The scripts in examples/ run as they stand, in processes of their own, with the shipped weights."""
+"""The scripts in examples/ run unchanged in separate processes, with the shipped weights."""
 
 import os
 import subprocess
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.api_server import scripted, serving
+from tests.support.api_server import build_scripted_wiring, run_api_server
 
 pytestmark = pytest.mark.timeout(1000)  # on a busy machine a conversation takes minutes
 ROOT = Path(__file__).parents[1]
@@ -34,7 +34,7 @@ def test_studio_conversation(tmp_path):
 
 
 def test_http_client(tmp_path, omni):
-    with serving(scripted(tmp_path / "service", omni)) as address:
+    with run_api_server(build_scripted_wiring(tmp_path / "service", omni)) as address:
         kinds = run_example("http_client.py", address, str(tmp_path), cwd=tmp_path).split()
     assert kinds[0] == "plan" and kinds[-1] == "done"
     assert (tmp_path / "clip.mp4").read_bytes()[4:8] == b"ftyp"

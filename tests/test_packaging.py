@@ -1,4 +1,4 @@
-"""pyproject.toml, the pre-commit hooks and `make lint` agree, and the package says that it is typed."""
+"""pyproject.toml, the pre-commit hooks and `make lint` agree, and the package is marked as typed."""
 
 import re
 import tomllib

@@ -49,7 +49,7 @@ def selects(expression: str, marks: list[str]) -> bool:
 
 
 def test_every_test_is_in_a_tier():
-    """`make test` and the tiers beside it select each test once; `make test-fast` is a part of `make test`."""
+    """`make test` and the other tiers select each test once; `make test-fast` selects a subset of `make test`."""
     makefile = (ROOT / "Makefile").read_text()
     chosen = dict(re.findall(r"^(\w+)_TIER := (.+)$", makefile, flags=re.M))
     assert chosen.keys() == {"FAST", "MAIN", "LONG", "CLIENTS", "GPU"}

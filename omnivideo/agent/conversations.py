@@ -9,7 +9,6 @@ from typing import Any
 
 from langgraph.checkpoint.base import BaseCheckpointSaver
 
-from omnivideo.agent import english_rules
 from omnivideo.agent.graph import Planner
 from omnivideo.agent.thread import AttachFile, Thread
 from omnivideo.contracts import Artifact, Manifest
@@ -37,7 +36,6 @@ class Conversations:
     replay_manifest: Callable[[Manifest], str] | None = None
 
     def __post_init__(self) -> None:
-        self.split_actions = english_rules.split_actions
         self.get_graph = lru_cache(maxsize=256)(self.build_graph)
 
     def build_graph(self, owner: str) -> Any:

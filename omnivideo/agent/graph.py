@@ -26,19 +26,26 @@ from omnivideo.contracts import (
     MAX_SEED,
     THINK_END,
     THINK_START,
-    Action,
-    ActionResult,
     Artifact,
-    ArtifactReady,
-    Candidate,
-    Goal,
     Job,
     Medium,
     MLLMRequest,
+    Route,
+    get_editing_task,
+    get_generation_task,
+    resolve_sampling_params,
+)
+from omnivideo.ports import MLLM, JobQueue
+from omnivideo.presets import Preset
+from omnivideo.turns import (
+    Action,
+    ActionResult,
+    ArtifactReady,
+    Candidate,
+    Goal,
     Plan,
     PlanReady,
     PromptRewritten,
-    Route,
     TextDelta,
     ThinkingDelta,
     ThinkTrace,
@@ -46,12 +53,7 @@ from omnivideo.contracts import (
     TurnCompleted,
     TurnEvent,
     TurnOptions,
-    get_editing_task,
-    get_generation_task,
-    resolve_sampling_params,
 )
-from omnivideo.ports import MLLM, JobQueue
-from omnivideo.presets import Preset
 
 # The names of the nodes are part of every stored checkpoint: a turn that waits for a reply resumes by these names. This
 # node's name is older than its method's name.

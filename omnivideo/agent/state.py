@@ -10,24 +10,24 @@ from typing import Annotated, Any, TypedDict
 class PlannerState(TypedDict, total=False):
     # The conversation so far.
     seed: int  # of the thread; every clip's seed is derived from it
-    turns: Annotated[list[dict[str, Any]], operator.add]  # contracts.Turn
+    turns: Annotated[list[dict[str, Any]], operator.add]  # turns.Turn
     artifacts: Annotated[list[dict[str, Any]], operator.add]  # contracts.Artifact, in order of creation
     current_key: str | None  # the artifact that "it" refers to
     descriptions: dict[str, str]  # the MLLM's descriptions of artifacts, by key
     # The current turn.
     text: str
     attachments: list[dict[str, Any]]
-    options: dict[str, Any]  # contracts.TurnOptions
+    options: dict[str, Any]  # turns.TurnOptions
     action_texts: list[str]  # the text of each action
     action_references: list[str]  # what each action refers to according to the MLLM's plan, or ""
     action_index: int  # of the current action
     clarifications: list[tuple[str, str]]
-    results: list[dict[str, Any]]  # contracts.ActionResult
+    results: list[dict[str, Any]]  # turns.ActionResult
     # The current action.
-    action: dict[str, Any]  # contracts.Action
+    action: dict[str, Any]  # turns.Action
     action_done: bool  # whether it is complete
     detected_route: dict[str, Any]  # contracts.Route
-    trace: dict[str, Any] | None  # contracts.ThinkTrace
+    trace: dict[str, Any] | None  # turns.ThinkTrace
     statement: str | None  # what the check asks the MLLM about
-    candidates: list[dict[str, Any]]  # contracts.Candidate
+    candidates: list[dict[str, Any]]  # turns.Candidate
     failed_turns: int  # turns of this thread that failed

@@ -11,17 +11,9 @@ from langgraph.types import Command, StateSnapshot
 from pydantic import ValidationError
 
 from omnivideo.agent.graph import derive_seed
-from omnivideo.contracts import (
-    Artifact,
-    QuestionAsked,
-    Turn,
-    TurnCompleted,
-    TurnEvent,
-    TurnOptions,
-    check_prompt,
-    invalid_input_from_validation,
-)
+from omnivideo.contracts import Artifact, check_prompt, invalid_input_from_validation
 from omnivideo.errors import InvalidInput, OmniVideoError
+from omnivideo.turns import QuestionAsked, Turn, TurnCompleted, TurnEvent, TurnOptions
 
 AttachFile = Callable[[str | Path, str], Artifact]
 THREAD_ID_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")

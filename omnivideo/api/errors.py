@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
-from omnivideo.contracts import JobStatus, TurnRecord
+from omnivideo.contracts import JobStatus
 from omnivideo.errors import (
     ArtifactNotFound,
     InvalidInput,
@@ -23,6 +23,7 @@ from omnivideo.errors import (
     ServiceBusy,
     StoreError,
 )
+from omnivideo.turns import TurnRecord
 
 log = logging.getLogger("omnivideo.api")
 INTERNAL_ERROR_MESSAGE = "something went wrong on our side; the request id is in the header x-request-id"

@@ -19,6 +19,8 @@ from omnivideo.contracts import (
     Lane,
     SamplingParams,
     check_prompt,
+    get_editing_task,
+    get_generation_task,
     resolve_sampling_params,
 )
 from omnivideo.errors import InvalidInput
@@ -97,7 +99,7 @@ def build_video_job(context: ServiceContext, owner: str, fields: Mapping[str, An
     source = None
     if request.input_reference is not None:
         source = resolve_source(context, owner, request.input_reference, "input_reference")
-    task: Task = "text-to-video" if source is None else "video-editing"
+    task = get_generation_task("video") if source is None else get_editing_task("video")
     return build_clip_job(context, request, task, job_id, source)
 
 
@@ -106,7 +108,7 @@ def build_video_edit_job(context: ServiceContext, owner: str, fields: Mapping[st
     request = validate_fields(VideoEditRequest, fields)
     source = resolve_source(context, owner, request.video, "video")
     edit_request = inherit_source_format(request, source) if request.video.id else request
-    return build_clip_job(context, edit_request, "video-editing", job_id, source)
+    return build_clip_job(context, edit_request, get_editing_task("video"), job_id, source)
 
 
 def build_remix_job(context: ServiceContext, fields: Mapping[str, Any], job_id: str, original: JobStatus) -> JobRequest:
@@ -116,7 +118,8 @@ def build_remix_job(context: ServiceContext, fields: Mapping[str, Any], job_id: 
     if source is None:
         raise InvalidInput("id", "that video is not completed")
     remix_request = inherit_source_format(request, source)
-    return build_clip_job(context, remix_request, "video-editing", job_id, source, remixed_from=original.id)
+    task = get_editing_task("video")
+    return build_clip_job(context, remix_request, task, job_id, source, remixed_from=original.id)
 
 
 def inherit_source_format(request: VideoRequest, source: Artifact) -> VideoRequest:
@@ -163,7 +166,8 @@ def resolve_num_frames(preset: Preset, task: Task, request: VideoRequest) -> int
 
 def build_image_jobs(context: ServiceContext, owner: str, fields: Mapping[str, Any], base_id: str) -> list[JobRequest]:
     """Build one job for each of `n` images, with consecutive seeds."""
-    return build_jobs_per_image(context, validate_fields(ImageRequest, fields), "text-to-image", base_id, None)
+    request = validate_fields(ImageRequest, fields)
+    return build_jobs_per_image(context, request, get_generation_task("image"), base_id, None)
 
 
 def build_image_edit_jobs(
@@ -173,7 +177,7 @@ def build_image_edit_jobs(
     source = resolve_source(context, owner, request.image[0], "image")
     if source.medium != "image":
         raise InvalidInput("image", "it is a clip; use /v1/videos/edits")
-    return build_jobs_per_image(context, request, "image-editing", base_id, source)
+    return build_jobs_per_image(context, request, get_editing_task("image"), base_id, source)
 
 
 def build_jobs_per_image(

@@ -11,17 +11,10 @@ from typing import Any
 from omnivideo.agent.conversations import Conversations
 from omnivideo.agent.thread import Thread, is_turn_complete, parse_turn_options
 from omnivideo.api.errors import APIError, build_not_found_error, log_if_internal, to_api_error
-from omnivideo.contracts import (
-    Artifact,
-    QuestionAsked,
-    TurnCompleted,
-    TurnEvent,
-    TurnRecord,
-    WaitingNotice,
-    check_prompt,
-)
+from omnivideo.contracts import Artifact, check_prompt
 from omnivideo.errors import ArtifactNotFound, InvalidInput, JobCancelled, ModelUnavailable, OmniVideoError, StoreError
 from omnivideo.ports import JobStore, TurnStore
+from omnivideo.turns import QuestionAsked, TurnCompleted, TurnEvent, TurnRecord, WaitingNotice
 
 log = logging.getLogger("omnivideo.api")
 RETRY_TIMEOUT_SECONDS = 600.0  # how long a turn waits for an unavailable server: an MLLM takes minutes to load

@@ -4,6 +4,8 @@ Events are written to the database before their job is marked as announced, with
 process that dies in between causes neither lost nor duplicate events in the database. One process at a time attempts a
 delivery. If it dies, another one takes over after DELIVERY_LEASE_SECONDS. A receiver may therefore get an event twice,
 with the same id, but never misses one.
+
+A sender is woken by the ends of jobs and by new deliveries, and it wakes itself when a retry falls due.
 """
 
 import base64
@@ -11,6 +13,7 @@ import hashlib
 import hmac
 import json
 import logging
+import math
 import re
 import threading
 import time
@@ -32,12 +35,15 @@ from omnivideo.media.fetch import (
     resolve_addresses,
 )
 from omnivideo.storage.database.jobs import EndedJob, JobRepository
+from omnivideo.storage.database.notifications import Watch
 from omnivideo.storage.database.webhooks import DeliveryRecord, WebhookRepository
 
 log = logging.getLogger("omnivideo.hooks")
 DELIVERY_TIMEOUT_SECONDS = 10.0  # of one attempt
 DELIVERY_LEASE_SECONDS = 60.0  # longer than an attempt can take
 MAX_CONCURRENT_DELIVERIES = 8
+POLL_SECONDS = 5.0  # in case a notification was lost
+MIN_ROUND_SECONDS = 0.02  # so that jobs that end together are announced in one round
 RETRY_WINDOW_SECONDS = 86_400.0  # after the job's end; later failures are not retried
 EVENT_TYPE_BY_STATE = {"done": "video.completed", "failed": "video.failed"}
 
@@ -127,7 +133,8 @@ def send_event(url: str, secret: str, event_id: str, event: dict[str, Any], inte
 class WebhookSender:
     """Announces ended jobs and delivers events, in threads of this process. Several processes may do so at once.
 
-    `first_retry_seconds` is the pause after the first failed attempt. It doubles with each further one.
+    The database is read at each notification and every `poll_seconds`. `first_retry_seconds` is the pause after the
+    first failed attempt. It doubles with each further one.
     """
 
     def __init__(
@@ -135,7 +142,7 @@ class WebhookSender:
         webhooks: WebhookRepository,
         jobs: JobRepository,
         internal_hosts: Collection[str] = (),
-        poll_seconds: float = 0.5,
+        poll_seconds: float = POLL_SECONDS,
         first_retry_seconds: float = 5.0,
     ):
         self.webhooks = webhooks
@@ -143,6 +150,8 @@ class WebhookSender:
         self.internal_hosts = tuple(internal_hosts)
         self.poll_seconds = poll_seconds
         self.first_retry_seconds = first_retry_seconds
+        self.watch: Watch | None = None
+        self.last_cleanup_at = -math.inf
         self.stop_event = threading.Event()
         self.executor = ThreadPoolExecutor(MAX_CONCURRENT_DELIVERIES, thread_name_prefix="hook")
         self.in_flight: set[Future[None]] = set()
@@ -154,22 +163,37 @@ class WebhookSender:
 
     def stop(self) -> None:
         self.stop_event.set()
+        self.wake()
         self.thread.join()
         self.executor.shutdown()
 
+    def wake(self) -> None:
+        """Let the sender read the database now."""
+        if self.watch is not None:
+            self.watch.deliver()
+
     def run(self) -> None:
-        last_cleanup_at = 0.0
-        while not self.stop_event.wait(self.poll_seconds):
-            try:
-                self.announce_ended_jobs()
-                self.send_due_deliveries()
-                if time.monotonic() - last_cleanup_at > 3600:
-                    self.webhooks.delete_old_deliveries()
-                    last_cleanup_at = time.monotonic()
-            except OmniVideoError as error:
-                log.warning("%s", error)
-            except Exception:
-                log.exception("webhooks")
+        with self.webhooks.watch_deliveries(self.poll_seconds) as self.watch:
+            while not self.stop_event.wait(MIN_ROUND_SECONDS):
+                self.watch.wait(self.run_once())
+
+    def run_once(self) -> float:
+        """Announce ended jobs and start due deliveries. Return the seconds until this must be done again."""
+        try:
+            self.announce_ended_jobs()
+            self.send_due_deliveries()
+            if time.monotonic() - self.last_cleanup_at > 3600:
+                self.webhooks.delete_old_deliveries()
+                self.last_cleanup_at = time.monotonic()
+            if len(self.in_flight) == MAX_CONCURRENT_DELIVERIES:  # the end of an attempt wakes the sender
+                return self.poll_seconds
+            seconds_until_due = self.webhooks.get_seconds_until_due()
+            return self.poll_seconds if seconds_until_due is None else max(0.0, seconds_until_due)
+        except OmniVideoError as error:
+            log.warning("%s", error)
+        except Exception:
+            log.exception("webhooks")
+        return self.poll_seconds
 
     def announce_ended_jobs(self) -> None:
         """Queue an event of each ended job for the webhooks that its owner had when it ended."""
@@ -193,10 +217,10 @@ class WebhookSender:
         """Start the due deliveries for which a thread is free, without waiting for slow receivers."""
         self.in_flight = {future for future in self.in_flight if not future.done()}
         if free_slots := MAX_CONCURRENT_DELIVERIES - len(self.in_flight):
-            self.in_flight |= {
-                self.executor.submit(self.attempt_delivery, *pair)
-                for pair in self.webhooks.claim_due_deliveries(free_slots, DELIVERY_LEASE_SECONDS)
-            }
+            for pair in self.webhooks.claim_due_deliveries(free_slots, DELIVERY_LEASE_SECONDS):
+                attempt = self.executor.submit(self.attempt_delivery, *pair)
+                self.in_flight.add(attempt)
+                attempt.add_done_callback(lambda _: self.wake())  # a thread is free, and a retry may be scheduled
 
     def attempt_delivery(self, delivery: DeliveryRecord, hook: WebhookRecord | None) -> None:
         """Send an event, and schedule a retry if it fails. `hook` is None if the webhook was deleted."""

@@ -12,18 +12,17 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from omnivideo.agent.thread import Thread
-from omnivideo.contracts import (
-    Artifact,
+from omnivideo.contracts import Artifact, StepProgress
+from omnivideo.errors import InvalidInput, OmniVideoError
+from omnivideo.turns import (
     ArtifactReady,
     PlanReady,
     PromptRewritten,
     QuestionAsked,
-    StepProgress,
     TextDelta,
     ThinkingDelta,
     TurnEvent,
 )
-from omnivideo.errors import InvalidInput, OmniVideoError
 
 HELP_TEXT = """[dim]Say what you would like to see, change or know. Write @FILE in a line to attach a file.
 /history   list the turns              /fork N   continue from turn N in a new thread

@@ -16,12 +16,13 @@ import numpy as np
 from rich.console import Console
 
 from omnivideo.agent.thread import Thread
-from omnivideo.contracts import ActionResult, Artifact, TurnCompleted
+from omnivideo.contracts import Artifact
 from omnivideo.errors import OmniVideoError
 from omnivideo.media.artifacts import load_frames
 from omnivideo.media.contact_sheet import make_contact_sheet
 from omnivideo.synthetic.facts import ObjectSpec, SceneDetection, SceneSpec
 from omnivideo.synthetic.scorer import detect_scene
+from omnivideo.turns import ActionResult, TurnCompleted
 
 if TYPE_CHECKING:
     from omnivideo.sdk.studio import Studio

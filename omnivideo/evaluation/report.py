@@ -1,7 +1,7 @@
 """Format scores as a table for the terminal, and as JSON."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -34,19 +34,20 @@ def scores_to_json(scores: Mapping[str, Score | float]) -> str:
     return json.dumps(plain, indent=2) + "\n"
 
 
-def score_planner(conversations: Any, count: int, on_progress: EvaluationProgress) -> dict[str, Score | float]:
+def score_planner(
+    conversations: Any, split_actions: Callable[[str], Sequence[str]], count: int, on_progress: EvaluationProgress
+) -> dict[str, Score | float]:
     """Run all evaluations of the planner, sized in proportion to `count` prompts for each category.
 
-    `conversations` provides `open_thread()`, `store`, and the planner's `mllm` and `split_actions`.
+    `conversations` provides `open_thread()`, `store` and the planner's `mllm`. `split_actions` returns the text of each
+    action of a turn, by the rules that the planner uses.
     """
 
     def open_thread() -> planner.SendTurn:
         return planner.make_turn_sender(conversations.open_thread().send)
 
     read_frames = partial(load_frames, conversations.store)
-    scores: dict[str, Score | float] = {
-        "acts split": planner.evaluate_splitting(conversations.split_actions, 4 * count)
-    }
+    scores: dict[str, Score | float] = {"acts split": planner.evaluate_splitting(split_actions, 4 * count)}
     table = planner.count_route_confusions(conversations.mllm, 10 * count, on_progress)
     right = sum(number for (expected, found), number in table.items() if expected == found)
     scores["routing"] = Score(right / table.total(), table.total())

@@ -7,9 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from omnivideo.contracts import TurnEvent
 from omnivideo.sdk.batch import BatchOutcome
 from omnivideo.sdk.client import Client, RemoteResult, RemoteThread, Value
+from omnivideo.turns import TurnEvent
 
 MAX_CONCURRENT_CALLS = 8
 

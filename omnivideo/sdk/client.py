@@ -14,7 +14,7 @@ import httpx
 import numpy as np
 from pydantic import TypeAdapter
 
-from omnivideo.contracts import Artifact, QuestionAsked, StepProgress, Turn, TurnCompleted, TurnEvent, check_prompt
+from omnivideo.contracts import Artifact, StepProgress, check_prompt
 from omnivideo.errors import (
     ArtifactNotFound,
     InvalidInput,
@@ -25,6 +25,7 @@ from omnivideo.errors import (
     StoreError,
 )
 from omnivideo.sdk.batch import RESULTS_FILE, BatchItem, BatchOutcome, load_finished_ids, parse_items
+from omnivideo.turns import QuestionAsked, Turn, TurnCompleted, TurnEvent
 
 EVENT_ADAPTER: TypeAdapter[TurnEvent] = TypeAdapter(TurnEvent)
 MAX_ATTEMPTS = 5  # per request; a repeated POST carries the same idempotency key, so it creates nothing twice

@@ -9,7 +9,16 @@ import numpy as np
 
 from omnivideo.backends.decoder.pipeline import GeneratedClip, generate_clip
 from omnivideo.backends.decoder.renderer import build_manifest
-from omnivideo.contracts import Artifact, Route, SamplingParams, StepProgress, check_prompt, resolve_sampling_params
+from omnivideo.contracts import (
+    Artifact,
+    Route,
+    SamplingParams,
+    StepProgress,
+    check_prompt,
+    get_editing_task,
+    get_generation_task,
+    resolve_sampling_params,
+)
 from omnivideo.cpu_threads import configure_cpu_threads
 from omnivideo.media.read import fit_media, read_media
 from omnivideo.models.device import pick_device
@@ -17,7 +26,6 @@ from omnivideo.models.mllm import MLLMMedia, MLLMMessage, generate_answer, predi
 from omnivideo.models.omni import OmniVideoModel
 from omnivideo.models.weights import checkpoint
 from omnivideo.models.weights.checkpoint import find_shipped_weights
-from omnivideo.presets import Task
 from omnivideo.sdk.batch import BatchOutcome, parse_items, run_batch
 from omnivideo.sdk.result import Result
 from omnivideo.settings import load_settings
@@ -99,7 +107,7 @@ class Studio:
         prompt = check_prompt("prompt", prompt)
         if image is None:
             image = self.route(prompt).kind == "image" if overrides.get("frames") is None else overrides["frames"] == 1
-        task: Task = "text-to-image" if image else "text-to-video"
+        task = get_generation_task("image" if image else "video")
         return self.generate_result(
             prompt, resolve_sampling_params(self.omni.preset, task, **overrides), None, None, on_step
         )
@@ -110,7 +118,7 @@ class Studio:
         """Edit a source as the instruction says. An image is edited to an image, a clip to a clip."""
         instruction = check_prompt("instruction", instruction)
         media = read_media(source)
-        task: Task = "image-editing" if media.kind == "image" else "video-editing"
+        task = get_editing_task(media.kind)
         params = resolve_sampling_params(self.omni.preset, task, **overrides)
         frames = fit_media(media, params.width, params.height, params.frames, params.fps)
         return self.generate_result(instruction, params, frames, Path(source).name, on_step)

@@ -229,15 +229,17 @@ def sample_object_caption(rng: random.Random, scene: Scene, is_composed: bool) -
         return sample_group_caption(rng, scene)
     is_default = is_composed and arrange_by_default(scene.objects, scene.frame_count) == scene.objects
     chance = rng.random()
-    states_relation = len(scene.objects) == 2 and scene.objects[0].motion == scene.objects[1].motion
+    can_relate = (
+        len(scene.objects) == 2
+        and scene.objects[0].motion == scene.objects[1].motion
+        and find_relation(*scene.objects) is not None
+    )
     if is_composed and not is_default:
-        states_relation = (
-            states_relation
-            and arrange_objects(scene.objects, ARRANGEMENTS["column"], scene.frame_count) == scene.objects
-        )
+        column = arrange_objects(scene.objects, ARRANGEMENTS["column"], scene.frame_count) if can_relate else None
+        states_relation = column == scene.objects
         states_places = not states_relation
     else:
-        states_relation = states_relation and chance < (0.4 if is_composed else 0.5)
+        states_relation = can_relate and chance < (0.4 if is_composed else 0.5)
         states_places = not states_relation and chance > (0.9 if is_composed else 0.7)
     shuffled = not is_composed or (states_relation and rng.random() < 0.5)
     objects = rng.sample(scene.objects, len(scene.objects)) if shuffled else list(scene.objects)

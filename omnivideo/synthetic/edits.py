@@ -48,6 +48,9 @@ IMAGE_EDITS = (
 )  # fmt: skip
 VIDEO_EDITS = (*IMAGE_EDITS, "motion", "speed", "path")
 
+# Edits after which no object has another shape, size, colour or motion: only their source can hold a held-out one.
+KINDS_THAT_KEEP_OBJECTS = ("remove", "background", "place", "speed")
+
 
 @dataclass(frozen=True)
 class SceneEdit:
@@ -189,7 +192,7 @@ def sample_edit(
     kinds = kinds or (VIDEO_EDITS if is_video else IMAGE_EDITS)
     kind = rng.choice(kinds)
     while True:
-        source_split = split if kind in ("remove", "background") else "train"
+        source_split = split if kind in KINDS_THAT_KEEP_OBJECTS else "train"
         source = sample_scene(rng, is_video, source_split, composed_share, frame_count)
         change = EDIT_MAKERS[kind](rng, source)
         if change and (kind == "remove" or is_in_split(change[0], split)):

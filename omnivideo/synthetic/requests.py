@@ -27,7 +27,9 @@ from omnivideo.synthetic.scenes import (
     MOTIONS,
     Scene,
     SceneObject,
+    Split,
     get_initial_size,
+    is_in_split,
     sample_scene,
 )
 
@@ -165,15 +167,27 @@ KEYFRAMES_PHRASES = (
 
 
 def sample_continuation_request(
-    rng: random.Random, task: ContinuationTask, rewrite_probability: float = EDIT_REWRITE_PROBABILITY
+    rng: random.Random,
+    task: ContinuationTask,
+    rewrite_probability: float = EDIT_REWRITE_PROBABILITY,
+    split: Split = "train",
 ) -> SceneRequest:
-    """Return a request for a clip that begins with a still or a clip, or with one still and ends with another."""
+    """Return a request for a clip that begins with a still or a clip, or with one still and ends with another.
+
+    In training nothing that is shown or generated has a held-out object; a held-out request generates one.
+    """
     samplers = {
         "image-to-video": sample_animation_request,
         "video-extension": sample_extension_request,
         "keyframes-to-video": sample_keyframes_request,
     }
-    request = samplers[task](rng)
+    while True:
+        request = samplers[task](rng)
+        scenes = [scene for scene in (request.target, request.source, request.last_frame) if scene is not None]
+        if is_in_split(request.target, split) and (
+            split == "held_out" or all(is_in_split(scene, "train") for scene in scenes)
+        ):
+            break
     if rng.random() < rewrite_probability:
         return replace(request, text=restate_scene(request.target, with_places=True))
     return request

@@ -1,6 +1,6 @@
-"""Threads of version 0.1 go on in 0.2, from SQLite and from PostgreSQL.
+"""Threads of version 0.1 continue in 0.2, from SQLite and from PostgreSQL.
 
-checkpoints_0_1/ holds checkpoints that version 0.1 wrote, and the script that made them.
+checkpoints_0_1/ has checkpoints written by version 0.1, and the script that created them.
 """
 
 import gzip
@@ -15,10 +15,10 @@ from langgraph.checkpoint.sqlite import SqliteSaver
 
 from omnivideo.agent.graph import Planner
 from omnivideo.agent.thread import Thread
-from omnivideo.contracts import ArtifactReady, QuestionAsked, Turn, TurnCompleted
 from omnivideo.presets import TINY
 from omnivideo.settings import load_settings
 from omnivideo.storage import checkpointer as checkpointers
+from omnivideo.turns import ArtifactReady, QuestionAsked, Turn, TurnCompleted
 from tests.support.servers import postgres
 from tests.support.twins import InstantQueue, ScriptedMLLM
 
@@ -35,7 +35,7 @@ def unpack_stored(home: Path) -> Path:
 
 
 def copy_checkpoints(source: BaseCheckpointSaver[str], target: BaseCheckpointSaver[str]) -> None:
-    """Write every checkpoint and every pending write of a store into another one, as they are."""
+    """Copy every checkpoint and every pending write of a store to another one unchanged."""
     for entry in sorted(source.list(None), key=lambda entry: entry.checkpoint["id"]):
         config = entry.parent_config or {"configurable": {**entry.config["configurable"], "checkpoint_id": None}}
         versions = entry.checkpoint["channel_versions"]
@@ -88,7 +88,7 @@ def find_names(value: object) -> set[str]:
     return set().union(*map(find_names, value)) if isinstance(value, list | tuple) else set()
 
 
-def test_no_old_name_is_left(open_upgraded: OpenCheckpointer) -> None:
+def test_no_old_name_remains(open_upgraded: OpenCheckpointer) -> None:
     checkpointer: Any = open_upgraded()
     entries = list(checkpointer.list(None))
     assert len(entries) > 80
@@ -140,7 +140,7 @@ def test_an_open_question_about_the_route_is_answered(open_thread: Callable[[str
     assert artifact and artifact.caption == "something"
 
 
-def test_a_turn_that_was_cut_short_is_completed(open_thread: Callable[[str], Thread]) -> None:
+def test_an_interrupted_turn_is_completed(open_thread: Callable[[str], Thread]) -> None:
     thread = open_thread("killed")
     events = list(thread.resume())
     assert not any(isinstance(event, QuestionAsked) for event in events)

@@ -1,4 +1,4 @@
-"""The embedded wiring over a real (untrained) model: store, jobs, threads, batches, the terminal chat."""
+"""The embedded wiring over a real, untrained model: store, jobs, threads, batches and the terminal chat."""
 
 import errno
 import io
@@ -13,11 +13,10 @@ import pytest
 import torch
 from rich.console import Console
 
+from omnivideo.agent.english_rules import split_actions
 from omnivideo.backends.mllm.local import LocalMLLM
 from omnivideo.cli.chat import TerminalChat
 from omnivideo.contracts import (
-    Action,
-    ActionResult,
     Artifact,
     Job,
     Manifest,
@@ -25,7 +24,6 @@ from omnivideo.contracts import (
     Preview,
     Route,
     StepProgress,
-    TurnCompleted,
     resolve_sampling_params,
 )
 from omnivideo.errors import ArtifactNotFound, InvalidInput, JobCancelled, StoreError, UnreadableMedia
@@ -39,6 +37,7 @@ from omnivideo.storage.objects.local import LocalObjectStore
 from omnivideo.storage.objects.tensors import get_tensors, put_tensors
 from omnivideo.synthetic.rendering import render_scene
 from omnivideo.synthetic.scenes import BACKGROUNDS
+from omnivideo.turns import Action, ActionResult, TurnCompleted
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +45,8 @@ def studio(weights, tmp_path_factory) -> Studio:
     return Studio(weights=weights, home=tmp_path_factory.mktemp("home"), device="cpu")
 
 
-def job(studio, name="t.1.1.1", source=None, seed=3) -> Job:
-    mllm = studio.conversations.graph  # the wiring is made with it
+def build_job(studio, name="t.1.1.1", source=None, seed=3) -> Job:
+    mllm = studio.conversations.graph  # creates the wiring
     assert mllm is not None
     ask = MLLMRequest(text="a red ball", artifacts=(source,) if source else ())
     tokens = LocalMLLM(studio.omni, studio.conversations.store).predict_visual_tokens(ask, "video")
@@ -61,14 +60,14 @@ def job(studio, name="t.1.1.1", source=None, seed=3) -> Job:
     )
 
 
-def made(studio, wanted: Job) -> Artifact:
-    return [event for event in studio.conversations.queue_for("local").run(wanted)][-1]
+def run_job(studio, job: Job) -> Artifact:
+    return [event for event in studio.conversations.queue_for("local").run(job)][-1]
 
 
 # ---------------------------------------------------------------- store
 
 
-def test_the_store_is_addressed_by_content(tmp_path):
+def test_the_store_is_content_addressed(tmp_path):
     store = LocalObjectStore(tmp_path)
     key = store.put(b"frames", "mp4")
     assert store.put(b"frames", "mp4") == key and store.get(key) == b"frames"
@@ -80,33 +79,33 @@ def test_the_store_is_addressed_by_content(tmp_path):
 
 
 @pytest.mark.parametrize("key", ["../../etc/passwd", "", "a" * 64, "a" * 64 + "./x"])
-def test_what_is_no_key_is_no_path(tmp_path, key):
+def test_an_invalid_key_is_not_found(tmp_path, key):
     with pytest.raises(ArtifactNotFound, match="not an artifact key"):
         LocalObjectStore(tmp_path).get(key)
 
 
-def test_the_sweep_leaves_what_is_referred_to_and_what_is_young(tmp_path):
+def test_the_sweep_keeps_referenced_and_recent_objects(tmp_path):
     store = LocalObjectStore(tmp_path)
-    kept, old, young = (store.put(name, "bin") for name in (b"kept", b"old", b"young"))
-    for key in (kept, old):
+    referenced, old, recent = (store.put(name, "bin") for name in (b"referenced", b"old", b"recent"))
+    for key in (referenced, old):
         os.utime(store.path_for_key(key), (0, 0))
-    part = store.path_for_key(old).with_name(".0123.part")
-    part.write_bytes(b"cut")
-    os.utime(part, (0, 0))
-    assert store.sweep({kept}, lifetime_seconds=60) == [old]
-    assert sorted(store.iter_keys()) == sorted([kept, young]) and not part.exists()
-    os.utime(store.path_for_key(young), (0, 0))
-    store.put(b"young", "bin")  # put again: young again
-    assert store.sweep({kept}, lifetime_seconds=60) == []
+    partial_file = store.path_for_key(old).with_name(".0123.part")
+    partial_file.write_bytes(b"partial")
+    os.utime(partial_file, (0, 0))
+    assert store.sweep({referenced}, lifetime_seconds=60) == [old]
+    assert sorted(store.iter_keys()) == sorted([referenced, recent]) and not partial_file.exists()
+    os.utime(store.path_for_key(recent), (0, 0))
+    store.put(b"recent", "bin")  # another put makes it recent again
+    assert store.sweep({referenced}, lifetime_seconds=60) == []
 
 
-def test_a_full_disk_is_said_and_nothing_is_half_written(tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_and_leaves_no_partial_file(tmp_path, monkeypatch):
     store = LocalObjectStore(tmp_path)
 
-    def full(descriptor):
+    def fail_on_full_disk(descriptor):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", fail_on_full_disk)
     with pytest.raises(StoreError, match="store: the file was not written: No space left on device"):
         store.put(b"frames", "mp4")
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
@@ -115,8 +114,8 @@ def test_a_full_disk_is_said_and_nothing_is_half_written(tmp_path, monkeypatch):
 # ---------------------------------------------------------------- jobs
 
 
-def test_a_job_is_steps_previews_and_one_artifact(studio):
-    events = list(studio.conversations.queue_for("local").run(job(studio)))
+def test_a_job_yields_steps_previews_and_one_artifact(studio):
+    events = list(studio.conversations.queue_for("local").run(build_job(studio)))
     assert [event.step for event in events if isinstance(event, StepProgress)] == [1, 2, 3, 4]
     assert len([event for event in events if isinstance(event, Preview)]) == 2
     artifact = events[-1]
@@ -125,30 +124,31 @@ def test_a_job_is_steps_previews_and_one_artifact(studio):
     assert manifest.prompt == "a red ball" and manifest.settings.seed == 3 and manifest.weights == studio.weights_digest
 
 
-def test_a_manifest_draws_the_same_bytes_again(studio):
-    first = made(studio, job(studio))
-    edited = made(studio, job(studio, "t.2.1.1", source=first, seed=9))
+def test_replaying_a_manifest_gives_the_same_bytes(studio):
+    first = run_job(studio, build_job(studio))
+    edited = run_job(studio, build_job(studio, "t.2.1.1", source=first, seed=9))
     assert studio.replay(edited) == edited.key
     assert studio.replay(first) == first.key
-    assert made(studio, job(studio, "other")).key == first.key
+    assert run_job(studio, build_job(studio, "other")).key == first.key
 
 
-def test_an_edit_starts_from_the_latents_that_were_kept(studio):
-    first = made(studio, job(studio))
-    found = studio.conversations.queue_for("local").renderer.load_source(first, studio_settings(studio))
-    assert torch.equal(found, get_tensors(studio.conversations.store, first.latents)["latents"])
-    plain = first.model_copy(update={"latents": None})
+def test_an_edit_starts_from_the_stored_latents(studio):
+    first = run_job(studio, build_job(studio))
+    source = studio.conversations.queue_for("local").renderer.load_source(first, build_edit_params(studio))
+    assert torch.equal(source, get_tensors(studio.conversations.store, first.latents)["latents"])
+    without_latents = first.model_copy(update={"latents": None})
     assert isinstance(
-        studio.conversations.queue_for("local").renderer.load_source(plain, studio_settings(studio)), np.ndarray
+        studio.conversations.queue_for("local").renderer.load_source(without_latents, build_edit_params(studio)),
+        np.ndarray,
     )
 
 
-def studio_settings(studio):
+def build_edit_params(studio):
     return resolve_sampling_params(studio.omni.preset, "video-editing")
 
 
 def test_a_cancelled_job_stops_within_a_step(studio):
-    running = studio.conversations.queue_for("local").run(job(studio, "cancelled"))
+    running = studio.conversations.queue_for("local").run(build_job(studio, "cancelled"))
     assert isinstance(next(running), StepProgress)
     studio.conversations.queue_for("local").cancel("cancelled")
     with pytest.raises(JobCancelled):
@@ -158,7 +158,7 @@ def test_a_cancelled_job_stops_within_a_step(studio):
 # ---------------------------------------------------------------- threads
 
 
-def test_a_thread_runs_over_the_real_parts(studio):
+def test_a_thread_runs_with_the_real_components(studio):
     thread = studio.open_thread()
     last = list(thread.send("a red ball; make it blue", steps=2, think="off"))[-1]
     assert isinstance(last, TurnCompleted) or last.kind == "question"
@@ -168,7 +168,7 @@ def test_a_thread_runs_over_the_real_parts(studio):
         studio.open_thread("nobody")
 
 
-def test_a_wrong_attachment_changes_nothing(studio, tmp_path):
+def test_an_invalid_attachment_changes_nothing(studio, tmp_path):
     thread = studio.open_thread()
     (tmp_path / "notes.txt").write_text("no picture")
     with pytest.raises(UnreadableMedia):
@@ -176,7 +176,7 @@ def test_a_wrong_attachment_changes_nothing(studio, tmp_path):
     assert thread.get_turns() == [] and thread.get_open_question() is None
 
 
-def test_the_sweep_keeps_what_threads_refer_to(studio, tmp_path, monkeypatch):
+def test_the_sweep_keeps_the_artifacts_of_threads(studio, tmp_path, monkeypatch):
     from PIL import Image
 
     monkeypatch.setattr(studio.conversations.mllm, "route", lambda ask: Route(kind="image", probability=1.0))
@@ -188,15 +188,15 @@ def test_the_sweep_keeps_what_threads_refer_to(studio, tmp_path, monkeypatch):
     stray = store.put(b"stray", "bin")
     for key in list(store.iter_keys()):
         os.utime(store.path_for_key(key), (0, 0))
-    gone = studio.conversations.sweep_artifacts(studio.settings.artifact_lifetime_seconds)
-    assert stray in gone
+    removed = studio.conversations.sweep_artifacts(studio.settings.artifact_lifetime_seconds)
+    assert stray in removed
     for artifact in thread.get_artifacts():
         assert store.has(artifact.key)
-    drawn = thread.get_artifacts()[-1]
-    assert studio.replay(drawn) == drawn.key  # all that it was drawn from is there too
+    generated = thread.get_artifacts()[-1]
+    assert studio.replay(generated) == generated.key  # its sources are stored as well
 
 
-def test_settings_come_from_the_environment_and_are_checked(monkeypatch, tmp_path):
+def test_settings_are_read_from_the_environment_and_validated(monkeypatch, tmp_path):
     monkeypatch.setenv("OMNIVIDEO_HOME", str(tmp_path))
     assert load_settings().home == tmp_path
     monkeypatch.setenv("OMNIVIDEO_DATABASE", "mysql://x")
@@ -207,18 +207,18 @@ def test_settings_come_from_the_environment_and_are_checked(monkeypatch, tmp_pat
 # ---------------------------------------------------------------- batches
 
 
-def test_a_batch_does_what_is_left(studio, tmp_path):
+def test_a_batch_resumes_with_the_remaining_items(studio, tmp_path):
     lines = [{"id": "one", "prompt": "a red ball", "image": True, "steps": 1}, "a blue star"]
     lines[1] = {"prompt": lines[1], "image": True, "steps": 1}
     running = studio.batch(lines, tmp_path)
     assert next(running).file == "one.png"
     running.close()
     with (tmp_path / "results.jsonl").open("a") as results:
-        results.write('{"id": "000002", "fi')  # a process killed in mid-line
-    began = time.time()
+        results.write('{"id": "000002", "fi')  # as a process that is killed while it writes
+    started_at = time.time()
     outcomes = list(studio.batch(lines, tmp_path))
     assert [outcome.file for outcome in outcomes] == [None, "000002.png"]
-    assert (tmp_path / "one.png").stat().st_mtime < began
+    assert (tmp_path / "one.png").stat().st_mtime < started_at
     results = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     assert [line["id"] for line in results] == ["one", "000002"]
     assert load_finished_ids(tmp_path) == {"one", "000002"}
@@ -241,7 +241,7 @@ def test_a_prompt_that_fails_does_not_stop_the_others(studio, tmp_path):
         ([], "prompts: the batch is empty"),
     ],
 )
-def test_a_bad_line_is_named_before_anything_is_drawn(lines, message):
+def test_an_invalid_line_is_reported_before_any_generation(lines, message):
     with pytest.raises(InvalidInput, match=message):
         parse_items(lines)
 
@@ -249,11 +249,11 @@ def test_a_bad_line_is_named_before_anything_is_drawn(lines, message):
 # ---------------------------------------------------------------- chat
 
 
-def test_the_terminal_chat_goes_on_after_a_mistake(studio):
-    shown = io.StringIO()
-    chat = TerminalChat(studio.open_thread(), studio.artifact_path, Console(file=shown, width=200), steps=1)
+def test_the_terminal_chat_continues_after_an_error(studio):
+    output = io.StringIO()
+    chat = TerminalChat(studio.open_thread(), studio.artifact_path, Console(file=output, width=200), steps=1)
     chat.run(["/nonsense", "/save", "/undo", "a red ball", "/history", "/fork 9", "/fork 0", "/history", "/quit", "no"])
-    text = shown.getvalue()
+    text = output.getvalue()
     assert "/nonsense is not one of" in text and "has no clip or image yet" in text and "no turn to take back" in text
     assert "a red ball" in text and "turn: 9 is not a turn of this thread" in text
     assert "after turn 0" in text
@@ -262,11 +262,11 @@ def test_the_terminal_chat_goes_on_after_a_mistake(studio):
 # ---------------------------------------------------------------- evaluation
 
 
-def test_the_planner_evaluation_runs_over_the_real_parts(studio, monkeypatch):
-    """An untrained model gets nothing right but everything is asked, drawn and counted."""
-    steps = {task: one.model_copy(update={"steps": 1}) for task, one in TINY.sampling.items()}
+def test_the_planner_evaluation_runs_with_the_real_components(studio, monkeypatch):
+    """An untrained model answers nothing correctly, but every request is made and counted."""
+    steps = {task: params.model_copy(update={"steps": 1}) for task, params in TINY.sampling.items()}
     monkeypatch.setattr(studio.omni, "preset", TINY.model_copy(update={"sampling": steps}))
-    scores = score_planner(studio.conversations, 1, lambda name, done, of: None)
+    scores = score_planner(studio.conversations, split_actions, 1, lambda name, done, of: None)
     for kind in ("reasoning", "plain"):
         assert [scores[f"{kind}, think {mode}"].count for mode in ("off", "on", "auto")] == [4, 4, 4]
     assert scores["counting, 4 tries"].count == 1 and scores["conversations"].count == 10
@@ -274,21 +274,21 @@ def test_the_planner_evaluation_runs_over_the_real_parts(studio, monkeypatch):
     assert build_score_table(scores).row_count == len(scores)
 
 
-def test_a_script_is_scored_by_what_is_seen():
-    """Ground truth in place of the model: every line is right by its own scene, and a wrong scene is wrong."""
+def test_a_scripted_turn_is_scored_by_its_pixels():
+    """With ground truth in place of the model, a turn is correct for its own scene and wrong for another."""
     rng = random.Random(0)
     for _ in range(5):
         scene = planner.sample_first_scene(rng, True)
-        line = planner.make_opening_turn(scene)
+        turn = planner.make_opening_turn(scene)
         done = ActionResult(action=Action(text=""), goal="generate", route=ROUTED, trace=None, artifact=ARTIFACT)
-        assert line.is_right(done, lambda artifact, scene=scene: render_scene(scene))
-        other = replace(scene, background=next(name for name in BACKGROUNDS if name not in colours_of(scene)))
-        assert not line.is_right(done, lambda artifact, other=other: render_scene(other))
+        assert turn.is_right(done, lambda artifact, scene=scene: render_scene(scene))
+        other = replace(scene, background=next(name for name in BACKGROUNDS if name not in list_colours(scene)))
+        assert not turn.is_right(done, lambda artifact, other=other: render_scene(other))
 
 
 ROUTED = Route(kind="video", probability=1.0)
 ARTIFACT = Artifact(key="", medium="video", width=64, height=64, frames=9, fps=8.0, caption="", created_by="")
 
 
-def colours_of(scene):
+def list_colours(scene):
     return {scene.background, *(thing.colour for thing in scene.objects)}

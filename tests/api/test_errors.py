@@ -7,7 +7,7 @@ import pytest
 from omnivideo import errors
 from omnivideo.api.errors import HTTP_MAPPINGS, INTERNAL_ERROR_MESSAGE, APIError, error_from_turn, to_api_error
 from omnivideo.api.routes.batches import BatchLineHandler
-from omnivideo.contracts import TurnRecord
+from omnivideo.turns import TurnRecord
 
 CASES = [
     (errors.InvalidInput("size", "it is odd"), 400, "invalid_value", "size", None),

@@ -12,22 +12,32 @@ import pytest
 from PIL import Image
 
 from omnivideo.media.read import read_media
-from tests.support.openai_service import QUICK, SMALL, by_id, client_for, lines, mp4, nobody_works, png, until
+from tests.support.openai_service import (
+    QUICK,
+    SMALL,
+    make_client,
+    make_lines,
+    make_mp4,
+    make_png,
+    pause_worker,
+    refer_to_video,
+    wait_until,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Sora API:DeprecationWarning")
 
 
 @pytest.fixture(scope="module")
 def stranger(service, context):
-    """Another owner's client."""
+    """Yield the client of another owner."""
     _, key = context.api_keys.create_key("stranger")
-    with client_for(service, key) as client:
+    with make_client(service, key) as client:
         yield client
 
 
 @pytest.fixture(scope="module")
 def video(client):
-    """A completed video."""
+    """Return a completed video."""
     return client.videos.create_and_poll(prompt="a red ball", seconds="1", size="32x32", extra_body={"fps": 8})
 
 
@@ -41,7 +51,7 @@ def test_a_video_is_created_polled_and_described(client, video):
     assert client.videos.retrieve(video.id) == video
 
 
-def test_a_videos_content_in_all_variants(client, video, tmp_path):
+def test_a_videos_content_is_downloaded_in_all_variants(client, video, tmp_path):
     path = tmp_path / "clip.mp4"
     client.videos.download_content(video.id).write_to_file(path)
     assert read_media(path).frames.shape == (9, 32, 32, 3)  # 1 s at 8 fps is 9 frames: 4k + 1
@@ -66,7 +76,7 @@ def test_videos_are_listed_in_pages(client, video):
 
 def test_a_remix_and_an_edit_keep_size_and_length(client, video):
     remix = client.videos.remix(video.id, prompt="make it blue")
-    edit = client.videos.edit(prompt="make it green", **by_id(video.id))
+    edit = client.videos.edit(prompt="make it green", **refer_to_video(video.id))
     for requested, source in ((remix, video.id), (edit, None)):
         done = client.videos.poll(requested.id)
         assert (done.status, done.size, done.remixed_from_video_id) == ("completed", "32x32", source)
@@ -77,14 +87,14 @@ def test_a_remix_and_an_edit_keep_size_and_length(client, video):
 @pytest.mark.parametrize("way", ["image", "clip", "file_id", "image_url", "json"])
 def test_an_input_reference_is_edited(client, http, context, way):
     if way == "json":
-        url = "data:image/png;base64," + base64.b64encode(png()).decode()
+        url = "data:image/png;base64," + base64.b64encode(make_png()).decode()
         body = {"prompt": "make it move", "size": "32x32", "input_reference": {"image_url": url}} | QUICK
         name = http.post("/v1/videos", json=body).json()["id"]
     else:
         reference = {
-            "image": lambda: ("a.png", png()), "clip": lambda: ("b.mp4", mp4()),
-            "file_id": lambda: {"file_id": client.files.create(file=("c.png", png()), purpose="vision").id},
-            "image_url": lambda: {"image_url": "data:image/png;base64," + base64.b64encode(png()).decode()},
+            "image": lambda: ("a.png", make_png()), "clip": lambda: ("b.mp4", make_mp4()),
+            "file_id": lambda: {"file_id": client.files.create(file=("c.png", make_png()), purpose="vision").id},
+            "image_url": lambda: {"image_url": "data:image/png;base64," + base64.b64encode(make_png()).decode()},
         }[way]()  # fmt: skip
         given = {"input_reference": reference} if isinstance(reference, tuple) else {}
         more = QUICK | ({} if given else {"input_reference": reference})
@@ -95,7 +105,7 @@ def test_an_input_reference_is_edited(client, http, context, way):
 
 
 def test_an_uploaded_clip_is_edited(client):
-    edit = client.videos.edit(prompt="make it blue", video=("b.mp4", mp4()), extra_body={"num_inference_steps": 1})
+    edit = client.videos.edit(prompt="make it blue", video=("b.mp4", make_mp4()), extra_body={"num_inference_steps": 1})
     assert edit.size == "64x64" and client.videos.poll(edit.id).status == "completed"
 
 
@@ -111,18 +121,18 @@ def test_a_deleted_video_is_gone(client):
 
 def test_a_running_video_is_stopped_by_cancel_and_by_delete(client, http, context):
     first, second = (client.videos.create(prompt="a ball", extra_body={"num_inference_steps": 200}) for _ in range(2))
-    until(lambda: context.jobs.get_status(first.id).step)
+    wait_until(lambda: context.jobs.get_status(first.id).step)
     seen = http.get(f"/v1/videos/{first.id}")
     assert seen.json()["status"] == "in_progress" and 100 <= int(seen.headers["openai-poll-after-ms"]) <= 1000
     assert http.post(f"/v1/videos/{first.id}/cancel").status_code == 200
     assert client.videos.poll(first.id).status == "cancelled"
     assert http.get(f"/v1/videos/{first.id}/content").json()["error"]["code"] == "not_ready"
-    until(lambda: context.jobs.get_status(second.id).step)
+    wait_until(lambda: context.jobs.get_status(second.id).step)
     client.videos.delete(second.id)
-    until(lambda: context.jobs.get_status(second.id).state == "cancelled")
+    wait_until(lambda: context.jobs.get_status(second.id).state == "cancelled")
 
 
-def test_a_failed_video_says_why(client, service, context, monkeypatch):
+def test_a_failed_video_reports_its_error(client, service, context, monkeypatch):
     def broken(job):
         raise MemoryError
 
@@ -134,7 +144,7 @@ def test_a_failed_video_says_why(client, service, context, monkeypatch):
 
 def test_extending_is_refused(client, video):
     with pytest.raises(openai.BadRequestError, match="cannot continue a clip") as refused:
-        client.videos.extend(prompt="on", seconds="4", **by_id(video.id))
+        client.videos.extend(prompt="on", seconds="4", **refer_to_video(video.id))
     assert refused.value.code == "unsupported"
 
 
@@ -152,7 +162,7 @@ def test_extending_is_refused(client, video):
         (None, 200, slice(None)),
     ],
 )
-def test_ranges_of_a_video(http, video, asked, status, part):
+def test_ranges_of_a_video_are_downloaded(http, video, asked, status, part):
     where = f"/v1/videos/{video.id}/content"
     whole = http.get(where)
     answer = http.get(where, headers={"Range": asked} if asked else {})
@@ -190,8 +200,8 @@ def test_every_route_requires_a_key(service, method, path):
         assert answer.status_code == 401 and answer.json()["error"]["code"] == "invalid_api_key"
 
 
-def test_the_resources_of_others_are_not_found(client, stranger, video):
-    file = client.files.create(file=("lines.jsonl", lines(1)), purpose="batch")
+def test_the_resources_of_other_owners_are_not_found(client, stranger, video):
+    file = client.files.create(file=("lines.jsonl", make_lines(1)), purpose="batch")
     batch = client.batches.create(input_file_id=file.id, endpoint="/v1/videos", completion_window="24h")
     hook = client.webhooks.create(name="mine", url="http://localhost/", event_types=["video.failed"])
     calls = [
@@ -206,7 +216,7 @@ def test_the_resources_of_others_are_not_found(client, stranger, video):
         with pytest.raises(openai.NotFoundError):
             call()
     for refused in (
-        lambda: stranger.videos.edit(prompt="a", **by_id(video.id)),
+        lambda: stranger.videos.edit(prompt="a", **refer_to_video(video.id)),
         lambda: stranger.videos.create(prompt="a", extra_body={"input_reference": {"file_id": file.id}}),
         lambda: stranger.batches.create(input_file_id=file.id, endpoint="/v1/videos", completion_window="24h"),
     ):
@@ -217,8 +227,8 @@ def test_the_resources_of_others_are_not_found(client, stranger, video):
     client.webhooks.delete(hook.id)
 
 
-def test_a_full_queue_says_when_to_retry(service, client, http, context, monkeypatch):
-    with nobody_works(service[0]), monkeypatch.context() as patched:
+def test_a_full_queue_answers_with_retry_after(service, client, http, context, monkeypatch):
+    with pause_worker(service[0]), monkeypatch.context() as patched:
         patched.setattr(context.jobs, "max_open_jobs_per_owner", 1)
         first = client.videos.create(prompt="a ball", **SMALL)
         answer = http.post("/v1/videos", json={"prompt": "another"})
@@ -251,7 +261,7 @@ WRONG_VIDEOS = [
 
 
 @pytest.mark.parametrize(("wrong", "field"), WRONG_VIDEOS, ids=lambda case: str(case)[:40])
-def test_an_invalid_video_is_refused_with_the_name_of_the_field(http, wrong, field):
+def test_an_invalid_video_request_is_refused_with_the_name_of_the_field(http, wrong, field):
     answer = http.post("/v1/videos", json={"prompt": "a ball"} | wrong)
     error = answer.json()["error"]
     assert (answer.status_code, error["param"], error["code"]) == (400, field, "invalid_value"), error
@@ -291,26 +301,26 @@ def test_an_invalid_page_is_refused(http, query):
 # ---------------------------------------------------------------- repeated requests
 
 
-def posted(http, key: str, **body) -> httpx.Response:
+def post_video(http, key: str, **body) -> httpx.Response:
     return http.post(
         "/v1/videos", json={"prompt": "a ball", "size": "32x32"} | QUICK | body, headers={"Idempotency-Key": key}
     )
 
 
-def test_the_same_key_is_the_same_video(http, context):
-    first, again = posted(http, "one").json(), posted(http, "one").json()
-    assert first["id"] == again["id"] != posted(http, "two").json()["id"]
-    other = posted(http, "one", prompt="a star")
+def test_the_same_key_returns_the_same_video(http, context):
+    first, again = post_video(http, "one").json(), post_video(http, "one").json()
+    assert first["id"] == again["id"] != post_video(http, "two").json()["id"]
+    other = post_video(http, "one", prompt="a star")
     assert other.status_code == 422 and other.json()["error"]["code"] == "idempotency_key_reused"
     assert (
-        posted(http, "one", seed=7).status_code == 422
-        and posted(http, "one", seconds="1", num_frames=None).status_code == 422
+        post_video(http, "one", seed=7).status_code == 422
+        and post_video(http, "one", seconds="1", num_frames=None).status_code == 422
     )
 
 
-def test_requests_at_the_same_time_are_one_video(http):
+def test_concurrent_requests_with_one_key_create_one_video(http):
     answers: list[httpx.Response] = []
-    threads = [threading.Thread(target=lambda: answers.append(posted(http, "twins"))) for _ in range(6)]
+    threads = [threading.Thread(target=lambda: answers.append(post_video(http, "twins"))) for _ in range(6)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -318,19 +328,19 @@ def test_requests_at_the_same_time_are_one_video(http):
     assert {answer.status_code for answer in answers} == {200} and len({answer.json()["id"] for answer in answers}) == 1
 
 
-def test_the_same_key_of_another_owner_is_another_video(client, stranger):
+def test_the_same_key_of_another_owner_creates_another_video(client, stranger):
     headers = {"Idempotency-Key": "shared"}
     video_ids = {user.videos.create(prompt="a ball", **SMALL, extra_headers=headers).id for user in (client, stranger)}
     assert len(video_ids) == 2
 
 
-def test_the_same_key_gives_the_same_images_and_batch(http, client):
+def test_the_same_key_returns_the_same_images_and_batch(http, client):
     given = {"Idempotency-Key": "images"}
     body = {"prompt": "a star", "size": "32x32", "num_inference_steps": 1, "n": 2}
     first, again = (http.post("/v1/images/generations", json=body, headers=given) for _ in range(2))
     assert first.json() == again.json() and len({one["b64_json"] for one in first.json()["data"]}) == 2
     assert http.post("/v1/images/generations", json=body | {"n": 3}, headers=given).status_code == 422
-    file = client.files.create(file=("a.jsonl", lines(1)), purpose="batch")
+    file = client.files.create(file=("a.jsonl", make_lines(1)), purpose="batch")
     asked = {"input_file_id": file.id, "endpoint": "/v1/videos", "completion_window": "24h"}
     batches = {client.batches.create(**asked, extra_headers={"Idempotency-Key": "b"}).id for _ in range(2)}
     assert len(batches) == 1
@@ -341,7 +351,7 @@ def test_the_same_key_gives_the_same_images_and_batch(http, client):
     client.batches.cancel(batches.pop())
 
 
-def test_the_same_key_is_the_same_file(http, client):
+def test_the_same_key_returns_the_same_file(http, client):
     def sent(data: bytes) -> httpx.Response:
         form = {"files": {"file": ("a", data)}, "data": {"purpose": "user_data"}}
         return http.post("/v1/files", headers={"Idempotency-Key": "file"}, **form)
@@ -374,19 +384,19 @@ def test_an_image_is_returned_as_a_url(client, http):
 
 
 def test_an_image_is_edited(client):
-    for image in (("a.png", png()), [("a.png", png())]):
+    for image in (("a.png", make_png()), [("a.png", make_png())]):
         made = client.images.edit(image=image, prompt="make it blue", extra_body={"num_inference_steps": 1})
         assert Image.open(io.BytesIO(base64.b64decode(made.data[0].b64_json))).size == (64, 64)
     with pytest.raises(openai.BadRequestError, match="image: it is a clip"):
-        client.images.edit(image=("a.mp4", mp4()), prompt="make it blue")
+        client.images.edit(image=("a.mp4", make_mp4()), prompt="make it blue")
 
 
 def test_images_are_cancelled_when_the_client_disconnects(service, context):
-    with client_for(service) as client, pytest.raises(openai.APITimeoutError):
+    with make_client(service) as client, pytest.raises(openai.APITimeoutError):
         client.images.generate(prompt="gone", extra_body={"num_inference_steps": 200}, timeout=0.4)
     (job,), _ = context.jobs.list_owned_jobs("admin", "image", None, 1, True)
     assert job.job.prompt == "gone"
-    until(lambda: context.jobs.get_status(job.id).state == "cancelled")
+    wait_until(lambda: context.jobs.get_status(job.id).state == "cancelled")
 
 
 # ---------------------------------------------------------------- files
@@ -399,7 +409,7 @@ def test_files_are_stored_listed_and_deleted(client):
     assert answer.read() == b"<script>" and answer.response.headers["content-type"] == "application/octet-stream"
     assert answer.response.headers["x-content-type-options"] == "nosniff"
     assert answer.response.headers["content-disposition"] == "attachment; filename*=UTF-8''my%20notes.txt"
-    picture = client.files.create(file=("a.png", png()), purpose="vision")
+    picture = client.files.create(file=("a.png", make_png()), purpose="vision")
     assert client.files.content(picture.id).response.headers["content-type"] == "image/png"
     assert next(one.id for one in client.files.list(purpose="vision", limit=1)) == picture.id
     everything = [one.id for one in client.files.list(limit=1)]

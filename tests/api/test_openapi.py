@@ -7,7 +7,7 @@ import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
 from schemathesis import checks
 
-from tests.support.api_server import scripted, serving
+from tests.support.api_server import build_scripted_wiring, run_api_server
 
 EXAMPLES = int(os.environ.get("OMNIVIDEO_EXAMPLES", "8"))  # per route
 KEY = "a-key-for-the-tests"
@@ -21,7 +21,7 @@ CHECKS = [
 
 @pytest.fixture(scope="module")
 def document(omni, tmp_path_factory):
-    with serving(scripted(tmp_path_factory.mktemp("service"), omni, admin_key=KEY)) as address:
+    with run_api_server(build_scripted_wiring(tmp_path_factory.mktemp("service"), omni, admin_key=KEY)) as address:
         yield schemathesis.openapi.from_url(f"{address}/openapi.json")
 
 

@@ -9,7 +9,7 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from tests.support.openai_service import KEY, until
+from tests.support.openai_service import KEY, wait_until
 
 
 @pytest.fixture(scope="module")
@@ -25,11 +25,11 @@ def generate_clip(http, steps: int = 3) -> str:
     response = http.post("/v1/videos", json=body)
     assert response.status_code == 200 and len(response.headers["x-request-id"]) == 32
     video_id = response.json()["id"]
-    until(lambda: http.get(f"/v1/videos/{video_id}").json()["status"] == "completed")
+    wait_until(lambda: http.get(f"/v1/videos/{video_id}").json()["status"] == "completed")
     return response.headers["x-request-id"]
 
 
-def test_a_trace_leads_from_the_request_to_the_workers_steps(spans, http):
+def test_a_trace_covers_the_request_and_the_workers_steps(spans, http):
     request_id = generate_clip(http, steps=3)
     time.sleep(0.2)
     finished_spans = spans.get_finished_spans()

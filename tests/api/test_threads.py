@@ -13,17 +13,17 @@ import pytest
 from PIL import Image
 
 from omnivideo.api.turn_runner import TurnRunner
-from tests.support.api_server import scripted, serving
+from tests.support.api_server import build_scripted_wiring, run_api_server
 
 
 @pytest.fixture(scope="module")
 def wiring(omni, tmp_path_factory):
-    return scripted(tmp_path_factory.mktemp("service"), omni, admin_key="a-key-for-the-tests")
+    return build_scripted_wiring(tmp_path_factory.mktemp("service"), omni, admin_key="a-key-for-the-tests")
 
 
 @pytest.fixture(scope="module")
 def address(wiring):
-    with serving(wiring) as address:
+    with run_api_server(wiring) as address:
         yield address
 
 
@@ -40,9 +40,9 @@ def thread(http) -> str:
     return http.post("/v1/threads").json()["id"]
 
 
-def events(http, thread: str, turn: str, after: int = 0) -> list[tuple[int, dict]]:
-    """All events of a turn, read as a browser would."""
-    told, number = [], 0
+def read_events(http, thread: str, turn: str, after: int = 0) -> list[tuple[int, dict]]:
+    """Return all events of a turn, read as a browser reads them."""
+    received, number = [], 0
     headers = {"Last-Event-ID": str(after)} if after else {}
     with http.stream("GET", f"/v1/threads/{thread}/turns/{turn}/events", headers=headers) as stream:
         assert stream.headers["content-type"].startswith("text/event-stream")
@@ -50,49 +50,50 @@ def events(http, thread: str, turn: str, after: int = 0) -> list[tuple[int, dict
             if line.startswith("id: "):
                 number = int(line[4:])
             elif line.startswith("data: "):
-                told.append((number, json.loads(line[6:])))
-    return told
+                received.append((number, json.loads(line[6:])))
+    return received
 
 
-def said(http, thread: str, text: str, **given) -> dict:
-    """A turn, waited for."""
-    begun = http.post(f"/v1/threads/{thread}/turns", json={"text": text, "steps": 3, **given})
-    assert begun.status_code == 202, begun.text
-    turn = begun.json()["id"]
-    events(http, thread, turn)
+def run_turn(http, thread: str, text: str, **options) -> dict:
+    """Run a turn to its end and return it."""
+    response = http.post(f"/v1/threads/{thread}/turns", json={"text": text, "steps": 3, **options})
+    assert response.status_code == 202, response.text
+    turn = response.json()["id"]
+    read_events(http, thread, turn)
     return http.get(f"/v1/threads/{thread}/turns/{turn}").json()
 
 
-def png(colour=(200, 30, 30)) -> str:
+def make_png_url(colour=(200, 30, 30)) -> str:
+    """Return a data URL of an image of one colour."""
     out = io.BytesIO()
     Image.fromarray(np.full((64, 64, 3), colour, dtype=np.uint8)).save(out, "PNG")
     return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()
 
 
 def test_a_conversation_builds_on_itself(http, thread):
-    first = said(http, thread, "a red ball; now make it blue; how many balls are there?")
+    first = run_turn(http, thread, "a red ball; now make it blue; how many balls are there?")
     assert (first["state"], first["number"]) == ("done", 1)
-    drawn, edited, answered = first["turn"]["results"]
-    assert edited["artifact"]["source"] == drawn["artifact"]["key"] and answered["answer"]
-    second = said(http, thread, "make it green")
+    generated, edited, answered = first["turn"]["results"]
+    assert edited["artifact"]["source"] == generated["artifact"]["key"] and answered["answer"]
+    second = run_turn(http, thread, "make it green")
     assert second["turn"]["results"][0]["artifact"]["source"] == edited["artifact"]["key"]
     whole = http.get(f"/v1/threads/{thread}").json()
     assert [turn["number"] for turn in whole["turns"]] == [1, 2] and len(whole["artifacts"]) == 3
-    line = http.get(f"/v1/threads/{thread}/lineage").json()
-    assert [one["key"] for one in line] == [one["key"] for one in reversed(whole["artifacts"])]
+    lineage = http.get(f"/v1/threads/{thread}/lineage").json()
+    assert [artifact["key"] for artifact in lineage] == [artifact["key"] for artifact in reversed(whole["artifacts"])]
     branch = http.post(f"/v1/threads/{thread}/forks", json={"after_turn": 1}).json()["id"]
     assert [turn["number"] for turn in http.get(f"/v1/threads/{branch}").json()["turns"]] == [1]
-    assert thread in [one["id"] for one in http.get("/v1/threads").json()["data"]]
+    assert thread in [item["id"] for item in http.get("/v1/threads").json()["data"]]
 
 
 def test_events_are_ordered_and_resume_after_the_last_event_id(http, thread):
     turn = http.post(f"/v1/threads/{thread}/turns", json={"text": "a red ball", "steps": 8}).json()["id"]
-    told = events(http, thread, turn)
-    kinds = [event["kind"] for _, event in told]
+    received = read_events(http, thread, turn)
+    kinds = [event["kind"] for _, event in received]
     assert kinds[0] == "plan" and kinds[-1] == "done" and {"step", "preview", "artifact"} <= set(kinds)
-    assert [number for number, _ in told] == list(range(1, len(told) + 1))
-    assert events(http, thread, turn, after=4) == told[4:]
-    assert events(http, thread, turn, after=len(told)) == []
+    assert [number for number, _ in received] == list(range(1, len(received) + 1))
+    assert read_events(http, thread, turn, after=4) == received[4:]
+    assert read_events(http, thread, turn, after=len(received)) == []
 
 
 def test_all_followers_see_the_same_events(http, address, thread):
@@ -101,7 +102,7 @@ def test_all_followers_see_the_same_events(http, address, thread):
 
     def follow() -> None:
         with httpx.Client(base_url=address, headers=http.headers, timeout=60, trust_env=False) as follower_http:
-            seen.append(events(follower_http, thread, turn))
+            seen.append(read_events(follower_http, thread, turn))
 
     followers = [threading.Thread(target=follow) for _ in range(12)]
     for follower in followers:
@@ -111,59 +112,59 @@ def test_all_followers_see_the_same_events(http, address, thread):
     assert len(seen) == 12 and all(events_seen == seen[0] for events_seen in seen) and seen[0][-1][1]["kind"] == "done"
 
 
-def test_an_artifact_is_downloaded_in_one_piece_and_in_ranges(http, thread):
-    key = said(http, thread, "a red ball")["turn"]["results"][0]["artifact"]["key"]
-    where = f"/v1/threads/{thread}/artifacts/{key}"
-    whole = http.get(where)
+def test_an_artifact_is_downloaded_whole_and_in_ranges(http, thread):
+    key = run_turn(http, thread, "a red ball")["turn"]["results"][0]["artifact"]["key"]
+    path = f"/v1/threads/{thread}/artifacts/{key}"
+    whole = http.get(path)
     assert whole.headers["content-type"] == "video/mp4" and whole.content[4:8] == b"ftyp"
-    part = http.get(where, headers={"Range": "bytes=10-19"})
+    part = http.get(path, headers={"Range": "bytes=10-19"})
     assert (part.status_code, part.content) == (206, whole.content[10:20])
-    assert http.get(where, headers={"Range": "bytes=-5"}).content == whole.content[-5:]
-    beyond = http.get(where, headers={"Range": "bytes=99999999-"})
+    assert http.get(path, headers={"Range": "bytes=-5"}).content == whole.content[-5:]
+    beyond = http.get(path, headers={"Range": "bytes=99999999-"})
     assert (beyond.status_code, beyond.headers["content-range"]) == (416, f"bytes */{len(whole.content)}")
-    assert http.get(where, headers={"If-None-Match": whole.headers["etag"]}).status_code == 304
+    assert http.get(path, headers={"If-None-Match": whole.headers["etag"]}).status_code == 304
 
 
-def test_a_repeated_request_is_the_same_turn(http, thread):
+def test_a_repeated_request_returns_the_same_turn(http, thread):
     wanted, key = {"text": "a red ball", "steps": 3}, {"Idempotency-Key": "k"}
     twice = [http.post(f"/v1/threads/{thread}/turns", json=wanted, headers=key) for _ in range(2)]
     assert twice[0].json()["id"] == twice[1].json()["id"]
-    events(http, thread, twice[0].json()["id"])
+    read_events(http, thread, twice[0].json()["id"])
     assert len(http.get(f"/v1/threads/{thread}").json()["turns"]) == 1
 
 
 def test_a_question_waits_for_its_reply(http, thread):
-    asked = said(http, thread, "make it blue")
+    asked = run_turn(http, thread, "make it blue")
     assert asked["state"] == "asks" and asked["question"].startswith("There is nothing to change yet")
-    replied = said(http, thread, "a red ball")
+    replied = run_turn(http, thread, "a red ball")
     assert replied["state"] == "done" and replied["turn"]["clarifications"][0][1] == "a red ball"
 
 
-def test_attachments_are_edited_and_asked_about(http, thread):
-    turn = said(http, thread, "make it blue", attachments=[{"url": png()}])["turn"]
+def test_attachments_are_edited(http, thread):
+    turn = run_turn(http, thread, "make it blue", attachments=[{"url": make_png_url()}])["turn"]
     assert (
         turn["results"][0]["goal"] == "edit"
         and turn["results"][0]["artifact"]["source"] == turn["attachments"][0]["key"]
     )
 
 
-def test_a_running_turn_is_cancelled_and_leaves_the_thread_as_it_was(http, thread):
-    said(http, thread, "a red ball")
+def test_a_cancelled_turn_leaves_the_thread_unchanged(http, thread):
+    run_turn(http, thread, "a red ball")
     turn = http.post(f"/v1/threads/{thread}/turns", json={"text": "a blue ball", "steps": 200}).json()["id"]
-    where = f"/v1/threads/{thread}/turns/{turn}"
+    path = f"/v1/threads/{thread}/turns/{turn}"
     busy = http.post(f"/v1/threads/{thread}/turns", json={"text": "another"})
     assert (busy.status_code, busy.json()["error"]["code"]) == (409, "busy")
-    http.post(f"{where}/cancel")
-    until = time.monotonic() + 20
-    while (state := http.get(where).json()["state"]) in ("queued", "running") and time.monotonic() < until:
+    http.post(f"{path}/cancel")
+    deadline = time.monotonic() + 20
+    while (state := http.get(path).json()["state"]) in ("queued", "running") and time.monotonic() < deadline:
         time.sleep(0.05)
     assert state == "cancelled"
     assert len(http.get(f"/v1/threads/{thread}").json()["turns"]) == 1
-    assert said(http, thread, "a blue ball")["state"] == "done"
+    assert run_turn(http, thread, "a blue ball")["state"] == "done"
 
 
 def test_a_turn_of_a_dead_process_continues_in_another(http, thread, wiring, address):
-    """A killed process leaves its turn running, with an old heartbeat."""
+    """A killed process leaves its turn in the running state, with an old heartbeat."""
     context = wiring.build_service_context()
     dead_runner = TurnRunner(context.turns, context.jobs, context.conversations, context.settings.heartbeat_timeout)
     dead_runner.pool.submit = lambda *arguments: None  # type: ignore[method-assign]
@@ -175,7 +176,7 @@ def test_a_turn_of_a_dead_process_continues_in_another(http, thread, wiring, add
     del running
     with context.turns.engine.connect() as connection:
         connection.exec_driver_sql("UPDATE turns SET heartbeat_at = heartbeat_at - 3600 WHERE id = ?", (row.id,))
-    assert events(http, thread, row.id)[-1][1]["kind"] == "done"
+    assert read_events(http, thread, row.id)[-1][1]["kind"] == "done"
     assert http.get(f"/v1/threads/{thread}/turns/{row.id}").json()["state"] == "done"
     assert len(http.get(f"/v1/threads/{thread}").json()["turns"]) == 1
 
@@ -201,7 +202,7 @@ def test_an_invalid_turn_is_refused_with_the_name_of_the_field_and_changes_nothi
     assert http.get(f"/v1/threads/{thread}").json()["turns"] == []
 
 
-def test_threads_of_others_look_like_threads_that_do_not_exist(http, address, wiring, thread):
+def test_threads_of_other_owners_are_not_found(http, address, wiring, thread):
     _, key = wiring.build_service_context().api_keys.create_key("somebody else")
     with httpx.Client(base_url=address, headers={"Authorization": f"Bearer {key}"}, trust_env=False) as other:
         for path in (f"/v1/threads/{thread}", f"/v1/threads/{thread}/lineage", "/v1/threads/nothing"):
@@ -224,28 +225,28 @@ def client(address):
         yield client
 
 
-GIVEN = {"extra_body": {"steps": 3}}
+OPTIONS = {"extra_body": {"steps": 3}}
 
 
 def test_the_openai_client_chats(client):
     messages = [{"role": "user", "content": "a red ball"}]
-    first = client.chat.completions.create(model="tiny", messages=messages, **GIVEN)
+    first = client.chat.completions.create(model="tiny", messages=messages, **OPTIONS)
     assert "![video](http://" in first.choices[0].message.content
     messages += [first.choices[0].message.model_dump(include={"role", "content"})]
     messages += [{"role": "user", "content": "make it blue"}]
-    second = client.chat.completions.create(model="tiny", messages=messages, **GIVEN)
+    second = client.chat.completions.create(model="tiny", messages=messages, **OPTIONS)
     assert second.omnivideo["thread"] == first.omnivideo["thread"]
     messages[2:] = [{"role": "user", "content": "how many balls are there?"}]
-    branch = client.chat.completions.create(model="tiny", messages=messages, **GIVEN)
+    branch = client.chat.completions.create(model="tiny", messages=messages, **OPTIONS)
     assert branch.omnivideo["thread"] != first.omnivideo["thread"]
     assert branch.choices[0].message.content.startswith("it is a red ball")
 
 
-def test_the_openai_client_chats_streamed(client):
-    image = {"type": "image_url", "image_url": {"url": png()}}
+def test_the_openai_client_streams_chats(client):
+    image = {"type": "image_url", "image_url": {"url": make_png_url()}}
     content = [{"type": "text", "text": "how many balls are there?"}, image]
     stream = client.chat.completions.create(
-        model="tiny", messages=[{"role": "user", "content": content}], stream=True, **GIVEN
+        model="tiny", messages=[{"role": "user", "content": content}], stream=True, **OPTIONS
     )
     chunks = list(stream)
     assert chunks[0].choices[0].delta.role == "assistant" and chunks[-1].choices[0].finish_reason == "stop"

@@ -1,4 +1,4 @@
-"""The command line over weights at random: what it writes, and what it says to bad input."""
+"""The command line with random weights: the files that it writes, and its messages for invalid input."""
 
 import json
 import subprocess
@@ -22,17 +22,17 @@ from omnivideo.training.tiny.pipeline import TinyPipeline
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
-    """Runs a command line; returns its exit code and what it printed."""
+def run_cli(monkeypatch, capsys):
+    """Return a function that runs a command line and returns its exit code, stdout and stderr."""
 
-    def call(*args) -> tuple[int, str, str]:
+    def run(*args) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["omnivideo", *map(str, args)])
         with pytest.raises(SystemExit) as caught:
             main()
         printed = capsys.readouterr()
         return caught.value.code or 0, printed.out, printed.err
 
-    return call
+    return run
 
 
 @pytest.fixture
@@ -49,26 +49,26 @@ def still(tmp_path):
     return path
 
 
-def test_generate_edit_understand(run, weights, tmp_path):
+def test_generate_edit_and_understand_write_their_results(run_cli, weights, tmp_path):
     clip, changed, still = tmp_path / "clip.mp4", tmp_path / "changed.mp4", tmp_path / "still.png"
-    assert run("generate", "a red circle", "--video", "--steps", 2, "--weights", weights, "-o", clip)[0] == 0
+    assert run_cli("generate", "a red circle", "--video", "--steps", 2, "--weights", weights, "-o", clip)[0] == 0
     media = read_media(clip)
     assert media.frames.shape == (9, 64, 64, 3) and media.fps == 8
     manifest = json.loads((tmp_path / "clip.mp4.json").read_text())
     assert manifest["prompt"] == "a red circle" and manifest["task"] == "text-to-video"
     assert manifest["settings"]["steps"] == 2 and manifest["weights"] and manifest["versions"]["torch"]
     assert set(manifest["seconds"]) >= {"condition", "denoising", "decoding"}
-    assert run("edit", clip, "make it blue", "--steps", 2, "--weights", weights, "-o", changed)[0] == 0
+    assert run_cli("edit", clip, "make it blue", "--steps", 2, "--weights", weights, "-o", changed)[0] == 0
     assert json.loads((tmp_path / "changed.mp4.json").read_text())["task"] == "video-editing"
-    assert run("generate", "a red circle", "--steps", 2, "--weights", weights, "-o", still)[0] == 0
+    assert run_cli("generate", "a red circle", "--steps", 2, "--weights", weights, "-o", still)[0] == 0
     assert read_media(still).kind == "image"
-    code, text, _ = run("understand", still, "what is it?", "--weights", weights)
+    code, text, _ = run_cli("understand", still, "what is it?", "--weights", weights)
     assert code == 0 and text.strip()
 
 
-def test_a_seed_fixes_every_byte(run, weights, tmp_path):
+def test_a_seed_determines_every_byte(run_cli, weights, tmp_path):
     for name, seed in (("a.mp4", 5), ("b.mp4", 5), ("c.mp4", 6)):
-        code, _, err = run(
+        code, _, err = run_cli(
             "generate", "a star", "--video", "--steps", 2, "--seed", seed, "--weights", weights, "-o", tmp_path / name
         )
         assert code == 0, err
@@ -80,7 +80,7 @@ GENERATE = ("generate", "a red circle", "--video")
 
 
 @pytest.mark.parametrize(
-    ("args", "said"),
+    ("args", "message"),
     [
         (("generate", "   ", "-o", "x.mp4"), "prompt: it is empty"),
         (("generate", "x" * 5000, "-o", "x.mp4"), "prompt: it has 5000 characters"),
@@ -103,34 +103,36 @@ GENERATE = ("generate", "a red circle", "--video")
         (("train", "stage1", "--sample-every", "9"), "sample-every: stage1 generates no samples"),
     ],
 )
-def test_bad_input_is_one_line_and_code_2(run, monkeypatch, tmp_path, args, said):
+def test_invalid_input_is_refused_in_one_line_with_exit_code_2(run_cli, monkeypatch, tmp_path, args, message):
     monkeypatch.chdir(tmp_path)
-    code, _, err = run(*args)
+    code, _, err = run_cli(*args)
     assert code == 2
-    assert said in err
+    assert message in err
     assert "Traceback" not in err and str(tmp_path) not in err and len(err.strip().splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_training_is_told_arrives(run, monkeypatch, tmp_path):
-    told = []
-    monkeypatch.setattr(TinyPipeline, "train", lambda tiny: told.append(tiny.run))
-    assert run("train", "stage3", "--runs", str(tmp_path), "--save-every", "600", "--sample-every", "50")[0] == 0
-    assert run("train", "stage3", "--runs", str(tmp_path))[0] == 0
-    assert [run.config.save_every for run in told] == [600, 120]
-    assert [run.config.sample_every for run in told] == [50, None]
-    assert told[0].sample_hook is not told[1].sample_hook is skip_samples
-    assert run("train", "stage3", "--sample-every", "0")[0] == run("train", "stage3", "--save-every", "-1")[0] == 2
+def test_training_options_reach_the_run(run_cli, monkeypatch, tmp_path):
+    captured = []
+    monkeypatch.setattr(TinyPipeline, "train", lambda tiny: captured.append(tiny.run))
+    assert run_cli("train", "stage3", "--runs", str(tmp_path), "--save-every", "600", "--sample-every", "50")[0] == 0
+    assert run_cli("train", "stage3", "--runs", str(tmp_path))[0] == 0
+    assert [run.config.save_every for run in captured] == [600, 120]
+    assert [run.config.sample_every for run in captured] == [50, None]
+    assert captured[0].sample_hook is not captured[1].sample_hook is skip_samples
+    assert (
+        run_cli("train", "stage3", "--sample-every", "0")[0] == run_cli("train", "stage3", "--save-every", "-1")[0] == 2
+    )
 
 
-def test_sources_that_are_no_media(run, tmp_path, monkeypatch, clip):
+def test_sources_that_are_not_media_are_refused(run_cli, tmp_path, monkeypatch, clip):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.mp4").write_text("not a video")
     (tmp_path / "cut.mp4").write_bytes(clip.read_bytes()[: clip.stat().st_size // 2])
     with (tmp_path / "huge.mp4").open("wb") as file:
         file.truncate(10 * 2**30)
     for name in ("text.mp4", "cut.mp4", "huge.mp4"):
-        code, _, err = run("edit", name, "make it blue", "-o", "x.mp4")
+        code, _, err = run_cli("edit", name, "make it blue", "-o", "x.mp4")
         assert code == 2 and err.startswith("error: source:") and len(err.strip().splitlines()) == 1
     assert not (tmp_path / "x.mp4").exists()
 
@@ -143,38 +145,42 @@ def test_a_prompt_too_long_for_the_text_encoder_is_refused_before_any_step(weigh
     assert steps == []
 
 
-def test_the_sdk_tells_every_step(weights, still):
+def test_the_sdk_reports_every_step(weights, still):
     studio = Studio(weights=weights)
-    told = []
-    result = studio.edit(still, "make it blue", steps=3, on_step=told.append)
-    assert [(step.step, step.steps) for step in told] == [(1, 3), (2, 3), (3, 3)]
+    captured = []
+    result = studio.edit(still, "make it blue", steps=3, on_step=captured.append)
+    assert [(step.step, step.steps) for step in captured] == [(1, 3), (2, 3), (3, 3)]
     assert result.frames.shape == (1, 64, 64, 3) and result.frames.dtype == np.uint8
 
 
-def test_a_preset_without_weights_says_so():
+def test_a_preset_without_weights_is_refused():
     with pytest.raises(CheckpointError, match="no weights are shipped"):
         Studio("omnivideo-1.3b")
 
 
-def test_a_source_of_another_size_is_fitted(weights, tmp_path):
+def test_a_source_of_another_size_is_resized(weights, tmp_path):
     path = tmp_path / "wide.jpg"
     Image.fromarray(np.full((90, 160, 3), 200, dtype=np.uint8)).save(path)
     assert Studio(weights=weights).edit(path, "make it blue", steps=1).frames.shape == (1, 64, 64, 3)
 
 
-def test_help_and_import_are_light():
-    """`import omnivideo` and --help load no model library, and touch nothing."""
-    heavy = ("torch", "diffusers", "fastapi")
-    code = f"import sys, omnivideo, omnivideo.cli.main; print([name for name in {heavy} if name in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+def test_importing_loads_no_heavy_library():
+    """Importing omnivideo and its command line loads no model or server library."""
+    heavy_libraries = ("torch", "diffusers", "fastapi")
+    code = (
+        f"import sys, omnivideo, omnivideo.cli.main; print([name for name in {heavy_libraries} if name in sys.modules])"
+    )
+    completed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert completed.stdout.strip() == "[]"
 
 
-def test_evaluate_scores_every_category(run, weights, tmp_path, monkeypatch):
-    """Over weights at random: that the whole suite runs and writes its figures, not what they are."""
-    steps = {task: chosen.model_copy(update={"steps": 1}) for task, chosen in TINY.sampling.items()}
+def test_evaluate_scores_every_category(run_cli, weights, tmp_path, monkeypatch):
+    """With random weights, check that the whole suite runs and writes its scores, not their values."""
+    steps = {task: params.model_copy(update={"steps": 1}) for task, params in TINY.sampling.items()}
     monkeypatch.setitem(PRESETS, "tiny", TINY.model_copy(update={"sampling": steps}))
-    code, text, err = run("evaluate", "tiny", "--count", 2, "--weights", weights, "--report", tmp_path / "scores.json")
+    code, text, err = run_cli(
+        "evaluate", "tiny", "--count", 2, "--weights", weights, "--report", tmp_path / "scores.json"
+    )
     assert code == 0, err
     scores = json.loads((tmp_path / "scores.json").read_text())
     assert set(TARGET_SCORES) <= set(scores)

@@ -1,4 +1,4 @@
-"""The service's commands over an empty home: what they start, print and refuse."""
+"""The commands of the service with an empty home folder: what they start, print and refuse."""
 
 import sys
 
@@ -12,7 +12,7 @@ from omnivideo.wiring import ServiceWiring
 
 @pytest.fixture
 def run_cli(monkeypatch, capsys, tmp_path):
-    """Runs a command line with its home in a temporary folder; returns the exit code, stdout and stderr."""
+    """Return a function that runs a command line and returns its exit code, stdout and stderr."""
     monkeypatch.setenv("OMNIVIDEO_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(service, "configure_logging", lambda component: None)
 
@@ -26,7 +26,7 @@ def run_cli(monkeypatch, capsys, tmp_path):
     return run
 
 
-def test_serve_builds_the_application_and_stops_what_it_has_started(run_cli, monkeypatch, weights):
+def test_serve_builds_the_application_and_closes_its_wiring(run_cli, monkeypatch, weights):
     served, closed = [], []
     monkeypatch.setattr(
         service, "run_server", lambda create_application, host, port: served.append(create_application())
@@ -40,7 +40,7 @@ def test_serve_builds_the_application_and_stops_what_it_has_started(run_cli, mon
     assert wiring.close_callbacks == []
 
 
-def test_serve_refuses_to_listen_to_other_machines_without_a_key(run_cli):
+def test_serve_refuses_other_hosts_without_a_key(run_cli):
     code, _, err = run_cli("serve", "--host", "0.0.0.0")
     assert code == 2 and "OMNIVIDEO_ADMIN_KEY: it is empty" in err
 

@@ -1,11 +1,11 @@
-"""The openai package, in an environment of its own, against our service: it must not find anything of ours."""
+"""The openai package runs against our service in a separate environment, without our package."""
 
 import subprocess
 import venv
 
 import pytest
 
-from tests.support.api_server import scripted, serving
+from tests.support.api_server import build_scripted_wiring, run_api_server
 
 KEY = "a-key-for-the-tests"
 SCRIPT = """
@@ -32,7 +32,7 @@ def test_a_video_is_created_and_downloaded(omni, tmp_path_factory):
     installed = subprocess.run(install, capture_output=True, text=True, timeout=600, check=False)
     if installed.returncode:
         pytest.skip(f"pip cannot install openai here: {installed.stderr.strip().splitlines()[-1]}")
-    with serving(scripted(folder / "service", omni, admin_key=KEY)) as address:
+    with run_api_server(build_scripted_wiring(folder / "service", omni, admin_key=KEY)) as address:
         command = [python, "-c", SCRIPT, address, KEY, "64x64"]
         environment = {"PATH": "/usr/bin:/bin", "HOME": str(folder)}
         completed = subprocess.run(

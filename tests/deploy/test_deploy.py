@@ -1,5 +1,8 @@
-"""The deployment's files agree with each other and with the settings.  No Docker engine and no cluster is needed; where
-helm-python-sdk (Helm 4 as a library) is installed, the chart is linted and rendered too."""
+"""The deployment's files agree with each other and with the settings.
+
+These tests need neither a Docker engine nor a cluster. If helm-python-sdk (Helm 4 as a library) is installed, the chart
+is linted and rendered as well.
+"""
 
 import importlib.util
 import json
@@ -25,8 +28,8 @@ DEPLOY = ROOT / "deploy"
 CHART = DEPLOY / "chart"
 FILES = [path for path in DEPLOY.rglob("*") if path.is_file() and path.suffix != ".pyc"]  # a test runs alive.py
 SETTINGS = {f"OMNIVIDEO_{name.upper()}" for name in ServiceSettings.model_fields}
-OURS = ("api", "migrate", "sweep", "worker", "mllm")
-NEEDED = {name: "x" * 24 for name in (
+OUR_SERVICES = ("api", "migrate", "sweep", "worker", "mllm")
+REQUIRED = {name: "x" * 24 for name in (
     "POSTGRES_PASSWORD", "REDIS_PASSWORD", "GARAGE_RPC_SECRET", "OMNIVIDEO_S3_ACCESS_KEY", "OMNIVIDEO_S3_SECRET_KEY",
     "OMNIVIDEO_ADMIN_KEY",
 )}  # fmt: skip
@@ -34,8 +37,11 @@ NOT_IN_API = {"torch", "diffusers", "transformers", "accelerate", "ftfy", "safet
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
-def interpolated(text: str, given: dict[str, str]) -> str:
-    """As compose does it: ${A}, ${A:-else}, ${A:+then} and ${A:?why}, also one in another; KeyError for the last."""
+def interpolate(text: str, given: dict[str, str]) -> str:
+    """Substitute variables as compose does, nested ones included: ${A}, ${A:-else}, ${A:+then} and ${A:?why}.
+
+    Raise KeyError for a missing ${A:?why}.
+    """
 
     def one(match: re.Match[str]) -> str:
         name, kind, rest = match.groups()
@@ -54,7 +60,7 @@ def interpolated(text: str, given: dict[str, str]) -> str:
 
 
 def compose(name: str = "compose.yaml", **given: str) -> dict:
-    return yaml.safe_load(interpolated((DEPLOY / name).read_text(), NEEDED | given))
+    return yaml.safe_load(interpolate((DEPLOY / name).read_text(), REQUIRED | given))
 
 
 SERVICES = compose()["services"]
@@ -63,7 +69,7 @@ SERVICES = compose()["services"]
 # Compose.
 
 
-@pytest.mark.parametrize("missing", NEEDED)
+@pytest.mark.parametrize("missing", REQUIRED)
 def test_compose_does_not_start_without(missing):
     with pytest.raises(KeyError, match=missing):
         compose(**{missing: ""})
@@ -78,7 +84,7 @@ def test_no_secret_has_a_default():
 
 
 @pytest.mark.parametrize("name", SERVICES)
-def test_a_service_is_bounded_and_without_rights(name):
+def test_a_service_has_limits_and_no_privileges(name):
     service = SERVICES[name]
     assert str(service["user"]).split(":")[0] not in ("", "0", "root")
     assert service["read_only"] and service["cap_drop"] == ["ALL"]
@@ -88,7 +94,7 @@ def test_a_service_is_bounded_and_without_rights(name):
     assert not [port for port in service.get("ports", ()) if not port.startswith("127.0.0.1:")]
 
 
-def test_every_service_that_stays_has_a_health_check_and_is_waited_for():
+def test_every_permanent_service_has_a_health_check_and_is_awaited():
     ending = {
         name
         for service in SERVICES.values()
@@ -102,7 +108,7 @@ def test_every_service_that_stays_has_a_health_check_and_is_waited_for():
             assert how["condition"] == "service_healthy" or name in ending
 
 
-def test_images_are_of_a_version():
+def test_images_have_versions():
     texts = [path.read_text() for path in FILES]
     images = [service["image"] for service in SERVICES.values()]
     images += [image for text in texts for image in re.findall(r"^\s*FROM (?!base-)(\S+)", text, flags=re.M)]
@@ -112,7 +118,7 @@ def test_images_are_of_a_version():
     assert f"TAG:-{PYPROJECT['version']}" in (DEPLOY / "compose.yaml").read_text()
 
 
-def test_only_the_api_knows_the_first_key():
+def test_only_the_api_has_the_admin_key():
     holders = [name for name, service in SERVICES.items() if "OMNIVIDEO_ADMIN_KEY" in service.get("environment", {})]
     assert holders == ["api"]
 
@@ -139,7 +145,7 @@ def get_option(options: dict, setting: str) -> object:
 
 
 def started(words: list[str]) -> dict:
-    """What `omnivideo mllm serve` makes of its arguments; vLLM's options are in their ranges."""
+    """Return the options that `omnivideo mllm serve` parses from its arguments; check that vLLM's are in range."""
     assert words[:3] == ["omnivideo", "mllm", "serve"]
     given = typer.main.get_command(mllm_cli).commands["serve"].make_context("serve", words[3:]).params
     launch.parse_options(**{name: value for name, value in given.items() if name in launch.VLLMOptions.model_fields})
@@ -147,7 +153,7 @@ def started(words: list[str]) -> dict:
     return given
 
 
-def test_compose_starts_the_language_model_as_it_is_told():
+def test_compose_starts_the_language_model_with_its_options():
     said = dict(re.findall(r"^#MLLM_(\w+)=(.*)$", (DEPLOY / ".env.example").read_text(), flags=re.M))
     plain = started(shlex.split(SERVICES["mllm"]["command"]))
     assert plain["host"] == "0.0.0.0" and f"mllm:{plain['port']}" in SERVICES["api"]["environment"]["OMNIVIDEO_MLLM"]
@@ -173,14 +179,14 @@ def test_the_language_model_has_shared_memory_and_time_to_load():
 # One list of settings.
 
 
-def test_compose_names_every_setting():
+def test_compose_has_every_setting():
     assert {
-        name for ours in OURS for name in SERVICES[ours]["environment"] if name.startswith("OMNIVIDEO_")
+        name for ours in OUR_SERVICES for name in SERVICES[ours]["environment"] if name.startswith("OMNIVIDEO_")
     } == SETTINGS
 
 
-def test_what_compose_passes_on_is_accepted(monkeypatch):
-    """The values of compose and the comments of .env.example are settings that the program takes."""
+def test_values_of_compose_are_accepted(monkeypatch):
+    """The values in compose and in the comments of .env.example are accepted by the settings."""
     for name in SETTINGS:
         monkeypatch.delenv(name, raising=False)
     for name, value in SERVICES["api"]["environment"].items():
@@ -207,8 +213,8 @@ def test_the_example_has_every_setting_with_a_comment():
             assert above.startswith("# "), match[1]
 
 
-def test_the_example_says_the_defaults():
-    """Of every setting with a default that means something by itself."""
+def test_the_example_states_the_defaults():
+    """Check every setting whose default has a meaning by itself."""
     said = dict(re.findall(r"^#(OMNIVIDEO_\w+)=(.*)$", (DEPLOY / ".env.example").read_text(), flags=re.M))
     defaults = {name: field.default for name, field in ServiceSettings.model_fields.items()}
     checked = [name for name, value in defaults.items() if isinstance(value, int | float | str) and value]
@@ -218,7 +224,7 @@ def test_the_example_says_the_defaults():
         assert said[f"OMNIVIDEO_{name.upper()}"] == (f"{expected:g}" if isinstance(expected, float) else str(expected))
 
 
-def test_the_chart_names_every_setting():
+def test_the_chart_has_every_setting():
     values = yaml.safe_load((CHART / "values.yaml").read_text())
     schema = json.loads((CHART / "values.schema.json").read_text())["properties"]
     assert values["settings"].keys() | values["secret"]["keys"].keys() == SETTINGS
@@ -228,7 +234,7 @@ def test_the_chart_names_every_setting():
     assert schema.keys() - {"global"} == values.keys()
 
 
-def test_no_file_names_a_setting_that_there_is_not():
+def test_no_file_names_an_unknown_setting():
     for path in [*FILES, ROOT / "docs" / "operations.md"]:
         named = set(re.findall(r"\bOMNIVIDEO_[A-Z0-9_]*[A-Z0-9]\b", path.read_text()))
         assert named <= SETTINGS, f"{path}: {named - SETTINGS}"
@@ -237,7 +243,7 @@ def test_no_file_names_a_setting_that_there_is_not():
 # Images.
 
 
-def test_images_run_without_rights():
+def test_images_run_without_privileges():
     for path in DEPLOY.glob("Dockerfile.*[!e]"):
         users = re.findall(r"^USER (\S+)", path.read_text(), flags=re.M)
         assert users[-1:] == ["10001:10001"], path
@@ -248,7 +254,7 @@ def plain(requirement: str) -> str:
     return re.match(r"[A-Za-z0-9._-]+", requirement)[0].lower().replace("_", "-")
 
 
-def test_the_api_image_has_all_but_what_draws():
+def test_the_api_image_has_all_packages_except_for_rendering():
     lines = [line for line in (DEPLOY / "requirements-api.txt").read_text().splitlines() if line[:1] not in ("", "#")]
     assert not [line for line in lines if not re.fullmatch(r"[a-z0-9._-]+==[0-9][0-9a-z.]*", line)]
     listed, extras = {plain(line) for line in lines}, PYPROJECT["optional-dependencies"]
@@ -257,7 +263,7 @@ def test_the_api_image_has_all_but_what_draws():
     assert not listed & NOT_IN_API
 
 
-def test_the_language_models_image_is_vllms_and_the_rest_of_what_we_need():
+def test_the_language_models_image_is_vllms_image_with_our_other_packages():
     text = (DEPLOY / "Dockerfile.mllm").read_text()
     (version,) = re.findall(r"FROM vllm/vllm-openai:v(\S+) AS base-gpu", text)
     assert version.startswith(f"{launch.PINNED_VERSION}.")
@@ -271,14 +277,14 @@ def test_the_language_models_image_is_vllms_and_the_rest_of_what_we_need():
             assert f"!{one}" in (DEPLOY / "Dockerfile.mllm.dockerignore").read_text().splitlines(), one
 
 
-def test_the_s3_server_is_of_the_region_that_is_asked_for():
+def test_the_s3_server_uses_the_configured_region():
     garage = tomllib.loads((DEPLOY / "garage.toml").read_text())
     assert garage["s3_api"]["s3_region"] == ServiceSettings.model_fields["s3_region"].default
     assert SERVICES["api"]["environment"]["OMNIVIDEO_S3"].endswith(garage["s3_api"]["api_bind_addr"][-5:])
     assert "rpc_secret" not in garage
 
 
-def test_versions_are_one():
+def test_all_files_have_the_same_version():
     chart = yaml.safe_load((CHART / "Chart.yaml").read_text())
     assert chart["version"] == chart["appVersion"] == PYPROJECT["version"]
 
@@ -317,7 +323,7 @@ def values(case: dict) -> dict:
 @pytest.fixture(scope="module")
 def helm():
     return pytest.importorskip(
-        "helm_python", reason="helm-python-sdk is not here: the chart was neither linted nor rendered"
+        "helm_python", reason="helm-python-sdk is not installed; the chart was neither linted nor rendered"
     )
 
 
@@ -327,13 +333,13 @@ def rendered(helm, case: dict) -> list[dict]:
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_helm_finds_nothing_wrong(helm, case):
+def test_helm_lint_passes(helm, case):
     report = helm.chart.lint(CHART, values(case), strict=True)
     assert not report["errors"] and not [message for message in report["messages"] if message["severity"] > 1]
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_every_pod_is_bounded_without_rights_and_looked_after(helm, case):
+def test_every_pod_has_limits_probes_and_no_privileges(helm, case):
     things = rendered(helm, case)
     kinds = [thing["kind"] for thing in things]
     assert "Secret" not in kinds and ("ScaledObject" in kinds) == ("keda" in case.get("worker", {}))
@@ -360,7 +366,7 @@ def mllm_container(helm, case: dict) -> tuple[dict, dict]:
     return pod, pod["containers"][0]
 
 
-def test_the_chart_starts_the_language_model_as_it_is_told(helm):
+def test_the_chart_starts_the_language_model_with_its_options(helm):
     pod, container = mllm_container(helm, {})
     given = started(container["command"])
     names = ("engine", "gpu_memory_utilization", "max_num_seqs", "max_model_len", "lora")
@@ -394,7 +400,7 @@ def test_the_chart_starts_the_language_model_as_it_is_told(helm):
         ({"api": {"image": {"tag": "latest"}}}, "/api/image/tag"),
     ],
 )
-def test_wrong_values_are_refused(helm, wrong, says):
+def test_invalid_values_are_refused(helm, wrong, says):
     with pytest.raises(helm.HelmError, match=says):
         helm.chart.Chart.load(CHART).render({**values({}), **wrong}, name="rel")
 
@@ -419,7 +425,7 @@ class Answers(BaseHTTPRequestHandler):
     def log_message(self, *_: object) -> None: ...
 
 
-def test_alive_over_http(alive):
+def test_the_health_check_works_over_http(alive):
     with HTTPServer(("127.0.0.1", 0), Answers) as server:
         threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
         address = f"http://127.0.0.1:{server.server_port}"
@@ -431,7 +437,7 @@ def test_alive_over_http(alive):
     assert not alive.answers(f"{address}/health")
 
 
-def test_a_worker_whose_broker_is_away_is_well(alive):
-    pytest.importorskip("celery", reason="celery is not here: the workers' health check was not tested")
-    pytest.importorskip("redis", reason="redis is not here: the workers' health check was not tested")
+def test_a_worker_without_its_broker_is_healthy(alive):
+    pytest.importorskip("celery", reason="celery is not installed; the workers' health check was not tested")
+    pytest.importorskip("redis", reason="redis is not installed; the workers' health check was not tested")
     assert alive.works("redis://127.0.0.1:9/0")

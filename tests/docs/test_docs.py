@@ -1,4 +1,4 @@
-"""The README's examples run as they stand, over weights at random in the shipped place and with few steps."""
+"""The README's examples run unchanged, with random weights in place of the shipped ones and with few steps."""
 
 import io
 import re
@@ -14,12 +14,12 @@ from omnivideo.presets import PRESETS, TINY
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
-LONG = ("evaluate", "train")  # run by tests of their own
+LONG = ("evaluate", "train")  # other tests run them
 
 
 @pytest.fixture(autouse=True)
 def shipped(monkeypatch, weights, tmp_path):
-    """A folder to work in, with the weights where the package ships them."""
+    """Return a working folder, with the weights where the package ships them."""
     steps = {task: chosen.model_copy(update={"steps": 1}) for task, chosen in TINY.sampling.items()}
     monkeypatch.setitem(PRESETS, "tiny", TINY.model_copy(update={"sampling": steps}))
     monkeypatch.setattr(checkpoint, "SHIPPED_WEIGHTS_FOLDER", weights.parent)
@@ -31,7 +31,7 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, flags=re.S)
 
 
-def test_command_lines(monkeypatch, tmp_path):
+def test_command_lines_run(monkeypatch, tmp_path):
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "a red ball", "image": true}\na blue star\n')
     monkeypatch.setattr(sys, "stdin", io.StringIO("a red ball\n/history\n"))
     lines = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("omnivideo ")]
@@ -49,14 +49,14 @@ def test_command_lines(monkeypatch, tmp_path):
     assert len((tmp_path / "out" / "results.jsonl").read_text().splitlines()) == 2
 
 
-def test_python(tmp_path):
+def test_python_examples_run(tmp_path):
     (block,) = blocks("python")
     exec(compile(block, "README.md", "exec"), {})
     assert (tmp_path / "clip.mp4").exists()
 
 
 def test_the_demo_runs(tmp_path):
-    """Over untrained weights nothing need be right; with every request taken for a clip, each is drawn."""
+    """With untrained weights the results may be wrong; every request is routed to a clip, so each generates one."""
     from rich.console import Console
 
     from omnivideo.backends.mllm.local import LocalMLLM
@@ -74,7 +74,7 @@ def test_the_demo_runs(tmp_path):
     assert f"of {len(DEMO_TURNS)} turns right" in shown.getvalue()
 
 
-def test_links_and_rooms_exist():
+def test_links_and_modules_exist():
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
         assert (ROOT / target).exists(), target
     for name in re.findall(r"^\| `(omnivideo/[a-z/]*?)`", README, flags=re.M):

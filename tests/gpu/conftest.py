@@ -1,4 +1,4 @@
-"""Fixtures of the GPU tests: the device, or a skip that says why, and the shipped model on it."""
+"""Fixtures of the GPU tests: the device, or a skip with its reason, and the shipped model on it."""
 
 import pytest
 import torch

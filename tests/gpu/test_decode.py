@@ -1,4 +1,4 @@
-"""The adapter, the diffusion transformer and the VAE on a GPU generate what was asked for, the same each time."""
+"""The adapter, the diffusion transformer and the VAE on a GPU generate the requested clips, reproducibly."""
 
 import numpy as np
 

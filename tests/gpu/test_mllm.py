@@ -12,7 +12,7 @@ REQUESTS = {
 
 
 @pytest.mark.parametrize(("prompt", "kind"), REQUESTS.items())
-def test_routes_are_those_of_the_cpu(gpu_omni, cpu_omni, prompt, kind):
+def test_routes_agree_with_the_cpu(gpu_omni, cpu_omni, prompt, kind):
     on_gpu, on_cpu = (
         predict_route(omni.mllm, omni.mllm_tokenizer, MLLMMessage(prompt), omni.vision_config)
         for omni in (gpu_omni, cpu_omni)

@@ -17,5 +17,5 @@ def noise_mp4(tmp_path_factory) -> bytes:
 
 @pytest.fixture
 def no_child_process(monkeypatch):
-    """No process may be started: the refusal comes before."""
+    """Fail the test if a process is started, because the refusal must come before."""
     monkeypatch.setattr(subprocess, "Popen", None)

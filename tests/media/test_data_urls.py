@@ -9,7 +9,7 @@ from omnivideo.media.ingest import decode_data_url
 
 
 @pytest.mark.parametrize("head", ["data:image/png;base64,", "data:video/mp4;base64,", "DATA:image/svg+xml;BASE64,"])
-def test_a_data_url(head):
+def test_a_data_url_is_decoded(head):
     for data in (b"a", b"ab", b"abc", bytes(range(256))):
         assert decode_data_url(head + base64.b64encode(data).decode(), max_bytes=len(data)) == data
 
@@ -25,7 +25,7 @@ def test_a_data_url(head):
         "data:image/png;base64;base64,YWJj", f"data:image/{'a' * 300};base64,YWJj",
     ],
 )  # fmt: skip
-def test_attack_data_url_that_is_none(text):
+def test_attack_invalid_data_url(text):
     with pytest.raises(InvalidInput, match=r"^image_url: [^\n]*allowed: ") as caught:
         decode_data_url(text, field="image_url")
     assert caught.value.field == "image_url" and "passwd" not in str(caught.value)

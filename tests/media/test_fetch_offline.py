@@ -19,7 +19,7 @@ def fetch_refusal(url: str, allowed=HOSTS, **options: object) -> str:
 
 @pytest.fixture
 def offline(monkeypatch):
-    """No connection may be tried."""
+    """Fail the test if a connection is attempted."""
 
     def tried(*_: object) -> None:
         pytest.fail("a connection was tried")
@@ -40,7 +40,7 @@ def test_attack_ssrf_by_name(address, offline):
 
 
 @pytest.mark.parametrize("address", ["8.8.8.8", "1.1.1.1", "2606:4700:4700::1111", "2a00:1450:4001:80b::200e"])
-def test_public_addresses_pass(address):
+def test_public_addresses_are_accepted(address):
     assert fetch.is_public_address(fetch.ipaddress.ip_address(address))
 
 
@@ -53,13 +53,13 @@ def test_attack_ssrf_by_one_address_among_public_ones(offline):
     ["127.0.0.1", "127.1", "2130706433", "0x7f000001", "0x7f.1", "0177.0.0.1", "017700000001", "0", "[::1]",
      "[::ffff:127.0.0.1]", "[::ffff:7f00:1]", "[0:0:0:0:0:ffff:a00:1]", "169.254.169.254", "localhost"],
 )  # fmt: skip
-def test_attack_ssrf_by_a_number_even_where_it_is_listed(host, offline):
+def test_attack_ssrf_by_a_number_even_if_it_is_allowed(host, offline):
     assert "host that media may not be fetched from" in fetch_refusal(f"http://{host}/a.png")
     assert fetch_refusal(f"http://{host}/a.png", allowed=[host.strip("[]")]) == UNREACHED
 
 
 @pytest.mark.parametrize("failure", [OSError("no such name: 10.1.2.3"), UnicodeError("label too long")])
-def test_attack_port_scan_a_refused_address_reads_as_a_missing_host(failure):
+def test_attack_port_scan_a_refused_address_gives_the_error_of_a_missing_host(failure):
     def resolve(host: str) -> list[str]:
         raise failure
 
@@ -105,14 +105,14 @@ def test_attack_port(url, offline):
     assert "names another port; allowed: " in fetch_refusal(url)
 
 
-def test_fetching_is_off_where_no_host_is_listed(offline):
+def test_fetching_is_disabled_without_allowed_hosts(offline):
     assert fetch_refusal("http://media.test/", allowed=()) == (
         "url: fetching by URL is disabled; allowed: an upload, or a data: URL"
     )
 
 
 @pytest.mark.parametrize("host", ["MEDIA.test", "cdn.test", "a.cdn.test", "a.b.cdn.test"])
-def test_a_host_that_is_listed(host):
+def test_an_allowed_host_is_accepted(host):
     asked: list[str] = []
     assert fetch_refusal(f"https://{host}/", resolve=lambda name: asked.append(name) or []) == UNREACHED
     assert asked == [host.lower()]

@@ -1,4 +1,4 @@
-"""Fitting a source to the model's shape: the crop, the frames that are picked, and how far a clip is decoded."""
+"""Fitting a source to the model's shape: cropping, selecting frames, and how far a clip is decoded."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from tests.support.clips import FPS, make_clip, mux_clip, write_animation
 
 
 def make_numbered_clip(frames: int, fps: float) -> DecodedMedia:
-    """A clip whose frames say their number."""
+    """Return a clip whose pixels contain the frame numbers."""
     return DecodedMedia(np.repeat(np.arange(frames, dtype=np.uint8), 8 * 8 * 3).reshape(-1, 8, 8, 3), fps, "video")
 
 
@@ -28,17 +28,17 @@ def make_numbered_clip(frames: int, fps: float) -> DecodedMedia:
         (DecodedMedia(make_numbered_clip(1, 1).frames, None, "image"), 3, 8, [0, 0, 0]),
     ],
 )
-def test_fit_in_time(source, frames, fps, expected):
+def test_fitting_selects_frames_by_time(source, frames, fps, expected):
     assert fit_media(source, 8, 8, frames, fps)[:, 0, 0, 0].tolist() == expected
 
 
-def test_fit_leaves_what_fits_alone():
+def test_fitting_does_not_change_media_that_fit():
     media = DecodedMedia(make_clip(), FPS, "video")
     assert (fit_media(media, 64, 64, 9, FPS) == make_clip()).all()
 
 
 @pytest.mark.parametrize(("width", "height"), [(32, 32), (64, 32), (30, 50), (123, 7), (1, 1)])
-def test_fit_crops_at_the_centre(width, height):
+def test_fitting_crops_at_the_centre(width, height):
     pixels = np.zeros((1, 90, 160, 3), np.uint8)
     pixels[:, 40:50, 75:85] = 255
     fitted = fit_media(DecodedMedia(pixels, None, "image"), width, height, 2, FPS)
@@ -61,7 +61,7 @@ SOURCES = {
     "fragmented": lambda folder: mux_clip(
         folder / "a.mp4", make_clip(), "mp4", "libx264", {"movflags": "+frag_keyframe+empty_moov"}
     ),
-    "pause": lambda folder: footage.film(folder / "a.mp4", footage.pan(5, 48), gap=(24, 2)),
+    "pause": lambda folder: footage.write_film(folder / "a.mp4", footage.pan_camera(5, 48), gap=(24, 2)),
     "gif": lambda folder: write_animation(folder / "a.gif", make_clip(), duration=120),
     "png": lambda folder: write_animation(folder / "a.png", make_clip(1)),
 }
@@ -74,7 +74,7 @@ def write_clip(path: Path) -> Path:
 
 @pytest.mark.parametrize("name", SOURCES)
 @pytest.mark.parametrize(("frames", "fps"), [(1, 8), (5, 8), (3, 4), (9, 12), (17, 2), (4, 7.3)])
-def test_reading_only_what_is_needed_gives_the_same_frames(tmp_path, name, frames, fps):
+def test_reading_only_the_needed_frames_gives_the_same_result(tmp_path, name, frames, fps):
     path = SOURCES[name](tmp_path)
     expected = fit_media(read_media(path), 48, 32, frames, fps)
     assert (read_fitted_media(path, 48, 32, frames, fps) == expected).all()

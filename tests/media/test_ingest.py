@@ -1,4 +1,4 @@
-"""Media of users: what is stored is what is read later, and each attack by its name."""
+"""Media of users are stored as they are read later; each test of an attack is named after it."""
 
 import io
 import os
@@ -38,7 +38,7 @@ from tests.support.foreign_media import encode_animation, encode_clip, encode_st
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_media_are_stored_as_what_they_are_and_read_back(data, suffix, medium, frames):
+def test_media_are_stored_by_their_content_and_read_back(data, suffix, medium, frames):
     store = MemoryObjectStore()
     made = ingest_media(store, data, "turn 3", "My_holiday-film.exe")
     assert made.key.endswith(f".{suffix}") and store.get(made.key) == data
@@ -48,7 +48,7 @@ def test_media_are_stored_as_what_they_are_and_read_back(data, suffix, medium, f
     assert made.fps == pytest.approx(1 if medium == "image" else 10 if suffix == "gif" else 8)
 
 
-def test_several_at_once(noise_mp4):
+def test_several_files_are_ingested_at_once(noise_mp4):
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda _: ingest_media(MemoryObjectStore(), noise_mp4, "user").key, range(4)))
     assert len(set(found)) == 1
@@ -60,13 +60,13 @@ def test_importing_loads_no_model_library():
     assert not {"torch", "transformers", "diffusers"} & set(done.stdout.split()) and done.returncode == 0
 
 
-def test_lower_limits_are_the_services_to_choose(noise_mp4):
+def test_the_service_can_lower_the_limits(noise_mp4):
     assert "has 9 frames; allowed: 1 to 8" in ingest_refusal(noise_mp4, limits=MediaLimits(max_frames=8))
     with pytest.raises(AssertionError):
         ingest_media(MemoryObjectStore(), noise_mp4, "user", limits=MediaLimits(max_frames=10**6))
 
 
-def test_a_field_of_the_callers(noise_mp4):
+def test_the_caller_names_the_field_of_the_error(noise_mp4):
     with pytest.raises(UnreadableMedia, match=r"^input_reference: the file is empty; allowed: 1 to") as caught:
         ingest_media(MemoryObjectStore(), b"", "user", field="input_reference")
     assert caught.value.field == "input_reference"

@@ -19,14 +19,14 @@ def mp4(tmp_path_factory) -> Path:
     return path
 
 
-def test_an_mp4_comes_back_as_it_went(mp4):
+def test_an_mp4_is_read_as_it_was_written(mp4):
     media = read_media(mp4)
     assert (media.kind, media.fps, media.frames.shape, media.frames.dtype) == ("video", 8.0, (9, 64, 64, 3), np.uint8)
     assert compute_psnr(media.frames, make_clip()) > 30
     assert abs(int(media.frames[0, 2, 2, 0]) - 140) <= 1
 
 
-def test_saving_and_loading_again_and_again_does_not_darken(tmp_path):
+def test_repeated_saving_and_loading_does_not_darken(tmp_path):
     clip = make_clip()
     for _ in range(4):
         write_media(tmp_path / "a.mp4", clip, FPS)
@@ -43,19 +43,19 @@ def test_saving_and_loading_again_and_again_does_not_darken(tmp_path):
         ("avi", "mpeg4", "avi"),
     ],
 )
-def test_foreign_containers(tmp_path, kind, codec, ending):
+def test_other_containers_are_read(tmp_path, kind, codec, ending):
     media = read_media(mux_clip(tmp_path / f"a.{ending}", make_clip(), kind, codec))
     assert (media.kind, media.fps, media.frames.shape) == ("video", 8.0, (9, 64, 64, 3))
     assert compute_psnr(media.frames, make_clip()) > 20
 
 
-def test_a_fragmented_mp4(tmp_path):
+def test_a_fragmented_mp4_is_read(tmp_path):
     path = mux_clip(tmp_path / "a.mp4", make_clip(), "mp4", "libx264", {"movflags": "+frag_keyframe+empty_moov"})
     assert len(read_media(path).frames) == 9
     assert_truncation_is_refused(path)
 
 
-def test_the_content_decides_not_the_name(tmp_path, mp4):
+def test_the_content_determines_the_format_not_the_name(tmp_path, mp4):
     Image.fromarray(make_clip()[0]).save(tmp_path / "a.png")
     (tmp_path / "a.png").rename(tmp_path / "still.mp4")
     (tmp_path / "clip.jpg").write_bytes(mp4.read_bytes())
@@ -64,7 +64,7 @@ def test_the_content_decides_not_the_name(tmp_path, mp4):
 
 
 @pytest.mark.parametrize(("ending", "least"), [("png", 99), ("webp", 99), ("jpeg", 30)])
-def test_stills(tmp_path, ending, least):
+def test_stills_are_read(tmp_path, ending, least):
     Image.fromarray(make_clip()[0]).save(tmp_path / f"a.{ending}", lossless=True, quality=95)
     media = read_media(tmp_path / f"a.{ending}")
     assert (media.kind, media.fps, media.frames.shape) == ("image", None, (1, 64, 64, 3))
@@ -72,20 +72,20 @@ def test_stills(tmp_path, ending, least):
 
 
 @pytest.mark.parametrize("ending", ["gif", "webp", "png"])
-def test_animations(tmp_path, ending):
+def test_animations_are_read(tmp_path, ending):
     media = read_media(write_animation(tmp_path / f"a.{ending}", make_clip(), duration=120, lossless=True))
     assert (media.kind, media.fps, media.frames.shape) == ("video", pytest.approx(1 / 0.12, abs=1e-3), (9, 64, 64, 3))
     assert (media.frames == make_clip()).all()
 
 
-def test_an_animation_with_uneven_times_is_laid_on_an_even_grid(tmp_path):
+def test_an_animation_with_uneven_times_is_resampled_evenly(tmp_path):
     media = read_media(write_animation(tmp_path / "a.gif", make_clip(5), duration=[300, 100, 100, 100, 200]))
     assert media.fps == 10
     assert (media.frames == make_clip(5)[[0, 0, 0, 1, 2, 3, 4, 4]]).all()
 
 
-def test_a_gif_in_which_nothing_moves_for_a_while_keeps_its_frames(tmp_path):
-    clip = make_clip()[[0, 0, 0, 1, 2, 3, 4, 4, 4]]  # Pillow writes equal neighbours as one
+def test_a_gif_with_a_static_part_keeps_its_frames(tmp_path):
+    clip = make_clip()[[0, 0, 0, 1, 2, 3, 4, 4, 4]]  # Pillow merges equal consecutive frames
     write_media(tmp_path / "a.gif", clip, 10)
     assert (read_media(tmp_path / "a.gif").frames == clip).all()
 
@@ -109,9 +109,9 @@ def test_sixteen_bit_grey_is_scaled(tmp_path):
     assert read_media(tmp_path / "a.png").frames[0, 0, :, 0].tolist() == [0, 128, 255]
 
 
-def test_a_jpeg_is_turned_upright(tmp_path):
+def test_a_jpeg_is_rotated_upright(tmp_path):
     exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was turned: show it 90 degrees clockwise
+    exif[0x0112] = 6  # rotate by 90 degrees clockwise for display
     pixels = np.zeros((16, 32, 3), np.uint8)
     pixels[:, :16] = 255
     Image.fromarray(pixels).save(tmp_path / "a.jpg", exif=exif)
@@ -124,7 +124,7 @@ def test_a_second_view_inside_a_jpeg_does_not_make_it_a_clip(tmp_path):
     assert read_media(tmp_path / "a.jpg").kind == "image"
 
 
-def test_a_phone_clip_is_turned_upright(tmp_path):
+def test_a_phone_clip_is_rotated_upright(tmp_path):
     write_media(tmp_path / "a.mp4", make_clip(2, 64, 48), FPS)
     data = bytearray((tmp_path / "a.mp4").read_bytes())
 
@@ -138,7 +138,7 @@ def test_a_phone_clip_is_turned_upright(tmp_path):
     assert (read_media(tmp_path / "turned.mp4").frames == expected).all()
 
 
-def test_frames_that_an_edit_list_cuts_away_are_not_missed(tmp_path, mp4):
+def test_frames_that_an_edit_list_removes_are_not_missing(tmp_path, mp4):
     with av.open(str(mp4)) as source, av.open(str(tmp_path / "a.mp4"), "w", format="mp4") as target:
         stream = target.add_stream_from_template(source.streams.video[0])
         for packet in source.demux(video=0):

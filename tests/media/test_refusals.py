@@ -24,11 +24,11 @@ def mp4(tmp_path_factory) -> Path:
     return path
 
 
-def test_no_such_file(tmp_path):
+def test_a_missing_file_is_refused(tmp_path):
     assert "No such file" in read_refusal(tmp_path / "none.mp4")
 
 
-def test_a_folder(tmp_path):
+def test_a_folder_is_refused(tmp_path):
     (tmp_path / "a.mp4").mkdir()
     assert "folder" in read_refusal(tmp_path / "a.mp4")
 
@@ -38,12 +38,12 @@ def test_a_pipe_is_not_opened(tmp_path):
     assert "not a file" in read_refusal(tmp_path / "a.mp4")
 
 
-def test_an_empty_file(tmp_path):
+def test_an_empty_file_is_refused(tmp_path):
     (tmp_path / "a.mp4").touch()
     assert "empty" in read_refusal(tmp_path / "a.mp4")
 
 
-def test_ten_gigabytes_are_refused_unopened(tmp_path, monkeypatch):
+def test_ten_gigabytes_are_refused_without_opening_the_file(tmp_path, monkeypatch):
     path = tmp_path / "a.mp4"
     path.touch()
     os.truncate(path, 10 * 2**30)
@@ -61,7 +61,7 @@ def test_ten_gigabytes_are_refused_unopened(tmp_path, monkeypatch):
         b"\0\0\0\x20ftypheic" + b"\0" * 64,
     ],
 )
-def test_what_is_no_media(tmp_path, content):
+def test_files_that_are_not_media_are_refused(tmp_path, content):
     (tmp_path / "a.mp4").write_bytes(content)
     assert "not an image or video; allowed: mp4" in read_refusal(tmp_path / "a.mp4")
 
@@ -69,12 +69,12 @@ def test_what_is_no_media(tmp_path, content):
 @pytest.mark.parametrize(
     "head", [b"\0\0\0\x20ftypisom", b"\x1a\x45\xdf\xa3", b"RIFF\x10\0\0\0AVI ", b"GIF89a", b"\xff\xd8\xff"]
 )
-def test_a_right_beginning_and_then_noise(tmp_path, head):
+def test_a_valid_header_before_noise_is_refused(tmp_path, head):
     (tmp_path / "a.bin").write_bytes(head + np.random.default_rng(0).bytes(3000))
     read_refusal(tmp_path / "a.bin")
 
 
-def test_sound_alone(tmp_path):
+def test_a_file_with_sound_only_is_refused(tmp_path):
     with av.open(str(tmp_path / "a.mp4"), "w") as container:
         stream = container.add_stream("aac", rate=48000, layout="mono")
         frame = av.AudioFrame.from_ndarray(np.zeros((1, 4800), np.float32), format="fltp", layout="mono")
@@ -84,7 +84,7 @@ def test_sound_alone(tmp_path):
     assert "no video stream" in read_refusal(tmp_path / "a.mp4")
 
 
-def test_a_cut_mp4_with_its_index_at_the_front(tmp_path):
+def test_a_truncated_mp4_with_its_index_at_the_front_is_refused(tmp_path):
     write_media(tmp_path / "a.mp4", make_clip(), FPS)
     assert_truncation_is_refused(tmp_path / "a.mp4")
 
@@ -99,25 +99,25 @@ def test_a_cut_mp4_with_its_index_at_the_front(tmp_path):
         ("avi", "mpeg4", "avi"),
     ],
 )
-def test_a_cut_clip(tmp_path, kind, codec, ending):
+def test_a_truncated_clip_is_refused(tmp_path, kind, codec, ending):
     assert_truncation_is_refused(mux_clip(tmp_path / f"a.{ending}", make_clip(), kind, codec))
 
 
 @pytest.mark.parametrize("ending", ["gif", "webp", "png"])
-def test_a_cut_animation(tmp_path, ending):
+def test_a_truncated_animation_is_refused(tmp_path, ending):
     assert_truncation_is_refused(write_animation(tmp_path / f"a.{ending}", make_clip(), duration=120))
 
 
 @pytest.mark.parametrize("ending", ["png", "jpeg", "webp", "gif"])
-def test_a_cut_still(tmp_path, ending):
+def test_a_truncated_still_is_refused(tmp_path, ending):
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)).save(tmp_path / f"a.{ending}")
     assert_truncation_is_refused(tmp_path / f"a.{ending}")
 
 
-def test_fewer_frames_than_the_header_says(tmp_path):
+def test_fewer_frames_than_in_the_header_are_refused(tmp_path):
     write_media(tmp_path / "a.mp4", np.random.default_rng(0).integers(0, 256, (9, 64, 64, 3), np.uint8), FPS)
     data = bytearray((tmp_path / "a.mp4").read_bytes())
-    data[len(data) // 2 :] = bytes(len(data) - len(data) // 2)  # of the right length, but with nothing in it
+    data[len(data) // 2 :] = bytes(len(data) - len(data) // 2)  # of the right length, but empty
     (tmp_path / "a.mp4").write_bytes(data)
     read_refusal(tmp_path / "a.mp4")
 
@@ -131,7 +131,9 @@ def png_bomb(side: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + pixels + chunk(b"IEND", b"")
 
 
-@pytest.mark.parametrize("side", [4_000, 10_000, 50_000])  # below, at and above where Pillow warns and refuses
+@pytest.mark.parametrize(
+    "side", [4_000, 10_000, 50_000]
+)  # below, at and above the limits at which Pillow warns and refuses
 def test_a_bomb_is_refused_by_its_header(tmp_path, side):
     (tmp_path / "a.png").write_bytes(png_bomb(side))
     assert "pixels per frame; allowed: 1 to 9437184" in read_refusal(tmp_path / "a.png")
@@ -147,7 +149,7 @@ def test_a_bomb_is_refused_by_its_header(tmp_path, side):
         (MediaLimits(max_decoded_bytes=100_000), "has 110592 bytes of pixels; allowed: 1 to 100000"),
     ],
 )
-def test_over_a_limit_by_the_header(mp4, limits, what, monkeypatch):
+def test_a_header_over_a_limit_is_refused(mp4, limits, what, monkeypatch):
     monkeypatch.setattr(decode, "decode_stream", None)
     assert what in read_refusal(mp4, limits)
 
@@ -160,7 +162,7 @@ def test_over_a_limit_by_the_header(mp4, limits, what, monkeypatch):
         (MediaLimits(max_decoded_bytes=100_000), "bytes of pixels; allowed: 1 to 100000"),
     ],
 )
-def test_over_a_limit_that_only_decoding_shows(tmp_path, limits, what):
+def test_a_file_over_a_limit_is_refused_while_decoding(tmp_path, limits, what):
     options = {"live": "1"}  # such a webm states neither its size nor its duration
     assert what in read_refusal(mux_clip(tmp_path / "a.webm", make_clip(), "webm", "libvpx", options), limits)
     assert what in read_refusal(write_animation(tmp_path / "a.gif", make_clip(), duration=120), limits)
@@ -177,7 +179,7 @@ def test_a_name_cannot_break_the_line(tmp_path):
         read_media(tmp_path / "a\nb.mp4")
 
 
-def test_text_in_a_png_is_no_duration(tmp_path):
+def test_text_in_a_png_is_not_a_duration(tmp_path):
     info = PngImagePlugin.PngInfo()
     info.add_text("duration", "long")
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png", pnginfo=info)

@@ -1,4 +1,4 @@
-"""The process that decodes media of users: each attack on its parent by its name."""
+"""The process that decodes media of users; each test is named after an attack on the parent."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from tests.support.foreign_media import ingest_refusal
 
 @pytest.fixture
 def replace_child_reader(monkeypatch):
-    """The child's own program with another reader in it, given as an expression."""
+    """Return a function that replaces the reader in the child's program by an expression."""
 
     def replaced(reader: str) -> None:
         program = sandbox.CHILD_PROGRAM.replace(
@@ -32,7 +32,7 @@ def replace_child_reader(monkeypatch):
 TRUE = {"width": 48, "height": 64, "frames": 9, "fps": 8.0, "kind": "video"}
 
 
-def test_attack_child_that_eats_memory(replace_child_reader, noise_mp4):
+def test_attack_child_that_exhausts_memory(replace_child_reader, noise_mp4):
     replace_child_reader(f"(bytearray(2**30), {TRUE})[1]")
     assert (
         ingest_media(
@@ -53,7 +53,7 @@ def test_attack_child_that_hangs(replace_child_reader, noise_mp4, reader):
     )
 
 
-def test_attack_child_that_ends_by_itself_when_its_parent_is_gone(noise_mp4, monkeypatch, replace_child_reader):
+def test_attack_child_that_outlives_its_parent(noise_mp4, monkeypatch, replace_child_reader):
     replace_child_reader("__import__('time').sleep(60)")
     monkeypatch.setattr(sandbox, "read_report", lambda process, deadline: process.stdout.read())
     assert "takes more than 0.3 seconds" in ingest_refusal(noise_mp4, process_limits=ProcessLimits(timeout_seconds=0.3))
@@ -65,7 +65,7 @@ def test_attack_child_that_crashes(replace_child_reader, noise_mp4, signal):
     assert "is damaged" in ingest_refusal(noise_mp4)
 
 
-def test_attack_child_that_floods(replace_child_reader, noise_mp4):
+def test_attack_child_that_floods_its_output(replace_child_reader, noise_mp4):
     replace_child_reader("[sandbox.os.write(1, bytes(65536)) for _ in iter(int, 1)]")
     assert "is damaged" in ingest_refusal(noise_mp4)
 
@@ -85,7 +85,7 @@ def test_attack_child_that_lies(replace_child_reader, noise_mp4):
 @pytest.mark.parametrize(
     "said", [b"", b"[]", b"[" * 4000, b"null", b"\xff", pickle.dumps({"width": 1}), b'{"refused": 1}']
 )
-def test_attack_report_that_is_none(said):
+def test_attack_invalid_report(said):
     with pytest.raises(UnreadableMedia, match="is damaged"):
         sandbox.parse_report(said, 0, MediaLimits(), ProcessLimits())
 
@@ -108,7 +108,7 @@ def test_attack_child_that_looks_for_secrets_files_and_descriptors(
         )
         told = ingest_refusal(noise_mp4).removeprefix("source: 'clip.mp4' ").split()
     assert set(told) <= {"LC_CTYPE", "LD_LIBRARY_PATH", *sandbox.build_child_environment(), *"01236", "16"}
-    assert told[-3:] == ["0", "0", "16"]  # bytes of a file, of a core dump; open files
+    assert told[-3:] == ["0", "0", "16"]  # limits of file size, core dump size and open files
 
 
 def test_attack_child_that_writes_a_file(replace_child_reader, noise_mp4, tmp_path):
@@ -117,13 +117,13 @@ def test_attack_child_that_writes_a_file(replace_child_reader, noise_mp4, tmp_pa
     assert (tmp_path / "a").read_bytes() == b""
 
 
-def test_no_process_to_be_had(noise_mp4, monkeypatch):
+def test_a_process_that_cannot_be_started_is_reported(noise_mp4, monkeypatch):
     monkeypatch.setattr(sandbox.sys, "executable", "/none/python")
     with pytest.raises(ServiceBusy, match="no process can be started"):
         sandbox.measure_in_sandbox(noise_mp4)
 
 
-def test_too_many_at_once(noise_mp4, monkeypatch):
+def test_too_many_processes_at_once_are_refused(noise_mp4, monkeypatch):
     monkeypatch.setattr(sandbox, "PROCESS_SLOTS", threading.BoundedSemaphore(1))
     with sandbox.acquire_process_slot(1), pytest.raises(ServiceBusy, match="too many are being read at once"):
         sandbox.measure_in_sandbox(noise_mp4, process_limits=ProcessLimits(timeout_seconds=0.05))

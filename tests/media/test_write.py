@@ -1,4 +1,4 @@
-"""Writing media: the same bytes every time, and nothing left behind by a failure."""
+"""Writing media gives the same bytes every time, and a failure leaves no file."""
 
 import errno
 import os
@@ -24,7 +24,7 @@ def mp4(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.gif"])
-def test_two_writes_are_the_same_bytes(tmp_path, name):
+def test_two_writes_give_the_same_bytes(tmp_path, name):
     (tmp_path / "other").mkdir()
     for path in (tmp_path / name, tmp_path / "other" / name):
         write_media(path, make_clip(), FPS)
@@ -40,7 +40,7 @@ def test_an_mp4_plays_in_browsers(mp4):
 
 
 @pytest.mark.parametrize(("width", "height", "frames"), [(33, 17, 3), (2, 2, 1), (1, 1, 1), (64, 64, 1)])
-def test_odd_sizes_and_single_frames_as_mp4(tmp_path, width, height, frames):
+def test_odd_sizes_and_single_frames_are_written_as_mp4(tmp_path, width, height, frames):
     clip = np.full((frames, height, width, 3), 90, np.uint8)
     write_media(tmp_path / "a.mp4", clip, FPS)
     media = read_media(tmp_path / "a.mp4")
@@ -72,13 +72,13 @@ def test_a_png_holds_one_frame(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a.webm", "a", "mp4", "a.mp4.txt", ".png"])
-def test_unknown_endings(tmp_path, name):
+def test_unknown_suffixes_are_refused(tmp_path, name):
     with pytest.raises(InvalidInput, match=r"allowed: \.mp4, \.gif, \.png") as caught:
         write_media(tmp_path / name, make_clip(1), FPS)
     assert caught.value.field == "output" and not list(tmp_path.iterdir())
 
 
-def test_check_output(tmp_path):
+def test_output_paths_are_checked(tmp_path):
     (tmp_path / "folder.mp4").mkdir()
     for name in ("a.mp4", "a.GIF", "a.png"):
         check_output(tmp_path / name, 1)
@@ -89,14 +89,14 @@ def test_check_output(tmp_path):
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_read_only_folder(tmp_path):
+def test_a_read_only_folder_is_refused(tmp_path):
     tmp_path.chmod(0o555)
     with pytest.raises(InvalidInput, match="read-only"):
         check_output(tmp_path / "a.mp4", 1)
 
 
 @pytest.mark.parametrize("fps", [0, -1, float("nan"), float("inf"), 1000])
-def test_a_rate_that_cannot_be(tmp_path, fps):
+def test_an_invalid_rate_is_refused(tmp_path, fps):
     with pytest.raises(InvalidInput, match=r"fps: .* allowed: 0\.1 to 240"):
         write_media(tmp_path / "a.mp4", make_clip(), fps)
     assert not list(tmp_path.iterdir())
@@ -110,7 +110,7 @@ def test_a_rate_that_cannot_be(tmp_path, fps):
         (OSError(errno.ENOSPC, "No space left on device"), InvalidInput),
     ],
 )
-def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, failure, raised):
+def test_a_failure_keeps_the_old_file_and_leaves_no_other(tmp_path, monkeypatch, failure, raised):
     (tmp_path / "a.mp4").write_bytes(b"old")
     whole, frames = write.rgb_to_yuv, []
 

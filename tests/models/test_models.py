@@ -1,4 +1,4 @@
-"""The model's own joints: patches, routing, conditions, the denoising loop, the checkpoint."""
+"""How the parts of the model work together: patches, routing, conditions, the denoising loop and checkpoints."""
 
 import json
 import random
@@ -43,7 +43,7 @@ CLIP = RNG.integers(0, 255, (9, 64, 64, 3), dtype=np.uint8)
 # ---------------------------------------------------------------- MLLM
 
 
-def test_patches_are_those_of_qwen():
+def test_patches_agree_with_those_of_qwen():
     theirs = Qwen2VLImageProcessorPil(
         patch_size=8, temporal_patch_size=2, merge_size=2, min_pixels=4096, max_pixels=4096,
         image_mean=[0.5] * 3, image_std=[0.5] * 3,
@@ -53,12 +53,12 @@ def test_patches_are_those_of_qwen():
     assert torch.allclose(theirs["pixel_values"], ours, atol=1e-6)
 
 
-def test_a_clip_is_seen_at_its_ends_and_between():
+def test_a_clip_is_sampled_from_its_first_to_its_last_frame():
     assert sample_frame_indices(MLLMMedia(CLIP, 8.0), TINY.vision_input) == [0, 3, 5, 8]
 
 
 def test_batches_equal_single_requests(omni):
-    """Padding changes nothing, whatever stands beside a request."""
+    """Padding does not change a request's result, whatever the other requests of the batch are."""
     requests = [
         (MLLMMessage("a red circle"), "image"),
         (MLLMMessage("make it blue", (MLLMMedia(CLIP),)), "video"),
@@ -138,12 +138,12 @@ def test_an_image_uses_the_first_visual_token_only(omni, monkeypatch):
         forward = omni.bridge.adapter.forward
         patch.setattr(omni.bridge.adapter, "forward", lambda tokens: taken.append(tokens) or forward(tokens))
         alone = omni.adapt_visual_tokens(visual, ["image", "image"])
-    assert torch.allclose(alone[0], image, atol=1e-5) and taken[0].shape[1] == 1  # the others are not made
+    assert torch.allclose(alone[0], image, atol=1e-5) and taken[0].shape[1] == 1  # the other tokens are not generated
 
 
 @pytest.mark.parametrize("target", ["image", "video"])
 @pytest.mark.parametrize("prompt", ["a red circle", "a red circle " * 15])
-def test_the_length_of_a_condition_is_known_without_making_it(omni, prompt, target):
+def test_the_length_of_a_condition_is_computed_in_advance(omni, prompt, target):
     visual = omni.adapt_visual_tokens(torch.randn(1, 4, TINY.vision_head.width), [target])
     assert omni.compute_condition_length(prompt, target) == omni.build_condition([prompt], visual).shape[1]
 
@@ -151,7 +151,7 @@ def test_the_length_of_a_condition_is_known_without_making_it(omni, prompt, targ
 # ---------------------------------------------------------------- denoising
 
 
-def test_timesteps_are_the_released_ones():
+def test_timesteps_agree_with_the_released_code():
     fifty, forty = (create_scheduler(steps, 5.0).timesteps.tolist() for steps in (50, 40))
     assert (fifty[:3], fifty[-1], len(fifty)) == ([999, 995, 991], 92, 50)
     assert (forty[:3], forty[-1], len(forty)) == ([999, 994, 989], 113, 40)
@@ -166,7 +166,7 @@ def run(
     return list(denoise(omni.decoder, x, condition, null, steps, guidance, shift, begin))
 
 
-def test_denoising_yields_every_step_and_repeats_bit_for_bit(omni):
+def test_denoising_yields_every_step_and_is_reproducible(omni):
     one, two, other = run(omni, 1), run(omni, 1), run(omni, 2)
     assert [state.state.step for state in one] == [1, 2, 3, 4]
     assert torch.equal(one[-1].state.latents, two[-1].state.latents)
@@ -176,14 +176,14 @@ def test_denoising_yields_every_step_and_repeats_bit_for_bit(omni):
 
 @pytest.mark.parametrize("shift", [0.01, 100.0])
 def test_the_ends_of_the_flow_shifts_range_are_usable(omni, shift):
-    """At 100 several steps have the same timestep."""
+    """With a flow shift of 100, several steps have the same timestep."""
     whole = run(omni, 1, steps=200, shift=shift, guidance=1.0)
     assert [state.state.step for state in whole] == list(range(1, 201))
     assert torch.isfinite(whole[-1].state.latents).all()
 
 
 @pytest.mark.parametrize("steps", [1, 2, 6])
-def test_denoising_goes_on_from_any_point_to_the_same_bits(omni, steps):
+def test_denoising_resumes_from_any_step_bit_for_bit(omni, steps):
     whole = run(omni, 1, steps=steps)
     for state in whole[:-1]:
         rest = run(omni, 1, steps=steps, begin=state.state)
@@ -192,14 +192,14 @@ def test_denoising_goes_on_from_any_point_to_the_same_bits(omni, steps):
 
 
 class ReleasedLevels(UniPCMultistepScheduler):
-    """diffusers' scheduler at the released code's noise levels, as `create_scheduler` sets them."""
+    """The scheduler of diffusers with the noise levels of the released code, as `create_scheduler` sets them."""
 
     def set_timesteps(self, num_inference_steps=None, device=None, **rest):
         super().set_timesteps(sigmas=np.linspace(0.999, 0, num_inference_steps + 1)[:-1], device=device)
 
 
-def test_the_loop_equals_diffusers_own_pipeline(omni):
-    """Same weights, noise, condition and noise levels: the same latents as `WanPipeline`."""
+def test_the_loop_agrees_with_the_pipeline_of_diffusers(omni):
+    """With the same weights, noise, condition and noise levels, the latents are those of `WanPipeline`."""
     scheduler = ReleasedLevels(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0)
     theirs = WanPipeline(omni.tokenizer, omni.text_encoder, omni.vae, scheduler, omni.decoder)
     theirs.set_progress_bar_config(disable=True)
@@ -221,7 +221,7 @@ def test_absolute_positions_have_no_weights(omni):
     assert all(not key.startswith("position") for key in omni.decoder.state_dict())
     x = torch.zeros(1, 16, 1, 8, 8)
     out = omni.decoder(x, torch.tensor([500.0]), torch.zeros(1, 8, 192), return_dict=False)[0]
-    assert out.std(dim=(2, 3, 4)).max() > 1e-3  # equal tokens are told apart by their place
+    assert out.std(dim=(2, 3, 4)).max() > 1e-3  # equal tokens differ by their position
 
 
 # ---------------------------------------------------------------- checkpoint
@@ -236,7 +236,7 @@ def test_a_checkpoint_round_trip_keeps_the_weights(omni, weights):
     checkpoint.verify_digests(weights)
 
 
-def spoil(folder, name, change):
+def edit_state(folder, name, change):
     path = folder / name
     state = load_file(path)
     change(state)
@@ -262,12 +262,12 @@ def test_loading_is_strict(weights, tmp_path, name, how):
         else:
             state[key] = torch.zeros(*state[key].shape[:-1], state[key].shape[-1] + 1)
 
-    spoil(folder, name, change)
+    edit_state(folder, name, change)
     with pytest.raises(CheckpointError, match=name.split("/")[0]):
         checkpoint.load(folder)
 
 
-def test_damage_and_absence_are_named(weights, tmp_path):
+def test_damaged_and_missing_files_are_reported(weights, tmp_path):
     folder = tmp_path / "tiny"
     shutil.copytree(weights, folder)
     path = folder / "adapter" / "model.safetensors"
@@ -284,9 +284,9 @@ def test_damage_and_absence_are_named(weights, tmp_path):
         checkpoint.load(folder)
 
 
-@pytest.mark.parametrize("size", [600, 640])  # with rows to spare, as Qwen3-VL has, and without
-def test_a_stock_mllm_is_refused_until_the_tokens_that_route_are_added(weights, tmp_path, monkeypatch, size):
-    """By the lines of docs/weights.md."""
+@pytest.mark.parametrize("size", [600, 640])  # with spare rows, as in Qwen3-VL, and without
+def test_a_stock_mllm_is_refused_until_the_routing_tokens_are_added(weights, tmp_path, monkeypatch, size):
+    """Run the lines of docs/weights.md."""
     stock = tuple(token for token in mllm.SPECIAL_TOKENS if token not in VISUAL_TOKENS)
     monkeypatch.setattr(mllm, "SPECIAL_TOKENS", stock)
     samples = [mllm.to_chat_sample(mllm.sample_foundation_example(random.Random(at))) for at in range(200)]
@@ -315,8 +315,8 @@ def test_a_stock_mllm_is_refused_until_the_tokens_that_route_are_added(weights, 
     )
 
 
-def test_a_question_in_words_does_not_hear_of_the_clip_before_it(omni):
-    """transformers keeps a rotary offset of the last request with media."""
+def test_a_text_question_is_not_affected_by_an_earlier_clip(omni):
+    """transformers keeps the rotary offset of the last request with media."""
     talk = MLLMMessage("hello, who are you?")
     clip = MLLMMessage("what is this?", (MLLMMedia(np.zeros((9, 64, 64, 3), np.uint8), 8.0, True),))
 

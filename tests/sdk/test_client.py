@@ -8,9 +8,10 @@ import pytest
 from PIL import Image
 
 from omnivideo import AsyncClient, Client
-from omnivideo.contracts import QuestionAsked, StepProgress, TurnCompleted
+from omnivideo.contracts import StepProgress
 from omnivideo.errors import ArtifactNotFound, InvalidInput, OmniVideoError, StoreError
-from tests.support.api_server import scripted, serving
+from omnivideo.turns import QuestionAsked, TurnCompleted
+from tests.support.api_server import build_scripted_wiring, run_api_server
 from tests.support.servers import free_port
 
 KEY = "a-key-for-the-tests"
@@ -18,9 +19,9 @@ KEY = "a-key-for-the-tests"
 
 @pytest.fixture(scope="module")
 def address(omni, tmp_path_factory):
-    wiring = scripted(tmp_path_factory.mktemp("service"), omni, admin_key=KEY)
+    wiring = build_scripted_wiring(tmp_path_factory.mktemp("service"), omni, admin_key=KEY)
     wiring.start_background_services(wiring.build_service_context())
-    with serving(wiring) as address:
+    with run_api_server(wiring) as address:
         yield address
 
 
@@ -107,6 +108,6 @@ def test_the_client_waits_for_a_service_that_starts_late(omni, tmp_path, monkeyp
         threads: list = []
         opener = threading.Thread(target=lambda: threads.append(client.open_thread()))
         opener.start()
-        with serving(scripted(tmp_path, omni), port):
+        with run_api_server(build_scripted_wiring(tmp_path, omni), port):
             opener.join(20)
             assert threads and threads[0].get_turns() == []

@@ -1,39 +1,28 @@
-"""Real servers for the tests of storage: SQLite and PostgreSQL at the newest schema, and an S3 server."""
+"""Databases for the tests of storage, in memory, in a file and on a PostgreSQL server; and an S3 server."""
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 from sqlalchemy import Engine
 
-from omnivideo.storage.database.engine import create_database_engine, upgrade_schema
 from omnivideo.storage.database.schema import metadata
+from tests.support.databases import open_database
 from tests.support.s3_server import S3Server, s3_server
-from tests.support.servers import postgres
 
 if TYPE_CHECKING:
     from omnivideo.storage.objects.s3 import S3ObjectStore
 
 
-@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
+@pytest.fixture(scope="module", params=["memory", "sqlite", "postgresql"])
 def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
-    folder: Path = tmp_path_factory.mktemp(request.param)
-    if request.param == "sqlite":
-        engine = create_database_engine(f"sqlite:///{folder}/service.db")
-        upgrade_schema(engine)
+    with open_database(request.param, tmp_path_factory.mktemp(request.param)) as engine:
         yield engine
-        return
-    with postgres(folder) as address:
-        engine = create_database_engine(address)
-        upgrade_schema(engine)
-        yield engine
-        engine.dispose()
 
 
 @pytest.fixture
 def empty_database(engine: Engine) -> Engine:
-    """The database, with all rows deleted."""
+    """Return the database with all rows deleted."""
     with engine.connect() as connection:
         for table in metadata.sorted_tables:
             connection.execute(table.delete())

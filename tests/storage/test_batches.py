@@ -11,6 +11,7 @@ from omnivideo.storage.database import schema
 from omnivideo.storage.database.batches import BatchRecord, BatchRepository, LineOutcome
 from omnivideo.storage.database.engine import create_database_engine
 from omnivideo.storage.database.repository import unix_now
+from tests.support.claims import claim_from_threads
 from tests.support.servers import free_port
 
 
@@ -71,18 +72,12 @@ def test_the_first_outcome_of_a_line_is_kept(batches: BatchRepository) -> None:
 def test_several_runners_never_claim_the_same_batch(batches: BatchRepository) -> None:
     for index in range(20):
         create_batch(batches, f"batch{index}", max_open_batches=99)
-    claimed_ids: list[str] = []
 
-    def claim_all() -> None:
-        while batch := batches.claim_batch(threading.current_thread().name, 60.0):
-            claimed_ids.append(batch.id)
+    def claim() -> list[str]:
+        batch = batches.claim_batch(threading.current_thread().name, 60.0)
+        return [batch.id] if batch else []
 
-    threads = [threading.Thread(target=claim_all) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    claim_all()  # a thread that found every remaining row locked may have stopped early
+    claimed_ids = claim_from_threads(claim)
     assert len(claimed_ids) == len(set(claimed_ids)) == 20
 
 

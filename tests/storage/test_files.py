@@ -38,7 +38,7 @@ def test_a_deleted_file_is_not_found(files: FileRepository) -> None:
     assert not files.delete_file("one", "ann")
 
 
-def test_objects_of_files_and_of_inputs_of_active_batches_are_referenced(files: FileRepository) -> None:
+def test_objects_of_files_and_batch_inputs_are_referenced(files: FileRepository) -> None:
     batches = BatchRepository(files.engine)
     for file_id in ("kept", "input", "deleted"):
         create_file(files, file_id)

@@ -1,4 +1,4 @@
-"""The life of jobs in a real database: SQLite and PostgreSQL."""
+"""The lifecycle of jobs in a real database: SQLite and PostgreSQL."""
 
 import threading
 import time
@@ -14,18 +14,19 @@ from omnivideo.presets import TINY
 from omnivideo.storage.database.engine import create_database_engine, upgrade_schema
 from omnivideo.storage.database.jobs import JobRepository, result_from_status
 from omnivideo.storage.database.repository import unix_now
-from omnivideo.storage.database.schema import jobs, metadata
+from omnivideo.storage.database.schema import jobs as jobs_table
+from omnivideo.storage.database.schema import metadata
 from tests.support.servers import free_port
 
 
 @pytest.fixture
-def book(empty_database):
+def jobs(empty_database):
     return JobRepository(empty_database)
 
 
-def job(name: str, prompt: str = "a red ball") -> Job:
+def build_job(job_id: str, prompt: str = "a red ball") -> Job:
     params = resolve_sampling_params(TINY, "text-to-video", seed=1)
-    return Job(id=name, prompt=prompt, visual_tokens=None, source=None, params=params)
+    return Job(id=job_id, prompt=prompt, visual_tokens=None, source=None, params=params)
 
 
 ARTIFACT = Artifact(
@@ -33,242 +34,251 @@ ARTIFACT = Artifact(
 )
 
 
-def silence(book: JobRepository, name: str) -> None:
-    """As if the job's worker had not been heard of for an hour."""
-    with book.engine.connect() as connection:
+def expire_heartbeat(jobs: JobRepository, job_id: str) -> None:
+    """Set the last heartbeat and notification of a job to an hour ago."""
+    with jobs.engine.connect() as connection:
         connection.execute(
-            update(jobs)
-            .where(jobs.c.id == name)
+            update(jobs_table)
+            .where(jobs_table.c.id == job_id)
             .values(heartbeat_at=unix_now() - 3600.0, notified_at=unix_now() - 3600.0)
         )
 
 
-def test_migrations_make_the_tables_that_the_code_speaks_of(engine):
-    upgrade_schema(engine)  # again: nothing is left to do
+def test_migrations_create_the_tables_of_the_schema(engine):
+    upgrade_schema(engine)  # a second upgrade changes nothing
     with engine.connect() as connection:
         assert compare_metadata(MigrationContext.configure(connection), metadata) == []
 
 
-def test_a_job_is_drawn_once(book):
-    assert book.submit(job("one")) and not book.submit(job("one"))
-    claim = book.claim_next_job("worker")
-    assert (claim.job, claim.attempt, claim.resume_key) == (job("one"), 1, None)
-    assert book.claim_next_job("worker") is None
-    assert book.heartbeat(
+def test_a_job_is_claimed_once(jobs):
+    assert jobs.submit(build_job("one")) and not jobs.submit(build_job("one"))
+    claim = jobs.claim_next_job("worker")
+    assert (claim.job, claim.attempt, claim.resume_key) == (build_job("one"), 1, None)
+    assert jobs.claim_next_job("worker") is None
+    assert jobs.heartbeat(
         claim, StepProgress(step=3, steps=20, eta_seconds=1.5), preview="p.png", resume_key="x.safetensors"
     )
-    seen = book.get_status("one")
+    seen = jobs.get_status("one")
     assert (seen.state, seen.step, seen.steps, seen.eta_seconds, seen.preview) == ("running", 3, 20, 1.5, "p.png")
     assert result_from_status(seen) is None
-    book.mark_done(claim, ARTIFACT)
-    assert result_from_status(book.get_status("one")) == ARTIFACT
+    jobs.mark_done(claim, ARTIFACT)
+    assert result_from_status(jobs.get_status("one")) == ARTIFACT
     with pytest.raises(JobLost):
-        book.heartbeat(claim)
+        jobs.heartbeat(claim)
 
 
-def test_an_id_stands_for_one_request_of_one_owner(book):
-    book.submit(job("one"), owner="ann")
+def test_an_id_belongs_to_one_request_of_one_owner(jobs):
+    jobs.submit(build_job("one"), owner="ann")
     with pytest.raises(InvalidInput, match="id: that id belongs to a different job"):
-        book.submit(job("one", "a blue ball"), owner="ann")
+        jobs.submit(build_job("one", "a blue ball"), owner="ann")
     with pytest.raises(InvalidInput, match="id: that id belongs to a different job"):
-        book.submit(job("one"), owner="bob")
+        jobs.submit(build_job("one"), owner="bob")
 
 
-def test_interactive_work_comes_before_batches(book):
-    book.submit(job("slow"), lane="batch")
-    book.submit(job("quick"))
-    assert [book.claim_next_job("w").job.id for _ in range(2)] == ["quick", "slow"]
+def test_interactive_jobs_are_claimed_before_batch_jobs(jobs):
+    jobs.submit(build_job("slow"), lane="batch")
+    jobs.submit(build_job("quick"))
+    assert [jobs.claim_next_job("w").job.id for _ in range(2)] == ["quick", "slow"]
 
 
-def test_owners_take_turns(book):
-    for at in range(6):
-        book.submit(job(f"ann{at}"), owner="ann")
-    assert book.claim_next_job("w").job.id == "ann0"
-    book.submit(job("bob0"), owner="bob")
-    book.submit(job("bob1"), owner="bob")
-    order = [book.claim_next_job("w").job.id for _ in range(5)]
+def test_owners_take_turns(jobs):
+    for index in range(6):
+        jobs.submit(build_job(f"ann{index}"), owner="ann")
+    assert jobs.claim_next_job("w").job.id == "ann0"
+    jobs.submit(build_job("bob0"), owner="bob")
+    jobs.submit(build_job("bob1"), owner="bob")
+    order = [jobs.claim_next_job("w").job.id for _ in range(5)]
     assert order.index("bob0") <= 1 and order.index("bob1") <= 3
     assert [name for name in order if name.startswith("ann")] == ["ann1", "ann2", "ann3"]
 
 
-def test_bounds_are_kept(engine, book):
-    small = JobRepository(engine, max_open_jobs=3, max_open_jobs_per_owner=2)
-    small.submit(job("ann0"), owner="ann")
-    small.submit(job("ann1"), owner="ann")
+def test_the_numbers_of_open_jobs_are_limited(engine, jobs):
+    limited = JobRepository(engine, max_open_jobs=3, max_open_jobs_per_owner=2)
+    limited.submit(build_job("ann0"), owner="ann")
+    limited.submit(build_job("ann1"), owner="ann")
     with pytest.raises(ServiceBusy) as full:
-        small.submit(job("ann2"), owner="ann")
+        limited.submit(build_job("ann2"), owner="ann")
     assert full.value.retry_after_seconds > 0
-    small.submit(job("bob0"), owner="bob")
+    limited.submit(build_job("bob0"), owner="bob")
     with pytest.raises(ServiceBusy):
-        small.submit(job("cid0"), owner="cid")
-    assert not small.submit(job("bob0"), owner="bob")  # what is known already is no new work
+        limited.submit(build_job("cid0"), owner="cid")
+    assert not limited.submit(build_job("bob0"), owner="bob")  # a known job is not a new one
 
 
-def test_a_silent_workers_job_goes_to_another_one_from_its_point(book):
-    book.submit(job("one"))
-    late = book.claim_next_job("first")
-    book.heartbeat(late, StepProgress(step=8, steps=20, eta_seconds=1.0), resume_key="x.safetensors")
-    assert book.requeue_lost_jobs(5.0) == []
-    silence(book, "one")
-    assert book.requeue_lost_jobs(5.0) == ["one"]
-    claim = book.claim_next_job("second")
+def test_another_worker_continues_the_job_of_a_silent_worker(jobs):
+    jobs.submit(build_job("one"))
+    late = jobs.claim_next_job("first")
+    jobs.heartbeat(late, StepProgress(step=8, steps=20, eta_seconds=1.0), resume_key="x.safetensors")
+    assert jobs.requeue_lost_jobs(5.0) == []
+    expire_heartbeat(jobs, "one")
+    assert jobs.requeue_lost_jobs(5.0) == ["one"]
+    claim = jobs.claim_next_job("second")
     assert (claim.attempt, claim.resume_key) == (2, "x.safetensors")
-    for twin in (
-        lambda: book.heartbeat(late),
-        lambda: book.mark_done(late, ARTIFACT),
-        lambda: book.mark_failed(late, "x", "x"),
+    for update_late_claim in (
+        lambda: jobs.heartbeat(late),
+        lambda: jobs.mark_done(late, ARTIFACT),
+        lambda: jobs.mark_failed(late, "x", "x"),
     ):
         with pytest.raises(JobLost):
-            twin()
-    book.mark_done(claim, ARTIFACT)
-    assert book.get_status("one").state == "done"
+            update_late_claim()
+    jobs.mark_done(claim, ARTIFACT)
+    assert jobs.get_status("one").state == "done"
 
 
-def test_a_job_that_silences_three_workers_fails(book):
-    book.submit(job("one"))
+def test_a_job_that_silences_three_workers_fails(jobs):
+    jobs.submit(build_job("one"))
     for _ in range(3):
-        assert book.claim_next_job("w")
-        silence(book, "one")
-        book.requeue_lost_jobs(5.0)
-    assert book.claim_next_job("w") is None
+        assert jobs.claim_next_job("w")
+        expire_heartbeat(jobs, "one")
+        jobs.requeue_lost_jobs(5.0)
+    assert jobs.claim_next_job("w") is None
     with pytest.raises(JobFailed, match="it stopped 3 workers in a row") as failed:
-        result_from_status(book.get_status("one"))
+        result_from_status(jobs.get_status("one"))
     assert failed.value.code == "poison"
 
 
-def test_cancelling(book):
-    book.submit(job("waits"))
-    book.submit(job("runs"))
-    book.cancel("waits")
+def test_cancelling(jobs):
+    jobs.submit(build_job("waits"))
+    jobs.submit(build_job("runs"))
+    jobs.cancel("waits")
     with pytest.raises(JobCancelled):
-        result_from_status(book.get_status("waits"))
-    claim = book.claim_next_job("w")
-    assert claim.job.id == "runs" and book.heartbeat(claim)
-    book.cancel("runs")
-    assert not book.heartbeat(claim)
-    book.mark_cancelled(claim)
-    assert book.get_status("runs").state == "cancelled"
-    book.cancel("runs")
-    book.cancel("nothing")
+        result_from_status(jobs.get_status("waits"))
+    claim = jobs.claim_next_job("w")
+    assert claim.job.id == "runs" and jobs.heartbeat(claim)
+    jobs.cancel("runs")
+    assert not jobs.heartbeat(claim)
+    jobs.mark_cancelled(claim)
+    assert jobs.get_status("runs").state == "cancelled"
+    jobs.cancel("runs")
+    jobs.cancel("nothing")
 
 
-def test_a_cancelled_job_of_a_lost_worker_is_not_drawn_again(book):
-    book.submit(job("one"))
-    book.claim_next_job("w")
-    book.cancel("one")
-    silence(book, "one")
-    assert book.requeue_lost_jobs(5.0) == []
-    assert book.get_status("one").state == "cancelled"
+def test_a_cancelled_job_of_a_lost_worker_is_not_requeued(jobs):
+    jobs.submit(build_job("one"))
+    jobs.claim_next_job("w")
+    jobs.cancel("one")
+    expire_heartbeat(jobs, "one")
+    assert jobs.requeue_lost_jobs(5.0) == []
+    assert jobs.get_status("one").state == "cancelled"
 
 
-def test_a_message_that_was_lost_is_noticed_once(book):
-    book.submit(job("one"))
-    assert not book.claim_renotification(5.0)
-    silence(book, "one")
-    assert book.claim_renotification(5.0) and not book.claim_renotification(5.0)
+def test_a_lost_message_is_sent_again_once(jobs):
+    jobs.submit(build_job("one"))
+    assert not jobs.claim_renotification(5.0)
+    expire_heartbeat(jobs, "one")
+    assert jobs.claim_renotification(5.0) and not jobs.claim_renotification(5.0)
 
 
-def test_many_workers_never_share_a_job(book):
-    for at in range(60):
-        book.submit(job(f"{at}"), owner=f"owner{at % 3}")
-    taken: list[str] = []
+def test_many_workers_never_share_a_job(jobs):
+    for index in range(60):
+        jobs.submit(build_job(f"{index}"), owner=f"owner{index % 3}")
+    claimed_ids: list[str] = []
 
     def work() -> None:
-        while claim := book.claim_next_job(threading.current_thread().name):
-            taken.append(claim.job.id)
-            book.mark_done(claim, ARTIFACT)
+        while claim := jobs.claim_next_job(threading.current_thread().name):
+            claimed_ids.append(claim.job.id)
+            jobs.mark_done(claim, ARTIFACT)
 
     workers = [threading.Thread(target=work) for _ in range(6)]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join()
-    # A worker that found every waiting row locked may have gone home early: what is left is one more claim away.
-    work()
-    assert sorted(taken) == sorted(str(at) for at in range(60))
+    work()  # a worker that found every queued row locked may have stopped early
+    assert sorted(claimed_ids) == sorted(str(index) for index in range(60))
 
 
-def test_a_database_that_is_away_is_said():
-    began = time.monotonic()
+def test_an_unreachable_database_is_reported():
+    started_at = time.monotonic()
     with pytest.raises(StoreError, match="database: it does not answer"):
-        JobRepository(create_database_engine(f"postgresql://test@127.0.0.1:{free_port()}/postgres")).submit(job("one"))
-    assert time.monotonic() - began < 10
+        JobRepository(create_database_engine(f"postgresql://test@127.0.0.1:{free_port()}/postgres")).submit(
+            build_job("one")
+        )
+    assert time.monotonic() - started_at < 10
 
 
-def any_job(found: Job) -> bool:
+def accept_any_job(job: Job) -> bool:
     return True
 
 
-def test_a_pack_is_the_next_of_the_batch_lane_and_half_of_it_at_most(book):
-    book.submit(job("quick"))
-    for at in range(6):
-        book.submit(job(f"line{at}", f"ball {at}"), lane="batch")
-    quick, first = book.claim_next_job("w"), book.claim_next_job("w")
+def test_a_render_batch_takes_at_most_half_of_the_batch_lane(jobs):
+    jobs.submit(build_job("quick"))
+    for index in range(6):
+        jobs.submit(build_job(f"line{index}", f"ball {index}"), lane="batch")
+    quick, first = jobs.claim_next_job("w"), jobs.claim_next_job("w")
     assert (quick.lane, first.lane) == ("interactive", "batch")
-    assert book.claim_render_batch(quick, "w", 4, any_job) == [quick]
-    claims = book.claim_render_batch(first, "w", 4, lambda found: found.prompt != "ball 2")
-    assert [claim.job.id for claim in claims] == ["line0", "line1", "line3"]  # 4 wait that are alike: 2 of them
+    assert jobs.claim_render_batch(quick, "w", 4, accept_any_job) == [quick]
+    claims = jobs.claim_render_batch(first, "w", 4, lambda job: job.prompt != "ball 2")
+    assert [claim.job.id for claim in claims] == [
+        "line0",
+        "line1",
+        "line3",
+    ]  # 4 similar jobs are queued, of which the batch takes 2
     assert {claim.batch_job_ids for claim in claims} == {("line0", "line1", "line3")}
-    assert all(book.get_status(claim.job.id).state == "running" for claim in claims)
-    assert book.heartbeat_all(claims, StepProgress(step=2, steps=9, eta_seconds=1.0), resume_key="x.safetensors") == {
+    assert all(jobs.get_status(claim.job.id).state == "running" for claim in claims)
+    assert jobs.heartbeat_all(claims, StepProgress(step=2, steps=9, eta_seconds=1.0), resume_key="x.safetensors") == {
         "line0": True, "line1": True, "line3": True
     }  # fmt: skip
-    book.cancel("line1")
-    assert book.heartbeat_all(claims) == {"line0": True, "line1": False, "line3": True}
+    jobs.cancel("line1")
+    assert jobs.heartbeat_all(claims) == {"line0": True, "line1": False, "line3": True}
 
 
-def test_a_lost_pack_is_taken_over_whole(book):
-    for at in range(6):
-        book.submit(job(f"line{at}"), lane="batch")
-    claims = book.claim_render_batch(book.claim_next_job("w"), "w", 3, any_job)
-    pack = claims[0].batch_job_ids
-    book.heartbeat_all(claims, resume_key="x.safetensors")
-    book.mark_done(claims[1], ARTIFACT)
-    for name in pack:
-        silence(book, name)
-    assert set(book.requeue_lost_jobs(60)) == {pack[0], pack[2]}
-    again = sorted(book.claim_render_batch(book.claim_next_job("v"), "v", 1, any_job), key=lambda claim: claim.job.id)
+def test_another_worker_takes_over_a_whole_lost_render_batch(jobs):
+    for index in range(6):
+        jobs.submit(build_job(f"line{index}"), lane="batch")
+    claims = jobs.claim_render_batch(jobs.claim_next_job("w"), "w", 3, accept_any_job)
+    batch_job_ids = claims[0].batch_job_ids
+    jobs.heartbeat_all(claims, resume_key="x.safetensors")
+    jobs.mark_done(claims[1], ARTIFACT)
+    for name in batch_job_ids:
+        expire_heartbeat(jobs, name)
+    assert set(jobs.requeue_lost_jobs(60)) == {batch_job_ids[0], batch_job_ids[2]}
+    again = sorted(
+        jobs.claim_render_batch(jobs.claim_next_job("v"), "v", 1, accept_any_job), key=lambda claim: claim.job.id
+    )
     assert [(claim.job.id, claim.attempt, claim.resume_key, claim.batch_job_ids) for claim in again] == [
-        (pack[0], 2, "x.safetensors", pack), (pack[2], 2, "x.safetensors", pack)
+        (batch_job_ids[0], 2, "x.safetensors", batch_job_ids), (batch_job_ids[2], 2, "x.safetensors", batch_job_ids)
     ]  # fmt: skip
-    assert book.heartbeat_all(claims) == {}  # the first worker has none of them any more
-    fresh = book.claim_render_batch(book.claim_next_job("v"), "v", 3, any_job)
+    assert jobs.heartbeat_all(claims) == {}  # the first worker has lost all of them
+    fresh = jobs.claim_render_batch(jobs.claim_next_job("v"), "v", 3, accept_any_job)
     assert fresh[0].job.id == "line3" and fresh[0].batch_job_ids == ("line3", "line4")
 
 
-# ---------------------------------------------------------------- jobs as their owner sees them
+# ---------------------------------------------------------------- jobs of one owner
 
 
-def test_pages_follow_each_other_even_if_jobs_have_the_same_time(book):
-    for at in range(7):
-        book.submit(job(f"job{at}"), "ann", kind="video")
-    book.fetch_all(update(jobs).where(jobs.c.id.in_(["job2", "job3", "job4"])).values(created_at=unix_now()))
+def test_jobs_are_listed_in_pages_even_if_they_have_the_same_time(jobs):
+    for index in range(7):
+        jobs.submit(build_job(f"job{index}"), "ann", kind="video")
+    jobs.fetch_all(
+        update(jobs_table).where(jobs_table.c.id.in_(["job2", "job3", "job4"])).values(created_at=unix_now())
+    )
     for newest_first in (True, False):
         seen, after, has_more = [], None, True
         while has_more:
-            page, has_more = book.list_owned_jobs("ann", "video", after, 2, newest_first)
+            page, has_more = jobs.list_owned_jobs("ann", "video", after, 2, newest_first)
             seen += [status.id for status in page]
             after = seen[-1]
-        assert sorted(seen) == [f"job{at}" for at in range(7)] and len(page) == 1
+        assert sorted(seen) == [f"job{index}" for index in range(7)] and len(page) == 1
     with pytest.raises(InvalidInput, match="after"):
-        book.list_owned_jobs("bob", "video", "job1", 2, True)
-    assert book.list_owned_jobs("ann", "image", None, 2, True) == ([], False)
+        jobs.list_owned_jobs("bob", "video", "job1", 2, True)
+    assert jobs.list_owned_jobs("ann", "image", None, 2, True) == ([], False)
 
 
-def test_a_deleted_job_is_not_found_nor_deleted_again(book):
-    book.submit(job("one"), "ann", kind="video")
-    assert book.get_owned_job("one", "ann", "video") and not book.get_owned_job("one", "bob", "video")
-    assert not book.delete_owned_job("one", "bob", "video") and book.delete_owned_job("one", "ann", "video")
-    assert not book.delete_owned_job("one", "ann", "video") and book.get_owned_job("one", "ann", "video") is None
+def test_a_deleted_job_is_not_found_or_deleted_again(jobs):
+    jobs.submit(build_job("one"), "ann", kind="video")
+    assert jobs.get_owned_job("one", "ann", "video") and not jobs.get_owned_job("one", "bob", "video")
+    assert not jobs.delete_owned_job("one", "bob", "video") and jobs.delete_owned_job("one", "ann", "video")
+    assert not jobs.delete_owned_job("one", "ann", "video") and jobs.get_owned_job("one", "ann", "video") is None
 
 
-def test_the_end_of_a_job_is_announced_once(book):
-    book.submit(job("one"), "ann", kind="video")
-    book.submit(job("two"), "ann", kind="image")
-    assert not book.list_unannounced_jobs("video", 9)
+def test_the_end_of_a_job_is_announced_once(jobs):
+    jobs.submit(build_job("one"), "ann", kind="video")
+    jobs.submit(build_job("two"), "ann", kind="image")
+    assert not jobs.list_unannounced_jobs("video", 9)
     for _ in range(2):
-        book.mark_done(book.claim_next_job("w"), ARTIFACT)
-    (ended,) = book.list_unannounced_jobs("video", 9)
+        jobs.mark_done(jobs.claim_next_job("w"), ARTIFACT)
+    (ended,) = jobs.list_unannounced_jobs("video", 9)
     assert (ended.id, ended.owner, ended.state) == ("one", "ann", "done") and ended.ended_at > 0
-    book.mark_announced([ended.id])
-    assert not book.list_unannounced_jobs("video", 9)
+    jobs.mark_announced([ended.id])
+    assert not jobs.list_unannounced_jobs("video", 9)

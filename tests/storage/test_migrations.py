@@ -1,24 +1,15 @@
-"""A database of the schema before (0002), with work in it, is brought to the newest one: its rows read as before."""
+"""A database with the previous schema (0002) is upgraded to the latest one and keeps its rows."""
 
 import json
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import pytest
 from alembic.script import ScriptDirectory
 from sqlalchemy import Engine, text
 
-from omnivideo.contracts import (
-    Artifact,
-    ArtifactReady,
-    Job,
-    PlanReady,
-    StepProgress,
-    TextDelta,
-    ThinkingDelta,
-    TurnCompleted,
-    resolve_sampling_params,
-)
+from omnivideo.contracts import Artifact, Job, StepProgress, resolve_sampling_params
 from omnivideo.errors import StoreError
 from omnivideo.presets import TINY
 from omnivideo.storage.database.batches import BatchRepository
@@ -28,6 +19,7 @@ from omnivideo.storage.database.jobs import JobRepository
 from omnivideo.storage.database.keys import APIKeyRepository
 from omnivideo.storage.database.turns import TurnRepository
 from omnivideo.storage.database.webhooks import WebhookRepository
+from omnivideo.turns import ArtifactReady, PlanReady, TextDelta, ThinkingDelta, TurnCompleted
 from tests.support.servers import postgres
 
 OLD_ARTIFACT = {
@@ -120,7 +112,7 @@ def insert_old_row(connection, table: str, row: dict) -> None:
 
 
 @pytest.fixture(scope="module", params=["sqlite", "postgresql"])
-def upgraded(request, tmp_path_factory):
+def upgraded_engine(request, tmp_path_factory):
     def fill_and_upgrade(address: str):
         engine = create_database_engine(address)
         upgrade_schema(engine, "0002")
@@ -139,28 +131,28 @@ def upgraded(request, tmp_path_factory):
         engine.dispose()
 
 
-def test_jobs_read_as_before(upgraded):
-    book = JobRepository(upgraded)
-    seen = book.get_status("open")
+def test_jobs_are_kept(upgraded_engine):
+    jobs = JobRepository(upgraded_engine)
+    seen = jobs.get_status("open")
     assert seen.job == JOB
     assert (seen.owner, seen.lane, seen.state, seen.attempt, seen.worker_losses) == ("ann", "batch", "running", 2, 1)
     assert (seen.step, seen.steps, seen.eta_seconds, seen.preview) == (3, 20, 1.5, "p.png")
     assert (seen.created_at, seen.started_at, seen.ended_at, seen.meta) == (10.0, 12.0, None, {"size": "64x64"})
-    done = book.get_status("one")
+    done = jobs.get_status("one")
     assert (done.state, done.result, done.ended_at, done.job.source) == ("done", ARTIFACT, 20.0, None)
-    assert book.submit(JOB, "ann") is None  # it is still the same job
-    assert book.requeue_lost_jobs(5.0) == ["open"]
-    claim = book.claim_next_job("w")
-    # It silenced two workers: it goes on alone, from the beginning.
+    assert jobs.submit(JOB, "ann") is None  # it is the same job
+    assert jobs.requeue_lost_jobs(5.0) == ["open"]
+    claim = jobs.claim_next_job("w")
+    # After two lost workers, the job is rendered alone and from the beginning.
     assert (claim.job, claim.attempt, claim.resume_key, claim.batch_job_ids) == (JOB, 3, None, ())
 
 
-def test_keys_files_batches_and_webhooks_read_as_before(upgraded):
-    batches = BatchRepository(upgraded)
-    assert APIKeyRepository(upgraded).list_keys() == [
+def test_keys_files_batches_and_webhooks_are_kept(upgraded_engine):
+    batches = BatchRepository(upgraded_engine)
+    assert APIKeyRepository(upgraded_engine).list_keys() == [
         {"id": "key_1", "name": "ann", "created_at": 1.0, "revoked": False}
     ]
-    file = FileRepository(upgraded).get_file("file", "ann")
+    file = FileRepository(upgraded_engine).get_file("file", "ann")
     assert (file.size_bytes, file.object_key, file.created_at) == (5, "f.bin", 2.0)
     assert Artifact(**file.artifact) == ARTIFACT
     row = batches.get_batch("batch", "ann")
@@ -172,24 +164,24 @@ def test_keys_files_batches_and_webhooks_read_as_before(upgraded):
     assert batches.get_batch_input_key("batch") == "f.bin" and batches.load_line_results("batch") == {1: True}
     assert [line.output_line for line in batches.list_line_outcomes("batch", 0, 9)] == [{"a": 1}]
     assert batches.claim_batch("second", 5.0).id == "batch"
-    ((delivery, hook),) = WebhookRepository(upgraded).claim_due_deliveries(9, 60.0)
+    ((delivery, hook),) = WebhookRepository(upgraded_engine).claim_due_deliveries(9, 60.0)
     assert (delivery.id, delivery.attempts, delivery.body) == ("event", 2, {"created_at": 1})
     assert (hook.id, hook.event_types, hook.created_at) == ("hook", ["x"], 8.0)
 
 
-def test_events_with_preview_images_are_dropped(upgraded: Engine) -> None:
-    events = TurnRepository(upgraded).list_events("turn")
+def test_events_with_preview_images_are_dropped(upgraded_engine: Engine) -> None:
+    events = TurnRepository(upgraded_engine).list_events("turn")
     assert len(events) == len(OLD_EVENTS) and all(event["kind"] != "preview" for _, event in events)
 
 
-def test_a_downgrade_is_refused(upgraded: Engine) -> None:
+def test_a_downgrade_is_refused(upgraded_engine: Engine) -> None:
     scripts = ScriptDirectory(str(resources.files("omnivideo.storage.database") / "migrations"))
     for revision in scripts.walk_revisions():
         with pytest.raises(StoreError, match="its schema cannot be downgraded; restore the backup"):
             revision.module.downgrade()
 
 
-def test_the_schema_of_a_later_version_is_left_as_it_is(tmp_path: Path) -> None:
+def test_the_schema_of_a_later_version_is_not_changed(tmp_path: Path) -> None:
     engine = create_database_engine(f"sqlite:///{tmp_path / 'later.sqlite'}")
     upgrade_schema(engine)
     with engine.connect() as connection:
@@ -200,8 +192,24 @@ def test_the_schema_of_a_later_version_is_left_as_it_is(tmp_path: Path) -> None:
     engine.dispose()
 
 
-def test_threads_turns_and_events_read_as_before(upgraded):
-    repository = TurnRepository(upgraded)
+def test_the_scripts_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders = []
+    initialize = ScriptDirectory.__init__
+
+    def record_folder(scripts: ScriptDirectory, folder: str, *args: Any, **options: Any) -> None:
+        folders.append(folder)
+        initialize(scripts, folder, *args, **options)
+
+    monkeypatch.setattr(ScriptDirectory, "__init__", record_folder)
+    engine = create_database_engine(f"sqlite:///{tmp_path / 'service.sqlite'}")
+    for expected_count in (1, 2):
+        upgrade_schema(engine)
+        assert len(folders) == expected_count
+    engine.dispose()
+
+
+def test_threads_turns_and_events_are_kept(upgraded_engine):
+    repository = TurnRepository(upgraded_engine)
     assert repository.list_threads("ann", 9) == [{"id": "talk", "created_at": 5.0}]
     turn = repository.get_turn("turn", "ann")
     assert (turn.thread_id, turn.state, turn.number, turn.attempt, turn.created_at) == ("talk", "running", 1, 1, 5.5)
@@ -215,9 +223,9 @@ def test_threads_turns_and_events_read_as_before(upgraded):
     assert StepProgress(**events[2]) == StepProgress(step=3, steps=20, eta_seconds=1.5)
     assert TextDelta(**events[3]).delta == "a ball"
     assert ArtifactReady(**events[4]).artifact == ARTIFACT
-    whole = TurnCompleted(**events[6]).turn
-    assert whole.attachments == (ARTIFACT,) and whole.clarifications == (("which one?", "that one"),)
-    (result,) = whole.results
+    turn = TurnCompleted(**events[6]).turn
+    assert turn.attachments == (ARTIFACT,) and turn.clarifications == (("which one?", "that one"),)
+    (result,) = turn.results
     assert (result.action.text, result.route.kind, result.artifact) == ("make it blue", "video", ARTIFACT)
     assert (result.candidates[0].artifact, result.candidates[0].agreement) == (ARTIFACT, 0.5)
     assert repository.find_chat_thread("ann", "d2") == ("talk", 1)

@@ -12,13 +12,14 @@ import pytest
 from sqlalchemy import Engine
 
 from omnivideo.api.event_feed import EventFeed, NumberedEvent
-from omnivideo.contracts import Artifact, Job, StepProgress, TurnRecord, resolve_sampling_params
+from omnivideo.contracts import Artifact, Job, StepProgress, resolve_sampling_params
 from omnivideo.presets import TINY
 from omnivideo.storage.database import notifications
 from omnivideo.storage.database.engine import create_database_engine, upgrade_schema
 from omnivideo.storage.database.jobs import JobRepository
 from omnivideo.storage.database.turns import TurnRepository
 from omnivideo.storage.objects.memory import MemoryObjectStore
+from omnivideo.turns import TurnRecord
 from tests.support.servers import Postgres
 from tests.support.slow_polls import slow_polls
 
@@ -54,7 +55,7 @@ def build_job(job_id: str) -> Job:
 
 
 class Follower:
-    """Follow a turn in a thread, as a request of the service does, and record when each event arrives."""
+    """Follow a turn in a thread, as a request to the service does, and record when each event arrives."""
 
     def __init__(self, turns: TurnRepository, turn_id: str = "turn"):
         self.feed, self.turn_id = EventFeed(turns, MemoryObjectStore()), turn_id
@@ -82,7 +83,7 @@ def use_slow_polls() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("slow_polls")
-def test_a_worker_in_the_same_process_reaches_the_followers_of_its_turn(empty_database: Engine) -> None:
+def test_followers_receive_the_events_of_a_worker_in_the_same_process(empty_database: Engine) -> None:
     turns, jobs = TurnRepository(empty_database), JobRepository(empty_database)
     turn = start_turn(turns)
     followers = [Follower(turns), Follower(turns)]
@@ -102,7 +103,7 @@ def test_a_worker_in_the_same_process_reaches_the_followers_of_its_turn(empty_da
 
 
 @pytest.mark.usefixtures("slow_polls")
-def test_the_end_of_a_job_wakes_who_waits_for_it(empty_database: Engine) -> None:
+def test_the_end_of_a_job_wakes_its_watchers(empty_database: Engine) -> None:
     jobs = JobRepository(empty_database)
     for end in ("cancel", "done"):
         jobs.submit(build_job(end))
@@ -136,7 +137,7 @@ def test_only_the_process_that_runs_a_turn_appends_to_it(empty_database: Engine)
     assert turns.list_events("turn") == [] and not turns.append_event(turn, {"kind": "plan"})
 
 
-def test_events_from_many_threads_get_numbers_without_gaps(empty_database: Engine) -> None:
+def test_events_of_many_threads_are_numbered_without_gaps(empty_database: Engine) -> None:
     turns = TurnRepository(empty_database)
     turn = start_turn(turns)
     follower = Follower(turns)
@@ -154,7 +155,7 @@ def test_events_from_many_threads_get_numbers_without_gaps(empty_database: Engin
 
 
 def run_worker_process(address: str, turns: TurnRepository, jobs: JobRepository) -> list[float]:
-    """Let a worker in another process report five steps. Return the seconds that each took to the follower."""
+    """Let a worker in another process report five steps, and return the seconds until each reached the follower."""
     turn = start_turn(turns)
     jobs.submit(build_job("thread-turn/1.1.1"), "ann")
     follower = Follower(turns)
@@ -196,7 +197,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgres]:
 
 
 @pytest.mark.usefixtures("slow_polls")
-def test_postgresql_notifies_of_another_process_and_a_lost_connection_loses_nothing(server: Postgres) -> None:
+def test_postgresql_notifies_across_processes_and_a_lost_connection_loses_no_event(server: Postgres) -> None:
     engine = create_database_engine(server.address)
     upgrade_schema(engine)
     turns, jobs = TurnRepository(engine), JobRepository(engine)
@@ -207,9 +208,9 @@ def test_postgresql_notifies_of_another_process_and_a_lost_connection_loses_noth
     turns.append_event(turn, {"kind": "plan"})
     follower.wait_for(1)
     writer = create_database_engine(server.address)
-    with writer.connect() as connection:  # every listener's connection ends
+    with writer.connect() as connection:  # end the connection of every listener
         connection.exec_driver_sql("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE query LIKE 'LISTEN%%'")
-        connection.exec_driver_sql(  # as another process that nobody here is notified of
+        connection.exec_driver_sql(  # like another process, without a notification
             "INSERT INTO turn_events (turn_id, number, body, created_at) "
             """VALUES ('second', 2, '{"kind": "text"}', 0)"""
         )

@@ -1,4 +1,4 @@
-"""What every object store promises: in memory, in a local folder, and on an S3 server that checks credentials."""
+"""The contract of every object store: in memory, in a local folder, and on an S3 server that checks credentials."""
 
 import os
 import time
@@ -12,7 +12,7 @@ from omnivideo.storage.objects.memory import MemoryObjectStore
 from omnivideo.storage.objects.tensors import get_tensors, put_tensors
 from tests.support.object_stores import MISSING, check_round_trip
 
-minio = pytest.importorskip("minio", reason="minio is not here (pip install minio): the S3 store was not tested")
+minio = pytest.importorskip("minio", reason="minio is not installed (pip install minio); the S3 store was not tested")
 
 
 @pytest.fixture(params=["memory", "local", "s3"])
@@ -27,11 +27,11 @@ def sweeping(request, tmp_path):
     return request.getfixturevalue("s3") if request.param == "s3" else LocalObjectStore(tmp_path / "store")
 
 
-def test_bytes_come_back_under_the_digest_of_what_they_are(store):
+def test_bytes_are_stored_under_their_digest(store):
     check_round_trip(store)
 
 
-def test_what_is_not_there_is_not_stored(store):
+def test_a_missing_object_is_not_found(store):
     assert not store.has(MISSING)
     with pytest.raises(ArtifactNotFound, match=f"there is no artifact {MISSING}"):
         store.get(MISSING)
@@ -42,27 +42,27 @@ def test_what_is_not_there_is_not_stored(store):
 
 
 @pytest.mark.parametrize("key", ["../../etc/passwd", "", "x.mp4", MISSING.upper(), MISSING + "/..", MISSING + "?acl"])
-def test_what_is_no_key_reaches_nothing(store, key):
+def test_an_invalid_key_is_not_found(store, key):
     with pytest.raises(ArtifactNotFound, match=r"^store: "):
         store.get(key)
 
 
-def test_the_same_bytes_from_many_threads(store):
+def test_many_threads_can_store_the_same_bytes(store):
     data = os.urandom(200_000)
     with ThreadPoolExecutor(8) as pool:
         keys = set(pool.map(lambda _: store.put(data, "mp4"), range(24)))
     assert len(keys) == 1 and store.get(keys.pop()) == data
 
 
-def test_tensors(store):
+def test_tensors_are_stored_and_loaded(store):
     import torch
 
     tensors = {"latents": torch.randn(4, 3), "step": torch.tensor(7)}
-    back = get_tensors(store, put_tensors(store, tensors))
-    assert all(torch.equal(back[name], tensor) for name, tensor in tensors.items())
+    loaded = get_tensors(store, put_tensors(store, tensors))
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
 
 
-def test_the_sweep_leaves_what_is_referred_to_and_what_is_young(sweeping):
+def test_the_sweep_keeps_referenced_and_recent_objects(sweeping):
     assert list(sweeping.iter_keys()) == [] and sweeping.sweep(set(), 0) == []
     kept, old, again = (sweeping.put(data, "mp4") for data in (b"kept", b"old", b"again"))
     assert sorted(sweeping.iter_keys()) == sorted([kept, old, again])

@@ -1,4 +1,4 @@
-"""Lifecycle rules and unfinished uploads; rclone has neither, so moto's imitation of S3 is the server."""
+"""Lifecycle rules and unfinished uploads, on moto's emulation of S3, because rclone supports neither."""
 
 import os
 from pathlib import Path
@@ -10,25 +10,25 @@ from omnivideo.storage.objects.local import DAY_SECONDS
 from tests.support.object_stores import check_ranges, check_round_trip, store_on
 from tests.support.s3_server import moto_server
 
-minio = pytest.importorskip("minio", reason="minio is not here (pip install minio): the S3 store was not tested")
+minio = pytest.importorskip("minio", reason="minio is not installed (pip install minio); the S3 store was not tested")
 from omnivideo.storage.objects.s3 import LIFECYCLE_RULE_ID  # noqa: E402
 
 
 @pytest.fixture(scope="module")
-def imitation(tmp_path_factory):
+def moto_address(tmp_path_factory):
     with moto_server(tmp_path_factory.mktemp("moto")) as address:
         yield address
 
 
-def test_a_server_without_lifecycle_rules_says_so(s3):
+def test_a_server_without_lifecycle_rules_is_reported(s3):
     for _ in range(2):  # without and with the bucket
         with pytest.raises(StoreError, match=r"it does not support lifecycle rules; use the sweep$"):
             s3.set_lifecycle_expiration(3)
         s3.put(b"clip", "mp4")
 
 
-def test_a_lifetime_by_rule_leaves_other_rules(imitation):
-    store = store_on(imitation, prefix="clips")
+def test_setting_a_lifetime_keeps_other_rules(moto_address):
+    store = store_on(moto_address, prefix="clips")
     store.set_lifecycle_expiration(3)
     theirs = minio.lifecycleconfig.Rule(
         minio.commonconfig.ENABLED, minio.commonconfig.Filter(prefix="logs/"), "theirs",
@@ -46,23 +46,23 @@ def test_a_lifetime_by_rule_leaves_other_rules(imitation):
             store.set_lifecycle_expiration(days)
 
 
-def test_unfinished_uploads_end(imitation):
-    store = store_on(imitation, prefix="clips")
+def test_stale_uploads_are_aborted(moto_address):
+    store = store_on(moto_address, prefix="clips")
     assert store.abort_stale_uploads(0) == 0
     store.put(b"clip", "mp4")
     for name in ("clips/ab/left", "elsewhere/left"):
         store.client._create_multipart_upload(store.bucket, name, {})
     assert (
         store.abort_stale_uploads(100 * 366 * DAY_SECONDS) == 0
-    )  # younger: perhaps still under way (here all began in 2010)
+    )  # recent uploads may be in progress; moto dates all of them to 2010
     assert store.abort_stale_uploads(0) == 1
     assert store.abort_stale_uploads(0) == 0
-    left = store.client._list_multipart_uploads(store.bucket).uploads
-    assert [upload.object_name for upload in left] == ["elsewhere/left"]
+    remaining = store.client._list_multipart_uploads(store.bucket).uploads
+    assert [upload.object_name for upload in remaining] == ["elsewhere/left"]
 
 
-def test_the_contract_on_the_imitation_too(imitation, tmp_path):
-    store = store_on(imitation)
+def test_moto_meets_the_contract_of_a_store(moto_address, tmp_path):
+    store = store_on(moto_address)
     check_round_trip(store)
     check_ranges(store)
     path = Path(tmp_path / "large")

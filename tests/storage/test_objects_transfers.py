@@ -14,7 +14,7 @@ from omnivideo.errors import InvalidInput, StoreError
 from tests.support.object_stores import MISSING, check_ranges, store_on
 from tests.support.s3_server import ACCESS_KEY, SECRET_KEY
 
-minio = pytest.importorskip("minio", reason="minio is not here (pip install minio): the S3 store was not tested")
+minio = pytest.importorskip("minio", reason="minio is not installed (pip install minio); the S3 store was not tested")
 
 
 def download(address: str) -> tuple[bytes, str]:
@@ -22,7 +22,7 @@ def download(address: str) -> tuple[bytes, str]:
         return response.read(), response.headers["Content-Type"]
 
 
-def test_a_signed_address_downloads_with_its_type_until_it_expires(s3):
+def test_a_signed_url_downloads_with_its_content_type_until_it_expires(s3):
     for suffix, kind in (("mp4", "video/mp4"), ("png", "image/png"), ("json", "application/json"), ("html", None)):
         got, got_kind = download(s3.presign_url(s3.put(b"what it holds", suffix), 60))
         assert got == b"what it holds" and got_kind == (kind or "application/octet-stream")
@@ -37,22 +37,24 @@ def test_a_signed_address_downloads_with_its_type_until_it_expires(s3):
         caught.value.close()
 
 
-def test_signed_addresses_name_the_public_server(server):
+def test_signed_urls_name_the_public_server(server):
     store = store_on(server.address, public_address=f"http://localhost:{server.port}")
     address = store.presign_url(store.put(b"a clip", "mp4"), 60)
     assert address.startswith(f"http://localhost:{server.port}/")
     assert download(address)[0] == b"a clip"
     down = store_on("http://127.0.0.1:9", public_address="https://media.example.org")
-    assert down.presign_url(MISSING, 7 * 86_400).startswith("https://media.example.org/")  # no server is asked
+    assert down.presign_url(MISSING, 7 * 86_400).startswith(
+        "https://media.example.org/"
+    )  # without a request to the server
 
 
 @pytest.mark.parametrize("seconds", [0, -5, 7 * 86_400 + 1])
-def test_a_signed_address_lives_a_second_to_a_week(s3, seconds):
+def test_a_signed_url_lasts_from_one_second_to_a_week(s3, seconds):
     with pytest.raises(InvalidInput, match=r"^seconds: 1 to 604800"):
         s3.presign_url(MISSING, seconds)
 
 
-def test_parts(s3):
+def test_ranges_are_read(s3):
     check_ranges(s3)
 
 
@@ -68,7 +70,7 @@ print(store.put_file(Path(sys.argv[4]), "mp4"), peak() - before)
 """
 
 
-def test_a_large_file_is_put_without_being_held(server, tmp_path):
+def test_a_large_file_is_stored_without_loading_it(server, tmp_path):
     path, digest = tmp_path / "large.mp4", hashlib.sha256()
     with path.open("wb") as file:
         for _ in range(64):
@@ -78,9 +80,9 @@ def test_a_large_file_is_put_without_being_held(server, tmp_path):
     command = [sys.executable, "-c", PUT_FILE, server.address, ACCESS_KEY, SECRET_KEY, str(path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     key, grown = done.stdout.split()
-    print(f"64 MiB put with {float(grown):.0f} MiB more at the peak")
+    print(f"putting 64 MiB raised the peak memory by {float(grown):.0f} MiB")
     assert key == f"{digest.hexdigest()}.mp4"
-    assert float(grown) < 40  # two parts of 16 MiB and some
+    assert float(grown) < 40  # two parts of 16 MiB and a margin
     store = store_on(server.address, "large")
     assert store.get_size(key) == 64 << 20
     again = hashlib.sha256()
@@ -89,6 +91,6 @@ def test_a_large_file_is_put_without_being_held(server, tmp_path):
     assert again.hexdigest() == digest.hexdigest()
 
 
-def test_a_file_that_cannot_be_read(s3, tmp_path):
+def test_an_unreadable_file_is_an_error(s3, tmp_path):
     with pytest.raises(StoreError, match=r"^store: gone.mp4 cannot be read: No such file or directory$"):
         s3.put_file(tmp_path / "gone.mp4", "mp4")

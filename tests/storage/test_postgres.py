@@ -1,14 +1,14 @@
-"""Threads in a real PostgreSQL."""
+"""Threads in a real PostgreSQL database."""
 
 import pytest
 
 from omnivideo.agent.graph import Planner
 from omnivideo.agent.thread import Thread
-from omnivideo.contracts import TurnCompleted
 from omnivideo.errors import InvalidInput
 from omnivideo.presets import TINY
 from omnivideo.settings import load_settings
 from omnivideo.storage.checkpointer import open_checkpointer
+from omnivideo.turns import TurnCompleted
 from tests.support.servers import free_port, postgres
 from tests.support.twins import InstantQueue, ScriptedMLLM
 
@@ -20,41 +20,41 @@ def address(tmp_path_factory):
 
 
 @pytest.fixture
-def thread_in(address):
-    """Opens a thread over a connection of its own."""
-    opened = []
+def open_thread(address):
+    """Yield a function that opens a thread over a new connection."""
+    checkpointers = []
 
-    def opening(name: str) -> Thread:
-        opened.append(saver := open_checkpointer(load_settings(database=address)))
-        graph = Planner(ScriptedMLLM(), InstantQueue(), TINY).build_graph(saver)
+    def open_in_new_connection(name: str) -> Thread:
+        checkpointers.append(checkpointer := open_checkpointer(load_settings(database=address)))
+        graph = Planner(ScriptedMLLM(), InstantQueue(), TINY).build_graph(checkpointer)
         thread = Thread(graph, name, lambda path, made_by: None)
         return thread if thread.exists() else thread.initialize_state()
 
-    yield opening
-    for saver in opened:
-        saver.conn.close()
+    yield open_in_new_connection
+    for checkpointer in checkpointers:
+        checkpointer.conn.close()
 
 
-def test_a_thread_lives_on_in_another_connection(thread_in):
-    thread = thread_in("talk")
+def test_a_thread_continues_over_another_connection(open_thread):
+    thread = open_thread("talk")
     assert isinstance(list(thread.send("a red ball; make it blue"))[-1], TurnCompleted)
-    again = thread_in("talk")
-    assert [turn.text for turn in again.get_turns()] == ["a red ball; make it blue"]
-    made = list(again.fork(1, "branch").send("make it green"))[-1].turn.results[0].artifact
-    assert made.source == again.get_artifacts()[-1].key
+    reopened = open_thread("talk")
+    assert [turn.text for turn in reopened.get_turns()] == ["a red ball; make it blue"]
+    artifact = list(reopened.fork(1, "branch").send("make it green"))[-1].turn.results[0].artifact
+    assert artifact.source == reopened.get_artifacts()[-1].key
 
 
-def test_a_cut_turn_goes_on(thread_in):
-    thread = thread_in("cut")
+def test_an_interrupted_turn_is_resumed(open_thread):
+    thread = open_thread("interrupted")
     running = thread.send("a red ball; now make it blue")
     for _ in range(5):
         next(running)
     del running
-    again = thread_in("cut")
-    assert isinstance(list(again.resume())[-1], TurnCompleted)
-    assert [one.caption for one in again.get_artifacts()] == ["a red ball", "make it blue"]
+    reopened = open_thread("interrupted")
+    assert isinstance(list(reopened.resume())[-1], TurnCompleted)
+    assert [artifact.caption for artifact in reopened.get_artifacts()] == ["a red ball", "make it blue"]
 
 
-def test_a_server_that_is_not_there_is_said():
+def test_an_unreachable_server_is_reported():
     with pytest.raises(InvalidInput, match="OMNIVIDEO_DATABASE: the server cannot be reached"):
         open_checkpointer(load_settings(database=f"postgresql://test@127.0.0.1:{free_port()}/postgres"))

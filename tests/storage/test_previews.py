@@ -1,4 +1,4 @@
-"""Previews: their images are in the object store, events refer to them, and the sweep takes them in the end."""
+"""Previews: the object store has their images, events refer to them, and the sweep removes them later."""
 
 import asyncio
 import base64
@@ -10,12 +10,13 @@ from pathlib import Path
 from sqlalchemy import Engine, select
 
 from omnivideo.api.event_feed import EventFeed
-from omnivideo.contracts import Job, StepProgress, TurnRecord, resolve_sampling_params
+from omnivideo.contracts import Job, StepProgress, resolve_sampling_params
 from omnivideo.presets import TINY
 from omnivideo.storage.database.jobs import JobRepository
 from omnivideo.storage.database.schema import turn_events
 from omnivideo.storage.database.turns import TurnRepository
 from omnivideo.storage.objects.local import LocalObjectStore
+from omnivideo.turns import TurnRecord
 
 PNGS = (b"first png", b"second png")
 LIFETIME_SECONDS = 3600.0
@@ -40,7 +41,7 @@ def run_turn_with_previews(engine: Engine, store: LocalObjectStore) -> TurnRecor
 
 
 def stream(engine: Engine, store: LocalObjectStore) -> list[dict[str, str]]:
-    """Return what a client of an ended turn is sent."""
+    """Return the events that a client of an ended turn receives."""
 
     async def collect() -> list[dict[str, str]]:
         return [message async for message in EventFeed(TurnRepository(engine), store).stream_turn("turn")]
@@ -55,7 +56,7 @@ def age_files(folder: Path) -> None:
         os.utime(path, (past, past))
 
 
-def test_clients_get_the_image_and_the_database_its_key(empty_database: Engine, tmp_path: Path) -> None:
+def test_clients_receive_the_image_and_the_database_stores_its_key(empty_database: Engine, tmp_path: Path) -> None:
     store = LocalObjectStore(tmp_path)
     turn = run_turn_with_previews(empty_database, store)
     TurnRepository(empty_database).end_turn(turn, "done")
@@ -72,7 +73,7 @@ def test_clients_get_the_image_and_the_database_its_key(empty_database: Engine, 
     assert [set(body) for body in bodies[1::2]] == [{"kind", "key"}] * 2
 
 
-def test_the_sweep_spares_previews_while_they_are_shown(empty_database: Engine, tmp_path: Path) -> None:
+def test_the_sweep_keeps_previews_of_running_turns(empty_database: Engine, tmp_path: Path) -> None:
     store, turns = LocalObjectStore(tmp_path), TurnRepository(empty_database)
     turn = run_turn_with_previews(empty_database, store)
     age_files(tmp_path)

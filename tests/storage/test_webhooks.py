@@ -1,12 +1,11 @@
 """Webhooks and their deliveries in a real database: SQLite and PostgreSQL."""
 
-import threading
-
 import pytest
 from sqlalchemy import Engine
 
 from omnivideo.errors import InvalidInput
 from omnivideo.storage.database.webhooks import WebhookRecord, WebhookRepository
+from tests.support.claims import claim_from_threads
 
 
 @pytest.fixture
@@ -45,16 +44,5 @@ def test_an_event_is_delivered_once(webhooks: WebhookRepository) -> None:
 
 def test_several_senders_never_claim_the_same_delivery(webhooks: WebhookRepository) -> None:
     webhooks.enqueue_deliveries([(f"event{index}", "hook", {}) for index in range(40)])
-    claimed_ids: list[str] = []
-
-    def claim_all() -> None:
-        while claimed := webhooks.claim_due_deliveries(3, 60.0):
-            claimed_ids.extend(delivery.id for delivery, _ in claimed)
-
-    threads = [threading.Thread(target=claim_all) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    claim_all()  # a thread that found every remaining row locked may have stopped early
+    claimed_ids = claim_from_threads(lambda: [delivery.id for delivery, _ in webhooks.claim_due_deliveries(3, 60.0)])
     assert len(claimed_ids) == len(set(claimed_ids)) == 40

@@ -1,4 +1,4 @@
-"""The HTTP service on a free port: a real database, store, queue and worker; the MLLM's answers are scripted."""
+"""Run the HTTP service, with a real database, store, queue and worker and scripted answers, and the MLLM server."""
 
 import threading
 import time
@@ -10,36 +10,54 @@ import uvicorn
 
 from omnivideo.api.app import create_app
 from omnivideo.backends.decoder.renderer import Renderer
+from omnivideo.backends.mllm.server import create_mllm_app
 from omnivideo.settings import load_settings
 from omnivideo.wiring import ServiceWiring
-from tests.backends.queue.test_kill import HalfScripted
 from tests.support.servers import free_port
+from tests.support.twins import MLLMWithScriptedText
 
 
-def scripted(home: Path, omni, **given) -> ServiceWiring:
-    wiring = ServiceWiring(load_settings(home=home, **given), "cpu")
+def build_scripted_wiring(home: Path, omni, **settings) -> ServiceWiring:
+    """Return the wiring of a service whose MLLM gives scripted answers."""
+    wiring = ServiceWiring(load_settings(home=home, **settings), "cpu")
     wiring.renderer = Renderer(omni, wiring.store, "random")  # type: ignore[misc]
-    wiring.mllm = HalfScripted(omni, wiring.store)  # type: ignore[misc]
+    wiring.mllm = MLLMWithScriptedText(omni, wiring.store)  # type: ignore[misc]
     return wiring
 
 
 @contextmanager
-def serving(wiring: ServiceWiring, port: int | None = None) -> Iterator[str]:
+def run_api_server(wiring: ServiceWiring, port: int | None = None) -> Iterator[str]:
     """Run the service and yield its address; afterwards, stop it and everything that the wiring has started."""
     port = port or free_port()
     config = uvicorn.Config(
         create_app(wiring.build_service_context()), port=port, log_level="warning", timeout_graceful_shutdown=2
     )
     server = uvicorn.Server(config)
-    running = threading.Thread(target=server.run, daemon=True)
-    running.start()
-    until = time.monotonic() + 20
-    while not server.started and time.monotonic() < until:
+    server_thread = threading.Thread(target=server.run, daemon=True)
+    server_thread.start()
+    deadline = time.monotonic() + 20
+    while not server.started and time.monotonic() < deadline:
         time.sleep(0.02)
     assert server.started
     try:
         yield f"http://127.0.0.1:{port}"
     finally:
         server.should_exit = True
-        running.join(10)
+        server_thread.join(10)
         wiring.close()
+
+
+@contextmanager
+def run_mllm_server(mllm, port: int) -> Iterator[None]:
+    """Run our own MLLM server on a port."""
+    server = uvicorn.Server(uvicorn.Config(create_mllm_app(mllm), port=port, log_level="warning"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    deadline = time.monotonic() + 20
+    while not server.started and time.monotonic() < deadline:
+        time.sleep(0.02)
+    try:
+        yield
+    finally:
+        server.should_exit = True
+        thread.join(10)

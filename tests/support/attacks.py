@@ -1,4 +1,4 @@
-"""What the tests of attacks share: how an answer must refuse, and what no answer may contain."""
+"""Checks for the tests of attacks: how an answer must refuse, and what no answer may contain."""
 
 import re
 

@@ -8,8 +8,8 @@ Usage:
             ...  # the code under test
         assert len(window.list_files()) <= 6, window.describe()
 
-Every process writes a file of its own, at the moment when a function runs for the first time in a window, so a child
-that is killed loses nothing. A child of Python starts its recorder in `call_paths_site/sitecustomize.py`. The window
+Every process writes to a separate file when a function runs for the first time in a window, so nothing is lost if a
+child is killed. A child of Python starts its recorder in `call_paths_site/sitecustomize.py`. The window
 is one byte of a file that all processes map, which makes opening and closing it visible everywhere at once.
 
 Importing a module and executing a class body do not count as running a function.

@@ -1,4 +1,4 @@
-"""What the curation tests share: bounds, the command line, and reading the results."""
+"""Helpers for the curation tests: bounds, the command line, and reading the results."""
 
 import json
 import sys
@@ -29,5 +29,5 @@ def build_command(folder: Path, output_dir: Path) -> list[str]:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Return the records of a file with one JSON object a line."""
+    """Return the records of a file with one JSON object per line."""
     return [json.loads(line) for line in path.read_text().splitlines()]

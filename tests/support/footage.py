@@ -1,4 +1,4 @@
-"""Made-up footage for the curation's tests: textured grounds, things that move, and what spoils a clip."""
+"""Synthetic footage for the curation tests: textured backgrounds, moving objects, and defects."""
 
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
@@ -12,8 +12,8 @@ WIDTH, HEIGHT, FPS = 384, 288, 24
 FRAMES = 40
 
 
-def texture(seed: int, width: int = 3 * WIDTH, height: int = 2 * HEIGHT) -> np.ndarray:
-    """A landscape of colour patches, coarse and fine, uint8 [H, W, 3]."""
+def make_texture(seed: int, width: int = 3 * WIDTH, height: int = 2 * HEIGHT) -> np.ndarray:
+    """Return a landscape of coarse and fine colour patches: uint8 [H, W, 3]."""
     rng = np.random.default_rng(seed)
     layers = []
     for cells, weight in ((4, 1.0), (12, 0.7), (48, 0.5), (200, 0.5)):
@@ -23,18 +23,18 @@ def texture(seed: int, width: int = 3 * WIDTH, height: int = 2 * HEIGHT) -> np.n
     return ((mixed - mixed.mean()) / mixed.std() * 50 + 128).clip(25, 240).astype(np.uint8)
 
 
-def pan(seed: int, frames: int = FRAMES, speed: float = 2.0, jitter: float = 0.0) -> Iterator[np.ndarray]:
-    """A camera that moves evenly to the right, or in no hand's peace."""
-    ground, rng = texture(seed), np.random.default_rng(seed)
+def pan_camera(seed: int, frames: int = FRAMES, speed: float = 2.0, jitter: float = 0.0) -> Iterator[np.ndarray]:
+    """Yield the frames of a camera that moves to the right, evenly or with jitter."""
+    ground, rng = make_texture(seed), np.random.default_rng(seed)
     for at in range(frames):
         shake = rng.normal(0, jitter, 2) if jitter else (0, 0)
         x, y = int(60 + speed * at + shake[0]), int(60 + shake[1])
         yield ground[y : y + HEIGHT, x : x + WIDTH]
 
 
-def subject(seed: int, frames: int = FRAMES) -> Iterator[np.ndarray]:
-    """A ball that crosses a locked camera's picture."""
-    ground = texture(seed)[:HEIGHT, :WIDTH]
+def move_ball(seed: int, frames: int = FRAMES) -> Iterator[np.ndarray]:
+    """Yield the frames of a ball that moves in front of a fixed camera."""
+    ground = make_texture(seed)[:HEIGHT, :WIDTH]
     for at in range(frames):
         image = Image.fromarray(ground)
         x = 40 + 5 * at
@@ -42,20 +42,20 @@ def subject(seed: int, frames: int = FRAMES) -> Iterator[np.ndarray]:
         yield np.asarray(image)
 
 
-def still(seed: int, grain: float = 6.0) -> Iterator[np.ndarray]:
-    """A photograph with film grain."""
-    rng, ground = np.random.default_rng(seed), texture(seed)[:HEIGHT, :WIDTH].astype(float)
+def make_still(seed: int, grain: float = 6.0) -> Iterator[np.ndarray]:
+    """Yield the frames of a still photograph with film grain."""
+    rng, ground = np.random.default_rng(seed), make_texture(seed)[:HEIGHT, :WIDTH].astype(float)
     for _ in range(FRAMES):
         yield (ground + rng.normal(0, grain, ground.shape)).clip(0, 255).astype(np.uint8)
 
 
-def night(seed: int) -> Iterator[np.ndarray]:
-    """A black sky that dawns towards the ground: no bar, though its upper edge is black."""
+def make_night(seed: int) -> Iterator[np.ndarray]:
+    """Return the frames of a sky that is black at the top and bright below, which is not a letterbox bar."""
     dawn = np.linspace(-0.15, 1, HEIGHT).clip(0, 1)[:, None, None]
-    return ((frame * dawn).astype(np.uint8) for frame in pan(seed))
+    return ((frame * dawn).astype(np.uint8) for frame in pan_camera(seed))
 
 
-def barred(frames: Iterable[np.ndarray], rows: int = 0, columns: int = 0) -> Iterator[np.ndarray]:
+def add_bars(frames: Iterable[np.ndarray], rows: int = 0, columns: int = 0) -> Iterator[np.ndarray]:
     for frame in frames:
         frame = frame.copy()
         if rows:
@@ -65,8 +65,8 @@ def barred(frames: Iterable[np.ndarray], rows: int = 0, columns: int = 0) -> Ite
         yield frame
 
 
-def written(frames: Iterable[np.ndarray], words: str, size: int, at: tuple[int, int], alpha: int = 255):
-    """Words burned in, as opaque as `alpha` of 255."""
+def add_text(frames: Iterable[np.ndarray], words: str, size: int, at: tuple[int, int], alpha: int = 255):
+    """Yield the frames with burned-in text; `alpha` is its opacity, from 0 to 255."""
     font = ImageFont.load_default(size=size)
     for frame in frames:
         layer = Image.new("RGBA", frame.shape[1::-1], (255, 255, 255, 0))
@@ -75,13 +75,15 @@ def written(frames: Iterable[np.ndarray], words: str, size: int, at: tuple[int, 
         yield np.asarray(Image.alpha_composite(Image.fromarray(frame).convert("RGBA"), layer).convert("RGB"))
 
 
-def resized(frames: Iterable[np.ndarray], width: int, height: int) -> Iterator[np.ndarray]:
+def resize(frames: Iterable[np.ndarray], width: int, height: int) -> Iterator[np.ndarray]:
     return (np.asarray(Image.fromarray(np.ascontiguousarray(frame)).resize((width, height))) for frame in frames)
 
 
-def film(path: Path, frames: Iterable[np.ndarray], crf: int = 18, gap: tuple[int, int] = (0, 0)) -> Path:
-    """H.264 with the index at the front, so that a file that is cut still opens; `gap` is a frame and the seconds
-    that pass before it."""
+def write_film(path: Path, frames: Iterable[np.ndarray], crf: int = 18, gap: tuple[int, int] = (0, 0)) -> Path:
+    """Write H.264 with the index at the front, so that a truncated file can be opened, and return the path.
+
+    `gap` is the number of a frame and the seconds without frames before it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     options = {"movflags": "+faststart"} if path.suffix == ".mp4" else {}
     with av.open(str(path), "w", options=options) as out:

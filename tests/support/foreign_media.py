@@ -1,4 +1,4 @@
-"""Files of users: small valid ones in many formats, and the refusal of others."""
+"""Files of users: small valid files in many formats, and the refusals of invalid ones."""
 
 import io
 from fractions import Fraction
@@ -31,27 +31,27 @@ def encode_animation(kind: str) -> bytes:
 def encode_clip(
     kind: str = "mp4", codec: str = "libx264", *, times=range(9), unit=Fraction(1, 8), streams: int = 1
 ) -> bytes:
-    """Frames at `times`, in `unit` seconds."""
+    """Return a clip with frames at `times`, in units of `unit` seconds."""
     out = io.BytesIO()
     with av.open(out, "w", format=kind) as container:
-        made = []
+        video_streams = []
         for _ in range(streams):
             stream = container.add_stream(codec, rate=8)
             stream.height, stream.width, stream.pix_fmt = *NOISE.shape[1:3], "yuv420p"
             stream.codec_context.time_base, stream.codec_context.max_b_frames = unit, 0
-            made.append(stream)
+            video_streams.append(stream)
         for index, time in enumerate(times):
-            for stream in made:
+            for stream in video_streams:
                 frame = av.VideoFrame.from_ndarray(NOISE[index % 9], format="rgb24")
                 frame.pts, frame.time_base = time, unit
                 container.mux(stream.encode(frame))
-        for stream in made:
+        for stream in video_streams:
             container.mux(stream.encode())
     return out.getvalue()
 
 
 def ingest_refusal(data: bytes, name: str = "clip.mp4", **options: object) -> str:
-    """The refusal's text: one line, with the field and the name, and nothing is stored."""
+    """Return the text of the refusal; check that it is one line that names the field, and that nothing is stored."""
     store = MemoryObjectStore()
     with pytest.raises(UnreadableMedia) as caught:
         ingest_media(store, data, "user", name, **options)

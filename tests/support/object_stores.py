@@ -1,4 +1,4 @@
-"""Build object stores for tests, and check what every one of them promises."""
+"""Build object stores for tests, and check the contract of every store."""
 
 import hashlib
 import os

@@ -1,4 +1,4 @@
-"""What the tests of the OpenAI-compatible routes share: the service, clients, media and batches."""
+"""Helpers for the tests of the OpenAI-compatible routes: the service, clients, media and batches."""
 
 import io
 import json
@@ -19,7 +19,7 @@ from omnivideo.errors import InvalidInput
 from omnivideo.media.artifacts import encode_clip
 from omnivideo.media.thumbnails import create_picture_renderer
 from omnivideo.storage.database.jobs import JobRepository
-from tests.support.api_server import scripted, serving
+from tests.support.api_server import build_scripted_wiring, run_api_server
 
 KEY = "an-admin-key-for-tests"
 QUICK = {"num_inference_steps": 1, "num_frames": 5}
@@ -27,44 +27,45 @@ SMALL = {"size": "32x32", "extra_body": QUICK}
 
 
 @contextmanager
-def service_in(folder, omni, **given) -> Iterator[tuple]:
+def run_service(folder, omni, **options) -> Iterator[tuple]:
     """Run a service over an untrained model; yield its wiring, its context and its address."""
-    wiring = scripted(folder, omni, admin_key=KEY, **given)
+    wiring = build_scripted_wiring(folder, omni, admin_key=KEY, **options)
     context = wiring.build_service_context()
     context.render_thumbnail = create_picture_renderer(wiring.store)
     context.check_webhook_url = partial(check_reachable, internal_hosts=("localhost",))
     wiring.build_service_context = lambda: context  # type: ignore[method-assign]
-    with serving(wiring) as address:
+    with run_api_server(wiring) as address:
         yield wiring, context, address
 
 
-def client_for(service, key: str = KEY) -> openai.OpenAI:
+def make_client(service, key: str = KEY) -> openai.OpenAI:
+    """Return the unmodified openai client."""
     http = openai.DefaultHttpxClient(trust_env=False)
     return openai.OpenAI(base_url=f"{service[2]}/v1", api_key=key, max_retries=0, http_client=http, timeout=60)
 
 
-def http_for(service, **given) -> httpx.Client:
-    """Return an HTTP client for what the openai client does not offer."""
+def make_http_client(service, **options) -> httpx.Client:
+    """Return an HTTP client for requests that the openai client does not offer."""
     headers = {"Authorization": f"Bearer {KEY}"}
-    return httpx.Client(base_url=service[2], headers=headers, timeout=60, trust_env=False, **given)
+    return httpx.Client(base_url=service[2], headers=headers, timeout=60, trust_env=False, **options)
 
 
-def by_id(video_id: str) -> dict:
+def refer_to_video(video_id: str) -> dict:
     """Return the arguments that name a video of the service; the openai client only accepts files for `video`."""
     return {"video": openai.omit, "extra_body": {"video": {"id": video_id}}}
 
 
-def png(colour: int = 200, size: int = 64) -> bytes:
+def make_png(colour: int = 200, size: int = 64) -> bytes:
     out = io.BytesIO()
     Image.fromarray(np.full((size, size, 3), colour, dtype=np.uint8)).save(out, "PNG")
     return out.getvalue()
 
 
-def mp4() -> bytes:
+def make_mp4() -> bytes:
     return encode_clip(np.full((9, 64, 64, 3), 90, dtype=np.uint8), 8)[0]
 
 
-def until(condition, seconds: float = 30.0):
+def wait_until(condition, seconds: float = 30.0):
     """Poll `condition` until it is true, and return its value."""
     deadline = time.monotonic() + seconds
     while not (value := condition()):
@@ -74,7 +75,7 @@ def until(condition, seconds: float = 30.0):
 
 
 @contextmanager
-def nobody_works(wiring) -> Iterator[None]:
+def pause_worker(wiring) -> Iterator[None]:
     """Keep the worker from claiming jobs."""
     claim_next_job, wiring.worker.jobs.claim_next_job = wiring.worker.jobs.claim_next_job, lambda worker: None
     try:
@@ -87,19 +88,21 @@ def nobody_works(wiring) -> Iterator[None]:
 # ---------------------------------------------------------------- batches
 
 
-def lines(count: int, url: str = "/v1/videos", **body) -> bytes:
+def make_lines(count: int, url: str = "/v1/videos", **body) -> bytes:
+    """Return the lines of a batch's input file; `body` adds fields to every request."""
     body = {"prompt": "a ball", "size": "32x32"} | (QUICK if url == "/v1/videos" else {"num_inference_steps": 1}) | body
     requests = [{"custom_id": f"line {n}", "method": "POST", "url": url, "body": body} for n in range(count)]
     return b"".join(json.dumps(request).encode() + b"\n" for request in requests)
 
 
-def say(owner: str, body: dict) -> dict:
+def answer_chat(owner: str, body: dict) -> dict:
+    """Answer a chat request with its own text, or refuse the text "bad"."""
     if body["messages"][0]["content"] == "bad":
         raise InvalidInput("messages", "they are bad")
-    return {"object": "chat.completion", "owner": owner, "said": body["messages"][0]["content"]}
+    return {"object": "chat.completion", "owner": owner, "echo": body["messages"][0]["content"]}
 
 
-def runner_for(context, **given) -> BatchRunner:
+def make_runner(context, **options) -> BatchRunner:
     return BatchRunner(
         context.batches,
         context.files,
@@ -107,21 +110,25 @@ def runner_for(context, **given) -> BatchRunner:
         context.store,
         context.notify_workers,
         BatchLineHandler(context),
-        say,
-        **({"poll_seconds": 0.05} | given),
+        answer_chat,
+        **({"poll_seconds": 0.05} | options),
     )
 
 
-def batch_of(client, data: bytes, endpoint: str = "/v1/videos"):
+def create_batch(client, data: bytes, endpoint: str = "/v1/videos"):
     file = client.files.create(file=("lines.jsonl", data), purpose="batch")
     return client.batches.create(
         input_file_id=file.id, endpoint=endpoint, completion_window="24h", metadata={"for": "tests"}
     )
 
 
-def ended(client, batch, *states: str):
-    return until(lambda: (now := client.batches.retrieve(batch.id)).status in (states or ("completed",)) and now)
+def wait_for_batch(client, batch, *states: str):
+    """Wait until the batch is in one of the states, by default "completed", and return it."""
+    return wait_until(
+        lambda: (current := client.batches.retrieve(batch.id)).status in (states or ("completed",)) and current
+    )
 
 
-def told(client, file_id: str | None) -> list[dict]:
+def download_lines(client, file_id: str | None) -> list[dict]:
+    """Return the records of an output file; there are none without a file."""
     return [json.loads(line) for line in client.files.content(file_id).read().splitlines()] if file_id else []

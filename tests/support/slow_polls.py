@@ -1,4 +1,4 @@
-"""Make the polls of followers so slow that only a notification can be on time."""
+"""Slow down the polls of followers, so that only notifications arrive in time."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,11 +1,11 @@
-"""Which tests belong to which tier: the marks that tests/conftest.py adds, and the Makefile selects by.
+"""The tiers of the tests: tests/conftest.py adds them as marks, and the Makefile selects by them.
 
     long     soak tests, fault matrices, vLLM servers, training on several processes: everything over 20 s
     slow     left out of `make test-fast`, which runs for at most three minutes
-    gpu      tests/gpu; they need an NVIDIA GPU
-    clients  tests/clients; other programs, in environments of their own
+    gpu      tests/gpu, which need an NVIDIA GPU
+    clients  tests/clients, which run other programs in separate environments
 
-A pattern is a test's id without parameters, or a file, as fnmatch reads them.
+A pattern, in the syntax of fnmatch, is a test's id without parameters, or a file.
 """
 
 import re
@@ -15,27 +15,27 @@ from fnmatch import fnmatch
 import pytest
 
 LONG = (
-    # Training on several processes, each with its own torch.
-    "training/engine/test_distributed.py::test_a_run_goes_on_with_two_processes*",
+    # Training on several processes, each of which imports torch.
+    "training/engine/test_distributed.py::test_a_run_resumes_on_two_processes*",
     "training/engine/test_distributed.py::test_two_processes_have_the_losses_of_one",
-    "training/engine/test_distributed.py::test_a_sequence_in_two_parts*",
-    "training/engine/test_distributed.py::test_a_killed_process*",
+    "training/engine/test_distributed.py::test_sequence_parallelism*",
+    "training/engine/test_distributed.py::test_a_run_with_a_killed_process*",
     "training/engine/test_distributed.py::test_stages_have_the_same_losses*",
     "training/engine/test_distributed.py::test_two_groups_of_two*",
-    "training/engine/test_distributed.py::test_samples_of_two_processes*",
-    "training/engine/test_distributed.py::test_gradients_of_many_passes*",
+    "training/engine/test_distributed.py::test_two_processes_generate_samples*",
+    "training/engine/test_distributed.py::test_gradients_of_micro_batches*",
     "training/engine/test_distributed.py::test_shards_on_two_processes*",
     "training/engine/test_distributed.py::test_bf16_keeps_fp32_weights",
     "training/engine/test_distributed.py::test_a_gradient_that_is_not_finite*",
     # vLLM servers. test_vllm_lora.py, with two short-lived ones, stays in `make test`.
     "backends/mllm/test_vllm.py",
     "backends/mllm/test_vllm_conversations.py",
-    # Fault matrices: brokers, workers and runs that are killed.
-    "backends/queue/test_celery.py::test_workers_draw_are_killed*",
-    "backends/queue/test_celery.py::test_a_worker_that_is_told_to_end*",
-    "backends/queue/test_celery.py::test_a_broker_that_is_away*",
-    "training/curation/*::test_kill_and_go_on*",
-    # Weights of the released 1.3B model, in full size.
+    # Fault matrices, in which brokers, workers and runs are killed.
+    "backends/queue/test_celery.py::test_killed_workers_lose_no_job*",
+    "backends/queue/test_celery.py::test_a_terminated_worker*",
+    "backends/queue/test_celery.py::test_a_missing_broker*",
+    "training/curation/*::test_a_killed_run_resumes*",
+    # Weights of the released 1.3B model at full size.
     "models/weights/test_convert.py::test_version_1_in_full_size*",
     # The released wheel, in an empty environment.
     "deploy/test_release.py::test_the_wheel_generates_a_clip*",
@@ -58,16 +58,20 @@ SLOW = (
     "models/weights/*.py",
     "sdk/test_client*.py",
     "storage/test_objects*.py",
-    "synthetic/*.py::test_captions_state_what_is_seen",
-    "synthetic/*.py::test_scorer_reads_ground_truth",
+    "synthetic/*.py::test_captions_describe_the_rendered_scene",
+    "synthetic/*.py::test_the_scorer_reads_the_ground_truth",
     "test_cpu_threads.py::test_entry_points*",
     "test_examples.py",
     "training/curation/*.py",
+    "training/data/test_batch.py",
     "training/data/test_dataset*.py",
     "training/engine/test_distributed*.py",
+    "training/engine/test_optim.py",
     "training/engine/test_placement*.py",
-    "training/planning/*.py::test_parameters_are_those_of_the_released_model",
-    "training/test_training*.py",
+    "training/engine/test_trainer.py",
+    "training/planning/*.py::test_parameters_agree_with_the_released_model",
+    "training/recipes/*.py",
+    "training/tiny/*.py",
 )
 FOLDERS = {"gpu": "gpu/*", "clients": "clients/*"}
 

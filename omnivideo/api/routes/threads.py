@@ -10,7 +10,8 @@ from omnivideo.api.dependencies import ContextDep, IdempotencyKey, OwnerDep, Ser
 from omnivideo.api.errors import ERROR_RESPONSES, APIError, build_not_found_error
 from omnivideo.api.event_feed import get_event_feed
 from omnivideo.api.media import MediaPart, artifact_from_part, build_range_response
-from omnivideo.contracts import MAX_SEED, Artifact, Think, Turn, TurnRecord
+from omnivideo.contracts import MAX_SEED, Artifact
+from omnivideo.turns import Think, Turn, TurnRecord
 
 router = APIRouter(prefix="/v1/threads", tags=["threads"], responses=ERROR_RESPONSES)
 ThreadId = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]

@@ -1,16 +1,57 @@
-"""Run workers in Celery's child processes, one for each device."""
+"""Notify workers of queued jobs through the broker, and run workers in Celery's child processes, one for each device.
 
+A message says only that there is work, so a lost message loses no job. This module does not import torch: API
+processes notify too.
+"""
+
+import logging
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from celery import signals
+from celery import Celery, signals
+from kombu.exceptions import OperationalError
 
-from omnivideo.backends.decoder.worker import Worker
-from omnivideo.backends.queue.reaper import TASK_NAME, Reaper, create_celery_app, create_notifier
+from omnivideo.backends.queue.reaper import Reaper
+
+if TYPE_CHECKING:
+    from omnivideo.backends.decoder.worker import Worker
+
+log = logging.getLogger("omnivideo.worker")
+TASK_NAME = "omnivideo.work"
+
+
+def create_celery_app(broker_url: str) -> Celery:
+    """Return a Celery app whose messages only say that there is work; workers find the job in the database."""
+    app = Celery("omnivideo", broker=broker_url)
+    app.conf.update(
+        task_serializer="json",
+        accept_content=["json"],
+        task_ignore_result=True,
+        task_acks_late=True,
+        task_reject_on_worker_lost=True,
+        worker_prefetch_multiplier=1,
+        worker_hijack_root_logger=False,
+        broker_connection_retry_on_startup=True,
+        broker_transport_options={"visibility_timeout": 3600, "socket_timeout": 5, "socket_connect_timeout": 5},
+        task_default_queue="omnivideo",
+    )
+    return app
+
+
+def create_notifier(app: Celery) -> Callable[[], None]:
+    """Return a function that sends a message. If the broker is unavailable, the reaper sends it later."""
+
+    def notify_workers() -> None:
+        try:
+            app.send_task(TASK_NAME, retry=False)
+        except (OperationalError, OSError) as error:
+            log.warning("the broker is unavailable: %s", type(error).__name__)
+
+    return notify_workers
 
 
 def serve_celery_worker(
-    broker_url: str, build_worker: Callable[[], tuple[Worker, float]], concurrency: int = 1
+    broker_url: str, build_worker: Callable[[], tuple["Worker", float]], concurrency: int = 1
 ) -> None:
     """Run a Celery worker until it is stopped.
 

@@ -1,21 +1,16 @@
-"""Notify workers of queued jobs through the broker, and requeue the jobs of lost workers.
+"""Requeue the jobs of lost workers, and notify the workers again of jobs that stay queued.
 
-A message says only that there is work, so a lost message loses no job. This module does not import torch: API
-processes notify and requeue too.
+API processes do this too, so this module imports neither torch nor Celery.
 """
 
 import logging
 import threading
 from collections.abc import Callable
 
-from celery import Celery
-from kombu.exceptions import OperationalError
-
 from omnivideo.errors import OmniVideoError
 from omnivideo.storage.database.jobs import JobRepository
 
 log = logging.getLogger("omnivideo.worker")
-TASK_NAME = "omnivideo.work"
 RENOTIFY_SECONDS = 5.0  # the time after which workers are notified of a queued job again
 
 
@@ -50,33 +45,3 @@ class Reaper:
             self.notify_workers()
         if self.jobs.claim_renotification(RENOTIFY_SECONDS):
             self.notify_workers()
-
-
-def create_celery_app(broker_url: str) -> Celery:
-    """Return a Celery app whose messages only say that there is work; workers find the job in the database."""
-    app = Celery("omnivideo", broker=broker_url)
-    app.conf.update(
-        task_serializer="json",
-        accept_content=["json"],
-        task_ignore_result=True,
-        task_acks_late=True,
-        task_reject_on_worker_lost=True,
-        worker_prefetch_multiplier=1,
-        worker_hijack_root_logger=False,
-        broker_connection_retry_on_startup=True,
-        broker_transport_options={"visibility_timeout": 3600, "socket_timeout": 5, "socket_connect_timeout": 5},
-        task_default_queue="omnivideo",
-    )
-    return app
-
-
-def create_notifier(app: Celery) -> Callable[[], None]:
-    """Return a function that sends a message. If the broker is unavailable, the reaper sends it later."""
-
-    def notify_workers() -> None:
-        try:
-            app.send_task(TASK_NAME, retry=False)
-        except (OperationalError, OSError) as error:
-            log.warning("the broker is unavailable: %s", type(error).__name__)
-
-    return notify_workers

@@ -1,20 +1,16 @@
 """Connect to the service's database, PostgreSQL or SQLite, and bring its schema up to date."""
 
-import logging
 import sqlite3
+import uuid
 from importlib import resources
 
 from alembic import command
 from alembic.config import Config
-from alembic.runtime.migration import MigrationContext
-from alembic.script import ScriptDirectory
-from sqlalchemy import Engine, create_engine, event, make_url
+from sqlalchemy import Engine, QueuePool, create_engine, event, make_url
 from sqlalchemy.exc import DBAPIError
 
 from omnivideo.errors import StoreError
 from omnivideo.presets import Preset
-
-log = logging.getLogger("omnivideo.storage")
 
 
 def create_database_engine(database_url: str) -> Engine:
@@ -37,6 +33,25 @@ def create_database_engine(database_url: str) -> Engine:
     )
 
 
+def create_memory_database() -> Engine:
+    """Return an empty database in this process's memory, at the newest schema.
+
+    `JobRepository(create_memory_database())` and `TurnRepository(create_memory_database())` are the in-memory twins of
+    the ports JobStore and TurnStore. Threads take turns at the only connection, because another connection would open
+    another database. The unique name keeps the notifications of several databases apart.
+    """
+    engine = create_engine(
+        f"sqlite:///file:{uuid.uuid4().hex}?mode=memory&uri=true",
+        isolation_level="AUTOCOMMIT",
+        poolclass=QueuePool,
+        pool_size=1,
+        max_overflow=0,
+        connect_args={"check_same_thread": False},
+    )
+    upgrade_schema(engine)
+    return engine
+
+
 def configure_sqlite(connection: sqlite3.Connection, connection_record: object) -> None:
     """Let readers work beside the writer, and do not flush the disk at every heartbeat."""
     connection.execute("PRAGMA journal_mode=WAL")
@@ -54,20 +69,9 @@ def upgrade_schema(engine: Engine, revision: str = "head", preset: Preset | None
     alembic_config = Config()
     alembic_config.set_main_option("script_location", str(resources.files("omnivideo.storage.database") / "migrations"))
     try:
-        if (later := find_later_revision(engine, alembic_config)) is not None:
-            log.warning("the database has the schema %s of a later version", later)
-            return
         with engine.connect().execution_options(isolation_level="SERIALIZABLE") as connection:
             alembic_config.attributes["connection"] = connection
             alembic_config.attributes["preset"] = preset
             command.upgrade(alembic_config, revision)
     except DBAPIError as error:
         raise StoreError("database: it cannot be reached or changed; see OMNIVIDEO_DATABASE") from error
-
-
-def find_later_revision(engine: Engine, alembic_config: Config) -> str | None:
-    """Return the database's revision if this version does not know it, else None."""
-    with engine.connect() as connection:
-        current = MigrationContext.configure(connection).get_current_revision()
-    known = {script.revision for script in ScriptDirectory.from_config(alembic_config).walk_revisions()}
-    return current if current is not None and current not in known else None

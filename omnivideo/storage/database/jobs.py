@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from opentelemetry.propagate import inject
 from sqlalchemy import ColumnElement, Engine, Row, Update, and_, func, literal, null, or_, select, update
 
-from omnivideo.contracts import Artifact, Change, Claim, Job, JobState, JobStatus, Lane, StepProgress, StoredPreview
+from omnivideo.contracts import Artifact, Change, Claim, Job, JobState, JobStatus, Lane, StepProgress
 from omnivideo.errors import InvalidInput, JobCancelled, JobFailed, JobLost, ServiceBusy
 from omnivideo.storage.database.job_rows import (
     ENDED_STATES,
@@ -34,6 +34,7 @@ from omnivideo.storage.database.job_rows import (
 from omnivideo.storage.database.notifications import ANY_JOB_END, AsyncWatch, Watch, job_end_topic, job_step_topic
 from omnivideo.storage.database.repository import Repository, select_values, unix_now
 from omnivideo.storage.database.schema import jobs, turns
+from omnivideo.turns import StoredPreview
 
 EXACT_COUNT_BELOW = 1000  # limits below this are checked with an exact count at every submit
 COUNT_CACHE_SECONDS = 1.0  # how long a count that is far from its limit is reused

@@ -34,6 +34,7 @@ MAX_PAYLOAD_BYTES = 7000  # PostgreSQL allows 8000; a longer event is read from 
 LISTENER_IDLE_SECONDS = 10.0  # how long the connection keeps listening after the last follower has left
 RECONNECT_SECONDS = (0.1, 5.0)  # the first and the longest pause between two attempts to connect
 ANY_JOB_END = "end"
+NEW_DELIVERY = "delivery"  # the topic of new deliveries to webhooks
 
 
 Deliver = Callable[[Change | None], None]  # None: changes may have been missed, so read the database
@@ -104,9 +105,12 @@ class ChangeNotifier:
         self.listener: threading.Thread | None = None
 
     @contextmanager
-    def watch(self, *topics: str) -> Iterator[Watch]:
-        """Follow topics in a thread. Read the database after entering, and again after every wait."""
-        watch = Watch(self.poll_seconds)
+    def watch(self, *topics: str, poll_seconds: float | None = None) -> Iterator[Watch]:
+        """Follow topics in a thread. Read the database after entering, and again after every wait.
+
+        `poll_seconds` replaces the database's poll interval.
+        """
+        watch = Watch(self.poll_seconds if poll_seconds is None else poll_seconds)
         with self.subscribe(topics, watch.deliver):
             yield watch
 
@@ -138,7 +142,7 @@ class ChangeNotifier:
         """Deliver a change to the followers in this process."""
         with self.lock:
             kind = change.topic.partition(" ")[0]
-            followers = [*self.followers.get(change.topic, ()), *self.followers.get(kind, ())]
+            followers = {*self.followers.get(change.topic, ()), *self.followers.get(kind, ())}
         for deliver in followers:
             deliver(change)
 

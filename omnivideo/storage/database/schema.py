@@ -133,7 +133,7 @@ turn_events = Table(
     metadata,
     Column("turn_id", String(64), primary_key=True),  # of turns
     Column("number", Integer, primary_key=True),  # from 1
-    Column("body", JSON, nullable=False),  # contracts.TurnEvent
+    Column("body", JSON, nullable=False),  # omnivideo.turns.TurnEvent
     Column("created_at", Float, nullable=False),
     Index("turn_events_created", "created_at"),
 )

@@ -10,11 +10,12 @@ from typing import Any, Literal
 from sqlalchemy import ColumnElement, Row, and_, exists, insert, literal, select, update
 from sqlalchemy.exc import IntegrityError
 
-from omnivideo.contracts import Change, TurnEvents, TurnRecord
+from omnivideo.contracts import Change
 from omnivideo.errors import InvalidInput
 from omnivideo.storage.database.notifications import AsyncWatch, turn_topic
 from omnivideo.storage.database.repository import Repository, select_values, unix_now
 from omnivideo.storage.database.schema import chat_threads, threads, turn_events, turns
+from omnivideo.turns import TurnEvents, TurnRecord
 
 OPEN_STATES = ("queued", "running")
 NumberedEvent = tuple[int, dict[str, Any]]  # numbers begin at 1

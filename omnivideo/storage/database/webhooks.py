@@ -1,12 +1,14 @@
 """Webhooks, and the deliveries that are due to them."""
 
 from collections.abc import Collection, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
-from sqlalchemy import delete, func, select, update
+from sqlalchemy import String, delete, func, literal, select, update
 
-from omnivideo.contracts import FrozenModel, WebhookRecord
+from omnivideo.contracts import Change, FrozenModel, WebhookRecord
 from omnivideo.errors import InvalidInput
+from omnivideo.storage.database.notifications import ANY_JOB_END, NEW_DELIVERY, Watch
 from omnivideo.storage.database.repository import Repository, record_from_row, select_values, unix_now
 from omnivideo.storage.database.schema import webhook_deliveries, webhooks
 
@@ -60,12 +62,28 @@ class WebhookRepository(Repository):
     # ------------------------------------------------------------ deliveries
 
     def enqueue_deliveries(self, events: Sequence[tuple[str, str, dict[str, Any]]]) -> None:
-        """Add deliveries that are due now, as (event id, webhook id, body). A known event id changes nothing."""
+        """Add deliveries that are due now, as (event id, webhook id, body), and notify the senders.
+
+        A known event id changes nothing.
+        """
         values = [
             {"id": event_id, "webhook_id": webhook_id, "body": body, "attempts": 0, "due_at": 0.0, "completed": False}
             for event_id, webhook_id, body in events
         ]
-        self.fetch_all(self.insert_into(webhook_deliveries).values(values).on_conflict_do_nothing())
+        insertion = self.insert_into(webhook_deliveries).values(values).on_conflict_do_nothing()
+        notification = self.notifier.build_notification(literal(NEW_DELIVERY, String))
+        if self.fetch_all(insertion.returning(webhook_deliveries.c.id, notification)):
+            self.notifier.publish(Change(topic=NEW_DELIVERY))
+
+    def watch_deliveries(self, poll_seconds: float) -> AbstractContextManager[Watch]:
+        """Watch for new deliveries and for the ends of jobs, which cause them, in a thread."""
+        return self.notifier.watch(NEW_DELIVERY, ANY_JOB_END, poll_seconds=poll_seconds)
+
+    def get_seconds_until_due(self) -> float | None:
+        """Return the seconds until the next delivery falls due, below 0 if it is due, or None if there is none."""
+        is_open = webhook_deliveries.c.completed.is_(False)
+        row = self.fetch_one(select(func.min(webhook_deliveries.c.due_at) - unix_now()).where(is_open))
+        return None if row is None or row[0] is None else float(row[0])
 
     def claim_due_deliveries(
         self, limit: int, lease_seconds: float

@@ -6,12 +6,12 @@ import pytest
 
 from omnivideo.backends.webhooks import check_reachable
 from tests.support.attacks import MAX_UPLOAD_BYTES, assert_reveals_nothing
-from tests.support.openai_service import http_for, service_in
+from tests.support.openai_service import make_http_client, run_service
 
 
 @pytest.fixture(scope="module")
 def service(omni, tmp_path_factory):
-    with service_in(tmp_path_factory.mktemp("attacked"), omni, max_upload_bytes=MAX_UPLOAD_BYTES) as parts:
+    with run_service(tmp_path_factory.mktemp("attacked"), omni, max_upload_bytes=MAX_UPLOAD_BYTES) as parts:
         parts[1].check_webhook_url = partial(check_reachable, internal_hosts=())
         yield parts
 
@@ -19,5 +19,5 @@ def service(omni, tmp_path_factory):
 @pytest.fixture(scope="module")
 def http(service):
     """A client that checks every error: none may be an internal error or reveal internal details."""
-    with http_for(service, event_hooks={"response": [assert_reveals_nothing]}) as http:
+    with make_http_client(service, event_hooks={"response": [assert_reveals_nothing]}) as http:
         yield http

@@ -12,7 +12,7 @@ from omnivideo.backends.webhooks import WebhookSender, check_reachable, parse_we
 from omnivideo.errors import InvalidInput
 from omnivideo.media.fetch import resolve_addresses
 from tests.support.attacks import INTERNAL_DETAIL, INTERNAL_HOSTS, assert_refused
-from tests.support.openai_service import ended, lines, png, runner_for, told, until
+from tests.support.openai_service import download_lines, make_lines, make_png, make_runner, wait_for_batch, wait_until
 
 
 class RecordingHandler(BaseHTTPRequestHandler):
@@ -23,7 +23,7 @@ class RecordingHandler(BaseHTTPRequestHandler):
         self.send_response(200)
         self.send_header("Content-Type", "image/png")
         self.end_headers()
-        self.wfile.write(png())
+        self.wfile.write(make_png())
 
     do_POST = do_GET
 
@@ -32,7 +32,7 @@ class RecordingHandler(BaseHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def inner():
-    """A running service in the internal network; `seen` lists the paths that were requested."""
+    """Yield a running service in the internal network; its `seen` lists the requested paths."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), RecordingHandler)
     server.daemon_threads, server.block_on_close, server.seen = True, False, []
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
@@ -66,17 +66,17 @@ def test_malformed_url(http, url):
 def test_ssrf_through_batch_lines(client, context, inner):
     urls = [f"http://{host}:{inner.server_address[1]}/a.png" for host in INTERNAL_HOSTS] + ["file:///etc/passwd"]
     data = b"".join(
-        lines(1, input_reference={"image_url": url}).replace(b"line 0", str(index).encode())
+        make_lines(1, input_reference={"image_url": url}).replace(b"line 0", str(index).encode())
         for index, url in enumerate(urls)
     )
     file = client.files.create(file=("a.jsonl", data), purpose="batch")
     batch = client.batches.create(input_file_id=file.id, endpoint="/v1/videos", completion_window="24h")
-    runner = runner_for(context).start()
+    runner = make_runner(context).start()
     try:
-        done = ended(client, batch)
+        done = wait_for_batch(client, batch)
     finally:
         runner.stop()
-    failed_lines = told(client, done.error_file_id)
+    failed_lines = download_lines(client, done.error_file_id)
     assert len(failed_lines) == len(urls) and not done.output_file_id and not inner.seen
     for line in failed_lines:
         error = line["response"]["body"]["error"]
@@ -85,11 +85,11 @@ def test_ssrf_through_batch_lines(client, context, inner):
 
 def test_batch_line_with_another_url(client, context, inner):
     url = f"http://127.0.0.1:{inner.server_address[1]}/v1/videos"
-    file = client.files.create(file=("a.jsonl", lines(1, url)), purpose="batch")
+    file = client.files.create(file=("a.jsonl", make_lines(1, url)), purpose="batch")
     batch = client.batches.create(input_file_id=file.id, endpoint="/v1/videos", completion_window="24h")
-    runner = runner_for(context).start()
+    runner = make_runner(context).start()
     try:
-        failed = ended(client, batch, "failed")
+        failed = wait_for_batch(client, batch, "failed")
     finally:
         runner.stop()
     assert failed.errors.data[0].param == "url" and not inner.seen
@@ -170,5 +170,5 @@ def test_the_sender_continues_after_an_error(context):
     calls = []
     sender.jobs = type("Broken", (), {"list_unannounced_jobs": lambda *arguments: calls.append(1) or 1 / 0})()
     sender.start()
-    until(lambda: len(calls) > 2)
+    wait_until(lambda: len(calls) > 2)
     sender.stop()

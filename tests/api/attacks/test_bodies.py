@@ -1,4 +1,4 @@
-"""Attacks through bodies: pickles, JSON that does not end, and bodies above the limits."""
+"""Attacks through bodies: pickles, unterminated JSON, and bodies above the limits."""
 
 import pickle
 import socket
@@ -8,11 +8,11 @@ import httpx
 import pytest
 
 from tests.support.attacks import MAX_UPLOAD_BYTES, assert_refused
-from tests.support.openai_service import KEY, ended, runner_for
+from tests.support.openai_service import KEY, make_runner, wait_for_batch
 
 
 class Bomb:
-    """Creates a file when it is unpickled."""
+    """Create a file when it is unpickled."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -40,9 +40,9 @@ def test_pickle_as_a_file(http, client, context, tmp_path):
     )
     stored = http.post("/v1/files", files={"file": ("a.safetensors", data)}, data={"purpose": "batch"}).json()
     batch = client.batches.create(input_file_id=stored["id"], endpoint="/v1/videos", completion_window="24h")
-    runner = runner_for(context).start()
+    runner = make_runner(context).start()
     try:
-        assert ended(client, batch, "failed").errors.data[0].message == "line: it is not valid JSON"
+        assert wait_for_batch(client, batch, "failed").errors.data[0].message == "line: it is not valid JSON"
     finally:
         runner.stop()
     reference = {"prompt": "a", "input_reference": {"file_id": stored["id"]}}
@@ -100,7 +100,7 @@ HEAD = b'--b\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\
 
 
 def test_body_above_the_limit_with_its_length(service):
-    """The length alone is enough to refuse it, without reading the body."""
+    """The body is refused by its length, without reading it."""
     answer, sent = send_raw(
         service, "/v1/files HTTP/1.1", iter([b"Content-Length: 99999999999\r\n\r\n", HEAD]), 2 * MAX_UPLOAD_BYTES
     )

@@ -10,7 +10,7 @@ import pytest
 
 from omnivideo.storage.objects.local import LocalObjectStore
 from tests.support.attacks import INTERNAL_DETAIL, assert_refused
-from tests.support.openai_service import KEY, ended, lines, runner_for, told, until
+from tests.support.openai_service import KEY, download_lines, make_lines, make_runner, wait_for_batch, wait_until
 
 
 @pytest.mark.parametrize("path", ["/v1/videos", "/v1/images/generations", "/v1/files"])
@@ -39,15 +39,15 @@ def test_no_traceback_in_a_job_or_a_batch(service, client, http, context, monkey
     def broken(job):
         raise ZeroDivisionError(f"at {object()!r} in {Path(__file__).resolve()}")
 
-    file = client.files.create(file=("a.jsonl", lines(1)), purpose="batch")
-    runner = runner_for(context).start()
+    file = client.files.create(file=("a.jsonl", make_lines(1)), purpose="batch")
+    runner = make_runner(context).start()
     try:
         with monkeypatch.context() as patched:
             patched.setattr(service[0].worker.renderer, "prepare_job", broken)
             video = http.post("/v1/videos", json={"prompt": "a"}).json()["id"]
             batch = client.batches.create(input_file_id=file.id, endpoint="/v1/videos", completion_window="24h")
-            (line,) = told(client, ended(client, batch).error_file_id)
-            failed = until(lambda: (now := http.get(f"/v1/videos/{video}")).json()["status"] == "failed" and now)
+            (line,) = download_lines(client, wait_for_batch(client, batch).error_file_id)
+            failed = wait_until(lambda: (now := http.get(f"/v1/videos/{video}")).json()["status"] == "failed" and now)
     finally:
         runner.stop()
     assert failed.json()["error"]["code"] == "internal" and not INTERNAL_DETAIL.search(failed.text)

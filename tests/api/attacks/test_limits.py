@@ -7,7 +7,7 @@ import zlib
 import pytest
 
 from tests.support.attacks import assert_refused
-from tests.support.openai_service import ended, lines, runner_for, told
+from tests.support.openai_service import download_lines, make_lines, make_runner, wait_for_batch
 
 
 @pytest.mark.parametrize(
@@ -35,12 +35,12 @@ def test_values_above_their_limits(http, context, path, fields, field):
 def test_values_above_their_limits_in_a_form_and_in_a_batch(http, client, context):
     form = {"prompt": "a", "num_frames": "99999", "num_inference_steps": "99999"}
     assert_refused(http.post("/v1/videos", data=form, files={"x": b""}), "num_inference_steps")
-    data = lines(1, num_frames=99_997, num_inference_steps=1)
+    data = make_lines(1, num_frames=99_997, num_inference_steps=1)
     file = client.files.create(file=("a.jsonl", data), purpose="batch")
     batch = client.batches.create(input_file_id=file.id, endpoint="/v1/videos", completion_window="24h")
-    runner = runner_for(context).start()
+    runner = make_runner(context).start()
     try:
-        (line,) = told(client, ended(client, batch).error_file_id)
+        (line,) = download_lines(client, wait_for_batch(client, batch).error_file_id)
     finally:
         runner.stop()
     assert line["response"]["body"]["error"]["param"] == "num_frames"
@@ -60,7 +60,7 @@ def build_decompression_bomb() -> bytes:
 
 
 def test_decompression_bomb(http):
-    """Its header is enough to refuse it, on every route that accepts images."""
+    """The image is refused by its header, on every route that accepts images."""
     data, started_at = build_decompression_bomb(), time.monotonic()
     assert len(data) < 300_000
     message = assert_refused(

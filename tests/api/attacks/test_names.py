@@ -38,7 +38,7 @@ def test_header_injection_through_a_file_name(http, name):
 
 @pytest.mark.parametrize("field", ["filename", "name"])
 def test_header_injection_in_a_raw_form(http, field):
-    """The form is written by hand, with line ends inside its headers, as no client library would."""
+    """The form is written by hand, with line ends inside its headers, because client libraries escape them."""
     parameters = {"filename": 'name="file"; filename="a\r\nContent-Type: text/html\r\n"', "name": 'name="fi\r\nle"'}[
         field
     ]

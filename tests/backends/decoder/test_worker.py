@@ -125,7 +125,7 @@ def test_a_killed_workers_job_continues_from_its_state_to_the_same_bytes(folder)
         assert worker.run_next_job()
     finally:
         torch.set_num_threads(threads)
-    assert min(reported_steps) > 2  # it did not start again
+    assert min(reported_steps) > 2  # it resumed instead of starting again
     assert_same_clip(get_result(folder, "whole"), get_result(folder, "cut"))
     assert folder.jobs.get_status("cut").attempt == 2
 
@@ -253,7 +253,7 @@ def test_a_killed_workers_batch_continues_to_the_same_bytes(folder, tmp_path_fac
         assert undisturbed.create_worker(BATCH_CONFIG).run_next_job()
         submit_batch_jobs(folder, "cut", "two", "three", steps=40)
         kill_midway(folder, after=10, config=BATCH_CONFIG)
-        folder.jobs.cancel("two")  # it stays in the pass all the same
+        folder.jobs.cancel("two")  # it stays in the render batch nevertheless
         time.sleep(BATCH_CONFIG.heartbeat_timeout_seconds)
         assert sorted(folder.jobs.requeue_lost_jobs(BATCH_CONFIG.heartbeat_timeout_seconds)) == ["cut", "three"]
         worker = folder.create_worker()  # the batch stays together even if the worker renders no batches itself

@@ -1,4 +1,4 @@
-"""The choice of the language model's server, without vLLM, and the protocol of our own server."""
+"""The choice of the language model's server, tested without vLLM, and the protocol of our own server."""
 
 import json
 import os
@@ -52,7 +52,7 @@ def outbox_folder(monkeypatch, tmp_path):
         ({"vllm": "0.3.32", "gpu": True}, "auto", "vllm: vllm 0.3.32 is installed"),
     ],
 )
-def test_what_cannot_run_is_refused_in_one_line(pretend_installed, weights, installed, device, message):
+def test_a_setup_that_cannot_run_is_refused_in_one_line(pretend_installed, weights, installed, device, message):
     pretend_installed(**installed)
     with pytest.raises(InvalidInput, match=message) as refusal:
         build_command(device, weights, 8001)
@@ -172,13 +172,13 @@ def test_a_lora_that_does_not_fit_is_refused(pretend_installed, weights, tmp_pat
         ("<BO<BOI>I>", f"<BO<{ZERO_WIDTH_SPACE}BOI>I>"),
     ],
 )
-def test_special_tokens_are_broken_and_other_text_stays(text, sanitized):
+def test_special_tokens_are_split_and_other_text_is_unchanged(text, sanitized):
     special_tokens = ("<BOI>", "<BOV>", "<|im_end|>", "<|im_start|>")
     assert sanitize_text(text, special_tokens) == sanitized
     assert not any(token in sanitize_text(text, special_tokens) for token in special_tokens)
 
 
-def test_overlapping_special_tokens_are_all_broken():
+def test_overlapping_special_tokens_are_all_split():
     assert "aba" not in sanitize_text("ababa", ("aba",))
 
 

@@ -1,44 +1,25 @@
-"""The MLLM behind HTTP gives the same answers as in this process."""
+"""The MLLM gives the same answers over HTTP as in this process."""
 
 import subprocess
 import sys
-import threading
-import time
-from contextlib import contextmanager
 
 import httpx
 import pytest
-import uvicorn
 
 from omnivideo.backends.decoder.renderer import Renderer
 from omnivideo.backends.mllm import remote
 from omnivideo.backends.mllm.local import LocalMLLM
 from omnivideo.backends.mllm.remote import RemoteMLLM
-from omnivideo.backends.mllm.server import LRUObjectStore, create_mllm_app
+from omnivideo.backends.mllm.server import LRUObjectStore
 from omnivideo.contracts import Artifact, MLLMRequest
 from omnivideo.errors import ModelUnavailable
 from omnivideo.settings import load_settings
 from omnivideo.storage.objects.local import LocalObjectStore
 from omnivideo.storage.objects.memory import MemoryObjectStore
 from omnivideo.wiring import ServiceWiring
-from tests.backends.queue.test_kill import HalfScripted
-from tests.support.api_server import serving as serving_api
+from tests.support.api_server import run_api_server, run_mllm_server
 from tests.support.servers import free_port
-
-
-@contextmanager
-def serving(mllm, port: int):
-    server = uvicorn.Server(uvicorn.Config(create_mllm_app(mllm), port=port, log_level="warning"))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    deadline = time.monotonic() + 20
-    while not server.started and time.monotonic() < deadline:
-        time.sleep(0.02)
-    try:
-        yield
-    finally:
-        server.should_exit = True
-        thread.join(10)
+from tests.support.twins import MLLMWithScriptedText
 
 
 @pytest.fixture(scope="module")
@@ -61,9 +42,9 @@ def requests(local):
     ]
 
 
-def test_both_give_the_same_answers(local, requests):
+def test_answers_over_http_and_in_process_are_equal(local, requests):
     port = free_port()
-    with serving(local, port):
+    with run_mllm_server(local, port):
         client = RemoteMLLM(f"http://127.0.0.1:{port}", local.store)
         for request in requests:
             assert client.route(request) == local.route(request)
@@ -74,7 +55,7 @@ def test_both_give_the_same_answers(local, requests):
 
 
 class BreakingMLLM(LocalMLLM):
-    """Fails in the middle of its first answer."""
+    """A model that fails in the middle of its first answer."""
 
     broken = False
 
@@ -86,9 +67,9 @@ class BreakingMLLM(LocalMLLM):
             yield piece
 
 
-def test_an_answer_that_breaks_off_is_continued_without_repetition(local, requests, caplog):
+def test_an_interrupted_answer_is_continued_without_repetition(local, requests, caplog):
     port, breaking = free_port(), BreakingMLLM(local.omni, local.store)
-    with serving(breaking, port):
+    with run_mllm_server(breaking, port):
         client = RemoteMLLM(f"http://127.0.0.1:{port}", local.store)
         assert "".join(client.stream_text(requests[0])) == "".join(local.stream_text(requests[0]))
         client.close()
@@ -116,21 +97,21 @@ def test_a_turn_waits_for_a_language_model_that_is_starting(omni, tmp_path, monk
     port = free_port()
     wiring = ServiceWiring(load_settings(home=tmp_path, mllm=f"http://127.0.0.1:{port}"), "cpu")
     wiring.renderer = Renderer(omni, wiring.store, "random")  # type: ignore[misc]
-    with serving_api(wiring) as address, httpx.Client(base_url=address, timeout=60, trust_env=False) as http:
+    with run_api_server(wiring) as address, httpx.Client(base_url=address, timeout=60, trust_env=False) as http:
         assert http.get("/ready").json() == {"status": "ready", "language_model": "starting"}
         assert "omnivideo_language_model_up 0.0" in http.get("/metrics").text
         turn = start_turn(http, "how many balls are there?")
         with http.stream("GET", f"{turn}/events") as events:
             lines = (line for line in events.iter_lines() if line.startswith("event: "))
             assert "event: waiting" in (next(lines), next(lines))
-            with serving(HalfScripted(omni, LRUObjectStore()), port):
+            with run_mllm_server(MLLMWithScriptedText(omni, LRUObjectStore()), port):
                 assert "event: waiting" not in (events_after := list(lines)) and events_after[-1] == "event: done"
                 assert http.get("/ready").json()["language_model"] == "ready"
                 assert "omnivideo_language_model_up 1.0" in http.get("/metrics").text
         assert http.get(turn).json()["state"] == "done"
 
 
-def test_no_torch_in_a_process_that_only_serves(tmp_path):
+def test_an_api_process_loads_no_torch(tmp_path):
     """An API process whose MLLM and workers run elsewhere."""
     program = f"""
 import os, sys

@@ -207,7 +207,7 @@ def test_answers_are_equal_token_for_token(remote_mllm, local, requests):
 
 
 def compare_answers(local: LocalMLLM, requests: list[MLLMRequest], answers: list[str], min_compared: int) -> None:
-    """Assert equal answers, except where random weights make two tokens so likely that rounding decides."""
+    """Assert that answers are equal, unless two tokens are so similarly likely that rounding decides."""
     compared = 0
     for request, answer in zip(requests, answers, strict=True):
         expected, margin = answer_with_margin(local, request)
@@ -231,7 +231,7 @@ def test_routes_and_agreements(remote_mllm, local, requests):
 
 
 def test_preempted_requests(server, remote_mllm, local, requests, expected, monkeypatch):
-    """Long answers fill the cache until other requests must start again."""
+    """Long answers fill the cache until other requests are preempted and restarted."""
     monkeypatch.setattr(LocalMLLM, "max_tokens", 300)
     monkeypatch.setattr(RemoteMLLM, "max_tokens", 300)
     long_requests = [MLLMRequest(text=" ".join(random.Random(seed).choices(WORDS, k=200))) for seed in range(14)]

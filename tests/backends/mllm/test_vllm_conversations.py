@@ -1,4 +1,4 @@
-"""The conversation tests once more with the shipped weights and the language model on vLLM."""
+"""The conversation tests with the shipped weights and the language model on vLLM."""
 
 import random
 from collections.abc import Callable, Generator
@@ -18,7 +18,7 @@ from omnivideo.sdk.studio import Studio
 from omnivideo.settings import load_settings
 from omnivideo.wiring import ServiceWiring
 from tests.agent.test_conversations import *  # noqa: F403
-from tests.support.api_server import serving
+from tests.support.api_server import run_api_server
 from tests.support.servers import free_port
 from tests.support.vllm_server import Server
 
@@ -52,7 +52,7 @@ def studio(server, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def local_studio(tmp_path_factory):
-    """A Studio with its language model in this process."""
+    """Return a Studio with its language model in this process."""
     return create_studio(tmp_path_factory.mktemp("local"))
 
 
@@ -93,7 +93,7 @@ def test_a_turn_continues_after_vllm_is_killed_and_restarted(server, tmp_path):
     """The turn ends with the same answers, and the user is not asked again."""
     wiring = ServiceWiring(load_settings(home=tmp_path, mllm=server.address, weights=str(WEIGHTS)), "cpu")
     text = "draw a big red circle and a small blue square; how many shapes are there?"
-    with serving(wiring) as address, httpx.Client(base_url=address, timeout=600, trust_env=False) as http:
+    with run_api_server(wiring) as address, httpx.Client(base_url=address, timeout=600, trust_env=False) as http:
         undisturbed, _ = run_turn(http, text, lambda kind: None)
         next(restart := restart_once(server))
         turn, kinds = run_turn(http, text, restart.send)

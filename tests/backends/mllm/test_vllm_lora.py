@@ -1,4 +1,4 @@
-"""vLLM with a LoRA gives the answers, visual tokens included, of a LocalMLLM into whose weights the LoRA is merged.
+"""vLLM with a LoRA gives the answers and visual tokens of a LocalMLLM with the LoRA merged into its weights.
 
 vLLM runs in float32. The LoRA is random, in the layout in which PEFT saves it.
 """

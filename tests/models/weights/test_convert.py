@@ -213,7 +213,7 @@ def read_anonymous_memory() -> int:
 
 
 class MaliciousCode:
-    """Creates a file if it is unpickled."""
+    """Create a file if it is unpickled."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -378,7 +378,7 @@ def test_a_changed_file_is_not_exported(tmp_path):
 
 
 def test_a_stages_checkpoint_becomes_a_folder_that_loads(omni, weights, tmp_path):
-    """The weights are the run's averages, else the run's own, else the base's for parts that no stage trains."""
+    """The weights are the run's averages if there are any, else its weights, else the base's for untrained parts."""
     model = TrainableParts(checkpoint.load(weights))
     recipe = Recipe("stage3", model, ("bridge", "decoder"), lambda step: {}, steps=1, ema_decay=0.9)
     trainer = Trainer(recipe, tmp_path / "stage3")

@@ -31,7 +31,7 @@ def test_the_readmes_clip_shows_its_prompt(studio, tmp_path):
     assert studio.understand(path, "how does the circle move?") == "it moves right"
 
 
-def test_the_demos_conversation_is_mostly_right(studio, tmp_path, capsys):
+def test_the_demos_conversation_is_mostly_correct(studio, tmp_path, capsys):
     """The seeds are fixed, but other processors round differently, so a turn or two may fail."""
     run_demo(tmp_path, Console(width=200), studio)
     output = capsys.readouterr().out

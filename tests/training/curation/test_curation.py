@@ -1,4 +1,4 @@
-"""Curation of a folder keeps exactly the right scenes, and resumes after kill -9."""
+"""Curating a folder keeps exactly the expected scenes, and resumes after SIGKILL."""
 
 import itertools
 import os
@@ -18,7 +18,7 @@ from omnivideo.training.curation.report import write_report
 from tests.support import footage
 from tests.support.curation_runs import BOUNDS, build_command, read_jsonl
 
-# What each file is dropped by, scene by scene; None is kept.
+# The stage that drops each scene of each file; None is a scene that is kept.
 EXPECTED = {
     "good/pan.mp4": [None],
     "good/subject.mp4": [None],
@@ -40,27 +40,35 @@ EXPECTED = {
 
 
 def make_footage(folder: Path) -> None:
-    """The world of EXPECTED."""
-    f, parts = footage, (footage.pan(5, 36), footage.subject(6, 36), footage.pan(7, 10), footage.pan(8, 36, speed=-1))
+    """Write the files of EXPECTED."""
+    f, parts = (
+        footage,
+        (
+            footage.pan_camera(5, 36),
+            footage.move_ball(6, 36),
+            footage.pan_camera(7, 10),
+            footage.pan_camera(8, 36, speed=-1),
+        ),
+    )
     reels = {
-        "good/pan.mp4": f.pan(1),
-        "good/subject.mp4": f.subject(3),
-        "good/night.mp4": f.night(4),
+        "good/pan.mp4": f.pan_camera(1),
+        "good/subject.mp4": f.move_ball(3),
+        "good/night.mp4": f.make_night(4),
         "good/cuts.mp4": itertools.chain(*parts),
-        "bars/letterbox.mp4": f.barred(f.pan(9), rows=36),
-        "bars/pillar.mp4": f.barred(f.pan(10), columns=30),
-        "words/caption.mp4": f.written(f.pan(11), "and then she said", 26, (70, 240)),
-        "words/mark.mkv": f.written(f.pan(12), "SampleTV", 20, (280, 12), alpha=150),
-        "still/grain.mp4": f.still(13),
-        "still/shaky.mp4": f.pan(14, jitter=3),
-        "twins/small-copy.mp4": f.resized(f.pan(1), 288, 216),
-        "size/small.mp4": f.resized(f.pan(15), 160, 120),
-        "size/wide.mp4": f.resized(f.pan(16), 640, 208),
-        "broken/cut.mp4": f.pan(17),
+        "bars/letterbox.mp4": f.add_bars(f.pan_camera(9), rows=36),
+        "bars/pillar.mp4": f.add_bars(f.pan_camera(10), columns=30),
+        "words/caption.mp4": f.add_text(f.pan_camera(11), "and then she said", 26, (70, 240)),
+        "words/mark.mkv": f.add_text(f.pan_camera(12), "SampleTV", 20, (280, 12), alpha=150),
+        "still/grain.mp4": f.make_still(13),
+        "still/shaky.mp4": f.pan_camera(14, jitter=3),
+        "twins/small-copy.mp4": f.resize(f.pan_camera(1), 288, 216),
+        "size/small.mp4": f.resize(f.pan_camera(15), 160, 120),
+        "size/wide.mp4": f.resize(f.pan_camera(16), 640, 208),
+        "broken/cut.mp4": f.pan_camera(17),
     }
     for name, frames in reels.items():
-        f.film(folder / name, frames)
-    f.film(folder / "twins/coarse-copy.mkv", f.pan(1), crf=36)
+        f.write_film(folder / name, frames)
+    f.write_film(folder / "twins/coarse-copy.mkv", f.pan_camera(1), crf=36)
     cut = folder / "broken/cut.mp4"
     cut.write_bytes(cut.read_bytes()[: cut.stat().st_size * 6 // 10])
     (folder / "broken/words.mp4").write_text("these are words")
@@ -76,7 +84,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def out(folder, tmp_path_factory) -> Path:
-    """The folder, curated in one go by the classical stages."""
+    """Return the output of an uninterrupted curation with the classical stages."""
     out = tmp_path_factory.mktemp("out")
     settings = CurationConfig(bounds=BOUNDS, ocr=False)
     told = []
@@ -88,7 +96,7 @@ def out(folder, tmp_path_factory) -> Path:
 
 
 def list_verdicts(out: Path) -> dict:
-    """What became of each file, in the shape of EXPECTED; of duplicates the journal knows nothing: they are lines."""
+    """Return the result of each file in the form of EXPECTED; the journal does not list duplicates."""
     kept = {(line["source"], line["start"]) for line in read_jsonl(out / "clips.jsonl")}
     found: dict = {}
     for file in read_jsonl(out / "files.jsonl"):
@@ -99,11 +107,11 @@ def list_verdicts(out: Path) -> dict:
     return found
 
 
-def test_exactly_the_right_scenes_are_kept(out):
+def test_exactly_the_expected_scenes_are_kept(out):
     assert list_verdicts(out) == EXPECTED
 
 
-def test_the_samples_are_what_their_lines_say(out):
+def test_the_clips_agree_with_their_records(out):
     samples = read_jsonl(out / "clips.jsonl")
     assert {path.name for path in (out / "clips").iterdir()} == {Path(one["file"]).name for one in samples}
     for one in samples:
@@ -122,7 +130,7 @@ def test_the_samples_are_what_their_lines_say(out):
     assert [(one["start"], one["frames"]) for one in cuts] == [(0.0, 36), (1.5, 36), (3.4167, 36)]
 
 
-def test_the_report_says_what_was_dropped_and_why(out):
+def test_the_report_lists_dropped_scenes_with_their_reasons(out):
     page = (out / "report.html").read_text()
     assert re.search(r"6 clips kept of \d+ scenes in 16 files", page)
     assert "broken/cut.mp4" in page and "is cut short" in page and "broken/words.mp4" in page
@@ -141,8 +149,8 @@ def read_outputs(out: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.slow
-def test_kill_and_go_on_gives_the_same(folder, out, tmp_path):
-    """Killed while scenes are measured, and once more while clips are written."""
+def test_a_killed_run_resumes_with_the_same_results(folder, out, tmp_path):
+    """Kill the run while scenes are measured, and again while clips are written."""
     again = tmp_path / "again"
     for journal, at in (("measured.jsonl", 3), ("written.jsonl", 2)):
         running = subprocess.Popen(
@@ -161,12 +169,12 @@ def test_kill_and_go_on_gives_the_same(folder, out, tmp_path):
     done = subprocess.run([*build_command(folder, again), "--workers", "1"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "broken/cut.mp4 is cut short" in done.stderr and "not checked" not in done.stdout
-    assert (again / "measured.jsonl").read_bytes() == measured  # nothing was measured twice
+    assert (again / "measured.jsonl").read_bytes() == measured  # no scene was measured twice
     assert read_outputs(again) == read_outputs(out)
 
 
 def list_group_members(group: int) -> list[str]:
-    """The command lines of a process group that still run."""
+    """Return the command lines of the processes of a group that still run."""
     found = []
     for status in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -179,11 +187,11 @@ def list_group_members(group: int) -> list[str]:
 
 
 @pytest.mark.slow
-def test_cancel_is_one_word_and_leaves_nobody_behind(folder, tmp_path):
-    """Ctrl-C, sent to the whole group as a terminal does."""
+def test_ctrl_c_prints_one_line_and_leaves_no_process(folder, tmp_path):
+    """Send SIGINT to the whole process group, as a terminal does for Ctrl-C."""
     running = subprocess.Popen(
         [*build_command(folder, tmp_path), "--workers", "1"], stderr=subprocess.PIPE, text=True, start_new_session=True,
-        # A run in a shell's background would not hear Ctrl-C, nor would its children.
+        # A shell's background job ignores SIGINT, and so do its children.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     until = time.monotonic() + 240
@@ -220,7 +228,7 @@ def test_a_second_run_changes_nothing_and_other_settings_are_refused(folder, out
         ((".", "-o", "out", "--bound", "colour=2"), "bound: 'colour=2' is not NAME=VALUE"),
     ],
 )
-def test_bad_input_is_one_line_and_code_2(tmp_path, monkeypatch, capsys, args, said):
+def test_invalid_input_is_refused_in_one_line_with_exit_code_2(tmp_path, monkeypatch, capsys, args, said):
     from omnivideo.cli.main import main
 
     monkeypatch.chdir(tmp_path)

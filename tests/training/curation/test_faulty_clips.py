@@ -1,4 +1,4 @@
-"""A clip that cannot be used is named, and the run continues; a fault of the whole run ends it."""
+"""A clip that cannot be used is reported, and the run continues; a fault that affects all clips ends it."""
 
 import io
 import itertools
@@ -27,13 +27,15 @@ def refuse_tall_clips(mp4: bytes) -> tuple[int, str]:
 
 def make_faulty_folder(folder: Path) -> None:
     """Write two good clips, of which the server refuses one, and three that one of the tasks fails on."""
-    footage.film(folder / "pan.mp4", footage.pan(1))
-    footage.film(folder / "tall.mp4", footage.resized(footage.pan(2), 216, 288))
-    footage.film(folder / "gap.mp4", footage.pan(5, 48), gap=(24, 60))  # split evenly: the middle quarters are empty
-    footage.film(folder / "gone.mp4", footage.pan(8))  # the test deletes it before it is written
-    frames = list(footage.pan(3))
-    halves = (frames[:20], footage.resized(frames[20:], 320, 240))
-    join_clips(folder / "sizes.mp4", [footage.film(folder / "half.h264", half).read_bytes() for half in halves])
+    footage.write_film(folder / "pan.mp4", footage.pan_camera(1))
+    footage.write_film(folder / "tall.mp4", footage.resize(footage.pan_camera(2), 216, 288))
+    footage.write_film(
+        folder / "gap.mp4", footage.pan_camera(5, 48), gap=(24, 60)
+    )  # split evenly: the middle quarters are empty
+    footage.write_film(folder / "gone.mp4", footage.pan_camera(8))  # the test deletes it before it is written
+    frames = list(footage.pan_camera(3))
+    halves = (frames[:20], footage.resize(frames[20:], 320, 240))
+    join_clips(folder / "sizes.mp4", [footage.write_film(folder / "half.h264", half).read_bytes() for half in halves])
 
 
 def join_clips(path: Path, streams: list[bytes]) -> None:
@@ -53,8 +55,8 @@ def join_clips(path: Path, streams: list[bytes]) -> None:
 EMPTY_SPANS = ("15.81 to 31.62 s", "31.62 to 47.44 s")  # of gap.mp4
 
 
-def test_one_clip_does_not_end_the_run(tmp_path):
-    """What cannot be read, measured, captioned or written is named; all else is curated, and packs into shards."""
+def test_a_faulty_clip_does_not_end_the_run(tmp_path):
+    """Report clips that cannot be read, measured, captioned or written; curate the others and pack them into shards."""
     from omnivideo.cli.main import app
     from omnivideo.training.curation.captions import RemoteCaptioner
     from omnivideo.training.data.file_store import open_file_store
@@ -95,14 +97,14 @@ def test_one_clip_does_not_end_the_run(tmp_path):
     measured = (out / "measured.jsonl").read_bytes()
     with serve_captions(lambda mp4: CAPTION_ANSWER) as (address, shown):
         again = CliRunner().invoke(app, [*build_command(raw, out)[3:], "--captions", address], catch_exceptions=False)
-    told = " ".join(again.output.split())
-    assert again.exit_code == 0 and re.search(r"gap-\w+-0001 has no frame from 15.81 to 31.62 s", told), told
+    messages = " ".join(again.output.split())
+    assert again.exit_code == 0 and re.search(r"gap-\w+-0001 has no frame from 15.81 to 31.62 s", messages), messages
     assert len(shown) == 1 and {line["caption"] for line in read_jsonl(out / "clips.jsonl")} == {"A texture moves."}
-    assert (out / "measured.jsonl").read_bytes() == measured  # what failed is not tried again
+    assert (out / "measured.jsonl").read_bytes() == measured  # failed clips are not tried again
 
 
-def test_what_concerns_all_clips_ends_the_run():
-    """And what concerns one says so without a path."""
+def test_a_fault_of_all_clips_ends_the_run():
+    """The report of a fault of one clip contains no path."""
     from omnivideo.errors import CheckpointError, StoreError
     from omnivideo.training.curation.pipeline import run_safely
 

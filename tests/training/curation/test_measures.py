@@ -8,20 +8,20 @@ from tests.support import footage
 from tests.support.curation_runs import BOUNDS
 
 
-def test_ocr_reads_what_a_locked_camera_hides(tmp_path):
-    """Words before a wall that stands still, too: only reading can tell them."""
+def test_ocr_finds_text_in_front_of_a_fixed_camera(tmp_path):
+    """Text in front of a static background cannot be found without OCR."""
     pytest.importorskip("rapidocr_onnxruntime", reason="OCR is optional: pip install rapidocr-onnxruntime")
     raw = tmp_path / "raw"
-    footage.film(raw / "news.mp4", footage.written(footage.subject(19), "BREAKING NEWS", 28, (60, 240)))
-    footage.film(raw / "plain.mp4", footage.subject(21))
+    footage.write_film(raw / "news.mp4", footage.add_text(footage.move_ball(19), "BREAKING NEWS", 28, (60, 240)))
+    footage.write_film(raw / "plain.mp4", footage.move_ball(21))
     curated = curate(raw, tmp_path / "out", CurationConfig(bounds=BOUNDS))
     assert [line["source"] for line in curated.kept_clips] == ["plain.mp4"]
     (dropped,) = [clip["dropped"] for clip in curated.clips.values() if clip["dropped"]]
     assert dropped["stage"] == "text" and "NEWS" in dropped["words"] and "text" not in curated.missing_stages
 
 
-def test_the_aesthetic_predictor_is_the_published_arithmetic(tmp_path):
-    """A tiny CLIP at random under a head of two layers; and a folder that holds none is said."""
+def test_the_aesthetic_predictor_computes_the_published_formula(tmp_path):
+    """Use a tiny CLIP with random weights and a head of two layers; a folder without one is reported."""
     import torch
     from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
@@ -38,7 +38,7 @@ def test_the_aesthetic_predictor_is_the_published_arithmetic(tmp_path):
     processor.save_pretrained(tmp_path / "clip")
     layers = torch.nn.Sequential(torch.nn.Linear(16, 8), torch.nn.Dropout(0.2), torch.nn.Linear(8, 1)).eval()
     torch.save({f"layers.{name}": value for name, value in layers.state_dict().items()}, tmp_path / "head.pth")
-    looks = list(footage.pan(1, 3))
+    looks = list(footage.pan_camera(1, 3))
     with torch.no_grad():
         embedded = clip(**processor(images=looks, return_tensors="pt")).image_embeds
         expected = float(layers(embedded / embedded.norm(dim=-1, keepdim=True)).mean())

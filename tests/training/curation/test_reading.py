@@ -1,4 +1,4 @@
-"""Scenes are read and written with their own frame times."""
+"""Scenes are read and written with the times of their frames."""
 
 import numpy as np
 import pytest
@@ -10,11 +10,14 @@ from omnivideo.training.data.sample import TRAINING_LIMITS
 from tests.support import footage
 
 
-def test_a_clip_of_uneven_times_keeps_them_and_is_seen_by_them(tmp_path):
-    """A second of a pan at 24 frames a second, a pause of two, and another second: 12 a second on average."""
+def test_a_clip_with_uneven_frame_times_keeps_them(tmp_path):
+    """The clip has one second at 24 fps, a pause of two seconds, and another second: 12 fps on average."""
     from omnivideo.training.curation.reading import write_clip
 
-    path, written = footage.film(tmp_path / "pause.mp4", footage.pan(5, 48), gap=(24, 2)), tmp_path / "written.mp4"
+    path, written = (
+        footage.write_film(tmp_path / "pause.mp4", footage.pan_camera(5, 48), gap=(24, 2)),
+        tmp_path / "written.mp4",
+    )
     assert write_clip(path, (0.0, 4.0), written)["frames"] == 48
     for clip in (path, written):
         demuxer, guard = "mov", MediaGuard("", TRAINING_LIMITS)
@@ -25,10 +28,10 @@ def test_a_clip_of_uneven_times_keeps_them_and_is_seen_by_them(tmp_path):
         assert picked == [0, 12, 23, 23, 23, 23, 24, 36, 47]
 
 
-def test_a_frame_just_before_an_empty_span_stands_for_it(tmp_path):
+def test_the_last_frame_before_an_empty_span_represents_it(tmp_path):
     from omnivideo.training.curation.reading import sample_clip
 
-    path = footage.film(tmp_path / "gap.mp4", footage.pan(5, 48), gap=(24, 60))
+    path = footage.write_film(tmp_path / "gap.mp4", footage.pan_camera(5, 48), gap=(24, 60))
     shown = sample_clip(
         path, (1.2, 20.0)
     )  # the last frame before the gap is at 0.96 s, nearer than a quarter of 1 / 0.77

@@ -1,4 +1,4 @@
-"""The order of batches: every sample once an epoch, one shape a batch, the same on any number of ranks."""
+"""The order of batches: each epoch has every sample once, each batch one shape, on any number of ranks."""
 
 import functools
 import math
@@ -27,8 +27,8 @@ STILLS = [Bucket(64, 64, 1), Bucket(80, 48, 1), Bucket(48, 80, 1)]
 CLIPS = [Bucket(64, 64, frames) for frames in (5, 9)] + [Bucket(80, 48, 9)]
 
 
-def paper_counts(total: int) -> dict:
-    """Whole samples of each task, in Table 1's shares."""
+def count_paper_tasks(total: int) -> dict:
+    """Return the number of samples of each task, in the proportions of Table 1."""
     exact = {task: total * share / sum(PAPER_TASK_MIX.values()) for task, share in PAPER_TASK_MIX.items()}
     counts = {task: int(value) for task, value in exact.items()}
     for task in sorted(exact, key=lambda name: counts[name] - exact[name])[: total - sum(counts.values())]:
@@ -37,9 +37,9 @@ def paper_counts(total: int) -> dict:
 
 
 @functools.cache
-def mixed_set(total: int = 10_000) -> tuple[list, list]:
+def make_mixed_set(total: int = 10_000) -> tuple[list, list]:
     rng = np.random.default_rng(1)
-    tasks = [task for task, count in paper_counts(total).items() for _ in range(count)]
+    tasks = [task for task, count in count_paper_tasks(total).items() for _ in range(count)]
     rng.shuffle(tasks)
     kinds = rng.choice(3, total, p=(0.6, 0.3, 0.1))
     shapes = [(CLIPS if "video" in task else STILLS)[kind] for task, kind in zip(tasks, kinds, strict=True)]
@@ -48,11 +48,11 @@ def mixed_set(total: int = 10_000) -> tuple[list, list]:
 
 @pytest.fixture(scope="module")
 def order() -> BatchSampler:
-    return BatchSampler(*mixed_set())
+    return BatchSampler(*make_mixed_set())
 
 
-def dealt(batch: GlobalBatch, world: int) -> list[list[int]]:
-    """What each rank has, as `share.py` deals it out."""
+def split_among_ranks(batch: GlobalBatch, world: int) -> list[list[int]]:
+    """Return the samples of each rank, as `DataParallelRank` splits the batch."""
     found = []
     for rank in range(world):
         share = DataParallelRank()
@@ -61,17 +61,19 @@ def dealt(batch: GlobalBatch, world: int) -> list[list[int]]:
     return found
 
 
-def seen(order: BatchSampler, world: int, epoch: int = 0) -> list[int]:
-    return [index for batch in order.get_epoch_batches(epoch) for rank in dealt(batch, world) for index in rank]
+def list_epoch_samples(order: BatchSampler, world: int, epoch: int = 0) -> list[int]:
+    return [
+        index for batch in order.get_epoch_batches(epoch) for rank in split_among_ranks(batch, world) for index in rank
+    ]
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 8])
-def test_ten_thousand_samples_come_once_an_epoch_on_any_number_of_ranks(order, world):
-    assert sorted(seen(order, world)) == list(range(10_000))
+def test_an_epoch_has_every_sample_once_on_any_number_of_ranks(order, world):
+    assert sorted(list_epoch_samples(order, world)) == list(range(10_000))
 
 
-def test_every_micro_batch_has_one_shape_and_no_more_than_two_percent_are_waste(order):
-    tasks, shapes = mixed_set()
+def test_every_micro_batch_has_one_shape_and_under_two_percent_are_wasted(order):
+    tasks, shapes = make_mixed_set()
     for batch in order.get_epoch_batches(0):
         assert {shapes[index] for index in batch.indices} == {batch.bucket}
     for world in (1, 2, 4, 8):
@@ -79,33 +81,33 @@ def test_every_micro_batch_has_one_shape_and_no_more_than_two_percent_are_waste(
     assert len(tasks) == 10_000
 
 
-def even_set(total: int = 10_000) -> tuple[list, list]:
-    """Table 1's tasks over the usual aspect ratios around 832x480, evenly filled."""
+def make_even_set(total: int = 10_000) -> tuple[list, list]:
+    """Return the tasks of Table 1, spread evenly over the usual aspect ratios around 832x480."""
     rng, around = np.random.default_rng(3), build_buckets(832, 480, (1, 17, 41))
-    tasks = [task for task, count in paper_counts(total).items() for _ in range(count)]
+    tasks = [task for task, count in count_paper_tasks(total).items() for _ in range(count)]
     fitting = {group: [one for one in around if one.group == group] for group in ("image", "video")}
     shapes = [fitting["video" if "video" in task else "image"] for task in tasks]
     return tasks, [some[rng.integers(len(some))] for some in shapes]
 
 
-def test_the_mix_that_stages_train_with_wastes_less_than_two_percent_on_two_ranks():
-    """No sample is cropped to another bucket, and equal parts are what does it."""
-    tasks, shapes = even_set()
+def test_the_mix_of_the_stages_wastes_under_two_percent_on_two_ranks():
+    """No sample is cropped to another bucket; the waste is low because the parts of the ranks are equal."""
+    tasks, shapes = make_even_set()
     order = BatchSampler(tasks, shapes, build_mix())
     assert measure_epoch(order, 2).wasted_fraction < 0.02
     assert all({shapes[index] for index in batch.indices} == {batch.bucket} for batch in order.get_epoch_batches(0))
     assert measure_epoch(BatchSampler(tasks, shapes, replace(build_mix(), batch_multiple=1)), 2).wasted_fraction > 0.02
 
 
-def test_what_ranks_wait_for_is_measured(order):
+def test_the_waiting_of_ranks_is_measured(order):
     pixels = np.array([batch.bucket.pixel_count for batch in order.get_epoch_batches(0)])
-    lengths = np.array([[len(rank) for rank in dealt(batch, 3)] for batch in order.get_epoch_batches(0)])
-    assert np.ptp(lengths, axis=1).max() <= 1  # nobody waits for more than one sample
+    lengths = np.array([[len(rank) for rank in split_among_ranks(batch, 3)] for batch in order.get_epoch_batches(0)])
+    assert np.ptp(lengths, axis=1).max() <= 1  # no rank waits for more than one sample
     useful, there = (lengths.sum(axis=1) * pixels).sum(), (3 * lengths.max(axis=1) * pixels).sum()
     assert measure_epoch(order, 3).wasted_fraction == pytest.approx(1 - useful / there)
 
 
-def test_images_and_videos_take_turns_evenly(order):
+def test_images_and_videos_alternate_evenly(order):
     kinds = [batch.bucket.group for batch in order.get_epoch_batches(0)]
     videos = [at for at, kind in enumerate(kinds) if kind == "video"]
     gaps = np.diff(videos)
@@ -113,19 +115,19 @@ def test_images_and_videos_take_turns_evenly(order):
     assert gaps.max() - gaps.min() <= 1
 
 
-def test_weights_set_how_many_batches_of_a_group_come(order):
-    even = BatchSampler(*mixed_set(), MixConfig(group_weights={"image": 1, "video": 1}))
+def test_weights_set_the_number_of_batches_of_a_group(order):
+    even = BatchSampler(*make_mixed_set(), MixConfig(group_weights={"image": 1, "video": 1}))
     kinds = Counter(batch.bucket.group for batch in even.get_epoch_batches(0))
-    assert abs(kinds["image"] - kinds["video"]) <= 4  # a bucket's last batch may be a small one
-    tasks = Counter(mixed_set()[0][index] for index in seen(even, 1))
+    assert abs(kinds["image"] - kinds["video"]) <= 4  # the last batch of a bucket may be small
+    tasks = Counter(make_mixed_set()[0][index] for index in list_epoch_samples(even, 1))
     assert tasks["text-to-image"] / tasks["image-editing"] == pytest.approx(33.05 / 18.95, rel=0.02)
-    assert len(set(seen(even, 1))) == len(seen(even, 1))
+    assert len(set(list_epoch_samples(even, 1))) == len(list_epoch_samples(even, 1))
 
 
-def test_the_ratio_is_kept_and_what_an_epoch_leaves_comes_in_the_next():
+def test_the_ratio_is_kept_and_later_epochs_use_the_remaining_samples():
     tasks = ["text-to-image"] * 900 + ["image-editing"] * 100
     order = BatchSampler(tasks, [STILLS[0]] * 1000, MixConfig(task_ratio={"text-to-image": 2, "image-editing": 1}))
-    epochs = [seen(order, 2, epoch=number) for number in range(9)]
+    epochs = [list_epoch_samples(order, 2, epoch=number) for number in range(9)]
     for epoch in epochs:
         counts = Counter(tasks[index] for index in epoch)
         assert len(set(epoch)) == len(epoch)
@@ -135,11 +137,11 @@ def test_the_ratio_is_kept_and_what_an_epoch_leaves_comes_in_the_next():
     assert len(stills) == 900 and max(stills.values()) - min(stills.values()) <= 1
 
 
-def test_without_a_ratio_everything_comes_once():
+def test_without_a_ratio_every_sample_is_used_once():
     order = BatchSampler(
         ["text-to-image"] * 91 + ["video-editing"] * 30, [STILLS[0]] * 91 + [CLIPS[0]] * 30, MixConfig(task_ratio=None)
     )
-    assert sorted(seen(order, 2)) == list(range(121))
+    assert sorted(list_epoch_samples(order, 2)) == list(range(121))
 
 
 def test_tasks_are_spread_over_the_batches(order):
@@ -149,44 +151,44 @@ def test_tasks_are_spread_over_the_batches(order):
     assert min(edits) > 0
 
 
-def run(order: BatchSampler, place: SamplerState, world: int, steps: int) -> tuple[SamplerState, list[list[int]]]:
-    """What each step's ranks saw, together."""
+def run_steps(order: BatchSampler, place: SamplerState, world: int, steps: int) -> tuple[SamplerState, list[list[int]]]:
+    """Return the state after some steps, and the samples of all ranks in each step."""
     steps_seen = []
     for (after, batch), _ in zip(order.iterate_batches(place), range(steps), strict=False):
-        steps_seen.append([index for rank in dealt(batch, world) for index in rank])
+        steps_seen.append([index for rank in split_among_ranks(batch, world) for index in rank])
         place = after
     return place, steps_seen
 
 
-def test_the_order_goes_on_in_mid_epoch_on_other_numbers_of_ranks(order):
-    _, whole = run(order, SamplerState(), 1, 300)  # an epoch is shorter: the second one is reached
+def test_the_order_resumes_within_an_epoch_on_other_numbers_of_ranks(order):
+    _, uninterrupted = run_steps(order, SamplerState(), 1, 300)  # more steps than an epoch has
     place, resumed = SamplerState(), []
     for world, steps in ((2, 71), (1, 40), (4, 189)):
         state = order.dump_state(place)
-        place = BatchSampler(*mixed_set()).restore_state(state)  # as a new process would
-        place, some = run(order, place, world, steps)
+        place = BatchSampler(*make_mixed_set()).restore_state(state)  # as in a new process
+        place, some = run_steps(order, place, world, steps)
         resumed += some
     assert len(order.get_epoch_batches(0)) < 300
-    assert resumed == whole
+    assert resumed == uninterrupted
 
 
-def test_a_checkpoint_of_other_data_is_refused(order):
+def test_a_checkpoint_with_other_data_is_refused(order):
     state = order.dump_state(SamplerState(0, 3))
-    tasks, shapes = mixed_set()
+    tasks, shapes = make_mixed_set()
     for other in (BatchSampler(tasks, shapes, MixConfig(seed=1)), BatchSampler(tasks[1:], shapes[1:])):
         with pytest.raises(CheckpointError, match="other samples"):
             other.restore_state(state)
 
 
-def test_another_seed_and_another_epoch_come_in_another_order(order):
+def test_another_seed_or_epoch_has_another_order(order):
     first = [tuple(batch.indices) for batch in order.get_epoch_batches(0)]
     assert first != [tuple(batch.indices) for batch in order.get_epoch_batches(1)]
     assert first != [
-        tuple(batch.indices) for batch in BatchSampler(*mixed_set(), MixConfig(seed=1)).get_epoch_batches(0)
+        tuple(batch.indices) for batch in BatchSampler(*make_mixed_set(), MixConfig(seed=1)).get_epoch_batches(0)
     ]
 
 
-def test_a_bucket_of_a_few_joins_the_one_most_like_it():
+def test_a_small_bucket_is_folded_into_the_most_similar_one():
     odd = Bucket(96, 48, 1)
     order = BatchSampler(
         ["text-to-image"] * 203, [STILLS[0]] * 100 + [STILLS[1]] * 100 + [odd] * 3, MixConfig(task_ratio=None)
@@ -196,21 +198,24 @@ def test_a_bucket_of_a_few_joins_the_one_most_like_it():
     assert {200, 201, 202} <= {index for batch in batches if batch.bucket == STILLS[1] for index in batch.indices}
 
 
-def test_a_bucket_of_a_few_stays_as_it_is_where_nothing_is_folded():
+def test_a_small_bucket_is_kept_if_folding_is_disabled():
     tasks, shapes = ["text-to-image"] * 103, [STILLS[0]] * 100 + [STILLS[1]] * 3
     batches = BatchSampler(tasks, shapes, MixConfig(task_ratio=None, fold_small_buckets=False)).get_epoch_batches(0)
     assert {batch.bucket: len(batch.indices) for batch in batches if batch.bucket == STILLS[1]} == {STILLS[1]: 3}
 
 
-def test_a_clip_never_joins_a_bucket_of_more_frames():
+def test_a_clip_is_not_folded_into_a_bucket_with_more_frames():
     order = BatchSampler(["text-to-video"] * 43, [CLIPS[1]] * 40 + [CLIPS[0]] * 3, MixConfig(task_ratio=None))
     assert {batch.bucket: len(batch.indices) for batch in order.get_epoch_batches(0) if batch.bucket == CLIPS[0]} == {
         CLIPS[0]: 3
     }
 
 
-def test_mixed_batches_update_each_task_more_often_than_one_task_a_batch(order):
-    mixed, alone = measure_epoch(order, 2), measure_epoch(BatchSampler(*mixed_set(), MixConfig(mix_tasks=False)), 2)
+def test_mixed_batches_update_each_task_more_often_than_batches_of_one_task(order):
+    mixed, alone = (
+        measure_epoch(order, 2),
+        measure_epoch(BatchSampler(*make_mixed_set(), MixConfig(mix_tasks=False)), 2),
+    )
     assert mixed.samples == alone.samples == 10_000
     for task in TRAINING_TASKS:
         assert mixed.steps_per_1000_samples[task] > alone.steps_per_1000_samples[task]
@@ -218,7 +223,7 @@ def test_mixed_batches_update_each_task_more_often_than_one_task_a_batch(order):
 
 
 @pytest.mark.parametrize(
-    ("field", "given"),
+    ("field", "options"),
     [
         ("ratio", {"task_ratio": {"text-to-sound": 1}}),
         ("ratio", {"task_ratio": {"text-to-image": -1}}),
@@ -230,36 +235,38 @@ def test_mixed_batches_update_each_task_more_often_than_one_task_a_batch(order):
         ("group-weight", {"group_weights": {"image": 1, "video": 1, "sound": 1}}),
     ],
 )
-def test_a_mix_that_cannot_be_is_refused(field, given):
+def test_an_invalid_mix_is_refused(field, options):
     with pytest.raises(InvalidInput) as refused:
-        MixConfig(**given)
+        MixConfig(**options)
     assert refused.value.field == field
 
 
-def test_fewer_samples_than_ranks_leave_some_waiting():
+def test_fewer_samples_than_ranks_are_wasteful():
     order = BatchSampler(["text-to-image"] * 3, [STILLS[0]] * 3, MixConfig(task_ratio=None))
     assert measure_epoch(order, 4).wasted_fraction == pytest.approx(1 / 4)
 
 
-def test_the_stages_mix_is_as_asked():
-    asked = build_mix(16, 4, 2, ["text-to-image=2", "video-editing=0.5"], ["image=1", "video=3"])
-    assert asked.task_ratio == {"text-to-image": 2, "video-editing": 0.5} and asked.group_weights == {
+def test_the_mix_follows_its_options():
+    mix = build_mix(16, 4, 2, ["text-to-image=2", "video-editing=0.5"], ["image=1", "video=3"])
+    assert mix.task_ratio == {"text-to-image": 2, "video-editing": 0.5} and mix.group_weights == {
         "image": 1,
         "video": 3,
     }
-    assert asked.batch_sizes == {"image": 32, "video": 8} and asked.batch_multiple == 8
+    assert mix.batch_sizes == {"image": 32, "video": 8} and mix.batch_multiple == 8
     assert (
         build_mix().task_ratio == PAPER_TASK_MIX
         and build_mix().group_weights is None
         and build_mix().batch_sizes == {"image": 64, "video": 24}
     )
-    assert build_mix(clips=6).batch_multiple == 2  # it divides both sizes
-    one, other = (BatchSampler(*mixed_set(), replace(build_mix(seed=seed), task_ratio=None)) for seed in (0, 1))
-    assert sorted(seen(one, 1)) == sorted(seen(other, 1)) and seen(one, 1) != seen(other, 1)
+    assert build_mix(clips=6).batch_multiple == 2  # the greatest common divisor of both sizes
+    one, other = (BatchSampler(*make_mixed_set(), replace(build_mix(seed=seed), task_ratio=None)) for seed in (0, 1))
+    assert sorted(list_epoch_samples(one, 1)) == sorted(list_epoch_samples(other, 1)) and list_epoch_samples(
+        one, 1
+    ) != list_epoch_samples(other, 1)
 
 
 @pytest.mark.parametrize(
-    ("field", "given"),
+    ("field", "options"),
     [
         ("ratio", {"ratio": ["text-to-sound=1"]}),
         ("ratio", {"ratio": ["text-to-image"]}),
@@ -269,7 +276,7 @@ def test_the_stages_mix_is_as_asked():
         ("group-weight", {"weights": ["image=1", "video=0"]}),
     ],
 )
-def test_shares_that_cannot_be_are_refused(field, given):
+def test_invalid_ratios_and_weights_are_refused(field, options):
     with pytest.raises(InvalidInput) as refused:
-        build_mix(**given)
+        build_mix(**options)
     assert refused.value.field == field

@@ -1,4 +1,4 @@
-"""Shards on an S3 server: written, streamed, read by number, and the server's absence said."""
+"""Shards on an S3 server are written, streamed and read by number; a missing server is reported."""
 
 import os
 
@@ -38,8 +38,8 @@ def test_shards_are_written_to_and_read_from_a_bucket(server):
 
 
 @pytest.mark.usefixtures("server")
-def test_worker_processes_have_connections_of_their_own():
-    """They are forked from one that has read the indices, whose connection stays open."""
+def test_worker_processes_have_separate_connections():
+    """The workers are forked from a process that has read the indices and keeps its connection open."""
     write_shards(make_samples(), open_file_store(WHERE), SkipReport())
     library = ShardDataset(open_file_store(WHERE), SkipReport())
     ours, samples = library.file_store.client, drop_keys(make_samples())

@@ -1,4 +1,4 @@
-"""The stages over shards: the samples of an epoch in their order, on one rank or on two."""
+"""The data of the stages over shards: the samples of an epoch in order, on one rank or two."""
 
 import json
 from dataclasses import replace
@@ -22,6 +22,7 @@ from omnivideo.training.engine.data_parallel import use_rank
 from omnivideo.training.engine.trainer import Trainer
 from omnivideo.training.recipes.flow import build_flow_recipe
 from omnivideo.training.recipes.losses import embed_frames
+from tests.support.recipes import count_flops, read_losses
 from tests.support.shards import (
     ASSIGNER,
     SAMPLES,
@@ -35,10 +36,9 @@ from tests.support.shards import (
     write_dataset,
 )
 from tests.support.training_samples import make_png
-from tests.training.test_training import operations
 
 
-def test_an_epoch_has_every_sample_that_is_drawn_once(encoded_dataset, weights):
+def test_an_epoch_has_every_generated_sample_once(encoded_dataset, weights):
     one = make_flow_dataset(encoded_dataset, weights)
     steps = len(one.batch_sampler.get_epoch_batches(0))
     seen = [one.sample_indices[at] for step in range(steps) for at in one.get_global_batch(step).indices]
@@ -52,7 +52,7 @@ def test_an_epoch_has_every_sample_that_is_drawn_once(encoded_dataset, weights):
     }
 
 
-def test_stage1_has_all_six_tasks_with_what_is_drawn_first(encoded_dataset, weights):
+def test_stage1_has_all_six_tasks_with_generation_first(encoded_dataset, weights):
     omni = load(weights)
     mix = MixConfig(task_ratio=None, batch_sizes={"image": 3, "video": 2}, batch_multiple=1)
     one = Stage1Dataset(omni, encoded_dataset, ASSIGNER, mix, make_visual_encoder())
@@ -77,8 +77,8 @@ def test_stage1_has_all_six_tasks_with_what_is_drawn_first(encoded_dataset, weig
     assert said == {"a ball<|im_end|>", "two<|im_end|>"}
 
 
-def test_stage1_is_dealt_out_by_what_is_drawn(encoded_dataset, weights):
-    """The shares' weights of Eq. 1 are as the whole batch's mean has it."""
+def test_stage1_is_split_by_its_generated_samples(encoded_dataset, weights):
+    """The weights of the parts in Eq. 1 give the mean over the whole batch."""
     one = make_stage1_dataset(encoded_dataset, weights)
     for step in range(len(one.batch_sampler.get_epoch_batches(0))):
         dealt, (whole,) = [], one.to_micro_batches(one.load_batch(step))
@@ -91,9 +91,9 @@ def test_stage1_is_dealt_out_by_what_is_drawn(encoded_dataset, weights):
         assert kept == int((whole.labels != -100).sum())
 
 
-def test_rows_are_those_of_the_cache_and_the_models(encoded_dataset, weights):
+def test_rows_agree_with_the_cache_and_the_models(encoded_dataset, weights):
     one = make_flow_dataset(encoded_dataset, weights)
-    one.frozen_encoders = None  # it has nothing to do
+    one.frozen_encoders = None  # everything is cached
     for step in range(len(one.batch_sampler.get_epoch_batches(0))):
         numbers = [one.sample_indices[at] for at in one.get_global_batch(step).indices]
         (dealt,) = one.to_micro_batches(one.load_batch(step))
@@ -122,8 +122,8 @@ def test_rows_are_those_of_the_cache_and_the_models(encoded_dataset, weights):
             assert rows.hidden_states[at, rows.hidden_lengths[at] :].abs().sum() == 0
 
 
-def test_two_shares_have_the_loss_of_one_also_where_they_are_not_equal(encoded_dataset, weights):
-    """A batch of three in parts of two and one, and one of a single sample, which the second share has for nothing."""
+def test_two_ranks_have_the_loss_of_one_even_with_unequal_parts(encoded_dataset, weights):
+    """A batch of three is split into two and one; a batch of one leaves the second rank without a counted sample."""
     one = make_flow_dataset(encoded_dataset, weights)
     recipe = build_flow_recipe("stage3", one.omni, one, steps=9, lr=1e-4, alignment_weight=0.1)
     sizes = set()
@@ -139,8 +139,8 @@ def test_two_shares_have_the_loss_of_one_also_where_they_are_not_equal(encoded_d
 
 
 @pytest.mark.parametrize("name", ["stage1", "stage2a", "stage2b", "stage3"])
-def test_small_passes_have_the_loss_and_gradients_of_one(encoded_dataset, weights, tmp_path, name):
-    """Of all of a batch, of single samples, and of two at a time, drawn by another process."""
+def test_micro_batches_have_the_loss_and_gradients_of_the_whole_batch(encoded_dataset, weights, tmp_path, name):
+    """Compare a whole batch with micro-batches of one sample, and of two samples from a worker process."""
     whole = run_epoch(encoded_dataset, weights, name, None, tmp_path)
     for some in (
         run_epoch(encoded_dataset, weights, name, 1, tmp_path),
@@ -164,7 +164,7 @@ def test_checkpointing_in_bf16_has_the_same_losses(encoded_dataset, weights, tmp
 
 
 @pytest.mark.parametrize("name", ["stage1", "stage3"])
-def test_an_unreadable_sample_weighs_nothing_in_passes_either(weights, tmp_path, name):
+def test_an_unreadable_sample_has_no_weight_in_micro_batches(weights, tmp_path, name):
     there = write_dataset(tmp_path / "shards", SAMPLES)
     for number in (1, 4, 8):
         damage_target(there, number)
@@ -174,38 +174,38 @@ def test_an_unreadable_sample_weighs_nothing_in_passes_either(weights, tmp_path,
 
 
 @pytest.mark.parametrize(("micro", "each", "altogether"), [(None, 0.05, 0.02), (1, 0.06, 0.04)])
-def test_a_steps_operations_are_those_that_torch_counts(encoded_dataset, weights, tmp_path, micro, each, altogether):
-    """With the MLLM's, which are done on the way.  (A sample alone whose visual tokens are dropped has no gradients in
-    the adapter.)"""
+def test_the_flops_of_a_step_agree_with_torchs_counter(encoded_dataset, weights, tmp_path, micro, each, altogether):
+    """Include the FLOPs of the MLLM, which runs during the step.
+
+    A micro-batch of one sample whose visual tokens are dropped has no gradients in the adapter.
+    """
     one, recipe = build_stage(encoded_dataset, weights, "stage3", micro)
     Trainer(recipe, tmp_path)
     pairs = [
-        (operations(recipe, step), recipe.step_flops(step))
+        (count_flops(recipe, step), recipe.step_flops(step))
         for step in range(len(one.batch_sampler.get_epoch_batches(0)))
     ]
     assert all(found == pytest.approx(counted, rel=each) for counted, found in pairs)
     assert sum(found for _, found in pairs) == pytest.approx(sum(counted for counted, _ in pairs), rel=altogether)
 
 
-def test_a_run_goes_on_over_the_same_samples_only(encoded_dataset, weights, tmp_path):
+def test_a_run_resumes_with_the_same_samples_only(encoded_dataset, weights, tmp_path):
     def recipe(data: str = "these"):
         one = make_flow_dataset(encoded_dataset, weights, "stage2b", embedded=False)
         fresh = build_flow_recipe("stage2b", one.omni, one, steps=4, lr=1e-3, alignment_weight=0.0)
         fresh.data_digest = data
         return fresh
 
-    def logged(name: str) -> list[float]:
-        return [json.loads(line)["loss"] for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
-
-    Trainer(recipe(), tmp_path / "whole").run()
-    Trainer(recipe(), tmp_path / "cut").run(stop_at_step=2)
-    Trainer(recipe(), tmp_path / "cut").run()
-    assert logged("cut") == pytest.approx(logged("whole"), abs=1e-6) and len(logged("cut")) == 4
+    Trainer(recipe(), tmp_path / "uninterrupted").run()
+    Trainer(recipe(), tmp_path / "resumed").run(stop_at_step=2)
+    Trainer(recipe(), tmp_path / "resumed").run()
+    losses = read_losses(tmp_path / "resumed")
+    assert losses == pytest.approx(read_losses(tmp_path / "uninterrupted"), abs=1e-6) and len(losses) == 4
     with pytest.raises(CheckpointError, match="data: the checkpoint was made with other samples"):
-        Trainer(recipe("others"), tmp_path / "cut")
+        Trainer(recipe("others"), tmp_path / "resumed")
 
 
-def test_a_run_does_not_go_on_over_another_library_of_the_same_shapes(encoded_dataset, weights, tmp_path):
+def test_a_run_does_not_resume_with_another_dataset_of_the_same_shapes(encoded_dataset, weights, tmp_path):
     other = write_dataset(tmp_path / "other", [replace(SAMPLES[0], target=make_png(40, (32, 32))), *SAMPLES[1:]])
     encode_shards(other, FrozenEncoders.load(weights, "cpu"), ASSIGNER, lambda done, count: None)
     given = ["train", "stage2a", "--weights", str(weights), "--runs", str(tmp_path), "--size", "64x64", "--frames", "5"]
@@ -217,7 +217,7 @@ def test_a_run_does_not_go_on_over_another_library_of_the_same_shapes(encoded_da
         CliRunner().invoke(app, [*given, "--data", str(tmp_path / "other")], catch_exceptions=False)
 
 
-def test_the_digest_is_over_the_samples_and_what_they_are_brought_to(encoded_dataset):
+def test_the_digest_covers_the_samples_and_their_buckets(encoded_dataset):
     mix = MixConfig(task_ratio=None, batch_sizes={"image": 3, "video": 2}, batch_multiple=1)
     one, slower = (
         EpochDataset("some", encoded_dataset, fit, mix, lambda entry: True)

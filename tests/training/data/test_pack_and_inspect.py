@@ -13,7 +13,7 @@ from omnivideo.training.data.sample import SkipReport
 from tests.support.training_samples import make_mp4, write_files
 
 
-def test_pack_names_what_it_skips_and_inspect_counts_the_rest(tmp_path):
+def test_pack_reports_skipped_records_and_inspect_counts_the_others(tmp_path):
     whole = make_mp4(24)
     write_files(tmp_path, {"in/1.mp4": whole, "in/2.mp4": whole[: len(whole) // 2]})
     rows = [{"video_path": f"{at}.mp4", "captions": [{"idx": "-1", "content": "a ball"}]} for at in (1, 2)]
@@ -37,7 +37,7 @@ def test_pack_names_what_it_skips_and_inspect_counts_the_rest(tmp_path):
         CliRunner().invoke(app, given, catch_exceptions=False)
 
 
-def test_a_layout_that_is_none_is_refused(tmp_path):
+def test_an_unknown_layout_is_refused(tmp_path):
     (tmp_path / "a.json").write_text("[]")
     with pytest.raises(InvalidInput, match="layout"):
         list(read_samples("coco", tmp_path / "a.json", tmp_path, SkipReport()))

@@ -1,4 +1,4 @@
-"""Batches from worker processes: whole, in order, and with all their tensors in one."""
+"""Batches from worker processes arrive complete, in order, and with all tensors in one buffer."""
 
 from dataclasses import dataclass, field
 
@@ -20,13 +20,13 @@ class Batch:
     empty: Tensor = field(default_factory=lambda: torch.zeros(0, 3, 5))
 
 
-def batch(step: int) -> Batch:
+def make_batch(step: int) -> Batch:
     generator = torch.Generator().manual_seed(step)
     many = [torch.randint(0, 2, (3, 7), generator=generator).to(kind) for kind in KINDS]
     return Batch(step, [*many, many[0].T, many[0][:, 1:4], torch.tensor(4.5)], {"x": many[1], "none": None})
 
 
-def same(one: Batch, other: Batch) -> bool:
+def is_equal(one: Batch, other: Batch) -> bool:
     pairs = [*zip(one.many, other.many, strict=True), (one.named["x"], other.named["x"]), (one.empty, other.empty)]
     return (one.step, one.words, one.named["none"]) == (other.step, other.words, other.named["none"]) and all(
         first.dtype == second.dtype and first.shape == second.shape and torch.equal(first, second)
@@ -34,16 +34,16 @@ def same(one: Batch, other: Batch) -> bool:
     )
 
 
-def test_what_is_packed_comes_out_as_it_was_without_a_copy():
-    packed = PackedTensors.pack(batch(3))
-    found = packed.unpack()
-    assert same(found, batch(3))
-    within = range(packed.buffer.data_ptr(), packed.buffer.data_ptr() + packed.buffer.nbytes)
-    assert all(one.data_ptr() in within for one in found.many)
+def test_packed_batches_are_unpacked_unchanged_without_a_copy():
+    packed = PackedTensors.pack(make_batch(3))
+    unpacked = packed.unpack()
+    assert is_equal(unpacked, make_batch(3))
+    buffer_addresses = range(packed.buffer.data_ptr(), packed.buffer.data_ptr() + packed.buffer.nbytes)
+    assert all(one.data_ptr() in buffer_addresses for one in unpacked.many)
     assert PackedTensors.pack(["no", "tensors"]).unpack() == ["no", "tensors"]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_steps_come_in_order_also_after_a_jump(workers):
-    ahead = Prefetcher(batch, workers)
-    assert all(same(ahead(step), batch(step)) for step in (0, 1, 2, 7, 8, 3))
+def test_steps_arrive_in_order_even_after_a_jump(workers):
+    prefetcher = Prefetcher(make_batch, workers)
+    assert all(is_equal(prefetcher(step), make_batch(step)) for step in (0, 1, 2, 7, 8, 3))

@@ -58,7 +58,7 @@ def test_llava(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a" * 5000, "a\0b", "..", "", "/etc/passwd", "\ud800.png"])
-def test_file_names_that_are_none_are_skipped(tmp_path, name):
+def test_invalid_file_names_are_skipped(tmp_path, name):
     write_files(tmp_path, {"1.png": make_png()})
     row = {"image": "1.png", "conversations": talk("<image>\nWhat?", "A ball.")}
     (tmp_path / "a.jsonl").write_text(f"{json.dumps(row | {'image': name})}\n{'[' * 100_000}\n{json.dumps(row)}\n")
@@ -69,7 +69,7 @@ def test_file_names_that_are_none_are_skipped(tmp_path, name):
     assert len((tmp_path / "report.jsonl").read_text().splitlines()) == 2
 
 
-def test_an_array_that_is_cut_gives_what_comes_before(tmp_path):
+def test_a_truncated_array_gives_the_records_before_the_cut(tmp_path):
     write_files(tmp_path, {"1.png": make_png()})
     row = {"id": "1", "image": "1.png", "conversations": talk("<image>\nWhat?", "A ball.")}
     (tmp_path / "a.json").write_text(json.dumps([row] * 3)[:-30])
@@ -129,14 +129,14 @@ def test_anyedit_as_json(tmp_path):
 
 
 def write_parquet(path, rows: list[dict]) -> None:
-    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not here: parquet layouts were not tested")
+    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed; parquet layouts were not tested")
     from pyarrow.parquet import write_table
 
     write_table(pyarrow.Table.from_pylist(rows), path)
 
 
 def cell(data: bytes) -> dict:
-    """As the `datasets` package writes a picture."""
+    """Return a cell in the format in which the `datasets` package writes an image."""
     return {"bytes": data, "path": "a.png"}
 
 
@@ -178,7 +178,7 @@ def test_captions(tmp_path):
 
 
 def test_curated(tmp_path):
-    """A curation's folder: its clips, and not its journals; what it rejected, and what has no caption, is named."""
+    """Read the clips of a curation's folder and not its journals; report rejected clips and those without a caption."""
     write_files(tmp_path, {"clips/pan-1-0000.mp4": make_mp4()})
     row = {"file": "clips/pan-1-0000.mp4", "caption": "A ball rolls.", "width": 64, "height": 64, "fps": 8.0,
            "frames": 9, "source": "pan.mp4", "start": 0.0, "stop": 1.1, "scores": {"motion": 0.1}}  # fmt: skip
@@ -206,7 +206,7 @@ def test_curated(tmp_path):
         list(read_samples("curated", tmp_path / "clips", tmp_path, SkipReport()))
 
 
-def test_a_broken_parquet_is_named(tmp_path):
+def test_a_broken_parquet_file_is_reported(tmp_path):
     write_parquet(tmp_path / "a.parquet", [{"image": make_png(1), "caption": "one"}])
     (tmp_path / "b.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-20])
     samples, skip_report = read_layout("captions", tmp_path, ".")

@@ -1,4 +1,4 @@
-"""The media of training samples: damage is refused, and the frames are those that serving would pick."""
+"""The media of training samples: damaged files are refused, and the frames are those that serving selects."""
 
 import io
 
@@ -15,14 +15,14 @@ from tests.support.training_samples import make_mp4
 
 @pytest.mark.parametrize("index_first", [True, False])
 @pytest.mark.parametrize("share", [0.3, 0.6, 0.9])
-def test_a_cut_mp4_is_refused(index_first, share):
+def test_a_truncated_mp4_is_refused(index_first, share):
     clip = make_mp4(24, index_first=index_first)
     assert measure_shape(clip).frames == 24
     with pytest.raises(UnreadableMedia):
         measure_shape(clip[: int(len(clip) * share)])
 
 
-def test_a_cut_png_is_refused():
+def test_a_truncated_png_is_refused():
     rng = np.random.default_rng(0)
     file = io.BytesIO()
     Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(file, "PNG")
@@ -41,7 +41,7 @@ def test_a_clip_is_read_at_the_requested_rate_and_size():
     assert np.array_equal(read_fitted_media(clip, 32, 32, 12, 8), fitted[last_frame_repeated])
 
 
-def test_only_the_first_picture_of_an_animation_counts():
+def test_only_the_first_frame_of_an_animation_is_used():
     file = io.BytesIO()
     pictures = [Image.new("RGB", (32, 16), (shade, 0, 0)) for shade in (10, 200)]
     pictures[0].save(file, "GIF", save_all=True, append_images=pictures[1:], duration=100)
@@ -49,7 +49,7 @@ def test_only_the_first_picture_of_an_animation_counts():
     assert read_fitted_media(file.getvalue(), 16, 16, 1, 8)[0, 0, 0, 0] == 10
 
 
-def test_buckets_lose_the_least():
+def test_the_bucket_that_crops_least_is_chosen():
     buckets = build_buckets(64, 64, (1, 5, 9))
     assert all(bucket.width % 16 == bucket.height % 16 == 0 for bucket in buckets)
     assert select_bucket(buckets, "text-to-image", 640, 640, 1, 0, 8) == Bucket(64, 64, 1)

@@ -1,4 +1,4 @@
-"""Shards: samples come back as they were written; broken ones are counted, named and skipped."""
+"""Shards: samples are read as they were written; broken ones are counted, reported and skipped."""
 
 import importlib.util
 import io
@@ -21,7 +21,7 @@ def shards(tmp_path):
     return tmp_path / "shards"
 
 
-def test_samples_of_all_six_tasks_come_back_from_the_stream_and_by_number(shards):
+def test_samples_of_all_six_tasks_are_read_from_the_stream_and_by_number(shards):
     skip_report = SkipReport()
     assert drop_keys(stream_samples(open_file_store(shards), skip_report)) == drop_keys(make_samples())
     dataset = ShardDataset(open_file_store(shards), skip_report)
@@ -37,7 +37,7 @@ def test_the_same_samples_give_the_same_bytes(shards, tmp_path):
     assert (tmp_path / "again" / "00000.tar").read_bytes() == (shards / "00000.tar").read_bytes()
 
 
-def test_an_index_is_made_again_where_it_is_gone_or_does_not_fit(shards):
+def test_a_missing_or_stale_index_is_rebuilt(shards):
     before = ShardDataset(open_file_store(shards), SkipReport()).entries
     index = shards / "00000.index.json"
     index.unlink()
@@ -48,7 +48,7 @@ def test_an_index_is_made_again_where_it_is_gone_or_does_not_fit(shards):
         assert ShardDataset(open_file_store(shards), SkipReport()).entries == before
 
 
-def test_a_second_shard_begins_where_the_first_is_full(tmp_path, monkeypatch):
+def test_a_second_shard_begins_when_the_first_is_full(tmp_path, monkeypatch):
     monkeypatch.setattr("omnivideo.training.data.webdataset.MAX_SHARD_SAMPLES", 4)
     write_shards(make_samples(), open_file_store(tmp_path), SkipReport())
     assert sorted(path.name for path in tmp_path.glob("*.tar")) == ["00000.tar", "00001.tar"]
@@ -60,7 +60,7 @@ def test_a_second_shard_begins_where_the_first_is_full(tmp_path, monkeypatch):
 )  # its open file
 def test_the_webdataset_package_reads_our_shards(shards):
     if not importlib.util.find_spec("webdataset"):
-        pytest.skip("webdataset is not here (pip install webdataset): whether it reads our shards was not tested")
+        pytest.skip("webdataset is not installed (pip install webdataset); whether it reads our shards was not tested")
     from webdataset import WebDataset
 
     found = list(WebDataset(str(shards / "00000.tar"), shardshuffle=False))
@@ -69,7 +69,7 @@ def test_the_webdataset_package_reads_our_shards(shards):
 
 
 @pytest.mark.parametrize("where", ["header", "middle", "end mark"])
-def test_a_broken_tar_gives_what_comes_before_the_break(shards, where):
+def test_a_broken_tar_gives_the_samples_before_the_break(shards, where):
     path = shards / "00000.tar"
     data = path.read_bytes()
     last = ShardDataset(open_file_store(shards), SkipReport()).entries[-1]
@@ -84,7 +84,7 @@ def test_a_broken_tar_gives_what_comes_before_the_break(shards, where):
         assert skip_report.skipped_samples[0][1].startswith("00000.tar")
 
 
-def test_a_header_overwritten_midway_is_not_taken_for_the_end(shards):
+def test_an_overwritten_header_is_not_mistaken_for_the_end(shards):
     path = shards / "00000.tar"
     data = bytearray(path.read_bytes())
     start = ShardDataset(open_file_store(shards), SkipReport()).entries[3].members["json"][0] - 512
@@ -132,7 +132,7 @@ def add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
         ),
     ],
 )
-def test_a_wrong_sample_is_named_and_skipped(tmp_path, members, kind, word):
+def test_an_invalid_sample_is_reported_and_skipped(tmp_path, members, kind, word):
     with tarfile.open(tmp_path / "0.tar", "w") as tar:
         for name, data in members.items():
             add_member(tar, name, data)

@@ -34,7 +34,7 @@ GPU, BF16, FP32 = torch.device("cuda"), torch.bfloat16, torch.float32
 
 @pytest.fixture(scope="module")
 def dataset(weights, tmp_path_factory) -> ShardDataset:
-    """Shards of every task, with a visual encoder beside the weights and a full cache."""
+    """Return shards of every task with a full cache; add a visual encoder to the weights."""
     save_library_model(encoder(), weights / "visual_encoder", torch.float16)
     shards = library(tmp_path_factory.mktemp("shards"), SAMPLES)
     encode_shards(shards, FrozenEncoders.load(weights, "cpu"), FIT, lambda done, count: None)
@@ -43,7 +43,7 @@ def dataset(weights, tmp_path_factory) -> ShardDataset:
 
 @pytest.fixture
 def gpu_placements(monkeypatch) -> dict[str, WeightPlacement]:
-    """Return the placements on a GPU by parameter, as they are asked for; the weights are placed on the CPU instead."""
+    """Return the placements on a GPU that are requested, by parameter; the weights are placed on the CPU instead."""
     placements: dict[str, WeightPlacement] = {}
 
     def choose_gpu_placement(stage: str, name: str, device: torch.device, precision: torch.dtype) -> WeightPlacement:

@@ -62,7 +62,7 @@ def test_activations_of_the_decoder(trained, dtype):
     inputs = tuple(value.to(dtype) for value in make_inputs(2))
     kept_bytes = measure_kept_bytes(lambda: predict_velocity(decoder, inputs), decoder)
     estimate = estimate_decoder_activations(TINY.decoder, TOKENS, CONDITION_TOKENS, trained, False, dtype.itemsize)
-    # RMS norm keeps its input: on a GPU as it is, on a CPU in fp32, with the normalised values of trained weights.
+    # RMS norm keeps its input: unchanged on a GPU, in fp32 on a CPU, with the normalised values of trained weights.
     rows = TINY.decoder["num_layers"] * (3 * TOKENS + CONDITION_TOKENS) * 192
     estimate += rows * (4 - dtype.itemsize + (4 if trained else 0))
     if not trained:  # the first block's self-attention precedes the condition, which is what has gradients
@@ -95,7 +95,7 @@ def test_checkpointing_keeps_only_the_inputs_of_the_blocks():
 # ---------------------------------------------------------------- parameters and memory of a stage
 
 
-def test_parameters_are_those_of_the_released_model(plan):
+def test_parameters_agree_with_the_released_model(plan):
     """`model.pt` with the six markers is trained; the MLLM and SigLIP2 are frozen, and the rest is cached."""
     assert plan.trained_parameters == 3_482_668_864 + 6 * 4096
     assert plan.frozen_parameters == 8_767_123_696 + 428_225_600

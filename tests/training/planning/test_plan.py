@@ -108,7 +108,7 @@ def test_an_epoch_has_the_samples_of_table_1(plan):
 # ---------------------------------------------------------------- documentation, errors, command line
 
 
-def test_the_figures_of_the_documentation_are_those_of_the_plan():
+def test_the_documentation_has_the_figures_of_the_plan():
     lines = (Path(__file__).parents[3] / "docs" / "plan.md").read_text().splitlines()
     rows = {line.split("`")[1]: line for line in lines if line.startswith("| `stage")}
     assert rows.keys() == TASKS_BY_STAGE.keys()

@@ -1,10 +1,16 @@
-"""Run the migrations on the connection that `storage.database.engine.upgrade_schema` passes in."""
+"""Run the migrations on the connection that `storage.database.engine.upgrade_schema` passes in.
+
+A schema of a later version is left as it is.
+"""
+
+import logging
 
 from alembic import context
 from sqlalchemy import text
 
 from omnivideo.storage.database.schema import metadata
 
+log = logging.getLogger("omnivideo.storage")
 ADVISORY_LOCK_ID = 0x6F6D6E69  # any number, the same everywhere
 
 connection = context.config.attributes["connection"]
@@ -14,4 +20,8 @@ with context.begin_transaction():
         connection.execute(text(f"SELECT pg_advisory_xact_lock({ADVISORY_LOCK_ID})"))
     else:
         connection.execute(text("BEGIN IMMEDIATE"))
-    context.run_migrations()
+    current = context.get_context().get_current_revision()
+    if current is None or current in {script.revision for script in context.script.walk_revisions()}:
+        context.run_migrations()
+    else:
+        log.warning("the database has the schema %s of a later version", current)

@@ -1,0 +1,169 @@
+"""The frozen messages of conversations: a turn's plan, its results, and its events."""
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from omnivideo.contracts import MAX_SEED, Artifact, FrozenModel, Preview, Route, StepProgress
+
+Think = Literal["off", "on", "auto"]
+Goal = Literal["understand", "generate", "edit"]
+
+
+class ThinkTrace(FrozenModel):
+    """The reasoning of think mode and the prompt that resulted from it."""
+
+    request: str
+    reasoning: str
+    rewrite: str
+    seconds: float
+
+
+class Action(FrozenModel):
+    """One request of a turn, and the key of the artifact that it refers to."""
+
+    text: str
+    source: str | None = None
+
+
+class Plan(FrozenModel):
+    actions: tuple[Action, ...]
+
+
+class Candidate(FrozenModel):
+    """The result of one seed. `agreement`, 0 to 1, is the MLLM's judgement of whether it shows what was requested."""
+
+    seed: int
+    artifact: Artifact
+    agreement: float | None = None
+
+
+class ActionResult(FrozenModel):
+    """The result of an action: a clip and its candidates, or an answer."""
+
+    action: Action
+    goal: Goal
+    route: Route
+    trace: ThinkTrace | None
+    candidates: tuple[Candidate, ...] = ()
+    artifact: Artifact | None = None
+    answer: str | None = None
+
+
+class Turn(FrozenModel):
+    """A completed turn of a thread. `clarifications` are the planner's questions to the user, with the replies."""
+
+    number: int
+    text: str
+    attachments: tuple[Artifact, ...]
+    clarifications: tuple[tuple[str, str], ...]
+    results: tuple[ActionResult, ...]
+
+
+class TurnOptions(FrozenModel):
+    """The options of a turn. `check` is the maximum number of candidates to render for an action."""
+
+    think: Think = "auto"
+    check: int = Field(default=1, ge=1, le=16)
+    seed: int | None = Field(default=None, ge=0, le=MAX_SEED)
+    steps: int | None = Field(default=None, ge=1, le=200)
+    guidance_scale: float | None = Field(default=None, ge=0, le=30, allow_inf_nan=False)
+
+
+# ---------------------------------------------------------------- events of a turn
+
+
+class PlanReady(FrozenModel):
+    kind: Literal["plan"] = "plan"
+    plan: Plan
+
+
+class ThinkingDelta(FrozenModel):
+    """A piece of the reasoning."""
+
+    kind: Literal["thinking"] = "thinking"
+    delta: str
+
+
+class PromptRewritten(FrozenModel):
+    kind: Literal["rewritten"] = "rewritten"
+    trace: ThinkTrace
+
+
+class TextDelta(FrozenModel):
+    """A piece of an answer."""
+
+    kind: Literal["text"] = "text"
+    delta: str
+
+
+class ArtifactReady(FrozenModel):
+    """An artifact is stored; `final` is False for a candidate that may be replaced by a better one."""
+
+    kind: Literal["artifact"] = "artifact"
+    artifact: Artifact
+    final: bool = True
+
+
+class WaitingNotice(FrozenModel):
+    """The turn waits for a server that is unavailable or starting, and continues when the server is available."""
+
+    kind: Literal["waiting"] = "waiting"
+    text: str
+
+
+class QuestionAsked(FrozenModel):
+    """The turn waits for the user's reply to a question."""
+
+    kind: Literal["question"] = "question"
+    text: str
+
+
+class TurnCompleted(FrozenModel):
+    kind: Literal["done"] = "done"
+    turn: Turn
+
+
+TurnEvent = (
+    PlanReady
+    | ThinkingDelta
+    | PromptRewritten
+    | StepProgress
+    | TextDelta
+    | Preview
+    | ArtifactReady
+    | WaitingNotice
+    | QuestionAsked
+    | TurnCompleted
+)
+
+
+# ---------------------------------------------------------------- turns as the service stores them
+
+
+class TurnRecord(FrozenModel):
+    """A turn as the service stores it; `attempt` counts the processes that have run it."""
+
+    id: str
+    thread_id: str
+    owner: str
+    state: str
+    number: int
+    body: dict[str, Any]
+    attempt: int
+    error: dict[str, Any] | None
+    created_at: float
+
+
+class TurnEvents(FrozenModel):
+    """Numbered events of a turn; `is_open` says whether more may follow."""
+
+    is_open: bool
+    events: tuple[tuple[int, dict[str, Any]], ...]
+
+
+class StoredPreview(FrozenModel):
+    """A preview as the service records it: `key` is the PNG's key in the object store."""
+
+    kind: Literal["preview"] = "preview"
+    key: str

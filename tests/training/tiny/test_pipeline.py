@@ -1,0 +1,50 @@
+"""The weights that the tiny pipeline starts from, and those that it exports."""
+
+import pytest
+import torch
+
+from omnivideo.errors import CheckpointError
+from omnivideo.models.weights import checkpoint
+from omnivideo.training.config import TrainingConfig
+from omnivideo.training.engine.run import RunContext
+from omnivideo.training.tiny.pipeline import TinyPipeline
+
+
+def make_run_context(folder, **options) -> RunContext:
+    return RunContext(TrainingConfig(recipe="tiny", runs=folder, **options))
+
+
+def test_shipped_weights_replace_missing_runs(omni, weights, tmp_path):
+    tiny = TinyPipeline(make_run_context(tmp_path / "runs"), shipped_weights=weights)
+    shipped = tiny.load_vae().state_dict()
+    assert all(torch.allclose(value.half().float(), shipped[key]) for key, value in omni.vae.state_dict().items())
+    foundation = tiny.load_foundation()
+    x = torch.zeros(1, 16, 1, 8, 8)
+    with torch.no_grad():
+        outputs = [model(x, torch.tensor([500.0]), torch.zeros(1, 8, 192), return_dict=False)[0]
+               for model in (foundation.decoder, omni.decoder)]  # fmt: skip
+    assert torch.allclose(*outputs, atol=1e-2)
+    with pytest.raises(CheckpointError, match="omnivideo train mllm"):
+        tiny.load_omni("mllm")
+
+
+def test_foundations_are_exported_in_the_shipped_layout(weights, tmp_path):
+    original = TinyPipeline(make_run_context(tmp_path / "runs"), shipped_weights=weights)
+    original.export_foundations(tmp_path / "out")
+    exported = TinyPipeline(make_run_context(tmp_path / "runs"), shipped_weights=tmp_path / "out")
+    for one, two in (
+        (original.load_vae(), exported.load_vae()),
+        (original.load_text_encoder(), exported.load_text_encoder()),
+    ):
+        assert all(torch.equal(value, two.state_dict()[key]) for key, value in one.state_dict().items())
+
+
+def test_training_starts_from_a_folder_of_weights(weights, tmp_path):
+    stored, tiny = checkpoint.load(weights), TinyPipeline(make_run_context(tmp_path, weights=weights))
+    loaded = tiny.load_omni("stage2b")
+    for name in ("mllm", "bridge", "decoder", "text_encoder", "vae"):
+        expected = getattr(stored, name).state_dict()
+        assert all(torch.equal(value, expected[key]) for key, value in getattr(loaded, name).state_dict().items()), name
+    assert torch.equal(tiny.build_mllm_recipe().model.lm_head.weight, stored.mllm.lm_head.weight)
+    with pytest.raises(CheckpointError, match="mllm has not been trained"):
+        TinyPipeline(make_run_context(tmp_path), shipped_weights=weights).load_omni("stage2b")
