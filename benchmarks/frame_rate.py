@@ -132,7 +132,7 @@ def score_motion(omni: OmniVideoModel, count: int) -> dict[str, float]:
 def train_arm(tiny: TinyPipeline, rate: int, arguments: argparse.Namespace) -> list[Row]:
     """Train one arm and return the scores of its clips."""
     omni, encoder, cache = tiny.load_omni("stage2b"), tiny.load_visual_encoder(), arguments.runs / "cache"
-    data = {}
+    data: dict[str, CachedTask] = {}
     for task in TASKS[:2]:
         requests = sample_requests(1, task, arguments.count)
         data[task] = load_cached_task(cache, omni, encoder, requests, tiny.preparation)

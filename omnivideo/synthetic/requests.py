@@ -144,10 +144,14 @@ def sample_request(rng: random.Random, task: Task, frame_count: int | None = Non
     return SceneRequest(task, phrase_scene_request(rng, caption.text, scene), scene)
 
 
-def sample_requests(seed: int, task: Task, count: int) -> list[SceneRequest]:
+def sample_requests(
+    seed: int, task: Task | ContinuationTask, count: int, frame_count: int | None = None
+) -> list[SceneRequest]:
     """Return the same list of requests for the same arguments."""
-    rng = random.Random(f"requests/{seed}/{task}")
-    return [sample_request(rng, task) for _ in range(count)]
+    rng = random.Random(f"requests/{seed}/{task}/{frame_count}" if frame_count else f"requests/{seed}/{task}")
+    if task == "image-to-video" or task == "video-extension" or task == "keyframes-to-video":
+        return [sample_continuation_request(rng, task) for _ in range(count)]
+    return [sample_request(rng, task, frame_count) for _ in range(count)]
 
 
 # ---------------------------------------------------------------- clips that begin with given frames
