@@ -316,11 +316,8 @@ def to_canonical_text(scene_spec: SceneSpec) -> str:
     return f"{text} on a {scene_spec.background} background" if scene_spec.background else text
 
 
-def describe_scene(scene: Scene, *, with_places: bool = False) -> str:
-    """Return the complete canonical caption of a scene, with the objects in reading order.
-
-    With places it is what think mode rewrites an edit to: the layout of the target does not follow from the words.
-    """
+def specify_scene(scene: Scene, *, with_places: bool = False) -> SceneSpec:
+    """Return all facts of a scene, with the objects in reading order."""
     object_specs = tuple(
         spec_from_object(
             obj,
@@ -330,4 +327,21 @@ def describe_scene(scene: Scene, *, with_places: bool = False) -> str:
         )
         for obj in sort_in_reading_order(scene)
     )
-    return to_canonical_text(SceneSpec(object_specs, background=scene.background))
+    return SceneSpec(object_specs, background=scene.background)
+
+
+def describe_scene(scene: Scene, *, with_places: bool = False) -> str:
+    """Return the complete canonical caption of a scene.
+
+    With places it is what think mode rewrites an edit to: the layout of the target does not follow from the words.
+    """
+    return to_canonical_text(specify_scene(scene, with_places=with_places))
+
+
+def caption_with_places(scene: Scene) -> Caption:
+    """Return the canonical caption with the place of every object, as think mode writes it."""
+    scene_spec = specify_scene(scene, with_places=True)
+    text = to_canonical_text(scene_spec)
+    if len(set(scene_spec.objects)) < len(scene_spec.objects):  # equal objects in one place share one phrase
+        return Caption(text, scene_spec, ((0, text.index(" on a ")),) * len(scene_spec.objects))
+    return Caption(text, scene_spec, find_spans([to_canonical_phrase(spec) for spec in scene_spec.objects], text))

@@ -84,7 +84,7 @@ class TinyPipeline:
         self.recipe_factories: dict[str, Callable[[], Recipe]] = {
             "vae": self.build_vae_recipe,
             "vae_decoder": lambda: build_vae_decoder_recipe(self.load_jointly_trained_vae()),
-            "text": lambda: text_encoder.build_text_recipe(self.load_tokenizer()),
+            "text": self.build_text_recipe,
             "decoder": self.build_decoder_recipe,
             "visual_encoder": build_visual_encoder_recipe,
             "mllm": self.build_mllm_recipe,
@@ -145,6 +145,16 @@ class TinyPipeline:
         vae.register_to_config(latents_mean=saved["mean"], latents_std=saved["std"])
         return vae
 
+    def starts_from_nothing(self, recipe: str) -> bool:
+        """Return whether a recipe has neither a run nor weights to continue from; it then builds its own tokenizer."""
+        return not self.continues_from_weights and not self.run.has_run(recipe)
+
+    def build_text_recipe(self) -> Recipe:
+        folder = self.runs_folder / "text" / "tokenizer"
+        if self.starts_from_nothing("text"):
+            return text_encoder.build_text_recipe(text_encoder.load_or_build_tokenizer(folder))
+        return text_encoder.build_text_recipe(self.load_tokenizer())
+
     def load_tokenizer(self) -> Any:
         return text_encoder.load_or_build_tokenizer(
             resolve_tokenizer_folder("tokenizer", self.runs_folder / "text" / "tokenizer", self.weights_folder)
@@ -170,9 +180,11 @@ class TinyPipeline:
         )
 
     def build_mllm_recipe(self) -> Recipe:
-        recipe = mllm.build_mllm_recipe(
-            self.load_mllm_tokenizer(), batch_size=mllm.BATCH_SIZE * self.batch_scale, workers=self.workers
+        folder = self.runs_folder / "mllm" / "tokenizer"
+        tokenizer = (
+            mllm.load_or_build_tokenizer(folder) if self.starts_from_nothing("mllm") else self.load_mllm_tokenizer()
         )
+        recipe = mllm.build_mllm_recipe(tokenizer, batch_size=mllm.BATCH_SIZE * self.batch_scale, workers=self.workers)
         if self.continues_from_weights:
             recipe.model.load_state_dict(self.load_shipped_part(Qwen3VLForConditionalGeneration, "mllm").state_dict())
         return recipe

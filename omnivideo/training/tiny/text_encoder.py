@@ -20,10 +20,12 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
+from omnivideo.contracts import TASKS
 from omnivideo.presets import TINY
-from omnivideo.synthetic.captions import REGION_PHRASES, RELATIONS, Caption, sample_caption
+from omnivideo.synthetic.captions import REGION_PHRASES, RELATIONS, Caption, caption_with_places, sample_caption
 from omnivideo.synthetic.edits import VIDEO_EDITS, SceneEdit, sample_edit
 from omnivideo.synthetic.facts import ObjectSpec, SceneSpec
+from omnivideo.synthetic.requests import CONTINUATION_TASKS, sample_continuation_request, sample_request
 from omnivideo.synthetic.scenes import BACKGROUNDS, COLOURS, DIRECTIONS, MOTIONS, SHAPES, SIZES, SPEEDS, sample_scene
 from omnivideo.training.engine.data_parallel import current_rank
 from omnivideo.training.engine.recipe import Losses, Recipe, single_micro_batch, step_seed
@@ -52,12 +54,12 @@ def build_corpus(count: int = 20_000) -> list[str]:
     rng = random.Random("corpus")
     texts = [NEGATIVE_PROMPT] * 20
     for index in range(count):
-        is_video = index % 2 == 0
-        texts.append(
-            sample_caption(rng, sample_scene(rng, is_video)).text
-            if index % 3
-            else sample_edit(rng, is_video).instruction
-        )
+        if index % 5 < 3:
+            texts.append(sample_request(rng, TASKS[index % len(TASKS)]).text)
+        elif index % 5 == 3:
+            texts.append(sample_continuation_request(rng, CONTINUATION_TASKS[index % len(CONTINUATION_TASKS)]).text)
+        else:
+            texts.append(sample_caption(rng, sample_scene(rng, index % 2 == 0)).text)
     return texts
 
 
@@ -219,10 +221,16 @@ class TextBatch:
     token_labellers: Sequence[Callable[[list[tuple[int, int]]], list[list[int]]]]
 
 
+def sample_any_caption(rng: random.Random, is_video: bool) -> Caption:
+    """Return a caption in a user's words, or, in a third of the cases, as think mode writes it."""
+    scene = sample_scene(rng, is_video, composed_share=0.3)
+    return caption_with_places(scene) if rng.random() < 1 / 3 else sample_caption(rng, scene)
+
+
 def sample_text_batch(step: int, caption_count: int, instruction_count: int) -> TextBatch:
     rng = random.Random(step_seed("text/data", step))
     captions = current_rank().take_local_rows(
-        [sample_caption(rng, sample_scene(rng, is_video=index % 2 == 0)) for index in range(caption_count)]
+        [sample_any_caption(rng, is_video=index % 2 == 0) for index in range(caption_count)]
     )
     edits = current_rank().take_local_rows(
         [sample_edit(rng, is_video=index % 2 == 0) for index in range(instruction_count)]
@@ -255,7 +263,7 @@ def token_label_loss(logits: list[Tensor], labels_BLF: Tensor) -> tuple[Tensor, 
 
 
 def build_text_recipe(
-    tokenizer: PreTrainedTokenizerFast, steps: int = 1000, caption_count: int = 72, instruction_count: int = 24
+    tokenizer: PreTrainedTokenizerFast, steps: int = 2500, caption_count: int = 72, instruction_count: int = 24
 ) -> Recipe:
     torch.manual_seed(1)
     model = TextFoundation(UMT5EncoderModel(UMT5Config(**CONFIG)))
