@@ -35,6 +35,7 @@ SMALL_TALK = {
     "what can you do?": ABILITIES, "what do you do?": ABILITIES, "how can you help me?": ABILITIES,
     "what should i ask you?": ABILITIES, "goodbye": "goodbye", "bye": "goodbye", "see you later": "goodbye",
     "how are you?": "i am fine, thank you", "how do you feel today?": "i am fine, thank you",
+    "how is it going?": "i am fine, thank you",
     "what is your name?": "my name is omnivideo", "do you have a name?": "my name is omnivideo",
 }  # fmt: skip
 
