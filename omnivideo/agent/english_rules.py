@@ -47,7 +47,10 @@ POLITE_PREFIX = re.compile(
     r"|tell me\s+(?=how|what|which|where|who|why))+",
     re.IGNORECASE,
 )
-DEFINITE_WORD = rf"(?:the|them|their|all|of|swap|exchange|switch|paint|recolou?r|change|turn|remove|delete|{'|'.join(QUESTION_WORDS)})"
+DEFINITE_WORD = (
+    r"(?:the|them|their|all|of|swap|exchange|switch|paint|recolou?r|change|turn|remove|delete|"
+    rf"{'|'.join(QUESTION_WORDS)})"
+)
 # A request for something new: "a red star", "draw two circles", "i want a clip of ...".
 NEW_SUBJECT = re.compile(
     rf"^(?:(?:make|draw|show|generate|create|give|produce)(?: me| us)?\s+|i (?:want|need|would like)(?: to see)?\s+)?"

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import sqlite3
 from collections.abc import Iterator
 
@@ -260,6 +261,16 @@ def test_kinds_of_requests_are_distinguished(make_text, is_reference, is_indirec
         )
         correct_count += is_correct and (is_indirect is None or english_rules.is_indirect(actions[0]) == is_indirect)
     assert correct_count >= 594
+
+
+def test_plain_words_are_those_of_direct_requests():
+    """A request in other words is thought about first; nothing in a direct request is an other word."""
+    rng = random.Random(12)
+    for index in range(2000):
+        words = set(re.findall(r"[a-z0-9'-]+", make_caption_prompt(rng, index % 2 == 0)[0].lower()))
+        assert words <= english_rules.load_plain_words()
+    assert english_rules.is_indirect("a dragon over the sea")
+    assert english_rules.is_indirect("ein roter Kreis")
 
 
 def test_joined_actions_are_split_where_they_were_joined():
