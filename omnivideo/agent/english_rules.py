@@ -15,7 +15,7 @@ from omnivideo.contracts import Artifact, Medium
 IMPERATIVE_VERBS = (
     "make", "turn", "paint", "change", "recolour", "recolor", "add", "put", "draw", "remove", "delete", "erase",
     "take", "get", "set", "use", "replace", "transform", "generate", "create", "show", "let", "have", "go", "return",
-    "switch", "give",
+    "switch", "give", "move", "place", "swap", "exchange", "drop", "try",
 )  # fmt: skip
 QUESTION_WORDS = (
     "how", "what", "which", "where", "who", "why", "when", "is", "are", "does", "do", "tell", "describe", "count",
@@ -29,9 +29,22 @@ QUANTITY = (
 )
 PLURAL_NOUN = r"(?:circles|balls|discs|dots|round shapes|squares|boxes|blocks|triangles|stars|shapes|things)"
 
+# "go right, then move up" is one action, "then move the star" another; "then it should be red", "then bigger" too.
+MOTION_COMMAND = (
+    r"(?:move|go|rise|fall|stay|stand|stop|grow|shrink|get)\b"
+    r"(?! (?:back|it|them|the|all|rid)\b(?! (?:left|right|top)))"
+)
+    r"(?:move|go|rise|fall|stay|stand|stop|grow|shrink|get)\b(?! (?:back|it|them|the|all|rid)\b(?! (?:left|right|top)))"
+)
+ELLIPTICAL_CHANGE = (
+    r"(?:it|they|the [\w-]+(?: [\w-]+)?) should|can (?:it|they|the)|a bit|a lot|much|bigger|larger|smaller|faster|slower"
+    r"|without|the same|with|on|in|i (?:do not )?want (?:it|them|the)"
+)
+
 ACTION_BOUNDARY = re.compile(
     rf"(?<=[.!?])\s+(?=\S)|\s*;\s*"
-    rf"|\s*,?\s+(?:and\s+)?(?:then|afterwards|after that)\s+(?=(?:{LEAD_IN}|{ACTION_START})\b)"
+    rf"|\s*,?\s+(?:and\s+)?(?:then|afterwards|after that)\s+(?!{MOTION_COMMAND})"
+    rf"(?=(?:{LEAD_IN}|{ACTION_START}|{ELLIPTICAL_CHANGE})\b)"
     rf"|\s*,\s*(?:and\s+)?(?={LEAD_IN}?\s*(?:{ACTION_START})\b)"
     # "remove the star and put a circle there instead" is one action.
     r"|\s+and\s+(?!(?:put|draw|place|add)\b[^.;]*\b(?:instead|in its place)\b)"
@@ -42,6 +55,7 @@ GREETING = re.compile(
     r"^(?:(?:hi|hello|hey|ok|okay|so|well|alright|great|nice|perfect|thanks)(?: there)?[,!]?\s+)+(?=\S+ \S)",
     re.IGNORECASE,
 )
+LEAD_IN_ONLY = re.compile(rf"{LEAD_IN}$", re.IGNORECASE)
 POLITE_PREFIX = re.compile(
     rf"^(?:{LEAD_IN}[\s,]+|(?:can|could|would|will) you (?!see\b)(?:please )?"
     r"|tell me\s+(?=how|what|which|where|who|why))+",
@@ -104,20 +118,24 @@ def split_actions(text: str) -> list[str]:
         POLITE_PREFIX.sub("", part.strip(" ,;")).strip(" ,;.!")
         for part in ACTION_BOUNDARY.split(GREETING.sub("", text))
     ]
-    return [part for part in parts if part] or [text.strip()]
+    return [part for part in parts if part and not LEAD_IN_ONLY.match(part)] or [text.strip()]
 
 
 def is_indirect(text: str) -> bool:
     """Return whether a request describes things instead of naming them, or is a single word."""
     is_single_word = len(text.split()) < 2 and text.isascii()  # not every script puts spaces between words
-    has_other_words = not load_plain_words().issuperset(re.findall(r"[a-z0-9'-]+", text.lower()))
-    return bool(INDIRECT_REQUEST.search(text)) or is_single_word or has_other_words
+    return bool(INDIRECT_REQUEST.search(text)) or is_single_word
 
 
 @cache
 def load_plain_words() -> frozenset[str]:
-    """Return the words of direct requests; one with any other word needs reasoning, or cannot be fulfilled."""
+    """Return the words of direct requests and edits to an MLLM with a closed vocabulary."""
     return frozenset((files("omnivideo.agent") / "prompts/keywords/plain_words.txt").read_text().split())
+
+
+def has_other_words(text: str) -> bool:
+    """Return whether a request has words that direct ones do not have: it needs reasoning, or cannot be fulfilled."""
+    return not load_plain_words().issuperset(re.findall(r"[a-z0-9'-]+", text.lower()))
 
 
 def is_change_request(text: str) -> bool:

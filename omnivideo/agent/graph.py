@@ -259,12 +259,17 @@ class Planner:
         request = self.build_request(state)
         route = self.mllm.route(request)
         options = TurnOptions(**state["options"])
-        should_think = options.think == "on" or (options.think == "auto" and english_rules.is_indirect(request.text))
+        should_think = options.think == "on" or (options.think == "auto" and self.needs_thinking(request.text))
         trace = None
         if should_think and route.kind != "text":
             trace = self.rewrite_prompt(request)
             emit_event(PromptRewritten(trace=trace))
         return {"detected_route": route.model_dump(), "trace": trace and trace.model_dump()}
+
+    def needs_thinking(self, text: str) -> bool:
+        """Return whether a request describes things instead of naming them, or is not in the MLLM's own words."""
+        has_closed_vocabulary = self.prompts.plan is None
+        return english_rules.is_indirect(text) or (has_closed_vocabulary and english_rules.has_other_words(text))
 
     def rewrite_prompt(self, request: MLLMRequest) -> ThinkTrace:
         started, text = time.perf_counter(), ""

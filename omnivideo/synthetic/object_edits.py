@@ -286,7 +286,7 @@ def add_object(rng: random.Random, scene: Scene) -> SceneChange | None:
     placed = find_farthest(candidates, scene)
     if placed is None:
         return None
-    verb = rng.choice(("add", "add", "put", "draw", "give me also", "and also"))
+    verb = rng.choice(("add", "add", "put", "draw", "give me also", "also add"))
     parts = [verb, add_article(sample_noun_phrase(rng, obj, with_size=obj.motion not in ("growing", "shrinking")))]
     if region is not None:
         parts.append(sample_place_phrase(rng, region))
