@@ -34,11 +34,9 @@ MOTION_COMMAND = (
     r"(?:move|go|rise|fall|stay|stand|stop|grow|shrink|get)\b"
     r"(?! (?:back|it|them|the|all|rid)\b(?! (?:left|right|top)))"
 )
-    r"(?:move|go|rise|fall|stay|stand|stop|grow|shrink|get)\b(?! (?:back|it|them|the|all|rid)\b(?! (?:left|right|top)))"
-)
 ELLIPTICAL_CHANGE = (
-    r"(?:it|they|the [\w-]+(?: [\w-]+)?) should|can (?:it|they|the)|a bit|a lot|much|bigger|larger|smaller|faster|slower"
-    r"|without|the same|with|on|in|i (?:do not )?want (?:it|them|the)"
+    r"(?:it|they|the [\w-]+(?: [\w-]+)?) should|can (?:it|they|the)|a bit|a lot|much|bigger|larger|smaller|faster"
+    r"|slower|without|the same|with|on|in|i (?:do not )?want (?:it|them|the)"
 )
 
 ACTION_BOUNDARY = re.compile(

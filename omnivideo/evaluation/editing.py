@@ -49,10 +49,12 @@ def sample_held_out_edits(count: int, video: bool) -> list[SceneEdit]:
 
 
 def restate_request(omni: OmniVideoModel, message: MLLMMessage) -> str:
-    """Return what think mode makes of a request; the request itself if the reasoning does not end."""
+    """Return what think mode makes of a request; the request itself if that does not end, or is too long a prompt."""
     thinking = replace(message, system=THINK_SYSTEM_PROMPT)
     answer = "".join(generate_answer(omni.mllm, omni.mllm_tokenizer, thinking, omni.vision_config, max_tokens=160))
-    return answer.rpartition(THINK_END)[2].strip() if THINK_END in answer else message.text
+    rewrite = answer.rpartition(THINK_END)[2].strip() if THINK_END in answer else ""
+    is_prompt = 0 < len(omni.tokenizer(rewrite, verbose=False).input_ids) <= omni.preset.max_text_tokens
+    return rewrite if rewrite and is_prompt else message.text
 
 
 @torch.no_grad()
