@@ -60,7 +60,7 @@ class RequestMiddleware:
                 await to_json_response(too_large)(scope, receive, send_with_request_id)
             else:
                 await self.app(scope, receive_within_limit, send_with_request_id)
-            # The route's pattern, never the path that the user has sent: the set of metric labels must stay small.
+            # The route's pattern, never the path that the user sent: the set of metric labels must stay small.
             route = getattr(scope.get("route"), "path", "none")
             span.update_name(f"{scope['method']} {route}")
         self.record_request(scope, request_id, route, status, time.perf_counter() - started_at)
