@@ -14,7 +14,7 @@ import torch
 from diffusers import UniPCMultistepScheduler, WanPipeline
 
 from omnivideo.models.omni import OmniVideoModel
-from omnivideo.models.sampling import denoise, sample_initial_noise
+from omnivideo.models.sampling import Expert, denoise, sample_initial_noise
 from omnivideo.models.vae import decode_latents, pixels_to_bytes
 from omnivideo.models.weights.checkpoint import find_shipped_weights, load
 
@@ -24,7 +24,7 @@ GUIDANCE, SHIFT = 3.0, 5.0
 def time_ours(omni: OmniVideoModel, condition: torch.Tensor, null: torch.Tensor, steps: int) -> float:
     start = time.perf_counter()
     latents = sample_initial_noise([0], (16, 3, 8, 8), omni.device)
-    for state in denoise(omni.decoder, latents, condition, null, steps, GUIDANCE, SHIFT):
+    for state in denoise([Expert(omni.decoder, condition, null)], latents, steps, GUIDANCE, SHIFT):
         latents = state.state.latents
     with torch.no_grad():
         pixels_to_bytes(decode_latents(omni.vae, latents))
@@ -56,7 +56,7 @@ def main() -> None:
     pipeline.set_progress_bar_config(disable=True)
     with torch.no_grad():
         condition = omni.build_condition(["a small red circle moving right"], [None])
-        null = omni.build_null_condition(omni.preset.negative_prompt, 1)
+        null = omni.build_null_condition(omni.preset.null.negative_prompt, 1)
     pairs = [
         (
             time_ours(omni, condition, null, arguments.steps),

@@ -47,7 +47,7 @@ def collate_all(data: CachedTask) -> FlowBatch:
 def measure_error(omni: OmniVideoModel, batch: FlowBatch) -> float:
     """Return the loss of Eq. 4 over a batch of one task, without dropout and always with the same noise."""
     model, no_dropout = parts.TrainableParts(omni), flow.ConditionDropout(0.0, 0.0, 0.0)
-    null = omni.encode_prompts([omni.preset.negative_prompt])[0]
+    null = omni.encode_prompts([omni.preset.null.negative_prompt])[0]
     condition, _ = flow.build_condition(omni, model, batch, [1.0] * len(batch), no_dropout, null)
     with torch.random.fork_rng():
         torch.manual_seed(0)

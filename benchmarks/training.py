@@ -28,8 +28,9 @@ import torch
 from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
 
+from omnivideo.contracts import compute_latent_grid, count_decoder_tokens
 from omnivideo.models.omni import Bridge, OmniVideoModel, build_decoder
-from omnivideo.presets import Preset, compute_latent_grid, count_decoder_tokens, get_preset
+from omnivideo.presets import Preset, get_preset
 from omnivideo.training.data.batch import CachedTask, RaggedTensor
 from omnivideo.training.engine.distributed.launcher import launch_processes
 from omnivideo.training.engine.distributed.processes import ProcessContext, is_launched, open_process_context
@@ -67,7 +68,7 @@ def make_random_data(preset: Preset, size: tuple[int, int, int]) -> CachedTask:
         RaggedTensor.from_rows([torch.randn(count, width) for _ in range(SAMPLES)])
         for count, width in (
             (HIDDEN_TOKENS, head.input_dim),
-            (min(TEXT_TOKENS, preset.max_text_tokens), preset.text_width),
+            (min(TEXT_TOKENS, preset.text.max_tokens), preset.text_width),
         )
     )
     targets = torch.randn(SAMPLES, preset.decoder["in_channels"], *compute_latent_grid(*size)).half()
@@ -140,7 +141,7 @@ def measure_plain_loop(arguments: argparse.Namespace) -> Measurement:
     latents = torch.randn(arguments.batch, preset.decoder["in_channels"], *compute_latent_grid(*arguments.size)).to(
         device, dtype
     )
-    condition = torch.randn(arguments.batch, preset.min_condition_tokens, preset.text_width).to(device, dtype)
+    condition = torch.randn(arguments.batch, preset.condition.min_tokens, preset.text_width).to(device, dtype)
 
     def step() -> None:
         times = torch.rand(arguments.batch, device=device)
@@ -153,7 +154,7 @@ def measure_plain_loop(arguments: argparse.Namespace) -> Measurement:
 
     tokens = count_decoder_tokens(preset, compute_latent_grid(*arguments.size))
     flops = (
-        count_decoder_flops(preset.decoder, tokens, preset.min_condition_tokens).with_backward.total * arguments.batch
+        count_decoder_flops(preset.decoder, tokens, preset.condition.min_tokens).with_backward.total * arguments.batch
     )
     return Measurement(time_step(step, arguments.steps, device), flops, measure_peak_memory(device), arguments.batch)
 

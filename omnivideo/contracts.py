@@ -3,12 +3,15 @@
 The messages of conversations are in omnivideo/turns.py.
 """
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 
 from omnivideo.errors import InvalidInput
-from omnivideo.presets import Preset, Task, check_model_limits, compute_latent_grid
+from omnivideo.presets import Preset, Task, get_sampling_defaults
+from omnivideo.validation import describe_errors
 
 MAX_SEED = 2**63 - 1
 MAX_CLIP_PIXELS = 1280 * 720 * 121  # width x height x frames; no preset supports more
@@ -16,6 +19,17 @@ MAX_CLIP_PIXELS = 1280 * 720 * 121  # width x height x frames; no preset support
 
 class FrozenModel(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class RequestModel(BaseModel):
+    """What a client sends: null means that the field is absent."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def drop_nulls(cls, fields: Any) -> Any:
+        if not isinstance(fields, dict):
+            return fields
+        return {name: value for name, value in fields.items() if value is not None}
 
 
 class SamplingParams(FrozenModel):
@@ -116,17 +130,21 @@ class Artifact(FrozenModel):
 
 
 class MLLMRequest(FrozenModel):
-    """A request to the MLLM: text, the artifacts shown with it, and the system prompt of a mode."""
+    """A request to the MLLM: text, the artifacts shown with it, and the system prompt of a mode.
+
+    With a `json_schema`, the answer is valid JSON of that schema.
+    """
 
     text: str
     artifacts: tuple[Artifact, ...] = ()
     system: str | None = None
+    json_schema: str | None = None
 
 
 class Route(FrozenModel):
-    """The medium that the first token of the MLLM's answer stands for, with its probability."""
+    """What the MLLM takes a request for, with its probability: words, a medium, a question back, or a refusal."""
 
-    kind: Literal["text", "image", "video"]
+    kind: Literal["text", "image", "video", "ask", "decline"]
     probability: float
 
 
@@ -181,6 +199,7 @@ class JobStatus(FrozenModel):
     meta: dict[str, str]
     job: Job
     turn_id: str | None = None
+    cancel_requested: bool = False
 
 
 class Claim(FrozenModel):
@@ -220,6 +239,7 @@ class FileRecord(FrozenModel):
     object_key: str
     artifact: dict[str, Any] | None
     created_at: float
+    expires_at: float | None = None
 
 
 class BatchRecord(FrozenModel):
@@ -253,10 +273,22 @@ class WebhookRecord(FrozenModel):
     created_at: float
 
 
-def invalid_input_from_validation(error: ValidationError) -> InvalidInput:
-    """Return an error that names the first invalid field and its allowed range."""
-    first = error.errors()[0]
-    return InvalidInput(str(first["loc"][0]), first["msg"][0].lower() + first["msg"][1:])
+class KeyClaim(FrozenModel):
+    """A claimed idempotency key: what was requested and created with it. `is_new` says that it was not used before."""
+
+    request_digest: str
+    resource_id: str
+    waiting_clients: int
+    is_new: bool = False
+
+
+def invalid_input_from_validation(
+    error: ValidationError, fields: Mapping[str, FieldInfo] | None = None
+) -> InvalidInput:
+    """Return an error that names the first invalid one of the `fields` and its allowed range."""
+    errors = error.errors()
+    given = {str(part): None for details in errors for part in details["loc"][:1]}
+    return InvalidInput(*describe_errors(errors, given, fields))
 
 
 def resolve_sampling_params(preset: Preset, task: Task, **overrides: object) -> SamplingParams:
@@ -265,23 +297,29 @@ def resolve_sampling_params(preset: Preset, task: Task, **overrides: object) -> 
     A request's settings are resolved here, once, when it becomes a job. Raises an InvalidInput that names the field and
     the allowed range.
     """
-    defaults = preset.sampling[task].model_dump() | {"negative_prompt": preset.negative_prompt, "seed": 0}
+    defaults = get_sampling_defaults(preset, task).model_dump() | {
+        "negative_prompt": preset.null.negative_prompt,
+        "seed": 0,
+    }
     given = {name: value for name, value in overrides.items() if value is not None}
     try:
         params = SamplingParams(task=task, **(defaults | given))
     except ValidationError as error:
-        raise invalid_input_from_validation(error) from None
+        raise invalid_input_from_validation(error, SamplingParams.model_fields) from None
     check_sampling_params(preset, params)
     return params
 
 
 def check_sampling_params(preset: Preset, params: SamplingParams) -> None:
     """Raise InvalidInput if a model of this preset cannot render with these settings."""
+    get_sampling_defaults(preset, params.task)
     compute_latent_grid(params.width, params.height, params.frames)
     if params.width * params.height * params.frames > MAX_CLIP_PIXELS:
         raise InvalidInput("size", f"width x height x frames is above {MAX_CLIP_PIXELS}")
     if (params.frames == 1) != (get_task_medium(params.task) == "image"):
         raise InvalidInput("frames", f"{params.frames} does not fit {params.task}: an image has 1, a video 5 or more")
+    if params.negative_prompt and preset.null.kind == "context-file":
+        raise InvalidInput("negative_prompt", f"{preset.name} has a null condition of its own; leave this out")
     check_model_limits(preset, params.width, params.height, params.frames, is_editing_task(params.task))
 
 
@@ -293,3 +331,54 @@ def check_prompt(field: str, text: str) -> str:
     if len(text) > 4000:
         raise InvalidInput(field, f"it has {len(text)} characters; give 1 to 4000")
     return text
+
+
+# ---------------------------------------------------------------- the tokens of a clip
+
+VAE_SPATIAL_STRIDE, VAE_TEMPORAL_STRIDE = 8, 4
+MIN_TEXT_TOKENS = 64  # of the prompt and the markers that an edit keeps, if its condition cuts the text
+
+
+def compute_latent_grid(width: int, height: int, frames: int) -> tuple[int, int, int]:
+    """Return the latent frames, height and width of a clip; raises InvalidInput for sizes that cannot be patched."""
+    for field, value in (("width", width), ("height", height)):
+        if value < 16 or value % 16:
+            raise InvalidInput(field, f"{value} is not a positive multiple of 16")
+    if frames < 1 or frames % VAE_TEMPORAL_STRIDE != 1:
+        raise InvalidInput("frames", f"{frames} is not of the form 4k + 1 (1, 5, 9, 13 ...)")
+    return (frames - 1) // VAE_TEMPORAL_STRIDE + 1, height // VAE_SPATIAL_STRIDE, width // VAE_SPATIAL_STRIDE
+
+
+def count_decoder_tokens(preset: Preset, grid: tuple[int, int, int]) -> int:
+    """Return the number of the decoder's tokens for a latent grid."""
+    t, y, x = map(int, preset.decoder["patch_size"])
+    return (grid[0] // t) * (grid[1] // y) * (grid[2] // x)
+
+
+def count_visual_context_tokens(preset: Preset, grid: tuple[int, int, int]) -> int:
+    """Return the number of the visual context's tokens for a source's latent grid."""
+    kernel = preset.visual_context.kernel_size
+    return grid[0] * (grid[1] // kernel) * (grid[2] // kernel)
+
+
+def count_visual_tokens(preset: Preset, frames: int) -> int:
+    """Return the number of the adapter's tokens for a clip, or for an image, which has one visual token."""
+    if preset.adapter is None or preset.vision_head is None:
+        return 0
+    return preset.adapter.num_queries * (preset.vision_head.num_queries if frames > 1 else 1)
+
+
+def check_model_limits(preset: Preset, width: int, height: int, frames: int, has_source: bool) -> None:
+    """Raise InvalidInput if a clip has more positions, or an edit's source more tokens, than the model allows."""
+    grid, max_positions = compute_latent_grid(width, height, frames), preset.decoder["rope_max_seq_len"]
+    sizes = (("frames", frames), ("height", height), ("width", width))
+    for axis, patch, (field, size) in zip(grid, preset.decoder["patch_size"], sizes, strict=True):
+        if axis // patch > max_positions:
+            raise InvalidInput(field, f"{size} is more than this model's positions allow")
+    tokens = count_visual_context_tokens(preset, grid) if has_source else 0
+    max_tokens = preset.condition.max_tokens
+    if preset.condition.overflow == "text":  # the prompt is what would be lost
+        max_tokens -= count_visual_tokens(preset, frames) + MIN_TEXT_TOKENS
+    if tokens > max_tokens:
+        text = f"an edit at this size and length has {tokens} tokens of source; allowed: {max_tokens}"
+        raise InvalidInput("size", text)

@@ -8,9 +8,36 @@ from pydantic import BeforeValidator, Field, ValidationError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from omnivideo.errors import InvalidInput
+from omnivideo.presets import Precision
+from omnivideo.validation import describe_errors
 
 SECONDS_PER_DAY = 86_400
-HTTP_URL_PATTERN = r"^$|^https?://[^\s]+$"
+# Patterns with their descriptions, which error messages contain.
+HttpUrl = Annotated[
+    str,
+    Field(pattern=r"^$|^https?://[^\s]+$", description="an address that begins with http:// or https://, or nothing"),
+]
+DatabaseUrl = Annotated[
+    str,
+    Field(
+        pattern=r"^$|^postgres(ql)?://", description="an address that begins with postgresql://, or nothing for SQLite"
+    ),
+]
+BrokerUrl = Annotated[
+    str,
+    Field(
+        pattern=r"^$|^(redis|rediss|amqp|amqps)://",
+        description="an address that begins with redis://, rediss://, amqp:// or amqps://, or nothing",
+    ),
+]
+BucketName = Annotated[
+    str,
+    Field(
+        pattern=r"^[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]$",
+        description="the name of a bucket: 3 to 63 lower-case letters, digits, dots or dashes",
+    ),
+]
+AdminKey = Annotated[str, Field(pattern=r"^$|^.{16,200}$", description="a key of 16 to 200 characters, or nothing")]
 
 
 def split_commas(value: object) -> object:
@@ -40,19 +67,20 @@ class ServiceSettings(BaseSettings):
     home: Path = Field(default_factory=lambda: Path.home() / ".local" / "share" / "omnivideo")
     preset: str = "tiny"
     weights: str = ""  # a folder in our layout; empty: the weights shipped for the preset
-    database: str = Field(default="", pattern=r"^$|^postgres(ql)?://")
-    broker: str = Field(default="", pattern=r"^$|^(redis|rediss|amqp|amqps)://")
-    mllm: str = Field(default="", pattern=HTTP_URL_PATTERN)
+    precision: Precision = "preset"
+    database: DatabaseUrl = ""
+    broker: BrokerUrl = ""
+    mllm: HttpUrl = ""
     artifact_lifetime_seconds: int = Field(default=30 * SECONDS_PER_DAY, ge=60)  # of an unreferenced artifact
 
-    s3: str = Field(default="", pattern=HTTP_URL_PATTERN)
-    s3_bucket: str = Field(default="omnivideo", pattern=r"^[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]$")
+    s3: HttpUrl = ""
+    s3_bucket: BucketName = "omnivideo"
     s3_access_key: str = ""
     s3_secret_key: str = Field(default="", repr=False)
     s3_region: str = "us-east-1"
-    s3_public: str = Field(default="", pattern=HTTP_URL_PATTERN)  # the address in signed URLs; empty: `s3`
+    s3_public: HttpUrl = ""  # the address in signed URLs; empty: `s3`
 
-    admin_key: str = Field(default="", pattern=r"^$|^.{16,200}$", repr=False)  # empty: no API keys are required
+    admin_key: AdminKey = Field(default="", repr=False)  # empty: no API keys are required
     # Hosts that media may be fetched from, separated by commas.
     media_hosts: Annotated[tuple[str, ...], NoDecode, BeforeValidator(split_commas)] = ()
     # Internal hosts that webhooks may reach, separated by commas.
@@ -93,5 +121,7 @@ def load_settings(**overrides: object) -> ServiceSettings:
     try:
         return ServiceSettings(**{name: value for name, value in overrides.items() if value is not None})  # type: ignore[arg-type]
     except ValidationError as validation_error:
-        first = validation_error.errors()[0]
-        raise InvalidInput(f"OMNIVIDEO_{str(first['loc'][0]).upper()}", first["msg"]) from None
+        errors = validation_error.errors()
+        given = {str(part): None for error in errors for part in error["loc"][:1]}
+        name, message = describe_errors(errors, given, ServiceSettings.model_fields)
+        raise InvalidInput(f"OMNIVIDEO_{name.upper()}", message) from None

@@ -7,7 +7,7 @@ from pydantic import Field
 from omnivideo.contracts import MAX_SEED, Artifact, FrozenModel, Preview, Route, StepProgress
 
 Think = Literal["off", "on", "auto"]
-Goal = Literal["understand", "generate", "edit"]
+Goal = Literal["understand", "generate", "edit", "decline"]
 
 
 class ThinkTrace(FrozenModel):
@@ -39,7 +39,7 @@ class Candidate(FrozenModel):
 
 
 class ActionResult(FrozenModel):
-    """The result of an action: a clip and its candidates, or an answer."""
+    """The result of an action: a clip and its candidates, or an answer; a refusal is an answer too."""
 
     action: Action
     goal: Goal
@@ -153,6 +153,7 @@ class TurnRecord(FrozenModel):
     attempt: int
     error: dict[str, Any] | None
     created_at: float
+    cancel_requested: bool = False
 
 
 class TurnEvents(FrozenModel):

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from omnivideo.models.omni import OmniVideoModel
     from omnivideo.storage.database.batches import BatchRepository
     from omnivideo.storage.database.files import FileRepository
+    from omnivideo.storage.database.idempotency import IdempotencyRepository
     from omnivideo.storage.database.jobs import JobRepository
     from omnivideo.storage.database.turns import TurnRepository
     from omnivideo.storage.database.webhooks import WebhookRepository
@@ -114,6 +115,12 @@ class ServiceWiring:
         return WebhookRepository(self.engine)
 
     @cached_property
+    def idempotency_keys(self) -> "IdempotencyRepository":
+        from omnivideo.storage.database.idempotency import IdempotencyRepository
+
+        return IdempotencyRepository(self.engine)
+
+    @cached_property
     def turns(self) -> "TurnRepository":
         from omnivideo.storage.database.turns import TurnRepository
 
@@ -127,7 +134,7 @@ class ServiceWiring:
         from omnivideo.models.weights.checkpoint import find_shipped_weights
 
         folder = Path(self.settings.weights) if self.settings.weights else find_shipped_weights(self.settings.preset)
-        omni = checkpoint.load(folder, pick_device(self.device))
+        omni = checkpoint.load(folder, pick_device(self.device), self.settings.precision)
         return Renderer(omni, self.store, checkpoint.compute_weights_digest(folder))
 
     @cached_property
@@ -223,6 +230,7 @@ class ServiceWiring:
             files=self.files,
             batches=self.batches,
             webhooks=self.webhooks,
+            idempotency_keys=self.idempotency_keys,
             turns=self.turns,
             conversations=self.conversations,
             turn_runner=TurnRunner(self.turns, self.jobs, self.conversations, settings.heartbeat_timeout),
@@ -264,7 +272,11 @@ class ServiceWiring:
         return store_user_file(self.store, path, created_by)
 
     def sweep_store(self) -> list[str]:
-        """Remove the objects that no thread, turn, job or file refers to. Return their keys."""
+        """Remove the objects that no thread, turn, job or file refers to. Return their keys.
+
+        Idempotency keys of the same age are forgotten.
+        """
+        self.idempotency_keys.delete_old_keys(self.settings.artifact_lifetime_seconds)
         referenced_keys = (
             self.conversations.collect_referenced_keys()
             | self.jobs.collect_referenced_keys(self.settings.artifact_lifetime_seconds)

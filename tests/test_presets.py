@@ -4,6 +4,12 @@ import pytest
 import torch
 from diffusers import WanTransformer3DModel
 
+from omnivideo.contracts import (
+    compute_latent_grid,
+    count_decoder_tokens,
+    count_visual_context_tokens,
+    resolve_sampling_params,
+)
 from omnivideo.errors import InvalidInput
 from omnivideo.models.bridge import Adapter, VisionHead, VisualContextAdapter
 from omnivideo.models.omni import Bridge
@@ -12,9 +18,8 @@ from omnivideo.presets import (
     OMNIVIDEO2_A14B,
     OMNIVIDEO_1_3B,
     PRESETS,
-    compute_latent_grid,
-    count_decoder_tokens,
-    count_visual_context_tokens,
+    ConditionConfig,
+    ExpertsConfig,
     get_preset,
 )
 
@@ -74,6 +79,45 @@ def test_sizes_that_do_not_fit_are_named(size, field):
     with pytest.raises(InvalidInput) as caught:
         compute_latent_grid(*size)
     assert caught.value.field == field
+
+
+@pytest.mark.parametrize("preset", [OMNIVIDEO2_1_3B, OMNIVIDEO2_A14B], ids=lambda preset: preset.name)
+@pytest.mark.parametrize("task", ["text-to-image", "image-editing"])
+def test_what_the_weights_cannot_do_is_said(preset, task):
+    with pytest.raises(InvalidInput, match=f"{preset.name} cannot do {task}; its tasks are text-to-video, video-edit"):
+        resolve_sampling_params(preset, task)
+
+
+@pytest.mark.parametrize("preset", PRESETS.values(), ids=lambda preset: preset.name)
+def test_the_defaults_of_every_task_fit_the_model(preset):
+    for task in preset.sampling:
+        resolve_sampling_params(preset, task)
+
+
+def test_a_negative_prompt_is_refused_where_the_weights_have_a_null_condition():
+    with pytest.raises(InvalidInput, match=r"negative_prompt: omnivideo-1\.3b has a null condition of its own"):
+        resolve_sampling_params(OMNIVIDEO_1_3B, "text-to-video", negative_prompt="blurry")
+
+
+def test_an_edit_that_would_lose_its_prompt_is_refused():
+    """2560 tokens: 1024 of the adapter, 64 kept for the prompt, the rest for the source."""
+    resolve_sampling_params(OMNIVIDEO_1_3B, "video-editing", frames=21)
+    with pytest.raises(InvalidInput, match=r"size: .* has 1540 tokens of source; allowed: 1472"):
+        resolve_sampling_params(OMNIVIDEO_1_3B, "video-editing", frames=25)
+
+
+def test_only_the_last_part_of_a_condition_can_be_cut():
+    with pytest.raises(ValueError, match="only the last part, 'text', can be cut"):
+        ConditionConfig(min_tokens=1, max_tokens=9, overflow="source")
+    with pytest.raises(ValueError, match="markers: allowed for text"):
+        ConditionConfig(parts=("text",), min_tokens=1, max_tokens=9)
+
+
+def test_stock_wan_can_be_described():
+    """Text alone, without markers, padded to 512 tokens, and two experts."""
+    condition = ConditionConfig(parts=("text",), markers={}, min_tokens=512, max_tokens=512)
+    experts = ExpertsConfig(num_decoders=2, boundary=900)
+    assert condition.marker_names == () and experts.boundary == 900
 
 
 def test_presets_are_frozen_and_known_by_name():

@@ -1,6 +1,7 @@
 """The planner: a turn of a conversation through think, route, understand | generate | edit, check.
 
-    plan -> refer -> think -> route -> understand ------------> next action, or answer
+    plan -> refer -> think -> route -> understand | decline --> next action, or answer
+                                    -> ask -> refer
                                     -> generate | edit -> check -> next candidate, next action, or answer
 
 `refer` finds the artifact that an action refers to; if that is unclear, it interrupts the turn to ask the user. The
@@ -10,8 +11,6 @@ emits events while a turn runs.
 
 import hashlib
 import time
-from dataclasses import dataclass
-from importlib.resources import files
 from typing import Any, Literal
 
 from langgraph.checkpoint.base import BaseCheckpointSaver
@@ -20,7 +19,10 @@ from langgraph.graph import END, START, StateGraph
 from langgraph.types import interrupt
 
 from omnivideo.agent import english_rules
-from omnivideo.agent.mllm_plan import build_plan_request, parse_plan
+from omnivideo.agent.capabilities import build_refusal, get_task, reconcile_route
+from omnivideo.agent.mllm_plan import LAST, NEW, build_plan_request, build_plan_schema, parse_plan
+from omnivideo.agent.planner_prompts import load_prompts
+from omnivideo.agent.references import ReferenceSearch
 from omnivideo.agent.state import PlannerState
 from omnivideo.contracts import (
     MAX_SEED,
@@ -60,29 +62,11 @@ from omnivideo.turns import (
 REFERENCE_NODE = "refer"
 MIN_ROUTE_PROBABILITY = 0.5  # below this probability, the user is asked
 MIN_AGREEMENT = 0.5  # a candidate with this agreement is accepted
-MEDIUM_NAMES: dict[Medium, str] = {"image": "picture", "video": "video"}
 NOTHING_TO_EDIT_QUESTION = "There is nothing to change yet. What should I create?"
 ROUTE_QUESTION = "I am not sure what you would like: a picture, a clip, or an answer in words?"
-
-
-@dataclass(frozen=True)
-class Prompts:
-    """The prompts of the MLLM's modes. `plan` is None for an MLLM that cannot plan."""
-
-    think: str
-    check: str
-    describe: str
-    plan: str | None
-
-
-def load_prompts(preset: Preset) -> Prompts:
-    folder = files("omnivideo.agent") / "prompts" / preset.prompts
-
-    def read_prompt(name: str) -> str:
-        return (folder / f"{name}.md").read_text().strip()
-
-    plan = read_prompt("plan") if preset.mllm_can_plan else None
-    return Prompts(read_prompt("think"), read_prompt("check"), read_prompt("describe"), plan)
+UNCLEAR_QUESTION = "I am not sure what you mean. What exactly should I make?"
+DECLINE_MESSAGE = "I cannot help with that; I make and change clips and pictures, and answer questions about them."
+MAX_QUESTIONS = 3  # about unclear requests, in one turn
 
 
 def emit_event(event: TurnEvent) -> None:
@@ -101,24 +85,6 @@ def split_reasoning(text: str) -> tuple[str, str]:
     return before.replace(THINK_START, "").strip(), after.strip() if mark else ""
 
 
-@dataclass
-class ReferenceSearch:
-    """The search for the artifact that an action refers to, with the questions asked during the search.
-
-    `descriptions` holds the MLLM's description of each artifact that it has described, by key.
-    """
-
-    artifacts: list[Artifact]
-    descriptions: dict[str, str]
-    clarifications: list[tuple[str, str]]
-
-    def ask_user(self, question: str) -> str:
-        """Interrupt the turn until the user replies, and return the reply."""
-        reply = str(interrupt(question))
-        self.clarifications.append((question, reply))
-        return reply
-
-
 class Planner:
     """The nodes of the graph. A node takes the thread's state and returns its updates."""
 
@@ -130,15 +96,19 @@ class Planner:
 
     def build_graph(self, checkpointer: BaseCheckpointSaver[Any]) -> Any:
         builder = StateGraph(PlannerState)
-        for name in ("plan", "think", "route", "understand", "generate", "edit", "check", "answer"):
+        for name in ("plan", "think", "route", "understand", "generate", "edit", "ask", "decline", "check", "answer"):
             builder.add_node(name, getattr(self, name))
         builder.add_node(REFERENCE_NODE, self.resolve_reference)
         builder.add_edge(START, "plan")
         builder.add_edge("plan", REFERENCE_NODE)
-        builder.add_conditional_edges(REFERENCE_NODE, choose_node_after_reference, ["think", REFERENCE_NODE, "answer"])
+        builder.add_conditional_edges(
+            REFERENCE_NODE, choose_node_after_reference, ["think", "ask", "decline", REFERENCE_NODE, "answer"]
+        )
         builder.add_edge("think", "route")
-        builder.add_conditional_edges("route", choose_goal_node, ["understand", "generate", "edit"])
+        builder.add_conditional_edges("route", choose_goal_node, ["understand", "generate", "edit", "ask", "decline"])
         builder.add_conditional_edges("understand", choose_next_node, [REFERENCE_NODE, "answer"])
+        builder.add_conditional_edges("decline", choose_next_node, [REFERENCE_NODE, "answer"])
+        builder.add_edge("ask", REFERENCE_NODE)
         builder.add_edge("generate", "check")
         builder.add_edge("edit", "check")
         builder.add_conditional_edges("check", choose_node_after_check, ["generate", "edit", REFERENCE_NODE, "answer"])
@@ -148,12 +118,14 @@ class Planner:
     # ------------------------------------------------------------ planning and resolving references
 
     def plan(self, state: PlannerState) -> dict[str, Any]:
-        action_texts, references = self.split_actions(state)
-        emit_event(PlanReady(plan=Plan(actions=tuple(Action(text=text) for text in action_texts))))
+        actions = self.split_actions(state)
+        emit_event(PlanReady(plan=Plan(actions=tuple(Action(text=action["text"]) for action in actions))))
         attachments = state["attachments"]
         return {
-            "action_texts": action_texts,
-            "action_references": references,
+            "action_texts": [action["text"] for action in actions],
+            "action_references": [action["reference"] for action in actions],
+            "action_goals": [action["goal"] for action in actions],
+            "action_messages": [action["message"] for action in actions],
             "action_index": 0,
             "clarifications": [],
             "results": [],
@@ -162,39 +134,50 @@ class Planner:
             "descriptions": state.get("descriptions", {}),
         }
 
-    def split_actions(self, state: PlannerState) -> tuple[list[str], list[str]]:
-        """Return the text of each action, and what it refers to ("" if the rules must find that out).
+    def split_actions(self, state: PlannerState) -> list[dict[str, str]]:
+        """Return each action's text, and its reference, goal and message to the user; "" if the plan does not say.
 
-        An MLLM that can plan does this itself; if its plan is invalid, the turn is one action about the last artifact.
+        An MLLM that can plan does this itself. Its plan is valid unless it is cut off before the first action is
+        complete; the turn is then one action about the last artifact.
         """
+        unplanned = {"reference": "", "goal": "", "message": ""}
         if self.prompts.plan is None:
-            action_texts = english_rules.split_actions(state["text"])
-            return action_texts, [""] * len(action_texts)
+            return [unplanned | {"text": text} for text in english_rules.split_actions(state["text"])]
         artifacts = [Artifact(**artifact) for artifact in state.get("artifacts", []) + state["attachments"]]
-        request = MLLMRequest(text=build_plan_request(state["text"], artifacts), system=self.prompts.plan)
+        request = MLLMRequest(
+            text=build_plan_request(state["text"], artifacts),
+            system=self.prompts.plan,
+            json_schema=build_plan_schema(len(artifacts)),
+        )
         planned_actions = parse_plan("".join(self.mllm.stream_text(request)), len(artifacts))
         if not planned_actions:
-            return [state["text"]], ["last" if artifacts else "new"]
-        return [action.text for action in planned_actions], [action.reference for action in planned_actions]
+            return [unplanned | {"text": state["text"], "reference": LAST if artifacts else NEW}]
+        return [
+            {"text": action.do.strip(), "reference": action.about, "goal": action.action,
+             "message": getattr(action, "say", "")}
+            for action in planned_actions
+        ]  # fmt: skip
 
     def resolve_reference(self, state: PlannerState) -> dict[str, Any]:
         """Find the artifact that the action refers to; ask the user if that is unclear."""
         search = ReferenceSearch(
-            [Artifact(**artifact) for artifact in state["artifacts"]], dict(state["descriptions"]), []
+            self.mllm,
+            self.prompts.describe,
+            [Artifact(**artifact) for artifact in state["artifacts"]],
+            dict(state["descriptions"]),
+            [],
         )
-        text = state["action_texts"][state["action_index"]]
-        if state["action_index"] == 0 and state["attachments"]:
-            source: Artifact | None = search.artifacts[-1]
-        elif reference := state["action_references"][state["action_index"]]:
-            source = self.artifact_from_plan(reference, search)
-        else:
-            source = self.resolve_by_words(text, state["current_key"], search)
-        if source is None and not search.artifacts and english_rules.is_change_request(text):
-            # The reply replaces the request.
-            text = search.ask_user(NOTHING_TO_EDIT_QUESTION)
+        text, goal = state["action_texts"][state["action_index"]], get_planned(state, "action_goals")
+        source: Artifact | None = None
+        if goal not in ("ask", "decline"):
+            source = self.find_referenced_artifact(state, text, search)
+            if source is None and not search.artifacts and self.is_edit(state, goal, text):
+                # The reply replaces the request.
+                text = search.ask_user(NOTHING_TO_EDIT_QUESTION)
         action = Action(text=text, source=None if source is None else source.key)
         updates = {
             "action": action.model_dump(), "trace": None, "statement": None, "candidates": [], "action_done": False,
+            "message": get_planned(state, "action_messages"),
             "clarifications": state["clarifications"] + search.clarifications, "descriptions": search.descriptions,
         }  # fmt: skip
         if source is None or not english_rules.is_go_back_request(text):
@@ -204,67 +187,45 @@ class Planner:
         result = ActionResult(action=action, goal="understand", route=route, trace=None, artifact=source)
         return updates | {"current_key": source.key} | close_action(state, result)
 
-    def artifact_from_plan(self, reference: str, search: ReferenceSearch) -> Artifact | None:
-        """Return the artifact of a plan's reference: "new", "last", "unclear", or the number of an artifact."""
-        if reference == "new" or not search.artifacts:
-            return None
-        if reference == "unclear":
-            return self.ask_which_artifact("", search)
-        return search.artifacts[-1 if reference == "last" else int(reference) - 1]
+    def is_edit(self, state: PlannerState, goal: str, text: str) -> bool:
+        """Return whether the plan, or without one the words, say that something is to be changed."""
+        if goal or (self.prompts.plan and state["clarifications"]):  # a clarified request begins as it did
+            return goal == "edit"
+        return english_rules.is_change_request(text)
 
-    def resolve_by_words(self, text: str, current_key: str | None, search: ReferenceSearch) -> Artifact | None:
-        artifacts = search.artifacts
-        if not artifacts:
-            return None
-        if named := english_rules.find_by_ordinal(text, artifacts):
-            return named.artifact or self.ask_which_artifact(
-                f"There is no {named.words.removeprefix('the ')} here. ", search
-            )
-        if described := english_rules.find_description(text):
-            return self.find_by_description(*described, search)
-        if english_rules.is_reference(text):
-            return next((artifact for artifact in reversed(artifacts) if artifact.key == current_key), None)
-        return None
-
-    def find_by_description(self, description: str, medium: Medium | None, search: ReferenceSearch) -> Artifact:
-        """Return the latest artifact whose description by the MLLM has all the words of `description`."""
-        for artifact in reversed(search.artifacts):
-            if medium in (None, artifact.medium) and english_rules.matches_description(
-                description, self.describe_artifact(artifact, search)
-            ):
-                return artifact
-        return self.ask_which_artifact(f"There is no {description.strip()} here. ", search)
-
-    def ask_which_artifact(self, preamble: str, search: ReferenceSearch) -> Artifact:
-        """Ask which artifact is meant, at most twice; without an answer, return the last one."""
-        descriptions = [self.describe_artifact(artifact, search) for artifact in search.artifacts]
-        question = preamble + english_rules.build_choice_question(search.artifacts, descriptions)
-        for _ in range(2):
-            if artifact := english_rules.artifact_from_reply(search.ask_user(question), search.artifacts, descriptions):
-                return artifact
-        return search.artifacts[-1]
-
-    def describe_artifact(self, artifact: Artifact, search: ReferenceSearch) -> str:
-        if artifact.key not in search.descriptions:
-            request = MLLMRequest(
-                text=self.prompts.describe.format(medium=MEDIUM_NAMES[artifact.medium]), artifacts=(artifact,)
-            )
-            search.descriptions[artifact.key] = "".join(self.mllm.stream_text(request)).strip()
-        return search.descriptions[artifact.key]
+    def find_referenced_artifact(self, state: PlannerState, text: str, search: ReferenceSearch) -> Artifact | None:
+        if state["action_index"] == 0 and state["attachments"]:
+            return search.artifacts[-1]
+        if reference := state["action_references"][state["action_index"]]:
+            return search.artifact_from_plan(reference)
+        return search.resolve_by_words(text, state["current_key"])
 
     # ------------------------------------------------------------ think and route
 
     def think(self, state: PlannerState) -> dict[str, Any]:
         """Route the request; in think mode, also rewrite it by reasoning before anything is rendered."""
-        request = self.build_request(state)
-        route = self.mllm.route(request)
+        request, source = self.build_request(state), self.find_source(state)
+        route = reconcile_route(self.preset, get_planned(state, "action_goals"), self.mllm.route(request), source)
+        if route.kind == "ask" and len(state["clarifications"]) >= MAX_QUESTIONS:
+            route = Route(kind="text", probability=1.0)
+        updates: dict[str, Any] = {"detected_route": route.model_dump(), "trace": None}
+        if message := self.write_message(request, route, source):
+            return updates | {"message": message}
         options = TurnOptions(**state["options"])
         should_think = options.think == "on" or (options.think == "auto" and self.needs_thinking(request.text))
-        trace = None
-        if should_think and route.kind != "text":
+        if should_think and get_task(route, source):
             trace = self.rewrite_prompt(request)
             emit_event(PromptRewritten(trace=trace))
-        return {"detected_route": route.model_dump(), "trace": trace and trace.model_dump()}
+            updates["trace"] = trace.model_dump()
+        return updates
+
+    def write_message(self, request: MLLMRequest, route: Route, source: Artifact | None) -> str:
+        """Return what the user is told or asked instead of a result; "" if there will be one."""
+        system = {"ask": self.prompts.ask, "decline": self.prompts.decline}.get(route.kind)
+        if route.kind in ("ask", "decline"):
+            written = system and "".join(self.mllm.stream_text(request.model_copy(update={"system": system}))).strip()
+            return written or (UNCLEAR_QUESTION if route.kind == "ask" else DECLINE_MESSAGE)
+        return build_refusal(self.preset, route, source) or ""
 
     def needs_thinking(self, text: str) -> bool:
         """Return whether a request describes things instead of naming them, or is not in the MLLM's own words."""
@@ -292,7 +253,30 @@ class Planner:
             else "video" if any(word in reply.lower() for word in ("clip", "video", "animation", "movie")) else "text"
         )  # fmt: skip
         clarifications = [*state["clarifications"], (ROUTE_QUESTION, reply)]
-        return {"detected_route": Route(kind=kind, probability=1.0).model_dump(), "clarifications": clarifications}
+        chosen = Route(kind=kind, probability=1.0)
+        message = build_refusal(self.preset, chosen, self.find_source(state)) or ""
+        return {"detected_route": chosen.model_dump(), "clarifications": clarifications, "message": message}
+
+    # ------------------------------------------------------------ words instead of a result
+
+    def ask(self, state: PlannerState) -> dict[str, Any]:
+        """Interrupt the turn for a question; the reply is added to the request, which is then routed."""
+        question, index = state["message"], state["action_index"]
+        reply = str(interrupt(question))
+        updates: dict[str, Any] = {"clarifications": [*state["clarifications"], (question, reply)]}
+        answered = {"action_texts": f"{state['action']['text']}\n{reply}", "action_goals": "", "action_messages": ""}
+        for key, value in answered.items():
+            values = list(state.get(key) or [""] * len(state["action_texts"]))  # type: ignore[call-overload]
+            updates[key] = [*values[:index], value, *values[index + 1 :]]
+        return updates
+
+    def decline(self, state: PlannerState) -> dict[str, Any]:
+        """Answer with the refusal; nothing is rendered."""
+        emit_event(TextDelta(delta=state["message"]))
+        action, route = Action(**state["action"]), Route(kind="decline", probability=1.0)
+        return close_action(
+            state, ActionResult(action=action, goal="decline", route=route, trace=None, answer=state["message"])
+        )
 
     # ------------------------------------------------------------ the three goals
 
@@ -424,13 +408,27 @@ def choose_next_node(state: PlannerState) -> str:
     return REFERENCE_NODE if state["action_index"] < len(state["action_texts"]) else "answer"
 
 
+def get_planned(state: PlannerState, key: Literal["action_goals", "action_messages"]) -> str:
+    """Return what the plan says of the current action; "" if there is no plan, or the turn began before there were."""
+    values = state.get(key)
+    return values[state["action_index"]] if values else ""
+
+
 def choose_node_after_reference(state: PlannerState) -> str:
     """Return the node after a resolved reference; an action that only returns to an artifact is already done."""
-    return choose_next_node(state) if state["action_done"] else "think"
+    if state["action_done"]:
+        return choose_next_node(state)
+    goal = get_planned(state, "action_goals")
+    return goal if goal in ("ask", "decline") else "think"
 
 
 def choose_goal_node(state: PlannerState) -> str:
-    if state["detected_route"]["kind"] == "text":
+    kind = state["detected_route"]["kind"]
+    if kind == "ask":
+        return "ask"
+    if state.get("message"):
+        return "decline"
+    if kind == "text":
         return "understand"
     return "edit" if state["action"]["source"] else "generate"
 

@@ -1,21 +1,96 @@
-"""The plan of a turn as an MLLM writes it: a JSON array of actions, each with the artifact that it refers to.
+"""The plan of a turn as an MLLM writes it: JSON of a fixed schema, which the engine enforces token by token.
 
-The prompt in prompts/instructions/plan.md requests it.
+The prompt in prompts/instructions/plan.md requests it. A plan can be cut off only at the limit of an answer's length;
+its complete actions are used then.
 """
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
-from omnivideo.contracts import Artifact
+from pydantic import Field, TypeAdapter, ValidationError
+from pydantic_core import from_json
+
+from omnivideo.contracts import Artifact, FrozenModel
+
+MAX_ACTIONS = 8
+ActionText = Annotated[str, Field(min_length=1, max_length=300)]
+NEW: Literal["new"] = "new"
+LAST, UNCLEAR = "last", "unclear"
 
 
-@dataclass(frozen=True)
-class PlannedAction:
-    """One action of a plan. `reference` is "new", "last", "unclear", or the number of an artifact, from 1."""
+class PlannedGeneration(FrozenModel):
+    """Make something new."""
 
-    text: str
-    reference: str
+    action: Literal["generate"]
+    do: ActionText
+    about: Literal["new"]
+
+
+class PlannedEdit(FrozenModel):
+    """Change what `about` names: the number of an artifact, from 1, "last" or "unclear"."""
+
+    action: Literal["edit"]
+    do: ActionText
+    about: str
+
+
+class PlannedAnswer(FrozenModel):
+    """Answer in words, about an artifact or, with "new", about nothing that was made."""
+
+    action: Literal["understand"]
+    do: ActionText
+    about: str
+
+
+class PlannedQuestion(FrozenModel):
+    """Ask the user `say` before anything else is done about `do`."""
+
+    action: Literal["ask"]
+    do: ActionText
+    about: str
+    say: ActionText
+
+
+class PlannedRefusal(FrozenModel):
+    """Do nothing about `do`, and tell the user `say`."""
+
+    action: Literal["decline"]
+    do: ActionText
+    say: ActionText
+
+    @property
+    def about(self) -> str:
+        return NEW
+
+
+PlannedAction = PlannedGeneration | PlannedEdit | PlannedAnswer | PlannedQuestion | PlannedRefusal
+ACTION_ADAPTER: TypeAdapter[PlannedAction] = TypeAdapter(PlannedAction)
+
+
+class TurnPlan(FrozenModel):
+    """The actions of a turn, in order."""
+
+    actions: tuple[PlannedAction, ...] = Field(min_length=1, max_length=MAX_ACTIONS)
+
+
+def list_references(num_artifacts: int) -> list[str]:
+    """Return what an action can refer to: nothing, what the turn itself has just made, or one of the artifacts."""
+    return [NEW, LAST, *([UNCLEAR] if num_artifacts else []), *map(str, range(1, num_artifacts + 1))]
+
+
+def build_plan_schema(num_artifacts: int) -> str:
+    """Return the JSON schema of a plan in a thread with this many artifacts; only its references are allowed."""
+    schema: dict[str, Any] = TurnPlan.model_json_schema()
+    schema["properties"]["actions"].pop("default", None)
+    references = list_references(num_artifacts)
+    for name, definition in schema["$defs"].items():
+        definition.pop("description", None)
+        if about := definition["properties"].get("about"):
+            allowed = references[1:] if name == "PlannedEdit" else references
+            definition["properties"]["about"] = {"enum": [NEW]} if "const" in about else {"enum": allowed}
+    schema.pop("description", None)
+    return json.dumps(schema)
 
 
 def build_plan_request(text: str, artifacts: Sequence[Artifact]) -> str:
@@ -24,13 +99,19 @@ def build_plan_request(text: str, artifacts: Sequence[Artifact]) -> str:
 
 
 def parse_plan(answer: str, num_artifacts: int) -> list[PlannedAction]:
-    """Return the plan in the MLLM's answer, or an empty list if there is no valid one."""
-    start, end = answer.find("["), answer.rfind("]")
+    """Return the complete actions of a plan up to the first invalid one; none if the answer is no plan."""
     try:
-        entries = json.loads(answer[start : end + 1])
-        actions = [PlannedAction(str(entry["do"]).strip(), str(entry["about"])) for entry in entries]
+        document = from_json(answer, allow_partial=True)
+        entries = document["actions"]
     except (ValueError, TypeError, KeyError):
         return []
-    allowed_references = {"new", "last", "unclear", *map(str, range(1, num_artifacts + 1))}
-    is_valid = all(action.text and action.reference in allowed_references for action in actions)
-    return actions if is_valid else []
+    allowed, actions = list_references(num_artifacts), []
+    for entry in entries if isinstance(entries, list) else ():
+        try:
+            action = ACTION_ADAPTER.validate_python(entry)
+        except ValidationError:
+            break
+        if action.about not in allowed or not action.do.strip():
+            break
+        actions.append(action)
+    return actions[:MAX_ACTIONS]

@@ -20,6 +20,8 @@ class PlannerState(TypedDict, total=False):
     options: dict[str, Any]  # turns.TurnOptions
     action_texts: list[str]  # the text of each action
     action_references: list[str]  # what each action refers to according to the MLLM's plan, or ""
+    action_goals: list[str]  # turns.Goal or "ask" according to the plan, or ""; absent in turns of older versions
+    action_messages: list[str]  # what the plan tells or asks the user instead of doing an action, or ""
     action_index: int  # of the current action
     clarifications: list[tuple[str, str]]
     results: list[dict[str, Any]]  # turns.ActionResult
@@ -28,6 +30,7 @@ class PlannerState(TypedDict, total=False):
     action_done: bool  # whether it is complete
     detected_route: dict[str, Any]  # contracts.Route
     trace: dict[str, Any] | None  # turns.ThinkTrace
+    message: str  # what the user is told or asked instead of a result, or ""
     statement: str | None  # what the check asks the MLLM about
     candidates: list[dict[str, Any]]  # turns.Candidate
     failed_turns: int  # turns of this thread that failed

@@ -32,7 +32,7 @@ def parse_turn_options(**options: object) -> TurnOptions:
     try:
         return TurnOptions(**options)  # type: ignore[arg-type]
     except ValidationError as error:
-        raise invalid_input_from_validation(error) from None
+        raise invalid_input_from_validation(error, TurnOptions.model_fields) from None
 
 
 class Thread:

@@ -10,6 +10,7 @@ import anyio
 from fastapi import FastAPI
 from opentelemetry import trace
 from opentelemetry.propagate import extract
+from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from omnivideo import __version__
@@ -37,6 +38,9 @@ class RequestMiddleware:
         request_id, started_at, status, received_bytes = uuid.uuid4().hex, time.perf_counter(), 0, 0
         scope.setdefault("state", {})["request_id"] = request_id
 
+        # Every route that answers GET answers HEAD.
+        app_scope = {**scope, "method": "GET", "is_head": True} if scope["method"] == "HEAD" else scope
+
         async def receive_within_limit() -> Message:
             nonlocal received_bytes
             message = await receive()
@@ -59,11 +63,26 @@ class RequestMiddleware:
                 too_large = build_body_too_large_error(self.max_body_bytes)
                 await to_json_response(too_large)(scope, receive, send_with_request_id)
             else:
-                await self.app(scope, receive_within_limit, send_with_request_id)
+                await self.serve(app_scope, receive_within_limit, send_with_request_id)
             # The route's pattern, never the path that the user sent: the set of metric labels must stay small.
-            route = getattr(scope.get("route"), "path", "none")
+            route = getattr(app_scope.get("route"), "path", "none")
             span.update_name(f"{scope['method']} {route}")
         self.record_request(scope, request_id, route, status, time.perf_counter() - started_at)
+
+    async def serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Call the application; of the response to a HEAD request, send the headers only, and stop the route."""
+        if "is_head" not in scope:
+            await self.app(scope, receive, send)
+            return
+        with anyio.CancelScope() as cancel_scope:
+
+            async def send_headers(message: Message) -> None:
+                if message["type"] == "http.response.start":
+                    await send(message)
+                    await send({"type": "http.response.body", "body": b""})
+                    cancel_scope.cancel()
+
+            await self.app(scope, receive, send_headers)
 
     def record_request(self, scope: Scope, request_id: str, route: str, status: int, elapsed_seconds: float) -> None:
         method = scope["method"]
@@ -96,6 +115,9 @@ def create_app(context: ServiceContext) -> FastAPI:
     )
     app.add_middleware(RequestMiddleware, max_body_bytes=context.settings.max_upload_bytes, metrics=metrics)
     register_error_handlers(app)
+    # The routes of the documentation come first; those of the routers have their complete paths.
+    app.state.api_routes = [route for route in app.routes if isinstance(route, Route)]
     for routes in (chat, videos, images, files, batches, webhooks, threads, operations):
         app.include_router(routes.router)
+        app.state.api_routes += routes.router.routes
     return app

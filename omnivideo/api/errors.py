@@ -9,8 +9,11 @@ from typing import Any, NamedTuple
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from omnivideo.contracts import JobStatus
 from omnivideo.errors import (
@@ -24,6 +27,7 @@ from omnivideo.errors import (
     StoreError,
 )
 from omnivideo.turns import TurnRecord
+from omnivideo.validation import describe_errors, find_models
 
 log = logging.getLogger("omnivideo.api")
 INTERNAL_ERROR_MESSAGE = "something went wrong on our side; the request id is in the header x-request-id"
@@ -151,16 +155,39 @@ def build_key_reused_error() -> APIError:
     return APIError(422, message, "Idempotency-Key", "idempotency_key_reused")
 
 
+def build_key_in_use_error() -> APIError:
+    message = "Idempotency-Key: another request with it is still being processed; try again"
+    error = APIError(409, message, "Idempotency-Key", "idempotency_key_in_use")
+    error.headers["Retry-After"] = "1"
+    return error
+
+
 def build_body_too_large_error(max_bytes: int, advice: str = "") -> APIError:
     return APIError(413, f"the body is larger than {max_bytes} bytes{advice}", "body", "too_large")
 
 
-def error_from_validation(error: RequestValidationError) -> APIError:
+def error_from_validation(request: Request, error: RequestValidationError) -> APIError:
     """Return the error of a request's first invalid field."""
-    first_error = error.errors()[0]
-    field_path = [str(part) for part in first_error["loc"] if part not in ("body", "query", "path", "header")]
-    field = ".".join(field_path)
-    return APIError(400, f"{field or 'body'}: {first_error['msg']}", field or None, "invalid_value")
+    errors: list[Any] = [dict(details) | {"loc": details["loc"][1:]} for details in error.errors()]
+    place = error.errors()[0]["loc"][0]
+    if errors[0]["type"] == "json_invalid":
+        errors[0]["loc"] = ()
+    given = error.body if place == "body" else {details["loc"][0]: None for details in errors if details["loc"]}
+    field, message = describe_errors(errors, given, find_route_fields(request))
+    return APIError(400, f"{field or 'body'}: {message}", field or None, "invalid_value")
+
+
+def find_route_fields(request: Request) -> dict[str, FieldInfo]:
+    """Return the definitions of the route's parameters, and of the fields of its body."""
+    route = request.scope.get("route")
+    if not isinstance(route, APIRoute):
+        return {}
+    dependant, fields = route.dependant, dict[str, FieldInfo]()
+    for parameter in (*dependant.path_params, *dependant.query_params, *dependant.header_params):
+        fields[parameter.alias] = parameter.field_info
+    for model in find_models(route.body_field.field_info.annotation) if route.body_field else ():
+        fields |= model.model_fields
+    return fields
 
 
 # ---------------------------------------------------------------- responses
@@ -168,6 +195,17 @@ def error_from_validation(error: RequestValidationError) -> APIError:
 
 def to_json_response(error: APIError) -> JSONResponse:
     return JSONResponse(error.to_body(), status_code=error.status_code, headers=error.headers)
+
+
+def find_allowed_methods(request: Request) -> set[str]:
+    """Return the methods of all routes with the request's path."""
+    methods = {
+        method
+        for route in request.app.state.api_routes
+        if route.matches(request.scope)[0] is not Match.NONE
+        for method in route.methods
+    }
+    return methods | {"HEAD"} if "GET" in methods else methods
 
 
 def register_error_handlers(app: FastAPI) -> None:
@@ -178,12 +216,14 @@ def register_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def handle_validation_error(request: Request, error: RequestValidationError) -> JSONResponse:
-        return to_json_response(error_from_validation(error))
+        return to_json_response(error_from_validation(request, error))
 
     @app.exception_handler(HTTPException)
     async def handle_http_exception(request: Request, error: HTTPException) -> JSONResponse:
         api_error = APIError(error.status_code, str(error.detail).lower())
         api_error.headers.update(error.headers or {})
+        if error.status_code == 405:
+            api_error.headers["Allow"] = ", ".join(sorted(find_allowed_methods(request)))
         return to_json_response(api_error)
 
     @app.exception_handler(Exception)

@@ -6,17 +6,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, Field
+from pydantic import BeforeValidator, Field
 
 from omnivideo.api.dependencies import ServiceContext
-from omnivideo.api.errors import APIError, build_key_reused_error
-from omnivideo.api.media import MediaReference, resolve_source
-from omnivideo.api.request_body import CleanText, digest_request, rename_error_field, validate_fields
+from omnivideo.api.media import EXPIRED_MESSAGE, MediaReference, has_expired, resolve_source
+from omnivideo.api.request_body import CleanText, Seed, Unsupported, rename_error_field
 from omnivideo.contracts import (
     Artifact,
     Job,
     JobStatus,
     Lane,
+    RequestModel,
     SamplingParams,
     check_prompt,
     get_editing_task,
@@ -24,7 +24,7 @@ from omnivideo.contracts import (
     resolve_sampling_params,
 )
 from omnivideo.errors import InvalidInput
-from omnivideo.presets import Preset, Task, get_preset
+from omnivideo.presets import Preset, Task, get_preset, get_sampling_defaults
 
 SIZE_PATTERN = re.compile(r"(\d{1,5})x(\d{1,5})")
 # Our names of settings -> the names that OpenAI's clients use.
@@ -36,26 +36,61 @@ def get_constraints(field: str) -> list[Any]:
     return SamplingParams.model_fields[field].metadata
 
 
-class GenerationRequest(BaseModel):
-    """The fields that requests for images and clips share. A size is WIDTHxHEIGHT in pixels, both multiples of 16."""
+class GenerationRequest(RequestModel):
+    """The fields that requests for images and clips share. A size is WIDTHxHEIGHT in pixels, both multiples of 16.
+
+    `width` and `height` are the same size as two numbers.
+    """
 
     prompt: CleanText = Field(min_length=1, max_length=4000)
     model: CleanText | None = None
-    size: str | None = Field(default=None, pattern=r"^(\d{1,5}x\d{1,5}|auto)$")
+    size: str | None = Field(
+        default=None,
+        pattern=r"^(\d{1,5}x\d{1,5}|auto)$",
+        description="a width and a height in pixels, such as 640x384, or auto",
+    )
+    width: Annotated[int | None, *get_constraints("width")] = None
+    height: Annotated[int | None, *get_constraints("height")] = None
     num_inference_steps: Annotated[int | None, *get_constraints("steps")] = None
     guidance_scale: Annotated[float | None, *get_constraints("guidance_scale")] = None
     flow_shift: Annotated[float | None, *get_constraints("flow_shift")] = None
-    seed: Annotated[int | None, *get_constraints("seed")] = None
+    seed: Seed = None
     negative_prompt: Annotated[CleanText | None, *get_constraints("negative_prompt")] = None
+    lora: Unsupported = None
+    lora_path: Unsupported = None
+    lora_scale: Unsupported = None
+    guidance_scale_2: Unsupported = None
+    true_cfg_scale: Unsupported = None
+    strength: Unsupported = None
 
 
 class VideoRequest(GenerationRequest):
-    """A clip has `num_frames` frames (4k + 1), or the number of that form nearest to `seconds` at `fps`."""
+    """A clip has `num_frames` frames (4k + 1), or the number of that form nearest to `seconds` at `fps`.
+
+    `image_reference`, `video_reference` and `reference_url` are other servers' names of `input_reference`.
+    """
 
     seconds: float | None = Field(default=None, gt=0, le=3600, allow_inf_nan=False)
     num_frames: Annotated[int | None, *get_constraints("frames")] = None
     fps: Annotated[int | None, *get_constraints("fps")] = None
     input_reference: MediaReference | None = None
+    image_reference: MediaReference | None = None
+    video_reference: MediaReference | None = None
+    reference_url: CleanText | None = None
+    n: int = Field(default=1, ge=1, le=1)
+    last_image: Unsupported = None
+
+    def get_reference(self) -> tuple[str, MediaReference] | None:
+        """Return the reference and the name of its field, or None. Raises InvalidInput if there are several."""
+        url_reference = None if self.reference_url is None else MediaReference(image_url=self.reference_url)
+        references = {
+            "input_reference": self.input_reference, "image_reference": self.image_reference,
+            "video_reference": self.video_reference, "reference_url": url_reference,
+        }  # fmt: skip
+        given = [(field, reference) for field, reference in references.items() if reference is not None]
+        if len(given) > 1:
+            raise InvalidInput(given[1][0], f"{given[0][0]} is given too; give one of them")
+        return given[0] if given else None
 
 
 class VideoEditRequest(VideoRequest):
@@ -67,7 +102,8 @@ class ImageRequest(GenerationRequest):
     response_format: Literal["b64_json", "url"] | None = None
     output_format: Literal["png"] | None = None
     stream: Literal[False] | None = None
-    mask: None = None
+    background: Literal["auto", "opaque"] | None = None
+    mask: Unsupported = None
 
 
 def wrap_in_list(value: Any) -> Any:
@@ -80,7 +116,7 @@ class ImageEditRequest(ImageRequest):
 
 @dataclass(frozen=True)
 class JobRequest:
-    """A job to submit. `meta` is stored with it: the size and length to report, and a digest of the request."""
+    """A job to submit. `meta` is stored with it: the size and length to report."""
 
     job: Job
     kind: Literal["video", "image"]
@@ -90,33 +126,33 @@ class JobRequest:
 # ---------------------------------------------------------------- clips
 
 
-def build_video_job(context: ServiceContext, owner: str, fields: Mapping[str, Any], job_id: str) -> JobRequest:
+def build_video_job(context: ServiceContext, owner: str, request: VideoRequest, job_id: str) -> JobRequest:
     """Build the job of a clip; with an `input_reference`, it edits the reference as the prompt says.
 
     The model has no first-frame mode: an image is edited as a still clip, which the prompt may set in motion.
     """
-    request = validate_fields(VideoRequest, fields)
     source = None
-    if request.input_reference is not None:
-        source = resolve_source(context, owner, request.input_reference, "input_reference")
+    if (named_reference := request.get_reference()) is not None:
+        field, reference = named_reference
+        source = resolve_source(context, owner, reference, field)
     task = get_generation_task("video") if source is None else get_editing_task("video")
     return build_clip_job(context, request, task, job_id, source)
 
 
-def build_video_edit_job(context: ServiceContext, owner: str, fields: Mapping[str, Any], job_id: str) -> JobRequest:
+def build_video_edit_job(context: ServiceContext, owner: str, request: VideoEditRequest, job_id: str) -> JobRequest:
     """Build the job that edits `video`. A video that was generated here keeps its size, length and frame rate."""
-    request = validate_fields(VideoEditRequest, fields)
     source = resolve_source(context, owner, request.video, "video")
     edit_request = inherit_source_format(request, source) if request.video.id else request
     return build_clip_job(context, edit_request, get_editing_task("video"), job_id, source)
 
 
-def build_remix_job(context: ServiceContext, fields: Mapping[str, Any], job_id: str, original: JobStatus) -> JobRequest:
+def build_remix_job(context: ServiceContext, request: VideoRequest, job_id: str, original: JobStatus) -> JobRequest:
     """Build the job that edits a completed video and keeps its size, length and frame rate."""
-    request = validate_fields(VideoRequest, fields)
     source = original.result
     if source is None:
         raise InvalidInput("id", "that video is not completed")
+    if has_expired(context, original):
+        raise InvalidInput("id", EXPIRED_MESSAGE)
     remix_request = inherit_source_format(request, source)
     task = get_editing_task("video")
     return build_clip_job(context, remix_request, task, job_id, source, remixed_from=original.id)
@@ -125,7 +161,7 @@ def build_remix_job(context: ServiceContext, fields: Mapping[str, Any], job_id: 
 def inherit_source_format(request: VideoRequest, source: Artifact) -> VideoRequest:
     """Return the request with the source's size, frame rate and length where it gives none."""
     updates: dict[str, Any] = {
-        "size": request.size or f"{source.width}x{source.height}",
+        "size": request.size or (None if request.width or request.height else f"{source.width}x{source.height}"),
         "fps": request.fps or round(source.fps),
     }
     if request.seconds is None:
@@ -138,7 +174,7 @@ def build_clip_job(
 ) -> JobRequest:
     preset = require_served_preset(context, request.model)
     overrides = overrides_from_request(request, fps=request.fps, frames=resolve_num_frames(preset, task, request))
-    params = resolve_request_params(preset, task, overrides, resolve_seed(request, job_id))
+    params = resolve_request_params(preset, task, overrides, resolve_seed(request, job_id), request.width is None)
     seconds = params.frames / params.fps if request.seconds is None else request.seconds
     meta = {"size": f"{params.width}x{params.height}", "seconds": f"{seconds:.6g}"} | meta
     return build_job_request(request, params, job_id, source, "video", meta)
@@ -148,7 +184,7 @@ def resolve_num_frames(preset: Preset, task: Task, request: VideoRequest) -> int
     """Return the clip's number of frames, or None for the preset's default."""
     if request.seconds is None:
         return request.num_frames
-    fps = request.fps or preset.sampling[task].fps
+    fps = request.fps or get_sampling_defaults(preset, task).fps
     frames = 4 * round((request.seconds * fps - 1) / 4) + 1
     if request.num_frames not in (None, frames):
         text = f"{request.seconds:g} s at {fps} fps are {frames} frames, which is not num_frames; give only one of them"
@@ -164,16 +200,14 @@ def resolve_num_frames(preset: Preset, task: Task, request: VideoRequest) -> int
 # ---------------------------------------------------------------- images
 
 
-def build_image_jobs(context: ServiceContext, owner: str, fields: Mapping[str, Any], base_id: str) -> list[JobRequest]:
+def build_image_jobs(context: ServiceContext, owner: str, request: ImageRequest, base_id: str) -> list[JobRequest]:
     """Build one job for each of `n` images, with consecutive seeds."""
-    request = validate_fields(ImageRequest, fields)
     return build_jobs_per_image(context, request, get_generation_task("image"), base_id, None)
 
 
 def build_image_edit_jobs(
-    context: ServiceContext, owner: str, fields: Mapping[str, Any], base_id: str
+    context: ServiceContext, owner: str, request: ImageEditRequest, base_id: str
 ) -> list[JobRequest]:
-    request = validate_fields(ImageEditRequest, fields)
     source = resolve_source(context, owner, request.image[0], "image")
     if source.medium != "image":
         raise InvalidInput("image", "it is a clip; use /v1/videos/edits")
@@ -187,7 +221,7 @@ def build_jobs_per_image(
     overrides, seed = overrides_from_request(request), resolve_seed(request, base_id)
     job_requests = []
     for index, job_id in enumerate(make_image_ids(base_id, request.n)):
-        params = resolve_request_params(preset, task, overrides, (seed + index) % 2**63)
+        params = resolve_request_params(preset, task, overrides, (seed + index) % 2**63, request.width is None)
         meta = {"size": f"{params.width}x{params.height}"}
         job_requests.append(build_job_request(request, params, job_id, source, "image", meta))
     return job_requests
@@ -213,11 +247,20 @@ def resolve_seed(request: GenerationRequest, job_id: str) -> int:
     return derived_seed if request.seed is None else request.seed
 
 
+def resolve_size(request: GenerationRequest) -> tuple[int | None, int | None]:
+    """Return the requested width and height, from `size` or from `width` and `height`; refuse both if they differ."""
+    size = SIZE_PATTERN.fullmatch(request.size or "")
+    width, height = map(int, size.groups()) if size else (None, None)
+    for field, given, from_size in (("width", request.width, width), ("height", request.height, height)):
+        if size and given not in (None, from_size):
+            raise InvalidInput(field, f"it is {given}, but size is {request.size}; give one of them")
+    return (width, height) if size else (request.width, request.height)
+
+
 def overrides_from_request(
     request: GenerationRequest, fps: int | None = None, frames: int | None = None
 ) -> dict[str, int | float | str | None]:
-    size = SIZE_PATTERN.fullmatch(request.size or "")
-    width, height = map(int, size.groups()) if size else (None, None)
+    width, height = resolve_size(request)
     return {
         "width": width, "height": height, "frames": frames, "fps": fps, "steps": request.num_inference_steps,
         "guidance_scale": request.guidance_scale, "flow_shift": request.flow_shift,
@@ -226,12 +269,15 @@ def overrides_from_request(
 
 
 def resolve_request_params(
-    preset: Preset, task: Task, overrides: Mapping[str, int | float | str | None], seed: int
+    preset: Preset, task: Task, overrides: Mapping[str, int | float | str | None], seed: int, has_size: bool
 ) -> SamplingParams:
     """Return the job's settings; raise an InvalidInput that names the request's field if one is invalid."""
     try:
         return resolve_sampling_params(preset, task, seed=seed, **overrides)
     except InvalidInput as error:
+        if error.field in ("width", "height") and has_size:
+            message = str(error).removeprefix(f"{error.field}: ")
+            raise InvalidInput("size", f"its {error.field} is not possible; {message}") from None
         raise rename_error_field(error, REQUEST_FIELD_NAMES.get(error.field, error.field)) from None
 
 
@@ -250,29 +296,21 @@ def build_job_request(
         source=source,
         params=params,
     )
-    n = request.n if isinstance(request, ImageRequest) else 1
-    digest = digest_request(kind, job.model_dump(exclude={"id": True, "params": {"seed"}}), request.seed, n, meta)
-    return JobRequest(job, kind, meta | {"request": digest})
+    return JobRequest(job, kind, meta)
 
 
 def submit_job(context: ServiceContext, owner: str, job_request: JobRequest, lane: Lane = "interactive") -> JobStatus:
-    """Submit the job and return its status. A job that was submitted before is not changed.
-
-    Raises ServiceBusy, and APIError if the id comes from an idempotency key that was used for a different request.
-    """
-    job = job_request.job
-    try:
-        new_status = context.jobs.submit(job, owner, lane, job_request.kind, job_request.meta)
-    except InvalidInput:
-        raise build_key_reused_error() from None
-    if new_status is not None:
-        context.notify_workers()
-        return new_status
-    status = context.jobs.get_owned_job(job.id, owner, job_request.kind)
-    if status is None:
-        message = "Idempotency-Key: the job of its first request was deleted; use a new one"
-        raise APIError(404, message, "Idempotency-Key")
-    # Jobs of version 0.1 have no digest; `submit` has compared their content.
-    if status.meta.get("request", job_request.meta["request"]) != job_request.meta["request"]:
-        raise build_key_reused_error()
+    """Submit the job, whose id must be new, and return its status. Raises ServiceBusy."""
+    status = context.jobs.submit(job_request.job, owner, lane, job_request.kind, job_request.meta)
+    assert status is not None, "the id is new"
+    context.notify_workers()
     return status
+
+
+def find_live_job(context: ServiceContext, owner: str, kind: str, job_id: str) -> JobStatus | None:
+    """Return the owner's job, or None if it does not exist, was cancelled or deleted, or has expired."""
+    status = context.jobs.get_owned_job(job_id, owner, kind)
+    if status is None or status.state == "cancelled" or has_expired(context, status):
+        return None
+    is_stopping = status.state in ("queued", "running") and status.cancel_requested
+    return None if is_stopping else status

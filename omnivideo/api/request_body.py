@@ -4,7 +4,6 @@ In a form, `a[b]` is field b of the object a, `a[]` is an item of the list a, an
 uploaded file, a stored file and a file to fetch are therefore fields of the same model (media.MediaReference).
 """
 
-import hashlib
 import json
 import re
 from collections.abc import AsyncIterator, Mapping
@@ -12,11 +11,13 @@ from typing import Annotated, Any, TypeVar
 
 import anyio
 from fastapi import Depends, Request
-from pydantic import AfterValidator, BaseModel, ValidationError
+from pydantic import AfterValidator, BaseModel, Field, ValidationError
 from starlette.datastructures import FormData, UploadFile
 
 from omnivideo.api.errors import APIError, build_body_too_large_error
+from omnivideo.contracts import MAX_SEED
 from omnivideo.errors import InvalidInput
+from omnivideo.validation import describe_errors
 
 MAX_JSON_BYTES = 64 * 2**20  # enough for a clip in a data URL
 MAX_INLINE_JSON_BYTES = 64 * 2**10  # parsing a body up to this size takes less time than starting a thread for it
@@ -33,6 +34,16 @@ def check_characters(text: str) -> str:
 
 
 CleanText = Annotated[str, AfterValidator(check_characters)]
+
+
+def refuse_value(value: object) -> None:
+    raise ValueError("it is not supported here; leave it out")
+
+
+# A field that changes the result and that this service cannot honour: it is refused by name, not ignored.
+Unsupported = Annotated[Any, AfterValidator(refuse_value)]
+# -1 means any seed, as many clients send it.
+Seed = Annotated[int | None, Field(ge=-1, le=MAX_SEED), AfterValidator(lambda seed: None if seed == -1 else seed)]
 
 
 # ---------------------------------------------------------------- reading
@@ -85,21 +96,32 @@ def reject_constant(name: str) -> float:
 
 
 def fields_from_form(form: FormData) -> dict[str, Any]:
-    fields: dict[str, Any] = {}
+    """Return a form's fields. A field that is given several times is a list.
+
+    Raises InvalidInput for a field that is an object and something else.
+    """
+    values, lists, objects = dict[str, list[Any]](), set[str](), dict[str, dict[str, Any]]()
     for name, value in form.multi_items():
         match = FORM_FIELD_PATTERN.fullmatch(name)
         if match is None:
             continue  # no model has a field with such a name
         field, subfield = match.groups()
         entry: Any = {"upload": value} if isinstance(value, UploadFile) else value
-        if subfield is None:
-            fields[field] = entry
-        elif subfield == "":
-            fields.setdefault(field, [])
-            fields[field] += [entry]
-        else:
-            fields[field] = (fields[field] if isinstance(fields.get(field), dict) else {}) | {subfield: entry}
-    return fields
+        if subfield:
+            if subfield in objects.setdefault(field, {}):
+                raise InvalidInput(f"{field}.{subfield}", "it is given more than once")
+            objects[field][subfield] = entry
+            continue
+        values.setdefault(field, []).append(entry)
+        if subfield == "":
+            lists.add(field)
+    if ambiguous_fields := sorted(values.keys() & objects.keys()):
+        field = ambiguous_fields[0]
+        raise InvalidInput(field, f"it is given both as a value and as {field}[...]; give one of them")
+    simple_fields = {
+        field: entries if field in lists or len(entries) > 1 else entries[0] for field, entries in values.items()
+    }
+    return simple_fields | objects
 
 
 # ---------------------------------------------------------------- checking
@@ -113,19 +135,13 @@ def validate_fields(model_class: type[Model], fields: Mapping[str, Any]) -> Mode
     try:
         return model_class.model_validate(fields)
     except ValidationError as error:
-        first_error = error.errors()[0]
-        field_path = ".".join(str(part) for part in first_error["loc"]) or "body"
-        raise InvalidInput(field_path[:100], first_error["msg"][0].lower() + first_error["msg"][1:]) from None
+        field, message = describe_errors(error.errors(), fields, model_class.model_fields)
+        raise InvalidInput(field[:100] or "body", message) from None
 
 
 def rename_error_field(error: InvalidInput, field: str) -> InvalidInput:
     """Return the same error under the name of the field that the client sent."""
     return InvalidInput(field, str(error).removeprefix(f"{error.field}: "))
-
-
-def digest_request(*parts: Any) -> str:
-    """Return a digest of everything that distinguishes a request from another one with the same idempotency key."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 # ---------------------------------------------------------------- documenting

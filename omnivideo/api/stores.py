@@ -1,4 +1,4 @@
-"""The stores of records that only the API reads and writes: files, batches, webhooks and API keys.
+"""The stores of records that only the API reads and writes: files, batches, webhooks, idempotency keys and API keys.
 
 The stores of jobs and turns, which the planner and the workers use too, are in omnivideo/ports.py. The repositories in
 storage/database implement all of them.
@@ -7,15 +7,18 @@ storage/database implement all of them.
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from omnivideo.contracts import BatchRecord, FileRecord, WebhookRecord
+from omnivideo.contracts import BatchRecord, FileRecord, KeyClaim, WebhookRecord
 
 
 class UserFileStore(Protocol):
     def create_file(
         self, owner: str, *, file_id: str, name: str, purpose: str, size_bytes: int, object_key: str,
-        artifact: dict[str, Any] | None,
+        artifact: dict[str, Any] | None, lifetime_seconds: float | None = None,
     ) -> FileRecord:  # fmt: skip
-        """Create a file and return it. If the id exists, return the file that has it, unchanged."""
+        """Create a file, which expires after `lifetime_seconds`, and return it.
+
+        If the id exists, return the file that has it, unchanged.
+        """
         ...
 
     def get_file(self, file_id: str, owner: str) -> FileRecord | None: ...
@@ -67,9 +70,34 @@ class WebhookStore(Protocol):
         """Return a page of the owner's webhooks, newest first, and whether more follow."""
         ...
 
+    def update_webhook(self, webhook_id: str, owner: str, **values: Any) -> WebhookRecord | None:
+        """Set fields of a webhook and return it, or None if the owner has no such webhook."""
+        ...
+
+    def enqueue_deliveries(self, events: Sequence[tuple[str, str, dict[str, Any]]]) -> None:
+        """Send events, as (event id, webhook id, body), to webhooks."""
+        ...
+
     def delete_webhook(self, webhook_id: str, owner: str) -> bool:
         """Return False if the owner has no such webhook."""
         ...
+
+
+class IdempotencyStore(Protocol):
+    def claim_key(
+        self, owner: str, key_digest: str, *, request_digest: str, resource_id: str, lease_seconds: float
+    ) -> KeyClaim | None:
+        """Claim a key, which is created with `resource_id` if it is new. Return None while another request has it.
+
+        A key with another digest is not claimed, but returned.
+        """
+        ...
+
+    def set_key_resource(self, owner: str, key_digest: str, resource_id: str) -> None: ...
+
+    def release_key(self, owner: str, key_digest: str, waiting_clients: int | None = None) -> None: ...
+
+    def delete_key(self, owner: str, key_digest: str) -> None: ...
 
 
 class APIKeyStore(Protocol):

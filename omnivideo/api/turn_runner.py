@@ -92,6 +92,14 @@ class TurnRunner:
             raise build_not_found_error("thread", thread_id)
         return self.conversations.open_thread(thread_id, create=True, owner=owner)
 
+    def find_live_turn(self, owner: str, turn_id: str) -> TurnRecord | None:
+        """Return the owner's turn, or None if it was cancelled or deleted; wait until a cancelled one ends."""
+        turn = self.turns.get_turn(turn_id, owner)
+        if turn is not None and turn.cancel_requested:
+            self.turns.wait_for_end(turn_id, owner)
+        is_live = turn is not None and not (turn.cancel_requested or turn.state == "cancelled")
+        return turn if turn is not None and is_live and self.turns.has_thread(turn.thread_id, owner) else None
+
     def cancel_turn(self, turn: TurnRecord) -> None:
         self.turns.cancel_turn(turn.id)
         self.jobs.cancel_by_prefix(turn.owner, f"{turn.thread_id}/")

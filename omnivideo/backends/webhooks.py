@@ -45,7 +45,7 @@ MAX_CONCURRENT_DELIVERIES = 8
 POLL_SECONDS = 5.0  # in case a notification was lost
 MIN_ROUND_SECONDS = 0.02  # so that jobs that end together are announced in one round
 RETRY_WINDOW_SECONDS = 86_400.0  # after the job's end; later failures are not retried
-EVENT_TYPE_BY_STATE = {"done": "video.completed", "failed": "video.failed"}
+EVENT_TYPE_BY_STATE = {"done": "video.completed", "failed": "video.failed", "cancelled": "video.cancelled"}
 
 
 # ---------------------------------------------------------------- addresses

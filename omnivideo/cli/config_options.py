@@ -26,7 +26,7 @@ def accept_config(config_class: type[Config]) -> Callable[[Callable[[Config], No
             try:
                 config = config_class(**values)
             except ValidationError as error:
-                raise invalid_input_from_validation(error) from None
+                raise invalid_input_from_validation(error, config_class.model_fields) from None
             function(config)
 
         parameters = [build_parameter(name, field) for name, field in config_class.model_fields.items()]

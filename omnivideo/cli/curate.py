@@ -31,7 +31,7 @@ def parse_bounds(assignments: list[str]) -> CurationBounds:
     try:
         return CurationBounds.model_validate(values)
     except ValidationError as error:
-        raise invalid_input_from_validation(error) from None
+        raise invalid_input_from_validation(error, CurationBounds.model_fields) from None
 
 
 @contextmanager

@@ -209,7 +209,7 @@ def mllm_serve(
     from omnivideo.backends.mllm.local import LocalMLLM
     from omnivideo.backends.mllm.server import LRUObjectStore, create_mllm_app
 
-    omni = checkpoint.load(folder, pick_device(device))
+    omni = checkpoint.load(folder, pick_device(device), settings.precision)
     run_server(lambda: create_mllm_app(LocalMLLM(omni, LRUObjectStore())), host, port)
 
 

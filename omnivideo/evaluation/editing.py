@@ -53,7 +53,7 @@ def restate_request(omni: OmniVideoModel, message: MLLMMessage) -> str:
     thinking = replace(message, system=THINK_SYSTEM_PROMPT)
     answer = "".join(generate_answer(omni.mllm, omni.mllm_tokenizer, thinking, omni.vision_config, max_tokens=160))
     rewrite = answer.rpartition(THINK_END)[2].strip() if THINK_END in answer else ""
-    is_prompt = 0 < len(omni.tokenizer(rewrite, verbose=False).input_ids) <= omni.preset.max_text_tokens
+    is_prompt = 0 < len(omni.tokenizer(rewrite, verbose=False).input_ids) <= omni.preset.text.max_tokens
     return rewrite if rewrite and is_prompt else message.text
 
 

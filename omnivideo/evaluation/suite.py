@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from omnivideo.contracts import Medium, get_generation_task
+from omnivideo.contracts import Medium, compute_latent_grid, get_generation_task
 from omnivideo.evaluation.prompts import CATEGORIES, sample_prompts
-from omnivideo.models.mllm import MLLMMedia, MLLMMessage, generate_answer, predict_route
+from omnivideo.models.mllm import MLLMMedia, MLLMMessage
 from omnivideo.models.omni import OmniVideoModel
-from omnivideo.models.sampling import denoise, sample_initial_noise
+from omnivideo.models.sampling import Expert, denoise, sample_initial_noise
 from omnivideo.models.vae import decode_latents, pixels_to_bytes
-from omnivideo.presets import Task, compute_latent_grid
+from omnivideo.presets import Task, get_sampling_defaults
 from omnivideo.synthetic.chat import make_knowledge_example, make_question_example, make_talk_example
 from omnivideo.synthetic.edits import sample_edit
 from omnivideo.synthetic.questions import sample_question
@@ -86,8 +86,8 @@ def build_conditions(
     source: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Return the condition and the null condition of a batch, under an ablation's mode."""
-    negative = omni.preset.negative_prompt
-    null = omni.build_null_condition(negative, len(texts), source)
+    negative = omni.preset.null.negative_prompt
+    null = omni.build_null_condition(negative, len(texts), source, medium)
     if mode == "text only":
         return omni.build_condition(texts, [None] * len(texts), source), null
     visual = omni.compute_visual_tokens([(message, medium) for message in messages])
@@ -114,13 +114,13 @@ def sample_clips(
 
     `given` are the latents of the first frames; `frames` is the length, by default that of the task.
     """
-    sampling = omni.preset.sampling[task]
+    sampling = get_sampling_defaults(omni.preset, task)
     medium: Medium = "video" if sampling.frames > 1 else "image"
     condition, null = build_conditions(omni, texts, messages, medium, mode, source)
     grid = compute_latent_grid(sampling.width, sampling.height, frames or sampling.frames)
     x = sample_initial_noise(list(range(seed, seed + len(texts))), (omni.vae.config.z_dim, *grid), omni.device)
-    settings = sampling.steps, sampling.guidance_scale, sampling.flow_shift
-    for step in denoise(omni.decoder, x, condition, null, *settings, given_BzThw=given):
+    experts, settings = [Expert(omni.decoder, condition, null)], (sampling.steps, sampling.guidance_scale)
+    for step in denoise(experts, x, *settings, sampling.flow_shift, given_BzThw=given):
         x = step.state.latents
     return pixels_to_bytes(decode_latents(omni.vae, x))
 
@@ -164,7 +164,7 @@ def evaluate_understanding(omni: OmniVideoModel, count: int, on_progress: Evalua
         scene = sample_scene(rng, is_video=index % 2 == 1, split="held_out")
         question = sample_question(rng, scene)
         message = build_message(question.text, scene)
-        text = "".join(generate_answer(omni.mllm, omni.mllm_tokenizer, message, omni.vision_config, max_tokens=60))
+        text = "".join(omni.bound_mllm.stream_text(message, max_tokens=60))
         verdicts[question.kind].append(text.strip() == question.answer)
         on_progress("understanding", index + 1, count)
     return score_by_kind("understanding", verdicts)
@@ -191,7 +191,7 @@ def evaluate_routing(omni: OmniVideoModel, count: int, on_progress: EvaluationPr
     verdicts: dict[str, list[bool]] = defaultdict(list)
     for index in range(count):
         message, expected = sample_routing_case(rng)
-        route = predict_route(omni.mllm, omni.mllm_tokenizer, message, omni.vision_config).kind
+        route = omni.bound_mllm.route(message).kind
         verdicts[expected].append(route == expected)
         on_progress("routing", index + 1, count)
     return score_by_kind("routing", verdicts)

@@ -23,10 +23,18 @@ from omnivideo.media.decode import (
     read_frame_times,
 )
 from omnivideo.media.limits import READABLE_FORMATS, MediaGuard, MediaLimits, printable_name
-from omnivideo.media.resample import build_even_grid, center_crop_resize, select_nearest_frames
+from omnivideo.media.resample import (
+    build_even_grid,
+    center_crop_resize,
+    crop_whole_box_resize,
+    select_nearest_frames,
+    select_strided_frames,
+)
+from omnivideo.presets import SourceConfig
 
 MediaKind = Literal["image", "video"]
 DEFAULT_LIMITS = MediaLimits()
+DEFAULT_SOURCE = SourceConfig()
 
 
 @dataclass(frozen=True)
@@ -79,13 +87,19 @@ def measure_media(
     return MediaInfo(width, height, len(order), fps, kind)
 
 
-def fit_media(media: DecodedMedia, width: int, height: int, frames: int, fps: float) -> np.ndarray:
+def fit_media(
+    media: DecodedMedia, width: int, height: int, frames: int, fps: float, config: SourceConfig = DEFAULT_SOURCE
+) -> np.ndarray:
     """Return the source in the shape that the model requires: uint8 [frames, height, width, 3].
 
-    It is cropped at the centre to the aspect ratio, resized, and resampled in time by nearest frame.
+    It is cropped at the centre to the aspect ratio, resized, and resampled in time, as `config` says. Raises
+    InvalidInput for a clip that is too short for a model that repeats no frames.
     """
     indices = select_nearest_frames(len(media.frames), media.fps, frames, fps).tolist()
-    resized = {index: center_crop_resize(media.frames[index], width, height) for index in set(indices)}
+    if config.frames == "stride" and media.kind == "video" and frames > 1:
+        indices = select_strided_frames(len(media.frames), frames, config)
+    crop_resize = center_crop_resize if config.crop == "exact" else crop_whole_box_resize
+    resized = {index: crop_resize(media.frames[index], width, height) for index in set(indices)}
     return np.stack([resized[index] for index in indices])
 
 

@@ -8,7 +8,9 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
+from omnivideo.errors import InvalidInput
 from omnivideo.media.limits import MediaGuard
+from omnivideo.presets import SourceConfig
 
 
 def build_even_grid(starts: np.ndarray, end: float, guard: MediaGuard) -> tuple[Sequence[int], float]:
@@ -39,6 +41,19 @@ def select_nearest_frames(source_count: int, source_fps: float | None, count: in
     return nearest
 
 
+def select_strided_frames(source_count: int, count: int, config: SourceConfig) -> list[int]:
+    """Return the indices of `count` frames of a clip: every `stride`-th after the skipped ones.
+
+    The stride shrinks until the clip is long enough. Raises InvalidInput for a clip that is too short for any.
+    """
+    available = source_count - config.skip
+    if available < count:
+        text = f"it has {source_count} frames; an edit of {count} frames takes at least {config.skip + count}"
+        raise InvalidInput("source", text)
+    stride = min(config.stride, available // count)
+    return [config.skip + index * stride for index in range(count)]
+
+
 def spread_frame_indices(source_count: int, max_count: int) -> list[int]:
     """Return the indices of up to `max_count` frames, evenly spaced from the first to the last."""
     return [int(index) for index in np.linspace(0, source_count - 1, min(max_count, source_count)).round()]
@@ -52,3 +67,15 @@ def center_crop_resize(pixels: np.ndarray, width: int, height: int) -> np.ndarra
     top = max(0.0, (full_height - height * scale) / 2)
     box = (left, top, full_width - left, full_height - top)
     return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.LANCZOS, box=box))
+
+
+def crop_whole_box_resize(pixels: np.ndarray, width: int, height: int) -> np.ndarray:
+    """Return [height, width, 3]: the largest centred box of that aspect ratio with whole sides, resized bilinearly."""
+    full_height, full_width = pixels.shape[:2]
+    ratio = width / height
+    box_width, box_height = min(full_width, int(full_height * ratio)), full_height
+    if full_width < full_height * ratio:
+        box_width, box_height = full_width, int(full_width / ratio)
+    left, top = round((full_width - box_width) / 2), round((full_height - box_height) / 2)
+    box = np.ascontiguousarray(pixels[top : top + box_height, left : left + box_width])
+    return np.asarray(Image.fromarray(box).resize((width, height), Image.Resampling.BILINEAR))

@@ -71,20 +71,22 @@ class Adapter(QueryTransformer):
 class VisualContextAdapter(nn.Module):
     """Turns the latents of an edit's source into condition tokens.
 
-    [B, z, T, h, w] -> [B, K, D] with K = T * h/kernel * w/kernel. `absolute_positions` adds fixed positions on the
-    token grid, which the released model does not have.
+    [B, z, T, h, w] -> [B, K, D] with K = T * h/kernel * w/kernel. `eps` is that of its two layer norms.
+    `absolute_positions` adds fixed positions on the token grid, which the released model does not have.
     """
 
-    def __init__(self, channels: int, hidden: int, dim: int, kernel: int, absolute_positions: bool):
+    def __init__(self, channels: int, hidden: int, dim: int, kernel: int, absolute_positions: bool, eps: float = 1e-5):
         super().__init__()
+        self.eps = eps
         self.patch_embedding = nn.Conv3d(channels, hidden, (1, kernel, kernel), (1, kernel, kernel))
         self.projection = nn.Linear(hidden, dim)
         self.absolute_positions = absolute_positions
 
     def forward(self, latents_BzThw: Tensor) -> Tensor:
         patches_BCThw = self.patch_embedding(latents_BzThw)
-        tokens_BKC = nn.functional.layer_norm(patches_BCThw.flatten(2).mT, (patches_BCThw.shape[1],))
-        out_BKD = nn.functional.layer_norm(self.projection(tokens_BKC), (self.projection.out_features,))
+        tokens_BKC = nn.functional.layer_norm(patches_BCThw.flatten(2).mT, (patches_BCThw.shape[1],), eps=self.eps)
+        out_BKD = self.projection(tokens_BKC)
+        out_BKD = nn.functional.layer_norm(out_BKD, (out_BKD.shape[-1],), eps=self.eps)
         if self.absolute_positions:
             positions_DThw = build_grid_positions(out_BKD.shape[-1], *patches_BCThw.shape[2:])
             out_BKD = out_BKD + positions_DThw.flatten(1).mT.to(out_BKD)
@@ -105,3 +107,19 @@ class HiddenProjection(nn.Module):
     def forward(self, x_BNM: Tensor) -> Tensor:
         out_BND: Tensor = self.proj(self.norm(x_BNM))
         return out_BND
+
+
+class NullContext(nn.Module):
+    """What the null branch of version 1 has in place of a request, from the published `context.pkl`.
+
+    `hidden_states` [1, N, M] go through the vision head and the adapter, `text` [L, D] is a text embedding. Neither is
+    trained.
+    """
+
+    hidden_states: Tensor
+    text: Tensor
+
+    def __init__(self, mllm_width: int, text_width: int, num_states: int = 1, num_text_tokens: int = 1):
+        super().__init__()
+        self.register_buffer("hidden_states", torch.zeros(1, num_states, mllm_width))
+        self.register_buffer("text", torch.zeros(num_text_tokens, text_width))

@@ -1,48 +1,52 @@
-"""The decoder's condition: visual context, visual tokens and text, each between two markers.
+"""The decoder's condition: its parts in the preset's order, each between two markers if it has any, then zeros.
 
-    c = [<img_st> h <img_ed> || <ipl_st> v <ipl_ed> || <prp_st> t <prp_ed> || zeros]
+    version 1   <img_st> source <img_ed> || <ipl_st> visual <ipl_ed> || <prp_st> text <prp_ed> || zeros
+    version 2   hidden || <prp_st> text <prp_ed> || <img_st> source <img_ed> || zeros
 
-`h` is the visual context of the source (editing only), `v` the adapter's tokens and `t` the text. The order is that
-of the released code; the paper writes v, h, t (section 3.3). If a part is absent, so are its markers.
+`source` is the visual context of an edit's source, `visual` the adapter's tokens, `hidden` the projected hidden states
+of the MLLM. The order of version 1 is that of the released code; the paper writes visual, source, text (section 3.3).
+If a part is absent, so are its markers. The zeros are attended to, so their number matters.
 Shapes: B batch, L tokens, D text width of the decoder.
 """
 
 from collections.abc import Mapping, Sequence
+from html import unescape
 
 import torch
+from ftfy import fix_text
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
 from omnivideo.errors import ConditionTooLong
+from omnivideo.presets import ConditionConfig, ConditionPart, TextConfig
 
-MARKER_NAMES = ("img_st", "img_ed", "ipl_st", "ipl_ed", "prp_st", "prp_ed")
+ConditionTokens = Mapping[ConditionPart, Tensor]  # the tokens [L, D] of each part of one condition
 
 
 class MarkerEmbeddings(nn.Module):
-    """Six learned markers [n, D]; n is 1 unless `lengths` gives another value, as it does for published weights."""
+    """Learned markers [n, D] by name; n is 1 unless `lengths` gives another value, as it does for published weights.
 
-    def __init__(self, dim: int, lengths: Mapping[str, int] | None = None):
+    Markers of length 0 stand for weights without any.
+    """
+
+    def __init__(self, dim: int, names: Sequence[str], lengths: Mapping[str, int] | None = None):
         super().__init__()
-        for name in MARKER_NAMES:
+        for name in names:
             rows = (lengths or {}).get(name, 1)
             self.register_parameter(name, nn.Parameter(torch.randn(rows, dim) * 0.02))
 
 
 def assemble_conditions(
-    markers: MarkerEmbeddings,
-    texts_LD: Sequence[Tensor],
-    visual_LD: Sequence[Tensor | None],
-    context_LD: Sequence[Tensor | None],
-    min_tokens: int,
-    max_tokens: int,
+    config: ConditionConfig, markers: MarkerEmbeddings, rows: Sequence[ConditionTokens], dtype: torch.dtype
 ) -> Tensor:
     """Return the conditions [B, L, D] of a batch, zero-padded to the longest of them and to at least `min_tokens`.
 
-    Raises ConditionTooLong if one of them has more than `max_tokens` tokens; nothing is ever truncated.
+    A condition of more than `max_tokens` loses its end if the preset says so; otherwise it raises ConditionTooLong.
     """
     # Concatenate all tokens once and gather the rows from them: launching a kernel for every part of every row would
     # leave a GPU idle.
-    pool = [texts_LD[0].new_zeros(1, texts_LD[0].shape[-1])]  # index 0 is the padding
+    first = next(iter(rows[0].values()))
+    pool = [torch.zeros(1, first.shape[-1], dtype=dtype, device=first.device)]  # index 0 is the padding
     pool_length = 1
 
     def add_to_pool(tokens_LD: Tensor) -> range:
@@ -51,29 +55,42 @@ def assemble_conditions(
         pool_length += len(tokens_LD)
         return range(pool_length - len(tokens_LD), pool_length)
 
-    marker = {name: add_to_pool(getattr(markers, name)) for name in MARKER_NAMES}
-    rows: list[list[int]] = []
-    for text, visual, context in zip(texts_LD, visual_LD, context_LD, strict=True):
-        row: list[int] = []
-        for kind, tokens in (("img", context), ("ipl", visual), ("prp", text)):
-            if tokens is not None:
-                row += (*marker[f"{kind}_st"], *add_to_pool(tokens), *marker[f"{kind}_ed"])
-        check_condition_length(len(row), max_tokens)
-        rows.append(row)
-    longest = max(min_tokens, *map(len, rows))
-    indices_BL = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=pool[0].device)
+    marker = {name: add_to_pool(getattr(markers, name)) for name in config.marker_names}
+    indices: list[list[int]] = []
+    for row in rows:
+        row_indices: list[int] = []
+        for part in config.parts:
+            if part in row:
+                name = config.markers.get(part)
+                start, end = (marker[f"{name}_st"], marker[f"{name}_ed"]) if name else (range(0), range(0))
+                row_indices += (*start, *add_to_pool(row[part]), *end)
+        if config.overflow == "refuse":
+            check_condition_length(len(row_indices), config.max_tokens)
+        indices.append(row_indices[: config.max_tokens])
+    longest = max(config.min_tokens, *map(len, indices))
+    indices_BL = torch.tensor([row + [0] * (longest - len(row)) for row in indices], device=first.device)
     return nn.functional.embedding(indices_BL, torch.cat(pool))
 
 
+def zip_condition_parts(columns: Mapping[ConditionPart, Sequence[Tensor | None]]) -> list[ConditionTokens]:
+    """Return the parts of each condition of a batch from one column for each part; None is an absent part."""
+    rows: list[dict[ConditionPart, Tensor]] = [{} for _ in next(iter(columns.values()))]
+    for part, column in columns.items():
+        for row, tokens_LD in zip(rows, column, strict=True):
+            if tokens_LD is not None:
+                row[part] = tokens_LD
+    return list(rows)
+
+
 def count_condition_tokens(
-    markers: MarkerEmbeddings, text_tokens: int, visual_tokens: int | None, context_tokens: int | None
+    config: ConditionConfig, markers: MarkerEmbeddings, counts: Mapping[ConditionPart, int]
 ) -> int:
-    """Return the number of tokens of a condition before padding; None stands for an absent part."""
-    parts = (("prp", text_tokens), ("ipl", visual_tokens), ("img", context_tokens))
-    return sum(
-        count + len(getattr(markers, f"{kind}_st")) + len(getattr(markers, f"{kind}_ed"))
-        for kind, count in parts if count is not None
-    )  # fmt: skip
+    """Return the number of tokens of a condition before padding, from those of its parts."""
+    total = sum(counts.values())
+    for part in counts:
+        if name := config.markers.get(part):
+            total += len(getattr(markers, f"{name}_st")) + len(getattr(markers, f"{name}_ed"))
+    return total
 
 
 def pad_condition(tokens_BLD: Tensor, min_tokens: int, max_tokens: int) -> Tensor:
@@ -88,20 +105,38 @@ def check_condition_length(length: int, max_tokens: int) -> None:
         raise ConditionTooLong("prompt", f"the condition has {length} tokens; the decoder takes 1 to {max_tokens}")
 
 
+# ---------------------------------------------------------------- text
+
+
+def clean_text(text: str) -> str:
+    """Return the text as Wan's encoder was trained on it: broken Unicode and HTML entities repaired, blanks joined."""
+    return " ".join(unescape(unescape(fix_text(text))).split())
+
+
 def encode_text(
-    tokenizer: PreTrainedTokenizerBase, encoder: UMT5EncoderModel, prompts: Sequence[str], max_tokens: int
+    tokenizer: PreTrainedTokenizerBase, encoder: UMT5EncoderModel, prompts: Sequence[str], config: TextConfig
 ) -> tuple[Tensor, Tensor]:
     """Return text embeddings [B, L, D], which are zero after the end of each prompt, and the prompts' lengths [B].
 
-    Raises ConditionTooLong if a prompt has more than `max_tokens` tokens.
+    A prompt of more than `max_tokens` tokens is cut, or raises ConditionTooLong, as the preset says.
     """
-    tokens = tokenizer(list(prompts), padding=True, return_tensors="pt", verbose=False)
+    tokens = tokenize_prompts(tokenizer, prompts, config)
     ids_BL, mask_BL = (tokens[name].to(encoder.device) for name in ("input_ids", "attention_mask"))
-    check_prompt_length(ids_BL.shape[1], max_tokens)
     hidden_BLD = encoder(ids_BL, attention_mask=mask_BL).last_hidden_state
     return hidden_BLD * mask_BL[..., None].to(hidden_BLD), mask_BL.sum(1)
 
 
-def check_prompt_length(count: int, max_tokens: int) -> None:
-    if count > max_tokens:
-        raise ConditionTooLong("prompt", f"it has {count} tokens; the text encoder takes 1 to {max_tokens}")
+def tokenize_prompts(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], config: TextConfig
+) -> dict[str, Tensor]:
+    """Return the token ids [B, L] of prompts and their attention mask; raise ConditionTooLong."""
+    texts = [clean_text(prompt) for prompt in prompts] if config.clean else list(prompts)
+    options = {"truncation": True, "max_length": config.max_tokens} if config.overflow == "cut" else {}
+    tokens = tokenizer(texts, padding=True, return_tensors="pt", verbose=False, **options)
+    check_prompt_length(tokens["input_ids"].shape[1], config)
+    return {name: tokens[name] for name in ("input_ids", "attention_mask")}
+
+
+def check_prompt_length(count: int, config: TextConfig) -> None:
+    if count > config.max_tokens and config.overflow == "refuse":
+        raise ConditionTooLong("prompt", f"it has {count} tokens; the text encoder takes 1 to {config.max_tokens}")

@@ -7,7 +7,7 @@ Shapes: B batch, N tokens, V vocabulary, M width of the model, F frames, H W pix
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from inspect import signature
@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase, Qwen3VLForConditionalGeneratio
 from transformers.vision_utils import get_vision_position_ids
 
 from omnivideo.contracts import Route
+from omnivideo.models.structured import SchemaConstraint
 from omnivideo.presets import VisionInputConfig
 
 BOI, EOI, BOV, EOV = "<BOI>", "<EOI>", "<BOV>", "<EOV>"
@@ -43,11 +44,15 @@ class MLLMMedia:
 
 @dataclass(frozen=True)
 class MLLMMessage:
-    """One request: the media come first, then the text. `system` is the system prompt of a mode such as think."""
+    """One request: the media come first, then the text. `system` is the system prompt of a mode such as think.
+
+    With a `json_schema`, the answer is valid JSON of that schema.
+    """
 
     text: str
     media: tuple[MLLMMedia, ...] = ()
     system: str | None = None
+    json_schema: str | None = None
 
 
 @dataclass(frozen=True)
@@ -67,17 +72,23 @@ class TokenizedRequest:
 # ---------------------------------------------------------------- pixels to patches
 
 
-def fit_size(height: int, width: int, vision_config: VisionInputConfig) -> tuple[int, int]:
-    """Return the nearest height and width that are multiples of a merged patch and have an allowed area."""
-    factor = vision_config.patch_size * vision_config.merge_size
+def fit_size(height: int, width: int, vision_config: VisionInputConfig, num_frames: int = 1) -> tuple[int, int]:
+    """Return the nearest height and width that are multiples of a merged patch and have an allowed area.
+
+    If the budget is that of the whole clip, the area counts once for each of its frames.
+    """
+    factor, temporal = vision_config.patch_size * vision_config.merge_size, vision_config.temporal_patch_size
+    area, padded_area = 1, 1  # in frames: as they are, and in whole groups of frames, both as Qwen3-VL's processor does
+    if vision_config.budget == "clip" and num_frames > 1:
+        area, padded_area = num_frames, max(1, round(num_frames / temporal)) * temporal
     fit_height, fit_width = (max(factor, round(side / factor) * factor) for side in (height, width))
-    if fit_height * fit_width > vision_config.max_pixels:
-        shrink = math.sqrt(height * width / vision_config.max_pixels)
+    if padded_area * fit_height * fit_width > vision_config.max_pixels:
+        shrink = math.sqrt(area * height * width / vision_config.max_pixels)
         fit_height, fit_width = (
             max(factor, math.floor(side / shrink / factor) * factor) for side in (height, width)
         )  # fmt: skip
-    elif fit_height * fit_width < vision_config.min_pixels:
-        grow = math.sqrt(vision_config.min_pixels / (height * width))
+    elif padded_area * fit_height * fit_width < vision_config.min_pixels:
+        grow = math.sqrt(vision_config.min_pixels / (area * height * width))
         fit_height, fit_width = (math.ceil(side * grow / factor) * factor for side in (height, width))
     return fit_height, fit_width
 
@@ -105,7 +116,7 @@ def patchify(frames_FHW3: np.ndarray, vision_config: VisionInputConfig) -> tuple
 
     Pixels are normalised with mean 0.5 and standard deviation 0.5. The last frame is repeated to fill its patch.
     """
-    size = fit_size(frames_FHW3.shape[1], frames_FHW3.shape[2], vision_config)
+    size = fit_size(frames_FHW3.shape[1], frames_FHW3.shape[2], vision_config, len(frames_FHW3))
     frames = np.stack([resize_frame(frame, size) for frame in frames_FHW3])
     patch, merge, temporal = vision_config.patch_size, vision_config.merge_size, vision_config.temporal_patch_size
     frames = np.concatenate([frames, frames[-1:].repeat(-len(frames) % temporal, axis=0)])
@@ -290,27 +301,35 @@ def generate_answer(
     top_p: float = 0.6,
     max_tokens: int = 1024,
     seed: int = 0,
+    stop_ids: Collection[int] = (),
 ) -> Iterator[str]:
     """Yield the answer in pieces of text; the defaults are the paper's for understanding.
 
-    Only the end token is omitted. The routing tokens are banned, because the caller has already chosen text.
+    Only the end token is omitted; `stop_ids` are further ones. The routing tokens, which a stock tokenizer does not
+    have, are banned, because the caller has already chosen text.
     """
     inputs = collate_requests(
         [tokenize_message(tokenizer, message, vision_config)], tokenizer.pad_token_id, model.device
     )
     generator = torch.Generator().manual_seed(seed)
-    banned_ids = tokenizer.convert_tokens_to_ids(list(VISUAL_TOKENS))
+    vocabulary = tokenizer.get_added_vocab()
+    banned_ids = [vocabulary[token] for token in VISUAL_TOKENS if token in vocabulary]
     token_ids: list[int] = []
     emitted_text = ""
     out = model(**inputs, logits_to_keep=1, use_cache=True)
+    schema, num_logits = message.json_schema, out.logits.shape[-1]
+    constraint = SchemaConstraint(tokenizer, num_logits, schema) if schema else None
     # transformers keeps the rotary offset of the last request with media; a request without media has no offset.
     offset = model.model.rope_deltas if message.media else torch.zeros(1, dtype=torch.long, device=model.device)
     for _ in range(max_tokens):
         logits_V = out.logits[0, -1].float().cpu()
         logits_V[banned_ids] = -torch.inf
+        logits_V = constraint.mask_logits(logits_V) if constraint else logits_V
         token_id = sample_token(logits_V, temperature, top_p, generator)
-        if token_id == tokenizer.eos_token_id:
+        if token_id == tokenizer.eos_token_id or token_id in stop_ids:
             return
+        if constraint:
+            constraint.accept_token(token_id)
         token_ids.append(token_id)
         text = tokenizer.decode(token_ids)
         if not text.endswith("\ufffd"):  # a character may span several tokens

@@ -3,7 +3,8 @@
 Shapes: B batch, z latent channels, T h w latent grid, L condition tokens, D text width of the decoder.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,12 +37,25 @@ class DenoisingStep:
     clean_latents: Tensor
 
 
+@dataclass(frozen=True)
+class Expert:
+    """A decoder with the condition and the null condition [B, L, D] that it is given.
+
+    It denoises at timesteps of at least `min_timestep`, up to those of the expert before it. `autocast` is the type
+    that it computes in, if that is not the type of its weights.
+    """
+
+    decoder: WanTransformer3DModel
+    condition_BLD: Tensor
+    null_BLD: Tensor
+    min_timestep: int = 0
+    autocast: torch.dtype | None = None
+
+
 @torch.no_grad()
 def denoise(
-    decoder: WanTransformer3DModel,
+    experts: Sequence[Expert],
     noise_BzThw: Tensor,
-    condition_BLD: Tensor,
-    null_BLD: Tensor,
     steps: int,
     guidance_scale: float,
     flow_shift: float,
@@ -50,8 +64,9 @@ def denoise(
 ) -> Iterator[DenoisingStep]:
     """Yield the result of every step; the latents of the last state are the result.
 
-    With `initial_state` the loop continues after that state and ignores `noise_BzThw`, except for its device.
-    `given_BzThw` are the latents of the first frames, which stay as they are: the clip continues them.
+    `experts` are one decoder, or several in order of falling timesteps. With `initial_state` the loop continues after
+    that state and ignores `noise_BzThw`, except for its device. `given_BzThw` are the latents of the first frames,
+    which stay as they are: the clip continues them.
     """
     scheduler = create_scheduler(steps, flow_shift, noise_BzThw.device)
     x_BzThw, first_step = noise_BzThw, 0
@@ -63,32 +78,37 @@ def denoise(
 
     for step in range(first_step, steps):
         timestep, sigma = scheduler.timesteps[step], scheduler.sigmas[step]
-        decoder_timestep = expand_timestep(decoder, x_BzThw, timestep, given_frames)
-        velocity_BzThw = predict_velocity(decoder, x_BzThw, decoder_timestep, condition_BLD, null_BLD, guidance_scale)
+        expert = next(expert for expert in experts if timestep >= expert.min_timestep)
+        decoder_timestep = expand_timestep(expert.decoder, x_BzThw, timestep, given_frames)
+        velocity_BzThw = predict_velocity(expert, x_BzThw, decoder_timestep, guidance_scale)
         clean_BzThw = insert_given_frames(x_BzThw - sigma * velocity_BzThw, given_BzThw)
         x_BzThw = scheduler.step(velocity_BzThw, timestep, x_BzThw, return_dict=False)[0]
         x_BzThw = insert_given_frames(x_BzThw, given_BzThw)
         yield DenoisingStep(steps, capture_state(scheduler, step + 1, x_BzThw), clean_BzThw)
 
 
-def predict_velocity(
-    decoder: WanTransformer3DModel,
-    x_BzThw: Tensor,
-    timestep: Tensor,
-    condition_BLD: Tensor,
-    null_BLD: Tensor,
-    guidance_scale: float,
-) -> Tensor:
+def predict_velocity(expert: Expert, x_BzThw: Tensor, timestep: Tensor, guidance_scale: float) -> Tensor:
     """Return the guided velocity [B, z, T, h, w]: null + scale * (condition - null).
 
     `timestep` is that of each sample [B] or of each of the decoder's tokens [B, N]. At scale 1 the null pass is
-    skipped. A scale s in the released code corresponds to s + 1 here.
+    skipped. A scale s in the released code of version 1 corresponds to s + 1 here.
     """
-    velocity_BzThw: Tensor = decoder(x_BzThw, timestep, condition_BLD, return_dict=False)[0]
+
+    def run_decoder(condition_BLD: Tensor) -> Tensor:
+        with autocast_to(expert.autocast, x_BzThw.device):
+            velocity_BzThw: Tensor = expert.decoder(x_BzThw, timestep, condition_BLD, return_dict=False)[0]
+        return velocity_BzThw.to(x_BzThw.dtype)
+
+    velocity_BzThw = run_decoder(expert.condition_BLD)
     if guidance_scale == 1:
         return velocity_BzThw
-    null_BzThw: Tensor = decoder(x_BzThw, timestep, null_BLD, return_dict=False)[0]
+    null_BzThw = run_decoder(expert.null_BLD)
     return null_BzThw + guidance_scale * (velocity_BzThw - null_BzThw)
+
+
+def autocast_to(dtype: torch.dtype | None, device: torch.device) -> AbstractContextManager[object]:
+    """Return a context in which modules compute in `dtype`; None changes nothing."""
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
 
 def expand_timestep(decoder: WanTransformer3DModel, x_BzThw: Tensor, timestep: Tensor, given_frames: int = 0) -> Tensor:

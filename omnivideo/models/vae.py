@@ -4,6 +4,8 @@ Shapes: B batch, C 3 colours, z latent channels, F frames, T = (F - 1) / 4 + 1 l
 h = H / 8, w = W / 8. Pixels are in -1..1.
 """
 
+from typing import Literal
+
 import numpy as np
 import torch
 from diffusers import AutoencoderKLWan
@@ -16,10 +18,11 @@ def pixels_from_bytes(clips_BFHWC: np.ndarray) -> Tensor:
     return torch.from_numpy(clips_BFHWC).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
 
 
-def pixels_to_bytes(pixels_BCFHW: Tensor) -> np.ndarray:
-    """Return uint8 [B, F, H, W, 3] from pixels in -1..1."""
-    scaled = ((pixels_BCFHW.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    return scaled.permute(0, 2, 3, 4, 1).cpu().numpy()
+def pixels_to_bytes(pixels_BCFHW: Tensor, rounding: Literal["nearest", "truncate"] = "nearest") -> np.ndarray:
+    """Return uint8 [B, F, H, W, 3] from pixels in -1..1, rounded to the nearest byte or down."""
+    scaled = (pixels_BCFHW.float().clamp(-1, 1) + 1) * 127.5
+    rounded = scaled.round() if rounding == "nearest" else scaled
+    return rounded.to(torch.uint8).permute(0, 2, 3, 4, 1).cpu().numpy()
 
 
 def get_latent_statistics(vae: AutoencoderKLWan, reference: Tensor) -> tuple[Tensor, Tensor]:

@@ -258,7 +258,8 @@ class Client:
                 if response.status_code < 400:
                     return response
                 error = error_from_response(response)
-                if response.status_code not in (429, 502, 503, 504):
+                is_temporary = response.status_code in (429, 502, 503, 504) or "Retry-After" in response.headers
+                if not is_temporary:
                     raise error
                 pause = float(response.headers.get("Retry-After", pause))
             except httpx.TransportError:

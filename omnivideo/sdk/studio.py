@@ -22,7 +22,7 @@ from omnivideo.contracts import (
 from omnivideo.cpu_threads import configure_cpu_threads
 from omnivideo.media.read import fit_media, read_media
 from omnivideo.models.device import pick_device
-from omnivideo.models.mllm import MLLMMedia, MLLMMessage, generate_answer, predict_route
+from omnivideo.models.mllm import MLLMMedia, MLLMMessage
 from omnivideo.models.omni import OmniVideoModel
 from omnivideo.models.weights import checkpoint
 from omnivideo.models.weights.checkpoint import find_shipped_weights
@@ -46,7 +46,8 @@ class Studio:
     """A model in this process.
 
     `weights` is a folder in our format, by default the preset's shipped weights. `device` is "auto" (a GPU if there is
-    one), "cpu" or "cuda:N". `home` is the folder of threads and their artifacts, by default OMNIVIDEO_HOME.
+    one), "cpu" or "cuda:N". `home` is the folder of threads and their artifacts, by default OMNIVIDEO_HOME. The
+    setting OMNIVIDEO_PRECISION is "preset", each part in the type that the preset states, or "float32".
 
     Raises CheckpointError if the weights are missing or do not fit the preset.
     """
@@ -61,7 +62,7 @@ class Studio:
         configure_cpu_threads()
         self.settings = load_settings(home=home)
         self.weights_folder = Path(weights) if weights else find_shipped_weights(preset)
-        self.omni: OmniVideoModel = checkpoint.load(self.weights_folder, pick_device(device))
+        self.omni: OmniVideoModel = checkpoint.load(self.weights_folder, pick_device(device), self.settings.precision)
         self.weights_digest = checkpoint.compute_weights_digest(self.weights_folder)
 
     @cached_property
@@ -94,7 +95,7 @@ class Studio:
         """Return what the model would answer the request with: text, an image or a video, with its probability."""
         media = () if source is None else (self.load_media(source),)
         message = MLLMMessage(check_prompt("prompt", prompt), media)
-        return predict_route(self.omni.mllm, self.omni.mllm_tokenizer, message, self.omni.vision_config)
+        return self.omni.bound_mllm.route(message)
 
     def generate(
         self, prompt: str, *, image: bool | None = None, on_step: StepCallback = ignore_step, **overrides: object
@@ -120,7 +121,8 @@ class Studio:
         media = read_media(source)
         task = get_editing_task(media.kind)
         params = resolve_sampling_params(self.omni.preset, task, **overrides)
-        frames = fit_media(media, params.width, params.height, params.frames, params.fps)
+        size = (params.width, params.height, params.frames, params.fps)
+        frames = fit_media(media, *size, self.omni.preset.source)
         return self.generate_result(instruction, params, frames, Path(source).name, on_step)
 
     def understand(
@@ -136,15 +138,7 @@ class Studio:
         """Answer a question about an image or a clip; call `on_text` with each new piece of the answer."""
         message = MLLMMessage(check_prompt("question", question), (self.load_media(source),))
         pieces = []
-        for piece in generate_answer(
-            self.omni.mllm,
-            self.omni.mllm_tokenizer,
-            message,
-            self.omni.vision_config,
-            temperature=temperature,
-            top_p=top_p,
-            seed=seed,
-        ):
+        for piece in self.omni.bound_mllm.stream_text(message, temperature=temperature, top_p=top_p, seed=seed):
             pieces.append(piece)
             on_text(piece)
         return "".join(pieces).strip()

@@ -1,55 +1,23 @@
 """The planner with in-memory twins: splitting turns, references, questions, forks and recovery."""
 
-import json
 import random
 import re
 import sqlite3
-from collections.abc import Iterator
 
 import pytest
-from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.checkpoint.sqlite import SqliteSaver
 
 from omnivideo.agent import english_rules
-from omnivideo.agent.graph import Planner, load_prompts
 from omnivideo.agent.thread import Thread
-from omnivideo.contracts import Artifact, MLLMRequest, StepProgress
+from omnivideo.contracts import StepProgress
 from omnivideo.errors import InvalidInput, JobCancelled
-from omnivideo.presets import OMNIVIDEO_1_3B, TINY
 from omnivideo.synthetic.chat import make_talk_example
 from omnivideo.synthetic.edits import sample_edit
 from omnivideo.synthetic.questions import sample_question
 from omnivideo.synthetic.requests import make_caption_prompt, make_indirect_prompt
 from omnivideo.synthetic.scenes import sample_scene
-from omnivideo.turns import ArtifactReady, PromptRewritten, QuestionAsked, ThinkingDelta, Turn, TurnCompleted
-from tests.support.twins import InstantQueue, ScriptedMLLM
-
-
-class Conversation:
-    """A thread over twins; `events` are those of the last turn."""
-
-    def __init__(self, saver=None, name="conversation", mllm=None, preset=TINY):
-        self.mllm, self.queue = mllm or ScriptedMLLM(), InstantQueue()
-        planner = Planner(self.mllm, self.queue, preset)
-        self.graph = planner.build_graph(saver or InMemorySaver())
-        self.thread = Thread(self.graph, name, attach)
-        self.events: list = []
-        if not self.thread.exists():
-            self.thread.initialize_state()
-
-    def say(self, text, **options) -> Turn | QuestionAsked:
-        self.events = list(self.thread.send(text, **options))
-        last = self.events[-1]
-        return last.turn if isinstance(last, TurnCompleted) else last
-
-    def list_events(self, kind):
-        return [event for event in self.events if isinstance(event, kind)]
-
-
-def attach(path, made_by):
-    return Artifact(
-        key=str(path), medium="image", width=64, height=64, frames=1, fps=1.0, caption=str(path), created_by=made_by
-    )
+from omnivideo.turns import ArtifactReady, PromptRewritten, QuestionAsked, ThinkingDelta
+from tests.support.conversations import Conversation, attach
 
 
 @pytest.mark.parametrize(
@@ -288,85 +256,3 @@ def test_joined_actions_are_split_where_they_were_joined():
         joined = rng.choice(("; ", ", then ", ". ", ", and then ", "; now ")).join(parts)
         correct_count += english_rules.split_actions(joined) == [part.strip(".!") for part in parts]
     assert correct_count >= 285
-
-
-# ---------------------------------------------------------------- plans of the model
-
-
-class PlanningMLLM(ScriptedMLLM):
-    """A model that can plan; `plans` maps the text of a turn to its plan."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.plans: dict[str, str] = {}
-
-    def stream_text(self, request: MLLMRequest) -> Iterator[str]:
-        user_text = request.text.rpartition("The user says: ")[2]
-        if request.system == PROMPTS.plan:
-            self.asks.append(request)
-            yield self.plans.get(user_text, "I would rather talk.")
-        else:
-            yield from super().stream_text(request)
-
-
-PROMPTS = load_prompts(OMNIVIDEO_1_3B)
-TURNS = {
-    "de": ("ein roter Ball; mach ihn blau; wie viele Bälle sind es?", "ein roter Ball", "mach ihn blau"),
-    "fr": ("une balle rouge, puis rends-la bleue, combien de balles ?", "une balle rouge", "rends-la bleue"),
-    "es": ("una pelota roja y luego hazla azul, ¿cuántas hay?", "una pelota roja", "hazla azul"),
-    "zh": ("画一个红球，然后把它变成蓝色，有几个球？", "画一个红球", "把它变成蓝色"),
-    "hi": ("एक लाल गेंद, फिर उसे नीला करो, कितनी गेंदें हैं?", "एक लाल गेंद", "उसे नीला करो"),
-}
-
-
-@pytest.mark.parametrize("language", TURNS)
-def test_a_model_that_can_plan_splits_turns_in_any_language(language):
-    text, first, second = TURNS[language]
-    mllm = PlanningMLLM()
-    entries = [{"do": first, "about": "new"}, {"do": second, "about": "last"}, {"do": "how many?", "about": "last"}]
-    mllm.plans = {text: "Here it is: " + json.dumps(entries), "again": '[{"do": "make it green", "about": "1"}]'}
-    conversation = Conversation(mllm=mllm, preset=OMNIVIDEO_1_3B)
-    generated, edited, answered = conversation.say(text).results
-    assert edited.artifact.source == generated.artifact.key
-    assert answered.action.source == edited.artifact.key and answered.answer
-    assert conversation.say("again").results[0].artifact.source == generated.artifact.key
-    prompt = next(ask.text for ask in mllm.asks if ask.text.endswith("again"))
-    assert f"1. video: {first}\n2. video: {second}\n" in prompt
-
-
-@pytest.mark.parametrize(
-    "plan",
-    ["no plan", "[]", "[1]", '[{"do": "x"}]', '[{"do": "", "about": "new"}]', '[{"do": "x", "about": "9"}]', "[[["],
-)
-def test_an_invalid_plan_makes_the_turn_one_action_about_the_last_artifact(plan):
-    """The English rules, which would split these turns, are not used for an MLLM that can plan."""
-    mllm = PlanningMLLM()
-    mllm.plans = {"a red ball; now make it blue": plan, "a red star; now make it green": plan}
-    conversation = Conversation(mllm=mllm, preset=OMNIVIDEO_1_3B)
-    (rendered,) = conversation.say("a red ball; now make it blue").results
-    assert rendered.action.text == "a red ball; now make it blue" and rendered.artifact.source is None
-    (edited,) = conversation.say("a red star; now make it green").results
-    assert edited.artifact.source == rendered.artifact.key
-
-
-def test_an_mllm_that_cannot_plan_is_not_asked_for_a_plan():
-    mllm = PlanningMLLM()
-    mllm.plans = {"a red ball; now make it blue": '[{"do": "something else", "about": "new"}]'}
-    conversation = Conversation(mllm=mllm, preset=OMNIVIDEO_1_3B.model_copy(update={"mllm_can_plan": False}))
-    first, second = conversation.say("a red ball; now make it blue").results
-    assert (first.action.text, second.action.text) == ("a red ball", "make it blue")
-    assert second.artifact.source == first.artifact.key and not any(ask.system == PROMPTS.plan for ask in mllm.asks)
-
-
-def test_an_unclear_reference_is_asked_about():
-    mllm = PlanningMLLM()
-    mllm.plans = {
-        "a red ball": '[{"do": "a red ball", "about": "new"}]',
-        "a picture of a star": '[{"do": "a picture of a star", "about": "new"}]',
-        "make that one green": '[{"do": "make that one green", "about": "unclear"}]',
-    }
-    conversation = Conversation(mllm=mllm, preset=OMNIVIDEO_1_3B)
-    ball = conversation.say("a red ball").results[0].artifact
-    conversation.say("a picture of a star")
-    assert conversation.say("make that one green").text.startswith("Which one do you mean?")
-    assert conversation.say("the first").results[0].artifact.source == ball.key

@@ -70,10 +70,10 @@ def test_batches_generate_images_and_answer_chats(client, http, runner):
 INVALID_LINES = [
     (b"{", "line: it is not valid JSON"),
     (b"[1]", "line: it is not a JSON object"),
-    (b"{}", "custom_id: field required"),
-    (make_lines(1).replace(b"POST", b"GET"), "method: input should be 'POST'"),
+    (b"{}", "custom_id: it is required"),
+    (make_lines(1).replace(b"POST", b"GET"), "method: allowed: POST"),
     (make_lines(1, "/v1/images/generations"), "url: it is /v1/images/generations"),
-    (make_lines(1).replace(b"/v1/videos", b"http://127.0.0.1/"), "url: input should be"),
+    (make_lines(1).replace(b"/v1/videos", b"http://127.0.0.1/"), "url: allowed: /v1/videos, "),
     (make_lines(1).replace(b"line 0", b"line 1"), "custom_id: 'line 1' is already used by an earlier line"),
     (b'{"a":' * 100_000, "line: it is not valid JSON"),
 ]  # fmt: skip

@@ -252,7 +252,7 @@ WRONG_VIDEOS = [
     ({"num_frames": 2.5}, "num_frames"), ({"fps": 0}, "fps"), ({"fps": 61}, "fps"), ({"fps": "many"}, "fps"),
     ({"num_inference_steps": 0}, "num_inference_steps"), ({"num_inference_steps": 201}, "num_inference_steps"),
     ({"guidance_scale": -1}, "guidance_scale"), ({"guidance_scale": "inf"}, "guidance_scale"),
-    ({"flow_shift": 0}, "flow_shift"), ({"seed": -1}, "seed"), ({"seed": 2**63}, "seed"),
+    ({"flow_shift": 0}, "flow_shift"), ({"seed": -2}, "seed"), ({"seed": 2**63}, "seed"),
     ({"negative_prompt": "a" * 4001}, "negative_prompt"), ({"input_reference": {}}, "input_reference"),
     ({"input_reference": "a.png"}, "input_reference"),
     ({"input_reference": {"file_id": "x"}}, "input_reference.file_id"),

@@ -33,7 +33,10 @@ REQUIRED = {name: "x" * 24 for name in (
     "POSTGRES_PASSWORD", "REDIS_PASSWORD", "GARAGE_RPC_SECRET", "OMNIVIDEO_S3_ACCESS_KEY", "OMNIVIDEO_S3_SECRET_KEY",
     "OMNIVIDEO_ADMIN_KEY",
 )}  # fmt: skip
-NOT_IN_API = {"torch", "diffusers", "transformers", "accelerate", "ftfy", "safetensors", "scipy", "matplotlib"}
+NOT_IN_API = {
+    "torch", "diffusers", "transformers", "llguidance", "accelerate", "ftfy", "safetensors", "scipy", "matplotlib",
+    "huggingface-hub",
+}  # fmt: skip
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 

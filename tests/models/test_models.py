@@ -29,9 +29,9 @@ from omnivideo.models.mllm import (
     sample_frame_indices,
     tokenize_message,
 )
-from omnivideo.models.sampling import DenoisingState, create_scheduler, denoise, sample_initial_noise
+from omnivideo.models.sampling import DenoisingState, Expert, create_scheduler, denoise, sample_initial_noise
 from omnivideo.models.weights import checkpoint
-from omnivideo.presets import TINY
+from omnivideo.presets import TINY, ConditionConfig
 from omnivideo.training.tiny import mllm
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -48,13 +48,13 @@ def test_patches_agree_with_those_of_qwen():
         patch_size=8, temporal_patch_size=2, merge_size=2, min_pixels=4096, max_pixels=4096,
         image_mean=[0.5] * 3, image_std=[0.5] * 3,
     )(images=[Image.fromarray(FRAME[0])], return_tensors="pt")  # fmt: skip
-    ours, grid = patchify(FRAME, TINY.vision_input)
+    ours, grid = patchify(FRAME, TINY.mllm.vision_input)
     assert theirs["image_grid_thw"].tolist() == [grid]
     assert torch.allclose(theirs["pixel_values"], ours, atol=1e-6)
 
 
 def test_a_clip_is_sampled_from_its_first_to_its_last_frame():
-    assert sample_frame_indices(MLLMMedia(CLIP, 8.0), TINY.vision_input) == [0, 3, 5, 8]
+    assert sample_frame_indices(MLLMMedia(CLIP, 8.0), TINY.mllm.vision_input) == [0, 3, 5, 8]
 
 
 def test_batches_equal_single_requests(omni):
@@ -109,13 +109,15 @@ def test_routing_follows_the_special_token(omni):
 
 
 def test_condition_is_in_the_documented_order():
-    markers = MarkerEmbeddings(4)
+    markers = MarkerEmbeddings(4, TINY.condition.marker_names)
     h, v, t = (torch.full((n, 4), float(value)) for n, value in ((3, 1), (2, 2), (5, 3)))
-    c = assemble_conditions(markers, [t], [v], [h], min_tokens=20, max_tokens=40)[0]
+    config = ConditionConfig(min_tokens=20, max_tokens=40)
+    c = assemble_conditions(config, markers, [{"text": t, "visual": v, "source": h}], torch.float32)[0]
     expected = [markers.img_st, h, markers.img_ed, markers.ipl_st, v, markers.ipl_ed,
                 markers.prp_st, t, markers.prp_ed, torch.zeros(4, 4)]  # fmt: skip
     assert torch.equal(c, torch.cat(expected))
-    alone = assemble_conditions(markers, [t], [None], [None], min_tokens=0, max_tokens=40)[0]
+    unpadded = ConditionConfig(min_tokens=0, max_tokens=40)
+    alone = assemble_conditions(unpadded, markers, [{"text": t}], torch.float32)[0]
     assert torch.equal(alone, torch.cat([markers.prp_st, t, markers.prp_ed]))
 
 
@@ -123,7 +125,9 @@ def test_a_condition_that_is_too_long_is_refused(omni):
     with pytest.raises(ConditionTooLong, match="1 to 64"):
         omni.build_condition(["red circle " * 80], [None])
     with pytest.raises(ConditionTooLong, match="the decoder takes 1 to 10"):
-        assemble_conditions(MarkerEmbeddings(4), [torch.zeros(9, 4)], [None], [None], min_tokens=0, max_tokens=10)
+        config = ConditionConfig(min_tokens=0, max_tokens=10)
+        markers = MarkerEmbeddings(4, config.marker_names)
+        assemble_conditions(config, markers, [{"text": torch.zeros(9, 4)}], torch.float32)
 
 
 def test_an_image_uses_the_first_visual_token_only(omni, monkeypatch):
@@ -161,9 +165,9 @@ def run(
     omni, seed: int, guidance: float = 3.0, steps: int = 4, begin: DenoisingState | None = None, shift: float = 5.0
 ):
     condition = omni.build_condition(["a red circle"], [None])
-    null = omni.build_null_condition(TINY.negative_prompt, 1)
+    null = omni.build_null_condition(TINY.null.negative_prompt, 1)
     x = sample_initial_noise([seed], (16, 3, 8, 8), torch.device("cpu"))
-    return list(denoise(omni.decoder, x, condition, null, steps, guidance, shift, begin))
+    return list(denoise([Expert(omni.decoder, condition, null)], x, steps, guidance, shift, begin))
 
 
 def test_denoising_yields_every_step_and_is_reproducible(omni):
@@ -205,7 +209,7 @@ def test_the_loop_agrees_with_the_pipeline_of_diffusers(omni):
     theirs.set_progress_bar_config(disable=True)
     latents = theirs(
         prompt_embeds=omni.build_condition(["a red circle"], [None]),
-        negative_prompt_embeds=omni.build_null_condition(TINY.negative_prompt, 1),
+        negative_prompt_embeds=omni.build_null_condition(TINY.null.negative_prompt, 1),
         height=64, width=64, num_frames=9, num_inference_steps=4, guidance_scale=3.0, output_type="latent",
         latents=sample_initial_noise([1], (16, 3, 8, 8), torch.device("cpu")),
     ).frames  # fmt: skip

@@ -30,6 +30,8 @@ LONG = (
     # vLLM servers. test_vllm_lora.py, with two short-lived ones, stays in `make test`.
     "backends/mllm/test_vllm.py",
     "backends/mllm/test_vllm_conversations.py",
+    "backends/mllm/test_vllm_instruct.py",
+    "backends/mllm/test_vllm_vila.py",
     # Fault matrices, in which brokers, workers and runs are killed.
     "backends/queue/test_celery.py::test_killed_workers_lose_no_job*",
     "backends/queue/test_celery.py::test_a_terminated_worker*",
@@ -43,6 +45,10 @@ LONG = (
 SLOW = (
     "agent/test_conversations.py::test_the_planner_evaluation*",
     "api/attacks/*.py",
+    "api/test_delivery.py",
+    "api/test_fields.py",
+    "api/test_idempotency.py",
+    "api/test_messages.py",
     "api/test_openai*.py",
     "api/test_openapi.py",
     "api/test_threads*.py",

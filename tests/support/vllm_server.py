@@ -32,6 +32,7 @@ BESIDE = (
 EXACT = ("--attention-backend", "FLEX_ATTENTION", "--mm-encoder-attn-backend", "TORCH_SDPA")
 SLOW = 600  # seconds, the time limit of the installation
 AGAIN = 3600  # seconds between a failed installation and the next attempt
+TEST_PLUGIN = "omnivideo_test_presets"  # makes the presets of tests known in vLLM's processes
 NEEDED = "import vllm, av, diffusers"
 SHIM = '''"""PyPI's torchvision is built for CUDA: beside torch for the CPU its operators are missing and it cannot be
 imported.  Only their names are needed: nothing here calls them."""
@@ -118,7 +119,9 @@ def entry_points(folder: Path) -> Path:
     told.mkdir(parents=True, exist_ok=True)
     (told / "METADATA").write_text(f"Metadata-Version: 2.1\nName: omnivideo\nVersion: {about['version']}\n")
     lines = []
-    for group, points in about["entry-points"].items():
+    groups = about["entry-points"]
+    groups["vllm.general_plugins"] |= {TEST_PLUGIN: "tests.support.vila_weights:register_preset"}
+    for group, points in groups.items():
         lines += [f"[{group}]", *(f"{name} = {value}" for name, value in points.items())]
     (told / "entry_points.txt").write_text("\n".join(lines) + "\n")
     return folder
@@ -133,6 +136,7 @@ class Server:
         words = [f"{name}={value}" for name, value in options.items()]
         self.argv = [python, __file__, "serve", str(weights), str(port), *words]
         self.environment = os.environ | {"PYTHONPATH": f"{entry_points(folder)}{os.pathsep}{ROOT}"}
+        self.environment |= {"VLLM_PLUGINS": TEST_PLUGIN}  # `launch` adds ours
         # vLLM would bind its threads to the first cores, which the other tests use as well.
         self.environment |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1", "NVIDIA_TF32_OVERRIDE": "0"}
 
@@ -170,7 +174,9 @@ class Server:
 
 def serve(weights: str, port: str, *words: str) -> None:
     from omnivideo.backends.mllm import launch
+    from tests.support import vila_weights
 
+    vila_weights.register_preset()
     given: dict[str, object] = dict(word.split("=", 1) for word in words)
     more = (*str(given.pop("extra_args", "")).split(), *(EXACT if ON_GPU else ()))
     chosen = launch.parse_options(**{"dtype": "float32", "gpu_memory_utilization": 0.5} | given, extra_args=more)

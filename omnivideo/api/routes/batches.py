@@ -9,30 +9,31 @@ from pydantic import BaseModel, Field
 from omnivideo.api.dependencies import (
     AfterCursor,
     ContextDep,
-    IdempotencyKey,
+    IdempotencyDep,
     OwnerDep,
     ResourceId,
     ServiceContext,
-    make_id,
 )
-from omnivideo.api.errors import (
-    ERROR_RESPONSES,
-    build_key_reused_error,
-    build_not_found_error,
-    error_from_job,
-    to_api_error,
+from omnivideo.api.errors import ERROR_RESPONSES, build_not_found_error, error_from_job, to_api_error
+from omnivideo.api.generation import (
+    ImageRequest,
+    JobRequest,
+    VideoRequest,
+    build_image_jobs,
+    build_video_job,
+    make_image_ids,
 )
-from omnivideo.api.generation import JobRequest, build_image_jobs, build_video_job, make_image_ids
 from omnivideo.api.request_body import (
     BodyFields,
     CleanText,
+    Unsupported,
     document_request_body,
     parse_json_object,
     validate_fields,
 )
 from omnivideo.api.routes.images import build_images_response
 from omnivideo.api.routes.videos import to_video_object
-from omnivideo.contracts import BatchRecord, JobStatus
+from omnivideo.contracts import BatchRecord, JobStatus, RequestModel
 from omnivideo.errors import InvalidInput
 
 router = APIRouter(prefix="/v1/batches", tags=["batches"], responses=ERROR_RESPONSES)
@@ -48,13 +49,14 @@ TIMESTAMPED_STATES = ("in_progress", "finalizing", "completed", "failed", "expir
 MetadataLabel = Annotated[CleanText, Field(max_length=64)]
 
 
-class CreateBatchRequest(BaseModel):
+class CreateBatchRequest(RequestModel):
     input_file_id: CleanText = Field(max_length=64)
     endpoint: BatchEndpoint
     completion_window: Literal["24h"]
     metadata: dict[MetadataLabel, Annotated[CleanText, Field(max_length=512)]] | None = Field(
         default=None, max_length=16
     )
+    output_expires_after: Unsupported = None
 
 
 class BatchRequestCounts(BaseModel):
@@ -134,13 +136,30 @@ def require_batch(context: ServiceContext, batch_id: str, owner: str) -> BatchRe
 
 @router.post("", response_model_exclude_none=True, openapi_extra=document_request_body(CreateBatchRequest))
 def create_batch(
-    context: ContextDep, owner: OwnerDep, fields: BodyFields, idempotency_key: IdempotencyKey = None
+    context: ContextDep, owner: OwnerDep, fields: BodyFields, idempotent_request: IdempotencyDep
 ) -> BatchObject:
     """Create a batch from a file with one request per line: {custom_id, method, url, body}.
 
     The lines are validated afterwards; a batch with invalid lines fails.
     """
     payload = validate_fields(CreateBatchRequest, fields)
+    batch = idempotent_request.run(
+        payload,
+        "batch_",
+        find=lambda batch_id: find_live_batch(context, owner, batch_id),
+        create=lambda batch_id: store_batch(context, owner, payload, batch_id),
+    )
+    return to_batch_object(batch)
+
+
+def find_live_batch(context: ServiceContext, owner: str, batch_id: str) -> BatchRecord | None:
+    """Return the owner's batch, or None if it does not exist or was cancelled."""
+    batch = context.batches.get_batch(batch_id, owner)
+    return None if batch is None or batch.state in ("cancelling", "cancelled") else batch
+
+
+def store_batch(context: ServiceContext, owner: str, payload: CreateBatchRequest, batch_id: str) -> BatchRecord:
+    """Create a batch; raise InvalidInput if its file does not exist or is not a batch file."""
     file = context.files.get_file(payload.input_file_id, owner)
     if file is None:
         raise InvalidInput("input_file_id", f"there is no file {payload.input_file_id!r}")
@@ -148,18 +167,14 @@ def create_batch(
         raise InvalidInput("input_file_id", f"its purpose is {file.purpose}; allowed: batch")
     if file.size_bytes > MAX_INPUT_BYTES:
         raise InvalidInput("input_file_id", f"it has {file.size_bytes} bytes; allowed: 1 to {MAX_INPUT_BYTES}")
-    metadata = payload.metadata or {}
-    batch = context.batches.create_batch(
+    return context.batches.create_batch(
         owner,
         MAX_OPEN_BATCHES,
-        batch_id=make_id("batch", owner, idempotency_key),
+        batch_id=batch_id,
         endpoint=payload.endpoint,
         input_file_id=payload.input_file_id,
-        metadata=metadata,
+        metadata=payload.metadata or {},
     )
-    if (batch.endpoint, batch.input_file_id, batch.metadata) != (payload.endpoint, payload.input_file_id, metadata):
-        raise build_key_reused_error()
-    return to_batch_object(batch)
 
 
 @router.get("", response_model_exclude_none=True)
@@ -179,19 +194,25 @@ def get_batch(batch_id: ResourceId, context: ContextDep, owner: OwnerDep) -> Bat
 
 
 @router.post("/{batch_id}/cancel", response_model_exclude_none=True)
-def cancel_batch(batch_id: ResourceId, context: ContextDep, owner: OwnerDep) -> BatchObject:
+def cancel_batch(
+    batch_id: ResourceId, context: ContextDep, owner: OwnerDep, idempotent_request: IdempotencyDep
+) -> BatchObject:
     """Cancel the lines that are not done. The output file contains the results of the others."""
-    batch = require_batch(context, batch_id, owner)
-    while batch.state in ("validating", "in_progress"):  # try again if the runner has changed the state in the meantime
-        context.batches.transition_batch(batch, "cancelling")
+
+    def cancel(batch_id: str) -> BatchRecord:
         batch = require_batch(context, batch_id, owner)
-    return to_batch_object(batch)
+        while batch.state in ("validating", "in_progress"):  # try again if the runner has changed the state meanwhile
+            context.batches.transition_batch(batch, "cancelling")
+            batch = require_batch(context, batch_id, owner)
+        return batch
+
+    return to_batch_object(idempotent_request.repeat(batch_id, cancel))
 
 
 # ---------------------------------------------------------------- lines, for the batch runner
 
 
-class BatchLineRequest(BaseModel):
+class BatchLineRequest(RequestModel):
     """One request of a batch. `custom_id` is the user's name for it, which must be unique within the batch."""
 
     custom_id: CleanText = Field(min_length=1, max_length=512)
@@ -225,10 +246,10 @@ class BatchLineHandler:
     def build_job_requests(self, owner: str, url: str, fields: Mapping[str, Any], name: str) -> list[JobRequest]:
         """Build a line's jobs; raise an OmniVideoError if its request is refused."""
         if url == "/v1/videos":
-            return [build_video_job(self.context, owner, fields, f"video_{name}")]
+            return [build_video_job(self.context, owner, validate_fields(VideoRequest, fields), f"video_{name}")]
         if fields.get("response_format") == "b64_json":
             raise InvalidInput("response_format", "a batch returns images as URLs; allowed: url")
-        return build_image_jobs(self.context, owner, fields, f"image_{name}")
+        return build_image_jobs(self.context, owner, validate_fields(ImageRequest, fields), f"image_{name}")
 
     def build_response_body(self, url: str, statuses: list[JobStatus]) -> dict[str, Any]:
         """Return the response to a line whose jobs are all done."""

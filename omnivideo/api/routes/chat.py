@@ -11,40 +11,48 @@ import json
 import time
 import uuid
 from collections.abc import AsyncIterator
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import anyio
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, Field
+from pydantic import Field
 from sse_starlette import EventSourceResponse
 
-from omnivideo.api.dependencies import ContextDep, OwnerDep, ServiceContext, make_id
+from omnivideo.api.dependencies import (
+    ContextDep,
+    IdempotencyDep,
+    IdempotentRequest,
+    OwnerDep,
+    ServiceContext,
+    make_id,
+)
 from omnivideo.api.errors import ERROR_RESPONSES, APIError, error_from_turn, log_if_internal, to_api_error
 from omnivideo.api.event_feed import EventFeed, get_event_feed
 from omnivideo.api.media import MediaPart, artifact_from_part
-from omnivideo.api.request_body import validate_fields
-from omnivideo.contracts import MAX_SEED, Artifact
+from omnivideo.api.request_body import Seed, validate_fields
+from omnivideo.contracts import Artifact, RequestModel
 from omnivideo.turns import Think, TurnRecord
 
 router = APIRouter(prefix="/v1", tags=["chat"], responses=ERROR_RESPONSES)
 
 
-class MediaUrl(BaseModel):
+class MediaUrl(RequestModel):
     url: str
 
 
-class TextPart(BaseModel):
+class TextPart(RequestModel):
     type: Literal["text"]
     text: str
 
 
-class ImagePart(BaseModel):
+class ImagePart(RequestModel):
     type: Literal["image_url"]
     image_url: MediaUrl
 
 
-class VideoPart(BaseModel):
+class VideoPart(RequestModel):
     type: Literal["video_url"]
     video_url: MediaUrl
 
@@ -52,7 +60,7 @@ class VideoPart(BaseModel):
 ContentPart = Annotated[TextPart | ImagePart | VideoPart, Field(discriminator="type")]
 
 
-class ChatMessage(BaseModel):
+class ChatMessage(RequestModel):
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[ContentPart] | None = None
 
@@ -64,15 +72,24 @@ class ChatMessage(BaseModel):
 
     @property
     def media_urls(self) -> list[str]:
-        media_parts = [part for part in self.content or [] if isinstance(part, ImagePart | VideoPart)]
-        return [(part.image_url if isinstance(part, ImagePart) else part.video_url).url for part in media_parts]
+        return [url for _, url in self.list_media()]
+
+    def list_media(self) -> list[tuple[str, str]]:
+        """Return the message's images and clips: the name of the field, such as `content.1.image_url`, and the URL."""
+        media = []
+        for index, part in enumerate(self.content if isinstance(self.content, list) else []):
+            if isinstance(part, ImagePart):
+                media.append((f"content.{index}.image_url", part.image_url.url))
+            elif isinstance(part, VideoPart):
+                media.append((f"content.{index}.video_url", part.video_url.url))
+        return media
 
 
-class StreamOptions(BaseModel):
+class StreamOptions(RequestModel):
     include_usage: bool = False
 
 
-class ChatCompletionRequest(BaseModel):
+class ChatCompletionRequest(RequestModel):
     """`think`, `check`, `seed`, `steps` and `guidance_scale` apply to this turn, as in a thread."""
 
     model: str
@@ -82,7 +99,7 @@ class ChatCompletionRequest(BaseModel):
     n: int = Field(default=1, ge=1, le=1)
     think: Think = "auto"
     check: int = Field(default=1, ge=1, le=16)
-    seed: int | None = Field(default=None, ge=0, le=MAX_SEED)
+    seed: Seed = None
     steps: int | None = Field(default=None, ge=1, le=200)
     guidance_scale: float | None = Field(default=None, ge=0, le=30)
 
@@ -120,26 +137,42 @@ class ChatCompletion:
 
     def __init__(self, context: ServiceContext, owner: str, payload: ChatCompletionRequest, base_url: str = "/"):
         self.context, self.owner, self.payload, self.base_url = context, owner, payload, base_url
-        self.id, self.created_at = f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
+        self.created_at = int(time.time())
         self.thread_id, self.turn_id, self.answer_text = "", "", ""
 
-    def start_turn(self) -> None:
-        """Start the turn of the last message; raise APIError or InvalidInput if the request is refused."""
+    @property
+    def id(self) -> str:
+        return f"chatcmpl-{self.turn_id.removeprefix('turn_')}"
+
+    def start_turn(self, idempotent_request: IdempotentRequest | None = None) -> None:
+        """Start the turn of the last message, unless an earlier request with the idempotency key has done so.
+
+        Raises APIError or InvalidInput if the request is refused.
+        """
+        if idempotent_request is None:
+            turn = self.create_turn(make_id("turn_"))
+        else:
+            find = partial(self.context.turn_runner.find_live_turn, self.owner)
+            turn = idempotent_request.run(self.payload, "turn_", find, self.create_turn)
+        self.turn_id, self.thread_id, self.created_at = turn.id, turn.thread_id, int(turn.created_at)
+
+    def create_turn(self, turn_id: str) -> TurnRecord:
         check_model_name(self.context, self.payload.model)
         last_message = self.payload.messages[-1]
         if last_message.role != "user" or not last_message.text.strip():
             raise APIError(400, "messages: the last message must be the user's and contain text", "messages")
         self.thread_id = self.find_or_create_thread()
-        media_parts = [MediaPart(url=url) for url in last_message.media_urls]
+        field = f"messages.{len(self.payload.messages) - 1}"
         attachments = [
-            artifact_from_part(self.context, self.owner, part, f"{self.thread_id}/attached") for part in media_parts
+            artifact_from_part(
+                self.context, self.owner, MediaPart(url=url), f"{self.thread_id}/attached", f"{field}.{name}"
+            )
+            for name, url in last_message.list_media()
         ]
         options = self.payload.model_dump(include={"think", "check", "seed", "steps", "guidance_scale"})
-        turn_id = make_id("turn", self.owner, None)
-        turn = self.context.turn_runner.start_turn(
+        return self.context.turn_runner.start_turn(
             turn_id, self.owner, self.thread_id, last_message.text, attachments, **options
         )
-        self.turn_id = turn.id
 
     def find_or_create_thread(self) -> str:
         """Return the id of the thread that the messages before the last one belong to."""
@@ -184,7 +217,7 @@ class ChatCompletion:
         if turn.state in ("failed", "cancelled"):
             raise error_from_turn(turn)
         answer = ChatMessage(role="assistant", content=self.answer_text)
-        num_turns = len(self.context.turn_runner.get_thread(self.owner, self.thread_id).get_turns())
+        num_turns = turn.number if turn.state == "done" else turn.number - 1  # later turns do not count
         digest = digest_messages([*self.payload.messages, answer])
         self.context.turns.save_chat_thread(self.owner, digest, self.thread_id, num_turns)
 
@@ -237,11 +270,15 @@ class ChatCompletion:
 
 @router.post("/chat/completions", response_class=JSONResponse)
 async def create_chat_completion(
-    payload: ChatCompletionRequest, request: Request, context: ContextDep, owner: OwnerDep
+    payload: ChatCompletionRequest,
+    request: Request,
+    context: ContextDep,
+    owner: OwnerDep,
+    idempotent_request: IdempotencyDep,
 ) -> Response:
     """Send the last message in the conversation that the earlier messages form."""
     completion = ChatCompletion(context, owner, payload, str(request.base_url))
-    await anyio.to_thread.run_sync(completion.start_turn)
+    await anyio.to_thread.run_sync(completion.start_turn, idempotent_request)
     if payload.stream:
         return EventSourceResponse(completion.stream_chunks(get_event_feed(request)), ping=15)
     async for _ in get_event_feed(request).follow_turn(completion.turn_id):

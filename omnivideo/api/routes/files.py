@@ -5,20 +5,19 @@ from typing import Annotated, Literal
 from urllib.parse import quote
 
 from fastapi import APIRouter, Query, Request, Response
-from pydantic import BaseModel, InstanceOf
+from pydantic import BaseModel, Field, InstanceOf
 from pydantic.json_schema import SkipJsonSchema
 from starlette.datastructures import UploadFile
 
 from omnivideo.api.dependencies import (
     AfterCursor,
     ContextDep,
-    IdempotencyKey,
+    IdempotencyDep,
     OwnerDep,
     ResourceId,
     ServiceContext,
-    make_id,
 )
-from omnivideo.api.errors import ERROR_RESPONSES, build_key_reused_error, build_not_found_error
+from omnivideo.api.errors import ERROR_RESPONSES, build_not_found_error
 from omnivideo.api.media import build_range_response
 from omnivideo.api.request_body import (
     BodyFields,
@@ -27,7 +26,7 @@ from omnivideo.api.request_body import (
     rename_error_field,
     validate_fields,
 )
-from omnivideo.contracts import Artifact, FileRecord
+from omnivideo.contracts import Artifact, FileRecord, RequestModel
 from omnivideo.errors import InvalidInput, UnreadableMedia
 
 router = APIRouter(prefix="/v1/files", tags=["files"], responses=ERROR_RESPONSES)
@@ -38,11 +37,19 @@ class UploadField(BaseModel):
     upload: SkipJsonSchema[InstanceOf[UploadFile]]
 
 
-class CreateFileRequest(BaseModel):
+class ExpiresAfter(RequestModel):
+    """A file is deleted this many seconds after it was created."""
+
+    anchor: Literal["created_at"]
+    seconds: int = Field(ge=3600, le=30 * 86_400)
+
+
+class CreateFileRequest(RequestModel):
     """A `vision` file must be an image or a clip, a `batch` file JSON lines; a `user_data` file can be anything."""
 
     file: UploadField
     purpose: UploadPurpose
+    expires_after: ExpiresAfter | None = None
 
 
 class FileObject(BaseModel):
@@ -50,6 +57,7 @@ class FileObject(BaseModel):
     object: Literal["file"] = "file"
     bytes: int
     created_at: int
+    expires_at: int | None = None
     filename: str
     purpose: Literal["batch", "batch_output", "vision", "user_data"]
     status: Literal["processed"] = "processed"
@@ -75,6 +83,7 @@ def to_file_object(file: FileRecord) -> FileObject:
             "id": file.id,
             "bytes": file.size_bytes,
             "created_at": int(file.created_at),
+            "expires_at": None if file.expires_at is None else int(file.expires_at),
             "filename": file.name,
             "purpose": file.purpose,
         }
@@ -90,27 +99,35 @@ def require_file(context: ServiceContext, file_id: str, owner: str) -> FileRecor
 
 @router.post("", openapi_extra=document_request_body(CreateFileRequest, "file", accepts_json=False))
 def upload_file(
-    context: ContextDep, owner: OwnerDep, fields: BodyFields, idempotency_key: IdempotencyKey = None
+    context: ContextDep, owner: OwnerDep, fields: BodyFields, idempotent_request: IdempotencyDep
 ) -> FileObject:
     """Store a file. Its name is only a label; it is never used as a path."""
     payload = validate_fields(CreateFileRequest, fields)
+    file = idempotent_request.run(
+        payload,
+        "file-",
+        find=lambda file_id: context.files.get_file(file_id, owner),
+        create=lambda file_id: store_file(context, owner, payload, file_id),
+    )
+    return to_file_object(file)
+
+
+def store_file(context: ServiceContext, owner: str, payload: CreateFileRequest, file_id: str) -> FileRecord:
     data, filename = payload.file.upload.file.read(), sanitize_filename(payload.file.upload.filename or "")
     if not data:
         raise InvalidInput("file", f"it is empty; allowed: 1 to {context.settings.max_upload_bytes} bytes")
     artifact = ingest_upload(context, data, filename, payload.purpose)
     object_key = artifact.key if artifact else context.store.put(data, "jsonl" if payload.purpose == "batch" else "bin")
-    file = context.files.create_file(
+    return context.files.create_file(
         owner,
-        file_id=make_id("file", owner, idempotency_key).replace("_", "-"),
+        file_id=file_id,
         name=filename,
         purpose=payload.purpose,
         size_bytes=len(data),
         object_key=object_key,
         artifact=artifact.model_dump() if artifact else None,
+        lifetime_seconds=payload.expires_after.seconds if payload.expires_after else None,
     )
-    if (file.object_key, file.purpose) != (object_key, payload.purpose):
-        raise build_key_reused_error()
-    return to_file_object(file)
 
 
 def sanitize_filename(filename: str) -> str:

@@ -1,15 +1,23 @@
 """Images, which are generated while the request waits, in the format of OpenAI's clients."""
 
 import base64
-from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, Generic, Literal, TypeVar
 
+from anyio import CancelScope
 from anyio.to_thread import run_sync
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
-from omnivideo.api.dependencies import ContextDep, IdempotencyKey, OwnerDep, ResourceId, ServiceContext, make_id
+from omnivideo.api.dependencies import (
+    ContextDep,
+    IdempotencyDep,
+    IdempotentRequest,
+    OwnerDep,
+    ResourceId,
+    ServiceContext,
+)
 from omnivideo.api.errors import ERROR_RESPONSES, build_not_found_error, error_from_job
 from omnivideo.api.generation import (
     ImageEditRequest,
@@ -17,9 +25,11 @@ from omnivideo.api.generation import (
     JobRequest,
     build_image_edit_jobs,
     build_image_jobs,
+    find_live_job,
+    make_image_ids,
     submit_job,
 )
-from omnivideo.api.request_body import BodyFields, document_request_body
+from omnivideo.api.request_body import BodyFields, document_request_body, validate_fields
 from omnivideo.api.routes.videos import build_content_response
 from omnivideo.contracts import JobStatus
 
@@ -27,7 +37,7 @@ router = APIRouter(prefix="/v1/images", tags=["images"], responses=ERROR_RESPONS
 DISCONNECT_CHECK_SECONDS = 0.5  # how often a waiting request checks that its client is still connected
 LINK_LIFETIME_SECONDS = 3600  # how long a signed URL of the object store is valid
 CLIENT_CLOSED_REQUEST = 499  # nginx's status for a client that has disconnected; it is only logged
-ImageJobBuilder = Callable[[ServiceContext, str, Mapping[str, Any], str], list[JobRequest]]
+Payload = TypeVar("Payload", bound=ImageRequest)
 
 
 class ImageObject(BaseModel):
@@ -44,20 +54,31 @@ class ImagesResponse(BaseModel):
 
 @router.post("/generations", response_model=ImagesResponse, openapi_extra=document_request_body(ImageRequest))
 async def generate_images(
-    request: Request, context: ContextDep, owner: OwnerDep, fields: BodyFields, idempotency_key: IdempotencyKey = None
+    request: Request,
+    context: ContextDep,
+    owner: OwnerDep,
+    fields: BodyFields,
+    idempotent_request: IdempotencyDep,
 ) -> Response:
-    """Generate `n` images from the prompt, with consecutive seeds. They are cancelled if the client disconnects."""
-    base_id = make_id("image", owner, idempotency_key)
-    return await run_image_jobs(request, context, owner, fields, base_id, build_image_jobs)
+    """Generate `n` images from the prompt, with consecutive seeds. They are cancelled if the client disconnects.
+
+    With an Idempotency-Key, they are cancelled once no client waits for them.
+    """
+    image_jobs = ImageJobs(context, owner, validate_fields(ImageRequest, fields), idempotent_request, build_image_jobs)
+    return await run_image_jobs(request, image_jobs)
 
 
 @router.post("/edits", response_model=ImagesResponse, openapi_extra=document_request_body(ImageEditRequest, "image"))
 async def edit_images(
-    request: Request, context: ContextDep, owner: OwnerDep, fields: BodyFields, idempotency_key: IdempotencyKey = None
+    request: Request,
+    context: ContextDep,
+    owner: OwnerDep,
+    fields: BodyFields,
+    idempotent_request: IdempotencyDep,
 ) -> Response:
     """Edit an image as the prompt says."""
-    base_id = make_id("image", owner, idempotency_key)
-    return await run_image_jobs(request, context, owner, fields, base_id, build_image_edit_jobs)
+    payload = validate_fields(ImageEditRequest, fields)
+    return await run_image_jobs(request, ImageJobs(context, owner, payload, idempotent_request, build_image_edit_jobs))
 
 
 @router.get("/{image_id}/content", response_class=Response)
@@ -69,59 +90,88 @@ def get_image_content(image_id: ResourceId, request: Request, context: ContextDe
     return build_content_response(context, status, request)
 
 
-async def run_image_jobs(
-    request: Request,
-    context: ServiceContext,
-    owner: str,
-    fields: Mapping[str, Any],
-    base_id: str,
-    build_jobs: ImageJobBuilder,
-) -> Response:
-    job_ids = await run_sync(submit_image_jobs, context, owner, fields, base_id, build_jobs)
-    statuses = await wait_for_jobs(request, context, job_ids)
+class ImageJobs(Generic[Payload]):
+    """The jobs of one request for images. Several clients may wait for them with one idempotency key."""
+
+    def __init__(
+        self,
+        context: ServiceContext,
+        owner: str,
+        payload: Payload,
+        idempotent_request: IdempotentRequest,
+        build_jobs: Callable[[ServiceContext, str, Payload, str], list[JobRequest]],
+    ):
+        self.context, self.owner, self.payload = context, owner, payload
+        self.idempotent_request = idempotent_request
+        self.build_jobs = build_jobs
+        self.base_id, self.ids = "", list[str]()
+
+    def submit(self) -> None:
+        """Submit the jobs, unless an earlier request with the key has done so, and wait for them from now on."""
+        self.base_id = self.idempotent_request.run(
+            self.payload, "image_", self.find_live_jobs, self.submit_new_jobs, is_waiting=True
+        )
+        self.ids = make_image_ids(self.base_id, self.payload.n)
+
+    def find_live_jobs(self, base_id: str) -> str | None:
+        """Return the id if all jobs exist and none was cancelled or deleted."""
+        job_ids = make_image_ids(base_id, self.payload.n)
+        live_jobs = [find_live_job(self.context, self.owner, "image", job_id) for job_id in job_ids]
+        return base_id if all(live_jobs) else None
+
+    def submit_new_jobs(self, base_id: str) -> str:
+        """Submit all jobs. If one is refused, cancel the others and raise its error."""
+        try:
+            for job_request in self.build_jobs(self.context, self.owner, self.payload, base_id):
+                submit_job(self.context, self.owner, job_request)
+                self.ids.append(job_request.job.id)
+        except Exception:
+            self.cancel()
+            raise
+        return base_id
+
+    def cancel(self) -> None:
+        for job_id in self.ids:
+            self.context.jobs.cancel(job_id)
+
+    def leave(self, has_disconnected: bool = False) -> None:
+        """Stop waiting. If the client has disconnected and no other one waits, cancel the jobs."""
+        self.idempotent_request.leave(self.base_id, self.cancel if has_disconnected else None)
+
+
+async def run_image_jobs(request: Request, image_jobs: ImageJobs[Any]) -> Response:
+    await run_sync(image_jobs.submit)
+    statuses = None
+    try:
+        statuses = await wait_for_jobs(request, image_jobs)
+    finally:
+        has_disconnected = statuses is None
+        with CancelScope(shield=True):
+            await run_sync(image_jobs.leave, has_disconnected)
     if statuses is None:
         return Response(status_code=CLIENT_CLOSED_REQUEST)
-    inline = fields.get("response_format") != "url"
-    images_response = await run_sync(build_images_response, context, statuses, inline, str(request.base_url))
+    inline = image_jobs.payload.response_format != "url"
+    images_response = await run_sync(build_images_response, image_jobs.context, statuses, inline, str(request.base_url))
     return JSONResponse(images_response.model_dump(exclude_none=True))
 
 
-def submit_image_jobs(
-    context: ServiceContext, owner: str, fields: Mapping[str, Any], base_id: str, build_jobs: ImageJobBuilder
-) -> list[str]:
-    """Submit all jobs and return their ids. If one is refused, cancel the others and raise its error."""
-    job_ids: list[str] = []
-    try:
-        for job_request in build_jobs(context, owner, fields, base_id):
-            job_ids.append(submit_job(context, owner, job_request).id)
-    except Exception:
-        cancel_jobs(context, job_ids)
-        raise
-    return job_ids
-
-
-def cancel_jobs(context: ServiceContext, job_ids: list[str]) -> None:
-    for job_id in job_ids:
-        context.jobs.cancel(job_id)
-
-
-async def wait_for_jobs(request: Request, context: ServiceContext, job_ids: list[str]) -> list[JobStatus] | None:
+async def wait_for_jobs(request: Request, image_jobs: ImageJobs[Any]) -> list[JobStatus] | None:
     """Return the jobs in order once all are done, or None if the client has disconnected.
 
     If a job fails or is cancelled, the others are cancelled and its error is raised.
     """
-    with context.jobs.watch_ends(job_ids) as watch:
+    jobs = image_jobs.context.jobs
+    with jobs.watch_ends(image_jobs.ids) as watch:
         while True:
-            status_by_id = {status.id: status for status in await run_sync(context.jobs.list_statuses, job_ids)}
-            statuses = [status_by_id[job_id] for job_id in job_ids]
+            status_by_id = {status.id: status for status in await run_sync(jobs.list_statuses, image_jobs.ids)}
+            statuses = [status_by_id[job_id] for job_id in image_jobs.ids]
             failed = next((status for status in statuses if status.state in ("failed", "cancelled")), None)
             if failed is not None:
-                await run_sync(cancel_jobs, context, job_ids)
+                await run_sync(image_jobs.cancel)
                 raise error_from_job(failed)
             if all(status.state == "done" for status in statuses):
                 return statuses
             if await request.is_disconnected():
-                await run_sync(cancel_jobs, context, job_ids)
                 return None
             await watch.receive(DISCONNECT_CHECK_SECONDS)
 

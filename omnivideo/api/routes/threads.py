@@ -1,41 +1,44 @@
 """Conversations: threads, their turns and events, forks and lineage."""
 
+from functools import partial
 from typing import Annotated, Any, Literal, cast
 
 from fastapi import APIRouter, Header, Query, Request, Response
 from pydantic import BaseModel, Field
 from sse_starlette import EventSourceResponse
 
-from omnivideo.api.dependencies import ContextDep, IdempotencyKey, OwnerDep, ServiceContext, make_id
+from omnivideo.api.dependencies import ContextDep, IdempotencyDep, OwnerDep, ServiceContext
 from omnivideo.api.errors import ERROR_RESPONSES, APIError, build_not_found_error
 from omnivideo.api.event_feed import get_event_feed
 from omnivideo.api.media import MediaPart, artifact_from_part, build_range_response
-from omnivideo.contracts import MAX_SEED, Artifact
+from omnivideo.api.request_body import Seed
+from omnivideo.contracts import Artifact, RequestModel
 from omnivideo.turns import Think, Turn, TurnRecord
 
 router = APIRouter(prefix="/v1/threads", tags=["threads"], responses=ERROR_RESPONSES)
 ThreadId = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+THREAD_ID_DESCRIPTION = "1 to 64 letters, digits, dots, dashes or underscores, the first a letter or a digit"
 TurnState = Literal["queued", "running", "done", "asks", "failed", "cancelled"]
 
 
-class CreateThreadRequest(BaseModel):
-    id: ThreadId | None = None
+class CreateThreadRequest(RequestModel):
+    id: ThreadId | None = Field(default=None, description=THREAD_ID_DESCRIPTION)
 
 
-class CreateTurnRequest(BaseModel):
+class CreateTurnRequest(RequestModel):
     text: str = Field(min_length=1, max_length=4000)
     attachments: list[MediaPart] = Field(default=[], max_length=4)
     think: Think = "auto"
     check: int = Field(default=1, ge=1, le=16)
-    seed: int | None = Field(default=None, ge=0, le=MAX_SEED)
+    seed: Seed = None
     steps: int | None = Field(default=None, ge=1, le=200)
     guidance_scale: float | None = Field(default=None, ge=0, le=30)
     stream: bool = False
 
 
-class ForkThreadRequest(BaseModel):
+class ForkThreadRequest(RequestModel):
     after_turn: int = Field(ge=0)
-    id: ThreadId | None = None
+    id: ThreadId | None = Field(default=None, description=THREAD_ID_DESCRIPTION)
 
 
 class ThreadSummary(BaseModel):
@@ -81,15 +84,26 @@ class ThreadDeleted(BaseModel):
 def create_thread(
     context: ContextDep,
     owner: OwnerDep,
+    idempotent_request: IdempotencyDep,
     payload: CreateThreadRequest | None = None,
-    idempotency_key: IdempotencyKey = None,
 ) -> ThreadSummary:
     """Create an empty thread. The same Idempotency-Key returns the same thread."""
-    thread_id = (payload and payload.id) or make_id("thread", owner, idempotency_key)
-    if not (idempotency_key and context.turns.has_thread(thread_id, owner)):
+    payload = payload or CreateThreadRequest()
+
+    def create(thread_id: str) -> str:
         context.turns.create_thread(thread_id, owner)
-    context.conversations.open_thread(thread_id, create=True, owner=owner)
+        context.conversations.open_thread(thread_id, create=True, owner=owner)
+        return thread_id
+
+    thread_id = idempotent_request.run(
+        payload, "thread_", partial(find_thread_id, context, owner), create, resource_id=payload.id
+    )
     return load_thread_summary(context, owner, thread_id)
+
+
+def find_thread_id(context: ServiceContext, owner: str, thread_id: str) -> str | None:
+    """Return the id if the owner has such a thread."""
+    return thread_id if context.turns.has_thread(thread_id, owner) else None
 
 
 def load_thread_summary(context: ServiceContext, owner: str, thread_id: str) -> ThreadSummary:
@@ -130,18 +144,22 @@ def fork_thread(
     payload: ForkThreadRequest,
     context: ContextDep,
     owner: OwnerDep,
-    idempotency_key: IdempotencyKey = None,
+    idempotent_request: IdempotencyDep,
 ) -> ThreadSummary:
     """Create a thread that begins with this thread's first `after_turn` turns."""
     thread = context.turn_runner.get_thread(owner, name)
-    fork_id = payload.id or make_id("thread", owner, idempotency_key)
-    if idempotency_key and context.turns.has_thread(fork_id, owner):
-        return load_thread_summary(context, owner, fork_id)
-    if thread.find_snapshot_after(payload.after_turn) is None:
-        allowed = f"allowed: 0 to {len(thread.get_turns())}"
-        raise APIError(400, f"after_turn: this thread has no turn {payload.after_turn}; {allowed}", "after_turn")
-    context.turns.create_thread(fork_id, owner)
-    thread.fork(payload.after_turn, fork_id)
+
+    def create(fork_id: str) -> str:
+        if thread.find_snapshot_after(payload.after_turn) is None:
+            allowed = f"allowed: 0 to {len(thread.get_turns())}"
+            raise APIError(400, f"after_turn: this thread has no turn {payload.after_turn}; {allowed}", "after_turn")
+        context.turns.create_thread(fork_id, owner)
+        thread.fork(payload.after_turn, fork_id)
+        return fork_id
+
+    fork_id = idempotent_request.run(
+        payload, "thread_", partial(find_thread_id, context, owner), create, resource_id=payload.id
+    )
     return load_thread_summary(context, owner, fork_id)
 
 
@@ -170,16 +188,20 @@ def create_turn(
     request: Request,
     context: ContextDep,
     owner: OwnerDep,
-    idempotency_key: IdempotencyKey = None,
+    idempotent_request: IdempotencyDep,
 ) -> Any:
     """Start a turn; with `stream`, the response is its events. The same Idempotency-Key returns the same turn."""
-    turn_id = make_id("turn", owner, idempotency_key)
     context.turn_runner.get_thread(owner, name)
-    turn = context.turns.get_turn(turn_id, owner) if idempotency_key else None
-    if turn is None:
-        attachments = [artifact_from_part(context, owner, part, f"{name}/attached") for part in payload.attachments]
+
+    def create(turn_id: str) -> TurnRecord:
+        attachments = [
+            artifact_from_part(context, owner, part, f"{name}/attached", f"attachments.{index}.{part.kind}")
+            for index, part in enumerate(payload.attachments)
+        ]
         options = payload.model_dump(exclude={"text", "attachments", "stream"})
-        turn = context.turn_runner.start_turn(turn_id, owner, name, payload.text, attachments, **options)
+        return context.turn_runner.start_turn(turn_id, owner, name, payload.text, attachments, **options)
+
+    turn = idempotent_request.run(payload, "turn_", partial(context.turn_runner.find_live_turn, owner), create)
     return stream_events(request, turn.id, 0) if payload.stream else to_turn_response(context, turn)
 
 
@@ -190,14 +212,24 @@ def get_turn(name: str, turn: str, context: ContextDep, owner: OwnerDep) -> Turn
 
 
 @router.post("/{name}/turns/{turn}/cancel")
-def cancel_turn(name: str, turn: str, context: ContextDep, owner: OwnerDep) -> TurnResponse:
+def cancel_turn(
+    name: str, turn: str, context: ContextDep, owner: OwnerDep, idempotent_request: IdempotencyDep
+) -> TurnResponse:
     """Cancel a turn within one denoising step. The thread returns to its state before the turn."""
-    record = require_turn(context, owner, name, turn)
-    context.turn_runner.cancel_turn(record)
-    return to_turn_response(context, record)
+
+    def cancel(turn_id: str) -> TurnRecord:
+        record = require_turn(context, owner, name, turn_id)
+        context.turn_runner.cancel_turn(record)
+        return record
+
+    return to_turn_response(context, idempotent_request.repeat(turn, cancel))
 
 
-@router.get("/{name}/turns/{turn}/events", response_class=EventSourceResponse)
+@router.get(
+    "/{name}/turns/{turn}/events",
+    response_class=EventSourceResponse,
+    responses={204: {"description": "The turn has ended, and there are no later events"}},
+)
 def follow_turn_events(
     name: str,
     turn: str,
@@ -205,9 +237,16 @@ def follow_turn_events(
     context: ContextDep,
     owner: OwnerDep,
     last_event_id: Annotated[int, Header(ge=0)] = 0,
-) -> EventSourceResponse:
-    """Stream the turn's events as they happen, beginning after the event `Last-Event-ID`."""
-    return stream_events(request, require_turn(context, owner, name, turn).id, last_event_id)
+) -> Response:
+    """Stream the turn's events as they happen, beginning after the event `Last-Event-ID`.
+
+    If none will follow, the answer is 204, so that a browser does not connect again.
+    """
+    turn_id = require_turn(context, owner, name, turn).id
+    later = context.turns.read_events(turn_id, last_event_id)
+    if not later.is_open and not later.events:
+        return Response(status_code=204)
+    return stream_events(request, turn_id, last_event_id)
 
 
 def stream_events(request: Request, turn_id: str, last_number: int) -> EventSourceResponse:

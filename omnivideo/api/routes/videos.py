@@ -1,5 +1,6 @@
 """Videos: clients create jobs, poll them and download their clips, in the format of OpenAI's clients."""
 
+from collections.abc import Callable
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query, Request, Response
@@ -8,27 +9,29 @@ from pydantic import BaseModel
 from omnivideo.api.dependencies import (
     AfterCursor,
     ContextDep,
-    IdempotencyKey,
+    IdempotencyDep,
+    IdempotentRequest,
     OwnerDep,
     ResourceId,
     ServiceContext,
-    make_id,
 )
 from omnivideo.api.errors import ERROR_RESPONSES, APIError, build_not_found_error, describe_job_failure
 from omnivideo.api.generation import (
+    JobRequest,
     VideoEditRequest,
     VideoRequest,
     build_remix_job,
     build_video_edit_job,
     build_video_job,
+    find_live_job,
     submit_job,
 )
-from omnivideo.api.media import build_range_response
-from omnivideo.api.request_body import BodyFields, document_request_body
+from omnivideo.api.media import build_range_response, has_expired
+from omnivideo.api.request_body import BodyFields, document_request_body, validate_fields
 from omnivideo.contracts import JobState, JobStatus
 
 router = APIRouter(prefix="/v1/videos", tags=["videos"], responses=ERROR_RESPONSES)
-VideoStatus = Literal["queued", "in_progress", "completed", "failed", "cancelled"]
+VideoStatus = Literal["queued", "in_progress", "completed", "failed", "cancelled", "expired"]
 STATUS_BY_STATE: dict[JobState, VideoStatus] = {
     "queued": "queued", "running": "in_progress", "done": "completed", "failed": "failed", "cancelled": "cancelled",
 }  # fmt: skip
@@ -42,7 +45,10 @@ class VideoError(BaseModel):
 
 
 class VideoObject(BaseModel):
-    """`seconds` is the requested length; the clip has the nearest length that the model can generate."""
+    """`seconds` is the requested length; the clip has the nearest length that the model can generate.
+
+    After `expires_at`, the status is "expired" and the clip can no longer be downloaded, edited or remixed.
+    """
 
     id: str
     object: Literal["video"] = "video"
@@ -88,6 +94,7 @@ def to_video_object(context: ServiceContext, status: JobStatus) -> VideoObject:
     if status.state == "done" and status.ended_at is not None:
         video.completed_at = int(status.ended_at)
         video.expires_at = video.completed_at + context.settings.artifact_lifetime_seconds
+        video.status = "expired" if has_expired(context, status) else video.status
     if status.state == "failed":
         code, message = describe_job_failure(status)
         video.error = VideoError(code=code, message=message)
@@ -113,23 +120,48 @@ def require_video(context: ServiceContext, video_id: str, owner: str) -> JobStat
 
 @router.post("", response_model_exclude_none=True, openapi_extra=document_request_body(VideoRequest, "input_reference"))
 def create_video(
-    context: ContextDep, owner: OwnerDep, fields: BodyFields, idempotency_key: IdempotencyKey = None
+    context: ContextDep, owner: OwnerDep, fields: BodyFields, idempotent_request: IdempotencyDep
 ) -> VideoObject:
     """Generate a clip from the prompt, or edit the `input_reference` as the prompt says.
 
     The same Idempotency-Key with the same request returns the same video, in its current state.
     """
-    job_request = build_video_job(context, owner, fields, make_id("video", owner, idempotency_key))
-    return to_video_object(context, submit_job(context, owner, job_request))
+    payload = validate_fields(VideoRequest, fields)
+
+    def build_job(job_id: str) -> JobRequest:
+        return build_video_job(context, owner, payload, job_id)
+
+    return submit_video(context, owner, idempotent_request, payload, build_job)
+
+
+def submit_video(
+    context: ServiceContext,
+    owner: str,
+    idempotent_request: IdempotentRequest,
+    payload: VideoRequest,
+    build_job: Callable[[str], JobRequest],
+) -> VideoObject:
+    """Submit the job that `build_job` builds for a new id, unless an earlier request with the key has done so."""
+    status = idempotent_request.run(
+        payload,
+        "video_",
+        find=lambda job_id: find_live_job(context, owner, "video", job_id),
+        create=lambda job_id: submit_job(context, owner, build_job(job_id)),
+    )
+    return to_video_object(context, status)
 
 
 @router.post("/edits", response_model_exclude_none=True, openapi_extra=document_request_body(VideoEditRequest, "video"))
 def edit_video(
-    context: ContextDep, owner: OwnerDep, fields: BodyFields, idempotency_key: IdempotencyKey = None
+    context: ContextDep, owner: OwnerDep, fields: BodyFields, idempotent_request: IdempotencyDep
 ) -> VideoObject:
     """Edit a video, uploaded or generated here, as the prompt says."""
-    job_request = build_video_edit_job(context, owner, fields, make_id("video", owner, idempotency_key))
-    return to_video_object(context, submit_job(context, owner, job_request))
+    payload = validate_fields(VideoEditRequest, fields)
+
+    def build_job(job_id: str) -> JobRequest:
+        return build_video_edit_job(context, owner, payload, job_id)
+
+    return submit_video(context, owner, idempotent_request, payload, build_job)
 
 
 @router.post("/extensions", response_model=None)
@@ -145,12 +177,15 @@ def remix_video(
     context: ContextDep,
     owner: OwnerDep,
     fields: BodyFields,
-    idempotency_key: IdempotencyKey = None,
+    idempotent_request: IdempotencyDep,
 ) -> VideoObject:
     """Edit a completed video as the prompt says; it keeps its size and length."""
-    original = require_video(context, video_id, owner)
-    job_request = build_remix_job(context, fields, make_id("video", owner, idempotency_key), original)
-    return to_video_object(context, submit_job(context, owner, job_request))
+    payload = validate_fields(VideoRequest, fields)
+
+    def build_job(job_id: str) -> JobRequest:
+        return build_remix_job(context, payload, job_id, require_video(context, video_id, owner))
+
+    return submit_video(context, owner, idempotent_request, payload, build_job)
 
 
 @router.get("")
@@ -184,11 +219,17 @@ def suggest_poll_ms(status: JobStatus) -> int:
 
 
 @router.post("/{video_id}/cancel", response_model_exclude_none=True)
-def cancel_video(video_id: ResourceId, context: ContextDep, owner: OwnerDep) -> VideoObject:
+def cancel_video(
+    video_id: ResourceId, context: ContextDep, owner: OwnerDep, idempotent_request: IdempotencyDep
+) -> VideoObject:
     """Cancel a video within one denoising step. A video that has ended is left unchanged."""
-    require_video(context, video_id, owner)
-    context.jobs.cancel(video_id)
-    return to_video_object(context, require_video(context, video_id, owner))
+
+    def cancel(job_id: str) -> JobStatus:
+        require_video(context, job_id, owner)
+        context.jobs.cancel(job_id)
+        return require_video(context, job_id, owner)
+
+    return to_video_object(context, idempotent_request.repeat(video_id, cancel))
 
 
 @router.delete("/{video_id}")
@@ -213,6 +254,8 @@ def build_content_response(context: ServiceContext, status: JobStatus, request: 
     """Return a job's result, or a picture of it, with a file name that is derived from the job's id."""
     if status.result is None:
         raise APIError(400, f"id: it has no content to download yet; its state is {status.state}", "id", "not_ready")
+    if has_expired(context, status):
+        raise APIError(404, f"id: the {status.kind} has expired; generate it again", "id", "expired")
     if variant in ("thumbnail", "spritesheet"):
         data, suffix = context.render_thumbnail(status.result, variant)
         response = build_range_response(request, data, f"{status.result.key.partition('.')[0]}-{variant}.{suffix}")

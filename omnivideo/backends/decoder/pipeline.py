@@ -12,13 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from omnivideo.contracts import Medium, SamplingParams, StepProgress
+from omnivideo.contracts import Medium, SamplingParams, StepProgress, compute_latent_grid
 from omnivideo.models.mllm import MLLMMedia, MLLMMessage
-from omnivideo.models.omni import OmniVideoModel
-from omnivideo.models.sampling import DenoisingState, denoise, sample_initial_noise
+from omnivideo.models.omni import MLLMFeatures, OmniVideoModel
+from omnivideo.models.sampling import DenoisingState, Expert, denoise, sample_initial_noise
 from omnivideo.models.vae import decode_latents, encode_pixels, pixels_from_bytes, pixels_to_bytes
 from omnivideo.ports import Decoder
-from omnivideo.presets import compute_latent_grid
 
 
 @dataclass
@@ -51,14 +50,14 @@ def generate_clip(
     prompt: str,
     params: SamplingParams,
     source: np.ndarray | Tensor | None = None,
-    visual_1QE: Tensor | None = None,
+    features: MLLMFeatures | None = None,
     initial_state: DenoisingState | None = None,
 ) -> Iterator[DenoisingProgress | GeneratedClip]:
     """Yield the progress after each denoising step, then the clip. Continue after `initial_state` if it is given.
 
     With a `source` the clip is an edit of it. The source is pixels [F, H, W, 3] of the requested size, or the latents
-    [z, T, h, w] of a clip that was generated here, which avoids a pass through the VAE. `visual_1QE` are the visual
-    tokens; by default they are predicted from the prompt and the source's pixels.
+    [z, T, h, w] of a clip that was generated here, which avoids a pass through the VAE. `features` are what the MLLM
+    made of the prompt and the source; by default it is asked here, with the source's pixels.
 
     The same arguments give identical bytes on the same machine. Raises ConditionTooLong before the first step.
     """
@@ -66,15 +65,12 @@ def generate_clip(
     with time_stage(seconds_by_stage, "source"):
         source_1zThw = None if source is None else encode_source(omni, source)
     with time_stage(seconds_by_stage, "condition"):
-        if visual_1QE is None:
+        if features is None:
             assert not isinstance(source, Tensor), "the MLLM cannot see latents"
-            visual_1QE = predict_visual_tokens(omni, prompt, params, source)
-        adapted_LD = omni.adapt_visual_tokens(visual_1QE, [medium_from_params(params)])
-        condition_1LD = omni.build_condition([prompt], adapted_LD, source_1zThw)
-        null_1LD = omni.build_null_condition(params.negative_prompt, 1, source_1zThw)
-    for progress in denoise_clips(
-        omni, [params.seed], condition_1LD, null_1LD, params, initial_state, seconds_by_stage
-    ):
+            features = compute_features(omni, prompt, params, source)
+        target = medium_from_params(params)
+        experts = omni.build_experts([prompt], [features], params.negative_prompt, target, source_1zThw)
+    for progress in denoise_clips(omni, experts, [params.seed], params, initial_state, seconds_by_stage):
         yield progress
         x_1zThw = progress.state.latents
     yield decode_clip(omni, x_1zThw, params, seconds_by_stage)
@@ -86,7 +82,7 @@ def generate_clip_batch(
     prompts: Sequence[str],
     seeds: Sequence[int],
     params: SamplingParams,
-    visual_BQE: Tensor,
+    features: Sequence[MLLMFeatures],
     initial_state: DenoisingState | None = None,
 ) -> Iterator[DenoisingProgress | list[GeneratedClip]]:
     """Generate several clips in one pass, as `generate_clip` does for one. They differ only in prompt and seed.
@@ -96,10 +92,8 @@ def generate_clip_batch(
     """
     seconds_by_stage: dict[str, float] = {}
     with time_stage(seconds_by_stage, "condition"):
-        adapted_LD = omni.adapt_visual_tokens(visual_BQE, [medium_from_params(params)] * len(prompts))
-        condition_BLD = omni.build_condition(prompts, adapted_LD)
-        null_BLD = omni.build_null_condition(params.negative_prompt, len(prompts))
-    for progress in denoise_clips(omni, seeds, condition_BLD, null_BLD, params, initial_state, seconds_by_stage):
+        experts = omni.build_experts(prompts, features, params.negative_prompt, medium_from_params(params))
+    for progress in denoise_clips(omni, experts, seeds, params, initial_state, seconds_by_stage):
         yield progress
         x_BzThw = progress.state.latents
     shared_seconds = {stage: round(seconds / len(prompts), 3) for stage, seconds in seconds_by_stage.items()}
@@ -108,9 +102,8 @@ def generate_clip_batch(
 
 def denoise_clips(
     omni: OmniVideoModel,
+    experts: Sequence[Expert],
     seeds: Sequence[int],
-    condition_BLD: Tensor,
-    null_BLD: Tensor,
     params: SamplingParams,
     initial_state: DenoisingState | None,
     seconds_by_stage: dict[str, float],
@@ -121,17 +114,10 @@ def denoise_clips(
     else:
         grid_Thw = compute_latent_grid(params.width, params.height, params.frames)
         x_BzThw = sample_initial_noise(list(seeds), (omni.vae.config.z_dim, *grid_Thw), omni.device)
-        first_step = 0
+        x_BzThw, first_step = x_BzThw.to(omni.latents_dtype), 0
     started_at = time.perf_counter()
     for denoising_step in denoise(
-        omni.decoder,
-        x_BzThw,
-        condition_BLD,
-        null_BLD,
-        params.steps,
-        params.guidance_scale,
-        params.flow_shift,
-        initial_state,
+        experts, x_BzThw, params.steps, params.guidance_scale, params.flow_shift, initial_state
     ):
         completed_steps = denoising_step.state.step
         seconds_per_step = (time.perf_counter() - started_at) / (completed_steps - first_step)
@@ -148,12 +134,12 @@ def encode_source(omni: OmniVideoModel, source: np.ndarray | Tensor) -> Tensor:
     return encode_pixels(omni.vae, pixels_from_bytes(source[None]).to(omni.vae.device, omni.vae.dtype))
 
 
-def predict_visual_tokens(
+def compute_features(
     omni: OmniVideoModel, prompt: str, params: SamplingParams, source: np.ndarray | None
-) -> Tensor:
-    """Return V_o [1, Q, E] of a prompt and, for an edit, the source's pixels [F, H, W, 3]."""
+) -> MLLMFeatures:
+    """Return the MLLM's features of a prompt and, for an edit, the source's pixels [F, H, W, 3]."""
     media = () if source is None else (MLLMMedia(source, params.fps, params.frames > 1),)
-    return omni.compute_visual_tokens([(MLLMMessage(prompt, media), medium_from_params(params))])
+    return omni.compute_mllm_features(MLLMMessage(prompt, media), medium_from_params(params))
 
 
 def decode_clip(
@@ -161,7 +147,8 @@ def decode_clip(
 ) -> GeneratedClip:
     """Decode clean latents to a clip; the clip takes over `seconds_by_stage`."""
     with time_stage(seconds_by_stage, "decoding"):
-        frames = pixels_to_bytes(decode_latents(omni.vae, x_1zThw))[0]
+        pixels_1CFHW = decode_latents(omni.vae, x_1zThw.to(omni.vae.dtype))
+        frames = pixels_to_bytes(pixels_1CFHW, omni.preset.byte_rounding)[0]
     assert len(frames) == params.frames or params.frames == 1
     return GeneratedClip(frames, x_1zThw[0], seconds_by_stage)
 

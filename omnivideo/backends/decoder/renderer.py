@@ -26,15 +26,15 @@ from omnivideo.contracts import (
     Preview,
     SamplingParams,
     check_sampling_params,
+    compute_latent_grid,
 )
 from omnivideo.errors import InvalidInput
 from omnivideo.media.artifacts import encode_clip, load_media, to_png_bytes
 from omnivideo.media.read import DecodedMedia, fit_media
-from omnivideo.models.omni import OmniVideoModel
+from omnivideo.models.omni import MLLMFeatures, OmniVideoModel
 from omnivideo.models.sampling import DenoisingState
 from omnivideo.models.vae import decode_latents, pixels_to_bytes
 from omnivideo.ports import ObjectStore
-from omnivideo.presets import compute_latent_grid
 from omnivideo.storage.objects.tensors import get_tensors, put_tensors
 
 
@@ -69,10 +69,10 @@ class Renderer:
         reference = self.mllm.predict_visual_tokens(request, medium_from_params(params))
         return job.model_copy(update={"visual_tokens": reference})
 
-    def load_visual_tokens(self, job: Job) -> Tensor:
-        """Return V_o [1, Q, E] of a prepared job. Raises ArtifactNotFound."""
+    def load_features(self, job: Job) -> MLLMFeatures:
+        """Return the MLLM's features for a prepared job. Raises ArtifactNotFound."""
         assert job.visual_tokens
-        return self.mllm.load_visual_tokens(job.visual_tokens)
+        return self.mllm.load_features(job.visual_tokens)
 
     def load_source(self, source: Artifact | None, params: SamplingParams) -> np.ndarray | Tensor | None:
         """Return a source's latents [z, T, h, w] if they are stored and have the job's size, or its fitted pixels."""
@@ -82,7 +82,8 @@ class Renderer:
         if source.latents and (latents := get_tensors(self.store, source.latents)["latents"]).shape[1:] == grid:
             return latents
         media = DecodedMedia(load_media(self.store, source.key).frames, source.fps, source.medium)
-        return fit_media(media, params.width, params.height, params.frames, params.fps)
+        size = (params.width, params.height, params.frames, params.fps)
+        return fit_media(media, *size, self.omni.preset.source)
 
     def compute_batch_key(self, job: Job) -> tuple[str, int] | None:
         """Return what jobs must share to be rendered in one pass, or None if the job must be rendered alone.
@@ -104,21 +105,21 @@ class Renderer:
         self, job: Job, params: SamplingParams, initial_state: DenoisingState | None = None
     ) -> Iterator[DenoisingProgress | GeneratedClip]:
         """Yield the events of `generate_clip` for a prepared job."""
-        source, visual_1QE = self.load_source(job.source, params), self.load_visual_tokens(job)
-        yield from generate_clip(self.omni, job.prompt, params, source, visual_1QE, initial_state)
+        source, features = self.load_source(job.source, params), self.load_features(job)
+        yield from generate_clip(self.omni, job.prompt, params, source, features, initial_state)
 
     def render_batch(
         self, prepared_jobs: Sequence[tuple[Job, SamplingParams]], initial_state: DenoisingState | None = None
     ) -> Iterator[DenoisingProgress | list[GeneratedClip]]:
         """Yield the events of `generate_clip_batch` for prepared jobs with one batch key."""
-        visual_BQE = torch.cat([self.load_visual_tokens(job) for job, _ in prepared_jobs])
+        features = [self.load_features(job) for job, _ in prepared_jobs]
         prompts, seeds = [job.prompt for job, _ in prepared_jobs], [job.seed for job, _ in prepared_jobs]
-        yield from generate_clip_batch(self.omni, prompts, seeds, prepared_jobs[0][1], visual_BQE, initial_state)
+        yield from generate_clip_batch(self.omni, prompts, seeds, prepared_jobs[0][1], features, initial_state)
 
     @torch.no_grad()
     def render_preview(self, clean_latents_1zThw: Tensor) -> Preview:
         """Return the middle frame of predicted clean latents."""
-        frames = pixels_to_bytes(decode_latents(self.omni.vae, clean_latents_1zThw))[0]
+        frames = pixels_to_bytes(decode_latents(self.omni.vae, clean_latents_1zThw.to(self.omni.vae.dtype)))[0]
         return Preview(png=base64.b64encode(to_png_bytes(frames[len(frames) // 2])).decode())
 
     def replay_manifest(self, manifest: Manifest) -> str:

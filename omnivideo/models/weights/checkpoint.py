@@ -2,6 +2,8 @@
 
     model_index.json       preset, format, and the SHA-256 of every weights file
     mllm/ vision_head/ adapter/ visual_context/ markers/ transformer/ text_encoder/ tokenizer/ vae/
+    null_context/ hidden_projection/            of published presets
+    transformer_2/ hidden_projection_2/ visual_context_2/    of the second of two experts
 
 Every weights file is safetensors. A missing or unknown key or a wrong shape is an error when loading;
 `verify_digests` finds files that have changed.
@@ -9,22 +11,28 @@ Every weights file is safetensors. A missing or unknown key or a wrong shape is 
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen3VLForConditionalGeneration, UMT5EncoderModel
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen3VLMoeForConditionalGeneration, UMT5EncoderModel
 from transformers.utils import logging
 
 from omnivideo.errors import CheckpointError
+from omnivideo.models.bridge import NullContext
 from omnivideo.models.conditions import MarkerEmbeddings
 from omnivideo.models.mllm import VISUAL_TOKENS
-from omnivideo.models.omni import Bridge, OmniVideoModel
+from omnivideo.models.omni import Bridge, OmniVideoModel, get_expert_part, get_torch_dtype
 from omnivideo.models.positions import add_absolute_positions
-from omnivideo.presets import Preset, get_preset
+from omnivideo.models.weights.qwen3_vl import load_qwen3_vl, restore_published_layout
+from omnivideo.models.weights.strict import check_keys as check_keys
+from omnivideo.models.weights.strict import get_first_line as get_first_line
+from omnivideo.models.weights.strict import load_strict as load_strict
+from omnivideo.models.weights.vila import load_vila, load_vila_tokenizer
+from omnivideo.presets import Precision, Preset, get_preset
 
 INDEX_FILE = "model_index.json"
 BRIDGE_PARTS = ("vision_head", "adapter", "visual_context", "markers")
@@ -41,14 +49,15 @@ def compute_file_digest(path: Path) -> str:
 def save(omni: OmniVideoModel, folder: Path, dtype: torch.dtype = torch.float16) -> None:
     """Write all parts in the given precision, without changing the models in memory."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, part in (("mllm", omni.mllm), ("transformer", omni.decoder), ("text_encoder", omni.text_encoder),
-                       ("vae", omni.vae)):  # fmt: skip
+    parts = {"mllm": omni.mllm, "text_encoder": omni.text_encoder, "vae": omni.vae}
+    parts |= {get_expert_part("transformer", index): decoder for index, decoder in enumerate(omni.decoders)}
+    for name, part in parts.items():
         save_library_model(part, folder / name, dtype)
     omni.mllm_tokenizer.save_pretrained(folder / "mllm")
     omni.tokenizer.save_pretrained(folder / "tokenizer")
-    for name in BRIDGE_PARTS:
+    for name, module in omni.bridge.named_children():
         (folder / name).mkdir(exist_ok=True)
-        state = getattr(omni.bridge, name).state_dict()
+        state = module.state_dict()
         save_file({key: value.to(dtype).contiguous() for key, value in state.items()}, folder / name / WEIGHTS_FILE)
     files = {str(path.relative_to(folder)): compute_file_digest(path) for path in sorted(folder.rglob("*.safetensors"))}
     index = {"_class_name": "OmniVideo", "format": 1, "preset": omni.preset.name, "sha256": files}
@@ -66,6 +75,8 @@ def save_library_model(part: Any, folder: Path, dtype: torch.dtype) -> None:
         path = folder / WEIGHTS_FILE
     strip_provenance(folder / "config.json")
     state = {key: value.to(dtype).contiguous() for key, value in part.state_dict().items()}
+    if isinstance(part, Qwen3VLMoeForConditionalGeneration):
+        state = restore_published_layout(state)
     if isinstance(part, UMT5EncoderModel):
         state.pop("encoder.embed_tokens.weight", None)  # the same tensor as shared.weight
     save_file(state, path, metadata={"format": "pt"})
@@ -111,39 +122,83 @@ def verify_digests(folder: Path) -> None:
             raise CheckpointError(f"{name} is damaged: its SHA-256 differs from the index")
 
 
-def load(folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> OmniVideoModel:
-    """Load all parts of a folder's preset onto a device, in evaluation mode."""
-    return load_parts(folder, lambda name, part: part.to(device), dtype)
+def load(
+    folder: Path, device: torch.device | str = "cpu", precision: Precision = "preset", with_mllm: bool = True
+) -> OmniVideoModel:
+    """Load all parts of a folder's preset onto a device, in evaluation mode.
 
-
-def load_parts(folder: Path, place_part: Callable[[str, Any], Any], dtype: torch.dtype | None = None) -> OmniVideoModel:
-    """Load all parts as `load` does, and let `place_part` move each to its device before the next one is read.
-
-    `place_part` gets a part and its name in `OmniVideoModel`. Without a `dtype`, parts keep the precision in which
-    `load_strict` reads them.
+    Each part has the type that the preset states, or all are in float32. A process that gets the MLLM's features from
+    a server loads everything else, `with_mllm=False`.
     """
     model_preset = get_preset(read_index(folder)["preset"])
+    if precision == "float32":
+        model_preset = model_preset.in_float32()
+    return load_parts(
+        folder,
+        lambda name, part: part.to(device),
+        lambda part: get_torch_dtype(model_preset, part),
+        with_mllm,
+        model_preset,
+    )
+
+
+def keep_file_dtype(part: str) -> None:
+    """Return None for every part: the type in which `load_strict` reads it."""
+
+
+def load_parts(
+    folder: Path,
+    place_part: Callable[[str, Any], Any],
+    choose_dtype: Callable[[str], torch.dtype | None] = keep_file_dtype,
+    with_mllm: bool = True,
+    model_preset: Preset | None = None,
+) -> OmniVideoModel:
+    """Load all parts as `load` does, and let `place_part` move each to its device before the next one is read.
+
+    `place_part` gets a part and its name in `OmniVideoModel`, `choose_dtype` a name of the preset's `dtypes`.
+    """
+    model_preset = model_preset or get_preset(read_index(folder)["preset"])
     logging.disable_progress_bar()  # transformers shows a progress bar for each part, however small
-    decoder = place_part("decoder", load_strict(WanTransformer3DModel, folder, "transformer", dtype))
-    mllm = place_part("mllm", load_strict(Qwen3VLForConditionalGeneration, folder, "mllm", dtype))
+    decoders: list[WanTransformer3DModel] = []
+    for index, name in enumerate(("decoder", "second_decoder")[: model_preset.experts.num_decoders]):
+        part = get_expert_part("transformer", index)
+        decoders.append(place_part(name, load_strict(WanTransformer3DModel, folder, part, choose_dtype("decoder"))))
+    mllm, mllm_tokenizer = None, None
+    if with_mllm:
+        mllm, mllm_tokenizer = load_mllm(model_preset, folder, choose_dtype("mllm"))
+        mllm = place_part("mllm", mllm)
+    encoder = load_strict(UMT5EncoderModel, folder, "text_encoder", choose_dtype("text_encoder"))
     return OmniVideoModel(
         preset=model_preset,
         mllm=mllm,
-        mllm_tokenizer=load_mllm_tokenizer(folder, mllm.get_input_embeddings().num_embeddings),
-        bridge=place_part("bridge", load_bridge(model_preset, folder, dtype)),
-        decoder=add_absolute_positions(decoder) if model_preset.absolute_positions else decoder,
-        text_encoder=place_part("text_encoder", load_strict(UMT5EncoderModel, folder, "text_encoder", dtype)),
+        mllm_tokenizer=mllm_tokenizer,
+        bridge=place_part("bridge", load_bridge(model_preset, folder, choose_dtype)),
+        decoder=add_absolute_positions(decoders[0]) if model_preset.absolute_positions else decoders[0],
+        text_encoder=place_part("text_encoder", encoder),
         tokenizer=AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True),
-        vae=place_part("vae", load_strict(AutoencoderKLWan, folder, "vae", dtype)),
+        vae=place_part("vae", load_strict(AutoencoderKLWan, folder, "vae", choose_dtype("vae"))),
+        second_decoder=decoders[1] if len(decoders) > 1 else None,
     ).eval()
 
 
-def load_mllm_tokenizer(folder: Path, embedding_count: int) -> PreTrainedTokenizerBase:
+def load_mllm(model_preset: Preset, folder: Path, dtype: torch.dtype | None) -> tuple[Any, PreTrainedTokenizerBase]:
+    """Load the MLLM of the preset's family, and its tokenizer."""
+    if model_preset.mllm.family == "vila":
+        vila: Any = load_vila(folder / "mllm", dtype)
+        return vila, load_vila_tokenizer(folder / "mllm", vila.get_input_embeddings().num_embeddings)
+    mllm = load_qwen3_vl(folder, "mllm", dtype)
+    has_routing_tokens = model_preset.mllm.routing == "tokens"
+    return mllm, load_mllm_tokenizer(folder, mllm.get_input_embeddings().num_embeddings, has_routing_tokens)
+
+
+def load_mllm_tokenizer(folder: Path, embedding_count: int, has_routing_tokens: bool = True) -> PreTrainedTokenizerBase:
     """Load the MLLM's tokenizer.
 
-    Raises CheckpointError if it lacks the routing tokens, as Qwen's tokenizer does; it would split them silently.
+    Raises CheckpointError if it lacks the routing tokens that the preset needs; it would split them silently.
     """
     tokenizer = AutoTokenizer.from_pretrained(folder / "mllm", local_files_only=True)
+    if not has_routing_tokens:
+        return tokenizer
     ids = tokenizer("".join(VISUAL_TOKENS), add_special_tokens=False).input_ids
     if ids != tokenizer.convert_tokens_to_ids(list(VISUAL_TOKENS)) or max(ids) >= embedding_count:
         raise CheckpointError(
@@ -153,62 +208,36 @@ def load_mllm_tokenizer(folder: Path, embedding_count: int) -> PreTrainedTokeniz
     return tokenizer
 
 
-def load_strict(cls: Any, folder: Path, name: str, dtype: torch.dtype | None) -> Any:
-    """Load a library's model from a subfolder; raise CheckpointError for missing keys, where libraries only warn.
-
-    Without a `dtype`, a transformers model gets the file's precision and a diffusers model gets float32.
-    """
-    part = folder / name
-    if not (part / "config.json").is_file():
-        raise CheckpointError(f"{name}/config.json is missing from the weights")
-    try:
-        model, report = cls.from_pretrained(
-            part, torch_dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{name} cannot be loaded: {get_first_line(error)}") from error
-    check_keys(name, list(report["missing_keys"]), list(report["unexpected_keys"]), list(report["mismatched_keys"]))
-    return model
-
-
-def load_bridge(model_preset: Preset, folder: Path, dtype: torch.dtype | None) -> Bridge:
-    """Load the bridge; each marker has as many embeddings as the weights contain."""
+def load_bridge(
+    model_preset: Preset, folder: Path, choose_dtype: Callable[[str], torch.dtype | None] = keep_file_dtype
+) -> Bridge:
+    """Load the bridge; the markers and the null context have as many embeddings as the weights contain."""
     with torch.device("meta"):
         bridge = Bridge(model_preset)
-    for name in BRIDGE_PARTS:
+    for name in bridge.part_names:
         path = folder / name / WEIGHTS_FILE
         if not path.is_file():
             raise CheckpointError(f"{name}/{WEIGHTS_FILE} is missing from the weights")
+        dtype = choose_dtype(name.removesuffix("_2"))
         state = {key: value.to(dtype or value.dtype) for key, value in load_file(path).items()}
-        if name == "markers":
-            with torch.device("meta"):
-                bridge.markers = MarkerEmbeddings(
-                    model_preset.text_width, {key: len(value) for key, value in state.items()}
+        with torch.device("meta"):
+            if name == "markers":
+                lengths = {key: len(value) for key, value in state.items()}
+                bridge.markers = MarkerEmbeddings(model_preset.text_width, model_preset.condition.marker_names, lengths)
+            if name == "null_context":
+                lengths = {key: value.shape[-2] for key, value in state.items() if value.ndim > 1}
+                bridge.null_context = NullContext(
+                    model_preset.mllm_width,
+                    model_preset.text_width,
+                    lengths.get("hidden_states", 1),
+                    lengths.get("text", 1),
                 )
-        module = getattr(bridge, name)
+        module = bridge.get_submodule(name)
         expected = {key: value.shape for key, value in module.state_dict().items()}
         mismatched = [key for key in state if key in expected and state[key].shape != expected[key]]
         check_keys(name, sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys()), mismatched)
         module.load_state_dict(state, assign=True)
     return bridge
-
-
-def check_keys(
-    name: str,
-    missing: Sequence[str],
-    unknown: Sequence[str],
-    mismatched: Sequence[str | tuple[str, torch.Size, torch.Size]],
-) -> None:
-    """Raise CheckpointError unless all lists are empty. transformers lists mismatched keys with both shapes."""
-    for problem, keys in (("is missing", missing), ("is unknown", unknown), ("has a different shape", mismatched)):
-        if keys:
-            first = keys[0] if isinstance(keys[0], str) else keys[0][0]
-            raise CheckpointError(f"{name}: {len(keys)} weights do not fit; the first, {first}, {problem}")
-
-
-def get_first_line(error: Exception) -> str:
-    """Return the first line of an error's text, at most 200 characters, or its type if it has no text."""
-    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
 
 
 def find_shipped_weights(preset_name: str) -> Path:

@@ -4,24 +4,24 @@
     version 2       transformer/pytorch_model.pt      wan_model. vlm_norm. vlm_proj. visual_context_adapter.
       two experts   high_noise_model/model.pt, low_noise_model/model.pt, each with the same prefixes
     markers         special_tokens/tokens.pkl (version 1), special_tokens.pkl (version 2)
+    null condition  unconditioned_context/context.pkl (version 1)
 
 Our folder has one part for each of their prefixes. The parts of the low-noise expert end in `_2`.
 """
 
 import re
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from diffusers import WanTransformer3DModel
 from torch import nn
 
 from omnivideo.models.bridge import HiddenProjection
-from omnivideo.models.conditions import MARKER_NAMES
 from omnivideo.models.omni import Bridge, build_visual_context_adapter
-from omnivideo.presets import OMNIVIDEO2_1_3B, OMNIVIDEO2_A14B, OMNIVIDEO_1_3B, PRESETS, Preset
+from omnivideo.presets import OMNIVIDEO2_1_3B, OMNIVIDEO2_A14B, OMNIVIDEO_1_3B, Preset
 
 PUBLISHED_PRESETS = (OMNIVIDEO_1_3B.name, OMNIVIDEO2_1_3B.name, OMNIVIDEO2_A14B.name)
+NULL_CONTEXT_FILE = "unconditioned_context/context.pkl"
 KEY_PREFIXES = {
     "transformer": "wan_model.",
     "vision_head": "ar_vision_head.",
@@ -76,7 +76,7 @@ def list_weight_files(preset: Preset) -> tuple[str, ...]:
     """Return the published files of tensors, one for each decoder."""
     if preset.version == 1:
         return ("transformer/model.pt",)
-    if preset.num_decoders == 1:
+    if preset.experts.num_decoders == 1:
         return ("transformer/pytorch_model.pt",)
     return ("high_noise_model/model.pt", "low_noise_model/model.pt")
 
@@ -87,7 +87,7 @@ def get_markers_file(preset: Preset) -> str:
 
 def list_required_markers(preset: Preset) -> tuple[str, ...]:
     """Return the markers that a preset needs; version 2 has no adapter tokens to mark."""
-    return tuple(name for name in MARKER_NAMES if preset.version == 1 or not name.startswith("ipl"))
+    return preset.condition.marker_names
 
 
 def build_meta_modules(preset: Preset) -> dict[str, nn.Module]:
@@ -113,13 +113,3 @@ def locate_tensors(preset: Preset) -> dict[str, TensorLocation]:
 def get_part_folder(part: str, decoder_index: int) -> str:
     """Return our subfolder for a part of a decoder; index 0 is the only decoder or the high-noise expert."""
     return part if decoder_index == 0 else f"{part}_{decoder_index + 1}"
-
-
-def detect_preset(source: Path) -> str | None:
-    """Return the preset whose published files a folder has, or None."""
-    matches = [
-        name
-        for name in PUBLISHED_PRESETS
-        if all((source / file).is_file() for file in list_weight_files(PRESETS[name]))
-    ]
-    return matches[0] if matches else None

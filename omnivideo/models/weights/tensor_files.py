@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -35,6 +36,8 @@ DTYPE_BY_NAME = {
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
 NAME_BY_DTYPE = {dtype: name for name, dtype in DTYPE_BY_NAME.items()}
+MAPPED_FILES: "WeakSet[mmap.mmap]" = WeakSet()  # read-only files, whose pages can be dropped at any time
+RELEASE_BYTES = 256 << 20  # of mapped pages that a copy may keep
 
 
 # ---------------------------------------------------------------- pickles
@@ -45,6 +48,7 @@ def read_pickle(path: Path) -> dict[str, Any]:
 
     Raises CheckpointError if the pickle names anything but tensors and plain containers, before any of it runs.
     """
+    label = f"{path.parent.name}/{path.name}"
     check_plain_zip(path)
     try:
         # Fake tensors know their offset in the file. torch's own mmap=True reserves memory to copy every page, which
@@ -52,7 +56,7 @@ def read_pickle(path: Path) -> dict[str, Any]:
         with FakeTensorMode(), warnings.catch_warnings(action="ignore"):
             loaded = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(loaded, Mapping):
-            raise CheckpointError(f"{path.name} holds {type(loaded).__name__}, not a dictionary of tensors")
+            raise CheckpointError(f"{label} holds {type(loaded).__name__}, not a dictionary of tensors")
         mapped: dict[str, Any] = map_fake_tensors(loaded, map_bytes(path))
         return mapped
     except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, AssertionError):
@@ -61,17 +65,18 @@ def read_pickle(path: Path) -> dict[str, Any]:
 
 def check_plain_zip(path: Path) -> None:
     """Raise CheckpointError unless the file can be read and is a zip archive of uncompressed entries."""
+    label = f"{path.parent.name}/{path.name}"
     try:
         if not is_zip(path):
             raise zipfile.BadZipFile
         with zipfile.ZipFile(path) as archive:
             compressed = any(entry.compress_type for entry in archive.infolist())
     except OSError as error:
-        raise CheckpointError(f"{path.parent.name}/{path.name} cannot be read: {error.strerror}") from None
+        raise CheckpointError(f"{label} cannot be read: {error.strerror}") from None
     except zipfile.BadZipFile:
-        raise CheckpointError(f"{path.name} is cut short, or is not in the zip format of torch.save") from None
+        raise CheckpointError(f"{label} is cut short, or is not in the zip format of torch.save") from None
     if compressed:
-        raise CheckpointError(f"{path.name} is compressed, which torch.save never does")
+        raise CheckpointError(f"{label} is compressed, which torch.save never does")
 
 
 def is_zip(path: Path) -> bool:
@@ -85,19 +90,22 @@ def is_zip(path: Path) -> bool:
 
 def explain_refusal(path: Path) -> str:
     """Return why torch refuses a file. Its pickle is only scanned, never run."""
+    label = f"{path.parent.name}/{path.name}"
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except (RuntimeError, ValueError, pickle.UnpicklingError):
-        return f"{path.name} is damaged: its pickle cannot be read"
+        return f"{label} is damaged: its pickle cannot be read"
     if not names:
-        return f"{path.name} is damaged, or was not written by torch.save"
-    return unsafe_name_message(path.name, names[0])
+        return f"{label} is damaged, or was not written by torch.save"
+    return unsafe_name_message(label, names[0])
 
 
 def map_fake_tensors(value: Any, data: mmap.mmap) -> Any:
-    """Return the same dictionaries with each fake tensor replaced by a view of its bytes in the file."""
+    """Return the same dictionaries and lists with each fake tensor replaced by a view of its bytes in the file."""
     if isinstance(value, Mapping):
         return {key: map_fake_tensors(entry, data) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [map_fake_tensors(entry, data) for entry in value]
     if not isinstance(value, FakeTensor) or value.layout != torch.strided:
         return value
     storage = value.untyped_storage()
@@ -109,7 +117,19 @@ def map_fake_tensors(value: Any, data: mmap.mmap) -> Any:
 
 def map_bytes(path: Path) -> mmap.mmap:
     with path.open("rb") as file:
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    MAPPED_FILES.add(mapped)
+    return mapped
+
+
+def release_mapped_pages() -> None:
+    """Give the pages of all mapped files back to the system; they are read again if they are needed.
+
+    Without this, a process that has read a file of 28 GB counts all of it as resident memory.
+    """
+    for mapped in list(MAPPED_FILES):
+        if not mapped.closed:
+            mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def tensor_over_buffer(data: mmap.mmap, dtype: torch.dtype, count: int, offset: int) -> Tensor:
@@ -135,7 +155,7 @@ def check_dense_tensors(file: str, loaded: Mapping[Any, Any]) -> StateDict:
 def load_storage(data: bytes) -> Any:
     """Load the bytes of a storage inside a plain pickle, which torch.save wrote."""
     with warnings.catch_warnings(action="ignore"):
-        return torch.load(BytesIO(data), weights_only=True)
+        return torch.load(BytesIO(data), map_location="cpu", weights_only=True)
 
 
 class RestrictedUnpickler(pickle.Unpickler):
@@ -158,18 +178,35 @@ class RestrictedUnpickler(pickle.Unpickler):
 
 def read_small_pickle(path: Path) -> StateDict:
     """Read a few tensors into memory, from a plain pickle or from torch.save's zip format."""
+    return check_dense_tensors(path.name, load_small_pickle(path))
+
+
+def read_tensor_lists(path: Path) -> dict[str, list[Tensor]]:
+    """Read a pickle of tensors and lists of tensors; return each entry as a list."""
+    lists = {}
+    for key, value in load_small_pickle(path).items():
+        entries = list(value) if isinstance(value, list | tuple) else [value]
+        numbered = check_dense_tensors(path.name, {f"{key}.{number}": entry for number, entry in enumerate(entries)})
+        lists[str(key)] = list(numbered.values())
+    return lists
+
+
+def load_small_pickle(path: Path) -> Mapping[Any, Any]:
+    """Return the dictionary in a small pickle; raise CheckpointError if it is damaged or names anything else."""
     if is_zip(path):
-        return check_dense_tensors(path.name, read_pickle(path))
+        return read_pickle(path)
     try:
         with path.open("rb") as file:
             loaded = RestrictedUnpickler(file).load()
     except pickle.UnpicklingError as error:
+        if "truncated" in str(error):
+            raise CheckpointError(f"{path.name} is damaged: its pickle cannot be read") from None
         raise CheckpointError(unsafe_name_message(path.name, str(error).split()[-1])) from None
     except (EOFError, ValueError, IndexError, KeyError, AttributeError, RuntimeError, TypeError):
         raise CheckpointError(f"{path.name} is damaged: its pickle cannot be read") from None
     if not isinstance(loaded, Mapping):
         raise CheckpointError(f"{path.name} holds {type(loaded).__name__}, not a dictionary of tensors")
-    return check_dense_tensors(path.name, loaded)
+    return loaded
 
 
 # ---------------------------------------------------------------- safetensors
@@ -185,24 +222,47 @@ def map_safetensors_folder(folder: Path) -> StateDict:
 
 def map_safetensors_file(path: Path) -> StateDict:
     """Return all tensors of a safetensors file, memory-mapped."""
-    data = map_bytes(path)
-    start = 8 + int.from_bytes(data[:8], "little")
-    header = json.loads(data[8:start])
+    data, start, entries = map_bytes(path), *read_safetensors_header(path)
     state = {}
-    for key, entry in header.items():
-        if key != "__metadata__":
-            begin, end = entry["data_offsets"]
-            dtype = DTYPE_BY_NAME[entry["dtype"]]
-            flat = tensor_over_buffer(data, dtype, (end - begin) // dtype.itemsize, start + begin)
-            state[key] = flat.view(entry["shape"])
+    for key, entry in entries.items():
+        if entry["dtype"] not in DTYPE_BY_NAME:
+            raise CheckpointError(f"{path.name}: {key!r} is not a dense tensor of floating-point numbers")
+        begin, end = entry["data_offsets"]
+        dtype = DTYPE_BY_NAME[entry["dtype"]]
+        flat = tensor_over_buffer(data, dtype, (end - begin) // dtype.itemsize, start + begin)
+        state[key] = flat.view(entry["shape"])
     return state
+
+
+def read_safetensors_header(path: Path) -> tuple[int, dict[str, Any]]:
+    """Return where a file's tensors start, and the type, shape and offsets of each.
+
+    Raises CheckpointError if the file is missing, damaged or cut short.
+    """
+    label = f"{path.parent.name}/{path.name}"
+    try:
+        size_bytes = path.stat().st_size
+        with path.open("rb") as file:
+            header_bytes = int.from_bytes(file.read(8), "little")
+            entries = json.loads(file.read(header_bytes)) if 8 + header_bytes <= size_bytes else None
+        if not isinstance(entries, dict):
+            raise ValueError
+        entries.pop("__metadata__", None)
+        end = 8 + header_bytes + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+    except OSError as error:
+        raise CheckpointError(f"{label} cannot be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError):
+        raise CheckpointError(f"{label} is cut short, or is not a safetensors file") from None
+    if size_bytes != end:
+        raise CheckpointError(f"{label} is cut short or damaged: it has {size_bytes:,} bytes, its header says {end:,}")
+    return 8 + header_bytes, entries
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], on_progress: WriteProgress) -> str:
     """Write a safetensors file in pieces and return its SHA-256. Pieces of zeros become holes in the file."""
     # Tensors with large elements come first, which keeps every tensor aligned.
     keys = sorted(tensors, key=lambda key: (-tensors[key].element_size(), key))
-    header, digest = encode_header(tensors, keys), hashlib.sha256()
+    header, digest, unreleased_bytes = encode_header(tensors, keys), hashlib.sha256(), 0
     with path.open("wb") as file:
         file.write(header)
         digest.update(header)
@@ -213,6 +273,10 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], on_progress: Wr
             else:
                 file.seek(len(piece), os.SEEK_CUR)
             on_progress(path.name, len(piece))
+            unreleased_bytes += len(piece)
+            if unreleased_bytes >= RELEASE_BYTES:
+                release_mapped_pages()
+                unreleased_bytes = 0
         file.truncate(file.tell())
         file.flush()
         os.fsync(file.fileno())
@@ -241,6 +305,28 @@ def iterate_chunks(tensor: Tensor) -> Iterator[np.ndarray]:
     flat = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
     for start in range(0, len(flat), CHUNK_BYTES):
         yield flat[start : start + CHUNK_BYTES]
+
+
+# ---------------------------------------------------------------- other files
+
+
+def link_file(source: Path, target: Path) -> None:
+    """Make `target` the same file as `source`: a hard link, or a symbolic link if they are on different disks."""
+    source = source.resolve()  # the hub's cache consists of symbolic links
+    try:
+        os.link(source, target)
+    except OSError:
+        target.symlink_to(source)
+
+
+def digest_file(path: Path, on_progress: WriteProgress) -> str:
+    """Return the SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(16 * CHUNK_BYTES):
+            digest.update(piece)
+            on_progress(path.name, len(piece))
+    return digest.hexdigest()
 
 
 # ---------------------------------------------------------------- all or nothing

@@ -53,7 +53,9 @@ class BatchRepository(Repository):
 
     def list_batches(self, owner: str, after: str | None, limit: int) -> tuple[list[BatchRecord], bool]:
         """Return a page of the owner's batches, newest first, and whether more follow."""
-        rows, has_more = self.fetch_page(batches, batches.c.owner == owner, after, limit, newest_first=True)
+        is_owned = batches.c.owner == owner
+        cursor_query = select(batches.c.created_at, batches.c.id).where(is_owned, batches.c.id == after)
+        rows, has_more = self.fetch_page(batches, is_owned, after, limit, True, cursor_query)
         return [record_from_row(BatchRecord, row) for row in rows], has_more
 
     def transition_batch(self, batch: BatchRecord, state: str, runner: str | None = None, **values: Any) -> bool:

@@ -13,12 +13,16 @@ from omnivideo.storage.database.schema import batches, files
 class FileRepository(Repository):
     def create_file(
         self, owner: str, *, file_id: str, name: str, purpose: str, size_bytes: int, object_key: str,
-        artifact: dict[str, Any] | None,
+        artifact: dict[str, Any] | None, lifetime_seconds: float | None = None,
     ) -> FileRecord:  # fmt: skip
-        """Create a file and return it. If the id exists, return the file that has it, unchanged."""
+        """Create a file, which expires after `lifetime_seconds`, and return it.
+
+        If the id exists, return the file that has it, unchanged.
+        """
         values = {
             "id": file_id, "owner": owner, "name": name, "purpose": purpose, "size_bytes": size_bytes,
             "object_key": object_key, "artifact": artifact, "created_at": unix_now(), "deleted": False,
+            "expires_at": None if lifetime_seconds is None else unix_now() + lifetime_seconds,
         }  # fmt: skip
         return record_from_row(FileRecord, self.insert_if_absent(files, values))
 
@@ -33,7 +37,8 @@ class FileRepository(Repository):
         condition = match_owned_files(owner)
         if purpose is not None:
             condition = and_(condition, files.c.purpose == purpose)
-        rows, has_more = self.fetch_page(files, condition, after, limit, newest_first)
+        cursor_query = select(files.c.created_at, files.c.id).where(files.c.id == after, files.c.owner == owner)
+        rows, has_more = self.fetch_page(files, condition, after, limit, newest_first, cursor_query)
         return [record_from_row(FileRecord, row) for row in rows], has_more
 
     def delete_file(self, file_id: str, owner: str) -> bool:
@@ -44,9 +49,14 @@ class FileRepository(Repository):
     def collect_referenced_keys(self) -> set[str]:
         """Return the object keys of all files, including deleted files that an active batch still reads."""
         active_input_ids = select(batches.c.input_file_id).where(batches.c.state.in_(ACTIVE_BATCH_STATES))
-        is_referenced = or_(files.c.deleted.is_(False), files.c.id.in_(active_input_ids))
+        is_referenced = or_(match_present_files(), files.c.id.in_(active_input_ids))
         return {row.object_key for row in self.fetch_all(select(files.c.object_key).where(is_referenced))}
 
 
 def match_owned_files(owner: str) -> ColumnElement[bool]:
-    return and_(files.c.owner == owner, files.c.deleted.is_(False))
+    return and_(files.c.owner == owner, match_present_files())
+
+
+def match_present_files() -> ColumnElement[bool]:
+    """Match the files that were not deleted and have not expired."""
+    return and_(files.c.deleted.is_(False), or_(files.c.expires_at.is_(None), files.c.expires_at > unix_now()))

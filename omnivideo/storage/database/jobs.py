@@ -41,7 +41,7 @@ COUNT_CACHE_SECONDS = 1.0  # how long a count that is far from its limit is reus
 
 
 class EndedJob(NamedTuple):
-    """A job that is done or failed, as announced to webhooks. `ended_at` is in seconds since 1970."""
+    """A job that has ended, as announced to webhooks. `ended_at` is in seconds since 1970."""
 
     id: str
     owner: str
@@ -185,7 +185,10 @@ class JobRepository(Repository):
         self, owner: str, kind: str, after: str | None, limit: int, newest_first: bool
     ) -> tuple[list[JobStatus], bool]:
         """Return a page of the owner's jobs of a kind, and whether more follow."""
-        rows, has_more = self.fetch_page(jobs, match_owned_jobs(owner, kind), after, limit, newest_first)
+        is_cursor = and_(jobs.c.id == after, jobs.c.owner == owner, jobs.c.kind == kind)
+        cursor_query = select(jobs.c.created_at, jobs.c.id).where(is_cursor)
+        condition = match_owned_jobs(owner, kind)
+        rows, has_more = self.fetch_page(jobs, condition, after, limit, newest_first, cursor_query)
         return [status_from_row(row) for row in rows], has_more
 
     def delete_owned_job(self, job_id: str, owner: str, kind: str) -> bool:
@@ -194,8 +197,8 @@ class JobRepository(Repository):
         return bool(self.fetch_all(deletion.returning(jobs.c.id)))
 
     def list_unannounced_jobs(self, kind: str, limit: int) -> list[EndedJob]:
-        """Return jobs of a kind that are done or failed and that have not been announced to webhooks."""
-        is_unannounced = and_(jobs.c.announced.is_(False), jobs.c.kind == kind, jobs.c.state.in_(("done", "failed")))
+        """Return jobs of a kind that have ended and that have not been announced to webhooks."""
+        is_unannounced = and_(jobs.c.announced.is_(False), jobs.c.kind == kind, jobs.c.state.in_(ENDED_STATES))
         columns = select(jobs.c.id, jobs.c.owner, jobs.c.state, jobs.c.ended_at)
         return [EndedJob._make(row) for row in self.fetch_all(columns.where(is_unannounced).limit(limit))]
 

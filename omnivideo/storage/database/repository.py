@@ -116,16 +116,23 @@ class Repository:
         return row
 
     def fetch_page(
-        self, table: Table, condition: ColumnElement[bool], after: str | None, limit: int, newest_first: bool
+        self,
+        table: Table,
+        condition: ColumnElement[bool],
+        after: str | None,
+        limit: int,
+        newest_first: bool,
+        cursor_query: Executable,
     ) -> tuple[list[Row[Any]], bool]:
         """Return the rows that follow the row with the id `after`, ordered by age, and whether more follow.
 
-        Raises InvalidInput if no row that meets the condition has that id.
+        `cursor_query` selects the time and the id of the row that `after` names, also if the row was deleted since.
+        Raises InvalidInput if there has never been such a row.
         """
         query = select(table).where(condition)
         created_at, row_id = table.c.created_at, table.c.id
         if after is not None:
-            last = self.fetch_one(select(created_at, row_id).where(condition, row_id == after))
+            last = self.fetch_one(cursor_query)
             if last is None:
                 raise InvalidInput("after", "this list has no item with that id")
             is_later = created_at < last.created_at if newest_first else created_at > last.created_at

@@ -66,6 +66,7 @@ files = Table(
     Column("object_key", String(100), nullable=False),  # in the object store
     Column("artifact", JSON),  # contracts.Artifact of an image or a clip
     Column("created_at", Float, nullable=False),
+    Column("expires_at", Float),  # when the file is deleted; null: never
     Column("deleted", Boolean, nullable=False, default=False),
     Index("files_listed", "owner", "created_at"),
 )
@@ -98,6 +99,19 @@ batch_lines = Table(  # the outcomes of the lines of an unfinished batch
     Column("line_number", Integer, primary_key=True),  # in the input file, from 1
     Column("succeeded", Boolean, nullable=False),
     Column("output_line", JSON, nullable=False),  # the line of the output or error file
+)
+
+idempotency_keys = Table(  # the idempotency keys of POST requests, and what was created for them
+    "idempotency_keys",
+    metadata,
+    Column("owner", String(64), primary_key=True),
+    Column("key_digest", String(64), primary_key=True),  # SHA-256 of the key
+    Column("request_digest", String(64), nullable=False),  # of the path and the fields
+    Column("resource_id", String(64), nullable=False),  # what the latest of these requests creates or has created
+    Column("claimed_until", Float, nullable=False),  # while a request with this key creates it; 0 afterwards
+    Column("waiting_clients", Integer, nullable=False, default=0),  # the clients that wait for the result
+    Column("created_at", Float, nullable=False),
+    Index("idempotency_keys_created", "created_at"),
 )
 
 threads = Table(
@@ -159,6 +173,14 @@ webhooks = Table(
     Column("event_types", JSON, nullable=False),  # the types that it receives
     Column("created_at", Float, nullable=False),
     Index("webhooks_owner", "owner"),
+)
+
+deleted_webhooks = Table(  # so that paging can continue after a webhook that was deleted
+    "deleted_webhooks",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("owner", String(64), nullable=False),
+    Column("created_at", Float, nullable=False),  # of the webhook
 )
 
 webhook_deliveries = Table(

@@ -4,13 +4,13 @@ from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
-from sqlalchemy import String, delete, func, literal, select, update
+from sqlalchemy import String, and_, delete, func, literal, select, union_all, update
 
 from omnivideo.contracts import Change, FrozenModel, WebhookRecord
 from omnivideo.errors import InvalidInput
 from omnivideo.storage.database.notifications import ANY_JOB_END, NEW_DELIVERY, Watch
 from omnivideo.storage.database.repository import Repository, record_from_row, select_values, unix_now
-from omnivideo.storage.database.schema import webhook_deliveries, webhooks
+from omnivideo.storage.database.schema import deleted_webhooks, webhook_deliveries, webhooks
 
 DELIVERY_RETENTION_SECONDS = 7 * 86_400  # how long a completed delivery is kept
 
@@ -47,13 +47,28 @@ class WebhookRepository(Repository):
 
     def list_webhooks(self, owner: str, after: str | None, limit: int) -> tuple[list[WebhookRecord], bool]:
         """Return a page of the owner's webhooks, newest first, and whether more follow."""
-        rows, has_more = self.fetch_page(webhooks, webhooks.c.owner == owner, after, limit, newest_first=True)
+        cursor_query = union_all(
+            *(
+                select(table.c.created_at, table.c.id).where(table.c.owner == owner, table.c.id == after)
+                for table in (webhooks, deleted_webhooks)
+            )
+        )
+        rows, has_more = self.fetch_page(webhooks, webhooks.c.owner == owner, after, limit, True, cursor_query)
         return [record_from_row(WebhookRecord, row) for row in rows], has_more
 
     def delete_webhook(self, webhook_id: str, owner: str) -> bool:
         """Delete a webhook and its undelivered events. Return False if the owner has no such webhook."""
-        deletion = delete(webhooks).where(webhooks.c.id == webhook_id, webhooks.c.owner == owner)
-        return bool(self.fetch_all(deletion.returning(webhooks.c.id)))
+        is_webhook = and_(webhooks.c.id == webhook_id, webhooks.c.owner == owner)
+        row = select(webhooks.c.id, webhooks.c.owner, webhooks.c.created_at).where(is_webhook)
+        insertion = self.insert_into(deleted_webhooks).from_select(["id", "owner", "created_at"], row)
+        self.fetch_all(insertion.on_conflict_do_nothing())
+        return bool(self.fetch_all(delete(webhooks).where(is_webhook).returning(webhooks.c.id)))
+
+    def update_webhook(self, webhook_id: str, owner: str, **values: Any) -> WebhookRecord | None:
+        """Set columns of a webhook and return it, or None if the owner has no such webhook."""
+        is_webhook = and_(webhooks.c.id == webhook_id, webhooks.c.owner == owner)
+        row = self.fetch_one(update(webhooks).where(is_webhook).values(values).returning(webhooks))
+        return None if row is None else record_from_row(WebhookRecord, row)
 
     def list_webhooks_of_owners(self, owners: Collection[str]) -> list[WebhookRecord]:
         rows = self.fetch_all(select(webhooks).where(webhooks.c.owner.in_(owners)))

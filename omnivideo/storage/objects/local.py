@@ -68,7 +68,7 @@ class LocalObjectStore:
         try:
             return self.path_for_key(key).read_bytes()
         except FileNotFoundError:
-            raise ArtifactNotFound(f"store: there is no artifact {key}") from None
+            raise ArtifactNotFound("store: there is no such artifact; it may have expired") from None
         except OSError as error:
             raise StoreError(f"store: {key} cannot be read: {error.strerror}") from error
 

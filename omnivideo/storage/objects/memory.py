@@ -17,7 +17,7 @@ class MemoryObjectStore:
 
     def get(self, key: str) -> bytes:
         if key not in self.objects:
-            raise ArtifactNotFound(f"store: there is no artifact {key}")
+            raise ArtifactNotFound("store: there is no such artifact; it may have expired")
         return self.objects[key]
 
     def has(self, key: str) -> bool:

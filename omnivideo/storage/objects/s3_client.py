@@ -54,7 +54,7 @@ def translate_errors(address: str, key: str = "", fallback_message: str = "it an
     except MinioException as error:
         code = get_error_code(error)
         if code in ("NoSuchKey", "NoSuchBucket", "NoSuchUpload"):
-            raise ArtifactNotFound(f"store: there is no artifact {key}") from None
+            raise ArtifactNotFound("store: there is no such artifact; it may have expired") from None
         if code == "InvalidRange":
             raise InvalidInput("range", "within the artifact") from None
         raise StoreError(server + ERROR_MESSAGES.get(code, fallback_message.format(code=code))) from None

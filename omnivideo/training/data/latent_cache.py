@@ -26,11 +26,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderMode
 from omnivideo.contracts import TASKS
 from omnivideo.errors import ArtifactNotFound, UnreadableMedia
 from omnivideo.media.read import read_fitted_media
-from omnivideo.models.conditions import check_prompt_length, encode_text
+from omnivideo.models.conditions import encode_text, tokenize_prompts
 from omnivideo.models.omni import OmniVideoModel
 from omnivideo.models.vae import encode_pixels, pixels_from_bytes
 from omnivideo.models.weights.checkpoint import load_strict, read_index
-from omnivideo.presets import get_preset
+from omnivideo.presets import TextConfig, get_preset
 from omnivideo.training.data.batch_sampler import BatchSampler, Bucket, MixConfig, select_bucket
 from omnivideo.training.data.file_store import FileStore
 from omnivideo.training.data.sample import TRAINING_LIMITS, SkipReport, TrainingSample
@@ -74,7 +74,7 @@ class FrozenEncoders:
     vae: AutoencoderKLWan
     text_encoder: UMT5EncoderModel
     tokenizer: PreTrainedTokenizerBase
-    max_text_tokens: int
+    text_config: TextConfig
     weights_fingerprint: str = ""
 
     @classmethod
@@ -83,13 +83,13 @@ class FrozenEncoders:
         vae = load_strict(AutoencoderKLWan, folder, "vae", dtype).to(device).eval()
         text_encoder = load_strict(UMT5EncoderModel, folder, "text_encoder", dtype).to(device).eval()
         tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
-        max_text_tokens = get_preset(read_index(folder)["preset"]).max_text_tokens
-        return cls(vae, text_encoder, tokenizer, max_text_tokens, fingerprint_weights(folder))
+        text_config = get_preset(read_index(folder)["preset"]).text
+        return cls(vae, text_encoder, tokenizer, text_config, fingerprint_weights(folder))
 
     @classmethod
     def from_omni(cls, omni: OmniVideoModel) -> "FrozenEncoders":
         """Return the encoders of a loaded model."""
-        return cls(omni.vae, omni.text_encoder, omni.tokenizer, omni.preset.max_text_tokens)
+        return cls(omni.vae, omni.text_encoder, omni.tokenizer, omni.preset.text)
 
     def compute_digest(self, assigner: BucketAssigner) -> str:
         """Return the digest of caches with these weights and buckets."""
@@ -97,12 +97,12 @@ class FrozenEncoders:
 
     def check_text_length(self, text: str) -> None:
         """Raise ConditionTooLong for a text that `encode_prompt` would refuse."""
-        check_prompt_length(len(self.tokenizer(text, verbose=False).input_ids), self.max_text_tokens)
+        tokenize_prompts(self.tokenizer, [text], self.text_config)
 
     @torch.no_grad()
     def encode_prompt(self, text: str) -> Tensor:
         """Return text embeddings [L, D]; raise ConditionTooLong."""
-        return encode_text(self.tokenizer, self.text_encoder, [text], self.max_text_tokens)[0][0].half().cpu()
+        return encode_text(self.tokenizer, self.text_encoder, [text], self.text_config)[0][0].half().cpu()
 
     @torch.no_grad()
     def encode_latents(self, pixels: Sequence[np.ndarray]) -> list[Tensor]:

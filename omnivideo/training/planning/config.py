@@ -3,14 +3,9 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from omnivideo.contracts import compute_latent_grid, count_decoder_tokens, count_visual_context_tokens
 from omnivideo.errors import InvalidInput
-from omnivideo.presets import (
-    OMNIVIDEO_1_3B,
-    Preset,
-    compute_latent_grid,
-    count_decoder_tokens,
-    count_visual_context_tokens,
-)
+from omnivideo.presets import OMNIVIDEO_1_3B, Preset
 from omnivideo.training.planning.gpus import GPU
 
 Kind = Literal["still", "clip"]  # the kinds of samples; a batch holds samples of one kind
@@ -95,9 +90,9 @@ class PlanConfig:
         adapter = self.preset.adapter
         assert adapter is not None, "a version 1 preset"
         tokens = count_visual_context_tokens(self.preset, self.compute_latent_grid(kind))
-        tokens += self.preset.max_text_tokens + 6
+        tokens += self.preset.text.max_tokens + 6
         tokens += adapter.num_queries * (count_visual_tokens(self.preset) if kind == "clip" else 1)
-        return min(max(self.preset.min_condition_tokens, tokens), self.preset.max_condition_tokens)
+        return min(max(self.preset.condition.min_tokens, tokens), self.preset.condition.max_tokens)
 
 
 def count_visual_tokens(preset: Preset) -> int:

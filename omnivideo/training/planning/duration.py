@@ -5,7 +5,7 @@ docs/plan.md states the formulas and assumptions.
 
 from collections.abc import Mapping
 
-from omnivideo.presets import count_visual_context_tokens
+from omnivideo.contracts import count_visual_context_tokens
 from omnivideo.training.planning.config import (
     ALIGNED_STAGES,
     EDITING_STAGES,
@@ -83,7 +83,7 @@ def estimate_target_flops(config: PlanConfig, kind: Kind, parameters_by_part: Ma
         frames = config.frames if kind == "clip" else 1
         clips = 2 if recipe in EDITING_STAGES else 1
         layer_parameters = parameters_by_part["text_encoder"] - parameters_by_part["words"]
-        flops += estimate_text_encoder_flops(preset.max_text_tokens, layer_parameters)
+        flops += estimate_text_encoder_flops(preset.text.max_tokens, layer_parameters)
         # Twice, because TF32 has half the rate of bf16.
         flops += count_vae_flops(preset.name, config.width, config.height, frames) * clips * 2
     return flops

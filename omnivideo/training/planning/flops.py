@@ -14,7 +14,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from omnivideo.presets import Preset, QueryTransformerConfig, count_decoder_tokens, count_visual_context_tokens
+from omnivideo.contracts import count_decoder_tokens, count_visual_context_tokens
+from omnivideo.presets import Preset, QueryTransformerConfig
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from omnivideo.models.conditions import assemble_conditions, count_condition_tokens, pad_condition
+from omnivideo.contracts import count_visual_context_tokens
+from omnivideo.models.conditions import assemble_conditions, count_condition_tokens, pad_condition, zip_condition_parts
 from omnivideo.models.omni import OmniVideoModel
-from omnivideo.presets import count_visual_context_tokens
+from omnivideo.presets import ConditionPart
 from omnivideo.training.data.batch import FlowBatch, FlowSource, MicroBatch
 from omnivideo.training.data.prefetch import Prefetcher
 from omnivideo.training.engine.data_parallel import current_rank
@@ -145,9 +146,10 @@ def build_condition(
     ]
     tokens = [None if dropout.drops_visual(draw) else row for draw, row in zip(dropout_draws, adapted, strict=True)]
     contexts = compute_source_contexts(model, batch)
-    min_tokens, max_tokens = omni.preset.min_condition_tokens, omni.preset.max_condition_tokens
-    condition_BLD = assemble_conditions(model.bridge.markers, texts, tokens, contexts, min_tokens, max_tokens)
-    return pad_condition(condition_BLD, min_length, max_tokens), visual_BQE
+    rows = zip_condition_parts({"text": texts, "visual": tokens, "source": contexts})
+    config = omni.preset.condition
+    condition_BLD = assemble_conditions(config, model.bridge.markers, rows, texts[0].dtype)
+    return pad_condition(condition_BLD, min_length, config.max_tokens), visual_BQE
 
 
 def compute_condition_length(
@@ -158,18 +160,15 @@ def compute_condition_length(
     t, h, w = latents.shape[2:]
     source_length = count_visual_context_tokens(omni.preset, (t, h, w))
     visual_length = omni.count_adapter_tokens(batch.medium)
-    lengths = [
-        count_condition_tokens(
-            omni.bridge.markers,
-            null_length if dropout.drops_text(draw) else text_length,
-            None if dropout.drops_visual(draw) else visual_length,
-            source_length if has_source else None,
-        )
-        for draw, text_length, has_source in zip(
-            dropout_draws, batch.text_lengths, batch.has_source.tolist(), strict=True
-        )
-    ]
-    return max(omni.preset.min_condition_tokens, *lengths)
+    lengths = []
+    for draw, text_length, has_source in zip(dropout_draws, batch.text_lengths, batch.has_source.tolist(), strict=True):
+        counts: dict[ConditionPart, int] = {"text": null_length if dropout.drops_text(draw) else text_length}
+        if not dropout.drops_visual(draw):
+            counts["visual"] = visual_length
+        if has_source:
+            counts["source"] = source_length
+        lengths.append(count_condition_tokens(omni.preset.condition, omni.bridge.markers, counts))
+    return max(omni.preset.condition.min_tokens, *lengths)
 
 
 def compute_source_contexts(model: TrainableParts, batch: FlowBatch) -> list[Tensor | None]:
@@ -205,7 +204,7 @@ def build_flow_recipe(
     """
     with torch.no_grad():
         # The text encoder may be on another device and in another precision than the decoder.
-        null_LD = omni.encode_prompts([omni.preset.negative_prompt])[0].to(omni.device).float()
+        null_LD = omni.encode_prompts([omni.preset.null.negative_prompt])[0].to(omni.device).float()
     objective = FlowObjective(
         omni,
         TrainableParts(omni),

@@ -87,9 +87,9 @@ def build_decoder_recipe(
         source = source_by_length[schedule[step % len(schedule)]]
         latents, texts = source.sample_batch(step, get_batch_size(step))
         with torch.no_grad():
-            text = encode_text(tokenizer, text_encoder, texts, MAX_TEXT_TOKENS)[0]
+            text = encode_text(tokenizer, text_encoder, texts, TINY.text)[0]
         condition = pad_condition(
-            text, current_rank().global_max(max(TINY.min_condition_tokens, text.shape[1])), MAX_TEXT_TOKENS
+            text, current_rank().global_max(max(TINY.condition.min_tokens, text.shape[1])), MAX_TEXT_TOKENS
         )
         error = flow_matching_loss(
             decoder, latents.to(condition.device), condition, 0.5 if step >= LAYOUT_START_STEP else 0.0

@@ -206,7 +206,7 @@ def build_mllm_recipe(
         samples = sorted(map(to_chat_sample, examples), key=partial(count_tokens, tokenizer))
         size = -(-len(samples) // MICRO_BATCHES)
         return [
-            collate_chat_batch(model, tokenizer, samples[start : start + size], TINY.vision_input)
+            collate_chat_batch(model, tokenizer, samples[start : start + size], TINY.mllm.vision_input)
             for start in range(0, len(samples), size)
         ]
 

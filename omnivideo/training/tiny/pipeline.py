@@ -237,7 +237,7 @@ class TinyPipeline:
             vae=self.load_vae(),
         )
         if after_recipe != "mllm" and self.continues_from_weights and not self.run.has_run(after_recipe):
-            omni.bridge = load_bridge(TINY, self.weights_folder, torch.float32)
+            omni.bridge = load_bridge(TINY, self.weights_folder, lambda part: torch.float32)
         elif after_recipe != "mllm":
             state = torch.load(self.run.get_state_file(after_recipe), weights_only=True)
             parts.TrainableParts(omni).load_state_dict(state["model"] | state["average"])

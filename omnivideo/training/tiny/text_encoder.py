@@ -44,9 +44,9 @@ CONFIG: dict[str, Any] = {
     "relative_attention_num_buckets": 32,
     "relative_attention_max_distance": 64,
 }
-NEGATIVE_PROMPT = TINY.negative_prompt
+NEGATIVE_PROMPT = TINY.null.negative_prompt
 OBJECT_SLOTS = 4
-MAX_TEXT_TOKENS = TINY.max_text_tokens  # the longest prompt
+MAX_TEXT_TOKENS = TINY.text.max_tokens  # the longest prompt
 
 
 def build_corpus(count: int = 20_000) -> list[str]:

@@ -158,7 +158,7 @@ def test_a_running_job_is_cancelled_within_a_step(folder):
     ("job", "code", "message"),
     [
         (build_job("odd", width=72), "invalid_input", "width"),
-        (build_job("gone", visual_tokens="0" * 64 + ".safetensors"), "failed", "there is no artifact"),
+        (build_job("gone", visual_tokens="0" * 64 + ".safetensors"), "failed", "there is no such artifact"),
     ],
 )
 def test_a_job_that_cannot_be_rendered_fails_with_its_reason(folder, job, code, message):

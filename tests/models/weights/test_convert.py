@@ -16,8 +16,10 @@ from safetensors.torch import load_file
 
 from omnivideo.cli.main import main
 from omnivideo.errors import CheckpointError, InvalidInput
-from omnivideo.models.weights import checkpoint, convert, tensor_files
-from omnivideo.models.weights.convert import export_weights, import_weights, pack_training_checkpoint
+from omnivideo.models.weights import checkpoint, tensor_files
+from omnivideo.models.weights import folder as weights_folder
+from omnivideo.models.weights.convert import export_weights, pack_training_checkpoint
+from omnivideo.models.weights.importer import import_weights
 from omnivideo.models.weights.published import (
     PUBLISHED_PRESETS,
     get_markers_file,
@@ -107,7 +109,7 @@ def test_full_sizes_are_recognised_checked_and_counted(name, tmp_path):
     counts = sum(part.tensor_count for part in report.parts), sum(part.parameter_count for part in report.parts)
     assert (report.preset, counts) == (name, FULL_SIZES[name])
     assert report.total_bytes == 2 * FULL_SIZES[name][1] and all(part.dtypes == ("BF16",) for part in report.parts)
-    assert report.missing_parts == ("markers", "mllm", "text_encoder", "tokenizer", "vae")
+    assert set(report.missing_parts) - {"null_context"} == {"markers", "mllm", "text_encoder", "tokenizer", "vae"}
 
 
 # ---------------------------------------------------------------- round trips
@@ -119,7 +121,7 @@ def test_full_sizes_are_recognised_checked_and_counted(name, tmp_path):
 def test_a_round_trip_is_bit_identical(name, level, tmp_path):
     preset = PRESETS[name]
     published = publish(tmp_path / "published", preset, level)
-    report = import_weights(tmp_path / "published", tmp_path / "ours")
+    report = import_weights(tmp_path / "published", tmp_path / "ours", allow_missing=True)
     assert sum(part.tensor_count for part in report.parts) == FULL_SIZES[name][0] + len(list_required_markers(preset))
     checkpoint.verify_digests(tmp_path / "ours")
     parts = {path.parent.name: load_file(path) for path in (tmp_path / "ours").rglob("*.safetensors")}
@@ -141,9 +143,12 @@ def test_imported_weights_load_strictly(tmp_path):
     """diffusers loads the decoder, we load the bridge, and each marker has its published length."""
     preset = PRESETS["omnivideo-1.3b"]
     published = publish(tmp_path / "published", preset)
-    import_weights(tmp_path / "published", tmp_path / "ours")
+    null = {"text_emb": [torch.zeros(3, 16)], "vlm_last_hidden_states": torch.zeros(1, 2, 12)}
+    (tmp_path / "published" / "unconditioned_context").mkdir()
+    (tmp_path / "published" / "unconditioned_context" / "context.pkl").write_bytes(pickle.dumps(null))
+    import_weights(tmp_path / "published", tmp_path / "ours", allow_missing=True)
     decoder = checkpoint.load_strict(WanTransformer3DModel, tmp_path / "ours", "transformer", torch.float32)
-    bridge = checkpoint.load_bridge(preset, tmp_path / "ours", torch.float32)
+    bridge = checkpoint.load_bridge(preset, tmp_path / "ours", lambda part: torch.float32)
     state = published[list_weight_files(preset)[0]]
     assert torch.equal(decoder.blocks[3].norm2.weight, state["wan_model.blocks.3.norm3.weight"])
     assert torch.equal(bridge.vision_head.decoder_query, state["ar_vision_head.decoder_query"].float())
@@ -156,10 +161,10 @@ def test_imported_weights_load_strictly(tmp_path):
 
 @pytest.mark.usefixtures("narrow_presets")
 def test_large_decoders_are_sharded(monkeypatch, tmp_path):
-    monkeypatch.setattr(convert, "MAX_SHARD_BYTES", 100_000)
+    monkeypatch.setattr(weights_folder, "MAX_SHARD_BYTES", 100_000)
     preset = PRESETS["omnivideo2-1.3b"]
     published = publish(tmp_path / "published", preset)
-    import_weights(tmp_path / "published", tmp_path / "ours")
+    import_weights(tmp_path / "published", tmp_path / "ours", allow_missing=True)
     assert len(list((tmp_path / "ours" / "transformer").glob("*-of-*.safetensors"))) > 2
     decoder = checkpoint.load_strict(WanTransformer3DModel, tmp_path / "ours", "transformer", torch.float32)
     state = published[list_weight_files(preset)[0]]
@@ -181,7 +186,7 @@ def test_version_1_in_full_size_needs_little_memory(tmp_path):
         nonlocal max_growth
         max_growth = max(max_growth, read_anonymous_memory() - memory_before)
 
-    report = import_weights(tmp_path / "published", tmp_path / "ours", on_progress=measure_memory)
+    report = import_weights(tmp_path / "published", tmp_path / "ours", allow_missing=True, on_progress=measure_memory)
     assert report.total_bytes == FULL_SIZES[preset.name][1] and max_growth < 300 << 20
     assert sum(path.stat().st_blocks * 512 for path in (tmp_path / "ours").rglob("*")) < report.total_bytes / 2
     export_weights(tmp_path / "ours", tmp_path / "back")
@@ -240,7 +245,7 @@ def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(variant, tmp_p
         torch.save(MaliciousCode(created), inner, _use_new_zipfile_serialization=variant == "hidden in a zip")
         markers.write_bytes(pickle.dumps(NestedPickle(inner.getvalue())))
     with pytest.raises(CheckpointError, match=r"refused|zip format|damaged") as refusal:
-        import_weights(tmp_path / "published", tmp_path / "ours")
+        import_weights(tmp_path / "published", tmp_path / "ours", allow_missing=True)
     assert "\n" not in str(refusal.value) and str(tmp_path) not in str(refusal.value)
     if variant in ("zip", "markers", "markers in a zip"):
         assert "posix.system" in str(refusal.value)
@@ -287,7 +292,7 @@ def test_keys_and_shapes_are_strict(variant, message, tmp_path):
     file = list_weight_files(preset)[0]
     torch.save(break_state(published[file], variant), tmp_path / "published" / file)
     with pytest.raises(CheckpointError, match=message):
-        import_weights(tmp_path / "published", tmp_path / "ours")
+        import_weights(tmp_path / "published", tmp_path / "ours", allow_missing=True)
     assert not (tmp_path / "ours").exists()
 
 
@@ -322,8 +327,11 @@ def test_a_single_file_is_enough_for_one_decoder(tmp_path):
             None,
             "omnivideo2-a14b",
         )
-    with pytest.raises(CheckpointError, match="none of the published layouts"):
+    with pytest.raises(InvalidInput, match=r"files of omnivideo-1\.3b and omnivideo2-1\.3b; choose one"):
         import_weights(tmp_path, None)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match="none of the published layouts"):
+        import_weights(tmp_path / "empty", None)
     with pytest.raises(InvalidInput, match="'tiny' is not published"):
         import_weights(tmp_path, None, "tiny")
 
@@ -335,19 +343,19 @@ def test_a_single_file_is_enough_for_one_decoder(tmp_path):
 def test_a_full_disk_leaves_no_output(monkeypatch, tmp_path):
     preset = PRESETS["omnivideo-1.3b"]
     publish(tmp_path / "published", preset)
-    import_weights(tmp_path / "published", tmp_path / "ours")
+    import_weights(tmp_path / "published", tmp_path / "ours", allow_missing=True)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # a larger file fails as on a full disk
     try:
         with pytest.raises(CheckpointError, match="could not be written"):
-            import_weights(tmp_path / "published", tmp_path / "again")
+            import_weights(tmp_path / "published", tmp_path / "again", allow_missing=True)
         with pytest.raises(CheckpointError, match="could not be written"):
             export_weights(tmp_path / "ours", tmp_path / "back")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     monkeypatch.setattr(tensor_files.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6 - 10, 10))
     with pytest.raises(CheckpointError, match=r"the disk has 0.0 GB free"):
-        import_weights(tmp_path / "published", tmp_path / "again")
+        import_weights(tmp_path / "published", tmp_path / "again", allow_missing=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ours", "published"]
 
 
@@ -356,16 +364,16 @@ def test_a_killed_import_can_be_repeated_and_a_finished_one_is_kept(tmp_path):
     publish(tmp_path / "published", PRESETS["omnivideo-1.3b"])
     (tmp_path / ".ours.partial" / "transformer").mkdir(parents=True)  # left by a killed import
     (tmp_path / ".ours.partial" / "transformer" / "half").write_bytes(b"half")
-    import_weights(tmp_path / "published", tmp_path / "ours")
+    import_weights(tmp_path / "published", tmp_path / "ours", allow_missing=True)
     assert not (tmp_path / ".ours.partial").exists() and not list((tmp_path / "ours").rglob("half"))
     with pytest.raises(InvalidInput, match="'ours' already exists"):
-        import_weights(tmp_path / "published", tmp_path / "ours")
+        import_weights(tmp_path / "published", tmp_path / "ours", allow_missing=True)
 
 
 @pytest.mark.usefixtures("narrow_presets")
 def test_a_changed_file_is_not_exported(tmp_path):
     publish(tmp_path / "published", PRESETS["omnivideo-1.3b"])
-    import_weights(tmp_path / "published", tmp_path / "ours")
+    import_weights(tmp_path / "published", tmp_path / "ours", allow_missing=True)
     path = tmp_path / "ours" / "adapter" / "model.safetensors"
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
@@ -417,9 +425,9 @@ def test_the_command_line_reports_results_and_errors(monkeypatch, capsys, tmp_pa
         return exit_info.value.code or 0, captured.out, captured.err
 
     publish(tmp_path / "published", PRESETS["omnivideo2-a14b"])
-    code, text, _ = run("import", tmp_path / "published", "-o", tmp_path / "ours")
+    code, text, _ = run("import", tmp_path / "published", "-o", tmp_path / "ours", "--allow-missing")
     assert code == 0 and "transformer_2" in text and "2,208" in text and "BF16 F32" in text
-    assert "not in the source: mllm, text_encoder, tokenizer, vae" in text
+    assert "not in the source: the folder of Qwen3-VL (in Qwen/Qwen3-VL-30B-A3B-Instruct, 62.2 GB)" in text
     assert run("export", tmp_path / "ours", "-o", tmp_path / "back")[0] == 0
     code, text, error = run("import", tmp_path / "published")
     assert code == 2 and error == "error: output: give either --output or --check\n"

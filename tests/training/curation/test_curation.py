@@ -224,7 +224,7 @@ def test_a_second_run_changes_nothing_and_other_settings_are_refused(folder, out
     [
         (("nowhere", "-o", "out"), "folder: it does not exist"),
         ((".", "-o", "out"), "folder: it contains no video"),
-        ((".", "-o", "out", "--bound", "max_bars=2"), "max_bars: input should be less than or equal to 1"),
+        ((".", "-o", "out", "--bound", "max_bars=2"), "max_bars: allowed: 0 to 1"),
         ((".", "-o", "out", "--bound", "colour=2"), "bound: 'colour=2' is not NAME=VALUE"),
     ],
 )

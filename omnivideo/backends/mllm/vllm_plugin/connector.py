@@ -28,9 +28,10 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 
-from omnivideo.backends.mllm.vllm_plugin import VISUAL_TOKENS_PARAM
+from omnivideo.backends.mllm.vllm_plugin import FIRST_POSITION_PARAM, VISUAL_TOKENS_PARAM
 from omnivideo.backends.mllm.vllm_plugin.model import HiddenStateCache
 from omnivideo.models.bridge import VisionHead
+from omnivideo.models.features import HIDDEN_STATES, VISUAL_TOKENS
 
 FILE_NAME_PATTERN = re.compile(r"[A-Za-z0-9_]{8,64}")
 MAX_PADDED_TOKENS = 16_384  # in one batch of the vision head
@@ -41,12 +42,14 @@ log = logging.getLogger(__name__)
 class PendingPrompt:
     """A prompt of `prompt_length` tokens whose visual tokens are written to `file_name`.
 
-    `block_ids` are the cache blocks of its hidden states, in order.
+    `block_ids` are the cache blocks of its hidden states, in order. Without a vision head, the hidden states from
+    `first_position` on are written.
     """
 
     file_name: str
     prompt_length: int
     block_ids: list[int]
+    first_position: int = 0
 
 
 @dataclass
@@ -61,6 +64,12 @@ def get_requested_file(params: Any) -> str | None:
     extra = getattr(params, "extra_args", None) or {}
     name = (extra.get("kv_transfer_params") or {}).get(VISUAL_TOKENS_PARAM)
     return name if isinstance(name, str) and FILE_NAME_PATTERN.fullmatch(name) else None
+
+
+def get_first_position(params: Any) -> int:
+    """Return the first position whose hidden states a request wants; 0 if it does not say, or not a number."""
+    value = ((getattr(params, "extra_args", None) or {}).get("kv_transfer_params") or {}).get(FIRST_POSITION_PARAM)
+    return value if isinstance(value, int) and value >= 0 else 0
 
 
 class VisualTokensConnector(KVConnectorBase_V1, SupportsHMA):
@@ -100,7 +109,8 @@ class VisualTokensConnector(KVConnectorBase_V1, SupportsHMA):
         for new_request in output.scheduled_new_reqs:
             if file_name := get_requested_file(new_request.sampling_params):
                 block_ids = list(new_request.block_ids[self.group_index])
-                prompt = PendingPrompt(file_name, len(new_request.prompt_token_ids), block_ids)
+                first_position = get_first_position(new_request.sampling_params)
+                prompt = PendingPrompt(file_name, len(new_request.prompt_token_ids), block_ids, first_position)
                 self.pending_prompts[new_request.req_id] = prompt
                 yield new_request.req_id, new_request.num_computed_tokens
         running = output.scheduled_cached_reqs
@@ -124,7 +134,7 @@ class VisualTokensConnector(KVConnectorBase_V1, SupportsHMA):
     def register_kv_caches(self, kv_caches: dict[str, Tensor]) -> None:
         self.hidden_state_cache = kv_caches[self.layer_name]
         layers = get_layers_from_vllm_config(self._vllm_config, HiddenStateCache, [self.layer_name])
-        self.vision_head: VisionHead = layers[self.layer_name].head
+        self.vision_head: VisionHead | None = layers[self.layer_name].head
         self.is_writer = get_tensor_model_parallel_rank() == 0  # every rank has the same hidden states
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
@@ -137,13 +147,22 @@ class VisualTokensConnector(KVConnectorBase_V1, SupportsHMA):
         pass
 
     def wait_for_save(self) -> None:
-        """Write the visual tokens that are due. vLLM calls this after a step's forward pass, before its output."""
+        """Write the visual tokens or hidden states that are due.
+
+        vLLM calls this after a step's forward pass, before its output.
+        """
         metadata = self._get_connector_metadata()
         assert isinstance(metadata, VisualTokensMetadata)
-        if metadata.due_prompts and self.is_writer:
+        if not metadata.due_prompts or not self.is_writer:
+            return
+        if self.vision_head is None:
+            for prompt in metadata.due_prompts:
+                states_NM = self.gather_hidden_states(prompt)[prompt.first_position :].cpu()
+                write_tensor(self.outbox / prompt.file_name, HIDDEN_STATES, states_NM)
+        else:
             for batch in batch_by_length(metadata.due_prompts):
                 for prompt, tokens in zip(batch, self.compute_visual_tokens(batch), strict=True):
-                    write_visual_tokens(self.outbox / prompt.file_name, tokens)
+                    write_tensor(self.outbox / prompt.file_name, VISUAL_TOKENS, tokens)
 
     def gather_hidden_states(self, prompt: PendingPrompt) -> Tensor:
         """Return the hidden states [N, M] of a prompt."""
@@ -153,6 +172,7 @@ class VisualTokensConnector(KVConnectorBase_V1, SupportsHMA):
     @torch.no_grad()
     def compute_visual_tokens(self, batch: list[PendingPrompt]) -> Tensor:
         """Return V_o [B, Q, E] of prompts of any lengths."""
+        assert self.vision_head is not None
         states_NM = [self.gather_hidden_states(prompt) for prompt in batch]
         states_BNM = torch.nn.utils.rnn.pad_sequence(states_NM, batch_first=True)
         lengths_B = torch.tensor([prompt.prompt_length for prompt in batch], device=states_BNM.device)
@@ -175,13 +195,14 @@ def batch_by_length(prompts: list[PendingPrompt]) -> Iterator[list[PendingPrompt
     yield batch
 
 
-def write_visual_tokens(path: Path, tokens_QE: Tensor) -> None:
-    """Write visual tokens to an existing file. The route creates it, and removes it if the request is aborted.
+def write_tensor(path: Path, name: str, values: Tensor) -> None:
+    """Write a tensor with a batch dimension of 1 to an existing file.
 
-    An error such as a full disk fails only this request, not the engine.
+    The route creates the file, and removes it if the request is aborted. An error such as a full disk fails only this
+    request, not the engine.
     """
     try:
         with path.open("r+b") as file:
-            file.write(save({"visual_tokens": tokens_QE[None].contiguous()}))
+            file.write(save({name: values[None].contiguous()}))
     except OSError as error:
         log.error("visual tokens could not be written: %s", error)

@@ -1,180 +1,24 @@
 """The routes of `protocol` on vLLM's API server, answered by its engine.
 
-`models.mllm.tokenize_message` builds the prompts, so that the engine gets the same tokens and pixels as `LocalMLLM`.
+`families` builds the prompts, so that the engine gets the same tokens and pixels as `LocalMLLM`.
 """
 
-import asyncio
 import atexit
-import hashlib
-import math
 import shutil
-import uuid
 from argparse import Namespace
-from collections.abc import AsyncIterator
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
 from vllm.entrypoints.openai.chat_completion.api_router import create_chat_completion
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
-from vllm.exceptions import VLLMValidationError
-from vllm.sampling_params import RequestOutputKind, SamplingParams
 
-from omnivideo.backends.mllm.protocol import MediaPayload, MLLMPayload
 from omnivideo.backends.mllm.server import add_mllm_routes
-from omnivideo.backends.mllm.vllm_plugin import ENDPOINT_PLUGIN, VISUAL_TOKENS_PARAM
-from omnivideo.backends.mllm.vllm_plugin.processor import vision_config_from_hf
-from omnivideo.backends.mllm.vllm_plugin.prompt import build_engine_input
-from omnivideo.contracts import Medium, Route
-from omnivideo.errors import InvalidInput
-from omnivideo.media.artifacts import decode_media
-from omnivideo.models.mllm import (
-    BOI,
-    BOV,
-    VISUAL_TOKEN_PAIRS,
-    VISUAL_TOKENS,
-    MLLMMedia,
-    MLLMMessage,
-    list_special_tokens,
-    sanitize_text,
-    tokenize_message,
-)
-
-MAX_INLINE_CHARS = 4000  # characters; shorter texts are tokenized on the event loop
-
-
-def load_media(media: MediaPayload) -> MLLMMedia:
-    """Decode a medium exactly as `LocalMLLM` does."""
-    frames = decode_media(media.data, f"source.{media.suffix}").frames
-    return MLLMMedia(frames, media.fps, media.medium == "video")
-
-
-def compute_media_digest(media: MediaPayload) -> str:
-    """Return a digest for vLLM's cache of encoded media.
-
-    Its prefix keeps it distinct from the digests of vLLM's own chat route, which builds its prompts differently.
-    """
-    return "omnivideo-" + hashlib.sha256(media.data + f"|{media.medium}|{media.fps}".encode()).hexdigest()
-
-
-class VLLMService:
-    """An `MLLMService` on vLLM's engine. Decoding is greedy, so the same request always gets the same answer."""
-
-    def __init__(self, client: Any, tokenizer: Any, outbox: Path, lora: Any = None):
-        self.client, self.tokenizer, self.outbox, self.lora = client, tokenizer, outbox, lora
-        self.config = client.model_config.hf_config
-        self.max_model_len: int = client.model_config.max_model_len
-        self.vision_config = vision_config_from_hf(self.config)
-        self.special_tokens = list_special_tokens(tokenizer)
-        self.load_media_cached = lru_cache(maxsize=8)(load_media)  # one turn reads the same clip several times
-
-    # ------------------------------------------------------------ requests
-
-    def build_prompt(self, payload: MLLMPayload, answer: str) -> Any:
-        """Return the engine's input for a request. Raises InvalidInput if it is too long for the model."""
-        message = MLLMMessage(
-            sanitize_text(payload.text, self.special_tokens),
-            tuple(map(self.load_media_cached, payload.media)),
-            payload.system,
-        )
-        encoded = tokenize_message(self.tokenizer, message, self.vision_config, answer)
-        if len(encoded.token_ids) >= self.max_model_len:
-            text = f"it has {len(encoded.token_ids)} tokens; the language model takes {self.max_model_len - 1}"
-            raise InvalidInput("prompt", text)
-        digests: dict[str, list[str]] = {"image": [], "video": []}
-        for media in payload.media:
-            digests[media.medium].append(compute_media_digest(media))
-        return build_engine_input(encoded, digests, self.vision_config.merge_size)
-
-    async def start_generation(
-        self, payload: MLLMPayload, params: SamplingParams, answer: str = ""
-    ) -> AsyncIterator[Any]:
-        """Submit a request and return the engine's outputs; `answer` is the beginning of the model's answer."""
-        # Tokenizing a short text is faster than switching to a thread.
-        if payload.media or len(payload.text) > MAX_INLINE_CHARS:
-            prompt = await asyncio.to_thread(self.build_prompt, payload, answer)
-        else:
-            prompt = self.build_prompt(payload, answer)
-        return self.stream_outputs(prompt, params)
-
-    async def stream_outputs(self, prompt: Any, params: SamplingParams) -> AsyncIterator[Any]:
-        if prompt["type"] == "multimodal":  # media that the engine has cached are not sent again
-            self.client.input_processor.inject_into_mm_cache(prompt["mm_hashes"], prompt["mm_kwargs"])
-        request_id = f"omnivideo-{uuid.uuid4().hex}"
-        try:
-            async for output in self.client.generate(prompt, params, request_id, lora_request=self.lora):
-                yield output.outputs[0]
-        except VLLMValidationError as error:
-            raise InvalidInput("prompt", str(error)) from None
-
-    async def generate_final_output(self, payload: MLLMPayload, params: SamplingParams, answer: str = "") -> Any:
-        outputs = await self.start_generation(payload, params, answer)
-        return [output async for output in outputs][-1]
-
-    # ------------------------------------------------------------ answers
-
-    def encode_first_tokens(self, *words: str) -> list[int]:
-        return [self.tokenizer.encode(word, add_special_tokens=False)[0] for word in words]
-
-    async def predict_first_token(self, payload: MLLMPayload, token_ids: list[int]) -> tuple[int, list[float]]:
-        """Return the answer's most likely first token and the log probabilities of `token_ids`."""
-        params = SamplingParams(temperature=0, max_tokens=1, logprob_token_ids=token_ids, detokenize=False)
-        output = await self.generate_final_output(payload, params)
-        return output.token_ids[0], [output.logprobs[0][token_id].logprob for token_id in token_ids]
-
-    async def route(self, payload: MLLMPayload) -> Route:
-        boi, bov = self.encode_first_tokens(BOI, BOV)
-        best_id, logprobs = await self.predict_first_token(payload, [boi, bov])
-        image, video = map(math.exp, logprobs)
-        if best_id == boi:
-            return Route(kind="image", probability=image)
-        if best_id == bov:
-            return Route(kind="video", probability=video)
-        return Route(kind="text", probability=1 - image - video)
-
-    async def score_agreement(self, payload: MLLMPayload) -> float:
-        _, (yes, no) = await self.predict_first_token(payload, self.encode_first_tokens("yes", "no"))
-        return 1 / (1 + math.exp(no - yes))
-
-    async def write_answer(self, payload: MLLMPayload, max_tokens: int) -> AsyncIterator[str]:
-        params = SamplingParams(
-            temperature=0,
-            max_tokens=max_tokens,
-            bad_words=list(VISUAL_TOKENS),
-            detokenize=False,
-            output_kind=RequestOutputKind.DELTA,
-        )
-        return self.stream_pieces(await self.start_generation(payload, params))
-
-    async def stream_pieces(self, outputs: AsyncIterator[Any]) -> AsyncIterator[str]:
-        """Yield the text of tokens, with all special tokens but the end token, as `models.mllm.generate_answer` does.
-
-        Each token is decoded separately, although a busy engine returns several at once. Otherwise an incomplete
-        character at the end of an answer would hold back the complete tokens before it.
-        """
-        pending_ids: list[int] = []  # a character may span several tokens
-        async for output in outputs:
-            for token_id in output.token_ids:
-                pending_ids += [token_id] if token_id != self.tokenizer.eos_token_id else []
-                text = self.tokenizer.decode(pending_ids)
-                if text and not text.endswith("\ufffd"):
-                    yield text
-                    pending_ids = []
-
-    async def compute_visual_tokens(self, payload: MLLMPayload, medium: Medium) -> bytes:
-        path = self.outbox / f"tokens_{uuid.uuid4().hex}"
-        path.touch(mode=0o600)  # the connector writes only to existing files
-        extra_args = {"kv_transfer_params": {VISUAL_TOKENS_PARAM: path.name}}
-        params = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, detokenize=False, extra_args=extra_args)
-        try:
-            await self.generate_final_output(payload, params, "".join(VISUAL_TOKEN_PAIRS[medium]))
-            tokens = path.read_bytes()
-        finally:
-            path.unlink(missing_ok=True)
-        if not tokens:
-            raise RuntimeError("the connector wrote no visual tokens; see the engine's log")
-        return tokens
+from omnivideo.backends.mllm.vllm_plugin import ENDPOINT_PLUGIN
+from omnivideo.backends.mllm.vllm_plugin.instruct import InstructService
+from omnivideo.backends.mllm.vllm_plugin.service import VLLMService
+from omnivideo.models.mllm import sanitize_text
+from omnivideo.presets import get_preset
 
 
 def sanitize_chat_request(request: ChatCompletionRequest, special_tokens: frozenset[str]) -> ChatCompletionRequest:
@@ -188,6 +32,14 @@ def sanitize_chat_request(request: ChatCompletionRequest, special_tokens: frozen
                 if isinstance(part, dict) and isinstance(part.get("text"), str):
                     part["text"] = sanitize_text(part["text"], special_tokens)
     return request
+
+
+def create_service(client: Any, outbox: Path, lora: Any) -> VLLMService:
+    """Return the service of the served preset."""
+    preset, tokenizer = get_preset(client.model_config.hf_config.omnivideo["preset"]), client.get_tokenizer()
+    if preset.mllm.routing == "likelihoods":
+        return InstructService(client, tokenizer, outbox, preset, lora)
+    return VLLMService(client, tokenizer, outbox, lora)
 
 
 class Endpoint:
@@ -212,4 +64,4 @@ class Endpoint:
         outbox.mkdir(mode=0o700, parents=True, exist_ok=True)
         atexit.register(shutil.rmtree, outbox, ignore_errors=True)
         lora = next(iter(state.openai_serving_models.lora_requests.values()), None)
-        self.service = VLLMService(engine_client, engine_client.get_tokenizer(), outbox, lora)
+        self.service = create_service(engine_client, outbox, lora)

@@ -24,9 +24,9 @@ from omnivideo.presets import get_preset
 
 
 class HiddenStateCache(CacheOnlyAttentionLayer):
-    """A paged cache of last hidden states [blocks, 1, block size, M], which the connector gives to `head`."""
+    """A paged cache of hidden states [blocks, 1, block size, M], which the connector gives to `head` or writes."""
 
-    head: VisionHead
+    head: VisionHead | None = None
 
     def forward(self, states_TM: Tensor) -> Tensor:
         """Write this step's hidden states to the cache. While vLLM measures memory, there is no cache yet."""

@@ -24,14 +24,16 @@ from vllm.multimodal.parse import MultiModalDataItems
 from vllm.multimodal.processing import PromptReplacement, PromptUpdate, PromptUpdateDetails
 
 from omnivideo.models.mllm import MLLMMedia, encode_media
-from omnivideo.presets import VisionInputConfig, get_vision_input
+from omnivideo.presets import VisionInputConfig, get_preset, get_vision_input
 
 TIMESTAMP_PATTERN = re.compile(r"<([\d.]+) seconds>")
 INPUT_FIELDS = {"image": ("pixel_values", "image_grid_thw"), "video": ("pixel_values_videos", "video_grid_thw")}
 
 
 def vision_config_from_hf(config: Any) -> VisionInputConfig:
-    """Return the vision input of the preset whose MLLM patches as this one does."""
+    """Return the vision input of the served preset, or of one whose MLLM patches as this one does."""
+    if details := getattr(config, "omnivideo", None):
+        return get_preset(details["preset"]).mllm.vision_input
     vision = config.vision_config
     return get_vision_input(vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size)
 

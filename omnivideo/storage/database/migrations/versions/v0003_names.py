@@ -97,7 +97,7 @@ def resolve_job(job: dict[str, Any]) -> dict[str, Any]:
     assert config and config.attributes["preset"], "upgrade_schema needs the preset that the jobs were created for"
     preset = config.attributes["preset"]
     rest = dict(job)
-    defaults = preset.sampling[rest["task"]].model_dump() | {"negative_prompt": preset.negative_prompt}
+    defaults = preset.sampling[rest["task"]].model_dump() | {"negative_prompt": preset.null.negative_prompt}
     params = {"task": rest.pop("task")} | defaults | {"seed": rest.pop("seed")}
     params |= {name: value for name, value in rest.pop("overrides").items() if value is not None}
     return rest | {"params": params}

@@ -1,0 +1,44 @@
+"""What a request asks for against what the weights can do, and a plan against the MLLM's route."""
+
+from omnivideo.contracts import Artifact, Medium, Route, get_editing_task, get_generation_task
+from omnivideo.presets import Preset, Task
+
+TASK_PHRASES: dict[Task, str] = {
+    "text-to-image": "make pictures",
+    "text-to-video": "make clips",
+    "image-editing": "change pictures",
+    "video-editing": "change clips",
+}
+
+
+def get_task(route: Route, source: Artifact | None) -> Task | None:
+    """Return the task of a routed request, or None if nothing is to be rendered."""
+    if route.kind not in ("image", "video"):
+        return None
+    if source is not None:
+        return get_editing_task(source.medium)
+    return get_generation_task("image" if route.kind == "image" else "video")
+
+
+def build_refusal(preset: Preset, route: Route, source: Artifact | None) -> str | None:
+    """Return one sentence for a request that the preset's weights cannot do, or None if they can."""
+    task = get_task(route, source)
+    if task is None or task in preset.sampling:
+        return None
+    possible = " and ".join(TASK_PHRASES[name] for name in preset.sampling)
+    return f"This model cannot {TASK_PHRASES[task]}; it can {possible}."
+
+
+def reconcile_route(preset: Preset, planned_goal: str, route: Route, source: Artifact | None) -> Route:
+    """Return the route of a planned action: the plan's goal, with the probability that the route gives it at most.
+
+    A route that agrees with the plan is returned unchanged, as is any route if there is no plan.
+    """
+    wants_pixels = planned_goal in ("generate", "edit")
+    allowed_kinds = ("image", "video") if wants_pixels else ("text",)
+    if not planned_goal or route.kind in allowed_kinds:
+        return route
+    if not wants_pixels:
+        return Route(kind="text", probability=1 - route.probability)
+    medium: Medium = source.medium if source else "video" if "text-to-video" in preset.sampling else "image"
+    return Route(kind=medium, probability=1 - route.probability)

@@ -1,0 +1,65 @@
+"""Load a Qwen3-VL, dense or mixture of experts, from a Hugging Face folder.
+
+The published layout has the experts' weights as [experts, input, output]. transformers 5 computes with
+[experts, output, input] and decides by the shape whether to transpose, so square weights would load silently wrong:
+they are refused. vLLM reads the published layout only, and that is what our folders contain.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Qwen3VLForConditionalGeneration, Qwen3VLMoeForConditionalGeneration
+
+from omnivideo.errors import CheckpointError
+from omnivideo.models.weights.strict import load_strict
+
+MODEL_CLASSES = {"qwen3_vl": Qwen3VLForConditionalGeneration, "qwen3_vl_moe": Qwen3VLMoeForConditionalGeneration}
+EXPERT_KEYS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+
+
+def read_model_config(folder: Path, name: str) -> dict[str, Any]:
+    """Return config.json of a subfolder; raise CheckpointError if it is missing or damaged."""
+    path = folder / name / "config.json"
+    if not path.is_file():
+        raise CheckpointError(f"{name}/config.json is missing from the weights")
+    try:
+        config = json.loads(path.read_text())
+    except ValueError:
+        config = None
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{name}/config.json is not a JSON object")
+    return config
+
+
+def load_qwen3_vl(folder: Path, name: str = "mllm", dtype: torch.dtype | None = None) -> Any:
+    """Load a Qwen3-VL from a subfolder. Raises CheckpointError if it is another model or ambiguous."""
+    config = read_model_config(folder, name)
+    model_type = config.get("model_type")
+    if model_type not in MODEL_CLASSES:
+        raise CheckpointError(f"{name}: it is a {model_type!r}; supported: {', '.join(MODEL_CLASSES)}")
+    if model_type == "qwen3_vl_moe":
+        check_expert_shapes(name, config.get("text_config") or {})
+    return load_strict(MODEL_CLASSES[model_type], folder, name, dtype)
+
+
+def check_expert_shapes(name: str, text_config: Mapping[str, Any]) -> None:
+    """Raise CheckpointError if the shape of an expert's weights does not tell their layout."""
+    width, expert_width = text_config.get("hidden_size"), text_config.get("moe_intermediate_size")
+    if not isinstance(width, int) or not isinstance(expert_width, int):
+        raise CheckpointError(f"{name}: config.json has no hidden_size or moe_intermediate_size")
+    if width in (expert_width, 2 * expert_width):
+        raise CheckpointError(
+            f"{name}: experts of width {expert_width} in a model of width {width} have square weights, whose layout "
+            "cannot be told; allowed: an expert width that is neither the model's width nor half of it"
+        )
+
+
+def restore_published_layout(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a state dictionary of transformers' with the experts' weights as in the published layout."""
+    return {
+        key: value.transpose(1, 2).contiguous() if key.endswith(EXPERT_KEYS) else value for key, value in state.items()
+    }

@@ -1,0 +1,193 @@
+"""Find the files of a preset's parts in published folders, as they were downloaded.
+
+Every folder that is given is searched, hidden folders excepted, so that `omni_ckpts/`, a folder of the hub's
+repositories and a single repository all work. A published file is recognised by the end of its path, a folder of
+transformers or diffusers by its config.json, and a folder of ours by its model_index.json. The folders given first
+win, and in one folder the file with the shortest path.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omnivideo.errors import CheckpointError, InvalidInput
+from omnivideo.models.weights.published import (
+    NULL_CONTEXT_FILE,
+    PUBLISHED_PRESETS,
+    get_markers_file,
+    get_part_folder,
+    list_weight_files,
+)
+from omnivideo.models.weights.wan_layouts import TEXT_ENCODER_FILE, TOKENIZER_FOLDER, VAE_FILE
+from omnivideo.presets import PRESETS, Preset
+
+MAX_DEPTH = 6  # of folders below the one that is given
+OUR_CLASS = "OmniVideo"
+VILA_FOLDERS = ("llm", "vision_tower", "mm_projector")
+QWEN3_VL_TYPES = ("qwen3_vl", "qwen3_vl_moe")
+
+
+@dataclass(frozen=True)
+class FoundPart:
+    """Where a part was found: a published file, or a folder with a configuration and safetensors files."""
+
+    name: str
+    path: Path
+    form: str  # "published file", "vila", "qwen3-vl", "diffusers", "transformers", "tokenizer" or "ours"
+
+    @property
+    def label(self) -> str:
+        return f"{self.path.parent.name}/{self.path.name}"
+
+
+@dataclass(frozen=True)
+class SourceTree:
+    """The files and folders below the given ones, the first and shortest paths first."""
+
+    files: tuple[Path, ...]
+    folders: tuple[Path, ...]
+
+    def find_file(self, ending: str) -> Path | None:
+        return next((path for path in self.files if path.as_posix().endswith("/" + ending)), None)
+
+    def find_folder(self, ending: str) -> Path | None:
+        return next((path for path in self.folders if path.as_posix().endswith("/" + ending)), None)
+
+
+def scan_sources(sources: Sequence[Path]) -> SourceTree:
+    """List everything below the given folders; raise InvalidInput for one that does not exist."""
+    files: list[Path] = []
+    folders: list[Path] = []
+    for source in sources:
+        if not source.exists():
+            raise InvalidInput("source", f"{source.name!r} does not exist")
+        top = Path(os.path.abspath(source))
+        if source.is_file():
+            files.append(top)
+            continue
+        found = list(walk_folder(top, MAX_DEPTH))
+        order = sorted(found, key=lambda path: (len(path.parts), path.as_posix()))
+        files += [path for path in order if path.is_file()]
+        folders += [top, *(path for path in order if path.is_dir())]
+    return SourceTree(tuple(files), tuple(folders))
+
+
+def walk_folder(folder: Path, depth: int) -> Iterator[Path]:
+    for path in folder.iterdir():
+        if not path.name.startswith("."):
+            yield path
+            if depth > 1 and path.is_dir():
+                yield from walk_folder(path, depth - 1)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return a JSON file's dictionary; raise CheckpointError if it is missing, damaged or something else."""
+    try:
+        value = json.loads(path.read_text())
+    except OSError as error:
+        raise CheckpointError(f"{path.parent.name}/{path.name} cannot be read: {error.strerror}") from None
+    except ValueError:
+        raise CheckpointError(f"{path.parent.name}/{path.name} is cut short, or is not JSON") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path.parent.name}/{path.name} is not a dictionary in JSON")
+    return value
+
+
+# ---------------------------------------------------------------- the preset
+
+
+def detect_preset(tree: SourceTree) -> Preset:
+    """Return the preset whose own files are there; raise CheckpointError for none and InvalidInput for several."""
+    own_folder = find_our_folder(tree)
+    if own_folder is not None and read_json(own_folder / "model_index.json").get("preset") in PUBLISHED_PRESETS:
+        return PRESETS[read_json(own_folder / "model_index.json")["preset"]]
+    found = {name: sum(tree.find_file(file) is not None for file in list_own_files(PRESETS[name]))
+             for name in PUBLISHED_PRESETS}  # fmt: skip
+    complete = [name for name in found if all(tree.find_file(file) for file in list_weight_files(PRESETS[name]))]
+    candidates = complete or [name for name, count in found.items() if count]
+    if len(candidates) == 1:
+        return PRESETS[candidates[0]]
+    if candidates:
+        raise InvalidInput("preset", f"the source has files of {' and '.join(candidates)}; choose one with --preset")
+    layouts = "; ".join(f"{' and '.join(list_weight_files(PRESETS[name]))} ({name})" for name in PUBLISHED_PRESETS)
+    raise CheckpointError(f"the source has none of the published layouts: {layouts}")
+
+
+def list_own_files(preset: Preset) -> tuple[str, ...]:
+    """Return the published files that only this preset has."""
+    if preset.version == 1:
+        return (*list_weight_files(preset), get_markers_file(preset), NULL_CONTEXT_FILE)
+    return list_weight_files(preset)
+
+
+def find_our_folder(tree: SourceTree) -> Path | None:
+    """Return the first folder in our format."""
+    for file in tree.files:
+        if file.name == "model_index.json" and read_json(file).get("_class_name") == OUR_CLASS:
+            return file.parent
+    return None
+
+
+# ---------------------------------------------------------------- the parts
+
+
+def list_required_parts(preset: Preset) -> tuple[str, ...]:
+    """Return the subfolders of a complete folder of ours."""
+    conditions = {"hidden": "hidden_projection", "source": "visual_context"}
+    per_decoder = ["transformer", *(name for part, name in conditions.items() if part in preset.condition.parts)]
+    parts = [get_part_folder(part, index) for index in range(len(list_weight_files(preset))) for part in per_decoder]
+    parts += ["vision_head"] if preset.vision_head else []
+    parts += ["adapter"] if preset.adapter else []
+    parts += ["null_context"] if preset.null.kind == "context-file" else []
+    return ("mllm", *parts, "markers", "text_encoder", "tokenizer", "vae")
+
+
+def find_library_parts(tree: SourceTree) -> dict[str, FoundPart]:
+    """Return the parts that stand in folders of transformers or diffusers, or in Wan's own files."""
+    parts: dict[str, FoundPart] = {}
+    for name, ending in (("vae", VAE_FILE), ("text_encoder", TEXT_ENCODER_FILE)):
+        file = tree.find_file(ending)
+        if file is not None:
+            parts[name] = FoundPart(name, file, "published file")
+    for found in (classify_folder(folder) for folder in tree.folders):
+        if found is not None:
+            parts.setdefault(found.name, found)
+    tokenizer = tree.find_folder(TOKENIZER_FOLDER)
+    if tokenizer is not None:
+        parts["tokenizer"] = FoundPart("tokenizer", tokenizer, "tokenizer")
+    return parts
+
+
+def classify_folder(folder: Path) -> FoundPart | None:
+    """Return the part that a folder of transformers or diffusers holds, or None."""
+    if (folder / "llm").is_dir() and (folder / "config.json").is_file():
+        return FoundPart("mllm", folder, "vila")
+    if folder.name in ("tokenizer", "umt5-xxl") and not (folder / "config.json").exists():
+        names = {path.name for path in folder.iterdir()}
+        known = {"tokenizer.json", "spiece.model", "tokenizer_config.json"}
+        return FoundPart("tokenizer", folder, "tokenizer") if names & known else None
+    if not (folder / "config.json").is_file():
+        return None
+    config = read_json(folder / "config.json")
+    if config.get("_class_name") == "AutoencoderKLWan":
+        return FoundPart("vae", folder, "diffusers")
+    if config.get("model_type") == "umt5" and folder.name != "umt5-xxl":
+        return FoundPart("text_encoder", folder, "transformers")
+    if config.get("model_type") in QWEN3_VL_TYPES:
+        return FoundPart("mllm", folder, "qwen3-vl")
+    return None
+
+
+def find_our_parts(tree: SourceTree, preset: Preset) -> dict[str, FoundPart]:
+    """Return the parts of a folder in our format."""
+    folder = find_our_folder(tree)
+    if folder is None:
+        return {}
+    index_preset = read_json(folder / "model_index.json").get("preset")
+    if index_preset != preset.name:
+        raise CheckpointError(f"{folder.name!r} holds weights of {index_preset!r}, not of {preset.name!r}")
+    names = [name for name in list_required_parts(preset) if (folder / name).is_dir()]
+    return {name: FoundPart(name, folder / name, "ours") for name in names}

@@ -1,0 +1,46 @@
+"""Load weights strictly: a missing or unknown key or a wrong shape is an error, where the libraries only warn."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from omnivideo.errors import CheckpointError
+
+
+def load_strict(cls: Any, folder: Path, name: str, dtype: torch.dtype | None) -> Any:
+    """Load a library's model from a subfolder; raise CheckpointError for missing keys, where libraries only warn.
+
+    Without a `dtype`, a transformers model gets the file's precision and a diffusers model gets float32.
+    """
+    part = folder / name
+    if not (part / "config.json").is_file():
+        raise CheckpointError(f"{name}/config.json is missing from the weights")
+    try:
+        model, report = cls.from_pretrained(
+            part, torch_dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"{name} cannot be loaded: {get_first_line(error)}") from error
+    check_keys(name, list(report["missing_keys"]), list(report["unexpected_keys"]), list(report["mismatched_keys"]))
+    return model
+
+
+def check_keys(
+    name: str,
+    missing: Sequence[str],
+    unknown: Sequence[str],
+    mismatched: Sequence[str | tuple[str, torch.Size, torch.Size]],
+) -> None:
+    """Raise CheckpointError unless all lists are empty. transformers lists mismatched keys with both shapes."""
+    for problem, keys in (("is missing", missing), ("is unknown", unknown), ("has a different shape", mismatched)):
+        if keys:
+            first = keys[0] if isinstance(keys[0], str) else keys[0][0]
+            raise CheckpointError(f"{name}: {len(keys)} weights do not fit; the first, {first}, {problem}")
+
+
+def get_first_line(error: Exception) -> str:
+    """Return the first line of an error's text, at most 200 characters, or its type if it has no text."""
+    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
