@@ -31,10 +31,14 @@ from omnivideo.training.engine.recipe import Losses, Recipe, single_micro_batch,
 from omnivideo.training.engine.run import RunContext
 from omnivideo.training.engine.trainer import Trainer, read_complete_lines
 from omnivideo.training.tiny.feature_cache import PreparationConfig, load_cached_task
-from omnivideo.training.tiny.flow_stages import TASK_GROUPS, build_adapter_recipe
+from omnivideo.training.tiny.flow_stages import build_adapter_recipe
 from omnivideo.training.tiny.pipeline import REQUESTS_PER_TASK, TinyPipeline
 
 Row = dict[str, float]  # step, samples, and the held-out loss of each task
+TASK_PAIRS: tuple[tuple[Task, Task], ...] = (
+    ("text-to-image", "image-editing"),
+    ("text-to-video", "video-editing"),
+)
 ARMS = ("mixed", "one task")
 HELD_OUT_BATCHES = 4  # of each task
 
@@ -78,7 +82,7 @@ def compare_orders(count: int) -> None:
 # ---------------------------------------------------------------- held-out losses
 
 
-def load_tasks(tiny: TinyPipeline, omni: OmniVideoModel, seed: int, count: int, folder: Path) -> dict[Task, CachedTask]:
+def load_tasks(tiny: TinyPipeline, omni: OmniVideoModel, seed: int, count: int, folder: Path) -> dict[str, CachedTask]:
     """Load the requests of every task from the cache, or compute them."""
 
     def print_progress(done: int, total: int) -> None:
@@ -89,23 +93,23 @@ def load_tasks(tiny: TinyPipeline, omni: OmniVideoModel, seed: int, count: int, 
         task: load_cached_task(
             folder, omni, encoder, sample_requests(seed, task, count), PreparationConfig(print_progress)
         )
-        for group in TASK_GROUPS
+        for group in TASK_PAIRS
         for task in group
     }
 
 
-def select_losses(arm: str, mixed: Recipe, by_task: dict[Task, Recipe]) -> Callable[[int], Losses]:
+def select_losses(arm: str, mixed: Recipe, by_task: dict[str, Recipe]) -> Callable[[int], Losses]:
     """Return the losses of a step: for both tasks of the step's group, or for its two tasks alternately."""
     if arm == "mixed":
         return mixed.compute_losses
-    return lambda step: by_task[TASK_GROUPS[step % 2][step // 2 % 2]].compute_losses(step)
+    return lambda step: by_task[TASK_PAIRS[step % 2][step // 2 % 2]].compute_losses(step)
 
 
 @torch.no_grad()
-def compute_held_out_losses(recipes: dict[Task, Recipe]) -> dict[str, float]:
+def compute_held_out_losses(recipes: dict[str, Recipe]) -> dict[str, float]:
     """Return the loss of each task on held-out requests, always with the same noise and dropout."""
     losses: dict[str, float] = {}
-    for group_index, group in enumerate(TASK_GROUPS):
+    for group_index, group in enumerate(TASK_PAIRS):
         for task in group:
             values = []
             for batch in range(HELD_OUT_BATCHES):
@@ -122,7 +126,7 @@ def train_arm(tiny: TinyPipeline, arm: str, seed: int, arguments: argparse.Names
     data = load_tasks(tiny, omni, 1, arguments.count, cache)
     held_out_data = load_tasks(tiny, omni, 2, max(sizes) * 2, cache)
 
-    def build_recipe(recipe_name: str, tasks: dict[Task, CachedTask]) -> Recipe:
+    def build_recipe(recipe_name: str, tasks: dict[str, CachedTask]) -> Recipe:
         return build_adapter_recipe(recipe_name, omni, tasks, arguments.steps, sizes, 0)
 
     mixed = build_recipe(name, data)
@@ -134,7 +138,7 @@ def train_arm(tiny: TinyPipeline, arm: str, seed: int, arguments: argparse.Names
 
 
 def train_and_log(
-    trainer: Trainer, held_out: dict[Task, Recipe], log: Path, arguments: argparse.Namespace, sizes: tuple[int, ...]
+    trainer: Trainer, held_out: dict[str, Recipe], log: Path, arguments: argparse.Namespace, sizes: tuple[int, ...]
 ) -> list[Row]:
     """Train to the end; log the held-out losses every `--every` steps and return them."""
     rows = [row for row in map(json.loads, read_complete_lines(log)) if row["step"] <= trainer.step]
@@ -151,12 +155,12 @@ def train_and_log(
 
 
 def mean_over_tasks(row: Row) -> float:
-    return float(np.mean([row[task] for group in TASK_GROUPS for task in group]))
+    return float(np.mean([row[task] for group in TASK_PAIRS for task in group]))
 
 
 def print_summary(curves: dict[str, list[list[Row]]]) -> None:
     """Print the final held-out losses, and after how many samples each arm reaches the worse of them."""
-    tasks = [task for group in TASK_GROUPS for task in group]
+    tasks = [task for group in TASK_PAIRS for task in group]
     print(f"{'held-out loss':22}" + "".join(f"{arm:>14}" for arm in ARMS))
     print(f"{'at the start':22}" + "".join(f"{mean_over_runs(curves[arm], 0, mean_over_tasks):>14.4f}" for arm in ARMS))
     for task in tasks:
@@ -183,7 +187,7 @@ def count_samples_to(runs: list[list[Row]], goal: float) -> int:
 def plot_curves(curves: dict[str, list[list[Row]]], picture: Path) -> None:
     from matplotlib.figure import Figure
 
-    names = ["all four", *(task for group in TASK_GROUPS for task in group)]
+    names = ["all four", *(task for group in TASK_PAIRS for task in group)]
     figure = Figure(figsize=(4 * len(names), 3.2), layout="constrained")
     for index, name in enumerate(names, start=1):
         axes = figure.add_subplot(1, len(names), index)

@@ -28,17 +28,9 @@ from omnivideo.evaluation.suite import CHUNK_SIZE, iterate_chunks, sample_clips
 from omnivideo.models.mllm import MLLMMessage
 from omnivideo.models.omni import OmniVideoModel
 from omnivideo.models.vae import encode_pixels, pixels_from_bytes
+from omnivideo.synthetic.rendering import rasterize_shape
 from omnivideo.synthetic.requests import sample_requests
-from omnivideo.synthetic.scenes import (
-    BACKGROUNDS,
-    CELL_SIZE,
-    COLOURS,
-    FPS,
-    FRAME_SIZE,
-    Scene,
-    SceneObject,
-    rasterize_shape,
-)
+from omnivideo.synthetic.scenes import BACKGROUNDS, CELL_SIZE, COLOURS, FPS, FRAME_SIZE, Scene, SceneObject
 from omnivideo.synthetic.scorer import detect_blobs, detect_scene, estimate_background, track_blobs
 from omnivideo.training.config import TrainingConfig
 from omnivideo.training.data.batch import CachedTask
@@ -140,7 +132,7 @@ def score_motion(omni: OmniVideoModel, count: int) -> dict[str, float]:
 def train_arm(tiny: TinyPipeline, rate: int, arguments: argparse.Namespace) -> list[Row]:
     """Train one arm and return the scores of its clips."""
     omni, encoder, cache = tiny.load_omni("stage2b"), tiny.load_visual_encoder(), arguments.runs / "cache"
-    data = {}
+    data: dict[str, CachedTask] = {}
     for task in TASKS[:2]:
         requests = sample_requests(1, task, arguments.count)
         data[task] = load_cached_task(cache, omni, encoder, requests, tiny.preparation)

@@ -75,7 +75,7 @@ def join_curves(curves: Iterator[Curve], name: str) -> Curve:
 
 
 def train_in_substages(
-    tiny: TinyPipeline, steps: list[int], out: Path, data: dict[Task, CachedTask], held_out: dict[Task, FlowBatch]
+    tiny: TinyPipeline, steps: list[int], out: Path, data: dict[str, CachedTask], held_out: dict[Task, FlowBatch]
 ) -> Iterator[Curve]:
     omni = tiny.load_omni("stage2a")
     first = flow_stages.build_stage2b_generation_recipe(omni, data, steps[0])
@@ -85,7 +85,7 @@ def train_in_substages(
 
 
 def train_at_once(
-    tiny: TinyPipeline, steps: list[int], out: Path, data: dict[Task, CachedTask], held_out: dict[Task, FlowBatch]
+    tiny: TinyPipeline, steps: list[int], out: Path, data: dict[str, CachedTask], held_out: dict[Task, FlowBatch]
 ) -> Iterator[Curve]:
     omni = tiny.load_omni("stage2a")
     recipe = flow_stages.build_stage2b_recipe(omni, data, sum(steps))
@@ -117,7 +117,7 @@ def main() -> None:
     print(f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads")
     tiny, cache = open_tiny(arguments), arguments.runs / "cache"
     omni, encoder = tiny.load_omni("stage2a"), tiny.load_visual_encoder()
-    data = {
+    data: dict[str, CachedTask] = {
         task: load_cached_task(cache, omni, encoder, sample_requests(1, task, arguments.count), tiny.preparation)
         for task in TASKS
     }

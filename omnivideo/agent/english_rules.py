@@ -7,13 +7,15 @@ is shown; the MLLM decides what a request means. The same text always gives the 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
 
 from omnivideo.contracts import Artifact, Medium
 
 IMPERATIVE_VERBS = (
     "make", "turn", "paint", "change", "recolour", "recolor", "add", "put", "draw", "remove", "delete", "erase",
     "take", "get", "set", "use", "replace", "transform", "generate", "create", "show", "let", "have", "go", "return",
-    "switch", "give",
+    "switch", "give", "move", "place", "swap", "exchange", "drop", "try",
 )  # fmt: skip
 QUESTION_WORDS = (
     "how", "what", "which", "where", "who", "why", "when", "is", "are", "does", "do", "tell", "describe", "count",
@@ -21,27 +23,59 @@ QUESTION_WORDS = (
 )  # fmt: skip
 ACTION_START = "|".join((*IMPERATIVE_VERBS, *QUESTION_WORDS))
 LEAD_IN = r"(?:and|then|now|also|next|finally|afterwards|after that|ok|okay|so|but|please)"
-QUANTITY = r"(?:an?|one|two|three|four|five|six|some|several|another|as many|half|twice|\d+)"
+QUANTITY = (
+    r"(?:an?|one|two|three|four|five|six|seven|eight|nine|ten|some|several|another|as many|the same number|half|twice"
+    r"|\d+)"
+)
+PLURAL_NOUN = r"(?:circles|balls|discs|dots|round shapes|squares|boxes|blocks|triangles|stars|shapes|things)"
+
+# "go right, then move up" is one action, "then move the star" another; "then it should be red", "then bigger" too.
+MOTION_COMMAND = (
+    r"(?:move|go|rise|fall|stay|stand|stop|grow|shrink|get)\b"
+    r"(?! (?:back|it|them|the|all|rid)\b(?! (?:left|right|top)))"
+)
+ELLIPTICAL_CHANGE = (
+    r"(?:it|they|the [\w-]+(?: [\w-]+)?) should|can (?:it|they|the)|a bit|a lot|much|bigger|larger|smaller|faster"
+    r"|slower|without|the same|with|on|in|i (?:do not )?want (?:it|them|the)"
+)
 
 ACTION_BOUNDARY = re.compile(
-    rf"(?<=[.!?])\s+(?=\S)|\s*;\s*|\s*,?\s+(?:and\s+)?(?:then|afterwards|after that)\s+(?={LEAD_IN}|{ACTION_START})"
-    rf"|\s*,\s*(?:and\s+)?(?={LEAD_IN}?\s*(?:{ACTION_START})\b)|\s+and\s+(?=(?:{ACTION_START}|now)\b)",
+    rf"(?<=[.!?])\s+(?=\S)|\s*;\s*"
+    rf"|\s*,?\s+(?:and\s+)?(?:then|afterwards|after that)\s+(?!{MOTION_COMMAND})"
+    rf"(?=(?:{LEAD_IN}|{ACTION_START}|{ELLIPTICAL_CHANGE})\b)"
+    rf"|\s*,\s*(?:and\s+)?(?={LEAD_IN}?\s*(?:{ACTION_START})\b)"
+    # "remove the star and put a circle there instead" is one action.
+    r"|\s+and\s+(?!(?:put|draw|place|add)\b[^.;]*\b(?:instead|in its place)\b)"
+    rf"(?=(?:{ACTION_START}|now)\b)",
     re.IGNORECASE,
 )
+GREETING = re.compile(
+    r"^(?:(?:hi|hello|hey|ok|okay|so|well|alright|great|nice|perfect|thanks)(?: there)?[,!]?\s+)+(?=\S+ \S)",
+    re.IGNORECASE,
+)
+LEAD_IN_ONLY = re.compile(rf"{LEAD_IN}$", re.IGNORECASE)
 POLITE_PREFIX = re.compile(
     rf"^(?:{LEAD_IN}[\s,]+|(?:can|could|would|will) you (?!see\b)(?:please )?"
     r"|tell me\s+(?=how|what|which|where|who|why))+",
     re.IGNORECASE,
 )
+DEFINITE_WORD = (
+    r"(?:the|them|their|all|of|swap|exchange|switch|paint|recolou?r|change|turn|remove|delete|"
+    rf"{'|'.join(QUESTION_WORDS)})"
+)
 # A request for something new: "a red star", "draw two circles", "i want a clip of ...".
 NEW_SUBJECT = re.compile(
     rf"^(?:(?:make|draw|show|generate|create|give|produce)(?: me| us)?\s+|i (?:want|need|would like)(?: to see)?\s+)?"
-    rf"(?:{QUANTITY}\b|(?:pictures?|images?|photos?|videos?|clips?|animations?|footage) of\b)",
+    rf"(?:(?!a (?:bit|lot)\b){QUANTITY}\b|(?:(?!{DEFINITE_WORD}\b)[\w-]+ ){{0,3}}{PLURAL_NOUN}\b"
+    r"|(?:pictures?|images?|photos?|videos?|clips?|animations?|footage) of\b)",
     re.IGNORECASE,
 )
 CHANGE_REQUEST = re.compile(
-    r"^(?:make|turn|paint|change|recolou?r|add|put|remove|delete|erase|take away|get rid of|set|use|replace|transform"
-    r"|let|have|now)\b",
+    r"^(?:make|turn|paint|change|recolou?r|add|put|place|move|remove|delete|erase|take away|get rid of|drop|set|use"
+    r"|replace|transform|swap|exchange|switch|let|have|now|try|without|in|with|the same(?! number)|no|not|sorry|wrong"
+    r"|and also|give me also|on (?!an?\b)\w+ instead|after that|afterwards|i do not want|i meant?)\b"
+    r"|^(?:i want|can|could) (?:it|them|the|all the)\b|^(?:it|them|they|the|all the)\b.* should\b"
+    r"|\binstead\b|^\w+ (?:background|please)$|^(?:a bit |much |a lot )?\w+er(?: please)?$",
     re.IGNORECASE,
 )
 QUESTION = re.compile(rf"^(?:{'|'.join(QUESTION_WORDS)}|can you see|do you see)\b|\?\s*$", re.IGNORECASE)
@@ -70,15 +104,19 @@ STOP_WORDS = {"the", "a", "an", "one", "ones", "with", "of", "and", "my", "that"
 INDIRECT_REQUEST = re.compile(
     r"(?<!would )\blike\b|\bcolou?rs? of\b|\bas \w+(?: \w+)? as\b|\bas many\b|\b(?:more|less|fewer) than\b"
     r"|\b(?:half|twice|double|pairs?)\b|\bwhose\b|\bsomething\b|\bsomeone\b|\bopposite\b|\bremind"
-    r"|\ban? (?:\w+ )?shape\b|\bshapes? (?:with|that|without|you)\b|,\s*(?:it|they)\b|\bthe (?:number|amount) of\b",
+    r"|\ban? (?:\w+ )?shape\b|\bshapes? (?:with|that (?!does not move)|without|you)\b|,\s*(?:it|they)\b"
+    r"|\bthe (?:number|amount) of\b|, not\b",
     re.IGNORECASE,
 )
 
 
 def split_actions(text: str) -> list[str]:
     """Split a turn into the actions that it requests, in order, without the words that join them."""
-    parts = [POLITE_PREFIX.sub("", part.strip(" ,;")).strip(" ,;.!") for part in ACTION_BOUNDARY.split(text)]
-    return [part for part in parts if part] or [text.strip()]
+    parts = [
+        POLITE_PREFIX.sub("", part.strip(" ,;")).strip(" ,;.!")
+        for part in ACTION_BOUNDARY.split(GREETING.sub("", text))
+    ]
+    return [part for part in parts if part and not LEAD_IN_ONLY.match(part)] or [text.strip()]
 
 
 def is_indirect(text: str) -> bool:
@@ -87,20 +125,29 @@ def is_indirect(text: str) -> bool:
     return bool(INDIRECT_REQUEST.search(text)) or is_single_word
 
 
+@cache
+def load_plain_words() -> frozenset[str]:
+    """Return the words of direct requests and edits to an MLLM with a closed vocabulary."""
+    return frozenset((files("omnivideo.agent") / "prompts/keywords/plain_words.txt").read_text().split())
+
+
+def has_other_words(text: str) -> bool:
+    """Return whether a request has words that direct ones do not have: it needs reasoning, or cannot be fulfilled."""
+    return not load_plain_words().issuperset(re.findall(r"[a-z0-9'-]+", text.lower()))
+
+
 def is_change_request(text: str) -> bool:
     """Return whether a request changes an existing artifact instead of asking for a new one."""
-    return bool(CHANGE_REQUEST.match(text)) and not NEW_SUBJECT.match(text)
+    return bool(CHANGE_REQUEST.search(text)) and not (NEW_SUBJECT.match(text) and "instead" not in text.lower())
 
 
 def is_reference(text: str) -> bool:
     """Return whether a request refers to an existing artifact."""
+    if is_change_request(text):
+        return True
     if NEW_SUBJECT.match(text):
         return False
-    return (
-        is_change_request(text)
-        or bool(PRONOUN.search(text))
-        or bool(QUESTION.search(text) and DEFINITE_REFERENCE.search(text))
-    )
+    return bool(PRONOUN.search(text)) or bool(QUESTION.search(text) and DEFINITE_REFERENCE.search(text))
 
 
 @dataclass(frozen=True)

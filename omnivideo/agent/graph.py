@@ -212,7 +212,7 @@ class Planner:
         if message := self.write_message(request, route, source):
             return updates | {"message": message}
         options = TurnOptions(**state["options"])
-        should_think = options.think == "on" or (options.think == "auto" and english_rules.is_indirect(request.text))
+        should_think = options.think == "on" or (options.think == "auto" and self.needs_thinking(request.text))
         if should_think and get_task(route, source):
             trace = self.rewrite_prompt(request)
             emit_event(PromptRewritten(trace=trace))
@@ -226,6 +226,11 @@ class Planner:
             written = system and "".join(self.mllm.stream_text(request.model_copy(update={"system": system}))).strip()
             return written or (UNCLEAR_QUESTION if route.kind == "ask" else DECLINE_MESSAGE)
         return build_refusal(self.preset, route, source) or ""
+
+    def needs_thinking(self, text: str) -> bool:
+        """Return whether a request describes things instead of naming them, or is not in the MLLM's own words."""
+        has_closed_vocabulary = self.prompts.plan is None
+        return english_rules.is_indirect(text) or (has_closed_vocabulary and english_rules.has_other_words(text))
 
     def rewrite_prompt(self, request: MLLMRequest) -> ThinkTrace:
         started, text = time.perf_counter(), ""

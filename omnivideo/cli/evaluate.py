@@ -25,8 +25,8 @@ def evaluate(
 ) -> None:
     """Score a preset on held-out prompts, edits, questions and routes, or the planner on whole conversations."""
     from omnivideo.agent.english_rules import split_actions
+    from omnivideo.evaluation.everything import evaluate_all
     from omnivideo.evaluation.report import build_score_table, score_planner, scores_to_json
-    from omnivideo.evaluation.suite import evaluate_all
 
     if not get_preset(preset).has_scorer:
         allowed = ", ".join(name for name, known in PRESETS.items() if known.has_scorer)

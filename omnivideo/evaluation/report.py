@@ -20,12 +20,16 @@ TARGET_SCORES = {
 
 
 def build_score_table(scores: Mapping[str, Score | float]) -> Table:
-    table = Table("", "score", "of", "goal", box=None)
+    table = Table("", "score", "±", "of", "goal", box=None)
     for name, value in scores.items():
-        figure, count = (value.mean, str(value.count)) if isinstance(value, Score) else (value, "")
+        figure, error, count = (
+            (value.mean, f"{value.standard_error:.3f}", str(value.count))
+            if isinstance(value, Score)
+            else (value, "", "")
+        )
         goal = TARGET_SCORES.get(name)
         colour = "" if goal is None else "[green]" if figure >= goal else "[red]"
-        table.add_row(name, f"{colour}{figure:.3f}", count, "" if goal is None else f"{goal:g}")
+        table.add_row(name, f"{colour}{figure:.3f}", error, count, "" if goal is None else f"{goal:g}")
     return table
 
 

@@ -10,13 +10,14 @@ from pathlib import Path
 import numpy as np
 
 from omnivideo.contracts import Medium, get_generation_task
+from omnivideo.evaluation.editing import apply_edits, sample_held_out_edits
 from omnivideo.evaluation.prompts import IMAGE_CATEGORIES, sample_prompts
-from omnivideo.evaluation.suite import apply_edits, sample_clips, sample_held_out_edits
+from omnivideo.evaluation.suite import sample_clips
 from omnivideo.media.contact_sheet import make_contact_sheet
 from omnivideo.models.mllm import MLLMMessage
 from omnivideo.models.omni import OmniVideoModel
 from omnivideo.synthetic.facts import SceneSpec
-from omnivideo.synthetic.scenes import render_scene
+from omnivideo.synthetic.rendering import render_scene
 from omnivideo.synthetic.scorer import detect_scene
 
 SAMPLES_PER_KIND = 6  # images have one sample of each category
@@ -75,10 +76,14 @@ def generate_samples(omni: OmniVideoModel, count: int, with_edits: bool) -> Iter
         )
     for kind, video in (("stills edited", False), ("clips edited", True)) if with_edits else ():
         edits = sample_held_out_edits(count, video)
-        pairs = zip(edits, apply_edits(omni, edits, video, 2000), strict=True)
+        sources = [render_scene(edit.source) for edit in edits]
+        clips = apply_edits(omni, [edit.instruction for edit in edits], sources, 2000, think=False)
         yield (
             kind,
-            [ScoredSample(edit.instruction, clip, edit.target_spec, render_scene(edit.source)) for edit, clip in pairs],
+            [
+                ScoredSample(edit.instruction, clip, edit.target_spec, source)
+                for edit, clip, source in zip(edits, clips, sources, strict=True)
+            ],
         )
 
 

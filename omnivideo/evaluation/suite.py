@@ -7,25 +7,26 @@ ground truth of their scenes.
 import random
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from omnivideo.contracts import Medium, compute_latent_grid, get_editing_task, get_generation_task
+from omnivideo.contracts import Medium, compute_latent_grid, get_generation_task
 from omnivideo.evaluation.prompts import CATEGORIES, sample_prompts
 from omnivideo.models.mllm import MLLMMedia, MLLMMessage
 from omnivideo.models.omni import OmniVideoModel
 from omnivideo.models.sampling import Expert, denoise, sample_initial_noise
-from omnivideo.models.vae import decode_latents, encode_pixels, pixels_from_bytes, pixels_to_bytes
+from omnivideo.models.vae import decode_latents, pixels_to_bytes
 from omnivideo.presets import Task, get_sampling_defaults
 from omnivideo.synthetic.chat import make_knowledge_example, make_question_example, make_talk_example
-from omnivideo.synthetic.edits import IMAGE_EDITS, VIDEO_EDITS, SceneEdit, sample_edit
+from omnivideo.synthetic.edits import sample_edit
 from omnivideo.synthetic.questions import sample_question
+from omnivideo.synthetic.rendering import render_scene
 from omnivideo.synthetic.requests import make_caption_prompt, make_indirect_prompt
-from omnivideo.synthetic.scenes import FPS, Scene, render_object_mask, render_scene, sample_scene
+from omnivideo.synthetic.scenes import FPS, Scene, sample_scene
 from omnivideo.synthetic.scorer import detect_scene
 
 # The parts of the condition that the decoder sees: all; the text; the visual tokens; another prompt's visual tokens
@@ -38,15 +39,21 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Score:
-    """The mean of `count` verdicts or values."""
+    """The mean of `count` verdicts or values, with its standard error."""
 
     mean: float
     count: int
+    standard_error: float = 0.0
+
+
+def score_values(values: Iterable[float]) -> Score:
+    """Return the mean of values or verdicts, with its standard error."""
+    results = np.array(list(values), dtype=float)
+    return Score(float(results.mean()), len(results), float(results.std() / len(results) ** 0.5))
 
 
 def score_verdicts(verdicts: Iterable[bool]) -> Score:
-    results = list(verdicts)
-    return Score(float(np.mean(results)), len(results))
+    return score_values(verdicts)
 
 
 def score_by_kind(prefix: str, verdicts: Mapping[str, Sequence[bool]]) -> dict[str, Score]:
@@ -100,15 +107,20 @@ def sample_clips(
     seed: int,
     mode: ConditionMode = "full",
     source: Tensor | None = None,
+    given: Tensor | None = None,
+    frames: int | None = None,
 ) -> np.ndarray:
-    """Generate clips, uint8 [B, F, H, W, 3], with the preset's steps and guidance; seeds count up from `seed`."""
+    """Generate clips, uint8 [B, F, H, W, 3], with the preset's steps and guidance; seeds count up from `seed`.
+
+    `given` are the latents of the first frames; `frames` is the length, by default that of the task.
+    """
     sampling = get_sampling_defaults(omni.preset, task)
     medium: Medium = "video" if sampling.frames > 1 else "image"
     condition, null = build_conditions(omni, texts, messages, medium, mode, source)
-    grid = compute_latent_grid(sampling.width, sampling.height, sampling.frames)
+    grid = compute_latent_grid(sampling.width, sampling.height, frames or sampling.frames)
     x = sample_initial_noise(list(range(seed, seed + len(texts))), (omni.vae.config.z_dim, *grid), omni.device)
-    experts = [Expert(omni.decoder, condition, null)]
-    for step in denoise(experts, x, sampling.steps, sampling.guidance_scale, sampling.flow_shift):
+    experts, settings = [Expert(omni.decoder, condition, null)], (sampling.steps, sampling.guidance_scale)
+    for step in denoise(experts, x, *settings, sampling.flow_shift, given_BzThw=given):
         x = step.state.latents
     return pixels_to_bytes(decode_latents(omni.vae, x))
 
@@ -133,60 +145,12 @@ def evaluate_generation(
             steadiness += [detection.steadiness for detection in detections if is_video]
             on_progress(category, first + len(chunk), count)
     scores = {category: score_verdicts(results) for category, results in verdicts.items()}
-    return scores | {"temporal steadiness": Score(float(np.mean(steadiness)), len(steadiness))}
-
-
-# ---------------------------------------------------------------- editing
-
-
-def compute_untouched_psnr(edit: SceneEdit, source: np.ndarray, result: np.ndarray) -> float | None:
-    """Return the PSNR in dB over the pixels outside of all objects that the edit changes.
-
-    A new background changes all pixels: the result is None.
-    """
-    if edit.kind == "background":
-        return None
-    untouched_mask = ~render_object_mask(replace(edit.source, objects=edit.changed_objects))
-    error = np.mean((source[untouched_mask].astype(float) - result[untouched_mask].astype(float)) ** 2)
-    return float(10 * np.log10(255**2 / max(error, 1e-3)))
-
-
-def sample_held_out_edits(count: int, video: bool) -> list[SceneEdit]:
-    """Return the same edits in every call; the kinds alternate."""
-    kinds = VIDEO_EDITS if video else IMAGE_EDITS
-    rng = random.Random(f"evaluation/editing/{video}")
-    return [sample_edit(rng, video, "held_out", [kinds[index % len(kinds)]]) for index in range(count)]
-
-
-@torch.no_grad()
-def apply_edits(omni: OmniVideoModel, edits: Sequence[SceneEdit], video: bool, seed: int) -> np.ndarray:
-    """Return the edited clips that the model generates, uint8 [B, F, H, W, 3]."""
-    pixels = pixels_from_bytes(np.stack([render_scene(edit.source) for edit in edits]))
-    source = encode_pixels(omni.vae, pixels.to(omni.device))
-    messages = [build_message(edit.instruction, edit.source) for edit in edits]
-    task = get_editing_task("video" if video else "image")
-    return sample_clips(omni, [edit.instruction for edit in edits], messages, task, seed, source=source)
-
-
-def evaluate_editing(
-    omni: OmniVideoModel, count: int, on_progress: EvaluationProgress, video: bool
-) -> dict[str, Score | float]:
-    """Score held-out edits of every kind, and the PSNR of the area that should not change."""
-    verdicts: dict[str, list[bool]] = defaultdict(list)
-    untouched_psnrs: list[float] = []
-    name = "video" if video else "image"
-    for first, chunk in iterate_chunks(sample_held_out_edits(count, video)):
-        for edit, clip in zip(chunk, apply_edits(omni, chunk, video, 2000 + first), strict=True):
-            verdicts[edit.kind].append(edit.target_spec.is_met_by(detect_scene(clip)))
-            psnr = compute_untouched_psnr(edit, render_scene(edit.source), clip)
-            untouched_psnrs += [] if psnr is None else [psnr]
-        on_progress(f"{name}-editing", first + len(chunk), count)
-    scores: dict[str, Score | float] = {
-        f"{name} edit: {kind}": score_verdicts(results) for kind, results in verdicts.items()
-    }
-    scores[f"{name} edits"] = score_verdicts(verdict for results in verdicts.values() for verdict in results)
-    scores[f"{name} edits: untouched area, median dB"] = float(np.median(untouched_psnrs))
-    return scores
+    scores["mean of the categories"] = Score(
+        float(np.mean([score.mean for score in scores.values()])),
+        count * len(CATEGORIES),
+        float(np.sqrt(np.sum([score.standard_error**2 for score in scores.values()]))) / len(CATEGORIES),
+    )
+    return scores | {"temporal steadiness": score_values(steadiness)}
 
 
 # ---------------------------------------------------------------- understanding and routing
@@ -231,13 +195,3 @@ def evaluate_routing(omni: OmniVideoModel, count: int, on_progress: EvaluationPr
         verdicts[expected].append(route == expected)
         on_progress("routing", index + 1, count)
     return score_by_kind("routing", verdicts)
-
-
-def evaluate_all(omni: OmniVideoModel, count: int, on_progress: EvaluationProgress) -> dict[str, Score | float]:
-    """Run every evaluation, with `count` prompts for each category of generation."""
-    scores: dict[str, Score | float] = {}
-    scores |= evaluate_generation(omni, count, on_progress)
-    scores |= evaluate_editing(omni, 2 * count, on_progress, video=False)
-    scores |= evaluate_editing(omni, 2 * count, on_progress, video=True)
-    scores |= evaluate_understanding(omni, 8 * count, on_progress)
-    return scores | evaluate_routing(omni, 8 * count, on_progress)

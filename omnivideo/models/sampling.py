@@ -60,37 +60,43 @@ def denoise(
     guidance_scale: float,
     flow_shift: float,
     initial_state: DenoisingState | None = None,
+    given_BzThw: Tensor | None = None,
 ) -> Iterator[DenoisingStep]:
     """Yield the result of every step; the latents of the last state are the result.
 
     `experts` are one decoder, or several in order of falling timesteps. With `initial_state` the loop continues after
-    that state and ignores `noise_BzThw`, except for its device.
+    that state and ignores `noise_BzThw`, except for its device. `given_BzThw` are the latents of the first frames,
+    which stay as they are: the clip continues them.
     """
     scheduler = create_scheduler(steps, flow_shift, noise_BzThw.device)
     x_BzThw, first_step = noise_BzThw, 0
     if initial_state:
         restore_scheduler(scheduler, initial_state)
         x_BzThw, first_step = initial_state.latents, initial_state.step
+    given_frames = 0 if given_BzThw is None else given_BzThw.shape[2]
+    x_BzThw = insert_given_frames(x_BzThw, given_BzThw)
 
     for step in range(first_step, steps):
         timestep, sigma = scheduler.timesteps[step], scheduler.sigmas[step]
         expert = next(expert for expert in experts if timestep >= expert.min_timestep)
-        velocity_BzThw = predict_velocity(expert, x_BzThw, timestep, guidance_scale)
-        clean_BzThw = x_BzThw - sigma * velocity_BzThw
+        decoder_timestep = expand_timestep(expert.decoder, x_BzThw, timestep, given_frames)
+        velocity_BzThw = predict_velocity(expert, x_BzThw, decoder_timestep, guidance_scale)
+        clean_BzThw = insert_given_frames(x_BzThw - sigma * velocity_BzThw, given_BzThw)
         x_BzThw = scheduler.step(velocity_BzThw, timestep, x_BzThw, return_dict=False)[0]
+        x_BzThw = insert_given_frames(x_BzThw, given_BzThw)
         yield DenoisingStep(steps, capture_state(scheduler, step + 1, x_BzThw), clean_BzThw)
 
 
 def predict_velocity(expert: Expert, x_BzThw: Tensor, timestep: Tensor, guidance_scale: float) -> Tensor:
     """Return the guided velocity [B, z, T, h, w]: null + scale * (condition - null).
 
-    At scale 1 the null pass is skipped. A scale s in the released code of version 1 corresponds to s + 1 here.
+    `timestep` is that of each sample [B] or of each of the decoder's tokens [B, N]. At scale 1 the null pass is
+    skipped. A scale s in the released code of version 1 corresponds to s + 1 here.
     """
-    timestep_B = timestep.expand(len(x_BzThw))
 
     def run_decoder(condition_BLD: Tensor) -> Tensor:
         with autocast_to(expert.autocast, x_BzThw.device):
-            velocity_BzThw: Tensor = expert.decoder(x_BzThw, timestep_B, condition_BLD, return_dict=False)[0]
+            velocity_BzThw: Tensor = expert.decoder(x_BzThw, timestep, condition_BLD, return_dict=False)[0]
         return velocity_BzThw.to(x_BzThw.dtype)
 
     velocity_BzThw = run_decoder(expert.condition_BLD)
@@ -103,6 +109,29 @@ def predict_velocity(expert: Expert, x_BzThw: Tensor, timestep: Tensor, guidance
 def autocast_to(dtype: torch.dtype | None, device: torch.device) -> AbstractContextManager[object]:
     """Return a context in which modules compute in `dtype`; None changes nothing."""
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+
+
+def expand_timestep(decoder: WanTransformer3DModel, x_BzThw: Tensor, timestep: Tensor, given_frames: int = 0) -> Tensor:
+    """Return the timestep of each sample [B]; if the first latent frames are given, of each token [B, N], theirs is 0.
+
+    `timestep` is one number or has one for each sample. Wan 2.2's TI2V models use the same form.
+    """
+    timestep_B = timestep.expand(len(x_BzThw))
+    if not given_frames:
+        return timestep_B
+    patch_t, patch_h, patch_w = decoder.config.patch_size
+    frames, height, width = x_BzThw.shape[2:]
+    tokens_per_frame = (height // patch_h) * (width // patch_w)
+    timestep_BN = timestep_B[:, None].repeat(1, frames // patch_t * tokens_per_frame)
+    timestep_BN[:, : given_frames // patch_t * tokens_per_frame] = 0
+    return timestep_BN
+
+
+def insert_given_frames(x_BzThw: Tensor, given_BzThw: Tensor | None) -> Tensor:
+    """Return the latents with the given ones as their first frames."""
+    if given_BzThw is None:
+        return x_BzThw
+    return torch.cat([given_BzThw.to(x_BzThw), x_BzThw[:, :, given_BzThw.shape[2] :]], dim=2)
 
 
 def sample_initial_noise(seeds: list[int], shape_zThw: tuple[int, int, int, int], device: torch.device) -> Tensor:

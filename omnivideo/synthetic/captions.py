@@ -8,8 +8,16 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from omnivideo.synthetic.facts import ObjectSpec, SceneSpec
-from omnivideo.synthetic.scenes import FRAME_SIZE, Scene, SceneObject, arrange_by_default
+from omnivideo.synthetic.facts import REGION_MARGIN, ObjectSpec, SceneSpec
+from omnivideo.synthetic.scenes import (
+    ARRANGEMENTS,
+    DIRECTIONS,
+    FRAME_SIZE,
+    Scene,
+    SceneObject,
+    arrange_by_default,
+    arrange_objects,
+)
 
 SHAPE_WORDS = {
     "circle": ("circle", "circle", "ball", "disc", "dot", "round shape"),
@@ -44,6 +52,22 @@ MOTION_WORDS = {
     "growing": ("growing", "getting bigger", "expanding", "becoming larger"),
     "shrinking": ("shrinking", "getting smaller", "contracting", "becoming smaller"),
 }
+# The words of a motion in a direction at another speed, and of the second of two motions.
+SPEED_ADVERBS = {"slow": ("slowly", "slowly", "gently"), "fast": ("quickly", "quickly", "fast", "rapidly")}
+DIRECTION_PHRASES = {
+    "left": ("moving {} left", "moving {} to the left", "sliding {} left", "going {} left"),
+    "right": ("moving {} right", "moving {} to the right", "sliding {} right", "going {} right"),
+    "up": ("moving {} up", "rising {}", "moving {} upwards", "going {} up"),
+    "down": ("moving {} down", "falling {}", "moving {} downwards", "going {} down"),
+}
+SECOND_MOTION_WORDS = {
+    "left": ("left", "left", "to the left", "moving left", "going left"),
+    "right": ("right", "right", "to the right", "moving right", "going right"),
+    "up": ("up", "up", "upwards", "moving up", "rising"),
+    "down": ("down", "down", "downwards", "moving down", "falling"),
+    "still": ("stopping", "stopping", "staying still", "coming to rest"),
+}
+TURN_WORDS = ("then", "then", "and then", "before", "and after that")
 BACKGROUND_PHRASES = ("on a {} background", "on a {} background", "against {}", "on {}", "in front of a {} backdrop")
 NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five")
 STILL_PREFIXES = ("a picture of ", "an image of ", "a photo of ", "a still of ")
@@ -75,7 +99,7 @@ def add_article(phrase: str) -> str:
 
 def find_region(obj: SceneObject) -> tuple[str, ...]:
     """Return the sides of the frame on which the object's centre lies at frame 0: none, one or two."""
-    middle, margin = FRAME_SIZE // 2, 4
+    middle, margin = FRAME_SIZE // 2, REGION_MARGIN
     across = "left" if obj.x < middle - margin else "right" if obj.x > middle + margin else ""
     along = "top" if obj.y < middle - margin else "bottom" if obj.y > middle + margin else ""
     return tuple(name for name in (along, across) if name)
@@ -116,16 +140,44 @@ def should_mention_size(rng: random.Random, obj: SceneObject) -> bool:
     return obj.motion not in ("growing", "shrinking") and rng.random() < 0.7
 
 
-def spec_from_object(obj: SceneObject, *, with_size: bool, with_motion: bool) -> ObjectSpec:
-    return ObjectSpec(obj.shape, obj.colour, obj.size if with_size else None, obj.motion if with_motion else None)
+def spec_from_object(
+    obj: SceneObject, *, with_size: bool, with_motion: bool, region: tuple[str, ...] | None = None
+) -> ObjectSpec:
+    moves = with_motion and (obj.motion in DIRECTIONS or obj.second_motion is not None)
+    return ObjectSpec(
+        obj.shape,
+        obj.colour,
+        obj.size if with_size else None,
+        obj.motion if with_motion else None,
+        obj.speed if moves and obj.speed != "normal" else None,
+        obj.second_motion if with_motion else None,
+        region,
+    )
 
 
-def sample_object_phrase(rng: random.Random, obj: SceneObject, is_video: bool) -> tuple[str, ObjectSpec]:
-    """Return an object's phrase with an article, sometimes its size, and its motion in a clip."""
+def sample_motion_phrase(rng: random.Random, motion: str, speed: str | None, second_motion: str | None) -> str:
+    """Return words for a motion, such as "moving slowly left" or "rising and then stopping"; "" is possible at rest."""
+    if speed in SPEED_ADVERBS and motion in DIRECTION_PHRASES:
+        words = rng.choice(DIRECTION_PHRASES[motion]).format(rng.choice(SPEED_ADVERBS[speed]))
+    else:
+        words = rng.choice(MOTION_WORDS[motion])
+    if second_motion is None:
+        return words
+    return f"{words or 'staying still'} {rng.choice(TURN_WORDS)} {rng.choice(SECOND_MOTION_WORDS[second_motion])}"
+
+
+def sample_object_phrase(
+    rng: random.Random, obj: SceneObject, is_video: bool, region: tuple[str, ...] | None = None
+) -> tuple[str, ObjectSpec]:
+    """Return an object's phrase with an article, sometimes its size, its place if given, and its motion in a clip."""
     with_size = should_mention_size(rng, obj)
-    text = add_article(sample_noun_phrase(rng, obj, with_size=with_size))
-    motion = rng.choice(MOTION_WORDS[obj.motion]) if is_video else ""
-    return f"{text} {motion}".strip(), spec_from_object(obj, with_size=with_size, with_motion=is_video)
+    parts = [add_article(sample_noun_phrase(rng, obj, with_size=with_size))]
+    if is_video:
+        parts.append(sample_motion_phrase(rng, obj.motion, obj.speed, obj.second_motion))
+    if region is not None:
+        parts.insert(rng.randint(1, len(parts)), sample_place_phrase(rng, region))
+    spec = spec_from_object(obj, with_size=with_size, with_motion=is_video, region=region)
+    return " ".join(filter(None, parts)), spec
 
 
 def join_phrases(phrases: Sequence[str]) -> str:
@@ -135,10 +187,7 @@ def join_phrases(phrases: Sequence[str]) -> str:
 def is_group(scene: Scene) -> bool:
     """Return whether the scene has several objects that differ only in position."""
     first = scene.objects[0]
-    return len(scene.objects) > 1 and all(
-        (t.shape, t.colour, t.size, t.motion) == (first.shape, first.colour, first.size, first.motion)
-        for t in scene.objects
-    )
+    return len(scene.objects) > 1 and all(replace(obj, x=0, y=0) == replace(first, x=0, y=0) for obj in scene.objects)
 
 
 def sample_place_phrase(rng: random.Random, region: tuple[str, ...]) -> str:
@@ -151,7 +200,7 @@ def sample_place_phrase(rng: random.Random, region: tuple[str, ...]) -> str:
 def sample_group_caption(rng: random.Random, scene: Scene) -> Caption:
     first, with_size = scene.objects[0], should_mention_size(rng, scene.objects[0])
     number = NUMBER_WORDS[len(scene.objects)] if rng.random() < 0.85 else str(len(scene.objects))
-    motion = rng.choice(MOTION_WORDS[first.motion]) if scene.is_video else ""
+    motion = sample_motion_phrase(rng, first.motion, first.speed, first.second_motion) if scene.is_video else ""
     text = f"{number} {sample_noun_phrase(rng, first, with_size=with_size, is_plural=True)} {motion}".strip()
     count = len(scene.objects)
     return Caption(
@@ -172,33 +221,36 @@ def find_spans(phrases: Sequence[str], text: str) -> tuple[tuple[int, int], ...]
 
 
 def sample_object_caption(rng: random.Random, scene: Scene, is_composed: bool) -> Caption:
-    """Return a caption of the objects, sometimes with a relation or a place, without the background.
+    """Return a caption of the objects, sometimes with a relation or with places, without the background.
 
     The caption of a composed scene names the objects in their order, and states positions that differ from the default.
     """
     if is_group(scene):
         return sample_group_caption(rng, scene)
-    is_default_layout = is_composed and arrange_by_default(scene.objects, scene.frame_count) == scene.objects
-    relation_probability, place_probability = (
-        (0.4, 0.0) if is_default_layout else (1.0, 1.0) if is_composed else (0.6, 0.3)
-    )
+    is_default = is_composed and arrange_by_default(scene.objects, scene.frame_count) == scene.objects
     chance = rng.random()
-    shuffled = not is_composed or (chance < relation_probability and rng.random() < 0.5)
+    can_relate = (
+        len(scene.objects) == 2
+        and scene.objects[0].motion == scene.objects[1].motion
+        and find_relation(*scene.objects) is not None
+    )
+    if is_composed and not is_default:
+        column = arrange_objects(scene.objects, ARRANGEMENTS["column"], scene.frame_count) if can_relate else None
+        states_relation = column == scene.objects
+        states_places = not states_relation
+    else:
+        states_relation = can_relate and chance < (0.4 if is_composed else 0.5)
+        states_places = not states_relation and chance > (0.9 if is_composed else 0.7)
+    shuffled = not is_composed or (states_relation and rng.random() < 0.5)
     objects = rng.sample(scene.objects, len(scene.objects)) if shuffled else list(scene.objects)
-    pairs = [sample_object_phrase(rng, obj, scene.is_video) for obj in objects]
+    regions = [find_region(obj) if states_places else None for obj in objects]
+    pairs = [
+        sample_object_phrase(rng, obj, scene.is_video, region) for obj, region in zip(objects, regions, strict=True)
+    ]
     phrases, object_specs = [text for text, _ in pairs], tuple(object_spec for _, object_spec in pairs)
-    if len(objects) == 2 and objects[0].motion == objects[1].motion and chance < relation_probability:
-        relation = find_relation(objects[0], objects[1])
-        if relation:
-            text = f"{phrases[0]} {rng.choice(RELATION_WORDS[relation])} {phrases[1]}"
-            return Caption(text, SceneSpec(object_specs, relation=relation), find_spans(phrases, text))
-    if len(objects) == 1 and objects[0].motion == "still" and chance < place_probability:
-        region = find_region(objects[0])
-        return Caption(
-            f"{phrases[0]} {sample_place_phrase(rng, region)}",
-            SceneSpec(object_specs, region=region),
-            ((0, len(phrases[0])),),
-        )
+    if states_relation and (relation := find_relation(objects[0], objects[1])):
+        text = f"{phrases[0]} {rng.choice(RELATION_WORDS[relation])} {phrases[1]}"
+        return Caption(text, SceneSpec(object_specs, relation=relation), find_spans(phrases, text))
     return Caption(join_phrases(phrases), SceneSpec(object_specs), find_spans(phrases, join_phrases(phrases)))
 
 
@@ -226,8 +278,19 @@ def sort_in_reading_order(scene: Scene) -> list[SceneObject]:
 CANONICAL_MOTION_WORDS = {name: words[0] or "staying still" for name, words in MOTION_WORDS.items()}
 
 
+def to_canonical_motion(object_spec: ObjectSpec) -> str:
+    """Return e.g. "moving slowly left" or "moving right then up"; "" if the motion is free."""
+    motion = object_spec.motion
+    if motion is None:
+        return ""
+    words = CANONICAL_MOTION_WORDS[motion]
+    if object_spec.speed in SPEED_ADVERBS and motion in DIRECTION_PHRASES:
+        words = DIRECTION_PHRASES[motion][0].format(SPEED_ADVERBS[object_spec.speed][0])
+    return f"{words} then {SECOND_MOTION_WORDS[object_spec.second_motion][0]}" if object_spec.second_motion else words
+
+
 def to_canonical_phrase(object_spec: ObjectSpec, count: int = 1) -> str:
-    """Return e.g. "a small red circle moving right" or "three small red circles moving right"."""
+    """Return e.g. "a small red circle in the top left moving right" or "three small red circles moving right"."""
     assert object_spec.shape is not None
     words = [
         object_spec.size or "",
@@ -236,7 +299,8 @@ def to_canonical_phrase(object_spec: ObjectSpec, count: int = 1) -> str:
     ]
     text = " ".join(word for word in words if word)
     text = f"{NUMBER_WORDS[count]} {text}" if count > 1 else add_article(text)
-    return f"{text} {CANONICAL_MOTION_WORDS[object_spec.motion]}" if object_spec.motion else text
+    place = "" if object_spec.region is None else REGION_PHRASES[object_spec.region]
+    return " ".join(filter(None, (text, place, to_canonical_motion(object_spec))))
 
 
 def to_canonical_text(scene_spec: SceneSpec) -> str:
@@ -249,15 +313,35 @@ def to_canonical_text(scene_spec: SceneSpec) -> str:
         text = f"{to_canonical_phrase(first)} {relation} {to_canonical_phrase(scene_spec.objects[1])}"
     else:
         text = join_phrases([to_canonical_phrase(object_spec) for object_spec in scene_spec.objects])
-    if scene_spec.region:
-        text += f" {REGION_PHRASES[scene_spec.region]}"
     return f"{text} on a {scene_spec.background} background" if scene_spec.background else text
 
 
-def describe_scene(scene: Scene) -> str:
-    """Return the complete canonical caption of a scene, with the objects in reading order."""
+def specify_scene(scene: Scene, *, with_places: bool = False) -> SceneSpec:
+    """Return all facts of a scene, with the objects in reading order."""
     object_specs = tuple(
-        spec_from_object(obj, with_size=obj.motion not in ("growing", "shrinking"), with_motion=scene.is_video)
+        spec_from_object(
+            obj,
+            with_size=obj.motion not in ("growing", "shrinking"),
+            with_motion=scene.is_video,
+            region=find_region(obj) if with_places else None,
+        )
         for obj in sort_in_reading_order(scene)
     )
-    return to_canonical_text(SceneSpec(object_specs, background=scene.background))
+    return SceneSpec(object_specs, background=scene.background)
+
+
+def describe_scene(scene: Scene, *, with_places: bool = False) -> str:
+    """Return the complete canonical caption of a scene.
+
+    With places it is what think mode rewrites an edit to: the layout of the target does not follow from the words.
+    """
+    return to_canonical_text(specify_scene(scene, with_places=with_places))
+
+
+def caption_with_places(scene: Scene) -> Caption:
+    """Return the canonical caption with the place of every object, as think mode writes it."""
+    scene_spec = specify_scene(scene, with_places=True)
+    text = to_canonical_text(scene_spec)
+    if len(set(scene_spec.objects)) < len(scene_spec.objects):  # equal objects in one place share one phrase
+        return Caption(text, scene_spec, ((0, text.index(" on a ")),) * len(scene_spec.objects))
+    return Caption(text, scene_spec, find_spans([to_canonical_phrase(spec) for spec in scene_spec.objects], text))

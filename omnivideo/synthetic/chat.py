@@ -5,18 +5,38 @@ from dataclasses import dataclass, replace
 
 from omnivideo.contracts import THINK_END, THINK_START
 from omnivideo.synthetic.captions import describe_scene
+from omnivideo.synthetic.contradictions import sample_contradiction
 from omnivideo.synthetic.edits import sample_edit
-from omnivideo.synthetic.indirect_requests import BACKGROUND_HINTS, COLOUR_HINTS, MOTION_HINTS, SHAPE_HINTS
+from omnivideo.synthetic.knowledge import sample_knowledge_question
 from omnivideo.synthetic.questions import QUESTION_WEIGHTS, ask_layout, sample_question
-from omnivideo.synthetic.requests import get_medium_prefix, make_caption_prompt, make_indirect_prompt
-from omnivideo.synthetic.scenes import Scene, sample_scene
+from omnivideo.synthetic.refusals import sample_refusal
+from omnivideo.synthetic.requests import (
+    CONTINUATION_TASKS,
+    make_caption_prompt,
+    make_indirect_prompt,
+    restate_scene,
+    sample_continuation_request,
+)
+from omnivideo.synthetic.scenes import CLIP_FRAMES, LONG_CLIP_FRAMES, Scene, sample_scene
+from omnivideo.synthetic.wording import vary_wording
 
 THINK_SYSTEM_PROMPT = "think"
+ABILITIES = "i make, change and understand pictures and videos of shapes"
+WELCOME, GREETING = "you are welcome", "hello, what shall i draw?"
 SMALL_TALK = {
-    "hello": "hello, what shall i draw?", "hi": "hello, what shall i draw?", "good morning": "good morning to you",
-    "thank you": "you are welcome", "thanks": "you are welcome", "who are you?": "i am omnivideo",
-    "what can you do?": "i make, change and understand pictures and videos of shapes", "goodbye": "goodbye",
-    "how are you?": "i am fine, thank you", "what is your name?": "my name is omnivideo",
+    "hello": GREETING, "hi": GREETING, "hey there": GREETING, "hi, how is it going?": "i am fine, thank you",
+    "good morning": "good morning to you", "good evening": "good evening to you", "thank you": WELCOME,
+    "thanks": WELCOME, "thanks a lot": WELCOME, "thank you so much": WELCOME, "cheers": WELCOME,
+    "that is great": "i am glad that you like it", "nice": "i am glad that you like it",
+    "i love it": "i am glad that you like it", "well done": "i am glad that you like it",
+    "perfect": "i am glad that you like it", "wow": "i am glad that you like it",
+    "that looks good": "i am glad that you like it", "who are you?": "i am omnivideo",
+    "what are you?": "i am omnivideo", "who made you?": "i am omnivideo", "are you a robot?": "i am omnivideo",
+    "what can you do?": ABILITIES, "what do you do?": ABILITIES, "how can you help me?": ABILITIES,
+    "what should i ask you?": ABILITIES, "goodbye": "goodbye", "bye": "goodbye", "see you later": "goodbye",
+    "how are you?": "i am fine, thank you", "how do you feel today?": "i am fine, thank you",
+    "how is it going?": "i am fine, thank you",
+    "what is your name?": "my name is omnivideo", "do you have a name?": "my name is omnivideo",
 }  # fmt: skip
 
 
@@ -32,9 +52,14 @@ class ChatExample:
 
 def make_question_example(rng: random.Random, is_video: bool) -> ChatExample:
     """Return a question about an attached image or clip."""
-    scene = sample_scene(rng, is_video)
+    scene = sample_scene(rng, is_video, composed_share=0.3, frame_count=sample_length(rng))
     question = ask_layout(rng, scene) if rng.random() < 0.1 else sample_question(rng, scene, QUESTION_WEIGHTS)
-    return ChatExample(question.text, question.answer, scene)
+    return ChatExample(vary_wording(rng, question.text), question.answer, scene)
+
+
+def sample_length(rng: random.Random) -> int:
+    """Return the number of frames of a clip: a fifth of them are long."""
+    return LONG_CLIP_FRAMES if rng.random() < 0.2 else CLIP_FRAMES
 
 
 def add_reasoning(example: ChatExample, reasoning: str) -> ChatExample:
@@ -49,17 +74,28 @@ def make_prompt_example(rng: random.Random, is_video: bool, thinking_probability
         text, reasoning, plain_text = make_indirect_prompt(rng, is_video)
     else:
         (text, plain_text), reasoning = make_caption_prompt(rng, is_video), "this is plain"
-    example = ChatExample(text, plain_text)
+    example = ChatExample(vary_wording(rng, text), plain_text)
     return add_reasoning(example, reasoning) if rng.random() < thinking_probability else example
 
 
-def make_edit_example(rng: random.Random, is_video: bool, thinking_probability: float = 0.5) -> ChatExample:
-    """Return an instruction for an attached source, restated as a caption of the target."""
-    edit = sample_edit(rng, is_video)
-    restatement = get_medium_prefix(is_video) + describe_scene(edit.target)
-    example = ChatExample(edit.instruction, restatement, edit.source)
+def make_edit_example(rng: random.Random, is_video: bool, thinking_probability: float = 0.7) -> ChatExample:
+    """Return an instruction for an attached source, restated as a caption of the target with the places."""
+    edit = sample_edit(rng, is_video, composed_share=0.5, frame_count=sample_length(rng))
+    restatement = restate_scene(edit.target, with_places=True)
+    example = ChatExample(vary_wording(rng, edit.instruction), restatement, edit.source)
     if rng.random() < thinking_probability:
-        return add_reasoning(example, f"now it is {describe_scene(edit.source)}")
+        return add_reasoning(example, f"now it is {describe_scene(edit.source, with_places=True)}")
+    return example
+
+
+def make_continuation_example(rng: random.Random, is_video: bool, thinking_probability: float = 0.7) -> ChatExample:
+    """Return an instruction to animate a still or to continue a clip, restated as a caption of the result."""
+    request = sample_continuation_request(rng, CONTINUATION_TASKS[int(is_video)], rewrite_probability=0.0)
+    assert request.source is not None
+    restatement = restate_scene(request.target, with_places=True)
+    example = ChatExample(vary_wording(rng, request.text), restatement, request.source)
+    if rng.random() < thinking_probability:
+        return add_reasoning(example, f"now it is {describe_scene(request.source, with_places=True)}")
     return example
 
 
@@ -69,20 +105,30 @@ def make_thinking_example(rng: random.Random, is_video: bool) -> ChatExample:
 
 
 def make_knowledge_example(rng: random.Random, is_video: bool) -> ChatExample:
-    """Return a question about the meaning of a hint. Held-out hints occur too: a large model knows these facts."""
-    table = rng.choice((SHAPE_HINTS, COLOUR_HINTS, BACKGROUND_HINTS, MOTION_HINTS))
-    name = rng.choice(list(table))
-    hint = rng.choice(table[name])
-    if table is COLOUR_HINTS:
-        return ChatExample(f"what colour is {hint}?", name)
-    if table is MOTION_HINTS:
-        return ChatExample(f"how does it move if {hint}?", name)
-    if table is SHAPE_HINTS:
-        return ChatExample(f"what is {hint}?", name)
-    return ChatExample(f"what colour is {hint.removeprefix('the colour of ')}?", name)
+    """Return a question about a fact. Held-out facts occur too: a large model knows them."""
+    question, answer = sample_knowledge_question(rng)
+    example = ChatExample(question, answer)
+    return add_reasoning(example, answer) if rng.random() < 0.5 else example
+
+
+def make_refusal_example(rng: random.Random, is_video: bool) -> ChatExample:
+    """Return a request that the world cannot fulfil, or that contradicts itself, sometimes about an attached scene.
+
+    The answer is the same in think mode.
+    """
+    if rng.random() < 0.7:
+        refusal = sample_refusal(rng, "train")
+        text, answer = refusal.text, refusal.answer
+    else:
+        contradiction = sample_contradiction(rng, "train")
+        text, answer = contradiction.text, contradiction.answer
+    shown = sample_scene(rng, is_video, composed_share=0.5) if rng.random() < 0.5 else None
+    example = ChatExample(vary_wording(rng, text), answer, shown)
+    return replace(example, system=THINK_SYSTEM_PROMPT) if rng.random() < 0.3 else example
 
 
 def make_talk_example(rng: random.Random, is_video: bool) -> ChatExample:
-    """Return a piece of small talk."""
+    """Return a piece of small talk, sometimes with a scene attached: the conversation has one."""
     text, reply = rng.choice(list(SMALL_TALK.items()))
-    return ChatExample(text, reply)
+    shown = sample_scene(rng, is_video) if rng.random() < 0.4 else None
+    return ChatExample(vary_wording(rng, text), reply, shown)

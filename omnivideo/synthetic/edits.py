@@ -1,49 +1,55 @@
 """Edits of scenes by instruction: only what the instruction names changes."""
 
-import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from omnivideo.synthetic.captions import (
-    BACKGROUND_WORDS,
     COLOUR_WORDS,
-    MOTION_WORDS,
     SHAPE_WORDS,
     add_article,
+    find_region,
     is_group,
-    pluralize,
-    sample_noun_phrase,
 )
 from omnivideo.synthetic.facts import ObjectSpec, SceneSpec
+from omnivideo.synthetic.object_edits import (
+    SIZE_COMMANDS,
+    SceneChange,
+    add_object,
+    change_background,
+    change_motion,
+    change_path,
+    change_place,
+    change_speed,
+    is_possible,
+    move_inside,
+    recolour_object,
+    refer_to_object,
+    remove_object,
+    replace_object,
+    replace_objects,
+    reshape_object,
+    resize_object,
+    swap_objects,
+)
 from omnivideo.synthetic.scenes import (
-    BACKGROUNDS,
-    CLIP_FRAMES,
     COLOURS,
-    MOTIONS,
+    DIRECTIONS,
     SHAPES,
     Scene,
     SceneObject,
     Split,
-    find_lattice_points,
-    get_initial_size,
-    is_clear_of,
     is_in_split,
-    sample_object,
     sample_scene,
 )
 
-IMAGE_EDITS = ("recolour", "reshape", "add", "remove", "background")
-VIDEO_EDITS = (*IMAGE_EDITS, "motion")
-MOTION_COMMANDS = {
-    "still": ("stay still", "stand still", "stop moving"),
-    "left": ("move left", "move to the left", "go left"),
-    "right": ("move right", "move to the right", "go right"),
-    "up": ("move up", "rise", "go up"),
-    "down": ("move down", "fall", "go down"),
-    "growing": ("grow", "get bigger"),
-    "shrinking": ("shrink", "get smaller"),
-}
+IMAGE_EDITS = (
+    "recolour", "reshape", "add", "remove", "background", "resize", "replace", "swap", "place", "several", "correction",
+)  # fmt: skip
+VIDEO_EDITS = (*IMAGE_EDITS, "motion", "speed", "path")
+
+# Edits after which no object has another shape, size, colour or motion: only their source can hold a held-out one.
+KINDS_THAT_KEEP_OBJECTS = ("remove", "background", "place", "speed")
 
 
 @dataclass(frozen=True)
@@ -58,159 +64,116 @@ class SceneEdit:
 
     @property
     def target_spec(self) -> SceneSpec:
-        """Return the target's content, as a prompt would describe it."""
-        return spec_from_scene(self.target)
+        """Return the target's content, as a prompt would describe it, with the sizes and places that the edit sets."""
+        changed = set(self.changed_objects)
+        return spec_from_scene(
+            self.target,
+            sized_objects=changed if self.kind in ("resize", "replace", "several", "correction") else set(),
+            placed_objects=changed if self.kind in ("place", "swap") else set(),
+        )
 
 
-def spec_from_scene(scene: Scene) -> SceneSpec:
-    """Return a scene's content without sizes and positions, as a prompt would describe it."""
-    object_specs = (
-        ObjectSpec(obj.shape, obj.colour, None, obj.motion if scene.is_video else None) for obj in scene.objects
-    )
+def spec_from_scene(
+    scene: Scene,
+    sized_objects: set[SceneObject] = frozenset(),  # type: ignore[assignment]
+    placed_objects: set[SceneObject] = frozenset(),  # type: ignore[assignment]
+) -> SceneSpec:
+    """Return a scene's content as a prompt would describe it, with size and place of the given objects only."""
+    object_specs = []
+    for obj in scene.objects:
+        moves = scene.is_video and (obj.motion in DIRECTIONS or obj.second_motion in DIRECTIONS)
+        object_specs.append(
+            ObjectSpec(
+                obj.shape,
+                obj.colour,
+                obj.size if obj in sized_objects else None,
+                obj.motion if scene.is_video else None,
+                obj.speed if moves else None,
+                obj.second_motion if scene.is_video else None,
+                find_region(obj) if obj in placed_objects else None,
+            )
+        )
     return SceneSpec(tuple(object_specs), background=scene.background)
 
 
-def refer_to_object(rng: random.Random, obj: SceneObject, scene: Scene) -> str:
-    """Return words that identify the object in the scene; a single object can be "it"."""
-    others = [other for other in scene.objects if other is not obj]
-    if not others and rng.random() < 0.35:
-        return "it"
-    shape, colour = rng.choice(SHAPE_WORDS[obj.shape]), rng.choice(COLOUR_WORDS[obj.colour])
-    choices = [f"the {colour} {shape}"] * 2
-    if all(other.shape != obj.shape for other in others):
-        choices.append(f"the {shape}")
-    if all(other.colour != obj.colour for other in others):
-        choices.append(f"the {colour} one" if others else f"the {colour} shape")
-    return rng.choice(choices)
+# ---------------------------------------------------------------- several changes
 
 
-def refer_to_group(rng: random.Random, scene: Scene) -> str:
-    """Return words for all objects of a group."""
-    shapes = pluralize(rng.choice(SHAPE_WORDS[scene.objects[0].shape]))
-    return rng.choice(("them", f"the {shapes}", f"all the {shapes}"))
-
-
-SceneChange = tuple[Scene, str, tuple[SceneObject, ...]]  # target, instruction, changed objects
-
-
-def recolour_object(rng: random.Random, scene: Scene) -> SceneChange | None:
-    obj = rng.choice(scene.objects)
-    excluded = {scene.background, *(other.colour for other in scene.objects if not is_group(scene))}
-    colour = rng.choice([name for name in COLOURS if name not in excluded | {obj.colour}])
-    word = rng.choice(COLOUR_WORDS[colour])
-    targets = scene.objects if is_group(scene) else (obj,)
-    reference = refer_to_group(rng, scene) if is_group(scene) else refer_to_object(rng, obj, scene)
-    forms = (
-        "make {} {}",
-        "make {} {}",
-        "turn {} {}",
-        "paint {} {}",
-        "change {} to {}",
-        "change the colour of {} to {}",
-        "recolour {} to {}",
-    )
-    return replace_objects(
-        scene, {old: replace(old, colour=colour) for old in targets}, rng.choice(forms).format(reference, word)
-    )
-
-
-def reshape_object(rng: random.Random, scene: Scene) -> SceneChange | None:
-    if is_group(scene):
-        return None
-    obj = rng.choice(scene.objects)
-    excluded = {other.shape for other in scene.objects}
-    shape = rng.choice([name for name in SHAPES if name not in excluded] or [""])
-    if not shape:
-        return None
-    forms = ("turn {} into {}", "change {} into {}", "replace {} with {}", "make {} {}", "transform {} into {}")
-    text = rng.choice(forms).format(refer_to_object(rng, obj, scene), add_article(rng.choice(SHAPE_WORDS[shape])))
-    return replace_objects(scene, {obj: replace(obj, shape=shape)}, text)
-
-
-def replace_objects(scene: Scene, replacements: dict[SceneObject, SceneObject], instruction: str) -> SceneChange:
-    objects = tuple(replacements.get(obj, obj) for obj in scene.objects)
-    return replace(scene, objects=objects), instruction, (*replacements.keys(), *replacements.values())
-
-
-def add_object(rng: random.Random, scene: Scene) -> SceneChange | None:
-    if len(scene.objects) > 2:
-        return None
-    obj = sample_object(rng, scene.background, scene.is_video, large_probability=0.25)
-    if any(obj.shape == other.shape and obj.colour == other.colour for other in scene.objects):
-        return None
-    placed = place_farthest(obj, scene)
-    if placed is None:
-        return None
-    text = f"{rng.choice(('add', 'add', 'put', 'draw'))} {add_article(sample_noun_phrase(rng, obj, with_size=True))}"
-    motion = rng.choice(MOTION_WORDS[obj.motion]) if scene.is_video else ""
-    return replace(scene, objects=(*scene.objects, placed)), f"{text} {motion}".strip(), (placed,)
-
-
-def place_farthest(obj: SceneObject, scene: Scene) -> SceneObject | None:
-    """Place the object farthest from the others halfway through a clip; return None if it does not fit."""
-    candidates = [replace(obj, x=x, y=y) for x, y in find_lattice_points(obj.size, obj.motion, scene.frame_count)]
-    fitting = [
-        candidate
-        for candidate in candidates
-        if all(is_clear_of(candidate, other, scene.frame_count) for other in scene.objects)
-    ]
-    middle_frame = scene.frame_count // 2
-    return max(
-        fitting,
-        key=lambda candidate: min(
-            math.dist(candidate.centre_at(middle_frame), other.centre_at(middle_frame)) for other in scene.objects
-        ),
-        default=None,
-    )
-
-
-def remove_object(rng: random.Random, scene: Scene) -> SceneChange | None:
-    if len(scene.objects) < 2 or is_group(scene):
-        return None
-    obj = rng.choice(scene.objects)
-    forms = ("remove {}", "remove {}", "delete {}", "take away {}", "erase {}", "get rid of {}")
-    text = rng.choice(forms).format(refer_to_object(rng, obj, scene))
-    remaining_objects = tuple(other for other in scene.objects if other is not obj)
-    return replace(scene, objects=remaining_objects), text, (obj,)
-
-
-def change_background(rng: random.Random, scene: Scene) -> SceneChange | None:
-    excluded = {scene.background, *(obj.colour for obj in scene.objects)}
-    name = rng.choice([name for name in BACKGROUNDS if name not in excluded])
-    forms = (
-        "change the background to {}",
-        "make the background {}",
-        "turn the background {}",
-        "put it on a {} background",
-        "use a {} background",
-        "set the background to {}",
-    )
-    text = rng.choice(forms).format(rng.choice(BACKGROUND_WORDS[name]))
-    return replace(scene, background=name), text, ()
-
-
-def change_motion(rng: random.Random, scene: Scene) -> SceneChange | None:
-    if not scene.is_video or is_group(scene):
-        return None
-    obj = rng.choice(scene.objects)
-    name = rng.choice([name for name in MOTIONS if name != obj.motion])
-    moved = replace(obj, motion=name, size=get_initial_size(name, obj.size))
-    others = [other for other in scene.objects if other is not obj]
-    stays = (obj.x, obj.y) in find_lattice_points(moved.size, name, CLIP_FRAMES)
-    if not stays or moved.size != obj.size or not all(is_clear_of(moved, other, CLIP_FRAMES) for other in others):
-        return None
-    forms = ("make {} {}", "make {} {}", "let {} {}", "now {} should {}", "have {} {} instead")
-    text = rng.choice(forms).format(refer_to_object(rng, obj, scene), rng.choice(MOTION_COMMANDS[name]))
-    return replace_objects(scene, {obj: moved}, text)
-
-
-EDIT_MAKERS: dict[str, Callable[[random.Random, Scene], SceneChange | None]] = {
+SIMPLE_EDITS: dict[str, Callable[[random.Random, Scene], SceneChange | None]] = {
     "recolour": recolour_object,
     "reshape": reshape_object,
-    "add": add_object,
+    "resize": resize_object,
     "remove": remove_object,
     "background": change_background,
     "motion": change_motion,
+    "speed": change_speed,
+    "add": add_object,
+}
+
+
+def change_several(rng: random.Random, scene: Scene) -> SceneChange | None:
+    """Apply two edits that one instruction names."""
+    kinds = rng.sample(list(SIMPLE_EDITS if scene.is_video else [*list(SIMPLE_EDITS)[:5], "add"]), 2)
+    first = SIMPLE_EDITS[kinds[0]](rng, scene)
+    if first is None:
+        return None
+    second = SIMPLE_EDITS[kinds[1]](rng, first[0])
+    if second is None or not is_possible(second[0].objects, scene.frame_count):
+        return None
+    text = f"{first[1]}{rng.choice((' and ', ' and ', ', ', ' and then ', ' and also '))}{second[1]}"
+    return second[0], text.replace("and and", "and").replace("also and also", "also"), (*first[2], *second[2])
+
+
+def correct_edit(rng: random.Random, scene: Scene) -> SceneChange | None:
+    """Correct an edit of the wrong object or with the wrong value; the instruction holds both messages."""
+    if is_group(scene):
+        return None
+    if len(scene.objects) < 2 or rng.random() < 0.4:
+        return correct_value(rng, scene)
+    wrong, right = rng.sample(scene.objects, 2)
+    excluded = {scene.background, *(obj.colour for obj in scene.objects)}
+    colour = rng.choice([name for name in COLOURS if name not in excluded])
+    shape = rng.choice([name for name in SHAPES if name not in {obj.shape for obj in scene.objects}] or [""])
+    commands = [(f"make {{}} {rng.choice(COLOUR_WORDS[colour])}", replace(right, colour=colour))]
+    if shape:
+        commands.append((f"turn {{}} into {add_article(shape)}", replace(right, shape=shape)))
+    if right.motion not in ("growing", "shrinking"):
+        size = "small" if right.size == "large" else "large"
+        commands.append((f"make {{}} {SIZE_COMMANDS[size][0]}", move_inside(replace(right, size=size))))
+    command, new = rng.choice(commands)
+    forms = ["no, i meant {}", "i meant {}", "not that one, {}", "no, {}", "sorry, i mean {}", "wrong one, {} please"]
+    if len(scene.objects) == 2:
+        forms += ["no, the other one", "the other one", "not that one, the other one", "i meant the other one"]
+    correction = rng.choice(forms).format(refer_to_object(rng, right, scene))
+    return replace_objects(scene, {right: new}, f"{command.format(refer_to_object(rng, wrong, scene))}. {correction}")
+
+
+def correct_value(rng: random.Random, scene: Scene) -> SceneChange | None:
+    """Correct the colour or the shape that an edit gave to an object."""
+    obj = rng.choice(scene.objects)
+    reference = refer_to_object(rng, obj, scene)
+    free_shapes = [name for name in SHAPES if name not in {other.shape for other in scene.objects}]
+    if rng.random() < 0.7 or len(free_shapes) < 2:
+        excluded = {scene.background, *(other.colour for other in scene.objects)}
+        wrong, right = rng.sample([name for name in COLOURS if name not in excluded], 2)
+        command, new = f"make {reference} {rng.choice(COLOUR_WORDS[wrong])}", replace(obj, colour=right)
+        words, wrong_words = rng.choice(COLOUR_WORDS[right]), wrong
+    else:
+        wrong, right = rng.sample(free_shapes, 2)
+        command, new = f"turn {reference} into {add_article(wrong)}", replace(obj, shape=right)
+        words, wrong_words = add_article(rng.choice(SHAPE_WORDS[right])), add_article(wrong)
+    forms = ("no, {0}", "i meant {0}", "not {1}, {0}", "no, make it {0}", "{0}, not {1}", "sorry, {0}")
+    return replace_objects(scene, {obj: new}, f"{command}. {rng.choice(forms).format(words, wrong_words)}")
+
+
+EDIT_MAKERS: dict[str, Callable[[random.Random, Scene], SceneChange | None]] = {
+    **SIMPLE_EDITS,
+    "replace": replace_object,
+    "swap": swap_objects,
+    "place": change_place,
+    "path": change_path,
+    "several": change_several,
+    "correction": correct_edit,
 }
 
 
@@ -220,6 +183,7 @@ def sample_edit(
     split: Split = "train",
     kinds: Sequence[str] | None = None,
     composed_share: float = 0.0,
+    frame_count: int | None = None,
 ) -> SceneEdit:
     """Return an edit of the split; a share `composed_share` of the sources has a composed layout.
 
@@ -228,7 +192,8 @@ def sample_edit(
     kinds = kinds or (VIDEO_EDITS if is_video else IMAGE_EDITS)
     kind = rng.choice(kinds)
     while True:
-        source = sample_scene(rng, is_video, split if kind in ("remove", "background") else "train", composed_share)
+        source_split = split if kind in KINDS_THAT_KEEP_OBJECTS else "train"
+        source = sample_scene(rng, is_video, source_split, composed_share, frame_count)
         change = EDIT_MAKERS[kind](rng, source)
         if change and (kind == "remove" or is_in_split(change[0], split)):
             return SceneEdit(kind, source, *change)

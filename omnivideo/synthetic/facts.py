@@ -9,7 +9,10 @@ from omnivideo.synthetic.scenes import FRAME_SIZE
 
 @dataclass(frozen=True)
 class ObjectDetection:
-    """One object of a clip: position and size at frame 0, and motion over all frames; None if unclear."""
+    """One object of a clip: position and size at frame 0, and its motions; None if unclear.
+
+    `speed` is None for an object that moves in no direction, `second_motion` if the first motion continues.
+    """
 
     shape: str | None
     colour: str | None
@@ -17,6 +20,8 @@ class ObjectDetection:
     motion: str | None
     x: float
     y: float
+    speed: str | None = None
+    second_motion: str | None = None
 
 
 @dataclass(frozen=True)
@@ -30,15 +35,27 @@ class SceneDetection:
 
 @dataclass(frozen=True)
 class ObjectSpec:
-    """The attributes that a prompt requests for one object; None allows any value."""
+    """The attributes that a prompt requests for one object; None allows any value.
+
+    A requested motion without a second one is the only motion. `region` names the sides of the frame on which the
+    object's centre lies at frame 0; () is the middle.
+    """
 
     shape: str | None = None
     colour: str | None = None
     size: str | None = None
     motion: str | None = None
+    speed: str | None = None
+    second_motion: str | None = None
+    region: tuple[str, ...] | None = None
 
     def is_met_by(self, detection: ObjectDetection) -> bool:
-        return all(expected is None or expected == getattr(detection, name) for name, expected in vars(self).items())
+        attributes = ("shape", "colour", "size", "motion", "speed")
+        if any(getattr(self, name) not in (None, getattr(detection, name)) for name in attributes):
+            return False
+        if self.motion is not None and self.second_motion != detection.second_motion:
+            return False
+        return self.region is None or is_in_region(detection, self.region)
 
 
 @dataclass(frozen=True)
@@ -48,7 +65,6 @@ class SceneSpec:
     objects: tuple[ObjectSpec, ...]
     background: str | None = None
     relation: str | None = None
-    region: tuple[str, ...] = ()
 
     def is_met_by(self, detection: SceneDetection) -> bool:
         if self.background is not None and detection.background != self.background:
@@ -62,16 +78,26 @@ class SceneSpec:
             object_spec.is_met_by(detection) for object_spec, detection in zip(self.objects, detections, strict=True)
         ):
             return False
-        if self.region and not set(self.region) <= set(find_sides(detections[0])):
-            return False
         return self.relation is None or relation_holds(self.relation, detections[0], detections[1])
 
 
-def find_sides(detection: ObjectDetection, frame_size: int = FRAME_SIZE) -> tuple[str, ...]:
-    """Return the halves of the frame that contain an object's centre."""
-    horizontal = "left" if detection.x < frame_size / 2 - 2 else "right" if detection.x > frame_size / 2 + 2 else ""
-    vertical = "top" if detection.y < frame_size / 2 - 2 else "bottom" if detection.y > frame_size / 2 + 2 else ""
-    return tuple(side for side in (vertical, horizontal) if side)
+REGION_MARGIN = 4  # px from the middle line up to which a centre is in the middle
+REGION_TOLERANCE = 2  # px by which a generated object may be off
+
+
+def is_in_region(detection: ObjectDetection, region: tuple[str, ...], frame_size: int = FRAME_SIZE) -> bool:
+    """Return whether an object's centre lies in a ninth of the frame that the region's sides name."""
+    margin, middle = REGION_MARGIN - REGION_TOLERANCE, frame_size / 2
+    for position, sides in ((detection.x, ("left", "right")), (detection.y, ("top", "bottom"))):
+        if sides[0] in region:
+            if position > middle - margin:
+                return False
+        elif sides[1] in region:
+            if position < middle + margin:
+                return False
+        elif abs(position - middle) > REGION_MARGIN + REGION_TOLERANCE:
+            return False
+    return True
 
 
 def relation_holds(relation: str, first: ObjectDetection, second: ObjectDetection) -> bool:

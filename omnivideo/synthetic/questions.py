@@ -22,12 +22,24 @@ from omnivideo.synthetic.captions import (
     to_canonical_text,
 )
 from omnivideo.synthetic.facts import ObjectDetection, SceneDetection
-from omnivideo.synthetic.scenes import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, SIZES, Scene, SceneObject
+from omnivideo.synthetic.scenes import (
+    BACKGROUNDS,
+    COLOURS,
+    DIRECTIONS,
+    MOTIONS,
+    SHAPES,
+    SIZES,
+    SPEEDS,
+    Scene,
+    SceneObject,
+)
 
 MOTION_ANSWERS = {
     "still": "it stays still", "left": "it moves left", "right": "it moves right", "up": "it moves up",
     "down": "it moves down", "growing": "it grows", "shrinking": "it shrinks",
 }  # fmt: skip
+SPEED_ANSWERS = {"slow": "slowly", "normal": "at a normal speed", "fast": "quickly"}
+SECOND_MOTION_ANSWERS = {"left": "left", "right": "right", "up": "up", "down": "down", "still": "stops"}
 MOTION_VERBS = {
     "still": "stay still", "left": "move left", "right": "move right", "up": "move up", "down": "move down",
     "growing": "grow", "shrinking": "shrink",
@@ -131,7 +143,7 @@ def ask_count(rng: random.Random, scene: Scene) -> SceneQuestion:
 
 def ask_position(rng: random.Random, scene: Scene) -> SceneQuestion | None:
     reference = sample_reference(rng, scene)
-    if reference is None or reference[0].motion in ("left", "right", "up", "down"):
+    if reference is None or reference[0].motion in DIRECTIONS or reference[0].second_motion is not None:
         return None
     obj, words = reference
     forms = ("where is {}?", "in which part of the picture is {}?", "where can you see {}?")
@@ -157,6 +169,26 @@ def ask_relation(rng: random.Random, scene: Scene) -> SceneQuestion | None:
     return SceneQuestion("relation", text, "yes" if claim == actual else "no")
 
 
+def describe_motion(obj: SceneObject) -> str:
+    """Return e.g. "it moves slowly right" or "it moves right then up"."""
+    text = MOTION_ANSWERS[obj.motion]
+    if obj.motion in DIRECTIONS and obj.speed != "normal":
+        text = text.replace("moves", f"moves {SPEED_ANSWERS[obj.speed]}")
+    if obj.second_motion is None:
+        return text
+    second = SECOND_MOTION_ANSWERS[obj.second_motion]
+    return f"{text} then {second}" if obj.motion in DIRECTIONS else f"{text} then moves {second}"
+
+
+def ask_speed(rng: random.Random, scene: Scene) -> SceneQuestion | None:
+    reference = sample_reference(rng, scene)
+    if not scene.is_video or reference is None or reference[0].motion not in DIRECTIONS:
+        return None
+    obj, words = reference
+    forms = ("how fast does {} move?", "how fast is {}?", "what is the speed of {}?", "does {} move slowly or quickly?")
+    return SceneQuestion("speed", rng.choice(forms).format(words), SPEED_ANSWERS[obj.speed])
+
+
 def ask_motion(rng: random.Random, scene: Scene) -> SceneQuestion | None:
     reference = sample_reference(rng, scene)
     if not scene.is_video or reference is None:
@@ -173,7 +205,7 @@ def ask_motion(rng: random.Random, scene: Scene) -> SceneQuestion | None:
         "which way does {} move?",
         "what is the motion of {}?",
     )
-    return SceneQuestion("motion", rng.choice(forms).format(words), MOTION_ANSWERS[obj.motion])
+    return SceneQuestion("motion", rng.choice(forms).format(words), describe_motion(obj))
 
 
 def ask_background(rng: random.Random, scene: Scene) -> SceneQuestion:
@@ -216,7 +248,8 @@ def corrupt_scene(rng: random.Random, scene: Scene) -> Scene:
     objects = list(scene.objects)
     position = rng.randrange(len(objects))
     obj = objects[position]
-    kind = rng.choice(("colour", "shape", "motion" if scene.is_video else "size", "swap", "more", "fewer"))
+    kinds = ("colour", "shape", "motion" if scene.is_video else "size", "swap", "more", "fewer")
+    kind = rng.choice((*kinds, "speed") if obj.motion in DIRECTIONS and obj.second_motion is None else kinds)
     if kind == "fewer" and len(objects) > 1:
         del objects[position]
     elif kind == "more":
@@ -230,7 +263,8 @@ def corrupt_scene(rng: random.Random, scene: Scene) -> Scene:
     else:
         objects[position] = {
             "shape": replace(obj, shape=rng.choice(SHAPES)),
-            "motion": replace(obj, motion=rng.choice(MOTIONS)),
+            "motion": replace(obj, motion=rng.choice(MOTIONS), second_motion=None),
+            "speed": replace(obj, speed=rng.choice(SPEEDS)),
             "size": replace(obj, size=rng.choice(SIZES)),
         }.get(kind) or replace(obj, colour=rng.choice(list(COLOURS)))
     return replace(scene, objects=tuple(objects))
@@ -238,7 +272,19 @@ def corrupt_scene(rng: random.Random, scene: Scene) -> Scene:
 
 def detection_from_scene(scene: Scene) -> SceneDetection:
     """Return what a perfect scorer detects in the scene's pixels."""
-    objects = (ObjectDetection(obj.shape, obj.colour, obj.size, obj.motion, obj.x, obj.y) for obj in scene.objects)
+    objects = (
+        ObjectDetection(
+            obj.shape,
+            obj.colour,
+            obj.size,
+            obj.motion,
+            obj.x,
+            obj.y,
+            obj.speed if obj.motion in DIRECTIONS or obj.second_motion in DIRECTIONS else None,
+            obj.second_motion,
+        )
+        for obj in scene.objects
+    )
     return SceneDetection(scene.background, tuple(objects), 1.0)
 
 
@@ -270,13 +316,14 @@ def ask_caption(rng: random.Random, scene: Scene) -> SceneQuestion:
 QUESTION_MAKERS: dict[str, Callable[[random.Random, Scene], SceneQuestion | None]] = {
     "colour": ask_colour, "shape": ask_shape, "count": ask_count, "position": ask_position,
     "relation": ask_relation, "motion": ask_motion, "background": ask_background, "size": ask_size,
-    "presence": ask_presence, "caption": ask_caption, "match": ask_match,
+    "presence": ask_presence, "caption": ask_caption, "match": ask_match, "speed": ask_speed,
 }  # fmt: skip
 
 
 # Sampling weights in training: positions and near misses are learned last, and only few answer tokens teach them.
 QUESTION_WEIGHTS = {
-    name: {"match": 4, "position": 4, "relation": 6, "motion": 3, "count": 2}.get(name, 1) for name in QUESTION_MAKERS
+    name: {"match": 4, "position": 4, "relation": 6, "motion": 3, "count": 2, "speed": 2}.get(name, 1)
+    for name in QUESTION_MAKERS
 }
 
 

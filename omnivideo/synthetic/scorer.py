@@ -14,16 +14,29 @@ import numpy as np
 from scipy import ndimage
 
 from omnivideo.synthetic.facts import ObjectDetection, SceneDetection
-from omnivideo.synthetic.scenes import BACKGROUNDS, COLOURS, RADIUS_BY_SIZE, SHAPES, compute_outline, rasterize_shape
+from omnivideo.synthetic.rendering import compute_outline, rasterize_shape
+from omnivideo.synthetic.scenes import (
+    BACKGROUNDS,
+    CLIP_FRAMES,
+    COLOURS,
+    DIRECTIONS,
+    RADIUS_BY_SIZE,
+    SHAPES,
+    TURN_FRAME,
+    Scene,
+    SceneObject,
+)
 
 MIN_FOREGROUND_DISTANCE = 40.0  # RGB distance from the background at which a pixel may belong to an object
 MIN_BLOB_PIXELS = 24  # smaller blobs are noise
 MAX_COLOUR_DISTANCE = 75.0  # RGB distance from a palette colour beyond which a blob has no colour name
 MIN_TEMPLATE_OVERLAP = 0.78  # intersection over union with a template, below which a blob has no shape
 SIZE_THRESHOLD_RADIUS = (RADIUS_BY_SIZE["small"] + RADIUS_BY_SIZE["large"]) / 2
-MIN_MOTION_PX = 14.0  # px from first to last frame; a full motion is 32
-MAX_REST_PX = 6.0
+MIN_MOTION_PX = 5.0  # px in four frames; a slow motion has 8, a normal one 16, a fast one 32
+MAX_REST_PX = 3.0  # px in four frames
+MAX_SLOW_PX, MIN_FAST_PX = 12.0, 24.0  # px in four frames
 MIN_GROWTH_RATIO = 1.35
+MAX_POSITION_ERROR = 3.0  # px by which an object of a clip may be away from where a scene has it
 
 
 @dataclass(frozen=True)
@@ -153,22 +166,74 @@ def track_blobs(frames: Sequence[list[Blob]]) -> list[list[Blob | None]]:
     return tracks
 
 
-def classify_motion(track: Sequence[Blob | None]) -> str | None:
-    """Return the motion between the first and the last detection of an object, or None if it is unclear."""
+@dataclass(frozen=True)
+class Path:
+    """How an object moves: see `ObjectDetection`. A motion is None if it is unclear."""
+
+    motion: str | None
+    speed: str | None = None
+    second_motion: str | None = None
+
+
+def find_position(track: Sequence[Blob | None], frame_index: int) -> np.ndarray:
+    """Return the centre (x, y) of an object at a frame, interpolated over frames in which it was not found."""
+    frames = [index for index, blob in enumerate(track) if blob is not None]
     present = [blob for blob in track if blob is not None]
-    first, last = present[0], present[-1]
-    if len(track) == 1:
+    return np.array([np.interp(frame_index, frames, [getattr(blob, axis) for blob in present]) for axis in "xy"])
+
+
+def classify_displacement(displacement: np.ndarray) -> str | None:
+    """Return the direction of a displacement (x, y) within four frames, "still", or None if it is unclear."""
+    dx, dy = (float(value) for value in displacement)
+    far, near = sorted((abs(dx), abs(dy)), reverse=True)
+    if far <= MAX_REST_PX:
         return "still"
+    if far < MIN_MOTION_PX or near > far / 2:
+        return None
+    return ("right" if dx > 0 else "left") if abs(dx) > abs(dy) else ("down" if dy > 0 else "up")
+
+
+def classify_path(track: Sequence[Blob | None]) -> Path:
+    """Return how an object moves in the first nine frames of its track.
+
+    An object that turns back bounces off the edge of the frame, which is no second motion.
+    """
+    track = track[:CLIP_FRAMES]
+    present = [blob for blob in track if blob is not None]
+    if len(track) == 1:
+        return Path("still")
     if len(present) < len(track) - 2:
-        return None
-    dx, dy = last.x - first.x, last.y - first.y
-    far, near = (dx, dy) if abs(dx) > abs(dy) else (dy, dx)
-    if abs(far) >= MIN_MOTION_PX and abs(near) < abs(far) / 2:
-        return ("right" if dx > 0 else "left") if abs(dx) > abs(dy) else ("down" if dy > 0 else "up")
-    if abs(far) >= MAX_REST_PX:
-        return None
-    ratio = last.radius / first.radius
-    return "growing" if ratio > MIN_GROWTH_RATIO else "shrinking" if ratio < 1 / MIN_GROWTH_RATIO else "still"
+        return Path(None)
+    last = len(track) - 1
+    turn = TURN_FRAME if last > TURN_FRAME else 0
+    positions = [find_position(track, index) for index in (0, turn or last, last)]
+    first, second = (classify_displacement(positions[index + 1] - positions[index]) for index in (0, 1))
+    second = second if turn else first
+    if first is None:
+        return Path(None)
+    if first == second == "still":
+        ratio = present[-1].radius / present[0].radius
+        return Path("growing" if ratio > MIN_GROWTH_RATIO else "shrinking" if ratio < 1 / MIN_GROWTH_RATIO else "still")
+    moving_leg = 1 if first == "still" else 0
+    distance = float(np.abs(positions[moving_leg + 1] - positions[moving_leg]).max())
+    speed = "slow" if distance < MAX_SLOW_PX else "fast" if distance > MIN_FAST_PX else "normal"
+    if first == "still":
+        return Path(first, speed, second) if second else Path(None)
+    if continues_along(track, first, turn, last, distance):
+        return Path(first, speed)
+    return Path(first, speed, second) if second else Path(None)
+
+
+def continues_along(track: Sequence[Blob | None], motion: str, turn: int, last: int, distance: float) -> bool:
+    """Return whether an object still moves along the axis of its motion after the turn, possibly after a bounce.
+
+    `distance` is the way in px that it covered before the turn.
+    """
+    points = np.stack([find_position(track, index) for index in range(turn, last + 1)])
+    axis = 0 if DIRECTIONS[motion][0] else 1
+    way = float(np.abs(np.diff(points[:, axis])).sum())
+    aside = float(np.abs(points[-1, 1 - axis] - points[0, 1 - axis]))
+    return turn == 0 or (way > distance / 2 and aside <= MAX_REST_PX)
 
 
 def find_majority(names: Sequence[str | None]) -> str | None:
@@ -179,14 +244,16 @@ def find_majority(names: Sequence[str | None]) -> str | None:
 
 def detection_from_track(track: Sequence[Blob | None]) -> ObjectDetection:
     present = [blob for blob in track if blob is not None]
-    first = present[0]
+    first, path = present[0], classify_path(track)
     return ObjectDetection(
         shape=find_majority([blob.shape for blob in present]),
         colour=find_majority([blob.colour for blob in present]),
         size="small" if first.radius < SIZE_THRESHOLD_RADIUS else "large",
-        motion=classify_motion(track),
+        motion=path.motion,
         x=first.x,
         y=first.y,
+        speed=path.speed,
+        second_motion=path.second_motion,
     )
 
 
@@ -206,3 +273,46 @@ def detect_scene(clip: np.ndarray) -> SceneDetection:
         for frame_index, blobs in enumerate(frames)
     ]
     return SceneDetection(find_nearest_colour(BACKGROUNDS, background), objects, sum(steady) / len(steady))
+
+
+# ---------------------------------------------------------------- comparison with a scene
+
+
+def find_matching_frames(clip: np.ndarray, scene: Scene) -> list[bool]:
+    """Return for each frame of a clip [F, H, W, 3] whether it shows the scene's objects where the scene has them."""
+    background = estimate_background(clip)
+    if find_nearest_colour(BACKGROUNDS, background) != scene.background:
+        return [False] * len(clip)
+    return [
+        shows_objects(detect_blobs(frame, background), scene.objects, frame_index)
+        for frame_index, frame in enumerate(clip)
+    ]
+
+
+def shows_objects(blobs: Sequence[Blob], objects: Sequence[SceneObject], frame_index: int) -> bool:
+    """Return whether the blobs of a frame are exactly these objects, at most `MAX_POSITION_ERROR` px away."""
+    unmatched = list(blobs)
+    for obj in objects:
+        x, y = obj.centre_at(frame_index)
+        match = next(
+            (
+                blob
+                for blob in unmatched
+                if (blob.colour, blob.shape) == (obj.colour, obj.shape)
+                and np.hypot(blob.x - x, blob.y - y) <= MAX_POSITION_ERROR
+            ),
+            None,
+        )
+        if match is None:
+            return False
+        unmatched.remove(match)
+    return not unmatched
+
+
+def measure_seam(clip: np.ndarray, seam_frame: int) -> float:
+    """Return the change from the frame before the seam to the frame after it, divided by the median change of the clip.
+
+    The change is the mean absolute difference of two successive frames; a seam that nobody sees is near 1.
+    """
+    changes = np.abs(np.diff(clip.astype(np.float32), axis=0)).mean(axis=(1, 2, 3))
+    return float((changes[seam_frame - 1] + 0.5) / (np.median(changes) + 0.5))

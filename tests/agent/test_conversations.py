@@ -35,7 +35,8 @@ from omnivideo.sdk.studio import Studio
 from omnivideo.settings import load_settings
 from omnivideo.storage.objects.local import LocalObjectStore
 from omnivideo.storage.objects.tensors import get_tensors, put_tensors
-from omnivideo.synthetic.scenes import BACKGROUNDS, render_scene
+from omnivideo.synthetic.rendering import render_scene
+from omnivideo.synthetic.scenes import BACKGROUNDS
 from omnivideo.turns import Action, ActionResult, TurnCompleted
 
 

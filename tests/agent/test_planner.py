@@ -1,6 +1,7 @@
 """The planner with in-memory twins: splitting turns, references, questions, forks and recovery."""
 
 import random
+import re
 import sqlite3
 
 import pytest
@@ -196,7 +197,8 @@ def test_a_turn_refers_to_its_attachment():
 
 
 def make_edit_instruction(rng, video):
-    return sample_edit(rng, video, kinds=("recolour", "reshape", "remove", "background")).instruction
+    kinds = ("recolour", "reshape", "remove", "background", "resize", "replace", "swap", "place")
+    return sample_edit(rng, video, kinds=kinds).instruction
 
 
 def make_question(rng, video):
@@ -210,7 +212,7 @@ def make_question(rng, video):
         (make_question, True, None),
         (lambda rng, video: make_caption_prompt(rng, video)[0], False, False),
         (lambda rng, video: make_indirect_prompt(rng, video)[0], False, True),
-        (lambda rng, video: make_talk_example(rng, video).text, False, None),
+        (lambda rng, video: make_talk_example(rng, video).text, None, None),
     ],
     ids=["edits", "questions", "captions", "riddles", "talk"],
 )
@@ -223,10 +225,22 @@ def test_kinds_of_requests_are_distinguished(make_text, is_reference, is_indirec
         is_correct = (
             len(actions) == 1
             and english_rules.find_description(actions[0]) is None
-            and english_rules.is_reference(actions[0]) == is_reference
+            and is_reference in (None, english_rules.is_reference(actions[0]))
         )
-        correct_count += is_correct and (is_indirect is None or english_rules.is_indirect(actions[0]) == is_indirect)
+        should_think = english_rules.is_indirect(actions[0]) or english_rules.has_other_words(actions[0])
+        correct_count += is_correct and is_indirect in (None, should_think)
     assert correct_count >= 594
+
+
+def test_plain_words_are_those_of_direct_requests():
+    """A request in other words is thought about first; nothing in a direct request is an other word."""
+    rng = random.Random(12)
+    for index in range(2000):
+        words = set(re.findall(r"[a-z0-9'-]+", make_caption_prompt(rng, index % 2 == 0)[0].lower()))
+        assert words <= english_rules.load_plain_words()
+        assert not english_rules.has_other_words(make_edit_instruction(rng, index % 2 == 0))
+    assert english_rules.has_other_words("a dragon over the sea")
+    assert english_rules.has_other_words("ein roter Kreis")
 
 
 def test_joined_actions_are_split_where_they_were_joined():

@@ -15,7 +15,8 @@ from omnivideo.evaluation.report import TARGET_SCORES
 from omnivideo.media.read import read_media
 from omnivideo.media.write import write_media
 from omnivideo.presets import PRESETS, TINY
-from omnivideo.synthetic.scenes import render_scene, stream_scenes
+from omnivideo.synthetic.rendering import render_scene
+from omnivideo.synthetic.scenes import stream_scenes
 from omnivideo.training.engine.monitor import skip_samples
 from omnivideo.training.tiny.pipeline import TinyPipeline
 

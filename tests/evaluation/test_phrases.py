@@ -347,11 +347,8 @@ def test_facts_of_objects_and_of_the_scene():
 
 
 def test_speed_and_a_second_motion_are_read_where_the_scorer_reports_them():
-    class FasterDetection(ObjectDetection):
-        speed, second_motion = "fast", "up"
-
-    ball = FasterDetection("circle", "red", "small", "right", 15, 31)
-    plain = ObjectDetection("circle", "red", "small", "right", 15, 31)
+    ball = ObjectDetection("circle", "red", "small", "right", 15, 31, "fast", "up")
+    plain = ObjectDetection("circle", "red", "small", "right", 15, 31, "normal")
     two_legs = {"objects": [{"motion": "right then up", "speed": "fast"}]}
     assert judge_scene(two_legs, detect(ball))
     assert not judge_scene(two_legs, detect(plain))

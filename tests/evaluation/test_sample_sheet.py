@@ -13,7 +13,8 @@ from rich.console import Console
 
 from omnivideo.errors import InvalidInput
 from omnivideo.evaluation import sample_sheet
-from omnivideo.synthetic.scenes import render_scene
+from omnivideo.evaluation.editing import sample_held_out_edits
+from omnivideo.synthetic.rendering import render_scene
 from omnivideo.training.config import TrainingConfig
 from omnivideo.training.engine.monitor import OVERALL_SCORE, all_parts_on_one_device, build_sample_hook
 from omnivideo.training.engine.run import RunContext
@@ -80,7 +81,9 @@ def test_correct_samples_are_scored(fast_model, tmp_path, monkeypatch):
     monkeypatch.setattr(
         sample_sheet,
         "apply_edits",
-        lambda omni, edits, video, seed: np.stack([render_scene(edit.target) for edit in edits]),
+        lambda omni, instructions, sources, seed, think: np.stack(
+            [render_scene(edit.target) for edit in sample_held_out_edits(len(sources), len(sources[0]) > 1)]
+        ),
     )
     scores = sample_sheet.render_sample_sheet(fast_model, tmp_path / "new" / "sheet.png")
     assert scores["stills edited correct"] == scores["clips edited correct"] == 1

@@ -49,13 +49,13 @@ def make_decoder_recipe(request):
     torch.manual_seed(0)
     folder = request.getfixturevalue("tmp_path_factory").getbasetemp() / "cache"
     model = AutoencoderKLWan(**TINY.vae).eval().requires_grad_(False)
-    stills, clips = (
-        decoder.CaptionedLatents(folder, model, video, 8, lambda done, count: None) for video in (False, True)
-    )
+    sources = [
+        decoder.CaptionedLatents(folder, model, frame_count, 8, lambda done, count: None) for frame_count in (1, 9, 17)
+    ]
     torch.manual_seed(1)
     encoder = UMT5EncoderModel(UMT5Config(**text_encoder.CONFIG))
     tokenizer = request.getfixturevalue("text_tokenizer")
-    return decoder.build_decoder_recipe(stills, clips, tokenizer, encoder, steps=STEPS, batch_sizes=(2, 2))
+    return decoder.build_decoder_recipe(sources, tokenizer, encoder, steps=STEPS, batch_sizes={1: 2, 9: 2, 17: 1})
 
 
 def make_mllm_recipe(request):
@@ -72,7 +72,7 @@ def copy_model(request):
 
 
 def load_task_data(request, omni):
-    """Return four cached requests of every task."""
+    """Return four cached requests of every task, and of clips that continue another one."""
     folder = request.getfixturevalue("tmp_path_factory").getbasetemp() / "cache"
     return {
         task: load_cached_task(
@@ -82,7 +82,7 @@ def load_task_data(request, omni):
             sample_requests(1, task, 4),
             PreparationConfig(lambda done, count: None),
         )
-        for task in TASKS
+        for task in (*TASKS, "video-extension")
     }
 
 

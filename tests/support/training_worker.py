@@ -86,14 +86,14 @@ class Recipes:
 
     def decoder(self) -> Recipe:
         omni = self.copy_model()
-        stills, clips = (
-            decoder.CaptionedLatents(self.cache_folder, omni.vae, video, 8, lambda done, count: None)
-            for video in (False, True)
-        )
+        sources = [
+            decoder.CaptionedLatents(self.cache_folder, omni.vae, frame_count, 8, lambda done, count: None)
+            for frame_count in (1, 9)
+        ]
         torch.manual_seed(1)
         encoder = UMT5EncoderModel(UMT5Config(**text_encoder.CONFIG))
         return decoder.build_decoder_recipe(
-            stills, clips, omni.tokenizer, encoder, steps=self.steps, batch_sizes=(2, 2)
+            sources, omni.tokenizer, encoder, steps=self.steps, batch_sizes={1: 2, 9: 2}
         )
 
     def mllm(self) -> Recipe:

@@ -12,6 +12,8 @@ from omnivideo.synthetic.edits import IMAGE_EDITS, VIDEO_EDITS, sample_edit
 from omnivideo.synthetic.facts import ObjectSpec, SceneSpec
 from omnivideo.synthetic.indirect_requests import sample_indirect_request
 from omnivideo.synthetic.questions import QUESTION_MAKERS, sample_question
+from omnivideo.synthetic.rendering import render_scene
+from omnivideo.synthetic.requests import CONTINUATION_TASKS, sample_continuation_request
 from omnivideo.synthetic.scenes import (
     COLOURS,
     MOTIONS,
@@ -20,16 +22,15 @@ from omnivideo.synthetic.scenes import (
     Scene,
     SceneObject,
     is_held_out,
-    render_scene,
     sample_scene,
     stream_scenes,
 )
-from omnivideo.synthetic.scorer import detect_scene
+from omnivideo.synthetic.scorer import detect_scene, find_matching_frames, measure_seam
 from omnivideo.training.tiny.latents import take_scenes
 
 
 def list_facts(objects) -> list[tuple]:
-    return sorted((str(t.shape), str(t.colour), t.size, str(t.motion)) for t in objects)
+    return sorted((str(t.shape), str(t.colour), t.size, str(t.motion), str(t.second_motion)) for t in objects)
 
 
 @pytest.mark.parametrize(("video", "count"), [(False, 400), (True, 120)])
@@ -78,8 +79,8 @@ def test_a_composed_caption_without_a_place_has_one_layout(video):
     layouts: dict[tuple, set] = {}
     for scene in take_scenes(stream_scenes(5, video, composed_share=1.0), 3000):
         demand = sample_caption(rng, scene, is_composed=True).scene_spec
-        if not demand.relation and not demand.region:
-            kinds = tuple((thing.size, thing.motion) for thing in scene.objects)
+        if not demand.relation and demand.objects[0].region is None:
+            kinds = tuple((thing.size, thing.motion, thing.speed, thing.second_motion) for thing in scene.objects)
             layouts.setdefault(kinds, set()).add(tuple((thing.x, thing.y) for thing in scene.objects))
     assert len(layouts) > 10
     assert all(len(places) == 1 for places in layouts.values())
@@ -124,8 +125,59 @@ def test_edits_change_only_what_they_name(kind, split):
         assert edit.target_spec.is_met_by(detect_scene(render_scene(edit.target))), edit
         kept = [t for t in edit.source.objects if t not in edit.changed_objects]
         assert all(thing in edit.target.objects for thing in kept)
-        assert (edit.source.background != edit.target.background) == (kind == "background")
+        if kind != "several":
+            assert (edit.source.background != edit.target.background) == (kind == "background")
         assert edit.source != edit.target
+        assert not edit.target_spec.is_met_by(detect_scene(render_scene(edit.source))), edit
+
+
+@pytest.mark.parametrize("frame_count", [9, 17])
+def test_clips_follow_their_scene_at_every_frame(frame_count):
+    """Speeds, turns and bounces: each frame shows every object where the scene has it."""
+    rng = random.Random(frame_count)
+    for _ in range(25):
+        scene = sample_scene(rng, is_video=True, composed_share=0.5, frame_count=frame_count)
+        assert all(find_matching_frames(render_scene(scene), scene)), scene
+
+
+@pytest.mark.parametrize(
+    ("motion", "speed", "second_motion", "start"),
+    [
+        ("right", "slow", None, (8, 24)),
+        ("right", "fast", None, (24, 24)),
+        ("up", "normal", "left", (40, 40)),
+        ("left", "normal", "still", (56, 8)),
+        ("still", "normal", "down", (8, 8)),
+        ("right", "normal", None, (40, 24)),
+    ],
+)
+def test_the_scorer_reads_speeds_and_turns(motion, speed, second_motion, start):
+    """An object that bounces off the edge has one motion."""
+    scene = Scene("black", (SceneObject("star", "red", "small", motion, *start, speed, second_motion),), 9)
+    (found,) = detect_scene(render_scene(scene)).objects
+    assert (found.motion, found.speed, found.second_motion) == (motion, speed, second_motion)
+
+
+@pytest.mark.parametrize("task", CONTINUATION_TASKS)
+def test_continued_clips_begin_with_the_given_frames(task):
+    rng = random.Random(task)
+    for _ in range(30):
+        request = sample_continuation_request(rng, task)
+        clip, source = request.render_target(), render_scene(request.source)
+        assert np.array_equal(clip[: len(source)], source)
+        assert not any(map(is_held_out, request.target.objects + request.source.objects))
+        if task == "video-extension":
+            assert len(clip) == 17
+            assert measure_seam(clip, 9) < 2
+        if request.last_frame is not None:
+            assert np.array_equal(clip[-1:], render_scene(request.last_frame))
+
+
+def test_a_seam_is_seen():
+    """A clip whose second half comes from another scene has a visible seam."""
+    rng = random.Random(0)
+    first, second = (render_scene(sample_scene(rng, is_video=True)) for _ in range(2))
+    assert measure_seam(np.concatenate([first, second[1:]]), 9) > 4
 
 
 def test_image_edits_are_stills():
@@ -145,7 +197,7 @@ def test_questions_have_answers_of_every_kind(video):
         assert question.text and question.answer
         if question.kind == "caption":
             assert question.answer == describe_scene(scene)
-    assert kinds == set(QUESTION_MAKERS) - (set() if video else {"motion"})
+    assert kinds == set(QUESTION_MAKERS) - (set() if video else {"motion", "speed"})
 
 
 def test_indirect_requests_do_not_contain_their_rewrite():

@@ -76,13 +76,17 @@ class RaggedTensor:
 
 @dataclass
 class CachedTask:
-    """A task's requests with the outputs of the frozen models; `source_latents` is None in generation mode."""
+    """A task's requests with the outputs of the frozen models; `source_latents` is None in generation mode.
+
+    The first `given_frames` latent frames of a target are given: its clip begins with them.
+    """
 
     target_latents: Tensor
     source_latents: Tensor | None
     hidden_states: RaggedTensor
     text_embeddings: RaggedTensor
     visual_embeddings: Tensor
+    given_frames: int = 0
 
     def __len__(self) -> int:
         return len(self.target_latents)
@@ -101,6 +105,7 @@ class CachedTask:
             self.hidden_states + other.hidden_states,
             self.text_embeddings + other.text_embeddings,
             torch.cat([self.visual_embeddings, other.visual_embeddings]),
+            self.given_frames,
         )
 
 
@@ -109,7 +114,7 @@ TaskSample = tuple[CachedTask, int]  # a task, and the index of one of its reque
 
 @dataclass
 class FlowBatch:
-    """A batch of the flow stages.
+    """A batch of the flow stages. All of its targets begin with the same number of given latent frames.
 
     Target latents are [B, z, T, h, w], source latents [E, z, T, h, w] for the rows that have a source. Hidden states
     [B, N, M] and text embeddings [B, L, D] are zero past their lengths. Visual embeddings are [B, Q, E].
@@ -123,6 +128,7 @@ class FlowBatch:
     text_embeddings: Tensor
     text_lengths: list[int]
     visual_embeddings: Tensor
+    given_frames: int = 0
 
     def __len__(self) -> int:
         return len(self.target_latents)
@@ -149,7 +155,7 @@ class FlowBatch:
 def sample_mixed_batch(
     rng: random.Random, tasks: Sequence[CachedTask], count: int, edit_share: float = 0.5
 ) -> list[TaskSample]:
-    """Sample `count` requests of tasks that share resolution and frame count (hybrid mixed batching).
+    """Sample `count` requests of tasks that share resolution, length and given frames (hybrid mixed batching).
 
     `edit_share` is the share of the tasks that have a source, if there are both kinds.
     """
@@ -171,4 +177,5 @@ def collate_flow_batch(samples: Sequence[TaskSample]) -> FlowBatch:
         pad_sequence(hidden_states, batch_first=True), [len(row) for row in hidden_states],
         pad_sequence(text_embeddings, batch_first=True), [len(row) for row in text_embeddings],
         torch.stack([task.visual_embeddings[index].float() for task, index in samples]),
+        samples[0][0].given_frames,
     )  # fmt: skip

@@ -60,3 +60,16 @@ def text_loss(logits: Tensor, labels: Tensor, token_count: Tensor | None = None)
     loss = total / token_count.clamp(min=1e-6)  # 0 if the batch has no answer
     exact_share = ((predicted.argmax(-1) == target) | (target == -100)).all(dim=1).float().mean()
     return loss, exact_share
+
+
+def answer_loss(
+    model: Qwen3VLForConditionalGeneration, inputs: dict[str, Tensor], labels: Tensor, token_count: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the results of `text_loss`, with logits for the answers' tokens alone."""
+    targets = labels[:, 1:]
+    is_answer = targets != -100
+    logits = model.lm_head(model.model(**inputs).last_hidden_state[:, :-1][is_answer])
+    total = F.cross_entropy(logits.float(), targets[is_answer], reduction="sum")
+    is_wrong = torch.zeros_like(is_answer)
+    is_wrong[is_answer] = logits.argmax(-1) != targets[is_answer]
+    return total / token_count.clamp(min=1e-6), (~is_wrong.any(dim=1)).float().mean()

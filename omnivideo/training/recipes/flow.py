@@ -91,7 +91,11 @@ class FlowObjective:
         )
         sigma, noise_values = (tensor[micro_batch.local_indices] for tensor in noise)
         errors = flow_matching_loss(
-            self.model.decoder, batch.target_latents, condition_BLD, sigma_and_noise=(sigma, noise_values)
+            self.model.decoder,
+            batch.target_latents,
+            condition_BLD,
+            sigma_and_noise=(sigma, noise_values),
+            given_frames=batch.given_frames,
         )
         losses = {"loss": errors.mean()}
         if self.alignment_weight:
@@ -99,6 +103,8 @@ class FlowObjective:
             losses["loss"] = losses["loss"] + self.alignment_weight * losses["vision"]
         losses["loss"] = losses["loss"] * micro_batch.loss_weight
         medium_name = "clips" if batch.medium == "video" else "stills"
+        if batch.given_frames:
+            return losses | {"clips continued": errors.mean()}
         for label, row_mask in ((medium_name, ~batch.has_source), (f"{medium_name} edited", batch.has_source)):
             if row_mask.any():
                 losses[label] = errors[row_mask].mean()
@@ -150,7 +156,8 @@ def compute_condition_length(
     omni: OmniVideoModel, batch: FlowBatch, dropout_draws: Sequence[float], dropout: ConditionDropout, null_length: int
 ) -> int:
     """Return the length L that `build_condition` gives a batch if no minimum is set."""
-    t, h, w = batch.target_latents.shape[2:]
+    latents = batch.target_latents if batch.source_latents is None else batch.source_latents
+    t, h, w = latents.shape[2:]
     source_length = count_visual_context_tokens(omni.preset, (t, h, w))
     visual_length = omni.count_adapter_tokens(batch.medium)
     lengths = []

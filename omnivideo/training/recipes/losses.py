@@ -6,13 +6,13 @@ Shapes: B batch, C colours, F frames, H W pixels, Q visual tokens, E width of a 
 N text tokens, D width of both.
 """
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
+from diffusers import WanTransformer3DModel
 from torch import Tensor
 from transformers import SiglipVisionModel
 
+from omnivideo.models.sampling import expand_timestep, insert_given_frames
 from omnivideo.training.engine.data_parallel import current_rank
 
 
@@ -70,15 +70,17 @@ def sample_noise(count: int, like: Tensor, high_noise_share: float) -> tuple[Ten
 
 
 def flow_matching_loss(
-    decoder: Callable[..., tuple[Tensor]],
+    decoder: WanTransformer3DModel,
     latents: Tensor,
     condition: Tensor,
     high_noise_share: float = 0.5,
     sigma_and_noise: tuple[Tensor, Tensor] | None = None,
+    given_frames: int = 0,
 ) -> Tensor:
     """Eq. 4: return the squared error of the velocity for each sample [B], at x = (1 - sigma) data + sigma noise.
 
     Without `sigma_and_noise`, noise is sampled for the global batch, of which `latents` are this process's equal part.
+    The first `given_frames` latent frames have no noise and no error.
     """
     if sigma_and_noise is None:
         global_size = len(latents) * current_rank().world_size
@@ -88,5 +90,8 @@ def flow_matching_loss(
         sigma, noise = sigma_and_noise
     level = sigma.view(-1, 1, 1, 1, 1)
     noisy = (1 - level) * latents + level * noise
-    velocity = decoder(noisy, sigma * 1000, condition, return_dict=False)[0]
-    return (velocity - (noise - latents)).square().flatten(1).mean(1)
+    if given_frames:
+        noisy = insert_given_frames(noisy, latents[:, :, :given_frames])
+    timestep = expand_timestep(decoder, noisy, sigma * 1000, given_frames)
+    velocity: Tensor = decoder(noisy, timestep, condition, return_dict=False)[0]
+    return (velocity - (noise - latents))[:, :, given_frames:].square().flatten(1).mean(1)

@@ -19,10 +19,18 @@ from omnivideo.synthetic.chat import (
     ChatExample,
     make_knowledge_example,
     make_question_example,
+    make_refusal_example,
     make_talk_example,
     make_thinking_example,
 )
-from omnivideo.synthetic.requests import SceneRequest, make_indirect_prompt, sample_request
+from omnivideo.synthetic.requests import (
+    CONTINUATION_TASKS,
+    SceneRequest,
+    make_indirect_prompt,
+    sample_continuation_request,
+    sample_request,
+)
+from omnivideo.synthetic.wording import vary_wording
 from omnivideo.training.data.batch import Stage1Batch
 from omnivideo.training.data.chat_batch import collate_chat_batch, to_device
 from omnivideo.training.data.prefetch import Prefetcher
@@ -46,27 +54,32 @@ def get_route_answer(medium: Medium) -> str:
 def make_route_example(rng: random.Random, is_video: bool) -> ChatExample:
     """Return an indirect request with its route."""
     text = make_indirect_prompt(rng, is_video)[0]
-    return ChatExample(text, get_route_answer("video" if is_video else "image"))
+    return ChatExample(vary_wording(rng, text), get_route_answer("video" if is_video else "image"))
 
 
 def make_generation_example(rng: random.Random, is_video: bool) -> ChatExample:
     """Return a request of any generative task of the medium, with its route."""
     tasks = [task for task in TASKS if (get_task_medium(task) == "video") == is_video]
-    request = sample_request(rng, rng.choice(tasks))
-    return ChatExample(request.text, get_route_answer(request.medium), request.source)
+    if is_video and rng.random() < 0.3:
+        request = sample_continuation_request(rng, rng.choice(CONTINUATION_TASKS[:2]))
+    else:
+        request = sample_request(rng, rng.choice(tasks))
+    return ChatExample(vary_wording(rng, request.text), get_route_answer(request.medium), request.source)
 
 
 STAGE1_TEXT_MIX: ExampleMix = (
-    (make_question_example, 0.5),
+    (make_question_example, 0.4),
     (make_thinking_example, 0.2),
     (make_route_example, 0.18),
+    (make_refusal_example, 0.1),
     (make_knowledge_example, 0.06),
     (make_talk_example, 0.06),
 )
 TEXT_HEAD_MIX: ExampleMix = (
-    (make_question_example, 0.45),
+    (make_question_example, 0.33),
     (make_generation_example, 0.25),
-    (make_thinking_example, 0.15),
+    (make_thinking_example, 0.17),
+    (make_refusal_example, 0.1),
     (make_route_example, 0.07),
     (make_knowledge_example, 0.04),
     (make_talk_example, 0.04),

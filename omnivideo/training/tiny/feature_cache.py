@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -18,7 +19,7 @@ from transformers import SiglipVisionModel
 
 from omnivideo.models.mllm import add_position_ids, forward_hidden_states, prepare_hidden_state_inputs
 from omnivideo.models.omni import OmniVideoModel
-from omnivideo.models.vae import encode_pixels
+from omnivideo.models.vae import encode_pixels, pixels_from_bytes
 from omnivideo.synthetic.requests import SceneRequest
 from omnivideo.training.data.batch import CachedTask, RaggedTensor
 from omnivideo.training.data.prefetch import map_in_order
@@ -29,6 +30,8 @@ from omnivideo.training.tiny.mllm import message_from_request
 ProgressCallback = Callable[[int, int], None]
 T = TypeVar("T")
 CHUNK_SIZE = 32
+# The latent frames of a target that its source gives: those of a still, or of a clip of 9 frames.
+GIVEN_LATENT_FRAMES = {"image-to-video": 1, "keyframes-to-video": 1, "video-extension": 3}
 
 
 @dataclass(frozen=True)
@@ -57,11 +60,12 @@ def compute_frozen_features(
     queries = omni.bridge.vision_head.num_queries
 
     def render_chunk(chunk: list[SceneRequest]) -> tuple[list[str], dict[str, Tensor]]:
-        pixels = {"target": pixels_from_scenes(request.target for request in chunk)}
-        sources = [request.source for request in chunk if request.source is not None]
-        return [request.text for request in chunk], pixels | (
-            {"source": pixels_from_scenes(sources)} if sources else {}
-        )
+        pixels = {"target": pixels_from_bytes(np.stack([request.render_target() for request in chunk]))}
+        for name in ("source", "last_frame"):
+            scenes = [scene for request in chunk if (scene := getattr(request, name)) is not None]
+            if scenes:
+                pixels[name] = pixels_from_scenes(scenes)
+        return [request.text for request in chunk], pixels
 
     for texts, pixels in config.map_chunks(requests, render_chunk):
         text_embeddings += [row.cpu() for row in omni.encode_prompts(texts)]
@@ -70,6 +74,8 @@ def compute_frozen_features(
         for name, tensor in moved.items():
             latents[name].append(encode_pixels(omni.vae, tensor).half().cpu())
     tensors = {name: torch.cat(parts) for name, parts in latents.items()} | {"embeddings": torch.cat(visual_embeddings)}
+    if "last_frame" in tensors:  # the context of a clip between two stills has both
+        tensors["source"] = torch.cat([tensors["source"], tensors.pop("last_frame")], dim=2)
     return tensors | flatten_ragged("text", text_embeddings)
 
 
@@ -148,4 +154,11 @@ def load_cached_task(
     hidden_states, text_embeddings = (
         RaggedTensor(tensors[name], tensors[f"{name}_offsets"]) for name in ("hidden", "text")
     )
-    return CachedTask(tensors["target"], tensors.get("source"), hidden_states, text_embeddings, tensors["embeddings"])
+    return CachedTask(
+        tensors["target"],
+        tensors.get("source"),
+        hidden_states,
+        text_embeddings,
+        tensors["embeddings"],
+        GIVEN_LATENT_FRAMES.get(requests[0].task, 0),
+    )

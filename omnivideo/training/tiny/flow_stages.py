@@ -5,43 +5,51 @@ from collections.abc import Mapping
 
 import torch
 
-from omnivideo.contracts import TASKS, get_task_medium, is_editing_task
 from omnivideo.models.omni import OmniVideoModel
-from omnivideo.presets import Task
 from omnivideo.training.data.batch import CachedTask, MicroBatch, collate_flow_batch, sample_mixed_batch
 from omnivideo.training.engine.data_parallel import current_rank
 from omnivideo.training.engine.recipe import Recipe, step_seed
 from omnivideo.training.recipes.flow import FLOW_BATCH_SIZES, build_flow_recipe
 from omnivideo.training.recipes.parts import ADAPTER_PARTS
 
-# The tasks of a medium share resolution and frame count, so they can share a batch.
-TASK_GROUPS: tuple[tuple[Task, ...], ...] = tuple(
-    tuple(task for task in TASKS if get_task_medium(task) == medium) for medium in ("image", "video")
+LONG = "long "  # before a task's name: its clips have 17 frames
+# The tasks of a group share resolution, length and given frames, so they can share a batch; with the factor on the
+# number of clips in a batch (None: it has images).
+TASK_GROUPS: tuple[tuple[tuple[str, ...], float | None], ...] = (
+    (("text-to-image", "image-editing"), None),
+    (("text-to-video", "video-editing"), 1.0),
+    ((f"{LONG}text-to-video", f"{LONG}video-editing"), 0.6),
+    (("image-to-video",), 1.0),
+    (("video-extension",), 0.6),
+    (("keyframes-to-video",), 1.0),
 )
+# Stage 3 has more clips and edits than images and generation: they are harder, and new to the decoder.
+STAGE3_SCHEDULE = (0, 1, 1, 3, 1, 4, 1, 2, 1, 1, 5, 1, 2, 1, 3, 1, 4)
 
 
 class SyntheticSource:
-    """Batches of cached requests, alternately of images and of clips.
+    """Batches of cached requests, each of one group of `TASK_GROUPS`.
 
-    `group_schedule` is the cycle of the groups (0 images, 1 clips) over the steps. `edit_share` is the share of edits
-    in a batch, if there are both edits and generation requests for its group.
+    `data` has the cached requests of each task by its name; a group without any is left out. `group_schedule` is the
+    cycle of the groups over the steps. `edit_share` is the share of edits in a batch, if there are both edits and
+    generation requests for its group.
     """
 
     def __init__(
         self,
         name: str,
-        data: Mapping[Task, CachedTask],
+        data: Mapping[str, CachedTask],
         batch_sizes: tuple[int, int],
-        group_schedule: tuple[int, ...] = (0, 1),
+        group_schedule: tuple[int, ...] = tuple(range(len(TASK_GROUPS))),
         edit_share: float = 0.5,
     ):
         self.name = name
-        self.batch_sizes = batch_sizes
-        self.group_schedule = group_schedule
         self.edit_share = edit_share
-        self.task_groups = [
-            [cached_task for task, cached_task in data.items() if task in group] for group in TASK_GROUPS
-        ]
+        groups = [[data[task] for task in tasks if task in data] for tasks, _ in TASK_GROUPS]
+        self.task_groups = groups
+        self.group_schedule = tuple(group for group in group_schedule if groups[group])
+        stills, clips = batch_sizes
+        self.batch_sizes = [stills if factor is None else round(clips * factor) for _, factor in TASK_GROUPS]
 
     def load_batch(self, step: int) -> MicroBatch:
         rng = random.Random(step_seed(f"{self.name}/data", step))
@@ -65,7 +73,7 @@ class SyntheticSource:
 def build_adapter_recipe(
     name: str,
     omni: OmniVideoModel,
-    data: Mapping[Task, CachedTask],
+    data: Mapping[str, CachedTask],
     steps: int,
     batch_sizes: tuple[int, int],
     workers: int,
@@ -80,40 +88,40 @@ def build_adapter_recipe(
 
 def build_stage2b_generation_recipe(
     omni: OmniVideoModel,
-    data: Mapping[Task, CachedTask],
+    data: Mapping[str, CachedTask],
     steps: int = 600,
     batch_sizes: tuple[int, int] = FLOW_BATCH_SIZES,
     workers: int = 0,
 ) -> Recipe:
     """Build the first sub-stage of stage 2b: text to image and text to video."""
-    generation_data = {task: cached_task for task, cached_task in data.items() if not is_editing_task(task)}
+    generation_data = {task: cached_task for task, cached_task in data.items() if cached_task.source_latents is None}
     return build_adapter_recipe("stage2b_generation", omni, generation_data, steps, batch_sizes, workers)
 
 
 def build_stage2b_recipe(
     omni: OmniVideoModel,
-    data: Mapping[Task, CachedTask],
+    data: Mapping[str, CachedTask],
     steps: int = 800,
     batch_sizes: tuple[int, int] = FLOW_BATCH_SIZES,
     workers: int = 0,
 ) -> Recipe:
-    """Build the second sub-stage of stage 2b: all four generative tasks."""
+    """Build the second sub-stage of stage 2b: all generative tasks."""
     return build_adapter_recipe("stage2b", omni, data, steps, batch_sizes, workers)
 
 
 def build_stage3_recipe(
     omni: OmniVideoModel,
-    data: Mapping[Task, CachedTask],
+    data: Mapping[str, CachedTask],
     steps: int = 21_000,
     batch_sizes: tuple[int, int] = FLOW_BATCH_SIZES,
     workers: int = 0,
 ) -> Recipe:
-    """Build stage 3, with more clips and edits than images and generation: they are harder, and new to the decoder.
+    """Build stage 3.
 
     At low noise the noisy latents show what to generate; the condition is learned at high noise.
     """
     torch.manual_seed(14)
-    source = SyntheticSource("stage3", data, batch_sizes, group_schedule=(0, 1, 1, 1, 1), edit_share=0.8)
+    source = SyntheticSource("stage3", data, batch_sizes, STAGE3_SCHEDULE, edit_share=0.8)
     return build_flow_recipe(
         "stage3", omni, source, steps, lr=7e-3, alignment_weight=0.1, high_noise_share=0.9, workers=workers
     )

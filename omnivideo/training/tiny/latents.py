@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from omnivideo.models.vae import encode_pixels, pixels_from_bytes
-from omnivideo.synthetic.scenes import Scene, render_scene
+from omnivideo.synthetic.rendering import render_scene
+from omnivideo.synthetic.scenes import Scene
 
 ENCODE_CHUNK_SIZE = 64
 

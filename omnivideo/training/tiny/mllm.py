@@ -8,6 +8,7 @@ Shapes: H heads, S patches of all frames, D width of a head.
 
 import random
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +23,27 @@ from omnivideo.models.mllm import VISUAL_TOKENS, MLLMMedia, MLLMMessage
 from omnivideo.presets import TINY
 from omnivideo.synthetic.chat import (
     ChatExample,
+    make_continuation_example,
     make_edit_example,
     make_knowledge_example,
     make_prompt_example,
     make_question_example,
+    make_refusal_example,
     make_talk_example,
 )
+from omnivideo.synthetic.rendering import render_scene
 from omnivideo.synthetic.requests import SceneRequest
-from omnivideo.synthetic.scenes import FPS, Scene, render_scene
-from omnivideo.training.data.chat_batch import ChatSample, collate_chat_batch, text_loss, to_device
+from omnivideo.synthetic.scenes import FPS, Scene
+from omnivideo.training.data.chat_batch import (
+    ChatSample,
+    answer_loss,
+    collate_chat_batch,
+    count_answer_tokens,
+    to_device,
+)
 from omnivideo.training.data.prefetch import Prefetcher
 from omnivideo.training.engine.data_parallel import current_rank
-from omnivideo.training.engine.recipe import Losses, Recipe, single_micro_batch, step_seed
+from omnivideo.training.engine.recipe import Losses, MicroBatchLosses, Recipe, step_seed
 
 SPECIAL_TOKENS = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
@@ -47,7 +57,7 @@ CHAT_TEMPLATE = (
     "{% elif 'text' in c %}{{ c.text }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-BATCH_SIZE = 48
+BATCH_SIZE, MICRO_BATCHES = 48, 4
 ExampleMix = tuple[tuple[Callable[[random.Random, bool], ChatExample], float], ...]  # example makers, weights
 
 
@@ -78,10 +88,12 @@ def sample_examples(rng: random.Random, mix: ExampleMix, count: int) -> list[Cha
 
 
 FOUNDATION_MIX: ExampleMix = (
-    (make_question_example, 0.68),
-    (make_edit_example, 0.12),
-    (make_prompt_example, 0.14),
-    (make_knowledge_example, 0.04),
+    (make_question_example, 0.37),
+    (make_edit_example, 0.2),
+    (make_prompt_example, 0.17),
+    (make_knowledge_example, 0.1),
+    (make_refusal_example, 0.08),
+    (make_continuation_example, 0.06),
     (make_talk_example, 0.02),
 )
 
@@ -174,30 +186,48 @@ PER_FRAME_ATTENTION = "flash_evenly"  # with "flash" in its name, it receives al
 AttentionInterface.register(PER_FRAME_ATTENTION, attend_per_frame)
 
 
+def count_tokens(tokenizer: PreTrainedTokenizerFast, sample: ChatSample) -> int:
+    """Return the approximate length of a sample, by which samples are grouped."""
+    message, answer = sample
+    frames = sum(len(media.frames) for media in message.media)
+    return len(tokenizer(message.text + answer).input_ids) + 4 * frames
+
+
 def build_mllm_recipe(
-    tokenizer: PreTrainedTokenizerFast, steps: int = 9000, batch_size: int = BATCH_SIZE, workers: int = 0
+    tokenizer: PreTrainedTokenizerFast, steps: int = 16_000, batch_size: int = BATCH_SIZE, workers: int = 0
 ) -> Recipe:
+    """Build the recipe of the MLLM. A batch is divided into micro-batches of similar length: padding costs time."""
     torch.manual_seed(3)
     model = build_model(tokenizer)
 
-    def sample_batch(step: int) -> tuple[dict[str, Tensor], Tensor]:
+    def sample_batch(step: int) -> list[tuple[dict[str, Tensor], Tensor]]:
         rng = random.Random(step_seed("mllm/data", step))
         examples = current_rank().take_local_rows([sample_foundation_example(rng) for _ in range(batch_size)])
-        samples = [to_chat_sample(example) for example in examples]
-        return collate_chat_batch(model, tokenizer, samples, TINY.mllm.vision_input)
+        samples = sorted(map(to_chat_sample, examples), key=partial(count_tokens, tokenizer))
+        size = -(-len(samples) // MICRO_BATCHES)
+        return [
+            collate_chat_batch(model, tokenizer, samples[start : start + size], TINY.mllm.vision_input)
+            for start in range(0, len(samples), size)
+        ]
 
     batches = Prefetcher(sample_batch, workers)
 
-    def compute_loss(step: int) -> Losses:
-        inputs, labels = to_device(model.device, batches(step))
-        loss, exact_share = text_loss(model(**inputs).logits, labels)
-        return {"loss": loss, "exact_match": exact_share}
+    def make_micro_batch_losses(step: int) -> MicroBatchLosses:
+        micro_batches = [to_device(model.device, batch) for batch in batches(step)]
+        counts = torch.stack([count_answer_tokens(labels) for _, labels in micro_batches])
+        token_count = current_rank().global_mean(counts.sum()) / len(micro_batches)
+
+        def compute_loss(inputs: dict[str, Tensor], labels: Tensor) -> Losses:
+            loss, exact_share = answer_loss(model, inputs, labels, token_count)
+            return {"loss": loss, "exact_match": exact_share}
+
+        return [partial(compute_loss, inputs, labels) for inputs, labels in micro_batches]
 
     return Recipe(
         "mllm",
         model,
         ("",),
-        single_micro_batch(compute_loss),
+        make_micro_batch_losses,
         steps=steps,
         lr=1e-2,
         adam_lr=2e-3,

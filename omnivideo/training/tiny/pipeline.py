@@ -13,7 +13,7 @@ import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from transformers import Qwen3VLForConditionalGeneration, SiglipVisionModel, UMT5Config, UMT5EncoderModel
 
-from omnivideo.contracts import TASKS, is_editing_task
+from omnivideo.contracts import TASKS, get_task_medium, is_editing_task
 from omnivideo.errors import InvalidInput
 from omnivideo.models.omni import Bridge, OmniVideoModel, build_decoder
 from omnivideo.models.positions import add_absolute_positions
@@ -25,8 +25,8 @@ from omnivideo.models.weights.checkpoint import (
     save_library_model,
 )
 from omnivideo.presets import TINY, Task
-from omnivideo.synthetic.requests import sample_requests
-from omnivideo.synthetic.scenes import stream_scenes
+from omnivideo.synthetic.requests import CONTINUATION_TASKS, ContinuationTask, sample_requests
+from omnivideo.synthetic.scenes import CLIP_FRAMES, LONG_CLIP_FRAMES, stream_scenes
 from omnivideo.training.data.batch import CachedTask
 from omnivideo.training.engine.recipe import Recipe
 from omnivideo.training.engine.run import RunContext
@@ -35,19 +35,19 @@ from omnivideo.training.recipes import parts
 from omnivideo.training.recipes.flow import FLOW_BATCH_SIZES
 from omnivideo.training.tiny import alignment_stages, flow_stages, mllm, text_encoder
 from omnivideo.training.tiny.decoder import (
-    CLIP_COUNT,
-    STILL_COUNT,
+    SCENE_COUNTS,
     CaptionedLatents,
     DecoderFoundation,
     build_decoder_recipe,
 )
 from omnivideo.training.tiny.feature_cache import CHUNK_SIZE, PreparationConfig, load_cached_task
+from omnivideo.training.tiny.flow_stages import LONG
 from omnivideo.training.tiny.latents import encode_scenes, hash_weights, set_latent_statistics, take_scenes
 from omnivideo.training.tiny.model_card import build_model_card
-from omnivideo.training.tiny.vae import build_vae_decoder_recipe, build_vae_recipe
+from omnivideo.training.tiny.vae import CONTINUED_PHASES, build_vae_decoder_recipe, build_vae_recipe
 from omnivideo.training.tiny.visual_encoder import build_visual_encoder_recipe
 
-REQUESTS_PER_TASK = 12_000  # in stages 2b and 3
+REQUESTS_PER_TASK, LONG_REQUESTS = 12_000, 6_000  # in stages 2b and 3; of clips with 17 frames
 # Each further seed adds as many edits to stage 3, which would otherwise memorise them.
 REQUEST_SEEDS = (1, 3, 4)
 ProgressCallback = Callable[[int, int], None]
@@ -82,9 +82,9 @@ class TinyPipeline:
         self.request_seeds = request_seeds = config.seeds or REQUEST_SEEDS
         self.preparation = PreparationConfig(on_progress, CHUNK_SIZE if self.device.type == "cpu" else 512, workers)
         self.recipe_factories: dict[str, Callable[[], Recipe]] = {
-            "vae": build_vae_recipe,
+            "vae": self.build_vae_recipe,
             "vae_decoder": lambda: build_vae_decoder_recipe(self.load_jointly_trained_vae()),
-            "text": lambda: text_encoder.build_text_recipe(self.load_tokenizer()),
+            "text": self.build_text_recipe,
             "decoder": self.build_decoder_recipe,
             "visual_encoder": build_visual_encoder_recipe,
             "mllm": self.build_mllm_recipe,
@@ -120,19 +120,40 @@ class TinyPipeline:
             return self.load_jointly_trained_vae()
         return self.load_trained(self.recipe_factories["vae_decoder"]()).to(self.device)
 
+    def build_vae_recipe(self) -> Recipe:
+        """Build the recipe of the VAE; it continues from the configured weights without the first phases."""
+        if not self.continues_from_weights:
+            return build_vae_recipe()
+        recipe = build_vae_recipe(CONTINUED_PHASES)
+        recipe.model.load_state_dict(self.load_shipped_part(AutoencoderKLWan, "vae").state_dict())
+        return recipe
+
     def load_jointly_trained_vae(self) -> AutoencoderKLWan:
         """Return the VAE of the recipe `vae`, with latent statistics that are measured once on stills and clips."""
         if not self.run.has_run("vae"):
             return self.load_shipped_part(AutoencoderKLWan, "vae")
-        vae = self.load_trained(build_vae_recipe()).to(self.device)
+        vae = self.load_trained(self.build_vae_recipe()).to(self.device)
         path = self.runs_folder / "vae" / f"statistics-{hash_weights(vae)}.pt"
         if not path.exists():
-            samples = [encode_scenes(vae, take_scenes(stream_scenes(2, is_video), 512)) for is_video in (False, True)]
+            samples = [
+                encode_scenes(vae, take_scenes(stream_scenes(2, frame_count > 1, frame_counts=[frame_count]), count))
+                for frame_count, count in ((1, 512), (CLIP_FRAMES, 384), (LONG_CLIP_FRAMES, 128))
+            ]
             set_latent_statistics(vae, samples)
             torch.save({"mean": vae.config.latents_mean, "std": vae.config.latents_std}, path)
         saved = torch.load(path, weights_only=True)
         vae.register_to_config(latents_mean=saved["mean"], latents_std=saved["std"])
         return vae
+
+    def starts_from_nothing(self, recipe: str) -> bool:
+        """Return whether a recipe has neither a run nor weights to continue from; it then builds its own tokenizer."""
+        return not self.continues_from_weights and not self.run.has_run(recipe)
+
+    def build_text_recipe(self) -> Recipe:
+        folder = self.runs_folder / "text" / "tokenizer"
+        if self.starts_from_nothing("text"):
+            return text_encoder.build_text_recipe(text_encoder.load_or_build_tokenizer(folder))
+        return text_encoder.build_text_recipe(self.load_tokenizer())
 
     def load_tokenizer(self) -> Any:
         return text_encoder.load_or_build_tokenizer(
@@ -159,9 +180,11 @@ class TinyPipeline:
         )
 
     def build_mllm_recipe(self) -> Recipe:
-        recipe = mllm.build_mllm_recipe(
-            self.load_mllm_tokenizer(), batch_size=mllm.BATCH_SIZE * self.batch_scale, workers=self.workers
+        folder = self.runs_folder / "mllm" / "tokenizer"
+        tokenizer = (
+            mllm.load_or_build_tokenizer(folder) if self.starts_from_nothing("mllm") else self.load_mllm_tokenizer()
         )
+        recipe = mllm.build_mllm_recipe(tokenizer, batch_size=mllm.BATCH_SIZE * self.batch_scale, workers=self.workers)
         if self.continues_from_weights:
             recipe.model.load_state_dict(self.load_shipped_part(Qwen3VLForConditionalGeneration, "mllm").state_dict())
         return recipe
@@ -173,11 +196,15 @@ class TinyPipeline:
 
     def build_decoder_recipe(self) -> Recipe:
         vae = self.load_vae()
-        stills, clips = (
-            CaptionedLatents(self.runs_folder / "cache", vae, is_video, count, self.on_progress)
-            for is_video, count in ((False, STILL_COUNT), (True, CLIP_COUNT))
-        )
-        return build_decoder_recipe(stills, clips, self.load_tokenizer(), self.load_text_encoder())
+        sources = [
+            CaptionedLatents(self.runs_folder / "cache", vae, frame_count, count, self.on_progress)
+            for frame_count, count in SCENE_COUNTS.items()
+        ]
+        recipe = build_decoder_recipe(sources, self.load_tokenizer(), self.load_text_encoder())
+        if self.continues_from_weights:
+            decoder = self.load_shipped_part(WanTransformer3DModel, "transformer")
+            recipe.model.get_submodule("decoder").load_state_dict(decoder.state_dict())
+        return recipe
 
     def load_foundation(self) -> DecoderFoundation:
         """Return the decoder with the text encoder of its training."""
@@ -225,16 +252,16 @@ class TinyPipeline:
         """Build a recipe over cached features of the four tasks, with more edits for each of `extra_edit_seeds`."""
         omni, encoder = self.load_omni(after_recipe), self.load_visual_encoder()
 
-        def load_task(seed: int, task: Task) -> CachedTask:
-            return load_cached_task(
-                self.runs_folder / "cache",
-                omni,
-                encoder,
-                sample_requests(seed, task, REQUESTS_PER_TASK),
-                self.preparation,
-            )
+        def load_task(seed: int, task: Task | ContinuationTask, is_long: bool = False) -> CachedTask:
+            count, frame_count = (LONG_REQUESTS, LONG_CLIP_FRAMES) if is_long else (REQUESTS_PER_TASK, None)
+            requests = sample_requests(seed, task, count, frame_count)
+            return load_cached_task(self.runs_folder / "cache", omni, encoder, requests, self.preparation)
 
-        data = {task: load_task(self.request_seeds[0], task) for task in TASKS}
+        first_seed = self.request_seeds[0]
+        data = {str(task): load_task(first_seed, task) for task in (*TASKS, *CONTINUATION_TASKS)}
+        for task in TASKS:
+            if get_task_medium(task) == "video":
+                data[f"{LONG}{task}"] = load_task(first_seed, task, is_long=True)
         for seed, task in product(extra_edit_seeds, filter(is_editing_task, TASKS)):
             data[task] += load_task(seed, task)
         stills, clips = FLOW_BATCH_SIZES

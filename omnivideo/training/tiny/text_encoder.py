@@ -1,7 +1,7 @@
 """Foundation: the decoder's tokenizer and text encoder, in place of a downloaded UMT5.
 
 The encoder learns to predict the content of a prompt in two ways. Queries over its hidden states predict each object in
-the order of mention, the background, the relation and the region. Each token of an object's phrase must also predict
+the order of mention, the background and the relation. Each token of an object's phrase must also predict
 all attributes of that object, so that a decoder that attends to one token gets the colour together with the shape.
 (Without the second loss the decoder had learned every word after 7,600 steps, but not which colour belongs to which
 shape.)
@@ -20,11 +20,13 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
+from omnivideo.contracts import TASKS
 from omnivideo.presets import TINY
-from omnivideo.synthetic.captions import REGION_PHRASES, RELATIONS, Caption, sample_caption
+from omnivideo.synthetic.captions import REGION_PHRASES, RELATIONS, Caption, caption_with_places, sample_caption
 from omnivideo.synthetic.edits import VIDEO_EDITS, SceneEdit, sample_edit
 from omnivideo.synthetic.facts import ObjectSpec, SceneSpec
-from omnivideo.synthetic.scenes import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, SIZES, sample_scene
+from omnivideo.synthetic.requests import CONTINUATION_TASKS, sample_continuation_request, sample_request
+from omnivideo.synthetic.scenes import BACKGROUNDS, COLOURS, DIRECTIONS, MOTIONS, SHAPES, SIZES, SPEEDS, sample_scene
 from omnivideo.training.engine.data_parallel import current_rank
 from omnivideo.training.engine.recipe import Losses, Recipe, single_micro_batch, step_seed
 
@@ -44,7 +46,6 @@ CONFIG: dict[str, Any] = {
 }
 NEGATIVE_PROMPT = TINY.null.negative_prompt
 OBJECT_SLOTS = 4
-REGION_SIDES = ("left", "right", "top", "bottom")
 MAX_TEXT_TOKENS = TINY.text.max_tokens  # the longest prompt
 
 
@@ -53,12 +54,12 @@ def build_corpus(count: int = 20_000) -> list[str]:
     rng = random.Random("corpus")
     texts = [NEGATIVE_PROMPT] * 20
     for index in range(count):
-        is_video = index % 2 == 0
-        texts.append(
-            sample_caption(rng, sample_scene(rng, is_video)).text
-            if index % 3
-            else sample_edit(rng, is_video).instruction
-        )
+        if index % 5 < 3:
+            texts.append(sample_request(rng, TASKS[index % len(TASKS)]).text)
+        elif index % 5 == 3:
+            texts.append(sample_continuation_request(rng, CONTINUATION_TASKS[index % len(CONTINUATION_TASKS)]).text)
+        else:
+            texts.append(sample_caption(rng, sample_scene(rng, index % 2 == 0)).text)
     return texts
 
 
@@ -95,7 +96,15 @@ def load_or_build_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
 
 # ---------------------------------------------------------------- labels of a prompt
 
-SLOT_FIELDS = {"shape": SHAPES, "colour": tuple(COLOURS), "size": SIZES, "motion": MOTIONS}
+SLOT_FIELDS: dict[str, tuple[Any, ...]] = {
+    "shape": SHAPES,
+    "colour": tuple(COLOURS),
+    "size": SIZES,
+    "motion": MOTIONS,
+    "speed": SPEEDS,
+    "second_motion": (*DIRECTIONS, "still"),
+    "region": tuple(REGION_PHRASES),
+}
 
 
 def encode_slot_labels(object_spec: ObjectSpec | None) -> list[int]:
@@ -107,16 +116,16 @@ def encode_slot_labels(object_spec: ObjectSpec | None) -> list[int]:
 
 
 def encode_spec_labels(scene_spec: SceneSpec) -> list[int]:
-    """Return all labels of a prompt: four for each slot, then background, relation and the four sides."""
+    """Return all labels of a prompt: one for each field of each slot, then background and relation."""
     object_specs = (*scene_spec.objects, *[None] * (OBJECT_SLOTS - len(scene_spec.objects)))
     labels = [label for object_spec in object_specs for label in encode_slot_labels(object_spec)]
     labels.append(0 if scene_spec.background is None else 1 + list(BACKGROUNDS).index(scene_spec.background))
     labels.append(0 if scene_spec.relation is None else 1 + RELATIONS.index(scene_spec.relation))
-    return labels + [int(side in scene_spec.region) for side in REGION_SIDES]
+    return labels
 
 
 CLASS_COUNTS = [2 + len(names) for _ in range(OBJECT_SLOTS) for names in SLOT_FIELDS.values()]
-CLASS_COUNTS += [1 + len(BACKGROUNDS), 1 + len(RELATIONS)] + [2] * len(REGION_SIDES)
+CLASS_COUNTS += [1 + len(BACKGROUNDS), 1 + len(RELATIONS)]
 
 
 class LabelReadout(nn.Module):
@@ -141,11 +150,7 @@ class LabelReadout(nn.Module):
 
 OPPOSITE_RELATIONS = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 # Labels of an object, predicted by each token of its phrase.
-OBJECT_LABEL_SIZES = [2 + len(names) for names in SLOT_FIELDS.values()] + [
-    1 + len(RELATIONS),
-    1 + len(REGION_PHRASES),
-    1 + OBJECT_SLOTS,
-]
+OBJECT_LABEL_SIZES = [2 + len(names) for names in SLOT_FIELDS.values()] + [1 + len(RELATIONS), 1 + OBJECT_SLOTS]
 # Labels of the prompt, predicted by all tokens: the background, the number of objects, the kind of edit.
 PROMPT_LABEL_SIZES = [1 + len(BACKGROUNDS), 1 + OBJECT_SLOTS, 1 + len(VIDEO_EDITS)]
 IGNORE_INDEX = -100
@@ -160,24 +165,35 @@ def label_caption_tokens(caption: Caption, offsets: list[tuple[int, int]]) -> li
     for slot, (object_spec, span) in enumerate(zip(scene_spec.objects, caption.object_spans, strict=True)):
         relation = scene_spec.relation if slot == 0 else OPPOSITE_RELATIONS.get(scene_spec.relation or "")
         role = 0 if relation is None else 1 + RELATIONS.index(relation)
-        place = 1 + list(REGION_PHRASES).index(scene_spec.region) if scene_spec.region else 0
-        object_labels = [*encode_slot_labels(object_spec), role, place, caption.object_spans.count(span)]
+        object_labels = [*encode_slot_labels(object_spec), role, caption.object_spans.count(span)]
         for token_index, (start, end) in enumerate(offsets):
             if span[0] <= start < end <= span[1]:
                 labels[token_index] = object_labels + prompt_labels
     return labels
 
 
+MOTION_FIELDS = ("motion", "speed", "second_motion")
+EDITED_FIELDS = {
+    "recolour": ("colour",),
+    "reshape": ("shape",),
+    "resize": ("size",),
+    "replace": ("shape", "colour", "size"),
+    "motion": ("motion",),
+    "speed": ("speed",),
+    "path": ("motion", "second_motion"),
+    "add": ("shape", "colour", "size", *MOTION_FIELDS),
+}
+
+
 def label_edit_tokens(edit: SceneEdit, offsets: list[tuple[int, int]]) -> list[list[int]]:
     """Return the labels of every token of an instruction: the kind of edit, and the attributes that it sets."""
     new_object = edit.changed_objects[-1] if edit.changed_objects else None
-    changed_fields = {"recolour": ("colour",), "reshape": ("shape",), "motion": ("motion",), "add": tuple(SLOT_FIELDS)}
-    fields = changed_fields.get(edit.kind, ())
+    fields = EDITED_FIELDS.get(edit.kind, ())
     object_spec = ObjectSpec(
-        **{name: getattr(new_object, name) for name in fields if name != "motion" or edit.source.is_video}
+        **{name: getattr(new_object, name) for name in fields if edit.source.is_video or name not in MOTION_FIELDS}
     )
     background_label = 1 + list(BACKGROUNDS).index(edit.target.background) if edit.kind == "background" else 0
-    labels = [*encode_slot_labels(object_spec), 0, 0, 0, background_label, 0, 1 + VIDEO_EDITS.index(edit.kind)]
+    labels = [*encode_slot_labels(object_spec), 0, 0, background_label, 0, 1 + VIDEO_EDITS.index(edit.kind)]
     return [labels if start < end else [IGNORE_INDEX] * len(labels) for start, end in offsets]
 
 
@@ -205,10 +221,16 @@ class TextBatch:
     token_labellers: Sequence[Callable[[list[tuple[int, int]]], list[list[int]]]]
 
 
+def sample_any_caption(rng: random.Random, is_video: bool) -> Caption:
+    """Return a caption in a user's words, or, in a third of the cases, as think mode writes it."""
+    scene = sample_scene(rng, is_video, composed_share=0.3)
+    return caption_with_places(scene) if rng.random() < 1 / 3 else sample_caption(rng, scene)
+
+
 def sample_text_batch(step: int, caption_count: int, instruction_count: int) -> TextBatch:
     rng = random.Random(step_seed("text/data", step))
     captions = current_rank().take_local_rows(
-        [sample_caption(rng, sample_scene(rng, is_video=index % 2 == 0)) for index in range(caption_count)]
+        [sample_any_caption(rng, is_video=index % 2 == 0) for index in range(caption_count)]
     )
     edits = current_rank().take_local_rows(
         [sample_edit(rng, is_video=index % 2 == 0) for index in range(instruction_count)]
@@ -241,7 +263,7 @@ def token_label_loss(logits: list[Tensor], labels_BLF: Tensor) -> tuple[Tensor, 
 
 
 def build_text_recipe(
-    tokenizer: PreTrainedTokenizerFast, steps: int = 1000, caption_count: int = 72, instruction_count: int = 24
+    tokenizer: PreTrainedTokenizerFast, steps: int = 2500, caption_count: int = 72, instruction_count: int = 24
 ) -> Recipe:
     torch.manual_seed(1)
     model = TextFoundation(UMT5EncoderModel(UMT5Config(**CONFIG)))

@@ -8,6 +8,7 @@ stay valid, but decode more sharply, even with small errors.
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -17,7 +18,8 @@ from torch import Tensor
 
 from omnivideo.models.vae import decode_unclamped, encode_pixels, get_latent_statistics
 from omnivideo.presets import TINY
-from omnivideo.synthetic.scenes import CLIP_FRAMES, FRAME_SIZE, Scene, render_object_mask, render_scene, sample_scene
+from omnivideo.synthetic.rendering import render_object_mask, render_scene
+from omnivideo.synthetic.scenes import CLIP_FRAMES, FRAME_SIZE, LONG_CLIP_FRAMES, Scene, sample_scene
 from omnivideo.training.engine.data_parallel import current_rank
 from omnivideo.training.engine.recipe import Losses, Recipe, single_micro_batch, step_seed
 
@@ -37,9 +39,12 @@ class CropPhase:
 PHASES = (
     CropPhase(500, 64, 1, 32),
     CropPhase(500, 16, 5, 32),
-    CropPhase(1800, 12, 9, 32),
-    CropPhase(500, 8, 9, FRAME_SIZE),
+    CropPhase(1500, 12, CLIP_FRAMES, 32),
+    CropPhase(600, 6, LONG_CLIP_FRAMES, 32),
+    CropPhase(600, 8, CLIP_FRAMES, FRAME_SIZE),
+    CropPhase(600, 4, LONG_CLIP_FRAMES, FRAME_SIZE),
 )
+CONTINUED_PHASES = PHASES[2:]  # for weights that already know stills and short clips
 
 
 def find_phase(phases: tuple[CropPhase, ...], step: int) -> CropPhase:
@@ -74,7 +79,8 @@ def sample_batch(
     rng = random.Random(step_seed(f"{name}/data", step))
     crops = []
     for _ in range(phase.batch_size):
-        scene = make_scene(rng) if make_scene else sample_scene(rng, is_video=phase.frame_count > 1)
+        frame_count = max(phase.frame_count, CLIP_FRAMES)
+        scene = make_scene(rng) if make_scene else sample_scene(rng, phase.frame_count > 1, frame_count=frame_count)
         crops.append((scene, sample_crop(rng, scene, phase)))
     local_crops = current_rank().take_local_rows(crops)
     pixels = torch.from_numpy(np.stack([render_scene(scene)[crop] for scene, crop in local_crops])).permute(
@@ -145,26 +151,38 @@ def compute_difficulty(scene: Scene) -> int:
     """Return a weight for what the decoder renders worst: small objects, stars, pink and grey backgrounds."""
     small_objects = [obj for obj in scene.objects if obj.size == "small"]
     stars = sum(obj.shape == "star" for obj in small_objects)
-    return 1 + len(small_objects) + 2 * stars + 2 * (scene.background in ("pink", "grey"))
+    fast_objects = sum(obj.speed == "fast" for obj in scene.objects)
+    return 1 + len(small_objects) + 2 * stars + 2 * (scene.background in ("pink", "grey")) + 2 * fast_objects
 
 
-def sample_hard_scene(rng: random.Random) -> Scene:
-    candidates = [sample_scene(rng, is_video=True) for _ in range(4)]
+def sample_hard_scene(rng: random.Random, frame_count: int = CLIP_FRAMES) -> Scene:
+    candidates = [sample_scene(rng, is_video=True, frame_count=frame_count) for _ in range(4)]
     return rng.choices(candidates, [compute_difficulty(scene) for scene in candidates])[0]
 
 
 def build_vae_decoder_recipe(vae: AutoencoderKLWan, steps: int = 4000, batch_size: int = 6) -> Recipe:
-    """Build the recipe of the decoder alone: full clips, from latents with errors of up to `MAX_LATENT_OFFSET`."""
-    phase = CropPhase(steps, batch_size, CLIP_FRAMES, FRAME_SIZE)
+    """Build the recipe of the decoder alone: full clips, from latents with errors of up to `MAX_LATENT_OFFSET`.
+
+    Every third batch has half as many clips of 17 frames.
+    """
+    phases = [
+        CropPhase(steps, size, frame_count, FRAME_SIZE)
+        for size, frame_count in ((batch_size, CLIP_FRAMES), (max(1, batch_size // 2), LONG_CLIP_FRAMES))
+    ]
+
+    def get_phase(step: int) -> CropPhase:
+        return phases[step % 3 == 2]
 
     def compute_loss(step: int) -> Losses:
-        pixels, mask = (tensor.to(vae.device) for tensor in sample_batch(step, phase, "vae_decoder", sample_hard_scene))
+        phase = get_phase(step)
+        make_scene = partial(sample_hard_scene, frame_count=phase.frame_count)
+        pixels, mask = (tensor.to(vae.device) for tensor in sample_batch(step, phase, "vae_decoder", make_scene))
         with torch.no_grad():
             z = encode_pixels(vae, pixels)
             mean, std = get_latent_statistics(vae, z)
-        directions = current_rank().take_local_rows(torch.randn(batch_size, *z.shape[1:], device=z.device))
+        directions = current_rank().take_local_rows(torch.randn(phase.batch_size, *z.shape[1:], device=z.device))
         magnitudes = current_rank().take_local_rows(
-            MAX_LATENT_OFFSET * torch.rand(batch_size, 1, 1, 1, 1, device=z.device)
+            MAX_LATENT_OFFSET * torch.rand(phase.batch_size, 1, 1, 1, 1, device=z.device)
         )
         return compute_reconstruction_losses(
             decode_unclamped(vae, (z + magnitudes * directions) * std + mean), pixels, mask
@@ -179,5 +197,5 @@ def build_vae_decoder_recipe(vae: AutoencoderKLWan, steps: int = 4000, batch_siz
         lr=2e-3,
         adam_lr=1e-3,
         ema_decay=0.998,
-        batch_size=lambda step: batch_size,
+        batch_size=lambda step: get_phase(step).batch_size,
     )

@@ -12,7 +12,7 @@ def test_tokens_are_labelled_with_the_object_of_their_phrase(text_tokenizer):
     caption = Caption(text, SceneSpec(things, background="black", relation="left of"), ((0, 18), (27, 40)))
     offsets = text_tokenizer(text, return_offsets_mapping=True).offset_mapping
     token_labels = text_encoder.label_caption_tokens(caption, offsets)
-    colour, role, background = 1, 4, len(text_encoder.OBJECT_LABEL_SIZES)
+    colour, role, background = 1, len(text_encoder.SLOT_FIELDS), len(text_encoder.OBJECT_LABEL_SIZES)
     for (start, end), labels in zip(offsets, token_labels, strict=True):
         index = next((i for i, span in enumerate(caption.object_spans) if span[0] <= start < end <= span[1]), None)
         colours = [2 + list(COLOURS).index(thing.colour) for thing in things]

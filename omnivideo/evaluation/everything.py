@@ -1,0 +1,42 @@
+"""All evaluations of a preset of the synthetic world, in the order of the report."""
+
+from collections.abc import Callable
+
+from omnivideo.evaluation.continuations import evaluate_continuations, evaluate_long_clips, evaluate_variety
+from omnivideo.evaluation.editing import evaluate_edit_chains, evaluate_editing
+from omnivideo.evaluation.language import evaluate_language
+from omnivideo.evaluation.suite import (
+    EvaluationProgress,
+    Score,
+    evaluate_generation,
+    evaluate_routing,
+    evaluate_understanding,
+)
+from omnivideo.models.mllm import MLLMMessage, generate_answer
+from omnivideo.models.omni import OmniVideoModel
+
+Evaluation = Callable[[OmniVideoModel, int, EvaluationProgress], dict[str, Score]]
+
+
+def evaluate_mllm_language(omni: OmniVideoModel, count: int, on_progress: EvaluationProgress) -> dict[str, Score]:
+    """Score what the MLLM writes: restatements, refusals and questions to the user."""
+
+    def write_answer(message: MLLMMessage) -> str:
+        return "".join(generate_answer(omni.mllm, omni.mllm_tokenizer, message, omni.vision_config, max_tokens=160))
+
+    return evaluate_language(write_answer, count, on_progress)
+
+
+def evaluate_all(omni: OmniVideoModel, count: int, on_progress: EvaluationProgress) -> dict[str, Score]:
+    """Run every evaluation, with `count` prompts for each category of generation."""
+    scores: dict[str, Score] = {}
+    scores |= evaluate_generation(omni, count, on_progress)
+    for video in (False, True):
+        scores |= evaluate_editing(omni, 2 * count, on_progress, video)
+        scores |= evaluate_edit_chains(omni, count, on_progress, video)
+    scores |= evaluate_continuations(omni, count, on_progress)
+    scores |= evaluate_long_clips(omni, count, on_progress)
+    scores |= evaluate_variety(omni, max(1, count // 5), on_progress)
+    scores |= evaluate_understanding(omni, 8 * count, on_progress)
+    scores |= evaluate_routing(omni, 8 * count, on_progress)
+    return scores | evaluate_mllm_language(omni, 4 * count, on_progress)
