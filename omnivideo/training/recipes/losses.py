@@ -89,9 +89,9 @@ def flow_matching_loss(
     else:
         sigma, noise = sigma_and_noise
     level = sigma.view(-1, 1, 1, 1, 1)
-    noisy = (1 - level) * latents + level * noise
+    noisy, timestep = (1 - level) * latents + level * noise, sigma * 1000
     if given_frames:
         noisy = insert_given_frames(noisy, latents[:, :, :given_frames])
-    timestep = expand_timestep(decoder, noisy, sigma * 1000, given_frames)
+        timestep = expand_timestep(decoder, noisy, timestep, given_frames)
     velocity: Tensor = decoder(noisy, timestep, condition, return_dict=False)[0]
     return (velocity - (noise - latents))[:, :, given_frames:].square().flatten(1).mean(1)
