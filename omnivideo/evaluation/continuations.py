@@ -35,7 +35,6 @@ from omnivideo.synthetic.scorer import detect_scene, find_matching_frames, measu
 
 MIN_MATCHING_SHARE = 0.85  # of the generated frames: a clip is right if these show every object in its place
 SEEDS_PER_PROMPT = 8
-LATENTS_OF_SOURCE = {"image-to-video": 1, "keyframes-to-video": 1, "video-extension": 3}
 
 
 @torch.no_grad()
@@ -47,15 +46,16 @@ def continue_clips(omni: OmniVideoModel, requests: Sequence[SceneRequest], seed:
         return encode_pixels(omni.vae, pixels_from_bytes(pixels).to(omni.device))
 
     source = encode([request.source for request in requests])
-    given = source[:, :, : LATENTS_OF_SOURCE[requests[0].task]]
+    given = source
     if requests[0].last_frame is not None:
         source = torch.cat([source, encode([request.last_frame for request in requests])], dim=2)
     messages = [build_message(request.text, request.source) for request in requests]
     if requests[0].task != "keyframes-to-video":
         messages = [MLLMMessage(restate_request(omni, message), message.media) for message in messages]
-    frames = LONG_CLIP_FRAMES if requests[0].task == "video-extension" else CLIP_FRAMES
     texts = [message.text for message in messages]
-    return sample_clips(omni, texts, messages, "text-to-video", seed, source=source, given=given, frames=frames)
+    return sample_clips(
+        omni, texts, messages, "text-to-video", seed, source=source, given=given, frames=requests[0].frame_count
+    )
 
 
 def evaluate_continuations(

@@ -15,8 +15,9 @@ from omnivideo.evaluation.suite import (
     iterate_chunks,
     sample_clips,
     score_verdicts,
+    write_answer,
 )
-from omnivideo.models.mllm import MLLMMedia, MLLMMessage, generate_answer
+from omnivideo.models.mllm import MLLMMedia, MLLMMessage
 from omnivideo.models.omni import OmniVideoModel
 from omnivideo.models.vae import encode_pixels, pixels_from_bytes
 from omnivideo.synthetic.chat import THINK_SYSTEM_PROMPT
@@ -51,7 +52,7 @@ def sample_held_out_edits(count: int, video: bool) -> list[SceneEdit]:
 def restate_request(omni: OmniVideoModel, message: MLLMMessage) -> str:
     """Return what think mode makes of a request; the request itself if that does not end, or is too long a prompt."""
     thinking = replace(message, system=THINK_SYSTEM_PROMPT)
-    answer = "".join(generate_answer(omni.mllm, omni.mllm_tokenizer, thinking, omni.vision_config, max_tokens=160))
+    answer = write_answer(omni, thinking)
     rewrite = answer.rpartition(THINK_END)[2].strip() if THINK_END in answer else ""
     is_prompt = 0 < len(omni.tokenizer(rewrite, verbose=False).input_ids) <= omni.preset.text.max_tokens
     return rewrite if rewrite and is_prompt else message.text

@@ -1,6 +1,6 @@
 """All evaluations of a preset of the synthetic world, in the order of the report."""
 
-from collections.abc import Callable
+from functools import partial
 
 from omnivideo.evaluation.continuations import evaluate_continuations, evaluate_long_clips, evaluate_variety
 from omnivideo.evaluation.editing import evaluate_edit_chains, evaluate_editing
@@ -11,20 +11,9 @@ from omnivideo.evaluation.suite import (
     evaluate_generation,
     evaluate_routing,
     evaluate_understanding,
+    write_answer,
 )
-from omnivideo.models.mllm import MLLMMessage, generate_answer
 from omnivideo.models.omni import OmniVideoModel
-
-Evaluation = Callable[[OmniVideoModel, int, EvaluationProgress], dict[str, Score]]
-
-
-def evaluate_mllm_language(omni: OmniVideoModel, count: int, on_progress: EvaluationProgress) -> dict[str, Score]:
-    """Score what the MLLM writes: restatements, refusals and questions to the user."""
-
-    def write_answer(message: MLLMMessage) -> str:
-        return "".join(generate_answer(omni.mllm, omni.mllm_tokenizer, message, omni.vision_config, max_tokens=160))
-
-    return evaluate_language(write_answer, count, on_progress)
 
 
 def evaluate_all(omni: OmniVideoModel, count: int, on_progress: EvaluationProgress) -> dict[str, Score]:
@@ -39,4 +28,4 @@ def evaluate_all(omni: OmniVideoModel, count: int, on_progress: EvaluationProgre
     scores |= evaluate_variety(omni, max(1, count // 5), on_progress)
     scores |= evaluate_understanding(omni, 8 * count, on_progress)
     scores |= evaluate_routing(omni, 8 * count, on_progress)
-    return scores | evaluate_mllm_language(omni, 4 * count, on_progress)
+    return scores | evaluate_language(partial(write_answer, omni), 4 * count, on_progress)

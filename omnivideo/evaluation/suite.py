@@ -34,6 +34,7 @@ from omnivideo.synthetic.scorer import detect_scene
 ConditionMode = Literal["full", "text only", "visual only", "swapped"]
 EvaluationProgress = Callable[[str, int, int], None]  # what is evaluated, the number of items done, the total
 CHUNK_SIZE = 25
+MAX_ANSWER_TOKENS = 160
 T = TypeVar("T")
 
 
@@ -66,6 +67,11 @@ def iterate_chunks(items: Sequence[T]) -> Iterator[tuple[int, Sequence[T]]]:
     """Yield the items in chunks, each with the index of its first item."""
     for first in range(0, len(items), CHUNK_SIZE):
         yield first, items[first : first + CHUNK_SIZE]
+
+
+def write_answer(omni: OmniVideoModel, message: MLLMMessage) -> str:
+    """Return the MLLM's answer to a message, long enough for the reasoning and the rewrite of think mode."""
+    return "".join(omni.bound_mllm.stream_text(message, max_tokens=MAX_ANSWER_TOKENS))
 
 
 def build_message(text: str, shown: Scene | None = None) -> MLLMMessage:

@@ -261,6 +261,12 @@ def compute_first_logits(
     return logits_1NV[0, -1].float()
 
 
+def compare_yes_and_no(tokenizer: PreTrainedTokenizerBase, logits_V: Tensor) -> float:
+    """Return the probability, 0 to 1, that an answer begins with "yes" rather than with "no"."""
+    answer_ids = [tokenizer(word, add_special_tokens=False).input_ids[0] for word in ("yes", "no")]
+    return float(logits_V[answer_ids].softmax(-1)[0])
+
+
 def predict_route(
     model: Qwen3VLForConditionalGeneration,
     tokenizer: PreTrainedTokenizerBase,

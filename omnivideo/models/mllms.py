@@ -85,8 +85,7 @@ class Qwen3VLWithRoutingTokens:
 
     def score_agreement(self, message: MLLMMessage) -> float:
         logits_V = mllm.compute_first_logits(self.model, self.tokenizer, message, self.vision_config)
-        answer_ids = [self.tokenizer(word, add_special_tokens=False).input_ids[0] for word in ("yes", "no")]
-        return float(logits_V[answer_ids].softmax(-1)[0])
+        return mllm.compare_yes_and_no(self.tokenizer, logits_V)
 
     def stream_text(
         self,

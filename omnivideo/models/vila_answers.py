@@ -14,7 +14,14 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from omnivideo.contracts import Medium, Route
-from omnivideo.models.mllm import CACHE_ARGUMENT, MLLMMessage, VisualInput, list_special_tokens, sample_token
+from omnivideo.models.mllm import (
+    CACHE_ARGUMENT,
+    MLLMMessage,
+    VisualInput,
+    compare_yes_and_no,
+    list_special_tokens,
+    sample_token,
+)
 from omnivideo.models.vila import Vila
 from omnivideo.models.vila_requests import (
     MAX_ROUTING_TOKENS,
@@ -103,8 +110,7 @@ class BoundVila:
     def score_agreement(self, message: MLLMMessage) -> float:
         answer = iterate_answer(self.model, self.tokenize(message), lambda logits_V: int(logits_V.argmax()))
         _, logits_V = next(answer)
-        answer_ids = [self.tokenizer(word, add_special_tokens=False).input_ids[0] for word in ("yes", "no")]
-        return float(logits_V[answer_ids].softmax(-1)[0])
+        return compare_yes_and_no(self.tokenizer, logits_V)
 
     def stream_text(
         self,

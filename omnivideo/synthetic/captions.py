@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from omnivideo.synthetic.facts import REGION_MARGIN, ObjectSpec, SceneSpec
 from omnivideo.synthetic.scenes import (
     ARRANGEMENTS,
-    DIRECTIONS,
     FRAME_SIZE,
     Scene,
     SceneObject,
@@ -143,13 +142,12 @@ def should_mention_size(rng: random.Random, obj: SceneObject) -> bool:
 def spec_from_object(
     obj: SceneObject, *, with_size: bool, with_motion: bool, region: tuple[str, ...] | None = None
 ) -> ObjectSpec:
-    moves = with_motion and (obj.motion in DIRECTIONS or obj.second_motion is not None)
     return ObjectSpec(
         obj.shape,
         obj.colour,
         obj.size if with_size else None,
         obj.motion if with_motion else None,
-        obj.speed if moves and obj.speed != "normal" else None,
+        obj.speed if with_motion and obj.changes_place and obj.speed != "normal" else None,
         obj.second_motion if with_motion else None,
         region,
     )

@@ -34,7 +34,6 @@ from omnivideo.synthetic.object_edits import (
 )
 from omnivideo.synthetic.scenes import (
     COLOURS,
-    DIRECTIONS,
     SHAPES,
     Scene,
     SceneObject,
@@ -81,14 +80,13 @@ def spec_from_scene(
     """Return a scene's content as a prompt would describe it, with size and place of the given objects only."""
     object_specs = []
     for obj in scene.objects:
-        moves = scene.is_video and (obj.motion in DIRECTIONS or obj.second_motion in DIRECTIONS)
         object_specs.append(
             ObjectSpec(
                 obj.shape,
                 obj.colour,
                 obj.size if obj in sized_objects else None,
                 obj.motion if scene.is_video else None,
-                obj.speed if moves else None,
+                obj.speed if scene.is_video and obj.changes_place else None,
                 obj.second_motion if scene.is_video else None,
                 find_region(obj) if obj in placed_objects else None,
             )

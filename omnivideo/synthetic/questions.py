@@ -143,7 +143,7 @@ def ask_count(rng: random.Random, scene: Scene) -> SceneQuestion:
 
 def ask_position(rng: random.Random, scene: Scene) -> SceneQuestion | None:
     reference = sample_reference(rng, scene)
-    if reference is None or reference[0].motion in DIRECTIONS or reference[0].second_motion is not None:
+    if reference is None or reference[0].changes_place:
         return None
     obj, words = reference
     forms = ("where is {}?", "in which part of the picture is {}?", "where can you see {}?")
@@ -280,7 +280,7 @@ def detection_from_scene(scene: Scene) -> SceneDetection:
             obj.motion,
             obj.x,
             obj.y,
-            obj.speed if obj.motion in DIRECTIONS or obj.second_motion in DIRECTIONS else None,
+            obj.speed if obj.changes_place else None,
             obj.second_motion,
         )
         for obj in scene.objects

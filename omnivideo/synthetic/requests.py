@@ -115,6 +115,17 @@ class SceneRequest:
     def medium(self) -> Medium:
         return "video" if self.target.is_video else "image"
 
+    @property
+    def frame_count(self) -> int:
+        """Return the number of frames of the result; a continued clip has its source in front."""
+        given = self.source.frame_count - 1 if self.task == "video-extension" and self.source else 0
+        return given + self.target.frame_count
+
+    @property
+    def given_frame_count(self) -> int:
+        """Return the number of frames of the result that the source gives; 0 for generation and edits."""
+        return self.source.frame_count if self.task in CONTINUATION_TASKS and self.source else 0
+
     def render_target(self) -> np.ndarray:
         """Return the pixels of the result, uint8 [F, 64, 64, 3]; a continued clip comes with its source in front."""
         target = render_scene(self.target)

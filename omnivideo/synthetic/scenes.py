@@ -110,9 +110,14 @@ class SceneObject:
     speed: str = "normal"
     second_motion: str | None = None
 
+    @property
+    def changes_place(self) -> bool:
+        """Return whether one of its motions has a direction; only then its speed matters."""
+        return self.motion in DIRECTIONS or self.second_motion in DIRECTIONS
+
     def centre_at(self, frame_index: int) -> Point:
         """Return the centre (x, y) at a frame."""
-        if self.motion not in DIRECTIONS and self.second_motion not in DIRECTIONS:
+        if not self.changes_place:
             return self.x, self.y
         return trace_path(
             get_centre_bounds(self.size, self.motion), (self.x, self.y), self.motion, self.second_motion, self.speed

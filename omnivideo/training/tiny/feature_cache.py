@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import SiglipVisionModel
 
+from omnivideo.contracts import VAE_TEMPORAL_STRIDE
 from omnivideo.models.mllm import add_position_ids, forward_hidden_states, prepare_hidden_state_inputs
 from omnivideo.models.omni import OmniVideoModel
 from omnivideo.models.vae import encode_pixels, pixels_from_bytes
@@ -30,8 +31,6 @@ from omnivideo.training.tiny.mllm import message_from_request
 ProgressCallback = Callable[[int, int], None]
 T = TypeVar("T")
 CHUNK_SIZE = 32
-# The latent frames of a target that its source gives: those of a still, or of a clip of 9 frames.
-GIVEN_LATENT_FRAMES = {"image-to-video": 1, "keyframes-to-video": 1, "video-extension": 3}
 
 
 @dataclass(frozen=True)
@@ -160,5 +159,5 @@ def load_cached_task(
         hidden_states,
         text_embeddings,
         tensors["embeddings"],
-        GIVEN_LATENT_FRAMES.get(requests[0].task, 0),
+        -(-requests[0].given_frame_count // VAE_TEMPORAL_STRIDE),
     )
