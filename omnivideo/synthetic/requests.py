@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal, get_args
 
 import numpy as np
@@ -194,7 +195,7 @@ def sample_continuation_request(
     samplers = {
         "image-to-video": sample_animation_request,
         "video-extension": sample_extension_request,
-        "keyframes-to-video": sample_keyframes_request,
+        "keyframes-to-video": partial(sample_keyframes_request, split=split),  # the motions are those of the scene
     }
     while True:
         request = samplers[task](rng)
@@ -256,9 +257,9 @@ def sample_extension_request(rng: random.Random) -> SceneRequest:
         return SceneRequest("video-extension", text, target, source)
 
 
-def sample_keyframes_request(rng: random.Random) -> SceneRequest:
+def sample_keyframes_request(rng: random.Random, split: Split) -> SceneRequest:
     """Return a request for the clip between two stills: its first and its last frame."""
-    target = sample_scene(rng, is_video=True, composed_share=0.5)
+    target = sample_scene(rng, is_video=True, split=split, composed_share=0.5)
     return SceneRequest(
         "keyframes-to-video", rng.choice(KEYFRAMES_PHRASES), target, target.freeze(0), target.freeze(CLIP_FRAMES - 1)
     )

@@ -15,7 +15,6 @@ from fnmatch import fnmatch
 import pytest
 
 LONG = (
-    "cli/test_cli.py::test_evaluate_scores_every_category",
     # Training on several processes, each of which imports torch.
     "training/engine/test_distributed.py::test_a_run_resumes_on_two_processes*",
     "training/engine/test_distributed.py::test_two_processes_have_the_losses_of_one",

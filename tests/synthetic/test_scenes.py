@@ -173,6 +173,13 @@ def test_continued_clips_begin_with_the_given_frames(task):
             assert np.array_equal(clip[-1:], render_scene(request.last_frame))
 
 
+@pytest.mark.parametrize("task", CONTINUATION_TASKS)
+def test_held_out_continuations_generate_a_held_out_object(task):
+    rng = random.Random(task)
+    for _ in range(20):
+        assert any(map(is_held_out, sample_continuation_request(rng, task, split="held_out").target.objects))
+
+
 def test_a_seam_is_seen():
     """A clip whose second half comes from another scene has a visible seam."""
     rng = random.Random(0)
