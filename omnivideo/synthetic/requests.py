@@ -1,6 +1,7 @@
 """Requests for images, videos, edits and continuations in a user's words, each with the scene that fulfils it."""
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal, get_args
@@ -192,7 +193,7 @@ def sample_continuation_request(
 
     In training nothing that is shown or generated has a held-out object; a held-out request generates one.
     """
-    samplers = {
+    samplers: dict[ContinuationTask, Callable[[random.Random], SceneRequest]] = {
         "image-to-video": sample_animation_request,
         "video-extension": sample_extension_request,
         "keyframes-to-video": partial(sample_keyframes_request, split=split),  # the motions are those of the scene
