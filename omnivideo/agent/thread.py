@@ -173,6 +173,11 @@ class Thread:
         """Return every attached or generated artifact, in order."""
         return [Artifact(**artifact) for artifact in self.graph.get_state(self.config).values.get("artifacts", [])]
 
+    def get_current_key(self) -> str | None:
+        """Return the key of the artifact that "it" refers to, or None."""
+        key: str | None = self.graph.get_state(self.config).values.get("current_key")
+        return key
+
     def get_lineage(self, key: str | None = None) -> list[Artifact]:
         """Return an artifact, by default the last one, and the artifacts that it was edited from, newest first."""
         artifacts = self.get_artifacts()
