@@ -11,6 +11,7 @@ emits events while a turn runs.
 
 import hashlib
 import time
+from dataclasses import replace
 from typing import Any, Literal
 
 from langgraph.checkpoint.base import BaseCheckpointSaver
@@ -20,10 +21,16 @@ from langgraph.types import interrupt
 
 from omnivideo.agent import english_rules
 from omnivideo.agent.capabilities import build_refusal, get_task, reconcile_route
-from omnivideo.agent.mllm_plan import LAST, NEW, build_plan_request, build_plan_schema, parse_plan
+from omnivideo.agent.command_results import execute_command
+from omnivideo.agent.mllm_plan import CURRENT
 from omnivideo.agent.planner_prompts import load_prompts
 from omnivideo.agent.references import ReferenceSearch
+from omnivideo.agent.small_world import replies
+from omnivideo.agent.small_world.facts import answer_fact
+from omnivideo.agent.small_world.reading import Context
+from omnivideo.agent.small_world.turn_reading import resolve_reply
 from omnivideo.agent.state import PlannerState
+from omnivideo.agent.turn_plan import PlannedAction, get_details, plan_by_mllm, plan_by_words, splice_actions, to_state
 from omnivideo.contracts import (
     MAX_SEED,
     THINK_END,
@@ -44,6 +51,7 @@ from omnivideo.turns import (
     ActionResult,
     ArtifactReady,
     Candidate,
+    ExecutedCommand,
     Goal,
     Plan,
     PlanReady,
@@ -66,6 +74,7 @@ NOTHING_TO_EDIT_QUESTION = "There is nothing to change yet. What should I create
 ROUTE_QUESTION = "I am not sure what you would like: a picture, a clip, or an answer in words?"
 UNCLEAR_QUESTION = "I am not sure what you mean. What exactly should I make?"
 DECLINE_MESSAGE = "I cannot help with that; I make and change clips and pictures, and answer questions about them."
+GOALS_WITHOUT_SOURCE = ("ask", "decline", "command")
 MAX_QUESTIONS = 3  # about unclear requests, in one turn
 
 
@@ -96,18 +105,31 @@ class Planner:
 
     def build_graph(self, checkpointer: BaseCheckpointSaver[Any]) -> Any:
         builder = StateGraph(PlannerState)
-        for name in ("plan", "think", "route", "understand", "generate", "edit", "ask", "decline", "check", "answer"):
+        for name in (
+            "plan",
+            "think",
+            "route",
+            "understand",
+            "generate",
+            "edit",
+            "ask",
+            "decline",
+            "command",
+            "check",
+            "answer",
+        ):
             builder.add_node(name, getattr(self, name))
         builder.add_node(REFERENCE_NODE, self.resolve_reference)
         builder.add_edge(START, "plan")
         builder.add_edge("plan", REFERENCE_NODE)
         builder.add_conditional_edges(
-            REFERENCE_NODE, choose_node_after_reference, ["think", "ask", "decline", REFERENCE_NODE, "answer"]
+            REFERENCE_NODE, choose_node_after_reference, ["think", *GOALS_WITHOUT_SOURCE, REFERENCE_NODE, "answer"]
         )
         builder.add_edge("think", "route")
         builder.add_conditional_edges("route", choose_goal_node, ["understand", "generate", "edit", "ask", "decline"])
         builder.add_conditional_edges("understand", choose_next_node, [REFERENCE_NODE, "answer"])
         builder.add_conditional_edges("decline", choose_next_node, [REFERENCE_NODE, "answer"])
+        builder.add_conditional_edges("command", choose_next_node, [REFERENCE_NODE, "answer"])
         builder.add_edge("ask", REFERENCE_NODE)
         builder.add_edge("generate", "check")
         builder.add_edge("edit", "check")
@@ -118,45 +140,36 @@ class Planner:
     # ------------------------------------------------------------ planning and resolving references
 
     def plan(self, state: PlannerState) -> dict[str, Any]:
-        actions = self.split_actions(state)
-        emit_event(PlanReady(plan=Plan(actions=tuple(Action(text=action["text"]) for action in actions))))
+        descriptions = dict(state.get("descriptions", {}))
+        actions = self.plan_actions(state, state["text"], descriptions)
+        emit_event(PlanReady(plan=Plan(actions=tuple(Action(text=action.text) for action in actions))))
         attachments = state["attachments"]
-        return {
-            "action_texts": [action["text"] for action in actions],
-            "action_references": [action["reference"] for action in actions],
-            "action_goals": [action["goal"] for action in actions],
-            "action_messages": [action["message"] for action in actions],
+        return to_state(actions) | {
             "action_index": 0,
             "clarifications": [],
             "results": [],
             "artifacts": attachments,
             "current_key": attachments[-1]["key"] if attachments else state.get("current_key"),
-            "descriptions": state.get("descriptions", {}),
+            "descriptions": descriptions,
         }
 
-    def split_actions(self, state: PlannerState) -> list[dict[str, str]]:
-        """Return each action's text, and its reference, goal and message to the user; "" if the plan does not say.
-
-        An MLLM that can plan does this itself. Its plan is valid unless it is cut off before the first action is
-        complete; the turn is then one action about the last artifact.
-        """
-        unplanned = {"reference": "", "goal": "", "message": ""}
-        if self.prompts.plan is None:
-            return [unplanned | {"text": text} for text in english_rules.split_actions(state["text"])]
+    def plan_actions(self, state: PlannerState, text: str, descriptions: dict[str, str]) -> list[PlannedAction]:
+        """Return the actions of a text: as an MLLM that can plan writes them, or as the words say."""
         artifacts = [Artifact(**artifact) for artifact in state.get("artifacts", []) + state["attachments"]]
-        request = MLLMRequest(
-            text=build_plan_request(state["text"], artifacts),
-            system=self.prompts.plan,
-            json_schema=build_plan_schema(len(artifacts)),
+        if self.prompts.plan is not None:
+            return plan_by_mllm(text, artifacts, self.mllm, self.prompts.plan)
+        search = ReferenceSearch(self.mllm, self.prompts.describe, artifacts, descriptions, [])
+        key = state["attachments"][-1]["key"] if state["attachments"] else state.get("current_key")
+        current = search.artifact_from_plan(CURRENT, key)
+        context = Context(
+            self.preset,
+            artifacts,
+            current.medium if current else None,
+            state["turns"][-1]["text"] if state["turns"] else "",
+            artifacts.index(current) + 1 if current else 0,
+            lambda: search.describe_artifact(current) if current else "",
         )
-        planned_actions = parse_plan("".join(self.mllm.stream_text(request)), len(artifacts))
-        if not planned_actions:
-            return [unplanned | {"text": state["text"], "reference": LAST if artifacts else NEW}]
-        return [
-            {"text": action.do.strip(), "reference": action.about, "goal": action.action,
-             "message": getattr(action, "say", "")}
-            for action in planned_actions
-        ]  # fmt: skip
+        return plan_by_words(text, context)
 
     def resolve_reference(self, state: PlannerState) -> dict[str, Any]:
         """Find the artifact that the action refers to; ask the user if that is unclear."""
@@ -169,7 +182,7 @@ class Planner:
         )
         text, goal = state["action_texts"][state["action_index"]], get_planned(state, "action_goals")
         source: Artifact | None = None
-        if goal not in ("ask", "decline"):
+        if goal not in GOALS_WITHOUT_SOURCE:
             source = self.find_referenced_artifact(state, text, search)
             if source is None and not search.artifacts and self.is_edit(state, goal, text):
                 # The reply replaces the request.
@@ -197,7 +210,7 @@ class Planner:
         if state["action_index"] == 0 and state["attachments"]:
             return search.artifacts[-1]
         if reference := state["action_references"][state["action_index"]]:
-            return search.artifact_from_plan(reference)
+            return search.artifact_from_plan(reference, state["current_key"])
         return search.resolve_by_words(text, state["current_key"])
 
     # ------------------------------------------------------------ think and route
@@ -205,7 +218,10 @@ class Planner:
     def think(self, state: PlannerState) -> dict[str, Any]:
         """Route the request; in think mode, also rewrite it by reasoning before anything is rendered."""
         request, source = self.build_request(state), self.find_source(state)
-        route = reconcile_route(self.preset, get_planned(state, "action_goals"), self.mllm.route(request), source)
+        if medium := get_details(state).get("medium"):  # the words say it
+            route = Route(kind=medium, probability=1.0)
+        else:
+            route = reconcile_route(self.preset, get_planned(state, "action_goals"), self.mllm.route(request), source)
         if route.kind == "ask" and len(state["clarifications"]) >= MAX_QUESTIONS:
             route = Route(kind="text", probability=1.0)
         updates: dict[str, Any] = {"detected_route": route.model_dump(), "trace": None}
@@ -264,11 +280,15 @@ class Planner:
         question, index = state["message"], state["action_index"]
         reply = str(interrupt(question))
         updates: dict[str, Any] = {"clarifications": [*state["clarifications"], (question, reply)]}
-        answered = {"action_texts": f"{state['action']['text']}\n{reply}", "action_goals": "", "action_messages": ""}
-        for key, value in answered.items():
-            values = list(state.get(key) or [""] * len(state["action_texts"]))  # type: ignore[call-overload]
-            updates[key] = [*values[:index], value, *values[index + 1 :]]
-        return updates
+        request = state["action"]["text"]
+        actions = [PlannedAction(f"{request}\n{reply}", state["action_references"][index])]
+        if self.prompts.plan is None:  # the MLLM knows only its own wording, so the reply is read anew
+            descriptions = dict(state["descriptions"])
+            actions = self.plan_actions(state, resolve_reply(request, question, reply), descriptions)
+            if len(updates["clarifications"]) >= MAX_QUESTIONS:
+                actions = [replace(action, goal=action.goal.replace("ask", "decline")) for action in actions]
+            updates["descriptions"] = descriptions
+        return updates | splice_actions(state, index, index + 1, actions)
 
     def decline(self, state: PlannerState) -> dict[str, Any]:
         """Answer with the refusal; nothing is rendered."""
@@ -278,14 +298,52 @@ class Planner:
             state, ActionResult(action=action, goal="decline", route=route, trace=None, answer=state["message"])
         )
 
+    def command(self, state: PlannerState) -> dict[str, Any]:
+        """Execute a command about the conversation, without the MLLM."""
+        command = ExecutedCommand(**get_details(state)["command"])
+        help_text = replies.HELP if self.prompts.plan is None else replies.HELP_OPEN
+        outcome = execute_command(state, command, help_text)
+        emit_event(TextDelta(delta=outcome.message))
+        if outcome.artifact is not None:
+            emit_event(ArtifactReady(artifact=outcome.artifact))
+        goal: Goal = "decline" if outcome.is_refused else "command"
+        action, route = Action(**state["action"]), Route(kind="text", probability=1.0)
+        result = ActionResult(
+            action=action, goal=goal, route=route, trace=None, artifact=outcome.artifact, answer=outcome.message,
+            command=None if outcome.is_refused else command,
+        )  # fmt: skip
+        following = state["action_index"] + 1
+        added = splice_actions(state, following, following, outcome.actions) if outcome.actions else {}
+        return close_action(state, result) | added | outcome.updates
+
     # ------------------------------------------------------------ the three goals
 
     def understand(self, state: PlannerState) -> dict[str, Any]:
         answer = ""
-        for piece in self.mllm.stream_text(self.build_request(state)):
+        for piece in self.answer_fact(state) or self.mllm.stream_text(self.build_request(state)):
             answer += piece
             emit_event(TextDelta(delta=piece))
         return close_action(state, ActionResult(**self.build_result_fields(state, "understand"), answer=answer.strip()))
+
+    def answer_fact(self, state: PlannerState) -> list[str]:
+        """Return the answer to a question about what the file, the world or the thread says; [] for another."""
+        details, source = get_details(state), self.find_source(state)
+        if say := details.get("say"):
+            return [say]
+        fact = details.get("fact")
+        if fact is None or source is None:
+            return []
+        artifacts = [Artifact(**artifact) for artifact in state["artifacts"]]
+        search = ReferenceSearch(self.mllm, self.prompts.describe, artifacts, dict(state["descriptions"]), [])
+        earlier = next((artifact for artifact in artifacts if artifact.key == source.source), None)
+        return [
+            answer_fact(
+                fact,
+                source,
+                search.describe_artifact(source) if fact == "corners" else "",
+                search.describe_artifact(earlier) if earlier and fact == "earlier" else "",
+            )
+        ]
 
     def generate(self, state: PlannerState) -> dict[str, Any]:
         return self.render_candidate(state, None)
@@ -314,7 +372,7 @@ class Planner:
                 get_editing_task(medium) if source else get_generation_task(medium),
                 steps=options.steps,
                 guidance_scale=options.guidance_scale,
-                seed=(base_seed + attempt) % (MAX_SEED + 1),
+                seed=(base_seed + attempt + get_details(state).get("seed_offset", 0)) % (MAX_SEED + 1),
             ),
         )
         artifact = self.follow_job(job, final=options.check == 1)
@@ -419,7 +477,7 @@ def choose_node_after_reference(state: PlannerState) -> str:
     if state["action_done"]:
         return choose_next_node(state)
     goal = get_planned(state, "action_goals")
-    return goal if goal in ("ask", "decline") else "think"
+    return goal if goal in GOALS_WITHOUT_SOURCE else "think"
 
 
 def choose_goal_node(state: PlannerState) -> str:

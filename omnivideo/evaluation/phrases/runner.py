@@ -18,7 +18,7 @@ from omnivideo.media.artifacts import load_frames
 from omnivideo.presets import Preset
 from omnivideo.synthetic.facts import SceneDetection
 from omnivideo.synthetic.scorer import detect_scene
-from omnivideo.turns import QuestionAsked, TextDelta, TurnCompleted, TurnEvent
+from omnivideo.turns import ActionResult, QuestionAsked, TextDelta, TurnCompleted, TurnEvent
 
 ReadFacts = Callable[[Artifact], SceneDetection | None]
 Reaction = Literal["made", "answered", "asked", "declined"]
@@ -93,19 +93,20 @@ def say_phrase(thread: Any, phrase: Phrase, read_facts: ReadFacts | None, **opti
     for message in phrase.before:
         list(thread.send(message, **options))
     earlier = len(thread.get_artifacts())
-    reply, question, goals = [], "", list[str]()
+    reply, question, results = [], "", list[ActionResult]()
     try:
         for event in thread.send(phrase.text, **options):
             reply.append(get_words(event))
             question = event.text if isinstance(event, QuestionAsked) else question
             if isinstance(event, TurnCompleted):
-                goals = [result.goal for result in event.turn.results]
+                results = list(event.turn.results)
     except OmniVideoError as error:  # what a user sees instead of a result
         reply.append(str(error))
     return PhraseOutcome(
         reply="".join(reply).strip(),
         is_question=bool(question),
-        declined="decline" in goals,
+        declined=any(result.goal == "decline" for result in results),
+        commands=tuple(result.command for result in results if result.command),
         artifacts=build_produced_artifacts(thread.get_artifacts(), earlier, read_facts),
         earlier=earlier,
         current=find_number(thread.get_artifacts(), thread.get_current_key()),
