@@ -44,7 +44,7 @@ class ExecutedCommand(FrozenModel):
     """A command about the conversation: `which` is the number of a result, `count` that of the variations."""
 
     name: CommandName
-    arguments: dict[CommandArgument, int | str] = {}
+    arguments: dict[CommandArgument, int | str] = Field(default_factory=dict)
 
 
 class ActionResult(FrozenModel):

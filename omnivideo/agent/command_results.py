@@ -93,9 +93,9 @@ def save_artifact(artifact: Artifact | None, command: ExecutedCommand) -> Comman
     file = str(command.arguments.get("file") or "")
     suffix = file.rpartition(".")[2].lower() if file else str(command.arguments.get("format") or allowed[0])
     if suffix not in allowed:
-        return CommandOutcome(
-            f"I cannot write {suffix} files. A {NOUNS[artifact.medium]} can be saved as {' or '.join(allowed)}.", is_refused=True
-        )  # fmt: skip
+        noun = NOUNS[artifact.medium]
+        message = f"I cannot write {suffix} files. A {noun} can be saved as {' or '.join(allowed)}."
+        return CommandOutcome(message, is_refused=True)
     return CommandOutcome(
         f"Here is the {NOUNS[artifact.medium]}" + (f" for {file}." if file else f" as {suffix}."), artifact
     )

@@ -18,8 +18,9 @@ from omnivideo.turns import CommandName, ExecutedCommand
 MAX_VARIATIONS = 8
 FILE_FORMATS = {"video": ("mp4", "gif"), "image": ("png", "gif")}
 NUMBERS = {
-    "a": 1, "an": 1, "one": 1, "another": 1, "two": 2, "a couple of": 2, "a pair of": 2, "couple": 2, "three": 3, "some": 3,
-    "several": 3, "a few": 3, "few": 3, "other": 3, "more": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8,
+    "a": 1, "an": 1, "one": 1, "another": 1, "two": 2, "a couple of": 2, "a pair of": 2, "couple": 2, "three": 3,
+    "some": 3, "several": 3, "a few": 3, "few": 3, "other": 3, "more": 3, "four": 4, "five": 5, "six": 6,
+    "seven": 7, "eight": 8,
 }  # fmt: skip
 COUNT = rf"(?P<count>\d+|{'|'.join(sorted(NUMBERS, key=len, reverse=True))})"
 PATTERNS_FILE = "prompts/commands.toml"

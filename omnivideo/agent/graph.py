@@ -15,22 +15,31 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from langgraph.checkpoint.base import BaseCheckpointSaver
-from langgraph.config import get_config, get_stream_writer
+from langgraph.config import get_config
 from langgraph.graph import END, START, StateGraph
 from langgraph.types import interrupt
 
 from omnivideo.agent import english_rules
 from omnivideo.agent.capabilities import build_refusal, get_task, reconcile_route
 from omnivideo.agent.command_results import execute_command
-from omnivideo.agent.mllm_plan import CURRENT
 from omnivideo.agent.planner_prompts import load_prompts
 from omnivideo.agent.references import ReferenceSearch
 from omnivideo.agent.small_world import replies
 from omnivideo.agent.small_world.facts import answer_fact
-from omnivideo.agent.small_world.reading import Context
 from omnivideo.agent.small_world.turn_reading import resolve_reply
 from omnivideo.agent.state import PlannerState
-from omnivideo.agent.turn_plan import PlannedAction, get_details, plan_by_mllm, plan_by_words, splice_actions, to_state
+from omnivideo.agent.transitions import (
+    GOALS_WITHOUT_SOURCE,
+    REFERENCE_NODE,
+    choose_goal_node,
+    choose_next_node,
+    choose_node_after_check,
+    choose_node_after_reference,
+    close_action,
+    emit_event,
+    get_planned,
+)
+from omnivideo.agent.turn_plan import PlannedAction, get_details, plan_turn, splice_actions, to_state
 from omnivideo.contracts import (
     MAX_SEED,
     THINK_END,
@@ -61,25 +70,16 @@ from omnivideo.turns import (
     ThinkTrace,
     Turn,
     TurnCompleted,
-    TurnEvent,
     TurnOptions,
 )
 
-# The names of the nodes are part of every stored checkpoint: a turn that waits for a reply resumes by these names. This
-# node's name is older than its method's name.
-REFERENCE_NODE = "refer"
 MIN_ROUTE_PROBABILITY = 0.5  # below this probability, the user is asked
 MIN_AGREEMENT = 0.5  # a candidate with this agreement is accepted
 NOTHING_TO_EDIT_QUESTION = "There is nothing to change yet. What should I create?"
 ROUTE_QUESTION = "I am not sure what you would like: a picture, a clip, or an answer in words?"
 UNCLEAR_QUESTION = "I am not sure what you mean. What exactly should I make?"
 DECLINE_MESSAGE = "I cannot help with that; I make and change clips and pictures, and answer questions about them."
-GOALS_WITHOUT_SOURCE = ("ask", "decline", "command")
 MAX_QUESTIONS = 3  # about unclear requests, in one turn
-
-
-def emit_event(event: TurnEvent) -> None:
-    get_stream_writer()(event)
 
 
 def derive_seed(*parts: object) -> int:
@@ -141,7 +141,7 @@ class Planner:
 
     def plan(self, state: PlannerState) -> dict[str, Any]:
         descriptions = dict(state.get("descriptions", {}))
-        actions = self.plan_actions(state, state["text"], descriptions)
+        actions = plan_turn(self.mllm, self.preset, self.prompts, state, state["text"], descriptions)
         emit_event(PlanReady(plan=Plan(actions=tuple(Action(text=action.text) for action in actions))))
         attachments = state["attachments"]
         return to_state(actions) | {
@@ -152,24 +152,6 @@ class Planner:
             "current_key": attachments[-1]["key"] if attachments else state.get("current_key"),
             "descriptions": descriptions,
         }
-
-    def plan_actions(self, state: PlannerState, text: str, descriptions: dict[str, str]) -> list[PlannedAction]:
-        """Return the actions of a text: as an MLLM that can plan writes them, or as the words say."""
-        artifacts = [Artifact(**artifact) for artifact in state.get("artifacts", []) + state["attachments"]]
-        if self.prompts.plan is not None:
-            return plan_by_mllm(text, artifacts, self.mllm, self.prompts.plan)
-        search = ReferenceSearch(self.mllm, self.prompts.describe, artifacts, descriptions, [])
-        key = state["attachments"][-1]["key"] if state["attachments"] else state.get("current_key")
-        current = search.artifact_from_plan(CURRENT, key)
-        context = Context(
-            self.preset,
-            artifacts,
-            current.medium if current else None,
-            state["turns"][-1]["text"] if state["turns"] else "",
-            artifacts.index(current) + 1 if current else 0,
-            lambda: search.describe_artifact(current) if current else "",
-        )
-        return plan_by_words(text, context)
 
     def resolve_reference(self, state: PlannerState) -> dict[str, Any]:
         """Find the artifact that the action refers to; ask the user if that is unclear."""
@@ -284,7 +266,9 @@ class Planner:
         actions = [PlannedAction(f"{request}\n{reply}", state["action_references"][index])]
         if self.prompts.plan is None:  # the MLLM knows only its own wording, so the reply is read anew
             descriptions = dict(state["descriptions"])
-            actions = self.plan_actions(state, resolve_reply(request, question, reply), descriptions)
+            actions = plan_turn(
+                self.mllm, self.preset, self.prompts, state, resolve_reply(request, question, reply), descriptions
+            )
             if len(updates["clarifications"]) >= MAX_QUESTIONS:
                 actions = [replace(action, goal=action.goal.replace("ask", "decline")) for action in actions]
             updates["descriptions"] = descriptions
@@ -335,15 +319,7 @@ class Planner:
             return []
         artifacts = [Artifact(**artifact) for artifact in state["artifacts"]]
         search = ReferenceSearch(self.mllm, self.prompts.describe, artifacts, dict(state["descriptions"]), [])
-        earlier = next((artifact for artifact in artifacts if artifact.key == source.source), None)
-        return [
-            answer_fact(
-                fact,
-                source,
-                search.describe_artifact(source) if fact == "corners" else "",
-                search.describe_artifact(earlier) if earlier and fact == "earlier" else "",
-            )
-        ]
+        return [answer_fact(fact, source, artifacts, search.describe_artifact)]
 
     def generate(self, state: PlannerState) -> dict[str, Any]:
         return self.render_candidate(state, None)
@@ -452,45 +428,3 @@ class Planner:
 
 def get_thread_id() -> str:
     return str(get_config()["configurable"]["thread_id"])
-
-
-def close_action(state: PlannerState, result: ActionResult) -> dict[str, Any]:
-    return {
-        "results": [*state["results"], result.model_dump()],
-        "action_index": state["action_index"] + 1,
-        "action_done": True,
-    }
-
-
-def choose_next_node(state: PlannerState) -> str:
-    return REFERENCE_NODE if state["action_index"] < len(state["action_texts"]) else "answer"
-
-
-def get_planned(state: PlannerState, key: Literal["action_goals", "action_messages"]) -> str:
-    """Return what the plan says of the current action; "" if there is no plan, or the turn began before there were."""
-    values = state.get(key)
-    return values[state["action_index"]] if values else ""
-
-
-def choose_node_after_reference(state: PlannerState) -> str:
-    """Return the node after a resolved reference; an action that only returns to an artifact is already done."""
-    if state["action_done"]:
-        return choose_next_node(state)
-    goal = get_planned(state, "action_goals")
-    return goal if goal in GOALS_WITHOUT_SOURCE else "think"
-
-
-def choose_goal_node(state: PlannerState) -> str:
-    kind = state["detected_route"]["kind"]
-    if kind == "ask":
-        return "ask"
-    if state.get("message"):
-        return "decline"
-    if kind == "text":
-        return "understand"
-    return "edit" if state["action"]["source"] else "generate"
-
-
-def choose_node_after_check(state: PlannerState) -> str:
-    """Return the node that renders the next candidate, or the node of the next action if this one is done."""
-    return choose_next_node(state) if state["action_done"] else choose_goal_node(state)

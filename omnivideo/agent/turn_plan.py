@@ -10,12 +10,23 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from omnivideo.agent.commands import find_command
-from omnivideo.agent.mllm_plan import LAST, NEW, PlannedCommand, build_plan_request, build_plan_schema, parse_plan
+from omnivideo.agent.mllm_plan import (
+    CURRENT,
+    LAST,
+    NEW,
+    PlannedCommand,
+    build_plan_request,
+    build_plan_schema,
+    parse_plan,
+)
+from omnivideo.agent.planner_prompts import Prompts
+from omnivideo.agent.references import ReferenceSearch
 from omnivideo.agent.small_world.reading import Context, Reading
 from omnivideo.agent.small_world.turn_reading import read_turn
 from omnivideo.agent.state import PlannerState
 from omnivideo.contracts import Artifact, MLLMRequest
 from omnivideo.ports import MLLM
+from omnivideo.presets import Preset
 
 # What an English command is to a preset that plans; the others depend on the conversation, and its MLLM plans them.
 COMMANDS_FOR_EVERY_PRESET = ("undo", "restart", "help", "recap", "list", "save", "export")
@@ -58,8 +69,27 @@ def get_details(state: PlannerState) -> Mapping[str, Any]:
     return details[state["action_index"]] if details else {}
 
 
-def plan_by_words(text: str, context: Context) -> list[PlannedAction]:
-    """Return the actions that the words of a turn ask for, for an MLLM that is too small to plan."""
+def plan_turn(
+    mllm: MLLM, preset: Preset, prompts: Prompts, state: PlannerState, text: str, descriptions: dict[str, str]
+) -> list[PlannedAction]:
+    """Return the actions of a text: as an MLLM that can plan writes them, or as the words say.
+
+    `descriptions` receives the MLLM's descriptions of the artifacts that it had to look at.
+    """
+    artifacts = [Artifact(**artifact) for artifact in state.get("artifacts", []) + state["attachments"]]
+    if prompts.plan is not None:
+        return plan_by_mllm(text, artifacts, mllm, prompts.plan)
+    search = ReferenceSearch(mllm, prompts.describe, artifacts, descriptions, [])
+    key = state["attachments"][-1]["key"] if state["attachments"] else state.get("current_key")
+    current = search.artifact_from_plan(CURRENT, key)
+    context = Context(
+        preset,
+        artifacts,
+        current.medium if current else None,
+        state["turns"][-1]["text"] if state["turns"] else "",
+        artifacts.index(current) + 1 if current else 0,
+        lambda: search.describe_artifact(current) if current else "",
+    )
     return [action_from_reading(reading) for reading in read_turn(text, context)]
 
 

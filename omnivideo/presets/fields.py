@@ -6,7 +6,8 @@ from pydantic import BaseModel, ConfigDict, model_validator
 
 Task = Literal["text-to-image", "text-to-video", "image-editing", "video-editing"]
 EditKind = Literal[
-    "recolour", "reshape", "add", "remove", "background", "motion", "resize", "replace", "swap", "place", "speed", "path",
+    "recolour", "reshape", "add", "remove", "background", "motion", "resize", "replace", "swap", "place", "speed",
+    "path",
 ]  # fmt: skip
 ConditionPart = Literal["source", "visual", "hidden", "text"]
 DtypeName = Literal["float32", "bfloat16", "float16"]

@@ -24,7 +24,8 @@ NEGATIONS = ("not", "no", "never", "neither", "nor")
 DETERMINERS = ("the", "its", "their", "that", "this", "those", "these", "both", "all", "his", "same")
 RELATIVE_VERBS = ("is", "are", "does", "was", "should", "has", "goes", "looks")
 ATTRIBUTES = {
-    "places": "place", "place": "place", "positions": "place", "position": "place", "colours": "colour", "colour": "colour",
+    "places": "place", "place": "place", "positions": "place", "position": "place",
+    "colours": "colour", "colour": "colour",
     "shapes": "shape", "sizes": "size",
 }  # fmt: skip
 TARGET_MODIFIERS = ("colour", "size", "number", "region")
@@ -162,12 +163,15 @@ class EditReader:
         if token.has("reference", "rest") and not self.is_relative():
             self.set_target("them" if token.get("reference") == "them" else "it")
             return 1
-        if token.text in DETERMINERS or token.has("shape", "plural"):
-            if (end := self.find_noun(self.position + (token.text in DETERMINERS))) is not None:
+        is_definite = token.text in DETERMINERS
+        if is_definite or token.has("shape", "plural"):
+            end = self.find_noun(self.position + is_definite)
+            if end is not None:
                 return self.read_definite(token, end)
         is_number = token.has("number") and not token.has("thing") and not self.is_interjection()
         if token.text in ("a", "an", "another") or is_number:
-            if (end := self.find_noun(self.position + 1)) is not None:
+            end = self.find_noun(self.position + 1)
+            if end is not None:
                 return self.read_new_object(end)
         if token.has("colour", "size") and not self.is_background_here():
             end = self.find_noun(self.position + 1)
@@ -396,9 +400,8 @@ def build_object_changes(clause: Clause, target: str) -> list[Change]:
     if obj.shape is None:
         values = {name: value for name in ("colour", "size", "motion") if (value := getattr(obj, name))}
         return build_value_changes(values | clause.values, target)
-    return [Change("reshape", f"turn {target} into {obj.to_text()}", target)] + build_value_changes(
-        clause.values, target
-    )
+    reshape = Change("reshape", f"turn {target} into {obj.to_text()}", target)
+    return [reshape, *build_value_changes(clause.values, target)]
 
 
 def build_value_changes(values: dict[str, str], target: str) -> list[Change]:

@@ -1,13 +1,17 @@
 """Answers that need no look at the pixels: what the file, the world or the thread says."""
 
+from collections.abc import Callable, Sequence
+
 from omnivideo.agent.small_world.lexicon import load_lexicon, tokenize
 from omnivideo.agent.small_world.questions import FileFact
 from omnivideo.agent.small_world.scenes import read_scene
 from omnivideo.contracts import Artifact
 
 
-def answer_fact(fact: FileFact, artifact: Artifact, description: str, earlier_description: str) -> str:
-    """Return the answer; `description` is the MLLM's of the artifact, `earlier_description` of what it was made from."""
+def answer_fact(
+    fact: FileFact, artifact: Artifact, artifacts: Sequence[Artifact], describe: Callable[[Artifact], str]
+) -> str:
+    """Return the answer about an artifact of a thread; `describe` returns the MLLM's description of one."""
     if fact == "length":
         if artifact.medium == "image":
             return "It is a picture: one frame."
@@ -19,8 +23,9 @@ def answer_fact(fact: FileFact, artifact: Artifact, description: str, earlier_de
         noun = "picture" if artifact.medium == "image" else f"video of {artifact.frames} frames"
         return f"It is a {noun}."
     if fact == "earlier":
-        return f"Before that it was {earlier_description}." if earlier_description else "It has not been changed."
+        earlier = next((other for other in artifacts if other.key == artifact.source), None)
+        return f"Before that it was {describe(earlier)}." if earlier else "It has not been changed."
     corners = load_lexicon().values["corners"]
-    shapes = list(dict.fromkeys(obj.shape for obj in read_scene(tokenize(description)).objects if obj.shape))
+    shapes = list(dict.fromkeys(obj.shape for obj in read_scene(tokenize(describe(artifact))).objects if obj.shape))
     sentences = [f"A {shape} has {corners[shape][0]} corners." for shape in shapes]
     return " ".join(sentences) or "I do not see a shape."

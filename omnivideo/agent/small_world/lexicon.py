@@ -7,15 +7,8 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 
-CONTRACTIONS = (
-    (r"\bwanna\b", "want to"), (r"\bgonna\b", "going to"), (r"\bgimme\b", "give me"), (r"\blemme\b", "let me"),
-    (r"\bcan'?t\b|\bcannot\b", "can not"), (r"\bwon'?t\b", "will not"), (r"\b(\w+)n[' ]t\b", r"\1 not"),
-    (r"\b(do|does|did|is|are|should|would|could)nt\b", r"\1 not"),
-    (r"\b(\w+)'ll\b", r"\1 will"), (r"\b(i|you|we|they)'?ve\b", r"\1 have"), (r"\b(i|you|he|she|we|they)'d\b", r"\1 would"),
-    (r"\bi'?m\b", "i am"), (r"\blet'?s\b", "let us"), (r"\b(you|we|they)'re\b", r"\1 are"), (r"\b(\w+)'s\b(?= [\w-])", r"\1 is"),
-    (r"\b(?:take|cut|leave|throw|get|pull|cross|rub|wipe|paint|edit) ((?:the|that|this|those) (?:[\w-]+ ){0,3}?[\w-]+|it|that|them) (?:out|away|off|gone)\b(?! of the way)", r"remove \1"),
-    (r"\bpls\b|\bplz\b|\bplease\b", "please"), (r"\bcolor", "colour"), (r"\bcentre|\bcenter", "center"),
-)  # fmt: skip
+from omnivideo.agent.small_world.wordings import load_contractions
+
 MAX_PHRASE_WORDS = 7
 MIN_MISSPELT_LETTERS = 5
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -97,8 +90,8 @@ def load_lexicon() -> Lexicon:
 def load_content_words() -> frozenset[tuple[str]]:
     """Return the single words, of five letters or more, that a misspelt word may stand for."""
     categories = (
-        "shape", "plural", "colour", "size", "resize", "ground", "motion", "go", "direction", "medium", "speed", "thing", "add",
-        "remove", "replace", "swap", "make", "draw",
+        "shape", "plural", "colour", "size", "resize", "ground", "motion", "go", "direction", "medium", "speed", "thing",
+        "add", "remove", "replace", "swap", "make", "draw",
     )  # fmt: skip
     return frozenset(
         (phrase,)
@@ -109,9 +102,9 @@ def load_content_words() -> frozenset[tuple[str]]:
 
 def normalize_text(text: str) -> str:
     """Return a text in small letters, without contractions and typographic quotes."""
-    text = " ".join(text.lower().replace("’", "'").replace("‘", "'").split())
-    for pattern, replacement in CONTRACTIONS:
-        text = re.sub(pattern, replacement, text)
+    text = re.sub("[\u2018\u2019]", "'", " ".join(text.lower().split()))
+    for pattern, full in load_contractions():
+        text = pattern.sub(full, text)
     return text
 
 

@@ -7,35 +7,15 @@ from typing import Literal
 
 from omnivideo.agent.small_world.edits import name_target
 from omnivideo.agent.small_world.lexicon import Token
+from omnivideo.agent.small_world.wordings import load_pattern
 from omnivideo.contracts import Medium
 
-QUESTION_START = re.compile(
-    r"^(?:(?:and|so|but|ok|okay|hm+|well|hey|now|um|er|then|also|oh|hang on|wait|please|just|by the way|quick question|sorry)[ ,]+)*"
-    r"(?:how|what|which|where|who|whose|why|when|is|are|was|were|does|do|did|any|has|have you|am|tell me|describe|count|list|"
-    r"name|say what|explain|caption|can you (?:see|tell|say|describe|count|name|spot)|could you (?:see|tell|say|describe|count|name)|"
-    r"do you (?:see|know)|say|calculate|compute|i wonder|i would like to know|let me know|in which|in what|from which|give me the (?:number|colour))\b"
-)
-SUGGESTION = re.compile(r"^(?:and |so |but |ok |okay )*(?:what if|how about (?!the )|what about (?!the ))")
-FOLLOW_UP = re.compile(r"^(?:and|what about|how about|so|but) (?:the |is the )?(?P<rest>.+?)\s*\?$")
-# The wordings that the MLLM was trained on; they are passed on as they are.
-TRAINED_FORMS = re.compile(
-    r"(?:what|which) (?:colour|shape) (?:is|are|do) the [\w -]+(?: have)?\??|how many [\w -]+ (?:are there|do you see)\??"
-    r"|count the [\w -]+|describe (?:the (?:picture|video)|what you see)|caption this (?:picture|video)|what do you see\??"
-    r"|(?:is there|do you see|can you see) an? [\w -]+\??|(?:where is|where can you see|in which part of the picture is) the [\w -]+\??"
-    r"|(?:how|what|which way) does the [\w -]+ (?:move|do)\??|what happens to the [\w -]+\??|what is the \w+ (?:\w+ )?of (?:the )?[\w -]+\??"
-    r"|tell me the colour of the [\w -]+|is the [\w -]+ (?:small|little|tiny) or (?:large|big|huge)\??"
-    r"|does the [\w -]+ (?:stay still|move (?:left|right|up|down)|grow|shrink)\??"
-    r"|is the background \w+\??|what is the background colour\??|(?:what is in|is|does) this [\w ,-]+\??"
-    r"|what does the (?:picture|video) show\??|what is where\??|where is everything\??|where are the objects\??|how fast [\w -]+\??"
-    r"|(?:what shape|which shape|what) is the \w+ (?:object|one|thing)\??|is the [\w -]+ (?:left of|right of|above|over|higher than|below"
-    r"|under|beneath) the [\w -]+\??"
-)
 FileFact = Literal["medium", "length", "size", "corners", "earlier"]
 
 
 @dataclass(frozen=True)
 class QuestionReading:
-    """A question in the MLLM's words, or a fact that the file, the world or the thread gives; neither if not understood."""
+    """A question in the MLLM's words, or a fact that the file, the world or the thread gives; neither if unclear."""
 
     text: str = ""
     fact: FileFact | None = None
@@ -43,9 +23,9 @@ class QuestionReading:
 
 def is_question(text: str) -> bool:
     """Return whether a normalised text asks something about what there is."""
-    if SUGGESTION.match(text):
+    if load_pattern("suggestion").match(text):
         return False
-    if QUESTION_START.match(text) or FOLLOW_UP.match(text):
+    if load_pattern("question_start").match(text) or load_pattern("follow_up").match(text):
         return True
     return text.endswith("?") and bool(re.search(r"\b(?:is|are|was|were|does|do|did|has|have|right|correct)\b", text))
 
@@ -54,7 +34,7 @@ def read_question(text: str, tokens: Sequence[Token], medium: Medium, last: str 
     """Return what a normalised text asks about an artifact; `last` is the question before it, for "and the star?"."""
     if fact := find_file_fact(text):
         return QuestionReading(fact=fact)
-    if TRAINED_FORMS.fullmatch(text.strip(" .!")):
+    if load_pattern("trained_question").fullmatch(text.strip(" .!")):
         return QuestionReading(text)
     target = find_target(tokens)
     about_background = any(token.has("ground") for token in tokens)

@@ -17,40 +17,17 @@ from omnivideo.agent.small_world.lexicon import (
     split_words,
     tokenize,
 )
-from omnivideo.agent.small_world.questions import FOLLOW_UP, FileFact, is_question, read_question
+from omnivideo.agent.small_world.questions import FileFact, is_question, read_question
 from omnivideo.agent.small_world.scenes import BACKGROUNDS, MAX_OBJECTS, OBJECT_COLOURS, SceneRequest, read_scene
+from omnivideo.agent.small_world.wordings import load_pattern
 from omnivideo.contracts import Artifact, Medium
 from omnivideo.presets import Preset
 from omnivideo.turns import ExecutedCommand
 
 ReadingKind = Literal["do", "say", "ask", "decline", "command", "fact"]
-POLITE_REQUEST = re.compile(
-    r"^(?:(?:and|so|ok|okay|hey|hi|hello|please|um|well|now|then|also|but|oh|hm+|great|nice|perfect|thanks|alright)[\s,!.]+)*(?:can|could|would|will|may|might|should|do you think|is it possible|how about|what about|why not)\b"
-    r"(?! (?:you|i) (?:please )?(?:see|tell|say|describe|count|name|spot|explain)\b)"
-)
-CORRECTION = re.compile(
-    r"^(?:(?:hm+|oh|um|well|ah|hey|hang on|and|but|ok|okay)[\s,!.]+)*(?:no\b|nope|not\b|sorry|wrong|oops|whoops|wait|actually|i (?:said|meant|mean|asked|wanted|actually)|it (?:is|was) (?:meant|supposed)"
-    r"|my (?:fault|bad|mistake)|that is (?:not|wrong)|there should|that should)|.*, not (?:an? |the )?\w+$"
-)
-# The MLLM's own ways to ask for something new; what is asked so is passed on as it is.
-SCENE_FORM = re.compile(
-    r"(?:please )?(?:(?:draw|generate|make|create|show me|i want|can you make|i would like to see) )?"
-    r"(?:(?:(?:a|an) )?(?:picture|image|photo|still|video|clip|animation|footage) of )?(?:an?|one|two|three|four|[1-4]) (?!pair|trio|couple)[a-z -]+\b.*"
-)
-EDIT_FORM = re.compile(
-    r"(?:now )?(?:make|turn|paint|change|recolour|add|put|place|remove|delete|take away|erase|get rid of|set|use|replace|transform|let|swap|exchange|switch|move)\b.*"
-)
 SECOND_MOTION = re.compile(r"\b(?:then|after that|afterwards|next)\b")
 CORNERS = re.compile(r"\b(?:with|has|having) (?:only |exactly )?(no|one|two|three|four|five|six) corners\b")
-VERSIONS = re.compile(
-    r".*?\b(?:versions|variants|variations|copies|pictures|clips|takes|options)\b.*?\b(?:one|the first)(?: one)? (.+?)(?:,| and)+ "
-    r"(?:another|the other|one|a second|the second)(?: one)? (.+)$"
-)
 TASK_BY_KIND = {"length": "video-extension"}
-INDIRECT_WORDS = re.compile(
-    r"\b(?:or|either|neither|nor|than|opposite|times|except|though|but not|what|as|plus|minus|half|twice|the number|corners?|that of|(?:motion|shape|size"
-    r"|colour|form|number|third|quarter) of)\b"
-)
 
 
 @dataclass(frozen=True)
@@ -97,11 +74,13 @@ def read_action(text: str, context: Context) -> list[Reading]:
     if english_rules.is_go_back_request(text):
         return [Reading("do", text)]
     normalized, tokens = normalize_text(text), tokenize(text)
-    is_request = bool(POLITE_REQUEST.match(normalized)) and not re.search(r"\bwhat (?:size|colour|shape)\b", normalized)
+    is_request = bool(load_pattern("polite_request").match(normalized)) and not re.search(
+        r"\bwhat (?:size|colour|shape)\b", normalized
+    )
     said = None if has_world_words(tokens) else talk.find_small_talk(text)
-    if is_question(normalized) and not is_request and said not in talk.CERTAIN:
-        if reading := read_question_action(text, normalized, tokens, context):
-            return [reading]
+    is_asked = is_question(normalized) and not is_request and said not in talk.CERTAIN
+    if is_asked and (reading := read_question_action(text, normalized, tokens, context)):
+        return [reading]
     if said:
         if said == "languages":
             return [Reading("say", text, goal="understand", medium="text", message=replies.NOT_ENGLISH)]
@@ -117,10 +96,10 @@ def has_world_words(tokens: Sequence[Token]) -> bool:
 
 def is_in_trained_words(text: str, normalized: str, tokens: Sequence[Token], context: Context) -> bool:
     """Return whether a request describes things indirectly, in words that the MLLM was trained on."""
-    is_indirect = english_rules.is_indirect(text) or INDIRECT_WORDS.search(normalized)
+    is_indirect = english_rules.is_indirect(text) or load_pattern("indirect").search(normalized)
     if (
         not is_indirect
-        or (context.medium and CORRECTION.match(normalized))
+        or (context.medium and load_pattern("correction").match(normalized))
         or (context.medium and any(token.has("reference", "resize", "add", "remove") for token in tokens))
     ):
         return False
@@ -142,7 +121,7 @@ def read_question_action(text: str, normalized: str, tokens: Sequence[Token], co
         if (load_lexicon().described | english_rules.load_plain_words()).issuperset(words):
             return Reading("do", text)
         return None
-    if match := FOLLOW_UP.match(normalized):
+    if match := load_pattern("follow_up").match(normalized):
         normalized = match["rest"]
     question = read_question(
         normalized, tokens, context.medium, context.last_request if context.last_request.endswith("?") else ""
@@ -166,7 +145,7 @@ def read_request(text: str, normalized: str, tokens: Sequence[Token], context: C
     unknown = [token.text for token in tokens if not token.is_known]
     if unknown:
         return [build_unknown(text, tokens, unknown, context)]
-    is_correction = bool(CORRECTION.match(normalized))
+    is_correction = bool(load_pattern("correction").match(normalized))
     if is_scene_request(tokens, context, is_correction=is_correction):
         return [read_scene_action(text, normalized, tokens, context)]
     if context.medium is None:
@@ -197,7 +176,7 @@ def correct_background(change: Change, context: Context) -> Change:
 
 def read_versions(normalized: str, context: Context) -> list[Reading]:
     """Return the readings of "two versions, one where it is blue and another where it is yellow"; [] for others."""
-    match = VERSIONS.match(normalized)
+    match = load_pattern("versions").match(normalized)
     if match is None or not context.number:
         return []
     readings = list[Reading]()
@@ -328,7 +307,7 @@ def read_scene_action(text: str, normalized: str, tokens: Sequence[Token], conte
         return Reading("ask", text, message=replies.COUNT_QUESTION)
     if not scene.objects or "shape" in scene.leftovers or any(obj.count == 0 for obj in scene.objects):
         return Reading("ask", text, message=replies.NOTHING_SAID)
-    if is_plain_wording(text, normalized, SCENE_FORM):
+    if is_plain_wording(text, normalized, load_pattern("scene_form")):
         return Reading("do", text)
     return Reading(
         "do", scene.to_text(), goal="generate", medium="video" if scene.is_video else "image", reference="new"
@@ -376,7 +355,7 @@ def read_changes(
         expanded == list(changes)
         and len(expanded) == 1
         and not reference
-        and is_plain_wording(text, normalized, EDIT_FORM)
+        and is_plain_wording(text, normalized, load_pattern("edit_form"))
     ):
         return [Reading("do", text)]
     medium = context.medium or ""

@@ -11,25 +11,30 @@ EDIT_PHRASES = {
 }  # fmt: skip
 IMPOSSIBLE_PHRASES = {
     "recolour": "change colours", "reshape": "change shapes", "add": "add objects", "remove": "remove objects",
-    "background": "change backgrounds", "motion": "change motions", "resize": "change sizes", "replace": "replace objects",
-    "swap": "swap objects", "place": "move objects to another place", "speed": "change speeds", "path": "make motions in two legs",
+    "background": "change backgrounds", "motion": "change motions", "resize": "change sizes",
+    "replace": "replace objects", "swap": "swap objects", "place": "move objects to another place",
+    "speed": "change speeds", "path": "make motions in two legs",
     "video-extension": "make clips longer", "length": "change the length of clips", "image-to-video": "animate pictures",
-    "keyframes-to-video": "make the clip between two pictures", "join-clips": "join clips", "medium": "turn a clip into a picture",
+    "keyframes-to-video": "make the clip between two pictures", "join-clips": "join clips",
+    "medium": "turn a clip into a picture",
 }  # fmt: skip
 OBJECTS = "circles, squares, triangles and stars in red, green, blue, yellow, orange, purple, cyan or white"
 GROUNDS = "black, grey, white, pink or brown"
-WORLD = f"I can draw up to four shapes: {OBJECTS}, on a {GROUNDS} background; in clips they can move left, right, up or down, grow and shrink."
+WORLD = (
+    f"I can draw up to four shapes: {OBJECTS}, on a {GROUNDS} background; in clips they can move left, right, up or down, "
+    "grow and shrink."
+)
 NOT_ENGLISH = "I understand English only."
 ONLY_ENGLISH = (
-    "I understand English only. / Ich verstehe nur Englisch. / Je ne comprends que l'anglais. / Solo entiendo inglés. "
-    "/ 我只懂英语。/ 英語だけ分かります。/ Я понимаю только английский."
+    "I understand English only. / Ich verstehe nur Englisch. / Je ne comprends que l'anglais. / Solo entiendo inglés. / "
+    "我只懂英语 / 英語だけ分かります / Понимаю только английский."
 )
 NOT_UNDERSTOOD = f"I am not sure what you mean. What should I make or change? {WORLD}"
 NOTHING_SAID = "What should I draw? For example: a video of a red circle moving left on a black background."
 COUNT_QUESTION = "How many should there be? I can show up to four."
 HELP = (
-    f"{WORLD} You can ask about a result, or say: undo, start over, show me the first one again, give me three variations, "
-    "save it as final.mp4, as a gif, what did you just do?"
+    f"{WORLD} You can ask about a result, or say: undo, start over, show me the first one again, "
+    "give me three variations, save it as final.mp4, as a gif, what did you just do?"
 )
 HELP_OPEN = (
     "Say what you would like to see, change or know. You can also say: undo, start over, show me the first one again, "

@@ -12,7 +12,8 @@ NUMBER_WORDS = ("no", "one", "two", "three", "four")
 TURN_WORDS = ("then", "before", "afterwards", "after", "next")
 GROUND_PREPOSITIONS = ("on", "against", "in front of", "over", "upon", "onto")
 GROUND_FILLERS = (
-    "a", "an", "the", "all", "plain", "solid", "pure", "completely", "purely", "that", "is", "which", "entirely", "also", "totally", "only",
+    "a", "an", "the", "all", "plain", "solid", "pure", "completely", "purely", "that", "is", "which", "entirely", "also",
+    "totally", "only",
 )  # fmt: skip
 TOTAL_WORDS = ("total", "exactly", "only", "all", "namely", "altogether", "just")
 MOTION_PHRASES = {
@@ -83,7 +84,7 @@ class SceneRequest:
         return self.medium == "video" or (self.medium is None and has_motion)
 
     def to_text(self) -> str:
-        """Return the request in the MLLM's words, e.g. "draw a video of a red circle moving left on a black background"."""
+        """Return the request in the MLLM's words, e.g. "draw a video of a red circle moving left"."""
         parts = [obj.to_text(with_motion=self.is_video) for obj in self.objects]
         if self.relation and len(parts) == 2:
             text = f"{parts[0]} {RELATION_PHRASES[self.relation[1]]} {parts[1]}"

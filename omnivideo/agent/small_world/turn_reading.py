@@ -14,8 +14,10 @@ from omnivideo.agent.small_world.scenes import read_scene
 ADDITION = re.compile(r"^(?:and|with|plus|also) (?:an?|another|two|three) ")
 CHOICE_QUESTION = re.compile(r"^Do you mean (.+) or (.+)\?$")
 ATTRIBUTES = ("colour", "size", "motion", "go", "direction", "speed", "region", "ground")
-CONTENT = (*ATTRIBUTES, "shape", "plural", "resize", "longer", "task", "reference", "rest", "make", "draw", "add", "remove",
-           "replace", "swap", "relation")  # fmt: skip
+CONTENT = (
+    *ATTRIBUTES, "shape", "plural", "resize", "longer", "task", "reference", "rest", "make", "draw", "add", "remove",
+    "replace", "swap", "relation",
+)  # fmt: skip
 
 
 def read_turn(text: str, context: Context) -> list[Reading]:
