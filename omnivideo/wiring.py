@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from omnivideo.agent.conversations import Conversations
 from omnivideo.errors import InvalidInput
-from omnivideo.media.artifacts import store_user_file
+from omnivideo.media.artifacts import convert_artifact, store_user_file
 from omnivideo.ports import MLLM, JobQueue, SweepableObjectStore
 from omnivideo.presets import get_preset
 from omnivideo.settings import ServiceSettings
@@ -50,6 +50,7 @@ def build_local_conversations(omni: "OmniVideoModel", weights_digest: str, setti
         attach_file=partial(store_user_file, store),
         preset=omni.preset,
         replay_manifest=renderer.replay_manifest,
+        convert_artifact=partial(convert_artifact, store),
     )
 
 
@@ -196,7 +197,13 @@ class ServiceWiring:
     def conversations(self) -> Conversations:
         saver = open_checkpointer(self.settings)
         conversations = Conversations(
-            self.mllm, self.open_queue, self.store, saver, self.attach_file, get_preset(self.settings.preset)
+            self.mllm,
+            self.open_queue,
+            self.store,
+            saver,
+            self.attach_file,
+            get_preset(self.settings.preset),
+            convert_artifact=partial(convert_artifact, self.store),
         )
         self.close_callbacks.append(conversations.close)
         return conversations

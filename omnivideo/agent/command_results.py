@@ -1,6 +1,6 @@
 """Execute commands about the conversation on the state of a thread."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from omnivideo.agent.commands import FILE_FORMATS, MAX_VARIATIONS
@@ -10,6 +10,7 @@ from omnivideo.contracts import Artifact
 from omnivideo.turns import ActionResult, ExecutedCommand
 
 NOUNS = {"image": "picture", "video": "clip"}
+ConvertArtifact = Callable[[Artifact, str], Artifact]  # into a file format, by its suffix
 NOTHING_YET = "There is no result yet. What should I create?"
 
 
@@ -32,7 +33,9 @@ class CommandOutcome:
         self.updates = updates
 
 
-def execute_command(state: PlannerState, command: ExecutedCommand, help_text: str) -> CommandOutcome:
+def execute_command(
+    state: PlannerState, command: ExecutedCommand, help_text: str, convert_artifact: ConvertArtifact | None
+) -> CommandOutcome:
     """Return the outcome of a command. Variations are not rendered here but become actions of the turn."""
     artifacts = [Artifact(**artifact) for artifact in state["artifacts"]]
     current = next((artifact for artifact in reversed(artifacts) if artifact.key == state["current_key"]), None)
@@ -56,7 +59,7 @@ def execute_command(state: PlannerState, command: ExecutedCommand, help_text: st
             return resend_artifact(artifacts, int(command.arguments.get("which", len(artifacts))))
         case "vary":
             return plan_variations(state, current, int(command.arguments.get("count", 1)))
-    return save_artifact(current, command)
+    return save_artifact(current, command, convert_artifact)
 
 
 def undo_changes(artifacts: list[Artifact], current: Artifact | None, count: int) -> CommandOutcome:
@@ -86,8 +89,10 @@ def resend_artifact(artifacts: list[Artifact], number: int) -> CommandOutcome:
     return CommandOutcome(f"Here is result {number}, a {NOUNS[artifact.medium]}.", artifact, current_key=artifact.key)
 
 
-def save_artifact(artifact: Artifact | None, command: ExecutedCommand) -> CommandOutcome:
-    """Check the format of a file. Who follows the turn writes the file, or links to it."""
+def save_artifact(
+    artifact: Artifact | None, command: ExecutedCommand, convert_artifact: ConvertArtifact | None
+) -> CommandOutcome:
+    """Convert an artifact to the format of a file. Who follows the turn writes the file, or links to it."""
     assert artifact is not None
     allowed = FILE_FORMATS[artifact.medium]
     file = str(command.arguments.get("file") or "")
@@ -96,6 +101,10 @@ def save_artifact(artifact: Artifact | None, command: ExecutedCommand) -> Comman
         noun = NOUNS[artifact.medium]
         message = f"I cannot write {suffix} files. A {noun} can be saved as {' or '.join(allowed)}."
         return CommandOutcome(message, is_refused=True)
+    if suffix != artifact.key.rpartition(".")[2]:
+        if convert_artifact is None or artifact.manifest is None:
+            return CommandOutcome("I can convert only what I have made myself.", is_refused=True)
+        artifact = convert_artifact(artifact, suffix)
     return CommandOutcome(
         f"Here is the {NOUNS[artifact.medium]}" + (f" for {file}." if file else f" as {suffix}."), artifact
     )

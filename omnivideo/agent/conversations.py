@@ -9,6 +9,7 @@ from typing import Any
 
 from langgraph.checkpoint.base import BaseCheckpointSaver
 
+from omnivideo.agent.command_results import ConvertArtifact
 from omnivideo.agent.graph import Planner
 from omnivideo.agent.thread import AttachFile, Thread
 from omnivideo.contracts import Artifact, Manifest
@@ -25,6 +26,7 @@ class Conversations:
 
     `queue_for` returns the queue that renders an owner's clips. `attach_file` stores a user's file. `replay_manifest`
     renders a manifest's clip again and returns its object key; it is None if the decoder is in another process.
+    `convert_artifact` writes an artifact in another file format, such as gif.
     """
 
     mllm: MLLM
@@ -34,12 +36,15 @@ class Conversations:
     attach_file: AttachFile
     preset: Preset
     replay_manifest: Callable[[Manifest], str] | None = None
+    convert_artifact: ConvertArtifact | None = None
 
     def __post_init__(self) -> None:
         self.get_graph = lru_cache(maxsize=256)(self.build_graph)
 
     def build_graph(self, owner: str) -> Any:
-        return Planner(self.mllm, self.queue_for(owner), self.preset).build_graph(self.checkpointer)
+        return Planner(self.mllm, self.queue_for(owner), self.preset, self.convert_artifact).build_graph(
+            self.checkpointer
+        )
 
     @property
     def graph(self) -> Any:
@@ -72,7 +77,9 @@ class Conversations:
         referenced_keys: set[str | None] = set()
         for name in self.list_thread_ids():
             for snapshot in self.graph.get_state_history({"configurable": {"thread_id": name}}):
-                for artifact in snapshot.values.get("artifacts", []):
+                results = [result for turn in snapshot.values.get("turns", []) for result in turn["results"]]
+                saved = [result["artifact"] for result in results if result.get("command") and result["artifact"]]
+                for artifact in [*snapshot.values.get("artifacts", []), *saved]:
                     referenced_keys |= {artifact["key"], artifact["manifest"], artifact["latents"]}
         keys = {key for key in referenced_keys if key}
         return keys | self.collect_replay_keys(keys)

@@ -21,7 +21,7 @@ from langgraph.types import interrupt
 
 from omnivideo.agent import english_rules
 from omnivideo.agent.capabilities import build_refusal, get_task, reconcile_route
-from omnivideo.agent.command_results import execute_command
+from omnivideo.agent.command_results import ConvertArtifact, execute_command
 from omnivideo.agent.planner_prompts import load_prompts
 from omnivideo.agent.references import ReferenceSearch
 from omnivideo.agent.small_world import replies
@@ -97,7 +97,8 @@ def split_reasoning(text: str) -> tuple[str, str]:
 class Planner:
     """The nodes of the graph. A node takes the thread's state and returns its updates."""
 
-    def __init__(self, mllm: MLLM, queue: JobQueue, preset: Preset):
+    def __init__(self, mllm: MLLM, queue: JobQueue, preset: Preset, convert_artifact: ConvertArtifact | None = None):
+        self.convert_artifact = convert_artifact
         self.mllm = mllm
         self.queue = queue
         self.preset = preset
@@ -286,7 +287,7 @@ class Planner:
         """Execute a command about the conversation, without the MLLM."""
         command = ExecutedCommand(**get_details(state)["command"])
         help_text = replies.HELP if self.prompts.plan is None else replies.HELP_OPEN
-        outcome = execute_command(state, command, help_text)
+        outcome = execute_command(state, command, help_text, self.convert_artifact)
         emit_event(TextDelta(delta=outcome.message))
         if outcome.artifact is not None:
             emit_event(ArtifactReady(artifact=outcome.artifact))

@@ -90,8 +90,8 @@ def load_lexicon() -> Lexicon:
 def load_content_words() -> frozenset[tuple[str]]:
     """Return the single words, of five letters or more, that a misspelt word may stand for."""
     categories = (
-        "shape", "plural", "colour", "size", "resize", "ground", "motion", "go", "direction", "medium", "speed", "thing",
-        "add", "remove", "replace", "swap", "make", "draw",
+        "shape", "plural", "colour", "size", "resize", "ground", "motion", "go", "direction", "medium", "speed",
+        "thing", "add", "remove", "replace", "swap", "make", "draw",
     )  # fmt: skip
     return frozenset(
         (phrase,)

@@ -14,20 +14,21 @@ IMPOSSIBLE_PHRASES = {
     "background": "change backgrounds", "motion": "change motions", "resize": "change sizes",
     "replace": "replace objects", "swap": "swap objects", "place": "move objects to another place",
     "speed": "change speeds", "path": "make motions in two legs",
-    "video-extension": "make clips longer", "length": "change the length of clips", "image-to-video": "animate pictures",
+    "video-extension": "make clips longer", "length": "change the length of clips", 
+    "image-to-video": "animate pictures",
     "keyframes-to-video": "make the clip between two pictures", "join-clips": "join clips",
     "medium": "turn a clip into a picture",
 }  # fmt: skip
 OBJECTS = "circles, squares, triangles and stars in red, green, blue, yellow, orange, purple, cyan or white"
 GROUNDS = "black, grey, white, pink or brown"
 WORLD = (
-    f"I can draw up to four shapes: {OBJECTS}, on a {GROUNDS} background; in clips they can move left, right, up or down, "
-    "grow and shrink."
+    f"I can draw up to four shapes: {OBJECTS}, on a {GROUNDS} background; in clips they can move left, right, up or "
+    "down, grow and shrink."
 )
 NOT_ENGLISH = "I understand English only."
 ONLY_ENGLISH = (
-    "I understand English only. / Ich verstehe nur Englisch. / Je ne comprends que l'anglais. / Solo entiendo inglés. / "
-    "我只懂英语 / 英語だけ分かります / Понимаю только английский."
+    "I understand English only. / Ich verstehe nur Englisch. / Je ne comprends que l'anglais. / Solo entiendo inglés. "
+    "/ 我只懂英语 / 英語だけ分かります / Понимаю только английский."
 )
 NOT_UNDERSTOOD = f"I am not sure what you mean. What should I make or change? {WORLD}"
 NOTHING_SAID = "What should I draw? For example: a video of a red circle moving left on a black background."

@@ -12,8 +12,8 @@ NUMBER_WORDS = ("no", "one", "two", "three", "four")
 TURN_WORDS = ("then", "before", "afterwards", "after", "next")
 GROUND_PREPOSITIONS = ("on", "against", "in front of", "over", "upon", "onto")
 GROUND_FILLERS = (
-    "a", "an", "the", "all", "plain", "solid", "pure", "completely", "purely", "that", "is", "which", "entirely", "also",
-    "totally", "only",
+    "a", "an", "the", "all", "plain", "solid", "pure", "completely", "purely", "that", "is", "which", "entirely",
+    "also", "totally", "only",
 )  # fmt: skip
 TOTAL_WORDS = ("total", "exactly", "only", "all", "namely", "altogether", "just")
 MOTION_PHRASES = {
