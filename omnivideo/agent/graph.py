@@ -39,7 +39,7 @@ from omnivideo.agent.transitions import (
     emit_event,
     get_planned,
 )
-from omnivideo.agent.turn_plan import PlannedAction, get_details, plan_turn, splice_actions, to_state
+from omnivideo.agent.turn_plan import PlannedAction, get_details, plan_turn, reads_words, splice_actions, to_state
 from omnivideo.contracts import (
     MAX_SEED,
     THINK_END,
@@ -265,7 +265,7 @@ class Planner:
         updates: dict[str, Any] = {"clarifications": [*state["clarifications"], (question, reply)]}
         request = state["action"]["text"]
         actions = [PlannedAction(f"{request}\n{reply}", state["action_references"][index])]
-        if self.prompts.plan is None:  # the MLLM knows only its own wording, so the reply is read anew
+        if reads_words(self.preset):  # the MLLM knows only its own wording, so the reply is read anew
             descriptions = dict(state["descriptions"])
             actions = plan_turn(
                 self.mllm, self.preset, self.prompts, state, resolve_reply(request, question, reply), descriptions
@@ -286,7 +286,7 @@ class Planner:
     def command(self, state: PlannerState) -> dict[str, Any]:
         """Execute a command about the conversation, without the MLLM."""
         command = ExecutedCommand(**get_details(state)["command"])
-        help_text = replies.HELP if self.prompts.plan is None else replies.HELP_OPEN
+        help_text = replies.HELP if reads_words(self.preset) else replies.HELP_OPEN
         outcome = execute_command(state, command, help_text, self.convert_artifact)
         emit_event(TextDelta(delta=outcome.message))
         if outcome.artifact is not None:

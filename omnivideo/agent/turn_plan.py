@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from omnivideo.agent import english_rules
 from omnivideo.agent.commands import find_command
 from omnivideo.agent.mllm_plan import (
     CURRENT,
@@ -69,6 +70,11 @@ def get_details(state: PlannerState) -> Mapping[str, Any]:
     return details[state["action_index"]] if details else {}
 
 
+def reads_words(preset: Preset) -> bool:
+    """Return whether requests are read by the words of a small world, which are in the preset's folder of prompts."""
+    return preset.prompts == "keywords" and not preset.mllm.can_plan
+
+
 def plan_turn(
     mllm: MLLM, preset: Preset, prompts: Prompts, state: PlannerState, text: str, descriptions: dict[str, str]
 ) -> list[PlannedAction]:
@@ -79,6 +85,8 @@ def plan_turn(
     artifacts = [Artifact(**artifact) for artifact in state.get("artifacts", []) + state["attachments"]]
     if prompts.plan is not None:
         return plan_by_mllm(text, artifacts, mllm, prompts.plan)
+    if not reads_words(preset):
+        return [PlannedAction(action) for action in english_rules.split_actions(text)]
     search = ReferenceSearch(mllm, prompts.describe, artifacts, descriptions, [])
     key = state["attachments"][-1]["key"] if state["attachments"] else state.get("current_key")
     current = search.artifact_from_plan(CURRENT, key)

@@ -31,7 +31,8 @@ ARTIFACTS = [
         ("show me the second picture again", "resend", {"which": 3}),
         ("can I see number 2 once more", "resend", {"which": 2}),
         ("give me three variations of it", "vary", {"count": 3}), ("another one please", "vary", {"count": 1}),
-        ("save it as final.mp4", "save", {"file": "final.mp4"}), ("could I get it as a GIF?", "export", {"format": "gif"}),
+        ("save it as final.mp4", "save", {"file": "final.mp4"}),
+        ("could I get it as a GIF?", "export", {"format": "gif"}),
     ],
 )  # fmt: skip
 def test_commands_in_many_words(text, name, arguments):
@@ -65,7 +66,7 @@ def start_conversation(**options):
 
 
 def test_undo_returns_to_what_was_before_the_change():
-    conversation, red, blue = start_conversation()
+    conversation, red, _ = start_conversation()
     (result,) = conversation.say("undo that").results
     assert (result.goal, result.artifact) == ("command", red)
     assert conversation.say("make it green").results[0].artifact.source == red.key

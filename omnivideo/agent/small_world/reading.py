@@ -85,9 +85,21 @@ def read_action(text: str, context: Context) -> list[Reading]:
         if said == "languages":
             return [Reading("say", text, goal="understand", medium="text", message=replies.NOT_ENGLISH)]
         return [Reading("do", said, goal="understand", medium="text", reference="new")]
+    if question := find_wrong_corners(normalized, tokens):
+        return [Reading("ask", text, message=question)]
     if is_in_trained_words(text, normalized, tokens, context):
         return [Reading("do", text)]
     return read_request(text, normalized, tokens, context)
+
+
+def find_wrong_corners(normalized: str, tokens: Sequence[Token]) -> str:
+    """Return a question if a shape is said to have another number of corners than it has; else ""."""
+    shapes = [shape for token in tokens if (shape := token.get("shape") or token.get("plural"))]
+    match = CORNERS.search(normalized)
+    if match is None or len(shapes) != 1:
+        return ""
+    (corners,) = load_lexicon().values["corners"][shapes[0]]
+    return "" if corners == match[1] else f"A {shapes[0]} has {corners} corners. What should I draw?"
 
 
 def has_world_words(tokens: Sequence[Token]) -> bool:
@@ -189,6 +201,8 @@ def read_versions(normalized: str, context: Context) -> list[Reading]:
 def find_ordinal(text: str, tokens: Sequence[Token], context: Context) -> tuple[str, Sequence[Token]]:
     """Return the number of the artifact that "the second clip" names, and the tokens with "it" in its place."""
     match = english_rules.find_by_ordinal(text, context.artifacts)
+    if match and match.artifact is None:  # the user is asked which one is meant
+        return "described", tokenize(re.sub(re.escape(match.words), "it", text, flags=re.IGNORECASE))
     if match and match.artifact:
         number = max(index for index, artifact in enumerate(context.artifacts, start=1) if artifact == match.artifact)
         return str(number), tokenize(re.sub(re.escape(match.words), "it", text, flags=re.IGNORECASE))
@@ -288,15 +302,6 @@ def read_scene_action(text: str, normalized: str, tokens: Sequence[Token], conte
     scene = read_scene(tokens)
     if problem := find_scene_problem(scene, normalized):
         return Reading("decline", text, message=f"{problem} {replies.WORLD}")
-    if match := CORNERS.search(normalized):
-        names = dict.fromkeys(obj.shape for obj in scene.objects if obj.shape)
-        expected = [load_lexicon().values["corners"][name][0] for name in names]
-        if (
-            len(expected) == 1
-            and expected[0] != match[1]
-            and english_rules.load_plain_words().issuperset(match[1].split())
-        ):
-            return Reading("ask", text, message=f"A {next(iter(names))} has {expected[0]} corners. What should I draw?")
     if scene.medium == "image" and any(obj.motion not in (None, "still") for obj in scene.objects):
         return Reading(
             "ask", text, message="A picture does not move. Should I make a clip, or a picture without the motion?"

@@ -10,6 +10,7 @@ from omnivideo.agent.small_world import replies, talk
 from omnivideo.agent.small_world.lexicon import Token, load_lexicon, normalize_text, tokenize
 from omnivideo.agent.small_world.reading import Context, Reading, read_action
 from omnivideo.agent.small_world.scenes import read_scene
+from omnivideo.agent.small_world.wordings import load_pattern
 
 ADDITION = re.compile(r"^(?:and|with|plus|also) (?:an?|another|two|three) ")
 CHOICE_QUESTION = re.compile(r"^Do you mean (.+) or (.+)\?$")
@@ -28,7 +29,9 @@ def read_turn(text: str, context: Context) -> list[Reading]:
         return [Reading("decline", text, message=replies.ONLY_ENGLISH)]
     readings, removed = list[Reading](), list[str]()
     parts = split_turn(text)
-    if len(parts) == 1 and context.medium and ADDITION.match(normalize_text(text)):
+    if len(parts) == 1 and load_pattern("follow_up").match(normalize_text(text)):
+        parts = [text]
+    elif len(parts) == 1 and context.medium and ADDITION.match(normalize_text(text)):
         parts = [f"add {parts[0].removeprefix('with ')}"]
     for part in parts:
         earlier_removed = tuple(removed)
