@@ -115,6 +115,10 @@ class EditReader:
             self.result.unknown.append(token.text)
         if token.text in CONJUNCTIONS:
             self.is_kept = self.is_negated = False
+        following = self.tokens[self.position + 1] if self.position + 1 < len(self.tokens) else None
+        if token.text == "no" and following is not None and following.has("shape", "plural"):  # "no star"
+            self.clause.verb = "remove"
+            return 1
         if token.text in CORRECTIONS:
             self.is_corrected = True
         if token.text in ("then", "afterwards", "after"):

@@ -32,6 +32,8 @@ def is_question(text: str) -> bool:
 
 def read_question(text: str, tokens: Sequence[Token], medium: Medium, last: str = "") -> QuestionReading:
     """Return what a normalised text asks about an artifact; `last` is the question before it, for "and the star?"."""
+    if any(token.has("longer") for token in tokens):  # "what happens next?" asks for more of the clip
+        return QuestionReading()
     if fact := find_file_fact(text):
         return QuestionReading(fact=fact)
     if load_pattern("trained_question").fullmatch(text.strip(" .!")):
@@ -74,9 +76,13 @@ def read_attribute_question(
         return QuestionReading(f"how many {find_noun(tokens)} are there?")
     if len(nouns) == 1 and last:
         return QuestionReading(re.sub(r"\bthe [\w -]+?(?=\?|$| move| small)", target, last, count=1))
-    if nouns or re.search(
-        r"\b(?:shape|shapes|see|show|shows|shown|describe|there|contain|made|got|caption|picture|clip|video|image)\b",
-        text,
+    if (
+        nouns
+        or any(token.has("region") for token in tokens)
+        or re.search(
+            r"\b(?:shape|shapes|see|show|shows|shown|describe|there|contain|made|got|caption|picture|clip|video|image)\b",
+            text,
+        )
     ):
         return describe
     return QuestionReading()

@@ -26,6 +26,7 @@ from omnivideo.turns import ExecutedCommand
 
 ReadingKind = Literal["do", "say", "ask", "decline", "command", "fact"]
 SECOND_MOTION = re.compile(r"\b(?:then|after that|afterwards|next)\b")
+QUESTION_WORD = re.compile(r"(?:what|which|who|whose|where|why|when|how|is|are|was|were|does|did)\b")
 CORNERS = re.compile(r"\b(?:with|has|having) (?:only |exactly )?(no|one|two|three|four|five|six) corners\b")
 TASK_BY_KIND = {"length": "video-extension"}
 
@@ -81,6 +82,12 @@ def read_action(text: str, context: Context) -> list[Reading]:
     is_asked = is_question(normalized) and not is_request and said not in talk.CERTAIN
     if is_asked and (reading := read_question_action(text, normalized, tokens, context)):
         return [reading]
+    if is_asked and context.medium and not any(token.has("longer", "task") for token in tokens):
+        unknown = [token.text for token in tokens if not token.is_known]
+        if unknown:
+            return [build_unknown(text, tokens, unknown, context)]
+        if QUESTION_WORD.match(normalized):
+            return [Reading("ask", text, message=replies.NOT_UNDERSTOOD)]
     if said:
         if said == "languages":
             return [Reading("say", text, goal="understand", medium="text", message=replies.NOT_ENGLISH)]

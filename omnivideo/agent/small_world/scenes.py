@@ -169,6 +169,9 @@ class SceneReader:
         count = self.pending.count
         if count is None and is_plural:
             self.scene.leftovers.append("number")
+        before = [token.text for token in self.tokens[max(0, self.position - 4) : self.position]]
+        if self.scene.objects and shape and ("that" in before or "which" in before) and "is" in before:
+            self.scene.conflicts.append((self.scene.objects[-1].shape or "", shape))
         if self.repeats_last_object(shape):
             last = self.scene.objects[-1].count or 1
             if count not in (None, last):

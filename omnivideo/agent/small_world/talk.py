@@ -34,7 +34,7 @@ def is_foreign(text: str) -> bool:
     unknown = [word for word in words if not is_known_word(lexicon, word) and word not in lexicon.described]
     foreign = [word for word in words if word in load_foreign_words()]
     accented = [word for word in words if not word.isascii()]
-    if not words or (len(unknown) * 2 < len(words) and len(foreign) * 2 < len(words)):
+    if not words or (len(unknown) * 2 <= len(words) and len(foreign) * 2 < len(words)):
         return False
     return bool(foreign or accented)
 
