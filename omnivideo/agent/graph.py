@@ -286,7 +286,7 @@ class Planner:
     def command(self, state: PlannerState) -> dict[str, Any]:
         """Execute a command about the conversation, without the MLLM."""
         command = ExecutedCommand(**get_details(state)["command"])
-        help_text = replies.HELP if reads_words(self.preset) else replies.HELP_OPEN
+        help_text = replies.build_help() if reads_words(self.preset) else replies.HELP_OPEN
         outcome = execute_command(state, command, help_text, self.convert_artifact)
         emit_event(TextDelta(delta=outcome.message))
         if outcome.artifact is not None:

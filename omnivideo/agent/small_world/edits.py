@@ -11,7 +11,6 @@ from omnivideo.agent.small_world.lexicon import Token
 from omnivideo.agent.small_world.scenes import (
     GROUND_FILLERS,
     GROUND_PREPOSITIONS,
-    OBJECT_COLOURS,
     REGION_PHRASES,
     ObjectRequest,
     read_scene,
@@ -435,10 +434,6 @@ def build_motion_change(values: dict[str, str], target: str) -> Change:
     if second := values.get("second_motion"):
         return Change("path", f"make {target} {IMPERATIVE_MOTIONS[motion]} then {IMPERATIVE_MOTIONS[second]}", target)
     return Change("motion", f"make {target} {IMPERATIVE_MOTIONS[motion]}", target)
-
-
-def is_object_colour(colour: str) -> bool:
-    return colour in OBJECT_COLOURS
 
 
 def read_edit(tokens: Sequence[Token], *, is_still: bool = False, is_correction: bool = False) -> EditRequest:

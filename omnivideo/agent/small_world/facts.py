@@ -25,7 +25,7 @@ def answer_fact(
     if fact == "earlier":
         earlier = next((other for other in artifacts if other.key == artifact.source), None)
         return f"Before that it was {describe(earlier)}." if earlier else "It has not been changed."
-    corners = load_lexicon().values["corners"]
+    corners = load_lexicon().facts.corners
     shapes = list(dict.fromkeys(obj.shape for obj in read_scene(tokenize(describe(artifact))).objects if obj.shape))
-    sentences = [f"A {shape} has {corners[shape][0]} corners." for shape in shapes]
+    sentences = [f"A {shape} has {corners[shape]} corners." for shape in shapes]
     return " ".join(sentences) or "I do not see a shape."

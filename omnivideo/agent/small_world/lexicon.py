@@ -31,13 +31,28 @@ class Token:
 
 
 @dataclass(frozen=True)
+class WorldFacts:
+    """What the world has. `contents` says so to the user, and `example` is a request."""
+
+    object_colours: list[str]
+    backgrounds: list[str]
+    max_objects: int
+    corners: dict[str, str]
+    contents: str
+    example: str
+
+
+@dataclass(frozen=True)
 class Lexicon:
-    """`phrases` maps words to their meanings; `first_words` lists the lengths of the phrases that begin with a word."""
+    """`phrases` maps words to their meanings.
+
+    `general` are the words that say nothing about the world, and `described` those of indirect requests and of facts.
+    """
 
     phrases: dict[str, tuple[tuple[str, str], ...]]
     general: frozenset[str]
     described: frozenset[str]
-    values: dict[str, dict[str, tuple[str, ...]]]
+    facts: WorldFacts
 
     def find_spelling(self, word: str) -> str:
         """Return the known word that a longer word becomes by one change of letters, or the word itself."""
@@ -72,18 +87,16 @@ def load_lexicon() -> Lexicon:
     """Read the words of the world."""
     text = (files("omnivideo.agent") / "prompts/keywords/lexicon.toml").read_text(encoding="utf-8")
     phrases: dict[str, tuple[tuple[str, str], ...]] = {}
-    values: dict[str, dict[str, tuple[str, ...]]] = {}
-    for category, entries in tomllib.loads(text).items():
-        values[category] = {value: tuple(words) for value, words in entries.items()}
-        if category == "corners":  # facts, not words
-            continue
+    document = tomllib.loads(text)
+    facts = WorldFacts(**document.pop("facts"))
+    for category, entries in document.items():
         for value, words in entries.items():
             for phrase in words:
                 key = normalize_text(phrase)
                 meaning = (value, value) if category == "verb" else (category, value)
                 phrases[key] = (*phrases.get(key, ()), meaning)
     general = read_words("general_words.txt") | {"center"}
-    return Lexicon(phrases, general, read_words("described_words.txt"), values)
+    return Lexicon(phrases, general, read_words("described_words.txt"), facts)
 
 
 @cache

@@ -18,7 +18,7 @@ from omnivideo.agent.small_world.lexicon import (
     tokenize,
 )
 from omnivideo.agent.small_world.questions import FileFact, is_question, read_question
-from omnivideo.agent.small_world.scenes import BACKGROUNDS, MAX_OBJECTS, OBJECT_COLOURS, SceneRequest, read_scene
+from omnivideo.agent.small_world.scenes import SceneRequest, read_scene
 from omnivideo.agent.small_world.wordings import load_pattern
 from omnivideo.contracts import Artifact, Medium
 from omnivideo.presets import Preset
@@ -87,7 +87,7 @@ def read_action(text: str, context: Context) -> list[Reading]:
         if unknown:
             return [build_unknown(text, tokens, unknown, context)]
         if QUESTION_WORD.match(normalized):
-            return [Reading("ask", text, message=replies.NOT_UNDERSTOOD)]
+            return [Reading("ask", text, message=replies.build_unclear_question())]
     if said:
         if said == "languages":
             return [Reading("say", text, goal="understand", medium="text", message=replies.NOT_ENGLISH)]
@@ -105,7 +105,7 @@ def find_wrong_corners(normalized: str, tokens: Sequence[Token]) -> str:
     match = CORNERS.search(normalized)
     if match is None or len(shapes) != 1:
         return ""
-    (corners,) = load_lexicon().values["corners"][shapes[0]]
+    corners = load_lexicon().facts.corners[shapes[0]]
     return "" if corners == match[1] else f"A {shapes[0]} has {corners} corners. What should I draw?"
 
 
@@ -168,7 +168,7 @@ def read_request(text: str, normalized: str, tokens: Sequence[Token], context: C
     if is_scene_request(tokens, context, is_correction=is_correction):
         return [read_scene_action(text, normalized, tokens, context)]
     if context.medium is None:
-        message = replies.NOTHING_SAID if not has_world_words(tokens) else ""
+        message = replies.build_empty_question() if not has_world_words(tokens) else ""
         return [Reading("ask", text, message=message or "There is nothing to change yet. What should I create?")]
     if versions := read_versions(normalized, context):
         return versions
@@ -179,7 +179,7 @@ def read_request(text: str, normalized: str, tokens: Sequence[Token], context: C
     if is_correction:
         changes = [correct_background(change, context) for change in changes]
     if not changes:
-        return [Reading("ask", text, message=replies.NOT_UNDERSTOOD)]
+        return [Reading("ask", text, message=replies.build_unclear_question())]
     readings = read_changes(text, normalized, changes, reference, context)
     targets = tuple(change.target for change in changes)
     return [replace(reading, targets=targets, removed=tuple(edit.removed)) for reading in readings]
@@ -187,8 +187,13 @@ def read_request(text: str, normalized: str, tokens: Sequence[Token], context: C
 
 def correct_background(change: Change, context: Context) -> Change:
     """Return a correction as one of the background, if that was changed last or only it can have the colour."""
-    is_ground = change.value not in OBJECT_COLOURS or "background" in context.last_request
-    if change.kind == "recolour" and change.target == "it" and change.value in BACKGROUNDS and is_ground:
+    is_ground = change.value not in load_lexicon().facts.object_colours or "background" in context.last_request
+    if (
+        change.kind == "recolour"
+        and change.target == "it"
+        and change.value in load_lexicon().facts.backgrounds
+        and is_ground
+    ):
         return Change("background", f"change the background to {change.value}")
     return change
 
@@ -308,7 +313,7 @@ def read_scene_action(text: str, normalized: str, tokens: Sequence[Token], conte
     """Return the reading of a request for something new."""
     scene = read_scene(tokens)
     if problem := find_scene_problem(scene, normalized):
-        return Reading("decline", text, message=f"{problem} {replies.WORLD}")
+        return Reading("decline", text, message=f"{problem} {load_lexicon().facts.contents}")
     if scene.medium == "image" and any(obj.motion not in (None, "still") for obj in scene.objects):
         return Reading(
             "ask", text, message="A picture does not move. Should I make a clip, or a picture without the motion?"
@@ -318,7 +323,7 @@ def read_scene_action(text: str, normalized: str, tokens: Sequence[Token], conte
     if "number" in scene.leftovers:
         return Reading("ask", text, message=replies.COUNT_QUESTION)
     if not scene.objects or "shape" in scene.leftovers or any(obj.count == 0 for obj in scene.objects):
-        return Reading("ask", text, message=replies.NOTHING_SAID)
+        return Reading("ask", text, message=replies.build_empty_question())
     if is_plain_wording(text, normalized, load_pattern("scene_form")):
         return Reading("do", text)
     return Reading(
@@ -330,12 +335,14 @@ def find_scene_problem(scene: SceneRequest, normalized: str) -> str:
     """Return what of a scene does not exist in the world, as a sentence; "" if all of it does."""
     if re.search(r"\bblack and white\b(?! background)|\bmonochrome\b|\bgreyscale\b", normalized):
         return "I cannot make black and white pictures."
-    colours = [obj.colour for obj in scene.objects if obj.colour and obj.colour not in OBJECT_COLOURS]
+    colours = [
+        obj.colour for obj in scene.objects if obj.colour and obj.colour not in load_lexicon().facts.object_colours
+    ]
     if colours:
         return f"{colours[0].capitalize()} is no colour of my shapes."
-    if scene.background and scene.background not in BACKGROUNDS:
+    if scene.background and scene.background not in load_lexicon().facts.backgrounds:
         return f"I cannot draw a {scene.background} background."
-    if scene.count > MAX_OBJECTS:
+    if scene.count > load_lexicon().facts.max_objects:
         return f"I can show at most four shapes, not {scene.count}."
     return ""
 
@@ -430,8 +437,8 @@ def find_change_problem(change: Change, context: Context) -> str:
     if change.kind not in preset.edits:
         return replies.build_impossible_reply(change.kind, preset)
     value = change.value
-    if change.kind == "recolour" and value not in OBJECT_COLOURS:
-        return f"{value.capitalize()} is no colour of my shapes. {replies.WORLD}"
-    if change.kind == "background" and value not in BACKGROUNDS:
-        return f"I cannot draw a {value} background. {replies.WORLD}"
+    if change.kind == "recolour" and value not in load_lexicon().facts.object_colours:
+        return f"{value.capitalize()} is no colour of my shapes. {load_lexicon().facts.contents}"
+    if change.kind == "background" and value not in load_lexicon().facts.backgrounds:
+        return f"I cannot draw a {value} background. {load_lexicon().facts.contents}"
     return ""

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 
 from omnivideo.agent.capabilities import TASK_PHRASES
+from omnivideo.agent.small_world.lexicon import load_lexicon
 from omnivideo.presets import Preset
 
 EDIT_PHRASES = {
@@ -19,28 +20,31 @@ IMPOSSIBLE_PHRASES = {
     "keyframes-to-video": "make the clip between two pictures", "join-clips": "join clips",
     "medium": "turn a clip into a picture",
 }  # fmt: skip
-OBJECTS = "circles, squares, triangles and stars in red, green, blue, yellow, orange, purple, cyan or white"
-GROUNDS = "black, grey, white, pink or brown"
-WORLD = (
-    f"I can draw up to four shapes: {OBJECTS}, on a {GROUNDS} background; in clips they can move left, right, up or "
-    "down, grow and shrink."
-)
 NOT_ENGLISH = "I understand English only."
 ONLY_ENGLISH = (
     "I understand English only. / Ich verstehe nur Englisch. / Je ne comprends que l'anglais. / Solo entiendo inglés. "
     "/ 我只懂英语 / 英語だけ分かります / Понимаю только английский."
 )
-NOT_UNDERSTOOD = f"I am not sure what you mean. What should I make or change? {WORLD}"
-NOTHING_SAID = "What should I draw? For example: a video of a red circle moving left on a black background."
 COUNT_QUESTION = "How many should there be? I can show up to four."
-HELP = (
-    f"{WORLD} You can ask about a result, or say: undo, start over, show me the first one again, "
-    "give me three variations, save it as final.mp4, as a gif, what did you just do?"
-)
 HELP_OPEN = (
     "Say what you would like to see, change or know. You can also say: undo, start over, show me the first one again, "
     "give me three variations, save it as final.mp4, as a gif, what did you just do?"
 )
+
+
+def build_unclear_question() -> str:
+    """Return the question for a request that is not understood."""
+    return f"I am not sure what you mean. What should I make or change? {load_lexicon().facts.contents}"
+
+
+def build_empty_question() -> str:
+    """Return the question for a request that says nothing of what to draw."""
+    return f"What should I draw? For example: {load_lexicon().facts.example}."
+
+
+def build_help() -> str:
+    """Return what the world has and which commands there are."""
+    return f"{load_lexicon().facts.contents} {HELP_OPEN}"
 
 
 def join_words(words: Iterable[str], conjunction: str = "and") -> str:
@@ -59,7 +63,7 @@ def build_unknown_reply(unknown: Sequence[str], preset: Preset, num_words: int) 
     """Return that words are unknown, and what is known."""
     quoted = join_words([f"{word!r}" for word in dict.fromkeys(unknown)], "or")
     language = f" {NOT_ENGLISH}" if 2 * len(unknown) >= num_words else ""
-    return f"I do not know {quoted}.{language} {WORLD} {describe_edits(preset)}"
+    return f"I do not know {quoted}.{language} {load_lexicon().facts.contents} {describe_edits(preset)}"
 
 
 def build_impossible_reply(kind: str, preset: Preset) -> str:

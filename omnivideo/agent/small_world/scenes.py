@@ -5,9 +5,6 @@ from dataclasses import dataclass, field, replace
 
 from omnivideo.agent.small_world.lexicon import Token
 
-MAX_OBJECTS = 4
-BACKGROUNDS = ("black", "grey", "white", "pink", "brown")
-OBJECT_COLOURS = ("red", "green", "blue", "yellow", "orange", "purple", "cyan", "white")
 NUMBER_WORDS = ("no", "one", "two", "three", "four")
 TURN_WORDS = ("then", "before", "afterwards", "after", "next")
 GROUND_PREPOSITIONS = ("on", "against", "in front of", "over", "upon", "onto")
