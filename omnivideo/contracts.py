@@ -3,6 +3,7 @@
 The messages of conversations are in omnivideo/turns.py.
 """
 
+import secrets
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, get_args
 
@@ -10,19 +11,28 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    SerializerFunctionWrapHandler,
     ValidationError,
-    model_serializer,
     model_validator,
 )
 from pydantic.fields import FieldInfo
 
 from omnivideo.errors import InvalidInput
-from omnivideo.presets import Preset, Task, get_sampling_defaults
+from omnivideo.presets import Preset, SamplingDefaults, Task, get_sampling_defaults
+from omnivideo.presets.shapes import (
+    MAX_FPS,
+    MIN_FPS,
+    ClipLength,
+    SourceLength,
+    choose_trained_size,
+    get_trained_shapes,
+    resolve_length,
+)
+from omnivideo.presets.tokens import check_model_limits, compute_latent_grid
 from omnivideo.validation import describe_errors
 
 MAX_SEED = 2**63 - 1
 MAX_CLIP_PIXELS = 1280 * 720 * 121  # width x height x frames; no preset supports more
+MAX_SIDE = 4096  # px of what is delivered
 
 
 class FrozenModel(BaseModel):
@@ -40,19 +50,56 @@ class RequestModel(BaseModel):
         return {name: value for name, value in fields.items() if value is not None}
 
 
+class RequestedShape(FrozenModel):
+    """The size in px and the length that a request asks for, each within what any preset can deliver."""
+
+    width: int | None = Field(default=None, ge=16, le=MAX_SIDE)
+    height: int | None = Field(default=None, ge=16, le=MAX_SIDE)
+    frames: int | None = Field(default=None, ge=1, le=241)
+    fps: float | None = Field(default=None, ge=MIN_FPS, le=MAX_FPS, allow_inf_nan=False)
+    seconds: float | None = Field(default=None, gt=0, le=3600, allow_inf_nan=False)
+
+
+class Delivery(FrozenModel):
+    """The size in px and the number of frames of a file. Frames are scaled to cover the size and cropped centrally."""
+
+    width: int
+    height: int
+    frames: int
+
+
+def is_none(value: object) -> bool:
+    return value is None
+
+
+def build_omitted_field() -> Any:
+    """Return a field that is None by default, and is left out of what is stored then, as before it existed."""
+    return Field(default=None, exclude_if=is_none)
+
+
 class SamplingParams(FrozenModel):
-    """The complete settings of one clip. Sizes are in px; the seed determines every byte of the result."""
+    """The complete settings of one clip. Sizes are in px; the seed determines every byte of the result.
+
+    `width`, `height` and `frames` are what is generated; `delivery` is what the file has, if that is something else.
+    `seconds` is the requested time that the frame rate was chosen to fill, if it was.
+    """
 
     task: Task
     width: int = Field(ge=16, le=1280)
     height: int = Field(ge=16, le=1280)
     frames: Annotated[int, Field(ge=1, le=241)]
-    fps: int = Field(ge=1, le=60)
+    fps: Annotated[int | float, Field(ge=MIN_FPS, le=MAX_FPS)]
     steps: int = Field(ge=1, le=200)
     guidance_scale: float = Field(ge=0, le=30, allow_inf_nan=False)
     flow_shift: float = Field(ge=0.01, le=100, allow_inf_nan=False)
     negative_prompt: str = Field(max_length=4000)
     seed: int = Field(ge=0, le=MAX_SEED)
+    delivery: Delivery | None = build_omitted_field()
+    seconds: float | None = build_omitted_field()
+
+    @property
+    def delivered(self) -> Delivery:
+        return self.delivery or Delivery(width=self.width, height=self.height, frames=self.frames)
 
 
 class StepProgress(FrozenModel):
@@ -74,9 +121,11 @@ class Preview(FrozenModel):
 class Manifest(FrozenModel):
     """Everything that a file was generated from, which is enough to reproduce its bytes.
 
-    `source` is the file name of an edit's source, or its object key if it was in the store. `visual_tokens` and
-    `source_latents` are object keys of tensors, or None if they are not stored. `sound` says what became of the
-    source's sound: "kept", or why it was left out. A manifest of a clip whose source has none does not have the field.
+    `source` is the file name of an edit's source, or its object key if it was in the store; `mask` is that of its mask.
+    `visual_tokens` and `source_latents` are object keys of tensors, or None if they are not stored. `settings` has the
+    size and length that were generated, `delivered` those of the file. `sound` says what became of the source's sound:
+    "kept", or why it was left out. A manifest without a mask, or of a clip whose source has no sound, does not have
+    these fields.
     """
 
     prompt: str
@@ -89,12 +138,9 @@ class Manifest(FrozenModel):
     weights: str
     versions: dict[str, str]
     seconds: dict[str, float]
-    sound: str | None = None
-
-    @model_serializer(mode="wrap")
-    def leave_out_missing_sound(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        fields: dict[str, Any] = serialize(self)
-        return {name: value for name, value in fields.items() if name != "sound" or value is not None}
+    delivered: Delivery | None = build_omitted_field()
+    mask: str | None = build_omitted_field()
+    sound: str | None = build_omitted_field()
 
 
 # ---------------------------------------------------------------- tasks
@@ -306,23 +352,68 @@ def invalid_input_from_validation(
     return InvalidInput(*describe_errors(errors, given, fields))
 
 
-def resolve_sampling_params(preset: Preset, task: Task, **overrides: object) -> SamplingParams:
+def get_source_length(preset: Preset, source: Artifact) -> SourceLength | None:
+    """Return the length that an edit of a source has by default, or None for the task's default length."""
+    if source.medium == "video" and source.manifest is not None:  # generated here
+        return SourceLength(source.frames, source.fps)
+    return get_file_length(preset, source.frames, None if source.medium == "image" else source.fps)
+
+
+def get_file_length(preset: Preset, frames: int, fps: float | None) -> SourceLength | None:
+    """Return the same for a user's file; None for a still, and for a preset that takes every n-th frame of a clip."""
+    return None if fps is None or preset.source.frames == "stride" else SourceLength(frames, fps)
+
+
+def resolve_sampling_params(
+    preset: Preset, task: Task, source: SourceLength | None = None, /, **overrides: object
+) -> SamplingParams:
     """Return the preset's settings for a task, with the `overrides` that are not None applied.
 
-    A request's settings are resolved here, once, when it becomes a job. Raises an InvalidInput that names the field and
-    the allowed range.
+    A request's settings are resolved here, once, when it becomes a job. The overrides `width`, `height`, `frames`,
+    `fps` and `seconds` are what is to be delivered; the model's own size and length follow from them. `source` is the
+    length of an edit's clip. Raises an InvalidInput that names the field and the allowed range.
     """
-    defaults = get_sampling_defaults(preset, task).model_dump() | {
-        "negative_prompt": preset.null.negative_prompt,
-        "seed": 0,
-    }
+    defaults = get_sampling_defaults(preset, task)
     given = {name: value for name, value in overrides.items() if value is not None}
     try:
-        params = SamplingParams(task=task, **(defaults | given))
+        requested = RequestedShape(**{name: given.pop(name, None) for name in RequestedShape.model_fields})
+        shape = resolve_shape(preset, task, defaults, requested, source)
+        if given.get("seed") == -1:  # any seed, as many clients send it
+            given["seed"] = secrets.randbelow(2**31)
+        settings = defaults.model_dump() | {"negative_prompt": preset.null.negative_prompt, "seed": 0} | given | shape
+        params = SamplingParams(task=task, **settings)
     except ValidationError as error:
-        raise invalid_input_from_validation(error, SamplingParams.model_fields) from None
+        fields = {**SamplingParams.model_fields, **RequestedShape.model_fields}
+        raise invalid_input_from_validation(error, fields) from None
     check_sampling_params(preset, params)
     return params
+
+
+def resolve_shape(
+    preset: Preset, task: Task, defaults: SamplingDefaults, requested: RequestedShape, source: SourceLength | None
+) -> dict[str, Any]:
+    """Return the fields of SamplingParams for a requested size and length."""
+    shapes, is_video = get_trained_shapes(preset, task, defaults), get_task_medium(task) == "video"
+    if requested.frames is not None and (requested.frames == 1) == is_video:
+        allowed = f"a video has 2 to {max(shapes.frames)}" if is_video else "an image has 1"
+        raise InvalidInput("frames", f"{requested.frames} does not fit {task}: {allowed}")
+    length = ClipLength(1, 1, defaults.fps)
+    if is_video:
+        length = resolve_length(shapes, defaults, requested.seconds, requested.frames, requested.fps, source)
+    width, height = requested.width or defaults.width, requested.height or defaults.height
+    for field, side in (("width", width), ("height", height)):
+        if is_video and side % 2:
+            raise InvalidInput(field, f"{side} is odd; a clip has even sides")
+    if width * height * length.generated_frames > MAX_CLIP_PIXELS:
+        raise InvalidInput("size", f"width x height x frames is above {MAX_CLIP_PIXELS}")
+    delivery = Delivery(width=width, height=height, frames=length.frames)
+    size = choose_trained_size(shapes, width, height)
+    generated = Delivery(width=size[0], height=size[1], frames=length.generated_frames)
+    return generated.model_dump() | {
+        "fps": length.fps,
+        "delivery": None if delivery == generated else delivery,
+        "seconds": requested.seconds if is_video and requested.fps is None else None,
+    }
 
 
 def check_sampling_params(preset: Preset, params: SamplingParams) -> None:
@@ -346,54 +437,3 @@ def check_prompt(field: str, text: str) -> str:
     if len(text) > 4000:
         raise InvalidInput(field, f"it has {len(text)} characters; give 1 to 4000")
     return text
-
-
-# ---------------------------------------------------------------- the tokens of a clip
-
-VAE_SPATIAL_STRIDE, VAE_TEMPORAL_STRIDE = 8, 4
-MIN_TEXT_TOKENS = 64  # of the prompt and the markers that an edit keeps, if its condition cuts the text
-
-
-def compute_latent_grid(width: int, height: int, frames: int) -> tuple[int, int, int]:
-    """Return the latent frames, height and width of a clip; raises InvalidInput for sizes that cannot be patched."""
-    for field, value in (("width", width), ("height", height)):
-        if value < 16 or value % 16:
-            raise InvalidInput(field, f"{value} is not a positive multiple of 16")
-    if frames < 1 or frames % VAE_TEMPORAL_STRIDE != 1:
-        raise InvalidInput("frames", f"{frames} is not of the form 4k + 1 (1, 5, 9, 13 ...)")
-    return (frames - 1) // VAE_TEMPORAL_STRIDE + 1, height // VAE_SPATIAL_STRIDE, width // VAE_SPATIAL_STRIDE
-
-
-def count_decoder_tokens(preset: Preset, grid: tuple[int, int, int]) -> int:
-    """Return the number of the decoder's tokens for a latent grid."""
-    t, y, x = map(int, preset.decoder["patch_size"])
-    return (grid[0] // t) * (grid[1] // y) * (grid[2] // x)
-
-
-def count_visual_context_tokens(preset: Preset, grid: tuple[int, int, int]) -> int:
-    """Return the number of the visual context's tokens for a source's latent grid."""
-    kernel = preset.visual_context.kernel_size
-    return grid[0] * (grid[1] // kernel) * (grid[2] // kernel)
-
-
-def count_visual_tokens(preset: Preset, frames: int) -> int:
-    """Return the number of the adapter's tokens for a clip, or for an image, which has one visual token."""
-    if preset.adapter is None or preset.vision_head is None:
-        return 0
-    return preset.adapter.num_queries * (preset.vision_head.num_queries if frames > 1 else 1)
-
-
-def check_model_limits(preset: Preset, width: int, height: int, frames: int, has_source: bool) -> None:
-    """Raise InvalidInput if a clip has more positions, or an edit's source more tokens, than the model allows."""
-    grid, max_positions = compute_latent_grid(width, height, frames), preset.decoder["rope_max_seq_len"]
-    sizes = (("frames", frames), ("height", height), ("width", width))
-    for axis, patch, (field, size) in zip(grid, preset.decoder["patch_size"], sizes, strict=True):
-        if axis // patch > max_positions:
-            raise InvalidInput(field, f"{size} is more than this model's positions allow")
-    tokens = count_visual_context_tokens(preset, grid) if has_source else 0
-    max_tokens = preset.condition.max_tokens
-    if preset.condition.overflow == "text":  # the prompt is what would be lost
-        max_tokens -= count_visual_tokens(preset, frames) + MIN_TEXT_TOKENS
-    if tokens > max_tokens:
-        text = f"an edit at this size and length has {tokens} tokens of source; allowed: {max_tokens}"
-        raise InvalidInput("size", text)

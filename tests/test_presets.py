@@ -4,12 +4,7 @@ import pytest
 import torch
 from diffusers import WanTransformer3DModel
 
-from omnivideo.contracts import (
-    compute_latent_grid,
-    count_decoder_tokens,
-    count_visual_context_tokens,
-    resolve_sampling_params,
-)
+from omnivideo.contracts import resolve_sampling_params
 from omnivideo.errors import InvalidInput
 from omnivideo.models.bridge import Adapter, VisionHead, VisualContextAdapter
 from omnivideo.models.omni import Bridge
@@ -22,6 +17,7 @@ from omnivideo.presets import (
     ExpertsConfig,
     get_preset,
 )
+from omnivideo.presets.tokens import compute_latent_grid, count_decoder_tokens, count_visual_context_tokens
 
 
 def count(module: torch.nn.Module) -> tuple[int, int]:

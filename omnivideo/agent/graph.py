@@ -35,6 +35,7 @@ from omnivideo.contracts import (
     Route,
     get_editing_task,
     get_generation_task,
+    get_source_length,
     resolve_sampling_params,
 )
 from omnivideo.ports import MLLM, JobQueue
@@ -312,6 +313,7 @@ class Planner:
             params=resolve_sampling_params(
                 self.preset,
                 get_editing_task(medium) if source else get_generation_task(medium),
+                None if source is None else get_source_length(self.preset, source),
                 steps=options.steps,
                 guidance_scale=options.guidance_scale,
                 seed=(base_seed + attempt) % (MAX_SEED + 1),

@@ -16,30 +16,34 @@ from omnivideo.contracts import (
     Job,
     JobStatus,
     Lane,
+    RequestedShape,
     RequestModel,
     SamplingParams,
     check_prompt,
     get_editing_task,
     get_generation_task,
+    get_source_length,
     resolve_sampling_params,
 )
 from omnivideo.errors import InvalidInput
-from omnivideo.presets import Preset, Task, get_preset, get_sampling_defaults
+from omnivideo.presets import Preset, Task, get_preset
+from omnivideo.presets.shapes import SourceLength
 
 SIZE_PATTERN = re.compile(r"(\d{1,5})x(\d{1,5})")
 # Our names of settings -> the names that OpenAI's clients use.
-REQUEST_FIELD_NAMES = {"width": "size", "height": "size", "frames": "num_frames", "steps": "num_inference_steps"}
+REQUEST_FIELD_NAMES = {"frames": "num_frames", "steps": "num_inference_steps"}
 
 
 def get_constraints(field: str) -> list[Any]:
-    """Return the bounds of a setting, which contracts.SamplingParams defines."""
-    return SamplingParams.model_fields[field].metadata
+    """Return the bounds of a setting, which contracts.RequestedShape and contracts.SamplingParams define."""
+    return (SamplingParams.model_fields | RequestedShape.model_fields)[field].metadata
 
 
 class GenerationRequest(RequestModel):
-    """The fields that requests for images and clips share. A size is WIDTHxHEIGHT in pixels, both multiples of 16.
+    """The fields that requests for images and clips share. A size is WIDTHxHEIGHT in pixels, or auto.
 
-    `width` and `height` are the same size as two numbers.
+    `width` and `height` are the same size as two numbers. Any size is generated at the nearest one that the model was
+    trained on, then scaled and cropped centrally.
     """
 
     prompt: CleanText = Field(min_length=1, max_length=4000)
@@ -65,14 +69,14 @@ class GenerationRequest(RequestModel):
 
 
 class VideoRequest(GenerationRequest):
-    """A clip has `num_frames` frames (4k + 1), or the number of that form nearest to `seconds` at `fps`.
+    """Any two of `seconds`, `num_frames` and `fps` determine the third; `seconds` alone chooses the frame rate.
 
     `image_reference`, `video_reference` and `reference_url` are other servers' names of `input_reference`.
     """
 
-    seconds: float | None = Field(default=None, gt=0, le=3600, allow_inf_nan=False)
+    seconds: Annotated[float | None, *get_constraints("seconds")] = None
     num_frames: Annotated[int | None, *get_constraints("frames")] = None
-    fps: Annotated[int | None, *get_constraints("fps")] = None
+    fps: Annotated[float | None, *get_constraints("fps")] = None
     input_reference: MediaReference | None = None
     image_reference: MediaReference | None = None
     video_reference: MediaReference | None = None
@@ -131,19 +135,19 @@ def build_video_job(context: ServiceContext, owner: str, request: VideoRequest, 
 
     The model has no first-frame mode: an image is edited as a still clip, which the prompt may set in motion.
     """
-    source = None
+    source, field = None, ""
     if (named_reference := request.get_reference()) is not None:
         field, reference = named_reference
         source = resolve_source(context, owner, reference, field)
     task = get_generation_task("video") if source is None else get_editing_task("video")
-    return build_clip_job(context, request, task, job_id, source)
+    return build_clip_job(context, request, task, job_id, source, field)
 
 
 def build_video_edit_job(context: ServiceContext, owner: str, request: VideoEditRequest, job_id: str) -> JobRequest:
-    """Build the job that edits `video`. A video that was generated here keeps its size, length and frame rate."""
+    """Build the job that edits `video`, whose length it keeps. A video that was generated here also keeps its size."""
     source = resolve_source(context, owner, request.video, "video")
-    edit_request = inherit_source_format(request, source) if request.video.id else request
-    return build_clip_job(context, edit_request, get_editing_task("video"), job_id, source)
+    edit_request = inherit_source_size(request, source) if request.video.id else request
+    return build_clip_job(context, edit_request, get_editing_task("video"), job_id, source, "video")
 
 
 def build_remix_job(context: ServiceContext, request: VideoRequest, job_id: str, original: JobStatus) -> JobRequest:
@@ -153,48 +157,42 @@ def build_remix_job(context: ServiceContext, request: VideoRequest, job_id: str,
         raise InvalidInput("id", "that video is not completed")
     if has_expired(context, original):
         raise InvalidInput("id", EXPIRED_MESSAGE)
-    remix_request = inherit_source_format(request, source)
+    remix_request = inherit_source_size(request, source)
     task = get_editing_task("video")
-    return build_clip_job(context, remix_request, task, job_id, source, remixed_from=original.id)
+    return build_clip_job(context, remix_request, task, job_id, source, "id", remixed_from=original.id)
 
 
-def inherit_source_format(request: VideoRequest, source: Artifact) -> VideoRequest:
-    """Return the request with the source's size, frame rate and length where it gives none."""
-    updates: dict[str, Any] = {
-        "size": request.size or (None if request.width or request.height else f"{source.width}x{source.height}"),
-        "fps": request.fps or round(source.fps),
-    }
-    if request.seconds is None:
-        updates["num_frames"] = request.num_frames or source.frames
-    return request.model_copy(update=updates)
+def inherit_source_size(request: VideoRequest, source: Artifact) -> VideoRequest:
+    """Return the request with the source's size where it gives none."""
+    if request.width or request.height or request.size not in (None, "auto"):
+        return request
+    return request.model_copy(update={"size": f"{source.width}x{source.height}"})
 
 
 def build_clip_job(
-    context: ServiceContext, request: VideoRequest, task: Task, job_id: str, source: Artifact | None, **meta: str
+    context: ServiceContext,
+    request: VideoRequest,
+    task: Task,
+    job_id: str,
+    source: Artifact | None,
+    source_field: str,
+    **meta: str,
 ) -> JobRequest:
+    """Build the job of a clip; `source_field` is the request's name for its source."""
     preset = require_served_preset(context, request.model)
-    overrides = overrides_from_request(request, fps=request.fps, frames=resolve_num_frames(preset, task, request))
-    params = resolve_request_params(preset, task, overrides, resolve_seed(request, job_id), request.width is None)
-    seconds = params.frames / params.fps if request.seconds is None else request.seconds
-    meta = {"size": f"{params.width}x{params.height}", "seconds": f"{seconds:.6g}"} | meta
+    overrides = overrides_from_request(request) | {
+        "seconds": request.seconds, "frames": request.num_frames, "fps": request.fps
+    }  # fmt: skip
+    length, seed = None if source is None else get_source_length(preset, source), resolve_seed(request, job_id)
+    names = REQUEST_FIELD_NAMES | {"source": source_field}
+    params = resolve_request_params(preset, task, overrides, seed, request, length, names)
+    seconds = params.delivered.frames / params.fps if request.seconds is None else request.seconds
+    meta = {"size": describe_size(params), "seconds": f"{seconds:.6g}"} | meta
     return build_job_request(request, params, job_id, source, "video", meta)
 
 
-def resolve_num_frames(preset: Preset, task: Task, request: VideoRequest) -> int | None:
-    """Return the clip's number of frames, or None for the preset's default."""
-    if request.seconds is None:
-        return request.num_frames
-    fps = request.fps or get_sampling_defaults(preset, task).fps
-    frames = 4 * round((request.seconds * fps - 1) / 4) + 1
-    if request.num_frames not in (None, frames):
-        text = f"{request.seconds:g} s at {fps} fps are {frames} frames, which is not num_frames; give only one of them"
-        raise InvalidInput("seconds", text)
-    max_frames = next(bound.le for bound in get_constraints("frames") if hasattr(bound, "le"))
-    if not 5 <= frames <= max_frames:
-        text = f"{request.seconds:g} s at {fps} fps are {max(0, frames)} frames"
-        allowed = f"5 to {max_frames} frames, which are {5 / fps:.2g} to {max_frames / fps:.3g} s"
-        raise InvalidInput("seconds", f"{text}; allowed: {allowed}")
-    return frames
+def describe_size(params: SamplingParams) -> str:
+    return f"{params.delivered.width}x{params.delivered.height}"
 
 
 # ---------------------------------------------------------------- images
@@ -221,8 +219,8 @@ def build_jobs_per_image(
     overrides, seed = overrides_from_request(request), resolve_seed(request, base_id)
     job_requests = []
     for index, job_id in enumerate(make_image_ids(base_id, request.n)):
-        params = resolve_request_params(preset, task, overrides, (seed + index) % 2**63, request.width is None)
-        meta = {"size": f"{params.width}x{params.height}"}
+        params = resolve_request_params(preset, task, overrides, (seed + index) % 2**63, request)
+        meta = {"size": describe_size(params)}
         job_requests.append(build_job_request(request, params, job_id, source, "image", meta))
     return job_requests
 
@@ -257,28 +255,32 @@ def resolve_size(request: GenerationRequest) -> tuple[int | None, int | None]:
     return (width, height) if size else (request.width, request.height)
 
 
-def overrides_from_request(
-    request: GenerationRequest, fps: int | None = None, frames: int | None = None
-) -> dict[str, int | float | str | None]:
+def overrides_from_request(request: GenerationRequest) -> dict[str, Any]:
     width, height = resolve_size(request)
     return {
-        "width": width, "height": height, "frames": frames, "fps": fps, "steps": request.num_inference_steps,
+        "width": width, "height": height, "steps": request.num_inference_steps,
         "guidance_scale": request.guidance_scale, "flow_shift": request.flow_shift,
         "negative_prompt": request.negative_prompt,
     }  # fmt: skip
 
 
 def resolve_request_params(
-    preset: Preset, task: Task, overrides: Mapping[str, int | float | str | None], seed: int, has_size: bool
+    preset: Preset,
+    task: Task,
+    overrides: Mapping[str, Any],
+    seed: int,
+    request: GenerationRequest,
+    source: SourceLength | None = None,
+    field_names: Mapping[str, str] = REQUEST_FIELD_NAMES,
 ) -> SamplingParams:
     """Return the job's settings; raise an InvalidInput that names the request's field if one is invalid."""
     try:
-        return resolve_sampling_params(preset, task, seed=seed, **overrides)
+        return resolve_sampling_params(preset, task, source, seed=seed, **overrides)
     except InvalidInput as error:
-        if error.field in ("width", "height") and has_size:
+        if error.field in ("width", "height") and request.width is None and request.height is None:
             message = str(error).removeprefix(f"{error.field}: ")
             raise InvalidInput("size", f"its {error.field} is not possible; {message}") from None
-        raise rename_error_field(error, REQUEST_FIELD_NAMES.get(error.field, error.field)) from None
+        raise rename_error_field(error, field_names.get(error.field, error.field)) from None
 
 
 def build_job_request(

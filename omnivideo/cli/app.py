@@ -49,7 +49,10 @@ OutputFileOption = Annotated[
     Path, typer.Option("-o", "--output", help="File to write: .mp4, .gif or .png.", rich_help_panel=OUTPUT)
 ]
 SeedOption = Annotated[
-    int, typer.Option(help="The same seed gives the same bytes on the same machine.", rich_help_panel=SAMPLING)
+    int,
+    typer.Option(
+        help="The same seed gives the same bytes on the same machine; -1 is any seed.", rich_help_panel=SAMPLING
+    ),
 ]
 StepsOption = Annotated[
     int | None, typer.Option(help="Denoising steps, 1 to 200. Default: the preset's.", rich_help_panel=SAMPLING)
@@ -58,10 +61,17 @@ GuidanceOption = Annotated[
     float | None, typer.Option(help="Guidance scale, 0 to 30. Default: the preset's.", rich_help_panel=SAMPLING)
 ]
 FramesOption = Annotated[
-    int | None, typer.Option(help="Frames of the clip: 4k + 1, such as 5, 9 or 13.", rich_help_panel=SAMPLING)
+    int | None, typer.Option(help="Frames of the clip. Default: the preset's.", rich_help_panel=SAMPLING)
+]
+FpsOption = Annotated[
+    float | None, typer.Option(help="Frames per second, 0.5 to 60. Default: the preset's.", rich_help_panel=SAMPLING)
+]
+SecondsOption = Annotated[
+    float | None, typer.Option(help="Length of the clip. It determines the frame rate.", rich_help_panel=SAMPLING)
 ]
 SizeOption = Annotated[
-    str | None, typer.Option(help="WIDTHxHEIGHT in pixels, multiples of 16.", rich_help_panel=SAMPLING)
+    str | None,
+    typer.Option(help="WIDTHxHEIGHT in pixels. Other sizes than the model's are scaled.", rich_help_panel=SAMPLING),
 ]
 NegativePromptOption = Annotated[
     str | None, typer.Option(help="What to avoid. Default: the preset's.", rich_help_panel=SAMPLING)

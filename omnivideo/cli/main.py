@@ -18,12 +18,14 @@ from omnivideo.cli.app import (
     TRAINING_COMMANDS,
     VIDEO_COMMANDS,
     DeviceOption,
+    FpsOption,
     FramesOption,
     GuidanceOption,
     HomeOption,
     NegativePromptOption,
     OutputFileOption,
     PresetOption,
+    SecondsOption,
     SeedOption,
     SizeOption,
     StepsOption,
@@ -39,7 +41,13 @@ from omnivideo.cli.app import (
 from omnivideo.cli.curate import curate
 from omnivideo.cli.evaluate import ablate, evaluate
 from omnivideo.cli.train import plan, train
-from omnivideo.contracts import check_prompt, get_editing_task, get_generation_task, resolve_sampling_params
+from omnivideo.contracts import (
+    check_prompt,
+    get_editing_task,
+    get_file_length,
+    get_generation_task,
+    resolve_sampling_params,
+)
 from omnivideo.cpu_threads import configure_cpu_threads
 from omnivideo.errors import InvalidInput, OmniVideoError
 from omnivideo.presets import get_preset
@@ -62,6 +70,8 @@ def generate(
     steps: StepsOption = None,
     guidance_scale: GuidanceOption = None,
     frames: FramesOption = None,
+    fps: FpsOption = None,
+    seconds: SecondsOption = None,
     size: SizeOption = None,
     negative_prompt: NegativePromptOption = None,
 ) -> None:
@@ -74,6 +84,8 @@ def generate(
         "steps": steps,
         "guidance_scale": guidance_scale,
         "frames": frames,
+        "fps": fps,
+        "seconds": seconds,
         "negative_prompt": negative_prompt,
     }
     if image is None and (frames == 1 or output.suffix.lower() == ".png"):
@@ -81,7 +93,7 @@ def generate(
     # Invalid settings are refused before the model is loaded, which takes seconds.
     task = get_generation_task("image" if image else "video")
     params = resolve_sampling_params(get_preset(preset), task, **overrides)
-    check_output(output, params.frames)
+    check_output(output, params.delivered.frames)
     studio = open_studio(preset, weights, device)
     with show_step_progress("denoising") as on_step:
         result = studio.generate(prompt, image=image, on_step=on_step, **overrides)
@@ -99,6 +111,8 @@ def edit(
     seed: SeedOption = 0,
     steps: StepsOption = None,
     guidance_scale: GuidanceOption = None,
+    fps: FpsOption = None,
+    seconds: SecondsOption = None,
     size: SizeOption = None,
     negative_prompt: NegativePromptOption = None,
 ) -> None:
@@ -111,10 +125,14 @@ def edit(
         "seed": seed,
         "steps": steps,
         "guidance_scale": guidance_scale,
+        "fps": fps,
+        "seconds": seconds,
         "negative_prompt": negative_prompt,
     }
-    task = get_editing_task(measure_media(source).kind)
-    check_output(output, resolve_sampling_params(get_preset(preset), task, **overrides).frames)
+    info, model_preset = measure_media(source), get_preset(preset)
+    length = get_file_length(model_preset, info.frames, info.fps)
+    params = resolve_sampling_params(model_preset, get_editing_task(info.kind), length, **overrides)
+    check_output(output, params.delivered.frames)
     studio = open_studio(preset, weights, device)
     with show_step_progress("denoising") as on_step:
         result = studio.edit(source, instruction, on_step=on_step, **overrides)

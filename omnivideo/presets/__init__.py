@@ -18,6 +18,7 @@ from omnivideo.presets.fields import (
     SourceConfig,
     Task,
     TextConfig,
+    TrainedShapes,
     VisionInputConfig,
     VisualContextConfig,
 )
@@ -44,6 +45,7 @@ __all__ = [
     "SourceConfig",
     "Task",
     "TextConfig",
+    "TrainedShapes",
     "VisionInputConfig",
     "VisualContextConfig",
     "get_preset",

@@ -18,6 +18,7 @@ from omnivideo.contracts import (
     StepProgress,
     check_prompt,
     get_editing_task,
+    get_file_length,
     get_generation_task,
     resolve_sampling_params,
 )
@@ -105,8 +106,8 @@ class Studio:
     ) -> Result:
         """Generate an image if `image` is True, a clip if it is False; by default the model decides.
 
-        `overrides` are width, height, frames, fps, steps, guidance_scale, flow_shift, negative_prompt and seed; the
-        others come from the preset. Raises an InvalidInput that names the setting.
+        `overrides` are width, height, frames, fps, seconds, steps, guidance_scale, flow_shift, negative_prompt and
+        seed; the others come from the preset. Raises an InvalidInput that names the setting.
         """
         prompt = check_prompt("prompt", prompt)
         if image is None:
@@ -119,13 +120,14 @@ class Studio:
     def edit(
         self, source: str | Path, instruction: str, *, on_step: StepCallback = ignore_step, **overrides: object
     ) -> Result:
-        """Edit a source as the instruction says. An image is edited to an image, a clip to a clip."""
+        """Edit a source as the instruction says. An image is edited to an image, a clip to a clip of its length."""
         instruction = check_prompt("instruction", instruction)
         info = measure_media(source)
-        task = get_editing_task(info.kind)
-        params = resolve_sampling_params(self.omni.preset, task, **overrides)
+        task, preset = get_editing_task(info.kind), self.omni.preset
+        length = get_file_length(preset, info.frames, info.fps)
+        params = resolve_sampling_params(preset, task, length, **overrides)
         size = (params.width, params.height, params.frames, params.fps)
-        frames = read_fitted_media(source, *size, config=self.omni.preset.source)
+        frames = read_fitted_media(source, *size, config=preset.source, delivery=params.delivery)
         result = self.generate_result(instruction, params, frames, Path(source).name, on_step)
         sound = SoundSource(Path(source), info.frames / info.fps) if info.fps else None
         return replace(result, sound=sound)

@@ -12,17 +12,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from omnivideo.contracts import Medium, SamplingParams, StepProgress, compute_latent_grid
+from omnivideo.contracts import Medium, SamplingParams, StepProgress
+from omnivideo.media.resample import deliver_frames
 from omnivideo.models.mllm import MLLMMedia, MLLMMessage
 from omnivideo.models.omni import MLLMFeatures, OmniVideoModel
 from omnivideo.models.sampling import DenoisingState, Expert, denoise, sample_initial_noise
 from omnivideo.models.vae import decode_latents, encode_pixels, pixels_from_bytes, pixels_to_bytes
 from omnivideo.ports import Decoder
+from omnivideo.presets.tokens import compute_latent_grid
 
 
 @dataclass
 class GeneratedClip:
-    """A finished clip: uint8 [F, H, W, 3], its clean latents [z, T, h, w], and the seconds that each stage took."""
+    """A finished clip: uint8 [F, H, W, 3], its clean latents [z, T, h, w], and the seconds that each stage took.
+
+    The frames are those that are delivered, the latents those of everything that was generated.
+    """
 
     frames: np.ndarray
     latents: Tensor
@@ -150,7 +155,7 @@ def decode_clip(
         pixels_1CFHW = decode_latents(omni.vae, x_1zThw.to(omni.vae.dtype))
         frames = pixels_to_bytes(pixels_1CFHW, omni.preset.byte_rounding)[0]
     assert len(frames) == params.frames or params.frames == 1
-    return GeneratedClip(frames, x_1zThw[0], seconds_by_stage)
+    return GeneratedClip(deliver_frames(frames, params.delivery), x_1zThw[0], seconds_by_stage)
 
 
 def medium_from_params(params: SamplingParams) -> Medium:

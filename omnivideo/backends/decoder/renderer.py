@@ -26,7 +26,6 @@ from omnivideo.contracts import (
     Preview,
     SamplingParams,
     check_sampling_params,
-    compute_latent_grid,
 )
 from omnivideo.errors import ArtifactNotFound, InvalidInput
 from omnivideo.media.artifacts import encode_clip, to_png_bytes
@@ -36,6 +35,7 @@ from omnivideo.models.omni import MLLMFeatures, OmniVideoModel
 from omnivideo.models.sampling import DenoisingState
 from omnivideo.models.vae import decode_latents, pixels_to_bytes
 from omnivideo.ports import ObjectStore
+from omnivideo.presets.tokens import compute_latent_grid
 from omnivideo.storage.objects.tensors import get_tensors, put_tensors
 
 
@@ -80,10 +80,14 @@ class Renderer:
         if source is None:
             return None
         grid = compute_latent_grid(params.width, params.height, params.frames)
-        if source.latents and (latents := get_tensors(self.store, source.latents)["latents"]).shape[1:] == grid:
-            return latents
+        has_job_size = (source.width, source.height) == (params.delivered.width, params.delivered.height)
+        if source.latents and has_job_size:
+            latents = get_tensors(self.store, source.latents)["latents"]
+            if latents.shape[1:] == grid:
+                return latents
         size = (params.width, params.height, params.frames, params.fps)
-        return read_fitted_media(self.store.get(source.key), *size, config=self.omni.preset.source)
+        config, data = self.omni.preset.source, self.store.get(source.key)
+        return read_fitted_media(data, *size, config=config, delivery=params.delivery)
 
     def compute_batch_key(self, job: Job) -> tuple[str, int] | None:
         """Return what jobs must share to be rendered in one pass, or None if the job must be rendered alone.
@@ -131,7 +135,7 @@ class Renderer:
         if manifest.source:
             info = measure_media(self.store.get(manifest.source))
             source = Artifact(
-                key=manifest.source, medium=medium_from_params(params), width=params.width, height=params.height,
+                key=manifest.source, medium=info.kind, width=info.width, height=info.height,
                 frames=info.frames, fps=info.fps or 1.0, caption="", latents=manifest.source_latents,
                 created_by="replay",
             )  # fmt: skip
@@ -178,8 +182,8 @@ class Renderer:
         return Artifact(
             key=self.store.put(media_bytes, suffix),
             medium="video" if suffix == "mp4" else "image",
-            width=params.width,
-            height=params.height,
+            width=params.delivered.width,
+            height=params.delivered.height,
             frames=len(clip.frames),
             fps=params.fps,
             caption=job.prompt,
@@ -204,6 +208,7 @@ def build_manifest(
         prompt=prompt,
         task=params.task,
         settings=params,
+        delivered=params.delivered,
         source=source,
         preset=omni.preset.name,
         weights=weights_digest,
