@@ -212,7 +212,8 @@ class Route(FrozenModel):
 class Job(FrozenModel):
     """One clip to render. The client may choose the id; requests with the same id and content are the same job.
 
-    `visual_tokens` is the object key of the vision head's tokens; if it is None, the worker predicts them.
+    `visual_tokens` is the object key of the vision head's tokens; if it is None, the worker predicts them. `mask` is
+    the object key of a picture of the source's size; only where its alpha is 0 may the source's pixels change.
     """
 
     id: str
@@ -220,6 +221,7 @@ class Job(FrozenModel):
     visual_tokens: str | None
     source: Artifact | None
     params: SamplingParams
+    mask: str | None = build_omitted_field()
 
     @property
     def task(self) -> Task:

@@ -16,6 +16,7 @@ from omnivideo.contracts import (
     Route,
     SamplingParams,
     StepProgress,
+    check_prompt,
 )
 from omnivideo.turns import TurnEvents, TurnRecord
 
@@ -71,6 +72,36 @@ class MLLM(Protocol):
         process or be rendered in another one.
         """
         ...
+
+
+class TextLimits(Protocol):
+    """The bounds of the models for the texts of requests. Each method raises InvalidInput with both numbers."""
+
+    def check_prompt(self, field: str, text: str, params: SamplingParams) -> str:
+        """Return a prompt or an instruction of a clip with these settings, without surrounding whitespace."""
+        ...
+
+    def check_negative_prompt(self, field: str, text: str) -> None: ...
+
+    def check_message(self, field: str, text: str) -> str:
+        """Return a text for the MLLM, without surrounding whitespace."""
+        ...
+
+
+class CharacterLimits:
+    """The in-memory twin of TextLimits: it bounds only the characters."""
+
+    def check_prompt(self, field: str, text: str, params: SamplingParams) -> str:
+        return check_prompt(field, text)
+
+    def check_negative_prompt(self, field: str, text: str) -> None:
+        """Accept every text that SamplingParams accepts."""
+
+    def check_message(self, field: str, text: str) -> str:
+        return check_prompt(field, text)
+
+
+CHARACTER_LIMITS = CharacterLimits()
 
 
 class RenderProgress(Protocol[LatentsOut, StateOut]):

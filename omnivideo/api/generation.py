@@ -3,119 +3,38 @@
 import hashlib
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal
-
-from pydantic import BeforeValidator, Field
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from omnivideo.api.dependencies import ServiceContext
+from omnivideo.api.generation_requests import (
+    GenerationRequest,
+    ImageEditRequest,
+    ImageRequest,
+    VideoEditRequest,
+    VideoRequest,
+)
 from omnivideo.api.media import EXPIRED_MESSAGE, MediaReference, has_expired, resolve_source
-from omnivideo.api.request_body import CleanText, Seed, Unsupported, rename_error_field
+from omnivideo.api.request_body import rename_error_field
 from omnivideo.contracts import (
     Artifact,
     Job,
     JobStatus,
     Lane,
-    RequestedShape,
-    RequestModel,
     SamplingParams,
-    check_prompt,
     get_editing_task,
     get_generation_task,
     get_source_length,
     resolve_sampling_params,
 )
 from omnivideo.errors import InvalidInput
+from omnivideo.media.masks import read_mask
 from omnivideo.presets import Preset, Task, get_preset
 from omnivideo.presets.shapes import SourceLength
 
 SIZE_PATTERN = re.compile(r"(\d{1,5})x(\d{1,5})")
 # Our names of settings -> the names that OpenAI's clients use.
 REQUEST_FIELD_NAMES = {"frames": "num_frames", "steps": "num_inference_steps"}
-
-
-def get_constraints(field: str) -> list[Any]:
-    """Return the bounds of a setting, which contracts.RequestedShape and contracts.SamplingParams define."""
-    return (SamplingParams.model_fields | RequestedShape.model_fields)[field].metadata
-
-
-class GenerationRequest(RequestModel):
-    """The fields that requests for images and clips share. A size is WIDTHxHEIGHT in pixels, or auto.
-
-    `width` and `height` are the same size as two numbers. Any size is generated at the nearest one that the model was
-    trained on, then scaled and cropped centrally.
-    """
-
-    prompt: CleanText = Field(min_length=1, max_length=4000)
-    model: CleanText | None = None
-    size: str | None = Field(
-        default=None,
-        pattern=r"^(\d{1,5}x\d{1,5}|auto)$",
-        description="a width and a height in pixels, such as 640x384, or auto",
-    )
-    width: Annotated[int | None, *get_constraints("width")] = None
-    height: Annotated[int | None, *get_constraints("height")] = None
-    num_inference_steps: Annotated[int | None, *get_constraints("steps")] = None
-    guidance_scale: Annotated[float | None, *get_constraints("guidance_scale")] = None
-    flow_shift: Annotated[float | None, *get_constraints("flow_shift")] = None
-    seed: Seed = None
-    negative_prompt: Annotated[CleanText | None, *get_constraints("negative_prompt")] = None
-    lora: Unsupported = None
-    lora_path: Unsupported = None
-    lora_scale: Unsupported = None
-    guidance_scale_2: Unsupported = None
-    true_cfg_scale: Unsupported = None
-    strength: Unsupported = None
-
-
-class VideoRequest(GenerationRequest):
-    """Any two of `seconds`, `num_frames` and `fps` determine the third; `seconds` alone chooses the frame rate.
-
-    `image_reference`, `video_reference` and `reference_url` are other servers' names of `input_reference`.
-    """
-
-    seconds: Annotated[float | None, *get_constraints("seconds")] = None
-    num_frames: Annotated[int | None, *get_constraints("frames")] = None
-    fps: Annotated[float | None, *get_constraints("fps")] = None
-    input_reference: MediaReference | None = None
-    image_reference: MediaReference | None = None
-    video_reference: MediaReference | None = None
-    reference_url: CleanText | None = None
-    n: int = Field(default=1, ge=1, le=1)
-    last_image: Unsupported = None
-
-    def get_reference(self) -> tuple[str, MediaReference] | None:
-        """Return the reference and the name of its field, or None. Raises InvalidInput if there are several."""
-        url_reference = None if self.reference_url is None else MediaReference(image_url=self.reference_url)
-        references = {
-            "input_reference": self.input_reference, "image_reference": self.image_reference,
-            "video_reference": self.video_reference, "reference_url": url_reference,
-        }  # fmt: skip
-        given = [(field, reference) for field, reference in references.items() if reference is not None]
-        if len(given) > 1:
-            raise InvalidInput(given[1][0], f"{given[0][0]} is given too; give one of them")
-        return given[0] if given else None
-
-
-class VideoEditRequest(VideoRequest):
-    video: MediaReference
-
-
-class ImageRequest(GenerationRequest):
-    n: int = Field(default=1, ge=1, le=8)
-    response_format: Literal["b64_json", "url"] | None = None
-    output_format: Literal["png"] | None = None
-    stream: Literal[False] | None = None
-    background: Literal["auto", "opaque"] | None = None
-    mask: Unsupported = None
-
-
-def wrap_in_list(value: Any) -> Any:
-    return value if isinstance(value, list) else [value]
-
-
-class ImageEditRequest(ImageRequest):
-    image: Annotated[list[MediaReference], BeforeValidator(wrap_in_list)] = Field(min_length=1, max_length=1)
 
 
 @dataclass(frozen=True)
@@ -162,6 +81,26 @@ def build_remix_job(context: ServiceContext, request: VideoRequest, job_id: str,
     return build_clip_job(context, remix_request, task, job_id, source, "id", remixed_from=original.id)
 
 
+def make_video_ids(base_id: str, n: int) -> list[str]:
+    return [base_id, *(f"{base_id}_{index}" for index in range(1, n))]
+
+
+def repeat_video_job(job_request: JobRequest, n: int) -> list[JobRequest]:
+    """Return the jobs of `n` videos with consecutive seeds; the first one names the others."""
+    job, ids = job_request.job, make_video_ids(job_request.job.id, n)
+    repeated = []
+    for index, job_id in enumerate(ids):
+        params = job.params.model_copy(update={"seed": (job.params.seed + index) % 2**63})
+        meta = job_request.meta | ({"n": str(n)} if n > 1 and index == 0 else {})
+        repeated.append(replace(job_request, job=job.model_copy(update={"id": job_id, "params": params}), meta=meta))
+    return repeated
+
+
+def build_video_jobs(context: ServiceContext, owner: str, request: VideoRequest, base_id: str) -> list[JobRequest]:
+    """Build the jobs of `n` clips."""
+    return repeat_video_job(build_video_job(context, owner, request, base_id), request.n)
+
+
 def inherit_source_size(request: VideoRequest, source: Artifact) -> VideoRequest:
     """Return the request with the source's size where it gives none."""
     if request.width or request.height or request.size not in (None, "auto"):
@@ -188,7 +127,7 @@ def build_clip_job(
     params = resolve_request_params(preset, task, overrides, seed, request, length, names)
     seconds = params.delivered.frames / params.fps if request.seconds is None else request.seconds
     meta = {"size": describe_size(params), "seconds": f"{seconds:.6g}"} | meta
-    return build_job_request(request, params, job_id, source, "video", meta)
+    return build_job_request(context, request, params, job_id, source, "video", meta)
 
 
 def describe_size(params: SamplingParams) -> str:
@@ -206,22 +145,56 @@ def build_image_jobs(context: ServiceContext, owner: str, request: ImageRequest,
 def build_image_edit_jobs(
     context: ServiceContext, owner: str, request: ImageEditRequest, base_id: str
 ) -> list[JobRequest]:
-    source = resolve_source(context, owner, request.image[0], "image")
+    field, reference = request.get_source()
+    source = resolve_source(context, owner, reference, field)
     if source.medium != "image":
-        raise InvalidInput("image", "it is a clip; use /v1/videos/edits")
-    return build_jobs_per_image(context, request, get_editing_task("image"), base_id, source)
+        raise InvalidInput(field, "it is a clip; use /v1/videos/edits")
+    mask = None
+    if request.mask is not None:
+        request, mask = apply_mask_rules(request, source), store_mask(context, owner, request.mask, source)
+    return build_jobs_per_image(context, request, get_editing_task("image"), base_id, source, mask)
+
+
+def apply_mask_rules(request: ImageEditRequest, source: Artifact) -> ImageEditRequest:
+    """Return the request with the source's size, which a mask requires. Raises InvalidInput for what loses pixels."""
+    size = f"{source.width}x{source.height}"
+    given = tuple(side or own for side, own in zip(resolve_size(request), (source.width, source.height), strict=True))
+    if given != (source.width, source.height):
+        raise InvalidInput("size" if request.size else "width", f"with a mask the result has the image's size, {size}")
+    if request.output_format == "jpeg":
+        raise InvalidInput("output_format", "a mask keeps pixels exactly, and a jpeg does not; allowed: png, webp")
+    if request.output_compression not in (None, 100):
+        raise InvalidInput("output_compression", "a mask keeps pixels exactly; allowed: 100")
+    return request.model_copy(update={"size": size, "width": None, "height": None})
+
+
+def store_mask(context: ServiceContext, owner: str, reference: MediaReference, source: Artifact) -> str:
+    """Return the object key of a mask that fits the source."""
+    mask = resolve_source(context, owner, reference, "mask")
+    read_mask(context.store.get(mask.key), source.width, source.height)
+    return mask.key
 
 
 def build_jobs_per_image(
-    context: ServiceContext, request: ImageRequest, task: Task, base_id: str, source: Artifact | None
+    context: ServiceContext,
+    request: ImageRequest,
+    task: Task,
+    base_id: str,
+    source: Artifact | None,
+    mask: str | None = None,
 ) -> list[JobRequest]:
+    request.check_compression()
     preset = require_served_preset(context, request.model)
     overrides, seed = overrides_from_request(request), resolve_seed(request, base_id)
+    output = {"format": request.output_format or "png"}
+    if request.output_compression is not None:
+        output["compression"] = str(request.output_compression)
     job_requests = []
     for index, job_id in enumerate(make_image_ids(base_id, request.n)):
         params = resolve_request_params(preset, task, overrides, (seed + index) % 2**63, request)
-        meta = {"size": describe_size(params)}
-        job_requests.append(build_job_request(request, params, job_id, source, "image", meta))
+        meta = output | {"size": describe_size(params)}
+        job_request = build_job_request(context, request, params, job_id, source, "image", meta)
+        job_requests.append(replace(job_request, job=job_request.job.model_copy(update={"mask": mask})))
     return job_requests
 
 
@@ -284,6 +257,7 @@ def resolve_request_params(
 
 
 def build_job_request(
+    context: ServiceContext,
     request: GenerationRequest,
     params: SamplingParams,
     job_id: str,
@@ -291,9 +265,11 @@ def build_job_request(
     kind: Literal["video", "image"],
     meta: dict[str, str],
 ) -> JobRequest:
+    limits = context.text_limits
+    limits.check_negative_prompt("negative_prompt", params.negative_prompt)
     job = Job(
         id=job_id,
-        prompt=check_prompt("prompt", request.prompt),
+        prompt=limits.check_prompt("prompt", request.prompt, params),
         visual_tokens=None,
         source=source,
         params=params,
@@ -307,6 +283,19 @@ def submit_job(context: ServiceContext, owner: str, job_request: JobRequest, lan
     assert status is not None, "the id is new"
     context.notify_workers()
     return status
+
+
+def submit_jobs(context: ServiceContext, owner: str, job_requests: list[JobRequest]) -> list[JobStatus]:
+    """Submit all jobs of a request. If one is refused, cancel the others and raise its error."""
+    statuses: list[JobStatus] = []
+    try:
+        for job_request in job_requests:
+            statuses.append(submit_job(context, owner, job_request))
+    except Exception:
+        for status in statuses:
+            context.jobs.cancel(status.id)
+        raise
+    return statuses
 
 
 def find_live_job(context: ServiceContext, owner: str, kind: str, job_id: str) -> JobStatus | None:

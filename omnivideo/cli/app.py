@@ -10,10 +10,12 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from omnivideo.contracts import StepProgress
+from omnivideo.contracts import SamplingParams, StepProgress
 from omnivideo.errors import InvalidInput
+from omnivideo.presets import get_preset
 
 if TYPE_CHECKING:
+    from omnivideo.models.text_limits import TokenLimits
     from omnivideo.sdk.result import Result
     from omnivideo.sdk.studio import Studio
 
@@ -99,6 +101,21 @@ def show_step_progress(label: str) -> Iterator[Callable[[StepProgress], None]]:
     with Progress(*columns, console=error_console, transient=True) as bar:
         row = bar.add_task("", total=None)
         yield lambda step: bar.update(row, total=step.steps, completed=step.step)
+
+
+def open_text_limits(preset: str, weights: Path | None) -> "TokenLimits":
+    """Return the bounds of a model for texts, without loading it. Raises CheckpointError if there are no weights."""
+    from omnivideo.models.text_limits import TokenLimits
+    from omnivideo.models.weights.shipped import find_shipped_weights
+
+    return TokenLimits(get_preset(preset), weights or find_shipped_weights(preset))
+
+
+def check_clip_texts(preset: str, weights: Path | None, params: SamplingParams, field: str, text: str) -> None:
+    """Raise InvalidInput if the texts of a clip are longer than the model takes, before it is loaded."""
+    text_limits = open_text_limits(preset, weights)
+    text_limits.check_prompt(field, text, params)
+    text_limits.check_negative_prompt("negative prompt", params.negative_prompt)
 
 
 def open_studio(preset: str, weights: Path | None, device: str, home: Path | None = None) -> "Studio":

@@ -31,9 +31,11 @@ from omnivideo.cli.app import (
     StepsOption,
     WeightsOption,
     app,
+    check_clip_texts,
     console,
     error_console,
     open_studio,
+    open_text_limits,
     parse_size,
     save_result,
     show_step_progress,
@@ -42,7 +44,6 @@ from omnivideo.cli.curate import curate
 from omnivideo.cli.evaluate import ablate, evaluate
 from omnivideo.cli.train import plan, train
 from omnivideo.contracts import (
-    check_prompt,
     get_editing_task,
     get_file_length,
     get_generation_task,
@@ -55,7 +56,7 @@ from omnivideo.presets import get_preset
 
 @app.command(rich_help_panel=VIDEO_COMMANDS)
 def generate(
-    prompt: Annotated[str, typer.Argument(help="What to show, 1 to 4000 characters.")],
+    prompt: Annotated[str, typer.Argument(help="What to show.")],
     output: OutputFileOption,
     image: Annotated[
         bool | None,
@@ -78,7 +79,6 @@ def generate(
     """Generate a clip or an image from a prompt."""
     from omnivideo.media.write import check_output
 
-    prompt = check_prompt("prompt", prompt)
     overrides: dict[str, Any] = parse_size(size) | {
         "seed": seed,
         "steps": steps,
@@ -93,6 +93,7 @@ def generate(
     # Invalid settings are refused before the model is loaded, which takes seconds.
     task = get_generation_task("image" if image else "video")
     params = resolve_sampling_params(get_preset(preset), task, **overrides)
+    check_clip_texts(preset, weights, params, "prompt", prompt)
     check_output(output, params.delivered.frames)
     studio = open_studio(preset, weights, device)
     with show_step_progress("denoising") as on_step:
@@ -103,7 +104,7 @@ def generate(
 @app.command(rich_help_panel=VIDEO_COMMANDS)
 def edit(
     source: Annotated[Path, typer.Argument(help="The clip or image to edit.")],
-    instruction: Annotated[str, typer.Argument(help="What to change, 1 to 4000 characters.")],
+    instruction: Annotated[str, typer.Argument(help="What to change.")],
     output: OutputFileOption,
     preset: PresetOption = "tiny",
     weights: WeightsOption = None,
@@ -120,7 +121,6 @@ def edit(
     from omnivideo.media.read import measure_media
     from omnivideo.media.write import check_output
 
-    instruction = check_prompt("instruction", instruction)
     overrides: dict[str, Any] = parse_size(size) | {
         "seed": seed,
         "steps": steps,
@@ -132,6 +132,7 @@ def edit(
     info, model_preset = measure_media(source), get_preset(preset)
     length = get_file_length(model_preset, info.frames, info.fps)
     params = resolve_sampling_params(model_preset, get_editing_task(info.kind), length, **overrides)
+    check_clip_texts(preset, weights, params, "instruction", instruction)
     check_output(output, params.delivered.frames)
     studio = open_studio(preset, weights, device)
     with show_step_progress("denoising") as on_step:
@@ -142,7 +143,7 @@ def edit(
 @app.command(rich_help_panel=VIDEO_COMMANDS)
 def understand(
     source: Annotated[Path, typer.Argument(help="The clip or image that the question is about.")],
-    question: Annotated[str, typer.Argument(help="The question, 1 to 4000 characters.")],
+    question: Annotated[str, typer.Argument(help="The question.")],
     preset: PresetOption = "tiny",
     weights: WeightsOption = None,
     device: DeviceOption = "auto",
@@ -150,7 +151,7 @@ def understand(
     """Answer a question about a clip or an image."""
     from omnivideo.media.read import measure_media
 
-    question = check_prompt("question", question)
+    question = open_text_limits(preset, weights).check_message("question", question)
     measure_media(source)
     studio = open_studio(preset, weights, device)
     studio.understand(

@@ -190,7 +190,7 @@ def mllm_serve(
     from omnivideo.backends.mllm import launch
     from omnivideo.models.device import pick_device
     from omnivideo.models.weights import checkpoint
-    from omnivideo.models.weights.checkpoint import find_shipped_weights
+    from omnivideo.models.weights.shipped import find_shipped_weights
 
     settings = load_service_settings(weights=weights)
     folder = Path(settings.weights) if settings.weights else find_shipped_weights(settings.preset)

@@ -10,14 +10,13 @@ Shapes: B batch, L tokens, D text width of the decoder.
 """
 
 from collections.abc import Mapping, Sequence
-from html import unescape
 
 import torch
-from ftfy import fix_text
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
 from omnivideo.errors import ConditionTooLong
+from omnivideo.models.text_limits import clean_text
 from omnivideo.presets import ConditionConfig, ConditionPart, TextConfig
 
 ConditionTokens = Mapping[ConditionPart, Tensor]  # the tokens [L, D] of each part of one condition
@@ -106,11 +105,6 @@ def check_condition_length(length: int, max_tokens: int) -> None:
 
 
 # ---------------------------------------------------------------- text
-
-
-def clean_text(text: str) -> str:
-    """Return the text as Wan's encoder was trained on it: broken Unicode and HTML entities repaired, blanks joined."""
-    return " ".join(unescape(unescape(fix_text(text))).split())
 
 
 def encode_text(

@@ -28,7 +28,8 @@ from omnivideo.contracts import (
     check_sampling_params,
 )
 from omnivideo.errors import ArtifactNotFound, InvalidInput
-from omnivideo.media.artifacts import encode_clip, to_png_bytes
+from omnivideo.media.artifacts import encode_clip, load_frames, to_png_bytes
+from omnivideo.media.masks import keep_masked_pixels, read_mask
 from omnivideo.media.read import measure_media, read_fitted_media
 from omnivideo.media.sound import SoundSource, keep_sound
 from omnivideo.models.omni import MLLMFeatures, OmniVideoModel
@@ -148,6 +149,7 @@ class Renderer:
             visual_tokens=reference,
             source=source,
             params=params,
+            mask=manifest.mask,
         )
         for event in self.render_job(self.add_visual_tokens(job, params), params):
             if isinstance(event, GeneratedClip):
@@ -160,7 +162,7 @@ class Renderer:
     def encode_result(self, job: Job, clip: GeneratedClip) -> tuple[bytes, str, str | None]:
         """Return a clip's file and suffix, with the sound of its source where the length is unchanged, and a note."""
         fps, source = job.params.fps, job.source
-        media_bytes, suffix = encode_clip(clip.frames, fps)
+        media_bytes, suffix = encode_clip(self.apply_mask(job, clip.frames), fps)
         if source is None or source.medium != "video" or suffix != "mp4":
             return media_bytes, suffix, None
         try:
@@ -170,6 +172,14 @@ class Renderer:
         edited_bytes, note = keep_sound(media_bytes, sound, len(clip.frames) / fps, fps)
         return edited_bytes, suffix, note
 
+    def apply_mask(self, job: Job, frames: np.ndarray) -> np.ndarray:
+        """Return an edited picture [1, H, W, 3] with the source's pixels where the job's mask keeps them."""
+        if job.mask is None or job.source is None:
+            return frames
+        source = load_frames(self.store, job.source)[0]
+        may_change = read_mask(self.store.get(job.mask), source.shape[1], source.shape[0])
+        return keep_masked_pixels(frames[0], source, may_change)[None]
+
     def store_result(self, job: Job, params: SamplingParams, clip: GeneratedClip) -> Artifact:
         """Write the clip, its latents and its manifest to the store and return the artifact.
 
@@ -178,7 +188,8 @@ class Renderer:
         media_bytes, suffix, sound = self.encode_result(job, clip)
         manifest = build_manifest(self.omni, self.weights_digest, job.prompt, params, clip.seconds_by_stage)
         source = {} if job.source is None else {"source": job.source.key, "source_latents": job.source.latents}
-        manifest = manifest.model_copy(update={"visual_tokens": job.visual_tokens, "sound": sound} | source)
+        details = {"visual_tokens": job.visual_tokens, "mask": job.mask, "sound": sound}
+        manifest = manifest.model_copy(update=details | source)
         return Artifact(
             key=self.store.put(media_bytes, suffix),
             medium="video" if suffix == "mp4" else "image",
@@ -188,7 +199,7 @@ class Renderer:
             fps=params.fps,
             caption=job.prompt,
             manifest=self.store.put(json.dumps(manifest.model_dump(), indent=2).encode(), "json"),
-            latents=put_tensors(self.store, {"latents": clip.latents}),
+            latents=None if job.mask else put_tensors(self.store, {"latents": clip.latents}),
             source=None if job.source is None else job.source.key,
             created_by=job.id,
         )

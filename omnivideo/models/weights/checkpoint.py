@@ -28,16 +28,15 @@ from omnivideo.models.mllm import VISUAL_TOKENS
 from omnivideo.models.omni import Bridge, OmniVideoModel, get_expert_part, get_torch_dtype
 from omnivideo.models.positions import add_absolute_positions
 from omnivideo.models.weights.qwen3_vl import load_qwen3_vl, restore_published_layout
+from omnivideo.models.weights.shipped import INDEX_FILE
 from omnivideo.models.weights.strict import check_keys as check_keys
 from omnivideo.models.weights.strict import get_first_line as get_first_line
 from omnivideo.models.weights.strict import load_strict as load_strict
 from omnivideo.models.weights.vila import load_vila, load_vila_tokenizer
 from omnivideo.presets import Precision, Preset, get_preset
 
-INDEX_FILE = "model_index.json"
 BRIDGE_PARTS = ("vision_head", "adapter", "visual_context", "markers")
 WEIGHTS_FILE = "model.safetensors"
-SHIPPED_WEIGHTS_FOLDER = Path(__file__).parents[2] / "weights"  # one folder for each preset with shipped weights
 
 
 def compute_file_digest(path: Path) -> str:
@@ -239,14 +238,3 @@ def load_bridge(
         check_keys(name, sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys()), mismatched)
         module.load_state_dict(state, assign=True)
     return bridge
-
-
-def find_shipped_weights(preset_name: str) -> Path:
-    """Return the folder of a preset's shipped weights.
-
-    Raises InvalidInput if the preset is unknown, and CheckpointError if it has no shipped weights.
-    """
-    folder = SHIPPED_WEIGHTS_FOLDER / get_preset(preset_name).name
-    if not (folder / INDEX_FILE).is_file():
-        raise CheckpointError(f"no weights are shipped for the preset {preset_name!r}; pass a folder with --weights")
-    return folder
