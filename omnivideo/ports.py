@@ -18,7 +18,7 @@ from omnivideo.contracts import (
     StepProgress,
     check_prompt,
 )
-from omnivideo.turns import TurnEvents, TurnRecord
+from omnivideo.turns import ThreadRecord, TurnEvents, TurnRecord
 
 Latents = TypeVar("Latents")
 LatentsOut = TypeVar("LatentsOut", covariant=True)
@@ -231,7 +231,13 @@ class TurnStore(Protocol):
 
     def has_thread(self, thread_id: str, owner: str) -> bool: ...
 
-    def list_threads(self, owner: str, limit: int) -> list[dict[str, Any]]: ...
+    def get_thread(self, owner: str, thread_id: str) -> ThreadRecord | None: ...
+
+    def list_threads(
+        self, owner: str, after: str | None = None, limit: int = 20, newest_first: bool = True
+    ) -> tuple[list[ThreadRecord], bool]:
+        """Return a page of an owner's threads, and whether there are more."""
+        ...
 
     def delete_thread(self, thread_id: str) -> None: ...
 

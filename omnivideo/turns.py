@@ -146,6 +146,13 @@ TurnEvent = (
 # ---------------------------------------------------------------- turns as the service stores them
 
 
+class ThreadRecord(FrozenModel):
+    """A thread as the service lists it; the time is in seconds since 1970."""
+
+    id: str
+    created_at: float
+
+
 class TurnRecord(FrozenModel):
     """A turn as the service stores it; `attempt` counts the processes that have run it."""
 

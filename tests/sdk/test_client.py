@@ -87,7 +87,7 @@ def test_refusals_are_raised_as_errors_of_the_tree(client, address, tmp_path):
     with pytest.raises(InvalidInput, match="prompt: it is empty"):
         client.generate(" ")
     with pytest.raises(InvalidInput, match="size"):
-        client.generate("a red ball", width=72, height=64)
+        client.generate("a red ball", width=5000, height=64)
     with pytest.raises(InvalidInput, match="thread: there is no thread 'nothing'"):
         client.open_thread("nothing")
     with pytest.raises(ArtifactNotFound):
