@@ -387,6 +387,9 @@ def resolve_sampling_params(
     except ValidationError as error:
         fields = {**SamplingParams.model_fields, **RequestedShape.model_fields}
         raise invalid_input_from_validation(error, fields) from None
+    lowest, highest = get_trained_shapes(preset, task, defaults).flow_shift
+    if not lowest <= params.flow_shift <= highest:
+        raise InvalidInput("flow_shift", f"this model generates clips from {lowest:g} to {highest:g}")
     check_sampling_params(preset, params)
     return params
 

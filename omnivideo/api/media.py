@@ -17,7 +17,8 @@ from omnivideo.errors import InvalidInput
 
 MEDIA_TYPES = {
     "png": "image/png", "jpg": "image/jpeg", "jpeg": "image/jpeg", "webp": "image/webp", "gif": "image/gif",
-    "avif": "image/avif", "mp4": "video/mp4", "webm": "video/webm", "mov": "video/quicktime", "mkv": "video/x-matroska",
+    "avif": "image/avif", "heic": "image/heic",
+    "mp4": "video/mp4", "webm": "video/webm", "mov": "video/quicktime", "mkv": "video/x-matroska",
     "json": "application/json",
 }  # fmt: skip
 ETAG_PATTERN = re.compile(r'(?:W/)?("[^"]*")')

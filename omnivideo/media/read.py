@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 
 from omnivideo.contracts import Delivery
-from omnivideo.media.containers import HEIC_BRANDS, read_stated_size, sniff_format
+from omnivideo.media.containers import is_heic, read_stated_size, sniff_format
 from omnivideo.media.decode import (
     CLIP_DEMUXERS,
     DecodedFrame,
@@ -288,7 +288,7 @@ def check_format(file: MediaFile, guard: MediaGuard) -> str:
     with BytesIO(file) if isinstance(file, bytes) else file.open("rb") as opened:
         head = opened.read(16)
         kind = sniff_format(head)
-        if kind is None and head[4:8] == b"ftyp" and head[8:12] in HEIC_BRANDS:
+        if kind is None and is_heic(head):
             guard.refuse_media(f"is a HEIC picture, which cannot be read; allowed: {READABLE_FORMATS}")
         if kind is None:
             guard.refuse_media(f"is not an image or video; allowed: {READABLE_FORMATS}")

@@ -22,7 +22,8 @@ TINY_SAMPLING: dict[Task, SamplingDefaults] = {
 }
 
 TINY_TRAINED: dict[Task, TrainedShapes] = {
-    task: TrainedShapes(sizes=((64, 64),), frames=(defaults.frames,)) for task, defaults in TINY_SAMPLING.items()
+    task: TrainedShapes(sizes=((64, 64),), frames=(defaults.frames,), flow_shift=(0.2, 100.0))
+    for task, defaults in TINY_SAMPLING.items()
 }
 
 TINY = Preset(
