@@ -1,4 +1,4 @@
-"""Masks, formats and other servers' shapes of image requests, and videos that are returned at once or several at once."""
+"""Masks, formats and other servers' shapes of image requests; videos that are returned at once, and several of them."""
 
 import base64
 import io
