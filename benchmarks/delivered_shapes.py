@@ -47,7 +47,7 @@ def describe_shapes(preset: Preset, task: Task, overrides: dict[str, Any]) -> tu
         params = resolve_sampling_params(preset, task, **overrides)
     except InvalidInput as error:
         return "refused", str(error).replace("frames:", "num_frames:", 1)
-    file = params.delivered
+    file = params.delivered_shape
     if params.frames == 1:
         return f"{params.width}x{params.height}", f"{file.width}x{file.height}"
     length = f"{file.frames} frames at {params.fps:g} fps, {file.frames / params.fps:.4g} s"

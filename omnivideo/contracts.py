@@ -98,7 +98,7 @@ class SamplingParams(FrozenModel):
     seconds: float | None = build_omitted_field()
 
     @property
-    def delivered(self) -> Delivery:
+    def delivered_shape(self) -> Delivery:
         return self.delivery or Delivery(width=self.width, height=self.height, frames=self.frames)
 
 

@@ -125,13 +125,13 @@ def build_clip_job(
     length, seed = None if source is None else get_source_length(preset, source), resolve_seed(request, job_id)
     names = REQUEST_FIELD_NAMES | {"source": source_field}
     params = resolve_request_params(preset, task, overrides, seed, request, length, names)
-    seconds = params.delivered.frames / params.fps if request.seconds is None else request.seconds
+    seconds = params.delivered_shape.frames / params.fps if request.seconds is None else request.seconds
     meta = {"size": describe_size(params), "seconds": f"{seconds:.6g}"} | meta
     return build_job_request(context, request, params, job_id, source, "video", meta)
 
 
 def describe_size(params: SamplingParams) -> str:
-    return f"{params.delivered.width}x{params.delivered.height}"
+    return f"{params.delivered_shape.width}x{params.delivered_shape.height}"
 
 
 # ---------------------------------------------------------------- images

@@ -94,7 +94,7 @@ def generate(
     task = get_generation_task("image" if image else "video")
     params = resolve_sampling_params(get_preset(preset), task, **overrides)
     check_clip_texts(preset, weights, params, "prompt", prompt)
-    check_output(output, params.delivered.frames)
+    check_output(output, params.delivered_shape.frames)
     studio = open_studio(preset, weights, device)
     with show_step_progress("denoising") as on_step:
         result = studio.generate(prompt, image=image, on_step=on_step, **overrides)
@@ -133,7 +133,7 @@ def edit(
     length = get_file_length(model_preset, info.frames, info.fps)
     params = resolve_sampling_params(model_preset, get_editing_task(info.kind), length, **overrides)
     check_clip_texts(preset, weights, params, "instruction", instruction)
-    check_output(output, params.delivered.frames)
+    check_output(output, params.delivered_shape.frames)
     studio = open_studio(preset, weights, device)
     with show_step_progress("denoising") as on_step:
         result = studio.edit(source, instruction, on_step=on_step, **overrides)

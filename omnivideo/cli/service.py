@@ -180,9 +180,7 @@ def mllm_serve(
     max_model_len: Annotated[
         int | None, typer.Option(help="Maximum number of tokens in a request.", rich_help_panel=VLLM)
     ] = None,
-    max_num_seqs: Annotated[
-        int, typer.Option(help="Maximum number of requests that are answered at the same time.", rich_help_panel=VLLM)
-    ] = 16,
+    max_num_seqs: Annotated[int, typer.Option(help="Requests answered at the same time.", rich_help_panel=VLLM)] = 16,
 ) -> None:
     """Serve the MLLM over HTTP for services that do not load it themselves, with vLLM or with transformers."""
     configure_cpu_threads(tensor_parallel_size)
@@ -206,7 +204,7 @@ def mllm_serve(
         max_num_seqs=max_num_seqs,
     )
     if lora is not None:
-        check_lora(lora, folder / "mllm" / "llm" if launch.is_vila(folder) else folder / "mllm")
+        check_lora(lora, launch.find_language_model(folder))
     if server_command := launch.build_command(device, folder, port, host, engine, serving_options):
         launch.exec_command(server_command)
     from omnivideo.backends.mllm.local import LocalMLLM

@@ -112,7 +112,7 @@ def test_an_edit_lasts_as_long_as_its_source(http, context, tmp_path, frames, fp
     video = http.post("/v1/videos/edits", data={"prompt": "make it blue", "num_inference_steps": "1"}, files=files)
     assert video.status_code == 200, video.text
     params = context.jobs.get_status(video.json()["id"]).job.params
-    assert (params.delivered.frames, params.fps, params.frames) == (*expected, 9)
+    assert (params.delivered_shape.frames, params.fps, params.frames) == (*expected, 9)
 
 
 def test_an_edit_of_a_clip_that_is_too_long_is_refused(http, tmp_path):

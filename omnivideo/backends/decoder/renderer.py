@@ -81,7 +81,7 @@ class Renderer:
         if source is None:
             return None
         grid = compute_latent_grid(params.width, params.height, params.frames)
-        has_job_size = (source.width, source.height) == (params.delivered.width, params.delivered.height)
+        has_job_size = (source.width, source.height) == (params.delivered_shape.width, params.delivered_shape.height)
         if source.latents and has_job_size:
             latents = get_tensors(self.store, source.latents)["latents"]
             if latents.shape[1:] == grid:
@@ -193,8 +193,8 @@ class Renderer:
         return Artifact(
             key=self.store.put(media_bytes, suffix),
             medium="video" if suffix == "mp4" else "image",
-            width=params.delivered.width,
-            height=params.delivered.height,
+            width=params.delivered_shape.width,
+            height=params.delivered_shape.height,
             frames=len(clip.frames),
             fps=params.fps,
             caption=job.prompt,
@@ -219,7 +219,7 @@ def build_manifest(
         prompt=prompt,
         task=params.task,
         settings=params,
-        delivered=params.delivered,
+        delivered=params.delivered_shape,
         source=source,
         preset=omni.preset.name,
         weights=weights_digest,

@@ -164,6 +164,11 @@ def is_vila(folder: Path) -> bool:
     return (folder / "mllm" / "llm").is_dir()
 
 
+def find_language_model(folder: Path) -> Path:
+    """Return the part of a folder of weights to which a LoRA applies."""
+    return folder / "mllm" / "llm" if is_vila(folder) else folder / "mllm"
+
+
 def check_servable_folder(folder: Path) -> str:
     """Return the preset of a folder of weights. Raises CheckpointError or InvalidInput if vLLM cannot serve it."""
     try:
@@ -194,7 +199,7 @@ def build_arguments(
         flags += ["--lora-modules", f"{SERVED_MODEL_NAME}-lora={options.lora.resolve()}"]
     folder = folder.resolve()
     values: dict[str, Any] = {
-        "model": folder / "mllm" / "llm" if is_vila(folder) else folder / "mllm",
+        "model": find_language_model(folder),
         "served-model-name": SERVED_MODEL_NAME,
         "host": host,
         "port": port,
