@@ -29,6 +29,7 @@ class GenerationRequest(RequestModel):
 
     prompt: CleanText = Field(min_length=1, max_length=4000)
     model: CleanText | None = None
+    n: int = Field(default=1, ge=1, le=8)
     size: str | None = Field(
         default=None,
         pattern=r"^(\d{1,5}x\d{1,5}|auto)$",
@@ -68,7 +69,6 @@ class VideoRequest(GenerationRequest):
     image_reference: MediaReference | None = None
     video_reference: MediaReference | None = None
     reference_url: CleanText | None = None
-    n: int = Field(default=1, ge=1, le=8)
     last_image: Unsupported = None
 
     def get_reference(self) -> tuple[str, MediaReference] | None:
@@ -91,7 +91,6 @@ class VideoEditRequest(VideoRequest):
 class ImageRequest(GenerationRequest):
     """`output_compression` is the quality of a jpeg or a webp, 0 to 100; a webp of 100 is exact."""
 
-    n: int = Field(default=1, ge=1, le=8)
     response_format: Literal["b64_json", "url"] | None = None
     output_format: ImageFormat | None = None
     output_compression: int | None = Field(default=None, ge=0, le=100)
