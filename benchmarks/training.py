@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from omnivideo.models.omni import Bridge, OmniVideoModel, build_decoder
 from omnivideo.presets import Preset, get_preset
-from omnivideo.presets.tokens import compute_latent_grid, count_decoder_tokens
+from omnivideo.presets.shapes import compute_latent_grid, count_decoder_tokens
 from omnivideo.training.data.batch import CachedTask, RaggedTensor
 from omnivideo.training.engine.distributed.launcher import launch_processes
 from omnivideo.training.engine.distributed.processes import ProcessContext, is_launched, open_process_context

@@ -23,11 +23,12 @@ from omnivideo.presets.shapes import (
     MIN_FPS,
     ClipLength,
     SourceLength,
+    check_model_limits,
     choose_trained_size,
+    compute_latent_grid,
     get_trained_shapes,
     resolve_length,
 )
-from omnivideo.presets.tokens import check_model_limits, compute_latent_grid
 from omnivideo.validation import describe_errors
 
 MAX_SEED = 2**63 - 1

@@ -17,7 +17,7 @@ from omnivideo.presets import (
     ExpertsConfig,
     get_preset,
 )
-from omnivideo.presets.tokens import compute_latent_grid, count_decoder_tokens, count_visual_context_tokens
+from omnivideo.presets.shapes import compute_latent_grid, count_decoder_tokens, count_visual_context_tokens
 
 
 def count(module: torch.nn.Module) -> tuple[int, int]:

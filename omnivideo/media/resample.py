@@ -87,10 +87,8 @@ CROPS = {"exact": center_crop_resize, "whole": crop_whole_box_resize}
 # ---------------------------------------------------------------- the size of a file and that of the model
 
 
-def deliver_frames(frames_FHW3: np.ndarray, delivery: Delivery | None) -> np.ndarray:
+def deliver_frames(frames_FHW3: np.ndarray, delivery: Delivery) -> np.ndarray:
     """Return the first frames of a generated clip, scaled to cover the delivered size and cropped centrally."""
-    if delivery is None:
-        return frames_FHW3
     size = (delivery.width, delivery.height)
     return np.stack([center_crop_resize(frame, *size) for frame in frames_FHW3[: delivery.frames]])
 

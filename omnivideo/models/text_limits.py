@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 from omnivideo.contracts import SamplingParams, check_prompt, is_editing_task
 from omnivideo.errors import InvalidInput
 from omnivideo.presets import Preset
-from omnivideo.presets.tokens import compute_latent_grid, count_visual_context_tokens, count_visual_tokens
+from omnivideo.presets.shapes import compute_latent_grid, count_visual_context_tokens, count_visual_tokens
 
 
 def clean_text(text: str) -> str:

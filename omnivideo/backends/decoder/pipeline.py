@@ -19,7 +19,7 @@ from omnivideo.models.omni import MLLMFeatures, OmniVideoModel
 from omnivideo.models.sampling import DenoisingState, Expert, denoise, sample_initial_noise
 from omnivideo.models.vae import decode_latents, encode_pixels, pixels_from_bytes, pixels_to_bytes
 from omnivideo.ports import Decoder
-from omnivideo.presets.tokens import compute_latent_grid
+from omnivideo.presets.shapes import compute_latent_grid
 
 
 @dataclass
@@ -155,7 +155,9 @@ def decode_clip(
         pixels_1CFHW = decode_latents(omni.vae, x_1zThw.to(omni.vae.dtype))
         frames = pixels_to_bytes(pixels_1CFHW, omni.preset.byte_rounding)[0]
     assert len(frames) == params.frames or params.frames == 1
-    return GeneratedClip(deliver_frames(frames, params.delivery), x_1zThw[0], seconds_by_stage)
+    if params.delivery is not None:
+        frames = deliver_frames(frames, params.delivery)
+    return GeneratedClip(frames, x_1zThw[0], seconds_by_stage)
 
 
 def medium_from_params(params: SamplingParams) -> Medium:

@@ -36,7 +36,7 @@ from omnivideo.models.omni import MLLMFeatures, OmniVideoModel
 from omnivideo.models.sampling import DenoisingState
 from omnivideo.models.vae import decode_latents, pixels_to_bytes
 from omnivideo.ports import ObjectStore
-from omnivideo.presets.tokens import compute_latent_grid
+from omnivideo.presets.shapes import compute_latent_grid
 from omnivideo.storage.objects.tensors import get_tensors, put_tensors
 
 

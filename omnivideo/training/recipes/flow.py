@@ -13,7 +13,7 @@ from torch import Tensor
 from omnivideo.models.conditions import assemble_conditions, count_condition_tokens, pad_condition, zip_condition_parts
 from omnivideo.models.omni import OmniVideoModel
 from omnivideo.presets import ConditionPart
-from omnivideo.presets.tokens import count_visual_context_tokens
+from omnivideo.presets.shapes import count_visual_context_tokens
 from omnivideo.training.data.batch import FlowBatch, FlowSource, MicroBatch
 from omnivideo.training.data.prefetch import Prefetcher
 from omnivideo.training.engine.data_parallel import current_rank

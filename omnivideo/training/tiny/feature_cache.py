@@ -20,7 +20,7 @@ from transformers import SiglipVisionModel
 from omnivideo.models.mllm import add_position_ids, forward_hidden_states, prepare_hidden_state_inputs
 from omnivideo.models.omni import OmniVideoModel
 from omnivideo.models.vae import encode_pixels, pixels_from_bytes
-from omnivideo.presets.tokens import VAE_TEMPORAL_STRIDE
+from omnivideo.presets.shapes import VAE_TEMPORAL_STRIDE
 from omnivideo.synthetic.requests import SceneRequest
 from omnivideo.training.data.batch import CachedTask, RaggedTensor
 from omnivideo.training.data.prefetch import map_in_order
