@@ -77,8 +77,8 @@ class MLLM(Protocol):
 class TextLimits(Protocol):
     """The bounds of the models for the texts of requests. Each method raises InvalidInput with both numbers."""
 
-    def check_prompt(self, field: str, text: str, params: SamplingParams) -> str:
-        """Return a prompt or an instruction of a clip with these settings, without surrounding whitespace."""
+    def check_prompt(self, field: str, text: str, params: SamplingParams | None) -> str:
+        """Return a prompt or an instruction of a clip, whose settings may be unknown, without blanks around it."""
         ...
 
     def check_negative_prompt(self, field: str, text: str) -> None: ...
@@ -91,7 +91,7 @@ class TextLimits(Protocol):
 class CharacterLimits:
     """The in-memory twin of TextLimits: it bounds only the characters."""
 
-    def check_prompt(self, field: str, text: str, params: SamplingParams) -> str:
+    def check_prompt(self, field: str, text: str, params: SamplingParams | None) -> str:
         return check_prompt(field, text)
 
     def check_negative_prompt(self, field: str, text: str) -> None:

@@ -54,6 +54,7 @@ def build_video_job(context: ServiceContext, owner: str, request: VideoRequest, 
 
     The model has no first-frame mode: an image is edited as a still clip, which the prompt may set in motion.
     """
+    check_texts(context, request)
     source, field = None, ""
     if (named_reference := request.get_reference()) is not None:
         field, reference = named_reference
@@ -64,6 +65,7 @@ def build_video_job(context: ServiceContext, owner: str, request: VideoRequest, 
 
 def build_video_edit_job(context: ServiceContext, owner: str, request: VideoEditRequest, job_id: str) -> JobRequest:
     """Build the job that edits `video`, whose length it keeps. A video that was generated here also keeps its size."""
+    check_texts(context, request)
     source = resolve_source(context, owner, request.video, "video")
     edit_request = inherit_source_size(request, source) if request.video.id else request
     return build_clip_job(context, edit_request, get_editing_task("video"), job_id, source, "video")
@@ -145,6 +147,7 @@ def build_image_jobs(context: ServiceContext, owner: str, request: ImageRequest,
 def build_image_edit_jobs(
     context: ServiceContext, owner: str, request: ImageEditRequest, base_id: str
 ) -> list[JobRequest]:
+    check_texts(context, request)
     field, reference = request.get_source()
     source = resolve_source(context, owner, reference, field)
     if source.medium != "image":
@@ -265,16 +268,21 @@ def build_job_request(
     kind: Literal["video", "image"],
     meta: dict[str, str],
 ) -> JobRequest:
-    limits = context.text_limits
-    limits.check_negative_prompt("negative_prompt", params.negative_prompt)
+    check_texts(context, request, params)
     job = Job(
         id=job_id,
-        prompt=limits.check_prompt("prompt", request.prompt, params),
+        prompt=request.prompt.strip(),
         visual_tokens=None,
         source=source,
         params=params,
     )
     return JobRequest(job, kind, meta)
+
+
+def check_texts(context: ServiceContext, request: GenerationRequest, params: SamplingParams | None = None) -> None:
+    """Raise InvalidInput if a text is too long. Without `params` this takes milliseconds, before media are read."""
+    context.text_limits.check_prompt("prompt", request.prompt, params)
+    context.text_limits.check_negative_prompt("negative_prompt", request.negative_prompt or "")
 
 
 def submit_job(context: ServiceContext, owner: str, job_request: JobRequest, lane: Lane = "interactive") -> JobStatus:

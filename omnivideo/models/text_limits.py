@@ -31,12 +31,16 @@ class TokenLimits:
     def __init__(self, preset: Preset, folder: Path | None):
         self.preset, self.folder = preset, folder
 
-    def check_prompt(self, field: str, text: str, params: SamplingParams) -> str:
-        """Return a prompt or an instruction without surrounding whitespace; raise InvalidInput if it is too long."""
-        text = check_prompt(field, text)
-        has_source, parts = is_editing_task(params.task), self.preset.condition.text_parts
+    def check_prompt(self, field: str, text: str, params: SamplingParams | None) -> str:
+        """Return a prompt or an instruction without surrounding whitespace; raise InvalidInput if it is too long.
+
+        Without `params`, the bounds are those that hold whatever the clip's size and source are.
+        """
+        text, parts = check_prompt(field, text), self.preset.condition.text_parts
+        has_source = params is not None and is_editing_task(params.task)
         if "prompt" in parts or ("instruction" in parts and has_source):
-            self.check_encoder_text(field, text, self.count_text_room(params))
+            room = self.preset.text.max_tokens if params is None else self.count_text_room(params)
+            self.check_encoder_text(field, text, room)
         return self.check_message(field, text)
 
     def check_negative_prompt(self, field: str, text: str) -> None:

@@ -207,6 +207,7 @@ def create_turn(
     context.turn_runner.get_thread(owner, name)
 
     def create(turn_id: str) -> TurnRecord:
+        context.text_limits.check_message("text", payload.text)  # before media are read
         attachments = [
             artifact_from_part(context, owner, part, f"{name}/attached", f"attachments.{index}.{part.kind}")
             for index, part in enumerate(payload.attachments)
