@@ -28,9 +28,9 @@ import torch
 from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
 
+from omnivideo.contracts import compute_latent_grid, count_decoder_tokens
 from omnivideo.models.omni import Bridge, OmniVideoModel, build_decoder
 from omnivideo.presets import Preset, get_preset
-from omnivideo.presets.shapes import compute_latent_grid, count_decoder_tokens
 from omnivideo.training.data.batch import CachedTask, RaggedTensor
 from omnivideo.training.engine.distributed.launcher import launch_processes
 from omnivideo.training.engine.distributed.processes import ProcessContext, is_launched, open_process_context
@@ -49,7 +49,7 @@ SAMPLES = 8
 class RandomOmni(OmniVideoModel):
     """A bridge and a decoder; the outputs of the frozen models are in the data."""
 
-    def encode_prompts(self, prompts: Sequence[str]) -> list[Tensor]:
+    def encode_prompts(self, prompts: Sequence[str], field: str = "prompt") -> list[Tensor]:
         return [torch.randn(TEXT_TOKENS // 4, self.preset.text_width, device=self.device) for _ in prompts]
 
 

@@ -17,23 +17,20 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 
 from omnivideo.errors import InvalidInput
-from omnivideo.presets import Preset, SamplingDefaults, Task, get_sampling_defaults
+from omnivideo.presets import Preset, Task, get_sampling_defaults
 from omnivideo.presets.shapes import (
+    MAX_CLIP_PIXELS,
     MAX_FPS,
     MIN_FPS,
-    ClipLength,
+    Delivery,
+    RequestedShape,
     SourceLength,
-    check_model_limits,
-    choose_trained_size,
-    compute_latent_grid,
     get_trained_shapes,
-    resolve_length,
+    resolve_shape,
 )
 from omnivideo.validation import describe_errors
 
 MAX_SEED = 2**63 - 1
-MAX_CLIP_PIXELS = 1280 * 720 * 121  # width x height x frames; no preset supports more
-MAX_SIDE = 4096  # px of what is delivered
 
 
 class FrozenModel(BaseModel):
@@ -49,24 +46,6 @@ class RequestModel(BaseModel):
         if not isinstance(fields, dict):
             return fields
         return {name: value for name, value in fields.items() if value is not None}
-
-
-class RequestedShape(FrozenModel):
-    """The size in px and the length that a request asks for, each within what any preset can deliver."""
-
-    width: int | None = Field(default=None, ge=16, le=MAX_SIDE)
-    height: int | None = Field(default=None, ge=16, le=MAX_SIDE)
-    frames: int | None = Field(default=None, ge=1, le=241)
-    fps: float | None = Field(default=None, ge=MIN_FPS, le=MAX_FPS, allow_inf_nan=False)
-    seconds: float | None = Field(default=None, gt=0, le=3600, allow_inf_nan=False)
-
-
-class Delivery(FrozenModel):
-    """The size in px and the number of frames of a file. Frames are scaled to cover the size and cropped centrally."""
-
-    width: int
-    height: int
-    frames: int
 
 
 def is_none(value: object) -> bool:
@@ -379,8 +358,9 @@ def resolve_sampling_params(
     defaults = get_sampling_defaults(preset, task)
     given = {name: value for name, value in overrides.items() if value is not None}
     try:
-        requested = RequestedShape(**{name: given.pop(name, None) for name in RequestedShape.model_fields})
-        shape = resolve_shape(preset, task, defaults, requested, source)
+        requested = RequestedShape.model_validate({name: given.pop(name, None) for name in RequestedShape.model_fields})
+        is_video = get_task_medium(task) == "video"
+        shape = resolve_shape(preset, task, defaults, requested, source, is_video)
         if given.get("seed") == -1:  # any seed, as many clients send it
             given["seed"] = secrets.randbelow(2**31)
         settings = defaults.model_dump() | {"negative_prompt": preset.null.negative_prompt, "seed": 0} | given | shape
@@ -393,33 +373,6 @@ def resolve_sampling_params(
         raise InvalidInput("flow_shift", f"this model generates clips from {lowest:g} to {highest:g}")
     check_sampling_params(preset, params)
     return params
-
-
-def resolve_shape(
-    preset: Preset, task: Task, defaults: SamplingDefaults, requested: RequestedShape, source: SourceLength | None
-) -> dict[str, Any]:
-    """Return the fields of SamplingParams for a requested size and length."""
-    shapes, is_video = get_trained_shapes(preset, task, defaults), get_task_medium(task) == "video"
-    if requested.frames is not None and (requested.frames == 1) == is_video:
-        allowed = f"a video has 2 to {max(shapes.frames)}" if is_video else "an image has 1"
-        raise InvalidInput("frames", f"{requested.frames} does not fit {task}: {allowed}")
-    length = ClipLength(1, 1, defaults.fps)
-    if is_video:
-        length = resolve_length(shapes, defaults, requested.seconds, requested.frames, requested.fps, source)
-    width, height = requested.width or defaults.width, requested.height or defaults.height
-    for field, side in (("width", width), ("height", height)):
-        if is_video and side % 2:
-            raise InvalidInput(field, f"{side} is odd; a clip has even sides")
-    if width * height * length.generated_frames > MAX_CLIP_PIXELS:
-        raise InvalidInput("size", f"width x height x frames is above {MAX_CLIP_PIXELS}")
-    delivery = Delivery(width=width, height=height, frames=length.frames)
-    size = choose_trained_size(shapes, width, height)
-    generated = Delivery(width=size[0], height=size[1], frames=length.generated_frames)
-    return generated.model_dump() | {
-        "fps": length.fps,
-        "delivery": None if delivery == generated else delivery,
-        "seconds": requested.seconds if is_video and requested.fps is None else None,
-    }
 
 
 def check_sampling_params(preset: Preset, params: SamplingParams) -> None:
@@ -443,3 +396,54 @@ def check_prompt(field: str, text: str) -> str:
     if len(text) > 4000:
         raise InvalidInput(field, f"it has {len(text)} characters; give 1 to 4000")
     return text
+
+
+# ---------------------------------------------------------------- the tokens of a clip
+
+VAE_SPATIAL_STRIDE, VAE_TEMPORAL_STRIDE = 8, 4
+MIN_TEXT_TOKENS = 64  # of the prompt and the markers that an edit keeps, if its condition cuts the text
+
+
+def compute_latent_grid(width: int, height: int, frames: int) -> tuple[int, int, int]:
+    """Return the latent frames, height and width of a clip; raises InvalidInput for sizes that cannot be patched."""
+    for field, value in (("width", width), ("height", height)):
+        if value < 16 or value % 16:
+            raise InvalidInput(field, f"{value} is not a positive multiple of 16")
+    if frames < 1 or frames % VAE_TEMPORAL_STRIDE != 1:
+        raise InvalidInput("frames", f"{frames} is not of the form 4k + 1 (1, 5, 9, 13 ...)")
+    return (frames - 1) // VAE_TEMPORAL_STRIDE + 1, height // VAE_SPATIAL_STRIDE, width // VAE_SPATIAL_STRIDE
+
+
+def count_decoder_tokens(preset: Preset, grid: tuple[int, int, int]) -> int:
+    """Return the number of the decoder's tokens for a latent grid."""
+    t, y, x = map(int, preset.decoder["patch_size"])
+    return (grid[0] // t) * (grid[1] // y) * (grid[2] // x)
+
+
+def count_visual_context_tokens(preset: Preset, grid: tuple[int, int, int]) -> int:
+    """Return the number of the visual context's tokens for a source's latent grid."""
+    kernel = preset.visual_context.kernel_size
+    return grid[0] * (grid[1] // kernel) * (grid[2] // kernel)
+
+
+def count_visual_tokens(preset: Preset, frames: int) -> int:
+    """Return the number of the adapter's tokens for a clip, or for an image, which has one visual token."""
+    if preset.adapter is None or preset.vision_head is None:
+        return 0
+    return preset.adapter.num_queries * (preset.vision_head.num_queries if frames > 1 else 1)
+
+
+def check_model_limits(preset: Preset, width: int, height: int, frames: int, has_source: bool) -> None:
+    """Raise InvalidInput if a clip has more positions, or an edit's source more tokens, than the model allows."""
+    grid, max_positions = compute_latent_grid(width, height, frames), preset.decoder["rope_max_seq_len"]
+    sizes = (("frames", frames), ("height", height), ("width", width))
+    for axis, patch, (field, size) in zip(grid, preset.decoder["patch_size"], sizes, strict=True):
+        if axis // patch > max_positions:
+            raise InvalidInput(field, f"{size} is more than this model's positions allow")
+    tokens = count_visual_context_tokens(preset, grid) if has_source else 0
+    max_tokens = preset.condition.max_tokens
+    if preset.condition.overflow == "text":  # the prompt is what would be lost
+        max_tokens -= count_visual_tokens(preset, frames) + MIN_TEXT_TOKENS
+    if tokens > max_tokens:
+        text = f"an edit at this size and length has {tokens} tokens of source; allowed: {max_tokens}"
+        raise InvalidInput("size", text)

@@ -1,8 +1,8 @@
 """The frozen messages of conversations: a turn's plan, its results, and its events."""
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import Field
 
 from omnivideo.contracts import MAX_SEED, Artifact, FrozenModel, Preview, Route, StepProgress
 
@@ -60,17 +60,12 @@ class Turn(FrozenModel):
     results: tuple[ActionResult, ...]
 
 
-def drop_any_seed(seed: int | None) -> int | None:
-    """Return None for -1, which means any seed."""
-    return None if seed == -1 else seed
-
-
 class TurnOptions(FrozenModel):
     """The options of a turn. `check` is the maximum number of candidates to render for an action."""
 
     think: Think = "auto"
     check: int = Field(default=1, ge=1, le=16)
-    seed: Annotated[int | None, Field(ge=-1, le=MAX_SEED), AfterValidator(drop_any_seed)] = None
+    seed: int | None = Field(default=None, ge=-1, le=MAX_SEED)  # -1 means any seed
     steps: int | None = Field(default=None, ge=1, le=200)
     guidance_scale: float | None = Field(default=None, ge=0, le=30, allow_inf_nan=False)
 

@@ -4,7 +4,13 @@ import pytest
 import torch
 from diffusers import WanTransformer3DModel
 
-from omnivideo.contracts import check_sampling_params, resolve_sampling_params
+from omnivideo.contracts import (
+    check_sampling_params,
+    compute_latent_grid,
+    count_decoder_tokens,
+    count_visual_context_tokens,
+    resolve_sampling_params,
+)
 from omnivideo.errors import InvalidInput
 from omnivideo.models.bridge import Adapter, VisionHead, VisualContextAdapter
 from omnivideo.models.omni import Bridge
@@ -17,7 +23,6 @@ from omnivideo.presets import (
     ExpertsConfig,
     get_preset,
 )
-from omnivideo.presets.shapes import compute_latent_grid, count_decoder_tokens, count_visual_context_tokens
 
 
 def count(module: torch.nn.Module) -> tuple[int, int]:

@@ -299,7 +299,9 @@ class Planner:
         """Render the next candidate: predict the prompt's visual tokens, then run a job with the next seed."""
         options, candidates = TurnOptions(**state["options"]), list(state["candidates"])
         turn_number, action_index, attempt = len(state["turns"]) + 1, state["action_index"], len(candidates)
-        base_seed = options.seed if options.seed is not None else derive_seed(state["seed"], turn_number, action_index)
+        base_seed = options.seed
+        if base_seed is None or base_seed == -1:
+            base_seed = derive_seed(state["seed"], turn_number, action_index)
         medium: Medium = source.medium if source else "image" if state["detected_route"]["kind"] == "image" else "video"
         params = resolve_sampling_params(
             self.preset,

@@ -154,7 +154,8 @@ def build_image_edit_jobs(
         raise InvalidInput(field, "it is a clip; use /v1/videos/edits")
     mask = None
     if request.mask is not None:
-        request, mask = apply_mask_rules(request, source), store_mask(context, owner, request.mask, source)
+        mask = store_mask(context, owner, request.mask, source)
+        request = apply_mask_rules(request, source)
     return build_jobs_per_image(context, request, get_editing_task("image"), base_id, source, mask)
 
 
@@ -189,7 +190,7 @@ def build_jobs_per_image(
     request.check_compression()
     preset = require_served_preset(context, request.model)
     overrides, seed = overrides_from_request(request), resolve_seed(request, base_id)
-    output = {"format": request.output_format or "png"}
+    output: dict[str, str] = {"format": request.output_format or "png"}
     if request.output_compression is not None:
         output["compression"] = str(request.output_compression)
     job_requests = []

@@ -6,8 +6,9 @@ from pydantic import BeforeValidator, ConfigDict, Field
 
 from omnivideo.api.media import MediaReference
 from omnivideo.api.request_body import CleanText, Seed, Unsupported
-from omnivideo.contracts import RequestedShape, RequestModel, SamplingParams
+from omnivideo.contracts import RequestModel, SamplingParams
 from omnivideo.errors import InvalidInput
+from omnivideo.presets.shapes import RequestedShape
 
 ImageFormat = Literal["png", "jpeg", "webp"]
 

@@ -14,14 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from omnivideo.contracts import Medium, get_generation_task
+from omnivideo.contracts import Medium, compute_latent_grid, get_generation_task
 from omnivideo.evaluation.prompts import CATEGORIES, sample_prompts
 from omnivideo.models.mllm import MLLMMedia, MLLMMessage
 from omnivideo.models.omni import OmniVideoModel
 from omnivideo.models.sampling import Expert, denoise, sample_initial_noise
 from omnivideo.models.vae import decode_latents, pixels_to_bytes
 from omnivideo.presets import Task, get_sampling_defaults
-from omnivideo.presets.shapes import compute_latent_grid
 from omnivideo.synthetic.chat import make_knowledge_example, make_question_example, make_talk_example
 from omnivideo.synthetic.edits import sample_edit
 from omnivideo.synthetic.questions import sample_question

@@ -13,7 +13,6 @@ from typing import Literal
 
 import numpy as np
 
-from omnivideo.contracts import Delivery
 from omnivideo.media.containers import is_heic, read_stated_size, sniff_format
 from omnivideo.media.decode import (
     CLIP_DEMUXERS,
@@ -32,6 +31,7 @@ from omnivideo.media.resample import (
     select_strided_frames,
 )
 from omnivideo.presets import SourceConfig
+from omnivideo.presets.shapes import Delivery
 
 MediaKind = Literal["image", "video"]
 DEFAULT_LIMITS = MediaLimits()

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from omnivideo.contracts import Delivery
 from omnivideo.errors import InvalidInput
 from omnivideo.media.limits import MediaGuard
 from omnivideo.presets import SourceConfig
+from omnivideo.presets.shapes import Delivery
 
 
 def build_even_grid(starts: np.ndarray, end: float, guard: MediaGuard) -> tuple[Sequence[int], float]:

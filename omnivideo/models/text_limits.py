@@ -14,10 +14,16 @@ from ftfy import fix_text
 from safetensors import safe_open
 from tokenizers import Tokenizer
 
-from omnivideo.contracts import SamplingParams, check_prompt, is_editing_task
+from omnivideo.contracts import (
+    SamplingParams,
+    check_prompt,
+    compute_latent_grid,
+    count_visual_context_tokens,
+    count_visual_tokens,
+    is_editing_task,
+)
 from omnivideo.errors import InvalidInput
 from omnivideo.presets import Preset
-from omnivideo.presets.shapes import compute_latent_grid, count_visual_context_tokens, count_visual_tokens
 
 
 def clean_text(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Choose the size and the length at which a model generates what a request asks for, and count its tokens.
+"""Choose the size and the length at which a model generates what a request asks for.
 
 A model draws what it was trained on (`TrainedShapes`); at another size or length it computes noise. So a clip is always
 generated at a trained size and length, and delivered as requested: frames are scaled and cropped, and a shorter clip
@@ -7,11 +7,34 @@ is the beginning of a trained one. A longer one is refused, unless the frame rat
 
 import math
 from dataclasses import dataclass
+from typing import Any
+
+from pydantic import Field
 
 from omnivideo.errors import InvalidInput
-from omnivideo.presets.fields import Preset, SamplingDefaults, Task, TrainedShapes
+from omnivideo.presets.fields import Preset, PresetModel, SamplingDefaults, Task, TrainedShapes
 
 MIN_FPS, MAX_FPS = 0.5, 60  # frames per second of a clip
+MAX_CLIP_PIXELS = 1280 * 720 * 121  # width x height x frames; no preset supports more
+MAX_SIDE = 4096  # px of what is delivered
+
+
+class RequestedShape(PresetModel):
+    """The size in px and the length that a request asks for, each within what any preset can deliver."""
+
+    width: int | None = Field(default=None, ge=16, le=MAX_SIDE)
+    height: int | None = Field(default=None, ge=16, le=MAX_SIDE)
+    frames: int | None = Field(default=None, ge=1, le=241)
+    fps: float | None = Field(default=None, ge=MIN_FPS, le=MAX_FPS, allow_inf_nan=False)
+    seconds: float | None = Field(default=None, gt=0, le=3600, allow_inf_nan=False)
+
+
+class Delivery(PresetModel):
+    """The size in px and the number of frames of a file. Frames are scaled to cover the size and cropped centrally."""
+
+    width: int
+    height: int
+    frames: int
 
 
 @dataclass(frozen=True)
@@ -139,52 +162,33 @@ def list_numbers(numbers: tuple[int, ...]) -> str:
     return " or ".join(map(str, sorted(numbers)))
 
 
-# ---------------------------------------------------------------- the tokens of a clip
-
-VAE_SPATIAL_STRIDE, VAE_TEMPORAL_STRIDE = 8, 4
-MIN_TEXT_TOKENS = 64  # of the prompt and the markers that an edit keeps, if its condition cuts the text
-
-
-def compute_latent_grid(width: int, height: int, frames: int) -> tuple[int, int, int]:
-    """Return the latent frames, height and width of a clip; raises InvalidInput for sizes that cannot be patched."""
-    for field, value in (("width", width), ("height", height)):
-        if value < 16 or value % 16:
-            raise InvalidInput(field, f"{value} is not a positive multiple of 16")
-    if frames < 1 or frames % VAE_TEMPORAL_STRIDE != 1:
-        raise InvalidInput("frames", f"{frames} is not of the form 4k + 1 (1, 5, 9, 13 ...)")
-    return (frames - 1) // VAE_TEMPORAL_STRIDE + 1, height // VAE_SPATIAL_STRIDE, width // VAE_SPATIAL_STRIDE
-
-
-def count_decoder_tokens(preset: Preset, grid: tuple[int, int, int]) -> int:
-    """Return the number of the decoder's tokens for a latent grid."""
-    t, y, x = map(int, preset.decoder["patch_size"])
-    return (grid[0] // t) * (grid[1] // y) * (grid[2] // x)
-
-
-def count_visual_context_tokens(preset: Preset, grid: tuple[int, int, int]) -> int:
-    """Return the number of the visual context's tokens for a source's latent grid."""
-    kernel = preset.visual_context.kernel_size
-    return grid[0] * (grid[1] // kernel) * (grid[2] // kernel)
-
-
-def count_visual_tokens(preset: Preset, frames: int) -> int:
-    """Return the number of the adapter's tokens for a clip, or for an image, which has one visual token."""
-    if preset.adapter is None or preset.vision_head is None:
-        return 0
-    return preset.adapter.num_queries * (preset.vision_head.num_queries if frames > 1 else 1)
-
-
-def check_model_limits(preset: Preset, width: int, height: int, frames: int, has_source: bool) -> None:
-    """Raise InvalidInput if a clip has more positions, or an edit's source more tokens, than the model allows."""
-    grid, max_positions = compute_latent_grid(width, height, frames), preset.decoder["rope_max_seq_len"]
-    sizes = (("frames", frames), ("height", height), ("width", width))
-    for axis, patch, (field, size) in zip(grid, preset.decoder["patch_size"], sizes, strict=True):
-        if axis // patch > max_positions:
-            raise InvalidInput(field, f"{size} is more than this model's positions allow")
-    tokens = count_visual_context_tokens(preset, grid) if has_source else 0
-    max_tokens = preset.condition.max_tokens
-    if preset.condition.overflow == "text":  # the prompt is what would be lost
-        max_tokens -= count_visual_tokens(preset, frames) + MIN_TEXT_TOKENS
-    if tokens > max_tokens:
-        text = f"an edit at this size and length has {tokens} tokens of source; allowed: {max_tokens}"
-        raise InvalidInput("size", text)
+def resolve_shape(
+    preset: Preset,
+    task: Task,
+    defaults: SamplingDefaults,
+    requested: RequestedShape,
+    source: SourceLength | None,
+    is_video: bool,
+) -> dict[str, Any]:
+    """Return the fields of SamplingParams for a requested size and length."""
+    shapes = get_trained_shapes(preset, task, defaults)
+    if requested.frames is not None and (requested.frames == 1) == is_video:
+        allowed = f"a video has 2 to {max(shapes.frames)}" if is_video else "an image has 1"
+        raise InvalidInput("frames", f"{requested.frames} does not fit {task}: {allowed}")
+    length = ClipLength(1, 1, defaults.fps)
+    if is_video:
+        length = resolve_length(shapes, defaults, requested.seconds, requested.frames, requested.fps, source)
+    width, height = requested.width or defaults.width, requested.height or defaults.height
+    for field, side in (("width", width), ("height", height)):
+        if is_video and side % 2:
+            raise InvalidInput(field, f"{side} is odd; a clip has even sides")
+    if width * height * length.generated_frames > MAX_CLIP_PIXELS:
+        raise InvalidInput("size", f"width x height x frames is above {MAX_CLIP_PIXELS}")
+    delivery = Delivery(width=width, height=height, frames=length.frames)
+    size = choose_trained_size(shapes, width, height)
+    generated = Delivery(width=size[0], height=size[1], frames=length.generated_frames)
+    return generated.model_dump() | {
+        "fps": length.fps,
+        "delivery": None if delivery == generated else delivery,
+        "seconds": requested.seconds if is_video and requested.fps is None else None,
+    }

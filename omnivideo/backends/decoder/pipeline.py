@@ -12,14 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from omnivideo.contracts import Medium, SamplingParams, StepProgress
+from omnivideo.contracts import Medium, SamplingParams, StepProgress, compute_latent_grid
 from omnivideo.media.resample import deliver_frames
 from omnivideo.models.mllm import MLLMMedia, MLLMMessage
 from omnivideo.models.omni import MLLMFeatures, OmniVideoModel
 from omnivideo.models.sampling import DenoisingState, Expert, denoise, sample_initial_noise
 from omnivideo.models.vae import decode_latents, encode_pixels, pixels_from_bytes, pixels_to_bytes
 from omnivideo.ports import Decoder
-from omnivideo.presets.shapes import compute_latent_grid
 
 
 @dataclass

@@ -26,6 +26,7 @@ from omnivideo.contracts import (
     Preview,
     SamplingParams,
     check_sampling_params,
+    compute_latent_grid,
 )
 from omnivideo.errors import ArtifactNotFound, InvalidInput
 from omnivideo.media.artifacts import encode_clip, load_frames, to_png_bytes
@@ -36,7 +37,6 @@ from omnivideo.models.omni import MLLMFeatures, OmniVideoModel
 from omnivideo.models.sampling import DenoisingState
 from omnivideo.models.vae import decode_latents, pixels_to_bytes
 from omnivideo.ports import ObjectStore
-from omnivideo.presets.shapes import compute_latent_grid
 from omnivideo.storage.objects.tensors import get_tensors, put_tensors
 
 

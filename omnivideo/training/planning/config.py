@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from omnivideo.contracts import compute_latent_grid, count_decoder_tokens, count_visual_context_tokens
 from omnivideo.errors import InvalidInput
 from omnivideo.presets import OMNIVIDEO_1_3B, Preset
-from omnivideo.presets.shapes import compute_latent_grid, count_decoder_tokens, count_visual_context_tokens
 from omnivideo.training.planning.gpus import GPU
 
 Kind = Literal["still", "clip"]  # the kinds of samples; a batch holds samples of one kind

@@ -5,7 +5,7 @@ docs/plan.md states the formulas and assumptions.
 
 from collections.abc import Mapping
 
-from omnivideo.presets.shapes import count_visual_context_tokens
+from omnivideo.contracts import count_visual_context_tokens
 from omnivideo.training.planning.config import (
     ALIGNED_STAGES,
     EDITING_STAGES,

@@ -14,8 +14,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from omnivideo.contracts import count_decoder_tokens, count_visual_context_tokens
 from omnivideo.presets import Preset, QueryTransformerConfig
-from omnivideo.presets.shapes import count_decoder_tokens, count_visual_context_tokens
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from omnivideo.contracts import count_visual_context_tokens
 from omnivideo.models.conditions import assemble_conditions, count_condition_tokens, pad_condition, zip_condition_parts
 from omnivideo.models.omni import OmniVideoModel
 from omnivideo.presets import ConditionPart
-from omnivideo.presets.shapes import count_visual_context_tokens
 from omnivideo.training.data.batch import FlowBatch, FlowSource, MicroBatch
 from omnivideo.training.data.prefetch import Prefetcher
 from omnivideo.training.engine.data_parallel import current_rank

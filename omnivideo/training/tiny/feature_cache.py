@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import SiglipVisionModel
 
+from omnivideo.contracts import VAE_TEMPORAL_STRIDE
 from omnivideo.models.mllm import add_position_ids, forward_hidden_states, prepare_hidden_state_inputs
 from omnivideo.models.omni import OmniVideoModel
 from omnivideo.models.vae import encode_pixels, pixels_from_bytes
-from omnivideo.presets.shapes import VAE_TEMPORAL_STRIDE
 from omnivideo.synthetic.requests import SceneRequest
 from omnivideo.training.data.batch import CachedTask, RaggedTensor
 from omnivideo.training.data.prefetch import map_in_order
