@@ -86,7 +86,7 @@ def resolve_source(context: ServiceContext, owner: str, reference: MediaReferenc
     if len(reference_fields) != 1:
         raise InvalidInput(field, "give a file, or one of file_id, image_url, video_url and id")
     kind = next(iter(reference_fields))
-    field_path = field if kind == "upload" or field.endswith("_url") else f"{field}.{kind}"
+    field_path = field if kind == "upload" or field.endswith("url") else f"{field}.{kind}"
     try:
         return ARTIFACT_RESOLVERS[kind](context, owner, reference_fields[kind])
     except InvalidInput as error:

@@ -176,6 +176,9 @@ def resolve_shape(
         allowed = f"a video has 2 to {max(shapes.frames)}" if is_video else "an image has 1"
         raise InvalidInput("frames", f"{requested.frames} does not fit {task}: {allowed}")
     length = ClipLength(1, 1, defaults.fps)
+    for field in ("seconds", "fps"):
+        if not is_video and getattr(requested, field) is not None:
+            raise InvalidInput(field, "an image has no length; leave it out")
     if is_video:
         length = resolve_length(shapes, defaults, requested.seconds, requested.frames, requested.fps, source)
     width, height = requested.width or defaults.width, requested.height or defaults.height

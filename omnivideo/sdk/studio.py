@@ -111,7 +111,8 @@ class Studio:
         seed; the others come from the preset. Raises an InvalidInput that names the setting.
         """
         if image is None:
-            image = self.route(prompt).kind == "image" if overrides.get("frames") is None else overrides["frames"] == 1
+            has_length = any(overrides.get(name) is not None for name in ("frames", "fps", "seconds"))
+            image = overrides.get("frames") == 1 if has_length else self.route(prompt).kind == "image"
         task = get_generation_task("image" if image else "video")
         params = resolve_sampling_params(self.omni.preset, task, **overrides)
         self.text_limits.check_negative_prompt("negative_prompt", params.negative_prompt)

@@ -155,6 +155,12 @@ def test_a_preset_prefers_the_trained_length_near_its_own_rate():
     )
 
 
+@pytest.mark.parametrize("field", ["seconds", "fps"])
+def test_an_image_has_no_length(field):
+    with pytest.raises(InvalidInput, match=f"{field}: an image has no length; leave it out"):
+        resolve_sampling_params(TINY, "text-to-image", **{field: 4})
+
+
 def test_an_image_has_any_size(http):
     for size in ("17x33", "1536x1024", "auto"):
         image = http.post("/v1/images/generations", json={"prompt": "a", "size": size, "response_format": "url"} | STEP)
