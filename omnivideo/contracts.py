@@ -18,7 +18,7 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 
 from omnivideo.errors import InvalidInput
-from omnivideo.presets import Preset, Task, get_sampling_defaults
+from omnivideo.presets import Precision, Preset, Task, get_sampling_defaults
 from omnivideo.validation import describe_errors
 
 MAX_SEED = 2**63 - 1
@@ -74,9 +74,11 @@ class Preview(FrozenModel):
 class Manifest(FrozenModel):
     """Everything that a file was generated from, which is enough to reproduce its bytes.
 
-    `source` is the file name of an edit's source, or its object key if it was in the store. `visual_tokens` and
-    `source_latents` are object keys of tensors, or None if they are not stored. `sound` says what became of the
-    source's sound: "kept", or why it was left out. A manifest of a clip whose source has none does not have the field.
+    `weights` is the digest of the weights and `precision` the types that they were computed in. `source` is the file
+    name of an edit's source, or its object key if it was in the store. `visual_tokens` and `source_latents` are object
+    keys of tensors, or None if they are not stored. `sound` says what became of the source's sound: "kept", or why it
+    was left out. A manifest of a clip whose source has none does not have the field, and one of version 0.2 has no
+    precision.
     """
 
     prompt: str
@@ -87,14 +89,17 @@ class Manifest(FrozenModel):
     visual_tokens: str | None = None
     preset: str
     weights: str
+    precision: Precision | None = None
     versions: dict[str, str]
     seconds: dict[str, float]
     sound: str | None = None
 
     @model_serializer(mode="wrap")
-    def leave_out_missing_sound(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def leave_out_missing_fields(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
         fields: dict[str, Any] = serialize(self)
-        return {name: value for name, value in fields.items() if name != "sound" or value is not None}
+        return {
+            name: value for name, value in fields.items() if name not in ("precision", "sound") or value is not None
+        }
 
 
 # ---------------------------------------------------------------- tasks
@@ -163,10 +168,22 @@ class Route(FrozenModel):
     probability: float
 
 
+class ModelIdentity(FrozenModel):
+    """What a process renders with. Processes of the same identity give the same clip and can resume each other's.
+
+    `weights` is the digest of the weights (models/weights/digests.py), `precision` the types that they are computed in.
+    """
+
+    preset: str
+    weights: str
+    precision: Precision
+
+
 class Job(FrozenModel):
     """One clip to render. The client may choose the id; requests with the same id and content are the same job.
 
-    `visual_tokens` is the object key of the vision head's tokens; if it is None, the worker predicts them.
+    `visual_tokens` is the object key of the vision head's tokens; if it is None, the worker predicts them. `preset` is
+    the one that the settings were resolved for; a job of version 0.2 does not state it, and any worker may render it.
     """
 
     id: str
@@ -174,6 +191,7 @@ class Job(FrozenModel):
     visual_tokens: str | None
     source: Artifact | None
     params: SamplingParams
+    preset: str | None = None
 
     @property
     def task(self) -> Task:
@@ -220,8 +238,9 @@ class JobStatus(FrozenModel):
 class Claim(FrozenModel):
     """A job that a worker has claimed. `attempt` is the fencing number of everything that the worker writes.
 
-    `resume_key` is the object key of a saved denoising state. `batch_job_ids` are the jobs that are rendered in one
-    pass, in order, or empty for a job that is rendered alone. `traceparent` is the W3C trace context of the request.
+    `resume_key` is the object key of a resume point, saved by a worker of the same model. `batch_job_ids` are the jobs
+    that are rendered in one pass, in order, or empty for a job that is rendered alone. `traceparent` is the W3C trace
+    context of the request.
     """
 
     job: Job

@@ -316,6 +316,7 @@ class Planner:
                 guidance_scale=options.guidance_scale,
                 seed=(base_seed + attempt) % (MAX_SEED + 1),
             ),
+            preset=self.preset.name,
         )
         artifact = self.follow_job(job, final=options.check == 1)
         return {"candidates": [*candidates, Candidate(seed=job.seed, artifact=artifact).model_dump()]}

@@ -177,7 +177,7 @@ def build_clip_job(
     params = resolve_request_params(preset, task, overrides, resolve_seed(request, job_id), request.width is None)
     seconds = params.frames / params.fps if request.seconds is None else request.seconds
     meta = {"size": f"{params.width}x{params.height}", "seconds": f"{seconds:.6g}"} | meta
-    return build_job_request(request, params, job_id, source, "video", meta)
+    return build_job_request(request, preset, params, job_id, source, "video", meta)
 
 
 def resolve_num_frames(preset: Preset, task: Task, request: VideoRequest) -> int | None:
@@ -223,7 +223,7 @@ def build_jobs_per_image(
     for index, job_id in enumerate(make_image_ids(base_id, request.n)):
         params = resolve_request_params(preset, task, overrides, (seed + index) % 2**63, request.width is None)
         meta = {"size": f"{params.width}x{params.height}"}
-        job_requests.append(build_job_request(request, params, job_id, source, "image", meta))
+        job_requests.append(build_job_request(request, preset, params, job_id, source, "image", meta))
     return job_requests
 
 
@@ -283,6 +283,7 @@ def resolve_request_params(
 
 def build_job_request(
     request: GenerationRequest,
+    preset: Preset,
     params: SamplingParams,
     job_id: str,
     source: Artifact | None,
@@ -295,6 +296,7 @@ def build_job_request(
         visual_tokens=None,
         source=source,
         params=params,
+        preset=preset.name,
     )
     return JobRequest(job, kind, meta)
 

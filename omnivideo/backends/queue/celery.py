@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("omnivideo.worker")
 TASK_NAME = "omnivideo.work"
+HOPS_HEADER = "omnivideo_hops"  # how many workers have passed a message on
+MAX_HOPS = 32
 
 
 def create_celery_app(broker_url: str) -> Celery:
@@ -40,14 +42,25 @@ def create_celery_app(broker_url: str) -> Celery:
 
 def create_notifier(app: Celery) -> Callable[[], None]:
     """Return a function that sends a message. If the broker is unavailable, the reaper sends it later."""
+    return lambda: send_message(app)
 
-    def notify_workers() -> None:
-        try:
-            app.send_task(TASK_NAME, retry=False)
-        except (OperationalError, OSError) as error:
-            log.warning("the broker is unavailable: %s", type(error).__name__)
 
-    return notify_workers
+def send_message(app: Celery, hops: int = 0) -> None:
+    try:
+        app.send_task(TASK_NAME, retry=False, headers={HOPS_HEADER: hops})
+    except (OperationalError, OSError) as error:
+        log.warning("the broker is unavailable: %s", type(error).__name__)
+
+
+def pass_message_on(app: Celery, request: Any) -> None:
+    """Send a message to the next idle worker: the queued jobs may need other weights than this worker's.
+
+    Brokers serve waiting workers in turn, so a message reaches each of them. A message that has passed MAX_HOPS workers
+    ends here; the reaper sends a new one after a few seconds.
+    """
+    hops = int((request.headers or {}).get(HOPS_HEADER, 0))
+    if hops < MAX_HOPS:
+        send_message(app, hops + 1)
 
 
 def serve_celery_worker(
@@ -58,7 +71,8 @@ def serve_celery_worker(
     `build_worker` runs in each child process, so that the parent loads no model and does not initialize CUDA. It
     returns the worker and the heartbeat timeout in seconds.
     """
-    app, notify_workers = create_celery_app(broker_url), create_notifier(create_celery_app(broker_url))
+    app, sending_app = create_celery_app(broker_url), create_celery_app(broker_url)
+    notify_workers = create_notifier(sending_app)
     child_workers: list[Worker] = []  # of this child
 
     @signals.worker_process_init.connect(weak=False)  # type: ignore[untyped-decorator]
@@ -67,10 +81,15 @@ def serve_celery_worker(
         child_workers.append(worker)
         Reaper(worker.jobs, heartbeat_timeout_seconds, notify_workers).start()
 
-    @app.task(name=TASK_NAME)  # type: ignore[untyped-decorator]
-    def run_task() -> None:
-        if child_workers[0].run_next_job() and child_workers[0].jobs.count_queued():
+    @app.task(name=TASK_NAME, bind=True)  # type: ignore[untyped-decorator]
+    def run_task(task: Any) -> None:
+        ran_job = child_workers[0].run_next_job()
+        if not child_workers[0].jobs.count_queued():
+            return
+        if ran_job:
             notify_workers()  # one message is enough to process all queued jobs
+        else:
+            pass_message_on(sending_app, task.request)
 
     app.worker_main(["worker", "--pool=prefork", f"--concurrency={concurrency}", "--loglevel=WARNING",
                      "--without-gossip", "--without-mingle", "-Ofair"])  # fmt: skip

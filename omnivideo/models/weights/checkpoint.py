@@ -9,7 +9,6 @@ Every weights file is safetensors. A missing or unknown key or a wrong shape is 
 `verify_digests` finds files that have changed.
 """
 
-import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +26,7 @@ from omnivideo.models.conditions import MarkerEmbeddings
 from omnivideo.models.mllm import VISUAL_TOKENS
 from omnivideo.models.omni import Bridge, OmniVideoModel, get_expert_part, get_torch_dtype
 from omnivideo.models.positions import add_absolute_positions
+from omnivideo.models.weights.digests import compute_file_digest
 from omnivideo.models.weights.qwen3_vl import load_qwen3_vl, restore_published_layout
 from omnivideo.models.weights.strict import check_keys as check_keys
 from omnivideo.models.weights.strict import get_first_line as get_first_line
@@ -38,12 +38,6 @@ INDEX_FILE = "model_index.json"
 BRIDGE_PARTS = ("vision_head", "adapter", "visual_context", "markers")
 WEIGHTS_FILE = "model.safetensors"
 SHIPPED_WEIGHTS_FOLDER = Path(__file__).parents[2] / "weights"  # one folder for each preset with shipped weights
-
-
-def compute_file_digest(path: Path) -> str:
-    """Return the SHA-256 of a file as hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def save(omni: OmniVideoModel, folder: Path, dtype: torch.dtype = torch.float16) -> None:
@@ -105,11 +99,6 @@ def read_index(folder: Path) -> dict[str, Any]:
     if index.get("_class_name") != "OmniVideo" or index.get("format") != 1:
         raise CheckpointError(f"{INDEX_FILE} in {folder.name!r} does not have format 1")
     return index
-
-
-def compute_weights_digest(folder: Path) -> str:
-    """Return one digest of all weights, 16 hexadecimal digits, which identifies them in manifests."""
-    return hashlib.sha256(json.dumps(read_index(folder)["sha256"], sort_keys=True).encode()).hexdigest()[:16]
 
 
 def verify_digests(folder: Path) -> None:
