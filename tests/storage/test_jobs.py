@@ -235,7 +235,8 @@ def test_another_worker_takes_over_a_whole_lost_render_batch(jobs):
         expire_heartbeat(jobs, name)
     assert set(jobs.requeue_lost_jobs(60)) == {batch_job_ids[0], batch_job_ids[2]}
     again = sorted(
-        jobs.claim_render_batch(jobs.claim_next_job("v", MODEL), "v", MODEL, 1, accept_any_job), key=lambda claim: claim.job.id
+        jobs.claim_render_batch(jobs.claim_next_job("v", MODEL), "v", MODEL, 1, accept_any_job),
+        key=lambda claim: claim.job.id,
     )
     assert [(claim.job.id, claim.attempt, claim.resume_key, claim.batch_job_ids) for claim in again] == [
         (batch_job_ids[0], 2, "x.safetensors", batch_job_ids), (batch_job_ids[2], 2, "x.safetensors", batch_job_ids)
