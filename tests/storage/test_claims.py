@@ -70,6 +70,7 @@ def test_a_job_whose_weights_no_worker_has_starts_again_with_others(jobs, other)
 
 
 def test_a_job_waits_for_a_busy_worker_that_has_its_weights(jobs):
+    """It does so between two jobs of that worker, too: it counts as lost after RESUME_TIMEOUT."""
     jobs.submit(build_job("one"))
     lose_worker(jobs, "one", MODEL, "point.safetensors", silent=RESUME_TIMEOUT + 1)
     jobs.submit(build_job("two"))
@@ -79,6 +80,10 @@ def test_a_job_waits_for_a_busy_worker_that_has_its_weights(jobs):
     assert busy.job.id == "two"
     assert jobs.claim_next_job("other", NEW) is None
     jobs.mark_cancelled(busy)
+    assert jobs.claim_next_job("other", NEW) is None
+    with jobs.engine.connect() as connection:
+        ended = update(jobs_table).where(jobs_table.c.id == "two").values(ended_at=unix_now() - RESUME_TIMEOUT - 1)
+        connection.execute(ended)
     assert jobs.claim_next_job("other", NEW).job.id == "one"
 
 

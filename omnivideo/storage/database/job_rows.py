@@ -56,13 +56,17 @@ def match_model(model: ModelIdentity) -> ColumnElement[bool]:
 def match_claimable_jobs(model: ModelIdentity, resume_timeout_seconds: float) -> ColumnElement[bool]:
     """Match the jobs that a worker with this model may claim: of its preset, and without a foreign resume point.
 
-    It may also start a job of other weights again once the job's worker has been silent for `resume_timeout_seconds`
-    and no other worker renders with those weights: an idle one would have claimed the job.
+    It may also start a job of other weights again if no worker with those has shown itself for
+    `resume_timeout_seconds`: none renders with them now or has ended a job since. An idle one would have claimed it.
     """
-    others = jobs.alias("others")
-    is_same_model = and_(*[others.c[name] == jobs.c[name] for name in ("preset", "weights", "precision")])
-    has_worker = select(others.c.id).where(others.c.state == "running", is_same_model).correlate(jobs).exists()
-    is_abandoned = and_(jobs.c.heartbeat_at < unix_now() - resume_timeout_seconds, ~has_worker)
+    others, resume_deadline = jobs.alias("others"), unix_now() - resume_timeout_seconds
+    is_same_model = and_(*[others.c[name] == jobs.c[name] for name in ("weights", "precision", "preset")])
+    matching = select(others.c.id).where(is_same_model).correlate(jobs)
+    is_alive = or_(
+        matching.where(others.c.state == "running").exists(),
+        matching.where(others.c.ended_at > resume_deadline).exists(),
+    )
+    is_abandoned = and_(jobs.c.heartbeat_at < resume_deadline, ~is_alive)
     has_preset = or_(jobs.c.preset.is_(None), jobs.c.preset == model.preset)
     is_unknown = or_(jobs.c.resume_key.is_(None), jobs.c.weights.is_(None))
     return and_(has_preset, or_(is_unknown, match_model(model), is_abandoned))

@@ -45,6 +45,7 @@ jobs = Table(
     Index("jobs_next", "state", "lane", "fair_rank", "created_at"),
     Index("jobs_owner", "owner", "lane", "state", "fair_rank"),
     Index("jobs_listed", "owner", "kind", "created_at"),
+    Index("jobs_weights", "weights", "ended_at"),
     Index("jobs_announced", "announced", "kind", "state"),
 )
 

@@ -13,6 +13,7 @@ def upgrade() -> None:
     op.add_column("jobs", sa.Column("preset", sa.String(64), nullable=True))
     op.add_column("jobs", sa.Column("weights", sa.String(64), nullable=True))
     op.add_column("jobs", sa.Column("precision", sa.String(40), nullable=True))
+    op.create_index("jobs_weights", "jobs", ["weights", "ended_at"])
     if preset := context.config.attributes.get("preset"):
         jobs = sa.table("jobs", sa.column("preset"))
         op.execute(sa.update(jobs).values(preset=preset.name))
