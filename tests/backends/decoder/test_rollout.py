@@ -24,7 +24,7 @@ from omnivideo.storage.database.jobs import JobRepository
 from omnivideo.storage.database.schema import jobs as jobs_table
 from omnivideo.storage.objects.local import LocalObjectStore
 from omnivideo.storage.objects.memory import MemoryObjectStore
-from tests.backends.queue.test_celery import HEARTBEAT_TIMEOUT, Deployment
+from tests.support.deployments import HEARTBEAT_TIMEOUT, Deployment
 from tests.support.servers import postgres, redis
 
 CONFIG = WorkerConfig(save_every_steps=2, save_every_seconds=0.0, heartbeat_timeout_seconds=1.0)
