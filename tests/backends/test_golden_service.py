@@ -126,7 +126,7 @@ def begin_with(wiring: ServiceWiring, noise_zThw: torch.Tensor, features: MLLMFe
     claim = claim_paused_job(wiring)
     reference = wiring.store.put(encode_features(features), "safetensors")
     job = claim.job.model_copy(update={"visual_tokens": reference})
-    state = DenoisingState(0, noise_zThw[None], noise_zThw[None], ())
+    state = DenoisingState(0, noise_zThw[None], noise_zThw[None].clone(), ())
     point = wiring.store.put(pack_resume_point(state, wiring.renderer.model, [job]), "safetensors")
     wiring.jobs.heartbeat(claim, resume_key=point)
     wiring.jobs.requeue(claim)

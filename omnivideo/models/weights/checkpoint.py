@@ -26,7 +26,7 @@ from omnivideo.models.conditions import MarkerEmbeddings
 from omnivideo.models.mllm import VISUAL_TOKENS
 from omnivideo.models.omni import Bridge, OmniVideoModel, get_expert_part, get_torch_dtype
 from omnivideo.models.positions import add_absolute_positions
-from omnivideo.models.weights.digests import compute_file_digest
+from omnivideo.models.weights.digests import RECORD_FILE, compute_file_digest, stamp_files, write_record
 from omnivideo.models.weights.qwen3_vl import load_qwen3_vl, restore_published_layout
 from omnivideo.models.weights.strict import check_keys as check_keys
 from omnivideo.models.weights.strict import get_first_line as get_first_line
@@ -102,13 +102,18 @@ def read_index(folder: Path) -> dict[str, Any]:
 
 
 def verify_digests(folder: Path) -> None:
-    """Compare every weights file with the index; raise CheckpointError for the first that differs."""
-    for name, expected in read_index(folder)["sha256"].items():
+    """Compare every weights file with the index, and record what was read.
+
+    Raises CheckpointError for the first file that differs.
+    """
+    stamps, digests = stamp_files(folder), read_index(folder)["sha256"]
+    for name, expected in digests.items():
         path = folder / name
         if not path.is_file():
             raise CheckpointError(f"{name} is missing from the weights")
         if compute_file_digest(path) != expected:
             raise CheckpointError(f"{name} is damaged: its SHA-256 differs from the index")
+    write_record(folder / RECORD_FILE, stamps, digests)
 
 
 def load(

@@ -103,7 +103,7 @@ def write_record(record: Path, stamps: Mapping[str, FileStamp], digests: Mapping
     partial = record.with_name(f"{record.name}.{os.getpid()}.partial")
     try:
         record.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps({file: [*stamps[file], digests[file]] for file in stamps}))
+        partial.write_text(json.dumps({file: [*stamps[file], digests[file]] for file in stamps if file in digests}))
         partial.replace(record)
     except OSError:
         with suppress(OSError):

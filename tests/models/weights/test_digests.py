@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from omnivideo.errors import CheckpointError
 from omnivideo.models.weights import digests
-from omnivideo.models.weights.checkpoint import read_index
+from omnivideo.models.weights.checkpoint import read_index, verify_digests
 from omnivideo.models.weights.digests import RECORD_FILE, combine_digests, compute_folder_digest
 from omnivideo.models.weights.importer import import_weights
 from tests.support.published_folders import CHECKPOINTS, publish_golden, use_golden_sizes
@@ -74,6 +74,12 @@ def test_the_record_of_a_folder_that_cannot_be_written_is_elsewhere(folder, reco
     monkeypatch.setattr(digests, "compute_file_digest", lambda path: pytest.fail("it was read again"))
     assert compute_folder_digest(folder, tmp_path / "home") == digest
     assert not list(folder.glob(f"{RECORD_FILE}.*"))
+
+
+def test_a_check_of_all_digests_records_them(folder, record_all, monkeypatch):
+    verify_digests(folder)
+    monkeypatch.setattr(digests, "compute_file_digest", lambda path: pytest.fail("it was read again"))
+    assert compute_folder_digest(folder).value == combine_digests(read_index(folder)["sha256"])
 
 
 @pytest.mark.golden
