@@ -31,7 +31,7 @@ from tests.support.servers import free_port, redis
 from tests.support.vllm_server import Server
 
 pytestmark = [pytest.mark.golden, pytest.mark.timeout(900)]
-STEPS, LATE_STEP = 100, 70
+STEPS, LATE_STEP = 60, 40
 
 
 class PublishedService:

@@ -39,7 +39,7 @@ from tests.support.vila_weights import SERVICE_PRESETS, build_random_vila, save_
 
 PUBLISHED = {"v1": OMNIVIDEO_1_3B, "single": OMNIVIDEO2_1_3B, "experts": OMNIVIDEO2_A14B}
 MLLM_WIDTH = 64
-CONDITION_TOKENS = 2048  # more than a caption of random words and the hidden states of a clip take
+CONDITION_TOKENS = 1536  # more than a caption of random words and the hidden states of a clip take
 SIZE = {"width": 64, "height": 32, "fps": 8}
 CONSTANT = 4.0  # the first component of every hidden state before the final norm
 ROUTE_LOGITS = {"video": 0.0, "answer": 0.0, "decline": -0.3}  # times the first component; the other words get less

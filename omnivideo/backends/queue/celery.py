@@ -75,6 +75,10 @@ def serve_celery_worker(
     notify_workers = create_notifier(sending_app)
     child_workers: list[Worker] = []  # of this child
 
+    @signals.setup_logging.connect(weak=False)  # type: ignore[untyped-decorator]
+    def leave_logging_alone(**_: Any) -> None:
+        """Keep Celery from adding handlers, beside which `build_worker` could not configure the logging."""
+
     @signals.worker_process_init.connect(weak=False)  # type: ignore[untyped-decorator]
     def start_child_worker(**_: Any) -> None:
         worker, heartbeat_timeout_seconds = build_worker()
