@@ -39,8 +39,8 @@ class Deployment:
         self.queue = DurableQueue(self.jobs, self.store, self.notify_workers)
 
     @contextmanager
-    def run_worker(self) -> Iterator[subprocess.Popen[bytes]]:
-        command = [sys.executable, "-m", "omnivideo.cli", "worker", "--device", "cpu"]
+    def run_worker(self, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
+        command = [sys.executable, *(arguments or ("-m", "omnivideo.cli", "worker", "--device", "cpu"))]
         with (self.home / f"worker-{time.monotonic_ns()}.log").open("wb") as log:
             process = subprocess.Popen(command, env=self.environment, stdout=log, stderr=log, start_new_session=True)
         try:

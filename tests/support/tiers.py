@@ -37,6 +37,7 @@ LONG = (
     "backends/decoder/test_rollout.py::test_weights_are_replaced_under_load*",
     "backends/queue/test_celery.py::test_killed_workers_lose_no_job*",
     "backends/queue/test_celery.py::test_a_terminated_worker*",
+    "backends/queue/test_celery.py::test_a_child_that_loads_slowly*",
     "backends/queue/test_celery.py::test_a_missing_broker*",
     "training/curation/*::test_a_killed_run_resumes*",
     # Weights of the released 1.3B model at full size.
