@@ -40,6 +40,8 @@ LONG = (
     "backends/queue/test_celery.py::test_a_child_that_loads_slowly*",
     "backends/queue/test_celery.py::test_a_missing_broker*",
     "training/curation/*::test_a_killed_run_resumes*",
+    # Golden tests on changed data, once for each of some eighty tensors.
+    "test_golden_coverage.py::test_a_changed_tensor*",
     # Weights of the released 1.3B model at full size.
     "models/weights/test_convert.py::test_version_1_in_full_size*",
     # The released wheel, in an empty environment.
