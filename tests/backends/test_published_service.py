@@ -19,6 +19,7 @@ import torch
 from omnivideo.backends.mllm.local import LocalMLLM
 from omnivideo.backends.mllm.server import LRUObjectStore
 from omnivideo.contracts import JobStatus, Manifest
+from omnivideo.models import qwen3_vl
 from omnivideo.models.sampling import create_scheduler
 from omnivideo.models.weights import checkpoint
 from omnivideo.models.weights.digests import compute_folder_digest
@@ -176,6 +177,7 @@ def test_a_chat_with_two_experts_survives_a_killed_worker(tmp_path, monkeypatch)
     weights = import_service_weights(kind, tmp_path)
     preset = build_service_preset(kind)
     monkeypatch.setitem(PRESETS, preset.name, preset)
+    monkeypatch.setattr(qwen3_vl, "MAX_CAPTION_TOKENS", 24)  # random weights never end a caption
     mllm = LocalMLLM(checkpoint.load(weights, precision="float32"), LRUObjectStore())
     with (
         run_mllm_server(mllm, port),
