@@ -18,7 +18,7 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 
 from omnivideo.errors import InvalidInput
-from omnivideo.presets import Precision, Preset, Task, get_sampling_defaults
+from omnivideo.presets import Preset, Task, get_sampling_defaults
 from omnivideo.validation import describe_errors
 
 MAX_SEED = 2**63 - 1
@@ -89,7 +89,7 @@ class Manifest(FrozenModel):
     visual_tokens: str | None = None
     preset: str
     weights: str
-    precision: Precision | None = None
+    precision: str | None = None
     versions: dict[str, str]
     seconds: dict[str, float]
     sound: str | None = None
@@ -171,12 +171,12 @@ class Route(FrozenModel):
 class ModelIdentity(FrozenModel):
     """What a process renders with. Processes of the same identity give the same clip and can resume each other's.
 
-    `weights` is the digest of the weights (models/weights/digests.py), `precision` the types that they are computed in.
+    `weights` is the digest of the weights (models/weights/digests.py), `precision` says in which types they compute.
     """
 
     preset: str
     weights: str
-    precision: Precision
+    precision: str
 
 
 class Job(FrozenModel):

@@ -29,7 +29,7 @@ from omnivideo.models.mllm import MLLMMessage
 from omnivideo.models.mllms import BoundMLLM, bind_mllm
 from omnivideo.models.positions import add_absolute_positions
 from omnivideo.models.sampling import Expert, autocast_to
-from omnivideo.presets import ConditionPart, Precision, Preset, VisionInputConfig
+from omnivideo.presets import ConditionPart, Preset, VisionInputConfig
 
 
 class Bridge(nn.Module):
@@ -297,8 +297,11 @@ class OmniVideoModel:
         return getattr(torch, self.preset.autocast) if self.preset.autocast else None
 
     @property
-    def precision(self) -> Precision:
-        """Return "float32" if every part is, and "preset" if some have another type that the preset states."""
+    def precision(self) -> str:
+        """Return in which types the parts compute, which decides the bytes of a clip.
+
+        "float32" if every part does, "preset" if some have another type that the preset states.
+        """
         return "float32" if self.preset == self.preset.in_float32() else "preset"
 
     @property
