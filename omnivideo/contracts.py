@@ -101,11 +101,12 @@ class Preview(FrozenModel):
 class Manifest(FrozenModel):
     """Everything that a file was generated from, which is enough to reproduce its bytes.
 
-    `source` is the file name of an edit's source, or its object key if it was in the store; `mask` is that of its mask.
-    `visual_tokens` and `source_latents` are object keys of tensors, or None if they are not stored. `settings` has the
-    size and length that were generated, `delivered` those of the file. `sound` says what became of the source's sound:
-    "kept", or why it was left out. A manifest without a mask, or of a clip whose source has no sound, does not have
-    these fields.
+    `weights` is the digest of the weights and `precision` the types that they were computed in. `source` is the file
+    name of an edit's source, or its object key if it was in the store; `mask` is that of its mask. `visual_tokens` and
+    `source_latents` are object keys of tensors, or None if they are not stored. `settings` has the size and length that
+    were generated, `delivered` those of the file. `sound` says what became of the source's sound: "kept", or why it was
+    left out. A manifest without a mask, or of a clip whose source has no sound, does not have these fields, and one of
+    version 0.2 has no precision.
     """
 
     prompt: str
@@ -116,6 +117,7 @@ class Manifest(FrozenModel):
     visual_tokens: str | None = None
     preset: str
     weights: str
+    precision: str | None = build_omitted_field()
     versions: dict[str, str]
     seconds: dict[str, float]
     delivered: Delivery | None = build_omitted_field()
@@ -189,11 +191,24 @@ class Route(FrozenModel):
     probability: float
 
 
+class ModelIdentity(FrozenModel):
+    """What a process renders with. Processes of the same identity give the same clip and can resume each other's.
+
+    `weights` is the digest of the weights (models/weights/digests.py), `precision` says in which types they compute.
+    """
+
+    preset: str
+    weights: str
+    precision: str
+
+
 class Job(FrozenModel):
     """One clip to render. The client may choose the id; requests with the same id and content are the same job.
 
     `visual_tokens` is the object key of the vision head's tokens; if it is None, the worker predicts them. `mask` is
     the object key of a picture of the source's size; only where its alpha is 0 may the source's pixels change.
+    `preset` is the one that the settings were resolved for; a job of version 0.2 does not state it, and any worker may
+    render it.
     """
 
     id: str
@@ -202,6 +217,7 @@ class Job(FrozenModel):
     source: Artifact | None
     params: SamplingParams
     mask: str | None = build_omitted_field()
+    preset: str | None = None
 
     @property
     def task(self) -> Task:
@@ -248,8 +264,9 @@ class JobStatus(FrozenModel):
 class Claim(FrozenModel):
     """A job that a worker has claimed. `attempt` is the fencing number of everything that the worker writes.
 
-    `resume_key` is the object key of a saved denoising state. `batch_job_ids` are the jobs that are rendered in one
-    pass, in order, or empty for a job that is rendered alone. `traceparent` is the W3C trace context of the request.
+    `resume_key` is the object key of a resume point, saved by a worker of the same model. `batch_job_ids` are the jobs
+    that are rendered in one pass, in order, or empty for a job that is rendered alone. `traceparent` is the W3C trace
+    context of the request.
     """
 
     job: Job

@@ -97,7 +97,10 @@ class ServiceWiring:
     def jobs(self) -> "JobRepository":
         from omnivideo.storage.database.jobs import JobRepository
 
-        return JobRepository(self.engine, self.settings.max_queued_jobs, self.settings.max_open_jobs_per_key)
+        settings = self.settings
+        return JobRepository(
+            self.engine, settings.max_queued_jobs, settings.max_open_jobs_per_key, settings.resume_timeout
+        )
 
     @cached_property
     def files(self) -> "FileRepository":
@@ -134,11 +137,14 @@ class ServiceWiring:
         from omnivideo.backends.decoder.renderer import Renderer
         from omnivideo.models.device import pick_device
         from omnivideo.models.weights import checkpoint
+        from omnivideo.models.weights.digests import compute_folder_digest
         from omnivideo.models.weights.shipped import find_shipped_weights
 
         folder = Path(self.settings.weights) if self.settings.weights else find_shipped_weights(self.settings.preset)
+        digest = compute_folder_digest(folder, self.settings.home)
         omni = checkpoint.load(folder, pick_device(self.device), self.settings.precision)
-        return Renderer(omni, self.store, checkpoint.compute_weights_digest(folder))
+        digest.check_unchanged()
+        return Renderer(omni, self.store, digest.value)
 
     @cached_property
     def worker(self) -> "Worker":

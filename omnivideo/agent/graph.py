@@ -322,6 +322,7 @@ class Planner:
             ),
             source=source,
             params=params,
+            preset=self.preset.name,
         )
         artifact = self.follow_job(job, final=options.check == 1)
         return {"candidates": [*candidates, Candidate(seed=job.seed, artifact=artifact).model_dump()]}

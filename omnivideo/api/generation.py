@@ -129,7 +129,7 @@ def build_clip_job(
     params = resolve_request_params(preset, task, overrides, seed, request, length, names)
     seconds = params.delivered_shape.frames / params.fps if request.seconds is None else request.seconds
     meta = {"size": describe_size(params), "seconds": f"{seconds:.6g}"} | meta
-    return build_job_request(context, request, params, job_id, source, "video", meta)
+    return build_job_request(context, request, preset, params, job_id, source, "video", meta)
 
 
 def describe_size(params: SamplingParams) -> str:
@@ -197,7 +197,7 @@ def build_jobs_per_image(
     for index, job_id in enumerate(make_image_ids(base_id, request.n)):
         params = resolve_request_params(preset, task, overrides, (seed + index) % 2**63, request)
         meta = output | {"size": describe_size(params)}
-        job_request = build_job_request(context, request, params, job_id, source, "image", meta)
+        job_request = build_job_request(context, request, preset, params, job_id, source, "image", meta)
         job_requests.append(replace(job_request, job=job_request.job.model_copy(update={"mask": mask})))
     return job_requests
 
@@ -263,6 +263,7 @@ def resolve_request_params(
 def build_job_request(
     context: ServiceContext,
     request: GenerationRequest,
+    preset: Preset,
     params: SamplingParams,
     job_id: str,
     source: Artifact | None,
@@ -276,6 +277,7 @@ def build_job_request(
         visual_tokens=None,
         source=source,
         params=params,
+        preset=preset.name,
     )
     return JobRequest(job, kind, meta)
 

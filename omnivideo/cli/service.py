@@ -67,7 +67,7 @@ def configure_logging(component: str) -> None:
     plain = logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s")
     handler.setFormatter(plain if sys.stderr.isatty() else JSONLogFormatter())
     logging.basicConfig(level=logging.INFO, handlers=[handler])
-    for verbose_logger in ("httpx", "httpcore2", "alembic"):
+    for verbose_logger in ("httpx", "httpcore2", "alembic", "celery"):
         logging.getLogger(verbose_logger).setLevel(logging.WARNING)
     if os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT"):
         export_traces(component)

@@ -297,6 +297,14 @@ class OmniVideoModel:
         return getattr(torch, self.preset.autocast) if self.preset.autocast else None
 
     @property
+    def precision(self) -> str:
+        """Return in which types the parts compute, which decides the bytes of a clip.
+
+        "float32" if every part does, "preset" if some have another type that the preset states.
+        """
+        return "float32" if self.preset == self.preset.in_float32() else "preset"
+
+    @property
     def latents_dtype(self) -> torch.dtype:
         """Return the type of the latents between two steps."""
         return get_torch_dtype(self.preset, "latents")

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from omnivideo.backends.decoder.pipeline import GeneratedClip, generate_clip
-from omnivideo.backends.decoder.renderer import build_manifest
+from omnivideo.backends.decoder.renderer import build_manifest, identify_model
 from omnivideo.backends.mllm.media import read_mllm_media
 from omnivideo.contracts import (
     Artifact,
+    ModelIdentity,
     Route,
     SamplingParams,
     StepProgress,
@@ -29,6 +30,7 @@ from omnivideo.models.mllm import MLLMMedia, MLLMMessage
 from omnivideo.models.omni import OmniVideoModel
 from omnivideo.models.text_limits import TokenLimits
 from omnivideo.models.weights import checkpoint
+from omnivideo.models.weights.digests import compute_folder_digest
 from omnivideo.models.weights.shipped import find_shipped_weights
 from omnivideo.sdk.batch import BatchOutcome, parse_items, run_batch
 from omnivideo.sdk.result import Result
@@ -66,9 +68,16 @@ class Studio:
         configure_cpu_threads()
         self.settings = load_settings(home=home)
         self.weights_folder = Path(weights) if weights else find_shipped_weights(preset)
+        digest = compute_folder_digest(self.weights_folder, self.settings.home)
         self.omni: OmniVideoModel = checkpoint.load(self.weights_folder, pick_device(device), self.settings.precision)
-        self.weights_digest = checkpoint.compute_weights_digest(self.weights_folder)
         self.text_limits = TokenLimits(self.omni.preset, self.weights_folder)
+        digest.check_unchanged()
+        self.weights_digest = digest.value
+
+    @property
+    def model(self) -> ModelIdentity:
+        """What manifests name: the preset, the digest of the weights and the precision."""
+        return identify_model(self.omni, self.weights_digest)
 
     @cached_property
     def conversations(self) -> "Conversations":
@@ -89,7 +98,10 @@ class Studio:
         return LocalObjectStore(self.settings.home / "store").path_for_key(artifact.key)
 
     def replay(self, artifact: Artifact) -> str:
-        """Generate an artifact again from its manifest and return its key (the same one on the same machine)."""
+        """Generate an artifact again from its manifest and return its key (the same one on the same machine).
+
+        Raises InvalidInput if it was generated with another preset, other weights or another precision.
+        """
         return self.conversations.replay_artifact(artifact)
 
     def batch(self, prompts: Iterable[str | dict[str, Any]], folder: str | Path) -> Iterator[BatchOutcome]:
@@ -169,7 +181,7 @@ class Studio:
             if isinstance(event, GeneratedClip):
                 return Result(
                     event.frames,
-                    build_manifest(self.omni, self.weights_digest, prompt, params, event.seconds_by_stage, source_name),
+                    build_manifest(self.model, prompt, params, event.seconds_by_stage, source_name),
                 )
             on_step(event.step)
         raise AssertionError("generate_clip ends with a clip")

@@ -13,6 +13,7 @@ from omnivideo.presets import TINY
 from omnivideo.storage.database.engine import create_memory_database
 from omnivideo.storage.database.jobs import JobRepository
 from omnivideo.storage.database.turns import TurnRepository
+from tests.support.claims import MODEL
 from tests.support.slow_polls import slow_polls
 
 ARTIFACT = Artifact(key="a.mp4", medium="video", width=64, height=64, frames=9, fps=8, caption="x", created_by="one")
@@ -66,7 +67,7 @@ def test_a_job_store_notifies_of_ends(empty_database: Engine) -> None:
         jobs = JobRepository(empty_database)
         store: JobStore = jobs
         store.submit(build_job("one"))
-        claim = jobs.claim_next_job("worker")
+        claim = jobs.claim_next_job("worker", MODEL)
         assert claim is not None
 
         async def wait_for_end() -> str | None:

@@ -32,12 +32,16 @@ LONG = (
     "backends/mllm/test_vllm_conversations.py",
     "backends/mllm/test_vllm_instruct.py",
     "backends/mllm/test_vllm_vila.py",
+    "backends/test_published_service.py::test_a_chat_with_the_mllm_on_vllm*",
     # Fault matrices, in which brokers, workers and runs are killed.
+    "backends/decoder/test_rollout.py::test_weights_are_replaced_under_load*",
     "backends/queue/test_celery.py::test_killed_workers_lose_no_job*",
     "backends/queue/test_celery.py::test_a_terminated_worker*",
     "backends/queue/test_celery.py::test_a_child_that_loads_slowly*",
     "backends/queue/test_celery.py::test_a_missing_broker*",
     "training/curation/*::test_a_killed_run_resumes*",
+    # Golden tests on changed data, once for each of some eighty tensors.
+    "test_golden_coverage.py::test_a_changed_tensor*",
     # Weights of the released 1.3B model at full size.
     "models/weights/test_convert.py::test_version_1_in_full_size*",
     # The released wheel, in an empty environment.
@@ -56,11 +60,13 @@ SLOW = (
     "api/test_openai*.py",
     "api/test_openapi.py",
     "api/test_threads*.py",
+    "backends/decoder/test_rollout.py",
     "backends/decoder/test_worker*.py",
     "backends/mllm/test_remote.py",
     "backends/mllm/test_vllm*.py",
     "backends/queue/test_celery*.py",
     "backends/queue/test_kill.py",
+    "backends/test_published_service.py",
     "cli/test_cli*.py",
     "docs/test_docs.py",
     "evaluation/test_sample_sheet*.py",

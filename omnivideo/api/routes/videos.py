@@ -89,7 +89,7 @@ class VideoDeleted(BaseModel):
 def to_video_object(context: ServiceContext, status: JobStatus) -> VideoObject:
     video = VideoObject(
         id=status.id,
-        model=context.settings.preset,
+        model=status.job.preset or context.settings.preset,
         status=STATUS_BY_STATE[status.state],
         progress=compute_progress(status),
         created_at=int(status.created_at),

@@ -9,7 +9,6 @@ Every weights file is safetensors. A missing or unknown key or a wrong shape is 
 `verify_digests` finds files that have changed.
 """
 
-import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +26,7 @@ from omnivideo.models.conditions import MarkerEmbeddings
 from omnivideo.models.mllm import VISUAL_TOKENS
 from omnivideo.models.omni import Bridge, OmniVideoModel, get_expert_part, get_torch_dtype
 from omnivideo.models.positions import add_absolute_positions
+from omnivideo.models.weights.digests import RECORD_FILE, compute_file_digest, stamp_files, write_record
 from omnivideo.models.weights.qwen3_vl import load_qwen3_vl, restore_published_layout
 from omnivideo.models.weights.shipped import INDEX_FILE
 from omnivideo.models.weights.strict import check_keys as check_keys
@@ -37,12 +37,6 @@ from omnivideo.presets import Precision, Preset, get_preset
 
 BRIDGE_PARTS = ("vision_head", "adapter", "visual_context", "markers")
 WEIGHTS_FILE = "model.safetensors"
-
-
-def compute_file_digest(path: Path) -> str:
-    """Return the SHA-256 of a file as hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def save(omni: OmniVideoModel, folder: Path, dtype: torch.dtype = torch.float16) -> None:
@@ -106,19 +100,19 @@ def read_index(folder: Path) -> dict[str, Any]:
     return index
 
 
-def compute_weights_digest(folder: Path) -> str:
-    """Return one digest of all weights, 16 hexadecimal digits, which identifies them in manifests."""
-    return hashlib.sha256(json.dumps(read_index(folder)["sha256"], sort_keys=True).encode()).hexdigest()[:16]
-
-
 def verify_digests(folder: Path) -> None:
-    """Compare every weights file with the index; raise CheckpointError for the first that differs."""
-    for name, expected in read_index(folder)["sha256"].items():
+    """Compare every weights file with the index, and record what was read.
+
+    Raises CheckpointError for the first file that differs.
+    """
+    stamps, digests = stamp_files(folder), read_index(folder)["sha256"]
+    for name, expected in digests.items():
         path = folder / name
         if not path.is_file():
             raise CheckpointError(f"{name} is missing from the weights")
         if compute_file_digest(path) != expected:
             raise CheckpointError(f"{name} is damaged: its SHA-256 differs from the index")
+    write_record(folder / RECORD_FILE, stamps, digests)
 
 
 def load(
