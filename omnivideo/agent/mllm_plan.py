@@ -30,7 +30,7 @@ class PlannedGeneration(FrozenModel):
 
 
 class PlannedEdit(FrozenModel):
-    """Change what `about` names: the number of an artifact, from 1, "last" or "unclear"."""
+    """WordedChange what `about` names: the number of an artifact, from 1, "last" or "unclear"."""
 
     action: Literal["edit"]
     do: ActionText

@@ -35,7 +35,7 @@ IMPERATIVE_MOTIONS = {
 
 
 @dataclass(frozen=True)
-class Change:
+class WordedChange:
     """One change: its kind, and the request for it in the MLLM's words."""
 
     kind: str
@@ -62,7 +62,7 @@ class Clause:
 class EditRequest:
     """The changes of a request, in order; `kept` has the values that it says must stay."""
 
-    changes: list[Change] = field(default_factory=list)
+    changes: list[WordedChange] = field(default_factory=list)
     conflicts: list[tuple[str, str]] = field(default_factory=list)
     unknown: list[str] = field(default_factory=list)
     kept: dict[str, str] = field(default_factory=dict)
@@ -376,7 +376,7 @@ def name_target(tokens: Sequence[Token]) -> str:
 # ---------------------------------------------------------------- from clauses to changes
 
 
-def build_changes(clause: Clause, attribute: str) -> list[Change]:
+def build_changes(clause: Clause, attribute: str) -> list[WordedChange]:
     """Return the changes of one clause, in the MLLM's words."""
     target = clause.target or "it"
     if clause.verb == "swap" and clause.new_objects:
@@ -384,56 +384,65 @@ def build_changes(clause: Clause, attribute: str) -> list[Change]:
     if clause.verb == "swap":
         noun = {"colour": "colours", "shape": "shapes"}.get(attribute, "places")
         pair = f" of {clause.target}" if " and " in clause.target else ""
-        return [Change("swap", f"swap the {noun}{pair}" if pair else f"swap their {noun}", target)]
+        return [WordedChange("swap", f"swap the {noun}{pair}" if pair else f"swap their {noun}", target)]
     if clause.verb == "remove":
-        return [Change("remove", f"remove {target}", target)] if clause.target else []
+        return [WordedChange("remove", f"remove {target}", target)] if clause.target else []
     if clause.new_objects:
         return build_object_changes(clause, target)
     return build_value_changes(clause.values, target)
 
 
-def build_object_changes(clause: Clause, target: str) -> list[Change]:
+def build_object_changes(clause: Clause, target: str) -> list[WordedChange]:
     """Return the changes that bring new objects: additions, replacements or another shape."""
     obj = clause.new_objects[0]
     ground = {name: value for name, value in clause.values.items() if name == "background"}
     if clause.verb in ("add", "put") and clause.target in ("", "it"):
-        return [Change("add", f"add {new.to_text()}") for new in clause.new_objects] + build_value_changes(ground, "it")
+        return [WordedChange("add", f"add {new.to_text()}") for new in clause.new_objects] + build_value_changes(
+            ground, "it"
+        )
     if clause.verb == "replace" or (obj.shape and (obj.colour or obj.size)):
-        return [Change("replace", f"replace {target} with {obj.to_text()}", target), *build_value_changes(ground, "it")]
+        return [
+            WordedChange("replace", f"replace {target} with {obj.to_text()}", target),
+            *build_value_changes(ground, "it"),
+        ]
     if obj.shape is None:
         values = {name: value for name in ("colour", "size", "motion") if (value := getattr(obj, name))}
         return build_value_changes(values | clause.values, target)
-    reshape = Change("reshape", f"turn {target} into {obj.to_text()}", target)
+    reshape = WordedChange("reshape", f"turn {target} into {obj.to_text()}", target)
     return [reshape, *build_value_changes(clause.values, target)]
 
 
-def build_value_changes(values: dict[str, str], target: str) -> list[Change]:
+def build_value_changes(values: dict[str, str], target: str) -> list[WordedChange]:
     """Return a change for each new value."""
     changes = []
     for name, value in values.items():
         if name == "colour":
-            changes.append(Change("recolour", f"make {target} {value}", target))
+            changes.append(WordedChange("recolour", f"make {target} {value}", target))
         elif name == "background":
-            changes.append(Change("background", f"change the background to {value}"))
+            changes.append(WordedChange("background", f"change the background to {value}"))
         elif name == "size":
-            changes.append(Change("resize", f"make {target} {'bigger' if value == 'large' else 'smaller'}", target))
+            changes.append(
+                WordedChange("resize", f"make {target} {'bigger' if value == 'large' else 'smaller'}", target)
+            )
         elif name == "motion":
             changes.append(build_motion_change(values, target))
         elif name == "speed" and "motion" not in values:
-            changes.append(Change("speed", f"make {target} {'slower' if value == 'slow' else 'faster'}", target))
+            changes.append(WordedChange("speed", f"make {target} {'slower' if value == 'slow' else 'faster'}", target))
         elif name == "region":
             place = REGION_PHRASES.get(value, f"in the {value}")
-            changes.append(Change("place", f"put {target} {place}", target))
+            changes.append(WordedChange("place", f"put {target} {place}", target))
         elif name in ("length", "count", "medium"):
-            changes.append(Change(name, f"{name} {value}", target))
+            changes.append(WordedChange(name, f"{name} {value}", target))
     return changes
 
 
-def build_motion_change(values: dict[str, str], target: str) -> Change:
+def build_motion_change(values: dict[str, str], target: str) -> WordedChange:
     motion = values["motion"]
     if second := values.get("second_motion"):
-        return Change("path", f"make {target} {IMPERATIVE_MOTIONS[motion]} then {IMPERATIVE_MOTIONS[second]}", target)
-    return Change("motion", f"make {target} {IMPERATIVE_MOTIONS[motion]}", target)
+        return WordedChange(
+            "path", f"make {target} {IMPERATIVE_MOTIONS[motion]} then {IMPERATIVE_MOTIONS[second]}", target
+        )
+    return WordedChange("motion", f"make {target} {IMPERATIVE_MOTIONS[motion]}", target)
 
 
 def read_edit(tokens: Sequence[Token], *, is_still: bool = False, is_correction: bool = False) -> EditRequest:

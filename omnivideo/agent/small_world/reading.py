@@ -9,7 +9,7 @@ from typing import Literal
 from omnivideo.agent import english_rules
 from omnivideo.agent.commands import find_command
 from omnivideo.agent.small_world import replies, talk
-from omnivideo.agent.small_world.edits import Change, read_edit
+from omnivideo.agent.small_world.edits import WordedChange, read_edit
 from omnivideo.agent.small_world.lexicon import (
     Token,
     load_lexicon,
@@ -18,7 +18,7 @@ from omnivideo.agent.small_world.lexicon import (
     tokenize,
 )
 from omnivideo.agent.small_world.questions import FileFact, is_question, read_question
-from omnivideo.agent.small_world.scenes import SceneRequest, read_scene
+from omnivideo.agent.small_world.scenes import DescribedScene, read_scene
 from omnivideo.agent.small_world.wordings import load_pattern
 from omnivideo.contracts import Artifact, Medium
 from omnivideo.presets import Preset
@@ -185,7 +185,7 @@ def read_request(text: str, normalized: str, tokens: Sequence[Token], context: C
     return [replace(reading, targets=targets, removed=tuple(edit.removed)) for reading in readings]
 
 
-def correct_background(change: Change, context: Context) -> Change:
+def correct_background(change: WordedChange, context: Context) -> WordedChange:
     """Return a correction as one of the background, if that was changed last or only it can have the colour."""
     is_ground = change.value not in load_lexicon().facts.object_colours or "background" in context.last_request
     if (
@@ -194,7 +194,7 @@ def correct_background(change: Change, context: Context) -> Change:
         and change.value in load_lexicon().facts.backgrounds
         and is_ground
     ):
-        return Change("background", f"change the background to {change.value}")
+        return WordedChange("background", f"change the background to {change.value}")
     return change
 
 
@@ -331,7 +331,7 @@ def read_scene_action(text: str, normalized: str, tokens: Sequence[Token], conte
     )
 
 
-def find_scene_problem(scene: SceneRequest, normalized: str) -> str:
+def find_scene_problem(scene: DescribedScene, normalized: str) -> str:
     """Return what of a scene does not exist in the world, as a sentence; "" if all of it does."""
     if re.search(r"\bblack and white\b(?! background)|\bmonochrome\b|\bgreyscale\b", normalized):
         return "I cannot make black and white pictures."
@@ -358,7 +358,7 @@ def is_plain_wording(text: str, normalized: str, form: re.Pattern[str]) -> bool:
 
 
 def read_changes(
-    text: str, normalized: str, changes: Sequence[Change], reference: str, context: Context
+    text: str, normalized: str, changes: Sequence[WordedChange], reference: str, context: Context
 ) -> list[Reading]:
     """Return a reading for each change; one refusal or question if any of them cannot be made."""
     expanded = [new for change in changes for new in expand_change(change, context)]
@@ -388,17 +388,17 @@ def read_changes(
     ]
 
 
-def expand_change(change: Change, context: Context) -> list[Change]:
+def expand_change(change: WordedChange, context: Context) -> list[WordedChange]:
     """Return the changes that make up one change: of each object by itself, or of shape and colour."""
     edits = context.preset.edits
     if change.kind == "replace" and "replace" not in edits:
         scene = read_scene(tokenize(change.text.rpartition(" with ")[2]))
         obj = replace(scene.objects[0])
         shape = f"turn {change.target} into {'an' if (obj.shape or '')[0] in 'aeiou' else 'a'} {obj.shape}"
-        parts = [Change("reshape", shape, change.target)]
+        parts = [WordedChange("reshape", shape, change.target)]
         renamed = change.target if change.target == "it" else f"the {obj.shape}"
-        parts += [Change("recolour", f"make {renamed} {obj.colour}", renamed)] if obj.colour else []
-        return parts + ([Change("resize", f"make {renamed} {obj.size}", renamed)] if obj.size else [])
+        parts += [WordedChange("recolour", f"make {renamed} {obj.colour}", renamed)] if obj.colour else []
+        return parts + ([WordedChange("resize", f"make {renamed} {obj.size}", renamed)] if obj.size else [])
     if change.target == "them" and change.kind in ("recolour", "reshape", "resize", "motion", "speed"):
         names = list_object_names(context)
         if len(names) > 1:
@@ -419,7 +419,7 @@ def list_object_names(context: Context) -> list[str]:
     return names
 
 
-def find_change_problem(change: Change, context: Context) -> str:
+def find_change_problem(change: WordedChange, context: Context) -> str:
     """Return what the user is told if a change is impossible; "" if it is possible."""
     preset = context.preset
     if change.kind == "count":

@@ -60,7 +60,7 @@ class ObjectRequest:
 
 
 @dataclass
-class SceneRequest:
+class DescribedScene:
     """The scene of a request; `conflicts` are pairs of values of which only one is possible."""
 
     objects: list[ObjectRequest] = field(default_factory=list)
@@ -96,13 +96,13 @@ class SceneReader:
 
     def __init__(self, tokens: Sequence[Token]):
         self.tokens = list(tokens)
-        self.scene = SceneRequest()
+        self.scene = DescribedScene()
         self.pending = ObjectRequest()
         self.position = 0
         self.is_turn = False  # after "then": the next motion is the second one
         self.relation: str | None = None
 
-    def read(self) -> SceneRequest:
+    def read(self) -> DescribedScene:
         while self.position < len(self.tokens):
             self.position += self.read_token(self.tokens[self.position]) or 1
         if self.pending != ObjectRequest() and not self.scene.objects:
@@ -323,6 +323,6 @@ def name_number(number: int | None) -> str:
     return NUMBER_WORDS[number] if number is not None and number < len(NUMBER_WORDS) else str(number)
 
 
-def read_scene(tokens: Sequence[Token]) -> SceneRequest:
+def read_scene(tokens: Sequence[Token]) -> DescribedScene:
     """Return the scene that the tokens describe."""
     return SceneReader(tokens).read()
