@@ -22,7 +22,7 @@ from omnivideo.agent.mllm_plan import (
 )
 from omnivideo.agent.planner_prompts import Prompts
 from omnivideo.agent.references import ReferenceSearch
-from omnivideo.agent.small_world.reading import Context, Reading
+from omnivideo.agent.small_world.readings import Context, Reading
 from omnivideo.agent.small_world.turn_reading import read_turn
 from omnivideo.agent.state import PlannerState
 from omnivideo.contracts import Artifact, MLLMRequest

@@ -6,7 +6,7 @@ from typing import get_args
 import pytest
 
 from omnivideo.agent.small_world.lexicon import tokenize
-from omnivideo.agent.small_world.reading import Context
+from omnivideo.agent.small_world.readings import Context
 from omnivideo.agent.small_world.scenes import read_scene
 from omnivideo.agent.small_world.turn_reading import read_turn, resolve_reply
 from omnivideo.contracts import Artifact

@@ -1,10 +1,9 @@
 """Read one action of a turn: what the MLLM is asked, or what the user is told or asked instead."""
 
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
-from typing import Literal
 
 from omnivideo.agent import english_rules
 from omnivideo.agent.commands import find_command
@@ -17,53 +16,16 @@ from omnivideo.agent.small_world.lexicon import (
     split_words,
     tokenize,
 )
-from omnivideo.agent.small_world.questions import FileFact, is_question, read_question
+from omnivideo.agent.small_world.question_reading import read_question_action
+from omnivideo.agent.small_world.questions import is_question
+from omnivideo.agent.small_world.readings import Context, Reading, ReadingKind
 from omnivideo.agent.small_world.scenes import DescribedScene, read_scene
 from omnivideo.agent.small_world.wordings import load_pattern
-from omnivideo.contracts import Artifact, Medium
-from omnivideo.presets import Preset
-from omnivideo.turns import ExecutedCommand
 
-ReadingKind = Literal["do", "say", "ask", "decline", "command", "fact"]
 SECOND_MOTION = re.compile(r"\b(?:then|after that|afterwards|next)\b")
 QUESTION_WORD = re.compile(r"(?:what|which|who|whose|where|why|when|how|is|are|was|were|does|did)\b")
 CORNERS = re.compile(r"\b(?:with|has|having) (?:only |exactly )?(no|one|two|three|four|five|six) corners\b")
 TASK_BY_KIND = {"length": "video-extension"}
-
-
-@dataclass(frozen=True)
-class Context:
-    """What a request can refer to: the current artifact, all artifacts, the question asked before, and the preset.
-
-    `describe` returns the MLLM's description of the current artifact.
-    """
-
-    preset: Preset
-    artifacts: Sequence[Artifact] = ()
-    medium: Medium | None = None  # of the current result; None if there is none
-    last_request: str = ""
-    number: int = 0  # of the current result; 0 if there is none
-    describe: Callable[[], str] = lambda: ""
-
-
-@dataclass(frozen=True)
-class Reading:
-    """What is to be done for one action: the text for the MLLM and, where the words say it, the medium of the result.
-
-    `message` is what the user is told or asked instead. `reference` is the number of the artifact that is meant, "new",
-    or "" for what the words of `text` refer to.
-    """
-
-    kind: ReadingKind
-    text: str
-    targets: tuple[str, ...] = ()
-    removed: tuple[str, ...] = ()
-    goal: Literal["", "generate", "edit", "understand"] = ""
-    medium: Medium | Literal["text", ""] = ""
-    message: str = ""
-    reference: str = ""
-    command: ExecutedCommand | None = None
-    fact: FileFact | None = None
 
 
 def read_action(text: str, context: Context) -> list[Reading]:
@@ -127,29 +89,6 @@ def is_in_trained_words(text: str, normalized: str, tokens: Sequence[Token], con
     known = lexicon.described | english_rules.load_plain_words()
     has_subject = any(token.has("shape", "plural", "thing", "reference") for token in tokens)
     return has_subject and len(words) > 3 and known.issuperset(words)
-
-
-# ---------------------------------------------------------------- questions
-
-
-def read_question_action(text: str, normalized: str, tokens: Sequence[Token], context: Context) -> Reading | None:
-    """Return the reading of a question; None if it is not understood as one."""
-    unknown = [token.text for token in tokens if not token.is_known]
-    if context.medium is None:
-        words = re.findall(r"[a-z0-9'-]+", text.lower())
-        if (load_lexicon().described | english_rules.load_plain_words()).issuperset(words):
-            return Reading("do", text)
-        return None
-    if match := load_pattern("follow_up").match(normalized):
-        normalized = match["rest"]
-    question = read_question(
-        normalized, tokens, context.medium, context.last_request if context.last_request.endswith("?") else ""
-    )
-    if question.fact is not None:
-        return Reading("fact", text, goal="understand", medium="text", fact=question.fact)
-    if question.text and not unknown:
-        return Reading("do", question.text, goal="understand", medium="text")
-    return None
 
 
 # ---------------------------------------------------------------- requests

@@ -8,7 +8,8 @@ from omnivideo.agent import english_rules
 from omnivideo.agent.commands import find_command
 from omnivideo.agent.small_world import replies, talk
 from omnivideo.agent.small_world.lexicon import Token, load_lexicon, normalize_text, tokenize
-from omnivideo.agent.small_world.reading import Context, Reading, read_action
+from omnivideo.agent.small_world.reading import read_action
+from omnivideo.agent.small_world.readings import Context, Reading
 from omnivideo.agent.small_world.scenes import read_scene
 from omnivideo.agent.small_world.wordings import load_pattern
 
