@@ -26,6 +26,7 @@ def read_question_action(text: str, normalized: str, tokens: Sequence[Token], co
             return Reading("do", text)
         reference = str(context.artifacts.index(named.artifact) + 1)
         normalized = re.sub(rf"(?:\b(?:in|on|of|from|about) )?{re.escape(named.words)}", "", normalized).strip()
+        normalized = normalized.replace(" ?", "?")
         tokens = tokenize(normalized)
     elif english_rules.find_description(normalized):
         return Reading("do", text)
