@@ -34,7 +34,9 @@ def read_question_action(text: str, normalized: str, tokens: Sequence[Token], co
         normalized, tokens, context.medium, context.last_request if context.last_request.endswith("?") else ""
     )
     if question.fact is not None:
-        return Reading("fact", text, goal="understand", medium="text", reference=reference, fact=question.fact)
+        return Reading(
+            "fact", text, goal="understand", medium="text", reference=reference or "current", fact=question.fact
+        )
     if question.text and not unknown:
         return Reading("do", question.text, goal="understand", medium="text", reference=reference or "current")
     return None
