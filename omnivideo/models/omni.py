@@ -27,6 +27,7 @@ from omnivideo.models.conditions import (
 from omnivideo.models.features import MLLMFeatures as MLLMFeatures
 from omnivideo.models.mllm import MLLMMessage
 from omnivideo.models.mllms import BoundMLLM, bind_mllm
+from omnivideo.models.placement import Placement
 from omnivideo.models.positions import add_absolute_positions
 from omnivideo.models.sampling import Expert, autocast_to
 from omnivideo.presets import ConditionPart, Preset, VisionInputConfig
@@ -90,7 +91,9 @@ class OmniVideoModel:
     """All parts of one preset.
 
     `mllm_tokenizer` belongs to the MLLM and `tokenizer` to the decoder's text encoder. `mllm` is None in a process that
-    gets the MLLM's features from another one. `second_decoder` is the expert for low timesteps, if there are two.
+    gets the MLLM's features from another one, and the decoder and its encoders are None in a server of the MLLM.
+    `second_decoder` is the expert for low timesteps, if there are two. `placement` says where the parts compute;
+    without one, they all are on the decoder's device and compute in their types.
     """
 
     preset: Preset
@@ -102,6 +105,8 @@ class OmniVideoModel:
     tokenizer: PreTrainedTokenizerBase
     vae: AutoencoderKLWan
     second_decoder: WanTransformer3DModel | None = None
+    placement: Placement | None = None
+    placed_on: torch.device | None = None
 
     @property
     def vision_config(self) -> VisionInputConfig:
@@ -117,7 +122,8 @@ class OmniVideoModel:
     def compute_visual_tokens(self, requests: Sequence[tuple[MLLMMessage, Medium]]) -> Tensor:
         """Return V_o [B, Q, E] (Eq. 1), which the vision head predicts from the hidden states of each request."""
         states_BNM, padding_BN = self.bound_mllm.compute_features(requests)
-        visual_BQE: Tensor = self.bridge.vision_head(states_BNM.to(self.bridge.vision_head.decoder_query), padding_BN)
+        states_BNM = states_BNM.to(self.bridge.vision_head.decoder_query)
+        visual_BQE: Tensor = self.bridge.vision_head(states_BNM, padding_BN.to(states_BNM.device))
         return visual_BQE
 
     def compute_mllm_features(self, message: MLLMMessage, medium: Medium) -> MLLMFeatures:
@@ -225,7 +231,7 @@ class OmniVideoModel:
                 tokens["hidden"] = projection(row["hidden"].to(next(projection.parameters())))
             if context_LD is not None:
                 tokens["source"] = context_LD
-            complete_rows.append(tokens)
+            complete_rows.append({part: tokens_LD.to(self.device) for part, tokens_LD in tokens.items()})
         return assemble_conditions(self.preset.condition, self.bridge.markers, complete_rows, self.decoder.dtype)
 
     def build_condition(
@@ -287,6 +293,13 @@ class OmniVideoModel:
         return (self.decoder,) if self.second_decoder is None else (self.decoder, self.second_decoder)
 
     @property
+    def parts(self) -> dict[str, nn.Module]:
+        """Return the parts that are loaded, by name; those of the second of two decoders end in `_2`."""
+        parts = {"mllm": self.mllm, "decoder": self.decoder, "decoder_2": self.second_decoder}
+        parts |= {"text_encoder": self.text_encoder, "vae": self.vae} | dict(self.bridge.named_children())
+        return {name: module for name, module in parts.items() if module is not None}
+
+    @property
     def modules(self) -> tuple[nn.Module, ...]:
         modules = (self.mllm, self.bridge, *self.decoders, self.text_encoder, self.vae)
         return tuple(module for module in modules if module is not None)
@@ -294,6 +307,9 @@ class OmniVideoModel:
     @property
     def autocast(self) -> torch.dtype | None:
         """Return the type that the decoder and the visual context adapter compute in, if not that of their weights."""
+        on_cpu = self.placement is not None and self.placement.mode == "CPU"
+        if on_cpu and self.preset.autocast not in self.placement.machine.fast_dtypes:
+            return None
         return getattr(torch, self.preset.autocast) if self.preset.autocast else None
 
     @property
@@ -303,11 +319,8 @@ class OmniVideoModel:
 
     def cast_parts(self) -> "OmniVideoModel":
         """Convert every part to the type that the preset states; see `Preset.in_float32`."""
-        named = {"mllm": self.mllm, "decoder": self.decoder, "decoder_2": self.second_decoder}
-        named |= {"text_encoder": self.text_encoder, "vae": self.vae} | dict(self.bridge.named_children())
-        for name, module in named.items():
-            if module is not None:
-                module.to(get_torch_dtype(self.preset, name.removesuffix("_2")))
+        for name, module in self.parts.items():
+            module.to(get_torch_dtype(self.preset, name.removesuffix("_2")))
         return self
 
     def eval(self) -> "OmniVideoModel":
@@ -317,13 +330,18 @@ class OmniVideoModel:
         return self
 
     def to(self, device: torch.device | str) -> "OmniVideoModel":
+        """Move all parts to a device. The model must have been placed there as a whole, or not at all."""
+        self.placed_on = None
         for module in self.modules:
             module.to(device)
         return self
 
     @property
     def device(self) -> torch.device:
-        device: torch.device = self.decoder.device
+        """Return the device of the latents and of the decoder's condition."""
+        if self.placed_on is not None:
+            return self.placed_on
+        device: torch.device = (self.decoder if self.decoder is not None else self.mllm).device
         return device
 
 

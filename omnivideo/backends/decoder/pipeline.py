@@ -130,8 +130,8 @@ def denoise_clips(
 def encode_source(omni: OmniVideoModel, source: np.ndarray | Tensor) -> Tensor:
     """Return the latents [1, z, T, h, w] of a source's pixels [F, H, W, 3] or latents [z, T, h, w]."""
     if isinstance(source, Tensor):
-        return source[None].to(omni.vae.device, omni.vae.dtype)
-    return encode_pixels(omni.vae, pixels_from_bytes(source[None]).to(omni.vae.device, omni.vae.dtype))
+        return source[None].to(omni.device, omni.vae.dtype)
+    return encode_pixels(omni.vae, pixels_from_bytes(source[None]).to(omni.device, omni.vae.dtype)).to(omni.device)
 
 
 def compute_features(
