@@ -4,6 +4,7 @@ Without settings everything is embedded: SQLite and files in the home folder, th
 Only embedded parts load torch.
 """
 
+import logging
 from collections.abc import Callable
 from functools import cached_property, partial
 from pathlib import Path
@@ -17,6 +18,8 @@ from omnivideo.presets import get_preset
 from omnivideo.settings import ServiceSettings
 from omnivideo.storage.checkpointer import open_checkpointer
 from omnivideo.storage.objects.local import LocalObjectStore
+
+log = logging.getLogger("omnivideo.worker")
 
 if TYPE_CHECKING:
     from omnivideo.api.dependencies import ServiceContext
@@ -131,11 +134,14 @@ class ServiceWiring:
         from omnivideo.backends.decoder.renderer import Renderer
         from omnivideo.models.device import pick_device
         from omnivideo.models.weights import checkpoint
-        from omnivideo.models.weights.checkpoint import find_shipped_weights
+        from omnivideo.models.weights.checkpoint import Contents, find_shipped_weights
 
         folder = Path(self.settings.weights) if self.settings.weights else find_shipped_weights(self.settings.preset)
-        omni = checkpoint.load(folder, pick_device(self.device), self.settings.precision)
-        return Renderer(omni, self.store, checkpoint.compute_weights_digest(folder))
+        contents: Contents = "without-mllm" if self.settings.mllm else "all"
+        omni = checkpoint.load(folder, pick_device(self.device), self.settings.precision, contents)
+        if omni.placement:
+            log.info("placement of %s: %s", omni.preset.name, omni.placement.describe())
+        return Renderer(omni, self.store, checkpoint.compute_weights_digest(folder), mllm=self.remote_mllm)
 
     @cached_property
     def worker(self) -> "Worker":

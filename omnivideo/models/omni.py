@@ -4,7 +4,8 @@ Shapes: B batch, Q visual tokens, N hidden states and M width of the MLLM, E wid
 L condition tokens, D text width of the decoder, z T h w latents.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import assert_never
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Qwen3VLForConditionalGeneration, UMT5EncoderModel
 
 from omnivideo.contracts import Medium
+from omnivideo.errors import PartOutOfMemory
 from omnivideo.models.bridge import Adapter, HiddenProjection, NullContext, VisionHead, VisualContextAdapter
 from omnivideo.models.conditions import (
     ConditionTokens,
@@ -31,6 +33,27 @@ from omnivideo.models.placement import Placement
 from omnivideo.models.positions import add_absolute_positions
 from omnivideo.models.sampling import Expert, autocast_to
 from omnivideo.presets import ConditionPart, Preset, VisionInputConfig
+
+MEMORY_HELP = {
+    "MLLM": "send fewer or smaller media, or run it elsewhere: `omnivideo mllm serve` and OMNIVIDEO_MLLM",
+    "decoder": "request a smaller size or fewer frames",
+    "VAE": "request a smaller size or fewer frames",
+}
+RESTART_HELP = "if ordinary requests fail, free memory and start again: the parts are then placed by what is free"
+
+
+@contextmanager
+def name_part(part: str) -> Iterator[None]:
+    """Turn a lack of memory during the `with` block into a PartOutOfMemory that names the part."""
+    try:
+        yield
+    except PartOutOfMemory:
+        raise
+    except (MemoryError, RuntimeError) as error:
+        # On a CPU, torch raises a RuntimeError without a type of its own.
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        raise PartOutOfMemory(part, "; ".join(filter(None, (MEMORY_HELP.get(part), RESTART_HELP)))) from error
 
 
 class Bridge(nn.Module):
@@ -128,6 +151,10 @@ class OmniVideoModel:
 
     def compute_mllm_features(self, message: MLLMMessage, medium: Medium) -> MLLMFeatures:
         """Return what the MLLM gives to the decoder for one request, on the MLLM's device."""
+        with name_part("MLLM"):
+            return self.call_mllm(message, medium)
+
+    def call_mllm(self, message: MLLMMessage, medium: Medium) -> MLLMFeatures:
         if self.preset.vision_head is not None:
             return MLLMFeatures(self.compute_visual_tokens([(message, medium)]), "visual-tokens")
         caption = self.bound_mllm.caption_target(message, medium)
@@ -162,7 +189,8 @@ class OmniVideoModel:
 
     def encode_prompts(self, prompts: Sequence[str]) -> list[Tensor]:
         """Return the text embeddings [L, D] of each prompt, without padding."""
-        hidden_BLD, lengths_B = encode_text(self.tokenizer, self.text_encoder, prompts, self.preset.text)
+        with name_part("text encoder"):
+            hidden_BLD, lengths_B = encode_text(self.tokenizer, self.text_encoder, prompts, self.preset.text)
         return [row_LD[:length] for row_LD, length in zip(hidden_BLD, lengths_B.tolist(), strict=True)]
 
     def encode_request_texts(self, prompts: Sequence[str], captions: Sequence[str], has_source: bool) -> list[Tensor]:

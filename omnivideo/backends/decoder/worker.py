@@ -23,7 +23,7 @@ from omnivideo.backends.decoder.pipeline import DenoisingProgress, GeneratedClip
 from omnivideo.backends.decoder.renderer import Renderer
 from omnivideo.backends.queue.local import PREVIEW_FRACTIONS
 from omnivideo.contracts import Artifact, Claim, Job, SamplingParams, StepProgress
-from omnivideo.errors import ArtifactNotFound, InvalidInput, JobLost, OmniVideoError, StoreError
+from omnivideo.errors import ArtifactNotFound, InvalidInput, JobLost, OmniVideoError, PartOutOfMemory, StoreError
 from omnivideo.models.sampling import DenoisingState
 from omnivideo.storage.database.jobs import JobRepository
 from omnivideo.storage.database.repository import retry_while_unavailable
@@ -142,12 +142,14 @@ class Worker:
         except StoreError:
             log.exception("job %s is queued again: the store or the database stayed unavailable", claim.job.id)
             self.jobs.requeue(claim)
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            text = str(error) if isinstance(error, PartOutOfMemory) else OUT_OF_MEMORY_TEXT
+            log.warning("job %s: %s", claim.job.id, text)
+            self.fail_job(claim, "out_of_memory", text)
+            torch.cuda.empty_cache()
         except OmniVideoError as error:
             code = "invalid_input" if isinstance(error, InvalidInput) else "failed"
             self.fail_job(claim, code, str(error))
-        except (torch.OutOfMemoryError, MemoryError):
-            self.fail_job(claim, "out_of_memory", OUT_OF_MEMORY_TEXT)
-            torch.cuda.empty_cache()
         except Exception:
             log.exception("job %s failed", claim.job.id)
             self.fail_job(claim, "internal", INTERNAL_ERROR_TEXT)
