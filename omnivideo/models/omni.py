@@ -335,10 +335,10 @@ class OmniVideoModel:
     @property
     def autocast(self) -> torch.dtype | None:
         """Return the type that the decoder and the visual context adapter compute in, if not that of their weights."""
-        on_cpu = self.placement is not None and self.placement.mode == "CPU"
-        if on_cpu and self.preset.autocast not in self.placement.machine.fast_dtypes:
-            return None
-        return getattr(torch, self.preset.autocast) if self.preset.autocast else None
+        name = self.preset.autocast
+        if self.placement is not None:
+            name = self.placement.choose_autocast(name)
+        return getattr(torch, name) if name else None
 
     @property
     def latents_dtype(self) -> torch.dtype:

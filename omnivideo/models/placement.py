@@ -77,12 +77,16 @@ class Placement:
             return "all on the GPU"
         return "parts in turn on the GPU" if locations & {"gpu", "gpu-in-turn"} else "CPU"
 
+    def choose_autocast(self, dtype: DtypeName | None) -> DtypeName | None:
+        """Return the type that the decoder computes in beside that of its weights: none on a CPU that is slow in it."""
+        return None if self.mode == "CPU" and dtype not in self.machine.fast_dtypes else dtype
+
     def describe(self) -> str:
         """Return the placement in one line, for a log."""
         parts = "; ".join(f"{part.size.name} {describe_part(part)}" for part in self.parts)
         gpu = self.machine.gpu_bytes
-        free = f"{format_gigabytes(self.machine.ram_bytes)} of memory"
-        free += f" and {format_gigabytes(gpu)} of the GPU's free" if gpu is not None else " free, no GPU"
+        free = f"{format_size(self.machine.ram_bytes)} of memory"
+        free += f" and {format_size(gpu)} of the GPU's free" if gpu is not None else " free, no GPU"
         disk = "; weights are read from their files each time, because they do not fit into memory"
         return f"{self.mode} ({free}): {parts}{disk if self.reads_from_disk else ''}"
 
@@ -91,11 +95,12 @@ def describe_part(part: PartPlacement) -> str:
     """Return where a part computes and how large it is."""
     names = {"gpu": "GPU", "gpu-in-turn": "GPU in turn", "gpu-in-blocks": "GPU in blocks", "cpu": "CPU"}
     cast = "" if part.compute_dtype == part.size.dtype else f", each block cast to {part.compute_dtype}"
-    return f"{names[part.location]} ({format_gigabytes(part.size.weights_bytes)} {part.size.dtype}{cast})"
+    return f"{names[part.location]} ({format_size(part.size.weights_bytes)} {part.size.dtype}{cast})"
 
 
-def format_gigabytes(size_bytes: float) -> str:
-    return f"{size_bytes / 1e9:.1f} GB"
+def format_size(size_bytes: float) -> str:
+    """Return a size in GB, or in MB below one of them."""
+    return f"{size_bytes / 1e9:.1f} GB" if size_bytes >= 1e9 else f"{size_bytes / 1e6:.0f} MB"
 
 
 def plan_placement(parts: Sequence[PartSize], machine: Machine) -> Placement:

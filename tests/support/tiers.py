@@ -53,6 +53,7 @@ SLOW = (
     "api/test_openapi.py",
     "api/test_threads*.py",
     "backends/decoder/test_worker*.py",
+    "benchmarks/*.py",
     "backends/mllm/test_remote.py",
     "backends/mllm/test_vllm*.py",
     "backends/queue/test_celery*.py",

@@ -263,6 +263,9 @@ def load_bridge(
         delattr(bridge, name)
     for name in bridge.part_names:
         path = folder / name / WEIGHTS_FILE
+        if name == "markers" and model_preset.condition.optional_markers and not path.parent.is_dir():
+            bridge.markers = MarkerEmbeddings.without_rows(model_preset.text_width, model_preset.condition.marker_names)
+            continue
         if not path.is_file():
             raise CheckpointError(f"{name}/{WEIGHTS_FILE} is missing from the weights")
         dtype = choose_dtype(name.removesuffix("_2"))

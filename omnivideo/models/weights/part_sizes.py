@@ -60,6 +60,8 @@ def estimate_working_bytes(preset: Preset, name: str) -> int:
         return max(estimate_decoder_bytes(preset, defaults) for defaults in preset.sampling.values())
     if name == "vae":
         return max(estimate_vae_bytes(defaults) for defaults in preset.sampling.values())
+    if name in ("markers", "null_context"):
+        return 0
     return MLLM_WORKING_BYTES if name == "mllm" else SMALL_WORKING_BYTES
 
 
