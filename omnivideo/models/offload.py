@@ -55,7 +55,8 @@ def list_entries(module: nn.Module) -> list[nn.Module]:
     if isinstance(module, AutoencoderKLWan):
         return [module.encoder, module.decoder, module.quant_conv, module.post_quant_conv]
     if isinstance(module, Vila):
-        return [module.vision_tower, module.projector, module.llm, module.llm.model]
+        embeddings = module.get_input_embeddings()
+        return [module.vision_tower, module.projector, module.llm, module.llm.model, embeddings]
     if isinstance(module, Qwen3VLForConditionalGeneration | Qwen3VLMoeForConditionalGeneration):
         return [module, module.model]
     return [] if type(module).forward is nn.Module.forward else [module]
@@ -149,7 +150,7 @@ def iterate_blocks(module: nn.Module) -> Iterator[tuple[nn.Module, list[Tensor]]
     """
     is_list = isinstance(module, nn.ModuleList | nn.Sequential)
     for child in module.children():
-        if is_list:
+        if is_list or isinstance(child, nn.MultiheadAttention):  # which reads the weights of its own child
             yield child, list(child.parameters())
         else:
             yield from iterate_blocks(child)

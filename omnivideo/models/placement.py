@@ -147,9 +147,18 @@ def place_on_gpu(parts: Sequence[PartSize], usable_bytes: int) -> dict[str, Loca
 def count_peak_bytes(parts: Sequence[PartSize], locations: dict[str, Location]) -> int:
     """Return the most memory that the GPU's parts take at once: those that stay, and one that computes."""
     staying = sum(part.weights_bytes for part in parts if locations[part.name] == "gpu")
-    own_bytes = {"gpu": lambda part: 0, "gpu-in-turn": lambda part: part.weights_bytes,
-                 "gpu-in-blocks": lambda part: BLOCKS_AT_ONCE * part.block_bytes, "cpu": lambda part: 0}  # fmt: skip
-    return staying + max(part.working_bytes + own_bytes[locations[part.name]](part) for part in parts)
+    return staying + max(count_visiting_bytes(part, locations[part.name]) + part.working_bytes for part in parts)
+
+
+def count_visiting_bytes(part: PartSize, location: Location) -> int:
+    """Return the weights that a part brings to the GPU when it computes."""
+    match location:
+        case "gpu-in-turn":
+            return part.weights_bytes
+        case "gpu-in-blocks":
+            return BLOCKS_AT_ONCE * part.block_bytes
+        case "gpu" | "cpu":
+            return 0
 
 
 def choose_compute_dtype(part: PartSize, location: Location, machine: Machine) -> DtypeName:

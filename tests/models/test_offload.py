@@ -13,7 +13,7 @@ from omnivideo.contracts import resolve_sampling_params
 from omnivideo.errors import PartOutOfMemory
 from omnivideo.models import offload, vae
 from omnivideo.models.device import list_fast_dtypes
-from omnivideo.models.mllm import MLLMMessage
+from omnivideo.models.mllm import MLLMMedia, MLLMMessage
 from omnivideo.models.offload import BlockPass, PartTurns, compute_in_blocks, iterate_blocks
 from omnivideo.models.omni import OmniVideoModel
 from omnivideo.models.placement import GIB, Machine, plan_placement
@@ -22,6 +22,7 @@ from omnivideo.models.weights.checkpoint import list_part_names, load
 from omnivideo.models.weights.mapped_pages import MappedPages
 from omnivideo.models.weights.part_sizes import measure_parts
 from omnivideo.presets import PRESETS, TINY
+from tests.support import vila_weights
 from tests.support.tiny_decoder import build_tiny_decoder, make_inputs, predict_velocity
 
 MODES = {"parts in turn on the GPU", "decoder in blocks on the GPU", "CPU"}
@@ -163,6 +164,54 @@ def test_the_instructions_of_the_cpu_decide_whether_autocast_is_used(weights):
     omni.placement = replace(omni.placement, machine=Machine(GIB, None, ("float32", "bfloat16")))
     assert omni.autocast == torch.bfloat16
     assert isinstance(list_fast_dtypes(), tuple)
+
+
+# ---------------------------------------------------------------- a server of the language model
+
+
+@pytest.fixture
+def vila_folder(monkeypatch, tmp_path):
+    """VILA in float16 with its vision head in bf16, as version 1 states them, and no other part."""
+    monkeypatch.setitem(PRESETS, vila_weights.NAME, vila_weights.build_preset())
+    return vila_weights.write_weights(tmp_path / "vila")
+
+
+def compute_features(omni: OmniVideoModel) -> torch.Tensor:
+    frame = np.random.default_rng(2).integers(0, 255, (1, 48, 64, 3), dtype=np.uint8)
+    message = MLLMMessage("make it blue", (MLLMMedia(frame, 8.0, False),))
+    with torch.no_grad():
+        return omni.compute_mllm_features(message, "image").values.float()
+
+
+def test_a_server_of_the_mllm_loads_nothing_else(vila_folder):
+    omni = load(vila_folder, contents="mllm")
+    assert omni.parts.keys() == {"mllm", "vision_head"}
+    assert omni.decoder is omni.vae is omni.text_encoder is omni.tokenizer is None
+    assert [part.size.name for part in omni.placement.parts] == ["mllm", "vision_head"]
+    assert torch.isfinite(compute_features(omni)).all()
+
+
+def test_a_worker_beside_that_server_loads_no_mllm(weights):
+    omni = load(weights, contents="without-mllm")
+    assert omni.mllm is None and "mllm" not in omni.parts and "vision_head" in omni.parts
+
+
+def test_vila_in_half_precision_computes_in_float32_blocks(vila_folder):
+    half, wide = load(vila_folder, contents="mllm", machine=Machine(GIB)), load(vila_folder, "cpu", "float32", "mllm")
+    assert half.mllm.dtype == torch.float16 and wide.mllm.dtype == torch.float32
+    features, expected = compute_features(half), compute_features(wide)
+    assert (features - expected).norm() / expected.norm() < 1e-2
+    message = MLLMMessage("what is red?")
+    texts = ["".join(omni.bound_mllm.stream_text(message, temperature=0.0, max_tokens=6)) for omni in (half, wide)]
+    assert texts[0] == texts[1]
+
+
+def test_vila_takes_turns_with_its_vision_head(vila_folder, without_reserve):
+    whole = load(vila_folder, "cpu", "float32", "mllm")
+    largest = max(part.size.weights_bytes for part in whole.placement.parts)
+    omni = load(vila_folder, "cpu", "float32", "mllm", Machine(GIB, int(1.06 * largest)))
+    assert [part.location for part in omni.placement.parts] == ["gpu-in-turn"] * 2
+    assert torch.equal(compute_features(omni), compute_features(whole))
 
 
 # ---------------------------------------------------------------- mapped files
