@@ -4,6 +4,7 @@ Without settings everything is embedded: SQLite and files in the home folder, th
 Only embedded parts load torch.
 """
 
+import logging
 from collections.abc import Callable
 from functools import cached_property, partial
 from pathlib import Path
@@ -17,6 +18,8 @@ from omnivideo.presets import get_preset
 from omnivideo.settings import ServiceSettings
 from omnivideo.storage.checkpointer import open_checkpointer
 from omnivideo.storage.objects.local import LocalObjectStore
+
+log = logging.getLogger("omnivideo.worker")
 
 if TYPE_CHECKING:
     from omnivideo.api.dependencies import ServiceContext
@@ -137,14 +140,18 @@ class ServiceWiring:
         from omnivideo.backends.decoder.renderer import Renderer
         from omnivideo.models.device import pick_device
         from omnivideo.models.weights import checkpoint
+        from omnivideo.models.weights.checkpoint import Contents
         from omnivideo.models.weights.digests import compute_folder_digest
         from omnivideo.models.weights.shipped import find_shipped_weights
 
         folder = Path(self.settings.weights) if self.settings.weights else find_shipped_weights(self.settings.preset)
+        contents: Contents = "without-mllm" if self.settings.mllm else "all"
         digest = compute_folder_digest(folder, self.settings.home)
-        omni = checkpoint.load(folder, pick_device(self.device), self.settings.precision)
+        omni = checkpoint.load(folder, pick_device(self.device), self.settings.precision, contents)
         digest.check_unchanged()
-        return Renderer(omni, self.store, digest.value)
+        if omni.placement:
+            log.info("placement of %s: %s", omni.preset.name, omni.placement.describe())
+        return Renderer(omni, self.store, digest.value, mllm=self.remote_mllm)
 
     @cached_property
     def worker(self) -> "Worker":

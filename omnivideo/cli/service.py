@@ -210,7 +210,9 @@ def mllm_serve(
     from omnivideo.backends.mllm.local import LocalMLLM
     from omnivideo.backends.mllm.server import LRUObjectStore, create_mllm_app
 
-    omni = checkpoint.load(folder, pick_device(device), settings.precision)
+    omni = checkpoint.load(folder, pick_device(device), settings.precision, contents="mllm")
+    if omni.placement:
+        logging.getLogger("omnivideo.mllm").info("placement of %s: %s", omni.preset.name, omni.placement.describe())
     if lora is not None:
         merge_lora(getattr(omni.mllm, "llm", omni.mllm), lora)
     run_server(lambda: create_mllm_app(LocalMLLM(omni, LRUObjectStore())), host, port)

@@ -95,11 +95,13 @@ class ConditionConfig(PresetModel):
 
     `markers` has the name of a part's two markers; a part without one stands alone. `overflow` is the part, the last
     one, whose end is lost if the condition is longer than `max_tokens`; "refuse" cuts nothing. `text_parts`
-    are the texts that are encoded one after the other; an instruction is used only if there is a source.
+    are the texts that are encoded one after the other; an instruction is used only if there is a source. With
+    `optional_markers`, weights without any have a condition without markers.
     """
 
     parts: tuple[ConditionPart, ...] = ("source", "visual", "text")
     markers: dict[ConditionPart, str] = {"source": "img", "visual": "ipl", "text": "prp"}
+    optional_markers: bool = False
     min_tokens: int
     max_tokens: int
     overflow: Literal["refuse"] | ConditionPart = "refuse"

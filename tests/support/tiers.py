@@ -62,6 +62,7 @@ SLOW = (
     "api/test_threads*.py",
     "backends/decoder/test_rollout.py",
     "backends/decoder/test_worker*.py",
+    "benchmarks/*.py",
     "backends/mllm/test_remote.py",
     "backends/mllm/test_vllm*.py",
     "backends/queue/test_celery*.py",
