@@ -344,9 +344,15 @@ class OmniVideoModel:
     def precision(self) -> str:
         """Return in which types the parts compute, which decides the bytes of a clip.
 
-        "float32" if every part does, "preset" if some have another type that the preset states.
+        "float32" if every part does; "preset" if some have another type that the preset states, and "preset, on a CPU in
+        float32" if parts are cast because the CPU is slow in that type.
         """
-        return "float32" if self.preset == self.preset.in_float32() else "preset"
+        if self.preset == self.preset.in_float32():
+            return "float32"
+        parts = self.placement.parts if self.placement else ()
+        is_cast = any(part.compute_dtype != part.size.dtype for part in parts)
+        is_cast = is_cast or (self.preset.autocast is not None and self.autocast is None)
+        return "preset, on a CPU in float32" if is_cast else "preset"
 
     @property
     def latents_dtype(self) -> torch.dtype:
