@@ -344,8 +344,8 @@ class OmniVideoModel:
     def precision(self) -> str:
         """Return in which types the parts compute, which decides the bytes of a clip.
 
-        "float32" if every part does; "preset" if some have another type that the preset states, and "preset, on a CPU in
-        float32" if parts are cast because the CPU is slow in that type.
+        "float32" if every part does; "preset" if some have another type that the preset states, and "preset, on a CPU
+        in float32" if parts are cast because the CPU is slow in that type.
         """
         if self.preset == self.preset.in_float32():
             return "float32"
