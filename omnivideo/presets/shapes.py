@@ -55,9 +55,11 @@ class SourceLength:
 
 
 def get_trained_shapes(preset: Preset, task: Task, defaults: SamplingDefaults) -> TrainedShapes:
-    """Return what a task was trained on; only its defaults if the preset states nothing else."""
-    stated = TrainedShapes(sizes=((defaults.width, defaults.height),), frames=(defaults.frames,))
-    return preset.trained.get(task, stated)
+    """Return what a task was trained on, which always contains its defaults."""
+    size = (defaults.width, defaults.height)
+    stated = preset.trained.get(task, TrainedShapes(sizes=(size,), frames=(defaults.frames,)))
+    sizes, frames = tuple({*stated.sizes, size}), tuple({*stated.frames, defaults.frames})
+    return stated.model_copy(update={"sizes": sizes, "frames": frames})
 
 
 def choose_trained_size(shapes: TrainedShapes, width: int, height: int) -> tuple[int, int]:
