@@ -355,10 +355,9 @@ def resolve_sampling_params(
     """
     defaults = get_sampling_defaults(preset, task)
     given = {name: value for name, value in overrides.items() if value is not None}
+    shape_fields = shapes.RequestedShape.model_fields
     try:
-        requested = shapes.RequestedShape.model_validate(
-            {name: given.pop(name, None) for name in shapes.RequestedShape.model_fields}
-        )
+        requested = shapes.RequestedShape.model_validate({name: given.pop(name, None) for name in shape_fields})
         is_video = get_task_medium(task) == "video"
         shape = shapes.resolve_shape(preset, task, defaults, requested, source, is_video)
         if given.get("seed") == -1:  # any seed, as many clients send it
