@@ -17,17 +17,7 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 
 from omnivideo.errors import InvalidInput
-from omnivideo.presets import Preset, Task, get_sampling_defaults
-from omnivideo.presets.shapes import (
-    MAX_CLIP_PIXELS,
-    MAX_FPS,
-    MIN_FPS,
-    Delivery,
-    RequestedShape,
-    SourceLength,
-    get_trained_shapes,
-    resolve_shape,
-)
+from omnivideo.presets import Preset, Task, get_sampling_defaults, shapes
 from omnivideo.validation import describe_errors
 
 MAX_SEED = 2**63 - 1
@@ -48,13 +38,9 @@ class RequestModel(BaseModel):
         return {name: value for name, value in fields.items() if value is not None}
 
 
-def is_none(value: object) -> bool:
-    return value is None
-
-
 def build_omitted_field() -> Any:
     """Return a field that is None by default, and is left out of what is stored then, as before it existed."""
-    return Field(default=None, exclude_if=is_none)
+    return Field(default=None, exclude_if=lambda value: value is None)
 
 
 class SamplingParams(FrozenModel):
@@ -68,18 +54,18 @@ class SamplingParams(FrozenModel):
     width: int = Field(ge=16, le=1280)
     height: int = Field(ge=16, le=1280)
     frames: Annotated[int, Field(ge=1, le=241)]
-    fps: Annotated[int | float, Field(ge=MIN_FPS, le=MAX_FPS)]
+    fps: Annotated[int | float, Field(ge=shapes.MIN_FPS, le=shapes.MAX_FPS)]
     steps: int = Field(ge=1, le=200)
     guidance_scale: float = Field(ge=0, le=30, allow_inf_nan=False)
     flow_shift: float = Field(ge=0.01, le=100, allow_inf_nan=False)
     negative_prompt: str = Field(max_length=4000)
     seed: int = Field(ge=0, le=MAX_SEED)
-    delivery: Delivery | None = build_omitted_field()
+    delivery: shapes.Delivery | None = build_omitted_field()
     seconds: float | None = build_omitted_field()
 
     @property
-    def delivered_shape(self) -> Delivery:
-        return self.delivery or Delivery(width=self.width, height=self.height, frames=self.frames)
+    def delivered_shape(self) -> shapes.Delivery:
+        return self.delivery or shapes.Delivery(width=self.width, height=self.height, frames=self.frames)
 
 
 class StepProgress(FrozenModel):
@@ -120,7 +106,7 @@ class Manifest(FrozenModel):
     precision: str | None = build_omitted_field()
     versions: dict[str, str]
     seconds: dict[str, float]
-    delivered: Delivery | None = build_omitted_field()
+    delivered: shapes.Delivery | None = build_omitted_field()
     mask: str | None = build_omitted_field()
     sound: str | None = build_omitted_field()
 
@@ -351,20 +337,15 @@ def invalid_input_from_validation(
     return InvalidInput(*describe_errors(errors, given, fields))
 
 
-def get_source_length(preset: Preset, source: Artifact) -> SourceLength | None:
+def get_source_length(preset: Preset, source: Artifact) -> shapes.SourceLength | None:
     """Return the length that an edit of a source has by default, or None for the task's default length."""
     if source.medium == "video" and source.manifest is not None:  # generated here
-        return SourceLength(source.frames, source.fps)
-    return get_file_length(preset, source.frames, None if source.medium == "image" else source.fps)
-
-
-def get_file_length(preset: Preset, frames: int, fps: float | None) -> SourceLength | None:
-    """Return the same for a user's file; None for a still, and for a preset that takes every n-th frame of a clip."""
-    return None if fps is None or preset.source.frames == "stride" else SourceLength(frames, fps)
+        return shapes.SourceLength(source.frames, source.fps)
+    return shapes.get_file_length(preset, source.frames, None if source.medium == "image" else source.fps)
 
 
 def resolve_sampling_params(
-    preset: Preset, task: Task, source: SourceLength | None = None, /, **overrides: object
+    preset: Preset, task: Task, source: shapes.SourceLength | None = None, /, **overrides: object
 ) -> SamplingParams:
     """Return the preset's settings for a task, with the `overrides` that are not None applied.
 
@@ -374,20 +355,18 @@ def resolve_sampling_params(
     """
     defaults = get_sampling_defaults(preset, task)
     given = {name: value for name, value in overrides.items() if value is not None}
+    shape_fields = shapes.RequestedShape.model_fields
     try:
-        requested = RequestedShape.model_validate({name: given.pop(name, None) for name in RequestedShape.model_fields})
+        requested = shapes.RequestedShape.model_validate({name: given.pop(name, None) for name in shape_fields})
         is_video = get_task_medium(task) == "video"
-        shape = resolve_shape(preset, task, defaults, requested, source, is_video)
+        shape = shapes.resolve_shape(preset, task, defaults, requested, source, is_video)
         if given.get("seed") == -1:  # any seed, as many clients send it
             given["seed"] = secrets.randbelow(2**31)
         settings = defaults.model_dump() | {"negative_prompt": preset.null.negative_prompt, "seed": 0} | given | shape
         params = SamplingParams(task=task, **settings)
     except ValidationError as error:
-        fields = {**SamplingParams.model_fields, **RequestedShape.model_fields}
-        raise invalid_input_from_validation(error, fields) from None
-    lowest, highest = get_trained_shapes(preset, task, defaults).flow_shift
-    if not lowest <= params.flow_shift <= highest:
-        raise InvalidInput("flow_shift", f"this model generates clips from {lowest:g} to {highest:g}")
+        raise invalid_input_from_validation(error, SamplingParams.model_fields | shape_fields) from None
+    shapes.check_flow_shift(preset, task, defaults, params.flow_shift)
     check_sampling_params(preset, params)
     return params
 
@@ -396,8 +375,8 @@ def check_sampling_params(preset: Preset, params: SamplingParams) -> None:
     """Raise InvalidInput if a model of this preset cannot render with these settings."""
     get_sampling_defaults(preset, params.task)
     compute_latent_grid(params.width, params.height, params.frames)
-    if params.width * params.height * params.frames > MAX_CLIP_PIXELS:
-        raise InvalidInput("size", f"width x height x frames is above {MAX_CLIP_PIXELS}")
+    if params.width * params.height * params.frames > shapes.MAX_CLIP_PIXELS:
+        raise InvalidInput("size", f"width x height x frames is above {shapes.MAX_CLIP_PIXELS}")
     if (params.frames == 1) != (get_task_medium(params.task) == "image"):
         raise InvalidInput("frames", f"{params.frames} does not fit {params.task}: an image has 1, a video 5 or more")
     if params.negative_prompt and preset.null.kind == "context-file":

@@ -45,13 +45,13 @@ from omnivideo.cli.evaluate import ablate, evaluate
 from omnivideo.cli.train import plan, train
 from omnivideo.contracts import (
     get_editing_task,
-    get_file_length,
     get_generation_task,
     resolve_sampling_params,
 )
 from omnivideo.cpu_threads import configure_cpu_threads
 from omnivideo.errors import InvalidInput, OmniVideoError
 from omnivideo.presets import get_preset
+from omnivideo.presets.shapes import get_file_length
 
 
 @app.command(rich_help_panel=VIDEO_COMMANDS)
