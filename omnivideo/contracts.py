@@ -439,7 +439,8 @@ def check_model_limits(preset: Preset, width: int, height: int, frames: int, has
     tokens = count_visual_context_tokens(preset, grid) if has_source else 0
     max_tokens = preset.condition.max_tokens
     if preset.condition.overflow == "text":  # the prompt is what would be lost
-        max_tokens -= count_visual_tokens(preset, frames) + MIN_TEXT_TOKENS
-    if tokens > max_tokens:
+        max_tokens -= count_visual_tokens(preset, frames)
+        max_tokens -= min(MIN_TEXT_TOKENS, max_tokens // 2)
+    if has_source and tokens > max_tokens:
         text = f"an edit at this size and length has {tokens} tokens of source; allowed: {max_tokens}"
         raise InvalidInput("size", text)
