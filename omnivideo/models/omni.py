@@ -187,10 +187,10 @@ class OmniVideoModel:
 
     # ------------------------------------------------------------ the decoder's condition
 
-    def encode_prompts(self, prompts: Sequence[str]) -> list[Tensor]:
-        """Return the text embeddings [L, D] of each prompt, without padding."""
+    def encode_prompts(self, prompts: Sequence[str], field: str = "prompt") -> list[Tensor]:
+        """Return the text embeddings [L, D] of each prompt, without padding; `field` names them in a refusal."""
         with name_part("text encoder"):
-            hidden_BLD, lengths_B = encode_text(self.tokenizer, self.text_encoder, prompts, self.preset.text)
+            hidden_BLD, lengths_B = encode_text(self.tokenizer, self.text_encoder, prompts, self.preset.text, field)
         return [row_LD[:length] for row_LD, length in zip(hidden_BLD, lengths_B.tolist(), strict=True)]
 
     def encode_request_texts(self, prompts: Sequence[str], captions: Sequence[str], has_source: bool) -> list[Tensor]:
@@ -230,9 +230,9 @@ class OmniVideoModel:
         null = self.preset.null
         match null.kind:
             case "negative-prompt":
-                return zip_condition_parts({"text": self.encode_prompts([negative_prompt] * count)})
+                return zip_condition_parts({"text": self.encode_prompts([negative_prompt] * count, "negative_prompt")})
             case "negative-prompt-and-small-states":
-                texts_LD = self.encode_prompts([negative_prompt] * count)
+                texts_LD = self.encode_prompts([negative_prompt] * count, "negative_prompt")
                 shape = (null.small_state_rows, self.preset.mllm_width)
                 small_NM = texts_LD[0].new_full(shape, null.small_state_value)
                 return zip_condition_parts({"text": texts_LD, "hidden": [small_NM] * count})
@@ -339,6 +339,14 @@ class OmniVideoModel:
         if self.placement is not None:
             name = self.placement.choose_autocast(name)
         return getattr(torch, name) if name else None
+
+    @property
+    def precision(self) -> str:
+        """Return in which types the parts compute, which decides the bytes of a clip.
+
+        "float32" if every part does, "preset" if some have another type that the preset states.
+        """
+        return "float32" if self.preset == self.preset.in_float32() else "preset"
 
     @property
     def latents_dtype(self) -> torch.dtype:

@@ -19,6 +19,7 @@ from omnivideo.presets.fields import (
     SourceConfig,
     Task,
     TextConfig,
+    TrainedShapes,
     VisionInputConfig,
     VisualContextConfig,
 )
@@ -46,6 +47,7 @@ __all__ = [
     "SourceConfig",
     "Task",
     "TextConfig",
+    "TrainedShapes",
     "VisionInputConfig",
     "VisualContextConfig",
     "get_preset",

@@ -13,6 +13,7 @@ from omnivideo.models.weights.importer import import_weights
 from omnivideo.presets import OMNIVIDEO2_1_3B, OMNIVIDEO2_A14B, OMNIVIDEO_1_3B, PRESETS, Precision, Preset
 from tests.support.golden import load_golden
 from tests.support.published_folders import CHECKPOINTS, narrow_to_golden, publish_golden
+from tests.support.qwen_weights import build_instruct_model, save_instruct_model
 
 KINDS = {"v1": OMNIVIDEO_1_3B, "single": OMNIVIDEO2_1_3B, "experts": OMNIVIDEO2_A14B}
 
@@ -42,6 +43,21 @@ def load_golden_model(kind: str, in_float32: bool = True) -> OmniVideoModel:
         precision: Precision = "float32" if in_float32 else "preset"
         # Tensors that are mapped from the folder's files outlive their names.
         return checkpoint.load(Path(root) / "ours", precision=precision, contents="without-mllm")
+
+
+def import_golden_weights(kind: str, folder: Path) -> Path:
+    """Publish the golden checkpoint of a kind with an MLLM, import it, and return the imported folder.
+
+    The preset must be registered with the golden sizes. Version 2's golden checkpoint has no MLLM of its width, so it
+    gets one with random weights.
+    """
+    name = KINDS[kind].name
+    publish_golden(folder / "published", name)
+    if kind != "v1":
+        width = load_golden(next(iter(CHECKPOINTS[name].values())))[1]["dims"]["mllm_width"]
+        save_instruct_model(build_instruct_model(experts=False, width=width), folder / "published" / "Qwen3-VL")
+    import_weights(folder / "published", folder / "ours", name)
+    return folder / "ours"
 
 
 def measure_error(ours: Tensor, theirs: Tensor) -> float:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from omnivideo.contracts import Medium, SamplingParams, StepProgress, compute_latent_grid
+from omnivideo.media.resample import deliver_frames
 from omnivideo.models.mllm import MLLMMedia, MLLMMessage
 from omnivideo.models.omni import MLLMFeatures, OmniVideoModel, name_part
 from omnivideo.models.sampling import DenoisingState, Expert, denoise, sample_initial_noise
@@ -22,7 +23,10 @@ from omnivideo.ports import Decoder
 
 @dataclass
 class GeneratedClip:
-    """A finished clip: uint8 [F, H, W, 3], its clean latents [z, T, h, w], and the seconds that each stage took."""
+    """A finished clip: uint8 [F, H, W, 3], its clean latents [z, T, h, w], and the seconds that each stage took.
+
+    The frames are those that are delivered, the latents those of everything that was generated.
+    """
 
     frames: np.ndarray
     latents: Tensor
@@ -154,6 +158,8 @@ def decode_clip(
         pixels_1CFHW = decode_latents(omni.vae, x_1zThw.to(omni.vae.dtype))
         frames = pixels_to_bytes(pixels_1CFHW, omni.preset.byte_rounding)[0]
     assert len(frames) == params.frames or params.frames == 1
+    if params.delivery is not None:
+        frames = deliver_frames(frames, params.delivery)
     return GeneratedClip(frames, x_1zThw[0], seconds_by_stage)
 
 

