@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import AutoencoderKLWan
-from torch import Tensor, nn
+from torch import Tensor
 
 from omnivideo import Studio
 from omnivideo.contracts import compute_latent_grid
@@ -68,9 +68,9 @@ def create_states(preset: Preset) -> dict[str, dict[str, Tensor]]:
     return {name: part.state_dict() for name, part in parts.items()}
 
 
-def build_parts(preset: Preset, states: dict[str, dict[str, Tensor]], variant: Variant) -> dict[str, nn.Module]:
+def build_parts(preset: Preset, states: dict[str, dict[str, Tensor]], variant: Variant) -> dict[str, Any]:
     """Return the parts in evaluation mode; weights in float32 are shared with `states`."""
-    parts: dict[str, nn.Module] = {"decoder": build_decoder(preset), "vae": AutoencoderKLWan(**preset.vae)}
+    parts: dict[str, Any] = {"decoder": build_decoder(preset), "vae": AutoencoderKLWan(**preset.vae)}
     for name, part in parts.items():
         dtype = getattr(torch, variant.dtype) if name == "decoder" else torch.float32
         part.load_state_dict({key: value.to(dtype) for key, value in states[name].items()}, assign=True)
@@ -78,7 +78,7 @@ def build_parts(preset: Preset, states: dict[str, dict[str, Tensor]], variant: V
     return parts
 
 
-def place_variant(parts: dict[str, nn.Module], variant: Variant, machine: Machine, device: torch.device) -> Placement:
+def place_variant(parts: dict[str, Any], variant: Variant, machine: Machine, device: torch.device) -> Placement:
     """Place the parts as the variant says."""
     placements = []
     for name, part in parts.items():
@@ -106,7 +106,7 @@ def run_variant(
     autocast = getattr(torch, variant.autocast) if variant.autocast else None
     expert = Expert(parts["decoder"], condition_BLD, null_BLD, autocast=autocast)
     grid = compute_latent_grid(size.width, size.height, size.frames)
-    noise = sample_initial_noise([1], (parts["vae"].config.z_dim, *grid), device)
+    noise = sample_initial_noise([1], (int(preset.decoder["in_channels"]), *grid), device)
     seconds, latents = [], noise
     started = time.perf_counter()
     for step in denoise([expert], noise.to(dtype), size.steps, size.guidance_scale, size.flow_shift):

@@ -7,7 +7,7 @@ type is made when a module is called and dropped afterwards; nothing is copied b
 """
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,15 +34,18 @@ def place_parts(
     """
     release_pages = release_pages if placement.reads_from_disk else None
     turns = PartTurns(device, release_pages)
+    needs_room = placement.list_parts_that_need_room()
     for name, module in parts.items():
         part = placement.find_part(name)
-        if part.location == "gpu" or (part.location == "gpu-in-turn" and not list_entries(module)):
-            module.to(device)  # markers have no forward pass that could bring them
-        elif part.location == "gpu-in-turn":
+        if part.location == "gpu-in-turn" and list_entries(module):
             turns.add_part(module)
+        elif part.location in ("gpu", "gpu-in-turn"):
+            module.to(device)  # markers have no forward pass that could bring them
         elif part.location == "gpu-in-blocks":
             offload_in_blocks(module, device)
-        else:
+        if name in needs_room:
+            turns.add_part(module, visits=False)
+        if part.location == "cpu":
             is_large = part.size.weights_bytes >= MIN_RELEASED_BYTES
             to_float32 = part.compute_dtype != part.size.dtype
             compute_in_blocks(module, to_float32, release_pages if is_large else None)
@@ -94,9 +97,10 @@ def move_inputs(module: nn.Module, device: torch.device) -> None:
 
 
 class PartTurns:
-    """Parts of which one is on the device at a time. A part comes when it is called, and stays until another does.
+    """Parts of which one visits the device at a time. It comes when it is called, and stays until the room is needed.
 
-    A lock keeps it there during a forward pass, since a service writes text and renders in two threads.
+    Parts that are always there can take turns too: no other one is there while they compute. A lock keeps a part there
+    during a forward pass, since a service writes text and renders in two threads.
     """
 
     def __init__(self, device: torch.device, release_pages: PageRelease | None = None):
@@ -105,25 +109,27 @@ class PartTurns:
         self.present: nn.Module | None = None
         self.originals: list[tuple[Tensor, Tensor]] = []  # each weight of the part that is present, and its own data
 
-    def add_part(self, module: nn.Module) -> None:
-        """Let a part take turns with those that were added before."""
+    def add_part(self, module: nn.Module, visits: bool = True) -> None:
+        """Let a part take turns with those that were added before; one that does not visit only sends others away."""
 
         def enter(entry: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             self.lock.acquire()
-            self.bring(module)
+            self.bring(module if visits else None)
             return convert_call(args, kwargs, self.device)
 
         for entry in list_entries(module):
             entry.register_forward_pre_hook(enter, prepend=True, with_kwargs=True)
             entry.register_forward_hook(lambda *call: self.lock.release(), always_call=True)
 
-    def bring(self, module: nn.Module) -> None:
-        """Copy a part to the device after the one that is there has left."""
+    def bring(self, module: nn.Module | None) -> None:
+        """Copy a part to the device after the one that is there has left; None only lets that one leave."""
         if self.present is module:
             return
         for tensor, data in self.originals:
             tensor.data = data
         self.present, self.originals = None, []
+        if module is None:
+            return
         for tensor in (*module.parameters(), *module.buffers()):
             self.originals.append((tensor, tensor.data))
             tensor.data = tensor.data.to(self.device)
@@ -143,7 +149,7 @@ def offload_in_blocks(decoder: nn.Module, device: torch.device) -> None:
     )
 
 
-def iterate_blocks(module: nn.Module) -> Iterator[tuple[nn.Module, list[Tensor]]]:
+def iterate_blocks(module: nn.Module) -> Iterator[tuple[nn.Module, Sequence[Tensor]]]:
     """Yield the blocks of a part with their weights: entries of lists, and other modules with weights of their own.
 
     Tables of embeddings are left out: rows are taken from them, and nothing is computed.
@@ -175,7 +181,7 @@ def compute_in_blocks(part: nn.Module, to_float32: bool, release_pages: PageRele
 class BlockPass:
     """The hooks of one block. A lock keeps a second thread from casting the same weights."""
 
-    def __init__(self, weights: list[Tensor], to_float32: bool, release_pages: PageRelease | None):
+    def __init__(self, weights: Sequence[Tensor], to_float32: bool, release_pages: PageRelease | None):
         self.weights, self.to_float32, self.release_pages = weights, to_float32, release_pages
         self.originals: list[Tensor] = []
         self.lock = threading.Lock()

@@ -77,6 +77,18 @@ class Placement:
             return "all on the GPU"
         return "parts in turn on the GPU" if locations & {"gpu", "gpu-in-turn"} else "CPU"
 
+    def list_parts_that_need_room(self) -> set[str]:
+        """Return the parts on the GPU that must not compute while one that takes turns is there.
+
+        A visitor stays after it has computed, in which it needs as much as the small parts do.
+        """
+        visitors = [part.size.working_bytes for part in self.parts if part.location == "gpu-in-turn"]
+        return {
+            part.size.name
+            for part in self.parts
+            if visitors and part.location in ("gpu", "gpu-in-blocks") and part.size.working_bytes > min(visitors)
+        }
+
     def choose_autocast(self, dtype: DtypeName | None) -> DtypeName | None:
         """Return the type that the decoder computes in beside that of its weights: none on a CPU that is slow in it."""
         return None if self.mode == "CPU" and dtype not in self.machine.fast_dtypes else dtype

@@ -83,6 +83,16 @@ def test_every_placement_gives_the_same_bytes(weights, expected, without_reserve
         assert hasattr(omni.decoder.blocks[0], "_diffusers_hook")
 
 
+def test_a_part_that_stays_can_send_others_away():
+    turns, visitor, resident = PartTurns(torch.device("cpu")), torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+    turns.add_part(visitor)
+    turns.add_part(resident, visits=False)
+    visitor(torch.ones(1, 4))
+    assert turns.present is visitor and len(turns.originals) == 2
+    resident(torch.ones(1, 4))
+    assert turns.present is None and turns.originals == []
+
+
 def test_two_threads_share_parts_that_take_turns(weights, without_reserve):
     """A service writes an answer in one thread and renders in another."""
     omni = load(weights, machine=find_machine(weights, "parts in turn on the GPU"))

@@ -59,6 +59,15 @@ def test_more_memory_never_makes_a_placement_worse_and_none_exceeds_the_gpu(rows
     assert ranks == sorted(ranks) and ranks[-1] == 3
 
 
+def test_parts_with_large_computations_are_alone_on_the_gpu():
+    """What stays there after its turn leaves no room for the activations of the decoder."""
+    in_turn = plan_placement(build_parts(VERSION_1), Machine(64 * GIB, 12 * GIB))
+    assert in_turn.find_part("adapter").location == "gpu-in-turn"
+    assert in_turn.list_parts_that_need_room() == {"decoder", "vae"}
+    whole = plan_placement(build_parts(VERSION_1), Machine(64 * GIB, 80 * GIB))
+    assert whole.list_parts_that_need_room() == set()
+
+
 def test_parts_are_cast_only_on_a_cpu_that_is_slow_in_their_type():
     parts = build_parts(VERSION_1)
     slow = plan_placement(parts, Machine(64 * GIB))

@@ -37,7 +37,8 @@ def measure_part(folder: Path, preset: Preset, name: str) -> PartSize:
     """Return the size of one part; see `measure_parts`."""
     dtype = preset.dtypes.get(name.removesuffix("_2"), "float32")
     item_bytes = getattr(torch, dtype).itemsize
-    total, blocks = 0, defaultdict(int)
+    total = 0
+    blocks: defaultdict[str, int] = defaultdict(int)
     for key, count in count_elements(folder / FOLDERS.get(name, name)):
         total += count * item_bytes
         if match := BLOCK_NAME.match(key):
@@ -68,9 +69,9 @@ def estimate_working_bytes(preset: Preset, name: str) -> int:
 def estimate_decoder_bytes(preset: Preset, defaults: SamplingDefaults) -> int:
     """Estimate a block: its residual stream, queries, keys, values and feed-forward layer, in float32 at most."""
     config = preset.decoder
-    width = config["num_attention_heads"] * config["attention_head_dim"]
+    width = int(config["num_attention_heads"] * config["attention_head_dim"])
     tokens = count_decoder_tokens(preset, compute_latent_grid(defaults.width, defaults.height, defaults.frames))
-    return FLOAT_BYTES * tokens * (12 * width + 2 * config["ffn_dim"])
+    return FLOAT_BYTES * tokens * (12 * width + 2 * int(config["ffn_dim"]))
 
 
 def estimate_vae_bytes(defaults: SamplingDefaults) -> int:
