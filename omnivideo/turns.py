@@ -7,6 +7,7 @@ from pydantic import Field
 from omnivideo.contracts import MAX_SEED, Artifact, FrozenModel, Preview, Route, StepProgress
 
 Think = Literal["off", "on", "auto"]
+MAX_BACKGROUND_CHARS = 24_000
 Goal = Literal["understand", "generate", "edit", "decline"]
 
 
@@ -61,13 +62,18 @@ class Turn(FrozenModel):
 
 
 class TurnOptions(FrozenModel):
-    """The options of a turn. `check` is the maximum number of candidates to render for an action."""
+    """The options of a turn. `check` is the maximum number of candidates to render for an action.
+
+    `background` is what an MLLM that follows instructions is told besides the turn's text: a client's own instructions,
+    documents, and what was said before.
+    """
 
     think: Think = "auto"
     check: int = Field(default=1, ge=1, le=16)
     seed: int | None = Field(default=None, ge=0, le=MAX_SEED)
     steps: int | None = Field(default=None, ge=1, le=200)
     guidance_scale: float | None = Field(default=None, ge=0, le=30, allow_inf_nan=False)
+    background: str = Field(default="", max_length=MAX_BACKGROUND_CHARS)
 
 
 # ---------------------------------------------------------------- events of a turn

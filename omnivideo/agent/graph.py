@@ -11,6 +11,7 @@ emits events while a turn runs.
 
 import hashlib
 import time
+from functools import partial
 from typing import Any, Literal
 
 from langgraph.checkpoint.base import BaseCheckpointSaver
@@ -18,26 +19,40 @@ from langgraph.config import get_config, get_stream_writer
 from langgraph.graph import END, START, StateGraph
 from langgraph.types import interrupt
 
-from omnivideo.agent import english_rules
-from omnivideo.agent.capabilities import build_refusal, get_task, reconcile_route
+from omnivideo.agent import english_rules, media_words
+from omnivideo.agent.capabilities import (
+    build_refusal,
+    choose_result_medium,
+    get_task,
+    is_frame_request,
+    reconcile_route,
+)
+from omnivideo.agent.generation_limit import limit_generations
 from omnivideo.agent.mllm_plan import LAST, NEW, build_plan_request, build_plan_schema, parse_plan
 from omnivideo.agent.planner_prompts import load_prompts
 from omnivideo.agent.references import ReferenceSearch
 from omnivideo.agent.state import PlannerState
+from omnivideo.agent.transitions import (
+    REFERENCE_NODE,
+    choose_goal_node,
+    choose_next_node,
+    choose_node_after_check,
+    choose_node_after_reference,
+    close_action,
+    get_planned,
+)
 from omnivideo.contracts import (
     MAX_SEED,
     THINK_END,
     THINK_START,
     Artifact,
     Job,
-    Medium,
     MLLMRequest,
     Route,
-    get_editing_task,
-    get_generation_task,
+    get_task_medium,
     resolve_sampling_params,
 )
-from omnivideo.ports import MLLM, JobQueue
+from omnivideo.ports import MLLM, ExtractFrame, JobQueue
 from omnivideo.presets import Preset
 from omnivideo.turns import (
     Action,
@@ -57,9 +72,6 @@ from omnivideo.turns import (
     TurnOptions,
 )
 
-# The names of the nodes are part of every stored checkpoint: a turn that waits for a reply resumes by these names. This
-# node's name is older than its method's name.
-REFERENCE_NODE = "refer"
 MIN_ROUTE_PROBABILITY = 0.5  # below this probability, the user is asked
 MIN_AGREEMENT = 0.5  # a candidate with this agreement is accepted
 NOTHING_TO_EDIT_QUESTION = "There is nothing to change yet. What should I create?"
@@ -67,6 +79,7 @@ ROUTE_QUESTION = "I am not sure what you would like: a picture, a clip, or an an
 UNCLEAR_QUESTION = "I am not sure what you mean. What exactly should I make?"
 DECLINE_MESSAGE = "I cannot help with that; I make and change clips and pictures, and answer questions about them."
 MAX_QUESTIONS = 3  # about unclear requests, in one turn
+MAX_GENERATIONS = 4  # in one turn, unless the service's settings say otherwise
 
 
 def emit_event(event: TurnEvent) -> None:
@@ -86,12 +99,24 @@ def split_reasoning(text: str) -> tuple[str, str]:
 
 
 class Planner:
-    """The nodes of the graph. A node takes the thread's state and returns its updates."""
+    """The nodes of the graph. A node takes the thread's state and returns its updates.
 
-    def __init__(self, mllm: MLLM, queue: JobQueue, preset: Preset):
+    `extract_frame` makes a still of a clip.
+    """
+
+    def __init__(
+        self,
+        mllm: MLLM,
+        queue: JobQueue,
+        preset: Preset,
+        extract_frame: ExtractFrame | None = None,
+        max_generations: int = MAX_GENERATIONS,
+    ):
         self.mllm = mllm
         self.queue = queue
         self.preset = preset
+        self.extract_frame = extract_frame
+        self.max_generations = max_generations
         self.prompts = load_prompts(preset)
 
     def build_graph(self, checkpointer: BaseCheckpointSaver[Any]) -> Any:
@@ -118,7 +143,9 @@ class Planner:
     # ------------------------------------------------------------ planning and resolving references
 
     def plan(self, state: PlannerState) -> dict[str, Any]:
-        actions = self.split_actions(state)
+        actions, clarifications = limit_generations(
+            state["text"], partial(self.split_actions, state), self.is_generation, self.max_generations
+        )
         emit_event(PlanReady(plan=Plan(actions=tuple(Action(text=action["text"]) for action in actions))))
         attachments = state["attachments"]
         return {
@@ -127,14 +154,20 @@ class Planner:
             "action_goals": [action["goal"] for action in actions],
             "action_messages": [action["message"] for action in actions],
             "action_index": 0,
-            "clarifications": [],
+            "clarifications": clarifications,
             "results": [],
             "artifacts": attachments,
             "current_key": attachments[-1]["key"] if attachments else state.get("current_key"),
             "descriptions": state.get("descriptions", {}),
         }
 
-    def split_actions(self, state: PlannerState) -> list[dict[str, str]]:
+    def is_generation(self, action: dict[str, str]) -> bool:
+        """Return whether an action renders something, by the plan or, without one, by the MLLM's route."""
+        if action["goal"]:
+            return action["goal"] in ("generate", "edit")
+        return self.mllm.route(MLLMRequest(text=action["text"])).kind in ("image", "video")
+
+    def split_actions(self, state: PlannerState, text: str) -> list[dict[str, str]]:
         """Return each action's text, and its reference, goal and message to the user; "" if the plan does not say.
 
         An MLLM that can plan does this itself. Its plan is valid unless it is cut off before the first action is
@@ -142,16 +175,16 @@ class Planner:
         """
         unplanned = {"reference": "", "goal": "", "message": ""}
         if self.prompts.plan is None:
-            return [unplanned | {"text": text} for text in english_rules.split_actions(state["text"])]
+            return [unplanned | {"text": action} for action in english_rules.split_actions(text)]
         artifacts = [Artifact(**artifact) for artifact in state.get("artifacts", []) + state["attachments"]]
         request = MLLMRequest(
-            text=build_plan_request(state["text"], artifacts),
-            system=self.prompts.plan,
+            text=build_plan_request(text, artifacts),
+            system=self.prompts.add_background(self.prompts.plan, get_background(state)),
             json_schema=build_plan_schema(len(artifacts)),
         )
         planned_actions = parse_plan("".join(self.mllm.stream_text(request)), len(artifacts))
         if not planned_actions:
-            return [unplanned | {"text": state["text"], "reference": LAST if artifacts else NEW}]
+            return [unplanned | {"text": text, "reference": LAST if artifacts else NEW}]
         return [
             {"text": action.do.strip(), "reference": action.about, "goal": action.action,
              "message": getattr(action, "say", "")}
@@ -205,7 +238,7 @@ class Planner:
     def think(self, state: PlannerState) -> dict[str, Any]:
         """Route the request; in think mode, also rewrite it by reasoning before anything is rendered."""
         request, source = self.build_request(state), self.find_source(state)
-        route = reconcile_route(self.preset, get_planned(state, "action_goals"), self.mllm.route(request), source)
+        route = self.choose_route(state, request, source)
         if route.kind == "ask" and len(state["clarifications"]) >= MAX_QUESTIONS:
             route = Route(kind="text", probability=1.0)
         updates: dict[str, Any] = {"detected_route": route.model_dump(), "trace": None}
@@ -214,10 +247,18 @@ class Planner:
         options = TurnOptions(**state["options"])
         should_think = options.think == "on" or (options.think == "auto" and self.needs_thinking(request.text))
         if should_think and get_task(route, source):
-            trace = self.rewrite_prompt(request)
+            trace = self.rewrite_prompt(state, request)
             emit_event(PromptRewritten(trace=trace))
             updates["trace"] = trace.model_dump()
         return updates
+
+    def choose_route(self, state: PlannerState, request: MLLMRequest, source: Artifact | None) -> Route:
+        """Return the MLLM's route, within the plan; without a plan, English words may ask for another medium."""
+        route = self.mllm.route(request)
+        if self.prompts.plan is not None:
+            return reconcile_route(self.preset, get_planned(state, "action_goals"), route, source)
+        worded_medium = source and media_words.find_requested_medium(request.text, source.medium)
+        return choose_result_medium(route, source, worded_medium)
 
     def write_message(self, request: MLLMRequest, route: Route, source: Artifact | None) -> str:
         """Return what the user is told or asked instead of a result; "" if there will be one."""
@@ -225,6 +266,8 @@ class Planner:
         if route.kind in ("ask", "decline"):
             written = system and "".join(self.mllm.stream_text(request.model_copy(update={"system": system}))).strip()
             return written or (UNCLEAR_QUESTION if route.kind == "ask" else DECLINE_MESSAGE)
+        if is_frame_request(route, source) and self.extract_frame is None:
+            return "I cannot take a picture out of a clip here."
         return build_refusal(self.preset, route, source) or ""
 
     def needs_thinking(self, text: str) -> bool:
@@ -232,9 +275,10 @@ class Planner:
         has_closed_vocabulary = self.prompts.plan is None
         return english_rules.is_indirect(text) or (has_closed_vocabulary and english_rules.has_other_words(text))
 
-    def rewrite_prompt(self, request: MLLMRequest) -> ThinkTrace:
+    def rewrite_prompt(self, state: PlannerState, request: MLLMRequest) -> ThinkTrace:
         started, text = time.perf_counter(), ""
-        for piece in self.mllm.stream_text(request.model_copy(update={"system": self.prompts.think})):
+        system = self.prompts.add_background(self.prompts.think, get_background(state))
+        for piece in self.mllm.stream_text(request.model_copy(update={"system": system})):
             text += piece
             if THINK_END not in text and (visible := piece.replace(THINK_START, "")):
                 emit_event(ThinkingDelta(delta=visible))
@@ -282,7 +326,8 @@ class Planner:
 
     def understand(self, state: PlannerState) -> dict[str, Any]:
         answer = ""
-        for piece in self.mllm.stream_text(self.build_request(state)):
+        system = self.prompts.add_background(None, get_background(state))
+        for piece in self.mllm.stream_text(self.build_request(state).model_copy(update={"system": system})):
             answer += piece
             emit_event(TextDelta(delta=piece))
         return close_action(state, ActionResult(**self.build_result_fields(state, "understand"), answer=answer.strip()))
@@ -291,30 +336,35 @@ class Planner:
         return self.render_candidate(state, None)
 
     def edit(self, state: PlannerState) -> dict[str, Any]:
-        return self.render_candidate(state, self.find_source(state))
+        source = self.find_source(state)
+        assert source is not None, "an edit has a source"
+        if self.extract_frame is None or not is_frame_request(Route(**state["detected_route"]), source):
+            return self.render_candidate(state, source)
+        position = media_words.find_frame_position(state["action"]["text"])
+        artifact = self.extract_frame(source, position, build_job_id(state))
+        emit_event(ArtifactReady(artifact=artifact))
+        return {"candidates": [Candidate(seed=0, artifact=artifact).model_dump()]}
 
     def render_candidate(self, state: PlannerState, source: Artifact | None) -> dict[str, Any]:
         """Render the next candidate: predict the prompt's visual tokens, then run a job with the next seed."""
         options, candidates = TurnOptions(**state["options"]), list(state["candidates"])
-        turn_number, action_index, attempt = len(state["turns"]) + 1, state["action_index"], len(candidates)
-        base_seed = options.seed if options.seed is not None else derive_seed(state["seed"], turn_number, action_index)
-        medium: Medium = source.medium if source else "image" if state["detected_route"]["kind"] == "image" else "video"
-        prompt = self.get_prompt(state)
-        # A turn that failed may be sent again; its jobs need new ids.
-        retry_suffix = f".{state['failed_turns']}" if state.get("failed_turns") else ""
+        seed_parts = (state["seed"], len(state["turns"]) + 1, state["action_index"])
+        base_seed = options.seed if options.seed is not None else derive_seed(*seed_parts)
+        task, prompt = get_task(Route(**state["detected_route"]), source), self.get_prompt(state)
+        assert task is not None, "the route is one of pixels"
         job = Job(
-            id=f"{get_thread_id()}/{turn_number}.{action_index + 1}.{attempt + 1}{retry_suffix}",
+            id=build_job_id(state),
             prompt=prompt,
             visual_tokens=self.mllm.predict_visual_tokens(
-                MLLMRequest(text=prompt, artifacts=(source,) if source else ()), medium
+                MLLMRequest(text=prompt, artifacts=(source,) if source else ()), get_task_medium(task)
             ),
             source=source,
             params=resolve_sampling_params(
                 self.preset,
-                get_editing_task(medium) if source else get_generation_task(medium),
+                task,
                 steps=options.steps,
                 guidance_scale=options.guidance_scale,
-                seed=(base_seed + attempt) % (MAX_SEED + 1),
+                seed=(base_seed + len(candidates)) % (MAX_SEED + 1),
             ),
         )
         artifact = self.follow_job(job, final=options.check == 1)
@@ -334,7 +384,7 @@ class Planner:
         """Inference-time scaling: let the MLLM judge the candidate, and render another one if it disagrees."""
         options = TurnOptions(**state["options"])
         candidates = [Candidate(**candidate) for candidate in state["candidates"]]
-        if options.check == 1:
+        if options.check == 1 or is_frame_request(Route(**state["detected_route"]), self.find_source(state)):
             return self.select_best(state, candidates)
         statement = state["statement"] or self.build_statement(state)
         question = self.prompts.check.format(prompt=statement)
@@ -348,7 +398,7 @@ class Planner:
         """Return what the result should show. An edit's instruction names only the change, so it is rewritten first."""
         trace = state["trace"]
         if trace is None and state["action"]["source"]:
-            trace = self.rewrite_prompt(self.build_request(state)).model_dump()
+            trace = self.rewrite_prompt(state, self.build_request(state)).model_dump()
         statement: str = trace["rewrite"] if trace else state["action"]["text"]
         return statement.removeprefix("picture of ").removeprefix("video of ")
 
@@ -392,47 +442,14 @@ class Planner:
         return {"action": state["action"], "goal": goal, "route": state["detected_route"], "trace": state["trace"]}
 
 
-def get_thread_id() -> str:
-    return str(get_config()["configurable"]["thread_id"])
+def build_job_id(state: PlannerState) -> str:
+    """Return the id of the next candidate's job: of the thread, turn, action and attempt."""
+    thread_id = get_config()["configurable"]["thread_id"]
+    numbers = (len(state["turns"]) + 1, state["action_index"] + 1, len(state["candidates"]) + 1)
+    # A turn that failed may be sent again; its jobs need new ids.
+    retry_suffix = f".{state['failed_turns']}" if state.get("failed_turns") else ""
+    return f"{thread_id}/{'.'.join(map(str, numbers))}{retry_suffix}"
 
 
-def close_action(state: PlannerState, result: ActionResult) -> dict[str, Any]:
-    return {
-        "results": [*state["results"], result.model_dump()],
-        "action_index": state["action_index"] + 1,
-        "action_done": True,
-    }
-
-
-def choose_next_node(state: PlannerState) -> str:
-    return REFERENCE_NODE if state["action_index"] < len(state["action_texts"]) else "answer"
-
-
-def get_planned(state: PlannerState, key: Literal["action_goals", "action_messages"]) -> str:
-    """Return what the plan says of the current action; "" if there is no plan, or the turn began before there were."""
-    values = state.get(key)
-    return values[state["action_index"]] if values else ""
-
-
-def choose_node_after_reference(state: PlannerState) -> str:
-    """Return the node after a resolved reference; an action that only returns to an artifact is already done."""
-    if state["action_done"]:
-        return choose_next_node(state)
-    goal = get_planned(state, "action_goals")
-    return goal if goal in ("ask", "decline") else "think"
-
-
-def choose_goal_node(state: PlannerState) -> str:
-    kind = state["detected_route"]["kind"]
-    if kind == "ask":
-        return "ask"
-    if state.get("message"):
-        return "decline"
-    if kind == "text":
-        return "understand"
-    return "edit" if state["action"]["source"] else "generate"
-
-
-def choose_node_after_check(state: PlannerState) -> str:
-    """Return the node that renders the next candidate, or the node of the next action if this one is done."""
-    return choose_next_node(state) if state["action_done"] else choose_goal_node(state)
+def get_background(state: PlannerState) -> str:
+    return TurnOptions(**state["options"]).background

@@ -76,6 +76,12 @@ class Thread:
             raise InvalidInput("turn", f"{turn} is not a turn of this thread: 0 to {len(self.get_turns())}")
         return branch.initialize_state(snapshot.values)
 
+    def add_artifacts(self, artifacts: Sequence[Artifact]) -> None:
+        """Add artifacts between two turns, as if they had been attached; the last one becomes what "it" refers to."""
+        if artifacts:
+            updates = {"artifacts": [artifact.model_dump() for artifact in artifacts], "current_key": artifacts[-1].key}
+            self.graph.update_state(self.config, updates, as_node="answer")
+
     def find_snapshot_after(self, num_turns: int) -> StateSnapshot | None:
         """Return the state after `num_turns` turns, or None if the thread has fewer."""
         history = self.graph.get_state_history(self.config)
