@@ -1,6 +1,7 @@
 """What a request asks for against what the weights can do, and a plan against the MLLM's route."""
 
 from omnivideo.contracts import Artifact, Medium, Route, get_editing_task, get_generation_task
+from omnivideo.errors import InvalidInput, TextTooLong, UnreadableMedia
 from omnivideo.presets import Preset, Task
 
 TASK_PHRASES: dict[Task, str] = {
@@ -42,3 +43,15 @@ def reconcile_route(preset: Preset, planned_goal: str, route: Route, source: Art
         return Route(kind="text", probability=1 - route.probability)
     medium: Medium = source.medium if source else "video" if "text-to-video" in preset.sampling else "image"
     return Route(kind=medium, probability=1 - route.probability)
+
+
+def explain_invalid_input(error: InvalidInput) -> str:
+    """Return what a person is told whose words or files cannot be used."""
+    problem = str(error).removeprefix(f"{error.field}: ").rstrip(".")
+    if isinstance(error, UnreadableMedia):
+        return f"I cannot read the file that you sent: {problem}."
+    if isinstance(error, TextTooLong):
+        return f"That message is too long: {problem}. Please say it in fewer words."
+    if error.field == "prompt":  # of a clip: it has more tokens than the decoder takes
+        return f"That is too much for one request: {problem}. Please say it in fewer words."
+    return f"I cannot do that: {problem}."

@@ -73,7 +73,7 @@ class Conversations:
         for name in self.list_thread_ids():
             for snapshot in self.graph.get_state_history({"configurable": {"thread_id": name}}):
                 for artifact in snapshot.values.get("artifacts", []):
-                    referenced_keys |= {artifact["key"], artifact["manifest"], artifact["latents"]}
+                    referenced_keys |= {artifact.get(name) for name in ("key", "manifest", "latents", "preview")}
         keys = {key for key in referenced_keys if key}
         return keys | self.collect_replay_keys(keys)
 

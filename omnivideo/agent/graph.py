@@ -19,7 +19,16 @@ from langgraph.graph import END, START, StateGraph
 from langgraph.types import interrupt
 
 from omnivideo.agent import english_rules
-from omnivideo.agent.capabilities import build_refusal, get_task, reconcile_route
+from omnivideo.agent.answer_text import end_at_stop, remove_reasoning, separate_reasoning, split_rewrite
+from omnivideo.agent.capabilities import build_refusal, explain_invalid_input, get_task, reconcile_route
+from omnivideo.agent.edges import (
+    REFERENCE_NODE,
+    choose_goal_node,
+    choose_next_node,
+    choose_node_after_check,
+    choose_node_after_reference,
+    get_planned,
+)
 from omnivideo.agent.mllm_plan import LAST, NEW, build_plan_request, build_plan_schema, parse_plan
 from omnivideo.agent.planner_prompts import load_prompts
 from omnivideo.agent.references import ReferenceSearch
@@ -33,15 +42,18 @@ from omnivideo.contracts import (
     Medium,
     MLLMRequest,
     Route,
+    TextSampling,
     get_editing_task,
     get_generation_task,
     resolve_sampling_params,
 )
+from omnivideo.errors import InvalidInput
 from omnivideo.ports import MLLM, JobQueue
 from omnivideo.presets import Preset
 from omnivideo.turns import (
     Action,
     ActionResult,
+    ActionStarted,
     ArtifactReady,
     Candidate,
     Goal,
@@ -57,14 +69,12 @@ from omnivideo.turns import (
     TurnOptions,
 )
 
-# The names of the nodes are part of every stored checkpoint: a turn that waits for a reply resumes by these names. This
-# node's name is older than its method's name.
-REFERENCE_NODE = "refer"
 MIN_ROUTE_PROBABILITY = 0.5  # below this probability, the user is asked
 MIN_AGREEMENT = 0.5  # a candidate with this agreement is accepted
 NOTHING_TO_EDIT_QUESTION = "There is nothing to change yet. What should I create?"
 ROUTE_QUESTION = "I am not sure what you would like: a picture, a clip, or an answer in words?"
 UNCLEAR_QUESTION = "I am not sure what you mean. What exactly should I make?"
+NO_ANSWER_QUESTION = "I have no answer to that. What would you like to see, or to know?"
 DECLINE_MESSAGE = "I cannot help with that; I make and change clips and pictures, and answer questions about them."
 MAX_QUESTIONS = 3  # about unclear requests, in one turn
 
@@ -73,16 +83,14 @@ def emit_event(event: TurnEvent) -> None:
     get_stream_writer()(event)
 
 
+def emit_action(state: PlannerState, goal: Goal, prompt: str, medium: Medium | None = None) -> None:
+    emit_event(ActionStarted(index=state["action_index"], goal=goal, medium=medium, prompt=prompt))
+
+
 def derive_seed(*parts: object) -> int:
     """Return a seed derived from what it is used for, such as a thread, turn and action."""
     digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:8], "big") % (MAX_SEED + 1)
-
-
-def split_reasoning(text: str) -> tuple[str, str]:
-    """Split a think-mode answer into its reasoning and its rewrite, which is empty if the reasoning does not end."""
-    before, mark, after = text.partition(THINK_END)
-    return before.replace(THINK_START, "").strip(), after.strip() if mark else ""
 
 
 class Planner:
@@ -182,6 +190,7 @@ class Planner:
         }  # fmt: skip
         if source is None or not english_rules.is_go_back_request(text):
             return updates
+        emit_action(state, "understand", text)
         emit_event(ArtifactReady(artifact=source))
         route = Route(kind="text", probability=1.0)
         result = ActionResult(action=action, goal="understand", route=route, trace=None, artifact=source)
@@ -223,8 +232,8 @@ class Planner:
         """Return what the user is told or asked instead of a result; "" if there will be one."""
         system = {"ask": self.prompts.ask, "decline": self.prompts.decline}.get(route.kind)
         if route.kind in ("ask", "decline"):
-            written = system and "".join(self.mllm.stream_text(request.model_copy(update={"system": system}))).strip()
-            return written or (UNCLEAR_QUESTION if route.kind == "ask" else DECLINE_MESSAGE)
+            pieces = self.mllm.stream_text(request.model_copy(update={"system": system})) if system else ()
+            return remove_reasoning("".join(pieces)) or (UNCLEAR_QUESTION if route.kind == "ask" else DECLINE_MESSAGE)
         return build_refusal(self.preset, route, source) or ""
 
     def needs_thinking(self, text: str) -> bool:
@@ -238,7 +247,7 @@ class Planner:
             text += piece
             if THINK_END not in text and (visible := piece.replace(THINK_START, "")):
                 emit_event(ThinkingDelta(delta=visible))
-        reasoning, rewrite = split_reasoning(text)
+        reasoning, rewrite = split_rewrite(text)
         seconds = round(time.perf_counter() - started, 3)
         return ThinkTrace(request=request.text, reasoning=reasoning, rewrite=rewrite or request.text, seconds=seconds)
 
@@ -272,19 +281,34 @@ class Planner:
 
     def decline(self, state: PlannerState) -> dict[str, Any]:
         """Answer with the refusal; nothing is rendered."""
-        emit_event(TextDelta(delta=state["message"]))
+        return self.answer_in_words(state, state["message"])
+
+    def answer_in_words(self, state: PlannerState, message: str) -> dict[str, Any]:
         action, route = Action(**state["action"]), Route(kind="decline", probability=1.0)
-        return close_action(
-            state, ActionResult(action=action, goal="decline", route=route, trace=None, answer=state["message"])
-        )
+        emit_action(state, "decline", message)
+        emit_event(TextDelta(delta=message))
+        result = ActionResult(action=action, goal="decline", route=route, trace=None, answer=message)
+        return close_action(state, result)
 
     # ------------------------------------------------------------ the three goals
 
     def understand(self, state: PlannerState) -> dict[str, Any]:
-        answer = ""
-        for piece in self.mllm.stream_text(self.build_request(state)):
-            answer += piece
-            emit_event(TextDelta(delta=piece))
+        """Answer in words. An answer that is nothing but reasoning becomes a question."""
+        request, options, answer = self.build_request(state), TurnOptions(**state["options"]), ""
+        emit_action(state, "understand", request.text)
+        sampling = TextSampling(
+            max_tokens=options.max_tokens,
+            temperature=options.temperature,
+            top_p=options.top_p,
+            seed=self.choose_seed(state) % 2**31 if options.temperature else 0,
+        )
+        pieces = self.mllm.stream_text(request.model_copy(update={"sampling": sampling}))
+        for kind, piece in end_at_stop(separate_reasoning(pieces), options.stop):
+            emit_event(ThinkingDelta(delta=piece) if kind == "thinking" else TextDelta(delta=piece))
+            answer += piece if kind == "text" else ""
+        if not answer.strip():
+            answer = NO_ANSWER_QUESTION
+            emit_event(TextDelta(delta=answer))
         return close_action(state, ActionResult(**self.build_result_fields(state, "understand"), answer=answer.strip()))
 
     def generate(self, state: PlannerState) -> dict[str, Any]:
@@ -294,12 +318,20 @@ class Planner:
         return self.render_candidate(state, self.find_source(state))
 
     def render_candidate(self, state: PlannerState, source: Artifact | None) -> dict[str, Any]:
-        """Render the next candidate: predict the prompt's visual tokens, then run a job with the next seed."""
-        options, candidates = TurnOptions(**state["options"]), list(state["candidates"])
-        turn_number, action_index, attempt = len(state["turns"]) + 1, state["action_index"], len(candidates)
-        base_seed = options.seed if options.seed is not None else derive_seed(state["seed"], turn_number, action_index)
+        """Render the next candidate. What the model cannot render, such as a prompt that is too long, is explained."""
+        try:
+            artifact, seed = self.render_artifact(state, source)
+        except InvalidInput as error:
+            return self.answer_in_words(state, explain_invalid_input(error))
+        return {"candidates": [*state["candidates"], Candidate(seed=seed, artifact=artifact).model_dump()]}
+
+    def render_artifact(self, state: PlannerState, source: Artifact | None) -> tuple[Artifact, int]:
+        """Predict the prompt's visual tokens, then run a job with the next seed. Return the artifact and the seed."""
+        options, attempt = TurnOptions(**state["options"]), len(state["candidates"])
+        turn_number, action_index = len(state["turns"]) + 1, state["action_index"]
         medium: Medium = source.medium if source else "image" if state["detected_route"]["kind"] == "image" else "video"
         prompt = self.get_prompt(state)
+        emit_action(state, "edit" if source else "generate", prompt, medium)
         # A turn that failed may be sent again; its jobs need new ids.
         retry_suffix = f".{state['failed_turns']}" if state.get("failed_turns") else ""
         job = Job(
@@ -314,11 +346,15 @@ class Planner:
                 get_editing_task(medium) if source else get_generation_task(medium),
                 steps=options.steps,
                 guidance_scale=options.guidance_scale,
-                seed=(base_seed + attempt) % (MAX_SEED + 1),
+                seed=(self.choose_seed(state) + attempt) % (MAX_SEED + 1),
             ),
         )
-        artifact = self.follow_job(job, final=options.check == 1)
-        return {"candidates": [*candidates, Candidate(seed=job.seed, artifact=artifact).model_dump()]}
+        return self.follow_job(job, final=options.check == 1), job.seed
+
+    def choose_seed(self, state: PlannerState) -> int:
+        """Return the turn's seed, or one of this action."""
+        seed: int | None = state["options"].get("seed")
+        return derive_seed(state["seed"], len(state["turns"]) + 1, state["action_index"]) if seed is None else seed
 
     def follow_job(self, job: Job, final: bool) -> Artifact:
         for event in self.queue.run(job):
@@ -332,6 +368,8 @@ class Planner:
 
     def check(self, state: PlannerState) -> dict[str, Any]:
         """Inference-time scaling: let the MLLM judge the candidate, and render another one if it disagrees."""
+        if state["action_done"]:  # it was answered in words
+            return {}
         options = TurnOptions(**state["options"])
         candidates = [Candidate(**candidate) for candidate in state["candidates"]]
         if options.check == 1:
@@ -402,37 +440,3 @@ def close_action(state: PlannerState, result: ActionResult) -> dict[str, Any]:
         "action_index": state["action_index"] + 1,
         "action_done": True,
     }
-
-
-def choose_next_node(state: PlannerState) -> str:
-    return REFERENCE_NODE if state["action_index"] < len(state["action_texts"]) else "answer"
-
-
-def get_planned(state: PlannerState, key: Literal["action_goals", "action_messages"]) -> str:
-    """Return what the plan says of the current action; "" if there is no plan, or the turn began before there were."""
-    values = state.get(key)
-    return values[state["action_index"]] if values else ""
-
-
-def choose_node_after_reference(state: PlannerState) -> str:
-    """Return the node after a resolved reference; an action that only returns to an artifact is already done."""
-    if state["action_done"]:
-        return choose_next_node(state)
-    goal = get_planned(state, "action_goals")
-    return goal if goal in ("ask", "decline") else "think"
-
-
-def choose_goal_node(state: PlannerState) -> str:
-    kind = state["detected_route"]["kind"]
-    if kind == "ask":
-        return "ask"
-    if state.get("message"):
-        return "decline"
-    if kind == "text":
-        return "understand"
-    return "edit" if state["action"]["source"] else "generate"
-
-
-def choose_node_after_check(state: PlannerState) -> str:
-    """Return the node that renders the next candidate, or the node of the next action if this one is done."""
-    return choose_next_node(state) if state["action_done"] else choose_goal_node(state)

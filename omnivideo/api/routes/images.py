@@ -2,6 +2,7 @@
 
 import base64
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Generic, Literal, TypeVar
 
 from anyio import CancelScope
@@ -10,6 +11,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
+from omnivideo.api.answers.links import LinkBuilder, MediaOwnerDep, create_link_builder
 from omnivideo.api.dependencies import (
     ContextDep,
     IdempotencyDep,
@@ -82,7 +84,7 @@ async def edit_images(
 
 
 @router.get("/{image_id}/content", response_class=Response)
-def get_image_content(image_id: ResourceId, request: Request, context: ContextDep, owner: OwnerDep) -> Response:
+def get_image_content(image_id: ResourceId, request: Request, context: ContextDep, owner: MediaOwnerDep) -> Response:
     """Return an image that was requested with `response_format` "url"."""
     status = context.jobs.get_owned_job(image_id, owner, "image")
     if status is None:
@@ -151,7 +153,12 @@ async def run_image_jobs(request: Request, image_jobs: ImageJobs[Any]) -> Respon
     if statuses is None:
         return Response(status_code=CLIENT_CLOSED_REQUEST)
     inline = image_jobs.payload.response_format != "url"
-    images_response = await run_sync(build_images_response, image_jobs.context, statuses, inline, str(request.base_url))
+    if inline:
+        to_object = partial(to_inline_image, image_jobs.context)
+    else:
+        links = create_link_builder(image_jobs.context, image_jobs.owner, str(request.base_url))
+        to_object = partial(to_linked_image, image_jobs.context, links)
+    images_response = await run_sync(build_images_response, statuses, to_object)
     return JSONResponse(images_response.model_dump(exclude_none=True))
 
 
@@ -177,18 +184,24 @@ async def wait_for_jobs(request: Request, image_jobs: ImageJobs[Any]) -> list[Jo
 
 
 def build_images_response(
-    context: ServiceContext, statuses: list[JobStatus], inline: bool, base_url: str
+    statuses: list[JobStatus], to_image_object: Callable[[JobStatus], ImageObject]
 ) -> ImagesResponse:
-    data = [to_image_object(context, status, inline, base_url) for status in statuses]
+    data = list(map(to_image_object, statuses))
     return ImagesResponse(created=int(statuses[0].created_at), data=data, size=statuses[0].meta["size"])
 
 
-def to_image_object(context: ServiceContext, status: JobStatus, inline: bool, base_url: str) -> ImageObject:
-    """Return the image's bytes or its URL: a signed one if the object store can sign, otherwise one of this service."""
-    artifact = status.result
-    assert artifact is not None
-    if inline:
-        return ImageObject(b64_json=base64.b64encode(context.store.get(artifact.key)).decode())
-    if base_url and (sign_url := getattr(context.store, "presign_url", None)):
-        return ImageObject(url=sign_url(artifact.key, LINK_LIFETIME_SECONDS))
-    return ImageObject(url=f"{base_url or '/'}v1/images/{status.id}/content")
+def to_inline_image(context: ServiceContext, status: JobStatus) -> ImageObject:
+    assert status.result is not None
+    return ImageObject(b64_json=base64.b64encode(context.store.get(status.result.key)).decode())
+
+
+def to_linked_image(context: ServiceContext, links: LinkBuilder, status: JobStatus) -> ImageObject:
+    """Return the image's address: a signed one of the object store if it can sign, otherwise one of this service."""
+    assert status.result is not None
+    if sign_url := getattr(context.store, "presign_url", None):
+        return ImageObject(url=sign_url(status.result.key, LINK_LIFETIME_SECONDS))
+    return ImageObject(url=links.build_link(build_image_path(status.id)))
+
+
+def build_image_path(image_id: str) -> str:
+    return f"/v1/images/{image_id}/content"
