@@ -71,6 +71,7 @@ class ServiceSettings(BaseSettings):
     database: DatabaseUrl = ""
     broker: BrokerUrl = ""
     mllm: HttpUrl = ""
+    mllm_timeout_seconds: float = Field(default=25.0, ge=1, le=600)  # of silence until the MLLM's server hangs
     artifact_lifetime_seconds: int = Field(default=30 * SECONDS_PER_DAY, ge=60)  # of an unreferenced artifact
 
     s3: HttpUrl = ""

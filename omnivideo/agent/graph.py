@@ -21,18 +21,19 @@ from langgraph.types import interrupt
 from omnivideo.agent import english_rules
 from omnivideo.agent.answer_text import end_at_stop, remove_reasoning, separate_reasoning, split_rewrite
 from omnivideo.agent.capabilities import build_refusal, explain_invalid_input, get_task, reconcile_route
-from omnivideo.agent.edges import (
+from omnivideo.agent.mllm_plan import LAST, NEW, build_plan_request, build_plan_schema, parse_plan
+from omnivideo.agent.planner_prompts import load_prompts
+from omnivideo.agent.references import ReferenceSearch
+from omnivideo.agent.state import PlannerState
+from omnivideo.agent.transitions import (
     REFERENCE_NODE,
     choose_goal_node,
     choose_next_node,
     choose_node_after_check,
     choose_node_after_reference,
+    close_action,
     get_planned,
 )
-from omnivideo.agent.mllm_plan import LAST, NEW, build_plan_request, build_plan_schema, parse_plan
-from omnivideo.agent.planner_prompts import load_prompts
-from omnivideo.agent.references import ReferenceSearch
-from omnivideo.agent.state import PlannerState
 from omnivideo.contracts import (
     MAX_SEED,
     THINK_END,
@@ -432,11 +433,3 @@ class Planner:
 
 def get_thread_id() -> str:
     return str(get_config()["configurable"]["thread_id"])
-
-
-def close_action(state: PlannerState, result: ActionResult) -> dict[str, Any]:
-    return {
-        "results": [*state["results"], result.model_dump()],
-        "action_index": state["action_index"] + 1,
-        "action_done": True,
-    }

@@ -28,8 +28,8 @@ DECODE_SLOTS = threading.BoundedSemaphore(2)  # clips decoded at the same time
 def create_picture_renderer(store: ObjectStore) -> Callable[[Artifact, str], tuple[bytes, str]]:
     """Return a function that maps an artifact and a variant to a picture's bytes and suffix.
 
-    The variants are "thumbnail", "spritesheet" and "animation". A thumbnail is a webp of the middle frame, a spritesheet a jpg, an animation a webp of the whole clip. An animation
-    that was stored with its clip is read; the function caches what it renders.
+    A "thumbnail" is a webp of the middle frame, a "spritesheet" a jpg, an "animation" a webp of the whole clip. An
+    animation that was stored with its clip is read; the function caches what it renders.
     """
 
     cache = ByteBoundedCache[tuple[Artifact, str], tuple[bytes, str]](MAX_CACHED_BYTES, lambda picture: len(picture[0]))

@@ -20,6 +20,10 @@ from fastapi.responses import JSONResponse
 from pydantic import Field
 from sse_starlette import EventSourceResponse
 
+from omnivideo.api.answers.answer import IDLE_SECONDS, Answer, AnswerPart, Usage
+from omnivideo.api.answers.chat_format import ChatFormat, FinishReason, ServerSentEvent
+from omnivideo.api.answers.links import create_link_builder
+from omnivideo.api.answers.sampling_fields import ChatSamplingFields
 from omnivideo.api.dependencies import (
     ContextDep,
     IdempotencyDep,
@@ -28,12 +32,14 @@ from omnivideo.api.dependencies import (
     ServiceContext,
     make_id,
 )
-from omnivideo.api.errors import ERROR_RESPONSES, APIError, error_from_turn, log_if_internal, to_api_error
+from omnivideo.api.errors import ERROR_RESPONSES, APIError, log_if_internal, to_api_error
 from omnivideo.api.event_feed import EventFeed, get_event_feed
 from omnivideo.api.media import MediaPart, artifact_from_part
-from omnivideo.api.request_body import Seed, validate_fields
-from omnivideo.contracts import Artifact, RequestModel
-from omnivideo.turns import Think, TurnRecord
+from omnivideo.api.request_body import validate_fields
+from omnivideo.api.turn_runner import ATTENDED_RETRY_TIMEOUT_SECONDS
+from omnivideo.contracts import RequestModel
+from omnivideo.errors import UnusableContent
+from omnivideo.turns import TurnRecord
 
 router = APIRouter(prefix="/v1", tags=["chat"], responses=ERROR_RESPONSES)
 
@@ -89,19 +95,14 @@ class StreamOptions(RequestModel):
     include_usage: bool = False
 
 
-class ChatCompletionRequest(RequestModel):
-    """`think`, `check`, `seed`, `steps` and `guidance_scale` apply to this turn, as in a thread."""
+class ChatCompletionRequest(ChatSamplingFields):
+    """`progress` says whether a stream tells how the work on a clip goes on."""
 
     model: str
     messages: list[ChatMessage] = Field(min_length=1, max_length=1000)
     stream: bool = False
     stream_options: StreamOptions | None = None
-    n: int = Field(default=1, ge=1, le=1)
-    think: Think = "auto"
-    check: int = Field(default=1, ge=1, le=16)
-    seed: Seed = None
-    steps: int | None = Field(default=None, ge=1, le=200)
-    guidance_scale: float | None = Field(default=None, ge=0, le=30)
+    progress: bool = True
 
 
 @router.get("/models")
@@ -136,9 +137,10 @@ class ChatCompletion:
     """One answer, with the thread that it belongs to and the turn that produces it."""
 
     def __init__(self, context: ServiceContext, owner: str, payload: ChatCompletionRequest, base_url: str = "/"):
-        self.context, self.owner, self.payload, self.base_url = context, owner, payload, base_url
+        self.context, self.owner, self.payload = context, owner, payload
+        self.links = create_link_builder(context, owner, base_url)
         self.created_at = int(time.time())
-        self.thread_id, self.turn_id, self.answer_text = "", "", ""
+        self.thread_id, self.turn_id = "", ""
 
     @property
     def id(self) -> str:
@@ -150,11 +152,18 @@ class ChatCompletion:
         Raises APIError or InvalidInput if the request is refused.
         """
         if idempotent_request is None:
-            turn = self.create_turn(make_id("turn_"))
+            turn = self.create_or_refuse_turn(make_id("turn_"))
         else:
             find = partial(self.context.turn_runner.find_live_turn, self.owner)
-            turn = idempotent_request.run(self.payload, "turn_", find, self.create_turn)
+            turn = idempotent_request.run(self.payload, "turn_", find, self.create_or_refuse_turn)
         self.turn_id, self.thread_id, self.created_at = turn.id, turn.thread_id, int(turn.created_at)
+
+    def create_or_refuse_turn(self, turn_id: str) -> TurnRecord:
+        """Create the turn, or one that explains in words what is wrong with a person's words or files."""
+        try:
+            return self.create_turn(turn_id)
+        except UnusableContent as error:
+            return self.context.turn_runner.refuse_turn(turn_id, self.owner, self.thread_id, error)
 
     def create_turn(self, turn_id: str) -> TurnRecord:
         check_model_name(self.context, self.payload.model)
@@ -169,9 +178,14 @@ class ChatCompletion:
             )
             for name, url in last_message.list_media()
         ]
-        options = self.payload.model_dump(include={"think", "check", "seed", "steps", "guidance_scale"})
         return self.context.turn_runner.start_turn(
-            turn_id, self.owner, self.thread_id, last_message.text, attachments, **options
+            turn_id,
+            self.owner,
+            self.thread_id,
+            last_message.text,
+            attachments,
+            retry_timeout_seconds=ATTENDED_RETRY_TIMEOUT_SECONDS,
+            **self.payload.to_turn_options(),
         )
 
     def find_or_create_thread(self) -> str:
@@ -190,82 +204,68 @@ class ChatCompletion:
         thread.fork(num_turns, new_thread_id)
         return new_thread_id
 
-    def text_from_event(self, event: dict[str, Any]) -> str:
-        """Return the text that an event adds to the answer."""
-        match event["kind"]:
-            case "text":
-                return str(event["delta"])
-            case "question":
-                return str(event["text"])
-            case "artifact" if event["final"]:
-                return self.to_markdown_link(Artifact(**event["artifact"]))
-        return ""
-
-    def to_markdown_link(self, artifact: Artifact) -> str:
-        """Return a clip or an image as Markdown."""
-        url = f"{self.base_url}v1/threads/{self.thread_id}/artifacts/{artifact.key}"
-        return f"\n![{artifact.medium}]({url})\n"
-
     def require_turn(self) -> TurnRecord:
         turn = self.context.turns.get_turn(self.turn_id, self.owner)
         assert turn is not None, "turns are never deleted"
         return turn
 
-    def record_completion(self) -> None:
-        """Store which thread continues these messages; raise the error of a turn that has failed or was cancelled."""
+    def record_completion(self, answer_text: str) -> None:
+        """Store which thread continues these messages."""
         turn = self.require_turn()
-        if turn.state in ("failed", "cancelled"):
-            raise error_from_turn(turn)
-        answer = ChatMessage(role="assistant", content=self.answer_text)
+        answer = ChatMessage(role="assistant", content=answer_text)
         num_turns = turn.number if turn.state == "done" else turn.number - 1  # later turns do not count
         digest = digest_messages([*self.payload.messages, answer])
         self.context.turns.save_chat_thread(self.owner, digest, self.thread_id, num_turns)
 
     # ------------------------------------------------------------ responses
 
-    def build_completion(self) -> dict[str, Any]:
-        """Return the answer of a turn that has ended."""
-        events = [event for _, event in self.context.turns.list_events(self.turn_id)]
-        self.answer_text = "".join(map(self.text_from_event, events))
-        reasoning = "".join(event["delta"] for event in events if event["kind"] == "thinking")
-        self.record_completion()
-        message = {"role": "assistant", "content": self.answer_text}
-        if reasoning:
-            message["reasoning_content"] = reasoning
-        return self.build_envelope("chat.completion", {"message": message, "finish_reason": "stop"})
+    @property
+    def format(self) -> ChatFormat:
+        options = self.payload.stream_options or StreamOptions()
+        names = {"thread": self.thread_id, "turn": self.turn_id}
+        return ChatFormat(
+            self.id,
+            self.created_at,
+            self.payload.model,
+            self.payload.progress,
+            options.include_usage,
+            {"omnivideo": names},
+        )
 
-    async def stream_chunks(self, feed: EventFeed) -> AsyncIterator[dict[str, str]]:
+    def end_answer(self, answer: Answer) -> tuple[list[AnswerPart], FinishReason, Usage]:
+        """End the answer with its turn and store it. Return what is new, why it has ended, and its usage."""
+        parts = list(answer.end(self.require_turn()))
+        self.record_completion(answer.text)
+        count_tokens = self.context.conversations.mllm.count_tokens
+        is_cut = answer.is_cut(self.payload.token_limit, count_tokens)
+        prompt = "\n".join(message.text for message in self.payload.messages)
+        return parts, "length" if is_cut else "stop", answer.count_usage(prompt, count_tokens)
+
+    def build_completion(self) -> dict[str, Any]:
+        """Return the answer of a turn that has ended. Raises APIError if it has failed or was cancelled."""
+        answer = Answer(self.thread_id, self.links)
+        answer.read_events(event for _, event in self.context.turns.list_events(self.turn_id))
+        _, finish_reason, usage = self.end_answer(answer)
+        return self.format.build_completion(answer.text, answer.reasoning, usage, finish_reason)
+
+    async def stream_chunks(self, feed: EventFeed) -> AsyncIterator[ServerSentEvent]:
         """Yield the answer as server-sent events while the turn runs."""
-        yield self.build_chunk({"role": "assistant", "content": ""})
-        async for _, event in feed.follow_turn(self.turn_id):
-            if text := self.text_from_event(event):
-                self.answer_text += text
-                yield self.build_chunk({"content": text})
-            elif event["kind"] == "thinking":
-                yield self.build_chunk({"reasoning_content": event["delta"]})
-            elif event["kind"] == "waiting":  # chat programs show the reasoning to their users
-                yield self.build_chunk({"reasoning_content": f"\n{event['text']}\n"})
-            elif event["kind"] == "step":
-                yield {"comment": f"step {event['step']} of {event['steps']}"}
+        answer, chat_format = Answer(self.thread_id, self.links), self.format
+        yield chat_format.begin_stream()
+        async for _, event in feed.follow_turn(self.turn_id, idle_seconds=IDLE_SECONDS):
+            for part in answer.read_event(event):
+                for chunk in chat_format.build_chunks(part):
+                    yield chunk
         try:
-            await anyio.to_thread.run_sync(self.record_completion)
+            parts, finish_reason, usage = await anyio.to_thread.run_sync(self.end_answer, answer)
         except Exception as error:
             log_if_internal(error, f"chat completion {self.id}")
-            yield {"data": json.dumps(to_api_error(error).to_body())}
+            ending = list(chat_format.fail_stream(to_api_error(error)))
         else:
-            yield self.build_chunk({}, finish_reason="stop")
-        yield {"data": "[DONE]"}
-
-    def build_chunk(self, delta: dict[str, Any], finish_reason: str | None = None) -> dict[str, str]:
-        chunk = self.build_envelope("chat.completion.chunk", {"delta": delta, "finish_reason": finish_reason})
-        return {"data": json.dumps(chunk)}
-
-    def build_envelope(self, kind: str, choice: dict[str, Any]) -> dict[str, Any]:
-        return {
-            "id": self.id, "object": kind, "created": self.created_at, "model": self.payload.model,
-            "choices": [{"index": 0, "logprobs": None, **choice}],
-            "omnivideo": {"thread": self.thread_id, "turn": self.turn_id},
-        }  # fmt: skip
+            ending = [chunk for part in parts for chunk in chat_format.build_chunks(part)]
+            ending += chat_format.end_stream(finish_reason, usage if chat_format.includes_usage else None)
+        for chunk in ending:
+            yield chunk
 
 
 @router.post("/chat/completions", response_class=JSONResponse)

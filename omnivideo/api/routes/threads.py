@@ -9,7 +9,7 @@ from sse_starlette import EventSourceResponse
 
 from omnivideo.api.answers.links import MediaOwnerDep
 from omnivideo.api.dependencies import ContextDep, IdempotencyDep, OwnerDep, ServiceContext
-from omnivideo.api.errors import ERROR_RESPONSES, APIError, build_not_found_error
+from omnivideo.api.errors import ERROR_RESPONSES, APIError, build_not_found_error, error_from_turn
 from omnivideo.api.event_feed import get_event_feed
 from omnivideo.api.media import MediaPart, artifact_from_part, build_range_response
 from omnivideo.api.request_body import Seed
@@ -279,7 +279,7 @@ def to_turn_response(context: ServiceContext, turn: TurnRecord) -> TurnResponse:
         number=turn.number,
         state=cast(TurnState, turn.state),
         created_at=int(turn.created_at),
-        error=turn.error,
+        error=None if turn.error is None else error_from_turn(turn).to_body()["error"],
     )
     if turn.state == "done":
         response.turn = context.turn_runner.get_thread(turn.owner, turn.thread_id).get_turns()[turn.number - 1]

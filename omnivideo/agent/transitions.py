@@ -1,12 +1,21 @@
-"""The planner's edges: which node of the graph runs after another."""
+"""The edges of the planner's graph: which node follows, and how an action is closed."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from omnivideo.agent.state import PlannerState
+from omnivideo.turns import ActionResult
 
 # The names of the nodes are part of every stored checkpoint: a turn that waits for a reply resumes by these names. This
 # node's name is older than its method's name.
 REFERENCE_NODE = "refer"
+
+
+def close_action(state: PlannerState, result: ActionResult) -> dict[str, Any]:
+    return {
+        "results": [*state["results"], result.model_dump()],
+        "action_index": state["action_index"] + 1,
+        "action_done": True,
+    }
 
 
 def choose_next_node(state: PlannerState) -> str:
