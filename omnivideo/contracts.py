@@ -17,7 +17,7 @@ from pydantic import (
 )
 from pydantic.fields import FieldInfo
 
-from omnivideo.errors import InvalidInput
+from omnivideo.errors import InvalidInput, TextTooLong
 from omnivideo.presets import Preset, Task, get_sampling_defaults
 from omnivideo.validation import describe_errors
 
@@ -130,7 +130,10 @@ THINK_START, THINK_END = "<think>", "</think>"  # around the reasoning in an ans
 
 
 class Artifact(FrozenModel):
-    """A stored image or clip. `source` is the key of the artifact that it was edited from."""
+    """A stored image or clip. `source` is the key of the artifact that it was edited from.
+
+    `preview` is the key of a clip's animated picture, for programs that show pictures only.
+    """
 
     key: str
     medium: Medium
@@ -142,7 +145,20 @@ class Artifact(FrozenModel):
     manifest: str | None = None
     latents: str | None = None
     source: str | None = None
+    preview: str | None = None
     created_by: str
+
+
+MAX_ANSWER_TOKENS = 32_768
+
+
+class TextSampling(FrozenModel):
+    """How an answer in words is sampled; greedily at temperature 0. The same seed gives the same answer."""
+
+    max_tokens: int | None = Field(default=None, ge=1, le=MAX_ANSWER_TOKENS)  # None: the implementation's limit
+    temperature: float = Field(default=0.0, ge=0, le=2)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    seed: int = Field(default=0, ge=0, lt=2**31)
 
 
 class MLLMRequest(FrozenModel):
@@ -155,6 +171,7 @@ class MLLMRequest(FrozenModel):
     artifacts: tuple[Artifact, ...] = ()
     system: str | None = None
     json_schema: str | None = None
+    sampling: TextSampling = TextSampling()
 
 
 class Route(FrozenModel):
@@ -345,7 +362,7 @@ def check_prompt(field: str, text: str) -> str:
     if not text:
         raise InvalidInput(field, "it is empty; give 1 to 4000 characters")
     if len(text) > 4000:
-        raise InvalidInput(field, f"it has {len(text)} characters; give 1 to 4000")
+        raise TextTooLong(field, f"it has {len(text)} characters; give 1 to 4000")
     return text
 
 

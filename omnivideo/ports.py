@@ -65,6 +65,10 @@ class MLLM(Protocol):
         """Return the probability, 0 to 1, that the answer is "yes" rather than "no"."""
         ...
 
+    def count_tokens(self, text: str) -> int:
+        """Return the number of the text's tokens, which clients are told as usage."""
+        ...
+
     def predict_visual_tokens(self, request: MLLMRequest, medium: Medium) -> str:
         """Return a reference to the vision head's tokens for the request.
 

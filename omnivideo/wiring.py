@@ -44,7 +44,7 @@ def build_local_conversations(omni: "OmniVideoModel", weights_digest: str, setti
     renderer = Renderer(omni, store, weights_digest, persist_tokens=False)
     queue = LocalQueue(renderer)
     return Conversations(
-        mllm=RemoteMLLM(settings.mllm, store) if settings.mllm else renderer.mllm,
+        mllm=RemoteMLLM(settings.mllm, store, settings.mllm_timeout_seconds) if settings.mllm else renderer.mllm,
         queue_for=lambda owner, lane="interactive": queue,
         store=store,
         checkpointer=open_checkpointer(settings),
@@ -165,7 +165,7 @@ class ServiceWiring:
             return None
         from omnivideo.backends.mllm.remote import RemoteMLLM
 
-        remote = RemoteMLLM(self.settings.mllm, self.store)
+        remote = RemoteMLLM(self.settings.mllm, self.store, self.settings.mllm_timeout_seconds)
         self.close_callbacks.append(remote.close)
         return remote
 

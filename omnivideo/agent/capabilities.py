@@ -1,6 +1,7 @@
 """What a request asks for against what the weights can do, and a plan against the MLLM's route."""
 
 from omnivideo.contracts import Artifact, Medium, Route, get_editing_task, get_generation_task
+from omnivideo.errors import InvalidInput, TextTooLong, UnreadableMedia
 from omnivideo.presets import Preset, Task
 
 TASK_PHRASES: dict[Task, str] = {
@@ -70,3 +71,15 @@ def choose_result_medium(route: Route, source: Artifact | None, worded_medium: M
     if worded_medium is not None:
         return Route(kind=worded_medium, probability=1.0)
     return route.model_copy(update={"kind": source.medium}) if route.kind in ("image", "video") else route
+
+
+def explain_invalid_input(error: InvalidInput) -> str:
+    """Return what a person is told whose words or files cannot be used."""
+    problem = str(error).removeprefix(f"{error.field}: ").rstrip(".")
+    if isinstance(error, UnreadableMedia):
+        return f"I cannot read the file that you sent: {problem}."
+    if isinstance(error, TextTooLong):
+        return f"That message is too long: {problem}. Please say it in fewer words."
+    if error.field == "prompt":  # of a clip: it has more tokens than the decoder takes
+        return f"That is too much for one request: {problem}. Please say it in fewer words."
+    return f"I cannot do that: {problem}."

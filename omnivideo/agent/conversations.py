@@ -9,7 +9,8 @@ from typing import Any, Protocol
 
 from langgraph.checkpoint.base import BaseCheckpointSaver
 
-from omnivideo.agent.graph import MAX_GENERATIONS, Planner
+from omnivideo.agent.graph import Planner
+from omnivideo.agent.rendering import MAX_GENERATIONS
 from omnivideo.agent.thread import AttachFile, Thread
 from omnivideo.contracts import Artifact, Lane, Manifest
 from omnivideo.errors import ArtifactNotFound
@@ -92,7 +93,7 @@ class Conversations:
         for name in self.list_thread_ids():
             for snapshot in self.graph.get_state_history({"configurable": {"thread_id": name}}):
                 for artifact in snapshot.values.get("artifacts", []):
-                    referenced_keys |= {artifact["key"], artifact["manifest"], artifact["latents"]}
+                    referenced_keys |= {artifact.get(name) for name in ("key", "manifest", "latents", "preview")}
         keys = {key for key in referenced_keys if key}
         return keys | self.collect_replay_keys(keys)
 

@@ -9,17 +9,15 @@ thread is checkpointed after every node, so a killed process loses at most one s
 emits events while a turn runs.
 """
 
-import hashlib
-import time
 from functools import partial
 from typing import Any, Literal
 
 from langgraph.checkpoint.base import BaseCheckpointSaver
-from langgraph.config import get_config, get_stream_writer
 from langgraph.graph import END, START, StateGraph
 from langgraph.types import interrupt
 
 from omnivideo.agent import english_rules, media_words
+from omnivideo.agent.answer_text import end_at_stop, remove_reasoning, separate_reasoning
 from omnivideo.agent.capabilities import (
     build_refusal,
     choose_result_medium,
@@ -29,8 +27,8 @@ from omnivideo.agent.capabilities import (
 )
 from omnivideo.agent.generation_limit import limit_generations
 from omnivideo.agent.mllm_plan import LAST, NEW, build_plan_request, build_plan_schema, parse_plan
-from omnivideo.agent.planner_prompts import load_prompts
 from omnivideo.agent.references import ReferenceSearch
+from omnivideo.agent.rendering import RenderingNodes, emit_action, emit_event, get_background
 from omnivideo.agent.state import PlannerState
 from omnivideo.agent.transitions import (
     REFERENCE_NODE,
@@ -42,82 +40,36 @@ from omnivideo.agent.transitions import (
     get_planned,
 )
 from omnivideo.contracts import (
-    MAX_SEED,
-    THINK_END,
-    THINK_START,
     Artifact,
-    Job,
     MLLMRequest,
     Route,
-    get_task_medium,
-    resolve_sampling_params,
+    TextSampling,
 )
-from omnivideo.ports import MLLM, ExtractFrame, JobQueue
-from omnivideo.presets import Preset
 from omnivideo.turns import (
     Action,
     ActionResult,
     ArtifactReady,
-    Candidate,
-    Goal,
     Plan,
     PlanReady,
     PromptRewritten,
     TextDelta,
     ThinkingDelta,
-    ThinkTrace,
     Turn,
     TurnCompleted,
-    TurnEvent,
     TurnOptions,
 )
 
 MIN_ROUTE_PROBABILITY = 0.5  # below this probability, the user is asked
-MIN_AGREEMENT = 0.5  # a candidate with this agreement is accepted
 NOTHING_TO_EDIT_QUESTION = "There is nothing to change yet. What should I create?"
 ROUTE_QUESTION = "I am not sure what you would like: a picture, a clip, or an answer in words?"
 UNCLEAR_QUESTION = "I am not sure what you mean. What exactly should I make?"
+NO_ANSWER_QUESTION = "I have no answer to that. What would you like to see, or to know?"
 DECLINE_MESSAGE = "I cannot help with that; I make and change clips and pictures, and answer questions about them."
 MAX_QUESTIONS = 3  # about unclear requests, in one turn
-MAX_GENERATIONS = 4  # in one turn, unless the service's settings say otherwise
 
 
-def emit_event(event: TurnEvent) -> None:
-    get_stream_writer()(event)
-
-
-def derive_seed(*parts: object) -> int:
-    """Return a seed derived from what it is used for, such as a thread, turn and action."""
-    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
-    return int.from_bytes(digest[:8], "big") % (MAX_SEED + 1)
-
-
-def split_reasoning(text: str) -> tuple[str, str]:
-    """Split a think-mode answer into its reasoning and its rewrite, which is empty if the reasoning does not end."""
-    before, mark, after = text.partition(THINK_END)
-    return before.replace(THINK_START, "").strip(), after.strip() if mark else ""
-
-
-class Planner:
-    """The nodes of the graph. A node takes the thread's state and returns its updates.
-
-    `extract_frame` makes a still of a clip.
-    """
-
-    def __init__(
-        self,
-        mllm: MLLM,
-        queue: JobQueue,
-        preset: Preset,
-        extract_frame: ExtractFrame | None = None,
-        max_generations: int = MAX_GENERATIONS,
-    ):
-        self.mllm = mllm
-        self.queue = queue
-        self.preset = preset
-        self.extract_frame = extract_frame
-        self.max_generations = max_generations
-        self.prompts = load_prompts(preset)
+class Planner(RenderingNodes):
+    """The nodes of the graph. A node takes the thread's state and returns its updates."""
 
     def build_graph(self, checkpointer: BaseCheckpointSaver[Any]) -> Any:
         builder = StateGraph(PlannerState)
@@ -215,6 +167,7 @@ class Planner:
         }  # fmt: skip
         if source is None or not english_rules.is_go_back_request(text):
             return updates
+        emit_action(state, "understand", text)
         emit_event(ArtifactReady(artifact=source))
         route = Route(kind="text", probability=1.0)
         result = ActionResult(action=action, goal="understand", route=route, trace=None, artifact=source)
@@ -257,15 +210,15 @@ class Planner:
         route = self.mllm.route(request)
         if self.prompts.plan is not None:
             return reconcile_route(self.preset, get_planned(state, "action_goals"), route, source)
-        worded_medium = source and media_words.find_requested_medium(request.text, source.medium)
+        worded_medium = None if source is None else media_words.find_requested_medium(request.text, source.medium)
         return choose_result_medium(route, source, worded_medium)
 
     def write_message(self, request: MLLMRequest, route: Route, source: Artifact | None) -> str:
         """Return what the user is told or asked instead of a result; "" if there will be one."""
         system = {"ask": self.prompts.ask, "decline": self.prompts.decline}.get(route.kind)
         if route.kind in ("ask", "decline"):
-            written = system and "".join(self.mllm.stream_text(request.model_copy(update={"system": system}))).strip()
-            return written or (UNCLEAR_QUESTION if route.kind == "ask" else DECLINE_MESSAGE)
+            pieces = self.mllm.stream_text(request.model_copy(update={"system": system})) if system else ()
+            return remove_reasoning("".join(pieces)) or (UNCLEAR_QUESTION if route.kind == "ask" else DECLINE_MESSAGE)
         if is_frame_request(route, source) and self.extract_frame is None:
             return "I cannot take a picture out of a clip here."
         return build_refusal(self.preset, route, source) or ""
@@ -274,17 +227,6 @@ class Planner:
         """Return whether a request describes things instead of naming them, or is not in the MLLM's own words."""
         has_closed_vocabulary = self.prompts.plan is None
         return english_rules.is_indirect(text) or (has_closed_vocabulary and english_rules.has_other_words(text))
-
-    def rewrite_prompt(self, state: PlannerState, request: MLLMRequest) -> ThinkTrace:
-        started, text = time.perf_counter(), ""
-        system = self.prompts.add_background(self.prompts.think, get_background(state))
-        for piece in self.mllm.stream_text(request.model_copy(update={"system": system})):
-            text += piece
-            if THINK_END not in text and (visible := piece.replace(THINK_START, "")):
-                emit_event(ThinkingDelta(delta=visible))
-        reasoning, rewrite = split_reasoning(text)
-        seconds = round(time.perf_counter() - started, 3)
-        return ThinkTrace(request=request.text, reasoning=reasoning, rewrite=rewrite or request.text, seconds=seconds)
 
     def route(self, state: PlannerState) -> dict[str, Any]:
         """Keep the route of the MLLM's first token; if that is uncertain, ask the user."""
@@ -316,102 +258,27 @@ class Planner:
 
     def decline(self, state: PlannerState) -> dict[str, Any]:
         """Answer with the refusal; nothing is rendered."""
-        emit_event(TextDelta(delta=state["message"]))
-        action, route = Action(**state["action"]), Route(kind="decline", probability=1.0)
-        return close_action(
-            state, ActionResult(action=action, goal="decline", route=route, trace=None, answer=state["message"])
-        )
-
-    # ------------------------------------------------------------ the three goals
+        return self.answer_in_words(state, state["message"])
 
     def understand(self, state: PlannerState) -> dict[str, Any]:
-        answer = ""
-        system = self.prompts.add_background(None, get_background(state))
-        for piece in self.mllm.stream_text(self.build_request(state).model_copy(update={"system": system})):
-            answer += piece
-            emit_event(TextDelta(delta=piece))
+        """Answer in words. An answer that is nothing but reasoning becomes a question."""
+        request, options, answer = self.build_request(state), TurnOptions(**state["options"]), ""
+        emit_action(state, "understand", request.text)
+        sampling = TextSampling(
+            max_tokens=options.max_tokens,
+            temperature=options.temperature,
+            top_p=options.top_p,
+            seed=self.choose_seed(state) % 2**31 if options.temperature else 0,
+        )
+        system = self.prompts.add_background(None, options.background)
+        pieces = self.mllm.stream_text(request.model_copy(update={"sampling": sampling, "system": system}))
+        for kind, piece in end_at_stop(separate_reasoning(pieces), options.stop):
+            emit_event(ThinkingDelta(delta=piece) if kind == "thinking" else TextDelta(delta=piece))
+            answer += piece if kind == "text" else ""
+        if not answer.strip():
+            answer = NO_ANSWER_QUESTION
+            emit_event(TextDelta(delta=answer))
         return close_action(state, ActionResult(**self.build_result_fields(state, "understand"), answer=answer.strip()))
-
-    def generate(self, state: PlannerState) -> dict[str, Any]:
-        return self.render_candidate(state, None)
-
-    def edit(self, state: PlannerState) -> dict[str, Any]:
-        source = self.find_source(state)
-        assert source is not None, "an edit has a source"
-        if self.extract_frame is None or not is_frame_request(Route(**state["detected_route"]), source):
-            return self.render_candidate(state, source)
-        position = media_words.find_frame_position(state["action"]["text"])
-        artifact = self.extract_frame(source, position, build_job_id(state))
-        emit_event(ArtifactReady(artifact=artifact))
-        return {"candidates": [Candidate(seed=0, artifact=artifact).model_dump()]}
-
-    def render_candidate(self, state: PlannerState, source: Artifact | None) -> dict[str, Any]:
-        """Render the next candidate: predict the prompt's visual tokens, then run a job with the next seed."""
-        options, candidates = TurnOptions(**state["options"]), list(state["candidates"])
-        seed_parts = (state["seed"], len(state["turns"]) + 1, state["action_index"])
-        base_seed = options.seed if options.seed is not None else derive_seed(*seed_parts)
-        task, prompt = get_task(Route(**state["detected_route"]), source), self.get_prompt(state)
-        assert task is not None, "the route is one of pixels"
-        job = Job(
-            id=build_job_id(state),
-            prompt=prompt,
-            visual_tokens=self.mllm.predict_visual_tokens(
-                MLLMRequest(text=prompt, artifacts=(source,) if source else ()), get_task_medium(task)
-            ),
-            source=source,
-            params=resolve_sampling_params(
-                self.preset,
-                task,
-                steps=options.steps,
-                guidance_scale=options.guidance_scale,
-                seed=(base_seed + len(candidates)) % (MAX_SEED + 1),
-            ),
-        )
-        artifact = self.follow_job(job, final=options.check == 1)
-        return {"candidates": [*candidates, Candidate(seed=job.seed, artifact=artifact).model_dump()]}
-
-    def follow_job(self, job: Job, final: bool) -> Artifact:
-        for event in self.queue.run(job):
-            if isinstance(event, Artifact):
-                emit_event(ArtifactReady(artifact=event, final=final))
-                return event
-            emit_event(event)
-        raise AssertionError("a job must end with an artifact")
-
-    # ------------------------------------------------------------ check and answer
-
-    def check(self, state: PlannerState) -> dict[str, Any]:
-        """Inference-time scaling: let the MLLM judge the candidate, and render another one if it disagrees."""
-        options = TurnOptions(**state["options"])
-        candidates = [Candidate(**candidate) for candidate in state["candidates"]]
-        if options.check == 1 or is_frame_request(Route(**state["detected_route"]), self.find_source(state)):
-            return self.select_best(state, candidates)
-        statement = state["statement"] or self.build_statement(state)
-        question = self.prompts.check.format(prompt=statement)
-        agreement = self.mllm.score_agreement(MLLMRequest(text=question, artifacts=(candidates[-1].artifact,)))
-        candidates[-1] = candidates[-1].model_copy(update={"agreement": round(agreement, 4)})
-        if agreement < MIN_AGREEMENT and len(candidates) < options.check:
-            return {"candidates": [candidate.model_dump() for candidate in candidates], "statement": statement}
-        return self.select_best(state, candidates)
-
-    def build_statement(self, state: PlannerState) -> str:
-        """Return what the result should show. An edit's instruction names only the change, so it is rewritten first."""
-        trace = state["trace"]
-        if trace is None and state["action"]["source"]:
-            trace = self.rewrite_prompt(state, self.build_request(state)).model_dump()
-        statement: str = trace["rewrite"] if trace else state["action"]["text"]
-        return statement.removeprefix("picture of ").removeprefix("video of ")
-
-    def select_best(self, state: PlannerState, candidates: list[Candidate]) -> dict[str, Any]:
-        best = max(candidates, key=lambda candidate: candidate.agreement or 0.0).artifact
-        if len(candidates) > 1 or candidates[0].agreement is not None:
-            emit_event(ArtifactReady(artifact=best))
-        goal: Goal = "edit" if best.source else "generate"
-        result = ActionResult(**self.build_result_fields(state, goal), candidates=tuple(candidates), artifact=best)
-        updates: dict[str, Any] = {"artifacts": [best.model_dump()], "current_key": best.key}
-        return (
-            updates | {"candidates": [candidate.model_dump() for candidate in candidates]} | close_action(state, result)
-        )
 
     def answer(self, state: PlannerState) -> dict[str, Any]:
         turn = Turn(
@@ -423,33 +290,3 @@ class Planner:
         )
         emit_event(TurnCompleted(turn=turn))
         return {"turns": [turn.model_dump()]}
-
-    # ------------------------------------------------------------ helpers of several nodes
-
-    def find_source(self, state: PlannerState) -> Artifact | None:
-        key = state["action"]["source"]
-        return next((Artifact(**artifact) for artifact in reversed(state["artifacts"]) if artifact["key"] == key), None)
-
-    def build_request(self, state: PlannerState) -> MLLMRequest:
-        source = self.find_source(state)
-        return MLLMRequest(text=state["action"]["text"], artifacts=(source,) if source else ())
-
-    def get_prompt(self, state: PlannerState) -> str:
-        prompt: str = state["trace"]["rewrite"] if state["trace"] else state["action"]["text"]
-        return prompt
-
-    def build_result_fields(self, state: PlannerState, goal: Goal) -> dict[str, Any]:
-        return {"action": state["action"], "goal": goal, "route": state["detected_route"], "trace": state["trace"]}
-
-
-def build_job_id(state: PlannerState) -> str:
-    """Return the id of the next candidate's job: of the thread, turn, action and attempt."""
-    thread_id = get_config()["configurable"]["thread_id"]
-    numbers = (len(state["turns"]) + 1, state["action_index"] + 1, len(state["candidates"]) + 1)
-    # A turn that failed may be sent again; its jobs need new ids.
-    retry_suffix = f".{state['failed_turns']}" if state.get("failed_turns") else ""
-    return f"{thread_id}/{'.'.join(map(str, numbers))}{retry_suffix}"
-
-
-def get_background(state: PlannerState) -> str:
-    return TurnOptions(**state["options"]).background

@@ -10,7 +10,7 @@ from typing import Any
 from langgraph.types import Command, StateSnapshot
 from pydantic import ValidationError
 
-from omnivideo.agent.graph import derive_seed
+from omnivideo.agent.rendering import derive_seed
 from omnivideo.contracts import Artifact, check_prompt, invalid_input_from_validation
 from omnivideo.errors import InvalidInput, OmniVideoError
 from omnivideo.turns import QuestionAsked, Turn, TurnCompleted, TurnEvent, TurnOptions

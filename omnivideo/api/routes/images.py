@@ -2,14 +2,15 @@
 
 import base64
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Generic, Literal, TypeVar
 
-from anyio import CancelScope
 from anyio.to_thread import run_sync
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
+from omnivideo.api.answers.links import LinkBuilder, MediaOwnerDep, create_link_builder
 from omnivideo.api.dependencies import (
     ContextDep,
     IdempotencyDep,
@@ -31,12 +32,12 @@ from omnivideo.api.generation import (
 )
 from omnivideo.api.request_body import BodyFields, document_request_body, validate_fields
 from omnivideo.api.routes.videos import build_content_response
+from omnivideo.api.waiting import CLIENT_CLOSED_REQUEST, leave_work
 from omnivideo.contracts import JobStatus
 
 router = APIRouter(prefix="/v1/images", tags=["images"], responses=ERROR_RESPONSES)
 DISCONNECT_CHECK_SECONDS = 0.5  # how often a waiting request checks that its client is still connected
 LINK_LIFETIME_SECONDS = 3600  # how long a signed URL of the object store is valid
-CLIENT_CLOSED_REQUEST = 499  # nginx's status for a client that has disconnected; it is only logged
 Payload = TypeVar("Payload", bound=ImageRequest)
 
 
@@ -82,7 +83,7 @@ async def edit_images(
 
 
 @router.get("/{image_id}/content", response_class=Response)
-def get_image_content(image_id: ResourceId, request: Request, context: ContextDep, owner: OwnerDep) -> Response:
+def get_image_content(image_id: ResourceId, request: Request, context: ContextDep, owner: MediaOwnerDep) -> Response:
     """Return an image that was requested with `response_format` "url"."""
     status = context.jobs.get_owned_job(image_id, owner, "image")
     if status is None:
@@ -145,13 +146,17 @@ async def run_image_jobs(request: Request, image_jobs: ImageJobs[Any]) -> Respon
     try:
         statuses = await wait_for_jobs(request, image_jobs)
     finally:
-        has_disconnected = statuses is None
-        with CancelScope(shield=True):
-            await run_sync(image_jobs.leave, has_disconnected)
+        grace_seconds = image_jobs.context.settings.disconnect_grace_seconds
+        await leave_work(image_jobs.leave, statuses is None, grace_seconds)
     if statuses is None:
         return Response(status_code=CLIENT_CLOSED_REQUEST)
     inline = image_jobs.payload.response_format != "url"
-    images_response = await run_sync(build_images_response, image_jobs.context, statuses, inline, str(request.base_url))
+    if inline:
+        to_object = partial(to_inline_image, image_jobs.context)
+    else:
+        links = create_link_builder(image_jobs.context, image_jobs.owner, str(request.base_url))
+        to_object = partial(to_linked_image, image_jobs.context, links)
+    images_response = await run_sync(build_images_response, statuses, to_object)
     return JSONResponse(images_response.model_dump(exclude_none=True))
 
 
@@ -177,18 +182,24 @@ async def wait_for_jobs(request: Request, image_jobs: ImageJobs[Any]) -> list[Jo
 
 
 def build_images_response(
-    context: ServiceContext, statuses: list[JobStatus], inline: bool, base_url: str
+    statuses: list[JobStatus], to_image_object: Callable[[JobStatus], ImageObject]
 ) -> ImagesResponse:
-    data = [to_image_object(context, status, inline, base_url) for status in statuses]
+    data = list(map(to_image_object, statuses))
     return ImagesResponse(created=int(statuses[0].created_at), data=data, size=statuses[0].meta["size"])
 
 
-def to_image_object(context: ServiceContext, status: JobStatus, inline: bool, base_url: str) -> ImageObject:
-    """Return the image's bytes or its URL: a signed one if the object store can sign, otherwise one of this service."""
-    artifact = status.result
-    assert artifact is not None
-    if inline:
-        return ImageObject(b64_json=base64.b64encode(context.store.get(artifact.key)).decode())
-    if base_url and (sign_url := getattr(context.store, "presign_url", None)):
-        return ImageObject(url=sign_url(artifact.key, LINK_LIFETIME_SECONDS))
-    return ImageObject(url=f"{base_url or '/'}v1/images/{status.id}/content")
+def to_inline_image(context: ServiceContext, status: JobStatus) -> ImageObject:
+    assert status.result is not None
+    return ImageObject(b64_json=base64.b64encode(context.store.get(status.result.key)).decode())
+
+
+def to_linked_image(context: ServiceContext, links: LinkBuilder, status: JobStatus) -> ImageObject:
+    """Return the image's address: a signed one of the object store if it can sign, otherwise one of this service."""
+    assert status.result is not None
+    if sign_url := getattr(context.store, "presign_url", None):
+        return ImageObject(url=sign_url(status.result.key, LINK_LIFETIME_SECONDS))
+    return ImageObject(url=links.build_link(build_image_path(status.id)))
+
+
+def build_image_path(image_id: str) -> str:
+    return f"/v1/images/{image_id}/content"

@@ -32,6 +32,7 @@ from omnivideo.errors import ArtifactNotFound, InvalidInput
 from omnivideo.media.artifacts import encode_clip, to_png_bytes
 from omnivideo.media.read import measure_media, read_fitted_media
 from omnivideo.media.sound import SoundSource, keep_sound
+from omnivideo.media.thumbnails import encode_animation
 from omnivideo.models.omni import MLLMFeatures, OmniVideoModel
 from omnivideo.models.sampling import DenoisingState
 from omnivideo.models.vae import decode_latents, pixels_to_bytes
@@ -167,7 +168,7 @@ class Renderer:
         return edited_bytes, suffix, note
 
     def store_result(self, job: Job, params: SamplingParams, clip: GeneratedClip) -> Artifact:
-        """Write the clip, its latents and its manifest to the store and return the artifact.
+        """Write the clip, its latents, its manifest and its preview to the store and return the artifact.
 
         The artifact depends only on the job, not on where or when it is rendered.
         """
@@ -186,6 +187,7 @@ class Renderer:
             manifest=self.store.put(json.dumps(manifest.model_dump(), indent=2).encode(), "json"),
             latents=put_tensors(self.store, {"latents": clip.latents}),
             source=None if job.source is None else job.source.key,
+            preview=self.store.put(encode_animation(clip.frames, params.fps), "webp") if suffix == "mp4" else None,
             created_by=job.id,
         )
 
