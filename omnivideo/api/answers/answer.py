@@ -137,11 +137,11 @@ class Answer:
 
     # ------------------------------------------------------------ what clients are told about it
 
-    def count_usage(self, prompt: str, count_tokens: Callable[[str], int]) -> Usage:
+    def count_usage(self, prompt_tokens: int, count_tokens: Callable[[str], int]) -> Usage:
         text = self.text
         for artifact in self.artifacts:
             text = text.replace(to_markdown(artifact, self.thread_id, self.links), "")
-        return Usage(*(count_tokens(part) if part else 0 for part in (prompt, text, self.reasoning)))
+        return Usage(prompt_tokens, *(count_tokens(part) if part else 0 for part in (text, self.reasoning)))
 
     def is_cut(self, max_tokens: int | None, count_tokens: Callable[[str], int]) -> bool:
         """Return whether an answer in words has ended because of the request's limit."""

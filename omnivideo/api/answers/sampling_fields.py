@@ -44,7 +44,7 @@ class SamplingFields(RequestModel):
     temperature: float = Field(default=0.0, ge=0, le=2)
     top_p: float = Field(default=1.0, ge=0, le=1)
     seed: Seed = None
-    tools: Tools = []
+    tools: Tools = Field(default=[])
     tool_choice: ToolChoice = "auto"
     think: Think = "auto"
     check: int = Field(default=1, ge=1, le=16)
@@ -70,16 +70,16 @@ class SamplingFields(RequestModel):
 class ChatSamplingFields(SamplingFields):
     max_tokens: MaxTokens = None
     max_completion_tokens: MaxTokens = None
-    stop: StopSequences = []
+    stop: StopSequences = Field(default=[])
     n: int = Field(default=1, ge=1, le=1)
     frequency_penalty: Zero = 0.0
     presence_penalty: Zero = 0.0
     logit_bias: NoneOf = None
     logprobs: NoneOf = None
     top_logprobs: NoneOf = None
-    functions: Tools = []
+    functions: Tools = Field(default=[])
     function_call: ToolChoice = "auto"
-    modalities: list[Literal["text"]] = ["text"]
+    modalities: list[Literal["text"]] = Field(default=["text"])
     audio: NoneOf = None
 
     @property

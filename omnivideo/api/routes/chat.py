@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 import anyio
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
-from pydantic import Field
+from pydantic import BaseModel, Field
 from sse_starlette import EventSourceResponse
 
 from omnivideo.api.answers.answer import IDLE_SECONDS, Answer, AnswerPart, Usage
@@ -141,6 +141,8 @@ class ChatCompletion:
         self.links = create_link_builder(context, owner, base_url)
         self.created_at = int(time.time())
         self.thread_id, self.turn_id = "", ""
+        self.idempotent_payload: BaseModel = payload
+        self.retry_timeout_seconds, self.client_fields = ATTENDED_RETRY_TIMEOUT_SECONDS, dict[str, Any]()
 
     @property
     def id(self) -> str:
@@ -155,7 +157,7 @@ class ChatCompletion:
             turn = self.create_or_refuse_turn(make_id("turn_"))
         else:
             find = partial(self.context.turn_runner.find_live_turn, self.owner)
-            turn = idempotent_request.run(self.payload, "turn_", find, self.create_or_refuse_turn)
+            turn = idempotent_request.run(self.idempotent_payload, "turn_", find, self.create_or_refuse_turn)
         self.turn_id, self.thread_id, self.created_at = turn.id, turn.thread_id, int(turn.created_at)
 
     def create_or_refuse_turn(self, turn_id: str) -> TurnRecord:
@@ -163,7 +165,9 @@ class ChatCompletion:
         try:
             return self.create_turn(turn_id)
         except UnusableContent as error:
-            return self.context.turn_runner.refuse_turn(turn_id, self.owner, self.thread_id, error)
+            return self.context.turn_runner.refuse_turn(
+                turn_id, self.owner, self.thread_id, error, client_fields=self.client_fields
+            )
 
     def create_turn(self, turn_id: str) -> TurnRecord:
         check_model_name(self.context, self.payload.model)
@@ -184,7 +188,8 @@ class ChatCompletion:
             self.thread_id,
             last_message.text,
             attachments,
-            retry_timeout_seconds=ATTENDED_RETRY_TIMEOUT_SECONDS,
+            retry_timeout_seconds=self.retry_timeout_seconds,
+            client_fields=self.client_fields,
             **self.payload.to_turn_options(),
         )
 
@@ -238,8 +243,12 @@ class ChatCompletion:
         self.record_completion(answer.text)
         count_tokens = self.context.conversations.mllm.count_tokens
         is_cut = answer.is_cut(self.payload.token_limit, count_tokens)
-        prompt = "\n".join(message.text for message in self.payload.messages)
-        return parts, "length" if is_cut else "stop", answer.count_usage(prompt, count_tokens)
+        usage = answer.count_usage(count_tokens(self.prompt_text), count_tokens)
+        return parts, "length" if is_cut else "stop", usage
+
+    @property
+    def prompt_text(self) -> str:
+        return "\n".join(message.text for message in self.payload.messages)
 
     def build_completion(self) -> dict[str, Any]:
         """Return the answer of a turn that has ended. Raises APIError if it has failed or was cancelled."""
