@@ -125,14 +125,18 @@ def test_an_unreadable_file_is_answered_in_words(client):
     assert completion.choices[0].message.content.startswith("I cannot read the file that you sent: ")
 
 
-def test_usage(client):
+def test_usage(client, context):
+    count = context.conversations.mllm.count_tokens
+    expected = (count("how are you?"), count("it is me"))
     usage = ask(client, "how are you?").usage
-    assert (usage.prompt_tokens, usage.completion_tokens) == (3, 3)  # the scripted model's tokens are words
-    assert usage.total_tokens == 6 and usage.completion_tokens_details.reasoning_tokens == 0
+    assert (usage.prompt_tokens, usage.completion_tokens) == expected and min(expected) > 0
+    assert usage.total_tokens == sum(expected) and usage.completion_tokens_details.reasoning_tokens == 0
     chunks = stream(client, "how are you?", stream_options={"include_usage": True})
-    assert chunks[-1].choices == [] and chunks[-1].usage.total_tokens == 6
+    assert chunks[-1].choices == [] and chunks[-1].usage == usage
     assert all(chunk.usage is None for chunk in chunks[:-1])
     assert all(chunk.usage is None for chunk in stream(client, "how are you?"))
+    clip = ask(client, "a red ball moving right").usage
+    assert clip.completion_tokens == count("Here is the clip: a red ball moving right\n\n"), "links do not count"
 
 
 @pytest.mark.parametrize(
@@ -163,12 +167,13 @@ def test_fields_that_change_nothing_here_are_accepted(client):
     assert ask(client, "how are you?", extra_body=fields | {"user": "ann"}).choices[0].message.content == "it is me"
 
 
-def test_an_answer_ends_at_a_stop_sequence_and_at_the_limit_of_tokens(client):
+def test_an_answer_ends_at_a_stop_sequence_and_at_the_limit_of_tokens(client, context):
+    length = context.conversations.mllm.count_tokens("it is me")
     stopped = ask(client, "how are you?", stop=" me").choices[0]
     assert (stopped.message.content, stopped.finish_reason) == ("it is", "stop")
     assert join(stream(client, "how are you?", stop=["is m"])) == "it "
-    assert ask(client, "how are you?", max_tokens=3).choices[0].finish_reason == "length"
-    assert ask(client, "how are you?", max_completion_tokens=4).choices[0].finish_reason == "stop"
+    assert ask(client, "how are you?", max_tokens=length).choices[0].finish_reason == "length"
+    assert ask(client, "how are you?", max_completion_tokens=length + 1).choices[0].finish_reason == "stop"
 
 
 def test_reasoning_is_not_in_the_content(client, monkeypatch, context):
