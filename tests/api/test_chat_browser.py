@@ -12,7 +12,7 @@ def test_a_browser_shows_clips_and_pictures(client, tmp_path):
     page = measure_markdown("\n\n".join(m["content"] for m in messages if m["role"] == "assistant"), tmp_path)
     assert [alt for alt, _, _ in page["pictures"]] == [
         "a red ball moving right",
-        "picture of a blue ball",
+        "a picture of a blue ball",
         "make it green",
     ]
     assert all(width > 0 and height > 0 for _, width, height in page["pictures"]), page["pictures"]

@@ -31,7 +31,7 @@ def test_every_link_begins_with_the_public_address(omni, tmp_path, caplog):
         url = http.post("/v1/images/generations", json=image).json()["data"][0]["url"]
         assert url.startswith("https://clips.example.com/video/v1/images/")
         path = url.removeprefix("https://clips.example.com/video")
-        assert httpx.get(f"{http.base_url}{path.lstrip('/')}", trust_env=False).content.startswith(b"\x89PNG")
+        assert httpx.get(f"{str(http.base_url).rstrip('/')}{path}", trust_env=False).content.startswith(b"\x89PNG")
     assert "OMNIVIDEO_PUBLIC_URL" not in caplog.text
 
 

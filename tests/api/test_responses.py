@@ -34,7 +34,7 @@ def test_a_clip_is_text_and_an_animated_picture(client):
     assert [item.type for item in response.output] == ["message", "image_generation_call"]
     assert "![a red ball moving right](" in response.output_text
     call = response.output[1]
-    assert call.status == "completed" and call.model_extra["output_format"] == "webp"
+    assert call.status == "completed" and call.output_format == "webp"
     assert Image.open(io.BytesIO(base64.b64decode(call.result))).n_frames == 9
     still = respond(client, "a picture of a ball").output[1]
     assert Image.open(io.BytesIO(base64.b64decode(still.result))).format == "PNG"

@@ -40,7 +40,7 @@ class Usage(NamedTuple):
         return self.prompt + self.completion
 
 
-class Answer:
+class ChatAnswer:
     """The answer so far.
 
     A turn that continues after an interruption repeats events: a plan begins the whole answer again, an action event

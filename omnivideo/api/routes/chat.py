@@ -20,7 +20,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 from sse_starlette import EventSourceResponse
 
-from omnivideo.api.answers.answer import IDLE_SECONDS, Answer, AnswerPart, Usage
+from omnivideo.api.answers.answer import IDLE_SECONDS, AnswerPart, ChatAnswer, Usage
 from omnivideo.api.answers.chat_format import ChatFormat, FinishReason, ServerSentEvent
 from omnivideo.api.answers.links import create_link_builder
 from omnivideo.api.answers.sampling_fields import ChatSamplingFields
@@ -237,7 +237,7 @@ class ChatCompletion:
             {"omnivideo": names},
         )
 
-    def end_answer(self, answer: Answer) -> tuple[list[AnswerPart], FinishReason, Usage]:
+    def end_answer(self, answer: ChatAnswer) -> tuple[list[AnswerPart], FinishReason, Usage]:
         """End the answer with its turn and store it. Return what is new, why it has ended, and its usage."""
         parts = list(answer.end(self.require_turn()))
         self.record_completion(answer.text)
@@ -252,14 +252,14 @@ class ChatCompletion:
 
     def build_completion(self) -> dict[str, Any]:
         """Return the answer of a turn that has ended. Raises APIError if it has failed or was cancelled."""
-        answer = Answer(self.thread_id, self.links)
+        answer = ChatAnswer(self.thread_id, self.links)
         answer.read_events(event for _, event in self.context.turns.list_events(self.turn_id))
         _, finish_reason, usage = self.end_answer(answer)
         return self.format.build_completion(answer.text, answer.reasoning, usage, finish_reason)
 
     async def stream_chunks(self, feed: EventFeed) -> AsyncIterator[ServerSentEvent]:
         """Yield the answer as server-sent events while the turn runs."""
-        answer, chat_format = Answer(self.thread_id, self.links), self.format
+        answer, chat_format = ChatAnswer(self.thread_id, self.links), self.format
         yield chat_format.begin_stream()
         async for _, event in feed.follow_turn(self.turn_id, idle_seconds=IDLE_SECONDS):
             for part in answer.read_event(event):

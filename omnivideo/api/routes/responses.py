@@ -15,7 +15,7 @@ from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import JSONResponse
 from sse_starlette import EventSourceResponse
 
-from omnivideo.api.answers.answer import IDLE_SECONDS, Answer
+from omnivideo.api.answers.answer import IDLE_SECONDS, ChatAnswer
 from omnivideo.api.answers.links import LinkBuilder, create_link_builder
 from omnivideo.api.answers.response_fields import InputItem, ResponseRequest, list_input_items, to_chat_message
 from omnivideo.api.answers.response_format import STATUSES, ResponseWriter, ServerSentEvent
@@ -56,7 +56,7 @@ class StoredResponse:
         on_end: Callable[[str], None] = lambda text: None,
     ):
         self.context, self.turn, self.on_end = context, turn, on_end
-        self.answer = Answer(turn.thread_id, links)
+        self.answer = ChatAnswer(turn.thread_id, links)
         self.client_fields: dict[str, Any] = turn.body.get("client_fields", {})
 
     def create_writer(self, shows_progress: bool) -> ResponseWriter:
