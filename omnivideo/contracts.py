@@ -100,6 +100,7 @@ class Manifest(FrozenModel):
 # ---------------------------------------------------------------- tasks
 
 Medium = Literal["image", "video"]
+FramePosition = Literal["first", "middle", "last"]  # of a still in its clip
 # `Task` lists the tasks that generate media; each preset has sampling defaults for all of them. Training has two more.
 TrainingTask = Literal["image-understanding", "video-understanding", Task]
 TASKS: tuple[Task, ...] = get_args(Task)

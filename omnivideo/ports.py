@@ -7,6 +7,7 @@ from typing import Any, Literal, Protocol, TypeVar
 from omnivideo.contracts import (
     Artifact,
     Change,
+    FramePosition,
     Job,
     JobStatus,
     Lane,
@@ -75,6 +76,12 @@ class MLLM(Protocol):
         process or be rendered in another one.
         """
         ...
+
+
+class ExtractFrame(Protocol):
+    """Makes a still of a clip."""
+
+    def __call__(self, clip: Artifact, position: FramePosition, created_by: str, /) -> Artifact: ...
 
 
 class RenderProgress(Protocol[LatentsOut, StateOut]):
@@ -215,6 +222,14 @@ class TurnStore(Protocol):
         ...
 
     def get_turn(self, turn_id: str, owner: str) -> TurnRecord | None: ...
+
+    def list_turns(self, thread_id: str) -> list[TurnRecord]:
+        """Return the turns of a thread, the oldest first."""
+        ...
+
+    def has_open_turn(self, owner: str, exclude_lane: Lane) -> bool:
+        """Return whether a turn of the owner is queued or running in another lane than this one."""
+        ...
 
     def claim_turn(self, turn_id: str) -> TurnRecord | None: ...
 

@@ -97,6 +97,11 @@ class ServiceSettings(BaseSettings):
     media_ports: Annotated[tuple[int, ...], NoDecode, BeforeValidator(split_commas)] = ()
     max_upload_bytes: int = Field(default=200 * 2**20, ge=2**10, le=512 * 2**20)
 
+    max_generations_per_turn: int = Field(default=4, ge=1, le=100)  # more are asked about first
+    disconnect_grace_seconds: float = Field(
+        default=10.0, ge=0, le=3600
+    )  # until work that nobody waits for is cancelled
+
     max_queued_jobs: int = Field(default=10_000, ge=1)  # of all owners
     max_open_jobs_per_key: int = Field(default=2_000, ge=1)  # queued or running
     heartbeat_timeout: float = Field(default=15.0, ge=0.5, le=3600)  # seconds until a silent worker counts as lost

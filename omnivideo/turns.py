@@ -7,6 +7,7 @@ from pydantic import Field
 from omnivideo.contracts import MAX_ANSWER_TOKENS, MAX_SEED, Artifact, FrozenModel, Medium, Preview, Route, StepProgress
 
 Think = Literal["off", "on", "auto"]
+MAX_BACKGROUND_CHARS = 24_000
 Goal = Literal["understand", "generate", "edit", "decline"]
 
 
@@ -63,6 +64,8 @@ class Turn(FrozenModel):
 class TurnOptions(FrozenModel):
     """The options of a turn. `check` is the maximum number of candidates to render for an action.
 
+    `background` is what an MLLM that follows instructions is told besides the turn's text: a client's own instructions,
+    documents, and what was said before.
     `max_tokens`, `temperature`, `top_p` and `stop` apply to answers in words.
     """
 
@@ -71,6 +74,7 @@ class TurnOptions(FrozenModel):
     seed: int | None = Field(default=None, ge=0, le=MAX_SEED)
     steps: int | None = Field(default=None, ge=1, le=200)
     guidance_scale: float | None = Field(default=None, ge=0, le=30, allow_inf_nan=False)
+    background: str = Field(default="", max_length=MAX_BACKGROUND_CHARS)
     max_tokens: int | None = Field(default=None, ge=1, le=MAX_ANSWER_TOKENS)
     temperature: float = Field(default=0.0, ge=0, le=2, allow_inf_nan=False)
     top_p: float = Field(default=1.0, gt=0, le=1, allow_inf_nan=False)

@@ -9,9 +9,10 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omnivideo.agent.conversations import Conversations
+from omnivideo.agent.conversations import Conversations, OpenQueue
+from omnivideo.contracts import Lane
 from omnivideo.errors import InvalidInput
-from omnivideo.media.artifacts import store_user_file
+from omnivideo.media.artifacts import extract_frame, store_user_file
 from omnivideo.ports import MLLM, JobQueue, SweepableObjectStore
 from omnivideo.presets import get_preset
 from omnivideo.settings import ServiceSettings
@@ -44,11 +45,13 @@ def build_local_conversations(omni: "OmniVideoModel", weights_digest: str, setti
     queue = LocalQueue(renderer)
     return Conversations(
         mllm=RemoteMLLM(settings.mllm, store, settings.mllm_timeout_seconds) if settings.mllm else renderer.mllm,
-        queue_for=lambda owner: queue,
+        queue_for=lambda owner, lane="interactive": queue,
         store=store,
         checkpointer=open_checkpointer(settings),
         attach_file=partial(store_user_file, store),
         preset=omni.preset,
+        extract_frame=partial(extract_frame, store),
+        max_generations=settings.max_generations_per_turn,
         replay_manifest=renderer.replay_manifest,
     )
 
@@ -186,17 +189,27 @@ class ServiceWiring:
         return notify
 
     @cached_property
-    def open_queue(self) -> Callable[[str], JobQueue]:
-        """Return the durable queue of an owner's jobs."""
+    def open_queue(self) -> OpenQueue:
+        """The durable queues of all owners' jobs."""
         from omnivideo.backends.queue.durable import DurableQueue
 
-        return partial(DurableQueue, self.jobs, self.store, self.notify_workers)
+        def open_queue(owner: str, lane: Lane = "interactive", /) -> JobQueue:
+            return DurableQueue(self.jobs, self.store, self.notify_workers, owner, lane)
+
+        return open_queue
 
     @cached_property
     def conversations(self) -> Conversations:
         saver = open_checkpointer(self.settings)
         conversations = Conversations(
-            self.mllm, self.open_queue, self.store, saver, self.attach_file, get_preset(self.settings.preset)
+            self.mllm,
+            self.open_queue,
+            self.store,
+            saver,
+            self.attach_file,
+            get_preset(self.settings.preset),
+            partial(extract_frame, self.store),
+            self.settings.max_generations_per_turn,
         )
         self.close_callbacks.append(conversations.close)
         return conversations

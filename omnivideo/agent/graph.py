@@ -9,21 +9,26 @@ thread is checkpointed after every node, so a killed process loses at most one s
 emits events while a turn runs.
 """
 
-import hashlib
-import time
+from functools import partial
 from typing import Any, Literal
 
 from langgraph.checkpoint.base import BaseCheckpointSaver
-from langgraph.config import get_config, get_stream_writer
 from langgraph.graph import END, START, StateGraph
 from langgraph.types import interrupt
 
-from omnivideo.agent import english_rules
-from omnivideo.agent.answer_text import end_at_stop, remove_reasoning, separate_reasoning, split_rewrite
-from omnivideo.agent.capabilities import build_refusal, explain_invalid_input, get_task, reconcile_route
+from omnivideo.agent import english_rules, media_words
+from omnivideo.agent.answer_text import end_at_stop, remove_reasoning, separate_reasoning
+from omnivideo.agent.capabilities import (
+    build_refusal,
+    choose_result_medium,
+    get_task,
+    is_frame_request,
+    reconcile_route,
+)
+from omnivideo.agent.generation_limit import limit_generations
 from omnivideo.agent.mllm_plan import LAST, NEW, build_plan_request, build_plan_schema, parse_plan
-from omnivideo.agent.planner_prompts import load_prompts
 from omnivideo.agent.references import ReferenceSearch
+from omnivideo.agent.rendering import RenderingNodes, emit_action, emit_event, get_background
 from omnivideo.agent.state import PlannerState
 from omnivideo.agent.transitions import (
     REFERENCE_NODE,
@@ -35,43 +40,26 @@ from omnivideo.agent.transitions import (
     get_planned,
 )
 from omnivideo.contracts import (
-    MAX_SEED,
-    THINK_END,
-    THINK_START,
     Artifact,
-    Job,
-    Medium,
     MLLMRequest,
     Route,
     TextSampling,
-    get_editing_task,
-    get_generation_task,
-    resolve_sampling_params,
 )
-from omnivideo.errors import InvalidInput
-from omnivideo.ports import MLLM, JobQueue
-from omnivideo.presets import Preset
 from omnivideo.turns import (
     Action,
     ActionResult,
-    ActionStarted,
     ArtifactReady,
-    Candidate,
-    Goal,
     Plan,
     PlanReady,
     PromptRewritten,
     TextDelta,
     ThinkingDelta,
-    ThinkTrace,
     Turn,
     TurnCompleted,
-    TurnEvent,
     TurnOptions,
 )
 
 MIN_ROUTE_PROBABILITY = 0.5  # below this probability, the user is asked
-MIN_AGREEMENT = 0.5  # a candidate with this agreement is accepted
 NOTHING_TO_EDIT_QUESTION = "There is nothing to change yet. What should I create?"
 ROUTE_QUESTION = "I am not sure what you would like: a picture, a clip, or an answer in words?"
 UNCLEAR_QUESTION = "I am not sure what you mean. What exactly should I make?"
@@ -80,28 +68,8 @@ DECLINE_MESSAGE = "I cannot help with that; I make and change clips and pictures
 MAX_QUESTIONS = 3  # about unclear requests, in one turn
 
 
-def emit_event(event: TurnEvent) -> None:
-    get_stream_writer()(event)
-
-
-def emit_action(state: PlannerState, goal: Goal, prompt: str, medium: Medium | None = None) -> None:
-    emit_event(ActionStarted(index=state["action_index"], goal=goal, medium=medium, prompt=prompt))
-
-
-def derive_seed(*parts: object) -> int:
-    """Return a seed derived from what it is used for, such as a thread, turn and action."""
-    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
-    return int.from_bytes(digest[:8], "big") % (MAX_SEED + 1)
-
-
-class Planner:
+class Planner(RenderingNodes):
     """The nodes of the graph. A node takes the thread's state and returns its updates."""
-
-    def __init__(self, mllm: MLLM, queue: JobQueue, preset: Preset):
-        self.mllm = mllm
-        self.queue = queue
-        self.preset = preset
-        self.prompts = load_prompts(preset)
 
     def build_graph(self, checkpointer: BaseCheckpointSaver[Any]) -> Any:
         builder = StateGraph(PlannerState)
@@ -127,7 +95,9 @@ class Planner:
     # ------------------------------------------------------------ planning and resolving references
 
     def plan(self, state: PlannerState) -> dict[str, Any]:
-        actions = self.split_actions(state)
+        actions, clarifications = limit_generations(
+            state["text"], partial(self.split_actions, state), self.is_generation, self.max_generations
+        )
         emit_event(PlanReady(plan=Plan(actions=tuple(Action(text=action["text"]) for action in actions))))
         attachments = state["attachments"]
         return {
@@ -136,14 +106,20 @@ class Planner:
             "action_goals": [action["goal"] for action in actions],
             "action_messages": [action["message"] for action in actions],
             "action_index": 0,
-            "clarifications": [],
+            "clarifications": clarifications,
             "results": [],
             "artifacts": attachments,
             "current_key": attachments[-1]["key"] if attachments else state.get("current_key"),
             "descriptions": state.get("descriptions", {}),
         }
 
-    def split_actions(self, state: PlannerState) -> list[dict[str, str]]:
+    def is_generation(self, action: dict[str, str]) -> bool:
+        """Return whether an action renders something, by the plan or, without one, by the MLLM's route."""
+        if action["goal"]:
+            return action["goal"] in ("generate", "edit")
+        return self.mllm.route(MLLMRequest(text=action["text"])).kind in ("image", "video")
+
+    def split_actions(self, state: PlannerState, text: str) -> list[dict[str, str]]:
         """Return each action's text, and its reference, goal and message to the user; "" if the plan does not say.
 
         An MLLM that can plan does this itself. Its plan is valid unless it is cut off before the first action is
@@ -151,16 +127,16 @@ class Planner:
         """
         unplanned = {"reference": "", "goal": "", "message": ""}
         if self.prompts.plan is None:
-            return [unplanned | {"text": text} for text in english_rules.split_actions(state["text"])]
+            return [unplanned | {"text": action} for action in english_rules.split_actions(text)]
         artifacts = [Artifact(**artifact) for artifact in state.get("artifacts", []) + state["attachments"]]
         request = MLLMRequest(
-            text=build_plan_request(state["text"], artifacts),
-            system=self.prompts.plan,
+            text=build_plan_request(text, artifacts),
+            system=self.prompts.add_background(self.prompts.plan, get_background(state)),
             json_schema=build_plan_schema(len(artifacts)),
         )
         planned_actions = parse_plan("".join(self.mllm.stream_text(request)), len(artifacts))
         if not planned_actions:
-            return [unplanned | {"text": state["text"], "reference": LAST if artifacts else NEW}]
+            return [unplanned | {"text": text, "reference": LAST if artifacts else NEW}]
         return [
             {"text": action.do.strip(), "reference": action.about, "goal": action.action,
              "message": getattr(action, "say", "")}
@@ -215,7 +191,7 @@ class Planner:
     def think(self, state: PlannerState) -> dict[str, Any]:
         """Route the request; in think mode, also rewrite it by reasoning before anything is rendered."""
         request, source = self.build_request(state), self.find_source(state)
-        route = reconcile_route(self.preset, get_planned(state, "action_goals"), self.mllm.route(request), source)
+        route = self.choose_route(state, request, source)
         if route.kind == "ask" and len(state["clarifications"]) >= MAX_QUESTIONS:
             route = Route(kind="text", probability=1.0)
         updates: dict[str, Any] = {"detected_route": route.model_dump(), "trace": None}
@@ -224,10 +200,18 @@ class Planner:
         options = TurnOptions(**state["options"])
         should_think = options.think == "on" or (options.think == "auto" and self.needs_thinking(request.text))
         if should_think and get_task(route, source):
-            trace = self.rewrite_prompt(request)
+            trace = self.rewrite_prompt(state, request)
             emit_event(PromptRewritten(trace=trace))
             updates["trace"] = trace.model_dump()
         return updates
+
+    def choose_route(self, state: PlannerState, request: MLLMRequest, source: Artifact | None) -> Route:
+        """Return the MLLM's route, within the plan; without a plan, English words may ask for another medium."""
+        route = self.mllm.route(request)
+        if self.prompts.plan is not None:
+            return reconcile_route(self.preset, get_planned(state, "action_goals"), route, source)
+        worded_medium = None if source is None else media_words.find_requested_medium(request.text, source.medium)
+        return choose_result_medium(route, source, worded_medium)
 
     def write_message(self, request: MLLMRequest, route: Route, source: Artifact | None) -> str:
         """Return what the user is told or asked instead of a result; "" if there will be one."""
@@ -235,22 +219,14 @@ class Planner:
         if route.kind in ("ask", "decline"):
             pieces = self.mllm.stream_text(request.model_copy(update={"system": system})) if system else ()
             return remove_reasoning("".join(pieces)) or (UNCLEAR_QUESTION if route.kind == "ask" else DECLINE_MESSAGE)
+        if is_frame_request(route, source) and self.extract_frame is None:
+            return "I cannot take a picture out of a clip here."
         return build_refusal(self.preset, route, source) or ""
 
     def needs_thinking(self, text: str) -> bool:
         """Return whether a request describes things instead of naming them, or is not in the MLLM's own words."""
         has_closed_vocabulary = self.prompts.plan is None
         return english_rules.is_indirect(text) or (has_closed_vocabulary and english_rules.has_other_words(text))
-
-    def rewrite_prompt(self, request: MLLMRequest) -> ThinkTrace:
-        started, text = time.perf_counter(), ""
-        for piece in self.mllm.stream_text(request.model_copy(update={"system": self.prompts.think})):
-            text += piece
-            if THINK_END not in text and (visible := piece.replace(THINK_START, "")):
-                emit_event(ThinkingDelta(delta=visible))
-        reasoning, rewrite = split_rewrite(text)
-        seconds = round(time.perf_counter() - started, 3)
-        return ThinkTrace(request=request.text, reasoning=reasoning, rewrite=rewrite or request.text, seconds=seconds)
 
     def route(self, state: PlannerState) -> dict[str, Any]:
         """Keep the route of the MLLM's first token; if that is uncertain, ask the user."""
@@ -284,15 +260,6 @@ class Planner:
         """Answer with the refusal; nothing is rendered."""
         return self.answer_in_words(state, state["message"])
 
-    def answer_in_words(self, state: PlannerState, message: str) -> dict[str, Any]:
-        action, route = Action(**state["action"]), Route(kind="decline", probability=1.0)
-        emit_action(state, "decline", message)
-        emit_event(TextDelta(delta=message))
-        result = ActionResult(action=action, goal="decline", route=route, trace=None, answer=message)
-        return close_action(state, result)
-
-    # ------------------------------------------------------------ the three goals
-
     def understand(self, state: PlannerState) -> dict[str, Any]:
         """Answer in words. An answer that is nothing but reasoning becomes a question."""
         request, options, answer = self.build_request(state), TurnOptions(**state["options"]), ""
@@ -303,7 +270,8 @@ class Planner:
             top_p=options.top_p,
             seed=self.choose_seed(state) % 2**31 if options.temperature else 0,
         )
-        pieces = self.mllm.stream_text(request.model_copy(update={"sampling": sampling}))
+        system = self.prompts.add_background(None, options.background)
+        pieces = self.mllm.stream_text(request.model_copy(update={"sampling": sampling, "system": system}))
         for kind, piece in end_at_stop(separate_reasoning(pieces), options.stop):
             emit_event(ThinkingDelta(delta=piece) if kind == "thinking" else TextDelta(delta=piece))
             answer += piece if kind == "text" else ""
@@ -311,96 +279,6 @@ class Planner:
             answer = NO_ANSWER_QUESTION
             emit_event(TextDelta(delta=answer))
         return close_action(state, ActionResult(**self.build_result_fields(state, "understand"), answer=answer.strip()))
-
-    def generate(self, state: PlannerState) -> dict[str, Any]:
-        return self.render_candidate(state, None)
-
-    def edit(self, state: PlannerState) -> dict[str, Any]:
-        return self.render_candidate(state, self.find_source(state))
-
-    def render_candidate(self, state: PlannerState, source: Artifact | None) -> dict[str, Any]:
-        """Render the next candidate. What the model cannot render, such as a prompt that is too long, is explained."""
-        try:
-            artifact, seed = self.render_artifact(state, source)
-        except InvalidInput as error:
-            return self.answer_in_words(state, explain_invalid_input(error))
-        return {"candidates": [*state["candidates"], Candidate(seed=seed, artifact=artifact).model_dump()]}
-
-    def render_artifact(self, state: PlannerState, source: Artifact | None) -> tuple[Artifact, int]:
-        """Predict the prompt's visual tokens, then run a job with the next seed. Return the artifact and the seed."""
-        options, attempt = TurnOptions(**state["options"]), len(state["candidates"])
-        turn_number, action_index = len(state["turns"]) + 1, state["action_index"]
-        medium: Medium = source.medium if source else "image" if state["detected_route"]["kind"] == "image" else "video"
-        prompt = self.get_prompt(state)
-        emit_action(state, "edit" if source else "generate", prompt, medium)
-        # A turn that failed may be sent again; its jobs need new ids.
-        retry_suffix = f".{state['failed_turns']}" if state.get("failed_turns") else ""
-        job = Job(
-            id=f"{get_thread_id()}/{turn_number}.{action_index + 1}.{attempt + 1}{retry_suffix}",
-            prompt=prompt,
-            visual_tokens=self.mllm.predict_visual_tokens(
-                MLLMRequest(text=prompt, artifacts=(source,) if source else ()), medium
-            ),
-            source=source,
-            params=resolve_sampling_params(
-                self.preset,
-                get_editing_task(medium) if source else get_generation_task(medium),
-                steps=options.steps,
-                guidance_scale=options.guidance_scale,
-                seed=(self.choose_seed(state) + attempt) % (MAX_SEED + 1),
-            ),
-        )
-        return self.follow_job(job, final=options.check == 1), job.seed
-
-    def choose_seed(self, state: PlannerState) -> int:
-        """Return the turn's seed, or one of this action."""
-        seed: int | None = state["options"].get("seed")
-        return derive_seed(state["seed"], len(state["turns"]) + 1, state["action_index"]) if seed is None else seed
-
-    def follow_job(self, job: Job, final: bool) -> Artifact:
-        for event in self.queue.run(job):
-            if isinstance(event, Artifact):
-                emit_event(ArtifactReady(artifact=event, final=final))
-                return event
-            emit_event(event)
-        raise AssertionError("a job must end with an artifact")
-
-    # ------------------------------------------------------------ check and answer
-
-    def check(self, state: PlannerState) -> dict[str, Any]:
-        """Inference-time scaling: let the MLLM judge the candidate, and render another one if it disagrees."""
-        if state["action_done"]:  # it was answered in words
-            return {}
-        options = TurnOptions(**state["options"])
-        candidates = [Candidate(**candidate) for candidate in state["candidates"]]
-        if options.check == 1:
-            return self.select_best(state, candidates)
-        statement = state["statement"] or self.build_statement(state)
-        question = self.prompts.check.format(prompt=statement)
-        agreement = self.mllm.score_agreement(MLLMRequest(text=question, artifacts=(candidates[-1].artifact,)))
-        candidates[-1] = candidates[-1].model_copy(update={"agreement": round(agreement, 4)})
-        if agreement < MIN_AGREEMENT and len(candidates) < options.check:
-            return {"candidates": [candidate.model_dump() for candidate in candidates], "statement": statement}
-        return self.select_best(state, candidates)
-
-    def build_statement(self, state: PlannerState) -> str:
-        """Return what the result should show. An edit's instruction names only the change, so it is rewritten first."""
-        trace = state["trace"]
-        if trace is None and state["action"]["source"]:
-            trace = self.rewrite_prompt(self.build_request(state)).model_dump()
-        statement: str = trace["rewrite"] if trace else state["action"]["text"]
-        return statement.removeprefix("picture of ").removeprefix("video of ")
-
-    def select_best(self, state: PlannerState, candidates: list[Candidate]) -> dict[str, Any]:
-        best = max(candidates, key=lambda candidate: candidate.agreement or 0.0).artifact
-        if len(candidates) > 1 or candidates[0].agreement is not None:
-            emit_event(ArtifactReady(artifact=best))
-        goal: Goal = "edit" if best.source else "generate"
-        result = ActionResult(**self.build_result_fields(state, goal), candidates=tuple(candidates), artifact=best)
-        updates: dict[str, Any] = {"artifacts": [best.model_dump()], "current_key": best.key}
-        return (
-            updates | {"candidates": [candidate.model_dump() for candidate in candidates]} | close_action(state, result)
-        )
 
     def answer(self, state: PlannerState) -> dict[str, Any]:
         turn = Turn(
@@ -412,24 +290,3 @@ class Planner:
         )
         emit_event(TurnCompleted(turn=turn))
         return {"turns": [turn.model_dump()]}
-
-    # ------------------------------------------------------------ helpers of several nodes
-
-    def find_source(self, state: PlannerState) -> Artifact | None:
-        key = state["action"]["source"]
-        return next((Artifact(**artifact) for artifact in reversed(state["artifacts"]) if artifact["key"] == key), None)
-
-    def build_request(self, state: PlannerState) -> MLLMRequest:
-        source = self.find_source(state)
-        return MLLMRequest(text=state["action"]["text"], artifacts=(source,) if source else ())
-
-    def get_prompt(self, state: PlannerState) -> str:
-        prompt: str = state["trace"]["rewrite"] if state["trace"] else state["action"]["text"]
-        return prompt
-
-    def build_result_fields(self, state: PlannerState, goal: Goal) -> dict[str, Any]:
-        return {"action": state["action"], "goal": goal, "route": state["detected_route"], "trace": state["trace"]}
-
-
-def get_thread_id() -> str:
-    return str(get_config()["configurable"]["thread_id"])

@@ -56,6 +56,11 @@ class EventFeed:
                     yield last_number, {"kind": "idle", "seconds": round(idle_seconds)}
                 change = await watch.receive()
 
+    async def follow_to_end(self, turn_id: str) -> None:
+        """Wait until the turn ends."""
+        async for _ in self.follow_turn(turn_id):
+            pass
+
     async def stream_turn(self, turn_id: str, last_number: int = 0) -> AsyncIterator[dict[str, str]]:
         """Yield the turn's events as sse-starlette expects them, with their number as the id."""
         async for number, event in self.follow_turn(turn_id, last_number):

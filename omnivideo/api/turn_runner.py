@@ -11,7 +11,7 @@ from typing import Any
 from omnivideo.agent.conversations import Conversations
 from omnivideo.agent.thread import Thread, is_turn_complete, parse_turn_options
 from omnivideo.api.errors import APIError, build_not_found_error, log_if_internal, to_api_error
-from omnivideo.contracts import Artifact, check_prompt
+from omnivideo.contracts import Artifact, Lane, check_prompt
 from omnivideo.errors import ArtifactNotFound, InvalidInput, JobCancelled, ModelUnavailable, OmniVideoError, StoreError
 from omnivideo.ports import JobStore, TurnStore
 from omnivideo.turns import QuestionAsked, TurnCompleted, TurnEvent, TurnRecord, WaitingNotice
@@ -20,6 +20,7 @@ log = logging.getLogger("omnivideo.api")
 RETRY_TIMEOUT_SECONDS = 600.0  # how long a turn waits for an unavailable server: an MLLM takes minutes to load
 ATTENDED_RETRY_TIMEOUT_SECONDS = 58.0  # the same, for a turn whose client waits for the answer
 RETRY_INTERVAL_SECONDS = 1.0
+MAX_YIELD_SECONDS, YIELD_POLL_SECONDS = 60.0, 0.1  # how long a request about a conversation lets turns go first
 
 
 class TurnRunner:
@@ -68,14 +69,16 @@ class TurnRunner:
         text: str,
         attachments: Sequence[Artifact] = (),
         *,
+        lane: Lane = "interactive",
         retry_timeout_seconds: float = RETRY_TIMEOUT_SECONDS,
         client_fields: dict[str, Any] | None = None,
         **options: Any,
     ) -> TurnRecord:
         """Create a turn, start it, and return it. If the id exists, return the turn that has it.
 
-        `client_fields` are stored with the turn, for the route that has started it. Raises InvalidInput before
-        anything is stored, and APIError if the thread does not exist (404) or another turn is running in it (409).
+        Its clips are rendered in the lane. `client_fields` are stored with the turn, for the route that has started it.
+        Raises InvalidInput before anything is stored, and APIError if the thread does not exist (404) or another turn
+        is running in it (409).
         """
         text, turn_options = check_prompt("text", text), parse_turn_options(**options)
         thread = self.get_thread(owner, thread_id)
@@ -87,6 +90,7 @@ class TurnRunner:
             "attachments": [attachment.model_dump() for attachment in attachments],
             "options": turn_options.model_dump(),
             "is_reply": is_reply,
+            "lane": lane,
             "retry_timeout_seconds": retry_timeout_seconds,
             "client_fields": client_fields or {},
         }
@@ -116,11 +120,11 @@ class TurnRunner:
             raise APIError(409, "thread: a turn is running; wait until it ends, or cancel it", "thread", "busy")
         return existing_turn, turn is not None
 
-    def get_thread(self, owner: str, thread_id: str) -> Thread:
+    def get_thread(self, owner: str, thread_id: str, lane: Lane = "interactive") -> Thread:
         """Return the owner's thread; raise APIError (404) if there is none."""
         if not self.turns.has_thread(thread_id, owner):
             raise build_not_found_error("thread", thread_id)
-        return self.conversations.open_thread(thread_id, create=True, owner=owner)
+        return self.conversations.open_thread(thread_id, create=True, owner=owner, lane=lane)
 
     def find_live_turn(self, owner: str, turn_id: str) -> TurnRecord | None:
         """Return the owner's turn, or None if it was cancelled or deleted; wait until a cancelled one ends."""
@@ -133,6 +137,13 @@ class TurnRunner:
     def cancel_turn(self, turn: TurnRecord) -> None:
         self.turns.cancel_turn(turn.id)
         self.jobs.cancel_by_prefix(turn.owner, f"{turn.thread_id}/")
+
+    def wait_until_idle(self, owner: str, timeout_seconds: float = MAX_YIELD_SECONDS) -> None:
+        """Wait while an interactive turn of the owner is open, but not longer than the timeout."""
+        deadline = time.monotonic() + timeout_seconds
+        while time.monotonic() < deadline and self.turns.has_open_turn(owner, exclude_lane="batch"):
+            if self.stop_event.wait(YIELD_POLL_SECONDS):
+                return
 
     # ------------------------------------------------------------ running
 
@@ -206,7 +217,7 @@ class TurnRunner:
 
     def run_turn(self, turn: TurnRecord) -> str:
         """Run the turn once and store its events. Returns "done" or "asks"; raises TurnInterrupted."""
-        thread = self.get_thread(turn.owner, turn.thread_id)
+        thread = self.get_thread(turn.owner, turn.thread_id, turn.body.get("lane", "interactive"))
         previous_events, state = self.turns.list_events(turn.id), "asks"
         has_started = any(event["kind"] != "waiting" for _, event in previous_events)
         events = self.iterate_events(turn, thread, has_started)

@@ -1,13 +1,11 @@
 """The fields of requests for a response, in the format of OpenAI's clients, and their messages in the chat's form."""
 
-import base64
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from omnivideo.api.answers.sampling_fields import MaxTokens, NoneOf, SamplingFields
-from omnivideo.api.dependencies import ID_PATTERN, ServiceContext
-from omnivideo.api.media import MEDIA_TYPES, artifact_from_file
+from omnivideo.api.dependencies import ID_PATTERN
 from omnivideo.api.request_body import CleanText, Unsupported
 from omnivideo.contracts import RequestModel
 from omnivideo.errors import InvalidInput
@@ -16,13 +14,15 @@ MetadataText = Annotated[CleanText, Field(max_length=512)]
 
 
 class InputPart(RequestModel):
-    """A part of a message: text, or a picture by its URL or by the id of an uploaded file."""
+    """A part of a message: text, a picture by its URL, or a file by its id or with its content."""
 
-    type: Literal["input_text", "output_text", "text", "refusal", "input_image"]
+    type: Literal["input_text", "output_text", "text", "refusal", "input_image", "input_file"]
     text: str | None = None
     refusal: str | None = None
     image_url: str | None = None
     file_id: CleanText | None = None
+    file_data: str | None = None
+    filename: str = ""
 
 
 class InputItem(RequestModel):
@@ -36,7 +36,18 @@ class InputItem(RequestModel):
 
 
 class TextFormat(RequestModel):
-    type: Literal["text"] = "text"
+    """The form of an answer; the schema of "json_schema" has a name."""
+
+    model_config = ConfigDict(title="Format")
+
+    type: Literal["text", "json_object", "json_schema"] = "text"
+    name: str = Field(default="answer", max_length=64)
+    json_schema: dict[str, Any] | None = Field(default=None, alias="schema")
+
+    def to_chat_format(self) -> dict[str, Any]:
+        """Return the `response_format` of a chat completion."""
+        schema = {"name": self.name, "schema": self.json_schema or {}}
+        return {"type": self.type} | ({"json_schema": schema} if self.type == "json_schema" else {})
 
 
 class TextFields(RequestModel):
@@ -71,14 +82,17 @@ class ResponseRequest(SamplingFields):
         repeated = {name: getattr(self, name) for name in (*names, "max_output_tokens", "temperature", "top_p")}
         return repeated | {
             "object": "response", "parallel_tool_calls": True, "tool_choice": self.tool_choice, "tools": [],
-            "text": {"format": {"type": "text"}}, "reasoning": {"effort": None, "summary": None},
+            "text": {"format": self.text.format.model_dump(exclude_none=True, by_alias=True)}, "reasoning": {"effort": None, "summary": None},
             "truncation": "disabled",
         }  # fmt: skip
 
     def to_chat_fields(self) -> dict[str, Any]:
         """Return the fields of the same request as a chat completion, without its messages."""
         fields = self.model_dump(include={"model", "progress", *SamplingFields.model_fields}, exclude={"tool_choice"})
-        return fields | {"max_completion_tokens": self.max_output_tokens}
+        return fields | {
+            "max_completion_tokens": self.max_output_tokens,
+            "response_format": self.text.format.to_chat_format(),
+        }
 
 
 # ---------------------------------------------------------------- as messages
@@ -93,28 +107,21 @@ def list_input_items(request: ResponseRequest) -> list[tuple[str, InputItem]]:
     return (instructions if request.instructions else []) + items
 
 
-def to_chat_message(context: ServiceContext, owner: str, item: InputItem, field: str) -> dict[str, Any]:
-    """Return a message in the chat's form. Raises InvalidInput for a picture that cannot be used."""
+def to_chat_message(item: InputItem, field: str) -> dict[str, Any]:
+    """Return a message in the chat's form. Raises InvalidInput for a part without content."""
     if isinstance(item.content, str) or item.content is None:
         return {"role": item.role, "content": item.content or ""}
-    parts = [to_chat_part(context, owner, part, f"{field}.content.{index}") for index, part in enumerate(item.content)]
+    parts = [to_chat_part(part, f"{field}.content.{index}") for index, part in enumerate(item.content)]
     return {"role": item.role, "content": parts}
 
 
-def to_chat_part(context: ServiceContext, owner: str, part: InputPart, field: str) -> dict[str, Any]:
-    if part.type != "input_image":
+def to_chat_part(part: InputPart, field: str) -> dict[str, Any]:
+    if part.type not in ("input_image", "input_file"):
         return {"type": "text", "text": part.text or part.refusal or ""}
-    if (part.image_url is None) == (part.file_id is None):
-        raise InvalidInput(f"{field}.image_url", "give either image_url or file_id")
-    url = part.image_url or build_data_url(context, owner, str(part.file_id), f"{field}.file_id")
-    return {"type": "image_url", "image_url": {"url": url}}
-
-
-def build_data_url(context: ServiceContext, owner: str, file_id: str, field: str) -> str:
-    """Return an uploaded picture as a URL that contains it."""
-    try:
-        artifact = artifact_from_file(context, owner, file_id)
-    except InvalidInput as error:
-        raise InvalidInput(field, str(error).removeprefix(f"{error.field}: ")) from None
-    media_type = MEDIA_TYPES.get(artifact.key.rpartition(".")[2], "application/octet-stream")
-    return f"data:{media_type};base64,{base64.b64encode(context.store.get(artifact.key)).decode()}"
+    name = "image_url" if part.type == "input_image" else "file_data"
+    if (getattr(part, name) is None) == (part.file_id is None):
+        raise InvalidInput(f"{field}.{name}", f"give either {name} or file_id")
+    if part.image_url is not None:
+        return {"type": "image_url", "image_url": {"url": part.image_url}}
+    file = {"file_id": part.file_id, "file_data": part.file_data, "filename": part.filename}
+    return {"type": "file", "file": {key: value for key, value in file.items() if value}}

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Generic, Literal, TypeVar
 
-from anyio import CancelScope
 from anyio.to_thread import run_sync
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
@@ -33,12 +32,12 @@ from omnivideo.api.generation import (
 )
 from omnivideo.api.request_body import BodyFields, document_request_body, validate_fields
 from omnivideo.api.routes.videos import build_content_response
+from omnivideo.api.waiting import CLIENT_CLOSED_REQUEST, leave_work
 from omnivideo.contracts import JobStatus
 
 router = APIRouter(prefix="/v1/images", tags=["images"], responses=ERROR_RESPONSES)
 DISCONNECT_CHECK_SECONDS = 0.5  # how often a waiting request checks that its client is still connected
 LINK_LIFETIME_SECONDS = 3600  # how long a signed URL of the object store is valid
-CLIENT_CLOSED_REQUEST = 499  # nginx's status for a client that has disconnected; it is only logged
 Payload = TypeVar("Payload", bound=ImageRequest)
 
 
@@ -147,9 +146,8 @@ async def run_image_jobs(request: Request, image_jobs: ImageJobs[Any]) -> Respon
     try:
         statuses = await wait_for_jobs(request, image_jobs)
     finally:
-        has_disconnected = statuses is None
-        with CancelScope(shield=True):
-            await run_sync(image_jobs.leave, has_disconnected)
+        grace_seconds = image_jobs.context.settings.disconnect_grace_seconds
+        await leave_work(image_jobs.leave, statuses is None, grace_seconds)
     if statuses is None:
         return Response(status_code=CLIENT_CLOSED_REQUEST)
     inline = image_jobs.payload.response_format != "url"

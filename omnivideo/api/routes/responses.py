@@ -4,8 +4,10 @@ A response is a turn, and has its id. `previous_response_id` continues its threa
 grown since; without one, the thread is found from the messages, as for chat completions.
 """
 
+import json
 import re
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Annotated, Any
 from uuid import uuid4
@@ -15,10 +17,12 @@ from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import JSONResponse
 from sse_starlette import EventSourceResponse
 
-from omnivideo.api.answers.answer import IDLE_SECONDS, ChatAnswer
+from omnivideo.api.answers.answer import IDLE_SECONDS, AnswerPart, ChatAnswer
 from omnivideo.api.answers.links import LinkBuilder, create_link_builder
 from omnivideo.api.answers.response_fields import InputItem, ResponseRequest, list_input_items, to_chat_message
 from omnivideo.api.answers.response_format import STATUSES, ResponseWriter, ServerSentEvent
+from omnivideo.api.chat.history import Position, ThreadFinder
+from omnivideo.api.chat.messages import Exchange
 from omnivideo.api.dependencies import (
     ContextDep,
     IdempotencyDep,
@@ -32,6 +36,7 @@ from omnivideo.api.event_feed import EventFeed, get_event_feed
 from omnivideo.api.request_body import rename_error_field, validate_fields
 from omnivideo.api.routes.chat import ChatCompletion, ChatCompletionRequest
 from omnivideo.api.turn_runner import ATTENDED_RETRY_TIMEOUT_SECONDS, RETRY_TIMEOUT_SECONDS
+from omnivideo.api.waiting import CLIENT_CLOSED_REQUEST, leave_after_stream, leave_work, run_unless_disconnected
 from omnivideo.contracts import Artifact
 from omnivideo.errors import InvalidInput
 from omnivideo.turns import TurnRecord
@@ -46,14 +51,14 @@ MESSAGE_FIELD_PATTERN = re.compile(r"messages\.(\d+)")
 
 
 class StoredResponse:
-    """A response, read from the turn that produces it. `on_end` receives the text of an answer that is complete."""
+    """A response, read from the turn that produces it. `on_end` is called once its answer is complete."""
 
     def __init__(
         self,
         context: ServiceContext,
         turn: TurnRecord,
         links: LinkBuilder,
-        on_end: Callable[[str], None] = lambda text: None,
+        on_end: Callable[[], None] = lambda: None,
     ):
         self.context, self.turn, self.on_end = context, turn, on_end
         self.answer = ChatAnswer(turn.thread_id, links)
@@ -62,12 +67,8 @@ class StoredResponse:
     def create_writer(self, shows_progress: bool) -> ResponseWriter:
         suffix = self.turn.id.removeprefix("turn_")
         names = {"id": f"resp_{suffix}", "created_at": int(self.turn.created_at)}
-        return ResponseWriter(self.client_fields["response"] | names, suffix, self.load_picture, shows_progress)
-
-    def load_picture(self, artifact: Artifact) -> tuple[bytes, str]:
-        if artifact.medium == "video":
-            return self.context.render_thumbnail(artifact, "animation")
-        return self.context.store.get(artifact.key), artifact.key.rpartition(".")[2]
+        fields, load = self.client_fields["response"] | names, partial(load_picture, self.context)
+        return ResponseWriter(fields, suffix, load, shows_progress)
 
     def read_text(self) -> str:
         """Return the answer's text."""
@@ -95,7 +96,7 @@ class StoredResponse:
                 return events, writer.build_response("cancelled")
             return events, writer.build_response("failed", error=error)
         events += writer.close_item()
-        self.on_end(self.answer.text)
+        self.on_end()
         count_tokens = self.context.conversations.mllm.count_tokens
         usage = self.answer.count_usage(self.client_fields["prompt_tokens"], count_tokens)
         is_cut = self.answer.is_cut(self.client_fields["response"]["max_output_tokens"], count_tokens)
@@ -135,6 +136,13 @@ class StoredResponse:
             yield written
 
 
+def load_picture(context: ServiceContext, artifact: Artifact) -> tuple[bytes, str]:
+    """Return a picture, or a clip as an animated one, with its file suffix."""
+    if artifact.medium == "video":
+        return context.render_thumbnail(artifact, "animation")
+    return context.store.get(artifact.key), artifact.key.rpartition(".")[2]
+
+
 def load_response(
     context: ServiceContext, owner: str, response_id: str, links: LinkBuilder, field: str = "id"
 ) -> StoredResponse:
@@ -151,11 +159,23 @@ def load_response(
 # ---------------------------------------------------------------- starting
 
 
+class PreviousResponseFinder(ThreadFinder):
+    """Continues the thread of the previous response, from its state after that response."""
+
+    def __init__(self, context: ServiceContext, previous: TurnRecord):
+        super().__init__(context, previous.owner)
+        num_turns = previous.number if previous.state == "done" else previous.number - 1
+        self.position = Position(previous.thread_id, num_turns, at_question=previous.state == "asks")
+
+    def find_position(self, history: Sequence[Exchange]) -> Position:
+        return replace(self.position, unmatched=tuple(history))
+
+
 class ResponseTurn(ChatCompletion):
     """The turn of a request for a response."""
 
     def __init__(self, context: ServiceContext, owner: str, request: ResponseRequest, base_url: str):
-        self.request, links = request, create_link_builder(context, owner, base_url)
+        links = create_link_builder(context, owner, base_url)
         messages, self.message_fields = list[dict[str, Any]](), list[str]()
         for field, item in list_input_items(request):
             message = read_item(context, owner, item, field, links)
@@ -167,17 +187,25 @@ class ResponseTurn(ChatCompletion):
         payload = validate_fields(ChatCompletionRequest, request.to_chat_fields() | {"messages": messages})
         super().__init__(context, owner, payload, base_url)
         self.idempotent_payload = request
-        self.retry_timeout_seconds = RETRY_TIMEOUT_SECONDS if request.background else ATTENDED_RETRY_TIMEOUT_SECONDS
-        self.client_fields = {
-            "response": request.to_response_fields(),
+        self.response_fields = request.to_response_fields()
+        client_fields = {
+            "response": self.response_fields,
             "prompt_tokens": context.conversations.mllm.count_tokens(self.prompt_text),
             "shows_progress": request.progress,
         }
+        retry_timeout_seconds = RETRY_TIMEOUT_SECONDS if request.background else ATTENDED_RETRY_TIMEOUT_SECONDS
+        self.turn_fields = {"retry_timeout_seconds": retry_timeout_seconds, "client_fields": client_fields}
+        if request.previous_response_id is not None:
+            previous = load_response(context, owner, request.previous_response_id, links, "previous_response_id").turn
+            if previous.state in OPEN_STATES:
+                message = "previous_response_id: that response is not complete; wait until it ends, or cancel it"
+                raise APIError(409, message, "previous_response_id", "busy")
+            self.request.finder = PreviousResponseFinder(context, previous)
 
-    def start_turn(self, idempotent_request: IdempotentRequest | None = None) -> None:
+    def start(self, idempotent_request: IdempotentRequest | None = None) -> None:
         """Start the turn. Errors name the fields of this request, not those of the chat's messages."""
         try:
-            super().start_turn(idempotent_request)
+            super().start(idempotent_request)
         except InvalidInput as error:
             raise rename_error_field(error, self.rename_field(error.field)) from None
         except APIError as error:
@@ -191,29 +219,13 @@ class ResponseTurn(ChatCompletion):
             return self.message_fields[int(match[1])] + field[match.end() :]
         return "input" if field in ("messages", "text") else field
 
-    def find_or_create_thread(self) -> str:
-        """Return the thread of the previous response, as it was after it, or the one that the messages belong to."""
-        if self.request.previous_response_id is None:
-            return super().find_or_create_thread()
-        previous_id = self.request.previous_response_id
-        previous = load_response(self.context, self.owner, previous_id, self.links, "previous_response_id").turn
-        if previous.state in OPEN_STATES:
-            message = "previous_response_id: that response is not complete; wait until it ends, or cancel it"
-            raise APIError(409, message, "previous_response_id", "busy")
-        thread = self.context.turn_runner.get_thread(self.owner, previous.thread_id)
-        num_turns = previous.number if previous.state == "done" else previous.number - 1
-        if len(thread.get_turns()) == num_turns:
-            return previous.thread_id
-        new_thread_id = uuid4().hex[:16]
-        self.context.turns.create_thread(new_thread_id, self.owner)
-        thread.fork(num_turns, new_thread_id)
-        return new_thread_id
+    def record_completion(self) -> None:
+        """Store which thread continues these messages, unless they are only those after the previous response."""
+        if not isinstance(self.request.finder, PreviousResponseFinder):
+            super().record_completion()
 
-    def load(self) -> StoredResponse:
-        # A response that names the previous one does not have the whole conversation in its messages.
-        has_history = self.request.previous_response_id is None
-        on_end = {"on_end": self.record_completion} if has_history else {}
-        return StoredResponse(self.context, self.require_turn(), self.links, **on_end)
+    def load(self) -> "StoredResponse":
+        return StoredResponse(self.context, self.require_turn(), self.links, self.record_completion)
 
     def build_ended_response(self) -> dict[str, Any]:
         """Return the response of a turn that has ended. Raises APIError if it has failed or was cancelled."""
@@ -223,13 +235,24 @@ class ResponseTurn(ChatCompletion):
             list(response.answer.end(response.turn))  # it raises the turn's error
         return body
 
+    def write_words(self) -> tuple[list[ServerSentEvent], dict[str, Any]]:
+        """Return the events and the response object of an answer that is no turn; it is not stored."""
+        suffix = uuid4().hex
+        names = {"id": f"resp_{suffix}", "created_at": self.created_at, "store": False}
+        writer = ResponseWriter(self.response_fields | names, suffix, partial(load_picture, self.context))
+        events = [*writer.begin(), *writer.add(AnswerPart("text", self.words or "")), *writer.close_item()]
+        body = writer.build_response("completed", self.count_words())
+        return [*events, *writer.end(body)], body
+
 
 def read_item(
     context: ServiceContext, owner: str, item: InputItem, field: str, links: LinkBuilder
 ) -> dict[str, Any] | None:
     """Return an input item as a message; None for an item that says nothing, such as a picture of an earlier answer."""
     if item.type == "message":
-        return to_chat_message(context, owner, item, field)
+        return to_chat_message(item, field)
+    if item.type.endswith("_output"):
+        return {"role": "tool", "content": item.output if isinstance(item.output, str) else json.dumps(item.output)}
     match = ITEM_ID_PATTERN.fullmatch(item.id or "")
     if item.type == "item_reference" and match is not None:
         return {"role": "assistant", "content": load_response(context, owner, match[1], links, field).read_text()}
@@ -249,16 +272,30 @@ async def create_response(
 ) -> Response:
     """Send the last message of the input. With `background`, the answer is fetched with GET."""
     response_turn = await run_sync(partial(ResponseTurn, context, owner, payload, str(request.base_url)))
-    await run_sync(response_turn.start_turn, idempotent_request)
-    feed = get_event_feed(request)
-    if payload.stream:
-        stored = await run_sync(response_turn.load)
-        return EventSourceResponse(stored.stream_events(feed), ping=15)
+    await run_sync(response_turn.start, idempotent_request)
+    if response_turn.words is not None:
+        events, body = await run_sync(response_turn.write_words)
+        return EventSourceResponse(iterate_events(events), ping=15) if payload.stream else JSONResponse(body)
+    leave = partial(response_turn.leave, idempotent_request)
+    grace_seconds, feed = context.settings.disconnect_grace_seconds, get_event_feed(request)
+    stored = await run_sync(response_turn.load)
     if payload.background:
-        return JSONResponse(await run_sync(lambda: response_turn.load().build_response()))
-    async for _ in feed.follow_turn(response_turn.turn_id):
-        pass
+        await leave_work(leave, False, grace_seconds)
+        if payload.stream:
+            return EventSourceResponse(stored.stream_events(feed), ping=15)
+        return JSONResponse(await run_sync(stored.build_response))
+    if payload.stream:
+        return EventSourceResponse(leave_after_stream(stored.stream_events(feed), leave, grace_seconds), ping=15)
+    has_ended = await run_unless_disconnected(request, partial(feed.follow_to_end, response_turn.turn_id))
+    await leave_work(leave, not has_ended, grace_seconds)
+    if not has_ended:
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
     return JSONResponse(await run_sync(response_turn.build_ended_response))
+
+
+async def iterate_events(events: Iterable[ServerSentEvent]) -> AsyncIterator[ServerSentEvent]:
+    for event in events:
+        yield event
 
 
 @router.get("/{response_id}", response_class=JSONResponse)
