@@ -152,6 +152,7 @@ def test_usage(client, context):
         ({"frequency_penalty": 0.5}, "frequency_penalty", "allowed: 0 to 0"),
         ({"logprobs": True}, "logprobs", "not supported"),
         ({"logit_bias": {"50": 1}}, "logit_bias", "not supported"),
+        ({"response_format": {"type": "xml"}}, "response_format", "allowed: text, json_object, json_schema"),
         ({"audio": {"voice": "x", "format": "wav"}}, "audio", "not supported"),
     ],
 )

@@ -80,10 +80,10 @@ class ResponseRequest(SamplingFields):
         """Return what the response repeats of the request."""
         names = ("model", "instructions", "previous_response_id", "background", "store", "metadata")
         repeated = {name: getattr(self, name) for name in (*names, "max_output_tokens", "temperature", "top_p")}
+        text_format = self.text.format.model_dump(exclude_none=True, by_alias=True)
         return repeated | {
             "object": "response", "parallel_tool_calls": True, "tool_choice": self.tool_choice, "tools": [],
-            "text": {"format": self.text.format.model_dump(exclude_none=True, by_alias=True)}, "reasoning": {"effort": None, "summary": None},
-            "truncation": "disabled",
+            "text": {"format": text_format}, "reasoning": {"effort": None, "summary": None}, "truncation": "disabled",
         }  # fmt: skip
 
     def to_chat_fields(self) -> dict[str, Any]:

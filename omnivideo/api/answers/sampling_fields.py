@@ -21,6 +21,12 @@ def check_tool_choice(choice: str | dict[str, Any]) -> str | dict[str, Any]:
     return choice
 
 
+def check_response_format(response_format: dict[str, Any]) -> dict[str, Any]:
+    if response_format.get("type") not in ("text", "json_object", "json_schema"):
+        raise ValueError("its type is not known here; allowed: text, json_object, json_schema")
+    return response_format
+
+
 def refuse_unless_empty(value: Any) -> Any:
     if value:
         raise ValueError("it is not supported here; leave it out")
@@ -34,6 +40,7 @@ StopSequences = Annotated[
 # Tools may be offered: with "auto", the model decides whether it calls one, and this one never does.
 Tools = Annotated[list[dict[str, Any]], Field(max_length=1000)]
 ToolChoice = Annotated[str | dict[str, Any], AfterValidator(check_tool_choice)]
+ResponseFormat = Annotated[dict[str, Any], AfterValidator(check_response_format)]
 Zero = Annotated[float, Field(ge=0, le=0)]
 NoneOf = Annotated[Any, AfterValidator(refuse_unless_empty)]
 

@@ -19,7 +19,7 @@ from sse_starlette import EventSourceResponse
 from omnivideo.api.answers.answer import IDLE_SECONDS, AnswerPart, ChatAnswer, Usage
 from omnivideo.api.answers.chat_format import ChatFormat, FinishReason, ServerSentEvent
 from omnivideo.api.answers.links import create_link_builder
-from omnivideo.api.answers.sampling_fields import ChatSamplingFields
+from omnivideo.api.answers.sampling_fields import ChatSamplingFields, ResponseFormat
 from omnivideo.api.chat.messages import ChatMessage
 from omnivideo.api.chat.reading import TEXT_ONLY_SUFFIX, ChatRequest
 from omnivideo.api.dependencies import (
@@ -53,7 +53,7 @@ class ChatCompletionRequest(ChatSamplingFields):
     messages: list[ChatMessage] = Field(min_length=1, max_length=1000)
     stream: bool = False
     stream_options: StreamOptions | None = None
-    response_format: dict[str, Any] | None = None
+    response_format: ResponseFormat | None = None
     progress: bool = True
 
 
