@@ -91,6 +91,12 @@ def test_a_stream_tells_how_the_work_goes_on(client):
     assert join(quiet, "reasoning_content") == "" and not any("event" in chunk.model_extra for chunk in quiet)
 
 
+def test_news_stand_on_lines_of_their_own_among_the_reasoning(client):
+    chunks = stream(client, "a red ball moving right", extra_body={"steps": 2, "think": "on"})
+    news = join(chunks, "reasoning_content")
+    assert news.startswith("because\nGenerating a clip: plainly a red ball moving right\n50 %")
+
+
 def test_a_long_text_is_answered_in_words(client, context):
     jobs = context.jobs.count_by_lane_and_state()
     for options in ({}, {"stream": True}):

@@ -73,7 +73,7 @@ class ResponseWriter:
         elif part.kind == "text":
             yield from self.add_piece("message", part.text)
         elif part.kind == "reasoning" or self.shows_progress:
-            yield from self.add_piece("reasoning", part.text if part.kind == "reasoning" else f"{part.text}\n")
+            yield from self.add_piece("reasoning", part.reasoning)
 
     def end(self, response: dict[str, Any]) -> Iterator[ServerSentEvent]:
         """End the stream with the response, which says how it ended."""
