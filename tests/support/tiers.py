@@ -35,6 +35,7 @@ LONG = (
     # Fault matrices, in which brokers, workers and runs are killed.
     "backends/queue/test_celery.py::test_killed_workers_lose_no_job*",
     "backends/queue/test_celery.py::test_a_terminated_worker*",
+    "backends/queue/test_celery.py::test_a_child_that_loads_slowly*",
     "backends/queue/test_celery.py::test_a_missing_broker*",
     "training/curation/*::test_a_killed_run_resumes*",
     # Weights of the released 1.3B model at full size.
