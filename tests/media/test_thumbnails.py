@@ -28,8 +28,12 @@ def read_animation(data: bytes) -> tuple[list[np.ndarray], int]:
 
 
 def make_ramp(count: int, height: int = 48, width: int = 64) -> np.ndarray:
-    """Return a clip whose frames get lighter."""
-    return np.stack([np.full((height, width, 3), 255 * index // count, np.uint8) for index in range(count)])
+    """Return a clip whose frames get lighter; a dark bar at a place of its own tells each from the one before."""
+    clip = np.stack([np.full((height, width, 3), 55 + 200 * index // count, np.uint8) for index in range(count)])
+    for index in range(count):
+        left = index * 16 % width
+        clip[index, :, left : left + 8] = 0
+    return clip
 
 
 @pytest.mark.parametrize(("count", "fps"), [(9, 8.0), (81, 16.0), (241, 30.0), (5, 7.0)])

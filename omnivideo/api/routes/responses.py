@@ -66,7 +66,11 @@ class StoredResponse:
 
     def create_writer(self, shows_progress: bool) -> ResponseWriter:
         suffix = self.turn.id.removeprefix("turn_")
-        names = {"id": f"resp_{suffix}", "created_at": int(self.turn.created_at)}
+        names = {
+            "id": f"resp_{suffix}",
+            "created_at": int(self.turn.created_at),
+            "omnivideo": {"thread": self.turn.thread_id, "turn": self.turn.id},
+        }
         fields, load = self.client_fields["response"] | names, partial(load_picture, self.context)
         return ResponseWriter(fields, suffix, load, shows_progress)
 
