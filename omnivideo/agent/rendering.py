@@ -99,6 +99,7 @@ class RenderingNodes:
         if self.extract_frame is None or not is_frame_request(Route(**state["detected_route"]), source):
             return self.render_candidate(state, source)
         position = media_words.find_frame_position(state["action"]["text"])
+        emit_action(state, "edit", state["action"]["text"], "image")
         artifact = self.extract_frame(source, position, build_job_id(state))
         emit_event(ArtifactReady(artifact=artifact))
         return {"candidates": [Candidate(seed=0, artifact=artifact).model_dump()]}
@@ -201,8 +202,6 @@ class RenderingNodes:
         emit_event(TextDelta(delta=message))
         result = ActionResult(action=action, goal="decline", route=route, trace=None, answer=message)
         return close_action(state, result)
-
-    # ------------------------------------------------------------ the three goals
 
     # ------------------------------------------------------------ helpers of several nodes
 

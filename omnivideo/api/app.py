@@ -19,7 +19,7 @@ from omnivideo import __version__
 from omnivideo.api.dependencies import ServiceContext
 from omnivideo.api.errors import build_body_too_large_error, register_error_handlers, to_json_response
 from omnivideo.api.event_feed import EventFeed
-from omnivideo.api.routes import batches, chat, files, images, operations, threads, videos, webhooks
+from omnivideo.api.routes import batches, chat, files, images, operations, responses, threads, videos, webhooks
 
 log = logging.getLogger("omnivideo.api")
 NO_PUBLIC_URL_WARNING = (
@@ -124,7 +124,7 @@ def create_app(context: ServiceContext) -> FastAPI:
     register_error_handlers(app)
     # The routes of the documentation come first; those of the routers have their complete paths.
     app.state.api_routes = [route for route in app.routes if isinstance(route, Route)]
-    for routes in (chat, videos, images, files, batches, webhooks, threads, operations):
+    for routes in (chat, responses, videos, images, files, batches, webhooks, threads, operations):
         app.include_router(routes.router)
         app.state.api_routes += routes.router.routes
     return app

@@ -63,8 +63,8 @@ class APIError(Exception):
 
     def to_record(self) -> dict[str, Any]:
         """Return what a turn stores of the error, from which `error_from_turn` builds it again."""
-        record = {"status": self.status_code, "headers": self.headers, "explanation": self.explanation}
-        return self.to_body()["error"] | record
+        body: dict[str, Any] = self.to_body()["error"]
+        return body | {"status": self.status_code, "headers": self.headers, "explanation": self.explanation}
 
 
 class ErrorBody(BaseModel):

@@ -52,12 +52,13 @@ def draw_picture(data: bytes, variant: str) -> tuple[bytes, str]:
         return encode_image(Image.fromarray(frames[0]), "WEBP"), "webp"
     if variant == "animation":
         with DECODE_SLOTS:
-            frames, fps = read_chosen_frames(
+            frames, grid = read_chosen_frames(
                 data,
                 lambda count, fps: spread_frame_indices(count, MAX_ANIMATION_FRAMES),
                 partial(reduce_frame, side=ANIMATION_SIZES[0][0]),
             )
-        return encode_animation(frames, fps), "webp"
+        duration_seconds = len(grid.order) / (grid.fps or 1.0)
+        return encode_animation(frames, len(frames) / duration_seconds), "webp"
     with DECODE_SLOTS:
         frames, _ = read_chosen_frames(
             data,
@@ -90,8 +91,8 @@ def encode_image(image: Image.Image, image_format: str) -> bytes:
     return buffer.getvalue()
 
 
-def encode_animation(frames: Sequence[np.ndarray], fps: float) -> bytes:
-    """Return frames [H, W, 3] as an animated webp that repeats forever, of at most MAX_ANIMATION_BYTES.
+def encode_animation(frames: Sequence[np.ndarray] | np.ndarray, fps: float) -> bytes:
+    """Return frames, uint8 [F, H, W, 3], as an animated webp that repeats forever, of at most MAX_ANIMATION_BYTES.
 
     It has at most MAX_ANIMATION_FRAMES, spread over the whole clip, and lasts as long as `frames` at `fps`.
     """

@@ -16,12 +16,23 @@ IDLE_SECONDS = 12.0  # without an event, until the client hears that the turn st
 
 @dataclass(frozen=True)
 class AnswerPart:
-    """A piece of an answer. A "progress" is one line of news; `is_done` says that its action has ended."""
+    """A piece of an answer. A "progress" is one line of news; `is_done` says that its action has ended.
+
+    `interrupts_line` says that the reasoning before the news has not ended its line.
+    """
 
     kind: Literal["text", "reasoning", "progress", "artifact"]
     text: str = ""
     is_done: bool = False
+    interrupts_line: bool = False
     artifact: Artifact | None = None
+
+    @property
+    def reasoning(self) -> str:
+        """The text as a client shows it among the reasoning."""
+        if self.kind == "reasoning":
+            return self.text
+        return ("\n" if self.interrupts_line else "") + f"{self.text}\n"
 
 
 class Usage(NamedTuple):
@@ -40,7 +51,7 @@ class Usage(NamedTuple):
         return self.prompt + self.completion
 
 
-class Answer:
+class ChatAnswer:
     """The answer so far.
 
     A turn that continues after an interruption repeats events: a plan begins the whole answer again, an action event
@@ -56,6 +67,7 @@ class Answer:
         self.words_by_action: dict[int, str] = {}  # of the actions that are answered in words
         self.answered_index: int | None = None
         self.announced_tenth = 0
+        self.is_within_line = False  # of the reasoning, with the news among it
 
     def read_events(self, events: Iterable[dict[str, Any]]) -> None:
         for event in events:
@@ -71,14 +83,15 @@ class Answer:
                 yield from self.begin_action(event)
             case "thinking":
                 self.reasoning += event["delta"]
+                self.is_within_line = not event["delta"].endswith("\n")
                 yield AnswerPart("reasoning", event["delta"])
             case "waiting":
-                yield AnswerPart("progress", event["text"])
+                yield self.tell(event["text"])
             case "idle":
-                yield AnswerPart("progress", f"no news for {event['seconds']} s; still waiting")
+                yield self.tell(f"no news for {event['seconds']} s; still waiting")
             case "step" if 10 * event["step"] // event["steps"] > self.announced_tenth:
                 self.announced_tenth = 10 * event["step"] // event["steps"]
-                yield AnswerPart("progress", describe_step(event))
+                yield self.tell(describe_step(event))
             case "text":
                 if self.answered_index is not None:
                     self.words_by_action[self.answered_index] += event["delta"]
@@ -88,6 +101,11 @@ class Answer:
             case "artifact" if event["final"]:
                 yield from self.add_artifact(Artifact(**event["artifact"]))
 
+    def tell(self, news: str, is_done: bool = False) -> AnswerPart:
+        part = AnswerPart("progress", news, is_done, interrupts_line=self.is_within_line)
+        self.is_within_line = False
+        return part
+
     def begin_action(self, event: dict[str, Any]) -> Iterator[AnswerPart]:
         index = event["index"]
         self.position = self.action_positions.setdefault(index, self.position)
@@ -95,10 +113,10 @@ class Answer:
         self.answered_index = index if event["goal"] == "understand" else None
         self.words_by_action[index] = ""
         if event["goal"] in ("generate", "edit"):
-            yield AnswerPart("progress", describe_action(event))
+            yield self.tell(describe_action(event))
 
     def add_artifact(self, artifact: Artifact) -> Iterator[AnswerPart]:
-        yield AnswerPart("progress", "done", is_done=True)
+        yield self.tell("done", is_done=True)
         yield from self.add_block(describe_artifact(artifact))
         yield from self.add_block(to_markdown(artifact, self.thread_id, self.links))
         if artifact not in self.artifacts:
@@ -137,11 +155,11 @@ class Answer:
 
     # ------------------------------------------------------------ what clients are told about it
 
-    def count_usage(self, prompt: str, count_tokens: Callable[[str], int]) -> Usage:
+    def count_usage(self, prompt_tokens: int, count_tokens: Callable[[str], int]) -> Usage:
         text = self.text
         for artifact in self.artifacts:
             text = text.replace(to_markdown(artifact, self.thread_id, self.links), "")
-        return Usage(*(count_tokens(part) if part else 0 for part in (prompt, text, self.reasoning)))
+        return Usage(prompt_tokens, *(count_tokens(part) if part else 0 for part in (text, self.reasoning)))
 
     def is_cut(self, max_tokens: int | None, count_tokens: Callable[[str], int]) -> bool:
         """Return whether an answer in words has ended because of the request's limit."""

@@ -59,7 +59,7 @@ class ChatFormat:
             yield self.build_chunk({"reasoning_content": part.text})
         elif part.kind == "progress" and self.shows_progress:
             status = {"type": "status", "data": {"description": part.text, "done": part.is_done}}
-            yield self.build_chunk({"reasoning_content": f"{part.text}\n"}, event=status)
+            yield self.build_chunk({"reasoning_content": part.reasoning}, event=status)
 
     def end_stream(self, finish_reason: FinishReason, usage: Usage | None) -> Iterator[ServerSentEvent]:
         yield self.build_chunk({}, finish_reason)

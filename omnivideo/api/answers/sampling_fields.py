@@ -21,6 +21,12 @@ def check_tool_choice(choice: str | dict[str, Any]) -> str | dict[str, Any]:
     return choice
 
 
+def check_response_format(response_format: dict[str, Any]) -> dict[str, Any]:
+    if response_format.get("type") not in ("text", "json_object", "json_schema"):
+        raise ValueError("its type is not known here; allowed: text, json_object, json_schema")
+    return response_format
+
+
 def refuse_unless_empty(value: Any) -> Any:
     if value:
         raise ValueError("it is not supported here; leave it out")
@@ -34,6 +40,7 @@ StopSequences = Annotated[
 # Tools may be offered: with "auto", the model decides whether it calls one, and this one never does.
 Tools = Annotated[list[dict[str, Any]], Field(max_length=1000)]
 ToolChoice = Annotated[str | dict[str, Any], AfterValidator(check_tool_choice)]
+ResponseFormat = Annotated[dict[str, Any], AfterValidator(check_response_format)]
 Zero = Annotated[float, Field(ge=0, le=0)]
 NoneOf = Annotated[Any, AfterValidator(refuse_unless_empty)]
 
@@ -44,7 +51,7 @@ class SamplingFields(RequestModel):
     temperature: float = Field(default=0.0, ge=0, le=2)
     top_p: float = Field(default=1.0, ge=0, le=1)
     seed: Seed = None
-    tools: Tools = []
+    tools: Tools = Field(default=[])
     tool_choice: ToolChoice = "auto"
     think: Think = "auto"
     check: int = Field(default=1, ge=1, le=16)
@@ -70,16 +77,16 @@ class SamplingFields(RequestModel):
 class ChatSamplingFields(SamplingFields):
     max_tokens: MaxTokens = None
     max_completion_tokens: MaxTokens = None
-    stop: StopSequences = []
+    stop: StopSequences = Field(default=[])
     n: int = Field(default=1, ge=1, le=1)
     frequency_penalty: Zero = 0.0
     presence_penalty: Zero = 0.0
     logit_bias: NoneOf = None
     logprobs: NoneOf = None
     top_logprobs: NoneOf = None
-    functions: Tools = []
+    functions: Tools = Field(default=[])
     function_call: ToolChoice = "auto"
-    modalities: list[Literal["text"]] = ["text"]
+    modalities: list[Literal["text"]] = Field(default=["text"])
     audio: NoneOf = None
 
     @property

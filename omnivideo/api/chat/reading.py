@@ -146,10 +146,10 @@ class ChatRequest:
         fork_id = self.finder.open_thread(self.conversation, may_continue=False)
         return self.start_turn_in(fork_id, turn_id, **options)
 
-    def refuse_turn(self, turn_id: str, error: InvalidInput) -> TurnRecord:
+    def refuse_turn(self, turn_id: str, error: InvalidInput, client_fields: dict[str, Any] | None = None) -> TurnRecord:
         """Create a turn that says what is wrong with the person's words or files, and return it."""
         thread_id = self.finder.open_thread(self.conversation, may_continue=False)
-        return self.context.turn_runner.refuse_turn(turn_id, self.owner, thread_id, error)
+        return self.context.turn_runner.refuse_turn(turn_id, self.owner, thread_id, error, client_fields)
 
     def start_turn_in(self, thread_id: str, turn_id: str, **options: Any) -> TurnRecord:
         turn = self.conversation.turn

@@ -13,13 +13,13 @@ from typing import Any
 import anyio
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
-from pydantic import Field
+from pydantic import BaseModel, Field
 from sse_starlette import EventSourceResponse
 
-from omnivideo.api.answers.answer import IDLE_SECONDS, Answer, AnswerPart, Usage
+from omnivideo.api.answers.answer import IDLE_SECONDS, AnswerPart, ChatAnswer, Usage
 from omnivideo.api.answers.chat_format import ChatFormat, FinishReason, ServerSentEvent
 from omnivideo.api.answers.links import create_link_builder
-from omnivideo.api.answers.sampling_fields import ChatSamplingFields
+from omnivideo.api.answers.sampling_fields import ChatSamplingFields, ResponseFormat
 from omnivideo.api.chat.messages import ChatMessage
 from omnivideo.api.chat.reading import TEXT_ONLY_SUFFIX, ChatRequest
 from omnivideo.api.dependencies import (
@@ -53,7 +53,7 @@ class ChatCompletionRequest(ChatSamplingFields):
     messages: list[ChatMessage] = Field(min_length=1, max_length=1000)
     stream: bool = False
     stream_options: StreamOptions | None = None
-    response_format: dict[str, Any] | None = None
+    response_format: ResponseFormat | None = None
     progress: bool = True
 
 
@@ -103,6 +103,8 @@ class ChatCompletion:
         self.created_at = int(time.time())
         self.thread_id, self.turn_id = "", ""
         self.words: str | None = None  # the answer to a request that is no turn
+        self.idempotent_payload: BaseModel = payload
+        self.turn_fields: dict[str, Any] = {"retry_timeout_seconds": ATTENDED_RETRY_TIMEOUT_SECONDS}
 
     @property
     def id(self) -> str:
@@ -121,16 +123,17 @@ class ChatCompletion:
             turn = self.create_or_refuse_turn(make_id("turn_"))
         else:
             find = partial(self.context.turn_runner.find_live_turn, self.owner)
-            turn = idempotent_request.run(self.payload, "turn_", find, self.create_or_refuse_turn, is_waiting=True)
+            turn = idempotent_request.run(
+                self.idempotent_payload, "turn_", find, self.create_or_refuse_turn, is_waiting=True
+            )
         self.turn_id, self.thread_id, self.created_at = turn.id, turn.thread_id, int(turn.created_at)
 
     def create_or_refuse_turn(self, turn_id: str) -> TurnRecord:
         """Create the turn, or one that explains in words what is wrong with a person's words or files."""
         try:
-            options = self.payload.to_turn_options() | {"retry_timeout_seconds": ATTENDED_RETRY_TIMEOUT_SECONDS}
-            return self.request.start_turn(turn_id, **options)
+            return self.request.start_turn(turn_id, **self.payload.to_turn_options(), **self.turn_fields)
         except UnusableContent as error:
-            return self.request.refuse_turn(turn_id, error)
+            return self.request.refuse_turn(turn_id, error, self.turn_fields.get("client_fields"))
 
     def cancel(self) -> None:
         self.context.turn_runner.cancel_turn(self.require_turn())
@@ -165,20 +168,24 @@ class ChatCompletion:
             {"omnivideo": names},
         )
 
-    def end_answer(self, answer: Answer) -> tuple[list[AnswerPart], FinishReason, Usage]:
+    def end_answer(self, answer: ChatAnswer) -> tuple[list[AnswerPart], FinishReason, Usage]:
         """End the answer with its turn and store it. Return what is new, why it has ended, and its usage."""
         parts = list(answer.end(self.require_turn()))
         self.record_completion()
         count_tokens = self.context.conversations.mllm.count_tokens
         is_cut = answer.is_cut(self.payload.token_limit, count_tokens)
-        prompt = "\n".join(message.text for message in self.payload.messages)
-        return parts, "length" if is_cut else "stop", answer.count_usage(prompt, count_tokens)
+        usage = answer.count_usage(count_tokens(self.prompt_text), count_tokens)
+        return parts, "length" if is_cut else "stop", usage
+
+    @property
+    def prompt_text(self) -> str:
+        return "\n".join(message.text for message in self.payload.messages)
 
     def build_completion(self) -> dict[str, Any]:
         """Return the answer of a turn that has ended. Raises APIError if it has failed or was cancelled."""
         if self.words is not None:
             return self.format.build_completion(self.words, "", self.count_words())
-        answer = Answer(self.thread_id, self.links)
+        answer = ChatAnswer(self.thread_id, self.links)
         answer.read_events(event for _, event in self.context.turns.list_events(self.turn_id))
         _, finish_reason, usage = self.end_answer(answer)
         return self.format.build_completion(answer.text, answer.reasoning, usage, finish_reason)
@@ -186,8 +193,7 @@ class ChatCompletion:
     def count_words(self) -> Usage:
         """Return the usage of an answer that is no turn."""
         count_tokens = self.context.conversations.mllm.count_tokens
-        prompt = "\n".join(message.text for message in self.payload.messages)
-        return Usage(count_tokens(prompt), count_tokens(self.words or ""), 0)
+        return Usage(count_tokens(self.prompt_text), count_tokens(self.words or ""), 0)
 
     async def stream_words(self) -> AsyncIterator[ServerSentEvent]:
         """Yield an answer that is no turn as server-sent events."""
@@ -200,7 +206,7 @@ class ChatCompletion:
 
     async def stream_chunks(self, feed: EventFeed) -> AsyncIterator[ServerSentEvent]:
         """Yield the answer as server-sent events while the turn runs."""
-        answer, chat_format = Answer(self.thread_id, self.links), self.format
+        answer, chat_format = ChatAnswer(self.thread_id, self.links), self.format
         yield chat_format.begin_stream()
         async for _, event in feed.follow_turn(self.turn_id, idle_seconds=IDLE_SECONDS):
             for part in answer.read_event(event):

@@ -53,14 +53,22 @@ class CancellationRequested(Exception):
     """The job's owner has cancelled it."""
 
 
+class StopRequested(Exception):
+    """The worker's process is about to end, and the state of its job is saved."""
+
+
 class Worker:
-    """Renders one job, or one batch of jobs, at a time with one model."""
+    """Renders one job, or one batch of jobs, at a time with one model.
+
+    After `stop_requested` is set, the jobs are given back to the queue at the end of the current denoising step.
+    """
 
     def __init__(self, renderer: Renderer, jobs: JobRepository, config: WorkerConfig | None = None):
         self.renderer = renderer
         self.jobs = jobs
         self.config = config or WorkerConfig()
         self.worker_name = f"{socket.gethostname()}:{os.getpid()}"
+        self.stop_requested = threading.Event()
 
     def run_next_job(self) -> bool:
         """Render the next queued job, and return False if none is queued. A failing job does not stop the worker."""
@@ -135,6 +143,9 @@ class Worker:
             raise error
         except CancellationRequested:
             retry_while_unavailable(lambda: self.jobs.mark_cancelled(claim))
+        except StopRequested:
+            log.info("job %s: attempt %d stops with its worker", claim.job.id, claim.attempt)
+            retry_while_unavailable(lambda: self.jobs.requeue(claim))
         except JobLost:
             raise
         except ArtifactNotFound as error:
@@ -186,6 +197,8 @@ class Worker:
             save_due = self.should_save_state(event.step, saved_at)
             self.report_step(claim, params, event, save_due)
             saved_at = time.monotonic() if save_due else saved_at
+            if save_due and self.stop_requested.is_set():
+                raise StopRequested
         raise AssertionError("rendering ends with a clip")
 
     def render_claims(
@@ -217,6 +230,8 @@ class Worker:
             saved_at = time.monotonic() if save_due else saved_at
             if not claims_by_job:
                 return
+            if save_due and self.stop_requested.is_set():
+                raise StopRequested
 
     def report_batch_step(self, claims_by_job: dict[str, Claim], progress: DenoisingProgress, save_due: bool) -> None:
         fields = {"resume_key": self.save_state(progress.state)} if save_due else {}
@@ -231,7 +246,7 @@ class Worker:
 
     def should_save_state(self, step: StepProgress, saved_at: float) -> bool:
         """Return whether to save the state after a step; the last one was saved at `saved_at` (time.monotonic)."""
-        return (
+        return self.stop_requested.is_set() or (
             step.step % self.config.save_every_steps == 0
             and time.monotonic() - saved_at >= self.config.save_every_seconds
         )
@@ -283,12 +298,11 @@ def unpack_state(data: bytes, device: torch.device) -> DenoisingState:
 
 
 class InProcessWorker:
-    """A worker in a thread of this process, woken by `notify_workers`."""
+    """A worker in a thread of this process, woken by `notify_workers` or by whoever sets `work_available`."""
 
-    def __init__(self, worker: Worker):
+    def __init__(self, worker: Worker, work_available: threading.Event | None = None):
         self.worker = worker
-        self.work_available = threading.Event()
-        self.stop_requested = False
+        self.work_available = work_available or threading.Event()
         self.thread = threading.Thread(target=self.run, daemon=True, name="worker")
 
     def notify_workers(self) -> None:
@@ -299,18 +313,18 @@ class InProcessWorker:
         return self
 
     def stop(self) -> None:
-        """Stop the thread after its current job."""
-        self.stop_requested = True
+        """Stop the thread after the current denoising step; its job goes back to the queue."""
+        self.worker.stop_requested.set()
         self.notify_workers()
         self.thread.join()
 
     def run(self) -> None:
-        while not self.stop_requested:
+        while not self.worker.stop_requested.is_set():
             self.work_available.clear()
             try:
                 ran_job = self.worker.run_next_job()
             except OmniVideoError as error:
                 log.warning("%s", error)
                 ran_job = False
-            if not ran_job and not self.stop_requested:
+            if not ran_job and not self.worker.stop_requested.is_set():
                 self.work_available.wait(1.0)  # another process may have queued a job in the same database

@@ -1,10 +1,14 @@
 """Notify workers of queued jobs through the broker, and run workers in Celery's child processes, one for each device.
 
-A message says only that there is work, so a lost message loses no job. This module does not import torch: API
+A message says only that there is work. It is acknowledged on receipt, and idle workers also look into the database
+themselves, so neither a lost message nor a broker that is down loses a job. This module does not import torch: API
 processes notify too.
 """
 
 import logging
+import os
+import threading
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -12,12 +16,14 @@ from celery import Celery, signals
 from kombu.exceptions import OperationalError
 
 from omnivideo.backends.queue.reaper import Reaper
+from omnivideo.errors import OmniVideoError
 
 if TYPE_CHECKING:
-    from omnivideo.backends.decoder.worker import Worker
+    from omnivideo.backends.decoder.worker import InProcessWorker, Worker
 
 log = logging.getLogger("omnivideo.worker")
 TASK_NAME = "omnivideo.work"
+RELOAD_AFTER_SECONDS = 5.0  # Celery replaces a child that has ended at once
 
 
 def create_celery_app(broker_url: str) -> Celery:
@@ -27,8 +33,7 @@ def create_celery_app(broker_url: str) -> Celery:
         task_serializer="json",
         accept_content=["json"],
         task_ignore_result=True,
-        task_acks_late=True,
-        task_reject_on_worker_lost=True,
+        task_acks_late=False,  # RabbitMQ closes the channel of a message that is not acknowledged within 30 minutes
         worker_prefetch_multiplier=1,
         worker_hijack_root_logger=False,
         broker_connection_retry_on_startup=True,
@@ -50,6 +55,39 @@ def create_notifier(app: Celery) -> Callable[[], None]:
     return notify_workers
 
 
+class ChildProcess:
+    """The worker of one of Celery's child processes, in a thread beside Celery's own.
+
+    Celery kills a child that has not reported itself as started after 4 s, and loading a model takes longer.
+    """
+
+    def __init__(self, build_worker: Callable[[], tuple["Worker", float]], notify_workers: Callable[[], None]):
+        self.build_worker, self.notify_workers = build_worker, notify_workers
+        self.work_available = threading.Event()
+        self.worker: InProcessWorker | None = None
+
+    def start(self) -> None:
+        threading.Thread(target=self.run, daemon=True, name="loading").start()
+
+    def run(self) -> None:
+        """Load the worker and start it. If it cannot be loaded, the process ends, and Celery starts another."""
+        from omnivideo.backends.decoder.worker import InProcessWorker
+
+        try:
+            worker, heartbeat_timeout_seconds = self.build_worker()
+        except Exception as error:
+            log.error("the worker cannot start: %s", error, exc_info=not isinstance(error, OmniVideoError))
+            time.sleep(RELOAD_AFTER_SECONDS)
+            os._exit(1)
+        Reaper(worker.jobs, heartbeat_timeout_seconds, self.notify_workers).start()
+        self.worker = InProcessWorker(worker, self.work_available).start()
+
+    def stop(self) -> None:
+        """Stop after the current denoising step; the job continues from there on another worker."""
+        if self.worker is not None:
+            self.worker.stop()
+
+
 def serve_celery_worker(
     broker_url: str, build_worker: Callable[[], tuple["Worker", float]], concurrency: int = 1
 ) -> None:
@@ -58,19 +96,20 @@ def serve_celery_worker(
     `build_worker` runs in each child process, so that the parent loads no model and does not initialize CUDA. It
     returns the worker and the heartbeat timeout in seconds.
     """
-    app, notify_workers = create_celery_app(broker_url), create_notifier(create_celery_app(broker_url))
-    child_workers: list[Worker] = []  # of this child
+    app = create_celery_app(broker_url)
+    child = ChildProcess(build_worker, create_notifier(create_celery_app(broker_url)))
 
     @signals.worker_process_init.connect(weak=False)  # type: ignore[untyped-decorator]
-    def start_child_worker(**_: Any) -> None:
-        worker, heartbeat_timeout_seconds = build_worker()
-        child_workers.append(worker)
-        Reaper(worker.jobs, heartbeat_timeout_seconds, notify_workers).start()
+    def start_child(**_: Any) -> None:
+        child.start()
+
+    @signals.worker_process_shutdown.connect(weak=False)  # type: ignore[untyped-decorator]
+    def stop_child(**_: Any) -> None:
+        child.stop()
 
     @app.task(name=TASK_NAME)  # type: ignore[untyped-decorator]
     def run_task() -> None:
-        if child_workers[0].run_next_job() and child_workers[0].jobs.count_queued():
-            notify_workers()  # one message is enough to process all queued jobs
+        child.work_available.set()
 
     app.worker_main(["worker", "--pool=prefork", f"--concurrency={concurrency}", "--loglevel=WARNING",
                      "--without-gossip", "--without-mingle", "-Ofair"])  # fmt: skip

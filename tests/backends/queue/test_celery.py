@@ -47,8 +47,8 @@ class Deployment:
         self.queue = DurableQueue(self.jobs, self.store, self.notify_workers)
 
     @contextmanager
-    def run_worker(self) -> Iterator[subprocess.Popen[bytes]]:
-        command = [sys.executable, "-m", "omnivideo.cli", "worker", "--device", "cpu"]
+    def run_worker(self, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
+        command = [sys.executable, *(arguments or ("-m", "omnivideo.cli", "worker", "--device", "cpu"))]
         with (self.home / f"worker-{time.monotonic_ns()}.log").open("wb") as log:
             process = subprocess.Popen(command, env=self.environment, stdout=log, stderr=log, start_new_session=True)
         try:
@@ -159,15 +159,51 @@ def test_attack_a_pickled_message_is_never_opened(deployment, tmp_path):
     assert not created_file.exists()
 
 
-def test_a_terminated_worker_finishes_its_job(deployment):
-    with deployment.run_worker() as worker:
-        deployment.jobs.submit(build_job("last", 100))
-        deployment.notify_workers()
-        deployment.wait_for("last", step=5)
-        worker.send_signal(signal.SIGTERM)
-        worker.wait(60)
-    status = deployment.jobs.get_status("last")
-    assert (status.state, status.attempt) == ("done", 1)
+def test_a_terminated_worker_gives_its_job_back(deployment):
+    """A restart counts as no loss, however often it happens; the job continues with the same bytes."""
+    deployment.jobs.submit(build_job("restarted", 150))
+    steps = [0]
+    for _ in range(4):
+        with deployment.run_worker() as worker:
+            deployment.notify_workers()
+            deployment.wait_for("restarted", step=steps[-1] + 5)
+            worker.send_signal(signal.SIGTERM)
+            assert worker.wait(20) == 0
+        status = deployment.jobs.get_status("restarted")
+        assert status.state == "queued"
+        steps.append(status.step)
+    assert steps == sorted(set(steps))
+    with deployment.run_worker():
+        deployment.wait_for("restarted", ended=True)
+        uninterrupted = list(deployment.queue.run(build_job("unrestarted", 150)))[-1]
+    status = deployment.jobs.get_status("restarted")
+    assert (status.state, status.attempt, status.result.key) == ("done", 5, uninterrupted.key)
+
+
+SLOW_WORKER = """
+import time
+from omnivideo.backends.queue.celery import serve_celery_worker
+from omnivideo.cli.service import build_wiring
+
+settings = build_wiring("cpu").settings
+
+def build_worker():
+    time.sleep(6)
+    return build_wiring("cpu").worker, settings.heartbeat_timeout
+
+serve_celery_worker(settings.broker, build_worker)
+"""
+
+
+def test_a_child_that_loads_slowly_is_replaced(deployment):
+    """Celery kills a child that has not started within 4 s; a large model needs minutes to load."""
+    deployment.jobs.submit(build_job("slowly", 150))
+    with deployment.run_worker("-c", SLOW_WORKER) as worker:
+        deployment.wait_for("slowly", step=5)
+        os.kill(find_child(worker), signal.SIGKILL)
+        deployment.wait_for("slowly", ended=True)
+    status = deployment.jobs.get_status("slowly")
+    assert (status.state, status.attempt) == ("done", 2)
 
 
 def test_a_missing_broker_loses_no_job(tmp_path, weights):
