@@ -142,6 +142,14 @@ def sample_frame_indices(media: MLLMMedia, vision_config: VisionInputConfig) -> 
     return [int(index) for index in np.linspace(0, total - 1, count).round()]
 
 
+def crop_to_square(frame_HW3: np.ndarray) -> np.ndarray:
+    """Return the largest centred square of a frame."""
+    height, width = frame_HW3.shape[:2]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    return np.ascontiguousarray(frame_HW3[top : top + side, left : left + side])
+
+
 def resize_frame(frame_HW3: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Return the frame at a height and width, by bicubic interpolation."""
     if frame_HW3.shape[:2] == size:
@@ -159,6 +167,7 @@ class QwenVisualInput:
         return sample_frame_indices(media, self.config) if media.is_video else [0]
 
     def fit_frame(self, frame_HW3: np.ndarray, num_frames: int) -> np.ndarray:
+        frame_HW3 = crop_to_square(frame_HW3) if self.config.fit == "square" else frame_HW3
         height, width = frame_HW3.shape[:2]
         return resize_frame(frame_HW3, fit_size(height, width, self.config, num_frames))
 

@@ -46,7 +46,11 @@ class VisualContextConfig(PresetModel):
 
 
 class VisionInputConfig(PresetModel):
-    """The MLLM's visual input: how it patches pixels, and how much of an image or a clip it sees."""
+    """The MLLM's visual input: how it patches pixels, and how much of an image or a clip it sees.
+
+    With the fit "area", a frame keeps its aspect ratio. With "square", the model sees the largest centred square, as a
+    model does that was trained on squares alone; its decoder crops a source in the same way.
+    """
 
     patch_size: int  # px
     merge_size: int  # patches along each side of one token
@@ -57,6 +61,7 @@ class VisionInputConfig(PresetModel):
     min_frames: int
     max_frames: int
     budget: Literal["frame", "clip"] = "frame"
+    fit: Literal["area", "square"] = "area"
 
 
 class MLLMConfig(PresetModel):

@@ -94,10 +94,9 @@ class WrapperSplitter:
 
     def take_words(self, text: str) -> str:
         """Return the text without its wrappers."""
-        has_template = bool(INSTRUCTION_HEADING.match(text))
         # Blocks at the start of a line first: instructions before them may show a tag as an example.
         kept, blocks_end = self.take_blocks(text, LINE_BLOCK)
-        if has_template and blocks_end is not None:
+        if INSTRUCTION_HEADING.match(kept) and blocks_end is not None:
             kept = kept[blocks_end:]  # a template's instructions stand before its context, the words after it
         elif TEMPLATE_OPENING.match(kept) and (question := QUESTION_LINE.search(kept)):
             self.documents.append(Document("", (kept[: question.start()] + kept[question.end() :]).strip()))
