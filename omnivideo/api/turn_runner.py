@@ -18,7 +18,8 @@ from omnivideo.turns import QuestionAsked, TurnCompleted, TurnEvent, TurnRecord,
 
 log = logging.getLogger("omnivideo.api")
 RETRY_TIMEOUT_SECONDS = 600.0  # how long a turn waits for an unavailable server: an MLLM takes minutes to load
-ATTENDED_RETRY_TIMEOUT_SECONDS = 58.0  # the same, for a turn whose client waits for the answer
+ATTENDED_RETRY_TIMEOUT_SECONDS = 52.0  # the same, for a turn whose client waits for the answer
+BEGINNING_EVENTS = ("plan", "action")  # of an attempt: they are repeated without any progress
 RETRY_INTERVAL_SECONDS = 1.0
 MAX_YIELD_SECONDS, YIELD_POLL_SECONDS = 60.0, 0.1  # how long a request about a conversation lets turns go first
 
@@ -203,14 +204,13 @@ class TurnRunner:
             for _, event in self.turns.list_events(turn.id):
                 if event["kind"] == "plan":
                     counts.append(0)
-                counts[-1] += event["kind"] != "waiting"
+                counts[-1] += event["kind"] not in (*BEGINNING_EVENTS, "waiting")
         return counts[-1] > max(counts[:-1], default=0)
 
     def emit_waiting(self, turn: TurnRecord, error: Exception) -> None:
         """Notify the turn's followers that it waits, unless the last event already said so."""
         event_kinds = [event["kind"] for _, event in self.turns.list_events(turn.id)]
-        # Every attempt begins with a plan event, so these do not count.
-        if [kind for kind in event_kinds if kind != "plan"][-1:] == ["waiting"]:
+        if [kind for kind in event_kinds if kind not in BEGINNING_EVENTS][-1:] == ["waiting"]:
             return
         text = str(error) if isinstance(error, ModelUnavailable) else "a server is unavailable; the turn will continue"
         self.turns.append_event(turn, WaitingNotice(text=text).model_dump())

@@ -86,12 +86,12 @@ class ChatAnswer:
                 self.is_within_line = not event["delta"].endswith("\n")
                 yield AnswerPart("reasoning", event["delta"])
             case "waiting":
-                yield self.tell(event["text"])
+                yield self.report_news(event["text"])
             case "idle":
-                yield self.tell(f"no news for {event['seconds']} s; still waiting")
+                yield self.report_news(f"no news for {event['seconds']} s; still waiting")
             case "step" if 10 * event["step"] // event["steps"] > self.announced_tenth:
                 self.announced_tenth = 10 * event["step"] // event["steps"]
-                yield self.tell(describe_step(event))
+                yield self.report_news(describe_step(event))
             case "text":
                 if self.answered_index is not None:
                     self.words_by_action[self.answered_index] += event["delta"]
@@ -101,7 +101,7 @@ class ChatAnswer:
             case "artifact" if event["final"]:
                 yield from self.add_artifact(Artifact(**event["artifact"]))
 
-    def tell(self, news: str, is_done: bool = False) -> AnswerPart:
+    def report_news(self, news: str, is_done: bool = False) -> AnswerPart:
         part = AnswerPart("progress", news, is_done, interrupts_line=self.is_within_line)
         self.is_within_line = False
         return part
@@ -113,10 +113,10 @@ class ChatAnswer:
         self.answered_index = index if event["goal"] == "understand" else None
         self.words_by_action[index] = ""
         if event["goal"] in ("generate", "edit"):
-            yield self.tell(describe_action(event))
+            yield self.report_news(describe_action(event))
 
     def add_artifact(self, artifact: Artifact) -> Iterator[AnswerPart]:
-        yield self.tell("done", is_done=True)
+        yield self.report_news("done", is_done=True)
         yield from self.add_block(describe_artifact(artifact))
         yield from self.add_block(to_markdown(artifact, self.thread_id, self.links))
         if artifact not in self.artifacts:

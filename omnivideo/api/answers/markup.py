@@ -25,6 +25,7 @@ def build_artifact_path(thread_id: str, key: str) -> str:
 def describe_artifact(artifact: Artifact) -> str:
     """Return the sentence that comes with a clip or a picture."""
     name, caption = MEDIUM_NAMES[artifact.medium], shorten_caption(artifact.caption)
+    name = f"changed {name}" if artifact.source else name
     return f"Here is the {name}: {caption}" if caption else f"Here is the {name}."
 
 
