@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from omnivideo.agent.planner_prompts import load_prompts
+from omnivideo.api.routes.chat import run_chat_request
 from omnivideo.contracts import MLLMRequest, Route
 from omnivideo.presets import TINY
-from tests.api.test_chat_histories import chat, count_jobs, last_result, make_picture_url, post, say, text_of
+from tests.api.test_chat_histories import OPTIONS, chat, count_jobs, last_result, make_picture_url, post, say, text_of
 from tests.support.openai_service import make_http_client, run_service
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -106,6 +107,15 @@ def test_a_still_of_a_clip_is_one_of_its_frames(http, context):
     assert artifact["source"] == last_result(http, made)["artifact"]["key"]
 
 
+def test_clips_of_a_chat_in_a_batch_are_rendered_in_the_batch_lane(context):
+    def count_batch_jobs() -> int:
+        return sum(count for lane, _, count in context.jobs.count_by_lane_and_state() if lane == "batch")
+
+    before = count_batch_jobs()
+    answer = run_chat_request(context, "admin", OPTIONS | {"messages": [say("user", "a red ball")]})
+    assert text_of(answer).startswith("Here is") and count_batch_jobs() == before + 1
+
+
 # ---------------------------------------------------------------- a model that plans
 
 PLANNING = TINY.model_copy(
@@ -171,6 +181,14 @@ def test_a_planning_model_reads_wrappers_as_background(planning, case):
     request = next(request for request in reversed(script.requests) if request.system.startswith(PROMPTS.plan))
     assert request.text.endswith(f"The user says: {case['words']}") and "be brief" in request.system
     assert ("zero zero" in request.system) == bool(case.get("documents"))
+
+
+def test_a_request_about_a_conversation_lets_the_owners_turns_go_first(planning):
+    http, context, _ = planning
+    thread = http.post("/v1/threads").json()["id"]
+    turn = http.post(f"/v1/threads/{thread}/turns", json={"text": "a red ball", "steps": 30}).json()["id"]
+    assert text_of(send_case(http, REQUESTS[0]))
+    assert context.turns.get_turn(turn, "admin").state == "done"
 
 
 def test_a_planning_model_sets_a_picture_in_motion(planning):
