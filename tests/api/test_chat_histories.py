@@ -36,9 +36,9 @@ def say(role: str, content: object) -> dict:
 
 
 def last_result(http: httpx.Client, answer: dict) -> dict:
-    """Return the result of an answer's turn."""
-    thread = http.get(f"/v1/threads/{answer['omnivideo']['thread']}").json()
-    return thread["turns"][-1]["results"][-1]
+    """Return the last result of an answer's turn."""
+    names = answer["omnivideo"]
+    return http.get(f"/v1/threads/{names['thread']}/turns/{names['turn']}").json()["turn"]["results"][-1]
 
 
 def make_picture_url(colour=(200, 30, 30), size=(64, 64)) -> str:

@@ -162,7 +162,7 @@ class KnownThread:
 
 
 def answered_turns(history: Sequence[Exchange]) -> list[UserTurn]:
-    return [exchange.user for exchange in history if exchange.is_answered]
+    return [exchange.user for exchange in history if exchange.is_answered and not exchange.user.is_empty]
 
 
 def find_turn_with_artifact(known: KnownThread, link: ArtifactLink) -> int | None:

@@ -189,6 +189,8 @@ class ConversationReader:
             if self.history and answer:
                 last = self.history.pop()
                 self.history.append(Exchange(last.user, f"{last.answer}\n{answer}".strip(), True))
+            elif answer and find_artifact_links(answer):  # the beginning of the history is missing
+                self.history.append(Exchange(UserTurn(""), answer, True))
             return
         self.history += [Exchange(unanswered) for unanswered in turns[:-1]]
         self.history.append(Exchange(turns[-1], answer or "", answer is not None))
