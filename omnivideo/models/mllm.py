@@ -15,13 +15,13 @@ from typing import Literal, Protocol
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, Qwen3VLForConditionalGeneration
 from transformers.vision_utils import get_vision_position_ids
 
 from omnivideo.contracts import Route
 from omnivideo.errors import InvalidInput
+from omnivideo.models.frames import crop_to_square, resize_frame
 from omnivideo.models.structured import SchemaConstraint
 from omnivideo.presets import VisionInputConfig
 
@@ -141,21 +141,6 @@ def sample_frame_indices(media: MLLMMedia, vision_config: VisionInputConfig) -> 
     count = int(total / media.fps * vision_config.fps)
     count = min(max(count, vision_config.min_frames), vision_config.max_frames, total)
     return [int(index) for index in np.linspace(0, total - 1, count).round()]
-
-
-def crop_to_square(frame_HW3: np.ndarray) -> np.ndarray:
-    """Return the largest centred square of a frame."""
-    height, width = frame_HW3.shape[:2]
-    side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
-    return np.ascontiguousarray(frame_HW3[top : top + side, left : left + side])
-
-
-def resize_frame(frame_HW3: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Return the frame at a height and width, by bicubic interpolation."""
-    if frame_HW3.shape[:2] == size:
-        return frame_HW3
-    return np.asarray(Image.fromarray(frame_HW3).resize((size[1], size[0]), Image.Resampling.BICUBIC))
 
 
 @dataclass(frozen=True)

@@ -188,13 +188,13 @@ class Preset(PresetModel):
     `version` names the published layout. `decoder` and `vae` are the configurations of diffusers'
     `WanTransformer3DModel` and `AutoencoderKLWan`. A vision head and an adapter make the condition's "visual" part, a
     normalised projection of the MLLM's hidden states its "hidden" part. The keys of `sampling` are the tasks that the
-    weights can do, `trained` has the sizes and lengths of each, and `animates_pictures` says that they can also make a
-    clip of a picture. The authors' version 1 counts guidance from the condition; its scale plus `guidance_offset` is
-    the usual scale, which every setting here means. Parts that `dtypes` does not name are float32; `autocast` is the type
-    that the decoder and the visual context adapter compute in. `byte_rounding` turns decoded pixels into bytes.
-    `max_batch_size` is the number of clips of a batch that are rendered in one pass, if that was measured to be faster.
-    `prompts` is the folder of the planner's prompts. `has_scorer` is True if the preset's world is the synthetic one,
-    in which pixels can be checked against a request.
+    weights can do, `trained` has the sizes and lengths of each, and `animates_pictures` says that they can also
+    make a clip of a picture. The authors' version 1 counts guidance from the condition; its scale plus
+    `guidance_offset` is the usual scale, which every setting here means. Parts that `dtypes` does not name are
+    float32; `autocast` is the type that the decoder and the visual context adapter compute in. `byte_rounding`
+    turns decoded pixels into bytes. `max_batch_size` is the number of clips of a batch that are rendered in one
+    pass, if that was measured to be faster. `prompts` is the folder of the planner's prompts. `has_scorer` is True
+    if the preset's world is the synthetic one, in which pixels can be checked against a request.
     """
 
     name: str

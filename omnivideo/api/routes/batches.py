@@ -28,8 +28,9 @@ from omnivideo.api.request_body import (
 )
 from omnivideo.api.routes.images import ImageObject, build_image_path, build_images_response
 from omnivideo.api.routes.videos import to_video_object
-from omnivideo.contracts import BatchRecord, JobStatus, RequestModel
+from omnivideo.contracts import JobStatus, RequestModel
 from omnivideo.errors import InvalidInput
+from omnivideo.records import BatchRecord
 
 router = APIRouter(prefix="/v1/batches", tags=["batches"], responses=ERROR_RESPONSES)
 BatchEndpoint = Literal["/v1/videos", "/v1/images/generations", "/v1/chat/completions"]
