@@ -1,8 +1,10 @@
 """The frozen messages that cross packages, and the one place where a request's settings are resolved.
 
-The messages of conversations are in omnivideo/turns.py.
+The messages of conversations are in omnivideo/turns.py, the records of files, batches and webhooks in
+omnivideo/records.py.
 """
 
+import secrets
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, get_args
 
@@ -10,19 +12,26 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    SerializerFunctionWrapHandler,
     ValidationError,
-    model_serializer,
     model_validator,
 )
 from pydantic.fields import FieldInfo
 
 from omnivideo.errors import InvalidInput, TextTooLong
 from omnivideo.presets import Preset, Task, get_sampling_defaults
+from omnivideo.presets.shapes import (
+    MAX_CLIP_PIXELS,
+    MAX_FPS,
+    MIN_FPS,
+    Delivery,
+    RequestedShape,
+    SourceLength,
+    get_trained_shapes,
+    resolve_shape,
+)
 from omnivideo.validation import describe_errors
 
 MAX_SEED = 2**63 - 1
-MAX_CLIP_PIXELS = 1280 * 720 * 121  # width x height x frames; no preset supports more
 
 
 class FrozenModel(BaseModel):
@@ -40,19 +49,38 @@ class RequestModel(BaseModel):
         return {name: value for name, value in fields.items() if value is not None}
 
 
+def is_none(value: object) -> bool:
+    return value is None
+
+
+def build_omitted_field() -> Any:
+    """Return a field that is None by default, and is left out of what is stored then, as before it existed."""
+    return Field(default=None, exclude_if=is_none)
+
+
 class SamplingParams(FrozenModel):
-    """The complete settings of one clip. Sizes are in px; the seed determines every byte of the result."""
+    """The complete settings of one clip. Sizes are in px; the seed determines every byte of the result.
+
+    `width`, `height` and `frames` are what is generated; `delivery` is what the file has, if that is something else.
+    `seconds` is the requested time that the frame rate was chosen to fill, if it was.
+    """
 
     task: Task
     width: int = Field(ge=16, le=1280)
     height: int = Field(ge=16, le=1280)
     frames: Annotated[int, Field(ge=1, le=241)]
-    fps: int = Field(ge=1, le=60)
+    fps: Annotated[int | float, Field(ge=MIN_FPS, le=MAX_FPS)]
     steps: int = Field(ge=1, le=200)
     guidance_scale: float = Field(ge=0, le=30, allow_inf_nan=False)
     flow_shift: float = Field(ge=0.01, le=100, allow_inf_nan=False)
     negative_prompt: str = Field(max_length=4000)
     seed: int = Field(ge=0, le=MAX_SEED)
+    delivery: Delivery | None = build_omitted_field()
+    seconds: float | None = build_omitted_field()
+
+    @property
+    def delivered_shape(self) -> Delivery:
+        return self.delivery or Delivery(width=self.width, height=self.height, frames=self.frames)
 
 
 class StepProgress(FrozenModel):
@@ -74,9 +102,12 @@ class Preview(FrozenModel):
 class Manifest(FrozenModel):
     """Everything that a file was generated from, which is enough to reproduce its bytes.
 
-    `source` is the file name of an edit's source, or its object key if it was in the store. `visual_tokens` and
-    `source_latents` are object keys of tensors, or None if they are not stored. `sound` says what became of the
-    source's sound: "kept", or why it was left out. A manifest of a clip whose source has none does not have the field.
+    `weights` is the digest of the weights and `precision` the types that they were computed in. `source` is the file
+    name of an edit's source, or its object key if it was in the store; `mask` is that of its mask. `visual_tokens` and
+    `source_latents` are object keys of tensors, or None if they are not stored. `settings` has the size and length that
+    were generated, `delivered` those of the file. `sound` says what became of the source's sound: "kept", or why it was
+    left out. A manifest without a mask, or of a clip whose source has no sound, does not have these fields, and one of
+    version 0.2 has no precision.
     """
 
     prompt: str
@@ -87,14 +118,12 @@ class Manifest(FrozenModel):
     visual_tokens: str | None = None
     preset: str
     weights: str
+    precision: str | None = build_omitted_field()
     versions: dict[str, str]
     seconds: dict[str, float]
-    sound: str | None = None
-
-    @model_serializer(mode="wrap")
-    def leave_out_missing_sound(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        fields: dict[str, Any] = serialize(self)
-        return {name: value for name, value in fields.items() if name != "sound" or value is not None}
+    delivered: Delivery | None = build_omitted_field()
+    mask: str | None = build_omitted_field()
+    sound: str | None = build_omitted_field()
 
 
 # ---------------------------------------------------------------- tasks
@@ -181,10 +210,24 @@ class Route(FrozenModel):
     probability: float
 
 
+class ModelIdentity(FrozenModel):
+    """What a process renders with. Processes of the same identity give the same clip and can resume each other's.
+
+    `weights` is the digest of the weights (models/weights/digests.py), `precision` says in which types they compute.
+    """
+
+    preset: str
+    weights: str
+    precision: str
+
+
 class Job(FrozenModel):
     """One clip to render. The client may choose the id; requests with the same id and content are the same job.
 
-    `visual_tokens` is the object key of the vision head's tokens; if it is None, the worker predicts them.
+    `visual_tokens` is the object key of the vision head's tokens; if it is None, the worker predicts them. `mask` is
+    the object key of a picture of the source's size; only where its alpha is 0 may the source's pixels change.
+    `preset` is the one that the settings were resolved for; a job of version 0.2 does not state it, and any worker may
+    render it.
     """
 
     id: str
@@ -192,6 +235,8 @@ class Job(FrozenModel):
     visual_tokens: str | None
     source: Artifact | None
     params: SamplingParams
+    mask: str | None = build_omitted_field()
+    preset: str | None = None
 
     @property
     def task(self) -> Task:
@@ -238,8 +283,9 @@ class JobStatus(FrozenModel):
 class Claim(FrozenModel):
     """A job that a worker has claimed. `attempt` is the fencing number of everything that the worker writes.
 
-    `resume_key` is the object key of a saved denoising state. `batch_job_ids` are the jobs that are rendered in one
-    pass, in order, or empty for a job that is rendered alone. `traceparent` is the W3C trace context of the request.
+    `resume_key` is the object key of a resume point, saved by a worker of the same model. `batch_job_ids` are the jobs
+    that are rendered in one pass, in order, or empty for a job that is rendered alone. `traceparent` is the W3C trace
+    context of the request.
     """
 
     job: Job
@@ -258,63 +304,6 @@ class Change(FrozenModel):
     body: dict[str, Any] | None = None
 
 
-# ---------------------------------------------------------------- what the service stores for its users
-
-
-class FileRecord(FrozenModel):
-    """A stored file. `object_key` is its key in the object store; `artifact` is set if it is an image or a clip."""
-
-    id: str
-    owner: str
-    name: str
-    purpose: str
-    size_bytes: int
-    object_key: str
-    artifact: dict[str, Any] | None
-    created_at: float
-    expires_at: float | None = None
-
-
-class BatchRecord(FrozenModel):
-    """A batch of requests; `state_times` is when each state began, in seconds since 1970."""
-
-    id: str
-    owner: str
-    state: str
-    endpoint: str
-    input_file_id: str
-    output_file_id: str | None
-    error_file_id: str | None
-    counts: dict[str, int]  # of total, completed and failed lines
-    metadata: dict[str, str]
-    validation_errors: list[dict[str, Any]] | None
-    state_times: dict[str, int]
-    runner_name: str | None
-    heartbeat_at: float
-    created_at: float
-
-
-class WebhookRecord(FrozenModel):
-    """A webhook: the address that receives events (`url`), the key that signs them (`secret`), and the event types."""
-
-    id: str
-    owner: str
-    url: str
-    secret: str
-    name: str
-    event_types: list[str]
-    created_at: float
-
-
-class KeyClaim(FrozenModel):
-    """A claimed idempotency key: what was requested and created with it. `is_new` says that it was not used before."""
-
-    request_digest: str
-    resource_id: str
-    waiting_clients: int
-    is_new: bool = False
-
-
 def invalid_input_from_validation(
     error: ValidationError, fields: Mapping[str, FieldInfo] | None = None
 ) -> InvalidInput:
@@ -324,21 +313,43 @@ def invalid_input_from_validation(
     return InvalidInput(*describe_errors(errors, given, fields))
 
 
-def resolve_sampling_params(preset: Preset, task: Task, **overrides: object) -> SamplingParams:
+def get_source_length(preset: Preset, source: Artifact) -> SourceLength | None:
+    """Return the length that an edit of a source has by default, or None for the task's default length."""
+    if source.medium == "video" and source.manifest is not None:  # generated here
+        return SourceLength(source.frames, source.fps)
+    return get_file_length(preset, source.frames, None if source.medium == "image" else source.fps)
+
+
+def get_file_length(preset: Preset, frames: int, fps: float | None) -> SourceLength | None:
+    """Return the same for a user's file; None for a still, and for a preset that takes every n-th frame of a clip."""
+    return None if fps is None or preset.source.frames == "stride" else SourceLength(frames, fps)
+
+
+def resolve_sampling_params(
+    preset: Preset, task: Task, source: SourceLength | None = None, /, **overrides: object
+) -> SamplingParams:
     """Return the preset's settings for a task, with the `overrides` that are not None applied.
 
-    A request's settings are resolved here, once, when it becomes a job. Raises an InvalidInput that names the field and
-    the allowed range.
+    A request's settings are resolved here, once, when it becomes a job. The overrides `width`, `height`, `frames`,
+    `fps` and `seconds` are what is to be delivered; the model's own size and length follow from them. `source` is the
+    length of an edit's clip. Raises an InvalidInput that names the field and the allowed range.
     """
-    defaults = get_sampling_defaults(preset, task).model_dump() | {
-        "negative_prompt": preset.null.negative_prompt,
-        "seed": 0,
-    }
+    defaults = get_sampling_defaults(preset, task)
     given = {name: value for name, value in overrides.items() if value is not None}
     try:
-        params = SamplingParams(task=task, **(defaults | given))
+        requested = RequestedShape.model_validate({name: given.pop(name, None) for name in RequestedShape.model_fields})
+        is_video = get_task_medium(task) == "video"
+        shape = resolve_shape(preset, task, defaults, requested, source, is_video)
+        if given.get("seed") == -1:  # any seed, as many clients send it
+            given["seed"] = secrets.randbelow(2**31)
+        settings = defaults.model_dump() | {"negative_prompt": preset.null.negative_prompt, "seed": 0} | given | shape
+        params = SamplingParams(task=task, **settings)
     except ValidationError as error:
-        raise invalid_input_from_validation(error, SamplingParams.model_fields) from None
+        fields = {**SamplingParams.model_fields, **RequestedShape.model_fields}
+        raise invalid_input_from_validation(error, fields) from None
+    lowest, highest = get_trained_shapes(preset, task, defaults).flow_shift
+    if not lowest <= params.flow_shift <= highest:
+        raise InvalidInput("flow_shift", f"this model generates clips from {lowest:g} to {highest:g}")
     check_sampling_params(preset, params)
     return params
 

@@ -107,6 +107,8 @@ class ServiceSettings(BaseSettings):
     heartbeat_timeout: float = Field(default=15.0, ge=0.5, le=3600)  # seconds until a silent worker counts as lost
     save_state_every_steps: int = Field(default=8, ge=1)  # denoising steps between saved states
     save_state_every_seconds: float = Field(default=2.0, ge=0, le=3600)  # minimum time between saved states
+    # Seconds that a clip with a resume point waits for a worker with the same weights; then any worker starts it anew.
+    resume_timeout: float = Field(default=60.0, ge=0, le=86_400)
     max_batch_size: int = Field(default=0, ge=0, le=64)  # clips of the batch lane in one pass; 0: the preset's
 
     def model_post_init(self, context: object) -> None:

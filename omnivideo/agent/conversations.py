@@ -14,7 +14,7 @@ from omnivideo.agent.rendering import MAX_GENERATIONS
 from omnivideo.agent.thread import AttachFile, Thread
 from omnivideo.contracts import Artifact, Lane, Manifest
 from omnivideo.errors import ArtifactNotFound
-from omnivideo.ports import MLLM, ExtractFrame, JobQueue, SweepableObjectStore
+from omnivideo.ports import CHARACTER_LIMITS, MLLM, ExtractFrame, JobQueue, SweepableObjectStore, TextLimits
 from omnivideo.presets import Preset
 
 LOCAL_OWNER = "local"  # the only owner, if the service requires no keys
@@ -43,13 +43,17 @@ class Conversations:
     preset: Preset
     extract_frame: ExtractFrame | None = None
     max_generations: int = MAX_GENERATIONS
+    text_limits: TextLimits = CHARACTER_LIMITS
     replay_manifest: Callable[[Manifest], str] | None = None
 
     def __post_init__(self) -> None:
         self.get_graph = lru_cache(maxsize=256)(self.build_graph)
 
     def build_graph(self, owner: str, lane: Lane = "interactive") -> Any:
-        planner = Planner(self.mllm, self.queue_for(owner, lane), self.preset, self.extract_frame, self.max_generations)
+        queue = self.queue_for(owner, lane)
+        planner = Planner(
+            self.mllm, queue, self.preset, self.extract_frame, self.max_generations, text_limits=self.text_limits
+        )
         return planner.build_graph(self.checkpointer)
 
     @property
@@ -67,7 +71,8 @@ class Conversations:
 
         Its turns are rendered in the lane.
         """
-        thread = Thread(self.get_graph(owner, lane), name or uuid.uuid4().hex[:12], self.attach_file)
+        graph = self.get_graph(owner, lane)
+        thread = Thread(graph, name or uuid.uuid4().hex[:12], self.attach_file, self.text_limits)
         if (name is None or create) and not thread.exists():
             return thread.initialize_state()
         return thread.require_existing()

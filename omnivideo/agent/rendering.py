@@ -21,11 +21,12 @@ from omnivideo.contracts import (
     Medium,
     MLLMRequest,
     Route,
+    get_source_length,
     get_task_medium,
     resolve_sampling_params,
 )
 from omnivideo.errors import InvalidInput
-from omnivideo.ports import MLLM, ExtractFrame, JobQueue
+from omnivideo.ports import CHARACTER_LIMITS, MLLM, ExtractFrame, JobQueue, TextLimits
 from omnivideo.presets import Preset
 from omnivideo.turns import (
     Action,
@@ -82,12 +83,14 @@ class RenderingNodes:
         preset: Preset,
         extract_frame: ExtractFrame | None = None,
         max_generations: int = MAX_GENERATIONS,
+        text_limits: TextLimits = CHARACTER_LIMITS,
     ):
         self.mllm = mllm
         self.queue = queue
         self.preset = preset
         self.extract_frame = extract_frame
         self.max_generations = max_generations
+        self.text_limits = text_limits
         self.prompts = load_prompts(preset)
 
     def generate(self, state: PlannerState) -> dict[str, Any]:
@@ -115,8 +118,17 @@ class RenderingNodes:
     def render_artifact(self, state: PlannerState, source: Artifact | None) -> tuple[Artifact, int]:
         """Predict the prompt's visual tokens, then run a job with the next seed. Return the artifact and the seed."""
         options, attempt = TurnOptions(**state["options"]), len(state["candidates"])
-        task, prompt = get_task(Route(**state["detected_route"]), source), self.get_prompt(state)
+        task = get_task(Route(**state["detected_route"]), source)
         assert task is not None, "the route is one of pixels"
+        params = resolve_sampling_params(
+            self.preset,
+            task,
+            None if source is None else get_source_length(self.preset, source),
+            steps=options.steps,
+            guidance_scale=options.guidance_scale,
+            seed=(self.choose_seed(state) + attempt) % (MAX_SEED + 1),
+        )
+        prompt = self.text_limits.check_prompt("text", self.get_prompt(state), params)
         emit_action(state, "edit" if source else "generate", prompt, get_task_medium(task))
         job = Job(
             id=build_job_id(state),
@@ -125,20 +137,17 @@ class RenderingNodes:
                 MLLMRequest(text=prompt, artifacts=(source,) if source else ()), get_task_medium(task)
             ),
             source=source,
-            params=resolve_sampling_params(
-                self.preset,
-                task,
-                steps=options.steps,
-                guidance_scale=options.guidance_scale,
-                seed=(self.choose_seed(state) + attempt) % (MAX_SEED + 1),
-            ),
+            params=params,
+            preset=self.preset.name,
         )
         return self.follow_job(job, final=options.check == 1), job.seed
 
     def choose_seed(self, state: PlannerState) -> int:
         """Return the turn's seed, or one of this action."""
         seed: int | None = state["options"].get("seed")
-        return derive_seed(state["seed"], len(state["turns"]) + 1, state["action_index"]) if seed is None else seed
+        if seed is None or seed == -1:
+            return derive_seed(state["seed"], len(state["turns"]) + 1, state["action_index"])
+        return seed
 
     def follow_job(self, job: Job, final: bool) -> Artifact:
         for event in self.queue.run(job):

@@ -15,12 +15,13 @@ from typing import Literal, Protocol
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, Qwen3VLForConditionalGeneration
 from transformers.vision_utils import get_vision_position_ids
 
 from omnivideo.contracts import Route
+from omnivideo.errors import InvalidInput
+from omnivideo.models.frames import crop_to_square, resize_frame
 from omnivideo.models.structured import SchemaConstraint
 from omnivideo.presets import VisionInputConfig
 
@@ -142,21 +143,6 @@ def sample_frame_indices(media: MLLMMedia, vision_config: VisionInputConfig) -> 
     return [int(index) for index in np.linspace(0, total - 1, count).round()]
 
 
-def crop_to_square(frame_HW3: np.ndarray) -> np.ndarray:
-    """Return the largest centred square of a frame."""
-    height, width = frame_HW3.shape[:2]
-    side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
-    return np.ascontiguousarray(frame_HW3[top : top + side, left : left + side])
-
-
-def resize_frame(frame_HW3: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Return the frame at a height and width, by bicubic interpolation."""
-    if frame_HW3.shape[:2] == size:
-        return frame_HW3
-    return np.asarray(Image.fromarray(frame_HW3).resize((size[1], size[0]), Image.Resampling.BICUBIC))
-
-
 @dataclass(frozen=True)
 class QwenVisualInput:
     """The `VisualInput` of a Qwen3-VL with a preset's numbers."""
@@ -223,10 +209,20 @@ def tokenize_message(
         grids[kind].append(grid)
     system = f"<|im_start|>system\n{message.system}<|im_end|>\n" if message.system else ""
     chat = f"{system}<|im_start|>user\n{content}{message.text}<|im_end|>\n<|im_start|>assistant\n"
-    token_ids = tokenizer(chat + (f"{answer}<|im_end|>" if answer else ""), add_special_tokens=False).input_ids
+    token_ids = tokenizer(
+        chat + (f"{answer}<|im_end|>" if answer else ""), add_special_tokens=False, verbose=False
+    ).input_ids
+    check_request_length(len(token_ids), tokenizer)
     image_id, video_id = tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>"])
     token_types = [1 if token_id == image_id else 2 if token_id == video_id else 0 for token_id in token_ids]
     return TokenizedRequest(token_ids, token_types, patches, grids)
+
+
+def check_request_length(count: int, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise InvalidInput for a request of more tokens than the model was made for."""
+    if count > tokenizer.model_max_length:
+        text = f"with its media it has {count} tokens; the language model takes 1 to {tokenizer.model_max_length}"
+        raise InvalidInput("text", text)
 
 
 def collate_requests(

@@ -120,6 +120,7 @@ def test_words_and_errors(client, http, context, monkeypatch):
     for fields, param in (
         ({"previous_response_id": "resp_0"}, "previous_response_id"),
         ({"tool_choice": "required"}, "tool_choice"),
+        ({"background": True, "store": False}, "background"),
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input.0.content.0.image_url"),
         ({"input": []}, "input"),
         ({"text": {"format": {"type": "xml"}}}, "text.format.type"),

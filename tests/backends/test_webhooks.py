@@ -14,6 +14,7 @@ from omnivideo.presets import TINY
 from omnivideo.storage.database.jobs import JobRepository
 from omnivideo.storage.database.notifications import ChangeNotifier
 from omnivideo.storage.database.webhooks import WebhookRepository
+from tests.support.claims import MODEL
 from tests.support.databases import open_database
 
 MAX_DELAY_SECONDS = 0.1
@@ -85,7 +86,7 @@ def test_a_delivery_starts_when_its_video_ends(webhooks: WebhookRepository, star
     def measure_job(name: str) -> float:
         params = resolve_sampling_params(TINY, "text-to-video", seed=1)
         jobs.submit(Job(id=name, prompt="x", visual_tokens=None, source=None, params=params), "ann", kind="video")
-        claim = jobs.claim_next_job("worker")
+        claim = jobs.claim_next_job("worker", MODEL)
         assert claim is not None
         return measure_delay(lambda: jobs.mark_done(claim, ARTIFACT), started_at)
 

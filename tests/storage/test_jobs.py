@@ -16,6 +16,7 @@ from omnivideo.storage.database.jobs import JobRepository, result_from_status
 from omnivideo.storage.database.repository import unix_now
 from omnivideo.storage.database.schema import jobs as jobs_table
 from omnivideo.storage.database.schema import metadata
+from tests.support.claims import MODEL
 from tests.support.servers import free_port
 
 
@@ -26,7 +27,7 @@ def jobs(empty_database):
 
 def build_job(job_id: str, prompt: str = "a red ball") -> Job:
     params = resolve_sampling_params(TINY, "text-to-video", seed=1)
-    return Job(id=job_id, prompt=prompt, visual_tokens=None, source=None, params=params)
+    return Job(id=job_id, prompt=prompt, visual_tokens=None, source=None, params=params, preset="tiny")
 
 
 ARTIFACT = Artifact(
@@ -52,9 +53,9 @@ def test_migrations_create_the_tables_of_the_schema(engine):
 
 def test_a_job_is_claimed_once(jobs):
     assert jobs.submit(build_job("one")) and not jobs.submit(build_job("one"))
-    claim = jobs.claim_next_job("worker")
+    claim = jobs.claim_next_job("worker", MODEL)
     assert (claim.job, claim.attempt, claim.resume_key) == (build_job("one"), 1, None)
-    assert jobs.claim_next_job("worker") is None
+    assert jobs.claim_next_job("worker", MODEL) is None
     assert jobs.heartbeat(
         claim, StepProgress(step=3, steps=20, eta_seconds=1.5), preview="p.png", resume_key="x.safetensors"
     )
@@ -78,16 +79,16 @@ def test_an_id_belongs_to_one_request_of_one_owner(jobs):
 def test_interactive_jobs_are_claimed_before_batch_jobs(jobs):
     jobs.submit(build_job("slow"), lane="batch")
     jobs.submit(build_job("quick"))
-    assert [jobs.claim_next_job("w").job.id for _ in range(2)] == ["quick", "slow"]
+    assert [jobs.claim_next_job("w", MODEL).job.id for _ in range(2)] == ["quick", "slow"]
 
 
 def test_owners_take_turns(jobs):
     for index in range(6):
         jobs.submit(build_job(f"ann{index}"), owner="ann")
-    assert jobs.claim_next_job("w").job.id == "ann0"
+    assert jobs.claim_next_job("w", MODEL).job.id == "ann0"
     jobs.submit(build_job("bob0"), owner="bob")
     jobs.submit(build_job("bob1"), owner="bob")
-    order = [jobs.claim_next_job("w").job.id for _ in range(5)]
+    order = [jobs.claim_next_job("w", MODEL).job.id for _ in range(5)]
     assert order.index("bob0") <= 1 and order.index("bob1") <= 3
     assert [name for name in order if name.startswith("ann")] == ["ann1", "ann2", "ann3"]
 
@@ -107,12 +108,12 @@ def test_the_numbers_of_open_jobs_are_limited(engine, jobs):
 
 def test_another_worker_continues_the_job_of_a_silent_worker(jobs):
     jobs.submit(build_job("one"))
-    late = jobs.claim_next_job("first")
+    late = jobs.claim_next_job("first", MODEL)
     jobs.heartbeat(late, StepProgress(step=8, steps=20, eta_seconds=1.0), resume_key="x.safetensors")
     assert jobs.requeue_lost_jobs(5.0) == []
     expire_heartbeat(jobs, "one")
     assert jobs.requeue_lost_jobs(5.0) == ["one"]
-    claim = jobs.claim_next_job("second")
+    claim = jobs.claim_next_job("second", MODEL)
     assert (claim.attempt, claim.resume_key) == (2, "x.safetensors")
     for update_late_claim in (
         lambda: jobs.heartbeat(late),
@@ -128,10 +129,10 @@ def test_another_worker_continues_the_job_of_a_silent_worker(jobs):
 def test_a_job_that_silences_three_workers_fails(jobs):
     jobs.submit(build_job("one"))
     for _ in range(3):
-        assert jobs.claim_next_job("w")
+        assert jobs.claim_next_job("w", MODEL)
         expire_heartbeat(jobs, "one")
         jobs.requeue_lost_jobs(5.0)
-    assert jobs.claim_next_job("w") is None
+    assert jobs.claim_next_job("w", MODEL) is None
     with pytest.raises(JobFailed, match="it stopped 3 workers in a row") as failed:
         result_from_status(jobs.get_status("one"))
     assert failed.value.code == "poison"
@@ -143,7 +144,7 @@ def test_cancelling(jobs):
     jobs.cancel("waits")
     with pytest.raises(JobCancelled):
         result_from_status(jobs.get_status("waits"))
-    claim = jobs.claim_next_job("w")
+    claim = jobs.claim_next_job("w", MODEL)
     assert claim.job.id == "runs" and jobs.heartbeat(claim)
     jobs.cancel("runs")
     assert not jobs.heartbeat(claim)
@@ -155,7 +156,7 @@ def test_cancelling(jobs):
 
 def test_a_cancelled_job_of_a_lost_worker_is_not_requeued(jobs):
     jobs.submit(build_job("one"))
-    jobs.claim_next_job("w")
+    jobs.claim_next_job("w", MODEL)
     jobs.cancel("one")
     expire_heartbeat(jobs, "one")
     assert jobs.requeue_lost_jobs(5.0) == []
@@ -175,7 +176,7 @@ def test_many_workers_never_share_a_job(jobs):
     claimed_ids: list[str] = []
 
     def work() -> None:
-        while claim := jobs.claim_next_job(threading.current_thread().name):
+        while claim := jobs.claim_next_job(threading.current_thread().name, MODEL):
             claimed_ids.append(claim.job.id)
             jobs.mark_done(claim, ARTIFACT)
 
@@ -205,10 +206,10 @@ def test_a_render_batch_takes_at_most_half_of_the_batch_lane(jobs):
     jobs.submit(build_job("quick"))
     for index in range(6):
         jobs.submit(build_job(f"line{index}", f"ball {index}"), lane="batch")
-    quick, first = jobs.claim_next_job("w"), jobs.claim_next_job("w")
+    quick, first = jobs.claim_next_job("w", MODEL), jobs.claim_next_job("w", MODEL)
     assert (quick.lane, first.lane) == ("interactive", "batch")
-    assert jobs.claim_render_batch(quick, "w", 4, accept_any_job) == [quick]
-    claims = jobs.claim_render_batch(first, "w", 4, lambda job: job.prompt != "ball 2")
+    assert jobs.claim_render_batch(quick, "w", MODEL, 4, accept_any_job) == [quick]
+    claims = jobs.claim_render_batch(first, "w", MODEL, 4, lambda job: job.prompt != "ball 2")
     assert [claim.job.id for claim in claims] == [
         "line0",
         "line1",
@@ -226,7 +227,7 @@ def test_a_render_batch_takes_at_most_half_of_the_batch_lane(jobs):
 def test_another_worker_takes_over_a_whole_lost_render_batch(jobs):
     for index in range(6):
         jobs.submit(build_job(f"line{index}"), lane="batch")
-    claims = jobs.claim_render_batch(jobs.claim_next_job("w"), "w", 3, accept_any_job)
+    claims = jobs.claim_render_batch(jobs.claim_next_job("w", MODEL), "w", MODEL, 3, accept_any_job)
     batch_job_ids = claims[0].batch_job_ids
     jobs.heartbeat_all(claims, resume_key="x.safetensors")
     jobs.mark_done(claims[1], ARTIFACT)
@@ -234,13 +235,14 @@ def test_another_worker_takes_over_a_whole_lost_render_batch(jobs):
         expire_heartbeat(jobs, name)
     assert set(jobs.requeue_lost_jobs(60)) == {batch_job_ids[0], batch_job_ids[2]}
     again = sorted(
-        jobs.claim_render_batch(jobs.claim_next_job("v"), "v", 1, accept_any_job), key=lambda claim: claim.job.id
+        jobs.claim_render_batch(jobs.claim_next_job("v", MODEL), "v", MODEL, 1, accept_any_job),
+        key=lambda claim: claim.job.id,
     )
     assert [(claim.job.id, claim.attempt, claim.resume_key, claim.batch_job_ids) for claim in again] == [
         (batch_job_ids[0], 2, "x.safetensors", batch_job_ids), (batch_job_ids[2], 2, "x.safetensors", batch_job_ids)
     ]  # fmt: skip
     assert jobs.heartbeat_all(claims) == {}  # the first worker has lost all of them
-    fresh = jobs.claim_render_batch(jobs.claim_next_job("v"), "v", 3, accept_any_job)
+    fresh = jobs.claim_render_batch(jobs.claim_next_job("v", MODEL), "v", MODEL, 3, accept_any_job)
     assert fresh[0].job.id == "line3" and fresh[0].batch_job_ids == ("line3", "line4")
 
 
@@ -277,7 +279,7 @@ def test_the_end_of_a_job_is_announced_once(jobs):
     jobs.submit(build_job("two"), "ann", kind="image")
     assert not jobs.list_unannounced_jobs("video", 9)
     for _ in range(2):
-        jobs.mark_done(jobs.claim_next_job("w"), ARTIFACT)
+        jobs.mark_done(jobs.claim_next_job("w", MODEL), ARTIFACT)
     (ended,) = jobs.list_unannounced_jobs("video", 9)
     assert (ended.id, ended.owner, ended.state) == ("one", "ann", "done") and ended.ended_at > 0
     jobs.mark_announced([ended.id])

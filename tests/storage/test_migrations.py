@@ -19,7 +19,8 @@ from omnivideo.storage.database.jobs import JobRepository
 from omnivideo.storage.database.keys import APIKeyRepository
 from omnivideo.storage.database.turns import TurnRepository
 from omnivideo.storage.database.webhooks import WebhookRepository
-from omnivideo.turns import ArtifactReady, PlanReady, TextDelta, ThinkingDelta, TurnCompleted
+from omnivideo.turns import ArtifactReady, PlanReady, TextDelta, ThinkingDelta, ThreadRecord, TurnCompleted
+from tests.support.claims import MODEL
 from tests.support.servers import postgres
 
 OLD_ARTIFACT = {
@@ -40,7 +41,7 @@ OLD_JOB = {
 }  # fmt: skip
 JOB = Job(
     id="open", prompt="make it blue", visual_tokens=None, source=ARTIFACT,
-    params=resolve_sampling_params(TINY, "video-editing", width=32, steps=4, seed=1),
+    params=resolve_sampling_params(TINY, "video-editing", width=32, steps=4, seed=1), preset="tiny",
 )  # fmt: skip
 OLD_ACT = {"text": "make it blue", "source": "a.mp4"}
 OLD_DONE = {
@@ -142,7 +143,7 @@ def test_jobs_are_kept(upgraded_engine):
     assert (done.state, done.result, done.ended_at, done.job.source) == ("done", ARTIFACT, 20.0, None)
     assert jobs.submit(JOB, "ann") is None  # it is the same job
     assert jobs.requeue_lost_jobs(5.0) == ["open"]
-    claim = jobs.claim_next_job("w")
+    claim = jobs.claim_next_job("w", MODEL)
     # After two lost workers, the job is rendered alone and from the beginning.
     assert (claim.job, claim.attempt, claim.resume_key, claim.batch_job_ids) == (JOB, 3, None, ())
 
@@ -210,7 +211,7 @@ def test_the_scripts_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_threads_turns_and_events_are_kept(upgraded_engine):
     repository = TurnRepository(upgraded_engine)
-    assert repository.list_threads("ann", 9) == [{"id": "talk", "created_at": 5.0}]
+    assert repository.list_threads("ann") == ([ThreadRecord(id="talk", created_at=5.0)], False)
     turn = repository.get_turn("turn", "ann")
     assert (turn.thread_id, turn.state, turn.number, turn.attempt, turn.created_at) == ("talk", "running", 1, 1, 5.5)
     assert turn.body == {

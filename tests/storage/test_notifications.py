@@ -20,17 +20,19 @@ from omnivideo.storage.database.jobs import JobRepository
 from omnivideo.storage.database.turns import TurnRepository
 from omnivideo.storage.objects.memory import MemoryObjectStore
 from omnivideo.turns import TurnRecord
+from tests.support.claims import MODEL
 from tests.support.servers import Postgres
 from tests.support.slow_polls import slow_polls
 
 ARTIFACT = Artifact(key="a.mp4", medium="video", width=64, height=64, frames=9, fps=8, caption="x", created_by="one")
 WORKER_SCRIPT = """
 import sys, time
-from omnivideo.contracts import Artifact, StepProgress
+from omnivideo.contracts import Artifact, ModelIdentity, StepProgress
 from omnivideo.storage.database.engine import create_database_engine
 from omnivideo.storage.database.jobs import JobRepository
 jobs = JobRepository(create_database_engine(sys.argv[1]))
-claim = jobs.claim_next_job("worker")
+model = ModelIdentity(preset="tiny", weights="random", precision="float32")
+claim = jobs.claim_next_job("worker", model)
 for step in range(1, 6):
     sys.stdin.readline()
     print(time.monotonic(), flush=True)
@@ -89,7 +91,7 @@ def test_followers_receive_the_events_of_a_worker_in_the_same_process(empty_data
     followers = [Follower(turns), Follower(turns)]
     turns.append_event(turn, {"kind": "plan"})
     jobs.submit(build_job("thread-turn/1.1.1"), "ann")
-    claim = jobs.claim_next_job("worker")
+    claim = jobs.claim_next_job("worker", MODEL)
     assert claim is not None
     jobs.heartbeat(claim, StepProgress(step=1, steps=2, eta_seconds=1.0), preview="p.png")
     followers[0].wait_for(3)
@@ -110,7 +112,7 @@ def test_the_end_of_a_job_wakes_its_watchers(empty_database: Engine) -> None:
         with jobs.watch_job(end) as watch, jobs.watch_any_end() as any_end:
             timer = threading.Timer(0.2, lambda: jobs.cancel("cancel"))
             if end == "done":
-                claim = jobs.claim_next_job("worker")
+                claim = jobs.claim_next_job("worker", MODEL)
                 assert claim is not None
                 timer = threading.Timer(0.2, jobs.mark_done, (claim, ARTIFACT))
             timer.start()
@@ -131,7 +133,7 @@ def test_only_the_process_that_runs_a_turn_appends_to_it(empty_database: Engine)
     status = jobs.get_status("thread-turn/1.1.1")
     assert status is not None and status.turn_id == "turn"
     assert not turns.append_event(turn.model_copy(update={"attempt": 7}), {"kind": "plan"})
-    claim = jobs.claim_next_job("worker")
+    claim = jobs.claim_next_job("worker", MODEL)
     assert claim is not None and turns.end_turn(turn, "cancelled")
     jobs.heartbeat(claim, StepProgress(step=1, steps=2, eta_seconds=1.0))
     assert turns.list_events("turn") == [] and not turns.append_event(turn, {"kind": "plan"})

@@ -13,6 +13,7 @@ from omnivideo.presets import TINY
 from omnivideo.storage.database.engine import create_memory_database
 from omnivideo.storage.database.jobs import JobRepository
 from omnivideo.storage.database.turns import TurnRepository
+from tests.support.claims import MODEL
 from tests.support.slow_polls import slow_polls
 
 ARTIFACT = Artifact(key="a.mp4", medium="video", width=64, height=64, frames=9, fps=8, caption="x", created_by="one")
@@ -66,7 +67,7 @@ def test_a_job_store_notifies_of_ends(empty_database: Engine) -> None:
         jobs = JobRepository(empty_database)
         store: JobStore = jobs
         store.submit(build_job("one"))
-        claim = jobs.claim_next_job("worker")
+        claim = jobs.claim_next_job("worker", MODEL)
         assert claim is not None
 
         async def wait_for_end() -> str | None:
@@ -87,9 +88,10 @@ def test_a_turn_store_keeps_threads_and_chats(empty_database: Engine) -> None:
     with pytest.raises(InvalidInput, match="thread"):
         store.create_thread("talk", "bob")
     assert store.has_thread("talk", "ann") and not store.has_thread("talk", "bob")
-    assert [thread["id"] for thread in store.list_threads("ann", 9)] == ["talk"] and not store.list_threads("bob", 9)
+    assert [thread.id for thread in store.list_threads("ann")[0]] == ["talk"]
+    assert store.list_threads("bob") == ([], False)
     store.delete_thread("talk")
-    assert not store.has_thread("talk", "ann") and not store.list_threads("ann", 9)
+    assert not store.has_thread("talk", "ann") and store.list_threads("ann") == ([], False)
     assert store.find_chat_thread("ann", "digest") is None
     for turn_count in (1, 2):
         store.save_chat_thread("ann", "digest", "talk", turn_count)

@@ -17,6 +17,7 @@ from omnivideo.storage.database.schema import turn_events
 from omnivideo.storage.database.turns import TurnRepository
 from omnivideo.storage.objects.local import LocalObjectStore
 from omnivideo.turns import TurnRecord
+from tests.support.claims import MODEL
 
 PNGS = (b"first png", b"second png")
 LIFETIME_SECONDS = 3600.0
@@ -33,7 +34,7 @@ def run_turn_with_previews(engine: Engine, store: LocalObjectStore) -> TurnRecor
         Job(id="thread/1.1.1", prompt="x", visual_tokens=None, source=None, params=params),
         "ann",
     )
-    claim = jobs.claim_next_job("worker")
+    claim = jobs.claim_next_job("worker", MODEL)
     assert turn is not None and claim is not None
     for step, png in enumerate(PNGS, start=1):
         jobs.heartbeat(claim, StepProgress(step=step, steps=2, eta_seconds=0.5), preview=store.put(png, "png"))

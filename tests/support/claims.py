@@ -3,6 +3,10 @@
 import threading
 from collections.abc import Callable
 
+from omnivideo.contracts import ModelIdentity
+
+MODEL = ModelIdentity(preset="tiny", weights="random", precision="float32")  # of the fixture `omni`
+
 
 def claim_from_threads(claim: Callable[[], list[str]], thread_count: int = 4) -> list[str]:
     """Call `claim` in several threads until it returns no ids, and return the ids of all threads."""

@@ -1,6 +1,5 @@
 """The authors' tiny checkpoints as models of ours: published folders, imported and loaded as a user's would be."""
 
-import copy
 import tempfile
 from functools import cache
 from pathlib import Path
@@ -11,9 +10,10 @@ from torch import Tensor
 from omnivideo.models.omni import OmniVideoModel
 from omnivideo.models.weights import checkpoint
 from omnivideo.models.weights.importer import import_weights
-from omnivideo.presets import OMNIVIDEO2_1_3B, OMNIVIDEO2_A14B, OMNIVIDEO_1_3B, PRESETS, Preset
+from omnivideo.presets import OMNIVIDEO2_1_3B, OMNIVIDEO2_A14B, OMNIVIDEO_1_3B, PRESETS, Precision, Preset
 from tests.support.golden import load_golden
 from tests.support.published_folders import CHECKPOINTS, narrow_to_golden, publish_golden
+from tests.support.qwen_weights import build_instruct_model, save_instruct_model
 
 KINDS = {"v1": OMNIVIDEO_1_3B, "single": OMNIVIDEO2_1_3B, "experts": OMNIVIDEO2_A14B}
 
@@ -40,8 +40,24 @@ def load_golden_model(kind: str, in_float32: bool = True) -> OmniVideoModel:
         patch.setitem(PRESETS, preset.name, preset)
         published = publish_golden(Path(root) / "published", preset.name)
         import_weights(published, Path(root) / "ours", preset.name, allow_missing=True)
-        omni = checkpoint.load(Path(root) / "ours", precision="float32" if in_float32 else "preset", with_mllm=False)
-        return copy.deepcopy(omni)  # its tensors may be mapped from the folder, which goes away
+        precision: Precision = "float32" if in_float32 else "preset"
+        # Tensors that are mapped from the folder's files outlive their names.
+        return checkpoint.load(Path(root) / "ours", precision=precision, contents="without-mllm")
+
+
+def import_golden_weights(kind: str, folder: Path) -> Path:
+    """Publish the golden checkpoint of a kind with an MLLM, import it, and return the imported folder.
+
+    The preset must be registered with the golden sizes. Version 2's golden checkpoint has no MLLM of its width, so it
+    gets one with random weights.
+    """
+    name = KINDS[kind].name
+    publish_golden(folder / "published", name)
+    if kind != "v1":
+        width = load_golden(next(iter(CHECKPOINTS[name].values())))[1]["dims"]["mllm_width"]
+        save_instruct_model(build_instruct_model(experts=False, width=width), folder / "published" / "Qwen3-VL")
+    import_weights(folder / "published", folder / "ours", name)
+    return folder / "ours"
 
 
 def measure_error(ours: Tensor, theirs: Tensor) -> float:

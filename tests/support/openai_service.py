@@ -77,7 +77,7 @@ def wait_until(condition, seconds: float = 30.0):
 @contextmanager
 def pause_worker(wiring) -> Iterator[None]:
     """Keep the worker from claiming jobs."""
-    claim_next_job, wiring.worker.jobs.claim_next_job = wiring.worker.jobs.claim_next_job, lambda worker: None
+    claim_next_job, wiring.worker.jobs.claim_next_job = wiring.worker.jobs.claim_next_job, lambda worker, model: None
     try:
         yield
     finally:

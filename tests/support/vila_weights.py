@@ -5,6 +5,7 @@ attention on the CPU does not support, so this one is wider.
 """
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from omnivideo.presets import Preset, QueryTransformerConfig, get_preset
 from tests.support.golden import golden_folder
 
 NAME = "tiny-vila"
+SERVICE_PRESETS = "GOLDEN_SERVICE_PRESETS"  # set in the processes of a service that has the golden sizes
 LLM_WIDTH, HEAD_WIDTH, NUM_QUERIES = 64, 32, 4
 
 
@@ -33,8 +35,12 @@ def build_preset() -> Preset:
 
 
 def register_preset() -> None:
-    """Make the preset known in this process. vLLM calls this in each of its processes."""
+    """Make the presets of tests known in this process. vLLM calls this in each of its processes."""
     presets.PRESETS[NAME] = build_preset()
+    if SERVICE_PRESETS in os.environ:
+        from tests.support.golden_service import register_presets
+
+        register_presets()
 
 
 def build_random_vision_head(input_dim: int = LLM_WIDTH) -> VisionHead:
@@ -61,13 +67,16 @@ def build_random_vila() -> Vila:
     return vila.eval()
 
 
+def save_vila(vila: Vila, folder: Path) -> None:
+    """Write a VILA in the published layout; the golden one has its tower, tokenizer and image processor."""
+    shutil.copytree(golden_folder() / "vila_ar_model", folder)
+    vila.llm.save_pretrained(folder / "llm")
+    save_file(vila.projector.state_dict(), folder / "mm_projector" / "model.safetensors")
+
+
 def write_weights(folder: Path) -> Path:
     """Write the folder and return it."""
-    golden = golden_folder() / "vila_ar_model"
-    shutil.copytree(golden, folder / "mllm")
-    vila = build_random_vila()
-    vila.llm.save_pretrained(folder / "mllm" / "llm")
-    save_file(vila.projector.state_dict(), folder / "mllm" / "mm_projector" / "model.safetensors")
+    save_vila(build_random_vila(), folder / "mllm")
     (folder / "vision_head").mkdir()
     save_file(build_random_vision_head().state_dict(), folder / "vision_head" / "model.safetensors")
     index = {"_class_name": "OmniVideo", "format": 1, "preset": NAME, "sha256": {}}

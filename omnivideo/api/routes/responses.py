@@ -5,6 +5,7 @@ grown since; without one, the thread is found from the messages, as for chat com
 """
 
 import json
+import math
 import re
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import replace
@@ -125,17 +126,18 @@ class StoredResponse:
     async def write_events(self, feed: EventFeed, writer: ResponseWriter) -> AsyncIterator[ServerSentEvent]:
         for written in writer.begin():
             yield written
-        async for _, event in feed.follow_turn(self.turn.id, idle_seconds=IDLE_SECONDS):
-            for part in self.answer.read_event(event):
-                # A picture is read from the store, which may take a while.
-                for written in await run_sync(list, writer.add(part)) if part.artifact else writer.add(part):
-                    yield written
+        # A background response may be read again, and then its events must have the same numbers.
+        idle_seconds = math.inf if self.client_fields["response"]["background"] else IDLE_SECONDS
         try:
+            async for _, event in feed.follow_turn(self.turn.id, idle_seconds=idle_seconds):
+                for part in self.answer.read_event(event):
+                    # A picture is read from the store, which may take a while.
+                    for written in await run_sync(list, writer.add(part)) if part.artifact else writer.add(part):
+                        yield written
             ending = await run_sync(self.reload_and_end, writer)
         except Exception as error:
             log_if_internal(error, f"response {self.turn.id}")
-            failed = writer.build_response("failed", error=to_api_error(error))
-            ending = list(writer.end(failed))
+            ending = list(writer.end(writer.build_response("failed", error=to_api_error(error))))
         for written in ending:
             yield written
 
@@ -183,11 +185,14 @@ class ResponseTurn(ChatCompletion):
         messages, self.message_fields = list[dict[str, Any]](), list[str]()
         for field, item in list_input_items(request):
             message = read_item(context, owner, item, field, links)
-            if message is not None and message not in messages[-1:]:
+            is_repeated = item.type == "item_reference" and message in messages[-1:]  # several items of one answer
+            if message is not None and not is_repeated:
                 messages.append(message)
                 self.message_fields.append(field)
         if not messages:
             raise InvalidInput("input", "it has no message; give one")
+        if request.background and not request.store:
+            raise InvalidInput("background", "such a response is fetched later; leave store out, or set it to true")
         payload = validate_fields(ChatCompletionRequest, request.to_chat_fields() | {"messages": messages})
         super().__init__(context, owner, payload, base_url)
         self.idempotent_payload = request

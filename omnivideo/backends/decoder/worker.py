@@ -9,7 +9,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -17,13 +17,13 @@ from functools import partial
 import torch
 from opentelemetry import trace
 from opentelemetry.propagate import extract
-from safetensors.torch import load, save
 
 from omnivideo.backends.decoder.pipeline import DenoisingProgress, GeneratedClip
 from omnivideo.backends.decoder.renderer import Renderer
+from omnivideo.backends.decoder.resume import ResumePoint, pack_resume_point, unpack_resume_point
 from omnivideo.backends.queue.local import PREVIEW_FRACTIONS
 from omnivideo.contracts import Artifact, Claim, Job, SamplingParams, StepProgress
-from omnivideo.errors import ArtifactNotFound, InvalidInput, JobLost, OmniVideoError, StoreError
+from omnivideo.errors import ArtifactNotFound, InvalidInput, JobLost, OmniVideoError, PartOutOfMemory, StoreError
 from omnivideo.models.sampling import DenoisingState
 from omnivideo.storage.database.jobs import JobRepository
 from omnivideo.storage.database.repository import retry_while_unavailable
@@ -72,7 +72,7 @@ class Worker:
 
     def run_next_job(self) -> bool:
         """Render the next queued job, and return False if none is queued. A failing job does not stop the worker."""
-        claim = retry_while_unavailable(lambda: self.jobs.claim_next_job(self.worker_name))
+        claim = retry_while_unavailable(lambda: self.jobs.claim_next_job(self.worker_name, self.renderer.model))
         if claim is None:
             return False
         claims = self.claim_batch(claim)
@@ -101,7 +101,9 @@ class Worker:
             return self.renderer.compute_batch_key(job) == batch_key
 
         return retry_while_unavailable(
-            lambda: self.jobs.claim_render_batch(claim, self.worker_name, self.config.max_batch_size, is_compatible)
+            lambda: self.jobs.claim_render_batch(
+                claim, self.worker_name, self.renderer.model, self.config.max_batch_size, is_compatible
+            )
         )
 
     def run_claim(self, claim: Claim) -> None:
@@ -153,12 +155,14 @@ class Worker:
         except StoreError:
             log.exception("job %s is queued again: the store or the database stayed unavailable", claim.job.id)
             self.jobs.requeue(claim)
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            text = str(error) if isinstance(error, PartOutOfMemory) else OUT_OF_MEMORY_TEXT
+            log.warning("job %s: %s", claim.job.id, text)
+            self.fail_job(claim, "out_of_memory", text)
+            torch.cuda.empty_cache()
         except OmniVideoError as error:
             code = "invalid_input" if isinstance(error, InvalidInput) else "failed"
             self.fail_job(claim, code, str(error))
-        except (torch.OutOfMemoryError, MemoryError):
-            self.fail_job(claim, "out_of_memory", OUT_OF_MEMORY_TEXT)
-            torch.cuda.empty_cache()
         except Exception:
             log.exception("job %s failed", claim.job.id)
             self.fail_job(claim, "internal", INTERNAL_ERROR_TEXT)
@@ -187,15 +191,16 @@ class Worker:
             heartbeat_thread.join()
 
     def render_claim(self, claim: Claim) -> Artifact:
-        job, params = retry_while_unavailable(lambda: self.renderer.prepare_job(claim.job))
+        (job,), state = self.load_resume_point(claim, [claim.job])
+        job, params = retry_while_unavailable(lambda: self.renderer.prepare_job(job))
         saved_at, span = time.monotonic(), TRACER.start_span("condition")
-        for event in self.renderer.render_job(job, params, self.load_state(claim)):
+        for event in self.renderer.render_job(job, params, state):
             span.end()
             if isinstance(event, GeneratedClip):
                 return retry_while_unavailable(partial(self.renderer.store_result, job, params, event))
             span = TRACER.start_span("denoising step", attributes={"step": event.step.step})
             save_due = self.should_save_state(event.step, saved_at)
-            self.report_step(claim, params, event, save_due)
+            self.report_step(claim, job, event, save_due)
             saved_at = time.monotonic() if save_due else saved_at
             if save_due and self.stop_requested.is_set():
                 raise StopRequested
@@ -212,12 +217,10 @@ class Worker:
             status.id: status.job
             for status in retry_while_unavailable(lambda: self.jobs.list_statuses(first_claim.batch_job_ids))
         }
-        prepared_jobs = [
-            retry_while_unavailable(partial(self.renderer.prepare_job, jobs_by_id[job_id]))
-            for job_id in first_claim.batch_job_ids
-        ]
-        saved_at = time.monotonic()
-        for event in self.renderer.render_batch(prepared_jobs, self.load_state(first_claim)):
+        jobs, state = self.load_resume_point(first_claim, [jobs_by_id[job_id] for job_id in first_claim.batch_job_ids])
+        prepared_jobs = [retry_while_unavailable(partial(self.renderer.prepare_job, job)) for job in jobs]
+        jobs, saved_at = [job for job, _ in prepared_jobs], time.monotonic()
+        for event in self.renderer.render_batch(prepared_jobs, state):
             if isinstance(event, list):
                 yield from (
                     (*pair, clip)
@@ -226,15 +229,17 @@ class Worker:
                 )
                 return
             save_due = self.should_save_state(event.step, saved_at)
-            self.report_batch_step(claims_by_job, event, save_due)
+            self.report_batch_step(claims_by_job, jobs, event, save_due)
             saved_at = time.monotonic() if save_due else saved_at
             if not claims_by_job:
                 return
             if save_due and self.stop_requested.is_set():
                 raise StopRequested
 
-    def report_batch_step(self, claims_by_job: dict[str, Claim], progress: DenoisingProgress, save_due: bool) -> None:
-        fields = {"resume_key": self.save_state(progress.state)} if save_due else {}
+    def report_batch_step(
+        self, claims_by_job: dict[str, Claim], jobs: Sequence[Job], progress: DenoisingProgress, save_due: bool
+    ) -> None:
+        fields = {"resume_key": self.save_state(progress.state, jobs)} if save_due else {}
         wanted_by_job = retry_while_unavailable(
             lambda: self.jobs.heartbeat_all(list(claims_by_job.values()), progress.step, **fields)
         )
@@ -251,27 +256,40 @@ class Worker:
             and time.monotonic() - saved_at >= self.config.save_every_seconds
         )
 
-    def save_state(self, state: DenoisingState) -> str:
-        return retry_while_unavailable(lambda: self.renderer.store.put(pack_state(state), "safetensors"))
+    def save_state(self, state: DenoisingState, jobs: Sequence[Job]) -> str:
+        """Write the resume point of the jobs of one pass and return its object key."""
+        data = pack_resume_point(state, self.renderer.model, jobs)
+        return retry_while_unavailable(lambda: self.renderer.store.put(data, "safetensors"))
 
-    def report_step(self, claim: Claim, params: SamplingParams, progress: DenoisingProgress, save_due: bool) -> None:
+    def report_step(self, claim: Claim, job: Job, progress: DenoisingProgress, save_due: bool) -> None:
         """Send the heartbeat of a step, with a saved state or a preview if one is due. Raises CancellationRequested."""
         fields: dict[str, str] = {}
         if claim.lane == "interactive" and progress.step.step in {
-            round(fraction * params.steps) for fraction in PREVIEW_FRACTIONS
+            round(fraction * job.params.steps) for fraction in PREVIEW_FRACTIONS
         }:
             png = base64.b64decode(self.renderer.render_preview(progress.clean_latents).png)
             fields["preview"] = retry_while_unavailable(lambda: self.renderer.store.put(png, "png"))
         if save_due:
-            fields["resume_key"] = self.save_state(progress.state)
+            fields["resume_key"] = self.save_state(progress.state, [job])
         if not retry_while_unavailable(lambda: self.jobs.heartbeat(claim, progress.step, **fields)):
             raise CancellationRequested
 
-    def load_state(self, claim: Claim) -> DenoisingState | None:
-        """Return the state that an earlier attempt saved, or None if there is none or it was removed."""
-        if claim.resume_key is None or not self.renderer.store.has(claim.resume_key):
-            return None
-        return unpack_state(self.renderer.store.get(claim.resume_key), self.renderer.omni.device)
+    def load_resume_point(self, claim: Claim, jobs: Sequence[Job]) -> tuple[Sequence[Job], DenoisingState | None]:
+        """Return the jobs of a pass, and the state that an earlier attempt saved, or None to begin at the first step.
+
+        Jobs that are resumed keep the visual tokens that they were begun with.
+        """
+        store, key = self.renderer.store, claim.resume_key
+        if key is None or not store.has(key):
+            return jobs, None
+        data = retry_while_unavailable(lambda: store.get(key))
+        point: ResumePoint | None = unpack_resume_point(data, self.renderer.model, jobs, self.renderer.omni.device)
+        if point is None:
+            log.warning("job %s: its resume point is of another model or request; it starts again", claim.job.id)
+            return jobs, None
+        resumed_jobs = [job.model_copy(update={"visual_tokens": reference})
+                        for job, reference in zip(jobs, point.visual_tokens, strict=True)]  # fmt: skip
+        return resumed_jobs, point.state
 
 
 @contextmanager
@@ -281,20 +299,6 @@ def tolerate_job_lost(claim: Claim) -> Iterator[None]:
         yield
     except JobLost:
         log.warning("job %s: attempt %d was superseded", claim.job.id, claim.attempt)
-
-
-def pack_state(state: DenoisingState) -> bytes:
-    """Return the safetensors file of a state, for `unpack_state`."""
-    tensors = {"latents": state.latents, "before": state.previous_sample, "step": torch.tensor(state.step)}
-    tensors |= {f"output{index}": output for index, output in enumerate(state.model_outputs)}
-    return save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
-
-
-def unpack_state(data: bytes, device: torch.device) -> DenoisingState:
-    # Cloned for alignment, as in get_tensors.
-    tensors = {name: tensor.clone().to(device) for name, tensor in load(data).items()}
-    outputs = tuple(tensors[f"output{index}"] for index in range(2) if f"output{index}" in tensors)
-    return DenoisingState(int(tensors["step"]), tensors["latents"], tensors["before"], outputs)
 
 
 class InProcessWorker:

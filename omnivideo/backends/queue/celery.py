@@ -99,6 +99,10 @@ def serve_celery_worker(
     app = create_celery_app(broker_url)
     child = ChildProcess(build_worker, create_notifier(create_celery_app(broker_url)))
 
+    @signals.setup_logging.connect(weak=False)  # type: ignore[untyped-decorator]
+    def leave_logging_alone(**_: Any) -> None:
+        """Keep Celery from adding handlers, beside which `build_worker` could not configure the logging."""
+
     @signals.worker_process_init.connect(weak=False)  # type: ignore[untyped-decorator]
     def start_child(**_: Any) -> None:
         child.start()

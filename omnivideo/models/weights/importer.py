@@ -9,6 +9,7 @@ from pathlib import Path
 
 from omnivideo.errors import CheckpointError, InvalidInput
 from omnivideo.models.weights.check import find_part_faults, find_tokenizer_faults
+from omnivideo.models.weights.digests import record_digests
 from omnivideo.models.weights.folder import (
     PartContent,
     WeightsReport,
@@ -91,7 +92,9 @@ def import_weights(
         raise CheckpointError(f"missing from the source: {'; '.join(missing_files)}")
     written_bytes = sum(part.size_bytes for part in report.parts if not part.is_linked)
     with stage_folder(folder, written_bytes) as partial:
-        write_index(partial, preset, write_contents(partial, preset, contents, on_progress))
+        digests = write_contents(partial, preset, contents, on_progress)
+        write_index(partial, preset, digests)
+        record_digests(partial, digests)
     return report
 
 
@@ -122,6 +125,8 @@ def describe_missing_parts(preset: Preset, missing: Sequence[str]) -> list[str]:
     for part in missing:
         repository = find_repository(preset, part)
         place = f" (in {repository.id}, {repository.size_bytes / 1e9:.1f} GB)" if repository else ""
+        if part == "markers" and preset.condition.optional_markers:
+            place += "; with --allow-missing the condition has no markers, as in the authors' code"
         lines[get_published_name(preset, part) + place] = None
     return list(lines)
 

@@ -2,9 +2,10 @@
 
 from typing import Any
 
-from sqlalchemy import ColumnElement, Row, ScalarSelect, and_, case, func, select
+from sqlalchemy import ColumnElement, Row, ScalarSelect, and_, case, func, or_, select
 
-from omnivideo.contracts import Artifact, Claim, Job, JobState, JobStatus, Lane
+from omnivideo.contracts import Artifact, Claim, Job, JobState, JobStatus, Lane, ModelIdentity
+from omnivideo.storage.database.repository import unix_now
 from omnivideo.storage.database.schema import jobs, turns
 
 LANES: tuple[Lane, ...] = ("interactive", "batch")
@@ -14,10 +15,20 @@ TRACE_HEADER = "traceparent"  # the W3C header, kept in the meta of a job
 MAX_WORKER_LOSSES = 3  # the number of lost workers after which a job fails
 
 
+def job_from_row(row: Row[Any], preset: str | None = None) -> Job:
+    """Return the job of a row; `preset` replaces a preset that is not stored."""
+    return Job(**row.body, preset=row.preset or preset)
+
+
+def body_from_job(job: Job) -> dict[str, Any]:
+    """Return what is stored as a job's body. The preset has a column, as version 0.2 would refuse it in the body."""
+    return job.model_dump(exclude={"preset"})
+
+
 def status_from_row(row: Row[Any]) -> JobStatus:
     fields = {name: getattr(row, name) for name in JobStatus.model_fields if name not in ("lane", "job", "result")}
     result = None if row.result is None else Artifact(**row.result)
-    return JobStatus(lane=LANES[row.lane], job=Job(**row.body), result=result, **fields)
+    return JobStatus(lane=LANES[row.lane], job=job_from_row(row), result=result, **fields)
 
 
 def claim_from_row(row: Row[Any]) -> Claim:
@@ -28,13 +39,37 @@ def claim_from_row(row: Row[Any]) -> Claim:
     """
     must_run_alone = row.batch_job_ids is not None and row.worker_losses >= MAX_WORKER_LOSSES - 1
     return Claim(
-        job=Job(**row.body),
+        job=job_from_row(row),
         attempt=row.attempt,
         resume_key=None if must_run_alone else row.resume_key,
         lane=LANES[row.lane],
         batch_job_ids=() if must_run_alone else row.batch_job_ids or (),
         traceparent=row.meta.get(TRACE_HEADER),
     )
+
+
+def match_model(model: ModelIdentity) -> ColumnElement[bool]:
+    """Match the jobs whose resume points fit the model."""
+    return and_(jobs.c.preset == model.preset, jobs.c.weights == model.weights, jobs.c.precision == model.precision)
+
+
+def match_claimable_jobs(model: ModelIdentity, resume_timeout_seconds: float) -> ColumnElement[bool]:
+    """Match the jobs that a worker with this model may claim: of its preset, and without a foreign resume point.
+
+    It may also start a job of other weights again if no worker with those has shown itself for
+    `resume_timeout_seconds`: none renders with them now or has ended a job since. An idle one would have claimed it.
+    """
+    others, resume_deadline = jobs.alias("others"), unix_now() - resume_timeout_seconds
+    is_same_model = and_(*[others.c[name] == jobs.c[name] for name in ("weights", "precision", "preset")])
+    matching = select(others.c.id).where(is_same_model).correlate(jobs)
+    is_alive = or_(
+        matching.where(others.c.state == "running").exists(),
+        matching.where(others.c.ended_at > resume_deadline).exists(),
+    )
+    is_abandoned = and_(jobs.c.heartbeat_at < resume_deadline, ~is_alive)
+    has_preset = or_(jobs.c.preset.is_(None), jobs.c.preset == model.preset)
+    is_unknown = or_(jobs.c.resume_key.is_(None), jobs.c.weights.is_(None))
+    return and_(has_preset, or_(is_unknown, match_model(model), is_abandoned))
 
 
 def match_owned_jobs(owner: str, kind: str) -> ColumnElement[bool]:

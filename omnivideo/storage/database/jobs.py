@@ -15,19 +15,23 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from opentelemetry.propagate import inject
-from sqlalchemy import ColumnElement, Engine, Row, Update, and_, func, literal, null, or_, select, update
+from sqlalchemy import ColumnElement, Engine, Row, Update, and_, case, func, literal, null, or_, select, update
 
-from omnivideo.contracts import Artifact, Change, Claim, Job, JobState, JobStatus, Lane, StepProgress
+from omnivideo.contracts import Artifact, Change, Claim, Job, JobState, JobStatus, Lane, ModelIdentity, StepProgress
 from omnivideo.errors import InvalidInput, JobCancelled, JobLost, ServiceBusy, build_job_error
 from omnivideo.storage.database.job_rows import (
     ENDED_STATES,
     LANES,
     MAX_WORKER_LOSSES,
     OPEN_STATES,
+    body_from_job,
     build_count_subqueries,
     build_fair_rank_subquery,
     build_turn_subquery,
     claim_from_row,
+    job_from_row,
+    match_claimable_jobs,
+    match_model,
     match_owned_jobs,
     status_from_row,
 )
@@ -63,10 +67,20 @@ class QueueCounts:
 
 
 class JobRepository(Repository):
-    """`max_open_jobs` limits the queued jobs of all owners, `max_open_jobs_per_owner` the open jobs of one owner."""
+    """`max_open_jobs` limits the queued jobs of all owners, `max_open_jobs_per_owner` the open jobs of one owner.
 
-    def __init__(self, engine: Engine, max_open_jobs: int = 10_000, max_open_jobs_per_owner: int = 2_000):
+    A job with a resume point waits `resume_timeout_seconds` for a worker with the same weights before it starts again.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        max_open_jobs: int = 10_000,
+        max_open_jobs_per_owner: int = 2_000,
+        resume_timeout_seconds: float = 60.0,
+    ):
         super().__init__(engine)
+        self.resume_timeout_seconds = resume_timeout_seconds
         self.max_open_jobs = max_open_jobs
         self.max_open_jobs_per_owner = max_open_jobs_per_owner
         self.queue_counts: dict[str, QueueCounts] = {}
@@ -95,7 +109,8 @@ class JobRepository(Repository):
             "attempt": 0,
             "worker_losses": 0,
             "cancel_requested": False,
-            "body": job.model_dump(),
+            "body": body_from_job(job),
+            "preset": job.preset,
             "kind": kind,
             "meta": add_trace_context(meta),
             "turn_id": build_turn_subquery(owner, job.id) if kind == "turn" else null(),
@@ -115,10 +130,10 @@ class JobRepository(Repository):
         insertion = self.insert_into(jobs).from_select(list(values), row_if_allowed).on_conflict_do_nothing()
         if (row := self.fetch_one(insertion.returning(jobs))) is not None:
             return status_from_row(row)
-        existing = self.fetch_one(select(jobs.c.owner, jobs.c.body).where(jobs.c.id == job.id))
+        existing = self.fetch_one(select(jobs.c.owner, jobs.c.body, jobs.c.preset).where(jobs.c.id == job.id))
         if existing is None:
             raise ServiceBusy("queue: too many clips are waiting; try again later", retry_after_seconds=5.0)
-        if existing.owner != owner or Job(**existing.body) != job:
+        if existing.owner != owner or job_from_row(existing, job.preset) != job:
             raise InvalidInput("id", "that id belongs to a different job; use a new one")
         return None
 
@@ -210,20 +225,26 @@ class JobRepository(Repository):
 
     # ------------------------------------------------------------ workers: claiming
 
-    def claim_next_job(self, worker: str) -> Claim | None:
-        """Claim the next job for the worker, or return None if no job is queued."""
-        query = select(jobs.c.id).where(jobs.c.state == "queued")
+    def claim_next_job(self, worker: str, model: ModelIdentity) -> Claim | None:
+        """Claim the next job for the worker, or return None if no job is queued that its model may render.
+
+        The claim has a resume point only if it fits the model; the job has the model's weights from now on.
+        """
+        may_claim = match_claimable_jobs(model, self.resume_timeout_seconds)
+        query = select(jobs.c.id).where(jobs.c.state == "queued", may_claim)
         in_order = query.order_by(jobs.c.lane, jobs.c.fair_rank, jobs.c.created_at, jobs.c.id)
         next_id = in_order.limit(1).with_for_update(skip_locked=True).scalar_subquery()
-        claims = self.claim_where(jobs.c.id == next_id, worker)
+        claims = self.claim_where(jobs.c.id == next_id, worker, model)
         return claims[0] if claims else None
 
-    def claim_where(self, condition: ColumnElement[bool], worker: str) -> list[Claim]:
+    def claim_where(self, condition: ColumnElement[bool], worker: str, model: ModelIdentity) -> list[Claim]:
         """Claim for the worker every queued job that meets the condition."""
         values = {
             "state": "running",
             "attempt": jobs.c.attempt + 1,
             "worker_name": worker,
+            "resume_key": case((match_model(model), jobs.c.resume_key), else_=null()),
+            **model.model_dump(),
             "started_at": unix_now(),
             "heartbeat_at": unix_now(),
         }
@@ -231,6 +252,7 @@ class JobRepository(Repository):
         rows = self.fetch_all(
             claim.returning(
                 jobs.c.body,
+                jobs.c.preset,
                 jobs.c.attempt,
                 jobs.c.resume_key,
                 jobs.c.lane,
@@ -242,7 +264,7 @@ class JobRepository(Repository):
         return [claim_from_row(row) for row in rows]
 
     def claim_render_batch(
-        self, claim: Claim, worker: str, max_jobs: int, can_render_with: Callable[[Job], bool]
+        self, claim: Claim, worker: str, model: ModelIdentity, max_jobs: int, can_render_with: Callable[[Job], bool]
     ) -> list[Claim]:
         """Return the claim together with claims of jobs to render in one pass with it.
 
@@ -252,17 +274,19 @@ class JobRepository(Repository):
         """
         if claim.batch_job_ids:
             is_member = and_(jobs.c.id.in_(claim.batch_job_ids), jobs.c.worker_losses < MAX_WORKER_LOSSES - 1)
-            return [claim, *self.claim_where(is_member, worker)]
+            return [claim, *self.claim_where(is_member, worker, model)]
         if max_jobs < 2 or claim.lane != "batch" or claim.attempt > 1:
             return [claim]
         is_new = and_(jobs.c.state == "queued", jobs.c.lane == LANES.index("batch"), jobs.c.attempt == 0)
-        query = select(jobs.c.id, jobs.c.body).where(is_new).order_by(jobs.c.fair_rank, jobs.c.created_at, jobs.c.id)
-        rows = self.fetch_all(query.limit(4 * max_jobs))
-        candidate_ids = [row.id for row in rows if can_render_with(Job(**row.body))]
+        columns = select(jobs.c.id, jobs.c.body, jobs.c.preset)
+        query = columns.where(is_new, match_claimable_jobs(model, self.resume_timeout_seconds))
+        in_order = query.order_by(jobs.c.fair_rank, jobs.c.created_at, jobs.c.id)
+        rows = self.fetch_all(in_order.limit(4 * max_jobs))
+        candidate_ids = [row.id for row in rows if can_render_with(job_from_row(row))]
         selected_ids = candidate_ids[: min(max_jobs - 1, len(candidate_ids) // 2)]
         if not selected_ids:
             return [claim]
-        extra_claims = self.claim_where(and_(jobs.c.id.in_(selected_ids), jobs.c.attempt == 0), worker)
+        extra_claims = self.claim_where(and_(jobs.c.id.in_(selected_ids), jobs.c.attempt == 0), worker, model)
         if not extra_claims:
             return [claim]
         claims = [claim, *sorted(extra_claims, key=lambda extra_claim: selected_ids.index(extra_claim.job.id))]
@@ -375,12 +399,12 @@ class JobRepository(Repository):
         """Return the object keys of open jobs, and of results younger than `lifetime_seconds` and not deleted."""
         is_recent = jobs.c.ended_at > unix_now() - lifetime_seconds
         has_result = and_(jobs.c.state == "done", jobs.c.deleted.is_(False), is_recent)
-        columns = select(jobs.c.body, jobs.c.resume_key, jobs.c.preview, jobs.c.result)
+        columns = select(jobs.c.body, jobs.c.preset, jobs.c.resume_key, jobs.c.preview, jobs.c.result)
         keys: set[str | None] = set()
         for row in self.fetch_all(columns.where(or_(jobs.c.state.in_(OPEN_STATES), has_result))):
-            job, result = Job(**row.body), row.result or {}
+            job, result = job_from_row(row), row.result or {}
             source = job.source.model_dump() if job.source else {}
-            keys |= {row.resume_key, row.preview, job.visual_tokens}
+            keys |= {row.resume_key, row.preview, job.visual_tokens, job.mask}
             keys |= {artifact.get(name) for artifact in (source, result) for name in ARTIFACT_KEYS}
         return {key for key in keys if key}
 

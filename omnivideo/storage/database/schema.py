@@ -29,6 +29,9 @@ jobs = Table(
     Column("eta_seconds", Float, nullable=False, default=0.0),
     Column("preview", String(100)),  # the key of a PNG
     Column("resume_key", String(100)),  # the key of the denoising state to resume from
+    Column("preset", String(64)),  # the preset that it needs; null: any, of a process of version 0.2
+    Column("weights", String(64)),  # the digest of the weights of the worker that claimed it last
+    Column("precision", String(40)),  # that worker's; a resume point fits only the same preset, weights and precision
     Column("batch_job_ids", JSON(none_as_null=True)),  # the jobs rendered in one pass, in order; null: alone
     Column("result", JSON),  # contracts.Artifact
     Column("code", String(40)),  # the error code of a failed job
@@ -42,6 +45,7 @@ jobs = Table(
     Index("jobs_next", "state", "lane", "fair_rank", "created_at"),
     Index("jobs_owner", "owner", "lane", "state", "fair_rank"),
     Index("jobs_listed", "owner", "kind", "created_at"),
+    Index("jobs_weights", "weights", "ended_at"),
     Index("jobs_announced", "announced", "kind", "state"),
 )
 

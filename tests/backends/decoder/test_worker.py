@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from omnivideo.backends.decoder.renderer import Renderer
-from omnivideo.backends.decoder.worker import InProcessWorker, Worker, WorkerConfig, pack_state, unpack_state
+from omnivideo.backends.decoder.resume import pack_resume_point, unpack_resume_point
+from omnivideo.backends.decoder.worker import InProcessWorker, Worker, WorkerConfig
 from omnivideo.backends.queue.durable import DurableQueue
 from omnivideo.backends.queue.reaper import Reaper
 from omnivideo.contracts import Artifact, Job, Preview, StepProgress, resolve_sampling_params
@@ -21,6 +22,7 @@ from omnivideo.storage.database.engine import create_database_engine, upgrade_sc
 from omnivideo.storage.database.jobs import JobRepository
 from omnivideo.storage.objects.local import LocalObjectStore
 from omnivideo.storage.objects.tensors import get_tensors
+from tests.support.claims import MODEL
 
 CONFIG = WorkerConfig(save_every_steps=2, save_every_seconds=0.0, heartbeat_timeout_seconds=1.0)
 
@@ -54,7 +56,7 @@ def build_job(
     **overrides,
 ) -> Job:  # fmt: skip
     params = resolve_sampling_params(TINY, "text-to-video", seed=seed, steps=steps).model_copy(update=overrides)
-    return Job(id=name, prompt=prompt, visual_tokens=visual_tokens, source=None, params=params)
+    return Job(id=name, prompt=prompt, visual_tokens=visual_tokens, source=None, params=params, preset="tiny")
 
 
 def get_result(folder: ServiceFolder, name: str) -> Artifact:
@@ -132,8 +134,13 @@ def test_a_killed_workers_job_continues_from_its_state_to_the_same_bytes(folder)
 
 def test_a_state_survives_packing():
     latents, previous, *outputs_so_far = (torch.randn(1, 16, 3, 8, 8) for _ in range(4))
+    job = build_job("one", visual_tokens="v.safetensors")
     for outputs in (tuple(outputs_so_far[:1]), tuple(outputs_so_far)):
-        state = unpack_state(pack_state(DenoisingState(7, latents, previous, outputs)), torch.device("cpu"))
+        data = pack_resume_point(DenoisingState(7, latents, previous, outputs), MODEL, [job])
+        unprepared = job.model_copy(update={"id": "two", "visual_tokens": None})
+        point = unpack_resume_point(data, MODEL, [unprepared], torch.device("cpu"))
+        state = point.state
+        assert point.visual_tokens == ("v.safetensors",)
         assert (state.step, len(state.model_outputs)) == (7, len(outputs))
         assert torch.equal(state.latents, latents) and torch.equal(state.previous_sample, previous)
         assert all(map(torch.equal, state.model_outputs, outputs))
@@ -189,7 +196,7 @@ def test_a_superseded_worker_changes_nothing(folder):
     """A worker that was considered lost finishes late; the other worker's result stays."""
     folder.jobs.submit(build_job("one"))
     slow, quick = folder.create_worker(), folder.create_worker()
-    claim = slow.jobs.claim_next_job("slow")
+    claim = slow.jobs.claim_next_job("slow", MODEL)
     time.sleep(0.05)
     assert folder.jobs.requeue_lost_jobs(0.01) == ["one"]
     assert quick.run_next_job()
@@ -201,7 +208,7 @@ def test_a_superseded_worker_changes_nothing(folder):
 
 def test_the_reaper_notifies_workers_of_lost_jobs(folder):
     folder.jobs.submit(build_job("one"))
-    folder.jobs.claim_next_job("gone")
+    folder.jobs.claim_next_job("gone", MODEL)
     notified = threading.Event()
     reaper = Reaper(folder.jobs, 0.5, notified.set).start()
     try:
@@ -305,10 +312,10 @@ def test_a_job_that_kills_its_workers_is_isolated_from_its_batch(folder):
     """After two losses each job of the batch is rendered alone, so that only the faulty job has the third loss."""
     submit_batch_jobs(folder, "one", "two", "three")
     for _ in range(2):
-        first = folder.jobs.claim_next_job("w")
-        claims = folder.jobs.claim_render_batch(first, "w", 3, lambda job: True)
+        first = folder.jobs.claim_next_job("w", MODEL)
+        claims = folder.jobs.claim_render_batch(first, "w", MODEL, 3, lambda job: True)
         assert sorted(claim.job.id for claim in claims) == ["one", "three", "two"]
         time.sleep(0.05)
         folder.jobs.requeue_lost_jobs(0.01)
-    seen = [folder.jobs.claim_next_job("w") for _ in range(3)]
+    seen = [folder.jobs.claim_next_job("w", MODEL) for _ in range(3)]
     assert all(claim.batch_job_ids == () and claim.resume_key is None for claim in seen)

@@ -16,6 +16,7 @@ from omnivideo.models.vae import encode_pixels
 from omnivideo.models.weights import checkpoint
 from omnivideo.models.weights.check import find_faults
 from omnivideo.models.weights.convert import export_weights
+from omnivideo.models.weights.digests import compute_folder_digest
 from omnivideo.models.weights.importer import import_weights
 from omnivideo.models.weights.published import get_part_folder, list_weight_files, locate_tensors
 from omnivideo.presets import PRESETS, Preset
@@ -195,8 +196,23 @@ def test_folders_of_diffusers_and_of_ours_are_linked(version_2):
     assert linked == ["mllm", "text_encoder", "tokenizer", "vae"]
     third = import_weights(version_2 / "ours", version_2 / "third")
     assert all(part.is_linked for part in third.parts) and find_faults(version_2 / "third") == []
-    digests = [checkpoint.compute_weights_digest(version_2 / name) for name in ("ours", "second", "third")]
+    digests = [compute_folder_digest(version_2 / name).value for name in ("ours", "second", "third")]
     assert len(set(digests)) == 1
+
+
+@pytest.mark.golden
+def test_version_2_without_markers_has_a_condition_without_them(version_2):
+    """As in the authors' code. A file that was forgotten is more likely, so it must be asked for."""
+    (version_2 / "OmniVideo2-1.3B" / "special_tokens.pkl").unlink()
+    with pytest.raises(CheckpointError, match=r"special_tokens\.pkl .*--allow-missing .* no markers"):
+        import_weights([version_2], version_2 / "ours")
+    import_weights([version_2], version_2 / "ours", allow_missing=True)
+    assert find_faults(version_2 / "ours") == []
+    omni = checkpoint.load(version_2 / "ours", contents="without-mllm")
+    assert {tuple(marker.shape) for marker in omni.bridge.markers.parameters()} == {(0, omni.preset.text_width)}
+    text_LD = torch.ones(3, omni.preset.text_width)
+    (condition_LD,) = omni.complete_conditions([{"text": text_LD, "hidden": torch.ones(2, omni.preset.mllm_width)}])
+    assert torch.equal(condition_LD[2:5], text_LD.to(condition_LD)) and not condition_LD[5:].any()
 
 
 # ---------------------------------------------------------------- faults
