@@ -21,6 +21,7 @@ RETRY_TIMEOUT_SECONDS = 600.0  # how long a turn waits for an unavailable server
 ATTENDED_RETRY_TIMEOUT_SECONDS = 52.0  # the same, for a turn whose client waits for the answer
 BEGINNING_EVENTS = ("plan", "action")  # of an attempt: they are repeated without any progress
 RETRY_INTERVAL_SECONDS = 1.0
+OPEN_TURN_STATES = ("queued", "running")
 MAX_YIELD_SECONDS, YIELD_POLL_SECONDS = 60.0, 0.1  # how long a request about a conversation lets turns go first
 
 
@@ -137,6 +138,9 @@ class TurnRunner:
         return turn if turn is not None and is_live and self.turns.has_thread(turn.thread_id, owner) else None
 
     def cancel_turn(self, turn: TurnRecord) -> None:
+        """Cancel a turn. One that has ended is left alone, because the thread's open jobs belong to a later turn."""
+        if turn.state not in OPEN_TURN_STATES:
+            return
         self.turns.cancel_turn(turn.id)
         self.jobs.cancel_by_prefix(turn.owner, f"{turn.thread_id}/")
 

@@ -165,6 +165,16 @@ def test_a_cancelled_turn_leaves_the_thread_unchanged(http, thread):
     assert run_turn(http, thread, "a blue ball")["state"] == "done"
 
 
+def test_cancelling_an_ended_turn_leaves_the_next_one_alone(http, thread):
+    path = f"/v1/threads/{thread}/turns"
+    ended = http.post(path, json={"text": "a red ball", "steps": 1}).json()["id"]
+    read_events(http, thread, ended)
+    current = http.post(path, json={"text": "a blue ball", "steps": 20}).json()["id"]
+    assert http.post(f"{path}/{ended}/cancel").json()["state"] == "done"
+    read_events(http, thread, current)
+    assert http.get(f"{path}/{current}").json()["state"] == "done"
+
+
 def test_a_turn_of_a_dead_process_continues_in_another(http, thread, wiring, address):
     """A killed process leaves its turn in the running state, with an old heartbeat."""
     context = wiring.build_service_context()

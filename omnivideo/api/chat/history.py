@@ -18,6 +18,8 @@ from omnivideo.contracts import Artifact
 from omnivideo.errors import OmniVideoError
 from omnivideo.turns import Turn
 
+MAX_REBUILT_EXCHANGES, MAX_LINKS_PER_ANSWER = 50, 16  # of a history whose media is read
+
 
 @dataclass(frozen=True)
 class KnownTurn:
@@ -95,7 +97,7 @@ class ThreadFinder:
     def find_by_address(self, history: Sequence[Exchange]) -> Position | None:
         """Return the position after the last answer with an address of ours, moved on by the exchanges after it."""
         for index in range(len(history) - 1, -1, -1):
-            for link in reversed(history[index].links):
+            for link in reversed(history[index].links[:MAX_LINKS_PER_ANSWER]):
                 known = self.list_known_turns(link.thread_id)
                 if (start := find_turn_with_artifact(known, link)) is not None:
                     return follow_history(link.thread_id, known.turns, start, history[index + 1 :])
@@ -144,10 +146,10 @@ class ThreadFinder:
     def collect_media(self, exchanges: Sequence[Exchange]) -> list[Artifact]:
         """Return the media that exchanges show, in order. Media that cannot be read any more is left out."""
         artifacts = list[Artifact]()
-        for exchange in exchanges:
+        for exchange in exchanges[-MAX_REBUILT_EXCHANGES:]:
             with suppress(OmniVideoError):  # the request is about the last message; an old picture may be gone
                 artifacts += read_turn_media(self.context, self.owner, exchange.user, "chat/history")
-            for link in exchange.links:
+            for link in exchange.links[:MAX_LINKS_PER_ANSWER]:
                 if (artifact := find_artifact(self.context, self.owner, link)) is not None:
                     artifacts.append(artifact)
         return list({artifact.key: artifact for artifact in artifacts}.values())
