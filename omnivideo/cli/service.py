@@ -105,6 +105,7 @@ def run_server(create_application: Callable[[], Any], host: str, port: int) -> N
         access_log=False,
         timeout_graceful_shutdown=10,
         timeout_keep_alive=75,
+        proxy_headers=False,  # the service reads them itself, from the proxies in its settings
     )
 
 
