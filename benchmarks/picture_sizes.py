@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 from omnivideo.models.device import pick_device
 from omnivideo.models.mllm import MLLMMedia, MLLMMessage
 from omnivideo.models.weights import checkpoint
-from omnivideo.models.weights.checkpoint import find_shipped_weights
+from omnivideo.models.weights.shipped import find_shipped_weights
 from omnivideo.synthetic.rendering import compute_outline
 from omnivideo.synthetic.scenes import BACKGROUNDS, COLOURS, SHAPES
 

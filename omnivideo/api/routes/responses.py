@@ -207,8 +207,8 @@ class ResponseTurn(ChatCompletion):
         if request.previous_response_id is not None:
             previous = load_response(context, owner, request.previous_response_id, links, "previous_response_id").turn
             if previous.state in OPEN_STATES:
-                message = "previous_response_id: that response is not complete; wait until it ends, or cancel it"
-                raise APIError(409, message, "previous_response_id", "busy")
+                text = "previous_response_id: that response is not complete; wait until it ends, or cancel it"
+                raise APIError(409, text, "previous_response_id", "busy")
             self.request.finder = PreviousResponseFinder(context, previous)
 
     def start(self, idempotent_request: IdempotentRequest | None = None) -> None:
