@@ -1,6 +1,7 @@
 """The frozen messages that cross packages, and the one place where a request's settings are resolved.
 
-The messages of conversations are in omnivideo/turns.py.
+The messages of conversations are in omnivideo/turns.py, the records of files, batches and webhooks in
+omnivideo/records.py.
 """
 
 import secrets
@@ -16,18 +17,8 @@ from pydantic import (
 )
 from pydantic.fields import FieldInfo
 
-from omnivideo.errors import InvalidInput
-from omnivideo.presets import Preset, Task, get_sampling_defaults
-from omnivideo.presets.shapes import (
-    MAX_CLIP_PIXELS,
-    MAX_FPS,
-    MIN_FPS,
-    Delivery,
-    RequestedShape,
-    SourceLength,
-    get_trained_shapes,
-    resolve_shape,
-)
+from omnivideo.errors import InvalidInput, TextTooLong
+from omnivideo.presets import Preset, Task, get_sampling_defaults, shapes
 from omnivideo.validation import describe_errors
 
 MAX_SEED = 2**63 - 1
@@ -48,13 +39,9 @@ class RequestModel(BaseModel):
         return {name: value for name, value in fields.items() if value is not None}
 
 
-def is_none(value: object) -> bool:
-    return value is None
-
-
 def build_omitted_field() -> Any:
     """Return a field that is None by default, and is left out of what is stored then, as before it existed."""
-    return Field(default=None, exclude_if=is_none)
+    return Field(default=None, exclude_if=lambda value: value is None)
 
 
 class SamplingParams(FrozenModel):
@@ -68,18 +55,18 @@ class SamplingParams(FrozenModel):
     width: int = Field(ge=16, le=1280)
     height: int = Field(ge=16, le=1280)
     frames: Annotated[int, Field(ge=1, le=241)]
-    fps: Annotated[int | float, Field(ge=MIN_FPS, le=MAX_FPS)]
+    fps: Annotated[int | float, Field(ge=shapes.MIN_FPS, le=shapes.MAX_FPS)]
     steps: int = Field(ge=1, le=200)
     guidance_scale: float = Field(ge=0, le=30, allow_inf_nan=False)
     flow_shift: float = Field(ge=0.01, le=100, allow_inf_nan=False)
     negative_prompt: str = Field(max_length=4000)
     seed: int = Field(ge=0, le=MAX_SEED)
-    delivery: Delivery | None = build_omitted_field()
+    delivery: shapes.Delivery | None = build_omitted_field()
     seconds: float | None = build_omitted_field()
 
     @property
-    def delivered_shape(self) -> Delivery:
-        return self.delivery or Delivery(width=self.width, height=self.height, frames=self.frames)
+    def delivered_shape(self) -> shapes.Delivery:
+        return self.delivery or shapes.Delivery(width=self.width, height=self.height, frames=self.frames)
 
 
 class StepProgress(FrozenModel):
@@ -120,7 +107,7 @@ class Manifest(FrozenModel):
     precision: str | None = build_omitted_field()
     versions: dict[str, str]
     seconds: dict[str, float]
-    delivered: Delivery | None = build_omitted_field()
+    delivered: shapes.Delivery | None = build_omitted_field()
     mask: str | None = build_omitted_field()
     sound: str | None = build_omitted_field()
 
@@ -128,6 +115,7 @@ class Manifest(FrozenModel):
 # ---------------------------------------------------------------- tasks
 
 Medium = Literal["image", "video"]
+FramePosition = Literal["first", "middle", "last"]  # of a still in its clip
 # `Task` lists the tasks that generate media; each preset has sampling defaults for all of them. Training has two more.
 TrainingTask = Literal["image-understanding", "video-understanding", Task]
 TASKS: tuple[Task, ...] = get_args(Task)
@@ -157,7 +145,10 @@ THINK_START, THINK_END = "<think>", "</think>"  # around the reasoning in an ans
 
 
 class Artifact(FrozenModel):
-    """A stored image or clip. `source` is the key of the artifact that it was edited from."""
+    """A stored image or clip. `source` is the key of the artifact that it was edited from.
+
+    `preview` is the key of a clip's animated picture, for programs that show pictures only.
+    """
 
     key: str
     medium: Medium
@@ -169,7 +160,20 @@ class Artifact(FrozenModel):
     manifest: str | None = None
     latents: str | None = None
     source: str | None = None
+    preview: str | None = None
     created_by: str
+
+
+MAX_ANSWER_TOKENS = 32_768
+
+
+class TextSampling(FrozenModel):
+    """How an answer in words is sampled; greedily at temperature 0. The same seed gives the same answer."""
+
+    max_tokens: int | None = Field(default=None, ge=1, le=MAX_ANSWER_TOKENS)  # None: the implementation's limit
+    temperature: float = Field(default=0.0, ge=0, le=2)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    seed: int = Field(default=0, ge=0, lt=2**31)
 
 
 class MLLMRequest(FrozenModel):
@@ -182,6 +186,7 @@ class MLLMRequest(FrozenModel):
     artifacts: tuple[Artifact, ...] = ()
     system: str | None = None
     json_schema: str | None = None
+    sampling: TextSampling = TextSampling()
 
 
 class Route(FrozenModel):
@@ -285,63 +290,6 @@ class Change(FrozenModel):
     body: dict[str, Any] | None = None
 
 
-# ---------------------------------------------------------------- what the service stores for its users
-
-
-class FileRecord(FrozenModel):
-    """A stored file. `object_key` is its key in the object store; `artifact` is set if it is an image or a clip."""
-
-    id: str
-    owner: str
-    name: str
-    purpose: str
-    size_bytes: int
-    object_key: str
-    artifact: dict[str, Any] | None
-    created_at: float
-    expires_at: float | None = None
-
-
-class BatchRecord(FrozenModel):
-    """A batch of requests; `state_times` is when each state began, in seconds since 1970."""
-
-    id: str
-    owner: str
-    state: str
-    endpoint: str
-    input_file_id: str
-    output_file_id: str | None
-    error_file_id: str | None
-    counts: dict[str, int]  # of total, completed and failed lines
-    metadata: dict[str, str]
-    validation_errors: list[dict[str, Any]] | None
-    state_times: dict[str, int]
-    runner_name: str | None
-    heartbeat_at: float
-    created_at: float
-
-
-class WebhookRecord(FrozenModel):
-    """A webhook: the address that receives events (`url`), the key that signs them (`secret`), and the event types."""
-
-    id: str
-    owner: str
-    url: str
-    secret: str
-    name: str
-    event_types: list[str]
-    created_at: float
-
-
-class KeyClaim(FrozenModel):
-    """A claimed idempotency key: what was requested and created with it. `is_new` says that it was not used before."""
-
-    request_digest: str
-    resource_id: str
-    waiting_clients: int
-    is_new: bool = False
-
-
 def invalid_input_from_validation(
     error: ValidationError, fields: Mapping[str, FieldInfo] | None = None
 ) -> InvalidInput:
@@ -351,20 +299,15 @@ def invalid_input_from_validation(
     return InvalidInput(*describe_errors(errors, given, fields))
 
 
-def get_source_length(preset: Preset, source: Artifact) -> SourceLength | None:
+def get_source_length(preset: Preset, source: Artifact) -> shapes.SourceLength | None:
     """Return the length that an edit of a source has by default, or None for the task's default length."""
     if source.medium == "video" and source.manifest is not None:  # generated here
-        return SourceLength(source.frames, source.fps)
-    return get_file_length(preset, source.frames, None if source.medium == "image" else source.fps)
-
-
-def get_file_length(preset: Preset, frames: int, fps: float | None) -> SourceLength | None:
-    """Return the same for a user's file; None for a still, and for a preset that takes every n-th frame of a clip."""
-    return None if fps is None or preset.source.frames == "stride" else SourceLength(frames, fps)
+        return shapes.SourceLength(source.frames, source.fps)
+    return shapes.get_file_length(preset, source.frames, None if source.medium == "image" else source.fps)
 
 
 def resolve_sampling_params(
-    preset: Preset, task: Task, source: SourceLength | None = None, /, **overrides: object
+    preset: Preset, task: Task, source: shapes.SourceLength | None = None, /, **overrides: object
 ) -> SamplingParams:
     """Return the preset's settings for a task, with the `overrides` that are not None applied.
 
@@ -374,20 +317,18 @@ def resolve_sampling_params(
     """
     defaults = get_sampling_defaults(preset, task)
     given = {name: value for name, value in overrides.items() if value is not None}
+    shape_fields = shapes.RequestedShape.model_fields
     try:
-        requested = RequestedShape.model_validate({name: given.pop(name, None) for name in RequestedShape.model_fields})
+        requested = shapes.RequestedShape.model_validate({name: given.pop(name, None) for name in shape_fields})
         is_video = get_task_medium(task) == "video"
-        shape = resolve_shape(preset, task, defaults, requested, source, is_video)
+        shape = shapes.resolve_shape(preset, task, defaults, requested, source, is_video)
         if given.get("seed") == -1:  # any seed, as many clients send it
             given["seed"] = secrets.randbelow(2**31)
         settings = defaults.model_dump() | {"negative_prompt": preset.null.negative_prompt, "seed": 0} | given | shape
         params = SamplingParams(task=task, **settings)
     except ValidationError as error:
-        fields = {**SamplingParams.model_fields, **RequestedShape.model_fields}
-        raise invalid_input_from_validation(error, fields) from None
-    lowest, highest = get_trained_shapes(preset, task, defaults).flow_shift
-    if not lowest <= params.flow_shift <= highest:
-        raise InvalidInput("flow_shift", f"this model generates clips from {lowest:g} to {highest:g}")
+        raise invalid_input_from_validation(error, SamplingParams.model_fields | shape_fields) from None
+    shapes.check_flow_shift(preset, task, defaults, params.flow_shift)
     check_sampling_params(preset, params)
     return params
 
@@ -396,8 +337,8 @@ def check_sampling_params(preset: Preset, params: SamplingParams) -> None:
     """Raise InvalidInput if a model of this preset cannot render with these settings."""
     get_sampling_defaults(preset, params.task)
     compute_latent_grid(params.width, params.height, params.frames)
-    if params.width * params.height * params.frames > MAX_CLIP_PIXELS:
-        raise InvalidInput("size", f"width x height x frames is above {MAX_CLIP_PIXELS}")
+    if params.width * params.height * params.frames > shapes.MAX_CLIP_PIXELS:
+        raise InvalidInput("size", f"width x height x frames is above {shapes.MAX_CLIP_PIXELS}")
     if (params.frames == 1) != (get_task_medium(params.task) == "image"):
         raise InvalidInput("frames", f"{params.frames} does not fit {params.task}: an image has 1, a video 5 or more")
     if params.negative_prompt and preset.null.kind == "context-file":
@@ -411,7 +352,7 @@ def check_prompt(field: str, text: str) -> str:
     if not text:
         raise InvalidInput(field, "it is empty; give 1 to 4000 characters")
     if len(text) > 4000:
-        raise InvalidInput(field, f"it has {len(text)} characters; give 1 to 4000")
+        raise TextTooLong(field, f"it has {len(text)} characters; give 1 to 4000")
     return text
 
 
@@ -460,7 +401,8 @@ def check_model_limits(preset: Preset, width: int, height: int, frames: int, has
     tokens = count_visual_context_tokens(preset, grid) if has_source else 0
     max_tokens = preset.condition.max_tokens
     if preset.condition.overflow == "text":  # the prompt is what would be lost
-        max_tokens -= count_visual_tokens(preset, frames) + MIN_TEXT_TOKENS
-    if tokens > max_tokens:
+        max_tokens -= count_visual_tokens(preset, frames)
+        max_tokens -= min(MIN_TEXT_TOKENS, max_tokens // 2)
+    if has_source and tokens > max_tokens:
         text = f"an edit at this size and length has {tokens} tokens of source; allowed: {max_tokens}"
         raise InvalidInput("size", text)

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from omnivideo.agent.commands import FILE_FORMATS, MAX_VARIATIONS
+from omnivideo.agent.commands import FILE_FORMATS
 from omnivideo.agent.state import PlannerState
 from omnivideo.agent.turn_plan import PlannedAction
 from omnivideo.contracts import Artifact
@@ -34,7 +34,11 @@ class CommandOutcome:
 
 
 def execute_command(
-    state: PlannerState, command: ExecutedCommand, help_text: str, convert_artifact: ConvertArtifact | None
+    state: PlannerState,
+    command: ExecutedCommand,
+    help_text: str,
+    convert_artifact: ConvertArtifact | None,
+    max_variations: int,
 ) -> CommandOutcome:
     """Return the outcome of a command. Variations are not rendered here but become actions of the turn."""
     artifacts = [Artifact(**artifact) for artifact in state["artifacts"]]
@@ -58,7 +62,7 @@ def execute_command(
         case "resend":
             return resend_artifact(artifacts, int(command.arguments.get("which", len(artifacts))))
         case "vary":
-            return plan_variations(state, current, int(command.arguments.get("count", 1)))
+            return plan_variations(state, current, int(command.arguments.get("count", 1)), max_variations)
     return save_artifact(current, command, convert_artifact)
 
 
@@ -143,14 +147,14 @@ def describe_result(result: ActionResult) -> str:
 # ---------------------------------------------------------------- variations
 
 
-def plan_variations(state: PlannerState, artifact: Artifact | None, count: int) -> CommandOutcome:
+def plan_variations(state: PlannerState, artifact: Artifact | None, count: int, max_variations: int) -> CommandOutcome:
     """Return the actions that make an artifact again with other seeds, to be inserted after the current action."""
     assert artifact is not None
     made = find_result(state, artifact)
     if made is None:
         return CommandOutcome("I can vary only what I have made myself.", is_refused=True)
-    if not 1 <= count <= MAX_VARIATIONS:
-        return CommandOutcome(f"I can make 1 to {MAX_VARIATIONS} variations at once.", is_refused=True)
+    if not 1 <= count <= max_variations:
+        return CommandOutcome(f"I can make 1 to {max_variations} variations at once.", is_refused=True)
     keys = [entry["key"] for entry in state["artifacts"]]
     reference = str(keys.index(made.action.source) + 1) if made.action.source in keys else "new"
     text = made.trace.rewrite if made.trace else made.action.text

@@ -15,7 +15,6 @@ from omnivideo.agent.english_rules import ORDINAL_INDEX
 from omnivideo.contracts import Artifact
 from omnivideo.turns import CommandName, ExecutedCommand
 
-MAX_VARIATIONS = 8
 FILE_FORMATS = {"video": ("mp4", "gif"), "image": ("png", "gif")}
 NUMBERS = {
     "a": 1, "an": 1, "one": 1, "another": 1, "two": 2, "a couple of": 2, "a pair of": 2, "couple": 2, "three": 3,

@@ -1,20 +1,14 @@
-"""From one node of the planner's graph to the next: what a node reads of the state, and which node follows."""
+"""The edges of the planner's graph: which node follows, and how an action is closed."""
 
 from typing import Any, Literal
 
-from langgraph.config import get_stream_writer
-
 from omnivideo.agent.state import PlannerState
-from omnivideo.turns import ActionResult, TurnEvent
+from omnivideo.turns import ActionResult
 
 # The names of the nodes are part of every stored checkpoint: a turn that waits for a reply resumes by these names. This
 # node's name is older than its method's name.
 REFERENCE_NODE = "refer"
 GOALS_WITHOUT_SOURCE = ("ask", "decline", "command")
-
-
-def emit_event(event: TurnEvent) -> None:
-    get_stream_writer()(event)
 
 
 def close_action(state: PlannerState, result: ActionResult) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from omnivideo.agent.state import PlannerState
 from omnivideo.contracts import Artifact, MLLMRequest
 from omnivideo.ports import MLLM
 from omnivideo.presets import Preset
+from omnivideo.turns import TurnOptions
 
 # What an English command is to a preset that plans; the others depend on the conversation, and its MLLM plans them.
 COMMANDS_FOR_EVERY_PRESET = ("undo", "restart", "help", "recap", "list", "save", "export")
@@ -84,7 +85,8 @@ def plan_turn(
     """
     artifacts = [Artifact(**artifact) for artifact in state.get("artifacts", []) + state["attachments"]]
     if prompts.plan is not None:
-        return plan_by_mllm(text, artifacts, mllm, prompts.plan)
+        background = TurnOptions(**state["options"]).background
+        return plan_by_mllm(text, artifacts, mllm, prompts.add_background(prompts.plan, background))
     if not reads_words(preset):
         return [PlannedAction(action) for action in english_rules.split_actions(text)]
     search = ReferenceSearch(mllm, prompts.describe, artifacts, descriptions, [])

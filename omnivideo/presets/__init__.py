@@ -7,6 +7,7 @@ from omnivideo.errors import InvalidInput
 from omnivideo.presets.fields import (
     ConditionConfig,
     ConditionPart,
+    DtypeName,
     EditKind,
     ExpertsConfig,
     HubRepository,
@@ -35,6 +36,7 @@ __all__ = [
     "TINY",
     "ConditionConfig",
     "ConditionPart",
+    "DtypeName",
     "EditKind",
     "ExpertsConfig",
     "HubRepository",

@@ -55,9 +55,26 @@ class SourceLength:
 
 
 def get_trained_shapes(preset: Preset, task: Task, defaults: SamplingDefaults) -> TrainedShapes:
-    """Return what a task was trained on; only its defaults if the preset states nothing else."""
-    stated = TrainedShapes(sizes=((defaults.width, defaults.height),), frames=(defaults.frames,))
-    return preset.trained.get(task, stated)
+    """Return what a task was trained on, which always contains its defaults."""
+    size = (defaults.width, defaults.height)
+    stated = preset.trained.get(task, TrainedShapes(sizes=(size,), frames=(defaults.frames,)))
+    sizes, frames = tuple({*stated.sizes, size}), tuple({*stated.frames, defaults.frames})
+    return stated.model_copy(update={"sizes": sizes, "frames": frames})
+
+
+def get_file_length(preset: Preset, frames: int, fps: float | None) -> SourceLength | None:
+    """Return the length that an edit of a user's file has by default, or None for the task's default length.
+
+    It is None for a still, and for a preset that takes every n-th frame of a clip.
+    """
+    return None if fps is None or preset.source.frames == "stride" else SourceLength(frames, fps)
+
+
+def check_flow_shift(preset: Preset, task: Task, defaults: SamplingDefaults, flow_shift: float) -> None:
+    """Raise InvalidInput for a shift at which the model does not generate what it was trained on."""
+    lowest, highest = get_trained_shapes(preset, task, defaults).flow_shift
+    if not lowest <= flow_shift <= highest:
+        raise InvalidInput("flow_shift", f"this model generates clips from {lowest:g} to {highest:g}")
 
 
 def choose_trained_size(shapes: TrainedShapes, width: int, height: int) -> tuple[int, int]:

@@ -18,7 +18,6 @@ from omnivideo.contracts import (
     SamplingParams,
     StepProgress,
     get_editing_task,
-    get_file_length,
     get_generation_task,
     resolve_sampling_params,
 )
@@ -32,6 +31,7 @@ from omnivideo.models.text_limits import TokenLimits
 from omnivideo.models.weights import checkpoint
 from omnivideo.models.weights.digests import compute_folder_digest
 from omnivideo.models.weights.shipped import find_shipped_weights
+from omnivideo.presets.shapes import get_file_length
 from omnivideo.sdk.batch import BatchOutcome, parse_items, run_batch
 from omnivideo.sdk.result import Result
 from omnivideo.settings import load_settings

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 
-from omnivideo.agent import english_rules
+from omnivideo.agent import english_rules, media_words
 from omnivideo.agent.commands import find_command
 from omnivideo.agent.small_world import replies, talk
 from omnivideo.agent.small_world.edits import WordedChange, read_edit
@@ -96,6 +96,9 @@ def is_in_trained_words(text: str, normalized: str, tokens: Sequence[Token], con
 
 def read_request(text: str, normalized: str, tokens: Sequence[Token], context: Context) -> list[Reading]:
     """Return the readings of a request for something new or for changes."""
+    other_medium = context.medium and media_words.find_requested_medium(text, context.medium)
+    if other_medium == "image" or (other_medium and context.preset.animates_pictures):
+        return [Reading("do", text)]  # a still of a clip needs no model
     tasks = [token.get("task") or "" for token in tokens if token.has("task")]
     if tasks and context.medium:
         return [read_task(text, tasks[0], context)]
