@@ -39,7 +39,9 @@ class JudgedPhrase(EntryModel):
 def list_capabilities(preset: Preset) -> frozenset[Capability]:
     """Return what the preset declares: its tasks, and, in the synthetic world, the kinds of edits that it knows."""
     every = frozenset[Capability](get_args(Capability))
-    tasks = {name for name in every if name in preset.sampling}
+    tasks = {
+        name for name in every if name in preset.sampling or (name == "image-to-video" and preset.animates_pictures)
+    }
     if not preset.has_scorer:
         return frozenset(tasks | {name for name in every if name.startswith("edit:")}) | {
             "open-world", "other-languages",
