@@ -25,6 +25,7 @@ from omnivideo.backends.mllm.local import LocalMLLM
 from omnivideo.backends.mllm.remote import RemoteMLLM
 from omnivideo.contracts import MLLMRequest
 from omnivideo.models.weights import checkpoint
+from omnivideo.models.weights.shipped import SHIPPED_WEIGHTS_FOLDER
 from omnivideo.storage.objects.memory import MemoryObjectStore
 from tests.support.servers import free_port
 from tests.support.vllm_server import Server, interpreter
@@ -114,7 +115,7 @@ def measure(address: str, weights: Path, arguments: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--weights", type=Path, default=checkpoint.SHIPPED_WEIGHTS_FOLDER / "tiny")
+    parser.add_argument("--weights", type=Path, default=SHIPPED_WEIGHTS_FOLDER / "tiny")
     parser.add_argument("--address")
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--users", type=int, default=16)

@@ -16,7 +16,8 @@ from diffusers import UniPCMultistepScheduler, WanPipeline
 from omnivideo.models.omni import OmniVideoModel
 from omnivideo.models.sampling import Expert, denoise, sample_initial_noise
 from omnivideo.models.vae import decode_latents, pixels_to_bytes
-from omnivideo.models.weights.checkpoint import find_shipped_weights, load
+from omnivideo.models.weights.checkpoint import load
+from omnivideo.models.weights.shipped import find_shipped_weights
 
 GUIDANCE, SHIFT = 3.0, 5.0
 

@@ -49,7 +49,7 @@ SAMPLES = 8
 class RandomOmni(OmniVideoModel):
     """A bridge and a decoder; the outputs of the frozen models are in the data."""
 
-    def encode_prompts(self, prompts: Sequence[str]) -> list[Tensor]:
+    def encode_prompts(self, prompts: Sequence[str], field: str = "prompt") -> list[Tensor]:
         return [torch.randn(TEXT_TOKENS // 4, self.preset.text_width, device=self.device) for _ in prompts]
 
 

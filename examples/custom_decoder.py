@@ -40,7 +40,8 @@ class PlainColourDecoder:
         self, job: Job, params: SamplingParams, initial_state: DenoisingState | None = None
     ) -> Iterator[DenoisingProgress | GeneratedClip]:
         colour = next((rgb for name, rgb in COLOURS.items() if name in job.prompt), GREY)
-        frames = np.empty((params.frames, params.height, params.width, 3), dtype=np.uint8)
+        shape = params.delivered_shape
+        frames = np.empty((shape.frames, shape.height, shape.width, 3), dtype=np.uint8)
         frames[:] = colour
         yield GeneratedClip(frames, latents=torch.zeros(0))
 
@@ -54,9 +55,10 @@ class PlainColourDecoder:
 
     def store_result(self, job: Job, params: SamplingParams, clip: GeneratedClip) -> Artifact:
         key = self.store.put(*encode_clip(clip.frames, params.fps))
+        shape = params.delivered_shape
         return Artifact(
-            key=key, medium="video" if params.frames > 1 else "image", width=params.width, height=params.height,
-            frames=params.frames, fps=params.fps, caption=job.prompt, created_by="plain colours",
+            key=key, medium="video" if params.frames > 1 else "image", width=shape.width, height=shape.height,
+            frames=shape.frames, fps=params.fps, caption=job.prompt, created_by="plain colours",
         )  # fmt: skip
 
 

@@ -10,12 +10,13 @@ from pathlib import Path
 import torch
 
 from omnivideo.models.weights import checkpoint
+from omnivideo.models.weights.shipped import find_shipped_weights
 from omnivideo.training.engine.trainer import Trainer
 from omnivideo.training.tiny.alignment_stages import build_stage2a_recipe
 
 
 def main(folder: Path, steps: int = 4) -> None:
-    omni = checkpoint.load(checkpoint.find_shipped_weights("tiny"), torch.device("cpu"))
+    omni = checkpoint.load(find_shipped_weights("tiny"), torch.device("cpu"))
     Trainer(build_stage2a_recipe(omni, steps=steps, batch_size=2), folder).run()  # a second run resumes
     for line in (folder / "log.jsonl").read_text().splitlines():
         entry = json.loads(line)

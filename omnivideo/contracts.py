@@ -3,6 +3,7 @@
 The messages of conversations are in omnivideo/turns.py.
 """
 
+import secrets
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, get_args
 
@@ -10,19 +11,16 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    SerializerFunctionWrapHandler,
     ValidationError,
-    model_serializer,
     model_validator,
 )
 from pydantic.fields import FieldInfo
 
 from omnivideo.errors import InvalidInput
-from omnivideo.presets import Preset, Task, get_sampling_defaults
+from omnivideo.presets import Preset, Task, get_sampling_defaults, shapes
 from omnivideo.validation import describe_errors
 
 MAX_SEED = 2**63 - 1
-MAX_CLIP_PIXELS = 1280 * 720 * 121  # width x height x frames; no preset supports more
 
 
 class FrozenModel(BaseModel):
@@ -40,19 +38,34 @@ class RequestModel(BaseModel):
         return {name: value for name, value in fields.items() if value is not None}
 
 
+def build_omitted_field() -> Any:
+    """Return a field that is None by default, and is left out of what is stored then, as before it existed."""
+    return Field(default=None, exclude_if=lambda value: value is None)
+
+
 class SamplingParams(FrozenModel):
-    """The complete settings of one clip. Sizes are in px; the seed determines every byte of the result."""
+    """The complete settings of one clip. Sizes are in px; the seed determines every byte of the result.
+
+    `width`, `height` and `frames` are what is generated; `delivery` is what the file has, if that is something else.
+    `seconds` is the requested time that the frame rate was chosen to fill, if it was.
+    """
 
     task: Task
     width: int = Field(ge=16, le=1280)
     height: int = Field(ge=16, le=1280)
     frames: Annotated[int, Field(ge=1, le=241)]
-    fps: int = Field(ge=1, le=60)
+    fps: Annotated[int | float, Field(ge=shapes.MIN_FPS, le=shapes.MAX_FPS)]
     steps: int = Field(ge=1, le=200)
     guidance_scale: float = Field(ge=0, le=30, allow_inf_nan=False)
     flow_shift: float = Field(ge=0.01, le=100, allow_inf_nan=False)
     negative_prompt: str = Field(max_length=4000)
     seed: int = Field(ge=0, le=MAX_SEED)
+    delivery: shapes.Delivery | None = build_omitted_field()
+    seconds: float | None = build_omitted_field()
+
+    @property
+    def delivered_shape(self) -> shapes.Delivery:
+        return self.delivery or shapes.Delivery(width=self.width, height=self.height, frames=self.frames)
 
 
 class StepProgress(FrozenModel):
@@ -75,10 +88,11 @@ class Manifest(FrozenModel):
     """Everything that a file was generated from, which is enough to reproduce its bytes.
 
     `weights` is the digest of the weights and `precision` the types that they were computed in. `source` is the file
-    name of an edit's source, or its object key if it was in the store. `visual_tokens` and `source_latents` are object
-    keys of tensors, or None if they are not stored. `sound` says what became of the source's sound: "kept", or why it
-    was left out. A manifest of a clip whose source has none does not have the field, and one of version 0.2 has no
-    precision.
+    name of an edit's source, or its object key if it was in the store; `mask` is that of its mask. `visual_tokens` and
+    `source_latents` are object keys of tensors, or None if they are not stored. `settings` has the size and length that
+    were generated, `delivered` those of the file. `sound` says what became of the source's sound: "kept", or why it was
+    left out. A manifest without a mask, or of a clip whose source has no sound, does not have these fields, and one of
+    version 0.2 has no precision.
     """
 
     prompt: str
@@ -89,17 +103,12 @@ class Manifest(FrozenModel):
     visual_tokens: str | None = None
     preset: str
     weights: str
-    precision: str | None = None
+    precision: str | None = build_omitted_field()
     versions: dict[str, str]
     seconds: dict[str, float]
-    sound: str | None = None
-
-    @model_serializer(mode="wrap")
-    def leave_out_missing_fields(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        fields: dict[str, Any] = serialize(self)
-        return {
-            name: value for name, value in fields.items() if name not in ("precision", "sound") or value is not None
-        }
+    delivered: shapes.Delivery | None = build_omitted_field()
+    mask: str | None = build_omitted_field()
+    sound: str | None = build_omitted_field()
 
 
 # ---------------------------------------------------------------- tasks
@@ -182,8 +191,10 @@ class ModelIdentity(FrozenModel):
 class Job(FrozenModel):
     """One clip to render. The client may choose the id; requests with the same id and content are the same job.
 
-    `visual_tokens` is the object key of the vision head's tokens; if it is None, the worker predicts them. `preset` is
-    the one that the settings were resolved for; a job of version 0.2 does not state it, and any worker may render it.
+    `visual_tokens` is the object key of the vision head's tokens; if it is None, the worker predicts them. `mask` is
+    the object key of a picture of the source's size; only where its alpha is 0 may the source's pixels change.
+    `preset` is the one that the settings were resolved for; a job of version 0.2 does not state it, and any worker may
+    render it.
     """
 
     id: str
@@ -191,6 +202,7 @@ class Job(FrozenModel):
     visual_tokens: str | None
     source: Artifact | None
     params: SamplingParams
+    mask: str | None = build_omitted_field()
     preset: str | None = None
 
     @property
@@ -325,21 +337,36 @@ def invalid_input_from_validation(
     return InvalidInput(*describe_errors(errors, given, fields))
 
 
-def resolve_sampling_params(preset: Preset, task: Task, **overrides: object) -> SamplingParams:
+def get_source_length(preset: Preset, source: Artifact) -> shapes.SourceLength | None:
+    """Return the length that an edit of a source has by default, or None for the task's default length."""
+    if source.medium == "video" and source.manifest is not None:  # generated here
+        return shapes.SourceLength(source.frames, source.fps)
+    return shapes.get_file_length(preset, source.frames, None if source.medium == "image" else source.fps)
+
+
+def resolve_sampling_params(
+    preset: Preset, task: Task, source: shapes.SourceLength | None = None, /, **overrides: object
+) -> SamplingParams:
     """Return the preset's settings for a task, with the `overrides` that are not None applied.
 
-    A request's settings are resolved here, once, when it becomes a job. Raises an InvalidInput that names the field and
-    the allowed range.
+    A request's settings are resolved here, once, when it becomes a job. The overrides `width`, `height`, `frames`,
+    `fps` and `seconds` are what is to be delivered; the model's own size and length follow from them. `source` is the
+    length of an edit's clip. Raises an InvalidInput that names the field and the allowed range.
     """
-    defaults = get_sampling_defaults(preset, task).model_dump() | {
-        "negative_prompt": preset.null.negative_prompt,
-        "seed": 0,
-    }
+    defaults = get_sampling_defaults(preset, task)
     given = {name: value for name, value in overrides.items() if value is not None}
+    shape_fields = shapes.RequestedShape.model_fields
     try:
-        params = SamplingParams(task=task, **(defaults | given))
+        requested = shapes.RequestedShape.model_validate({name: given.pop(name, None) for name in shape_fields})
+        is_video = get_task_medium(task) == "video"
+        shape = shapes.resolve_shape(preset, task, defaults, requested, source, is_video)
+        if given.get("seed") == -1:  # any seed, as many clients send it
+            given["seed"] = secrets.randbelow(2**31)
+        settings = defaults.model_dump() | {"negative_prompt": preset.null.negative_prompt, "seed": 0} | given | shape
+        params = SamplingParams(task=task, **settings)
     except ValidationError as error:
-        raise invalid_input_from_validation(error, SamplingParams.model_fields) from None
+        raise invalid_input_from_validation(error, SamplingParams.model_fields | shape_fields) from None
+    shapes.check_flow_shift(preset, task, defaults, params.flow_shift)
     check_sampling_params(preset, params)
     return params
 
@@ -348,8 +375,8 @@ def check_sampling_params(preset: Preset, params: SamplingParams) -> None:
     """Raise InvalidInput if a model of this preset cannot render with these settings."""
     get_sampling_defaults(preset, params.task)
     compute_latent_grid(params.width, params.height, params.frames)
-    if params.width * params.height * params.frames > MAX_CLIP_PIXELS:
-        raise InvalidInput("size", f"width x height x frames is above {MAX_CLIP_PIXELS}")
+    if params.width * params.height * params.frames > shapes.MAX_CLIP_PIXELS:
+        raise InvalidInput("size", f"width x height x frames is above {shapes.MAX_CLIP_PIXELS}")
     if (params.frames == 1) != (get_task_medium(params.task) == "image"):
         raise InvalidInput("frames", f"{params.frames} does not fit {params.task}: an image has 1, a video 5 or more")
     if params.negative_prompt and preset.null.kind == "context-file":

@@ -5,6 +5,7 @@ OmniVideoError
     UnreadableMedia     a file is not an image or a video, is too large, or is truncated
     ConditionTooLong    a prompt and its visual tokens do not fit the decoder's condition
   CheckpointError       weights are missing, incomplete or from another model
+  PartOutOfMemory       a part of the model has not enough memory for a clip
   TrainingDiverged      the training loss is no longer finite
   MissingDependency     an optional package is not installed
   StoreError            the store or the database cannot read or write
@@ -40,6 +41,14 @@ class ConditionTooLong(InvalidInput):
 
 class CheckpointError(OmniVideoError):
     """Weights are missing, incomplete or from another model."""
+
+
+class PartOutOfMemory(OmniVideoError, MemoryError):
+    """A part of the model has not enough memory for what was requested; `part` is its name."""
+
+    def __init__(self, part: str, help_text: str):
+        super().__init__(f"the {part} ran out of memory; {help_text}")
+        self.part = part
 
 
 class TrainingDiverged(OmniVideoError):

@@ -16,8 +16,9 @@ from omnivideo.contracts import (
     Route,
     SamplingParams,
     StepProgress,
+    check_prompt,
 )
-from omnivideo.turns import TurnEvents, TurnRecord
+from omnivideo.turns import ThreadRecord, TurnEvents, TurnRecord
 
 Latents = TypeVar("Latents")
 LatentsOut = TypeVar("LatentsOut", covariant=True)
@@ -71,6 +72,36 @@ class MLLM(Protocol):
         process or be rendered in another one.
         """
         ...
+
+
+class TextLimits(Protocol):
+    """The bounds of the models for the texts of requests. Each method raises InvalidInput with both numbers."""
+
+    def check_prompt(self, field: str, text: str, params: SamplingParams | None) -> str:
+        """Return a prompt or an instruction of a clip, whose settings may be unknown, without blanks around it."""
+        ...
+
+    def check_negative_prompt(self, field: str, text: str) -> None: ...
+
+    def check_message(self, field: str, text: str) -> str:
+        """Return a text for the MLLM, without surrounding whitespace."""
+        ...
+
+
+class CharacterLimits:
+    """The in-memory twin of TextLimits: it bounds only the characters."""
+
+    def check_prompt(self, field: str, text: str, params: SamplingParams | None) -> str:
+        return check_prompt(field, text)
+
+    def check_negative_prompt(self, field: str, text: str) -> None:
+        """Accept every text that SamplingParams accepts."""
+
+    def check_message(self, field: str, text: str) -> str:
+        return check_prompt(field, text)
+
+
+CHARACTER_LIMITS = CharacterLimits()
 
 
 class RenderProgress(Protocol[LatentsOut, StateOut]):
@@ -200,7 +231,13 @@ class TurnStore(Protocol):
 
     def has_thread(self, thread_id: str, owner: str) -> bool: ...
 
-    def list_threads(self, owner: str, limit: int) -> list[dict[str, Any]]: ...
+    def get_thread(self, owner: str, thread_id: str) -> ThreadRecord | None: ...
+
+    def list_threads(
+        self, owner: str, after: str | None = None, limit: int = 20, newest_first: bool = True
+    ) -> tuple[list[ThreadRecord], bool]:
+        """Return a page of an owner's threads, and whether there are more."""
+        ...
 
     def delete_thread(self, thread_id: str) -> None: ...
 

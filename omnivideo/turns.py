@@ -65,7 +65,7 @@ class TurnOptions(FrozenModel):
 
     think: Think = "auto"
     check: int = Field(default=1, ge=1, le=16)
-    seed: int | None = Field(default=None, ge=0, le=MAX_SEED)
+    seed: int | None = Field(default=None, ge=-1, le=MAX_SEED)  # -1 means any seed
     steps: int | None = Field(default=None, ge=1, le=200)
     guidance_scale: float | None = Field(default=None, ge=0, le=30, allow_inf_nan=False)
 
@@ -139,6 +139,13 @@ TurnEvent = (
 
 
 # ---------------------------------------------------------------- turns as the service stores them
+
+
+class ThreadRecord(FrozenModel):
+    """A thread as the service lists it; the time is in seconds since 1970."""
+
+    id: str
+    created_at: float
 
 
 class TurnRecord(FrozenModel):

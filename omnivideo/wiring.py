@@ -4,6 +4,7 @@ Without settings everything is embedded: SQLite and files in the home folder, th
 Only embedded parts load torch.
 """
 
+import logging
 from collections.abc import Callable
 from functools import cached_property, partial
 from pathlib import Path
@@ -12,11 +13,13 @@ from typing import TYPE_CHECKING, Any
 from omnivideo.agent.conversations import Conversations
 from omnivideo.errors import InvalidInput
 from omnivideo.media.artifacts import store_user_file
-from omnivideo.ports import MLLM, JobQueue, SweepableObjectStore
+from omnivideo.ports import MLLM, JobQueue, SweepableObjectStore, TextLimits
 from omnivideo.presets import get_preset
 from omnivideo.settings import ServiceSettings
 from omnivideo.storage.checkpointer import open_checkpointer
 from omnivideo.storage.objects.local import LocalObjectStore
+
+log = logging.getLogger("omnivideo.worker")
 
 if TYPE_CHECKING:
     from omnivideo.api.dependencies import ServiceContext
@@ -32,7 +35,9 @@ if TYPE_CHECKING:
     from omnivideo.storage.database.webhooks import WebhookRepository
 
 
-def build_local_conversations(omni: "OmniVideoModel", weights_digest: str, settings: ServiceSettings) -> Conversations:
+def build_local_conversations(
+    omni: "OmniVideoModel", weights_digest: str, settings: ServiceSettings, text_limits: TextLimits
+) -> Conversations:
     """Build the Studio's conversations: clips are rendered in this process while they are followed."""
     from omnivideo.backends.decoder.renderer import Renderer
     from omnivideo.backends.mllm.remote import RemoteMLLM
@@ -49,6 +54,7 @@ def build_local_conversations(omni: "OmniVideoModel", weights_digest: str, setti
         checkpointer=open_checkpointer(settings),
         attach_file=partial(store_user_file, store),
         preset=omni.preset,
+        text_limits=text_limits,
         replay_manifest=renderer.replay_manifest,
     )
 
@@ -134,14 +140,18 @@ class ServiceWiring:
         from omnivideo.backends.decoder.renderer import Renderer
         from omnivideo.models.device import pick_device
         from omnivideo.models.weights import checkpoint
-        from omnivideo.models.weights.checkpoint import find_shipped_weights
+        from omnivideo.models.weights.checkpoint import Contents
         from omnivideo.models.weights.digests import compute_folder_digest
+        from omnivideo.models.weights.shipped import find_shipped_weights
 
         folder = Path(self.settings.weights) if self.settings.weights else find_shipped_weights(self.settings.preset)
+        contents: Contents = "without-mllm" if self.settings.mllm else "all"
         digest = compute_folder_digest(folder, self.settings.home)
-        omni = checkpoint.load(folder, pick_device(self.device), self.settings.precision)
+        omni = checkpoint.load(folder, pick_device(self.device), self.settings.precision, contents)
         digest.check_unchanged()
-        return Renderer(omni, self.store, digest.value)
+        if omni.placement:
+            log.info("placement of %s: %s", omni.preset.name, omni.placement.describe())
+        return Renderer(omni, self.store, digest.value, mllm=self.remote_mllm)
 
     @cached_property
     def worker(self) -> "Worker":
@@ -199,10 +209,18 @@ class ServiceWiring:
         return partial(DurableQueue, self.jobs, self.store, self.notify_workers)
 
     @cached_property
+    def text_limits(self) -> TextLimits:
+        """The bounds for texts. Without weights on this machine, the machines of the models count the tokens."""
+        from omnivideo.models.text_limits import TokenLimits
+        from omnivideo.models.weights.shipped import find_weights
+
+        return TokenLimits(get_preset(self.settings.preset), find_weights(self.settings.preset, self.settings.weights))
+
+    @cached_property
     def conversations(self) -> Conversations:
-        saver = open_checkpointer(self.settings)
+        saver, preset = open_checkpointer(self.settings), get_preset(self.settings.preset)
         conversations = Conversations(
-            self.mllm, self.open_queue, self.store, saver, self.attach_file, get_preset(self.settings.preset)
+            self.mllm, self.open_queue, self.store, saver, self.attach_file, preset, self.text_limits
         )
         self.close_callbacks.append(conversations.close)
         return conversations
@@ -230,6 +248,7 @@ class ServiceWiring:
 
         return ServiceContext(
             settings=settings,
+            text_limits=self.text_limits,
             store=self.store,
             jobs=self.jobs,
             api_keys=APIKeyRepository(self.engine, settings.admin_key),

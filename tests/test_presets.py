@@ -5,6 +5,7 @@ import torch
 from diffusers import WanTransformer3DModel
 
 from omnivideo.contracts import (
+    check_sampling_params,
     compute_latent_grid,
     count_decoder_tokens,
     count_visual_context_tokens,
@@ -101,9 +102,10 @@ def test_a_negative_prompt_is_refused_where_the_weights_have_a_null_condition():
 
 def test_an_edit_that_would_lose_its_prompt_is_refused():
     """2560 tokens: 1024 of the adapter, 64 kept for the prompt, the rest for the source."""
-    resolve_sampling_params(OMNIVIDEO_1_3B, "video-editing", frames=21)
+    params = resolve_sampling_params(OMNIVIDEO_1_3B, "video-editing")
+    check_sampling_params(OMNIVIDEO_1_3B, params.model_copy(update={"frames": 21}))
     with pytest.raises(InvalidInput, match=r"size: .* has 1540 tokens of source; allowed: 1472"):
-        resolve_sampling_params(OMNIVIDEO_1_3B, "video-editing", frames=25)
+        check_sampling_params(OMNIVIDEO_1_3B, params.model_copy(update={"frames": 25}))
 
 
 def test_only_the_last_part_of_a_condition_can_be_cut():

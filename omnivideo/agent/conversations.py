@@ -13,7 +13,7 @@ from omnivideo.agent.graph import Planner
 from omnivideo.agent.thread import AttachFile, Thread
 from omnivideo.contracts import Artifact, Manifest
 from omnivideo.errors import ArtifactNotFound
-from omnivideo.ports import MLLM, JobQueue, SweepableObjectStore
+from omnivideo.ports import CHARACTER_LIMITS, MLLM, JobQueue, SweepableObjectStore, TextLimits
 from omnivideo.presets import Preset
 
 LOCAL_OWNER = "local"  # the only owner, if the service requires no keys
@@ -33,13 +33,15 @@ class Conversations:
     checkpointer: BaseCheckpointSaver[Any]
     attach_file: AttachFile
     preset: Preset
+    text_limits: TextLimits = CHARACTER_LIMITS
     replay_manifest: Callable[[Manifest], str] | None = None
 
     def __post_init__(self) -> None:
         self.get_graph = lru_cache(maxsize=256)(self.build_graph)
 
     def build_graph(self, owner: str) -> Any:
-        return Planner(self.mllm, self.queue_for(owner), self.preset).build_graph(self.checkpointer)
+        planner = Planner(self.mllm, self.queue_for(owner), self.preset, self.text_limits)
+        return planner.build_graph(self.checkpointer)
 
     @property
     def graph(self) -> Any:
@@ -47,7 +49,7 @@ class Conversations:
 
     def open_thread(self, name: str | None = None, create: bool = False, owner: str = LOCAL_OWNER) -> Thread:
         """Open the thread with this id, or a new one. Raises InvalidInput if there is none and `create` is False."""
-        thread = Thread(self.get_graph(owner), name or uuid.uuid4().hex[:12], self.attach_file)
+        thread = Thread(self.get_graph(owner), name or uuid.uuid4().hex[:12], self.attach_file, self.text_limits)
         if (name is None or create) and not thread.exists():
             return thread.initialize_state()
         return thread.require_existing()

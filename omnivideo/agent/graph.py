@@ -35,9 +35,10 @@ from omnivideo.contracts import (
     Route,
     get_editing_task,
     get_generation_task,
+    get_source_length,
     resolve_sampling_params,
 )
-from omnivideo.ports import MLLM, JobQueue
+from omnivideo.ports import CHARACTER_LIMITS, MLLM, JobQueue, TextLimits
 from omnivideo.presets import Preset
 from omnivideo.turns import (
     Action,
@@ -88,10 +89,11 @@ def split_reasoning(text: str) -> tuple[str, str]:
 class Planner:
     """The nodes of the graph. A node takes the thread's state and returns its updates."""
 
-    def __init__(self, mllm: MLLM, queue: JobQueue, preset: Preset):
+    def __init__(self, mllm: MLLM, queue: JobQueue, preset: Preset, text_limits: TextLimits = CHARACTER_LIMITS):
         self.mllm = mllm
         self.queue = queue
         self.preset = preset
+        self.text_limits = text_limits
         self.prompts = load_prompts(preset)
 
     def build_graph(self, checkpointer: BaseCheckpointSaver[Any]) -> Any:
@@ -297,9 +299,19 @@ class Planner:
         """Render the next candidate: predict the prompt's visual tokens, then run a job with the next seed."""
         options, candidates = TurnOptions(**state["options"]), list(state["candidates"])
         turn_number, action_index, attempt = len(state["turns"]) + 1, state["action_index"], len(candidates)
-        base_seed = options.seed if options.seed is not None else derive_seed(state["seed"], turn_number, action_index)
+        base_seed = options.seed
+        if base_seed is None or base_seed == -1:
+            base_seed = derive_seed(state["seed"], turn_number, action_index)
         medium: Medium = source.medium if source else "image" if state["detected_route"]["kind"] == "image" else "video"
-        prompt = self.get_prompt(state)
+        params = resolve_sampling_params(
+            self.preset,
+            get_editing_task(medium) if source else get_generation_task(medium),
+            None if source is None else get_source_length(self.preset, source),
+            steps=options.steps,
+            guidance_scale=options.guidance_scale,
+            seed=(base_seed + attempt) % (MAX_SEED + 1),
+        )
+        prompt = self.text_limits.check_prompt("text", self.get_prompt(state), params)
         # A turn that failed may be sent again; its jobs need new ids.
         retry_suffix = f".{state['failed_turns']}" if state.get("failed_turns") else ""
         job = Job(
@@ -309,13 +321,7 @@ class Planner:
                 MLLMRequest(text=prompt, artifacts=(source,) if source else ()), medium
             ),
             source=source,
-            params=resolve_sampling_params(
-                self.preset,
-                get_editing_task(medium) if source else get_generation_task(medium),
-                steps=options.steps,
-                guidance_scale=options.guidance_scale,
-                seed=(base_seed + attempt) % (MAX_SEED + 1),
-            ),
+            params=params,
             preset=self.preset.name,
         )
         artifact = self.follow_job(job, final=options.check == 1)

@@ -11,8 +11,9 @@ from langgraph.types import Command, StateSnapshot
 from pydantic import ValidationError
 
 from omnivideo.agent.graph import derive_seed
-from omnivideo.contracts import Artifact, check_prompt, invalid_input_from_validation
+from omnivideo.contracts import Artifact, invalid_input_from_validation
 from omnivideo.errors import InvalidInput, OmniVideoError
+from omnivideo.ports import CHARACTER_LIMITS, TextLimits
 from omnivideo.turns import QuestionAsked, Turn, TurnCompleted, TurnEvent, TurnOptions
 
 AttachFile = Callable[[str | Path, str], Artifact]
@@ -41,13 +42,14 @@ class Thread:
     `attach_file` stores a user's file.
     """
 
-    def __init__(self, graph: Any, name: str, attach_file: AttachFile):
+    def __init__(self, graph: Any, name: str, attach_file: AttachFile, text_limits: TextLimits = CHARACTER_LIMITS):
         if not THREAD_ID_PATTERN.fullmatch(name):
             allowed = "1 to 64 letters, digits, dots, dashes or underscores, the first a letter or digit"
             raise InvalidInput("thread", f"{name!r} is not a thread id; give {allowed}")
         self.graph = graph
         self.id = name
         self.attach_file = attach_file
+        self.text_limits = text_limits
         self.config = {"configurable": {"thread_id": name}}
 
     # ------------------------------------------------------------ creating and forking
@@ -68,7 +70,7 @@ class Thread:
 
     def fork(self, turn: int, name: str) -> "Thread":
         """Return a new thread that starts with the first `turn` turns of this one."""
-        branch = Thread(self.graph, name, self.attach_file)
+        branch = Thread(self.graph, name, self.attach_file, self.text_limits)
         if branch.exists():
             raise InvalidInput("thread", f"there is already a thread {name!r}")
         snapshot = self.find_snapshot_after(turn)
@@ -100,7 +102,7 @@ class Thread:
         OmniVideoError if the turn fails, which leaves the thread as it was before the turn.
         """
         turn_options = parse_turn_options(**options)
-        text = check_prompt("text", text)
+        text = self.text_limits.check_message("text", text)
         artifacts = [self.to_artifact(attachment) for attachment in attachments]
         state = self.graph.get_state(self.config)
         if state.interrupts:

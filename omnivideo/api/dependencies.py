@@ -22,7 +22,7 @@ from omnivideo.api.request_digest import digest_request
 from omnivideo.api.stores import APIKeyStore, BatchStore, IdempotencyStore, UserFileStore, WebhookStore
 from omnivideo.api.turn_runner import TurnRunner
 from omnivideo.contracts import Artifact, KeyClaim
-from omnivideo.ports import JobStore, SweepableObjectStore, TurnStore
+from omnivideo.ports import JobStore, SweepableObjectStore, TextLimits, TurnStore
 from omnivideo.settings import ServiceSettings
 
 BEARER = HTTPBearer(auto_error=False, description="An API key")
@@ -70,6 +70,7 @@ class ServiceContext:
     notify_workers: Callable[[], None]  # called when a job has been queued
     render_thumbnail: Callable[[Artifact, str], tuple[bytes, str]]  # (clip, variant) to the image and its file suffix
     check_webhook_url: Callable[[str], None]  # raises InvalidInput for a URL that may not receive events
+    text_limits: TextLimits
     mllm_server: MLLMServer | None = None  # None if the MLLM runs in this process
 
 

@@ -3,115 +3,38 @@
 import hashlib
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal
-
-from pydantic import BeforeValidator, Field
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from omnivideo.api.dependencies import ServiceContext
+from omnivideo.api.generation_requests import (
+    GenerationRequest,
+    ImageEditRequest,
+    ImageRequest,
+    VideoEditRequest,
+    VideoRequest,
+)
 from omnivideo.api.media import EXPIRED_MESSAGE, MediaReference, has_expired, resolve_source
-from omnivideo.api.request_body import CleanText, Seed, Unsupported, rename_error_field
+from omnivideo.api.request_body import rename_error_field
 from omnivideo.contracts import (
     Artifact,
     Job,
     JobStatus,
     Lane,
-    RequestModel,
     SamplingParams,
-    check_prompt,
     get_editing_task,
     get_generation_task,
+    get_source_length,
     resolve_sampling_params,
 )
 from omnivideo.errors import InvalidInput
-from omnivideo.presets import Preset, Task, get_preset, get_sampling_defaults
+from omnivideo.media.masks import read_mask
+from omnivideo.presets import Preset, Task, get_preset
+from omnivideo.presets.shapes import SourceLength
 
 SIZE_PATTERN = re.compile(r"(\d{1,5})x(\d{1,5})")
 # Our names of settings -> the names that OpenAI's clients use.
-REQUEST_FIELD_NAMES = {"width": "size", "height": "size", "frames": "num_frames", "steps": "num_inference_steps"}
-
-
-def get_constraints(field: str) -> list[Any]:
-    """Return the bounds of a setting, which contracts.SamplingParams defines."""
-    return SamplingParams.model_fields[field].metadata
-
-
-class GenerationRequest(RequestModel):
-    """The fields that requests for images and clips share. A size is WIDTHxHEIGHT in pixels, both multiples of 16.
-
-    `width` and `height` are the same size as two numbers.
-    """
-
-    prompt: CleanText = Field(min_length=1, max_length=4000)
-    model: CleanText | None = None
-    size: str | None = Field(
-        default=None,
-        pattern=r"^(\d{1,5}x\d{1,5}|auto)$",
-        description="a width and a height in pixels, such as 640x384, or auto",
-    )
-    width: Annotated[int | None, *get_constraints("width")] = None
-    height: Annotated[int | None, *get_constraints("height")] = None
-    num_inference_steps: Annotated[int | None, *get_constraints("steps")] = None
-    guidance_scale: Annotated[float | None, *get_constraints("guidance_scale")] = None
-    flow_shift: Annotated[float | None, *get_constraints("flow_shift")] = None
-    seed: Seed = None
-    negative_prompt: Annotated[CleanText | None, *get_constraints("negative_prompt")] = None
-    lora: Unsupported = None
-    lora_path: Unsupported = None
-    lora_scale: Unsupported = None
-    guidance_scale_2: Unsupported = None
-    true_cfg_scale: Unsupported = None
-    strength: Unsupported = None
-
-
-class VideoRequest(GenerationRequest):
-    """A clip has `num_frames` frames (4k + 1), or the number of that form nearest to `seconds` at `fps`.
-
-    `image_reference`, `video_reference` and `reference_url` are other servers' names of `input_reference`.
-    """
-
-    seconds: float | None = Field(default=None, gt=0, le=3600, allow_inf_nan=False)
-    num_frames: Annotated[int | None, *get_constraints("frames")] = None
-    fps: Annotated[int | None, *get_constraints("fps")] = None
-    input_reference: MediaReference | None = None
-    image_reference: MediaReference | None = None
-    video_reference: MediaReference | None = None
-    reference_url: CleanText | None = None
-    n: int = Field(default=1, ge=1, le=1)
-    last_image: Unsupported = None
-
-    def get_reference(self) -> tuple[str, MediaReference] | None:
-        """Return the reference and the name of its field, or None. Raises InvalidInput if there are several."""
-        url_reference = None if self.reference_url is None else MediaReference(image_url=self.reference_url)
-        references = {
-            "input_reference": self.input_reference, "image_reference": self.image_reference,
-            "video_reference": self.video_reference, "reference_url": url_reference,
-        }  # fmt: skip
-        given = [(field, reference) for field, reference in references.items() if reference is not None]
-        if len(given) > 1:
-            raise InvalidInput(given[1][0], f"{given[0][0]} is given too; give one of them")
-        return given[0] if given else None
-
-
-class VideoEditRequest(VideoRequest):
-    video: MediaReference
-
-
-class ImageRequest(GenerationRequest):
-    n: int = Field(default=1, ge=1, le=8)
-    response_format: Literal["b64_json", "url"] | None = None
-    output_format: Literal["png"] | None = None
-    stream: Literal[False] | None = None
-    background: Literal["auto", "opaque"] | None = None
-    mask: Unsupported = None
-
-
-def wrap_in_list(value: Any) -> Any:
-    return value if isinstance(value, list) else [value]
-
-
-class ImageEditRequest(ImageRequest):
-    image: Annotated[list[MediaReference], BeforeValidator(wrap_in_list)] = Field(min_length=1, max_length=1)
+REQUEST_FIELD_NAMES = {"frames": "num_frames", "steps": "num_inference_steps"}
 
 
 @dataclass(frozen=True)
@@ -131,19 +54,21 @@ def build_video_job(context: ServiceContext, owner: str, request: VideoRequest, 
 
     The model has no first-frame mode: an image is edited as a still clip, which the prompt may set in motion.
     """
-    source = None
+    check_texts(context, request)
+    source, field = None, ""
     if (named_reference := request.get_reference()) is not None:
         field, reference = named_reference
         source = resolve_source(context, owner, reference, field)
     task = get_generation_task("video") if source is None else get_editing_task("video")
-    return build_clip_job(context, request, task, job_id, source)
+    return build_clip_job(context, request, task, job_id, source, field)
 
 
 def build_video_edit_job(context: ServiceContext, owner: str, request: VideoEditRequest, job_id: str) -> JobRequest:
-    """Build the job that edits `video`. A video that was generated here keeps its size, length and frame rate."""
+    """Build the job that edits `video`, whose length it keeps. A video that was generated here also keeps its size."""
+    check_texts(context, request)
     source = resolve_source(context, owner, request.video, "video")
-    edit_request = inherit_source_format(request, source) if request.video.id else request
-    return build_clip_job(context, edit_request, get_editing_task("video"), job_id, source)
+    edit_request = inherit_source_size(request, source) if request.video.id else request
+    return build_clip_job(context, edit_request, get_editing_task("video"), job_id, source, "video")
 
 
 def build_remix_job(context: ServiceContext, request: VideoRequest, job_id: str, original: JobStatus) -> JobRequest:
@@ -153,48 +78,62 @@ def build_remix_job(context: ServiceContext, request: VideoRequest, job_id: str,
         raise InvalidInput("id", "that video is not completed")
     if has_expired(context, original):
         raise InvalidInput("id", EXPIRED_MESSAGE)
-    remix_request = inherit_source_format(request, source)
+    remix_request = inherit_source_size(request, source)
     task = get_editing_task("video")
-    return build_clip_job(context, remix_request, task, job_id, source, remixed_from=original.id)
+    return build_clip_job(context, remix_request, task, job_id, source, "id", remixed_from=original.id)
 
 
-def inherit_source_format(request: VideoRequest, source: Artifact) -> VideoRequest:
-    """Return the request with the source's size, frame rate and length where it gives none."""
-    updates: dict[str, Any] = {
-        "size": request.size or (None if request.width or request.height else f"{source.width}x{source.height}"),
-        "fps": request.fps or round(source.fps),
-    }
-    if request.seconds is None:
-        updates["num_frames"] = request.num_frames or source.frames
-    return request.model_copy(update=updates)
+def make_video_ids(base_id: str, n: int) -> list[str]:
+    return [base_id, *(f"{base_id}_{index}" for index in range(1, n))]
+
+
+def repeat_video_job(job_request: JobRequest, n: int) -> list[JobRequest]:
+    """Return the jobs of `n` videos with consecutive seeds; the first one names the others."""
+    job, ids = job_request.job, make_video_ids(job_request.job.id, n)
+    repeated = []
+    for index, job_id in enumerate(ids):
+        params = job.params.model_copy(update={"seed": (job.params.seed + index) % 2**63})
+        meta = job_request.meta | ({"n": str(n)} if n > 1 and index == 0 else {})
+        repeated.append(replace(job_request, job=job.model_copy(update={"id": job_id, "params": params}), meta=meta))
+    return repeated
+
+
+def build_video_jobs(context: ServiceContext, owner: str, request: VideoRequest, base_id: str) -> list[JobRequest]:
+    """Build the jobs of `n` clips."""
+    return repeat_video_job(build_video_job(context, owner, request, base_id), request.n)
+
+
+def inherit_source_size(request: VideoRequest, source: Artifact) -> VideoRequest:
+    """Return the request with the source's size where it gives none."""
+    if request.width or request.height or request.size not in (None, "auto"):
+        return request
+    return request.model_copy(update={"size": f"{source.width}x{source.height}"})
 
 
 def build_clip_job(
-    context: ServiceContext, request: VideoRequest, task: Task, job_id: str, source: Artifact | None, **meta: str
+    context: ServiceContext,
+    request: VideoRequest,
+    task: Task,
+    job_id: str,
+    source: Artifact | None,
+    source_field: str,
+    **meta: str,
 ) -> JobRequest:
+    """Build the job of a clip; `source_field` is the request's name for its source."""
     preset = require_served_preset(context, request.model)
-    overrides = overrides_from_request(request, fps=request.fps, frames=resolve_num_frames(preset, task, request))
-    params = resolve_request_params(preset, task, overrides, resolve_seed(request, job_id), request.width is None)
-    seconds = params.frames / params.fps if request.seconds is None else request.seconds
-    meta = {"size": f"{params.width}x{params.height}", "seconds": f"{seconds:.6g}"} | meta
-    return build_job_request(request, preset, params, job_id, source, "video", meta)
+    overrides = overrides_from_request(request) | {
+        "seconds": request.seconds, "frames": request.num_frames, "fps": request.fps
+    }  # fmt: skip
+    length, seed = None if source is None else get_source_length(preset, source), resolve_seed(request, job_id)
+    names = REQUEST_FIELD_NAMES | {"source": source_field}
+    params = resolve_request_params(preset, task, overrides, seed, request, length, names)
+    seconds = params.delivered_shape.frames / params.fps if request.seconds is None else request.seconds
+    meta = {"size": describe_size(params), "seconds": f"{seconds:.6g}"} | meta
+    return build_job_request(context, request, preset, params, job_id, source, "video", meta)
 
 
-def resolve_num_frames(preset: Preset, task: Task, request: VideoRequest) -> int | None:
-    """Return the clip's number of frames, or None for the preset's default."""
-    if request.seconds is None:
-        return request.num_frames
-    fps = request.fps or get_sampling_defaults(preset, task).fps
-    frames = 4 * round((request.seconds * fps - 1) / 4) + 1
-    if request.num_frames not in (None, frames):
-        text = f"{request.seconds:g} s at {fps} fps are {frames} frames, which is not num_frames; give only one of them"
-        raise InvalidInput("seconds", text)
-    max_frames = next(bound.le for bound in get_constraints("frames") if hasattr(bound, "le"))
-    if not 5 <= frames <= max_frames:
-        text = f"{request.seconds:g} s at {fps} fps are {max(0, frames)} frames"
-        allowed = f"5 to {max_frames} frames, which are {5 / fps:.2g} to {max_frames / fps:.3g} s"
-        raise InvalidInput("seconds", f"{text}; allowed: {allowed}")
-    return frames
+def describe_size(params: SamplingParams) -> str:
+    return f"{params.delivered_shape.width}x{params.delivered_shape.height}"
 
 
 # ---------------------------------------------------------------- images
@@ -208,22 +147,58 @@ def build_image_jobs(context: ServiceContext, owner: str, request: ImageRequest,
 def build_image_edit_jobs(
     context: ServiceContext, owner: str, request: ImageEditRequest, base_id: str
 ) -> list[JobRequest]:
-    source = resolve_source(context, owner, request.image[0], "image")
+    check_texts(context, request)
+    field, reference = request.get_source()
+    source = resolve_source(context, owner, reference, field)
     if source.medium != "image":
-        raise InvalidInput("image", "it is a clip; use /v1/videos/edits")
-    return build_jobs_per_image(context, request, get_editing_task("image"), base_id, source)
+        raise InvalidInput(field, "it is a clip; use /v1/videos/edits")
+    mask = None
+    if request.mask is not None:
+        mask = store_mask(context, owner, request.mask, source)
+        request = apply_mask_rules(request, source)
+    return build_jobs_per_image(context, request, get_editing_task("image"), base_id, source, mask)
+
+
+def apply_mask_rules(request: ImageEditRequest, source: Artifact) -> ImageEditRequest:
+    """Return the request with the source's size, which a mask requires. Raises InvalidInput for what loses pixels."""
+    size = f"{source.width}x{source.height}"
+    given = tuple(side or own for side, own in zip(resolve_size(request), (source.width, source.height), strict=True))
+    if given != (source.width, source.height):
+        raise InvalidInput("size" if request.size else "width", f"with a mask the result has the image's size, {size}")
+    if request.output_format == "jpeg":
+        raise InvalidInput("output_format", "a mask keeps pixels exactly, and a jpeg does not; allowed: png, webp")
+    if request.output_compression not in (None, 100):
+        raise InvalidInput("output_compression", "a mask keeps pixels exactly; allowed: 100")
+    return request.model_copy(update={"size": size, "width": None, "height": None})
+
+
+def store_mask(context: ServiceContext, owner: str, reference: MediaReference, source: Artifact) -> str:
+    """Return the object key of a mask that fits the source."""
+    mask = resolve_source(context, owner, reference, "mask")
+    read_mask(context.store.get(mask.key), source.width, source.height)
+    return mask.key
 
 
 def build_jobs_per_image(
-    context: ServiceContext, request: ImageRequest, task: Task, base_id: str, source: Artifact | None
+    context: ServiceContext,
+    request: ImageRequest,
+    task: Task,
+    base_id: str,
+    source: Artifact | None,
+    mask: str | None = None,
 ) -> list[JobRequest]:
+    request.check_compression()
     preset = require_served_preset(context, request.model)
     overrides, seed = overrides_from_request(request), resolve_seed(request, base_id)
+    output: dict[str, str] = {"format": request.output_format or "png"}
+    if request.output_compression is not None:
+        output["compression"] = str(request.output_compression)
     job_requests = []
     for index, job_id in enumerate(make_image_ids(base_id, request.n)):
-        params = resolve_request_params(preset, task, overrides, (seed + index) % 2**63, request.width is None)
-        meta = {"size": f"{params.width}x{params.height}"}
-        job_requests.append(build_job_request(request, preset, params, job_id, source, "image", meta))
+        params = resolve_request_params(preset, task, overrides, (seed + index) % 2**63, request)
+        meta = output | {"size": describe_size(params)}
+        job_request = build_job_request(context, request, preset, params, job_id, source, "image", meta)
+        job_requests.append(replace(job_request, job=job_request.job.model_copy(update={"mask": mask})))
     return job_requests
 
 
@@ -257,31 +232,36 @@ def resolve_size(request: GenerationRequest) -> tuple[int | None, int | None]:
     return (width, height) if size else (request.width, request.height)
 
 
-def overrides_from_request(
-    request: GenerationRequest, fps: int | None = None, frames: int | None = None
-) -> dict[str, int | float | str | None]:
+def overrides_from_request(request: GenerationRequest) -> dict[str, Any]:
     width, height = resolve_size(request)
     return {
-        "width": width, "height": height, "frames": frames, "fps": fps, "steps": request.num_inference_steps,
+        "width": width, "height": height, "steps": request.num_inference_steps,
         "guidance_scale": request.guidance_scale, "flow_shift": request.flow_shift,
         "negative_prompt": request.negative_prompt,
     }  # fmt: skip
 
 
 def resolve_request_params(
-    preset: Preset, task: Task, overrides: Mapping[str, int | float | str | None], seed: int, has_size: bool
+    preset: Preset,
+    task: Task,
+    overrides: Mapping[str, Any],
+    seed: int,
+    request: GenerationRequest,
+    source: SourceLength | None = None,
+    field_names: Mapping[str, str] = REQUEST_FIELD_NAMES,
 ) -> SamplingParams:
     """Return the job's settings; raise an InvalidInput that names the request's field if one is invalid."""
     try:
-        return resolve_sampling_params(preset, task, seed=seed, **overrides)
+        return resolve_sampling_params(preset, task, source, seed=seed, **overrides)
     except InvalidInput as error:
-        if error.field in ("width", "height") and has_size:
+        if error.field in ("width", "height") and request.width is None and request.height is None:
             message = str(error).removeprefix(f"{error.field}: ")
             raise InvalidInput("size", f"its {error.field} is not possible; {message}") from None
-        raise rename_error_field(error, REQUEST_FIELD_NAMES.get(error.field, error.field)) from None
+        raise rename_error_field(error, field_names.get(error.field, error.field)) from None
 
 
 def build_job_request(
+    context: ServiceContext,
     request: GenerationRequest,
     preset: Preset,
     params: SamplingParams,
@@ -290,9 +270,10 @@ def build_job_request(
     kind: Literal["video", "image"],
     meta: dict[str, str],
 ) -> JobRequest:
+    check_texts(context, request, params)
     job = Job(
         id=job_id,
-        prompt=check_prompt("prompt", request.prompt),
+        prompt=request.prompt.strip(),
         visual_tokens=None,
         source=source,
         params=params,
@@ -301,12 +282,31 @@ def build_job_request(
     return JobRequest(job, kind, meta)
 
 
+def check_texts(context: ServiceContext, request: GenerationRequest, params: SamplingParams | None = None) -> None:
+    """Raise InvalidInput if a text is too long. Without `params` this takes milliseconds, before media are read."""
+    context.text_limits.check_prompt("prompt", request.prompt, params)
+    context.text_limits.check_negative_prompt("negative_prompt", request.negative_prompt or "")
+
+
 def submit_job(context: ServiceContext, owner: str, job_request: JobRequest, lane: Lane = "interactive") -> JobStatus:
     """Submit the job, whose id must be new, and return its status. Raises ServiceBusy."""
     status = context.jobs.submit(job_request.job, owner, lane, job_request.kind, job_request.meta)
     assert status is not None, "the id is new"
     context.notify_workers()
     return status
+
+
+def submit_jobs(context: ServiceContext, owner: str, job_requests: list[JobRequest]) -> list[JobStatus]:
+    """Submit all jobs of a request. If one is refused, cancel the others and raise its error."""
+    statuses: list[JobStatus] = []
+    try:
+        for job_request in job_requests:
+            statuses.append(submit_job(context, owner, job_request))
+    except Exception:
+        for status in statuses:
+            context.jobs.cancel(status.id)
+        raise
+    return statuses
 
 
 def find_live_job(context: ServiceContext, owner: str, kind: str, job_id: str) -> JobStatus | None:

@@ -17,7 +17,8 @@ from omnivideo.errors import InvalidInput
 
 MEDIA_TYPES = {
     "png": "image/png", "jpg": "image/jpeg", "jpeg": "image/jpeg", "webp": "image/webp", "gif": "image/gif",
-    "avif": "image/avif", "mp4": "video/mp4", "webm": "video/webm", "mov": "video/quicktime", "mkv": "video/x-matroska",
+    "avif": "image/avif", "heic": "image/heic",
+    "mp4": "video/mp4", "webm": "video/webm", "mov": "video/quicktime", "mkv": "video/x-matroska",
     "json": "application/json",
 }  # fmt: skip
 ETAG_PATTERN = re.compile(r'(?:W/)?("[^"]*")')
@@ -85,7 +86,7 @@ def resolve_source(context: ServiceContext, owner: str, reference: MediaReferenc
     if len(reference_fields) != 1:
         raise InvalidInput(field, "give a file, or one of file_id, image_url, video_url and id")
     kind = next(iter(reference_fields))
-    field_path = field if kind == "upload" or field.endswith("_url") else f"{field}.{kind}"
+    field_path = field if kind == "upload" or field.endswith("url") else f"{field}.{kind}"
     try:
         return ARTIFACT_RESOLVERS[kind](context, owner, reference_fields[kind])
     except InvalidInput as error:

@@ -11,7 +11,7 @@ from typing import Any
 from omnivideo.agent.conversations import Conversations
 from omnivideo.agent.thread import Thread, is_turn_complete, parse_turn_options
 from omnivideo.api.errors import APIError, build_not_found_error, log_if_internal, to_api_error
-from omnivideo.contracts import Artifact, check_prompt
+from omnivideo.contracts import Artifact
 from omnivideo.errors import ArtifactNotFound, InvalidInput, JobCancelled, ModelUnavailable, OmniVideoError, StoreError
 from omnivideo.ports import JobStore, TurnStore
 from omnivideo.turns import QuestionAsked, TurnCompleted, TurnEvent, TurnRecord, WaitingNotice
@@ -66,7 +66,8 @@ class TurnRunner:
         Raises InvalidInput before anything is stored, and APIError if the thread does not exist (404) or another turn
         is running in it (409).
         """
-        text, turn_options = check_prompt("text", text), parse_turn_options(**options)
+        text = self.conversations.text_limits.check_message("text", text)
+        turn_options = parse_turn_options(**options)
         thread = self.get_thread(owner, thread_id)
         is_reply = thread.get_open_question() is not None
         if attachments and is_reply:

@@ -10,10 +10,12 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from omnivideo.contracts import StepProgress
+from omnivideo.contracts import SamplingParams, StepProgress
 from omnivideo.errors import InvalidInput
+from omnivideo.presets import get_preset
 
 if TYPE_CHECKING:
+    from omnivideo.models.text_limits import TokenLimits
     from omnivideo.sdk.result import Result
     from omnivideo.sdk.studio import Studio
 
@@ -49,7 +51,10 @@ OutputFileOption = Annotated[
     Path, typer.Option("-o", "--output", help="File to write: .mp4, .gif or .png.", rich_help_panel=OUTPUT)
 ]
 SeedOption = Annotated[
-    int, typer.Option(help="The same seed gives the same bytes on the same machine.", rich_help_panel=SAMPLING)
+    int,
+    typer.Option(
+        help="The same seed gives the same bytes on the same machine; -1 is any seed.", rich_help_panel=SAMPLING
+    ),
 ]
 StepsOption = Annotated[
     int | None, typer.Option(help="Denoising steps, 1 to 200. Default: the preset's.", rich_help_panel=SAMPLING)
@@ -58,10 +63,17 @@ GuidanceOption = Annotated[
     float | None, typer.Option(help="Guidance scale, 0 to 30. Default: the preset's.", rich_help_panel=SAMPLING)
 ]
 FramesOption = Annotated[
-    int | None, typer.Option(help="Frames of the clip: 4k + 1, such as 5, 9 or 13.", rich_help_panel=SAMPLING)
+    int | None, typer.Option(help="Frames of the clip. Default: the preset's.", rich_help_panel=SAMPLING)
+]
+FpsOption = Annotated[
+    float | None, typer.Option(help="Frames per second, 0.5 to 60. Default: the preset's.", rich_help_panel=SAMPLING)
+]
+SecondsOption = Annotated[
+    float | None, typer.Option(help="Length of the clip. It determines the frame rate.", rich_help_panel=SAMPLING)
 ]
 SizeOption = Annotated[
-    str | None, typer.Option(help="WIDTHxHEIGHT in pixels, multiples of 16.", rich_help_panel=SAMPLING)
+    str | None,
+    typer.Option(help="WIDTHxHEIGHT in pixels. Other sizes than the model's are scaled.", rich_help_panel=SAMPLING),
 ]
 NegativePromptOption = Annotated[
     str | None, typer.Option(help="What to avoid. Default: the preset's.", rich_help_panel=SAMPLING)
@@ -89,6 +101,21 @@ def show_step_progress(label: str) -> Iterator[Callable[[StepProgress], None]]:
     with Progress(*columns, console=error_console, transient=True) as bar:
         row = bar.add_task("", total=None)
         yield lambda step: bar.update(row, total=step.steps, completed=step.step)
+
+
+def open_text_limits(preset: str, weights: Path | None) -> "TokenLimits":
+    """Return the bounds of a model for texts, without loading it. Raises CheckpointError if there are no weights."""
+    from omnivideo.models.text_limits import TokenLimits
+    from omnivideo.models.weights.shipped import find_shipped_weights
+
+    return TokenLimits(get_preset(preset), weights or find_shipped_weights(preset))
+
+
+def check_clip_texts(preset: str, weights: Path | None, params: SamplingParams, field: str, text: str) -> None:
+    """Raise InvalidInput if the texts of a clip are longer than the model takes, before it is loaded."""
+    text_limits = open_text_limits(preset, weights)
+    text_limits.check_prompt(field, text, params)
+    text_limits.check_negative_prompt("negative prompt", params.negative_prompt)
 
 
 def open_studio(preset: str, weights: Path | None, device: str, home: Path | None = None) -> "Studio":

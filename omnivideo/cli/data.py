@@ -107,7 +107,7 @@ def encode(
     report: ReportOption = None,
 ) -> None:
     """Cache latents and text states beside the shards; when run again, continue with the shards that are left."""
-    from omnivideo.models.weights.checkpoint import SHIPPED_WEIGHTS_FOLDER
+    from omnivideo.models.weights.shipped import SHIPPED_WEIGHTS_FOLDER
     from omnivideo.training.data.latent_cache import FrozenEncoders, encode_shards
     from omnivideo.training.recipes.over_shards import open_dataset
 

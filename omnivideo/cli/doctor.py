@@ -8,7 +8,8 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from omnivideo.errors import CheckpointError, InvalidInput
-from omnivideo.models.weights.checkpoint import find_shipped_weights, verify_digests
+from omnivideo.models.weights.checkpoint import verify_digests
+from omnivideo.models.weights.shipped import find_shipped_weights
 from omnivideo.presets import PRESETS
 from omnivideo.settings import find_renamed_settings, load_settings
 

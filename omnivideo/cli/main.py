@@ -18,20 +18,24 @@ from omnivideo.cli.app import (
     TRAINING_COMMANDS,
     VIDEO_COMMANDS,
     DeviceOption,
+    FpsOption,
     FramesOption,
     GuidanceOption,
     HomeOption,
     NegativePromptOption,
     OutputFileOption,
     PresetOption,
+    SecondsOption,
     SeedOption,
     SizeOption,
     StepsOption,
     WeightsOption,
     app,
+    check_clip_texts,
     console,
     error_console,
     open_studio,
+    open_text_limits,
     parse_size,
     save_result,
     show_step_progress,
@@ -39,15 +43,20 @@ from omnivideo.cli.app import (
 from omnivideo.cli.curate import curate
 from omnivideo.cli.evaluate import ablate, evaluate
 from omnivideo.cli.train import plan, train
-from omnivideo.contracts import check_prompt, get_editing_task, get_generation_task, resolve_sampling_params
+from omnivideo.contracts import (
+    get_editing_task,
+    get_generation_task,
+    resolve_sampling_params,
+)
 from omnivideo.cpu_threads import configure_cpu_threads
 from omnivideo.errors import InvalidInput, OmniVideoError
 from omnivideo.presets import get_preset
+from omnivideo.presets.shapes import get_file_length
 
 
 @app.command(rich_help_panel=VIDEO_COMMANDS)
 def generate(
-    prompt: Annotated[str, typer.Argument(help="What to show, 1 to 4000 characters.")],
+    prompt: Annotated[str, typer.Argument(help="What to show.")],
     output: OutputFileOption,
     image: Annotated[
         bool | None,
@@ -62,18 +71,21 @@ def generate(
     steps: StepsOption = None,
     guidance_scale: GuidanceOption = None,
     frames: FramesOption = None,
+    fps: FpsOption = None,
+    seconds: SecondsOption = None,
     size: SizeOption = None,
     negative_prompt: NegativePromptOption = None,
 ) -> None:
     """Generate a clip or an image from a prompt."""
     from omnivideo.media.write import check_output
 
-    prompt = check_prompt("prompt", prompt)
     overrides: dict[str, Any] = parse_size(size) | {
         "seed": seed,
         "steps": steps,
         "guidance_scale": guidance_scale,
         "frames": frames,
+        "fps": fps,
+        "seconds": seconds,
         "negative_prompt": negative_prompt,
     }
     if image is None and (frames == 1 or output.suffix.lower() == ".png"):
@@ -81,7 +93,8 @@ def generate(
     # Invalid settings are refused before the model is loaded, which takes seconds.
     task = get_generation_task("image" if image else "video")
     params = resolve_sampling_params(get_preset(preset), task, **overrides)
-    check_output(output, params.frames)
+    check_clip_texts(preset, weights, params, "prompt", prompt)
+    check_output(output, params.delivered_shape.frames)
     studio = open_studio(preset, weights, device)
     with show_step_progress("denoising") as on_step:
         result = studio.generate(prompt, image=image, on_step=on_step, **overrides)
@@ -91,7 +104,7 @@ def generate(
 @app.command(rich_help_panel=VIDEO_COMMANDS)
 def edit(
     source: Annotated[Path, typer.Argument(help="The clip or image to edit.")],
-    instruction: Annotated[str, typer.Argument(help="What to change, 1 to 4000 characters.")],
+    instruction: Annotated[str, typer.Argument(help="What to change.")],
     output: OutputFileOption,
     preset: PresetOption = "tiny",
     weights: WeightsOption = None,
@@ -99,6 +112,8 @@ def edit(
     seed: SeedOption = 0,
     steps: StepsOption = None,
     guidance_scale: GuidanceOption = None,
+    fps: FpsOption = None,
+    seconds: SecondsOption = None,
     size: SizeOption = None,
     negative_prompt: NegativePromptOption = None,
 ) -> None:
@@ -106,15 +121,19 @@ def edit(
     from omnivideo.media.read import measure_media
     from omnivideo.media.write import check_output
 
-    instruction = check_prompt("instruction", instruction)
     overrides: dict[str, Any] = parse_size(size) | {
         "seed": seed,
         "steps": steps,
         "guidance_scale": guidance_scale,
+        "fps": fps,
+        "seconds": seconds,
         "negative_prompt": negative_prompt,
     }
-    task = get_editing_task(measure_media(source).kind)
-    check_output(output, resolve_sampling_params(get_preset(preset), task, **overrides).frames)
+    info, model_preset = measure_media(source), get_preset(preset)
+    length = get_file_length(model_preset, info.frames, info.fps)
+    params = resolve_sampling_params(model_preset, get_editing_task(info.kind), length, **overrides)
+    check_clip_texts(preset, weights, params, "instruction", instruction)
+    check_output(output, params.delivered_shape.frames)
     studio = open_studio(preset, weights, device)
     with show_step_progress("denoising") as on_step:
         result = studio.edit(source, instruction, on_step=on_step, **overrides)
@@ -124,7 +143,7 @@ def edit(
 @app.command(rich_help_panel=VIDEO_COMMANDS)
 def understand(
     source: Annotated[Path, typer.Argument(help="The clip or image that the question is about.")],
-    question: Annotated[str, typer.Argument(help="The question, 1 to 4000 characters.")],
+    question: Annotated[str, typer.Argument(help="The question.")],
     preset: PresetOption = "tiny",
     weights: WeightsOption = None,
     device: DeviceOption = "auto",
@@ -132,7 +151,7 @@ def understand(
     """Answer a question about a clip or an image."""
     from omnivideo.media.read import measure_media
 
-    question = check_prompt("question", question)
+    question = open_text_limits(preset, weights).check_message("question", question)
     measure_media(source)
     studio = open_studio(preset, weights, device)
     studio.understand(
@@ -220,12 +239,22 @@ app.add_typer(weights.app, name="weights", rich_help_panel=INSTALLATION_COMMANDS
 
 
 @app.command(rich_help_panel=INSTALLATION_COMMANDS)
-def doctor() -> None:
-    """Print what this machine can run: devices, memory, packages and weights; and whether the settings are valid."""
+def doctor(weights: WeightsOption = None, device: DeviceOption = "auto") -> None:
+    """Print what this machine can run: devices, memory, packages and weights; and whether the settings are valid.
+
+    With --weights, print what it can do with this folder: where each part computes, its memory, and the expected
+    seconds of a clip.
+    """
     from omnivideo.cli.doctor import collect_findings
 
+    findings = collect_findings()
+    if weights is not None:
+        from omnivideo.cli.expectations import describe_folder
+        from omnivideo.models.device import pick_device
+
+        findings = describe_folder(weights, pick_device(device))
     table = Table(show_header=False, box=None)
-    for name, value in collect_findings():
+    for name, value in findings:
         table.add_row(f"[bold]{name}[/bold]", escape(value))
     console.print(table)
 

@@ -175,14 +175,12 @@ def mllm_serve(
         str | None, typer.Option(help="Quantization method, such as fp8.", rich_help_panel=VLLM)
     ] = None,
     lora: Annotated[
-        Path | None, typer.Option(help="Folder of a LoRA adapter in the format of PEFT.", rich_help_panel=VLLM)
+        Path | None, typer.Option(help="Folder of a LoRA adapter in the format of PEFT.", rich_help_panel=SERVER)
     ] = None,
     max_model_len: Annotated[
         int | None, typer.Option(help="Maximum number of tokens in a request.", rich_help_panel=VLLM)
     ] = None,
-    max_num_seqs: Annotated[
-        int, typer.Option(help="Maximum number of requests that are answered at the same time.", rich_help_panel=VLLM)
-    ] = 16,
+    max_num_seqs: Annotated[int, typer.Option(help="Requests answered at the same time.", rich_help_panel=VLLM)] = 16,
 ) -> None:
     """Serve the MLLM over HTTP for services that do not load it themselves, with vLLM or with transformers."""
     configure_cpu_threads(tensor_parallel_size)
@@ -190,7 +188,8 @@ def mllm_serve(
     from omnivideo.backends.mllm import launch
     from omnivideo.models.device import pick_device
     from omnivideo.models.weights import checkpoint
-    from omnivideo.models.weights.checkpoint import find_shipped_weights
+    from omnivideo.models.weights.lora import check_lora, merge_lora
+    from omnivideo.models.weights.shipped import find_shipped_weights
 
     settings = load_service_settings(weights=weights)
     folder = Path(settings.weights) if settings.weights else find_shipped_weights(settings.preset)
@@ -204,12 +203,18 @@ def mllm_serve(
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
     )
+    if lora is not None:
+        check_lora(lora, launch.find_language_model(folder))
     if server_command := launch.build_command(device, folder, port, host, engine, serving_options):
         launch.exec_command(server_command)
     from omnivideo.backends.mllm.local import LocalMLLM
     from omnivideo.backends.mllm.server import LRUObjectStore, create_mllm_app
 
-    omni = checkpoint.load(folder, pick_device(device), settings.precision)
+    omni = checkpoint.load(folder, pick_device(device), settings.precision, contents="mllm")
+    if omni.placement:
+        logging.getLogger("omnivideo.mllm").info("placement of %s: %s", omni.preset.name, omni.placement.describe())
+    if lora is not None:
+        merge_lora(getattr(omni.mllm, "llm", omni.mllm), lora)
     run_server(lambda: create_mllm_app(LocalMLLM(omni, LRUObjectStore())), host, port)
 
 

@@ -36,6 +36,14 @@ def to_png_bytes(frame: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
+def convert_picture(data: bytes, picture_format: str, quality: int) -> bytes:
+    """Return a png as a jpeg or a webp of a quality from 0 to 100; a webp of 100 has the same pixels."""
+    buffer = io.BytesIO()
+    with Image.open(io.BytesIO(data)) as picture:
+        picture.convert("RGB").save(buffer, picture_format.upper(), quality=quality, lossless=quality == 100)
+    return buffer.getvalue()
+
+
 def store_user_file(store: ObjectStore, path: str | Path, made_by: str) -> Artifact:
     """Store a user's file unchanged as an artifact; raise UnreadableMedia if it is not an image or video."""
     info = measure_media(path)

@@ -1,6 +1,8 @@
 """Detect file formats by content, and check that a file has all the bytes that its container declares."""
 
 import os
+from functools import cache
+from importlib.util import find_spec
 from typing import BinaryIO
 
 AVIF_BRANDS = (b"avif", b"avis")
@@ -13,10 +15,20 @@ MAGIC_BYTES = {
 }
 
 
+@cache
+def can_read_heic() -> bool:
+    """Return whether the optional package is installed that decodes HEIC: pip install 'omnivideo[heic]'."""
+    return find_spec("pillow_heif") is not None
+
+
+def is_heic(head: bytes) -> bool:
+    return head[4:8] == b"ftyp" and head[8:12] in HEIC_BRANDS
+
+
 def sniff_format(head: bytes) -> str | None:
     """Detect the format from the first 16 bytes: png, jpeg, gif, webp, avif, mov, matroska or avi; None for any other.
 
-    The names are those of Pillow's formats and FFmpeg's demuxers.
+    HEIC is "heif" if it can be read here. The names are those of Pillow's formats and FFmpeg's demuxers.
     """
     for prefix, kind in MAGIC_BYTES.items():
         if head.startswith(prefix):
@@ -25,8 +37,10 @@ def sniff_format(head: bytes) -> str | None:
         return {b"WEBP": "webp", b"AVI ": "avi"}.get(head[8:12])
     if head[4:8] == b"ftyp" and head[8:12] in AVIF_BRANDS:
         return "avif"
+    if is_heic(head):
+        return "heif" if can_read_heic() else None
     boxes = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip")
-    return "mov" if head[4:8] in boxes and head[8:12] not in HEIC_BRANDS else None
+    return "mov" if head[4:8] in boxes else None
 
 
 def read_stated_size(file: BinaryIO, kind: str, size: int) -> int:
@@ -39,7 +53,7 @@ def read_stated_size(file: BinaryIO, kind: str, size: int) -> int:
         tail = file.read()
         is_complete = b"IEND\xaeB`\x82" in tail if kind == "png" else tail.rstrip(b"\0\r\n").endswith(b";")
         return size if is_complete else size + 1
-    if kind in ("mov", "avif"):
+    if kind in ("mov", "avif", "heif"):
         return find_boxes_end(file, size)
     if kind == "matroska":
         return find_segment_end(file, size)

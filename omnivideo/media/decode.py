@@ -58,7 +58,7 @@ class DecodedFrame:
 
 
 def iterate_image_frames(file: MediaFile, kind: str, guard: MediaGuard) -> Iterator[DecodedFrame]:
-    """Yield the pictures of a png, jpeg, webp, gif or avif, reduced if they are larger than a frame may be."""
+    """Yield the pictures of a png, jpeg, webp, gif, avif or HEIC, reduced if they are larger than a frame may be."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow warns about odd metadata, and about sizes that the guard checks
         declared_frames = count_pictures(file, kind, guard)
@@ -73,8 +73,8 @@ def iterate_image_frames(file: MediaFile, kind: str, guard: MediaGuard) -> Itera
                 upright = ImageOps.exif_transpose(reduce_to_pixels(image, guard.limits.max_frame_pixels))
                 yield DecodedFrame(upright.size, upright.mode, start, seconds, partial(composite_on_white, upright))
                 start += seconds
-                # Some phones store a second view in a jpeg; that does not make it a clip.
-                if kind == "jpeg" or not seek_frame(image, index):
+                # Some phones store a second view in a jpeg or a HEIC; that does not make it a clip.
+                if kind in ("jpeg", "heif") or not seek_frame(image, index):
                     break
             if index < declared_frames:
                 guard.refuse_media(
@@ -87,7 +87,8 @@ def count_pictures(file: MediaFile, kind: str, guard: MediaGuard) -> int:
     with open_image(file, kind) as image:
         width, height = image.size
         guard.check_at_most("pixels per frame", width * height, guard.limits.max_still_pixels)
-        picture_count = 1 if kind == "jpeg" else getattr(image, "n_frames", 1)  # a gif is read, but not decoded, for it
+        # A gif is read, but not decoded, for its number of pictures.
+        picture_count = 1 if kind in ("jpeg", "heif") else getattr(image, "n_frames", 1)
         factor = compute_reduction(image.size, guard.limits.max_frame_pixels)
         guard.check_dimensions(-(-width // factor), -(-height // factor), picture_count, 0)
     return picture_count
@@ -95,6 +96,10 @@ def count_pictures(file: MediaFile, kind: str, guard: MediaGuard) -> int:
 
 def open_image(file: MediaFile, kind: str) -> Image.Image:
     """Open a picture of unknown origin with one of Pillow's readers."""
+    if kind == "heif":
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
     return Image.open(BytesIO(file) if isinstance(file, bytes) else file, formats=(kind,))
 
 

@@ -13,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 
-from omnivideo.media.containers import HEIC_BRANDS, read_stated_size, sniff_format
+from omnivideo.media.containers import is_heic, read_stated_size, sniff_format
 from omnivideo.media.decode import (
     CLIP_DEMUXERS,
     DecodedFrame,
@@ -24,18 +24,18 @@ from omnivideo.media.decode import (
 )
 from omnivideo.media.limits import READABLE_FORMATS, MediaGuard, MediaLimits, printable_name
 from omnivideo.media.resample import (
+    CROPS,
     build_even_grid,
-    center_crop_resize,
-    crop_whole_box_resize,
+    fit_source_frame,
     select_nearest_frames,
     select_strided_frames,
 )
 from omnivideo.presets import SourceConfig
+from omnivideo.presets.shapes import Delivery
 
 MediaKind = Literal["image", "video"]
 DEFAULT_LIMITS = MediaLimits()
 DEFAULT_SOURCE = SourceConfig()
-CROPS = {"exact": center_crop_resize, "whole": crop_whole_box_resize}
 
 
 @dataclass(frozen=True)
@@ -141,10 +141,11 @@ def select_source_frames(
 def read_fitted_media(
     source: str | Path | bytes, width: int, height: int, frames: int, fps: float,
     limits: MediaLimits = DEFAULT_LIMITS, *, config: SourceConfig = DEFAULT_SOURCE,
-    frame_indices: Sequence[int] | None = None, field: str = "source",
+    frame_indices: Sequence[int] | None = None, delivery: Delivery | None = None, field: str = "source",
 ) -> np.ndarray:  # fmt: skip
     """Return `fit_media(read_media(source), ...)`, or only its frames `frame_indices`, in their order.
 
+    Frames are fitted for a `delivery` at another size than the model's, if there is one.
     A clip is decoded no further than the last frame that is needed, so damage after it is found only if the packets
     show it.
     """
@@ -154,7 +155,7 @@ def read_fitted_media(
         return positions if frame_indices is None else [positions[index] for index in frame_indices]
 
     def fit(pixels: np.ndarray) -> np.ndarray:
-        return CROPS[config.crop](pixels, width, height)
+        return fit_source_frame(pixels, width, height, config, delivery)
 
     return np.stack(read_chosen_frames(source, choose, fit, limits, field=field)[0])
 
@@ -287,7 +288,7 @@ def check_format(file: MediaFile, guard: MediaGuard) -> str:
     with BytesIO(file) if isinstance(file, bytes) else file.open("rb") as opened:
         head = opened.read(16)
         kind = sniff_format(head)
-        if kind is None and head[4:8] == b"ftyp" and head[8:12] in HEIC_BRANDS:
+        if kind is None and is_heic(head):
             guard.refuse_media(f"is a HEIC picture, which cannot be read; allowed: {READABLE_FORMATS}")
         if kind is None:
             guard.refuse_media(f"is not an image or video; allowed: {READABLE_FORMATS}")

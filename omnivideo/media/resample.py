@@ -11,6 +11,7 @@ from PIL import Image
 from omnivideo.errors import InvalidInput
 from omnivideo.media.limits import MediaGuard
 from omnivideo.presets import SourceConfig
+from omnivideo.presets.shapes import Delivery
 
 
 def build_even_grid(starts: np.ndarray, end: float, guard: MediaGuard) -> tuple[Sequence[int], float]:
@@ -79,3 +80,33 @@ def crop_whole_box_resize(pixels: np.ndarray, width: int, height: int) -> np.nda
     left, top = round((full_width - box_width) / 2), round((full_height - box_height) / 2)
     box = np.ascontiguousarray(pixels[top : top + box_height, left : left + box_width])
     return np.asarray(Image.fromarray(box).resize((width, height), Image.Resampling.BILINEAR))
+
+
+CROPS = {"exact": center_crop_resize, "whole": crop_whole_box_resize}
+
+# ---------------------------------------------------------------- the size of a file and that of the model
+
+
+def deliver_frames(frames_FHW3: np.ndarray, delivery: Delivery) -> np.ndarray:
+    """Return the first frames of a generated clip, scaled to cover the delivered size and cropped centrally."""
+    size = (delivery.width, delivery.height)
+    return np.stack([center_crop_resize(frame, *size) for frame in frames_FHW3[: delivery.frames]])
+
+
+def fit_source_frame(
+    pixels: np.ndarray, width: int, height: int, config: SourceConfig, delivery: Delivery | None
+) -> np.ndarray:
+    """Return a source's frame as the model gets it [height, width, 3]: the largest centred box of that aspect ratio.
+
+    For an edit that is delivered at another size, the box has the delivered aspect ratio and is scaled to fit inside;
+    the rest repeats its edge. So what `deliver_frames` delivers shows all of the box.
+    """
+    crop_resize = CROPS[config.crop]
+    if delivery is None:
+        return crop_resize(pixels, width, height)
+    scale = min(width / delivery.width, height / delivery.height)
+    inner_width, inner_height = (max(1, round(side * scale)) for side in (delivery.width, delivery.height))
+    inner = crop_resize(pixels, inner_width, inner_height)
+    left, top = (width - inner_width) // 2, (height - inner_height) // 2
+    pads = ((top, height - inner_height - top), (left, width - inner_width - left), (0, 0))
+    return np.pad(inner, pads, mode="edge")

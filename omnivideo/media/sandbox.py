@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from omnivideo.errors import DecodingBusy, UnreadableMedia
-from omnivideo.media.containers import HEIC_BRANDS, sniff_format
+from omnivideo.media.containers import can_read_heic, is_heic, sniff_format
 from omnivideo.media.limits import MediaGuard, MediaLimits, printable_name
 from omnivideo.media.read import MediaInfo, measure_media
 
@@ -70,7 +70,7 @@ def detect_suffix(head: bytes) -> str | None:
         return "mp4" if head[4:8] == b"ftyp" and head[8:12] != b"qt  " else "mov"
     if kind == "matroska":
         return "webm" if re.search(rb"\x42\x82.webm", head[:64], re.DOTALL) else "mkv"
-    return {"jpeg": "jpg", "png": "png", "webp": "webp", "avif": "avif", "gif": "gif"}.get(kind or "")
+    return {"jpeg": "jpg", "png": "png", "webp": "webp", "avif": "avif", "gif": "gif", "heif": "heic"}.get(kind or "")
 
 
 def measure_in_sandbox(
@@ -84,7 +84,7 @@ def measure_in_sandbox(
         refuse_media(f"is empty; allowed: 1 to {limits.max_bytes} bytes")
     if len(data) > limits.max_bytes:
         refuse_media(f"has {len(data)} bytes; allowed: 1 to {limits.max_bytes}")
-    if data[4:8] == b"ftyp" and data[8:12] in HEIC_BRANDS:
+    if is_heic(data[:16]) and not can_read_heic():
         refuse_media(f"is a HEIC picture, which cannot be read; allowed: {ALLOWED_FORMATS}")
     if detect_suffix(data[:64]) is None:
         refuse_media(f"is not an image or video; allowed: {ALLOWED_FORMATS}")

@@ -10,14 +10,13 @@ Shapes: B batch, L tokens, D text width of the decoder.
 """
 
 from collections.abc import Mapping, Sequence
-from html import unescape
 
 import torch
-from ftfy import fix_text
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
 from omnivideo.errors import ConditionTooLong
+from omnivideo.models.text_limits import clean_text
 from omnivideo.presets import ConditionConfig, ConditionPart, TextConfig
 
 ConditionTokens = Mapping[ConditionPart, Tensor]  # the tokens [L, D] of each part of one condition
@@ -34,6 +33,11 @@ class MarkerEmbeddings(nn.Module):
         for name in names:
             rows = (lengths or {}).get(name, 1)
             self.register_parameter(name, nn.Parameter(torch.randn(rows, dim) * 0.02))
+
+    @classmethod
+    def without_rows(cls, dim: int, names: Sequence[str]) -> "MarkerEmbeddings":
+        """Return the markers of weights without any."""
+        return cls(dim, names, dict.fromkeys(names, 0))
 
 
 def assemble_conditions(
@@ -108,35 +112,34 @@ def check_condition_length(length: int, max_tokens: int) -> None:
 # ---------------------------------------------------------------- text
 
 
-def clean_text(text: str) -> str:
-    """Return the text as Wan's encoder was trained on it: broken Unicode and HTML entities repaired, blanks joined."""
-    return " ".join(unescape(unescape(fix_text(text))).split())
-
-
 def encode_text(
-    tokenizer: PreTrainedTokenizerBase, encoder: UMT5EncoderModel, prompts: Sequence[str], config: TextConfig
+    tokenizer: PreTrainedTokenizerBase,
+    encoder: UMT5EncoderModel,
+    prompts: Sequence[str],
+    config: TextConfig,
+    field: str = "prompt",
 ) -> tuple[Tensor, Tensor]:
     """Return text embeddings [B, L, D], which are zero after the end of each prompt, and the prompts' lengths [B].
 
     A prompt of more than `max_tokens` tokens is cut, or raises ConditionTooLong, as the preset says.
     """
-    tokens = tokenize_prompts(tokenizer, prompts, config)
+    tokens = tokenize_prompts(tokenizer, prompts, config, field)
     ids_BL, mask_BL = (tokens[name].to(encoder.device) for name in ("input_ids", "attention_mask"))
     hidden_BLD = encoder(ids_BL, attention_mask=mask_BL).last_hidden_state
     return hidden_BLD * mask_BL[..., None].to(hidden_BLD), mask_BL.sum(1)
 
 
 def tokenize_prompts(
-    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], config: TextConfig
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], config: TextConfig, field: str = "prompt"
 ) -> dict[str, Tensor]:
-    """Return the token ids [B, L] of prompts and their attention mask; raise ConditionTooLong."""
+    """Return the token ids [B, L] of prompts and their attention mask; raise ConditionTooLong with their field."""
     texts = [clean_text(prompt) for prompt in prompts] if config.clean else list(prompts)
     options = {"truncation": True, "max_length": config.max_tokens} if config.overflow == "cut" else {}
     tokens = tokenizer(texts, padding=True, return_tensors="pt", verbose=False, **options)
-    check_prompt_length(tokens["input_ids"].shape[1], config)
+    check_prompt_length(tokens["input_ids"].shape[1], config, field)
     return {name: tokens[name] for name in ("input_ids", "attention_mask")}
 
 
-def check_prompt_length(count: int, config: TextConfig) -> None:
+def check_prompt_length(count: int, config: TextConfig, field: str) -> None:
     if count > config.max_tokens and config.overflow == "refuse":
-        raise ConditionTooLong("prompt", f"it has {count} tokens; the text encoder takes 1 to {config.max_tokens}")
+        raise ConditionTooLong(field, f"it has {count} tokens; the text encoder takes 1 to {config.max_tokens}")

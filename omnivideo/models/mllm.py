@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase, Qwen3VLForConditionalGeneratio
 from transformers.vision_utils import get_vision_position_ids
 
 from omnivideo.contracts import Route
+from omnivideo.errors import InvalidInput
 from omnivideo.models.structured import SchemaConstraint
 from omnivideo.presets import VisionInputConfig
 
@@ -214,10 +215,20 @@ def tokenize_message(
         grids[kind].append(grid)
     system = f"<|im_start|>system\n{message.system}<|im_end|>\n" if message.system else ""
     chat = f"{system}<|im_start|>user\n{content}{message.text}<|im_end|>\n<|im_start|>assistant\n"
-    token_ids = tokenizer(chat + (f"{answer}<|im_end|>" if answer else ""), add_special_tokens=False).input_ids
+    token_ids = tokenizer(
+        chat + (f"{answer}<|im_end|>" if answer else ""), add_special_tokens=False, verbose=False
+    ).input_ids
+    check_request_length(len(token_ids), tokenizer)
     image_id, video_id = tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>"])
     token_types = [1 if token_id == image_id else 2 if token_id == video_id else 0 for token_id in token_ids]
     return TokenizedRequest(token_ids, token_types, patches, grids)
+
+
+def check_request_length(count: int, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise InvalidInput for a request of more tokens than the model was made for."""
+    if count > tokenizer.model_max_length:
+        text = f"with its media it has {count} tokens; the language model takes 1 to {tokenizer.model_max_length}"
+        raise InvalidInput("text", text)
 
 
 def collate_requests(

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from omnivideo.contracts import Medium, Route
-from omnivideo.models.mllm import MLLMMedia, MLLMMessage, fit_frames
+from omnivideo.models.mllm import MLLMMedia, MLLMMessage, check_request_length, fit_frames
 
 IMAGE_TOKEN_ID = -200  # the place of an image among the token ids
 MAX_ROUTING_TOKENS = 512  # of an answer in which a routing token is looked for, as in the authors' code
@@ -157,6 +157,7 @@ def tokenize_request(tokenizer: PreTrainedTokenizerBase, message: MLLMMessage, c
     """Return the model's input for a question, or for a request that is to be routed."""
     frames = [frame for media in message.media for frame in fit_frames(media, VilaVisualInput(config))[1]]
     token_ids = tokenize_chat(tokenizer, len(frames), message.text, message.system)
+    check_request_length(len(token_ids), tokenizer)
     return VilaRequest(token_ids, normalize_frames(frames, config))
 
 
@@ -171,6 +172,7 @@ def tokenize_features(
     prefix = FEATURE_PREFIXES[medium] if not frames else VIDEO_MARK if medium == "video" else ""
     answer = GENERATION_TOKENS[medium]
     token_ids = tokenize_chat(tokenizer, len(frames), prefix + message.text, message.system, answer)
+    check_request_length(len(token_ids), tokenizer)
     return VilaRequest(token_ids, normalize_frames(frames, config))
 
 

@@ -7,6 +7,7 @@ from omnivideo.errors import InvalidInput
 from omnivideo.presets.fields import (
     ConditionConfig,
     ConditionPart,
+    DtypeName,
     ExpertsConfig,
     HubRepository,
     MLLMConfig,
@@ -18,6 +19,7 @@ from omnivideo.presets.fields import (
     SourceConfig,
     Task,
     TextConfig,
+    TrainedShapes,
     VisionInputConfig,
     VisualContextConfig,
 )
@@ -33,6 +35,7 @@ __all__ = [
     "TINY",
     "ConditionConfig",
     "ConditionPart",
+    "DtypeName",
     "ExpertsConfig",
     "HubRepository",
     "MLLMConfig",
@@ -44,6 +47,7 @@ __all__ = [
     "SourceConfig",
     "Task",
     "TextConfig",
+    "TrainedShapes",
     "VisionInputConfig",
     "VisualContextConfig",
     "get_preset",

@@ -26,6 +26,17 @@ class SamplingDefaults(PresetModel):
     flow_shift: float = 5.0
 
 
+class TrainedShapes(PresetModel):
+    """The sizes in px, as (width, height), and the numbers of frames that a task was trained on.
+
+    `flow_shift` are the bounds within which the preset's clips were checked to be clips.
+    """
+
+    sizes: tuple[tuple[int, int], ...]
+    frames: tuple[int, ...]
+    flow_shift: tuple[float, float] = (0.01, 100.0)
+
+
 class QueryTransformerConfig(PresetModel):
     """Vision head or adapter: input width, hidden width, learned queries, layers (each side), attention heads."""
 
@@ -84,11 +95,13 @@ class ConditionConfig(PresetModel):
 
     `markers` has the name of a part's two markers; a part without one stands alone. `overflow` is the part, the last
     one, whose end is lost if the condition is longer than `max_tokens`; "refuse" cuts nothing. `text_parts`
-    are the texts that are encoded one after the other; an instruction is used only if there is a source.
+    are the texts that are encoded one after the other; an instruction is used only if there is a source. With
+    `optional_markers`, weights without any have a condition without markers.
     """
 
     parts: tuple[ConditionPart, ...] = ("source", "visual", "text")
     markers: dict[ConditionPart, str] = {"source": "img", "visual": "ipl", "text": "prp"}
+    optional_markers: bool = False
     min_tokens: int
     max_tokens: int
     overflow: Literal["refuse"] | ConditionPart = "refuse"
@@ -170,12 +183,12 @@ class Preset(PresetModel):
     `version` names the published layout. `decoder` and `vae` are the configurations of diffusers'
     `WanTransformer3DModel` and `AutoencoderKLWan`. A vision head and an adapter make the condition's "visual" part, a
     normalised projection of the MLLM's hidden states its "hidden" part. The keys of `sampling` are the tasks that the
-    weights can do. The authors' version 1 counts guidance from the condition; its scale plus `guidance_offset` is the
-    usual scale, which every setting here means. Parts that `dtypes` does not name are float32; `autocast` is the type
-    that the decoder and the visual context adapter compute in. `byte_rounding` turns decoded pixels into bytes.
-    `max_batch_size` is the number of clips of a batch that are rendered in one pass, if that was measured to be faster.
-    `prompts` is the folder of the planner's prompts. `has_scorer` is True if the preset's world is the synthetic one,
-    in which pixels can be checked against a request.
+    weights can do; `trained` has the sizes and lengths of each. The authors' version 1 counts guidance from the
+    condition; its scale plus `guidance_offset` is the usual scale, which every setting here means. Parts that `dtypes`
+    does not name are float32; `autocast` is the type that the decoder and the visual context adapter compute in.
+    `byte_rounding` turns decoded pixels into bytes. `max_batch_size` is the number of clips of a batch that are
+    rendered in one pass, if that was measured to be faster. `prompts` is the folder of the planner's prompts.
+    `has_scorer` is True if the preset's world is the synthetic one, in which pixels can be checked against a request.
     """
 
     name: str
@@ -199,6 +212,7 @@ class Preset(PresetModel):
     adapter: QueryTransformerConfig | None = None
     visual_context: VisualContextConfig
     sampling: dict[Task, SamplingDefaults]
+    trained: dict[Task, TrainedShapes] = {}
     dtypes: dict[str, DtypeName] = {}
     autocast: DtypeName | None = None
     byte_rounding: Literal["nearest", "truncate"] = "nearest"

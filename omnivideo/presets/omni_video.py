@@ -13,6 +13,7 @@ from omnivideo.presets.fields import (
     SourceConfig,
     Task,
     TextConfig,
+    TrainedShapes,
     VisionInputConfig,
     VisualContextConfig,
 )
@@ -77,6 +78,17 @@ VERSION_2_SAMPLING: dict[Task, SamplingDefaults] = {
     "text-to-video": SamplingDefaults(width=832, height=480, frames=81, fps=16, steps=50, guidance_scale=3.0),
     "video-editing": SamplingDefaults(width=832, height=480, frames=41, fps=8, steps=40, guidance_scale=3.0),
 }
+# The authors state no other sizes and lengths than those of their scripts.
+VERSION_1_TRAINED: dict[Task, TrainedShapes] = {
+    "text-to-video": TrainedShapes(sizes=((832, 480),), frames=(81,)),
+    "video-editing": TrainedShapes(sizes=((640, 352),), frames=(17,)),
+    "text-to-image": TrainedShapes(sizes=((480, 480),), frames=(1,)),
+    "image-editing": TrainedShapes(sizes=((480, 480),), frames=(1,)),
+}
+VERSION_2_TRAINED: dict[Task, TrainedShapes] = {
+    "text-to-video": TrainedShapes(sizes=((832, 480),), frames=(81,)),
+    "video-editing": TrainedShapes(sizes=((832, 480),), frames=(41,)),
+}
 
 OMNIVIDEO_1_3B = Preset(
     name="omnivideo-1.3b",
@@ -98,6 +110,7 @@ OMNIVIDEO_1_3B = Preset(
     adapter=QueryTransformerConfig(input_dim=1152, width=4096, num_queries=256),
     visual_context=VisualContextConfig(hidden_dim=1536, eps=1e-6),
     sampling=VERSION_1_SAMPLING,
+    trained=VERSION_1_TRAINED,
     dtypes={"mllm": "float16", "vision_head": "bfloat16", "adapter": "bfloat16", "text_encoder": "bfloat16"},
     autocast="bfloat16",
     byte_rounding="truncate",
@@ -121,6 +134,7 @@ OMNIVIDEO2_A14B = Preset(
     condition=ConditionConfig(
         parts=("hidden", "text", "source"),
         markers={"source": "img", "text": "prp"},
+        optional_markers=True,
         min_tokens=6144,
         max_tokens=6144,
         overflow="source",
@@ -132,6 +146,7 @@ OMNIVIDEO2_A14B = Preset(
     experts=ExpertsConfig(num_decoders=2, boundary=875),
     visual_context=VisualContextConfig(hidden_dim=5120, eps=1e-6),
     sampling=VERSION_2_SAMPLING,
+    trained=VERSION_2_TRAINED,
     dtypes={
         "mllm": "bfloat16",
         "hidden_projection": "bfloat16",

@@ -9,6 +9,7 @@ from omnivideo.presets.fields import (
     SamplingDefaults,
     Task,
     TextConfig,
+    TrainedShapes,
     VisionInputConfig,
     VisualContextConfig,
 )
@@ -18,6 +19,11 @@ TINY_SAMPLING: dict[Task, SamplingDefaults] = {
     "video-editing": SamplingDefaults(width=64, height=64, frames=9, fps=8, steps=40, guidance_scale=3.0),
     "text-to-image": SamplingDefaults(width=64, height=64, frames=1, fps=8, steps=50, guidance_scale=5.0),
     "image-editing": SamplingDefaults(width=64, height=64, frames=1, fps=8, steps=40, guidance_scale=3.0),
+}
+
+TINY_TRAINED: dict[Task, TrainedShapes] = {
+    task: TrainedShapes(sizes=((64, 64),), frames=(defaults.frames,), flow_shift=(0.2, 100.0))
+    for task, defaults in TINY_SAMPLING.items()
 }
 
 TINY = Preset(
@@ -78,4 +84,5 @@ TINY = Preset(
     adapter=QueryTransformerConfig(input_dim=128, width=192, num_queries=8, num_layers=1, num_heads=6),
     visual_context=VisualContextConfig(hidden_dim=192, kernel_size=2, absolute_positions=True),
     sampling=TINY_SAMPLING,
+    trained=TINY_TRAINED,
 )

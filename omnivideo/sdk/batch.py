@@ -25,10 +25,12 @@ class BatchItem(BaseModel):
     id: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
     prompt: str = Field(min_length=1, max_length=4000)
     image: bool | None = None
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=-1)
     steps: int | None = None
     guidance_scale: float | None = None
     frames: int | None = None
+    fps: float | None = None
+    seconds: float | None = None
     width: int | None = None
     height: int | None = None
     negative_prompt: str | None = None

@@ -359,9 +359,7 @@ class RemoteThread:
 
 def to_request_fields(overrides: dict[str, Any]) -> dict[str, Any]:
     """Return settings under the names that requests use, without those that are None."""
-    width, height = overrides.pop("width", None), overrides.pop("height", None)
-    fields = {REQUEST_FIELD_NAMES.get(name, name): value for name, value in overrides.items() if value is not None}
-    return fields | ({"size": f"{width}x{height}"} if width and height else {})
+    return {REQUEST_FIELD_NAMES.get(name, name): value for name, value in overrides.items() if value is not None}
 
 
 def to_batch_line(item: BatchItem) -> dict[str, Any]:

@@ -17,7 +17,6 @@ from omnivideo.contracts import (
     Route,
     SamplingParams,
     StepProgress,
-    check_prompt,
     get_editing_task,
     get_generation_task,
     resolve_sampling_params,
@@ -28,9 +27,11 @@ from omnivideo.media.sound import SoundSource
 from omnivideo.models.device import pick_device
 from omnivideo.models.mllm import MLLMMedia, MLLMMessage
 from omnivideo.models.omni import OmniVideoModel
+from omnivideo.models.text_limits import TokenLimits
 from omnivideo.models.weights import checkpoint
-from omnivideo.models.weights.checkpoint import find_shipped_weights
 from omnivideo.models.weights.digests import compute_folder_digest
+from omnivideo.models.weights.shipped import find_shipped_weights
+from omnivideo.presets.shapes import get_file_length
 from omnivideo.sdk.batch import BatchOutcome, parse_items, run_batch
 from omnivideo.sdk.result import Result
 from omnivideo.settings import load_settings
@@ -69,6 +70,7 @@ class Studio:
         self.weights_folder = Path(weights) if weights else find_shipped_weights(preset)
         digest = compute_folder_digest(self.weights_folder, self.settings.home)
         self.omni: OmniVideoModel = checkpoint.load(self.weights_folder, pick_device(device), self.settings.precision)
+        self.text_limits = TokenLimits(self.omni.preset, self.weights_folder)
         digest.check_unchanged()
         self.weights_digest = digest.value
 
@@ -82,7 +84,7 @@ class Studio:
         """The threads of this home. The first use loads LangGraph and creates the folder."""
         from omnivideo.wiring import build_local_conversations
 
-        return build_local_conversations(self.omni, self.weights_digest, self.settings)
+        return build_local_conversations(self.omni, self.weights_digest, self.settings, self.text_limits)
 
     def open_thread(self, thread_id: str | None = None, create: bool = False) -> "Thread":
         """Return a new thread, or the thread with the given id, which is created if `create` is set.
@@ -109,7 +111,7 @@ class Studio:
     def route(self, prompt: str, source: str | Path | None = None) -> Route:
         """Return what the model would answer the request with: text, an image or a video, with its probability."""
         media = () if source is None else (self.load_media(source),)
-        message = MLLMMessage(check_prompt("prompt", prompt), media)
+        message = MLLMMessage(self.text_limits.check_message("prompt", prompt), media)
         return self.omni.bound_mllm.route(message)
 
     def generate(
@@ -117,27 +119,30 @@ class Studio:
     ) -> Result:
         """Generate an image if `image` is True, a clip if it is False; by default the model decides.
 
-        `overrides` are width, height, frames, fps, steps, guidance_scale, flow_shift, negative_prompt and seed; the
-        others come from the preset. Raises an InvalidInput that names the setting.
+        `overrides` are width, height, frames, fps, seconds, steps, guidance_scale, flow_shift, negative_prompt and
+        seed; the others come from the preset. Raises an InvalidInput that names the setting.
         """
-        prompt = check_prompt("prompt", prompt)
         if image is None:
-            image = self.route(prompt).kind == "image" if overrides.get("frames") is None else overrides["frames"] == 1
+            has_length = any(overrides.get(name) is not None for name in ("frames", "fps", "seconds"))
+            image = overrides.get("frames") == 1 if has_length else self.route(prompt).kind == "image"
         task = get_generation_task("image" if image else "video")
-        return self.generate_result(
-            prompt, resolve_sampling_params(self.omni.preset, task, **overrides), None, None, on_step
-        )
+        params = resolve_sampling_params(self.omni.preset, task, **overrides)
+        self.text_limits.check_negative_prompt("negative_prompt", params.negative_prompt)
+        prompt = self.text_limits.check_prompt("prompt", prompt, params)
+        return self.generate_result(prompt, params, None, None, on_step)
 
     def edit(
         self, source: str | Path, instruction: str, *, on_step: StepCallback = ignore_step, **overrides: object
     ) -> Result:
-        """Edit a source as the instruction says. An image is edited to an image, a clip to a clip."""
-        instruction = check_prompt("instruction", instruction)
+        """Edit a source as the instruction says. An image is edited to an image, a clip to a clip of its length."""
         info = measure_media(source)
-        task = get_editing_task(info.kind)
-        params = resolve_sampling_params(self.omni.preset, task, **overrides)
+        task, preset = get_editing_task(info.kind), self.omni.preset
+        length = get_file_length(preset, info.frames, info.fps)
+        params = resolve_sampling_params(preset, task, length, **overrides)
+        self.text_limits.check_negative_prompt("negative_prompt", params.negative_prompt)
+        instruction = self.text_limits.check_prompt("instruction", instruction, params)
         size = (params.width, params.height, params.frames, params.fps)
-        frames = read_fitted_media(source, *size, config=self.omni.preset.source)
+        frames = read_fitted_media(source, *size, config=preset.source, delivery=params.delivery)
         result = self.generate_result(instruction, params, frames, Path(source).name, on_step)
         sound = SoundSource(Path(source), info.frames / info.fps) if info.fps else None
         return replace(result, sound=sound)
@@ -153,7 +158,7 @@ class Studio:
         seed: int = 0,
     ) -> str:
         """Answer a question about an image or a clip; call `on_text` with each new piece of the answer."""
-        message = MLLMMessage(check_prompt("question", question), (self.load_media(source),))
+        message = MLLMMessage(self.text_limits.check_message("question", question), (self.load_media(source),))
         pieces = []
         for piece in self.omni.bound_mllm.stream_text(message, temperature=temperature, top_p=top_p, seed=seed):
             pieces.append(piece)

@@ -31,7 +31,7 @@ def runner(context):
 
 
 def test_a_batch_generates_videos(client, runner):
-    invalid_line = make_lines(1, num_frames=8).replace(b"line 0", b"wrong")
+    invalid_line = make_lines(1, num_frames=10).replace(b"line 0", b"wrong")
     batch = create_batch(client, make_lines(3) + b"\n" + invalid_line)
     assert batch.status == "validating" and batch.metadata == {"for": "tests"}
     done = wait_for_batch(client, batch)

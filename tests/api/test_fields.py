@@ -6,7 +6,10 @@ import pytest
 
 from tests.support.openai_service import QUICK, make_mp4, make_png
 
-UNSUPPORTED = ("lora", "lora_path", "lora_scale", "guidance_scale_2", "true_cfg_scale", "strength", "last_image")
+UNSUPPORTED = (
+    "lora", "lora_path", "lora_scale", "guidance_scale_2", "true_cfg_scale", "strength", "last_image", "style",
+    "boundary_ratio", "extra_params", "enable_teacache",
+)  # fmt: skip
 IMAGE = {"prompt": "a", "num_inference_steps": 1}
 
 
@@ -14,7 +17,8 @@ IMAGE = {"prompt": "a", "num_inference_steps": 1}
     ("path", "fields", "param"),
     [
         *[("/v1/videos", {name: "x"}, name) for name in UNSUPPORTED],
-        ("/v1/videos", {"n": 2}, "n"), ("/v1/videos", {"size": "32x32", "width": 64}, "width"),
+        ("/v1/videos", {"n": 9}, "n"), ("/v1/videos/sync", {"n": 2}, "n"),
+        ("/v1/videos", {"size": "32x32", "width": 64}, "width"),
         ("/v1/videos", {"width": 17, "height": 32}, None), ("/v1/videos", {"width": 5000}, "width"),
         ("/v1/videos", {"reference_url": "http://a.test/a.png"}, "reference_url"),
         ("/v1/videos", {"image_reference": {"file_id": "x"}}, "image_reference.file_id"),
@@ -22,6 +26,11 @@ IMAGE = {"prompt": "a", "num_inference_steps": 1}
         ("/v1/images/generations", {"background": "transparent"}, "background"),
         ("/v1/images/generations", {"mask": "x"}, "mask"), ("/v1/images/generations", {"lora": "x"}, "lora"),
         ("/v1/images/generations", {"output_format": "gif"}, "output_format"),
+        ("/v1/images/generations", {"output_compression": 50}, "output_compression"),
+        ("/v1/images/generations", {"quality": "high"}, "quality"),
+        ("/v1/images/generations", {"style": "vivid"}, "style"),
+        ("/v1/images/generations", {"num_frames": 9}, "num_frames"),
+        ("/v1/images/edits", {"image": {"file_id": "x"}, "url": "http://a.test/a.png"}, "url"),
     ],
 )  # fmt: skip
 def test_a_field_that_cannot_be_honoured_is_refused_by_name(http, path, fields, param):

@@ -264,3 +264,16 @@ def test_models_are_listed(client):
 def test_chat_errors_have_the_format_of_openai(client):
     with pytest.raises(openai.BadRequestError, match="the last message must be the user's"):
         client.chat.completions.create(model="tiny", messages=[{"role": "assistant", "content": "hello"}])
+
+
+def test_threads_are_listed_in_pages(http):
+    ids = [http.post("/v1/threads", json={}).json()["id"] for _ in range(5)]
+    first = http.get("/v1/threads?limit=2").json()
+    assert [thread["id"] for thread in first["data"]] == ids[:2:-1] and first["has_more"]
+    second = http.get(f"/v1/threads?limit=2&after={first['last_id']}").json()
+    assert [thread["id"] for thread in second["data"]] == ids[2:0:-1]
+    http.delete(f"/v1/threads/{first['last_id']}")
+    assert http.get(f"/v1/threads?limit=2&after={first['last_id']}").json() == second
+    ascending = http.get(f"/v1/threads?order=asc&after={ids[0]}&limit=1").json()
+    assert [thread["id"] for thread in ascending["data"]] == [ids[1]]
+    assert http.get("/v1/threads?after=nothing").json()["error"]["param"] == "after"

@@ -15,7 +15,7 @@ from omnivideo.media.artifacts import encode_clip
 from omnivideo.models.features import MLLMFeatures, encode_features
 from omnivideo.models.sampling import DenoisingState
 from omnivideo.models.vae import decode_latents, pixels_to_bytes
-from omnivideo.presets import PRESETS
+from omnivideo.presets import PRESETS, Preset, TrainedShapes
 from omnivideo.settings import load_settings
 from omnivideo.storage.database.jobs import JobRepository
 from omnivideo.storage.objects.tensors import get_tensors, put_tensors
@@ -34,7 +34,7 @@ CASES = [("v1", "t2v"), ("v1", "v2v"), *[(kind, f"{kind}_{task}") for kind in ("
 @pytest.fixture(scope="module")
 def service(request, tmp_path_factory):
     """A service of a golden model and its address; its parts are in float32."""
-    home, preset = tmp_path_factory.mktemp(request.param), build_golden_preset(request.param)
+    home, preset = tmp_path_factory.mktemp(request.param), with_golden_shapes(request.param)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(PRESETS, preset.name, preset)
         weights = import_golden_weights(request.param, home)
@@ -42,6 +42,15 @@ def service(request, tmp_path_factory):
         wiring = ServiceWiring(settings, "cpu")
         with run_api_server(wiring) as address:
             yield wiring, address
+
+
+def with_golden_shapes(kind: str) -> Preset:
+    """Return the preset of a kind as trained on the sizes and lengths of its cases."""
+    preset = build_golden_preset(kind)
+    cases = [read_case(name)[1] for case_kind, name in CASES if case_kind == kind]
+    sizes, frames = ({(case["width"], case["height"]) for case in cases}, {case["frames"] for case in cases})
+    shapes = TrainedShapes(sizes=tuple(sizes), frames=tuple(frames))
+    return preset.model_copy(update={"trained": dict.fromkeys(preset.sampling, shapes)})
 
 
 def read_case(name: str) -> tuple[dict, dict, torch.Tensor | None, MLLMFeatures]:

@@ -5,6 +5,7 @@ import torch
 
 from omnivideo.models.omni import OmniVideoModel
 from omnivideo.models.weights import checkpoint
+from omnivideo.models.weights.shipped import find_shipped_weights
 
 
 @pytest.fixture(scope="session")
@@ -17,9 +18,9 @@ def device() -> torch.device:
 
 @pytest.fixture(scope="module")
 def cpu_omni() -> OmniVideoModel:
-    return checkpoint.load(checkpoint.find_shipped_weights("tiny"), torch.device("cpu"))
+    return checkpoint.load(find_shipped_weights("tiny"), torch.device("cpu"))
 
 
 @pytest.fixture
 def gpu_omni(device) -> OmniVideoModel:
-    return checkpoint.load(checkpoint.find_shipped_weights("tiny"), device)
+    return checkpoint.load(find_shipped_weights("tiny"), device)

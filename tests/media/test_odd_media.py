@@ -8,8 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from av.video.reformatter import ColorTrc
+from PIL import Image
 
 from omnivideo.errors import UnreadableMedia
+from omnivideo.media.containers import can_read_heic
 from omnivideo.media.ingest import ingest_media
 from omnivideo.media.read import read_fitted_media, read_media
 from omnivideo.media.sandbox import measure_in_sandbox
@@ -140,8 +142,26 @@ def test_animations_are_read(folder, kind):
     assert read_media(still).kind == "image"
 
 
-def test_heic_is_refused_by_name(folder):
-    """No library here decodes it; phones that send it also send JPEG."""
+@pytest.mark.skipif(not can_read_heic(), reason="pillow-heif is not installed")
+def test_heic_is_read_where_it_can_be_decoded(folder):
+    """The reference is the package's own decoder; the file is turned by its display orientation as well."""
+    import pillow_heif
+
+    pixels = odd_media.make_gradient(96, 64, 0)
+    path = folder / "phone.heic"
+    pillow_heif.from_pillow(Image.fromarray(pixels)).save(path, quality=-1)
+    media = read_media(path)
+    assert media.kind == "image" and media.frames.shape == (1, 64, 96, 3)
+    assert largest_difference(media.frames[0], pixels) <= 8
+    artifact = ingest_media(MemoryObjectStore(), path.read_bytes(), "user")
+    assert (artifact.width, artifact.height, artifact.key.rpartition(".")[2]) == (96, 64, "heic")
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(UnreadableMedia, match="cut short"):
+        read_media(path)
+
+
+def test_heic_is_refused_by_name_without_its_package(folder, monkeypatch):
+    monkeypatch.setattr("omnivideo.media.containers.can_read_heic", lambda: False)
     (folder / "a.heic").write_bytes(b"\0\0\0\x20ftypheic" + bytes(64))
     with pytest.raises(UnreadableMedia, match="is a HEIC picture, which cannot be read; allowed: mp4"):
         read_media(folder / "a.heic")

@@ -86,8 +86,8 @@ def test_the_async_client_generates_and_streams(address):
 def test_refusals_are_raised_as_errors_of_the_tree(client, address, tmp_path):
     with pytest.raises(InvalidInput, match="prompt: it is empty"):
         client.generate(" ")
-    with pytest.raises(InvalidInput, match="size"):
-        client.generate("a red ball", width=72, height=64)
+    with pytest.raises(InvalidInput, match="width"):
+        client.generate("a red ball", width=5000, height=64)
     with pytest.raises(InvalidInput, match="thread: there is no thread 'nothing'"):
         client.open_thread("nothing")
     with pytest.raises(ArtifactNotFound):

@@ -19,7 +19,7 @@ from omnivideo.storage.database.jobs import JobRepository
 from omnivideo.storage.database.keys import APIKeyRepository
 from omnivideo.storage.database.turns import TurnRepository
 from omnivideo.storage.database.webhooks import WebhookRepository
-from omnivideo.turns import ArtifactReady, PlanReady, TextDelta, ThinkingDelta, TurnCompleted
+from omnivideo.turns import ArtifactReady, PlanReady, TextDelta, ThinkingDelta, ThreadRecord, TurnCompleted
 from tests.support.claims import MODEL
 from tests.support.servers import postgres
 
@@ -211,7 +211,7 @@ def test_the_scripts_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_threads_turns_and_events_are_kept(upgraded_engine):
     repository = TurnRepository(upgraded_engine)
-    assert repository.list_threads("ann", 9) == [{"id": "talk", "created_at": 5.0}]
+    assert repository.list_threads("ann") == ([ThreadRecord(id="talk", created_at=5.0)], False)
     turn = repository.get_turn("turn", "ann")
     assert (turn.thread_id, turn.state, turn.number, turn.attempt, turn.created_at) == ("talk", "running", 1, 1, 5.5)
     assert turn.body == {

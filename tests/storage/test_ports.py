@@ -88,9 +88,10 @@ def test_a_turn_store_keeps_threads_and_chats(empty_database: Engine) -> None:
     with pytest.raises(InvalidInput, match="thread"):
         store.create_thread("talk", "bob")
     assert store.has_thread("talk", "ann") and not store.has_thread("talk", "bob")
-    assert [thread["id"] for thread in store.list_threads("ann", 9)] == ["talk"] and not store.list_threads("bob", 9)
+    assert [thread.id for thread in store.list_threads("ann")[0]] == ["talk"]
+    assert store.list_threads("bob") == ([], False)
     store.delete_thread("talk")
-    assert not store.has_thread("talk", "ann") and not store.list_threads("ann", 9)
+    assert not store.has_thread("talk", "ann") and store.list_threads("ann") == ([], False)
     assert store.find_chat_thread("ann", "digest") is None
     for turn_count in (1, 2):
         store.save_chat_thread("ann", "digest", "talk", turn_count)

@@ -55,7 +55,7 @@ def build_service_preset(kind: str) -> Preset:
     }
     lengths = {"min_tokens": CONDITION_TOKENS, "max_tokens": CONDITION_TOKENS}
     condition = published.condition.model_copy(update=lengths)
-    preset = narrow_to_golden(published, sampling=sampling, condition=condition)
+    preset = narrow_to_golden(published, sampling=sampling, trained={}, condition=condition)
     update: dict[str, Any] = {"mllm_width": MLLM_WIDTH}
     if preset.vision_head is not None:
         update["vision_head"] = preset.vision_head.model_copy(update={"input_dim": MLLM_WIDTH})

@@ -15,14 +15,8 @@ from omnivideo.api.dependencies import (
     ServiceContext,
 )
 from omnivideo.api.errors import ERROR_RESPONSES, build_not_found_error, error_from_job, to_api_error
-from omnivideo.api.generation import (
-    ImageRequest,
-    JobRequest,
-    VideoRequest,
-    build_image_jobs,
-    build_video_job,
-    make_image_ids,
-)
+from omnivideo.api.generation import JobRequest, build_image_jobs, build_video_jobs, make_image_ids, make_video_ids
+from omnivideo.api.generation_requests import ImageGenerationRequest, VideoRequest
 from omnivideo.api.request_body import (
     BodyFields,
     CleanText,
@@ -221,6 +215,18 @@ class BatchLineRequest(RequestModel):
     body: dict[str, Any]
 
 
+def read_count(fields: Mapping[str, Any]) -> int:
+    """Return a line's `n` as the request will be read, or 1 if it will be refused."""
+    try:
+        return validate_fields(LineCount, fields).n
+    except InvalidInput:
+        return 1
+
+
+class LineCount(RequestModel):
+    n: int = Field(default=1, ge=1, le=8)
+
+
 class BatchLineHandler:
     """Parses the lines of batches and builds their responses (the port BatchLinePort of backends/batches)."""
 
@@ -239,17 +245,16 @@ class BatchLineHandler:
     def list_job_ids(self, url: str, fields: Mapping[str, Any], name: str) -> list[str]:
         """Return the ids of a line's jobs."""
         if url == "/v1/videos":
-            return [f"video_{name}"]
-        n = fields.get("n", 1)
-        return make_image_ids(f"image_{name}", n if isinstance(n, int) and 1 <= n <= 8 else 1)
+            return make_video_ids(f"video_{name}", read_count(fields))
+        return make_image_ids(f"image_{name}", read_count(fields))
 
     def build_job_requests(self, owner: str, url: str, fields: Mapping[str, Any], name: str) -> list[JobRequest]:
         """Build a line's jobs; raise an OmniVideoError if its request is refused."""
         if url == "/v1/videos":
-            return [build_video_job(self.context, owner, validate_fields(VideoRequest, fields), f"video_{name}")]
+            return build_video_jobs(self.context, owner, validate_fields(VideoRequest, fields), f"video_{name}")
         if fields.get("response_format") == "b64_json":
             raise InvalidInput("response_format", "a batch returns images as URLs; allowed: url")
-        return build_image_jobs(self.context, owner, validate_fields(ImageRequest, fields), f"image_{name}")
+        return build_image_jobs(self.context, owner, validate_fields(ImageGenerationRequest, fields), f"image_{name}")
 
     def build_response_body(self, url: str, statuses: list[JobStatus]) -> dict[str, Any]:
         """Return the response to a line whose jobs are all done."""

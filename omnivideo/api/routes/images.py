@@ -1,10 +1,8 @@
 """Images, which are generated while the request waits, in the format of OpenAI's clients."""
 
 import base64
-from collections.abc import Callable
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, cast
 
-from anyio import CancelScope
 from anyio.to_thread import run_sync
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
@@ -13,46 +11,41 @@ from pydantic import BaseModel
 from omnivideo.api.dependencies import (
     ContextDep,
     IdempotencyDep,
-    IdempotentRequest,
     OwnerDep,
     ResourceId,
     ServiceContext,
 )
-from omnivideo.api.errors import ERROR_RESPONSES, build_not_found_error, error_from_job
-from omnivideo.api.generation import (
-    ImageEditRequest,
-    ImageRequest,
-    JobRequest,
-    build_image_edit_jobs,
-    build_image_jobs,
-    find_live_job,
-    make_image_ids,
-    submit_job,
-)
+from omnivideo.api.errors import ERROR_RESPONSES, build_not_found_error
+from omnivideo.api.generation import build_image_edit_jobs, build_image_jobs, make_image_ids
+from omnivideo.api.generation_requests import ImageEditRequest, ImageFormat, ImageGenerationRequest
 from omnivideo.api.request_body import BodyFields, document_request_body, validate_fields
-from omnivideo.api.routes.videos import build_content_response
+from omnivideo.api.routes.videos import build_content_response, read_image_content
+from omnivideo.api.waiting_jobs import CLIENT_CLOSED_REQUEST, WaitingJobs
 from omnivideo.contracts import JobStatus
 
 router = APIRouter(prefix="/v1/images", tags=["images"], responses=ERROR_RESPONSES)
-DISCONNECT_CHECK_SECONDS = 0.5  # how often a waiting request checks that its client is still connected
 LINK_LIFETIME_SECONDS = 3600  # how long a signed URL of the object store is valid
-CLIENT_CLOSED_REQUEST = 499  # nginx's status for a client that has disconnected; it is only logged
-Payload = TypeVar("Payload", bound=ImageRequest)
 
 
 class ImageObject(BaseModel):
+    """An image; `/v1/images/{id}/content` has its bytes."""
+
+    id: str
     b64_json: str | None = None
     url: str | None = None
 
 
 class ImagesResponse(BaseModel):
+    """The images of a request; `id` is that of the first."""
+
+    id: str
     created: int
     data: list[ImageObject]
-    output_format: Literal["png"] = "png"
+    output_format: ImageFormat
     size: str
 
 
-@router.post("/generations", response_model=ImagesResponse, openapi_extra=document_request_body(ImageRequest))
+@router.post("/generations", response_model=ImagesResponse, openapi_extra=document_request_body(ImageGenerationRequest))
 async def generate_images(
     request: Request,
     context: ContextDep,
@@ -64,11 +57,16 @@ async def generate_images(
 
     With an Idempotency-Key, they are cancelled once no client waits for them.
     """
-    image_jobs = ImageJobs(context, owner, validate_fields(ImageRequest, fields), idempotent_request, build_image_jobs)
-    return await run_image_jobs(request, image_jobs)
+    payload = validate_fields(ImageGenerationRequest, fields)
+    return await run_image_jobs(
+        request,
+        WaitingJobs(context, owner, payload, idempotent_request, "image", build_image_jobs, make_image_ids),
+    )
 
 
-@router.post("/edits", response_model=ImagesResponse, openapi_extra=document_request_body(ImageEditRequest, "image"))
+@router.post(
+    "/edits", response_model=ImagesResponse, openapi_extra=document_request_body(ImageEditRequest, "image", "mask")
+)
 async def edit_images(
     request: Request,
     context: ContextDep,
@@ -76,9 +74,12 @@ async def edit_images(
     fields: BodyFields,
     idempotent_request: IdempotencyDep,
 ) -> Response:
-    """Edit an image as the prompt says."""
+    """Edit an image as the prompt says; with a `mask`, only where its alpha is 0."""
     payload = validate_fields(ImageEditRequest, fields)
-    return await run_image_jobs(request, ImageJobs(context, owner, payload, idempotent_request, build_image_edit_jobs))
+    return await run_image_jobs(
+        request,
+        WaitingJobs(context, owner, payload, idempotent_request, "image", build_image_edit_jobs, make_image_ids),
+    )
 
 
 @router.get("/{image_id}/content", response_class=Response)
@@ -90,64 +91,8 @@ def get_image_content(image_id: ResourceId, request: Request, context: ContextDe
     return build_content_response(context, status, request)
 
 
-class ImageJobs(Generic[Payload]):
-    """The jobs of one request for images. Several clients may wait for them with one idempotency key."""
-
-    def __init__(
-        self,
-        context: ServiceContext,
-        owner: str,
-        payload: Payload,
-        idempotent_request: IdempotentRequest,
-        build_jobs: Callable[[ServiceContext, str, Payload, str], list[JobRequest]],
-    ):
-        self.context, self.owner, self.payload = context, owner, payload
-        self.idempotent_request = idempotent_request
-        self.build_jobs = build_jobs
-        self.base_id, self.ids = "", list[str]()
-
-    def submit(self) -> None:
-        """Submit the jobs, unless an earlier request with the key has done so, and wait for them from now on."""
-        self.base_id = self.idempotent_request.run(
-            self.payload, "image_", self.find_live_jobs, self.submit_new_jobs, is_waiting=True
-        )
-        self.ids = make_image_ids(self.base_id, self.payload.n)
-
-    def find_live_jobs(self, base_id: str) -> str | None:
-        """Return the id if all jobs exist and none was cancelled or deleted."""
-        job_ids = make_image_ids(base_id, self.payload.n)
-        live_jobs = [find_live_job(self.context, self.owner, "image", job_id) for job_id in job_ids]
-        return base_id if all(live_jobs) else None
-
-    def submit_new_jobs(self, base_id: str) -> str:
-        """Submit all jobs. If one is refused, cancel the others and raise its error."""
-        try:
-            for job_request in self.build_jobs(self.context, self.owner, self.payload, base_id):
-                submit_job(self.context, self.owner, job_request)
-                self.ids.append(job_request.job.id)
-        except Exception:
-            self.cancel()
-            raise
-        return base_id
-
-    def cancel(self) -> None:
-        for job_id in self.ids:
-            self.context.jobs.cancel(job_id)
-
-    def leave(self, has_disconnected: bool = False) -> None:
-        """Stop waiting. If the client has disconnected and no other one waits, cancel the jobs."""
-        self.idempotent_request.leave(self.base_id, self.cancel if has_disconnected else None)
-
-
-async def run_image_jobs(request: Request, image_jobs: ImageJobs[Any]) -> Response:
-    await run_sync(image_jobs.submit)
-    statuses = None
-    try:
-        statuses = await wait_for_jobs(request, image_jobs)
-    finally:
-        has_disconnected = statuses is None
-        with CancelScope(shield=True):
-            await run_sync(image_jobs.leave, has_disconnected)
+async def run_image_jobs(request: Request, image_jobs: WaitingJobs[Any]) -> Response:
+    statuses = await image_jobs.run(request)
     if statuses is None:
         return Response(status_code=CLIENT_CLOSED_REQUEST)
     inline = image_jobs.payload.response_format != "url"
@@ -155,40 +100,28 @@ async def run_image_jobs(request: Request, image_jobs: ImageJobs[Any]) -> Respon
     return JSONResponse(images_response.model_dump(exclude_none=True))
 
 
-async def wait_for_jobs(request: Request, image_jobs: ImageJobs[Any]) -> list[JobStatus] | None:
-    """Return the jobs in order once all are done, or None if the client has disconnected.
-
-    If a job fails or is cancelled, the others are cancelled and its error is raised.
-    """
-    jobs = image_jobs.context.jobs
-    with jobs.watch_ends(image_jobs.ids) as watch:
-        while True:
-            status_by_id = {status.id: status for status in await run_sync(jobs.list_statuses, image_jobs.ids)}
-            statuses = [status_by_id[job_id] for job_id in image_jobs.ids]
-            failed = next((status for status in statuses if status.state in ("failed", "cancelled")), None)
-            if failed is not None:
-                await run_sync(image_jobs.cancel)
-                raise error_from_job(failed)
-            if all(status.state == "done" for status in statuses):
-                return statuses
-            if await request.is_disconnected():
-                return None
-            await watch.receive(DISCONNECT_CHECK_SECONDS)
-
-
 def build_images_response(
     context: ServiceContext, statuses: list[JobStatus], inline: bool, base_url: str
 ) -> ImagesResponse:
     data = [to_image_object(context, status, inline, base_url) for status in statuses]
-    return ImagesResponse(created=int(statuses[0].created_at), data=data, size=statuses[0].meta["size"])
+    first = statuses[0]
+    image_format = cast(ImageFormat, first.meta.get("format", "png"))
+    return ImagesResponse(
+        id=first.id, created=int(first.created_at), data=data, output_format=image_format, size=first.meta["size"]
+    )
 
 
 def to_image_object(context: ServiceContext, status: JobStatus, inline: bool, base_url: str) -> ImageObject:
-    """Return the image's bytes or its URL: a signed one if the object store can sign, otherwise one of this service."""
+    """Return the image's bytes or its URL: a signed one if the object store can sign, otherwise one of this service.
+
+    The store has a png; an image in another format is converted by this service.
+    """
     artifact = status.result
     assert artifact is not None
     if inline:
-        return ImageObject(b64_json=base64.b64encode(context.store.get(artifact.key)).decode())
-    if base_url and (sign_url := getattr(context.store, "presign_url", None)):
-        return ImageObject(url=sign_url(artifact.key, LINK_LIFETIME_SECONDS))
-    return ImageObject(url=f"{base_url or '/'}v1/images/{status.id}/content")
+        data, _ = read_image_content(context, status, artifact)
+        return ImageObject(id=status.id, b64_json=base64.b64encode(data).decode())
+    is_stored = status.meta.get("format", "png") == "png"
+    if base_url and is_stored and (sign_url := getattr(context.store, "presign_url", None)):
+        return ImageObject(id=status.id, url=sign_url(artifact.key, LINK_LIFETIME_SECONDS))
+    return ImageObject(id=status.id, url=f"{base_url or '/'}v1/images/{status.id}/content")

@@ -7,13 +7,13 @@ from fastapi import APIRouter, Header, Query, Request, Response
 from pydantic import BaseModel, Field
 from sse_starlette import EventSourceResponse
 
-from omnivideo.api.dependencies import ContextDep, IdempotencyDep, OwnerDep, ServiceContext
+from omnivideo.api.dependencies import AfterCursor, ContextDep, IdempotencyDep, OwnerDep, ServiceContext
 from omnivideo.api.errors import ERROR_RESPONSES, APIError, build_not_found_error
 from omnivideo.api.event_feed import get_event_feed
 from omnivideo.api.media import MediaPart, artifact_from_part, build_range_response
 from omnivideo.api.request_body import Seed
 from omnivideo.contracts import Artifact, RequestModel
-from omnivideo.turns import Think, Turn, TurnRecord
+from omnivideo.turns import Think, ThreadRecord, Turn, TurnRecord
 
 router = APIRouter(prefix="/v1/threads", tags=["threads"], responses=ERROR_RESPONSES)
 ThreadId = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
@@ -58,6 +58,9 @@ class ThreadDetail(BaseModel):
 class ThreadList(BaseModel):
     object: Literal["list"] = "list"
     data: list[ThreadSummary]
+    first_id: str | None = None
+    last_id: str | None = None
+    has_more: bool
 
 
 class TurnResponse(BaseModel):
@@ -107,18 +110,28 @@ def find_thread_id(context: ServiceContext, owner: str, thread_id: str) -> str |
 
 
 def load_thread_summary(context: ServiceContext, owner: str, thread_id: str) -> ThreadSummary:
-    row = next(row for row in context.turns.list_threads(owner, 10**6) if row["id"] == thread_id)
-    return to_thread_summary(row)
+    thread = context.turns.get_thread(owner, thread_id)
+    assert thread is not None, "it was just created or found"
+    return to_thread_summary(thread)
 
 
-def to_thread_summary(row: dict[str, Any]) -> ThreadSummary:
-    return ThreadSummary(id=row["id"], created_at=int(row["created_at"]))
+def to_thread_summary(thread: ThreadRecord) -> ThreadSummary:
+    return ThreadSummary(id=thread.id, created_at=int(thread.created_at))
 
 
 @router.get("")
-def list_threads(context: ContextDep, owner: OwnerDep, limit: Annotated[int, Query(ge=1, le=100)] = 20) -> ThreadList:
-    """Return your newest threads, newest first."""
-    return ThreadList(data=[to_thread_summary(row) for row in context.turns.list_threads(owner, limit)])
+def list_threads(
+    context: ContextDep,
+    owner: OwnerDep,
+    after: AfterCursor = None,
+    limit: Annotated[int, Query(ge=1, le=100)] = 20,
+    order: Literal["asc", "desc"] = "desc",
+) -> ThreadList:
+    """Return a page of your threads, ordered by age, beginning after the id `after`."""
+    threads, has_more = context.turns.list_threads(owner, after, limit, order == "desc")
+    data = [to_thread_summary(thread) for thread in threads]
+    first_id, last_id = (data[0].id, data[-1].id) if data else (None, None)
+    return ThreadList(data=data, first_id=first_id, last_id=last_id, has_more=has_more)
 
 
 @router.get("/{name}")
@@ -194,6 +207,7 @@ def create_turn(
     context.turn_runner.get_thread(owner, name)
 
     def create(turn_id: str) -> TurnRecord:
+        context.text_limits.check_message("text", payload.text)  # before media are read
         attachments = [
             artifact_from_part(context, owner, part, f"{name}/attached", f"attachments.{index}.{part.kind}")
             for index, part in enumerate(payload.attachments)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Annotated, Literal
 
+from anyio.to_thread import run_sync
 from fastapi import APIRouter, Query, Request, Response
 from pydantic import BaseModel
 
@@ -18,17 +19,22 @@ from omnivideo.api.dependencies import (
 from omnivideo.api.errors import ERROR_RESPONSES, APIError, build_not_found_error, describe_job_failure
 from omnivideo.api.generation import (
     JobRequest,
-    VideoEditRequest,
-    VideoRequest,
     build_remix_job,
     build_video_edit_job,
     build_video_job,
+    build_video_jobs,
     find_live_job,
-    submit_job,
+    make_video_ids,
+    repeat_video_job,
+    submit_jobs,
 )
+from omnivideo.api.generation_requests import VideoEditRequest, VideoRequest
 from omnivideo.api.media import build_range_response, has_expired
 from omnivideo.api.request_body import BodyFields, document_request_body, validate_fields
-from omnivideo.contracts import JobState, JobStatus
+from omnivideo.api.waiting_jobs import CLIENT_CLOSED_REQUEST, WaitingJobs
+from omnivideo.contracts import Artifact, JobState, JobStatus
+from omnivideo.errors import InvalidInput
+from omnivideo.media.artifacts import convert_picture
 
 router = APIRouter(prefix="/v1/videos", tags=["videos"], responses=ERROR_RESPONSES)
 VideoStatus = Literal["queued", "in_progress", "completed", "failed", "cancelled", "expired"]
@@ -45,7 +51,7 @@ class VideoError(BaseModel):
 
 
 class VideoObject(BaseModel):
-    """`seconds` is the requested length; the clip has the nearest length that the model can generate.
+    """`seconds` is the length; `video_ids` are all videos of a request with `n` above 1, of which this is the first.
 
     After `expires_at`, the status is "expired" and the clip can no longer be downloaded, edited or remixed.
     """
@@ -62,6 +68,7 @@ class VideoObject(BaseModel):
     size: str
     seconds: str
     remixed_from_video_id: str | None = None
+    video_ids: list[str] | None = None
     error: VideoError | None = None
 
 
@@ -90,6 +97,7 @@ def to_video_object(context: ServiceContext, status: JobStatus) -> VideoObject:
         size=status.meta["size"],
         seconds=status.meta["seconds"],
         remixed_from_video_id=status.meta.get("remixed_from"),
+        video_ids=make_video_ids(status.id, int(status.meta["n"])) if "n" in status.meta else None,
     )
     if status.state == "done" and status.ended_at is not None:
         video.completed_at = int(status.ended_at)
@@ -146,9 +154,35 @@ def submit_video(
         payload,
         "video_",
         find=lambda job_id: find_live_job(context, owner, "video", job_id),
-        create=lambda job_id: submit_job(context, owner, build_job(job_id)),
+        create=lambda job_id: submit_jobs(context, owner, repeat_video_job(build_job(job_id), payload.n))[0],
     )
     return to_video_object(context, status)
+
+
+@router.post(
+    "/sync",
+    response_class=Response,
+    responses={200: {"content": {"video/mp4": {}}, "description": "The clip"}},
+    openapi_extra=document_request_body(VideoRequest, "input_reference"),
+)
+async def create_video_and_wait(
+    request: Request,
+    context: ContextDep,
+    owner: OwnerDep,
+    fields: BodyFields,
+    idempotent_request: IdempotencyDep,
+) -> Response:
+    """Generate a clip as `POST /v1/videos` does, and return its bytes. It is cancelled if the client disconnects."""
+    payload = validate_fields(VideoRequest, fields)
+    if payload.n > 1:
+        raise InvalidInput("n", "this response holds one video; allowed: 1")
+    jobs = WaitingJobs(context, owner, payload, idempotent_request, "video", build_video_jobs, make_video_ids)
+    statuses = await jobs.run(request)
+    if statuses is None:
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
+    response = await run_sync(build_content_response, context, statuses[0], request)
+    response.headers["X-Video-Id"] = statuses[0].id
+    return response
 
 
 @router.post("/edits", response_model_exclude_none=True, openapi_extra=document_request_body(VideoEditRequest, "video"))
@@ -250,6 +284,16 @@ def get_video_content(
     return build_content_response(context, status, request, variant)
 
 
+def read_image_content(context: ServiceContext, status: JobStatus, artifact: Artifact) -> tuple[bytes, str]:
+    """Return the bytes of a result in the format that was requested, and a key whose suffix is that format."""
+    data, image_format = context.store.get(artifact.key), status.meta.get("format", "png")
+    if status.kind != "image" or image_format == "png":
+        return data, artifact.key
+    quality = int(status.meta.get("compression", "100"))
+    key = f"{artifact.key.partition('.')[0]}-{quality}.{image_format}"
+    return convert_picture(data, image_format, quality), key
+
+
 def build_content_response(context: ServiceContext, status: JobStatus, request: Request, variant: str = "") -> Response:
     """Return a job's result, or a picture of it, with a file name that is derived from the job's id."""
     if status.result is None:
@@ -260,8 +304,9 @@ def build_content_response(context: ServiceContext, status: JobStatus, request: 
         data, suffix = context.render_thumbnail(status.result, variant)
         response = build_range_response(request, data, f"{status.result.key.partition('.')[0]}-{variant}.{suffix}")
     else:
-        suffix = status.result.key.rpartition(".")[2]
-        response = build_range_response(request, context.store.get(status.result.key), status.result.key)
+        data, key = read_image_content(context, status, status.result)
+        suffix = key.rpartition(".")[2]
+        response = build_range_response(request, data, key)
     response.headers["Content-Disposition"] = f'inline; filename="{status.id}.{suffix}"'
     response.headers["Cache-Control"] = "private, max-age=3600"
     return response

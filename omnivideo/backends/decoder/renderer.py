@@ -3,6 +3,7 @@
 import base64
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 
 import numpy as np
@@ -30,28 +31,38 @@ from omnivideo.contracts import (
     compute_latent_grid,
 )
 from omnivideo.errors import ArtifactNotFound, InvalidInput
-from omnivideo.media.artifacts import encode_clip, to_png_bytes
+from omnivideo.media.artifacts import encode_clip, load_frames, to_png_bytes
+from omnivideo.media.masks import keep_masked_pixels, read_mask
 from omnivideo.media.read import measure_media, read_fitted_media
 from omnivideo.media.sound import SoundSource, keep_sound
-from omnivideo.models.omni import MLLMFeatures, OmniVideoModel
+from omnivideo.models.features import MLLMFeatures, decode_features
+from omnivideo.models.omni import OmniVideoModel
 from omnivideo.models.sampling import DenoisingState
 from omnivideo.models.vae import decode_latents, pixels_to_bytes
-from omnivideo.ports import ObjectStore
+from omnivideo.ports import MLLM, ObjectStore
 from omnivideo.storage.objects.tensors import get_tensors, put_tensors
 
 
 class Renderer:
     """Renders jobs with one model. `weights_digest` identifies the weights in manifests.
 
-    `mllm` runs on the same model. With `persist_tokens` the visual tokens that it predicts are also written to the
-    store, for jobs that outlive this process.
+    `mllm` runs on the same model, unless it is given: a server's, where the model was loaded without its own. With
+    `persist_tokens` the visual tokens that the model predicts are also written to the store, for jobs that outlive this
+    process.
     """
 
-    def __init__(self, omni: OmniVideoModel, store: ObjectStore, weights_digest: str, persist_tokens: bool = True):
+    def __init__(
+        self,
+        omni: OmniVideoModel,
+        store: ObjectStore,
+        weights_digest: str,
+        persist_tokens: bool = True,
+        mllm: MLLM | None = None,
+    ):
         self.omni = omni
         self.store = store
         self.model = identify_model(omni, weights_digest)
-        self.mllm = LocalMLLM(omni, store, persist_tokens)
+        self.mllm: MLLM = mllm or LocalMLLM(omni, store, persist_tokens)
 
     # ------------------------------------------------------------ preparing
 
@@ -74,17 +85,23 @@ class Renderer:
     def load_features(self, job: Job) -> MLLMFeatures:
         """Return the MLLM's features for a prepared job. Raises ArtifactNotFound."""
         assert job.visual_tokens
-        return self.mllm.load_features(job.visual_tokens)
+        features = self.mllm.find_features(job.visual_tokens) if isinstance(self.mllm, LocalMLLM) else None
+        features = features or decode_features(get_tensors(self.store, job.visual_tokens))
+        return replace(features, values=features.values.to(self.omni.device))
 
     def load_source(self, source: Artifact | None, params: SamplingParams) -> np.ndarray | Tensor | None:
         """Return a source's latents [z, T, h, w] if they are stored and have the job's size, or its fitted pixels."""
         if source is None:
             return None
         grid = compute_latent_grid(params.width, params.height, params.frames)
-        if source.latents and (latents := get_tensors(self.store, source.latents)["latents"]).shape[1:] == grid:
-            return latents
+        has_job_size = (source.width, source.height) == (params.delivered_shape.width, params.delivered_shape.height)
+        if source.latents and has_job_size:
+            latents = get_tensors(self.store, source.latents)["latents"]
+            if latents.shape[1:] == grid:
+                return latents
         size = (params.width, params.height, params.frames, params.fps)
-        return read_fitted_media(self.store.get(source.key), *size, config=self.omni.preset.source)
+        config, data = self.omni.preset.source, self.store.get(source.key)
+        return read_fitted_media(data, *size, config=config, delivery=params.delivery)
 
     def compute_batch_key(self, job: Job) -> tuple[str, int] | None:
         """Return what jobs must share to be rendered in one pass, or None if the job must be rendered alone.
@@ -134,12 +151,13 @@ class Renderer:
         if manifest.source:
             info = measure_media(self.store.get(manifest.source))
             source = Artifact(
-                key=manifest.source, medium=medium_from_params(params), width=params.width, height=params.height,
+                key=manifest.source, medium=info.kind, width=info.width, height=info.height,
                 frames=info.frames, fps=info.fps or 1.0, caption="", latents=manifest.source_latents,
                 created_by="replay",
             )  # fmt: skip
         reference = manifest.visual_tokens
-        if reference is not None and not self.mllm.has_visual_tokens(reference):
+        has_tokens = self.mllm.has_visual_tokens if isinstance(self.mllm, LocalMLLM) else self.store.has
+        if reference is not None and not has_tokens(reference):
             reference = None
         job = Job(
             id="replay",
@@ -147,6 +165,7 @@ class Renderer:
             visual_tokens=reference,
             source=source,
             params=params,
+            mask=manifest.mask,
             preset=manifest.preset,
         )
         for event in self.render_job(self.add_visual_tokens(job, params), params):
@@ -160,7 +179,7 @@ class Renderer:
     def encode_result(self, job: Job, clip: GeneratedClip) -> tuple[bytes, str, str | None]:
         """Return a clip's file and suffix, with the sound of its source where the length is unchanged, and a note."""
         fps, source = job.params.fps, job.source
-        media_bytes, suffix = encode_clip(clip.frames, fps)
+        media_bytes, suffix = encode_clip(self.apply_mask(job, clip.frames), fps)
         if source is None or source.medium != "video" or suffix != "mp4":
             return media_bytes, suffix, None
         try:
@@ -170,6 +189,14 @@ class Renderer:
         edited_bytes, note = keep_sound(media_bytes, sound, len(clip.frames) / fps, fps)
         return edited_bytes, suffix, note
 
+    def apply_mask(self, job: Job, frames: np.ndarray) -> np.ndarray:
+        """Return an edited picture [1, H, W, 3] with the source's pixels where the job's mask keeps them."""
+        if job.mask is None or job.source is None:
+            return frames
+        source = load_frames(self.store, job.source)[0]
+        may_change = read_mask(self.store.get(job.mask), source.shape[1], source.shape[0])
+        return keep_masked_pixels(frames[0], source, may_change)[None]
+
     def store_result(self, job: Job, params: SamplingParams, clip: GeneratedClip) -> Artifact:
         """Write the clip, its latents and its manifest to the store and return the artifact.
 
@@ -178,17 +205,18 @@ class Renderer:
         media_bytes, suffix, sound = self.encode_result(job, clip)
         manifest = build_manifest(self.model, job.prompt, params, clip.seconds_by_stage)
         source = {} if job.source is None else {"source": job.source.key, "source_latents": job.source.latents}
-        manifest = manifest.model_copy(update={"visual_tokens": job.visual_tokens, "sound": sound} | source)
+        details = {"visual_tokens": job.visual_tokens, "mask": job.mask, "sound": sound}
+        manifest = manifest.model_copy(update=details | source)
         return Artifact(
             key=self.store.put(media_bytes, suffix),
             medium="video" if suffix == "mp4" else "image",
-            width=params.width,
-            height=params.height,
+            width=params.delivered_shape.width,
+            height=params.delivered_shape.height,
             frames=len(clip.frames),
             fps=params.fps,
             caption=job.prompt,
             manifest=self.store.put(json.dumps(manifest.model_dump(), indent=2).encode(), "json"),
-            latents=put_tensors(self.store, {"latents": clip.latents}),
+            latents=None if job.mask else put_tensors(self.store, {"latents": clip.latents}),
             source=None if job.source is None else job.source.key,
             created_by=job.id,
         )
@@ -222,6 +250,7 @@ def build_manifest(
         prompt=prompt,
         task=params.task,
         settings=params,
+        delivered=params.delivered_shape,
         source=source,
         preset=model.preset,
         weights=model.weights,

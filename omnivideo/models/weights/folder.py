@@ -15,7 +15,8 @@ import torch
 from diffusers import WanTransformer3DModel
 from torch import Tensor
 
-from omnivideo.models.weights.checkpoint import INDEX_FILE, WEIGHTS_FILE
+from omnivideo.models.weights.checkpoint import WEIGHTS_FILE
+from omnivideo.models.weights.shipped import INDEX_FILE
 from omnivideo.models.weights.strict import check_keys
 from omnivideo.models.weights.tensor_files import (
     NAME_BY_DTYPE,

@@ -401,7 +401,7 @@ class JobRepository(Repository):
         for row in self.fetch_all(columns.where(or_(jobs.c.state.in_(OPEN_STATES), has_result))):
             job, result = job_from_row(row), row.result or {}
             source = job.source.model_dump() if job.source else {}
-            keys |= {row.resume_key, row.preview, job.visual_tokens}
+            keys |= {row.resume_key, row.preview, job.visual_tokens, job.mask}
             keys |= {artifact.get(name) for artifact in (source, result) for name in ("key", "manifest", "latents")}
         return {key for key in keys if key}
 

@@ -15,10 +15,14 @@ from omnivideo.errors import InvalidInput
 from omnivideo.storage.database.notifications import AsyncWatch, turn_topic
 from omnivideo.storage.database.repository import Repository, select_values, unix_now
 from omnivideo.storage.database.schema import chat_threads, threads, turn_events, turns
-from omnivideo.turns import TurnEvents, TurnRecord
+from omnivideo.turns import ThreadRecord, TurnEvents, TurnRecord
 
 OPEN_STATES = ("queued", "running")
 NumberedEvent = tuple[int, dict[str, Any]]  # numbers begin at 1
+
+
+def is_owned_thread(owner: str) -> ColumnElement[bool]:
+    return and_(threads.c.owner == owner, threads.c.deleted.is_(False))
 
 
 class TurnRepository(Repository):
@@ -34,15 +38,20 @@ class TurnRepository(Repository):
             raise InvalidInput("thread", "that id is taken; give another, or none") from None
 
     def has_thread(self, thread_id: str, owner: str) -> bool:
-        is_owned = and_(threads.c.id == thread_id, threads.c.owner == owner, threads.c.deleted.is_(False))
-        return bool(self.fetch_all(select(threads.c.id).where(is_owned)))
+        return self.get_thread(owner, thread_id) is not None
 
-    def list_threads(self, owner: str, limit: int) -> list[dict[str, Any]]:
-        """Return the owner's threads, the newest first."""
-        is_owned = and_(threads.c.owner == owner, threads.c.deleted.is_(False))
-        columns = select(threads.c.id, threads.c.created_at).where(is_owned)
-        newest_first = columns.order_by(threads.c.created_at.desc(), threads.c.id)
-        return [dict(row._mapping) for row in self.fetch_all(newest_first.limit(limit))]
+    def list_threads(
+        self, owner: str, after: str | None = None, limit: int = 20, newest_first: bool = True
+    ) -> tuple[list[ThreadRecord], bool]:
+        """Return a page of the owner's threads, and whether more follow."""
+        is_cursor = and_(threads.c.id == after, threads.c.owner == owner)
+        cursor_query = select(threads.c.created_at, threads.c.id).where(is_cursor)
+        rows, has_more = self.fetch_page(threads, is_owned_thread(owner), after, limit, newest_first, cursor_query)
+        return [ThreadRecord(id=row.id, created_at=row.created_at) for row in rows], has_more
+
+    def get_thread(self, owner: str, thread_id: str) -> ThreadRecord | None:
+        row = self.fetch_one(select(threads).where(threads.c.id == thread_id, is_owned_thread(owner)))
+        return None if row is None else ThreadRecord(id=row.id, created_at=row.created_at)
 
     def delete_thread(self, thread_id: str) -> None:
         self.fetch_all(update(threads).where(threads.c.id == thread_id).values(deleted=True))

@@ -17,13 +17,8 @@ from omnivideo.contracts import TASKS, get_task_medium, is_editing_task
 from omnivideo.errors import InvalidInput
 from omnivideo.models.omni import Bridge, OmniVideoModel, build_decoder
 from omnivideo.models.positions import add_absolute_positions
-from omnivideo.models.weights.checkpoint import (
-    SHIPPED_WEIGHTS_FOLDER,
-    load_bridge,
-    load_strict,
-    save,
-    save_library_model,
-)
+from omnivideo.models.weights.checkpoint import load_bridge, load_strict, save, save_library_model
+from omnivideo.models.weights.shipped import SHIPPED_WEIGHTS_FOLDER
 from omnivideo.presets import TINY, Task
 from omnivideo.synthetic.requests import CONTINUATION_TASKS, ContinuationTask, sample_requests
 from omnivideo.synthetic.scenes import CLIP_FRAMES, LONG_CLIP_FRAMES, stream_scenes

@@ -14,7 +14,7 @@ from tests.support.openai_service import download_lines, make_lines, make_runner
     ("path", "fields", "field"),
     [
         ("videos", {"num_frames": 100_001}, "num_frames"),
-        ("videos", {"num_frames": 241, "size": "1280x720"}, "size"),
+        ("videos", {"num_frames": 241, "size": "1280x720"}, "num_frames"),
         ("videos", {"seconds": "86400"}, "seconds"),
         ("videos", {"seconds": "1", "fps": 10**9}, "fps"),
         ("videos", {"num_inference_steps": 10**6}, "num_inference_steps"),

@@ -13,7 +13,7 @@ from omnivideo.contracts import Artifact, MLLMRequest
 from omnivideo.evaluation.planner import make_turn_sender, sample_script
 from omnivideo.evaluation.suite import sample_routing_case
 from omnivideo.media.artifacts import encode_clip
-from omnivideo.models.weights.checkpoint import SHIPPED_WEIGHTS_FOLDER
+from omnivideo.models.weights.shipped import SHIPPED_WEIGHTS_FOLDER
 from omnivideo.sdk.studio import Studio
 from omnivideo.settings import load_settings
 from omnivideo.wiring import ServiceWiring

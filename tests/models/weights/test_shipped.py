@@ -4,7 +4,7 @@ import pytest
 from rich.console import Console
 
 from omnivideo.cli.demo import DEMO_TURNS, run_demo
-from omnivideo.models.weights.checkpoint import SHIPPED_WEIGHTS_FOLDER
+from omnivideo.models.weights.shipped import SHIPPED_WEIGHTS_FOLDER
 from omnivideo.sdk.studio import Studio
 from omnivideo.synthetic.facts import ObjectSpec, SceneSpec
 from omnivideo.synthetic.scorer import detect_scene
