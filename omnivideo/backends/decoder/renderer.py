@@ -35,6 +35,7 @@ from omnivideo.media.artifacts import encode_clip, load_frames, to_png_bytes
 from omnivideo.media.masks import keep_masked_pixels, read_mask
 from omnivideo.media.read import measure_media, read_fitted_media
 from omnivideo.media.sound import SoundSource, keep_sound
+from omnivideo.media.thumbnails import encode_animation
 from omnivideo.models.features import MLLMFeatures, decode_features
 from omnivideo.models.omni import OmniVideoModel
 from omnivideo.models.sampling import DenoisingState
@@ -198,7 +199,7 @@ class Renderer:
         return keep_masked_pixels(frames[0], source, may_change)[None]
 
     def store_result(self, job: Job, params: SamplingParams, clip: GeneratedClip) -> Artifact:
-        """Write the clip, its latents and its manifest to the store and return the artifact.
+        """Write the clip, its latents, its manifest and its preview to the store and return the artifact.
 
         The artifact depends only on the job, not on where or when it is rendered.
         """
@@ -218,6 +219,7 @@ class Renderer:
             manifest=self.store.put(json.dumps(manifest.model_dump(), indent=2).encode(), "json"),
             latents=None if job.mask else put_tensors(self.store, {"latents": clip.latents}),
             source=None if job.source is None else job.source.key,
+            preview=self.store.put(encode_animation(clip.frames, params.fps), "webp") if suffix == "mp4" else None,
             created_by=job.id,
         )
 

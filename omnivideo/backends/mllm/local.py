@@ -52,10 +52,14 @@ class LocalMLLM:
     def route(self, request: MLLMRequest) -> Route:
         return self.omni.bound_mllm.route(self.build_message(request))
 
-    def stream_text(self, request: MLLMRequest, max_tokens: int | None = None) -> Iterator[str]:
-        # Greedy, so that another process that continues a turn gets the same text.
-        message, max_tokens = self.build_message(request), max_tokens or self.max_tokens
-        yield from self.omni.bound_mllm.stream_text(message, temperature=0.0, max_tokens=max_tokens)
+    def stream_text(self, request: MLLMRequest) -> Iterator[str]:
+        # Greedy or with the request's seed, so that another process that continues a turn gets the same text.
+        message, sampling = self.build_message(request), request.sampling
+        options = sampling.model_dump() | {"max_tokens": sampling.max_tokens or self.max_tokens}
+        yield from self.omni.bound_mllm.stream_text(message, **options)
+
+    def count_tokens(self, text: str) -> int:
+        return len(self.omni.mllm_tokenizer(text, add_special_tokens=False).input_ids)
 
     def score_agreement(self, request: MLLMRequest) -> float:
         return self.omni.bound_mllm.score_agreement(self.build_message(request))
