@@ -1,14 +1,18 @@
-"""Write files of the true shapes of omnivideo-1.3b as published, and measure `weights import` and `weights check`.
+"""Write files of the true shapes of omnivideo-1.3b as published, and measure what runs on them.
 
-    python -m benchmarks.full_size_weights FOLDER                 write, import, check, and remove everything
+    python -m benchmarks.full_size_weights FOLDER                 write, measure, and remove everything
     python -m benchmarks.full_size_weights FOLDER --keep          leave FOLDER/published and FOLDER/ours
     python -m benchmarks.full_size_weights FOLDER --only-write    write FOLDER/published
 
 Two of the decoder's blocks have random values. All other tensors are zeros in sparse files, which take no disk; only
-the sizes are real. The tokenizers are those of the golden data. Peak memory includes mapped pages.
+the sizes are real. The tokenizers are those of the golden data. Measured are `weights import`, `weights check`, the
+loading of all parts, and a clip of 256 x 256 x 5 up to its first denoising step (language model, text encoder, adapter
+and both passes of the decoder), each in a process of its own. Peak memory is resident memory, mapped pages included.
+The two blocks are also compared with the same weights computed in float32.
 """
 
 import argparse
+import copy
 import json
 import pickle
 import shutil
@@ -23,6 +27,8 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, SiglipVisionConfig, SiglipVisionModel, UMT5Config
 
+from omnivideo.models.sampling import autocast_to
+from omnivideo.models.weights import checkpoint
 from omnivideo.models.weights.folder import split_shards
 from omnivideo.models.weights.published import list_required_markers, locate_tensors
 from omnivideo.models.weights.tensor_files import encode_header
@@ -141,8 +147,13 @@ def write_sparse_shards(folder: Path, state: Mapping[str, Tensor]) -> None:
 
 
 def run_command(*arguments: str) -> dict[str, Any]:
-    """Run a command of omnivideo in a process of its own; return its time and its peak resident memory."""
-    command = [sys.executable, "-c", MEASURE, *arguments]
+    """Run a command of omnivideo; return its time and its peak resident memory."""
+    return measure_process(f"omnivideo {' '.join(arguments[:2])}", MEASURE, *arguments)
+
+
+def measure_process(name: str, program: str, *arguments: str) -> dict[str, Any]:
+    """Run a program that prints its peak memory last; return its time and its peak."""
+    command = [sys.executable, "-c", program, *arguments]
     started = time.perf_counter()
     completed = subprocess.run(command, capture_output=True, text=True, check=False)
     seconds = time.perf_counter() - started
@@ -150,7 +161,7 @@ def run_command(*arguments: str) -> dict[str, Any]:
         raise SystemExit(completed.stdout + completed.stderr)
     print(completed.stdout)
     peak = int(completed.stderr.strip().splitlines()[-1])
-    return {"command": f"omnivideo {arguments[0]} {arguments[1]}", "seconds": round(seconds, 1), "peak_gb": peak / 1e9}
+    return {"command": name, "seconds": round(seconds, 1), "peak_gb": round(peak / 1e9, 2)}
 
 
 MEASURE = """
@@ -161,6 +172,47 @@ try:
 finally:
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, file=sys.stderr)
 """
+LOAD = """
+import resource, sys
+from pathlib import Path
+from omnivideo.models.weights import checkpoint
+print(checkpoint.load(Path(sys.argv[1])).placement.describe())
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, file=sys.stderr)
+"""
+STEP = """
+import resource, sys, time
+from omnivideo import Studio
+from omnivideo.backends.decoder.pipeline import generate_clip
+from omnivideo.contracts import resolve_sampling_params
+
+studio = Studio("omnivideo-1.3b", sys.argv[1], "cpu")
+params = resolve_sampling_params(studio.omni.preset, "text-to-video", width=256, height=256, frames=5, steps=1)
+loaded_at = time.perf_counter()
+progress = next(generate_clip(studio.omni, "a red ball", params))
+assert progress.state.latents.isfinite().all()
+print(f"the step's latents {list(progress.state.latents.shape)} after {time.perf_counter() - loaded_at:.0f} s")
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, file=sys.stderr)
+"""
+
+
+def measure_block_errors(folder: Path) -> dict[int, float]:
+    """Return how far each random block, as it computes here, is from the same block in float32 (relative L2).
+
+    The inputs are those of a clip of 256 x 256 x 5 in shape, and random: behind weights of zero they would be zero.
+    """
+    omni = checkpoint.load(folder, contents="without-mllm")
+    decoder, width = omni.decoder, omni.decoder.config.num_attention_heads * omni.decoder.config.attention_head_dim
+    torch.manual_seed(0)
+    rotary = decoder.rope(torch.zeros(1, 16, 2, 32, 32))
+    inputs = torch.randn(1, 2 * 16 * 16, width), torch.randn(1, 2560, width), torch.randn(1, 6, width), rotary
+    errors = {}
+    with torch.no_grad():
+        for index in RANDOM_BLOCKS:
+            with autocast_to(omni.autocast, omni.device):
+                served = decoder.blocks[index](*inputs).float()
+            expected = copy.deepcopy(decoder.blocks[index]).float()(*inputs)
+            errors[index] = float((served - expected).norm() / expected.norm())
+    return errors
 
 
 def list_sizes(folder: Path) -> Iterator[str]:
@@ -188,13 +240,16 @@ def main() -> None:
     results = [
         run_command("weights", "import", str(published), "-o", str(ours)),
         run_command("weights", "check", str(ours)),
+        measure_process("load all parts", LOAD, str(ours)),
+        measure_process("one denoising step", STEP, str(ours)),
     ]
     print("ours:", ", ".join(list_sizes(ours)))
     for result in results:
         print(json.dumps(result))
+    for index, error in measure_block_errors(ours).items():
+        print(json.dumps({"block": index, "relative_error": error}))
     if not options.keep:
-        shutil.rmtree(published)
-        shutil.rmtree(ours)
+        shutil.rmtree(options.folder)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The frozen messages that cross packages, and the one place where a request's settings are resolved.
 
-The messages of conversations are in omnivideo/turns.py.
+The messages of conversations are in omnivideo/turns.py, the records of files, batches and webhooks in
+omnivideo/records.py.
 """
 
 import secrets
@@ -16,7 +17,7 @@ from pydantic import (
 )
 from pydantic.fields import FieldInfo
 
-from omnivideo.errors import InvalidInput
+from omnivideo.errors import InvalidInput, TextTooLong
 from omnivideo.presets import Preset, Task, get_sampling_defaults, shapes
 from omnivideo.validation import describe_errors
 
@@ -114,6 +115,7 @@ class Manifest(FrozenModel):
 # ---------------------------------------------------------------- tasks
 
 Medium = Literal["image", "video"]
+FramePosition = Literal["first", "middle", "last"]  # of a still in its clip
 # `Task` lists the tasks that generate media; each preset has sampling defaults for all of them. Training has two more.
 TrainingTask = Literal["image-understanding", "video-understanding", Task]
 TASKS: tuple[Task, ...] = get_args(Task)
@@ -143,7 +145,10 @@ THINK_START, THINK_END = "<think>", "</think>"  # around the reasoning in an ans
 
 
 class Artifact(FrozenModel):
-    """A stored image or clip. `source` is the key of the artifact that it was edited from."""
+    """A stored image or clip. `source` is the key of the artifact that it was edited from.
+
+    `preview` is the key of a clip's animated picture, for programs that show pictures only.
+    """
 
     key: str
     medium: Medium
@@ -155,7 +160,20 @@ class Artifact(FrozenModel):
     manifest: str | None = None
     latents: str | None = None
     source: str | None = None
+    preview: str | None = None
     created_by: str
+
+
+MAX_ANSWER_TOKENS = 32_768
+
+
+class TextSampling(FrozenModel):
+    """How an answer in words is sampled; greedily at temperature 0. The same seed gives the same answer."""
+
+    max_tokens: int | None = Field(default=None, ge=1, le=MAX_ANSWER_TOKENS)  # None: the implementation's limit
+    temperature: float = Field(default=0.0, ge=0, le=2)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    seed: int = Field(default=0, ge=0, lt=2**31)
 
 
 class MLLMRequest(FrozenModel):
@@ -168,6 +186,7 @@ class MLLMRequest(FrozenModel):
     artifacts: tuple[Artifact, ...] = ()
     system: str | None = None
     json_schema: str | None = None
+    sampling: TextSampling = TextSampling()
 
 
 class Route(FrozenModel):
@@ -271,63 +290,6 @@ class Change(FrozenModel):
     body: dict[str, Any] | None = None
 
 
-# ---------------------------------------------------------------- what the service stores for its users
-
-
-class FileRecord(FrozenModel):
-    """A stored file. `object_key` is its key in the object store; `artifact` is set if it is an image or a clip."""
-
-    id: str
-    owner: str
-    name: str
-    purpose: str
-    size_bytes: int
-    object_key: str
-    artifact: dict[str, Any] | None
-    created_at: float
-    expires_at: float | None = None
-
-
-class BatchRecord(FrozenModel):
-    """A batch of requests; `state_times` is when each state began, in seconds since 1970."""
-
-    id: str
-    owner: str
-    state: str
-    endpoint: str
-    input_file_id: str
-    output_file_id: str | None
-    error_file_id: str | None
-    counts: dict[str, int]  # of total, completed and failed lines
-    metadata: dict[str, str]
-    validation_errors: list[dict[str, Any]] | None
-    state_times: dict[str, int]
-    runner_name: str | None
-    heartbeat_at: float
-    created_at: float
-
-
-class WebhookRecord(FrozenModel):
-    """A webhook: the address that receives events (`url`), the key that signs them (`secret`), and the event types."""
-
-    id: str
-    owner: str
-    url: str
-    secret: str
-    name: str
-    event_types: list[str]
-    created_at: float
-
-
-class KeyClaim(FrozenModel):
-    """A claimed idempotency key: what was requested and created with it. `is_new` says that it was not used before."""
-
-    request_digest: str
-    resource_id: str
-    waiting_clients: int
-    is_new: bool = False
-
-
 def invalid_input_from_validation(
     error: ValidationError, fields: Mapping[str, FieldInfo] | None = None
 ) -> InvalidInput:
@@ -390,7 +352,7 @@ def check_prompt(field: str, text: str) -> str:
     if not text:
         raise InvalidInput(field, "it is empty; give 1 to 4000 characters")
     if len(text) > 4000:
-        raise InvalidInput(field, f"it has {len(text)} characters; give 1 to 4000")
+        raise TextTooLong(field, f"it has {len(text)} characters; give 1 to 4000")
     return text
 
 
@@ -439,7 +401,8 @@ def check_model_limits(preset: Preset, width: int, height: int, frames: int, has
     tokens = count_visual_context_tokens(preset, grid) if has_source else 0
     max_tokens = preset.condition.max_tokens
     if preset.condition.overflow == "text":  # the prompt is what would be lost
-        max_tokens -= count_visual_tokens(preset, frames) + MIN_TEXT_TOKENS
-    if tokens > max_tokens:
+        max_tokens -= count_visual_tokens(preset, frames)
+        max_tokens -= min(MIN_TEXT_TOKENS, max_tokens // 2)
+    if has_source and tokens > max_tokens:
         text = f"an edit at this size and length has {tokens} tokens of source; allowed: {max_tokens}"
         raise InvalidInput("size", text)

@@ -2,9 +2,12 @@
 
 OmniVideoError
   InvalidInput          a value is wrong: the message names the field and the allowed range
-    UnreadableMedia     a file is not an image or a video, is too large, or is truncated
-    ConditionTooLong    a prompt and its visual tokens do not fit the decoder's condition
+    UnusableContent     what a person wrote or attached cannot be used; a chat explains this in words
+      UnreadableMedia   a file is not an image or a video, is too large, or is truncated
+      ConditionTooLong  a prompt and its visual tokens do not fit the decoder's condition
+      TextTooLong       a message has too many characters
   CheckpointError       weights are missing, incomplete or from another model
+  PartOutOfMemory       a part of the model has not enough memory for a clip
   TrainingDiverged      the training loss is no longer finite
   MissingDependency     an optional package is not installed
   StoreError            the store or the database cannot read or write
@@ -30,16 +33,32 @@ class InvalidInput(OmniVideoError):
         self.field = field
 
 
-class UnreadableMedia(InvalidInput):
+class UnusableContent(InvalidInput):
+    """What a person wrote or attached cannot be used; a chat explains this in words."""
+
+
+class UnreadableMedia(UnusableContent):
     """A file is not an image or a video, is too large, or is truncated."""
 
 
-class ConditionTooLong(InvalidInput):
+class ConditionTooLong(UnusableContent):
     """A prompt and its visual tokens do not fit the decoder's condition."""
+
+
+class TextTooLong(UnusableContent):
+    """A message has too many characters."""
 
 
 class CheckpointError(OmniVideoError):
     """Weights are missing, incomplete or from another model."""
+
+
+class PartOutOfMemory(OmniVideoError, MemoryError):
+    """A part of the model has not enough memory for what was requested; `part` is its name."""
+
+    def __init__(self, part: str, help_text: str):
+        super().__init__(f"the {part} ran out of memory; {help_text}")
+        self.part = part
 
 
 class TrainingDiverged(OmniVideoError):
@@ -88,3 +107,11 @@ class JobLost(OmniVideoError):
 
 class ModelUnavailable(OmniVideoError):
     """The language model's server does not answer."""
+
+
+def build_job_error(code: str, message: str) -> OmniVideoError:
+    """Return the error of a failed clip, from its code and its message."""
+    if code == "invalid_input":
+        field, _, problem = message.partition(": ")
+        return InvalidInput(field, problem)
+    return JobFailed(code, f"the clip could not be rendered: {message}")

@@ -7,6 +7,7 @@ from typing import Any, Literal, Protocol, TypeVar
 from omnivideo.contracts import (
     Artifact,
     Change,
+    FramePosition,
     Job,
     JobStatus,
     Lane,
@@ -65,6 +66,10 @@ class MLLM(Protocol):
         """Return the probability, 0 to 1, that the answer is "yes" rather than "no"."""
         ...
 
+    def count_tokens(self, text: str) -> int:
+        """Return the number of the text's tokens, which clients are told as usage."""
+        ...
+
     def predict_visual_tokens(self, request: MLLMRequest, medium: Medium) -> str:
         """Return a reference to the vision head's tokens for the request.
 
@@ -72,6 +77,12 @@ class MLLM(Protocol):
         process or be rendered in another one.
         """
         ...
+
+
+class ExtractFrame(Protocol):
+    """Makes a still of a clip."""
+
+    def __call__(self, clip: Artifact, position: FramePosition, created_by: str, /) -> Artifact: ...
 
 
 class TextLimits(Protocol):
@@ -248,6 +259,14 @@ class TurnStore(Protocol):
         ...
 
     def get_turn(self, turn_id: str, owner: str) -> TurnRecord | None: ...
+
+    def list_turns(self, thread_id: str) -> list[TurnRecord]:
+        """Return the turns of a thread, the oldest first."""
+        ...
+
+    def has_open_turn(self, owner: str, exclude_lane: Lane) -> bool:
+        """Return whether a turn of the owner is queued or running in another lane than this one."""
+        ...
 
     def claim_turn(self, turn_id: str) -> TurnRecord | None: ...
 

@@ -71,6 +71,7 @@ class ServiceSettings(BaseSettings):
     database: DatabaseUrl = ""
     broker: BrokerUrl = ""
     mllm: HttpUrl = ""
+    mllm_timeout_seconds: float = Field(default=25.0, ge=1, le=600)  # of silence until the MLLM's server hangs
     artifact_lifetime_seconds: int = Field(default=30 * SECONDS_PER_DAY, ge=60)  # of an unreferenced artifact
 
     s3: HttpUrl = ""
@@ -81,6 +82,12 @@ class ServiceSettings(BaseSettings):
     s3_public: HttpUrl = ""  # the address in signed URLs; empty: `s3`
 
     admin_key: AdminKey = Field(default="", repr=False)  # empty: no API keys are required
+    public_url: HttpUrl = ""  # the address in every link that leaves the service; empty: the request's
+    link_lifetime_seconds: int = Field(default=SECONDS_PER_DAY, ge=60, le=30 * SECONDS_PER_DAY)  # of a signed link
+    # Origins whose pages may call the service, separated by commas; * for any.
+    cors_origins: Annotated[tuple[str, ...], NoDecode, BeforeValidator(split_commas)] = ()
+    # Addresses or networks of proxies whose X-Forwarded headers are believed, separated by commas; * for any.
+    trusted_proxies: Annotated[tuple[str, ...], NoDecode, BeforeValidator(split_commas)] = ("127.0.0.1",)
     # Hosts that media may be fetched from, separated by commas.
     media_hosts: Annotated[tuple[str, ...], NoDecode, BeforeValidator(split_commas)] = ()
     # Internal hosts that webhooks may reach, separated by commas.
@@ -89,6 +96,11 @@ class ServiceSettings(BaseSettings):
     # Ports that media may be fetched from besides 80 and 443.
     media_ports: Annotated[tuple[int, ...], NoDecode, BeforeValidator(split_commas)] = ()
     max_upload_bytes: int = Field(default=200 * 2**20, ge=2**10, le=512 * 2**20)
+
+    max_generations_per_turn: int = Field(default=4, ge=1, le=100)  # more are asked about first
+    disconnect_grace_seconds: float = Field(
+        default=10.0, ge=0, le=3600
+    )  # until work that nobody waits for is cancelled
 
     max_queued_jobs: int = Field(default=10_000, ge=1)  # of all owners
     max_open_jobs_per_key: int = Field(default=2_000, ge=1)  # queued or running

@@ -4,9 +4,10 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from omnivideo.contracts import MAX_SEED, Artifact, FrozenModel, Preview, Route, StepProgress
+from omnivideo.contracts import MAX_ANSWER_TOKENS, MAX_SEED, Artifact, FrozenModel, Medium, Preview, Route, StepProgress
 
 Think = Literal["off", "on", "auto"]
+MAX_BACKGROUND_CHARS = 24_000
 Goal = Literal["understand", "generate", "edit", "decline"]
 
 
@@ -61,13 +62,23 @@ class Turn(FrozenModel):
 
 
 class TurnOptions(FrozenModel):
-    """The options of a turn. `check` is the maximum number of candidates to render for an action."""
+    """The options of a turn. `check` is the maximum number of candidates to render for an action.
+
+    `background` is what an MLLM that follows instructions is told besides the turn's text: a client's own instructions,
+    documents, and what was said before.
+    `max_tokens`, `temperature`, `top_p` and `stop` apply to answers in words.
+    """
 
     think: Think = "auto"
     check: int = Field(default=1, ge=1, le=16)
     seed: int | None = Field(default=None, ge=-1, le=MAX_SEED)  # -1 means any seed
     steps: int | None = Field(default=None, ge=1, le=200)
     guidance_scale: float | None = Field(default=None, ge=0, le=30, allow_inf_nan=False)
+    background: str = Field(default="", max_length=MAX_BACKGROUND_CHARS)
+    max_tokens: int | None = Field(default=None, ge=1, le=MAX_ANSWER_TOKENS)
+    temperature: float = Field(default=0.0, ge=0, le=2, allow_inf_nan=False)
+    top_p: float = Field(default=1.0, gt=0, le=1, allow_inf_nan=False)
+    stop: tuple[str, ...] = ()
 
 
 # ---------------------------------------------------------------- events of a turn
@@ -76,6 +87,19 @@ class TurnOptions(FrozenModel):
 class PlanReady(FrozenModel):
     kind: Literal["plan"] = "plan"
     plan: Plan
+
+
+class ActionStarted(FrozenModel):
+    """An action of the plan begins: `prompt` is what is generated, or the request that is answered in words.
+
+    A turn that continues after an interruption begins its action again, and repeats the events that follow.
+    """
+
+    kind: Literal["action"] = "action"
+    index: int
+    goal: Goal
+    medium: Medium | None
+    prompt: str
 
 
 class ThinkingDelta(FrozenModel):
@@ -126,6 +150,7 @@ class TurnCompleted(FrozenModel):
 
 TurnEvent = (
     PlanReady
+    | ActionStarted
     | ThinkingDelta
     | PromptRewritten
     | StepProgress

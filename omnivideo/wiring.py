@@ -4,19 +4,23 @@ Without settings everything is embedded: SQLite and files in the home folder, th
 Only embedded parts load torch.
 """
 
+import logging
 from collections.abc import Callable
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omnivideo.agent.conversations import Conversations
+from omnivideo.agent.conversations import Conversations, OpenQueue
+from omnivideo.contracts import Lane
 from omnivideo.errors import InvalidInput
-from omnivideo.media.artifacts import store_user_file
+from omnivideo.media.artifacts import extract_frame, store_user_file
 from omnivideo.ports import MLLM, JobQueue, SweepableObjectStore, TextLimits
 from omnivideo.presets import get_preset
 from omnivideo.settings import ServiceSettings
 from omnivideo.storage.checkpointer import open_checkpointer
 from omnivideo.storage.objects.local import LocalObjectStore
+
+log = logging.getLogger("omnivideo.worker")
 
 if TYPE_CHECKING:
     from omnivideo.api.dependencies import ServiceContext
@@ -45,12 +49,14 @@ def build_local_conversations(
     renderer = Renderer(omni, store, weights_digest, persist_tokens=False)
     queue = LocalQueue(renderer)
     return Conversations(
-        mllm=RemoteMLLM(settings.mllm, store) if settings.mllm else renderer.mllm,
-        queue_for=lambda owner: queue,
+        mllm=RemoteMLLM(settings.mllm, store, settings.mllm_timeout_seconds) if settings.mllm else renderer.mllm,
+        queue_for=lambda owner, lane="interactive": queue,
         store=store,
         checkpointer=open_checkpointer(settings),
         attach_file=partial(store_user_file, store),
         preset=omni.preset,
+        extract_frame=partial(extract_frame, store),
+        max_generations=settings.max_generations_per_turn,
         text_limits=text_limits,
         replay_manifest=renderer.replay_manifest,
     )
@@ -137,14 +143,18 @@ class ServiceWiring:
         from omnivideo.backends.decoder.renderer import Renderer
         from omnivideo.models.device import pick_device
         from omnivideo.models.weights import checkpoint
+        from omnivideo.models.weights.checkpoint import Contents
         from omnivideo.models.weights.digests import compute_folder_digest
         from omnivideo.models.weights.shipped import find_shipped_weights
 
         folder = Path(self.settings.weights) if self.settings.weights else find_shipped_weights(self.settings.preset)
+        contents: Contents = "without-mllm" if self.settings.mllm else "all"
         digest = compute_folder_digest(folder, self.settings.home)
-        omni = checkpoint.load(folder, pick_device(self.device), self.settings.precision)
+        omni = checkpoint.load(folder, pick_device(self.device), self.settings.precision, contents)
         digest.check_unchanged()
-        return Renderer(omni, self.store, digest.value)
+        if omni.placement:
+            log.info("placement of %s: %s", omni.preset.name, omni.placement.describe())
+        return Renderer(omni, self.store, digest.value, mllm=self.remote_mllm)
 
     @cached_property
     def worker(self) -> "Worker":
@@ -171,7 +181,7 @@ class ServiceWiring:
             return None
         from omnivideo.backends.mllm.remote import RemoteMLLM
 
-        remote = RemoteMLLM(self.settings.mllm, self.store)
+        remote = RemoteMLLM(self.settings.mllm, self.store, self.settings.mllm_timeout_seconds)
         self.close_callbacks.append(remote.close)
         return remote
 
@@ -195,11 +205,14 @@ class ServiceWiring:
         return notify
 
     @cached_property
-    def open_queue(self) -> Callable[[str], JobQueue]:
-        """Return the durable queue of an owner's jobs."""
+    def open_queue(self) -> OpenQueue:
+        """The durable queues of all owners' jobs."""
         from omnivideo.backends.queue.durable import DurableQueue
 
-        return partial(DurableQueue, self.jobs, self.store, self.notify_workers)
+        def open_queue(owner: str, lane: Lane = "interactive", /) -> JobQueue:
+            return DurableQueue(self.jobs, self.store, self.notify_workers, owner, lane)
+
+        return open_queue
 
     @cached_property
     def text_limits(self) -> TextLimits:
@@ -213,7 +226,15 @@ class ServiceWiring:
     def conversations(self) -> Conversations:
         saver, preset = open_checkpointer(self.settings), get_preset(self.settings.preset)
         conversations = Conversations(
-            self.mllm, self.open_queue, self.store, saver, self.attach_file, preset, self.text_limits
+            self.mllm,
+            self.open_queue,
+            self.store,
+            saver,
+            self.attach_file,
+            preset,
+            partial(extract_frame, self.store),
+            self.settings.max_generations_per_turn,
+            self.text_limits,
         )
         self.close_callbacks.append(conversations.close)
         return conversations

@@ -5,51 +5,74 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 from langgraph.checkpoint.base import BaseCheckpointSaver
 
 from omnivideo.agent.graph import Planner
+from omnivideo.agent.rendering import MAX_GENERATIONS
 from omnivideo.agent.thread import AttachFile, Thread
-from omnivideo.contracts import Artifact, Manifest
+from omnivideo.contracts import Artifact, Lane, Manifest
 from omnivideo.errors import ArtifactNotFound
-from omnivideo.ports import CHARACTER_LIMITS, MLLM, JobQueue, SweepableObjectStore, TextLimits
+from omnivideo.ports import CHARACTER_LIMITS, MLLM, ExtractFrame, JobQueue, SweepableObjectStore, TextLimits
 from omnivideo.presets import Preset
 
 LOCAL_OWNER = "local"  # the only owner, if the service requires no keys
+
+
+class OpenQueue(Protocol):
+    def __call__(self, owner: str, lane: Lane = "interactive", /) -> JobQueue:
+        """Return the queue that renders an owner's clips in a lane."""
+        ...
 
 
 @dataclass
 class Conversations:
     """The threads of all owners.
 
-    `queue_for` returns the queue that renders an owner's clips. `attach_file` stores a user's file. `replay_manifest`
-    renders a manifest's clip again and returns its object key; it is None if the decoder is in another process.
+    `attach_file` stores a user's file. `extract_frame` makes a still of a clip. A turn that would generate more than
+    `max_generations` is asked about. `replay_manifest` renders a manifest's clip again and returns its object key; it
+    is None if the decoder is in another process.
     """
 
     mllm: MLLM
-    queue_for: Callable[[str], JobQueue]
+    queue_for: OpenQueue
     store: SweepableObjectStore
     checkpointer: BaseCheckpointSaver[Any]
     attach_file: AttachFile
     preset: Preset
+    extract_frame: ExtractFrame | None = None
+    max_generations: int = MAX_GENERATIONS
     text_limits: TextLimits = CHARACTER_LIMITS
     replay_manifest: Callable[[Manifest], str] | None = None
 
     def __post_init__(self) -> None:
         self.get_graph = lru_cache(maxsize=256)(self.build_graph)
 
-    def build_graph(self, owner: str) -> Any:
-        planner = Planner(self.mllm, self.queue_for(owner), self.preset, self.text_limits)
+    def build_graph(self, owner: str, lane: Lane = "interactive") -> Any:
+        queue = self.queue_for(owner, lane)
+        planner = Planner(
+            self.mllm, queue, self.preset, self.extract_frame, self.max_generations, text_limits=self.text_limits
+        )
         return planner.build_graph(self.checkpointer)
 
     @property
     def graph(self) -> Any:
         return self.get_graph(LOCAL_OWNER)
 
-    def open_thread(self, name: str | None = None, create: bool = False, owner: str = LOCAL_OWNER) -> Thread:
-        """Open the thread with this id, or a new one. Raises InvalidInput if there is none and `create` is False."""
-        thread = Thread(self.get_graph(owner), name or uuid.uuid4().hex[:12], self.attach_file, self.text_limits)
+    def open_thread(
+        self,
+        name: str | None = None,
+        create: bool = False,
+        owner: str = LOCAL_OWNER,
+        lane: Lane = "interactive",
+    ) -> Thread:
+        """Open the thread with this id, or a new one. Raises InvalidInput if there is none and `create` is False.
+
+        Its turns are rendered in the lane.
+        """
+        graph = self.get_graph(owner, lane)
+        thread = Thread(graph, name or uuid.uuid4().hex[:12], self.attach_file, self.text_limits)
         if (name is None or create) and not thread.exists():
             return thread.initialize_state()
         return thread.require_existing()
@@ -75,7 +98,7 @@ class Conversations:
         for name in self.list_thread_ids():
             for snapshot in self.graph.get_state_history({"configurable": {"thread_id": name}}):
                 for artifact in snapshot.values.get("artifacts", []):
-                    referenced_keys |= {artifact["key"], artifact["manifest"], artifact["latents"]}
+                    referenced_keys |= {artifact.get(name) for name in ("key", "manifest", "latents", "preview")}
         keys = {key for key in referenced_keys if key}
         return keys | self.collect_replay_keys(keys)
 

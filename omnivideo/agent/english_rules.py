@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 
+from omnivideo.agent.media_words import is_medium_request
 from omnivideo.contracts import Artifact, Medium
 
 IMPERATIVE_VERBS = (
@@ -143,7 +144,7 @@ def is_change_request(text: str) -> bool:
 
 def is_reference(text: str) -> bool:
     """Return whether a request refers to an existing artifact."""
-    if is_change_request(text):
+    if is_change_request(text) or is_medium_request(text):
         return True
     if NEW_SUBJECT.match(text):
         return False

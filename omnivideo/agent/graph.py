@@ -9,92 +9,67 @@ thread is checkpointed after every node, so a killed process loses at most one s
 emits events while a turn runs.
 """
 
-import hashlib
-import time
+from functools import partial
 from typing import Any, Literal
 
 from langgraph.checkpoint.base import BaseCheckpointSaver
-from langgraph.config import get_config, get_stream_writer
 from langgraph.graph import END, START, StateGraph
 from langgraph.types import interrupt
 
-from omnivideo.agent import english_rules
-from omnivideo.agent.capabilities import build_refusal, get_task, reconcile_route
+from omnivideo.agent import english_rules, media_words
+from omnivideo.agent.answer_text import end_at_stop, remove_reasoning, separate_reasoning
+from omnivideo.agent.capabilities import (
+    build_refusal,
+    choose_result_medium,
+    get_task,
+    is_frame_request,
+    reconcile_route,
+)
+from omnivideo.agent.generation_limit import limit_generations
 from omnivideo.agent.mllm_plan import LAST, NEW, build_plan_request, build_plan_schema, parse_plan
-from omnivideo.agent.planner_prompts import load_prompts
 from omnivideo.agent.references import ReferenceSearch
+from omnivideo.agent.rendering import RenderingNodes, emit_action, emit_event, get_background
 from omnivideo.agent.state import PlannerState
+from omnivideo.agent.transitions import (
+    REFERENCE_NODE,
+    choose_goal_node,
+    choose_next_node,
+    choose_node_after_check,
+    choose_node_after_reference,
+    close_action,
+    get_planned,
+)
 from omnivideo.contracts import (
-    MAX_SEED,
-    THINK_END,
-    THINK_START,
     Artifact,
-    Job,
-    Medium,
     MLLMRequest,
     Route,
-    get_editing_task,
-    get_generation_task,
-    get_source_length,
-    resolve_sampling_params,
+    TextSampling,
 )
-from omnivideo.ports import CHARACTER_LIMITS, MLLM, JobQueue, TextLimits
-from omnivideo.presets import Preset
 from omnivideo.turns import (
     Action,
     ActionResult,
     ArtifactReady,
-    Candidate,
-    Goal,
     Plan,
     PlanReady,
     PromptRewritten,
     TextDelta,
     ThinkingDelta,
-    ThinkTrace,
     Turn,
     TurnCompleted,
-    TurnEvent,
     TurnOptions,
 )
 
-# The names of the nodes are part of every stored checkpoint: a turn that waits for a reply resumes by these names. This
-# node's name is older than its method's name.
-REFERENCE_NODE = "refer"
 MIN_ROUTE_PROBABILITY = 0.5  # below this probability, the user is asked
-MIN_AGREEMENT = 0.5  # a candidate with this agreement is accepted
 NOTHING_TO_EDIT_QUESTION = "There is nothing to change yet. What should I create?"
 ROUTE_QUESTION = "I am not sure what you would like: a picture, a clip, or an answer in words?"
 UNCLEAR_QUESTION = "I am not sure what you mean. What exactly should I make?"
+NO_ANSWER_QUESTION = "I have no answer to that. What would you like to see, or to know?"
 DECLINE_MESSAGE = "I cannot help with that; I make and change clips and pictures, and answer questions about them."
 MAX_QUESTIONS = 3  # about unclear requests, in one turn
 
 
-def emit_event(event: TurnEvent) -> None:
-    get_stream_writer()(event)
-
-
-def derive_seed(*parts: object) -> int:
-    """Return a seed derived from what it is used for, such as a thread, turn and action."""
-    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
-    return int.from_bytes(digest[:8], "big") % (MAX_SEED + 1)
-
-
-def split_reasoning(text: str) -> tuple[str, str]:
-    """Split a think-mode answer into its reasoning and its rewrite, which is empty if the reasoning does not end."""
-    before, mark, after = text.partition(THINK_END)
-    return before.replace(THINK_START, "").strip(), after.strip() if mark else ""
-
-
-class Planner:
+class Planner(RenderingNodes):
     """The nodes of the graph. A node takes the thread's state and returns its updates."""
-
-    def __init__(self, mllm: MLLM, queue: JobQueue, preset: Preset, text_limits: TextLimits = CHARACTER_LIMITS):
-        self.mllm = mllm
-        self.queue = queue
-        self.preset = preset
-        self.text_limits = text_limits
-        self.prompts = load_prompts(preset)
 
     def build_graph(self, checkpointer: BaseCheckpointSaver[Any]) -> Any:
         builder = StateGraph(PlannerState)
@@ -120,7 +95,9 @@ class Planner:
     # ------------------------------------------------------------ planning and resolving references
 
     def plan(self, state: PlannerState) -> dict[str, Any]:
-        actions = self.split_actions(state)
+        actions, clarifications = limit_generations(
+            state["text"], partial(self.split_actions, state), self.is_generation, self.max_generations
+        )
         emit_event(PlanReady(plan=Plan(actions=tuple(Action(text=action["text"]) for action in actions))))
         attachments = state["attachments"]
         return {
@@ -129,14 +106,20 @@ class Planner:
             "action_goals": [action["goal"] for action in actions],
             "action_messages": [action["message"] for action in actions],
             "action_index": 0,
-            "clarifications": [],
+            "clarifications": clarifications,
             "results": [],
             "artifacts": attachments,
             "current_key": attachments[-1]["key"] if attachments else state.get("current_key"),
             "descriptions": state.get("descriptions", {}),
         }
 
-    def split_actions(self, state: PlannerState) -> list[dict[str, str]]:
+    def is_generation(self, action: dict[str, str]) -> bool:
+        """Return whether an action renders something, by the plan or, without one, by the MLLM's route."""
+        if action["goal"]:
+            return action["goal"] in ("generate", "edit")
+        return self.mllm.route(MLLMRequest(text=action["text"])).kind in ("image", "video")
+
+    def split_actions(self, state: PlannerState, text: str) -> list[dict[str, str]]:
         """Return each action's text, and its reference, goal and message to the user; "" if the plan does not say.
 
         An MLLM that can plan does this itself. Its plan is valid unless it is cut off before the first action is
@@ -144,16 +127,16 @@ class Planner:
         """
         unplanned = {"reference": "", "goal": "", "message": ""}
         if self.prompts.plan is None:
-            return [unplanned | {"text": text} for text in english_rules.split_actions(state["text"])]
+            return [unplanned | {"text": action} for action in english_rules.split_actions(text)]
         artifacts = [Artifact(**artifact) for artifact in state.get("artifacts", []) + state["attachments"]]
         request = MLLMRequest(
-            text=build_plan_request(state["text"], artifacts),
-            system=self.prompts.plan,
+            text=build_plan_request(text, artifacts),
+            system=self.prompts.add_background(self.prompts.plan, get_background(state)),
             json_schema=build_plan_schema(len(artifacts)),
         )
         planned_actions = parse_plan("".join(self.mllm.stream_text(request)), len(artifacts))
         if not planned_actions:
-            return [unplanned | {"text": state["text"], "reference": LAST if artifacts else NEW}]
+            return [unplanned | {"text": text, "reference": LAST if artifacts else NEW}]
         return [
             {"text": action.do.strip(), "reference": action.about, "goal": action.action,
              "message": getattr(action, "say", "")}
@@ -184,6 +167,7 @@ class Planner:
         }  # fmt: skip
         if source is None or not english_rules.is_go_back_request(text):
             return updates
+        emit_action(state, "understand", text)
         emit_event(ArtifactReady(artifact=source))
         route = Route(kind="text", probability=1.0)
         result = ActionResult(action=action, goal="understand", route=route, trace=None, artifact=source)
@@ -207,7 +191,7 @@ class Planner:
     def think(self, state: PlannerState) -> dict[str, Any]:
         """Route the request; in think mode, also rewrite it by reasoning before anything is rendered."""
         request, source = self.build_request(state), self.find_source(state)
-        route = reconcile_route(self.preset, get_planned(state, "action_goals"), self.mllm.route(request), source)
+        route = self.choose_route(state, request, source)
         if route.kind == "ask" and len(state["clarifications"]) >= MAX_QUESTIONS:
             route = Route(kind="text", probability=1.0)
         updates: dict[str, Any] = {"detected_route": route.model_dump(), "trace": None}
@@ -216,33 +200,33 @@ class Planner:
         options = TurnOptions(**state["options"])
         should_think = options.think == "on" or (options.think == "auto" and self.needs_thinking(request.text))
         if should_think and get_task(route, source):
-            trace = self.rewrite_prompt(request)
+            trace = self.rewrite_prompt(state, request)
             emit_event(PromptRewritten(trace=trace))
             updates["trace"] = trace.model_dump()
         return updates
+
+    def choose_route(self, state: PlannerState, request: MLLMRequest, source: Artifact | None) -> Route:
+        """Return the MLLM's route, within the plan; without a plan, English words may ask for another medium."""
+        route = self.mllm.route(request)
+        if self.prompts.plan is not None:
+            return reconcile_route(self.preset, get_planned(state, "action_goals"), route, source)
+        worded_medium = None if source is None else media_words.find_requested_medium(request.text, source.medium)
+        return choose_result_medium(route, source, worded_medium)
 
     def write_message(self, request: MLLMRequest, route: Route, source: Artifact | None) -> str:
         """Return what the user is told or asked instead of a result; "" if there will be one."""
         system = {"ask": self.prompts.ask, "decline": self.prompts.decline}.get(route.kind)
         if route.kind in ("ask", "decline"):
-            written = system and "".join(self.mllm.stream_text(request.model_copy(update={"system": system}))).strip()
-            return written or (UNCLEAR_QUESTION if route.kind == "ask" else DECLINE_MESSAGE)
+            pieces = self.mllm.stream_text(request.model_copy(update={"system": system})) if system else ()
+            return remove_reasoning("".join(pieces)) or (UNCLEAR_QUESTION if route.kind == "ask" else DECLINE_MESSAGE)
+        if is_frame_request(route, source) and self.extract_frame is None:
+            return "I cannot take a picture out of a clip here."
         return build_refusal(self.preset, route, source) or ""
 
     def needs_thinking(self, text: str) -> bool:
         """Return whether a request describes things instead of naming them, or is not in the MLLM's own words."""
         has_closed_vocabulary = self.prompts.plan is None
         return english_rules.is_indirect(text) or (has_closed_vocabulary and english_rules.has_other_words(text))
-
-    def rewrite_prompt(self, request: MLLMRequest) -> ThinkTrace:
-        started, text = time.perf_counter(), ""
-        for piece in self.mllm.stream_text(request.model_copy(update={"system": self.prompts.think})):
-            text += piece
-            if THINK_END not in text and (visible := piece.replace(THINK_START, "")):
-                emit_event(ThinkingDelta(delta=visible))
-        reasoning, rewrite = split_reasoning(text)
-        seconds = round(time.perf_counter() - started, 3)
-        return ThinkTrace(request=request.text, reasoning=reasoning, rewrite=rewrite or request.text, seconds=seconds)
 
     def route(self, state: PlannerState) -> dict[str, Any]:
         """Keep the route of the MLLM's first token; if that is uncertain, ask the user."""
@@ -274,101 +258,27 @@ class Planner:
 
     def decline(self, state: PlannerState) -> dict[str, Any]:
         """Answer with the refusal; nothing is rendered."""
-        emit_event(TextDelta(delta=state["message"]))
-        action, route = Action(**state["action"]), Route(kind="decline", probability=1.0)
-        return close_action(
-            state, ActionResult(action=action, goal="decline", route=route, trace=None, answer=state["message"])
-        )
-
-    # ------------------------------------------------------------ the three goals
+        return self.answer_in_words(state, state["message"])
 
     def understand(self, state: PlannerState) -> dict[str, Any]:
-        answer = ""
-        for piece in self.mllm.stream_text(self.build_request(state)):
-            answer += piece
-            emit_event(TextDelta(delta=piece))
+        """Answer in words. An answer that is nothing but reasoning becomes a question."""
+        request, options, answer = self.build_request(state), TurnOptions(**state["options"]), ""
+        emit_action(state, "understand", request.text)
+        sampling = TextSampling(
+            max_tokens=options.max_tokens,
+            temperature=options.temperature,
+            top_p=options.top_p,
+            seed=self.choose_seed(state) % 2**31 if options.temperature else 0,
+        )
+        system = self.prompts.add_background(None, options.background)
+        pieces = self.mllm.stream_text(request.model_copy(update={"sampling": sampling, "system": system}))
+        for kind, piece in end_at_stop(separate_reasoning(pieces), options.stop):
+            emit_event(ThinkingDelta(delta=piece) if kind == "thinking" else TextDelta(delta=piece))
+            answer += piece if kind == "text" else ""
+        if not answer.strip():
+            answer = NO_ANSWER_QUESTION
+            emit_event(TextDelta(delta=answer))
         return close_action(state, ActionResult(**self.build_result_fields(state, "understand"), answer=answer.strip()))
-
-    def generate(self, state: PlannerState) -> dict[str, Any]:
-        return self.render_candidate(state, None)
-
-    def edit(self, state: PlannerState) -> dict[str, Any]:
-        return self.render_candidate(state, self.find_source(state))
-
-    def render_candidate(self, state: PlannerState, source: Artifact | None) -> dict[str, Any]:
-        """Render the next candidate: predict the prompt's visual tokens, then run a job with the next seed."""
-        options, candidates = TurnOptions(**state["options"]), list(state["candidates"])
-        turn_number, action_index, attempt = len(state["turns"]) + 1, state["action_index"], len(candidates)
-        base_seed = options.seed
-        if base_seed is None or base_seed == -1:
-            base_seed = derive_seed(state["seed"], turn_number, action_index)
-        medium: Medium = source.medium if source else "image" if state["detected_route"]["kind"] == "image" else "video"
-        params = resolve_sampling_params(
-            self.preset,
-            get_editing_task(medium) if source else get_generation_task(medium),
-            None if source is None else get_source_length(self.preset, source),
-            steps=options.steps,
-            guidance_scale=options.guidance_scale,
-            seed=(base_seed + attempt) % (MAX_SEED + 1),
-        )
-        prompt = self.text_limits.check_prompt("text", self.get_prompt(state), params)
-        # A turn that failed may be sent again; its jobs need new ids.
-        retry_suffix = f".{state['failed_turns']}" if state.get("failed_turns") else ""
-        job = Job(
-            id=f"{get_thread_id()}/{turn_number}.{action_index + 1}.{attempt + 1}{retry_suffix}",
-            prompt=prompt,
-            visual_tokens=self.mllm.predict_visual_tokens(
-                MLLMRequest(text=prompt, artifacts=(source,) if source else ()), medium
-            ),
-            source=source,
-            params=params,
-            preset=self.preset.name,
-        )
-        artifact = self.follow_job(job, final=options.check == 1)
-        return {"candidates": [*candidates, Candidate(seed=job.seed, artifact=artifact).model_dump()]}
-
-    def follow_job(self, job: Job, final: bool) -> Artifact:
-        for event in self.queue.run(job):
-            if isinstance(event, Artifact):
-                emit_event(ArtifactReady(artifact=event, final=final))
-                return event
-            emit_event(event)
-        raise AssertionError("a job must end with an artifact")
-
-    # ------------------------------------------------------------ check and answer
-
-    def check(self, state: PlannerState) -> dict[str, Any]:
-        """Inference-time scaling: let the MLLM judge the candidate, and render another one if it disagrees."""
-        options = TurnOptions(**state["options"])
-        candidates = [Candidate(**candidate) for candidate in state["candidates"]]
-        if options.check == 1:
-            return self.select_best(state, candidates)
-        statement = state["statement"] or self.build_statement(state)
-        question = self.prompts.check.format(prompt=statement)
-        agreement = self.mllm.score_agreement(MLLMRequest(text=question, artifacts=(candidates[-1].artifact,)))
-        candidates[-1] = candidates[-1].model_copy(update={"agreement": round(agreement, 4)})
-        if agreement < MIN_AGREEMENT and len(candidates) < options.check:
-            return {"candidates": [candidate.model_dump() for candidate in candidates], "statement": statement}
-        return self.select_best(state, candidates)
-
-    def build_statement(self, state: PlannerState) -> str:
-        """Return what the result should show. An edit's instruction names only the change, so it is rewritten first."""
-        trace = state["trace"]
-        if trace is None and state["action"]["source"]:
-            trace = self.rewrite_prompt(self.build_request(state)).model_dump()
-        statement: str = trace["rewrite"] if trace else state["action"]["text"]
-        return statement.removeprefix("picture of ").removeprefix("video of ")
-
-    def select_best(self, state: PlannerState, candidates: list[Candidate]) -> dict[str, Any]:
-        best = max(candidates, key=lambda candidate: candidate.agreement or 0.0).artifact
-        if len(candidates) > 1 or candidates[0].agreement is not None:
-            emit_event(ArtifactReady(artifact=best))
-        goal: Goal = "edit" if best.source else "generate"
-        result = ActionResult(**self.build_result_fields(state, goal), candidates=tuple(candidates), artifact=best)
-        updates: dict[str, Any] = {"artifacts": [best.model_dump()], "current_key": best.key}
-        return (
-            updates | {"candidates": [candidate.model_dump() for candidate in candidates]} | close_action(state, result)
-        )
 
     def answer(self, state: PlannerState) -> dict[str, Any]:
         turn = Turn(
@@ -380,66 +290,3 @@ class Planner:
         )
         emit_event(TurnCompleted(turn=turn))
         return {"turns": [turn.model_dump()]}
-
-    # ------------------------------------------------------------ helpers of several nodes
-
-    def find_source(self, state: PlannerState) -> Artifact | None:
-        key = state["action"]["source"]
-        return next((Artifact(**artifact) for artifact in reversed(state["artifacts"]) if artifact["key"] == key), None)
-
-    def build_request(self, state: PlannerState) -> MLLMRequest:
-        source = self.find_source(state)
-        return MLLMRequest(text=state["action"]["text"], artifacts=(source,) if source else ())
-
-    def get_prompt(self, state: PlannerState) -> str:
-        prompt: str = state["trace"]["rewrite"] if state["trace"] else state["action"]["text"]
-        return prompt
-
-    def build_result_fields(self, state: PlannerState, goal: Goal) -> dict[str, Any]:
-        return {"action": state["action"], "goal": goal, "route": state["detected_route"], "trace": state["trace"]}
-
-
-def get_thread_id() -> str:
-    return str(get_config()["configurable"]["thread_id"])
-
-
-def close_action(state: PlannerState, result: ActionResult) -> dict[str, Any]:
-    return {
-        "results": [*state["results"], result.model_dump()],
-        "action_index": state["action_index"] + 1,
-        "action_done": True,
-    }
-
-
-def choose_next_node(state: PlannerState) -> str:
-    return REFERENCE_NODE if state["action_index"] < len(state["action_texts"]) else "answer"
-
-
-def get_planned(state: PlannerState, key: Literal["action_goals", "action_messages"]) -> str:
-    """Return what the plan says of the current action; "" if there is no plan, or the turn began before there were."""
-    values = state.get(key)
-    return values[state["action_index"]] if values else ""
-
-
-def choose_node_after_reference(state: PlannerState) -> str:
-    """Return the node after a resolved reference; an action that only returns to an artifact is already done."""
-    if state["action_done"]:
-        return choose_next_node(state)
-    goal = get_planned(state, "action_goals")
-    return goal if goal in ("ask", "decline") else "think"
-
-
-def choose_goal_node(state: PlannerState) -> str:
-    kind = state["detected_route"]["kind"]
-    if kind == "ask":
-        return "ask"
-    if state.get("message"):
-        return "decline"
-    if kind == "text":
-        return "understand"
-    return "edit" if state["action"]["source"] else "generate"
-
-
-def choose_node_after_check(state: PlannerState) -> str:
-    """Return the node that renders the next candidate, or the node of the next action if this one is done."""
-    return choose_next_node(state) if state["action_done"] else choose_goal_node(state)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from langgraph.types import interrupt
 
 from omnivideo.agent import english_rules
+from omnivideo.agent.answer_text import remove_reasoning
 from omnivideo.agent.mllm_plan import LAST, NEW, UNCLEAR
 from omnivideo.contracts import Artifact, Medium, MLLMRequest
 from omnivideo.ports import MLLM
@@ -74,5 +75,5 @@ class ReferenceSearch:
             request = MLLMRequest(
                 text=self.describe_prompt.format(medium=MEDIUM_NAMES[artifact.medium]), artifacts=(artifact,)
             )
-            self.descriptions[artifact.key] = "".join(self.mllm.stream_text(request)).strip()
+            self.descriptions[artifact.key] = remove_reasoning("".join(self.mllm.stream_text(request)))
         return self.descriptions[artifact.key]

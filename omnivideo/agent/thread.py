@@ -10,7 +10,7 @@ from typing import Any
 from langgraph.types import Command, StateSnapshot
 from pydantic import ValidationError
 
-from omnivideo.agent.graph import derive_seed
+from omnivideo.agent.rendering import derive_seed
 from omnivideo.contracts import Artifact, invalid_input_from_validation
 from omnivideo.errors import InvalidInput, OmniVideoError
 from omnivideo.ports import CHARACTER_LIMITS, TextLimits
@@ -77,6 +77,12 @@ class Thread:
         if snapshot is None:
             raise InvalidInput("turn", f"{turn} is not a turn of this thread: 0 to {len(self.get_turns())}")
         return branch.initialize_state(snapshot.values)
+
+    def add_artifacts(self, artifacts: Sequence[Artifact]) -> None:
+        """Add artifacts between two turns, as if they had been attached; the last one becomes what "it" refers to."""
+        if artifacts:
+            updates = {"artifacts": [artifact.model_dump() for artifact in artifacts], "current_key": artifacts[-1].key}
+            self.graph.update_state(self.config, updates, as_node="answer")
 
     def find_snapshot_after(self, num_turns: int) -> StateSnapshot | None:
         """Return the state after `num_turns` turns, or None if the thread has fewer."""

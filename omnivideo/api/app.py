@@ -10,16 +10,22 @@ import anyio
 from fastapi import FastAPI
 from opentelemetry import trace
 from opentelemetry.propagate import extract
+from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from omnivideo import __version__
 from omnivideo.api.dependencies import ServiceContext
 from omnivideo.api.errors import build_body_too_large_error, register_error_handlers, to_json_response
 from omnivideo.api.event_feed import EventFeed
-from omnivideo.api.routes import batches, chat, files, images, operations, threads, videos, webhooks
+from omnivideo.api.routes import batches, chat, files, images, operations, responses, threads, videos, webhooks
 
 log = logging.getLogger("omnivideo.api")
+NO_PUBLIC_URL_WARNING = (
+    "OMNIVIDEO_PUBLIC_URL is empty: links lead where each request was sent, which browsers behind a proxy or outside of"
+    " the containers' network may not reach"
+)
 TRACER = trace.get_tracer("omnivideo.api")
 
 
@@ -113,11 +119,28 @@ def create_app(context: ServiceContext) -> FastAPI:
         EventFeed(context.turns, context.store),
         metrics,
     )
+    add_settings_middleware(app, context)
     app.add_middleware(RequestMiddleware, max_body_bytes=context.settings.max_upload_bytes, metrics=metrics)
     register_error_handlers(app)
     # The routes of the documentation come first; those of the routers have their complete paths.
     app.state.api_routes = [route for route in app.routes if isinstance(route, Route)]
-    for routes in (chat, videos, images, files, batches, webhooks, threads, operations):
+    for routes in (chat, responses, videos, images, files, batches, webhooks, threads, operations):
         app.include_router(routes.router)
         app.state.api_routes += routes.router.routes
     return app
+
+
+def add_settings_middleware(app: FastAPI, context: ServiceContext) -> None:
+    """Add what the settings say about the pages of browsers and about proxies."""
+    settings = context.settings
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id", "retry-after", "openai-poll-after-ms", "content-range"],
+        )
+    app.add_middleware(ProxyHeadersMiddleware, trusted_hosts=list(settings.trusted_proxies))
+    if settings.admin_key and not settings.public_url:
+        log.warning(NO_PUBLIC_URL_WARNING)

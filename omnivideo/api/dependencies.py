@@ -21,8 +21,9 @@ from omnivideo.api.errors import APIError, build_key_in_use_error, build_key_reu
 from omnivideo.api.request_digest import digest_request
 from omnivideo.api.stores import APIKeyStore, BatchStore, IdempotencyStore, UserFileStore, WebhookStore
 from omnivideo.api.turn_runner import TurnRunner
-from omnivideo.contracts import Artifact, KeyClaim
+from omnivideo.contracts import Artifact
 from omnivideo.ports import JobStore, SweepableObjectStore, TextLimits, TurnStore
+from omnivideo.records import KeyClaim
 from omnivideo.settings import ServiceSettings
 
 BEARER = HTTPBearer(auto_error=False, description="An API key")

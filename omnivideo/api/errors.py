@@ -15,6 +15,7 @@ from pydantic.fields import FieldInfo
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
+from omnivideo.agent.capabilities import explain_invalid_input
 from omnivideo.contracts import JobStatus
 from omnivideo.errors import (
     ArtifactNotFound,
@@ -26,6 +27,7 @@ from omnivideo.errors import (
     OmniVideoError,
     ServiceBusy,
     StoreError,
+    build_job_error,
 )
 from omnivideo.turns import TurnRecord
 from omnivideo.validation import describe_errors, find_models
@@ -41,6 +43,7 @@ class APIError(Exception):
         super().__init__(message)
         self.status_code, self.message, self.param, self.code = status_code, message, param, code
         self.headers: dict[str, str] = {}
+        self.explanation: str | None = None  # what a chat tells a person, if the error is about their words or files
 
     @property
     def error_type(self) -> str:
@@ -52,6 +55,16 @@ class APIError(Exception):
     def to_body(self) -> dict[str, Any]:
         error = {"message": self.message, "type": self.error_type, "param": self.param, "code": self.code}
         return {"error": error}
+
+    def to_event(self) -> dict[str, Any]:
+        """Return the body for a stream, in which the status and the headers can no longer be sent."""
+        retry_after = {"retry_after": int(self.headers["Retry-After"])} if "Retry-After" in self.headers else {}
+        return {"error": self.to_body()["error"] | {"status": self.status_code} | retry_after}
+
+    def to_record(self) -> dict[str, Any]:
+        """Return what a turn stores of the error, from which `error_from_turn` builds it again."""
+        body: dict[str, Any] = self.to_body()["error"]
+        return body | {"status": self.status_code, "headers": self.headers, "explanation": self.explanation}
 
 
 class ErrorBody(BaseModel):
@@ -112,6 +125,8 @@ def to_api_error(error: BaseException) -> APIError:
     retry_after = error.retry_after_seconds if isinstance(error, ServiceBusy) else mapping.retry_after_seconds
     if retry_after is not None:
         api_error.headers["Retry-After"] = str(max(1, round(retry_after)))
+    if isinstance(error, InvalidInput):
+        api_error.explanation = explain_invalid_input(error)
     return api_error
 
 
@@ -125,11 +140,7 @@ def error_from_job(status: JobStatus) -> OmniVideoError:
     """Return the error that ended a failed or cancelled job."""
     if status.state == "cancelled":
         return JobCancelled("it was cancelled")
-    code, message = describe_job_failure(status)
-    if code == "invalid_input":
-        field, _, text = message.partition(": ")
-        return InvalidInput(field, text)
-    return JobFailed(code, message)
+    return build_job_error(*describe_job_failure(status))
 
 
 def describe_job_failure(status: JobStatus) -> tuple[str, str]:
@@ -138,11 +149,16 @@ def describe_job_failure(status: JobStatus) -> tuple[str, str]:
 
 
 def error_from_turn(turn: TurnRecord) -> APIError:
-    """Return the error that ended a failed or cancelled turn. A turn stores the error's body, without its status."""
+    """Return the error that ended a failed or cancelled turn."""
     if turn.error is None:
         return APIError(409, "the turn was cancelled", None, "cancelled")
-    status_code = 500 if turn.error.get("type") == "server_error" else 400
-    return APIError(status_code, turn.error["message"], turn.error["param"], turn.error["code"])
+    # Turns of older versions have the error's body only.
+    default_status = 500 if turn.error.get("type") == "server_error" else 400
+    message, param, code = (turn.error[name] for name in ("message", "param", "code"))
+    error = APIError(turn.error.get("status", default_status), message, param, code)
+    error.headers.update(turn.error.get("headers", {}))
+    error.explanation = turn.error.get("explanation")
+    return error
 
 
 # ---------------------------------------------------------------- errors that several routes raise

@@ -2,6 +2,8 @@
 
 import base64
 import json
+import math
+import time
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from typing import Any, cast
@@ -22,16 +24,21 @@ class EventFeed:
         self.turns = turns
         self.store = store
 
-    async def follow_turn(self, turn_id: str, last_number: int = 0) -> AsyncIterator[NumberedEvent]:
+    async def follow_turn(
+        self, turn_id: str, last_number: int = 0, idle_seconds: float = math.inf
+    ) -> AsyncIterator[NumberedEvent]:
         """Yield the turn's events with a number above `last_number` until the turn ends.
+
+        After each `idle_seconds` without an event, an "idle" event is yielded, which is not stored.
 
         The next event is yielded directly from its notification. In all other cases (a gap in the numbers, the end of
         the turn, a timeout, a lost connection), the database is read. While the database is unavailable, the follower
         waits.
         """
         with self.turns.watch_events(turn_id) as watch:
-            change = None
+            change, last_event_at = None, time.monotonic()
             while True:
+                followed_number = last_number
                 if change is not None and change.body is not None and change.number == last_number + 1:
                     last_number += 1
                     yield last_number, change.body
@@ -42,7 +49,17 @@ class EventFeed:
                             yield last_number, body
                         if not later.is_open:
                             return
+                if last_number > followed_number:
+                    last_event_at = time.monotonic()
+                elif time.monotonic() - last_event_at > idle_seconds:
+                    last_event_at = time.monotonic()
+                    yield last_number, {"kind": "idle", "seconds": round(idle_seconds)}
                 change = await watch.receive()
+
+    async def follow_to_end(self, turn_id: str) -> None:
+        """Wait until the turn ends."""
+        async for _ in self.follow_turn(turn_id):
+            pass
 
     async def stream_turn(self, turn_id: str, last_number: int = 0) -> AsyncIterator[dict[str, str]]:
         """Yield the turn's events as sse-starlette expects them, with their number as the id."""

@@ -141,7 +141,7 @@ def validate_fields(model_class: type[Model], fields: Mapping[str, Any]) -> Mode
 
 def rename_error_field(error: InvalidInput, field: str) -> InvalidInput:
     """Return the same error under the name of the field that the client sent."""
-    return InvalidInput(field, str(error).removeprefix(f"{error.field}: "))
+    return type(error)(field, str(error).removeprefix(f"{error.field}: "))
 
 
 # ---------------------------------------------------------------- documenting

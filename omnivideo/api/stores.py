@@ -7,7 +7,7 @@ storage/database implement all of them.
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from omnivideo.contracts import BatchRecord, FileRecord, KeyClaim, WebhookRecord
+from omnivideo.records import BatchRecord, FileRecord, KeyClaim, WebhookRecord
 
 
 class UserFileStore(Protocol):

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Generic, Literal, TypeVar
 
-from anyio import CancelScope
 from anyio.to_thread import run_sync
 from fastapi import Request
 
@@ -11,10 +10,10 @@ from omnivideo.api.dependencies import IdempotentRequest, ServiceContext
 from omnivideo.api.errors import error_from_job
 from omnivideo.api.generation import JobRequest, find_live_job, submit_jobs
 from omnivideo.api.generation_requests import GenerationRequest
+from omnivideo.api.waiting import leave_work
 from omnivideo.contracts import JobStatus
 
 DISCONNECT_CHECK_SECONDS = 0.5  # how often a waiting request checks that its client is still connected
-CLIENT_CLOSED_REQUEST = 499  # nginx's status for a client that has disconnected; it is only logged
 Payload = TypeVar("Payload", bound=GenerationRequest)
 
 
@@ -71,9 +70,7 @@ class WaitingJobs(Generic[Payload]):
         try:
             statuses = await self.wait(request)
         finally:
-            has_disconnected = statuses is None
-            with CancelScope(shield=True):
-                await run_sync(self.leave, has_disconnected)
+            await leave_work(self.leave, statuses is None, self.context.settings.disconnect_grace_seconds)
         return statuses
 
     async def wait(self, request: Request) -> list[JobStatus] | None:

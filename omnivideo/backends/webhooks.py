@@ -24,7 +24,6 @@ from urllib.parse import SplitResult, urlsplit
 
 import httpcore2
 
-from omnivideo.contracts import WebhookRecord
 from omnivideo.errors import InvalidInput, OmniVideoError
 from omnivideo.media.fetch import (
     DEFAULT_PORTS,
@@ -34,6 +33,7 @@ from omnivideo.media.fetch import (
     load_tls_context,
     resolve_addresses,
 )
+from omnivideo.records import WebhookRecord
 from omnivideo.storage.database.jobs import EndedJob, JobRepository
 from omnivideo.storage.database.notifications import Watch
 from omnivideo.storage.database.webhooks import DeliveryRecord, WebhookRepository

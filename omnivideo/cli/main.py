@@ -239,12 +239,22 @@ app.add_typer(weights.app, name="weights", rich_help_panel=INSTALLATION_COMMANDS
 
 
 @app.command(rich_help_panel=INSTALLATION_COMMANDS)
-def doctor() -> None:
-    """Print what this machine can run: devices, memory, packages and weights; and whether the settings are valid."""
+def doctor(weights: WeightsOption = None, device: DeviceOption = "auto") -> None:
+    """Print what this machine can run: devices, memory, packages and weights; and whether the settings are valid.
+
+    With --weights, print what it can do with this folder: where each part computes, its memory, and the expected
+    seconds of a clip.
+    """
     from omnivideo.cli.doctor import collect_findings
 
+    findings = collect_findings()
+    if weights is not None:
+        from omnivideo.cli.expectations import describe_folder
+        from omnivideo.models.device import pick_device
+
+        findings = describe_folder(weights, pick_device(device))
     table = Table(show_header=False, box=None)
-    for name, value in collect_findings():
+    for name, value in findings:
         table.add_row(f"[bold]{name}[/bold]", escape(value))
     console.print(table)
 

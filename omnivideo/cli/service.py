@@ -15,6 +15,7 @@ from omnivideo.cpu_threads import configure_cpu_threads
 from omnivideo.errors import InvalidInput, MissingDependency
 
 if TYPE_CHECKING:
+    from omnivideo.models.omni import OmniVideoModel
     from omnivideo.settings import ServiceSettings
     from omnivideo.wiring import ServiceWiring
 
@@ -105,6 +106,7 @@ def run_server(create_application: Callable[[], Any], host: str, port: int) -> N
         access_log=False,
         timeout_graceful_shutdown=10,
         timeout_keep_alive=75,
+        proxy_headers=False,  # the service reads them itself, from the proxies in its settings
     )
 
 
@@ -210,10 +212,16 @@ def mllm_serve(
     from omnivideo.backends.mllm.local import LocalMLLM
     from omnivideo.backends.mllm.server import LRUObjectStore, create_mllm_app
 
-    omni = checkpoint.load(folder, pick_device(device), settings.precision)
+    omni = checkpoint.load(folder, pick_device(device), settings.precision, contents="mllm")
+    log_placement(omni)
     if lora is not None:
         merge_lora(getattr(omni.mllm, "llm", omni.mllm), lora)
     run_server(lambda: create_mllm_app(LocalMLLM(omni, LRUObjectStore())), host, port)
+
+
+def log_placement(omni: "OmniVideoModel") -> None:
+    if omni.placement:
+        logging.getLogger("omnivideo.mllm").info("placement of %s: %s", omni.preset.name, omni.placement.describe())
 
 
 @mllm_cli.callback()

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from omnivideo.contracts import Artifact, Medium
-from omnivideo.media.read import measure_media, read_media
+from omnivideo.contracts import Artifact, FramePosition, Medium
+from omnivideo.media.read import measure_media, read_chosen_frames, read_media
 from omnivideo.media.write import write_media
 from omnivideo.ports import ObjectStore
 
@@ -34,6 +34,20 @@ def to_png_bytes(frame: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(frame).save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def extract_frame(store: ObjectStore, clip: Artifact, position: FramePosition, created_by: str) -> Artifact:
+    """Store a frame of a clip as an image and return it."""
+
+    def choose(count: int, fps: float | None) -> list[int]:
+        return [{"first": 0, "middle": count // 2, "last": count - 1}[position]]
+
+    (frame,), _ = read_chosen_frames(store.get(clip.key), choose, lambda frame: frame)
+    height, width, _ = frame.shape
+    return Artifact(
+        key=store.put(to_png_bytes(frame), SUFFIX_BY_MEDIUM["image"]), medium="image", width=width, height=height,
+        frames=1, fps=1.0, caption=f"the {position} frame of {clip.caption}", source=clip.key, created_by=created_by,
+    )  # fmt: skip
 
 
 def convert_picture(data: bytes, picture_format: str, quality: int) -> bytes:

@@ -1,6 +1,7 @@
-"""Render still previews of a clip: a thumbnail and a spritesheet. This module does not need torch."""
+"""Render previews of a clip: a thumbnail, a spritesheet and an animation. This module does not need torch."""
 
 import io
+import itertools
 import math
 import threading
 from collections.abc import Callable, Sequence
@@ -17,19 +18,25 @@ from omnivideo.ports import ObjectStore
 
 MAX_SPRITESHEET_FRAMES = 16  # in one spritesheet
 MAX_THUMBNAIL_SIDE = 512  # px, of the longer side; a frame of a spritesheet has half of that
+MAX_ANIMATION_BYTES, MAX_ANIMATION_FRAMES = 2**20, 60
+# Longer sides in px with WebP's qualities, tried in order until the animation is small enough.
+ANIMATION_SIZES = ((480, 70), (320, 60), (240, 40), (160, 30), (96, 20))
 MAX_CACHED_BYTES = 16 * 2**20  # bytes of pictures cached by each process
 DECODE_SLOTS = threading.BoundedSemaphore(2)  # clips decoded at the same time
 
 
 def create_picture_renderer(store: ObjectStore) -> Callable[[Artifact, str], tuple[bytes, str]]:
-    """Return a function that maps an artifact and "thumbnail" or "spritesheet" to a picture's bytes and suffix.
+    """Return a function that maps an artifact and a variant to a picture's bytes and suffix.
 
-    A thumbnail is a webp of the middle frame, a spritesheet a jpg. The function caches its results.
+    A "thumbnail" is a webp of the middle frame, a "spritesheet" a jpg, an "animation" a webp of the whole clip. An
+    animation that was stored with its clip is read; the function caches what it renders.
     """
 
     cache = ByteBoundedCache[tuple[Artifact, str], tuple[bytes, str]](MAX_CACHED_BYTES, lambda picture: len(picture[0]))
 
     def render_picture(artifact: Artifact, variant: str) -> tuple[bytes, str]:
+        if variant == "animation" and artifact.preview and store.has(artifact.preview):
+            return store.get(artifact.preview), "webp"
         return cache.get_or_compute((artifact, variant), lambda: draw_picture(store.get(artifact.key), variant))
 
     return render_picture
@@ -43,6 +50,15 @@ def draw_picture(data: bytes, variant: str) -> tuple[bytes, str]:
                 data, lambda count, fps: [count // 2], partial(reduce_frame, side=MAX_THUMBNAIL_SIDE)
             )
         return encode_image(Image.fromarray(frames[0]), "WEBP"), "webp"
+    if variant == "animation":
+        with DECODE_SLOTS:
+            frames, grid = read_chosen_frames(
+                data,
+                lambda count, fps: spread_frame_indices(count, MAX_ANIMATION_FRAMES),
+                partial(reduce_frame, side=ANIMATION_SIZES[0][0]),
+            )
+        duration_seconds = len(grid.order) / (grid.fps or 1.0)
+        return encode_animation(frames, len(frames) / duration_seconds), "webp"
     with DECODE_SLOTS:
         frames, _ = read_chosen_frames(
             data,
@@ -72,4 +88,30 @@ def encode_image(image: Image.Image, image_format: str) -> bytes:
     """Return a picture encoded in one of Pillow's formats."""
     buffer = io.BytesIO()
     image.save(buffer, image_format, quality=85)
+    return buffer.getvalue()
+
+
+def encode_animation(frames: Sequence[np.ndarray] | np.ndarray, fps: float) -> bytes:
+    """Return frames, uint8 [F, H, W, 3], as an animated webp that repeats forever, of at most MAX_ANIMATION_BYTES.
+
+    It has at most MAX_ANIMATION_FRAMES, spread over the whole clip, and lasts as long as `frames` at `fps`.
+    """
+    indices = spread_frame_indices(len(frames), MAX_ANIMATION_FRAMES)
+    starts_ms = [round(1000 * index / fps) for index in (*indices, len(frames))]
+    durations_ms = [max(1, end - start) for start, end in itertools.pairwise(starts_ms)]
+    for side, quality in ANIMATION_SIZES:
+        first, *others = [Image.fromarray(reduce_frame(frames[index], side)) for index in indices]
+        buffer = io.BytesIO()
+        first.save(
+            buffer,
+            "WEBP",
+            save_all=True,
+            append_images=others,
+            duration=durations_ms,
+            loop=0,
+            quality=quality,
+            method=2,
+        )
+        if buffer.tell() <= MAX_ANIMATION_BYTES:
+            break
     return buffer.getvalue()

@@ -34,6 +34,11 @@ class MarkerEmbeddings(nn.Module):
             rows = (lengths or {}).get(name, 1)
             self.register_parameter(name, nn.Parameter(torch.randn(rows, dim) * 0.02))
 
+    @classmethod
+    def without_rows(cls, dim: int, names: Sequence[str]) -> "MarkerEmbeddings":
+        """Return the markers of weights without any."""
+        return cls(dim, names, dict.fromkeys(names, 0))
+
 
 def assemble_conditions(
     config: ConditionConfig, markers: MarkerEmbeddings, rows: Sequence[ConditionTokens], dtype: torch.dtype

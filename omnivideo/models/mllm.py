@@ -15,13 +15,13 @@ from typing import Literal, Protocol
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, Qwen3VLForConditionalGeneration
 from transformers.vision_utils import get_vision_position_ids
 
 from omnivideo.contracts import Route
 from omnivideo.errors import InvalidInput
+from omnivideo.models.frames import crop_to_square, resize_frame
 from omnivideo.models.structured import SchemaConstraint
 from omnivideo.presets import VisionInputConfig
 
@@ -143,13 +143,6 @@ def sample_frame_indices(media: MLLMMedia, vision_config: VisionInputConfig) -> 
     return [int(index) for index in np.linspace(0, total - 1, count).round()]
 
 
-def resize_frame(frame_HW3: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Return the frame at a height and width, by bicubic interpolation."""
-    if frame_HW3.shape[:2] == size:
-        return frame_HW3
-    return np.asarray(Image.fromarray(frame_HW3).resize((size[1], size[0]), Image.Resampling.BICUBIC))
-
-
 @dataclass(frozen=True)
 class QwenVisualInput:
     """The `VisualInput` of a Qwen3-VL with a preset's numbers."""
@@ -160,6 +153,7 @@ class QwenVisualInput:
         return sample_frame_indices(media, self.config) if media.is_video else [0]
 
     def fit_frame(self, frame_HW3: np.ndarray, num_frames: int) -> np.ndarray:
+        frame_HW3 = crop_to_square(frame_HW3) if self.config.fit == "square" else frame_HW3
         height, width = frame_HW3.shape[:2]
         return resize_frame(frame_HW3, fit_size(height, width, self.config, num_frames))
 

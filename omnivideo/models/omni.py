@@ -4,7 +4,8 @@ Shapes: B batch, Q visual tokens, N hidden states and M width of the MLLM, E wid
 L condition tokens, D text width of the decoder, z T h w latents.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import assert_never
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Qwen3VLForConditionalGeneration, UMT5EncoderModel
 
 from omnivideo.contracts import Medium
+from omnivideo.errors import PartOutOfMemory
 from omnivideo.models.bridge import Adapter, HiddenProjection, NullContext, VisionHead, VisualContextAdapter
 from omnivideo.models.conditions import (
     ConditionTokens,
@@ -27,9 +29,31 @@ from omnivideo.models.conditions import (
 from omnivideo.models.features import MLLMFeatures as MLLMFeatures
 from omnivideo.models.mllm import MLLMMessage
 from omnivideo.models.mllms import BoundMLLM, bind_mllm
+from omnivideo.models.placement import Placement
 from omnivideo.models.positions import add_absolute_positions
 from omnivideo.models.sampling import Expert, autocast_to
 from omnivideo.presets import ConditionPart, Preset, VisionInputConfig
+
+MEMORY_HELP = {
+    "MLLM": "send fewer or smaller media, or run it elsewhere: `omnivideo mllm serve` and OMNIVIDEO_MLLM",
+    "decoder": "request a smaller size or fewer frames",
+    "VAE": "request a smaller size or fewer frames",
+}
+RESTART_HELP = "if ordinary requests fail, free memory and start again: the parts are then placed by what is free"
+
+
+@contextmanager
+def name_part(part: str) -> Iterator[None]:
+    """Turn a lack of memory during the `with` block into a PartOutOfMemory that names the part."""
+    try:
+        yield
+    except PartOutOfMemory:
+        raise
+    except (MemoryError, RuntimeError) as error:
+        # On a CPU, torch raises a RuntimeError without a type of its own.
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        raise PartOutOfMemory(part, "; ".join(filter(None, (MEMORY_HELP.get(part), RESTART_HELP)))) from error
 
 
 class Bridge(nn.Module):
@@ -90,7 +114,9 @@ class OmniVideoModel:
     """All parts of one preset.
 
     `mllm_tokenizer` belongs to the MLLM and `tokenizer` to the decoder's text encoder. `mllm` is None in a process that
-    gets the MLLM's features from another one. `second_decoder` is the expert for low timesteps, if there are two.
+    gets the MLLM's features from another one, and the decoder and its encoders are None in a server of the MLLM.
+    `second_decoder` is the expert for low timesteps, if there are two. `placement` says where the parts compute;
+    without one, they all are on the decoder's device and compute in their types.
     """
 
     preset: Preset
@@ -102,6 +128,8 @@ class OmniVideoModel:
     tokenizer: PreTrainedTokenizerBase
     vae: AutoencoderKLWan
     second_decoder: WanTransformer3DModel | None = None
+    placement: Placement | None = None
+    placed_on: torch.device | None = None
 
     @property
     def vision_config(self) -> VisionInputConfig:
@@ -117,11 +145,16 @@ class OmniVideoModel:
     def compute_visual_tokens(self, requests: Sequence[tuple[MLLMMessage, Medium]]) -> Tensor:
         """Return V_o [B, Q, E] (Eq. 1), which the vision head predicts from the hidden states of each request."""
         states_BNM, padding_BN = self.bound_mllm.compute_features(requests)
-        visual_BQE: Tensor = self.bridge.vision_head(states_BNM.to(self.bridge.vision_head.decoder_query), padding_BN)
+        states_BNM = states_BNM.to(self.bridge.vision_head.decoder_query)
+        visual_BQE: Tensor = self.bridge.vision_head(states_BNM, padding_BN.to(states_BNM.device))
         return visual_BQE
 
     def compute_mllm_features(self, message: MLLMMessage, medium: Medium) -> MLLMFeatures:
         """Return what the MLLM gives to the decoder for one request, on the MLLM's device."""
+        with name_part("MLLM"):
+            return self.call_mllm(message, medium)
+
+    def call_mllm(self, message: MLLMMessage, medium: Medium) -> MLLMFeatures:
         if self.preset.vision_head is not None:
             return MLLMFeatures(self.compute_visual_tokens([(message, medium)]), "visual-tokens")
         caption = self.bound_mllm.caption_target(message, medium)
@@ -156,7 +189,8 @@ class OmniVideoModel:
 
     def encode_prompts(self, prompts: Sequence[str], field: str = "prompt") -> list[Tensor]:
         """Return the text embeddings [L, D] of each prompt, without padding; `field` names them in a refusal."""
-        hidden_BLD, lengths_B = encode_text(self.tokenizer, self.text_encoder, prompts, self.preset.text, field)
+        with name_part("text encoder"):
+            hidden_BLD, lengths_B = encode_text(self.tokenizer, self.text_encoder, prompts, self.preset.text, field)
         return [row_LD[:length] for row_LD, length in zip(hidden_BLD, lengths_B.tolist(), strict=True)]
 
     def encode_request_texts(self, prompts: Sequence[str], captions: Sequence[str], has_source: bool) -> list[Tensor]:
@@ -225,7 +259,7 @@ class OmniVideoModel:
                 tokens["hidden"] = projection(row["hidden"].to(next(projection.parameters())))
             if context_LD is not None:
                 tokens["source"] = context_LD
-            complete_rows.append(tokens)
+            complete_rows.append({part: tokens_LD.to(self.device) for part, tokens_LD in tokens.items()})
         return assemble_conditions(self.preset.condition, self.bridge.markers, complete_rows, self.decoder.dtype)
 
     def build_condition(
@@ -287,6 +321,13 @@ class OmniVideoModel:
         return (self.decoder,) if self.second_decoder is None else (self.decoder, self.second_decoder)
 
     @property
+    def parts(self) -> dict[str, nn.Module]:
+        """Return the parts that are loaded, by name; those of the second of two decoders end in `_2`."""
+        parts = {"mllm": self.mllm, "decoder": self.decoder, "decoder_2": self.second_decoder}
+        parts |= {"text_encoder": self.text_encoder, "vae": self.vae} | dict(self.bridge.named_children())
+        return {name: module for name, module in parts.items() if module is not None}
+
+    @property
     def modules(self) -> tuple[nn.Module, ...]:
         modules = (self.mllm, self.bridge, *self.decoders, self.text_encoder, self.vae)
         return tuple(module for module in modules if module is not None)
@@ -294,15 +335,24 @@ class OmniVideoModel:
     @property
     def autocast(self) -> torch.dtype | None:
         """Return the type that the decoder and the visual context adapter compute in, if not that of their weights."""
-        return getattr(torch, self.preset.autocast) if self.preset.autocast else None
+        name = self.preset.autocast
+        if self.placement is not None:
+            name = self.placement.choose_autocast(name)
+        return getattr(torch, name) if name else None
 
     @property
     def precision(self) -> str:
         """Return in which types the parts compute, which decides the bytes of a clip.
 
-        "float32" if every part does, "preset" if some have another type that the preset states.
+        "float32" if every part does; "preset" if some have another type that the preset states, and "preset, on a CPU
+        in float32" if parts are cast because the CPU is slow in that type.
         """
-        return "float32" if self.preset == self.preset.in_float32() else "preset"
+        if self.preset == self.preset.in_float32():
+            return "float32"
+        parts = self.placement.parts if self.placement else ()
+        is_cast = any(part.compute_dtype != part.size.dtype for part in parts)
+        is_cast = is_cast or (self.preset.autocast is not None and self.autocast is None)
+        return "preset, on a CPU in float32" if is_cast else "preset"
 
     @property
     def latents_dtype(self) -> torch.dtype:
@@ -311,11 +361,8 @@ class OmniVideoModel:
 
     def cast_parts(self) -> "OmniVideoModel":
         """Convert every part to the type that the preset states; see `Preset.in_float32`."""
-        named = {"mllm": self.mllm, "decoder": self.decoder, "decoder_2": self.second_decoder}
-        named |= {"text_encoder": self.text_encoder, "vae": self.vae} | dict(self.bridge.named_children())
-        for name, module in named.items():
-            if module is not None:
-                module.to(get_torch_dtype(self.preset, name.removesuffix("_2")))
+        for name, module in self.parts.items():
+            module.to(get_torch_dtype(self.preset, name.removesuffix("_2")))
         return self
 
     def eval(self) -> "OmniVideoModel":
@@ -325,13 +372,18 @@ class OmniVideoModel:
         return self
 
     def to(self, device: torch.device | str) -> "OmniVideoModel":
+        """Move all parts to a device. The model must have been placed there as a whole, or not at all."""
+        self.placed_on = None
         for module in self.modules:
             module.to(device)
         return self
 
     @property
     def device(self) -> torch.device:
-        device: torch.device = self.decoder.device
+        """Return the device of the latents and of the decoder's condition."""
+        if self.placed_on is not None:
+            return self.placed_on
+        device: torch.device = (self.decoder if self.decoder is not None else self.mllm).device
         return device
 
 

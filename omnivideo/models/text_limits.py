@@ -22,7 +22,7 @@ from omnivideo.contracts import (
     count_visual_tokens,
     is_editing_task,
 )
-from omnivideo.errors import InvalidInput
+from omnivideo.errors import TextTooLong
 from omnivideo.presets import Preset
 
 
@@ -61,7 +61,7 @@ class TokenLimits:
             return text
         count, most = len(self.mllm_tokenizer.encode(text, add_special_tokens=False).ids), self.max_mllm_tokens
         if count > most:
-            raise InvalidInput(field, f"it has {count} tokens; the language model takes 1 to {most}")
+            raise TextTooLong(field, f"it has {count} tokens; the language model takes 1 to {most}")
         return text
 
     def check_encoder_text(self, field: str, text: str, most: int) -> None:
@@ -69,7 +69,7 @@ class TokenLimits:
             return
         count = len(self.encoder_tokenizer.encode(clean_text(text) if self.preset.text.clean else text).ids)
         if count > most:
-            raise InvalidInput(field, f"it has {count} tokens; the text encoder takes 1 to {most}")
+            raise TextTooLong(field, f"it has {count} tokens; the text encoder takes 1 to {most}")
 
     def count_text_room(self, params: SamplingParams) -> int:
         """Return how many tokens of a prompt the decoder's condition holds."""

@@ -12,6 +12,22 @@ from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
 from torch import Tensor
 
+from omnivideo.contracts import VAE_SPATIAL_STRIDE
+
+MAX_UNTILED_PIXELS = 1280 * 720  # of a frame; larger ones are encoded and decoded in overlapping tiles
+TILE_SIZE, TILE_STRIDE = 512, 384  # px
+
+
+def choose_tiling(vae: AutoencoderKLWan, height: int, width: int) -> None:
+    """Let the VAE work in tiles if frames of this size are above the limit, which keeps its memory bounded.
+
+    The size alone decides, not the machine's memory: tiles change the pixels slightly.
+    """
+    if height * width > MAX_UNTILED_PIXELS:
+        vae.enable_tiling(TILE_SIZE, TILE_SIZE, TILE_STRIDE, TILE_STRIDE)
+    else:
+        vae.disable_tiling()
+
 
 def pixels_from_bytes(clips_BFHWC: np.ndarray) -> Tensor:
     """Return pixels [B, 3, F, H, W] in -1..1 from uint8 [B, F, H, W, 3]."""
@@ -37,6 +53,7 @@ def get_latent_statistics(vae: AutoencoderKLWan, reference: Tensor) -> tuple[Ten
 def encode_pixels(vae: AutoencoderKLWan, pixels_BCFHW: Tensor) -> Tensor:
     """Return latents [B, z, T, h, w]: the posterior's mode, normalised to mean 0 and variance 1 in each channel."""
     mean, std = get_latent_statistics(vae, pixels_BCFHW)
+    choose_tiling(vae, *pixels_BCFHW.shape[-2:])
     latents_BzThw: Tensor = vae.encode(pixels_BCFHW).latent_dist.mode()
     return (latents_BzThw - mean) / std
 
@@ -44,6 +61,7 @@ def encode_pixels(vae: AutoencoderKLWan, pixels_BCFHW: Tensor) -> Tensor:
 def decode_latents(vae: AutoencoderKLWan, latents_BzThw: Tensor) -> Tensor:
     """Return pixels [B, 3, F, H, W] in -1..1 from normalised latents."""
     mean, std = get_latent_statistics(vae, latents_BzThw)
+    choose_tiling(vae, *(VAE_SPATIAL_STRIDE * size for size in latents_BzThw.shape[-2:]))
     pixels_BCFHW: Tensor = vae.decode(latents_BzThw * std + mean, return_dict=False)[0]
     return pixels_BCFHW
 

@@ -116,6 +116,7 @@ class Vila(nn.Module):
             return embeddings_NM[None]
         assert pixels_F3HW is not None and len(places) <= len(pixels_F3HW), "every place has an image"
         tokens_FKM = self.encode_images(pixels_F3HW[: len(places)])
+        embeddings_NM = embeddings_NM.to(tokens_FKM.device)  # the table may stay on another device than the tower
         pieces, start = [], 0
         for place, tokens_KM in zip(places, tokens_FKM, strict=True):
             pieces += [embeddings_NM[start:place], tokens_KM]

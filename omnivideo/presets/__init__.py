@@ -7,6 +7,7 @@ from omnivideo.errors import InvalidInput
 from omnivideo.presets.fields import (
     ConditionConfig,
     ConditionPart,
+    DtypeName,
     ExpertsConfig,
     HubRepository,
     MLLMConfig,
@@ -34,6 +35,7 @@ __all__ = [
     "TINY",
     "ConditionConfig",
     "ConditionPart",
+    "DtypeName",
     "ExpertsConfig",
     "HubRepository",
     "MLLMConfig",

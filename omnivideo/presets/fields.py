@@ -57,7 +57,11 @@ class VisualContextConfig(PresetModel):
 
 
 class VisionInputConfig(PresetModel):
-    """The MLLM's visual input: how it patches pixels, and how much of an image or a clip it sees."""
+    """The MLLM's visual input: how it patches pixels, and how much of an image or a clip it sees.
+
+    With the fit "area", a frame keeps its aspect ratio. With "square", the model sees the largest centred square, as a
+    model does that was trained on squares alone; its decoder crops a source in the same way.
+    """
 
     patch_size: int  # px
     merge_size: int  # patches along each side of one token
@@ -68,6 +72,7 @@ class VisionInputConfig(PresetModel):
     min_frames: int
     max_frames: int
     budget: Literal["frame", "clip"] = "frame"
+    fit: Literal["area", "square"] = "area"
 
 
 class MLLMConfig(PresetModel):
@@ -95,11 +100,13 @@ class ConditionConfig(PresetModel):
 
     `markers` has the name of a part's two markers; a part without one stands alone. `overflow` is the part, the last
     one, whose end is lost if the condition is longer than `max_tokens`; "refuse" cuts nothing. `text_parts`
-    are the texts that are encoded one after the other; an instruction is used only if there is a source.
+    are the texts that are encoded one after the other; an instruction is used only if there is a source. With
+    `optional_markers`, weights without any have a condition without markers.
     """
 
     parts: tuple[ConditionPart, ...] = ("source", "visual", "text")
     markers: dict[ConditionPart, str] = {"source": "img", "visual": "ipl", "text": "prp"}
+    optional_markers: bool = False
     min_tokens: int
     max_tokens: int
     overflow: Literal["refuse"] | ConditionPart = "refuse"
@@ -181,12 +188,13 @@ class Preset(PresetModel):
     `version` names the published layout. `decoder` and `vae` are the configurations of diffusers'
     `WanTransformer3DModel` and `AutoencoderKLWan`. A vision head and an adapter make the condition's "visual" part, a
     normalised projection of the MLLM's hidden states its "hidden" part. The keys of `sampling` are the tasks that the
-    weights can do; `trained` has the sizes and lengths of each. The authors' version 1 counts guidance from the
-    condition; its scale plus `guidance_offset` is the usual scale, which every setting here means. Parts that `dtypes`
-    does not name are float32; `autocast` is the type that the decoder and the visual context adapter compute in.
-    `byte_rounding` turns decoded pixels into bytes. `max_batch_size` is the number of clips of a batch that are
-    rendered in one pass, if that was measured to be faster. `prompts` is the folder of the planner's prompts.
-    `has_scorer` is True if the preset's world is the synthetic one, in which pixels can be checked against a request.
+    weights can do, `trained` has the sizes and lengths of each, and `animates_pictures` says that they can also
+    make a clip of a picture. The authors' version 1 counts guidance from the condition; its scale plus
+    `guidance_offset` is the usual scale, which every setting here means. Parts that `dtypes` does not name are
+    float32; `autocast` is the type that the decoder and the visual context adapter compute in. `byte_rounding`
+    turns decoded pixels into bytes. `max_batch_size` is the number of clips of a batch that are rendered in one
+    pass, if that was measured to be faster. `prompts` is the folder of the planner's prompts. `has_scorer` is True
+    if the preset's world is the synthetic one, in which pixels can be checked against a request.
     """
 
     name: str
@@ -210,6 +218,7 @@ class Preset(PresetModel):
     adapter: QueryTransformerConfig | None = None
     visual_context: VisualContextConfig
     sampling: dict[Task, SamplingDefaults]
+    animates_pictures: bool = False
     trained: dict[Task, TrainedShapes] = {}
     dtypes: dict[str, DtypeName] = {}
     autocast: DtypeName | None = None

@@ -134,6 +134,7 @@ OMNIVIDEO2_A14B = Preset(
     condition=ConditionConfig(
         parts=("hidden", "text", "source"),
         markers={"source": "img", "text": "prp"},
+        optional_markers=True,
         min_tokens=6144,
         max_tokens=6144,
         overflow="source",

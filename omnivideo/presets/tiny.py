@@ -44,6 +44,7 @@ TINY = Preset(
             fps=4.0,
             min_frames=4,
             max_frames=768,
+            fit="square",
         ),
     ),
     text_width=192,

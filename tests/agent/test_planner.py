@@ -186,7 +186,8 @@ def test_the_async_interface_yields_the_same_events():
     import asyncio
 
     conversation = Conversation()
-    assert [event.kind for event in asyncio.run(collect(conversation))] == ["plan", "step", "step", "artifact", "done"]
+    kinds = [event.kind for event in asyncio.run(collect(conversation))]
+    assert kinds == ["plan", "action", "step", "step", "artifact", "done"]
 
 
 def test_a_turn_refers_to_its_attachment():

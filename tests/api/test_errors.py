@@ -1,6 +1,7 @@
 """Every error of the tree has one HTTP status, code and Retry-After, in answers, turns and batch lines alike."""
 
 import inspect
+import json
 
 import pytest
 
@@ -12,6 +13,8 @@ from omnivideo.turns import TurnRecord
 CASES = [
     (errors.InvalidInput("size", "it is odd"), 400, "invalid_value", "size", None),
     (errors.UnreadableMedia("file", "it is cut short"), 400, "invalid_value", "file", None),
+    (errors.TextTooLong("text", "it has 5000 characters"), 400, "invalid_value", "text", None),
+    (errors.ConditionTooLong("prompt", "it has 79 tokens"), 400, "invalid_value", "prompt", None),
     (errors.ArtifactNotFound("there is none"), 404, "not_found", None, None),
     (errors.StoreError("it is unavailable"), 503, "unavailable", None, "5"),
     (errors.ModelUnavailable("it is unavailable"), 503, "unavailable", None, "5"),
@@ -47,7 +50,7 @@ def test_every_error_of_the_tree_is_mapped():
 @pytest.mark.parametrize(
     ("error", "status"), [(errors.JobFailed("internal", "x"), 500), (CASES[0][0], 400), (None, 409)]
 )
-def test_a_turn_keeps_the_body_of_its_error(error, status):
+def test_a_turn_of_an_older_version_has_the_body_of_its_error(error, status):
     body = None if error is None else to_api_error(error).to_body()["error"]
     turn = TurnRecord(
         id="a", thread_id="b", owner="c", state="failed", number=1, body={}, attempt=1, error=body, created_at=0.0
@@ -55,3 +58,23 @@ def test_a_turn_keeps_the_body_of_its_error(error, status):
     api_error = error_from_turn(turn)
     assert api_error.status_code == status
     assert error is None or api_error.to_body()["error"] == body
+
+
+@pytest.mark.parametrize("error", [case[0] for case in CASES], ids=str)
+def test_a_turn_keeps_the_whole_mapping_of_its_error(error):
+    mapped = to_api_error(error)
+    fields = {"id": "a", "thread_id": "b", "owner": "c", "state": "failed", "number": 1, "body": {}, "attempt": 1}
+    kept = error_from_turn(TurnRecord(**fields, error=json.loads(json.dumps(mapped.to_record())), created_at=0.0))
+    assert vars(kept) == vars(mapped) and kept.to_event() == mapped.to_event()
+    assert (kept.explanation is not None) == isinstance(error, errors.InvalidInput)
+
+
+def test_a_failed_clip_has_the_error_that_its_worker_had():
+    error = errors.build_job_error("invalid_input", "prompt: it has 79 tokens; allowed: 1 to 64")
+    assert isinstance(error, errors.InvalidInput) and error.field == "prompt"
+    explanation = to_api_error(error).explanation
+    assert explanation == (
+        "That is too much for one request: it has 79 tokens; allowed: 1 to 64. Please say it in fewer words."
+    )
+    failed = errors.build_job_error("out_of_memory", "it is too large")
+    assert isinstance(failed, errors.JobFailed) and failed.code == "out_of_memory"

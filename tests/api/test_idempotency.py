@@ -151,13 +151,19 @@ CASES = {
         lambda body: body["id"] + body["choices"][0]["message"]["content"],
         delete=delete_thread_of_chat,
     ),
+    "/v1/responses": Case(
+        lambda world: "/v1/responses",
+        lambda world, text: {"json": {"model": "tiny", "input": text, "steps": 1}},
+        delete=delete_thread_of_chat,
+    ),
     "/v1/videos/{video_id}/cancel": Case(
         lambda world: f"/v1/videos/{world.video}/cancel", lambda world, text: {}, is_ended_by_cancel=True
     ),
 }
 # Routes that cancel or change something that exists: the same key repeats them, and another path is refused.
 REPEATED = {
-    "/v1/batches/{batch_id}/cancel", "/v1/threads/{name}/turns/{turn}/cancel", "/v1/webhook_endpoints/{hook_id}",
+    "/v1/batches/{batch_id}/cancel", "/v1/responses/{response_id}/cancel",
+    "/v1/threads/{name}/turns/{turn}/cancel", "/v1/webhook_endpoints/{hook_id}",
     "/v1/webhook_endpoints/{hook_id}/rotate_secret",
     "/v1/webhook_endpoints/{hook_id}/test",
 }  # fmt: skip

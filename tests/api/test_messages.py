@@ -12,7 +12,7 @@ PART = {"type": "image_url", "image_url": {"url": "http://example.com/a.png"}}
 EMPTY_PART = {"type": "image_url", "image_url": {}}
 SIZE = "give a width and a height in pixels, such as 640x384, or auto"
 THREAD_ID = "give 1 to 64 letters, digits, dots, dashes or underscores, the first a letter or a digit"
-PART_TYPE = "its type is not known; allowed: text, image_url, video_url"
+PART_TYPE = "its type is not known; allowed: text, image_url, video_url, file"
 FORMATS = "allowed: b64_json, url"
 FORM_ROUTES = [
     "/v1/videos", "/v1/videos/edits", "/v1/videos/x/remix", "/v1/images/generations", "/v1/images/edits", "/v1/files",

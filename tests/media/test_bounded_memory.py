@@ -41,6 +41,7 @@ inputs = [QwenVisualInput(get_preset("tiny").mllm.vision_input)]
 CONSUMERS = {
     "thumbnail": ("", "omnivideo.media.thumbnails.draw_picture(data, 'thumbnail')"),
     "spritesheet": ("", "omnivideo.media.thumbnails.draw_picture(data, 'spritesheet')"),
+    "animation": ("", "omnivideo.media.thumbnails.draw_picture(data, 'animation')"),
     "renderer": ("", "omnivideo.media.read.read_fitted_media(data, 256, 256, 33, 16)"),
     "mllm": (SETUP_MLLM, "read_mllm_media(data, inputs)"),
     "measuring": ("", "omnivideo.media.read.measure_media(data)"),

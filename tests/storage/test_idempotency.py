@@ -2,7 +2,7 @@
 
 from sqlalchemy import Engine
 
-from omnivideo.contracts import KeyClaim
+from omnivideo.records import KeyClaim
 from omnivideo.storage.database.idempotency import IdempotencyRepository
 
 

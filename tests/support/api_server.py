@@ -29,9 +29,8 @@ def build_scripted_wiring(home: Path, omni, **settings) -> ServiceWiring:
 def run_api_server(wiring: ServiceWiring, port: int | None = None) -> Iterator[str]:
     """Run the service and yield its address; afterwards, stop it and everything that the wiring has started."""
     port = port or free_port()
-    config = uvicorn.Config(
-        create_app(wiring.build_service_context()), port=port, log_level="warning", timeout_graceful_shutdown=2
-    )
+    app = create_app(wiring.build_service_context())
+    config = uvicorn.Config(app, port=port, log_level="warning", timeout_graceful_shutdown=2, proxy_headers=False)
     server = uvicorn.Server(config)
     server_thread = threading.Thread(target=server.run, daemon=True)
     server_thread.start()

@@ -1,6 +1,5 @@
 """The authors' tiny checkpoints as models of ours: published folders, imported and loaded as a user's would be."""
 
-import copy
 import tempfile
 from functools import cache
 from pathlib import Path
@@ -11,7 +10,7 @@ from torch import Tensor
 from omnivideo.models.omni import OmniVideoModel
 from omnivideo.models.weights import checkpoint
 from omnivideo.models.weights.importer import import_weights
-from omnivideo.presets import OMNIVIDEO2_1_3B, OMNIVIDEO2_A14B, OMNIVIDEO_1_3B, PRESETS, Preset
+from omnivideo.presets import OMNIVIDEO2_1_3B, OMNIVIDEO2_A14B, OMNIVIDEO_1_3B, PRESETS, Precision, Preset
 from tests.support.golden import load_golden
 from tests.support.published_folders import CHECKPOINTS, narrow_to_golden, publish_golden
 from tests.support.qwen_weights import build_instruct_model, save_instruct_model
@@ -41,8 +40,9 @@ def load_golden_model(kind: str, in_float32: bool = True) -> OmniVideoModel:
         patch.setitem(PRESETS, preset.name, preset)
         published = publish_golden(Path(root) / "published", preset.name)
         import_weights(published, Path(root) / "ours", preset.name, allow_missing=True)
-        omni = checkpoint.load(Path(root) / "ours", precision="float32" if in_float32 else "preset", with_mllm=False)
-        return copy.deepcopy(omni)  # its tensors may be mapped from the folder, which goes away
+        precision: Precision = "float32" if in_float32 else "preset"
+        # Tensors that are mapped from the folder's files outlive their names.
+        return checkpoint.load(Path(root) / "ours", precision=precision, contents="without-mllm")
 
 
 def import_golden_weights(kind: str, folder: Path) -> Path:

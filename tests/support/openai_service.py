@@ -29,7 +29,7 @@ SMALL = {"size": "32x32", "extra_body": QUICK}
 @contextmanager
 def run_service(folder, omni, **options) -> Iterator[tuple]:
     """Run a service over an untrained model; yield its wiring, its context and its address."""
-    wiring = build_scripted_wiring(folder, omni, admin_key=KEY, **options)
+    wiring = build_scripted_wiring(folder, omni, admin_key=KEY, **({"disconnect_grace_seconds": 1.0} | options))
     context = wiring.build_service_context()
     context.render_thumbnail = create_picture_renderer(wiring.store)
     context.check_webhook_url = partial(check_reachable, internal_hosts=("localhost",))

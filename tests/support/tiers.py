@@ -44,6 +44,10 @@ LONG = (
     "test_golden_coverage.py::test_a_changed_tensor*",
     # Weights of the released 1.3B model at full size.
     "models/weights/test_convert.py::test_version_1_in_full_size*",
+    # Gradio's environment takes a minute to install.
+    "api/test_gradio.py",
+    # Outages of a minute.
+    "api/test_chat_outages.py::test_an_outage_ends_with_an_error_within_a_minute",
     # The released wheel, in an empty environment.
     "deploy/test_release.py::test_the_wheel_generates_a_clip*",
 )
@@ -51,6 +55,7 @@ SLOW = (
     "agent/test_conversations.py::test_the_planner_evaluation*",
     "api/attacks/*.py",
     "api/test_delivery.py",
+    "api/test_chat_*.py",
     "api/test_fields.py",
     "api/test_image_fields.py",
     "api/test_shapes.py",
@@ -59,9 +64,12 @@ SLOW = (
     "api/test_messages.py",
     "api/test_openai*.py",
     "api/test_openapi.py",
+    "api/test_public_links.py",
+    "api/test_responses.py",
     "api/test_threads*.py",
     "backends/decoder/test_rollout.py",
     "backends/decoder/test_worker*.py",
+    "benchmarks/*.py",
     "backends/mllm/test_remote.py",
     "backends/mllm/test_vllm*.py",
     "backends/queue/test_celery*.py",

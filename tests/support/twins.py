@@ -54,6 +54,9 @@ class ScriptedMLLM:
     def score_agreement(self, request: MLLMRequest) -> float:
         return self.agreements.pop(0)
 
+    def count_tokens(self, text: str) -> int:
+        return len(text.split())
+
     def predict_visual_tokens(self, request: MLLMRequest, medium: Medium) -> str:
         return self.store.put(f"{request.model_dump_json()}{medium}".encode(), "safetensors")
 
@@ -66,7 +69,7 @@ class MLLMWithScriptedText(LocalMLLM):
     def route(self, request: MLLMRequest) -> Route:
         return self.script.route(request)
 
-    def stream_text(self, request: MLLMRequest, max_tokens: int | None = None):
+    def stream_text(self, request: MLLMRequest):
         yield from self.script.stream_text(request)
 
     def score_agreement(self, request: MLLMRequest) -> float:

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, cast
 from fastapi import APIRouter, Query
 from pydantic import BaseModel, Field
 
+from omnivideo.api.answers.links import create_link_builder
 from omnivideo.api.dependencies import (
     AfterCursor,
     ContextDep,
@@ -25,10 +26,11 @@ from omnivideo.api.request_body import (
     parse_json_object,
     validate_fields,
 )
-from omnivideo.api.routes.images import build_images_response
+from omnivideo.api.routes.images import ImageObject, build_image_path, build_images_response
 from omnivideo.api.routes.videos import to_video_object
-from omnivideo.contracts import BatchRecord, JobStatus, RequestModel
+from omnivideo.contracts import JobStatus, RequestModel
 from omnivideo.errors import InvalidInput
+from omnivideo.records import BatchRecord
 
 router = APIRouter(prefix="/v1/batches", tags=["batches"], responses=ERROR_RESPONSES)
 BatchEndpoint = Literal["/v1/videos", "/v1/images/generations", "/v1/chat/completions"]
@@ -262,7 +264,14 @@ class BatchLineHandler:
         if url == "/v1/videos":
             response = to_video_object(self.context, statuses[0])
         else:
-            response = build_images_response(self.context, statuses, inline=False, base_url="")
+            # A batch is read later than a signature lasts, and by a client that has its key.
+            links = create_link_builder(self.context, statuses[0].owner)
+            response = build_images_response(
+                statuses,
+                lambda status: ImageObject(
+                    id=status.id, url=links.build_link(build_image_path(status.id), is_signed=False)
+                ),
+            )
         return response.model_dump(exclude_none=True)
 
     def error_from_statuses(self, statuses: Collection[JobStatus]) -> Exception:

@@ -1,25 +1,27 @@
 """Chat completions, in the format of OpenAI's clients.
 
-Such a client sends the whole conversation with every request and does not know about threads, so the service finds the
-thread from the messages. After each answer, it stores a digest of all messages so far, with the thread and its number
-of turns. Messages that continue a known answer continue its thread, or a fork of it if the thread has grown since.
-Unknown messages start a new thread, to which only the last message is sent.
+Such a client sends the whole conversation with every request and does not know about threads. api/chat/ reads the
+messages and finds the thread; api/answers/ writes the answer.
 """
 
-import hashlib
-import json
 import time
 import uuid
 from collections.abc import AsyncIterator
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import anyio
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
-from pydantic import Field
+from pydantic import BaseModel, Field
 from sse_starlette import EventSourceResponse
 
+from omnivideo.api.answers.answer import IDLE_SECONDS, AnswerPart, ChatAnswer, Usage
+from omnivideo.api.answers.chat_format import ChatFormat, FinishReason, ServerSentEvent
+from omnivideo.api.answers.links import create_link_builder
+from omnivideo.api.answers.sampling_fields import ChatSamplingFields, ResponseFormat
+from omnivideo.api.chat.messages import ChatMessage
+from omnivideo.api.chat.reading import TEXT_ONLY_SUFFIX, ChatRequest
 from omnivideo.api.dependencies import (
     ContextDep,
     IdempotencyDep,
@@ -28,86 +30,42 @@ from omnivideo.api.dependencies import (
     ServiceContext,
     make_id,
 )
-from omnivideo.api.errors import ERROR_RESPONSES, APIError, error_from_turn, log_if_internal, to_api_error
+from omnivideo.api.errors import ERROR_RESPONSES, APIError, log_if_internal, to_api_error
 from omnivideo.api.event_feed import EventFeed, get_event_feed
-from omnivideo.api.media import MediaPart, artifact_from_part
-from omnivideo.api.request_body import Seed, validate_fields
-from omnivideo.contracts import Artifact, RequestModel
-from omnivideo.turns import Think, TurnRecord
+from omnivideo.api.request_body import validate_fields
+from omnivideo.api.turn_runner import ATTENDED_RETRY_TIMEOUT_SECONDS
+from omnivideo.api.waiting import CLIENT_CLOSED_REQUEST, leave_after_stream, leave_work, run_unless_disconnected
+from omnivideo.contracts import Lane, RequestModel
+from omnivideo.errors import UnusableContent
+from omnivideo.turns import TurnRecord
 
 router = APIRouter(prefix="/v1", tags=["chat"], responses=ERROR_RESPONSES)
-
-
-class MediaUrl(RequestModel):
-    url: str
-
-
-class TextPart(RequestModel):
-    type: Literal["text"]
-    text: str
-
-
-class ImagePart(RequestModel):
-    type: Literal["image_url"]
-    image_url: MediaUrl
-
-
-class VideoPart(RequestModel):
-    type: Literal["video_url"]
-    video_url: MediaUrl
-
-
-ContentPart = Annotated[TextPart | ImagePart | VideoPart, Field(discriminator="type")]
-
-
-class ChatMessage(RequestModel):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[ContentPart] | None = None
-
-    @property
-    def text(self) -> str:
-        if not isinstance(self.content, list):
-            return self.content or ""
-        return "\n".join(part.text for part in self.content if isinstance(part, TextPart))
-
-    @property
-    def media_urls(self) -> list[str]:
-        return [url for _, url in self.list_media()]
-
-    def list_media(self) -> list[tuple[str, str]]:
-        """Return the message's images and clips: the name of the field, such as `content.1.image_url`, and the URL."""
-        media = []
-        for index, part in enumerate(self.content if isinstance(self.content, list) else []):
-            if isinstance(part, ImagePart):
-                media.append((f"content.{index}.image_url", part.image_url.url))
-            elif isinstance(part, VideoPart):
-                media.append((f"content.{index}.video_url", part.video_url.url))
-        return media
 
 
 class StreamOptions(RequestModel):
     include_usage: bool = False
 
 
-class ChatCompletionRequest(RequestModel):
-    """`think`, `check`, `seed`, `steps` and `guidance_scale` apply to this turn, as in a thread."""
+class ChatCompletionRequest(ChatSamplingFields):
+    """`progress` says whether a stream tells how the work on a clip goes on."""
 
     model: str
     messages: list[ChatMessage] = Field(min_length=1, max_length=1000)
     stream: bool = False
     stream_options: StreamOptions | None = None
-    n: int = Field(default=1, ge=1, le=1)
-    think: Think = "auto"
-    check: int = Field(default=1, ge=1, le=16)
-    seed: Seed = None
-    steps: int | None = Field(default=None, ge=1, le=200)
-    guidance_scale: float | None = Field(default=None, ge=0, le=30)
+    response_format: ResponseFormat | None = None
+    progress: bool = True
 
 
 @router.get("/models")
 def list_models(context: ContextDep, owner: OwnerDep) -> dict[str, Any]:
     """Return the names that `model` accepts."""
-    return {"object": "list", "data": [to_model_object(context.settings.preset)]}
+    return {"object": "list", "data": [to_model_object(name) for name in list_model_names(context)]}
+
+
+def list_model_names(context: ServiceContext) -> list[str]:
+    """Return the names of the model, and of the same model that only answers in words."""
+    return [context.settings.preset, context.settings.preset + TEXT_ONLY_SUFFIX]
 
 
 @router.get("/models/{name}")
@@ -121,90 +79,68 @@ def to_model_object(name: str) -> dict[str, Any]:
 
 
 def check_model_name(context: ServiceContext, name: str) -> None:
-    if name != context.settings.preset:
-        message = f"model: there is no {name[:100]!r} here; allowed: {context.settings.preset}"
+    names = list_model_names(context)
+    if name not in names:
+        message = f"model: there is no {name[:100]!r} here; allowed: {', '.join(names)}"
         raise APIError(404, message, "model", "model_not_found")
-
-
-def digest_messages(messages: list[ChatMessage]) -> str:
-    """Return a digest of the roles, texts and media of all messages; other fields do not count."""
-    content = [[message.role, message.text, message.media_urls] for message in messages]
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 class ChatCompletion:
     """One answer, with the thread that it belongs to and the turn that produces it."""
 
-    def __init__(self, context: ServiceContext, owner: str, payload: ChatCompletionRequest, base_url: str = "/"):
-        self.context, self.owner, self.payload, self.base_url = context, owner, payload, base_url
+    def __init__(
+        self,
+        context: ServiceContext,
+        owner: str,
+        payload: ChatCompletionRequest,
+        base_url: str = "/",
+        lane: Lane = "interactive",
+    ):
+        check_model_name(context, payload.model)
+        self.context, self.owner, self.payload = context, owner, payload
+        self.links = create_link_builder(context, owner, base_url)
+        self.request = ChatRequest(context, owner, payload.model, payload.messages, payload.response_format, lane)
         self.created_at = int(time.time())
-        self.thread_id, self.turn_id, self.answer_text = "", "", ""
+        self.thread_id, self.turn_id = "", ""
+        self.words: str | None = None  # the answer to a request that is no turn
+        self.idempotent_payload: BaseModel = payload
+        self.turn_fields: dict[str, Any] = {"retry_timeout_seconds": ATTENDED_RETRY_TIMEOUT_SECONDS}
 
     @property
     def id(self) -> str:
-        return f"chatcmpl-{self.turn_id.removeprefix('turn_')}"
+        return f"chatcmpl-{self.turn_id.removeprefix('turn_') or uuid.uuid4().hex}"
 
-    def start_turn(self, idempotent_request: IdempotentRequest | None = None) -> None:
-        """Start the turn of the last message, unless an earlier request with the idempotency key has done so.
+    def start(self, idempotent_request: IdempotentRequest | None = None) -> None:
+        """Answer in words at once, or start the turn of the last message.
 
-        Raises APIError or InvalidInput if the request is refused.
+        An earlier request with the idempotency key may have started it. Raises APIError or InvalidInput if the request
+        is refused.
         """
+        self.words = self.request.answer_in_words()
+        if self.words is not None:
+            return
         if idempotent_request is None:
-            turn = self.create_turn(make_id("turn_"))
+            turn = self.create_or_refuse_turn(make_id("turn_"))
         else:
             find = partial(self.context.turn_runner.find_live_turn, self.owner)
-            turn = idempotent_request.run(self.payload, "turn_", find, self.create_turn)
+            turn = idempotent_request.run(
+                self.idempotent_payload, "turn_", find, self.create_or_refuse_turn, is_waiting=True
+            )
         self.turn_id, self.thread_id, self.created_at = turn.id, turn.thread_id, int(turn.created_at)
 
-    def create_turn(self, turn_id: str) -> TurnRecord:
-        check_model_name(self.context, self.payload.model)
-        last_message = self.payload.messages[-1]
-        if last_message.role != "user" or not last_message.text.strip():
-            raise APIError(400, "messages: the last message must be the user's and contain text", "messages")
-        self.thread_id = self.find_or_create_thread()
-        field = f"messages.{len(self.payload.messages) - 1}"
-        attachments = [
-            artifact_from_part(
-                self.context, self.owner, MediaPart(url=url), f"{self.thread_id}/attached", f"{field}.{name}"
-            )
-            for name, url in last_message.list_media()
-        ]
-        options = self.payload.model_dump(include={"think", "check", "seed", "steps", "guidance_scale"})
-        return self.context.turn_runner.start_turn(
-            turn_id, self.owner, self.thread_id, last_message.text, attachments, **options
-        )
+    def create_or_refuse_turn(self, turn_id: str) -> TurnRecord:
+        """Create the turn, or one that explains in words what is wrong with a person's words or files."""
+        try:
+            return self.request.start_turn(turn_id, **self.payload.to_turn_options(), **self.turn_fields)
+        except UnusableContent as error:
+            return self.request.refuse_turn(turn_id, error, self.turn_fields.get("client_fields"))
 
-    def find_or_create_thread(self) -> str:
-        """Return the id of the thread that the messages before the last one belong to."""
-        known_thread = self.context.turns.find_chat_thread(self.owner, digest_messages(self.payload.messages[:-1]))
-        new_thread_id = uuid.uuid4().hex[:16]
-        if known_thread is None:
-            self.context.turns.create_thread(new_thread_id, self.owner)
-            self.context.conversations.open_thread(new_thread_id, create=True, owner=self.owner)
-            return new_thread_id
-        known_thread_id, num_turns = known_thread
-        thread = self.context.turn_runner.get_thread(self.owner, known_thread_id)
-        if len(thread.get_turns()) == num_turns:
-            return known_thread_id
-        self.context.turns.create_thread(new_thread_id, self.owner)
-        thread.fork(num_turns, new_thread_id)
-        return new_thread_id
+    def cancel(self) -> None:
+        self.context.turn_runner.cancel_turn(self.require_turn())
 
-    def text_from_event(self, event: dict[str, Any]) -> str:
-        """Return the text that an event adds to the answer."""
-        match event["kind"]:
-            case "text":
-                return str(event["delta"])
-            case "question":
-                return str(event["text"])
-            case "artifact" if event["final"]:
-                return self.to_markdown_link(Artifact(**event["artifact"]))
-        return ""
-
-    def to_markdown_link(self, artifact: Artifact) -> str:
-        """Return a clip or an image as Markdown."""
-        url = f"{self.base_url}v1/threads/{self.thread_id}/artifacts/{artifact.key}"
-        return f"\n![{artifact.medium}]({url})\n"
+    def leave(self, idempotent_request: IdempotentRequest, has_disconnected: bool) -> None:
+        """Stop waiting. If the client has disconnected and no other one waits, cancel the turn."""
+        idempotent_request.leave(self.turn_id, self.cancel if has_disconnected else None)
 
     def require_turn(self) -> TurnRecord:
         turn = self.context.turns.get_turn(self.turn_id, self.owner)
@@ -212,60 +148,80 @@ class ChatCompletion:
         return turn
 
     def record_completion(self) -> None:
-        """Store which thread continues these messages; raise the error of a turn that has failed or was cancelled."""
+        """Store which thread continues these messages."""
         turn = self.require_turn()
-        if turn.state in ("failed", "cancelled"):
-            raise error_from_turn(turn)
-        answer = ChatMessage(role="assistant", content=self.answer_text)
         num_turns = turn.number if turn.state == "done" else turn.number - 1  # later turns do not count
-        digest = digest_messages([*self.payload.messages, answer])
-        self.context.turns.save_chat_thread(self.owner, digest, self.thread_id, num_turns)
+        self.request.remember(self.thread_id, num_turns)
 
     # ------------------------------------------------------------ responses
 
-    def build_completion(self) -> dict[str, Any]:
-        """Return the answer of a turn that has ended."""
-        events = [event for _, event in self.context.turns.list_events(self.turn_id)]
-        self.answer_text = "".join(map(self.text_from_event, events))
-        reasoning = "".join(event["delta"] for event in events if event["kind"] == "thinking")
-        self.record_completion()
-        message = {"role": "assistant", "content": self.answer_text}
-        if reasoning:
-            message["reasoning_content"] = reasoning
-        return self.build_envelope("chat.completion", {"message": message, "finish_reason": "stop"})
+    @property
+    def format(self) -> ChatFormat:
+        options = self.payload.stream_options or StreamOptions()
+        names = {"thread": self.thread_id or None, "turn": self.turn_id or None}
+        return ChatFormat(
+            self.id,
+            self.created_at,
+            self.payload.model,
+            self.payload.progress,
+            options.include_usage,
+            {"omnivideo": names},
+        )
 
-    async def stream_chunks(self, feed: EventFeed) -> AsyncIterator[dict[str, str]]:
+    def end_answer(self, answer: ChatAnswer) -> tuple[list[AnswerPart], FinishReason, Usage]:
+        """End the answer with its turn and store it. Return what is new, why it has ended, and its usage."""
+        parts = list(answer.end(self.require_turn()))
+        self.record_completion()
+        count_tokens = self.context.conversations.mllm.count_tokens
+        is_cut = answer.is_cut(self.payload.token_limit, count_tokens)
+        usage = answer.count_usage(count_tokens(self.prompt_text), count_tokens)
+        return parts, "length" if is_cut else "stop", usage
+
+    @property
+    def prompt_text(self) -> str:
+        return "\n".join(message.text for message in self.payload.messages)
+
+    def build_completion(self) -> dict[str, Any]:
+        """Return the answer of a turn that has ended. Raises APIError if it has failed or was cancelled."""
+        if self.words is not None:
+            return self.format.build_completion(self.words, "", self.count_words())
+        answer = ChatAnswer(self.thread_id, self.links)
+        answer.read_events(event for _, event in self.context.turns.list_events(self.turn_id))
+        _, finish_reason, usage = self.end_answer(answer)
+        return self.format.build_completion(answer.text, answer.reasoning, usage, finish_reason)
+
+    def count_words(self) -> Usage:
+        """Return the usage of an answer that is no turn."""
+        count_tokens = self.context.conversations.mllm.count_tokens
+        return Usage(count_tokens(self.prompt_text), count_tokens(self.words or ""), 0)
+
+    async def stream_words(self) -> AsyncIterator[ServerSentEvent]:
+        """Yield an answer that is no turn as server-sent events."""
+        chat_format = self.format
+        yield chat_format.begin_stream()
+        for chunk in chat_format.build_chunks(AnswerPart("text", self.words or "")):
+            yield chunk
+        for chunk in chat_format.end_stream("stop", self.count_words() if chat_format.includes_usage else None):
+            yield chunk
+
+    async def stream_chunks(self, feed: EventFeed) -> AsyncIterator[ServerSentEvent]:
         """Yield the answer as server-sent events while the turn runs."""
-        yield self.build_chunk({"role": "assistant", "content": ""})
-        async for _, event in feed.follow_turn(self.turn_id):
-            if text := self.text_from_event(event):
-                self.answer_text += text
-                yield self.build_chunk({"content": text})
-            elif event["kind"] == "thinking":
-                yield self.build_chunk({"reasoning_content": event["delta"]})
-            elif event["kind"] == "waiting":  # chat programs show the reasoning to their users
-                yield self.build_chunk({"reasoning_content": f"\n{event['text']}\n"})
-            elif event["kind"] == "step":
-                yield {"comment": f"step {event['step']} of {event['steps']}"}
+        answer, chat_format = ChatAnswer(self.thread_id, self.links), self.format
+        yield chat_format.begin_stream()
+        async for _, event in feed.follow_turn(self.turn_id, idle_seconds=IDLE_SECONDS):
+            for part in answer.read_event(event):
+                for chunk in chat_format.build_chunks(part):
+                    yield chunk
         try:
-            await anyio.to_thread.run_sync(self.record_completion)
+            parts, finish_reason, usage = await anyio.to_thread.run_sync(self.end_answer, answer)
         except Exception as error:
             log_if_internal(error, f"chat completion {self.id}")
-            yield {"data": json.dumps(to_api_error(error).to_body())}
+            ending = list(chat_format.fail_stream(to_api_error(error)))
         else:
-            yield self.build_chunk({}, finish_reason="stop")
-        yield {"data": "[DONE]"}
-
-    def build_chunk(self, delta: dict[str, Any], finish_reason: str | None = None) -> dict[str, str]:
-        chunk = self.build_envelope("chat.completion.chunk", {"delta": delta, "finish_reason": finish_reason})
-        return {"data": json.dumps(chunk)}
-
-    def build_envelope(self, kind: str, choice: dict[str, Any]) -> dict[str, Any]:
-        return {
-            "id": self.id, "object": kind, "created": self.created_at, "model": self.payload.model,
-            "choices": [{"index": 0, "logprobs": None, **choice}],
-            "omnivideo": {"thread": self.thread_id, "turn": self.turn_id},
-        }  # fmt: skip
+            ending = [chunk for part in parts for chunk in chat_format.build_chunks(part)]
+            ending += chat_format.end_stream(finish_reason, usage if chat_format.includes_usage else None)
+        for chunk in ending:
+            yield chunk
 
 
 @router.post("/chat/completions", response_class=JSONResponse)
@@ -278,20 +234,32 @@ async def create_chat_completion(
 ) -> Response:
     """Send the last message in the conversation that the earlier messages form."""
     completion = ChatCompletion(context, owner, payload, str(request.base_url))
-    await anyio.to_thread.run_sync(completion.start_turn, idempotent_request)
+    await anyio.to_thread.run_sync(completion.start, idempotent_request)
+    if completion.words is not None and payload.stream:
+        return EventSourceResponse(completion.stream_words(), ping=15)
+    if completion.words is not None:
+        return JSONResponse(await anyio.to_thread.run_sync(completion.build_completion))
+    leave = partial(completion.leave, idempotent_request)
+    grace_seconds = context.settings.disconnect_grace_seconds
+    feed = get_event_feed(request)
     if payload.stream:
-        return EventSourceResponse(completion.stream_chunks(get_event_feed(request)), ping=15)
-    async for _ in get_event_feed(request).follow_turn(completion.turn_id):
-        pass
+        chunks = leave_after_stream(completion.stream_chunks(feed), leave, grace_seconds)
+        return EventSourceResponse(chunks, ping=15)
+    has_ended = await run_unless_disconnected(request, partial(feed.follow_to_end, completion.turn_id))
+    await leave_work(leave, not has_ended, grace_seconds)
+    if not has_ended:
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
     return JSONResponse(await anyio.to_thread.run_sync(completion.build_completion))
 
 
 def run_chat_request(context: ServiceContext, owner: str, fields: dict[str, Any]) -> dict[str, Any]:
     """Answer a line of a batch as the route would, and block until the answer is complete.
 
-    Raises OmniVideoError or APIError.
+    Its clips are rendered after those of interactive requests. Raises OmniVideoError or APIError.
     """
-    completion = ChatCompletion(context, owner, validate_fields(ChatCompletionRequest, fields))
-    completion.start_turn()
-    context.turns.wait_for_end(completion.turn_id, owner)
+    payload = validate_fields(ChatCompletionRequest, fields)
+    completion = ChatCompletion(context, owner, payload, lane="batch")
+    completion.start()
+    if completion.turn_id:
+        context.turns.wait_for_end(completion.turn_id, owner)
     return completion.build_completion()

@@ -26,8 +26,9 @@ from omnivideo.api.request_body import (
     rename_error_field,
     validate_fields,
 )
-from omnivideo.contracts import Artifact, FileRecord, RequestModel
+from omnivideo.contracts import Artifact, RequestModel
 from omnivideo.errors import InvalidInput, UnreadableMedia
+from omnivideo.records import FileRecord
 
 router = APIRouter(prefix="/v1/files", tags=["files"], responses=ERROR_RESPONSES)
 UploadPurpose = Literal["batch", "vision", "user_data"]

@@ -1,6 +1,8 @@
 """Images, which are generated while the request waits, in the format of OpenAI's clients."""
 
 import base64
+from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 from anyio.to_thread import run_sync
@@ -8,6 +10,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
+from omnivideo.api.answers.links import LinkBuilder, MediaOwnerDep, create_link_builder
 from omnivideo.api.dependencies import (
     ContextDep,
     IdempotencyDep,
@@ -20,7 +23,8 @@ from omnivideo.api.generation import build_image_edit_jobs, build_image_jobs, ma
 from omnivideo.api.generation_requests import ImageEditRequest, ImageFormat, ImageGenerationRequest
 from omnivideo.api.request_body import BodyFields, document_request_body, validate_fields
 from omnivideo.api.routes.videos import build_content_response, read_image_content
-from omnivideo.api.waiting_jobs import CLIENT_CLOSED_REQUEST, WaitingJobs
+from omnivideo.api.waiting import CLIENT_CLOSED_REQUEST
+from omnivideo.api.waiting_jobs import WaitingJobs
 from omnivideo.contracts import JobStatus
 
 router = APIRouter(prefix="/v1/images", tags=["images"], responses=ERROR_RESPONSES)
@@ -83,7 +87,7 @@ async def edit_images(
 
 
 @router.get("/{image_id}/content", response_class=Response)
-def get_image_content(image_id: ResourceId, request: Request, context: ContextDep, owner: OwnerDep) -> Response:
+def get_image_content(image_id: ResourceId, request: Request, context: ContextDep, owner: MediaOwnerDep) -> Response:
     """Return an image that was requested with `response_format` "url"."""
     status = context.jobs.get_owned_job(image_id, owner, "image")
     if status is None:
@@ -96,32 +100,43 @@ async def run_image_jobs(request: Request, image_jobs: WaitingJobs[Any]) -> Resp
     if statuses is None:
         return Response(status_code=CLIENT_CLOSED_REQUEST)
     inline = image_jobs.payload.response_format != "url"
-    images_response = await run_sync(build_images_response, image_jobs.context, statuses, inline, str(request.base_url))
+    if inline:
+        to_object = partial(to_inline_image, image_jobs.context)
+    else:
+        links = create_link_builder(image_jobs.context, image_jobs.owner, str(request.base_url))
+        to_object = partial(to_linked_image, image_jobs.context, links)
+    images_response = await run_sync(build_images_response, statuses, to_object)
     return JSONResponse(images_response.model_dump(exclude_none=True))
 
 
 def build_images_response(
-    context: ServiceContext, statuses: list[JobStatus], inline: bool, base_url: str
+    statuses: list[JobStatus], to_image_object: Callable[[JobStatus], ImageObject]
 ) -> ImagesResponse:
-    data = [to_image_object(context, status, inline, base_url) for status in statuses]
     first = statuses[0]
     image_format = cast(ImageFormat, first.meta.get("format", "png"))
     return ImagesResponse(
-        id=first.id, created=int(first.created_at), data=data, output_format=image_format, size=first.meta["size"]
-    )
+        id=first.id, created=int(first.created_at), data=list(map(to_image_object, statuses)),
+        output_format=image_format, size=first.meta["size"],
+    )  # fmt: skip
 
 
-def to_image_object(context: ServiceContext, status: JobStatus, inline: bool, base_url: str) -> ImageObject:
-    """Return the image's bytes or its URL: a signed one if the object store can sign, otherwise one of this service.
+def to_inline_image(context: ServiceContext, status: JobStatus) -> ImageObject:
+    assert status.result is not None
+    data, _ = read_image_content(context, status, status.result)
+    return ImageObject(id=status.id, b64_json=base64.b64encode(data).decode())
+
+
+def to_linked_image(context: ServiceContext, links: LinkBuilder, status: JobStatus) -> ImageObject:
+    """Return the image's address: a signed one of the object store if it can sign, otherwise one of this service.
 
     The store has a png; an image in another format is converted by this service.
     """
-    artifact = status.result
-    assert artifact is not None
-    if inline:
-        data, _ = read_image_content(context, status, artifact)
-        return ImageObject(id=status.id, b64_json=base64.b64encode(data).decode())
+    assert status.result is not None
     is_stored = status.meta.get("format", "png") == "png"
-    if base_url and is_stored and (sign_url := getattr(context.store, "presign_url", None)):
-        return ImageObject(id=status.id, url=sign_url(artifact.key, LINK_LIFETIME_SECONDS))
-    return ImageObject(id=status.id, url=f"{base_url or '/'}v1/images/{status.id}/content")
+    if is_stored and (sign_url := getattr(context.store, "presign_url", None)):
+        return ImageObject(id=status.id, url=sign_url(status.result.key, LINK_LIFETIME_SECONDS))
+    return ImageObject(id=status.id, url=links.build_link(build_image_path(status.id)))
+
+
+def build_image_path(image_id: str) -> str:
+    return f"/v1/images/{image_id}/content"

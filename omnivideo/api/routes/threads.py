@@ -7,8 +7,9 @@ from fastapi import APIRouter, Header, Query, Request, Response
 from pydantic import BaseModel, Field
 from sse_starlette import EventSourceResponse
 
+from omnivideo.api.answers.links import MediaOwnerDep
 from omnivideo.api.dependencies import AfterCursor, ContextDep, IdempotencyDep, OwnerDep, ServiceContext
-from omnivideo.api.errors import ERROR_RESPONSES, APIError, build_not_found_error
+from omnivideo.api.errors import ERROR_RESPONSES, APIError, build_not_found_error, error_from_turn
 from omnivideo.api.event_feed import get_event_feed
 from omnivideo.api.media import MediaPart, artifact_from_part, build_range_response
 from omnivideo.api.request_body import Seed
@@ -183,12 +184,23 @@ def get_lineage(name: str, context: ContextDep, owner: OwnerDep, artifact: str |
 
 
 @router.get("/{name}/artifacts/{key}", response_class=Response)
-def get_artifact_content(name: str, key: str, request: Request, context: ContextDep, owner: OwnerDep) -> Response:
+def get_artifact_content(name: str, key: str, request: Request, context: ContextDep, owner: MediaOwnerDep) -> Response:
     """Return the bytes of an artifact or of its manifest, or a range of them."""
     thread = context.turn_runner.get_thread(owner, name)
     if not any(key in (artifact.key, artifact.manifest) for artifact in thread.get_artifacts()):
         raise build_not_found_error("artifact", key)
     return build_range_response(request, context.store.get(key), key)
+
+
+@router.get("/{name}/artifacts/{key}/preview.webp", response_class=Response)
+def get_artifact_preview(name: str, key: str, request: Request, context: ContextDep, owner: MediaOwnerDep) -> Response:
+    """Return a clip as an animated picture, for programs that show pictures only."""
+    artifacts = context.turn_runner.get_thread(owner, name).get_artifacts()
+    artifact = next((artifact for artifact in artifacts if artifact.key == key), None)
+    if artifact is None:
+        raise build_not_found_error("artifact", key)
+    data, suffix = context.render_thumbnail(artifact, "animation")
+    return build_range_response(request, data, f"{key}-preview.{suffix}")
 
 
 # ---------------------------------------------------------------- turns
@@ -281,7 +293,7 @@ def to_turn_response(context: ServiceContext, turn: TurnRecord) -> TurnResponse:
         number=turn.number,
         state=cast(TurnState, turn.state),
         created_at=int(turn.created_at),
-        error=turn.error,
+        error=None if turn.error is None else error_from_turn(turn).to_body()["error"],
     )
     if turn.state == "done":
         response.turn = context.turn_runner.get_thread(turn.owner, turn.thread_id).get_turns()[turn.number - 1]

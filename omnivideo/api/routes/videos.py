@@ -31,7 +31,8 @@ from omnivideo.api.generation import (
 from omnivideo.api.generation_requests import VideoEditRequest, VideoRequest
 from omnivideo.api.media import build_range_response, has_expired
 from omnivideo.api.request_body import BodyFields, document_request_body, validate_fields
-from omnivideo.api.waiting_jobs import CLIENT_CLOSED_REQUEST, WaitingJobs
+from omnivideo.api.waiting import CLIENT_CLOSED_REQUEST
+from omnivideo.api.waiting_jobs import WaitingJobs
 from omnivideo.contracts import Artifact, JobState, JobStatus
 from omnivideo.errors import InvalidInput
 from omnivideo.media.artifacts import convert_picture

@@ -5,7 +5,8 @@ import tempfile
 from collections.abc import Collection, Iterator, Mapping
 from typing import IO, Any, Protocol
 
-from omnivideo.contracts import BatchRecord, Job, JobStatus
+from omnivideo.contracts import Job, JobStatus
+from omnivideo.records import BatchRecord
 from omnivideo.storage.database.batches import LineOutcome
 
 CHAT_ENDPOINT = "/v1/chat/completions"

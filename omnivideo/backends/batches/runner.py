@@ -16,9 +16,10 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 from omnivideo.backends.batches.active_batch import CHAT_ENDPOINT, ActiveBatch, BatchLinePort, LineJob
-from omnivideo.contracts import BatchRecord, JobStatus
+from omnivideo.contracts import JobStatus
 from omnivideo.errors import ArtifactNotFound, ModelUnavailable, OmniVideoError, ServiceBusy, StoreError
 from omnivideo.ports import ObjectStore
+from omnivideo.records import BatchRecord
 from omnivideo.storage.database.batches import BatchRepository, LineOutcome
 from omnivideo.storage.database.files import FileRepository
 from omnivideo.storage.database.jobs import JobRepository

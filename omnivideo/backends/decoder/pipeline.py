@@ -15,7 +15,7 @@ from torch import Tensor
 from omnivideo.contracts import Medium, SamplingParams, StepProgress, compute_latent_grid
 from omnivideo.media.resample import deliver_frames
 from omnivideo.models.mllm import MLLMMedia, MLLMMessage
-from omnivideo.models.omni import MLLMFeatures, OmniVideoModel
+from omnivideo.models.omni import MLLMFeatures, OmniVideoModel, name_part
 from omnivideo.models.sampling import DenoisingState, Expert, denoise, sample_initial_noise
 from omnivideo.models.vae import decode_latents, encode_pixels, pixels_from_bytes, pixels_to_bytes
 from omnivideo.ports import Decoder
@@ -66,14 +66,15 @@ def generate_clip(
     The same arguments give identical bytes on the same machine. Raises ConditionTooLong before the first step.
     """
     seconds_by_stage: dict[str, float] = {}
-    with time_stage(seconds_by_stage, "source"):
+    with time_stage(seconds_by_stage, "source"), name_part("VAE"):
         source_1zThw = None if source is None else encode_source(omni, source)
     with time_stage(seconds_by_stage, "condition"):
         if features is None:
             assert not isinstance(source, Tensor), "the MLLM cannot see latents"
             features = compute_features(omni, prompt, params, source)
         target = medium_from_params(params)
-        experts = omni.build_experts([prompt], [features], params.negative_prompt, target, source_1zThw)
+        with name_part("adapter"):
+            experts = omni.build_experts([prompt], [features], params.negative_prompt, target, source_1zThw)
     for progress in denoise_clips(omni, experts, [params.seed], params, initial_state, seconds_by_stage):
         yield progress
         x_1zThw = progress.state.latents
@@ -95,7 +96,7 @@ def generate_clip_batch(
     identical bytes.
     """
     seconds_by_stage: dict[str, float] = {}
-    with time_stage(seconds_by_stage, "condition"):
+    with time_stage(seconds_by_stage, "condition"), name_part("adapter"):
         experts = omni.build_experts(prompts, features, params.negative_prompt, medium_from_params(params))
     for progress in denoise_clips(omni, experts, seeds, params, initial_state, seconds_by_stage):
         yield progress
@@ -120,9 +121,12 @@ def denoise_clips(
         x_BzThw = sample_initial_noise(list(seeds), (omni.vae.config.z_dim, *grid_Thw), omni.device)
         x_BzThw, first_step = x_BzThw.to(omni.latents_dtype), 0
     started_at = time.perf_counter()
-    for denoising_step in denoise(
-        experts, x_BzThw, params.steps, params.guidance_scale, params.flow_shift, initial_state
-    ):
+    steps = denoise(experts, x_BzThw, params.steps, params.guidance_scale, params.flow_shift, initial_state)
+    while True:
+        with name_part("decoder"):
+            denoising_step = next(steps, None)
+        if denoising_step is None:
+            break
         completed_steps = denoising_step.state.step
         seconds_per_step = (time.perf_counter() - started_at) / (completed_steps - first_step)
         eta_seconds = seconds_per_step * (params.steps - completed_steps)
@@ -134,8 +138,8 @@ def denoise_clips(
 def encode_source(omni: OmniVideoModel, source: np.ndarray | Tensor) -> Tensor:
     """Return the latents [1, z, T, h, w] of a source's pixels [F, H, W, 3] or latents [z, T, h, w]."""
     if isinstance(source, Tensor):
-        return source[None].to(omni.vae.device, omni.vae.dtype)
-    return encode_pixels(omni.vae, pixels_from_bytes(source[None]).to(omni.vae.device, omni.vae.dtype))
+        return source[None].to(omni.device, omni.vae.dtype)
+    return encode_pixels(omni.vae, pixels_from_bytes(source[None]).to(omni.device, omni.vae.dtype)).to(omni.device)
 
 
 def compute_features(
@@ -150,7 +154,7 @@ def decode_clip(
     omni: OmniVideoModel, x_1zThw: Tensor, params: SamplingParams, seconds_by_stage: dict[str, float]
 ) -> GeneratedClip:
     """Decode clean latents to a clip; the clip takes over `seconds_by_stage`."""
-    with time_stage(seconds_by_stage, "decoding"):
+    with time_stage(seconds_by_stage, "decoding"), name_part("VAE"):
         pixels_1CFHW = decode_latents(omni.vae, x_1zThw.to(omni.vae.dtype))
         frames = pixels_to_bytes(pixels_1CFHW, omni.preset.byte_rounding)[0]
     assert len(frames) == params.frames or params.frames == 1

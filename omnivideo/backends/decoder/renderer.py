@@ -3,6 +3,7 @@
 import base64
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 
 import numpy as np
@@ -34,25 +35,35 @@ from omnivideo.media.artifacts import encode_clip, load_frames, to_png_bytes
 from omnivideo.media.masks import keep_masked_pixels, read_mask
 from omnivideo.media.read import measure_media, read_fitted_media
 from omnivideo.media.sound import SoundSource, keep_sound
-from omnivideo.models.omni import MLLMFeatures, OmniVideoModel
+from omnivideo.media.thumbnails import encode_animation
+from omnivideo.models.features import MLLMFeatures, decode_features
+from omnivideo.models.omni import OmniVideoModel
 from omnivideo.models.sampling import DenoisingState
 from omnivideo.models.vae import decode_latents, pixels_to_bytes
-from omnivideo.ports import ObjectStore
+from omnivideo.ports import MLLM, ObjectStore
 from omnivideo.storage.objects.tensors import get_tensors, put_tensors
 
 
 class Renderer:
     """Renders jobs with one model. `weights_digest` identifies the weights in manifests.
 
-    `mllm` runs on the same model. With `persist_tokens` the visual tokens that it predicts are also written to the
-    store, for jobs that outlive this process.
+    `mllm` runs on the same model, unless it is given: a server's, where the model was loaded without its own. With
+    `persist_tokens` the visual tokens that the model predicts are also written to the store, for jobs that outlive this
+    process.
     """
 
-    def __init__(self, omni: OmniVideoModel, store: ObjectStore, weights_digest: str, persist_tokens: bool = True):
+    def __init__(
+        self,
+        omni: OmniVideoModel,
+        store: ObjectStore,
+        weights_digest: str,
+        persist_tokens: bool = True,
+        mllm: MLLM | None = None,
+    ):
         self.omni = omni
         self.store = store
         self.model = identify_model(omni, weights_digest)
-        self.mllm = LocalMLLM(omni, store, persist_tokens)
+        self.mllm: MLLM = mllm or LocalMLLM(omni, store, persist_tokens)
 
     # ------------------------------------------------------------ preparing
 
@@ -75,7 +86,9 @@ class Renderer:
     def load_features(self, job: Job) -> MLLMFeatures:
         """Return the MLLM's features for a prepared job. Raises ArtifactNotFound."""
         assert job.visual_tokens
-        return self.mllm.load_features(job.visual_tokens)
+        features = self.mllm.find_features(job.visual_tokens) if isinstance(self.mllm, LocalMLLM) else None
+        features = features or decode_features(get_tensors(self.store, job.visual_tokens))
+        return replace(features, values=features.values.to(self.omni.device))
 
     def load_source(self, source: Artifact | None, params: SamplingParams) -> np.ndarray | Tensor | None:
         """Return a source's latents [z, T, h, w] if they are stored and have the job's size, or its fitted pixels."""
@@ -144,7 +157,8 @@ class Renderer:
                 created_by="replay",
             )  # fmt: skip
         reference = manifest.visual_tokens
-        if reference is not None and not self.mllm.has_visual_tokens(reference):
+        has_tokens = self.mllm.has_visual_tokens if isinstance(self.mllm, LocalMLLM) else self.store.has
+        if reference is not None and not has_tokens(reference):
             reference = None
         job = Job(
             id="replay",
@@ -185,7 +199,7 @@ class Renderer:
         return keep_masked_pixels(frames[0], source, may_change)[None]
 
     def store_result(self, job: Job, params: SamplingParams, clip: GeneratedClip) -> Artifact:
-        """Write the clip, its latents and its manifest to the store and return the artifact.
+        """Write the clip, its latents, its manifest and its preview to the store and return the artifact.
 
         The artifact depends only on the job, not on where or when it is rendered.
         """
@@ -205,6 +219,7 @@ class Renderer:
             manifest=self.store.put(json.dumps(manifest.model_dump(), indent=2).encode(), "json"),
             latents=None if job.mask else put_tensors(self.store, {"latents": clip.latents}),
             source=None if job.source is None else job.source.key,
+            preview=self.store.put(encode_animation(clip.frames, params.fps), "webp") if suffix == "mp4" else None,
             created_by=job.id,
         )
 

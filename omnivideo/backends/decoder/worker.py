@@ -23,7 +23,7 @@ from omnivideo.backends.decoder.renderer import Renderer
 from omnivideo.backends.decoder.resume import ResumePoint, pack_resume_point, unpack_resume_point
 from omnivideo.backends.queue.local import PREVIEW_FRACTIONS
 from omnivideo.contracts import Artifact, Claim, Job, SamplingParams, StepProgress
-from omnivideo.errors import ArtifactNotFound, InvalidInput, JobLost, OmniVideoError, StoreError
+from omnivideo.errors import ArtifactNotFound, InvalidInput, JobLost, OmniVideoError, PartOutOfMemory, StoreError
 from omnivideo.models.sampling import DenoisingState
 from omnivideo.storage.database.jobs import JobRepository
 from omnivideo.storage.database.repository import retry_while_unavailable
@@ -155,12 +155,14 @@ class Worker:
         except StoreError:
             log.exception("job %s is queued again: the store or the database stayed unavailable", claim.job.id)
             self.jobs.requeue(claim)
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            text = str(error) if isinstance(error, PartOutOfMemory) else OUT_OF_MEMORY_TEXT
+            log.warning("job %s: %s", claim.job.id, text)
+            self.fail_job(claim, "out_of_memory", text)
+            torch.cuda.empty_cache()
         except OmniVideoError as error:
             code = "invalid_input" if isinstance(error, InvalidInput) else "failed"
             self.fail_job(claim, code, str(error))
-        except (torch.OutOfMemoryError, MemoryError):
-            self.fail_job(claim, "out_of_memory", OUT_OF_MEMORY_TEXT)
-            torch.cuda.empty_cache()
         except Exception:
             log.exception("job %s failed", claim.job.id)
             self.fail_job(claim, "internal", INTERNAL_ERROR_TEXT)
@@ -277,10 +279,10 @@ class Worker:
 
         Jobs that are resumed keep the visual tokens that they were begun with.
         """
-        store = self.renderer.store
-        if claim.resume_key is None or not store.has(claim.resume_key):
+        store, key = self.renderer.store, claim.resume_key
+        if key is None or not store.has(key):
             return jobs, None
-        data = retry_while_unavailable(lambda: store.get(claim.resume_key))
+        data = retry_while_unavailable(lambda: store.get(key))
         point: ResumePoint | None = unpack_resume_point(data, self.renderer.model, jobs, self.renderer.omni.device)
         if point is None:
             log.warning("job %s: its resume point is of another model or request; it starts again", claim.job.id)

@@ -203,7 +203,8 @@ def build_arguments(
         "served-model-name": SERVED_MODEL_NAME,
         "host": host,
         "port": port,
-        "dtype": select_dtype(on_gpu, options),
+        "dtype": select_dtype(preset_name, on_gpu, options),
+        "chat-template": build_vila_chat_template() if needs_chat_template(folder) else None,
         "hf-overrides": build_config_overrides(folder, preset_name),
         # The library and the settings of models/structured.py, so that plans do not depend on the engine.
         "structured-outputs-config": STRUCTURED_OUTPUTS if get_preset(preset_name).mllm.can_plan else None,
@@ -261,11 +262,39 @@ def format_flags(values: dict[str, Any]) -> list[str]:
     return flags
 
 
-def select_dtype(on_gpu: bool, options: VLLMOptions) -> str:
+def select_dtype(preset_name: str, on_gpu: bool, options: VLLMOptions) -> str:
+    """Return the option, or the type that the preset states for its MLLM, or on a CPU float32.
+
+    Many CPUs are slower in half precision, and the range of float16 is small. A preset that states no type computes in
+    bfloat16 on a GPU, where vLLM's fast attention needs half precision.
+    """
     if options.dtype != "auto":
         return options.dtype
-    # Most CPUs are slower in half precision. The weights are stored as float16, whose range is too small to compute in.
-    return "bfloat16" if on_gpu else "float32"
+    return get_preset(preset_name).dtypes.get("mllm", "bfloat16") if on_gpu else "float32"
+
+
+def needs_chat_template(folder: Path) -> bool:
+    """Return whether a folder's MLLM is a VILA whose tokenizer has no chat template, which vLLM's chat route needs."""
+    llm = folder / "mllm" / "llm"
+    if not is_vila(folder) or (llm / "chat_template.jinja").exists():
+        return False
+    try:
+        return not json.loads((llm / "tokenizer_config.json").read_text()).get("chat_template")
+    except (OSError, ValueError, AttributeError):
+        return True
+
+
+def build_vila_chat_template() -> str:
+    """Return Llama 3's chat format in one line of Jinja, with VILA's system prompt where a chat has none."""
+    from omnivideo.models.vila_requests import SYSTEM_PROMPT, format_turn
+
+    system = json.dumps(format_turn("system", SYSTEM_PROMPT), ensure_ascii=False)
+    header = "'<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n'"
+    return (
+        "{{ '<|begin_of_text|>' }}{% if messages[0]['role'] != 'system' %}{{ " + system + " }}{% endif %}"
+        "{% for message in messages %}{{ " + header + " + message['content'] + '<|eot_id|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
+    )
 
 
 def create_outbox() -> Path:

@@ -3,18 +3,16 @@
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import replace
 
 import torch
 
 from omnivideo.backends.mllm.media import create_media_cache, read_mllm_media
 from omnivideo.contracts import Artifact, Medium, MLLMRequest, Route
-from omnivideo.models.features import MLLMFeatures, decode_features, encode_features
+from omnivideo.models.features import MLLMFeatures, encode_features
 from omnivideo.models.mllm import MLLMMedia, MLLMMessage, sanitize_text
 from omnivideo.models.omni import OmniVideoModel
 from omnivideo.ports import ObjectStore
 from omnivideo.storage.objects.local import compute_object_key
-from omnivideo.storage.objects.tensors import get_tensors
 
 MAX_CACHED_FEATURES = 1024  # a few kilobytes each with a vision head, up to a megabyte without
 
@@ -54,10 +52,14 @@ class LocalMLLM:
     def route(self, request: MLLMRequest) -> Route:
         return self.omni.bound_mllm.route(self.build_message(request))
 
-    def stream_text(self, request: MLLMRequest, max_tokens: int | None = None) -> Iterator[str]:
-        # Greedy, so that another process that continues a turn gets the same text.
-        message, max_tokens = self.build_message(request), max_tokens or self.max_tokens
-        yield from self.omni.bound_mllm.stream_text(message, temperature=0.0, max_tokens=max_tokens)
+    def stream_text(self, request: MLLMRequest) -> Iterator[str]:
+        # Greedy or with the request's seed, so that another process that continues a turn gets the same text.
+        message, sampling = self.build_message(request), request.sampling
+        options = sampling.model_dump() | {"max_tokens": sampling.max_tokens or self.max_tokens}
+        yield from self.omni.bound_mllm.stream_text(message, **options)
+
+    def count_tokens(self, text: str) -> int:
+        return len(self.omni.mllm_tokenizer(text, add_special_tokens=False).input_ids)
 
     def score_agreement(self, request: MLLMRequest) -> float:
         return self.omni.bound_mllm.score_agreement(self.build_message(request))
@@ -83,12 +85,9 @@ class LocalMLLM:
             self.store.put(data, "safetensors")
         return reference
 
-    def load_features(self, reference: str) -> MLLMFeatures:
-        """Return features by reference: from memory, otherwise from the store. Raises ArtifactNotFound."""
-        features = self.features_by_reference.get(reference)
-        if features is None:
-            features = decode_features(get_tensors(self.store, reference))
-        return replace(features, values=features.values.to(self.omni.device))
+    def find_features(self, reference: str) -> MLLMFeatures | None:
+        """Return features that are still in this process's memory."""
+        return self.features_by_reference.get(reference)
 
     def has_visual_tokens(self, reference: str) -> bool:
         return reference in self.features_by_reference or self.store.has(reference)

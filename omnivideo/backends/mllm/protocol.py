@@ -3,6 +3,7 @@
     POST /v1/route          MLLMPayload          -> Route
     POST /v1/agreement      MLLMPayload          -> AgreementResponse
     POST /v1/write          WriteRequest         -> one JSON string a line, then null
+    POST /v1/tokens         TokensRequest        -> TokensResponse
     POST /v1/visual_tokens  VisualTokensRequest  -> the bytes of a safetensors file of models/features.py, in float32
     GET  /health                                 -> 200 if the server answers
 
@@ -16,7 +17,7 @@ from typing import Annotated
 
 from pydantic import BeforeValidator, Field, PlainSerializer
 
-from omnivideo.contracts import FrozenModel, Medium
+from omnivideo.contracts import MAX_ANSWER_TOKENS, FrozenModel, Medium, TextSampling
 
 MAX_MEDIA_BYTES = 512 * 2**20  # of one medium, as for uploads to the service
 
@@ -57,11 +58,25 @@ class MLLMPayload(FrozenModel):
     json_schema: str | None = None
 
 
-class WriteRequest(FrozenModel):
-    """A request for an answer of at most `max_tokens` tokens."""
+class WriteRequest(TextSampling):
+    """A request for an answer in words."""
 
     payload: MLLMPayload
-    max_tokens: int = Field(ge=1, le=32_768)
+    max_tokens: int = Field(ge=1, le=MAX_ANSWER_TOKENS)
+
+    @property
+    def sampling(self) -> TextSampling:
+        return TextSampling(**self.model_dump(exclude={"payload"}))
+
+
+class TokensRequest(FrozenModel):
+    """A request for the number of a text's tokens."""
+
+    text: str
+
+
+class TokensResponse(FrozenModel):
+    count: int
 
 
 class VisualTokensRequest(FrozenModel):

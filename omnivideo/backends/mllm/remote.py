@@ -1,6 +1,7 @@
 """The planner's MLLM over HTTP, for a process without torch. vLLM's server and ours speak the same protocol."""
 
 import json
+import math
 import time
 from collections.abc import Iterator
 
@@ -12,6 +13,7 @@ from omnivideo.backends.mllm.protocol import (
     MediaPayload,
     MLLMPayload,
     RefusalResponse,
+    TokensResponse,
     VisualTokensRequest,
     WriteRequest,
 )
@@ -20,6 +22,7 @@ from omnivideo.errors import InvalidInput, ModelUnavailable
 from omnivideo.ports import ObjectStore
 
 MAX_ATTEMPTS = 4  # with pauses of 0.5, 1 and 2 s
+HANGING_MESSAGE = "the language model does not answer; try again in a moment"
 UNAVAILABLE_MESSAGE = "the language model is starting or unavailable; try again in a moment"
 
 
@@ -27,14 +30,16 @@ class RemoteMLLM:
     """The MLLM at an address. `store` holds the artifacts that requests refer to and receives the visual tokens.
 
     Every call gives the same answer for the same request, so all of them can be retried. They raise ModelUnavailable
-    if the server does not answer, and InvalidInput if it refuses the request.
+    if the server does not answer, and InvalidInput if it refuses the request. A server that sends nothing for
+    `timeout_seconds` hangs: the call is not retried here, because its caller must tell a person.
     """
 
     max_tokens = 1024  # limit of an answer
 
-    def __init__(self, address: str, store: ObjectStore):
+    def __init__(self, address: str, store: ObjectStore, timeout_seconds: float = 25.0):
         self.store = store
-        self.http = httpx.Client(base_url=address, timeout=httpx.Timeout(120.0, connect=5.0), trust_env=False)
+        timeout = httpx.Timeout(timeout_seconds, connect=min(2.0, timeout_seconds))
+        self.http = httpx.Client(base_url=address, timeout=timeout, trust_env=False)
 
     # ------------------------------------------------------------ the planner's port
 
@@ -51,7 +56,9 @@ class RemoteMLLM:
 
     def stream_text(self, request: MLLMRequest) -> Iterator[str]:
         """Yield the answer in pieces. After a failure, the answer continues where it broke off."""
-        body = WriteRequest(payload=self.build_payload(request), max_tokens=self.max_tokens).model_dump_json()
+        options = request.sampling.model_dump() | {"max_tokens": request.sampling.max_tokens or self.max_tokens}
+        # Defaults are left out, so that a server of an earlier version accepts the request.
+        body = WriteRequest(payload=self.build_payload(request), **options).model_dump_json(exclude_defaults=True)
         emitted_chars = 0
         for attempt in range(MAX_ATTEMPTS):
             received_chars = 0  # counted in characters, because a retry may split the answer differently
@@ -63,10 +70,20 @@ class RemoteMLLM:
                     if received_chars > emitted_chars:
                         yield piece[len(piece) - (received_chars - emitted_chars) :]
                         emitted_chars = received_chars
+            except httpx.ReadTimeout:
+                raise ModelUnavailable(HANGING_MESSAGE) from None
             except httpx.HTTPError:
                 pass
             time.sleep(0.5 * 2**attempt)
         raise ModelUnavailable(UNAVAILABLE_MESSAGE)
+
+    def count_tokens(self, text: str) -> int:
+        """Return the number of the text's tokens, or an estimate of four bytes each if the server does not say."""
+        try:
+            response = self.http.post("/v1/tokens", json={"text": text}, timeout=2.0)
+            return TokensResponse.model_validate_json(response.raise_for_status().content).count
+        except (httpx.HTTPError, ValidationError):
+            return math.ceil(len(text.encode()) / 4)
 
     # ------------------------------------------------------------ requests
 
@@ -85,6 +102,8 @@ class RemoteMLLM:
                 response = self.http.post(path, content=content, headers=headers)
                 raise_for_refusal(response)
                 return response.content
+            except httpx.ReadTimeout:
+                raise ModelUnavailable(HANGING_MESSAGE) from None
             except httpx.HTTPError:
                 time.sleep(0.5 * 2**attempt)
         raise ModelUnavailable(UNAVAILABLE_MESSAGE)

@@ -18,10 +18,12 @@ from omnivideo.backends.mllm.protocol import (
     AgreementResponse,
     MLLMPayload,
     RefusalResponse,
+    TokensRequest,
+    TokensResponse,
     VisualTokensRequest,
     WriteRequest,
 )
-from omnivideo.contracts import Artifact, Medium, MLLMRequest, Route
+from omnivideo.contracts import Artifact, Medium, MLLMRequest, Route, TextSampling
 from omnivideo.errors import ArtifactNotFound, InvalidInput
 from omnivideo.models.features import encode_features
 from omnivideo.storage.objects.local import compute_object_key
@@ -34,7 +36,9 @@ class MLLMService(Protocol):
 
     async def score_agreement(self, payload: MLLMPayload) -> float: ...
 
-    async def write_answer(self, payload: MLLMPayload, max_tokens: int) -> AsyncIterator[str]:
+    async def count_tokens(self, text: str) -> int: ...
+
+    async def write_answer(self, payload: MLLMPayload, sampling: TextSampling) -> AsyncIterator[str]:
         """Return the answer's pieces. An invalid request raises before the first piece."""
         ...
 
@@ -61,8 +65,12 @@ def add_mllm_routes(app: FastAPI, get_service: Callable[[], MLLMService]) -> Non
 
     @app.post("/v1/write")
     async def write_answer(body: WriteRequest) -> StreamingResponse:
-        pieces = await get_service().write_answer(body.payload, body.max_tokens)
+        pieces = await get_service().write_answer(body.payload, body.sampling)
         return StreamingResponse(encode_ndjson(pieces), media_type="application/x-ndjson")
+
+    @app.post("/v1/tokens")
+    async def count_tokens(body: TokensRequest) -> TokensResponse:
+        return TokensResponse(count=await get_service().count_tokens(body.text))
 
     @app.post("/v1/visual_tokens")
     async def compute_visual_tokens(body: VisualTokensRequest) -> Response:
@@ -134,16 +142,20 @@ class SerializedMLLM:
         async with self.lock:
             return await asyncio.to_thread(compute)
 
-    async def write_answer(self, payload: MLLMPayload, max_tokens: int) -> AsyncIterator[str]:
+    async def count_tokens(self, text: str) -> int:
+        return self.mllm.count_tokens(text)
+
+    async def write_answer(self, payload: MLLMPayload, sampling: TextSampling) -> AsyncIterator[str]:
         async with self.lock:
             request = await asyncio.to_thread(self.request_from_payload, payload)
+            request = request.model_copy(update={"sampling": sampling})
             # Media that cannot be read are refused here. Decoded media are cached for the answer.
             await asyncio.to_thread(self.mllm.build_message, request)
-        return self.stream_pieces(request, max_tokens)
+        return self.stream_pieces(request)
 
-    async def stream_pieces(self, request: MLLMRequest, max_tokens: int) -> AsyncIterator[str]:
+    async def stream_pieces(self, request: MLLMRequest) -> AsyncIterator[str]:
         async with self.lock:
-            async for piece in iterate_in_threadpool(self.mllm.stream_text(request, max_tokens)):
+            async for piece in iterate_in_threadpool(self.mllm.stream_text(request)):
                 yield piece
 
 

@@ -49,7 +49,7 @@ def find_faults(folder: Path) -> list[str]:
     for name in list_required_parts(preset):
         if (folder / name).is_dir():
             faults += find_part_faults(preset, name, folder / name)
-        else:
+        elif name != "markers" or not preset.condition.optional_markers:
             faults.append(f"{name}: the folder is missing")
     if (folder / "tokenizer").is_dir() and (folder / "text_encoder" / "config.json").is_file():
         vocab_size = read_json(folder / "text_encoder" / "config.json").get("vocab_size", 0)

@@ -12,7 +12,7 @@ Every weights file is safetensors. A missing or unknown key or a wrong shape is 
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
@@ -23,10 +23,15 @@ from transformers.utils import logging
 from omnivideo.errors import CheckpointError
 from omnivideo.models.bridge import NullContext
 from omnivideo.models.conditions import MarkerEmbeddings
+from omnivideo.models.device import measure_machine
 from omnivideo.models.mllm import VISUAL_TOKENS
+from omnivideo.models.offload import place_parts
 from omnivideo.models.omni import Bridge, OmniVideoModel, get_expert_part, get_torch_dtype
+from omnivideo.models.placement import Machine, Placement, plan_placement
 from omnivideo.models.positions import add_absolute_positions
 from omnivideo.models.weights.digests import RECORD_FILE, compute_file_digest, stamp_files, write_record
+from omnivideo.models.weights.mapped_pages import MappedPages
+from omnivideo.models.weights.part_sizes import measure_parts
 from omnivideo.models.weights.qwen3_vl import load_qwen3_vl, restore_published_layout
 from omnivideo.models.weights.shipped import INDEX_FILE
 from omnivideo.models.weights.strict import check_keys as check_keys
@@ -34,6 +39,8 @@ from omnivideo.models.weights.strict import get_first_line as get_first_line
 from omnivideo.models.weights.strict import load_strict as load_strict
 from omnivideo.models.weights.vila import load_vila, load_vila_tokenizer
 from omnivideo.presets import Precision, Preset, get_preset
+
+Contents = Literal["all", "without-mllm", "mllm"]
 
 BRIDGE_PARTS = ("vision_head", "adapter", "visual_context", "markers")
 WEIGHTS_FILE = "model.safetensors"
@@ -116,23 +123,57 @@ def verify_digests(folder: Path) -> None:
 
 
 def load(
-    folder: Path, device: torch.device | str = "cpu", precision: Precision = "preset", with_mllm: bool = True
+    folder: Path,
+    device: torch.device | str = "cpu",
+    precision: Precision = "preset",
+    contents: Contents = "all",
+    machine: Machine | None = None,
 ) -> OmniVideoModel:
-    """Load all parts of a folder's preset onto a device, in evaluation mode.
+    """Load the parts of a folder's preset, in evaluation mode, each where it fits (`OmniVideoModel.placement`).
 
     Each part has the type that the preset states, or all are in float32. A process that gets the MLLM's features from
-    a server loads everything else, `with_mllm=False`.
+    a server loads everything else, and that server only what computes them. `machine` is what is free for the model,
+    by default all that is free on this machine and on the device.
     """
-    model_preset = get_preset(read_index(folder)["preset"])
+    model_preset, device = get_preset(read_index(folder)["preset"]), torch.device(device)
     if precision == "float32":
         model_preset = model_preset.in_float32()
-    return load_parts(
+    sizes = measure_parts(folder, model_preset, list_part_names(model_preset, contents))
+    placement = plan_placement(sizes, machine or measure_machine(device))
+    omni = load_parts(
         folder,
-        lambda name, part: part.to(device),
+        lambda name, part: move_resident(name, part, placement, device),
         lambda part: get_torch_dtype(model_preset, part),
-        with_mllm,
+        contents,
         model_preset,
     )
+    place_parts(omni.parts, placement, device, MappedPages().release)
+    omni.placement, omni.placed_on = placement, torch.device("cpu") if placement.mode == "CPU" else device
+    return omni
+
+
+def list_part_names(model_preset: Preset, contents: Contents = "all") -> tuple[str, ...]:
+    """Return the names of the parts in `OmniVideoModel.parts`."""
+    with torch.device("meta"):
+        bridge_parts = select_bridge_parts(Bridge(model_preset), contents)
+    if contents == "mllm":
+        return ("mllm", *bridge_parts)
+    decoders = (get_expert_part("decoder", index) for index in range(model_preset.experts.num_decoders))
+    return (*(("mllm",) if contents == "all" else ()), *decoders, *bridge_parts, "text_encoder", "vae")
+
+
+def select_bridge_parts(bridge: Bridge, contents: Contents) -> tuple[str, ...]:
+    """Return the parts between MLLM and decoder that a process needs: a server of the MLLM only the vision head."""
+    return tuple(name for name in bridge.part_names if contents != "mllm" or name == "vision_head")
+
+
+def move_resident(name: str, part: Any, placement: Placement, device: torch.device) -> Any:
+    """Move a part, or each module of the bridge, to the device if it stays there; return the part."""
+    modules = dict(part.named_children()) if name == "bridge" else {name: part}
+    for key, module in modules.items():
+        if placement.find_part(key).location == "gpu":
+            module.to(device)
+    return part
 
 
 def keep_file_dtype(part: str) -> None:
@@ -143,36 +184,36 @@ def load_parts(
     folder: Path,
     place_part: Callable[[str, Any], Any],
     choose_dtype: Callable[[str], torch.dtype | None] = keep_file_dtype,
-    with_mllm: bool = True,
+    contents: Contents = "all",
     model_preset: Preset | None = None,
 ) -> OmniVideoModel:
-    """Load all parts as `load` does, and let `place_part` move each to its device before the next one is read.
+    """Load parts as `load` does, and let `place_part` move each to its device before the next one is read.
 
-    `place_part` gets a part and its name in `OmniVideoModel`, `choose_dtype` a name of the preset's `dtypes`.
+    `place_part` gets a part and its name, such as "bridge", `choose_dtype` a name of the preset's `dtypes`.
     """
     model_preset = model_preset or get_preset(read_index(folder)["preset"])
     logging.disable_progress_bar()  # transformers shows a progress bar for each part, however small
-    decoders: list[WanTransformer3DModel] = []
-    for index, name in enumerate(("decoder", "second_decoder")[: model_preset.experts.num_decoders]):
-        part = get_expert_part("transformer", index)
-        decoders.append(place_part(name, load_strict(WanTransformer3DModel, folder, part, choose_dtype("decoder"))))
-    mllm, mllm_tokenizer = None, None
-    if with_mllm:
-        mllm, mllm_tokenizer = load_mllm(model_preset, folder, choose_dtype("mllm"))
-        mllm = place_part("mllm", mllm)
-    return OmniVideoModel(
-        preset=model_preset,
-        mllm=mllm,
-        mllm_tokenizer=mllm_tokenizer,
-        bridge=place_part("bridge", load_bridge(model_preset, folder, choose_dtype)),
-        decoder=add_absolute_positions(decoders[0]) if model_preset.absolute_positions else decoders[0],
-        text_encoder=place_part(
-            "text_encoder", load_strict(UMT5EncoderModel, folder, "text_encoder", choose_dtype("text_encoder"))
-        ),
-        tokenizer=AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True),
-        vae=place_part("vae", load_strict(AutoencoderKLWan, folder, "vae", choose_dtype("vae"))),
-        second_decoder=decoders[1] if len(decoders) > 1 else None,
-    ).eval()
+    parts: dict[str, Any] = {"decoder": None, "text_encoder": None, "tokenizer": None, "vae": None}
+    if contents != "mllm":
+        for index in range(model_preset.experts.num_decoders):
+            decoder = load_strict(
+                WanTransformer3DModel, folder, get_expert_part("transformer", index), choose_dtype("decoder")
+            )
+            name = get_expert_part("decoder", index)
+            parts["second_decoder" if index else "decoder"] = place_part(name, decoder)
+    parts |= {"mllm": None, "mllm_tokenizer": None}
+    if contents != "without-mllm":
+        mllm, parts["mllm_tokenizer"] = load_mllm(model_preset, folder, choose_dtype("mllm"))
+        parts["mllm"] = place_part("mllm", mllm)
+    parts["bridge"] = place_part("bridge", load_bridge(model_preset, folder, choose_dtype, contents))
+    if contents != "mllm":
+        text_encoder = load_strict(UMT5EncoderModel, folder, "text_encoder", choose_dtype("text_encoder"))
+        parts["text_encoder"] = place_part("text_encoder", text_encoder)
+        parts["tokenizer"] = AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+        parts["vae"] = place_part("vae", load_strict(AutoencoderKLWan, folder, "vae", choose_dtype("vae")))
+        if model_preset.absolute_positions:
+            parts["decoder"] = add_absolute_positions(parts["decoder"])
+    return OmniVideoModel(preset=model_preset, **parts).eval()
 
 
 def load_mllm(model_preset: Preset, folder: Path, dtype: torch.dtype | None) -> tuple[Any, PreTrainedTokenizerBase]:
@@ -203,13 +244,21 @@ def load_mllm_tokenizer(folder: Path, embedding_count: int, has_routing_tokens: 
 
 
 def load_bridge(
-    model_preset: Preset, folder: Path, choose_dtype: Callable[[str], torch.dtype | None] = keep_file_dtype
+    model_preset: Preset,
+    folder: Path,
+    choose_dtype: Callable[[str], torch.dtype | None] = keep_file_dtype,
+    contents: Contents = "all",
 ) -> Bridge:
     """Load the bridge; the markers and the null context have as many embeddings as the weights contain."""
     with torch.device("meta"):
         bridge = Bridge(model_preset)
+    for name in set(bridge.part_names) - set(select_bridge_parts(bridge, contents)):
+        delattr(bridge, name)
     for name in bridge.part_names:
         path = folder / name / WEIGHTS_FILE
+        if name == "markers" and model_preset.condition.optional_markers and not path.parent.is_dir():
+            bridge.markers = MarkerEmbeddings.without_rows(model_preset.text_width, model_preset.condition.marker_names)
+            continue
         if not path.is_file():
             raise CheckpointError(f"{name}/{WEIGHTS_FILE} is missing from the weights")
         dtype = choose_dtype(name.removesuffix("_2"))

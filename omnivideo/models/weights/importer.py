@@ -125,6 +125,8 @@ def describe_missing_parts(preset: Preset, missing: Sequence[str]) -> list[str]:
     for part in missing:
         repository = find_repository(preset, part)
         place = f" (in {repository.id}, {repository.size_bytes / 1e9:.1f} GB)" if repository else ""
+        if part == "markers" and preset.condition.optional_markers:
+            place += "; with --allow-missing the condition has no markers, as in the authors' code"
         lines[get_published_name(preset, part) + place] = None
     return list(lines)
 

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import and_, delete, func, select, update
 
-from omnivideo.contracts import BatchRecord
 from omnivideo.errors import ServiceBusy
+from omnivideo.records import BatchRecord
 from omnivideo.storage.database.repository import Repository, record_from_row, select_values, unix_now
 from omnivideo.storage.database.schema import batch_lines, batches, files
 

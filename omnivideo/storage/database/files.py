@@ -4,7 +4,7 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, and_, or_, select, update
 
-from omnivideo.contracts import FileRecord
+from omnivideo.records import FileRecord
 from omnivideo.storage.database.batches import ACTIVE_BATCH_STATES
 from omnivideo.storage.database.repository import Repository, record_from_row, unix_now
 from omnivideo.storage.database.schema import batches, files

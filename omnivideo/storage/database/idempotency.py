@@ -2,7 +2,7 @@
 
 from sqlalchemy import and_, delete, select, update
 
-from omnivideo.contracts import KeyClaim
+from omnivideo.records import KeyClaim
 from omnivideo.storage.database.repository import Repository, unix_now
 from omnivideo.storage.database.schema import idempotency_keys
 

@@ -18,7 +18,7 @@ from opentelemetry.propagate import inject
 from sqlalchemy import ColumnElement, Engine, Row, Update, and_, case, func, literal, null, or_, select, update
 
 from omnivideo.contracts import Artifact, Change, Claim, Job, JobState, JobStatus, Lane, ModelIdentity, StepProgress
-from omnivideo.errors import InvalidInput, JobCancelled, JobFailed, JobLost, ServiceBusy
+from omnivideo.errors import InvalidInput, JobCancelled, JobLost, ServiceBusy, build_job_error
 from omnivideo.storage.database.job_rows import (
     ENDED_STATES,
     LANES,
@@ -51,6 +51,9 @@ class EndedJob(NamedTuple):
     owner: str
     state: JobState
     ended_at: float
+
+
+ARTIFACT_KEYS = ("key", "manifest", "latents", "preview")  # the fields of an artifact that name objects of the store
 
 
 @dataclass
@@ -402,7 +405,7 @@ class JobRepository(Repository):
             job, result = job_from_row(row), row.result or {}
             source = job.source.model_dump() if job.source else {}
             keys |= {row.resume_key, row.preview, job.visual_tokens, job.mask}
-            keys |= {artifact.get(name) for artifact in (source, result) for name in ("key", "manifest", "latents")}
+            keys |= {artifact.get(name) for artifact in (source, result) for name in ARTIFACT_KEYS}
         return {key for key in keys if key}
 
     # ------------------------------------------------------------ metrics
@@ -437,9 +440,9 @@ def add_trace_context(meta: dict[str, str] | None) -> dict[str, str]:
 
 
 def result_from_status(status: JobStatus) -> Artifact | None:
-    """Return the result of a job, or None while it is open. Raises JobFailed or JobCancelled."""
+    """Return the result of a job, or None while it is open. Raises JobFailed, InvalidInput or JobCancelled."""
     if status.state == "failed":
-        raise JobFailed(status.code or "internal", f"the clip could not be rendered: {status.error}")
+        raise build_job_error(status.code or "internal", str(status.error))
     if status.state == "cancelled":
         raise JobCancelled("the clip was cancelled")
     return status.result

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from sqlalchemy import ColumnElement, Row, and_, exists, insert, literal, select, update
 from sqlalchemy.exc import IntegrityError
 
-from omnivideo.contracts import Change
+from omnivideo.contracts import Change, Lane
 from omnivideo.errors import InvalidInput
 from omnivideo.storage.database.notifications import AsyncWatch, turn_topic
 from omnivideo.storage.database.repository import Repository, select_values, unix_now
@@ -85,6 +85,11 @@ class TurnRepository(Repository):
         """Return the turns of a thread, the oldest first."""
         query = select(turns).where(turns.c.thread_id == thread_id).order_by(turns.c.created_at)
         return [turn_from_row(row) for row in self.fetch_all(query)]
+
+    def has_open_turn(self, owner: str, exclude_lane: Lane) -> bool:
+        """Return whether a turn of the owner is queued or running in another lane than this one."""
+        query = select(turns.c.body).where(turns.c.owner == owner, turns.c.state.in_(OPEN_STATES))
+        return any(row.body.get("lane", "interactive") != exclude_lane for row in self.fetch_all(query))
 
     def claim_turn(self, turn_id: str) -> TurnRecord | None:
         """Claim a queued turn for this process. Return None if another process has it."""

@@ -6,8 +6,9 @@ from typing import Any
 
 from sqlalchemy import String, and_, delete, func, literal, select, union_all, update
 
-from omnivideo.contracts import Change, FrozenModel, WebhookRecord
+from omnivideo.contracts import Change, FrozenModel
 from omnivideo.errors import InvalidInput
+from omnivideo.records import WebhookRecord
 from omnivideo.storage.database.notifications import ANY_JOB_END, NEW_DELIVERY, Watch
 from omnivideo.storage.database.repository import Repository, record_from_row, select_values, unix_now
 from omnivideo.storage.database.schema import deleted_webhooks, webhook_deliveries, webhooks

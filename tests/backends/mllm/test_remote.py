@@ -50,6 +50,7 @@ def test_answers_over_http_and_in_process_are_equal(local, requests):
             assert client.route(request) == local.route(request)
             assert "".join(client.stream_text(request)) == "".join(local.stream_text(request))
             assert client.score_agreement(request) == local.score_agreement(request)
+            assert client.count_tokens(request.text) == local.count_tokens(request.text) > 0
             assert client.predict_visual_tokens(request, "video") == local.predict_visual_tokens(request, "video")
         client.close()
 
@@ -59,8 +60,8 @@ class BreakingMLLM(LocalMLLM):
 
     broken = False
 
-    def stream_text(self, request: MLLMRequest, max_tokens: int | None = None):
-        for index, piece in enumerate(super().stream_text(request, max_tokens)):
+    def stream_text(self, request: MLLMRequest):
+        for index, piece in enumerate(super().stream_text(request)):
             if index == 3 and not self.broken:
                 self.broken = True
                 raise RuntimeError("the server fails")

@@ -200,6 +200,21 @@ def test_folders_of_diffusers_and_of_ours_are_linked(version_2):
     assert len(set(digests)) == 1
 
 
+@pytest.mark.golden
+def test_version_2_without_markers_has_a_condition_without_them(version_2):
+    """As in the authors' code. A file that was forgotten is more likely, so it must be asked for."""
+    (version_2 / "OmniVideo2-1.3B" / "special_tokens.pkl").unlink()
+    with pytest.raises(CheckpointError, match=r"special_tokens\.pkl .*--allow-missing .* no markers"):
+        import_weights([version_2], version_2 / "ours")
+    import_weights([version_2], version_2 / "ours", allow_missing=True)
+    assert find_faults(version_2 / "ours") == []
+    omni = checkpoint.load(version_2 / "ours", contents="without-mllm")
+    assert {tuple(marker.shape) for marker in omni.bridge.markers.parameters()} == {(0, omni.preset.text_width)}
+    text_LD = torch.ones(3, omni.preset.text_width)
+    (condition_LD,) = omni.complete_conditions([{"text": text_LD, "hidden": torch.ones(2, omni.preset.mllm_width)}])
+    assert torch.equal(condition_LD[2:5], text_LD.to(condition_LD)) and not condition_LD[5:].any()
+
+
 # ---------------------------------------------------------------- faults
 
 PICKLES = ("special_tokens/tokens.pkl", "unconditioned_context/context.pkl", "special_tokens.pkl")

@@ -13,7 +13,7 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOu
 from omnivideo.backends.mllm.protocol import MLLMPayload
 from omnivideo.backends.mllm.vllm_plugin.prompt import build_engine_input
 from omnivideo.backends.mllm.vllm_plugin.service import VLLMService, compute_media_digest
-from omnivideo.contracts import Medium, Route
+from omnivideo.contracts import Medium, Route, TextSampling
 from omnivideo.errors import InvalidInput
 from omnivideo.models import qwen3_vl
 from omnivideo.models.choices import BranchQuery, score_choices
@@ -109,18 +109,20 @@ class InstructService(VLLMService):
 
     # ------------------------------------------------------------ text
 
-    async def write_answer(self, payload: MLLMPayload, max_tokens: int) -> AsyncIterator[str]:
+    async def write_answer(self, payload: MLLMPayload, sampling: TextSampling) -> AsyncIterator[str]:
         message = await asyncio.to_thread(self.message_from_payload, payload)
-        return await self.start_answer(message, payload, self.mllm_config.vision_input, max_tokens)
+        return await self.start_answer(message, payload, self.mllm_config.vision_input, sampling)
 
     async def start_answer(
-        self, message: MLLMMessage, payload: MLLMPayload, vision_config: VisionInputConfig, max_tokens: int
+        self, message: MLLMMessage, payload: MLLMPayload, vision_config: VisionInputConfig, sampling: TextSampling
     ) -> AsyncIterator[str]:
-        """Return the pieces of a greedy answer; with a schema, vLLM admits only tokens that keep to it."""
+        """Return the pieces of an answer; with a schema, vLLM admits only tokens that keep to it."""
         schema = message.json_schema
         params = SamplingParams(
-            temperature=0,
-            max_tokens=max_tokens,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            seed=sampling.seed,
+            max_tokens=sampling.max_tokens,
             stop_token_ids=self.family.stop_ids,
             detokenize=False,
             output_kind=RequestOutputKind.DELTA,
@@ -131,7 +133,7 @@ class InstructService(VLLMService):
         return self.stream_pieces(await self.start_encoded(encoded, digests, params))
 
     async def write_caption(self, message: MLLMMessage, payload: MLLMPayload) -> str:
-        limit = qwen3_vl.MAX_CAPTION_TOKENS
+        limit = TextSampling(max_tokens=qwen3_vl.MAX_CAPTION_TOKENS)
         pieces = [piece async for piece in await self.start_answer(message, payload, self.caption_config, limit)]
         return sanitize_text("".join(pieces).strip(), self.special_tokens)
 

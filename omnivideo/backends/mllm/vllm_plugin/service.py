@@ -18,7 +18,7 @@ from omnivideo.backends.mllm.media import create_media_cache, read_mllm_media
 from omnivideo.backends.mllm.protocol import MediaPayload, MLLMPayload
 from omnivideo.backends.mllm.vllm_plugin import FIRST_POSITION_PARAM, VISUAL_TOKENS_PARAM
 from omnivideo.backends.mllm.vllm_plugin.families import create_family
-from omnivideo.contracts import Medium, Route
+from omnivideo.contracts import Medium, Route, TextSampling
 from omnivideo.errors import InvalidInput
 from omnivideo.models.mllm import MLLMMedia, MLLMMessage, VisualInput, sanitize_text
 
@@ -106,10 +106,15 @@ class VLLMService:
         yes, no = (output.logprobs[0][token_id].logprob for token_id in token_ids)
         return 1 / (1 + math.exp(no - yes))
 
-    async def write_answer(self, payload: MLLMPayload, max_tokens: int) -> AsyncIterator[str]:
+    async def count_tokens(self, text: str) -> int:
+        return len(self.tokenizer.encode(text, add_special_tokens=False))
+
+    async def write_answer(self, payload: MLLMPayload, sampling: TextSampling) -> AsyncIterator[str]:
         params = SamplingParams(
-            temperature=0,
-            max_tokens=max_tokens,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            seed=sampling.seed,
+            max_tokens=sampling.max_tokens,
             bad_words=self.family.banned_words,
             stop_token_ids=self.family.stop_ids,
             detokenize=False,

@@ -1,0 +1,48 @@
+"""Rules on English text: which medium a request asks for if it is not that of its source, and which frame of a clip."""
+
+import re
+
+from omnivideo.contracts import FramePosition, Medium
+
+SOURCE = r"(?:it|this|that|them|these|(?:the|this|that|my)(?: [\w-]+){1,4}?)"
+CLIP_NOUN = r"(?:clip|video|animation|movie|gif)"
+STILL_NOUN = r"(?:picture|image|photo|still|frame|screenshot|snapshot)"
+MOVING = (
+    r"(?:move|rise|fall|fly|float|drift|slide|spin|rotate|turn round|bounce|jump|dance|swing|go (?:left|right|up|down)"
+    r"|grow and shrink)"
+)
+MOTION_REQUEST = re.compile(
+    rf"\banimat(?:e|ing)\b|\b(?:in|into) motion\b|\bbring {SOURCE} to life\b"
+    rf"|\b(?:make|let|have) {SOURCE} (?:slowly |quickly |gently )?(?:start (?:to )?)?{MOVING}(?:ing)?\b"
+    rf"|\b(?:make|turn|convert|change|transform) {SOURCE} (?:in)?to an? (?:[\w-]+ ){{0,2}}{CLIP_NOUN}\b"
+    rf"|\ban? (?:[\w-]+ ){{0,2}}{CLIP_NOUN} (?:of|from|out of|with) {SOURCE}(?=$|[\s.,!?])",
+    re.IGNORECASE,
+)
+STILL_REQUEST = re.compile(
+    rf"\b(?:make|turn|convert|change|transform) {SOURCE} (?:in)?to an? (?:[\w-]+ ){{0,2}}{STILL_NOUN}\b"
+    rf"|\ban? (?:[\w-]+ ){{0,2}}{STILL_NOUN} (?:of|from|out of)"
+    rf" (?:{SOURCE}|(?:its|the|that) (?:first|last|final|middle) (?:frame|moment|second))(?=$|[\s.,!?])"
+    r"|\b(?:give|show|save|get|extract|export|make|take|want)\b.{0,40}\b(?:first|last|final|middle) frame\b",
+    re.IGNORECASE,
+)
+FRAME_POSITIONS: dict[FramePosition, str] = {
+    "first": r"\b(?:first|start|beginning|opening)\b",
+    "middle": r"\b(?:middle|half(?:way)?|centre|center)\b",
+}
+
+
+def find_requested_medium(text: str, source_medium: Medium) -> Medium | None:
+    """Return the medium that words ask for if the source has another one; otherwise None."""
+    if source_medium == "image":
+        return "video" if MOTION_REQUEST.search(text) else None
+    return "image" if STILL_REQUEST.search(text) else None
+
+
+def is_medium_request(text: str) -> bool:
+    """Return whether a request asks for an existing artifact in the other medium."""
+    return bool(MOTION_REQUEST.search(text) or STILL_REQUEST.search(text))
+
+
+def find_frame_position(text: str) -> FramePosition:
+    """Return which frame of a clip a request for a still means; the last one if it does not say."""
+    return next((position for position, words in FRAME_POSITIONS.items() if re.search(words, text, re.I)), "last")

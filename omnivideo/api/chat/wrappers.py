@@ -1,0 +1,210 @@
+"""What a chat program wraps around a person's words: attached documents, retrieved sources, lists of files.
+
+Wrappers are context, not words. They are recognised by their kind: blocks of tags, sections and code blocks under the
+name of a file, and templates of retrieval, which say where the question stands.
+"""
+
+import re
+from dataclasses import dataclass
+
+# Tags around context, wherever they stand. Any other tag that is not HTML's counts if its block fills whole lines.
+CONTEXT_TAGS = {
+    "attached_files", "attachments", "attachment", "attachment_file", "context", "source", "sources", "document",
+    "documents", "file", "files", "knowledge", "memory", "memories", "retrieved_context", "search_results",
+}  # fmt: skip
+WORD_TAGS = {
+    "user_query", "query", "question", "user_question", "user_message", "user_input", "user_request", "user_prompt",
+}  # fmt: skip
+HTML_TAGS = {
+    "a", "b", "blockquote", "br", "code", "div", "em", "font", "h1", "h2", "h3", "i", "img", "li", "ol", "p", "pre",
+    "s", "small", "span", "strong", "sub", "sup", "table", "td", "th", "think", "tr", "u", "ul", "video",
+}  # fmt: skip
+BLOCK_PATTERN = r"<(?P<tag>[A-Za-z][\w-]*)(?P<attributes>(?:\s[^<>]*)?)>(?P<body>.*?)</(?P=tag)>"
+BLOCK, LINE_BLOCK = (
+    re.compile(BLOCK_PATTERN, re.DOTALL),
+    re.compile(rf"^[ \t]*{BLOCK_PATTERN}", re.DOTALL | re.MULTILINE),
+)
+FILE_TAG = re.compile(r"<(?:file|attachment|image|video|document)\b(?P<attributes>[^<>]*?)(?P<end>/?)>", re.IGNORECASE)
+ATTRIBUTE = re.compile(r"([\w-]+)\s*=\s*(\"[^\"]*\"|'[^']*')")
+FILE_NAME = r"[\w()+&,~ .-]{0,120}[\w)]\.[A-Za-z0-9]{1,5}"
+FILE_LINE = re.compile(rf"^\s*[-*]\s+(?P<name>(?:[\w./-]*/)?{FILE_NAME})\s*$", re.MULTILINE)
+NAME_TAG = re.compile(r"<(?:file_)?name>\s*(?P<name>[^<]+?)\s*</(?:file_)?name>", re.IGNORECASE)
+FILE_HEADING = re.compile(
+    rf"^#{{1,4}}[ \t]+(?:(?:file|document|attachment):?[ \t]+)?[`\"']?(?P<name>{FILE_NAME})[`\"']?[ \t]*:?[ \t]*$",
+    re.IGNORECASE | re.MULTILINE,
+)
+FENCE = re.compile(r"\s*```[^\n]*\n(?P<body>.*?)\n?```[ \t]*(?:\n|$)", re.DOTALL)
+ATTACHED_FENCE = re.compile(
+    r"^Attached document\(s\):\s*\n+```[^\n]*\n(?P<body>.*?)\n```[ \t]*$", re.DOTALL | re.MULTILINE
+)
+# "Use the following context ... Question: ...", as retrieval templates of LangChain, LlamaIndex and others are built.
+QUESTION_LINE = re.compile(
+    r"^(?:user(?:'s)? )?(?:question|query|request)[ \t]*:[ \t]*(?P<words>.+?)"
+    r"(?=^\s*(?:[\w-]+ )?(?:answer|response|context|sources?)[ \t]*:|\Z)",
+    re.IGNORECASE | re.MULTILINE | re.DOTALL,
+)
+TEMPLATE_OPENING = re.compile(r"\A[^\n]{0,200}\bcontext\b", re.IGNORECASE)
+INSTRUCTION_HEADING = re.compile(r"\A\s*#{1,4} *(?:task|instructions?)\b", re.IGNORECASE)
+MEDIA_NAME = re.compile(r"\.(?:png|jpe?g|webp|gif|avif|heic|bmp|mp4|mov|webm|mkv)$", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text that came with a message; `name` is "" if the client gives none."""
+
+    name: str
+    text: str
+
+
+@dataclass(frozen=True)
+class NamedFile:
+    """A file that a message names without containing it."""
+
+    name: str
+    address: str
+    is_media: bool
+
+
+@dataclass(frozen=True)
+class SplitText:
+    """A message's text, split into the person's `words` and what was wrapped around them."""
+
+    words: str
+    documents: tuple[Document, ...] = ()
+    named_files: tuple[NamedFile, ...] = ()
+
+
+def split_wrappers(text: str) -> SplitText:
+    """Split a user's text into the person's words, documents, and files that are only named."""
+    splitter = WrapperSplitter()
+    words = splitter.take_words(text.replace("\r\n", "\n").replace("\r", "\n"))
+    words = re.sub(r"\n{3,}", "\n\n", words).strip()
+    received_names = {document.name for document in splitter.documents if document.text}
+    named = [file for file in splitter.named_files if file.name not in received_names]
+    return SplitText(words, tuple(document for document in splitter.documents if document.text), tuple(named))
+
+
+class WrapperSplitter:
+    """Takes the wrappers out of one text, and collects what was in them."""
+
+    def __init__(self) -> None:
+        self.words: list[str] = []  # in tags that say so
+        self.documents: list[Document] = []
+        self.named_files: list[NamedFile] = []
+
+    def take_words(self, text: str) -> str:
+        """Return the text without its wrappers."""
+        # Blocks at the start of a line first: instructions before them may show a tag as an example.
+        kept, blocks_end = self.take_blocks(text, LINE_BLOCK)
+        if INSTRUCTION_HEADING.match(kept) and blocks_end is not None:
+            kept = kept[blocks_end:]  # a template's instructions stand before its context, the words after it
+        elif TEMPLATE_OPENING.match(kept) and (question := QUESTION_LINE.search(kept)):
+            self.documents.append(Document("", (kept[: question.start()] + kept[question.end() :]).strip()))
+            kept = question["words"]
+        kept, _ = self.take_blocks(kept, BLOCK)
+        if self.words:
+            return "\n".join(self.words)
+        kept = ATTACHED_FENCE.sub(self.take_fence, self.take_lone_file_tags(kept))
+        return self.take_sections(kept)
+
+    def take_blocks(self, text: str, pattern: re.Pattern[str]) -> tuple[str, int | None]:
+        """Return the text without blocks of tags, and the position after the last of them, None if there is none."""
+        kept, position, blocks_end = "", 0, None
+        for match in pattern.finditer(text):
+            tag = match["tag"].lower()
+            if tag in WORD_TAGS:
+                self.words.append(match["body"].strip())
+            elif tag in CONTEXT_TAGS or (tag not in HTML_TAGS and fills_lines(text, match)):
+                self.take_block(match)
+            else:
+                continue
+            kept += text[position : match.start()]
+            position, blocks_end = match.end(), len(kept)
+        return kept + text[position:], blocks_end
+
+    def take_block(self, match: re.Match[str]) -> None:
+        """Collect the documents and the named files of a block."""
+        tag, attributes, body = match["tag"].lower(), read_attributes(match["attributes"]), match["body"]
+        inner_blocks = [inner for inner in BLOCK.finditer(body) if inner["tag"].lower() in CONTEXT_TAGS]
+        for inner in inner_blocks:
+            self.take_block(inner)
+        if inner_blocks:
+            body = BLOCK.sub(lambda inner: "" if inner["tag"].lower() in CONTEXT_TAGS else inner[0], body)
+        body = self.take_lone_file_tags(body)
+        if tag in ("attached_files", "attachments", "files"):
+            self.named_files += [to_named_file({"name": line["name"]}) for line in FILE_LINE.finditer(body)]
+            body = FILE_LINE.sub("", body)
+        name = find_name(attributes)
+        if (name_tag := NAME_TAG.search(body)) and not name:
+            name = name_tag["name"]
+        if body.strip():
+            self.documents.append(Document(name, body.strip()))
+        elif tag in ("file", "attachment") and name:
+            self.named_files.append(to_named_file(attributes))
+
+    def take_lone_file_tags(self, text: str) -> str:
+        """Return the text without tags of files that have no content; the files are named."""
+
+        def take(match: re.Match[str]) -> str:
+            attributes = read_attributes(match["attributes"])
+            if not match["end"] or not (find_name(attributes) or attributes.get("url")):
+                return match[0]
+            self.named_files.append(to_named_file(attributes))
+            return ""
+
+        return FILE_TAG.sub(take, text)
+
+    def take_fence(self, match: re.Match[str]) -> str:
+        name, _, body = match["body"].partition("\n")
+        is_heading = name.startswith("#")
+        self.documents.append(Document(name.strip('# "') if is_heading else "", body if is_heading else match["body"]))
+        return ""
+
+    def take_sections(self, text: str) -> str:
+        """Return the text without sections that stand under the name of a file.
+
+        A section ends with its code block, or at the next name. If nothing else is left, the last paragraph of the last
+        section is the person's words.
+        """
+        headings = list(FILE_HEADING.finditer(text))
+        if not headings:
+            return text
+        kept, last_open_body = text[: headings[0].start()], ""
+        for heading, following in zip(headings, [*headings[1:], None], strict=True):
+            body = text[heading.end() : following.start() if following else len(text)]
+            if fence := FENCE.match(body):
+                self.documents.append(Document(heading["name"], fence["body"]))
+                kept += body[fence.end() :]
+            else:
+                self.documents.append(Document(heading["name"], body.strip()))
+                last_open_body = body.strip() if following is None else ""
+        if not kept.strip() and "\n\n" in last_open_body:
+            document = self.documents.pop()
+            body, _, kept = last_open_body.rpartition("\n\n")
+            self.documents.append(Document(document.name, body.strip()))
+        self.named_files += [
+            to_named_file({"name": document.name}) for document in self.documents if document.name and not document.text
+        ]
+        return kept
+
+
+def fills_lines(text: str, match: re.Match[str]) -> bool:
+    """Return whether nothing else stands on the lines on which a block begins and ends."""
+    before, after = text[: match.start()].rpartition("\n")[2], text[match.end() :].partition("\n")[0]
+    return not before.strip() and not after.strip() and "\n" in match[0]
+
+
+def read_attributes(text: str) -> dict[str, str]:
+    return {name.lower(): value[1:-1] for name, value in ATTRIBUTE.findall(text)}
+
+
+def find_name(attributes: dict[str, str]) -> str:
+    return next((attributes[key] for key in ("name", "filename", "title", "path") if attributes.get(key)), "")
+
+
+def to_named_file(attributes: dict[str, str]) -> NamedFile:
+    """Return a file as a tag's attributes name it."""
+    name, address = find_name(attributes), attributes.get("url", "")
+    kind = f"{attributes.get('type', '')} {attributes.get('content_type', '')}".lower()
+    is_media = "image" in kind or "video" in kind or bool(MEDIA_NAME.search(name))
+    return NamedFile(name or ("a picture" if is_media else "a file"), address, is_media)
