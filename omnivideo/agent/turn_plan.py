@@ -85,8 +85,8 @@ def plan_turn(
     """
     artifacts = [Artifact(**artifact) for artifact in state.get("artifacts", []) + state["attachments"]]
     if prompts.plan is not None:
-        background = TurnOptions(**state["options"]).background
-        return plan_by_mllm(text, artifacts, mllm, prompts.add_background(prompts.plan, background))
+        system = prompts.add_background(prompts.plan, TurnOptions(**state["options"]).background)
+        return plan_by_mllm(text, artifacts, mllm, system or prompts.plan)
     if not reads_words(preset):
         return [PlannedAction(action) for action in english_rules.split_actions(text)]
     search = ReferenceSearch(mllm, prompts.describe, artifacts, descriptions, [])
