@@ -22,6 +22,12 @@ NUMBERS = {
     "seven": 7, "eight": 8,
 }  # fmt: skip
 COUNT = rf"(?P<count>\d+|{'|'.join(sorted(NUMBERS, key=len, reverse=True))})"
+# Words of a clause that could be a request of its own.
+CONTENT = re.compile(
+    r"\b(?:draw|make|add|paint|turn|change|put|remove|create|generate|show|give|colou?r|recolou?r|take|delete|keep|use"
+    r"|with|on|an?|the|in|instead|red|green|blue|yellow|orange|purple|cyan|white|black|grey|gray|pink|brown"
+    r"|bigger|smaller|larger|faster|slower|longer|left|right|up|down|how|what|which|where|is|are)\b"
+)
 PATTERNS_FILE = "prompts/commands.toml"
 CONTRACTED = (
     (r"['\u2018\u2019]", "'"), (r"\b(\w+)n't\b|\b(did|do|does|is|was)nt\b", r"\1\2 not"), (r"\b(\w+)'s\b", r"\1 is"),
@@ -61,8 +67,12 @@ def load_patterns() -> CommandPatterns:
     )
 
 
-def find_command(text: str, artifacts: Sequence[Artifact]) -> ExecutedCommand | None:
-    """Return the command that a whole text is, or None."""
+def find_command(text: str, artifacts: Sequence[Artifact], *, is_strict: bool = False) -> ExecutedCommand | None:
+    """Return the command that a whole text is, or None.
+
+    Unless it is strict, a clause beside the command may say why, as in "i changed my mind, go back"; one that could be
+    a request of its own may not.
+    """
     words = " ".join(text.lower().split())
     for pattern, replacement in CONTRACTED:
         words = re.sub(pattern, replacement, words)
@@ -71,7 +81,15 @@ def find_command(text: str, artifacts: Sequence[Artifact]) -> ExecutedCommand | 
         return command
     # "wipe everything, i want to begin with a clean slate" says one command twice.
     clauses = [match_polite_command(clause.strip(), artifacts) for clause in re.split(r"[,;.]+| and ", words)]
-    return clauses[0] if len(set(map(repr, clauses))) == 1 else None
+    found = {repr(command): command for command in clauses if command is not None}
+    others = [
+        clause
+        for clause, command in zip(re.split(r"[,;.]+| and ", words), clauses, strict=True)
+        if command is None and clause.strip()
+    ]
+    if len(found) != 1 or (others and (is_strict or any(map(CONTENT.search, others)))):
+        return None
+    return next(iter(found.values()))
 
 
 def match_polite_command(words: str, artifacts: Sequence[Artifact]) -> ExecutedCommand | None:

@@ -121,7 +121,7 @@ def plan_by_mllm(text: str, artifacts: Sequence[Artifact], mllm: MLLM, prompt: s
     The plan is valid unless it is cut off before the first action is complete; the turn is then one action about the
     last artifact.
     """
-    command = find_command(text, artifacts)
+    command = find_command(text, artifacts, is_strict=True)
     if command is not None and command.name in COMMANDS_FOR_EVERY_PRESET:
         return [PlannedAction(text, goal="command", details={"command": command.model_dump()})]
     request = MLLMRequest(

@@ -23,7 +23,8 @@ ARTIFACTS = [
     ("text", "name", "arguments"),
     [
         ("undo", "undo", {}), ("please take that back", "undo", {}), ("put it back how it was", "undo", {}),
-        ("undo the last two changes", "undo", {"count": 2}), ("Let's start over!", "restart", {}),
+        ("undo the last two changes", "undo", {"count": 2}),
+        ("I changed my mind, go back", "undo", {}), ("Let's start over!", "restart", {}),
         ("forget everything, I want a clean slate", "restart", {}), ("HELP", "help", {}),
         ("what can I ask you?", "help", {}), ("what did you just do?", "recap", {}),
         ("list everything we made", "list", {}), ("never mind", "cancel", {}),
