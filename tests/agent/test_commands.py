@@ -56,6 +56,12 @@ def test_no_request_of_the_world_is_a_command(task):
     assert not [request.text for request in sample_requests(5, task, 400) if find_command(request.text, ARTIFACTS)]
 
 
+def test_a_reason_beside_a_command_is_allowed_but_another_request_is_not():
+    assert find_command("I changed my mind, go back", ARTIFACTS).name == "undo"
+    assert find_command("I changed my mind, go back", ARTIFACTS, is_strict=True) is None  # for an MLLM that plans
+    assert find_command("go back, the star should be red", ARTIFACTS) is None
+
+
 # ---------------------------------------------------------------- what they do
 
 
