@@ -40,13 +40,16 @@ def find_patterns() -> Iterator[tuple[str, re.Pattern, bool]]:
                 continue
             module = importlib.import_module("omnivideo." + place.removesuffix(".py").replace("/", "."))
             compiled = {name: value for name, value in vars(module).items() if isinstance(value, re.Pattern)}
+            for name, value in vars(module).items():
+                if isinstance(value, dict) and not name.startswith("__"):
+                    compiled |= {f"{name}.{key}": item for key, item in value.items() if isinstance(item, re.Pattern)}
             for name, pattern in compiled.items():
                 if isinstance(pattern.pattern, str):
                     uses = set(re.findall(rf"\b{name}\.(\w+)\(", source))
                     yield f"{place}::{name}", pattern, uses == {"fullmatch"}
             for call in ast.walk(ast.parse(source)):
                 function = ast.unparse(call.func) if isinstance(call, ast.Call) else ""
-                if function.startswith("re.") and function not in ("re.compile", "re.escape"):
+                if re.fullmatch(r"re\.(?!compile|escape)\w+", function) and isinstance(call, ast.Call):
                     text = read_pattern(call.args[0], f"{place}:{call.lineno}")
                     if isinstance(text, str):
                         is_whole = function == "re.fullmatch"

@@ -16,15 +16,15 @@ from omnivideo.ports import MLLM
 TaskKind = Literal[
     "title", "tags", "follow_ups", "queries", "autocomplete", "emoji", "image_prompt", "summary", "answer"
 ]
-TASK_WORDS: dict[TaskKind, str] = {
-    "autocomplete": r"autocomplet",
-    "queries": r"search (?:quer|is necessary)|\bqueries\b",
-    "follow_ups": r"follow[- ]?ups?\b",
-    "tags": r"\btags?\b|\bkeywords?\b",
-    "image_prompt": r"prompt for an? \w+ generation",
-    "emoji": r"fitting emoji",
-    "title": r"\btitle\b|\bname\b|\btopic\b|\bheadline\b",
-    "summary": r"\bsummar\w+|\brecap\b",
+TASK_WORDS: dict[TaskKind, re.Pattern[str]] = {
+    "autocomplete": re.compile(r"autocomplet", re.IGNORECASE),
+    "queries": re.compile(r"search (?:quer|is necessary)|\bqueries\b", re.IGNORECASE),
+    "follow_ups": re.compile(r"follow[- ]?ups?\b", re.IGNORECASE),
+    "tags": re.compile(r"\btags?\b|\bkeywords?\b", re.IGNORECASE),
+    "image_prompt": re.compile(r"prompt for an? \w+ generation", re.IGNORECASE),
+    "emoji": re.compile(r"fitting emoji", re.IGNORECASE),
+    "title": re.compile(r"\btitle\b|\bname\b|\btopic\b|\bheadline\b", re.IGNORECASE),
+    "summary": re.compile(r"\bsummar\w+|\brecap\b", re.IGNORECASE),
 }
 JSON_KEYS: dict[TaskKind, str] = {
     "title": "title", "tags": "tags", "follow_ups": "follow_ups", "queries": "queries", "autocomplete": "text",
@@ -107,7 +107,7 @@ def build_task(
 
 def find_kind(request: str) -> TaskKind:
     """Return the kind whose words stand first in a request."""
-    places = {kind: match.start() for kind, words in TASK_WORDS.items() if (match := re.search(words, request, re.I))}
+    places = {kind: match.start() for kind, words in TASK_WORDS.items() if (match := words.search(request))}
     return min(places, key=places.__getitem__, default="answer")
 
 
