@@ -151,7 +151,19 @@ def test_the_patterns_of_every_folder_are_found():
     assert "agent/english_rules.py::ACTION_BOUNDARY" in PATTERNS and len(PATTERNS) > 20
 
 
-@pytest.mark.parametrize("name", PATTERNS)
+# A block ends at the tag that it began with, so each tag without an end is searched for in the rest of the text.
+QUADRATIC = {"api/chat/wrappers.py::BLOCK"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.xfail(strict=True, reason="time grows with the square"))
+        if name in QUADRATIC
+        else name
+        for name in PATTERNS
+    ],
+)
 def test_a_pattern_is_linear(name):
     pattern, is_whole = PATTERNS[name]
     apply = pattern.fullmatch if is_whole else lambda text: sum(1 for _ in pattern.finditer(text))

@@ -30,7 +30,7 @@ JSON_KEYS: dict[TaskKind, str] = {
     "title": "title", "tags": "tags", "follow_ups": "follow_ups", "queries": "queries", "autocomplete": "text",
     "emoji": "emoji", "image_prompt": "prompt", "summary": "summary", "answer": "text",
 }  # fmt: skip
-CHAT_HISTORY = re.compile(r"<chat_history>\s*(?P<history>.*?)\s*(?:</chat_history>|\Z)", re.DOTALL)
+CHAT_HISTORY = re.compile(r"<chat_history>(?P<history>.*?)(?:</chat_history>|\Z)", re.DOTALL)
 TASK_HEADING = re.compile(r"\A\s*#{1,4} *task\b", re.IGNORECASE)
 # A template of retrieval has the same heading; it wraps the person's words in a context.
 RETRIEVAL = re.compile(r"<(?:context|source|user_query|query)\b|\buser(?:'s)? query\b", re.IGNORECASE)
@@ -44,7 +44,7 @@ ABOUT_CONVERSATION = re.compile(
 EMOJI_REQUEST = re.compile(r"\bthrough a fitting emoji\b", re.IGNORECASE)
 MEDIA_NOUN = re.compile(r"\b(?:clips?|videos?|pictures?|images?|animations?|drawings?|photos?)\b", re.IGNORECASE)
 JSON_REQUEST = re.compile(r"\bjson\b", re.IGNORECASE)
-JSON_KEY = re.compile(r"\bjson\b.*?\{\s*[\"'](?P<key>\w+)[\"']\s*:", re.IGNORECASE | re.DOTALL)
+JSON_KEY = re.compile(r"\{\s*+[\"'](?P<key>\w++)[\"']\s*+:")
 MAX_HISTORY_CHARS = 12_000
 
 
@@ -100,7 +100,8 @@ def build_task(
     speeches = read_transcript(text) or list_speeches(conversation.history)
     schema = None if response_format is None else schema_from_format(kind, response_format)
     if schema is None and JSON_REQUEST.search(request):
-        key_match = JSON_KEY.search(request)
+        json_request = JSON_REQUEST.search(request)
+        key_match = JSON_KEY.search(request, json_request.end()) if json_request else None
         schema = build_schema(kind, key_match["key"] if key_match else JSON_KEYS[kind])
     return ConversationTask(kind, text, tuple(speeches), schema, conversation.instructions)
 
@@ -141,14 +142,14 @@ SPEECH = re.compile(
     r"(?P<text>.*?)(?=^[ \t]*(?:\*\*)?(?:user|human|assistant|ai|bot)(?:\*\*)?[ \t]*:|\Z)",
     re.IGNORECASE | re.MULTILINE | re.DOTALL,
 )
-FENCED = re.compile(r"```[^\n]*\n(?P<body>.*?)\n?```", re.DOTALL)
-SPEECH_RULE = re.compile(r"\n\s*-{5,}\s*\n")
+FENCED = re.compile(r"```[^\n`]*+\n(?P<body>.*?)\n?```", re.DOTALL)
+SPEECH_RULE = re.compile(r"\n[ \t]*+-{5,}+[ \t]*+\n")
 
 
 def read_transcript(text: str) -> list[tuple[Literal["user", "assistant"], str]]:
     """Return the conversation that a request quotes, as (role, text); empty if it quotes none."""
     block = CHAT_HISTORY.search(text)
-    quoted = block["history"] if block else text
+    quoted = block["history"].strip() if block else text
     speeches = [(SPEAKERS[match["role"].lower()], match["text"].strip()) for match in SPEECH.finditer(quoted)]
     if speeches or block:
         return speeches or [("user", quoted)]
