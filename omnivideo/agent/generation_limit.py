@@ -2,10 +2,11 @@
 
 import re
 
+from omnivideo.agent.turn_plan import PlannedAction
+
 AGREEMENT = re.compile(
     r"^\s*(?:yes|yeah|yep|sure|ok(?:ay)?|fine|please|go ahead|do (?:it|that|so)|all ?right|the first)\b", re.IGNORECASE
 )
-PlannedAction = dict[str, str]
 
 
 def build_limit_question(num_generations: int, max_generations: int) -> str:

@@ -11,6 +11,8 @@ node that interrupts runs again when the user replies, so it calls no model befo
 every node. The planner knows only ports, and emits events while a turn runs.
 """
 
+from collections.abc import Iterable
+from dataclasses import asdict, replace
 from typing import Any, Literal
 
 from langgraph.checkpoint.base import BaseCheckpointSaver
@@ -26,12 +28,16 @@ from omnivideo.agent.capabilities import (
     is_frame_request,
     reconcile_route,
 )
+from omnivideo.agent.command_results import execute_command
 from omnivideo.agent.generation_limit import build_limit_question, is_agreement, keep_first_generations
-from omnivideo.agent.mllm_plan import LAST, NEW, build_plan_request, build_plan_schema, parse_plan
 from omnivideo.agent.references import ReferenceQuestion, ReferenceSearch, ask_user, ask_which_artifact
-from omnivideo.agent.rendering import RenderingNodes, emit_action, emit_event, get_background
+from omnivideo.agent.rendering import RenderingNodes, emit_action, emit_event
+from omnivideo.agent.small_world import replies
+from omnivideo.agent.small_world.facts import answer_fact
+from omnivideo.agent.small_world.turn_reading import resolve_reply
 from omnivideo.agent.state import PlannerState
 from omnivideo.agent.transitions import (
+    GOALS_WITHOUT_SOURCE,
     REFERENCE_NODE,
     SEARCH_NODE,
     choose_goal_node,
@@ -43,6 +49,7 @@ from omnivideo.agent.transitions import (
     close_action,
     get_planned,
 )
+from omnivideo.agent.turn_plan import PlannedAction, get_details, plan_turn, reads_words, splice_actions, to_state
 from omnivideo.contracts import (
     Artifact,
     MLLMRequest,
@@ -53,6 +60,7 @@ from omnivideo.turns import (
     Action,
     ActionResult,
     ArtifactReady,
+    ExecutedCommand,
     Plan,
     PlanReady,
     PromptRewritten,
@@ -63,7 +71,20 @@ from omnivideo.turns import (
     TurnOptions,
 )
 
-NODES = ("plan", "limit", "think", "route", "understand", "generate", "edit", "ask", "decline", "check", "answer")
+NODES = (
+    "plan",
+    "limit",
+    "think",
+    "route",
+    "understand",
+    "generate",
+    "edit",
+    "ask",
+    "decline",
+    "command",
+    "check",
+    "answer",
+)
 MIN_ROUTE_PROBABILITY = 0.5  # below this probability, the user is asked
 NOTHING_TO_EDIT_QUESTION = "There is nothing to change yet. What should I create?"
 ROUTE_QUESTION = "I am not sure what you would like: a picture, a clip, or an answer in words?"
@@ -87,12 +108,12 @@ class Planner(RenderingNodes):
         builder.add_conditional_edges("limit", choose_node_after_limit, ["plan", SEARCH_NODE])
         builder.add_edge(SEARCH_NODE, REFERENCE_NODE)
         builder.add_conditional_edges(
-            REFERENCE_NODE, choose_node_after_reference, ["think", "ask", "decline", SEARCH_NODE, "answer"]
+            REFERENCE_NODE, choose_node_after_reference, ["think", *GOALS_WITHOUT_SOURCE, SEARCH_NODE, "answer"]
         )
         builder.add_edge("think", "route")
         builder.add_conditional_edges("route", choose_goal_node, ["understand", "generate", "edit", "ask", "decline"])
-        builder.add_conditional_edges("understand", choose_next_node, [SEARCH_NODE, "answer"])
-        builder.add_conditional_edges("decline", choose_next_node, [SEARCH_NODE, "answer"])
+        for name in ("understand", "decline", "command"):
+            builder.add_conditional_edges(name, choose_next_node, [SEARCH_NODE, "answer"])
         builder.add_edge("ask", SEARCH_NODE)
         builder.add_edge("generate", "check")
         builder.add_edge("edit", "check")
@@ -104,38 +125,41 @@ class Planner(RenderingNodes):
 
     def plan(self, state: PlannerState) -> dict[str, Any]:
         """Split the turn into actions. If they would generate too much, the node `limit` asks the user first."""
-        reply = state.get("limit_reply") or ""
-        actions = self.split_actions(state, reply or state["text"])
+        reply, descriptions = state.get("limit_reply") or "", dict(state.get("descriptions", {}))
+        actions = self.plan_actions(state, descriptions, reply or state["text"])
         # Few actions are not looked at, because they are within the limit.
         is_short = len(actions) <= self.max_generations
         renders = [not is_short and self.is_generation(action) for action in actions]
         kept = keep_first_generations(actions, renders, self.max_generations)
         if reply:
-            return self.start_actions(state, kept, [(state["limit_question"], reply)])
+            return self.start_actions(state, kept, [(state["limit_question"], reply)], descriptions)
         if len(kept) == len(actions):
-            return self.start_actions(state, actions, [])
+            return self.start_actions(state, actions, [], descriptions)
         question = build_limit_question(sum(renders), self.max_generations)
-        return {"limit_question": question, "limited_actions": kept}
+        return {
+            "limit_question": question, "limited_actions": list(map(asdict, kept)), "descriptions": descriptions
+        }  # fmt: skip
 
     def limit(self, state: PlannerState) -> dict[str, Any]:
         """Interrupt the turn to ask about its length. The reply agrees to the first actions, or replaces all."""
         question = state["limit_question"]
         reply = str(interrupt(question))
         if is_agreement(reply):
-            return self.start_actions(state, state["limited_actions"], [(question, reply)])
+            actions = [PlannedAction(**action) for action in state["limited_actions"]]
+            return self.start_actions(state, actions, [(question, reply)], state["descriptions"])
         return {"limit_reply": reply}
 
     def start_actions(
-        self, state: PlannerState, actions: list[dict[str, str]], clarifications: list[tuple[str, str]]
+        self,
+        state: PlannerState,
+        actions: list[PlannedAction],
+        clarifications: list[tuple[str, str]],
+        descriptions: dict[str, str],
     ) -> dict[str, Any]:
         """Return the updates that begin with the first of the planned actions."""
-        emit_event(PlanReady(plan=Plan(actions=tuple(Action(text=action["text"]) for action in actions))))
+        emit_event(PlanReady(plan=Plan(actions=tuple(Action(text=action.text) for action in actions))))
         attachments = state["attachments"]
-        return {
-            "action_texts": [action["text"] for action in actions],
-            "action_references": [action["reference"] for action in actions],
-            "action_goals": [action["goal"] for action in actions],
-            "action_messages": [action["message"] for action in actions],
+        return to_state(actions) | {
             "action_index": 0,
             "limit_question": "",
             "limit_reply": "",
@@ -144,38 +168,17 @@ class Planner(RenderingNodes):
             "results": [],
             "artifacts": attachments,
             "current_key": attachments[-1]["key"] if attachments else state.get("current_key"),
-            "descriptions": state.get("descriptions", {}),
+            "descriptions": descriptions,
         }
 
-    def is_generation(self, action: dict[str, str]) -> bool:
+    def is_generation(self, action: PlannedAction) -> bool:
         """Return whether an action renders something, by the plan or, without one, by the MLLM's route."""
-        if action["goal"]:
-            return action["goal"] in ("generate", "edit")
-        return self.mllm.route(MLLMRequest(text=action["text"])).kind in ("image", "video")
+        if action.goal:
+            return action.goal in ("generate", "edit")
+        return self.mllm.route(MLLMRequest(text=action.text)).kind in ("image", "video")
 
-    def split_actions(self, state: PlannerState, text: str) -> list[dict[str, str]]:
-        """Return each action's text, and its reference, goal and message to the user; "" if the plan does not say.
-
-        An MLLM that can plan does this itself. Its plan is valid unless it is cut off before the first action is
-        complete; the turn is then one action about the last artifact.
-        """
-        unplanned = {"reference": "", "goal": "", "message": ""}
-        if self.prompts.plan is None:
-            return [unplanned | {"text": action} for action in english_rules.split_actions(text)]
-        artifacts = [Artifact(**artifact) for artifact in state.get("artifacts", []) + state["attachments"]]
-        request = MLLMRequest(
-            text=build_plan_request(text, artifacts),
-            system=self.prompts.add_background(self.prompts.plan, get_background(state)),
-            json_schema=build_plan_schema(len(artifacts)),
-        )
-        planned_actions = parse_plan("".join(self.mllm.stream_text(request)), len(artifacts))
-        if not planned_actions:
-            return [unplanned | {"text": text, "reference": LAST if artifacts else NEW}]
-        return [
-            {"text": action.do.strip(), "reference": action.about, "goal": action.action,
-             "message": getattr(action, "say", "")}
-            for action in planned_actions
-        ]  # fmt: skip
+    def plan_actions(self, state: PlannerState, descriptions: dict[str, str], text: str) -> list[PlannedAction]:
+        return plan_turn(self.mllm, self.preset, self.prompts, state, text, descriptions)
 
     def search_reference(self, state: PlannerState) -> dict[str, Any]:
         """Find the artifact that the action refers to, or the question that must be asked to find it."""
@@ -183,7 +186,7 @@ class Planner(RenderingNodes):
         search = ReferenceSearch(self.mllm, self.prompts.describe, artifacts, dict(state["descriptions"]))
         text, goal = state["action_texts"][state["action_index"]], get_planned(state, "action_goals")
         found: Artifact | ReferenceQuestion | None = None
-        if goal not in ("ask", "decline"):
+        if goal not in GOALS_WITHOUT_SOURCE:
             found = self.find_referenced_artifact(state, text, search)
             if found is None and not artifacts and self.is_edit(state, goal, text):
                 found = ReferenceQuestion(NOTHING_TO_EDIT_QUESTION)
@@ -229,7 +232,7 @@ class Planner(RenderingNodes):
         if state["action_index"] == 0 and state["attachments"]:
             return search.artifacts[-1]
         if reference := state["action_references"][state["action_index"]]:
-            return search.artifact_from_plan(reference)
+            return search.artifact_from_plan(reference, state["current_key"])
         return search.resolve_by_words(text, state["current_key"])
 
     # ------------------------------------------------------------ think and route
@@ -253,6 +256,8 @@ class Planner(RenderingNodes):
 
     def choose_route(self, state: PlannerState, request: MLLMRequest, source: Artifact | None) -> Route:
         """Return the MLLM's route, within the plan; without a plan, English words may ask for another medium."""
+        if medium := get_details(state).get("medium"):  # the words say it
+            return Route(kind=medium, probability=1.0)
         route = self.mllm.route(request)
         if self.prompts.plan is not None:
             return reconcile_route(self.preset, get_planned(state, "action_goals"), route, source)
@@ -296,15 +301,39 @@ class Planner(RenderingNodes):
         question, index = state["message"], state["action_index"]
         reply = str(interrupt(question))
         updates: dict[str, Any] = {"clarifications": [*state["clarifications"], (question, reply)]}
-        answered = {"action_texts": f"{state['action']['text']}\n{reply}", "action_goals": "", "action_messages": ""}
-        for key, value in answered.items():
-            values = list(state.get(key) or [""] * len(state["action_texts"]))  # type: ignore[call-overload]
-            updates[key] = [*values[:index], value, *values[index + 1 :]]
-        return updates
+        request = state["action"]["text"]
+        actions = [PlannedAction(f"{request}\n{reply}", state["action_references"][index])]
+        if reads_words(self.preset):  # the MLLM knows only its own wording, so the reply is read anew
+            descriptions = dict(state["descriptions"])
+            actions = self.plan_actions(state, descriptions, resolve_reply(request, question, reply))
+            if len(updates["clarifications"]) >= MAX_QUESTIONS:
+                actions = [replace(action, goal=action.goal.replace("ask", "decline")) for action in actions]
+            updates["descriptions"] = descriptions
+        return updates | splice_actions(state, index, index + 1, actions)
 
     def decline(self, state: PlannerState) -> dict[str, Any]:
         """Answer with the refusal; nothing is rendered."""
         return self.answer_in_words(state, state["message"])
+
+    def command(self, state: PlannerState) -> dict[str, Any]:
+        """Execute a command about the conversation, without the MLLM."""
+        command = ExecutedCommand(**get_details(state)["command"])
+        help_text = replies.build_help() if reads_words(self.preset) else replies.HELP_OPEN
+        outcome = execute_command(state, command, help_text, self.convert_artifact, self.max_generations)
+        if outcome.is_refused:
+            return self.answer_in_words(state, outcome.message)
+        emit_action(state, "command", state["action"]["text"])
+        emit_event(TextDelta(delta=outcome.message))
+        if outcome.artifact is not None:
+            emit_event(ArtifactReady(artifact=outcome.artifact))
+        action, route = Action(**state["action"]), Route(kind="text", probability=1.0)
+        result = ActionResult(
+            action=action, goal="command", route=route, trace=None, artifact=outcome.artifact, answer=outcome.message,
+            command=command,
+        )  # fmt: skip
+        following = state["action_index"] + 1
+        added = splice_actions(state, following, following, outcome.actions) if outcome.actions else {}
+        return close_action(state, result) | added | outcome.updates
 
     def understand(self, state: PlannerState) -> dict[str, Any]:
         """Answer in words. An answer that is nothing but reasoning becomes a question."""
@@ -317,7 +346,8 @@ class Planner(RenderingNodes):
             seed=self.choose_seed(state) % 2**31 if options.temperature else 0,
         )
         system = self.prompts.add_background(None, options.background)
-        pieces = self.mllm.stream_text(request.model_copy(update={"sampling": sampling, "system": system}))
+        pieces: Iterable[str] = self.answer_fact(state)
+        pieces = pieces or self.mllm.stream_text(request.model_copy(update={"sampling": sampling, "system": system}))
         for kind, piece in end_at_stop(separate_reasoning(pieces), options.stop):
             emit_event(ThinkingDelta(delta=piece) if kind == "thinking" else TextDelta(delta=piece))
             answer += piece if kind == "text" else ""
@@ -325,6 +355,18 @@ class Planner(RenderingNodes):
             answer = NO_ANSWER_QUESTION
             emit_event(TextDelta(delta=answer))
         return close_action(state, ActionResult(**self.build_result_fields(state, "understand"), answer=answer.strip()))
+
+    def answer_fact(self, state: PlannerState) -> list[str]:
+        """Return the answer to a question about what the file, the world or the thread says; [] for another."""
+        details, source = get_details(state), self.find_source(state)
+        if say := details.get("say"):
+            return [say]
+        fact = details.get("fact")
+        if fact is None or source is None:
+            return []
+        artifacts = [Artifact(**artifact) for artifact in state["artifacts"]]
+        search = ReferenceSearch(self.mllm, self.prompts.describe, artifacts, dict(state["descriptions"]))
+        return [answer_fact(fact, source, artifacts, search.describe_artifact)]
 
     def answer(self, state: PlannerState) -> dict[str, Any]:
         turn = Turn(

@@ -7,7 +7,7 @@ from langgraph.types import interrupt
 
 from omnivideo.agent import english_rules
 from omnivideo.agent.answer_text import remove_reasoning
-from omnivideo.agent.mllm_plan import LAST, NEW, UNCLEAR
+from omnivideo.agent.mllm_plan import CURRENT, LAST, NEW, UNCLEAR
 from omnivideo.contracts import Artifact, Medium, MLLMRequest
 from omnivideo.ports import MLLM
 
@@ -34,13 +34,18 @@ class ReferenceSearch:
     artifacts: list[Artifact]
     descriptions: dict[str, str]
 
-    def artifact_from_plan(self, reference: str) -> Artifact | ReferenceQuestion | None:
-        """Return the artifact of a plan's reference: "new", "last", "unclear", or the number of an artifact."""
+    def artifact_from_plan(self, reference: str, current_key: str | None = None) -> Artifact | ReferenceQuestion | None:
+        """Return the artifact of a plan's reference: "new", "current", "last", "unclear", or an artifact's number."""
         if reference == NEW or not self.artifacts:
             return None
+        if reference == CURRENT:
+            return self.find_by_key(current_key)
         if reference == UNCLEAR:
             return self.build_question("")
         return self.artifacts[-1 if reference == LAST else int(reference) - 1]
+
+    def find_by_key(self, key: str | None) -> Artifact | None:
+        return next((artifact for artifact in reversed(self.artifacts) if artifact.key == key), None)
 
     def resolve_by_words(self, text: str, current_key: str | None) -> Artifact | ReferenceQuestion | None:
         artifacts = self.artifacts

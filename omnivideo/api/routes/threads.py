@@ -219,7 +219,7 @@ def get_artifact_content(
 ) -> Response:
     """Return the bytes of an artifact or of its manifest, or a range of them."""
     thread = context.turn_runner.get_thread(owner, name)
-    if not any(key in (artifact.key, artifact.manifest) for artifact in thread.get_artifacts()):
+    if not thread.has_file(key):
         raise build_not_found_error("artifact", key)
     return build_range_response(request, content_from_store(context, key))
 
