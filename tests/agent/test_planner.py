@@ -304,16 +304,3 @@ def test_no_model_is_called_in_a_node_that_interrupts():
                  "the green one", "number 1"):  # fmt: skip
         conversation.say(text)
     assert len(conversation.thread.get_turns()) == 3 and set(conversation.mllm.calls) <= {"search", "think"}
-
-
-def test_no_model_is_called_where_a_long_turn_is_asked_about():
-    conversation = Conversation(mllm=ForgetfulMLLM())
-    long_turn = "; ".join(f"draw a {colour} ball" for colour in ("red", "green", "blue", "grey", "black", "white"))
-    question = conversation.say(long_turn)
-    assert isinstance(question, QuestionAsked) and question.text.startswith("That would be 6 pictures and clips")
-    assert len(conversation.say("yes").results) == 4
-    conversation.say(long_turn)
-    turn = conversation.say("draw a red star; draw a blue star")
-    assert [result.action.text for result in turn.results] == ["draw a red star", "draw a blue star"]
-    assert turn.clarifications[0][1] == "draw a red star; draw a blue star"
-    assert "limit" not in conversation.mllm.calls and "plan" in conversation.mllm.calls
