@@ -70,7 +70,7 @@ async def measure_followers(cluster: ServiceCluster, arguments: argparse.Namespa
         thread = (await client.post("/v1/threads")).json()["id"]
         body = {"text": "", "attachments": [], "options": {}, "is_reply": False}
         turns.create_turn("turn_followed", thread, "admin", 1, body)
-        turn = turns.claim_turn("turn_followed")
+        turn = turns.claim_next_turn(60.0)
         assert turn is not None, "no other process runs turns"
 
         async def follow() -> int:

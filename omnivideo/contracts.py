@@ -13,13 +13,14 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    field_validator,
     model_validator,
 )
 from pydantic.fields import FieldInfo
 
 from omnivideo.errors import InvalidInput, TextTooLong
 from omnivideo.presets import Preset, Task, get_sampling_defaults, shapes
-from omnivideo.validation import describe_errors
+from omnivideo.validation import check_characters, check_texts, describe_errors
 
 MAX_SEED = 2**63 - 1
 
@@ -37,6 +38,12 @@ class RequestModel(BaseModel):
         if not isinstance(fields, dict):
             return fields
         return {name: value for name, value in fields.items() if value is not None}
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def check_field(cls, value: Any) -> Any:
+        """Refuse characters that cannot be stored, in every field; nested requests check theirs."""
+        return check_texts(value)
 
 
 def build_omitted_field() -> Any:
@@ -353,7 +360,10 @@ def check_prompt(field: str, text: str) -> str:
         raise InvalidInput(field, "it is empty; give 1 to 4000 characters")
     if len(text) > 4000:
         raise TextTooLong(field, f"it has {len(text)} characters; give 1 to 4000")
-    return text
+    try:
+        return check_characters(text)
+    except ValueError as error:
+        raise InvalidInput(field, str(error)) from None
 
 
 # ---------------------------------------------------------------- the tokens of a clip

@@ -14,6 +14,7 @@ OmniVideoError
     ArtifactNotFound    the store has no such artifact
   ServiceBusy           the queue, or the caller's share of it, is full: try again later
     DecodingBusy        no process for reading media became free in time
+    PoolBusy            all threads for one kind of work are busy
   JobFailed             a clip could not be rendered; the code says why
   JobCancelled          a clip was cancelled
   JobLost               a worker's job now belongs to another worker
@@ -87,6 +88,10 @@ class ServiceBusy(OmniVideoError):
 
 class DecodingBusy(ServiceBusy):
     """No process for reading media became free in time; this is the service's state, not the request's fault."""
+
+
+class PoolBusy(ServiceBusy):
+    """All threads for one kind of work are busy, such as those that use the object store."""
 
 
 class JobFailed(OmniVideoError):

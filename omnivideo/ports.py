@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, BinaryIO, Literal, Protocol, TypeVar
 
 from omnivideo.contracts import (
     Artifact,
@@ -40,9 +40,23 @@ class ObjectStore(Protocol):
 
     def has(self, key: str) -> bool: ...
 
+    def delete(self, key: str) -> None:
+        """Remove a file that nothing else can refer to; nothing happens if there is none."""
+        ...
+
 
 class SweepableObjectStore(ObjectStore, Protocol):
-    """An object store whose files can be listed and removed."""
+    """An object store whose files can be listed and removed, and read and written in parts."""
+
+    def get_size(self, key: str) -> int: ...
+
+    def read_range(self, key: str, first_byte: int, last_byte: int) -> bytes:
+        """Return the bytes from `first_byte` to `last_byte`, both included, or fewer if the file ends before."""
+        ...
+
+    def put_stream(self, file: BinaryIO, suffix: str) -> str:
+        """Store a file that can be read several times, with only a part of it in memory."""
+        ...
 
     def iter_keys(self) -> Iterator[str]: ...
 
@@ -236,8 +250,10 @@ class TurnStore(Protocol):
     The in-memory twin is `TurnRepository(create_memory_database())`, of omnivideo/storage/database/.
     """
 
-    def create_thread(self, thread_id: str, owner: str) -> None:
-        """Create a thread. Raises InvalidInput if the id is taken."""
+    def create_thread(
+        self, thread_id: str, owner: str, forked_from: str | None = None, forked_after: int | None = None
+    ) -> None:
+        """Create a thread, which may begin with the turns of another one. Raises InvalidInput if the id is taken."""
         ...
 
     def has_thread(self, thread_id: str, owner: str) -> bool: ...
@@ -253,9 +269,18 @@ class TurnStore(Protocol):
     def delete_thread(self, thread_id: str) -> None: ...
 
     def create_turn(
-        self, turn_id: str, thread_id: str, owner: str, number: int, body: dict[str, Any]
+        self,
+        turn_id: str,
+        thread_id: str,
+        owner: str,
+        number: int,
+        body: dict[str, Any],
+        error: dict[str, Any] | None = None,
     ) -> TurnRecord | None:
-        """Create a turn. Return None if the id is known or another turn of the thread is open."""
+        """Create a turn, which has failed if `error` is given.
+
+        Return None if the id is known or another turn of the thread is open.
+        """
         ...
 
     def get_turn(self, turn_id: str, owner: str) -> TurnRecord | None: ...
@@ -268,9 +293,19 @@ class TurnStore(Protocol):
         """Return whether a turn of the owner is queued or running in another lane than this one."""
         ...
 
-    def claim_turn(self, turn_id: str) -> TurnRecord | None: ...
+    def claim_next_turn(
+        self, heartbeat_timeout_seconds: float, excluded_owners: Collection[str] = ()
+    ) -> TurnRecord | None:
+        """Claim a queued turn, or one whose process is lost, of the owner with the fewest running turns."""
+        ...
 
-    def claim_lost_turn(self, heartbeat_timeout_seconds: float) -> TurnRecord | None: ...
+    def fail_poisonous_turns(self, heartbeat_timeout_seconds: float, error: dict[str, Any]) -> list[str]:
+        """End the lost turns that have stopped too many processes, and return their ids."""
+        ...
+
+    def release_turn(self, turn: TurnRecord) -> None:
+        """Put the turn of a process that stops back into the queue."""
+        ...
 
     def heartbeat(self, turn: TurnRecord) -> Literal["wanted", "cancelled", "lost"]: ...
 

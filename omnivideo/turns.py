@@ -6,6 +6,7 @@ from pydantic import Field
 
 from omnivideo.contracts import MAX_ANSWER_TOKENS, MAX_SEED, Artifact, FrozenModel, Medium, Preview, Route, StepProgress
 
+MAX_PROCESS_LOSSES = 3  # the number of lost processes after which a turn fails
 Think = Literal["off", "on", "auto"]
 MAX_BACKGROUND_CHARS = 24_000
 Goal = Literal["understand", "generate", "edit", "decline", "command"]
@@ -180,10 +181,12 @@ TurnEvent = (
 
 
 class ThreadRecord(FrozenModel):
-    """A thread as the service lists it; the time is in seconds since 1970."""
+    """A thread as the service stores it; it may begin with the first `forked_after` turns of `forked_from`."""
 
     id: str
-    created_at: float
+    created_at: float  # in seconds since 1970
+    forked_from: str | None = None
+    forked_after: int | None = None
 
 
 class TurnRecord(FrozenModel):

@@ -113,3 +113,27 @@ def describe_range(context: Mapping[str, Any], field: FieldInfo | None) -> str:
     words = {"at least": lowest, "above": bounds.get("gt"), "at most": highest, "below": bounds.get("lt")}
     parts = [f"{word} {bound:g}" for word, bound in words.items() if bound is not None]
     return f"allowed: {' and '.join(parts)}" if parts else ""
+
+
+def check_texts(value: Any) -> Any:
+    """Return the value; raise ValueError if a text in it, at any depth, has characters that cannot be stored."""
+    match value:
+        case str():
+            return check_characters(value)
+        case list():
+            return [check_texts(item) for item in value]
+        case dict():
+            return {check_texts(name): check_texts(item) for name, item in value.items()}
+    return value
+
+
+def check_characters(text: str) -> str:
+    """Return the text; raise ValueError if it has a NUL or a lone surrogate, which cannot be stored or sent."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        pass
+    else:
+        if "\0" not in text:
+            return text
+    raise ValueError("it contains invalid characters: NUL or a lone surrogate")

@@ -36,6 +36,9 @@ if TYPE_CHECKING:
     from omnivideo.storage.database.webhooks import WebhookRepository
 
 
+log = logging.getLogger("omnivideo.wiring")
+
+
 def build_local_conversations(
     omni: "OmniVideoModel", weights_digest: str, settings: ServiceSettings, text_limits: TextLimits
 ) -> Conversations:
@@ -192,9 +195,9 @@ class ServiceWiring:
         from omnivideo.backends.queue.reaper import Reaper
 
         if self.settings.broker:
-            from omnivideo.backends.queue.celery import create_celery_app, create_notifier
+            from omnivideo.backends.queue.celery import BackgroundNotifier, create_celery_app
 
-            notify = create_notifier(create_celery_app(self.settings.broker))
+            notify = BackgroundNotifier(create_celery_app(self.settings.broker)).start().notify_workers
         else:
             from omnivideo.backends.decoder.worker import InProcessWorker
 
@@ -243,6 +246,7 @@ class ServiceWiring:
 
     def build_service_context(self) -> "ServiceContext":
         """Build what the HTTP service's routes use."""
+        from omnivideo.api.bulkheads import MAX_DECODING_THREADS, MAX_STORE_THREADS, BoundedObjectStore, Bulkhead
         from omnivideo.api.dependencies import ServiceContext
         from omnivideo.api.turn_runner import TurnRunner
         from omnivideo.backends.webhooks import check_reachable
@@ -250,7 +254,7 @@ class ServiceWiring:
         from omnivideo.media.thumbnails import create_picture_renderer
         from omnivideo.storage.database.keys import APIKeyRepository
 
-        settings = self.settings
+        settings, decoding = self.settings, Bulkhead("media", MAX_DECODING_THREADS)
 
         def fetch_media(url: str) -> bytes:
             if url.startswith("data:"):
@@ -265,7 +269,7 @@ class ServiceWiring:
         return ServiceContext(
             settings=settings,
             text_limits=self.text_limits,
-            store=self.store,
+            store=BoundedObjectStore(self.store, Bulkhead("store", MAX_STORE_THREADS)),
             jobs=self.jobs,
             api_keys=APIKeyRepository(self.engine, settings.admin_key),
             files=self.files,
@@ -275,10 +279,10 @@ class ServiceWiring:
             turns=self.turns,
             conversations=self.conversations,
             turn_runner=TurnRunner(self.turns, self.jobs, self.conversations, settings.heartbeat_timeout),
-            ingest_media=partial(ingest.ingest_media, self.store),
-            fetch_media=fetch_media,
+            ingest_media=decoding.wrap(partial(ingest.ingest_media, self.store)),
+            fetch_media=decoding.wrap(fetch_media),
             notify_workers=self.notify_workers,
-            render_thumbnail=create_picture_renderer(self.store),
+            render_thumbnail=decoding.wrap(create_picture_renderer(self.store)),
             check_webhook_url=partial(check_reachable, internal_hosts=settings.webhook_hosts),
             mllm_server=self.remote_mllm,
         )
@@ -327,9 +331,12 @@ class ServiceWiring:
         return self.store.sweep(referenced_keys, self.settings.artifact_lifetime_seconds)
 
     def close(self) -> None:
-        """Stop everything that was started, in reverse order."""
+        """Stop everything that was started, in reverse order, even if one of them fails to stop."""
         while self.close_callbacks:
-            self.close_callbacks.pop()()
+            try:
+                self.close_callbacks.pop()()
+            except Exception:
+                log.exception("a part of the service did not stop cleanly")
 
 
 def create_home_folder(home: Path) -> None:

@@ -28,13 +28,14 @@ from tests.support.shards import ASSIGNER, SAMPLES, make_flow_dataset, write_dat
 from tests.support.slow_polls import slow_polls
 
 # Threads that look after jobs and turns; they run beside every call path.
-UPKEEP_THREADS = ("heartbeat", "reaper", "turns", "batches", "hooks")
+UPKEEP_THREADS = ("heartbeat", "reaper", "turns", "turns-heartbeat", "batches", "batches-beat", "hooks")
 CONNECTION_SETUP_FILE = "storage/database/engine.py"  # runs once for each connection of the pool
 MAX_FILES_FROM_STEP_TO_BROWSER = 6
 # 31 before the published models, 35 before chats of every client's form: eight files read messages and find the thread,
 # two decide links and sampling, three are the planner's limits, media and edges, one is the wait for a client. Two more
-# since requests are held to trained shapes and to the models' tokens.
-MAX_FILES_FROM_PROMPT_TO_PIXELS = 51
+# since requests are held to trained shapes and to the models' tokens. Four more since bodies are bounded and texts are
+# checked before anything else reads them, references are searched in a step of their own, and checkpoints are compact.
+MAX_FILES_FROM_PROMPT_TO_PIXELS = 55
 # The goal is 18. The reader of clips in media/, which serving shares, takes five files; the model takes six.
 MAX_FILES_FROM_SAMPLE_TO_LOSS = 27
 

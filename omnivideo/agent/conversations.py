@@ -2,10 +2,10 @@
 
 import json
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from langgraph.checkpoint.base import BaseCheckpointSaver
 
@@ -19,6 +19,13 @@ from omnivideo.ports import CHARACTER_LIMITS, MLLM, ExtractFrame, JobQueue, Swee
 from omnivideo.presets import Preset
 
 LOCAL_OWNER = "local"  # the only owner, if the service requires no keys
+
+
+@runtime_checkable
+class ThreadLister(Protocol):
+    """A checkpointer that lists its threads without reading their checkpoints."""
+
+    def list_thread_ids(self) -> Iterator[str]: ...
 
 
 class OpenQueue(Protocol):
@@ -86,11 +93,24 @@ class Conversations:
             return thread.initialize_state()
         return thread.require_existing()
 
+    def has_checkpoint(self, name: str) -> bool:
+        """Return whether a thread with this id was created here, by the service or by `omnivideo chat`."""
+        return Thread(self.graph, name, self.attach_file).exists()
+
+    def open_fork(self, source_id: str, num_turns: int, name: str, owner: str, lane: Lane = "interactive") -> Thread:
+        """Open the thread `name`; if it has no checkpoint, begin it with the first `num_turns` turns of another."""
+        thread = Thread(self.get_graph(owner, lane), name, self.attach_file)
+        if not thread.exists():
+            Thread(self.get_graph(owner), source_id, self.attach_file).fork(num_turns, name)
+        return thread
+
     def close(self) -> None:
         """Close the checkpoints' database."""
         self.checkpointer.conn.close()  # type: ignore[attr-defined]
 
     def list_thread_ids(self) -> list[str]:
+        if isinstance(self.checkpointer, ThreadLister):
+            return list(self.checkpointer.list_thread_ids())
         thread_ids = {entry.config["configurable"]["thread_id"]: None for entry in self.checkpointer.list(None)}
         return list(thread_ids)
 
@@ -102,14 +122,14 @@ class Conversations:
         return self.replay_manifest(Manifest(**json.loads(self.store.get(artifact.manifest))))
 
     def collect_referenced_keys(self) -> set[str]:
-        """Return the object keys that any thread refers to."""
+        """Return the object keys that any thread refers to; a thread's last state has the artifacts of all others."""
         referenced_keys: set[str | None] = set()
         for name in self.list_thread_ids():
-            for snapshot in self.graph.get_state_history({"configurable": {"thread_id": name}}):
-                results = [result for turn in snapshot.values.get("turns", []) for result in turn["results"]]
-                saved = [result["artifact"] for result in results if result.get("command") and result["artifact"]]
-                for artifact in [*snapshot.values.get("artifacts", []), *saved]:
-                    referenced_keys |= {artifact.get(name) for name in ("key", "manifest", "latents", "preview")}
+            state = self.graph.get_state({"configurable": {"thread_id": name}})
+            results = [result for turn in state.values.get("turns", []) for result in turn["results"]]
+            saved = [result["artifact"] for result in results if result.get("command") and result["artifact"]]
+            for artifact in [*state.values.get("artifacts", []), *saved]:
+                referenced_keys |= {artifact.get(name) for name in ("key", "manifest", "latents", "preview")}
         keys = {key for key in referenced_keys if key}
         return keys | self.collect_replay_keys(keys)
 

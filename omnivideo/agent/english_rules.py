@@ -40,13 +40,15 @@ ELLIPTICAL_CHANGE = (
     r"|slower|without|the same|with|on|in|i (?:do not )?want (?:it|them|the)"
 )
 
+# Blanks are matched possessively and only from the first one on: the time stays linear in the length of the text.
+BLANKS = r"(?<!\s)\s++"
 ACTION_BOUNDARY = re.compile(
-    rf"(?<=[.!?])\s+(?=\S)|\s*;\s*"
-    rf"|\s*,?\s+(?:and\s+)?(?:then|afterwards|after that)\s+(?!{MOTION_COMMAND})"
+    rf"(?<=[.!?])\s++(?=\S)|(?:{BLANKS})?;\s*+"
+    rf"|(?:(?:{BLANKS})?,\s++|{BLANKS})(?:and\s++)?(?:then|afterwards|after that)\s++(?!{MOTION_COMMAND})"
     rf"(?=(?:{LEAD_IN}|{ACTION_START}|{ELLIPTICAL_CHANGE})\b)"
-    rf"|\s*,\s*(?:and\s+)?(?={LEAD_IN}?\s*(?:{ACTION_START})\b)"
+    rf"|(?:{BLANKS})?,\s*+(?:and\s++)?(?={LEAD_IN}?\s*+(?:{ACTION_START})\b)"
     # "remove the star and put a circle there instead" is one action.
-    r"|\s+and\s+(?!(?:put|draw|place|add)\b[^.;]*\b(?:instead|in its place)\b)"
+    rf"|{BLANKS}and\s++(?!(?:put|draw|place|add)\b[^.;]{{0,100}}\b(?:instead|in its place)\b)"
     rf"(?=(?:{ACTION_START}|now)\b)",
     re.IGNORECASE,
 )
@@ -92,7 +94,9 @@ ORDINAL_INDEX = {
     "tenth": 9, "last": -1, "latest": -1, "newest": -1, "previous": -2,
 }  # fmt: skip
 ORDINAL_REFERENCE = re.compile(rf"\bthe ({'|'.join(ORDINAL_INDEX)}) ({'|'.join(MEDIUM_BY_NOUN)})\b", re.IGNORECASE)
-GO_BACK_REQUEST = re.compile(r"\b(?:go|return|switch|come) back to (?:the |my |that )?(.+)$|^undo\b", re.IGNORECASE)
+GO_BACK_REQUEST = re.compile(
+    r"\b(?:go|return|switch|come) back to (?:the |my |that )?(.{1,200})$|^undo\b", re.IGNORECASE
+)
 DESCRIPTION = r"((?:(?!(?:the|in|of|on|is|are|to|does|this|and)\b)[\w-]+ ){1,3})"
 DESCRIPTION_REFERENCE = re.compile(
     rf"\b(?:in|use|open) the {DESCRIPTION}({'|'.join(MEDIUM_BY_NOUN)})\b"

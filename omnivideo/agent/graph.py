@@ -1,17 +1,18 @@
 """The planner: a turn of a conversation through think, route, understand | generate | edit, check.
 
-    plan -> refer -> think -> route -> understand | decline --> next action, or answer
-                                    -> ask -> refer
-                                    -> generate | edit -> check -> next candidate, next action, or answer
+    plan -> search -> refer -> think -> route -> understand | decline --> next action, or answer
+                                              -> ask -> search
+                                              -> generate | edit -> check -> next candidate, next action, or answer
 
-`refer` finds the artifact that an action refers to; if that is unclear, it interrupts the turn to ask the user. The
-thread is checkpointed after every node, so a killed process loses at most one step. The planner knows only ports, and
-emits events while a turn runs.
+If a turn asks for too much, `plan` is followed by `limit`, which asks about it.
+
+`search` finds the artifact that an action refers to; if that is unclear, `refer` interrupts the turn to ask the user. A
+node that interrupts runs again when the user replies, so it calls no model before. The thread is checkpointed after
+every node. The planner knows only ports, and emits events while a turn runs.
 """
 
 from collections.abc import Iterable
-from dataclasses import replace
-from functools import partial
+from dataclasses import asdict, replace
 from typing import Any, Literal
 
 from langgraph.checkpoint.base import BaseCheckpointSaver
@@ -28,8 +29,8 @@ from omnivideo.agent.capabilities import (
     reconcile_route,
 )
 from omnivideo.agent.command_results import execute_command
-from omnivideo.agent.generation_limit import limit_generations
-from omnivideo.agent.references import ReferenceSearch
+from omnivideo.agent.generation_limit import build_limit_question, is_agreement, keep_first_generations
+from omnivideo.agent.references import ReferenceQuestion, ReferenceSearch, ask_user, ask_which_artifact
 from omnivideo.agent.rendering import RenderingNodes, emit_action, emit_event
 from omnivideo.agent.small_world import replies
 from omnivideo.agent.small_world.facts import answer_fact
@@ -38,9 +39,12 @@ from omnivideo.agent.state import PlannerState
 from omnivideo.agent.transitions import (
     GOALS_WITHOUT_SOURCE,
     REFERENCE_NODE,
+    SEARCH_NODE,
     choose_goal_node,
     choose_next_node,
     choose_node_after_check,
+    choose_node_after_limit,
+    choose_node_after_plan,
     choose_node_after_reference,
     close_action,
     get_planned,
@@ -67,6 +71,20 @@ from omnivideo.turns import (
     TurnOptions,
 )
 
+NODES = (
+    "plan",
+    "limit",
+    "think",
+    "route",
+    "understand",
+    "generate",
+    "edit",
+    "ask",
+    "decline",
+    "command",
+    "check",
+    "answer",
+)
 MIN_ROUTE_PROBABILITY = 0.5  # below this probability, the user is asked
 NOTHING_TO_EDIT_QUESTION = "There is nothing to change yet. What should I create?"
 ROUTE_QUESTION = "I am not sure what you would like: a picture, a clip, or an answer in words?"
@@ -81,48 +99,71 @@ class Planner(RenderingNodes):
 
     def build_graph(self, checkpointer: BaseCheckpointSaver[Any]) -> Any:
         builder = StateGraph(PlannerState)
-        for name in (
-            "plan",
-            "think",
-            "route",
-            "understand",
-            "generate",
-            "edit",
-            "ask",
-            "decline",
-            "command",
-            "check",
-            "answer",
-        ):
+        for name in NODES:
             builder.add_node(name, getattr(self, name))
+        builder.add_node(SEARCH_NODE, self.search_reference)
         builder.add_node(REFERENCE_NODE, self.resolve_reference)
         builder.add_edge(START, "plan")
-        builder.add_edge("plan", REFERENCE_NODE)
+        builder.add_conditional_edges("plan", choose_node_after_plan, ["limit", SEARCH_NODE])
+        builder.add_conditional_edges("limit", choose_node_after_limit, ["plan", SEARCH_NODE])
+        builder.add_edge(SEARCH_NODE, REFERENCE_NODE)
         builder.add_conditional_edges(
-            REFERENCE_NODE, choose_node_after_reference, ["think", *GOALS_WITHOUT_SOURCE, REFERENCE_NODE, "answer"]
+            REFERENCE_NODE, choose_node_after_reference, ["think", *GOALS_WITHOUT_SOURCE, SEARCH_NODE, "answer"]
         )
         builder.add_edge("think", "route")
         builder.add_conditional_edges("route", choose_goal_node, ["understand", "generate", "edit", "ask", "decline"])
-        builder.add_conditional_edges("understand", choose_next_node, [REFERENCE_NODE, "answer"])
-        builder.add_conditional_edges("decline", choose_next_node, [REFERENCE_NODE, "answer"])
-        builder.add_conditional_edges("command", choose_next_node, [REFERENCE_NODE, "answer"])
-        builder.add_edge("ask", REFERENCE_NODE)
+        for name in ("understand", "decline", "command"):
+            builder.add_conditional_edges(name, choose_next_node, [SEARCH_NODE, "answer"])
+        builder.add_edge("ask", SEARCH_NODE)
         builder.add_edge("generate", "check")
         builder.add_edge("edit", "check")
-        builder.add_conditional_edges("check", choose_node_after_check, ["generate", "edit", REFERENCE_NODE, "answer"])
+        builder.add_conditional_edges("check", choose_node_after_check, ["generate", "edit", SEARCH_NODE, "answer"])
         builder.add_edge("answer", END)
         return builder.compile(checkpointer=checkpointer)
 
     # ------------------------------------------------------------ planning and resolving references
 
     def plan(self, state: PlannerState) -> dict[str, Any]:
-        descriptions = dict(state.get("descriptions", {}))
-        plan = partial(self.plan_actions, state, descriptions)
-        actions, clarifications = limit_generations(state["text"], plan, self.is_generation, self.max_generations)
+        """Split the turn into actions. If they would generate too much, the node `limit` asks the user first."""
+        reply, descriptions = state.get("limit_reply") or "", dict(state.get("descriptions", {}))
+        actions = self.plan_actions(state, descriptions, reply or state["text"])
+        # Few actions are not looked at, because they are within the limit.
+        is_short = len(actions) <= self.max_generations
+        renders = [not is_short and self.is_generation(action) for action in actions]
+        kept = keep_first_generations(actions, renders, self.max_generations)
+        if reply:
+            return self.start_actions(state, kept, [(state["limit_question"], reply)], descriptions)
+        if len(kept) == len(actions):
+            return self.start_actions(state, actions, [], descriptions)
+        question = build_limit_question(sum(renders), self.max_generations)
+        return {
+            "limit_question": question, "limited_actions": list(map(asdict, kept)), "descriptions": descriptions
+        }  # fmt: skip
+
+    def limit(self, state: PlannerState) -> dict[str, Any]:
+        """Interrupt the turn to ask about its length. The reply agrees to the first actions, or replaces all."""
+        question = state["limit_question"]
+        reply = str(interrupt(question))
+        if is_agreement(reply):
+            actions = [PlannedAction(**action) for action in state["limited_actions"]]
+            return self.start_actions(state, actions, [(question, reply)], state["descriptions"])
+        return {"limit_reply": reply}
+
+    def start_actions(
+        self,
+        state: PlannerState,
+        actions: list[PlannedAction],
+        clarifications: list[tuple[str, str]],
+        descriptions: dict[str, str],
+    ) -> dict[str, Any]:
+        """Return the updates that begin with the first of the planned actions."""
         emit_event(PlanReady(plan=Plan(actions=tuple(Action(text=action.text) for action in actions))))
         attachments = state["attachments"]
         return to_state(actions) | {
             "action_index": 0,
+            "limit_question": "",
+            "limit_reply": "",
+            "limited_actions": [],
             "clarifications": clarifications,
             "results": [],
             "artifacts": attachments,
@@ -139,27 +180,37 @@ class Planner(RenderingNodes):
     def plan_actions(self, state: PlannerState, descriptions: dict[str, str], text: str) -> list[PlannedAction]:
         return plan_turn(self.mllm, self.preset, self.prompts, state, text, descriptions)
 
-    def resolve_reference(self, state: PlannerState) -> dict[str, Any]:
-        """Find the artifact that the action refers to; ask the user if that is unclear."""
-        search = ReferenceSearch(
-            self.mllm,
-            self.prompts.describe,
-            [Artifact(**artifact) for artifact in state["artifacts"]],
-            dict(state["descriptions"]),
-            [],
-        )
+    def search_reference(self, state: PlannerState) -> dict[str, Any]:
+        """Find the artifact that the action refers to, or the question that must be asked to find it."""
+        artifacts = [Artifact(**artifact) for artifact in state["artifacts"]]
+        search = ReferenceSearch(self.mllm, self.prompts.describe, artifacts, dict(state["descriptions"]))
         text, goal = state["action_texts"][state["action_index"]], get_planned(state, "action_goals")
-        source: Artifact | None = None
+        found: Artifact | ReferenceQuestion | None = None
         if goal not in GOALS_WITHOUT_SOURCE:
-            source = self.find_referenced_artifact(state, text, search)
-            if source is None and not search.artifacts and self.is_edit(state, goal, text):
-                # The reply replaces the request.
-                text = search.ask_user(NOTHING_TO_EDIT_QUESTION)
+            found = self.find_referenced_artifact(state, text, search)
+            if found is None and not artifacts and self.is_edit(state, goal, text):
+                found = ReferenceQuestion(NOTHING_TO_EDIT_QUESTION)
+        question = found.text if isinstance(found, ReferenceQuestion) else ""
+        key = found.key if isinstance(found, Artifact) else None
+        return {"reference": {"key": key, "question": question}, "descriptions": search.descriptions}
+
+    def resolve_reference(self, state: PlannerState) -> dict[str, Any]:
+        """Take the artifact that was found; if that is unclear, ask the user."""
+        if "reference" not in state:  # a checkpoint of a version that searched here
+            state = state | self.search_reference(state)  # type: ignore[assignment]
+        question, key = state["reference"]["question"], state["reference"]["key"]
+        text, clarifications = state["action_texts"][state["action_index"]], list(state["clarifications"])
+        artifacts = [Artifact(**artifact) for artifact in state["artifacts"]]
+        source = next((artifact for artifact in reversed(artifacts) if artifact.key == key), None)
+        if question and artifacts:
+            source = ask_which_artifact(question, artifacts, state["descriptions"], clarifications)
+        elif question:
+            text = ask_user(question, clarifications)  # the reply replaces the request
         action = Action(text=text, source=None if source is None else source.key)
         updates = {
             "action": action.model_dump(), "trace": None, "statement": None, "candidates": [], "action_done": False,
             "message": get_planned(state, "action_messages"),
-            "clarifications": state["clarifications"] + search.clarifications, "descriptions": search.descriptions,
+            "clarifications": clarifications, "descriptions": state["descriptions"],
         }  # fmt: skip
         if source is None or not english_rules.is_go_back_request(text):
             return updates
@@ -175,7 +226,9 @@ class Planner(RenderingNodes):
             return goal == "edit"
         return english_rules.is_change_request(text)
 
-    def find_referenced_artifact(self, state: PlannerState, text: str, search: ReferenceSearch) -> Artifact | None:
+    def find_referenced_artifact(
+        self, state: PlannerState, text: str, search: ReferenceSearch
+    ) -> Artifact | ReferenceQuestion | None:
         if state["action_index"] == 0 and state["attachments"]:
             return search.artifacts[-1]
         if reference := state["action_references"][state["action_index"]]:
@@ -312,7 +365,7 @@ class Planner(RenderingNodes):
         if fact is None or source is None:
             return []
         artifacts = [Artifact(**artifact) for artifact in state["artifacts"]]
-        search = ReferenceSearch(self.mllm, self.prompts.describe, artifacts, dict(state["descriptions"]), [])
+        search = ReferenceSearch(self.mllm, self.prompts.describe, artifacts, dict(state["descriptions"]))
         return [answer_fact(fact, source, artifacts, search.describe_artifact)]
 
     def answer(self, state: PlannerState) -> dict[str, Any]:

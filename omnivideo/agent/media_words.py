@@ -25,9 +25,9 @@ STILL_REQUEST = re.compile(
     r"|\b(?:give|show|save|get|extract|export|make|take|want)\b.{0,40}\b(?:first|last|final|middle) frame\b",
     re.IGNORECASE,
 )
-FRAME_POSITIONS: dict[FramePosition, str] = {
-    "first": r"\b(?:first|start|beginning|opening)\b",
-    "middle": r"\b(?:middle|half(?:way)?|centre|center)\b",
+FRAME_POSITIONS: dict[FramePosition, re.Pattern[str]] = {
+    "first": re.compile(r"\b(?:first|start|beginning|opening)\b", re.IGNORECASE),
+    "middle": re.compile(r"\b(?:middle|half(?:way)?|centre|center)\b", re.IGNORECASE),
 }
 
 
@@ -45,4 +45,4 @@ def is_medium_request(text: str) -> bool:
 
 def find_frame_position(text: str) -> FramePosition:
     """Return which frame of a clip a request for a still means; the last one if it does not say."""
-    return next((position for position, words in FRAME_POSITIONS.items() if re.search(words, text, re.I)), "last")
+    return next((position for position, words in FRAME_POSITIONS.items() if words.search(text)), "last")

@@ -15,6 +15,7 @@ from omnivideo.contracts import Artifact, FrozenModel
 from omnivideo.turns import CommandName, ExecutedCommand
 
 MAX_ACTIONS = 8
+MAX_LISTED_ARTIFACTS = 32  # the newest ones, so that the prompt of a long conversation stays short
 ActionText = Annotated[str, Field(min_length=1, max_length=300)]
 NEW: Literal["new"] = "new"
 LAST, UNCLEAR = "last", "unclear"
@@ -99,7 +100,8 @@ class TurnPlan(FrozenModel):
 
 def list_references(num_artifacts: int) -> list[str]:
     """Return what an action can refer to: nothing, what the turn itself has just made, or one of the artifacts."""
-    return [NEW, LAST, *([UNCLEAR] if num_artifacts else []), *map(str, range(1, num_artifacts + 1))]
+    first_listed = max(1, num_artifacts - MAX_LISTED_ARTIFACTS + 1)
+    return [NEW, LAST, *([UNCLEAR] if num_artifacts else []), *map(str, range(first_listed, num_artifacts + 1))]
 
 
 def build_plan_schema(num_artifacts: int) -> str:
@@ -117,7 +119,8 @@ def build_plan_schema(num_artifacts: int) -> str:
 
 
 def build_plan_request(text: str, artifacts: Sequence[Artifact]) -> str:
-    lines = (f"{number}. {artifact.medium}: {artifact.caption}" for number, artifact in enumerate(artifacts, start=1))
+    listed = list(enumerate(artifacts, start=1))[-MAX_LISTED_ARTIFACTS:]
+    lines = (f"{number}. {artifact.medium}: {artifact.caption}" for number, artifact in listed)
     return f"Made so far:\n{chr(10).join(lines) or 'nothing'}\n\nThe user says: {text}"
 
 

@@ -1,5 +1,6 @@
 """Find the artifact that an action refers to, by the MLLM's plan or by the request's words; ask if it is unclear."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from langgraph.types import interrupt
@@ -10,12 +11,20 @@ from omnivideo.agent.mllm_plan import CURRENT, LAST, NEW, UNCLEAR
 from omnivideo.contracts import Artifact, Medium, MLLMRequest
 from omnivideo.ports import MLLM
 
+MAX_CHOICES = 10  # the newest artifacts, in a question
 MEDIUM_NAMES: dict[Medium, str] = {"image": "picture", "video": "video"}
+
+
+@dataclass(frozen=True)
+class ReferenceQuestion:
+    """The question to ask the user if it is unclear which artifact an action refers to."""
+
+    text: str
 
 
 @dataclass
 class ReferenceSearch:
-    """The search for the artifact that an action refers to, with the questions asked during the search.
+    """The search for the artifact that an action refers to. It asks the MLLM, but not the user.
 
     `descriptions` holds the MLLM's description of each artifact that it has described, by key.
     """
@@ -24,53 +33,46 @@ class ReferenceSearch:
     describe_prompt: str
     artifacts: list[Artifact]
     descriptions: dict[str, str]
-    clarifications: list[tuple[str, str]]
 
-    def ask_user(self, question: str) -> str:
-        """Interrupt the turn until the user replies, and return the reply."""
-        reply = str(interrupt(question))
-        self.clarifications.append((question, reply))
-        return reply
-
-    def artifact_from_plan(self, reference: str, current_key: str | None = None) -> Artifact | None:
+    def artifact_from_plan(self, reference: str, current_key: str | None = None) -> Artifact | ReferenceQuestion | None:
         """Return the artifact of a plan's reference: "new", "current", "last", "unclear", or an artifact's number."""
         if reference == NEW or not self.artifacts:
             return None
         if reference == CURRENT:
-            return next((artifact for artifact in reversed(self.artifacts) if artifact.key == current_key), None)
+            return self.find_by_key(current_key)
         if reference == UNCLEAR:
-            return self.ask_which_artifact("")
+            return self.build_question("")
         return self.artifacts[-1 if reference == LAST else int(reference) - 1]
 
-    def resolve_by_words(self, text: str, current_key: str | None) -> Artifact | None:
+    def find_by_key(self, key: str | None) -> Artifact | None:
+        return next((artifact for artifact in reversed(self.artifacts) if artifact.key == key), None)
+
+    def resolve_by_words(self, text: str, current_key: str | None) -> Artifact | ReferenceQuestion | None:
         artifacts = self.artifacts
         if not artifacts:
             return None
         if named := english_rules.find_by_ordinal(text, artifacts):
-            return named.artifact or self.ask_which_artifact(f"There is no {named.words.removeprefix('the ')} here. ")
+            return named.artifact or self.build_question(f"There is no {named.words.removeprefix('the ')} here. ")
         if described := english_rules.find_description(text):
             return self.find_by_description(*described)
         if english_rules.is_reference(text):
             return next((artifact for artifact in reversed(artifacts) if artifact.key == current_key), None)
         return None
 
-    def find_by_description(self, description: str, medium: Medium | None) -> Artifact:
+    def find_by_description(self, description: str, medium: Medium | None) -> Artifact | ReferenceQuestion:
         """Return the latest artifact whose description by the MLLM has all the words of `description`."""
         for artifact in reversed(self.artifacts):
             if medium in (None, artifact.medium) and english_rules.matches_description(
                 description, self.describe_artifact(artifact)
             ):
                 return artifact
-        return self.ask_which_artifact(f"There is no {description.strip()} here. ")
+        return self.build_question(f"There is no {description.strip()} here. ")
 
-    def ask_which_artifact(self, preamble: str) -> Artifact:
-        """Ask which artifact is meant, at most twice; without an answer, return the last one."""
-        descriptions = [self.describe_artifact(artifact) for artifact in self.artifacts]
-        question = preamble + english_rules.build_choice_question(self.artifacts, descriptions)
-        for _ in range(2):
-            if artifact := english_rules.artifact_from_reply(self.ask_user(question), self.artifacts, descriptions):
-                return artifact
-        return self.artifacts[-1]
+    def build_question(self, preamble: str) -> ReferenceQuestion:
+        """Return the question that lists the newest artifacts."""
+        choices = self.artifacts[-MAX_CHOICES:]
+        descriptions = [self.describe_artifact(artifact) for artifact in choices]
+        return ReferenceQuestion(preamble + english_rules.build_choice_question(choices, descriptions))
 
     def describe_artifact(self, artifact: Artifact) -> str:
         if artifact.key not in self.descriptions:
@@ -79,3 +81,25 @@ class ReferenceSearch:
             )
             self.descriptions[artifact.key] = remove_reasoning("".join(self.mllm.stream_text(request)))
         return self.descriptions[artifact.key]
+
+
+def ask_user(question: str, clarifications: list[tuple[str, str]]) -> str:
+    """Interrupt the turn until the user replies; return the reply, and add it to the clarifications."""
+    reply = str(interrupt(question))
+    clarifications.append((question, reply))
+    return reply
+
+
+def ask_which_artifact(
+    question: str,
+    artifacts: Sequence[Artifact],
+    descriptions: Mapping[str, str],
+    clarifications: list[tuple[str, str]],
+) -> Artifact:
+    """Ask which of the artifacts is meant, at most twice; without an answer, return the last one."""
+    choices = artifacts[-MAX_CHOICES:]
+    texts = [descriptions.get(artifact.key, "") for artifact in choices]
+    for _ in range(2):
+        if artifact := english_rules.artifact_from_reply(ask_user(question, clarifications), choices, texts):
+            return artifact
+    return artifacts[-1]

@@ -24,9 +24,13 @@ class PlannerState(TypedDict, total=False):
     action_goals: list[str]  # turns.Goal or "ask" according to the plan, or ""; absent in turns of older versions
     action_messages: list[str]  # what the plan tells or asks the user instead of doing an action, or ""
     action_index: int  # of the current action
+    limit_question: str  # about a turn that asks for too much, or ""
+    limit_reply: str  # what to do instead, or ""
+    limited_actions: list[dict[str, str]]  # what remains of such a turn if the user agrees
     clarifications: list[tuple[str, str]]
     results: list[dict[str, Any]]  # turns.ActionResult
     # The current action.
+    reference: dict[str, Any]  # the key of the artifact that it refers to, and the question to ask first
     action: dict[str, Any]  # turns.Action
     action_done: bool  # whether it is complete
     detected_route: dict[str, Any]  # contracts.Route

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from omnivideo.agent.rendering import derive_seed
 from omnivideo.contracts import Artifact, invalid_input_from_validation
-from omnivideo.errors import InvalidInput, OmniVideoError
+from omnivideo.errors import InvalidInput
 from omnivideo.ports import CHARACTER_LIMITS, TextLimits
 from omnivideo.turns import QuestionAsked, Turn, TurnCompleted, TurnEvent, TurnOptions
 
@@ -86,15 +86,13 @@ class Thread:
 
     def find_snapshot_after(self, num_turns: int) -> StateSnapshot | None:
         """Return the state after `num_turns` turns, or None if the thread has fewer."""
-        history = self.graph.get_state_history(self.config)
-        return next(
-            (
-                snapshot
-                for snapshot in history
-                if is_turn_complete(snapshot) and len(snapshot.values["turns"]) == num_turns
-            ),
-            None,
-        )
+        # Checkpoints of older versions do not state their number of turns.
+        snapshot: StateSnapshot
+        for criteria in ({"num_turns": num_turns}, None):
+            for snapshot in self.graph.get_state_history(self.config, filter=criteria):
+                if is_turn_complete(snapshot) and len(snapshot.values["turns"]) == num_turns:
+                    return snapshot
+        return None
 
     # ------------------------------------------------------------ a turn
 
@@ -105,7 +103,7 @@ class Thread:
 
         The text sent after a QuestionAsked is the reply. A turn that a killed process left open is completed first.
         `options` are the fields of TurnOptions. Raises InvalidInput before anything is changed, and another
-        OmniVideoError if the turn fails, which leaves the thread as it was before the turn.
+        error if the turn fails, which leaves the thread as it was before the turn.
         """
         turn_options = parse_turn_options(**options)
         text = self.text_limits.check_message("text", text)
@@ -141,11 +139,16 @@ class Thread:
             for event in self.graph.stream(graph_input, self.config, stream_mode="custom", durability="sync"):
                 finished = isinstance(event, TurnCompleted)
                 yield event
-        except OmniVideoError:
+        except Exception:  # whatever went wrong, the next turn must not continue this one
             self.roll_back(len(state.values["turns"]))
             raise
         if not finished and (question := self.get_open_question()):
             yield QuestionAsked(text=question)
+
+    def has_unfinished_turn(self) -> bool:
+        """Return whether steps of a turn remain to be run, other than a reply's."""
+        state = self.graph.get_state(self.config)
+        return not is_turn_complete(state) and not state.interrupts
 
     def roll_back(self, num_turns: int) -> None:
         """Return to the state after `num_turns` turns; the failed turn's checkpoints remain in the history."""

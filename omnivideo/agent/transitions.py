@@ -8,6 +8,7 @@ from omnivideo.turns import ActionResult
 # The names of the nodes are part of every stored checkpoint: a turn that waits for a reply resumes by these names. This
 # node's name is older than its method's name.
 REFERENCE_NODE = "refer"
+SEARCH_NODE = "search"
 GOALS_WITHOUT_SOURCE = ("ask", "decline", "command")
 
 
@@ -20,7 +21,16 @@ def close_action(state: PlannerState, result: ActionResult) -> dict[str, Any]:
 
 
 def choose_next_node(state: PlannerState) -> str:
-    return REFERENCE_NODE if state["action_index"] < len(state["action_texts"]) else "answer"
+    return SEARCH_NODE if state["action_index"] < len(state["action_texts"]) else "answer"
+
+
+def choose_node_after_plan(state: PlannerState) -> str:
+    return "limit" if state["limit_question"] else SEARCH_NODE
+
+
+def choose_node_after_limit(state: PlannerState) -> str:
+    """Return the node that plans the reply, or the one that begins if the user has agreed."""
+    return "plan" if state.get("limit_reply") else SEARCH_NODE
 
 
 def get_planned(state: PlannerState, key: Literal["action_goals", "action_messages"]) -> str:

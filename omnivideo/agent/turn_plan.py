@@ -12,7 +12,6 @@ from typing import Any
 from omnivideo.agent import english_rules
 from omnivideo.agent.commands import find_command
 from omnivideo.agent.mllm_plan import (
-    CURRENT,
     LAST,
     NEW,
     PlannedCommand,
@@ -89,9 +88,9 @@ def plan_turn(
         return plan_by_mllm(text, artifacts, mllm, system or prompts.plan)
     if not reads_words(preset):
         return [PlannedAction(action) for action in english_rules.split_actions(text)]
-    search = ReferenceSearch(mllm, prompts.describe, artifacts, descriptions, [])
+    search = ReferenceSearch(mllm, prompts.describe, artifacts, descriptions)
     key = state["attachments"][-1]["key"] if state["attachments"] else state.get("current_key")
-    current = search.artifact_from_plan(CURRENT, key)
+    current = search.find_by_key(key)
     context = Context(
         preset,
         artifacts,

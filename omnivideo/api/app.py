@@ -16,10 +16,20 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from omnivideo import __version__
-from omnivideo.api.dependencies import ServiceContext
-from omnivideo.api.errors import build_body_too_large_error, register_error_handlers, to_json_response
+from omnivideo.api.bulkheads import MAX_THREADS, ClientLimitMiddleware
+from omnivideo.api.dependencies import ServiceContext, find_request_owner
+from omnivideo.api.errors import (
+    APIError,
+    BodyError,
+    build_body_too_large_error,
+    register_error_handlers,
+    to_api_error,
+    to_json_response,
+)
 from omnivideo.api.event_feed import EventFeed
+from omnivideo.api.request_body import get_max_body_bytes
 from omnivideo.api.routes import batches, chat, files, images, operations, responses, threads, videos, webhooks
+from omnivideo.errors import OmniVideoError
 
 log = logging.getLogger("omnivideo.api")
 NO_PUBLIC_URL_WARNING = (
@@ -27,14 +37,15 @@ NO_PUBLIC_URL_WARNING = (
     " the containers' network may not reach"
 )
 TRACER = trace.get_tracer("omnivideo.api")
+METHODS_WITHOUT_BODY = ("GET", "HEAD", "OPTIONS")
 
 
 class RequestMiddleware:
-    """Gives each request an id and a span, limits its body, measures it, and logs one line."""
+    """Gives each request an id and a span, checks its key, limits its body, measures it, and logs one line."""
 
-    def __init__(self, app: ASGIApp, max_body_bytes: int, metrics: operations.RequestMetrics):
+    def __init__(self, app: ASGIApp, context: ServiceContext, metrics: operations.RequestMetrics):
         self.app = app
-        self.max_body_bytes = max_body_bytes
+        self.context = context
         self.metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -46,13 +57,14 @@ class RequestMiddleware:
 
         # Every route that answers GET answers HEAD.
         app_scope = {**scope, "method": "GET", "is_head": True} if scope["method"] == "HEAD" else scope
+        max_body_bytes, advice = get_max_body_bytes(scope, self.context.settings.max_upload_bytes)
 
         async def receive_within_limit() -> Message:
             nonlocal received_bytes
             message = await receive()
             received_bytes += len(message.get("body", b""))
-            if received_bytes > self.max_body_bytes:
-                raise build_body_too_large_error(self.max_body_bytes)
+            if received_bytes > max_body_bytes:
+                raise BodyError(build_body_too_large_error(max_body_bytes, advice))
             return message
 
         async def send_with_request_id(message: Message) -> None:
@@ -65,15 +77,30 @@ class RequestMiddleware:
         headers = {key.decode("latin-1"): value.decode("latin-1") for key, value in scope["headers"]}
         with TRACER.start_as_current_span("request", extract(headers), attributes={"request_id": request_id}) as span:
             content_length = headers.get("content-length", "0")
-            if content_length.isdigit() and int(content_length) > self.max_body_bytes:
-                too_large = build_body_too_large_error(self.max_body_bytes)
-                await to_json_response(too_large)(scope, receive, send_with_request_id)
+            unauthorized = await self.check_key(scope, headers.get("authorization"))
+            is_too_large = content_length.isdigit() and int(content_length[:20]) > max_body_bytes
+            if unauthorized or is_too_large:
+                refusal = unauthorized or build_body_too_large_error(max_body_bytes, advice)
+                await to_json_response(refusal)(scope, receive, send_with_request_id)
             else:
                 await self.serve(app_scope, receive_within_limit, send_with_request_id)
             # The route's pattern, never the path that the user sent: the set of metric labels must stay small.
             route = getattr(app_scope.get("route"), "path", "none")
             span.update_name(f"{scope['method']} {route}")
         self.record_request(scope, request_id, route, status, time.perf_counter() - started_at)
+
+    async def check_key(self, scope: Scope, authorization: str | None) -> APIError | None:
+        """Store the owner of a request that may have a body; return the error if its key is not valid.
+
+        This precedes reading the body. Routes without one check the key themselves.
+        """
+        if not scope["path"].startswith("/v1/") or scope["method"] in METHODS_WITHOUT_BODY:
+            return None
+        try:
+            scope["state"]["owner"] = await find_request_owner(self.context, authorization)
+        except (APIError, OmniVideoError) as error:
+            return to_api_error(error)
+        return None
 
     async def serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Call the application; of the response to a HEAD request, send the headers only, and stop the route."""
@@ -103,6 +130,7 @@ class RequestMiddleware:
 def create_app(context: ServiceContext) -> FastAPI:
     @asynccontextmanager
     async def run_turns_while_serving(app: FastAPI) -> AsyncIterator[None]:
+        anyio.to_thread.current_default_thread_limiter().total_tokens = MAX_THREADS
         context.turn_runner.start()
         yield
         await anyio.to_thread.run_sync(context.turn_runner.stop)
@@ -119,8 +147,9 @@ def create_app(context: ServiceContext) -> FastAPI:
         EventFeed(context.turns, context.store),
         metrics,
     )
+    app.add_middleware(ClientLimitMiddleware)
     add_settings_middleware(app, context)
-    app.add_middleware(RequestMiddleware, max_body_bytes=context.settings.max_upload_bytes, metrics=metrics)
+    app.add_middleware(RequestMiddleware, context=context, metrics=metrics)
     register_error_handlers(app)
     # The routes of the documentation come first; those of the routers have their complete paths.
     app.state.api_routes = [route for route in app.routes if isinstance(route, Route)]

@@ -9,11 +9,12 @@ import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Protocol, TypeVar, cast
+from typing import Annotated, BinaryIO, Protocol, TypeVar, cast
 
 from anyio.to_thread import run_sync
 from fastapi import Depends, Header, Path, Query, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from fastapi.security.utils import get_authorization_scheme_param
 from pydantic import BaseModel
 
 from omnivideo.agent.conversations import LOCAL_OWNER, Conversations
@@ -33,7 +34,7 @@ Resource = TypeVar("Resource")
 
 
 class IngestMedia(Protocol):
-    def __call__(self, data: bytes, created_by: str, name: str = "", /) -> Artifact:
+    def __call__(self, source: bytes | BinaryIO, created_by: str, name: str = "", /) -> Artifact:
         """Store a user's image or clip, after decoding it in a process with limits.
 
         Raises UnreadableMedia if it is neither, and ServiceBusy.
@@ -82,19 +83,30 @@ async def get_service_context(request: Request) -> ServiceContext:
 async def authenticate_owner(
     request: Request, credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(BEARER)] = None
 ) -> str:
-    """Return the id of the request's API key, or LOCAL_OWNER if the service requires no keys.
+    """Return the request's owner; if it may have a body, the middleware has found the owner before reading it.
 
     Raises APIError (401) if the key is missing, wrong or revoked.
     """
-    api_keys = (await get_service_context(request)).api_keys
-    if not api_keys.is_required:
+    owner: str | None = getattr(request.state, "owner", None)
+    if owner is None:
+        context = await get_service_context(request)
+        request.state.owner = owner = await find_request_owner(context, request.headers.get("authorization"))
+    return owner
+
+
+async def find_request_owner(context: ServiceContext, authorization: str | None) -> str:
+    """Return the id of the API key in a request's header, or LOCAL_OWNER if the service requires no keys.
+
+    Raises APIError (401) if the key is missing, wrong or revoked.
+    """
+    if not context.api_keys.is_required:
         return LOCAL_OWNER
-    owner = await run_sync(api_keys.find_owner, credentials.credentials) if credentials else None
+    scheme, key = get_authorization_scheme_param(authorization)
+    owner = await run_sync(context.api_keys.find_owner, key) if scheme.lower() == "bearer" and key else None
     if owner is None:
         unauthorized = APIError(401, "the API key is missing, wrong or revoked", None, "invalid_api_key")
         unauthorized.headers["WWW-Authenticate"] = "Bearer"
         raise unauthorized
-    request.state.owner = owner
     return owner
 
 
@@ -203,7 +215,7 @@ class IdempotentRequest:
         self.keys.release_key(self.owner, self.key_digest, waiting_clients)
 
 
-def get_idempotent_request(
+async def get_idempotent_request(
     request: Request, context: ContextDep, owner: OwnerDep, idempotency_key: IdempotencyKey = None
 ) -> IdempotentRequest:
     return IdempotentRequest(context.idempotency_keys, owner, idempotency_key, request.url.path)

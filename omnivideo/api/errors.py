@@ -25,6 +25,7 @@ from omnivideo.errors import (
     JobFailed,
     ModelUnavailable,
     OmniVideoError,
+    PoolBusy,
     ServiceBusy,
     StoreError,
     build_job_error,
@@ -67,6 +68,14 @@ class APIError(Exception):
         return body | {"status": self.status_code, "headers": self.headers, "explanation": self.explanation}
 
 
+class BodyError(HTTPException):
+    """An error that is raised while FastAPI reads a body; FastAPI replaces all but its own exceptions."""
+
+    def __init__(self, api_error: APIError):
+        super().__init__(api_error.status_code, api_error.message)
+        self.api_error = api_error
+
+
 class ErrorBody(BaseModel):
     message: str
     type: str
@@ -105,7 +114,8 @@ HTTP_MAPPINGS: dict[type[BaseException], HTTPMapping] = {
     StoreError: HTTPMapping(503, "unavailable", retry_after_seconds=5),
     ArtifactNotFound: HTTPMapping(404, "not_found"),
     ServiceBusy: HTTPMapping(429, "queue_full"),  # the error says when to retry
-    DecodingBusy: HTTPMapping(503, "unavailable"),  # so does this one
+    DecodingBusy: HTTPMapping(503, "unavailable"),  # so do these
+    PoolBusy: HTTPMapping(503, "unavailable"),
     ModelUnavailable: HTTPMapping(503, "unavailable", retry_after_seconds=5),
     JobFailed: HTTPMapping(500),  # the error has the job's code
     JobCancelled: HTTPMapping(409, "cancelled"),
@@ -238,6 +248,8 @@ def register_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def handle_http_exception(request: Request, error: HTTPException) -> JSONResponse:
+        if isinstance(error, BodyError):
+            return to_json_response(error.api_error)
         api_error = APIError(error.status_code, str(error.detail).lower())
         api_error.headers.update(error.headers or {})
         if error.status_code == 405:

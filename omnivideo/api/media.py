@@ -2,10 +2,14 @@
 
 import re
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import AsyncIterator, Callable
+from functools import partial
+from typing import Any, NamedTuple
 
+import anyio
+from anyio.lowlevel import RunVar
 from fastapi import Request, Response
+from fastapi.responses import StreamingResponse
 from pydantic import ConfigDict, Field, InstanceOf, model_validator
 from pydantic.json_schema import SkipJsonSchema
 from starlette.datastructures import UploadFile
@@ -13,7 +17,7 @@ from starlette.datastructures import UploadFile
 from omnivideo.api.dependencies import ServiceContext
 from omnivideo.api.request_body import CleanText, rename_error_field
 from omnivideo.contracts import Artifact, JobStatus, RequestModel
-from omnivideo.errors import InvalidInput
+from omnivideo.errors import InvalidInput, PoolBusy
 
 MEDIA_TYPES = {
     "png": "image/png", "jpg": "image/jpeg", "jpeg": "image/jpeg", "webp": "image/webp", "gif": "image/gif",
@@ -22,6 +26,10 @@ MEDIA_TYPES = {
     "json": "application/json",
 }  # fmt: skip
 ETAG_PATTERN = re.compile(r'(?:W/)?("[^"]*")')
+PART_BYTES = 2**20  # of a download, in memory at a time
+MAX_DOWNLOAD_READS = 16  # threads that read parts of downloads
+PART_RETRY_SECONDS = 0.1
+DOWNLOAD_LIMITER: RunVar[anyio.CapacityLimiter] = RunVar("download_limiter")
 RANGE_PATTERN = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")
 
 
@@ -94,7 +102,7 @@ def resolve_source(context: ServiceContext, owner: str, reference: MediaReferenc
 
 
 def artifact_from_upload(context: ServiceContext, owner: str, file: UploadFile) -> Artifact:
-    return context.ingest_media(file.file.read(), "upload", file.filename or "")
+    return context.ingest_media(file.file, "upload", file.filename or "")
 
 
 def artifact_from_file(context: ServiceContext, owner: str, file_id: str) -> Artifact:
@@ -138,23 +146,67 @@ def matches_etag(if_none_match: str, etag: str) -> bool:
     return if_none_match.strip() == "*" or etag in ETAG_PATTERN.findall(if_none_match)
 
 
-def build_range_response(request: Request, data: bytes, key: str) -> Response:
-    """Return the bytes, or the requested range of them (206, or 416 with the size if the range lies outside of them).
+class StoredContent(NamedTuple):
+    """Bytes to answer with. `key` is a digest of them with a suffix; `read` returns them from one index to another."""
 
-    The key, which is a digest of the bytes, is the entity tag.
+    key: str
+    size: int
+    read: Callable[[int, int], bytes]  # the first and the last byte, both included
+
+
+def content_from_store(context: ServiceContext, key: str) -> StoredContent:
+    return StoredContent(key, context.store.get_size(key), partial(context.store.read_range, key))
+
+
+def content_from_bytes(data: bytes, key: str) -> StoredContent:
+    return StoredContent(key, len(data), lambda first, last: data[first : last + 1])
+
+
+def build_range_response(request: Request, content: StoredContent) -> Response:
+    """Return the content, or the requested range of it (206, or 416 with the size if the range lies outside of it).
+
+    The key is the entity tag. Only a part of the content is in memory at a time.
     """
+    size, key = content.size, content.key
     headers = {"Accept-Ranges": "bytes", "ETag": f'"{key}"', "X-Content-Type-Options": "nosniff"}
     media_type = MEDIA_TYPES.get(key.rpartition(".")[2], "application/octet-stream")
     if matches_etag(request.headers.get("if-none-match", ""), headers["ETag"]):
         return Response(status_code=304, headers=headers)
     is_current = request.headers.get("if-range", headers["ETag"]) == headers["ETag"]
     range_match = RANGE_PATTERN.fullmatch(request.headers.get("range", "")) if is_current else None
-    if range_match is None or range_match.groups() == ("", ""):
-        return Response(data, media_type=media_type, headers=headers)
-    first, last = range_match.groups()
-    start = int(first) if first else max(0, len(data) - int(last))
-    end = min(int(last), len(data) - 1) if first and last else len(data) - 1
-    if start > end:
-        return Response(status_code=416, headers=headers | {"Content-Range": f"bytes */{len(data)}"})
-    headers["Content-Range"] = f"bytes {start}-{end}/{len(data)}"
-    return Response(data[start : end + 1], 206, headers, media_type)
+    start, end, status_code = 0, size - 1, 200
+    if range_match is not None and range_match.groups() != ("", ""):
+        first, last = range_match.groups()
+        start = int(first) if first else max(0, size - int(last))
+        end = min(int(last), size - 1) if first and last else size - 1
+        if start > end:
+            return Response(status_code=416, headers=headers | {"Content-Range": f"bytes */{size}"})
+        headers["Content-Range"], status_code = f"bytes {start}-{end}/{size}", 206
+    # The first part is read now, so that what is missing has the status of an error.
+    first_part = content.read(start, min(end, start + PART_BYTES - 1)) if size else b""
+    if len(first_part) == end - start + 1:
+        return Response(first_part, status_code, headers, media_type)
+    headers["Content-Length"] = str(end - start + 1)
+    return StreamingResponse(stream_parts(content, first_part, start, end), status_code, headers, media_type)
+
+
+async def stream_parts(content: StoredContent, first_part: bytes, start: int, end: int) -> AsyncIterator[bytes]:
+    """Yield the content from `start` to `end`; it is read in threads of its own, of which there are few."""
+    yield first_part
+    for position in range(start + PART_BYTES, end + 1, PART_BYTES):
+        last = min(end, position + PART_BYTES - 1)
+        while True:
+            try:
+                yield await anyio.to_thread.run_sync(content.read, position, last, limiter=get_download_limiter())
+                break
+            except PoolBusy:  # a download that has begun waits
+                await anyio.sleep(PART_RETRY_SECONDS)
+
+
+def get_download_limiter() -> anyio.CapacityLimiter:
+    """Return the limiter of threads that read parts of downloads in this event loop."""
+    try:
+        return DOWNLOAD_LIMITER.get()
+    except LookupError:
+        DOWNLOAD_LIMITER.set(limiter := anyio.CapacityLimiter(MAX_DOWNLOAD_READS))
+        return limiter

@@ -6,31 +6,32 @@ uploaded file, a stored file and a file to fetch are therefore fields of the sam
 
 import json
 import re
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from typing import Annotated, Any, TypeVar
 
 import anyio
-from fastapi import Depends, Request
+from fastapi import Depends, Request, Response
+from fastapi.routing import APIRoute
 from pydantic import AfterValidator, BaseModel, Field, ValidationError
 from starlette.datastructures import FormData, UploadFile
+from starlette.types import Scope
 
-from omnivideo.api.errors import APIError, build_body_too_large_error
+from omnivideo.api.errors import APIError, BodyError, to_api_error
 from omnivideo.contracts import MAX_SEED
 from omnivideo.errors import InvalidInput
-from omnivideo.validation import describe_errors
+from omnivideo.validation import check_characters, describe_errors
 
-MAX_JSON_BYTES = 64 * 2**20  # enough for a clip in a data URL
+MAX_JSON_BYTES = 2**20
+MAX_MEDIA_JSON_BYTES = 64 * 2**20  # enough for a clip in a data URL
+# The routes that take data URLs.
+MEDIA_PATHS = re.compile(r"/v1/(?:chat/completions|responses|videos(?:/.*)?|images/.*|threads/[^/]*/turns)")
+# Commas, colons and brackets of a body. Parsing a body with more takes long, and other requests wait meanwhile.
+MAX_JSON_SEPARATORS = 50_000
 MAX_INLINE_JSON_BYTES = 64 * 2**10  # parsing a body up to this size takes less time than starting a thread for it
 MAX_FORM_FIELD_BYTES = 8 * 2**20  # of one field that is not a file
 MAX_FORM_FILES, MAX_FORM_FIELDS = 4, 64
 FORM_FIELD_PATTERN = re.compile(r"(\w{1,64})(?:\[(\w{0,64})\])?")
 Model = TypeVar("Model", bound=BaseModel)
-
-
-def check_characters(text: str) -> str:
-    if "\0" in text or any("\ud800" <= char <= "\udfff" for char in text):
-        raise ValueError("it contains invalid characters: NUL or a lone surrogate")
-    return text
 
 
 CleanText = Annotated[str, AfterValidator(check_characters)]
@@ -68,26 +69,63 @@ async def read_body_fields(request: Request) -> AsyncIterator[dict[str, Any]]:
 BodyFields = Annotated[dict[str, Any], Depends(read_body_fields)]
 
 
+def get_max_body_bytes(scope: Scope, max_upload_bytes: int) -> tuple[int, str]:
+    """Return how large a request's body may be, and the advice for a larger one. Only forms may contain files."""
+    content_type = next((value for name, value in scope["headers"] if name == b"content-type"), b"").lower()
+    if content_type.startswith((b"multipart/form-data", b"application/x-www-form-urlencoded")):
+        return max_upload_bytes, ""
+    takes_media = MEDIA_PATHS.fullmatch(scope["path"]) is not None
+    return min(max_upload_bytes, MAX_MEDIA_JSON_BYTES if takes_media else MAX_JSON_BYTES), "; send files as a form"
+
+
 async def read_json_body(request: Request) -> dict[str, Any]:
-    data = bytearray()
-    async for chunk in request.stream():
-        data += chunk
-        if len(data) > MAX_JSON_BYTES:
-            raise build_body_too_large_error(MAX_JSON_BYTES, "; send files as a form")
+    data = await request.body()
     if len(data) <= MAX_INLINE_JSON_BYTES:
         return parse_json_object(data)
     return await anyio.to_thread.run_sync(parse_json_object, data)
 
 
-def parse_json_object(data: bytes | bytearray, field: str = "body") -> dict[str, Any]:
-    """Return a JSON object; raise InvalidInput for anything else, including NaN, Infinity and excessive nesting."""
-    try:
-        parsed = json.loads(data, parse_constant=reject_constant)
-    except (ValueError, RecursionError):
-        raise InvalidInput(field, "it is not valid JSON") from None
+def parse_json_object(data: bytes, field: str = "body") -> dict[str, Any]:
+    """Return a JSON object; raise InvalidInput for anything else."""
+    parsed = parse_json(data, field)
     if not isinstance(parsed, dict):
         raise InvalidInput(field, "it is not a JSON object")
     return parsed
+
+
+def parse_json(data: bytes, field: str = "body") -> Any:
+    """Return a JSON value; raise InvalidInput for NaN, Infinity, excessive nesting and too many values."""
+    if sum(map(data.count, b",:[{")) > MAX_JSON_SEPARATORS:
+        raise InvalidInput(field, "it has too many values; send fewer, or several requests")
+    try:
+        return json.loads(data, parse_constant=reject_constant)
+    except (ValueError, RecursionError):
+        raise InvalidInput(field, "it is not valid JSON") from None
+
+
+class JSONRequest(Request):
+    """A request whose JSON is parsed like a BodyFields body: with limits, and not in the event loop if it is large."""
+
+    async def json(self) -> Any:
+        data = await self.body()
+        try:
+            if len(data) <= MAX_INLINE_JSON_BYTES:
+                return parse_json(data)
+            return await anyio.to_thread.run_sync(parse_json, data)
+        except InvalidInput as error:
+            raise BodyError(to_api_error(error)) from None
+
+
+class ServiceRoute(APIRoute):
+    """A route whose JSON body is read by JSONRequest."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def handle_json_request(request: Request) -> Response:
+            return await handle(JSONRequest(request.scope, request.receive))
+
+        return handle_json_request
 
 
 def reject_constant(name: str) -> float:

@@ -35,9 +35,11 @@ def replace_bytes(value: Any) -> Any:
             return [replace_bytes(item) for item in value]
         case UploadFile():
             value.file.seek(0)
-            data = value.file.read()
+            digest = hashlib.sha256()
+            while chunk := value.file.read(2**20):
+                digest.update(chunk)
             value.file.seek(0)
-            return BytesDigest(hashlib.sha256(data).hexdigest())
+            return BytesDigest(digest.hexdigest())
         case str() if (head := DATA_URL_PATTERN.match(value)) is not None:
             try:
                 return BytesDigest(hashlib.sha256(base64.b64decode(value[head.end() :], validate=True)).hexdigest())

@@ -3,24 +3,29 @@
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Generator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
 
 from omnivideo.agent.conversations import Conversations
-from omnivideo.agent.thread import Thread, is_turn_complete, parse_turn_options
+from omnivideo.agent.thread import Thread, parse_turn_options
 from omnivideo.api.errors import APIError, build_not_found_error, log_if_internal, to_api_error
 from omnivideo.contracts import Artifact, Lane
 from omnivideo.errors import ArtifactNotFound, InvalidInput, JobCancelled, ModelUnavailable, OmniVideoError, StoreError
 from omnivideo.ports import JobStore, TurnStore
-from omnivideo.turns import QuestionAsked, TurnCompleted, TurnEvent, TurnRecord, WaitingNotice
+from omnivideo.turns import MAX_PROCESS_LOSSES, QuestionAsked, TurnCompleted, TurnEvent, TurnRecord, WaitingNotice
 
 log = logging.getLogger("omnivideo.api")
 RETRY_TIMEOUT_SECONDS = 600.0  # how long a turn waits for an unavailable server: an MLLM takes minutes to load
 ATTENDED_RETRY_TIMEOUT_SECONDS = 52.0  # the same, for a turn whose client waits for the answer
 BEGINNING_EVENTS = ("plan", "action")  # of an attempt: they are repeated without any progress
 RETRY_INTERVAL_SECONDS = 1.0
+STOP_TIMEOUT_SECONDS = 5.0  # how long a stopping process waits for its turns to reach a point where they can stop
+RESERVED_SLOTS = 2  # slots that the turns of a single owner do not occupy
+POISON_ERROR = APIError(
+    500, f"it stopped {MAX_PROCESS_LOSSES} processes in a row and will not be tried again", None, "poison"
+).to_record()
 OPEN_TURN_STATES = ("queued", "running")
 MAX_YIELD_SECONDS, YIELD_POLL_SECONDS = 60.0, 0.1  # how long a request about a conversation lets turns go first
 
@@ -28,8 +33,9 @@ MAX_YIELD_SECONDS, YIELD_POLL_SECONDS = 60.0, 0.1  # how long a request about a 
 class TurnRunner:
     """Runs turns in threads of this process, and takes over the turns of processes that have stopped responding.
 
-    A turn belongs to one process at a time, which sends heartbeats for it. A turn whose heartbeat is older than
-    `heartbeat_timeout_seconds` is continued by another process from the last checkpoint of its thread.
+    A turn belongs to one process at a time, which claims it once it has a free slot and then sends heartbeats for it. A
+    turn whose heartbeat is older than `heartbeat_timeout_seconds` is continued by another process from the last
+    checkpoint of its thread. One owner's turns leave RESERVED_SLOTS slots to others.
     """
 
     def __init__(
@@ -44,22 +50,38 @@ class TurnRunner:
         self.jobs = jobs
         self.conversations = conversations
         self.heartbeat_timeout_seconds = heartbeat_timeout_seconds
-        self.pool = ThreadPoolExecutor(max_concurrent_turns, thread_name_prefix="turn")
+        self.max_concurrent_turns = max_concurrent_turns
+        self.max_turns_per_owner = max(1, max_concurrent_turns - RESERVED_SLOTS)
         self.running_turns: dict[str, TurnRecord] = {}  # by id
-        self.interrupt_reasons: dict[str, str] = {}  # turn id -> "cancelled", or "lost" to another process
+        self.interrupt_reasons: dict[str, str] = {}  # turn id -> "cancelled", "stopped", or "lost" to another process
         self.last_event_times: dict[str, float] = {}  # turn id -> when its attempt last had an event
-        self.stop_event = threading.Event()
-        self.heartbeat_thread = threading.Thread(target=self.keep_turns_alive, daemon=True, name="turns")
+        self.stop_event, self.turns_changed = threading.Event(), threading.Event()
+        self.threads = [
+            threading.Thread(target=self.keep_turns_alive, daemon=True, name="turns-heartbeat"),
+            threading.Thread(target=self.claim_turns, daemon=True, name="turns"),
+        ]
 
     def start(self) -> "TurnRunner":
-        self.heartbeat_thread.start()
+        for thread in self.threads:
+            thread.start()
         return self
 
     def stop(self) -> None:
-        """Stop without ending the running turns; another process will continue them."""
+        """Stop, and put the running turns back into the queue, so that other processes continue them."""
         self.stop_event.set()
-        self.heartbeat_thread.join()
-        self.pool.shutdown(wait=False, cancel_futures=True)
+        self.turns_changed.set()
+        for thread in self.threads:
+            if thread.is_alive():
+                thread.join()
+        unfinished = list(self.running_turns.values())
+        for turn in unfinished:
+            self.interrupt_reasons[turn.id] = "stopped"
+        deadline = time.monotonic() + STOP_TIMEOUT_SECONDS
+        while self.running_turns and time.monotonic() < deadline:
+            time.sleep(0.02)
+        for turn in unfinished:  # those that have ended are left as they are
+            with suppress(StoreError):
+                self.turns.release_turn(turn)
 
     # ------------------------------------------------------------ starting and cancelling
 
@@ -99,7 +121,7 @@ class TurnRunner:
         }
         turn, is_new = self.create_turn(turn_id, owner, thread, turn_body)
         if is_new:
-            self.pool.submit(self.claim_and_run, turn.id)
+            self.turns_changed.set()
         return turn
 
     def refuse_turn(
@@ -110,24 +132,30 @@ class TurnRunner:
         The thread is unchanged. Raises APIError (409) if another turn is running in it.
         """
         thread = self.get_thread(owner, thread_id)
-        turn, is_new = self.create_turn(turn_id, owner, thread, {"client_fields": client_fields or {}})
-        if is_new and (claimed := self.turns.claim_turn(turn.id)) is not None:
-            self.turns.end_turn(claimed, "failed", to_api_error(error).to_record())
-        return turn
+        record, body = to_api_error(error).to_record(), {"client_fields": client_fields or {}}
+        return self.create_turn(turn_id, owner, thread, body, record)[0]
 
-    def create_turn(self, turn_id: str, owner: str, thread: Thread, body: dict[str, Any]) -> tuple[TurnRecord, bool]:
-        """Create a turn. Return it, or the turn that has the id, and whether it is new."""
-        turn = self.turns.create_turn(turn_id, thread.id, owner, len(thread.get_turns()) + 1, body)
+    def create_turn(
+        self, turn_id: str, owner: str, thread: Thread, body: dict[str, Any], error: dict[str, Any] | None = None
+    ) -> tuple[TurnRecord, bool]:
+        """Create a turn, which has failed if `error` is given. Return it, or the turn with the id, and if it is new."""
+        turn = self.turns.create_turn(turn_id, thread.id, owner, len(thread.get_turns()) + 1, body, error)
         existing_turn = turn or self.turns.get_turn(turn_id, owner)
         if existing_turn is None:
             raise APIError(409, "thread: a turn is running; wait until it ends, or cancel it", "thread", "busy")
         return existing_turn, turn is not None
 
     def get_thread(self, owner: str, thread_id: str, lane: Lane = "interactive") -> Thread:
-        """Return the owner's thread; raise APIError (404) if there is none."""
-        if not self.turns.has_thread(thread_id, owner):
+        """Return the owner's thread; raise APIError (404) if there is none.
+
+        A killed process may have left the thread without its first checkpoint: it is written now.
+        """
+        record = self.turns.get_thread(owner, thread_id)
+        if record is None:
             raise build_not_found_error("thread", thread_id)
-        return self.conversations.open_thread(thread_id, create=True, owner=owner, lane=lane)
+        if record.forked_from is None or record.forked_after is None:
+            return self.conversations.open_thread(thread_id, create=True, owner=owner, lane=lane)
+        return self.conversations.open_fork(record.forked_from, record.forked_after, thread_id, owner, lane)
 
     def find_live_turn(self, owner: str, turn_id: str) -> TurnRecord | None:
         """Return the owner's turn, or None if it was cancelled or deleted; wait until a cancelled one ends."""
@@ -153,13 +181,32 @@ class TurnRunner:
 
     # ------------------------------------------------------------ running
 
-    def claim_and_run(self, turn_id: str) -> None:
-        if (turn := self.turns.claim_turn(turn_id)) is not None:
-            self.run_to_end(turn)
+    def claim_turns(self) -> None:
+        """Claim turns and run them while slots are free, until the runner stops."""
+        while not self.stop_event.is_set():
+            self.turns_changed.clear()
+            try:
+                self.claim_turns_once()
+            except Exception as error:  # the database may be unavailable for a while
+                log.warning("turns: %s", error if isinstance(error, OmniVideoError) else type(error).__name__)
+            self.turns_changed.wait(min(1.0, self.heartbeat_timeout_seconds / 4))
+
+    def claim_turns_once(self) -> None:
+        for turn_id in self.turns.fail_poisonous_turns(self.heartbeat_timeout_seconds, POISON_ERROR):
+            log.error("turn %s has stopped several processes and will not be tried again", turn_id)
+        while len(self.running_turns) < self.max_concurrent_turns and not self.stop_event.is_set():
+            running_by_owner = Counter(turn.owner for turn in list(self.running_turns.values()))
+            full_owners = [owner for owner, count in running_by_owner.items() if count >= self.max_turns_per_owner]
+            turn = self.turns.claim_next_turn(self.heartbeat_timeout_seconds, full_owners)
+            if turn is None:
+                return
+            if turn.attempt > 1:
+                log.warning("turn %s: its process has stopped; it continues here", turn.id)
+            self.running_turns[turn.id] = turn  # from now on, heartbeats are sent for it
+            threading.Thread(target=self.run_to_end, args=(turn,), daemon=True, name="turn").start()
 
     def run_to_end(self, turn: TurnRecord) -> None:
         """Run a claimed turn and store its end state."""
-        self.running_turns[turn.id] = turn
         state, error = "failed", None
         try:
             state = self.retry_while_unavailable(turn)
@@ -168,20 +215,23 @@ class TurnRunner:
         except Exception as raised:
             log_if_internal(raised, f"turn {turn.id}")
             error = to_api_error(raised).to_record()
+        try:
+            if not self.stop_event.is_set():
+                # If the store is unavailable, the turn is taken over later and found to be complete.
+                with suppress(StoreError):
+                    self.turns.end_turn(turn, state, error)
         finally:
-            self.running_turns.pop(turn.id, None)
-            self.interrupt_reasons.pop(turn.id, None)
-            self.last_event_times.pop(turn.id, None)
-        if not self.stop_event.is_set():
-            # If the store is unavailable, the turn is taken over later and found to be complete.
-            with suppress(StoreError):
-                self.turns.end_turn(turn, state, error)
+            if self.running_turns.get(turn.id) is turn:
+                del self.running_turns[turn.id]
+                self.interrupt_reasons.pop(turn.id, None)
+                self.last_event_times.pop(turn.id, None)
+            self.turns_changed.set()
 
     def retry_while_unavailable(self, turn: TurnRecord) -> str:
         """Run the turn, and continue it from the thread's last checkpoint after a server was unavailable.
 
         Returns the turn's end state. Raises the last error if another attempt could end later than the turn's
-        `retry_timeout_seconds` after the last sign of life.
+        `retry_timeout_seconds` after the last sign of life, and TurnInterrupted.
         """
         timeout_seconds = turn.body.get("retry_timeout_seconds", RETRY_TIMEOUT_SECONDS)
         outage_started_at = None
@@ -201,6 +251,27 @@ class TurnRunner:
                 log.warning("turn %s waits: %s", turn.id, type(error).__name__)
                 with suppress(StoreError):  # the unavailable server may be the database
                     self.emit_waiting(turn, error)
+                    self.stop_if_interrupted(turn)
+
+    def stop_if_interrupted(self, turn: TurnRecord, events: Generator[TurnEvent] | None = None) -> None:
+        """Raise TurnInterrupted if the turn must stop. A cancelled turn is rolled back first.
+
+        While the database was unavailable, no heartbeats were stored; this process may have claimed the turn again.
+        """
+        is_superseded = self.running_turns.get(turn.id, turn) is not turn
+        if reason := "lost" if is_superseded else self.interrupt_reasons.get(turn.id):
+            if events is not None:
+                events.close()
+            if reason == "cancelled":
+                with suppress(Exception):  # if the database is unavailable, the thread's next turn does it
+                    self.roll_back_unfinished(turn)
+            raise TurnInterrupted
+
+    def roll_back_unfinished(self, turn: TurnRecord) -> None:
+        """Return the thread to its state before the turn, unless the turn is complete there."""
+        thread = self.get_thread(turn.owner, turn.thread_id)
+        if len(thread.get_turns()) < turn.number:
+            thread.roll_back(turn.number - 1)
 
     def has_progressed(self, turn: TurnRecord) -> bool:
         """Return whether the last attempt got further than all earlier ones, each of which begins with a plan."""
@@ -230,15 +301,15 @@ class TurnRunner:
             self.turns.append_event(turn, event.model_dump())
             self.last_event_times[turn.id] = time.monotonic()
             state = "done" if isinstance(event, TurnCompleted) else state
-            if reason := self.interrupt_reasons.get(turn.id):
-                events.close()
-                if reason == "cancelled":
-                    thread.roll_back(turn.number - 1)
-                raise TurnInterrupted
+            self.stop_if_interrupted(turn, events)
         return state
 
     def iterate_events(self, turn: TurnRecord, thread: Thread, has_started: bool) -> Generator[TurnEvent]:
-        """Yield the rest of the turn's events. The thread's checkpoint shows how far an earlier attempt got."""
+        """Yield the rest of the turn's events. The thread's checkpoint shows how far an earlier attempt got.
+
+        A turn that ended without being rolled back may have left steps to run. Those of another turn are never run:
+        only a turn that has started itself, or that replies to a question, continues them.
+        """
         completed_turns = thread.get_turns()
         if len(completed_turns) >= turn.number:
             yield TurnCompleted(turn=completed_turns[turn.number - 1])
@@ -246,20 +317,21 @@ class TurnRunner:
         state = thread.graph.get_state(thread.config)
         if state.interrupts and (has_started or not turn.body["is_reply"]):
             yield QuestionAsked(text=str(thread.get_open_question()))
-        elif not is_turn_complete(state) and not state.interrupts:
+        elif thread.has_unfinished_turn() and (has_started or turn.body["is_reply"]):
             yield from thread.resume()
         else:
+            if thread.has_unfinished_turn():
+                thread.roll_back(turn.number - 1)
             attachments = [Artifact(**attachment) for attachment in turn.body["attachments"]]
             yield from thread.send(turn.body["text"], attachments, **turn.body["options"])
 
     # ------------------------------------------------------------ heartbeats
 
     def keep_turns_alive(self) -> None:
-        """Send heartbeats and take over lost turns, until the runner stops."""
+        """Send heartbeats for every claimed turn, until the runner stops."""
         while not self.stop_event.wait(min(1.0, self.heartbeat_timeout_seconds / 4)):
             try:
                 self.send_heartbeats()
-                self.take_over_lost_turns()
             except OmniVideoError as error:
                 log.warning("%s", error)
 
@@ -271,18 +343,19 @@ class TurnRunner:
             if turn_state == "cancelled":  # the turn may have submitted a job after cancel_turn was called
                 self.jobs.cancel_by_prefix(turn.owner, f"{turn.thread_id}/")
 
-    def take_over_lost_turns(self) -> None:
-        while (turn := self.turns.claim_lost_turn(self.heartbeat_timeout_seconds)) is not None:
-            log.warning("turn %s: its process has stopped responding; it continues here", turn.id)
-            self.pool.submit(self.run_to_end, turn)
-
 
 def is_transient(error: Exception) -> bool:
-    """Return whether the error means that the store, the MLLM or the database (also LangGraph's) is unavailable."""
+    """Return whether the error means that the store, the MLLM or the database (also LangGraph's) is unavailable.
+
+    An error that a retry cannot fix, such as a value that the database cannot store, is not transient.
+    """
     if isinstance(error, ArtifactNotFound):
         return False
-    is_database_error = type(error).__module__.partition(".")[0].startswith("psycopg")
-    return isinstance(error, StoreError | ModelUnavailable) or is_database_error
+    database_errors = {
+        base.__name__ for base in type(error).__mro__ if base.__module__.partition(".")[0] in ("psycopg", "sqlite3")
+    }
+    is_unreachable = bool(database_errors & {"OperationalError", "InterfaceError"})
+    return isinstance(error, StoreError | ModelUnavailable) or is_unreachable
 
 
 class TurnInterrupted(Exception):

@@ -17,6 +17,7 @@ import math
 import re
 import threading
 import time
+from collections import Counter
 from collections.abc import Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NoReturn
@@ -42,6 +43,7 @@ log = logging.getLogger("omnivideo.hooks")
 DELIVERY_TIMEOUT_SECONDS = 10.0  # of one attempt
 DELIVERY_LEASE_SECONDS = 60.0  # longer than an attempt can take
 MAX_CONCURRENT_DELIVERIES = 8
+MAX_DELIVERIES_PER_OWNER = 5  # of one owner at a time; slow receivers leave threads to others
 POLL_SECONDS = 5.0  # in case a notification was lost
 MIN_ROUND_SECONDS = 0.02  # so that jobs that end together are announced in one round
 RETRY_WINDOW_SECONDS = 86_400.0  # after the job's end; later failures are not retried
@@ -154,7 +156,7 @@ class WebhookSender:
         self.last_cleanup_at = -math.inf
         self.stop_event = threading.Event()
         self.executor = ThreadPoolExecutor(MAX_CONCURRENT_DELIVERIES, thread_name_prefix="hook")
-        self.in_flight: set[Future[None]] = set()
+        self.in_flight: dict[Future[None], str | None] = {}  # the owner of each delivery that is being sent
         self.thread = threading.Thread(target=self.run, daemon=True, name="hooks")
 
     def start(self) -> "WebhookSender":
@@ -187,6 +189,8 @@ class WebhookSender:
                 self.last_cleanup_at = time.monotonic()
             if len(self.in_flight) == MAX_CONCURRENT_DELIVERIES:  # the end of an attempt wakes the sender
                 return self.poll_seconds
+            if self.list_full_owners():
+                return self.poll_seconds
             seconds_until_due = self.webhooks.get_seconds_until_due()
             return self.poll_seconds if seconds_until_due is None else max(0.0, seconds_until_due)
         except OmniVideoError as error:
@@ -215,12 +219,22 @@ class WebhookSender:
 
     def send_due_deliveries(self) -> None:
         """Start the due deliveries for which a thread is free, without waiting for slow receivers."""
-        self.in_flight = {future for future in self.in_flight if not future.done()}
-        if free_slots := MAX_CONCURRENT_DELIVERIES - len(self.in_flight):
-            for pair in self.webhooks.claim_due_deliveries(free_slots, DELIVERY_LEASE_SECONDS):
-                attempt = self.executor.submit(self.attempt_delivery, *pair)
-                self.in_flight.add(attempt)
+        self.in_flight = {future: owner for future, owner in self.in_flight.items() if not future.done()}
+        while free_slots := MAX_CONCURRENT_DELIVERIES - len(self.in_flight):
+            # Two at a time, so that an owner exceeds its limit by one at most.
+            full_owners = self.list_full_owners()
+            pairs = self.webhooks.claim_due_deliveries(min(free_slots, 2), DELIVERY_LEASE_SECONDS, full_owners)
+            if not pairs:
+                return
+            for delivery, hook in pairs:
+                attempt = self.executor.submit(self.attempt_delivery, delivery, hook)
+                self.in_flight[attempt] = hook.owner if hook else None
                 attempt.add_done_callback(lambda _: self.wake())  # a thread is free, and a retry may be scheduled
+
+    def list_full_owners(self) -> list[str]:
+        """Return the owners whose deliveries occupy all threads that one owner may have."""
+        counts = Counter(owner for owner in self.in_flight.values() if owner)
+        return [owner for owner, count in counts.items() if count >= MAX_DELIVERIES_PER_OWNER]
 
     def attempt_delivery(self, delivery: DeliveryRecord, hook: WebhookRecord | None) -> None:
         """Send an event, and schedule a retry if it fails. `hook` is None if the webhook was deleted."""

@@ -2,9 +2,13 @@
 
 import json
 import logging
+import math
 import os
+import signal
 import sys
-from collections.abc import Callable
+import time
+from collections import Counter
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,6 +27,7 @@ app = typer.Typer()
 keys_cli = typer.Typer(no_args_is_help=True)
 mllm_cli = typer.Typer(no_args_is_help=True)
 VLLM = "vLLM"
+MAX_REPETITIONS, REPETITION_SECONDS = 20, 10.0  # of log lines of one kind
 
 HostOption = Annotated[str, typer.Option(help="Address to listen on.", rich_help_panel=SERVER)]
 PortOption = Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.", rich_help_panel=SERVER)]
@@ -62,10 +67,35 @@ class JSONLogFormatter(logging.Formatter):
         return json.dumps(fields, default=str)
 
 
+class RepetitionFilter(logging.Filter):
+    """Lets at most MAX_REPETITIONS warnings or errors of the same kind pass in REPETITION_SECONDS.
+
+    A client that causes an error with every connection would otherwise fill the disk.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.window_started_at = -math.inf
+        self.counts: Counter[tuple[str, str]] = Counter()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.levelno < logging.WARNING:
+            return True
+        if time.monotonic() - self.window_started_at > REPETITION_SECONDS:
+            self.window_started_at = time.monotonic()
+            self.counts.clear()
+        kind = (record.name, str(record.msg)[:200])
+        self.counts[kind] += 1
+        if self.counts[kind] == MAX_REPETITIONS:
+            record.msg = f"{record.msg} (further lines like this are left out for {REPETITION_SECONDS:g} s)"
+        return self.counts[kind] <= MAX_REPETITIONS
+
+
 def configure_logging(component: str) -> None:
     """Log to stderr, as JSON unless it is a terminal, and export traces if OTEL_EXPORTER_OTLP_ENDPOINT is set."""
     handler = logging.StreamHandler(sys.stderr)
     plain = logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s")
+    handler.addFilter(RepetitionFilter())
     handler.setFormatter(plain if sys.stderr.isatty() else JSONLogFormatter())
     logging.basicConfig(level=logging.INFO, handlers=[handler])
     for verbose_logger in ("httpx", "httpcore2", "alembic", "celery"):
@@ -90,12 +120,19 @@ def export_traces(component: str) -> None:
     trace.set_tracer_provider(provider)
 
 
-def run_server(create_application: Callable[[], Any], host: str, port: int) -> None:
+def run_server(
+    create_application: Callable[[], Any], host: str, port: int, trusted_proxies: Collection[str] = ()
+) -> None:
     """Run an HTTP application until the process receives SIGINT or SIGTERM."""
     try:
         import uvicorn
+
+        from omnivideo.api.connections import RESERVED_FILES, ConnectionLimits, create_protocol, raise_file_limit
     except ImportError:
         raise MissingDependency("a server needs: pip install 'omnivideo[serve]'") from None
+    limits = ConnectionLimits(max(16, raise_file_limit() - RESERVED_FILES), trusted_proxies=trusted_proxies)
+    # uvicorn sends itself the signal again after it has shut down: the caller's clean-up must still run then.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     # The client should be the one to close an idle connection. With uvicorn's default of 5 s, a request can be sent on
     # a connection that the server is closing.
     uvicorn.run(
@@ -106,6 +143,7 @@ def run_server(create_application: Callable[[], Any], host: str, port: int) -> N
         access_log=False,
         timeout_graceful_shutdown=10,
         timeout_keep_alive=75,
+        http=create_protocol(limits),
         proxy_headers=False,  # the service reads them itself, from the proxies in its settings
     )
 
@@ -128,7 +166,12 @@ def serve(
     except ImportError as error:
         raise MissingDependency(f"the service needs {error.name}: pip install 'omnivideo[serve,worker]'") from None
     try:
-        run_server(lambda: create_app(wiring.start_background_services(wiring.build_service_context())), host, port)
+        run_server(
+            lambda: create_app(wiring.start_background_services(wiring.build_service_context())),
+            host,
+            port,
+            wiring.settings.trusted_proxies,
+        )
     finally:
         wiring.close()
 

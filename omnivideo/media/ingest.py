@@ -4,7 +4,9 @@ Declared sizes, types and names are never trusted. Every refusal is one line wit
 """
 
 import binascii
+import io
 import re
+from typing import BinaryIO
 
 from omnivideo.contracts import Artifact
 from omnivideo.errors import InvalidInput, UnreadableMedia
@@ -17,7 +19,7 @@ from omnivideo.media.sandbox import (
     detect_suffix,
     measure_in_sandbox,
 )
-from omnivideo.ports import ObjectStore
+from omnivideo.ports import SweepableObjectStore
 
 __all__ = ["decode_data_url", "fetch_media", "ingest_media"]
 
@@ -25,14 +27,14 @@ __all__ = ["decode_data_url", "fetch_media", "ingest_media"]
 
 
 def ingest_media(
-    store: ObjectStore, data: bytes, made_by: str, name: str = "", *,
+    store: SweepableObjectStore, source: bytes | BinaryIO, made_by: str, name: str = "", *,
     limits: MediaLimits = DEFAULT_MEDIA_LIMITS, process_limits: ProcessLimits = DEFAULT_PROCESS_LIMITS,
     field: str = "source",
 ) -> Artifact:  # fmt: skip
-    """Store a user's bytes as an artifact; the user's `name` gives only words of the caption, never a path or a type.
+    """Store a user's bytes or file as an artifact, with only a part of a file in memory.
 
-    Raises UnreadableMedia with the field, or DecodingBusy; nothing is stored then. `limits` may only be lower than the
-    default ones, which `read_media` applies.
+    The user's `name` gives only words of the caption, never a path or a type. Raises UnreadableMedia with the field, or
+    DecodingBusy; nothing is stored then. `limits` may only be lower than the default ones, which `read_media` applies.
 
     Because of this check, `load_frames` is safe in an unconfined process: the key is the digest of these bytes, which
     the same reader has already decoded completely, under the same or lower limits.
@@ -43,10 +45,12 @@ def ingest_media(
         if max_value is not None
     )
     try:
-        info = measure_in_sandbox(data, limits, process_limits)
+        info = measure_in_sandbox(source, limits, process_limits)
     except UnreadableMedia as error:
         raise UnreadableMedia(field, f"{printable_file_name(name)} {str(error).removeprefix('source: ')}") from None
-    key = store.put(data, detect_suffix(data[:64]) or "bin")
+    file = io.BytesIO(source) if isinstance(source, bytes) else source
+    file.seek(0)
+    key = store.put_stream(file, detect_suffix(file.read(64)) or "bin")
     return Artifact(
         key=key, medium=info.kind, width=info.width, height=info.height, frames=info.frames,
         fps=info.fps or 1.0, caption=words_from_name(name) or info.kind, created_by=made_by,

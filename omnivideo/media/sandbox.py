@@ -5,6 +5,7 @@ byte is read. Wall time is not limited, except far above: on a busy machine read
 the source. Its report is one line of JSON, which is accepted only within the limits.
 """
 
+import io
 import json
 import logging
 import math
@@ -12,6 +13,7 @@ import os
 import re
 import resource
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +24,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib import import_module
 from pathlib import Path
-from typing import NoReturn
+from typing import BinaryIO, NoReturn
 
 from omnivideo.errors import DecodingBusy, UnreadableMedia
 from omnivideo.media.containers import can_read_heic, is_heic, sniff_format
@@ -74,22 +76,28 @@ def detect_suffix(head: bytes) -> str | None:
 
 
 def measure_in_sandbox(
-    data: bytes, limits: MediaLimits = DEFAULT_MEDIA_LIMITS, process_limits: ProcessLimits = DEFAULT_PROCESS_LIMITS
+    source: bytes | BinaryIO,
+    limits: MediaLimits = DEFAULT_MEDIA_LIMITS,
+    process_limits: ProcessLimits = DEFAULT_PROCESS_LIMITS,
 ) -> MediaInfo:
     """Return the shape of the media after decoding them completely in a confined process.
 
     Raises UnreadableMedia, whose text is "source: " and the problem, and DecodingBusy if no process becomes available.
     """
-    if not data:
+    file = io.BytesIO(source) if isinstance(source, bytes) else source
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    head = file.read(64)
+    if not size:
         refuse_media(f"is empty; allowed: 1 to {limits.max_bytes} bytes")
-    if len(data) > limits.max_bytes:
-        refuse_media(f"has {len(data)} bytes; allowed: 1 to {limits.max_bytes}")
-    if is_heic(data[:16]) and not can_read_heic():
+    if size > limits.max_bytes:
+        refuse_media(f"has {size} bytes; allowed: 1 to {limits.max_bytes}")
+    if is_heic(head[:16]) and not can_read_heic():
         refuse_media(f"is a HEIC picture, which cannot be read; allowed: {ALLOWED_FORMATS}")
-    if detect_suffix(data[:64]) is None:
+    if detect_suffix(head) is None:
         refuse_media(f"is not an image or video; allowed: {ALLOWED_FORMATS}")
     request = json.dumps({"limits": asdict(replace(limits, codecs=ALLOWED_CODECS)), "bounds": asdict(process_limits)})
-    with acquire_process_slot(process_limits.slot_seconds), open_memory_file(data) as media_fd:
+    with acquire_process_slot(process_limits.slot_seconds), open_memory_file(file) as media_fd:
         report, status = run_child_process(request, media_fd, process_limits)
     return parse_report(report, status, limits, process_limits)
 
@@ -111,12 +119,13 @@ def acquire_process_slot(slot_seconds: float) -> Iterator[None]:
 
 
 @contextmanager
-def open_memory_file(data: bytes) -> Iterator[int]:
-    """Yield a descriptor of an anonymous file with the data."""
+def open_memory_file(source: BinaryIO) -> Iterator[int]:
+    """Yield a descriptor of an anonymous file with the bytes of the source."""
     media_fd = os.memfd_create("media")
     try:
+        source.seek(0)
         with open(media_fd, "wb", closefd=False) as file:
-            file.write(data)
+            shutil.copyfileobj(source, file, 2**20)
         yield media_fd
     finally:
         os.close(media_fd)

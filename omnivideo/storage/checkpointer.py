@@ -8,6 +8,7 @@ from langgraph.checkpoint.sqlite import SqliteSaver
 
 from omnivideo.errors import InvalidInput, MissingDependency
 from omnivideo.settings import ServiceSettings
+from omnivideo.storage.compact_checkpoints import open_sqlite_saver
 
 FORMAT_VERSION = 1  # of the names inside a checkpoint: 0 is version 0.1's, 1 is version 0.2's
 UPGRADE_LOCK_ID = 0x6F6D6E69  # of PostgreSQL's advisory lock
@@ -25,8 +26,7 @@ def open_checkpointer(settings: ServiceSettings) -> BaseCheckpointSaver[str]:
         connection = sqlite3.connect(settings.home / "threads.sqlite", check_same_thread=False)
     except (OSError, sqlite3.Error):
         raise InvalidInput("home", "threads cannot be stored there; give a folder that can be written") from None
-    checkpointer = SqliteSaver(connection)
-    checkpointer.setup()
+    checkpointer = open_sqlite_saver(connection)
     upgrade_sqlite(checkpointer)
     # With the write-ahead log that setup() turns on, a killed process loses nothing; a power cut may lose one step.
     connection.execute("PRAGMA synchronous=NORMAL")
@@ -62,9 +62,10 @@ def read_sqlite_format(connection: sqlite3.Connection) -> int:
 
 def open_postgres_checkpointer(database_url: str) -> BaseCheckpointSaver[str]:
     try:
-        from langgraph.checkpoint.postgres import PostgresSaver
         from psycopg.rows import dict_row
         from psycopg_pool import ConnectionPool, PoolTimeout
+
+        from omnivideo.storage.compact_postgres import CompactPostgresSaver
     except ImportError:
         raise MissingDependency("threads in PostgreSQL need: pip install 'omnivideo[serve]'") from None
     # The pool checks each connection before use, so it reconnects after the server is restarted.
@@ -83,7 +84,7 @@ def open_postgres_checkpointer(database_url: str) -> BaseCheckpointSaver[str]:
     except PoolTimeout:
         pool.close()
         raise InvalidInput("OMNIVIDEO_DATABASE", "the server cannot be reached or refuses the login") from None
-    checkpointer = PostgresSaver(pool)
+    checkpointer = CompactPostgresSaver(pool)
     checkpointer.setup()
     upgrade_postgres(checkpointer)
     return checkpointer

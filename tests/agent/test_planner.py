@@ -6,6 +6,7 @@ import sqlite3
 
 import pytest
 from langgraph.checkpoint.sqlite import SqliteSaver
+from langgraph.config import get_config
 
 from omnivideo.agent import english_rules
 from omnivideo.agent.thread import Thread
@@ -18,6 +19,7 @@ from omnivideo.synthetic.requests import make_caption_prompt, make_indirect_prom
 from omnivideo.synthetic.scenes import sample_scene
 from omnivideo.turns import ArtifactReady, PromptRewritten, QuestionAsked, ThinkingDelta
 from tests.support.conversations import Conversation, attach
+from tests.support.twins import ScriptedMLLM
 
 
 @pytest.mark.parametrize(
@@ -257,3 +259,48 @@ def test_joined_actions_are_split_where_they_were_joined():
         joined = rng.choice(("; ", ", then ", ". ", ", and then ", "; now ")).join(parts)
         correct_count += english_rules.split_actions(joined) == [part.strip(".!") for part in parts]
     assert correct_count >= 285
+
+
+class ForgetfulMLLM(ScriptedMLLM):
+    """Describes each artifact differently every time, and records the node in which it is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[str] = []
+
+    def record_call(self) -> None:
+        self.calls.append(get_config()["metadata"]["langgraph_node"])
+
+    def route(self, request):
+        self.record_call()
+        return super().route(request)
+
+    def stream_text(self, request):
+        self.record_call()
+        if request.text.startswith("describe"):
+            yield f"a thing {len(self.calls)}"
+        else:
+            yield from super().stream_text(request)
+
+
+def test_a_reply_is_taken_as_the_question_was_asked():
+    """A node that interrupts runs again; what a model says before could differ, and the reply be dropped."""
+    conversation = Conversation(mllm=ForgetfulMLLM())
+    for text in ("a picture of a red ball", "a picture of a blue ball"):
+        conversation.say(text)
+    question = conversation.say("make the square in the green picture yellow")
+    assert isinstance(question, QuestionAsked) and "There is no green here" in question.text
+    named = re.search(r"1\) the picture: (a thing \d+)", question.text)
+    assert named is not None
+    turn = conversation.say(named[1])
+    first = conversation.thread.get_artifacts()[0]
+    assert turn.results[0].action.source == first.key and turn.clarifications == ((question.text, named[1]),)
+
+
+def test_no_model_is_called_in_a_node_that_interrupts():
+    conversation = Conversation(mllm=ForgetfulMLLM())
+    conversation.mllm.doubt.add("a red thing")
+    for text in ("make it blue", "a red ball", "a red thing", "a picture, please", "go back to the purple one",
+                 "the green one", "number 1"):  # fmt: skip
+        conversation.say(text)
+    assert len(conversation.thread.get_turns()) == 3 and set(conversation.mllm.calls) <= {"search", "think"}

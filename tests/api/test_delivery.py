@@ -165,7 +165,7 @@ def test_no_store_key_is_in_the_message_of_a_missing_file(http, context):
     video = http.post("/v1/videos", json=VIDEO | {"seed": 12345}).json()["id"]
     wait_until(lambda: http.get(f"/v1/videos/{video}").json()["status"] == "completed")
     key = context.jobs.get_status(video).result.key
-    context.store.path_for_key(key).unlink()
+    context.store.store.path_for_key(key).unlink()
     response = http.get(f"/v1/videos/{video}/content")
     assert response.status_code == 404 and key[:20] not in response.text
 

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from omnivideo.api.turn_runner import TurnRunner
+from omnivideo.storage.database.turns import TurnRepository
 from tests.support.api_server import build_scripted_wiring, run_api_server
 
 
@@ -96,6 +97,9 @@ def test_events_are_ordered_and_resume_after_the_last_event_id(http, thread):
     assert [number for number, _ in received] == list(range(1, len(received) + 1))
     assert read_events(http, thread, turn, after=4) == received[4:]
     assert read_events(http, thread, turn, after=len(received)) == []
+    path = f"/v1/threads/{thread}/turns/{turn}/events"
+    refused = http.get(path, headers={"Last-Event-ID": str(2**63)})
+    assert refused.status_code == 400 and "0 to 2147483647" in refused.json()["error"]["message"]
 
 
 def test_all_followers_see_the_same_events(http, address, thread):
@@ -175,13 +179,14 @@ def test_cancelling_an_ended_turn_leaves_the_next_one_alone(http, thread):
     assert http.get(f"{path}/{current}").json()["state"] == "done"
 
 
-def test_a_turn_of_a_dead_process_continues_in_another(http, thread, wiring, address):
+def test_a_turn_of_a_dead_process_continues_in_another(http, thread, wiring, address, monkeypatch):
     """A killed process leaves its turn in the running state, with an old heartbeat."""
     context = wiring.build_service_context()
     dead_runner = TurnRunner(context.turns, context.jobs, context.conversations, context.settings.heartbeat_timeout)
-    dead_runner.pool.submit = lambda *arguments: None  # type: ignore[method-assign]
-    row = dead_runner.start_turn("turn_left", "admin", thread, "a red ball", steps=3)
-    claimed = context.turns.claim_turn(row.id)
+    with monkeypatch.context() as patch:  # the server must not claim the turn first
+        patch.setattr(wiring.turns, "claim_next_turn", lambda *arguments: None)
+        row = dead_runner.start_turn("turn_left", "admin", thread, "a red ball", steps=3)
+        claimed = TurnRepository.claim_next_turn(wiring.turns, 60.0)
     running = dead_runner.iterate_events(claimed, dead_runner.get_thread("admin", thread), has_started=False)
     next(running)
     next(running)

@@ -1,5 +1,8 @@
 """The commands of the service with an empty home folder: what they start, print and refuse."""
 
+import os
+import signal
+import subprocess
 import sys
 
 import pytest
@@ -8,6 +11,7 @@ from fastapi import FastAPI
 from omnivideo.cli import service
 from omnivideo.cli.main import main
 from omnivideo.wiring import ServiceWiring
+from tests.support.servers import free_port, wait_for
 
 
 @pytest.fixture
@@ -29,7 +33,7 @@ def run_cli(monkeypatch, capsys, tmp_path):
 def test_serve_builds_the_application_and_closes_its_wiring(run_cli, monkeypatch, weights):
     served, closed = [], []
     monkeypatch.setattr(
-        service, "run_server", lambda create_application, host, port: served.append(create_application())
+        service, "run_server", lambda create_application, *arguments: served.append(create_application())
     )
     close = ServiceWiring.close
     monkeypatch.setattr(ServiceWiring, "close", lambda wiring: closed.append(wiring) or close(wiring))
@@ -64,3 +68,29 @@ def test_keys_are_created_listed_and_revoked(run_cli):
     assert run_cli("keys", "list")[1] == f"{key_id}  ann  revoked\n"
     code, _, err = run_cli("keys", "revoke", "key_unknown")
     assert code == 2 and "key: there is no key 'key_unknown'" in err
+
+
+SERVER_PROGRAM = """
+import sys
+from starlette.applications import Starlette
+from omnivideo.cli.service import run_server
+try:
+    run_server(Starlette, "127.0.0.1", int(sys.argv[1]))
+finally:
+    print("closed", flush=True)
+"""
+
+
+@pytest.mark.parametrize("stop_signal", [signal.SIGTERM, signal.SIGINT])
+def test_what_follows_the_server_runs_after_a_stop_signal(stop_signal):
+    """uvicorn sends itself the signal again, which ended the process before the wiring was closed."""
+    port = free_port()
+    command = [sys.executable, "-c", SERVER_PROGRAM, str(port)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=dict(os.environ))
+    try:
+        wait_for(port, process)
+        process.send_signal(stop_signal)
+        output, _ = process.communicate(timeout=20)
+        assert output == b"closed\n" and process.returncode == 0
+    finally:
+        process.kill()

@@ -87,3 +87,37 @@ def test_an_unreachable_database_is_reported() -> None:
     with pytest.raises(StoreError, match="database: it does not answer"):
         batches.get_batch("a", "ann")
     assert time.monotonic() - started_at < 10
+
+
+def test_a_batch_that_stops_its_runners_ends_with_a_reason(batches: BatchRepository) -> None:
+    create_batch(batches, "one")
+    error = {"code": "poison", "message": "it stopped its runners"}
+    for runner in ("first", "second", "third"):
+        assert not batches.fail_poisonous_batches(5.0, error)
+        assert batches.claim_batch(runner, 5.0)
+        silence_runners(batches)
+    assert batches.fail_poisonous_batches(5.0, error) == ["one"]
+    failed = batches.get_batch("one", "ann")
+    assert failed and failed.state == "failed" and failed.validation_errors == [error]
+    assert not batches.claim_batch("fourth", 5.0)
+
+
+def test_progress_and_stops_are_no_losses_of_a_batch(batches: BatchRepository) -> None:
+    create_batch(batches, "one")
+    for index in range(6):
+        assert batches.claim_batch(f"runner{index}", 5.0)
+        if index % 2:
+            batches.release_batches(f"runner{index}")
+        else:
+            batches.update_batch_counts("one", {"total": 9, "completed": index, "failed": 0})
+            silence_runners(batches)
+        assert not batches.fail_poisonous_batches(5.0, {"code": "poison", "message": ""})
+
+
+def test_batches_are_claimed_from_owners_in_turn(batches: BatchRepository) -> None:
+    for index in range(9):
+        create_batch(batches, f"bulk{index}", owner="ann")
+    create_batch(batches, "small", owner="bob")
+    claimed = [batches.claim_batch("runner", 60.0) for _ in range(3)]
+    assert [batch and batch.id for batch in claimed] == ["bulk0", "small", "bulk1"]
+    assert batches.claim_batch("runner", 60.0, ["ann"]) is None

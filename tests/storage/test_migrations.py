@@ -231,4 +231,4 @@ def test_threads_turns_and_events_are_kept(upgraded_engine):
     assert (result.action.text, result.route.kind, result.artifact) == ("make it blue", "video", ARTIFACT)
     assert (result.candidates[0].artifact, result.candidates[0].agreement) == (ARTIFACT, 0.5)
     assert repository.find_chat_thread("ann", "d2") == ("talk", 1)
-    assert repository.claim_lost_turn(5.0).id == "turn"
+    assert repository.claim_next_turn(5.0).id == "turn"

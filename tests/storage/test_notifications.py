@@ -46,7 +46,7 @@ def start_turn(turns: TurnRepository, turn_id: str = "turn") -> TurnRecord:
     """Create a thread with a running turn."""
     turns.create_thread(f"thread-{turn_id}", "ann")
     turns.create_turn(turn_id, f"thread-{turn_id}", "ann", 1, {"text": "a red ball"})
-    turn = turns.claim_turn(turn_id)
+    turn = turns.claim_next_turn(60.0)
     assert turn is not None
     return turn
 

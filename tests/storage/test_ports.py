@@ -105,10 +105,10 @@ def test_a_turn_store_runs_one_turn_of_a_thread(empty_database: Engine) -> None:
     assert created is not None and created == store.get_turn("turn", "ann") and store.get_turn("turn", "bob") is None
     assert store.create_turn("turn", "talk", "ann", 1, {}) is None
     assert store.create_turn("other", "talk", "ann", 2, {}) is None  # the first one is open
-    first = store.claim_turn("turn")
-    assert first is not None and first.attempt == 1 and store.claim_turn("turn") is None
-    assert store.heartbeat(first) == "wanted" and store.claim_lost_turn(60.0) is None
-    second = store.claim_lost_turn(-1.0)
+    first = store.claim_next_turn(60.0)
+    assert first is not None and first.attempt == 1 and store.claim_next_turn(60.0) is None
+    assert store.heartbeat(first) == "wanted" and store.claim_next_turn(60.0) is None
+    second = store.claim_next_turn(-1.0)
     assert second is not None and second.attempt == 2
     assert store.heartbeat(first) == "lost" and not store.append_event(first, {"kind": "plan"})
     assert store.append_event(second, {"kind": "plan"}) and store.append_event(second, {"kind": "text", "delta": "x"})
@@ -128,7 +128,7 @@ def test_a_turn_store_notifies_of_events_and_ends(empty_database: Engine) -> Non
         store: TurnStore = TurnRepository(empty_database)
         store.create_thread("talk", "ann")
         store.create_turn("turn", "talk", "ann", 1, {})
-        turn = store.claim_turn("turn")
+        turn = store.claim_next_turn(60.0)
         assert turn is not None
 
         async def receive_event() -> tuple[int | None, object]:

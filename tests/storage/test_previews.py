@@ -28,7 +28,7 @@ def run_turn_with_previews(engine: Engine, store: LocalObjectStore) -> TurnRecor
     turns, jobs = TurnRepository(engine), JobRepository(engine)
     turns.create_thread("thread", "ann")
     turns.create_turn("turn", "thread", "ann", 1, {"text": "a red ball"})
-    turn = turns.claim_turn("turn")
+    turn = turns.claim_next_turn(60.0)
     params = resolve_sampling_params(TINY, "text-to-video", seed=1)
     jobs.submit(
         Job(id="thread/1.1.1", prompt="x", visual_tokens=None, source=None, params=params),

@@ -46,3 +46,28 @@ def test_several_senders_never_claim_the_same_delivery(webhooks: WebhookReposito
     webhooks.enqueue_deliveries([(f"event{index}", "hook", {}) for index in range(40)])
     claimed_ids = claim_from_threads(lambda: [delivery.id for delivery, _ in webhooks.claim_due_deliveries(3, 60.0)])
     assert len(claimed_ids) == len(set(claimed_ids)) == 40
+
+
+def test_a_delivery_that_stops_its_processes_is_given_up(webhooks: WebhookRepository) -> None:
+    create_webhook(webhooks, "hook")
+    webhooks.enqueue_deliveries([("event", "hook", {})])
+    for attempts in (1, 2, 3):  # the lease has run out each time, without an outcome
+        ((delivery, _),) = webhooks.claim_due_deliveries(9, -1.0)
+        assert delivery.attempts == attempts
+    assert not webhooks.claim_due_deliveries(9, -1.0) and webhooks.get_seconds_until_due() is None
+    webhooks.enqueue_deliveries([("refused", "hook", {})])
+    for _ in range(6):  # a receiver that refuses an event is no loss
+        assert len(webhooks.claim_due_deliveries(9, -1.0)) == 1
+        webhooks.postpone_delivery("refused", -1.0)
+
+
+def test_deliveries_are_claimed_from_owners_in_turn(webhooks: WebhookRepository) -> None:
+    for owner in ("ann", "bob", "eve"):
+        webhooks.create_webhook(
+            owner, 9, webhook_id=owner, url="https://a.test/", secret="whsec_", name="a", event_types=["x"]
+        )
+    webhooks.enqueue_deliveries([(f"{owner}{index}", owner, {}) for owner in ("ann", "bob") for index in range(20)])
+    webhooks.enqueue_deliveries([("eve0", "eve", {})])
+    claimed_ids = {delivery.id[:3] for delivery, _ in webhooks.claim_due_deliveries(3, 60.0)}
+    assert claimed_ids == {"ann", "bob", "eve"}
+    assert {delivery.id[:3] for delivery, _ in webhooks.claim_due_deliveries(9, 60.0, ["ann"])} == {"bob"}

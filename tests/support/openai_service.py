@@ -95,7 +95,7 @@ def make_lines(count: int, url: str = "/v1/videos", **body) -> bytes:
     return b"".join(json.dumps(request).encode() + b"\n" for request in requests)
 
 
-def answer_chat(owner: str, body: dict) -> dict:
+def answer_chat(owner: str, body: dict, line_key: str) -> dict:
     """Answer a chat request with its own text, or refuse the text "bad"."""
     if body["messages"][0]["content"] == "bad":
         raise InvalidInput("messages", "they are bad")

@@ -52,6 +52,7 @@ LONG = (
     "deploy/test_release.py::test_the_wheel_generates_a_clip*",
 )
 SLOW = (
+    "agent/test_linear_patterns.py",
     "agent/test_conversations.py::test_the_planner_evaluation*",
     "api/attacks/*.py",
     "api/test_delivery.py",
@@ -67,6 +68,7 @@ SLOW = (
     "api/test_public_links.py",
     "api/test_responses.py",
     "api/test_threads*.py",
+    "api/test_turn_runner.py",
     "backends/decoder/test_rollout.py",
     "backends/decoder/test_worker*.py",
     "benchmarks/*.py",
@@ -97,6 +99,7 @@ SLOW = (
     "training/planning/*.py::test_parameters_agree_with_the_released_model",
     "training/recipes/*.py",
     "training/tiny/*.py",
+    "storage/test_compact_checkpoints.py",
 )
 FOLDERS = {"gpu": "gpu/*", "clients": "clients/*"}
 

@@ -60,11 +60,11 @@ class ThreadFinder:
         if position is not None and may_continue and not new_media and self.is_current(position):
             return position.thread_id
         new_id = uuid.uuid4().hex[:16]
-        self.context.turns.create_thread(new_id, self.owner)
         if position is None:
-            thread = self.context.conversations.open_thread(new_id, create=True, owner=self.owner)
+            self.context.turns.create_thread(new_id, self.owner)
         else:
-            thread = self.get_thread(position.thread_id).fork(position.num_turns, new_id)
+            self.context.turns.create_thread(new_id, self.owner, position.thread_id, position.num_turns)
+        thread = self.get_thread(new_id)  # it writes the first checkpoint
         thread.add_artifacts(new_media)
         return new_id
 

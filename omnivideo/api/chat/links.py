@@ -10,9 +10,9 @@ from urllib.parse import unquote
 
 THREAD_ID, OBJECT_KEY = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", r"[0-9a-f]{64}\.[a-z0-9]{1,16}"
 ARTIFACT_PATH = re.compile(rf"v1/threads/({THREAD_ID})/artifacts/({OBJECT_KEY})")
-MARKDOWN_IMAGE = re.compile(r"!\[[^\]]*\]\([^)\s]*(?:\s[^)]*)?\)")
-MARKDOWN_LINK = re.compile(r"\[([^\]]*)\]\([^)\s]*(?:\s[^)]*)?\)")
-HTML_MEDIA = re.compile(r"<(img|video|source)\b[^>]*>(?:\s*</\1>)?", re.IGNORECASE)
+MARKDOWN_IMAGE = re.compile(r"!\[[^\[\]]*+\]\([^()\s]*+(?:\s[^()]*+)?\)")
+MARKDOWN_LINK = re.compile(r"\[([^\[\]]*+)\]\([^()\s]*+(?:\s[^()]*+)?\)")
+HTML_MEDIA = re.compile(r"<(img|video|source)\b[^<>]*+>(?:\s*+</\1>)?", re.IGNORECASE)
 BARE_ADDRESS = re.compile(r"<?(?:https?://|/?v1/threads/)[^\s<>()\[\]\"']+>?")
 
 

@@ -13,7 +13,7 @@ from omnivideo.api.request_body import rename_error_field
 from omnivideo.contracts import Artifact
 from omnivideo.errors import ArtifactNotFound, InvalidInput
 
-DATA_URL = re.compile(r"data:(?P<type>[^;,]*)(?:;[^,]*)?,(?P<data>.*)", re.DOTALL)
+DATA_URL = re.compile(r"\Adata:(?P<type>[^;,]*)(?:;[^,]*)?,(?P<data>.*)", re.DOTALL)
 MAX_DOCUMENT_BYTES = 2**20
 
 

@@ -16,21 +16,21 @@ from omnivideo.ports import MLLM
 TaskKind = Literal[
     "title", "tags", "follow_ups", "queries", "autocomplete", "emoji", "image_prompt", "summary", "answer"
 ]
-TASK_WORDS: dict[TaskKind, str] = {
-    "autocomplete": r"autocomplet",
-    "queries": r"search (?:quer|is necessary)|\bqueries\b",
-    "follow_ups": r"follow[- ]?ups?\b",
-    "tags": r"\btags?\b|\bkeywords?\b",
-    "image_prompt": r"prompt for an? \w+ generation",
-    "emoji": r"fitting emoji",
-    "title": r"\btitle\b|\bname\b|\btopic\b|\bheadline\b",
-    "summary": r"\bsummar\w+|\brecap\b",
+TASK_WORDS: dict[TaskKind, re.Pattern[str]] = {
+    "autocomplete": re.compile(r"autocomplet", re.IGNORECASE),
+    "queries": re.compile(r"search (?:quer|is necessary)|\bqueries\b", re.IGNORECASE),
+    "follow_ups": re.compile(r"follow[- ]?ups?\b", re.IGNORECASE),
+    "tags": re.compile(r"\btags?\b|\bkeywords?\b", re.IGNORECASE),
+    "image_prompt": re.compile(r"prompt for an? \w+ generation", re.IGNORECASE),
+    "emoji": re.compile(r"fitting emoji", re.IGNORECASE),
+    "title": re.compile(r"\btitle\b|\bname\b|\btopic\b|\bheadline\b", re.IGNORECASE),
+    "summary": re.compile(r"\bsummar\w+|\brecap\b", re.IGNORECASE),
 }
 JSON_KEYS: dict[TaskKind, str] = {
     "title": "title", "tags": "tags", "follow_ups": "follow_ups", "queries": "queries", "autocomplete": "text",
     "emoji": "emoji", "image_prompt": "prompt", "summary": "summary", "answer": "text",
 }  # fmt: skip
-CHAT_HISTORY = re.compile(r"<chat_history>\s*(?P<history>.*?)\s*(?:</chat_history>|\Z)", re.DOTALL)
+CHAT_HISTORY = re.compile(r"<chat_history>(?P<history>.*?)(?:</chat_history>|\Z)", re.DOTALL)
 TASK_HEADING = re.compile(r"\A\s*#{1,4} *task\b", re.IGNORECASE)
 # A template of retrieval has the same heading; it wraps the person's words in a context.
 RETRIEVAL = re.compile(r"<(?:context|source|user_query|query)\b|\buser(?:'s)? query\b", re.IGNORECASE)
@@ -44,7 +44,7 @@ ABOUT_CONVERSATION = re.compile(
 EMOJI_REQUEST = re.compile(r"\bthrough a fitting emoji\b", re.IGNORECASE)
 MEDIA_NOUN = re.compile(r"\b(?:clips?|videos?|pictures?|images?|animations?|drawings?|photos?)\b", re.IGNORECASE)
 JSON_REQUEST = re.compile(r"\bjson\b", re.IGNORECASE)
-JSON_KEY = re.compile(r"\bjson\b.*?\{\s*[\"'](?P<key>\w+)[\"']\s*:", re.IGNORECASE | re.DOTALL)
+JSON_KEY = re.compile(r"\{\s*+[\"'](?P<key>\w++)[\"']\s*+:")
 MAX_HISTORY_CHARS = 12_000
 
 
@@ -100,14 +100,15 @@ def build_task(
     speeches = read_transcript(text) or list_speeches(conversation.history)
     schema = None if response_format is None else schema_from_format(kind, response_format)
     if schema is None and JSON_REQUEST.search(request):
-        key_match = JSON_KEY.search(request)
+        json_request = JSON_REQUEST.search(request)
+        key_match = JSON_KEY.search(request, json_request.end()) if json_request else None
         schema = build_schema(kind, key_match["key"] if key_match else JSON_KEYS[kind])
     return ConversationTask(kind, text, tuple(speeches), schema, conversation.instructions)
 
 
 def find_kind(request: str) -> TaskKind:
     """Return the kind whose words stand first in a request."""
-    places = {kind: match.start() for kind, words in TASK_WORDS.items() if (match := re.search(words, request, re.I))}
+    places = {kind: match.start() for kind, words in TASK_WORDS.items() if (match := words.search(request))}
     return min(places, key=places.__getitem__, default="answer")
 
 
@@ -141,14 +142,14 @@ SPEECH = re.compile(
     r"(?P<text>.*?)(?=^[ \t]*(?:\*\*)?(?:user|human|assistant|ai|bot)(?:\*\*)?[ \t]*:|\Z)",
     re.IGNORECASE | re.MULTILINE | re.DOTALL,
 )
-FENCED = re.compile(r"```[^\n]*\n(?P<body>.*?)\n?```", re.DOTALL)
-SPEECH_RULE = re.compile(r"\n\s*-{5,}\s*\n")
+FENCED = re.compile(r"```[^\n`]*+\n(?P<body>.*?)\n?```", re.DOTALL)
+SPEECH_RULE = re.compile(r"\n[ \t]*+-{5,}+[ \t]*+\n")
 
 
 def read_transcript(text: str) -> list[tuple[Literal["user", "assistant"], str]]:
     """Return the conversation that a request quotes, as (role, text); empty if it quotes none."""
     block = CHAT_HISTORY.search(text)
-    quoted = block["history"] if block else text
+    quoted = block["history"].strip() if block else text
     speeches = [(SPEAKERS[match["role"].lower()], match["text"].strip()) for match in SPEECH.finditer(quoted)]
     if speeches or block:
         return speeches or [("user", quoted)]

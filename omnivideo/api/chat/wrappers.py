@@ -25,17 +25,18 @@ BLOCK, LINE_BLOCK = (
     re.compile(rf"^[ \t]*{BLOCK_PATTERN}", re.DOTALL | re.MULTILINE),
 )
 FILE_TAG = re.compile(r"<(?:file|attachment|image|video|document)\b(?P<attributes>[^<>]*?)(?P<end>/?)>", re.IGNORECASE)
-ATTRIBUTE = re.compile(r"([\w-]+)\s*=\s*(\"[^\"]*\"|'[^']*')")
+ATTRIBUTE = re.compile(r"(?<![\w-])([\w-]++)\s*+=\s*+(\"[^\"]*\"|'[^']*')")
 FILE_NAME = r"[\w()+&,~ .-]{0,120}[\w)]\.[A-Za-z0-9]{1,5}"
-FILE_LINE = re.compile(rf"^\s*[-*]\s+(?P<name>(?:[\w./-]*/)?{FILE_NAME})\s*$", re.MULTILINE)
+FILE_LINE = re.compile(rf"^[ \t]*+[-*][ \t]++(?P<name>(?:[\w./-]*/)?{FILE_NAME})[ \t]*+$", re.MULTILINE)
 NAME_TAG = re.compile(r"<(?:file_)?name>\s*(?P<name>[^<]+?)\s*</(?:file_)?name>", re.IGNORECASE)
 FILE_HEADING = re.compile(
     rf"^#{{1,4}}[ \t]+(?:(?:file|document|attachment):?[ \t]+)?[`\"']?(?P<name>{FILE_NAME})[`\"']?[ \t]*:?[ \t]*$",
     re.IGNORECASE | re.MULTILINE,
 )
-FENCE = re.compile(r"\s*```[^\n]*\n(?P<body>.*?)\n?```[ \t]*(?:\n|$)", re.DOTALL)
+FENCE = re.compile(r"\A\s*+```[^\n]*+\n(?P<body>.*?)\n?```[ \t]*(?:\n|$)", re.DOTALL)
 ATTACHED_FENCE = re.compile(
-    r"^Attached document\(s\):\s*\n+```[^\n]*\n(?P<body>.*?)\n```[ \t]*$", re.DOTALL | re.MULTILINE
+    r"^Attached document\(s\):\s*+(?<=\n)```[^\n]*+\n(?P<body>(?:(?!\nAttached document\(s\):).)*?)\n```[ \t]*+$",
+    re.DOTALL | re.MULTILINE,
 )
 # "Use the following context ... Question: ...", as retrieval templates of LangChain, LlamaIndex and others are built.
 QUESTION_LINE = re.compile(

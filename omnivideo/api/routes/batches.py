@@ -21,6 +21,7 @@ from omnivideo.api.generation_requests import ImageGenerationRequest, VideoReque
 from omnivideo.api.request_body import (
     BodyFields,
     CleanText,
+    ServiceRoute,
     Unsupported,
     document_request_body,
     parse_json_object,
@@ -32,7 +33,7 @@ from omnivideo.contracts import JobStatus, RequestModel
 from omnivideo.errors import InvalidInput
 from omnivideo.records import BatchRecord
 
-router = APIRouter(prefix="/v1/batches", tags=["batches"], responses=ERROR_RESPONSES)
+router = APIRouter(route_class=ServiceRoute, prefix="/v1/batches", tags=["batches"], responses=ERROR_RESPONSES)
 BatchEndpoint = Literal["/v1/videos", "/v1/images/generations", "/v1/chat/completions"]
 MAX_OPEN_BATCHES = 100  # per owner
 MAX_INPUT_BYTES = 200 * 10**6
@@ -245,7 +246,7 @@ class BatchLineHandler:
         return line.custom_id, line.url, line.body
 
     def list_job_ids(self, url: str, fields: Mapping[str, Any], name: str) -> list[str]:
-        """Return the ids of a line's jobs."""
+        """Return the ids of a line's jobs; raise InvalidInput if its request is refused."""
         if url == "/v1/videos":
             return make_video_ids(f"video_{name}", read_count(fields))
         return make_image_ids(f"image_{name}", read_count(fields))

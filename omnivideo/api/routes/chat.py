@@ -27,19 +27,20 @@ from omnivideo.api.dependencies import (
     IdempotencyDep,
     IdempotentRequest,
     OwnerDep,
+    ResourceId,
     ServiceContext,
     make_id,
 )
 from omnivideo.api.errors import ERROR_RESPONSES, APIError, log_if_internal, to_api_error
 from omnivideo.api.event_feed import EventFeed, get_event_feed
-from omnivideo.api.request_body import validate_fields
+from omnivideo.api.request_body import ServiceRoute, validate_fields
 from omnivideo.api.turn_runner import ATTENDED_RETRY_TIMEOUT_SECONDS
 from omnivideo.api.waiting import CLIENT_CLOSED_REQUEST, leave_after_stream, leave_work, run_unless_disconnected
 from omnivideo.contracts import Lane, RequestModel
 from omnivideo.errors import UnusableContent
 from omnivideo.turns import TurnRecord
 
-router = APIRouter(prefix="/v1", tags=["chat"], responses=ERROR_RESPONSES)
+router = APIRouter(route_class=ServiceRoute, prefix="/v1", tags=["chat"], responses=ERROR_RESPONSES)
 
 
 class StreamOptions(RequestModel):
@@ -69,7 +70,7 @@ def list_model_names(context: ServiceContext) -> list[str]:
 
 
 @router.get("/models/{name}")
-def get_model(name: str, context: ContextDep, owner: OwnerDep) -> dict[str, Any]:
+def get_model(name: ResourceId, context: ContextDep, owner: OwnerDep) -> dict[str, Any]:
     check_model_name(context, name)
     return to_model_object(name)
 
@@ -110,19 +111,19 @@ class ChatCompletion:
     def id(self) -> str:
         return f"chatcmpl-{self.turn_id.removeprefix('turn_') or uuid.uuid4().hex}"
 
-    def start(self, idempotent_request: IdempotentRequest | None = None) -> None:
+    def start(self, idempotent_request: IdempotentRequest | None = None, turn_id: str = "") -> None:
         """Answer in words at once, or start the turn of the last message.
 
-        An earlier request with the idempotency key may have started it. Raises APIError or InvalidInput if the request
-        is refused.
+        An earlier request with the idempotency key may have started it. Without such a request, the turn has
+        the id `turn_id`, or a new one. Raises APIError or InvalidInput if the request is refused.
         """
         self.words = self.request.answer_in_words()
         if self.words is not None:
             return
+        find = partial(self.context.turn_runner.find_live_turn, self.owner)
         if idempotent_request is None:
-            turn = self.create_or_refuse_turn(make_id("turn_"))
+            turn = find(turn_id) or self.create_or_refuse_turn(turn_id or make_id("turn_"))
         else:
-            find = partial(self.context.turn_runner.find_live_turn, self.owner)
             turn = idempotent_request.run(
                 self.idempotent_payload, "turn_", find, self.create_or_refuse_turn, is_waiting=True
             )
@@ -252,14 +253,15 @@ async def create_chat_completion(
     return JSONResponse(await anyio.to_thread.run_sync(completion.build_completion))
 
 
-def run_chat_request(context: ServiceContext, owner: str, fields: dict[str, Any]) -> dict[str, Any]:
+def run_chat_request(context: ServiceContext, owner: str, fields: dict[str, Any], line_key: str) -> dict[str, Any]:
     """Answer a line of a batch as the route would, and block until the answer is complete.
 
-    Its clips are rendered after those of interactive requests. Raises OmniVideoError or APIError.
+    Its clips are rendered after those of interactive requests. The line's key determines the turn, so that a line that
+    is answered again has one turn. Raises OmniVideoError or APIError.
     """
     payload = validate_fields(ChatCompletionRequest, fields)
     completion = ChatCompletion(context, owner, payload, lane="batch")
-    completion.start()
+    completion.start(turn_id=f"turn_{line_key}")
     if completion.turn_id:
         context.turns.wait_for_end(completion.turn_id, owner)
     return completion.build_completion()

@@ -1,7 +1,8 @@
 """Files: what users upload to refer to it later, and the result files of their batches."""
 
+import os
 import re
-from typing import Annotated, Literal
+from typing import Annotated, BinaryIO, Literal
 from urllib.parse import quote
 
 from fastapi import APIRouter, Query, Request, Response
@@ -18,10 +19,11 @@ from omnivideo.api.dependencies import (
     ServiceContext,
 )
 from omnivideo.api.errors import ERROR_RESPONSES, build_not_found_error
-from omnivideo.api.media import build_range_response
+from omnivideo.api.media import build_range_response, content_from_store
 from omnivideo.api.request_body import (
     BodyFields,
     CleanText,
+    ServiceRoute,
     document_request_body,
     rename_error_field,
     validate_fields,
@@ -30,7 +32,7 @@ from omnivideo.contracts import Artifact, RequestModel
 from omnivideo.errors import InvalidInput, UnreadableMedia
 from omnivideo.records import FileRecord
 
-router = APIRouter(prefix="/v1/files", tags=["files"], responses=ERROR_RESPONSES)
+router = APIRouter(route_class=ServiceRoute, prefix="/v1/files", tags=["files"], responses=ERROR_RESPONSES)
 UploadPurpose = Literal["batch", "vision", "user_data"]
 
 
@@ -114,17 +116,19 @@ def upload_file(
 
 
 def store_file(context: ServiceContext, owner: str, payload: CreateFileRequest, file_id: str) -> FileRecord:
-    data, filename = payload.file.upload.file.read(), sanitize_filename(payload.file.upload.filename or "")
-    if not data:
+    file, filename = payload.file.upload.file, sanitize_filename(payload.file.upload.filename or "")
+    size_bytes = file.seek(0, os.SEEK_END)
+    if not size_bytes:
         raise InvalidInput("file", f"it is empty; allowed: 1 to {context.settings.max_upload_bytes} bytes")
-    artifact = ingest_upload(context, data, filename, payload.purpose)
-    object_key = artifact.key if artifact else context.store.put(data, "jsonl" if payload.purpose == "batch" else "bin")
+    artifact = ingest_upload(context, file, filename, payload.purpose)
+    suffix = "jsonl" if payload.purpose == "batch" else "bin"
+    object_key = artifact.key if artifact else context.store.put_stream(file, suffix)
     return context.files.create_file(
         owner,
         file_id=file_id,
         name=filename,
         purpose=payload.purpose,
-        size_bytes=len(data),
+        size_bytes=size_bytes,
         object_key=object_key,
         artifact=artifact.model_dump() if artifact else None,
         lifetime_seconds=payload.expires_after.seconds if payload.expires_after else None,
@@ -137,13 +141,13 @@ def sanitize_filename(filename: str) -> str:
     return "".join(char for char in basename if char.isprintable()) or "file"
 
 
-def ingest_upload(context: ServiceContext, data: bytes, filename: str, purpose: UploadPurpose) -> Artifact | None:
+def ingest_upload(context: ServiceContext, file: BinaryIO, filename: str, purpose: UploadPurpose) -> Artifact | None:
     """Store the file as an image or a clip and return it; return None if it is to be stored as plain bytes.
 
     Raises UnreadableMedia if a file for `vision` is neither an image nor a clip.
     """
     try:
-        return context.ingest_media(data, "upload", filename) if purpose != "batch" else None
+        return context.ingest_media(file, "upload", filename) if purpose != "batch" else None
     except UnreadableMedia as error:
         if purpose == "vision":
             raise rename_error_field(error, "file") from None
@@ -183,7 +187,7 @@ def delete_file(file_id: ResourceId, context: ContextDep, owner: OwnerDep) -> Fi
 def get_file_content(file_id: ResourceId, request: Request, context: ContextDep, owner: OwnerDep) -> Response:
     """Return the file's bytes as an attachment, so that a browser does not run what it contains."""
     file = require_file(context, file_id, owner)
-    response = build_range_response(request, context.store.get(file.object_key), file.object_key)
+    response = build_range_response(request, content_from_store(context, file.object_key))
     # All special characters are quoted, so that a name cannot end the header or start another one.
     response.headers["Content-Disposition"] = f"attachment; filename*=UTF-8''{quote(file.name, safe='')}"
     return response

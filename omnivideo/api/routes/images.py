@@ -21,13 +21,13 @@ from omnivideo.api.dependencies import (
 from omnivideo.api.errors import ERROR_RESPONSES, build_not_found_error
 from omnivideo.api.generation import build_image_edit_jobs, build_image_jobs, make_image_ids
 from omnivideo.api.generation_requests import ImageEditRequest, ImageFormat, ImageGenerationRequest
-from omnivideo.api.request_body import BodyFields, document_request_body, validate_fields
+from omnivideo.api.request_body import BodyFields, ServiceRoute, document_request_body, validate_fields
 from omnivideo.api.routes.videos import build_content_response, read_image_content
 from omnivideo.api.waiting import CLIENT_CLOSED_REQUEST
 from omnivideo.api.waiting_jobs import WaitingJobs
 from omnivideo.contracts import JobStatus
 
-router = APIRouter(prefix="/v1/images", tags=["images"], responses=ERROR_RESPONSES)
+router = APIRouter(route_class=ServiceRoute, prefix="/v1/images", tags=["images"], responses=ERROR_RESPONSES)
 LINK_LIFETIME_SECONDS = 3600  # how long a signed URL of the object store is valid
 
 

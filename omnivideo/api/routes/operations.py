@@ -10,10 +10,11 @@ from prometheus_client.registry import Collector
 
 from omnivideo.api.dependencies import ContextDep, MLLMServer, ServiceContext
 from omnivideo.api.errors import ERROR_RESPONSES
+from omnivideo.api.request_body import ServiceRoute
 from omnivideo.errors import OmniVideoError
 from omnivideo.ports import JobStore
 
-router = APIRouter(tags=["operation"], responses=ERROR_RESPONSES)
+router = APIRouter(route_class=ServiceRoute, tags=["operation"], responses=ERROR_RESPONSES)
 LATENCY_BUCKETS_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
 
@@ -85,8 +86,8 @@ class MLLMServerCollector(Collector):
 
 
 @router.get("/health")
-def check_health() -> dict[str, str]:
-    """Answer as long as this process is running."""
+async def check_health() -> dict[str, str]:
+    """Answer as long as this process is running; no thread is needed for it."""
     return {"status": "ok"}
 
 

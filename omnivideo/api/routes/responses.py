@@ -34,7 +34,7 @@ from omnivideo.api.dependencies import (
 )
 from omnivideo.api.errors import ERROR_RESPONSES, APIError, build_not_found_error, log_if_internal, to_api_error
 from omnivideo.api.event_feed import EventFeed, get_event_feed
-from omnivideo.api.request_body import rename_error_field, validate_fields
+from omnivideo.api.request_body import ServiceRoute, rename_error_field, validate_fields
 from omnivideo.api.routes.chat import ChatCompletion, ChatCompletionRequest
 from omnivideo.api.turn_runner import ATTENDED_RETRY_TIMEOUT_SECONDS, RETRY_TIMEOUT_SECONDS
 from omnivideo.api.waiting import CLIENT_CLOSED_REQUEST, leave_after_stream, leave_work, run_unless_disconnected
@@ -42,7 +42,7 @@ from omnivideo.contracts import Artifact
 from omnivideo.errors import InvalidInput
 from omnivideo.turns import TurnRecord
 
-router = APIRouter(prefix="/v1/responses", tags=["responses"], responses=ERROR_RESPONSES)
+router = APIRouter(route_class=ServiceRoute, prefix="/v1/responses", tags=["responses"], responses=ERROR_RESPONSES)
 OPEN_STATES = ("queued", "running")
 ITEM_ID_PATTERN = re.compile(r"(?:msg|rs|ig)_([0-9a-f]+)_\d+")
 MESSAGE_FIELD_PATTERN = re.compile(r"messages\.(\d+)")
@@ -211,10 +211,10 @@ class ResponseTurn(ChatCompletion):
                 raise APIError(409, text, "previous_response_id", "busy")
             self.request.finder = PreviousResponseFinder(context, previous)
 
-    def start(self, idempotent_request: IdempotentRequest | None = None) -> None:
+    def start(self, idempotent_request: IdempotentRequest | None = None, turn_id: str = "") -> None:
         """Start the turn. Errors name the fields of this request, not those of the chat's messages."""
         try:
-            super().start(idempotent_request)
+            super().start(idempotent_request, turn_id)
         except InvalidInput as error:
             raise rename_error_field(error, self.rename_field(error.field)) from None
         except APIError as error:
@@ -314,7 +314,7 @@ async def get_response(
     context: ContextDep,
     owner: OwnerDep,
     stream: bool = False,
-    starting_after: Annotated[int, Query(ge=-1)] = -1,
+    starting_after: Annotated[int, Query(ge=-1, le=2**31 - 1)] = -1,
 ) -> Response:
     """Return a response; with `stream`, its events after the number `starting_after`."""
     links = create_link_builder(context, owner, str(request.base_url))

@@ -3,22 +3,39 @@
 from functools import partial
 from typing import Annotated, Any, Literal, cast
 
-from fastapi import APIRouter, Header, Query, Request, Response
+from fastapi import APIRouter, Header, Path, Query, Request, Response
 from pydantic import BaseModel, Field
 from sse_starlette import EventSourceResponse
 
 from omnivideo.api.answers.links import MediaOwnerDep
-from omnivideo.api.dependencies import AfterCursor, ContextDep, IdempotencyDep, OwnerDep, ServiceContext
+from omnivideo.api.dependencies import (
+    AfterCursor,
+    ContextDep,
+    IdempotencyDep,
+    OwnerDep,
+    ResourceId,
+    ServiceContext,
+)
 from omnivideo.api.errors import ERROR_RESPONSES, APIError, build_not_found_error, error_from_turn
 from omnivideo.api.event_feed import get_event_feed
-from omnivideo.api.media import MediaPart, artifact_from_part, build_range_response
-from omnivideo.api.request_body import Seed
+from omnivideo.api.media import (
+    MediaPart,
+    artifact_from_part,
+    build_range_response,
+    content_from_bytes,
+    content_from_store,
+)
+from omnivideo.api.request_body import Seed, ServiceRoute
 from omnivideo.contracts import Artifact, RequestModel
+from omnivideo.errors import InvalidInput
 from omnivideo.turns import Think, ThreadRecord, Turn, TurnRecord
 
-router = APIRouter(prefix="/v1/threads", tags=["threads"], responses=ERROR_RESPONSES)
-ThreadId = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+router = APIRouter(route_class=ServiceRoute, prefix="/v1/threads", tags=["threads"], responses=ERROR_RESPONSES)
+THREAD_ID_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+ThreadId = Annotated[str, Field(pattern=THREAD_ID_PATTERN)]
 THREAD_ID_DESCRIPTION = "1 to 64 letters, digits, dots, dashes or underscores, the first a letter or a digit"
+ThreadPathId = Annotated[str, Path(pattern=THREAD_ID_PATTERN, description=THREAD_ID_DESCRIPTION)]
+MAX_EVENT_NUMBER = 2**31 - 1  # the largest number that the database can store
 TurnState = Literal["queued", "running", "done", "asks", "failed", "cancelled"]
 
 
@@ -95,14 +112,21 @@ def create_thread(
     payload = payload or CreateThreadRequest()
 
     def create(thread_id: str) -> str:
+        check_id_is_free(context, thread_id)
         context.turns.create_thread(thread_id, owner)
-        context.conversations.open_thread(thread_id, create=True, owner=owner)
+        context.turn_runner.get_thread(owner, thread_id)  # it writes the first checkpoint
         return thread_id
 
     thread_id = idempotent_request.run(
         payload, "thread_", partial(find_thread_id, context, owner), create, resource_id=payload.id
     )
     return load_thread_summary(context, owner, thread_id)
+
+
+def check_id_is_free(context: ServiceContext, thread_id: str) -> None:
+    """Refuse the id of a conversation in the same home folder that was not created over HTTP."""
+    if context.conversations.has_checkpoint(thread_id):
+        raise InvalidInput("thread", "that id is taken; give another, or none")
 
 
 def find_thread_id(context: ServiceContext, owner: str, thread_id: str) -> str | None:
@@ -136,7 +160,7 @@ def list_threads(
 
 
 @router.get("/{name}")
-def get_thread(name: str, context: ContextDep, owner: OwnerDep) -> ThreadDetail:
+def get_thread(name: ThreadPathId, context: ContextDep, owner: OwnerDep) -> ThreadDetail:
     """Return the thread's turns and artifacts, and the question that waits for a reply, if any."""
     thread = context.turn_runner.get_thread(owner, name)
     return ThreadDetail(
@@ -145,7 +169,7 @@ def get_thread(name: str, context: ContextDep, owner: OwnerDep) -> ThreadDetail:
 
 
 @router.delete("/{name}")
-def delete_thread(name: str, context: ContextDep, owner: OwnerDep) -> ThreadDeleted:
+def delete_thread(name: ThreadPathId, context: ContextDep, owner: OwnerDep) -> ThreadDeleted:
     """Delete a thread. The next sweep removes its artifacts, unless something else refers to them."""
     context.turn_runner.get_thread(owner, name)
     context.turns.delete_thread(name)
@@ -154,7 +178,7 @@ def delete_thread(name: str, context: ContextDep, owner: OwnerDep) -> ThreadDele
 
 @router.post("/{name}/forks", status_code=201)
 def fork_thread(
-    name: str,
+    name: ThreadPathId,
     payload: ForkThreadRequest,
     context: ContextDep,
     owner: OwnerDep,
@@ -167,8 +191,9 @@ def fork_thread(
         if thread.find_snapshot_after(payload.after_turn) is None:
             allowed = f"allowed: 0 to {len(thread.get_turns())}"
             raise APIError(400, f"after_turn: this thread has no turn {payload.after_turn}; {allowed}", "after_turn")
-        context.turns.create_thread(fork_id, owner)
-        thread.fork(payload.after_turn, fork_id)
+        check_id_is_free(context, fork_id)
+        context.turns.create_thread(fork_id, owner, name, payload.after_turn)
+        context.turn_runner.get_thread(owner, fork_id)  # it writes the first checkpoint
         return fork_id
 
     fork_id = idempotent_request.run(
@@ -178,29 +203,38 @@ def fork_thread(
 
 
 @router.get("/{name}/lineage")
-def get_lineage(name: str, context: ContextDep, owner: OwnerDep, artifact: str | None = None) -> list[Artifact]:
+def get_lineage(
+    name: ThreadPathId,
+    context: ContextDep,
+    owner: OwnerDep,
+    artifact: AfterCursor = None,
+) -> list[Artifact]:
     """Return an artifact (by default the last one) and the artifacts it was made from, newest first."""
     return context.turn_runner.get_thread(owner, name).get_lineage(artifact)
 
 
 @router.get("/{name}/artifacts/{key}", response_class=Response)
-def get_artifact_content(name: str, key: str, request: Request, context: ContextDep, owner: MediaOwnerDep) -> Response:
+def get_artifact_content(
+    name: ThreadPathId, key: ResourceId, request: Request, context: ContextDep, owner: MediaOwnerDep
+) -> Response:
     """Return the bytes of an artifact or of its manifest, or a range of them."""
     thread = context.turn_runner.get_thread(owner, name)
     if not thread.has_file(key):
         raise build_not_found_error("artifact", key)
-    return build_range_response(request, context.store.get(key), key)
+    return build_range_response(request, content_from_store(context, key))
 
 
 @router.get("/{name}/artifacts/{key}/preview.webp", response_class=Response)
-def get_artifact_preview(name: str, key: str, request: Request, context: ContextDep, owner: MediaOwnerDep) -> Response:
+def get_artifact_preview(
+    name: ThreadPathId, key: ResourceId, request: Request, context: ContextDep, owner: MediaOwnerDep
+) -> Response:
     """Return a clip as an animated picture, for programs that show pictures only."""
     artifacts = context.turn_runner.get_thread(owner, name).get_artifacts()
     artifact = next((artifact for artifact in artifacts if artifact.key == key), None)
     if artifact is None:
         raise build_not_found_error("artifact", key)
     data, suffix = context.render_thumbnail(artifact, "animation")
-    return build_range_response(request, data, f"{key}-preview.{suffix}")
+    return build_range_response(request, content_from_bytes(data, f"{key}-preview.{suffix}"))
 
 
 # ---------------------------------------------------------------- turns
@@ -208,7 +242,7 @@ def get_artifact_preview(name: str, key: str, request: Request, context: Context
 
 @router.post("/{name}/turns", status_code=202, response_model=TurnResponse)
 def create_turn(
-    name: str,
+    name: ThreadPathId,
     payload: CreateTurnRequest,
     request: Request,
     context: ContextDep,
@@ -232,14 +266,14 @@ def create_turn(
 
 
 @router.get("/{name}/turns/{turn}")
-def get_turn(name: str, turn: str, context: ContextDep, owner: OwnerDep) -> TurnResponse:
+def get_turn(name: ThreadPathId, turn: ResourceId, context: ContextDep, owner: OwnerDep) -> TurnResponse:
     """Return the state of a turn."""
     return to_turn_response(context, require_turn(context, owner, name, turn))
 
 
 @router.post("/{name}/turns/{turn}/cancel")
 def cancel_turn(
-    name: str, turn: str, context: ContextDep, owner: OwnerDep, idempotent_request: IdempotencyDep
+    name: ThreadPathId, turn: ResourceId, context: ContextDep, owner: OwnerDep, idempotent_request: IdempotencyDep
 ) -> TurnResponse:
     """Cancel a turn within one denoising step. The thread returns to its state before the turn."""
 
@@ -257,12 +291,12 @@ def cancel_turn(
     responses={204: {"description": "The turn has ended, and there are no later events"}},
 )
 def follow_turn_events(
-    name: str,
-    turn: str,
+    name: ThreadPathId,
+    turn: ResourceId,
     request: Request,
     context: ContextDep,
     owner: OwnerDep,
-    last_event_id: Annotated[int, Header(ge=0)] = 0,
+    last_event_id: Annotated[int, Header(ge=0, le=MAX_EVENT_NUMBER)] = 0,
 ) -> Response:
     """Stream the turn's events as they happen, beginning after the event `Last-Event-ID`.
 

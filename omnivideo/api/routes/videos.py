@@ -29,15 +29,15 @@ from omnivideo.api.generation import (
     submit_jobs,
 )
 from omnivideo.api.generation_requests import VideoEditRequest, VideoRequest
-from omnivideo.api.media import build_range_response, has_expired
-from omnivideo.api.request_body import BodyFields, document_request_body, validate_fields
+from omnivideo.api.media import build_range_response, content_from_bytes, content_from_store, has_expired
+from omnivideo.api.request_body import BodyFields, ServiceRoute, document_request_body, validate_fields
 from omnivideo.api.waiting import CLIENT_CLOSED_REQUEST
 from omnivideo.api.waiting_jobs import WaitingJobs
 from omnivideo.contracts import Artifact, JobState, JobStatus
 from omnivideo.errors import InvalidInput
 from omnivideo.media.artifacts import convert_picture
 
-router = APIRouter(prefix="/v1/videos", tags=["videos"], responses=ERROR_RESPONSES)
+router = APIRouter(route_class=ServiceRoute, prefix="/v1/videos", tags=["videos"], responses=ERROR_RESPONSES)
 VideoStatus = Literal["queued", "in_progress", "completed", "failed", "cancelled", "expired"]
 STATUS_BY_STATE: dict[JobState, VideoStatus] = {
     "queued": "queued", "running": "in_progress", "done": "completed", "failed": "failed", "cancelled": "cancelled",
@@ -303,11 +303,15 @@ def build_content_response(context: ServiceContext, status: JobStatus, request: 
         raise APIError(404, f"id: the {status.kind} has expired; generate it again", "id", "expired")
     if variant in ("thumbnail", "spritesheet"):
         data, suffix = context.render_thumbnail(status.result, variant)
-        response = build_range_response(request, data, f"{status.result.key.partition('.')[0]}-{variant}.{suffix}")
-    else:
+        key = f"{status.result.key.partition('.')[0]}-{variant}.{suffix}"
+        response = build_range_response(request, content_from_bytes(data, key))
+    elif status.kind == "image" and status.meta.get("format", "png") != "png":
         data, key = read_image_content(context, status, status.result)
         suffix = key.rpartition(".")[2]
-        response = build_range_response(request, data, key)
+        response = build_range_response(request, content_from_bytes(data, key))
+    else:
+        suffix = status.result.key.rpartition(".")[2]
+        response = build_range_response(request, content_from_store(context, status.result.key))
     response.headers["Content-Disposition"] = f'inline; filename="{status.id}.{suffix}"'
     response.headers["Cache-Control"] = "private, max-age=3600"
     return response

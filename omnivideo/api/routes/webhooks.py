@@ -13,11 +13,11 @@ from pydantic import BaseModel, Field
 
 from omnivideo.api.dependencies import AfterCursor, ContextDep, IdempotencyDep, OwnerDep, ResourceId, ServiceContext
 from omnivideo.api.errors import ERROR_RESPONSES, build_not_found_error
-from omnivideo.api.request_body import BodyFields, CleanText, document_request_body, validate_fields
+from omnivideo.api.request_body import BodyFields, CleanText, ServiceRoute, document_request_body, validate_fields
 from omnivideo.contracts import RequestModel
 from omnivideo.records import WebhookRecord
 
-router = APIRouter(prefix="/v1", tags=["webhooks"], responses=ERROR_RESPONSES)
+router = APIRouter(route_class=ServiceRoute, prefix="/v1", tags=["webhooks"], responses=ERROR_RESPONSES)
 MAX_WEBHOOKS_PER_OWNER = 20
 WebhookEventType = Literal["video.completed", "video.failed", "video.cancelled"]
 ALL_EVENT_TYPES: list[WebhookEventType] = ["video.completed", "video.failed", "video.cancelled"]

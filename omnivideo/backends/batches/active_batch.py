@@ -3,12 +3,15 @@
 import hashlib
 import tempfile
 from collections.abc import Collection, Iterator, Mapping
-from typing import IO, Any, Protocol
+from concurrent.futures import Future
+from typing import IO, Any, NamedTuple, Protocol
 
 from omnivideo.contracts import Job, JobStatus
+from omnivideo.ports import SweepableObjectStore
 from omnivideo.records import BatchRecord
 from omnivideo.storage.database.batches import LineOutcome
 
+COPY_BYTES = 4 * 2**20  # of an input file, in memory at a time
 CHAT_ENDPOINT = "/v1/chat/completions"
 
 
@@ -53,22 +56,41 @@ class BatchLinePort(Protocol):
         ...
 
 
+class OpenChatLine(NamedTuple):
+    """A line of a chat batch, and the future response to it."""
+
+    data: bytes
+    custom_id: str
+    response: Future[dict[str, Any]]
+
+
+def copy_to_temporary_file(store: SweepableObjectStore, key: str) -> IO[bytes]:
+    """Return a temporary file with the bytes of an object, which is read in parts. The caller closes it."""
+    file = tempfile.TemporaryFile()  # noqa: SIM115
+    size = store.get_size(key)
+    for position in range(0, size, COPY_BYTES):
+        file.write(store.read_range(key, position, position + COPY_BYTES - 1))
+    return file
+
+
 class ActiveBatch:
     """A batch that a runner is processing. Its input is kept on disk.
 
     `succeeded_by_line` has the lines with an outcome, and `open_lines` has the custom_id and job ids of each line whose
-    jobs are open. `deferred_line` is a line that was read but could not be submitted yet. `stop_reason` is set once the
-    batch is cancelled or has expired: "batch_cancelled" or "batch_expired".
+    jobs are open, `open_chat_lines` the chat lines that are being answered. `deferred_lines` were read but could not be
+    submitted yet. `stop_reason` is set once the batch is cancelled or has expired: "batch_cancelled" or
+    "batch_expired".
     """
 
-    def __init__(self, record: BatchRecord, data: bytes, succeeded_by_line: dict[int, bool]):
+    def __init__(self, record: BatchRecord, input_file: IO[bytes], succeeded_by_line: dict[int, bool]):
         self.id, self.owner, self.endpoint = record.id, record.owner, record.endpoint
-        self.input_file: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (`close` closes it)
-        self.input_file.write(data)
+        self.input_file = input_file
         self.succeeded_by_line = succeeded_by_line
         self.open_lines: dict[int, tuple[str, list[str]]] = {}
         self.unread_lines = self.read_lines()
-        self.deferred_line: tuple[int, bytes] | None = None
+        self.deferred_lines: list[tuple[int, bytes]] = []
+        self.open_chat_lines: dict[int, OpenChatLine] = {}
+        self.chat_retry_at = 0.0
         self.stop_reason: str | None = None
         self.consecutive_faults = 0
 
@@ -81,9 +103,8 @@ class ActiveBatch:
 
     def next_line(self) -> tuple[int, bytes] | None:
         """Return the number and bytes of the next line without an outcome, or None after the last one."""
-        if self.deferred_line is not None:
-            line, self.deferred_line = self.deferred_line, None
-            return line
+        if self.deferred_lines:
+            return self.deferred_lines.pop()
         return next((line for line in self.unread_lines if line[0] not in self.succeeded_by_line), None)
 
     def close(self) -> None:
@@ -92,6 +113,10 @@ class ActiveBatch:
     def derive_line_key(self, number: int) -> str:
         """Return the key from which the ids of a line's jobs are derived."""
         return hashlib.sha256(f"{self.id} {number}".encode()).hexdigest()[:32]
+
+    @property
+    def has_no_open_lines(self) -> bool:
+        return not (self.open_lines or self.open_chat_lines)
 
     def list_open_job_ids(self) -> list[str]:
         return [job_id for _, job_ids in self.open_lines.values() for job_id in job_ids]

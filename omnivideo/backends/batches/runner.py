@@ -12,15 +12,25 @@ import secrets
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Collection
+from functools import partial
 from typing import Any
 
-from omnivideo.backends.batches.active_batch import CHAT_ENDPOINT, ActiveBatch, BatchLinePort, LineJob
+from omnivideo.backends.batches.active_batch import (
+    CHAT_ENDPOINT,
+    ActiveBatch,
+    BatchLinePort,
+    LineJob,
+    OpenChatLine,
+    copy_to_temporary_file,
+)
+from omnivideo.backends.fair_executor import FairExecutor
 from omnivideo.contracts import JobStatus
 from omnivideo.errors import ArtifactNotFound, ModelUnavailable, OmniVideoError, ServiceBusy, StoreError
-from omnivideo.ports import ObjectStore
+from omnivideo.ports import SweepableObjectStore
 from omnivideo.records import BatchRecord
-from omnivideo.storage.database.batches import BatchRepository, LineOutcome
+from omnivideo.storage.database.batches import MAX_RUNNER_LOSSES, BatchRepository, LineOutcome
 from omnivideo.storage.database.files import FileRepository
 from omnivideo.storage.database.jobs import JobRepository
 from omnivideo.storage.database.notifications import Watch
@@ -29,13 +39,21 @@ log = logging.getLogger("omnivideo.batches")
 MAX_BATCH_LINES = 50_000
 MAX_REPORTED_ERRORS = 100  # invalid lines that are reported before validation stops
 COMPLETION_WINDOW_SECONDS = 86_400.0  # the age at which a batch expires
-MAX_ACTIVE_BATCHES = 8  # batches that one runner processes at a time
-SUBMIT_SLICE_SECONDS = 1.0  # how long a batch may submit jobs before the next batch gets its turn
+MAX_ACTIVE_BATCHES = 64  # batches that one runner processes at a time
+MAX_ACTIVE_BATCHES_PER_OWNER = 4
+MAX_CHAT_LINES, MAX_CHAT_LINES_PER_OWNER = 8, 5  # that are answered at a time
+MAX_CHAT_LINES_PER_BATCH = 2
+CHAT_RETRY_SECONDS = 1.0  # the pause after a line that was refused for the moment
+SUBMIT_SLICE_SECONDS = 0.25  # how long a batch may submit jobs before the next batch gets its turn
 MIN_ROUND_SECONDS = 0.02  # so that jobs that end together are collected in one round
 OUTCOME_CHUNK_SIZE = 500  # outcomes written or read at a time
 RETRYABLE_ERRORS = (ServiceBusy, StoreError, ModelUnavailable)  # the line did not cause these, so it is tried again
 INTERNAL_ERROR = {"code": "internal", "message": "an internal error occurred"}
-ChatResponder = Callable[[str, dict[str, Any]], dict[str, Any]]
+POISON_ERROR = {
+    "code": "poison",
+    "message": f"it stopped {MAX_RUNNER_LOSSES} processes in a row and will not be tried again",
+}
+ChatResponder = Callable[[str, dict[str, Any], str], dict[str, Any]]  # of an owner, a body and the line's key
 
 
 class BatchRunner:
@@ -46,7 +64,7 @@ class BatchRunner:
     """
 
     def __init__(
-        self, batches: BatchRepository, files: FileRepository, jobs: JobRepository, store: ObjectStore,
+        self, batches: BatchRepository, files: FileRepository, jobs: JobRepository, store: SweepableObjectStore,
         notify_workers: Callable[[], None], line_port: BatchLinePort, answer_chat: ChatResponder,
         heartbeat_timeout_seconds: float = 15.0, max_open_jobs: int = 200, poll_seconds: float = 0.2,
     ):  # fmt: skip
@@ -62,6 +80,8 @@ class BatchRunner:
         self.poll_seconds = poll_seconds
         self.runner_name = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
         self.active_batches: dict[str, ActiveBatch] = {}
+        self.activating_id: str | None = None  # of the batch whose input is being read
+        self.chat_executor = FairExecutor("chat-lines", MAX_CHAT_LINES, MAX_CHAT_LINES_PER_OWNER)
         self.job_ends: Watch | None = None
         self.stop_event = threading.Event()
         self.threads = [
@@ -77,19 +97,24 @@ class BatchRunner:
     def stop(self) -> None:
         """Stop the threads and release all batches, so that another runner can claim them."""
         self.stop_event.set()
-        if self.job_ends is not None:
-            self.job_ends.deliver()
+        self.wake()
         for thread in self.threads:
             thread.join()
         self.batches.release_batches(self.runner_name)
         for batch_id in list(self.active_batches):
             self.release_batch(batch_id)
 
+    def wake(self) -> None:
+        """Let the runner advance its batches now."""
+        if self.job_ends is not None:
+            self.job_ends.deliver()
+
     def send_heartbeats(self) -> None:
         """Keep the batches claimed, even if one line takes long."""
         while not self.stop_event.wait(self.heartbeat_timeout_seconds / 4):
             try:
-                self.batches.heartbeat_batches(self.runner_name, list(self.active_batches))
+                claimed_ids = [*self.active_batches, *filter(None, [self.activating_id])]
+                self.batches.heartbeat_batches(self.runner_name, claimed_ids)
             except OmniVideoError as error:
                 log.warning("%s", error)
 
@@ -97,7 +122,7 @@ class BatchRunner:
         """Advance the batches: at once when a job ends, otherwise when new batches and lines are due."""
         with self.jobs.watch_any_end() as self.job_ends:
             while not self.stop_event.wait(MIN_ROUND_SECONDS):
-                has_lines_to_submit = any(not batch.open_lines for batch in self.active_batches.values())
+                has_lines_to_submit = any(batch.has_no_open_lines for batch in self.active_batches.values())
                 self.job_ends.wait(self.poll_seconds if has_lines_to_submit else 5 * self.poll_seconds)
                 if self.stop_event.is_set():
                     return
@@ -114,10 +139,9 @@ class BatchRunner:
 
     def run_once(self) -> None:
         """Claim batches that no runner has, and advance each active batch."""
-        while len(self.active_batches) < MAX_ACTIVE_BATCHES and (
-            record := self.batches.claim_batch(self.runner_name, self.heartbeat_timeout_seconds)
-        ):
-            self.activate_batch(record)
+        for batch_id in self.batches.fail_poisonous_batches(self.heartbeat_timeout_seconds, POISON_ERROR):
+            log.error("batch %s has stopped several processes and will not be tried again", batch_id)
+        self.claim_batches()
         for batch in list(self.active_batches.values()):
             try:
                 self.advance_batch(batch)
@@ -128,16 +152,32 @@ class BatchRunner:
                 log.exception("batch %s", batch.id)
                 self.record_fault(batch)
 
+    def claim_batches(self) -> None:
+        while len(self.active_batches) < MAX_ACTIVE_BATCHES:
+            counts = Counter(batch.owner for batch in self.active_batches.values())
+            full_owners = [owner for owner, count in counts.items() if count >= MAX_ACTIVE_BATCHES_PER_OWNER]
+            record = self.batches.claim_batch(self.runner_name, self.heartbeat_timeout_seconds, full_owners)
+            if record is None:
+                return
+            self.activating_id = record.id
+            try:
+                self.activate_batch(record)
+            except StoreError:
+                self.batches.release_batches(self.runner_name, [record.id])  # it is no loss
+                raise
+            finally:
+                self.activating_id = None
+
     def activate_batch(self, record: BatchRecord) -> None:
         try:
-            data = self.store.get(self.batches.get_batch_input_key(record.id))
+            input_file = copy_to_temporary_file(self.store, self.batches.get_batch_input_key(record.id))
         except ArtifactNotFound:
             self.reject_batch(record, [{"code": "not_found", "message": "the input file no longer exists"}])
             return
         log.info("batch %s: %s", record.id, record.state)
         # If our heartbeats stopped for a while, another runner may have advanced a batch that is still active here.
         self.release_batch(record.id)
-        self.active_batches[record.id] = ActiveBatch(record, data, self.batches.load_line_results(record.id))
+        self.active_batches[record.id] = ActiveBatch(record, input_file, self.batches.load_line_results(record.id))
 
     def record_fault(self, batch: ActiveBatch) -> None:
         """Count an unexpected error. The third one in a row fails the batch, so that it does not delay the others."""
@@ -215,10 +255,13 @@ class BatchRunner:
 
     def submit_lines(self, batch: ActiveBatch, total: int) -> None:
         """Submit the jobs of lines until a limit is reached: of open jobs, time, or outcomes to write."""
+        if time.monotonic() < batch.chat_retry_at:
+            return
         deadline, outcomes = time.monotonic() + SUBMIT_SLICE_SECONDS, list[LineOutcome]()
         remaining_jobs = self.max_open_jobs - len(batch.list_open_job_ids())
         while (
             remaining_jobs > 0
+            and len(batch.open_chat_lines) < MAX_CHAT_LINES_PER_BATCH
             and time.monotonic() < deadline
             and len(outcomes) < OUTCOME_CHUNK_SIZE
             and (line := batch.next_line())
@@ -226,16 +269,13 @@ class BatchRunner:
             try:
                 outcome = self.submit_line(batch, *line)
             except RETRYABLE_ERRORS as error:
-                batch.deferred_line = line
+                batch.deferred_lines.append(line)
                 if isinstance(error, ServiceBusy):
                     break
                 raise
             if outcome is not None:
                 outcomes.append(outcome)
             remaining_jobs -= len(batch.open_lines.get(line[0], ("", []))[1])
-            if batch.endpoint == CHAT_ENDPOINT:  # saved at once, so that no chat request is answered twice
-                self.save_outcomes(batch, total, outcomes)
-                outcomes = []
         self.save_outcomes(batch, total, outcomes)
 
     def submit_line(self, batch: ActiveBatch, number: int, data: bytes) -> LineOutcome | None:
@@ -245,7 +285,11 @@ class BatchRunner:
             if batch.endpoint == CHAT_ENDPOINT:
                 if batch.stop_reason:
                     return batch.build_stopped_outcome(number, custom_id)
-                return batch.build_response_outcome(number, custom_id, 200, self.answer_chat(batch.owner, fields))
+                call = partial(self.answer_chat, batch.owner, fields, batch.derive_line_key(number))
+                response = self.chat_executor.submit(batch.owner, call)
+                response.add_done_callback(lambda _: self.wake())
+                batch.open_chat_lines[number] = OpenChatLine(data, custom_id, response)
+                return None
             line_key = batch.derive_line_key(number)
             job_ids = self.line_port.list_job_ids(url, fields, line_key)
             existing_ids = {status.id for status in self.jobs.list_statuses(job_ids)}
@@ -260,9 +304,7 @@ class BatchRunner:
         except RETRYABLE_ERRORS:
             raise
         except Exception as error:
-            if not isinstance(error, OmniVideoError):
-                log.exception("batch %s, line %d", batch.id, number)
-            return batch.build_response_outcome(number, custom_id, *self.line_port.to_error_response(error))
+            return self.build_error_outcome(batch, number, custom_id, error)
 
     def submit_jobs(self, batch: ActiveBatch, line_jobs: Collection[LineJob], existing_ids: set[str]) -> None:
         for line_job in line_jobs:
@@ -278,7 +320,8 @@ class BatchRunner:
     # ------------------------------------------------------------ collecting
 
     def collect_outcomes(self, batch: ActiveBatch, total: int) -> None:
-        """Save the outcomes of the lines whose jobs have all ended."""
+        """Save the outcomes of the chat lines that were answered, and of the lines whose jobs have all ended."""
+        self.save_outcomes(batch, total, self.collect_chat_outcomes(batch))
         if batch.stop_reason:
             self.cancel_jobs(batch.list_open_job_ids())
         ended_statuses = {status.id: status for status in self.jobs.list_ended_jobs(batch.list_open_job_ids())}
@@ -292,6 +335,28 @@ class BatchRunner:
             for number in complete_lines
         ]
         self.save_outcomes(batch, total, outcomes)
+
+    def collect_chat_outcomes(self, batch: ActiveBatch) -> list[LineOutcome]:
+        outcomes = []
+        for number, line in list(batch.open_chat_lines.items()):
+            if not line.response.done():
+                continue
+            error = line.response.exception()
+            if isinstance(error, RETRYABLE_ERRORS):
+                del batch.open_chat_lines[number]
+                batch.deferred_lines.append((number, line.data))
+                batch.chat_retry_at = time.monotonic() + CHAT_RETRY_SECONDS
+            elif isinstance(error, Exception):
+                outcomes.append(self.build_error_outcome(batch, number, line.custom_id, error))
+            else:
+                response = line.response.result()
+                outcomes.append(batch.build_response_outcome(number, line.custom_id, 200, response))
+        return outcomes
+
+    def build_error_outcome(self, batch: ActiveBatch, number: int, custom_id: str, error: Exception) -> LineOutcome:
+        if not isinstance(error, OmniVideoError):
+            log.error("batch %s, line %d", batch.id, number, exc_info=error)
+        return batch.build_response_outcome(number, custom_id, *self.line_port.to_error_response(error))
 
     def build_outcome(self, batch: ActiveBatch, number: int, statuses: list[JobStatus]) -> LineOutcome:
         custom_id = batch.open_lines[number][0]
@@ -312,6 +377,7 @@ class BatchRunner:
         self.batches.update_batch_counts(batch.id, batch.count_lines(total))
         for number, _, _ in outcomes:
             batch.open_lines.pop(number, None)
+            batch.open_chat_lines.pop(number, None)
 
     # ------------------------------------------------------------ finishing
 

@@ -10,7 +10,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 
@@ -69,6 +69,8 @@ class Worker:
         self.config = config or WorkerConfig()
         self.worker_name = f"{socket.gethostname()}:{os.getpid()}"
         self.stop_requested = threading.Event()
+        self.resume_key: str | None = None  # of the last saved state of the claimed jobs
+        self.must_keep_state = False  # another attempt may continue from it
 
     def run_next_job(self) -> bool:
         """Render the next queued job, and return False if none is queued. A failing job does not stop the worker."""
@@ -76,6 +78,7 @@ class Worker:
         if claim is None:
             return False
         claims = self.claim_batch(claim)
+        self.resume_key, self.must_keep_state = claims[0].resume_key, False
         for member in claims:
             action = "continues" if member.resume_key else "starts"
             log.info("job %s: attempt %d %s", member.job.id, member.attempt, action)
@@ -87,7 +90,16 @@ class Worker:
             else:
                 with tolerate_job_lost(claim):
                     self.run_claim(claim)
+        if not self.must_keep_state:
+            self.replace_state(None)
         return True
+
+    def replace_state(self, resume_key: str | None) -> None:
+        """Take the key of a newly saved state, and remove the state before it, to which nothing refers any more."""
+        previous_key, self.resume_key = self.resume_key, resume_key
+        if previous_key is not None and previous_key != resume_key:
+            with suppress(StoreError):  # then the sweep removes it
+                self.renderer.store.delete(previous_key)
 
     def claim_batch(self, claim: Claim) -> list[Claim]:
         """Return the claims of all jobs that are rendered in one pass with this one, beginning with it."""
@@ -146,14 +158,17 @@ class Worker:
         except CancellationRequested:
             retry_while_unavailable(lambda: self.jobs.mark_cancelled(claim))
         except StopRequested:
+            self.must_keep_state = True
             log.info("job %s: attempt %d stops with its worker", claim.job.id, claim.attempt)
             retry_while_unavailable(lambda: self.jobs.requeue(claim))
         except JobLost:
+            self.must_keep_state = True
             raise
         except ArtifactNotFound as error:
             self.fail_job(claim, "failed", str(error))
         except StoreError:
             log.exception("job %s is queued again: the store or the database stayed unavailable", claim.job.id)
+            self.must_keep_state = True
             self.jobs.requeue(claim)
         except (torch.OutOfMemoryError, MemoryError) as error:
             text = str(error) if isinstance(error, PartOutOfMemory) else OUT_OF_MEMORY_TEXT
@@ -243,6 +258,8 @@ class Worker:
         wanted_by_job = retry_while_unavailable(
             lambda: self.jobs.heartbeat_all(list(claims_by_job.values()), progress.step, **fields)
         )
+        if save_due and wanted_by_job:
+            self.replace_state(fields["resume_key"])
         for job_id, claim in list(claims_by_job.items()):
             if not wanted_by_job.get(job_id):
                 del claims_by_job[job_id]
@@ -271,7 +288,10 @@ class Worker:
             fields["preview"] = retry_while_unavailable(lambda: self.renderer.store.put(png, "png"))
         if save_due:
             fields["resume_key"] = self.save_state(progress.state, [job])
-        if not retry_while_unavailable(lambda: self.jobs.heartbeat(claim, progress.step, **fields)):
+        is_wanted = retry_while_unavailable(lambda: self.jobs.heartbeat(claim, progress.step, **fields))
+        if save_due:
+            self.replace_state(fields["resume_key"])
+        if not is_wanted:
             raise CancellationRequested
 
     def load_resume_point(self, claim: Claim, jobs: Sequence[Job]) -> tuple[Sequence[Job], DenoisingState | None]:
@@ -279,10 +299,13 @@ class Worker:
 
         Jobs that are resumed keep the visual tokens that they were begun with.
         """
-        store, key = self.renderer.store, claim.resume_key
-        if key is None or not store.has(key):
+        store, resume_key = self.renderer.store, claim.resume_key
+        if resume_key is None:
             return jobs, None
-        data = retry_while_unavailable(lambda: store.get(key))
+        try:
+            data = retry_while_unavailable(lambda: store.get(resume_key))
+        except ArtifactNotFound:  # it was removed
+            return jobs, None
         point: ResumePoint | None = unpack_resume_point(data, self.renderer.model, jobs, self.renderer.omni.device)
         if point is None:
             log.warning("job %s: its resume point is of another model or request; it starts again", claim.job.id)

@@ -108,6 +108,9 @@ class LRUObjectStore:
     def has(self, key: str) -> bool:
         return key in self.entries
 
+    def delete(self, key: str) -> None:
+        self.entries.pop(key, None)
+
 
 class SerializedMLLM:
     """A LocalMLLM for many clients. It computes one answer at a time, since each uses all cores or the GPU."""

@@ -7,9 +7,11 @@ processes notify too.
 
 import logging
 import os
+import queue
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from celery import Celery, signals
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("omnivideo.worker")
 TASK_NAME = "omnivideo.work"
+MAX_PENDING_MESSAGES = 100
 RELOAD_AFTER_SECONDS = 5.0  # Celery replaces a child that has ended at once
 
 
@@ -53,6 +56,37 @@ def create_notifier(app: Celery) -> Callable[[], None]:
             log.warning("the broker is unavailable: %s", type(error).__name__)
 
     return notify_workers
+
+
+class BackgroundNotifier:
+    """Sends messages from a thread, so that no request waits for the broker.
+
+    While the broker is unavailable, messages are dropped; the reaper repeats them.
+    """
+
+    def __init__(self, app: Celery):
+        self.app = app
+        self.pending: queue.Queue[None] = queue.Queue(MAX_PENDING_MESSAGES)
+        self.thread = threading.Thread(target=self.run, daemon=True, name="notifier")
+
+    def start(self) -> "BackgroundNotifier":
+        self.thread.start()
+        return self
+
+    def notify_workers(self) -> None:
+        with suppress(queue.Full):  # so many messages wake every worker
+            self.pending.put_nowait(None)
+
+    def run(self) -> None:
+        while True:
+            self.pending.get()
+            try:
+                self.app.send_task(TASK_NAME, retry=False)
+            except Exception as error:
+                log.warning("the broker is unavailable: %s", type(error).__name__)
+                with suppress(queue.Empty):
+                    while True:
+                        self.pending.get_nowait()
 
 
 class ChildProcess:

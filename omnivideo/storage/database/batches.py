@@ -4,13 +4,14 @@ import time
 from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
-from sqlalchemy import and_, delete, func, select, update
+from sqlalchemy import ColumnElement, and_, case, delete, func, select, update
 
 from omnivideo.errors import ServiceBusy
 from omnivideo.records import BatchRecord
 from omnivideo.storage.database.repository import Repository, record_from_row, select_values, unix_now
 from omnivideo.storage.database.schema import batch_lines, batches, files
 
+MAX_RUNNER_LOSSES = 3  # the number of lost runners after which a batch fails
 ACTIVE_BATCH_STATES = ("validating", "in_progress", "finalizing", "cancelling")  # the states in which a runner works
 
 
@@ -68,21 +69,45 @@ class BatchRepository(Repository):
         is_unchanged = and_(batches.c.id == batch.id, batches.c.state == batch.state)
         if runner is not None:
             is_unchanged = and_(is_unchanged, batches.c.runner_name == runner)
-        transition = update(batches).where(is_unchanged).values(state=state, state_times=state_times, **values)
+        values |= {"state": state, "state_times": state_times, "runner_losses": 0}
+        transition = update(batches).where(is_unchanged).values(values)
         return bool(self.fetch_all(transition.returning(batches.c.id)))
 
     # ------------------------------------------------------------ runners
 
-    def claim_batch(self, runner: str, heartbeat_timeout_seconds: float) -> BatchRecord | None:
-        """Claim for the runner the oldest active batch that has no runner or whose runner has stopped responding."""
-        is_unattended = and_(
-            batches.c.state.in_(ACTIVE_BATCH_STATES), batches.c.heartbeat_at < unix_now() - heartbeat_timeout_seconds
+    def claim_batch(
+        self, runner: str, heartbeat_timeout_seconds: float, excluded_owners: Collection[str] = ()
+    ) -> BatchRecord | None:
+        """Claim for the runner an active batch that has no runner or whose runner has stopped responding.
+
+        Owners are served in turn: the one with the fewest attended batches is first, and of its batches the oldest.
+        """
+        is_unattended = match_unattended(heartbeat_timeout_seconds)
+        attended = batches.alias("attended")
+        is_attended = and_(
+            attended.c.owner == batches.c.owner,
+            attended.c.state.in_(ACTIVE_BATCH_STATES),
+            attended.c.heartbeat_at >= unix_now() - heartbeat_timeout_seconds,
         )
-        oldest = select(batches.c.id).where(is_unattended).order_by(batches.c.created_at).limit(1)
-        oldest_id = oldest.with_for_update(skip_locked=True).scalar_subquery()
-        claim = update(batches).where(batches.c.id == oldest_id, is_unattended)
-        row = self.fetch_one(claim.values(runner_name=runner, heartbeat_at=unix_now()).returning(batches))
+        num_attended = select(func.count()).select_from(attended).where(is_attended).scalar_subquery()
+        in_order = select(batches.c.id).where(is_unattended, batches.c.owner.not_in(excluded_owners))
+        next_id = in_order.order_by(num_attended, batches.c.created_at).limit(1).with_for_update(skip_locked=True)
+        claim = update(batches).where(batches.c.id == next_id.scalar_subquery(), is_unattended)
+        losses = batches.c.runner_losses + case((batches.c.runner_name.is_not(None), 1), else_=0)
+        values = {"runner_name": runner, "heartbeat_at": unix_now(), "runner_losses": losses}
+        row = self.fetch_one(claim.values(values).returning(batches))
         return None if row is None else record_from_row(BatchRecord, row)
+
+    def fail_poisonous_batches(self, heartbeat_timeout_seconds: float, error: dict[str, Any]) -> list[str]:
+        """End the batches that have stopped MAX_RUNNER_LOSSES runners without any progress, and return their ids."""
+        is_last_loss = and_(batches.c.runner_name.is_not(None), batches.c.runner_losses >= MAX_RUNNER_LOSSES - 1)
+        query = select(batches).where(match_unattended(heartbeat_timeout_seconds), is_last_loss)
+        records = [record_from_row(BatchRecord, row) for row in self.fetch_all(query)]
+        return [
+            record.id
+            for record in records
+            if self.transition_batch(record, "failed", record.runner_name, validation_errors=[error])
+        ]
 
     def get_claimed_batch(self, batch_id: str, runner: str) -> BatchRecord | None:
         """Return the batch if it belongs to the runner."""
@@ -102,9 +127,11 @@ class BatchRepository(Repository):
         )
         self.fetch_all(update(batches).where(is_claimed).values(heartbeat_at=unix_now()))
 
-    def release_batches(self, runner: str) -> None:
-        """Release the runner's batches, so that another runner can claim them at once."""
+    def release_batches(self, runner: str, batch_ids: Collection[str] | None = None) -> None:
+        """Release the runner's batches, by default all, so that another runner can claim them at once."""
         is_claimed = and_(batches.c.runner_name == runner, batches.c.state.in_(ACTIVE_BATCH_STATES))
+        if batch_ids is not None:
+            is_claimed = and_(is_claimed, batches.c.id.in_(batch_ids))
         self.fetch_all(update(batches).where(is_claimed).values(heartbeat_at=0.0, runner_name=None))
 
     # ------------------------------------------------------------ lines
@@ -118,7 +145,7 @@ class BatchRepository(Repository):
         self.fetch_all(self.insert_into(batch_lines).values(values).on_conflict_do_nothing())
 
     def update_batch_counts(self, batch_id: str, counts: dict[str, int]) -> None:
-        self.fetch_all(update(batches).where(batches.c.id == batch_id).values(counts=counts))
+        self.fetch_all(update(batches).where(batches.c.id == batch_id).values(counts=counts, runner_losses=0))
 
     def load_line_results(self, batch_id: str) -> dict[int, bool]:
         """Return whether each line that has an outcome succeeded, by line number."""
@@ -135,3 +162,10 @@ class BatchRepository(Repository):
 
     def delete_line_outcomes(self, batch_id: str) -> None:
         self.fetch_all(delete(batch_lines).where(batch_lines.c.batch_id == batch_id))
+
+
+def match_unattended(heartbeat_timeout_seconds: float) -> ColumnElement[bool]:
+    """Match the active batches that have no runner or whose runner has stopped responding."""
+    return and_(
+        batches.c.state.in_(ACTIVE_BATCH_STATES), batches.c.heartbeat_at < unix_now() - heartbeat_timeout_seconds
+    )

@@ -22,7 +22,8 @@ from sqlalchemy import (
     select,
 )
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.exc import DBAPIError, IntegrityError
+from sqlalchemy.exc import DataError, DBAPIError, IntegrityError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.expression import FunctionElement
@@ -63,13 +64,15 @@ class Repository:
         self.notifier = get_notifier(engine)
 
     def fetch_all(self, statement: Executable) -> Sequence[Row[Any]]:
-        """Run a statement in its own transaction and return its rows. Does not catch IntegrityError."""
+        """Run a statement in its own transaction and return its rows. Does not catch IntegrityError and DataError."""
         try:
             with self.engine.connect() as connection:
                 result = connection.execute(statement)
                 return result.all() if result.returns_rows else []
-        except IntegrityError:
+        except (IntegrityError, DataError):  # a retry cannot change either
             raise
+        except PoolTimeout as error:
+            raise StoreError("database: too many requests at once; try again later") from error
         except DBAPIError as error:
             raise StoreError("database: it does not answer; try again later") from error
 

@@ -3,9 +3,10 @@
 The database is the only record of jobs, keys, files and batches; the broker only notifies workers of queued jobs.
 """
 
-from sqlalchemy import JSON, BigInteger, Boolean, Column, Float, Index, Integer, MetaData, String, Table
+from sqlalchemy import JSON, BigInteger, Boolean, Column, Float, Index, Integer, MetaData, String, Table, false, text
 
 metadata = MetaData()
+IS_OPEN_TURN = text("state IN ('queued', 'running')")
 
 jobs = Table(
     "jobs",
@@ -90,6 +91,7 @@ batches = Table(
     Column("validation_errors", JSON),  # the errors of a failed batch
     Column("state_times", JSON, nullable=False),  # when each state began, in seconds since 1970
     Column("runner_name", String(100)),
+    Column("runner_losses", Integer, nullable=False, default=0, server_default="0"),  # runners lost while working on it
     Column("heartbeat_at", Float, nullable=False),
     Column("created_at", Float, nullable=False),
     Index("batches_listed", "owner", "created_at"),
@@ -125,6 +127,8 @@ threads = Table(
     Column("owner", String(64), nullable=False),
     Column("created_at", Float, nullable=False),
     Column("deleted", Boolean, nullable=False, default=False),
+    Column("forked_from", String(64)),  # the thread that it begins with
+    Column("forked_after", Integer),  # the number of that thread's turns that it begins with
     Index("threads_listed", "owner", "created_at"),
 )
 
@@ -140,9 +144,11 @@ turns = Table(
     Column("body", JSON, nullable=False),  # text, attachments and options
     Column("error", JSON),  # the API's error object of a failed turn
     Column("attempt", Integer, nullable=False, default=0),
+    Column("process_losses", Integer, nullable=False, default=0, server_default="0"),  # processes lost while running it
     Column("heartbeat_at", Float, nullable=False),
     Column("created_at", Float, nullable=False),
     Index("turns_open", "state", "heartbeat_at"),
+    Index("turns_one_open", "thread_id", unique=True, sqlite_where=IS_OPEN_TURN, postgresql_where=IS_OPEN_TURN),
     Index("turns_thread", "thread_id", "created_at"),
 )
 
@@ -196,5 +202,7 @@ webhook_deliveries = Table(
     Column("attempts", Integer, nullable=False, default=0),
     Column("due_at", Float, nullable=False),
     Column("completed", Boolean, nullable=False, default=False),
+    Column("claimed", Boolean, nullable=False, default=False, server_default=false()),  # while a process sends it
+    Column("sender_losses", Integer, nullable=False, default=0, server_default="0"),  # processes lost while sending it
     Index("webhook_deliveries_due", "completed", "due_at"),
 )

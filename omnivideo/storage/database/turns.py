@@ -4,18 +4,19 @@ One process at a time runs a turn and sends heartbeats; when they stop, another 
 jobs, what a process writes carries the number of its attempt.
 """
 
+from collections.abc import Collection
 from contextlib import AbstractContextManager
 from typing import Any, Literal
 
-from sqlalchemy import ColumnElement, Row, and_, exists, insert, literal, select, update
+from sqlalchemy import ColumnElement, Row, and_, case, exists, func, insert, literal, or_, select, update
 from sqlalchemy.exc import IntegrityError
 
 from omnivideo.contracts import Change, Lane
 from omnivideo.errors import InvalidInput
 from omnivideo.storage.database.notifications import AsyncWatch, turn_topic
-from omnivideo.storage.database.repository import Repository, select_values, unix_now
+from omnivideo.storage.database.repository import Repository, record_from_row, select_values, unix_now
 from omnivideo.storage.database.schema import chat_threads, threads, turn_events, turns
-from omnivideo.turns import ThreadRecord, TurnEvents, TurnRecord
+from omnivideo.turns import MAX_PROCESS_LOSSES, ThreadRecord, TurnEvents, TurnRecord
 
 OPEN_STATES = ("queued", "running")
 NumberedEvent = tuple[int, dict[str, Any]]  # numbers begin at 1
@@ -30,10 +31,19 @@ class TurnRepository(Repository):
 
     # ------------------------------------------------------------ threads
 
-    def create_thread(self, thread_id: str, owner: str) -> None:
-        """Create a thread. Raises InvalidInput if the id is taken."""
+    def create_thread(
+        self, thread_id: str, owner: str, forked_from: str | None = None, forked_after: int | None = None
+    ) -> None:
+        """Create a thread, which may begin with the turns of another one. Raises InvalidInput if the id is taken.
+
+        Its first checkpoint is written afterwards. The row says how, so that it can be written later if it is missing.
+        """
+        values = {
+            "id": thread_id, "owner": owner, "created_at": unix_now(), "deleted": False,
+            "forked_from": forked_from, "forked_after": forked_after,
+        }  # fmt: skip
         try:
-            self.fetch_all(insert(threads).values(id=thread_id, owner=owner, created_at=unix_now(), deleted=False))
+            self.fetch_all(insert(threads).values(values))
         except IntegrityError:
             raise InvalidInput("thread", "that id is taken; give another, or none") from None
 
@@ -47,11 +57,11 @@ class TurnRepository(Repository):
         is_cursor = and_(threads.c.id == after, threads.c.owner == owner)
         cursor_query = select(threads.c.created_at, threads.c.id).where(is_cursor)
         rows, has_more = self.fetch_page(threads, is_owned_thread(owner), after, limit, newest_first, cursor_query)
-        return [ThreadRecord(id=row.id, created_at=row.created_at) for row in rows], has_more
+        return [record_from_row(ThreadRecord, row) for row in rows], has_more
 
     def get_thread(self, owner: str, thread_id: str) -> ThreadRecord | None:
         row = self.fetch_one(select(threads).where(threads.c.id == thread_id, is_owned_thread(owner)))
-        return None if row is None else ThreadRecord(id=row.id, created_at=row.created_at)
+        return None if row is None else record_from_row(ThreadRecord, row)
 
     def delete_thread(self, thread_id: str) -> None:
         self.fetch_all(update(threads).where(threads.c.id == thread_id).values(deleted=True))
@@ -62,12 +72,22 @@ class TurnRepository(Repository):
     # ------------------------------------------------------------ turns
 
     def create_turn(
-        self, turn_id: str, thread_id: str, owner: str, number: int, body: dict[str, Any]
+        self,
+        turn_id: str,
+        thread_id: str,
+        owner: str,
+        number: int,
+        body: dict[str, Any],
+        error: dict[str, Any] | None = None,
     ) -> TurnRecord | None:
-        """Create a turn. Return None if the id is known or another turn of the thread is open."""
+        """Create a turn, which has failed if `error` is given.
+
+        Return None if the id is known or another turn of the thread is open.
+        """
         has_open_turn = exists().where(turns.c.thread_id == thread_id, turns.c.state.in_(OPEN_STATES))
         values = {
-            "id": turn_id, "thread_id": thread_id, "owner": owner, "state": "queued",
+            "id": turn_id, "thread_id": thread_id, "owner": owner, "state": "failed" if error else "queued",
+            "error": error,
             "number": number, "body": body, "attempt": 0,
             "cancel_requested": False, "heartbeat_at": unix_now(), "created_at": unix_now(),
         }  # fmt: skip
@@ -91,20 +111,42 @@ class TurnRepository(Repository):
         query = select(turns.c.body).where(turns.c.owner == owner, turns.c.state.in_(OPEN_STATES))
         return any(row.body.get("lane", "interactive") != exclude_lane for row in self.fetch_all(query))
 
-    def claim_turn(self, turn_id: str) -> TurnRecord | None:
-        """Claim a queued turn for this process. Return None if another process has it."""
-        return self.claim_where(and_(turns.c.id == turn_id, turns.c.state == "queued"))
+    def claim_next_turn(
+        self, heartbeat_timeout_seconds: float, excluded_owners: Collection[str] = ()
+    ) -> TurnRecord | None:
+        """Claim a turn that is queued, or whose process has sent no heartbeat for the given time.
 
-    def claim_lost_turn(self, heartbeat_timeout_seconds: float) -> TurnRecord | None:
-        """Claim a turn whose process has sent no heartbeat for the given time, or return None."""
-        is_lost = and_(turns.c.state.in_(OPEN_STATES), turns.c.heartbeat_at < unix_now() - heartbeat_timeout_seconds)
-        first_id = select(turns.c.id).where(is_lost).limit(1).with_for_update(skip_locked=True).scalar_subquery()
-        return self.claim_where(and_(turns.c.id == first_id, is_lost))
-
-    def claim_where(self, condition: ColumnElement[bool]) -> TurnRecord | None:
-        values = {"state": "running", "attempt": turns.c.attempt + 1, "heartbeat_at": unix_now()}
-        row = self.fetch_one(update(turns).where(condition).values(values).returning(turns))
+        Return None if there is none. Owners are served in turn: the one with the fewest running turns is first.
+        """
+        is_lost = match_lost(heartbeat_timeout_seconds)
+        is_claimable = or_(turns.c.state == "queued", is_lost)
+        running = turns.alias("running")
+        num_running = select(func.count()).where(running.c.owner == turns.c.owner, running.c.state == "running")
+        in_order = select(turns.c.id).where(is_claimable, turns.c.owner.not_in(excluded_owners))
+        in_order = in_order.order_by(num_running.scalar_subquery(), turns.c.created_at, turns.c.id).limit(1)
+        next_id = in_order.with_for_update(skip_locked=True).scalar_subquery()
+        values = {
+            "state": "running", "attempt": turns.c.attempt + 1, "heartbeat_at": unix_now(),
+            "process_losses": turns.c.process_losses + case((turns.c.state == "running", 1), else_=0),
+        }  # fmt: skip
+        claim = update(turns).where(turns.c.id == next_id, is_claimable).values(values)
+        row = self.fetch_one(claim.returning(turns))
         return None if row is None else turn_from_row(row)
+
+    def fail_poisonous_turns(self, heartbeat_timeout_seconds: float, error: dict[str, Any]) -> list[str]:
+        """End the lost turns that have stopped MAX_PROCESS_LOSSES processes, and return their ids."""
+        is_last_loss = turns.c.process_losses >= MAX_PROCESS_LOSSES - 1
+        ending = update(turns).where(match_lost(heartbeat_timeout_seconds), is_last_loss)
+        values = {"state": "failed", "error": error, "process_losses": turns.c.process_losses + 1}
+        notification = self.notifier.build_notification(literal("turn ") + turns.c.id)
+        turn_ids = [row.id for row in self.fetch_all(ending.values(values).returning(turns.c.id, notification))]
+        for turn_id in turn_ids:
+            self.notifier.publish(Change(topic=turn_topic(turn_id)))
+        return turn_ids
+
+    def release_turn(self, turn: TurnRecord) -> None:
+        """Put the turn of a process that stops back into the queue; this does not count as a loss."""
+        self.fetch_all(update(turns).where(match_attempt(turn)).values(state="queued"))
 
     def heartbeat(self, turn: TurnRecord) -> Literal["wanted", "cancelled", "lost"]:
         """Record that this process runs the turn, and return whether it must continue."""
@@ -185,6 +227,11 @@ class TurnRepository(Repository):
 def match_attempt(turn: TurnRecord) -> ColumnElement[bool]:
     """Match the turn as long as no other process has claimed it and it has not ended."""
     return and_(turns.c.id == turn.id, turns.c.attempt == turn.attempt, turns.c.state == "running")
+
+
+def match_lost(heartbeat_timeout_seconds: float) -> ColumnElement[bool]:
+    """Match the running turns whose process has sent no heartbeat for the given time."""
+    return and_(turns.c.state == "running", turns.c.heartbeat_at < unix_now() - heartbeat_timeout_seconds)
 
 
 def turn_from_row(row: Row[Any]) -> TurnRecord:

@@ -1,10 +1,11 @@
 """Webhooks, and the deliveries that are due to them."""
 
+import logging
 from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
-from sqlalchemy import String, and_, delete, func, literal, select, union_all, update
+from sqlalchemy import String, and_, case, delete, func, literal, or_, select, union_all, update
 
 from omnivideo.contracts import Change, FrozenModel
 from omnivideo.errors import InvalidInput
@@ -13,6 +14,8 @@ from omnivideo.storage.database.notifications import ANY_JOB_END, NEW_DELIVERY, 
 from omnivideo.storage.database.repository import Repository, record_from_row, select_values, unix_now
 from omnivideo.storage.database.schema import deleted_webhooks, webhook_deliveries, webhooks
 
+log = logging.getLogger("omnivideo.hooks")
+MAX_SENDER_LOSSES = 3  # the number of lost processes after which a delivery is given up
 DELIVERY_RETENTION_SECONDS = 7 * 86_400  # how long a completed delivery is kept
 
 
@@ -102,22 +105,49 @@ class WebhookRepository(Repository):
         return None if row is None or row[0] is None else float(row[0])
 
     def claim_due_deliveries(
-        self, limit: int, lease_seconds: float
+        self, limit: int, lease_seconds: float, excluded_owners: Collection[str] = ()
     ) -> list[tuple[DeliveryRecord, WebhookRecord | None]]:
-        """Claim due deliveries, each with its webhook (None if deleted).
+        """Claim due deliveries, each with its webhook (None if deleted); owners are served in turn.
 
-        A delivery falls due again after `lease_seconds` unless it is completed or postponed before.
+        A delivery falls due again after `lease_seconds` unless it is completed or postponed before. One that has lost
+        MAX_SENDER_LOSSES processes in this way is given up.
         """
-        is_open = webhook_deliveries.c.completed.is_(False)
-        due = select(webhook_deliveries.c.id).where(is_open, webhook_deliveries.c.due_at <= unix_now())
-        due_ids = due.order_by(webhook_deliveries.c.due_at).limit(limit).with_for_update(skip_locked=True)
-        values = {"due_at": unix_now() + lease_seconds, "attempts": webhook_deliveries.c.attempts + 1}
-        claim = update(webhook_deliveries).where(webhook_deliveries.c.id.in_(due_ids), is_open).values(values)
+        self.give_up_poisonous_deliveries()
+        is_due = and_(webhook_deliveries.c.completed.is_(False), webhook_deliveries.c.due_at <= unix_now())
+        place = func.row_number().over(partition_by=webhooks.c.owner, order_by=webhook_deliveries.c.due_at)
+        columns = select(webhook_deliveries.c.id, webhook_deliveries.c.due_at, place.label("place"))
+        joined = columns.select_from(
+            webhook_deliveries.outerjoin(webhooks, webhooks.c.id == webhook_deliveries.c.webhook_id)
+        )
+        is_allowed = or_(webhooks.c.owner.is_(None), webhooks.c.owner.not_in(excluded_owners))
+        ranked = joined.where(is_due, is_allowed).subquery()
+        next_ids = select(ranked.c.id).order_by(ranked.c.place, ranked.c.due_at).limit(limit)
+        due_ids = select(webhook_deliveries.c.id).where(webhook_deliveries.c.id.in_(next_ids), is_due)
+        values = {
+            "due_at": unix_now() + lease_seconds, "attempts": webhook_deliveries.c.attempts + 1, "claimed": True,
+            "sender_losses": webhook_deliveries.c.sender_losses + case((webhook_deliveries.c.claimed, 1), else_=0),
+        }  # fmt: skip
+        locked_ids = due_ids.with_for_update(skip_locked=True)
+        claim = update(webhook_deliveries).where(webhook_deliveries.c.id.in_(locked_ids), is_due).values(values)
         rows = self.fetch_all(claim.returning(webhook_deliveries))
         deliveries = [record_from_row(DeliveryRecord, row) for row in rows]
         query = select(webhooks).where(webhooks.c.id.in_([delivery.webhook_id for delivery in deliveries]))
         webhooks_by_id = {row.id: record_from_row(WebhookRecord, row) for row in self.fetch_all(query)}
         return [(delivery, webhooks_by_id.get(delivery.webhook_id)) for delivery in deliveries]
+
+    def give_up_poisonous_deliveries(self) -> list[str]:
+        """Complete the due deliveries that have stopped MAX_SENDER_LOSSES processes, and return their ids."""
+        is_lost = and_(
+            webhook_deliveries.c.completed.is_(False),
+            webhook_deliveries.c.due_at <= unix_now(),
+            webhook_deliveries.c.claimed,
+            webhook_deliveries.c.sender_losses >= MAX_SENDER_LOSSES - 1,
+        )
+        completion = update(webhook_deliveries).where(is_lost).values(completed=True)
+        delivery_ids = [row.id for row in self.fetch_all(completion.returning(webhook_deliveries.c.id))]
+        for delivery_id in delivery_ids:
+            log.error("webhook delivery %s has stopped several processes and is given up", delivery_id)
+        return delivery_ids
 
     def complete_delivery(self, delivery_id: str) -> None:
         """Mark a delivery as finished, whether it was delivered or given up."""
@@ -125,7 +155,8 @@ class WebhookRepository(Repository):
 
     def postpone_delivery(self, delivery_id: str, delay_seconds: float) -> None:
         is_delivery = webhook_deliveries.c.id == delivery_id
-        self.fetch_all(update(webhook_deliveries).where(is_delivery).values(due_at=unix_now() + delay_seconds))
+        values = {"due_at": unix_now() + delay_seconds, "claimed": False}
+        self.fetch_all(update(webhook_deliveries).where(is_delivery).values(values))
 
     def delete_old_deliveries(self) -> None:
         """Delete deliveries that were completed more than DELIVERY_RETENTION_SECONDS ago."""

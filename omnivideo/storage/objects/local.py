@@ -1,23 +1,36 @@
 """Store objects as files in a folder, named by their digest and written atomically."""
 
 import hashlib
+import io
 import os
 import re
 import secrets
+import shutil
 import time
 from collections.abc import Collection, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from omnivideo.errors import ArtifactNotFound, StoreError
 
 KEY_PATTERN = re.compile(r"[0-9a-f]{64}\.[a-z0-9]{1,16}")
 DAY_SECONDS = 86_400.0
+COPY_BYTES = 2**20  # read and written at a time
 
 
 def compute_object_key(data: bytes, suffix: str) -> str:
     """Return `<sha256 of the bytes>.<suffix>`."""
     return f"{hashlib.sha256(data).hexdigest()}.{suffix}"
+
+
+def compute_file_key(file: BinaryIO, suffix: str) -> str:
+    """Return the key of a file without reading all of it into memory."""
+    file.seek(0)
+    digest = hashlib.sha256()
+    while chunk := file.read(COPY_BYTES):
+        digest.update(chunk)
+    return f"{digest.hexdigest()}.{suffix}"
 
 
 class LocalObjectStore:
@@ -38,26 +51,31 @@ class LocalObjectStore:
         return self.folder / key[:2] / key
 
     def put(self, data: bytes, suffix: str) -> str:
-        key = compute_object_key(data, suffix)
+        return self.put_stream(io.BytesIO(data), suffix)
+
+    def put_stream(self, file: BinaryIO, suffix: str) -> str:
+        """Store a file with only a part of it in memory. The file must not change meanwhile."""
+        key = compute_file_key(file, suffix)
         path = self.path_for_key(key)
         try:
             with suppress(FileNotFoundError):
                 os.utime(path)  # a concurrent sweep must not remove it
                 return key
-            self.write_atomically(path, data)
+            file.seek(0)
+            self.write_atomically(path, file)
         except OSError as error:
             raise StoreError(
                 f"store: the file was not written: {error.strerror or 'the folder cannot be written'}"
             ) from error
         return key
 
-    def write_atomically(self, path: Path, data: bytes) -> None:
+    def write_atomically(self, path: Path, source: BinaryIO) -> None:
         """Write a file that either exists with all its bytes or does not exist, even after a crash."""
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f".{secrets.token_hex(8)}.part")
         try:
             with part.open("wb") as file:
-                file.write(data)
+                shutil.copyfileobj(source, file, COPY_BYTES)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(part, path)
@@ -65,15 +83,35 @@ class LocalObjectStore:
             part.unlink(missing_ok=True)
 
     def get(self, key: str) -> bytes:
-        try:
+        with self.translate_errors(key):
             return self.path_for_key(key).read_bytes()
+
+    def read_range(self, key: str, first_byte: int, last_byte: int) -> bytes:
+        """Return the bytes from `first_byte` to `last_byte`, both included, or fewer if the file ends before."""
+        with self.translate_errors(key), self.path_for_key(key).open("rb") as file:
+            file.seek(first_byte)
+            return file.read(last_byte - first_byte + 1)
+
+    def get_size(self, key: str) -> int:
+        with self.translate_errors(key):
+            return self.path_for_key(key).stat().st_size
+
+    def has(self, key: str) -> bool:
+        return self.path_for_key(key).exists()
+
+    def delete(self, key: str) -> None:
+        with suppress(ArtifactNotFound), self.translate_errors(key):
+            self.path_for_key(key).unlink()
+
+    @contextmanager
+    def translate_errors(self, key: str) -> Iterator[None]:
+        """Raise the errors of the file system as our own."""
+        try:
+            yield
         except FileNotFoundError:
             raise ArtifactNotFound("store: there is no such artifact; it may have expired") from None
         except OSError as error:
             raise StoreError(f"store: {key} cannot be read: {error.strerror}") from error
-
-    def has(self, key: str) -> bool:
-        return self.path_for_key(key).exists()
 
     def iter_keys(self) -> Iterator[str]:
         for path in sorted(self.folder.glob("??/*")):

@@ -1,5 +1,7 @@
 """Store objects in memory, for tests."""
 
+from typing import BinaryIO
+
 from omnivideo.errors import ArtifactNotFound
 from omnivideo.storage.objects.local import compute_object_key
 
@@ -20,5 +22,18 @@ class MemoryObjectStore:
             raise ArtifactNotFound("store: there is no such artifact; it may have expired")
         return self.objects[key]
 
+    def put_stream(self, file: BinaryIO, suffix: str) -> str:
+        file.seek(0)
+        return self.put(file.read(), suffix)
+
+    def get_size(self, key: str) -> int:
+        return len(self.get(key))
+
+    def read_range(self, key: str, first_byte: int, last_byte: int) -> bytes:
+        return self.get(key)[first_byte : last_byte + 1]
+
     def has(self, key: str) -> bool:
         return key in self.objects
+
+    def delete(self, key: str) -> None:
+        self.objects.pop(key, None)

@@ -9,7 +9,6 @@ consistency (since 2020): a listing shows every write that has ended. A mark exp
 longer than the slowest delete that follows it.
 """
 
-import hashlib
 import io
 import re
 import secrets
@@ -29,7 +28,7 @@ from minio.lifecycleconfig import AbortIncompleteMultipartUpload, Expiration, Li
 from urllib3.exceptions import ProtocolError, TimeoutError
 
 from omnivideo.errors import ArtifactNotFound, InvalidInput, StoreError
-from omnivideo.storage.objects.local import DAY_SECONDS, KEY_PATTERN, compute_object_key
+from omnivideo.storage.objects.local import DAY_SECONDS, KEY_PATTERN, compute_file_key, compute_object_key
 from omnivideo.storage.objects.s3_client import create_s3_client, get_error_code, translate_errors
 
 PART_SIZE_BYTES = 16 << 20  # held in memory at a time; S3 allows 10,000 parts, so 160 GB
@@ -73,10 +72,14 @@ class S3ObjectStore:
         """Store a file with no more than two parts of it in memory. The file must not change meanwhile."""
         try:
             with path.open("rb") as file:
-                key = f"{hashlib.file_digest(file, 'sha256').hexdigest()}.{suffix}"
-                return self.upload_until_present(key, file, file.tell())
+                return self.put_stream(file, suffix)
         except OSError as error:
             raise StoreError(f"store: {path.name} cannot be read: {error.strerror or 'it was cut short'}") from None
+
+    def put_stream(self, file: BinaryIO, suffix: str) -> str:
+        """Store a file with no more than two parts of it in memory. The file must not change meanwhile."""
+        key = compute_file_key(file, suffix)
+        return self.upload_until_present(key, file, file.tell())
 
     def upload_until_present(self, key: str, file: BinaryIO, size_bytes: int) -> str:
         """Upload an object until no sweep has deleted it. Raises StoreError after five attempts."""
@@ -139,6 +142,11 @@ class S3ObjectStore:
         with suppress(ArtifactNotFound), self.translate_errors():
             return bool(self.client.stat_object(self.bucket, name))
         return False
+
+    def delete(self, key: str) -> None:
+        name = self.object_name(key)
+        with suppress(ArtifactNotFound), self.translate_errors(key):
+            self.client.remove_object(self.bucket, name)
 
     def presign_url(self, key: str, expires_in_seconds: int) -> str:
         """Return a link that anybody can download the object from until it expires.

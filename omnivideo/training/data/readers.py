@@ -158,7 +158,8 @@ def parse_llava(row: Record, media: Path) -> TrainingSample:
     conversation = row.get("conversations")
     if not isinstance(conversation, list) or not all(isinstance(turn, dict) for turn in conversation):
         raise InvalidInput("conversations", "missing, or not a list of turns")
-    texts = [re.sub(r"\s*<(image|video)>\s*", "", read_text_field(turn, "value")) for turn in conversation]
+    marker = re.compile(r"(?:(?<!\s)\s++)?<(image|video)>\s*+")
+    texts = [marker.sub("", read_text_field(turn, "value")) for turn in conversation]
     roles = [turn.get("from") for turn in conversation]
     if roles != ["human", "gpt"] * (len(conversation) // 2):
         raise InvalidInput("conversations", "human and gpt must alternate")

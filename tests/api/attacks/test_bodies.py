@@ -1,12 +1,20 @@
 """Attacks through bodies: pickles, unterminated JSON, and bodies above the limits."""
 
 import pickle
+import re
 import socket
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
 import pytest
+from pydantic import ValidationError
 
+from omnivideo.contracts import RequestModel
+from omnivideo.validation import find_models
 from tests.support.attacks import MAX_UPLOAD_BYTES, assert_refused
 from tests.support.openai_service import KEY, make_runner, wait_for_batch
 
@@ -136,3 +144,96 @@ def test_form_of_many_parts(http):
     assert http.post("/v1/files", files=files, data={"purpose": "vision"}).status_code == 400
     fields = {f"field{index}": "x" for index in range(5000)}
     assert http.post("/v1/videos", data=fields, files={"a": b"b"}).status_code == 400
+
+
+# ---------------------------------------------------------------- JSON
+
+
+def measure_slowest_health(service, stop: threading.Event) -> float:
+    """Return the longest time that `/health` took until `stop` is set."""
+    slowest = 0.0
+    with httpx.Client(base_url=service[2], trust_env=False, timeout=60) as http:
+        while not stop.is_set():
+            started_at = time.monotonic()
+            assert http.get("/health").status_code == 200
+            slowest = max(slowest, time.monotonic() - started_at)
+            time.sleep(0.01)
+    return slowest
+
+
+@pytest.mark.parametrize("key", ["", KEY])
+def test_a_large_body_of_arrays_delays_nobody(service, key):
+    """Its 30 MB took 13 to 27 s in the event loop, without a key."""
+    body = b'{"messages": [' + b"[]," * 10_000_000 + b"[]]}"
+    stop = threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        health = pool.submit(measure_slowest_health, service, stop)
+        try:
+            with httpx.Client(base_url=service[2], trust_env=False, timeout=60) as http:
+                headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
+                answer = http.post("/v1/chat/completions", content=body, headers=headers)
+                assert answer.status_code == (413 if key else 401)
+        except httpx.TransportError:  # the service has answered, and closed the connection before the end of the body
+            pass
+        finally:
+            stop.set()
+        assert health.result() < 1.0
+
+
+def test_a_body_of_too_many_values_is_refused_before_it_is_parsed(http):
+    body = b'{"messages": [' + b"[]," * 150_000 + b"[]]}"
+    for path in ("/v1/chat/completions", "/v1/videos"):
+        answer = http.post(path, content=body, headers={"Content-Type": "application/json"})
+        assert "too many values" in assert_refused(answer, "body")
+
+
+@pytest.mark.parametrize("path", ["/v1/threads", "/v1/webhooks", "/v1/batches", "/v1/threads/none/forks"])
+def test_json_without_media_is_small(http, path):
+    def send_chunks() -> Iterator[bytes]:
+        yield b'{"id": "'
+        for _ in range(24):
+            yield b"x" * 2**16
+        yield b'"}'
+
+    for content in (send_chunks(), b'{"id": "' + b"x" * (3 * 2**19) + b'"}'):  # without and with its length
+        answer = http.post(path, content=content, headers={"Content-Type": "application/json"})
+        assert assert_refused(answer, "body", 413).startswith(f"the body is larger than {2**20} bytes")
+
+
+def list_request_models(model: type = RequestModel) -> set[type[RequestModel]]:
+    children = {child for child in model.__subclasses__() if child.__module__.startswith("omnivideo.")}
+    return children.union(*map(list_request_models, children))
+
+
+@pytest.mark.parametrize("text", ["a\0b", "a\ud800b"])
+def test_no_field_of_a_request_accepts_characters_that_cannot_be_stored(service, text):
+    """The kind of fault: every field of every request that accepts text refuses them."""
+    assert len(list_request_models()) > 15
+    for model in list_request_models():
+        for field_name, field in model.model_fields.items():
+            name = field.alias or field_name
+            # What a nested request does not define is ignored; its own fields are checked as those of a model.
+            nested = [] if list(find_models(field.annotation)) else [{"a": text}, {"a": [{"b": text}]}]
+            for value in (text, [text], *nested):
+                with pytest.raises(ValidationError) as raised:
+                    model.model_validate({name: value})
+                assert any(error["loc"][0] == name for error in raised.value.errors()), (model, name)
+
+
+@pytest.mark.parametrize("value", ["%00", "a%00b", "%ED%A0%80", "a%0Ab", "x" * 300])
+def test_no_parameter_of_a_route_accepts_such_characters(service, http, value):
+    """The kind of fault: every text in a path, in a query and in a header of every route."""
+    checked = 0
+    for path, operations in http.get("/openapi.json").json()["paths"].items():
+        for method, operation in operations.items():
+            for parameter in operation.get("parameters", []):
+                schemas = parameter["schema"].get("anyOf", [parameter["schema"]])
+                if parameter["in"] == "header" or not any("pattern" in schema for schema in schemas):
+                    assert parameter["name"] not in ("name", "turn", "key", "after", "artifact"), (path, parameter)
+                    continue
+                checked += 1
+                target = re.sub(r"\{(\w+)\}", lambda found: value if found[1] == parameter["name"] else "none", path)  # noqa: B023
+                query = f"?{parameter['name']}={value}" if parameter["in"] == "query" else ""
+                answer = http.request(method, target + query, headers={"Content-Type": "application/json"})
+                assert answer.status_code == 400, (method, target, query, answer.text)
+    assert checked > 25

@@ -57,7 +57,7 @@ def test_no_traceback_in_a_job_or_a_batch(service, client, http, context, monkey
 def test_an_object_key_does_not_open_the_files_of_others(http, context):
     """Files are opened by their ids only, and only by their owner; knowing a digest is not enough."""
     key = context.store.put(b"secret", "bin")
-    assert isinstance(context.store, LocalObjectStore)
+    assert isinstance(context.store.store, LocalObjectStore)
     for path in (f"/v1/files/{key}/content", f"/v1/videos/{key}/content"):
         assert http.get(path).status_code == 404
     assert_refused(

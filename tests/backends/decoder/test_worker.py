@@ -80,6 +80,24 @@ def test_a_followed_job_yields_steps_previews_and_its_artifact(folder):
     assert folder.store.has(events[-1].key) and folder.store.has(events[-1].manifest)
 
 
+def test_the_resume_points_of_a_job_are_removed_when_it_ends(folder, monkeypatch):
+    """There is one at a time, and none after the end: 12 steps left six of them for the lifetime of artifacts."""
+    saved_keys, numbers_of_states = list[str](), list[int]()
+    worker = folder.create_worker()
+    save_state = worker.save_state
+
+    def save_and_count(*arguments) -> str:
+        saved_keys.append(save_state(*arguments))
+        numbers_of_states.append(sum(map(folder.store.has, saved_keys)))
+        return saved_keys[-1]
+
+    monkeypatch.setattr(worker, "save_state", save_and_count)
+    folder.jobs.submit(build_job("one", steps=12))
+    assert worker.run_next_job() and get_result(folder, "one")
+    assert len(saved_keys) >= 5 and max(numbers_of_states) <= 2
+    assert not any(map(folder.store.has, saved_keys))
+
+
 def assert_same_clip(first: Artifact, second: Artifact) -> None:
     assert (first.key, first.latents) == (second.key, second.latents)
 

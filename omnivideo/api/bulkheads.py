@@ -1,0 +1,122 @@
+"""Bound how many of the API's threads may be busy with one kind of work, so that the others stay free.
+
+A thread that waits for a slow S3 server or for a decoding process is one that no other request can use. Once a kind of
+work has all threads that it may have, further requests for it are refused at once, with the time to try again.
+"""
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from typing import BinaryIO, ParamSpec, TypeVar
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from omnivideo.api.errors import to_api_error, to_json_response
+from omnivideo.errors import PoolBusy
+from omnivideo.ports import SweepableObjectStore
+
+MAX_THREADS = 112  # of the API; what the kinds below leave is for the database
+MAX_DECODING_THREADS = 24  # fetch media, decode them, or render thumbnails
+MAX_STORE_THREADS = 32  # read or write the object store
+RETRY_SECONDS = 2.0
+MAX_REQUESTS_PER_ADDRESS = 256
+LOCAL_ADDRESSES = ("", "127.0.0.1", "::1")
+Arguments = ParamSpec("Arguments")
+Answer = TypeVar("Answer")
+
+
+class Bulkhead:
+    """Limits the threads that do one kind of work. `work` names it in messages."""
+
+    def __init__(self, work: str, max_threads: int):
+        self.work = work
+        self.free_threads = threading.BoundedSemaphore(max_threads)
+
+    @contextmanager
+    def enter(self) -> Iterator[None]:
+        """Raise PoolBusy if all threads for this work are busy."""
+        if not self.free_threads.acquire(blocking=False):
+            raise PoolBusy(f"{self.work}: too many requests at once; try again in a moment", RETRY_SECONDS)
+        try:
+            yield
+        finally:
+            self.free_threads.release()
+
+    def wrap(self, function: Callable[Arguments, Answer]) -> Callable[Arguments, Answer]:
+        """Return the function with this limit."""
+
+        def call(*arguments: Arguments.args, **options: Arguments.kwargs) -> Answer:
+            with self.enter():
+                return function(*arguments, **options)
+
+        return call
+
+
+class BoundedObjectStore:
+    """An object store for requests, with a limit on the threads that use it at once."""
+
+    def __init__(self, store: SweepableObjectStore, bulkhead: Bulkhead):
+        self.store, self.bulkhead = store, bulkhead
+
+    def put(self, data: bytes, suffix: str) -> str:
+        with self.bulkhead.enter():
+            return self.store.put(data, suffix)
+
+    def put_stream(self, file: BinaryIO, suffix: str) -> str:
+        with self.bulkhead.enter():
+            return self.store.put_stream(file, suffix)
+
+    def get(self, key: str) -> bytes:
+        with self.bulkhead.enter():
+            return self.store.get(key)
+
+    def get_size(self, key: str) -> int:
+        with self.bulkhead.enter():
+            return self.store.get_size(key)
+
+    def read_range(self, key: str, first_byte: int, last_byte: int) -> bytes:
+        with self.bulkhead.enter():
+            return self.store.read_range(key, first_byte, last_byte)
+
+    def has(self, key: str) -> bool:
+        with self.bulkhead.enter():
+            return self.store.has(key)
+
+    def delete(self, key: str) -> None:
+        with self.bulkhead.enter():
+            self.store.delete(key)
+
+    def iter_keys(self) -> Iterator[str]:
+        return self.store.iter_keys()
+
+    def sweep(self, referenced_keys: Collection[str], lifetime_seconds: float) -> list[str]:
+        return self.store.sweep(referenced_keys, lifetime_seconds)
+
+
+class ClientLimitMiddleware:
+    """Refuses the requests of an address that already has MAX_REQUESTS_PER_ADDRESS; this machine is not limited.
+
+    It runs after the trusted proxies' headers have been read, so the address is the client's.
+    """
+
+    def __init__(self, app: ASGIApp):
+        self.app = app
+        self.open_requests: Counter[str] = Counter()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        address = scope["client"][0] if scope.get("client") else ""
+        if scope["type"] != "http" or address in LOCAL_ADDRESSES:
+            await self.app(scope, receive, send)
+            return
+        if self.open_requests[address] >= MAX_REQUESTS_PER_ADDRESS:
+            error = PoolBusy("requests: too many of this address at once; try again in a moment", RETRY_SECONDS)
+            await to_json_response(to_api_error(error))(scope, receive, send)
+            return
+        self.open_requests[address] += 1
+        try:
+            await self.app(scope, receive, send)
+        finally:
+            self.open_requests[address] -= 1
+            if not self.open_requests[address]:
+                del self.open_requests[address]

@@ -1,0 +1,76 @@
+"""The saver of checkpoints in PostgreSQL, which keeps them linear (compact_checkpoints.py).
+
+PostgreSQL's saver writes lists into checkpoint_blobs, one row for each version of a channel.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from langgraph.checkpoint.postgres import PostgresSaver
+from psycopg.rows import tuple_row
+from psycopg.types.json import Jsonb
+
+from omnivideo.storage.compact_checkpoints import CREATE_ITEMS, GROWING_CHANNELS, CompactingSaver
+
+
+class CompactPostgresSaver(CompactingSaver, PostgresSaver):
+    """A PostgresSaver over a pool of connections."""
+
+    conn: Any
+
+    def setup(self) -> None:
+        super().setup()
+        self.fetch_rows(CREATE_ITEMS.format(bytes_type="BYTEA"))
+
+    def fetch_rows(self, statement: str, parameters: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
+        with self.conn.connection() as connection, connection.cursor(row_factory=tuple_row) as cursor:
+            cursor.execute(statement.replace("?", "%s"), parameters)
+            return cursor.fetchall() if cursor.description else []
+
+    def find_last_complete(self, thread_id: str, before_id: str) -> str | None:
+        query = """SELECT max(checkpoint_id) FROM checkpoints
+            WHERE thread_id = ? AND checkpoint_id < ? AND metadata->'num_turns' IS NOT NULL"""
+        ((checkpoint_id,),) = self.fetch_rows(query, (thread_id, before_id))
+        return None if checkpoint_id is None else str(checkpoint_id)
+
+    def delete_steps(self, thread_id: str, after_id: str, before_id: str) -> None:
+        first, last = (self.load_versions(thread_id, checkpoint_id) for checkpoint_id in (after_id, before_id))
+        for table in ("checkpoint_writes", "checkpoints"):
+            bounds = "thread_id = ? AND checkpoint_id > ? AND checkpoint_id < ?"
+            self.fetch_rows(f"DELETE FROM {table} WHERE {bounds}", (thread_id, after_id, before_id))
+        self.fetch_rows(
+            "DELETE FROM checkpoint_writes WHERE thread_id = ? AND checkpoint_id = ?", (thread_id, after_id)
+        )
+        for channel, version in last.items():
+            bounds = 'thread_id = ? AND channel = ? AND version COLLATE "C" > ? AND version COLLATE "C" < ?'
+            parameters = (thread_id, channel, first.get(channel, ""), version)
+            self.fetch_rows(f"DELETE FROM checkpoint_blobs WHERE {bounds}", parameters)
+
+    def load_versions(self, thread_id: str, checkpoint_id: str) -> dict[str, str]:
+        """Return the version of each channel in a checkpoint; versions sort like texts."""
+        query = "SELECT checkpoint->'channel_versions' FROM checkpoints WHERE thread_id = ? AND checkpoint_id = ?"
+        ((versions,),) = self.fetch_rows(query, (thread_id, checkpoint_id))
+        return dict(versions)
+
+    def read_growing_values(self, thread_id: str, checkpoint_id: str) -> dict[str, Any]:
+        versions, values = self.load_versions(thread_id, checkpoint_id), dict[str, Any]()
+        query = "SELECT type, blob FROM checkpoint_blobs WHERE thread_id = ? AND channel = ? AND version = ?"
+        for channel in GROWING_CHANNELS:
+            for kind, data in self.fetch_rows(query, (thread_id, channel, versions.get(channel, ""))):
+                if kind != "empty":
+                    values[channel] = self.serde.loads_typed((kind, bytes(data)))
+        return values
+
+    def replace_growing_values(self, thread_id: str, checkpoint_id: str, digests: dict[str, str]) -> None:
+        statement = """UPDATE checkpoints SET metadata = metadata || jsonb_build_object('packed', ?::jsonb)
+            WHERE thread_id = ? AND checkpoint_id = ?"""
+        self.fetch_rows(statement, (Jsonb(digests), thread_id, checkpoint_id))
+        # A version may belong to later checkpoints too, which are not packed yet.
+        statement = """UPDATE checkpoint_blobs SET type = 'empty', blob = NULL
+            WHERE thread_id = ? AND channel = ? AND version = ? AND NOT EXISTS (
+                SELECT 1 FROM checkpoints WHERE checkpoints.thread_id = checkpoint_blobs.thread_id
+                AND checkpoint_id > ? AND metadata->'packed' IS NULL
+                AND checkpoint->'channel_versions'->>channel = version)"""
+        versions = self.load_versions(thread_id, checkpoint_id)
+        for channel in digests:
+            self.fetch_rows(statement, (thread_id, channel, versions[channel], checkpoint_id))

@@ -1,0 +1,125 @@
+"""Conversations of many turns: the size of their checkpoints, forks, and states that older versions can read."""
+
+import sqlite3
+import time
+import tracemalloc
+
+import pytest
+from langgraph.checkpoint.sqlite import SqliteSaver
+
+from omnivideo.storage.compact_checkpoints import open_sqlite_saver
+from tests.support.conversations import Conversation
+from tests.support.servers import postgres
+
+NUM_TURNS = 60
+MAX_BYTES_PER_TURN = 30_000
+
+
+@pytest.fixture(scope="module")
+def postgres_address(tmp_path_factory):
+    with postgres(tmp_path_factory.mktemp("postgres")) as address:
+        yield address
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def saver(request, tmp_path):
+    if request.param == "sqlite":
+        connection = sqlite3.connect(tmp_path / "threads.sqlite", check_same_thread=False)
+        yield open_sqlite_saver(connection)
+        connection.close()
+        return
+    from omnivideo.storage.checkpointer import open_postgres_checkpointer
+
+    saver = open_postgres_checkpointer(request.getfixturevalue("postgres_address"))
+    yield saver
+    saver.conn.close()
+
+
+def count_bytes(saver) -> int:
+    """Return the bytes of all values in the tables of checkpoints."""
+    if isinstance(saver, SqliteSaver):
+        columns = {"checkpoints": "length(checkpoint) + length(metadata)", "writes": "length(value)",
+                   "checkpoint_items": "length(value)"}  # fmt: skip
+    else:
+        columns = {"checkpoints": "pg_column_size(checkpoint) + pg_column_size(metadata)",
+                   "checkpoint_blobs": "coalesce(length(blob), 0)", "checkpoint_writes": "length(blob)",
+                   "checkpoint_items": "length(value)"}  # fmt: skip
+    return sum(
+        int(saver.fetch_rows(f"SELECT coalesce(sum({size}), 0) FROM {table}")[0][0]) for table, size in columns.items()
+    )
+
+
+def count_checkpoints(saver, name: str) -> int:
+    return int(saver.fetch_rows("SELECT count(*) FROM checkpoints WHERE thread_id = ?", (name,))[0][0])
+
+
+def hold_conversation(saver, name: str, num_turns: int) -> Conversation:
+    conversation = Conversation(saver, name)
+    for number in range(num_turns):
+        conversation.say("a picture of a red ball" if number % 2 else "make it blue" if number else "a star")
+    return conversation
+
+
+def test_checkpoints_grow_linearly_with_the_turns(saver):
+    conversation, sizes = hold_conversation(saver, f"linear-{time.monotonic_ns()}", 0), []
+    before = count_bytes(saver)
+    for _ in range(3):
+        for number in range(NUM_TURNS // 3):
+            conversation.say("a picture of a red ball" if number % 2 else "a blue star")
+        sizes.append(count_bytes(saver) - before)
+    first, second, third = sizes[0], sizes[1] - sizes[0], sizes[2] - sizes[1]
+    assert sizes[-1] / NUM_TURNS < MAX_BYTES_PER_TURN
+    assert third < 1.5 * second < 3 * first
+    assert count_checkpoints(saver, conversation.thread.id) == NUM_TURNS + 1
+    assert [turn.number for turn in conversation.thread.get_turns()] == list(range(1, NUM_TURNS + 1))
+
+
+def test_every_turn_can_be_forked_and_continued(saver):
+    conversation = hold_conversation(saver, f"source-{time.monotonic_ns()}", 8)
+    turns, artifacts = conversation.thread.get_turns(), conversation.thread.get_artifacts()
+    for num_turns in (0, 1, 5, 8):
+        name = f"fork-{num_turns}-{time.monotonic_ns()}"
+        branch = conversation.thread.fork(num_turns, name)
+        assert branch.get_turns() == turns[:num_turns]
+        assert branch.get_artifacts() == artifacts[: len(branch.get_artifacts())]
+        continued = Conversation(saver, name)
+        assert continued.say("a green star").number == num_turns + 1
+        assert continued.thread.get_turns()[:-1] == turns[:num_turns]
+    assert conversation.thread.get_turns() == turns
+
+
+def test_a_question_and_a_failed_turn_survive_compaction(saver):
+    conversation = Conversation(saver, f"failing-{time.monotonic_ns()}")
+    conversation.say("a red ball")
+    conversation.queue.fails = RuntimeError("unexpected")
+    with pytest.raises(RuntimeError):
+        conversation.say("a blue ball")
+    conversation.queue.fails = None
+    question = conversation.say("go back to the purple one")
+    assert "no purple one" in question.text
+    again = Conversation(saver, conversation.thread.id)
+    assert again.say("number 1").number == 2
+    assert [turn.text for turn in again.thread.get_turns()] == ["a red ball", "go back to the purple one"]
+
+
+def test_an_older_version_reads_the_newest_state(tmp_path):
+    connection = sqlite3.connect(tmp_path / "threads.sqlite", check_same_thread=False)
+    conversation = hold_conversation(open_sqlite_saver(connection), "talk", 5)
+    older = Conversation(SqliteSaver(connection), "talk")
+    assert older.thread.get_turns() == conversation.thread.get_turns()
+    assert older.say("a green star").number == 6
+    newer = Conversation(open_sqlite_saver(connection), "talk")
+    assert newer.say("a red star").number == 7 and len(newer.thread.get_turns()) == 7
+    assert len(newer.thread.fork(3, "fork").get_turns()) == 3
+    connection.close()
+
+
+def test_a_fork_of_the_first_turn_takes_little_memory_and_time(tmp_path):
+    connection = sqlite3.connect(tmp_path / "threads.sqlite", check_same_thread=False)
+    conversation = hold_conversation(open_sqlite_saver(connection), "talk", NUM_TURNS)
+    tracemalloc.start()
+    started_at = time.thread_time()
+    conversation.thread.fork(1, "fork")
+    assert time.thread_time() - started_at < 1.0 and tracemalloc.get_traced_memory()[1] < 4 * 2**20
+    tracemalloc.stop()
+    connection.close()
