@@ -21,6 +21,15 @@ while [ $# -gt 0 ]; do
       .venv-gpu/bin/python -m pip install --quiet --no-index --find-links "$wheels" omnivideo
       python=.venv-gpu/bin/python
       ;;
+    --weights)
+      folder=${2:?--weights needs a folder}
+      if [ ! -f "$folder/model_index.json" ]; then
+        echo "--weights: no model_index.json in $folder; name a folder that omnivideo weights import wrote" >&2
+        exit 2
+      fi
+      options+=("$1" "$folder")
+      shift 2
+      ;;
     *)
       options+=("$1")
       shift

@@ -8,7 +8,9 @@ from omnivideo.contracts import MAX_ANSWER_TOKENS, MAX_SEED, Artifact, FrozenMod
 
 Think = Literal["off", "on", "auto"]
 MAX_BACKGROUND_CHARS = 24_000
-Goal = Literal["understand", "generate", "edit", "decline"]
+Goal = Literal["understand", "generate", "edit", "decline", "command"]
+CommandName = Literal["undo", "restart", "help", "recap", "resend", "vary", "save", "list", "cancel", "export"]
+CommandArgument = Literal["which", "count", "format", "file"]
 
 
 class ThinkTrace(FrozenModel):
@@ -39,8 +41,18 @@ class Candidate(FrozenModel):
     agreement: float | None = None
 
 
+class ExecutedCommand(FrozenModel):
+    """A command about the conversation: `which` is the number of a result, `count` that of the variations."""
+
+    name: CommandName
+    arguments: dict[CommandArgument, int | str] = Field(default_factory=dict)
+
+
 class ActionResult(FrozenModel):
-    """The result of an action: a clip and its candidates, or an answer; a refusal is an answer too."""
+    """The result of an action: a clip and its candidates, or an answer; a refusal is an answer too.
+
+    A command has its own message, and the result that it returns to, sends again or saves.
+    """
 
     action: Action
     goal: Goal
@@ -49,6 +61,7 @@ class ActionResult(FrozenModel):
     candidates: tuple[Candidate, ...] = ()
     artifact: Artifact | None = None
     answer: str | None = None
+    command: ExecutedCommand | None = None
 
 
 class Turn(FrozenModel):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from omnivideo.agent.conversations import Conversations, OpenQueue
 from omnivideo.contracts import Lane
 from omnivideo.errors import InvalidInput
-from omnivideo.media.artifacts import extract_frame, store_user_file
+from omnivideo.media.artifacts import convert_artifact, extract_frame, store_user_file
 from omnivideo.ports import MLLM, JobQueue, SweepableObjectStore, TextLimits
 from omnivideo.presets import get_preset
 from omnivideo.settings import ServiceSettings
@@ -59,6 +59,7 @@ def build_local_conversations(
         max_generations=settings.max_generations_per_turn,
         text_limits=text_limits,
         replay_manifest=renderer.replay_manifest,
+        convert_artifact=partial(convert_artifact, store),
     )
 
 
@@ -235,6 +236,7 @@ class ServiceWiring:
             partial(extract_frame, self.store),
             self.settings.max_generations_per_turn,
             self.text_limits,
+            convert_artifact=partial(convert_artifact, self.store),
         )
         self.close_callbacks.append(conversations.close)
         return conversations

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from langgraph.checkpoint.base import BaseCheckpointSaver
 
+from omnivideo.agent.command_results import ConvertArtifact
 from omnivideo.agent.graph import Planner
 from omnivideo.agent.rendering import MAX_GENERATIONS
 from omnivideo.agent.thread import AttachFile, Thread
@@ -33,6 +34,7 @@ class Conversations:
     `attach_file` stores a user's file. `extract_frame` makes a still of a clip. A turn that would generate more than
     `max_generations` is asked about. `replay_manifest` renders a manifest's clip again and returns its object key; it
     is None if the decoder is in another process.
+    `convert_artifact` writes an artifact in another file format, such as gif.
     """
 
     mllm: MLLM
@@ -45,6 +47,7 @@ class Conversations:
     max_generations: int = MAX_GENERATIONS
     text_limits: TextLimits = CHARACTER_LIMITS
     replay_manifest: Callable[[Manifest], str] | None = None
+    convert_artifact: ConvertArtifact | None = None
 
     def __post_init__(self) -> None:
         self.get_graph = lru_cache(maxsize=256)(self.build_graph)
@@ -52,7 +55,13 @@ class Conversations:
     def build_graph(self, owner: str, lane: Lane = "interactive") -> Any:
         queue = self.queue_for(owner, lane)
         planner = Planner(
-            self.mllm, queue, self.preset, self.extract_frame, self.max_generations, text_limits=self.text_limits
+            self.mllm,
+            queue,
+            self.preset,
+            self.extract_frame,
+            self.max_generations,
+            text_limits=self.text_limits,
+            convert_artifact=self.convert_artifact,
         )
         return planner.build_graph(self.checkpointer)
 
@@ -97,7 +106,9 @@ class Conversations:
         referenced_keys: set[str | None] = set()
         for name in self.list_thread_ids():
             for snapshot in self.graph.get_state_history({"configurable": {"thread_id": name}}):
-                for artifact in snapshot.values.get("artifacts", []):
+                results = [result for turn in snapshot.values.get("turns", []) for result in turn["results"]]
+                saved = [result["artifact"] for result in results if result.get("command") and result["artifact"]]
+                for artifact in [*snapshot.values.get("artifacts", []), *saved]:
                     referenced_keys |= {artifact.get(name) for name in ("key", "manifest", "latents", "preview")}
         keys = {key for key in referenced_keys if key}
         return keys | self.collect_replay_keys(keys)

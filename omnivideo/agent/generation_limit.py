@@ -5,10 +5,11 @@ from collections.abc import Callable
 
 from langgraph.types import interrupt
 
+from omnivideo.agent.turn_plan import PlannedAction
+
 AGREEMENT = re.compile(
     r"^\s*(?:yes|yeah|yep|sure|ok(?:ay)?|fine|please|go ahead|do (?:it|that|so)|all ?right|the first)\b", re.IGNORECASE
 )
-PlannedAction = dict[str, str]
 Clarifications = list[tuple[str, str]]
 
 

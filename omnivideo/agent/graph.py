@@ -9,6 +9,8 @@ thread is checkpointed after every node, so a killed process loses at most one s
 emits events while a turn runs.
 """
 
+from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -25,12 +27,16 @@ from omnivideo.agent.capabilities import (
     is_frame_request,
     reconcile_route,
 )
+from omnivideo.agent.command_results import execute_command
 from omnivideo.agent.generation_limit import limit_generations
-from omnivideo.agent.mllm_plan import LAST, NEW, build_plan_request, build_plan_schema, parse_plan
 from omnivideo.agent.references import ReferenceSearch
-from omnivideo.agent.rendering import RenderingNodes, emit_action, emit_event, get_background
+from omnivideo.agent.rendering import RenderingNodes, emit_action, emit_event
+from omnivideo.agent.small_world import replies
+from omnivideo.agent.small_world.facts import answer_fact
+from omnivideo.agent.small_world.turn_reading import resolve_reply
 from omnivideo.agent.state import PlannerState
 from omnivideo.agent.transitions import (
+    GOALS_WITHOUT_SOURCE,
     REFERENCE_NODE,
     choose_goal_node,
     choose_next_node,
@@ -39,6 +45,7 @@ from omnivideo.agent.transitions import (
     close_action,
     get_planned,
 )
+from omnivideo.agent.turn_plan import PlannedAction, get_details, plan_turn, reads_words, splice_actions, to_state
 from omnivideo.contracts import (
     Artifact,
     MLLMRequest,
@@ -49,6 +56,7 @@ from omnivideo.turns import (
     Action,
     ActionResult,
     ArtifactReady,
+    ExecutedCommand,
     Plan,
     PlanReady,
     PromptRewritten,
@@ -73,18 +81,31 @@ class Planner(RenderingNodes):
 
     def build_graph(self, checkpointer: BaseCheckpointSaver[Any]) -> Any:
         builder = StateGraph(PlannerState)
-        for name in ("plan", "think", "route", "understand", "generate", "edit", "ask", "decline", "check", "answer"):
+        for name in (
+            "plan",
+            "think",
+            "route",
+            "understand",
+            "generate",
+            "edit",
+            "ask",
+            "decline",
+            "command",
+            "check",
+            "answer",
+        ):
             builder.add_node(name, getattr(self, name))
         builder.add_node(REFERENCE_NODE, self.resolve_reference)
         builder.add_edge(START, "plan")
         builder.add_edge("plan", REFERENCE_NODE)
         builder.add_conditional_edges(
-            REFERENCE_NODE, choose_node_after_reference, ["think", "ask", "decline", REFERENCE_NODE, "answer"]
+            REFERENCE_NODE, choose_node_after_reference, ["think", *GOALS_WITHOUT_SOURCE, REFERENCE_NODE, "answer"]
         )
         builder.add_edge("think", "route")
         builder.add_conditional_edges("route", choose_goal_node, ["understand", "generate", "edit", "ask", "decline"])
         builder.add_conditional_edges("understand", choose_next_node, [REFERENCE_NODE, "answer"])
         builder.add_conditional_edges("decline", choose_next_node, [REFERENCE_NODE, "answer"])
+        builder.add_conditional_edges("command", choose_next_node, [REFERENCE_NODE, "answer"])
         builder.add_edge("ask", REFERENCE_NODE)
         builder.add_edge("generate", "check")
         builder.add_edge("edit", "check")
@@ -95,53 +116,28 @@ class Planner(RenderingNodes):
     # ------------------------------------------------------------ planning and resolving references
 
     def plan(self, state: PlannerState) -> dict[str, Any]:
-        actions, clarifications = limit_generations(
-            state["text"], partial(self.split_actions, state), self.is_generation, self.max_generations
-        )
-        emit_event(PlanReady(plan=Plan(actions=tuple(Action(text=action["text"]) for action in actions))))
+        descriptions = dict(state.get("descriptions", {}))
+        plan = partial(self.plan_actions, state, descriptions)
+        actions, clarifications = limit_generations(state["text"], plan, self.is_generation, self.max_generations)
+        emit_event(PlanReady(plan=Plan(actions=tuple(Action(text=action.text) for action in actions))))
         attachments = state["attachments"]
-        return {
-            "action_texts": [action["text"] for action in actions],
-            "action_references": [action["reference"] for action in actions],
-            "action_goals": [action["goal"] for action in actions],
-            "action_messages": [action["message"] for action in actions],
+        return to_state(actions) | {
             "action_index": 0,
             "clarifications": clarifications,
             "results": [],
             "artifacts": attachments,
             "current_key": attachments[-1]["key"] if attachments else state.get("current_key"),
-            "descriptions": state.get("descriptions", {}),
+            "descriptions": descriptions,
         }
 
-    def is_generation(self, action: dict[str, str]) -> bool:
+    def is_generation(self, action: PlannedAction) -> bool:
         """Return whether an action renders something, by the plan or, without one, by the MLLM's route."""
-        if action["goal"]:
-            return action["goal"] in ("generate", "edit")
-        return self.mllm.route(MLLMRequest(text=action["text"])).kind in ("image", "video")
+        if action.goal:
+            return action.goal in ("generate", "edit")
+        return self.mllm.route(MLLMRequest(text=action.text)).kind in ("image", "video")
 
-    def split_actions(self, state: PlannerState, text: str) -> list[dict[str, str]]:
-        """Return each action's text, and its reference, goal and message to the user; "" if the plan does not say.
-
-        An MLLM that can plan does this itself. Its plan is valid unless it is cut off before the first action is
-        complete; the turn is then one action about the last artifact.
-        """
-        unplanned = {"reference": "", "goal": "", "message": ""}
-        if self.prompts.plan is None:
-            return [unplanned | {"text": action} for action in english_rules.split_actions(text)]
-        artifacts = [Artifact(**artifact) for artifact in state.get("artifacts", []) + state["attachments"]]
-        request = MLLMRequest(
-            text=build_plan_request(text, artifacts),
-            system=self.prompts.add_background(self.prompts.plan, get_background(state)),
-            json_schema=build_plan_schema(len(artifacts)),
-        )
-        planned_actions = parse_plan("".join(self.mllm.stream_text(request)), len(artifacts))
-        if not planned_actions:
-            return [unplanned | {"text": text, "reference": LAST if artifacts else NEW}]
-        return [
-            {"text": action.do.strip(), "reference": action.about, "goal": action.action,
-             "message": getattr(action, "say", "")}
-            for action in planned_actions
-        ]  # fmt: skip
+    def plan_actions(self, state: PlannerState, descriptions: dict[str, str], text: str) -> list[PlannedAction]:
+        return plan_turn(self.mllm, self.preset, self.prompts, state, text, descriptions)
 
     def resolve_reference(self, state: PlannerState) -> dict[str, Any]:
         """Find the artifact that the action refers to; ask the user if that is unclear."""
@@ -154,7 +150,7 @@ class Planner(RenderingNodes):
         )
         text, goal = state["action_texts"][state["action_index"]], get_planned(state, "action_goals")
         source: Artifact | None = None
-        if goal not in ("ask", "decline"):
+        if goal not in GOALS_WITHOUT_SOURCE:
             source = self.find_referenced_artifact(state, text, search)
             if source is None and not search.artifacts and self.is_edit(state, goal, text):
                 # The reply replaces the request.
@@ -183,7 +179,7 @@ class Planner(RenderingNodes):
         if state["action_index"] == 0 and state["attachments"]:
             return search.artifacts[-1]
         if reference := state["action_references"][state["action_index"]]:
-            return search.artifact_from_plan(reference)
+            return search.artifact_from_plan(reference, state["current_key"])
         return search.resolve_by_words(text, state["current_key"])
 
     # ------------------------------------------------------------ think and route
@@ -207,6 +203,8 @@ class Planner(RenderingNodes):
 
     def choose_route(self, state: PlannerState, request: MLLMRequest, source: Artifact | None) -> Route:
         """Return the MLLM's route, within the plan; without a plan, English words may ask for another medium."""
+        if medium := get_details(state).get("medium"):  # the words say it
+            return Route(kind=medium, probability=1.0)
         route = self.mllm.route(request)
         if self.prompts.plan is not None:
             return reconcile_route(self.preset, get_planned(state, "action_goals"), route, source)
@@ -250,15 +248,39 @@ class Planner(RenderingNodes):
         question, index = state["message"], state["action_index"]
         reply = str(interrupt(question))
         updates: dict[str, Any] = {"clarifications": [*state["clarifications"], (question, reply)]}
-        answered = {"action_texts": f"{state['action']['text']}\n{reply}", "action_goals": "", "action_messages": ""}
-        for key, value in answered.items():
-            values = list(state.get(key) or [""] * len(state["action_texts"]))  # type: ignore[call-overload]
-            updates[key] = [*values[:index], value, *values[index + 1 :]]
-        return updates
+        request = state["action"]["text"]
+        actions = [PlannedAction(f"{request}\n{reply}", state["action_references"][index])]
+        if reads_words(self.preset):  # the MLLM knows only its own wording, so the reply is read anew
+            descriptions = dict(state["descriptions"])
+            actions = self.plan_actions(state, descriptions, resolve_reply(request, question, reply))
+            if len(updates["clarifications"]) >= MAX_QUESTIONS:
+                actions = [replace(action, goal=action.goal.replace("ask", "decline")) for action in actions]
+            updates["descriptions"] = descriptions
+        return updates | splice_actions(state, index, index + 1, actions)
 
     def decline(self, state: PlannerState) -> dict[str, Any]:
         """Answer with the refusal; nothing is rendered."""
         return self.answer_in_words(state, state["message"])
+
+    def command(self, state: PlannerState) -> dict[str, Any]:
+        """Execute a command about the conversation, without the MLLM."""
+        command = ExecutedCommand(**get_details(state)["command"])
+        help_text = replies.build_help() if reads_words(self.preset) else replies.HELP_OPEN
+        outcome = execute_command(state, command, help_text, self.convert_artifact, self.max_generations)
+        if outcome.is_refused:
+            return self.answer_in_words(state, outcome.message)
+        emit_action(state, "command", state["action"]["text"])
+        emit_event(TextDelta(delta=outcome.message))
+        if outcome.artifact is not None:
+            emit_event(ArtifactReady(artifact=outcome.artifact))
+        action, route = Action(**state["action"]), Route(kind="text", probability=1.0)
+        result = ActionResult(
+            action=action, goal="command", route=route, trace=None, artifact=outcome.artifact, answer=outcome.message,
+            command=command,
+        )  # fmt: skip
+        following = state["action_index"] + 1
+        added = splice_actions(state, following, following, outcome.actions) if outcome.actions else {}
+        return close_action(state, result) | added | outcome.updates
 
     def understand(self, state: PlannerState) -> dict[str, Any]:
         """Answer in words. An answer that is nothing but reasoning becomes a question."""
@@ -271,7 +293,8 @@ class Planner(RenderingNodes):
             seed=self.choose_seed(state) % 2**31 if options.temperature else 0,
         )
         system = self.prompts.add_background(None, options.background)
-        pieces = self.mllm.stream_text(request.model_copy(update={"sampling": sampling, "system": system}))
+        pieces: Iterable[str] = self.answer_fact(state)
+        pieces = pieces or self.mllm.stream_text(request.model_copy(update={"sampling": sampling, "system": system}))
         for kind, piece in end_at_stop(separate_reasoning(pieces), options.stop):
             emit_event(ThinkingDelta(delta=piece) if kind == "thinking" else TextDelta(delta=piece))
             answer += piece if kind == "text" else ""
@@ -279,6 +302,18 @@ class Planner(RenderingNodes):
             answer = NO_ANSWER_QUESTION
             emit_event(TextDelta(delta=answer))
         return close_action(state, ActionResult(**self.build_result_fields(state, "understand"), answer=answer.strip()))
+
+    def answer_fact(self, state: PlannerState) -> list[str]:
+        """Return the answer to a question about what the file, the world or the thread says; [] for another."""
+        details, source = get_details(state), self.find_source(state)
+        if say := details.get("say"):
+            return [say]
+        fact = details.get("fact")
+        if fact is None or source is None:
+            return []
+        artifacts = [Artifact(**artifact) for artifact in state["artifacts"]]
+        search = ReferenceSearch(self.mllm, self.prompts.describe, artifacts, dict(state["descriptions"]), [])
+        return [answer_fact(fact, source, artifacts, search.describe_artifact)]
 
     def answer(self, state: PlannerState) -> dict[str, Any]:
         turn = Turn(

@@ -12,11 +12,13 @@ from pydantic import Field, TypeAdapter, ValidationError
 from pydantic_core import from_json
 
 from omnivideo.contracts import Artifact, FrozenModel
+from omnivideo.turns import CommandName, ExecutedCommand
 
 MAX_ACTIONS = 8
 ActionText = Annotated[str, Field(min_length=1, max_length=300)]
 NEW: Literal["new"] = "new"
 LAST, UNCLEAR = "last", "unclear"
+CURRENT = "current"  # only in plans by words: what "it" refers to
 
 
 class PlannedGeneration(FrozenModel):
@@ -28,7 +30,7 @@ class PlannedGeneration(FrozenModel):
 
 
 class PlannedEdit(FrozenModel):
-    """Change what `about` names: the number of an artifact, from 1, "last" or "unclear"."""
+    """WordedChange what `about` names: the number of an artifact, from 1, "last" or "unclear"."""
 
     action: Literal["edit"]
     do: ActionText
@@ -64,7 +66,28 @@ class PlannedRefusal(FrozenModel):
         return NEW
 
 
-PlannedAction = PlannedGeneration | PlannedEdit | PlannedAnswer | PlannedQuestion | PlannedRefusal
+class PlannedCommand(FrozenModel):
+    """Do `command` to the conversation; the other fields are its arguments, null where it has none."""
+
+    action: Literal["command"]
+    do: ActionText
+    command: CommandName
+    which: Annotated[int, Field(ge=1)] | None = None
+    count: Annotated[int, Field(ge=1)] | None = None
+    format: Annotated[str, Field(max_length=8)] | None = None
+    file: Annotated[str, Field(max_length=100)] | None = None
+
+    @property
+    def about(self) -> str:
+        return NEW
+
+    def to_command(self) -> ExecutedCommand:
+        arguments = {"which": self.which, "count": self.count, "format": self.format, "file": self.file}
+        given = {name: value for name, value in arguments.items() if value is not None}
+        return ExecutedCommand.model_validate({"name": self.command, "arguments": given})
+
+
+PlannedAction = PlannedGeneration | PlannedEdit | PlannedAnswer | PlannedQuestion | PlannedRefusal | PlannedCommand
 ACTION_ADAPTER: TypeAdapter[PlannedAction] = TypeAdapter(PlannedAction)
 
 

@@ -6,7 +6,7 @@ from langgraph.types import interrupt
 
 from omnivideo.agent import english_rules
 from omnivideo.agent.answer_text import remove_reasoning
-from omnivideo.agent.mllm_plan import LAST, NEW, UNCLEAR
+from omnivideo.agent.mllm_plan import CURRENT, LAST, NEW, UNCLEAR
 from omnivideo.contracts import Artifact, Medium, MLLMRequest
 from omnivideo.ports import MLLM
 
@@ -32,10 +32,12 @@ class ReferenceSearch:
         self.clarifications.append((question, reply))
         return reply
 
-    def artifact_from_plan(self, reference: str) -> Artifact | None:
-        """Return the artifact of a plan's reference: "new", "last", "unclear", or the number of an artifact."""
+    def artifact_from_plan(self, reference: str, current_key: str | None = None) -> Artifact | None:
+        """Return the artifact of a plan's reference: "new", "current", "last", "unclear", or an artifact's number."""
         if reference == NEW or not self.artifacts:
             return None
+        if reference == CURRENT:
+            return next((artifact for artifact in reversed(self.artifacts) if artifact.key == current_key), None)
         if reference == UNCLEAR:
             return self.ask_which_artifact("")
         return self.artifacts[-1 if reference == LAST else int(reference) - 1]

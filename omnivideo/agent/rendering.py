@@ -9,9 +9,11 @@ from langgraph.config import get_config, get_stream_writer
 from omnivideo.agent import media_words
 from omnivideo.agent.answer_text import split_rewrite
 from omnivideo.agent.capabilities import explain_invalid_input, get_task, is_frame_request
+from omnivideo.agent.command_results import ConvertArtifact
 from omnivideo.agent.planner_prompts import load_prompts
 from omnivideo.agent.state import PlannerState
 from omnivideo.agent.transitions import close_action
+from omnivideo.agent.turn_plan import get_details
 from omnivideo.contracts import (
     MAX_SEED,
     THINK_END,
@@ -74,7 +76,10 @@ def get_background(state: PlannerState) -> str:
 
 
 class RenderingNodes:
-    """The planner's ports, and the nodes `generate`, `edit` and `check`. `extract_frame` makes a still of a clip."""
+    """The planner's ports, and the nodes `generate`, `edit` and `check`.
+
+    `extract_frame` makes a still of a clip, and `convert_artifact` writes an artifact in another file format.
+    """
 
     def __init__(
         self,
@@ -84,6 +89,7 @@ class RenderingNodes:
         extract_frame: ExtractFrame | None = None,
         max_generations: int = MAX_GENERATIONS,
         text_limits: TextLimits = CHARACTER_LIMITS,
+        convert_artifact: ConvertArtifact | None = None,
     ):
         self.mllm = mllm
         self.queue = queue
@@ -91,6 +97,7 @@ class RenderingNodes:
         self.extract_frame = extract_frame
         self.max_generations = max_generations
         self.text_limits = text_limits
+        self.convert_artifact = convert_artifact
         self.prompts = load_prompts(preset)
 
     def generate(self, state: PlannerState) -> dict[str, Any]:
@@ -126,7 +133,7 @@ class RenderingNodes:
             None if source is None else get_source_length(self.preset, source),
             steps=options.steps,
             guidance_scale=options.guidance_scale,
-            seed=(self.choose_seed(state) + attempt) % (MAX_SEED + 1),
+            seed=(self.choose_seed(state) + attempt + get_details(state).get("seed_offset", 0)) % (MAX_SEED + 1),
         )
         prompt = self.text_limits.check_prompt("text", self.get_prompt(state), params)
         emit_action(state, "edit" if source else "generate", prompt, get_task_medium(task))

@@ -20,6 +20,7 @@ class PlannerState(TypedDict, total=False):
     options: dict[str, Any]  # turns.TurnOptions
     action_texts: list[str]  # the text of each action
     action_references: list[str]  # what each action refers to according to the MLLM's plan, or ""
+    action_details: list[dict[str, Any]]  # agent.turn_plan; absent in turns of older versions
     action_goals: list[str]  # turns.Goal or "ask" according to the plan, or ""; absent in turns of older versions
     action_messages: list[str]  # what the plan tells or asks the user instead of doing an action, or ""
     action_index: int  # of the current action

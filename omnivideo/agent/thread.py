@@ -181,6 +181,17 @@ class Thread:
         """Return every attached or generated artifact, in order."""
         return [Artifact(**artifact) for artifact in self.graph.get_state(self.config).values.get("artifacts", [])]
 
+    def has_file(self, key: str) -> bool:
+        """Return whether a key is that of an artifact of this thread, of its manifest, or of a file that was saved."""
+        saved = [result.artifact for turn in self.get_turns() for result in turn.results if result.command]
+        artifacts = [*self.get_artifacts(), *(artifact for artifact in saved if artifact)]
+        return any(key in (artifact.key, artifact.manifest) for artifact in artifacts)
+
+    def get_current_key(self) -> str | None:
+        """Return the key of the artifact that "it" refers to, or None."""
+        key: str | None = self.graph.get_state(self.config).values.get("current_key")
+        return key
+
     def get_lineage(self, key: str | None = None) -> list[Artifact]:
         """Return an artifact, by default the last one, and the artifacts that it was edited from, newest first."""
         artifacts = self.get_artifacts()

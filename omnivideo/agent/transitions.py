@@ -8,6 +8,7 @@ from omnivideo.turns import ActionResult
 # The names of the nodes are part of every stored checkpoint: a turn that waits for a reply resumes by these names. This
 # node's name is older than its method's name.
 REFERENCE_NODE = "refer"
+GOALS_WITHOUT_SOURCE = ("ask", "decline", "command")
 
 
 def close_action(state: PlannerState, result: ActionResult) -> dict[str, Any]:
@@ -33,7 +34,7 @@ def choose_node_after_reference(state: PlannerState) -> str:
     if state["action_done"]:
         return choose_next_node(state)
     goal = get_planned(state, "action_goals")
-    return goal if goal in ("ask", "decline") else "think"
+    return goal if goal in GOALS_WITHOUT_SOURCE else "think"
 
 
 def choose_goal_node(state: PlannerState) -> str:

@@ -15,12 +15,14 @@ from omnivideo.agent.thread import Thread
 from omnivideo.contracts import Artifact, StepProgress
 from omnivideo.errors import InvalidInput, OmniVideoError
 from omnivideo.turns import (
+    ActionResult,
     ArtifactReady,
     PlanReady,
     PromptRewritten,
     QuestionAsked,
     TextDelta,
     ThinkingDelta,
+    TurnCompleted,
     TurnEvent,
 )
 
@@ -75,14 +77,24 @@ class TerminalChat:
         files = [word[1:] for word in words if word.startswith("@") and len(word) > 1]
         text = " ".join(word for word in words if not (word.startswith("@") and len(word) > 1))
         columns = (TextColumn("generating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        results: tuple[ActionResult, ...] = ()
         with Progress(*columns, console=self.console, transient=True) as bar:
             row = bar.add_task("", total=None, visible=False)
             for event in self.thread.send(text, files, **self.turn_options):
+                if isinstance(event, TurnCompleted):
+                    results = event.turn.results
                 if isinstance(event, StepProgress):
                     bar.update(row, visible=event.step < event.steps, total=event.steps, completed=event.step)
                 else:
                     self.print_event(event)
         self.console.print()
+        for result in results:
+            if result.command and result.command.name in ("save", "export") and result.artifact:
+                self.save_result(result.artifact, str(result.command.arguments.get("file", "")))
+
+    def save_result(self, artifact: Artifact, name: str) -> None:
+        """Write the file that a message such as "save it as final.mp4" asks for, into the current folder."""
+        self.copy_file(artifact, Path(Path(name).name or f"clip{Path(artifact.key).suffix}"))
 
     def print_event(self, event: TurnEvent) -> None:
         if isinstance(event, PlanReady) and len(event.plan.actions) > 1:
@@ -134,6 +146,9 @@ class TerminalChat:
         target = Path(argument or f"clip{suffix}")
         if target.suffix != suffix:
             raise InvalidInput("save", f"the file's name must end with {suffix}")
+        self.copy_file(artifact, target)
+
+    def copy_file(self, artifact: Artifact, target: Path) -> None:
         try:
             shutil.copyfile(self.artifact_path(artifact), target)
         except OSError as error:

@@ -1,7 +1,9 @@
 """The commands of evaluation: evaluate and ablate."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -10,15 +12,38 @@ from omnivideo.cli.app import OUTPUT, DeviceOption, WeightsOption, console, erro
 from omnivideo.errors import InvalidInput
 from omnivideo.presets import PRESETS, get_preset
 
+if TYPE_CHECKING:
+    from omnivideo.evaluation.suite import EvaluationProgress, Score
+
+DEFAULT_COUNT = 50
+
+
+PRESET_HELP = "A preset whose world has a scorer: tiny; for --phrases also one whose MLLM plans."
+
 
 def evaluate(
-    preset: Annotated[str, typer.Argument(help="A preset whose world has a scorer: tiny.")] = "tiny",
+    preset: Annotated[str, typer.Argument(help=PRESET_HELP)] = "tiny",
     weights: WeightsOption = None,
     device: DeviceOption = "auto",
-    count: Annotated[int, typer.Option(min=1, max=10_000, help="Held-out prompts per category.")] = 50,
+    count: Annotated[
+        int | None,
+        typer.Option(min=1, max=10_000, help="Held-out prompts per category, by default 50; for --phrases, all."),
+    ] = None,
     planner: Annotated[
         bool, typer.Option("--planner", help="Score the planner's turns instead of single clips.")
     ] = False,
+    phrases: Annotated[
+        bool, typer.Option("--phrases", help="Score what the assistant does with things that people say.")
+    ] = False,
+    steps: Annotated[
+        int | None, typer.Option(min=1, max=200, help="Denoising steps for --phrases, by default the preset's.")
+    ] = None,
+    log: Annotated[
+        Path | None,
+        typer.Option(
+            help="File with a line for each judged phrase; a run continues after its last line.", rich_help_panel=OUTPUT
+        ),
+    ] = None,
     report: Annotated[
         Path | None, typer.Option(help="File to write the scores to, as JSON.", rich_help_panel=OUTPUT)
     ] = None,
@@ -26,12 +51,39 @@ def evaluate(
     """Score a preset on held-out prompts, edits, questions and routes, or the planner on whole conversations."""
     from omnivideo.agent.english_rules import split_actions
     from omnivideo.evaluation.everything import evaluate_all
-    from omnivideo.evaluation.report import build_score_table, score_planner, scores_to_json
+    from omnivideo.evaluation.phrases.runner import evaluate_phrases, score_phrases
+    from omnivideo.evaluation.report import build_phrase_table, build_score_table, score_planner, scores_to_json
 
-    if not get_preset(preset).has_scorer:
-        allowed = ", ".join(name for name, known in PRESETS.items() if known.has_scorer)
-        raise InvalidInput("preset", f"{preset!r} has no scorer; allowed: {allowed}")
+    check_evaluation(preset, phrases=phrases)
     studio = open_studio(preset, weights, device)
+    with show_evaluation_progress() as on_progress:
+        scores: dict[str, Score | float] = {}
+        if phrases:
+            judged_phrases = evaluate_phrases(
+                studio.conversations, studio.omni.preset, on_progress, count=count, log=log, steps=steps
+            )
+            scores |= score_phrases(judged_phrases)
+        elif planner:
+            scores |= score_planner(studio.conversations, split_actions, count or DEFAULT_COUNT, on_progress)
+        else:
+            scores |= evaluate_all(studio.omni, count or DEFAULT_COUNT, on_progress)
+    console.print(build_phrase_table(scores) if phrases else build_score_table(scores))
+    if report is not None:
+        report.write_text(scores_to_json(scores))
+
+
+def check_evaluation(preset: str, *, phrases: bool) -> None:
+    """Raise InvalidInput if the preset cannot be evaluated in this way."""
+    known = get_preset(preset)
+    if known.has_scorer or (phrases and known.mllm.can_plan):
+        return
+    allowed = ", ".join(name for name, known in PRESETS.items() if known.has_scorer)
+    raise InvalidInput("preset", f"{preset!r} has no scorer; allowed: {allowed}")
+
+
+@contextmanager
+def show_evaluation_progress() -> Iterator["EvaluationProgress"]:
+    """Show a bar for each thing that is evaluated; yields the function to call with its name, done and total."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=error_console, transient=True) as bar:
         rows: dict[str, TaskID] = {}
@@ -41,14 +93,7 @@ def evaluate(
                 rows[name] = bar.add_task(name)
             bar.update(rows[name], completed=done, total=total)
 
-        scores = (
-            score_planner(studio.conversations, split_actions, count, on_progress)
-            if planner
-            else evaluate_all(studio.omni, count, on_progress)
-        )
-    console.print(build_score_table(scores))
-    if report is not None:
-        report.write_text(scores_to_json(scores))
+        yield on_progress
 
 
 def ablate(

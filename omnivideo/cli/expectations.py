@@ -34,12 +34,15 @@ VAE_SAMPLE_FRAMES = 5  # counted, and scaled to the frames of a clip
 GUIDANCE_PASSES = 2
 
 
-def describe_folder(folder: Path, device: torch.device, with_mllm: bool = True) -> Iterator[tuple[str, str]]:
-    """Yield the name and the value of each row. Raises CheckpointError if the folder is not one of ours."""
+def describe_folder(folder: Path, device: torch.device) -> Iterator[tuple[str, str]]:
+    """Yield the name and the value of each row. Raises CheckpointError if the folder is not one of ours.
+
+    With an MLLM server in the settings, they are those of a worker beside it.
+    """
     settings = load_settings()
     preset = get_preset(read_index(folder)["preset"])
     preset = preset.in_float32() if settings.precision == "float32" else preset
-    names = list_part_names(preset, "all" if with_mllm else "without-mllm")
+    names = list_part_names(preset, "without-mllm" if settings.mllm else "all")
     placement = plan_placement(measure_parts(folder, preset, names), measure_machine(device))
     yield "weights", f"{preset.name}, {format_size(sum(part.size.weights_bytes for part in placement.parts))}"
     yield "placement", placement.describe().split(":")[0]

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from rich.table import Table
+from rich.table import Column, Table
 
 from omnivideo.evaluation import planner
 from omnivideo.evaluation.suite import EvaluationProgress, Score
@@ -30,6 +30,17 @@ def build_score_table(scores: Mapping[str, Score | float]) -> Table:
         goal = TARGET_SCORES.get(name)
         colour = "" if goal is None else "[green]" if figure >= goal else "[red]"
         table.add_row(name, f"{colour}{figure:.3f}", error, count, "" if goal is None else f"{goal:g}")
+    return table
+
+
+def build_phrase_table(scores: Mapping[str, Score | float]) -> Table:
+    """Return a row for each half and kind of phrases, with the columns that the names of the scores end with."""
+    columns = list(dict.fromkeys(name.rpartition(": ")[2] for name in scores))
+    table = Table(Column(no_wrap=True), *columns, "of", box=None)
+    for row in dict.fromkeys(name.rpartition(": ")[0] for name in scores):
+        cells = [scores[f"{row}: {column}"] for column in columns]
+        rounded = (f"{cell.mean:.3f} ± {cell.standard_error:.3f}" for cell in cells if isinstance(cell, Score))
+        table.add_row(row, *rounded, *{str(cell.count) for cell in cells if isinstance(cell, Score)})
     return table
 
 

@@ -29,6 +29,14 @@ def encode_clip(frames: np.ndarray, fps: float) -> tuple[bytes, str]:
         return path.read_bytes(), suffix
 
 
+def convert_artifact(store: ObjectStore, artifact: Artifact, suffix: str) -> Artifact:
+    """Return the artifact as a stored file of another format: mp4, gif or png; for clips generated here."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"clip.{suffix}"
+        write_media(path, load_frames(store, artifact), artifact.fps)
+        return artifact.model_copy(update={"key": store.put(path.read_bytes(), suffix), "latents": None})
+
+
 def to_png_bytes(frame: np.ndarray) -> bytes:
     """Return a frame [H, W, 3] as a png file."""
     buffer = io.BytesIO()

@@ -5,6 +5,10 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, model_validator
 
 Task = Literal["text-to-image", "text-to-video", "image-editing", "video-editing"]
+EditKind = Literal[
+    "recolour", "reshape", "add", "remove", "background", "motion", "resize", "replace", "swap", "place", "speed",
+    "path",
+]  # fmt: skip
 ConditionPart = Literal["source", "visual", "hidden", "text"]
 DtypeName = Literal["float32", "bfloat16", "float16"]
 Precision = Literal["preset", "float32"]  # the types that the preset states, or float32 for every part
@@ -210,6 +214,7 @@ class Preset(PresetModel):
     decoder: dict[str, Any]
     experts: ExpertsConfig = ExpertsConfig()
     has_scorer: bool = False
+    edits: tuple[EditKind, ...] = ()
     prompts: Literal["instructions", "keywords"] = "instructions"
     max_batch_size: int = 1
     absolute_positions: bool = False

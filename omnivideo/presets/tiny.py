@@ -30,6 +30,7 @@ TINY = Preset(
     name="tiny",
     version=1,
     has_scorer=True,
+    edits=("recolour", "reshape", "add", "remove", "background", "motion"),
     prompts="keywords",
     max_batch_size=4,  # 0.34 s per clip of 20 steps on one core, 0.54 s alone
     mllm_width=192,

@@ -29,6 +29,7 @@ from omnivideo.contracts import (
 from omnivideo.errors import ArtifactNotFound, InvalidInput, JobCancelled, StoreError, UnreadableMedia
 from omnivideo.evaluation import planner
 from omnivideo.evaluation.report import build_score_table, score_planner
+from omnivideo.media.read import measure_media
 from omnivideo.presets import TINY
 from omnivideo.sdk.batch import load_finished_ids, parse_items
 from omnivideo.sdk.studio import Studio
@@ -257,6 +258,20 @@ def test_the_terminal_chat_continues_after_an_error(studio):
     assert "/nonsense is not one of" in text and "has no clip or image yet" in text and "no turn to take back" in text
     assert "a red ball" in text and "turn: 9 is not a turn of this thread" in text
     assert "after turn 0" in text
+
+
+def test_a_message_saves_the_file_in_the_current_folder(studio, tmp_path, monkeypatch):
+    """In the asked format; saved files are found over HTTP too, and kept while the thread refers to them."""
+    monkeypatch.chdir(tmp_path)
+    output, thread = io.StringIO(), studio.open_thread()
+    chat = TerminalChat(thread, studio.artifact_path, Console(file=output, width=200), steps=1)
+    chat.run(["a clip where a red ball goes left", "save it as final.mp4", "as a GIF", "save it as x.webm", "/quit"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["clip.gif", "final.mp4"]
+    assert measure_media(tmp_path / "clip.gif").frames == measure_media(tmp_path / "final.mp4").frames == 9
+    assert "saved final.mp4" in output.getvalue() and "cannot write webm" in output.getvalue()
+    converted = thread.get_turns()[2].results[0].artifact
+    assert converted.key.endswith(".gif") and thread.has_file(converted.key) and not thread.has_file("other.gif")
+    assert converted.key in studio.conversations.collect_referenced_keys()
 
 
 # ---------------------------------------------------------------- evaluation

@@ -54,7 +54,7 @@ def test_other_texts_are_not_references(text):
 
 def test_each_turn_builds_on_the_last():
     conversation = Conversation()
-    first = conversation.say("a red ball bounces in; now make it blue; how many balls are there?")
+    first = conversation.say("a red ball moving left; now make it blue; how many balls are there?")
     generated, blue, counted = first.results
     assert (generated.goal, blue.goal, counted.goal) == ("generate", "edit", "understand")
     assert blue.artifact.source == generated.artifact.key
@@ -87,10 +87,10 @@ def test_ordinals_and_descriptions_find_earlier_clips():
     conversation = Conversation()
     red = conversation.say("a red ball").results[0].artifact
     picture = conversation.say("a picture of a green star").results[0].artifact
-    assert conversation.say("make the first clip darker").results[0].artifact.source == red.key
+    assert conversation.say("make the first clip yellow").results[0].artifact.source == red.key
     assert conversation.say("go back to the green one").results[0].artifact == picture
-    assert conversation.say("turn it brown").results[0].artifact.source == picture.key
-    assert conversation.say("make the red clip slower").results[0].artifact.source == red.key
+    assert conversation.say("turn it purple").results[0].artifact.source == picture.key
+    assert conversation.say("make the red clip cyan").results[0].artifact.source == red.key
 
 
 def test_a_missing_reference_is_asked_for():
@@ -107,8 +107,8 @@ def test_a_missing_reference_is_asked_for():
 
 def test_an_uncertain_route_is_asked_for():
     conversation = Conversation()
-    conversation.mllm.doubt.add("a red thing")
-    assert "picture" in conversation.say("a red thing").text
+    conversation.mllm.doubt.add("a red star")
+    assert "picture" in conversation.say("a red star").text
     assert conversation.say("a picture, please").results[0].artifact.medium == "image"
 
 

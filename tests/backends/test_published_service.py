@@ -154,7 +154,8 @@ def check_chat(service: PublishedService, address: str, kills_in_edit: bool) -> 
         assert (interrupted.result.key, interrupted.result.latents) == (whole.result.key, whole.result.latents)
         manifest = service.read_manifest(interrupted)
         digest = compute_folder_digest(service.weights).value
-        assert (manifest.preset, manifest.weights, manifest.precision) == (service.preset.name, digest, "preset")
+        assert (manifest.preset, manifest.weights) == (service.preset.name, digest)
+        assert manifest.precision.startswith("preset")  # and where the CPU is slow in bf16, what it computes in
 
 
 @pytest.mark.parametrize("kind", ["v1", "single", "experts"])

@@ -41,7 +41,8 @@ OLD_JOB = {
 }  # fmt: skip
 JOB = Job(
     id="open", prompt="make it blue", visual_tokens=None, source=ARTIFACT,
-    params=resolve_sampling_params(TINY, "video-editing", width=32, steps=4, seed=1), preset="tiny",
+    params=resolve_sampling_params(TINY, "video-editing", steps=4, seed=1).model_copy(update={"width": 32}),
+    preset="tiny",
 )  # fmt: skip
 OLD_ACT = {"text": "make it blue", "source": "a.mp4"}
 OLD_DONE = {

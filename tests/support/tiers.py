@@ -76,6 +76,7 @@ SLOW = (
     "backends/queue/test_kill.py",
     "backends/test_published_service.py",
     "cli/test_cli*.py",
+    "evaluation/test_phrase_runner.py",
     "docs/test_docs.py",
     "evaluation/test_sample_sheet*.py",
     "models/test_*.py::test_the_ends_of_the_flow_shifts_range*",

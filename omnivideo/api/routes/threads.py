@@ -187,7 +187,7 @@ def get_lineage(name: str, context: ContextDep, owner: OwnerDep, artifact: str |
 def get_artifact_content(name: str, key: str, request: Request, context: ContextDep, owner: MediaOwnerDep) -> Response:
     """Return the bytes of an artifact or of its manifest, or a range of them."""
     thread = context.turn_runner.get_thread(owner, name)
-    if not any(key in (artifact.key, artifact.manifest) for artifact in thread.get_artifacts()):
+    if not thread.has_file(key):
         raise build_not_found_error("artifact", key)
     return build_range_response(request, context.store.get(key), key)
 

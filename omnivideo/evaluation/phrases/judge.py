@@ -9,12 +9,9 @@ import re
 from collections.abc import Iterator, Sequence, Set
 from typing import Literal
 
-from pydantic import Field
-
 from omnivideo.contracts import Medium
 from omnivideo.evaluation.phrases.entries import (
     Answer,
-    Argument,
     Ask,
     Command,
     CommandName,
@@ -32,6 +29,7 @@ from omnivideo.evaluation.phrases.entries import (
 )
 from omnivideo.synthetic.facts import ObjectDetection, SceneDetection, relation_holds
 from omnivideo.synthetic.scenes import FRAME_SIZE
+from omnivideo.turns import ExecutedCommand
 
 INFORMING_COMMANDS: frozenset[CommandName] = frozenset({"help", "recap", "list"})  # as good as an answer in words
 REGION_TOLERANCE = 2.0  # px by which the centre of an object must be off the middle of the frame
@@ -47,11 +45,6 @@ class ProducedArtifact(EntryModel):
     frames: int
     sources: tuple[int, ...] = ()
     facts: SceneDetection | None = None
-
-
-class ExecutedCommand(EntryModel):
-    name: CommandName
-    arguments: dict[Argument, int | str] = Field(default_factory=dict)
 
 
 class PhraseOutcome(EntryModel):

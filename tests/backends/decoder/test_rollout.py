@@ -190,13 +190,13 @@ def test_weights_are_replaced_under_load_in_a_service_of_two_workers(omni, new_o
         reaper = Reaper(deployment.jobs, HEARTBEAT_TIMEOUT, deployment.notify_workers).start()
         try:
             with deployment.run_worker() as first, deployment.run_worker() as second:
-                rollout.submit(12)
+                rollout.submit(8)
                 resumed = rollout.kill_in_a_job(first)
                 deployment.environment["OMNIVIDEO_WEIGHTS"] = str(folders["new"])
                 with deployment.run_worker() as third:
                     rollout.wait_for_running_job(third, min_step=1)
                     rollout.wait_for_ends(resumed)
-                    rollout.submit(12)
+                    rollout.submit(6)
                     restarted = rollout.kill_in_a_job(second)
                     with deployment.run_worker():
                         rollout.wait_for_ends(*rollout.names)

@@ -1,0 +1,126 @@
+"""Commands about the conversation itself, recognised by their English wording: undo, start over, save, and others.
+
+They are executed without the MLLM, for every preset. An MLLM that plans can give the same commands in its plan, for
+other languages and wordings. A text is a command only if all of it is one.
+"""
+
+import re
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+
+from omnivideo.agent.english_rules import ORDINAL_INDEX
+from omnivideo.contracts import Artifact
+from omnivideo.turns import CommandName, ExecutedCommand
+
+FILE_FORMATS = {"video": ("mp4", "gif"), "image": ("png", "gif")}
+NUMBERS = {
+    "a": 1, "an": 1, "one": 1, "another": 1, "two": 2, "a couple of": 2, "a pair of": 2, "couple": 2, "three": 3,
+    "some": 3, "several": 3, "a few": 3, "few": 3, "other": 3, "more": 3, "four": 4, "five": 5, "six": 6,
+    "seven": 7, "eight": 8,
+}  # fmt: skip
+COUNT = rf"(?P<count>\d+|{'|'.join(sorted(NUMBERS, key=len, reverse=True))})"
+PATTERNS_FILE = "prompts/commands.toml"
+CONTRACTED = (
+    (r"['\u2018\u2019]", "'"), (r"\b(\w+)n't\b|\b(did|do|does|is|was)nt\b", r"\1\2 not"), (r"\b(\w+)'s\b", r"\1 is"),
+    (r"\b(i|you|we)'d\b", r"\1 would"), (r"\b(i|you|we)'ve\b", r"\1 have"), (r"\bi'?m\b", "i am"),
+    (r"\b(you|we)'re\b", r"\1 are"), (r"\blet is\b|\blets\b", "let us"), (r"\bwanna\b", "want to"),
+    (r"\bgimme\b", "give me"), (r"\blemme\b", "let me"), (r"\bvid\b", "video"), (r"\bpic\b", "picture"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class CommandPatterns:
+    """The wordings of the commands, compiled; `lead` and `tail` are the politeness around a command."""
+
+    commands: tuple[tuple[CommandName, re.Pattern[str]], ...]
+    resend: re.Pattern[str]
+    lead: re.Pattern[str]
+    tail: re.Pattern[str]
+
+
+@cache
+def load_patterns() -> CommandPatterns:
+    """Read the wordings of the commands."""
+    document = tomllib.loads((files("omnivideo.agent") / PATTERNS_FILE).read_text(encoding="utf-8"))
+    numbers = "|".join(sorted(NUMBERS, key=len, reverse=True))
+    parts = document["parts"] | {"count": rf"(?P<count>\d+|{numbers})", "ordinal": "|".join(ORDINAL_INDEX)}
+
+    def compile_pattern(pattern: str) -> re.Pattern[str]:
+        while "<" in (rest := re.sub(r"\(\?(?:P<\w+>|<[=!])", "", pattern)):
+            name = re.search(r"<(\w+)>", rest)
+            assert name, "every part is named"
+            pattern = re.sub(rf"(?<!P)<{name[1]}>", lambda match: parts[match[0].strip("<>")], pattern)
+        return re.compile(pattern)
+
+    return CommandPatterns(
+        tuple((entry["name"], compile_pattern(entry["pattern"])) for entry in document["commands"]),
+        *(compile_pattern(parts[name]) for name in ("resend", "lead", "tail")),
+    )
+
+
+def find_command(text: str, artifacts: Sequence[Artifact]) -> ExecutedCommand | None:
+    """Return the command that a whole text is, or None."""
+    words = " ".join(text.lower().split())
+    for pattern, replacement in CONTRACTED:
+        words = re.sub(pattern, replacement, words)
+    words = re.sub(r"[!?]+(?=\s|$)|\.+(?=\s|$)", "", words).strip(" ,;:-")
+    if command := match_polite_command(words, artifacts):
+        return command
+    # "wipe everything, i want to begin with a clean slate" says one command twice.
+    clauses = [match_polite_command(clause.strip(), artifacts) for clause in re.split(r"[,;.]+| and ", words)]
+    return clauses[0] if len(set(map(repr, clauses))) == 1 else None
+
+
+def match_polite_command(words: str, artifacts: Sequence[Artifact]) -> ExecutedCommand | None:
+    """Return the command that words are with or without the politeness around it, or None."""
+    patterns = load_patterns()
+    plain = patterns.lead.sub("", words)
+    for candidate in dict.fromkeys((words, patterns.tail.sub("", words), plain, patterns.tail.sub("", plain))):
+        if command := match_command(candidate.strip(" ,"), artifacts):
+            return command
+    return None
+
+
+def match_command(words: str, artifacts: Sequence[Artifact]) -> ExecutedCommand | None:
+    for name, pattern in load_patterns().commands:
+        if match := pattern.fullmatch(words):
+            return build_command(name, match.groupdict())
+    if (match := load_patterns().resend.fullmatch(words)) and artifacts:
+        number = find_result_number(match["which"], artifacts)
+        is_named = any(word in match["which"] for word in (*ORDINAL_INDEX, "original", "earlier", "number", "#"))
+        if number and (is_named or match["again"].strip()):
+            return ExecutedCommand(name="resend", arguments={"which": number})
+    return None
+
+
+def build_command(name: CommandName, groups: dict[str, str | None]) -> ExecutedCommand:
+    """Return the command with the arguments that its words give."""
+    if name == "save" and groups.get("file"):
+        return ExecutedCommand(name=name, arguments={"file": str(groups["file"])})
+    if name == "undo" and (count := groups.get("count")):
+        return ExecutedCommand(name=name, arguments={"count": int(count) if count.isdigit() else NUMBERS[count]})
+    if name == "export":
+        return ExecutedCommand(name=name, arguments={"format": str(groups["format"]).replace("jpeg", "jpg")})
+    if name == "vary":
+        count = groups.get("count") or "1"
+        return ExecutedCommand(name=name, arguments={"count": int(count) if count.isdigit() else NUMBERS[count]})
+    return ExecutedCommand(name=name)
+
+
+def find_result_number(words: str, artifacts: Sequence[Artifact]) -> int:
+    """Return the number, from 1, of the result that "the second clip", "number 3" or "it" names; 0 if there is none."""
+    media = [
+        word
+        for word in words.split()
+        if word in ("clip", "video", "animation", "movie", "film", "picture", "image", "photo", "drawing")
+    ]
+    medium = None if not media else "video" if media[0] in ("clip", "video", "animation", "movie", "film") else "image"
+    numbers = [number for number, artifact in enumerate(artifacts, start=1) if medium in (None, artifact.medium)]
+    if digits := re.search(r"\d+", words):
+        return int(digits[0]) if 1 <= int(digits[0]) <= len(artifacts) else 0
+    ordinals = [ORDINAL_INDEX[word] for word in words.split() if word in ORDINAL_INDEX]
+    index = ordinals[0] if ordinals else 0 if "original" in words else -2 if "earlier" in words else -1
+    return numbers[index] if -len(numbers) <= index < len(numbers) else 0

@@ -1,0 +1,450 @@
+"""The changes that a request asks for: what is changed, and into what.
+
+A request is read clause by clause. A clause has a target ("the circle", "it"), new values ("green", "bigger") and new
+objects ("a red star"); a new verb or another target begins the next one.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from omnivideo.agent.small_world.lexicon import Token
+from omnivideo.agent.small_world.scenes import (
+    GROUND_FILLERS,
+    GROUND_PREPOSITIONS,
+    REGION_PHRASES,
+    ObjectRequest,
+    read_scene,
+)
+
+EDIT_VERBS = ("add", "remove", "replace", "swap")
+CONJUNCTIONS = ("and", "but", "then", ",", ";", ".", "only", "while")
+CORRECTIONS = ("sorry", "i meant", "i mean", "mean", "meant", "wait", "no", "actually", "rather")
+NEGATIONS = ("not", "no", "never", "neither", "nor")
+DETERMINERS = ("the", "its", "their", "that", "this", "those", "these", "both", "all", "his", "same")
+RELATIVE_VERBS = ("is", "are", "does", "was", "should", "has", "goes", "looks")
+ATTRIBUTES = {
+    "places": "place", "place": "place", "positions": "place", "position": "place",
+    "colours": "colour", "colour": "colour",
+    "shapes": "shape", "sizes": "size",
+}  # fmt: skip
+TARGET_MODIFIERS = ("colour", "size", "number", "region")
+IMPERATIVE_MOTIONS = {
+    "still": "stay still", "left": "move left", "right": "move right", "up": "move up", "down": "move down",
+    "growing": "grow", "shrinking": "shrink",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class WordedChange:
+    """One change: its kind, and the request for it in the MLLM's words."""
+
+    kind: str
+    text: str
+    target: str = ""
+
+    @property
+    def value(self) -> str:
+        return self.text.rpartition(" ")[2]
+
+
+@dataclass
+class Clause:
+    verb: str = ""
+    target: str = ""
+    values: dict[str, str] = field(default_factory=dict)
+    new_objects: list[ObjectRequest] = field(default_factory=list)
+
+    def is_empty(self) -> bool:
+        return not (self.target or self.values or self.new_objects or self.verb in ("remove", "swap"))
+
+
+@dataclass
+class EditRequest:
+    """The changes of a request, in order; `kept` has the values that it says must stay."""
+
+    changes: list[WordedChange] = field(default_factory=list)
+    conflicts: list[tuple[str, str]] = field(default_factory=list)
+    unknown: list[str] = field(default_factory=list)
+    kept: dict[str, str] = field(default_factory=dict)
+    has_target: bool = False
+    removed: list[str] = field(default_factory=list)
+
+
+class EditReader:
+    """Reads the tokens of a request for changes from left to right."""
+
+    def __init__(self, tokens: Sequence[Token], *, is_still: bool = False, is_correction: bool = False):
+        self.tokens = list(tokens)
+        self.result = EditRequest()
+        self.clause = Clause()
+        self.clauses: list[Clause] = []
+        self.position = 0
+        self.is_kept = False
+        self.is_negated = False
+        self.is_still = is_still
+        self.is_replaced = False  # after "instead of": what is named is replaced
+        self.is_corrected = is_correction
+        self.is_turn = False
+        self.attribute = ""  # "colours" in "swap their colours"
+
+    def read(self) -> EditRequest:
+        while self.position < len(self.tokens):
+            self.position += self.read_token(self.tokens[self.position]) or 1
+        self.flush()
+        for clause in self.clauses:
+            self.result.changes += build_changes(clause, self.attribute)
+            if clause.verb == "remove" and clause.target not in ("", "it", "them"):
+                self.result.removed.append(clause.target)
+            elif clause.target in self.result.removed:
+                self.result.conflicts.append(("removed", clause.target))
+        for name, value in self.result.kept.items():
+            changed = [clause.values[name] for clause in self.clauses if name in clause.values]
+            self.result.conflicts += [(value, new) for new in changed if new != value]
+        return self.result
+
+    def flush(self) -> None:
+        if not self.clause.is_empty():
+            self.clauses.append(self.clause)
+        self.clause = Clause(verb=self.clause.verb, target=self.clause.target if self.clause.target == "it" else "")
+
+    # ------------------------------------------------------------ one token
+
+    def read_token(self, token: Token) -> int:
+        if not token.is_known:
+            self.result.unknown.append(token.text)
+        if token.text in CONJUNCTIONS:
+            self.is_kept = self.is_negated = False
+        following = self.tokens[self.position + 1] if self.position + 1 < len(self.tokens) else None
+        if token.text == "no" and following is not None and following.has("shape", "plural"):  # "no star"
+            self.clause.verb = "remove"
+            return 1
+        if token.text in CORRECTIONS:
+            self.is_corrected = True
+        if token.text in ("then", "afterwards", "after"):
+            self.is_turn = True
+        if token.text in ("keep", "leave", "keeps", "keeping"):
+            self.is_kept = True
+            return 1
+        if (token.text in NEGATIONS and not self.is_interjection()) or (
+            token.text == "instead" and self.text_at(1) == "of"
+        ):
+            self.is_negated, self.is_replaced = True, token.text == "instead"
+            return 1
+        attribute = ATTRIBUTES.get(token.text.removeprefix("the "))
+        if attribute and self.clause.verb in ("swap", "replace"):
+            self.clause.verb, self.attribute = "swap", attribute
+            return 1
+        return self.read_verb(token) or self.read_noun_phrase(token) or self.read_value(token)
+
+    def read_verb(self, token: Token) -> int:
+        verb = next((name for name in (*EDIT_VERBS, "put", "make") if token.has(name)), "")
+        following = self.tokens[self.position + 1] if self.position + 1 < len(self.tokens) else None
+        if token.has("go") and following is not None and following.has("direction", "speed"):  # "move left"
+            return 0
+        if not verb or (token.has("motion") and self.text_at(1) != "the") or token.has("resize"):
+            return 0
+        if self.clause.target or self.clause.values or self.clause.new_objects:
+            is_replacement = (
+                self.clause.verb == "remove" and verb in ("put", "add") and self.has_word("instead", "place")
+            )
+            if is_replacement:
+                self.clause.verb = "replace"
+                return 1
+            is_same = verb in ("put", "make") and not self.clause.values and not self.clause.new_objects
+            if not is_same:
+                self.flush()
+        self.clause.verb = verb
+        return 1
+
+    def read_noun_phrase(self, token: Token) -> int:
+        """Read a target or a new object, and return the number of its tokens; 0 if there is none."""
+        if token.has("ground") and not self.is_kept:
+            return self.read_ground()
+        if token.has("ground"):
+            self.result.kept["background"] = "as it is"
+            return 1
+        if token.has("reference", "rest") and not self.is_relative():
+            self.set_target("them" if token.get("reference") == "them" else "it")
+            return 1
+        is_definite = token.text in DETERMINERS
+        if is_definite or token.has("shape", "plural"):
+            end = self.find_noun(self.position + is_definite)
+            if end is not None:
+                return self.read_definite(token, end)
+        is_number = token.has("number") and not token.has("thing") and not self.is_interjection()
+        if token.text in ("a", "an", "another") or is_number:
+            end = self.find_noun(self.position + 1)
+            if end is not None:
+                return self.read_new_object(end)
+        if token.has("colour", "size") and not self.is_background_here():
+            end = self.find_noun(self.position + 1)
+            if end is not None:
+                return self.read_definite(token, end)
+        return 0
+
+    def read_definite(self, token: Token, end: int) -> int:
+        words = self.tokens[self.position : end + 1]
+        is_bare = token.text not in DETERMINERS
+        before = self.text_at(-1)
+        if is_bare and (
+            self.is_corrected or before in ("into", "to", "as") or self.clause.verb == "add" or self.clause.target
+        ):
+            return self.read_new_object(end)
+        if self.is_negated and not self.is_replaced:
+            self.is_negated = False
+            return end - self.position + 1
+        self.is_negated = False
+        self.set_target(name_target(words))
+        return end - self.position + 1
+
+    def read_new_object(self, end: int) -> int:
+        stop = end + 1
+        while stop < len(self.tokens) and self.tokens[stop].has("motion", "go", "direction", "region", "speed"):
+            stop += 1
+        words = self.tokens[self.position : stop]
+        if self.is_negated or self.is_kept:
+            self.is_negated = False
+            return stop - self.position
+        self.clause.new_objects += read_scene(words).objects or [ObjectRequest()]
+        return stop - self.position
+
+    def read_value(self, token: Token) -> int:
+        if token.has("resize") and token.has("motion") and self.clause.target:  # "make it shrink", not "shrink it"
+            return self.set_value("motion", token.get("motion") or "")
+        for category, name in (("longer", "length"), ("resize", "size"), ("size", "size"), ("speed", "speed")):
+            if value := token.get(category):
+                return self.set_value(name, value)
+        if colour := token.get("colour"):
+            is_ground = self.is_background_here()
+            count = self.set_value("background" if is_ground else "colour", colour)
+            following = self.tokens[self.position + 1 : self.position + 2]
+            return count + bool(is_ground and following and following[0].has("ground"))
+        if token.has("go"):
+            return self.read_moving()
+        if token.has("direction") and self.clause.verb == "put" and self.is_still:
+            return self.set_value(
+                "region",
+                {"up": "top", "down": "bottom"}.get(token.get("direction") or "", token.get("direction") or ""),
+            )
+        if (motion := token.get("motion")) or (
+            motion := token.get("direction") or "" if self.is_direction(token) else ""
+        ):
+            return self.set_value(
+                "second_motion" if self.is_turn and "motion" in self.clause.values else "motion", motion
+            )
+        if region := token.get("region"):
+            return self.set_value("region", region)
+        if medium := token.get("medium"):
+            return self.set_value("medium", medium)
+        if token.has("number") and not token.has("thing") and not self.is_interjection():
+            return self.set_value("count", token.get("number") or "")
+        return 0
+
+    def is_direction(self, token: Token) -> bool:
+        return token.has("direction") and not (
+            token.text in ("up", "down") and self.clause.verb == "make" and not self.clause.target
+        )
+
+    def read_moving(self) -> int:
+        for offset in (1, 2, 3):
+            index = self.position + offset
+            if index >= len(self.tokens) or not (
+                self.tokens[index].has("direction", "speed")
+                or self.tokens[index].text in ("only", "this", "time", "to", "it", "straight")
+            ):
+                break
+            if speed := self.tokens[index].get("speed"):
+                self.set_value("speed", speed)
+            elif direction := self.tokens[index].get("direction"):
+                self.set_value(
+                    "second_motion" if self.is_turn and "motion" in self.clause.values else "motion", direction
+                )
+                return offset + 1
+        return 1
+
+    def read_ground(self) -> int:
+        """Read "the background" with a colour after it."""
+        for index in range(self.position + 1, min(self.position + 6, len(self.tokens))):
+            if self.tokens[index].has("shape", "plural", "ground", "reference", "add", "remove", "make", "put"):
+                break
+            if colour := self.tokens[index].get("colour"):
+                self.set_value("background", colour)
+                return index - self.position + 1
+        return 1
+
+    # ------------------------------------------------------------ helpers
+
+    def text_at(self, offset: int) -> str:
+        index = self.position + offset
+        return self.tokens[index].text if 0 <= index < len(self.tokens) else ""
+
+    def has_word(self, *words: str) -> bool:
+        return any(token.text in words for token in self.tokens[self.position :])
+
+    def is_interjection(self) -> bool:
+        """Return whether "no" here stands by itself, as in "no, make it red"."""
+        before = [token.text for token in self.tokens[: self.position]]
+        return self.text_at(0) == "no" and (
+            self.text_at(1) in (",", "i", "it", "no") or all(word in ("no", ",") for word in before)
+        )
+
+    def is_relative(self) -> bool:
+        """Return whether "that" here begins a clause about what stands before: "a circle that is blue"."""
+        previous = self.tokens[self.position - 1] if self.position else None
+        return (
+            self.text_at(0) in ("that", "this")
+            and previous is not None
+            and previous.has("shape", "plural", "thing", "ground")
+        )
+
+    def find_noun(self, start: int) -> int | None:
+        """Return the index of the shape or "one" that ends a noun phrase from `start` on, or None."""
+        for index in range(start, len(self.tokens)):
+            token = self.tokens[index]
+            if token.has("shape", "plural") or (
+                token.has("thing") and (index > start or token.text != "one" or start > self.position)
+            ):
+                return index
+            if not token.has(*TARGET_MODIFIERS) and token.text not in (
+                "very",
+                "really",
+                "whole",
+                "entire",
+                "same",
+                "other",
+                "the",
+            ):
+                return None
+        return None
+
+    def is_background_here(self) -> bool:
+        following = [token.text for token in self.tokens[self.position + 1 : self.position + 2]]
+        if following and (following[0] == "behind" or self.tokens[self.position + 1].has("ground")):
+            return True
+        index = self.position - 1
+        while index >= 0 and self.tokens[index].text in GROUND_FILLERS:
+            index -= 1
+        if index >= 0 and (self.tokens[index].has("ground") or self.tokens[index].text in GROUND_PREPOSITIONS):
+            return True
+        ahead = [token.text for token in self.tokens[self.position + 1 : self.position + 3]]
+        ground = self.tokens[self.position + 3 : self.position + 4]
+        return ahead in (["for", "the"], ["as", "the"], ["in", "the"], ["as", "a"]) and bool(
+            ground and ground[0].has("ground")
+        )
+
+    def set_target(self, target: str) -> None:
+        self.result.has_target = True
+        if self.is_kept:
+            return
+        clause = self.clause
+        has_other = clause.target not in ("", target) and clause.verb != "swap"
+        if has_other and (clause.values or clause.new_objects):
+            self.flush()
+            self.clause.target = target
+        elif clause.verb == "swap" and clause.target and clause.target != target:
+            clause.target += f" and {target}"
+        elif not clause.target or target not in ("it", "them"):
+            clause.target = target
+
+    def set_value(self, name: str, value: str) -> int:
+        if self.is_negated:
+            self.is_negated = False
+            return 1
+        if self.is_kept:
+            self.result.kept[name] = value
+            return 1
+        current = self.clause.values.get(name)
+        if current not in (None, value) and not self.is_corrected:
+            self.result.conflicts.append((current or "", value))
+        self.clause.values[name] = value
+        return 1
+
+
+def name_target(tokens: Sequence[Token]) -> str:
+    """Return the MLLM's words for a target, such as "the red circle" or "the small one"."""
+    words = []
+    for token in tokens:
+        for category in ("size", "colour", "shape", "plural"):
+            if value := token.get(category):
+                words.append(f"{value}s" if category == "plural" else value)
+                break
+    if not tokens[-1].has("shape", "plural"):
+        words.append("one" if words else "object")
+    return "the " + " ".join(words)
+
+
+# ---------------------------------------------------------------- from clauses to changes
+
+
+def build_changes(clause: Clause, attribute: str) -> list[WordedChange]:
+    """Return the changes of one clause, in the MLLM's words."""
+    target = clause.target or "it"
+    if clause.verb == "swap" and clause.new_objects:
+        clause.verb = "replace"
+    if clause.verb == "swap":
+        noun = {"colour": "colours", "shape": "shapes"}.get(attribute, "places")
+        pair = f" of {clause.target}" if " and " in clause.target else ""
+        return [WordedChange("swap", f"swap the {noun}{pair}" if pair else f"swap their {noun}", target)]
+    if clause.verb == "remove":
+        return [WordedChange("remove", f"remove {target}", target)] if clause.target else []
+    if clause.new_objects:
+        return build_object_changes(clause, target)
+    return build_value_changes(clause.values, target)
+
+
+def build_object_changes(clause: Clause, target: str) -> list[WordedChange]:
+    """Return the changes that bring new objects: additions, replacements or another shape."""
+    obj = clause.new_objects[0]
+    ground = {name: value for name, value in clause.values.items() if name == "background"}
+    if clause.verb in ("add", "put") and clause.target in ("", "it"):
+        return [WordedChange("add", f"add {new.to_text()}") for new in clause.new_objects] + build_value_changes(
+            ground, "it"
+        )
+    if clause.verb == "replace" or (obj.shape and (obj.colour or obj.size)):
+        return [
+            WordedChange("replace", f"replace {target} with {obj.to_text()}", target),
+            *build_value_changes(ground, "it"),
+        ]
+    if obj.shape is None:
+        values = {name: value for name in ("colour", "size", "motion") if (value := getattr(obj, name))}
+        return build_value_changes(values | clause.values, target)
+    reshape = WordedChange("reshape", f"turn {target} into {obj.to_text()}", target)
+    return [reshape, *build_value_changes(clause.values, target)]
+
+
+def build_value_changes(values: dict[str, str], target: str) -> list[WordedChange]:
+    """Return a change for each new value."""
+    changes = []
+    for name, value in values.items():
+        if name == "colour":
+            changes.append(WordedChange("recolour", f"make {target} {value}", target))
+        elif name == "background":
+            changes.append(WordedChange("background", f"change the background to {value}"))
+        elif name == "size":
+            changes.append(
+                WordedChange("resize", f"make {target} {'bigger' if value == 'large' else 'smaller'}", target)
+            )
+        elif name == "motion":
+            changes.append(build_motion_change(values, target))
+        elif name == "speed" and "motion" not in values:
+            changes.append(WordedChange("speed", f"make {target} {'slower' if value == 'slow' else 'faster'}", target))
+        elif name == "region":
+            place = REGION_PHRASES.get(value, f"in the {value}")
+            changes.append(WordedChange("place", f"put {target} {place}", target))
+        elif name in ("length", "count", "medium"):
+            changes.append(WordedChange(name, f"{name} {value}", target))
+    return changes
+
+
+def build_motion_change(values: dict[str, str], target: str) -> WordedChange:
+    motion = values["motion"]
+    if second := values.get("second_motion"):
+        return WordedChange(
+            "path", f"make {target} {IMPERATIVE_MOTIONS[motion]} then {IMPERATIVE_MOTIONS[second]}", target
+        )
+    return WordedChange("motion", f"make {target} {IMPERATIVE_MOTIONS[motion]}", target)
+
+
+def read_edit(tokens: Sequence[Token], *, is_still: bool = False, is_correction: bool = False) -> EditRequest:
+    """Return the changes that the tokens ask for; in a still picture, "to the left" is a place."""
+    return EditReader(tokens, is_still=is_still, is_correction=is_correction).read()

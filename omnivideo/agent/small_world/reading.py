@@ -1,0 +1,386 @@
+"""Read one action of a turn: what the MLLM is asked, or what the user is told or asked instead."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import pairwise
+
+from omnivideo.agent import english_rules, media_words
+from omnivideo.agent.commands import find_command
+from omnivideo.agent.small_world import replies, talk
+from omnivideo.agent.small_world.edits import WordedChange, read_edit
+from omnivideo.agent.small_world.lexicon import (
+    Token,
+    load_lexicon,
+    normalize_text,
+    split_words,
+    tokenize,
+)
+from omnivideo.agent.small_world.question_reading import read_question_action
+from omnivideo.agent.small_world.questions import is_question
+from omnivideo.agent.small_world.readings import Context, Reading, ReadingKind
+from omnivideo.agent.small_world.scenes import DescribedScene, read_scene
+from omnivideo.agent.small_world.wordings import load_pattern
+
+SECOND_MOTION = re.compile(r"\b(?:then|after that|afterwards|next)\b")
+QUESTION_WORD = re.compile(r"(?:what|which|who|whose|where|why|when|how|is|are|was|were|does|did)\b")
+CORNERS = re.compile(r"\b(?:with|has|having) (?:only |exactly )?(no|one|two|three|four|five|six) corners\b")
+TASK_BY_KIND = {"length": "video-extension"}
+
+
+def read_action(text: str, context: Context) -> list[Reading]:
+    """Return what is to be done for an action of a turn; several readings for several changes."""
+    if command := find_command(text, context.artifacts):
+        return [Reading("command", text, command=command)]
+    if talk.is_foreign(text):
+        return [Reading("decline", text, message=replies.ONLY_ENGLISH)]
+    if english_rules.is_go_back_request(text):
+        return [Reading("do", text)]
+    normalized, tokens = normalize_text(text), tokenize(text)
+    is_request = bool(load_pattern("polite_request").match(normalized)) and not re.search(
+        r"\bwhat (?:size|colour|shape)\b", normalized
+    )
+    said = None if has_world_words(tokens) else talk.find_small_talk(text)
+    is_asked = is_question(normalized) and not is_request and said not in talk.CERTAIN
+    if is_asked and (reading := read_question_action(text, normalized, tokens, context)):
+        return [reading]
+    if is_asked and context.medium and not any(token.has("longer", "task") for token in tokens):
+        unknown = [token.text for token in tokens if not token.is_known]
+        if unknown:
+            return [build_unknown(text, tokens, unknown, context)]
+        if QUESTION_WORD.match(normalized):
+            return [Reading("ask", text, message=replies.build_unclear_question())]
+    if said:
+        if said == "languages":
+            return [Reading("say", text, goal="understand", medium="text", message=replies.NOT_ENGLISH)]
+        return [Reading("do", said, goal="understand", medium="text", reference="new")]
+    if question := find_wrong_corners(normalized, tokens):
+        return [Reading("ask", text, message=question)]
+    if is_in_trained_words(text, normalized, tokens, context):
+        return [Reading("do", text)]
+    return read_request(text, normalized, tokens, context)
+
+
+def find_wrong_corners(normalized: str, tokens: Sequence[Token]) -> str:
+    """Return a question if a shape is said to have another number of corners than it has; else ""."""
+    shapes = [shape for token in tokens if (shape := token.get("shape") or token.get("plural"))]
+    match = CORNERS.search(normalized)
+    if match is None or len(shapes) != 1:
+        return ""
+    corners = load_lexicon().facts.corners[shapes[0]]
+    return "" if corners == match[1] else f"A {shapes[0]} has {corners} corners. What should I draw?"
+
+
+def has_world_words(tokens: Sequence[Token]) -> bool:
+    return any(token.has("shape", "plural", "colour", "ground", "resize", "verb", "size", "motion") for token in tokens)
+
+
+def is_in_trained_words(text: str, normalized: str, tokens: Sequence[Token], context: Context) -> bool:
+    """Return whether a request describes things indirectly, in words that the MLLM was trained on."""
+    is_indirect = english_rules.is_indirect(text) or load_pattern("indirect").search(normalized)
+    if (
+        not is_indirect
+        or (context.medium and load_pattern("correction").match(normalized))
+        or (context.medium and any(token.has("reference", "resize", "add", "remove") for token in tokens))
+    ):
+        return False
+    words = re.findall(r"[a-z0-9'-]+", text.lower())
+    lexicon = load_lexicon()
+    known = lexicon.described | english_rules.load_plain_words()
+    has_subject = any(token.has("shape", "plural", "thing", "reference") for token in tokens)
+    return has_subject and len(words) > 3 and known.issuperset(words)
+
+
+# ---------------------------------------------------------------- requests
+
+
+def read_request(text: str, normalized: str, tokens: Sequence[Token], context: Context) -> list[Reading]:
+    """Return the readings of a request for something new or for changes."""
+    other_medium = context.medium and media_words.find_requested_medium(text, context.medium)
+    if other_medium == "image" or (other_medium and context.preset.animates_pictures):
+        return [Reading("do", text)]  # a still of a clip needs no model
+    tasks = [token.get("task") or "" for token in tokens if token.has("task")]
+    if tasks and context.medium:
+        return [read_task(text, tasks[0], context)]
+    reference, tokens = find_ordinal(text, tokens, context)
+    unknown = [token.text for token in tokens if not token.is_known]
+    if unknown:
+        return [build_unknown(text, tokens, unknown, context)]
+    is_correction = bool(load_pattern("correction").match(normalized))
+    if is_scene_request(tokens, context, is_correction=is_correction):
+        return [read_scene_action(text, normalized, tokens, context)]
+    if context.medium is None:
+        message = replies.build_empty_question() if not has_world_words(tokens) else ""
+        return [Reading("ask", text, message=message or "There is nothing to change yet. What should I create?")]
+    if versions := read_versions(normalized, context):
+        return versions
+    edit = read_edit(tokens, is_still=context.medium == "image", is_correction=is_correction)
+    if edit.conflicts:
+        return [Reading("ask", text, message=replies.build_contradiction_question(*edit.conflicts[0]))]
+    changes = [change for change in edit.changes if change.text != f"medium {context.medium}"]
+    if is_correction:
+        changes = [correct_background(change, context) for change in changes]
+    if not changes:
+        return [Reading("ask", text, message=replies.build_unclear_question())]
+    readings = read_changes(text, normalized, changes, reference, context)
+    targets = tuple(change.target for change in changes)
+    return [replace(reading, targets=targets, removed=tuple(edit.removed)) for reading in readings]
+
+
+def correct_background(change: WordedChange, context: Context) -> WordedChange:
+    """Return a correction as one of the background, if that was changed last or only it can have the colour."""
+    is_ground = change.value not in load_lexicon().facts.object_colours or "background" in context.last_request
+    if (
+        change.kind == "recolour"
+        and change.target == "it"
+        and change.value in load_lexicon().facts.backgrounds
+        and is_ground
+    ):
+        return WordedChange("background", f"change the background to {change.value}")
+    return change
+
+
+def read_versions(normalized: str, context: Context) -> list[Reading]:
+    """Return the readings of "two versions, one where it is blue and another where it is yellow"; [] for others."""
+    match = load_pattern("versions").match(normalized)
+    if match is None or not context.number:
+        return []
+    readings = list[Reading]()
+    for part in (match[1], match[2]):
+        edit = read_edit(tokenize(part), is_still=context.medium == "image")
+        readings += read_changes(part, part, edit.changes, str(context.number), context) if edit.changes else []
+    return readings if len(readings) == 2 or any(reading.kind != "do" for reading in readings) else []
+
+
+def find_ordinal(text: str, tokens: Sequence[Token], context: Context) -> tuple[str, Sequence[Token]]:
+    """Return the number of the artifact that "the second clip" names, and the tokens with "it" in its place."""
+    match = english_rules.find_by_ordinal(text, context.artifacts)
+    if match and match.artifact is None:  # the user is asked which one is meant
+        return "described", tokenize(re.sub(re.escape(match.words), "it", text, flags=re.IGNORECASE))
+    if match and match.artifact:
+        number = max(index for index, artifact in enumerate(context.artifacts, start=1) if artifact == match.artifact)
+        return str(number), tokenize(re.sub(re.escape(match.words), "it", text, flags=re.IGNORECASE))
+    described = english_rules.DESCRIPTION_REFERENCE.search(text)
+    if described and not described[0].lower().endswith("still"):  # "staying still" names no picture
+        return "described", tokenize(text.replace(described[0], " it "))
+    return "", tokens
+
+
+def build_unknown(text: str, tokens: Sequence[Token], unknown: list[str], context: Context) -> Reading:
+    """Return a refusal of a request with unknown words; a question if it does not look like a request."""
+    num_words = len([word for word in split_words(normalize_text(text)) if word[0].isalnum()])
+    message = replies.build_unknown_reply(unknown, context.preset, num_words)
+    verbs = ("make", "draw", "add", "remove", "replace", "swap", "put", "shape", "plural", "colour", "ground", "medium")
+    if (not is_question(normalize_text(text)) and any(token.has(*verbs) for token in tokens)) or tokens[0].text in (
+        "a",
+        "an",
+        "the",
+        "one",
+        "two",
+    ):
+        return Reading("decline", text, message=message)
+    return Reading("ask", text, message=f"I am not sure what you mean: {message} What should I make?")
+
+
+def read_task(text: str, task: str, context: Context) -> Reading:
+    if task in context.preset.sampling:
+        return Reading("do", text)
+    return Reading("decline", text, message=replies.build_impossible_reply(task, context.preset))
+
+
+def is_scene_request(tokens: Sequence[Token], context: Context, *, is_correction: bool) -> bool:
+    """Return whether the tokens ask for something new and not for a change of the current artifact."""
+    has_shape = any(token.has("shape", "plural") for token in tokens)
+    if context.medium is None:
+        is_change = any(token.has("remove", "replace", "swap") for token in tokens) or any(
+            token.has("reference") and not is_relative(tokens, index) for index, token in enumerate(tokens)
+        )
+        return not is_change and (has_shape or any(token.has("medium") for token in tokens))
+    if any(token.text in ("as", "into") and following.text in ("a", "an") for token, following in pairwise(tokens)):
+        return False
+    if any(token.has("add", "remove", "replace", "swap", "resize", "longer") for token in tokens):
+        return False
+    texts = [token.text for token in tokens]
+    definite = any(
+        (token.has("reference", "rest") and not is_relative(tokens, index))
+        or (token.text in ("the", "its", "their") and names_object(tokens, index))
+        for index, token in enumerate(tokens)
+    )
+    if definite or not has_shape:
+        return (
+            not definite
+            and any(token.has("medium") for token in tokens)
+            and "same" not in texts
+            and not has_values(tokens)
+        )
+    if is_correction:
+        scene = read_scene(tokens)
+        return any(obj.colour for obj in scene.objects)
+    return True
+
+
+def has_values(tokens: Sequence[Token]) -> bool:
+    return any(token.has("colour", "size", "motion", "speed", "ground") for token in tokens)
+
+
+def names_object(tokens: Sequence[Token], index: int) -> bool:
+    """Return whether "the" at this index begins the name of an object, such as "the small red one"."""
+    for token in tokens[index + 1 : index + 5]:
+        if token.has("shape", "plural", "thing", "ground"):
+            return True
+        if not token.has("colour", "size", "number", "region"):
+            return False
+    return False
+
+
+def is_relative(tokens: Sequence[Token], index: int) -> bool:
+    """Return whether "that" here begins a clause about the noun before it."""
+    if not any(token.has("shape", "plural", "ground") for token in tokens[:index]):
+        return False
+    if tokens[index].text == "that" or (tokens[index].text == "them" and index and tokens[index - 1].text == "of"):
+        return True
+    following = tokens[index + 1 : index + 2]
+    is_clause = bool(following) and (
+        following[0].text in ("is", "are", "should", "does", "has", "all")
+        or following[0].has("go", "motion", "colour", "size")
+    )
+    return (
+        tokens[index].text in ("it", "they", "both", "all of them", "this")
+        and is_clause
+        and not tokens[0].has("make", "put")
+    )
+
+
+def read_scene_action(text: str, normalized: str, tokens: Sequence[Token], context: Context) -> Reading:
+    """Return the reading of a request for something new."""
+    scene = read_scene(tokens)
+    if problem := find_scene_problem(scene, normalized):
+        return Reading("decline", text, message=f"{problem} {load_lexicon().facts.contents}")
+    if scene.medium == "image" and any(obj.motion not in (None, "still") for obj in scene.objects):
+        return Reading(
+            "ask", text, message="A picture does not move. Should I make a clip, or a picture without the motion?"
+        )
+    if scene.conflicts:
+        return Reading("ask", text, message=replies.build_contradiction_question(*scene.conflicts[0]))
+    if "number" in scene.leftovers:
+        return Reading("ask", text, message=replies.COUNT_QUESTION)
+    if not scene.objects or "shape" in scene.leftovers or any(obj.count == 0 for obj in scene.objects):
+        return Reading("ask", text, message=replies.build_empty_question())
+    if is_plain_wording(text, normalized, load_pattern("scene_form")):
+        return Reading("do", text)
+    return Reading(
+        "do", scene.to_text(), goal="generate", medium="video" if scene.is_video else "image", reference="new"
+    )
+
+
+def find_scene_problem(scene: DescribedScene, normalized: str) -> str:
+    """Return what of a scene does not exist in the world, as a sentence; "" if all of it does."""
+    if re.search(r"\bblack and white\b(?! background)|\bmonochrome\b|\bgreyscale\b", normalized):
+        return "I cannot make black and white pictures."
+    colours = [
+        obj.colour for obj in scene.objects if obj.colour and obj.colour not in load_lexicon().facts.object_colours
+    ]
+    if colours:
+        return f"{colours[0].capitalize()} is no colour of my shapes."
+    if scene.background and scene.background not in load_lexicon().facts.backgrounds:
+        return f"I cannot draw a {scene.background} background."
+    if scene.count > load_lexicon().facts.max_objects:
+        return f"I can show at most four shapes, not {scene.count}."
+    return ""
+
+
+def is_plain_wording(text: str, normalized: str, form: re.Pattern[str]) -> bool:
+    """Return whether a request is in the MLLM's own words and form, in which it is passed on as it is."""
+    words = re.findall(r"[a-z0-9'-]+", text.lower())
+    is_fluent = not re.search(r"[.;:!?](?=.)|,(?! (?:and )?(?:an?|one|two|three|four|\d)\b)", normalized)
+    return is_fluent and bool(form.fullmatch(normalized)) and english_rules.load_plain_words().issuperset(words)
+
+
+# ---------------------------------------------------------------- changes
+
+
+def read_changes(
+    text: str, normalized: str, changes: Sequence[WordedChange], reference: str, context: Context
+) -> list[Reading]:
+    """Return a reading for each change; one refusal or question if any of them cannot be made."""
+    expanded = [new for change in changes for new in expand_change(change, context)]
+    for change in expanded:
+        if problem := find_change_problem(change, context):
+            kind: ReadingKind = "ask" if change.kind == "count" else "decline"
+            return [Reading(kind, text, message=problem)]
+    is_second_motion = bool(SECOND_MOTION.search(normalized)) and any(change.kind == "motion" for change in expanded)
+    is_second_motion = is_second_motion and "path" in context.preset.edits
+    if any(change.kind == "length" for change in expanded) or reference == "described" or is_second_motion:
+        return [Reading("do", text)]
+    if (
+        expanded == list(changes)
+        and len(expanded) == 1
+        and not reference
+        and is_plain_wording(text, normalized, load_pattern("edit_form"))
+    ):
+        return [Reading("do", text)]
+    medium = context.medium or ""
+    if reference:
+        number = int(reference)
+        medium = context.artifacts[number - 1].medium
+    first = Reading("do", expanded[0].text, goal="edit", medium=medium, reference=reference or "current")
+    return [
+        first,
+        *(Reading("do", change.text, goal="edit", medium=medium, reference="last") for change in expanded[1:]),
+    ]
+
+
+def expand_change(change: WordedChange, context: Context) -> list[WordedChange]:
+    """Return the changes that make up one change: of each object by itself, or of shape and colour."""
+    edits = context.preset.edits
+    if change.kind == "replace" and "replace" not in edits:
+        scene = read_scene(tokenize(change.text.rpartition(" with ")[2]))
+        obj = replace(scene.objects[0])
+        shape = f"turn {change.target} into {'an' if (obj.shape or '')[0] in 'aeiou' else 'a'} {obj.shape}"
+        parts = [WordedChange("reshape", shape, change.target)]
+        renamed = change.target if change.target == "it" else f"the {obj.shape}"
+        parts += [WordedChange("recolour", f"make {renamed} {obj.colour}", renamed)] if obj.colour else []
+        return parts + ([WordedChange("resize", f"make {renamed} {obj.size}", renamed)] if obj.size else [])
+    if change.target == "them" and change.kind in ("recolour", "reshape", "resize", "motion", "speed"):
+        names = list_object_names(context)
+        if len(names) > 1:
+            return [replace(change, text=change.text.replace("them", name, 1), target=name) for name in names]
+        if len(names) == 1 and " " in names[0] and not names[0].endswith("s"):
+            return [replace(change, text=change.text.replace("them", "it", 1), target="it")]
+    return [change]
+
+
+def list_object_names(context: Context) -> list[str]:
+    """Return "the circle" or "the red circle" for each different object that the MLLM sees."""
+    scene = read_scene(tokenize(context.describe()))
+    names = []
+    for obj in scene.objects:
+        is_unique = sum(other.shape == obj.shape for other in scene.objects) == 1
+        noun = f"{obj.shape}s" if (obj.count or 1) > 1 else str(obj.shape)
+        names.append(f"the {noun}" if is_unique else f"the {obj.colour} {noun}")
+    return names
+
+
+def find_change_problem(change: WordedChange, context: Context) -> str:
+    """Return what the user is told if a change is impossible; "" if it is possible."""
+    preset = context.preset
+    if change.kind == "count":
+        return "I cannot change how many there are. Should I draw it anew, or add or remove one?"
+    task = TASK_BY_KIND.get(change.kind)
+    if change.kind == "medium" or (change.kind in ("motion", "speed", "path") and context.medium == "image"):
+        task = "image-to-video"
+    if task:
+        is_possible = task in preset.sampling and change.text != "length shorter"
+        return (
+            ""
+            if is_possible
+            else replies.build_impossible_reply(task if "shorter" not in change.text else "length", preset)
+        )
+    if change.kind not in preset.edits:
+        return replies.build_impossible_reply(change.kind, preset)
+    value = change.value
+    if change.kind == "recolour" and value not in load_lexicon().facts.object_colours:
+        return f"{value.capitalize()} is no colour of my shapes. {load_lexicon().facts.contents}"
+    if change.kind == "background" and value not in load_lexicon().facts.backgrounds:
+        return f"I cannot draw a {value} background. {load_lexicon().facts.contents}"
+    return ""

@@ -1,0 +1,47 @@
+"""The context of a request, and the reading of an action: what is to be done for it."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from omnivideo.agent.small_world.questions import FileFact
+from omnivideo.contracts import Artifact, Medium
+from omnivideo.presets import Preset
+from omnivideo.turns import ExecutedCommand
+
+ReadingKind = Literal["do", "say", "ask", "decline", "command", "fact"]
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a request can refer to: the current artifact, all artifacts, the question asked before, and the preset.
+
+    `describe` returns the MLLM's description of the current artifact.
+    """
+
+    preset: Preset
+    artifacts: Sequence[Artifact] = ()
+    medium: Medium | None = None  # of the current result; None if there is none
+    last_request: str = ""
+    number: int = 0  # of the current result; 0 if there is none
+    describe: Callable[[], str] = lambda: ""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What is to be done for one action: the text for the MLLM and, where the words say it, the medium of the result.
+
+    `message` is what the user is told or asked instead. `reference` is the number of the artifact that is meant, "new",
+    or "" for what the words of `text` refer to.
+    """
+
+    kind: ReadingKind
+    text: str
+    targets: tuple[str, ...] = ()
+    removed: tuple[str, ...] = ()
+    goal: Literal["", "generate", "edit", "understand"] = ""
+    medium: Medium | Literal["text", ""] = ""
+    message: str = ""
+    reference: str = ""
+    command: ExecutedCommand | None = None
+    fact: FileFact | None = None

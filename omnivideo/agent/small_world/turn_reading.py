@@ -1,0 +1,111 @@
+"""Read a whole turn: its actions in order, or one refusal or question if any of them cannot be done."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+
+from omnivideo.agent import english_rules
+from omnivideo.agent.commands import find_command
+from omnivideo.agent.small_world import replies, talk
+from omnivideo.agent.small_world.lexicon import Token, load_lexicon, normalize_text, tokenize
+from omnivideo.agent.small_world.reading import read_action
+from omnivideo.agent.small_world.readings import Context, Reading
+from omnivideo.agent.small_world.scenes import read_scene
+from omnivideo.agent.small_world.wordings import load_pattern
+
+ADDITION = re.compile(r"^(?:and|with|plus|also) (?:an?|another|two|three) ")
+CHOICE_QUESTION = re.compile(r"^Do you mean (.+) or (.+)\?$")
+ATTRIBUTES = ("colour", "size", "motion", "go", "direction", "speed", "region", "ground")
+CONTENT = (
+    *ATTRIBUTES, "shape", "plural", "resize", "longer", "task", "reference", "rest", "make", "draw", "add", "remove",
+    "replace", "swap", "relation",
+)  # fmt: skip
+
+
+def read_turn(text: str, context: Context) -> list[Reading]:
+    """Return the readings of a turn's actions in order. If one is refused or unclear, nothing else is done."""
+    if command := find_command(text, context.artifacts):
+        return [Reading("command", text, command=command)]
+    if talk.is_foreign(text):
+        return [Reading("decline", text, message=replies.ONLY_ENGLISH)]
+    readings, removed = list[Reading](), list[str]()
+    parts = split_turn(text)
+    if len(parts) == 1 and load_pattern("follow_up").match(normalize_text(text)):
+        parts = [text]
+    elif len(parts) == 1 and context.medium and ADDITION.match(normalize_text(text)):
+        parts = [f"add {parts[0].removeprefix('with ')}"]
+    for part in parts:
+        earlier_removed = tuple(removed)
+        for reading in read_action(part, context):
+            if reading.kind in ("ask", "decline"):
+                return [replace(reading, text=text)]
+            if again := [name for name in reading.targets if name in earlier_removed]:
+                return [Reading("ask", text, message=replies.build_contradiction_question("removed", again[0]))]
+            removed += [name for name in reading.removed if name not in removed]
+            if reading.text.startswith("remove it"):
+                removed.append("it")
+            readings.append(reading)
+            context = update_context(context, reading)
+    return readings
+
+
+def update_context(context: Context, reading: Reading) -> Context:
+    """Return what the next action of the turn can refer to."""
+    if reading.command is not None:
+        return replace(context, medium=None) if reading.command.name == "restart" else context
+    if reading.goal == "understand":
+        return replace(context, last_request=reading.text)
+    if reading.medium in ("image", "video"):
+        return replace(context, medium=reading.medium)
+    scene = read_scene(tokenize(reading.text))
+    return replace(context, medium=context.medium or ("video" if scene.is_video else "image"))
+
+
+def split_turn(text: str) -> list[str]:
+    """Split a turn into its actions; words that only describe what stands before them stay with it."""
+    parts = list[str]()
+    for part in english_rules.split_actions(text):
+        tokens = tokenize(part)
+        has_content = any(token.has(*CONTENT) or not token.is_known for token in tokens)
+        if not has_content and not is_complete_by_itself(part):
+            continue  # "two separate pictures please"
+        if parts and is_attribute(tokens) and any(token.has("shape", "plural") for token in tokenize(parts[-1])):
+            parts[-1] += f", {part}"
+        else:
+            parts.append(part)
+    return parts or [text]
+
+
+def is_complete_by_itself(part: str) -> bool:
+    is_talk = english_rules.QUESTION.search(part) or talk.find_small_talk(part)
+    return bool(is_talk) or find_command(part, ()) is not None
+
+
+def is_attribute(tokens: Sequence[Token]) -> bool:
+    """Return whether words only name colours, sizes, motions or places: "Blue. Falling."."""
+    return bool(tokens) and all(
+        token.has(*ATTRIBUTES) or (token.is_known and token.text in ("a", "very", "and", ",", "on", "it", "is"))
+        for token in tokens
+    ) and not any(token.has("make", "add", "remove", "put") for token in tokens)  # fmt: skip
+
+
+def resolve_reply(request: str, question: str, reply: str) -> str:
+    """Return the request that a reply to a question leads to: without the other of two values, or the reply itself."""
+    match = CHOICE_QUESTION.match(question)
+    if match is None or len(reply.split()) > 6:
+        return reply
+    values = [match[1], match[2]]
+    named = [value for value in values if re.search(rf"\b{re.escape(value)}\b", normalize_text(reply))]
+    if len(named) != 1:
+        return reply
+    other = next(value for value in values if value != named[0])
+    phrases = [
+        phrase for phrase, meanings in load_lexicon().phrases.items() if any(other == value for _, value in meanings)
+    ]
+    pattern = "|".join(sorted(map(re.escape, phrases), key=len, reverse=True))
+    return re.sub(
+        rf"(?:,? (?:and|but|that is|all|completely|also|entirely)\b)* ?\b(?:{pattern})\b",
+        "",
+        normalize_text(request),
+        count=1,
+    ).strip()

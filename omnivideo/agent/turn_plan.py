@@ -1,0 +1,139 @@
+"""The actions of a turn as the planner's state keeps them: planned by the MLLM, or read from the words.
+
+`action_texts`, `action_references`, `action_goals`, `action_messages` and `action_details` are lists with an entry for
+each action. A detail is a dictionary: the `medium` of the result if it is certain, a `command`, a `fact` that is asked
+for, and a `seed_offset` of a variation.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from omnivideo.agent import english_rules
+from omnivideo.agent.commands import find_command
+from omnivideo.agent.mllm_plan import (
+    CURRENT,
+    LAST,
+    NEW,
+    PlannedCommand,
+    build_plan_request,
+    build_plan_schema,
+    parse_plan,
+)
+from omnivideo.agent.planner_prompts import Prompts
+from omnivideo.agent.references import ReferenceSearch
+from omnivideo.agent.small_world.readings import Context, Reading
+from omnivideo.agent.small_world.turn_reading import read_turn
+from omnivideo.agent.state import PlannerState
+from omnivideo.contracts import Artifact, MLLMRequest
+from omnivideo.ports import MLLM
+from omnivideo.presets import Preset
+from omnivideo.turns import TurnOptions
+
+# What an English command is to a preset that plans; the others depend on the conversation, and its MLLM plans them.
+COMMANDS_FOR_EVERY_PRESET = ("undo", "restart", "help", "recap", "list", "save", "export")
+
+
+@dataclass(frozen=True)
+class PlannedAction:
+    """One action of a turn. What the plan does not say is ""."""
+
+    text: str
+    reference: str = ""
+    goal: str = ""
+    message: str = ""
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+def to_state(actions: Sequence[PlannedAction]) -> dict[str, Any]:
+    """Return the entries of the planner's state for the actions."""
+    return {
+        "action_texts": [action.text for action in actions],
+        "action_references": [action.reference for action in actions],
+        "action_goals": [action.goal for action in actions],
+        "action_messages": [action.message for action in actions],
+        "action_details": [action.details for action in actions],
+    }
+
+
+def splice_actions(state: PlannerState, first: int, last: int, actions: Sequence[PlannedAction]) -> dict[str, Any]:
+    """Return the entries of the state in which the actions replace those from `first` up to `last`."""
+    size, updates = len(state["action_texts"]), {}
+    for key, values in to_state(actions).items():
+        old = list(state.get(key) or [{} if key == "action_details" else ""] * size)  # type: ignore[call-overload]
+        updates[key] = [*old[:first], *values, *old[last:]]
+    return updates
+
+
+def get_details(state: PlannerState) -> Mapping[str, Any]:
+    """Return the details of the current action; none if the turn began before there were any."""
+    details = state.get("action_details")
+    return details[state["action_index"]] if details else {}
+
+
+def reads_words(preset: Preset) -> bool:
+    """Return whether requests are read by the words of a small world, which are in the preset's folder of prompts."""
+    return preset.prompts == "keywords" and not preset.mllm.can_plan
+
+
+def plan_turn(
+    mllm: MLLM, preset: Preset, prompts: Prompts, state: PlannerState, text: str, descriptions: dict[str, str]
+) -> list[PlannedAction]:
+    """Return the actions of a text: as an MLLM that can plan writes them, or as the words say.
+
+    `descriptions` receives the MLLM's descriptions of the artifacts that it had to look at.
+    """
+    artifacts = [Artifact(**artifact) for artifact in state.get("artifacts", []) + state["attachments"]]
+    if prompts.plan is not None:
+        system = prompts.add_background(prompts.plan, TurnOptions(**state["options"]).background)
+        return plan_by_mllm(text, artifacts, mllm, system or prompts.plan)
+    if not reads_words(preset):
+        return [PlannedAction(action) for action in english_rules.split_actions(text)]
+    search = ReferenceSearch(mllm, prompts.describe, artifacts, descriptions, [])
+    key = state["attachments"][-1]["key"] if state["attachments"] else state.get("current_key")
+    current = search.artifact_from_plan(CURRENT, key)
+    context = Context(
+        preset,
+        artifacts,
+        current.medium if current else None,
+        state["turns"][-1]["text"] if state["turns"] else "",
+        artifacts.index(current) + 1 if current else 0,
+        lambda: search.describe_artifact(current) if current else "",
+    )
+    return [action_from_reading(reading) for reading in read_turn(text, context)]
+
+
+def action_from_reading(reading: Reading) -> PlannedAction:
+    goal = reading.goal if reading.kind in ("do", "say", "fact") else reading.kind
+    details: dict[str, Any] = {"medium": reading.medium} if reading.medium else {}
+    if reading.command is not None:
+        details["command"] = reading.command.model_dump()
+    if reading.kind == "say":
+        return PlannedAction(reading.text, reading.reference, goal, "", details | {"say": reading.message})
+    if reading.fact is not None:
+        details["fact"] = reading.fact
+    return PlannedAction(reading.text, reading.reference, goal, reading.message, details)
+
+
+def plan_by_mllm(text: str, artifacts: Sequence[Artifact], mllm: MLLM, prompt: str) -> list[PlannedAction]:
+    """Return the MLLM's plan of a turn; a command in plain English needs none.
+
+    The plan is valid unless it is cut off before the first action is complete; the turn is then one action about the
+    last artifact.
+    """
+    command = find_command(text, artifacts)
+    if command is not None and command.name in COMMANDS_FOR_EVERY_PRESET:
+        return [PlannedAction(text, goal="command", details={"command": command.model_dump()})]
+    request = MLLMRequest(
+        text=build_plan_request(text, artifacts), system=prompt, json_schema=build_plan_schema(len(artifacts))
+    )
+    planned_actions = parse_plan("".join(mllm.stream_text(request)), len(artifacts))
+    if not planned_actions:
+        return [PlannedAction(text, LAST if artifacts else NEW)]
+    return [
+        PlannedAction(
+            action.do.strip(), action.about, action.action, getattr(action, "say", ""),
+            {"command": action.to_command().model_dump()} if isinstance(action, PlannedCommand) else {},
+        )
+        for action in planned_actions
+    ]  # fmt: skip
