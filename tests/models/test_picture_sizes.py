@@ -7,7 +7,7 @@ from benchmarks.picture_sizes import SIZES, draw_shape, is_correct
 from omnivideo.models.device import pick_device
 from omnivideo.models.mllm import MLLMMedia, MLLMMessage, QwenVisualInput
 from omnivideo.models.weights import checkpoint
-from omnivideo.models.weights.checkpoint import find_shipped_weights
+from omnivideo.models.weights.shipped import find_shipped_weights
 from omnivideo.presets import TINY
 
 
