@@ -26,7 +26,7 @@ class PlannerState(TypedDict, total=False):
     action_index: int  # of the current action
     limit_question: str  # about a turn that asks for too much, or ""
     limit_reply: str  # what to do instead, or ""
-    limited_actions: list[dict[str, str]]  # what remains of such a turn if the user agrees
+    limited_actions: list[dict[str, Any]]  # what remains of such a turn if the user agrees
     clarifications: list[tuple[str, str]]
     results: list[dict[str, Any]]  # turns.ActionResult
     # The current action.
