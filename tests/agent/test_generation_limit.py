@@ -30,9 +30,9 @@ def test_agreement_generates_the_first_ones():
 
 def test_another_reply_replaces_the_turn():
     conversation = ask_for_many()
-    turn = conversation.say("a pink star")
+    turn = conversation.say("a white star")
     assert len(conversation.queue.jobs) == 1
-    assert "pink star" in turn.results[0].artifact.caption
+    assert "white star" in turn.results[0].artifact.caption
 
 
 def test_a_reply_that_is_too_long_is_bounded_without_another_question():
