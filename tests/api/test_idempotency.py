@@ -89,6 +89,11 @@ def cancel_turn(world: World, thread: str, turn: str) -> None:
 
 CASES = {
     "/v1/videos": Case(lambda world: "/v1/videos", build_json(**SMALL_VIDEO), **VIDEO),
+    "/v1/videos/sync": Case(
+        lambda world: "/v1/videos/sync",
+        build_json(**SMALL_VIDEO),
+        delete=lambda world, body: delete(world, f"/v1/videos/{body['id']}"),
+    ),
     "/v1/videos/edits": Case(
         lambda world: "/v1/videos/edits",
         lambda world, text: {"json": {"prompt": text, "video": {"id": world.video}} | QUICK},
@@ -195,7 +200,7 @@ def send(world: World, case: Case, key: str, text: str = "a red ball", http: htt
 def send_ok(world: World, case: Case, key: str, http: httpx.Client | None = None) -> dict:
     response = send(world, case, key, http=http)
     assert response.status_code in (200, 201, 202), response.text
-    return response.json()
+    return {"id": response.headers["X-Video-Id"]} if "X-Video-Id" in response.headers else response.json()
 
 
 def build_world(service, http) -> World:
