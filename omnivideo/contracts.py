@@ -167,7 +167,7 @@ class Artifact(FrozenModel):
     manifest: str | None = None
     latents: str | None = None
     source: str | None = None
-    preview: str | None = None
+    preview: str | None = build_omitted_field()
     created_by: str
 
 

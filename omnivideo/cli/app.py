@@ -106,9 +106,11 @@ def show_step_progress(label: str) -> Iterator[Callable[[StepProgress], None]]:
 def open_text_limits(preset: str, weights: Path | None) -> "TokenLimits":
     """Return the bounds of a model for texts, without loading it. Raises CheckpointError if there are no weights."""
     from omnivideo.models.text_limits import TokenLimits
-    from omnivideo.models.weights.shipped import find_shipped_weights
+    from omnivideo.models.weights.shipped import find_shipped_weights, read_index
 
-    return TokenLimits(get_preset(preset), weights or find_shipped_weights(preset))
+    folder = weights or find_shipped_weights(preset)
+    read_index(folder)
+    return TokenLimits(get_preset(preset), folder)
 
 
 def check_clip_texts(preset: str, weights: Path | None, params: SamplingParams, field: str, text: str) -> None:

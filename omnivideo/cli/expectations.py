@@ -20,8 +20,9 @@ from omnivideo.models.placement import (
     format_size,
     plan_placement,
 )
-from omnivideo.models.weights.checkpoint import list_part_names, read_index
+from omnivideo.models.weights.checkpoint import list_part_names
 from omnivideo.models.weights.part_sizes import count_elements, measure_parts
+from omnivideo.models.weights.shipped import read_index
 from omnivideo.presets import Preset, SamplingDefaults, Task, get_preset
 from omnivideo.settings import load_settings
 from omnivideo.training.planning.flops import count_decoder_flops, count_query_transformer_flops

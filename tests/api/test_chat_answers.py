@@ -115,14 +115,6 @@ def test_a_long_text_is_answered_in_words(client, context):
     assert "a red ball moving right" in after.choices[0].message.content, "the conversation goes on"
 
 
-def test_a_prompt_that_the_decoder_cannot_take_is_answered_in_words(client, context):
-    words = " ".join(f"word{number}" for number in range(200))
-    answer = ask(client, f"a red ball moving right; a ball {words}").choices[0]
-    assert answer.finish_reason == "stop"
-    assert "Here is the clip: a red ball moving right" in answer.message.content
-    assert answer.message.content.count("Please say it in fewer words.") == 1
-
-
 def test_an_unreadable_file_is_answered_in_words(client):
     broken = "data:image/png;base64,AAAA"
     content = [{"type": "text", "text": "describe this"}, {"type": "image_url", "image_url": {"url": broken}}]

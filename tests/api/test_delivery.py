@@ -40,10 +40,12 @@ def test_every_route_that_answers_get_answers_head(http, video, turn):
     image = http.post("/v1/images/generations", json={"prompt": "a", "size": "32x32", "response_format": "url"}).json()
     thread = turn.split("/")[3]
     artifact = http.get(f"/v1/threads/{thread}").json()["artifacts"][0]["key"]
+    response = http.post("/v1/responses", json={"model": "tiny", "input": "a red ball", "steps": 1}).json()
     names = {
         "video_id": video, "file_id": file, "batch_id": http.post("/v1/batches", json=batch).json()["id"],
         "hook_id": hook, "image_id": image["data"][0]["url"].split("/")[-2], "key": artifact,
         "turn": turn.split("/")[-1],
+        "response_id": response["id"],
     }  # fmt: skip
     paths = [path for path, methods in http.get("/openapi.json").json()["paths"].items() if "get" in methods]
     assert len(paths) > 20

@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from omnivideo.errors import CheckpointError
 from omnivideo.models.vila import VilaProjector
-from omnivideo.models.weights.checkpoint import WEIGHTS_FILE, load_mllm_tokenizer, read_index
+from omnivideo.models.weights.checkpoint import WEIGHTS_FILE, load_mllm_tokenizer
 from omnivideo.models.weights.published import (
     PUBLISHED_PRESETS,
     build_meta_modules,
@@ -23,7 +23,7 @@ from omnivideo.models.weights.published import (
     list_required_markers,
     list_weight_files,
 )
-from omnivideo.models.weights.shipped import INDEX_FILE
+from omnivideo.models.weights.shipped import INDEX_FILE, read_index
 from omnivideo.models.weights.sources import QWEN3_VL_TYPES, list_required_parts, read_json
 from omnivideo.models.weights.strict import check_keys, get_first_line
 from omnivideo.models.weights.tensor_files import read_safetensors_header

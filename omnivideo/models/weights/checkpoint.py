@@ -33,7 +33,7 @@ from omnivideo.models.weights.digests import RECORD_FILE, compute_file_digest, s
 from omnivideo.models.weights.mapped_pages import MappedPages
 from omnivideo.models.weights.part_sizes import measure_parts
 from omnivideo.models.weights.qwen3_vl import load_qwen3_vl, restore_published_layout
-from omnivideo.models.weights.shipped import INDEX_FILE
+from omnivideo.models.weights.shipped import INDEX_FILE, read_index
 from omnivideo.models.weights.strict import check_keys as check_keys
 from omnivideo.models.weights.strict import get_first_line as get_first_line
 from omnivideo.models.weights.strict import load_strict as load_strict
@@ -91,20 +91,6 @@ def strip_provenance(config: Path) -> None:
         return {key: strip_keys(entry) for key, entry in value.items() if key not in ("_name_or_path", "dtype")}
 
     config.write_text(json.dumps(strip_keys(json.loads(config.read_text())), indent=2, sort_keys=True) + "\n")
-
-
-def read_index(folder: Path) -> dict[str, Any]:
-    """Return a folder's index; raise CheckpointError if it is missing, damaged or of another format."""
-    path = folder / INDEX_FILE
-    if not path.is_file():
-        raise CheckpointError(f"no {INDEX_FILE} in the weights folder {folder.name!r}")
-    try:
-        index: dict[str, Any] = json.loads(path.read_text())
-    except ValueError as error:
-        raise CheckpointError(f"{INDEX_FILE} in {folder.name!r} is not JSON") from error
-    if index.get("_class_name") != "OmniVideo" or index.get("format") != 1:
-        raise CheckpointError(f"{INDEX_FILE} in {folder.name!r} does not have format 1")
-    return index
 
 
 def verify_digests(folder: Path) -> None:

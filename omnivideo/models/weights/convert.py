@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from omnivideo.errors import CheckpointError, InvalidInput
-from omnivideo.models.weights.checkpoint import BRIDGE_PARTS, read_index, verify_digests
+from omnivideo.models.weights.checkpoint import BRIDGE_PARTS, verify_digests
 from omnivideo.models.weights.folder import (
     PartStates,
     WeightsReport,
@@ -33,6 +33,7 @@ from omnivideo.models.weights.published import (
     list_weight_files,
     locate_tensors,
 )
+from omnivideo.models.weights.shipped import read_index
 from omnivideo.models.weights.tensor_files import (
     StateDict,
     WriteProgress,

@@ -1,6 +1,8 @@
 """The folders of the weights that are shipped with this package. This module does not need torch."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 from omnivideo.errors import CheckpointError
 from omnivideo.presets import get_preset
@@ -24,3 +26,17 @@ def find_weights(preset_name: str, folder: str) -> Path | None:
     """Return a folder of weights, by default the shipped ones, or None if this machine has none for the preset."""
     path = Path(folder) if folder else SHIPPED_WEIGHTS_FOLDER / get_preset(preset_name).name
     return path if (path / INDEX_FILE).is_file() else None
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """Return a folder's index; raise CheckpointError if it is missing, damaged or of another format."""
+    path = folder / INDEX_FILE
+    if not path.is_file():
+        raise CheckpointError(f"no {INDEX_FILE} in the weights folder {folder.name!r}")
+    try:
+        index: dict[str, Any] = json.loads(path.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{INDEX_FILE} in {folder.name!r} is not JSON") from error
+    if index.get("_class_name") != "OmniVideo" or index.get("format") != 1:
+        raise CheckpointError(f"{INDEX_FILE} in {folder.name!r} does not have format 1")
+    return index

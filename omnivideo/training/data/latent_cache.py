@@ -29,7 +29,8 @@ from omnivideo.media.read import read_fitted_media
 from omnivideo.models.conditions import encode_text, tokenize_prompts
 from omnivideo.models.omni import OmniVideoModel
 from omnivideo.models.vae import encode_pixels, pixels_from_bytes
-from omnivideo.models.weights.checkpoint import load_strict, read_index
+from omnivideo.models.weights.checkpoint import load_strict
+from omnivideo.models.weights.shipped import read_index
 from omnivideo.presets import TextConfig, get_preset
 from omnivideo.training.data.batch_sampler import BatchSampler, Bucket, MixConfig, select_bucket
 from omnivideo.training.data.file_store import FileStore

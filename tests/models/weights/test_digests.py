@@ -10,9 +10,10 @@ from safetensors.torch import load_file, save_file
 
 from omnivideo.errors import CheckpointError
 from omnivideo.models.weights import digests
-from omnivideo.models.weights.checkpoint import read_index, verify_digests
+from omnivideo.models.weights.checkpoint import verify_digests
 from omnivideo.models.weights.digests import RECORD_FILE, combine_digests, compute_folder_digest
 from omnivideo.models.weights.importer import import_weights
+from omnivideo.models.weights.shipped import read_index
 from tests.support.published_folders import CHECKPOINTS, publish_golden, use_golden_sizes
 
 

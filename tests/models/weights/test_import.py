@@ -19,6 +19,7 @@ from omnivideo.models.weights.convert import export_weights
 from omnivideo.models.weights.digests import compute_folder_digest
 from omnivideo.models.weights.importer import import_weights
 from omnivideo.models.weights.published import get_part_folder, list_weight_files, locate_tensors
+from omnivideo.models.weights.shipped import read_index
 from omnivideo.presets import PRESETS, Preset
 from tests.support.golden import golden_folder, load_golden
 from tests.support.published_folders import (
@@ -123,8 +124,8 @@ def test_the_authors_side_files_are_written_back(imported, monkeypatch, tmp_path
     export_weights(imported / "ours", tmp_path / "back")
     report = import_weights(tmp_path / "back", tmp_path / "again", allow_missing=True)
     assert set(report.missing_parts) == {"mllm", "text_encoder", "tokenizer", "vae"}
-    digests = checkpoint.read_index(imported / "ours")["sha256"]
-    again = checkpoint.read_index(tmp_path / "again")["sha256"]
+    digests = read_index(imported / "ours")["sha256"]
+    again = read_index(tmp_path / "again")["sha256"]
     assert len(again) == 6 and again.items() <= digests.items()
 
 
@@ -161,7 +162,7 @@ def test_several_folders_and_shards_make_one(version_2):
     ours, published = version_2 / "ours" / "mllm", version_2 / "Qwen3-VL"
     assert {path.name for path in ours.iterdir()} == {path.name for path in published.iterdir()}
     assert all((ours / path.name).samefile(path) for path in published.glob("*.safetensors"))
-    assert len([file for file in checkpoint.read_index(version_2 / "ours")["sha256"] if file.startswith("mllm/")]) == 2
+    assert len([file for file in read_index(version_2 / "ours")["sha256"] if file.startswith("mllm/")]) == 2
 
 
 @pytest.mark.golden
