@@ -20,8 +20,6 @@ from omnivideo.settings import ServiceSettings
 from omnivideo.storage.checkpointer import open_checkpointer
 from omnivideo.storage.objects.local import LocalObjectStore
 
-log = logging.getLogger("omnivideo.worker")
-
 if TYPE_CHECKING:
     from omnivideo.api.dependencies import ServiceContext
     from omnivideo.backends.decoder.renderer import Renderer

@@ -130,7 +130,7 @@ def test_a_worker_and_the_server_of_its_mllm_share_no_part(weights, tmp_path, ca
         artifact = render(wiring.renderer, build_job())
         wiring.close()
     assert (artifact.key, artifact.latents) == (expected.key, expected.latents)
-    (line,) = (record.message for record in caplog.records if record.name == "omnivideo.worker")
+    (line,) = (record.message for record in caplog.records if record.name == "omnivideo.wiring")
     assert line.startswith("placement of tiny: CPU (") and "decoder CPU (" in line and "mllm" not in line
 
 
