@@ -33,11 +33,11 @@ CONNECTION_SETUP_FILE = "storage/database/engine.py"  # runs once for each conne
 MAX_FILES_FROM_STEP_TO_BROWSER = 6
 # 31 before the published models, 35 before chats of every client's form: eight files read messages and find the thread,
 # two decide links and sampling, three are the planner's limits, media and edges, one is the wait for a client. Two more
-# since requests are held to trained shapes and to the models' tokens. Four more since bodies are bounded and texts are
-# checked before anything else reads them, references are searched in a step of their own, and checkpoints are compact.
-MAX_FILES_FROM_PROMPT_TO_PIXELS = 55
-# The goal is 18. The reader of clips in media/, which serving shares, takes five files; the model takes six.
-MAX_FILES_FROM_SAMPLE_TO_LOSS = 27
+# hold requests to trained shapes and to the models' tokens, seven read the words of the small world, and the others
+# bound bodies and clients, place the model's parts and compact checkpoints.
+MAX_FILES_FROM_PROMPT_TO_PIXELS = 64
+# The goal is 18. The reader of clips in media/, which serving shares, takes five files; the model takes seven.
+MAX_FILES_FROM_SAMPLE_TO_LOSS = 28
 
 
 def test_the_recorder_counts_functions_of_threads_and_children(tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ from html import unescape
 from pathlib import Path
 
 from ftfy import fix_text
-from safetensors import safe_open
 from tokenizers import Tokenizer
 
 from omnivideo.contracts import (
@@ -86,6 +85,8 @@ class TokenLimits:
         path = None if self.folder is None else self.folder / "markers" / "model.safetensors"
         if path is None or not path.is_file():
             return len(self.preset.condition.marker_names)
+        from safetensors import safe_open  # API processes need not load it
+
         with safe_open(path, "numpy") as markers:
             return sum(markers.get_slice(name).get_shape()[0] for name in markers.keys())  # noqa: SIM118
 
