@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from langgraph.checkpoint.base import BaseCheckpointSaver
+from langgraph.checkpoint.postgres import PostgresSaver
 from langgraph.checkpoint.sqlite import SqliteSaver
 
 from omnivideo.agent.graph import Planner
@@ -57,13 +58,11 @@ def open_upgraded(
     if request.param == "sqlite":
         yield lambda: checkpointers.open_checkpointer(load_settings(home=folder))
         return
-    with postgres(folder / "postgres") as address, pytest.MonkeyPatch.context() as patch:
+    with postgres(folder / "postgres") as address:
+        with PostgresSaver.from_conn_string(address) as target:  # as 0.1 wrote them: nothing is compact
+            target.setup()
+            copy_checkpoints(SqliteSaver(sqlite3.connect(stored, check_same_thread=False)), target)
         open_target = lambda: checkpointers.open_checkpointer(load_settings(database=address))  # noqa: E731
-        with patch.context() as without_upgrade:
-            without_upgrade.setattr(checkpointers, "upgrade_postgres", lambda checkpointer: None)
-            target: Any = open_target()
-        copy_checkpoints(SqliteSaver(sqlite3.connect(stored, check_same_thread=False)), target)
-        target.conn.close()
         yield open_target
 
 
