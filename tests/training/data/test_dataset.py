@@ -1,6 +1,7 @@
 """The data of the stages over shards: the samples of an epoch in order, on one rank or two."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -231,7 +232,8 @@ def test_the_digest_covers_the_samples_and_their_buckets(encoded_dataset):
     assert EpochDataset("some", again, ASSIGNER, mix, lambda entry: True).compute_digest() == one.compute_digest()
 
 
-def test_the_command_trains_over_shards(encoded_dataset, weights, tmp_path):
+def test_the_command_trains_over_shards(encoded_dataset, weights, tmp_path_factory, tmp_path):
+    weights = shutil.copytree(weights, tmp_path_factory.mktemp("weights") / "tiny")
     save_library_model(make_visual_encoder(), weights / "visual_encoder", torch.float16)
     given = [
         "--data",

@@ -1,6 +1,8 @@
 """The device and precision of a stage's weights: the rule for GPUs, applied to the tiny preset on a CPU."""
 
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -33,9 +35,16 @@ GPU, BF16, FP32 = torch.device("cuda"), torch.bfloat16, torch.float32
 
 
 @pytest.fixture(scope="module")
+def weights(weights, tmp_path_factory) -> Path:
+    """Return a copy of the weights with a visual encoder."""
+    folder = shutil.copytree(weights, tmp_path_factory.mktemp("weights") / "tiny")
+    save_library_model(encoder(), folder / "visual_encoder", torch.float16)
+    return folder
+
+
+@pytest.fixture(scope="module")
 def dataset(weights, tmp_path_factory) -> ShardDataset:
-    """Return shards of every task with a full cache; add a visual encoder to the weights."""
-    save_library_model(encoder(), weights / "visual_encoder", torch.float16)
+    """Return shards of every task with a full cache."""
     shards = library(tmp_path_factory.mktemp("shards"), SAMPLES)
     encode_shards(shards, FrozenEncoders.load(weights, "cpu"), FIT, lambda done, count: None)
     return shards
