@@ -241,6 +241,7 @@ class Job(FrozenModel):
 
 
 JobState = Literal["queued", "running", "done", "failed", "cancelled"]
+OPEN_STATES: tuple[JobState, ...] = ("queued", "running")  # of jobs and of turns
 Lane = Literal["interactive", "batch"]
 
 

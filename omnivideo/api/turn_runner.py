@@ -11,7 +11,7 @@ from typing import Any
 from omnivideo.agent.conversations import Conversations
 from omnivideo.agent.thread import Thread, parse_turn_options
 from omnivideo.api.errors import APIError, build_not_found_error, log_if_internal, to_api_error
-from omnivideo.contracts import Artifact, Lane
+from omnivideo.contracts import OPEN_STATES, Artifact, Lane
 from omnivideo.errors import ArtifactNotFound, InvalidInput, JobCancelled, ModelUnavailable, OmniVideoError, StoreError
 from omnivideo.ports import JobStore, TurnStore
 from omnivideo.turns import MAX_PROCESS_LOSSES, QuestionAsked, TurnCompleted, TurnEvent, TurnRecord, WaitingNotice
@@ -26,7 +26,6 @@ RESERVED_SLOTS = 2  # slots that the turns of a single owner do not occupy
 POISON_ERROR = APIError(
     500, f"it stopped {MAX_PROCESS_LOSSES} processes in a row and will not be tried again", None, "poison"
 ).to_record()
-OPEN_TURN_STATES = ("queued", "running")
 MAX_YIELD_SECONDS, YIELD_POLL_SECONDS = 60.0, 0.1  # how long a request about a conversation lets turns go first
 
 
@@ -167,7 +166,7 @@ class TurnRunner:
 
     def cancel_turn(self, turn: TurnRecord) -> None:
         """Cancel a turn. One that has ended is left alone, because the thread's open jobs belong to a later turn."""
-        if turn.state not in OPEN_TURN_STATES:
+        if turn.state not in OPEN_STATES:
             return
         self.turns.cancel_turn(turn.id)
         self.jobs.cancel_by_prefix(turn.owner, f"{turn.thread_id}/")

@@ -51,6 +51,18 @@ async def leave_after_stream(
         await leave_work(leave, not has_ended, grace_seconds)
 
 
+async def wait_for_work(
+    request: Request, work: Callable[[], Awaitable[None]], leave: Callable[[bool], None], grace_seconds: float
+) -> bool:
+    """Wait for work and leave it. Return False if the client has disconnected before its end."""
+    has_ended = False
+    try:
+        has_ended = await run_unless_disconnected(request, work)
+    finally:
+        await leave_work(leave, not has_ended, grace_seconds)
+    return has_ended
+
+
 async def run_unless_disconnected(request: Request, work: Callable[[], Awaitable[None]]) -> bool:
     """Wait for some work. Return False if the client has disconnected before its end; its body must have been read."""
     has_ended = False

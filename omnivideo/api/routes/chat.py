@@ -35,7 +35,7 @@ from omnivideo.api.errors import ERROR_RESPONSES, APIError, log_if_internal, to_
 from omnivideo.api.event_feed import EventFeed, get_event_feed
 from omnivideo.api.request_body import ServiceRoute, validate_fields
 from omnivideo.api.turn_runner import ATTENDED_RETRY_TIMEOUT_SECONDS
-from omnivideo.api.waiting import CLIENT_CLOSED_REQUEST, leave_after_stream, leave_work, run_unless_disconnected
+from omnivideo.api.waiting import CLIENT_CLOSED_REQUEST, leave_after_stream, wait_for_work
 from omnivideo.contracts import Lane, RequestModel
 from omnivideo.errors import UnusableContent
 from omnivideo.turns import TurnRecord
@@ -246,9 +246,8 @@ async def create_chat_completion(
     if payload.stream:
         chunks = leave_after_stream(completion.stream_chunks(feed), leave, grace_seconds)
         return EventSourceResponse(chunks, ping=15)
-    has_ended = await run_unless_disconnected(request, partial(feed.follow_to_end, completion.turn_id))
-    await leave_work(leave, not has_ended, grace_seconds)
-    if not has_ended:
+    work = partial(feed.follow_to_end, completion.turn_id)
+    if not await wait_for_work(request, work, leave, grace_seconds):
         return Response(status_code=CLIENT_CLOSED_REQUEST)
     return JSONResponse(await anyio.to_thread.run_sync(completion.build_completion))
 

@@ -37,13 +37,12 @@ from omnivideo.api.event_feed import EventFeed, get_event_feed
 from omnivideo.api.request_body import ServiceRoute, rename_error_field, validate_fields
 from omnivideo.api.routes.chat import ChatCompletion, ChatCompletionRequest
 from omnivideo.api.turn_runner import ATTENDED_RETRY_TIMEOUT_SECONDS, RETRY_TIMEOUT_SECONDS
-from omnivideo.api.waiting import CLIENT_CLOSED_REQUEST, leave_after_stream, leave_work, run_unless_disconnected
-from omnivideo.contracts import Artifact
+from omnivideo.api.waiting import CLIENT_CLOSED_REQUEST, leave_after_stream, leave_work, wait_for_work
+from omnivideo.contracts import OPEN_STATES, Artifact
 from omnivideo.errors import InvalidInput
 from omnivideo.turns import TurnRecord
 
 router = APIRouter(route_class=ServiceRoute, prefix="/v1/responses", tags=["responses"], responses=ERROR_RESPONSES)
-OPEN_STATES = ("queued", "running")
 ITEM_ID_PATTERN = re.compile(r"(?:msg|rs|ig)_([0-9a-f]+)_\d+")
 MESSAGE_FIELD_PATTERN = re.compile(r"messages\.(\d+)")
 
@@ -295,9 +294,8 @@ async def create_response(
         return JSONResponse(await run_sync(stored.build_response))
     if payload.stream:
         return EventSourceResponse(leave_after_stream(stored.stream_events(feed), leave, grace_seconds), ping=15)
-    has_ended = await run_unless_disconnected(request, partial(feed.follow_to_end, response_turn.turn_id))
-    await leave_work(leave, not has_ended, grace_seconds)
-    if not has_ended:
+    work = partial(feed.follow_to_end, response_turn.turn_id)
+    if not await wait_for_work(request, work, leave, grace_seconds):
         return Response(status_code=CLIENT_CLOSED_REQUEST)
     return JSONResponse(await run_sync(response_turn.build_ended_response))
 

@@ -4,12 +4,11 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Row, ScalarSelect, and_, case, func, or_, select
 
-from omnivideo.contracts import Artifact, Claim, Job, JobState, JobStatus, Lane, ModelIdentity
+from omnivideo.contracts import OPEN_STATES, Artifact, Claim, Job, JobState, JobStatus, Lane, ModelIdentity
 from omnivideo.storage.database.repository import unix_now
 from omnivideo.storage.database.schema import jobs, turns
 
 LANES: tuple[Lane, ...] = ("interactive", "batch")
-OPEN_STATES: tuple[JobState, ...] = ("queued", "running")
 ENDED_STATES: tuple[JobState, ...] = ("done", "failed", "cancelled")
 TRACE_HEADER = "traceparent"  # the W3C header, kept in the meta of a job
 MAX_WORKER_LOSSES = 3  # the number of lost workers after which a job fails

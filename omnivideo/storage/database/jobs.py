@@ -17,13 +17,23 @@ from typing import Any, NamedTuple
 from opentelemetry.propagate import inject
 from sqlalchemy import ColumnElement, Engine, Row, Update, and_, case, func, literal, null, or_, select, update
 
-from omnivideo.contracts import Artifact, Change, Claim, Job, JobState, JobStatus, Lane, ModelIdentity, StepProgress
+from omnivideo.contracts import (
+    OPEN_STATES,
+    Artifact,
+    Change,
+    Claim,
+    Job,
+    JobState,
+    JobStatus,
+    Lane,
+    ModelIdentity,
+    StepProgress,
+)
 from omnivideo.errors import InvalidInput, JobCancelled, JobLost, ServiceBusy, build_job_error
 from omnivideo.storage.database.job_rows import (
     ENDED_STATES,
     LANES,
     MAX_WORKER_LOSSES,
-    OPEN_STATES,
     body_from_job,
     build_count_subqueries,
     build_fair_rank_subquery,

@@ -11,14 +11,13 @@ from typing import Any, Literal
 from sqlalchemy import ColumnElement, Row, and_, case, exists, func, insert, literal, or_, select, update
 from sqlalchemy.exc import IntegrityError
 
-from omnivideo.contracts import Change, Lane
+from omnivideo.contracts import OPEN_STATES, Change, Lane
 from omnivideo.errors import InvalidInput
 from omnivideo.storage.database.notifications import AsyncWatch, turn_topic
 from omnivideo.storage.database.repository import Repository, record_from_row, select_values, unix_now
 from omnivideo.storage.database.schema import chat_threads, threads, turn_events, turns
 from omnivideo.turns import MAX_PROCESS_LOSSES, ThreadRecord, TurnEvents, TurnRecord
 
-OPEN_STATES = ("queued", "running")
 NumberedEvent = tuple[int, dict[str, Any]]  # numbers begin at 1
 
 
