@@ -18,17 +18,8 @@ from opentelemetry.propagate import inject
 from sqlalchemy import ColumnElement, Engine, Row, Update, and_, case, func, literal, null, or_, select, update
 
 from omnivideo.contracts import (
-    OPEN_STATES,
-    Artifact,
-    Change,
-    Claim,
-    Job,
-    JobState,
-    JobStatus,
-    Lane,
-    ModelIdentity,
-    StepProgress,
-)
+    OPEN_STATES, Artifact, Change, Claim, Job, JobState, JobStatus, Lane, ModelIdentity, StepProgress,
+)  # fmt: skip
 from omnivideo.errors import InvalidInput, JobCancelled, JobLost, ServiceBusy, build_job_error
 from omnivideo.storage.database.job_rows import (
     ENDED_STATES,
