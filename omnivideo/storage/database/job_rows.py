@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from opentelemetry.propagate import inject
 from sqlalchemy import ColumnElement, Row, ScalarSelect, and_, case, func, or_, select
 
 from omnivideo.contracts import OPEN_STATES, Artifact, Claim, Job, JobState, JobStatus, Lane, ModelIdentity
@@ -101,3 +102,10 @@ def build_fair_rank_subquery(owner: str, lane_index: int) -> ColumnElement[int]:
     current_rank = func.coalesce(last_running.scalar_subquery(), first_queued.scalar_subquery() - 1, 0)
     owner_rank = func.coalesce(last_of_owner.scalar_subquery(), 0)
     return case((owner_rank > current_rank, owner_rank), else_=current_rank) + 1
+
+
+def add_trace_context(meta: dict[str, str] | None) -> dict[str, str]:
+    """Add the caller's trace context to the meta of a job, so that its worker continues the trace."""
+    carrier: dict[str, str] = {}
+    inject(carrier)
+    return (meta or {}) | carrier

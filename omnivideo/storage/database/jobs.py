@@ -14,17 +14,26 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from opentelemetry.propagate import inject
 from sqlalchemy import ColumnElement, Engine, Row, Update, and_, case, func, literal, null, or_, select, update
 
 from omnivideo.contracts import (
-    OPEN_STATES, Artifact, Change, Claim, Job, JobState, JobStatus, Lane, ModelIdentity, StepProgress,
-)  # fmt: skip
+    OPEN_STATES,
+    Artifact,
+    Change,
+    Claim,
+    Job,
+    JobState,
+    JobStatus,
+    Lane,
+    ModelIdentity,
+    StepProgress,
+)
 from omnivideo.errors import InvalidInput, JobCancelled, JobLost, ServiceBusy, build_job_error
 from omnivideo.storage.database.job_rows import (
     ENDED_STATES,
     LANES,
     MAX_WORKER_LOSSES,
+    add_trace_context,
     body_from_job,
     build_count_subqueries,
     build_fair_rank_subquery,
@@ -431,13 +440,6 @@ class JobRepository(Repository):
 def match_attempt(claim: Claim) -> ColumnElement[bool]:
     """Match the job as long as no other attempt has claimed it and it has not ended."""
     return and_(jobs.c.id == claim.job.id, jobs.c.attempt == claim.attempt, jobs.c.state == "running")
-
-
-def add_trace_context(meta: dict[str, str] | None) -> dict[str, str]:
-    """Add the caller's trace context to the meta of a job, so that its worker continues the trace."""
-    carrier: dict[str, str] = {}
-    inject(carrier)
-    return (meta or {}) | carrier
 
 
 def result_from_status(status: JobStatus) -> Artifact | None:
