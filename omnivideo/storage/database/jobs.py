@@ -40,6 +40,7 @@ from omnivideo.storage.database.job_rows import (
     build_turn_subquery,
     claim_from_row,
     job_from_row,
+    match_attempt,
     match_claimable_jobs,
     match_model,
     match_owned_jobs,
@@ -435,11 +436,6 @@ class JobRepository(Repository):
         row = self.fetch_one(select(func.count()).where(jobs.c.state == "queued"))
         assert row is not None
         return int(row[0])
-
-
-def match_attempt(claim: Claim) -> ColumnElement[bool]:
-    """Match the job as long as no other attempt has claimed it and it has not ended."""
-    return and_(jobs.c.id == claim.job.id, jobs.c.attempt == claim.attempt, jobs.c.state == "running")
 
 
 def result_from_status(status: JobStatus) -> Artifact | None:
