@@ -8,11 +8,12 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from sqlalchemy import update
 
+from omnivideo.backends.queue.durable import result_from_status
 from omnivideo.contracts import Artifact, Job, StepProgress, resolve_sampling_params
 from omnivideo.errors import InvalidInput, JobCancelled, JobFailed, JobLost, ServiceBusy, StoreError
 from omnivideo.presets import TINY
 from omnivideo.storage.database.engine import create_database_engine, upgrade_schema
-from omnivideo.storage.database.jobs import JobRepository, result_from_status
+from omnivideo.storage.database.jobs import JobRepository
 from omnivideo.storage.database.repository import unix_now
 from omnivideo.storage.database.schema import jobs as jobs_table
 from omnivideo.storage.database.schema import metadata

@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 from omnivideo.contracts import Artifact, Job, JobStatus, Lane, Preview, StepProgress
-from omnivideo.errors import StoreError
+from omnivideo.errors import JobCancelled, StoreError, build_job_error
 from omnivideo.ports import ObjectStore
-from omnivideo.storage.database.jobs import JobRepository, result_from_status
+from omnivideo.storage.database.jobs import JobRepository
 from omnivideo.storage.database.repository import retry_while_unavailable
 
 
@@ -64,3 +64,12 @@ class DurableQueue:
 
     def cancel(self, job_id: str) -> None:
         self.jobs.cancel(job_id)
+
+
+def result_from_status(status: JobStatus) -> Artifact | None:
+    """Return the result of a job, or None while it is open. Raises JobFailed, InvalidInput or JobCancelled."""
+    if status.state == "failed":
+        raise build_job_error(status.code or "internal", str(status.error))
+    if status.state == "cancelled":
+        raise JobCancelled("the clip was cancelled")
+    return status.result

@@ -109,8 +109,3 @@ def add_trace_context(meta: dict[str, str] | None) -> dict[str, str]:
     carrier: dict[str, str] = {}
     inject(carrier)
     return (meta or {}) | carrier
-
-
-def match_attempt(claim: Claim) -> ColumnElement[bool]:
-    """Match the job as long as no other attempt has claimed it and it has not ended."""
-    return and_(jobs.c.id == claim.job.id, jobs.c.attempt == claim.attempt, jobs.c.state == "running")

@@ -28,7 +28,7 @@ from omnivideo.contracts import (
     ModelIdentity,
     StepProgress,
 )
-from omnivideo.errors import InvalidInput, JobCancelled, JobLost, ServiceBusy, build_job_error
+from omnivideo.errors import InvalidInput, JobLost, ServiceBusy
 from omnivideo.storage.database.job_rows import (
     ENDED_STATES,
     LANES,
@@ -40,7 +40,6 @@ from omnivideo.storage.database.job_rows import (
     build_turn_subquery,
     claim_from_row,
     job_from_row,
-    match_attempt,
     match_claimable_jobs,
     match_model,
     match_owned_jobs,
@@ -438,10 +437,6 @@ class JobRepository(Repository):
         return int(row[0])
 
 
-def result_from_status(status: JobStatus) -> Artifact | None:
-    """Return the result of a job, or None while it is open. Raises JobFailed, InvalidInput or JobCancelled."""
-    if status.state == "failed":
-        raise build_job_error(status.code or "internal", str(status.error))
-    if status.state == "cancelled":
-        raise JobCancelled("the clip was cancelled")
-    return status.result
+def match_attempt(claim: Claim) -> ColumnElement[bool]:
+    """Match the job as long as no other attempt has claimed it and it has not ended."""
+    return and_(jobs.c.id == claim.job.id, jobs.c.attempt == claim.attempt, jobs.c.state == "running")
