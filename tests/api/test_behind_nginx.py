@@ -119,10 +119,67 @@ def seen(tmp_path_factory):
             open_page(front_end, folder, options)
     front_end.shutdown()
     front_end.server_close()
-    if dump := os.environ.get("OMNIVIDEO_SEEN"):
-        Path(dump).write_text(json.dumps(front_end.seen, indent=1))
     return front_end.seen | {"log": (folder / "access.log").read_text().splitlines(), "address": address}
 
 
-def test_probe(seen):
-    assert seen
+def test_every_step_of_the_page_succeeded(seen):
+    assert not {name: result for name, result in seen.items() if isinstance(result, dict) and "failed" in result}
+    statuses = [line.rpartition(" ")[2] for line in seen["log"]]
+    assert statuses and all(status < "500" for status in statuses)
+    assert any(line.startswith("OPTIONS /v1/chat/completions 200") for line in seen["log"]), "the page asked first"
+
+
+def test_links_lead_through_the_proxy_and_show_media(seen):
+    for address in (seen["preview"], seen["clip"], seen["images"]["url"]):
+        assert address.startswith(f"{seen['address']}/v1/") and "signature=" in address
+    media = seen["media"]
+    assert media["picture"] == {"width": 64, "height": 64} and len(media["pictureWithPixels"]["pixel"]) == 4
+    for clip in (media["clip"], media["clipOfAnotherOrigin"]):
+        assert clip["width"] == clip["height"] == 64 and clip["time"] == pytest.approx(clip["duration"] / 2)
+    assert seen["images"]["shown"] == {"width": 640, "height": 360}
+    assert (seen["videos"]["shown"]["width"], seen["videos"]["sync"]) == (640, [200, "video/mp4"])
+
+
+def test_links_are_signed_where_keys_are_on(seen):
+    links = seen["links"]
+    assert links["signed"][:2] == [200, "video/mp4"] and links["withKey"] == 200
+    assert (links["forged"]["status"], links["forged"]["error"]["code"]) == (403, "invalid_link")
+    assert (links["bare"]["status"], links["bare"]["error"]["code"]) == (401, "invalid_api_key")
+
+
+def test_events_arrive_while_they_happen(seen):
+    for times in (seen["chat"]["times"], seen["events"]["times"]):
+        assert len(set(times)) >= 8 and times[-1] - times[0] > 300, times
+    ids = seen["events"]["ids"]
+    assert ids == list(range(1, len(ids) + 1)), "a stream continues after the last event"
+    assert (seen["events"]["last"], seen["events"]["after"]) == ("done", 204)
+
+
+def test_ranges_heads_and_caches(seen):
+    ranges = seen["ranges"]
+    size = ranges["size"]
+    assert ranges["part"] == [206, f"bytes 4-7/{size}", "ftyp"]
+    assert ranges["last"] == [206, f"bytes {size - 3}-{size - 1}/{size}", 3]
+    assert ranges["outside"] == [416, f"bytes */{size}"]
+    assert ranges["head"] == [200, size, ranges["etag"], 0] and ranges["unchanged"] == [304, 304]
+    assert seen["cache"][0] == seen["cache"][1] > 0
+    preview = seen["preview"].removeprefix(seen["address"]).partition("?")[0]
+    assert f"GET {preview} 304" in seen["log"], "the browser's own cache asks whether it is current"
+
+
+def test_files_are_uploaded_and_refused_in_words(seen):
+    uploads = seen["uploads"]
+    assert uploads["file"]["bytes"] == uploads["size"] == uploads["sent"] > 0 and "picture.png" in uploads["name"]
+    assert uploads["edited"] == {"width": 64, "height": 64}
+    for refused in (uploads["tooLarge"], uploads["tooLargeJSON"]):
+        assert (refused["status"], refused["error"]["code"]) == (413, "too_large")
+        assert str(MAX_UPLOAD_BYTES) in refused["error"]["message"]
+    assert (uploads["unreadable"]["status"], uploads["unreadable"]["error"]["param"]) == (400, "file")
+
+
+def test_a_page_can_read_every_refusal(seen):
+    statuses = {name: refused["status"] for name, refused in seen["errors"].items()}
+    assert statuses == {"wrongKey": 401, "wrongKeyPost": 401, "missing": 404, "invalid": 400, "method": 405}
+    for refused in seen["errors"].values():
+        assert refused["error"]["message"] and len(refused["headers"]["x-request-id"]) == 32
+    assert "GET" in seen["errors"]["method"]["headers"]["allow"]
