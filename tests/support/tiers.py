@@ -52,6 +52,8 @@ LONG = (
     "models/weights/test_convert.py::test_version_1_in_full_size*",
     # Gradio's environment takes a minute to install.
     "api/test_gradio.py",
+    # A browser, nginx in a network namespace, and a service with the shipped weights: 40 s.
+    "api/test_behind_nginx.py",
     # Outages of a minute.
     "api/test_chat_outages.py::test_an_outage_ends_with_an_error_within_a_minute",
     # The released wheel, in an empty environment.
