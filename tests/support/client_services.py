@@ -74,10 +74,13 @@ def build_environment(folder: Path, address: str) -> dict[str, str]:
     }  # fmt: skip
 
 
-def connect(name: str, address: str, database: str) -> RunningService:
+@contextmanager
+def connect(name: str, address: str, database: str) -> Iterator[RunningService]:
     headers = {"Authorization": f"Bearer {KEY}"}
-    http = httpx.Client(base_url=address, headers=headers, timeout=60, trust_env=False)
-    return RunningService(name, address, http, create_database_engine(database))
+    engine = create_database_engine(database)
+    with httpx.Client(base_url=address, headers=headers, timeout=60, trust_env=False) as http:
+        yield RunningService(name, address, http, engine)
+    engine.dispose()
 
 
 @contextmanager
@@ -86,8 +89,12 @@ def run_embedded_service(folder: Path) -> Iterator[RunningService]:
     port = free_port()
     address = f"http://127.0.0.1:{port}"
     environment = build_environment(folder, address)
-    with run_process(environment, folder / "api.log", "serve", "--port", str(port), "--device", "cpu", port=port):
-        yield connect("embedded", address, f"sqlite:///{folder}/home/service.sqlite")
+    serve = ("serve", "--port", str(port), "--device", "cpu")
+    with (
+        run_process(environment, folder / "api.log", *serve, port=port),
+        connect("embedded", address, f"sqlite:///{folder}/home/service.sqlite") as service,
+    ):
+        yield service
 
 
 @contextmanager
@@ -110,7 +117,7 @@ def run_deployed_service(folder: Path) -> Iterator[RunningService]:
         stack.enter_context(run_process(environment, folder / "worker.log", "worker", "--device", "cpu"))
         serve = ("serve", "--port", str(port), "--device", "cpu")
         stack.enter_context(run_process(environment, folder / "api.log", *serve, port=port))
-        yield connect("deployed", address, database)
+        yield stack.enter_context(connect("deployed", address, database))
 
 
 SERVICES = {"embedded": run_embedded_service, "deployed": run_deployed_service}
