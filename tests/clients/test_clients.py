@@ -33,7 +33,7 @@ def table():
 
 
 def write_settings(client: ClientProgram, address: str, folder: Path) -> None:
-    """Give a program its port, and Open WebUI the environment of its compose file, outside of a container."""
+    """Give a driver a free port, and Open WebUI's the environment of its compose file."""
     settings = {"PORT": str(free_port())}
     if client.title == "Open WebUI":
         page = compose("compose.open-webui.yaml", OMNIVIDEO_ADMIN_KEY=KEY)["services"]["open-webui"]

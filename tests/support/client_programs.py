@@ -5,6 +5,7 @@ Each is in a folder of its own below .cache/clients, so that a second run instal
     python -m tests.support.client_programs [NAME ...]      install some of them, or all
 """
 
+import json
 import os
 import shutil
 import subprocess
@@ -32,6 +33,7 @@ class ClientProgram:
     packages: tuple[str, ...]
     needs_bytes: int = 2**30
     system_node: bool = False
+    overrides: tuple[tuple[str, str], ...] = ()  # of packages that npm would fetch from elsewhere than the registry
 
     @property
     def name(self) -> str:
@@ -70,6 +72,8 @@ class ClientProgram:
             if not shutil.which("npm"):
                 raise NotInstallable("npm is not installed")
             packages = self.packages if self.system_node else (*self.packages, NODE)
+            package = {"private": True, "overrides": dict(self.overrides)}
+            (self.folder / "package.json").write_text(json.dumps(package))
             run_installer(["npm", "install", "--prefix", str(self.folder), "--no-audit", "--no-fund", *packages])
         stamp.write_text(wanted)
 
@@ -79,7 +83,7 @@ def run_installer(command: list[str]) -> None:
     done = subprocess.run(["nice", "-n", "15", *command], capture_output=True, text=True, timeout=3600, check=False)
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if "rror" in line] or ["it gave no reason"]
-        raise NotInstallable(f"{command[0].rpartition('/')[2]} failed: {lines[-1].strip()[:200]}")
+        raise NotInstallable(f"{Path(command[0]).name} failed: {lines[0].strip()[:200]}")
 
 
 CLIENTS = (
@@ -101,7 +105,10 @@ CLIENTS = (
     ClientProgram("shell-gpt", "shell_gpt.py", ("shell-gpt==1.5.1",)),
     ClientProgram("promptfoo", "promptfoo.mjs", ("promptfoo@0.123.1",), 4 * 2**30),
     ClientProgram("Gradio", "gradio_chat.py", ("gradio==6.31.0", "openai==3.57.0", "playwright==1.65.2")),
-    ClientProgram("n8n", "n8n.mjs", ("n8n@2.8.4",), 6 * 2**30, system_node=True),
+    ClientProgram(
+        "n8n", "n8n.mjs", ("n8n@2.8.4",), 6 * 2**30, system_node=True,
+        overrides=(("xlsx", "0.18.5"),),  # for spreadsheets; 0.20 is not on npm
+    ),
     ClientProgram("Open WebUI", "open_webui.py", ("open-webui==0.12.4", "playwright==1.65.2"), 10 * 2**30),
 )  # fmt: skip
 

@@ -4,7 +4,7 @@ import { createOpenAICompatible } from "@ai-sdk/openai-compatible";
 import { Output, generateImage, generateText, streamText, tool } from "ai";
 import { z } from "zod";
 import {
-  BASE_URL, CONVERSATION, KEY, MODEL, TITLE_REQUEST, TOOL_RESULT, describeBytes, hold, makeSquarePng, observe,
+  BASE_URL, CONVERSATION, KEY, MODEL, OVER_LONG, TITLE_REQUEST, TOOL_RESULT, describeBytes, hold, readPicture, observe,
 } from "./observe.mjs";
 
 const openai = createOpenAI({ baseURL: BASE_URL, apiKey: KEY });
@@ -63,7 +63,7 @@ await observe("usage", async () => {
 });
 
 await observe("picture", async () => {
-  const content = [{ type: "text", text: "describe this" }, { type: "image", image: makeSquarePng() }];
+  const content = [{ type: "text", text: "describe this" }, { type: "image", image: readPicture() }];
   return (await generateText({ ...chat, messages: [{ role: "user", content }] })).text;
 });
 
@@ -94,3 +94,5 @@ await observe("images", async () => {
   const edited = await generateImage({ model, prompt, maxRetries: 0 });
   return [describeBytes(made.image.uint8Array), describeBytes(edited.image.uint8Array)];
 });
+
+await observe("over-long text", async () => (await generateText({ ...chat, prompt: OVER_LONG })).text);

@@ -2,7 +2,7 @@
 
 import gradio
 from browse import launch_browser, read_answer, save_screenshot, to_answer
-from observe import BASE_URL, CONVERSATION, FOLDER, KEY, MODEL, TITLE_REQUEST, make_square_png, observe
+from observe import BASE_URL, CONVERSATION, FOLDER, KEY, MODEL, OVER_LONG, TITLE_REQUEST, observe, read_picture
 from playwright.sync_api import Page, sync_playwright
 
 ANSWERS = '[data-testid="bot"]'
@@ -74,7 +74,7 @@ def hold_conversation(page: Page) -> None:
 
     @observe("over-long text")
     def send_too_long():
-        return chat.send("a red circle " * 400)
+        return chat.send(OVER_LONG)
 
     @observe("stop")
     def stop():
@@ -84,7 +84,7 @@ def hold_conversation(page: Page) -> None:
     # The last step, because Gradio 6.31 itself fails on a message after one with a picture.
     @observe("picture")
     def describe_picture():
-        return chat.upload("describe this", make_square_png())
+        return chat.upload("describe this", read_picture())
 
 
 def main() -> None:

@@ -1,9 +1,23 @@
 """LangChain's ChatOpenAI, with chat completions and with responses."""
 
+import functools
+import operator
+
 from langchain_core.messages import AIMessage, HumanMessage, ToolMessage
 from langchain_core.tools import tool
 from langchain_openai import ChatOpenAI
-from observe import BASE_URL, CONVERSATION, KEY, MODEL, TITLE_REQUEST, TOOL_RESULT, hold, make_square_url, observe
+from observe import (
+    BASE_URL,
+    CONVERSATION,
+    KEY,
+    MODEL,
+    OVER_LONG,
+    TITLE_REQUEST,
+    TOOL_RESULT,
+    encode_picture,
+    hold,
+    observe,
+)
 from pydantic import BaseModel
 
 
@@ -51,13 +65,13 @@ def stream():
 @observe("usage")
 def count_tokens():
     whole = chat.invoke("hello").usage_metadata
-    streamed = sum(list(build_model(stream_usage=True).stream("hello"))[1:], AIMessage(content="")).usage_metadata
+    streamed = functools.reduce(operator.add, build_model(stream_usage=True).stream("hello")).usage_metadata
     return [[usage["input_tokens"], usage["output_tokens"]] for usage in (whole, streamed)]
 
 
 @observe("picture")
 def describe_picture():
-    parts = [{"type": "text", "text": "describe this"}, {"type": "image_url", "image_url": {"url": make_square_url()}}]
+    parts = [{"type": "text", "text": "describe this"}, {"type": "image_url", "image_url": {"url": encode_picture()}}]
     return chat.invoke([HumanMessage(content=parts)]).content
 
 
@@ -96,3 +110,8 @@ def ask_for_json():
 @observe("title")
 def ask_for_title():
     return chat.invoke([*history, {"role": "user", "content": TITLE_REQUEST}]).content
+
+
+@observe("over-long text")
+def send_too_long():
+    return chat.invoke(OVER_LONG).content

@@ -11,14 +11,15 @@ from observe import (
     FOLDER,
     KEY,
     MODEL,
+    OVER_LONG,
     TITLE_REQUEST,
     TOOL_NAME,
     TOOL_RESULT,
     describe_bytes,
+    encode_picture,
     hold,
-    make_square_png,
-    make_square_url,
     observe,
+    read_picture,
 )
 from pydantic import BaseModel
 
@@ -64,7 +65,7 @@ def count_tokens():
 
 @observe("picture")
 def describe_picture():
-    parts = [{"type": "text", "text": "describe this"}, {"type": "image_url", "image_url": {"url": make_square_url()}}]
+    parts = [{"type": "text", "text": "describe this"}, {"type": "image_url", "image_url": {"url": encode_picture()}}]
     return litellm.completion(messages=[{"role": "user", "content": parts}], **CHAT).choices[0].message.content
 
 
@@ -136,7 +137,7 @@ def download(video_id):
 
 @observe("files")
 def keep_file():
-    data = make_square_png()
+    data = read_picture()
     file = litellm.create_file(file=("square.png", data), purpose="vision", **FILES)
     same = litellm.file_content(file_id=file.id, **FILES).content == data
     listed = file.id in [item.id for item in litellm.file_list(**FILES)]
@@ -158,3 +159,8 @@ def run_batch():
         time.sleep(0.2)
     lines = litellm.file_content(file_id=batch.output_file_id, **FILES).content.splitlines()
     return {"status": batch.status, "lines": [json.loads(line)["response"]["status_code"] for line in lines]}
+
+
+@observe("over-long text")
+def send_too_long():
+    return litellm.completion(messages=[{"role": "user", "content": OVER_LONG}], **CHAT).choices[0].message.content

@@ -4,7 +4,7 @@ from llama_index.core.chat_engine import SimpleChatEngine
 from llama_index.core.llms import ChatMessage, ImageBlock, TextBlock
 from llama_index.core.tools import FunctionTool
 from llama_index.llms.openai_like import OpenAILike, OpenAILikeResponses
-from observe import BASE_URL, CONVERSATION, KEY, MODEL, TITLE_REQUEST, TOOL_RESULT, make_square_png, observe
+from observe import BASE_URL, CONVERSATION, KEY, MODEL, OVER_LONG, TITLE_REQUEST, TOOL_RESULT, observe, read_picture
 from pydantic import BaseModel
 
 OPTIONS = {"model": MODEL, "api_base": BASE_URL, "api_key": KEY, "max_retries": 0, "timeout": 120.0}
@@ -58,7 +58,7 @@ def count_tokens():
 
 @observe("picture")
 def describe_picture():
-    blocks = [TextBlock(text="describe this"), ImageBlock(image=make_square_png(), image_mimetype="image/png")]
+    blocks = [TextBlock(text="describe this"), ImageBlock(image=read_picture(), image_mimetype="image/png")]
     return llm.chat([ChatMessage(role="user", blocks=blocks)]).message.content
 
 
@@ -84,3 +84,8 @@ def ask_for_json():
 @observe("title")
 def ask_for_title():
     return llm.chat([*kept, ChatMessage(role="user", content=TITLE_REQUEST)]).message.content
+
+
+@observe("over-long text")
+def send_too_long():
+    return llm.chat([ChatMessage(role="user", content=OVER_LONG)]).message.content

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from observe import BASE_URL, CONVERSATION, FOLDER, KEY, MODEL, TITLE_REQUEST, make_square_png, observe
+from observe import BASE_URL, CONVERSATION, FOLDER, KEY, MODEL, OVER_LONG, PICTURE, TITLE_REQUEST, observe
 
 COMMAND = str(Path(sys.executable).parent / "llm")
 HOME = FOLDER / "llm"
@@ -66,8 +66,7 @@ def count_tokens():
 
 @observe("picture")
 def describe_picture():
-    (FOLDER / "square.png").write_bytes(make_square_png())
-    return call("-m", "omni", "-a", str(FOLDER / "square.png"), "describe this").stdout
+    return call("-m", "omni", "-a", str(PICTURE), "describe this").stdout
 
 
 @observe("structured output")
@@ -78,3 +77,8 @@ def ask_for_json():
 @observe("tools")
 def offer_tools():
     return {"answer": call("-m", "omni", "-T", "llm_version", "what colour is it?").stdout, "calls": 0}
+
+
+@observe("over-long text")
+def send_too_long():
+    return call("-m", "omni", OVER_LONG).stdout

@@ -8,19 +8,19 @@ what the client returned, or the error that it raised.
 
 import base64
 import json
-import struct
 import sys
 import traceback
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 ADDRESS, KEY, FOLDER = sys.argv[1], sys.argv[2], Path(sys.argv[3])
+PICTURE = Path(__file__).parent / "picture.png"
 BASE_URL = f"{ADDRESS}/v1"
 MODEL, TEXT_MODEL = "tiny", "tiny-text"
 CONVERSATION = ("a small red circle moving right", "make it blue", "how does it move?")
 TITLE_REQUEST = "Suggest a short title for this conversation."
+OVER_LONG = "a red circle " * 400
 TOOL_NAME, TOOL_RESULT = "look_up_colour", "the colour is green"
 
 seen: dict[str, dict[str, Any]] = {}
@@ -40,25 +40,13 @@ def observe(feature: str) -> Callable[[Callable[[], Any]], None]:
     return run
 
 
-def make_square_png(size: int = 64) -> bytes:
-    """Return a picture of a red square on black, without an imaging library."""
-    rows = []
-    for y in range(size):
-        inside = [max(abs(x - size / 2), abs(y - size / 2)) < size / 4 for x in range(size)]
-        rows.append(b"\0" + b"".join(b"\xdc\x1e\x1e" if hit else b"\0\0\0" for hit in inside))
-    chunks = (
-        (b"IHDR", struct.pack(">IIBBBBB", size, size, 8, 2, 0, 0, 0)),
-        (b"IDAT", zlib.compress(b"".join(rows))),
-        (b"IEND", b""),
-    )
-    packed = (
-        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
-    )
-    return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
+def read_picture() -> bytes:
+    """Return the picture that is described: a red square on white, 640x480."""
+    return PICTURE.read_bytes()
 
 
-def make_square_url() -> str:
-    return "data:image/png;base64," + base64.b64encode(make_square_png()).decode()
+def encode_picture() -> str:
+    return "data:image/png;base64," + base64.b64encode(read_picture()).decode()
 
 
 def describe_bytes(data: bytes) -> dict[str, Any]:

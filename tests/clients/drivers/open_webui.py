@@ -11,7 +11,7 @@ import time
 import urllib.request
 
 from browse import launch_browser, read_answer, save_screenshot, to_answer
-from observe import CONVERSATION, FOLDER, make_square_png, observe
+from observe import CONVERSATION, FOLDER, observe, read_picture
 from playwright.sync_api import sync_playwright
 
 SETTINGS = json.loads((FOLDER / "settings.json").read_text())
@@ -106,11 +106,11 @@ def main() -> None:
 
             @observe("over-long text")
             def send_too_long():
-                return to_answer(chat.send("a red circle " * 400))
+                return to_answer(chat.send(OVER_LONG))
 
             @observe("picture")
             def describe_picture():
-                return to_answer(chat.send("describe this", make_square_png()))
+                return to_answer(chat.send("describe this", read_picture()))
 
             @observe("title")
             def read_title():

@@ -12,7 +12,7 @@ from agents import (
     set_default_openai_client,
     set_tracing_disabled,
 )
-from observe import BASE_URL, CONVERSATION, KEY, MODEL, TITLE_REQUEST, TOOL_RESULT, make_square_url, observe
+from observe import BASE_URL, CONVERSATION, KEY, MODEL, OVER_LONG, TITLE_REQUEST, TOOL_RESULT, encode_picture, observe
 from openai import AsyncOpenAI
 from pydantic import BaseModel
 
@@ -85,7 +85,7 @@ def count_tokens():
 def describe_picture():
     parts = [
         {"type": "input_text", "text": "describe this"},
-        {"type": "input_image", "image_url": make_square_url(), "detail": "auto"},
+        {"type": "input_image", "image_url": encode_picture(), "detail": "auto"},
     ]
     return Runner.run_sync(assistant, [{"role": "user", "content": parts}]).final_output
 
@@ -109,3 +109,8 @@ def force_tool():
 def ask_for_json():
     agent = Agent(name="assistant", model=MODEL, output_type=Title)
     return asyncio.run(Runner.run(agent, TITLE_REQUEST, session=kept_session)).final_output.model_dump()
+
+
+@observe("over-long text")
+def send_too_long():
+    return Runner.run_sync(assistant, OVER_LONG).final_output

@@ -2,8 +2,8 @@
 import http from "node:http";
 import OpenAI, { toFile } from "openai";
 import {
-  BASE_URL, CONVERSATION, KEY, MODEL, TITLE_REQUEST, TOOL_NAME, TOOL_RESULT, describeBytes, hold, makeSquarePng,
-  makeSquareUrl, observe,
+  BASE_URL, CONVERSATION, KEY, MODEL, OVER_LONG, TITLE_REQUEST, TOOL_NAME, TOOL_RESULT, describeBytes, hold, readPicture,
+  encodePicture, observe,
 } from "./observe.mjs";
 
 const client = new OpenAI({ baseURL: BASE_URL, apiKey: KEY, maxRetries: 0, timeout: 120_000 });
@@ -45,7 +45,7 @@ await observe("usage", async () => {
 });
 
 await observe("picture", async () => {
-  const parts = [{ type: "text", text: "describe this" }, { type: "image_url", image_url: { url: makeSquareUrl() } }];
+  const parts = [{ type: "text", text: "describe this" }, { type: "image_url", image_url: { url: encodePicture() } }];
   return (await chat([say(parts)])).choices[0].message.content;
 });
 
@@ -127,7 +127,7 @@ await observe("videos", async () => {
 });
 
 await observe("files", async () => {
-  const data = makeSquarePng();
+  const data = readPicture();
   const file = await client.files.create({ file: await toFile(data, "square.png"), purpose: "vision" });
   const content = Buffer.from(await (await client.files.content(file.id)).arrayBuffer());
   const listed = (await client.files.list()).data.some((item) => item.id === file.id);
@@ -169,3 +169,5 @@ await observe("webhooks", async () => {
   server.close();
   return { type: event.type, same: event.data.id === video.id };
 });
+
+await observe("over-long text", async () => (await chat([say(OVER_LONG)])).choices[0].message.content);

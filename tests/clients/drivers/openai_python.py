@@ -10,14 +10,15 @@ from observe import (
     CONVERSATION,
     KEY,
     MODEL,
+    OVER_LONG,
     TITLE_REQUEST,
     TOOL_NAME,
     TOOL_RESULT,
     describe_bytes,
+    encode_picture,
     hold,
-    make_square_png,
-    make_square_url,
     observe,
+    read_picture,
 )
 from pydantic import BaseModel
 
@@ -68,7 +69,7 @@ def count_tokens():
 
 @observe("picture")
 def describe_picture():
-    parts = [{"type": "text", "text": "describe this"}, {"type": "image_url", "image_url": {"url": make_square_url()}}]
+    parts = [{"type": "text", "text": "describe this"}, {"type": "image_url", "image_url": {"url": encode_picture()}}]
     messages = [{"role": "user", "content": parts}]
     return client.chat.completions.create(model=MODEL, messages=messages).choices[0].message.content
 
@@ -134,7 +135,7 @@ def make_video():
 
 @observe("files")
 def keep_file():
-    data = make_square_png()
+    data = read_picture()
     file = client.files.create(file=("square.png", data), purpose="vision")
     same = client.files.content(file.id).read() == data
     listed = file.id in [item.id for item in client.files.list()]
@@ -183,3 +184,12 @@ def receive_webhook():
     event = client.webhooks.unwrap(body, headers, secret=hook["secret"])
     client.delete(f"/webhooks/{hook['id']}", cast_to=dict)
     return {"type": event.type, "same": event.data.id == video.id}
+
+
+@observe("over-long text")
+def send_too_long():
+    return (
+        client.chat.completions.create(model=MODEL, messages=[{"role": "user", "content": OVER_LONG}])
+        .choices[0]
+        .message.content
+    )

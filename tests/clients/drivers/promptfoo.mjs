@@ -3,7 +3,7 @@ import { execFileSync } from "node:child_process";
 import { readFileSync, writeFileSync } from "node:fs";
 import { dirname, join } from "node:path";
 import { fileURLToPath } from "node:url";
-import { BASE_URL, CONVERSATION, FOLDER, KEY, MODEL, TITLE_REQUEST, makeSquareUrl, observe } from "./observe.mjs";
+import { BASE_URL, CONVERSATION, FOLDER, KEY, MODEL, OVER_LONG, TITLE_REQUEST, encodePicture, observe } from "./observe.mjs";
 
 const COMMAND = join(dirname(fileURLToPath(import.meta.url)), "..", "node_modules", "promptfoo", "dist", "src", "main.js");
 const PROMPT = `[
@@ -46,7 +46,7 @@ await observe("conversation", () => {
 await observe("usage", () => usage);
 
 await observe("picture", () => {
-  const parts = [{ type: "text", text: "describe this" }, { type: "image_url", image_url: { url: makeSquareUrl() } }];
+  const parts = [{ type: "text", text: "describe this" }, { type: "image_url", image_url: { url: encodePicture() } }];
   return evaluate("picture", chat, JSON.stringify([{ role: "user", content: parts }]), [{}])[0].response.output;
 });
 
@@ -64,3 +64,5 @@ await observe("structured output", () => {
   const { output } = evaluate("structured", provider, JSON.stringify([{ role: "user", content: TITLE_REQUEST }]), [{}])[0].response;
   return typeof output === "string" ? JSON.parse(output) : output;
 });
+
+await observe("over-long text", async () => evaluate("long", chat, OVER_LONG, [{}])[0].response.output);

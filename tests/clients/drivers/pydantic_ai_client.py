@@ -1,6 +1,6 @@
 """pydantic-ai, with chat completions and with responses."""
 
-from observe import BASE_URL, CONVERSATION, KEY, MODEL, TITLE_REQUEST, TOOL_RESULT, make_square_png, observe
+from observe import BASE_URL, CONVERSATION, KEY, MODEL, OVER_LONG, TITLE_REQUEST, TOOL_RESULT, observe, read_picture
 from pydantic import BaseModel
 from pydantic_ai import Agent, BinaryContent, NativeOutput
 from pydantic_ai.models.openai import OpenAIChatModel, OpenAIResponsesModel
@@ -59,7 +59,7 @@ def count_tokens():
 
 @observe("picture")
 def describe_picture():
-    return agent.run_sync(["describe this", BinaryContent(make_square_png(), media_type="image/png")]).output
+    return agent.run_sync(["describe this", BinaryContent(read_picture(), media_type="image/png")]).output
 
 
 @observe("tools")
@@ -90,3 +90,8 @@ def ask_for_json():
 @observe("title")
 def ask_for_title():
     return agent.run_sync(TITLE_REQUEST, message_history=kept).output
+
+
+@observe("over-long text")
+def send_too_long():
+    return agent.run_sync(OVER_LONG).output

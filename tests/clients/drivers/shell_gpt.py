@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from observe import BASE_URL, CONVERSATION, FOLDER, KEY, MODEL, TITLE_REQUEST, observe
+from observe import BASE_URL, CONVERSATION, FOLDER, KEY, MODEL, OVER_LONG, TITLE_REQUEST, observe
 
 COMMAND = str(Path(sys.executable).parent / "sgpt")
 SETTINGS = {
@@ -38,3 +38,8 @@ def stream():
 @observe("title")
 def ask_for_title():
     return call("--chat", "whole", TITLE_REQUEST)
+
+
+@observe("over-long text")
+def send_too_long():
+    return call(OVER_LONG)
