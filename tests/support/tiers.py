@@ -46,8 +46,6 @@ LONG = (
     "cli/test_cli.py::test_evaluate_scores_every_category",
     # Weights of the released 1.3B model at full size.
     "models/weights/test_convert.py::test_version_1_in_full_size*",
-    # Gradio's environment takes a minute to install.
-    "api/test_gradio.py",
     # Outages of a minute.
     "api/test_chat_outages.py::test_an_outage_ends_with_an_error_within_a_minute",
     # The released wheel, in an empty environment.
