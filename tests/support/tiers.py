@@ -50,8 +50,6 @@ LONG = (
     "cli/test_cli.py::test_evaluate_scores_every_category",
     # Weights of the released 1.3B model at full size.
     "models/weights/test_convert.py::test_version_1_in_full_size*",
-    # Gradio's environment takes a minute to install.
-    "api/test_gradio.py",
     # A browser, nginx in a network namespace, and a service with the shipped weights: 40 s.
     "api/test_behind_nginx.py",
     # Outages of a minute.
