@@ -252,8 +252,13 @@ def mllm_serve(
         check_lora(lora, launch.find_language_model(folder))
     if server_command := launch.build_command(device, folder, port, host, engine, serving_options):
         launch.exec_command(server_command)
+    try:  # before the model is loaded
+        import uvicorn  # noqa: F401
+
+        from omnivideo.backends.mllm.server import LRUObjectStore, create_mllm_app
+    except ImportError as error:
+        raise MissingDependency(f"the MLLM's server needs {error.name}: pip install 'omnivideo[serve]'") from None
     from omnivideo.backends.mllm.local import LocalMLLM
-    from omnivideo.backends.mllm.server import LRUObjectStore, create_mllm_app
 
     omni = checkpoint.load(folder, pick_device(device), settings.precision, contents="mllm")
     log_placement(omni)
