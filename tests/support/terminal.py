@@ -45,7 +45,7 @@ class Terminal:
         self.run("send-keys", *keys)
 
     def type(self, text: str) -> None:
-        self.run("send-keys", "-l", text)
+        self.run("send-keys", "-l", "--", text)
 
     def enter(self, text: str) -> None:
         self.type(text)
@@ -53,7 +53,7 @@ class Terminal:
 
     def paste(self, text: str) -> None:
         """Paste a text as a terminal does: in brackets, where the program has asked for them."""
-        self.run("set-buffer", text)
+        self.run("set-buffer", "--", text)
         self.run("paste-buffer", "-p", "-r")
 
     def resize(self, width: int) -> None:
