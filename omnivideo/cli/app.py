@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from omnivideo.contracts import SamplingParams, StepProgress
+from omnivideo.deferred_imports import pause_collection
 from omnivideo.errors import InvalidInput
 from omnivideo.presets import get_preset
 
@@ -122,8 +123,8 @@ def check_clip_texts(preset: str, weights: Path | None, params: SamplingParams, 
 
 def open_studio(preset: str, weights: Path | None, device: str, home: Path | None = None) -> "Studio":
     # Loading torch takes seconds; --help and a refused argument should not wait for it.
-    from omnivideo.sdk.studio import Studio
-
+    with error_console.status("loading the libraries"), pause_collection():
+        from omnivideo.sdk.studio import Studio
     with error_console.status("loading the model"):
         return Studio(preset, weights, device, home)
 

@@ -52,6 +52,7 @@ from omnivideo.contracts import (
     resolve_sampling_params,
 )
 from omnivideo.cpu_threads import configure_cpu_threads
+from omnivideo.deferred_imports import defer_imports
 from omnivideo.errors import InvalidInput, OmniVideoError
 from omnivideo.presets import get_preset
 from omnivideo.presets.shapes import get_file_length
@@ -286,6 +287,7 @@ def doctor(weights: WeightsOption = None, device: DeviceOption = "auto") -> None
 def main() -> None:
     """Run the command line. An error that the user can cause ends as one line on stderr, with exit code 2."""
     configure_cpu_threads()
+    defer_imports()
     try:
         app()
     except OmniVideoError as error:

@@ -16,6 +16,7 @@ import typer
 
 from omnivideo.cli.app import SERVER, SERVICE_COMMANDS, DeviceOption, HomeOption, WeightsOption, console
 from omnivideo.cpu_threads import configure_cpu_threads
+from omnivideo.deferred_imports import pause_collection
 from omnivideo.errors import InvalidInput, MissingDependency
 
 if TYPE_CHECKING:
@@ -44,10 +45,11 @@ def build_wiring(device: str = "auto", home: Path | None = None, weights: Path |
     """Return the wiring that the environment describes; raise MissingDependency if a package is not installed."""
     settings = load_service_settings(home, weights)
     try:
-        import alembic  # noqa: F401
-        import sqlalchemy  # noqa: F401
+        with pause_collection():
+            import alembic  # noqa: F401
+            import sqlalchemy  # noqa: F401
 
-        from omnivideo.wiring import ServiceWiring
+            from omnivideo.wiring import ServiceWiring
     except ImportError as error:
         raise MissingDependency(f"the service needs {error.name}: pip install 'omnivideo[serve,worker]'") from None
     return ServiceWiring(settings, device)
