@@ -2,8 +2,9 @@
 
 python -m benchmarks.startup [--runs 3] [--busy 0] [--report FILE]
 
-`generate`, `chat`, `serve` until /ready, a worker until its first clip, and `--help`. `--busy N` runs N processes
-beside them that compute all the time. The home is temporary, the weights are the shipped ones.
+`--help`, `generate`, `chat`, `serve` until /ready, and a worker until its first clip (where redis-server is installed).
+`--busy N` runs N processes beside them that compute all the time. The home is temporary, the weights are the shipped
+ones. The commands write to a pseudo-terminal, so that the progress bar tells when the first step is done.
 """
 
 import argparse
@@ -11,7 +12,9 @@ import json
 import multiprocessing
 import os
 import platform
+import pty
 import re
+import shutil
 import socket
 import statistics
 import subprocess
@@ -33,12 +36,14 @@ Times = dict[str, tuple[float, float]]  # what happened -> seconds and CPU secon
 class Command:
     """A running command, whose output is read as it comes; times are counted from its start."""
 
-    def __init__(self, *words: str, home: Path):
+    def __init__(self, *words: str, home: Path, **settings: str):
+        self.output, output = pty.openpty()
         self.start = time.perf_counter()
         self.process = subprocess.Popen(
-            [*COMMAND, *words], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=home,
-            env=os.environ | {"OMNIVIDEO_HOME": str(home), "PYTHONPATH": str(Path(__file__).parents[1])},
+            [*COMMAND, *words], stdin=subprocess.PIPE, stdout=output, stderr=output, cwd=home,
+            env=os.environ | settings | {"OMNIVIDEO_HOME": str(home), "PYTHONPATH": str(Path(__file__).parents[1])},
         )  # fmt: skip
+        os.close(output)
 
     def read_times(self) -> tuple[float, float]:
         """Return the seconds and the CPU seconds, of the process and its ended children, until now."""
@@ -47,12 +52,12 @@ class Command:
 
     def wait_for(self, pattern: str) -> tuple[float, float]:
         """Read the output until it contains the pattern, and return the times then."""
-        assert self.process.stdout is not None
         text = ""
         while not re.search(pattern, text):
-            piece = os.read(self.process.stdout.fileno(), 65536)
-            assert piece, f"the command ended without {pattern!r}:\n{text}"
-            text += piece.decode(errors="replace")
+            try:
+                text += os.read(self.output, 65536).decode(errors="replace")
+            except OSError:
+                raise SystemExit(f"the command ended without {pattern!r}:\n{text}") from None
         return self.read_times()
 
     def send(self, line: str) -> None:
@@ -66,11 +71,12 @@ class Command:
             self.process.wait(30)
         self.process.kill()
         self.process.wait()
+        os.close(self.output)
 
 
 @contextmanager
-def run_command(*words: str, home: Path) -> Iterator[Command]:
-    command = Command(*words, home=home)
+def run_command(*words: str, home: Path, **settings: str) -> Iterator[Command]:
+    command = Command(*words, home=home, **settings)
     try:
         yield command
     finally:
@@ -84,7 +90,8 @@ def measure_help(home: Path) -> Times:
 
 def measure_generate(home: Path) -> Times:
     with run_command("generate", PROMPT, "--video", "-o", str(home / "clip.mp4"), home=home) as command:
-        return {"generate: answer": command.wait_for(r"frames, [\d.]+ s\)")}
+        step = command.wait_for(r"denoising[^\n]*\b[1-9]\d*/\d")
+        return {"generate: first step": step, "generate: answer": command.wait_for(r"frames, [\d.]+ s\)")}
 
 
 def measure_chat(home: Path) -> Times:
@@ -95,31 +102,60 @@ def measure_chat(home: Path) -> Times:
 
 
 def measure_serve(home: Path) -> Times:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    address = f"http://127.0.0.1:{port}"
+    port = find_free_port()
     with run_command("serve", "--port", str(port), home=home) as command:
-        while not answers(f"{address}/ready"):
-            assert command.process.poll() is None, "the service ended"
-            time.sleep(0.02)
-        ready = command.read_times()
-        body = json.dumps({"prompt": PROMPT}).encode()
-        request = urllib.request.Request(f"{address}/v1/videos/sync", body, {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request, timeout=300) as response:
-            response.read()
+        ready = wait_until_ready(command, port)
+        send_request(port, "/v1/videos/sync", {"prompt": PROMPT})
         return {"serve: ready": ready, "serve: first clip": command.read_times()}
 
 
-def answers(address: str) -> bool:
+def measure_worker(home: Path) -> Times:
+    """Start a worker of a service that has a job; the service itself is running already."""
+    port, broker_port = find_free_port(), find_free_port()
+    settings = {"OMNIVIDEO_BROKER": f"redis://127.0.0.1:{broker_port}/0"}
+    broker = subprocess.Popen(["redis-server", "--port", str(broker_port), "--save", ""], stdout=subprocess.DEVNULL)
     try:
-        with urllib.request.urlopen(address, timeout=10) as response:
-            return bool(response.status == 200)
-    except OSError:
-        return False
+        with run_command("serve", "--port", str(port), home=home, **settings) as service:
+            wait_until_ready(service, port)
+            video = json.loads(send_request(port, "/v1/videos", {"prompt": PROMPT}))
+            with run_command("worker", home=home, **settings) as command:
+                while json.loads(send_request(port, f"/v1/videos/{video['id']}"))["status"] != "completed":
+                    time.sleep(0.05)
+                return {"worker: first clip": command.read_times()}
+    finally:
+        broker.terminate()
+        broker.wait()
 
 
-MEASUREMENTS: tuple[Callable[[Path], Times], ...] = (measure_help, measure_generate, measure_chat, measure_serve)
+def find_free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def wait_until_ready(command: Command, port: int) -> tuple[float, float]:
+    """Wait until the service answers that it is ready, and return the times then."""
+    while command.process.poll() is None:
+        with suppress(OSError):
+            send_request(port, "/ready")
+            return command.read_times()
+        time.sleep(0.02)
+    raise SystemExit("the service ended before it was ready")
+
+
+def send_request(port: int, path: str, body: dict[str, str] | None = None) -> bytes:
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", data, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=300) as response:
+        return bytes(response.read())
+
+
+def list_measurements() -> list[Callable[[Path], Times]]:
+    measurements: list[Callable[[Path], Times]] = [measure_help, measure_generate, measure_chat, measure_serve]
+    if shutil.which("redis-server"):
+        return [*measurements, measure_worker]
+    print("redis-server is not installed: the worker was not measured")
+    return measurements
 
 
 def compute_forever() -> None:
@@ -150,15 +186,13 @@ def main() -> None:
     samples: dict[str, list[tuple[float, float]]] = {}
     with tempfile.TemporaryDirectory() as folder, keep_busy(arguments.busy):
         for run in range(arguments.runs):
-            for measure in MEASUREMENTS:
+            for measure in list_measurements():
                 home = Path(folder, f"{run}-{measure.__name__}")
                 home.mkdir()
                 for name, times in measure(home).items():
                     samples.setdefault(name, []).append(times)
-    load = os.getloadavg()[0]
-    print(
-        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, load {load:.1f}, {arguments.busy} busy"
-    )
+    machine, load = platform.processor() or platform.machine(), os.getloadavg()[0]
+    print(f"{machine}, {os.cpu_count()} cores, load {load:.1f}, {arguments.busy} busy")
     medians = {
         name: [statistics.median(values) for values in zip(*times, strict=True)] for name, times in samples.items()
     }

@@ -97,7 +97,7 @@ def defer_imports() -> None:
 
 @contextmanager
 def pause_collection() -> Iterator[None]:
-    """Collect no garbage while large libraries are imported: they create a million objects that stay."""
+    """Collect no garbage while libraries or models are loaded: they create a million objects, and these stay."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:

@@ -233,8 +233,6 @@ def mllm_serve(
     configure_cpu_threads(tensor_parallel_size)
     configure_logging("mllm")
     from omnivideo.backends.mllm import launch
-    from omnivideo.models.device import pick_device
-    from omnivideo.models.weights import checkpoint
     from omnivideo.models.weights.lora import check_lora, merge_lora
     from omnivideo.models.weights.shipped import find_shipped_weights
 
@@ -261,6 +259,8 @@ def mllm_serve(
     except ImportError as error:
         raise MissingDependency(f"the MLLM's server needs {error.name}: pip install 'omnivideo[serve]'") from None
     from omnivideo.backends.mllm.local import LocalMLLM
+    from omnivideo.models.device import pick_device
+    from omnivideo.models.weights import checkpoint
 
     omni = checkpoint.load(folder, pick_device(device), settings.precision, contents="mllm")
     log_placement(omni)

@@ -22,6 +22,7 @@ from omnivideo.contracts import (
     resolve_sampling_params,
 )
 from omnivideo.cpu_threads import configure_cpu_threads
+from omnivideo.deferred_imports import pause_collection
 from omnivideo.media.read import measure_media, read_fitted_media
 from omnivideo.media.sound import SoundSource
 from omnivideo.models.device import pick_device
@@ -70,7 +71,10 @@ class Studio:
         self.settings = load_settings(home=home)
         self.weights_folder = Path(weights) if weights else find_shipped_weights(preset)
         digest = compute_folder_digest(self.weights_folder, self.settings.home)
-        self.omni: OmniVideoModel = checkpoint.load(self.weights_folder, pick_device(device), self.settings.precision)
+        with pause_collection():
+            self.omni: OmniVideoModel = checkpoint.load(
+                self.weights_folder, pick_device(device), self.settings.precision
+            )
         self.text_limits = TokenLimits(self.omni.preset, self.weights_folder)
         digest.check_unchanged()
         self.weights_digest = digest.value
