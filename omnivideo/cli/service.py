@@ -164,7 +164,8 @@ def serve(
     if host not in ("127.0.0.1", "localhost", "::1") and not wiring.settings.admin_key:
         raise InvalidInput("OMNIVIDEO_ADMIN_KEY", "it is empty; a service for other machines needs a key")
     try:
-        from omnivideo.api.app import create_app
+        with pause_collection():
+            from omnivideo.api.app import create_app
     except ImportError as error:
         raise MissingDependency(f"the service needs {error.name}: pip install 'omnivideo[serve,worker]'") from None
     try:
