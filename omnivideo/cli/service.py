@@ -234,7 +234,7 @@ def mllm_serve(
     configure_cpu_threads(tensor_parallel_size)
     configure_logging("mllm")
     from omnivideo.backends.mllm import launch
-    from omnivideo.models.weights.lora import check_lora, merge_lora
+    from omnivideo.models.weights.lora import check_lora
     from omnivideo.models.weights.shipped import find_shipped_weights
 
     settings = load_service_settings(weights=weights)
@@ -253,7 +253,14 @@ def mllm_serve(
         check_lora(lora, launch.find_language_model(folder))
     if server_command := launch.build_command(device, folder, port, host, engine, serving_options):
         launch.exec_command(server_command)
-    try:  # before the model is loaded
+    serve_with_transformers(settings, device, folder, lora, host, port)
+
+
+def serve_with_transformers(
+    settings: "ServiceSettings", device: str, folder: Path, lora: Path | None, host: str, port: int
+) -> None:
+    """Serve the MLLM of a folder in this process. Raises MissingDependency before the model is loaded."""
+    try:
         import uvicorn  # noqa: F401
 
         from omnivideo.backends.mllm.server import LRUObjectStore, create_mllm_app
@@ -262,6 +269,7 @@ def mllm_serve(
     from omnivideo.backends.mllm.local import LocalMLLM
     from omnivideo.models.device import pick_device
     from omnivideo.models.weights import checkpoint
+    from omnivideo.models.weights.lora import merge_lora
 
     omni = checkpoint.load(folder, pick_device(device), settings.precision, contents="mllm")
     log_placement(omni)
