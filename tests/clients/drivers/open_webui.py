@@ -11,7 +11,7 @@ import time
 import urllib.request
 
 from browse import launch_browser, read_answer, save_screenshot, to_answer
-from observe import CONVERSATION, FOLDER, observe, read_picture
+from observe import CONVERSATION, FOLDER, OVER_LONG, observe, read_picture
 from playwright.sync_api import sync_playwright
 
 SETTINGS = json.loads((FOLDER / "settings.json").read_text())
