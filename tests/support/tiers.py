@@ -62,6 +62,7 @@ LONG = (
     "usability/test_terminal.py::test_a_paste*",
     "usability/test_fresh_clone.py",
     "usability/test_notebook.py",
+    "usability/test_types.py",
     # The released wheel, in an empty environment.
     "deploy/test_release.py::test_the_wheel_generates_a_clip*",
 )
