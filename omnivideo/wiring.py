@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from omnivideo.agent.conversations import Conversations, OpenQueue
 from omnivideo.contracts import Lane
-from omnivideo.deferred_imports import pause_collection
 from omnivideo.errors import InvalidInput
 from omnivideo.media.artifacts import convert_artifact, extract_frame, store_user_file
 from omnivideo.ports import MLLM, JobQueue, SweepableObjectStore, TextLimits
 from omnivideo.presets import get_preset
 from omnivideo.settings import ServiceSettings
+from omnivideo.startup import pause_collection
 from omnivideo.storage.checkpointer import open_checkpointer
 from omnivideo.storage.objects.local import LocalObjectStore
 

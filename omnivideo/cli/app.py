@@ -12,9 +12,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from omnivideo.contracts import SamplingParams, StepProgress
-from omnivideo.deferred_imports import pause_collection
 from omnivideo.errors import InvalidInput
 from omnivideo.presets import get_preset
+from omnivideo.startup import pause_collection
 
 if TYPE_CHECKING:
     from omnivideo.models.text_limits import TokenLimits

@@ -104,7 +104,7 @@ SLOW = (
     "synthetic/*.py::test_captions_describe_the_rendered_scene",
     "synthetic/*.py::test_the_scorer_reads_the_ground_truth",
     "test_cpu_threads.py::test_entry_points*",
-    "test_deferred_imports.py::test_generating*",
+    "test_startup.py::test_generating*",
     "usability/*.py",
     "test_examples.py",
     "training/curation/*.py",

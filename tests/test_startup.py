@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from omnivideo import deferred_imports
-from omnivideo.deferred_imports import DeferredModule, DeferringFinder, pause_collection
+from omnivideo import startup
+from omnivideo.startup import DeferredModule, DeferringFinder, pause_collection
 
 ROOT = Path(__file__).parents[1]
 
@@ -24,7 +24,7 @@ def defer(monkeypatch, tmp_path):
 
     def write_and_import(name: str, text: str, *functions: str):
         (tmp_path / f"{name}.py").write_text(text)
-        monkeypatch.setitem(deferred_imports.DEFERRED_MODULES, name, functions)
+        monkeypatch.setitem(startup.DEFERRED_MODULES, name, functions)
         names.append(name)
         return __import__(name)
 
@@ -83,7 +83,7 @@ import json, sys
 from omnivideo import Studio
 studio = Studio(weights=sys.argv[1], home=sys.argv[2])
 studio.generate("a red ball", image=True, steps=1)
-from omnivideo.deferred_imports import DEFERRED_MODULES
+from omnivideo.startup import DEFERRED_MODULES
 present = {name: sys.modules[name] for name in DEFERRED_MODULES if name in sys.modules}
 print(json.dumps([type(module.__loader__).__name__ for module in present.values()]))
 import scipy.stats

@@ -1,10 +1,11 @@
-"""Start quickly: execute modules of other libraries only if they are used, and import without garbage collection.
+"""Start and end quickly: execute modules of other libraries only if they are used, and collect no garbage then.
 
 transformers and diffusers import modules at their top that a model here never calls, and the __init__ of some of
 diffusers' packages imports every model. `defer_imports` registers a finder, as importlib provides for: a deferred
 module exists at once and is executed when an attribute of it is first read. This module does not import torch.
 """
 
+import atexit
 import gc
 import importlib.abc
 import importlib.machinery
@@ -93,6 +94,11 @@ def defer_imports() -> None:
     """Register the finder; what is imported already stays as it is."""
     if not any(isinstance(finder, DeferringFinder) for finder in sys.meta_path):
         sys.meta_path.insert(0, DeferringFinder())
+
+
+def skip_final_collection() -> None:
+    """End the process without a search for garbage among all objects of the libraries, which takes over a second."""
+    atexit.register(gc.freeze)
 
 
 @contextmanager
