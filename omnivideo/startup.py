@@ -24,6 +24,7 @@ DEFERRED_MODULES: dict[str, tuple[str, ...]] = {
     "diffusers.models.autoencoders": (),
     "diffusers.models.transformers": (),
     "diffusers.models.unets": (),
+    "transformers.models": (),  # it reads every file of every model
 }
 
 
@@ -31,7 +32,9 @@ class DeferredModule(ModuleType):
     """A module that is executed when an attribute of it is first read; a package's own modules are found before."""
 
     def __getattr__(self, name: str) -> Any:
-        loader = vars(self).get("__loader__")
+        loader, successor = vars(self).get("__loader__"), sys.modules.get(self.__name__, self)
+        if successor is not self:  # by which it has replaced itself when it was executed
+            return getattr(successor, name)
         is_special = name.startswith("__") and name != "__all__"
         if is_special or not isinstance(loader, DeferringLoader) or loader.executing_thread == threading.get_ident():
             raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
