@@ -17,6 +17,7 @@ import typer
 from omnivideo.cli.app import SERVER, SERVICE_COMMANDS, DeviceOption, HomeOption, WeightsOption, console
 from omnivideo.cpu_threads import configure_cpu_threads
 from omnivideo.errors import InvalidInput, MissingDependency
+from omnivideo.startup import pause_collection
 
 if TYPE_CHECKING:
     from omnivideo.models.omni import OmniVideoModel
@@ -44,10 +45,11 @@ def build_wiring(device: str = "auto", home: Path | None = None, weights: Path |
     """Return the wiring that the environment describes; raise MissingDependency if a package is not installed."""
     settings = load_service_settings(home, weights)
     try:
-        import alembic  # noqa: F401
-        import sqlalchemy  # noqa: F401
+        with pause_collection():
+            import alembic  # noqa: F401
+            import sqlalchemy  # noqa: F401
 
-        from omnivideo.wiring import ServiceWiring
+            from omnivideo.wiring import ServiceWiring
     except ImportError as error:
         raise MissingDependency(f"the service needs {error.name}: pip install 'omnivideo[serve,worker]'") from None
     return ServiceWiring(settings, device)
@@ -162,7 +164,8 @@ def serve(
     if host not in ("127.0.0.1", "localhost", "::1") and not wiring.settings.admin_key:
         raise InvalidInput("OMNIVIDEO_ADMIN_KEY", "it is empty; a service for other machines needs a key")
     try:
-        from omnivideo.api.app import create_app
+        with pause_collection():
+            from omnivideo.api.app import create_app
     except ImportError as error:
         raise MissingDependency(f"the service needs {error.name}: pip install 'omnivideo[serve,worker]'") from None
     try:
@@ -231,9 +234,7 @@ def mllm_serve(
     configure_cpu_threads(tensor_parallel_size)
     configure_logging("mllm")
     from omnivideo.backends.mllm import launch
-    from omnivideo.models.device import pick_device
-    from omnivideo.models.weights import checkpoint
-    from omnivideo.models.weights.lora import check_lora, merge_lora
+    from omnivideo.models.weights.lora import check_lora
     from omnivideo.models.weights.shipped import find_shipped_weights
 
     settings = load_service_settings(weights=weights)
@@ -252,8 +253,23 @@ def mllm_serve(
         check_lora(lora, launch.find_language_model(folder))
     if server_command := launch.build_command(device, folder, port, host, engine, serving_options):
         launch.exec_command(server_command)
+    serve_with_transformers(settings, device, folder, lora, host, port)
+
+
+def serve_with_transformers(
+    settings: "ServiceSettings", device: str, folder: Path, lora: Path | None, host: str, port: int
+) -> None:
+    """Serve the MLLM of a folder in this process. Raises MissingDependency before the model is loaded."""
+    try:
+        import uvicorn  # noqa: F401
+
+        from omnivideo.backends.mllm.server import LRUObjectStore, create_mllm_app
+    except ImportError as error:
+        raise MissingDependency(f"the MLLM's server needs {error.name}: pip install 'omnivideo[serve]'") from None
     from omnivideo.backends.mllm.local import LocalMLLM
-    from omnivideo.backends.mllm.server import LRUObjectStore, create_mllm_app
+    from omnivideo.models.device import pick_device
+    from omnivideo.models.weights import checkpoint
+    from omnivideo.models.weights.lora import merge_lora
 
     omni = checkpoint.load(folder, pick_device(device), settings.precision, contents="mllm")
     log_placement(omni)

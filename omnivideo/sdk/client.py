@@ -24,7 +24,8 @@ from omnivideo.errors import (
     ServiceBusy,
     StoreError,
 )
-from omnivideo.sdk.batch import RESULTS_FILE, BatchItem, BatchOutcome, load_finished_ids, parse_items
+from omnivideo.sdk.batch import BatchFolder, BatchOutcome
+from omnivideo.sdk.batch_items import BatchItem, compute_digest, parse_items
 from omnivideo.turns import QuestionAsked, Turn, TurnCompleted, TurnEvent
 
 EVENT_ADAPTER: TypeAdapter[TurnEvent] = TypeAdapter(TurnEvent)
@@ -191,19 +192,16 @@ class Client:
         When called again with the same prompts, continue with the same batch and skip the clips that already exist.
         """
         items, folder = parse_items(prompts), Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        finished_ids = load_finished_ids(folder)
-        remaining = [item for item in items if item.id not in finished_ids]
-        yield from (BatchOutcome(item.id, None, None) for item in items if item.id in finished_ids)
+        results = BatchFolder(folder)
+        remaining = [item for item in items if not results.is_done(item)]
+        yield from (BatchOutcome(item.id, None, None) for item in items if results.is_done(item))
         if not remaining:
             return
         lines_by_id = self.wait_for_batch(remaining, folder)
-        with (folder / RESULTS_FILE).open("a") as results:
-            for item in remaining:
-                outcome = self.download_outcome(item, lines_by_id[item.id], folder)
-                results.write(json.dumps(vars(outcome) | {"prompt": item.prompt}) + "\n")
-                results.flush()
-                yield outcome
+        for item in remaining:
+            outcome = self.download_outcome(item, lines_by_id[item.id], folder)
+            results.record(item, outcome)
+            yield outcome
 
     def wait_for_batch(self, items: list[BatchItem], folder: Path) -> dict[str, Any]:
         """Return the output or error line of each item, by the item's id.
@@ -212,9 +210,10 @@ class Client:
         """
         state_path = folder / ".batch.json"
         item_ids = [item.id for item in items]
+        requests = [[item.id, compute_digest(item)] for item in items]
         batch_state = json.loads(state_path.read_text()) if state_path.exists() else {}
-        if batch_state.get("items") != item_ids:
-            batch_state = {"items": item_ids, "id": self.submit_batch(items)}
+        if batch_state.get("requests") != requests:
+            batch_state = {"requests": requests, "id": self.submit_batch(items)}
             state_path.write_text(json.dumps(batch_state))
         while True:
             batch = self.send_request("GET", f"/v1/batches/{batch_state['id']}").json()
@@ -363,10 +362,9 @@ def to_request_fields(overrides: dict[str, Any]) -> dict[str, Any]:
 
 
 def to_batch_line(item: BatchItem) -> dict[str, Any]:
-    overrides = item.model_dump(exclude={"id", "prompt", "image"})
     if item.image:
         raise InvalidInput(item.id, "a batch of the service generates clips only; leave out image")
-    body = {"prompt": item.prompt} | to_request_fields(overrides)
+    body = {"prompt": item.prompt} | to_request_fields(item.get_settings())
     return {"custom_id": item.id, "method": "POST", "url": "/v1/videos", "body": body}
 
 
