@@ -42,6 +42,7 @@ LONG = (
     "training/curation/*::test_a_killed_run_resumes*",
     # Golden tests on changed data, once for each of some eighty tensors.
     "test_golden_coverage.py::test_a_changed_tensor*",
+    "test_golden_variant.py",
     # The whole evaluation: 98 s.
     "cli/test_cli.py::test_evaluate_scores_every_category",
     # Weights of the released 1.3B model at full size.

@@ -181,6 +181,21 @@ def classify_folder(folder: Path) -> FoundPart | None:
     return None
 
 
+def find_folders_without_config(tree: SourceTree) -> list[Path]:
+    """Return the folders of another library's model whose part is not known, because they have no config.json.
+
+    Those of ours need none.
+    """
+    ours = find_our_folder(tree)
+    return [
+        folder
+        for folder in tree.folders
+        if not (folder / "config.json").is_file()
+        and ((folder / "llm").is_dir() or any(folder.glob("*.safetensors")))
+        and ours not in (folder, *folder.parents)
+    ]
+
+
 def find_our_parts(tree: SourceTree, preset: Preset) -> dict[str, FoundPart]:
     """Return the parts of a folder in our format."""
     folder = find_our_folder(tree)

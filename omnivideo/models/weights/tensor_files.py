@@ -4,6 +4,7 @@ Files are memory-mapped, so that tensors are read only when they are used, and w
 only tensors and plain containers. An output folder appears only when it is complete.
 """
 
+import fcntl
 import hashlib
 import json
 import mmap
@@ -336,15 +337,19 @@ def digest_file(path: Path, on_progress: WriteProgress) -> str:
 def stage_folder(folder: Path, needed_bytes: int) -> Iterator[Path]:
     """Provide a temporary folder that is renamed to `folder` at the end; a failure leaves nothing behind.
 
-    Raises InvalidInput if the folder exists and is not empty, and CheckpointError if the disk has too little space.
+    Raises InvalidInput if the folder exists and is not empty or if another process writes it, and CheckpointError if
+    the disk has too little space.
     """
     folder = folder.resolve()
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise InvalidInput("output", f"{folder.name!r} already exists; choose a new or an empty folder")
     partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # left by an import that was killed
+    lock = None
     try:
-        partial.mkdir(parents=True)
+        partial.mkdir(parents=True, exist_ok=True)
+        lock = lock_folder(partial)
+        for path in partial.iterdir():  # left by an import that was killed
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
         free_bytes = shutil.disk_usage(partial).free
         if free_bytes < needed_bytes:
             raise CheckpointError(
@@ -355,4 +360,21 @@ def stage_folder(folder: Path, needed_bytes: int) -> Iterator[Path]:
     except OSError as error:
         raise CheckpointError(f"the weights could not be written: {error.strerror or error}") from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if lock is not None:
+            shutil.rmtree(partial, ignore_errors=True)
+            os.close(lock)
+
+
+def lock_folder(folder: Path) -> int:
+    """Return a descriptor that locks a folder until it is closed or the process ends.
+
+    Raises InvalidInput if another process has locked it.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        name = folder.name.strip(".").removesuffix(".partial")
+        raise InvalidInput("output", f"another process is writing {name!r}; choose another folder") from None
+    return descriptor

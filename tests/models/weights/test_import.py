@@ -20,6 +20,7 @@ from omnivideo.models.weights.digests import compute_folder_digest
 from omnivideo.models.weights.importer import import_weights
 from omnivideo.models.weights.published import get_part_folder, list_weight_files, locate_tensors
 from omnivideo.models.weights.shipped import read_index
+from omnivideo.models.weights.sources import read_json
 from omnivideo.presets import PRESETS, Preset
 from tests.support.golden import golden_folder, load_golden
 from tests.support.published_folders import (
@@ -32,6 +33,7 @@ from tests.support.published_folders import (
 )
 
 VERSION_1, VERSION_2, TWO_EXPERTS = CHECKPOINTS
+MLLM_WIDTH = read_json(golden_folder() / "qwen3vl" / "config.json")["text_config"]["hidden_size"]
 
 
 def read_part(folder: Path) -> dict[str, torch.Tensor]:
@@ -135,7 +137,7 @@ def test_the_authors_side_files_are_written_back(imported, monkeypatch, tmp_path
 @pytest.fixture
 def version_2(monkeypatch, tmp_path):
     """Version 2 with random weights of the width of the golden Qwen3-VL, which stands in a folder of its own."""
-    preset = use_golden_sizes(monkeypatch, VERSION_2, mllm_width=32)
+    preset = use_golden_sizes(monkeypatch, VERSION_2, mllm_width=MLLM_WIDTH)
     publish_random(tmp_path / "OmniVideo2-1.3B", preset)
     shutil.copytree(golden_folder() / "qwen3vl", tmp_path / "Qwen3-VL")
     return tmp_path
@@ -226,22 +228,33 @@ FILES = {
         f"{WAN}/Wan2.1_VAE.pth", f"{WAN}/models_t5_umt5-xxl-enc-bf16.pth", f"{WAN}/google/umt5-xxl/tokenizer.json",
         f"{VILA}/llm/model.safetensors", f"{VILA}/vision_tower/model.safetensors",
         f"{VILA}/mm_projector/model.safetensors",
-        f"{VILA}/config.json", f"{VILA}/llm/config.json", f"{VILA}/llm/tokenizer.json",
+        f"{VILA}/config.json", f"{VILA}/llm/config.json", f"{VILA}/vision_tower/config.json",
+        f"{VILA}/mm_projector/config.json", f"{VILA}/llm/tokenizer.json",
     ),
     VERSION_2: (
         "transformer/pytorch_model.pt", "special_tokens.pkl", "Qwen3-VL/model-00002-of-00002.safetensors",
-        "Qwen3-VL/config.json", "Qwen3-VL/tokenizer.json",
+        "Qwen3-VL/model.safetensors.index.json", "Qwen3-VL/config.json", "Qwen3-VL/tokenizer.json",
     ),
-    TWO_EXPERTS: ("high_noise_model/model.pt", "low_noise_model/model.pt", "Qwen3-VL/model-00001-of-00002.safetensors"),
+    TWO_EXPERTS: (
+        "high_noise_model/model.pt", "low_noise_model/model.pt", "special_tokens.pkl", "Wan2.1_VAE.pth",
+        "models_t5_umt5-xxl-enc-bf16.pth", "google/umt5-xxl/tokenizer.json",
+        "Qwen3-VL/model-00001-of-00002.safetensors",
+    ),
 }  # fmt: skip
 SHARED = {"diffusers": VERSION_2, "ours": VERSION_2}  # other forms of that preset's folder
 FILES |= {
     "diffusers": (
         "Wan-Diffusers/vae/diffusion_pytorch_model.safetensors",
+        "Wan-Diffusers/vae/config.json",
         "Wan-Diffusers/text_encoder/model.safetensors",
+        "Wan-Diffusers/text_encoder/config.json",
         "Wan-Diffusers/tokenizer/tokenizer.json",
     ),
     "ours": (
+        "model_index.json",
+        "transformer/config.json",
+        "mllm/model-00001-of-00002.safetensors",
+        "vae/config.json",
         "transformer/diffusion_pytorch_model.safetensors",
         "hidden_projection/model.safetensors",
         "visual_context/model.safetensors",
@@ -265,7 +278,7 @@ def published_folders(tmp_path_factory):
         use_golden_sizes(patch, VERSION_1)
         publish_golden(top / VERSION_1, VERSION_1)
         for name in (VERSION_2, TWO_EXPERTS):
-            publish_random(top / name, use_golden_sizes(patch, name, mllm_width=32))
+            publish_random(top / name, use_golden_sizes(patch, name, mllm_width=MLLM_WIDTH))
             shutil.copytree(golden_folder() / "qwen3vl", top / name / "Qwen3-VL")
             shard(top / name / "Qwen3-VL")
         import_weights(top / VERSION_2, top / "ours", VERSION_2)
@@ -314,7 +327,7 @@ def test_a_fault_is_named_in_one_line_and_nothing_is_written(
     name, file, fault, published_folders, monkeypatch, tmp_path
 ):
     preset = SHARED.get(name, name)
-    use_golden_sizes(monkeypatch, preset, **({} if preset == VERSION_1 else {"mllm_width": 32}))
+    use_golden_sizes(monkeypatch, preset, **({} if preset == VERSION_1 else {"mllm_width": MLLM_WIDTH}))
     source = shutil.copytree(published_folders / name, tmp_path / "source")
     spoil(source, file, fault)
     with pytest.raises(CheckpointError) as refusal:
