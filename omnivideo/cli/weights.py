@@ -1,5 +1,6 @@
 """The commands of `omnivideo weights`: download, import, check, export and pack."""
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ from omnivideo.errors import InvalidInput
 if TYPE_CHECKING:
     from omnivideo.models.weights.folder import WeightsReport
 
+LOG_SECONDS = 30.0
 app = typer.Typer(no_args_is_help=True, help="Download, convert and check weights.")
 
 OutputFolderOption = Annotated[
@@ -26,11 +28,37 @@ OptionalOutputFolder = Annotated[
 OptionalPreset = Annotated[str | None, typer.Option(help="Default: derived from the source's files.")]
 
 
+class ByteLog:
+    """Prints one line every LOG_SECONDS, for a log in which a bar cannot be drawn."""
+
+    def __init__(self) -> None:
+        self.started_at = self.printed_at = time.monotonic()
+        self.done_bytes = self.total_bytes = 0
+
+    def set_total(self, total_bytes: int) -> None:
+        self.total_bytes = total_bytes
+
+    def advance(self, file: str, count: int) -> None:
+        self.done_bytes += count
+        now = time.monotonic()
+        if now - self.printed_at < LOG_SECONDS or not self.done_bytes:
+            return
+        self.printed_at = now
+        done, total = self.done_bytes / 1e9, self.total_bytes / 1e9
+        minutes = (now - self.started_at) * max(0.0, total / done - 1) / 60
+        text = f"{file}: {done:.1f} of {total:.1f} GB, {minutes:.0f} min left" if total else f"{file}: {done:.1f} GB"
+        error_console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
 @contextmanager
 def show_byte_progress() -> Iterator[tuple[Callable[[str, int], None], Callable[[int], None]]]:
-    """Show a progress bar of bytes; yield the functions that advance it, by (file, bytes), and that set its total."""
+    """Show the progress of bytes; yield the functions that advance it, by (file, bytes), and that set its total."""
+    if not error_console.is_terminal:
+        log = ByteLog()
+        yield log.advance, log.set_total
+        return
     with Progress(TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn(),
-                  console=error_console, transient=True, disable=not error_console.is_terminal) as bar:  # fmt: skip
+                  console=error_console, transient=True) as bar:  # fmt: skip
         row = bar.add_task("", total=None)
         yield (
             lambda file, count: bar.update(row, description=file, advance=count),

@@ -21,6 +21,7 @@ from omnivideo.models.weights.published import (
     get_part_folder,
     list_weight_files,
 )
+from omnivideo.models.weights.strict import explain_unreadable
 from omnivideo.models.weights.wan_layouts import TEXT_ENCODER_FILE, TOKENIZER_FOLDER, VAE_FILE
 from omnivideo.presets import PRESETS, Preset
 
@@ -90,7 +91,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise CheckpointError(f"{path.parent.name}/{path.name} cannot be read: {error.strerror}") from None
     except ValueError:
-        raise CheckpointError(f"{path.parent.name}/{path.name} is cut short, or is not JSON") from None
+        raise CheckpointError(explain_unreadable(path, "JSON")) from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path.parent.name}/{path.name} is not a dictionary in JSON")
     return value

@@ -44,3 +44,15 @@ def check_keys(
 def get_first_line(error: Exception) -> str:
     """Return the first line of an error's text, at most 200 characters, or its type if it has no text."""
     return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+
+
+def explain_unreadable(path: Path, expected: str) -> str:
+    """Return in one line what is wrong with a file that is not of the expected form, such as "JSON"."""
+    label = f"{path.parent.name}/{path.name}"
+    with path.open("rb") as file:
+        begin = file.read(64).lstrip().lower()
+    if begin.startswith(b"version https://git-lfs"):
+        return f"{label} is a pointer of Git LFS, not the file itself; run `git lfs pull` in its repository"
+    if begin.startswith((b"<!doctype", b"<html")):
+        return f"{label} is a web page, not the file itself; download it again"
+    return f"{label} is cut short, or is not {expected}"

@@ -339,6 +339,22 @@ def test_a_fault_is_named_in_one_line_and_nothing_is_written(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
 
 
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"a" * 64 + b"\nsize 9\n"
+PLACEHOLDERS = {LFS_POINTER: "a pointer of Git LFS", b"<!DOCTYPE html>\n<html></html>\n": "a web page"}
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("content", PLACEHOLDERS, ids=PLACEHOLDERS.values())
+@pytest.mark.parametrize("file", [FILES[VERSION_1][index] for index in (0, 1, 3, 6, 9)])
+def test_what_is_not_the_file_itself_is_named(file, content, published_folders, monkeypatch, tmp_path):
+    use_golden_sizes(monkeypatch, VERSION_1)
+    source = shutil.copytree(published_folders / VERSION_1, tmp_path / "source")
+    (source / file).write_bytes(content)
+    place = "/".join(Path(file).parts[-2:])
+    with pytest.raises(CheckpointError, match=f"^{place} is {PLACEHOLDERS[content]}, not the file itself; [^\n]+$"):
+        import_weights([source], tmp_path / "ours", VERSION_1)
+
+
 def test_the_tiny_presets_folder_fits(weights):
     assert find_faults(weights) == []
 

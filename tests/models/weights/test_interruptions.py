@@ -1,10 +1,12 @@
 """Imports that are interrupted, or that run twice at once: nothing half-written stays, and nothing is lost."""
 
+import re
 import signal
 from pathlib import Path
 
 import pytest
 
+from omnivideo.cli import weights
 from omnivideo.errors import InvalidInput
 from omnivideo.models.weights import checkpoint
 from omnivideo.models.weights.digests import compute_folder_digest
@@ -37,6 +39,15 @@ def test_ctrl_c_leaves_nothing_and_the_import_can_be_repeated(moment, published,
     assert sorted(path.name for path in tmp_path.iterdir()) == ["published", "whole"]
     import_weights(published, tmp_path / "ours", PRESET)
     assert compute_folder_digest(tmp_path / "ours").value == compute_folder_digest(tmp_path / "whole").value
+
+
+def test_a_log_has_lines_of_the_progress(published, tmp_path, monkeypatch, capsys):
+    """Where no bar can be drawn: one line for each piece here, and every half minute otherwise."""
+    monkeypatch.setattr(weights, "LOG_SECONDS", 0.0)
+    weights.import_published([published], tmp_path / "ours", PRESET)
+    lines = [line for line in capsys.readouterr().err.splitlines() if " GB, " in line]
+    assert len(lines) > 10 and all(re.fullmatch(r"\S+: 0\.0 of 0\.0 GB, \d+ min left", line) for line in lines)
+    assert lines[-1].endswith("0 min left")
 
 
 def test_two_imports_do_not_write_the_same_folder(published, tmp_path):
