@@ -24,6 +24,9 @@ from tests.support.api_server import run_api_server, run_mllm_server
 from tests.support.openai_service import KEY, wait_until
 from tests.support.servers import free_port
 
+MODEL_LABELS = ("preset", "weights", "precision")
+PART_LABELS = ("part", "location", "dtype", "compute_dtype")
+
 
 @pytest.fixture(scope="module")
 def spans():
@@ -74,10 +77,11 @@ def test_health_and_readiness(http):
     assert http.get("/ready").json() == {"status": "ready", "language_model": "ready"}
 
 
-def read_gauge(text: str, name: str) -> dict[tuple[str, ...], float]:
-    """Return the values of a metric by the values of its labels."""
+def read_gauge(text: str, name: str, *labels: str) -> dict[tuple[str, ...], float]:
+    """Return the values of a metric by the values of its labels, which must be these."""
     (family,) = [family for family in text_string_to_metric_families(text) if family.name == name]
-    return {tuple(sample.labels.values()): sample.value for sample in family.samples}
+    assert all(sample.labels.keys() == set(labels) for sample in family.samples)
+    return {tuple(sample.labels[label] for label in labels): sample.value for sample in family.samples}
 
 
 def test_the_workers_report_where_their_parts_compute(weights, tmp_path, caplog):
@@ -90,12 +94,12 @@ def test_the_workers_report_where_their_parts_compute(weights, tmp_path, caplog)
         text = httpx.get(f"{address}/metrics", trust_env=False).text
     placement, model = wiring.renderer.omni.placement, wiring.renderer.model
     identity = (model.preset, model.weights, model.precision)
-    assert read_gauge(text, "omnivideo_workers") == {(*identity, "CPU"): 1}
+    assert read_gauge(text, "omnivideo_workers", *MODEL_LABELS, "placement") == {(*identity, "CPU"): 1}
     expected = {
         (*identity, part.size.name, "cpu", part.size.dtype, part.compute_dtype): part.size.weights_bytes
         for part in placement.parts
     }
-    assert read_gauge(text, "omnivideo_part_bytes") == expected and len(expected) > 5
+    assert read_gauge(text, "omnivideo_part_bytes", *MODEL_LABELS, *PART_LABELS) == expected and len(expected) > 5
     assert f"placement of tiny: {placement.describe()}" in caplog.text
     assert worker.name not in text  # a host's name is for operators only
     assert WorkerRepository(create_database_engine(f"sqlite:///{home}/service.sqlite")).list_workers(30) == []
@@ -114,5 +118,5 @@ def test_the_server_of_the_mllm_reports_where_its_parts_compute(weights, tmp_pat
         ("tiny", part.size.name, "cpu", part.size.dtype, part.compute_dtype): part.size.weights_bytes
         for part in omni.placement.parts
     }
-    assert read_gauge(text, "omnivideo_mllm_part_bytes") == expected
+    assert read_gauge(text, "omnivideo_mllm_part_bytes", "preset", *PART_LABELS) == expected
     assert len(family.samples) == len(expected) == 2 and up.samples[0].value == 1

@@ -98,7 +98,7 @@ def test_the_first_clip_of_a_preset(kind, tmp_path):
 
 def test_the_overview_of_the_commands(tmp_path):
     """Every command that the page begins with, in its order."""
-    assert [shlex.split(line)[1:3] for line in OVERVIEW] == [
+    assert [shlex.split(line, comments=True)[1:3] for line in OVERVIEW] == [
         ["weights", "download"], ["weights", "import"], ["weights", "check"], ["weights", "export"],
         ["weights", "pack"], ["doctor", "--weights"],
     ]  # fmt: skip

@@ -86,8 +86,8 @@ def import_weights(
     missing = tuple(part for part in list_required_parts(preset) if part not in contents)
     missing_files = tuple(describe_missing_parts(preset, missing))
     if missing and not single_file:
-        folders = find_folders_without_config(tree)
-        missing_files += tuple(f"{folder.name}/config.json, which says what {folder.name}/ holds" for folder in folders)
+        folders = find_folders_without_config(tree, missing)
+        missing_files += tuple(f"a config.json in {folder.name}/ that says what it holds" for folder in folders)
     report = WeightsReport(preset.name, tuple(report_parts(contents)), missing, missing_files)
     on_report(report)
     if folder is None:

@@ -182,17 +182,17 @@ def classify_folder(folder: Path) -> FoundPart | None:
     return None
 
 
-def find_folders_without_config(tree: SourceTree) -> list[Path]:
-    """Return the folders of another library's model whose part is not known, because they have no config.json.
+def find_folders_without_config(tree: SourceTree, missing: Sequence[str]) -> list[Path]:
+    """Return the folders with weights of another library that may be missing parts, but whose config.json is not.
 
-    Those of ours need none.
+    It is absent, or in a folder with the name of a missing part, that of another model. Folders of ours need none.
     """
     ours = find_our_folder(tree)
     return [
         folder
         for folder in tree.folders
-        if not (folder / "config.json").is_file()
-        and ((folder / "llm").is_dir() or any(folder.glob("*.safetensors")))
+        if ((folder / "llm").is_dir() or any(folder.glob("*.safetensors")))
+        and (folder.name in missing or not (folder / "config.json").is_file())
         and ours not in (folder, *folder.parents)
     ]
 

@@ -23,7 +23,8 @@ def load_strict(cls: Any, folder: Path, name: str, dtype: torch.dtype | None) ->
             part, torch_dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(f"{name} cannot be loaded: {get_first_line(error)}") from error
+        reason = get_first_line(error).replace(str(folder), folder.name)
+        raise CheckpointError(f"{name} cannot be loaded: {reason}") from error
     check_keys(name, list(report["missing_keys"]), list(report["unexpected_keys"]), list(report["mismatched_keys"]))
     return model
 

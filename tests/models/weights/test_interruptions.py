@@ -2,6 +2,7 @@
 
 import re
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,15 @@ def published(monkeypatch, tmp_path) -> Path:
     return publish_golden(tmp_path / "published", PRESET)
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Let the signal raise KeyboardInterrupt, also where the tests run in the background and a shell ignores it."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize("moment", [0.0, 0.5, 1.0])
 def test_ctrl_c_leaves_nothing_and_the_import_can_be_repeated(moment, published, tmp_path):
     """The signal comes with the first, a middle or the last bytes, of files that are written and that are linked."""
