@@ -164,9 +164,12 @@ def write_parts_2(tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
 
 def change_sampling(tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
     """Change the settings and the noise, and state the timesteps and experts that follow."""
-    about |= {"shift": 4.5, "prompt": "Generate a video about: the big cat in the rain"}
-    about |= {"caption": "a small red square moving up", "instruction": "make the cat blue"}
-    about |= {"negative_prompt": "worst quality, blurry", "guide_scale": 2.5}
+    settings = {
+        "shift": 4.5, "prompt": "Generate a video about: the big cat in the rain", "guide_scale": 2.5,
+        "caption": "a small red square moving up", "instruction": "make the cat blue",
+        "negative_prompt": "worst quality, blurry",
+    }  # fmt: skip
+    about |= {name: value for name, value in settings.items() if name in about}
     for case in about["cases"]:
         case["timesteps"] = create_scheduler(about["steps"], about["shift"]).timesteps.tolist()
         if "guide_scale_as_in_their_script" in case:
