@@ -39,6 +39,7 @@ from omnivideo.presets import Preset, get_preset
 Shapes = Mapping[str, tuple[int, ...]]
 TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "tokenizer.model", "vocab.json")  # one of them is enough
 VAE_FIELDS = ("base_dim", "z_dim", "dim_mult", "num_res_blocks", "temperal_downsample")
+VILA_TYPES = {"llm": "llama", "vision_tower": "siglip_vision_model"}
 SHARD_NAME = re.compile(r"(.+)-\d{5}-of-\d{5}\.safetensors")
 VAE_STATISTICS = ("latents_mean", "latents_std")
 
@@ -249,6 +250,10 @@ def find_qwen_faults(preset: Preset, folder: Path, config: Mapping[str, Any]) ->
 def find_vila_faults(preset: Preset, folder: Path) -> Iterator[str]:
     """Yield the faults of VILA's three folders: language model, vision tower and the projector between them."""
     llm, tower = read_json(folder / "llm" / "config.json"), read_json(folder / "vision_tower" / "config.json")
+    for name, config in (("llm", llm), ("vision_tower", tower)):
+        if config.get("model_type") != VILA_TYPES[name]:
+            yield f"mllm/{name}: model_type is {config.get('model_type')!r}; {preset.name} needs {VILA_TYPES[name]!r}"
+            return
     width, tower_width = llm.get("hidden_size", 0), tower.get("hidden_size", 0)
     if width != preset.mllm_width:
         yield f"mllm/llm: it has width {width}; {preset.name} needs {preset.mllm_width}"
