@@ -14,7 +14,7 @@ from rich.text import Text
 
 from omnivideo.agent.commands import FILE_FORMATS
 from omnivideo.agent.thread import Thread
-from omnivideo.cli.turn_display import TurnDisplay
+from omnivideo.cli.turn_display import TurnDisplay, print_wrapped
 from omnivideo.contracts import Artifact
 from omnivideo.errors import InvalidInput, JobCancelled, OmniVideoError
 from omnivideo.turns import ActionResult, TurnCompleted
@@ -34,6 +34,15 @@ HELP_TEXT = """Say what you would like to see, change or know.
 /quit      end the chat, as Ctrl-D does"""
 ATTACHMENT = re.compile(r'(?:^|(?<=\s))@(?:"([^"\n]+)"|(\S+))')  # @FILE, or @"FILE with spaces"
 MAX_LISTED_THREADS = 20
+
+
+def choose_free_name(suffix: str) -> Path:
+    """Return clip.mp4 (or another suffix) in the current folder, or clip-2.mp4 and so on where a file has that name."""
+    target, number = Path(f"clip{suffix}"), 1
+    while target.exists():
+        number += 1
+        target = Path(f"clip-{number}{suffix}")
+    return target
 
 
 class TerminalChat:
@@ -66,8 +75,8 @@ class TerminalChat:
         }
 
     def print_line(self, text: str | Text, style: str = "") -> None:
-        """Print a line that the terminal wraps: a path is not broken by the width of the screen."""
-        self.console.print(Text(text, style) if isinstance(text, str) else text, soft_wrap=True)
+        """Print a line; in a terminal it is wrapped between words, and a path is never broken."""
+        print_wrapped(self.console, Text(text, style) if isinstance(text, str) else text)
 
     def run(self, lines: Iterable[str]) -> None:
         """Process lines until they end or one is /quit. A user's error is printed, and the chat continues."""
@@ -127,7 +136,8 @@ class TerminalChat:
 
     def save_result(self, artifact: Artifact, name: str) -> None:
         """Write the file that a message such as "save it as final.mp4" asks for, into the current folder."""
-        self.copy_file(artifact, Path(Path(name).name or f"clip{Path(artifact.key).suffix}"))
+        suffix = Path(artifact.key).suffix
+        self.copy_file(artifact, Path(Path(name).name) if Path(name).name else choose_free_name(suffix))
 
     # ------------------------------------------------------------ commands
 
@@ -176,7 +186,7 @@ class TerminalChat:
         """Write the current result to a file, in the format of its suffix."""
         artifact = self.require_current_artifact()
         own_suffix = Path(artifact.key).suffix
-        target = Path(argument or f"clip{own_suffix}").expanduser()
+        target = Path(argument).expanduser() if argument else choose_free_name(own_suffix)
         suffix = target.suffix.lower()
         formats = [f".{name}" for name in FILE_FORMATS[artifact.medium]]
         if suffix != own_suffix:
@@ -193,7 +203,8 @@ class TerminalChat:
         try:
             shutil.copyfile(self.studio.artifact_path(artifact), target)
         except OSError as error:
-            raise InvalidInput("save", f"{target.name} cannot be written: {error.strerror}") from None
+            reason = error.strerror if target.parent.is_dir() else f"there is no folder '{target.parent}'"
+            raise InvalidInput("save", f"'{target}' cannot be written: {reason}") from None
         self.print_line(Text.assemble(("saved", "green"), f" {target}"))
 
     def open_current(self, argument: str) -> None:
@@ -201,4 +212,5 @@ class TerminalChat:
         if shutil.which(opener) is None:
             raise InvalidInput("open", f"this machine has no {opener}; use /save")
         path = self.studio.artifact_path(self.require_current_artifact())
+        self.print_line(f"opening {path}", "dim")
         subprocess.Popen([opener, path], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

@@ -110,7 +110,7 @@ def run_demo(folder: Path, console: Console, studio: "Studio") -> None:
             rows.append(list(read_frames(result.artifact)))
             captions.append(title)
         elif captions and result:
-            captions[-1] += f"   {turn.text} - {finding}"
+            captions[-1] += f"  |  {title} Answer: {finding}"
     if rows:
         make_contact_sheet(rows, captions).save(folder / "contact-sheet.png")
         console.print(Text(f"contact sheet: {folder / 'contact-sheet.png'}"), soft_wrap=True)

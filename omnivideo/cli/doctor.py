@@ -59,7 +59,7 @@ def collect_findings() -> Iterator[tuple[str, str]]:
         properties = torch.cuda.get_device_properties(index)
         yield f"cuda:{index}", f"{properties.name}, {format_gibibytes(properties.total_memory)}"
     if not torch.cuda.is_available():
-        yield "gpu", "none; presets other than tiny need one"
+        yield "gpu", "none; presets other than tiny take hours for a clip without one"
     for name in PACKAGES:
         yield name, get_installed_version(name)
     for name in PRESETS:

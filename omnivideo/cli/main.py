@@ -236,8 +236,10 @@ def batch(
 
     try:
         text = prompts.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError):
-        raise InvalidInput("prompts", f"{prompts.name!r} cannot be read as text") from None
+    except OSError as error:
+        raise InvalidInput("prompts", f"'{prompts}' cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise InvalidInput("prompts", f"'{prompts}' cannot be read as text") from None
     batch_items = parse_text(text, get_preset(preset), open_text_limits(preset, weights))
     studio = open_studio(preset, weights, device)
     columns = (TextColumn("prompts"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

@@ -1,8 +1,10 @@
 """Show the events of a turn in a terminal, or in a file."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
@@ -19,6 +21,22 @@ from omnivideo.turns import (
 )
 
 
+def print_wrapped(console: Console, line: Text) -> None:
+    """Print a line, in a terminal wrapped between words.
+
+    A word longer than the terminal is wide, such as a path, is not broken, so that it can be copied. In a file, a line
+    stays one line.
+    """
+    for part in line.split("\n", allow_blank=True) if console.is_terminal else [line]:
+        breaks, column_start = [], 0
+        for word in re.finditer(r"\S+", part.plain) if console.is_terminal else ():
+            if word.start() > column_start and cell_len(part.plain[column_start : word.end()]) > console.width:
+                column_start = word.start()
+                breaks.append(column_start)
+        for piece in part.divide(breaks):
+            console.print(piece, soft_wrap=True)
+
+
 class TurnDisplay:
     """Prints the events of one turn, with a progress bar that exists only while steps are denoised.
 
@@ -31,6 +49,8 @@ class TurnDisplay:
         self.bar: Progress | None = None
         self.row = TaskID(0)
         self.line_is_open = False
+        self.column = 0  # cells of the terminal's line that are written
+        self.held_text = Text()  # the beginning of a word, whose rest has not come
 
     def show(self, event: TurnEvent) -> None:
         """Print an event, or move the progress bar."""
@@ -74,19 +94,41 @@ class TurnDisplay:
             self.bar = None
 
     def write(self, text: str, style: str = "") -> None:
-        """Print a part of a line; the terminal wraps it, so that a copied line is as it was written."""
-        self.console.print(Text(text, style), end="", soft_wrap=True)
-        self.line_is_open = not text.endswith("\n") if text else self.line_is_open
+        """Print a part of an answer; in a terminal its lines are wrapped between words."""
+        if self.held_text.plain and self.held_text.style != style:
+            self.write_held_text()
+        text = self.held_text.plain + text
+        whole = text[: len(text) - len(re.split(r"\s", text)[-1])] if self.console.is_terminal else text
+        self.held_text = Text(text[len(whole) :], style)
+        self.write_words(whole, style)
+
+    def write_held_text(self) -> None:
+        held, self.held_text = self.held_text, Text()
+        self.write_words(held.plain, str(held.style))
+
+    def write_words(self, text: str, style: str) -> None:
+        """Print whole words, in a terminal with a line break before a word that does not fit into the line."""
+        width = self.console.width if self.console.is_terminal else None
+        for part in re.findall(r"\n|[^\S\n]+|\S+", text):
+            if width is not None and self.column > 0 and self.column + cell_len(part) > width:
+                self.console.print()
+                self.column = 0
+                if part.isspace():
+                    continue
+            self.console.print(Text(part, style), end="", soft_wrap=True)
+            self.column = 0 if part == "\n" else self.column + cell_len(part)
+            self.line_is_open = part != "\n"
 
     def print_line(self, line: Text) -> None:
         self.remove_bar()
         self.end_line()
-        self.console.print(line, soft_wrap=True)
+        print_wrapped(self.console, line)
 
     def end_line(self) -> None:
+        self.write_held_text()
         if self.line_is_open:
             self.console.print()
-            self.line_is_open = False
+            self.line_is_open, self.column = False, 0
 
     def close(self) -> None:
         """Remove the bar and end the line, at the end of the turn or where it failed."""

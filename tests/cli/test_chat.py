@@ -6,9 +6,10 @@ import signal
 
 import pytest
 from rich.console import Console
+from rich.text import Text
 
 from omnivideo.cli.chat import TerminalChat
-from omnivideo.cli.turn_display import TurnDisplay
+from omnivideo.cli.turn_display import TurnDisplay, print_wrapped
 from omnivideo.contracts import StepProgress
 from omnivideo.media.read import measure_media
 from omnivideo.sdk.studio import Studio
@@ -75,6 +76,30 @@ def test_paths_are_printed_whole(studio):
     chat.run([REQUEST])
     path = studio.artifact_path(chat.thread.get_artifacts()[-1])
     assert len(str(path)) > 80 and str(path) in output.getvalue()
+
+
+def test_a_terminal_wraps_answers_between_words():
+    """Also where the parts of a streamed answer end within a word; a path longer than the line is not broken."""
+    output = io.StringIO()
+    display = TurnDisplay(Console(file=output, force_terminal=True, no_color=True, width=20), lambda artifact: "")
+    for part in ("I can draw circ", "les, squares and tri", "angles\non grey. See ", "/" + "x" * 30):
+        display.write(part)
+    display.close()
+    print_wrapped(display.console, Text("saved as /" + "y" * 30 + " for you"))
+    assert [line.rstrip() for line in output.getvalue().splitlines()] == [
+        *("I can draw circles,", "squares and", "triangles", "on grey. See", "/" + "x" * 30),
+        *("saved as", "/" + "y" * 30, "for you"),
+    ]
+
+
+def test_a_save_without_a_name_keeps_the_files_that_are_there(studio, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "clip.mp4").write_text("mine")
+    chat, output = open_chat(studio)
+    chat.run([REQUEST, "/save", "/save", "/save none/x.mp4"])
+    assert (tmp_path / "clip.mp4").read_text() == "mine"
+    assert (tmp_path / "clip-2.mp4").read_bytes() == (tmp_path / "clip-3.mp4").read_bytes()
+    assert "save: 'none/x.mp4' cannot be written: there is no folder 'none'" in output.getvalue()
 
 
 def test_threads_are_listed_with_their_first_message(studio):

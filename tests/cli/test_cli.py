@@ -236,6 +236,23 @@ def test_progress_in_a_file_is_printed_as_lines(monkeypatch):
     assert output.getvalue().splitlines() == ["stage1  1/3  loss 0.5", f"stage1  2/3  loss 0.4 {'x' * 40}"]
 
 
+def test_tracked_progress_in_a_file_is_printed_as_lines(monkeypatch):
+    """A batch in a log shows each line as it ends, not only the first."""
+    output = io.StringIO()
+    monkeypatch.setattr(progress_bar, "LINE_SECONDS", 0.0)
+    with progress_bar.LoggedProgress(MofNCompleteColumn(), console=Console(file=output, width=40)) as bar:
+        for _ in bar.track(iter("abc"), total=3):
+            pass
+    assert output.getvalue().splitlines() == ["1/3", "2/3", "3/3"]
+
+
+def test_a_batch_says_why_its_file_cannot_be_read(run_cli, tmp_path):
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\xff")
+    for name, problem in (("none.txt", "No such file or directory"), ("binary.txt", "as text")):
+        code, _, err = run_cli("batch", str(tmp_path / name), "-o", str(tmp_path / "out"))
+        assert code == 2 and err.startswith("error: prompts: ") and problem in err and name in err
+
+
 def test_importing_loads_no_heavy_library():
     """Importing omnivideo and its command line loads no model or server library."""
     heavy_libraries = ("torch", "diffusers", "fastapi")

@@ -18,7 +18,10 @@ def find_shipped_weights(preset_name: str) -> Path:
     """
     folder = SHIPPED_WEIGHTS_FOLDER / get_preset(preset_name).name
     if not (folder / INDEX_FILE).is_file():
-        raise CheckpointError(f"no weights are shipped for the preset {preset_name!r}; pass a folder with --weights")
+        raise CheckpointError(
+            f"no weights are shipped for the preset {preset_name!r}; "
+            "pass a folder that `omnivideo weights import` wrote with --weights"
+        )
     return folder
 
 

@@ -16,6 +16,8 @@ class LoggedProgress(Progress):
         super().__init__(*columns, **options)
         self.prints_lines = not (self.console.is_terminal or self.console.is_jupyter)
         self.disable = self.prints_lines
+        if self.prints_lines:  # otherwise `track` counts in a thread, which ends at once where no bar is shown
+            self.live.auto_refresh = False
         self.printed_at: dict[TaskID, float] = {}
         self.unprinted: set[TaskID] = set()
 
