@@ -254,6 +254,7 @@ class ServiceWiring:
         from omnivideo.media import ingest
         from omnivideo.media.thumbnails import create_picture_renderer
         from omnivideo.storage.database.keys import APIKeyRepository
+        from omnivideo.storage.database.workers import WorkerRepository
 
         settings, decoding = self.settings, Bulkhead("media", MAX_DECODING_THREADS)
 
@@ -277,6 +278,7 @@ class ServiceWiring:
             batches=self.batches,
             webhooks=self.webhooks,
             idempotency_keys=self.idempotency_keys,
+            workers=WorkerRepository(self.engine),
             turns=self.turns,
             conversations=self.conversations,
             turn_runner=TurnRunner(self.turns, self.jobs, self.conversations, settings.heartbeat_timeout),

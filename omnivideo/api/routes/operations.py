@@ -1,5 +1,6 @@
-"""Routes for operators: health, readiness, and Prometheus metrics of the requests, the job queue and the MLLM."""
+"""Routes for operators: health, readiness, and Prometheus metrics of the requests, jobs, workers and the MLLM."""
 
+from collections import Counter as Counted
 from collections.abc import Iterable
 
 from fastapi import APIRouter, Request, Response
@@ -11,10 +12,12 @@ from prometheus_client.registry import Collector
 from omnivideo.api.dependencies import ContextDep, MLLMServer, ServiceContext
 from omnivideo.api.errors import ERROR_RESPONSES
 from omnivideo.api.request_body import ServiceRoute
+from omnivideo.api.stores import WorkerStore
 from omnivideo.errors import OmniVideoError
 from omnivideo.ports import JobStore
 
 router = APIRouter(route_class=ServiceRoute, tags=["operation"], responses=ERROR_RESPONSES)
+WORKER_LIFETIME_SECONDS = 30.0  # after its last report; workers report every 10 s
 LATENCY_BUCKETS_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
 
@@ -24,6 +27,7 @@ class RequestMetrics:
     def __init__(self, context: ServiceContext):
         self.registry = CollectorRegistry()
         self.registry.register(QueueCollector(context.jobs))
+        self.registry.register(WorkerCollector(context.workers))
         if context.mllm_server:
             self.registry.register(MLLMServerCollector(context.mllm_server))
         self.latency_seconds = Histogram(
@@ -65,12 +69,45 @@ class QueueCollector(Collector):
         yield oldest_wait
 
 
+class WorkerCollector(Collector):
+    """Reads from the database which weights the workers have and where the parts of their models compute.
+
+    The hosts' names are left out, because anybody who reaches the port may read the metrics.
+    """
+
+    def __init__(self, workers: WorkerStore):
+        self.workers = workers
+
+    def collect(self) -> Iterable[Metric]:
+        try:
+            workers = self.workers.list_workers(WORKER_LIFETIME_SECONDS)
+        except OmniVideoError:
+            return
+        model_labels, part_labels = ("preset", "weights", "precision"), ("part", "location", "dtype", "compute_dtype")
+        running = GaugeMetricFamily("omnivideo_workers", "Workers that run", labels=(*model_labels, "placement"))
+        sizes = GaugeMetricFamily(
+            "omnivideo_part_bytes", "Weights of the workers' parts, by where they compute",
+            labels=(*model_labels, *part_labels),
+        )  # fmt: skip
+        worker_counts, part_bytes = Counted[tuple[str, ...]](), Counted[tuple[str, ...]]()
+        for worker in workers:
+            model = (worker.preset, worker.weights, worker.precision)
+            worker_counts[*model, worker.placement] += 1
+            for part in worker.parts:
+                part_bytes[*model, part.name, part.location, part.dtype, part.compute_dtype] += part.size_bytes
+        for family, values in ((running, worker_counts), (sizes, part_bytes)):
+            for labels, value in values.items():
+                family.add_metric(labels, value)
+            yield family
+
+
 class MLLMServerCollector(Collector):
-    """Checks at every scrape whether the MLLM's server answers and, if it is vLLM, reads its load."""
+    """Checks at every scrape whether the MLLM's server answers, and reads the load of vLLM or the placement of ours."""
 
     exported_metrics = (
         "num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "num_preemptions",
         "prompt_tokens", "generation_tokens", "prefix_cache_queries", "prefix_cache_hits",
+        "omnivideo_mllm_part_bytes",
     )  # fmt: skip
 
     def __init__(self, server: MLLMServer):

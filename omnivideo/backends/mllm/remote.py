@@ -60,7 +60,7 @@ class RemoteMLLM:
         # Defaults are left out, so that a server of an earlier version accepts the request.
         body = WriteRequest(payload=self.build_payload(request), **options).model_dump_json(exclude_defaults=True)
         emitted_chars = 0
-        for attempt in range(MAX_ATTEMPTS):
+        for _ in iterate_attempts():
             received_chars = 0  # counted in characters, because a retry may split the answer differently
             try:
                 for piece in self.stream_pieces(body):
@@ -74,7 +74,6 @@ class RemoteMLLM:
                 raise ModelUnavailable(HANGING_MESSAGE) from None
             except httpx.HTTPError:
                 pass
-            time.sleep(0.5 * 2**attempt)
         raise ModelUnavailable(UNAVAILABLE_MESSAGE)
 
     def count_tokens(self, text: str) -> int:
@@ -97,7 +96,7 @@ class RemoteMLLM:
 
     def post_request(self, path: str, body: BaseModel) -> bytes:
         content, headers = body.model_dump_json(), {"Content-Type": "application/json"}
-        for attempt in range(MAX_ATTEMPTS):
+        for _ in iterate_attempts():
             try:
                 response = self.http.post(path, content=content, headers=headers)
                 raise_for_refusal(response)
@@ -105,7 +104,7 @@ class RemoteMLLM:
             except httpx.ReadTimeout:
                 raise ModelUnavailable(HANGING_MESSAGE) from None
             except httpx.HTTPError:
-                time.sleep(0.5 * 2**attempt)
+                pass
         raise ModelUnavailable(UNAVAILABLE_MESSAGE)
 
     def stream_pieces(self, body: str) -> Iterator[str | None]:
@@ -137,6 +136,14 @@ class RemoteMLLM:
 
     def close(self) -> None:
         self.http.close()
+
+
+def iterate_attempts() -> Iterator[int]:
+    """Yield the numbers of the attempts, with a pause between two of them."""
+    for attempt in range(MAX_ATTEMPTS):
+        if attempt:
+            time.sleep(0.25 * 2**attempt)
+        yield attempt
 
 
 def raise_for_refusal(response: httpx.Response) -> None:
