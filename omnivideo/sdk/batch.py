@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -39,7 +39,8 @@ class BatchItem(BaseModel):
 class ClipGenerator(Protocol):
     """Generates the items of a batch, as a Studio does."""
 
-    def generate(self, prompt: str, *, image: bool | None = None, **overrides: Any) -> "Result": ...
+    @property
+    def generate(self) -> Callable[..., "Result"]: ...
 
 
 @dataclass(frozen=True)
@@ -95,24 +96,44 @@ def load_finished_ids(folder: Path) -> set[str]:
     return {line["id"] for line in lines if line["file"] and (folder / line["file"]).exists()}
 
 
+class BatchResults:
+    """The folder of a batch with its results file, to which it appends a line for each outcome."""
+
+    def __init__(self, folder: Path):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InvalidInput("output", f"the folder cannot be created: {error.strerror}") from None
+        self.finished_ids = load_finished_ids(folder)
+        self.file = (folder / RESULTS_FILE).open("a")
+
+    def __enter__(self) -> "BatchResults":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.file.close()
+
+    def is_finished(self, item: BatchItem) -> bool:
+        """Return whether an earlier run has generated the item."""
+        return item.id in self.finished_ids
+
+    def write(self, item: BatchItem, outcome: BatchOutcome) -> None:
+        self.file.write(json.dumps(vars(outcome) | {"prompt": item.prompt}) + "\n")
+        self.file.flush()
+        os.fsync(self.file.fileno())
+
+
 def run_batch(studio: ClipGenerator, items: list[BatchItem], folder: Path) -> Iterator[BatchOutcome]:
     """Generate the items that are not done and write a line for each to the results file.
 
     A failed item does not stop the others.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InvalidInput("output", f"the folder cannot be created: {error.strerror}") from None
-    finished_ids = load_finished_ids(folder)
-    with (folder / RESULTS_FILE).open("a") as results:
+    with BatchResults(folder) as results:
         for item in items:
             outcome = BatchOutcome(item.id, None, None)
-            if item.id not in finished_ids:
+            if not results.is_finished(item):
                 outcome = generate_item(studio, item, folder)
-                results.write(json.dumps(vars(outcome) | {"prompt": item.prompt}) + "\n")
-                results.flush()
-                os.fsync(results.fileno())
+                results.write(item, outcome)
             yield outcome
 
 

@@ -1,6 +1,8 @@
 """What an operator sees of a request: its id, its trace down to the worker's steps, and its metrics."""
 
+import re
 import time
+import uuid
 
 import httpx
 import pytest
@@ -8,6 +10,7 @@ from opentelemetry import trace
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from prometheus_client.parser import text_string_to_metric_families
 
 from tests.support.openai_service import KEY, wait_until
 
@@ -54,6 +57,47 @@ def test_metrics_count_requests_by_route_and_jobs_by_state(http):
     assert 'omnivideo_request_seconds_count{method="GET",route="/v1/videos/{video_id}",status="200"}' in text
     assert 'omnivideo_jobs_ended_total{lane="interactive",state="done"}' in text
     assert "omnivideo_database_up 1.0" in text and KEY not in text
+
+
+def test_metrics_measure_queue_and_generation_times_steps_and_the_language_model(http):
+    generate_clip(http, steps=3)
+    samples = {
+        (sample.name, *sample.labels.values()): sample.value
+        for family in text_string_to_metric_families(http.get("/metrics").text)
+        for sample in family.samples
+    }
+    for name in ("omnivideo_job_queue_seconds", "omnivideo_job_generation_seconds"):
+        counts = [value for (sample, *labels), value in samples.items() if sample == f"{name}_bucket"]
+        assert counts == sorted(counts) and counts[-1] == samples[f"{name}_count", "interactive"] >= 1
+        assert samples[f"{name}_sum", "interactive"] > 0
+    done = samples["omnivideo_jobs_ended_total", "interactive", "done"]
+    assert samples["omnivideo_job_generation_seconds_count", "interactive"] == done
+    assert samples["omnivideo_denoising_steps_total", "interactive"] >= 3
+    assert {"omnivideo_language_model_tokens_total", "omnivideo_language_model_cache_requests_total"} <= {
+        name for name, *_ in samples
+    }
+
+
+def test_a_trace_of_a_turn_crosses_its_threads(spans, http):
+    caller = f"00-{uuid.uuid4().hex}-b7ad6b7169203331-01"
+    thread_id = http.post("/v1/threads").json()["id"]
+    body = {"text": "a red ball", "steps": 2}
+    turn = http.post(f"/v1/threads/{thread_id}/turns", json=body, headers={"traceparent": caller}).json()
+    wait_until(lambda: http.get(f"/v1/threads/{thread_id}/turns/{turn['id']}").json()["state"] == "done")
+    time.sleep(0.2)
+    names = [
+        span.name for span in spans.get_finished_spans() if f"{span.context.trace_id:032x}" == caller.split("-")[1]
+    ]
+    assert {"POST /v1/threads/{name}/turns", "turn", "job", "denoising step", "store result"} <= set(names)
+
+
+def test_the_documentation_loads_from_nowhere_else(http):
+    page = http.get("/docs").text
+    addresses = re.findall(r"""(?:src|href|url)\s*[=:]\s*["']([^"']+)""", page)
+    assert addresses and not [address for address in addresses if "//" in address]
+    for address in addresses:
+        assert http.get(f"/{address}").status_code == 200, address
+    assert http.get("/docs/nothing.js").status_code == 404 and http.get("/redoc").status_code == 404
 
 
 def test_health_and_readiness(http):

@@ -86,6 +86,7 @@ SLOW = (
     "models/test_*.py::test_the_ends_of_the_flow_shifts_range*",
     "models/weights/*.py",
     "sdk/test_client*.py",
+    "sdk/test_parity.py",
     "storage/test_objects*.py",
     "synthetic/*.py::test_captions_describe_the_rendered_scene",
     "synthetic/*.py::test_the_scorer_reads_the_ground_truth",
