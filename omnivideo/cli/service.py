@@ -169,7 +169,9 @@ def worker(
 
     def build_worker() -> tuple[Any, float]:
         configure_logging("worker", settings)
-        return build_wiring(settings, device).worker, settings.heartbeat_timeout
+        worker = build_wiring(settings, device).worker
+        logging.getLogger("omnivideo.worker").info("ready: %s", worker.renderer.model.preset, extra={"device": device})
+        return worker, settings.heartbeat_timeout
 
     serve_celery_worker(settings.broker, build_worker)
 

@@ -5,7 +5,7 @@ Each method is that of `AsyncClient`, which runs in an event loop of the client:
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, Unpack, cast
 
@@ -69,21 +69,23 @@ class EventLoopThread:
             while (item := self.run(receive())) is not END:
                 yield cast(Value, item)
         finally:
-            self.run(close())
+            if not self.loop.is_closed():
+                self.run(close())
 
-    def close(self) -> None:
-        """Stop the loop, after the calls that still run have been cancelled."""
+    def close(self, close_last: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Cancel the calls that still run, await `close_last`, and stop the loop."""
 
-        async def cancel_tasks() -> None:
+        async def close() -> None:
             tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             await self.loop.shutdown_asyncgens()
+            await close_last()
 
         if self.loop.is_closed():
             return
-        self.run(cancel_tasks())
+        self.run(close())
         self.loop.call_soon_threadsafe(self.loop.stop)
         self.thread.join()
         self.loop.close()
@@ -108,9 +110,7 @@ class Client:
 
     def close(self) -> None:
         """Close the connections; the calls that still run in other threads are cancelled."""
-        if not self.event_loop.loop.is_closed():
-            self.event_loop.run(self.remote.close())
-            self.event_loop.close()
+        self.event_loop.close(self.remote.close)
 
     def open_thread(self, thread_id: str | None = None, create: bool = False) -> "ClientThread":
         """Return a new thread, or the thread with the given id, which is created if `create` is set.

@@ -6,21 +6,15 @@ import uuid
 
 import httpx
 import pytest
-from opentelemetry import trace
-from opentelemetry.sdk.trace import TracerProvider
-from opentelemetry.sdk.trace.export import SimpleSpanProcessor
-from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.support.openai_service import KEY, wait_until
+from tests.support.spans import collect_spans, find_spans
 
 
 @pytest.fixture(scope="module")
 def spans():
-    exporter, provider = InMemorySpanExporter(), TracerProvider()
-    provider.add_span_processor(SimpleSpanProcessor(exporter))
-    trace.set_tracer_provider(provider)
-    return exporter
+    return collect_spans()
 
 
 def generate_clip(http, steps: int = 3) -> str:
@@ -79,16 +73,15 @@ def test_metrics_measure_queue_and_generation_times_steps_and_the_language_model
 
 
 def test_a_trace_of_a_turn_crosses_its_threads(spans, http):
-    caller = f"00-{uuid.uuid4().hex}-b7ad6b7169203331-01"
+    trace_id = uuid.uuid4().hex
+    caller = f"00-{trace_id}-b7ad6b7169203331-01"
     thread_id = http.post("/v1/threads").json()["id"]
     body = {"text": "a red ball", "steps": 2}
     turn = http.post(f"/v1/threads/{thread_id}/turns", json=body, headers={"traceparent": caller}).json()
     wait_until(lambda: http.get(f"/v1/threads/{thread_id}/turns/{turn['id']}").json()["state"] == "done")
     time.sleep(0.2)
-    names = [
-        span.name for span in spans.get_finished_spans() if f"{span.context.trace_id:032x}" == caller.split("-")[1]
-    ]
-    assert {"POST /v1/threads/{name}/turns", "turn", "job", "denoising step", "store result"} <= set(names)
+    expected = {"POST /v1/threads/{name}/turns", "turn", "job", "denoising step", "store result"}
+    assert expected <= find_spans(int(trace_id, 16)).keys()
 
 
 def test_the_documentation_loads_from_nowhere_else(http):

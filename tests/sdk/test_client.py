@@ -76,7 +76,7 @@ def test_the_async_client_generates_and_streams(address):
     async def use_client() -> tuple:
         async with AsyncClient(address, KEY) as client:
             clip, thread = await asyncio.gather(client.generate("a red ball", steps=2), client.open_thread())
-            kinds = [event.kind async for event in client.send(thread, "a red ball", steps=2)]
+            kinds = [event.kind async for event in thread.send("a red ball", steps=2)]
             return clip, kinds
 
     clip, kinds = asyncio.run(use_client())
@@ -91,7 +91,7 @@ def test_refusals_are_raised_as_errors_of_the_tree(client, address, tmp_path):
     with pytest.raises(InvalidInput, match="thread: there is no thread 'nothing'"):
         client.open_thread("nothing")
     with pytest.raises(ArtifactNotFound):
-        client.send_request("GET", "/v1/threads/nothing")
+        client.event_loop.run(client.remote.connection.send_request("GET", "/v1/threads/nothing"))
     with Client(address, "wrong") as stranger, pytest.raises(OmniVideoError, match="API key"):
         stranger.open_thread()
     with pytest.raises(InvalidInput, match=r"attachments: 'none\.png' cannot be read"):
@@ -103,7 +103,7 @@ def test_the_client_waits_for_a_service_that_starts_late(omni, tmp_path, monkeyp
     port = free_port()
     with Client(f"http://127.0.0.1:{port}") as client:
         with monkeypatch.context() as patched, pytest.raises(StoreError, match="service: it cannot be reached"):
-            patched.setattr("omnivideo.sdk.client.MAX_ATTEMPTS", 2)
+            patched.setattr("omnivideo.sdk.connection.MAX_ATTEMPTS", 2)
             client.open_thread()
         threads: list = []
         opener = threading.Thread(target=lambda: threads.append(client.open_thread()))

@@ -15,6 +15,7 @@ from PIL import Image
 
 from omnivideo import AsyncClient, Client, Result, Studio
 from omnivideo.errors import InvalidInput
+from omnivideo.models.weights.shipped import find_shipped_weights
 from omnivideo.sdk.async_thread import AsyncThread
 from omnivideo.sdk.client import ClientThread
 from omnivideo.sdk.options import GenerationOptions, SamplingOptions
@@ -60,6 +61,11 @@ class InEventLoop:
                 yield item
         finally:
             self.loop.run_until_complete(items.aclose())
+
+
+@pytest.fixture(scope="module")
+def weights():
+    return find_shipped_weights("tiny")  # they answer questions and choose between images and clips
 
 
 @pytest.fixture(scope="module")

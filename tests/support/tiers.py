@@ -50,6 +50,8 @@ LONG = (
     "api/test_gradio.py",
     # Outages of a minute.
     "api/test_chat_outages.py::test_an_outage_ends_with_an_error_within_a_minute",
+    # A type checker over the whole package.
+    "sdk/test_types.py",
     # The released wheel, in an empty environment.
     "deploy/test_release.py::test_the_wheel_generates_a_clip*",
 )
@@ -87,6 +89,7 @@ SLOW = (
     "models/weights/*.py",
     "sdk/test_client*.py",
     "sdk/test_parity.py",
+    "sdk/test_progress.py",
     "storage/test_objects*.py",
     "synthetic/*.py::test_captions_describe_the_rendered_scene",
     "synthetic/*.py::test_the_scorer_reads_the_ground_truth",
