@@ -211,9 +211,7 @@ def mllm_serve(
     settings = load_service_settings(weights, log_format=log_format, log_level=log_level)
     configure_logging("mllm", settings)
     from omnivideo.backends.mllm import launch
-    from omnivideo.models.device import pick_device
-    from omnivideo.models.weights import checkpoint
-    from omnivideo.models.weights.lora import check_lora, merge_lora
+    from omnivideo.models.weights.lora import check_lora
     from omnivideo.models.weights.shipped import find_shipped_weights
 
     folder = Path(settings.weights) if settings.weights else find_shipped_weights(settings.preset)
@@ -231,15 +229,25 @@ def mllm_serve(
         check_lora(lora, launch.find_language_model(folder))
     if server_command := launch.build_command(device, folder, port, host, engine, serving_options):
         launch.exec_command(server_command)
-    listener = listen(host, port)
+    serve_with_transformers(settings, folder, device, lora, host, port)
+
+
+def serve_with_transformers(
+    settings: "ServiceSettings", folder: Path, device: str, lora: Path | None, host: str, port: int
+) -> None:
+    """Serve the MLLM from this process."""
     from omnivideo.backends.mllm.local import LocalMLLM
     from omnivideo.backends.mllm.server import LRUObjectStore, create_mllm_app
+    from omnivideo.models.device import pick_device
+    from omnivideo.models.weights import checkpoint
+    from omnivideo.models.weights.lora import merge_lora
 
-    omni = checkpoint.load(folder, pick_device(device), settings.precision, contents="mllm")
-    log_placement(omni)
-    if lora is not None:
-        merge_lora(getattr(omni.mllm, "llm", omni.mllm), lora)
-    run_server(lambda: create_mllm_app(LocalMLLM(omni, LRUObjectStore())), listener)
+    with listen(host, port) as listener:
+        omni = checkpoint.load(folder, pick_device(device), settings.precision, contents="mllm")
+        log_placement(omni)
+        if lora is not None:
+            merge_lora(getattr(omni.mllm, "llm", omni.mllm), lora)
+        run_server(lambda: create_mllm_app(LocalMLLM(omni, LRUObjectStore())), listener)
 
 
 def log_placement(omni: "OmniVideoModel") -> None:

@@ -24,7 +24,7 @@ VIDEOS, IMAGES = "/v1/videos", "/v1/images/generations"
 ENDED = ("completed", "failed", "expired", "cancelled")
 
 
-class RouteRequest(Protocol):
+class RoutePrompt(Protocol):
     def __call__(self, prompt: str) -> Awaitable[Route]: ...
 
 
@@ -38,7 +38,7 @@ class RemoteBatch:
     The ids of the batches are kept in the folder, so that a later call with the same items waits for the same batches.
     """
 
-    def __init__(self, connection: ServiceConnection, route: RouteRequest, fetch_result: FetchResult):
+    def __init__(self, connection: ServiceConnection, route: RoutePrompt, fetch_result: FetchResult):
         self.connection = connection
         self.route = route
         self.fetch_result = fetch_result

@@ -40,7 +40,7 @@ class UnderstandRequest(RequestModel):
     stream: bool = False
 
 
-class Answer(BaseModel):
+class MediaAnswer(BaseModel):
     answer: str
 
 
@@ -61,7 +61,7 @@ def route_request(context: ContextDep, owner: OwnerDep, fields: BodyFields) -> R
 
 @router.post(
     "/understand",
-    response_model=Answer,
+    response_model=MediaAnswer,
     responses={200: {"content": {"application/x-ndjson": {}}, "description": "The answer, or its pieces"}},
     openapi_extra=document_request_body(UnderstandRequest, "source"),
 )
@@ -79,7 +79,7 @@ async def understand_media(context: ContextDep, owner: OwnerDep, fields: BodyFie
     pieces = await run_sync(start_answer)
     if payload.stream:
         return StreamingResponse(encode_pieces(pieces), media_type="application/x-ndjson")
-    answer = Answer(answer=(await run_sync(lambda: "".join(pieces))).strip())
+    answer = MediaAnswer(answer=(await run_sync(lambda: "".join(pieces))).strip())
     return Response(answer.model_dump_json(), media_type="application/json")
 
 
