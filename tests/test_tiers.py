@@ -34,7 +34,7 @@ def test_every_pattern_matches_a_test():
         ("tests/backends/mllm/test_vllm.py::test_x[a]", ["long", "slow"]),
         ("tests/backends/mllm/test_vllm_lora.py::test_x", ["slow"]),
         ("tests/gpu/test_decode.py::test_x", ["gpu"]),
-        ("tests/clients/test_openai.py::test_x", ["clients"]),
+        ("tests/clients/test_clients.py::test_x", ["clients"]),
         ("tests/storage/test_jobs.py::test_x", []),
     ],
 )

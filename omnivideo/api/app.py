@@ -24,6 +24,7 @@ from omnivideo.api.errors import (
     APIError,
     BodyError,
     build_body_too_large_error,
+    log_if_internal,
     register_error_handlers,
     to_api_error,
     to_json_response,
@@ -50,6 +51,11 @@ NO_PUBLIC_URL_WARNING = (
     " the containers' network may not reach"
 )
 TRACER = trace.get_tracer("omnivideo.api")
+# What a page may read besides the headers that every page may.
+EXPOSED_HEADERS = (
+    "accept-ranges", "allow", "content-disposition", "content-range", "etag", "openai-poll-after-ms", "retry-after",
+    "x-request-id", "x-video-id",
+)  # fmt: skip
 METHODS_WITHOUT_BODY = ("GET", "HEAD", "OPTIONS")
 
 
@@ -96,7 +102,13 @@ class RequestMiddleware:
                 refusal = unauthorized or build_body_too_large_error(max_body_bytes, advice)
                 await to_json_response(refusal)(scope, receive, send_with_request_id)
             else:
-                await self.serve(app_scope, receive_within_limit, send_with_request_id)
+                try:
+                    await self.serve(app_scope, receive_within_limit, send_with_request_id)
+                except Exception as error:
+                    log_if_internal(error, f"request {request_id}")
+                    if status:
+                        raise  # the response has begun, so all that can be done is to close the connection
+                    await to_json_response(to_api_error(error))(scope, receive, send_with_request_id)
             # The route's pattern, never the path that the user sent: the set of metric labels must stay small.
             route = getattr(app_scope.get("route"), "path", "none")
             span.update_name(f"{scope['method']} {route}")
@@ -167,9 +179,10 @@ def create_app(context: ServiceContext) -> FastAPI:
         EventFeed(context.turns, context.store),
         metrics,
     )
+    # The last one added is the first that a request passes.
     app.add_middleware(ClientLimitMiddleware)
-    add_settings_middleware(app, context)
     app.add_middleware(RequestMiddleware, context=context, metrics=metrics)
+    add_settings_middleware(app, context)
     register_error_handlers(app)
     # The routes of the documentation come first; those of the routers have their complete paths.
     app.state.api_routes = [route for route in app.routes if isinstance(route, Route)]
@@ -180,7 +193,10 @@ def create_app(context: ServiceContext) -> FastAPI:
 
 
 def add_settings_middleware(app: FastAPI, context: ServiceContext) -> None:
-    """Add what the settings say about the pages of browsers and about proxies."""
+    """Add what the settings say about the pages of browsers and about proxies.
+
+    It sees every response, so that a page can read refusals too.
+    """
     settings = context.settings
     if settings.cors_origins:
         app.add_middleware(
@@ -188,7 +204,7 @@ def add_settings_middleware(app: FastAPI, context: ServiceContext) -> None:
             allow_origins=settings.cors_origins,
             allow_methods=["*"],
             allow_headers=["*"],
-            expose_headers=["x-request-id", "retry-after", "openai-poll-after-ms", "content-range"],
+            expose_headers=EXPOSED_HEADERS,
         )
     app.add_middleware(ProxyHeadersMiddleware, trusted_hosts=list(settings.trusted_proxies))
     if settings.admin_key and not settings.public_url:

@@ -255,12 +255,3 @@ def register_error_handlers(app: FastAPI) -> None:
         if error.status_code == 405:
             api_error.headers["Allow"] = ", ".join(sorted(find_allowed_methods(request)))
         return to_json_response(api_error)
-
-    @app.exception_handler(Exception)
-    async def handle_unexpected_error(request: Request, error: Exception) -> JSONResponse:
-        request_id = getattr(request.state, "request_id", "?")
-        log_if_internal(error, f"request {request_id}")
-        api_error = to_api_error(error)
-        # Starlette sends this response outside of RequestMiddleware, which adds the id to all others.
-        api_error.headers["x-request-id"] = request_id
-        return to_json_response(api_error)

@@ -4,10 +4,11 @@ import base64
 import json
 import math
 import time
-from collections.abc import AsyncIterator
-from contextlib import suppress
-from typing import Any, cast
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, suppress
+from typing import Any, NamedTuple, cast
 
+from anyio import current_time, move_on_after
 from anyio.to_thread import run_sync
 from fastapi import Request
 
@@ -15,6 +16,16 @@ from omnivideo.errors import ArtifactNotFound, StoreError
 from omnivideo.ports import ObjectStore, TurnStore
 
 NumberedEvent = tuple[int, dict[str, Any]]
+# How long a stream waits for the turn to begin, so that a turn that fails before has the status of its error.
+BEGINNING_TIMEOUT_SECONDS = 10.0
+SUBMISSION_TIMEOUT_SECONDS = 2.0  # the part of it after a generation has been announced
+
+
+class Beginning(NamedTuple):
+    """Whether a turn has done something, or has ended; `waits_for` says which server it waits for instead."""
+
+    has_begun: bool
+    waits_for: str = ""
 
 
 class EventFeed:
@@ -26,7 +37,7 @@ class EventFeed:
 
     async def follow_turn(
         self, turn_id: str, last_number: int = 0, idle_seconds: float = math.inf
-    ) -> AsyncIterator[NumberedEvent]:
+    ) -> AsyncGenerator[NumberedEvent]:
         """Yield the turn's events with a number above `last_number` until the turn ends.
 
         After each `idle_seconds` without an event, an "idle" event is yielded, which is not stored.
@@ -55,6 +66,23 @@ class EventFeed:
                     last_event_at = time.monotonic()
                     yield last_number, {"kind": "idle", "seconds": round(idle_seconds)}
                 change = await watch.receive()
+
+    async def wait_for_beginning(self, turn_id: str) -> Beginning:
+        """Wait until the turn answers, asks, reasons or renders, until it ends, or for a while.
+
+        Plans and announcements do not count: a full queue or a missing MLLM is found right after them.
+        """
+        waits_for = ""
+        with move_on_after(BEGINNING_TIMEOUT_SECONDS) as scope:
+            async with aclosing(self.follow_turn(turn_id)) as events:
+                async for _, event in events:
+                    if event["kind"] == "waiting":
+                        waits_for = event["text"]
+                    elif event["kind"] == "action" and event["goal"] in ("generate", "edit"):
+                        scope.deadline = min(scope.deadline, current_time() + SUBMISSION_TIMEOUT_SECONDS)
+                    elif event["kind"] not in ("plan", "action"):
+                        return Beginning(has_begun=True)
+        return Beginning(has_begun=False, waits_for=waits_for)
 
     async def follow_to_end(self, turn_id: str) -> None:
         """Wait until the turn ends."""

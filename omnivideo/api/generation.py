@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from omnivideo.api.dependencies import ServiceContext
 from omnivideo.api.generation_requests import (
+    ClipRequest,
     GenerationRequest,
     ImageEditRequest,
     ImageRequest,
@@ -71,7 +72,7 @@ def build_video_edit_job(context: ServiceContext, owner: str, request: VideoEdit
     return build_clip_job(context, edit_request, get_editing_task("video"), job_id, source, "video")
 
 
-def build_remix_job(context: ServiceContext, request: VideoRequest, job_id: str, original: JobStatus) -> JobRequest:
+def build_remix_job(context: ServiceContext, request: ClipRequest, job_id: str, original: JobStatus) -> JobRequest:
     """Build the job that edits a completed video and keeps its size, length and frame rate."""
     source = original.result
     if source is None:
@@ -103,7 +104,7 @@ def build_video_jobs(context: ServiceContext, owner: str, request: VideoRequest,
     return repeat_video_job(build_video_job(context, owner, request, base_id), request.n)
 
 
-def inherit_source_size(request: VideoRequest, source: Artifact) -> VideoRequest:
+def inherit_source_size(request: ClipRequest, source: Artifact) -> ClipRequest:
     """Return the request with the source's size where it gives none."""
     if request.width or request.height or request.size not in (None, "auto"):
         return request
@@ -112,7 +113,7 @@ def inherit_source_size(request: VideoRequest, source: Artifact) -> VideoRequest
 
 def build_clip_job(
     context: ServiceContext,
-    request: VideoRequest,
+    request: ClipRequest,
     task: Task,
     job_id: str,
     source: Artifact | None,

@@ -56,21 +56,40 @@ class GenerationRequest(RequestModel):
     moderation: Literal["auto", "low"] | None = None
 
 
-class VideoRequest(GenerationRequest):
+def take_only_item(value: Any) -> Any:
+    """Return the item of a list of one; raise ValueError for a longer list, such as of several files of a form."""
+    if not isinstance(value, list):
+        return value
+    if len(value) != 1:
+        raise ValueError(f"{len(value)} are given; give one")
+    return value[0]
+
+
+Source = Annotated[MediaReference, BeforeValidator(take_only_item)]
+
+
+class ClipRequest(GenerationRequest):
     """Any two of `seconds`, `num_frames` and `fps` determine the third; `seconds` alone chooses the frame rate.
 
     With `n`, several videos are made, with consecutive seeds.
-    `image_reference`, `video_reference` and `reference_url` are other servers' names of `input_reference`.
     """
 
     seconds: Annotated[float | None, *get_constraints("seconds")] = None
     num_frames: Annotated[int | None, *get_constraints("frames")] = None
     fps: Annotated[float | None, *get_constraints("fps")] = None
-    input_reference: MediaReference | None = None
-    image_reference: MediaReference | None = None
-    video_reference: MediaReference | None = None
-    reference_url: CleanText | None = None
     last_image: Unsupported = None
+
+
+class VideoRequest(ClipRequest):
+    """A clip, which may be made from a reference.
+
+    `image_reference`, `video_reference` and `reference_url` are other servers' names of `input_reference`.
+    """
+
+    input_reference: Source | None = None
+    image_reference: Source | None = None
+    video_reference: Source | None = None
+    reference_url: Annotated[CleanText, BeforeValidator(take_only_item)] | None = None
 
     def get_reference(self) -> tuple[str, MediaReference] | None:
         """Return the reference and the name of its field, or None. Raises InvalidInput if there are several."""
@@ -85,8 +104,8 @@ class VideoRequest(GenerationRequest):
         return given[0] if given else None
 
 
-class VideoEditRequest(VideoRequest):
-    video: MediaReference
+class VideoEditRequest(ClipRequest):
+    video: Source
 
 
 class ImageRequest(GenerationRequest):
@@ -120,10 +139,10 @@ class ImageEditRequest(ImageRequest):
     With a `mask` of the image's size, only pixels where its alpha is 0 may change.
     """
 
-    image: Annotated[list[MediaReference], BeforeValidator(wrap_in_list)] = Field(default=[], max_length=16)
-    images: list[MediaReference] = Field(default=[], max_length=16)
-    url: Annotated[list[CleanText], BeforeValidator(wrap_in_list)] = Field(default=[], max_length=16)
-    mask: MediaReference | None = None
+    image: Annotated[list[MediaReference], BeforeValidator(wrap_in_list)] = Field(default=[])
+    images: list[MediaReference] = Field(default=[])
+    url: Annotated[list[CleanText], BeforeValidator(wrap_in_list)] = Field(default=[])
+    mask: Source | None = None
 
     def get_source(self) -> tuple[str, MediaReference]:
         """Return the image and the name of its field. Raises InvalidInput unless there is exactly one."""

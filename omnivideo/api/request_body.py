@@ -14,6 +14,7 @@ from fastapi import Depends, Request, Response
 from fastapi.routing import APIRoute
 from pydantic import AfterValidator, BaseModel, Field, ValidationError
 from starlette.datastructures import FormData, UploadFile
+from starlette.exceptions import HTTPException
 from starlette.types import Scope
 
 from omnivideo.api.errors import APIError, BodyError, to_api_error
@@ -31,7 +32,7 @@ MEDIA_PATHS = re.compile(
 MAX_JSON_SEPARATORS = 50_000
 MAX_INLINE_JSON_BYTES = 64 * 2**10  # parsing a body up to this size takes less time than starting a thread for it
 MAX_FORM_FIELD_BYTES = 8 * 2**20  # of one field that is not a file
-MAX_FORM_FILES, MAX_FORM_FIELDS = 4, 64
+MAX_FORM_FILES, MAX_FORM_FIELDS = 17, 64  # so many images as OpenAI's clients may send, and a mask
 FORM_FIELD_PATTERN = re.compile(r"(\w{1,64})(?:\[(\w{0,64})\])?")
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -61,11 +62,22 @@ async def read_body_fields(request: Request) -> AsyncIterator[dict[str, Any]]:
     if content_type == "application/json":
         yield await read_json_body(request)
     elif content_type in ("multipart/form-data", "application/x-www-form-urlencoded"):
-        limits = {"max_files": MAX_FORM_FILES, "max_fields": MAX_FORM_FIELDS, "max_part_size": MAX_FORM_FIELD_BYTES}
-        async with request.form(**limits) as form:
+        form = await read_form(request)
+        try:
             yield fields_from_form(form)
+        finally:
+            await form.close()
     else:
         raise APIError(415, "the body has an unknown type; allowed: application/json, multipart/form-data", "body")
+
+
+async def read_form(request: Request) -> FormData:
+    """Return the body's form; raise InvalidInput for a malformed one, and for too many files or fields."""
+    limits = {"max_files": MAX_FORM_FILES, "max_fields": MAX_FORM_FIELDS, "max_part_size": MAX_FORM_FIELD_BYTES}
+    try:
+        return await request.form(**limits)
+    except HTTPException as error:
+        raise error if isinstance(error, BodyError) else InvalidInput("body", str(error.detail).lower()) from None
 
 
 BodyFields = Annotated[dict[str, Any], Depends(read_body_fields)]

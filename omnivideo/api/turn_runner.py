@@ -13,7 +13,7 @@ from opentelemetry.propagate import extract, inject
 
 from omnivideo.agent.conversations import Conversations
 from omnivideo.agent.thread import Thread, parse_turn_options
-from omnivideo.api.errors import APIError, build_not_found_error, log_if_internal, to_api_error
+from omnivideo.api.errors import APIError, build_not_found_error, error_from_turn, log_if_internal, to_api_error
 from omnivideo.contracts import OPEN_STATES, Artifact, Lane
 from omnivideo.errors import ArtifactNotFound, InvalidInput, JobCancelled, ModelUnavailable, OmniVideoError, StoreError
 from omnivideo.ports import JobStore, TurnStore
@@ -169,11 +169,14 @@ class TurnRunner:
         return self.conversations.open_fork(record.forked_from, record.forked_after, thread_id, owner, lane)
 
     def find_live_turn(self, owner: str, turn_id: str) -> TurnRecord | None:
-        """Return the owner's turn, or None if it was cancelled or deleted; wait until a cancelled one ends."""
+        """Return the owner's turn; wait until a cancelled one ends.
+
+        Returns None if it was cancelled or deleted, or has failed in a way that a repetition may help.
+        """
         turn = self.turns.get_turn(turn_id, owner)
         if turn is not None and turn.cancel_requested:
             self.turns.wait_for_end(turn_id, owner)
-        is_live = turn is not None and not (turn.cancel_requested or turn.state == "cancelled")
+        is_live = turn is not None and not (turn.cancel_requested or turn.state == "cancelled" or may_repeat(turn))
         return turn if turn is not None and is_live and self.turns.has_thread(turn.thread_id, owner) else None
 
     def cancel_turn(self, turn: TurnRecord) -> None:
@@ -359,6 +362,11 @@ class TurnRunner:
                 self.interrupt_reasons[turn.id] = turn_state
             if turn_state == "cancelled":  # the turn may have submitted a job after cancel_turn was called
                 self.jobs.cancel_by_prefix(turn.owner, f"{turn.thread_id}/")
+
+
+def may_repeat(turn: TurnRecord) -> bool:
+    """Return whether the turn has failed with an error that says when to try again, such as a full queue."""
+    return turn.state == "failed" and "Retry-After" in error_from_turn(turn).headers
 
 
 def is_transient(error: Exception) -> bool:

@@ -38,6 +38,16 @@ async def leave_later(leave: Callable[[bool], None], grace_seconds: float) -> No
         log.exception("work that nobody waits for could not be cancelled")
 
 
+async def leave_if_refused(begin: Callable[[], Awaitable[None]], leave: Callable[[bool], None]) -> None:
+    """Wait for the beginning of a stream. If it raises, the client gets an error: leave the work at once."""
+    try:
+        await begin()
+    except BaseException:
+        with CancelScope(shield=True):
+            await run_sync(leave, True)
+        raise
+
+
 async def leave_after_stream(
     events: AsyncIterator[Event], leave: Callable[[bool], None], grace_seconds: float
 ) -> AsyncIterator[Event]:

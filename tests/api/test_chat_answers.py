@@ -1,7 +1,6 @@
 """What chat clients receive: previews, progress, words for errors about words, usage, and refused fields."""
 
 import io
-import json
 import re
 
 import httpx
@@ -197,6 +196,32 @@ def test_a_full_queue_is_the_same_error_in_both_forms(client, context, monkeypat
     assert refused.status_code == 429 and refused.headers["retry-after"] == "5"
     error = refused.json()["error"]
     assert (error["type"], error["code"]) == ("rate_limit_error", "queue_full")
-    lines = http.post("/v1/chat/completions", json=body | {"stream": True}).text.splitlines()
-    events = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
-    assert events[-1] == {"error": error | {"status": 429, "retry_after": 5}}
+    streamed = http.post("/v1/chat/completions", json=body | {"stream": True})
+    assert (streamed.status_code, streamed.headers["retry-after"]) == (429, "5") and streamed.json()["error"] == error
+    assert not context.turns.has_open_turn("admin", exclude_lane="batch")
+
+
+def test_a_request_that_found_the_queue_full_is_repeated_with_its_key(context, monkeypatch, http):
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "a red ball"}], "steps": 1}
+    headers = {"Idempotency-Key": "full"}
+    with monkeypatch.context() as patch:
+        patch.setattr(context.jobs, "max_open_jobs", 0)
+        for fields in ({}, {}):
+            assert http.post("/v1/chat/completions", json=body | fields, headers=headers).status_code == 429
+    repeated = http.post("/v1/chat/completions", json=body, headers=headers)
+    assert repeated.status_code == 200 and "Here is" in repeated.json()["choices"][0]["message"]["content"]
+
+
+def test_a_long_text_of_the_text_model_is_answered_in_words_too(client):
+    completion = client.chat.completions.create(
+        model="tiny-text", messages=[{"role": "user", "content": [{"type": "text", "text": "zero " * 9000}]}]
+    )
+    assert completion.choices[0].finish_reason == "stop" and completion.choices[0].message.content
+
+
+def test_a_refused_text_is_stored_under_the_requests_name(client, context, http):
+    messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "a red ball " * 500}]
+    names = http.post("/v1/chat/completions", json={"model": "tiny", "messages": messages}).json()["omnivideo"]
+    assert context.turns.get_turn(names["turn"], "admin").error["param"] == "messages.1.content"
+    response = http.post("/v1/responses", json={"model": "tiny", "input": "a red ball " * 500}).json()
+    assert context.turns.get_turn(response["omnivideo"]["turn"], "admin").error["param"] == "input"

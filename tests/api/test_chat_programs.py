@@ -16,6 +16,7 @@ from tests.support.openai_service import make_http_client, run_service
 FIXTURES = Path(__file__).parent / "fixtures"
 REQUESTS = json.loads((FIXTURES / "chat_program_requests.json").read_text())
 WRAPPED = json.loads((FIXTURES / "wrapped_messages.json").read_text())
+SHAPES = json.loads((FIXTURES / "message_shapes.json").read_text())
 FILLER = "one two three. " * 400  # 6,000 characters
 
 
@@ -38,6 +39,31 @@ def test_requests_about_a_conversation_are_answered_in_words_and_kept_in_no_thre
     if key := case.get("json_key"):
         assert key in json.loads(text_of(answer))
     assert (count_jobs(context), context.turns.list_threads("admin", None, 1000)) == before
+
+
+def send_shape(http, case: dict) -> dict:
+    """Send a case's body, and return the answer's names: the thread and turn that it belongs to, if any."""
+    body = json.loads(json.dumps(case["body"]).replace("{picture}", make_picture_url()))
+    answer = http.post(case["path"], json=body | {"model": "tiny", "steps": 1})
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def check_branch(http, context, case: dict) -> None:
+    """Check that a case's body is answered in words alone, or generates what it asks for."""
+    before = count_jobs(context)
+    answer = send_shape(http, case)
+    if case["reaches"] == "words":
+        assert count_jobs(context) == before and not answer.get("omnivideo", {}).get("thread")
+    else:
+        result = last_result(http, answer)
+        assert (result["goal"], bool(result["artifact"]["source"])) == (case["reaches"], case["reaches"] == "edit")
+        assert count_jobs(context) == before + 1
+
+
+@pytest.mark.parametrize("case", SHAPES, ids=lambda case: case["name"])
+def test_every_shape_of_messages_reaches_its_branch(http, context, case):
+    check_branch(http, context, case)
 
 
 def test_the_text_model_never_generates(http, context):
@@ -181,6 +207,16 @@ def test_a_planning_model_reads_wrappers_as_background(planning, case):
     request = next(request for request in reversed(script.requests) if request.system.startswith(PROMPTS.plan))
     assert request.text.endswith(f"The user says: {case['words']}") and "be brief" in request.system
     assert ("zero zero" in request.system) == bool(case.get("documents"))
+
+
+@pytest.mark.parametrize("case", SHAPES, ids=lambda case: case["name"])
+def test_a_planning_model_reads_every_shape_of_messages(planning, case):
+    http, context, script = planning
+    num_requests = len(script.requests)
+    check_branch(http, context, case)
+    requests = script.requests[num_requests:]
+    assert any(case.get("told", "") in (request.system or "") for request in requests)
+    assert any(case.get("asked", "") in request.text for request in requests)
 
 
 def test_a_request_about_a_conversation_lets_the_owners_turns_go_first(planning):

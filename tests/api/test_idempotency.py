@@ -166,12 +166,18 @@ CASES = {
     ),
 }
 # Routes that cancel or change something that exists: the same key repeats them, and another path is refused.
-REPEATED = {
-    "/v1/batches/{batch_id}/cancel", "/v1/responses/{response_id}/cancel",
-    "/v1/threads/{name}/turns/{turn}/cancel", "/v1/webhook_endpoints/{hook_id}",
-    "/v1/webhook_endpoints/{hook_id}/rotate_secret",
-    "/v1/webhook_endpoints/{hook_id}/test",
-}  # fmt: skip
+REPEATED: dict[str, Callable[[World], str]] = {
+    "/v1/batches/{batch_id}/cancel": lambda world: f"/v1/batches/{create(world, '/v1/batches')}/cancel",
+    "/v1/responses/{response_id}/cancel": lambda world: f"/v1/responses/{create(world, '/v1/responses')}/cancel",
+    "/v1/threads/{name}/turns/{turn}/cancel": lambda world: (
+        f"/v1/threads/{world.thread}/turns/{create(world, '/v1/threads/{name}/turns')}/cancel"
+    ),
+    "/v1/webhook_endpoints/{hook_id}": lambda world: f"/v1/webhook_endpoints/{world.webhook}",
+    "/v1/webhook_endpoints/{hook_id}/rotate_secret": lambda world: (
+        f"/v1/webhook_endpoints/{world.webhook}/rotate_secret"
+    ),
+    "/v1/webhook_endpoints/{hook_id}/test": lambda world: f"/v1/webhook_endpoints/{world.webhook}/test",
+}
 REFUSED = {"/v1/videos/extensions"}  # always
 
 
@@ -203,6 +209,11 @@ def send_ok(world: World, case: Case, key: str, http: httpx.Client | None = None
     return {"id": response.headers["X-Video-Id"]} if "X-Video-Id" in response.headers else response.json()
 
 
+def create(world: World, name: str) -> str:
+    """Return the id of what a route creates."""
+    return str(send_ok(world, CASES[name], world.new_key())["id"])
+
+
 def build_world(service, http) -> World:
     video = http.post("/v1/videos", json={"prompt": "a red ball"} | SMALL_VIDEO).json()["id"]
     thread = http.post("/v1/threads").json()["id"]
@@ -230,7 +241,7 @@ def world(shared_world, http) -> World:
 
 def test_the_table_has_every_post_route(http):
     paths = http.get("/openapi.json").json()["paths"]
-    assert {path for path, methods in paths.items() if "post" in methods} == CASES.keys() | REPEATED | REFUSED
+    assert {path for path, methods in paths.items() if "post" in methods} == CASES.keys() | REPEATED.keys() | REFUSED
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -281,6 +292,15 @@ def test_the_same_key_on_another_path_is_refused(world, name):
     world.http.post("/v1/threads", headers={"Idempotency-Key": key})
     if name != "/v1/threads":
         assert send(world, case, key).status_code == 422
+
+
+@pytest.mark.parametrize("name", REPEATED)
+def test_what_may_be_repeated_is_repeated_with_its_key(world, name):
+    path, headers = REPEATED[name](world), {"Idempotency-Key": world.new_key()}
+    body = {} if path.endswith(("cancel", "secret", "test")) else {"json": {"name": "x"}}
+    first, second = (world.http.post(path, headers=headers, **body) for _ in range(2))
+    assert first.status_code == second.status_code == 200 and first.json()["id"] == second.json()["id"], first.text
+    assert world.http.post("/v1/threads", headers=headers).status_code == 422
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.cancel])

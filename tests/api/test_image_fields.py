@@ -117,10 +117,39 @@ def test_an_image_is_edited_by_its_address(http, source):
     assert decode_image(response).shape == (64, 64, 3)
 
 
-def test_several_images_are_refused_by_name(http):
-    files = [("image[]", ("a.png", make_png())), ("image[]", ("b.png", make_png(9)))]
-    error = http.post("/v1/images/edits", data={"prompt": "a"} | STEP, files=files).json()["error"]
-    assert error["message"] == "image: 2 images are given; this model edits 1 at a time"
+SOURCE = {"file_id": "x"}
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "files", "message"),
+    [
+        ("/v1/images/edits", {}, ["image[]"] * 2, "image: 2 images are given; this model edits 1 at a time"),
+        ("/v1/images/edits", {}, ["image"] * 5, "image: 5 images are given; this model edits 1 at a time"),
+        ("/v1/images/edits", {}, ["image", "mask", "mask"], "mask: 2 are given; give one"),
+        ("/v1/images/edits", {"image": [SOURCE] * 20}, [],
+         "image: 20 images are given; this model edits 1 at a time"),
+        ("/v1/images/edits", {"images": [SOURCE] * 2}, [],
+         "images.1: 2 images are given; this model edits 1 at a time"),
+        ("/v1/images/edits", {"url": ["http://a.test/a.png"] * 2}, [],
+         "url: 2 images are given; this model edits 1 at a time"),
+        ("/v1/videos", {}, ["input_reference"] * 2, "input_reference: 2 are given; give one"),
+        ("/v1/videos", {}, ["video_reference[]"] * 3, "video_reference: 3 are given; give one"),
+        ("/v1/videos/sync", {"input_reference": [SOURCE] * 2}, [], "input_reference: 2 are given; give one"),
+        ("/v1/videos", {"image_reference": SOURCE, "input_reference": SOURCE}, [],
+         "image_reference: input_reference is given too; give one of them"),
+        ("/v1/videos", {"reference_url": ["http://a.test"] * 2}, [], "reference_url: 2 are given; give one"),
+        ("/v1/videos/edits", {}, ["video"] * 2, "video: 2 are given; give one"),
+        ("/v1/videos/edits", {"video": SOURCE, "input_reference": SOURCE}, [],
+         "input_reference: there is no such field"),
+        ("/v1/videos/x/remix", {"input_reference": SOURCE}, [], "input_reference: there is no such field"),
+        ("/v1/images/edits", {}, ["image"] * 18, "body: too many files. maximum number of files is 17."),
+    ],
+)  # fmt: skip
+def test_several_sources_are_refused_by_name(http, path, fields, files, message):
+    form = [(name, ("a.png", make_png(index))) for index, name in enumerate(files)]
+    body = {"files": form, "data": {"prompt": "a"}} if files else {"json": fields | {"prompt": "a"}}
+    refused = http.post(path, **body)
+    assert (refused.status_code, refused.json()["error"]["message"]) == (400, message)
 
 
 # ---------------------------------------------------------------- videos

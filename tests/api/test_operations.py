@@ -93,6 +93,18 @@ def test_the_documentation_loads_from_nowhere_else(http):
     assert http.get("/docs/nothing.js").status_code == 404 and http.get("/redoc").status_code == 404
 
 
+def test_an_unexpected_error_is_counted_and_logged_with_its_request(http, context, monkeypatch, caplog):
+    def fail(*arguments: object) -> None:
+        raise RuntimeError("a detail")
+
+    monkeypatch.setattr(context.files, "list_files", fail)
+    failed = http.get("/v1/files")
+    assert failed.status_code == 500 and "a detail" not in failed.text
+    assert 'omnivideo_request_seconds_count{method="GET",route="/v1/files",status="500"}' in http.get("/metrics").text
+    (record,) = [record for record in caplog.records if failed.headers["x-request-id"] in record.getMessage()]
+    assert record.exc_info and str(record.exc_info[1]) == "a detail"
+
+
 def test_health_and_readiness(http):
     assert http.get("/health").json() == {"status": "ok"}
     assert http.get("/ready").json() == {"status": "ready", "language_model": "ready"}

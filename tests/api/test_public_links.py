@@ -58,6 +58,26 @@ def test_pages_of_allowed_origins_may_call(omni, tmp_path):
         assert "access-control-allow-origin" not in http.options("/v1/chat/completions", headers=preflight).headers
 
 
+def test_a_page_can_read_every_refusal(omni, tmp_path):
+    origin = {"Origin": "https://chat.example.com"}
+    settings = {"cors_origins": ("https://chat.example.com",), "max_upload_bytes": 2**10}
+    with connect(tmp_path, omni, **settings) as (http, context):
+
+        def fail(*arguments: object) -> None:
+            raise RuntimeError
+
+        context.files.list_files = fail
+        no_key, form = origin | {"Authorization": ""}, {"file": ("a", b"1" * 2**11)}
+        for response, status in (
+            (http.post("/v1/threads", headers=no_key), 401), (http.get("/v1/threads", headers=no_key), 401),
+            (http.post("/v1/files", files=form, headers=origin), 413), (http.get("/v1/files", headers=origin), 500),
+            (http.get("/v1/files/none", headers=origin), 404), (http.put("/v1/files", headers=origin), 405),
+        ):  # fmt: skip
+            assert response.status_code == status and response.json()["error"]["message"], response.text
+            assert response.headers["access-control-allow-origin"] == origin["Origin"]
+            assert len(response.headers["x-request-id"]) == 32
+
+
 def test_forwarded_headers_are_believed_from_trusted_proxies_only(omni, tmp_path):
     headers = {"X-Forwarded-Proto": "https", "Host": "clips.example.com"}
     for proxies, scheme in ((("127.0.0.1",), "https"), ((), "http")):

@@ -135,8 +135,11 @@ def test_words_and_errors(client, http, context, monkeypatch):
     monkeypatch.setattr(context.jobs, "max_open_jobs", 0)
     with pytest.raises(openai.RateLimitError):
         respond(client, CLIP)
-    events = list(respond(client, CLIP, stream=True))
-    assert events[-1].type == "response.failed" and events[-1].response.error.code == "rate_limit_exceeded"
+    with pytest.raises(openai.RateLimitError):
+        respond(client, CLIP, stream=True)
+    background = list(respond(client, CLIP, stream=True, background=True))
+    assert background[-1].type == "response.failed"
+    assert background[-1].response.error.code == "rate_limit_exceeded"
 
 
 def test_the_same_key_is_the_same_response(client):

@@ -13,7 +13,6 @@ import sys
 import threading
 import tomllib
 from http.server import BaseHTTPRequestHandler, HTTPServer
-from pathlib import Path
 
 import pytest
 import typer
@@ -22,48 +21,18 @@ import yaml
 from omnivideo.backends.mllm import launch
 from omnivideo.cli.service import mllm_cli
 from omnivideo.settings import ServiceSettings
+from tests.support.client_programs import CLIENTS
+from tests.support.compose_files import DEPLOY, REQUIRED, ROOT, compose
 
-ROOT = Path(__file__).parents[2]
-DEPLOY = ROOT / "deploy"
 CHART = DEPLOY / "chart"
 FILES = [path for path in DEPLOY.rglob("*") if path.is_file() and path.suffix != ".pyc"]  # a test runs alive.py
 SETTINGS = {f"OMNIVIDEO_{name.upper()}" for name in ServiceSettings.model_fields}
 OUR_SERVICES = ("api", "migrate", "sweep", "worker", "mllm")
-REQUIRED = {name: "x" * 24 for name in (
-    "POSTGRES_PASSWORD", "REDIS_PASSWORD", "GARAGE_RPC_SECRET", "OMNIVIDEO_S3_ACCESS_KEY", "OMNIVIDEO_S3_SECRET_KEY",
-    "OMNIVIDEO_ADMIN_KEY",
-)}  # fmt: skip
 NOT_IN_API = {
     "torch", "diffusers", "transformers", "llguidance", "accelerate", "ftfy", "safetensors", "scipy", "matplotlib",
     "huggingface-hub",
 }  # fmt: skip
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-
-
-def interpolate(text: str, given: dict[str, str]) -> str:
-    """Substitute variables as compose does, nested ones included: ${A}, ${A:-else}, ${A:+then} and ${A:?why}.
-
-    Raise KeyError for a missing ${A:?why}.
-    """
-
-    def one(match: re.Match[str]) -> str:
-        name, kind, rest = match.groups()
-        if kind == ":+":
-            return rest if given.get(name) else ""
-        if given.get(name):
-            return given[name]
-        if kind == ":?":
-            raise KeyError(name)
-        return rest or ""
-
-    inner = re.compile(r"\$\{(\w+)(?:(:[-?+])([^${}]*))?\}")
-    while inner.search(text):
-        text = inner.sub(one, text)
-    return text
-
-
-def compose(name: str = "compose.yaml", **given: str) -> dict:
-    return yaml.safe_load(interpolate((DEPLOY / name).read_text(), REQUIRED | given))
 
 
 SERVICES = compose()["services"]
@@ -72,7 +41,7 @@ SERVICES = compose()["services"]
 # Compose.
 
 
-@pytest.mark.parametrize("missing", REQUIRED)
+@pytest.mark.parametrize("missing", sorted(REQUIRED.keys() - {"WEBUI_SECRET_KEY"}))
 def test_compose_does_not_start_without(missing):
     with pytest.raises(KeyError, match=missing):
         compose(**{missing: ""})
@@ -114,6 +83,7 @@ def test_every_permanent_service_has_a_health_check_and_is_awaited():
 def test_images_have_versions():
     texts = [path.read_text() for path in FILES]
     images = [service["image"] for service in SERVICES.values()]
+    images += [compose("compose.open-webui.yaml")["services"]["open-webui"]["image"]]
     images += [image for text in texts for image in re.findall(r"^\s*FROM (?!base-)(\S+)", text, flags=re.M)]
     assert len(images) >= 14
     for image in images:
@@ -136,6 +106,28 @@ def test_volumes_networks_and_configs_are_declared():
     assert all((DEPLOY / config["file"]).is_file() for config in whole["configs"].values())
     assert whole["networks"]["inside"]["internal"]
     assert compose("compose.gpu.yaml")["services"].keys() <= whole["services"].keys()
+
+
+def test_open_webui_starts_beside_the_service():
+    """Merged with compose.yaml, as compose does it: what it names exists, and both share the key and the address."""
+    added = compose("compose.open-webui.yaml")
+    page, api = added["services"]["open-webui"], added["services"]["api"]
+    assert added["services"].keys() - SERVICES.keys() == {"open-webui"}
+    assert set(page["networks"]) <= compose()["networks"].keys() and page["depends_on"].keys() <= SERVICES.keys()
+    assert {volume.split(":")[0] for volume in page["volumes"]} == added["volumes"].keys()
+    assert page["cap_drop"] == ["ALL"] and page["security_opt"] == ["no-new-privileges:true"]
+    assert set(page["deploy"]["resources"]["limits"]) == {"cpus", "memory", "pids"} and page["healthcheck"]
+    assert page["ports"][0].startswith("127.0.0.1:") and re.search(r":v\d+\.\d+\.\d+$", page["image"])
+    environment, served = page["environment"], SERVICES["api"]
+    assert environment["OPENAI_API_KEY"] == served["environment"]["OMNIVIDEO_ADMIN_KEY"]
+    assert environment["OPENAI_API_BASE_URL"] == f"http://api:{served['command'][-1]}/v1"
+    assert api["environment"] == {"OMNIVIDEO_PUBLIC_URL": f"http://localhost:{served['ports'][0].split(':')[1]}"}
+    assert environment["TASK_MODEL_EXTERNAL"] == f"{environment['DEFAULT_MODELS']}-text"
+    webui = next(client for client in CLIENTS if client.title == "Open WebUI")
+    assert page["image"].endswith(f":v{webui.pin}")  # what `make test-clients` runs
+    for missing in ("WEBUI_SECRET_KEY", "OMNIVIDEO_ADMIN_KEY"):
+        with pytest.raises(KeyError, match=missing):
+            compose("compose.open-webui.yaml", **{missing: ""})
 
 
 # The deployment's names of the server's options, where they differ.

@@ -11,7 +11,11 @@ import httpx
 import pytest
 
 from omnivideo.presets import PRESETS, TINY
+from tests.support import client_table
 from tests.support.api_server import build_scripted_wiring, run_api_server
+from tests.support.client_features import FEATURES
+from tests.support.client_programs import CLIENTS
+from tests.support.client_services import SERVICES
 
 ROOT = Path(__file__).parents[2]
 PAGES = {name: (ROOT / name).read_text() for name in ("README.md", "docs/service.md")}
@@ -53,3 +57,16 @@ def test_the_client_example_runs(address, tmp_path, monkeypatch):
     (block,) = re.findall(r"```python\n(.*?)```", PAGES["docs/service.md"], flags=re.S)
     exec(compile(HERE.sub(address, block), "docs/service.md", "exec"), {})
     assert (tmp_path / "clip.mp4").exists()
+
+
+def test_the_table_of_clients_is_that_of_the_last_run():
+    """`make test-clients` writes both; nobody edits the table, and every client has run with both services."""
+    results = client_table.load_results()
+    assert client_table.split_page(PAGES["docs/service.md"])[1] == client_table.render_table(results)
+    for client in CLIENTS:
+        entry = results[client.name]
+        assert entry.keys() == {"version", *SERVICES} and entry["version"] == client.pin
+        for words in (entry[service] for service in SERVICES):
+            assert words.keys() <= {*FEATURES, "skipped"}
+            ran = words.keys() - {"skipped"}
+            assert all(words[feature] == "worked" or words[feature].startswith("refused: ") for feature in ran)

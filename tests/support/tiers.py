@@ -42,12 +42,18 @@ LONG = (
     "training/curation/*::test_a_killed_run_resumes*",
     # Golden tests on changed data, once for each of some eighty tensors.
     "test_golden_coverage.py::test_a_changed_tensor*",
+    # Curating the whole folder of footage: 26 s.
+    "training/curation/test_curation.py",
+    # 25 generated requests for each route; three of each are in `make test`.
+    "api/test_openapi.py::test_many_requests*",
     # The whole evaluation: 98 s.
     "cli/test_cli.py::test_evaluate_scores_every_category",
     # Weights of the released 1.3B model at full size.
     "models/weights/test_convert.py::test_version_1_in_full_size*",
     # Gradio's environment takes a minute to install.
     "api/test_gradio.py",
+    # A browser, nginx in a network namespace, and a service with the shipped weights: 40 s.
+    "api/test_behind_nginx.py",
     # Outages of a minute.
     "api/test_chat_outages.py::test_an_outage_ends_with_an_error_within_a_minute",
     # A type checker over the whole package.

@@ -16,6 +16,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 from sse_starlette import EventSourceResponse
 
+from omnivideo.agent.capabilities import explain_invalid_input
 from omnivideo.api.answers.answer import IDLE_SECONDS, AnswerPart, ChatAnswer, Usage
 from omnivideo.api.answers.chat_format import ChatFormat, FinishReason, ServerSentEvent
 from omnivideo.api.answers.links import create_link_builder
@@ -31,13 +32,13 @@ from omnivideo.api.dependencies import (
     ServiceContext,
     make_id,
 )
-from omnivideo.api.errors import ERROR_RESPONSES, APIError, log_if_internal, to_api_error
+from omnivideo.api.errors import ERROR_RESPONSES, APIError, error_from_turn, log_if_internal, to_api_error
 from omnivideo.api.event_feed import EventFeed, get_event_feed
-from omnivideo.api.request_body import ServiceRoute, validate_fields
+from omnivideo.api.request_body import ServiceRoute, rename_error_field, validate_fields
 from omnivideo.api.turn_runner import ATTENDED_RETRY_TIMEOUT_SECONDS
-from omnivideo.api.waiting import CLIENT_CLOSED_REQUEST, leave_after_stream, wait_for_work
-from omnivideo.contracts import Lane, RequestModel
-from omnivideo.errors import UnusableContent
+from omnivideo.api.waiting import CLIENT_CLOSED_REQUEST, leave_after_stream, leave_if_refused, wait_for_work
+from omnivideo.contracts import OPEN_STATES, Lane, RequestModel
+from omnivideo.errors import InvalidInput, ModelUnavailable, UnusableContent
 from omnivideo.turns import TurnRecord
 
 router = APIRouter(route_class=ServiceRoute, prefix="/v1", tags=["chat"], responses=ERROR_RESPONSES)
@@ -117,24 +118,62 @@ class ChatCompletion:
         An earlier request with the idempotency key may have started it. Without such a request, the turn has
         the id `turn_id`, or a new one. Raises APIError or InvalidInput if the request is refused.
         """
-        self.words = self.request.answer_in_words()
-        if self.words is not None:
-            return
+        try:
+            self.words = self.answer_in_words()
+            if self.words is None:
+                turn = self.find_or_create_turn(idempotent_request, turn_id)
+                self.turn_id, self.thread_id, self.created_at = turn.id, turn.thread_id, int(turn.created_at)
+        except InvalidInput as error:
+            raise rename_error_field(error, self.rename_field(error.field)) from None
+        except APIError as error:
+            if error.param is not None:
+                field = self.rename_field(error.param)
+                error.message, error.param = error.message.replace(error.param, field, 1), field
+            raise
+
+    def rename_field(self, field: str) -> str:
+        """Return the request's name for the field of a turn."""
+        if field != "text":
+            return field
+        indices = [index for index, message in enumerate(self.payload.messages) if message.role == "user"]
+        return f"messages.{indices[-1] if indices else len(self.payload.messages) - 1}.content"
+
+    def answer_in_words(self) -> str | None:
+        """Return the answer to a request that is no turn, which may say what is wrong with it; None for a turn."""
+        try:
+            return self.request.answer_in_words()
+        except UnusableContent as error:
+            return explain_invalid_input(error)
+
+    def find_or_create_turn(self, idempotent_request: IdempotentRequest | None, turn_id: str) -> TurnRecord:
         find = partial(self.context.turn_runner.find_live_turn, self.owner)
         if idempotent_request is None:
-            turn = find(turn_id) or self.create_or_refuse_turn(turn_id or make_id("turn_"))
-        else:
-            turn = idempotent_request.run(
-                self.idempotent_payload, "turn_", find, self.create_or_refuse_turn, is_waiting=True
-            )
-        self.turn_id, self.thread_id, self.created_at = turn.id, turn.thread_id, int(turn.created_at)
+            return find(turn_id) or self.create_or_refuse_turn(turn_id or make_id("turn_"))
+        return idempotent_request.run(
+            self.idempotent_payload, "turn_", find, self.create_or_refuse_turn, is_waiting=True
+        )
 
     def create_or_refuse_turn(self, turn_id: str) -> TurnRecord:
         """Create the turn, or one that explains in words what is wrong with a person's words or files."""
         try:
             return self.request.start_turn(turn_id, **self.payload.to_turn_options(), **self.turn_fields)
         except UnusableContent as error:
-            return self.request.refuse_turn(turn_id, error, self.turn_fields.get("client_fields"))
+            named_error = rename_error_field(error, self.rename_field(error.field))
+            return self.request.refuse_turn(turn_id, named_error, self.turn_fields.get("client_fields"))
+
+    async def wait_for_beginning(self, feed: EventFeed) -> None:
+        """Wait until a stream has something to say, or for a while.
+
+        Raises the APIError of a turn that ends before, whose status a stream could no longer send.
+        """
+        beginning = await feed.wait_for_beginning(self.turn_id)
+        turn = await anyio.to_thread.run_sync(self.require_turn)
+        if not beginning.has_begun and turn.state in ("failed", "cancelled"):
+            error = error_from_turn(turn)
+            if error.explanation is None:
+                raise error
+        if beginning.waits_for and turn.state in OPEN_STATES:
+            raise to_api_error(ModelUnavailable(beginning.waits_for))
 
     def cancel(self) -> None:
         self.context.turn_runner.cancel_turn(self.require_turn())
@@ -244,6 +283,7 @@ async def create_chat_completion(
     grace_seconds = context.settings.disconnect_grace_seconds
     feed = get_event_feed(request)
     if payload.stream:
+        await leave_if_refused(partial(completion.wait_for_beginning, feed), leave)
         chunks = leave_after_stream(completion.stream_chunks(feed), leave, grace_seconds)
         return EventSourceResponse(chunks, ping=15)
     work = partial(feed.follow_to_end, completion.turn_id)

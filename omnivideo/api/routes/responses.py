@@ -27,17 +27,22 @@ from omnivideo.api.chat.messages import Exchange
 from omnivideo.api.dependencies import (
     ContextDep,
     IdempotencyDep,
-    IdempotentRequest,
     OwnerDep,
     ResourceId,
     ServiceContext,
 )
 from omnivideo.api.errors import ERROR_RESPONSES, APIError, build_not_found_error, log_if_internal, to_api_error
 from omnivideo.api.event_feed import EventFeed, get_event_feed
-from omnivideo.api.request_body import ServiceRoute, rename_error_field, validate_fields
+from omnivideo.api.request_body import ServiceRoute, validate_fields
 from omnivideo.api.routes.chat import ChatCompletion, ChatCompletionRequest
 from omnivideo.api.turn_runner import ATTENDED_RETRY_TIMEOUT_SECONDS, RETRY_TIMEOUT_SECONDS
-from omnivideo.api.waiting import CLIENT_CLOSED_REQUEST, leave_after_stream, leave_work, wait_for_work
+from omnivideo.api.waiting import (
+    CLIENT_CLOSED_REQUEST,
+    leave_after_stream,
+    leave_if_refused,
+    leave_work,
+    wait_for_work,
+)
 from omnivideo.contracts import OPEN_STATES, Artifact
 from omnivideo.errors import InvalidInput
 from omnivideo.turns import TurnRecord
@@ -210,22 +215,12 @@ class ResponseTurn(ChatCompletion):
                 raise APIError(409, text, "previous_response_id", "busy")
             self.request.finder = PreviousResponseFinder(context, previous)
 
-    def start(self, idempotent_request: IdempotentRequest | None = None, turn_id: str = "") -> None:
-        """Start the turn. Errors name the fields of this request, not those of the chat's messages."""
-        try:
-            super().start(idempotent_request, turn_id)
-        except InvalidInput as error:
-            raise rename_error_field(error, self.rename_field(error.field)) from None
-        except APIError as error:
-            if error.param is not None:
-                field = self.rename_field(error.param)
-                error.message, error.param = error.message.replace(error.param, field, 1), field
-            raise
-
     def rename_field(self, field: str) -> str:
+        field = super().rename_field(field)
         if match := MESSAGE_FIELD_PATTERN.match(field):
-            return self.message_fields[int(match[1])] + field[match.end() :]
-        return "input" if field in ("messages", "text") else field
+            item = self.message_fields[int(match[1])]
+            return item + (field[match.end() :] if "." in item else "")  # a message may be nothing but text
+        return "input" if field == "messages" else field
 
     def record_completion(self) -> None:
         """Store which thread continues these messages, unless they are only those after the previous response."""
@@ -293,6 +288,7 @@ async def create_response(
             return EventSourceResponse(stored.stream_events(feed), ping=15)
         return JSONResponse(await run_sync(stored.build_response))
     if payload.stream:
+        await leave_if_refused(partial(response_turn.wait_for_beginning, feed), leave)
         return EventSourceResponse(leave_after_stream(stored.stream_events(feed), leave, grace_seconds), ping=15)
     work = partial(feed.follow_to_end, response_turn.turn_id)
     if not await wait_for_work(request, work, leave, grace_seconds):

@@ -28,7 +28,7 @@ from omnivideo.api.generation import (
     repeat_video_job,
     submit_jobs,
 )
-from omnivideo.api.generation_requests import VideoEditRequest, VideoRequest
+from omnivideo.api.generation_requests import ClipRequest, VideoEditRequest, VideoRequest
 from omnivideo.api.media import build_range_response, content_from_bytes, content_from_store, has_expired
 from omnivideo.api.request_body import BodyFields, ServiceRoute, document_request_body, validate_fields
 from omnivideo.api.waiting import CLIENT_CLOSED_REQUEST
@@ -147,7 +147,7 @@ def submit_video(
     context: ServiceContext,
     owner: str,
     idempotent_request: IdempotentRequest,
-    payload: VideoRequest,
+    payload: ClipRequest,
     build_job: Callable[[str], JobRequest],
 ) -> VideoObject:
     """Submit the job that `build_job` builds for a new id, unless an earlier request with the key has done so."""
@@ -206,7 +206,7 @@ def extend_video(owner: OwnerDep) -> None:
     raise APIError(400, message, None, "unsupported")
 
 
-@router.post("/{video_id}/remix", response_model_exclude_none=True, openapi_extra=document_request_body(VideoRequest))
+@router.post("/{video_id}/remix", response_model_exclude_none=True, openapi_extra=document_request_body(ClipRequest))
 def remix_video(
     video_id: ResourceId,
     context: ContextDep,
@@ -215,7 +215,7 @@ def remix_video(
     idempotent_request: IdempotencyDep,
 ) -> VideoObject:
     """Edit a completed video as the prompt says; it keeps its size and length."""
-    payload = validate_fields(VideoRequest, fields)
+    payload = validate_fields(ClipRequest, fields)
 
     def build_job(job_id: str) -> JobRequest:
         return build_remix_job(context, payload, job_id, require_video(context, video_id, owner))

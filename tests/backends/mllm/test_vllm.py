@@ -19,7 +19,7 @@ import torch
 from omnivideo.backends.mllm import remote
 from omnivideo.backends.mllm.local import LocalMLLM
 from omnivideo.backends.mllm.remote import RemoteMLLM
-from omnivideo.contracts import Artifact, MLLMRequest
+from omnivideo.contracts import Artifact, MLLMRequest, TextSampling
 from omnivideo.errors import InvalidInput, ModelUnavailable
 from omnivideo.media.artifacts import encode_clip
 from omnivideo.models import mllm
@@ -287,6 +287,44 @@ def test_requests_that_cannot_be_answered_are_refused(remote_mllm, local, store)
 
 
 # ---------------------------------------------------------------- vLLM's own chat route
+
+
+def write(mllm_port, text: str, **sampling) -> str:
+    return "".join(mllm_port.stream_text(MLLMRequest(text=text, sampling=TextSampling(**sampling))))
+
+
+def list_first_tokens(local: LocalMLLM, text: str, temperature: float, top_p: float, monkeypatch) -> set[str]:
+    """Return the tokens that nucleus sampling may choose first."""
+    recorded = []
+
+    def record_logits(logits_V, *arguments) -> int:
+        recorded.append(logits_V)
+        return int(logits_V.argmax())
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mllm, "sample_token", record_logits)
+        write(local, text, temperature=temperature, top_p=top_p, max_tokens=1)
+    probabilities, order = (recorded[0] / temperature).softmax(-1).sort(descending=True)
+    count = int((probabilities.cumsum(0) - probabilities <= top_p + TOLERANCE).sum())
+    return {local.omni.mllm_tokenizer.decode([token_id]) for token_id in order[:count]}
+
+
+def test_sampling_fields_are_honoured_as_in_process(remote_mllm, local, monkeypatch):
+    text = "what is this small star"
+    greedy = write(local, text, max_tokens=12)
+    assert write(remote_mllm, text, max_tokens=12) == greedy
+    assert write(remote_mllm, text, max_tokens=5) == write(local, text, max_tokens=5) != greedy
+    # A nucleus of one token leaves nothing to chance.
+    for mllm_port in (remote_mllm, local):
+        assert write(mllm_port, text, max_tokens=12, temperature=1.5, top_p=1e-6, seed=4) == greedy
+        by_seed = [write(mllm_port, text, max_tokens=8, temperature=1.5, seed=seed) for seed in (*range(6), *range(6))]
+        assert by_seed[:6] == by_seed[6:], "the same seed gives the same text"
+        assert len(set(by_seed)) > 3, "seeds differ"
+    allowed = list_first_tokens(local, text, 1.5, 0.4, monkeypatch)
+    drawn = {write(remote_mllm, text, max_tokens=1, temperature=1.5, top_p=0.4, seed=seed) for seed in range(60)}
+    assert len(drawn) > 1 and drawn <= allowed, (len(drawn), len(allowed))
+    anything = {write(remote_mllm, text, max_tokens=1, temperature=1.5, seed=seed) for seed in range(60)}
+    assert not anything <= allowed, "without top_p, other tokens are drawn too"
 
 
 def build_chat_messages(request: MLLMRequest, store: LocalObjectStore) -> list[dict]:

@@ -1,0 +1,130 @@
+"""Open WebUI with the environment of deploy/compose.open-webui.yaml, in headless Chromium.
+
+FOLDER/settings.json has that environment, with the service's address in place of the container's.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+import urllib.request
+
+from browse import launch_browser, read_answer, save_screenshot, to_answer
+from observe import CONVERSATION, FOLDER, observe, read_picture
+from playwright.sync_api import sync_playwright
+
+SETTINGS = json.loads((FOLDER / "settings.json").read_text())
+PORT = SETTINGS["PORT"]
+HOME = f"http://127.0.0.1:{PORT}"
+START = f"from open_webui import app; app(['serve', '--host', '127.0.0.1', '--port', '{PORT}'])"
+ANSWERS = "#messages-container .markdown-prose, #messages-container .prose"
+PERSON = {"name": "Ada", "email": "ada@example.com", "password": "correct-horse-battery"}
+
+
+def start_open_webui() -> subprocess.Popen:
+    environment = {**os.environ, **SETTINGS, "DATA_DIR": str(FOLDER / "data")}
+    with (FOLDER / "open-webui.log").open("wb") as log:
+        return subprocess.Popen([sys.executable, "-c", START], env=environment, stdout=log, stderr=log, cwd=FOLDER)
+
+
+def request(path: str, body: dict | None = None, token: str = "") -> dict:
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {token}"}
+    data = json.dumps(body).encode() if body is not None else None
+    with urllib.request.urlopen(urllib.request.Request(HOME + path, data, headers), timeout=30) as answer:
+        return json.loads(answer.read())
+
+
+def wait_until_healthy(process: subprocess.Popen, seconds: float = 300.0) -> None:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            if request("/health")["status"]:
+                return
+        except OSError:
+            time.sleep(1)
+    raise TimeoutError((FOLDER / "open-webui.log").read_text()[-2000:])
+
+
+class ChatPage:
+    """The page of a new chat; each method is one thing that a person does."""
+
+    def __init__(self, page):
+        self.page, self.num_steps = page, 0
+
+    def send(self, text: str, picture: bytes | None = None) -> dict:
+        if picture:
+            upload = {"name": "square.png", "mimeType": "image/png", "buffer": picture}
+            self.page.set_input_files('input[type="file"]', files=[upload])
+            self.page.wait_for_timeout(1500)
+        count = self.page.locator(ANSWERS).count()
+        self.page.locator("#chat-input").fill(text)
+        self.page.locator("#send-message-button").click()
+        self.page.wait_for_function(
+            "([selector, count]) => document.querySelectorAll(selector).length > count", arg=[ANSWERS, count],
+            timeout=90_000,
+        )  # fmt: skip
+        return self.read()
+
+    def regenerate(self) -> dict:
+        self.page.locator(".regenerate-response-button").last.click(force=True)
+        self.page.wait_for_timeout(1000)
+        return self.read()
+
+    def read(self) -> dict:
+        shown = read_answer(self.page, self.page.locator(ANSWERS))
+        self.num_steps += 1
+        save_screenshot(self.page, FOLDER, f"open-webui-{self.num_steps}")
+        return shown
+
+
+def main() -> None:
+    process = start_open_webui()
+    try:
+        wait_until_healthy(process)
+        token = request("/api/v1/auths/signup", PERSON)["token"]
+
+        @observe("models")
+        def list_models():
+            return [model["id"] for model in request("/api/models", token=token)["data"]]
+
+        with sync_playwright() as playwright:
+            browser = launch_browser(playwright)
+            page = browser.new_page(viewport={"width": 1100, "height": 1300})
+            page.add_init_script(f"localStorage.token = {json.dumps(token)}; localStorage.version = '0.12.4'")
+            page.goto(HOME)
+            page.wait_for_selector("#chat-input", timeout=120_000)
+            chat = ChatPage(page)
+
+            @observe("streaming")
+            def converse():
+                return {"answers": [to_answer(chat.send(words)) for words in CONVERSATION]}
+
+            @observe("regenerate")
+            def regenerate():
+                return to_answer(chat.regenerate())
+
+            @observe("over-long text")
+            def send_too_long():
+                return to_answer(chat.send(OVER_LONG))
+
+            @observe("picture")
+            def describe_picture():
+                return to_answer(chat.send("describe this", read_picture()))
+
+            @observe("title")
+            def read_title():
+                for _ in range(60):  # it asks for the title after the first answer
+                    title = request("/api/v1/chats/", token=token)[0]["title"]
+                    if title != "New Chat":
+                        break
+                    page.wait_for_timeout(500)
+                return title
+
+            browser.close()
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+main()
