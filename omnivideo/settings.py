@@ -63,6 +63,7 @@ RENAMED_SETTINGS = {
 # Names that other programs read: the shell scripts, the tests and the benchmarks.
 OTHER_VARIABLES = frozenset(
     {
+        "OMNIVIDEO_CLIENTS",
         "OMNIVIDEO_EXAMPLES",
         "OMNIVIDEO_GOLDEN",
         "OMNIVIDEO_GRADIO_PYTHON",
