@@ -6,6 +6,7 @@ Each method is that of `AsyncClient`, which runs in an event loop of the client:
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Sequence
+from concurrent.futures import wait
 from pathlib import Path
 from typing import Any, TypeVar, Unpack, cast
 
@@ -24,6 +25,7 @@ from omnivideo.sdk.options import (
 from omnivideo.sdk.result import Result
 from omnivideo.turns import QuestionAsked, Think, Turn, TurnCompleted, TurnEvent
 
+POLL_SECONDS = 0.2  # of a wait for a call's end
 CANCEL_TIMEOUT_SECONDS = 10.0  # how long an interrupted call waits until it has cleaned up
 Value = TypeVar("Value")
 END = object()
@@ -49,6 +51,8 @@ class EventLoopThread:
 
         future = asyncio.run_coroutine_threadsafe(run_to_end(), self.loop)
         try:
+            while not future.done():
+                wait([future], POLL_SECONDS)  # Python handles a Ctrl-C only between two waits
             return future.result()
         except BaseException:
             if future.cancel():
