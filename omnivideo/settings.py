@@ -159,14 +159,16 @@ def find_unknown_settings() -> list[InvalidInput]:
 
     The error has the nearest name. Variables of Kubernetes and of our tests are left alone.
     """
-    names = [f"OMNIVIDEO_{name.upper()}" for name in ServiceSettings.model_fields]
+    fields = [name.upper() for name in ServiceSettings.model_fields]
     given = [name for name in os.environ if name.upper().startswith("OMNIVIDEO_")]
-    known = {*names, *OTHER_VARIABLES, *RENAMED_SETTINGS}
+    known = {*(f"OMNIVIDEO_{field}" for field in fields), *OTHER_VARIABLES, *RENAMED_SETTINGS}
     unknown = [name for name in given if name.upper() not in known and not KUBERNETES_VARIABLE.search(name)]
     errors = []
     for name in unknown:
-        nearest = difflib.get_close_matches(name.upper(), names, n=1)
-        advice = f"did you mean {nearest[0]}?" if nearest else "unset it; deploy/.env.example lists all settings"
+        nearest = difflib.get_close_matches(name.upper().removeprefix("OMNIVIDEO_"), fields, n=1)
+        advice = (
+            f"did you mean OMNIVIDEO_{nearest[0]}?" if nearest else "unset it; deploy/.env.example lists all settings"
+        )
         errors.append(InvalidInput(name, f"there is no such setting; {advice}"))
     return errors
 

@@ -13,7 +13,7 @@ from omnivideo.cli.logs import JSONLogFormatter, TextLogFormatter
 
 PROGRAM = """
 import logging, sys
-logging.basicConfig(level=logging.ERROR, format="someone else's format")  # as a library might do before
+logging.basicConfig(level=logging.ERROR, format="someone else: %(message)s")  # as a library might do before
 from omnivideo.cli.logs import configure_logging
 from omnivideo.settings import load_settings
 configure_logging("api", load_settings(), with_traces=False)

@@ -105,15 +105,15 @@ class LocalMLLM:
 
 def describe_counts(counts: Mapping[str, int], media_hits: int, media_misses: int) -> str:
     """Return counts of tokens and of cache hits in Prometheus' text format."""
-    tokens, requests = "omnivideo_language_model_tokens", "omnivideo_language_model_cache_requests"
+    tokens, requests = "omnivideo_language_model_tokens_total", "omnivideo_language_model_cache_requests_total"
     by_cache = {
         "features": (counts.get("features_hits", 0), counts.get("features_misses", 0)),
         "media": (media_hits, media_misses),
     }
     lines = [f"# HELP {tokens} Tokens of the texts of prompts and answers", f"# TYPE {tokens} counter"]
-    lines += [f'{tokens}_total{{kind="{kind}"}} {counts.get(f"{kind}_tokens", 0)}' for kind in ("prompt", "generated")]
+    lines += [f'{tokens}{{kind="{kind}"}} {counts.get(f"{kind}_tokens", 0)}' for kind in ("prompt", "generated")]
     lines += [f"# HELP {requests} Look-ups in the caches", f"# TYPE {requests} counter"]
     for cache, results in by_cache.items():
         for result, count in zip(("hit", "miss"), results, strict=True):
-            lines.append(f'{requests}_total{{cache="{cache}",result="{result}"}} {count}')
+            lines.append(f'{requests}{{cache="{cache}",result="{result}"}} {count}')
     return "\n".join(lines) + "\n"
