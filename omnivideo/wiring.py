@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from omnivideo.agent.conversations import Conversations, OpenQueue
 from omnivideo.contracts import Lane
+from omnivideo.deferred_imports import pause_collection
 from omnivideo.errors import InvalidInput
 from omnivideo.media.artifacts import convert_artifact, extract_frame, store_user_file
 from omnivideo.ports import MLLM, JobQueue, SweepableObjectStore, TextLimits
@@ -142,17 +143,19 @@ class ServiceWiring:
 
     @cached_property
     def renderer(self) -> "Renderer":
-        from omnivideo.backends.decoder.renderer import Renderer
-        from omnivideo.models.device import pick_device
-        from omnivideo.models.weights import checkpoint
-        from omnivideo.models.weights.checkpoint import Contents
-        from omnivideo.models.weights.digests import compute_folder_digest
-        from omnivideo.models.weights.shipped import find_shipped_weights
+        with pause_collection():
+            from omnivideo.backends.decoder.renderer import Renderer
+            from omnivideo.models.device import pick_device
+            from omnivideo.models.weights import checkpoint
+            from omnivideo.models.weights.checkpoint import Contents
+            from omnivideo.models.weights.digests import compute_folder_digest
+            from omnivideo.models.weights.shipped import find_shipped_weights
 
         folder = Path(self.settings.weights) if self.settings.weights else find_shipped_weights(self.settings.preset)
         contents: Contents = "without-mllm" if self.settings.mllm else "all"
         digest = compute_folder_digest(folder, self.settings.home)
-        omni = checkpoint.load(folder, pick_device(self.device), self.settings.precision, contents)
+        with pause_collection():
+            omni = checkpoint.load(folder, pick_device(self.device), self.settings.precision, contents)
         digest.check_unchanged()
         if omni.placement:
             log.info("placement of %s: %s", omni.preset.name, omni.placement.describe())

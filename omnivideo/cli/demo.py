@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from rich.console import Console
+from rich.text import Text
 
 from omnivideo.agent.thread import Thread
 from omnivideo.contracts import Artifact
@@ -111,7 +112,7 @@ def run_demo(folder: Path, console: Console, studio: "Studio") -> None:
             captions[-1] += f"   {turn.text} - {finding}"
     if rows:
         make_contact_sheet(rows, captions).save(folder / "contact-sheet.png")
-        console.print(f"contact sheet: {folder / 'contact-sheet.png'}")
+        console.print(Text(f"contact sheet: {folder / 'contact-sheet.png'}"), soft_wrap=True)
     console.print(f"{right_count} of {len(DEMO_TURNS)} turns right, by the scorer")
 
 

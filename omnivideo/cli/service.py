@@ -15,6 +15,7 @@ import typer
 from omnivideo.cli.app import SERVER, SERVICE_COMMANDS, DeviceOption, HomeOption, WeightsOption, console, error_console
 from omnivideo.cli.logs import configure_logging
 from omnivideo.cpu_threads import configure_cpu_threads
+from omnivideo.deferred_imports import pause_collection
 from omnivideo.errors import InvalidInput, MissingDependency
 
 if TYPE_CHECKING:
@@ -58,10 +59,11 @@ def build_wiring(settings: "ServiceSettings | None" = None, device: str = "auto"
     """
     settings = settings or load_service_settings()
     try:
-        import alembic  # noqa: F401
-        import sqlalchemy  # noqa: F401
+        with pause_collection():
+            import alembic  # noqa: F401
+            import sqlalchemy  # noqa: F401
 
-        from omnivideo.wiring import ServiceWiring
+            from omnivideo.wiring import ServiceWiring
     except ImportError as error:
         raise MissingDependency(f"the service needs {error.name}: pip install 'omnivideo[serve,worker]'") from None
     return ServiceWiring(settings, device)
@@ -135,7 +137,8 @@ def serve(
     with listen(host, port) as listener:
         wiring = build_wiring(settings, device)
         try:
-            from omnivideo.api.app import create_app
+            with pause_collection():
+                from omnivideo.api.app import create_app
         except ImportError as error:
             raise MissingDependency(f"the service needs {error.name}: pip install 'omnivideo[serve,worker]'") from None
         try:
@@ -229,15 +232,20 @@ def mllm_serve(
         check_lora(lora, launch.find_language_model(folder))
     if server_command := launch.build_command(device, folder, port, host, engine, serving_options):
         launch.exec_command(server_command)
-    serve_with_transformers(settings, folder, device, lora, host, port)
+    serve_with_transformers(settings, device, folder, lora, host, port)
 
 
 def serve_with_transformers(
-    settings: "ServiceSettings", folder: Path, device: str, lora: Path | None, host: str, port: int
+    settings: "ServiceSettings", device: str, folder: Path, lora: Path | None, host: str, port: int
 ) -> None:
-    """Serve the MLLM from this process."""
+    """Serve the MLLM of a folder in this process. Raises MissingDependency before the model is loaded."""
+    try:
+        import uvicorn  # noqa: F401
+
+        from omnivideo.backends.mllm.server import LRUObjectStore, create_mllm_app
+    except ImportError as error:
+        raise MissingDependency(f"the MLLM's server needs {error.name}: pip install 'omnivideo[serve]'") from None
     from omnivideo.backends.mllm.local import LocalMLLM
-    from omnivideo.backends.mllm.server import LRUObjectStore, create_mllm_app
     from omnivideo.models.device import pick_device
     from omnivideo.models.weights import checkpoint
     from omnivideo.models.weights.lora import merge_lora

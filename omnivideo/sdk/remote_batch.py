@@ -1,7 +1,6 @@
 """Batches on a service: the items as batches of its API, and their results in a folder as a Studio writes them."""
 
 import asyncio
-import hashlib
 import json
 from collections.abc import AsyncGenerator, Awaitable, Iterable
 from contextlib import suppress
@@ -12,7 +11,9 @@ import anyio
 
 from omnivideo.contracts import Route
 from omnivideo.errors import OmniVideoError
-from omnivideo.sdk.batch import BatchItem, BatchOutcome, BatchResults, parse_items
+from omnivideo.presets import PRESETS, Preset
+from omnivideo.sdk.batch import BatchFolder, BatchOutcome
+from omnivideo.sdk.batch_items import BatchItem, compute_digest, parse_items
 from omnivideo.sdk.connection import OPTION_NAMES, ServiceConnection, to_request_fields
 from omnivideo.sdk.options import find_requested_medium
 from omnivideo.sdk.result import Result
@@ -45,27 +46,32 @@ class RemoteBatch:
 
     async def run(self, prompts: Iterable[str | dict[str, Any]], folder: Path) -> AsyncGenerator[BatchOutcome]:
         """Yield the outcome of each item; what an earlier call has done comes first, with neither file nor error."""
-        items = parse_items(prompts)
-        with BatchResults(folder) as results:
-            remaining = [item for item in items if not results.is_finished(item)]
-            for item in items:
-                if results.is_finished(item):
-                    yield BatchOutcome(item.id, None, None)
-            if not remaining:
-                return
-            lines_by_id = await self.run_batches(remaining, folder)
-            for item in remaining:
-                outcome = await self.save_outcome(item, lines_by_id[item.id], folder)
-                results.write(item, outcome)
-                yield outcome
+        items = parse_items(prompts, await self.find_preset())
+        results = BatchFolder(folder)
+        remaining = [item for item in items if not results.is_done(item)]
+        for item in items:
+            if results.is_done(item):
+                yield BatchOutcome(item.id, None, None)
+        if not remaining:
+            return
+        lines_by_id = await self.run_batches(remaining, folder)
+        for item in remaining:
+            outcome = await self.save_outcome(item, lines_by_id[item.id], folder)
+            results.record(item, outcome)
+            yield outcome
+
+    async def find_preset(self) -> Preset | None:
+        """Return the preset that the service generates with, or None if this version does not know it."""
+        models = (await self.connection.fetch_json("GET", "/v1/models"))["data"]
+        return next((PRESETS[model["id"]] for model in models if model["id"] in PRESETS), None)
 
     async def run_batches(self, items: list[BatchItem], folder: Path) -> dict[str, Any]:
         """Return the output or error line of each item, by the item's id."""
         state_path = folder / STATE_FILE
-        digest = hashlib.sha256(json.dumps([item.model_dump() for item in items]).encode()).hexdigest()
+        requests = [[item.id, compute_digest(item)] for item in items]
         state = json.loads(state_path.read_text()) if state_path.exists() else {}
-        if state.get("digest") != digest:
-            state = {"digest": digest, "ids": await self.submit_batches(items)}
+        if state.get("requests") != requests or "ids" not in state:
+            state = {"requests": requests, "ids": await self.submit_batches(items)}
             state_path.write_text(json.dumps(state))
         try:
             lines: dict[str, Any] = {}
@@ -137,7 +143,7 @@ class RemoteBatch:
 
 def to_batch_line(item: BatchItem, endpoint: str) -> dict[str, Any]:
     """Return an item as a line of the service's batch file."""
-    options = item.model_dump(exclude={"id", "prompt", "image"})
+    options = item.get_settings()
     if endpoint == IMAGES and options["frames"] == 1:
         options["frames"] = None
     body = {"prompt": item.prompt} | to_request_fields(options)

@@ -23,6 +23,7 @@ from omnivideo.contracts import (
     resolve_sampling_params,
 )
 from omnivideo.cpu_threads import configure_cpu_threads
+from omnivideo.deferred_imports import pause_collection
 from omnivideo.media.read import measure_media, read_fitted_media
 from omnivideo.media.sound import SoundSource
 from omnivideo.models.device import pick_device
@@ -33,7 +34,8 @@ from omnivideo.models.weights import checkpoint
 from omnivideo.models.weights.digests import compute_folder_digest
 from omnivideo.models.weights.shipped import find_shipped_weights
 from omnivideo.presets.shapes import get_file_length
-from omnivideo.sdk.batch import BatchOutcome, parse_items, run_batch
+from omnivideo.sdk.batch import BatchOutcome, run_batch
+from omnivideo.sdk.batch_items import parse_items
 from omnivideo.sdk.options import (
     GenerationOptions,
     SamplingOptions,
@@ -84,7 +86,10 @@ class Studio:
         self.settings = load_settings(home=home)
         self.weights_folder = Path(weights) if weights else find_shipped_weights(preset)
         digest = compute_folder_digest(self.weights_folder, self.settings.home)
-        self.omni: OmniVideoModel = checkpoint.load(self.weights_folder, pick_device(device), self.settings.precision)
+        with pause_collection():
+            self.omni: OmniVideoModel = checkpoint.load(
+                self.weights_folder, pick_device(device), self.settings.precision
+            )
         self.text_limits = TokenLimits(self.omni.preset, self.weights_folder)
         digest.check_unchanged()
         self.weights_digest = digest.value
@@ -123,7 +128,7 @@ class Studio:
 
     def batch(self, prompts: Iterable[str | dict[str, Any]], folder: str | Path) -> Iterator[BatchOutcome]:
         """Generate each prompt into the folder, with a line in its results.jsonl; skip what an earlier run did."""
-        yield from run_batch(self, parse_items(prompts), Path(folder))
+        yield from run_batch(self, parse_items(prompts, self.omni.preset, self.text_limits), Path(folder))
 
     def route(self, prompt: str, source: Source | None = None) -> Route:
         """Return what the model would answer the request with: text, an image or a video, with its probability."""

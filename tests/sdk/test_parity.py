@@ -256,8 +256,9 @@ def test_batches_have_the_same_files(sdk, tmp_path):
         {"id": "clip", "prompt": "a red circle moving right", "steps": 2, "frames": 9},
         {"id": "picture", "prompt": "a large blue star", "steps": 2, "image": True},
         {"id": "decided", "prompt": "a large green square", "steps": 2},
-        {"id": "wrong", "prompt": "a ball", "frames": 10},
     ]
+    with pytest.raises(InvalidInput, match=r"^line 4, frames: "):
+        list(sdk.batch([*prompts, {"id": "wrong", "prompt": "a ball", "frames": 10}], tmp_path / "wrong"))
     folder = tmp_path / "out"
     outcomes = {outcome.id: outcome for outcome in sdk.batch(prompts, folder)}
     assert [outcomes[name].file for name in ("clip", "picture", "decided")] == [
@@ -265,9 +266,8 @@ def test_batches_have_the_same_files(sdk, tmp_path):
         "picture.png",
         "decided.png",
     ]
-    assert outcomes["wrong"].file is None and outcomes["wrong"].error.startswith("frames: ")
     assert {path.name for path in folder.glob("*.json")} >= {"clip.mp4.json", "picture.png.json", "decided.png.json"}
-    repeated = list(sdk.batch(prompts[:3], folder))
+    repeated = list(sdk.batch(prompts, folder))
     assert all(outcome.file is None and outcome.error is None for outcome in repeated)
 
 

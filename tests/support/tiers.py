@@ -56,8 +56,12 @@ LONG = (
     "api/test_behind_nginx.py",
     # Outages of a minute.
     "api/test_chat_outages.py::test_an_outage_ends_with_an_error_within_a_minute",
-    # A type checker over the whole package.
-    "sdk/test_types.py",
+    # Real terminals, fresh clones, notebooks: each loads the shipped weights in processes of its own.
+    "usability/test_terminal.py::test_answers*",
+    "usability/test_terminal.py::test_ctrl_c*",
+    "usability/test_terminal.py::test_a_paste*",
+    "usability/test_fresh_clone.py",
+    "usability/test_notebook.py",
     # The released wheel, in an empty environment.
     "deploy/test_release.py::test_the_wheel_generates_a_clip*",
 )
@@ -93,6 +97,7 @@ SLOW = (
     "evaluation/test_sample_sheet*.py",
     "models/test_*.py::test_the_ends_of_the_flow_shifts_range*",
     "models/weights/*.py",
+    "sdk/test_batch.py",
     "sdk/test_client*.py",
     "sdk/test_parity.py",
     "sdk/test_progress.py",
@@ -100,6 +105,8 @@ SLOW = (
     "synthetic/*.py::test_captions_describe_the_rendered_scene",
     "synthetic/*.py::test_the_scorer_reads_the_ground_truth",
     "test_cpu_threads.py::test_entry_points*",
+    "test_deferred_imports.py::test_generating*",
+    "usability/*.py",
     "test_examples.py",
     "training/curation/*.py",
     "training/data/test_batch.py",
