@@ -1,6 +1,7 @@
 """What an operator sees of a request: its id, its trace down to the worker's steps, and its metrics."""
 
 import re
+import subprocess
 import time
 import uuid
 
@@ -8,6 +9,7 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from tests.support.browser import chromium
 from tests.support.openai_service import KEY, wait_until
 from tests.support.spans import collect_spans, find_spans
 
@@ -103,6 +105,15 @@ def test_an_unexpected_error_is_counted_and_logged_with_its_request(http, contex
     assert 'omnivideo_request_seconds_count{method="GET",route="/v1/files",status="500"}' in http.get("/metrics").text
     (record,) = [record for record in caplog.records if failed.headers["x-request-id"] in record.getMessage()]
     assert record.exc_info and str(record.exc_info[1]) == "a detail"
+
+
+def test_a_browser_shows_the_routes(service, tmp_path):
+    """The machine of the tests has no access to a CDN, nor has an operator's."""
+    options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+    command = [chromium(), *options, "--virtual-time-budget=15000", "--dump-dom", f"{service[2]}/docs"]
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    paths = re.findall(r'data-path="([^"]+)"', dom)
+    assert {"/v1/videos", "/v1/understand", "/v1/chat/completions"} <= set(paths)
 
 
 def test_health_and_readiness(http):

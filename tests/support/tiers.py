@@ -70,6 +70,7 @@ SLOW = (
     "agent/test_conversations.py::test_the_planner_evaluation*",
     "api/attacks/*.py",
     "api/test_delivery.py",
+    "api/test_operations.py::test_a_browser*",
     "api/test_chat_*.py",
     "api/test_fields.py",
     "api/test_image_fields.py",
