@@ -3,6 +3,8 @@
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from html import escape
+from importlib import import_module
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -58,7 +60,8 @@ def follow_steps(text: str, progress: bool | None, on_step: StepCallback | None)
         yield on_step or ignore_step
         return
     label = text if len(text) <= LABEL_CHARS else f"{text[: LABEL_CHARS - 3]}..."
-    with SHARED_BARS.open_bar(console, label.replace("[", "\\[")) as update_bar:
+    bar = open_notebook_bar(label) if console.is_jupyter else SHARED_BARS.open_bar(console, label.replace("[", "\\["))
+    with bar as update_bar:
 
         def report(step: StepProgress) -> None:
             update_bar(step)
@@ -66,6 +69,24 @@ def follow_steps(text: str, progress: bool | None, on_step: StepCallback | None)
                 on_step(step)
 
         yield report
+
+
+@contextmanager
+def open_notebook_bar(label: str) -> Iterator[StepCallback]:
+    """Show a bar below a notebook's cell until the end; a bar of rich would need ipywidgets."""
+    display = import_module("IPython.display")
+    shown = display.display(display.HTML(""), display_id=True)
+
+    def update_bar(step: StepProgress) -> None:
+        progress = f'<progress value="{step.step}" max="{step.steps}"></progress>'
+        shown.update(
+            display.HTML(f"{escape(label)} {progress} {step.step}/{step.steps}, {step.eta_seconds:.0f} s left")
+        )
+
+    try:
+        yield update_bar
+    finally:
+        shown.update(display.HTML(""))
 
 
 def ignore_step(step: StepProgress) -> None:
