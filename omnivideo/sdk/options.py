@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 Source: TypeAlias = Union[str, Path, "Image", "np.ndarray[Any, Any]", "Result"]  # noqa: UP007: names as text
 StepCallback: TypeAlias = Callable[[StepProgress], None]
 TextCallback: TypeAlias = Callable[[str], None]
-ARRAY_FPS = 8.0  # of a clip that is given as an array
 MAX_RESULTS = 64
 SOURCE_TYPES = "a path, a PIL image, a uint8 array [H, W, 3] or [F, H, W, 3], or a result"
 
@@ -111,6 +110,7 @@ def to_source_file(source: Source, field: str = "source") -> SourceFile:
 
 def encode_array(array: "np.ndarray[Any, Any]", field: str) -> SourceFile:
     from omnivideo.media.artifacts import encode_clip
+    from omnivideo.sdk.result import ARRAY_FPS
 
     frames = array[None] if array.ndim == 3 else array
     if array.dtype != "uint8" or frames.ndim != 4 or frames.shape[-1] != 3 or not frames.size:

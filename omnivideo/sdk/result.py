@@ -15,9 +15,9 @@ from omnivideo.media.artifacts import SUFFIX_BY_MEDIUM, encode_clip
 from omnivideo.media.read import read_media
 from omnivideo.media.sound import KEPT, SoundSource
 from omnivideo.media.write import check_output, write_media
-from omnivideo.sdk.options import ARRAY_FPS
 
 MAX_SHOWN_CHARS = 60
+ARRAY_FPS = 8.0  # of a clip that is given as an array
 
 
 class Result:

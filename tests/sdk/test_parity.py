@@ -376,9 +376,11 @@ def test_cancelling_a_task_cancels_a_studios_turn(weights, tmp_path):
 
 def test_an_interrupt_cancels_the_clip_on_the_service(address, wiring):
     """Ctrl-C in a call of Client: Python raises KeyboardInterrupt in the main thread."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)  # processes in the background ignore it
     with Client(address) as client:
         timer = threading.Timer(0.7, os.kill, [os.getpid(), signal.SIGINT])
         timer.start()
         with pytest.raises(KeyboardInterrupt):
             client.generate("a red ball", image=False, steps=LONG_STEPS)
         wait_until_idle(wiring)
+    signal.signal(signal.SIGINT, previous)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 PROGRAM = """
-import sys
+import sys, time
 from omnivideo.contracts import StepProgress
 from omnivideo.sdk.progress import follow_steps
 progress = {"default": None, "on": True, "off": False}[sys.argv[1]]
@@ -17,6 +17,7 @@ follow = (lambda step: print("followed", step.step)) if sys.argv[2:] else None
 with follow_steps("a [red] ball", progress, follow) as report, follow_steps("another", progress, follow) as second:
     report(StepProgress(step=3, steps=7, eta_seconds=1.0))
     second(StepProgress(step=4, steps=7, eta_seconds=1.0))
+    time.sleep(0.5)  # bars are drawn ten times a second
 """
 
 
