@@ -60,6 +60,10 @@ class Command:
                 raise SystemExit(f"the command ended without {pattern!r}:\n{text}") from None
         return self.read_times()
 
+    def wait_until_ended(self) -> tuple[float, float]:
+        _, _, usage = os.wait4(self.process.pid, 0)
+        return time.perf_counter() - self.start, usage.ru_utime + usage.ru_stime
+
     def send(self, line: str) -> None:
         assert self.process.stdin is not None
         self.process.stdin.write(line.encode() + b"\n")
@@ -91,7 +95,8 @@ def measure_help(home: Path) -> Times:
 def measure_generate(home: Path) -> Times:
     with run_command("generate", PROMPT, "--video", "-o", str(home / "clip.mp4"), home=home) as command:
         step = command.wait_for(r"denoising[^\n]*\b[1-9]\d*/\d")
-        return {"generate: first step": step, "generate: answer": command.wait_for(r"frames, [\d.]+ s\)")}
+        answer = command.wait_for(r"frames, [\d.]+ s\)")
+        return {"generate: first step": step, "generate: answer": answer, "generate: end": command.wait_until_ended()}
 
 
 def measure_chat(home: Path) -> Times:

@@ -103,7 +103,7 @@ def find_cycles(graph: dict[str, set[str]]) -> list[list[str]]:
 BASE = (
     "contracts",
     "cpu_threads",
-    "deferred_imports",
+    "startup",
     "errors",
     "network",
     "ports",

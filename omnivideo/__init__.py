@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from omnivideo.cpu_threads import configure_cpu_threads
-from omnivideo.deferred_imports import defer_imports, pause_collection
+from omnivideo.startup import defer_imports, pause_collection
 
 if TYPE_CHECKING:
     from omnivideo.sdk.async_client import AsyncClient

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from omnivideo.agent.conversations import Conversations, OpenQueue
 from omnivideo.contracts import Lane
-from omnivideo.deferred_imports import pause_collection
 from omnivideo.errors import InvalidInput
 from omnivideo.media.artifacts import convert_artifact, extract_frame, store_user_file
 from omnivideo.ports import MLLM, JobQueue, SweepableObjectStore, TextLimits
 from omnivideo.presets import get_preset
 from omnivideo.settings import ServiceSettings
+from omnivideo.startup import pause_collection
 from omnivideo.storage.checkpointer import open_checkpointer
 from omnivideo.storage.objects.local import LocalObjectStore
 
@@ -254,6 +254,7 @@ class ServiceWiring:
         from omnivideo.media import ingest
         from omnivideo.media.thumbnails import create_picture_renderer
         from omnivideo.storage.database.keys import APIKeyRepository
+        from omnivideo.storage.database.workers import WorkerRepository
 
         settings, decoding = self.settings, Bulkhead("media", MAX_DECODING_THREADS)
 
@@ -277,6 +278,7 @@ class ServiceWiring:
             batches=self.batches,
             webhooks=self.webhooks,
             idempotency_keys=self.idempotency_keys,
+            workers=WorkerRepository(self.engine),
             turns=self.turns,
             conversations=self.conversations,
             turn_runner=TurnRunner(self.turns, self.jobs, self.conversations, settings.heartbeat_timeout),

@@ -12,9 +12,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from omnivideo.contracts import SamplingParams, StepProgress
-from omnivideo.deferred_imports import pause_collection
 from omnivideo.errors import InvalidInput
 from omnivideo.presets import get_preset
+from omnivideo.startup import pause_collection
 
 if TYPE_CHECKING:
     from omnivideo.models.text_limits import TokenLimits
@@ -126,7 +126,12 @@ def open_studio(preset: str, weights: Path | None, device: str, home: Path | Non
     with error_console.status("loading the libraries"), pause_collection():
         from omnivideo.sdk.studio import Studio
     with error_console.status("loading the model"):
-        return Studio(preset, weights, device, home)
+        studio = Studio(preset, weights, device, home)
+    placement = studio.omni.placement
+    if placement is not None and placement.machine.gpu_bytes is not None and placement.mode != "all on the GPU":
+        text = f"not all fits on the GPU: {placement.describe()}"
+        error_console.print(text, style="dim", highlight=False, markup=False, soft_wrap=True)
+    return studio
 
 
 def save_result(result: "Result", output: Path) -> None:

@@ -21,6 +21,7 @@ from omnivideo.contracts import Artifact
 from omnivideo.errors import OmniVideoError
 from omnivideo.media.artifacts import load_frames
 from omnivideo.media.contact_sheet import make_contact_sheet
+from omnivideo.startup import skip_final_collection
 from omnivideo.synthetic.facts import ObjectSpec, SceneDetection, SceneSpec
 from omnivideo.synthetic.scorer import detect_scene
 from omnivideo.turns import ActionResult, TurnCompleted
@@ -119,6 +120,8 @@ def run_demo(folder: Path, console: Console, studio: "Studio") -> None:
 def main() -> None:
     """Run the demo into the folder named on the command line, with threads in a temporary home."""
     from omnivideo import Studio  # torch is loaded here, once the CPU threads are configured
+
+    skip_final_collection()
 
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else "out/demo")
     try:

@@ -52,10 +52,10 @@ from omnivideo.contracts import (
     resolve_sampling_params,
 )
 from omnivideo.cpu_threads import configure_cpu_threads
-from omnivideo.deferred_imports import defer_imports
 from omnivideo.errors import InvalidInput, OmniVideoError
 from omnivideo.presets import get_preset
 from omnivideo.presets.shapes import get_file_length
+from omnivideo.startup import defer_imports, skip_final_collection
 from omnivideo.training.engine.progress_bar import LoggedProgress
 
 
@@ -288,6 +288,7 @@ def main() -> None:
     """Run the command line. An error that the user can cause ends as one line on stderr, with exit code 2."""
     configure_cpu_threads()
     defer_imports()
+    skip_final_collection()
     try:
         app()
     except OmniVideoError as error:

@@ -15,8 +15,8 @@ import typer
 from omnivideo.cli.app import SERVER, SERVICE_COMMANDS, DeviceOption, HomeOption, WeightsOption, console, error_console
 from omnivideo.cli.logs import configure_logging
 from omnivideo.cpu_threads import configure_cpu_threads
-from omnivideo.deferred_imports import pause_collection
 from omnivideo.errors import InvalidInput, MissingDependency
+from omnivideo.startup import pause_collection
 
 if TYPE_CHECKING:
     from omnivideo.models.omni import OmniVideoModel

@@ -23,7 +23,6 @@ from omnivideo.contracts import (
     resolve_sampling_params,
 )
 from omnivideo.cpu_threads import configure_cpu_threads
-from omnivideo.deferred_imports import pause_collection
 from omnivideo.media.read import measure_media, read_fitted_media
 from omnivideo.media.sound import SoundSource
 from omnivideo.models.device import pick_device
@@ -50,6 +49,7 @@ from omnivideo.sdk.options import (
 from omnivideo.sdk.progress import follow_steps
 from omnivideo.sdk.result import Result
 from omnivideo.settings import load_settings
+from omnivideo.startup import pause_collection
 from omnivideo.storage.objects.local import LocalObjectStore
 
 if TYPE_CHECKING:

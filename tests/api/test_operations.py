@@ -1,5 +1,6 @@
 """What an operator sees of a request: its id, its trace down to the worker's steps, and its metrics."""
 
+import logging
 import re
 import subprocess
 import time
@@ -9,9 +10,23 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from omnivideo.api.routes.operations import MLLMCollector, MLLMServerCollector
+from omnivideo.backends.mllm.local import LocalMLLM
+from omnivideo.backends.mllm.remote import RemoteMLLM
+from omnivideo.backends.mllm.server import LRUObjectStore
+from omnivideo.models.weights import checkpoint
+from omnivideo.settings import load_settings
+from omnivideo.storage.database.engine import create_database_engine
+from omnivideo.storage.database.workers import WorkerRepository
+from omnivideo.wiring import ServiceWiring
+from tests.support.api_server import run_api_server, run_mllm_server
 from tests.support.browser import chromium
 from tests.support.openai_service import KEY, wait_until
+from tests.support.servers import free_port
 from tests.support.spans import collect_spans, find_spans
+
+MODEL_LABELS = ("preset", "weights", "precision")
+PART_LABELS = ("part", "location", "dtype", "compute_dtype")
 
 
 @pytest.fixture(scope="module")
@@ -119,3 +134,50 @@ def test_a_browser_shows_the_routes(service, tmp_path):
 def test_health_and_readiness(http):
     assert http.get("/health").json() == {"status": "ok"}
     assert http.get("/ready").json() == {"status": "ready", "language_model": "ready"}
+
+
+def read_gauge(text: str, name: str, *labels: str) -> dict[tuple[str, ...], float]:
+    """Return the values of a metric by the values of its labels, which must be these."""
+    (family,) = [family for family in text_string_to_metric_families(text) if family.name == name]
+    assert all(sample.labels.keys() == set(labels) for sample in family.samples)
+    return {tuple(sample.labels[label] for label in labels): sample.value for sample in family.samples}
+
+
+def test_the_workers_report_where_their_parts_compute(weights, tmp_path, caplog):
+    """The metrics, the log and the database of a running service agree with the placement of the loaded model."""
+    caplog.set_level(logging.INFO, "omnivideo.wiring")
+    home = tmp_path / "home"
+    wiring = ServiceWiring(load_settings(home=home, weights=str(weights)), "cpu")
+    with run_api_server(wiring) as address:
+        (worker,) = wait_until(lambda: WorkerRepository(wiring.engine).list_workers(30))
+        text = httpx.get(f"{address}/metrics", trust_env=False).text
+    placement, model = wiring.renderer.omni.placement, wiring.renderer.model
+    identity = (model.preset, model.weights, model.precision)
+    assert read_gauge(text, "omnivideo_workers", *MODEL_LABELS, "placement") == {(*identity, "CPU"): 1}
+    expected = {
+        (*identity, part.size.name, "cpu", part.size.dtype, part.compute_dtype): part.size.weights_bytes
+        for part in placement.parts
+    }
+    assert read_gauge(text, "omnivideo_part_bytes", *MODEL_LABELS, *PART_LABELS) == expected and len(expected) > 5
+    assert f"placement of tiny: {placement.describe()}" in caplog.text
+    assert worker.name not in text  # a host's name is for operators only
+    assert WorkerRepository(create_database_engine(f"sqlite:///{home}/service.sqlite")).list_workers(30) == []
+
+
+def test_the_server_of_the_mllm_reports_where_its_parts_compute(weights, tmp_path):
+    """It has a metric of its own, which the API's metrics contain."""
+    port = free_port()
+    omni = checkpoint.load(weights, "cpu", contents="mllm")
+    with run_mllm_server(LocalMLLM(omni, LRUObjectStore()), port):
+        text = httpx.get(f"http://127.0.0.1:{port}/metrics", trust_env=False).text
+        server = RemoteMLLM(f"http://127.0.0.1:{port}", LRUObjectStore(), 10)
+        (up,) = MLLMServerCollector(server).collect()
+        families = {family.name: family for family in MLLMCollector(server.fetch_metrics).collect()}
+        server.close()
+    expected = {
+        ("tiny", part.size.name, "cpu", part.size.dtype, part.compute_dtype): part.size.weights_bytes
+        for part in omni.placement.parts
+    }
+    assert read_gauge(text, "omnivideo_mllm_part_bytes", "preset", *PART_LABELS) == expected
+    assert len(families["omnivideo_mllm_part_bytes"].samples) == len(expected) == 2 and up.samples[0].value == 1
+    assert "omnivideo_language_model_tokens" in families

@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from omnivideo.cli import doctor, expectations
+from omnivideo.cli.app import open_studio
 from omnivideo.cli.main import main
 from omnivideo.errors import CheckpointError
 from omnivideo.models.placement import Machine
+from omnivideo.models.weights import checkpoint
 from omnivideo.presets import TINY
 from omnivideo.settings import RENAMED_SETTINGS
 
@@ -87,6 +89,16 @@ def test_parts_that_are_copied_to_a_gpu_take_at_least_that_long(weights, monkeyp
     expected = 2 * TINY.sampling["text-to-video"].steps * megabytes
     assert read_seconds(rows)["text-to-video"] > 0.9 * expected
     assert "GB/s of copies to the GPU" in rows["model of the times"]
+
+
+@pytest.mark.parametrize("gpu_bytes", [None, 0])
+def test_commands_say_when_not_all_fits_on_the_gpu(gpu_bytes, weights, tmp_path, monkeypatch, capsys):
+    """A machine without a GPU has nothing to say: everybody who uses it knows."""
+    monkeypatch.setattr(checkpoint, "measure_machine", lambda device: Machine(10**10, gpu_bytes))
+    open_studio("tiny", weights, "cpu", tmp_path)
+    text = capsys.readouterr().err
+    expected = "not all fits on the GPU: CPU (10.0 GB of memory and 0 MB of the GPU's free): "
+    assert (expected in text and "decoder CPU (" in text) if gpu_bytes is not None else not text
 
 
 def test_a_folder_that_is_not_ours_is_refused_in_one_line(tmp_path):

@@ -4,6 +4,7 @@ The run writes results.json and the table in docs/service.md, for the clients th
 """
 
 import json
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -14,7 +15,7 @@ from tests.support.client_features import FEATURES, REFUSALS
 from tests.support.client_programs import CLIENTS, DRIVERS, ClientProgram, NotInstallable
 from tests.support.client_services import KEY, SERVICES
 from tests.support.client_table import record_result, write_table
-from tests.support.compose_files import compose
+from tests.support.compose_files import ROOT, compose
 from tests.support.servers import free_port
 
 DRIVER_SECONDS = 900
@@ -33,11 +34,15 @@ def table():
 
 
 def write_settings(client: ClientProgram, address: str, folder: Path) -> None:
-    """Give a driver a free port, and Open WebUI's the environment of its compose file."""
+    """Give a driver a free port and what the documentation says: an environment, an example or a workflow."""
     settings = {"PORT": str(free_port())}
     if client.title == "Open WebUI":
         page = compose("compose.open-webui.yaml", OMNIVIDEO_ADMIN_KEY=KEY)["services"]["open-webui"]
         settings |= page["environment"] | {"OPENAI_API_BASE_URL": f"{address}/v1"}
+    if client.title == "Gradio":
+        (settings["EXAMPLE"],) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "clients.md").read_text(), re.S)
+    if client.title == "n8n":
+        settings["WORKFLOW"] = (ROOT / "examples" / "n8n_chat.json").read_text()
     (folder / "settings.json").write_text(json.dumps(settings))
 
 

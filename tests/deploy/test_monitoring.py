@@ -23,7 +23,8 @@ EXPRESSIONS = {rule["alert"]: rule["expr"] for rule in RULES}
 EXPRESSIONS |= {f"{title} {target['refId']}": target["expr"] for title, target in TARGETS}
 WORDS = {"by", "without", "and", "or", "unless", "on", "ignoring", "sum", "max", "min", "rate", "increase", "absent",
          "histogram_quantile"}  # fmt: skip
-LABELS = {"le", "lane", "state", "route", "method", "status", "kind", "cache", "result"}
+LABELS = {"le", "lane", "state", "route", "method", "status", "kind", "cache", "result", "preset", "weights",
+          "precision", "placement", "part", "location"}  # fmt: skip
 ADDED_BY_PROMETHEUS = {"instance", "pod"}
 DURATION = r"\[(?:\d+[smhd]|\$__rate_interval)\]"
 TOKEN = re.compile(r'\s+|"[^"]*"|[A-Za-z_:][A-Za-z0-9_:]*|\d+(?:\.\d+)?|[=!<>]=|=~|[-+*/<>=(){},]')
@@ -77,8 +78,10 @@ def exported(omni, tmp_path_factory):
         suffixes = {"counter": ["_total"], "histogram": ["_bucket", "_count", "_sum"]}.get(family.type, [""])
         names |= {f"{family.name}{suffix}" for suffix in suffixes}
     counters = {"num_preemptions", "prompt_tokens", "generation_tokens", "prefix_cache_queries", "prefix_cache_hits"}
-    names |= {f"vllm:{name}" + "_total" * (name in counters) for name in MLLMCollector.exported_metrics}
-    yield names | {"omnivideo_language_model_up"}  # of an MLLM with a server of its own
+    vllm_names = [name for name in MLLMCollector.exported_metrics if not name.startswith("omnivideo_")]
+    names |= {f"vllm:{name}" + "_total" * (name in counters) for name in vllm_names}
+    # Of an MLLM with a server of its own.
+    yield names | {"omnivideo_language_model_up", "omnivideo_mllm_part_bytes"}
     wiring.close()
 
 

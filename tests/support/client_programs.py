@@ -102,7 +102,7 @@ CLIENTS = (
         "llama-index", "llama_index_client.py",
         ("llama-index-llms-openai-like==0.8.1", "llama-index-llms-openai==0.8.3", "llama-index-core==0.14.25"),
     ),
-    ClientProgram("shell-gpt", "shell_gpt.py", ("shell-gpt==1.5.1",)),
+    ClientProgram("shell-gpt", "shell_gpt.py", ("shell-gpt==1.5.1", "click==8.1.8")),
     ClientProgram("promptfoo", "promptfoo.mjs", ("promptfoo@0.123.1",), 4 * 2**30),
     ClientProgram("Gradio", "gradio_chat.py", ("gradio==6.31.0", "openai==3.57.0", "playwright==1.65.2")),
     ClientProgram(

@@ -1,5 +1,6 @@
-"""Routes for operators: health, readiness, and Prometheus metrics of the requests, the job queue and the MLLM."""
+"""Routes for operators: health, readiness, and Prometheus metrics of the requests, jobs, workers and the MLLM."""
 
+from collections import Counter as Counted
 from collections.abc import Callable, Iterable
 
 from fastapi import APIRouter, Request, Response
@@ -11,11 +12,13 @@ from prometheus_client.registry import Collector
 from omnivideo.api.dependencies import ContextDep, MLLMServer, ServiceContext
 from omnivideo.api.errors import ERROR_RESPONSES
 from omnivideo.api.request_body import ServiceRoute
+from omnivideo.api.stores import WorkerStore
 from omnivideo.contracts import JobDurations
 from omnivideo.errors import OmniVideoError
 from omnivideo.ports import JobStore
 
 router = APIRouter(route_class=ServiceRoute, tags=["operation"], responses=ERROR_RESPONSES)
+WORKER_LIFETIME_SECONDS = 30.0  # after its last report; workers report every 10 s
 JOB_SECONDS = (0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000, 3000)  # bounds of the histograms of jobs
 LATENCY_BUCKETS_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
@@ -26,6 +29,7 @@ class RequestMetrics:
     def __init__(self, context: ServiceContext):
         self.registry = CollectorRegistry()
         self.registry.register(QueueCollector(context.jobs))
+        self.registry.register(WorkerCollector(context.workers))
         if context.mllm_server:
             self.registry.register(MLLMServerCollector(context.mllm_server))
         if context.fetch_mllm_metrics:
@@ -88,6 +92,38 @@ def describe_durations(durations: Iterable[JobDurations]) -> Iterable[Metric]:
     yield from (queued, generated, steps)
 
 
+class WorkerCollector(Collector):
+    """Reads from the database which weights the workers have and where the parts of their models compute.
+
+    The hosts' names are left out, because anybody who reaches the port may read the metrics.
+    """
+
+    def __init__(self, workers: WorkerStore):
+        self.workers = workers
+
+    def collect(self) -> Iterable[Metric]:
+        try:
+            workers = self.workers.list_workers(WORKER_LIFETIME_SECONDS)
+        except OmniVideoError:
+            return
+        model_labels, part_labels = ("preset", "weights", "precision"), ("part", "location", "dtype", "compute_dtype")
+        running = GaugeMetricFamily("omnivideo_workers", "Workers that run", labels=(*model_labels, "placement"))
+        sizes = GaugeMetricFamily(
+            "omnivideo_part_bytes", "Weights of the workers' parts, by where they compute",
+            labels=(*model_labels, *part_labels),
+        )  # fmt: skip
+        worker_counts, part_bytes = Counted[tuple[str, ...]](), Counted[tuple[str, ...]]()
+        for worker in workers:
+            model = (worker.preset, worker.weights, worker.precision)
+            worker_counts[*model, worker.placement] += 1
+            for part in worker.parts:
+                part_bytes[*model, part.name, part.location, part.dtype, part.compute_dtype] += part.size_bytes
+        for family, values in ((running, worker_counts), (sizes, part_bytes)):
+            for labels, value in values.items():
+                family.add_metric(labels, value)
+            yield family
+
+
 class MLLMServerCollector(Collector):
     """Checks at every scrape whether the MLLM's server answers."""
 
@@ -101,7 +137,7 @@ class MLLMServerCollector(Collector):
 
 
 class MLLMCollector(Collector):
-    """Reads the tokens and the cache hits of the MLLM at every scrape and, if its server is vLLM, its load."""
+    """Reads the tokens, the cache hits and the placement of the MLLM at every scrape, or the load of vLLM."""
 
     exported_metrics = (
         "num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "num_preemptions",
@@ -113,7 +149,7 @@ class MLLMCollector(Collector):
 
     def collect(self) -> Iterable[Metric]:
         for family in text_string_to_metric_families(self.fetch_metrics()):
-            is_ours = family.name.startswith("omnivideo_language_model_")
+            is_ours = family.name.startswith(("omnivideo_language_model_", "omnivideo_mllm_"))
             if is_ours or family.name.removeprefix("vllm:") in self.exported_metrics:
                 yield family
 

@@ -21,12 +21,14 @@ from opentelemetry.propagate import extract
 from omnivideo.backends.decoder.pipeline import DenoisingProgress, GeneratedClip
 from omnivideo.backends.decoder.renderer import Renderer
 from omnivideo.backends.decoder.resume import ResumePoint, pack_resume_point, unpack_resume_point
+from omnivideo.backends.decoder.worker_report import WorkerReporter, describe_worker
 from omnivideo.backends.queue.local import PREVIEW_FRACTIONS
 from omnivideo.contracts import Artifact, Claim, Job, SamplingParams, StepProgress
 from omnivideo.errors import ArtifactNotFound, InvalidInput, JobLost, OmniVideoError, PartOutOfMemory, StoreError
 from omnivideo.models.sampling import DenoisingState
 from omnivideo.storage.database.jobs import JobRepository
 from omnivideo.storage.database.repository import retry_while_unavailable
+from omnivideo.storage.database.workers import WorkerRepository
 
 log = logging.getLogger("omnivideo.worker")
 TRACER = trace.get_tracer("omnivideo.worker")
@@ -350,11 +352,14 @@ class InProcessWorker:
         self.worker = worker
         self.work_available = work_available or threading.Event()
         self.thread = threading.Thread(target=self.run, daemon=True, name="worker")
+        description = describe_worker(worker.worker_name, worker.renderer)
+        self.reporter = WorkerReporter(description, WorkerRepository(worker.jobs.engine))
 
     def notify_workers(self) -> None:
         self.work_available.set()
 
     def start(self) -> "InProcessWorker":
+        self.reporter.start()
         self.thread.start()
         return self
 
@@ -363,6 +368,7 @@ class InProcessWorker:
         self.worker.stop_requested.set()
         self.notify_workers()
         self.thread.join()
+        self.reporter.stop()
 
     def run(self) -> None:
         while not self.worker.stop_requested.is_set():

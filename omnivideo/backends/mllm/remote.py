@@ -71,7 +71,7 @@ class RemoteMLLM:
         # Defaults are left out, so that a server of an earlier version accepts the request.
         body = WriteRequest(payload=self.build_payload(request), **options).model_dump_json(exclude_defaults=True)
         emitted_chars = 0
-        for attempt in range(MAX_ATTEMPTS):
+        for _ in iterate_attempts():
             received_chars = 0  # counted in characters, because a retry may split the answer differently
             try:
                 for piece in self.stream_pieces(body):
@@ -85,7 +85,6 @@ class RemoteMLLM:
                 raise ModelUnavailable(HANGING_MESSAGE) from None
             except httpx.HTTPError as error:
                 raise_for_certificate(error)
-            time.sleep(0.5 * 2**attempt)
         raise ModelUnavailable(UNAVAILABLE_MESSAGE)
 
     def count_tokens(self, text: str) -> int:
@@ -108,7 +107,7 @@ class RemoteMLLM:
 
     def post_request(self, path: str, body: BaseModel) -> bytes:
         content = body.model_dump_json()
-        for attempt in range(MAX_ATTEMPTS):
+        for attempt in iterate_attempts():
             try:
                 with TRACER.start_as_current_span(f"ask the language model {path}", attributes={"attempt": attempt}):
                     response = self.http.post(path, content=content, headers=build_headers())
@@ -118,7 +117,6 @@ class RemoteMLLM:
                 raise ModelUnavailable(HANGING_MESSAGE) from None
             except httpx.HTTPError as error:
                 raise_for_certificate(error)
-                time.sleep(0.5 * 2**attempt)
         raise ModelUnavailable(UNAVAILABLE_MESSAGE)
 
     def stream_pieces(self, body: str) -> Iterator[str | None]:
@@ -169,6 +167,14 @@ def raise_for_certificate(error: httpx.HTTPError) -> None:
     if problem := find_certificate_problem(error):
         message = f"the certificate of the language model's server is not trusted ({problem}); {CERTIFICATE_ADVICE}"
         raise ModelUnavailable(message) from None
+
+
+def iterate_attempts() -> Iterator[int]:
+    """Yield the numbers of the attempts, with a pause between two of them."""
+    for attempt in range(MAX_ATTEMPTS):
+        if attempt:
+            time.sleep(0.25 * 2**attempt)
+        yield attempt
 
 
 def raise_for_refusal(response: httpx.Response) -> None:

@@ -15,6 +15,7 @@ from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from opentelemetry import trace
 from opentelemetry.propagate import extract
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Gauge, generate_latest
 from starlette.concurrency import iterate_in_threadpool
 
 from omnivideo.backends.mllm.local import LocalMLLM
@@ -30,6 +31,7 @@ from omnivideo.backends.mllm.protocol import (
 from omnivideo.contracts import Artifact, Medium, MLLMRequest, Route, TextSampling
 from omnivideo.errors import ArtifactNotFound, InvalidInput
 from omnivideo.models.features import encode_features
+from omnivideo.models.omni import OmniVideoModel
 from omnivideo.storage.objects.local import compute_object_key
 
 log = logging.getLogger("omnivideo.mllm")
@@ -185,12 +187,25 @@ def create_mllm_app(mllm: LocalMLLM) -> FastAPI:
     service = SerializedMLLM(mllm)
     add_mllm_routes(app, lambda: service)
 
+    registry = CollectorRegistry()
+    describe_placement(mllm.omni, registry)
+
     @app.get("/health")
     def check_health() -> dict[str, str]:
         return {"status": "ok"}
 
     @app.get("/metrics")
     def export_metrics() -> Response:
-        return Response(mllm.fetch_metrics(), media_type="text/plain; version=0.0.4")
+        return Response(generate_latest(registry) + mllm.fetch_metrics().encode(), media_type=CONTENT_TYPE_LATEST)
 
     return app
+
+
+def describe_placement(omni: OmniVideoModel, registry: CollectorRegistry) -> None:
+    """Add a metric of where the parts of a loaded model compute."""
+    labels = ("preset", "part", "location", "dtype", "compute_dtype")
+    sizes = Gauge("omnivideo_mllm_part_bytes", "Weights of the MLLM's parts, by where they compute", labels,
+                  registry=registry)  # fmt: skip
+    for part in omni.placement.parts if omni.placement else ():
+        place = (part.location, part.size.dtype, part.compute_dtype)
+        sizes.labels(omni.preset.name, part.size.name, *place).set(part.size.weights_bytes)

@@ -33,6 +33,7 @@ from omnivideo.models.weights.sources import (
     FoundPart,
     SourceTree,
     detect_preset,
+    find_folders_without_config,
     find_library_parts,
     find_our_parts,
     list_required_parts,
@@ -84,6 +85,9 @@ def import_weights(
     contents = read_contents(tree, preset, single_file)
     missing = tuple(part for part in list_required_parts(preset) if part not in contents)
     missing_files = tuple(describe_missing_parts(preset, missing))
+    if missing and not single_file:
+        folders = find_folders_without_config(tree, missing)
+        missing_files += tuple(f"a config.json in {folder.name}/ that says what it holds" for folder in folders)
     report = WeightsReport(preset.name, tuple(report_parts(contents)), missing, missing_files)
     on_report(report)
     if folder is None:

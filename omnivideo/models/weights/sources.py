@@ -21,6 +21,7 @@ from omnivideo.models.weights.published import (
     get_part_folder,
     list_weight_files,
 )
+from omnivideo.models.weights.strict import explain_unreadable
 from omnivideo.models.weights.wan_layouts import TEXT_ENCODER_FILE, TOKENIZER_FOLDER, VAE_FILE
 from omnivideo.presets import PRESETS, Preset
 
@@ -90,7 +91,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise CheckpointError(f"{path.parent.name}/{path.name} cannot be read: {error.strerror}") from None
     except ValueError:
-        raise CheckpointError(f"{path.parent.name}/{path.name} is cut short, or is not JSON") from None
+        raise CheckpointError(explain_unreadable(path, "JSON")) from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path.parent.name}/{path.name} is not a dictionary in JSON")
     return value
@@ -179,6 +180,21 @@ def classify_folder(folder: Path) -> FoundPart | None:
     if config.get("model_type") in QWEN3_VL_TYPES:
         return FoundPart("mllm", folder, "qwen3-vl")
     return None
+
+
+def find_folders_without_config(tree: SourceTree, missing: Sequence[str]) -> list[Path]:
+    """Return the folders with weights of another library that may be missing parts, but whose config.json is not.
+
+    It is absent, or in a folder with the name of a missing part, that of another model. Folders of ours need none.
+    """
+    ours = find_our_folder(tree)
+    return [
+        folder
+        for folder in tree.folders
+        if ((folder / "llm").is_dir() or any(folder.glob("*.safetensors")))
+        and (folder.name in missing or not (folder / "config.json").is_file())
+        and ours not in (folder, *folder.parents)
+    ]
 
 
 def find_our_parts(tree: SourceTree, preset: Preset) -> dict[str, FoundPart]:

@@ -1,8 +1,9 @@
-"""Gradio's `load_chat`, the whole chat page in one call, in headless Chromium."""
+"""Gradio with the example of docs/clients.md, in headless Chromium."""
 
-import gradio
+import json
+
 from browse import launch_browser, read_answer, save_screenshot, to_answer
-from observe import BASE_URL, CONVERSATION, FOLDER, KEY, MODEL, OVER_LONG, TITLE_REQUEST, observe, read_picture
+from observe import BASE_URL, CONVERSATION, FOLDER, KEY, OVER_LONG, TITLE_REQUEST, observe, read_picture
 from playwright.sync_api import Page, sync_playwright
 
 ANSWERS = '[data-testid="bot"]'
@@ -88,9 +89,11 @@ def hold_conversation(page: Page) -> None:
 
 
 def main() -> None:
-    textbox = gradio.MultimodalTextbox(file_types=["image"], stop_btn=True)  # load_chat's own has no stop button
-    options = {"file_types": ["text_encoded", "image"], "textbox": textbox}
-    chat = gradio.load_chat(f"{BASE_URL}/", model=MODEL, token=KEY, **options)
+    example = json.loads((FOLDER / "settings.json").read_text())["EXAMPLE"]  # of docs/clients.md
+    example = example.replace("http://127.0.0.1:8000/v1", BASE_URL).replace("no-key", KEY)
+    page_of_docs: dict = {}
+    exec(example.replace("chat.launch()", ""), page_of_docs)
+    chat = page_of_docs["chat"]
     _, url, _ = chat.launch(prevent_thread_lock=True, quiet=True, server_name="127.0.0.1")
     with sync_playwright() as playwright:
         browser = launch_browser(playwright)

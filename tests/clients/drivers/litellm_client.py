@@ -110,19 +110,12 @@ def ask_for_title():
 
 @observe("images")
 def make_image():
-    made = litellm.image_generation(prompt="a red circle", response_format="b64_json", **CHAT)
+    made = litellm.image_generation(prompt="a red circle", **CHAT)
     data = base64.b64decode(made.data[0].b64_json)
     (FOLDER / "made.png").write_bytes(data)
     with (FOLDER / "made.png").open("rb") as file:
-        edited = litellm.image_edit(image=file, prompt="make it blue", response_format="b64_json", **CHAT)
+        edited = litellm.image_edit(image=file, prompt="make it blue", **CHAT)
     return [describe_bytes(data), describe_bytes(base64.b64decode(edited.data[0].b64_json))]
-
-
-@observe("videos")
-def make_video():
-    video = litellm.video_generation(prompt=CONVERSATION[0], size="64x64", **CHAT)
-    clip = download(video.id)
-    return [clip, download(litellm.video_remix(video_id=video.id, prompt="make it blue", **OPTIONS).id)]
 
 
 def download(video_id):
@@ -133,6 +126,13 @@ def download(video_id):
             return describe_bytes(litellm.video_content(video_id=video_id, **OPTIONS))
         time.sleep(0.2)
     raise TimeoutError(status)
+
+
+@observe("videos")
+def make_video():
+    video = litellm.video_generation(prompt=CONVERSATION[0], size="64x64", **CHAT)
+    clip = download(video.id)
+    return [clip, download(litellm.video_remix(video_id=video.id, prompt="make it blue", **OPTIONS).id)]
 
 
 @observe("files")

@@ -34,12 +34,6 @@ def read_usage(done: subprocess.CompletedProcess[str]) -> list[int]:
     return [int(count.replace(",", "")) for count in counts.groups()]
 
 
-@observe("models")
-def list_models():
-    listed = call("models", "list").stdout
-    return [MODEL, f"{MODEL}-text"] if "omni" in listed else []
-
-
 @observe("conversation")
 def converse():
     first, *rest = CONVERSATION
@@ -71,7 +65,7 @@ def describe_picture():
 
 @observe("structured output")
 def ask_for_json():
-    return json.loads(call("-c", "--schema", "title", TITLE_REQUEST).stdout)
+    return json.loads(call("-c", "--schema", "title str", TITLE_REQUEST).stdout)
 
 
 @observe("tools")

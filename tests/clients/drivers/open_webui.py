@@ -11,7 +11,7 @@ import time
 import urllib.request
 
 from browse import launch_browser, read_answer, save_screenshot, to_answer
-from observe import CONVERSATION, FOLDER, observe, read_picture
+from observe import CONVERSATION, FOLDER, OVER_LONG, observe, read_picture
 from playwright.sync_api import sync_playwright
 
 SETTINGS = json.loads((FOLDER / "settings.json").read_text())
@@ -93,7 +93,11 @@ def main() -> None:
             page = browser.new_page(viewport={"width": 1100, "height": 1300})
             page.add_init_script(f"localStorage.token = {json.dumps(token)}; localStorage.version = '0.12.4'")
             page.goto(HOME)
-            page.wait_for_selector("#chat-input", timeout=120_000)
+            page.set_default_timeout(60_000)
+            try:
+                page.wait_for_selector("#chat-input", timeout=120_000)
+            finally:
+                save_screenshot(page, FOLDER, "open-webui-0")
             chat = ChatPage(page)
 
             @observe("streaming")

@@ -19,6 +19,7 @@ from pydantic import BaseModel
 client = AsyncOpenAI(base_url=BASE_URL, api_key=KEY, max_retries=0, timeout=120)
 set_default_openai_client(client)
 set_tracing_disabled(True)
+loop = asyncio.Runner()  # one event loop, because the client keeps its connections
 assistant = Agent(name="assistant", model=MODEL)
 chat_assistant = Agent(name="assistant", model=OpenAIChatCompletionsModel(MODEL, client))
 kept_session = SQLiteSession("kept")
@@ -40,12 +41,12 @@ async def answer_all(agent: Agent, session: SQLiteSession) -> list[str]:
 
 @observe("responses")
 def respond():
-    return {"answers": asyncio.run(answer_all(assistant, SQLiteSession("responses")))}
+    return {"answers": loop.run(answer_all(assistant, SQLiteSession("responses")))}
 
 
 @observe("conversation")
 def converse():
-    return {"answers": asyncio.run(answer_all(chat_assistant, kept_session))}
+    return {"answers": loop.run(answer_all(chat_assistant, kept_session))}
 
 
 @observe("streaming")
@@ -58,7 +59,7 @@ def stream():
             answers.append(result.final_output)
         return {"answers": answers, "chunks": counts}
 
-    return asyncio.run(answer_streamed())
+    return loop.run(answer_streamed())
 
 
 @observe("streamed responses")
@@ -71,12 +72,12 @@ def stream_responses():
             answers.append(result.final_output)
         return {"answers": answers, "chunks": counts}
 
-    return asyncio.run(answer_streamed())
+    return loop.run(answer_streamed())
 
 
 @observe("usage")
 def count_tokens():
-    results = [Runner.run_sync(agent, "hello") for agent in (assistant, chat_assistant)]
+    results = [loop.run(Runner.run(agent, "hello")) for agent in (assistant, chat_assistant)]
     usages = [result.context_wrapper.usage for result in results]
     return [[usage.input_tokens, usage.output_tokens] for usage in usages]
 
@@ -87,13 +88,13 @@ def describe_picture():
         {"type": "input_text", "text": "describe this"},
         {"type": "input_image", "image_url": encode_picture(), "detail": "auto"},
     ]
-    return Runner.run_sync(assistant, [{"role": "user", "content": parts}]).final_output
+    return loop.run(Runner.run(assistant, [{"role": "user", "content": parts}])).final_output
 
 
 @observe("tools")
 def offer_tools():
     agent = Agent(name="assistant", model=MODEL, tools=[look_up_colour])
-    result = Runner.run_sync(agent, "what colour is it?")
+    result = loop.run(Runner.run(agent, "what colour is it?"))
     calls = [item for item in result.new_items if item.type == "tool_call_item"]
     return {"answer": result.final_output, "calls": len(calls)}
 
@@ -102,15 +103,15 @@ def offer_tools():
 def force_tool():
     settings = ModelSettings(tool_choice="required")
     agent = Agent(name="assistant", model=MODEL, tools=[look_up_colour], model_settings=settings)
-    return Runner.run_sync(agent, "what colour is it?").final_output
+    return loop.run(Runner.run(agent, "what colour is it?")).final_output
 
 
 @observe("structured output")
 def ask_for_json():
     agent = Agent(name="assistant", model=MODEL, output_type=Title)
-    return asyncio.run(Runner.run(agent, TITLE_REQUEST, session=kept_session)).final_output.model_dump()
+    return loop.run(Runner.run(agent, TITLE_REQUEST, session=kept_session)).final_output.model_dump()
 
 
 @observe("over-long text")
 def send_too_long():
-    return Runner.run_sync(assistant, OVER_LONG).final_output
+    return loop.run(Runner.run(assistant, OVER_LONG)).final_output

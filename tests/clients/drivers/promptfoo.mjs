@@ -47,7 +47,7 @@ await observe("usage", () => usage);
 
 await observe("picture", () => {
   const parts = [{ type: "text", text: "describe this" }, { type: "image_url", image_url: { url: encodePicture() } }];
-  return evaluate("picture", chat, JSON.stringify([{ role: "user", content: parts }]), [{}])[0].response.output;
+  return evaluate("picture", chat, JSON.stringify([{ role: "user", content: parts }]), [{ vars: { question: "" } }])[0].response.output;
 });
 
 await observe("responses", () => {
@@ -61,8 +61,8 @@ await observe("structured output", () => {
   const schema = { type: "object", properties: { title: { type: "string" } }, required: ["title"], additionalProperties: false };
   const response_format = { type: "json_schema", json_schema: { name: "title", schema, strict: true } };
   const provider = { ...chat, config: { ...chat.config, response_format } };
-  const { output } = evaluate("structured", provider, JSON.stringify([{ role: "user", content: TITLE_REQUEST }]), [{}])[0].response;
+  const { output } = evaluate("structured", provider, JSON.stringify([{ role: "user", content: TITLE_REQUEST }]), [{ vars: { question: "" } }])[0].response;
   return typeof output === "string" ? JSON.parse(output) : output;
 });
 
-await observe("over-long text", async () => evaluate("long", chat, OVER_LONG, [{}])[0].response.output);
+await observe("over-long text", async () => evaluate("long", chat, OVER_LONG, [{ vars: { question: "" } }])[0].response.output);

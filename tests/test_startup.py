@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from omnivideo import deferred_imports
-from omnivideo.deferred_imports import DeferredModule, DeferringFinder, pause_collection
+from omnivideo import startup
+from omnivideo.startup import DeferredModule, DeferringFinder, pause_collection
 
 ROOT = Path(__file__).parents[1]
 
@@ -24,7 +24,7 @@ def defer(monkeypatch, tmp_path):
 
     def write_and_import(name: str, text: str, *functions: str):
         (tmp_path / f"{name}.py").write_text(text)
-        monkeypatch.setitem(deferred_imports.DEFERRED_MODULES, name, functions)
+        monkeypatch.setitem(startup.DEFERRED_MODULES, name, functions)
         names.append(name)
         return __import__(name)
 
@@ -48,6 +48,15 @@ def test_a_function_of_a_deferred_module_can_be_imported_by_name(defer, capsys):
 
     assert capsys.readouterr().out == "" and double(4) == 8 and double(5) == 10
     assert capsys.readouterr().out == "executed\n"
+
+
+def test_a_module_may_replace_itself_when_it_is_executed(defer):
+    text = "import sys, types\nsys.modules[__name__] = types.SimpleNamespace(VALUE=3, later=4)\n"
+    module = defer("deferred_five", text)
+    assert (module.VALUE, module.later) == (3, 4) and sys.modules["deferred_five"].VALUE == 3
+    from deferred_five import later
+
+    assert later == 4 and not hasattr(module, "missing")
 
 
 def test_threads_execute_a_module_once_and_see_all_of_it(defer, capsys):
@@ -83,14 +92,17 @@ import json, sys
 from omnivideo import Studio
 studio = Studio(weights=sys.argv[1], home=sys.argv[2])
 studio.generate("a red ball", image=True, steps=1)
-from omnivideo.deferred_imports import DEFERRED_MODULES
+from omnivideo.startup import DEFERRED_MODULES
 present = {name: sys.modules[name] for name in DEFERRED_MODULES if name in sys.modules}
 print(json.dumps([type(module.__loader__).__name__ for module in present.values()]))
 import scipy.stats
 from diffusers.models.autoencoders import AutoencoderKL
 from diffusers.models.transformers import FluxTransformer2DModel
 from scipy.optimize import linear_sum_assignment, minimize
+import transformers.models
+from transformers.models import bert, BertModel
 print(round(scipy.stats.norm.cdf(0), 3), AutoencoderKL.__name__, FluxTransformer2DModel.__name__, minimize.__name__)
+print(bert.__name__, BertModel.__name__, transformers.models.T5Config.__name__, transformers.BertTokenizer.__name__)
 print(linear_sum_assignment([[1, 0], [0, 1]])[1].tolist())
 """
 
@@ -102,6 +114,7 @@ def test_generating_executes_none_of_them_and_all_can_be_used_afterwards(weights
         check=False, env=os.environ | {"PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert completed.returncode == 0, completed.stderr[-3000:]
-    loaders, used, assigned = completed.stdout.splitlines()
+    loaders, used, models, assigned = completed.stdout.splitlines()
     assert set(json.loads(loaders)) == {"DeferringLoader"}, loaders
+    assert models == "transformers.models.bert BertModel T5Config BertTokenizer"
     assert used == "0.5 AutoencoderKL FluxTransformer2DModel minimize" and assigned == "[1, 0]"

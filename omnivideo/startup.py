@@ -1,10 +1,11 @@
-"""Start quickly: execute modules of other libraries only if they are used, and import without garbage collection.
+"""Start and end quickly: execute modules of other libraries only if they are used, and collect no garbage then.
 
 transformers and diffusers import modules at their top that a model here never calls, and the __init__ of some of
 diffusers' packages imports every model. `defer_imports` registers a finder, as importlib provides for: a deferred
 module exists at once and is executed when an attribute of it is first read. This module does not import torch.
 """
 
+import atexit
 import gc
 import importlib.abc
 import importlib.machinery
@@ -23,6 +24,7 @@ DEFERRED_MODULES: dict[str, tuple[str, ...]] = {
     "diffusers.models.autoencoders": (),
     "diffusers.models.transformers": (),
     "diffusers.models.unets": (),
+    "transformers.models": (),  # it reads every file of every model
 }
 
 
@@ -30,7 +32,9 @@ class DeferredModule(ModuleType):
     """A module that is executed when an attribute of it is first read; a package's own modules are found before."""
 
     def __getattr__(self, name: str) -> Any:
-        loader = vars(self).get("__loader__")
+        loader, successor = vars(self).get("__loader__"), sys.modules.get(self.__name__, self)
+        if successor is not self:  # by which it has replaced itself when it was executed
+            return getattr(successor, name)
         is_special = name.startswith("__") and name != "__all__"
         if is_special or not isinstance(loader, DeferringLoader) or loader.executing_thread == threading.get_ident():
             raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
@@ -93,6 +97,11 @@ def defer_imports() -> None:
     """Register the finder; what is imported already stays as it is."""
     if not any(isinstance(finder, DeferringFinder) for finder in sys.meta_path):
         sys.meta_path.insert(0, DeferringFinder())
+
+
+def skip_final_collection() -> None:
+    """End the process without a search for garbage among all objects of the libraries, which takes over a second."""
+    atexit.register(gc.freeze)
 
 
 @contextmanager
