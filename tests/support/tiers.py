@@ -64,6 +64,8 @@ LONG = (
     "usability/test_terminal.py::test_ctrl_c*",
     "usability/test_terminal.py::test_a_paste*",
     "usability/test_fresh_clone.py",
+    # mypy over the package and its libraries, without a cache: minutes.
+    "usability/test_types.py",
     "usability/test_notebook.py",
     "usability/test_types.py",
     # The released wheel, in an empty environment.
