@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from omnivideo.sdk.result import Result
 
 # A file, a picture, uint8 frames [H, W, 3] or [F, H, W, 3], or what another call has returned.
-Source: TypeAlias = Union[str, Path, "Image", "np.ndarray[Any, Any]", "Result"]  # noqa: UP007 (the names are text)
+Source: TypeAlias = Union[str, Path, "Image", "np.ndarray[Any, Any]", "Result"]
 StepCallback: TypeAlias = Callable[[StepProgress], None]
 TextCallback: TypeAlias = Callable[[str], None]
 MAX_RESULTS = 64
