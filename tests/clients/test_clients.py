@@ -18,7 +18,7 @@ from tests.support.client_table import record_result, write_table
 from tests.support.compose_files import ROOT, compose
 from tests.support.servers import free_port
 
-DRIVER_SECONDS = 900
+DRIVER_SECONDS = 1500
 
 
 @pytest.fixture(scope="module", params=SERVICES)
