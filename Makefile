@@ -28,6 +28,7 @@ GPU_TIER := gpu
 demo:
 	@bash deploy/setup.sh
 	.venv/bin/python -m omnivideo.cli.demo out/demo
+	@echo "To use it in this shell: source .venv/bin/activate"
 
 serve:
 	@bash deploy/setup.sh serve

@@ -6,6 +6,7 @@ latents are compared with those of the whole model in float32. With weights, eve
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ PROMPTS = {
     "image-editing": ("make the ball blue", 13, "the picture of text-to-image with a blue ball, all else as it was"),
     "video-editing": ("make the ball blue", 14, "the clip of text-to-video with a blue ball that moves as before"),
 }
+LARGEST_LATENTS_ERROR = 5e-2  # of bf16 against float32
 SMALLEST_DEVIATION = 2.0  # of the bytes of a frame: less is a plain surface, as broken weights give it
 
 
@@ -129,11 +131,25 @@ def run_variant(
 
 def measure_random_weights(preset: Preset, size: SamplingDefaults, device: torch.device) -> Iterator[dict[str, Any]]:
     """Yield a row for each variant, with the distance of its latents from the reference's (relative L2)."""
-    states, reference = create_states(preset), None
+    states, reference, whole = create_states(preset), None, None
     for variant in list_variants(preset):
         row, latents = run_variant(preset, states, variant, size, device)
-        reference = latents if reference is None else reference
-        yield row | {"latents_error": float((latents - reference).norm() / reference.norm())}
+        if reference is None:
+            reference = latents
+        elif whole is None:
+            whole = latents
+        error = float((latents - reference).norm() / reference.norm())
+        yield row | {"latents_error": error, "faults": find_faults(row, error, latents, whole)}
+
+
+def find_faults(row: dict[str, Any], error: float, latents: Tensor, whole: Tensor | None) -> list[str]:
+    """Return what is wrong with a variant; `whole` are the latents with all parts on the GPU, in the same types."""
+    faults = [] if row["finite"] else ["pixels are not finite"]
+    if not error <= LARGEST_LATENTS_ERROR:
+        faults.append(f"latents differ from those in float32 by more than {LARGEST_LATENTS_ERROR}")
+    if whole is not None and not torch.equal(latents, whole):
+        faults.append("latents depend on where the parts are")
+    return faults
 
 
 def reset_peak(device: torch.device) -> None:
@@ -178,17 +194,17 @@ def render_prompts(folder: Path, out: Path, device: str, steps: int | None) -> I
         yield {
             "task": task, "prompt": prompt, "seed": seed, "file": path.name, "expect": expected,
             "seconds": round(time.perf_counter() - started, 2), "stages": result.manifest.seconds,
-            "peak_bytes": read_peak(studio.omni.device), "looks_broken": looks_broken(result.frames),
+            "peak_bytes": read_peak(studio.omni.device), "faults": find_visible_faults(result.frames),
         }  # fmt: skip
 
 
-def looks_broken(frames: np.ndarray) -> str | None:
-    """Return what no good clip has, or None; whether it shows what was asked for is for a person to see."""
+def find_visible_faults(frames: np.ndarray) -> list[str]:
+    """Return what no good clip has; whether it shows what was asked for is for a person to see."""
     if frames.std(axis=(1, 2)).max() < SMALLEST_DEVIATION:
-        return "plain surfaces"
+        return ["plain surfaces"]
     if len(frames) > 1 and not (frames[1:] != frames[:-1]).any():
-        return "no motion at all"
-    return None
+        return ["no motion at all"]
+    return []
 
 
 # ---------------------------------------------------------------- command line
@@ -222,8 +238,10 @@ def main() -> None:
     options = parse_arguments()
     if options.dry_run:
         options.preset, options.task, options.device, options.steps = "tiny", "text-to-image", "cpu", 2
-    options.out.mkdir(parents=True, exist_ok=True)
     device = pick_device(options.device)
+    if options.device == "auto" and device.type == "cpu":
+        sys.exit("no GPU is visible to torch; --dry-run needs none, and --device cpu runs everything on the CPU")
+    options.out.mkdir(parents=True, exist_ok=True)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     rows: list[dict[str, Any]] = [{"device": name, "torch": torch.__version__}]
     print(json.dumps(rows[0]))
@@ -231,6 +249,8 @@ def main() -> None:
         rows.append(row)
         print(json.dumps(row), flush=True)
     (options.out / "report.json").write_text(json.dumps(rows, indent=2) + "\n")
+    if any(row.get("faults") for row in rows):
+        sys.exit(1)
 
 
 if __name__ == "__main__":

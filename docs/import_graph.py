@@ -100,7 +100,19 @@ def find_cycles(graph: dict[str, set[str]]) -> list[list[str]]:
 # ---------------------------------------------------------------- diagrams
 
 # Single modules that every package may import.
-BASE = ("contracts", "cpu_threads", "errors", "ports", "presets", "records", "settings", "turns", "validation")
+BASE = (
+    "contracts",
+    "cpu_threads",
+    "startup",
+    "errors",
+    "network",
+    "ports",
+    "presets",
+    "records",
+    "settings",
+    "turns",
+    "validation",
+)
 LABELS = {
     "cli": "command line",
     "sdk": "Studio, Client",

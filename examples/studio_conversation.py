@@ -21,7 +21,7 @@ def main(folder: Path) -> None:
                 print()
             elif event.kind == "artifact":
                 print(studio.artifact_path(event.artifact))
-    branch = thread.fork(1, "green")  # continues after the first turn, with the red circle
+    branch = thread.fork(1)  # continues after the first turn, with the red circle
     for event in branch.send("make it green"):
         if event.kind == "artifact":
             print("fork:", studio.artifact_path(event.artifact))

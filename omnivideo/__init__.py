@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from omnivideo.cpu_threads import configure_cpu_threads
+from omnivideo.startup import defer_imports, pause_collection
 
 if TYPE_CHECKING:
     from omnivideo.sdk.async_client import AsyncClient
@@ -32,5 +33,7 @@ def __getattr__(name: str) -> Any:
     if name in LAZY_EXPORTS:
         if name == "Studio":  # its module loads torch
             configure_cpu_threads()
-        return getattr(import_module(f"omnivideo.{LAZY_EXPORTS[name]}"), name)
+            defer_imports()
+        with pause_collection():
+            return getattr(import_module(f"omnivideo.{LAZY_EXPORTS[name]}"), name)
     raise AttributeError(f"module 'omnivideo' has no attribute {name!r}")

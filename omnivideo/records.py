@@ -1,4 +1,4 @@
-"""What the service stores for its users, as frozen records: files, batches, webhooks and idempotency keys."""
+"""What the service stores, as frozen records: users' files, batches, webhooks and idempotency keys, and the workers."""
 
 from typing import Any
 
@@ -57,3 +57,28 @@ class KeyClaim(FrozenModel):
     resource_id: str
     waiting_clients: int
     is_new: bool = False
+
+
+class PartRecord(FrozenModel):
+    """Where a part of a worker's model computes.
+
+    `location` is "gpu", "gpu-in-turn", "gpu-in-blocks" or "cpu", `dtype` the type of its weights, and `compute_dtype`
+    the type that they are cast to, one block at a time, if the two differ.
+    """
+
+    name: str
+    location: str
+    dtype: str
+    compute_dtype: str
+    size_bytes: int
+
+
+class WorkerRecord(FrozenModel):
+    """A worker, as it describes itself: its weights and precision (`ModelIdentity`), and where each part computes."""
+
+    name: str
+    preset: str
+    weights: str
+    precision: str
+    placement: str
+    parts: tuple[PartRecord, ...]

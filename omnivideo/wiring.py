@@ -17,6 +17,7 @@ from omnivideo.media.artifacts import convert_artifact, extract_frame, store_use
 from omnivideo.ports import MLLM, JobQueue, SweepableObjectStore, TextLimits
 from omnivideo.presets import get_preset
 from omnivideo.settings import ServiceSettings
+from omnivideo.startup import pause_collection
 from omnivideo.storage.checkpointer import open_checkpointer
 from omnivideo.storage.objects.local import LocalObjectStore
 
@@ -142,17 +143,19 @@ class ServiceWiring:
 
     @cached_property
     def renderer(self) -> "Renderer":
-        from omnivideo.backends.decoder.renderer import Renderer
-        from omnivideo.models.device import pick_device
-        from omnivideo.models.weights import checkpoint
-        from omnivideo.models.weights.checkpoint import Contents
-        from omnivideo.models.weights.digests import compute_folder_digest
-        from omnivideo.models.weights.shipped import find_shipped_weights
+        with pause_collection():
+            from omnivideo.backends.decoder.renderer import Renderer
+            from omnivideo.models.device import pick_device
+            from omnivideo.models.weights import checkpoint
+            from omnivideo.models.weights.checkpoint import Contents
+            from omnivideo.models.weights.digests import compute_folder_digest
+            from omnivideo.models.weights.shipped import find_shipped_weights
 
         folder = Path(self.settings.weights) if self.settings.weights else find_shipped_weights(self.settings.preset)
         contents: Contents = "without-mllm" if self.settings.mllm else "all"
         digest = compute_folder_digest(folder, self.settings.home)
-        omni = checkpoint.load(folder, pick_device(self.device), self.settings.precision, contents)
+        with pause_collection():
+            omni = checkpoint.load(folder, pick_device(self.device), self.settings.precision, contents)
         digest.check_unchanged()
         if omni.placement:
             log.info("placement of %s: %s", omni.preset.name, omni.placement.describe())
@@ -251,6 +254,7 @@ class ServiceWiring:
         from omnivideo.media import ingest
         from omnivideo.media.thumbnails import create_picture_renderer
         from omnivideo.storage.database.keys import APIKeyRepository
+        from omnivideo.storage.database.workers import WorkerRepository
 
         settings, decoding = self.settings, Bulkhead("media", MAX_DECODING_THREADS)
 
@@ -274,6 +278,7 @@ class ServiceWiring:
             batches=self.batches,
             webhooks=self.webhooks,
             idempotency_keys=self.idempotency_keys,
+            workers=WorkerRepository(self.engine),
             turns=self.turns,
             conversations=self.conversations,
             turn_runner=TurnRunner(self.turns, self.jobs, self.conversations, settings.heartbeat_timeout),
@@ -283,6 +288,7 @@ class ServiceWiring:
             render_thumbnail=decoding.wrap(create_picture_renderer(self.store)),
             check_webhook_url=partial(check_reachable, internal_hosts=settings.webhook_hosts),
             mllm_server=self.remote_mllm,
+            fetch_mllm_metrics=getattr(self.mllm, "fetch_metrics", None),
         )
 
     def start_background_services(self, context: "ServiceContext") -> "ServiceContext":

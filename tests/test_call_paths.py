@@ -28,7 +28,9 @@ from tests.support.shards import ASSIGNER, SAMPLES, make_flow_dataset, write_dat
 from tests.support.slow_polls import slow_polls
 
 # Threads that look after jobs and turns; they run beside every call path.
-UPKEEP_THREADS = ("heartbeat", "reaper", "turns", "turns-heartbeat", "batches", "batches-beat", "hooks")
+UPKEEP_THREADS = (
+    "heartbeat", "reaper", "turns", "turns-heartbeat", "batches", "batches-beat", "hooks", "worker-report"
+)  # fmt: skip
 CONNECTION_SETUP_FILE = "storage/database/engine.py"  # runs once for each connection of the pool
 MAX_FILES_FROM_STEP_TO_BROWSER = 6
 # 31 before the published models, 35 before chats of every client's form: eight files read messages and find the thread,

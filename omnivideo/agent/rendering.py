@@ -27,7 +27,7 @@ from omnivideo.contracts import (
     get_task_medium,
     resolve_sampling_params,
 )
-from omnivideo.errors import InvalidInput
+from omnivideo.errors import InvalidInput, JobCancelled
 from omnivideo.ports import CHARACTER_LIMITS, MLLM, ExtractFrame, JobQueue, TextLimits
 from omnivideo.presets import Preset
 from omnivideo.turns import (
@@ -45,10 +45,15 @@ from omnivideo.turns import (
 )
 
 MIN_AGREEMENT = 0.5  # a candidate with this agreement is accepted
+CANCEL_REQUESTED = "cancel_requested"  # in a turn's configuration: the threading.Event of its thread
 MAX_GENERATIONS = 4  # in one turn, unless the service's settings say otherwise
 
 
 def emit_event(event: TurnEvent) -> None:
+    """Send an event to who follows the turn. Raises JobCancelled if `Thread.cancel` was called."""
+    cancel_requested = get_config()["configurable"].get(CANCEL_REQUESTED)
+    if cancel_requested is not None and cancel_requested.is_set():
+        raise JobCancelled("the turn was cancelled")
     get_stream_writer()(event)
 
 

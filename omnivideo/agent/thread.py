@@ -2,6 +2,8 @@
 
 import asyncio
 import re
+import threading
+import uuid
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,7 +12,7 @@ from typing import Any
 from langgraph.types import Command, StateSnapshot
 from pydantic import ValidationError
 
-from omnivideo.agent.rendering import derive_seed
+from omnivideo.agent.rendering import CANCEL_REQUESTED, derive_seed
 from omnivideo.contracts import Artifact, invalid_input_from_validation
 from omnivideo.errors import InvalidInput
 from omnivideo.ports import CHARACTER_LIMITS, TextLimits
@@ -51,6 +53,7 @@ class Thread:
         self.attach_file = attach_file
         self.text_limits = text_limits
         self.config = {"configurable": {"thread_id": name}}
+        self.cancel_requested = threading.Event()
 
     # ------------------------------------------------------------ creating and forking
 
@@ -68,9 +71,9 @@ class Thread:
             raise InvalidInput("thread", f"there is no thread {self.id!r}")
         return self
 
-    def fork(self, turn: int, name: str) -> "Thread":
-        """Return a new thread that starts with the first `turn` turns of this one."""
-        branch = Thread(self.graph, name, self.attach_file, self.text_limits)
+    def fork(self, turn: int, name: str | None = None) -> "Thread":
+        """Return a new thread that starts with the first `turn` turns of this one; without a name it gets a new one."""
+        branch = Thread(self.graph, name or uuid.uuid4().hex[:12], self.attach_file, self.text_limits)
         if branch.exists():
             raise InvalidInput("thread", f"there is already a thread {name!r}")
         snapshot = self.find_snapshot_after(turn)
@@ -133,10 +136,19 @@ class Thread:
         if not is_turn_complete(state) and not state.interrupts:
             yield from self.run_graph(None, state)
 
+    def cancel(self) -> None:
+        """Cancel the turn that `send` runs: it raises JobCancelled at its next event, and the thread is as before it.
+
+        Any operating system thread, and a signal handler, may call this.
+        """
+        self.cancel_requested.set()
+
     def run_graph(self, graph_input: Any, state: StateSnapshot) -> Iterator[TurnEvent]:
         finished = False
+        self.cancel_requested.clear()
+        config = {"configurable": self.config["configurable"] | {CANCEL_REQUESTED: self.cancel_requested}}
         try:
-            for event in self.graph.stream(graph_input, self.config, stream_mode="custom", durability="sync"):
+            for event in self.graph.stream(graph_input, config, stream_mode="custom", durability="sync"):
                 finished = isinstance(event, TurnCompleted)
                 yield event
         except Exception:  # whatever went wrong, the next turn must not continue this one
@@ -176,6 +188,10 @@ class Thread:
         """Return the question that waits for a reply, or None."""
         interrupts = self.graph.get_state(self.config).interrupts
         return str(interrupts[0].value) if interrupts else None
+
+    def get_changed_at(self) -> str:
+        """Return the time of the last change, in ISO 8601."""
+        return self.graph.get_state(self.config).created_at or ""
 
     def get_turns(self) -> list[Turn]:
         return [Turn(**turn) for turn in self.graph.get_state(self.config).values.get("turns", [])]

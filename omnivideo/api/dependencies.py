@@ -20,7 +20,7 @@ from pydantic import BaseModel
 from omnivideo.agent.conversations import LOCAL_OWNER, Conversations
 from omnivideo.api.errors import APIError, build_key_in_use_error, build_key_reused_error
 from omnivideo.api.request_digest import digest_request
-from omnivideo.api.stores import APIKeyStore, BatchStore, IdempotencyStore, UserFileStore, WebhookStore
+from omnivideo.api.stores import APIKeyStore, BatchStore, IdempotencyStore, UserFileStore, WebhookStore, WorkerStore
 from omnivideo.api.turn_runner import TurnRunner
 from omnivideo.contracts import Artifact
 from omnivideo.ports import JobStore, SweepableObjectStore, TextLimits, TurnStore
@@ -64,6 +64,7 @@ class ServiceContext:
     batches: BatchStore
     webhooks: WebhookStore
     idempotency_keys: IdempotencyStore
+    workers: WorkerStore
     api_keys: APIKeyStore
     conversations: Conversations
     turn_runner: TurnRunner
@@ -74,6 +75,7 @@ class ServiceContext:
     check_webhook_url: Callable[[str], None]  # raises InvalidInput for a URL that may not receive events
     text_limits: TextLimits
     mllm_server: MLLMServer | None = None  # None if the MLLM runs in this process
+    fetch_mllm_metrics: Callable[[], str] | None = None  # of its server, or of the MLLM in this process
 
 
 async def get_service_context(request: Request) -> ServiceContext:

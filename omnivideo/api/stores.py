@@ -1,4 +1,4 @@
-"""The stores of records that only the API reads and writes: files, batches, webhooks, idempotency keys and API keys.
+"""The stores of records that the API alone reads: files, batches, webhooks, idempotency keys, API keys and workers.
 
 The stores of jobs and turns, which the planner and the workers use too, are in omnivideo/ports.py. The repositories in
 storage/database implement all of them.
@@ -7,7 +7,7 @@ storage/database implement all of them.
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from omnivideo.records import BatchRecord, FileRecord, KeyClaim, WebhookRecord
+from omnivideo.records import BatchRecord, FileRecord, KeyClaim, WebhookRecord, WorkerRecord
 
 
 class UserFileStore(Protocol):
@@ -108,4 +108,10 @@ class APIKeyStore(Protocol):
 
     def find_owner(self, key: str) -> str | None:
         """Return the id of the key, which owns everything created with it, or None if the key is wrong or revoked."""
+        ...
+
+
+class WorkerStore(Protocol):
+    def list_workers(self, max_age_seconds: float) -> list[WorkerRecord]:
+        """Return the workers that have reported within the last `max_age_seconds`, by name."""
         ...

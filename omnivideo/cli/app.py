@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 from omnivideo.contracts import SamplingParams, StepProgress
 from omnivideo.errors import InvalidInput
 from omnivideo.presets import get_preset
+from omnivideo.startup import pause_collection
 
 if TYPE_CHECKING:
     from omnivideo.models.text_limits import TokenLimits
@@ -21,9 +23,8 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
-    help="Understand, generate and edit video in one conversation.",
 )
 console = Console()
 error_console = Console(stderr=True)
@@ -122,19 +123,25 @@ def check_clip_texts(preset: str, weights: Path | None, params: SamplingParams, 
 
 def open_studio(preset: str, weights: Path | None, device: str, home: Path | None = None) -> "Studio":
     # Loading torch takes seconds; --help and a refused argument should not wait for it.
-    from omnivideo.sdk.studio import Studio
-
+    with error_console.status("loading the libraries"), pause_collection():
+        from omnivideo.sdk.studio import Studio
     with error_console.status("loading the model"):
-        return Studio(preset, weights, device, home)
+        studio = Studio(preset, weights, device, home)
+    placement = studio.omni.placement
+    if placement is not None and placement.machine.gpu_bytes is not None and placement.mode != "all on the GPU":
+        text = f"not all fits on the GPU: {placement.describe()}"
+        error_console.print(text, style="dim", highlight=False, markup=False, soft_wrap=True)
+    return studio
 
 
 def save_result(result: "Result", output: Path) -> None:
     """Write the result and its manifest, and print the file's name, length and generation time."""
     note = read_sound_note(result.save(output))
     seconds = result.manifest.seconds
-    console.print(f"{output} [dim]({len(result.frames)} frames, {sum(seconds.values()):.1f} s)[/dim]", highlight=False)
+    summary = f" ({len(result.frames)} frames, {sum(seconds.values()):.1f} s)"
+    console.print(Text.assemble(str(output), (summary, "dim")), soft_wrap=True)
     if note is not None:
-        console.print(f"sound of the source: {note}", highlight=False, markup=False)
+        console.print(f"sound of the source: {note}", highlight=False, markup=False, soft_wrap=True)
 
 
 def read_sound_note(output: Path) -> str | None:

@@ -1,132 +1,162 @@
-"""The terminal of `omnivideo chat`."""
+"""The conversation of `omnivideo chat`: messages, and commands that begin with a slash."""
 
+import re
 import shutil
 import subprocess
 import sys
-import uuid
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
+from omnivideo.agent.commands import FILE_FORMATS
 from omnivideo.agent.thread import Thread
-from omnivideo.contracts import Artifact, StepProgress
-from omnivideo.errors import InvalidInput, OmniVideoError
-from omnivideo.turns import (
-    ActionResult,
-    ArtifactReady,
-    PlanReady,
-    PromptRewritten,
-    QuestionAsked,
-    TextDelta,
-    ThinkingDelta,
-    TurnCompleted,
-    TurnEvent,
-)
+from omnivideo.cli.turn_display import TurnDisplay
+from omnivideo.contracts import Artifact
+from omnivideo.errors import InvalidInput, JobCancelled, OmniVideoError
+from omnivideo.turns import ActionResult, TurnCompleted
 
-HELP_TEXT = """[dim]Say what you would like to see, change or know. Write @FILE in a line to attach a file.
-/history   list the turns              /fork N   continue from turn N in a new thread
-/undo      take back the last turn     /save F   save the last clip to a file
-/open      show the last clip          /quit[/dim]"""
+if TYPE_CHECKING:
+    from omnivideo.sdk.studio import Studio
+
+HELP_TEXT = """Say what you would like to see, change or know.
+@FILE      in a message: attach a file
+/history   list the turns
+/undo      take back the last turn
+/fork N    go on from turn N in a new thread
+/save F    save the result (.mp4 .gif .png)
+/open      show the result
+/threads   list the threads
+/help      show this text
+/quit      end the chat, as Ctrl-D does"""
+ATTACHMENT = re.compile(r'(?:^|(?<=\s))@(?:"([^"\n]+)"|(\S+))')  # @FILE, or @"FILE with spaces"
+MAX_LISTED_THREADS = 20
 
 
 class TerminalChat:
-    """A conversation in one thread at a time. `artifact_path` returns the file of an artifact."""
+    """A conversation in one thread at a time.
+
+    `is_interactive` says that a person types: then Ctrl-C cancels a turn, and the chat tells how to continue it.
+    """
 
     def __init__(
-        self, thread: Thread, artifact_path: Callable[[Artifact], Path], console: Console, **turn_options: Any
+        self,
+        studio: "Studio",
+        thread: Thread,
+        console: Console,
+        is_interactive: bool = False,
+        **turn_options: Any,
     ):
-        self.artifact_path = artifact_path
-        self.console = console
-        self.turn_options = turn_options
+        self.studio = studio
         self.thread = thread
+        self.console = console
+        self.is_interactive = is_interactive
+        self.turn_options = turn_options
         self.commands: dict[str, Callable[[str], None]] = {
             "history": self.print_history,
             "fork": self.fork_thread,
             "undo": self.undo_turn,
-            "save": self.save_latest,
-            "open": self.open_latest,
-            "help": lambda argument: self.console.print(HELP_TEXT),
+            "save": self.save_current,
+            "open": self.open_current,
+            "threads": self.print_threads,
+            "help": lambda argument: self.print_line(HELP_TEXT, "dim"),
         }
+
+    def print_line(self, text: str | Text, style: str = "") -> None:
+        """Print a line that the terminal wraps: a path is not broken by the width of the screen."""
+        self.console.print(Text(text, style) if isinstance(text, str) else text, soft_wrap=True)
 
     def run(self, lines: Iterable[str]) -> None:
         """Process lines until they end or one is /quit. A user's error is printed, and the chat continues."""
-        self.console.print(HELP_TEXT)
-        for line in lines:
-            name, _, argument = line.strip().removeprefix("/").partition(" ")
-            if line.strip() in ("/quit", "/exit"):
-                return
-            try:
-                if line.startswith("/"):
-                    self.run_command(name, argument.strip())
-                elif line.strip():
-                    self.send_message(line)
-            except OmniVideoError as error:
-                self.console.print(f"{error}", style="red", markup=False, highlight=False)
+        self.print_line(HELP_TEXT, "dim")
+        self.print_line(f"thread {self.thread.id}", "dim")
+        try:
+            for line in lines:
+                if line.strip() in ("/quit", "/exit"):
+                    break
+                self.process_line(line)
+        finally:
+            if self.is_interactive and self.thread.get_turns():
+                self.print_line(f"to continue: omnivideo chat --thread {self.thread.id}", "dim")
+
+    def process_line(self, line: str) -> None:
+        name, _, argument = line.strip().removeprefix("/").partition(" ")
+        try:
+            if line.lstrip().startswith("/"):
+                self.run_command(name, argument.strip())
+            elif line.strip():
+                self.send_message(line)
+        except JobCancelled:
+            self.print_line("cancelled; the thread is as it was before this message", "yellow")
+        except OmniVideoError as error:
+            self.print_line(str(error), "red")
 
     def run_command(self, name: str, argument: str) -> None:
         if name not in self.commands:
             raise InvalidInput("command", f"/{name} is not one of /{', /'.join(self.commands)}, /quit")
         self.commands[name](argument)
 
-    def send_message(self, line: str) -> None:
-        """Send a line as a turn, with its @FILEs as attachments, and print the turn's events."""
-        words = line.split()
-        files = [word[1:] for word in words if word.startswith("@") and len(word) > 1]
-        text = " ".join(word for word in words if not (word.startswith("@") and len(word) > 1))
-        columns = (TextColumn("generating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    def send_message(self, message: str) -> None:
+        """Send a message as a turn, with its @FILEs as attachments, and print the turn's events."""
+        files = [quoted or plain for quoted, plain in ATTACHMENT.findall(message)]
+        text = ATTACHMENT.sub("", message).strip()
+        display = TurnDisplay(self.console, self.studio.artifact_path)
         results: tuple[ActionResult, ...] = ()
-        with Progress(*columns, console=self.console, transient=True) as bar:
-            row = bar.add_task("", total=None, visible=False)
-            for event in self.thread.send(text, files, **self.turn_options):
-                if isinstance(event, TurnCompleted):
-                    results = event.turn.results
-                if isinstance(event, StepProgress):
-                    bar.update(row, visible=event.step < event.steps, total=event.steps, completed=event.step)
-                else:
-                    self.print_event(event)
-        self.console.print()
+        try:
+            with self.catch_interrupt():
+                for event in self.thread.send(text, files, **self.turn_options):
+                    if isinstance(event, TurnCompleted):
+                        results = event.turn.results
+                    display.show(event)
+        finally:
+            display.close()
         for result in results:
             if result.command and result.command.name in ("save", "export") and result.artifact:
                 self.save_result(result.artifact, str(result.command.arguments.get("file", "")))
+
+    def catch_interrupt(self) -> Any:
+        """Let the first Ctrl-C cancel the turn, where a person types."""
+        if not self.is_interactive:
+            return nullcontext()
+        from omnivideo.cli.keyboard import catch_first_interrupt
+
+        return catch_first_interrupt(self.thread.cancel)
 
     def save_result(self, artifact: Artifact, name: str) -> None:
         """Write the file that a message such as "save it as final.mp4" asks for, into the current folder."""
         self.copy_file(artifact, Path(Path(name).name or f"clip{Path(artifact.key).suffix}"))
 
-    def print_event(self, event: TurnEvent) -> None:
-        if isinstance(event, PlanReady) and len(event.plan.actions) > 1:
-            texts = " > ".join(action.text for action in event.plan.actions)
-            self.console.print(texts, style="dim", markup=False, highlight=False)
-        elif isinstance(event, ThinkingDelta):
-            self.console.print(event.delta, style="dim italic", end="", markup=False, highlight=False)
-        elif isinstance(event, PromptRewritten):
-            self.console.print(f"\n[dim]prompt: {event.trace.rewrite}[/dim]", highlight=False)
-        elif isinstance(event, TextDelta):
-            self.console.print(event.delta, end="", markup=False, highlight=False)
-        elif isinstance(event, QuestionAsked):
-            self.console.print(event.text, style="yellow", markup=False, highlight=False)
-        elif isinstance(event, ArtifactReady) and event.final:
-            self.console.print(
-                f"[green]{event.artifact.medium}[/green] {self.artifact_path(event.artifact)}", highlight=False
-            )
-
     # ------------------------------------------------------------ commands
 
     def print_history(self, argument: str) -> None:
         for turn in self.thread.get_turns():
-            self.console.print(f"[bold]{turn.number}[/bold] {turn.text}", highlight=False)
+            self.print_line(Text.assemble((f"{turn.number} ", "bold"), turn.text))
             for result in turn.results:
                 summary = result.answer if result.artifact is None else f"{result.goal}: {result.artifact.caption}"
-                self.console.print(f"    {summary}", style="dim", markup=False, highlight=False)
+                self.print_line(f"    {summary}", "dim")
+
+    def print_threads(self, argument: str) -> None:
+        """List the newest threads with turns, the newest last: time, id, number of turns and first message."""
+        conversations = self.studio.conversations
+        threads = [conversations.open_thread(thread_id) for thread_id in conversations.list_thread_ids()]
+        begun = sorted(
+            (thread.get_changed_at(), thread.id, turns) for thread in threads if (turns := thread.get_turns())
+        )
+        for changed_at, thread_id, turns in begun[-MAX_LISTED_THREADS:]:
+            mark = "*" if thread_id == self.thread.id else " "
+            time = changed_at[:16].replace("T", " ")
+            noun = "turn " if len(turns) == 1 else "turns"
+            self.print_line(f"{mark} {time}  {thread_id}  {len(turns):3} {noun}  {turns[0].text}")
+        self.print_line("to continue one: omnivideo chat --thread ID", "dim")
 
     def fork_thread(self, argument: str) -> None:
-        if not argument.isdigit():
+        if not (argument.isascii() and argument.isdigit()):
             raise InvalidInput("fork", f"give the turn to continue from: /fork N, 0 to {len(self.thread.get_turns())}")
-        self.thread = self.thread.fork(int(argument), uuid.uuid4().hex[:12])
-        self.console.print(f"[dim]thread {self.thread.id}, after turn {argument}[/dim]", highlight=False)
+        self.thread = self.thread.fork(int(argument))
+        self.print_line(f"thread {self.thread.id}, after turn {argument}", "dim")
 
     def undo_turn(self, argument: str) -> None:
         num_turns = len(self.thread.get_turns())
@@ -134,39 +164,41 @@ class TerminalChat:
             raise InvalidInput("undo", "there is no turn to take back")
         self.fork_thread(str(num_turns - 1))
 
-    def require_latest_artifact(self) -> Artifact:
-        artifacts = self.thread.get_artifacts()
-        if not artifacts:
+    def require_current_artifact(self) -> Artifact:
+        """Return what "it" refers to: the last result, or the one that an undo has gone back to."""
+        key = self.thread.get_current_key()
+        artifact = next((artifact for artifact in reversed(self.thread.get_artifacts()) if artifact.key == key), None)
+        if artifact is None:
             raise InvalidInput("artifact", "this thread has no clip or image yet")
-        return artifacts[-1]
+        return artifact
 
-    def save_latest(self, argument: str) -> None:
-        artifact = self.require_latest_artifact()
-        suffix = Path(artifact.key).suffix
-        target = Path(argument or f"clip{suffix}")
-        if target.suffix != suffix:
-            raise InvalidInput("save", f"the file's name must end with {suffix}")
+    def save_current(self, argument: str) -> None:
+        """Write the current result to a file, in the format of its suffix."""
+        artifact = self.require_current_artifact()
+        own_suffix = Path(artifact.key).suffix
+        target = Path(argument or f"clip{own_suffix}").expanduser()
+        suffix = target.suffix.lower()
+        formats = [f".{name}" for name in FILE_FORMATS[artifact.medium]]
+        if suffix != own_suffix:
+            if artifact.manifest is None:
+                raise InvalidInput("save", f"an attached file is saved as it is: the name must end with {own_suffix}")
+            if suffix not in formats:
+                raise InvalidInput("save", f"the file's name must end with {' or '.join(formats)}")
+            convert_artifact = self.studio.conversations.convert_artifact
+            assert convert_artifact is not None, "a Studio converts files"
+            artifact = convert_artifact(artifact, suffix.removeprefix("."))
         self.copy_file(artifact, target)
 
     def copy_file(self, artifact: Artifact, target: Path) -> None:
         try:
-            shutil.copyfile(self.artifact_path(artifact), target)
+            shutil.copyfile(self.studio.artifact_path(artifact), target)
         except OSError as error:
             raise InvalidInput("save", f"{target.name} cannot be written: {error.strerror}") from None
-        self.console.print(f"[green]saved[/green] {target}", highlight=False)
+        self.print_line(Text.assemble(("saved", "green"), f" {target}"))
 
-    def open_latest(self, argument: str) -> None:
+    def open_current(self, argument: str) -> None:
         opener = {"darwin": "open", "win32": "explorer"}.get(sys.platform, "xdg-open")
         if shutil.which(opener) is None:
             raise InvalidInput("open", f"this machine has no {opener}; use /save")
-        path = self.artifact_path(self.require_latest_artifact())
+        path = self.studio.artifact_path(self.require_current_artifact())
         subprocess.Popen([opener, path], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-
-def read_keyboard_lines(console: Console) -> Iterable[str]:
-    """Yield lines from the keyboard until the end of the input (Ctrl-D)."""
-    while True:
-        try:
-            yield console.input("[bold cyan]> [/bold cyan]")
-        except EOFError:
-            return

@@ -9,11 +9,12 @@ from typing import Annotated, Any, Optional
 import typer
 from pydantic import ValidationError
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
 from omnivideo.contracts import invalid_input_from_validation
 from omnivideo.errors import InvalidInput
 from omnivideo.training.curation.bounds import CurationBounds
+from omnivideo.training.engine.progress_bar import LoggedProgress
 
 BOUNDS_HELP = ", ".join(f"{name} ({field.default:g})" for name, field in CurationBounds.model_fields.items())
 
@@ -38,7 +39,7 @@ def parse_bounds(assignments: list[str]) -> CurationBounds:
 def show_progress(console: Console) -> Iterator[Callable[[str, int, int], None]]:
     """Show a progress bar for each phase, and yield the function that updates it: (phase, done, total)."""
     columns = (TextColumn("{task.description:>10}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as progress:
+    with LoggedProgress(*columns, console=console) as progress:
         rows: dict[str, Any] = {}
 
         def on_progress(phase: str, done: int, total: int) -> None:

@@ -6,10 +6,11 @@ from typing import Annotated, Any, Optional
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from omnivideo.errors import InvalidInput
+from omnivideo.training.engine.progress_bar import LoggedProgress
 
 app = typer.Typer(name="data", no_args_is_help=True, help="Training data: curate, pack, inspect, encode.")
 console, error_console = Console(), Console(stderr=True)
@@ -49,13 +50,13 @@ def pack(
     if not output.startswith("s3://") and Path(output).is_dir() and file_store.list_names(".tar"):
         raise InvalidInput("output", f"{Path(output).name!r} already has shards; name another folder")
     folder = media or (annotations if annotations.is_dir() else annotations.parent)
-    with Progress(
+    with LoggedProgress(
         TextColumn("samples read"), TextColumn("{task.completed:.0f}"), TimeElapsedColumn(), console=error_console
     ) as bar:
         sample_count = write_shards(
             bar.track(read_samples(layout, annotations, folder, skip_report)), file_store, skip_report
         )
-    console.print(f"{sample_count} samples written to {output}", highlight=False)
+    console.print(f"{sample_count} samples written to {output}", highlight=False, markup=False, soft_wrap=True)
     print_skips(skip_report, report)
 
 
@@ -121,7 +122,7 @@ def encode(
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=error_console) as bar:
+    with LoggedProgress(*columns, console=error_console) as bar:
         row = bar.add_task("", total=None)
         encoded_count = encode_shards(
             dataset, encoders, assigner, lambda done, count: bar.update(row, completed=done, total=count)

@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from rich.console import Console
+from rich.text import Text
 
 from omnivideo.agent.thread import Thread
 from omnivideo.contracts import Artifact
 from omnivideo.errors import OmniVideoError
 from omnivideo.media.artifacts import load_frames
 from omnivideo.media.contact_sheet import make_contact_sheet
+from omnivideo.startup import skip_final_collection
 from omnivideo.synthetic.facts import ObjectSpec, SceneDetection, SceneSpec
 from omnivideo.synthetic.scorer import detect_scene
 from omnivideo.turns import ActionResult, TurnCompleted
@@ -111,13 +113,15 @@ def run_demo(folder: Path, console: Console, studio: "Studio") -> None:
             captions[-1] += f"   {turn.text} - {finding}"
     if rows:
         make_contact_sheet(rows, captions).save(folder / "contact-sheet.png")
-        console.print(f"contact sheet: {folder / 'contact-sheet.png'}")
+        console.print(Text(f"contact sheet: {folder / 'contact-sheet.png'}"), soft_wrap=True)
     console.print(f"{right_count} of {len(DEMO_TURNS)} turns right, by the scorer")
 
 
 def main() -> None:
     """Run the demo into the folder named on the command line, with threads in a temporary home."""
     from omnivideo import Studio  # torch is loaded here, once the CPU threads are configured
+
+    skip_final_collection()
 
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else "out/demo")
     try:

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
 
 from omnivideo.cli.app import OUTPUT, DeviceOption, WeightsOption, console, error_console, open_studio
 from omnivideo.errors import InvalidInput
 from omnivideo.presets import PRESETS, get_preset
+from omnivideo.training.engine.progress_bar import LoggedProgress
 
 if TYPE_CHECKING:
     from omnivideo.evaluation.suite import EvaluationProgress, Score
@@ -85,7 +86,7 @@ def check_evaluation(preset: str, *, phrases: bool) -> None:
 def show_evaluation_progress() -> Iterator["EvaluationProgress"]:
     """Show a bar for each thing that is evaluated; yields the function to call with its name, done and total."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=error_console, transient=True) as bar:
+    with LoggedProgress(*columns, console=error_console, transient=True) as bar:
         rows: dict[str, TaskID] = {}
 
         def on_progress(name: str, done: int, total: int) -> None:

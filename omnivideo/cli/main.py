@@ -1,14 +1,17 @@
 """The command line's entry point, and the commands that generate, edit and understand video."""
 
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
+from omnivideo import __version__
 from omnivideo.cli import data, service, weights
 from omnivideo.cli.app import (
     CONVERSATION,
@@ -52,6 +55,23 @@ from omnivideo.cpu_threads import configure_cpu_threads
 from omnivideo.errors import InvalidInput, OmniVideoError
 from omnivideo.presets import get_preset
 from omnivideo.presets.shapes import get_file_length
+from omnivideo.startup import defer_imports, skip_final_collection
+from omnivideo.training.engine.progress_bar import LoggedProgress
+
+
+def print_version(is_requested: bool) -> None:
+    if is_requested:
+        console.print(f"omnivideo {__version__}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def describe_program(
+    version: Annotated[
+        bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Understand, generate and edit video in one conversation."""
 
 
 @app.command(rich_help_panel=VIDEO_COMMANDS)
@@ -154,9 +174,7 @@ def understand(
     question = open_text_limits(preset, weights).check_message("question", question)
     measure_media(source)
     studio = open_studio(preset, weights, device)
-    studio.understand(
-        source, question, on_text=lambda piece: console.print(piece, end="", highlight=False, markup=False)
-    )
+    studio.understand(source, question, on_text=lambda piece: console.print(Text(piece), end="", soft_wrap=True))
     console.print()
 
 
@@ -186,13 +204,19 @@ def chat(
 ) -> None:
     """Generate, edit and ask questions in a conversation; each turn builds on the previous ones."""
     from omnivideo.agent.thread import parse_turn_options
-    from omnivideo.cli.chat import TerminalChat, read_keyboard_lines
+    from omnivideo.cli.chat import TerminalChat
 
     options = {"think": think, "check": check, "seed": seed, "steps": steps, "guidance_scale": guidance_scale}
     parse_turn_options(**options)
     studio = open_studio(preset, weights, device, home)
-    lines = read_keyboard_lines(console) if sys.stdin.isatty() else sys.stdin
-    TerminalChat(studio.open_thread(thread), studio.artifact_path, console, **options).run(lines)
+    is_interactive = sys.stdin.isatty() and sys.stdout.isatty()
+    terminal_chat = TerminalChat(studio, studio.open_thread(thread), console, is_interactive, **options)
+    lines: Iterable[str] = sys.stdin
+    if is_interactive:
+        from omnivideo.cli.keyboard import read_keyboard_lines
+
+        lines = read_keyboard_lines(studio.settings.home / "chat_history", [*terminal_chat.commands, "quit"])
+    terminal_chat.run(lines)
 
 
 @app.command(rich_help_panel=VIDEO_COMMANDS)
@@ -207,23 +231,24 @@ def batch(
     device: DeviceOption = "auto",
 ) -> None:
     """Generate a clip for every line of a file; when run again, continue with the lines that are not done."""
-    from omnivideo.sdk.batch import parse_items, run_batch
+    from omnivideo.sdk.batch import run_batch
+    from omnivideo.sdk.batch_items import parse_text
 
     try:
-        lines = [line for line in prompts.read_text().splitlines() if line.strip()]
+        text = prompts.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError):
         raise InvalidInput("prompts", f"{prompts.name!r} cannot be read as text") from None
-    batch_items = parse_items(lines)
+    batch_items = parse_text(text, get_preset(preset), open_text_limits(preset, weights))
     studio = open_studio(preset, weights, device)
     columns = (TextColumn("prompts"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     failed_count = 0
-    with Progress(*columns, console=error_console) as bar:
+    with LoggedProgress(*columns, console=error_console) as bar:
         for outcome in bar.track(run_batch(studio, batch_items, output), total=len(batch_items)):
             if outcome.error:
                 failed_count += 1
-                bar.console.print(f"{outcome.id}: {outcome.error}", style="red", markup=False, highlight=False)
+                bar.console.print(Text(f"{outcome.id}: {outcome.error}", "red"), soft_wrap=True)
     done_count = len(batch_items) - failed_count
-    console.print(f"{done_count} of {len(batch_items)} done: {output / 'results.jsonl'}", highlight=False)
+    console.print(Text(f"{done_count} of {len(batch_items)} done: {output / 'results.jsonl'}"), soft_wrap=True)
     if failed_count:
         raise typer.Exit(1)
 
@@ -262,6 +287,8 @@ def doctor(weights: WeightsOption = None, device: DeviceOption = "auto") -> None
 def main() -> None:
     """Run the command line. An error that the user can cause ends as one line on stderr, with exit code 2."""
     configure_cpu_threads()
+    defer_imports()
+    skip_final_collection()
     try:
         app()
     except OmniVideoError as error:

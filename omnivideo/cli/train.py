@@ -10,7 +10,7 @@ from omnivideo.cli.app import console, parse_width_height
 from omnivideo.cli.config_options import accept_config
 from omnivideo.cli.data import print_skips
 from omnivideo.presets import get_preset
-from omnivideo.training.config import TrainingConfig
+from omnivideo.training.config import SHARD_RECIPES, TrainingConfig
 from omnivideo.training.planning.gpus import GPUS, parse_gpus
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def render_samples(omni: "OmniVideoModel", path: Path | None) -> dict[str, float
 
 
 def plan(
-    recipe: Annotated[str, typer.Argument(help="stage1, stage2a, stage2b_generation, stage2b or stage3.")],
+    recipe: Annotated[str, typer.Argument(help=f"One of {', '.join(SHARD_RECIPES)}.")],
     preset: Annotated[str, typer.Option(help="Model to plan for.", rich_help_panel=MODEL)] = "omnivideo-1.3b",
     size: Annotated[str, typer.Option(help="WIDTHxHEIGHT in px.", rich_help_panel=MODEL)] = "832x480",
     frames: Annotated[int, typer.Option(help="Frames of a clip (4k + 1).", rich_help_panel=MODEL)] = 17,

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from omnivideo.cli.app import OUTPUT, console, error_console
 from omnivideo.errors import InvalidInput
+from omnivideo.training.engine.progress_bar import LoggedProgress
 
 if TYPE_CHECKING:
     from omnivideo.models.weights.folder import WeightsReport
@@ -29,8 +30,8 @@ OptionalPreset = Annotated[str | None, typer.Option(help="Default: derived from 
 @contextmanager
 def show_byte_progress() -> Iterator[tuple[Callable[[str, int], None], Callable[[int], None]]]:
     """Show a progress bar of bytes; yield the functions that advance it, by (file, bytes), and that set its total."""
-    with Progress(TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn(),
-                  console=error_console, transient=True, disable=not error_console.is_terminal) as bar:  # fmt: skip
+    with LoggedProgress(TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn(),
+                  console=error_console, transient=True) as bar:  # fmt: skip
         row = bar.add_task("", total=None)
         yield (
             lambda file, count: bar.update(row, description=file, advance=count),

@@ -174,14 +174,16 @@ class ExpertsConfig(PresetModel):
 class HubRepository(PresetModel):
     """A repository of the Hugging Face hub that holds some of a preset's parts.
 
-    `holds` are subfolders of a complete folder of ours, `files` patterns of the files that are needed. Without a
-    `revision`, the first download pins the commit that it finds. `size_bytes` is what these files take, roughly.
+    `holds` are subfolders of a complete folder of ours, `files` patterns of the files that are needed, and
+    `optional_files` of those that are taken if they are there. Without a `revision`, the first download pins the commit
+    that it finds. `size_bytes` is what these files take, roughly.
     """
 
     id: str
     revision: str | None = None
     holds: tuple[str, ...]
     files: tuple[str, ...]
+    optional_files: tuple[str, ...] = ()
     size_bytes: int
     licence: str
 

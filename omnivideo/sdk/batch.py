@@ -1,45 +1,30 @@
-"""Batches of prompts: their parsing, and running them in this process with a file of results that can be resumed."""
+"""Batches of prompts: their results in a folder, from which another run continues, and running them in this process."""
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-
 from omnivideo.errors import InvalidInput, OmniVideoError
+from omnivideo.sdk.batch_items import BatchItem, compute_digest
 
 if TYPE_CHECKING:
+    from omnivideo.contracts import ModelIdentity
     from omnivideo.sdk.result import Result
 
 RESULTS_FILE = "results.jsonl"
 
 
-class BatchItem(BaseModel):
-    """One line of a batch: a prompt, and the settings that differ from the preset's."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    id: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
-    prompt: str = Field(min_length=1, max_length=4000)
-    image: bool | None = None
-    seed: int = Field(default=0, ge=-1)
-    steps: int | None = None
-    guidance_scale: float | None = None
-    frames: int | None = None
-    fps: float | None = None
-    seconds: float | None = None
-    width: int | None = None
-    height: int | None = None
-    negative_prompt: str | None = None
-
-
 class ClipGenerator(Protocol):
     """Generates the items of a batch, as a Studio does."""
 
-    def generate(self, prompt: str, *, image: bool | None = None, **overrides: Any) -> "Result": ...
+    @property
+    def model(self) -> "ModelIdentity": ...
+
+    @property
+    def generate(self) -> Callable[..., "Result"]: ...
 
 
 @dataclass(frozen=True)
@@ -51,75 +36,94 @@ class BatchOutcome:
     error: str | None
 
 
-def parse_items(lines: Iterable[str | dict[str, Any]]) -> list[BatchItem]:
-    """Parse prompts, dicts and lines of JSON; raise an InvalidInput that names the line."""
-    items, seen_ids = [], set()
-    for line_number, line in enumerate(lines, start=1):
-        item = parse_item(line, line_number)
-        if item.id in seen_ids:
-            raise InvalidInput(f"line {line_number}", f"the id {item.id!r} is not unique")
-        seen_ids.add(item.id)
-        items.append(item)
-    if not items:
-        raise InvalidInput("prompts", "the batch is empty; give 1 prompt or more")
-    return items
+class BatchFolder:
+    """The folder of a batch's clips and its results.jsonl, which has one line for each item that was tried.
 
-
-def parse_item(line: str | dict[str, Any], line_number: int) -> BatchItem:
-    values: Any = line
-    if isinstance(line, str):
-        try:
-            values = json.loads(line) if line.lstrip().startswith("{") else {"prompt": line}
-        except ValueError:
-            raise InvalidInput(f"line {line_number}", "it is not valid JSON") from None
-    try:
-        return BatchItem(**({"id": f"{line_number:06d}"} | values))
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise InvalidInput(f"line {line_number}, {'.'.join(map(str, first['loc']))}", first["msg"]) from None
-
-
-def load_finished_ids(folder: Path) -> set[str]:
-    """Return the ids of items whose result is in the results file and whose clip exists.
-
-    Removes a last line that is incomplete because the process was killed while it wrote it.
+    A request is recognised by its digest: a line whose request has changed since is generated anew. `model` names
+    what generates the clips.
     """
-    path = folder / RESULTS_FILE
-    if not path.exists():
-        return set()
-    text = path.read_text()
-    complete_lines = text[: text.rfind("\n") + 1]
-    if complete_lines != text:
-        path.write_text(complete_lines)
-    lines = [json.loads(line) for line in complete_lines.splitlines()]
-    return {line["id"] for line in lines if line["file"] and (folder / line["file"]).exists()}
+
+    def __init__(self, folder: Path, model: str = ""):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InvalidInput("output", f"the folder cannot be created: {error.strerror}") from None
+        self.folder = folder
+        self.model = model
+        self.path = folder / RESULTS_FILE
+        self.lines = self.load_lines()
+
+    def load_lines(self) -> dict[str, dict[str, Any]]:
+        """Return the results by id; remove what a killed process has left incomplete."""
+        if not self.path.exists():
+            return {}
+        text = self.path.read_text(encoding="utf-8")
+        lines = [line for line in map(parse_result, text.split("\n")) if line]
+        by_id = {line["id"]: line for line in lines}
+        if text != "".join(map(format_result, by_id.values())):
+            self.write_lines(by_id)
+        return by_id
+
+    def is_done(self, item: BatchItem) -> bool:
+        """Return whether this request has a result whose file exists."""
+        line = self.lines.get(item.id)
+        if line is None or line.get("digest") != compute_digest(item, self.model):
+            return False
+        return bool(line["file"]) and (self.folder / line["file"]).exists()
+
+    def record(self, item: BatchItem, outcome: BatchOutcome) -> None:
+        """Write an outcome to the disk; it takes the place of an earlier one of this id."""
+        line = vars(outcome) | {"prompt": item.prompt, "digest": compute_digest(item, self.model)}
+        is_new = item.id not in self.lines
+        self.lines[item.id] = line
+        if not is_new:
+            self.write_lines(self.lines)
+            return
+        with self.path.open("a", encoding="utf-8") as results:
+            results.write(format_result(line))
+            results.flush()
+            os.fsync(results.fileno())
+
+    def write_lines(self, lines: dict[str, dict[str, Any]]) -> None:
+        partial = self.path.with_name(f".{RESULTS_FILE}.partial")
+        with partial.open("w", encoding="utf-8") as results:
+            results.writelines(map(format_result, lines.values()))
+            results.flush()
+            os.fsync(results.fileno())
+        os.replace(partial, self.path)
+
+
+def parse_result(text: str) -> dict[str, Any] | None:
+    """Return a line of the results file, or None if it is incomplete."""
+    try:
+        line = json.loads(text)
+    except ValueError:
+        return None
+    return line if isinstance(line, dict) and {"id", "file", "error"} <= line.keys() else None
+
+
+def format_result(line: dict[str, Any]) -> str:
+    return json.dumps(line, ensure_ascii=False) + "\n"
 
 
 def run_batch(studio: ClipGenerator, items: list[BatchItem], folder: Path) -> Iterator[BatchOutcome]:
-    """Generate the items that are not done and write a line for each to the results file.
+    """Generate the items that are not done and record each in the results file.
 
     A failed item does not stop the others.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InvalidInput("output", f"the folder cannot be created: {error.strerror}") from None
-    finished_ids = load_finished_ids(folder)
-    with (folder / RESULTS_FILE).open("a") as results:
-        for item in items:
-            outcome = BatchOutcome(item.id, None, None)
-            if item.id not in finished_ids:
-                outcome = generate_item(studio, item, folder)
-                results.write(json.dumps(vars(outcome) | {"prompt": item.prompt}) + "\n")
-                results.flush()
-                os.fsync(results.fileno())
-            yield outcome
+    model = studio.model
+    results = BatchFolder(folder, f"{model.preset}/{model.weights}/{model.precision}")
+    for item in items:
+        outcome = BatchOutcome(item.id, None, None)
+        if not results.is_done(item):
+            outcome = generate_item(studio, item, folder)
+            results.record(item, outcome)
+        yield outcome
 
 
 def generate_item(studio: ClipGenerator, item: BatchItem, folder: Path) -> BatchOutcome:
-    overrides = item.model_dump(exclude={"id", "prompt", "image"})
     try:
-        result = studio.generate(item.prompt, image=item.image, **overrides)
+        result = studio.generate(item.prompt, image=item.image, **item.get_settings())
         name = f"{item.id}.{'mp4' if len(result.frames) > 1 else 'png'}"
         result.save(folder / name)
     except OmniVideoError as error:

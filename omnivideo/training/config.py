@@ -12,6 +12,12 @@ from omnivideo.contracts import FrozenModel
 from omnivideo.errors import InvalidInput
 
 OPTIMIZATION, BATCHES, SHARDS = "Optimization", "Batches", "Training over shards"
+# In the order in which they are trained.
+TINY_RECIPES = (
+    "vae", "vae_decoder", "text", "decoder", "visual_encoder", "mllm", "stage1", "stage1_text", "stage2a",
+    "stage2b_generation", "stage2b", "stage3",
+)  # fmt: skip
+SHARD_RECIPES = ("stage1", "stage2a", "stage2b_generation", "stage2b", "stage3")
 DEVICES, OUTPUT = "Devices and processes", "Checkpoints and logs"
 
 
@@ -26,8 +32,8 @@ class TrainingConfig(FrozenModel):
     """What to train, on what data, how, and where; None keeps a recipe's own value."""
 
     recipe: str = Field(
-        description="tiny for all recipes of the tiny preset in order, or one recipe. "
-        "With --data: stage1, stage2a, stage2b_generation, stage2b or stage3."
+        description="tiny for all recipes of the tiny preset in order, or one of them: "
+        f"{', '.join(TINY_RECIPES)}. With --data: {', '.join(SHARD_RECIPES)}."
     )
 
     steps: int | None = option(None, "Number of steps; default: the recipe's.", OPTIMIZATION, ge=1)

@@ -1,21 +1,17 @@
-"""The embedded wiring over a real, untrained model: store, jobs, threads, batches and the terminal chat."""
+"""The embedded wiring over a real, untrained model: store, jobs and threads."""
 
 import errno
-import io
 import json
 import os
 import random
-import time
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from rich.console import Console
 
 from omnivideo.agent.english_rules import split_actions
 from omnivideo.backends.mllm.local import LocalMLLM
-from omnivideo.cli.chat import TerminalChat
 from omnivideo.contracts import (
     Artifact,
     Job,
@@ -29,9 +25,7 @@ from omnivideo.contracts import (
 from omnivideo.errors import ArtifactNotFound, InvalidInput, JobCancelled, StoreError, UnreadableMedia
 from omnivideo.evaluation import planner
 from omnivideo.evaluation.report import build_score_table, score_planner
-from omnivideo.media.read import measure_media
 from omnivideo.presets import TINY
-from omnivideo.sdk.batch import load_finished_ids, parse_items
 from omnivideo.sdk.studio import Studio
 from omnivideo.settings import load_settings
 from omnivideo.storage.objects.local import LocalObjectStore
@@ -203,75 +197,6 @@ def test_settings_are_read_from_the_environment_and_validated(monkeypatch, tmp_p
     monkeypatch.setenv("OMNIVIDEO_DATABASE", "mysql://x")
     with pytest.raises(InvalidInput, match="OMNIVIDEO_DATABASE"):
         load_settings()
-
-
-# ---------------------------------------------------------------- batches
-
-
-def test_a_batch_resumes_with_the_remaining_items(studio, tmp_path):
-    lines = [{"id": "one", "prompt": "a red ball", "image": True, "steps": 1}, "a blue star"]
-    lines[1] = {"prompt": lines[1], "image": True, "steps": 1}
-    running = studio.batch(lines, tmp_path)
-    assert next(running).file == "one.png"
-    running.close()
-    with (tmp_path / "results.jsonl").open("a") as results:
-        results.write('{"id": "000002", "fi')  # as a process that is killed while it writes
-    started_at = time.time()
-    outcomes = list(studio.batch(lines, tmp_path))
-    assert [outcome.file for outcome in outcomes] == [None, "000002.png"]
-    assert (tmp_path / "one.png").stat().st_mtime < started_at
-    results = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
-    assert [line["id"] for line in results] == ["one", "000002"]
-    assert load_finished_ids(tmp_path) == {"one", "000002"}
-
-
-def test_a_prompt_that_fails_does_not_stop_the_others(studio, tmp_path):
-    lines = [{"prompt": "x", "image": True, "width": 15}, {"prompt": "x", "image": True, "steps": 1}]
-    first, second = studio.batch(lines, tmp_path)
-    assert first.error and first.file is None and second.file
-
-
-@pytest.mark.parametrize(
-    ("lines", "message"),
-    [
-        (["{no json"], "line 1: it is not valid JSON"),
-        (['{"prompt": ""}'], "line 1, prompt: "),
-        (['{"prompt": "x", "colour": 1}'], "line 1, colour: "),
-        (['{"id": "../x", "prompt": "x"}'], "line 1, id: "),
-        (['{"id": "a", "prompt": "x"}', '{"id": "a", "prompt": "x"}'], "line 2: the id 'a' is not unique"),
-        ([], "prompts: the batch is empty"),
-    ],
-)
-def test_an_invalid_line_is_reported_before_any_generation(lines, message):
-    with pytest.raises(InvalidInput, match=message):
-        parse_items(lines)
-
-
-# ---------------------------------------------------------------- chat
-
-
-def test_the_terminal_chat_continues_after_an_error(studio):
-    output = io.StringIO()
-    chat = TerminalChat(studio.open_thread(), studio.artifact_path, Console(file=output, width=200), steps=1)
-    chat.run(["/nonsense", "/save", "/undo", "a red ball", "/history", "/fork 9", "/fork 0", "/history", "/quit", "no"])
-    text = output.getvalue()
-    assert "/nonsense is not one of" in text and "has no clip or image yet" in text and "no turn to take back" in text
-    assert "a red ball" in text and "turn: 9 is not a turn of this thread" in text
-    assert "after turn 0" in text
-
-
-def test_a_message_saves_the_file_in_the_current_folder(studio, tmp_path, monkeypatch):
-    """In the asked format; saved files are found over HTTP too, and kept while the thread refers to them."""
-    monkeypatch.chdir(tmp_path)
-    output, thread = io.StringIO(), studio.open_thread()
-    chat = TerminalChat(thread, studio.artifact_path, Console(file=output, width=200), steps=1)
-    chat.run(["a clip where a red ball goes left", "save it as final.mp4", "as a GIF", "save it as x.webm", "/quit"])
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["clip.gif", "final.mp4"]
-    assert measure_media(tmp_path / "clip.gif").frames == measure_media(tmp_path / "final.mp4").frames == 9
-    assert "saved final.mp4" in output.getvalue() and "cannot write webm" in output.getvalue()
-    converted = thread.get_turns()[2].results[0].artifact
-    assert converted.key.endswith(".gif") and thread.has_file(converted.key) and not thread.has_file("other.gif")
-    assert converted.key in studio.conversations.collect_referenced_keys()
 
 
 # ---------------------------------------------------------------- evaluation

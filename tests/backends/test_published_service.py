@@ -145,6 +145,10 @@ def check_chat(service: PublishedService, address: str, kills_in_edit: bool) -> 
         kill_worker = service.kill_worker_late if kills_in_edit else lambda: None
         edited, edit_id = chat.send("make it blue", "a clip", kill_worker)
         answered, _ = chat.send("what does it do?", "in words")
+        places = [line for line in http.get("/metrics").text.splitlines() if line.startswith("omnivideo_part_bytes{")]
+    # The worker reports its parts; the MLLM runs elsewhere.
+    assert any('part="decoder"' in line for line in places) and not any('part="mllm"' in line for line in places)
+    assert all(f'preset="{service.preset.name}"' in line and 'location="cpu"' in line for line in places)
     assert [result["goal"] for result in (made, edited, answered)] == ["generate", "edit", "understand"]
     assert edited["artifact"]["source"] == made["artifact"]["key"] and answered["answer"]
     for interrupted_id in filter(None, (job_id, edit_id)):

@@ -1,14 +1,19 @@
 """The command line with random weights: the files that it writes, and its messages for invalid input."""
 
+import io
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 
-from omnivideo import Studio
+from omnivideo import Studio, __version__
 from omnivideo.cli.main import main
 from omnivideo.errors import CheckpointError, InvalidInput
 from omnivideo.evaluation.report import TARGET_SCORES
@@ -17,8 +22,14 @@ from omnivideo.media.write import write_media
 from omnivideo.presets import PRESETS, TINY
 from omnivideo.synthetic.rendering import render_scene
 from omnivideo.synthetic.scenes import stream_scenes
+from omnivideo.training.config import SHARD_RECIPES, TINY_RECIPES, TrainingConfig
+from omnivideo.training.engine import progress_bar
 from omnivideo.training.engine.monitor import skip_samples
+from omnivideo.training.engine.run import RunContext
+from omnivideo.training.recipes.over_shards import PREVIOUS_STAGE
 from omnivideo.training.tiny.pipeline import TinyPipeline
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -165,6 +176,64 @@ def test_a_source_of_another_size_is_resized(weights, tmp_path):
     path = tmp_path / "wide.jpg"
     Image.fromarray(np.full((90, 160, 3), 200, dtype=np.uint8)).save(path)
     assert Studio(weights=weights).edit(path, "make it blue", steps=1).frames.shape == (1, 64, 64, 3)
+
+
+def run_program(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    variables = os.environ | {"PYTHONPATH": str(ROOT)} | environment
+    return subprocess.run([sys.executable, *words], capture_output=True, text=True, check=False, env=variables)
+
+
+def test_the_version_and_short_help(run_cli):
+    assert run_cli("--version")[:2] == (0, f"omnivideo {__version__}\n")
+    for command in ((), ("generate",), ("mllm", "serve"), ("data", "pack")):
+        code, text, _ = run_cli(*command, "-h")
+        assert code == 0 and text.lstrip().startswith("Usage: ") and "--help" in text, command
+
+
+def test_the_package_runs_as_a_module():
+    completed = run_program("-m", "omnivideo", "--version")
+    assert completed.returncode == 0 and completed.stdout == f"omnivideo {__version__}\n", completed.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "missing"),
+    [
+        ("mllm serve --engine transformers", "fastapi"),
+        ("mllm serve --engine transformers", "uvicorn"),
+        ("serve", "sse_starlette"),
+    ],
+)
+def test_a_server_on_a_base_installation_names_the_missing_extra(command, missing):
+    """Before a model is loaded, and without a traceback."""
+    words = ["omnivideo", *command.split()]
+    code = (
+        f"import sys; sys.modules[{missing!r}] = None; sys.argv = {words}\nimport omnivideo.cli.main as cli; cli.main()"
+    )
+    completed = run_program("-c", code)
+    lines = completed.stderr.strip().splitlines()
+    assert completed.returncode == 2 and "pip install 'omnivideo[serve" in lines[-1], completed.stderr
+    assert "Traceback" not in completed.stderr
+
+
+def test_recipes_are_listed(run_cli, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
+    listed = run_cli("train", "--help")[1]
+    names = TinyPipeline(RunContext(TrainingConfig(recipe="tiny"))).recipe_factories
+    assert tuple(names) == TINY_RECIPES and tuple(PREVIOUS_STAGE) == SHARD_RECIPES
+    assert ", ".join(TINY_RECIPES) in " ".join(listed.split())
+
+
+def test_progress_in_a_file_is_printed_as_lines(monkeypatch):
+    """One every few seconds, and the last one, also where the run ends early."""
+    output = io.StringIO()
+    monkeypatch.setattr(progress_bar, "LINE_SECONDS", 0.0)
+    columns = (TextColumn("stage1"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
+    with progress_bar.LoggedProgress(*columns, console=Console(file=output, width=40)) as bar:
+        row = bar.add_task("", total=3)
+        bar.update(row, completed=1, description="loss 0.5")
+        monkeypatch.setattr(progress_bar, "LINE_SECONDS", 100.0)
+        bar.update(row, completed=2, description=f"loss 0.4 {'x' * 40}")
+    assert output.getvalue().splitlines() == ["stage1  1/3  loss 0.5", f"stage1  2/3  loss 0.4 {'x' * 40}"]
 
 
 def test_importing_loads_no_heavy_library():

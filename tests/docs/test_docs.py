@@ -3,6 +3,7 @@
 import io
 import re
 import shlex
+import shutil
 import sys
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 from omnivideo.cli.main import main
 from omnivideo.models.weights import shipped as shipped_weights
 from omnivideo.presets import PRESETS, TINY
+from omnivideo.sdk.batch_items import BatchItem
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -32,7 +34,7 @@ def blocks(language: str) -> list[str]:
 
 
 def test_command_lines_run(monkeypatch, tmp_path):
-    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a red ball", "image": true}\na blue star\n')
+    shutil.copytree(ROOT / "examples", tmp_path / "examples")
     monkeypatch.setattr(sys, "stdin", io.StringIO("a red ball\n/history\n"))
     lines = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("omnivideo ")]
     commands = [shlex.split(line, comments=True) for line in lines]
@@ -47,6 +49,23 @@ def test_command_lines_run(monkeypatch, tmp_path):
             assert not caught.value.code, command
     assert (tmp_path / "clip.mp4").exists() and (tmp_path / "blue.mp4.json").exists()
     assert len((tmp_path / "out" / "results.jsonl").read_text().splitlines()) == 2
+
+
+def test_the_command_lines_of_the_guide_run(monkeypatch, tmp_path):
+    shutil.copytree(ROOT / "examples", tmp_path / "examples")
+    page = (ROOT / "docs" / "cli.md").read_text()
+    lines = re.findall(r"^omnivideo .*$", "\n".join(re.findall(r"```bash\n(.*?)```", page, flags=re.S)), flags=re.M)
+    assert len(lines) == 4
+    for line in lines:
+        monkeypatch.setattr(sys, "stdin", io.StringIO("a red ball\n/threads\n"))
+        monkeypatch.setattr(sys, "argv", shlex.split(line, comments=True))
+        with pytest.raises(SystemExit) as caught:
+            main()
+        assert not caught.value.code, line
+    fields = {
+        name for row in re.findall(r"^\| (`\w+`(?:, `\w+`)*) \|", page, flags=re.M) for name in re.findall(r"\w+", row)
+    }
+    assert fields == set(BatchItem.model_fields)
 
 
 def test_python_examples_run(tmp_path):

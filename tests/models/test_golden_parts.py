@@ -188,9 +188,7 @@ def test_pixels_become_bytes_by_truncation():
     assert torch.equal(torch.from_numpy(pixels), tensors["bytes.out"])
 
 
-@pytest.mark.parametrize(
-    "name", ["s50_shift5", "s40_shift5", "s8_shift5", "s8_shift3", "s4_shift12", "s1_shift5", "s2_shift5"]
-)
+@pytest.mark.parametrize("name", [case["name"] for case in load_golden("unipc")[1]["cases"]])
 def test_scheduler(name):
     tensors, about = load_golden("unipc")
     (case,) = [case for case in about["cases"] if case["name"] == name]

@@ -43,6 +43,10 @@ def tensors(golden):
 
 @pytest.fixture(scope="module")
 def bound() -> BoundVila:
+    return load_golden_vila()
+
+
+def load_golden_vila() -> BoundVila:
     folder = golden_folder() / "vila_ar_model"
     model = load_vila(folder, torch.float32)
     tokenizer = load_vila_tokenizer(folder, model.get_input_embeddings().num_embeddings)

@@ -46,14 +46,28 @@ LONG = (
     "training/curation/test_curation.py",
     # 25 generated requests for each route; three of each are in `make test`.
     "api/test_openapi.py::test_many_requests*",
+    "test_golden_variant.py",
     # The whole evaluation: 98 s.
     "cli/test_cli.py::test_evaluate_scores_every_category",
+    # All faults of all files of the published layouts; `make test` has a third of them.
+    "models/weights/test_import.py::test_every_other_fault_is_named",
+    # The commands of docs/weights.md, from downloads to clips.
+    "docs/test_docs_weights.py",
     # Weights of the released 1.3B model at full size.
     "models/weights/test_convert.py::test_version_1_in_full_size*",
     # A browser, nginx in a network namespace, and a service with the shipped weights: 40 s.
     "api/test_behind_nginx.py",
     # Outages of a minute.
     "api/test_chat_outages.py::test_an_outage_ends_with_an_error_within_a_minute",
+    # Real terminals, fresh clones, notebooks: each loads the shipped weights in processes of its own.
+    "usability/test_terminal.py::test_answers*",
+    "usability/test_terminal.py::test_ctrl_c*",
+    "usability/test_terminal.py::test_a_paste*",
+    "usability/test_fresh_clone.py",
+    # mypy over the package and its libraries, without a cache: minutes.
+    "usability/test_types.py",
+    "usability/test_notebook.py",
+    "usability/test_types.py",
     # The released wheel, in an empty environment.
     "deploy/test_release.py::test_the_wheel_generates_a_clip*",
 )
@@ -62,6 +76,7 @@ SLOW = (
     "agent/test_conversations.py::test_the_planner_evaluation*",
     "api/attacks/*.py",
     "api/test_delivery.py",
+    "api/test_operations.py::test_a_browser*",
     "api/test_chat_*.py",
     "api/test_fields.py",
     "api/test_image_fields.py",
@@ -89,11 +104,16 @@ SLOW = (
     "evaluation/test_sample_sheet*.py",
     "models/test_*.py::test_the_ends_of_the_flow_shifts_range*",
     "models/weights/*.py",
+    "sdk/test_batch.py",
     "sdk/test_client*.py",
+    "sdk/test_parity.py",
+    "sdk/test_progress.py",
     "storage/test_objects*.py",
     "synthetic/*.py::test_captions_describe_the_rendered_scene",
     "synthetic/*.py::test_the_scorer_reads_the_ground_truth",
     "test_cpu_threads.py::test_entry_points*",
+    "test_startup.py::test_generating*",
+    "usability/*.py",
     "test_examples.py",
     "training/curation/*.py",
     "training/data/test_batch.py",

@@ -4,6 +4,7 @@ Only configurations and the headers of safetensors files are read. A fault is on
 """
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,8 @@ from omnivideo.presets import Preset, get_preset
 Shapes = Mapping[str, tuple[int, ...]]
 TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "tokenizer.model", "vocab.json")  # one of them is enough
 VAE_FIELDS = ("base_dim", "z_dim", "dim_mult", "num_res_blocks", "temperal_downsample")
+VILA_TYPES = {"llm": "llama", "vision_tower": "siglip_vision_model"}
+SHARD_NAME = re.compile(r"(.+)-\d{5}-of-\d{5}\.safetensors")
 VAE_STATISTICS = ("latents_mean", "latents_std")
 
 
@@ -91,10 +94,15 @@ def find_part_faults(preset: Preset, name: str, folder: Path) -> list[str]:
 def read_folder_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Return the shapes of all tensors in a folder's safetensors files.
 
-    Raises CheckpointError for a damaged file, and for one that the folder's index of shards names but that is missing.
+    Raises CheckpointError for a damaged file, for shards without their index, and for one that it names but that is
+    missing.
     """
     files = sorted(folder.glob("*.safetensors"))
-    for index in folder.glob("*.safetensors.index.json"):
+    indices = list(folder.glob("*.safetensors.index.json"))
+    shards = [match for path in files if (match := SHARD_NAME.fullmatch(path.name))]
+    if shards and not indices:
+        raise CheckpointError(f"{folder.name}/{shards[0][1]}.safetensors.index.json is missing")
+    for index in indices:
         listed = set(read_json(index).get("weight_map", {}).values())
         missing = sorted(file for file in listed if not (folder / file).is_file())
         if missing:
@@ -242,6 +250,10 @@ def find_qwen_faults(preset: Preset, folder: Path, config: Mapping[str, Any]) ->
 def find_vila_faults(preset: Preset, folder: Path) -> Iterator[str]:
     """Yield the faults of VILA's three folders: language model, vision tower and the projector between them."""
     llm, tower = read_json(folder / "llm" / "config.json"), read_json(folder / "vision_tower" / "config.json")
+    for name, config in (("llm", llm), ("vision_tower", tower)):
+        if config.get("model_type") != VILA_TYPES[name]:
+            yield f"mllm/{name}: model_type is {config.get('model_type')!r}; {preset.name} needs {VILA_TYPES[name]!r}"
+            return
     width, tower_width = llm.get("hidden_size", 0), tower.get("hidden_size", 0)
     if width != preset.mllm_width:
         yield f"mllm/llm: it has width {width}; {preset.name} needs {preset.mllm_width}"
@@ -272,7 +284,7 @@ def find_transformers_faults(class_name: str, folder: Path, label: str) -> Itera
             output_loading_info=True,
         )  # fmt: skip
     except (OSError, ValueError, RuntimeError, TypeError, AttributeError, KeyError) as error:
-        yield f"{label} cannot be built: {get_first_line(error)}"
+        yield f"{label} cannot be built: {get_first_line(error).replace(str(folder), folder.name)}"
         return
     finally:
         logging.set_verbosity(verbosity)

@@ -94,12 +94,15 @@ def get_folder_name(repository: HubRepository) -> str:
 
 
 def list_hub_files(repository: HubRepository, revision: str | None) -> tuple[str, tuple[HubFile, ...]]:
-    """Return the commit of a revision, and the files of it that match the repository's patterns."""
+    """Return the commit of a revision, and the files of it that match the repository's patterns.
+
+    Raises CheckpointError for a pattern of a needed file that matches none.
+    """
     info = HfApi().model_info(repository.id, revision=revision, files_metadata=True)
     files: dict[str, HubFile] = {}
-    for pattern in repository.files:
+    for pattern in (*repository.files, *repository.optional_files):
         found = [entry for entry in info.siblings or () if fnmatch(entry.rfilename, pattern)]
-        if not found:
+        if not found and pattern in repository.files:
             raise CheckpointError(f"{repository.id} has no file {pattern}")
         for entry in found:
             path = PurePosixPath(entry.rfilename)

@@ -20,7 +20,8 @@ QWEN3_VL_REPOSITORY = HubRepository(
     id="Qwen/Qwen3-VL-30B-A3B-Instruct",
     revision="9c4b90e1e4ba969fd3b5378b57d966d725f1b86c",
     holds=("mllm",),
-    files=("*.safetensors", "*.json", "*.jinja", "merges.txt"),
+    files=("*.safetensors", "*.json"),
+    optional_files=("*.jinja", "*.txt"),  # a chat template and merges, which JSON files may contain too
     size_bytes=62_200_000_000,
     licence="Apache-2.0",
 )

@@ -23,7 +23,8 @@ def load_strict(cls: Any, folder: Path, name: str, dtype: torch.dtype | None) ->
             part, torch_dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(f"{name} cannot be loaded: {get_first_line(error)}") from error
+        reason = get_first_line(error).replace(str(folder), folder.name)
+        raise CheckpointError(f"{name} cannot be loaded: {reason}") from error
     check_keys(name, list(report["missing_keys"]), list(report["unexpected_keys"]), list(report["mismatched_keys"]))
     return model
 
@@ -44,3 +45,15 @@ def check_keys(
 def get_first_line(error: Exception) -> str:
     """Return the first line of an error's text, at most 200 characters, or its type if it has no text."""
     return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+
+
+def explain_unreadable(path: Path, expected: str) -> str:
+    """Return in one line what is wrong with a file that is not of the expected form, such as "JSON"."""
+    label = f"{path.parent.name}/{path.name}"
+    with path.open("rb") as file:
+        begin = file.read(64).lstrip().lower()
+    if begin.startswith(b"version https://git-lfs"):
+        return f"{label} is a pointer of Git LFS, not the file itself; run `git lfs pull` in its repository"
+    if begin.startswith((b"<!doctype", b"<html")):
+        return f"{label} is a web page, not the file itself; download it again"
+    return f"{label} is cut short, or is not {expected}"

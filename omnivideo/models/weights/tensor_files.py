@@ -4,6 +4,7 @@ Files are memory-mapped, so that tensors are read only when they are used, and w
 only tensors and plain containers. An output folder appears only when it is complete.
 """
 
+import fcntl
 import hashlib
 import json
 import mmap
@@ -26,6 +27,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from omnivideo.errors import CheckpointError, InvalidInput
+from omnivideo.models.weights.shipped import INDEX_FILE
+from omnivideo.models.weights.strict import explain_unreadable
 
 StateDict = dict[str, Tensor]
 WriteProgress = Callable[[str, int], None]  # the file, and the number of bytes just written
@@ -37,6 +40,9 @@ DTYPE_BY_NAME = {
 }  # fmt: skip
 NAME_BY_DTYPE = {dtype: name for name, dtype in DTYPE_BY_NAME.items()}
 MAPPED_FILES: "WeakSet[mmap.mmap]" = WeakSet()  # read-only files, whose pages can be dropped at any time
+DAMAGED_PICKLE = (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, AssertionError)
+PARTIAL_NAME = ".partial"  # of what is written into a folder that exists
+NAMES_IN_EMPTY_FOLDER = {PARTIAL_NAME, "lost+found"}  # the second belongs to a disk's file system
 RELEASE_BYTES = 256 << 20  # of mapped pages that a copy may keep
 
 
@@ -59,7 +65,7 @@ def read_pickle(path: Path) -> dict[str, Any]:
             raise CheckpointError(f"{label} holds {type(loaded).__name__}, not a dictionary of tensors")
         mapped: dict[str, Any] = map_fake_tensors(loaded, map_bytes(path))
         return mapped
-    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, AssertionError):
+    except DAMAGED_PICKLE:
         raise CheckpointError(explain_refusal(path)) from None
 
 
@@ -74,7 +80,7 @@ def check_plain_zip(path: Path) -> None:
     except OSError as error:
         raise CheckpointError(f"{label} cannot be read: {error.strerror}") from None
     except zipfile.BadZipFile:
-        raise CheckpointError(f"{label} is cut short, or is not in the zip format of torch.save") from None
+        raise CheckpointError(explain_unreadable(path, "in the zip format of torch.save")) from None
     if compressed:
         raise CheckpointError(f"{label} is compressed, which torch.save never does")
 
@@ -158,6 +164,10 @@ def load_storage(data: bytes) -> Any:
         return torch.load(BytesIO(data), map_location="cpu", weights_only=True)
 
 
+class UnsafeName(pickle.UnpicklingError):
+    """A pickle names something that could run code; the text is the name."""
+
+
 class RestrictedUnpickler(pickle.Unpickler):
     """Reads plain pickles of tensors, as `pickle.dump` writes them, and allows only the calls that those need."""
 
@@ -169,11 +179,11 @@ class RestrictedUnpickler(pickle.Unpickler):
             ("torch.storage", "_load_from_bytes"): load_storage,
         }
         if (module, name) not in allowed:
-            raise pickle.UnpicklingError(f"{module}.{name}")
+            raise UnsafeName(f"{module}.{name}")
         return allowed[module, name]
 
     def persistent_load(self, pid: Any) -> Any:
-        raise pickle.UnpicklingError("a persistent id")
+        raise UnsafeName("a persistent id")
 
 
 def read_small_pickle(path: Path) -> StateDict:
@@ -198,12 +208,10 @@ def load_small_pickle(path: Path) -> Mapping[Any, Any]:
     try:
         with path.open("rb") as file:
             loaded = RestrictedUnpickler(file).load()
-    except pickle.UnpicklingError as error:
-        if "truncated" in str(error):
-            raise CheckpointError(f"{path.name} is damaged: its pickle cannot be read") from None
-        raise CheckpointError(unsafe_name_message(path.name, str(error).split()[-1])) from None
-    except (EOFError, ValueError, IndexError, KeyError, AttributeError, RuntimeError, TypeError):
-        raise CheckpointError(f"{path.name} is damaged: its pickle cannot be read") from None
+    except UnsafeName as error:
+        raise CheckpointError(unsafe_name_message(path.name, str(error))) from None
+    except (*DAMAGED_PICKLE, AttributeError, TypeError, KeyError, IndexError, OverflowError, MemoryError):
+        raise CheckpointError(explain_unreadable(path, "a pickle of tensors")) from None
     if not isinstance(loaded, Mapping):
         raise CheckpointError(f"{path.name} holds {type(loaded).__name__}, not a dictionary of tensors")
     return loaded
@@ -252,7 +260,7 @@ def read_safetensors_header(path: Path) -> tuple[int, dict[str, Any]]:
     except OSError as error:
         raise CheckpointError(f"{label} cannot be read: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, IndexError, AttributeError):
-        raise CheckpointError(f"{label} is cut short, or is not a safetensors file") from None
+        raise CheckpointError(explain_unreadable(path, "a safetensors file")) from None
     if size_bytes != end:
         raise CheckpointError(f"{label} is cut short or damaged: it has {size_bytes:,} bytes, its header says {end:,}")
     return 8 + header_bytes, entries
@@ -334,25 +342,56 @@ def digest_file(path: Path, on_progress: WriteProgress) -> str:
 
 @contextmanager
 def stage_folder(folder: Path, needed_bytes: int) -> Iterator[Path]:
-    """Provide a temporary folder that is renamed to `folder` at the end; a failure leaves nothing behind.
+    """Provide a temporary folder that becomes `folder` at the end; a failure leaves nothing behind.
 
-    Raises InvalidInput if the folder exists and is not empty, and CheckpointError if the disk has too little space.
+    An empty folder that exists stays the same folder, since it may be a disk of its own: what is written is moved into
+    it. Raises InvalidInput if the folder exists and is not empty or if another process writes it, and CheckpointError
+    if the disk has too little space.
     """
     folder = folder.resolve()
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+    exists = folder.exists()
+    if exists and not (folder.is_dir() and {path.name for path in folder.iterdir()} <= NAMES_IN_EMPTY_FOLDER):
         raise InvalidInput("output", f"{folder.name!r} already exists; choose a new or an empty folder")
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # left by an import that was killed
+    partial = folder / PARTIAL_NAME if exists else folder.with_name(f".{folder.name}.partial")
+    lock = None
     try:
-        partial.mkdir(parents=True)
+        partial.mkdir(parents=True, exist_ok=True)
+        lock = lock_folder(partial, folder.name)
+        for path in partial.iterdir():  # left by an import that was killed
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
         free_bytes = shutil.disk_usage(partial).free
         if free_bytes < needed_bytes:
             raise CheckpointError(
                 f"the weights take {needed_bytes / 1e9:.1f} GB; the disk has {free_bytes / 1e9:.1f} GB free"
             )
         yield partial
-        partial.rename(folder)
+        if exists:
+            move_entries(partial, folder)
+        else:
+            partial.rename(folder)
     except OSError as error:
         raise CheckpointError(f"the weights could not be written: {error.strerror or error}") from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if lock is not None:
+            shutil.rmtree(partial, ignore_errors=True)
+            os.close(lock)
+
+
+def move_entries(source: Path, target: Path) -> None:
+    """Move a folder's entries to another on the same disk, the index last, without which no command accepts it."""
+    for path in sorted(source.iterdir(), key=lambda path: path.name == INDEX_FILE):
+        path.rename(target / path.name)
+
+
+def lock_folder(folder: Path, output_name: str) -> int:
+    """Return a descriptor that locks a folder until it is closed or the process ends.
+
+    Raises InvalidInput if another process has locked it; `output_name` is what it writes.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise InvalidInput("output", f"another process is writing {output_name!r}; choose another folder") from None
+    return descriptor

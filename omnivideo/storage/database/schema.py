@@ -50,6 +50,18 @@ jobs = Table(
     Index("jobs_announced", "announced", "kind", "state"),
 )
 
+workers = Table(  # what each running worker reports of itself, for operators
+    "workers",
+    metadata,
+    Column("name", String(200), primary_key=True),  # the host and the number of the process
+    Column("preset", String(64), nullable=False),
+    Column("weights", String(64), nullable=False),
+    Column("precision", String(40), nullable=False),
+    Column("placement", String(60), nullable=False),
+    Column("parts", JSON, nullable=False),  # records.PartRecord
+    Column("seen_at", Float, nullable=False),
+)
+
 api_keys = Table(
     "api_keys",
     metadata,

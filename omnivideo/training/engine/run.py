@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from diffusers import WanTransformer3DModel
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import nn
 
 from omnivideo.errors import CheckpointError
@@ -26,6 +26,7 @@ from omnivideo.training.engine.monitor import (
     skip_samples,
 )
 from omnivideo.training.engine.plots import plot_losses
+from omnivideo.training.engine.progress_bar import LoggedProgress
 from omnivideo.training.engine.recipe import Recipe
 from omnivideo.training.engine.trainer import PRECISIONS, Trainer, TrainingProgress
 
@@ -94,7 +95,7 @@ class RunContext:
     def train_recipe(self, recipe: Recipe) -> None:
         """Train a recipe to its end, or to the step that the configuration names, and plot its losses.
 
-        The main process shows a progress bar and writes the metrics.
+        The main process shows the progress, in a file as lines, and writes the metrics.
         """
         config, folder = self.config, self.get_folder(recipe.name)
         trainer = self.processes.create_trainer(recipe, folder)
@@ -106,7 +107,7 @@ class RunContext:
             TextColumn(recipe.name), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
             TextColumn("{task.description}"),
         )  # fmt: skip
-        with Progress(*columns, console=self.console) as bar:
+        with LoggedProgress(*columns, console=self.console) as bar:
             row = bar.add_task("", total=recipe.steps, completed=trainer.step)
             writers = build_writer_factory(config.log_to)(folder, recipe, trainer.step)
             last_scores: dict[str, float] = {}

@@ -77,7 +77,7 @@ def read_case(name: str) -> Generation:
     return Generation(omni, prompt, params, source, features, theirs, case["timesteps"])
 
 
-CASES = ["t2v", "v2v", "t2i", "i2i", "single_v2v", "single_t2v", "experts_v2v", "experts_t2v"]
+CASES = [case["name"] for version in ("v1", "v2") for case in load_golden(f"{version}_sampling")[1]["cases"]]
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -20,6 +20,7 @@ from omnivideo.models.weights.digests import compute_folder_digest
 from omnivideo.models.weights.importer import import_weights
 from omnivideo.models.weights.published import get_part_folder, list_weight_files, locate_tensors
 from omnivideo.models.weights.shipped import read_index
+from omnivideo.models.weights.sources import read_json
 from omnivideo.presets import PRESETS, Preset
 from tests.support.golden import golden_folder, load_golden
 from tests.support.published_folders import (
@@ -32,6 +33,7 @@ from tests.support.published_folders import (
 )
 
 VERSION_1, VERSION_2, TWO_EXPERTS = CHECKPOINTS
+MLLM_WIDTH = read_json(golden_folder() / "qwen3vl" / "config.json")["text_config"]["hidden_size"]
 
 
 def read_part(folder: Path) -> dict[str, torch.Tensor]:
@@ -135,7 +137,7 @@ def test_the_authors_side_files_are_written_back(imported, monkeypatch, tmp_path
 @pytest.fixture
 def version_2(monkeypatch, tmp_path):
     """Version 2 with random weights of the width of the golden Qwen3-VL, which stands in a folder of its own."""
-    preset = use_golden_sizes(monkeypatch, VERSION_2, mllm_width=32)
+    preset = use_golden_sizes(monkeypatch, VERSION_2, mllm_width=MLLM_WIDTH)
     publish_random(tmp_path / "OmniVideo2-1.3B", preset)
     shutil.copytree(golden_folder() / "qwen3vl", tmp_path / "Qwen3-VL")
     return tmp_path
@@ -226,35 +228,48 @@ FILES = {
         f"{WAN}/Wan2.1_VAE.pth", f"{WAN}/models_t5_umt5-xxl-enc-bf16.pth", f"{WAN}/google/umt5-xxl/tokenizer.json",
         f"{VILA}/llm/model.safetensors", f"{VILA}/vision_tower/model.safetensors",
         f"{VILA}/mm_projector/model.safetensors",
-        f"{VILA}/config.json", f"{VILA}/llm/config.json", f"{VILA}/llm/tokenizer.json",
+        f"{VILA}/config.json", f"{VILA}/llm/config.json", f"{VILA}/vision_tower/config.json",
+        f"{VILA}/mm_projector/config.json", f"{VILA}/llm/tokenizer.json",
     ),
     VERSION_2: (
         "transformer/pytorch_model.pt", "special_tokens.pkl", "Qwen3-VL/model-00002-of-00002.safetensors",
-        "Qwen3-VL/config.json", "Qwen3-VL/tokenizer.json",
+        "Qwen3-VL/model.safetensors.index.json", "Qwen3-VL/config.json", "Qwen3-VL/tokenizer.json",
     ),
-    TWO_EXPERTS: ("high_noise_model/model.pt", "low_noise_model/model.pt", "Qwen3-VL/model-00001-of-00002.safetensors"),
+    TWO_EXPERTS: (
+        "high_noise_model/model.pt", "low_noise_model/model.pt", "special_tokens.pkl", "Wan2.1_VAE.pth",
+        "models_t5_umt5-xxl-enc-bf16.pth", "google/umt5-xxl/tokenizer.json",
+        "Qwen3-VL/model-00001-of-00002.safetensors",
+    ),
 }  # fmt: skip
 SHARED = {"diffusers": VERSION_2, "ours": VERSION_2}  # other forms of that preset's folder
 FILES |= {
     "diffusers": (
         "Wan-Diffusers/vae/diffusion_pytorch_model.safetensors",
+        "Wan-Diffusers/vae/config.json",
         "Wan-Diffusers/text_encoder/model.safetensors",
+        "Wan-Diffusers/text_encoder/config.json",
         "Wan-Diffusers/tokenizer/tokenizer.json",
     ),
     "ours": (
+        "model_index.json",
+        "transformer/config.json",
+        "mllm/model-00001-of-00002.safetensors",
+        "vae/config.json",
         "transformer/diffusion_pytorch_model.safetensors",
         "hidden_projection/model.safetensors",
         "visual_context/model.safetensors",
         "markers/model.safetensors",
     ),
 }
+FAULTS = ("missing", "another model", "truncated", "extra key")
 CASES = [
     (name, file, fault)
     for name, files in FILES.items()
     for file in files
-    for fault in ("missing", "another model", "truncated", "extra key")
+    for fault in FAULTS
     if not (fault == "extra key" and file.endswith(".json"))  # configurations have keys that no one reads
 ]
+SAMPLE = CASES[::3]  # about one fault of each file; with 3 or 4 of them, all kinds in turn
 
 
 @pytest.fixture(scope="module")
@@ -265,7 +280,7 @@ def published_folders(tmp_path_factory):
         use_golden_sizes(patch, VERSION_1)
         publish_golden(top / VERSION_1, VERSION_1)
         for name in (VERSION_2, TWO_EXPERTS):
-            publish_random(top / name, use_golden_sizes(patch, name, mllm_width=32))
+            publish_random(top / name, use_golden_sizes(patch, name, mllm_width=MLLM_WIDTH))
             shutil.copytree(golden_folder() / "qwen3vl", top / name / "Qwen3-VL")
             shard(top / name / "Qwen3-VL")
         import_weights(top / VERSION_2, top / "ours", VERSION_2)
@@ -305,16 +320,26 @@ def replace_json(path: Path) -> None:
         tokenizer["model"]["vocab"] |= extra
         path.write_text(json.dumps(tokenizer))
     else:
-        path.write_text((golden_folder() / "vila_ar_model" / "vision_tower" / "config.json").read_text())
+        other = "llm" if path.parent.name == "vision_tower" else "vision_tower"
+        path.write_text((golden_folder() / "vila_ar_model" / other / "config.json").read_text())
 
 
 @pytest.mark.golden
-@pytest.mark.parametrize(("name", "file", "fault"), CASES)
-def test_a_fault_is_named_in_one_line_and_nothing_is_written(
-    name, file, fault, published_folders, monkeypatch, tmp_path
-):
+@pytest.mark.parametrize(("name", "file", "fault"), SAMPLE)
+def test_a_fault_is_named(name, file, fault, published_folders, monkeypatch, tmp_path):
+    check_fault(name, file, fault, published_folders, monkeypatch, tmp_path)
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize(("name", "file", "fault"), [case for case in CASES if case not in SAMPLE])
+def test_every_other_fault_is_named(name, file, fault, published_folders, monkeypatch, tmp_path):
+    check_fault(name, file, fault, published_folders, monkeypatch, tmp_path)
+
+
+def check_fault(name: str, file: str, fault: str, published_folders: Path, monkeypatch, tmp_path: Path) -> None:
+    """Import a source with a fault: it is named in one line, and nothing is written."""
     preset = SHARED.get(name, name)
-    use_golden_sizes(monkeypatch, preset, **({} if preset == VERSION_1 else {"mllm_width": 32}))
+    use_golden_sizes(monkeypatch, preset, **({} if preset == VERSION_1 else {"mllm_width": MLLM_WIDTH}))
     source = shutil.copytree(published_folders / name, tmp_path / "source")
     spoil(source, file, fault)
     with pytest.raises(CheckpointError) as refusal:
@@ -324,6 +349,22 @@ def test_a_fault_is_named_in_one_line_and_nothing_is_written(
     words = {Path(file).name, Path(file).parent.name, Path(file).stem, "mllm" if "Qwen3-VL" in file else file}
     assert any(word in text for word in words), text
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+
+
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"a" * 64 + b"\nsize 9\n"
+PLACEHOLDERS = {LFS_POINTER: "a pointer of Git LFS", b"<!DOCTYPE html>\n<html></html>\n": "a web page"}
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("content", PLACEHOLDERS, ids=PLACEHOLDERS.values())
+@pytest.mark.parametrize("file", [FILES[VERSION_1][index] for index in (0, 1, 3, 6, 9)])
+def test_what_is_not_the_file_itself_is_named(file, content, published_folders, monkeypatch, tmp_path):
+    use_golden_sizes(monkeypatch, VERSION_1)
+    source = shutil.copytree(published_folders / VERSION_1, tmp_path / "source")
+    (source / file).write_bytes(content)
+    place = "/".join(Path(file).parts[-2:])
+    with pytest.raises(CheckpointError, match=f"^{place} is {PLACEHOLDERS[content]}, not the file itself; [^\n]+$"):
+        import_weights([source], tmp_path / "ours", VERSION_1)
 
 
 def test_the_tiny_presets_folder_fits(weights):

@@ -1,0 +1,120 @@
+"""Modules that are executed on use: what they are, that they work, and that generating needs none of them."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from omnivideo import startup
+from omnivideo.startup import DeferredModule, DeferringFinder, pause_collection
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def defer(monkeypatch, tmp_path):
+    """Return a function that writes a module, defers it, and imports it."""
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "meta_path", [DeferringFinder(), *sys.meta_path])
+    names = []
+
+    def write_and_import(name: str, text: str, *functions: str):
+        (tmp_path / f"{name}.py").write_text(text)
+        monkeypatch.setitem(startup.DEFERRED_MODULES, name, functions)
+        names.append(name)
+        return __import__(name)
+
+    yield write_and_import
+    for name in names:
+        sys.modules.pop(name, None)
+
+
+def test_a_deferred_module_is_executed_at_the_first_attribute_only(defer, capsys):
+    module = defer("deferred_one", "print('executed')\nVALUE = 3\n")
+    assert isinstance(module, DeferredModule) and module.__file__.endswith("deferred_one.py")
+    assert not hasattr(module, "__path__") and capsys.readouterr().out == ""
+    assert module.VALUE == 3 and module.VALUE == 3 and capsys.readouterr().out == "executed\n"
+    with pytest.raises(AttributeError, match="no attribute 'missing'"):
+        getattr(module, "missing")  # noqa: B009
+
+
+def test_a_function_of_a_deferred_module_can_be_imported_by_name(defer, capsys):
+    defer("deferred_two", "print('executed')\ndef double(x):\n    return 2 * x\n", "double")
+    from deferred_two import double
+
+    assert capsys.readouterr().out == "" and double(4) == 8 and double(5) == 10
+    assert capsys.readouterr().out == "executed\n"
+
+
+def test_a_module_may_replace_itself_when_it_is_executed(defer):
+    text = "import sys, types\nsys.modules[__name__] = types.SimpleNamespace(VALUE=3, later=4)\n"
+    module = defer("deferred_five", text)
+    assert (module.VALUE, module.later) == (3, 4) and sys.modules["deferred_five"].VALUE == 3
+    from deferred_five import later
+
+    assert later == 4 and not hasattr(module, "missing")
+
+
+def test_threads_execute_a_module_once_and_see_all_of_it(defer, capsys):
+    module = defer("deferred_three", "import time\nFIRST = 1\nprint('executed')\ntime.sleep(0.3)\nLAST = 2\n")
+    found = []
+    threads = [threading.Thread(target=lambda: found.append(module.LAST)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [2] * 4 and capsys.readouterr().out == "executed\n"
+
+
+def test_a_module_that_fails_reports_its_error_each_time(defer):
+    module = defer("deferred_four", "raise ImportError('it needs more')\n")
+    for _ in range(2):
+        with pytest.raises(ImportError, match="it needs more"):
+            getattr(module, "VALUE")  # noqa: B009
+
+
+def test_collection_is_paused_and_continues():
+    import gc
+
+    assert gc.isenabled()
+    with pytest.raises(ValueError), pause_collection():
+        assert not gc.isenabled()
+        raise ValueError
+    assert gc.isenabled()
+
+
+GENERATE = """
+import json, sys
+from omnivideo import Studio
+studio = Studio(weights=sys.argv[1], home=sys.argv[2])
+studio.generate("a red ball", image=True, steps=1)
+from omnivideo.startup import DEFERRED_MODULES
+present = {name: sys.modules[name] for name in DEFERRED_MODULES if name in sys.modules}
+print(json.dumps([type(module.__loader__).__name__ for module in present.values()]))
+import scipy.stats
+from diffusers.models.autoencoders import AutoencoderKL
+from diffusers.models.transformers import FluxTransformer2DModel
+from scipy.optimize import linear_sum_assignment, minimize
+import transformers.models
+from transformers.models import bert, BertModel
+print(round(scipy.stats.norm.cdf(0), 3), AutoencoderKL.__name__, FluxTransformer2DModel.__name__, minimize.__name__)
+print(bert.__name__, BertModel.__name__, transformers.models.T5Config.__name__, transformers.BertTokenizer.__name__)
+print(linear_sum_assignment([[1, 0], [0, 1]])[1].tolist())
+"""
+
+
+def test_generating_executes_none_of_them_and_all_can_be_used_afterwards(weights, tmp_path):
+    """A library that imports more from them would make the start slower: DEFERRED_MODULES says which."""
+    completed = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", GENERATE, str(weights), str(tmp_path)], capture_output=True, text=True,
+        check=False, env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert completed.returncode == 0, completed.stderr[-3000:]
+    loaders, used, models, assigned = completed.stdout.splitlines()
+    assert set(json.loads(loaders)) == {"DeferringLoader"}, loaders
+    assert models == "transformers.models.bert BertModel T5Config BertTokenizer"
+    assert used == "0.5 AutoencoderKL FluxTransformer2DModel minimize" and assigned == "[1, 0]"
