@@ -292,6 +292,7 @@ class ServiceWiring:
             render_thumbnail=decoding.wrap(create_picture_renderer(self.store)),
             check_webhook_url=partial(check_reachable, internal_hosts=settings.webhook_hosts),
             mllm_server=self.remote_mllm,
+            fetch_mllm_metrics=getattr(self.mllm, "fetch_metrics", None),
         )
 
     def start_background_services(self, context: "ServiceContext") -> "ServiceContext":

@@ -26,7 +26,7 @@ MODEL_CLASSES = {"qwen3_vl": Qwen3VLForConditionalGeneration, "qwen3_vl_moe": Qw
 EXPERT_KEYS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
 
 
-class TransposedView(Transpose):
+class TransposedView(Transpose):  # type: ignore[misc]  # transformers has no types
     """Transposes an expert's weights [experts, input, output] without a copy; those that need none stay as they are."""
 
     def convert(
