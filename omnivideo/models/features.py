@@ -60,7 +60,7 @@ def decode_features(tensors: Mapping[str, Tensor]) -> MLLMFeatures:
 
 def check_features(features: MLLMFeatures, preset: Preset) -> None:
     """Raise CheckpointError for features that an MLLM of another preset has computed."""
-    shape = (preset.mllm_width,)
+    shape: tuple[int, ...] = (preset.mllm_width,)
     if features.kind == "visual-tokens":
         shape = (preset.vision_head.num_queries, preset.vision_head.width) if preset.vision_head else ()
     if not shape or tuple(features.values.shape[-len(shape) :]) != shape:
