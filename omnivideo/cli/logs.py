@@ -84,6 +84,7 @@ def configure_logging(component: str, settings: "ServiceSettings", with_traces: 
     handler.setFormatter(TextLogFormatter() if is_text else JSONLogFormatter())
     level = logging.getLevelNamesMapping()[settings.log_level.upper()]
     logging.basicConfig(level=level, handlers=[handler], force=True)
+    logging.captureWarnings(True)  # those of libraries would be lines of another format
     for verbose_logger in VERBOSE_LOGGERS:
         logging.getLogger(verbose_logger).setLevel(max(level, logging.WARNING))
     if with_traces and settings.traces == "otlp":

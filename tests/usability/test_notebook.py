@@ -11,7 +11,8 @@ import pytest
 
 pytestmark = pytest.mark.timeout(900)
 ROOT = Path(__file__).parents[2]
-TOOLS = ("nbclient>=0.10,<1", "ipykernel>=6.29,<8")
+# ipywidgets is part of Jupyter; without it, tqdm of the Hugging Face libraries prints a warning.
+TOOLS = ("nbclient>=0.10,<1", "ipykernel>=6.29,<8", "ipywidgets>=8,<9")
 CELLS = (
     "from omnivideo import Studio\nstudio = Studio()",
     "clip = studio.generate('a small red circle moving right', image=False, seed=1, steps=8)\nclip",
