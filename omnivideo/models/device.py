@@ -34,7 +34,7 @@ def pick_device(name: str) -> torch.device:
         torch.empty(0, device=device)
         if device.type in DEVICE_TYPES:
             return device
-    except (RuntimeError, AssertionError):
+    except (RuntimeError, AssertionError, ImportError):
         pass
     raise InvalidInput("device", f"{name!r} is not available on this machine; use auto, cpu or cuda:N")
 

@@ -31,7 +31,7 @@ from omnivideo.models.omni import OmniVideoModel
 from omnivideo.models.text_limits import TokenLimits
 from omnivideo.models.weights import checkpoint
 from omnivideo.models.weights.digests import compute_folder_digest
-from omnivideo.models.weights.shipped import find_shipped_weights
+from omnivideo.models.weights.shipped import check_preset, find_shipped_weights
 from omnivideo.presets.shapes import get_file_length
 from omnivideo.sdk.batch import BatchOutcome, run_batch
 from omnivideo.sdk.batch_items import parse_items
@@ -56,6 +56,8 @@ if TYPE_CHECKING:
     from omnivideo.agent.conversations import Conversations
     from omnivideo.sdk.thread import StudioThread
 
+DEFAULT_PRESET = "tiny"
+
 
 def parse_text_sampling(**options: float) -> TextSampling:
     """Return how an answer is sampled. Raises an InvalidInput that names the option and the allowed range."""
@@ -72,12 +74,13 @@ class Studio:
     one), "cpu" or "cuda:N". `home` is the folder of threads and their artifacts, by default OMNIVIDEO_HOME. The
     setting OMNIVIDEO_PRECISION is "preset", each part in the type that the preset states, or "float32".
 
-    Raises CheckpointError if the weights are missing or do not fit the preset.
+    Raises CheckpointError if the weights are missing or damaged, and InvalidInput if they are of another preset than
+    the one that is named.
     """
 
     def __init__(
         self,
-        preset: str = "tiny",
+        preset: str = DEFAULT_PRESET,
         weights: str | Path | None = None,
         device: str = "auto",
         home: str | Path | None = None,
@@ -85,6 +88,8 @@ class Studio:
         configure_cpu_threads()
         self.settings = load_settings(home=home)
         self.weights_folder = Path(weights) if weights else find_shipped_weights(preset)
+        if preset != DEFAULT_PRESET:  # by default, it is that of the weights
+            check_preset(self.weights_folder, preset, "preset")
         digest = compute_folder_digest(self.weights_folder, self.settings.home)
         with pause_collection():
             self.omni: OmniVideoModel = checkpoint.load(

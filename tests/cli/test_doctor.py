@@ -115,6 +115,8 @@ def test_a_folder_without_a_part_is_described_without_it(weights, monkeypatch, c
     assert "missing mllm, vae; what follows is without them" in text and "video-editing at least" in text
 
 
-def test_a_device_that_placements_do_not_know_is_refused():
-    with pytest.raises(InvalidInput, match="device: 'meta' is not available on this machine; use auto, cpu or cuda:N"):
-        pick_device("meta")
+@pytest.mark.parametrize("name", ["meta", "hpu"])
+def test_a_device_that_placements_do_not_know_is_refused(name):
+    text = f"device: '{name}' is not available on this machine; use auto, cpu or cuda:N"
+    with pytest.raises(InvalidInput, match=text):
+        pick_device(name)

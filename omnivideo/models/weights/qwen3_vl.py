@@ -46,7 +46,7 @@ class TransposedView(Transpose):  # type: ignore[misc]  # transformers has no ty
 def register_expert_views() -> None:
     """Let transformers load experts as views of their file."""
     converters = [WeightConverter(key, key, [TransposedView(1, 2, check_dims=True)]) for key in EXPERT_KEYS]
-    register_checkpoint_conversion_mapping(Qwen3VLMoeForConditionalGeneration.__name__, converters, overwrite=True)
+    register_checkpoint_conversion_mapping("qwen3_vl_moe", converters, overwrite=True)
 
 
 def read_model_config(folder: Path, name: str) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Sources with the files of several presets, and outputs that exist: what is taken, and where it is written."""
 
+import json
 import os
 import shutil
 import tempfile
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 
 from omnivideo.errors import CheckpointError, InvalidInput
 from omnivideo.models.weights.importer import import_weights
+from omnivideo.models.weights.qwen3_vl import load_qwen3_vl
 from omnivideo.models.weights.sources import read_json, scan_sources
 from tests.support.golden import golden_folder
 from tests.support.published_folders import (
@@ -47,7 +49,7 @@ def test_each_preset_gets_its_own_files_from_one_folder(downloads, tmp_path):
     """Also with an earlier import in the same folder, which is of another preset."""
     with pytest.raises(InvalidInput, match=f"has files of {VERSION_1} and {VERSION_2} and {TWO_EXPERTS}; choose one"):
         import_weights(downloads, tmp_path / "nothing")
-    for name in CHECKPOINTS:
+    for name in (VERSION_1, TWO_EXPERTS):
         ours = downloads / f"ours-{name}"
         assert not import_weights(downloads, ours, name).missing_parts
         assert (ours / "mllm" / "llm").is_dir() == (name == VERSION_1)
@@ -64,6 +66,20 @@ def test_the_markers_of_another_preset_are_not_taken(downloads, tmp_path):
     (tmp_path / "apart").mkdir()
     shutil.move(downloads / "OmniVideo2-1.3B" / "special_tokens.pkl", tmp_path / "apart")
     assert not import_weights([downloads, tmp_path / "apart"], None, TWO_EXPERTS).missing_parts
+
+
+@pytest.mark.parametrize("method", ["fp8", "gptq"])
+def test_a_quantised_mllm_is_named(downloads, tmp_path, method):
+    """The hub has such folders beside the ones that the presets were made with."""
+    path = downloads / "Qwen3-VL-30B-A3B-Instruct" / "config.json"
+    path.chmod(0o644)
+    path.write_text(json.dumps(read_json(path) | {"quantization_config": {"quant_method": method}}))
+    text = rf"mllm: its weights are quantised \({method}\); supported: weights in float32, float16 or bfloat16"
+    with pytest.raises(CheckpointError, match=text):
+        import_weights(downloads, tmp_path / "ours", VERSION_2)
+    shutil.copytree(path.parent, tmp_path / "mllm")
+    with pytest.raises(CheckpointError, match=text):
+        load_qwen3_vl(tmp_path)
 
 
 def test_an_empty_output_stays_the_same_folder(downloads, tmp_path):
