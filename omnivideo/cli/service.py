@@ -134,13 +134,13 @@ def serve(
     configure_logging("api", settings)
     if host not in ("127.0.0.1", "localhost", "::1") and not settings.admin_key:
         raise InvalidInput("OMNIVIDEO_ADMIN_KEY", "it is empty; a service for other machines needs a key")
+    try:
+        with pause_collection():
+            from omnivideo.api.app import create_app
+    except ImportError as error:
+        raise MissingDependency(f"the service needs {error.name}: pip install 'omnivideo[serve,worker]'") from None
     with listen(host, port) as listener:
         wiring = build_wiring(settings, device)
-        try:
-            with pause_collection():
-                from omnivideo.api.app import create_app
-        except ImportError as error:
-            raise MissingDependency(f"the service needs {error.name}: pip install 'omnivideo[serve,worker]'") from None
         try:
             run_server(
                 lambda: create_app(wiring.start_background_services(wiring.build_service_context())),
