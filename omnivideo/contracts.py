@@ -290,6 +290,23 @@ class Claim(FrozenModel):
     traceparent: str | None = None
 
 
+class DurationCounts(FrozenModel):
+    """How many durations are up to each of some bounds, how many there are, and their sum in seconds."""
+
+    counts: tuple[int, ...]
+    total: int
+    sum_seconds: float
+
+
+class JobDurations(FrozenModel):
+    """How long the completed jobs of a lane have waited and were generated, and their denoising steps."""
+
+    lane: Lane
+    queued: DurationCounts
+    generated: DurationCounts
+    steps: int
+
+
 class Change(FrozenModel):
     """A change of a turn or a job. An event of a turn has its number, and its body if the body is small."""
 

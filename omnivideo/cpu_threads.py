@@ -58,20 +58,26 @@ def count_available_cpus() -> int:
 
 
 def read_cpu_quotas(root: Path, membership: Path) -> Iterator[float]:
-    """Yield the CPU quotas of the cgroups (version 1 or 2) of this process and of their parents.
+    """Yield the CPU quotas of the cgroups (version 1 or 2) of this process and of their parents."""
+    for folder in iterate_cgroups(root, membership, "cpu"):
+        quota = read_quota(folder)
+        if quota is not None:
+            yield quota
 
-    In a container, /proc/self/cgroup may hold the host's path, which is not mounted; the quota is then at `root`.
+
+def iterate_cgroups(root: Path, membership: Path, controller: str) -> Iterator[Path]:
+    """Yield the folders of this process's cgroups (version 1 or 2) for a controller such as "cpu", and their parents.
+
+    In a container, /proc/self/cgroup may hold the host's path, which is not mounted; the limits are then at `root`.
     """
     lines = membership.read_text().splitlines() if membership.exists() else []
     for line in lines:
         _, controllers, path = line.split(":", 2)
-        if controllers and "cpu" not in controllers.split(","):
+        if controllers and controller not in controllers.split(","):
             continue
         mount = root / controllers
         for folder in (mount / path.lstrip("/"), *(mount / path.lstrip("/")).parents):
-            quota = read_quota(folder)
-            if quota is not None:
-                yield quota
+            yield folder
             if folder == mount:
                 break
 

@@ -9,6 +9,7 @@ from omnivideo.contracts import (
     Change,
     FramePosition,
     Job,
+    JobDurations,
     JobStatus,
     Lane,
     Medium,
@@ -242,6 +243,10 @@ class JobStore(Protocol):
     def count_by_lane_and_state(self) -> list[tuple[str, str, int]]: ...
 
     def get_oldest_wait_seconds(self) -> float: ...
+
+    def measure_durations(self, bounds: Sequence[float]) -> list[JobDurations]:
+        """Return the times of completed jobs of each lane, counted up to each of the bounds in seconds."""
+        ...
 
 
 class TurnStore(Protocol):

@@ -1,8 +1,10 @@
 """The service's settings, read from the environment (`OMNIVIDEO_...`)."""
 
+import difflib
 import os
+import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, ValidationError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -58,6 +60,29 @@ RENAMED_SETTINGS = {
     "OMNIVIDEO_TOGETHER": "OMNIVIDEO_MAX_BATCH_SIZE",
 }
 
+# Names that other programs read: the shell scripts, the tests and the benchmarks.
+OTHER_VARIABLES = frozenset(
+    {
+        "OMNIVIDEO_CLIENTS",
+        "OMNIVIDEO_EXAMPLES",
+        "OMNIVIDEO_GOLDEN",
+        "OMNIVIDEO_GRADIO_PYTHON",
+        "OMNIVIDEO_KILLS",
+        "OMNIVIDEO_SCREENSHOTS",
+        "OMNIVIDEO_TEST_CALL_PATHS",
+        "OMNIVIDEO_TEST_STEPS",
+        "OMNIVIDEO_VLLM_DEVICE",
+        "OMNIVIDEO_VLLM_INSTALL",
+        "OMNIVIDEO_VLLM_PYTHON",
+    }
+)
+# Kubernetes describes each service of a namespace to its pods in variables that begin with the service's name.
+KUBERNETES_VARIABLE = re.compile(
+    r"_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)$"
+)
+LogFormat = Literal["auto", "text", "json"]
+LogLevel = Literal["debug", "info", "warning", "error"]
+
 
 class ServiceSettings(BaseSettings):
     """The service's settings. Everything is embedded by default: SQLite, files in `home`, the MLLM and a worker."""
@@ -111,6 +136,10 @@ class ServiceSettings(BaseSettings):
     resume_timeout: float = Field(default=60.0, ge=0, le=86_400)
     max_batch_size: int = Field(default=0, ge=0, le=64)  # clips of the batch lane in one pass; 0: the preset's
 
+    log_format: LogFormat = "auto"  # text in a terminal, otherwise JSON
+    log_level: LogLevel = "info"
+    traces: Literal["off", "otlp"] = "off"  # otlp: to the server that the variables OTEL_EXPORTER_OTLP_... name
+
     def model_post_init(self, context: object) -> None:
         if self.s3 and not (self.s3_access_key and self.s3_secret_key):
             raise InvalidInput("OMNIVIDEO_S3_SECRET_KEY", "it is empty; an S3 store needs both of its keys")
@@ -125,12 +154,32 @@ def find_renamed_settings() -> list[InvalidInput]:
     ]
 
 
+def find_unknown_settings() -> list[InvalidInput]:
+    """Return an error for each variable in the environment that looks like a setting and is none.
+
+    The error has the nearest name. Variables of Kubernetes and of our tests are left alone.
+    """
+    fields = [name.upper() for name in ServiceSettings.model_fields]
+    given = [name for name in os.environ if name.upper().startswith("OMNIVIDEO_")]
+    known = {*(f"OMNIVIDEO_{field}" for field in fields), *OTHER_VARIABLES, *RENAMED_SETTINGS}
+    unknown = [name for name in given if name.upper() not in known and not KUBERNETES_VARIABLE.search(name)]
+    errors = []
+    for name in unknown:
+        nearest = difflib.get_close_matches(name.upper().removeprefix("OMNIVIDEO_"), fields, n=1)
+        advice = (
+            f"did you mean OMNIVIDEO_{nearest[0]}?" if nearest else "unset it; deploy/.env.example lists all settings"
+        )
+        errors.append(InvalidInput(name, f"there is no such setting; {advice}"))
+    return errors
+
+
 def load_settings(**overrides: object) -> ServiceSettings:
     """Return the environment's settings, with the `overrides` that are not None applied.
 
-    Raises an InvalidInput that names the setting, and also the new name if the environment has an old one.
+    Raises an InvalidInput that names the setting, and also the right name if the environment has an old or a misspelt
+    one.
     """
-    for error in find_renamed_settings():
+    for error in [*find_renamed_settings(), *find_unknown_settings()]:
         raise error
     try:
         return ServiceSettings(**{name: value for name, value in overrides.items() if value is not None})  # type: ignore[arg-type]

@@ -149,9 +149,10 @@ class ServiceWiring:
             from omnivideo.models.weights import checkpoint
             from omnivideo.models.weights.checkpoint import Contents
             from omnivideo.models.weights.digests import compute_folder_digest
-            from omnivideo.models.weights.shipped import find_shipped_weights
+            from omnivideo.models.weights.shipped import check_preset, find_shipped_weights
 
         folder = Path(self.settings.weights) if self.settings.weights else find_shipped_weights(self.settings.preset)
+        check_preset(folder, self.settings.preset, "OMNIVIDEO_PRESET")
         contents: Contents = "without-mllm" if self.settings.mllm else "all"
         digest = compute_folder_digest(folder, self.settings.home)
         with pause_collection():
@@ -223,9 +224,12 @@ class ServiceWiring:
     def text_limits(self) -> TextLimits:
         """The bounds for texts. Without weights on this machine, the machines of the models count the tokens."""
         from omnivideo.models.text_limits import TokenLimits
-        from omnivideo.models.weights.shipped import find_weights
+        from omnivideo.models.weights.shipped import check_preset, find_weights
 
-        return TokenLimits(get_preset(self.settings.preset), find_weights(self.settings.preset, self.settings.weights))
+        folder = find_weights(self.settings.preset, self.settings.weights)
+        if folder is not None:
+            check_preset(folder, self.settings.preset, "OMNIVIDEO_PRESET")
+        return TokenLimits(get_preset(self.settings.preset), folder)
 
     @cached_property
     def conversations(self) -> Conversations:
@@ -288,6 +292,7 @@ class ServiceWiring:
             render_thumbnail=decoding.wrap(create_picture_renderer(self.store)),
             check_webhook_url=partial(check_reachable, internal_hosts=settings.webhook_hosts),
             mllm_server=self.remote_mllm,
+            fetch_mllm_metrics=getattr(self.mllm, "fetch_metrics", None),
         )
 
     def start_background_services(self, context: "ServiceContext") -> "ServiceContext":

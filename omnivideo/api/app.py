@@ -5,6 +5,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from datetime import datetime
 
 import anyio
 from fastapi import FastAPI
@@ -18,6 +19,7 @@ from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 from omnivideo import __version__
 from omnivideo.api.bulkheads import MAX_THREADS, ClientLimitMiddleware
 from omnivideo.api.dependencies import ServiceContext, find_request_owner
+from omnivideo.api.documentation import add_documentation
 from omnivideo.api.errors import (
     APIError,
     BodyError,
@@ -29,7 +31,18 @@ from omnivideo.api.errors import (
 )
 from omnivideo.api.event_feed import EventFeed
 from omnivideo.api.request_body import get_max_body_bytes
-from omnivideo.api.routes import batches, chat, files, images, operations, responses, threads, videos, webhooks
+from omnivideo.api.routes import (
+    batches,
+    chat,
+    files,
+    images,
+    operations,
+    responses,
+    threads,
+    understanding,
+    videos,
+    webhooks,
+)
 from omnivideo.errors import OmniVideoError
 
 log = logging.getLogger("omnivideo.api")
@@ -135,8 +148,12 @@ class RequestMiddleware:
         if status >= 500:
             self.metrics.error_count.labels(route).inc()
         elapsed_ms = round(1000 * elapsed_seconds, 1)
-        log_fields = {"request": request_id, "method": method, "route": route, "status": status, "ms": elapsed_ms}
-        log.info("%s %s %d", method, scope["path"], status, extra=log_fields)
+        began_at = datetime.fromtimestamp(time.time() - elapsed_seconds).astimezone()
+        log_fields = {
+            "request": request_id, "method": method, "route": route, "status": status, "ms": elapsed_ms,
+            "began_at": began_at.isoformat(timespec="milliseconds"),
+        }  # fmt: skip
+        log.info("%s %s %d in %.0f ms", method, scope["path"], status, elapsed_ms, extra=log_fields)
 
 
 def create_app(context: ServiceContext) -> FastAPI:
@@ -152,7 +169,10 @@ def create_app(context: ServiceContext) -> FastAPI:
         version=__version__,
         description="Understand, generate and edit video in one conversation.",
         lifespan=run_turns_while_serving,
+        docs_url=None,  # FastAPI's pages load from a CDN
+        redoc_url=None,
     )
+    add_documentation(app)
     metrics = operations.RequestMetrics(context)
     app.state.context, app.state.event_feed, app.state.request_metrics = (
         context,
@@ -166,7 +186,7 @@ def create_app(context: ServiceContext) -> FastAPI:
     register_error_handlers(app)
     # The routes of the documentation come first; those of the routers have their complete paths.
     app.state.api_routes = [route for route in app.routes if isinstance(route, Route)]
-    for routes in (chat, responses, videos, images, files, batches, webhooks, threads, operations):
+    for routes in (chat, responses, videos, images, files, batches, webhooks, threads, understanding, operations):
         app.include_router(routes.router)
         app.state.api_routes += routes.router.routes
     return app

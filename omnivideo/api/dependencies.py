@@ -75,6 +75,7 @@ class ServiceContext:
     check_webhook_url: Callable[[str], None]  # raises InvalidInput for a URL that may not receive events
     text_limits: TextLimits
     mllm_server: MLLMServer | None = None  # None if the MLLM runs in this process
+    fetch_mllm_metrics: Callable[[], str] | None = None  # of its server, or of the MLLM in this process
 
 
 async def get_service_context(request: Request) -> ServiceContext:

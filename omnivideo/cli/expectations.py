@@ -21,7 +21,7 @@ from omnivideo.models.placement import (
     plan_placement,
 )
 from omnivideo.models.weights.checkpoint import list_part_names
-from omnivideo.models.weights.part_sizes import count_elements, measure_parts
+from omnivideo.models.weights.part_sizes import FOLDERS, count_elements, measure_parts
 from omnivideo.models.weights.shipped import read_index
 from omnivideo.presets import Preset, SamplingDefaults, Task, get_preset
 from omnivideo.settings import load_settings
@@ -44,8 +44,14 @@ def describe_folder(folder: Path, device: torch.device) -> Iterator[tuple[str, s
     preset = get_preset(read_index(folder)["preset"])
     preset = preset.in_float32() if settings.precision == "float32" else preset
     names = list_part_names(preset, "without-mllm" if settings.mllm else "all")
+    missing = [name for name in names if not (folder / FOLDERS.get(name, name)).is_dir()]
+    names = tuple(name for name in names if name not in missing)
     placement = plan_placement(measure_parts(folder, preset, names), measure_machine(device))
     yield "weights", f"{preset.name}, {format_size(sum(part.size.weights_bytes for part in placement.parts))}"
+    if preset.condition.optional_markers and "markers" in missing:
+        missing.remove("markers")
+    if missing:
+        yield "missing", f"{', '.join(missing)}; what follows is without them"
     yield "placement", placement.describe().split(":")[0]
     for part in placement.parts:
         work = f"up to {format_size(part.size.working_bytes)} more while it computes"

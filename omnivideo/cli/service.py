@@ -1,20 +1,19 @@
 """The service's commands: serve, worker, mllm, migrate, sweep and keys. Their settings come from the environment."""
 
-import json
+import errno
 import logging
-import math
-import os
 import signal
+import socket
 import sys
-import time
-from collections import Counter
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from omnivideo.cli.app import SERVER, SERVICE_COMMANDS, DeviceOption, HomeOption, WeightsOption, console
+from omnivideo.cli.app import SERVER, SERVICE_COMMANDS, DeviceOption, HomeOption, WeightsOption, console, error_console
+from omnivideo.cli.logs import configure_logging
 from omnivideo.cpu_threads import configure_cpu_threads
 from omnivideo.errors import InvalidInput, MissingDependency
 from omnivideo.startup import pause_collection
@@ -27,23 +26,38 @@ if TYPE_CHECKING:
 app = typer.Typer()
 keys_cli = typer.Typer(no_args_is_help=True)
 mllm_cli = typer.Typer(no_args_is_help=True)
-VLLM = "vLLM"
-MAX_REPETITIONS, REPETITION_SECONDS = 20, 10.0  # of log lines of one kind
+OPEN_SERVICE_WARNING = (
+    "warning: OMNIVIDEO_ADMIN_KEY is empty, so the service answers everyone, with or without a key;"
+    " set it where the service runs, and restart the service"
+)
+STARTUP_FAILURE = 3  # uvicorn's exit status
+VLLM, LOGS = "vLLM", "Logs"
 
 HostOption = Annotated[str, typer.Option(help="Address to listen on.", rich_help_panel=SERVER)]
 PortOption = Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.", rich_help_panel=SERVER)]
+LogFormatOption = Annotated[
+    str | None,
+    typer.Option(help="text, json or auto (text in a terminal). Default: OMNIVIDEO_LOG_FORMAT.", rich_help_panel=LOGS),
+]
+LogLevelOption = Annotated[
+    str | None,
+    typer.Option(help="debug, info, warning or error. Default: OMNIVIDEO_LOG_LEVEL.", rich_help_panel=LOGS),
+]
 
 
-def load_service_settings(home: Path | None = None, weights: Path | None = None) -> "ServiceSettings":
+def load_service_settings(weights: Path | None = None, **overrides: object) -> "ServiceSettings":
     """Return the environment's settings, with the command's options applied."""
     from omnivideo.settings import load_settings  # it loads pydantic-settings, which --help need not wait for
 
-    return load_settings(home=home, weights=str(weights) if weights else None)
+    return load_settings(weights=str(weights) if weights else None, **overrides)
 
 
-def build_wiring(device: str = "auto", home: Path | None = None, weights: Path | None = None) -> "ServiceWiring":
-    """Return the wiring that the environment describes; raise MissingDependency if a package is not installed."""
-    settings = load_service_settings(home, weights)
+def build_wiring(settings: "ServiceSettings | None" = None, device: str = "auto") -> "ServiceWiring":
+    """Return the wiring of the settings, by default the environment's.
+
+    Raises MissingDependency if a package is not installed.
+    """
+    settings = settings or load_service_settings()
     try:
         with pause_collection():
             import alembic  # noqa: F401
@@ -55,77 +69,29 @@ def build_wiring(device: str = "auto", home: Path | None = None, weights: Path |
     return ServiceWiring(settings, device)
 
 
-class JSONLogFormatter(logging.Formatter):
-    """Formats each record as a JSON object on one line, with the fields of its `extra`."""
-
-    standard_fields = set(vars(logging.makeLogRecord({}))) | {"message", "asctime"}
-
-    def format(self, record: logging.LogRecord) -> str:
-        fields = {"time": self.formatTime(record), "level": record.levelname, "logger": record.name}
-        fields |= {"message": record.getMessage()}
-        fields |= {name: value for name, value in vars(record).items() if name not in self.standard_fields}
-        if record.exc_info:
-            fields["trace"] = self.formatException(record.exc_info)
-        return json.dumps(fields, default=str)
-
-
-class RepetitionFilter(logging.Filter):
-    """Lets at most MAX_REPETITIONS warnings or errors of the same kind pass in REPETITION_SECONDS.
-
-    A client that causes an error with every connection would otherwise fill the disk.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.window_started_at = -math.inf
-        self.counts: Counter[tuple[str, str]] = Counter()
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        if record.levelno < logging.WARNING:
-            return True
-        if time.monotonic() - self.window_started_at > REPETITION_SECONDS:
-            self.window_started_at = time.monotonic()
-            self.counts.clear()
-        kind = (record.name, str(record.msg)[:200])
-        self.counts[kind] += 1
-        if self.counts[kind] == MAX_REPETITIONS:
-            record.msg = f"{record.msg} (further lines like this are left out for {REPETITION_SECONDS:g} s)"
-        return self.counts[kind] <= MAX_REPETITIONS
-
-
-def configure_logging(component: str) -> None:
-    """Log to stderr, as JSON unless it is a terminal, and export traces if OTEL_EXPORTER_OTLP_ENDPOINT is set."""
-    handler = logging.StreamHandler(sys.stderr)
-    plain = logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s")
-    handler.addFilter(RepetitionFilter())
-    handler.setFormatter(plain if sys.stderr.isatty() else JSONLogFormatter())
-    logging.basicConfig(level=logging.INFO, handlers=[handler])
-    for verbose_logger in ("httpx", "httpcore2", "alembic", "celery"):
-        logging.getLogger(verbose_logger).setLevel(logging.WARNING)
-    if os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT"):
-        export_traces(component)
-
-
-def export_traces(component: str) -> None:
+def listen(host: str, port: int) -> socket.socket:
+    """Return a socket that is bound to the address, so that nothing is started if another process has the port."""
     try:
-        from opentelemetry import trace
-        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
-        from opentelemetry.sdk.resources import Resource
-        from opentelemetry.sdk.trace import TracerProvider
-        from opentelemetry.sdk.trace.export import BatchSpanProcessor
-    except ImportError:
-        raise MissingDependency(
-            "traces need: pip install opentelemetry-sdk opentelemetry-exporter-otlp-proto-http"
-        ) from None
-    provider = TracerProvider(resource=Resource.create({"service.name": f"omnivideo-{component}"}))
-    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
-    trace.set_tracer_provider(provider)
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    except socket.gaierror:
+        raise InvalidInput("host", f"{host!r} is not an address of this machine") from None
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(address)
+    except OSError as error:
+        listener.close()
+        if error.errno == errno.EADDRINUSE:
+            raise InvalidInput("port", f"another process listens on {port}; give another with --port") from None
+        field, value = ("port", str(port)) if error.errno == errno.EACCES else ("host", repr(host))
+        raise InvalidInput(field, f"this process cannot listen on {value}: {error.strerror}") from None
+    return listener
 
 
 def run_server(
-    create_application: Callable[[], Any], host: str, port: int, trusted_proxies: Collection[str] = ()
+    create_application: Callable[[], Any], listener: socket.socket, trusted_proxies: Collection[str] = ()
 ) -> None:
-    """Run an HTTP application until the process receives SIGINT or SIGTERM."""
+    """Run an HTTP application on a bound socket until the process receives SIGINT or SIGTERM."""
     try:
         import uvicorn
 
@@ -137,10 +103,8 @@ def run_server(
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     # The client should be the one to close an idle connection. With uvicorn's default of 5 s, a request can be sent on
     # a connection that the server is closing.
-    uvicorn.run(
+    config = uvicorn.Config(
         create_application(),
-        host=host,
-        port=port,
         log_config=None,
         access_log=False,
         timeout_graceful_shutdown=10,
@@ -148,6 +112,11 @@ def run_server(
         http=create_protocol(limits),
         proxy_headers=False,  # the service reads them itself, from the proxies in its settings
     )
+    server = uvicorn.Server(config)
+    with suppress(KeyboardInterrupt):
+        server.run(sockets=[listener])
+    if not server.started:
+        sys.exit(STARTUP_FAILURE)
 
 
 @app.command(rich_help_panel=SERVICE_COMMANDS)
@@ -157,26 +126,29 @@ def serve(
     device: DeviceOption = "auto",
     home: HomeOption = None,
     weights: WeightsOption = None,
+    log_format: LogFormatOption = None,
+    log_level: LogLevelOption = None,
 ) -> None:
     """Run the HTTP service. By default, it includes a worker and stores everything in SQLite and a folder."""
-    configure_logging("api")
-    wiring = build_wiring(device, home, weights)
-    if host not in ("127.0.0.1", "localhost", "::1") and not wiring.settings.admin_key:
+    settings = load_service_settings(weights, home=home, log_format=log_format, log_level=log_level)
+    configure_logging("api", settings)
+    if host not in ("127.0.0.1", "localhost", "::1") and not settings.admin_key:
         raise InvalidInput("OMNIVIDEO_ADMIN_KEY", "it is empty; a service for other machines needs a key")
     try:
         with pause_collection():
             from omnivideo.api.app import create_app
     except ImportError as error:
         raise MissingDependency(f"the service needs {error.name}: pip install 'omnivideo[serve,worker]'") from None
-    try:
-        run_server(
-            lambda: create_app(wiring.start_background_services(wiring.build_service_context())),
-            host,
-            port,
-            wiring.settings.trusted_proxies,
-        )
-    finally:
-        wiring.close()
+    with listen(host, port) as listener:
+        wiring = build_wiring(settings, device)
+        try:
+            run_server(
+                lambda: create_app(wiring.start_background_services(wiring.build_service_context())),
+                listener,
+                settings.trusted_proxies,
+            )
+        finally:
+            wiring.close()
 
 
 @app.command(rich_help_panel=SERVICE_COMMANDS)
@@ -184,20 +156,25 @@ def worker(
     device: DeviceOption = "auto",
     weights: WeightsOption = None,
     workers_per_host: Annotated[int, typer.Option(min=1, help="Workers that share this machine's CPUs.")] = 1,
+    log_format: LogFormatOption = None,
+    log_level: LogLevelOption = None,
 ) -> None:
     """Render the jobs of services that share a broker; start one worker for each device."""
     configure_cpu_threads(workers_per_host)
-    settings = load_service_settings()
+    settings = load_service_settings(weights, log_format=log_format, log_level=log_level)
     if not settings.broker:
         raise InvalidInput("OMNIVIDEO_BROKER", "it is empty; give redis://... or amqp://...")
     try:
         from omnivideo.backends.queue.celery import serve_celery_worker
     except ImportError as error:
         raise MissingDependency(f"a worker needs {error.name}: pip install 'omnivideo[worker]'") from None
+    configure_logging("worker", settings, with_traces=False)  # threads do not survive a fork; the child exports traces
 
     def build_worker() -> tuple[Any, float]:
-        configure_logging("worker")  # in the child process, because threads and connections do not survive a fork
-        return build_wiring(device, weights=weights).worker, settings.heartbeat_timeout
+        configure_logging("worker", settings)
+        worker = build_wiring(settings, device).worker
+        logging.getLogger("omnivideo.worker").info("ready: %s", worker.renderer.model.preset, extra={"device": device})
+        return worker, settings.heartbeat_timeout
 
     serve_celery_worker(settings.broker, build_worker)
 
@@ -229,15 +206,17 @@ def mllm_serve(
         int | None, typer.Option(help="Maximum number of tokens in a request.", rich_help_panel=VLLM)
     ] = None,
     max_num_seqs: Annotated[int, typer.Option(help="Requests answered at the same time.", rich_help_panel=VLLM)] = 16,
+    log_format: LogFormatOption = None,
+    log_level: LogLevelOption = None,
 ) -> None:
     """Serve the MLLM over HTTP for services that do not load it themselves, with vLLM or with transformers."""
     configure_cpu_threads(tensor_parallel_size)
-    configure_logging("mllm")
+    settings = load_service_settings(weights, log_format=log_format, log_level=log_level)
+    configure_logging("mllm", settings)
     from omnivideo.backends.mllm import launch
     from omnivideo.models.weights.lora import check_lora
     from omnivideo.models.weights.shipped import find_shipped_weights
 
-    settings = load_service_settings(weights=weights)
     folder = Path(settings.weights) if settings.weights else find_shipped_weights(settings.preset)
     serving_options = launch.parse_options(
         tensor_parallel_size=tensor_parallel_size,
@@ -271,11 +250,12 @@ def serve_with_transformers(
     from omnivideo.models.weights import checkpoint
     from omnivideo.models.weights.lora import merge_lora
 
-    omni = checkpoint.load(folder, pick_device(device), settings.precision, contents="mllm")
-    log_placement(omni)
-    if lora is not None:
-        merge_lora(getattr(omni.mllm, "llm", omni.mllm), lora)
-    run_server(lambda: create_mllm_app(LocalMLLM(omni, LRUObjectStore())), host, port)
+    with listen(host, port) as listener:
+        omni = checkpoint.load(folder, pick_device(device), settings.precision, contents="mllm")
+        log_placement(omni)
+        if lora is not None:
+            merge_lora(getattr(omni.mllm, "llm", omni.mllm), lora)
+        run_server(lambda: create_mllm_app(LocalMLLM(omni, LRUObjectStore())), listener)
 
 
 def log_placement(omni: "OmniVideoModel") -> None:
@@ -302,7 +282,7 @@ def migrate() -> None:
 @app.command(rich_help_panel=SERVICE_COMMANDS)
 def sweep(home: HomeOption = None) -> None:
     """Remove artifacts that nothing refers to and that are older than OMNIVIDEO_ARTIFACT_LIFETIME_SECONDS."""
-    removed_keys = build_wiring(home=home).sweep_store()
+    removed_keys = build_wiring(load_service_settings(home=home)).sweep_store()
     console.print(f"{len(removed_keys)} artifacts removed")
 
 
@@ -311,8 +291,11 @@ def add_api_key(name: Annotated[str, typer.Argument(help="Name of the key's owne
     """Create a key and print it. It cannot be shown again."""
     from omnivideo.storage.database.keys import APIKeyRepository
 
-    key_id, key = APIKeyRepository(build_wiring().engine).create_key(name)
+    wiring = build_wiring()
+    key_id, key = APIKeyRepository(wiring.engine).create_key(name)
     console.print(f"{key_id}  {key}", highlight=False, soft_wrap=True)
+    if not wiring.settings.admin_key:
+        error_console.print(OPEN_SERVICE_WARNING, style="yellow", highlight=False, markup=False, soft_wrap=True)
 
 
 @keys_cli.command("list")

@@ -24,13 +24,14 @@ from omnivideo.turns import (
 def print_wrapped(console: Console, line: Text) -> None:
     """Print a line, in a terminal wrapped between words.
 
-    A word longer than the terminal is wide, such as a path, is not broken, so that it can be copied. In a file, a line
-    stays one line.
+    A word longer than the terminal is wide, such as a path, is not broken, so that it can be copied; it stands after
+    the words before it. In a file, a line stays one line.
     """
     for part in line.split("\n", allow_blank=True) if console.is_terminal else [line]:
         breaks, column_start = [], 0
         for word in re.finditer(r"\S+", part.plain) if console.is_terminal else ():
-            if word.start() > column_start and cell_len(part.plain[column_start : word.end()]) > console.width:
+            line_end = cell_len(part.plain[column_start : word.end()])
+            if word.start() > column_start and line_end > console.width >= cell_len(word.group()):
                 column_start = word.start()
                 breaks.append(column_start)
         for piece in part.divide(breaks):
@@ -110,7 +111,7 @@ class TurnDisplay:
         """Print whole words, in a terminal with a line break before a word that does not fit into the line."""
         width = self.console.width if self.console.is_terminal else None
         for part in re.findall(r"\n|[^\S\n]+|\S+", text):
-            if width is not None and self.column > 0 and self.column + cell_len(part) > width:
+            if width is not None and self.column > 0 and self.column + cell_len(part) > width >= cell_len(part):
                 self.console.print()
                 self.column = 0
                 if part.isspace():

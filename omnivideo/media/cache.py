@@ -15,6 +15,7 @@ class ByteBoundedCache(Generic[Key, Value]):
     def __init__(self, max_bytes: int, measure_bytes: Callable[[Value], int]):
         self.max_bytes, self.measure_bytes = max_bytes, measure_bytes
         self.held_bytes = 0
+        self.hit_count = self.miss_count = 0
         self.values: OrderedDict[Key, Value] = OrderedDict()
         self.lock = threading.Lock()
 
@@ -22,8 +23,10 @@ class ByteBoundedCache(Generic[Key, Value]):
         """Return the value of a key; two threads that miss at once compute it twice, and neither waits."""
         with self.lock:
             if key in self.values:
+                self.hit_count += 1
                 self.values.move_to_end(key)
                 return self.values[key]
+            self.miss_count += 1
         value = compute()
         with self.lock:
             if key not in self.values:

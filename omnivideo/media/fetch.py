@@ -5,7 +5,6 @@ connection then goes to an address that was checked. Errors reveal nothing about
 the same error as one that does not respond.
 """
 
-import functools
 import ipaddress
 import re
 import socket
@@ -19,6 +18,7 @@ from urllib.parse import SplitResult, urljoin, urlsplit
 import httpcore2
 
 from omnivideo.errors import InvalidInput
+from omnivideo.network import create_tls_context
 
 # ---------------------------------------------------------------- addresses
 
@@ -153,12 +153,6 @@ def fetch_media(
     fetcher.refuse_url(f"is redirected more than {MAX_REDIRECTS} times; allowed: the address of the file itself")
 
 
-@functools.cache
-def load_tls_context() -> ssl.SSLContext:
-    """Return the system's certificates, which are cached because loading them takes longer than many fetches."""
-    return httpcore2.default_ssl_context()
-
-
 @dataclass(frozen=True)
 class MediaFetcher:
     """One fetch with its limits and its deadline."""
@@ -215,7 +209,7 @@ class MediaFetcher:
         ]  # fmt: skip
         target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
         request_url = httpcore2.URL(scheme=parts.scheme, host=host, port=port, target=target)
-        tls_context = (self.tls_context or load_tls_context()) if parts.scheme == "https" else None
+        tls_context = (self.tls_context or create_tls_context()) if parts.scheme == "https" else None
         try:
             with (
                 httpcore2.ConnectionPool(ssl_context=tls_context, network_backend=backend) as pool,

@@ -1,20 +1,24 @@
 """The device that a `--device` option or a setting names, and what the machine has free."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
+from omnivideo.cpu_threads import CGROUP_MEMBERSHIP, CGROUP_ROOT, iterate_cgroups
 from omnivideo.errors import InvalidInput
 from omnivideo.models.placement import Machine
 from omnivideo.presets import DtypeName
 
 MEMORY_INFO = Path("/proc/meminfo")
-CGROUP_LIMITS = (
-    ("memory.max", "memory.current"),
-    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+# The files of a cgroup's limit and usage, and the fields of memory.stat with the pages of files, which the system takes
+# back when memory is needed: version 2, and version 1 with all cgroups below.
+CGROUP_FILES = (
+    ("memory.max", "memory.current", ("inactive_file", "active_file")),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_inactive_file", "total_active_file")),
 )
-CGROUP_ROOT = Path("/sys/fs/cgroup")
+DEVICE_TYPES = ("cpu", "cuda")  # those that placements know; torch has others, such as "meta" and "mps"
 FAST_BFLOAT16 = ("amx_bf16", "avx512_bf16", "bf16")  # instructions of x86 and of Arm
 
 
@@ -28,9 +32,11 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError):
-        raise InvalidInput("device", f"{name!r} is not available on this machine; use auto, cpu or cuda:N") from None
-    return device
+        if device.type in DEVICE_TYPES:
+            return device
+    except (RuntimeError, AssertionError, ImportError):
+        pass
+    raise InvalidInput("device", f"{name!r} is not available on this machine; use auto, cpu or cuda:N")
 
 
 def measure_machine(device: torch.device) -> Machine:
@@ -52,8 +58,7 @@ def list_fast_dtypes() -> tuple[DtypeName, ...]:
 
 def measure_free_memory() -> int:
     """Return the bytes that this process can take without displacing others, within its container's limit."""
-    limits = [free for names in CGROUP_LIMITS if (free := read_cgroup_free(*names)) is not None]
-    return min([read_available_memory(), *limits])
+    return min([read_available_memory(), *read_cgroups_free(CGROUP_ROOT, CGROUP_MEMBERSHIP)])
 
 
 def read_available_memory() -> int:
@@ -64,10 +69,21 @@ def read_available_memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
-def read_cgroup_free(limit_file: str, usage_file: str) -> int | None:
-    """Return a container's limit less what it uses, or None if there is no limit."""
+def read_cgroups_free(root: Path, membership: Path) -> Iterator[int]:
+    """Yield what each limited cgroup of this process, and each limited one above it, leaves free."""
+    for folder in iterate_cgroups(root, membership, "memory"):
+        for limit_file, usage_file, cache_fields in CGROUP_FILES:
+            try:
+                limit, usage = (int((folder / name).read_text()) for name in (limit_file, usage_file))
+            except (OSError, ValueError):  # no such cgroup, or "max"
+                continue
+            yield max(0, limit - max(0, usage - read_cached_bytes(folder, cache_fields)))
+
+
+def read_cached_bytes(folder: Path, fields: tuple[str, ...]) -> int:
+    """Return the bytes of a cgroup's usage that are pages of files; weights that were read once are most of them."""
     try:
-        limit, usage = ((CGROUP_ROOT / name).read_text().strip() for name in (limit_file, usage_file))
-        return max(0, int(limit) - int(usage))
+        values = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        return sum(int(values.get(field, 0)) for field in fields)
     except (OSError, ValueError):
-        return None
+        return 0

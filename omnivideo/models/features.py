@@ -16,6 +16,9 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
+from omnivideo.errors import CheckpointError
+from omnivideo.presets import Preset
+
 VISUAL_TOKENS, HIDDEN_STATES, CAPTION = "visual_tokens", "hidden_states", "caption"
 
 
@@ -53,3 +56,13 @@ def decode_features(tensors: Mapping[str, Tensor]) -> MLLMFeatures:
         return MLLMFeatures(tensors[VISUAL_TOKENS], "visual-tokens")
     caption = bytes(tensors[CAPTION].tolist()).decode() if CAPTION in tensors else ""
     return MLLMFeatures(tensors[HIDDEN_STATES], "hidden-states", caption)
+
+
+def check_features(features: MLLMFeatures, preset: Preset) -> None:
+    """Raise CheckpointError for features that an MLLM of another preset has computed."""
+    shape: tuple[int, ...] = (preset.mllm_width,)
+    if features.kind == "visual-tokens":
+        shape = (preset.vision_head.num_queries, preset.vision_head.width) if preset.vision_head else ()
+    if not shape or tuple(features.values.shape[-len(shape) :]) != shape:
+        text = f"the language model's server has weights that do not fit {preset.name}"
+        raise CheckpointError(f"{text}; start it with the same preset's weights as the worker")

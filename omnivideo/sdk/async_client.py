@@ -1,59 +1,290 @@
-"""The client of the HTTP service for an event loop."""
+"""The client of the HTTP service for an event loop, with the methods of Studio. `Client` is the same without await."""
 
 import asyncio
-import functools
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+import base64
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, Unpack, cast
 
+import anyio
+
+from omnivideo.contracts import Manifest, Route, StepProgress, check_prompt
+from omnivideo.errors import ArtifactNotFound, InvalidInput, JobFailed, ModelUnavailable, OmniVideoError
+from omnivideo.sdk.async_thread import AsyncThread
 from omnivideo.sdk.batch import BatchOutcome
-from omnivideo.sdk.client import Client, RemoteResult, RemoteThread, Value
-from omnivideo.turns import TurnEvent
+from omnivideo.sdk.connection import ServiceConnection, to_request_fields
+from omnivideo.sdk.options import (
+    GenerationOptions,
+    SamplingOptions,
+    Source,
+    StepCallback,
+    TextCallback,
+    choose_seeds,
+    find_requested_medium,
+    ignore_text,
+    to_source_file,
+)
+from omnivideo.sdk.progress import follow_steps
+from omnivideo.sdk.remote_batch import RemoteBatch
+from omnivideo.sdk.result import Result
 
+POLL_SECONDS = 0.1  # unless the service suggests an interval
+CANCEL_TIMEOUT_SECONDS = 5.0  # how long a cancelled call waits until the service knows
+IMAGE_TIMEOUT_SECONDS = 600.0  # of a request that ends with the image
 MAX_CONCURRENT_CALLS = 8
+EDIT_ARGUMENTS = {"prompt": "instruction", "image": "source", "video": "source"}  # by the names in requests
+Value = TypeVar("Value")
 
 
 class AsyncClient:
-    """`Client` for an event loop: `await client.generate(...)`, `async for event in client.send(thread, ...)`.
+    """The client of the service at `address`, for asyncio. `timeout` is in seconds.
 
-    It runs the calls of a `Client` in threads, so that there is one implementation. It takes the same arguments.
+    All methods raise an OmniVideoError if the service refuses a request or cannot be reached. Cancelling a call cancels
+    its work on the service.
     """
 
     def __init__(self, address: str = "http://127.0.0.1:8000", api_key: str | None = None, timeout: float = 60.0):
-        self.client = Client(address, api_key, timeout)
-        self.executor = ThreadPoolExecutor(MAX_CONCURRENT_CALLS, thread_name_prefix="omnivideo")
+        self.connection = ServiceConnection(address, api_key, timeout)
 
     async def __aenter__(self) -> "AsyncClient":
         return self
 
     async def __aexit__(self, *exc: object) -> None:
-        self.executor.shutdown(wait=False)
-        self.client.close()
+        await self.close()
 
-    async def run_in_thread(self, call: Callable[..., Value], *args: Any, **kwargs: Any) -> Value:
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self.executor, functools.partial(call, *args, **kwargs))
+    async def close(self) -> None:
+        await self.connection.close()
 
-    async def iterate_in_thread(self, iterator: Iterator[Value]) -> AsyncIterator[Value]:
-        exhausted = object()
-        while (item := await self.run_in_thread(next, iterator, exhausted)) is not exhausted:
-            yield item
+    async def open_thread(self, thread_id: str | None = None, create: bool = False) -> AsyncThread:
+        """Return a new thread, or the thread with the given id, which is created if `create` is set.
 
-    async def open_thread(self, thread_id: str | None = None, create: bool = False) -> RemoteThread:
-        return await self.run_in_thread(self.client.open_thread, thread_id, create)
-
-    async def generate(self, prompt: str, **overrides: Any) -> RemoteResult:
-        return await self.run_in_thread(self.client.generate, prompt, **overrides)
-
-    async def edit(self, source: str | Path, instruction: str, **overrides: Any) -> RemoteResult:
-        return await self.run_in_thread(self.client.edit, source, instruction, **overrides)
-
-    async def understand(self, source: str | Path, question: str, **options: Any) -> str:
-        return await self.run_in_thread(self.client.understand, source, question, **options)
-
-    def send(self, thread: RemoteThread, text: str, *args: Any, **options: Any) -> AsyncIterator[TurnEvent]:
-        return self.iterate_in_thread(thread.send(text, *args, **options))
+        Raises InvalidInput if it does not exist.
+        """
+        if thread_id is not None:
+            try:
+                await self.connection.send_request("GET", f"/v1/threads/{thread_id}")
+                return AsyncThread(self.connection, thread_id)
+            except ArtifactNotFound:
+                if not create:
+                    raise InvalidInput("thread", f"there is no thread {thread_id!r}") from None
+        body = {} if thread_id is None else {"id": thread_id}
+        created = await self.connection.fetch_json("POST", "/v1/threads", json=body, field_names={"id": "thread"})
+        return AsyncThread(self.connection, created["id"])
 
     def batch(self, prompts: Iterable[str | dict[str, Any]], folder: str | Path) -> AsyncIterator[BatchOutcome]:
-        return self.iterate_in_thread(self.client.batch(prompts, folder))
+        """Generate each prompt into the folder, with a line in its results.jsonl; skip what an earlier run did.
+
+        It runs as batches of the service, which are cancelled with the call.
+        """
+        return RemoteBatch(self.connection, self.route, self.fetch_result).run(prompts, Path(folder))
+
+    async def route(self, prompt: str, source: Source | None = None) -> Route:
+        """Return what the model would answer the request with: text, an image or a video, with its probability."""
+        request: dict[str, Any] = {"json": {"prompt": check_prompt("prompt", prompt)}}
+        if source is not None:
+            request = {"data": request["json"], "files": {"source": await asyncio.to_thread(read_upload, source)}}
+        return Route.model_validate(await self.connection.fetch_json("POST", "/v1/route", **request))
+
+    async def generate(
+        self,
+        prompt: str,
+        *,
+        image: bool | None = None,
+        width: int | None = None,
+        height: int | None = None,
+        frames: int | None = None,
+        fps: float | None = None,
+        seconds: float | None = None,
+        steps: int | None = None,
+        guidance_scale: float | None = None,
+        flow_shift: float | None = None,
+        negative_prompt: str | None = None,
+        seed: int = 0,
+        progress: bool | None = None,
+        on_step: StepCallback | None = None,
+    ) -> Result:
+        """Generate an image if `image` is True, a clip if it is False; by default the model decides.
+
+        What is None comes from the preset; a seed of -1 is any seed. In a terminal or a notebook a progress bar is
+        shown unless `progress` is False. Raises an InvalidInput that names the option.
+        """
+        prompt = check_prompt("prompt", prompt)
+        image = find_requested_medium(image, frames, fps, seconds)
+        if image is None:
+            image = (await self.route(prompt)).kind == "image"
+        options = {
+            "width": width, "height": height, "frames": None if image and frames == 1 else frames, "fps": fps,
+            "seconds": seconds, "steps": steps, "guidance_scale": guidance_scale, "flow_shift": flow_shift,
+            "negative_prompt": negative_prompt, "seed": seed,
+        }  # fmt: skip
+        request = {"json": {"prompt": prompt} | to_request_fields(options)}
+        with follow_steps(prompt, progress, on_step) as report:
+            if image:
+                return await self.request_image("/v1/images/generations", request, {})
+            return await self.request_clip("/v1/videos", request, {}, report)
+
+    async def generate_many(self, prompt: str, n: int, **options: Unpack[GenerationOptions]) -> list[Result]:
+        """Generate `n` results with consecutive seeds, with the options of `generate`."""
+        seeds = choose_seeds(options.get("seed", 0), n)
+        calls = [cast(GenerationOptions, {**options, "seed": seed}) for seed in seeds]
+        return await run_concurrently([partial(self.generate, prompt, **call) for call in calls])
+
+    async def edit(
+        self,
+        source: Source,
+        instruction: str,
+        *,
+        width: int | None = None,
+        height: int | None = None,
+        frames: int | None = None,
+        fps: float | None = None,
+        seconds: float | None = None,
+        steps: int | None = None,
+        guidance_scale: float | None = None,
+        flow_shift: float | None = None,
+        negative_prompt: str | None = None,
+        seed: int = 0,
+        progress: bool | None = None,
+        on_step: StepCallback | None = None,
+    ) -> Result:
+        """Edit a source as the instruction says. An image is edited to an image, a clip to a clip of its length.
+
+        The source is a path, a PIL image, an array or a result. The options are those of `generate`.
+        """
+        options = {
+            "width": width, "height": height, "frames": frames, "fps": fps, "seconds": seconds, "steps": steps,
+            "guidance_scale": guidance_scale, "flow_shift": flow_shift, "negative_prompt": negative_prompt,
+            "seed": seed,
+        }  # fmt: skip
+        fields = {"prompt": check_prompt("instruction", instruction)} | to_request_fields(options)
+        upload, is_image = await asyncio.to_thread(read_edit_source, source)
+        form = {name: str(value) for name, value in fields.items()}
+        with follow_steps(instruction, progress, on_step) as report:
+            if is_image:
+                request: dict[str, Any] = {"data": form | {"response_format": "b64_json"}, "files": {"image": upload}}
+                return await self.request_image("/v1/images/edits", request, EDIT_ARGUMENTS)
+            request = {"data": form, "files": {"video": upload}}
+            return await self.request_clip("/v1/videos/edits", request, EDIT_ARGUMENTS, report)
+
+    async def edit_many(
+        self, source: Source, instruction: str, n: int, **options: Unpack[SamplingOptions]
+    ) -> list[Result]:
+        """Edit a source `n` times with consecutive seeds, with the options of `edit`."""
+        seeds = choose_seeds(options.get("seed", 0), n)
+        calls = [cast(SamplingOptions, {**options, "seed": seed}) for seed in seeds]
+        return await run_concurrently([partial(self.edit, source, instruction, **call) for call in calls])
+
+    async def understand(
+        self,
+        source: Source,
+        question: str,
+        *,
+        on_text: TextCallback = ignore_text,
+        temperature: float = 0.2,
+        top_p: float = 0.6,
+        seed: int = 0,
+    ) -> str:
+        """Answer a question about an image or a clip; call `on_text` with each new piece of the answer."""
+        form = {
+            "question": check_prompt("question", question), "temperature": str(temperature), "top_p": str(top_p),
+            "seed": str(seed),
+        }  # fmt: skip
+        files = {"source": await asyncio.to_thread(read_upload, source)}
+        pieces: list[str] = []
+        async for piece in self.connection.stream_json_lines("/v1/understand", form | {"stream": "true"}, files):
+            if piece is None:
+                return "".join(pieces).strip()
+            pieces.append(piece)
+            on_text(piece)
+        raise ModelUnavailable("the answer broke off; ask again")
+
+    # ------------------------------------------------------------ requests
+
+    async def request_image(self, path: str, request: dict[str, Any], field_names: dict[str, str]) -> Result:
+        """Request an image, which is the answer; leaving the request cancels it on the service."""
+        body = await self.connection.fetch_json(
+            "POST", path, field_names=field_names, timeout=IMAGE_TIMEOUT_SECONDS, **request
+        )
+        image = body["data"][0]
+        manifest = await self.connection.send_request("GET", f"/v1/images/{image['id']}/manifest")
+        data = base64.b64decode(image["b64_json"])
+        return Result(Manifest.model_validate_json(manifest.content), data=data, suffix="png")
+
+    async def request_clip(
+        self, path: str, request: dict[str, Any], field_names: dict[str, str], report: StepCallback
+    ) -> Result:
+        """Create a video, poll it until it has ended, and download it. Raises JobFailed."""
+        creation = asyncio.create_task(self.connection.fetch_json("POST", path, field_names=field_names, **request))
+        try:
+            video = await asyncio.shield(creation)
+            video = await self.wait_for_video(video, report)
+        except BaseException as error:
+            if not isinstance(error, OmniVideoError):
+                await self.cancel_video(creation)
+            raise
+        if video["status"] != "completed":
+            failure = video.get("error") or {"code": "cancelled", "message": "the clip was cancelled"}
+            raise JobFailed(failure["code"], failure["message"])
+        return await self.fetch_result(video["id"])
+
+    async def wait_for_video(self, video: dict[str, Any], report: StepCallback) -> dict[str, Any]:
+        started_at, last_progress = time.monotonic(), -1
+        while video["status"] in ("queued", "in_progress"):
+            response = await self.connection.send_request("GET", f"/v1/videos/{video['id']}")
+            video = response.json()
+            if (progress := video["progress"]) != last_progress:
+                last_progress, elapsed = progress, time.monotonic() - started_at
+                eta_seconds = elapsed / progress * (100 - progress) if progress else 0.0
+                report(StepProgress(step=progress, steps=100, eta_seconds=eta_seconds))
+            if video["status"] in ("queued", "in_progress"):
+                await asyncio.sleep(int(response.headers.get("openai-poll-after-ms", 1000 * POLL_SECONDS)) / 1000)
+        return video
+
+    async def cancel_video(self, creation: "asyncio.Task[dict[str, Any]]") -> None:
+        """Cancel a video on the service, whose creation may still be under way."""
+        with anyio.move_on_after(CANCEL_TIMEOUT_SECONDS, shield=True), suppress(OmniVideoError):
+            video = await creation
+            await self.connection.send_request("POST", f"/v1/videos/{video['id']}/cancel")
+        creation.cancel()
+
+    async def fetch_result(self, job_id: str, kind: str = "videos") -> Result:
+        """Download a finished video or image with its manifest."""
+        content = await self.connection.send_request("GET", f"/v1/{kind}/{job_id}/content")
+        manifest = await self.connection.send_request("GET", f"/v1/{kind}/{job_id}/manifest")
+        suffix = "mp4" if kind == "videos" else "png"
+        return Result(Manifest.model_validate_json(manifest.content), data=content.content, suffix=suffix)
+
+
+def read_upload(source: Source) -> tuple[str, bytes]:
+    """Return the name and the content of a source. Raises InvalidInput if it cannot be read."""
+    source_file = to_source_file(source)
+    return source_file.name, source_file.read()
+
+
+def read_edit_source(source: Source) -> tuple[tuple[str, bytes], bool]:
+    """Return the name and the content of a source, and whether it is an image. Raises InvalidInput if it is neither."""
+    from omnivideo.media.read import measure_media
+
+    source_file = to_source_file(source)
+    is_image = measure_media(source_file.file).kind == "image"
+    return (source_file.name, source_file.read()), is_image
+
+
+async def run_concurrently(calls: list[Callable[[], Awaitable[Value]]]) -> list[Value]:
+    """Return the results of calls, a few of which run at a time. If one fails, the others are cancelled."""
+    limiter = asyncio.Semaphore(MAX_CONCURRENT_CALLS)
+
+    async def run(call: Callable[[], Awaitable[Value]]) -> Value:
+        async with limiter:
+            return await call()
+
+    tasks = [asyncio.create_task(run(call)) for call in calls]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

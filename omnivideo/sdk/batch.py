@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -23,7 +23,8 @@ class ClipGenerator(Protocol):
     @property
     def model(self) -> "ModelIdentity": ...
 
-    def generate(self, prompt: str, *, image: bool | None = None, **overrides: Any) -> "Result": ...
+    @property
+    def generate(self) -> Callable[..., "Result"]: ...
 
 
 @dataclass(frozen=True)

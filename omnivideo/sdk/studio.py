@@ -1,12 +1,12 @@
 """The SDK in this process: one preset, loaded once, that generates, edits and understands."""
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack, cast
 
 import numpy as np
+from pydantic import ValidationError
 
 from omnivideo.backends.decoder.pipeline import GeneratedClip, generate_clip
 from omnivideo.backends.decoder.renderer import build_manifest, identify_model
@@ -16,9 +16,10 @@ from omnivideo.contracts import (
     ModelIdentity,
     Route,
     SamplingParams,
-    StepProgress,
+    TextSampling,
     get_editing_task,
     get_generation_task,
+    invalid_input_from_validation,
     resolve_sampling_params,
 )
 from omnivideo.cpu_threads import configure_cpu_threads
@@ -30,10 +31,22 @@ from omnivideo.models.omni import OmniVideoModel
 from omnivideo.models.text_limits import TokenLimits
 from omnivideo.models.weights import checkpoint
 from omnivideo.models.weights.digests import compute_folder_digest
-from omnivideo.models.weights.shipped import find_shipped_weights
+from omnivideo.models.weights.shipped import check_preset, find_shipped_weights
 from omnivideo.presets.shapes import get_file_length
 from omnivideo.sdk.batch import BatchOutcome, run_batch
 from omnivideo.sdk.batch_items import parse_items
+from omnivideo.sdk.options import (
+    GenerationOptions,
+    SamplingOptions,
+    Source,
+    StepCallback,
+    TextCallback,
+    choose_seeds,
+    find_requested_medium,
+    ignore_text,
+    to_source_file,
+)
+from omnivideo.sdk.progress import follow_steps
 from omnivideo.sdk.result import Result
 from omnivideo.settings import load_settings
 from omnivideo.startup import pause_collection
@@ -41,13 +54,17 @@ from omnivideo.storage.objects.local import LocalObjectStore
 
 if TYPE_CHECKING:
     from omnivideo.agent.conversations import Conversations
-    from omnivideo.agent.thread import Thread
+    from omnivideo.sdk.thread import StudioThread
 
-StepCallback = Callable[[StepProgress], None]
+DEFAULT_PRESET = "tiny"
 
 
-def ignore_step(step: StepProgress) -> None:
-    """Do nothing; the default of `on_step`."""
+def parse_text_sampling(**options: float) -> TextSampling:
+    """Return how an answer is sampled. Raises an InvalidInput that names the option and the allowed range."""
+    try:
+        return TextSampling.model_validate(options)
+    except ValidationError as error:
+        raise invalid_input_from_validation(error, TextSampling.model_fields) from None
 
 
 class Studio:
@@ -57,12 +74,13 @@ class Studio:
     one), "cpu" or "cuda:N". `home` is the folder of threads and their artifacts, by default OMNIVIDEO_HOME. The
     setting OMNIVIDEO_PRECISION is "preset", each part in the type that the preset states, or "float32".
 
-    Raises CheckpointError if the weights are missing or do not fit the preset.
+    Raises CheckpointError if the weights are missing or damaged, and InvalidInput if they are of another preset than
+    the one that is named.
     """
 
     def __init__(
         self,
-        preset: str = "tiny",
+        preset: str = DEFAULT_PRESET,
         weights: str | Path | None = None,
         device: str = "auto",
         home: str | Path | None = None,
@@ -70,6 +88,8 @@ class Studio:
         configure_cpu_threads()
         self.settings = load_settings(home=home)
         self.weights_folder = Path(weights) if weights else find_shipped_weights(preset)
+        if preset != DEFAULT_PRESET:  # by default, it is that of the weights
+            check_preset(self.weights_folder, preset, "preset")
         digest = compute_folder_digest(self.weights_folder, self.settings.home)
         with pause_collection():
             self.omni: OmniVideoModel = checkpoint.load(
@@ -91,12 +111,14 @@ class Studio:
 
         return build_local_conversations(self.omni, self.weights_digest, self.settings, self.text_limits)
 
-    def open_thread(self, thread_id: str | None = None, create: bool = False) -> "Thread":
+    def open_thread(self, thread_id: str | None = None, create: bool = False) -> "StudioThread":
         """Return a new thread, or the thread with the given id, which is created if `create` is set.
 
         Raises InvalidInput if it does not exist.
         """
-        return self.conversations.open_thread(thread_id, create)
+        from omnivideo.sdk.thread import StudioThread
+
+        return StudioThread.wrap(self.conversations.open_thread(thread_id, create), self.conversations.store)
 
     def artifact_path(self, artifact: Artifact) -> Path:
         """Return the path of a thread's artifact."""
@@ -113,66 +135,139 @@ class Studio:
         """Generate each prompt into the folder, with a line in its results.jsonl; skip what an earlier run did."""
         yield from run_batch(self, parse_items(prompts, self.omni.preset, self.text_limits), Path(folder))
 
-    def route(self, prompt: str, source: str | Path | None = None) -> Route:
+    def route(self, prompt: str, source: Source | None = None) -> Route:
         """Return what the model would answer the request with: text, an image or a video, with its probability."""
         media = () if source is None else (self.load_media(source),)
         message = MLLMMessage(self.text_limits.check_message("prompt", prompt), media)
         return self.omni.bound_mllm.route(message)
 
     def generate(
-        self, prompt: str, *, image: bool | None = None, on_step: StepCallback = ignore_step, **overrides: object
+        self,
+        prompt: str,
+        *,
+        image: bool | None = None,
+        width: int | None = None,
+        height: int | None = None,
+        frames: int | None = None,
+        fps: float | None = None,
+        seconds: float | None = None,
+        steps: int | None = None,
+        guidance_scale: float | None = None,
+        flow_shift: float | None = None,
+        negative_prompt: str | None = None,
+        seed: int = 0,
+        progress: bool | None = None,
+        on_step: StepCallback | None = None,
     ) -> Result:
         """Generate an image if `image` is True, a clip if it is False; by default the model decides.
 
-        `overrides` are width, height, frames, fps, seconds, steps, guidance_scale, flow_shift, negative_prompt and
-        seed; the others come from the preset. Raises an InvalidInput that names the setting.
+        What is None comes from the preset; a seed of -1 is any seed. In a terminal or a notebook a progress bar is
+        shown unless `progress` is False. Raises an InvalidInput that names the option.
         """
+        image = find_requested_medium(image, frames, fps, seconds)
         if image is None:
-            has_length = any(overrides.get(name) is not None for name in ("frames", "fps", "seconds"))
-            image = overrides.get("frames") == 1 if has_length else self.route(prompt).kind == "image"
-        task = get_generation_task("image" if image else "video")
-        params = resolve_sampling_params(self.omni.preset, task, **overrides)
+            image = self.route(prompt).kind == "image"
+        params = resolve_sampling_params(
+            self.omni.preset,
+            get_generation_task("image" if image else "video"),
+            width=width,
+            height=height,
+            frames=frames,
+            fps=fps,
+            seconds=seconds,
+            steps=steps,
+            guidance_scale=guidance_scale,
+            flow_shift=flow_shift,
+            negative_prompt=negative_prompt,
+            seed=seed,
+        )
         self.text_limits.check_negative_prompt("negative_prompt", params.negative_prompt)
         prompt = self.text_limits.check_prompt("prompt", prompt, params)
-        return self.generate_result(prompt, params, None, None, on_step)
+        with follow_steps(prompt, progress, on_step) as report:
+            return self.generate_result(prompt, params, None, None, report)
+
+    def generate_many(self, prompt: str, n: int, **options: Unpack[GenerationOptions]) -> list[Result]:
+        """Generate `n` results with consecutive seeds, with the options of `generate`."""
+        seeds = choose_seeds(options.get("seed", 0), n)
+        return [self.generate(prompt, **cast(GenerationOptions, {**options, "seed": seed})) for seed in seeds]
 
     def edit(
-        self, source: str | Path, instruction: str, *, on_step: StepCallback = ignore_step, **overrides: object
+        self,
+        source: Source,
+        instruction: str,
+        *,
+        width: int | None = None,
+        height: int | None = None,
+        frames: int | None = None,
+        fps: float | None = None,
+        seconds: float | None = None,
+        steps: int | None = None,
+        guidance_scale: float | None = None,
+        flow_shift: float | None = None,
+        negative_prompt: str | None = None,
+        seed: int = 0,
+        progress: bool | None = None,
+        on_step: StepCallback | None = None,
     ) -> Result:
-        """Edit a source as the instruction says. An image is edited to an image, a clip to a clip of its length."""
-        info = measure_media(source)
-        task, preset = get_editing_task(info.kind), self.omni.preset
-        length = get_file_length(preset, info.frames, info.fps)
-        params = resolve_sampling_params(preset, task, length, **overrides)
+        """Edit a source as the instruction says. An image is edited to an image, a clip to a clip of its length.
+
+        The source is a path, a PIL image, an array or a result. The options are those of `generate`.
+        """
+        source_file = to_source_file(source)
+        info = measure_media(source_file.file)
+        params = resolve_sampling_params(
+            self.omni.preset,
+            get_editing_task(info.kind),
+            get_file_length(self.omni.preset, info.frames, info.fps),
+            width=width,
+            height=height,
+            frames=frames,
+            fps=fps,
+            seconds=seconds,
+            steps=steps,
+            guidance_scale=guidance_scale,
+            flow_shift=flow_shift,
+            negative_prompt=negative_prompt,
+            seed=seed,
+        )
         self.text_limits.check_negative_prompt("negative_prompt", params.negative_prompt)
         instruction = self.text_limits.check_prompt("instruction", instruction, params)
         size = (params.width, params.height, params.frames, params.fps)
-        frames = read_fitted_media(source, *size, config=preset.source, delivery=params.delivery)
-        result = self.generate_result(instruction, params, frames, Path(source).name, on_step)
-        sound = SoundSource(Path(source), info.frames / info.fps) if info.fps else None
-        return replace(result, sound=sound)
+        config = self.omni.preset.source
+        pixels = read_fitted_media(source_file.file, *size, config=config, delivery=params.delivery)
+        with follow_steps(instruction, progress, on_step) as report:
+            result = self.generate_result(instruction, params, pixels, source_file.name, report)
+        result.sound = SoundSource(source_file.file, info.frames / info.fps) if info.fps else None
+        return result
+
+    def edit_many(self, source: Source, instruction: str, n: int, **options: Unpack[SamplingOptions]) -> list[Result]:
+        """Edit a source `n` times with consecutive seeds, with the options of `edit`."""
+        seeds = choose_seeds(options.get("seed", 0), n)
+        return [self.edit(source, instruction, **cast(SamplingOptions, {**options, "seed": seed})) for seed in seeds]
 
     def understand(
         self,
-        source: str | Path,
+        source: Source,
         question: str,
         *,
-        on_text: Callable[[str], None] = lambda piece: None,
+        on_text: TextCallback = ignore_text,
         temperature: float = 0.2,
         top_p: float = 0.6,
         seed: int = 0,
     ) -> str:
         """Answer a question about an image or a clip; call `on_text` with each new piece of the answer."""
+        sampling = parse_text_sampling(temperature=temperature, top_p=top_p, seed=seed)
         message = MLLMMessage(self.text_limits.check_message("question", question), (self.load_media(source),))
         pieces = []
-        for piece in self.omni.bound_mllm.stream_text(message, temperature=temperature, top_p=top_p, seed=seed):
+        options = sampling.model_dump(exclude={"max_tokens"})
+        for piece in self.omni.bound_mllm.stream_text(message, **options):
             pieces.append(piece)
             on_text(piece)
         return "".join(pieces).strip()
 
-    def load_media(self, source: str | Path) -> MLLMMedia:
+    def load_media(self, source: Source) -> MLLMMedia:
         """Read a source in the form that the MLLM accepts."""
-        return read_mllm_media(source, self.omni.bound_mllm.visual_inputs)
+        return read_mllm_media(to_source_file(source).file, self.omni.bound_mllm.visual_inputs)
 
     def generate_result(
         self,
@@ -184,9 +279,7 @@ class Studio:
     ) -> Result:
         for event in generate_clip(self.omni, prompt, params, source_frames):
             if isinstance(event, GeneratedClip):
-                return Result(
-                    event.frames,
-                    build_manifest(self.model, prompt, params, event.seconds_by_stage, source_name),
-                )
+                manifest = build_manifest(self.model, prompt, params, event.seconds_by_stage, source_name)
+                return Result(manifest, frames=event.frames)
             on_step(event.step)
         raise AssertionError("generate_clip ends with a clip")

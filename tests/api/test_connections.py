@@ -19,7 +19,7 @@ from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 from omnivideo.api import connections
 from omnivideo.api.bulkheads import MAX_REQUESTS_PER_ADDRESS, ClientLimitMiddleware
 from omnivideo.api.connections import ConnectionLimits, create_protocol, is_trusted_proxy
-from omnivideo.cli.service import MAX_REPETITIONS, RepetitionFilter
+from omnivideo.cli.logs import MAX_REPETITIONS, RepetitionFilter
 from tests.support.openai_service import wait_until
 from tests.support.servers import free_port
 

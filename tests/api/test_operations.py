@@ -1,17 +1,16 @@
 """What an operator sees of a request: its id, its trace down to the worker's steps, and its metrics."""
 
 import logging
+import re
+import subprocess
 import time
+import uuid
 
 import httpx
 import pytest
-from opentelemetry import trace
-from opentelemetry.sdk.trace import TracerProvider
-from opentelemetry.sdk.trace.export import SimpleSpanProcessor
-from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from prometheus_client.parser import text_string_to_metric_families
 
-from omnivideo.api.routes.operations import MLLMServerCollector
+from omnivideo.api.routes.operations import MLLMCollector, MLLMServerCollector
 from omnivideo.backends.mllm.local import LocalMLLM
 from omnivideo.backends.mllm.remote import RemoteMLLM
 from omnivideo.backends.mllm.server import LRUObjectStore
@@ -21,8 +20,10 @@ from omnivideo.storage.database.engine import create_database_engine
 from omnivideo.storage.database.workers import WorkerRepository
 from omnivideo.wiring import ServiceWiring
 from tests.support.api_server import run_api_server, run_mllm_server
+from tests.support.browser import chromium
 from tests.support.openai_service import KEY, wait_until
 from tests.support.servers import free_port
+from tests.support.spans import collect_spans, find_spans
 
 MODEL_LABELS = ("preset", "weights", "precision")
 PART_LABELS = ("part", "location", "dtype", "compute_dtype")
@@ -30,10 +31,7 @@ PART_LABELS = ("part", "location", "dtype", "compute_dtype")
 
 @pytest.fixture(scope="module")
 def spans():
-    exporter, provider = InMemorySpanExporter(), TracerProvider()
-    provider.add_span_processor(SimpleSpanProcessor(exporter))
-    trace.set_tracer_provider(provider)
-    return exporter
+    return collect_spans()
 
 
 def generate_clip(http, steps: int = 3) -> str:
@@ -72,6 +70,46 @@ def test_metrics_count_requests_by_route_and_jobs_by_state(http):
     assert "omnivideo_database_up 1.0" in text and KEY not in text
 
 
+def test_metrics_measure_queue_and_generation_times_steps_and_the_language_model(http):
+    generate_clip(http, steps=3)
+    samples = {
+        (sample.name, *sample.labels.values()): sample.value
+        for family in text_string_to_metric_families(http.get("/metrics").text)
+        for sample in family.samples
+    }
+    for name in ("omnivideo_job_queue_seconds", "omnivideo_job_generation_seconds"):
+        counts = [value for (sample, *labels), value in samples.items() if sample == f"{name}_bucket"]
+        assert counts == sorted(counts) and counts[-1] == samples[f"{name}_count", "interactive"] >= 1
+        assert samples[f"{name}_sum", "interactive"] > 0
+    done = samples["omnivideo_jobs_ended_total", "interactive", "done"]
+    assert samples["omnivideo_job_generation_seconds_count", "interactive"] == done
+    assert samples["omnivideo_denoising_steps_total", "interactive"] >= 3
+    assert {"omnivideo_language_model_tokens_total", "omnivideo_language_model_cache_requests_total"} <= {
+        name for name, *_ in samples
+    }
+
+
+def test_a_trace_of_a_turn_crosses_its_threads(spans, http):
+    trace_id = uuid.uuid4().hex
+    caller = f"00-{trace_id}-b7ad6b7169203331-01"
+    thread_id = http.post("/v1/threads").json()["id"]
+    body = {"text": "a red ball", "steps": 2}
+    turn = http.post(f"/v1/threads/{thread_id}/turns", json=body, headers={"traceparent": caller}).json()
+    wait_until(lambda: http.get(f"/v1/threads/{thread_id}/turns/{turn['id']}").json()["state"] == "done")
+    time.sleep(0.2)
+    expected = {"POST /v1/threads/{name}/turns", "turn", "job", "denoising step", "store result"}
+    assert expected <= find_spans(int(trace_id, 16)).keys()
+
+
+def test_the_documentation_loads_from_nowhere_else(http):
+    page = http.get("/docs").text
+    addresses = re.findall(r"""(?:src|href|url)\s*[=:]\s*["']([^"']+)""", page)
+    assert addresses and not [address for address in addresses if "//" in address]
+    for address in addresses:
+        assert http.get(f"/{address}").status_code == 200, address
+    assert http.get("/docs/nothing.js").status_code == 404 and http.get("/redoc").status_code == 404
+
+
 def test_an_unexpected_error_is_counted_and_logged_with_its_request(http, context, monkeypatch, caplog):
     def fail(*arguments: object) -> None:
         raise RuntimeError("a detail")
@@ -82,6 +120,15 @@ def test_an_unexpected_error_is_counted_and_logged_with_its_request(http, contex
     assert 'omnivideo_request_seconds_count{method="GET",route="/v1/files",status="500"}' in http.get("/metrics").text
     (record,) = [record for record in caplog.records if failed.headers["x-request-id"] in record.getMessage()]
     assert record.exc_info and str(record.exc_info[1]) == "a detail"
+
+
+def test_a_browser_shows_the_routes(service, tmp_path):
+    """The machine of the tests has no access to a CDN, nor has an operator's."""
+    options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+    command = [chromium(), *options, "--virtual-time-budget=15000", "--dump-dom", f"{service[2]}/docs"]
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    paths = re.findall(r'data-path="([^"]+)"', dom)
+    assert {"/v1/videos", "/v1/understand", "/v1/chat/completions"} <= set(paths)
 
 
 def test_health_and_readiness(http):
@@ -124,11 +171,13 @@ def test_the_server_of_the_mllm_reports_where_its_parts_compute(weights, tmp_pat
     with run_mllm_server(LocalMLLM(omni, LRUObjectStore()), port):
         text = httpx.get(f"http://127.0.0.1:{port}/metrics", trust_env=False).text
         server = RemoteMLLM(f"http://127.0.0.1:{port}", LRUObjectStore(), 10)
-        (up, family) = MLLMServerCollector(server).collect()
+        (up,) = MLLMServerCollector(server).collect()
+        families = {family.name: family for family in MLLMCollector(server.fetch_metrics).collect()}
         server.close()
     expected = {
         ("tiny", part.size.name, "cpu", part.size.dtype, part.compute_dtype): part.size.weights_bytes
         for part in omni.placement.parts
     }
     assert read_gauge(text, "omnivideo_mllm_part_bytes", "preset", *PART_LABELS) == expected
-    assert len(family.samples) == len(expected) == 2 and up.samples[0].value == 1
+    assert len(families["omnivideo_mllm_part_bytes"].samples) == len(expected) == 2 and up.samples[0].value == 1
+    assert "omnivideo_language_model_tokens" in families

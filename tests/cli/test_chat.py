@@ -87,8 +87,8 @@ def test_a_terminal_wraps_answers_between_words():
     display.close()
     print_wrapped(display.console, Text("saved as /" + "y" * 30 + " for you"))
     assert [line.rstrip() for line in output.getvalue().splitlines()] == [
-        *("I can draw circles,", "squares and", "triangles", "on grey. See", "/" + "x" * 30),
-        *("saved as", "/" + "y" * 30, "for you"),
+        *("I can draw circles,", "squares and", "triangles", "on grey. See /" + "x" * 30),
+        *("saved as /" + "y" * 30, "for you"),
     ]
 
 

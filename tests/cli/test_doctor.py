@@ -1,6 +1,7 @@
 """`omnivideo doctor` reports settings that the service refuses, and still reports everything else."""
 
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -10,7 +11,8 @@ import torch
 from omnivideo.cli import doctor, expectations
 from omnivideo.cli.app import open_studio
 from omnivideo.cli.main import main
-from omnivideo.errors import CheckpointError
+from omnivideo.errors import CheckpointError, InvalidInput
+from omnivideo.models.device import pick_device
 from omnivideo.models.placement import Machine
 from omnivideo.models.weights import checkpoint
 from omnivideo.presets import TINY
@@ -104,3 +106,17 @@ def test_commands_say_when_not_all_fits_on_the_gpu(gpu_bytes, weights, tmp_path,
 def test_a_folder_that_is_not_ours_is_refused_in_one_line(tmp_path):
     with pytest.raises(CheckpointError, match=r"no model_index\.json"):
         list(expectations.describe_folder(tmp_path, torch.device("cpu")))
+
+
+def test_a_folder_without_a_part_is_described_without_it(weights, monkeypatch, capsys, tmp_path):
+    """As after `weights import --allow-missing`, for a worker beside a server of the MLLM."""
+    folder = shutil.copytree(weights, tmp_path / "weights", ignore=shutil.ignore_patterns("mllm", "vae"))
+    text = run_doctor(monkeypatch, capsys, "--weights", str(folder), "--device", "cpu")
+    assert "missing mllm, vae; what follows is without them" in text and "video-editing at least" in text
+
+
+@pytest.mark.parametrize("name", ["meta", "hpu"])
+def test_a_device_that_placements_do_not_know_is_refused(name):
+    text = f"device: '{name}' is not available on this machine; use auto, cpu or cuda:N"
+    with pytest.raises(InvalidInput, match=text):
+        pick_device(name)

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 
@@ -18,7 +19,7 @@ from tests.support.servers import free_port, wait_for
 def run_cli(monkeypatch, capsys, tmp_path):
     """Return a function that runs a command line and returns its exit code, stdout and stderr."""
     monkeypatch.setenv("OMNIVIDEO_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(service, "configure_logging", lambda component: None)
+    monkeypatch.setattr(service, "configure_logging", lambda *arguments, **options: None)
 
     def run(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["omnivideo", *arguments])
@@ -37,7 +38,7 @@ def test_serve_builds_the_application_and_closes_its_wiring(run_cli, monkeypatch
     )
     close = ServiceWiring.close
     monkeypatch.setattr(ServiceWiring, "close", lambda wiring: closed.append(wiring) or close(wiring))
-    assert run_cli("serve", "--weights", str(weights))[0] == 0
+    assert run_cli("serve", "--weights", str(weights), "--port", str(free_port()))[0] == 0
     (application,) = served
     assert isinstance(application, FastAPI) and "/v1/videos" in application.openapi()["paths"]
     (wiring,) = closed
@@ -70,12 +71,36 @@ def test_keys_are_created_listed_and_revoked(run_cli):
     assert code == 2 and "key: there is no key 'key_unknown'" in err
 
 
+def test_a_key_without_an_admin_key_leaves_the_service_open(run_cli, monkeypatch):
+    assert "warning: OMNIVIDEO_ADMIN_KEY is empty, so the service answers everyone" in run_cli("keys", "add", "ann")[2]
+    monkeypatch.setenv("OMNIVIDEO_ADMIN_KEY", "a-key-for-the-tests")
+    assert run_cli("keys", "add", "ben")[2] == ""
+
+
+def test_nothing_is_started_where_the_port_is_taken(run_cli, tmp_path):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = str(other.getsockname()[1])
+        for command in (["serve"], ["mllm", "serve", "--engine", "transformers"]):
+            code, _, err = run_cli(*command, "--port", port)
+            assert (code, err) == (2, f"error: port: another process listens on {port}; give another with --port\n")
+    assert not (tmp_path / "home").exists()  # no database, so no job was claimed
+    code, _, err = run_cli("serve", "--host", "no.such.host.invalid")
+    assert code == 2 and ("host: " in err or "OMNIVIDEO_ADMIN_KEY" in err)
+
+
+def test_misspelt_options_of_the_log_are_refused(run_cli):
+    code, _, err = run_cli("serve", "--log-level", "loud")
+    assert code == 2 and "OMNIVIDEO_LOG_LEVEL: allowed: debug, info, warning, error" in err
+
+
 SERVER_PROGRAM = """
 import sys
 from starlette.applications import Starlette
-from omnivideo.cli.service import run_server
+from omnivideo.cli.service import listen, run_server
 try:
-    run_server(Starlette, "127.0.0.1", int(sys.argv[1]))
+    run_server(Starlette, listen("127.0.0.1", int(sys.argv[1])))
 finally:
     print("closed", flush=True)
 """

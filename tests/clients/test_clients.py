@@ -4,9 +4,12 @@ The run writes results.json and the table in docs/service.md, for the clients th
 """
 
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -18,7 +21,7 @@ from tests.support.client_table import record_result, write_table
 from tests.support.compose_files import ROOT, compose
 from tests.support.servers import free_port
 
-DRIVER_SECONDS = 900
+DRIVER_SECONDS = 1500
 
 
 @pytest.fixture(scope="module", params=SERVICES)
@@ -60,9 +63,15 @@ def run_driver(client: ClientProgram, address: str, folder: Path) -> tuple[dict,
     command = ["nice", "-n", "5", interpreter, drivers / client.driver, address, KEY, folder]
     log = folder / "driver.log"
     with log.open("wb") as file:
-        subprocess.run(
-            command, cwd=folder, env=environment, stdout=file, stderr=file, timeout=DRIVER_SECONDS, check=False
+        process = subprocess.Popen(
+            command, cwd=folder, env=environment, stdout=file, stderr=file, start_new_session=True
         )
+    try:
+        process.wait(DRIVER_SECONDS)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # what the driver has started, such as n8n, ends with it
+        process.wait()
     observations = folder / "observations.json"
     return json.loads(observations.read_text()) if observations.exists() else {}, log.read_text()[-4000:]
 

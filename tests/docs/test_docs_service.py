@@ -60,13 +60,14 @@ def test_the_client_example_runs(address, tmp_path, monkeypatch):
 
 
 def test_the_table_of_clients_is_that_of_the_last_run():
-    """`make test-clients` writes both; nobody edits the table, and every client has run with both services."""
+    """`make test-clients` writes both; nobody edits the table, and no failure or other version is in it."""
     results = client_table.load_results()
     assert client_table.split_page(PAGES["docs/service.md"])[1] == client_table.render_table(results)
-    for client in CLIENTS:
-        entry = results[client.name]
-        assert entry.keys() == {"version", *SERVICES} and entry["version"] == client.pin
-        for words in (entry[service] for service in SERVICES):
-            assert words.keys() <= {*FEATURES, "skipped"}
-            ran = words.keys() - {"skipped"}
-            assert all(words[feature] == "worked" or words[feature].startswith("refused: ") for feature in ran)
+    pins = {client.name: client.pin for client in CLIENTS}
+    for name, entry in results.items():
+        assert entry["version"] == pins[name]
+        for words in (entry[service] for service in SERVICES if service in entry):
+            assert words.keys() <= FEATURES.keys() or words.keys() == {"skipped"}
+            assert (
+                all(word == "worked" or word.startswith("refused: ") for word in words.values()) or "skipped" in words
+            )

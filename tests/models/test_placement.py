@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from omnivideo.models.device import list_fast_dtypes, measure_free_memory, measure_machine
+from omnivideo.models.device import list_fast_dtypes, measure_free_memory, measure_machine, read_cgroups_free
 from omnivideo.models.placement import GIB, Machine, PartSize, plan_placement
 
 # The parts of the published presets in GiB: weights, largest block, working memory.
@@ -91,3 +91,31 @@ def test_the_machine_is_measured():
     with open("/proc/meminfo") as lines:
         total = int(next(lines).split()[1]) * 1024
     assert 0 < measure_free_memory() <= total
+
+
+@pytest.mark.parametrize(
+    ("membership", "files", "free"),
+    [
+        ("0::/\n", {"memory.max": "1000\n", "memory.current": "900\n"}, [100]),
+        (
+            "0::/\n",
+            {"memory.max": "1000\n", "memory.current": "990\n",
+             "memory.stat": "anon 90\nfile 900\ninactive_file 600\nactive_file 300\n"},
+            [910],
+        ),
+        ("0::/job/step\n", {"job/memory.max": "1000\n", "job/memory.current": "400\n", "memory.max": "max\n"}, [600]),
+        ("0::/path/of/the/host\n", {"memory.max": "max\n", "memory.current": "5\n"}, []),
+        (
+            "4:memory:/job\n1:cpu:/\n",
+            {"memory/job/memory.limit_in_bytes": "1000\n", "memory/job/memory.usage_in_bytes": "900\n",
+             "memory/job/memory.stat": "inactive_file 1\ntotal_inactive_file 200\ntotal_active_file 300\n"},
+            [600],
+        ),
+    ],
+    ids=["v2", "v2, weights in the page cache", "v2 of a job", "v2 no limit", "v1 of a job, page cache"],
+)  # fmt: skip
+def test_the_free_memory_of_cgroups_counts_what_the_system_takes_back(tmp_path, membership, files, free):
+    for name, content in (files | {"membership": membership}).items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(content)
+    assert list(read_cgroups_free(tmp_path, tmp_path / "membership")) == free

@@ -5,12 +5,14 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from opentelemetry import trace
 
 from omnivideo.errors import ArtifactNotFound
 from omnivideo.storage.objects.local import LocalObjectStore
 from omnivideo.storage.objects.memory import MemoryObjectStore
 from omnivideo.storage.objects.tensors import get_tensors, put_tensors
 from tests.support.object_stores import MISSING, check_round_trip
+from tests.support.spans import collect_spans, find_spans
 
 minio = pytest.importorskip("minio", reason="minio is not installed (pip install minio); the S3 store was not tested")
 
@@ -29,6 +31,14 @@ def sweeping(request, tmp_path):
 
 def test_bytes_are_stored_under_their_digest(store):
     check_round_trip(store)
+
+
+def test_a_trace_covers_the_store(s3):
+    collect_spans()
+    with trace.get_tracer("test").start_as_current_span("caller") as caller:
+        s3.get(s3.put(b"traced", "bin"))
+    spans = find_spans(caller.get_span_context().trace_id)
+    assert spans["store put"] >= 1 and spans["store get"] == 1
 
 
 def test_a_missing_object_is_not_found(store):

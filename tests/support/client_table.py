@@ -5,6 +5,7 @@ from pathlib import Path
 
 from tests.support.client_features import FEATURES
 from tests.support.client_programs import CLIENTS, ClientProgram
+from tests.support.client_services import SERVICES
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "tests" / "clients" / "results.json"
@@ -31,24 +32,23 @@ def record_result(client: ClientProgram, service: str, words: dict[str, str]) ->
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
 
 
-def render_cell(entry: dict, feature: str) -> str:
-    """Return "yes", "refused: FIELD", nothing where the client has no such thing, or both services' words."""
-    words = {service: entry[service].get(feature, "") for service in entry if service != "version"}
-    shown = {service: "yes" if word == "worked" else word for service, word in words.items()}
+def render_cell(words: dict[str, dict[str, str]], feature: str) -> str:
+    """Return "yes", "refused: FIELD", nothing where the client has no such thing, or the services' different words."""
+    shown = {service: seen.get(feature, "") for service, seen in words.items()}
+    shown = {service: "yes" if word == "worked" else word for service, word in shown.items()}
     if len(set(shown.values())) == 1:
         return next(iter(shown.values()))
     return ", ".join(f"{service}: {word or 'no such thing'}" for service, word in shown.items())
 
 
 def render_table(results: dict[str, dict]) -> str:
-    lines = [f"| client | {' | '.join(FEATURES)} |", "|---" * (len(FEATURES) + 1) + "|"]
+    lines = [f"| client | {' | '.join(FEATURES)} | not run |", "|---" * (len(FEATURES) + 2) + "|"]
     for client in CLIENTS:
-        entry = results.get(client.name, {"never": {"skipped": "it was never run"}})
-        skipped = {service: words["skipped"] for service, words in entry.items() if "skipped" in words}
-        cells = [render_cell(entry, feature) for feature in FEATURES]
-        if skipped:
-            cells[0] = "skipped: " + "; ".join(sorted(set(skipped.values())))
-        lines.append(f"| {client.title} {client.pin} | {' | '.join(cells)} |")
+        entry = {service: results.get(client.name, {}).get(service, {"skipped": "not run yet"}) for service in SERVICES}
+        ran = {service: words for service, words in entry.items() if "skipped" not in words}
+        cells = [render_cell(ran, feature) if ran else "" for feature in FEATURES]
+        skipped = [f"{service}: {words['skipped']}" for service, words in entry.items() if "skipped" in words]
+        lines.append(f"| {client.title} {client.pin} | {' | '.join(cells)} | {'; '.join(skipped)} |")
     return "\n".join(lines) + "\n"
 
 

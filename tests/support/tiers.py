@@ -64,6 +64,8 @@ LONG = (
     "usability/test_terminal.py::test_ctrl_c*",
     "usability/test_terminal.py::test_a_paste*",
     "usability/test_fresh_clone.py",
+    # mypy over the package and its libraries, without a cache: minutes.
+    "usability/test_types.py",
     "usability/test_notebook.py",
     "usability/test_types.py",
     # The released wheel, in an empty environment.
@@ -74,6 +76,7 @@ SLOW = (
     "agent/test_conversations.py::test_the_planner_evaluation*",
     "api/attacks/*.py",
     "api/test_delivery.py",
+    "api/test_operations.py::test_a_browser*",
     "api/test_chat_*.py",
     "api/test_fields.py",
     "api/test_image_fields.py",
@@ -103,6 +106,8 @@ SLOW = (
     "models/weights/*.py",
     "sdk/test_batch.py",
     "sdk/test_client*.py",
+    "sdk/test_parity.py",
+    "sdk/test_progress.py",
     "storage/test_objects*.py",
     "synthetic/*.py::test_captions_describe_the_rendered_scene",
     "synthetic/*.py::test_the_scorer_reads_the_ground_truth",

@@ -11,12 +11,17 @@ import pytest
 
 pytestmark = pytest.mark.timeout(900)
 ROOT = Path(__file__).parents[2]
-TOOLS = ("nbclient>=0.10,<1", "ipykernel>=6.29,<8")
+# ipywidgets is part of Jupyter; without it, tqdm of the Hugging Face libraries prints a warning.
+TOOLS = ("nbclient>=0.10,<1", "ipykernel>=6.29,<8", "ipywidgets>=8,<9")
 CELLS = (
     "from omnivideo import Studio\nstudio = Studio()",
     "clip = studio.generate('a small red circle moving right', image=False, seed=1, steps=8)\nclip",
     "clip.save('clip.mp4')\nprint(studio.understand('clip.mp4', 'how does the circle move?'))",
     "studio.generate('a large yellow star', image=True, steps=8)",
+    # A bar is shown without being asked for, and is gone at the end.
+    "import IPython.display as shown\nshown_texts = []\nHTML = shown.HTML\n"
+    "shown.HTML = lambda text: shown_texts.append(text) or HTML(text)\n"
+    "studio.generate('a star', image=True, steps=3)\nprint(shown_texts)",
 )
 EXECUTE = """
 import sys, nbformat
@@ -58,3 +63,4 @@ def test_a_notebook_shows_the_clip_and_the_picture(notebook_python, tmp_path):
     assert not any(output.get("name") == "stderr" for cell in cells for output in cell["outputs"]), pages
     assert any("<video src=" in page for page in pages) and any("<img src=" in page for page in pages)
     assert any("it moves right" in page for page in pages)
+    assert any('<progress value="3" max="3">' in page and page.endswith("'']\n") for page in pages), pages[-3:]

@@ -38,6 +38,10 @@ imagePullPolicy: {{ .of.image.pullPolicy }}
   value: {{ $value | quote }}
 {{- end }}
 {{- end }}
+{{- with $root.Values.tracesEndpoint }}
+- name: OTEL_EXPORTER_OTLP_ENDPOINT
+  value: {{ . | quote }}
+{{- end }}
 {{- $keys := $root.Values.secret.keys -}}
 {{- if ne .part "api" }}{{ $keys = omit $keys "OMNIVIDEO_ADMIN_KEY" }}{{ end -}}
 {{- range $name, $key := $keys }}

@@ -22,7 +22,7 @@ from omnivideo.api.errors import ERROR_RESPONSES, build_not_found_error
 from omnivideo.api.generation import build_image_edit_jobs, build_image_jobs, make_image_ids
 from omnivideo.api.generation_requests import ImageEditRequest, ImageFormat, ImageGenerationRequest
 from omnivideo.api.request_body import BodyFields, ServiceRoute, document_request_body, validate_fields
-from omnivideo.api.routes.videos import build_content_response, read_image_content
+from omnivideo.api.routes.videos import build_content_response, build_manifest_response, read_image_content
 from omnivideo.api.waiting import CLIENT_CLOSED_REQUEST
 from omnivideo.api.waiting_jobs import WaitingJobs
 from omnivideo.contracts import JobStatus
@@ -89,10 +89,20 @@ async def edit_images(
 @router.get("/{image_id}/content", response_class=Response)
 def get_image_content(image_id: ResourceId, request: Request, context: ContextDep, owner: MediaOwnerDep) -> Response:
     """Return an image that was requested with `response_format` "url"."""
+    return build_content_response(context, require_image(context, image_id, owner), request)
+
+
+@router.get("/{image_id}/manifest", response_class=Response)
+def get_image_manifest(image_id: ResourceId, request: Request, context: ContextDep, owner: OwnerDep) -> Response:
+    """Return everything that the image was generated from, as JSON."""
+    return build_manifest_response(context, require_image(context, image_id, owner), request)
+
+
+def require_image(context: ServiceContext, image_id: str, owner: str) -> JobStatus:
     status = context.jobs.get_owned_job(image_id, owner, "image")
     if status is None:
         raise build_not_found_error("image", image_id)
-    return build_content_response(context, status, request)
+    return status
 
 
 async def run_image_jobs(request: Request, image_jobs: WaitingJobs[Any]) -> Response:

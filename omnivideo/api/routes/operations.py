@@ -1,11 +1,11 @@
 """Routes for operators: health, readiness, and Prometheus metrics of the requests, jobs, workers and the MLLM."""
 
 from collections import Counter as Counted
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
@@ -13,11 +13,13 @@ from omnivideo.api.dependencies import ContextDep, MLLMServer, ServiceContext
 from omnivideo.api.errors import ERROR_RESPONSES
 from omnivideo.api.request_body import ServiceRoute
 from omnivideo.api.stores import WorkerStore
+from omnivideo.contracts import JobDurations
 from omnivideo.errors import OmniVideoError
 from omnivideo.ports import JobStore
 
 router = APIRouter(route_class=ServiceRoute, tags=["operation"], responses=ERROR_RESPONSES)
 WORKER_LIFETIME_SECONDS = 30.0  # after its last report; workers report every 10 s
+JOB_SECONDS = (0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000, 3000)  # bounds of the histograms of jobs
 LATENCY_BUCKETS_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
 
@@ -30,6 +32,8 @@ class RequestMetrics:
         self.registry.register(WorkerCollector(context.workers))
         if context.mllm_server:
             self.registry.register(MLLMServerCollector(context.mllm_server))
+        if context.fetch_mllm_metrics:
+            self.registry.register(MLLMCollector(context.fetch_mllm_metrics))
         self.latency_seconds = Histogram(
             "omnivideo_request_seconds",
             "Time to the last byte",
@@ -52,6 +56,7 @@ class QueueCollector(Collector):
         up = GaugeMetricFamily("omnivideo_database_up", "1 if the database answers, otherwise 0")
         try:
             counts, oldest_wait_seconds = self.jobs.count_by_lane_and_state(), self.jobs.get_oldest_wait_seconds()
+            durations = self.jobs.measure_durations(JOB_SECONDS)
         except OmniVideoError:
             up.add_metric([], 0)
             yield up
@@ -67,6 +72,24 @@ class QueueCollector(Collector):
         oldest_wait = GaugeMetricFamily("omnivideo_oldest_job_seconds", "Waiting time of the oldest queued job")
         oldest_wait.add_metric([], oldest_wait_seconds)
         yield oldest_wait
+        yield from describe_durations(durations)
+
+
+def describe_durations(durations: Iterable[JobDurations]) -> Iterable[Metric]:
+    """Yield the histograms of the times of completed jobs, and the number of their denoising steps."""
+    queued = HistogramMetricFamily(
+        "omnivideo_job_queue_seconds", "Time from a job's request to its worker", labels=("lane",)
+    )
+    generated = HistogramMetricFamily(
+        "omnivideo_job_generation_seconds", "Time from a job's worker to its stored result", labels=("lane",)
+    )
+    steps = CounterMetricFamily("omnivideo_denoising_steps", "Denoising steps of completed jobs", labels=("lane",))
+    for lane in durations:
+        for family, counts in ((queued, lane.queued), (generated, lane.generated)):
+            buckets = [(str(float(bound)), count) for bound, count in zip(JOB_SECONDS, counts.counts, strict=True)]
+            family.add_metric([lane.lane], [*buckets, ("+Inf", counts.total)], counts.sum_seconds)
+        steps.add_metric([lane.lane], lane.steps)
+    yield from (queued, generated, steps)
 
 
 class WorkerCollector(Collector):
@@ -102,13 +125,7 @@ class WorkerCollector(Collector):
 
 
 class MLLMServerCollector(Collector):
-    """Checks at every scrape whether the MLLM's server answers, and reads the load of vLLM or the placement of ours."""
-
-    exported_metrics = (
-        "num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "num_preemptions",
-        "prompt_tokens", "generation_tokens", "prefix_cache_queries", "prefix_cache_hits",
-        "omnivideo_mllm_part_bytes",
-    )  # fmt: skip
+    """Checks at every scrape whether the MLLM's server answers."""
 
     def __init__(self, server: MLLMServer):
         self.server = server
@@ -117,8 +134,23 @@ class MLLMServerCollector(Collector):
         up = GaugeMetricFamily("omnivideo_language_model_up", "1 if the MLLM's server answers, otherwise 0")
         up.add_metric([], self.server.is_ready())
         yield up
-        for family in text_string_to_metric_families(self.server.fetch_metrics()):
-            if family.name.removeprefix("vllm:") in self.exported_metrics:
+
+
+class MLLMCollector(Collector):
+    """Reads the tokens, the cache hits and the placement of the MLLM at every scrape, or the load of vLLM."""
+
+    exported_metrics = (
+        "num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "num_preemptions",
+        "prompt_tokens", "generation_tokens", "prefix_cache_queries", "prefix_cache_hits",
+    )  # fmt: skip
+
+    def __init__(self, fetch_metrics: Callable[[], str]):
+        self.fetch_metrics = fetch_metrics
+
+    def collect(self) -> Iterable[Metric]:
+        for family in text_string_to_metric_families(self.fetch_metrics()):
+            is_ours = family.name.startswith(("omnivideo_language_model_", "omnivideo_mllm_"))
+            if is_ours or family.name.removeprefix("vllm:") in self.exported_metrics:
                 yield family
 
 

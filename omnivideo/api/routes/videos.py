@@ -285,6 +285,27 @@ def get_video_content(
     return build_content_response(context, status, request, variant)
 
 
+@router.get("/{video_id}/manifest", response_class=Response)
+def get_video_manifest(video_id: ResourceId, request: Request, context: ContextDep, owner: OwnerDep) -> Response:
+    """Return everything that the clip was generated from, as JSON."""
+    return build_manifest_response(context, require_video(context, video_id, owner), request)
+
+
+def build_manifest_response(context: ServiceContext, status: JobStatus, request: Request) -> Response:
+    result = require_result(context, status)
+    assert result.manifest is not None, "a generated file has a manifest"
+    return build_range_response(request, content_from_store(context, result.manifest))
+
+
+def require_result(context: ServiceContext, status: JobStatus) -> Artifact:
+    """Return the result of a job. Raises APIError if there is none yet, or if it may have been removed."""
+    if status.result is None:
+        raise APIError(400, f"id: it has no content to download yet; its state is {status.state}", "id", "not_ready")
+    if has_expired(context, status):
+        raise APIError(404, f"id: the {status.kind} has expired; generate it again", "id", "expired")
+    return status.result
+
+
 def read_image_content(context: ServiceContext, status: JobStatus, artifact: Artifact) -> tuple[bytes, str]:
     """Return the bytes of a result in the format that was requested, and a key whose suffix is that format."""
     data, image_format = context.store.get(artifact.key), status.meta.get("format", "png")
@@ -297,21 +318,18 @@ def read_image_content(context: ServiceContext, status: JobStatus, artifact: Art
 
 def build_content_response(context: ServiceContext, status: JobStatus, request: Request, variant: str = "") -> Response:
     """Return a job's result, or a picture of it, with a file name that is derived from the job's id."""
-    if status.result is None:
-        raise APIError(400, f"id: it has no content to download yet; its state is {status.state}", "id", "not_ready")
-    if has_expired(context, status):
-        raise APIError(404, f"id: the {status.kind} has expired; generate it again", "id", "expired")
+    result = require_result(context, status)
     if variant in ("thumbnail", "spritesheet"):
-        data, suffix = context.render_thumbnail(status.result, variant)
-        key = f"{status.result.key.partition('.')[0]}-{variant}.{suffix}"
+        data, suffix = context.render_thumbnail(result, variant)
+        key = f"{result.key.partition('.')[0]}-{variant}.{suffix}"
         response = build_range_response(request, content_from_bytes(data, key))
     elif status.kind == "image" and status.meta.get("format", "png") != "png":
-        data, key = read_image_content(context, status, status.result)
+        data, key = read_image_content(context, status, result)
         suffix = key.rpartition(".")[2]
         response = build_range_response(request, content_from_bytes(data, key))
     else:
-        suffix = status.result.key.rpartition(".")[2]
-        response = build_range_response(request, content_from_store(context, status.result.key))
+        suffix = result.key.rpartition(".")[2]
+        response = build_range_response(request, content_from_store(context, result.key))
     response.headers["Content-Disposition"] = f'inline; filename="{status.id}.{suffix}"'
     response.headers["Cache-Control"] = "private, max-age=3600"
     return response

@@ -36,7 +36,7 @@ from omnivideo.media.masks import keep_masked_pixels, read_mask
 from omnivideo.media.read import measure_media, read_fitted_media
 from omnivideo.media.sound import SoundSource, keep_sound
 from omnivideo.media.thumbnails import encode_animation
-from omnivideo.models.features import MLLMFeatures, decode_features
+from omnivideo.models.features import MLLMFeatures, check_features, decode_features
 from omnivideo.models.omni import OmniVideoModel
 from omnivideo.models.sampling import DenoisingState
 from omnivideo.models.vae import decode_latents, pixels_to_bytes
@@ -88,6 +88,7 @@ class Renderer:
         assert job.visual_tokens
         features = self.mllm.find_features(job.visual_tokens) if isinstance(self.mllm, LocalMLLM) else None
         features = features or decode_features(get_tensors(self.store, job.visual_tokens))
+        check_features(features, self.omni.preset)
         return replace(features, values=features.values.to(self.omni.device))
 
     def load_source(self, source: Artifact | None, params: SamplingParams) -> np.ndarray | Tensor | None:

@@ -73,6 +73,7 @@ class Worker:
         self.stop_requested = threading.Event()
         self.resume_key: str | None = None  # of the last saved state of the claimed jobs
         self.must_keep_state = False  # another attempt may continue from it
+        self.claimed_at = 0.0  # time.monotonic() of the claimed jobs
 
     def run_next_job(self) -> bool:
         """Render the next queued job, and return False if none is queued. A failing job does not stop the worker."""
@@ -80,10 +81,10 @@ class Worker:
         if claim is None:
             return False
         claims = self.claim_batch(claim)
-        self.resume_key, self.must_keep_state = claims[0].resume_key, False
+        self.resume_key, self.must_keep_state, self.claimed_at = claims[0].resume_key, False, time.monotonic()
         for member in claims:
-            action = "continues" if member.resume_key else "starts"
-            log.info("job %s: attempt %d %s", member.job.id, member.attempt, action)
+            action = "continues" if member.resume_key else "begins"
+            log.info("job %s: attempt %d %s", member.job.id, member.attempt, action, extra=describe_attempt(member))
         context = extract({"traceparent": claim.traceparent}) if claim.traceparent else None
         attributes: dict[str, str | int] = {"job": claim.job.id, "attempt": claim.attempt, "task": claim.job.task}
         with TRACER.start_as_current_span("job", context, attributes=attributes | {"batch_size": len(claims)}):
@@ -126,6 +127,7 @@ class Worker:
             with self.keep_claims_alive([claim]):
                 result = self.render_claim(claim)
             retry_while_unavailable(lambda: self.jobs.mark_done(claim, result))
+            self.log_end(claim, "is done")
         except Exception as error:
             self.record_failure(claim, error)
 
@@ -143,6 +145,7 @@ class Worker:
                     claim = claims_by_job.pop(job.id)
                     with tolerate_job_lost(claim):
                         retry_while_unavailable(partial(self.jobs.mark_done, claim, result))
+                        self.log_end(claim, "is done")
         except (torch.OutOfMemoryError, MemoryError):
             torch.cuda.empty_cache()
             for claim in list(claims_by_job.values()):  # one clip may still fit in memory
@@ -159,10 +162,11 @@ class Worker:
             raise error
         except CancellationRequested:
             retry_while_unavailable(lambda: self.jobs.mark_cancelled(claim))
+            self.log_end(claim, "is cancelled")
         except StopRequested:
             self.must_keep_state = True
-            log.info("job %s: attempt %d stops with its worker", claim.job.id, claim.attempt)
             retry_while_unavailable(lambda: self.jobs.requeue(claim))
+            self.log_end(claim, "stops with its worker")
         except JobLost:
             self.must_keep_state = True
             raise
@@ -172,6 +176,7 @@ class Worker:
             log.exception("job %s is queued again: the store or the database stayed unavailable", claim.job.id)
             self.must_keep_state = True
             self.jobs.requeue(claim)
+            self.log_end(claim, "is queued again")
         except (torch.OutOfMemoryError, MemoryError) as error:
             text = str(error) if isinstance(error, PartOutOfMemory) else OUT_OF_MEMORY_TEXT
             log.warning("job %s: %s", claim.job.id, text)
@@ -186,6 +191,13 @@ class Worker:
 
     def fail_job(self, claim: Claim, code: str, error: str) -> None:
         retry_while_unavailable(lambda: self.jobs.mark_failed(claim, code, error))
+        self.log_end(claim, f"fails ({code})")
+
+    def log_end(self, claim: Claim, outcome: str) -> None:
+        """Log how an attempt has ended, and after how many seconds."""
+        seconds = time.monotonic() - self.claimed_at
+        fields = describe_attempt(claim) | {"outcome": outcome, "seconds": round(seconds, 3)}
+        log.info("job %s: attempt %d %s after %.1f s", claim.job.id, claim.attempt, outcome, seconds, extra=fields)
 
     @contextmanager
     def keep_claims_alive(self, claims: list[Claim]) -> Iterator[None]:
@@ -214,7 +226,8 @@ class Worker:
         for event in self.renderer.render_job(job, params, state):
             span.end()
             if isinstance(event, GeneratedClip):
-                return retry_while_unavailable(partial(self.renderer.store_result, job, params, event))
+                with TRACER.start_as_current_span("store result"):
+                    return retry_while_unavailable(partial(self.renderer.store_result, job, params, event))
             span = TRACER.start_span("denoising step", attributes={"step": event.step.step})
             save_due = self.should_save_state(event.step, saved_at)
             self.report_step(claim, job, event, save_due)
@@ -315,6 +328,12 @@ class Worker:
         resumed_jobs = [job.model_copy(update={"visual_tokens": reference})
                         for job, reference in zip(jobs, point.visual_tokens, strict=True)]  # fmt: skip
         return resumed_jobs, point.state
+
+
+def describe_attempt(claim: Claim) -> dict[str, str | int]:
+    """Return the fields of an attempt's log lines."""
+    job = claim.job
+    return {"job": job.id, "attempt": claim.attempt, "lane": claim.lane, "task": job.task, "steps": job.params.steps}
 
 
 @contextmanager

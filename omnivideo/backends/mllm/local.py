@@ -1,8 +1,8 @@
 """The MLLM in this process, run by transformers, behind the planner's port."""
 
 import threading
-from collections import OrderedDict
-from collections.abc import Iterator
+from collections import Counter, OrderedDict
+from collections.abc import Iterator, Mapping
 
 import torch
 
@@ -35,6 +35,7 @@ class LocalMLLM:
         self.special_tokens = omni.bound_mllm.special_tokens
         self.features_by_reference: OrderedDict[str, MLLMFeatures] = OrderedDict()
         self.features_lock = threading.Lock()
+        self.counts = Counter[str]()  # of tokens, and of features that were found in memory or not
 
     def load_media(self, artifact: Artifact) -> MLLMMedia:
         def read_artifact() -> MLLMMedia:
@@ -56,7 +57,10 @@ class LocalMLLM:
         # Greedy or with the request's seed, so that another process that continues a turn gets the same text.
         message, sampling = self.build_message(request), request.sampling
         options = sampling.model_dump() | {"max_tokens": sampling.max_tokens or self.max_tokens}
-        yield from self.omni.bound_mllm.stream_text(message, **options)
+        self.counts["prompt_tokens"] += self.count_tokens(message.text)
+        for piece in self.omni.bound_mllm.stream_text(message, **options):
+            self.counts["generated_tokens"] += self.count_tokens(piece)
+            yield piece
 
     def count_tokens(self, text: str) -> int:
         return len(self.omni.mllm_tokenizer(text, add_special_tokens=False).input_ids)
@@ -87,7 +91,29 @@ class LocalMLLM:
 
     def find_features(self, reference: str) -> MLLMFeatures | None:
         """Return features that are still in this process's memory."""
-        return self.features_by_reference.get(reference)
+        features = self.features_by_reference.get(reference)
+        self.counts["features_misses" if features is None else "features_hits"] += 1
+        return features
+
+    def fetch_metrics(self) -> str:
+        """Return the counts since the start in Prometheus' text format."""
+        return describe_counts(self.counts, self.media_cache.hit_count, self.media_cache.miss_count)
 
     def has_visual_tokens(self, reference: str) -> bool:
         return reference in self.features_by_reference or self.store.has(reference)
+
+
+def describe_counts(counts: Mapping[str, int], media_hits: int, media_misses: int) -> str:
+    """Return counts of tokens and of cache hits in Prometheus' text format."""
+    tokens, requests = "omnivideo_language_model_tokens_total", "omnivideo_language_model_cache_requests_total"
+    by_cache = {
+        "features": (counts.get("features_hits", 0), counts.get("features_misses", 0)),
+        "media": (media_hits, media_misses),
+    }
+    lines = [f"# HELP {tokens} Tokens of the texts of prompts and answers", f"# TYPE {tokens} counter"]
+    lines += [f'{tokens}{{kind="{kind}"}} {counts.get(f"{kind}_tokens", 0)}' for kind in ("prompt", "generated")]
+    lines += [f"# HELP {requests} Look-ups in the caches", f"# TYPE {requests} counter"]
+    for cache, results in by_cache.items():
+        for result, count in zip(("hit", "miss"), results, strict=True):
+            lines.append(f'{requests}{{cache="{cache}",result="{result}"}} {count}')
+    return "\n".join(lines) + "\n"

@@ -6,6 +6,9 @@ import time
 from collections.abc import Iterator
 
 import httpx
+from opentelemetry import trace
+from opentelemetry.context import Context
+from opentelemetry.propagate import inject
 from pydantic import BaseModel, ValidationError
 
 from omnivideo.backends.mllm.protocol import (
@@ -19,8 +22,10 @@ from omnivideo.backends.mllm.protocol import (
 )
 from omnivideo.contracts import Artifact, Medium, MLLMRequest, Route
 from omnivideo.errors import InvalidInput, ModelUnavailable
+from omnivideo.network import CERTIFICATE_ADVICE, create_tls_context, find_certificate_problem, find_proxy
 from omnivideo.ports import ObjectStore
 
+TRACER = trace.get_tracer("omnivideo.mllm")
 MAX_ATTEMPTS = 4  # with pauses of 0.5, 1 and 2 s
 HANGING_MESSAGE = "the language model does not answer; try again in a moment"
 UNAVAILABLE_MESSAGE = "the language model is starting or unavailable; try again in a moment"
@@ -39,7 +44,13 @@ class RemoteMLLM:
     def __init__(self, address: str, store: ObjectStore, timeout_seconds: float = 25.0):
         self.store = store
         timeout = httpx.Timeout(timeout_seconds, connect=min(2.0, timeout_seconds))
-        self.http = httpx.Client(base_url=address, timeout=timeout, trust_env=False)
+        self.http = httpx.Client(
+            base_url=address,
+            timeout=timeout,
+            trust_env=False,
+            verify=create_tls_context(),
+            proxy=find_proxy(address),
+        )
 
     # ------------------------------------------------------------ the planner's port
 
@@ -72,8 +83,8 @@ class RemoteMLLM:
                         emitted_chars = received_chars
             except httpx.ReadTimeout:
                 raise ModelUnavailable(HANGING_MESSAGE) from None
-            except httpx.HTTPError:
-                pass
+            except httpx.HTTPError as error:
+                raise_for_certificate(error)
         raise ModelUnavailable(UNAVAILABLE_MESSAGE)
 
     def count_tokens(self, text: str) -> int:
@@ -95,27 +106,33 @@ class RemoteMLLM:
         return MediaPayload(data=data, suffix=suffix, medium=artifact.medium, fps=artifact.fps)
 
     def post_request(self, path: str, body: BaseModel) -> bytes:
-        content, headers = body.model_dump_json(), {"Content-Type": "application/json"}
-        for _ in iterate_attempts():
+        content = body.model_dump_json()
+        for attempt in iterate_attempts():
             try:
-                response = self.http.post(path, content=content, headers=headers)
+                with TRACER.start_as_current_span(f"ask the language model {path}", attributes={"attempt": attempt}):
+                    response = self.http.post(path, content=content, headers=build_headers())
                 raise_for_refusal(response)
                 return response.content
             except httpx.ReadTimeout:
                 raise ModelUnavailable(HANGING_MESSAGE) from None
-            except httpx.HTTPError:
-                pass
+            except httpx.HTTPError as error:
+                raise_for_certificate(error)
         raise ModelUnavailable(UNAVAILABLE_MESSAGE)
 
     def stream_pieces(self, body: str) -> Iterator[str | None]:
         """Yield the pieces of an answer as the server sends them, then None if the answer is complete."""
-        headers = {"Content-Type": "application/json"}
-        with self.http.stream("POST", "/v1/write", content=body, headers=headers) as response:
-            if response.is_error:
-                response.read()
-                raise_for_refusal(response)
-            for line in response.iter_lines():
-                yield json.loads(line)
+        # The span is not the current one: between two pieces, the caller's is.
+        span = TRACER.start_span("ask the language model /v1/write")
+        headers = build_headers(trace.set_span_in_context(span))
+        try:
+            with self.http.stream("POST", "/v1/write", content=body, headers=headers) as response:
+                if response.is_error:
+                    response.read()
+                    raise_for_refusal(response)
+                for line in response.iter_lines():
+                    yield json.loads(line)
+        finally:
+            span.end()
 
     # ------------------------------------------------------------ the server's state
 
@@ -136,6 +153,20 @@ class RemoteMLLM:
 
     def close(self) -> None:
         self.http.close()
+
+
+def build_headers(context: Context | None = None) -> dict[str, str]:
+    """Return the headers of a request, with which its server continues the trace."""
+    headers = {"Content-Type": "application/json"}
+    inject(headers, context)
+    return headers
+
+
+def raise_for_certificate(error: httpx.HTTPError) -> None:
+    """Raise ModelUnavailable if the server's certificate was refused, which no retry changes."""
+    if problem := find_certificate_problem(error):
+        message = f"the certificate of the language model's server is not trusted ({problem}); {CERTIFICATE_ADVICE}"
+        raise ModelUnavailable(message) from None
 
 
 def iterate_attempts() -> Iterator[int]:

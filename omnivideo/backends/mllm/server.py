@@ -5,12 +5,16 @@
 
 import asyncio
 import json
+import logging
+import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable
 from typing import Protocol
 
-from fastapi import FastAPI, Request
+from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from opentelemetry import trace
+from opentelemetry.propagate import extract
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Gauge, generate_latest
 from starlette.concurrency import iterate_in_threadpool
 
@@ -29,6 +33,9 @@ from omnivideo.errors import ArtifactNotFound, InvalidInput
 from omnivideo.models.features import encode_features
 from omnivideo.models.omni import OmniVideoModel
 from omnivideo.storage.objects.local import compute_object_key
+
+log = logging.getLogger("omnivideo.mllm")
+TRACER = trace.get_tracer("omnivideo.mllm")
 
 
 class MLLMService(Protocol):
@@ -49,32 +56,42 @@ class MLLMService(Protocol):
         ...
 
 
+async def trace_request(request: Request) -> AsyncIterator[None]:
+    """Open a span that continues the trace of the request's sender, and log the request when it has been answered."""
+    path, started_at = request.url.path, time.perf_counter()
+    with TRACER.start_as_current_span(f"language model {path}", extract(request.headers)):
+        yield
+    elapsed_ms = round(1000 * (time.perf_counter() - started_at), 1)
+    log.info("%s %s in %.0f ms", request.method, path, elapsed_ms, extra={"route": path, "ms": elapsed_ms})
+
+
 def add_mllm_routes(app: FastAPI, get_service: Callable[[], MLLMService]) -> None:
     """Add the routes of `protocol`. `get_service` is called for each request, so the service may be created later."""
+    traced = [Depends(trace_request)]
 
     @app.exception_handler(InvalidInput)
     async def handle_invalid_input(request: Request, error: InvalidInput) -> JSONResponse:
         refusal = RefusalResponse(field=error.field, message=str(error).removeprefix(f"{error.field}: "))
         return JSONResponse(refusal.model_dump(), 400)
 
-    @app.post("/v1/route")
+    @app.post("/v1/route", dependencies=traced)
     async def route_request(payload: MLLMPayload) -> Route:
         return await get_service().route(payload)
 
-    @app.post("/v1/agreement")
+    @app.post("/v1/agreement", dependencies=traced)
     async def score_agreement(payload: MLLMPayload) -> AgreementResponse:
         return AgreementResponse(agreement=await get_service().score_agreement(payload))
 
-    @app.post("/v1/write")
+    @app.post("/v1/write", dependencies=traced)
     async def write_answer(body: WriteRequest) -> StreamingResponse:
         pieces = await get_service().write_answer(body.payload, body.sampling)
         return StreamingResponse(encode_ndjson(pieces), media_type="application/x-ndjson")
 
-    @app.post("/v1/tokens")
+    @app.post("/v1/tokens", dependencies=traced)
     async def count_tokens(body: TokensRequest) -> TokensResponse:
         return TokensResponse(count=await get_service().count_tokens(body.text))
 
-    @app.post("/v1/visual_tokens")
+    @app.post("/v1/visual_tokens", dependencies=traced)
     async def compute_visual_tokens(body: VisualTokensRequest) -> Response:
         tokens = await get_service().compute_visual_tokens(body.payload, body.medium)
         return Response(tokens, media_type="application/octet-stream")
@@ -179,7 +196,7 @@ def create_mllm_app(mllm: LocalMLLM) -> FastAPI:
 
     @app.get("/metrics")
     def export_metrics() -> Response:
-        return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
+        return Response(generate_latest(registry) + mllm.fetch_metrics().encode(), media_type=CONTENT_TYPE_LATEST)
 
     return app
 

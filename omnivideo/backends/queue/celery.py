@@ -149,5 +149,5 @@ def serve_celery_worker(
     def run_task() -> None:
         child.work_available.set()
 
-    app.worker_main(["worker", "--pool=prefork", f"--concurrency={concurrency}", "--loglevel=WARNING",
+    app.worker_main(["--quiet", "worker", "--pool=prefork", f"--concurrency={concurrency}", "--loglevel=WARNING",
                      "--without-gossip", "--without-mingle", "-Ofair"])  # fmt: skip

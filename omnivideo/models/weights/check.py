@@ -26,7 +26,7 @@ from omnivideo.models.weights.published import (
 )
 from omnivideo.models.weights.shipped import INDEX_FILE, read_index
 from omnivideo.models.weights.sources import QWEN3_VL_TYPES, list_required_parts, read_json
-from omnivideo.models.weights.strict import check_keys, get_first_line
+from omnivideo.models.weights.strict import check_keys, check_not_quantized, get_first_line
 from omnivideo.models.weights.tensor_files import read_safetensors_header
 from omnivideo.models.weights.vila import load_vila_tokenizer, read_image_config
 from omnivideo.models.weights.wan_layouts import (
@@ -274,6 +274,7 @@ def find_vila_faults(preset: Preset, folder: Path) -> Iterator[str]:
 def find_transformers_faults(class_name: str, folder: Path, label: str) -> Iterator[str]:
     """Yield the keys that do not fit a transformers model, which renames and joins some of them when it loads."""
     read_json(folder / "config.json")
+    check_not_quantized(label, folder / "config.json")
     read_folder_shapes(folder)  # a damaged or a missing file is named here
     logging.disable_progress_bar()
     verbosity = logging.get_verbosity()
@@ -283,7 +284,7 @@ def find_transformers_faults(class_name: str, folder: Path, label: str) -> Itera
             folder, device_map="meta", local_files_only=True, use_safetensors=True, ignore_mismatched_sizes=True,
             output_loading_info=True,
         )  # fmt: skip
-    except (OSError, ValueError, RuntimeError, TypeError, AttributeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, TypeError, AttributeError, KeyError, ImportError) as error:
         yield f"{label} cannot be built: {get_first_line(error).replace(str(folder), folder.name)}"
         return
     finally:

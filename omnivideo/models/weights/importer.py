@@ -36,6 +36,7 @@ from omnivideo.models.weights.sources import (
     find_folders_without_config,
     find_library_parts,
     find_our_parts,
+    find_side_file,
     list_required_parts,
     read_json,
     scan_sources,
@@ -155,7 +156,7 @@ def get_published_name(preset: Preset, part: str) -> str:
 def read_contents(tree: SourceTree, preset: Preset, single_file: Path | None) -> Contents:
     """Return the content of every part that the sources have; raise CheckpointError for the first fault."""
     contents = read_omni_parts(tree, preset, single_file)
-    found = {} if single_file else find_our_parts(tree, preset) | find_library_parts(tree)
+    found = {} if single_file else find_our_parts(tree, preset) | find_library_parts(tree, preset)
     for name, part in found.items():
         if name not in contents:
             contents[name] = read_found_part(preset, part)
@@ -170,11 +171,12 @@ def read_contents(tree: SourceTree, preset: Preset, single_file: Path | None) ->
 def read_omni_parts(tree: SourceTree, preset: Preset, single_file: Path | None) -> Contents:
     """Return the parts in the authors' own files: decoders, the modules before them, markers and null condition."""
     contents: Contents = {}
+    first_file = tree.find_file(list_weight_files(preset)[0])
     for index, ending in enumerate(list_weight_files(preset)):
-        file = single_file or tree.find_file(ending)
+        file = single_file or (tree.find_file_beside(ending, first_file) if first_file else tree.find_file(ending))
         if file is not None:
             contents |= read_published_parts(file, preset, index)
-    markers, null = tree.find_file(get_markers_file(preset)), tree.find_file(NULL_CONTEXT_FILE)
+    markers, null = (find_side_file(tree, preset, ending) for ending in (get_markers_file(preset), NULL_CONTEXT_FILE))
     if markers is not None and not single_file:
         contents["markers"] = PartContent(read_markers(markers, preset))
     if null is not None and preset.version == 1 and not single_file:

@@ -29,6 +29,7 @@ def check_lora(lora: Path, mllm: Path) -> None:
         raise InvalidInput("lora", f"the folder {lora.name!r} has no {WEIGHTS_FILE}")
     layers = read_shapes(sorted(mllm.glob("*.safetensors")))
     pairs = pair_lora_weights(read_shapes([lora / WEIGHTS_FILE]))
+    check_lora_scale(lora, pairs)
     for name, shapes in pairs.items():
         weight = layers.get(f"{name}.weight")
         if weight is None:
@@ -58,6 +59,23 @@ def read_lora_rank(lora: Path) -> int:
     if not isinstance(rank, int) or not 1 <= rank <= MAX_RANK:
         raise InvalidInput("lora", f"its rank is {rank!r}; allowed: 1 to {MAX_RANK}")
     return rank
+
+
+def check_lora_scale(lora: Path, pairs: dict[str, dict[str, Shape]]) -> None:
+    """Raise InvalidInput unless all layers have the rank and the alpha of the configuration.
+
+    Both engines scale every layer alike.
+    """
+    config, rank = read_lora_config(lora), read_lora_rank(lora)
+    for field in ("rank_pattern", "alpha_pattern"):
+        if config.get(field):
+            raise InvalidInput("lora", f"{CONFIG_FILE} has {field}; supported: one rank and one alpha for all layers")
+    alpha = config.get("lora_alpha", rank)
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float):
+        raise InvalidInput("lora", f"{CONFIG_FILE} has lora_alpha {alpha!r}; allowed: a number")
+    for name, shapes in pairs.items():
+        if (shapes["A"][0], shapes["B"][1]) != (rank, rank):
+            raise InvalidInput("lora", f"its weights for {name} do not have the rank {rank} of {CONFIG_FILE}")
 
 
 def read_shapes(paths: list[Path]) -> dict[str, Shape]:
@@ -100,4 +118,5 @@ def merge_lora(model: "nn.Module", lora: Path) -> None:
         for name in pair_lora_weights({key: tuple(tensor.shape) for key, tensor in tensors.items()}):
             down, up = (tensors[f"base_model.model.{name}.lora_{part}.weight"].float() for part in "AB")
             weight = layers[name].get_parameter("weight")
-            weight += (scale * up @ down).to(weight)
+            # Not in place: the pages of a mapped file may be given back, and then have what the file has.
+            weight.data = weight + (scale * up @ down).to(weight)

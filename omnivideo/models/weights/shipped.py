@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from omnivideo.errors import CheckpointError
+from omnivideo.errors import CheckpointError, InvalidInput
 from omnivideo.presets import get_preset
 
 SHIPPED_WEIGHTS_FOLDER = Path(__file__).parents[2] / "weights"  # one folder for each preset with shipped weights
@@ -29,6 +29,15 @@ def find_weights(preset_name: str, folder: str) -> Path | None:
     """Return a folder of weights, by default the shipped ones, or None if this machine has none for the preset."""
     path = Path(folder) if folder else SHIPPED_WEIGHTS_FOLDER / get_preset(preset_name).name
     return path if (path / INDEX_FILE).is_file() else None
+
+
+def check_preset(folder: Path, preset_name: str, field: str) -> None:
+    """Raise InvalidInput unless a folder has weights of this preset, which a setting or an option, `field`, names."""
+    found = read_index(folder).get("preset")
+    if found != preset_name:
+        raise InvalidInput(
+            field, f"{preset_name} is not the preset of the weights in {folder.name!r}, which is {found}"
+        )
 
 
 def read_index(folder: Path) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Load weights strictly: a missing or unknown key or a wrong shape is an error, where the libraries only warn."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,15 +19,31 @@ def load_strict(cls: Any, folder: Path, name: str, dtype: torch.dtype | None) ->
     part = folder / name
     if not (part / "config.json").is_file():
         raise CheckpointError(f"{name}/config.json is missing from the weights")
+    check_not_quantized(name, part / "config.json")
     try:
         model, report = cls.from_pretrained(
             part, torch_dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         reason = get_first_line(error).replace(str(folder), folder.name)
         raise CheckpointError(f"{name} cannot be loaded: {reason}") from error
     check_keys(name, list(report["missing_keys"]), list(report["unexpected_keys"]), list(report["mismatched_keys"]))
     return model
+
+
+def check_not_quantized(name: str, config_file: Path) -> None:
+    """Raise CheckpointError if a part's configuration says that its weights are quantised, such as to fp8 or int4.
+
+    The libraries would run them with kernels of their own, or convert them, in ways that no test of ours covers.
+    """
+    try:
+        quantization = json.loads(config_file.read_text()).get("quantization_config")
+    except (OSError, ValueError, AttributeError):
+        return  # reading the configuration for its own sake names what is wrong with it
+    if quantization:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+        text = f"{name}: its weights are quantised ({method or 'by an unknown method'})"
+        raise CheckpointError(f"{text}; supported: weights in float32, float16 or bfloat16")
 
 
 def check_keys(

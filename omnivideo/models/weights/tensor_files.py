@@ -27,6 +27,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from omnivideo.errors import CheckpointError, InvalidInput
+from omnivideo.models.weights.shipped import INDEX_FILE
 from omnivideo.models.weights.strict import explain_unreadable
 
 StateDict = dict[str, Tensor]
@@ -40,6 +41,8 @@ DTYPE_BY_NAME = {
 NAME_BY_DTYPE = {dtype: name for name, dtype in DTYPE_BY_NAME.items()}
 MAPPED_FILES: "WeakSet[mmap.mmap]" = WeakSet()  # read-only files, whose pages can be dropped at any time
 DAMAGED_PICKLE = (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, AssertionError)
+PARTIAL_NAME = ".partial"  # of what is written into a folder that exists
+NAMES_IN_EMPTY_FOLDER = {PARTIAL_NAME, "lost+found"}  # the second belongs to a disk's file system
 RELEASE_BYTES = 256 << 20  # of mapped pages that a copy may keep
 
 
@@ -339,19 +342,21 @@ def digest_file(path: Path, on_progress: WriteProgress) -> str:
 
 @contextmanager
 def stage_folder(folder: Path, needed_bytes: int) -> Iterator[Path]:
-    """Provide a temporary folder that is renamed to `folder` at the end; a failure leaves nothing behind.
+    """Provide a temporary folder that becomes `folder` at the end; a failure leaves nothing behind.
 
-    Raises InvalidInput if the folder exists and is not empty or if another process writes it, and CheckpointError if
-    the disk has too little space.
+    An empty folder that exists stays the same folder, since it may be a disk of its own: what is written is moved into
+    it. Raises InvalidInput if the folder exists and is not empty or if another process writes it, and CheckpointError
+    if the disk has too little space.
     """
     folder = folder.resolve()
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+    exists = folder.exists()
+    if exists and not (folder.is_dir() and {path.name for path in folder.iterdir()} <= NAMES_IN_EMPTY_FOLDER):
         raise InvalidInput("output", f"{folder.name!r} already exists; choose a new or an empty folder")
-    partial = folder.with_name(f".{folder.name}.partial")
+    partial = folder / PARTIAL_NAME if exists else folder.with_name(f".{folder.name}.partial")
     lock = None
     try:
         partial.mkdir(parents=True, exist_ok=True)
-        lock = lock_folder(partial)
+        lock = lock_folder(partial, folder.name)
         for path in partial.iterdir():  # left by an import that was killed
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         free_bytes = shutil.disk_usage(partial).free
@@ -360,7 +365,10 @@ def stage_folder(folder: Path, needed_bytes: int) -> Iterator[Path]:
                 f"the weights take {needed_bytes / 1e9:.1f} GB; the disk has {free_bytes / 1e9:.1f} GB free"
             )
         yield partial
-        partial.rename(folder)
+        if exists:
+            move_entries(partial, folder)
+        else:
+            partial.rename(folder)
     except OSError as error:
         raise CheckpointError(f"the weights could not be written: {error.strerror or error}") from error
     finally:
@@ -369,16 +377,21 @@ def stage_folder(folder: Path, needed_bytes: int) -> Iterator[Path]:
             os.close(lock)
 
 
-def lock_folder(folder: Path) -> int:
+def move_entries(source: Path, target: Path) -> None:
+    """Move a folder's entries to another on the same disk, the index last, without which no command accepts it."""
+    for path in sorted(source.iterdir(), key=lambda path: path.name == INDEX_FILE):
+        path.rename(target / path.name)
+
+
+def lock_folder(folder: Path, output_name: str) -> int:
     """Return a descriptor that locks a folder until it is closed or the process ends.
 
-    Raises InvalidInput if another process has locked it.
+    Raises InvalidInput if another process has locked it; `output_name` is what it writes.
     """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
-        name = folder.name.strip(".").removesuffix(".partial")
-        raise InvalidInput("output", f"another process is writing {name!r}; choose another folder") from None
+        raise InvalidInput("output", f"another process is writing {output_name!r}; choose another folder") from None
     return descriptor

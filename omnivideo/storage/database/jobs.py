@@ -45,8 +45,9 @@ from omnivideo.storage.database.job_rows import (
     match_owned_jobs,
     status_from_row,
 )
+from omnivideo.storage.database.job_statistics import JobStatistics
 from omnivideo.storage.database.notifications import ANY_JOB_END, AsyncWatch, Watch, job_end_topic, job_step_topic
-from omnivideo.storage.database.repository import Repository, select_values, unix_now
+from omnivideo.storage.database.repository import select_values, unix_now
 from omnivideo.storage.database.schema import jobs, turns
 from omnivideo.turns import StoredPreview
 
@@ -76,7 +77,7 @@ class QueueCounts:
     submitted_since: int = 0
 
 
-class JobRepository(Repository):
+class JobRepository(JobStatistics):
     """`max_open_jobs` limits the queued jobs of all owners, `max_open_jobs_per_owner` the open jobs of one owner.
 
     A job with a resume point waits `resume_timeout_seconds` for a worker with the same weights before it starts again.
@@ -417,19 +418,6 @@ class JobRepository(Repository):
             keys |= {row.resume_key, row.preview, job.visual_tokens, job.mask}
             keys |= {artifact.get(name) for artifact in (source, result) for name in ARTIFACT_KEYS}
         return {key for key in keys if key}
-
-    # ------------------------------------------------------------ metrics
-
-    def count_by_lane_and_state(self) -> list[tuple[str, str, int]]:
-        """Return the number of jobs of each lane and state."""
-        job_count = func.count().label("job_count")
-        grouped = select(jobs.c.lane, jobs.c.state, job_count).group_by(jobs.c.lane, jobs.c.state)
-        return [(LANES[row.lane], row.state, row.job_count) for row in self.fetch_all(grouped)]
-
-    def get_oldest_wait_seconds(self) -> float:
-        """Return how long the oldest queued job has waited, in seconds; 0 if no job is queued."""
-        row = self.fetch_one(select(unix_now() - func.min(jobs.c.created_at)).where(jobs.c.state == "queued"))
-        return float(row[0] or 0.0) if row else 0.0
 
     def count_queued(self) -> int:
         row = self.fetch_one(select(func.count()).where(jobs.c.state == "queued"))

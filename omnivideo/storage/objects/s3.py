@@ -25,12 +25,14 @@ from minio.commonconfig import ENABLED, Filter
 from minio.deleteobjects import DeleteObject
 from minio.error import MinioException
 from minio.lifecycleconfig import AbortIncompleteMultipartUpload, Expiration, LifecycleConfig, Rule
+from opentelemetry import trace
 from urllib3.exceptions import ProtocolError, TimeoutError
 
 from omnivideo.errors import ArtifactNotFound, InvalidInput, StoreError
 from omnivideo.storage.objects.local import DAY_SECONDS, KEY_PATTERN, compute_file_key, compute_object_key
 from omnivideo.storage.objects.s3_client import create_s3_client, get_error_code, translate_errors
 
+TRACER = trace.get_tracer("omnivideo.store")
 PART_SIZE_BYTES = 16 << 20  # held in memory at a time; S3 allows 10,000 parts, so 160 GB
 MARK_LIFETIME = timedelta(seconds=90)
 DELETE_DEADLINE_SECONDS = 20.0  # after the mark; with the slowest delete (51 s) it stays below MARK_LIFETIME
@@ -98,7 +100,7 @@ class S3ObjectStore:
     def upload_object(self, key: str, file: BinaryIO, size_bytes: int) -> None:
         file.seek(0)
         where, kind = self.object_name(key), CONTENT_TYPES.get(key.rpartition(".")[2], "application/octet-stream")
-        with self.translate_errors(key):
+        with TRACER.start_as_current_span("store put", attributes={"key": key}), self.translate_errors(key):
             self.client.put_object(
                 self.bucket, where, file, size_bytes, kind, part_size=PART_SIZE_BYTES, num_parallel_uploads=1
             )
@@ -125,7 +127,9 @@ class S3ObjectStore:
         name, attempts_left = self.object_name(key), 2
         while True:
             attempts_left -= 1
-            with self.translate_errors(key), self.client.get_object(self.bucket, name, offset, length) as response:
+            span = TRACER.start_as_current_span("store get", attributes={"key": key})
+            request = partial(self.client.get_object, self.bucket, name, offset, length)
+            with span, self.translate_errors(key), request() as response:
                 try:
                     return bytes(response.read())
                 except (ProtocolError, TimeoutError):

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 from urllib.parse import urlsplit
 
 import urllib3
@@ -11,6 +12,7 @@ from minio.error import MinioException
 from urllib3.exceptions import HTTPError, NewConnectionError, SSLError, TimeoutError
 
 from omnivideo.errors import ArtifactNotFound, InvalidInput, StoreError
+from omnivideo.network import CERTIFICATE_ADVICE, create_tls_context, find_certificate_problem, find_proxy
 
 # A request fails after 3 s if the server is down, after 11 s if its packets are lost, and after 45 s if it hangs.
 HTTP_TIMEOUT = urllib3.Timeout(connect=2, read=20)
@@ -34,7 +36,10 @@ def create_s3_client(address: str, access_key: str, secret_key: str, region: str
     url = urlsplit(address)
     if url.scheme not in ("http", "https") or not url.hostname or "@" in url.netloc or url.path.strip("/") or url.query:
         raise InvalidInput("S3 address", "http://host:port or https://host:port, without user, password and path")
-    pool = urllib3.PoolManager(maxsize=16, timeout=HTTP_TIMEOUT, retries=RETRY_POLICY)
+    options: dict[str, Any] = {"maxsize": 16, "timeout": HTTP_TIMEOUT, "retries": RETRY_POLICY}
+    options["ssl_context"] = create_tls_context()
+    proxy = find_proxy(address)
+    pool = urllib3.ProxyManager(proxy, **options) if proxy else urllib3.PoolManager(**options)
     secure = url.scheme == "https"
     return Minio(url.netloc, access_key, secret_key, secure=secure, region=region, http_client=pool)
 
@@ -68,4 +73,6 @@ def describe_http_error(error: HTTPError) -> str:
         return "no connection"
     if isinstance(reason, TimeoutError):
         return "no response in time"
+    if problem := find_certificate_problem(reason):
+        return f"its certificate is not trusted ({problem}); {CERTIFICATE_ADVICE}"
     return "no trusted certificate" if isinstance(reason, SSLError) else "it failed, or the connection was lost"

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from omnivideo.errors import InvalidInput, ModelUnavailable, UnreadableMedia
+from omnivideo.network import create_tls_context, find_proxy
 from omnivideo.training.curation.reading import encode_into, import_optional
 
 # Takes uint8 [F, H, W, 3] at CAPTION_FPS. UnreadableMedia skips the caption; any other exception ends the run.
@@ -37,7 +38,10 @@ class RemoteCaptioner:
         httpx = import_optional("httpx")
         self.prompt = prompt
         self.http_error = httpx.HTTPError
-        self.client = httpx.Client(base_url=address, timeout=httpx.Timeout(300.0, connect=5.0), trust_env=False)
+        timeout, proxy = httpx.Timeout(300.0, connect=5.0), find_proxy(address)
+        self.client = httpx.Client(
+            base_url=address, timeout=timeout, trust_env=False, verify=create_tls_context(), proxy=proxy
+        )
 
     def __call__(self, frames: np.ndarray) -> str:
         """Return the caption of a clip; retry while the server is busy."""

@@ -7,12 +7,13 @@ import shutil
 
 import av
 import pytest
+import torch
 
 from omnivideo.backends.decoder.renderer import Renderer
 from omnivideo.backends.mllm.local import LocalMLLM
 from omnivideo.backends.mllm.server import LRUObjectStore
 from omnivideo.contracts import Artifact, Job, Manifest, MLLMRequest, resolve_sampling_params
-from omnivideo.errors import ArtifactNotFound
+from omnivideo.errors import ArtifactNotFound, CheckpointError, InvalidInput
 from omnivideo.media.ingest import ingest_media
 from omnivideo.models.weights.checkpoint import load
 from omnivideo.presets import TINY
@@ -20,6 +21,7 @@ from omnivideo.sdk.studio import Studio
 from omnivideo.settings import load_settings
 from omnivideo.storage.objects.local import LocalObjectStore
 from omnivideo.storage.objects.memory import MemoryObjectStore
+from omnivideo.storage.objects.tensors import put_tensors
 from omnivideo.wiring import ServiceWiring
 from tests.support.api_server import run_mllm_server
 from tests.support.servers import free_port
@@ -109,6 +111,26 @@ def test_tokens_that_are_nowhere_are_an_error(omni):
     )
     with pytest.raises(ArtifactNotFound):
         render(Renderer(omni, MemoryObjectStore(), "random"), build_job(reference))
+
+
+def test_features_of_another_presets_language_model_are_refused(omni):
+    """Its server may serve other weights than the worker's."""
+    renderer = Renderer(omni, MemoryObjectStore(), "random")
+    for tensors in ({"hidden_states": torch.zeros(1, 3, 7)}, {"visual_tokens": torch.zeros(1, 4, 7)}):
+        reference = put_tensors(renderer.store, tensors)
+        with pytest.raises(CheckpointError, match="the language model's server has weights that do not fit tiny"):
+            render(renderer, build_job(reference))
+
+
+def test_weights_of_another_preset_than_the_services_are_refused(weights, tmp_path):
+    settings = load_settings(home=tmp_path, preset="omnivideo-1.3b", weights=str(weights))
+    wiring = ServiceWiring(settings, "cpu")
+    text = r"omnivideo-1\.3b is not the preset of the weights in .*, which is tiny"
+    for part in ("renderer", "text_limits"):
+        with pytest.raises(InvalidInput, match=f"OMNIVIDEO_PRESET: {text}"):
+            getattr(wiring, part)
+    with pytest.raises(InvalidInput, match=f"preset: {text}"):
+        Studio("omnivideo-1.3b", weights, "cpu", tmp_path)
 
 
 def test_the_service_writes_tokens_for_jobs_that_survive_it(omni, tmp_path):

@@ -5,6 +5,7 @@ import sys
 
 import httpx
 import pytest
+from opentelemetry import trace
 
 from omnivideo.backends.decoder.renderer import Renderer
 from omnivideo.backends.mllm import remote
@@ -19,6 +20,7 @@ from omnivideo.storage.objects.memory import MemoryObjectStore
 from omnivideo.wiring import ServiceWiring
 from tests.support.api_server import run_api_server, run_mllm_server
 from tests.support.servers import free_port
+from tests.support.spans import collect_spans, find_spans
 from tests.support.twins import MLLMWithScriptedText
 
 
@@ -53,6 +55,21 @@ def test_answers_over_http_and_in_process_are_equal(local, requests):
             assert client.count_tokens(request.text) == local.count_tokens(request.text) > 0
             assert client.predict_visual_tokens(request, "video") == local.predict_visual_tokens(request, "video")
         client.close()
+
+
+def test_a_trace_crosses_to_the_server(local, requests):
+    collect_spans()
+    port = free_port()
+    with run_mllm_server(local, port):
+        client = RemoteMLLM(f"http://127.0.0.1:{port}", local.store)
+        with trace.get_tracer("test").start_as_current_span("caller") as caller:
+            client.predict_visual_tokens(requests[0], "video")
+            list(client.stream_text(requests[0]))
+        assert "omnivideo_language_model_tokens_total" in client.fetch_metrics()
+        client.close()
+    spans = find_spans(caller.get_span_context().trace_id)
+    for path in ("/v1/visual_tokens", "/v1/write"):
+        assert spans[f"ask the language model {path}"] == spans[f"language model {path}"] == 1
 
 
 class BreakingMLLM(LocalMLLM):

@@ -1,5 +1,6 @@
 """Celery workers in separate processes with a real broker: Redis with PostgreSQL, and RabbitMQ with SQLite."""
 
+import json
 import os
 import signal
 import subprocess
@@ -96,6 +97,21 @@ class Payload:
         return (Path.touch, (self.path,))
 
 
+def test_a_workers_log_has_its_own_lines(deployment):
+    """The real process's log: one JSON object on each line, and neither Celery's banner nor its format."""
+    known = set(deployment.home.glob("worker-*.log"))
+    with deployment.run_worker():
+        list(deployment.queue.run(build_job("logged")))
+        deployment.wait_for("logged", ended=True)
+    (log,) = set(deployment.home.glob("worker-*.log")) - known
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    attempts = [line for line in lines if line.get("job") == "logged"]
+    assert [line["message"].split(" after")[0] for line in attempts] == [
+        "job logged: attempt 1 begins", "job logged: attempt 1 is done",
+    ]  # fmt: skip
+    assert attempts[1]["outcome"] == "is done" and attempts[1]["seconds"] > 0 and attempts[1]["steps"] == 4
+
+
 def test_attack_a_pickled_message_is_never_opened(deployment, tmp_path):
     created_file = tmp_path / "opened"
     with Connection(deployment.broker) as connection:
@@ -134,11 +150,11 @@ import time
 from omnivideo.backends.queue.celery import serve_celery_worker
 from omnivideo.cli.service import build_wiring
 
-settings = build_wiring("cpu").settings
+settings = build_wiring(device="cpu").settings
 
 def build_worker():
     time.sleep(6)
-    return build_wiring("cpu").worker, settings.heartbeat_timeout
+    return build_wiring(device="cpu").worker, settings.heartbeat_timeout
 
 serve_celery_worker(settings.broker, build_worker)
 """

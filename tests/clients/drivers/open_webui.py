@@ -35,7 +35,7 @@ def request(path: str, body: dict | None = None, token: str = "") -> dict:
         return json.loads(answer.read())
 
 
-def wait_until_healthy(process: subprocess.Popen, seconds: float = 300.0) -> None:
+def wait_until_healthy(process: subprocess.Popen, seconds: float = 600.0) -> None:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline and process.poll() is None:
         try:

@@ -10,6 +10,7 @@ from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from omnivideo.errors import CheckpointError
 from omnivideo.models.weights.checkpoint import save_library_model
+from omnivideo.models.weights.mapped_pages import MappedPages
 from omnivideo.models.weights.qwen3_vl import EXPERT_KEYS, load_qwen3_vl
 from tests.support.golden import golden_folder
 
@@ -24,6 +25,13 @@ def test_experts_are_saved_as_they_were_published(tmp_path):
     assert experts and all(torch.equal(saved[key], published[key]) for key in experts)
     again = load_qwen3_vl(tmp_path, "mllm", torch.float32)
     assert all(torch.equal(value, again.state_dict()[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.golden
+def test_experts_are_pages_of_their_file():
+    """transformers would copy them, nearly all of a 30B-A3B, and loading would need as much memory."""
+    model, pages = load_qwen3_vl(golden_folder(), "qwen3vl"), MappedPages()
+    assert [name for name, weight in model.named_parameters() if not pages.holds(weight)] == []
 
 
 @pytest.mark.golden

@@ -17,8 +17,10 @@ from omnivideo.backends.mllm.server import add_mllm_routes
 from omnivideo.backends.mllm.vllm_plugin import ENDPOINT_PLUGIN
 from omnivideo.backends.mllm.vllm_plugin.instruct import InstructService
 from omnivideo.backends.mllm.vllm_plugin.service import VLLMService
+from omnivideo.backends.tracing import export_traces
 from omnivideo.models.mllm import sanitize_text
 from omnivideo.presets import get_preset
+from omnivideo.settings import load_settings
 
 
 def sanitize_chat_request(request: ChatCompletionRequest, special_tokens: frozenset[str]) -> ChatCompletionRequest:
@@ -65,3 +67,5 @@ class Endpoint:
         atexit.register(shutil.rmtree, outbox, ignore_errors=True)
         lora = next(iter(state.openai_serving_models.lora_requests.values()), None)
         self.service = create_service(engine_client, outbox, lora)
+        if load_settings().traces == "otlp":
+            export_traces("mllm")

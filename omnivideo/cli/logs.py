@@ -1,0 +1,93 @@
+"""The log of a service's process: text or JSON on stderr, and traces to an OpenTelemetry server."""
+
+import json
+import logging
+import math
+import re
+import sys
+import time
+from collections import Counter
+from datetime import datetime
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from omnivideo.settings import ServiceSettings
+
+MAX_REPETITIONS, REPETITION_SECONDS = 20, 10.0  # of log lines of one kind
+TERMINAL_CODE = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+VERBOSE_LOGGERS = ("httpx", "httpcore", "httpcore2", "alembic", "celery", "kombu", "amqp", "urllib3")
+
+
+def format_time(seconds: float) -> str:
+    """Return a time in seconds since 1970 as ISO 8601 with milliseconds and the offset of this machine's time zone."""
+    return datetime.fromtimestamp(seconds).astimezone().isoformat(timespec="milliseconds")
+
+
+class TextLogFormatter(logging.Formatter):
+    """Formats each record as one line for people, and a traceback below it."""
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)-7s %(name)s  %(message)s")
+
+    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:
+        return format_time(record.created)
+
+
+class JSONLogFormatter(logging.Formatter):
+    """Formats each record as a JSON object on one line, with the fields of its `extra`."""
+
+    # `color_message` is uvicorn's message for terminals.
+    left_out_fields = set(vars(logging.makeLogRecord({}))) | {"message", "asctime", "color_message"}
+
+    def format(self, record: logging.LogRecord) -> str:
+        fields = {"time": format_time(record.created), "level": record.levelname, "logger": record.name}
+        fields |= {"message": record.getMessage()}
+        fields |= {name: value for name, value in vars(record).items() if name not in self.left_out_fields}
+        if record.exc_info:
+            fields["trace"] = self.formatException(record.exc_info)
+        texts = {name: TERMINAL_CODE.sub("", value) for name, value in fields.items() if isinstance(value, str)}
+        return json.dumps(fields | texts, default=str)
+
+
+class RepetitionFilter(logging.Filter):
+    """Lets at most MAX_REPETITIONS warnings or errors of the same kind pass in REPETITION_SECONDS.
+
+    A client that causes an error with every connection would otherwise fill the disk.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.window_started_at = -math.inf
+        self.counts: Counter[tuple[str, str]] = Counter()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.levelno < logging.WARNING:
+            return True
+        if time.monotonic() - self.window_started_at > REPETITION_SECONDS:
+            self.window_started_at = time.monotonic()
+            self.counts.clear()
+        kind = (record.name, str(record.msg)[:200])
+        self.counts[kind] += 1
+        if self.counts[kind] == MAX_REPETITIONS:
+            record.msg = f"{record.msg} (further lines like this are left out for {REPETITION_SECONDS:g} s)"
+        return self.counts[kind] <= MAX_REPETITIONS
+
+
+def configure_logging(component: str, settings: "ServiceSettings", with_traces: bool = True) -> None:
+    """Log to stderr as the settings say, and export traces if they say so.
+
+    This replaces what a library, such as Celery, has set up before. Raises MissingDependency.
+    """
+    handler = logging.StreamHandler(sys.stderr)
+    handler.addFilter(RepetitionFilter())
+    is_text = settings.log_format == "text" or (settings.log_format == "auto" and sys.stderr.isatty())
+    handler.setFormatter(TextLogFormatter() if is_text else JSONLogFormatter())
+    level = logging.getLevelNamesMapping()[settings.log_level.upper()]
+    logging.basicConfig(level=level, handlers=[handler], force=True)
+    logging.captureWarnings(True)  # those of libraries would be lines of another format
+    for verbose_logger in VERBOSE_LOGGERS:
+        logging.getLogger(verbose_logger).setLevel(max(level, logging.WARNING))
+    if with_traces and settings.traces == "otlp":
+        from omnivideo.backends.tracing import export_traces
+
+        export_traces(component)
