@@ -215,7 +215,7 @@ def test_weights_are_replaced_under_load_in_a_service_of_two_workers(omni, new_o
     assert (weights[resumed], weights[restarted]) == ("old", "new")
     assert {"old", "new"} == set(weights.values())
     logs = "".join(path.read_text() for path in tmp_path.glob("worker-*.log"))
-    assert f"job {resumed}: attempt 2 continues" in logs and f"job {restarted}: attempt 2 starts" in logs
+    assert f"job {resumed}: attempt 2 continues" in logs and f"job {restarted}: attempt 2 begins" in logs
     loaded = {name: checkpoint.load(folder) for name, folder in folders.items()}
     for name, status in statuses.items():
         assert_same_clip(status.result, render(loaded[weights[name]], status.job))
