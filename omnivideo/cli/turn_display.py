@@ -27,9 +27,13 @@ def print_wrapped(console: Console, line: Text) -> None:
     A word longer than the terminal is wide, such as a path, is not broken, so that it can be copied; it stands after
     the words before it. In a file, a line stays one line.
     """
-    for part in line.split("\n", allow_blank=True) if console.is_terminal else [line]:
-        breaks, column_start = [], 0
-        for word in re.finditer(r"\S+", part.plain) if console.is_terminal else ():
+    if not console.is_terminal:
+        console.print(line, soft_wrap=True)
+        return
+    for part in line.split("\n", allow_blank=True):
+        breaks: list[int] = []
+        column_start = 0
+        for word in re.finditer(r"\S+", part.plain):
             line_end = cell_len(part.plain[column_start : word.end()])
             if word.start() > column_start and line_end > console.width >= cell_len(word.group()):
                 column_start = word.start()
