@@ -184,6 +184,11 @@ def test_facts_of_the_file_need_no_model(text, fact):
         ("longer", "video", "longer"),
         ("bigger", "image", "sizes"),
         ("let it move left", "image", "animate"),
+        ("swap the colours", "video", "swap colours"),
+        ("a 4-second clip of a green star", None, "`seconds`"),
+        ("a 10 second video of a red circle moving left", "video", "`seconds`"),
+        ("make it last five seconds", "video", "`seconds`"),
+        ("why is the star red?", None, "nothing to look at"),
     ],
 )
 def test_what_is_impossible_is_declined_and_what_is_possible_named(text, medium, word):
@@ -217,6 +222,24 @@ def test_a_contradiction_leads_to_a_question(text, medium, question):
 def test_other_languages_are_told_which_one_is_known(text):
     (reading,) = read_turn(text, build_context("image"))
     assert reading.kind == "decline" and "English" in reading.message
+
+
+@pytest.mark.parametrize("medium", [None, "video"])
+@pytest.mark.parametrize(
+    ("text", "request_text"),
+    [
+        ("draw a blue square and a red star next to it", "draw a picture of a blue square and a red star"),
+        ("a red circle with a green square beside it", "draw a picture of a red circle and a green square"),
+        ("a blue star and a red circle above it", "draw a picture of a red circle above a blue star"),
+    ],
+)
+def test_it_may_be_another_object_of_the_same_request(text, medium, request_text):
+    assert list_readings(text, medium) == [("do", request_text)]
+    assert list_readings("put a red star next to it", "video") == [("do", "add a red star")]
+
+
+def test_a_second_object_is_no_duration():
+    assert list_readings("add a second circle", "video") == [("do", "add a second circle")]
 
 
 def test_one_unclear_action_holds_back_the_whole_turn():

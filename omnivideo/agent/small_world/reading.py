@@ -23,7 +23,12 @@ from omnivideo.agent.small_world.scenes import DescribedScene, read_scene
 from omnivideo.agent.small_world.wordings import load_pattern
 
 SECOND_MOTION = re.compile(r"\b(?:then|after that|afterwards|next)\b")
+PLACE_WORDS = ("to", "beside", "near", "by", "alongside", "behind")  # before "it": "next to it"
 QUESTION_WORD = re.compile(r"(?:what|which|who|whose|where|why|when|how|is|are|was|were|does|did)\b")
+DURATION = re.compile(
+    r"\b(?:\d+(?:\.\d+)?[ -]?s\b|(?:\d+(?:\.\d+)?[ -]?|(?:one|two|three|four|five|six|eight|ten|twenty|thirty)[ -]"
+    r"|half an? )(?:secs?|seconds?|mins?|minutes?|hours?|frames?)\b|an? (?:minute|hour)\b)"
+)
 CORNERS = re.compile(r"\b(?:with|has|having) (?:only |exactly )?(no|one|two|three|four|five|six) corners\b")
 TASK_BY_KIND = {"length": "video-extension"}
 
@@ -54,6 +59,8 @@ def read_action(text: str, context: Context) -> list[Reading]:
         if said == "languages":
             return [Reading("say", text, goal="understand", medium="text", message=replies.NOT_ENGLISH)]
         return [Reading("do", said, goal="understand", medium="text", reference="new")]
+    if is_asked and not context.medium and QUESTION_WORD.match(normalized) and has_world_words(tokens):
+        return [Reading("ask", text, message=replies.NOTHING_QUESTION)]
     if question := find_wrong_corners(normalized, tokens):
         return [Reading("ask", text, message=question)]
     if is_in_trained_words(text, normalized, tokens, context):
@@ -102,6 +109,8 @@ def read_request(text: str, normalized: str, tokens: Sequence[Token], context: C
     tasks = [token.get("task") or "" for token in tokens if token.has("task")]
     if tasks and context.medium:
         return [read_task(text, tasks[0], context)]
+    if DURATION.search(normalized):
+        return [Reading("decline", text, message=replies.DURATION_ANSWER)]
     reference, tokens = find_ordinal(text, tokens, context)
     unknown = [token.text for token in tokens if not token.is_known]
     if unknown:
@@ -234,9 +243,13 @@ def names_object(tokens: Sequence[Token], index: int) -> bool:
 
 
 def is_relative(tokens: Sequence[Token], index: int) -> bool:
-    """Return whether "that" here begins a clause about the noun before it."""
+    """Return whether "that" here begins a clause about the noun before it, or "it" is another object of the scene."""
     if not any(token.has("shape", "plural", "ground") for token in tokens[:index]):
         return False
+    num_shapes = sum(token.has("shape", "plural") for token in tokens[:index])
+    is_place = index > 0 and (tokens[index - 1].has("relation") or tokens[index - 1].text in PLACE_WORDS)
+    if num_shapes > 1 and is_place and not tokens[0].has("add", "make", "put"):
+        return True  # "a blue square and a red star next to it"
     if tokens[index].text == "that" or (tokens[index].text == "them" and index and tokens[index - 1].text == "of"):
         return True
     following = tokens[index + 1 : index + 2]
@@ -266,7 +279,8 @@ def read_scene_action(text: str, normalized: str, tokens: Sequence[Token], conte
         return Reading("ask", text, message=replies.COUNT_QUESTION)
     if not scene.objects or "shape" in scene.leftovers or any(obj.count == 0 for obj in scene.objects):
         return Reading("ask", text, message=replies.build_empty_question())
-    if is_plain_wording(text, normalized, load_pattern("scene_form")):
+    has_reference = any(token.has("reference") for token in tokens)
+    if not has_reference and is_plain_wording(text, normalized, load_pattern("scene_form")):
         return Reading("do", text)
     return Reading(
         "do", scene.to_text(), goal="generate", medium="video" if scene.is_video else "image", reference="new"
@@ -292,7 +306,7 @@ def find_scene_problem(scene: DescribedScene, normalized: str) -> str:
 def is_plain_wording(text: str, normalized: str, form: re.Pattern[str]) -> bool:
     """Return whether a request is in the MLLM's own words and form, in which it is passed on as it is."""
     words = re.findall(r"[a-z0-9'-]+", text.lower())
-    is_fluent = not re.search(r"[.;:!?](?=.)|,(?! (?:and )?(?:an?|one|two|three|four|\d)\b)", normalized)
+    is_fluent = not re.search(r"[.;:!?](?=.)|,(?! (?:and )?(?:one|two|three|four|\d)\b)", normalized)
     return is_fluent and bool(form.fullmatch(normalized)) and english_rules.load_plain_words().issuperset(words)
 
 

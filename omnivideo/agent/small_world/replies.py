@@ -13,7 +13,7 @@ EDIT_PHRASES = {
 IMPOSSIBLE_PHRASES = {
     "recolour": "change colours", "reshape": "change shapes", "add": "add objects", "remove": "remove objects",
     "background": "change backgrounds", "motion": "change motions", "resize": "change sizes",
-    "replace": "replace objects", "swap": "swap objects", "place": "move objects to another place",
+    "replace": "replace objects", "swap": "swap colours, shapes or places", "place": "move objects to another place",
     "speed": "change speeds", "path": "make motions in two legs",
     "video-extension": "make clips longer", "length": "change the length of clips", 
     "image-to-video": "animate pictures",
@@ -25,6 +25,11 @@ ONLY_ENGLISH = (
     "I understand English only. / Ich verstehe nur Englisch. / Je ne comprends que l'anglais. / Solo entiendo inglés. "
     "/ 我只懂英语 / 英語だけ分かります / Понимаю только английский."
 )
+DURATION_ANSWER = (
+    "I cannot choose from words how long a clip lasts. All my clips have the same number of frames; the option"
+    " `seconds` of a request sets how long they take."
+)
+NOTHING_QUESTION = "There is nothing to look at yet. What should I create?"
 COUNT_QUESTION = "How many should there be? I can show up to four."
 HELP_OPEN = (
     "Say what you would like to see, change or know. You can also say: undo, start over, show me the first one again, "

@@ -110,6 +110,9 @@ class SceneReader:
             self.scene.objects.append(self.pending)
         elif self.pending != ObjectRequest():
             self.merge_into_last(self.pending)
+        if self.relation and len(self.scene.objects) == 2 and self.tokens[-1].text == "it":
+            self.scene.objects.reverse()  # "a blue star and a red circle above it"
+            self.scene.relation = (0, self.relation)
         return self.scene
 
     # ------------------------------------------------------------ one token
