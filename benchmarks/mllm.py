@@ -28,7 +28,7 @@ from omnivideo.models.weights import checkpoint
 from omnivideo.models.weights.shipped import SHIPPED_WEIGHTS_FOLDER
 from omnivideo.storage.objects.memory import MemoryObjectStore
 from tests.support.servers import free_port
-from tests.support.vllm_server import Server, interpreter
+from tests.support.vllm_server import Server, find_vllm_python
 
 Call = Callable[[str], object]
 prompt_numbers = count()
@@ -85,7 +85,7 @@ def open_chat(address: str) -> Call:
 
 @contextmanager
 def run_server(weights: Path, users: int, folder: Path) -> Iterator[str]:
-    server = Server(interpreter(), weights, folder, free_port(), max_num_seqs=users).start()
+    server = Server(find_vllm_python(), weights, folder, free_port(), max_num_seqs=users).start()
     try:
         yield server.wait(900).address
     finally:

@@ -16,7 +16,7 @@ from omnivideo.presets import TINY
 from omnivideo.training.tiny import mllm, text_encoder
 from tests.support.openai_service import make_client, make_http_client, run_service
 from tests.support.tiers import mark_tiers
-from tests.support.vllm_server import interpreter
+from tests.support.vllm_server import find_vllm_python
 
 torch.set_num_threads(1)
 
@@ -72,7 +72,7 @@ def short_answers(monkeypatch):
 def vllm_python() -> str:
     """Return the path of an interpreter that has vLLM, or skip."""
     try:
-        return interpreter()
+        return find_vllm_python()
     except LookupError as why:
         pytest.skip(str(why))
 

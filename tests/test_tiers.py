@@ -32,7 +32,7 @@ def test_every_pattern_matches_a_test():
     ("node_id", "marks"),
     [
         ("tests/backends/mllm/test_vllm.py::test_x[a]", ["long", "slow"]),
-        ("tests/backends/mllm/test_vllm_lora.py::test_x", ["slow"]),
+        ("tests/backends/test_published_service.py::test_a_chat_with_one_expert_survives_a_killed_worker[a]", ["slow"]),
         ("tests/gpu/test_decode.py::test_x", ["gpu"]),
         ("tests/clients/test_clients.py::test_x", ["clients"]),
         ("tests/storage/test_jobs.py::test_x", []),

@@ -162,18 +162,29 @@ def check_chat(service: PublishedService, address: str, kills_in_edit: bool) -> 
         assert manifest.precision.startswith("preset")  # and where the CPU is slow in bf16, what it computes in
 
 
-@pytest.mark.parametrize("kind", ["v1", "single", "experts"])
-def test_a_chat_with_the_mllm_on_vllm_survives_killed_workers(kind, vllm_python, tmp_path):
-    weights = import_service_weights(kind, tmp_path)
-    server = Server(vllm_python, weights, tmp_path, free_port())
+@contextmanager
+def run_service_on_vllm(kind: str, folder: Path, vllm_python: str) -> Iterator[tuple[PublishedService, str]]:
+    weights = import_service_weights(kind, folder)
+    server = Server(vllm_python, weights, folder, free_port())
     server.environment |= {SERVICE_PRESETS: "1"}
     server.start()
     try:
         server.wait(900)
-        with run_published_service(kind, tmp_path, weights, server.address) as (service, address):
-            check_chat(service, address, kills_in_edit=True)
+        with run_published_service(kind, folder, weights, server.address) as service:
+            yield service
     finally:
         server.stop()
+
+
+def test_a_chat_with_one_expert_survives_a_killed_worker(vllm_python, tmp_path):
+    with run_service_on_vllm("single", tmp_path, vllm_python) as (service, address):
+        check_chat(service, address, kills_in_edit=False)
+
+
+@pytest.mark.parametrize("kind", ["v1", "single", "experts"])
+def test_a_chat_with_the_mllm_on_vllm_survives_killed_workers(kind, vllm_python, tmp_path):
+    with run_service_on_vllm(kind, tmp_path, vllm_python) as (service, address):
+        check_chat(service, address, kills_in_edit=True)
 
 
 def test_a_chat_with_two_experts_survives_a_killed_worker(tmp_path, monkeypatch):

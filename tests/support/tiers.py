@@ -27,12 +27,14 @@ LONG = (
     "training/engine/test_distributed.py::test_shards_on_two_processes*",
     "training/engine/test_distributed.py::test_bf16_keeps_fp32_weights",
     "training/engine/test_distributed.py::test_a_gradient_that_is_not_finite*",
-    # vLLM servers. test_vllm_lora.py, with two short-lived ones, stays in `make test`.
+    # vLLM servers. One chat of test_published_service.py stays in `make test`.
+    "backends/mllm/test_vllm_lora.py",
     "backends/mllm/test_vllm.py",
     "backends/mllm/test_vllm_conversations.py",
     "backends/mllm/test_vllm_instruct.py",
     "backends/mllm/test_vllm_vila.py",
     "backends/test_published_service.py::test_a_chat_with_the_mllm_on_vllm*",
+    "backends/test_published_service.py::test_a_chat_with_two_experts*",
     # Fault matrices, in which brokers, workers and runs are killed.
     "backends/decoder/test_rollout.py::test_weights_are_replaced_under_load*",
     "backends/queue/test_celery.py::test_killed_workers_lose_no_job*",

