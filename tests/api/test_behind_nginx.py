@@ -56,7 +56,7 @@ class FrontEndServer(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), FrontEndHandler)
         self.origin = f"http://localhost:{self.server_port}"
-        self.settings, self.seen = dict[str, object](), dict[str, dict]()
+        self.settings, self.report = dict[str, object](), dict[str, dict]()
         self.is_done = threading.Event()
 
 
@@ -68,7 +68,7 @@ class FrontEndHandler(BaseHTTPRequestHandler):
         self.answer(PAGE.read_bytes() if is_page else json.dumps(self.server.settings).encode(), is_page)
 
     def do_POST(self) -> None:
-        self.server.seen = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.report = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.answer(b"{}", False)
         self.server.is_done.set()
 
@@ -103,7 +103,7 @@ def open_page(front_end: FrontEndServer, folder: Path, options: list[str]) -> No
 
 
 @pytest.fixture(scope="module")
-def seen(tmp_path_factory):
+def report(tmp_path_factory):
     """Return what the page saw, and the requests in nginx's log."""
     folder = tmp_path_factory.mktemp("proxy")
     front_end = FrontEndServer()
@@ -119,56 +119,56 @@ def seen(tmp_path_factory):
             open_page(front_end, folder, options)
     front_end.shutdown()
     front_end.server_close()
-    return front_end.seen | {"log": (folder / "access.log").read_text().splitlines(), "address": address}
+    return front_end.report | {"log": (folder / "access.log").read_text().splitlines(), "address": address}
 
 
-def test_every_step_of_the_page_succeeded(seen):
-    assert not {name: result for name, result in seen.items() if isinstance(result, dict) and "failed" in result}
-    statuses = [line.rpartition(" ")[2] for line in seen["log"]]
+def test_every_step_of_the_page_succeeded(report):
+    assert not {name: result for name, result in report.items() if isinstance(result, dict) and "failed" in result}
+    statuses = [line.rpartition(" ")[2] for line in report["log"]]
     assert statuses and all(status < "500" for status in statuses)
-    assert any(line.startswith("OPTIONS /v1/chat/completions 200") for line in seen["log"]), "the page asked first"
+    assert any(line.startswith("OPTIONS /v1/chat/completions 200") for line in report["log"]), "the page asked first"
 
 
-def test_links_lead_through_the_proxy_and_show_media(seen):
-    for address in (seen["preview"], seen["clip"], seen["images"]["url"]):
-        assert address.startswith(f"{seen['address']}/v1/") and "signature=" in address
-    media = seen["media"]
+def test_links_lead_through_the_proxy_and_show_media(report):
+    for address in (report["preview"], report["clip"], report["images"]["url"]):
+        assert address.startswith(f"{report['address']}/v1/") and "signature=" in address
+    media = report["media"]
     assert media["picture"] == {"width": 64, "height": 64} and len(media["pictureWithPixels"]["pixel"]) == 4
     for clip in (media["clip"], media["clipOfAnotherOrigin"]):
         assert clip["width"] == clip["height"] == 64 and clip["time"] == pytest.approx(clip["duration"] / 2)
-    assert seen["images"]["shown"] == {"width": 640, "height": 360}
-    assert (seen["videos"]["shown"]["width"], seen["videos"]["sync"]) == (640, [200, "video/mp4"])
+    assert report["images"]["shown"] == {"width": 640, "height": 360}
+    assert (report["videos"]["shown"]["width"], report["videos"]["sync"]) == (640, [200, "video/mp4"])
 
 
-def test_links_are_signed_where_keys_are_on(seen):
-    links = seen["links"]
+def test_links_are_signed_where_keys_are_on(report):
+    links = report["links"]
     assert links["signed"][:2] == [200, "video/mp4"] and links["withKey"] == 200
     assert (links["forged"]["status"], links["forged"]["error"]["code"]) == (403, "invalid_link")
     assert (links["bare"]["status"], links["bare"]["error"]["code"]) == (401, "invalid_api_key")
 
 
-def test_events_arrive_while_they_happen(seen):
-    for times in (seen["chat"]["times"], seen["events"]["times"]):
+def test_events_arrive_while_they_happen(report):
+    for times in (report["chat"]["times"], report["events"]["times"]):
         assert len(set(times)) >= 8 and times[-1] - times[0] > 300, times
-    ids = seen["events"]["ids"]
+    ids = report["events"]["ids"]
     assert ids == list(range(1, len(ids) + 1)), "a stream continues after the last event"
-    assert (seen["events"]["last"], seen["events"]["after"]) == ("done", 204)
+    assert (report["events"]["last"], report["events"]["after"]) == ("done", 204)
 
 
-def test_ranges_heads_and_caches(seen):
-    ranges = seen["ranges"]
+def test_ranges_heads_and_caches(report):
+    ranges = report["ranges"]
     size = ranges["size"]
     assert ranges["part"] == [206, f"bytes 4-7/{size}", "ftyp"]
     assert ranges["last"] == [206, f"bytes {size - 3}-{size - 1}/{size}", 3]
     assert ranges["outside"] == [416, f"bytes */{size}"]
     assert ranges["head"] == [200, size, ranges["etag"], 0] and ranges["unchanged"] == [304, 304]
-    assert seen["cache"][0] == seen["cache"][1] > 0
-    preview = seen["preview"].removeprefix(seen["address"]).partition("?")[0]
-    assert f"GET {preview} 304" in seen["log"], "the browser's own cache asks whether it is current"
+    assert report["cache"][0] == report["cache"][1] > 0
+    preview = report["preview"].removeprefix(report["address"]).partition("?")[0]
+    assert f"GET {preview} 304" in report["log"], "the browser's own cache asks whether it is current"
 
 
-def test_files_are_uploaded_and_refused_in_words(seen):
-    uploads = seen["uploads"]
+def test_files_are_uploaded_and_refused_in_words(report):
+    uploads = report["uploads"]
     assert uploads["file"]["bytes"] == uploads["size"] == uploads["sent"] > 0 and "picture.png" in uploads["name"]
     assert uploads["edited"] == {"width": 64, "height": 64}
     for refused in (uploads["tooLarge"], uploads["tooLargeJSON"]):
@@ -177,9 +177,9 @@ def test_files_are_uploaded_and_refused_in_words(seen):
     assert (uploads["unreadable"]["status"], uploads["unreadable"]["error"]["param"]) == (400, "file")
 
 
-def test_a_page_can_read_every_refusal(seen):
-    statuses = {name: refused["status"] for name, refused in seen["errors"].items()}
+def test_a_page_can_read_every_refusal(report):
+    statuses = {name: refused["status"] for name, refused in report["errors"].items()}
     assert statuses == {"wrongKey": 401, "wrongKeyPost": 401, "missing": 404, "invalid": 400, "method": 405}
-    for refused in seen["errors"].values():
+    for refused in report["errors"].values():
         assert refused["error"]["message"] and len(refused["headers"]["x-request-id"]) == 32
-    assert "GET" in seen["errors"]["method"]["headers"]["allow"]
+    assert "GET" in report["errors"]["method"]["headers"]["allow"]

@@ -54,7 +54,7 @@ def service(omni, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def made(http) -> tuple[list[dict], str]:
+def chat_history(http) -> tuple[list[dict], str]:
     """Return the messages of a conversation of two turns, and the key of its last clip."""
     first = chat(http, [say("system", "It is 10:00"), say("user", "a red ball"),])  # fmt: skip
     messages = [say("system", "It is 10:00"), say("user", "a red ball"), say("assistant", text_of(first))]
@@ -126,8 +126,8 @@ MANGLED = {
 
 
 @pytest.mark.parametrize("form", MANGLED)
-def test_a_conversation_continues_in_any_form_of_its_history(http, made, form):
-    messages, key = made
+def test_a_conversation_continues_in_any_form_of_its_history(http, chat_history, form):
+    messages, key = chat_history
     answer = chat(http, [*MANGLED[form](messages), say("user", "make it green")])
     assert last_result(http, answer)["artifact"]["source"] == key
 
@@ -180,8 +180,8 @@ def test_a_foreign_history_is_rebuilt_with_its_pictures(http):
     assert result["goal"] == "edit" and result["artifact"]["source"] and result["artifact"]["medium"] == "image"
 
 
-def test_a_link_of_another_owner_is_no_link(service, made):
-    messages, _ = made
+def test_a_link_of_another_owner_is_no_link(service, chat_history):
+    messages, _ = chat_history
     _, other_key = service[1].api_keys.create_key("somebody else")
     with make_http_client(service) as other:
         other.headers["Authorization"] = f"Bearer {other_key}"
@@ -204,8 +204,8 @@ def count_jobs(context) -> int:
     return sum(count for *_, count in context.jobs.count_by_lane_and_state())
 
 
-def test_an_answer_is_continued_in_words(http, context, made):
-    messages, _ = made
+def test_an_answer_is_continued_in_words(http, context, chat_history):
+    messages, _ = chat_history
     before = count_jobs(context)
     continued = chat(http, messages)
     assert text_of(continued) and continued["omnivideo"] == {"thread": None, "turn": None}
@@ -218,8 +218,8 @@ def test_an_answer_is_continued_in_words(http, context, made):
     assert count_jobs(context) == before
 
 
-def test_parallel_continuations_fork(http, made, service):
-    messages, key = made
+def test_parallel_continuations_fork(http, chat_history, service):
+    messages, key = chat_history
     with make_http_client(service) as client, ThreadPoolExecutor(3) as pool:
         texts = ("make it green", "make it white", "make it orange")
         answers = list(pool.map(lambda text: chat(client, [*messages, say("user", text)], steps=6), texts))

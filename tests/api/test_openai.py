@@ -353,13 +353,13 @@ def test_the_same_key_returns_the_same_images_and_batch(http, client):
 
 
 def test_the_same_key_returns_the_same_file(http, client):
-    def sent(data: bytes) -> httpx.Response:
+    def upload(data: bytes) -> httpx.Response:
         form = {"files": {"file": ("a", data)}, "data": {"purpose": "user_data"}}
         return http.post("/v1/files", headers={"Idempotency-Key": "file"}, **form)
 
-    first, again = sent(b"one").json(), sent(b"one").json()
+    first, again = upload(b"one").json(), upload(b"one").json()
     assert first == again and client.files.content(first["id"]).read() == b"one"
-    assert sent(b"two").status_code == 422
+    assert upload(b"two").status_code == 422
 
 
 # ---------------------------------------------------------------- images

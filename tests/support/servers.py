@@ -111,12 +111,12 @@ def rabbitmq(folder: Path) -> Iterator[str]:
 def postgres_programs() -> Path:
     """Return the folder of the newest PostgreSQL's programs; install it, or skip the test, if it is missing."""
 
-    def found() -> list[Path]:
+    def find_programs() -> list[Path]:
         return sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
 
-    if not found() and not apt_install("postgresql"):
+    if not find_programs() and not apt_install("postgresql"):
         pytest.skip("PostgreSQL is not installed and could not be installed: threads in it were not tested")
-    return found()[-1].parent
+    return find_programs()[-1].parent
 
 
 class Postgres:

@@ -34,8 +34,8 @@ INSTALL_TIMEOUT_SECONDS = 600  # seconds, the time limit of the installation
 RETRY_INSTALL_SECONDS = 3600  # seconds between a failed installation and the next attempt
 TEST_PLUGIN = "omnivideo_test_presets"  # makes the presets of tests known in vLLM's processes
 NEEDED_IMPORTS = "import vllm, av, diffusers"
-TORCHVISION_SHIM = '''"""PyPI's torchvision is built for CUDA: beside torch for the CPU, its operators are missing, and it
-cannot be imported. Only their names are needed: nothing here calls them."""
+TORCHVISION_SHIM = '''"""PyPI's torchvision is built for CUDA: beside torch for the CPU, its operators are missing,
+and it cannot be imported. Only their names are needed: nothing here calls them."""
 import sys
 
 
