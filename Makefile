@@ -15,7 +15,8 @@
 
 WORKERS ?= 2
 ARGS ?=
-PYTEST = .venv/bin/python -m pytest -n $(WORKERS) --dist loadfile
+# In the order of the folders, the vLLM test begins early: it installs vLLM first, which takes minutes.
+PYTEST = .venv/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 FAST_TIER := not slow and not long and not clients and not gpu
 MAIN_TIER := not long and not clients and not gpu

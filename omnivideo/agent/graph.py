@@ -29,7 +29,6 @@ from omnivideo.agent.capabilities import (
     reconcile_route,
 )
 from omnivideo.agent.command_results import execute_command
-from omnivideo.agent.generation_limit import build_limit_question, is_agreement, keep_first_generations
 from omnivideo.agent.references import ReferenceQuestion, ReferenceSearch, ask_user, ask_which_artifact
 from omnivideo.agent.rendering import RenderingNodes, emit_action, emit_event
 from omnivideo.agent.small_world import replies
@@ -49,7 +48,17 @@ from omnivideo.agent.transitions import (
     close_action,
     get_planned,
 )
-from omnivideo.agent.turn_plan import PlannedAction, get_details, plan_turn, reads_words, splice_actions, to_state
+from omnivideo.agent.turn_plan import (
+    PlannedAction,
+    build_limit_question,
+    get_details,
+    is_agreement,
+    keep_first_generations,
+    plan_turn,
+    reads_words,
+    splice_actions,
+    to_state,
+)
 from omnivideo.contracts import (
     Artifact,
     MLLMRequest,

@@ -2,7 +2,7 @@
 
 import pytest
 
-from omnivideo.agent.generation_limit import build_limit_question
+from omnivideo.agent.turn_plan import build_limit_question
 from omnivideo.turns import QuestionAsked
 from tests.support.conversations import Conversation
 

@@ -179,6 +179,7 @@ REPEATED: dict[str, Callable[[World], str]] = {
     "/v1/webhook_endpoints/{hook_id}/test": lambda world: f"/v1/webhook_endpoints/{world.webhook}/test",
 }
 REFUSED = {"/v1/videos/extensions"}  # always
+STATELESS = {"/v1/route", "/v1/understand"}  # they create nothing and know no keys
 
 
 def change_webhook(action: str, **fields) -> Case:
@@ -241,7 +242,15 @@ def world(shared_world, http) -> World:
 
 def test_the_table_has_every_post_route(http):
     paths = http.get("/openapi.json").json()["paths"]
-    assert {path for path, methods in paths.items() if "post" in methods} == CASES.keys() | REPEATED.keys() | REFUSED
+    assert {path for path, methods in paths.items() if "post" in methods} == (
+        CASES.keys() | REPEATED.keys() | REFUSED | STATELESS
+    )
+
+
+def test_a_route_that_creates_nothing_answers_every_time(http):
+    headers = {"Idempotency-Key": "question"}
+    for prompt in ("draw a red circle", "draw a red circle", "a blue square"):
+        assert http.post("/v1/route", headers=headers, json={"prompt": prompt}).status_code == 200
 
 
 @pytest.mark.parametrize("name", CASES)
