@@ -4,18 +4,15 @@ import asyncio
 import base64
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, Unpack, cast
-
-import anyio
 
 from omnivideo.contracts import Manifest, Route, StepProgress, check_prompt
 from omnivideo.errors import ArtifactNotFound, InvalidInput, JobFailed, ModelUnavailable, OmniVideoError
 from omnivideo.sdk.async_thread import AsyncThread
 from omnivideo.sdk.batch import BatchOutcome
-from omnivideo.sdk.connection import ServiceConnection, to_request_fields
+from omnivideo.sdk.connection import ServiceConnection, cancel_on_service, to_request_fields
 from omnivideo.sdk.options import (
     GenerationOptions,
     SamplingOptions,
@@ -32,7 +29,6 @@ from omnivideo.sdk.remote_batch import RemoteBatch
 from omnivideo.sdk.result import Result
 
 POLL_SECONDS = 0.1  # unless the service suggests an interval
-CANCEL_TIMEOUT_SECONDS = 5.0  # how long a cancelled call waits until the service knows
 IMAGE_TIMEOUT_SECONDS = 600.0  # of a request that ends with the image
 MAX_CONCURRENT_CALLS = 8
 EDIT_ARGUMENTS = {"prompt": "instruction", "image": "source", "video": "source"}  # by the names in requests
@@ -245,7 +241,7 @@ class AsyncClient:
 
     async def cancel_video(self, creation: "asyncio.Task[dict[str, Any]]") -> None:
         """Cancel a video on the service, whose creation may still be under way."""
-        with anyio.move_on_after(CANCEL_TIMEOUT_SECONDS, shield=True), suppress(OmniVideoError):
+        with cancel_on_service():
             video = await creation
             await self.connection.send_request("POST", f"/v1/videos/{video['id']}/cancel")
         creation.cancel()

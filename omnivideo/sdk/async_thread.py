@@ -2,22 +2,27 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing, suppress
+from contextlib import aclosing
 from typing import Any
 
-import anyio
 import httpx
 from pydantic import TypeAdapter
 
 from omnivideo.contracts import Artifact, Manifest
-from omnivideo.errors import InvalidInput, JobFailed, OmniVideoError
-from omnivideo.sdk.connection import MAX_ATTEMPTS, ServiceConnection, error_from_response, raise_for_certificate
+from omnivideo.errors import JobFailed, OmniVideoError
+from omnivideo.sdk.connection import (
+    MAX_ATTEMPTS,
+    ServiceConnection,
+    cancel_on_service,
+    error_from_body,
+    error_from_response,
+    raise_for_certificate,
+)
 from omnivideo.sdk.options import Source, to_source_file
 from omnivideo.sdk.result import Result
 from omnivideo.turns import QuestionAsked, Think, Turn, TurnCompleted, TurnEvent
 
 EVENT_ADAPTER: TypeAdapter[TurnEvent] = TypeAdapter(TurnEvent)
-CANCEL_TIMEOUT_SECONDS = 5.0
 
 
 class AsyncThread:
@@ -68,7 +73,7 @@ class AsyncThread:
 
     async def cancel_turn(self, creation: "asyncio.Task[dict[str, Any]]") -> None:
         """Cancel a turn on the service, whose creation may still be under way, and wait until it has ended."""
-        with anyio.move_on_after(CANCEL_TIMEOUT_SECONDS, shield=True), suppress(OmniVideoError):
+        with cancel_on_service():
             path = f"{self.path}/turns/{(await creation)['id']}"
             turn = await self.connection.fetch_json("POST", f"{path}/cancel")
             while turn["state"] in ("queued", "running"):
@@ -105,7 +110,7 @@ class AsyncThread:
                 await asyncio.sleep(0.25 * 2**attempt)
         turn = await self.connection.fetch_json("GET", f"{self.path}/turns/{turn_id}")
         if turn["state"] == "failed":
-            raise error_from_turn(turn["error"])
+            raise error_from_body(turn["error"], {})
         if turn["state"] == "cancelled":
             raise JobFailed("cancelled", "the turn was cancelled")
 
@@ -167,11 +172,3 @@ class AsyncThread:
             response = await self.connection.send_request("GET", f"{path}/{artifact.manifest}")
             manifest = Manifest.model_validate_json(response.content)
         return Result(manifest, data=content, suffix=artifact.key.rpartition(".")[2], fps=artifact.fps)
-
-
-def error_from_turn(error: dict[str, Any]) -> OmniVideoError:
-    """Return the error of a turn that has failed."""
-    message, field = str(error["message"]), error.get("param")
-    if field:
-        return InvalidInput(field, message.removeprefix(f"{field}: "))
-    return JobFailed(error.get("code") or "failed", message)

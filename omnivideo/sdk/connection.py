@@ -3,9 +3,11 @@
 import asyncio
 import json
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
+import anyio
 import httpx
 
 from omnivideo.errors import (
@@ -20,6 +22,7 @@ from omnivideo.errors import (
 from omnivideo.network import CERTIFICATE_ADVICE, create_tls_context, find_certificate_problem, find_proxy
 
 MAX_ATTEMPTS = 5  # per request; a repeated POST carries the same idempotency key, so it creates nothing twice
+CANCEL_TIMEOUT_SECONDS = 5.0  # how long a cancelled call waits until the service knows
 TEMPORARY_STATUSES = (429, 502, 503, 504)
 UNREACHABLE_MESSAGE = "service: it cannot be reached; is it running, and is the address right?"
 # Our names of options -> the names in requests.
@@ -94,6 +97,13 @@ class ServiceConnection:
             raise StoreError(UNREACHABLE_MESSAGE) from None
 
 
+@contextmanager
+def cancel_on_service() -> Iterator[None]:
+    """Let a cancelled call tell the service, for a few seconds; what then fails is nobody's concern any more."""
+    with anyio.move_on_after(CANCEL_TIMEOUT_SECONDS, shield=True), suppress(OmniVideoError):
+        yield
+
+
 def raise_for_certificate(error: httpx.TransportError) -> None:
     """Raise StoreError if the service's certificate was refused, which no retry changes."""
     if problem := find_certificate_problem(error):
@@ -109,7 +119,7 @@ def error_from_response(response: httpx.Response, field_names: dict[str, str]) -
     """Return the error in omnivideo/errors.py that corresponds to an error response."""
     try:
         error = response.json()["error"]
-        message, param = str(error["message"]), error.get("param")
+        message = str(error["message"])
     except (ValueError, KeyError, TypeError):
         return StoreError(f"service: it answered {response.status_code} with an unknown body; is it omnivideo?")
     match response.status_code:
@@ -119,7 +129,12 @@ def error_from_response(response: httpx.Response, field_names: dict[str, str]) -
             return ServiceBusy(message, float(response.headers.get("Retry-After", 1)))
         case 503:
             return ModelUnavailable(message)
+    return error_from_body(error, OPTION_NAMES | field_names)
+
+
+def error_from_body(error: dict[str, Any], field_names: dict[str, str]) -> OmniVideoError:
+    """Return the error that a body describes, which names a field or has a code."""
+    message, param = str(error["message"]), error.get("param")
     if param:
-        name = (OPTION_NAMES | field_names).get(param, param)
-        return InvalidInput(name, message.removeprefix(f"{param}: "))
+        return InvalidInput(field_names.get(param, param), message.removeprefix(f"{param}: "))
     return JobFailed(error.get("code") or "failed", message)

@@ -3,23 +3,19 @@
 import asyncio
 import json
 from collections.abc import AsyncGenerator, Awaitable, Iterable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
-
-import anyio
 
 from omnivideo.contracts import Route
 from omnivideo.errors import OmniVideoError
 from omnivideo.presets import PRESETS, Preset
 from omnivideo.sdk.batch import BatchFolder, BatchOutcome
 from omnivideo.sdk.batch_items import BatchItem, compute_digest, parse_items
-from omnivideo.sdk.connection import OPTION_NAMES, ServiceConnection, to_request_fields
+from omnivideo.sdk.connection import OPTION_NAMES, ServiceConnection, cancel_on_service, to_request_fields
 from omnivideo.sdk.options import find_requested_medium
 from omnivideo.sdk.result import Result
 
 POLL_SECONDS = 0.5
-CANCEL_TIMEOUT_SECONDS = 5.0
 STATE_FILE = ".batch.json"
 VIDEOS, IMAGES = "/v1/videos", "/v1/images/generations"
 ENDED = ("completed", "failed", "expired", "cancelled")
@@ -118,7 +114,7 @@ class RemoteBatch:
         return lines
 
     async def cancel_batches(self, batch_ids: list[str]) -> None:
-        with anyio.move_on_after(CANCEL_TIMEOUT_SECONDS, shield=True), suppress(OmniVideoError):
+        with cancel_on_service():
             for batch_id in batch_ids:
                 await self.connection.send_request("POST", f"/v1/batches/{batch_id}/cancel")
 
