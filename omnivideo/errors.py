@@ -94,6 +94,13 @@ class PoolBusy(ServiceBusy):
     """All threads for one kind of work are busy, such as those that use the object store."""
 
 
+class ServiceStopping(ServiceBusy):
+    """This process is stopping; another one, or this one after its restart, answers the same request."""
+
+    def __init__(self) -> None:
+        super().__init__("the service is restarting; send the request again in a moment", 5.0)
+
+
 class JobFailed(OmniVideoError):
     """A clip could not be rendered; `code` says why."""
 

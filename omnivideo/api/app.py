@@ -1,6 +1,8 @@
 """The HTTP service's application: its routes, and the middleware that every request passes."""
 
 import logging
+import re
+import threading
 import time
 import uuid
 from collections.abc import AsyncIterator
@@ -30,7 +32,7 @@ from omnivideo.api.errors import (
     to_json_response,
 )
 from omnivideo.api.event_feed import EventFeed
-from omnivideo.api.request_body import get_max_body_bytes
+from omnivideo.api.request_body import get_content_type, get_max_body_bytes
 from omnivideo.api.routes import (
     batches,
     chat,
@@ -43,6 +45,7 @@ from omnivideo.api.routes import (
     videos,
     webhooks,
 )
+from omnivideo.api.uploads import UploadBudget
 from omnivideo.errors import OmniVideoError
 
 log = logging.getLogger("omnivideo.api")
@@ -56,6 +59,7 @@ EXPOSED_HEADERS = (
     "accept-ranges", "allow", "content-disposition", "content-range", "etag", "openai-poll-after-ms", "retry-after",
     "x-request-id", "x-video-id",
 )  # fmt: skip
+PAGES_WITH_KEY = re.compile(r"/docs(/.*)?|/openapi\.json|/metrics")
 METHODS_WITHOUT_BODY = ("GET", "HEAD", "OPTIONS")
 
 
@@ -66,6 +70,7 @@ class RequestMiddleware:
         self.app = app
         self.context = context
         self.metrics = metrics
+        self.uploads = UploadBudget(context.settings.upload_budget_bytes)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -102,8 +107,10 @@ class RequestMiddleware:
                 refusal = unauthorized or build_body_too_large_error(max_body_bytes, advice)
                 await to_json_response(refusal)(scope, receive, send_with_request_id)
             else:
+                body_bytes = get_body_bytes(scope, content_length, max_body_bytes)
                 try:
-                    await self.serve(app_scope, receive_within_limit, send_with_request_id)
+                    async with self.uploads.admit(body_bytes, get_content_type(scope)):
+                        await self.serve(app_scope, receive_within_limit, send_with_request_id)
                 except Exception as error:
                     log_if_internal(error, f"request {request_id}")
                     if status:
@@ -117,12 +124,14 @@ class RequestMiddleware:
     async def check_key(self, scope: Scope, authorization: str | None) -> APIError | None:
         """Store the owner of a request that may have a body; return the error if its key is not valid.
 
-        This precedes reading the body. Routes without one check the key themselves.
+        This precedes reading the body. Routes without one check the key themselves. The pages for operators and
+        developers also take the key as a password, which browsers ask for.
         """
-        if not scope["path"].startswith("/v1/") or scope["method"] in METHODS_WITHOUT_BODY:
+        is_page = PAGES_WITH_KEY.fullmatch(scope["path"]) is not None
+        if not is_page and (not scope["path"].startswith("/v1/") or scope["method"] in METHODS_WITHOUT_BODY):
             return None
         try:
-            scope["state"]["owner"] = await find_request_owner(self.context, authorization)
+            scope["state"]["owner"] = await find_request_owner(self.context, authorization, as_password=is_page)
         except (APIError, OmniVideoError) as error:
             return to_api_error(error)
         return None
@@ -156,6 +165,14 @@ class RequestMiddleware:
         log.info("%s %s %d in %.0f ms", method, scope["path"], status, elapsed_ms, extra=log_fields)
 
 
+def get_body_bytes(scope: Scope, content_length: str, max_body_bytes: int) -> int:
+    """Return how large a request's body may become: as its header says, or the limit if it does not say."""
+    if scope["method"] in METHODS_WITHOUT_BODY:
+        return 0
+    is_chunked = any(name == b"transfer-encoding" for name, _ in scope["headers"])
+    return max_body_bytes if is_chunked or not content_length.isdigit() else int(content_length)
+
+
 def create_app(context: ServiceContext) -> FastAPI:
     @asynccontextmanager
     async def run_turns_while_serving(app: FastAPI) -> AsyncIterator[None]:
@@ -174,11 +191,15 @@ def create_app(context: ServiceContext) -> FastAPI:
     )
     add_documentation(app)
     metrics = operations.RequestMetrics(context)
-    app.state.context, app.state.event_feed, app.state.request_metrics = (
-        context,
-        EventFeed(context.turns, context.store),
-        metrics,
-    )
+    feed = EventFeed(context.turns, context.store)
+    app.state.context, app.state.event_feed, app.state.request_metrics = context, feed, metrics
+
+    def begin_stop() -> None:
+        """Give the turns of this process back, and answer the requests that wait for them; the server calls it."""
+        feed.stop()
+        threading.Thread(target=context.turn_runner.stop, name="stop-turns").start()
+
+    app.state.begin_stop = begin_stop
     # The last one added is the first that a request passes.
     app.add_middleware(ClientLimitMiddleware)
     app.add_middleware(RequestMiddleware, context=context, metrics=metrics)

@@ -4,6 +4,7 @@ What a POST with an Idempotency-Key has created is found again by every later re
 `IdempotentRequest` is the only implementation, for all routes.
 """
 
+import base64
 import hashlib
 import time
 import uuid
@@ -28,6 +29,7 @@ from omnivideo.records import KeyClaim
 from omnivideo.settings import ServiceSettings
 
 BEARER = HTTPBearer(auto_error=False, description="An API key")
+PASSWORD_CHALLENGE = 'Basic realm="omnivideo: the password is an API key"'
 KEY_LEASE_SECONDS = 60.0  # longer than it takes to check a request and to store what it creates
 KEY_WAIT_SECONDS, KEY_POLL_SECONDS = 20.0, 0.05  # how long a request waits for another one with the same key
 Resource = TypeVar("Resource")
@@ -96,20 +98,31 @@ async def authenticate_owner(
     return owner
 
 
-async def find_request_owner(context: ServiceContext, authorization: str | None) -> str:
+async def find_request_owner(context: ServiceContext, authorization: str | None, as_password: bool = False) -> str:
     """Return the id of the API key in a request's header, or LOCAL_OWNER if the service requires no keys.
 
-    Raises APIError (401) if the key is missing, wrong or revoked.
+    With `as_password`, the key may also be the password of any user name, as browsers send it. Raises APIError (401) if
+    the key is missing, wrong or revoked.
     """
     if not context.api_keys.is_required:
         return LOCAL_OWNER
     scheme, key = get_authorization_scheme_param(authorization)
+    if as_password and scheme.lower() == "basic":
+        scheme, key = "bearer", read_password(key)
     owner = await run_sync(context.api_keys.find_owner, key) if scheme.lower() == "bearer" and key else None
     if owner is None:
         unauthorized = APIError(401, "the API key is missing, wrong or revoked", None, "invalid_api_key")
-        unauthorized.headers["WWW-Authenticate"] = "Bearer"
+        unauthorized.headers["WWW-Authenticate"] = PASSWORD_CHALLENGE if as_password else "Bearer"
         raise unauthorized
     return owner
+
+
+def read_password(credentials: str) -> str:
+    """Return the password of a header `Authorization: Basic`, or an empty text if it is malformed."""
+    try:
+        return base64.b64decode(credentials, validate=True).decode().partition(":")[2]
+    except ValueError:
+        return ""
 
 
 ContextDep = Annotated[ServiceContext, Depends(get_service_context)]

@@ -27,6 +27,7 @@ from omnivideo.errors import (
     OmniVideoError,
     PoolBusy,
     ServiceBusy,
+    ServiceStopping,
     StoreError,
     build_job_error,
 )
@@ -116,6 +117,7 @@ HTTP_MAPPINGS: dict[type[BaseException], HTTPMapping] = {
     ServiceBusy: HTTPMapping(429, "queue_full"),  # the error says when to retry
     DecodingBusy: HTTPMapping(503, "unavailable"),  # so do these
     PoolBusy: HTTPMapping(503, "unavailable"),
+    ServiceStopping: HTTPMapping(503, "unavailable"),
     ModelUnavailable: HTTPMapping(503, "unavailable", retry_after_seconds=5),
     JobFailed: HTTPMapping(500),  # the error has the job's code
     JobCancelled: HTTPMapping(409, "cancelled"),
