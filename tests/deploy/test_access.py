@@ -105,10 +105,10 @@ def test_nothing_but_the_api_and_the_language_model_takes_connections(helm):
 def test_settings_in_compose_and_in_the_chart_reach_the_same_processes(helm):
     """Each setting that a value is given for, except what the two give a fixed value."""
     names = yaml.safe_load((CHART / "values.yaml").read_text())["settings"]
-    given = {name: "http://x" if name in ("OMNIVIDEO_S3", "OMNIVIDEO_S3_PUBLIC", "OMNIVIDEO_MLLM", "OMNIVIDEO_PUBLIC_URL")
-             else "/x" if name == "OMNIVIDEO_HOME" else "otlp" if name == "OMNIVIDEO_TRACES"
-             else {"OMNIVIDEO_LOG_FORMAT": "json", "OMNIVIDEO_LOG_LEVEL": "info", "OMNIVIDEO_PRECISION": "preset"}.get(name, "9")
-             for name in names}  # fmt: skip
+    addresses = ("OMNIVIDEO_S3", "OMNIVIDEO_S3_PUBLIC", "OMNIVIDEO_MLLM", "OMNIVIDEO_PUBLIC_URL")
+    given = dict.fromkeys(names, "9") | dict.fromkeys(addresses, "http://x")
+    given |= {"OMNIVIDEO_HOME": "/x", "OMNIVIDEO_TRACES": "otlp", "OMNIVIDEO_LOG_FORMAT": "json"}
+    given |= {"OMNIVIDEO_LOG_LEVEL": "info", "OMNIVIDEO_PRECISION": "preset"}
     for thing in rendered(helm, {"settings": given}):
         if thing["kind"] in ("Deployment", "Job", "CronJob"):
             pod = thing["spec"].get("jobTemplate", thing)["spec"]["template"]["spec"]

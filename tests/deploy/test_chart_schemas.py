@@ -71,9 +71,8 @@ def test_pods_of_a_kind_are_spread_and_scraped(helm):
             assert all(constraint["labelSelector"]["matchLabels"] == labels for constraint in constraints)
     (monitor,) = [thing for thing in things if thing["kind"] == "ServiceMonitor"]
     services = [thing for thing in things if thing["kind"] == "Service"]
-    chosen = [service for service in services
-              if monitor["spec"]["selector"]["matchLabels"].items() <= service["metadata"]["labels"].items()]  # fmt: skip
-    (service,) = chosen
+    selected = monitor["spec"]["selector"]["matchLabels"].items()
+    (service,) = [service for service in services if selected <= service["metadata"]["labels"].items()]
     assert service["spec"]["ports"][0]["name"] == monitor["spec"]["endpoints"][0]["port"] == "metrics"
     (published,) = [service for service in services if service["metadata"]["name"].endswith("-api")]
     assert [port["name"] for port in published["spec"]["ports"]] == ["http"]

@@ -96,18 +96,17 @@ def test_processes_reach_what_the_table_says(stack):
                "mllm": "http://mllm:8001/health"}  # fmt: skip
     for process in ("api", "worker", "mllm"):
         for server, address in servers.items():
-            is_reached = ask(stack, process, address) != "unreachable" or "resolve" not in probe(
-                stack, process, address
-            )
+            is_reached = can_connect(stack, process, address)
             assert is_reached == (server in TABLE[process][0] or server == process), (process, server)
     assert ask(stack, "api", "http://mllm:8001/metrics") == "401"  # without the key
 
 
-def probe(stack: Stack, process: str, address: str) -> str:
-    """Return "resolve" if a process does not even find a server's name."""
-    program = "import socket, sys\ntry: socket.getaddrinfo(sys.argv[1], 1)\nexcept OSError: print('resolve')"
-    host = address.partition("//")[2].partition(":")[0]
-    return stack.engine.execute(stack.name(process), "python3", "-c", program, host)
+def can_connect(stack: Stack, process: str, address: str) -> bool:
+    """Return whether a process finds a server's name and can open a connection to it."""
+    host, port = address.partition("//")[2].partition("/")[0].split(":")
+    program = "import socket, sys\ntry: socket.create_connection((sys.argv[1], sys.argv[2]), 3); print('yes')\n"
+    program += "except OSError: print('no')"
+    return stack.engine.execute(stack.name(process), "python3", "-c", program, host, port).strip() == "yes"
 
 
 def test_metrics_and_documentation_need_a_key_on_the_published_port(stack, http, key):
