@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from omnivideo.cli.app import SERVER, SERVICE_COMMANDS, DeviceOption, HomeOption, WeightsOption, console
-from omnivideo.cli.logs import configure_logging
+from omnivideo.cli.logs import configure_logging, write_logging_configuration
 from omnivideo.cpu_threads import configure_cpu_threads
 from omnivideo.errors import InvalidInput, MissingDependency
 from omnivideo.startup import pause_collection
@@ -257,6 +257,7 @@ def mllm_serve(
     if lora is not None:
         check_lora(lora, launch.find_language_model(folder))
     if server_command := launch.build_command(device, folder, port, host, engine, serving_options):
+        server_command.environment.setdefault("VLLM_LOGGING_CONFIG_PATH", write_logging_configuration(settings))
         launch.exec_command(server_command)
     serve_with_transformers(settings, device, folder, lora, host, port)
 
