@@ -21,7 +21,7 @@ from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from omnivideo import __version__
 from omnivideo.api.access import PASSWORD_CHALLENGE, READING_METHODS, accept_password
-from omnivideo.api.bulkheads import MAX_THREADS, ClientLimitMiddleware
+from omnivideo.api.bulkheads import MAX_THREADS, ClientLimitMiddleware, UploadBudget
 from omnivideo.api.dependencies import ServiceContext, admit_request
 from omnivideo.api.documentation import add_documentation
 from omnivideo.api.errors import (
@@ -48,7 +48,6 @@ from omnivideo.api.routes import (
     videos,
     webhooks,
 )
-from omnivideo.api.uploads import UploadBudget
 from omnivideo.errors import OmniVideoError
 
 log = logging.getLogger("omnivideo.api")

@@ -3,8 +3,8 @@
 import anyio
 import pytest
 
-from omnivideo.api import uploads
-from omnivideo.api.uploads import UploadBudget
+from omnivideo.api import bulkheads
+from omnivideo.api.bulkheads import UploadBudget
 from omnivideo.errors import PoolBusy
 
 MIB = 2**20
@@ -52,7 +52,7 @@ def test_one_body_above_the_budget_is_admitted_alone():
 
 
 def test_a_body_that_does_not_fit_in_time_is_refused(monkeypatch):
-    monkeypatch.setattr(uploads, "MAX_WAIT_SECONDS", 0.05)
+    monkeypatch.setattr(bulkheads, "MAX_UPLOAD_WAIT_SECONDS", 0.05)
 
     async def run() -> None:
         budget = UploadBudget(100 * MIB)
