@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Callable, Collection, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import BinaryIO, ParamSpec, TypeVar
 
-from anyio import Condition, move_on_after
+from anyio import CancelScope, Condition, move_on_after
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from omnivideo.api.errors import to_api_error, to_json_response
@@ -150,8 +150,9 @@ class UploadBudget:
             yield
         finally:
             self.used_bytes -= needed_bytes
-            async with self.changed:
-                self.changed.notify_all()
+            with CancelScope(shield=True):  # others wait, even if this request was cancelled
+                async with self.changed:
+                    self.changed.notify_all()
 
     async def reserve(self, needed_bytes: int) -> None:
         with move_on_after(MAX_UPLOAD_WAIT_SECONDS):
