@@ -185,7 +185,7 @@ def get_body_bytes(scope: Scope, content_length: str, max_body_bytes: int) -> in
     if scope["method"] in METHODS_WITHOUT_BODY:
         return 0
     is_chunked = any(name == b"transfer-encoding" for name, _ in scope["headers"])
-    return max_body_bytes if is_chunked or not content_length.isdigit() else int(content_length)
+    return max_body_bytes if is_chunked or not content_length.isdigit() else int(content_length[:20])
 
 
 def create_app(context: ServiceContext) -> FastAPI:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import time
@@ -91,19 +90,19 @@ def run_engine(folder: Path) -> Iterator[Engine]:
     pid_file.unlink(missing_ok=True)
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
+    engine, deadline = Engine(socket), time.monotonic() + START_TIMEOUT_SECONDS
     try:
-        deadline = time.monotonic() + START_TIMEOUT_SECONDS
         while True:
             if process.poll() is not None or time.monotonic() > deadline:
                 raise EngineMissing(f"no container engine: dockerd does not start: {log.read_text()[-500:]}")
             try:
-                engine = Engine(socket)
                 engine("GET", "/info")
                 break
             except httpx.HTTPError:
                 time.sleep(0.2)
         yield engine
     finally:
+        engine.http.close()
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)
             try:
@@ -111,8 +110,3 @@ def run_engine(folder: Path) -> Iterator[Engine]:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-
-
-def count_free_bytes(folder: Path) -> int:
-    folder.mkdir(parents=True, exist_ok=True)
-    return shutil.disk_usage(folder).free

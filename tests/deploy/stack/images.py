@@ -20,9 +20,9 @@ from tests.deploy.stack.engine import Engine
 
 ROOT = Path(__file__).parents[3]
 STAND_INS = Path(__file__).parent / "stand_ins"
-BASE, SERVERS = "omnivideo-test/base:1", "omnivideo-test/servers:1"
+BASE, SERVERS = "omnivideo-test/base:1", "omnivideo-test/servers:2"
 BASE_PACKAGES = "python3.11,python3.11-venv,python3-pip,ca-certificates,tzdata,netbase,libnuma1"
-SERVER_PACKAGES = "redis-server,postgresql-15,locales"
+SERVER_PACKAGES = "redis-server,postgresql-15"
 # Debian's python3 under the names of the official image, and without the mark that keeps pip out.
 PREPARE_BASE = (
     "for name in python python3; do ln -sf /usr/bin/python3.11 /usr/local/bin/$name; done"
@@ -56,7 +56,8 @@ def build_stand_ins(engine: Engine, folder: Path, names: dict[str, str]) -> None
         "RUN chmod 755 /garage /usr/local/bin/* && mkdir -p /data /var/lib/garage/meta /var/lib/garage/data"
         " /var/lib/postgresql/data && chown redis /data && chown postgres /var/lib/postgresql/data"
         " && chown -R 10002:10002 /var/lib/garage\n"
-        "ENV PATH=/usr/lib/postgresql/15/bin:/usr/local/bin:/usr/bin:/bin PGDATA=/var/lib/postgresql/data\n"
+        "ENV LANG=C.UTF-8 PGDATA=/var/lib/postgresql/data"
+        " PATH=/usr/lib/postgresql/15/bin:/usr/local/bin:/usr/bin:/bin\n"
         'ENTRYPOINT ["/usr/local/bin/docker-entrypoint.sh"]',
     )  # fmt: skip
     for name in names.values():
