@@ -90,7 +90,3 @@ def http(stack: Stack, key: str) -> Iterator[httpx.Client]:
     headers = {"Authorization": f"Bearer {key}"}
     with httpx.Client(base_url=stack.address("api", 8000), headers=headers, timeout=300, trust_env=False) as client:
         yield client
-
-
-def pytest_configure(config):  # TEMPORARY
-    config.option.maxfail = 0
