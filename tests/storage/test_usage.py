@@ -1,4 +1,4 @@
-"""What keys have used and may use, in the database: exact with many processes, and the same on PostgreSQL and SQLite."""
+"""What keys have used and may use: exact with many processes, and the same on PostgreSQL and SQLite."""
 
 import time
 from concurrent.futures import ThreadPoolExecutor

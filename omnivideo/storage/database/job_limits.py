@@ -70,7 +70,8 @@ class JobLimits(UsageCounter):
             limit = build_limit(owner, "open_jobs", self.defaults)
             row = self.fetch_one(select(queued, owner_open, limit, or_(*daily)))
             assert row is not None
-            counts = self.queue_counts[owner] = QueueCounts(*row, counted_at=time.monotonic())
+            counts = QueueCounts(row[0], row[1], row[2], row[3], time.monotonic())
+            self.queue_counts[owner] = counts
         counts.submitted_since += 1
         return counts
 
@@ -95,7 +96,7 @@ class JobLimits(UsageCounter):
             quota, used = row[2 + 2 * index], row[3 + 2 * index]
             if 0 < quota <= used:
                 return build_daily_error(name, quota)
-        open_count, max_open = row[:2]
+        open_count, max_open = row[0], row[1]
         if 0 < max_open <= open_count:
             message = f"open jobs: this key may have {max_open} queued or running clips; wait until one has ended"
             return LimitReached(message, 5.0, "open-jobs", max_open)
