@@ -109,8 +109,14 @@ class JobLimits(UsageCounter):
         """
         return or_(jobs.c.attempt > 0, jobs.c.owner.not_in(select_exhausted_owners(self.defaults)))
 
-    def build_exhausted_ending(self) -> Update:
-        """Return the statement that fails the interactive jobs whose owners have used up a share of the day."""
-        is_waiting = and_(jobs.c.state == "queued", jobs.c.lane == LANES.index("interactive"))
-        ending = update(jobs).where(is_waiting, ~self.match_affordable())
+    def build_exhausted_ending(self) -> Update | None:
+        """Return the statement that fails the interactive jobs whose owners have used up a share of the day.
+
+        Return None if there are no such owners.
+        """
+        owners = [row.owner for row in self.fetch_all(select_exhausted_owners(self.defaults))]
+        if not owners:
+            return None
+        is_waiting = and_(jobs.c.state == "queued", jobs.c.lane == LANES.index("interactive"), jobs.c.attempt == 0)
+        ending = update(jobs).where(is_waiting, jobs.c.owner.in_(owners))
         return ending.values(state="failed", code=LIMIT_CODE, error=EXHAUSTED_TEXT, ended_at=unix_now())

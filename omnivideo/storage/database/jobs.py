@@ -373,7 +373,8 @@ class JobRepository(JobStatistics, JobLimits):
 
     def fail_exhausted_jobs(self) -> list[str]:
         """Fail the interactive jobs that have not begun when their owner has used up a share of the day."""
-        return self.end_jobs(self.build_exhausted_ending(), None)
+        ending = self.build_exhausted_ending()
+        return [] if ending is None else self.end_jobs(ending, None)
 
     def claim_renotification(self, max_age_seconds: float) -> bool:
         """Return whether the workers must be notified again of a queued job, and mark it as notified now."""
