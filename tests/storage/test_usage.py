@@ -130,6 +130,20 @@ def test_a_key_may_have_its_own_number_of_open_jobs(empty_database: Engine) -> N
     assert not isinstance(busy.value, LimitReached)
 
 
+def test_parallel_submits_stay_within_the_number_of_open_jobs(empty_database: Engine) -> None:
+    repositories = [JobRepository(empty_database, max_open_jobs_per_owner=5) for _ in range(4)]
+
+    def submit_one(number: int) -> bool:
+        try:
+            submit(repositories[number % 4], f"job.{number}", "ann")
+        except LimitReached:
+            return False
+        return True
+
+    with ThreadPoolExecutor(8) as pool:
+        assert sum(pool.map(submit_one, range(60))) == 5
+
+
 @pytest.mark.parametrize("limit", ["device_seconds_per_day", "stored_bytes_per_day"])
 def test_a_share_of_the_day_refuses_further_jobs(empty_database: Engine, limit: str) -> None:
     key_id, _ = APIKeyRepository(empty_database).create_key("ann", own_limits={limit: 50})

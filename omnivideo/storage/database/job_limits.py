@@ -1,9 +1,11 @@
 """The limits on jobs: how many may wait and be open, and what each key may use in a day."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from sqlalchemy import ColumnElement, Engine, Update, and_, or_, select, update
+from sqlalchemy import ColumnElement, Engine, Executable, Row, Update, and_, or_, select, update
 
 from omnivideo.errors import LIMIT_CODE, LimitReached, ServiceBusy
 from omnivideo.records import KeyLimits
@@ -60,6 +62,10 @@ class JobLimits(UsageCounter):
                 limit = build_limit(owner, limit_column, self.defaults)
                 conditions.append(or_(limit == 0, build_used_today(owner, used_column) < limit))
         return conditions
+
+    def insert_within_limits(self, owner: str, insertion: Executable, is_near: bool) -> Sequence[Row[Any]]:
+        """Run the insertion of a job; near a limit, those of an owner run one after the other, so that it holds."""
+        return self.fetch_in_turn(f"submit {owner}", insertion) if is_near else self.fetch_all(insertion)
 
     def get_counts(self, owner: str) -> QueueCounts:
         """Return the counts of the last second. Counting gets slower as more jobs wait."""
