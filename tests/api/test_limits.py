@@ -5,7 +5,6 @@ import time
 from contextlib import contextmanager
 
 import httpx
-import openai
 import pytest
 
 from omnivideo import Client
@@ -185,18 +184,15 @@ def test_an_expired_key_is_refused(service):
 
 
 def test_usage_counts_clips_steps_seconds_tokens_and_bytes(service):
-    with open_client(service, own_limits={"requests_per_minute": 500}) as (client, key_id):
-        openai_client = openai.OpenAI(
-            base_url=f"{service[2]}/v1", api_key=client.headers["Authorization"].removeprefix("Bearer "),
-            http_client=openai.DefaultHttpxClient(trust_env=False),
-        )  # fmt: skip
+    with (
+        open_client(service, own_limits={"requests_per_minute": 500}) as (client, key_id),
+        make_client(service, client.headers["Authorization"].removeprefix("Bearer ")) as openai_client,
+    ):
         video = openai_client.videos.create_and_poll(prompt="a red ball", **SMALL)
         image = client.post("/v1/images/generations", json={"prompt": "a red ball", "num_inference_steps": 2})
         assert image.status_code == 200
-        answer = client.post(
-            "/v1/chat/completions",
-            json={"model": "tiny", "messages": [{"role": "user", "content": "how many balls are there?"}]},
-        ).json()
+        messages = [{"role": "user", "content": "how many balls are there?"}]
+        answer = client.post("/v1/chat/completions", json={"model": "tiny", "messages": messages}).json()
         day = wait_until(
             lambda: (found := client.get("/v1/usage").json()["data"][0])["answer_tokens"] and found["images"] and found
         )
