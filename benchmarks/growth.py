@@ -79,8 +79,8 @@ class ForgetfulMLLM(ScriptedMLLM):
 def serve(home: Path, port: int) -> None:
     """Run the service until it receives SIGTERM."""
     wiring = ServiceWiring(load_settings(home=home), "cpu")
-    wiring.renderer = InstantRenderer(wiring)  # type: ignore[misc, assignment]
-    wiring.mllm = ForgetfulMLLM(wiring)  # type: ignore[misc, assignment]
+    wiring.renderer = InstantRenderer(wiring)  # type: ignore[assignment]
+    wiring.mllm = ForgetfulMLLM(wiring)
     with run_api_server(wiring, port):
         signal.sigwait({signal.SIGTERM, signal.SIGINT})
 

@@ -74,10 +74,15 @@ class JobLimits(UsageCounter):
             queued, owner_open = build_count_subqueries(owner)
             daily = [build_limit(owner, limit_column, self.defaults) > 0 for limit_column, _, _ in DAILY_LIMITS]
             limit = build_limit(owner, "open_jobs", self.defaults)
-            row = self.fetch_one(select(queued, owner_open, limit, or_(*daily)))
+            columns = {
+                "queued": queued,
+                "owner_open": owner_open,
+                "max_owner_open": limit,
+                "has_daily_limit": or_(*daily),
+            }
+            row = self.fetch_one(select(*(column.label(name) for name, column in columns.items())))
             assert row is not None
-            counts = QueueCounts(row[0], row[1], row[2], row[3], time.monotonic())
-            self.queue_counts[owner] = counts
+            counts = self.queue_counts[owner] = QueueCounts(**row._mapping, counted_at=time.monotonic())
         counts.submitted_since += 1
         return counts
 
@@ -96,13 +101,12 @@ class JobLimits(UsageCounter):
             (build_limit(owner, limit_column, self.defaults), build_used_today(owner, used_column))
             for limit_column, used_column, _ in DAILY_LIMITS
         ]
-        row = self.fetch_one(select(owner_open, limit, *(column for pair in daily for column in pair)))
+        row = self.fetch_one(select(*(column for pair in ((limit, owner_open), *daily) for column in pair)))
         assert row is not None
-        for index, (_, _, name) in enumerate(DAILY_LIMITS):
-            quota, used = row[2 + 2 * index], row[3 + 2 * index]
+        max_open, open_count, *daily_counts = tuple(row)
+        for (_, _, name), quota, used in zip(DAILY_LIMITS, daily_counts[::2], daily_counts[1::2], strict=True):
             if 0 < quota <= used:
                 return build_daily_error(name, quota)
-        open_count, max_open = row[0], row[1]
         if 0 < max_open <= open_count:
             message = f"open jobs: this key may have {max_open} queued or running clips; wait until one has ended"
             return LimitReached(message, 5.0, "open-jobs", max_open)
