@@ -11,14 +11,16 @@ import anyio
 from fastapi import FastAPI
 from opentelemetry import trace
 from opentelemetry.propagate import extract
+from starlette.datastructures import MutableHeaders
 from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from omnivideo import __version__
+from omnivideo.api.access import READING_METHODS
 from omnivideo.api.bulkheads import MAX_THREADS, ClientLimitMiddleware
-from omnivideo.api.dependencies import ServiceContext, find_request_owner
+from omnivideo.api.dependencies import ServiceContext, admit_request
 from omnivideo.api.documentation import add_documentation
 from omnivideo.api.errors import (
     APIError,
@@ -40,6 +42,7 @@ from omnivideo.api.routes import (
     responses,
     threads,
     understanding,
+    usage,
     videos,
     webhooks,
 )
@@ -53,10 +56,10 @@ NO_PUBLIC_URL_WARNING = (
 TRACER = trace.get_tracer("omnivideo.api")
 # What a page may read besides the headers that every page may.
 EXPOSED_HEADERS = (
-    "accept-ranges", "allow", "content-disposition", "content-range", "etag", "openai-poll-after-ms", "retry-after",
-    "x-request-id", "x-video-id",
+    "accept-ranges", "allow", "content-disposition", "content-range", "etag", "openai-poll-after-ms", "ratelimit",
+    "ratelimit-policy", "retry-after", "x-ratelimit-limit-requests", "x-ratelimit-remaining-requests",
+    "x-ratelimit-reset-requests", "x-request-id", "x-video-id",
 )  # fmt: skip
-METHODS_WITHOUT_BODY = ("GET", "HEAD", "OPTIONS")
 
 
 class RequestMiddleware:
@@ -90,7 +93,11 @@ class RequestMiddleware:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message = {**message, "headers": [*message["headers"], (b"x-request-id", request_id.encode())]}
+                access = scope["state"].get("access")
+                headers = MutableHeaders(raw=[*message["headers"], (b"x-request-id", request_id.encode())])
+                for name, value in (access.headers if access else {}).items():
+                    headers.setdefault(name, value)
+                message = {**message, "headers": headers.raw}
             await send(message)
 
         headers = {key.decode("latin-1"): value.decode("latin-1") for key, value in scope["headers"]}
@@ -115,14 +122,17 @@ class RequestMiddleware:
         self.record_request(scope, request_id, route, status, time.perf_counter() - started_at)
 
     async def check_key(self, scope: Scope, authorization: str | None) -> APIError | None:
-        """Store the owner of a request that may have a body; return the error if its key is not valid.
+        """Store the access and the owner of a request; return the error if its key may not send it.
 
-        This precedes reading the body. Routes without one check the key themselves.
+        This precedes reading the body. The route itself checks a link that has a signature in place of a key.
         """
-        if not scope["path"].startswith("/v1/") or scope["method"] in METHODS_WITHOUT_BODY:
+        may_be_signed = scope["method"] in READING_METHODS and authorization is None
+        is_link = may_be_signed and b"signature=" in scope.get("query_string", b"")
+        if not scope["path"].startswith("/v1/") or scope["method"] == "OPTIONS" or is_link:
             return None
         try:
-            scope["state"]["owner"] = await find_request_owner(self.context, authorization)
+            access = await admit_request(self.context, authorization, scope["method"])
+            scope["state"]["access"], scope["state"]["owner"] = access, access.key.id
         except (APIError, OmniVideoError) as error:
             return to_api_error(error)
         return None
@@ -186,7 +196,8 @@ def create_app(context: ServiceContext) -> FastAPI:
     register_error_handlers(app)
     # The routes of the documentation come first; those of the routers have their complete paths.
     app.state.api_routes = [route for route in app.routes if isinstance(route, Route)]
-    for routes in (chat, responses, videos, images, files, batches, webhooks, threads, understanding, operations):
+    model_routes, record_routes = (chat, responses, videos, images, understanding), (files, batches, webhooks, threads)
+    for routes in (*model_routes, *record_routes, usage, operations):
         app.include_router(routes.router)
         app.state.api_routes += routes.router.routes
     return app
