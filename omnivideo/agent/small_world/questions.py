@@ -10,7 +10,7 @@ from omnivideo.agent.small_world.lexicon import Token
 from omnivideo.agent.small_world.wordings import load_pattern
 from omnivideo.contracts import Medium
 
-FileFact = Literal["medium", "length", "size", "corners", "earlier"]
+FileFact = Literal["medium", "length", "size", "corners", "earlier", "presence"]
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,8 @@ def read_question(text: str, tokens: Sequence[Token], medium: Medium, last: str 
         return QuestionReading()
     if fact := find_file_fact(text):
         return QuestionReading(fact=fact)
+    if load_pattern("presence").match(text) and is_only_presence(tokens):
+        return QuestionReading(fact="presence")
     if load_pattern("trained_question").fullmatch(text.strip(" .!")):
         return QuestionReading(text)
     target = find_target(tokens)
@@ -88,6 +90,12 @@ def read_attribute_question(
     return QuestionReading()
 
 
+def is_only_presence(tokens: Sequence[Token]) -> bool:
+    """Return whether shapes are named, but no places or motions of them."""
+    has_more = any(token.has("relation", "region", "direction", "motion", "go") for token in tokens)
+    return not has_more and any(token.has("shape", "plural") for token in tokens)
+
+
 def find_file_fact(text: str) -> FileFact | None:
     """Return the fact that no look at the pixels is needed for."""
     if re.search(
@@ -100,7 +108,9 @@ def find_file_fact(text: str) -> FileFact | None:
     ):
         return "length"
     if re.search(
-        r"\b(?:resolution|pixels?|dimensions?|aspect ratio|how wide|how tall|how high|file format|file type)\b", text
+        r"\b(?:resolution|pixels?|dimensions?|aspect ratio|how wide|how tall|how high|file format|file type"
+        r"|(?:how (?:big|large)|what size) is (?:the|this|that) (?:picture|image|photo|video|clip|frame|file))\b",
+        text,
     ):
         return "size"
     if re.search(

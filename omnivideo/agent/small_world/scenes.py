@@ -159,8 +159,10 @@ class SceneReader:
             self.read_direction(token.get("direction") or "")
 
     def read_direction(self, direction: str) -> None:
-        if self.is_turn and self.find_last() is not None:
-            self.set_motion(direction)
+        last = self.find_last()
+        before = self.tokens[self.position - 1].text if self.position else ""
+        if last is not None and (self.is_turn or (last.motion and before in ("and", "or", "but", ","))):
+            self.set_motion(direction)  # the second one, or one that contradicts the first
         elif direction in ("left", "right") and self.scene.objects:
             self.set_value("region", direction)
 
