@@ -5,8 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from omnivideo.agent.small_world.edits import name_target
-from omnivideo.agent.small_world.lexicon import Token
+from omnivideo.agent.small_world.lexicon import Token, name_target
 from omnivideo.agent.small_world.wordings import load_pattern
 from omnivideo.contracts import Medium
 

@@ -128,6 +128,7 @@ def update_context(context: Context, reading: Reading) -> Context:
 def split_turn(text: str) -> list[str]:
     """Split a turn into its actions; words that only describe what stands before them stay with it."""
     parts = list[str]()
+    text = load_pattern("taken_object").sub(r"\2 the \1", text)
     for part in english_rules.split_actions(text):
         tokens = tokenize(part)
         has_content = any(token.has(*CONTENT) or not token.is_known for token in tokens)
