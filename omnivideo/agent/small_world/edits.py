@@ -401,6 +401,8 @@ def build_object_changes(clause: Clause, target: str) -> list[WordedChange]:
             WordedChange("replace", f"replace {target} with {obj.to_text()}", target),
             *build_value_changes(ground, "it"),
         ]
+    if (obj.count or 1) > 1 and clause.verb != "replace":
+        return [WordedChange("count", f"count {obj.count}", target)]
     if obj.shape is None:
         values = {name: value for name in ("colour", "size", "motion") if (value := getattr(obj, name))}
         return build_value_changes(values | clause.values, target)

@@ -390,7 +390,8 @@ def expand_change(change: WordedChange, context: Context) -> list[WordedChange]:
         parts = [WordedChange("reshape", shape, change.target)]
         renamed = change.target if change.target == "it" else f"the {obj.shape}"
         parts += [WordedChange("recolour", f"make {renamed} {obj.colour}", renamed)] if obj.colour else []
-        return parts + ([WordedChange("resize", f"make {renamed} {obj.size}", renamed)] if obj.size else [])
+        parts += [WordedChange("resize", f"make {renamed} {obj.size}", renamed)] if obj.size else []
+        return [new for part in parts for new in expand_change(part, context)]
     if change.target == "them" and change.kind in ("recolour", "reshape", "resize", "motion", "speed"):
         names = list_object_names(context)
         if len(names) > 1:
@@ -416,11 +417,9 @@ def find_missing_target(changes: Sequence[WordedChange], context: Context) -> st
     named = read_scene(tokenize(changes[0].target)).objects
     if not named or named[0].shape is None or context.is_changed:
         return ""
-    seen = context.describe()
-    shapes = {obj.shape for obj in read_scene(tokenize(seen)).objects}
-    if not shapes or named[0].shape in shapes:
-        return ""
-    return f"There is no {named[0].shape}: I see {seen}. What should I change?"
+    shapes = {obj.shape for obj in read_scene(tokenize(context.describe())).objects}
+    is_missing = bool(shapes) and named[0].shape not in shapes
+    return f"There is no {named[0].shape}: I see {context.describe()}. What should I change?" if is_missing else ""
 
 
 def find_change_problem(change: WordedChange, context: Context) -> str:

@@ -144,7 +144,9 @@ class SceneReader:
         return 0
 
     def read_attribute(self, token: Token) -> None:
-        before = self.tokens[self.position - 1].text if self.position else ""
+        before, following = self.tokens[self.position - 1].text if self.position else "", self.peek(1)
+        if token.has("number") and following is not None and following.has("medium"):
+            return  # "three pictures of"
         if token.has("number") and (not token.has("thing") or self.is_object_ahead() or before in TOTAL_WORDS):
             self.read_number(int(token.get("number") or 0))
         elif token.has("colour"):

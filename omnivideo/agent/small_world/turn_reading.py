@@ -14,6 +14,8 @@ from omnivideo.agent.small_world.scenes import read_scene
 from omnivideo.agent.small_world.wordings import load_pattern
 
 ADDITION = re.compile(r"^(?:and|with|plus|also) (?:an?|another|two|three) ")
+MAX_SPLIT_CHARS = 300  # of a sentence with two results; the time of its pattern is not linear
+LEAD_OF_RESULT = re.compile(r"^(?:first|firstly)[ ,]+|[ ,;]+$")
 CHOICE_QUESTION = re.compile(r"^Do you mean (.+) or (.+)\?$")
 ATTRIBUTES = ("colour", "size", "motion", "go", "direction", "speed", "region", "ground")
 CONTENT = (
@@ -59,14 +61,29 @@ def is_only_object(name: str, context: Context) -> bool:
 def split_results(text: str) -> list[str]:
     """Return a request for each of two results of one sentence; [] for other texts."""
     normalized = normalize_text(text).strip(" .!?")
+    if len(normalized) > MAX_SPLIT_CHARS:
+        return []
     if match := load_pattern("both_media").fullmatch(normalized):
         return [f"a {match[1]} of {match[3]}", f"a {match[2]} of {match[3]}"] if match[1] != match[2] else []
-    if match := load_pattern("two_results").fullmatch(normalized):
+    if match := load_pattern("equal_results").fullmatch(normalized):
+        number = int(load_lexicon().phrases[match[1]][0][1])
+        parts = [f"a {match[2].removesuffix('s')} of {match[3]}"] * number
+    elif match := load_pattern("two_results").fullmatch(normalized):
         parts = [f"a {match[1].removesuffix('s')} of {words}" for words in (match[2], match[3])]
     else:
-        parts = load_pattern("separately").split(normalized)
-    is_complete = all(any(token.has("shape", "plural") for token in tokenize(part)) for part in parts)
-    return parts if len(parts) > 1 and is_complete else []
+        parts = [
+            LEAD_OF_RESULT.sub("", part)
+            for piece in load_pattern("separately").split(normalized)
+            for part in load_pattern("next_result").split(piece)
+            if part.strip()
+        ]
+        if not has_shape(parts[0]):  # "first", "i want"
+            del parts[0]
+    return parts if len(parts) > 1 and all(map(has_shape, parts)) else []
+
+
+def has_shape(text: str) -> bool:
+    return any(token.has("shape", "plural") for token in tokenize(text))
 
 
 def split_changes(text: str, context: Context) -> list[str]:
