@@ -160,7 +160,7 @@ def read_reversal(
         return None
     motions = [obj.motion for obj in read_scene(tokenize(context.describe())).objects if obj.motion in OPPOSITE_MOTIONS]
     if len(set(motions)) != 1:
-        return [Reading("ask", text, message="Which way should it move: left, right, up or down?")]
+        return [Reading("ask", text, message=replies.DIRECTION_QUESTION)]
     motion = IMPERATIVE_MOTIONS[OPPOSITE_MOTIONS[motions[0] or ""]]
     return read_changes(text, normalized, [WordedChange("motion", f"make it {motion}", "it")], reference, context)
 
@@ -310,8 +310,9 @@ def read_scene_action(text: str, normalized: str, tokens: Sequence[Token], conte
         return Reading("ask", text, message=replies.build_contradiction_question(*scene.conflicts[0]))
     if any(obj.second_motion for obj in scene.objects) and "path" not in context.preset.edits:
         return Reading("decline", text, message=replies.build_impossible_reply("path", context.preset))
-    if "number" in scene.leftovers:
-        return Reading("ask", text, message=replies.COUNT_QUESTION)
+    for leftover, question in replies.SCENE_QUESTIONS.items():
+        if leftover in scene.leftovers and (leftover != "direction" or not any(obj.motion for obj in scene.objects)):
+            return Reading("ask", text, message=question)
     if not scene.objects or "shape" in scene.leftovers or any(obj.count == 0 for obj in scene.objects):
         return Reading("ask", text, message=replies.build_empty_question())
     has_reference = any(token.has("reference") for token in tokens)

@@ -124,6 +124,8 @@ class SceneReader:
             self.is_turn = True
         if not token.is_known:
             self.scene.unknown.append(token.text)
+        if token.text in ("not", "never"):
+            self.scene.leftovers.append("negation")
         if token.has("ground"):
             return self.read_ground()
         if token.has("colour") and self.is_background_colour():
@@ -224,6 +226,7 @@ class SceneReader:
             elif direction := token.get("direction"):
                 self.set_motion(direction)
                 return offset + 1
+        self.scene.leftovers.append("direction")
         return 1
 
     def read_ground(self) -> int:
