@@ -334,7 +334,7 @@ def test_what_is_made_of_known_words_and_not_in_the_world_is_declined(text):
     ("question", "answer"),
     [
         ("do you see a star?", "Yes"), ("is there a red circle?", "Yes"),
-        ("is there a blue circle in it?", "No"), ("can you see any triangles?", "No"),
+        ("is there a blue circle in it?", "No"), ("anything red in there?", "Yes"), ("can you see any triangles?", "No"),
     ],
 )  # fmt: skip
 def test_whether_something_is_there_is_read_from_the_description(question, answer):
@@ -343,3 +343,34 @@ def test_whether_something_is_there_is_read_from_the_description(question, answe
     assert reading.fact == "presence"
     artifact = make_artifact("image")
     assert answer_fact(reading.fact, artifact, [artifact], lambda _: seen, reading.text) == f"{answer}: I see {seen}."
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("a star that is not red", "instead"),
+        ("a circle going around", "Which way"),
+        ("a circle and a square moving towards each other", "Which way"),
+        ("three pictures of red stars", "How many"),
+    ],
+)
+def test_a_scene_that_leaves_something_open_leads_to_a_question(text, word):
+    (reading,) = read_turn(text, build_context())
+    assert reading.kind == "ask" and word in reading.message
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("not a circle but a star", "draw a picture of a star"),
+        ("draw two things: a red circle and a blue square", "draw a picture of a red circle and a blue square"),
+        ("a circle that moves from the bottom to the top", "draw a video of a circle moving up"),
+    ],
+)
+def test_only_what_is_wanted_is_drawn(text, expected):
+    assert list_readings(text) == [("do", expected)]
+
+
+@pytest.mark.parametrize("text", ["get rid of that star", "no star please", "make the star disappear"])
+def test_an_object_that_is_pointed_at_is_the_one_that_is_removed(text):
+    assert list_readings(text, "image") == [("do", "remove the star")]

@@ -43,7 +43,7 @@ def answer_fact(
 def answer_presence(question: str, description: str) -> str:
     """Return whether what a question asks for is in a description: the MLLM describes better than it says yes or no."""
     seen = read_scene(tokenize(description)).objects
-    asked = [obj for obj in read_scene(tokenize(question)).objects if obj.shape]
+    asked = [obj for obj in read_scene(tokenize(question)).objects if obj.shape or obj.colour]
     is_there = bool(asked) and all(any(is_included(obj, other) for other in seen) for obj in asked)
     return f"{'Yes' if is_there else 'No'}: I see {description}."
 

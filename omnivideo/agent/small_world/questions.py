@@ -58,6 +58,8 @@ def read_attribute_question(
 ) -> QuestionReading:
     """Return a question about colours, shapes, sizes, places, presence or everything."""
     describe = QuestionReading(f"describe the {'video' if medium == 'video' else 'picture'}")
+    if re.match(r"what (?:is|are|was) (?:it|this|that|these|they)\W*$|what did you (?:draw|make|create)\W*$", text):
+        return describe
     if re.search(r"\b(?:where|position|place|corner|side|located)\b", text):
         return QuestionReading(f"where is {target}?")
     if re.search(r"\b(?:how (?:big|large|small)|what size|which size|bigger|smaller|larger)\b", text) or any(
@@ -90,9 +92,9 @@ def read_attribute_question(
 
 
 def is_only_presence(tokens: Sequence[Token]) -> bool:
-    """Return whether shapes are named, but no places or motions of them."""
-    has_more = any(token.has("relation", "region", "direction", "motion", "go") for token in tokens)
-    return not has_more and any(token.has("shape", "plural") for token in tokens)
+    """Return whether shapes or colours are named, but no places or motions of them."""
+    has_more = any(token.has("relation", "region", "direction", "motion", "go", "ground") for token in tokens)
+    return not has_more and any(token.has("shape", "plural", "colour") for token in tokens)
 
 
 def find_file_fact(text: str) -> FileFact | None:
