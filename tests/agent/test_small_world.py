@@ -334,7 +334,8 @@ def test_what_is_made_of_known_words_and_not_in_the_world_is_declined(text):
     ("question", "answer"),
     [
         ("do you see a star?", "Yes"), ("is there a red circle?", "Yes"),
-        ("is there a blue circle in it?", "No"), ("anything red in there?", "Yes"), ("can you see any triangles?", "No"),
+        ("is there a blue circle in it?", "No"), ("anything red in there?", "Yes"),
+        ("can you see any triangles?", "No"),
     ],
 )  # fmt: skip
 def test_whether_something_is_there_is_read_from_the_description(question, answer):
@@ -374,3 +375,14 @@ def test_only_what_is_wanted_is_drawn(text, expected):
 @pytest.mark.parametrize("text", ["get rid of that star", "no star please", "make the star disappear"])
 def test_an_object_that_is_pointed_at_is_the_one_that_is_removed(text):
     assert list_readings(text, "image") == [("do", "remove the star")]
+
+
+@pytest.mark.parametrize("text", ["so it's a red circle", "i see a star", "the circle is red and the star is blue"])
+def test_a_statement_changes_nothing(text):
+    assert [kind for kind, _ in list_readings(text, "image")] == ["ask"]
+    assert list_readings(f"{text}. make the star green", "image") == [("do", "make the star green")]
+
+
+@pytest.mark.parametrize("text", ["that's a beautiful star", "nice circle!", "i like the star", "the red is pretty"])
+def test_praise_that_names_what_is_seen_is_small_talk(text):
+    assert list_readings(text, "image") == [("do", "perfect")]

@@ -50,7 +50,7 @@ def read_action(text: str, context: Context) -> list[Reading]:
     is_request = bool(load_pattern("polite_request").match(normalized)) and not re.search(
         r"\bwhat (?:size|colour|shape)\b", normalized
     )
-    said = None if has_world_words(tokens) else talk.find_small_talk(text)
+    said = talk.find_praise(text, bool(context.medium)) if has_world_words(tokens) else talk.find_small_talk(text)
     is_asked = is_question(normalized) and not is_request and said not in talk.CERTAIN
     if is_asked and (reading := read_question_action(text, normalized, tokens, context)):
         return [reading]

@@ -36,7 +36,10 @@ def read_turn(text: str, context: Context) -> list[Reading]:
         parts = [text]
     elif len(parts) == 1 and context.medium and ADDITION.match(normalize_text(text)):
         parts = [f"add {parts[0].removeprefix('with ')}"]
-    for part in parts:
+    wishes = [part for part in parts if context.medium is None or not is_statement(part)]
+    if not wishes:
+        return [Reading("ask", text, message=replies.build_unclear_question())]
+    for part in wishes:
         earlier_removed = tuple(removed)
         for reading in read_action(part, context):
             if reading.kind in ("ask", "decline"):
@@ -51,6 +54,14 @@ def read_turn(text: str, context: Context) -> list[Reading]:
             readings.append(reading)
             context = replace(update_context(context, reading), is_changed=True)
     return readings
+
+
+def is_statement(text: str) -> bool:
+    """Return whether a text says what there is, such as "so it is a red circle", and asks for nothing."""
+    normalized = re.sub(r"[ ,]+(?:but|and|so)$", "", normalize_text(text).strip(" .!"))
+    if load_pattern("correction").match(normalized) or talk.find_praise(text, has_result=True):
+        return False
+    return load_pattern("statement").fullmatch(normalized) is not None
 
 
 def is_only_object(name: str, context: Context) -> bool:
