@@ -61,6 +61,8 @@ def is_statement(text: str) -> bool:
     normalized = re.sub(r"[ ,]+(?:but|and|so)$", "", normalize_text(text).strip(" .!"))
     if load_pattern("correction").match(normalized) or talk.find_praise(text, has_result=True):
         return False
+    if talk.find_praise(normalized, has_result=True):
+        return True  # "it is a nice star but"
     return load_pattern("statement").fullmatch(normalized) is not None
 
 
