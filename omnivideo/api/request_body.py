@@ -46,7 +46,9 @@ def refuse_value(value: object) -> None:
 
 def refuse_unless_off(value: object) -> object:
     """Return false, 0 or None, which change nothing; raise ValueError for anything else."""
-    return refuse_value(value) if value else value
+    if value:
+        refuse_value(value)
+    return value
 
 
 # A field that changes the result and that this service cannot honour: it is refused by name, not ignored.

@@ -60,6 +60,8 @@ LONG = (
     "models/weights/test_convert.py::test_version_1_in_full_size*",
     # A browser, nginx in a network namespace, and a service with the shipped weights: 40 s.
     "api/test_behind_nginx.py",
+    # A service with hundreds of turns and jobs: a minute.
+    "benchmarks/test_growth.py",
     # Outages of a minute.
     "api/test_chat_outages.py::test_an_outage_ends_with_an_error_within_a_minute",
     # Real terminals, fresh clones, notebooks: each loads the shipped weights in processes of its own.

@@ -118,10 +118,11 @@ class JobRepository(JobStatistics, JobLimits):
             "created_at": unix_now(),
             "notified_at": unix_now(),
         }
-        row_if_allowed = select_values(jobs, values).where(*self.build_limit_conditions(owner))
+        row_if_allowed = select_values(jobs, values).where(*(conditions := self.build_limit_conditions(owner)))
         insertion = self.insert_into(jobs).from_select(list(values), row_if_allowed).on_conflict_do_nothing()
-        if (row := self.fetch_one(insertion.returning(jobs))) is not None:
-            return status_from_row(row)
+        rows = self.insert_within_limits(owner, insertion.returning(jobs), is_near=bool(conditions))
+        if rows:
+            return status_from_row(rows[0])
         existing = self.fetch_one(select(jobs.c.owner, jobs.c.body, jobs.c.preset).where(jobs.c.id == job.id))
         if existing is None:
             raise self.find_reached_limit(owner)
@@ -380,7 +381,8 @@ class JobRepository(JobStatistics, JobLimits):
 
     def fail_exhausted_jobs(self) -> list[str]:
         """Fail the interactive jobs that have not begun when their owner has used up a share of the day."""
-        return self.end_jobs(self.build_exhausted_ending(), None)
+        ending = self.build_exhausted_ending()
+        return [] if ending is None else self.end_jobs(ending, None)
 
     def claim_renotification(self, max_age_seconds: float) -> bool:
         """Return whether the workers must be notified again of a queued job, and mark it as notified now."""
