@@ -43,6 +43,7 @@ from omnivideo.api.routes import (
     videos,
     webhooks,
 )
+from omnivideo.api.sites import check_site
 from omnivideo.errors import OmniVideoError
 
 log = logging.getLogger("omnivideo.api")
@@ -57,10 +58,15 @@ EXPOSED_HEADERS = (
     "x-request-id", "x-video-id",
 )  # fmt: skip
 METHODS_WITHOUT_BODY = ("GET", "HEAD", "OPTIONS")
+METHODS = (*METHODS_WITHOUT_BODY, "POST", "PUT", "PATCH", "DELETE")  # others are "other" in metrics and in the log
+ACCESS_CHECK_SECONDS = 5.0  # between two checks of the key during a response
 
 
 class RequestMiddleware:
-    """Gives each request an id and a span, checks its key, limits its body, measures it, and logs one line."""
+    """Gives each request an id and a span, checks its key, limits its body, measures it, and logs one line.
+
+    A response that takes long ends once its key has been revoked.
+    """
 
     def __init__(self, app: ASGIApp, context: ServiceContext, metrics: operations.RequestMetrics):
         self.app = app
@@ -72,6 +78,7 @@ class RequestMiddleware:
             await self.app(scope, receive, send)
             return
         request_id, started_at, status, received_bytes = uuid.uuid4().hex, time.perf_counter(), 0, 0
+        checked_at, access_scope = started_at, anyio.CancelScope()
         scope.setdefault("state", {})["request_id"] = request_id
 
         # Every route that answers GET answers HEAD.
@@ -87,32 +94,43 @@ class RequestMiddleware:
             return message
 
         async def send_with_request_id(message: Message) -> None:
-            nonlocal status
+            nonlocal status, checked_at
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message = {**message, "headers": [*message["headers"], (b"x-request-id", request_id.encode())]}
+            elif message.get("more_body") and time.perf_counter() - checked_at > ACCESS_CHECK_SECONDS:
+                checked_at = time.perf_counter()
+                if not await self.has_access(scope):
+                    await send({"type": "http.response.body", "body": b""})  # it ends the response
+                    access_scope.cancel()
+                    return
             await send(message)
 
         headers = {key.decode("latin-1"): value.decode("latin-1") for key, value in scope["headers"]}
         with TRACER.start_as_current_span("request", extract(headers), attributes={"request_id": request_id}) as span:
             content_length = headers.get("content-length", "0")
-            unauthorized = await self.check_key(scope, headers.get("authorization"))
-            is_too_large = content_length.isdigit() and int(content_length[:20]) > max_body_bytes
-            if unauthorized or is_too_large:
-                refusal = unauthorized or build_body_too_large_error(max_body_bytes, advice)
-                await to_json_response(refusal)(scope, receive, send_with_request_id)
-            else:
-                try:
-                    await self.serve(app_scope, receive_within_limit, send_with_request_id)
-                except Exception as error:
-                    log_if_internal(error, f"request {request_id}")
-                    if status:
-                        raise  # the response has begun, so all that can be done is to close the connection
-                    await to_json_response(to_api_error(error))(scope, receive, send_with_request_id)
-            # The route's pattern, never the path that the user sent: the set of metric labels must stay small.
-            route = getattr(app_scope.get("route"), "path", "none")
-            span.update_name(f"{scope['method']} {route}")
-        self.record_request(scope, request_id, route, status, time.perf_counter() - started_at)
+            refusal = check_site(self.context.settings, scope["method"], headers)
+            refusal = refusal or await self.check_key(scope, headers.get("authorization"))
+            if refusal is None and content_length.isdigit() and int(content_length[:20]) > max_body_bytes:
+                refusal = build_body_too_large_error(max_body_bytes, advice)
+            try:
+                if refusal is not None:
+                    await to_json_response(refusal)(scope, receive, send_with_request_id)
+                else:
+                    with access_scope:
+                        await self.serve(app_scope, receive_within_limit, send_with_request_id)
+            except Exception as error:
+                log_if_internal(error, f"request {request_id}")
+                if status:
+                    status = 500  # in the metrics and in the log
+                    raise  # the response has begun, so all that can be done is to close the connection
+                await to_json_response(to_api_error(error))(scope, receive, send_with_request_id)
+            finally:
+                # The route's pattern, never the path that the user sent: the set of metric labels must stay small.
+                route = getattr(app_scope.get("route"), "path", "none")
+                method = scope["method"] if scope["method"] in METHODS else "other"
+                span.update_name(f"{method} {route}")
+                self.record_request(method, request_id, route, status, time.perf_counter() - started_at)
 
     async def check_key(self, scope: Scope, authorization: str | None) -> APIError | None:
         """Store the owner of a request that may have a body; return the error if its key is not valid.
@@ -126,6 +144,16 @@ class RequestMiddleware:
         except (APIError, OmniVideoError) as error:
             return to_api_error(error)
         return None
+
+    async def has_access(self, scope: Scope) -> bool:
+        """Return whether the owner of a request still has a valid key; a check that fails is repeated later."""
+        owner = scope["state"].get("owner")
+        if owner is None or not self.context.api_keys.is_required:
+            return True
+        try:
+            return await anyio.to_thread.run_sync(self.context.api_keys.is_active, owner)
+        except OmniVideoError:
+            return True
 
     async def serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Call the application; of the response to a HEAD request, send the headers only, and stop the route."""
@@ -142,8 +170,7 @@ class RequestMiddleware:
 
             await self.app(scope, receive, send_headers)
 
-    def record_request(self, scope: Scope, request_id: str, route: str, status: int, elapsed_seconds: float) -> None:
-        method = scope["method"]
+    def record_request(self, method: str, request_id: str, route: str, status: int, elapsed_seconds: float) -> None:
         self.metrics.latency_seconds.labels(method, route, str(status)).observe(elapsed_seconds)
         if status >= 500:
             self.metrics.error_count.labels(route).inc()
@@ -153,7 +180,7 @@ class RequestMiddleware:
             "request": request_id, "method": method, "route": route, "status": status, "ms": elapsed_ms,
             "began_at": began_at.isoformat(timespec="milliseconds"),
         }  # fmt: skip
-        log.info("%s %s %d in %.0f ms", method, scope["path"], status, elapsed_ms, extra=log_fields)
+        log.info("%s %s %d in %.0f ms", method, route, status, elapsed_ms, extra=log_fields)
 
 
 def create_app(context: ServiceContext) -> FastAPI:
@@ -174,11 +201,8 @@ def create_app(context: ServiceContext) -> FastAPI:
     )
     add_documentation(app)
     metrics = operations.RequestMetrics(context)
-    app.state.context, app.state.event_feed, app.state.request_metrics = (
-        context,
-        EventFeed(context.turns, context.store),
-        metrics,
-    )
+    app.state.context, app.state.event_feed = context, EventFeed(context.turns, context.store)
+    app.state.request_metrics, app.state.readiness = metrics, operations.ReadinessCheck(context)
     # The last one added is the first that a request passes.
     app.add_middleware(ClientLimitMiddleware)
     app.add_middleware(RequestMiddleware, context=context, metrics=metrics)

@@ -55,6 +55,10 @@ class BatchStore(Protocol):
         """Move a batch to another state. Return False if its state is no longer that of `batch`."""
         ...
 
+    def delete_batch(self, batch_id: str, owner: str) -> bool:
+        """Delete a batch and cancel it. Return False if the owner has no such batch."""
+        ...
+
 
 class WebhookStore(Protocol):
     def create_webhook(
@@ -108,6 +112,10 @@ class APIKeyStore(Protocol):
 
     def find_owner(self, key: str) -> str | None:
         """Return the id of the key, which owns everything created with it, or None if the key is wrong or revoked."""
+        ...
+
+    def is_active(self, owner: str) -> bool:
+        """Return whether the key with this id is valid."""
         ...
 
 

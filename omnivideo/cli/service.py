@@ -281,9 +281,9 @@ def migrate() -> None:
 
 @app.command(rich_help_panel=SERVICE_COMMANDS)
 def sweep(home: HomeOption = None) -> None:
-    """Remove artifacts that nothing refers to and that are older than OMNIVIDEO_ARTIFACT_LIFETIME_SECONDS."""
-    removed_keys = build_wiring(load_service_settings(home=home)).sweep_store()
-    console.print(f"{len(removed_keys)} artifacts removed")
+    """Remove what users have deleted, what has ended long ago, and artifacts that nothing refers to."""
+    result = build_wiring(load_service_settings(home=home)).sweep()
+    console.print(f"{len(result.object_keys)} artifacts removed")
 
 
 @keys_cli.command("add")
@@ -318,9 +318,24 @@ def revoke_api_key(key_id: Annotated[str, typer.Argument(help="Id of the key, as
     console.print("revoked")
 
 
+@keys_cli.command("delete")
+def delete_api_key(key_id: Annotated[str, typer.Argument(help="Id of the key, as `keys list` prints it.")]) -> None:
+    """Delete a key and everything that was made with it. Sweeps remove the data within a day."""
+    from omnivideo.storage.database.keys import APIKeyRepository
+    from omnivideo.storage.database.retention import RetentionRepository
+
+    engine = build_wiring().engine
+    keys = APIKeyRepository(engine)
+    if not keys.revoke_key(key_id):  # first, so that nothing is made with it any more
+        raise InvalidInput("key", f"there is no key {key_id!r}")
+    RetentionRepository(engine).mark_owner_deleted(key_id)
+    keys.delete_key(key_id)
+    console.print("deleted")
+
+
 @keys_cli.callback()
 def describe_key_commands() -> None:
-    """Create, list and revoke API keys."""
+    """Create, list, revoke and delete API keys."""
 
 
 app.add_typer(keys_cli, name="keys", rich_help_panel=SERVICE_COMMANDS)

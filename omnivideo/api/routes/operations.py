@@ -1,5 +1,8 @@
 """Routes for operators: health, readiness, and Prometheus metrics of the requests, jobs, workers and the MLLM."""
 
+import math
+import threading
+import time
 from collections import Counter as Counted
 from collections.abc import Callable, Iterable
 
@@ -13,13 +16,13 @@ from omnivideo.api.dependencies import ContextDep, MLLMServer, ServiceContext
 from omnivideo.api.errors import ERROR_RESPONSES
 from omnivideo.api.request_body import ServiceRoute
 from omnivideo.api.stores import WorkerStore
-from omnivideo.contracts import JobDurations
+from omnivideo.contracts import JOB_SECONDS, JobDurations
 from omnivideo.errors import OmniVideoError
 from omnivideo.ports import JobStore
 
 router = APIRouter(route_class=ServiceRoute, tags=["operation"], responses=ERROR_RESPONSES)
 WORKER_LIFETIME_SECONDS = 30.0  # after its last report; workers report every 10 s
-JOB_SECONDS = (0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000, 3000)  # bounds of the histograms of jobs
+READY_SECONDS = 5.0  # how long the result of a check is used
 LATENCY_BUCKETS_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
 
@@ -56,7 +59,7 @@ class QueueCollector(Collector):
         up = GaugeMetricFamily("omnivideo_database_up", "1 if the database answers, otherwise 0")
         try:
             counts, oldest_wait_seconds = self.jobs.count_by_lane_and_state(), self.jobs.get_oldest_wait_seconds()
-            durations = self.jobs.measure_durations(JOB_SECONDS)
+            durations = self.jobs.measure_durations()
         except OmniVideoError:
             up.add_metric([], 0)
             yield up
@@ -160,13 +163,43 @@ async def check_health() -> dict[str, str]:
     return {"status": "ok"}
 
 
+class ReadinessCheck:
+    """Finds out whether this process can serve; anybody may ask, so it does so at most every READY_SECONDS."""
+
+    def __init__(self, context: ServiceContext):
+        self.context = context
+        self.lock = threading.Lock()
+        self.checked_at = -math.inf
+        self.error: OmniVideoError | None = None
+
+    def run(self) -> None:
+        """Raise the StoreError or ServiceBusy of the last check if the database or the store cannot be written."""
+        with self.lock:
+            if time.monotonic() - self.checked_at > READY_SECONDS:
+                self.error = None
+                try:
+                    self.check()
+                except OmniVideoError as error:
+                    self.error = error
+                self.checked_at = time.monotonic()
+            if self.error is not None:
+                raise self.error
+
+    def check(self) -> None:
+        # A row that is written again and again: on a full disk, reading would still succeed.
+        probe = {"request_digest": "", "resource_id": "", "lease_seconds": 0.0}
+        self.context.idempotency_keys.claim_key("ready", "ready", **probe)
+        self.context.store.check_writable()
+
+
 @router.get("/ready")
-def check_ready(context: ContextDep) -> dict[str, str]:
-    """Answer 200 if the database answers, otherwise 503.
+def check_ready(context: ContextDep, request: Request) -> dict[str, str]:
+    """Answer 200 if the database and the object store can be written, otherwise 503.
 
     The service is also ready while the MLLM starts: requests that need it wait.
     """
-    context.jobs.count_queued()
+    readiness: ReadinessCheck = request.app.state.readiness
+    readiness.run()
     is_mllm_ready = context.mllm_server is None or context.mllm_server.is_ready()
     return {"status": "ready", "language_model": "ready" if is_mllm_ready else "starting"}
 

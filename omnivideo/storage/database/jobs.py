@@ -192,7 +192,7 @@ class JobRepository(JobStatistics):
         """Cancel a job: at once if it is queued, otherwise at its worker's next step. An ended job does not change."""
         is_queued = and_(jobs.c.id == job_id, jobs.c.state == "queued")
         cancellation = update(jobs).where(is_queued)
-        values = {"state": "cancelled", "cancel_requested": True, "ended_at": unix_now()}
+        values = {"state": "cancelled", "cancel_requested": True, "ended_at": unix_now(), "resume_key": None}
         if not self.end_jobs(cancellation.values(values)):
             is_running = and_(jobs.c.id == job_id, jobs.c.state == "running")
             self.fetch_all(update(jobs).where(is_running).values(cancel_requested=True))
@@ -390,11 +390,12 @@ class JobRepository(JobStatistics):
             "error": f"it stopped {MAX_WORKER_LOSSES} workers in a row and will not be tried again",
             "ended_at": unix_now(),
             "worker_losses": jobs.c.worker_losses + 1,
+            "resume_key": None,
         }
         may_retry_no_more = jobs.c.worker_losses >= MAX_WORKER_LOSSES - 1
         self.end_jobs(update(jobs).where(is_lost, may_retry_no_more).values(failure))
         cancellation = update(jobs).where(is_lost, jobs.c.cancel_requested)
-        self.end_jobs(cancellation.values(state="cancelled", ended_at=unix_now()))
+        self.end_jobs(cancellation.values(state="cancelled", ended_at=unix_now(), resume_key=None))
         requeued = {"state": "queued", "worker_losses": jobs.c.worker_losses + 1, "notified_at": unix_now()}
         return [row.id for row in self.fetch_all(update(jobs).where(is_lost).values(requeued).returning(jobs.c.id))]
 

@@ -1,13 +1,15 @@
-"""Create, check and revoke API keys. The database holds only their digests."""
+"""Create, check, revoke and delete API keys. The database holds only their digests."""
 
 import hashlib
 import secrets
 from typing import Any
 
-from sqlalchemy import Engine, and_, insert, select, update
+from sqlalchemy import Engine, and_, delete, insert, select, update
 
 from omnivideo.storage.database.repository import Repository, unix_now
 from omnivideo.storage.database.schema import api_keys
+
+ADMIN_OWNER = "admin"  # of everything that is made with the admin key
 
 
 def compute_key_digest(key: str) -> str:
@@ -44,15 +46,26 @@ class APIKeyRepository(Repository):
         """Return the owner of a key, or None if the key is wrong or revoked."""
         digest = compute_key_digest(key)
         if self.admin_digest and secrets.compare_digest(digest, self.admin_digest):
-            return "admin"
+            return ADMIN_OWNER
         is_valid = and_(api_keys.c.digest == digest, api_keys.c.revoked.is_(False))
         row = self.fetch_one(select(api_keys.c.id).where(is_valid))
         return None if row is None else str(row.id)
+
+    def is_active(self, owner: str) -> bool:
+        """Return whether the key with this id exists and is not revoked; the admin key is active if it is set."""
+        if owner == ADMIN_OWNER:
+            return self.admin_digest is not None
+        is_valid = and_(api_keys.c.id == owner, api_keys.c.revoked.is_(False))
+        return self.fetch_one(select(api_keys.c.id).where(is_valid)) is not None
 
     def revoke_key(self, key_id: str) -> bool:
         """Revoke a key. Return False if there is none with that id."""
         revocation = update(api_keys).where(api_keys.c.id == key_id).values(revoked=True)
         return bool(self.fetch_all(revocation.returning(api_keys.c.id)))
+
+    def delete_key(self, key_id: str) -> bool:
+        """Delete a key. Return False if there is none with that id."""
+        return bool(self.fetch_all(delete(api_keys).where(api_keys.c.id == key_id).returning(api_keys.c.id)))
 
     def list_keys(self) -> list[dict[str, Any]]:
         columns = select(api_keys.c.id, api_keys.c.name, api_keys.c.created_at, api_keys.c.revoked)
