@@ -133,7 +133,11 @@ class ServiceSettings(BaseSettings):
     )  # until work that nobody waits for is cancelled
 
     max_queued_jobs: int = Field(default=10_000, ge=1)  # of all owners
-    max_open_jobs_per_key: int = Field(default=2_000, ge=1)  # queued or running
+    # Of each key that has no own limits (`omnivideo keys limit`); 0: no limit.
+    max_open_jobs_per_key: int = Field(default=2_000, ge=0)  # queued or running
+    max_requests_per_minute_per_key: int = Field(default=0, ge=0, le=1_000_000)
+    max_device_seconds_per_day_per_key: float = Field(default=0.0, ge=0, le=1e9)  # of workers
+    max_stored_bytes_per_day_per_key: int = Field(default=0, ge=0, le=10**15)  # uploaded and generated
     heartbeat_timeout: float = Field(default=15.0, ge=0.5, le=3600)  # seconds until a silent worker counts as lost
     save_state_every_steps: int = Field(default=8, ge=1)  # denoising steps between saved states
     save_state_every_seconds: float = Field(default=2.0, ge=0, le=3600)  # minimum time between saved states

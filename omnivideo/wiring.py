@@ -10,12 +10,13 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from omnivideo.agent.conversations import Conversations, OpenQueue
+from omnivideo.agent.conversations import LOCAL_OWNER, Conversations, OpenQueue
 from omnivideo.contracts import Lane
 from omnivideo.errors import InvalidInput
 from omnivideo.media.artifacts import convert_artifact, extract_frame, store_user_file
 from omnivideo.ports import MLLM, JobQueue, SweepableObjectStore, TextLimits
 from omnivideo.presets import get_preset
+from omnivideo.records import KeyLimits
 from omnivideo.settings import ServiceSettings
 from omnivideo.startup import pause_collection
 from omnivideo.storage.checkpointer import open_checkpointer
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from omnivideo.storage.database.idempotency import IdempotencyRepository
     from omnivideo.storage.database.jobs import JobRepository
     from omnivideo.storage.database.turns import TurnRepository
+    from omnivideo.storage.database.usage import UsageRepository
     from omnivideo.storage.database.webhooks import WebhookRepository
     from omnivideo.storage.sweep import Checkpoints, Sweep, SweepResult
 
@@ -115,8 +117,29 @@ class ServiceWiring:
 
         settings = self.settings
         return JobRepository(
-            self.engine, settings.max_queued_jobs, settings.max_open_jobs_per_key, settings.resume_timeout
+            self.engine,
+            settings.max_queued_jobs,
+            settings.max_open_jobs_per_key,
+            settings.resume_timeout,
+            self.key_limits,
         )
+
+    @cached_property
+    def key_limits(self) -> KeyLimits:
+        """The limits of keys that have no own ones."""
+        settings = self.settings
+        return KeyLimits(
+            requests_per_minute=settings.max_requests_per_minute_per_key,
+            open_jobs=settings.max_open_jobs_per_key,
+            device_seconds_per_day=settings.max_device_seconds_per_day_per_key,
+            stored_bytes_per_day=settings.max_stored_bytes_per_day_per_key,
+        )
+
+    @cached_property
+    def usage(self) -> "UsageRepository":
+        from omnivideo.storage.database.usage import UsageRepository
+
+        return UsageRepository(self.engine, self.key_limits)
 
     @cached_property
     def files(self) -> "FileRepository":
@@ -258,6 +281,7 @@ class ServiceWiring:
 
     def build_service_context(self) -> "ServiceContext":
         """Build what the HTTP service's routes use."""
+        from omnivideo.api.access import AccessControl
         from omnivideo.api.bulkheads import MAX_DECODING_THREADS, MAX_STORE_THREADS, BoundedObjectStore, Bulkhead
         from omnivideo.api.dependencies import ServiceContext
         from omnivideo.api.turn_runner import TurnRunner
@@ -268,6 +292,7 @@ class ServiceWiring:
         from omnivideo.storage.database.workers import WorkerRepository
 
         settings, decoding = self.settings, Bulkhead("media", MAX_DECODING_THREADS)
+        api_keys = APIKeyRepository(self.engine, settings.admin_key)
 
         def fetch_media(url: str) -> bytes:
             if url.startswith("data:"):
@@ -284,7 +309,9 @@ class ServiceWiring:
             text_limits=self.text_limits,
             store=BoundedObjectStore(self.store, Bulkhead("store", MAX_STORE_THREADS)),
             jobs=self.jobs,
-            api_keys=APIKeyRepository(self.engine, settings.admin_key),
+            api_keys=api_keys,
+            access=AccessControl(api_keys, self.usage, self.key_limits, LOCAL_OWNER),
+            usage=self.usage,
             files=self.files,
             batches=self.batches,
             webhooks=self.webhooks,
@@ -292,7 +319,9 @@ class ServiceWiring:
             workers=WorkerRepository(self.engine),
             turns=self.turns,
             conversations=self.conversations,
-            turn_runner=TurnRunner(self.turns, self.jobs, self.conversations, settings.heartbeat_timeout),
+            turn_runner=TurnRunner(
+                self.turns, self.jobs, self.conversations, settings.heartbeat_timeout, usage=self.usage
+            ),
             ingest_media=decoding.wrap(partial(ingest.ingest_media, self.store)),
             fetch_media=decoding.wrap(fetch_media),
             notify_workers=self.notify_workers,
@@ -367,6 +396,7 @@ class ServiceWiring:
         Idempotency keys are forgotten after the lifetime of artifacts.
         """
         self.idempotency_keys.delete_old_keys(self.settings.artifact_lifetime_seconds)
+        self.usage.delete_old_usage()
         return self.build_sweep().run()
 
     def close(self) -> None:

@@ -3,7 +3,7 @@
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from datetime import datetime
 
@@ -11,14 +11,16 @@ import anyio
 from fastapi import FastAPI
 from opentelemetry import trace
 from opentelemetry.propagate import extract
+from starlette.datastructures import MutableHeaders
 from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from omnivideo import __version__
+from omnivideo.api.access import READING_METHODS
 from omnivideo.api.bulkheads import MAX_THREADS, ClientLimitMiddleware
-from omnivideo.api.dependencies import ServiceContext, find_request_owner
+from omnivideo.api.dependencies import ServiceContext, admit_request
 from omnivideo.api.documentation import add_documentation
 from omnivideo.api.errors import (
     APIError,
@@ -40,6 +42,7 @@ from omnivideo.api.routes import (
     responses,
     threads,
     understanding,
+    usage,
     videos,
     webhooks,
 )
@@ -54,11 +57,18 @@ NO_PUBLIC_URL_WARNING = (
 TRACER = trace.get_tracer("omnivideo.api")
 # What a page may read besides the headers that every page may.
 EXPOSED_HEADERS = (
-    "accept-ranges", "allow", "content-disposition", "content-range", "etag", "openai-poll-after-ms", "retry-after",
-    "x-request-id", "x-video-id",
+    "accept-ranges", "allow", "content-disposition", "content-range", "etag", "openai-poll-after-ms", "ratelimit",
+    "ratelimit-policy", "retry-after", "x-ratelimit-limit-requests", "x-ratelimit-remaining-requests",
+    "x-ratelimit-reset-requests", "x-request-id", "x-video-id",
 )  # fmt: skip
-METHODS_WITHOUT_BODY = ("GET", "HEAD", "OPTIONS")
-METHODS = (*METHODS_WITHOUT_BODY, "POST", "PUT", "PATCH", "DELETE")  # others are "other" in metrics and in the log
+METHODS = (
+    *READING_METHODS,
+    "OPTIONS",
+    "POST",
+    "PUT",
+    "PATCH",
+    "DELETE",
+)  # others are "other" in metrics and in the log
 ACCESS_CHECK_SECONDS = 5.0  # between two checks of the key during a response
 
 
@@ -97,7 +107,11 @@ class RequestMiddleware:
             nonlocal status, checked_at
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message = {**message, "headers": [*message["headers"], (b"x-request-id", request_id.encode())]}
+                access = scope["state"].get("access")
+                headers = MutableHeaders(raw=[*message["headers"], (b"x-request-id", request_id.encode())])
+                for name, value in (access.headers if access else {}).items():
+                    headers.setdefault(name, value)
+                message = {**message, "headers": headers.raw}
             elif message.get("more_body") and time.perf_counter() - checked_at > ACCESS_CHECK_SECONDS:
                 checked_at = time.perf_counter()
                 if not await self.has_access(scope):
@@ -108,11 +122,7 @@ class RequestMiddleware:
 
         headers = {key.decode("latin-1"): value.decode("latin-1") for key, value in scope["headers"]}
         with TRACER.start_as_current_span("request", extract(headers), attributes={"request_id": request_id}) as span:
-            content_length = headers.get("content-length", "0")
-            refusal = check_site(self.context.settings, scope["method"], headers)
-            refusal = refusal or await self.check_key(scope, headers.get("authorization"))
-            if refusal is None and content_length.isdigit() and int(content_length[:20]) > max_body_bytes:
-                refusal = build_body_too_large_error(max_body_bytes, advice)
+            refusal = await self.find_refusal(scope, headers)
             try:
                 if refusal is not None:
                     await to_json_response(refusal)(scope, receive, send_with_request_id)
@@ -132,15 +142,28 @@ class RequestMiddleware:
                 span.update_name(f"{method} {route}")
                 self.record_request(method, request_id, route, status, time.perf_counter() - started_at)
 
-    async def check_key(self, scope: Scope, authorization: str | None) -> APIError | None:
-        """Store the owner of a request that may have a body; return the error if its key is not valid.
+    async def find_refusal(self, scope: Scope, headers: Mapping[str, str]) -> APIError | None:
+        """Return the error of a request whose body need not be read."""
+        refusal = check_site(self.context.settings, scope["method"], headers)
+        refusal = refusal or await self.check_key(scope, headers.get("authorization"))
+        max_body_bytes, advice = get_max_body_bytes(scope, self.context.settings.max_upload_bytes)
+        content_length = headers.get("content-length", "0")
+        if refusal is None and content_length.isdigit() and int(content_length[:20]) > max_body_bytes:
+            refusal = build_body_too_large_error(max_body_bytes, advice)
+        return refusal
 
-        This precedes reading the body. Routes without one check the key themselves.
+    async def check_key(self, scope: Scope, authorization: str | None) -> APIError | None:
+        """Store the access and the owner of a request; return the error if its key may not send it.
+
+        This precedes reading the body. The route itself checks a link that has a signature in place of a key.
         """
-        if not scope["path"].startswith("/v1/") or scope["method"] in METHODS_WITHOUT_BODY:
+        may_be_signed = scope["method"] in READING_METHODS and authorization is None
+        is_link = may_be_signed and b"signature=" in scope.get("query_string", b"")
+        if not scope["path"].startswith("/v1/") or scope["method"] == "OPTIONS" or is_link:
             return None
         try:
-            scope["state"]["owner"] = await find_request_owner(self.context, authorization)
+            access = await admit_request(self.context, authorization, scope["method"])
+            scope["state"]["access"], scope["state"]["owner"] = access, access.key.id
         except (APIError, OmniVideoError) as error:
             return to_api_error(error)
         return None
@@ -210,7 +233,8 @@ def create_app(context: ServiceContext) -> FastAPI:
     register_error_handlers(app)
     # The routes of the documentation come first; those of the routers have their complete paths.
     app.state.api_routes = [route for route in app.routes if isinstance(route, Route)]
-    for routes in (chat, responses, videos, images, files, batches, webhooks, threads, understanding, operations):
+    model_routes, record_routes = (chat, responses, videos, images, understanding), (files, batches, webhooks, threads)
+    for routes in (*model_routes, *record_routes, usage, operations):
         app.include_router(routes.router)
         app.state.api_routes += routes.router.routes
     return app

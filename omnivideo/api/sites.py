@@ -9,11 +9,11 @@ import re
 from collections.abc import Mapping
 from urllib.parse import urlsplit
 
+from omnivideo.api.access import READING_METHODS
 from omnivideo.api.errors import APIError
 from omnivideo.settings import ServiceSettings
 
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]")
-READING_METHODS = ("GET", "HEAD", "OPTIONS")
 HOST_WITH_PORT = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^:\[\]]*)(?::\d{1,5})?")
 
 
@@ -29,7 +29,7 @@ def check_site(settings: ServiceSettings, method: str, headers: Mapping[str, str
     if strip_port(host) not in allowed_hosts:
         message = f"Host: {host[:100]!r} is not this service; allowed: {', '.join(allowed_hosts)}"
         return APIError(403, message, "Host", "host_not_allowed")
-    if method in READING_METHODS or "*" in settings.cors_origins:
+    if method in (*READING_METHODS, "OPTIONS") or "*" in settings.cors_origins:
         return None
     origin = headers.get("origin")
     if origin is None:

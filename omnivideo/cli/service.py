@@ -1,4 +1,4 @@
-"""The service's commands: serve, worker, mllm, migrate, sweep and keys. Their settings come from the environment."""
+"""The service's commands: serve, worker, mllm, migrate and sweep. Their settings come from the environment."""
 
 import errno
 import logging
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from omnivideo.cli.app import SERVER, SERVICE_COMMANDS, DeviceOption, HomeOption, WeightsOption, console, error_console
+from omnivideo.cli.app import SERVER, SERVICE_COMMANDS, DeviceOption, HomeOption, WeightsOption, console
 from omnivideo.cli.logs import configure_logging
 from omnivideo.cpu_threads import configure_cpu_threads
 from omnivideo.errors import InvalidInput, MissingDependency
@@ -24,12 +24,7 @@ if TYPE_CHECKING:
     from omnivideo.wiring import ServiceWiring
 
 app = typer.Typer()
-keys_cli = typer.Typer(no_args_is_help=True)
 mllm_cli = typer.Typer(no_args_is_help=True)
-OPEN_SERVICE_WARNING = (
-    "warning: OMNIVIDEO_ADMIN_KEY is empty, so the service answers everyone, with or without a key;"
-    " set it where the service runs, and restart the service"
-)
 STARTUP_FAILURE = 3  # uvicorn's exit status
 VLLM, LOGS = "vLLM", "Logs"
 
@@ -286,57 +281,4 @@ def sweep(home: HomeOption = None) -> None:
     console.print(f"{len(result.object_keys)} artifacts removed")
 
 
-@keys_cli.command("add")
-def add_api_key(name: Annotated[str, typer.Argument(help="Name of the key's owner.")]) -> None:
-    """Create a key and print it. It cannot be shown again."""
-    from omnivideo.storage.database.keys import APIKeyRepository
-
-    wiring = build_wiring()
-    key_id, key = APIKeyRepository(wiring.engine).create_key(name)
-    console.print(f"{key_id}  {key}", highlight=False, soft_wrap=True)
-    if not wiring.settings.admin_key:
-        error_console.print(OPEN_SERVICE_WARNING, style="yellow", highlight=False, markup=False, soft_wrap=True)
-
-
-@keys_cli.command("list")
-def list_api_keys() -> None:
-    """List all keys by id and name."""
-    from omnivideo.storage.database.keys import APIKeyRepository
-
-    for row in APIKeyRepository(build_wiring().engine).list_keys():
-        revoked = "  revoked" if row["revoked"] else ""
-        console.print(f"{row['id']}  {row['name']}{revoked}", highlight=False, markup=False)
-
-
-@keys_cli.command("revoke")
-def revoke_api_key(key_id: Annotated[str, typer.Argument(help="Id of the key, as `keys list` prints it.")]) -> None:
-    """Revoke a key, so that requests with it are refused."""
-    from omnivideo.storage.database.keys import APIKeyRepository
-
-    if not APIKeyRepository(build_wiring().engine).revoke_key(key_id):
-        raise InvalidInput("key", f"there is no key {key_id!r}")
-    console.print("revoked")
-
-
-@keys_cli.command("delete")
-def delete_api_key(key_id: Annotated[str, typer.Argument(help="Id of the key, as `keys list` prints it.")]) -> None:
-    """Delete a key and everything that was made with it. Sweeps remove the data within a day."""
-    from omnivideo.storage.database.keys import APIKeyRepository
-    from omnivideo.storage.database.retention import RetentionRepository
-
-    engine = build_wiring().engine
-    keys = APIKeyRepository(engine)
-    if not keys.revoke_key(key_id):  # first, so that nothing is made with it any more
-        raise InvalidInput("key", f"there is no key {key_id!r}")
-    RetentionRepository(engine).mark_owner_deleted(key_id)
-    keys.delete_key(key_id)
-    console.print("deleted")
-
-
-@keys_cli.callback()
-def describe_key_commands() -> None:
-    """Create, list, revoke and delete API keys."""
-
-
-app.add_typer(keys_cli, name="keys", rich_help_panel=SERVICE_COMMANDS)
 app.add_typer(mllm_cli, name="mllm", rich_help_panel=SERVICE_COMMANDS)

@@ -95,7 +95,7 @@ def test_a_stream_ends_once_its_key_is_revoked(ann, keys, monkeypatch):
         for line in lines:
             if '"kind": "step"' in line:
                 break
-        keys.revoke_key(ann.key_id)
+        keys.update_key(ann.key_id, revoked=True)
         revoked_at, rest = time.monotonic(), list(lines)
     assert time.monotonic() - revoked_at < 5 and not any('"kind": "done"' in line for line in rest)
     assert ann.get(path).status_code == 401
@@ -107,7 +107,7 @@ def test_a_signed_link_ends_with_its_key(ann, keys, service):
     body = {"prompt": "a", "size": "32x32", "num_inference_steps": 1, "response_format": "url"}
     url = ann.post("/v1/images/generations", json=body).json()["data"][0]["url"]
     assert "signature=" in url and httpx.get(url, trust_env=False).status_code == 200
-    keys.revoke_key(ann.key_id)
+    keys.update_key(ann.key_id, revoked=True)
     refused = httpx.get(url, trust_env=False)
     assert refused.status_code == 403 and refused.json()["error"]["param"] == "owner"
 

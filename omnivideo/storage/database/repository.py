@@ -26,6 +26,7 @@ from sqlalchemy import (
     select,
 )
 from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.engine.interfaces import IsolationLevel
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.compiler import compiles
@@ -70,10 +71,32 @@ class Repository:
 
     def fetch_all(self, statement: Executable) -> Sequence[Row[Any]]:
         """Run a statement in its own transaction and return its rows. Does not catch IntegrityError and DataError."""
+        with self.connect() as connection:
+            result = connection.execute(statement)
+            return result.all() if result.returns_rows else []
+
+    def fetch_and_follow(
+        self, statement: Executable, build_next: Callable[[Sequence[Row[Any]]], Executable | None]
+    ) -> Sequence[Row[Any]]:
+        """Run a statement, and in the same transaction the one that `build_next` builds from its rows. Return the rows.
+
+        The first statement must write, so that SQLite waits for other writers before it reads.
+        """
+        isolation_level: IsolationLevel = "SERIALIZABLE" if self.engine.dialect.name == "sqlite" else "READ COMMITTED"
+        with self.connect() as connection:
+            in_transaction = connection.execution_options(isolation_level=isolation_level)
+            with in_transaction.begin():
+                rows = in_transaction.execute(statement).all()
+                if rows and (next_statement := build_next(rows)) is not None:
+                    in_transaction.execute(next_statement)
+        return rows
+
+    @contextmanager
+    def connect(self) -> Iterator[Connection]:
+        """Yield a connection of the pool, whose statements each have their own transaction. Raises StoreError."""
         try:
             with self.engine.connect() as connection:
-                result = connection.execute(statement)
-                return result.all() if result.returns_rows else []
+                yield connection
         except (IntegrityError, DataError):  # a retry cannot change either
             raise
         except PoolTimeout as error:
