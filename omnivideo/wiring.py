@@ -79,7 +79,7 @@ class ServiceWiring:
 
     @cached_property
     def store(self) -> SweepableObjectStore:
-        settings, announce = self.settings, self.announce_object
+        settings, announce = self.settings, self.jobs.announce_object
         if not settings.s3:
             return LocalObjectStore(settings.home / "store", announce)
         from omnivideo.storage.objects.s3 import S3ObjectStore
@@ -93,10 +93,6 @@ class ServiceWiring:
             public_address=settings.s3_public,
             announce=announce,
         )
-
-    def announce_object(self, key: str) -> None:
-        """Record an object before it is written to the store."""
-        self.jobs.announce_object(key)
 
     @cached_property
     def engine(self) -> Any:

@@ -187,8 +187,7 @@ class ReadinessCheck:
 
     def check(self) -> None:
         # A row that is written again and again: on a full disk, reading would still succeed.
-        probe = {"request_digest": "", "resource_id": "", "lease_seconds": 0.0}
-        self.context.idempotency_keys.claim_key("ready", "ready", **probe)
+        self.context.idempotency_keys.claim_key("ready", "ready", request_digest="", resource_id="", lease_seconds=0.0)
         self.context.store.check_writable()
 
 
