@@ -4,7 +4,7 @@ import http.client
 import io
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from urllib.parse import urlsplit
 
 import httpx
@@ -56,13 +56,14 @@ def start_long_turn(client: httpx.Client, thread_id: str) -> str:
 
 
 def test_an_id_means_a_thread_of_its_owner_only(ann, bob):
-    for client, text in ((ann, "what is ann?"), (bob, "what is bob?")):
+    texts = ((ann, "a red ball"), (bob, "a green star"))
+    for client, text in texts:
         assert client.post("/v1/threads", json={"id": "mine"}).json()["id"] == "mine"
-        turn = client.post("/v1/threads/mine/turns", json={"text": text}).json()
+        turn = client.post("/v1/threads/mine/turns", json={"text": text, "steps": 2}).json()
         assert turn["thread_id"] == "mine"
         path = f"/v1/threads/mine/turns/{turn['id']}"
         wait_until(lambda client=client, path=path: client.get(path).json()["state"] == "done")
-    for client, text in ((ann, "what is ann?"), (bob, "what is bob?")):
+    for client, text in texts:
         assert [turn["text"] for turn in client.get("/v1/threads/mine").json()["turns"]] == [text]
         assert [item["id"] for item in client.get("/v1/threads").json()["data"]] == ["mine"]
     refused = ann.post("/v1/threads", json={"id": "mine"})
@@ -76,7 +77,7 @@ def test_an_id_means_a_thread_of_its_owner_only(ann, bob):
 
 def test_the_id_of_a_chat_on_the_command_line_means_nothing_over_http(ann, context):
     thread = context.conversations.open_thread("my-chat", create=True)
-    list(thread.send("what is secret?"))
+    list(thread.send("a red ball", steps=2))
     assert ann.get("/v1/threads/my-chat").status_code == 404
     assert ann.post("/v1/threads", json={"id": "my-chat"}).status_code == 201
     assert ann.get("/v1/threads/my-chat").json()["turns"] == []
@@ -193,8 +194,7 @@ def test_a_key_allows_every_host_and_origin(http):
 
 
 def test_invented_methods_are_one_label(service, http, caplog):
-    with caplog.at_level("INFO", logger="omnivideo.api"):
-        connection = http_connection(service)
+    with caplog.at_level("INFO", logger="omnivideo.api"), closing(http_connection(service)) as connection:
         for number in range(30):
             connection.request(f"FETCH{number}", "/v1/threads", headers=dict(http.headers))
             connection.getresponse().read()

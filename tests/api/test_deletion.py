@@ -26,12 +26,14 @@ TWO_HOURS = 7200.0
 
 
 class FailingMLLM(ScriptedMLLM):
-    """Quotes the request in an unexpected exception if it is told to."""
+    """Raises an unexpected exception that quotes a user if it is told to fail."""
 
-    def route(self, request):
-        if "explode" in request.text:
-            raise RuntimeError(f"cannot read {request.text!r}")
-        return super().route(request)
+    fails = False
+
+    def stream_text(self, request):
+        if self.fails:
+            raise RuntimeError(f"cannot read {MARKER}")
+        return super().stream_text(request)
 
 
 @contextmanager
@@ -107,25 +109,30 @@ def wait_for(http: httpx.Client, path: str, *states: str) -> dict:
     return found
 
 
-def say_and_make_everything(http: httpx.Client) -> list[str]:
+def run_turn(http: httpx.Client, thread: str, text: str, state: str = "", **fields: object) -> None:
+    """Run a turn in a thread with the marker in its id; `state` is how it must end, if that matters."""
+    http.post("/v1/threads", json={"id": f"{MARKER}-{thread}"})
+    path = f"/v1/threads/{MARKER}-{thread}/turns"
+    turn = http.post(path, json={"text": text, "steps": 3} | fields).json()["id"]
+    wait_for(http, f"{path}/{turn}", *([state] if state else ["done", "asks"]))
+
+
+def say_and_make_everything(http: httpx.Client, script: FailingMLLM) -> list[str]:
     """Send the marker in every field that a user fills, and return the paths to delete."""
-    thread = http.post("/v1/threads", json={"id": f"{MARKER}-thread"}).json()["id"]
-    turns = f"/v1/threads/{thread}/turns"
-    texts = {
-        f"a red ball {MARKER}": "done", f"make it blue {MARKER}": "done", f"explode {MARKER}": "failed",
-        f"how many {MARKER} are there?": "asks", "the first one": "done",
-    }  # fmt: skip
-    for text, state in texts.items():
-        turn = http.post(turns, json={"text": text, "steps": 3, "check": 2}).json()["id"]
-        wait_for(http, f"{turns}/{turn}", state)
     upload = http.post(
         "/v1/files", files={"file": (f"{MARKER}.png", make_png())}, data={"purpose": "vision"}
     ).json()["id"]  # fmt: skip
-    turn = http.post(turns, json={"text": f"describe {MARKER}", "attachments": [{"file_id": upload}]}).json()["id"]
-    wait_for(http, f"{turns}/{turn}", "done")
-    http.post(f"/v1/threads/{thread}/forks", json={"after_turn": 1, "id": f"{MARKER}-fork"})
-    cancelled = http.post(f"/v1/threads/{MARKER}-fork/turns", json={"text": f"a green {MARKER}", "steps": 200}).json()
-    http.post(f"/v1/threads/{MARKER}-fork/turns/{cancelled['id']}/cancel")
+    run_turn(http, "words", f"a red ball; what is {MARKER}?", check=2)
+    run_turn(http, "thread", "a red ball", check=2)
+    run_turn(http, "thread", "make it blue")
+    script.fails = True
+    run_turn(http, "thread", "how many balls are there?", state="failed")
+    script.fails = False
+    run_turn(http, "thread", "how many balls are there?", attachments=[{"file_id": upload}])
+    http.post(f"/v1/threads/{MARKER}-thread/forks", json={"after_turn": 1, "id": f"{MARKER}-fork"})
+    turns = f"/v1/threads/{MARKER}-fork/turns"
+    cancelled = http.post(turns, json={"text": f"a green star; what is {MARKER}?", "steps": 200}).json()["id"]
+    http.post(f"{turns}/{cancelled}/cancel")
     paths = [f"/v1/files/{upload}"]
     document = http.post(
         "/v1/files", files={"file": (f"{MARKER}.txt", MARKER.encode() * 99)}, data={"purpose": "user_data"}
@@ -187,7 +194,7 @@ def test_nothing_is_left_of_what_a_user_has_deleted(home: Home) -> None:
     with log_to(log_path), run_api_server(home.wiring) as address:
         headers = {"Authorization": f"Bearer {KEY}"}
         with httpx.Client(base_url=address, headers=headers, timeout=60, trust_env=False) as http:
-            paths = say_and_make_everything(http)
+            paths = say_and_make_everything(http, home.wiring.mllm.script)  # type: ignore[attr-defined]
             assert MARKER not in log_path.read_text(), "a log never contains a user's words"
             assert "RuntimeError" in log_path.read_text()
             home.sweep()
