@@ -7,6 +7,7 @@ form, or under a name of the page's own that resolves to 127.0.0.1 (DNS rebindin
 from both, since a browser never sends it by itself.
 """
 
+import base64
 import math
 import re
 from collections.abc import Mapping
@@ -25,6 +26,7 @@ WINDOW_SECONDS = 60
 READING_METHODS = ("GET", "HEAD")
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]")
 HOST_WITH_PORT = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^:\[\]]*)(?::\d{1,5})?")
+PASSWORD_CHALLENGE = 'Basic realm="omnivideo: the password is an API key"'
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,17 @@ class AccessControl:
             unauthorized.code, unauthorized.headers["WWW-Authenticate"] = "invalid_api_key", "Bearer"
             raise unauthorized
         return record
+
+
+def accept_password(authorization: str | None) -> str | None:
+    """Return a header with a password, of any user name, as one with that key; return other headers unchanged."""
+    scheme, credentials = get_authorization_scheme_param(authorization)
+    if scheme.lower() != "basic":
+        return authorization
+    try:
+        return f"Bearer {base64.b64decode(credentials, validate=True).decode().partition(':')[2]}"
+    except ValueError:
+        return None
 
 
 def require_scope(key: APIKeyRecord, scope: Scope) -> None:

@@ -5,9 +5,10 @@ import time
 from contextlib import contextmanager
 
 import httpx
-import openai
 import pytest
 
+from omnivideo import Client
+from omnivideo.errors import ServiceBusy
 from tests.support.api_server import build_scripted_wiring, run_api_server
 from tests.support.openai_service import (
     KEY,
@@ -19,6 +20,7 @@ from tests.support.openai_service import (
     make_lines,
     make_png,
     make_runner,
+    pause_worker,
     run_service,
     wait_until,
 )
@@ -83,8 +85,6 @@ def test_a_key_has_no_limit_unless_one_is_set(http):
 
 
 def test_open_jobs_are_limited_on_every_route(service):
-    from tests.support.openai_service import pause_worker
-
     with open_client(service, own_limits={"open_jobs": 1}) as (client, _), pause_worker(service[0]):
         video = client.post("/v1/videos", json=VIDEO).json()["id"]
         chat = {"model": "tiny", "messages": [{"role": "user", "content": "a red ball moving right"}]}
@@ -106,6 +106,11 @@ def test_a_used_up_day_refuses_clips_but_no_answers_in_words(service):
         refused = client.post("/v1/videos", json=VIDEO)
         assert "device seconds: this key may use 10 a day" in read_error(refused)["message"]
         assert refused.headers["RateLimit-Policy"] == '"device-seconds";q=10;w=86400'
+        started_at = time.monotonic()
+        key = client.headers["Authorization"].removeprefix("Bearer ")
+        with Client(service[2], api_key=key) as sdk_client, pytest.raises(ServiceBusy, match="10 a day"):
+            sdk_client.generate("a red ball", steps=1)
+        assert time.monotonic() - started_at < 5  # it is not repeated until midnight
         thread = client.post("/v1/threads", json={}).json()["id"]
         turn = client.post(f"/v1/threads/{thread}/turns", json={"text": "a red ball moving right"}).json()
         path = f"/v1/threads/{thread}/turns/{turn['id']}"
@@ -179,18 +184,15 @@ def test_an_expired_key_is_refused(service):
 
 
 def test_usage_counts_clips_steps_seconds_tokens_and_bytes(service):
-    with open_client(service, own_limits={"requests_per_minute": 500}) as (client, key_id):
-        openai_client = openai.OpenAI(
-            base_url=f"{service[2]}/v1", api_key=client.headers["Authorization"].removeprefix("Bearer "),
-            http_client=openai.DefaultHttpxClient(trust_env=False),
-        )  # fmt: skip
+    with (
+        open_client(service, own_limits={"requests_per_minute": 500}) as (client, key_id),
+        make_client(service, client.headers["Authorization"].removeprefix("Bearer ")) as openai_client,
+    ):
         video = openai_client.videos.create_and_poll(prompt="a red ball", **SMALL)
         image = client.post("/v1/images/generations", json={"prompt": "a red ball", "num_inference_steps": 2})
         assert image.status_code == 200
-        answer = client.post(
-            "/v1/chat/completions",
-            json={"model": "tiny", "messages": [{"role": "user", "content": "how many balls are there?"}]},
-        ).json()
+        messages = [{"role": "user", "content": "how many balls are there?"}]
+        answer = client.post("/v1/chat/completions", json={"model": "tiny", "messages": messages}).json()
         day = wait_until(
             lambda: (found := client.get("/v1/usage").json()["data"][0])["answer_tokens"] and found["images"] and found
         )

@@ -1,4 +1,4 @@
-"""What keys have used and may use, in the database: exact with many processes, on SQLite and PostgreSQL."""
+"""What keys have used and may use: exact with many processes, and the same on PostgreSQL and SQLite."""
 
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -128,6 +128,20 @@ def test_a_key_may_have_its_own_number_of_open_jobs(empty_database: Engine) -> N
     with pytest.raises(ServiceBusy, match="queue: too many clips") as busy:
         submit(full, "eve", "eve")
     assert not isinstance(busy.value, LimitReached)
+
+
+def test_parallel_submits_stay_within_the_number_of_open_jobs(empty_database: Engine) -> None:
+    repositories = [JobRepository(empty_database, max_open_jobs_per_owner=5) for _ in range(4)]
+
+    def submit_one(number: int) -> bool:
+        try:
+            submit(repositories[number % 4], f"job.{number}", "ann")
+        except LimitReached:
+            return False
+        return True
+
+    with ThreadPoolExecutor(8) as pool:
+        assert sum(pool.map(submit_one, range(60))) == 5
 
 
 @pytest.mark.parametrize("limit", ["device_seconds_per_day", "stored_bytes_per_day"])

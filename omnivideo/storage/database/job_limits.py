@@ -1,9 +1,11 @@
 """The limits on jobs: how many may wait and be open, and what each key may use in a day."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from sqlalchemy import ColumnElement, Engine, Update, and_, or_, select, update
+from sqlalchemy import ColumnElement, Engine, Executable, Row, Update, and_, or_, select, update
 
 from omnivideo.errors import LIMIT_CODE, LimitReached, ServiceBusy
 from omnivideo.records import KeyLimits
@@ -61,6 +63,10 @@ class JobLimits(UsageCounter):
                 conditions.append(or_(limit == 0, build_used_today(owner, used_column) < limit))
         return conditions
 
+    def insert_within_limits(self, owner: str, insertion: Executable, is_near: bool) -> Sequence[Row[Any]]:
+        """Run the insertion of a job; near a limit, those of an owner run one after the other, so that it holds."""
+        return self.fetch_in_turn(f"submit {owner}", insertion) if is_near else self.fetch_all(insertion)
+
     def get_counts(self, owner: str) -> QueueCounts:
         """Return the counts of the last second. Counting gets slower as more jobs wait."""
         counts = self.queue_counts.get(owner)
@@ -68,9 +74,15 @@ class JobLimits(UsageCounter):
             queued, owner_open = build_count_subqueries(owner)
             daily = [build_limit(owner, limit_column, self.defaults) > 0 for limit_column, _, _ in DAILY_LIMITS]
             limit = build_limit(owner, "open_jobs", self.defaults)
-            row = self.fetch_one(select(queued, owner_open, limit, or_(*daily)))
+            columns = {
+                "queued": queued,
+                "owner_open": owner_open,
+                "max_owner_open": limit,
+                "has_daily_limit": or_(*daily),
+            }
+            row = self.fetch_one(select(*(column.label(name) for name, column in columns.items())))
             assert row is not None
-            counts = self.queue_counts[owner] = QueueCounts(*row, counted_at=time.monotonic())
+            counts = self.queue_counts[owner] = QueueCounts(**row._mapping, counted_at=time.monotonic())
         counts.submitted_since += 1
         return counts
 
@@ -89,13 +101,12 @@ class JobLimits(UsageCounter):
             (build_limit(owner, limit_column, self.defaults), build_used_today(owner, used_column))
             for limit_column, used_column, _ in DAILY_LIMITS
         ]
-        row = self.fetch_one(select(owner_open, limit, *(column for pair in daily for column in pair)))
+        row = self.fetch_one(select(*(column for pair in ((limit, owner_open), *daily) for column in pair)))
         assert row is not None
-        for index, (_, _, name) in enumerate(DAILY_LIMITS):
-            quota, used = row[2 + 2 * index], row[3 + 2 * index]
+        max_open, open_count, *daily_counts = tuple(row)
+        for (_, _, name), quota, used in zip(DAILY_LIMITS, daily_counts[::2], daily_counts[1::2], strict=True):
             if 0 < quota <= used:
                 return build_daily_error(name, quota)
-        open_count, max_open = row[:2]
         if 0 < max_open <= open_count:
             message = f"open jobs: this key may have {max_open} queued or running clips; wait until one has ended"
             return LimitReached(message, 5.0, "open-jobs", max_open)
@@ -108,8 +119,14 @@ class JobLimits(UsageCounter):
         """
         return or_(jobs.c.attempt > 0, jobs.c.owner.not_in(select_exhausted_owners(self.defaults)))
 
-    def build_exhausted_ending(self) -> Update:
-        """Return the statement that fails the interactive jobs whose owners have used up a share of the day."""
-        is_waiting = and_(jobs.c.state == "queued", jobs.c.lane == LANES.index("interactive"))
-        ending = update(jobs).where(is_waiting, ~self.match_affordable())
+    def build_exhausted_ending(self) -> Update | None:
+        """Return the statement that fails the interactive jobs whose owners have used up a share of the day.
+
+        Return None if there are no such owners.
+        """
+        owners = [row.owner for row in self.fetch_all(select_exhausted_owners(self.defaults))]
+        if not owners:
+            return None
+        is_waiting = and_(jobs.c.state == "queued", jobs.c.lane == LANES.index("interactive"), jobs.c.attempt == 0)
+        ending = update(jobs).where(is_waiting, jobs.c.owner.in_(owners))
         return ending.values(state="failed", code=LIMIT_CODE, error=EXHAUSTED_TEXT, ended_at=unix_now())

@@ -91,6 +91,19 @@ class Repository:
                     in_transaction.execute(next_statement)
         return rows
 
+    def fetch_in_turn(self, name: str, statement: Executable) -> Sequence[Row[Any]]:
+        """Run a statement while no other process runs one under the same name, so that what it counts is exact.
+
+        In SQLite, all statements that write take turns.
+        """
+        if self.engine.dialect.name == "sqlite":
+            return self.fetch_all(statement)
+        with self.connect() as connection:
+            in_transaction = connection.execution_options(isolation_level="READ COMMITTED")
+            with in_transaction.begin():
+                in_transaction.execute(select(func.pg_advisory_xact_lock(func.hashtextextended(name, 0))))
+                return in_transaction.execute(statement).all()
+
     @contextmanager
     def connect(self) -> Iterator[Connection]:
         """Yield a connection of the pool, whose statements each have their own transaction. Raises StoreError."""
