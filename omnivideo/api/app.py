@@ -240,7 +240,7 @@ def create_app(context: ServiceContext) -> FastAPI:
     metrics = operations.RequestMetrics(context)
     feed = EventFeed(context.turns, context.store)
     app.state.context, app.state.event_feed, app.state.request_metrics = context, feed, metrics
-    app.state.readiness = operations.ReadinessCheck(context)
+    app.state.storage_check = operations.StorageCheck(context)
 
     def begin_stop() -> None:
         """Give the turns of this process back, and answer the requests that wait for them; the server calls it."""

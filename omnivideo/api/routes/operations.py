@@ -5,6 +5,7 @@ import threading
 import time
 from collections import Counter as Counted
 from collections.abc import Callable, Iterable
+from functools import partial
 
 from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram, generate_latest
@@ -17,7 +18,7 @@ from omnivideo.api.errors import ERROR_RESPONSES
 from omnivideo.api.request_body import ServiceRoute
 from omnivideo.api.stores import WorkerStore
 from omnivideo.contracts import JOB_SECONDS, JobDurations
-from omnivideo.errors import OmniVideoError
+from omnivideo.errors import OmniVideoError, StoreError
 from omnivideo.ports import JobStore
 
 router = APIRouter(route_class=ServiceRoute, tags=["operation"], responses=ERROR_RESPONSES)
@@ -163,32 +164,39 @@ async def check_health() -> dict[str, str]:
     return {"status": "ok"}
 
 
-class ReadinessCheck:
-    """Finds out whether this process can serve; anybody may ask, so it does so at most every READY_SECONDS."""
+class StorageCheck:
+    """Finds out whether the database and the object store can be written.
+
+    Anybody may ask, so it does so at most every READY_SECONDS, and in one thread at a time: while a store hangs, the
+    others get the last result.
+    """
 
     def __init__(self, context: ServiceContext):
         self.context = context
         self.lock = threading.Lock()
         self.checked_at = -math.inf
-        self.error: OmniVideoError | None = None
+        self.error: OmniVideoError | None = StoreError("store: it has not been checked yet; try again in a moment")
 
     def run(self) -> None:
         """Raise the StoreError or ServiceBusy of the last check if the database or the store cannot be written."""
-        with self.lock:
-            if time.monotonic() - self.checked_at > READY_SECONDS:
-                self.error = None
-                try:
-                    self.check()
-                except OmniVideoError as error:
-                    self.error = error
+        if time.monotonic() - self.checked_at > READY_SECONDS and self.lock.acquire(blocking=False):
+            try:
+                self.error = self.find_error()
                 self.checked_at = time.monotonic()
-            if self.error is not None:
-                raise self.error
+            finally:
+                self.lock.release()
+        if self.error is not None:
+            raise self.error
 
-    def check(self) -> None:
+    def find_error(self) -> OmniVideoError | None:
         # A row that is written again and again: on a full disk, reading would still succeed.
-        self.context.idempotency_keys.claim_key("ready", "ready", request_digest="", resource_id="", lease_seconds=0.0)
-        self.context.store.check_writable()
+        probe = partial(self.context.idempotency_keys.claim_key, "ready", "ready", request_digest="", resource_id="")
+        try:
+            probe(lease_seconds=0.0)
+            self.context.store.check_writable()
+        except OmniVideoError as error:
+            return error
+        return None
 
 
 @router.get("/ready")
@@ -197,8 +205,8 @@ def check_ready(context: ContextDep, request: Request) -> dict[str, str]:
 
     The service is also ready while the MLLM starts: requests that need it wait.
     """
-    readiness: ReadinessCheck = request.app.state.readiness
-    readiness.run()
+    check: StorageCheck = request.app.state.storage_check
+    check.run()
     is_mllm_ready = context.mllm_server is None or context.mllm_server.is_ready()
     return {"status": "ready", "language_model": "ready" if is_mllm_ready else "starting"}
 
