@@ -123,6 +123,10 @@ class APIKeyStore(Protocol):
         """Return a key, whose id owns everything created with it, or None if it is wrong or revoked, or has expired."""
         ...
 
+    def is_active(self, owner: str) -> bool:
+        """Return whether the key with this id is valid."""
+        ...
+
 
 class UsageStore(Protocol):
     def count_request(self, owner: str) -> RequestWindow:
@@ -143,10 +147,6 @@ class UsageStore(Protocol):
 
     def list_usage(self, owner: str | None, num_days: int) -> list[UsageRecord]:
         """Return the use of the last days by one owner or by all, the newest day first."""
-        ...
-
-    def is_active(self, owner: str) -> bool:
-        """Return whether the key with this id is valid."""
         ...
 
 

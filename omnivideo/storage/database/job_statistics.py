@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Row, case, delete, func, insert, select, update
+from sqlalchemy import ColumnElement, Connection, case, delete, func, insert, select, update
 
 from omnivideo.contracts import JOB_SECONDS, DurationCounts, JobDurations
 from omnivideo.storage.database.job_rows import LANES
@@ -74,7 +74,7 @@ class JobStatistics(Repository):
         return len(rows)
 
 
-def add_to_totals(connection: Connection, lane: int, state: str, rows: Sequence[Row[Any]]) -> None:
+def add_to_totals(connection: Connection, lane: int, state: str, rows: Sequence[Any]) -> None:
     """Add jobs of one lane and state to the totals."""
     is_kind = (job_totals.c.lane == lane) & (job_totals.c.state == state)
     total = connection.execute(select(job_totals).where(is_kind).with_for_update()).one_or_none()
