@@ -9,7 +9,8 @@ import pytest
 
 from benchmarks.growth import measure_growth
 
-NUM_TURNS, NUM_JOBS, NUM_ROUNDS = 240, 240, 4
+pytestmark = pytest.mark.timeout(1200)
+NUM_TURNS, NUM_JOBS, NUM_ROUNDS = 160, 160, 4
 MAX_BYTES_PER_TURN = 30_000
 
 
