@@ -100,6 +100,13 @@ class PoolBusy(ServiceBusy):
     """All threads for one kind of work are busy, such as those that use the object store."""
 
 
+class ServiceStopping(ServiceBusy):
+    """This process is stopping; another one, or this one after its restart, answers the same request."""
+
+    def __init__(self) -> None:
+        super().__init__("the service is restarting; send the request again in a moment", 5.0)
+
+
 class LimitReached(ServiceBusy):
     """A key has used up what it may use.
 

@@ -14,7 +14,7 @@ from omnivideo.agent.conversations import LOCAL_OWNER, Conversations, OpenQueue
 from omnivideo.contracts import Lane
 from omnivideo.errors import InvalidInput
 from omnivideo.media.artifacts import convert_artifact, extract_frame, store_user_file
-from omnivideo.ports import MLLM, JobQueue, SweepableObjectStore, TextLimits
+from omnivideo.ports import MLLM, JobQueue, ObjectStore, SweepableObjectStore, TextLimits
 from omnivideo.presets import get_preset
 from omnivideo.records import KeyLimits
 from omnivideo.settings import ServiceSettings
@@ -45,7 +45,6 @@ def build_local_conversations(
 ) -> Conversations:
     """Build the Studio's conversations: clips are rendered in this process while they are followed."""
     from omnivideo.backends.decoder.renderer import Renderer
-    from omnivideo.backends.mllm.remote import RemoteMLLM
     from omnivideo.backends.queue.local import LocalQueue
 
     store = LocalObjectStore(settings.home / "store")
@@ -53,7 +52,7 @@ def build_local_conversations(
     renderer = Renderer(omni, store, weights_digest, persist_tokens=False)
     queue = LocalQueue(renderer)
     return Conversations(
-        mllm=RemoteMLLM(settings.mllm, store, settings.mllm_timeout_seconds) if settings.mllm else renderer.mllm,
+        mllm=connect_mllm(settings, store) or renderer.mllm,
         queue_for=lambda owner, lane="interactive": queue,
         store=store,
         checkpointer=open_checkpointer(settings),
@@ -65,6 +64,15 @@ def build_local_conversations(
         replay_manifest=renderer.replay_manifest,
         convert_artifact=partial(convert_artifact, store),
     )
+
+
+def connect_mllm(settings: ServiceSettings, store: ObjectStore) -> "RemoteMLLM | None":
+    """Return the MLLM behind its own server, or None if the settings name none."""
+    if not settings.mllm:
+        return None
+    from omnivideo.backends.mllm.remote import RemoteMLLM
+
+    return RemoteMLLM(settings.mllm, store, settings.mllm_timeout_seconds, settings.mllm_key)
 
 
 class ServiceWiring:
@@ -206,12 +214,9 @@ class ServiceWiring:
     @cached_property
     def remote_mllm(self) -> "RemoteMLLM | None":
         """The MLLM behind its own server, or None if it runs in this process."""
-        if not self.settings.mllm:
-            return None
-        from omnivideo.backends.mllm.remote import RemoteMLLM
-
-        remote = RemoteMLLM(self.settings.mllm, self.store, self.settings.mllm_timeout_seconds)
-        self.close_callbacks.append(remote.close)
+        remote = connect_mllm(self.settings, self.store)
+        if remote is not None:
+            self.close_callbacks.append(remote.close)
         return remote
 
     @cached_property

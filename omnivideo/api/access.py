@@ -3,6 +3,7 @@
 The limits on clips and on what is stored are checked where they are created, for every route.
 """
 
+import base64
 import math
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ from omnivideo.records import SCOPES, APIKeyRecord, KeyLimits, RequestWindow, Sc
 
 WINDOW_SECONDS = 60
 READING_METHODS = ("GET", "HEAD")
+PASSWORD_CHALLENGE = 'Basic realm="omnivideo: the password is an API key"'
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,17 @@ class AccessControl:
             unauthorized.code, unauthorized.headers["WWW-Authenticate"] = "invalid_api_key", "Bearer"
             raise unauthorized
         return record
+
+
+def accept_password(authorization: str | None) -> str | None:
+    """Return a header with a password, of any user name, as one with that key; return other headers unchanged."""
+    scheme, credentials = get_authorization_scheme_param(authorization)
+    if scheme.lower() != "basic":
+        return authorization
+    try:
+        return f"Bearer {base64.b64decode(credentials, validate=True).decode().partition(':')[2]}"
+    except ValueError:
+        return None
 
 
 def require_scope(key: APIKeyRecord, scope: Scope) -> None:

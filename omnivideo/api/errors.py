@@ -30,6 +30,7 @@ from omnivideo.errors import (
     OmniVideoError,
     PoolBusy,
     ServiceBusy,
+    ServiceStopping,
     StoreError,
     build_job_error,
 )
@@ -120,6 +121,7 @@ HTTP_MAPPINGS: dict[type[BaseException], HTTPMapping] = {
     LimitReached: HTTPMapping(429, LIMIT_CODE),  # so do these
     DecodingBusy: HTTPMapping(503, "unavailable"),
     PoolBusy: HTTPMapping(503, "unavailable"),
+    ServiceStopping: HTTPMapping(503, "unavailable"),
     ModelUnavailable: HTTPMapping(503, "unavailable", retry_after_seconds=5),
     JobFailed: HTTPMapping(500),  # the error has the job's code
     JobCancelled: HTTPMapping(409, "cancelled"),

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from omnivideo.cli.app import SERVER, SERVICE_COMMANDS, DeviceOption, HomeOption, WeightsOption, console
-from omnivideo.cli.logs import configure_logging
+from omnivideo.cli.logs import configure_logging, write_logging_configuration
 from omnivideo.cpu_threads import configure_cpu_threads
 from omnivideo.errors import InvalidInput, MissingDependency
 from omnivideo.startup import pause_collection
@@ -89,10 +89,20 @@ def run_server(
     """Run an HTTP application on a bound socket until the process receives SIGINT or SIGTERM."""
     try:
         import uvicorn
+        from sse_starlette.sse import AppStatus
 
         from omnivideo.api.connections import RESERVED_FILES, ConnectionLimits, create_protocol, raise_file_limit
     except ImportError:
         raise MissingDependency("a server needs: pip install 'omnivideo[serve]'") from None
+
+    class StoppingServer(uvicorn.Server):  # type: ignore[misc]
+        """Tells the application when it begins to stop, before it waits for the requests in progress."""
+
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            if begin_stop := getattr(config.app.state, "begin_stop", None):
+                begin_stop()
+            await super().shutdown(sockets)
+
     limits = ConnectionLimits(max(16, raise_file_limit() - RESERVED_FILES), trusted_proxies=trusted_proxies)
     # uvicorn sends itself the signal again after it has shut down: the caller's clean-up must still run then.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
@@ -107,11 +117,29 @@ def run_server(
         http=create_protocol(limits),
         proxy_headers=False,  # the service reads them itself, from the proxies in its settings
     )
-    server = uvicorn.Server(config)
+    server = StoppingServer(config)
+    AppStatus.disable_automatic_graceful_drain()  # streams of a service that stops end by themselves, and say so
     with suppress(KeyboardInterrupt):
         server.run(sockets=[listener])
     if not server.started:
         sys.exit(STARTUP_FAILURE)
+
+
+def serve_metrics(host: str, port: int, application: Any) -> Callable[[], None]:
+    """Serve an application's metrics on a port of their own, which needs no key. Return what stops it."""
+    from prometheus_client import start_http_server
+
+    try:
+        server, _ = start_http_server(port, host, application.state.request_metrics.registry)
+    except OSError as error:
+        message = f"this process cannot listen on {port}: {error.strerror}"
+        raise InvalidInput("OMNIVIDEO_METRICS_PORT", message) from None
+
+    def stop() -> None:
+        server.shutdown()
+        server.server_close()
+
+    return stop
 
 
 @app.command(rich_help_panel=SERVICE_COMMANDS)
@@ -136,12 +164,15 @@ def serve(
         raise MissingDependency(f"the service needs {error.name}: pip install 'omnivideo[serve,worker]'") from None
     with listen(host, port) as listener:
         wiring = build_wiring(settings, device)
+
+        def build_application() -> Any:
+            application = create_app(wiring.start_background_services(wiring.build_service_context()))
+            if settings.metrics_port:
+                wiring.close_callbacks.append(serve_metrics(host, settings.metrics_port, application))
+            return application
+
         try:
-            run_server(
-                lambda: create_app(wiring.start_background_services(wiring.build_service_context())),
-                listener,
-                settings.trusted_proxies,
-            )
+            run_server(build_application, listener, settings.trusted_proxies)
         finally:
             wiring.close()
 
@@ -226,6 +257,7 @@ def mllm_serve(
     if lora is not None:
         check_lora(lora, launch.find_language_model(folder))
     if server_command := launch.build_command(device, folder, port, host, engine, serving_options):
+        server_command.environment.setdefault("VLLM_LOGGING_CONFIG_PATH", write_logging_configuration(settings))
         launch.exec_command(server_command)
     serve_with_transformers(settings, device, folder, lora, host, port)
 
@@ -250,7 +282,7 @@ def serve_with_transformers(
         log_placement(omni)
         if lora is not None:
             merge_lora(getattr(omni.mllm, "llm", omni.mllm), lora)
-        run_server(lambda: create_mllm_app(LocalMLLM(omni, LRUObjectStore())), listener)
+        run_server(lambda: create_mllm_app(LocalMLLM(omni, LRUObjectStore()), settings.mllm_key), listener)
 
 
 def log_placement(omni: "OmniVideoModel") -> None:

@@ -4,6 +4,7 @@
     slow     left out of `make test-fast`, which runs for at most three minutes
     gpu      tests/gpu, which need an NVIDIA GPU
     clients  tests/clients, which run other programs in separate environments
+    deploy   tests/deploy/stack, which build the images and run the whole stack on a container engine
 
 A pattern, in the syntax of fnmatch, is a test's id without parameters, or a file.
 """
@@ -132,7 +133,7 @@ SLOW = (
     "training/tiny/*.py",
     "storage/test_compact_checkpoints.py",
 )
-FOLDERS = {"gpu": "gpu/*", "clients": "clients/*"}
+FOLDERS = {"gpu": "gpu/*", "clients": "clients/*", "deploy": "deploy/stack/*"}
 
 
 def matches(node_id: str, pattern: str) -> bool:

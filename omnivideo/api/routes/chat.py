@@ -252,11 +252,11 @@ class ChatCompletion:
         """Yield the answer as server-sent events while the turn runs."""
         answer, chat_format = ChatAnswer(self.thread_id, self.links), self.format
         yield chat_format.begin_stream()
-        async for _, event in feed.follow_turn(self.turn_id, idle_seconds=IDLE_SECONDS):
-            for part in answer.read_event(event):
-                for chunk in chat_format.build_chunks(part):
-                    yield chunk
         try:
+            async for _, event in feed.follow_turn(self.turn_id, idle_seconds=IDLE_SECONDS):
+                for part in answer.read_event(event):
+                    for chunk in chat_format.build_chunks(part):
+                        yield chunk
             parts, finish_reason, usage = await anyio.to_thread.run_sync(self.end_answer, answer)
         except Exception as error:
             log_if_internal(error, f"chat completion {self.id}")

@@ -370,6 +370,16 @@ class InProcessWorker:
         self.thread.start()
         return self
 
+    def request_stop(self) -> None:
+        """Stop the thread after the current denoising step, and return at once.
+
+        If the process is killed before, it is no loss.
+        """
+        self.worker.stop_requested.set()
+        self.notify_workers()
+        with suppress(OmniVideoError):
+            self.worker.jobs.mark_stopping(self.worker.worker_name)
+
     def stop(self) -> None:
         """Stop the thread after the current denoising step; its job goes back to the queue."""
         self.worker.stop_requested.set()

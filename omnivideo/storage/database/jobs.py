@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
-from sqlalchemy import ColumnElement, Engine, Row, Update, and_, case, func, literal, null, or_, select, update
+from sqlalchemy import ColumnElement, Engine, Row, Update, and_, case, func, literal, not_, null, or_, select, update
 
 from omnivideo.contracts import (
     OPEN_STATES,
@@ -220,6 +220,7 @@ class JobRepository(JobStatistics, JobLimits):
             "state": "running",
             "attempt": jobs.c.attempt + 1,
             "worker_name": worker,
+            "worker_stopping": False,
             "resume_key": case((match_model(model), jobs.c.resume_key), else_=null()),
             **model.model_dump(),
             "started_at": unix_now(),
@@ -333,6 +334,11 @@ class JobRepository(JobStatistics, JobLimits):
         """Put the job of a worker that must stop back into the queue."""
         self.count_attempts(update(jobs).where(match_attempt(claim)).values(state="queued"), unix_now())
 
+    def mark_stopping(self, worker: str) -> None:
+        """Record that a worker was told to stop, so that its jobs count no loss even if it is killed before it ends."""
+        is_running = and_(jobs.c.worker_name == worker, jobs.c.state == "running")
+        self.fetch_all(update(jobs).where(is_running).values(worker_stopping=True))
+
     def end_attempt(self, claim: Claim, stored_bytes: int = 0, **values: Any) -> None:
         """Write the final state of a job. Raises JobLost if another attempt has claimed the job."""
         ending = update(jobs).where(match_attempt(claim)).values(ended_at=unix_now(), resume_key=None, **values)
@@ -363,12 +369,13 @@ class JobRepository(JobStatistics, JobLimits):
             "ended_at": unix_now(),
             "worker_losses": jobs.c.worker_losses + 1,
         }
-        may_retry_no_more = jobs.c.worker_losses >= MAX_WORKER_LOSSES - 1
+        may_retry_no_more = and_(jobs.c.worker_losses >= MAX_WORKER_LOSSES - 1, not_(jobs.c.worker_stopping))
         last_sign = jobs.c.heartbeat_at
         self.end_jobs(update(jobs).where(is_lost, may_retry_no_more).values(failure), last_sign)
         cancellation = update(jobs).where(is_lost, jobs.c.cancel_requested)
         self.end_jobs(cancellation.values(state="cancelled", ended_at=unix_now()), last_sign)
-        requeued = {"state": "queued", "worker_losses": jobs.c.worker_losses + 1, "notified_at": unix_now()}
+        losses = jobs.c.worker_losses + case((jobs.c.worker_stopping, 0), else_=1)
+        requeued = {"state": "queued", "worker_losses": losses, "notified_at": unix_now()}
         rows = self.count_attempts(update(jobs).where(is_lost).values(requeued), last_sign, jobs.c.id)
         return [row.id for row in rows]
 

@@ -18,6 +18,8 @@ jobs = Table(
     Column("state", String(10), nullable=False),  # queued, running, done, failed, cancelled
     Column("attempt", Integer, nullable=False, default=0),  # the fencing number; each claim increments it
     Column("worker_losses", Integer, nullable=False, default=0),  # workers that were lost while rendering it
+    # Whether the worker was told to stop: its end is then no loss.
+    Column("worker_stopping", Boolean, nullable=False, default=False, server_default=false()),
     Column("cancel_requested", Boolean, nullable=False, default=False),
     Column("body", JSON, nullable=False),  # contracts.Job
     Column("kind", String(10), nullable=False),  # the kind of request: video, image, turn
