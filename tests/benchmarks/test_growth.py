@@ -19,7 +19,7 @@ def rows(tmp_path_factory):
     return measure_growth(tmp_path_factory.mktemp("home"), NUM_TURNS, NUM_JOBS, NUM_ROUNDS)
 
 
-@pytest.mark.parametrize("name", ["service_mb", "threads_mb", "store_mb"])
+@pytest.mark.parametrize("name", ["service_mb", "threads_mb", "store_kb"])
 def test_what_is_stored_grows_linearly(rows, name):
     sizes = [row[name] for row in rows[:-1]]
     increases = [later - earlier for earlier, later in pairwise(sizes)]
