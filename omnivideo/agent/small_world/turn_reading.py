@@ -90,7 +90,7 @@ def split_results(text: str) -> list[str]:
             for part in load_pattern("next_result").split(piece)
             if part.strip()
         ]
-        if not has_shape(parts[0]):  # "first", "i want"
+        if parts and not has_shape(parts[0]):  # "first", "i want"
             del parts[0]
     return parts if len(parts) > 1 and all(map(has_shape, parts)) else []
 
