@@ -44,7 +44,7 @@ class ObjectRequest:
         count = self.count or 1
         noun = f"{self.shape}s" if count > 1 else self.shape or "shape"
         words = " ".join(filter(None, (self.size, self.colour, noun)))
-        article = NUMBER_WORDS[count] if count > 1 else "an" if words[0] in "aeiou" else "a"
+        article = name_number(count) if count > 1 else "an" if words[0] in "aeiou" else "a"
         region = REGION_PHRASES.get(self.region or "", f"in the {self.region}") if self.region else ""
         motion = self.motion_to_text() if with_motion else ""
         return " ".join(filter(None, (article, words, region, motion)))
