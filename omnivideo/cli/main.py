@@ -12,12 +12,13 @@ from rich.table import Table
 from rich.text import Text
 
 from omnivideo import __version__
-from omnivideo.cli import data, service, weights
+from omnivideo.cli import data, keys, service, weights
 from omnivideo.cli.app import (
     CONVERSATION,
     INSTALLATION_COMMANDS,
     OUTPUT,
     SAMPLING,
+    SERVICE_COMMANDS,
     TRAINING_COMMANDS,
     VIDEO_COMMANDS,
     DeviceOption,
@@ -257,6 +258,7 @@ def batch(
 
 
 app.add_typer(service.app)
+app.add_typer(keys.app, name="keys", rich_help_panel=SERVICE_COMMANDS)
 app.command(rich_help_panel=TRAINING_COMMANDS)(train)
 app.command(rich_help_panel=TRAINING_COMMANDS)(plan)
 app.command(rich_help_panel=TRAINING_COMMANDS)(evaluate)
