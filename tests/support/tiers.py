@@ -106,6 +106,7 @@ SLOW = (
     "backends/queue/test_celery*.py",
     "backends/queue/test_kill.py",
     "backends/test_published_service.py",
+    "backends/test_tracing.py",
     "cli/test_cli*.py",
     "evaluation/test_phrase_runner.py",
     "docs/test_docs.py",
