@@ -376,7 +376,7 @@ class Planner(RenderingNodes):
             return []
         artifacts = [Artifact(**artifact) for artifact in state["artifacts"]]
         search = ReferenceSearch(self.mllm, self.prompts.describe, artifacts, dict(state["descriptions"]))
-        return [answer_fact(fact, source, artifacts, search.describe_artifact)]
+        return [answer_fact(fact, source, artifacts, search.describe_artifact, state["action"]["text"])]
 
     def answer(self, state: PlannerState) -> dict[str, Any]:
         turn = Turn(
