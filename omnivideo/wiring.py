@@ -8,7 +8,7 @@ import logging
 from collections.abc import Callable
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from omnivideo.agent.conversations import LOCAL_OWNER, Conversations, OpenQueue
 from omnivideo.contracts import Lane
@@ -35,9 +35,11 @@ if TYPE_CHECKING:
     from omnivideo.storage.database.turns import TurnRepository
     from omnivideo.storage.database.usage import UsageRepository
     from omnivideo.storage.database.webhooks import WebhookRepository
+    from omnivideo.storage.sweep import Checkpoints, Sweep, SweepResult
 
 
 log = logging.getLogger("omnivideo.wiring")
+SWEEP_SECONDS = 3600.0  # between two sweeps of an embedded service
 
 
 def build_local_conversations(
@@ -85,9 +87,9 @@ class ServiceWiring:
 
     @cached_property
     def store(self) -> SweepableObjectStore:
-        settings = self.settings
+        settings, announce = self.settings, self.jobs.announce_object
         if not settings.s3:
-            return LocalObjectStore(settings.home / "store")
+            return LocalObjectStore(settings.home / "store", announce)
         from omnivideo.storage.objects.s3 import S3ObjectStore
 
         return S3ObjectStore(
@@ -97,6 +99,7 @@ class ServiceWiring:
             settings.s3_secret_key,
             region=settings.s3_region,
             public_address=settings.s3_public,
+            announce=announce,
         )
 
     @cached_property
@@ -330,10 +333,11 @@ class ServiceWiring:
         )
 
     def start_background_services(self, context: "ServiceContext") -> "ServiceContext":
-        """Start the batch runner and the webhook sender, which run in the background. Return the same context."""
+        """Start the batch runner, the webhook sender and the sweep in the background. Return the same context."""
         from omnivideo.api.routes import chat
         from omnivideo.api.routes.batches import BatchLineHandler
         from omnivideo.backends.batches.runner import BatchRunner
+        from omnivideo.backends.periodic import PeriodicThread
         from omnivideo.backends.webhooks import POLL_SECONDS, WebhookSender
         from omnivideo.storage.database.notifications import SQLITE_POLL_SECONDS
 
@@ -352,26 +356,49 @@ class ServiceWiring:
         poll_seconds = SQLITE_POLL_SECONDS if settings.broker and not settings.database else POLL_SECONDS
         sender = WebhookSender(self.webhooks, self.jobs, settings.webhook_hosts, poll_seconds)
         self.close_callbacks += [runner.start().stop, sender.start().stop]
+        if not settings.database:  # otherwise a process of its own runs `omnivideo sweep`
+            self.close_callbacks.append(PeriodicThread("sweep", SWEEP_SECONDS, self.sweep, log).start().stop)
         return context
 
     def attach_file(self, path: str | Path, created_by: str) -> Any:
         """Store a file of this machine's user. Uploads go through media.ingest, which does not trust them."""
         return store_user_file(self.store, path, created_by)
 
-    def sweep_store(self) -> list[str]:
-        """Remove the objects that no thread, turn, job or file refers to. Return their keys.
+    def build_sweep(self) -> "Sweep":
+        from omnivideo.storage.database.retention import RetentionRepository
+        from omnivideo.storage.sweep import Lifetimes, Sweep
 
-        Idempotency keys of the same age are forgotten.
+        settings, conversations = self.settings, self.conversations
+        artifact_seconds = settings.artifact_lifetime_seconds
+
+        def collect_referenced_keys() -> set[str]:
+            keys = conversations.collect_referenced_keys() | self.jobs.collect_referenced_keys(artifact_seconds)
+            keys |= conversations.collect_replay_keys(keys)
+            return keys | self.files.collect_referenced_keys() | self.turns.collect_referenced_keys()
+
+        return Sweep(
+            RetentionRepository(self.engine),
+            self.jobs,
+            self.turns,
+            cast("Checkpoints", conversations.checkpointer),
+            self.store,
+            collect_referenced_keys,
+            # A video is listed as long as its clip exists.
+            Lifetimes(
+                artifact_seconds,
+                settings.turn_lifetime_seconds,
+                max(settings.job_lifetime_seconds, artifact_seconds),
+            ),
+        )
+
+    def sweep(self) -> "SweepResult":
+        """Remove what was deleted, what has ended long ago, and objects that nothing refers to.
+
+        Idempotency keys are forgotten after the lifetime of artifacts.
         """
         self.idempotency_keys.delete_old_keys(self.settings.artifact_lifetime_seconds)
         self.usage.delete_old_usage()
-        referenced_keys = (
-            self.conversations.collect_referenced_keys()
-            | self.jobs.collect_referenced_keys(self.settings.artifact_lifetime_seconds)
-            | self.files.collect_referenced_keys()
-            | self.turns.collect_referenced_keys()
-        )
-        return self.store.sweep(referenced_keys, self.settings.artifact_lifetime_seconds)
+        return self.build_sweep().run()
 
     def close(self) -> None:
         """Stop everything that was started, in reverse order, even if one of them fails to stop."""

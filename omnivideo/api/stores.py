@@ -64,6 +64,10 @@ class BatchStore(Protocol):
         """Move a batch to another state. Return False if its state is no longer that of `batch`."""
         ...
 
+    def delete_batch(self, batch_id: str, owner: str) -> bool:
+        """Delete a batch and cancel it. Return False if the owner has no such batch."""
+        ...
+
 
 class WebhookStore(Protocol):
     def create_webhook(
@@ -139,6 +143,10 @@ class UsageStore(Protocol):
 
     def list_usage(self, owner: str | None, num_days: int) -> list[UsageRecord]:
         """Return the use of the last days by one owner or by all, the newest day first."""
+        ...
+
+    def is_active(self, owner: str) -> bool:
+        """Return whether the key with this id is valid."""
         ...
 
 

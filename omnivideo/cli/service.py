@@ -309,9 +309,9 @@ def migrate() -> None:
 
 @app.command(rich_help_panel=SERVICE_COMMANDS)
 def sweep(home: HomeOption = None) -> None:
-    """Remove artifacts that nothing refers to and that are older than OMNIVIDEO_ARTIFACT_LIFETIME_SECONDS."""
-    removed_keys = build_wiring(load_service_settings(home=home)).sweep_store()
-    console.print(f"{len(removed_keys)} artifacts removed")
+    """Remove what users have deleted, what has ended long ago, and artifacts that nothing refers to."""
+    result = build_wiring(load_service_settings(home=home)).sweep()
+    console.print(f"{len(result.object_keys)} artifacts removed")
 
 
 app.add_typer(mllm_cli, name="mllm", rich_help_panel=SERVICE_COMMANDS)

@@ -80,6 +80,8 @@ SLOW = (
     "agent/test_linear_patterns.py",
     "agent/test_conversations.py::test_the_planner_evaluation*",
     "api/attacks/*.py",
+    "api/test_access.py",
+    "api/test_deletion.py",
     "api/test_delivery.py",
     "api/test_operations.py::test_a_browser*",
     "api/test_chat_*.py",

@@ -20,12 +20,13 @@ def create_database_engine(database_url: str) -> Engine:
     """
     url = make_url(database_url)
     if url.get_backend_name() == "sqlite":
-        engine = create_engine(url, isolation_level="AUTOCOMMIT", connect_args={"timeout": 30})
+        engine = create_engine(url, isolation_level="AUTOCOMMIT", connect_args={"timeout": 30}, hide_parameters=True)
         event.listen(engine, "connect", configure_sqlite)
         return engine
     return create_engine(
         url.set(drivername="postgresql+psycopg"),
         isolation_level="AUTOCOMMIT",
+        hide_parameters=True,  # an error's text would quote what a user has said
         pool_pre_ping=True,
         pool_size=10,
         max_overflow=20,
@@ -53,9 +54,10 @@ def create_memory_database() -> Engine:
 
 
 def configure_sqlite(connection: sqlite3.Connection, connection_record: object) -> None:
-    """Let readers work beside the writer, and do not flush the disk at every heartbeat."""
+    """Let readers work beside the writer, do not flush the disk at every heartbeat, and overwrite deleted rows."""
     connection.execute("PRAGMA journal_mode=WAL")
     connection.execute("PRAGMA synchronous=NORMAL")
+    connection.execute("PRAGMA secure_delete=ON")
 
 
 def upgrade_schema(engine: Engine, revision: str = "head", preset: Preset | None = None) -> None:
