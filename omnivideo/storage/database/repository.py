@@ -22,7 +22,7 @@ from sqlalchemy import (
     select,
 )
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.exc import DataError, DBAPIError, IntegrityError
+from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.compiler import SQLCompiler
@@ -31,6 +31,7 @@ from sqlalchemy.sql.expression import FunctionElement
 from omnivideo.contracts import Change, FrozenModel
 from omnivideo.errors import ArtifactNotFound, InvalidInput, StoreError
 from omnivideo.storage.database.notifications import get_notifier, turn_topic
+from omnivideo.storage.database.postgres import describe_failure
 from omnivideo.storage.database.schema import turn_events
 
 Record = TypeVar("Record", bound=FrozenModel)
@@ -74,7 +75,7 @@ class Repository:
         except PoolTimeout as error:
             raise StoreError("database: too many requests at once; try again later") from error
         except DBAPIError as error:
-            raise StoreError("database: it does not answer; try again later") from error
+            raise StoreError(f"database: {describe_unavailability(error)}; try again later") from error
 
     def fetch_one(self, statement: Executable) -> Row[Any] | None:
         rows = self.fetch_all(statement)
@@ -144,6 +145,13 @@ class Repository:
         order = [column.desc() if newest_first else column.asc() for column in (created_at, row_id)]
         rows = self.fetch_all(query.order_by(*order).limit(limit + 1))
         return list(rows[:limit]), len(rows) > limit
+
+
+def describe_unavailability(error: DBAPIError) -> str:
+    """Return why a statement could not be run, as far as an operator can change it."""
+    if error.orig is None or not isinstance(error, OperationalError) or error.statement is not None:
+        return "it does not answer"
+    return describe_failure(error.orig)
 
 
 def select_values(table: Table, values: dict[str, Any]) -> Select[Any]:
