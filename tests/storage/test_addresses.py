@@ -9,7 +9,7 @@ import pytest
 from omnivideo.errors import InvalidInput, OmniVideoError
 from omnivideo.settings import load_settings
 from omnivideo.storage.checkpointer import open_checkpointer
-from omnivideo.storage.database.engine import create_database_engine
+from omnivideo.storage.database.engine import create_database_engine, identify_database
 from omnivideo.storage.database.postgres import DEFAULT_PARAMETERS, parse_database_url, read_parameters
 from omnivideo.wiring import ServiceWiring
 from tests.support.servers import Postgres, free_port
@@ -96,3 +96,18 @@ def test_a_refusal_is_not_a_server_that_is_down(server: Postgres, login: str, pr
         message = str(raised.value)
         assert message.startswith(f"OMNIVIDEO_DATABASE: {problem}"), message
         assert "\n" not in message and "wrong" not in message and "nobody" not in message
+
+
+def test_a_database_has_one_name_by_every_address(server: Postgres) -> None:
+    """The broker's queue is named after it, also where a process logs in as an ordinary user."""
+    hosts = f"localhost:{free_port()},127.0.0.1:{server.port}"
+    logins = [
+        "test@127.0.0.1:{port}/postgres",
+        f"guarded:s3cret%40x@{hosts}/postgres",
+        "test@127.0.0.1:{port}/template1",
+    ]
+    engines = [create_database_engine("postgresql://" + login.format(port=server.port)) for login in logins]
+    first, second, other = map(identify_database, engines)
+    assert first == second != other
+    for engine in engines:
+        engine.dispose()
