@@ -4,7 +4,7 @@ import asyncio
 import re
 import threading
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from pathlib import Path
@@ -40,7 +40,7 @@ def parse_turn_options(**options: object) -> TurnOptions:
         raise invalid_input_from_validation(error, TurnOptions.model_fields) from None
 
 
-def iterate_untraced(items: Iterator[Any]) -> Iterator[Any]:
+def iterate_untraced(items: Generator[Any, None, None]) -> Iterator[Any]:
     """Yield the items of a generator, which runs with LangSmith's tracing off.
 
     LANGSMITH_TRACING, set for other work, would send the words of our users to that server. Between two items, the
@@ -49,10 +49,10 @@ def iterate_untraced(items: Iterator[Any]) -> Iterator[Any]:
     context, untraced = copy_context(), tracing_context(enabled=False)
     context.run(untraced.__enter__)
     try:
-        while (item := context.run(next, items, None)) is not None:
+        while (item := context.run(lambda: next(items, None))) is not None:
             yield item
     finally:
-        context.run(items.close)  # type: ignore[attr-defined]
+        context.run(items.close)
 
 
 class Thread:

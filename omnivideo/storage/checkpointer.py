@@ -127,7 +127,7 @@ def check_postgres_tables(checkpointer: "CompactPostgresSaver") -> None:
     """Raise InvalidInput if the tables of the checkpoints are missing or of an earlier version."""
     tables = ("checkpoint_migrations", "checkpoint_format", "checkpoint_items")
     (found,) = checkpointer.fetch_rows(f"SELECT {', '.join(f'to_regclass({name!r})' for name in tables)}")
-    versions = [(-1, 0)]
+    versions: list[tuple[Any, ...]] = [(-1, 0)]
     if all(found):
         versions = checkpointer.fetch_rows(
             "SELECT (SELECT max(v) FROM checkpoint_migrations), (SELECT max(version) FROM checkpoint_format)"

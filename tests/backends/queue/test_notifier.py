@@ -6,10 +6,9 @@ import time
 from pathlib import Path
 
 import pytest
-from kombu import Connection
+from kombu import Connection, pools
 
 from omnivideo.backends.queue.celery import BackgroundNotifier, create_celery_app, create_notifier
-from omnivideo.network import create_tls_context
 from tests.support.openai_service import wait_until
 from tests.support.proxy import make_certificate
 from tests.support.servers import Redis, free_port, rabbitmq
@@ -40,8 +39,8 @@ def check_certificates(address: str, certificate: Path, monkeypatch, caplog) -> 
     assert "its certificate is not trusted (self" in caplog.text
     assert "trust its authority with SSL_CERT_FILE" in caplog.text
     caplog.clear()
+    pools.reset()  # the pool of an address keeps the options of its first connection
     monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
-    create_tls_context.cache_clear()
     app = create_celery_app(address, "omnivideo-trusted")
     create_notifier(app)()
     assert not caplog.text
@@ -49,7 +48,7 @@ def check_certificates(address: str, certificate: Path, monkeypatch, caplog) -> 
         assert connection.SimpleQueue("omnivideo-trusted").qsize() == 1
     with Connection(address, ssl=app.conf.broker_use_ssl) as connection:
         connection.connect()
-    create_tls_context.cache_clear()
+    pools.reset()
 
 
 def test_the_certificate_of_redis_is_checked(tmp_path, monkeypatch, caplog):
