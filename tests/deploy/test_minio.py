@@ -70,7 +70,9 @@ def test_minio_takes_the_place_of_the_store() -> None:
     assert "minio" in merged["volumes"] and store["volumes"] == ["minio:/data"]
     assert store["healthcheck"]["test"] == ["CMD", "mc", "ready", "local"]
     assert store["healthcheck"]["interval"] == stack["services"]["s3"]["healthcheck"]["interval"]
-    assert ":RELEASE.2025" in store["build"]["args"]["MINIO"] and "FROM $$MINIO" in store["build"]["dockerfile_inline"]
+    assert "FROM quay.io/minio/minio:RELEASE.2025" in store["build"]["dockerfile_inline"]
+    own = merge(stack, load("compose.minio.yaml", MINIO_IMAGE="registry.test/minio:1"))["services"]["s3"]
+    assert "FROM registry.test/minio:1\n" in own["build"]["dockerfile_inline"]
 
 
 def test_the_service_uses_what_minio_is_given(tmp_path: Path) -> None:

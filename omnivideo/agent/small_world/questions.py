@@ -5,12 +5,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from omnivideo.agent.small_world.edits import name_target
-from omnivideo.agent.small_world.lexicon import Token
+from omnivideo.agent.small_world.lexicon import Token, name_target
 from omnivideo.agent.small_world.wordings import load_pattern
 from omnivideo.contracts import Medium
 
-FileFact = Literal["medium", "length", "size", "corners", "earlier"]
+FileFact = Literal["medium", "length", "size", "corners", "earlier", "presence"]
 
 
 @dataclass(frozen=True)
@@ -36,6 +35,8 @@ def read_question(text: str, tokens: Sequence[Token], medium: Medium, last: str 
         return QuestionReading()
     if fact := find_file_fact(text):
         return QuestionReading(fact=fact)
+    if load_pattern("presence").match(text) and is_only_presence(tokens):
+        return QuestionReading(fact="presence")
     if load_pattern("trained_question").fullmatch(text.strip(" .!")):
         return QuestionReading(text)
     target = find_target(tokens)
@@ -57,6 +58,8 @@ def read_attribute_question(
 ) -> QuestionReading:
     """Return a question about colours, shapes, sizes, places, presence or everything."""
     describe = QuestionReading(f"describe the {'video' if medium == 'video' else 'picture'}")
+    if re.match(r"what (?:is|are|was) (?:it|this|that|these|they)\W*$|what did you (?:draw|make|create)\W*$", text):
+        return describe
     if re.search(r"\b(?:where|position|place|corner|side|located)\b", text):
         return QuestionReading(f"where is {target}?")
     if re.search(r"\b(?:how (?:big|large|small)|what size|which size|bigger|smaller|larger)\b", text) or any(
@@ -88,6 +91,12 @@ def read_attribute_question(
     return QuestionReading()
 
 
+def is_only_presence(tokens: Sequence[Token]) -> bool:
+    """Return whether shapes or colours are named, but no places or motions of them."""
+    has_more = any(token.has("relation", "region", "direction", "motion", "go", "ground") for token in tokens)
+    return not has_more and any(token.has("shape", "plural", "colour") for token in tokens)
+
+
 def find_file_fact(text: str) -> FileFact | None:
     """Return the fact that no look at the pixels is needed for."""
     if re.search(
@@ -100,7 +109,9 @@ def find_file_fact(text: str) -> FileFact | None:
     ):
         return "length"
     if re.search(
-        r"\b(?:resolution|pixels?|dimensions?|aspect ratio|how wide|how tall|how high|file format|file type)\b", text
+        r"\b(?:resolution|pixels?|dimensions?|aspect ratio|how wide|how tall|how high|file format|file type"
+        r"|(?:how (?:big|large)|what size) is (?:the|this|that) (?:picture|image|photo|video|clip|frame|file))\b",
+        text,
     ):
         return "size"
     if re.search(

@@ -16,6 +16,7 @@ from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import Engine, QueuePool, create_engine, event, make_url, text
+from sqlalchemy.engine.interfaces import IsolationLevel
 from sqlalchemy.exc import DBAPIError, InvalidatePoolError, OperationalError
 
 from omnivideo.errors import InvalidInput, StoreError
@@ -125,7 +126,7 @@ def upgrade_schema(engine: Engine, revision: str = "head", preset: Preset | None
     """
     config = build_alembic_config()
     # Under the lock, PostgreSQL's default is enough; SERIALIZABLE would conflict with processes that are running.
-    isolation_level = "SERIALIZABLE" if engine.dialect.name == "sqlite" else "READ COMMITTED"
+    isolation_level: IsolationLevel = "SERIALIZABLE" if engine.dialect.name == "sqlite" else "READ COMMITTED"
     try:
         with (
             hold_migration_lock(engine),
