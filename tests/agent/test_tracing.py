@@ -80,10 +80,9 @@ def record(event, arguments):
 sys.addaudithook(record)
 from omnivideo import Studio
 
-with Studio(device="cpu") as studio:
-    thread = studio.open_thread("talk")
-    for event in thread.send("a red ball", steps=2):
-        pass
+thread = Studio(weights=sys.argv[1], device="cpu").open_thread()
+for event in thread.send("a red ball", steps=2):
+    pass
 print(json.dumps(connections))
 """
 
@@ -92,12 +91,11 @@ def test_a_studio_connects_to_nothing(weights: Path, tmp_path: Path) -> None:
     """No dependency reports what is done here, also with every switch of tracing on."""
     environment = {
         "PATH": os.environ["PATH"], "HOME": str(tmp_path), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
-        "OMNIVIDEO_HOME": str(tmp_path / "home"), "OMNIVIDEO_WEIGHTS": str(weights),
+        "OMNIVIDEO_HOME": str(tmp_path / "home"),
         "LANGSMITH_TRACING": "true", "LANGCHAIN_TRACING_V2": "true", "LANGSMITH_API_KEY": "key",
         "LANGSMITH_ENDPOINT": "http://127.0.0.1:9", "OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:9",
     }  # fmt: skip
-    run = subprocess.run(
-        [sys.executable, "-c", CONNECTIONS], env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
+    command = [sys.executable, "-c", CONNECTIONS, str(weights)]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert run.returncode == 0, run.stderr
     assert json.loads(run.stdout.splitlines()[-1]) == []

@@ -85,6 +85,7 @@ LONG = (
 SLOW = (
     "agent/test_linear_patterns.py",
     "agent/test_conversations.py::test_the_planner_evaluation*",
+    "agent/test_tracing.py",
     "api/attacks/*.py",
     "api/test_delivery.py",
     "api/test_operations.py::test_a_browser*",
