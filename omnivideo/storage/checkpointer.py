@@ -31,13 +31,13 @@ def open_checkpointer(settings: ServiceSettings) -> BaseCheckpointSaver[str]:
     Raises InvalidInput if the folder or the server cannot be used, or if `omnivideo migrate` must run first.
     """
     if settings.database:
-        checkpointer = open_postgres_checkpointer(settings.database)
+        postgres_checkpointer = open_postgres_checkpointer(settings.database)
         try:
-            check_postgres_tables(checkpointer)
+            check_postgres_tables(postgres_checkpointer)
         except BaseException:
-            checkpointer.conn.close()
+            postgres_checkpointer.conn.close()
             raise
-        return checkpointer
+        return postgres_checkpointer
     try:
         settings.home.mkdir(parents=True, exist_ok=True)
         connection = sqlite3.connect(settings.home / "threads.sqlite", check_same_thread=False)
