@@ -95,11 +95,11 @@ def run_server(
     except ImportError:
         raise MissingDependency("a server needs: pip install 'omnivideo[serve]'") from None
 
-    class StoppingServer(uvicorn.Server):  # type: ignore[misc]
+    class StoppingServer(uvicorn.Server):
         """Tells the application when it begins to stop, before it waits for the requests in progress."""
 
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-            if begin_stop := getattr(config.app.state, "begin_stop", None):
+            if begin_stop := getattr(application.state, "begin_stop", None):
                 begin_stop()
             await super().shutdown(sockets)
 
@@ -108,8 +108,9 @@ def run_server(
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     # The client should be the one to close an idle connection. With uvicorn's default of 5 s, a request can be sent on
     # a connection that the server is closing.
+    application = create_application()
     config = uvicorn.Config(
-        create_application(),
+        application,
         log_config=None,
         access_log=False,
         timeout_graceful_shutdown=10,
@@ -118,7 +119,7 @@ def run_server(
         proxy_headers=False,  # the service reads them itself, from the proxies in its settings
     )
     server = StoppingServer(config)
-    AppStatus.disable_automatic_graceful_drain()  # streams of a service that stops end by themselves, and say so
+    AppStatus.disable_automatic_graceful_drain()  # type: ignore[no-untyped-call]  # streams of a service that stops end by themselves, and say so
     with suppress(KeyboardInterrupt):
         server.run(sockets=[listener])
     if not server.started:
