@@ -19,10 +19,12 @@ from omnivideo.presets import get_preset
 from omnivideo.records import KeyLimits
 from omnivideo.settings import ServiceSettings
 from omnivideo.startup import pause_collection
-from omnivideo.storage.checkpointer import open_checkpointer
+from omnivideo.storage.checkpointer import migrate_checkpoints, open_checkpointer
 from omnivideo.storage.objects.local import LocalObjectStore
 
 if TYPE_CHECKING:
+    from sqlalchemy import Engine
+
     from omnivideo.api.dependencies import ServiceContext
     from omnivideo.backends.decoder.renderer import Renderer
     from omnivideo.backends.decoder.worker import Worker
@@ -103,17 +105,41 @@ class ServiceWiring:
         )
 
     @cached_property
-    def engine(self) -> Any:
-        """The database, with its schema up to date."""
-        from omnivideo.storage.database.engine import create_database_engine, upgrade_schema
+    def engine(self) -> "Engine":
+        """The database, with its schema up to date. SQLite is upgraded; PostgreSQL is only checked."""
+        from omnivideo.storage.database.engine import check_schema, upgrade_schema
+
+        engine = self.open_engine()
+        try:
+            if self.settings.database:
+                check_schema(engine)
+            else:
+                upgrade_schema(engine, preset=get_preset(self.settings.preset))
+        except BaseException:
+            engine.dispose()
+            raise
+        self.close_callbacks.append(engine.dispose)
+        return engine
+
+    def open_engine(self) -> "Engine":
+        """Return the database, whose schema may be missing or of an earlier version."""
+        from omnivideo.storage.database.engine import create_database_engine
 
         settings = self.settings
         if not settings.database:
             create_home_folder(settings.home)
-        engine = create_database_engine(settings.database or f"sqlite:///{settings.home / 'service.sqlite'}")
-        upgrade_schema(engine, preset=get_preset(settings.preset))
-        self.close_callbacks.append(engine.dispose)
-        return engine
+        return create_database_engine(settings.database or f"sqlite:///{settings.home / 'service.sqlite'}")
+
+    def migrate_database(self) -> None:
+        """Create all tables of the database and of the conversations, or bring them up to date."""
+        from omnivideo.storage.database.engine import upgrade_schema
+
+        engine = self.open_engine()
+        try:
+            upgrade_schema(engine, preset=get_preset(self.settings.preset))
+            migrate_checkpoints(self.settings, engine)
+        finally:
+            engine.dispose()
 
     @cached_property
     def jobs(self) -> "JobRepository":
@@ -223,6 +249,14 @@ class ServiceWiring:
         return remote
 
     @cached_property
+    def queue_name(self) -> str:
+        """The name of the broker's queue, which follows from the database, so that services may share a broker."""
+        from omnivideo.backends.queue.celery import build_queue_name
+        from omnivideo.storage.database.engine import identify_database
+
+        return build_queue_name(identify_database(self.engine))
+
+    @cached_property
     def notify_workers(self) -> Callable[[], None]:
         """Notify the workers that there is work. Without a broker, a worker is started in this process."""
         from omnivideo.backends.queue.reaper import Reaper
@@ -230,7 +264,8 @@ class ServiceWiring:
         if self.settings.broker:
             from omnivideo.backends.queue.celery import BackgroundNotifier, create_celery_app
 
-            notify = BackgroundNotifier(create_celery_app(self.settings.broker)).start().notify_workers
+            app = create_celery_app(self.settings.broker, self.queue_name)
+            notify = BackgroundNotifier(app).start().notify_workers
         else:
             from omnivideo.backends.decoder.worker import InProcessWorker
 

@@ -31,6 +31,7 @@ def saver(request, tmp_path):
     from omnivideo.storage.checkpointer import open_postgres_checkpointer
 
     saver = open_postgres_checkpointer(request.getfixturevalue("postgres_address"))
+    saver.setup()
     yield saver
     saver.conn.close()
 

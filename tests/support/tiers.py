@@ -42,6 +42,12 @@ LONG = (
     "backends/queue/test_celery.py::test_a_terminated_worker*",
     "backends/queue/test_celery.py::test_a_child_that_loads_slowly*",
     "backends/queue/test_celery.py::test_a_missing_broker*",
+    "backends/queue/test_celery.py::test_services_that_share_a_broker*",
+    "backends/queue/test_notifier.py::test_the_certificate_of_rabbitmq*",
+    "storage/test_starts.py::test_many_first_starts*",
+    # Two PostgreSQL servers with a failover, and 150 conversations behind PgBouncer.
+    "storage/test_failover.py",
+    "storage/test_pgbouncer.py",
     "training/curation/*::test_a_killed_run_resumes*",
     # Golden tests on changed data, once for each of some eighty tensors.
     "test_golden_coverage.py::test_a_changed_tensor*",
@@ -79,6 +85,7 @@ LONG = (
 SLOW = (
     "agent/test_linear_patterns.py",
     "agent/test_conversations.py::test_the_planner_evaluation*",
+    "agent/test_tracing.py",
     "api/attacks/*.py",
     "api/test_access.py",
     "api/test_deletion.py",
@@ -118,6 +125,7 @@ SLOW = (
     "sdk/test_parity.py",
     "sdk/test_progress.py",
     "storage/test_objects*.py",
+    "storage/test_starts.py",
     "synthetic/*.py::test_captions_describe_the_rendered_scene",
     "synthetic/*.py::test_the_scorer_reads_the_ground_truth",
     "test_cpu_threads.py::test_entry_points*",

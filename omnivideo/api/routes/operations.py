@@ -203,12 +203,15 @@ class StorageCheck:
 def check_ready(context: ContextDep, request: Request) -> dict[str, str]:
     """Answer 200 if the database and the object store can be written, otherwise 503.
 
-    The service is also ready while the MLLM starts: requests that need it wait.
+    The service is also ready while the MLLM starts: requests that need it wait. `language_model` says if its server's
+    certificate is not trusted.
     """
     check: StorageCheck = request.app.state.storage_check
     check.run()
-    is_mllm_ready = context.mllm_server is None or context.mllm_server.is_ready()
-    return {"status": "ready", "language_model": "ready" if is_mllm_ready else "starting"}
+    return {
+        "status": "ready",
+        "language_model": context.mllm_server.describe_state() if context.mllm_server else "ready",
+    }
 
 
 @router.get("/metrics", response_class=Response)

@@ -27,7 +27,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine.interfaces import IsolationLevel
-from sqlalchemy.exc import DataError, DBAPIError, IntegrityError
+from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.compiler import SQLCompiler
@@ -36,6 +36,7 @@ from sqlalchemy.sql.expression import FunctionElement
 from omnivideo.contracts import Change, FrozenModel
 from omnivideo.errors import ArtifactNotFound, InvalidInput, StoreError
 from omnivideo.storage.database.notifications import get_notifier, turn_topic
+from omnivideo.storage.database.postgres import describe_failure
 from omnivideo.storage.database.schema import stored_objects, turn_events
 
 Record = TypeVar("Record", bound=FrozenModel)
@@ -115,7 +116,7 @@ class Repository:
         except PoolTimeout as error:
             raise StoreError("database: too many requests at once; try again later") from error
         except DBAPIError as error:
-            raise StoreError("database: it does not answer; try again later") from error
+            raise StoreError(f"database: {describe_unavailability(error)}; try again later") from error
 
     def fetch_one(self, statement: Executable) -> Row[Any] | None:
         rows = self.fetch_all(statement)
@@ -207,6 +208,13 @@ class Repository:
 def find_object_keys(document: Any) -> set[str]:
     """Return the keys of the object store that stand anywhere in a JSON document."""
     return set(OBJECT_KEY.findall(json.dumps(document, default=str)))
+
+
+def describe_unavailability(error: DBAPIError) -> str:
+    """Return why a statement could not be run, as far as an operator can change it."""
+    if error.orig is None or not isinstance(error, OperationalError) or error.statement is not None:
+        return "it does not answer"
+    return describe_failure(error.orig)
 
 
 def select_values(table: Table, values: dict[str, Any]) -> Select[Any]:
