@@ -93,11 +93,12 @@ class ServiceCluster:
         self.workers = [
             OmnivideoProcess(command, self.environment, folder / f"worker{index}.log") for index in range(workers)
         ]
+        overrides = {name.lower(): value for name, value in settings.items() if value}
+        self.wiring = ServiceWiring(load_settings(**overrides))
+        self.wiring.migrate_database()
         for program in (self.api, *self.workers):
             program.start()
             stack.callback(program.kill)
-        overrides = {name.lower(): value for name, value in settings.items() if value}
-        self.wiring = ServiceWiring(load_settings(**overrides))
         stack.callback(self.wiring.close)
         self.http = httpx.Client(
             base_url=self.address, headers={"Authorization": f"Bearer {KEY}"}, trust_env=False, timeout=30
@@ -150,8 +151,8 @@ class ServiceCluster:
     def count_queue_messages(self) -> int:
         """Return the number of messages in the queue after the workers have become idle."""
         time.sleep(0.5)
-        with create_celery_app(self.redis.address).connection_for_read() as connection:
-            return int(connection.default_channel.client.llen("omnivideo"))
+        with create_celery_app(self.redis.address, self.wiring.queue_name).connection_for_read() as connection:
+            return int(connection.default_channel.client.llen(self.wiring.queue_name))
 
     def count_orphans(self) -> int:
         """Sweep the object store and return the number of objects that nothing refers to."""

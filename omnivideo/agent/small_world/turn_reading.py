@@ -15,7 +15,6 @@ from omnivideo.agent.small_world.wordings import load_pattern
 
 ADDITION = re.compile(r"^(?:and|with|plus|also) (?:an?|another|two|three) ")
 MAX_SPLIT_CHARS = 300  # of a sentence with two results; the time of its pattern is not linear
-LEAD_OF_RESULT = re.compile(r"^(?:first|firstly)[ ,]+|[ ,;]+$")
 CHOICE_QUESTION = re.compile(r"^Do you mean (.+) or (.+)\?$")
 ATTRIBUTES = ("colour", "size", "motion", "go", "direction", "speed", "region", "ground")
 CONTENT = (
@@ -58,7 +57,7 @@ def read_turn(text: str, context: Context) -> list[Reading]:
 
 def is_statement(text: str) -> bool:
     """Return whether a text says what there is, such as "so it is a red circle", and asks for nothing."""
-    normalized = re.sub(r"[ ,]+(?:but|and|so)$", "", normalize_text(text).strip(" .!"))
+    normalized = re.sub(r"(?<![ ,])[ ,]++(?:but|and|so)$", "", normalize_text(text).strip(" .!"))
     if load_pattern("correction").match(normalized) or talk.find_praise(text, has_result=True):
         return False
     if talk.find_praise(normalized, has_result=True):
@@ -85,12 +84,12 @@ def split_results(text: str) -> list[str]:
         parts = [f"a {match[1].removesuffix('s')} of {words}" for words in (match[2], match[3])]
     else:
         parts = [
-            LEAD_OF_RESULT.sub("", part)
+            part.strip(" ,;").removeprefix("first ")
             for piece in load_pattern("separately").split(normalized)
             for part in load_pattern("next_result").split(piece)
             if part.strip()
         ]
-        if not has_shape(parts[0]):  # "first", "i want"
+        if parts and not has_shape(parts[0]):  # "first", "i want"
             del parts[0]
     return parts if len(parts) > 1 and all(map(has_shape, parts)) else []
 
