@@ -190,7 +190,7 @@ def test_reasoning_is_not_in_the_content(client, monkeypatch, context):
 
 
 def test_a_full_queue_is_the_same_error_in_both_forms(client, context, monkeypatch, http):
-    monkeypatch.setattr(context.jobs, "max_open_jobs", 0)
+    monkeypatch.setattr(context.jobs, "max_queued_jobs", 0)
     body = {"model": "tiny", "messages": [{"role": "user", "content": "a red ball moving right"}]}
     refused = http.post("/v1/chat/completions", json=body)
     assert refused.status_code == 429 and refused.headers["retry-after"] == "5"
@@ -205,7 +205,7 @@ def test_a_request_that_found_the_queue_full_is_repeated_with_its_key(context, m
     body = {"model": "tiny", "messages": [{"role": "user", "content": "a red ball"}], "steps": 1}
     headers = {"Idempotency-Key": "full"}
     with monkeypatch.context() as patch:
-        patch.setattr(context.jobs, "max_open_jobs", 0)
+        patch.setattr(context.jobs, "max_queued_jobs", 0)
         for fields in ({}, {}):
             assert http.post("/v1/chat/completions", json=body | fields, headers=headers).status_code == 429
     repeated = http.post("/v1/chat/completions", json=body, headers=headers)

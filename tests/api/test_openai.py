@@ -229,7 +229,7 @@ def test_the_resources_of_other_owners_are_not_found(client, stranger, video):
 
 def test_a_full_queue_answers_with_retry_after(service, client, http, context, monkeypatch):
     with pause_worker(service[0]), monkeypatch.context() as patched:
-        patched.setattr(context.jobs, "max_open_jobs_per_owner", 1)
+        patched.setattr(context.jobs, "defaults", context.jobs.defaults.model_copy(update={"open_jobs": 1}))
         first = client.videos.create(prompt="a ball", **SMALL)
         answer = http.post("/v1/videos", json={"prompt": "another"})
         assert answer.status_code == 429 and int(answer.headers["retry-after"]) >= 1

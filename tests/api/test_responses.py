@@ -132,7 +132,7 @@ def test_words_and_errors(client, http, context, monkeypatch):
     unstored = respond(client, store=False)
     with pytest.raises(openai.NotFoundError):
         client.responses.retrieve(unstored.id)
-    monkeypatch.setattr(context.jobs, "max_open_jobs", 0)
+    monkeypatch.setattr(context.jobs, "max_queued_jobs", 0)
     with pytest.raises(openai.RateLimitError):
         respond(client, CLIP)
     with pytest.raises(openai.RateLimitError):

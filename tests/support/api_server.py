@@ -20,6 +20,8 @@ from tests.support.twins import MLLMWithScriptedText
 def build_scripted_wiring(home: Path, omni, **settings) -> ServiceWiring:
     """Return the wiring of a service whose MLLM gives scripted answers."""
     wiring = ServiceWiring(load_settings(home=home, **settings), "cpu")
+    if wiring.settings.database:
+        wiring.migrate_database()
     wiring.renderer = Renderer(omni, wiring.store, "random")  # type: ignore[misc]
     wiring.mllm = MLLMWithScriptedText(omni, wiring.store)  # type: ignore[misc]
     return wiring

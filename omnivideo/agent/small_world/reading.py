@@ -358,6 +358,8 @@ def read_changes(
         and not reference
         and is_plain_wording(text, normalized, load_pattern("edit_form"))
     ):
+        if context.is_changed:  # whether the result before it is a clip is not known yet
+            return [Reading("do", text)]
         return [Reading("do", text, goal="edit", medium=context.medium or "", reference="current")]
     medium = context.medium or ""
     if reference:

@@ -88,10 +88,11 @@ class JobLimits(UsageCounter):
 
     def is_near(self, counts: QueueCounts) -> bool:
         """Return whether a limit may be near, so that a submit must count."""
-        limits = ((counts.queued, self.max_queued_jobs), (counts.owner_open, counts.max_owner_open))
+        limits = [(counts.queued, self.max_queued_jobs)]
+        if counts.max_owner_open:
+            limits.append((counts.owner_open, counts.max_owner_open))
         return any(
-            limit and (limit < EXACT_COUNT_BELOW or 2 * (count + counts.submitted_since) >= limit)
-            for count, limit in limits
+            limit < EXACT_COUNT_BELOW or 2 * (count + counts.submitted_since) >= limit for count, limit in limits
         )
 
     def find_reached_limit(self, owner: str) -> ServiceBusy:
