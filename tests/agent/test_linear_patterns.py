@@ -14,6 +14,8 @@ import pytest
 
 import omnivideo
 from omnivideo.agent import english_rules
+from omnivideo.agent.small_world.turn_reading import read_choice, resolve_reply, strip_connecting_words
+from omnivideo.api.chat.wrappers import split_wrappers
 from omnivideo.contracts import Artifact
 
 PACKAGE = Path(omnivideo.__file__).parent
@@ -155,23 +157,7 @@ def test_the_patterns_of_every_folder_are_found():
     assert "agent/english_rules.py::ACTION_BOUNDARY" in PATTERNS and len(PATTERNS) > 20
 
 
-# A block ends at the tag that it began with, so each tag without an end is searched for in the rest of the text. The
-# others read a turn, which has at most 4,000 characters: up to 25 ms.
-QUADRATIC_PREFIXES = (
-    "api/chat/wrappers.py::BLOCK", "agent/small_world/turn_reading.py::CHOICE_QUESTION",
-    "agent/small_world/turn_reading.py::(?:,? (?:and|but", "agent/small_world/questions.py::\\bthe [\\w -]+?",
-)  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=pytest.mark.xfail(strict=True, reason="time grows with the square"))
-        if name.startswith(QUADRATIC_PREFIXES)
-        else name
-        for name in PATTERNS
-    ],
-)
+@pytest.mark.parametrize("name", PATTERNS)
 def test_a_pattern_is_linear(name):
     pattern, is_whole = PATTERNS[name]
     apply = pattern.fullmatch if is_whole else lambda text: sum(1 for _ in pattern.finditer(text))
@@ -199,3 +185,20 @@ def apply_all_rules(text: str) -> None:
 def test_the_rules_together_are_linear():
     units = [unit for name in PATTERNS if "english_rules" in name for unit in list_hostile_units(PATTERNS[name][0])]
     assert_linear("english_rules", apply_all_rules, random.Random(0).sample(units, 60))
+
+
+def test_wrappers_of_a_message_are_found_in_linear_time():
+    """Tags without an end, tags of many names, blocks in one line, and blocks in blocks."""
+    many_names = "".join(f"<{name}{number}>" for number in range(400) for name in ("a", "File"))
+    units = ["<file>", "<x>", "<x>\n</x>", "<x>a</x> ", "<file>a</file>", " <x>\n", "</x>", "<x ", many_names]
+    cased = ("file", "File", "fILE", "source", "SOURCE", "document", "context")
+    nested = "".join(f"<{tag}>" for tag in cased) + "".join(f"</{tag}>" for tag in reversed(cased))
+    units += [nested, "<source>" * 9 + "</source>" * 9]
+    assert_linear("split_wrappers", split_wrappers, units)
+
+
+def test_a_reply_to_a_choice_is_read_in_linear_time():
+    assert_linear("read_choice", lambda text: read_choice(f"Do you mean {text}?"), [" or ", "a or ", "or"])
+    assert_linear("strip_connecting_words", strip_connecting_words, [" and", ", and", " that is", " that", " is"])
+    request = "a ball, and also blue, on white"
+    assert resolve_reply(request, "Do you mean blue or white?", "white") == "a ball, on white"

@@ -14,7 +14,7 @@ from omnivideo.agent.small_world.scenes import read_scene
 from omnivideo.agent.small_world.wordings import load_pattern
 
 ADDITION = re.compile(r"^(?:and|with|plus|also) (?:an?|another|two|three) ")
-CHOICE_QUESTION = re.compile(r"^Do you mean (.+) or (.+)\?$")
+CONNECTING_WORDS = {"and", "but", "that is", "all", "completely", "also", "entirely"}
 ATTRIBUTES = ("colour", "size", "motion", "go", "direction", "speed", "region", "ground")
 CONTENT = (
     *ATTRIBUTES, "shape", "plural", "resize", "longer", "task", "reference", "rest", "make", "draw", "add", "remove",
@@ -91,10 +91,9 @@ def is_attribute(tokens: Sequence[Token]) -> bool:
 
 def resolve_reply(request: str, question: str, reply: str) -> str:
     """Return the request that a reply to a question leads to: without the other of two values, or the reply itself."""
-    match = CHOICE_QUESTION.match(question)
-    if match is None or len(reply.split()) > 6:
+    values = read_choice(question)
+    if not values or len(reply.split()) > 6:
         return reply
-    values = [match[1], match[2]]
     named = [value for value in values if re.search(rf"\b{re.escape(value)}\b", normalize_text(reply))]
     if len(named) != 1:
         return reply
@@ -103,9 +102,26 @@ def resolve_reply(request: str, question: str, reply: str) -> str:
         phrase for phrase, meanings in load_lexicon().phrases.items() if any(other == value for _, value in meanings)
     ]
     pattern = "|".join(sorted(map(re.escape, phrases), key=len, reverse=True))
-    return re.sub(
-        rf"(?:,? (?:and|but|that is|all|completely|also|entirely)\b)* ?\b(?:{pattern})\b",
-        "",
-        normalize_text(request),
-        count=1,
-    ).strip()
+    request = normalize_text(request)
+    match = re.search(rf" ?\b(?:{pattern})\b", request)
+    return (strip_connecting_words(request[: match.start()]) + request[match.end() :]).strip() if match else request
+
+
+def read_choice(question: str) -> list[str]:
+    """Return the two values that a question offers, or nothing if it is another question."""
+    if not question.startswith("Do you mean ") or not question.endswith("?"):
+        return []
+    first, _, second = question.removeprefix("Do you mean ").removesuffix("?").rpartition(" or ")
+    return [first, second] if first and second else []
+
+
+def strip_connecting_words(text: str) -> str:
+    """Return a text without the words at its end that connect what follows: "a ball, and also" becomes "a ball"."""
+    words = text.split(" ")
+    while len(words) > 1:
+        count = next((n for n in (1, 2) if len(words) > n and " ".join(words[-n:]) in CONNECTING_WORDS), 0)
+        if not count:
+            break
+        del words[-count:]
+        words[-1] = words[-1].removesuffix(",")
+    return " ".join(words)
