@@ -72,6 +72,8 @@ LONG = (
     "usability/test_types.py",
     # The released wheel, in an empty environment.
     "deploy/test_release.py::test_the_wheel_generates_a_clip*",
+    # Wheels of earlier versions, built and run beside this one.
+    "deploy/test_versions.py",
 )
 SLOW = (
     "agent/test_linear_patterns.py",

@@ -11,6 +11,7 @@ from sqlalchemy.exc import DBAPIError
 
 from omnivideo.errors import StoreError
 from omnivideo.presets import Preset
+from omnivideo.storage.database.earlier_version import check_unused_by_version_0_1
 
 
 def create_database_engine(database_url: str) -> Engine:
@@ -29,7 +30,7 @@ def create_database_engine(database_url: str) -> Engine:
         pool_pre_ping=True,
         pool_size=10,
         max_overflow=20,
-        connect_args={"connect_timeout": 5},
+        connect_args={"connect_timeout": 5, "application_name": "omnivideo"},
     )
 
 
@@ -64,11 +65,12 @@ def upgrade_schema(engine: Engine, revision: str = "head", preset: Preset | None
     Jobs of version 0.1 get the settings that they do not specify from `preset`. A schema of a later version is left
     as it is: migrations only add to it, so this version can run beside a later one.
 
-    Raises StoreError if the database cannot be reached or changed.
+    Raises StoreError if the database cannot be reached or changed, or if processes of version 0.1 use it.
     """
     alembic_config = Config()
     alembic_config.set_main_option("script_location", str(resources.files("omnivideo.storage.database") / "migrations"))
     try:
+        check_unused_by_version_0_1(engine)
         with engine.connect().execution_options(isolation_level="SERIALIZABLE") as connection:
             alembic_config.attributes["connection"] = connection
             alembic_config.attributes["preset"] = preset
