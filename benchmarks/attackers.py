@@ -126,7 +126,7 @@ class Attacker:
         server = await asyncio.start_server(lambda reader, writer: asyncio.sleep(3600), "127.0.0.1", 0)
         port = server.sockets[0].getsockname()[1]
         for number in range(WEBHOOKS):
-            hook = {"url": f"http://127.0.0.1:{port}/{number}", "events": ["video.completed", "batch.completed"]}
+            hook = {"url": f"http://127.0.0.1:{port}/{number}"}
             await self.client.post("/v1/webhooks", json=hook)
         for number in range(BATCHES):
             path, body = [

@@ -13,8 +13,9 @@ import httpx
 from omnivideo.backends.queue.celery import create_celery_app
 from omnivideo.settings import load_settings
 from omnivideo.wiring import ServiceWiring
+from tests.support.s3_faults import FaultyS3Proxy, Mode
 from tests.support.s3_server import ACCESS_KEY, SECRET_KEY, S3Server
-from tests.support.servers import Postgres, Redis, free_port
+from tests.support.servers import Postgres, RabbitMQ, Redis, free_port
 
 KEY = "a-key-for-the-faults"
 
@@ -56,19 +57,23 @@ class ServiceCluster:
 
     With `frequent_saves` workers save resume points as often as short jobs need them. With `has_mllm` the language
     model has a server; otherwise nothing answers at its address. `max_files` limits the open files of the API.
+    The S3 server is behind a proxy, which can change its answers. `broker` is redis or rabbitmq.
     """
 
     def __init__(
         self, folder: Path, weights: str, stack: ExitStack, workers: int = 2, frequent_saves: bool = True,
-        has_mllm: bool = False, max_files: int = 0, extra_settings: dict[str, str] | None = None,
+        has_mllm: bool = False, max_files: int = 0, extra_settings: dict[str, str] | None = None, broker: str = "redis",
     ):  # fmt: skip
-        self.redis, self.postgres, self.s3 = Redis(folder / "redis"), Postgres(folder / "pg"), S3Server(folder / "s3")
-        for server in (self.redis, self.postgres, self.s3):
+        self.broker = {"redis": Redis, "rabbitmq": RabbitMQ}[broker](folder / broker)
+        self.postgres, self.s3 = Postgres(folder / "pg"), S3Server(folder / "s3")
+        for server in (self.broker, self.postgres, self.s3):
             server.start()
             stack.callback(server.kill)
+        self.s3_proxy = FaultyS3Proxy(self.s3.port)
+        stack.callback(self.s3_proxy.close)
         port, mllm_port = free_port(), free_port() if has_mllm else 9
         settings = {
-            "DATABASE": self.postgres.address, "BROKER": self.redis.address, "S3": self.s3.address,
+            "DATABASE": self.postgres.address, "BROKER": self.broker.address, "S3": self.s3_proxy.address,
             "S3_ACCESS_KEY": ACCESS_KEY, "S3_SECRET_KEY": SECRET_KEY, "MLLM": f"http://127.0.0.1:{mllm_port}",
             "WEIGHTS": weights, "HOME": str(folder), "HEARTBEAT_TIMEOUT": "3",
             "ADMIN_KEY": KEY, "ARTIFACT_LIFETIME_SECONDS": "60",
@@ -123,13 +128,20 @@ class ServiceCluster:
                 self.api.kill()
                 self.api.start()
             case _:
-                servers: dict[str, Redis | Postgres | S3Server] = {
-                    "redis": self.redis, "postgresql": self.postgres, "s3": self.s3,
+                servers: dict[str, Redis | RabbitMQ | Postgres | S3Server] = {
+                    "broker": self.broker, "postgresql": self.postgres, "s3": self.s3,
                 }  # fmt: skip
                 server = servers[target]
                 server.kill()
                 time.sleep(1.0)
                 server.start()
+
+    def disturb_store(self, mode: Mode, seconds: float) -> int:
+        """Let the S3 server's answers be wrong for some time; return the number of faults."""
+        before, self.s3_proxy.mode = self.s3_proxy.num_faults, mode
+        time.sleep(seconds)
+        self.s3_proxy.mode = ""
+        return self.s3_proxy.num_faults - before
 
     def wait_for_jobs(self, ids: list[str], seconds: float = 240) -> dict[str, tuple[str, str, int]]:
         """Wait until no job is open, or for some seconds; return the state, artifact and attempts of each."""
@@ -146,8 +158,8 @@ class ServiceCluster:
     def count_queue_messages(self) -> int:
         """Return the number of messages in the queue after the workers have become idle."""
         time.sleep(0.5)
-        with create_celery_app(self.redis.address).connection_for_read() as connection:
-            return int(connection.default_channel.client.llen("omnivideo"))
+        with create_celery_app(self.broker.address).connection_for_read() as connection:
+            return int(connection.default_channel.queue_declare("omnivideo", passive=True).message_count)
 
     def count_orphans(self) -> int:
         """Sweep the object store and return the number of objects that nothing refers to."""

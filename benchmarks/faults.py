@@ -1,9 +1,11 @@
-"""The fault matrix: kill one process after another and check that every job still ends once, with the same bytes.
+"""The fault matrix: kill one process after another and check that everything ends once, with the same result.
 
-python -m benchmarks.faults [--runs 20] [--only redis,worker] [--weights FOLDER]
+python -m benchmarks.faults [--runs 20] [--broker redis|rabbitmq] [--only broker,worker] [--weights FOLDER]
 
-It runs Redis, PostgreSQL, an S3 server (rclone), two Celery workers and the API as separate processes. In each run ten
-clips are in flight when one of these processes is killed with SIGKILL at a random time and then restarted.
+It runs a broker, PostgreSQL, an S3 server (rclone), two Celery workers and the API as separate processes. In each run
+ten clips are in flight when one of these processes is killed with SIGKILL at a random time and then restarted, or when
+the S3 server's answers are late, cut short or have a wrong bit for some seconds. `turns`, `batches` and `webhooks` use
+an embedded service: turns are killed once in every node of the graph, the others at random times.
 """
 
 import argparse
@@ -18,9 +20,17 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.cluster import ServiceCluster
+from benchmarks.conversation_faults import FaultResult, kill_batches, kill_turns_at_every_node, kill_webhooks
+from tests.support.s3_faults import Mode
 
 JOBS, STEPS = 10, 60
-TARGETS = ("worker child", "worker", "api", "redis", "postgresql", "s3")
+TARGETS = (
+    "worker child", "worker", "api", "broker", "postgresql", "s3", "s3 slow", "s3 truncate", "s3 corrupt", "turns",
+    "batches", "webhooks",
+)  # fmt: skip
+CONVERSATION_TARGETS = TARGETS[-3:]
+DISTURBANCE_SECONDS = 6.0
+MODES: dict[str, Mode] = {"s3 slow": "slow", "s3 truncate": "truncate", "s3 corrupt": "corrupt"}
 
 
 def run_once(
@@ -33,7 +43,10 @@ def run_once(
     start = time.perf_counter()
     ids = [cluster.submit(seed, STEPS) for seed in range(JOBS)]
     time.sleep(rng.uniform(0, 4))
-    cluster.kill_target(target)
+    if target in MODES:
+        cluster.disturb_store(MODES[target], DISTURBANCE_SECONDS)
+    else:
+        cluster.kill_target(target)
     ends = cluster.wait_for_jobs(ids)
     done = sum(state == "done" for state, _, _ in ends.values())
     same_bytes = sum(ends[job_id][1] == key for job_id, key in zip(ids, expected, strict=True))
@@ -41,35 +54,57 @@ def run_once(
     return done, same_bytes, retries, cluster.count_queue_messages(), time.perf_counter() - start
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--runs", type=int, default=20)
-    parser.add_argument("--only", default=",".join(TARGETS))
-    parser.add_argument("--weights", default="")
-    arguments = parser.parse_args()
-    console, rng = Console(width=120), random.Random(0)
-    table = Table(title=f"{JOBS} clips of {STEPS} steps in flight, 2 workers, {platform.machine()}")
-    for column in ("killed", "runs", "jobs", "done once", "same bytes", "taken over", "in queue", "s per run"):
-        table.add_column(column, justify="right")
-    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        cluster = ServiceCluster(Path(folder), arguments.weights, stack)
+def run_cluster_targets(
+    folder: Path, targets: list[str], arguments: argparse.Namespace, rng: random.Random, console: Console
+) -> list[FaultResult]:
+    """Kill or disturb each target of a whole service, some times each."""
+    results: list[FaultResult] = []
+    with ExitStack() as stack:
+        cluster = ServiceCluster(folder, arguments.weights, stack, broker=arguments.broker)
         ids = [cluster.submit(seed, STEPS) for seed in range(JOBS)]
         ends = cluster.wait_for_jobs(ids)
         expected = [ends[job_id][1] for job_id in ids]
         assert all(expected), ends
-        for target in arguments.only.split(","):
-            sums = [0, 0, 0, 0, 0.0]
+        for target in targets:
+            result = FaultResult(arguments.broker if target == "broker" else target)
             for run in range(arguments.runs):
-                result = run_once(cluster, target, rng, expected)
-                sums = [total + value for total, value in zip(sums, result, strict=True)]
-                console.print(f"[dim]{target} {run + 1}/{arguments.runs}: {sums}[/dim]")
-            done, same_bytes, retries, queued, seconds = sums
-            jobs = arguments.runs * JOBS
-            table.add_row(target, str(arguments.runs), str(jobs), str(done), str(same_bytes), str(retries), str(queued),
-                          f"{seconds / arguments.runs:.1f}")  # fmt: skip
-        orphans = cluster.count_orphans()
+                done, same_bytes, retries, queued, seconds = run_once(cluster, target, rng, expected)
+                result.runs, result.wanted = run + 1, result.wanted + JOBS
+                result.done_once, result.same_result = result.done_once + done, result.same_result + same_bytes
+                result.repeated, result.seconds = result.repeated + retries, result.seconds + seconds
+                console.print(f"[dim]{result}, {queued} in the queue[/dim]")
+            result.seconds /= max(1, result.runs)
+            results.append(result)
+        if targets:
+            console.print(f"unreferenced objects after a sweep: {cluster.count_orphans()}")
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=20)
+    parser.add_argument("--broker", choices=("redis", "rabbitmq"), default="redis")
+    parser.add_argument("--only", default=",".join(TARGETS))
+    parser.add_argument("--weights", default="")
+    arguments = parser.parse_args()
+    console, rng, targets = Console(width=120), random.Random(0), arguments.only.split(",")
+    with tempfile.TemporaryDirectory() as folder:
+        home, results = Path(folder), list[FaultResult]()
+        if cluster_targets := [target for target in targets if target not in CONVERSATION_TARGETS]:
+            results += run_cluster_targets(home / "cluster", cluster_targets, arguments, rng, console)
+        if "turns" in targets:
+            results.append(kill_turns_at_every_node(home / "turns"))
+        if "batches" in targets:
+            results.append(kill_batches(home / "batches", arguments.runs, rng))
+        if "webhooks" in targets:
+            results.append(kill_webhooks(home / "webhooks", arguments.runs, rng))
+    table = Table(title=f"{JOBS} clips of {STEPS} steps in flight, 2 workers, {platform.machine()}")
+    for column in ("fault", "runs", "wanted", "done once", "same result", "repeated", "s per run"):
+        table.add_column(column, justify="left" if column == "fault" else "right")
+    for result in results:
+        counts = (result.runs, result.wanted, result.done_once, result.same_result, result.repeated)
+        table.add_row(result.name, *map(str, counts), f"{result.seconds:.1f}")
     console.print(table)
-    console.print(f"unreferenced objects after a sweep: {orphans}")
 
 
 if __name__ == "__main__":

@@ -118,11 +118,11 @@ def run_deployed(folder: Path) -> Iterator[AttackedService]:
 
         @contextmanager
         def stop_broker() -> Iterator[None]:
-            cluster.redis.kill()
+            cluster.broker.kill()
             try:
                 yield
             finally:
-                cluster.redis.start()
+                cluster.broker.start()
 
         faults = {"a hanging S3 server": hang_store, "a broker that is down": stop_broker}
         yield AttackedService(

@@ -72,6 +72,8 @@ LONG = (
     "usability/test_types.py",
     # The released wheel, in an empty environment.
     "deploy/test_release.py::test_the_wheel_generates_a_clip*",
+    # 1,000 jobs and 200 turns under restarts: minutes.
+    "api/test_restarts.py",
     # Wheels of earlier versions, built and run beside this one.
     "deploy/test_versions.py",
 )

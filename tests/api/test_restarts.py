@@ -1,0 +1,134 @@
+"""Two hundred turns and a thousand jobs, while the service is restarted every 20 s: everything is done exactly once."""
+
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import httpx
+import pytest
+from sqlalchemy import func, select
+
+from omnivideo.contracts import Job, resolve_sampling_params
+from omnivideo.presets import TINY
+from omnivideo.settings import load_settings
+from omnivideo.storage.database.schema import jobs, turn_events, turns
+from omnivideo.wiring import ServiceWiring
+from tests.support.openai_service import wait_until
+from tests.support.servers import free_port
+
+THREADS, JOBS, SLOTS, RESTART_SECONDS = 200, 1000, 16, 20.0
+HEARTBEAT_TIMEOUT_SECONDS = 8.0  # shorter than the time between restarts, and long enough for a busy machine
+OPEN_STATES = ("queued", "running")
+
+
+class RestartedService:
+    """`omnivideo serve` with a worker in its process, and the database beside it."""
+
+    def __init__(self, home: Path):
+        self.port, self.log = free_port(), home / "api.log"
+        settings = {"HOME": str(home), "HEARTBEAT_TIMEOUT": str(HEARTBEAT_TIMEOUT_SECONDS)}
+        self.environment = {
+            "PATH": os.environ["PATH"], "HOME": str(home), "PYTHONPATH": str(Path(__file__).parents[2]),
+            "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive",
+        } | {f"OMNIVIDEO_{name}": value for name, value in settings.items()}  # fmt: skip
+        self.wiring = ServiceWiring(load_settings(home=home))
+        self.http = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", trust_env=False, timeout=60)
+
+    def start(self) -> None:
+        command = [sys.executable, "-m", "omnivideo.cli", "serve", "--port", str(self.port), "--device", "cpu"]
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(command, env=self.environment, stdout=log, stderr=log)
+        wait_until(self.is_healthy, 120)
+
+    def is_healthy(self) -> bool:
+        assert self.process.poll() is None, self.log.read_text()[-3000:]
+        with suppress(httpx.HTTPError):
+            return self.http.get("/health").status_code == 200
+        return False
+
+    def stop(self, kind: signal.Signals) -> None:
+        self.process.send_signal(kind)
+        self.process.wait(60)
+
+    def count_open(self) -> int:
+        return sum(self.count(table, table.c.state.in_(OPEN_STATES)) for table in (jobs, turns))
+
+    def count(self, table, condition) -> int:
+        (row,) = self.wiring.jobs.fetch_all(select(func.count()).select_from(table).where(condition))
+        return int(row[0])
+
+    def count_losses(self) -> int:
+        """Return how often a process was taken for lost that had a job or a turn."""
+        total = 0
+        for column in (jobs.c.worker_losses, turns.c.process_losses):
+            total += self.wiring.jobs.fetch_all(select(func.coalesce(func.sum(column), 0)))[0][0]
+        return total
+
+
+def submit_jobs(service: RestartedService) -> None:
+    params = resolve_sampling_params(TINY, "text-to-video", steps=1, seed=1)
+    for seed in range(JOBS):
+        job = Job(
+            id=f"job-{seed}", prompt=f"a red ball {seed}", visual_tokens=None, source=None, preset="tiny",
+            params=params.model_copy(update={"seed": seed}),
+        )  # fmt: skip
+        service.wiring.jobs.submit(job, "bulk", "batch")
+
+
+def create_turns(service: RestartedService) -> None:
+    for number in range(THREADS):
+        thread = service.http.post("/v1/threads", json={"id": f"thread-{number}"}).raise_for_status().json()
+        body = {"text": "a picture of a red circle", "steps": 1, "seed": number}
+        service.http.post(f"/v1/threads/{thread['id']}/turns", json=body).raise_for_status()
+
+
+def restart_until_done(service: RestartedService) -> list[tuple[signal.Signals, int]]:
+    """Restart the service every 20 s until nothing is open; return each signal with the losses that followed it."""
+    losses = []
+    for kind in itertools.cycle((signal.SIGTERM, signal.SIGKILL)):
+        end, before = time.monotonic() + RESTART_SECONDS, service.count_losses()
+        while service.count_open() and time.monotonic() < end:
+            time.sleep(0.5)
+        if losses:
+            losses[-1] = (losses[-1][0], service.count_losses() - losses[-1][1])
+        if not service.count_open():
+            return losses
+        before = service.count_losses()
+        service.stop(kind)
+        losses.append((kind, before))
+        service.start()
+
+
+@pytest.mark.timeout(1800)
+def test_restarts_lose_and_repeat_nothing(tmp_path):
+    service = RestartedService(tmp_path)
+    service.start()
+    try:
+        create_turns(service)
+        submit_jobs(service)
+        losses = restart_until_done(service)
+    finally:
+        service.process.kill()
+        service.process.wait()
+    print(losses, service.log.read_text().count("its process has stopped; it continues here"))
+    assert {kind for kind, _ in losses} == {signal.SIGTERM, signal.SIGKILL}
+    for kind, count in losses:  # a stop is no loss, and nothing alive is taken for lost
+        assert count == 0 if kind == signal.SIGTERM else count <= SLOTS + TINY.max_batch_size, losses
+    rows = service.wiring.jobs.fetch_all(select(jobs.c.id, jobs.c.state, jobs.c.result, jobs.c.notified_at))
+    assert {row.state for row in rows} == {"done"}
+    assert sum(row.id.startswith("job-") for row in rows) == JOBS and len(rows) == JOBS + THREADS
+    keys = {row.result["key"] for row in rows if row.id.startswith("job-")}
+    assert len(keys) == JOBS and all(map(service.wiring.store.has, keys))
+    ended = service.wiring.jobs.fetch_all(select(turns.c.id, turns.c.state))
+    assert [row.state for row in ended] == ["done"] * THREADS
+    ends = service.wiring.jobs.fetch_all(
+        select(turn_events.c.turn_id, turn_events.c.body).where(turn_events.c.turn_id.in_([row.id for row in ended]))
+    )
+    completed = [row.turn_id for row in ends if row.body["kind"] == "done"]
+    assert len(completed) == len(set(completed)) == THREADS
+    service.wiring.close()
