@@ -57,12 +57,12 @@ class ServiceCluster:
 
     With `frequent_saves` workers save resume points as often as short jobs need them. With `has_mllm` the language
     model has a server; otherwise nothing answers at its address. `max_files` limits the open files of the API.
-    The S3 server is behind a proxy, which can change its answers. `broker` is redis or rabbitmq.
+    `broker` is redis or rabbitmq. With `has_s3_proxy` the S3 server is behind a proxy, which can change its answers.
     """
 
     def __init__(
         self, folder: Path, weights: str, stack: ExitStack, workers: int = 2, frequent_saves: bool = True,
-        has_mllm: bool = False, max_files: int = 0, extra_settings: dict[str, str] | None = None, broker: str = "redis",
+        has_mllm: bool = False, max_files: int = 0, extra_settings: dict[str, str] | None = None, broker: str = "redis", has_s3_proxy: bool = False,
     ):  # fmt: skip
         self.broker = {"redis": Redis, "rabbitmq": RabbitMQ}[broker](folder / broker)
         self.postgres, self.s3 = Postgres(folder / "pg"), S3Server(folder / "s3")
@@ -73,7 +73,7 @@ class ServiceCluster:
         stack.callback(self.s3_proxy.close)
         port, mllm_port = free_port(), free_port() if has_mllm else 9
         settings = {
-            "DATABASE": self.postgres.address, "BROKER": self.broker.address, "S3": self.s3_proxy.address,
+            "DATABASE": self.postgres.address, "BROKER": self.broker.address, "S3": self.s3_proxy.address if has_s3_proxy else self.s3.address,
             "S3_ACCESS_KEY": ACCESS_KEY, "S3_SECRET_KEY": SECRET_KEY, "MLLM": f"http://127.0.0.1:{mllm_port}",
             "WEIGHTS": weights, "HOME": str(folder), "HEARTBEAT_TIMEOUT": "3",
             "ADMIN_KEY": KEY, "ARTIFACT_LIFETIME_SECONDS": "60",

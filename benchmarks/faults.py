@@ -60,7 +60,7 @@ def run_cluster_targets(
     """Kill or disturb each target of a whole service, some times each."""
     results: list[FaultResult] = []
     with ExitStack() as stack:
-        cluster = ServiceCluster(folder, arguments.weights, stack, broker=arguments.broker)
+        cluster = ServiceCluster(folder, arguments.weights, stack, broker=arguments.broker, has_s3_proxy=True)
         ids = [cluster.submit(seed, STEPS) for seed in range(JOBS)]
         ends = cluster.wait_for_jobs(ids)
         expected = [ends[job_id][1] for job_id in ids]
