@@ -62,7 +62,8 @@ class ServiceCluster:
 
     def __init__(
         self, folder: Path, weights: str, stack: ExitStack, workers: int = 2, frequent_saves: bool = True,
-        has_mllm: bool = False, max_files: int = 0, extra_settings: dict[str, str] | None = None, broker: str = "redis", has_s3_proxy: bool = False,
+        has_mllm: bool = False, max_files: int = 0, extra_settings: dict[str, str] | None = None,
+        broker: str = "redis", has_s3_proxy: bool = False,
     ):  # fmt: skip
         self.broker = {"redis": Redis, "rabbitmq": RabbitMQ}[broker](folder / broker)
         self.postgres, self.s3 = Postgres(folder / "pg"), S3Server(folder / "s3")
@@ -73,7 +74,8 @@ class ServiceCluster:
         stack.callback(self.s3_proxy.close)
         port, mllm_port = free_port(), free_port() if has_mllm else 9
         settings = {
-            "DATABASE": self.postgres.address, "BROKER": self.broker.address, "S3": self.s3_proxy.address if has_s3_proxy else self.s3.address,
+            "DATABASE": self.postgres.address, "BROKER": self.broker.address,
+            "S3": self.s3_proxy.address if has_s3_proxy else self.s3.address,
             "S3_ACCESS_KEY": ACCESS_KEY, "S3_SECRET_KEY": SECRET_KEY, "MLLM": f"http://127.0.0.1:{mllm_port}",
             "WEIGHTS": weights, "HOME": str(folder), "HEARTBEAT_TIMEOUT": "3",
             "ADMIN_KEY": KEY, "ARTIFACT_LIFETIME_SECONDS": "60",

@@ -1,6 +1,7 @@
 """Two hundred turns and a thousand jobs, while the service is restarted every 20 s: everything is done exactly once."""
 
 import itertools
+import json
 import os
 import signal
 import subprocess
@@ -16,7 +17,7 @@ from sqlalchemy import func, select
 from omnivideo.contracts import Job, resolve_sampling_params
 from omnivideo.presets import TINY
 from omnivideo.settings import load_settings
-from omnivideo.storage.database.schema import jobs, turn_events, turns
+from omnivideo.storage.database.schema import batches, jobs, turn_events, turns
 from omnivideo.wiring import ServiceWiring
 from tests.support.openai_service import wait_until
 from tests.support.servers import free_port
@@ -24,6 +25,8 @@ from tests.support.servers import free_port
 THREADS, JOBS, SLOTS, RESTART_SECONDS = 200, 1000, 16, 20.0
 HEARTBEAT_TIMEOUT_SECONDS = 8.0  # shorter than the time between restarts, and long enough for a busy machine
 OPEN_STATES = ("queued", "running")
+CHAT_LINES = 12
+MAX_STOP_SECONDS = 25.0  # it took 45 s; a busy machine takes three times as long as an idle one
 
 
 class RestartedService:
@@ -91,7 +94,7 @@ def restart_until_done(service: RestartedService) -> list[tuple[signal.Signals, 
     """Restart the service every 20 s until nothing is open; return each signal with the losses that followed it."""
     losses = []
     for kind in itertools.cycle((signal.SIGTERM, signal.SIGKILL)):
-        end, before = time.monotonic() + RESTART_SECONDS, service.count_losses()
+        end = time.monotonic() + RESTART_SECONDS
         while service.count_open() and time.monotonic() < end:
             time.sleep(0.5)
         if losses:
@@ -131,4 +134,39 @@ def test_restarts_lose_and_repeat_nothing(tmp_path):
     )
     completed = [row.turn_id for row in ends if row.body["kind"] == "done"]
     assert len(completed) == len(set(completed)) == THREADS
+    service.wiring.close()
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_during_chats_of_a_batch_and_a_clip_takes_seconds_and_is_no_loss(tmp_path, kind):
+    service = RestartedService(tmp_path)
+    service.start()
+    body = {"messages": [{"role": "user", "content": "a video of a red circle moving left"}]}
+    lines = [
+        json.dumps({"custom_id": f"{number}", "method": "POST", "url": "/v1/chat/completions", "body": body})
+        for number in range(CHAT_LINES)
+    ]
+    try:
+        files = {"file": ("lines.jsonl", "\n".join(lines).encode())}
+        stored = service.http.post("/v1/files", data={"purpose": "batch"}, files=files).raise_for_status().json()
+        options = {"input_file_id": stored["id"], "endpoint": "/v1/chat/completions", "completion_window": "24h"}
+        batch = service.http.post("/v1/batches", json=options).raise_for_status().json()
+        clip = service.http.post("/v1/videos", json={"prompt": "a blue star", "num_inference_steps": 200}).json()
+        for _ in range(3):
+            wait_until(lambda: service.count(turns, turns.c.state == "running"), 60)
+            started_at = time.monotonic()
+            service.stop(kind)
+            assert time.monotonic() - started_at < MAX_STOP_SECONDS
+            service.start()
+        wait_until(lambda: service.http.get(f"/v1/videos/{clip['id']}").json()["status"] == "completed", 180)
+        path = f"/v1/batches/{batch['id']}"
+        wait_until(lambda: service.http.get(path).json()["status"] == "completed", 240)
+        batch = service.http.get(path).json()
+        output = service.http.get(f"/v1/files/{batch['output_file_id']}/content").text.splitlines()
+    finally:
+        service.process.kill()
+        service.process.wait()
+    assert sorted(int(json.loads(line)["custom_id"]) for line in output) == list(range(CHAT_LINES))
+    assert service.count_losses() == 0 and service.count(batches, batches.c.runner_losses > 0) == 0
     service.wiring.close()
