@@ -65,9 +65,9 @@ class OrdinaryUser:
     async def prepare(self) -> None:
         """Create what later requests read."""
         now = time.perf_counter()
-        self.video_id = (await self.send("prepare", "POST", "/v1/videos", now, json=CLIP))["id"]
-        self.thread_id = (await self.send("prepare", "POST", "/v1/threads", now))["id"]
-        self.file_id = (await self.upload("prepare", now))["id"]
+        self.video_id = (await self.send("prepare", "POST", "/v1/videos", now, json=CLIP)).get("id", "")
+        self.thread_id = (await self.send("prepare", "POST", "/v1/threads", now)).get("id", "")
+        self.file_id = (await self.upload("prepare", now)).get("id", "")
 
     async def upload(self, kind: str, due: float) -> dict[str, Any]:
         data, files = {"purpose": "user_data"}, {"file": ("notes.txt", b"some words " * 100)}
@@ -146,6 +146,8 @@ async def run_users(address: str, seconds: float, keys: list[str]) -> UsersRepor
     async with httpx.AsyncClient(base_url=address, limits=limits, trust_env=False, timeout=TIMEOUT_SECONDS) as client:
         users = [OrdinaryUser(client, key, report) for key in keys]
         await asyncio.gather(*(user.prepare() for user in users))
+        if report.errors:
+            sys.exit(report.errors[0])
         print("ready", flush=True)
         await asyncio.to_thread(sys.stdin.readline)
         timers = asyncio.create_task(measure_timers(report))
