@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 
-from omnivideo.agent.english_rules import ORDINAL_INDEX
+from omnivideo.agent.english_rules import ORDINAL_INDEX, WordingPattern
 from omnivideo.contracts import Artifact
 from omnivideo.turns import CommandName, ExecutedCommand
 
@@ -41,10 +41,10 @@ CONTRACTED = (
 class CommandPatterns:
     """The wordings of the commands, compiled; `lead` and `tail` are the politeness around a command."""
 
-    commands: tuple[tuple[CommandName, re.Pattern[str]], ...]
-    resend: re.Pattern[str]
-    lead: re.Pattern[str]
-    tail: re.Pattern[str]
+    commands: tuple[tuple[CommandName, WordingPattern], ...]
+    resend: WordingPattern
+    lead: WordingPattern
+    tail: WordingPattern
 
 
 @cache
@@ -54,12 +54,12 @@ def load_patterns() -> CommandPatterns:
     numbers = "|".join(sorted(NUMBERS, key=len, reverse=True))
     parts = document["parts"] | {"count": rf"(?P<count>\d+|{numbers})", "ordinal": "|".join(ORDINAL_INDEX)}
 
-    def compile_pattern(pattern: str) -> re.Pattern[str]:
+    def compile_pattern(pattern: str) -> WordingPattern:
         while "<" in (rest := re.sub(r"\(\?(?:P<\w+>|<[=!])", "", pattern)):
             name = re.search(r"<(\w+)>", rest)
             assert name, "every part is named"
             pattern = re.sub(rf"(?<!P)<{name[1]}>", lambda match: parts[match[0].strip("<>")], pattern)
-        return re.compile(pattern)
+        return WordingPattern(pattern)
 
     return CommandPatterns(
         tuple((entry["name"], compile_pattern(entry["pattern"])) for entry in document["commands"]),
@@ -95,8 +95,8 @@ def find_command(text: str, artifacts: Sequence[Artifact], *, is_strict: bool = 
 def match_polite_command(words: str, artifacts: Sequence[Artifact]) -> ExecutedCommand | None:
     """Return the command that words are with or without the politeness around it, or None."""
     patterns = load_patterns()
-    plain = patterns.lead.sub("", words)
-    for candidate in dict.fromkeys((words, patterns.tail.sub("", words), plain, patterns.tail.sub("", plain))):
+    plain = patterns.lead.remove(words)
+    for candidate in dict.fromkeys((words, patterns.tail.remove(words), plain, patterns.tail.remove(plain))):
         if command := match_command(candidate.strip(" ,"), artifacts):
             return command
     return None

@@ -13,10 +13,14 @@ from re import _constants, _parser  # type: ignore[attr-defined]
 import pytest
 
 import omnivideo
-from omnivideo.agent import english_rules
-from omnivideo.agent.small_world.turn_reading import read_choice, resolve_reply, strip_connecting_words
+from omnivideo.agent import commands, english_rules
+from omnivideo.agent.english_rules import MAX_WORDING_CHARS
+from omnivideo.agent.small_world import wordings
+from omnivideo.agent.small_world.readings import Context
+from omnivideo.agent.small_world.turn_reading import read_choice, read_turn, resolve_reply, strip_connecting_words
 from omnivideo.api.chat.wrappers import split_wrappers
 from omnivideo.contracts import Artifact
+from omnivideo.presets import TINY
 
 PACKAGE = Path(omnivideo.__file__).parent
 FOLDERS = ("agent", "api", "media", "backends/batches", "training/curation", "training/data", "evaluation")
@@ -25,6 +29,7 @@ SHORT, LONG = 40, 4000  # characters; a turn has at most 4,000
 MAX_GROWTH = 1000.0
 MIN_SECONDS = 3e-6  # shorter times are noise
 BLANKS = "a" + " " * (LONG - 2) + "b"
+MAX_WORDING_SECONDS = 0.02  # of a pattern of many wordings, which sees MAX_WORDING_CHARS of a text
 # Patterns that are not constants: the samples of our own data say what the MLLM's reply must contain.
 # The others replace contractions, words that were escaped, and names of parts.
 EXEMPT = {
@@ -168,6 +173,49 @@ def test_the_smallest_text_that_hung_the_service():
     started_at = time.thread_time()
     assert english_rules.split_actions(BLANKS) == [BLANKS]
     assert time.thread_time() - started_at < 0.05
+
+
+def list_loaded_patterns() -> Iterator[tuple[str, re.Pattern]]:
+    """Yield the patterns of many wordings, from files; a text is cut before it is matched with them."""
+    patterns = commands.load_patterns()
+    for number, (name, wording) in enumerate(patterns.commands):
+        yield f"{name} {number}", wording.pattern
+    for name in ("resend", "lead", "tail"):
+        yield name, getattr(patterns, name).pattern
+    for name, value in wordings.load_wordings().items():
+        if isinstance(value, str):
+            yield name, wordings.load_pattern(name).pattern
+    for wording, said in wordings.load_small_talk():
+        yield said, wording.pattern
+
+
+LOADED = dict(list_loaded_patterns())
+
+
+@pytest.mark.parametrize("name", LOADED)
+def test_a_pattern_of_wordings_takes_little_time_for_the_longest_text_that_it_sees(name):
+    """The length grows step by step, so that an exponential time is noticed before it takes hours."""
+    pattern = LOADED[name]
+    for unit in list_hostile_units(pattern):
+        for end in ("", "\nb"):
+            for length in (*range(8, 80, 6), 150, MAX_WORDING_CHARS):
+                text = fill(unit, length, end)
+                for apply in (pattern.fullmatch, pattern.search):
+                    seconds = measure_seconds(partial(apply, text), 1)
+                    assert seconds < MAX_WORDING_SECONDS, f"{length} characters {unit!r} ... {end!r}: {seconds:.3f} s"
+
+
+def test_words_that_are_replaced_in_a_turn_take_linear_time():
+    for pattern, _ in (*wordings.load_contractions(), *((re.compile(text), "") for text, _ in commands.CONTRACTED)):
+        assert_linear(pattern.pattern, partial(pattern.sub, ""), list_hostile_units(pattern))
+
+
+def test_a_turn_of_the_small_world_is_read_in_linear_time():
+    units = [*" a-,;.!?'\n", "ha", ", ", "and ", "now ", "please ", "results ", "the ", "one ", "make it ", "undo, "]
+    units += ["a red ball. ", "blue. ", "undo. ", "make it blue. ", "circle and ", "what colour is it? "]
+    for context in (Context(TINY), Context(TINY, medium="image", number=1)):
+        assert_linear(f"read_turn {context.medium}", partial(read_turn, context=context), units)
+        assert_linear("one shape", lambda text, context=context: read_turn(f"a red ball. {text}", context), units)
 
 
 def apply_all_rules(text: str) -> None:

@@ -63,16 +63,17 @@ def update_context(context: Context, reading: Reading) -> Context:
 
 def split_turn(text: str) -> list[str]:
     """Split a turn into its actions; words that only describe what stands before them stay with it."""
-    parts = list[str]()
+    parts, has_shape = list[str](), False  # of the last part
     for part in english_rules.split_actions(text):
         tokens = tokenize(part)
         has_content = any(token.has(*CONTENT) or not token.is_known for token in tokens)
         if not has_content and not is_complete_by_itself(part):
             continue  # "two separate pictures please"
-        if parts and is_attribute(tokens) and any(token.has("shape", "plural") for token in tokenize(parts[-1])):
+        if has_shape and is_attribute(tokens):
             parts[-1] += f", {part}"
         else:
             parts.append(part)
+            has_shape = any(token.has("shape", "plural") for token in tokens)
     return parts or [text]
 
 
