@@ -20,6 +20,7 @@ from typing import Any
 
 import httpx
 
+from benchmarks.cluster import START_SECONDS
 from tests.support.servers import free_port
 
 RED, BLUE = "a picture of a red circle", "make it blue"
@@ -51,14 +52,15 @@ class FaultResult:
 class EmbeddedService:
     """`omnivideo serve` with a worker, in a folder. With `node`, its process kills itself there, once."""
 
-    def __init__(self, folder: Path, node: str = ""):
+    def __init__(self, folder: Path, node: str = "", heartbeat_timeout: float = 3.0):
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.port = folder, free_port()
         serve = ["serve", "--port", str(self.port), "--device", "cpu"]
         module = ["benchmarks.killed_at", node, str(folder / "killed")] if node else ["omnivideo.cli"]
         self.command = [sys.executable, "-m", *module, *serve]
         self.environment = os.environ | {
-            "OMNIVIDEO_HOME": str(folder), "OMNIVIDEO_HEARTBEAT_TIMEOUT": "3", "OMNIVIDEO_WEBHOOK_HOSTS": "127.0.0.1",
+            "OMNIVIDEO_HOME": str(folder), "OMNIVIDEO_HEARTBEAT_TIMEOUT": str(heartbeat_timeout),
+            "OMNIVIDEO_WEBHOOK_HOSTS": "127.0.0.1",
             "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive",
         }  # fmt: skip
         self.http = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", trust_env=False, timeout=60)
@@ -66,8 +68,8 @@ class EmbeddedService:
     def start(self) -> None:
         with (self.folder / "api.log").open("ab") as log:
             self.process = subprocess.Popen(self.command, env=self.environment, stdout=log, stderr=log)
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline:
+        deadline = time.monotonic() + START_SECONDS
+        while time.monotonic() < deadline and self.process.poll() is None:
             with suppress(httpx.HTTPError):
                 if self.http.get("/health").status_code == 200:
                     return

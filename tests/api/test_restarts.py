@@ -2,25 +2,20 @@
 
 import itertools
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 
-import httpx
 import pytest
 from sqlalchemy import func, select
 
+from benchmarks.conversation_faults import EmbeddedService
 from omnivideo.contracts import Job, resolve_sampling_params
 from omnivideo.presets import TINY
 from omnivideo.settings import load_settings
 from omnivideo.storage.database.schema import batches, jobs, turn_events, turns
 from omnivideo.wiring import ServiceWiring
 from tests.support.openai_service import wait_until
-from tests.support.servers import free_port
 
 THREADS, JOBS, SLOTS, RESTART_SECONDS = 200, 1000, 16, 20.0
 HEARTBEAT_TIMEOUT_SECONDS = 8.0  # shorter than the time between restarts, and long enough for a busy machine
@@ -29,30 +24,13 @@ CHAT_LINES = 12
 MAX_STOP_SECONDS = 25.0  # it took 45 s; a busy machine takes three times as long as an idle one
 
 
-class RestartedService:
-    """`omnivideo serve` with a worker in its process, and the database beside it."""
+class RestartedService(EmbeddedService):
+    """An embedded service that is stopped and started again, and its database beside it."""
 
     def __init__(self, home: Path):
-        self.port, self.log = free_port(), home / "api.log"
-        settings = {"HOME": str(home), "HEARTBEAT_TIMEOUT": str(HEARTBEAT_TIMEOUT_SECONDS)}
-        self.environment = {
-            "PATH": os.environ["PATH"], "HOME": str(home), "PYTHONPATH": str(Path(__file__).parents[2]),
-            "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive",
-        } | {f"OMNIVIDEO_{name}": value for name, value in settings.items()}  # fmt: skip
+        super().__init__(home, heartbeat_timeout=HEARTBEAT_TIMEOUT_SECONDS)
+        self.log = home / "api.log"
         self.wiring = ServiceWiring(load_settings(home=home))
-        self.http = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", trust_env=False, timeout=60)
-
-    def start(self) -> None:
-        command = [sys.executable, "-m", "omnivideo.cli", "serve", "--port", str(self.port), "--device", "cpu"]
-        with self.log.open("ab") as log:
-            self.process = subprocess.Popen(command, env=self.environment, stdout=log, stderr=log)
-        wait_until(self.is_healthy, 120)
-
-    def is_healthy(self) -> bool:
-        assert self.process.poll() is None, self.log.read_text()[-3000:]
-        with suppress(httpx.HTTPError):
-            return self.http.get("/health").status_code == 200
-        return False
 
     def stop(self, kind: signal.Signals) -> None:
         self.process.send_signal(kind)
