@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,7 +50,7 @@ class AttackedService:
     wiring: ServiceWiring
     user_keys: list[str]
     attacker_key: str
-    faults: dict[str, Callable[[], AbstractContextManager[None]] | None]
+    faults: Mapping[str, Callable[[], AbstractContextManager[None]] | None]
 
 
 @dataclass
@@ -125,9 +125,7 @@ def run_deployed(folder: Path) -> Iterator[AttackedService]:
                 cluster.broker.start()
 
         faults = {"a hanging S3 server": hang_store, "a broker that is down": stop_broker}
-        yield AttackedService(
-            "deployed", cluster.address, cluster.api, cluster.wiring, user_keys, attacker_key, dict(faults)
-        )
+        yield AttackedService("deployed", cluster.address, cluster.api, cluster.wiring, user_keys, attacker_key, faults)
 
 
 def create_keys(wiring: ServiceWiring) -> tuple[list[str], str]:

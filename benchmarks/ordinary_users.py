@@ -21,6 +21,8 @@ import httpx
 
 INTERVAL_SECONDS, HEALTH_INTERVAL_SECONDS, TIMER_SECONDS = 0.5, 0.1, 0.02
 TIMEOUT_SECONDS = 60.0
+TURN_SECONDS = 20.0  # after the phase, for the last turn; its time is then a lower bound
+CLIP_ROUNDS = 5  # of requests, of which one asks for a clip: together the users ask for one every two seconds
 CLIP = {"prompt": "a red ball", "num_inference_steps": 1, "size": "32x32", "num_frames": 5}
 
 
@@ -82,12 +84,12 @@ class OrdinaryUser:
                 await self.send("ordinary", "POST", "/v1/threads", due)
             case 2:
                 await self.send("ordinary", "GET", f"/v1/threads/{self.thread_id}", due)
-            case 3:
+            case 3 if number % (8 * CLIP_ROUNDS) == 3:
                 body = CLIP | {"seed": random.randrange(2**31)}
                 self.video_id = (await self.send("ordinary", "POST", "/v1/videos", due, json=body)).get(
                     "id", self.video_id
                 )
-            case 4:
+            case 3 | 4:
                 await self.send("ordinary", "GET", f"/v1/videos/{self.video_id}", due)
             case 5:
                 await self.send("ordinary", "GET", "/v1/files", due)
@@ -113,11 +115,11 @@ class OrdinaryUser:
             body = {"text": "a picture of a red circle", "steps": 1}
             path = f"/v1/threads/{thread.get('id')}/turns"
             turn = await self.send("prepare", "POST", path, due, json=body) if thread else {}
-            while turn and turn.get("state") in ("queued", "running"):
+            while turn.get("state") in ("queued", "running") and time.perf_counter() < end + TURN_SECONDS:
                 await asyncio.sleep(0.1)
                 turn = await self.send("prepare", "GET", f"{path}/{turn['id']}", time.perf_counter())
             self.report.latencies.setdefault("turn", []).append(time.perf_counter() - due)
-            if turn.get("state") not in (None, "done"):
+            if turn.get("state") not in (None, "queued", "running", "done"):
                 self.report.errors.append(f"a turn ended as {turn['state']}: {turn.get('error')}")
             await asyncio.sleep(0.5)
 
