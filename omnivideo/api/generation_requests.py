@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, ConfigDict, Field
 
 from omnivideo.api.media import MediaReference
-from omnivideo.api.request_body import CleanText, Seed, Unsupported
+from omnivideo.api.request_body import CleanText, Seed, Unsupported, UnsupportedNumber, UnsupportedSwitch
 from omnivideo.contracts import RequestModel, SamplingParams
 from omnivideo.errors import InvalidInput
 from omnivideo.presets.shapes import RequestedShape
@@ -21,9 +21,9 @@ def get_constraints(field: str) -> list[Any]:
 class GenerationRequest(RequestModel):
     """The fields that requests for images and clips share. A size is WIDTHxHEIGHT in pixels, or auto.
 
-    `width` and `height` are the same size as two numbers. Any size is generated at the nearest one that the model was
-    trained on, then scaled and cropped centrally. A field that is not listed is refused, because it may change the
-    result; `user`, `metadata` and `moderation` cannot.
+    `width` and `height` are the same size as two numbers; an empty size is none. Any size is generated at the nearest
+    one that the model was trained on, then scaled and cropped centrally. A field that is not listed is refused, because
+    it may change the result; `user`, `metadata` and `moderation` cannot, and neither can a switch that is off.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -31,7 +31,7 @@ class GenerationRequest(RequestModel):
     prompt: CleanText = Field(min_length=1, max_length=4000)
     model: CleanText | None = None
     n: int = Field(default=1, ge=1, le=8)
-    size: str | None = Field(
+    size: Annotated[str | None, BeforeValidator(lambda size: size or None)] = Field(
         default=None,
         pattern=r"^(\d{1,5}x\d{1,5}|auto)$",
         description="a width and a height in pixels, such as 640x384, or auto",
@@ -49,6 +49,9 @@ class GenerationRequest(RequestModel):
     guidance_scale_2: Unsupported = None
     true_cfg_scale: Unsupported = None
     strength: Unsupported = None
+    enable_teacache: UnsupportedSwitch = None
+    enable_upscaling: UnsupportedSwitch = None
+    rollout: UnsupportedSwitch = None
     quality: Literal["auto", "standard"] | None = None
     style: Unsupported = None
     user: CleanText | None = None
@@ -78,6 +81,8 @@ class ClipRequest(GenerationRequest):
     num_frames: Annotated[int | None, *get_constraints("frames")] = None
     fps: Annotated[float | None, *get_constraints("fps")] = None
     last_image: Unsupported = None
+    enable_frame_interpolation: UnsupportedSwitch = None
+    generate_sound: UnsupportedSwitch = None
 
 
 class VideoRequest(ClipRequest):
@@ -114,8 +119,8 @@ class ImageRequest(GenerationRequest):
     response_format: Literal["b64_json", "url"] | None = None
     output_format: ImageFormat | None = None
     output_compression: int | None = Field(default=None, ge=0, le=100)
-    stream: Literal[False] | None = None
-    partial_images: Literal[0] | None = None
+    stream: UnsupportedSwitch = None
+    partial_images: UnsupportedNumber = None
     background: Literal["auto", "opaque"] | None = None
     input_fidelity: Unsupported = None
 

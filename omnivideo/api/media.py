@@ -15,7 +15,7 @@ from pydantic.json_schema import SkipJsonSchema
 from starlette.datastructures import UploadFile
 
 from omnivideo.api.dependencies import ServiceContext
-from omnivideo.api.request_body import CleanText, rename_error_field
+from omnivideo.api.request_body import CleanText, FormObject, rename_error_field
 from omnivideo.contracts import Artifact, JobStatus, RequestModel
 from omnivideo.errors import InvalidInput, PoolBusy
 
@@ -76,7 +76,7 @@ def has_expired(context: ServiceContext, status: JobStatus) -> bool:
     return status.ended_at + context.settings.artifact_lifetime_seconds < time.time()
 
 
-class MediaReference(RequestModel):
+class MediaReference(FormObject):
     """An image or a clip: uploaded with the request or before it (`file_id`), generated here (`id`), or at a URL."""
 
     model_config = ConfigDict(title="Reference")

@@ -12,13 +12,13 @@ from typing import Annotated, Any, TypeVar
 import anyio
 from fastapi import Depends, Request, Response
 from fastapi.routing import APIRoute
-from pydantic import AfterValidator, BaseModel, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_validator
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.types import Scope
 
 from omnivideo.api.errors import APIError, BodyError, to_api_error
-from omnivideo.contracts import MAX_SEED
+from omnivideo.contracts import MAX_SEED, RequestModel
 from omnivideo.errors import InvalidInput
 from omnivideo.validation import check_characters, describe_errors
 
@@ -44,8 +44,16 @@ def refuse_value(value: object) -> None:
     raise ValueError("it is not supported here; leave it out")
 
 
+def refuse_unless_off(value: object) -> object:
+    """Return false, 0 or None, which change nothing; raise ValueError for anything else."""
+    return refuse_value(value) if value else value
+
+
 # A field that changes the result and that this service cannot honour: it is refused by name, not ignored.
 Unsupported = Annotated[Any, AfterValidator(refuse_value)]
+# A switch for something that this service does not do; forms send "false", which pydantic reads.
+UnsupportedSwitch = Annotated[bool | None, AfterValidator(refuse_unless_off)]
+UnsupportedNumber = Annotated[int | None, AfterValidator(refuse_unless_off)]
 # -1 means any seed, as many clients send it.
 Seed = Annotated[int | None, Field(ge=-1, le=MAX_SEED), AfterValidator(lambda seed: None if seed == -1 else seed)]
 
@@ -115,6 +123,21 @@ def parse_json(data: bytes, field: str = "body") -> Any:
         return json.loads(data, parse_constant=reject_constant)
     except (ValueError, RecursionError):
         raise InvalidInput(field, "it is not valid JSON") from None
+
+
+class FormObject(RequestModel):
+    """An object that a form may also contain as JSON in one field, as clients of vLLM-Omni send it."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def read_json_text(cls, fields: Any) -> Any:
+        """Return the object in a text that begins like one, and everything else unchanged."""
+        if not isinstance(fields, str) or not fields.lstrip().startswith("{"):
+            return fields
+        try:
+            return parse_json_object(fields.encode(errors="replace"))
+        except InvalidInput as error:
+            raise ValueError(str(error).removeprefix(f"{error.field}: ")) from None
 
 
 class JSONRequest(Request):

@@ -212,17 +212,16 @@ def tokenize_message(
     token_ids = tokenizer(
         chat + (f"{answer}<|im_end|>" if answer else ""), add_special_tokens=False, verbose=False
     ).input_ids
-    check_request_length(len(token_ids), tokenizer)
+    check_request_length(len(token_ids), tokenizer.model_max_length)
     image_id, video_id = tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>"])
     token_types = [1 if token_id == image_id else 2 if token_id == video_id else 0 for token_id in token_ids]
     return TokenizedRequest(token_ids, token_types, patches, grids)
 
 
-def check_request_length(count: int, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise InvalidInput for a request of more tokens than the model was made for."""
-    if count > tokenizer.model_max_length:
-        text = f"with its media it has {count} tokens; the language model takes 1 to {tokenizer.model_max_length}"
-        raise InvalidInput("text", text)
+def check_request_length(count: int, most: int) -> None:
+    """Raise InvalidInput for a request of more than `most` tokens."""
+    if count > most:
+        raise InvalidInput("text", f"with its media it has {count} tokens; the language model takes 1 to {most}")
 
 
 def collate_requests(

@@ -157,7 +157,7 @@ def tokenize_request(tokenizer: PreTrainedTokenizerBase, message: MLLMMessage, c
     """Return the model's input for a question, or for a request that is to be routed."""
     frames = [frame for media in message.media for frame in fit_frames(media, VilaVisualInput(config))[1]]
     token_ids = tokenize_chat(tokenizer, len(frames), message.text, message.system)
-    check_request_length(len(token_ids), tokenizer)
+    check_request_length(len(token_ids), tokenizer.model_max_length)
     return VilaRequest(token_ids, normalize_frames(frames, config))
 
 
@@ -172,7 +172,7 @@ def tokenize_features(
     prefix = FEATURE_PREFIXES[medium] if not frames else VIDEO_MARK if medium == "video" else ""
     answer = GENERATION_TOKENS[medium]
     token_ids = tokenize_chat(tokenizer, len(frames), prefix + message.text, message.system, answer)
-    check_request_length(len(token_ids), tokenizer)
+    check_request_length(len(token_ids), tokenizer.model_max_length)
     return VilaRequest(token_ids, normalize_frames(frames, config))
 
 

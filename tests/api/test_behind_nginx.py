@@ -15,7 +15,7 @@ import pytest
 
 from tests.support.browser import chromium
 from tests.support.openai_service import KEY
-from tests.support.proxy import HOST_ADDRESS, PROXY_ADDRESS, proxy_network, run_nginx
+from tests.support.proxy import HOST_ADDRESS, IN_NAMESPACE, PROXY_ADDRESS, proxy_network, run_nginx
 
 PAGE = Path(__file__).parents[1] / "support" / "front_end.html"
 PORT = 8000  # in the documented configuration
@@ -54,8 +54,8 @@ class FrontEndServer(ThreadingHTTPServer):
     """Serves the page and its settings, and receives what it saw."""
 
     def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), FrontEndHandler)
-        self.origin = f"http://localhost:{self.server_port}"
+        super().__init__((HOST_ADDRESS, 0), FrontEndHandler)
+        self.origin = f"http://{HOST_ADDRESS}:{self.server_port}"
         self.settings, self.report = dict[str, object](), dict[str, dict]()
         self.is_done = threading.Event()
 
@@ -84,7 +84,11 @@ class FrontEndHandler(BaseHTTPRequestHandler):
 
 
 def open_page(front_end: FrontEndServer, folder: Path, options: list[str]) -> None:
-    """Open the page in headless Chromium, and wait until it has reported what it saw."""
+    """Open the page in headless Chromium, and wait until it has reported what it saw.
+
+    Chromium runs beside the proxy: it drops its connections when an interface of its namespace appears or goes, and
+    another program, such as Docker, may add one to this machine at any time.
+    """
     common = [
         "--headless",
         "--no-sandbox",
@@ -92,7 +96,14 @@ def open_page(front_end: FrontEndServer, folder: Path, options: list[str]) -> No
         "--no-proxy-server",
         f"--user-data-dir={folder / 'profile'}",
     ]
-    command = [chromium(), *common, "--autoplay-policy=no-user-gesture-required", *options, front_end.origin]
+    command = [
+        *IN_NAMESPACE,
+        chromium(),
+        *common,
+        "--autoplay-policy=no-user-gesture-required",
+        *options,
+        front_end.origin,
+    ]
     with (folder / "browser.log").open("wb") as log:
         process = subprocess.Popen([*command[:-1], "--remote-debugging-port=0", command[-1]], stdout=log, stderr=log)
     try:
@@ -106,10 +117,10 @@ def open_page(front_end: FrontEndServer, folder: Path, options: list[str]) -> No
 def report(tmp_path_factory):
     """Return what the page saw, and the requests in nginx's log."""
     folder = tmp_path_factory.mktemp("proxy")
-    front_end = FrontEndServer()
-    threading.Thread(target=front_end.serve_forever, daemon=True).start()
     chromium()
     with proxy_network(), run_nginx(folder) as (address, options):
+        front_end = FrontEndServer()
+        threading.Thread(target=front_end.serve_forever, daemon=True).start()
         settings = {
             "OMNIVIDEO_PUBLIC_URL": address, "OMNIVIDEO_CORS_ORIGINS": front_end.origin,
             "OMNIVIDEO_MAX_UPLOAD_BYTES": str(MAX_UPLOAD_BYTES),

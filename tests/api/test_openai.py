@@ -423,7 +423,9 @@ def test_files_are_stored_listed_and_deleted(client):
 def test_a_vision_file_must_be_an_image_or_a_clip(client):
     with pytest.raises(openai.BadRequestError, match=r"file: 'a\.png' is not an image or video"):
         client.files.create(file=("a.png", b"text"), purpose="vision")
-    stored = client.files.create(file=("a.png", b"text"), purpose="user_data")
+    for purpose in ("user_data", "assistants"):
+        stored = client.files.create(file=("a.png", b"text"), purpose=purpose)
+        assert stored.purpose == purpose
     with pytest.raises(openai.BadRequestError, match=r"input_reference.file_id: that file is not an image or a clip"):
         client.videos.create(prompt="a", extra_body={"input_reference": {"file_id": stored.id}})
 

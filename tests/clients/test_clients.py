@@ -42,6 +42,7 @@ def write_settings(client: ClientProgram, address: str, folder: Path) -> None:
     if client.title == "Open WebUI":
         page = compose("compose.open-webui.yaml", OMNIVIDEO_ADMIN_KEY=KEY)["services"]["open-webui"]
         settings |= page["environment"] | {"OPENAI_API_BASE_URL": f"{address}/v1"}
+        settings["HEALTH_CHECK"] = json.dumps(page["healthcheck"]["test"][1:])  # without CMD
     if client.title == "Gradio":
         (settings["EXAMPLE"],) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "clients.md").read_text(), re.S)
     if client.title == "n8n":

@@ -98,6 +98,7 @@ FEATURES: dict[str, tuple[Callable[[Any, RunningService], None], int]] = {
     "title": (check_words, 0),
     "over-long text": (check_over_long_text, 0),
     "regenerate": (check_words, 0),
+    "continue": (check_words, 0),
     "stop": (check_words, 1),  # the words are those of the answer after the one that was stopped
     "images": (check_images, 2),
     "videos": (check_videos, 2),

@@ -21,6 +21,7 @@ from tests.support.servers import program
 
 NAMESPACE, HOST_LINK, PROXY_LINK = "omnivideo-proxy", "ov-host", "ov-proxy"
 HOST_ADDRESS, PROXY_ADDRESS = "10.213.7.1", "10.213.7.2"
+IN_NAMESPACE = ["ip", "netns", "exec", NAMESPACE]
 NAMESPACE_FILES = Path("/etc/netns", NAMESPACE)  # `ip netns exec` mounts them over those of /etc
 OPERATIONS = Path(__file__).parents[2] / "docs" / "operations.md"
 UNTESTED = "a service behind nginx was not tested"
@@ -106,17 +107,7 @@ def run_nginx(folder: Path) -> Iterator[tuple[str, list[str]]]:
     digest = make_certificate(folder, name)
     (folder / "documented.conf").write_text(configuration)
     (folder / "nginx.conf").write_text(NGINX_CONF.format(folder=folder))
-    command = [
-        "ip",
-        "netns",
-        "exec",
-        NAMESPACE,
-        nginx,
-        "-c",
-        str(folder / "nginx.conf"),
-        "-g",
-        "daemon off; user root;",
-    ]
+    command = [*IN_NAMESPACE, nginx, "-c", str(folder / "nginx.conf"), "-g", "daemon off; user root;"]
     checked = subprocess.run([*command, "-t"], capture_output=True, text=True, timeout=30, check=False)
     assert checked.returncode == 0, checked.stderr
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

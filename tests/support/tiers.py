@@ -95,6 +95,7 @@ SLOW = (
     "api/test_idempotency.py",
     "api/test_messages.py",
     "api/test_openai*.py",
+    "api/test_other_servers.py",
     "api/test_openapi.py",
     "api/test_public_links.py",
     "api/test_responses.py",

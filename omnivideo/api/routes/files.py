@@ -23,6 +23,7 @@ from omnivideo.api.media import build_range_response, content_from_store
 from omnivideo.api.request_body import (
     BodyFields,
     CleanText,
+    FormObject,
     ServiceRoute,
     document_request_body,
     rename_error_field,
@@ -33,14 +34,14 @@ from omnivideo.errors import InvalidInput, UnreadableMedia
 from omnivideo.records import FileRecord
 
 router = APIRouter(route_class=ServiceRoute, prefix="/v1/files", tags=["files"], responses=ERROR_RESPONSES)
-UploadPurpose = Literal["batch", "vision", "user_data"]
+UploadPurpose = Literal["batch", "vision", "user_data", "assistants"]
 
 
 class UploadField(BaseModel):
     upload: SkipJsonSchema[InstanceOf[UploadFile]]
 
 
-class ExpiresAfter(RequestModel):
+class ExpiresAfter(FormObject):
     """A file is deleted this many seconds after it was created."""
 
     anchor: Literal["created_at"]
@@ -48,7 +49,10 @@ class ExpiresAfter(RequestModel):
 
 
 class CreateFileRequest(RequestModel):
-    """A `vision` file must be an image or a clip, a `batch` file JSON lines; a `user_data` file can be anything."""
+    """A `vision` file must be an image or a clip, a `batch` file JSON lines; the others can be anything.
+
+    `assistants` is what the Vercel AI SDK sends by default.
+    """
 
     file: UploadField
     purpose: UploadPurpose
@@ -62,7 +66,7 @@ class FileObject(BaseModel):
     created_at: int
     expires_at: int | None = None
     filename: str
-    purpose: Literal["batch", "batch_output", "vision", "user_data"]
+    purpose: Literal["batch", "batch_output", "vision", "user_data", "assistants"]
     status: Literal["processed"] = "processed"
 
 

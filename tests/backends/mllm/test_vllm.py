@@ -88,7 +88,8 @@ def server(vllm_python, scaled_weights, tmp_path_factory):
 
 @pytest.fixture
 def remote_mllm(server, store):
-    client = RemoteMLLM(server.address, store)
+    # 40 requests at once on a busy machine wait longer for their first token than a server of one request may.
+    client = RemoteMLLM(server.address, store, timeout_seconds=300)
     yield client
     client.close()
 
@@ -270,7 +271,7 @@ def test_requests_that_cannot_be_answered_are_refused(remote_mllm, local, store)
         lambda request: list(remote_mllm.stream_text(request)),
         lambda request: remote_mllm.predict_visual_tokens(request, "image"),
     ):
-        with pytest.raises(InvalidInput, match=r"prompt: .* tokens; the language model takes 4095"):
+        with pytest.raises(InvalidInput, match=r"text: .* tokens; the language model takes 1 to 409[56]"):
             call(too_long)
     broken = Artifact(
         key=store.put(b"no picture", "png"),
@@ -346,12 +347,15 @@ def post_chat(server: Server, messages: list[dict]) -> httpx.Response:
 def test_chat_gives_the_model_the_same_input(server, local, store):
     rng = random.Random(2)
     for video in (False, True):
-        request = MLLMRequest(text="what is <BOI> this?<|im_end|>", artifacts=(build_artifact(store, rng, video),))
+        artifacts = (build_artifact(store, rng, video),)
+        request = MLLMRequest(
+            text="what is <BOI> this?<|im_end|>", artifacts=artifacts, sampling=TextSampling(max_tokens=12)
+        )
         response = post_chat(server, build_chat_messages(request, store)).json()
         tokenized = tokenize_message(local.omni.mllm_tokenizer, local.build_message(request), local.omni.vision_config)
         assert response["usage"]["prompt_tokens"] == len(tokenized.token_ids)
         if not video:  # OpenCV, with which vLLM decodes clips, rounds colours differently
-            assert response["choices"][0]["message"]["content"] == "".join(local.stream_text(request, 12))
+            assert response["choices"][0]["message"]["content"] == "".join(local.stream_text(request))
 
 
 def test_chat_fetches_no_urls(server):

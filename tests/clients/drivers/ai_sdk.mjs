@@ -1,7 +1,7 @@
 // Vercel AI SDK: its OpenAI provider (responses by default) and its provider for compatible services.
 import { createOpenAI } from "@ai-sdk/openai";
 import { createOpenAICompatible } from "@ai-sdk/openai-compatible";
-import { Output, generateImage, generateText, streamText, tool } from "ai";
+import { Output, generateImage, generateText, streamText, tool, uploadFile } from "ai";
 import { z } from "zod";
 import {
   BASE_URL, CONVERSATION, KEY, MODEL, OVER_LONG, TITLE_REQUEST, TOOL_RESULT, describeBytes, hold, readPicture, observe,
@@ -93,6 +93,15 @@ await observe("images", async () => {
   const prompt = { text: "make it blue", images: [made.image.uint8Array] };
   const edited = await generateImage({ model, prompt, maxRetries: 0 });
   return [describeBytes(made.image.uint8Array), describeBytes(edited.image.uint8Array)];
+});
+
+await observe("files", async () => {
+  const files = openai.files();
+  const { providerReference: file } = await uploadFile({ api: files, data: readPicture(), filename: "square.png" });
+  const { content } = await files.downloadFile({ file });
+  const same = readPicture().equals(Buffer.from(await new Response(content).arrayBuffer()));
+  const { filename } = await files.getFileMetadata({ file });
+  return { same, named: filename === "square.png", deleted: (await files.deleteFile({ file })).deleted };
 });
 
 await observe("over-long text", async () => (await generateText({ ...chat, prompt: OVER_LONG })).text);

@@ -97,7 +97,7 @@ def main() -> None:
     _, url, _ = chat.launch(prevent_thread_lock=True, quiet=True, server_name="127.0.0.1")
     with sync_playwright() as playwright:
         browser = launch_browser(playwright)
-        page = browser.new_page(viewport={"width": 900, "height": 1100})
+        page = browser.new_page(viewport={"width": 900, "height": 1700})
         page.set_default_timeout(60_000)
         page.goto(url)
         page.wait_for_selector("textarea")

@@ -1,4 +1,4 @@
-"""Open WebUI with the environment of deploy/compose.open-webui.yaml, in headless Chromium.
+"""Open WebUI with the environment and the health check of deploy/compose.open-webui.yaml, in headless Chromium.
 
 FOLDER/settings.json has that environment, with the service's address in place of the container's.
 """
@@ -12,13 +12,16 @@ import urllib.request
 
 from browse import launch_browser, read_answer, save_screenshot, to_answer
 from observe import CONVERSATION, FOLDER, OVER_LONG, observe, read_picture
-from playwright.sync_api import sync_playwright
+from playwright.sync_api import Page, Playwright, sync_playwright
 
 SETTINGS = json.loads((FOLDER / "settings.json").read_text())
 PORT = SETTINGS["PORT"]
+HEALTH_CHECK = [part.replace("8080", PORT) for part in json.loads(SETTINGS.pop("HEALTH_CHECK"))]
 HOME = f"http://127.0.0.1:{PORT}"
 START = f"from open_webui import app; app(['serve', '--host', '127.0.0.1', '--port', '{PORT}'])"
 ANSWERS = "#messages-container .markdown-prose, #messages-container .prose"
+STOP_BUTTON = 'button:has(path[d^="M2.25 12c0-5.385"])'  # it has no name
+HAS_BEGUN = "() => /Generating|left/.test([...document.querySelectorAll('[id^=message-]')].at(-1)?.innerText ?? '')"
 PERSON = {"name": "Ada", "email": "ada@example.com", "password": "correct-horse-battery"}
 
 
@@ -38,19 +41,21 @@ def request(path: str, body: dict | None = None, token: str = "") -> dict:
 def wait_until_healthy(process: subprocess.Popen, seconds: float = 600.0) -> None:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline and process.poll() is None:
-        try:
-            if request("/health")["status"]:
-                return
-        except OSError:
-            time.sleep(1)
+        if subprocess.run(HEALTH_CHECK, capture_output=True, check=False).returncode == 0:
+            return
+        time.sleep(1)
     raise TimeoutError((FOLDER / "open-webui.log").read_text()[-2000:])
 
 
 class ChatPage:
     """The page of a new chat; each method is one thing that a person does."""
 
-    def __init__(self, page):
+    def __init__(self, page: Page):
         self.page, self.num_steps = page, 0
+
+    def submit(self, text: str) -> None:
+        self.page.locator("#chat-input").fill(text)
+        self.page.locator("#send-message-button").click()
 
     def send(self, text: str, picture: bytes | None = None) -> dict:
         if picture:
@@ -58,8 +63,7 @@ class ChatPage:
             self.page.set_input_files('input[type="file"]', files=[upload])
             self.page.wait_for_timeout(1500)
         count = self.page.locator(ANSWERS).count()
-        self.page.locator("#chat-input").fill(text)
-        self.page.locator("#send-message-button").click()
+        self.submit(text)
         self.page.wait_for_function(
             "([selector, count]) => document.querySelectorAll(selector).length > count", arg=[ANSWERS, count],
             timeout=90_000,
@@ -71,11 +75,74 @@ class ChatPage:
         self.page.wait_for_timeout(1000)
         return self.read()
 
+    def continue_answer(self) -> dict:
+        self.page.locator("#continue-response-button").click(force=True)
+        self.page.wait_for_timeout(1000)
+        return self.read()
+
+    def stop(self, text: str) -> None:
+        """Send a message, and press the button that stops its answer once something is being generated."""
+        self.submit(text)
+        self.page.wait_for_function(HAS_BEGUN, timeout=90_000)
+        self.page.locator(STOP_BUTTON).click()
+        self.page.wait_for_timeout(1000)
+
     def read(self) -> dict:
         shown = read_answer(self.page, self.page.locator(ANSWERS))
         self.num_steps += 1
         save_screenshot(self.page, FOLDER, f"open-webui-{self.num_steps}")
         return shown
+
+
+def hold_conversation(page: Page, token: str) -> None:
+    chat = ChatPage(page)
+
+    @observe("streaming")
+    def converse():
+        return {"answers": [to_answer(chat.send(words)) for words in CONVERSATION]}
+
+    @observe("regenerate")
+    def regenerate():
+        return to_answer(chat.regenerate())
+
+    @observe("continue")
+    def continue_answer():
+        return to_answer(chat.continue_answer())
+
+    @observe("over-long text")
+    def send_too_long():
+        return to_answer(chat.send(OVER_LONG))
+
+    @observe("stop")
+    def stop():
+        chat.stop(CONVERSATION[0])
+        return to_answer(chat.send(CONVERSATION[2]))
+
+    @observe("picture")
+    def describe_picture():
+        return to_answer(chat.send("describe this", read_picture()))
+
+    @observe("title")
+    def read_title():
+        for _ in range(60):  # it asks for the title after the first answer
+            title = request("/api/v1/chats/", token=token)[0]["title"]
+            if title != "New Chat":
+                break
+            page.wait_for_timeout(500)
+        return title
+
+
+def open_page(playwright: Playwright, token: str) -> Page:
+    """Return the page of a new chat, signed in."""
+    page = launch_browser(playwright).new_page(viewport={"width": 1100, "height": 1300})
+    page.add_init_script(f"localStorage.token = {json.dumps(token)}; localStorage.version = '0.12.4'")
+    page.goto(HOME)
+    page.set_default_timeout(60_000)
+    try:
+        page.wait_for_selector("#chat-input", timeout=120_000)
+    finally:
+        save_screenshot(page, FOLDER, "open-webui-0")
+    return page
 
 
 def main() -> None:
@@ -89,43 +156,7 @@ def main() -> None:
             return [model["id"] for model in request("/api/models", token=token)["data"]]
 
         with sync_playwright() as playwright:
-            browser = launch_browser(playwright)
-            page = browser.new_page(viewport={"width": 1100, "height": 1300})
-            page.add_init_script(f"localStorage.token = {json.dumps(token)}; localStorage.version = '0.12.4'")
-            page.goto(HOME)
-            page.set_default_timeout(60_000)
-            try:
-                page.wait_for_selector("#chat-input", timeout=120_000)
-            finally:
-                save_screenshot(page, FOLDER, "open-webui-0")
-            chat = ChatPage(page)
-
-            @observe("streaming")
-            def converse():
-                return {"answers": [to_answer(chat.send(words)) for words in CONVERSATION]}
-
-            @observe("regenerate")
-            def regenerate():
-                return to_answer(chat.regenerate())
-
-            @observe("over-long text")
-            def send_too_long():
-                return to_answer(chat.send(OVER_LONG))
-
-            @observe("picture")
-            def describe_picture():
-                return to_answer(chat.send("describe this", read_picture()))
-
-            @observe("title")
-            def read_title():
-                for _ in range(60):  # it asks for the title after the first answer
-                    title = request("/api/v1/chats/", token=token)[0]["title"]
-                    if title != "New Chat":
-                        break
-                    page.wait_for_timeout(500)
-                return title
-
-            browser.close()
+            hold_conversation(open_page(playwright, token), token)
     finally:
         process.terminate()
         process.wait(30)

@@ -14,11 +14,10 @@ from omnivideo.backends.mllm.protocol import MLLMPayload
 from omnivideo.backends.mllm.vllm_plugin.prompt import build_engine_input
 from omnivideo.backends.mllm.vllm_plugin.service import VLLMService, compute_media_digest
 from omnivideo.contracts import Medium, Route, TextSampling
-from omnivideo.errors import InvalidInput
 from omnivideo.models import qwen3_vl
 from omnivideo.models.choices import BranchQuery, score_choices
 from omnivideo.models.features import add_caption
-from omnivideo.models.mllm import MLLMMessage, TokenizedRequest, sanitize_text, tokenize_message
+from omnivideo.models.mllm import MLLMMessage, TokenizedRequest, check_request_length, sanitize_text, tokenize_message
 from omnivideo.presets import Preset, VisionInputConfig
 
 
@@ -44,9 +43,7 @@ class InstructService(VLLMService):
     def encode_message(self, message: MLLMMessage, vision_config: VisionInputConfig) -> TokenizedRequest:
         """Return the tokens and patches. Raises InvalidInput if they are too long for the model."""
         encoded = tokenize_message(self.tokenizer, message, vision_config)
-        if len(encoded.token_ids) >= self.max_model_len:
-            text = f"it has {len(encoded.token_ids)} tokens; the language model takes {self.max_model_len - 1}"
-            raise InvalidInput("prompt", text)
+        check_request_length(len(encoded.token_ids), self.max_model_len - 1)  # one token of the answer needs room too
         return encoded
 
     def compute_digests(self, payload: MLLMPayload, vision_config: VisionInputConfig) -> dict[str, list[str]]:

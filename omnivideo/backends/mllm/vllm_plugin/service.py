@@ -20,7 +20,7 @@ from omnivideo.backends.mllm.vllm_plugin import FIRST_POSITION_PARAM, VISUAL_TOK
 from omnivideo.backends.mllm.vllm_plugin.families import create_family
 from omnivideo.contracts import Medium, Route, TextSampling
 from omnivideo.errors import InvalidInput
-from omnivideo.models.mllm import MLLMMedia, MLLMMessage, VisualInput, sanitize_text
+from omnivideo.models.mllm import MLLMMedia, MLLMMessage, VisualInput, check_request_length, sanitize_text
 
 MAX_INLINE_CHARS = 4000  # characters; shorter texts are tokenized on the event loop
 
@@ -61,9 +61,7 @@ class VLLMService:
             payload.system,
         )
         prompt, num_tokens = self.family.build_prompt(message, list(map(compute_media_digest, payload.media)), medium)
-        if num_tokens >= self.max_model_len:
-            text = f"it has {num_tokens} tokens; the language model takes {self.max_model_len - 1}"
-            raise InvalidInput("prompt", text)
+        check_request_length(num_tokens, self.max_model_len - 1)  # one token of the answer needs room too
         return prompt
 
     async def start_generation(
@@ -85,7 +83,7 @@ class VLLMService:
             async for output in self.client.generate(prompt, params, request_id, lora_request=self.lora):
                 yield output.outputs[0]
         except VLLMValidationError as error:
-            raise InvalidInput("prompt", str(error)) from None
+            raise InvalidInput("text", str(error)) from None
 
     async def generate_final_output(
         self, payload: MLLMPayload, params: SamplingParams, medium: Medium | None = None
