@@ -76,7 +76,7 @@ def find_command(text: str, artifacts: Sequence[Artifact], *, is_strict: bool = 
     words = " ".join(text.lower().split())
     for pattern, replacement in CONTRACTED:
         words = re.sub(pattern, replacement, words)
-    words = re.sub(r"[!?]+(?=\s|$)|\.+(?=\s|$)", "", words).strip(" ,;:-")
+    words = re.sub(r"(?<![!?])[!?]++(?=\s|$)|(?<!\.)\.++(?=\s|$)", "", words).strip(" ,;:-")
     if command := match_polite_command(words, artifacts):
         return command
     # "wipe everything, i want to begin with a clean slate" says one command twice.
