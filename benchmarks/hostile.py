@@ -237,8 +237,8 @@ def compute_ratio(phase: Phase, quiet: list[Phase], kind: str, share: float) -> 
 
 
 def describe_phase(phase: Phase, quiet: list[Phase]) -> list[str]:
-    cells = [f"{1000 * phase.quantile('health', 0.99):.0f}"]
-    for kind, share in (("ordinary", 0.99), ("store", 0.99), ("turn", 0.5)):
+    cells = []
+    for kind, share in (("health", 0.99), ("ordinary", 0.99), ("store", 0.99), ("turn", 0.5)):
         ratio = f" ({compute_ratio(phase, quiet, kind, share):.1f})" if quiet else ""
         cells.append(f"{1000 * phase.quantile(kind, share):.0f}{ratio}")
     refused = ", ".join(f"{count} {kind}" for kind, count in phase.report.refused.items() if kind != "prepare")
