@@ -24,18 +24,21 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from sqlalchemy import func, select
 
 from benchmarks.attackers import ATTACKS
 from benchmarks.cluster import KEY, OmnivideoProcess, ServiceCluster
 from benchmarks.ordinary_users import UsersReport
+from omnivideo.contracts import OPEN_STATES
 from omnivideo.media.artifacts import encode_clip
 from omnivideo.settings import load_settings
 from omnivideo.storage.database.keys import APIKeyRepository
+from omnivideo.storage.database.schema import turns
 from omnivideo.wiring import ServiceWiring
 from tests.support.servers import free_port
 
 NUM_USERS, MAX_FILES = 10, 1024
-SETTLE_SECONDS = 60.0  # after an attack, until no clip is queued
+SETTLE_SECONDS = 60.0  # after an attack, until no clip is queued and no turn open
 HEALTH_GOAL_SECONDS, ORDINARY_GOAL_RATIO, DEPLOYED_GOAL_MB, EMBEDDED_GOAL_MB = 0.1, 3.0, 500.0, 300.0
 DECODED_SHAPE = (100, 720, 1280, 3)  # of the clip that is slow to decode: frames, height, width, channels
 
@@ -207,9 +210,12 @@ def read_memory_mb(pid: int) -> tuple[float, float]:
 
 
 def settle(service: AttackedService) -> None:
-    """Wait until no clip is queued."""
+    """Wait until no clip is queued and no turn is open."""
     deadline = time.monotonic() + SETTLE_SECONDS
-    while service.wiring.jobs.count_queued() and time.monotonic() < deadline:
+    open_turns = select(func.count()).select_from(turns).where(turns.c.state.in_(OPEN_STATES))
+    while time.monotonic() < deadline:
+        if not service.wiring.jobs.count_queued() and not service.wiring.jobs.fetch_all(open_turns)[0][0]:
+            return
         time.sleep(0.5)
 
 
