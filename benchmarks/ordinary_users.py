@@ -21,7 +21,7 @@ import httpx
 
 INTERVAL_SECONDS, HEALTH_INTERVAL_SECONDS, TIMER_SECONDS = 0.5, 0.1, 0.02
 TIMEOUT_SECONDS = 60.0
-TURN_SECONDS = 20.0  # after the phase, for the last turn; its time is then a lower bound
+TURN_SECONDS = 10.0  # after the phase, for the last turn; its time is then a lower bound
 CLIP_ROUNDS = 5  # of requests, of which one asks for a clip: together the users ask for one every two seconds
 CLIP = {"prompt": "a red ball", "num_inference_steps": 1, "size": "32x32", "num_frames": 5}
 
