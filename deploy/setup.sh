@@ -34,10 +34,19 @@ fail() {
 }
 
 step() { # step LABEL COMMAND...: print one line with the duration, and the command's output only if it fails
-    local label=$1 begin=$SECONDS code=0
+    local label=$1 begin=$SECONDS code=0 clock=''
     shift
     printf '  %-42s' "$label"
+    if [[ -t 1 ]]; then # in a terminal, the seconds run while the command does, until this script ends
+        (while sleep 1 && kill -0 $$; do printf '\r  %-42s%4d s' "$label" $((SECONDS - begin)); done) 2>/dev/null 9<&- &
+        clock=$!
+    fi
     "$@" >"$log" 2>&1 || code=$?
+    if [[ -n $clock ]]; then
+        kill "$clock" 2>/dev/null || true
+        wait "$clock" 2>/dev/null || true
+        printf '\r  %-42s' "$label"
+    fi
     if ((code)); then
         printf 'failed (exit %d)\n' "$code"
         grep -v "^WARNING: Location 'file:" "$log" | tail -n 25 | cut -c -300 | sed 's/^/    | /'
@@ -96,7 +105,7 @@ trap 'rm -f "$log"' EXIT
 # .venv/whole and the stamps exist only while no installation is in progress. If `whole` is missing, or names another
 # path, torch or interpreter, .venv may be incomplete or unsuitable, so it is created again. Otherwise the packages are
 # updated in place.
-echo "set-up (${1:-base}) in $PWD/.venv"
+echo "set-up (${1:-base}) in $PWD/.venv; the first one downloads torch and more, which takes minutes"
 if [[ -x .venv/bin/python ]] && is .venv/whole "$made_for"; then rm -f .venv/whole .venv/*.stamp; else new_venv; fi
 step "omnivideo$extras and its dependencies" pip_install -e ".$extras"
 echo "$key" >.venv/base.stamp

@@ -342,17 +342,19 @@ def resolve_sampling_params(
     """
     defaults = get_sampling_defaults(preset, task)
     given = {name: value for name, value in overrides.items() if value is not None}
-    shape_fields = shapes.RequestedShape.model_fields
+    shape_fields, is_video = shapes.RequestedShape.model_fields, get_task_medium(task) == "video"
     try:
         requested = shapes.RequestedShape.model_validate({name: given.pop(name, None) for name in shape_fields})
-        is_video = get_task_medium(task) == "video"
         shape = shapes.resolve_shape(preset, task, defaults, requested, source, is_video)
         if given.get("seed") == -1:  # any seed, as many clients send it
             given["seed"] = secrets.randbelow(2**31)
         settings = defaults.model_dump() | {"negative_prompt": preset.null.negative_prompt, "seed": 0} | given | shape
         params = SamplingParams(task=task, **settings)
     except ValidationError as error:
-        raise invalid_input_from_validation(error, SamplingParams.model_fields | shape_fields) from None
+        problem = invalid_input_from_validation(error, SamplingParams.model_fields | shape_fields)
+        if problem.field == "frames":  # the field's bounds are those of every preset, and this one has its own
+            problem = InvalidInput("frames", f"allowed: {shapes.describe_frames(preset, task, defaults)}")
+        raise problem from None
     shapes.check_flow_shift(preset, task, defaults, params.flow_shift)
     check_sampling_params(preset, params)
     return params

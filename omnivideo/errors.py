@@ -15,11 +15,17 @@ OmniVideoError
   ServiceBusy           the queue, or the caller's share of it, is full: try again later
     DecodingBusy        no process for reading media became free in time
     PoolBusy            all threads for one kind of work are busy
+    LimitReached        the caller's key has used up what it may use: requests, clips at a time, or a day's share
   JobFailed             a clip could not be rendered; the code says why
   JobCancelled          a clip was cancelled
   JobLost               a worker's job now belongs to another worker
   ModelUnavailable      the language model's server does not answer
 """
+
+import time
+
+SECONDS_PER_DAY = 86_400
+LIMIT_CODE = "rate_limit_exceeded"  # of requests and of clips that a limit of their key has refused
 
 
 class OmniVideoError(Exception):
@@ -94,6 +100,27 @@ class PoolBusy(ServiceBusy):
     """All threads for one kind of work are busy, such as those that use the object store."""
 
 
+class ServiceStopping(ServiceBusy):
+    """This process is stopping; another one, or this one after its restart, answers the same request."""
+
+    def __init__(self) -> None:
+        super().__init__("the service is restarting; send the request again in a moment", 5.0)
+
+
+class LimitReached(ServiceBusy):
+    """A key has used up what it may use.
+
+    `limit` is "requests", "open-jobs", "device-seconds" or "stored-bytes", and `quota` what the key may use of it in
+    `window_seconds`, or at a time if that is 0. `limit` is empty if a clip was refused that had been accepted before.
+    """
+
+    def __init__(
+        self, message: str, retry_after_seconds: float, limit: str = "", quota: float = 0, window_seconds: int = 0
+    ):
+        super().__init__(message, retry_after_seconds)
+        self.limit, self.quota, self.window_seconds = limit, quota, window_seconds
+
+
 class JobFailed(OmniVideoError):
     """A clip could not be rendered; `code` says why."""
 
@@ -114,9 +141,16 @@ class ModelUnavailable(OmniVideoError):
     """The language model's server does not answer."""
 
 
+def compute_seconds_until_midnight() -> float:
+    """Return how long the day (UTC) still lasts."""
+    return SECONDS_PER_DAY - time.time() % SECONDS_PER_DAY
+
+
 def build_job_error(code: str, message: str) -> OmniVideoError:
     """Return the error of a failed clip, from its code and its message."""
     if code == "invalid_input":
         field, _, problem = message.partition(": ")
         return InvalidInput(field, problem)
+    if code == LIMIT_CODE:
+        return LimitReached(message, compute_seconds_until_midnight())
     return JobFailed(code, f"the clip could not be rendered: {message}")

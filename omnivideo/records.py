@@ -1,8 +1,12 @@
-"""What the service stores, as frozen records: users' files, batches, webhooks and idempotency keys, and the workers."""
+"""What the service stores, as frozen records: users' files, batches and webhooks, keys and their use, and workers."""
 
-from typing import Any
+from typing import Any, Literal
 
 from omnivideo.contracts import FrozenModel
+
+Scope = Literal["read", "generate", "administer"]
+SCOPES: tuple[Scope, ...] = ("read", "generate", "administer")
+DEFAULT_SCOPES: tuple[Scope, ...] = ("read", "generate")
 
 
 class FileRecord(FrozenModel):
@@ -82,3 +86,52 @@ class WorkerRecord(FrozenModel):
     precision: str
     placement: str
     parts: tuple[PartRecord, ...]
+
+
+class KeyLimits(FrozenModel):
+    """What a key may use. 0 is without a limit. A day is one of UTC; "device" is a worker's GPU or CPU."""
+
+    requests_per_minute: int = 0
+    open_jobs: int = 0  # queued or running
+    device_seconds_per_day: float = 0.0
+    stored_bytes_per_day: int = 0
+
+
+class APIKeyRecord(FrozenModel):
+    """An API key without the key itself. `own_limits` has those that replace the settings' limits."""
+
+    id: str
+    name: str
+    created_at: float
+    revoked: bool
+    expires_at: float | None
+    scopes: tuple[Scope, ...]
+    own_limits: dict[str, float]
+
+    def merge_limits(self, defaults: KeyLimits) -> KeyLimits:
+        return KeyLimits(**defaults.model_dump() | self.own_limits)
+
+
+class RequestWindow(FrozenModel):
+    """The requests of a key in its current minute, with the one that is counted now."""
+
+    request_count: int
+    seconds_left: float
+
+
+class UsageRecord(FrozenModel):
+    """What a key has used on a day (UTC), which is counted from 1970-01-01.
+
+    `steps` are denoising steps and `device_seconds` the time of workers, in all attempts and also for clips that have
+    failed or were cancelled. `stored_bytes` were written on that day, whether or not they have been deleted since.
+    """
+
+    owner: str
+    day: int
+    clips: int = 0
+    images: int = 0
+    steps: int = 0
+    device_seconds: float = 0.0
+    prompt_tokens: int = 0
+    answer_tokens: int = 0
+    stored_bytes: int = 0

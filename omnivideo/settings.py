@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, ValidationError
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic.fields import FieldInfo
+from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
 from omnivideo.errors import InvalidInput
 from omnivideo.presets import Precision
@@ -39,7 +40,9 @@ BucketName = Annotated[
         description="the name of a bucket: 3 to 63 lower-case letters, digits, dots or dashes",
     ),
 ]
-AdminKey = Annotated[str, Field(pattern=r"^$|^.{16,200}$", description="a key of 16 to 200 characters, or nothing")]
+Key = Annotated[str, Field(pattern=r"^$|^.{16,200}$", description="a key of 16 to 200 characters, or nothing")]
+# Each can come from a file, which OMNIVIDEO_..._FILE names.
+SECRET_SETTINGS = ("database", "broker", "s3_access_key", "s3_secret_key", "admin_key", "mllm_key")
 
 
 def split_commas(value: object) -> object:
@@ -84,6 +87,30 @@ LogFormat = Literal["auto", "text", "json"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 
+class SecretFileSource(PydanticBaseSettingsSource):
+    """Reads each secret from the file that OMNIVIDEO_..._FILE names; the file precedes the secret's own variable."""
+
+    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[str | None, str, bool]:
+        variable = f"OMNIVIDEO_{field_name.upper()}_FILE"
+        path = os.environ.get(variable, "") if field_name in SECRET_SETTINGS else ""
+        return (read_secret(variable, Path(path)) if path else None), field_name, False
+
+    def __call__(self) -> dict[str, str]:
+        values = {name: self.get_field_value(field, name)[0] for name, field in self.settings_cls.model_fields.items()}
+        return {name: value for name, value in values.items() if value is not None}
+
+
+def read_secret(variable: str, path: Path) -> str:
+    """Return the only line of a file. Raises an InvalidInput that names the variable."""
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError):
+        raise InvalidInput(variable, "the file cannot be read; give the path of a text file") from None
+    if len(lines) != 1 or not lines[0].strip():
+        raise InvalidInput(variable, "the file must hold the secret in one line, and nothing else")
+    return lines[0].strip()
+
+
 class ServiceSettings(BaseSettings):
     """The service's settings. Everything is embedded by default: SQLite, files in `home`, the MLLM and a worker."""
 
@@ -96,6 +123,7 @@ class ServiceSettings(BaseSettings):
     database: DatabaseUrl = ""
     broker: BrokerUrl = ""
     mllm: HttpUrl = ""
+    mllm_key: Key = Field(default="", repr=False)  # what the MLLM's server requires of its clients; empty: nothing
     mllm_timeout_seconds: float = Field(default=25.0, ge=1, le=600)  # of silence until the MLLM's server hangs
     artifact_lifetime_seconds: int = Field(default=30 * SECONDS_PER_DAY, ge=60)  # of an unreferenced artifact
 
@@ -106,7 +134,7 @@ class ServiceSettings(BaseSettings):
     s3_region: str = "us-east-1"
     s3_public: HttpUrl = ""  # the address in signed URLs; empty: `s3`
 
-    admin_key: AdminKey = Field(default="", repr=False)  # empty: no API keys are required
+    admin_key: Key = Field(default="", repr=False)  # empty: no API keys are required
     public_url: HttpUrl = ""  # the address in every link that leaves the service; empty: the request's
     link_lifetime_seconds: int = Field(default=SECONDS_PER_DAY, ge=60, le=30 * SECONDS_PER_DAY)  # of a signed link
     # Origins whose pages may call the service, separated by commas; * for any.
@@ -122,13 +150,20 @@ class ServiceSettings(BaseSettings):
     media_ports: Annotated[tuple[int, ...], NoDecode, BeforeValidator(split_commas)] = ()
     max_upload_bytes: int = Field(default=200 * 2**20, ge=2**10, le=512 * 2**20)
 
+    # Bytes of the large bodies that one process holds at the same time; others wait.
+    upload_budget_bytes: int = Field(default=2**30, ge=2**20, le=2**40)
+
     max_generations_per_turn: int = Field(default=4, ge=1, le=100)  # more are asked about first
     disconnect_grace_seconds: float = Field(
         default=10.0, ge=0, le=3600
     )  # until work that nobody waits for is cancelled
 
     max_queued_jobs: int = Field(default=10_000, ge=1)  # of all owners
-    max_open_jobs_per_key: int = Field(default=2_000, ge=1)  # queued or running
+    # Of each key that has no own limits (`omnivideo keys limit`); 0: no limit.
+    max_open_jobs_per_key: int = Field(default=2_000, ge=0)  # queued or running
+    max_requests_per_minute_per_key: int = Field(default=0, ge=0, le=1_000_000)
+    max_device_seconds_per_day_per_key: float = Field(default=0.0, ge=0, le=1e9)  # of workers
+    max_stored_bytes_per_day_per_key: int = Field(default=0, ge=0, le=10**15)  # uploaded and generated
     heartbeat_timeout: float = Field(default=15.0, ge=0.5, le=3600)  # seconds until a silent worker counts as lost
     save_state_every_steps: int = Field(default=8, ge=1)  # denoising steps between saved states
     save_state_every_seconds: float = Field(default=2.0, ge=0, le=3600)  # minimum time between saved states
@@ -136,9 +171,21 @@ class ServiceSettings(BaseSettings):
     resume_timeout: float = Field(default=60.0, ge=0, le=86_400)
     max_batch_size: int = Field(default=0, ge=0, le=64)  # clips of the batch lane in one pass; 0: the preset's
 
+    metrics_port: int = Field(default=0, ge=0, le=65_535)  # for /metrics without a key; 0: none
     log_format: LogFormat = "auto"  # text in a terminal, otherwise JSON
     log_level: LogLevel = "info"
     traces: Literal["off", "otlp"] = "off"  # otlp: to the server that the variables OTEL_EXPORTER_OTLP_... name
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return init_settings, SecretFileSource(settings_cls), env_settings
 
     def model_post_init(self, context: object) -> None:
         if self.s3 and not (self.s3_access_key and self.s3_secret_key):
@@ -161,7 +208,8 @@ def find_unknown_settings() -> list[InvalidInput]:
     """
     fields = [name.upper() for name in ServiceSettings.model_fields]
     given = [name for name in os.environ if name.upper().startswith("OMNIVIDEO_")]
-    known = {*(f"OMNIVIDEO_{field}" for field in fields), *OTHER_VARIABLES, *RENAMED_SETTINGS}
+    files = [f"OMNIVIDEO_{name.upper()}_FILE" for name in SECRET_SETTINGS]
+    known = {*(f"OMNIVIDEO_{field}" for field in fields), *files, *OTHER_VARIABLES, *RENAMED_SETTINGS}
     unknown = [name for name in given if name.upper() not in known and not KUBERNETES_VARIABLE.search(name)]
     errors = []
     for name in unknown:

@@ -1,22 +1,25 @@
 """Start and end quickly: execute modules of other libraries only if they are used, and collect no garbage then.
 
-transformers and diffusers import modules at their top that a model here never calls, and the __init__ of some of
-diffusers' packages imports every model. `defer_imports` registers a finder, as importlib provides for: a deferred
-module exists at once and is executed when an attribute of it is first read. This module does not import torch.
+transformers and diffusers import modules at their top that a model here never calls: torch's compiler, sharding over
+devices, and the __init__ of packages of diffusers that import every model. `defer_imports` registers a finder, as
+importlib provides for: a deferred module exists at once and is executed when it is first used. This module does not
+import torch.
 """
 
 import atexit
 import gc
 import importlib.abc
 import importlib.machinery
+import importlib.metadata
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from types import ModuleType
-from typing import Any
+from functools import cache, wraps
+from types import FunctionType, ModuleType
+from typing import Any, ForwardRef
 
-# The functions of a deferred module that others import by name; calling one executes the module.
+# The names of a deferred module that others import from it; using one executes the module.
 DEFERRED_MODULES: dict[str, tuple[str, ...]] = {
     "scipy.optimize": ("linear_sum_assignment",),  # transformers' losses for the detection of objects
     "scipy.integrate": (),  # schedulers of diffusers other than UniPC
@@ -24,32 +27,148 @@ DEFERRED_MODULES: dict[str, tuple[str, ...]] = {
     "diffusers.models.autoencoders": (),
     "diffusers.models.transformers": (),
     "diffusers.models.unets": (),
+    "diffusers.hooks": ("apply_group_offloading",),
     "transformers.models": (),  # it reads every file of every model
+    # The compiler: transformers and diffusers mark functions that it may leave alone.
+    "torch._dynamo": ("allow_in_graph", "assume_constant_result", "disable"),
+    "torch._dynamo._trace_wrapped_higher_order_op": ("TransformGetItemToIndex",),
+    # Models on several devices.
+    "torch.distributed.tensor": ("DTensor", "Partial", "Placement", "Replicate", "Shard", "distribute_tensor"),
+    "torch.distributed.tensor._utils": ("compute_local_shape_and_global_offset",),
+    "torch.distributed.tensor.placement_types": ("Shard", "_StridedShard"),
+    "torch.distributed.fsdp": ("CPUOffloadPolicy", "MixedPrecisionPolicy"),
+    "torch.distributed._composable.fsdp": ("fully_shard",),
+    "torch.distributed.checkpoint": (),
+    "torch.distributed.checkpoint.hf_storage": ("HuggingFaceStorageReader", "HuggingFaceStorageWriter"),
+    "transformers.distributed.expert_parallel": ("apply_expert_parallelism",),
+    "transformers.distributed.tensor_parallel": (
+        "apply_tensor_parallelism", "gather_state_dict_for_save", "get_kv_heads_per_rank", "verify_tp_plan",
+    ),
+    "boto3": (),  # accelerate's commands for a cloud
+}  # fmt: skip
+# The modules of these packages are imported without their __init__, which imports all others.
+INDEPENDENT_PACKAGES = {
+    "diffusers.hooks", "diffusers.models.autoencoders", "diffusers.models.transformers", "diffusers.models.unets",
+    "transformers.models",
+}  # fmt: skip
+
+
+class DeferredName:
+    """A function or a class of a deferred module: calling it, deriving from it or reading of it executes the module.
+
+    A check of an object's type executes nothing: objects of the class exist only once the module was executed.
+    """
+
+    def __init__(self, module: "DeferredModule", name: str):
+        self.deferred_module, self.__name__ = module, name
+
+    def resolve(self) -> Any:
+        return getattr(execute_deferred(self.deferred_module), self.__name__)
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        substitute = SUBSTITUTES.get(f"{self.deferred_module.__name__}.{self.__name__}")
+        if substitute is None or is_executed(self.deferred_module):
+            return self.resolve()(*arguments, **options)
+        return substitute(self, *arguments, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(f"{self.__name__!r} is not imported yet and has no attribute {name!r}")
+        return getattr(self.resolve(), name)
+
+    def __mro_entries__(self, bases: tuple[Any, ...]) -> tuple[type, ...]:
+        return (self.resolve(),)
+
+    def __instancecheck__(self, value: Any) -> bool:
+        return is_executed(self.deferred_module) and isinstance(value, self.resolve())
+
+    def __subclasscheck__(self, value: type) -> bool:
+        return is_executed(self.deferred_module) and issubclass(value, self.resolve())
+
+    def __or__(self, other: Any) -> Any:
+        """Return what an annotation such as `Tensor | DTensor` stands for."""
+        return ForwardRef(self.__name__) | other
+
+    def __ror__(self, other: Any) -> Any:
+        return other | ForwardRef(self.__name__)
+
+
+def note_registration(decorator: DeferredName, marked: Any) -> Any:
+    """Return what a decorator marks, and mark it when the decorator's module is executed."""
+    decorator.deferred_module.registrations.append((decorator.__name__, marked))
+    return marked
+
+
+def wrap_until_executed(decorator: DeferredName, function: Any, *arguments: Any, **options: Any) -> Callable[..., Any]:
+    """Return a function that is decorated when it is first called after the decorator's module was executed."""
+    if function is None:
+        return lambda marked: wrap_until_executed(decorator, marked, *arguments, **options)
+    if not isinstance(function, FunctionType):
+        return decorator.resolve()(function, *arguments, **options)  # type: ignore[no-any-return]
+
+    @cache
+    def decorate() -> Callable[..., Any]:
+        return decorator.resolve()(function, *arguments, **options)  # type: ignore[no-any-return]
+
+    @wraps(function)
+    def call(*call_arguments: Any, **named: Any) -> Any:
+        return (decorate() if is_executed(decorator.deferred_module) else function)(*call_arguments, **named)
+
+    return call
+
+
+# What functions do until their module is executed. Until then nothing is compiled.
+SUBSTITUTES: dict[str, Callable[..., Any]] = {
+    "torch._dynamo.allow_in_graph": note_registration,
+    "torch._dynamo.assume_constant_result": note_registration,
+    "torch._dynamo.disable": wrap_until_executed,
 }
 
 
 class DeferredModule(ModuleType):
-    """A module that is executed when an attribute of it is first read; a package's own modules are found before."""
+    """A module that is executed when an attribute of it is first read.
+
+    The names that others import from it are stand-ins until then.
+    """
+
+    def __init__(self, name: str):
+        super().__init__(name)
+        self.registrations: list[tuple[str, Any]] = []
 
     def __getattr__(self, name: str) -> Any:
         loader, successor = vars(self).get("__loader__"), sys.modules.get(self.__name__, self)
         if successor is not self:  # by which it has replaced itself when it was executed
             return getattr(successor, name)
+        if name == "__version__":
+            return importlib.metadata.version(self.__name__)
         is_special = name.startswith("__") and name != "__all__"
         if is_special or not isinstance(loader, DeferringLoader) or loader.executing_thread == threading.get_ident():
             raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
-        if name in loader.function_names:
-            return loader.build_function(self, name)
-        loader.execute(self)
-        return getattr(self, name)  # of the executed module; what it does not have is missing now
+        if name in loader.names:
+            return DeferredName(self, name)
+        return getattr(execute_deferred(self), name)  # of the executed module; what it does not have is missing now
+
+
+def is_executed(module: ModuleType) -> bool:
+    return not isinstance(module.__loader__, DeferringLoader)
+
+
+def execute_deferred(module: ModuleType) -> ModuleType:
+    """Execute a deferred module after the packages that contain it, and return what is imported under its name."""
+    package = sys.modules.get(module.__name__.rpartition(".")[0])
+    if isinstance(package, DeferredModule) and package.__name__ not in INDEPENDENT_PACKAGES:
+        execute_deferred(package)
+    if isinstance(module, DeferredModule) and isinstance(module.__loader__, DeferringLoader):
+        module.__loader__.execute(module)
+    return sys.modules.get(module.__name__, module)
 
 
 class DeferringLoader(importlib.abc.Loader):
     """Creates a module that the `real` loader executes later, once."""
 
-    def __init__(self, real: importlib.abc.Loader, function_names: tuple[str, ...]):
+    def __init__(self, real: importlib.abc.Loader, names: tuple[str, ...]):
         self.real = real
-        self.function_names = function_names
+        self.names = names
         self.lock = threading.RLock()
         self.executing_thread: int | None = None
 
@@ -59,7 +178,7 @@ class DeferringLoader(importlib.abc.Loader):
     def exec_module(self, module: ModuleType) -> None:
         """Do nothing yet."""
 
-    def execute(self, module: ModuleType) -> None:
+    def execute(self, module: DeferredModule) -> None:
         """Execute the module, unless it was; another thread waits until that has ended."""
         with self.lock:
             if module.__loader__ is not self or self.executing_thread is not None:
@@ -68,15 +187,10 @@ class DeferringLoader(importlib.abc.Loader):
             try:
                 self.real.exec_module(module)
                 module.__loader__ = self.real
+                for name, marked in module.registrations:
+                    vars(module)[name](marked)
             finally:
                 self.executing_thread = None
-
-    def build_function(self, module: ModuleType, name: str) -> Callable[..., Any]:
-        def call_deferred(*arguments: Any, **options: Any) -> Any:
-            self.execute(module)
-            return vars(module)[name](*arguments, **options)
-
-        return call_deferred
 
 
 class DeferringFinder(importlib.abc.MetaPathFinder):
@@ -86,6 +200,9 @@ class DeferringFinder(importlib.abc.MetaPathFinder):
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
         if fullname not in DEFERRED_MODULES:
+            package = sys.modules.get(fullname.rpartition(".")[0])
+            if isinstance(package, DeferredModule) and package.__name__ not in INDEPENDENT_PACKAGES:
+                execute_deferred(package)
             return None
         spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
         if spec is not None and spec.loader is not None:
@@ -97,6 +214,13 @@ def defer_imports() -> None:
     """Register the finder; what is imported already stays as it is."""
     if not any(isinstance(finder, DeferringFinder) for finder in sys.meta_path):
         sys.meta_path.insert(0, DeferringFinder())
+
+
+def stop_deferring(*packages: str) -> None:
+    """Import the modules of packages at once from now on; those that are deferred already stay so."""
+    prefixes = tuple(f"{package}." for package in packages)
+    for name in [name for name in DEFERRED_MODULES if name.startswith(prefixes)]:
+        del DEFERRED_MODULES[name]
 
 
 def skip_final_collection() -> None:

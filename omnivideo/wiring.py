@@ -10,12 +10,13 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omnivideo.agent.conversations import Conversations, OpenQueue
+from omnivideo.agent.conversations import LOCAL_OWNER, Conversations, OpenQueue
 from omnivideo.contracts import Lane
 from omnivideo.errors import InvalidInput
 from omnivideo.media.artifacts import convert_artifact, extract_frame, store_user_file
-from omnivideo.ports import MLLM, JobQueue, SweepableObjectStore, TextLimits
+from omnivideo.ports import MLLM, JobQueue, ObjectStore, SweepableObjectStore, TextLimits
 from omnivideo.presets import get_preset
+from omnivideo.records import KeyLimits
 from omnivideo.settings import ServiceSettings
 from omnivideo.startup import pause_collection
 from omnivideo.storage.checkpointer import open_checkpointer
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from omnivideo.storage.database.idempotency import IdempotencyRepository
     from omnivideo.storage.database.jobs import JobRepository
     from omnivideo.storage.database.turns import TurnRepository
+    from omnivideo.storage.database.usage import UsageRepository
     from omnivideo.storage.database.webhooks import WebhookRepository
 
 
@@ -43,7 +45,6 @@ def build_local_conversations(
 ) -> Conversations:
     """Build the Studio's conversations: clips are rendered in this process while they are followed."""
     from omnivideo.backends.decoder.renderer import Renderer
-    from omnivideo.backends.mllm.remote import RemoteMLLM
     from omnivideo.backends.queue.local import LocalQueue
 
     store = LocalObjectStore(settings.home / "store")
@@ -51,7 +52,7 @@ def build_local_conversations(
     renderer = Renderer(omni, store, weights_digest, persist_tokens=False)
     queue = LocalQueue(renderer)
     return Conversations(
-        mllm=RemoteMLLM(settings.mllm, store, settings.mllm_timeout_seconds) if settings.mllm else renderer.mllm,
+        mllm=connect_mllm(settings, store) or renderer.mllm,
         queue_for=lambda owner, lane="interactive": queue,
         store=store,
         checkpointer=open_checkpointer(settings),
@@ -63,6 +64,15 @@ def build_local_conversations(
         replay_manifest=renderer.replay_manifest,
         convert_artifact=partial(convert_artifact, store),
     )
+
+
+def connect_mllm(settings: ServiceSettings, store: ObjectStore) -> "RemoteMLLM | None":
+    """Return the MLLM behind its own server, or None if the settings name none."""
+    if not settings.mllm:
+        return None
+    from omnivideo.backends.mllm.remote import RemoteMLLM
+
+    return RemoteMLLM(settings.mllm, store, settings.mllm_timeout_seconds, settings.mllm_key)
 
 
 class ServiceWiring:
@@ -108,8 +118,29 @@ class ServiceWiring:
 
         settings = self.settings
         return JobRepository(
-            self.engine, settings.max_queued_jobs, settings.max_open_jobs_per_key, settings.resume_timeout
+            self.engine,
+            settings.max_queued_jobs,
+            settings.max_open_jobs_per_key,
+            settings.resume_timeout,
+            self.key_limits,
         )
+
+    @cached_property
+    def key_limits(self) -> KeyLimits:
+        """The limits of keys that have no own ones."""
+        settings = self.settings
+        return KeyLimits(
+            requests_per_minute=settings.max_requests_per_minute_per_key,
+            open_jobs=settings.max_open_jobs_per_key,
+            device_seconds_per_day=settings.max_device_seconds_per_day_per_key,
+            stored_bytes_per_day=settings.max_stored_bytes_per_day_per_key,
+        )
+
+    @cached_property
+    def usage(self) -> "UsageRepository":
+        from omnivideo.storage.database.usage import UsageRepository
+
+        return UsageRepository(self.engine, self.key_limits)
 
     @cached_property
     def files(self) -> "FileRepository":
@@ -183,12 +214,9 @@ class ServiceWiring:
     @cached_property
     def remote_mllm(self) -> "RemoteMLLM | None":
         """The MLLM behind its own server, or None if it runs in this process."""
-        if not self.settings.mllm:
-            return None
-        from omnivideo.backends.mllm.remote import RemoteMLLM
-
-        remote = RemoteMLLM(self.settings.mllm, self.store, self.settings.mllm_timeout_seconds)
-        self.close_callbacks.append(remote.close)
+        remote = connect_mllm(self.settings, self.store)
+        if remote is not None:
+            self.close_callbacks.append(remote.close)
         return remote
 
     @cached_property
@@ -251,6 +279,7 @@ class ServiceWiring:
 
     def build_service_context(self) -> "ServiceContext":
         """Build what the HTTP service's routes use."""
+        from omnivideo.api.access import AccessControl
         from omnivideo.api.bulkheads import MAX_DECODING_THREADS, MAX_STORE_THREADS, BoundedObjectStore, Bulkhead
         from omnivideo.api.dependencies import ServiceContext
         from omnivideo.api.turn_runner import TurnRunner
@@ -261,6 +290,7 @@ class ServiceWiring:
         from omnivideo.storage.database.workers import WorkerRepository
 
         settings, decoding = self.settings, Bulkhead("media", MAX_DECODING_THREADS)
+        api_keys = APIKeyRepository(self.engine, settings.admin_key)
 
         def fetch_media(url: str) -> bytes:
             if url.startswith("data:"):
@@ -277,7 +307,9 @@ class ServiceWiring:
             text_limits=self.text_limits,
             store=BoundedObjectStore(self.store, Bulkhead("store", MAX_STORE_THREADS)),
             jobs=self.jobs,
-            api_keys=APIKeyRepository(self.engine, settings.admin_key),
+            api_keys=api_keys,
+            access=AccessControl(api_keys, self.usage, self.key_limits, LOCAL_OWNER),
+            usage=self.usage,
             files=self.files,
             batches=self.batches,
             webhooks=self.webhooks,
@@ -285,7 +317,9 @@ class ServiceWiring:
             workers=WorkerRepository(self.engine),
             turns=self.turns,
             conversations=self.conversations,
-            turn_runner=TurnRunner(self.turns, self.jobs, self.conversations, settings.heartbeat_timeout),
+            turn_runner=TurnRunner(
+                self.turns, self.jobs, self.conversations, settings.heartbeat_timeout, usage=self.usage
+            ),
             ingest_media=decoding.wrap(partial(ingest.ingest_media, self.store)),
             fetch_media=decoding.wrap(fetch_media),
             notify_workers=self.notify_workers,
@@ -330,6 +364,7 @@ class ServiceWiring:
         Idempotency keys of the same age are forgotten.
         """
         self.idempotency_keys.delete_old_keys(self.settings.artifact_lifetime_seconds)
+        self.usage.delete_old_usage()
         referenced_keys = (
             self.conversations.collect_referenced_keys()
             | self.jobs.collect_referenced_keys(self.settings.artifact_lifetime_seconds)

@@ -36,8 +36,9 @@ MAX_FILES_FROM_STEP_TO_BROWSER = 6
 # 31 before the published models, 35 before chats of every client's form: eight files read messages and find the thread,
 # two decide links and sampling, three are the planner's limits, media and edges, one is the wait for a client. Two more
 # hold requests to trained shapes and to the models' tokens, seven read the words of the small world, and the others
-# bound bodies and clients, place the model's parts and compact checkpoints.
-MAX_FILES_FROM_PROMPT_TO_PIXELS = 64
+# bound bodies and clients, place the model's parts and compact checkpoints. Three more say what the
+# request's key may do and use.
+MAX_FILES_FROM_PROMPT_TO_PIXELS = 67
 # The goal is 18. The reader of clips in media/, which serving shares, takes five files; the model takes seven.
 MAX_FILES_FROM_SAMPLE_TO_LOSS = 28
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from omnivideo.errors import InvalidInput
-from omnivideo.settings import OTHER_VARIABLES, RENAMED_SETTINGS, ServiceSettings, load_settings
+from omnivideo.settings import OTHER_VARIABLES, RENAMED_SETTINGS, SECRET_SETTINGS, ServiceSettings, load_settings
 
 ROOT = Path(__file__).parents[1]
 # Where programs other than the service read variables.
@@ -41,6 +41,35 @@ def test_a_misspelt_setting_is_refused_with_the_nearest_name(monkeypatch, name, 
     with pytest.raises(InvalidInput) as raised:
         load_settings()
     assert str(raised.value) == f"{name}: there is no such setting; {message}"
+
+
+@pytest.mark.parametrize("name", SECRET_SETTINGS)
+def test_a_secret_comes_from_a_file_which_precedes_its_variable(monkeypatch, tmp_path, name):
+    values = {"database": "postgresql://user:word@db/omnivideo", "broker": "redis://:word@broker"}
+    value, path = values.get(name, "a secret of a file"), tmp_path / "secret"
+    path.write_text(f"{value}\n")
+    monkeypatch.setenv(f"OMNIVIDEO_{name.upper()}", "in-a-file")
+    monkeypatch.setenv(f"OMNIVIDEO_{name.upper()}_FILE", str(path))
+    assert getattr(load_settings(), name) == value
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "the file cannot be read; give the path of a text file"),
+        (b"", "the file must hold the secret in one line, and nothing else"),
+        (b"one line\nand another\n", "the file must hold the secret in one line, and nothing else"),
+        (b"\xff\xfe", "the file cannot be read; give the path of a text file"),
+    ],
+)
+def test_a_file_without_a_secret_is_refused_by_the_variables_name(monkeypatch, tmp_path, content, message):
+    path = tmp_path / "secret"
+    if content is not None:
+        path.write_bytes(content)
+    monkeypatch.setenv("OMNIVIDEO_ADMIN_KEY_FILE", str(path))
+    with pytest.raises(InvalidInput) as raised:
+        load_settings()
+    assert str(raised.value) == f"OMNIVIDEO_ADMIN_KEY_FILE: {message}"
 
 
 def test_variables_of_tests_and_of_kubernetes_are_accepted(monkeypatch):

@@ -1,5 +1,6 @@
 """Modules that are executed on use: what they are, that they work, and that generating needs none of them."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from omnivideo import startup
-from omnivideo.startup import DeferredModule, DeferringFinder, pause_collection
+from omnivideo.startup import DEFERRED_MODULES, DeferredModule, DeferringFinder, pause_collection
 
 ROOT = Path(__file__).parents[1]
 
@@ -77,6 +78,61 @@ def test_a_module_that_fails_reports_its_error_each_time(defer):
             getattr(module, "VALUE")  # noqa: B009
 
 
+def test_a_name_of_a_deferred_module_is_checked_called_and_derived_from(defer, capsys):
+    text = "print('executed')\nclass Shape:\n    corners = 3\n\nclass Square(Shape):\n    corners = 4\n"
+    module = defer("deferred_six", text, "Shape", "Square")
+    from deferred_six import Shape, Square
+
+    def count(shape: Shape | None = None, other: "int | Shape" = 1) -> int:
+        return 1
+
+    assert not isinstance(3, Shape) and not isinstance(count, (int, Shape)) and not issubclass(int, Shape)
+    assert capsys.readouterr().out == ""
+    assert Square.corners == 4 and capsys.readouterr().out == "executed\n"
+
+    class Own(Shape):
+        pass
+
+    assert isinstance(Square(), Shape) and issubclass(module.Square, Shape) and Own.__mro__[1] is module.Shape
+
+
+def test_the_package_of_a_module_is_executed_before_it(defer, tmp_path, capsys):
+    """As it is on import: so a package and its modules may import from each other."""
+    package = tmp_path / "deferred_seven"
+    package.mkdir()
+    (package / "__init__.py").write_text("print('package')\nfrom deferred_seven.part import VALUE\n")
+    (package / "part.py").write_text("print('part')\nfrom deferred_seven import other\nVALUE = 3\n")
+    (package / "other.py").write_text("print('other')\n")
+    startup.DEFERRED_MODULES["deferred_seven.part"] = ()
+    try:
+        defer("deferred_seven", "")
+        part = importlib.import_module("deferred_seven.part")
+        assert capsys.readouterr().out == "" and part.VALUE == 3
+        assert capsys.readouterr().out == "package\npart\nother\n"
+    finally:
+        del startup.DEFERRED_MODULES["deferred_seven.part"]
+        for name in ("deferred_seven.part", "deferred_seven.other"):
+            sys.modules.pop(name, None)
+
+
+def test_marks_of_a_decorator_wait_until_its_module_is_executed(defer, monkeypatch, capsys):
+    text = "marked = []\ndef mark(f):\n    marked.append(f)\n    return f\ndef double(f, plus=0):\n"
+    text += "    print('executed')\n    return lambda x: 2 * f(x) + plus\n"
+    module = defer("deferred_eight", text, "mark", "double")
+    monkeypatch.setitem(startup.SUBSTITUTES, "deferred_eight.mark", startup.note_registration)
+    monkeypatch.setitem(startup.SUBSTITUTES, "deferred_eight.double", startup.wrap_until_executed)
+    from deferred_eight import double, mark
+
+    @mark
+    @double(None, plus=1)
+    def add_one(x):
+        return x + 1
+
+    assert add_one(3) == 4 and isinstance(module.__loader__, startup.DeferringLoader)
+    assert module.marked == [add_one] and add_one(3) == 9 and add_one(4) == 11
+    assert capsys.readouterr().out == "executed\n"  # it decorates once
+
+
 def test_collection_is_paused_and_continues():
     import gc
 
@@ -93,8 +149,16 @@ from omnivideo import Studio
 studio = Studio(weights=sys.argv[1], home=sys.argv[2])
 studio.generate("a red ball", image=True, steps=1)
 from omnivideo.startup import DEFERRED_MODULES
+print(json.dumps(sorted(set(sys.argv[3:]) & set(sys.modules))))
 present = {name: sys.modules[name] for name in DEFERRED_MODULES if name in sys.modules}
 print(json.dumps([type(module.__loader__).__name__ for module in present.values()]))
+import torch
+print(torch.compile(lambda x: x + 1, backend="eager")(torch.zeros(1)).item())
+from diffusers.hooks import HookRegistry
+from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from transformers.distributed.sharding_utils import DTensor as StandIn
+print(CPUOffloadPolicy().pin_memory, issubclass(DTensor, StandIn), isinstance(torch.zeros(1), StandIn))
 import scipy.stats
 from diffusers.models.autoencoders import AutoencoderKL
 from diffusers.models.transformers import FluxTransformer2DModel
@@ -107,14 +171,24 @@ print(linear_sum_assignment([[1, 0], [0, 1]])[1].tolist())
 """
 
 
+# Modules that generating a clip does not use, and that libraries would import.
+UNUSED_MODULES = (
+    "scipy.optimize", "scipy.stats", "torch._dynamo.convert_frame", "torch._inductor", "torch.distributed.tensor._api",
+    "torch.distributed.fsdp._fully_shard", "diffusers.loaders.lora_pipeline", "diffusers.hooks.first_block_cache",
+    "diffusers.pipelines", "boto3.session", "langgraph", "sqlalchemy", "fastapi", "celery", "alembic", "matplotlib",
+)  # fmt: skip
+
+
 def test_generating_executes_none_of_them_and_all_can_be_used_afterwards(weights, tmp_path):
     """A library that imports more from them would make the start slower: DEFERRED_MODULES says which."""
     completed = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", GENERATE, str(weights), str(tmp_path)], capture_output=True, text=True,
-        check=False, env=os.environ | {"PYTHONPATH": str(ROOT)},
+        [sys.executable, "-W", "ignore", "-c", GENERATE, str(weights), str(tmp_path), *UNUSED_MODULES],
+        capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert completed.returncode == 0, completed.stderr[-3000:]
-    loaders, used, models, assigned = completed.stdout.splitlines()
+    imported, loaders, compiled, sharding, used, models, assigned = completed.stdout.splitlines()
+    assert set(json.loads(imported)) <= set(DEFERRED_MODULES), imported
+    assert float(compiled) == 1 and sharding == "True True False"
     assert set(json.loads(loaders)) == {"DeferringLoader"}, loaders
     assert models == "transformers.models.bert BertModel T5Config BertTokenizer"
     assert used == "0.5 AutoencoderKL FluxTransformer2DModel minimize" and assigned == "[1, 0]"

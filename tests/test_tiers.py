@@ -35,6 +35,7 @@ def test_every_pattern_matches_a_test():
         ("tests/backends/test_published_service.py::test_a_chat_with_one_expert_survives_a_killed_worker[a]", ["slow"]),
         ("tests/gpu/test_decode.py::test_x", ["gpu"]),
         ("tests/clients/test_clients.py::test_x", ["clients"]),
+        ("tests/deploy/stack/test_stack.py::test_x", ["deploy"]),
         ("tests/storage/test_jobs.py::test_x", []),
     ],
 )
@@ -52,9 +53,9 @@ def test_every_test_is_in_a_tier():
     """`make test` and the other tiers select each test once; `make test-fast` selects a subset of `make test`."""
     makefile = (ROOT / "Makefile").read_text()
     chosen = dict(re.findall(r"^(\w+)_TIER := (.+)$", makefile, flags=re.M))
-    assert chosen.keys() == {"FAST", "MAIN", "LONG", "CLIENTS", "GPU"}
+    assert chosen.keys() == {"FAST", "MAIN", "LONG", "CLIENTS", "GPU", "DEPLOY"}
     for node_id in NODE_IDS:
         marks = tiers.list_tiers(node_id)
-        main_tiers = [name for name in ("MAIN", "LONG", "CLIENTS", "GPU") if selects(chosen[name], marks)]
+        main_tiers = [name for name in ("MAIN", "LONG", "CLIENTS", "GPU", "DEPLOY") if selects(chosen[name], marks)]
         assert len(main_tiers) == 1, (node_id, main_tiers)
         assert not selects(chosen["FAST"], marks) or main_tiers == ["MAIN"]

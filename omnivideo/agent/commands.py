@@ -95,8 +95,8 @@ def find_command(text: str, artifacts: Sequence[Artifact], *, is_strict: bool = 
 def match_polite_command(words: str, artifacts: Sequence[Artifact]) -> ExecutedCommand | None:
     """Return the command that words are with or without the politeness around it, or None."""
     patterns = load_patterns()
-    plain = patterns.lead.remove(words)
-    for candidate in dict.fromkeys((words, patterns.tail.remove(words), plain, patterns.tail.remove(plain))):
+    plain = patterns.lead.sub("", words)
+    for candidate in dict.fromkeys((words, patterns.tail.sub("", words), plain, patterns.tail.sub("", plain))):
         if command := match_command(candidate.strip(" ,"), artifacts):
             return command
     return None
@@ -137,6 +137,8 @@ def find_result_number(words: str, artifacts: Sequence[Artifact]) -> int:
     ]
     medium = None if not media else "video" if media[0] in ("clip", "video", "animation", "movie", "film") else "image"
     numbers = [number for number, artifact in enumerate(artifacts, start=1) if medium in (None, artifact.medium)]
+    if named := re.search(r"\b(?:number|no\.?|#) ?(one|two|three|four|five|six)\b", words):
+        return NUMBERS[named[1]] if NUMBERS[named[1]] <= len(artifacts) else 0
     if digits := re.search(r"\d+", words):
         return int(digits[0]) if 1 <= int(digits[0]) <= len(artifacts) else 0
     ordinals = [ORDINAL_INDEX[word] for word in words.split() if word in ORDINAL_INDEX]

@@ -18,6 +18,7 @@ IMPERATIVE_VERBS = (
     "make", "turn", "paint", "change", "recolour", "recolor", "add", "put", "draw", "remove", "delete", "erase",
     "take", "get", "set", "use", "replace", "transform", "generate", "create", "show", "let", "have", "go", "return",
     "switch", "give", "move", "place", "swap", "exchange", "drop", "try", "save", "export", "undo", "send",
+    "animate",
 )  # fmt: skip
 QUESTION_WORDS = (
     "how", "what", "which", "where", "who", "why", "when", "is", "are", "does", "do", "tell", "describe", "count",
@@ -174,9 +175,13 @@ class WordingPattern:
     def fullmatch(self, text: str) -> re.Match[str] | None:
         return None if len(text) > MAX_WORDING_CHARS else self.pattern.fullmatch(text)
 
-    def remove(self, text: str) -> str:
-        """Return the text without what matches; a longer text is left as it is."""
-        return text if len(text) > MAX_WORDING_CHARS else self.pattern.sub("", text)
+    def sub(self, replacement: str, text: str) -> str:
+        """Return the text with what matches replaced; a longer text is left as it is."""
+        return text if len(text) > MAX_WORDING_CHARS else self.pattern.sub(replacement, text)
+
+    def split(self, text: str) -> list[str]:
+        """Return the pieces between what matches; a longer text is one piece."""
+        return [text] if len(text) > MAX_WORDING_CHARS else self.pattern.split(text)
 
 
 @dataclass(frozen=True)

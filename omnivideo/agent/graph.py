@@ -238,9 +238,10 @@ class Planner(RenderingNodes):
     def find_referenced_artifact(
         self, state: PlannerState, text: str, search: ReferenceSearch
     ) -> Artifact | ReferenceQuestion | None:
-        if state["action_index"] == 0 and state["attachments"]:
+        reference = state["action_references"][state["action_index"]]
+        if state["action_index"] == 0 and state["attachments"] and not reference.isdigit():
             return search.artifacts[-1]
-        if reference := state["action_references"][state["action_index"]]:
+        if reference:
             return search.artifact_from_plan(reference, state["current_key"])
         return search.resolve_by_words(text, state["current_key"])
 
@@ -375,7 +376,7 @@ class Planner(RenderingNodes):
             return []
         artifacts = [Artifact(**artifact) for artifact in state["artifacts"]]
         search = ReferenceSearch(self.mllm, self.prompts.describe, artifacts, dict(state["descriptions"]))
-        return [answer_fact(fact, source, artifacts, search.describe_artifact)]
+        return [answer_fact(fact, source, artifacts, search.describe_artifact, state["action"]["text"])]
 
     def answer(self, state: PlannerState) -> dict[str, Any]:
         turn = Turn(

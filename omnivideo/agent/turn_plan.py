@@ -7,12 +7,13 @@ for, and a `seed_offset` of a variation.
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from omnivideo.agent import english_rules
 from omnivideo.agent.commands import find_command
 from omnivideo.agent.mllm_plan import (
+    CURRENT,
     LAST,
     NEW,
     PlannedCommand,
@@ -104,7 +105,21 @@ def plan_turn(
         artifacts.index(current) + 1 if current else 0,
         lambda: search.describe_artifact(current) if current else "",
     )
-    return [action_from_reading(reading) for reading in read_turn(text, context)]
+    actions = [action_from_reading(reading) for reading in read_turn(text, context)]
+    return repeat_question_for_attachments(actions, len(artifacts), len(state["attachments"]))
+
+
+def repeat_question_for_attachments(
+    actions: list[PlannedAction], num_artifacts: int, num_attachments: int
+) -> list[PlannedAction]:
+    """Return the actions, with a question about what is attached once for each attachment: the MLLM sees one at a time.
+
+    The attachments are the last of the artifacts.
+    """
+    if num_attachments < 2 or not actions or (actions[0].goal, actions[0].reference) != ("understand", CURRENT):
+        return actions
+    numbers = range(num_artifacts - num_attachments + 1, num_artifacts + 1)
+    return [replace(actions[0], reference=str(number)) for number in numbers] + actions[1:]
 
 
 def action_from_reading(reading: Reading) -> PlannedAction:

@@ -1,6 +1,8 @@
 """The HTTP service's application: its routes, and the middleware that every request passes."""
 
 import logging
+import re
+import threading
 import time
 import uuid
 from collections.abc import AsyncIterator
@@ -11,14 +13,16 @@ import anyio
 from fastapi import FastAPI
 from opentelemetry import trace
 from opentelemetry.propagate import extract
+from starlette.datastructures import MutableHeaders
 from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from omnivideo import __version__
-from omnivideo.api.bulkheads import MAX_THREADS, ClientLimitMiddleware
-from omnivideo.api.dependencies import ServiceContext, find_request_owner
+from omnivideo.api.access import PASSWORD_CHALLENGE, READING_METHODS, accept_password
+from omnivideo.api.bulkheads import MAX_THREADS, ClientLimitMiddleware, UploadBudget
+from omnivideo.api.dependencies import ServiceContext, admit_request
 from omnivideo.api.documentation import add_documentation
 from omnivideo.api.errors import (
     APIError,
@@ -30,7 +34,7 @@ from omnivideo.api.errors import (
     to_json_response,
 )
 from omnivideo.api.event_feed import EventFeed
-from omnivideo.api.request_body import get_max_body_bytes
+from omnivideo.api.request_body import get_content_type, get_max_body_bytes
 from omnivideo.api.routes import (
     batches,
     chat,
@@ -40,6 +44,7 @@ from omnivideo.api.routes import (
     responses,
     threads,
     understanding,
+    usage,
     videos,
     webhooks,
 )
@@ -53,9 +58,11 @@ NO_PUBLIC_URL_WARNING = (
 TRACER = trace.get_tracer("omnivideo.api")
 # What a page may read besides the headers that every page may.
 EXPOSED_HEADERS = (
-    "accept-ranges", "allow", "content-disposition", "content-range", "etag", "openai-poll-after-ms", "retry-after",
-    "x-request-id", "x-video-id",
+    "accept-ranges", "allow", "content-disposition", "content-range", "etag", "openai-poll-after-ms", "ratelimit",
+    "ratelimit-policy", "retry-after", "x-ratelimit-limit-requests", "x-ratelimit-remaining-requests",
+    "x-ratelimit-reset-requests", "x-request-id", "x-video-id",
 )  # fmt: skip
+PAGES_WITH_KEY = re.compile(r"/docs(/.*)?|/openapi\.json|/metrics")
 METHODS_WITHOUT_BODY = ("GET", "HEAD", "OPTIONS")
 
 
@@ -66,6 +73,7 @@ class RequestMiddleware:
         self.app = app
         self.context = context
         self.metrics = metrics
+        self.uploads = UploadBudget(context.settings.upload_budget_bytes)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -90,7 +98,11 @@ class RequestMiddleware:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message = {**message, "headers": [*message["headers"], (b"x-request-id", request_id.encode())]}
+                access = scope["state"].get("access")
+                headers = MutableHeaders(raw=[*message["headers"], (b"x-request-id", request_id.encode())])
+                for name, value in (access.headers if access else {}).items():
+                    headers.setdefault(name, value)
+                message = {**message, "headers": headers.raw}
             await send(message)
 
         headers = {key.decode("latin-1"): value.decode("latin-1") for key, value in scope["headers"]}
@@ -102,8 +114,10 @@ class RequestMiddleware:
                 refusal = unauthorized or build_body_too_large_error(max_body_bytes, advice)
                 await to_json_response(refusal)(scope, receive, send_with_request_id)
             else:
+                body_bytes = get_body_bytes(scope, content_length, max_body_bytes)
                 try:
-                    await self.serve(app_scope, receive_within_limit, send_with_request_id)
+                    async with self.uploads.admit(body_bytes, get_content_type(scope)):
+                        await self.serve(app_scope, receive_within_limit, send_with_request_id)
                 except Exception as error:
                     log_if_internal(error, f"request {request_id}")
                     if status:
@@ -115,16 +129,26 @@ class RequestMiddleware:
         self.record_request(scope, request_id, route, status, time.perf_counter() - started_at)
 
     async def check_key(self, scope: Scope, authorization: str | None) -> APIError | None:
-        """Store the owner of a request that may have a body; return the error if its key is not valid.
+        """Store the access and the owner of a request; return the error if its key may not send it.
 
-        This precedes reading the body. Routes without one check the key themselves.
+        This precedes reading the body. The route itself checks a link that has a signature in place of a key. The pages
+        for operators and developers also take the key as a password, which browsers ask for.
         """
-        if not scope["path"].startswith("/v1/") or scope["method"] in METHODS_WITHOUT_BODY:
+        is_page = PAGES_WITH_KEY.fullmatch(scope["path"]) is not None
+        may_be_signed = scope["method"] in READING_METHODS and authorization is None
+        is_link = may_be_signed and b"signature=" in scope.get("query_string", b"")
+        is_open = not scope["path"].startswith("/v1/") or is_link
+        if scope["method"] == "OPTIONS" or (is_open and not is_page):
             return None
         try:
-            scope["state"]["owner"] = await find_request_owner(self.context, authorization)
+            authorization = accept_password(authorization) if is_page else authorization
+            access = await admit_request(self.context, authorization, scope["method"])
+            scope["state"]["access"], scope["state"]["owner"] = access, access.key.id
         except (APIError, OmniVideoError) as error:
-            return to_api_error(error)
+            refusal = to_api_error(error)
+            if is_page and refusal.status_code == 401:
+                refusal.headers["WWW-Authenticate"] = PASSWORD_CHALLENGE
+            return refusal
         return None
 
     async def serve(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -156,6 +180,14 @@ class RequestMiddleware:
         log.info("%s %s %d in %.0f ms", method, scope["path"], status, elapsed_ms, extra=log_fields)
 
 
+def get_body_bytes(scope: Scope, content_length: str, max_body_bytes: int) -> int:
+    """Return how large a request's body may become: as its header says, or the limit if it does not say."""
+    if scope["method"] in METHODS_WITHOUT_BODY:
+        return 0
+    is_chunked = any(name == b"transfer-encoding" for name, _ in scope["headers"])
+    return max_body_bytes if is_chunked or not content_length.isdigit() else int(content_length[:20])
+
+
 def create_app(context: ServiceContext) -> FastAPI:
     @asynccontextmanager
     async def run_turns_while_serving(app: FastAPI) -> AsyncIterator[None]:
@@ -174,11 +206,15 @@ def create_app(context: ServiceContext) -> FastAPI:
     )
     add_documentation(app)
     metrics = operations.RequestMetrics(context)
-    app.state.context, app.state.event_feed, app.state.request_metrics = (
-        context,
-        EventFeed(context.turns, context.store),
-        metrics,
-    )
+    feed = EventFeed(context.turns, context.store)
+    app.state.context, app.state.event_feed, app.state.request_metrics = context, feed, metrics
+
+    def begin_stop() -> None:
+        """Give the turns of this process back, and answer the requests that wait for them; the server calls it."""
+        feed.stop()
+        threading.Thread(target=context.turn_runner.stop, name="stop-turns").start()
+
+    app.state.begin_stop = begin_stop
     # The last one added is the first that a request passes.
     app.add_middleware(ClientLimitMiddleware)
     app.add_middleware(RequestMiddleware, context=context, metrics=metrics)
@@ -186,7 +222,8 @@ def create_app(context: ServiceContext) -> FastAPI:
     register_error_handlers(app)
     # The routes of the documentation come first; those of the routers have their complete paths.
     app.state.api_routes = [route for route in app.routes if isinstance(route, Route)]
-    for routes in (chat, responses, videos, images, files, batches, webhooks, threads, understanding, operations):
+    model_routes, record_routes = (chat, responses, videos, images, understanding), (files, batches, webhooks, threads)
+    for routes in (*model_routes, *record_routes, usage, operations):
         app.include_router(routes.router)
         app.state.api_routes += routes.router.routes
     return app

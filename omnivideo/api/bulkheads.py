@@ -1,18 +1,21 @@
-"""Bound how many of the API's threads may be busy with one kind of work, so that the others stay free.
+"""Bound how many of the API's threads may be busy with one kind of work, and how many bytes large bodies may take.
 
 A thread that waits for a slow S3 server or for a decoding process is one that no other request can use. Once a kind of
-work has all threads that it may have, further requests for it are refused at once, with the time to try again.
+work has all threads that it may have, further requests for it are refused at once, with the time to try again. Large
+bodies wait for a while, so that simultaneous uploads exhaust neither the memory nor /tmp.
 """
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Collection, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from typing import BinaryIO, ParamSpec, TypeVar
 
+from anyio import CancelScope, Condition, move_on_after
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from omnivideo.api.errors import to_api_error, to_json_response
+from omnivideo.api.request_body import is_form
 from omnivideo.errors import PoolBusy
 from omnivideo.ports import SweepableObjectStore
 
@@ -21,6 +24,9 @@ MAX_DECODING_THREADS = 24  # fetch media, decode them, or render thumbnails
 MAX_STORE_THREADS = 32  # read or write the object store
 RETRY_SECONDS = 2.0
 MAX_REQUESTS_PER_ADDRESS = 256
+FREE_UPLOAD_BYTES = 2**20  # of a body that needs no admission; forms keep that much in memory too
+JSON_COPIES = 4  # of a JSON body in memory: its bytes, its text, its fields and the decoded media
+MAX_UPLOAD_WAIT_SECONDS, UPLOAD_RETRY_SECONDS = 20.0, 5.0
 LOCAL_ADDRESSES = ("", "127.0.0.1", "::1")
 Arguments = ParamSpec("Arguments")
 Answer = TypeVar("Answer")
@@ -120,3 +126,39 @@ class ClientLimitMiddleware:
             self.open_requests[address] -= 1
             if not self.open_requests[address]:
                 del self.open_requests[address]
+
+
+class UploadBudget:
+    """The bytes of the large bodies that this process holds at the same time; further ones wait unread.
+
+    One that is larger than the whole budget is admitted alone.
+    """
+
+    def __init__(self, max_bytes: int):
+        self.max_bytes, self.used_bytes = max_bytes, 0
+        self.changed = Condition()
+
+    @asynccontextmanager
+    async def admit(self, body_bytes: int, content_type: bytes) -> AsyncIterator[None]:
+        """Hold a body's bytes until its request has been answered. Raises PoolBusy if they are not free in time."""
+        needed_bytes = body_bytes if is_form(content_type) else body_bytes * JSON_COPIES
+        if body_bytes <= FREE_UPLOAD_BYTES:
+            yield
+            return
+        await self.reserve(needed_bytes)
+        try:
+            yield
+        finally:
+            self.used_bytes -= needed_bytes
+            with CancelScope(shield=True):  # others wait, even if this request was cancelled
+                async with self.changed:
+                    self.changed.notify_all()
+
+    async def reserve(self, needed_bytes: int) -> None:
+        with move_on_after(MAX_UPLOAD_WAIT_SECONDS):
+            async with self.changed:
+                while self.used_bytes and self.used_bytes + needed_bytes > self.max_bytes:
+                    await self.changed.wait()
+                self.used_bytes += needed_bytes
+                return
+        raise PoolBusy("body: too many large uploads at once; try again in a moment", UPLOAD_RETRY_SECONDS)

@@ -14,13 +14,21 @@ from typing import Annotated, BinaryIO, Protocol, TypeVar, cast
 from anyio.to_thread import run_sync
 from fastapi import Depends, Header, Path, Query, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
-from fastapi.security.utils import get_authorization_scheme_param
 from pydantic import BaseModel
 
-from omnivideo.agent.conversations import LOCAL_OWNER, Conversations
-from omnivideo.api.errors import APIError, build_key_in_use_error, build_key_reused_error
+from omnivideo.agent.conversations import Conversations
+from omnivideo.api.access import Access, AccessControl
+from omnivideo.api.errors import build_key_in_use_error, build_key_reused_error
 from omnivideo.api.request_digest import digest_request
-from omnivideo.api.stores import APIKeyStore, BatchStore, IdempotencyStore, UserFileStore, WebhookStore, WorkerStore
+from omnivideo.api.stores import (
+    APIKeyStore,
+    BatchStore,
+    IdempotencyStore,
+    UsageStore,
+    UserFileStore,
+    WebhookStore,
+    WorkerStore,
+)
 from omnivideo.api.turn_runner import TurnRunner
 from omnivideo.contracts import Artifact
 from omnivideo.ports import JobStore, SweepableObjectStore, TextLimits, TurnStore
@@ -66,6 +74,8 @@ class ServiceContext:
     idempotency_keys: IdempotencyStore
     workers: WorkerStore
     api_keys: APIKeyStore
+    access: AccessControl
+    usage: UsageStore
     conversations: Conversations
     turn_runner: TurnRunner
     ingest_media: IngestMedia
@@ -85,31 +95,23 @@ async def get_service_context(request: Request) -> ServiceContext:
 async def authenticate_owner(
     request: Request, credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(BEARER)] = None
 ) -> str:
-    """Return the request's owner; if it may have a body, the middleware has found the owner before reading it.
+    """Return the request's owner, whom the middleware has found, except for links with a signature.
 
-    Raises APIError (401) if the key is missing, wrong or revoked.
+    Raises APIError (401 or 403), and LimitReached.
     """
     owner: str | None = getattr(request.state, "owner", None)
     if owner is None:
         context = await get_service_context(request)
-        request.state.owner = owner = await find_request_owner(context, request.headers.get("authorization"))
+        access = await admit_request(context, request.headers.get("authorization"), request.method)
+        request.state.access, request.state.owner = access, (owner := access.key.id)
     return owner
 
 
-async def find_request_owner(context: ServiceContext, authorization: str | None) -> str:
-    """Return the id of the API key in a request's header, or LOCAL_OWNER if the service requires no keys.
-
-    Raises APIError (401) if the key is missing, wrong or revoked.
-    """
-    if not context.api_keys.is_required:
-        return LOCAL_OWNER
-    scheme, key = get_authorization_scheme_param(authorization)
-    owner = await run_sync(context.api_keys.find_owner, key) if scheme.lower() == "bearer" and key else None
-    if owner is None:
-        unauthorized = APIError(401, "the API key is missing, wrong or revoked", None, "invalid_api_key")
-        unauthorized.headers["WWW-Authenticate"] = "Bearer"
-        raise unauthorized
-    return owner
+async def admit_request(context: ServiceContext, authorization: str | None, method: str) -> Access:
+    """Return what a request may do. Raises APIError (401 or 403), and LimitReached."""
+    if not context.access.needs_database:
+        return context.access.admit(authorization, method)
+    return await run_sync(context.access.admit, authorization, method)
 
 
 ContextDep = Annotated[ServiceContext, Depends(get_service_context)]

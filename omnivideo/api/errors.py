@@ -4,6 +4,7 @@ The body is {"error": {"message", "type", "param", "code"}}; it never contains i
 """
 
 import logging
+import math
 from typing import Any, NamedTuple
 
 from fastapi import FastAPI, Request
@@ -18,15 +19,18 @@ from starlette.routing import Match
 from omnivideo.agent.capabilities import explain_invalid_input
 from omnivideo.contracts import JobStatus
 from omnivideo.errors import (
+    LIMIT_CODE,
     ArtifactNotFound,
     DecodingBusy,
     InvalidInput,
     JobCancelled,
     JobFailed,
+    LimitReached,
     ModelUnavailable,
     OmniVideoError,
     PoolBusy,
     ServiceBusy,
+    ServiceStopping,
     StoreError,
     build_job_error,
 )
@@ -114,8 +118,10 @@ HTTP_MAPPINGS: dict[type[BaseException], HTTPMapping] = {
     StoreError: HTTPMapping(503, "unavailable", retry_after_seconds=5),
     ArtifactNotFound: HTTPMapping(404, "not_found"),
     ServiceBusy: HTTPMapping(429, "queue_full"),  # the error says when to retry
-    DecodingBusy: HTTPMapping(503, "unavailable"),  # so do these
+    LimitReached: HTTPMapping(429, LIMIT_CODE),  # so do these
+    DecodingBusy: HTTPMapping(503, "unavailable"),
     PoolBusy: HTTPMapping(503, "unavailable"),
+    ServiceStopping: HTTPMapping(503, "unavailable"),
     ModelUnavailable: HTTPMapping(503, "unavailable", retry_after_seconds=5),
     JobFailed: HTTPMapping(500),  # the error has the job's code
     JobCancelled: HTTPMapping(409, "cancelled"),
@@ -134,10 +140,24 @@ def to_api_error(error: BaseException) -> APIError:
     api_error = APIError(mapping.status_code, str(error), param, code)
     retry_after = error.retry_after_seconds if isinstance(error, ServiceBusy) else mapping.retry_after_seconds
     if retry_after is not None:
-        api_error.headers["Retry-After"] = str(max(1, round(retry_after)))
+        api_error.headers["Retry-After"] = str(max(1, math.ceil(retry_after)))
+    if isinstance(error, LimitReached) and error.limit:
+        retry_seconds = math.ceil(error.retry_after_seconds)
+        api_error.headers |= format_quota(error.limit, error.quota, error.window_seconds, 0, retry_seconds)
     if isinstance(error, InvalidInput):
         api_error.explanation = explain_invalid_input(error)
     return api_error
+
+
+def format_quota(limit: str, quota: float, window_seconds: int, left: float, seconds: int) -> dict[str, str]:
+    """Return the headers RateLimit-Policy and RateLimit of draft-ietf-httpapi-ratelimit-headers-10.
+
+    `left` is what remains of the quota, and `seconds` when it is available again.
+    """
+    units = {"open-jobs": ';qu="concurrent-requests"', "stored-bytes": ';qu="content-bytes"'}
+    window = f";w={window_seconds}" if window_seconds else ""
+    policy = f'"{limit}";q={math.floor(quota)}{units.get(limit, "")}{window}'
+    return {"RateLimit-Policy": policy, "RateLimit": f'"{limit}";r={math.floor(left)};t={seconds}'}
 
 
 def log_if_internal(error: BaseException, subject: str) -> None:

@@ -8,12 +8,12 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, suppress
 from typing import Any, NamedTuple, cast
 
-from anyio import current_time, move_on_after
+from anyio import CancelScope, current_time, move_on_after
 from anyio.to_thread import run_sync
 from fastapi import Request
 
-from omnivideo.errors import ArtifactNotFound, StoreError
-from omnivideo.ports import ObjectStore, TurnStore
+from omnivideo.errors import ArtifactNotFound, ServiceStopping, StoreError
+from omnivideo.ports import Change, ChangeWatch, ObjectStore, TurnStore
 
 NumberedEvent = tuple[int, dict[str, Any]]
 # How long a stream waits for the turn to begin, so that a turn that fails before has the status of its error.
@@ -34,6 +34,26 @@ class EventFeed:
     def __init__(self, turns: TurnStore, store: ObjectStore):
         self.turns = turns
         self.store = store
+        self.is_stopping = False
+        self.waits: set[CancelScope] = set()  # of the followers that wait for a change
+
+    def stop(self) -> None:
+        """Raise ServiceStopping in every follower, now and later; call it in the followers' event loop."""
+        self.is_stopping = True
+        for wait in self.waits:
+            wait.cancel()
+
+    async def receive_change(self, watch: ChangeWatch) -> Change | None:
+        """Return what the watch receives. Raises ServiceStopping once the service stops."""
+        with CancelScope() as wait:
+            if self.is_stopping:
+                raise ServiceStopping
+            self.waits.add(wait)
+            try:
+                return await watch.receive()
+            finally:
+                self.waits.discard(wait)
+        raise ServiceStopping
 
     async def follow_turn(
         self, turn_id: str, last_number: int = 0, idle_seconds: float = math.inf
@@ -44,7 +64,7 @@ class EventFeed:
 
         The next event is yielded directly from its notification. In all other cases (a gap in the numbers, the end of
         the turn, a timeout, a lost connection), the database is read. While the database is unavailable, the follower
-        waits.
+        waits. Raises ServiceStopping.
         """
         with self.turns.watch_events(turn_id) as watch:
             change, last_event_at = None, time.monotonic()
@@ -65,7 +85,7 @@ class EventFeed:
                 elif time.monotonic() - last_event_at > idle_seconds:
                     last_event_at = time.monotonic()
                     yield last_number, {"kind": "idle", "seconds": round(idle_seconds)}
-                change = await watch.receive()
+                change = await self.receive_change(watch)
 
     async def wait_for_beginning(self, turn_id: str) -> Beginning:
         """Wait until the turn answers, asks, reasons or renders, until it ends, or for a while.
@@ -90,15 +110,19 @@ class EventFeed:
             pass
 
     async def stream_turn(self, turn_id: str, last_number: int = 0) -> AsyncIterator[dict[str, str]]:
-        """Yield the turn's events as sse-starlette expects them, with their number as the id."""
-        async for number, event in self.follow_turn(turn_id, last_number):
-            if event["kind"] == "preview" and "key" in event:
-                try:
-                    png = await run_sync(self.store.get, event["key"])
-                except ArtifactNotFound:
-                    continue  # the turn has ended, and its previews have been swept
-                event = {"kind": "preview", "png": base64.b64encode(png).decode()}
-            yield {"id": str(number), "event": str(event["kind"]), "data": json.dumps(event)}
+        """Yield the turn's events as sse-starlette expects them, with their number as the id.
+
+        The stream of a service that stops ends early; its client continues it after the last number.
+        """
+        with suppress(ServiceStopping):
+            async for number, event in self.follow_turn(turn_id, last_number):
+                if event["kind"] == "preview" and "key" in event:
+                    try:
+                        png = await run_sync(self.store.get, event["key"])
+                    except ArtifactNotFound:
+                        continue  # the turn has ended, and its previews have been swept
+                    event = {"kind": "preview", "png": base64.b64encode(png).decode()}
+                yield {"id": str(number), "event": str(event["kind"]), "data": json.dumps(event)}
 
 
 def get_event_feed(request: Request) -> EventFeed:

@@ -1,10 +1,12 @@
-"""Images and clips in requests and responses: what a request refers to, and responses with a range of bytes."""
+"""Images and clips in requests and responses: what a request refers to or uploads, and responses with ranges."""
 
+import os
 import re
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import anyio
 from anyio.lowlevel import RunVar
@@ -33,6 +35,32 @@ DOWNLOAD_LIMITER: RunVar[anyio.CapacityLimiter] = RunVar("download_limiter")
 RANGE_PATTERN = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")
 
 
+# ---------------------------------------------------------------- storing
+
+
+@contextmanager
+def reserve_bytes(context: ServiceContext, owner: str, size_bytes: int) -> Iterator[None]:
+    """Count bytes that are stored within the context; they are not counted if that fails.
+
+    Raises LimitReached if the owner may not store them today.
+    """
+    context.usage.reserve_bytes(owner, size_bytes)
+    try:
+        yield
+    except BaseException:
+        context.usage.add_usage(owner, stored_bytes=-size_bytes)
+        raise
+
+
+def store_media(
+    context: ServiceContext, owner: str, source: bytes | BinaryIO, created_by: str, name: str = ""
+) -> Artifact:
+    """Store an owner's image or clip. Raises UnreadableMedia if it is neither, and LimitReached."""
+    size_bytes = len(source) if isinstance(source, bytes) else source.seek(0, os.SEEK_END)
+    with reserve_bytes(context, owner, size_bytes):
+        return context.ingest_media(source, created_by, name)
+
+
 # ---------------------------------------------------------------- attachments of threads and chats
 
 
@@ -58,7 +86,7 @@ def artifact_from_part(context: ServiceContext, owner: str, part: MediaPart, cre
     """Return the part as a stored artifact; raise an InvalidInput that names the request's field."""
     try:
         if part.url is not None:
-            return context.ingest_media(context.fetch_media(part.url), created_by)
+            return store_media(context, owner, context.fetch_media(part.url), created_by)
         return artifact_from_file(context, owner, str(part.file_id)).model_copy(update={"created_by": created_by})
     except InvalidInput as error:
         raise rename_error_field(error, field) from None
@@ -102,7 +130,7 @@ def resolve_source(context: ServiceContext, owner: str, reference: MediaReferenc
 
 
 def artifact_from_upload(context: ServiceContext, owner: str, file: UploadFile) -> Artifact:
-    return context.ingest_media(file.file, "upload", file.filename or "")
+    return store_media(context, owner, file.file, "upload", file.filename or "")
 
 
 def artifact_from_file(context: ServiceContext, owner: str, file_id: str) -> Artifact:
@@ -115,7 +143,7 @@ def artifact_from_file(context: ServiceContext, owner: str, file_id: str) -> Art
 
 
 def artifact_from_url(context: ServiceContext, owner: str, url: str) -> Artifact:
-    return context.ingest_media(context.fetch_media(url), "upload")
+    return store_media(context, owner, context.fetch_media(url), "upload")
 
 
 def artifact_from_job(context: ServiceContext, owner: str, job_id: str) -> Artifact:

@@ -46,7 +46,9 @@ def refuse_value(value: object) -> None:
 
 def refuse_unless_off(value: object) -> object:
     """Return false, 0 or None, which change nothing; raise ValueError for anything else."""
-    return refuse_value(value) if value else value
+    if value:
+        refuse_value(value)
+    return value
 
 
 # A field that changes the result and that this service cannot honour: it is refused by name, not ignored.
@@ -91,10 +93,17 @@ async def read_form(request: Request) -> FormData:
 BodyFields = Annotated[dict[str, Any], Depends(read_body_fields)]
 
 
+def get_content_type(scope: Scope) -> bytes:
+    return next((value for name, value in scope["headers"] if name == b"content-type"), b"").lower()
+
+
+def is_form(content_type: bytes) -> bool:
+    return content_type.startswith((b"multipart/form-data", b"application/x-www-form-urlencoded"))
+
+
 def get_max_body_bytes(scope: Scope, max_upload_bytes: int) -> tuple[int, str]:
     """Return how large a request's body may be, and the advice for a larger one. Only forms may contain files."""
-    content_type = next((value for name, value in scope["headers"] if name == b"content-type"), b"").lower()
-    if content_type.startswith((b"multipart/form-data", b"application/x-www-form-urlencoded")):
+    if is_form(get_content_type(scope)):
         return max_upload_bytes, ""
     takes_media = MEDIA_PATHS.fullmatch(scope["path"]) is not None
     return min(max_upload_bytes, MAX_MEDIA_JSON_BYTES if takes_media else MAX_JSON_BYTES), "; send files as a form"

@@ -7,7 +7,16 @@ storage/database implement all of them.
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from omnivideo.records import BatchRecord, FileRecord, KeyClaim, WebhookRecord, WorkerRecord
+from omnivideo.records import (
+    APIKeyRecord,
+    BatchRecord,
+    FileRecord,
+    KeyClaim,
+    RequestWindow,
+    UsageRecord,
+    WebhookRecord,
+    WorkerRecord,
+)
 
 
 class UserFileStore(Protocol):
@@ -106,8 +115,30 @@ class APIKeyStore(Protocol):
         """Return whether a request needs a key, which it does if the operator has set an admin key."""
         ...
 
-    def find_owner(self, key: str) -> str | None:
-        """Return the id of the key, which owns everything created with it, or None if the key is wrong or revoked."""
+    def find_key(self, key: str) -> APIKeyRecord | None:
+        """Return a key, whose id owns everything created with it, or None if it is wrong or revoked, or has expired."""
+        ...
+
+
+class UsageStore(Protocol):
+    def count_request(self, owner: str) -> RequestWindow:
+        """Count a request of the owner in the current minute."""
+        ...
+
+    def reserve_bytes(self, owner: str, size_bytes: int) -> None:
+        """Count bytes that are about to be stored. Raises LimitReached if the owner may not store them today."""
+        ...
+
+    def add_usage(self, owner: str, **counts: float) -> None:
+        """Add to what the owner has used today; the names are fields of UsageRecord."""
+        ...
+
+    def check_daily_limits(self, owner: str) -> None:
+        """Raise LimitReached if the owner has used up a share of the day."""
+        ...
+
+    def list_usage(self, owner: str | None, num_days: int) -> list[UsageRecord]:
+        """Return the use of the last days by one owner or by all, the newest day first."""
         ...
 
 

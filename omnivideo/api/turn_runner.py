@@ -14,6 +14,7 @@ from opentelemetry.propagate import extract, inject
 from omnivideo.agent.conversations import Conversations
 from omnivideo.agent.thread import Thread, parse_turn_options
 from omnivideo.api.errors import APIError, build_not_found_error, error_from_turn, log_if_internal, to_api_error
+from omnivideo.api.stores import UsageStore
 from omnivideo.contracts import OPEN_STATES, Artifact, Lane
 from omnivideo.errors import ArtifactNotFound, InvalidInput, JobCancelled, ModelUnavailable, OmniVideoError, StoreError
 from omnivideo.ports import JobStore, TurnStore
@@ -55,9 +56,11 @@ class TurnRunner:
         conversations: Conversations,
         heartbeat_timeout_seconds: float,
         max_concurrent_turns: int = 16,
+        usage: UsageStore | None = None,
     ):
         self.turns = turns
         self.jobs = jobs
+        self.usage = usage
         self.conversations = conversations
         self.heartbeat_timeout_seconds = heartbeat_timeout_seconds
         self.max_concurrent_turns = max_concurrent_turns
@@ -240,12 +243,23 @@ class TurnRunner:
                 # If the store is unavailable, the turn is taken over later and found to be complete.
                 with suppress(StoreError):
                     self.turns.end_turn(turn, state, error)
+                with suppress(OmniVideoError):
+                    self.record_tokens(turn)
         finally:
             if self.running_turns.get(turn.id) is turn:
                 del self.running_turns[turn.id]
                 self.interrupt_reasons.pop(turn.id, None)
                 self.last_event_times.pop(turn.id, None)
             self.turns_changed.set()
+
+    def record_tokens(self, turn: TurnRecord) -> None:
+        """Count the tokens of the turn's text, and of its answer and reasoning, for the turn's owner."""
+        if self.usage is None:
+            return
+        events = [event for _, event in self.turns.list_events(turn.id)]
+        answer = "".join(event["delta"] for event in events if event["kind"] in ("text", "thinking"))
+        prompt_tokens, answer_tokens = map(self.conversations.mllm.count_tokens, (turn.body["text"], answer))
+        self.usage.add_usage(turn.owner, prompt_tokens=prompt_tokens, answer_tokens=answer_tokens)
 
     def retry_while_unavailable(self, turn: TurnRecord) -> str:
         """Run the turn, and continue it from the thread's last checkpoint after a server was unavailable.

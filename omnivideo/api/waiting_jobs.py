@@ -12,6 +12,7 @@ from omnivideo.api.generation import JobRequest, find_live_job, submit_jobs
 from omnivideo.api.generation_requests import GenerationRequest
 from omnivideo.api.waiting import leave_work
 from omnivideo.contracts import JobStatus
+from omnivideo.errors import ServiceStopping
 
 DISCONNECT_CHECK_SECONDS = 0.5  # how often a waiting request checks that its client is still connected
 Payload = TypeVar("Payload", bound=GenerationRequest)
@@ -74,7 +75,10 @@ class WaitingJobs(Generic[Payload]):
         return statuses
 
     async def wait(self, request: Request) -> list[JobStatus] | None:
-        """Return what `run` returns. If a job fails or is cancelled, the others are cancelled and its error raised."""
+        """Return what `run` returns. If a job fails or is cancelled, the others are cancelled and its error raised.
+
+        Raises ServiceStopping.
+        """
         jobs = self.context.jobs
         with jobs.watch_ends(self.ids) as watch:
             while True:
@@ -88,4 +92,6 @@ class WaitingJobs(Generic[Payload]):
                     return statuses
                 if await request.is_disconnected():
                     return None
+                if self.context.turn_runner.stop_event.is_set():
+                    raise ServiceStopping
                 await watch.receive(DISCONNECT_CHECK_SECONDS)

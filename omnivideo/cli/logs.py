@@ -5,6 +5,7 @@ import logging
 import math
 import re
 import sys
+import tempfile
 import time
 from collections import Counter
 from datetime import datetime
@@ -73,6 +74,29 @@ class RepetitionFilter(logging.Filter):
         return self.counts[kind] <= MAX_REPETITIONS
 
 
+def select_formatter(settings: "ServiceSettings") -> type[logging.Formatter]:
+    is_text = settings.log_format == "text" or (settings.log_format == "auto" and sys.stderr.isatty())
+    return TextLogFormatter if is_text else JSONLogFormatter
+
+
+def write_logging_configuration(settings: "ServiceSettings") -> str:
+    """Write the same configuration to a temporary file, for a program that this process becomes; return its path."""
+    level = settings.log_level.upper()
+    handler = {"class": "logging.StreamHandler", "formatter": "ours", "filters": ["repetitions"]}
+    configuration = {
+        "version": 1,
+        "disable_existing_loggers": False,
+        "formatters": {"ours": {"()": f"{__name__}.{select_formatter(settings).__name__}"}},
+        "filters": {"repetitions": {"()": f"{__name__}.{RepetitionFilter.__name__}"}},
+        "handlers": {"stderr": handler},
+        "root": {"level": level, "handlers": ["stderr"]},
+        "loggers": {name: {"level": "WARNING"} for name in VERBOSE_LOGGERS},
+    }
+    with tempfile.NamedTemporaryFile("w", suffix=".json", prefix="omnivideo-logs-", delete=False) as file:
+        json.dump(configuration, file)
+    return file.name
+
+
 def configure_logging(component: str, settings: "ServiceSettings", with_traces: bool = True) -> None:
     """Log to stderr as the settings say, and export traces if they say so.
 
@@ -80,8 +104,7 @@ def configure_logging(component: str, settings: "ServiceSettings", with_traces: 
     """
     handler = logging.StreamHandler(sys.stderr)
     handler.addFilter(RepetitionFilter())
-    is_text = settings.log_format == "text" or (settings.log_format == "auto" and sys.stderr.isatty())
-    handler.setFormatter(TextLogFormatter() if is_text else JSONLogFormatter())
+    handler.setFormatter(select_formatter(settings)())
     level = logging.getLevelNamesMapping()[settings.log_level.upper()]
     logging.basicConfig(level=level, handlers=[handler], force=True)
     logging.captureWarnings(True)  # those of libraries would be lines of another format

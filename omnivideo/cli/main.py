@@ -12,12 +12,13 @@ from rich.table import Table
 from rich.text import Text
 
 from omnivideo import __version__
-from omnivideo.cli import data, service, weights
+from omnivideo.cli import data, keys, service, weights
 from omnivideo.cli.app import (
     CONVERSATION,
     INSTALLATION_COMMANDS,
     OUTPUT,
     SAMPLING,
+    SERVICE_COMMANDS,
     TRAINING_COMMANDS,
     VIDEO_COMMANDS,
     DeviceOption,
@@ -163,7 +164,7 @@ def edit(
 @app.command(rich_help_panel=VIDEO_COMMANDS)
 def understand(
     source: Annotated[Path, typer.Argument(help="The clip or image that the question is about.")],
-    question: Annotated[str, typer.Argument(help="The question.")],
+    question: Annotated[str, typer.Argument(help="The question. By default, the clip or the image is described.")] = "",
     preset: PresetOption = "tiny",
     weights: WeightsOption = None,
     device: DeviceOption = "auto",
@@ -171,8 +172,9 @@ def understand(
     """Answer a question about a clip or an image."""
     from omnivideo.media.read import measure_media
 
+    info = measure_media(source)
+    question = question or f"describe the {'picture' if info.frames == 1 else 'video'}"
     question = open_text_limits(preset, weights).check_message("question", question)
-    measure_media(source)
     studio = open_studio(preset, weights, device)
     studio.understand(source, question, on_text=lambda piece: console.print(Text(piece), end="", soft_wrap=True))
     console.print()
@@ -256,6 +258,7 @@ def batch(
 
 
 app.add_typer(service.app)
+app.add_typer(keys.app, name="keys", rich_help_panel=SERVICE_COMMANDS)
 app.command(rich_help_panel=TRAINING_COMMANDS)(train)
 app.command(rich_help_panel=TRAINING_COMMANDS)(plan)
 app.command(rich_help_panel=TRAINING_COMMANDS)(evaluate)

@@ -1,4 +1,4 @@
-"""The service's commands: serve, worker, mllm, migrate, sweep and keys. Their settings come from the environment."""
+"""The service's commands: serve, worker, mllm, migrate and sweep. Their settings come from the environment."""
 
 import errno
 import logging
@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from omnivideo.cli.app import SERVER, SERVICE_COMMANDS, DeviceOption, HomeOption, WeightsOption, console, error_console
-from omnivideo.cli.logs import configure_logging
+from omnivideo.cli.app import SERVER, SERVICE_COMMANDS, DeviceOption, HomeOption, WeightsOption, console
+from omnivideo.cli.logs import configure_logging, write_logging_configuration
 from omnivideo.cpu_threads import configure_cpu_threads
 from omnivideo.errors import InvalidInput, MissingDependency
 from omnivideo.startup import pause_collection
@@ -24,12 +24,7 @@ if TYPE_CHECKING:
     from omnivideo.wiring import ServiceWiring
 
 app = typer.Typer()
-keys_cli = typer.Typer(no_args_is_help=True)
 mllm_cli = typer.Typer(no_args_is_help=True)
-OPEN_SERVICE_WARNING = (
-    "warning: OMNIVIDEO_ADMIN_KEY is empty, so the service answers everyone, with or without a key;"
-    " set it where the service runs, and restart the service"
-)
 STARTUP_FAILURE = 3  # uvicorn's exit status
 VLLM, LOGS = "vLLM", "Logs"
 
@@ -94,10 +89,20 @@ def run_server(
     """Run an HTTP application on a bound socket until the process receives SIGINT or SIGTERM."""
     try:
         import uvicorn
+        from sse_starlette.sse import AppStatus
 
         from omnivideo.api.connections import RESERVED_FILES, ConnectionLimits, create_protocol, raise_file_limit
     except ImportError:
         raise MissingDependency("a server needs: pip install 'omnivideo[serve]'") from None
+
+    class StoppingServer(uvicorn.Server):  # type: ignore[misc]
+        """Tells the application when it begins to stop, before it waits for the requests in progress."""
+
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            if begin_stop := getattr(config.app.state, "begin_stop", None):
+                begin_stop()
+            await super().shutdown(sockets)
+
     limits = ConnectionLimits(max(16, raise_file_limit() - RESERVED_FILES), trusted_proxies=trusted_proxies)
     # uvicorn sends itself the signal again after it has shut down: the caller's clean-up must still run then.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
@@ -112,11 +117,29 @@ def run_server(
         http=create_protocol(limits),
         proxy_headers=False,  # the service reads them itself, from the proxies in its settings
     )
-    server = uvicorn.Server(config)
+    server = StoppingServer(config)
+    AppStatus.disable_automatic_graceful_drain()  # streams of a service that stops end by themselves, and say so
     with suppress(KeyboardInterrupt):
         server.run(sockets=[listener])
     if not server.started:
         sys.exit(STARTUP_FAILURE)
+
+
+def serve_metrics(host: str, port: int, application: Any) -> Callable[[], None]:
+    """Serve an application's metrics on a port of their own, which needs no key. Return what stops it."""
+    from prometheus_client import start_http_server
+
+    try:
+        server, _ = start_http_server(port, host, application.state.request_metrics.registry)
+    except OSError as error:
+        message = f"this process cannot listen on {port}: {error.strerror}"
+        raise InvalidInput("OMNIVIDEO_METRICS_PORT", message) from None
+
+    def stop() -> None:
+        server.shutdown()
+        server.server_close()
+
+    return stop
 
 
 @app.command(rich_help_panel=SERVICE_COMMANDS)
@@ -141,12 +164,15 @@ def serve(
         raise MissingDependency(f"the service needs {error.name}: pip install 'omnivideo[serve,worker]'") from None
     with listen(host, port) as listener:
         wiring = build_wiring(settings, device)
+
+        def build_application() -> Any:
+            application = create_app(wiring.start_background_services(wiring.build_service_context()))
+            if settings.metrics_port:
+                wiring.close_callbacks.append(serve_metrics(host, settings.metrics_port, application))
+            return application
+
         try:
-            run_server(
-                lambda: create_app(wiring.start_background_services(wiring.build_service_context())),
-                listener,
-                settings.trusted_proxies,
-            )
+            run_server(build_application, listener, settings.trusted_proxies)
         finally:
             wiring.close()
 
@@ -231,6 +257,7 @@ def mllm_serve(
     if lora is not None:
         check_lora(lora, launch.find_language_model(folder))
     if server_command := launch.build_command(device, folder, port, host, engine, serving_options):
+        server_command.environment.setdefault("VLLM_LOGGING_CONFIG_PATH", write_logging_configuration(settings))
         launch.exec_command(server_command)
     serve_with_transformers(settings, device, folder, lora, host, port)
 
@@ -255,7 +282,7 @@ def serve_with_transformers(
         log_placement(omni)
         if lora is not None:
             merge_lora(getattr(omni.mllm, "llm", omni.mllm), lora)
-        run_server(lambda: create_mllm_app(LocalMLLM(omni, LRUObjectStore())), listener)
+        run_server(lambda: create_mllm_app(LocalMLLM(omni, LRUObjectStore()), settings.mllm_key), listener)
 
 
 def log_placement(omni: "OmniVideoModel") -> None:
@@ -286,42 +313,4 @@ def sweep(home: HomeOption = None) -> None:
     console.print(f"{len(removed_keys)} artifacts removed")
 
 
-@keys_cli.command("add")
-def add_api_key(name: Annotated[str, typer.Argument(help="Name of the key's owner.")]) -> None:
-    """Create a key and print it. It cannot be shown again."""
-    from omnivideo.storage.database.keys import APIKeyRepository
-
-    wiring = build_wiring()
-    key_id, key = APIKeyRepository(wiring.engine).create_key(name)
-    console.print(f"{key_id}  {key}", highlight=False, soft_wrap=True)
-    if not wiring.settings.admin_key:
-        error_console.print(OPEN_SERVICE_WARNING, style="yellow", highlight=False, markup=False, soft_wrap=True)
-
-
-@keys_cli.command("list")
-def list_api_keys() -> None:
-    """List all keys by id and name."""
-    from omnivideo.storage.database.keys import APIKeyRepository
-
-    for row in APIKeyRepository(build_wiring().engine).list_keys():
-        revoked = "  revoked" if row["revoked"] else ""
-        console.print(f"{row['id']}  {row['name']}{revoked}", highlight=False, markup=False)
-
-
-@keys_cli.command("revoke")
-def revoke_api_key(key_id: Annotated[str, typer.Argument(help="Id of the key, as `keys list` prints it.")]) -> None:
-    """Revoke a key, so that requests with it are refused."""
-    from omnivideo.storage.database.keys import APIKeyRepository
-
-    if not APIKeyRepository(build_wiring().engine).revoke_key(key_id):
-        raise InvalidInput("key", f"there is no key {key_id!r}")
-    console.print("revoked")
-
-
-@keys_cli.callback()
-def describe_key_commands() -> None:
-    """Create, list and revoke API keys."""
-
-
-app.add_typer(keys_cli, name="keys", rich_help_panel=SERVICE_COMMANDS)
 app.add_typer(mllm_cli, name="mllm", rich_help_panel=SERVICE_COMMANDS)

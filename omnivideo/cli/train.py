@@ -10,6 +10,7 @@ from omnivideo.cli.app import console, parse_width_height
 from omnivideo.cli.config_options import accept_config
 from omnivideo.cli.data import print_skips
 from omnivideo.presets import get_preset
+from omnivideo.startup import stop_deferring
 from omnivideo.training.config import SHARD_RECIPES, TrainingConfig
 from omnivideo.training.planning.gpus import GPUS, parse_gpus
 
@@ -23,6 +24,7 @@ GPUS_HELP = f"COUNTxNAME, e.g. 8xH100; NAME is one of {', '.join(GPUS)}."
 @accept_config(TrainingConfig)
 def train(config: TrainingConfig) -> None:
     """Train a recipe over the synthetic world, or a stage over shards, and resume from the latest checkpoint."""
+    stop_deferring("torch", "transformers.distributed")  # training compiles, and shards over devices
     from omnivideo.training.engine.distributed.launcher import relaunch_command
     from omnivideo.training.engine.distributed.processes import is_launched
     from omnivideo.training.train import run_training

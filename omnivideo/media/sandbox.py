@@ -124,7 +124,18 @@ def acquire_process_slot(slot_seconds: float) -> Iterator[None]:
 
 @contextmanager
 def open_memory_file(source: BinaryIO) -> Iterator[int]:
-    """Yield a descriptor of an anonymous file with the bytes of the source."""
+    """Yield a descriptor of an anonymous file with the bytes of the source.
+
+    A source that is a file itself, such as an upload of several megabytes, is opened again, for reading only: a copy of
+    it would be in memory.
+    """
+    if (path := find_descriptor_path(source)) is not None:
+        media_fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            yield media_fd
+        finally:
+            os.close(media_fd)
+        return
     media_fd = os.memfd_create("media")
     try:
         source.seek(0)
@@ -133,6 +144,15 @@ def open_memory_file(source: BinaryIO) -> Iterator[int]:
         yield media_fd
     finally:
         os.close(media_fd)
+
+
+def find_descriptor_path(source: BinaryIO) -> str | None:
+    """Return the path of a file's descriptor, with which it can be opened again; None for bytes in memory."""
+    try:
+        source.flush()
+        return f"/proc/self/fd/{source.fileno()}"
+    except (OSError, AttributeError):
+        return None
 
 
 def run_child_process(request: str, media_fd: int, process_limits: ProcessLimits) -> tuple[bytes, int | None]:

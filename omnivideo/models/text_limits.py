@@ -9,9 +9,7 @@ import json
 from functools import cached_property
 from html import unescape
 from pathlib import Path
-
-from ftfy import fix_text
-from tokenizers import Tokenizer
+from typing import TYPE_CHECKING
 
 from omnivideo.contracts import (
     SamplingParams,
@@ -24,9 +22,14 @@ from omnivideo.contracts import (
 from omnivideo.errors import TextTooLong
 from omnivideo.presets import Preset
 
+if TYPE_CHECKING:  # an API process whose models are on other machines has neither this nor ftfy
+    from tokenizers import Tokenizer
+
 
 def clean_text(text: str) -> str:
     """Return the text as Wan's encoder was trained on it: broken Unicode and HTML entities repaired, blanks joined."""
+    from ftfy import fix_text
+
     return " ".join(unescape(unescape(fix_text(text))).split())
 
 
@@ -99,11 +102,11 @@ class TokenLimits:
         return inner if inner.is_dir() else self.folder / "mllm"
 
     @cached_property
-    def mllm_tokenizer(self) -> Tokenizer:
+    def mllm_tokenizer(self) -> "Tokenizer":
         return load_tokenizer(self.mllm_folder)
 
     @cached_property
-    def encoder_tokenizer(self) -> Tokenizer:
+    def encoder_tokenizer(self) -> "Tokenizer":
         assert self.folder is not None
         return load_tokenizer(self.folder / "tokenizer")
 
@@ -119,8 +122,10 @@ class TokenLimits:
         return min(bounds, default=1_000_000)
 
 
-def load_tokenizer(folder: Path) -> Tokenizer:
+def load_tokenizer(folder: Path) -> "Tokenizer":
     """Load the tokenizer of a folder, which truncates nothing."""
+    from tokenizers import Tokenizer
+
     path = folder / "tokenizer.json"
     if path.is_file():
         tokenizer = Tokenizer.from_file(str(path))

@@ -175,6 +175,12 @@ def choose_trained_frames(shapes: TrainedShapes, frames: int) -> int:
     )
 
 
+def describe_frames(preset: Preset, task: Task, defaults: SamplingDefaults) -> str:
+    """Return the numbers of frames that a task of a preset delivers, such as "2 to 9"."""
+    most = max(get_trained_shapes(preset, task, defaults).frames)
+    return "1" if most == 1 else f"2 to {most}"
+
+
 def list_numbers(numbers: tuple[int, ...]) -> str:
     return " or ".join(map(str, sorted(numbers)))
 

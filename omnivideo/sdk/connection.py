@@ -23,6 +23,7 @@ from omnivideo.network import CERTIFICATE_ADVICE, create_tls_context, find_certi
 
 MAX_ATTEMPTS = 5  # per request; a repeated POST carries the same idempotency key, so it creates nothing twice
 CANCEL_TIMEOUT_SECONDS = 5.0  # how long a cancelled call waits until the service knows
+MAX_RETRY_AFTER_SECONDS = 60.0  # a request that may be repeated only later than that is not repeated
 TEMPORARY_STATUSES = (429, 502, 503, 504)
 UNREACHABLE_MESSAGE = "service: it cannot be reached; is it running, and is the address right?"
 # Our names of options -> the names in requests.
@@ -71,6 +72,8 @@ class ServiceConnection:
                 if response.status_code not in TEMPORARY_STATUSES and "Retry-After" not in response.headers:
                     raise error
                 pause = float(response.headers.get("Retry-After", pause))
+                if pause > MAX_RETRY_AFTER_SECONDS:  # such as a share of the day that is used up
+                    raise error
             except httpx.TransportError as transport_error:
                 raise_for_certificate(transport_error)
             if attempt + 1 < MAX_ATTEMPTS:

@@ -199,6 +199,21 @@ def test_a_turn_refers_to_its_attachment():
     assert results[1].artifact.source == results[0].artifact.key
 
 
+@pytest.mark.parametrize(
+    ("text", "sources"),
+    [
+        ("describe these", ["cat.png", "dog.png"]),
+        ("how many circles are there?", ["cat.png", "dog.png"]),
+        ("describe the first picture", ["cat.png"]),
+        ("make the first picture green", ["cat.png"]),
+        ("make it green", ["dog.png"]),
+    ],
+)
+def test_a_turn_refers_to_several_attachments(text, sources):
+    results = Conversation().say(text, attachments=["cat.png", "dog.png"]).results
+    assert [result.action.source for result in results] == sources
+
+
 def make_edit_instruction(rng, video):
     kinds = ("recolour", "reshape", "remove", "background", "resize", "replace", "swap", "place")
     return sample_edit(rng, video, kinds=kinds).instruction

@@ -5,6 +5,7 @@ from typing import get_args
 
 import pytest
 
+from omnivideo.agent.small_world.facts import answer_fact
 from omnivideo.agent.small_world.lexicon import tokenize
 from omnivideo.agent.small_world.readings import Context
 from omnivideo.agent.small_world.scenes import read_scene
@@ -74,7 +75,8 @@ def test_indirect_requests_and_questions_are_passed_on_as_they_are():
         scene = sample_scene(rng, index % 2 == 0, composed_share=0.3)
         question = sample_question(rng, scene, QUESTION_WEIGHTS).text
         medium = "video" if scene.is_video else "image"
-        assert all(reading.kind == "do" for reading in read_turn(question, build_context(medium))), question
+        readings = read_turn(question, build_context(medium))
+        assert all(reading.kind == "do" or reading.fact == "presence" for reading in readings), question
 
 
 @pytest.mark.parametrize("text", SMALL_TALK)
@@ -258,3 +260,129 @@ def test_a_reply_chooses_one_of_two_values():
         "a circle that is completely blue"
     )
     assert resolve_reply("a red circle that is completely blue", question, "draw a star") == "draw a star"
+
+
+# ---------------------------------------------------------------- what is seen
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("circle yellow, star green", ["make the circle yellow", "make the star green"]),
+        ("keep only the star", ["remove the circle"]),
+        ("remove everything except the circle", ["remove the star"]),
+        ("change red to orange", ["make the circle orange"]),
+        ("switch the white for black", ["change the background to black"]),
+        ("there should be no star", ["remove the star"]),
+        ("the circle ought to be green", ["make the circle green"]),
+        ("i don't want the circle anymore", ["remove the circle"]),
+    ],
+)
+def test_changes_of_what_is_seen(text, expected):
+    assert list_readings(text, "image") == [("do", change) for change in expected]
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("make the triangle green", "triangle"),
+        ("remove the square", "square"),
+        ("make one of them green", "Which one"),
+        ("a square moving left and right at the same time", "left or right"),
+    ],
+)
+def test_what_is_not_there_leads_to_a_question(text, word):
+    ((kind, _),) = list_readings(text, "image")
+    assert kind == "ask" and word in read_turn(text, build_context("image"))[0].message
+
+
+def test_only_what_is_left_can_be_changed_after_a_removal():
+    assert list_readings("remove the circle and make it blue", "image", description="a red circle")[0][0] == "ask"
+    assert list_readings("remove the circle and make the star green", "image") == [
+        ("do", "remove the circle"), ("do", "make the star green"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", ["make it go the other way", "other direction please", "wrong way"])
+def test_the_other_way_is_the_opposite_of_the_motion_that_is_seen(text):
+    assert list_readings(text, "video", description="a red circle moving right") == [("do", "make it move left")]
+    ((kind, _),) = list_readings(text, "video", description="a red circle")
+    assert kind == "ask"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("two pictures: one of a star and one of a dot", ["a picture of a star", "a picture of a dot"]),
+        ("a picture and a video of a red star", ["a picture of a red star", "a video of a red star"]),
+        ("a red circle, and separately a green square", ["a red circle", "a green square"]),
+        ("can i have two circles, one red and one blue", ["draw a picture of a red circle and a blue circle"]),
+        ("a short clip where a blue square slides to the left", ["draw a video of a blue square moving left"]),
+        ("make a gif of a red circle moving left", ["draw a video of a red circle moving left"]),
+    ],
+)  # fmt: skip
+def test_several_results_and_other_wordings_of_one(text, expected):
+    assert [words for kind, words in list_readings(text) if kind == "do"] == expected
+
+
+@pytest.mark.parametrize("text", ["a circle moving right and then down", "a square inside a circle", "a blue diamond"])
+def test_what_is_made_of_known_words_and_not_in_the_world_is_declined(text):
+    assert [kind for kind, _ in list_readings(text)] == ["decline"]
+
+
+@pytest.mark.parametrize(
+    ("question", "answer"),
+    [
+        ("do you see a star?", "Yes"), ("is there a red circle?", "Yes"),
+        ("is there a blue circle in it?", "No"), ("anything red in there?", "Yes"),
+        ("can you see any triangles?", "No"),
+    ],
+)  # fmt: skip
+def test_whether_something_is_there_is_read_from_the_description(question, answer):
+    seen = "a red circle and a blue star on a white background"
+    (reading,) = read_turn(question, build_context("image"))
+    assert reading.fact == "presence"
+    artifact = make_artifact("image")
+    assert answer_fact(reading.fact, artifact, [artifact], lambda _: seen, reading.text) == f"{answer}: I see {seen}."
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("a star that is not red", "instead"),
+        ("a circle going around", "Which way"),
+        ("a circle and a square moving towards each other", "Which way"),
+        ("three pictures of red stars", "How many"),
+    ],
+)
+def test_a_scene_that_leaves_something_open_leads_to_a_question(text, word):
+    (reading,) = read_turn(text, build_context())
+    assert reading.kind == "ask" and word in reading.message
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("not a circle but a star", "draw a picture of a star"),
+        ("draw two things: a red circle and a blue square", "draw a picture of a red circle and a blue square"),
+        ("a circle that moves from the bottom to the top", "draw a video of a circle moving up"),
+    ],
+)
+def test_only_what_is_wanted_is_drawn(text, expected):
+    assert list_readings(text) == [("do", expected)]
+
+
+@pytest.mark.parametrize("text", ["get rid of that star", "no star please", "make the star disappear"])
+def test_an_object_that_is_pointed_at_is_the_one_that_is_removed(text):
+    assert list_readings(text, "image") == [("do", "remove the star")]
+
+
+@pytest.mark.parametrize("text", ["so it's a red circle", "i see a star", "the circle is red and the star is blue"])
+def test_a_statement_changes_nothing(text):
+    assert [kind for kind, _ in list_readings(text, "image")] == ["ask"]
+    assert list_readings(f"{text}. make the star green", "image") == [("do", "make the star green")]
+
+
+@pytest.mark.parametrize("text", ["that's a beautiful star", "nice circle!", "i like the star", "the red is pretty"])
+def test_praise_that_names_what_is_seen_is_small_talk(text):
+    assert list_readings(text, "image") == [("do", "perfect")]

@@ -19,7 +19,7 @@ CHECKS = [
 @pytest.fixture(scope="module")
 def document(omni, tmp_path_factory):
     with run_api_server(build_scripted_wiring(tmp_path_factory.mktemp("service"), omni, admin_key=KEY)) as address:
-        yield schemathesis.openapi.from_url(f"{address}/openapi.json")
+        yield schemathesis.openapi.from_url(f"{address}/openapi.json", headers={"Authorization": f"Bearer {KEY}"})
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -125,7 +125,9 @@ def test_an_unexpected_error_is_counted_and_logged_with_its_request(http, contex
 def test_a_browser_shows_the_routes(service, tmp_path):
     """The machine of the tests has no access to a CDN, nor has an operator's."""
     options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
-    command = [chromium(), *options, "--virtual-time-budget=15000", "--dump-dom", f"{service[2]}/docs"]
+    command = [chromium(), *options, "--virtual-time-budget=15000", "--dump-dom"]
+    # A browser asks for the key as a password; here it stands in the address.
+    command += [service[2].replace("//", f"//anyone:{KEY}@") + "/docs"]
     dom = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
     paths = re.findall(r'data-path="([^"]+)"', dom)
     assert {"/v1/videos", "/v1/understand", "/v1/chat/completions"} <= set(paths)
@@ -181,3 +183,14 @@ def test_the_server_of_the_mllm_reports_where_its_parts_compute(weights, tmp_pat
     assert read_gauge(text, "omnivideo_mllm_part_bytes", "preset", *PART_LABELS) == expected
     assert len(families["omnivideo_mllm_part_bytes"].samples) == len(expected) == 2 and up.samples[0].value == 1
     assert "omnivideo_language_model_tokens" in families
+
+
+def test_a_service_with_keys_shows_its_metrics_and_documentation_to_holders_of_one(service, http):
+    for path in ("/metrics", "/docs", "/docs/swagger-ui.css", "/openapi.json"):
+        assert http.get(path).status_code == 200
+        assert httpx.get(f"{service[2]}{path}", auth=("anyone", KEY), trust_env=False).status_code == 200
+        for wrong in ({}, {"Authorization": "Basic ???"}, {"Authorization": "Basic YTpi"}):
+            refused = httpx.get(f"{service[2]}{path}", headers=wrong, trust_env=False)
+            assert refused.status_code == 401 and refused.headers["WWW-Authenticate"].startswith("Basic ")
+    refused = httpx.get(f"{service[2]}/v1/videos", auth=("anyone", KEY), trust_env=False)
+    assert refused.status_code == 401 and refused.headers["WWW-Authenticate"] == "Bearer"

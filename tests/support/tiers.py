@@ -4,6 +4,7 @@
     slow     left out of `make test-fast`, which runs for at most three minutes
     gpu      tests/gpu, which need an NVIDIA GPU
     clients  tests/clients, which run other programs in separate environments
+    deploy   tests/deploy/stack, which build the images and run the whole stack on a container engine
 
 A pattern, in the syntax of fnmatch, is a test's id without parameters, or a file.
 """
@@ -59,6 +60,8 @@ LONG = (
     "models/weights/test_convert.py::test_version_1_in_full_size*",
     # A browser, nginx in a network namespace, and a service with the shipped weights: 40 s.
     "api/test_behind_nginx.py",
+    # A service with hundreds of turns and jobs: a minute.
+    "benchmarks/test_growth.py",
     # Outages of a minute.
     "api/test_chat_outages.py::test_an_outage_ends_with_an_error_within_a_minute",
     # Real terminals, fresh clones, notebooks: each loads the shipped weights in processes of its own.
@@ -138,7 +141,7 @@ SLOW = (
     "training/tiny/*.py",
     "storage/test_compact_checkpoints.py",
 )
-FOLDERS = {"gpu": "gpu/*", "clients": "clients/*"}
+FOLDERS = {"gpu": "gpu/*", "clients": "clients/*", "deploy": "deploy/stack/*"}
 
 
 def matches(node_id: str, pattern: str) -> bool:

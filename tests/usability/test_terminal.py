@@ -36,7 +36,7 @@ def test_answers_and_whole_paths_are_visible_at_any_width(tmp_path):
     assert lines.count("one") == 3
     paths = [Path(line.removeprefix("video ")) for line in lines if line.startswith("video ")]
     assert len(paths) == 3 and all(path.is_file() for path in paths)
-    assert not any("generating" in line for line in lines)
+    assert not any("generating" in line for line in lines), "\n".join(lines)
 
 
 def test_ctrl_c_cancels_the_turn_and_stays_in_the_chat(tmp_path):

@@ -21,8 +21,45 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version }}
 {{- define "omnivideo.image" -}}
 {{- $tag := .root.Chart.AppVersion -}}
 {{- if .of.variant }}{{ $tag = printf "%s-%s" $tag .of.variant }}{{ end -}}
-image: {{ printf "%s:%s" .of.image.repository (.of.image.tag | default $tag) | quote }}
+{{- $repository := .of.image.repository -}}
+{{- with .root.Values.registry }}{{ $repository = printf "%s/%s" (trimSuffix "/" .) $repository }}{{ end -}}
+image: {{ printf "%s:%s" $repository (.of.image.tag | default $tag) | quote }}
 imagePullPolicy: {{ .of.image.pullPolicy }}
+{{- end }}
+
+{{/* The settings and the secrets that a process uses. compose.yaml gives the same ones to the same processes. */}}
+{{- define "omnivideo.uses" -}}
+{{- $store := list "OMNIVIDEO_S3" "OMNIVIDEO_S3_BUCKET" "OMNIVIDEO_S3_REGION" -}}
+{{- $storeKeys := list "OMNIVIDEO_S3_ACCESS_KEY" "OMNIVIDEO_S3_SECRET_KEY" -}}
+{{- $process := list "OMNIVIDEO_HOME" "OMNIVIDEO_PRESET" "OMNIVIDEO_WEIGHTS" "OMNIVIDEO_PRECISION" "OMNIVIDEO_LOG_FORMAT" "OMNIVIDEO_LOG_LEVEL" "OMNIVIDEO_TRACES" -}}
+{{- $jobs := list "OMNIVIDEO_HEARTBEAT_TIMEOUT" "OMNIVIDEO_RESUME_TIMEOUT" -}}
+{{- $worker := list "OMNIVIDEO_SAVE_STATE_EVERY_STEPS" "OMNIVIDEO_SAVE_STATE_EVERY_SECONDS" "OMNIVIDEO_MAX_BATCH_SIZE" -}}
+{{- if eq .part "api" }}
+settings: {{ without (keys .root.Values.settings) "OMNIVIDEO_SAVE_STATE_EVERY_STEPS" "OMNIVIDEO_SAVE_STATE_EVERY_SECONDS" "OMNIVIDEO_MAX_BATCH_SIZE" | toJson }}
+secrets: {{ concat (list "OMNIVIDEO_DATABASE" "OMNIVIDEO_BROKER" "OMNIVIDEO_MLLM_KEY" "OMNIVIDEO_ADMIN_KEY") $storeKeys | toJson }}
+{{- else if eq .part "worker" }}
+settings: {{ concat $process $store $jobs $worker | toJson }}
+secrets: {{ concat (list "OMNIVIDEO_DATABASE" "OMNIVIDEO_BROKER") $storeKeys | toJson }}
+{{- else if eq .part "sweep" }}
+settings: {{ concat $process $store (list "OMNIVIDEO_MLLM" "OMNIVIDEO_ARTIFACT_LIFETIME_SECONDS") | toJson }}
+secrets: {{ concat (list "OMNIVIDEO_DATABASE") $storeKeys | toJson }}
+{{- else if eq .part "migrate" }}
+settings: {{ $process | toJson }}
+secrets: {{ list "OMNIVIDEO_DATABASE" | toJson }}
+{{- else }}
+settings: {{ $process | toJson }}
+secrets: {{ list "OMNIVIDEO_MLLM_KEY" | toJson }}
+{{- end }}
+{{- end }}
+
+{{/* The entries of the Secret that a process uses, by setting. An empty entry means that the setting is not used. */}}
+{{- define "omnivideo.secrets" -}}
+{{- $_ := required "secret.name is needed: create a Secret and set its name (see values.yaml)" .root.Values.secret.name -}}
+{{- $secrets := dict -}}
+{{- range $name := (include "omnivideo.uses" . | fromYaml).secrets }}
+{{- with index $.root.Values.secret.keys $name }}{{ $_ := set $secrets $name . }}{{ end -}}
+{{- end -}}
+{{ $secrets | toJson }}
 {{- end }}
 
 {{- define "omnivideo.env" -}}
@@ -31,25 +68,41 @@ imagePullPolicy: {{ .of.image.pullPolicy }}
 {{- $settings := merge (dict) $root.Values.settings -}}
 {{- $_ := required "settings.OMNIVIDEO_S3 is needed: set it to http(s)://host:port of the S3 store" $settings.OMNIVIDEO_S3 -}}
 {{- if and $root.Values.mllm.enabled (not $settings.OMNIVIDEO_MLLM) }}{{ $_ := set $settings "OMNIVIDEO_MLLM" $mllm }}{{ end -}}
-{{- if has .part (list "worker" "mllm") }}{{ $settings = omit $settings "OMNIVIDEO_MLLM" }}{{ end -}}
-{{- range $name, $value := $settings }}
-{{- if $value }}
+{{- range $name := sortAlpha (include "omnivideo.uses" . | fromYaml).settings }}
+{{- with index $settings $name }}
 - name: {{ $name }}
-  value: {{ $value | quote }}
+  value: {{ . | quote }}
 {{- end }}
 {{- end }}
 {{- with $root.Values.tracesEndpoint }}
 - name: OTEL_EXPORTER_OTLP_ENDPOINT
   value: {{ . | quote }}
 {{- end }}
-{{- $keys := $root.Values.secret.keys -}}
-{{- if ne .part "api" }}{{ $keys = omit $keys "OMNIVIDEO_ADMIN_KEY" }}{{ end -}}
-{{- range $name, $key := $keys }}
+{{- range $name, $key := include "omnivideo.secrets" . | fromJson }}
+{{- if $root.Values.secret.asFiles }}
+- name: {{ $name }}_FILE
+  value: /run/secrets/omnivideo/{{ $key }}
+{{- else }}
 - name: {{ $name }}
   valueFrom:
     secretKeyRef:
-      name: {{ required "secret.name is needed: create a Secret and set its name (see values.yaml)" $root.Values.secret.name }}
+      name: {{ $root.Values.secret.name }}
       key: {{ $key }}
+{{- end }}
+{{- end }}
+{{- with concat $root.Values.extraEnv (.of.extraEnv | default list) }}
+{{ toYaml . }}
+{{- end }}
+{{- end }}
+
+{{/* Pods of a kind are spread over nodes and zones as far as possible. */}}
+{{- define "omnivideo.spread" -}}
+{{- range list "kubernetes.io/hostname" "topology.kubernetes.io/zone" }}
+- maxSkew: 1
+  topologyKey: {{ . }}
+  whenUnsatisfiable: ScheduleAnyway
+  labelSelector:
+    matchLabels: {{- include "omnivideo.selector" $ | nindent 6 }}
 {{- end }}
 {{- end }}
 
@@ -75,6 +128,9 @@ tolerations: {{ toYaml . | nindent 2 }}
 {{- with .of.affinity }}
 affinity: {{ toYaml . | nindent 2 }}
 {{- end }}
+{{- if .of.replicas }}
+topologySpreadConstraints: {{- include "omnivideo.spread" . | nindent 2 }}
+{{- end }}
 volumes:
   - name: tmp
     emptyDir: {sizeLimit: {{ .of.temporary }}}
@@ -83,6 +139,15 @@ volumes:
 {{- with .of.shared }}
   - name: shared
     emptyDir: {medium: Memory, sizeLimit: {{ . }}}
+{{- end }}
+{{- if .root.Values.secret.asFiles }}
+  - name: secrets
+    secret:
+      secretName: {{ .root.Values.secret.name }}
+      items:
+      {{- range $name, $key := include "omnivideo.secrets" . | fromJson }}
+        - {key: {{ $key }}, path: {{ $key }}}
+      {{- end }}
 {{- end }}
 {{- if and .root.Values.weights.claim (has .part (list "worker" "mllm")) }}
   - name: weights
@@ -103,6 +168,9 @@ volumeMounts:
   - {name: home, mountPath: {{ .root.Values.settings.OMNIVIDEO_HOME }}}
 {{- if .of.shared }}
   - {name: shared, mountPath: /dev/shm}
+{{- end }}
+{{- if .root.Values.secret.asFiles }}
+  - {name: secrets, mountPath: /run/secrets/omnivideo, readOnly: true}
 {{- end }}
 {{- if and .root.Values.weights.claim (has .part (list "worker" "mllm")) }}
   - {name: weights, mountPath: /weights, readOnly: true}

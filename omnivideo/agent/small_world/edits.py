@@ -7,7 +7,7 @@ objects ("a red star"); a new verb or another target begins the next one.
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from omnivideo.agent.small_world.lexicon import Token
+from omnivideo.agent.small_world.lexicon import Token, name_target
 from omnivideo.agent.small_world.scenes import (
     GROUND_FILLERS,
     GROUND_PREPOSITIONS,
@@ -163,7 +163,7 @@ class EditReader:
         if token.has("ground"):
             self.result.kept["background"] = "as it is"
             return 1
-        if token.has("reference", "rest") and not self.is_relative():
+        if token.has("reference", "rest") and not self.is_relative() and not self.is_before_shape():
             self.set_target("them" if token.get("reference") == "them" else "it")
             return 1
         is_definite = token.text in DETERMINERS
@@ -186,8 +186,10 @@ class EditReader:
         words = self.tokens[self.position : end + 1]
         is_bare = token.text not in DETERMINERS
         before = self.text_at(-1)
-        if is_bare and (
-            self.is_corrected or before in ("into", "to", "as") or self.clause.verb == "add" or self.clause.target
+        if (
+            is_bare
+            and self.clause.verb != "remove"
+            and (self.is_corrected or before in ("into", "to", "as") or self.clause.verb == "add" or self.clause.target)
         ):
             return self.read_new_object(end)
         if self.is_negated and not self.is_replaced:
@@ -288,6 +290,13 @@ class EditReader:
             self.text_at(1) in (",", "i", "it", "no") or all(word in ("no", ",") for word in before)
         )
 
+    def is_before_shape(self) -> bool:
+        """Return whether "that" here belongs to a shape, as in "that small star"."""
+        if self.text_at(0) not in ("that", "this", "these", "those"):
+            return False
+        end = self.find_noun(self.position + 1)
+        return end is not None and self.tokens[end].has("shape", "plural")
+
     def is_relative(self) -> bool:
         """Return whether "that" here begins a clause about what stands before: "a circle that is blue"."""
         previous = self.tokens[self.position - 1] if self.position else None
@@ -360,19 +369,6 @@ class EditReader:
         return 1
 
 
-def name_target(tokens: Sequence[Token]) -> str:
-    """Return the MLLM's words for a target, such as "the red circle" or "the small one"."""
-    words = []
-    for token in tokens:
-        for category in ("size", "colour", "shape", "plural"):
-            if value := token.get(category):
-                words.append(f"{value}s" if category == "plural" else value)
-                break
-    if not tokens[-1].has("shape", "plural"):
-        words.append("one" if words else "object")
-    return "the " + " ".join(words)
-
-
 # ---------------------------------------------------------------- from clauses to changes
 
 
@@ -405,6 +401,8 @@ def build_object_changes(clause: Clause, target: str) -> list[WordedChange]:
             WordedChange("replace", f"replace {target} with {obj.to_text()}", target),
             *build_value_changes(ground, "it"),
         ]
+    if (obj.count or 1) > 1 and clause.verb != "replace":
+        return [WordedChange("count", f"count {obj.count}", target)]
     if obj.shape is None:
         values = {name: value for name in ("colour", "size", "motion") if (value := getattr(obj, name))}
         return build_value_changes(values | clause.values, target)

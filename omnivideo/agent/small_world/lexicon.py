@@ -2,7 +2,7 @@
 
 import re
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -142,6 +142,19 @@ def tokenize(text: str) -> list[Token]:
             tokens.append(Token(word, is_known=word in lexicon.general or not word[0].isalnum()))
         position += length
     return tokens
+
+
+def name_target(tokens: Sequence[Token]) -> str:
+    """Return the MLLM's words for a target, such as "the red circle" or "the small one"."""
+    words = []
+    for token in tokens:
+        for category in ("size", "colour", "shape", "plural"):
+            if value := token.get(category):
+                words.append(f"{value}s" if category == "plural" else value)
+                break
+    if not tokens[-1].has("shape", "plural"):
+        words.append("one" if words else "object")
+    return "the " + " ".join(words)
 
 
 def is_known_word(lexicon: Lexicon, word: str) -> bool:

@@ -5,14 +5,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from omnivideo.agent.small_world.edits import name_target
-from omnivideo.agent.small_world.lexicon import Token
+from omnivideo.agent.small_world.lexicon import Token, name_target
 from omnivideo.agent.small_world.wordings import load_pattern
 from omnivideo.contracts import Medium
 
 # Only the first "the" of a clause is tried, so that the time is linear.
 FIRST_OBJECT = re.compile(r"(?<![\w -])((?>[\w -]*?\bthe ))[\w -]+?(?=\?|$| move| small)")
-FileFact = Literal["medium", "length", "size", "corners", "earlier"]
+FileFact = Literal["medium", "length", "size", "corners", "earlier", "presence"]
 
 
 @dataclass(frozen=True)
@@ -38,6 +37,8 @@ def read_question(text: str, tokens: Sequence[Token], medium: Medium, last: str 
         return QuestionReading()
     if fact := find_file_fact(text):
         return QuestionReading(fact=fact)
+    if load_pattern("presence").match(text) and is_only_presence(tokens):
+        return QuestionReading(fact="presence")
     if load_pattern("trained_question").fullmatch(text.strip(" .!")):
         return QuestionReading(text)
     target = find_target(tokens)
@@ -59,6 +60,8 @@ def read_attribute_question(
 ) -> QuestionReading:
     """Return a question about colours, shapes, sizes, places, presence or everything."""
     describe = QuestionReading(f"describe the {'video' if medium == 'video' else 'picture'}")
+    if re.match(r"what (?:is|are|was) (?:it|this|that|these|they)\W*$|what did you (?:draw|make|create)\W*$", text):
+        return describe
     if re.search(r"\b(?:where|position|place|corner|side|located)\b", text):
         return QuestionReading(f"where is {target}?")
     if re.search(r"\b(?:how (?:big|large|small)|what size|which size|bigger|smaller|larger)\b", text) or any(
@@ -95,6 +98,12 @@ def replace_object(question: str, target: str) -> str:
     return FIRST_OBJECT.sub(lambda match: match[1].removesuffix("the ") + target, question, count=1)
 
 
+def is_only_presence(tokens: Sequence[Token]) -> bool:
+    """Return whether shapes or colours are named, but no places or motions of them."""
+    has_more = any(token.has("relation", "region", "direction", "motion", "go", "ground") for token in tokens)
+    return not has_more and any(token.has("shape", "plural", "colour") for token in tokens)
+
+
 def find_file_fact(text: str) -> FileFact | None:
     """Return the fact that no look at the pixels is needed for."""
     if re.search(
@@ -107,7 +116,9 @@ def find_file_fact(text: str) -> FileFact | None:
     ):
         return "length"
     if re.search(
-        r"\b(?:resolution|pixels?|dimensions?|aspect ratio|how wide|how tall|how high|file format|file type)\b", text
+        r"\b(?:resolution|pixels?|dimensions?|aspect ratio|how wide|how tall|how high|file format|file type"
+        r"|(?:how (?:big|large)|what size) is (?:the|this|that) (?:picture|image|photo|video|clip|frame|file))\b",
+        text,
     ):
         return "size"
     if re.search(

@@ -8,7 +8,7 @@ from itertools import pairwise
 from omnivideo.agent import english_rules, media_words
 from omnivideo.agent.commands import find_command
 from omnivideo.agent.small_world import replies, talk
-from omnivideo.agent.small_world.edits import WordedChange, read_edit
+from omnivideo.agent.small_world.edits import IMPERATIVE_MOTIONS, WordedChange, read_edit
 from omnivideo.agent.small_world.lexicon import (
     Token,
     load_lexicon,
@@ -30,6 +30,9 @@ DURATION = re.compile(
     r"|half an? )(?:secs?|seconds?|mins?|minutes?|hours?|frames?)\b|an? (?:minute|hour)\b)"
 )
 CORNERS = re.compile(r"\b(?:with|has|having) (?:only |exactly )?(no|one|two|three|four|five|six) corners\b")
+OPPOSITE_MOTIONS = {
+    "left": "right", "right": "left", "up": "down", "down": "up", "growing": "shrinking", "shrinking": "growing",
+}  # fmt: skip
 TASK_BY_KIND = {"length": "video-extension"}
 
 
@@ -39,13 +42,15 @@ def read_action(text: str, context: Context) -> list[Reading]:
         return [Reading("command", text, command=command)]
     if talk.is_foreign(text):
         return [Reading("decline", text, message=replies.ONLY_ENGLISH)]
+    if shown_again := load_pattern("show_again").fullmatch(normalize_text(text).strip(" .!?")):
+        text = f"go back to the {shown_again[1]}"
     if english_rules.is_go_back_request(text):
         return [Reading("do", text)]
     normalized, tokens = normalize_text(text), tokenize(text)
     is_request = bool(load_pattern("polite_request").match(normalized)) and not re.search(
         r"\bwhat (?:size|colour|shape)\b", normalized
     )
-    said = None if has_world_words(tokens) else talk.find_small_talk(text)
+    said = talk.find_praise(text, bool(context.medium)) if has_world_words(tokens) else talk.find_small_talk(text)
     is_asked = is_question(normalized) and not is_request and said not in talk.CERTAIN
     if is_asked and (reading := read_question_action(text, normalized, tokens, context)):
         return [reading]
@@ -63,6 +68,9 @@ def read_action(text: str, context: Context) -> list[Reading]:
         return [Reading("ask", text, message=replies.NOTHING_QUESTION)]
     if question := find_wrong_corners(normalized, tokens):
         return [Reading("ask", text, message=question)]
+    impossible = [token.text for token in tokens if token.has("impossible")]
+    if impossible:
+        return [Reading("decline", text, message=replies.build_unknown_reply(impossible, context.preset, len(tokens)))]
     if is_in_trained_words(text, normalized, tokens, context):
         return [Reading("do", text)]
     return read_request(text, normalized, tokens, context)
@@ -121,8 +129,12 @@ def read_request(text: str, normalized: str, tokens: Sequence[Token], context: C
     if context.medium is None:
         message = replies.build_empty_question() if not has_world_words(tokens) else ""
         return [Reading("ask", text, message=message or "There is nothing to change yet. What should I create?")]
+    if load_pattern("one_of_several").search(normalized):
+        return [Reading("ask", text, message=f"Which one do you mean? I see {context.describe()}.")]
     if versions := read_versions(normalized, context):
         return versions
+    if (reversal := read_reversal(text, normalized, tokens, reference, context)) is not None:
+        return reversal
     edit = read_edit(tokens, is_still=context.medium == "image", is_correction=is_correction)
     if edit.conflicts:
         return [Reading("ask", text, message=replies.build_contradiction_question(*edit.conflicts[0]))]
@@ -131,9 +143,26 @@ def read_request(text: str, normalized: str, tokens: Sequence[Token], context: C
         changes = [correct_background(change, context) for change in changes]
     if not changes:
         return [Reading("ask", text, message=replies.build_unclear_question())]
+    if not reference and (missing := find_missing_target(changes, context)):
+        return [Reading("ask", text, message=missing)]
     readings = read_changes(text, normalized, changes, reference, context)
     targets = tuple(change.target for change in changes)
     return [replace(reading, targets=targets, removed=tuple(edit.removed)) for reading in readings]
+
+
+def read_reversal(
+    text: str, normalized: str, tokens: Sequence[Token], reference: str, context: Context
+) -> list[Reading] | None:
+    """Return the readings of "the other way": the opposite of the clip's motion; None for other requests."""
+    if context.medium != "video" or not load_pattern("reversal").search(normalized) or reference:
+        return None
+    if any(token.has("shape", "plural", "colour", "ground") for token in tokens):
+        return None
+    motions = [obj.motion for obj in read_scene(tokenize(context.describe())).objects if obj.motion in OPPOSITE_MOTIONS]
+    if len(set(motions)) != 1:
+        return [Reading("ask", text, message=replies.DIRECTION_QUESTION)]
+    motion = IMPERATIVE_MOTIONS[OPPOSITE_MOTIONS[motions[0] or ""]]
+    return read_changes(text, normalized, [WordedChange("motion", f"make it {motion}", "it")], reference, context)
 
 
 def correct_background(change: WordedChange, context: Context) -> WordedChange:
@@ -209,6 +238,10 @@ def is_scene_request(tokens: Sequence[Token], context: Context, *, is_correction
         return False
     if any(token.has("add", "remove", "replace", "swap", "resize", "longer") for token in tokens):
         return False
+    if any(token.text == "same" and following.has("medium", "thing") for token, following in pairwise(tokens)):
+        return False  # "same clip, blue ball"
+    if any(token.text == "no" and following.has("shape", "plural") for token, following in pairwise(tokens)):
+        return False  # "there should be no star"
     texts = [token.text for token in tokens]
     definite = any(
         (token.has("reference", "rest") and not is_relative(tokens, index))
@@ -275,8 +308,11 @@ def read_scene_action(text: str, normalized: str, tokens: Sequence[Token], conte
         )
     if scene.conflicts:
         return Reading("ask", text, message=replies.build_contradiction_question(*scene.conflicts[0]))
-    if "number" in scene.leftovers:
-        return Reading("ask", text, message=replies.COUNT_QUESTION)
+    if any(obj.second_motion for obj in scene.objects) and "path" not in context.preset.edits:
+        return Reading("decline", text, message=replies.build_impossible_reply("path", context.preset))
+    for leftover, question in replies.SCENE_QUESTIONS.items():
+        if leftover in scene.leftovers and (leftover != "direction" or not any(obj.motion for obj in scene.objects)):
+            return Reading("ask", text, message=question)
     if not scene.objects or "shape" in scene.leftovers or any(obj.count == 0 for obj in scene.objects):
         return Reading("ask", text, message=replies.build_empty_question())
     has_reference = any(token.has("reference") for token in tokens)
@@ -307,6 +343,7 @@ def is_plain_wording(text: str, normalized: str, form: english_rules.WordingPatt
     """Return whether a request is in the MLLM's own words and form, in which it is passed on as it is."""
     words = re.findall(r"[a-z0-9'-]+", text.lower())
     is_fluent = not re.search(r"[.;:!?](?=.)|,(?! (?:and )?(?:one|two|three|four|\d)\b)", normalized)
+    is_fluent = is_fluent and normalized == " ".join(text.lower().split())  # "there should be no star" is reworded
     return is_fluent and bool(form.fullmatch(normalized)) and english_rules.load_plain_words().issuperset(words)
 
 
@@ -332,7 +369,7 @@ def read_changes(
         and not reference
         and is_plain_wording(text, normalized, load_pattern("edit_form"))
     ):
-        return [Reading("do", text)]
+        return [Reading("do", text, goal="edit", medium=context.medium or "", reference="current")]
     medium = context.medium or ""
     if reference:
         number = int(reference)
@@ -354,7 +391,8 @@ def expand_change(change: WordedChange, context: Context) -> list[WordedChange]:
         parts = [WordedChange("reshape", shape, change.target)]
         renamed = change.target if change.target == "it" else f"the {obj.shape}"
         parts += [WordedChange("recolour", f"make {renamed} {obj.colour}", renamed)] if obj.colour else []
-        return parts + ([WordedChange("resize", f"make {renamed} {obj.size}", renamed)] if obj.size else [])
+        parts += [WordedChange("resize", f"make {renamed} {obj.size}", renamed)] if obj.size else []
+        return [new for part in parts for new in expand_change(part, context)]
     if change.target == "them" and change.kind in ("recolour", "reshape", "resize", "motion", "speed"):
         names = list_object_names(context)
         if len(names) > 1:
@@ -375,6 +413,16 @@ def list_object_names(context: Context) -> list[str]:
     return names
 
 
+def find_missing_target(changes: Sequence[WordedChange], context: Context) -> str:
+    """Return a question if the first change is of a shape that is not there; else ""."""
+    named = read_scene(tokenize(changes[0].target)).objects
+    if not named or named[0].shape is None or context.is_changed:
+        return ""
+    shapes = {obj.shape for obj in read_scene(tokenize(context.describe())).objects}
+    is_missing = bool(shapes) and named[0].shape not in shapes
+    return f"There is no {named[0].shape}: I see {context.describe()}. What should I change?" if is_missing else ""
+
+
 def find_change_problem(change: WordedChange, context: Context) -> str:
     """Return what the user is told if a change is impossible; "" if it is possible."""
     preset = context.preset
@@ -390,6 +438,8 @@ def find_change_problem(change: WordedChange, context: Context) -> str:
             if is_possible
             else replies.build_impossible_reply(task if "shorter" not in change.text else "length", preset)
         )
+    if change.kind == "add" and read_scene(tokenize(change.text)).count > load_lexicon().facts.max_objects:
+        return f"I can show at most four shapes. {load_lexicon().facts.contents}"
     if change.kind not in preset.edits:
         return replies.build_impossible_reply(change.kind, preset)
     value = change.value

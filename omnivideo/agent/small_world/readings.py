@@ -25,6 +25,7 @@ class Context:
     last_request: str = ""
     number: int = 0  # of the current result; 0 if there is none
     describe: Callable[[], str] = lambda: ""
+    is_changed: bool = False  # by an earlier action of the turn, which `describe` does not know
 
 
 @dataclass(frozen=True)

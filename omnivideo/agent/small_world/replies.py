@@ -31,6 +31,11 @@ DURATION_ANSWER = (
 )
 NOTHING_QUESTION = "There is nothing to look at yet. What should I create?"
 COUNT_QUESTION = "How many should there be? I can show up to four."
+DIRECTION_QUESTION = "Which way should it move: left, right, up or down?"
+SCENE_QUESTIONS = {
+    "direction": DIRECTION_QUESTION, "number": COUNT_QUESTION,
+    "negation": "I know what it should not be. What should I draw instead?",
+}  # fmt: skip
 HELP_OPEN = (
     "Say what you would like to see, change or know. You can also say: undo, start over, show me the first one again, "
     "give me three variations, save it as final.mp4, as a gif, what did you just do?"

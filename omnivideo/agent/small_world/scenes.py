@@ -124,6 +124,8 @@ class SceneReader:
             self.is_turn = True
         if not token.is_known:
             self.scene.unknown.append(token.text)
+        if token.text in ("not", "never"):
+            self.scene.leftovers.append("negation")
         if token.has("ground"):
             return self.read_ground()
         if token.has("colour") and self.is_background_colour():
@@ -144,7 +146,9 @@ class SceneReader:
         return 0
 
     def read_attribute(self, token: Token) -> None:
-        before = self.tokens[self.position - 1].text if self.position else ""
+        before, following = self.tokens[self.position - 1].text if self.position else "", self.peek(1)
+        if token.has("number") and following is not None and following.has("medium"):
+            return  # "three pictures of"
         if token.has("number") and (not token.has("thing") or self.is_object_ahead() or before in TOTAL_WORDS):
             self.read_number(int(token.get("number") or 0))
         elif token.has("colour"):
@@ -159,8 +163,10 @@ class SceneReader:
             self.read_direction(token.get("direction") or "")
 
     def read_direction(self, direction: str) -> None:
-        if self.is_turn and self.find_last() is not None:
-            self.set_motion(direction)
+        last = self.find_last()
+        before = self.tokens[self.position - 1].text if self.position else ""
+        if last is not None and (self.is_turn or (last.motion and before in ("and", "or", "but", ","))):
+            self.set_motion(direction)  # the second one, or one that contradicts the first
         elif direction in ("left", "right") and self.scene.objects:
             self.set_value("region", direction)
 
@@ -220,6 +226,7 @@ class SceneReader:
             elif direction := token.get("direction"):
                 self.set_motion(direction)
                 return offset + 1
+        self.scene.leftovers.append("direction")
         return 1
 
     def read_ground(self) -> int:

@@ -3,7 +3,7 @@
 import unicodedata
 
 from omnivideo.agent.small_world.lexicon import is_known_word, load_lexicon, normalize_text, split_words
-from omnivideo.agent.small_world.wordings import load_foreign_words, load_small_talk
+from omnivideo.agent.small_world.wordings import load_foreign_words, load_pattern, load_small_talk
 
 # What is small talk even as a question, when there is a result.
 CERTAIN = (
@@ -22,6 +22,16 @@ def find_small_talk(text: str) -> str | None:
     """Return the small talk of the MLLM's world that a text is, or None."""
     normalized = normalize_text(text).strip(" .!?")
     return next((said for pattern, said in load_small_talk() if pattern.search(normalized)), None)
+
+
+def find_praise(text: str, has_result: bool) -> str | None:
+    """Return "perfect" for praise that names what is seen, such as "that is a lovely star"; None for other texts.
+
+    Only where there is a result is "nice star" praise and no request.
+    """
+    normalized = normalize_text(text).strip(" .!?")
+    names = ("praise", "short_praise") if has_result else ("praise",)
+    return "perfect" if any(load_pattern(name).fullmatch(normalized) for name in names) else None
 
 
 def is_foreign(text: str) -> bool:

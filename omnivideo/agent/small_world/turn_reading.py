@@ -8,13 +8,15 @@ from omnivideo.agent import english_rules
 from omnivideo.agent.commands import find_command
 from omnivideo.agent.small_world import replies, talk
 from omnivideo.agent.small_world.lexicon import Token, load_lexicon, normalize_text, tokenize
-from omnivideo.agent.small_world.reading import read_action
+from omnivideo.agent.small_world.reading import list_object_names, read_action
 from omnivideo.agent.small_world.readings import Context, Reading
 from omnivideo.agent.small_world.scenes import read_scene
 from omnivideo.agent.small_world.wordings import load_pattern
 
 ADDITION = re.compile(r"^(?:and|with|plus|also) (?:an?|another|two|three) ")
 CONNECTING_WORDS = {"and", "but", "that is", "all", "completely", "also", "entirely"}
+MAX_SPLIT_CHARS = 300  # of a sentence with two results; the time of its pattern is not linear
+LEAD_OF_RESULT = re.compile(r"^(?:first|firstly)[ ,]+|[ ,;]+$")
 ATTRIBUTES = ("colour", "size", "motion", "go", "direction", "speed", "region", "ground")
 CONTENT = (
     *ATTRIBUTES, "shape", "plural", "resize", "longer", "task", "reference", "rest", "make", "draw", "add", "remove",
@@ -29,24 +31,116 @@ def read_turn(text: str, context: Context) -> list[Reading]:
     if talk.is_foreign(text):
         return [Reading("decline", text, message=replies.ONLY_ENGLISH)]
     readings, removed = list[Reading](), list[str]()
-    parts = split_turn(text)
+    parts = split_results(text) or split_changes(text, context) or split_turn(text)
     if len(parts) == 1 and load_pattern("follow_up").match(normalize_text(text)):
         parts = [text]
     elif len(parts) == 1 and context.medium and ADDITION.match(normalize_text(text)):
         parts = [f"add {parts[0].removeprefix('with ')}"]
-    for part in parts:
+    wishes = [part for part in parts if context.medium is None or not is_statement(part)]
+    if not wishes:
+        return [Reading("ask", text, message=replies.build_unclear_question())]
+    for part in wishes:
         earlier_removed = tuple(removed)
         for reading in read_action(part, context):
             if reading.kind in ("ask", "decline"):
                 return [replace(reading, text=text)]
             if again := [name for name in reading.targets if name in earlier_removed]:
                 return [Reading("ask", text, message=replies.build_contradiction_question("removed", again[0]))]
+            if removed and reading.targets == ("it",) and is_only_object(removed[-1], context):
+                return [Reading("ask", text, message=replies.build_contradiction_question("removed", removed[-1]))]
             removed += [name for name in reading.removed if name not in removed]
             if reading.text.startswith("remove it"):
                 removed.append("it")
             readings.append(reading)
-            context = update_context(context, reading)
+            context = replace(update_context(context, reading), is_changed=True)
     return readings
+
+
+def is_statement(text: str) -> bool:
+    """Return whether a text says what there is, such as "so it is a red circle", and asks for nothing."""
+    normalized = re.sub(r"[ ,]+(?:but|and|so)$", "", normalize_text(text).strip(" .!"))
+    if load_pattern("correction").match(normalized) or talk.find_praise(text, has_result=True):
+        return False
+    if talk.find_praise(normalized, has_result=True):
+        return True  # "it is a nice star but"
+    return load_pattern("statement").fullmatch(normalized) is not None
+
+
+def is_only_object(name: str, context: Context) -> bool:
+    """Return whether the current result shows one object, so that "it" can only be the one that was removed."""
+    return name not in ("it", "them") and read_scene(tokenize(context.describe())).count == 1
+
+
+def split_results(text: str) -> list[str]:
+    """Return a request for each of two results of one sentence; [] for other texts."""
+    normalized = normalize_text(text).strip(" .!?")
+    if len(normalized) > MAX_SPLIT_CHARS:
+        return []
+    if match := load_pattern("both_media").fullmatch(normalized):
+        return [f"a {match[1]} of {match[3]}", f"a {match[2]} of {match[3]}"] if match[1] != match[2] else []
+    if match := load_pattern("equal_results").fullmatch(normalized):
+        number = int(load_lexicon().phrases[match[1]][0][1])
+        parts = [f"a {match[2].removesuffix('s')} of {match[3]}"] * number
+    elif match := load_pattern("two_results").fullmatch(normalized):
+        parts = [f"a {match[1].removesuffix('s')} of {words}" for words in (match[2], match[3])]
+    else:
+        parts = [
+            LEAD_OF_RESULT.sub("", part)
+            for piece in load_pattern("separately").split(normalized)
+            for part in load_pattern("next_result").split(piece)
+            if part.strip()
+        ]
+        if not has_shape(parts[0]):  # "first", "i want"
+            del parts[0]
+    return parts if len(parts) > 1 and all(map(has_shape, parts)) else []
+
+
+def has_shape(text: str) -> bool:
+    return any(token.has("shape", "plural") for token in tokenize(text))
+
+
+def split_changes(text: str, context: Context) -> list[str]:
+    """Return the changes of a text that names what is seen, such as "keep only the star"; [] for other texts."""
+    if context.medium is None:
+        return []
+    normalized = normalize_text(text).strip(" .!?")
+    if match := load_pattern("exchanged_colour").fullmatch(normalized):
+        return exchange_colours(match[1], match[2], context)
+    if match := load_pattern("kept_object").fullmatch(normalized):
+        kept = {obj.shape for obj in read_scene(tokenize(match[1])).objects}
+        names = list_object_names(context)
+        others = [name for name in names if not kept & {obj.shape for obj in read_scene(tokenize(name)).objects}]
+        return [f"remove {name}" for name in others] if len(others) < len(names) else []
+    return split_bare_changes(text, context)
+
+
+def exchange_colours(old: str, new: str, context: Context) -> list[str]:
+    """Return the change of what has the old colour."""
+    tokens = [*tokenize(old), *tokenize(new)]
+    if not all(token.has("colour") for token in tokens):
+        return []
+    scene, colour = read_scene(tokenize(context.describe())), tokens[0].get("colour")
+    if scene.background == colour:
+        return [f"change the background to {new}"]
+    return [f"make the {obj.shape} {new}" for obj in scene.objects if obj.colour == colour]
+
+
+def split_bare_changes(text: str, context: Context) -> list[str]:
+    """Return "make the circle yellow" for each part of "circle yellow, star green"; [] for other texts."""
+    groups: list[list[Token]] = [[]]
+    for token in tokenize(text):
+        if token.text in (",", "and", ";", "."):
+            groups.append([])
+        else:
+            groups[-1].append(token)
+    groups = [group for group in groups if group]
+    for noun, *values in groups:
+        if not (noun.has("shape") and len(values) == 1 and values[0].has("colour", "size")):
+            return []
+    shapes = {obj.shape for obj in read_scene(tokenize(context.describe())).objects} if groups else set()
+    if not groups or not {group[0].get("shape") for group in groups} <= shapes:
+        return []
+    return [f"make the {noun.text} {value.text}" for noun, value in groups]
 
 
 def update_context(context: Context, reading: Reading) -> Context:
@@ -63,17 +157,18 @@ def update_context(context: Context, reading: Reading) -> Context:
 
 def split_turn(text: str) -> list[str]:
     """Split a turn into its actions; words that only describe what stands before them stay with it."""
-    parts, has_shape = list[str](), False  # of the last part
+    parts, ends_with_shape = list[str](), False
+    text = load_pattern("taken_object").sub(r"\2 the \1", text)
     for part in english_rules.split_actions(text):
         tokens = tokenize(part)
         has_content = any(token.has(*CONTENT) or not token.is_known for token in tokens)
         if not has_content and not is_complete_by_itself(part):
             continue  # "two separate pictures please"
-        if has_shape and is_attribute(tokens):
+        if ends_with_shape and is_attribute(tokens):
             parts[-1] += f", {part}"
         else:
             parts.append(part)
-            has_shape = any(token.has("shape", "plural") for token in tokens)
+            ends_with_shape = any(token.has("shape", "plural") for token in tokens)
     return parts or [text]
 
 

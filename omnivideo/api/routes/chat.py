@@ -105,6 +105,7 @@ class ChatCompletion:
         self.created_at = int(time.time())
         self.thread_id, self.turn_id = "", ""
         self.words: str | None = None  # the answer to a request that is no turn
+        self.words_usage = Usage(0, 0, 0)
         self.idempotent_payload: BaseModel = payload
         self.turn_fields: dict[str, Any] = {"retry_timeout_seconds": ATTENDED_RETRY_TIMEOUT_SECONDS}
 
@@ -120,7 +121,9 @@ class ChatCompletion:
         """
         try:
             self.words = self.answer_in_words()
-            if self.words is None:
+            if self.words is not None:
+                self.words_usage = self.count_words(self.words)
+            else:
                 turn = self.find_or_create_turn(idempotent_request, turn_id)
                 self.turn_id, self.thread_id, self.created_at = turn.id, turn.thread_id, int(turn.created_at)
         except InvalidInput as error:
@@ -224,16 +227,17 @@ class ChatCompletion:
     def build_completion(self) -> dict[str, Any]:
         """Return the answer of a turn that has ended. Raises APIError if it has failed or was cancelled."""
         if self.words is not None:
-            return self.format.build_completion(self.words, "", self.count_words())
+            return self.format.build_completion(self.words, "", self.words_usage)
         answer = ChatAnswer(self.thread_id, self.links)
         answer.read_events(event for _, event in self.context.turns.list_events(self.turn_id))
         _, finish_reason, usage = self.end_answer(answer)
         return self.format.build_completion(answer.text, answer.reasoning, usage, finish_reason)
 
-    def count_words(self) -> Usage:
-        """Return the usage of an answer that is no turn."""
-        count_tokens = self.context.conversations.mllm.count_tokens
-        return Usage(count_tokens(self.prompt_text), count_tokens(self.words or ""), 0)
+    def count_words(self, words: str) -> Usage:
+        """Return the usage of an answer that is no turn, and count it for the owner."""
+        prompt_tokens, answer_tokens = map(self.context.conversations.mllm.count_tokens, (self.prompt_text, words))
+        self.context.usage.add_usage(self.owner, prompt_tokens=prompt_tokens, answer_tokens=answer_tokens)
+        return Usage(prompt_tokens, answer_tokens, 0)
 
     async def stream_words(self) -> AsyncIterator[ServerSentEvent]:
         """Yield an answer that is no turn as server-sent events."""
@@ -241,18 +245,18 @@ class ChatCompletion:
         yield chat_format.begin_stream()
         for chunk in chat_format.build_chunks(AnswerPart("text", self.words or "")):
             yield chunk
-        for chunk in chat_format.end_stream("stop", self.count_words() if chat_format.includes_usage else None):
+        for chunk in chat_format.end_stream("stop", self.words_usage if chat_format.includes_usage else None):
             yield chunk
 
     async def stream_chunks(self, feed: EventFeed) -> AsyncIterator[ServerSentEvent]:
         """Yield the answer as server-sent events while the turn runs."""
         answer, chat_format = ChatAnswer(self.thread_id, self.links), self.format
         yield chat_format.begin_stream()
-        async for _, event in feed.follow_turn(self.turn_id, idle_seconds=IDLE_SECONDS):
-            for part in answer.read_event(event):
-                for chunk in chat_format.build_chunks(part):
-                    yield chunk
         try:
+            async for _, event in feed.follow_turn(self.turn_id, idle_seconds=IDLE_SECONDS):
+                for part in answer.read_event(event):
+                    for chunk in chat_format.build_chunks(part):
+                        yield chunk
             parts, finish_reason, usage = await anyio.to_thread.run_sync(self.end_answer, answer)
         except Exception as error:
             log_if_internal(error, f"chat completion {self.id}")
@@ -296,8 +300,10 @@ def run_chat_request(context: ServiceContext, owner: str, fields: dict[str, Any]
     """Answer a line of a batch as the route would, and block until the answer is complete.
 
     Its clips are rendered after those of interactive requests. The line's key determines the turn, so that a line that
-    is answered again has one turn. Raises OmniVideoError or APIError.
+    is answered again has one turn. Raises OmniVideoError or APIError; a line of a key that has used up its share of the
+    day is refused before it has a turn, so that it can be answered on the next day.
     """
+    context.usage.check_daily_limits(owner)
     payload = validate_fields(ChatCompletionRequest, fields)
     completion = ChatCompletion(context, owner, payload, lane="batch")
     completion.start(turn_id=f"turn_{line_key}")

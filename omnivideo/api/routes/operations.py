@@ -95,7 +95,7 @@ def describe_durations(durations: Iterable[JobDurations]) -> Iterable[Metric]:
 class WorkerCollector(Collector):
     """Reads from the database which weights the workers have and where the parts of their models compute.
 
-    The hosts' names are left out, because anybody who reaches the port may read the metrics.
+    The hosts' names are left out, because anybody who reaches the port for metrics may read them.
     """
 
     def __init__(self, workers: WorkerStore):
@@ -173,6 +173,9 @@ def check_ready(context: ContextDep) -> dict[str, str]:
 
 @router.get("/metrics", response_class=Response)
 def export_metrics(request: Request) -> Response:
-    """Return the metrics in Prometheus' text format."""
+    """Return the metrics in Prometheus' text format. If the service has keys, one is needed here.
+
+    The port OMNIVIDEO_METRICS_PORT answers without one; it is meant for Prometheus alone.
+    """
     metrics: RequestMetrics = request.app.state.request_metrics
     return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)

@@ -244,7 +244,7 @@ class ResponseTurn(ChatCompletion):
         names = {"id": f"resp_{suffix}", "created_at": self.created_at, "store": False}
         writer = ResponseWriter(self.response_fields | names, suffix, partial(load_picture, self.context))
         events = [*writer.begin(), *writer.add(AnswerPart("text", self.words or "")), *writer.close_item()]
-        body = writer.build_response("completed", self.count_words())
+        body = writer.build_response("completed", self.words_usage)
         return [*events, *writer.end(body)], body
 
 

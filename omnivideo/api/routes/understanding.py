@@ -52,11 +52,30 @@ def build_request(
     return MLLMRequest(text=text, artifacts=artifacts)
 
 
+def count_tokens(context: ServiceContext, owner: str, request: MLLMRequest, answer: str) -> None:
+    """Count the tokens of a request and of its answer for the owner."""
+    prompt_tokens, answer_tokens = map(context.conversations.mllm.count_tokens, (request.text, answer))
+    context.usage.add_usage(owner, prompt_tokens=prompt_tokens, answer_tokens=answer_tokens)
+
+
+def count_answer(context: ServiceContext, owner: str, request: MLLMRequest, pieces: Iterator[str]) -> Iterator[str]:
+    """Yield the pieces of an answer, and count their tokens when it ends or its client leaves."""
+    answer = ""
+    try:
+        for piece in pieces:
+            answer += piece
+            yield piece
+    finally:
+        count_tokens(context, owner, request, answer)
+
+
 @router.post("/route", openapi_extra=document_request_body(RouteRequest, "source"))
 def route_request(context: ContextDep, owner: OwnerDep, fields: BodyFields) -> Route:
     """Return what the model would answer a request with: text, an image or a video, with its probability."""
     payload = validate_fields(RouteRequest, fields)
-    return context.conversations.mllm.route(build_request(context, owner, "prompt", payload.prompt, payload.source))
+    request = build_request(context, owner, "prompt", payload.prompt, payload.source)
+    count_tokens(context, owner, request, "")
+    return context.conversations.mllm.route(request)
 
 
 @router.post(
@@ -70,11 +89,11 @@ async def understand_media(context: ContextDep, owner: OwnerDep, fields: BodyFie
     payload = validate_fields(UnderstandRequest, fields)
 
     def start_answer() -> Iterator[str]:
-        """Return the pieces; what is wrong with the request is raised before the first one."""
+        """Return the pieces, whose tokens are counted; what is wrong with the request is raised before the first."""
         request = build_request(context, owner, "question", payload.question, payload.source)
         sampling = TextSampling(temperature=payload.temperature, top_p=payload.top_p, seed=payload.seed)
         pieces = context.conversations.mllm.stream_text(request.model_copy(update={"sampling": sampling}))
-        return chain([next(pieces, "")], pieces)
+        return count_answer(context, owner, request, chain([next(pieces, "")], pieces))
 
     pieces = await run_sync(start_answer)
     if payload.stream:

@@ -412,6 +412,7 @@ class BatchRunner:
         if not data:
             return None
         name = "output" if succeeded else "errors"
+        self.jobs.add_usage(batch.owner, stored_bytes=len(data))
         file = self.files.create_file(
             batch.owner, file_id=f"file-{batch.derive_line_key(0)}-{name}", name=f"{batch.id}_{name}.jsonl",
             purpose="batch_output", size_bytes=len(data), object_key=self.store.put(bytes(data), "jsonl"),

@@ -40,7 +40,7 @@ from omnivideo.models.features import MLLMFeatures, check_features, decode_featu
 from omnivideo.models.omni import OmniVideoModel
 from omnivideo.models.sampling import DenoisingState
 from omnivideo.models.vae import decode_latents, pixels_to_bytes
-from omnivideo.ports import MLLM, ObjectStore
+from omnivideo.ports import MLLM, SweepableObjectStore
 from omnivideo.storage.objects.tensors import get_tensors, put_tensors
 
 
@@ -55,7 +55,7 @@ class Renderer:
     def __init__(
         self,
         omni: OmniVideoModel,
-        store: ObjectStore,
+        store: SweepableObjectStore,
         weights_digest: str,
         persist_tokens: bool = True,
         mllm: MLLM | None = None,

@@ -126,7 +126,7 @@ class Worker:
         try:
             with self.keep_claims_alive([claim]):
                 result = self.render_claim(claim)
-            retry_while_unavailable(lambda: self.jobs.mark_done(claim, result))
+            self.mark_done(claim, result)
             self.log_end(claim, "is done")
         except Exception as error:
             self.record_failure(claim, error)
@@ -144,7 +144,7 @@ class Worker:
                     result = retry_while_unavailable(partial(self.renderer.store_result, job, params, clip))
                     claim = claims_by_job.pop(job.id)
                     with tolerate_job_lost(claim):
-                        retry_while_unavailable(partial(self.jobs.mark_done, claim, result))
+                        self.mark_done(claim, result)
                         self.log_end(claim, "is done")
         except (torch.OutOfMemoryError, MemoryError):
             torch.cuda.empty_cache()
@@ -155,6 +155,13 @@ class Worker:
             for claim in list(claims_by_job.values()):
                 with tolerate_job_lost(claim):
                     self.record_failure(claim, error)
+
+    def mark_done(self, claim: Claim, result: Artifact) -> None:
+        """Store the result of a claim, and how many bytes its files have. Raises JobLost."""
+        store = self.renderer.store
+        keys = [key for key in (result.key, result.manifest, result.latents, result.preview) if key]
+        stored_bytes = retry_while_unavailable(lambda: sum(store.get_size(key) for key in keys))
+        retry_while_unavailable(partial(self.jobs.mark_done, claim, result, stored_bytes))
 
     def record_failure(self, claim: Claim, error: Exception) -> None:
         """Record the outcome of a job whose rendering raised an error. Raises JobLost."""
@@ -362,6 +369,16 @@ class InProcessWorker:
         self.reporter.start()
         self.thread.start()
         return self
+
+    def request_stop(self) -> None:
+        """Stop the thread after the current denoising step, and return at once.
+
+        If the process is killed before, it is no loss.
+        """
+        self.worker.stop_requested.set()
+        self.notify_workers()
+        with suppress(OmniVideoError):
+            self.worker.jobs.mark_stopping(self.worker.worker_name)
 
     def stop(self) -> None:
         """Stop the thread after the current denoising step; its job goes back to the queue."""

@@ -313,6 +313,9 @@ def build_environment(device: str, on_gpu: bool, options: VLLMOptions) -> dict[s
     defaults = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
     if not on_gpu:
         defaults["VLLM_CPU_KVCACHE_SPACE"] = str(options.cpu_kvcache_gib)
+        # --enforce-eager does not reach the sampler, which compiles at the first request for log probabilities: the
+        # engine dies of it where there is no compiler.
+        defaults["TORCH_COMPILE_DISABLE"] = "1"
     ours = [GENERAL_PLUGIN, ENDPOINT_PLUGIN]
     others = [name for name in inherited.get("VLLM_PLUGINS", "").split(",") if name and name not in ours]
     overrides = {"VLLM_PLUGINS": ",".join([*others, *ours])}

@@ -6,6 +6,9 @@
     POST /v1/tokens         TokensRequest        -> TokensResponse
     POST /v1/visual_tokens  VisualTokensRequest  -> the bytes of a safetensors file of models/features.py, in float32
     GET  /health                                 -> 200 if the server answers
+    GET  /ready                                  -> 200 once it has routed a request of its own
+
+Where a key is set, every request but the last two has it: `Authorization: Bearer KEY`.
 
 A request that cannot be answered is refused with status 400 and a RefusalResponse. A medium is sent as the bytes of
 its file, which are about a tenth of its pixels, and the server decodes it as the planner's own process would.

@@ -36,16 +36,18 @@ class RemoteMLLM:
 
     Every call gives the same answer for the same request, so all of them can be retried. They raise ModelUnavailable
     if the server does not answer, and InvalidInput if it refuses the request. A server that sends nothing for
-    `timeout_seconds` hangs: the call is not retried here, because its caller must tell a person.
+    `timeout_seconds` hangs: the call is not retried here, because its caller must tell a person. `key` is the one that
+    the server requires of its clients.
     """
 
     max_tokens = 1024  # limit of an answer
 
-    def __init__(self, address: str, store: ObjectStore, timeout_seconds: float = 25.0):
+    def __init__(self, address: str, store: ObjectStore, timeout_seconds: float = 25.0, key: str = ""):
         self.store = store
         timeout = httpx.Timeout(timeout_seconds, connect=min(2.0, timeout_seconds))
         self.http = httpx.Client(
             base_url=address,
+            headers={"Authorization": f"Bearer {key}"} if key else {},
             timeout=timeout,
             trust_env=False,
             verify=create_tls_context(),
@@ -182,6 +184,10 @@ def raise_for_refusal(response: httpx.Response) -> None:
     if not response.is_client_error:
         response.raise_for_status()
         return
+    if response.status_code == httpx.codes.UNAUTHORIZED:
+        raise ModelUnavailable(
+            "the language model's server refuses the key; give both processes the same OMNIVIDEO_MLLM_KEY"
+        )
     try:
         refusal = RefusalResponse.model_validate_json(response.content)
     except ValidationError:

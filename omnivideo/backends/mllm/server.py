@@ -18,6 +18,7 @@ from opentelemetry.propagate import extract
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Gauge, generate_latest
 from starlette.concurrency import iterate_in_threadpool
 
+from omnivideo.backends.mllm.access import MLLMKeyMiddleware
 from omnivideo.backends.mllm.local import LocalMLLM
 from omnivideo.backends.mllm.protocol import (
     AgreementResponse,
@@ -36,6 +37,7 @@ from omnivideo.storage.objects.local import compute_object_key
 
 log = logging.getLogger("omnivideo.mllm")
 TRACER = trace.get_tracer("omnivideo.mllm")
+WARM_UP_TEXT = "a red circle"
 
 
 class MLLMService(Protocol):
@@ -65,9 +67,42 @@ async def trace_request(request: Request) -> AsyncIterator[None]:
     log.info("%s %s in %.0f ms", request.method, path, elapsed_ms, extra={"route": path, "ms": elapsed_ms})
 
 
-def add_mllm_routes(app: FastAPI, get_service: Callable[[], MLLMService]) -> None:
-    """Add the routes of `protocol`. `get_service` is called for each request, so the service may be created later."""
-    traced = [Depends(trace_request)]
+class ReadinessCheck:
+    """Routes one request before the server counts as ready.
+
+    A server that loads its model and then fails at its first request would otherwise look healthy.
+    """
+
+    def __init__(self, get_service: Callable[[], MLLMService]):
+        self.get_service = get_service
+        self.lock, self.has_answered = asyncio.Lock(), False
+
+    async def answer(self) -> JSONResponse:
+        async with self.lock:
+            if not self.has_answered:
+                try:
+                    await self.get_service().route(MLLMPayload(text=WARM_UP_TEXT))
+                except InvalidInput:
+                    pass  # the model's own refusal is an answer too
+                except Exception as error:
+                    log.error("the first request failed: %s", type(error).__name__)
+                    return JSONResponse({"status": "failing"}, 503)
+                self.has_answered = True
+        return JSONResponse({"status": "ready"})
+
+
+def add_mllm_routes(app: FastAPI, get_service: Callable[[], MLLMService], key: str = "") -> None:
+    """Add the routes of `protocol`. `get_service` is called for each request, so the service may be created later.
+
+    With a `key`, every route of the app but those for probes requires it.
+    """
+    traced, readiness = [Depends(trace_request)], ReadinessCheck(get_service)
+    if key:
+        app.add_middleware(MLLMKeyMiddleware, key=key)
+
+    @app.get("/ready")
+    async def check_ready() -> JSONResponse:
+        return await readiness.answer()
 
     @app.exception_handler(InvalidInput)
     async def handle_invalid_input(request: Request, error: InvalidInput) -> JSONResponse:
@@ -181,11 +216,14 @@ class SerializedMLLM:
                 yield piece
 
 
-def create_mllm_app(mllm: LocalMLLM) -> FastAPI:
-    """Return the server's app. The store of `mllm` receives the media of requests; an LRUObjectStore is enough."""
+def create_mllm_app(mllm: LocalMLLM, key: str = "") -> FastAPI:
+    """Return the server's app. The store of `mllm` receives the media of requests; an LRUObjectStore is enough.
+
+    Clients must send the `key`, unless it is empty.
+    """
     app = FastAPI(title="omnivideo mllm", docs_url=None, redoc_url=None)
     service = SerializedMLLM(mllm)
-    add_mllm_routes(app, lambda: service)
+    add_mllm_routes(app, lambda: service, key)
 
     registry = CollectorRegistry()
     describe_placement(mllm.omni, registry)

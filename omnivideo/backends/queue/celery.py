@@ -99,9 +99,22 @@ class ChildProcess:
         self.build_worker, self.notify_workers = build_worker, notify_workers
         self.work_available = threading.Event()
         self.worker: InProcessWorker | None = None
+        # Celery tells its children to stop only after it has stopped itself: the parent says it here, at once.
+        self.stop_reader, self.stop_writer = os.pipe()
 
     def start(self) -> None:
         threading.Thread(target=self.run, daemon=True, name="loading").start()
+        threading.Thread(target=self.await_stop, daemon=True, name="stopping").start()
+
+    def announce_stop(self, processes: int) -> None:
+        """Tell the child processes, from the parent, that the worker stops."""
+        os.write(self.stop_writer, b"." * processes)
+
+    def await_stop(self) -> None:
+        """Wait until the parent says that the worker stops, then end the current denoising step."""
+        os.read(self.stop_reader, 1)
+        if self.worker is not None:
+            self.worker.request_stop()
 
     def run(self) -> None:
         """Load the worker and start it. If it cannot be loaded, the process ends, and Celery starts another."""
@@ -144,6 +157,10 @@ def serve_celery_worker(
     @signals.worker_process_shutdown.connect(weak=False)  # type: ignore[untyped-decorator]
     def stop_child(**_: Any) -> None:
         child.stop()
+
+    @signals.worker_shutting_down.connect(weak=False)  # type: ignore[untyped-decorator]
+    def announce_stop(**_: Any) -> None:
+        child.announce_stop(concurrency)
 
     @app.task(name=TASK_NAME)  # type: ignore[untyped-decorator]
     def run_task() -> None:

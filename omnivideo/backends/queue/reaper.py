@@ -1,5 +1,7 @@
 """Requeue the jobs of lost workers, and notify the workers again of jobs that stay queued.
 
+Jobs that their keys may not begin today are ended.
+
 API processes do this too, so this module imports neither torch nor Celery.
 """
 
@@ -26,5 +28,7 @@ class Reaper(PeriodicThread):
         for job_id in self.jobs.requeue_lost_jobs(self.heartbeat_timeout_seconds):
             log.warning("job %s: its worker was lost; another worker will render it", job_id)
             self.notify_workers()
+        for job_id in self.jobs.fail_exhausted_jobs():
+            log.info("job %s: its key has used up its share of the day", job_id)
         if self.jobs.claim_renotification(RENOTIFY_SECONDS):
             self.notify_workers()

@@ -8,13 +8,11 @@ the rank that is being rendered. A job that is submitted after another owner's t
 or second.
 """
 
-import time
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from sqlalchemy import ColumnElement, Engine, Row, Update, and_, case, func, literal, null, or_, select, update
+from sqlalchemy import ColumnElement, Engine, Row, Update, and_, case, func, literal, not_, null, or_, select, update
 
 from omnivideo.contracts import (
     OPEN_STATES,
@@ -28,14 +26,15 @@ from omnivideo.contracts import (
     ModelIdentity,
     StepProgress,
 )
-from omnivideo.errors import InvalidInput, JobLost, ServiceBusy
+from omnivideo.errors import InvalidInput, JobLost
+from omnivideo.records import KeyLimits
+from omnivideo.storage.database.job_limits import JobLimits
 from omnivideo.storage.database.job_rows import (
     ENDED_STATES,
     LANES,
     MAX_WORKER_LOSSES,
     add_trace_context,
     body_from_job,
-    build_count_subqueries,
     build_fair_rank_subquery,
     build_turn_subquery,
     claim_from_row,
@@ -51,9 +50,6 @@ from omnivideo.storage.database.repository import select_values, unix_now
 from omnivideo.storage.database.schema import jobs, turns
 from omnivideo.turns import StoredPreview
 
-EXACT_COUNT_BELOW = 1000  # limits below this are checked with an exact count at every submit
-COUNT_CACHE_SECONDS = 1.0  # how long a count that is far from its limit is reused
-
 
 class EndedJob(NamedTuple):
     """A job that has ended, as announced to webhooks. `ended_at` is in seconds since 1970."""
@@ -67,20 +63,11 @@ class EndedJob(NamedTuple):
 ARTIFACT_KEYS = ("key", "manifest", "latents", "preview")  # the fields of an artifact that name objects of the store
 
 
-@dataclass
-class QueueCounts:
-    """The numbers of queued jobs and of an owner's open jobs when last counted, and this process's submits since."""
-
-    queued: int
-    owner_open: int
-    counted_at: float
-    submitted_since: int = 0
-
-
-class JobRepository(JobStatistics):
+class JobRepository(JobStatistics, JobLimits):
     """`max_open_jobs` limits the queued jobs of all owners, `max_open_jobs_per_owner` the open jobs of one owner.
 
-    A job with a resume point waits `resume_timeout_seconds` for a worker with the same weights before it starts again.
+    `daily_limits` are those of owners without own ones. A job with a resume point waits `resume_timeout_seconds` for a
+    worker with the same weights before it starts again.
     """
 
     def __init__(
@@ -89,12 +76,11 @@ class JobRepository(JobStatistics):
         max_open_jobs: int = 10_000,
         max_open_jobs_per_owner: int = 2_000,
         resume_timeout_seconds: float = 60.0,
+        daily_limits: KeyLimits | None = None,
     ):
-        super().__init__(engine)
+        defaults = (daily_limits or KeyLimits()).model_copy(update={"open_jobs": max_open_jobs_per_owner})
+        super().__init__(engine, max_open_jobs, defaults)
         self.resume_timeout_seconds = resume_timeout_seconds
-        self.max_open_jobs = max_open_jobs
-        self.max_open_jobs_per_owner = max_open_jobs_per_owner
-        self.queue_counts: dict[str, QueueCounts] = {}
 
     # ------------------------------------------------------------ submitting and following
 
@@ -108,7 +94,7 @@ class JobRepository(JobStatistics):
     ) -> JobStatus | None:
         """Submit a job. Return None if it was submitted before: the same id with the same content is the same job.
 
-        Raises ServiceBusy if a limit is reached, and InvalidInput if the id belongs to a different job.
+        Raises ServiceBusy (LimitReached for a limit of the owner), and InvalidInput if the id belongs to another job.
         """
         lane_index = LANES.index(lane)
         values = {
@@ -132,37 +118,17 @@ class JobRepository(JobStatistics):
             "created_at": unix_now(),
             "notified_at": unix_now(),
         }
-        row_if_allowed = select_values(jobs, values)
-        if self.is_near_limit(owner):
-            queued, owner_open = build_count_subqueries(owner)
-            row_if_allowed = row_if_allowed.where(
-                queued < self.max_open_jobs, owner_open < self.max_open_jobs_per_owner
-            )
+        row_if_allowed = select_values(jobs, values).where(*(conditions := self.build_limit_conditions(owner)))
         insertion = self.insert_into(jobs).from_select(list(values), row_if_allowed).on_conflict_do_nothing()
-        if (row := self.fetch_one(insertion.returning(jobs))) is not None:
-            return status_from_row(row)
+        rows = self.insert_within_limits(owner, insertion.returning(jobs), is_near=bool(conditions))
+        if rows:
+            return status_from_row(rows[0])
         existing = self.fetch_one(select(jobs.c.owner, jobs.c.body, jobs.c.preset).where(jobs.c.id == job.id))
         if existing is None:
-            raise ServiceBusy("queue: too many clips are waiting; try again later", retry_after_seconds=5.0)
+            raise self.find_reached_limit(owner)
         if existing.owner != owner or job_from_row(existing, job.preset) != job:
             raise InvalidInput("id", "that id belongs to a different job; use a new one")
         return None
-
-    def is_near_limit(self, owner: str) -> bool:
-        """Return whether a limit may be near, so that a submit must count. Counting gets slower as more jobs wait."""
-        if min(self.max_open_jobs, self.max_open_jobs_per_owner) < EXACT_COUNT_BELOW:
-            return True
-        counts = self.queue_counts.get(owner)
-        if counts is None or time.monotonic() - counts.counted_at > COUNT_CACHE_SECONDS:
-            queued, owner_open = build_count_subqueries(owner)
-            row = self.fetch_one(select(queued.label("queued"), owner_open.label("owner_open")))
-            assert row is not None
-            counts = self.queue_counts[owner] = QueueCounts(row.queued, row.owner_open, time.monotonic())
-        counts.submitted_since += 1
-        return (
-            2 * (counts.queued + counts.submitted_since) >= self.max_open_jobs
-            or 2 * (counts.owner_open + counts.submitted_since) >= self.max_open_jobs_per_owner
-        )
 
     def get_status(self, job_id: str) -> JobStatus | None:
         row = self.fetch_one(select(jobs).where(jobs.c.id == job_id))
@@ -193,7 +159,7 @@ class JobRepository(JobStatistics):
         is_queued = and_(jobs.c.id == job_id, jobs.c.state == "queued")
         cancellation = update(jobs).where(is_queued)
         values = {"state": "cancelled", "cancel_requested": True, "ended_at": unix_now()}
-        if not self.end_jobs(cancellation.values(values)):
+        if not self.end_jobs(cancellation.values(values), None):
             is_running = and_(jobs.c.id == job_id, jobs.c.state == "running")
             self.fetch_all(update(jobs).where(is_running).values(cancel_requested=True))
 
@@ -242,7 +208,7 @@ class JobRepository(JobStatistics):
         The claim has a resume point only if it fits the model; the job has the model's weights from now on.
         """
         may_claim = match_claimable_jobs(model, self.resume_timeout_seconds)
-        query = select(jobs.c.id).where(jobs.c.state == "queued", may_claim)
+        query = select(jobs.c.id).where(jobs.c.state == "queued", may_claim, self.match_affordable())
         in_order = query.order_by(jobs.c.lane, jobs.c.fair_rank, jobs.c.created_at, jobs.c.id)
         next_id = in_order.limit(1).with_for_update(skip_locked=True).scalar_subquery()
         claims = self.claim_where(jobs.c.id == next_id, worker, model)
@@ -254,6 +220,7 @@ class JobRepository(JobStatistics):
             "state": "running",
             "attempt": jobs.c.attempt + 1,
             "worker_name": worker,
+            "worker_stopping": False,
             "resume_key": case((match_model(model), jobs.c.resume_key), else_=null()),
             **model.model_dump(),
             "started_at": unix_now(),
@@ -290,7 +257,8 @@ class JobRepository(JobStatistics):
             return [claim]
         is_new = and_(jobs.c.state == "queued", jobs.c.lane == LANES.index("batch"), jobs.c.attempt == 0)
         columns = select(jobs.c.id, jobs.c.body, jobs.c.preset)
-        query = columns.where(is_new, match_claimable_jobs(model, self.resume_timeout_seconds))
+        may_claim = match_claimable_jobs(model, self.resume_timeout_seconds)
+        query = columns.where(is_new, may_claim, self.match_affordable())
         in_order = query.order_by(jobs.c.fair_rank, jobs.c.created_at, jobs.c.id)
         rows = self.fetch_all(in_order.limit(4 * max_jobs))
         candidate_ids = [row.id for row in rows if can_render_with(job_from_row(row))]
@@ -345,9 +313,10 @@ class JobRepository(JobStatistics):
         if preview_key is not None:
             self.append_turn_event(turns.c.id, source, is_current, StoredPreview(key=preview_key).model_dump())
 
-    def mark_done(self, claim: Claim, result: Artifact) -> None:
-        """Store the result. Raises JobLost if another attempt has claimed the job."""
-        self.end_attempt(claim, state="done", result=result.model_dump(), eta_seconds=0.0)
+    def mark_done(self, claim: Claim, result: Artifact, stored_bytes: int = 0) -> None:
+        """Store the result, whose files have `stored_bytes`. Raises JobLost if another attempt has claimed the job."""
+        values = {"state": "done", "result": result.model_dump(), "eta_seconds": 0.0}
+        self.end_attempt(claim, stored_bytes, **values)
 
     def mark_failed(self, claim: Claim, code: str, error: str) -> None:
         self.end_attempt(claim, state="failed", code=code, error=error[:1000])
@@ -363,18 +332,27 @@ class JobRepository(JobStatistics):
 
     def requeue(self, claim: Claim) -> None:
         """Put the job of a worker that must stop back into the queue."""
-        self.fetch_all(update(jobs).where(match_attempt(claim)).values(state="queued"))
+        self.count_attempts(update(jobs).where(match_attempt(claim)).values(state="queued"), unix_now())
 
-    def end_attempt(self, claim: Claim, **values: Any) -> None:
+    def mark_stopping(self, worker: str) -> None:
+        """Record that a worker was told to stop, so that its jobs count no loss even if it is killed before it ends."""
+        is_running = and_(jobs.c.worker_name == worker, jobs.c.state == "running")
+        self.fetch_all(update(jobs).where(is_running).values(worker_stopping=True))
+
+    def end_attempt(self, claim: Claim, stored_bytes: int = 0, **values: Any) -> None:
         """Write the final state of a job. Raises JobLost if another attempt has claimed the job."""
         ending = update(jobs).where(match_attempt(claim)).values(ended_at=unix_now(), resume_key=None, **values)
-        if not self.end_jobs(ending):
+        if not self.end_jobs(ending, unix_now(), stored_bytes):
             raise JobLost(f"job {claim.job.id} no longer belongs to this worker")
 
-    def end_jobs(self, ending: Update) -> list[str]:
-        """Run a statement that ends jobs, notify their followers, and return the ids of the jobs."""
+    def end_jobs(self, ending: Update, until: ColumnElement[Any] | None, stored_bytes: int = 0) -> list[str]:
+        """Run a statement that ends jobs, notify their followers, and return the ids of the jobs.
+
+        Their attempts have run until `until`, which is None if no worker had them.
+        """
         notification = self.notifier.build_notification(literal("end ") + jobs.c.id)
-        job_ids = [row.id for row in self.fetch_all(ending.returning(jobs.c.id, notification))]
+        rows = self.count_attempts(ending, until, jobs.c.id, notification, stored_bytes=stored_bytes)
+        job_ids = [row.id for row in rows]
         for job_id in job_ids:
             self.notifier.publish(Change(topic=job_end_topic(job_id)))
         return job_ids
@@ -391,12 +369,20 @@ class JobRepository(JobStatistics):
             "ended_at": unix_now(),
             "worker_losses": jobs.c.worker_losses + 1,
         }
-        may_retry_no_more = jobs.c.worker_losses >= MAX_WORKER_LOSSES - 1
-        self.end_jobs(update(jobs).where(is_lost, may_retry_no_more).values(failure))
+        may_retry_no_more = and_(jobs.c.worker_losses >= MAX_WORKER_LOSSES - 1, not_(jobs.c.worker_stopping))
+        last_sign = jobs.c.heartbeat_at
+        self.end_jobs(update(jobs).where(is_lost, may_retry_no_more).values(failure), last_sign)
         cancellation = update(jobs).where(is_lost, jobs.c.cancel_requested)
-        self.end_jobs(cancellation.values(state="cancelled", ended_at=unix_now()))
-        requeued = {"state": "queued", "worker_losses": jobs.c.worker_losses + 1, "notified_at": unix_now()}
-        return [row.id for row in self.fetch_all(update(jobs).where(is_lost).values(requeued).returning(jobs.c.id))]
+        self.end_jobs(cancellation.values(state="cancelled", ended_at=unix_now()), last_sign)
+        losses = jobs.c.worker_losses + case((jobs.c.worker_stopping, 0), else_=1)
+        requeued = {"state": "queued", "worker_losses": losses, "notified_at": unix_now()}
+        rows = self.count_attempts(update(jobs).where(is_lost).values(requeued), last_sign, jobs.c.id)
+        return [row.id for row in rows]
+
+    def fail_exhausted_jobs(self) -> list[str]:
+        """Fail the interactive jobs that have not begun when their owner has used up a share of the day."""
+        ending = self.build_exhausted_ending()
+        return [] if ending is None else self.end_jobs(ending, None)
 
     def claim_renotification(self, max_age_seconds: float) -> bool:
         """Return whether the workers must be notified again of a queued job, and mark it as notified now."""

@@ -1,13 +1,21 @@
-"""Create, check and revoke API keys. The database holds only their digests."""
+"""Create, check, limit and revoke API keys. The database holds only their digests."""
 
 import hashlib
 import secrets
+from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import Engine, and_, insert, select, update
+from sqlalchemy import Engine, Row, and_, insert, or_, select, update
 
+from omnivideo.records import DEFAULT_SCOPES, SCOPES, APIKeyRecord, KeyLimits, Scope
 from omnivideo.storage.database.repository import Repository, unix_now
 from omnivideo.storage.database.schema import api_keys
+from omnivideo.storage.database.usage import ADMIN_OWNER
+
+ADMIN_KEY = APIKeyRecord(
+    id=ADMIN_OWNER, name=ADMIN_OWNER, created_at=0.0, revoked=False, expires_at=None, scopes=SCOPES,
+    own_limits={name: 0 for name in KeyLimits.model_fields if name != "open_jobs"},
+)  # fmt: skip
 
 
 def compute_key_digest(key: str) -> str:
@@ -27,8 +35,17 @@ class APIKeyRepository(Repository):
         """Return whether requests need a key: only if the operator has set an admin key."""
         return self.admin_digest is not None
 
-    def create_key(self, name: str) -> tuple[str, str]:
-        """Create a key. Return its id and the key itself, which cannot be read again."""
+    def create_key(
+        self,
+        name: str,
+        scopes: Sequence[Scope] = DEFAULT_SCOPES,
+        lifetime_seconds: float | None = None,
+        own_limits: dict[str, float | None] | None = None,
+    ) -> tuple[str, str]:
+        """Create a key, which expires after `lifetime_seconds`. Return its id and the key, which cannot be read again.
+
+        `own_limits` are fields of KeyLimits; None stands for the default.
+        """
         key_id, key = f"key_{secrets.token_hex(8)}", f"ov_{secrets.token_urlsafe(32)}"
         values = {
             "id": key_id,
@@ -36,24 +53,48 @@ class APIKeyRepository(Repository):
             "name": name,
             "created_at": unix_now(),
             "revoked": False,
+            "scopes": " ".join(scopes),
+            "expires_at": None if lifetime_seconds is None else unix_now() + lifetime_seconds,
+            **(own_limits or {}),
         }
         self.fetch_all(insert(api_keys).values(values))
         return key_id, key
 
-    def find_owner(self, key: str) -> str | None:
-        """Return the owner of a key, or None if the key is wrong or revoked."""
+    def find_key(self, key: str) -> APIKeyRecord | None:
+        """Return the record of a key, or None if the key is wrong or revoked, or has expired."""
         digest = compute_key_digest(key)
         if self.admin_digest and secrets.compare_digest(digest, self.admin_digest):
-            return "admin"
-        is_valid = and_(api_keys.c.digest == digest, api_keys.c.revoked.is_(False))
-        row = self.fetch_one(select(api_keys.c.id).where(is_valid))
-        return None if row is None else str(row.id)
+            return ADMIN_KEY
+        is_current = or_(api_keys.c.expires_at.is_(None), api_keys.c.expires_at > unix_now())
+        is_valid = and_(api_keys.c.digest == digest, api_keys.c.revoked.is_(False), is_current)
+        row = self.fetch_one(select(api_keys).where(is_valid))
+        return None if row is None else key_from_row(row)
 
-    def revoke_key(self, key_id: str) -> bool:
-        """Revoke a key. Return False if there is none with that id."""
-        revocation = update(api_keys).where(api_keys.c.id == key_id).values(revoked=True)
-        return bool(self.fetch_all(revocation.returning(api_keys.c.id)))
+    def update_key(self, key_id: str, lifetime_seconds: float | None = None, **values: Any) -> APIKeyRecord | None:
+        """Set columns of a key, and let it expire in `lifetime_seconds` if given; 0 is never.
 
-    def list_keys(self) -> list[dict[str, Any]]:
-        columns = select(api_keys.c.id, api_keys.c.name, api_keys.c.created_at, api_keys.c.revoked)
-        return [dict(row._mapping) for row in self.fetch_all(columns.order_by(api_keys.c.created_at))]
+        Return the key, or None if there is none with that id.
+        """
+        if lifetime_seconds is not None:
+            values["expires_at"] = unix_now() + lifetime_seconds if lifetime_seconds else None
+        if not values:
+            return self.get_key(key_id)
+        change = update(api_keys).where(api_keys.c.id == key_id).values(values)
+        row = self.fetch_one(change.returning(api_keys))
+        return None if row is None else key_from_row(row)
+
+    def get_key(self, key_id: str) -> APIKeyRecord | None:
+        row = self.fetch_one(select(api_keys).where(api_keys.c.id == key_id))
+        return None if row is None else key_from_row(row)
+
+    def list_keys(self) -> list[APIKeyRecord]:
+        return [key_from_row(row) for row in self.fetch_all(select(api_keys).order_by(api_keys.c.created_at))]
+
+
+def key_from_row(row: Row[Any]) -> APIKeyRecord:
+    scopes = DEFAULT_SCOPES if row.scopes is None else tuple(name for name in SCOPES if name in row.scopes.split())
+    limits = {name: getattr(row, name) for name in KeyLimits.model_fields if getattr(row, name) is not None}
+    return APIKeyRecord(
+        id=row.id, name=row.name, created_at=row.created_at, revoked=row.revoked, expires_at=row.expires_at,
+        scopes=scopes, own_limits=limits,
+    )  # fmt: skip

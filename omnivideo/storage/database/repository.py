@@ -1,12 +1,14 @@
 """Run statements, append turn events, read pages of rows, and convert rows to records, for all repositories."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from sqlalchemy import (
     JSON,
     ColumnElement,
+    Connection,
     Engine,
     Executable,
     Float,
@@ -22,6 +24,7 @@ from sqlalchemy import (
     select,
 )
 from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.engine.interfaces import IsolationLevel
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.compiler import compiles
@@ -65,10 +68,45 @@ class Repository:
 
     def fetch_all(self, statement: Executable) -> Sequence[Row[Any]]:
         """Run a statement in its own transaction and return its rows. Does not catch IntegrityError and DataError."""
+        with self.connect() as connection:
+            result = connection.execute(statement)
+            return result.all() if result.returns_rows else []
+
+    def fetch_and_follow(
+        self, statement: Executable, build_next: Callable[[Sequence[Row[Any]]], Executable | None]
+    ) -> Sequence[Row[Any]]:
+        """Run a statement, and in the same transaction the one that `build_next` builds from its rows. Return the rows.
+
+        The first statement must write, so that SQLite waits for other writers before it reads.
+        """
+        isolation_level: IsolationLevel = "SERIALIZABLE" if self.engine.dialect.name == "sqlite" else "READ COMMITTED"
+        with self.connect() as connection:
+            in_transaction = connection.execution_options(isolation_level=isolation_level)
+            with in_transaction.begin():
+                rows = in_transaction.execute(statement).all()
+                if rows and (next_statement := build_next(rows)) is not None:
+                    in_transaction.execute(next_statement)
+        return rows
+
+    def fetch_in_turn(self, name: str, statement: Executable) -> Sequence[Row[Any]]:
+        """Run a statement while no other process runs one under the same name, so that what it counts is exact.
+
+        In SQLite, all statements that write take turns.
+        """
+        if self.engine.dialect.name == "sqlite":
+            return self.fetch_all(statement)
+        with self.connect() as connection:
+            in_transaction = connection.execution_options(isolation_level="READ COMMITTED")
+            with in_transaction.begin():
+                in_transaction.execute(select(func.pg_advisory_xact_lock(func.hashtextextended(name, 0))))
+                return in_transaction.execute(statement).all()
+
+    @contextmanager
+    def connect(self) -> Iterator[Connection]:
+        """Yield a connection of the pool, whose statements each have their own transaction. Raises StoreError."""
         try:
             with self.engine.connect() as connection:
-                result = connection.execute(statement)
-                return result.all() if result.returns_rows else []
+                yield connection
         except (IntegrityError, DataError):  # a retry cannot change either
             raise
         except PoolTimeout as error:

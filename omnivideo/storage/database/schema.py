@@ -18,6 +18,8 @@ jobs = Table(
     Column("state", String(10), nullable=False),  # queued, running, done, failed, cancelled
     Column("attempt", Integer, nullable=False, default=0),  # the fencing number; each claim increments it
     Column("worker_losses", Integer, nullable=False, default=0),  # workers that were lost while rendering it
+    # Whether the worker was told to stop: its end is then no loss.
+    Column("worker_stopping", Boolean, nullable=False, default=False, server_default=false()),
     Column("cancel_requested", Boolean, nullable=False, default=False),
     Column("body", JSON, nullable=False),  # contracts.Job
     Column("kind", String(10), nullable=False),  # the kind of request: video, image, turn
@@ -70,6 +72,36 @@ api_keys = Table(
     Column("name", String(100), nullable=False),
     Column("created_at", Float, nullable=False),
     Column("revoked", Boolean, nullable=False, default=False),
+    Column("scopes", String(60)),  # separated by blanks; null: those of a key of version 0.2
+    Column("expires_at", Float),  # null: never
+    # What the key may use (records.KeyLimits). Null: as the settings say; 0: without a limit.
+    Column("requests_per_minute", Integer),
+    Column("open_jobs", Integer),
+    Column("device_seconds_per_day", Float),
+    Column("stored_bytes_per_day", BigInteger),
+)
+
+usage_days = Table(  # what each key has used on each day (UTC)
+    "usage_days",
+    metadata,
+    Column("owner", String(64), primary_key=True),
+    Column("day", Integer, primary_key=True, autoincrement=False),  # since 1970
+    Column("clips", Integer, nullable=False, default=0),
+    Column("images", Integer, nullable=False, default=0),
+    Column("steps", BigInteger, nullable=False, default=0),  # denoising steps
+    Column("device_seconds", Float, nullable=False, default=0.0),  # of workers, in all attempts
+    Column("prompt_tokens", BigInteger, nullable=False, default=0),
+    Column("answer_tokens", BigInteger, nullable=False, default=0),
+    Column("stored_bytes", BigInteger, nullable=False, default=0),  # written on that day, also if deleted since
+    Index("usage_days_day", "day"),
+)
+
+request_windows = Table(  # the requests of each key with a limit, in its current minute
+    "request_windows",
+    metadata,
+    Column("owner", String(64), primary_key=True),
+    Column("started_at", Float, nullable=False),
+    Column("request_count", Integer, nullable=False),
 )
 
 files = Table(

@@ -72,6 +72,45 @@ def test_a_trace_crosses_to_the_server(local, requests):
         assert spans[f"ask the language model {path}"] == spans[f"language model {path}"] == 1
 
 
+def test_a_server_with_a_key_answers_nobody_without_it(local, requests):
+    port, key = free_port(), "a key of the operator"
+    address = f"http://127.0.0.1:{port}"
+    with run_mllm_server(local, port, key):
+        client, stranger = RemoteMLLM(address, local.store, key=key), RemoteMLLM(address, local.store)
+        assert client.route(requests[0]) == local.route(requests[0]) and client.fetch_metrics()
+        for ask in (stranger.route, stranger.score_agreement, lambda request: list(stranger.stream_text(request))):
+            with pytest.raises(ModelUnavailable, match="refuses the key; give both processes the same OMNIVIDEO_MLLM"):
+                ask(requests[0])
+        for path in ("/metrics", "/v1/tokens", "/openapi.json"):
+            assert httpx.get(f"{address}{path}", trust_env=False).status_code == 401
+        for path in ("/health", "/ready"):
+            assert httpx.get(f"{address}{path}", trust_env=False).status_code == 200
+        client.close()
+        stranger.close()
+
+
+class FailingMLLM(LocalMLLM):
+    """A model that has been loaded and fails at its first requests."""
+
+    failures_left = 2
+
+    def route(self, request: MLLMRequest):
+        if self.failures_left:
+            self.failures_left -= 1
+            raise RuntimeError("no C++ compiler")
+        return super().route(request)
+
+
+def test_a_server_is_ready_once_it_has_routed_a_request(local, caplog):
+    port = free_port()
+    with run_mllm_server(FailingMLLM(local.omni, local.store), port):
+        address = f"http://127.0.0.1:{port}"
+        statuses = [httpx.get(f"{address}/ready", trust_env=False).status_code for _ in range(4)]
+        assert statuses == [503, 503, 200, 200]
+        assert httpx.get(f"{address}/health", trust_env=False).status_code == 200
+    assert caplog.text.count("the first request failed: RuntimeError") == 2
+
+
 class BreakingMLLM(LocalMLLM):
     """A model that fails in the middle of its first answer."""
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from observe import BASE_URL, CONVERSATION, FOLDER, KEY, MODEL, OVER_LONG, PICTURE, TITLE_REQUEST, observe
 
-COMMAND = str(Path(sys.executable).parent / "llm")
+# Run by the interpreter, because the first line of the script names where the environment was made.
+COMMAND = [sys.executable, str(Path(sys.executable).parent / "llm")]
 HOME = FOLDER / "llm"
 HOME.mkdir()
 (HOME / "extra-openai-models.yaml").write_text(
@@ -22,7 +23,7 @@ HOME.mkdir()
 def call(*arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "LLM_USER_PATH": str(HOME)}
     done = subprocess.run(
-        [COMMAND, *arguments], env=environment, capture_output=True, text=True, check=False, timeout=120
+        [*COMMAND, *arguments], env=environment, capture_output=True, text=True, check=False, timeout=120
     )
     if done.returncode:
         raise RuntimeError(done.stderr.strip())

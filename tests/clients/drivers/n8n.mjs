@@ -10,7 +10,7 @@ const PORT = JSON.parse(readFileSync(join(FOLDER, "settings.json"))).PORT;
 const ENVIRONMENT = {
   ...process.env, N8N_USER_FOLDER: FOLDER, N8N_PORT: PORT, N8N_LISTEN_ADDRESS: "127.0.0.1",
   N8N_DIAGNOSTICS_ENABLED: "false", N8N_VERSION_NOTIFICATIONS_ENABLED: "false", N8N_TEMPLATES_ENABLED: "false",
-  N8N_PERSONALIZATION_ENABLED: "false", N8N_ENFORCE_SETTINGS_FILE_PERMISSIONS: "false", N8N_RUNNERS_ENABLED: "false",
+  N8N_PERSONALIZATION_ENABLED: "false", N8N_ENFORCE_SETTINGS_FILE_PERMISSIONS: "false",
   N8N_HIRING_BANNER_ENABLED: "false", N8N_PUBLIC_API_DISABLED: "true",
 };
 const sleep = (milliseconds) => new Promise((resolve) => setTimeout(resolve, milliseconds));
@@ -49,14 +49,15 @@ async function send(id, sessionId, chatInput) {
   return text;
 }
 
-async function waitUntilReady(id) {
+// Wait until the page of a workflow's chat is there; n8n calls itself ready before it has activated its workflows.
+async function waitForChat(id) {
   for (let tries = 0; tries < 300; tries++) {
     try {
-      if ((await fetch(`http://127.0.0.1:${PORT}/healthz/readiness`)).ok) return;
+      if ((await fetch(`http://127.0.0.1:${PORT}/webhook/${id}/chat`)).ok) return;
     } catch {}
     await sleep(1000);
   }
-  throw new Error(`n8n did not start for ${id}`);
+  throw new Error(`n8n did not start the chat ${id}`);
 }
 
 async function holdWhole(id) {
@@ -78,14 +79,15 @@ async function holdStreamed(id) {
   return { answers, chunks };
 }
 
-install([
+const workflows = [
   buildWorkflow("chat", false, false), buildWorkflow("responses", true, false),
   buildWorkflow("streamedchat", false, true), buildWorkflow("streamedresponses", true, true),
-]);
+];
+install(workflows);
 const log = openSync(join(FOLDER, "n8n.log"), "w");
 const server = spawn(process.execPath, [COMMAND, "start"], { env: ENVIRONMENT, stdio: ["ignore", log, log] });
 try {
-  await waitUntilReady("the workflows");
+  for (const { id } of workflows) await waitForChat(id);
   await observe("conversation", () => holdWhole("chat"));
   await observe("responses", () => holdWhole("responses"));
   await observe("streaming", () => holdStreamed("streamedchat"));

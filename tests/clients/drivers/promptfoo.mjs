@@ -1,11 +1,14 @@
-// promptfoo: `promptfoo eval` with a conversation, as its pages describe it, and its own assertions.
+// promptfoo: `promptfoo eval` with a conversation, as its pages describe it, its own assertions, pictures and clips.
 import { execFileSync } from "node:child_process";
-import { readFileSync, writeFileSync } from "node:fs";
+import { readFileSync, readdirSync, writeFileSync } from "node:fs";
 import { dirname, join } from "node:path";
 import { fileURLToPath } from "node:url";
-import { BASE_URL, CONVERSATION, FOLDER, KEY, MODEL, OVER_LONG, TITLE_REQUEST, encodePicture, observe } from "./observe.mjs";
+import {
+  BASE_URL, CONVERSATION, FOLDER, KEY, MODEL, OVER_LONG, TITLE_REQUEST, describeBytes, encodePicture, observe,
+} from "./observe.mjs";
 
 const COMMAND = join(dirname(fileURLToPath(import.meta.url)), "..", "node_modules", "promptfoo", "dist", "src", "main.js");
+const MEDIA = join(FOLDER, "media");
 const PROMPT = `[
 {% for turn in _conversation %}{"role": "user", "content": {{ turn.input | dump }}},
 {"role": "assistant", "content": {{ turn.output | dump }}},
@@ -18,6 +21,7 @@ function evaluate(name, provider, prompt, tests) {
   const environment = {
     ...process.env, OPENAI_API_KEY: KEY, PROMPTFOO_DISABLE_TELEMETRY: "1", PROMPTFOO_DISABLE_UPDATE: "1",
     PROMPTFOO_CONFIG_DIR: join(FOLDER, "promptfoo"), PROMPTFOO_PASS_RATE_THRESHOLD: "0", PROMPTFOO_DISABLE_REMOTE_GENERATION: "1",
+    PROMPTFOO_INLINE_MEDIA: "true", PROMPTFOO_MEDIA_PATH: MEDIA,
   };
   const output = join(FOLDER, `${name}.out.json`);
   const options = ["eval", "-c", join(FOLDER, `${name}.json`), "-o", output, "--no-cache", "--no-table", "--no-share"];
@@ -63,6 +67,24 @@ await observe("structured output", () => {
   const provider = { ...chat, config: { ...chat.config, response_format } };
   const { output } = evaluate("structured", provider, JSON.stringify([{ role: "user", content: TITLE_REQUEST }]), [{ vars: { question: "" } }])[0].response;
   return typeof output === "string" ? JSON.parse(output) : output;
+});
+
+await observe("images", () => {
+  const provider = { id: `openai:image:${MODEL}`, config: { apiBaseUrl: BASE_URL, response_format: "b64_json" } };
+  const tests = ["a red circle", "a blue square"].map((question) => ({ vars: { question } }));
+  return evaluate("images", provider, "{{question}}", tests).map(({ response }) =>
+    describeBytes(Buffer.from(response.output.split("base64,")[1], "base64")));
+});
+
+await observe("videos", () => {
+  const config = { apiBaseUrl: BASE_URL, size: "1280x720", seconds: 4, poll_interval_ms: 200 };
+  const make = (name, question, more) =>
+    evaluate(name, { id: `openai:video:${MODEL}`, config: { ...config, ...more } }, "{{question}}", [{ vars: { question } }])[0];
+  const { video } = make("video", CONVERSATION[0], {}).response;
+  make("remix", "make it blue", { remix_video_id: video.id });
+  const clips = readdirSync(MEDIA, { recursive: true }).filter((name) => name.endsWith(".mp4"));
+  if (clips.length !== 2) throw new Error(`${clips.length} clips were stored`);
+  return clips.map((name) => describeBytes(readFileSync(join(MEDIA, name))));
 });
 
 await observe("over-long text", async () => evaluate("long", chat, OVER_LONG, [{ vars: { question: "" } }])[0].response.output);

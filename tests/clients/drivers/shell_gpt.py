@@ -7,7 +7,8 @@ from pathlib import Path
 
 from observe import BASE_URL, CONVERSATION, FOLDER, KEY, MODEL, OVER_LONG, TITLE_REQUEST, observe
 
-COMMAND = str(Path(sys.executable).parent / "sgpt")
+# Run by the interpreter, because the first line of the script names where the environment was made.
+COMMAND = [sys.executable, str(Path(sys.executable).parent / "sgpt")]
 SETTINGS = {
     "API_BASE_URL": BASE_URL, "OPENAI_API_KEY": KEY, "DEFAULT_MODEL": MODEL, "CHAT_CACHE_PATH": str(FOLDER / "chats"),
     "CACHE_PATH": str(FOLDER / "cache"), "OS_NAME": "Linux", "SHELL_NAME": "bash",
@@ -16,7 +17,7 @@ SETTINGS = {
 
 def call(*arguments: str, **settings: str) -> str:
     environment = {**os.environ, **SETTINGS, **settings}
-    command = [COMMAND, "--no-cache", "--no-md", *arguments]
+    command = [*COMMAND, "--no-cache", "--no-md", *arguments]
     done = subprocess.run(
         command, env=environment, capture_output=True, text=True, check=False, timeout=120, stdin=subprocess.DEVNULL
     )

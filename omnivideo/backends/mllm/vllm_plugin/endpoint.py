@@ -52,7 +52,7 @@ class Endpoint:
     service: VLLMService
 
     def attach_router(self, app: FastAPI) -> None:
-        add_mllm_routes(app, lambda: self.service)
+        add_mllm_routes(app, lambda: self.service, load_settings().mllm_key)
 
         @app.post("/v1/chat/completions")
         async def create_chat(request: ChatCompletionRequest, raw_request: Request) -> Any:
