@@ -16,7 +16,7 @@ from omnivideo.agent.small_world.wordings import load_pattern
 ADDITION = re.compile(r"^(?:and|with|plus|also) (?:an?|another|two|three) ")
 CONNECTING_WORDS = {"and", "but", "that is", "all", "completely", "also", "entirely"}
 MAX_SPLIT_CHARS = 300  # of a sentence with two results; the time of its pattern is not linear
-LEAD_OF_RESULT = re.compile(r"^(?:first|firstly)[ ,]+|[ ,;]+$")
+LEAD_OF_RESULT = re.compile(r"^(?:first|firstly)[ ,]+|(?<![ ,;])[ ,;]++$")
 ATTRIBUTES = ("colour", "size", "motion", "go", "direction", "speed", "region", "ground")
 CONTENT = (
     *ATTRIBUTES, "shape", "plural", "resize", "longer", "task", "reference", "rest", "make", "draw", "add", "remove",
