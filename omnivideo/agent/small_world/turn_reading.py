@@ -58,7 +58,7 @@ def read_turn(text: str, context: Context) -> list[Reading]:
 
 def is_statement(text: str) -> bool:
     """Return whether a text says what there is, such as "so it is a red circle", and asks for nothing."""
-    normalized = re.sub(r"[ ,]+(?:but|and|so)$", "", normalize_text(text).strip(" .!"))
+    normalized = re.sub(r"(?<![ ,])[ ,]++(?:but|and|so)$", "", normalize_text(text).strip(" .!"))
     if load_pattern("correction").match(normalized) or talk.find_praise(text, has_result=True):
         return False
     if talk.find_praise(normalized, has_result=True):
