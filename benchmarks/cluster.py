@@ -99,11 +99,12 @@ class ServiceCluster:
         self.workers = [
             OmnivideoProcess(command, self.environment, folder / f"worker{index}.log") for index in range(workers)
         ]
+        overrides = {name.lower(): value for name, value in settings.items() if value}
+        self.wiring = ServiceWiring(load_settings(**overrides))
+        self.wiring.migrate_database()
         for program in (*([self.mllm] if has_mllm else []), self.api, *self.workers):
             program.start()
             stack.callback(program.kill)
-        overrides = {name.lower(): value for name, value in settings.items() if value}
-        self.wiring = ServiceWiring(load_settings(**overrides))
         stack.callback(self.wiring.close)
         self.http = httpx.Client(
             base_url=self.address, headers={"Authorization": f"Bearer {KEY}"}, trust_env=False, timeout=30
@@ -163,8 +164,8 @@ class ServiceCluster:
     def count_queue_messages(self) -> int:
         """Return the number of messages in the queue after the workers have become idle."""
         time.sleep(0.5)
-        with create_celery_app(self.broker.address).connection_for_read() as connection:
-            return int(connection.default_channel.queue_declare("omnivideo", passive=True).message_count)
+        with create_celery_app(self.broker.address, self.wiring.queue_name).connection_for_read() as connection:
+            return int(connection.default_channel.queue_declare(self.wiring.queue_name, passive=True).message_count)
 
     def count_orphans(self) -> int:
         """Sweep the object store and return the number of objects that nothing refers to."""

@@ -42,14 +42,14 @@ MEGABYTE = 2**20
 TEXTS = ("a red ball", "make it blue", "a picture of a green star", "a blue star moving left")
 PANELS = {
     "databases (MB)": ("service_mb", "threads_mb"),
-    "store (MB)": ("store_mb",),
+    "store (kB)": ("store_kb",),
     "memory (MB)": ("api_mb", "sweep_mb"),
     "a turn (ms)": ("turn_ms",),
     "a fork of the first turn, a new thread (ms)": ("fork_ms", "thread_ms"),
     "a sweep (s)": ("sweep_seconds",),
 }
 LABELS = {
-    "service_mb": "jobs, turns, events", "threads_mb": "checkpoints", "store_mb": "objects", "api_mb": "API",
+    "service_mb": "jobs, turns, events", "threads_mb": "checkpoints", "store_kb": "objects", "api_mb": "API",
     "sweep_mb": "sweep, at most", "turn_ms": "median", "fork_ms": "fork", "thread_ms": "new thread",
     "sweep_seconds": "sweep",
 }  # fmt: skip
@@ -184,7 +184,7 @@ def take_sample(home: Path, process: subprocess.Popen[bytes], http: httpx.Client
     return {
         "service_mb": measure_database(home / "service.sqlite"),
         "threads_mb": measure_database(home / "threads.sqlite"),
-        "store_mb": sum(objects) / MEGABYTE,
+        "store_kb": sum(objects) / 1024,
         "objects": len(objects),
         "api_mb": read_memory(process.pid),
         "sweep_mb": sweep_mb,

@@ -26,7 +26,10 @@ def works(broker: str) -> bool:
     from celery import Celery
     from kombu.exceptions import OperationalError
 
+    from omnivideo.backends.queue.celery import build_tls_options
+
     app = Celery(broker=broker)
+    app.conf.broker_use_ssl = build_tls_options(broker)
     app.conf.broker_transport_options = {"socket_timeout": PATIENCE, "socket_connect_timeout": PATIENCE}
     try:
         with app.connection(connect_timeout=PATIENCE) as connection:

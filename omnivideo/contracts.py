@@ -290,6 +290,9 @@ class Claim(FrozenModel):
     traceparent: str | None = None
 
 
+JOB_SECONDS = (0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000, 3000)  # bounds of the histograms of jobs' times
+
+
 class DurationCounts(FrozenModel):
     """How many durations are up to each of some bounds, how many there are, and their sum in seconds."""
 

@@ -28,16 +28,32 @@ def create_tls_context() -> ssl.SSLContext:
     It trusts SSL_CERT_FILE and SSL_CERT_DIR if they are set, otherwise the system's authorities, or those of certifi
     on a system without any. Raises InvalidInput if a variable names nothing that can be read.
     """
-    for name in TRUST_VARIABLES:
-        if (path := os.environ.get(name)) and not os.access(path, os.R_OK):
-            raise InvalidInput(name, f"{path!r} cannot be read; give the authorities' certificates, or unset it")
-    paths = ssl.get_default_verify_paths()
+    paths = read_trust_paths()
     try:
-        if not (paths.cafile or paths.capath) and importlib.util.find_spec("certifi"):
-            return ssl.create_default_context(cafile=str(files("certifi") / "cacert.pem"))
+        if not (paths.cafile or paths.capath):
+            return ssl.create_default_context(cafile=find_authorities_file())
         return ssl.create_default_context()
     except ssl.SSLError:
         raise InvalidInput("SSL_CERT_FILE", "it holds no certificates; give a file in the format PEM") from None
+
+
+def read_trust_paths() -> ssl.DefaultVerifyPaths:
+    """Return where the trusted authorities are. Raises InvalidInput if a variable names nothing that can be read."""
+    for name in TRUST_VARIABLES:
+        if (path := os.environ.get(name)) and not os.access(path, os.R_OK):
+            raise InvalidInput(name, f"{path!r} cannot be read; give the authorities' certificates, or unset it")
+    return ssl.get_default_verify_paths()
+
+
+def find_authorities_file() -> str | None:
+    """Return the file of the trusted authorities, for libraries that take no context; None if there is only a folder.
+
+    Raises InvalidInput if a variable names nothing that can be read.
+    """
+    paths = read_trust_paths()
+    if paths.cafile or paths.capath or not importlib.util.find_spec("certifi"):
+        return paths.cafile
+    return str(files("certifi") / "cacert.pem")
 
 
 def is_local(host: str) -> bool:

@@ -51,6 +51,10 @@ class SweepableObjectStore(ObjectStore, Protocol):
 
     def get_size(self, key: str) -> int: ...
 
+    def check_writable(self) -> None:
+        """Raise StoreError if nothing can be written."""
+        ...
+
     def read_range(self, key: str, first_byte: int, last_byte: int) -> bytes:
         """Return the bytes from `first_byte` to `last_byte`, both included, or fewer if the file ends before."""
         ...
@@ -61,8 +65,13 @@ class SweepableObjectStore(ObjectStore, Protocol):
 
     def iter_keys(self) -> Iterator[str]: ...
 
-    def sweep(self, referenced_keys: Collection[str], lifetime_seconds: float) -> list[str]:
-        """Remove the unreferenced files that were not written within `lifetime_seconds`. Return their keys."""
+    def sweep(
+        self, referenced_keys: Collection[str], lifetime_seconds: float, candidates: Collection[str] | None = None
+    ) -> list[str]:
+        """Remove the unreferenced files that were not written within `lifetime_seconds`. Return their keys.
+
+        If `candidates` is given, only these are removed.
+        """
         ...
 
 
@@ -244,8 +253,8 @@ class JobStore(Protocol):
 
     def get_oldest_wait_seconds(self) -> float: ...
 
-    def measure_durations(self, bounds: Sequence[float]) -> list[JobDurations]:
-        """Return the times of completed jobs of each lane, counted up to each of the bounds in seconds."""
+    def measure_durations(self) -> list[JobDurations]:
+        """Return the times of completed jobs of each lane, counted up to each of JOB_SECONDS."""
         ...
 
 
@@ -256,14 +265,24 @@ class TurnStore(Protocol):
     """
 
     def create_thread(
-        self, thread_id: str, owner: str, forked_from: str | None = None, forked_after: int | None = None
+        self,
+        thread_id: str,
+        owner: str,
+        forked_from: str | None = None,
+        forked_after: int | None = None,
+        client_id: str | None = None,
     ) -> None:
-        """Create a thread, which may begin with the turns of another one. Raises InvalidInput if the id is taken."""
+        """Create a thread, which may begin with the turns of another one; `client_id` is what its owner calls it.
+
+        Raises InvalidInput if the owner has a thread with that id.
+        """
         ...
 
     def has_thread(self, thread_id: str, owner: str) -> bool: ...
 
-    def get_thread(self, owner: str, thread_id: str) -> ThreadRecord | None: ...
+    def get_thread(self, owner: str, thread_id: str) -> ThreadRecord | None:
+        """Return the owner's thread that has this id, the owner's or its own."""
+        ...
 
     def list_threads(
         self, owner: str, after: str | None = None, limit: int = 20, newest_first: bool = True
@@ -271,7 +290,9 @@ class TurnStore(Protocol):
         """Return a page of an owner's threads, and whether there are more."""
         ...
 
-    def delete_thread(self, thread_id: str) -> None: ...
+    def delete_thread(self, thread_id: str) -> list[TurnRecord]:
+        """Delete a thread, by its own id, and return its open turns."""
+        ...
 
     def create_turn(
         self,

@@ -126,6 +126,9 @@ class ServiceSettings(BaseSettings):
     mllm_key: Key = Field(default="", repr=False)  # what the MLLM's server requires of its clients; empty: nothing
     mllm_timeout_seconds: float = Field(default=25.0, ge=1, le=600)  # of silence until the MLLM's server hangs
     artifact_lifetime_seconds: int = Field(default=30 * SECONDS_PER_DAY, ge=60)  # of an unreferenced artifact
+    turn_lifetime_seconds: int = Field(default=30 * SECONDS_PER_DAY, ge=3600)  # of an ended turn with its events
+    # Of an ended job or batch; jobs are kept as long as artifacts at least.
+    job_lifetime_seconds: int = Field(default=90 * SECONDS_PER_DAY, ge=3600)
 
     s3: HttpUrl = ""
     s3_bucket: BucketName = "omnivideo"
@@ -139,6 +142,8 @@ class ServiceSettings(BaseSettings):
     link_lifetime_seconds: int = Field(default=SECONDS_PER_DAY, ge=60, le=30 * SECONDS_PER_DAY)  # of a signed link
     # Origins whose pages may call the service, separated by commas; * for any.
     cors_origins: Annotated[tuple[str, ...], NoDecode, BeforeValidator(split_commas)] = ()
+    # Names under which a service without keys may be called besides those of this machine, separated by commas.
+    allowed_hosts: Annotated[tuple[str, ...], NoDecode, BeforeValidator(split_commas)] = ()
     # Addresses or networks of proxies whose X-Forwarded headers are believed, separated by commas; * for any.
     trusted_proxies: Annotated[tuple[str, ...], NoDecode, BeforeValidator(split_commas)] = ("127.0.0.1",)
     # Hosts that media may be fetched from, separated by commas.

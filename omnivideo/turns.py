@@ -181,9 +181,13 @@ TurnEvent = (
 
 
 class ThreadRecord(FrozenModel):
-    """A thread as the service stores it; it may begin with the first `forked_after` turns of `forked_from`."""
+    """A thread as the service stores it; it may begin with the first `forked_after` turns of `forked_from`.
+
+    `public_id` is the id under which its owner knows it, `id` that of its checkpoints, turns and jobs.
+    """
 
     id: str
+    public_id: str
     created_at: float  # in seconds since 1970
     forked_from: str | None = None
     forked_after: int | None = None

@@ -8,7 +8,7 @@ import logging
 from collections.abc import Callable
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from omnivideo.agent.conversations import LOCAL_OWNER, Conversations, OpenQueue
 from omnivideo.contracts import Lane
@@ -19,10 +19,12 @@ from omnivideo.presets import get_preset
 from omnivideo.records import KeyLimits
 from omnivideo.settings import ServiceSettings
 from omnivideo.startup import pause_collection
-from omnivideo.storage.checkpointer import open_checkpointer
+from omnivideo.storage.checkpointer import migrate_checkpoints, open_checkpointer
 from omnivideo.storage.objects.local import LocalObjectStore
 
 if TYPE_CHECKING:
+    from sqlalchemy import Engine
+
     from omnivideo.api.dependencies import ServiceContext
     from omnivideo.backends.decoder.renderer import Renderer
     from omnivideo.backends.decoder.worker import Worker
@@ -35,9 +37,11 @@ if TYPE_CHECKING:
     from omnivideo.storage.database.turns import TurnRepository
     from omnivideo.storage.database.usage import UsageRepository
     from omnivideo.storage.database.webhooks import WebhookRepository
+    from omnivideo.storage.sweep import Checkpoints, Sweep, SweepResult
 
 
 log = logging.getLogger("omnivideo.wiring")
+SWEEP_SECONDS = 3600.0  # between two sweeps of an embedded service
 
 
 def build_local_conversations(
@@ -85,9 +89,9 @@ class ServiceWiring:
 
     @cached_property
     def store(self) -> SweepableObjectStore:
-        settings = self.settings
+        settings, announce = self.settings, self.jobs.announce_object
         if not settings.s3:
-            return LocalObjectStore(settings.home / "store")
+            return LocalObjectStore(settings.home / "store", announce)
         from omnivideo.storage.objects.s3 import S3ObjectStore
 
         return S3ObjectStore(
@@ -97,20 +101,45 @@ class ServiceWiring:
             settings.s3_secret_key,
             region=settings.s3_region,
             public_address=settings.s3_public,
+            announce=announce,
         )
 
     @cached_property
-    def engine(self) -> Any:
-        """The database, with its schema up to date."""
-        from omnivideo.storage.database.engine import create_database_engine, upgrade_schema
+    def engine(self) -> "Engine":
+        """The database, with its schema up to date. SQLite is upgraded; PostgreSQL is only checked."""
+        from omnivideo.storage.database.engine import check_schema, upgrade_schema
+
+        engine = self.open_engine()
+        try:
+            if self.settings.database:
+                check_schema(engine)
+            else:
+                upgrade_schema(engine, preset=get_preset(self.settings.preset))
+        except BaseException:
+            engine.dispose()
+            raise
+        self.close_callbacks.append(engine.dispose)
+        return engine
+
+    def open_engine(self) -> "Engine":
+        """Return the database, whose schema may be missing or of an earlier version."""
+        from omnivideo.storage.database.engine import create_database_engine
 
         settings = self.settings
         if not settings.database:
             create_home_folder(settings.home)
-        engine = create_database_engine(settings.database or f"sqlite:///{settings.home / 'service.sqlite'}")
-        upgrade_schema(engine, preset=get_preset(settings.preset))
-        self.close_callbacks.append(engine.dispose)
-        return engine
+        return create_database_engine(settings.database or f"sqlite:///{settings.home / 'service.sqlite'}")
+
+    def migrate_database(self) -> None:
+        """Create all tables of the database and of the conversations, or bring them up to date."""
+        from omnivideo.storage.database.engine import upgrade_schema
+
+        engine = self.open_engine()
+        try:
+            upgrade_schema(engine, preset=get_preset(self.settings.preset))
+            migrate_checkpoints(self.settings, engine)
+        finally:
+            engine.dispose()
 
     @cached_property
     def jobs(self) -> "JobRepository":
@@ -220,6 +249,14 @@ class ServiceWiring:
         return remote
 
     @cached_property
+    def queue_name(self) -> str:
+        """The name of the broker's queue, which follows from the database, so that services may share a broker."""
+        from omnivideo.backends.queue.celery import build_queue_name
+        from omnivideo.storage.database.engine import identify_database
+
+        return build_queue_name(identify_database(self.engine))
+
+    @cached_property
     def notify_workers(self) -> Callable[[], None]:
         """Notify the workers that there is work. Without a broker, a worker is started in this process."""
         from omnivideo.backends.queue.reaper import Reaper
@@ -227,7 +264,8 @@ class ServiceWiring:
         if self.settings.broker:
             from omnivideo.backends.queue.celery import BackgroundNotifier, create_celery_app
 
-            notify = BackgroundNotifier(create_celery_app(self.settings.broker)).start().notify_workers
+            app = create_celery_app(self.settings.broker, self.queue_name)
+            notify = BackgroundNotifier(app).start().notify_workers
         else:
             from omnivideo.backends.decoder.worker import InProcessWorker
 
@@ -330,10 +368,11 @@ class ServiceWiring:
         )
 
     def start_background_services(self, context: "ServiceContext") -> "ServiceContext":
-        """Start the batch runner and the webhook sender, which run in the background. Return the same context."""
+        """Start the batch runner, the webhook sender and the sweep in the background. Return the same context."""
         from omnivideo.api.routes import chat
         from omnivideo.api.routes.batches import BatchLineHandler
         from omnivideo.backends.batches.runner import BatchRunner
+        from omnivideo.backends.periodic import PeriodicThread
         from omnivideo.backends.webhooks import POLL_SECONDS, WebhookSender
         from omnivideo.storage.database.notifications import SQLITE_POLL_SECONDS
 
@@ -352,26 +391,49 @@ class ServiceWiring:
         poll_seconds = SQLITE_POLL_SECONDS if settings.broker and not settings.database else POLL_SECONDS
         sender = WebhookSender(self.webhooks, self.jobs, settings.webhook_hosts, poll_seconds)
         self.close_callbacks += [runner.start().stop, sender.start().stop]
+        if not settings.database:  # otherwise a process of its own runs `omnivideo sweep`
+            self.close_callbacks.append(PeriodicThread("sweep", SWEEP_SECONDS, self.sweep, log).start().stop)
         return context
 
     def attach_file(self, path: str | Path, created_by: str) -> Any:
         """Store a file of this machine's user. Uploads go through media.ingest, which does not trust them."""
         return store_user_file(self.store, path, created_by)
 
-    def sweep_store(self) -> list[str]:
-        """Remove the objects that no thread, turn, job or file refers to. Return their keys.
+    def build_sweep(self) -> "Sweep":
+        from omnivideo.storage.database.retention import RetentionRepository
+        from omnivideo.storage.sweep import Lifetimes, Sweep
 
-        Idempotency keys of the same age are forgotten.
+        settings, conversations = self.settings, self.conversations
+        artifact_seconds = settings.artifact_lifetime_seconds
+
+        def collect_referenced_keys() -> set[str]:
+            keys = conversations.collect_referenced_keys() | self.jobs.collect_referenced_keys(artifact_seconds)
+            keys |= conversations.collect_replay_keys(keys)
+            return keys | self.files.collect_referenced_keys() | self.turns.collect_referenced_keys()
+
+        return Sweep(
+            RetentionRepository(self.engine),
+            self.jobs,
+            self.turns,
+            cast("Checkpoints", conversations.checkpointer),
+            self.store,
+            collect_referenced_keys,
+            # A video is listed as long as its clip exists.
+            Lifetimes(
+                artifact_seconds,
+                settings.turn_lifetime_seconds,
+                max(settings.job_lifetime_seconds, artifact_seconds),
+            ),
+        )
+
+    def sweep(self) -> "SweepResult":
+        """Remove what was deleted, what has ended long ago, and objects that nothing refers to.
+
+        Idempotency keys are forgotten after the lifetime of artifacts.
         """
         self.idempotency_keys.delete_old_keys(self.settings.artifact_lifetime_seconds)
         self.usage.delete_old_usage()
-        referenced_keys = (
-            self.conversations.collect_referenced_keys()
-            | self.jobs.collect_referenced_keys(self.settings.artifact_lifetime_seconds)
-            | self.files.collect_referenced_keys()
-            | self.turns.collect_referenced_keys()
-        )
-        return self.store.sweep(referenced_keys, self.settings.artifact_lifetime_seconds)
+        return self.build_sweep().run()
 
     def close(self) -> None:
         """Stop everything that was started, in reverse order, even if one of them fails to stop."""

@@ -1,5 +1,6 @@
 """Every HTTP client has the same idea of proxies and of trust."""
 
+import re
 import shutil
 import ssl
 import subprocess
@@ -149,6 +150,7 @@ def test_a_refused_certificate_is_said_as_such(environment, tls_server):
     mllm = RemoteMLLM(address, None)
     with pytest.raises(ModelUnavailable, match=refusal):
         mllm.route(MLLMRequest(text="a red ball"))
+    assert re.fullmatch(f"its {refusal}", mllm.describe_state()) and not mllm.is_ready()  # what /ready says
     mllm.close()
     with pytest.raises(StoreError, match=refusal):
         S3ObjectStore(address, "omnivideo", "key", "secret").get("0" * 64 + ".png")

@@ -3,6 +3,7 @@
 import json
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol, runtime_checkable
@@ -18,6 +19,8 @@ from omnivideo.errors import ArtifactNotFound
 from omnivideo.ports import CHARACTER_LIMITS, MLLM, ExtractFrame, JobQueue, SweepableObjectStore, TextLimits
 from omnivideo.presets import Preset
 
+ARTIFACT_KEYS = ("key", "manifest", "latents", "preview")  # the fields of an artifact that name objects of the store
+KEPT_CHANNELS = ("turns", "artifacts", "descriptions")  # of a thread's state: what complete turns have left
 LOCAL_OWNER = "local"  # the only owner, if the service requires no keys
 
 
@@ -93,10 +96,6 @@ class Conversations:
             return thread.initialize_state()
         return thread.require_existing()
 
-    def has_checkpoint(self, name: str) -> bool:
-        """Return whether a thread with this id was created here, by the service or by `omnivideo chat`."""
-        return Thread(self.graph, name, self.attach_file).exists()
-
     def open_fork(self, source_id: str, num_turns: int, name: str, owner: str, lane: Lane = "interactive") -> Thread:
         """Open the thread `name`; if it has no checkpoint, begin it with the first `num_turns` turns of another."""
         thread = Thread(self.get_graph(owner, lane), name, self.attach_file)
@@ -122,23 +121,43 @@ class Conversations:
         return self.replay_manifest(Manifest(**json.loads(self.store.get(artifact.manifest))))
 
     def collect_referenced_keys(self) -> set[str]:
-        """Return the object keys that any thread refers to; a thread's last state has the artifacts of all others."""
+        """Return the object keys that any thread refers to; a thread's last state has the artifacts of all others.
+
+        `collect_replay_keys` has those that their manifests refer to.
+        """
         referenced_keys: set[str | None] = set()
         for name in self.list_thread_ids():
             state = self.graph.get_state({"configurable": {"thread_id": name}})
             results = [result for turn in state.values.get("turns", []) for result in turn["results"]]
             saved = [result["artifact"] for result in results if result.get("command") and result["artifact"]]
-            for artifact in [*state.values.get("artifacts", []), *saved]:
-                referenced_keys |= {artifact.get(name) for name in ("key", "manifest", "latents", "preview")}
-        keys = {key for key in referenced_keys if key}
-        return keys | self.collect_replay_keys(keys)
+            unfinished = [value for channel, value in state.values.items() if channel not in KEPT_CHANNELS]
+            for artifact in [*state.values.get("artifacts", []), *saved, *find_artifacts(unfinished)]:
+                referenced_keys |= {artifact.get(name) for name in ARTIFACT_KEYS}
+        return {key for key in referenced_keys if key}
 
     def collect_replay_keys(self, keys: set[str]) -> set[str]:
         """Return the keys of the tensors that the manifests among `keys` need to be rendered again."""
-        manifests = [json.loads(self.store.get(key)) for key in keys if key.endswith(".json") and self.store.has(key)]
-        tensor_keys = {manifest.get(name) for manifest in manifests for name in ("visual_tokens", "source_latents")}
+        tensor_keys = set[str | None]()
+        for key in keys:
+            if key.endswith(".json"):
+                with suppress(ArtifactNotFound):
+                    manifest = json.loads(self.store.get(key))
+                    tensor_keys |= {manifest.get(name) for name in ("visual_tokens", "source_latents")}
         return {key for key in tensor_keys if key}
 
     def sweep_artifacts(self, lifetime_seconds: float) -> list[str]:
         """Remove artifacts that no thread refers to and that are older than `lifetime_seconds`. Return their keys."""
-        return self.store.sweep(self.collect_referenced_keys(), lifetime_seconds)
+        keys = self.collect_referenced_keys()
+        return self.store.sweep(keys | self.collect_replay_keys(keys), lifetime_seconds)
+
+
+def find_artifacts(value: Any) -> Iterator[dict[str, Any]]:
+    """Yield the artifacts that stand anywhere in plain JSON."""
+    if isinstance(value, dict):
+        if "medium" in value and "key" in value:
+            yield value
+        for item in value.values():
+            yield from find_artifacts(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from find_artifacts(item)

@@ -4,12 +4,14 @@ import asyncio
 import re
 import threading
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from pathlib import Path
 from typing import Any
 
 from langgraph.types import Command, StateSnapshot
+from langsmith import tracing_context
 from pydantic import ValidationError
 
 from omnivideo.agent.rendering import CANCEL_REQUESTED, derive_seed
@@ -38,6 +40,21 @@ def parse_turn_options(**options: object) -> TurnOptions:
         raise invalid_input_from_validation(error, TurnOptions.model_fields) from None
 
 
+def iterate_untraced(items: Generator[Any, None, None]) -> Iterator[Any]:
+    """Yield the items of a generator, which runs with LangSmith's tracing off.
+
+    LANGSMITH_TRACING, set for other work, would send the words of our users to that server. Between two items, the
+    caller's own tracing is as it was.
+    """
+    context, untraced = copy_context(), tracing_context(enabled=False)
+    context.run(untraced.__enter__)
+    try:
+        while (item := context.run(lambda: next(items, None))) is not None:
+            yield item
+    finally:
+        context.run(items.close)
+
+
 class Thread:
     """A conversation by its id. Several threads may run at once, but only one turn of each at a time.
 
@@ -63,8 +80,13 @@ class Thread:
     def initialize_state(self, values: dict[str, Any] | None = None) -> "Thread":
         """Write the first checkpoint: empty, or a copy of another thread's state."""
         initial = {"seed": derive_seed(self.id), "turns": [], "artifacts": [], "current_key": None, "descriptions": {}}
-        self.graph.update_state(self.config, values or initial, as_node="answer")
+        self.update_state(self.config, values or initial)
         return self
+
+    def update_state(self, config: Any, updates: dict[str, Any]) -> None:
+        """Write a checkpoint with the updates, as after a turn."""
+        with tracing_context(enabled=False):
+            self.graph.update_state(config, updates, as_node="answer")
 
     def require_existing(self) -> "Thread":
         if not self.exists():
@@ -85,7 +107,7 @@ class Thread:
         """Add artifacts between two turns, as if they had been attached; the last one becomes what "it" refers to."""
         if artifacts:
             updates = {"artifacts": [artifact.model_dump() for artifact in artifacts], "current_key": artifacts[-1].key}
-            self.graph.update_state(self.config, updates, as_node="answer")
+            self.update_state(self.config, updates)
 
     def find_snapshot_after(self, num_turns: int) -> StateSnapshot | None:
         """Return the state after `num_turns` turns, or None if the thread has fewer."""
@@ -148,7 +170,8 @@ class Thread:
         self.cancel_requested.clear()
         config = {"configurable": self.config["configurable"] | {CANCEL_REQUESTED: self.cancel_requested}}
         try:
-            for event in self.graph.stream(graph_input, config, stream_mode="custom", durability="sync"):
+            stream = self.graph.stream(graph_input, config, stream_mode="custom", durability="sync")
+            for event in iterate_untraced(stream):
                 finished = isinstance(event, TurnCompleted)
                 yield event
         except Exception:  # whatever went wrong, the next turn must not continue this one
@@ -170,7 +193,7 @@ class Thread:
             "current_key": snapshot.values["current_key"],
             "failed_turns": snapshot.values.get("failed_turns", 0) + 1,
         }
-        self.graph.update_state(snapshot.config, updates, as_node="answer")
+        self.update_state(snapshot.config, updates)
 
     async def asend(
         self, text: str, attachments: Sequence[str | Path | Artifact] = (), **options: object

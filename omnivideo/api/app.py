@@ -5,7 +5,7 @@ import re
 import threading
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from datetime import datetime
 
@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from omnivideo import __version__
-from omnivideo.api.access import PASSWORD_CHALLENGE, READING_METHODS, accept_password
+from omnivideo.api.access import PASSWORD_CHALLENGE, READING_METHODS, accept_password, check_site
 from omnivideo.api.bulkheads import MAX_THREADS, ClientLimitMiddleware, UploadBudget
 from omnivideo.api.dependencies import ServiceContext, admit_request
 from omnivideo.api.documentation import add_documentation
@@ -62,12 +62,17 @@ EXPOSED_HEADERS = (
     "ratelimit-policy", "retry-after", "x-ratelimit-limit-requests", "x-ratelimit-remaining-requests",
     "x-ratelimit-reset-requests", "x-request-id", "x-video-id",
 )  # fmt: skip
+METHODS = (*READING_METHODS, "OPTIONS", "POST", "PUT", "PATCH", "DELETE")  # others are "other" to the log and metrics
+ACCESS_CHECK_SECONDS = 5.0  # between two checks of the key during a response
 PAGES_WITH_KEY = re.compile(r"/docs(/.*)?|/openapi\.json|/metrics")
 METHODS_WITHOUT_BODY = ("GET", "HEAD", "OPTIONS")
 
 
 class RequestMiddleware:
-    """Gives each request an id and a span, checks its key, limits its body, measures it, and logs one line."""
+    """Gives each request an id and a span, checks its key, limits its body, measures it, and logs one line.
+
+    A response that takes long ends once its key has been revoked.
+    """
 
     def __init__(self, app: ASGIApp, context: ServiceContext, metrics: operations.RequestMetrics):
         self.app = app
@@ -80,6 +85,7 @@ class RequestMiddleware:
             await self.app(scope, receive, send)
             return
         request_id, started_at, status, received_bytes = uuid.uuid4().hex, time.perf_counter(), 0, 0
+        checked_at, access_scope = started_at, anyio.CancelScope()
         scope.setdefault("state", {})["request_id"] = request_id
 
         # Every route that answers GET answers HEAD.
@@ -95,7 +101,7 @@ class RequestMiddleware:
             return message
 
         async def send_with_request_id(message: Message) -> None:
-            nonlocal status
+            nonlocal status, checked_at
             if message["type"] == "http.response.start":
                 status = message["status"]
                 access = scope["state"].get("access")
@@ -103,30 +109,47 @@ class RequestMiddleware:
                 for name, value in (access.headers if access else {}).items():
                     headers.setdefault(name, value)
                 message = {**message, "headers": headers.raw}
+            elif message.get("more_body") and time.perf_counter() - checked_at > ACCESS_CHECK_SECONDS:
+                checked_at = time.perf_counter()
+                if not await self.has_access(scope):
+                    await send({"type": "http.response.body", "body": b""})  # it ends the response
+                    access_scope.cancel()
+                    return
             await send(message)
 
         headers = {key.decode("latin-1"): value.decode("latin-1") for key, value in scope["headers"]}
         with TRACER.start_as_current_span("request", extract(headers), attributes={"request_id": request_id}) as span:
-            content_length = headers.get("content-length", "0")
-            unauthorized = await self.check_key(scope, headers.get("authorization"))
-            is_too_large = content_length.isdigit() and int(content_length[:20]) > max_body_bytes
-            if unauthorized or is_too_large:
-                refusal = unauthorized or build_body_too_large_error(max_body_bytes, advice)
-                await to_json_response(refusal)(scope, receive, send_with_request_id)
-            else:
-                body_bytes = get_body_bytes(scope, content_length, max_body_bytes)
-                try:
-                    async with self.uploads.admit(body_bytes, get_content_type(scope)):
-                        await self.serve(app_scope, receive_within_limit, send_with_request_id)
-                except Exception as error:
-                    log_if_internal(error, f"request {request_id}")
-                    if status:
-                        raise  # the response has begun, so all that can be done is to close the connection
-                    await to_json_response(to_api_error(error))(scope, receive, send_with_request_id)
-            # The route's pattern, never the path that the user sent: the set of metric labels must stay small.
-            route = getattr(app_scope.get("route"), "path", "none")
-            span.update_name(f"{scope['method']} {route}")
-        self.record_request(scope, request_id, route, status, time.perf_counter() - started_at)
+            refusal = await self.find_refusal(scope, headers)
+            try:
+                if refusal is not None:
+                    await to_json_response(refusal)(scope, receive, send_with_request_id)
+                else:
+                    body_bytes = get_body_bytes(scope, headers.get("content-length", "0"), max_body_bytes)
+                    with access_scope:
+                        async with self.uploads.admit(body_bytes, get_content_type(scope)):
+                            await self.serve(app_scope, receive_within_limit, send_with_request_id)
+            except Exception as error:
+                log_if_internal(error, f"request {request_id}")
+                if status:
+                    status = 500  # in the metrics and in the log
+                    raise  # the response has begun, so all that can be done is to close the connection
+                await to_json_response(to_api_error(error))(scope, receive, send_with_request_id)
+            finally:
+                # The route's pattern, never the path that the user sent: the set of metric labels must stay small.
+                route = getattr(app_scope.get("route"), "path", "none")
+                method = scope["method"] if scope["method"] in METHODS else "other"
+                span.update_name(f"{method} {route}")
+                self.record_request(method, request_id, route, status, time.perf_counter() - started_at)
+
+    async def find_refusal(self, scope: Scope, headers: Mapping[str, str]) -> APIError | None:
+        """Return the error of a request whose body need not be read."""
+        refusal = check_site(self.context.settings, scope["method"], headers)
+        refusal = refusal or await self.check_key(scope, headers.get("authorization"))
+        max_body_bytes, advice = get_max_body_bytes(scope, self.context.settings.max_upload_bytes)
+        content_length = headers.get("content-length", "0")
+        if refusal is None and content_length.isdigit() and int(content_length[:20]) > max_body_bytes:
+            refusal = build_body_too_large_error(max_body_bytes, advice)
+        return refusal
 
     async def check_key(self, scope: Scope, authorization: str | None) -> APIError | None:
         """Store the access and the owner of a request; return the error if its key may not send it.
@@ -151,6 +174,16 @@ class RequestMiddleware:
             return refusal
         return None
 
+    async def has_access(self, scope: Scope) -> bool:
+        """Return whether the owner of a request still has a valid key; a check that fails is repeated later."""
+        owner = scope["state"].get("owner")
+        if owner is None or not self.context.settings.admin_key:
+            return True
+        try:
+            return await anyio.to_thread.run_sync(self.context.api_keys.is_active, owner)
+        except OmniVideoError:
+            return True
+
     async def serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Call the application; of the response to a HEAD request, send the headers only, and stop the route."""
         if "is_head" not in scope:
@@ -166,8 +199,7 @@ class RequestMiddleware:
 
             await self.app(scope, receive, send_headers)
 
-    def record_request(self, scope: Scope, request_id: str, route: str, status: int, elapsed_seconds: float) -> None:
-        method = scope["method"]
+    def record_request(self, method: str, request_id: str, route: str, status: int, elapsed_seconds: float) -> None:
         self.metrics.latency_seconds.labels(method, route, str(status)).observe(elapsed_seconds)
         if status >= 500:
             self.metrics.error_count.labels(route).inc()
@@ -177,7 +209,7 @@ class RequestMiddleware:
             "request": request_id, "method": method, "route": route, "status": status, "ms": elapsed_ms,
             "began_at": began_at.isoformat(timespec="milliseconds"),
         }  # fmt: skip
-        log.info("%s %s %d in %.0f ms", method, scope["path"], status, elapsed_ms, extra=log_fields)
+        log.info("%s %s %d in %.0f ms", method, route, status, elapsed_ms, extra=log_fields)
 
 
 def get_body_bytes(scope: Scope, content_length: str, max_body_bytes: int) -> int:
@@ -208,6 +240,7 @@ def create_app(context: ServiceContext) -> FastAPI:
     metrics = operations.RequestMetrics(context)
     feed = EventFeed(context.turns, context.store)
     app.state.context, app.state.event_feed, app.state.request_metrics = context, feed, metrics
+    app.state.storage_check = operations.StorageCheck(context)
 
     def begin_stop() -> None:
         """Give the turns of this process back, and answer the requests that wait for them; the server calls it."""

@@ -93,11 +93,17 @@ class BoundedObjectStore:
         with self.bulkhead.enter():
             self.store.delete(key)
 
+    def check_writable(self) -> None:
+        with self.bulkhead.enter():
+            self.store.check_writable()
+
     def iter_keys(self) -> Iterator[str]:
         return self.store.iter_keys()
 
-    def sweep(self, referenced_keys: Collection[str], lifetime_seconds: float) -> list[str]:
-        return self.store.sweep(referenced_keys, lifetime_seconds)
+    def sweep(
+        self, referenced_keys: Collection[str], lifetime_seconds: float, candidates: Collection[str] | None = None
+    ) -> list[str]:
+        return self.store.sweep(referenced_keys, lifetime_seconds, candidates)
 
 
 class ClientLimitMiddleware:

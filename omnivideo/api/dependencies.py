@@ -55,6 +55,10 @@ class MLLMServer(Protocol):
 
     def is_ready(self) -> bool: ...
 
+    def describe_state(self) -> str:
+        """Return "ready", "starting", or why the server cannot be used however long one waits."""
+        ...
+
     def fetch_metrics(self) -> str:
         """Return the server's metrics in Prometheus' text format."""
         ...

@@ -12,8 +12,9 @@ from anyio import CancelScope, current_time, move_on_after
 from anyio.to_thread import run_sync
 from fastapi import Request
 
+from omnivideo.contracts import Change
 from omnivideo.errors import ArtifactNotFound, ServiceStopping, StoreError
-from omnivideo.ports import Change, ChangeWatch, ObjectStore, TurnStore
+from omnivideo.ports import ChangeWatch, ObjectStore, TurnStore
 
 NumberedEvent = tuple[int, dict[str, Any]]
 # How long a stream waits for the turn to begin, so that a turn that fails before has the status of its error.

@@ -1,5 +1,6 @@
 """Images and clips in requests and responses: what a request refers to or uploads, and responses with ranges."""
 
+import hashlib
 import os
 import re
 import time
@@ -19,7 +20,7 @@ from starlette.datastructures import UploadFile
 from omnivideo.api.dependencies import ServiceContext
 from omnivideo.api.request_body import CleanText, FormObject, rename_error_field
 from omnivideo.contracts import Artifact, JobStatus, RequestModel
-from omnivideo.errors import InvalidInput, PoolBusy
+from omnivideo.errors import InvalidInput, PoolBusy, StoreError
 
 MEDIA_TYPES = {
     "png": "image/png", "jpg": "image/jpeg", "jpeg": "image/jpeg", "webp": "image/webp", "gif": "image/gif",
@@ -175,15 +176,30 @@ def matches_etag(if_none_match: str, etag: str) -> bool:
 
 
 class StoredContent(NamedTuple):
-    """Bytes to answer with. `key` is a digest of them with a suffix; `read` returns them from one index to another."""
+    """Bytes to answer with. `key` is a digest of them with a suffix; `read` returns them from one index to another.
+
+    `digest` is the SHA-256 of all of them if it must be checked that the store has sent the bytes that it was given.
+    """
 
     key: str
     size: int
     read: Callable[[int, int], bytes]  # the first and the last byte, both included
+    digest: str | None = None
 
 
 def content_from_store(context: ServiceContext, key: str) -> StoredContent:
-    return StoredContent(key, context.store.get_size(key), partial(context.store.read_range, key))
+    """Return an object. A small one is read at once and checked, so that each range of it is right."""
+    size, digest = context.store.get_size(key), key.partition(".")[0]
+    if size > PART_BYTES:
+        return StoredContent(key, size, partial(context.store.read_range, key), digest)
+    data = context.store.get(key)
+    check_digest(key, digest, hashlib.sha256(data).hexdigest())
+    return content_from_bytes(data, key)
+
+
+def check_digest(key: str, expected: str, actual: str) -> None:
+    if actual != expected:
+        raise StoreError(f"store: {key} has other bytes than were stored")
 
 
 def content_from_bytes(data: bytes, key: str) -> StoredContent:
@@ -219,16 +235,28 @@ def build_range_response(request: Request, content: StoredContent) -> Response:
 
 
 async def stream_parts(content: StoredContent, first_part: bytes, start: int, end: int) -> AsyncIterator[bytes]:
-    """Yield the content from `start` to `end`; it is read in threads of its own, of which there are few."""
+    """Yield the content from `start` to `end`; it is read in threads of its own, of which there are few.
+
+    Raises StoreError before the last part of the whole content if the store has sent other bytes than it was given.
+    """
+    is_whole = content.digest is not None and (start, end) == (0, content.size - 1)
+    digest = hashlib.sha256(first_part)
     yield first_part
     for position in range(start + PART_BYTES, end + 1, PART_BYTES):
-        last = min(end, position + PART_BYTES - 1)
-        while True:
-            try:
-                yield await anyio.to_thread.run_sync(content.read, position, last, limiter=get_download_limiter())
-                break
-            except PoolBusy:  # a download that has begun waits
-                await anyio.sleep(PART_RETRY_SECONDS)
+        part = await read_part(content, position, min(end, position + PART_BYTES - 1))
+        if is_whole:
+            digest.update(part)
+            if position + len(part) > end:
+                check_digest(content.key, str(content.digest), digest.hexdigest())
+        yield part
+
+
+async def read_part(content: StoredContent, first: int, last: int) -> bytes:
+    while True:
+        try:
+            return await anyio.to_thread.run_sync(content.read, first, last, limiter=get_download_limiter())
+        except PoolBusy:  # a download that has begun waits
+            await anyio.sleep(PART_RETRY_SECONDS)
 
 
 def get_download_limiter() -> anyio.CapacityLimiter:

@@ -64,6 +64,10 @@ class BatchStore(Protocol):
         """Move a batch to another state. Return False if its state is no longer that of `batch`."""
         ...
 
+    def delete_batch(self, batch_id: str, owner: str) -> bool:
+        """Delete a batch and cancel it. Return False if the owner has no such batch."""
+        ...
+
 
 class WebhookStore(Protocol):
     def create_webhook(
@@ -117,6 +121,10 @@ class APIKeyStore(Protocol):
 
     def find_key(self, key: str) -> APIKeyRecord | None:
         """Return a key, whose id owns everything created with it, or None if it is wrong or revoked, or has expired."""
+        ...
+
+    def is_active(self, owner: str) -> bool:
+        """Return whether the key with this id is valid."""
         ...
 
 

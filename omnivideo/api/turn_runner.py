@@ -168,8 +168,16 @@ class TurnRunner:
         if record is None:
             raise build_not_found_error("thread", thread_id)
         if record.forked_from is None or record.forked_after is None:
-            return self.conversations.open_thread(thread_id, create=True, owner=owner, lane=lane)
-        return self.conversations.open_fork(record.forked_from, record.forked_after, thread_id, owner, lane)
+            return self.conversations.open_thread(record.id, create=True, owner=owner, lane=lane)
+        return self.conversations.open_fork(record.forked_from, record.forked_after, record.id, owner, lane)
+
+    def delete_thread(self, owner: str, thread_id: str) -> None:
+        """Delete the owner's thread and cancel what runs in it. Raises APIError (404) if there is none."""
+        thread = self.turns.get_thread(owner, thread_id)
+        if thread is None:
+            raise build_not_found_error("thread", thread_id)
+        for turn in self.turns.delete_thread(thread.id):
+            self.cancel_turn(turn)
 
     def find_live_turn(self, owner: str, turn_id: str) -> TurnRecord | None:
         """Return the owner's turn; wait until a cancelled one ends.

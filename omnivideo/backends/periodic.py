@@ -9,9 +9,9 @@ from omnivideo.errors import OmniVideoError
 
 
 class PeriodicThread:
-    """Calls `function` every `seconds`, first after one interval. An OmniVideoError is logged and ends nothing."""
+    """Calls `function` every `seconds`, first after one interval. An error is logged and ends nothing."""
 
-    def __init__(self, name: str, seconds: float, function: Callable[[], None], log: logging.Logger):
+    def __init__(self, name: str, seconds: float, function: Callable[[], object], log: logging.Logger):
         self.seconds = seconds
         self.function = function
         self.log = log
@@ -30,9 +30,11 @@ class PeriodicThread:
         while not self.stop_event.wait(self.seconds):
             self.call(self.function)
 
-    def call(self, function: Callable[[], None]) -> None:
+    def call(self, function: Callable[[], object]) -> None:
         """Call a function that needs the database, or log why that is not possible now."""
         try:
             function()
         except OmniVideoError as error:
             self.log.warning("%s", error)
+        except Exception:
+            self.log.exception("%s", self.thread.name)

@@ -1,6 +1,9 @@
 """Traces to an OpenTelemetry server; off unless OMNIVIDEO_TRACES says otherwise."""
 
+import os
+
 from omnivideo.errors import MissingDependency
+from omnivideo.network import find_authorities_file
 
 
 def export_traces(component: str) -> None:
@@ -17,5 +20,7 @@ def export_traces(component: str) -> None:
     except ImportError:
         raise MissingDependency("traces need: pip install 'omnivideo[traces]'") from None
     provider = TracerProvider(resource=Resource.create({"service.name": f"omnivideo-{component}"}))
-    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+    has_own_trust = any(name.startswith("OTEL_EXPORTER_OTLP") and name.endswith("CERTIFICATE") for name in os.environ)
+    exporter = OTLPSpanExporter(certificate_file=None if has_own_trust else find_authorities_file())
+    provider.add_span_processor(BatchSpanProcessor(exporter))
     trace.set_tracer_provider(provider)

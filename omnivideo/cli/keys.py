@@ -157,6 +157,20 @@ def revoke_api_key(key_id: KeyIdArgument) -> None:
     console.print("revoked")
 
 
+@app.command("delete")
+def delete_api_key(key_id: KeyIdArgument) -> None:
+    """Delete a key and everything that was made with it. Sweeps remove the data within a day."""
+    from omnivideo.storage.database.retention import RetentionRepository
+
+    wiring = build_wiring()
+    keys = open_keys(wiring)
+    if keys.update_key(key_id, revoked=True) is None:  # first, so that nothing is made with it any more
+        raise InvalidInput("key", f"there is no key {key_id!r}")
+    RetentionRepository(wiring.engine).mark_owner_deleted(key_id)
+    keys.delete_key(key_id)
+    console.print("deleted")
+
+
 @app.command("usage")
 def show_usage(
     key_id: Annotated[str | None, typer.Argument(help="Id of a key. Default: all keys.")] = None,
@@ -180,4 +194,4 @@ def show_usage(
 
 @app.callback()
 def describe_key_commands() -> None:
-    """Create, list, limit and revoke API keys, and show what they have used."""
+    """Create, list, limit, revoke and delete API keys, and show what they have used."""

@@ -1,4 +1,8 @@
-"""The log of a service's process: text or JSON on stderr, and traces to an OpenTelemetry server."""
+"""The log of a service's process: text or JSON on stderr, and traces to an OpenTelemetry server.
+
+A log never has a user's words. Of an unexpected exception it has the type and the places, but not the message, which
+may quote a request; at the level "debug" it has both.
+"""
 
 import json
 import logging
@@ -7,8 +11,11 @@ import re
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
+from collections.abc import Iterator
 from datetime import datetime
+from types import TracebackType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -24,7 +31,31 @@ def format_time(seconds: float) -> str:
     return datetime.fromtimestamp(seconds).astimezone().isoformat(timespec="milliseconds")
 
 
-class TextLogFormatter(logging.Formatter):
+ExceptionInfo = tuple[type[BaseException], BaseException, TracebackType | None] | tuple[None, None, None]
+
+
+def list_causes(error: BaseException) -> Iterator[BaseException]:
+    """Yield an exception's first cause, then what was raised because of it, and so on to the exception itself."""
+    cause = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    if cause is not None:
+        yield from list_causes(cause)
+    yield error
+
+
+class WordlessFormatter(logging.Formatter):
+    """Formats tracebacks without the messages of exceptions, unless the level is "debug"."""
+
+    def formatException(self, ei: ExceptionInfo) -> str:
+        if ei[1] is None or logging.getLogger().isEnabledFor(logging.DEBUG):
+            return super().formatException(ei)
+        parts = []
+        for error in list_causes(ei[1]):
+            places = "".join(traceback.format_tb(error.__traceback__))
+            parts.append(f"Traceback (most recent call last):\n{places}{type(error).__module__}.{type(error).__name__}")
+        return "\n\n".join(parts)
+
+
+class TextLogFormatter(WordlessFormatter):
     """Formats each record as one line for people, and a traceback below it."""
 
     def __init__(self) -> None:
@@ -34,7 +65,7 @@ class TextLogFormatter(logging.Formatter):
         return format_time(record.created)
 
 
-class JSONLogFormatter(logging.Formatter):
+class JSONLogFormatter(WordlessFormatter):
     """Formats each record as a JSON object on one line, with the fields of its `extra`."""
 
     # `color_message` is uvicorn's message for terminals.

@@ -95,11 +95,11 @@ def run_server(
     except ImportError:
         raise MissingDependency("a server needs: pip install 'omnivideo[serve]'") from None
 
-    class StoppingServer(uvicorn.Server):  # type: ignore[misc]
+    class StoppingServer(uvicorn.Server):
         """Tells the application when it begins to stop, before it waits for the requests in progress."""
 
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-            if begin_stop := getattr(config.app.state, "begin_stop", None):
+            if begin_stop := getattr(application.state, "begin_stop", None):
                 begin_stop()
             await super().shutdown(sockets)
 
@@ -108,8 +108,9 @@ def run_server(
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     # The client should be the one to close an idle connection. With uvicorn's default of 5 s, a request can be sent on
     # a connection that the server is closing.
+    application = create_application()
     config = uvicorn.Config(
-        create_application(),
+        application,
         log_config=None,
         access_log=False,
         timeout_graceful_shutdown=10,
@@ -118,7 +119,7 @@ def run_server(
         proxy_headers=False,  # the service reads them itself, from the proxies in its settings
     )
     server = StoppingServer(config)
-    AppStatus.disable_automatic_graceful_drain()  # streams of a service that stops end by themselves, and say so
+    AppStatus.disable_automatic_graceful_drain()  # type: ignore[no-untyped-call]  # streams of a service that stops end by themselves, and say so
     with suppress(KeyboardInterrupt):
         server.run(sockets=[listener])
     if not server.started:
@@ -202,7 +203,18 @@ def worker(
         logging.getLogger("omnivideo.worker").info("ready: %s", worker.renderer.model.preset, extra={"device": device})
         return worker, settings.heartbeat_timeout
 
-    serve_celery_worker(settings.broker, build_worker)
+    serve_celery_worker(settings.broker, read_queue_name(settings), build_worker)
+
+
+def read_queue_name(settings: "ServiceSettings") -> str:
+    """Return the name of the broker's queue, and close the database again: connections do not survive a fork."""
+    from omnivideo.storage.database.repository import retry_while_unavailable
+
+    wiring = build_wiring(settings)
+    try:
+        return retry_while_unavailable(lambda: wiring.queue_name)
+    finally:
+        wiring.close()
 
 
 @mllm_cli.command("serve")
@@ -297,20 +309,16 @@ def describe_mllm_commands() -> None:
 
 @app.command(rich_help_panel=SERVICE_COMMANDS)
 def migrate() -> None:
-    """Upgrade the database and the conversations to this version, as serve and worker also do when they start."""
-    from omnivideo.storage.checkpointer import open_checkpointer
-
-    wiring = build_wiring()
-    wiring.engine.dispose()
-    open_checkpointer(wiring.settings).conn.close()  # type: ignore[attr-defined]
+    """Create or upgrade the tables of the database and the conversations; serve and worker do so only with SQLite."""
+    build_wiring().migrate_database()
     console.print("the database has the latest schema")
 
 
 @app.command(rich_help_panel=SERVICE_COMMANDS)
 def sweep(home: HomeOption = None) -> None:
-    """Remove artifacts that nothing refers to and that are older than OMNIVIDEO_ARTIFACT_LIFETIME_SECONDS."""
-    removed_keys = build_wiring(load_service_settings(home=home)).sweep_store()
-    console.print(f"{len(removed_keys)} artifacts removed")
+    """Remove what users have deleted, what has ended long ago, and artifacts that nothing refers to."""
+    result = build_wiring(load_service_settings(home=home)).sweep()
+    console.print(f"{len(result.object_keys)} artifacts removed")
 
 
 app.add_typer(mllm_cli, name="mllm", rich_help_panel=SERVICE_COMMANDS)

@@ -70,6 +70,10 @@ class CompactingSaver(ABC):
     def replace_growing_values(self, thread_id: str, checkpoint_id: str, digests: dict[str, str]) -> None:
         """Remove the values of GROWING_CHANNELS from a checkpoint, and store their digests in its metadata."""
 
+    @abstractmethod
+    def erase_freed_space(self) -> None:
+        """Overwrite what deleted checkpoints have left in files, where the database allows it."""
+
     # ------------------------------------------------------------ the saver's interface
 
     def put(
@@ -94,6 +98,10 @@ class CompactingSaver(ABC):
         # SQLite's saver holds its lock while it iterates.
         for found in [*super().list(config, **options)]:  # type: ignore[misc]
             yield self.unpack(found)
+
+    def delete_thread(self, thread_id: str) -> None:
+        super().delete_thread(thread_id)  # type: ignore[misc]
+        self.fetch_rows("DELETE FROM checkpoint_items WHERE thread_id = ?", (thread_id,))
 
     def list_thread_ids(self) -> Iterator[str]:
         rows = self.fetch_rows("SELECT DISTINCT thread_id FROM checkpoints ORDER BY thread_id")
@@ -148,7 +156,12 @@ class CompactSqliteSaver(CompactingSaver, SqliteSaver):
         if self.is_setup:
             return
         super().setup()
+        self.conn.execute("PRAGMA secure_delete=ON")
         self.conn.execute(CREATE_ITEMS.format(bytes_type="BLOB"))
+
+    def erase_freed_space(self) -> None:
+        self.fetch_rows("VACUUM")
+        self.fetch_rows("PRAGMA wal_checkpoint(TRUNCATE)")
 
     def fetch_rows(self, statement: str, parameters: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
         with self.cursor() as cursor:

@@ -27,6 +27,9 @@ class CompactPostgresSaver(CompactingSaver, PostgresSaver):
             cursor.execute(statement.replace("?", "%s"), parameters)
             return cursor.fetchall() if cursor.description else []
 
+    def erase_freed_space(self) -> None:
+        """Do nothing: the service's tables are in the same database."""
+
     def find_last_complete(self, thread_id: str, before_id: str) -> str | None:
         query = """SELECT max(checkpoint_id) FROM checkpoints
             WHERE thread_id = ? AND checkpoint_id < ? AND metadata->'num_turns' IS NOT NULL"""

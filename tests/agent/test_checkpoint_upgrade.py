@@ -20,6 +20,7 @@ from omnivideo.presets import TINY
 from omnivideo.settings import load_settings
 from omnivideo.storage import checkpointer as checkpointers
 from omnivideo.turns import ArtifactReady, QuestionAsked, Turn, TurnCompleted
+from omnivideo.wiring import ServiceWiring
 from tests.support.servers import postgres
 from tests.support.twins import InstantQueue, ScriptedMLLM
 
@@ -62,8 +63,9 @@ def open_upgraded(
         with PostgresSaver.from_conn_string(address) as target:  # as 0.1 wrote them: nothing is compact
             target.setup()
             copy_checkpoints(SqliteSaver(sqlite3.connect(stored, check_same_thread=False)), target)
-        open_target = lambda: checkpointers.open_checkpointer(load_settings(database=address))  # noqa: E731
-        yield open_target
+        settings = load_settings(database=address)
+        ServiceWiring(settings).migrate_database()
+        yield lambda: checkpointers.open_checkpointer(settings)
 
 
 @pytest.fixture

@@ -386,3 +386,9 @@ def test_a_statement_changes_nothing(text):
 @pytest.mark.parametrize("text", ["that's a beautiful star", "nice circle!", "i like the star", "the red is pretty"])
 def test_praise_that_names_what_is_seen_is_small_talk(text):
     assert list_readings(text, "image") == [("do", "perfect")]
+
+
+@pytest.mark.parametrize("medium", [None, "image"])
+@pytest.mark.parametrize("text", ["!!!", "...", "and", "and then", "?", "1", "a picture of"])
+def test_a_text_without_words_of_the_world_is_asked_about(text, medium):
+    assert {kind for kind, _ in list_readings(text, medium)} == {"ask"}

@@ -19,7 +19,7 @@ from omnivideo.settings import load_settings
 from omnivideo.storage.database.engine import create_database_engine
 from omnivideo.storage.database.workers import WorkerRepository
 from omnivideo.wiring import ServiceWiring
-from tests.support.api_server import run_api_server, run_mllm_server
+from tests.support.api_server import build_scripted_wiring, run_api_server, run_mllm_server
 from tests.support.browser import chromium
 from tests.support.openai_service import KEY, wait_until
 from tests.support.servers import free_port
@@ -122,13 +122,13 @@ def test_an_unexpected_error_is_counted_and_logged_with_its_request(http, contex
     assert record.exc_info and str(record.exc_info[1]) == "a detail"
 
 
-def test_a_browser_shows_the_routes(service, tmp_path):
+def test_a_browser_shows_the_routes(omni, tmp_path):
     """The machine of the tests has no access to a CDN, nor has an operator's."""
     options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
     command = [chromium(), *options, "--virtual-time-budget=15000", "--dump-dom"]
-    # A browser asks for the key as a password; here it stands in the address.
-    command += [service[2].replace("//", f"//anyone:{KEY}@") + "/docs"]
-    dom = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    with run_api_server(build_scripted_wiring(tmp_path / "service", omni)) as address:  # without keys
+        command += [f"{address}/docs"]
+        dom = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
     paths = re.findall(r'data-path="([^"]+)"', dom)
     assert {"/v1/videos", "/v1/understand", "/v1/chat/completions"} <= set(paths)
 

@@ -47,12 +47,22 @@ def test_format_and_level_are_settings():
 
 
 @pytest.mark.parametrize("formatter", [JSONLogFormatter(), TextLogFormatter()])
-def test_a_traceback_is_kept(formatter):
+def test_a_traceback_has_no_words_of_a_request(formatter, caplog):
+    words = "what a user has said"
     try:
-        raise ValueError("why")
+        try:
+            raise KeyError(words)
+        except KeyError as error:
+            raise ValueError(words.upper()) from error
     except ValueError:
         record = logging.LogRecord("omnivideo", logging.ERROR, "", 0, "it failed", (), sys.exc_info())
-    assert "ValueError: why" in formatter.format(record)
+    caplog.set_level(logging.INFO)
+    text = formatter.format(record)
+    assert all(part in text for part in ("it failed", "builtins.KeyError", "builtins.ValueError", __file__))
+    assert words not in text and words.upper() not in text
+    record.exc_text = None  # the formatter's cache
+    caplog.set_level(logging.DEBUG)
+    assert f"ValueError: {words.upper()}" in formatter.format(record)
 
 
 def test_fields_have_no_terminal_codes():

@@ -31,6 +31,7 @@ def saver(request, tmp_path):
     from omnivideo.storage.checkpointer import open_postgres_checkpointer
 
     saver = open_postgres_checkpointer(request.getfixturevalue("postgres_address"))
+    saver.setup()
     yield saver
     saver.conn.close()
 
@@ -123,3 +124,17 @@ def test_a_fork_of_the_first_turn_takes_little_memory_and_time(tmp_path):
     assert time.thread_time() - started_at < 1.0 and tracemalloc.get_traced_memory()[1] < 4 * 2**20
     tracemalloc.stop()
     connection.close()
+
+
+def test_a_deleted_conversation_leaves_nothing(saver, tmp_path):
+    before = count_bytes(saver)
+    deleted, kept = hold_conversation(saver, "deleted", 4), hold_conversation(saver, "kept", 3)
+    kept_bytes = count_bytes(saver)
+    saver.delete_thread("deleted")
+    saver.erase_freed_space()
+    assert before < count_bytes(saver) < kept_bytes and count_checkpoints(saver, "deleted") == 0
+    assert saver.fetch_rows("SELECT count(*) FROM checkpoint_items WHERE thread_id = ?", ("deleted",)) == [(0,)]
+    assert len(kept.thread.get_turns()) == 3 and not deleted.thread.exists()
+    if isinstance(saver, SqliteSaver):
+        files = [path.read_bytes() for path in tmp_path.glob("threads.sqlite*")]
+        assert files and not any(b"deleted" in data for data in files)

@@ -244,7 +244,7 @@ def test_the_scripts_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_threads_turns_and_events_are_kept(upgraded_engine):
     repository = TurnRepository(upgraded_engine)
-    assert repository.list_threads("ann") == ([ThreadRecord(id="talk", created_at=5.0)], False)
+    assert repository.list_threads("ann") == ([ThreadRecord(id="talk", public_id="talk", created_at=5.0)], False)
     turn = repository.get_turn("turn", "ann")
     assert (turn.thread_id, turn.state, turn.number, turn.attempt, turn.created_at) == ("talk", "running", 1, 1, 5.5)
     assert turn.body == {

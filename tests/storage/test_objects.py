@@ -84,3 +84,12 @@ def test_the_sweep_keeps_referenced_and_recent_objects(sweeping):
     assert [sweeping.has(key) for key in (kept, old, again, young)] == [True, False, True, True]
     assert sorted(sweeping.iter_keys()) == sorted([kept, again, young])
     assert sorted(sweeping.sweep(set(), 0)) == sorted([kept, again, young]) and list(sweeping.iter_keys()) == []
+
+
+def test_a_sweep_of_candidates_removes_nothing_else(sweeping):
+    sweeping.check_writable()
+    referenced, candidate, other = (sweeping.put(name, "mp4") for name in (b"referenced", b"candidate", b"other"))
+    time.sleep(1.1)  # an S3 server states times in seconds
+    assert sweeping.sweep({referenced}, 1.0, {referenced, candidate, MISSING}) == [candidate]
+    assert sweeping.has(referenced) and sweeping.has(other) and not sweeping.has(candidate)
+    assert set(sweeping.iter_keys()) == {referenced, other}, "the check has left nothing"

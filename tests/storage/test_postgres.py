@@ -9,6 +9,7 @@ from omnivideo.presets import TINY
 from omnivideo.settings import load_settings
 from omnivideo.storage.checkpointer import open_checkpointer
 from omnivideo.turns import TurnCompleted
+from omnivideo.wiring import ServiceWiring
 from tests.support.servers import free_port, postgres
 from tests.support.twins import InstantQueue, ScriptedMLLM
 
@@ -16,6 +17,7 @@ from tests.support.twins import InstantQueue, ScriptedMLLM
 @pytest.fixture(scope="module")
 def address(tmp_path_factory):
     with postgres(tmp_path_factory.mktemp("postgres")) as running:
+        ServiceWiring(load_settings(database=running)).migrate_database()
         yield running
 
 

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from omnivideo.backends.queue.celery import create_celery_app, create_notifier
+from omnivideo.backends.queue.celery import build_queue_name, create_celery_app, create_notifier
 from omnivideo.backends.queue.durable import DurableQueue
-from omnivideo.storage.database.engine import create_database_engine, upgrade_schema
+from omnivideo.storage.database.engine import create_database_engine, identify_database, upgrade_schema
 from omnivideo.storage.database.jobs import JobRepository
 from omnivideo.storage.objects.local import LocalObjectStore
 
@@ -35,7 +35,8 @@ class Deployment:
         engine = create_database_engine(database or f"sqlite:///{home}/service.sqlite")
         upgrade_schema(engine)
         self.jobs = JobRepository(engine)
-        self.notify_workers = create_notifier(create_celery_app(broker))
+        self.queue_name = build_queue_name(identify_database(engine))
+        self.notify_workers = create_notifier(create_celery_app(broker, self.queue_name))
         self.queue = DurableQueue(self.jobs, self.store, self.notify_workers)
 
     @contextmanager

@@ -49,16 +49,28 @@ def wait_for(port: int, process: subprocess.Popen[bytes], seconds: float = 60) -
 
 
 class Redis:
-    """A Redis server that can be killed and started again on the same port; it stores nothing on disk."""
+    """A Redis server that can be killed and started again on the same port; it stores nothing on disk.
 
-    def __init__(self, folder: Path, port: int | None = None):
+    With `certificate`, the path of one for `localhost` beside its key, it speaks TLS.
+    """
+
+    def __init__(self, folder: Path, port: int | None = None, certificate: Path | None = None):
         self.program = program("redis-server", "redis-server", "jobs over Redis were not tested")
-        self.folder, self.port = folder, port or free_port()
-        self.address = f"redis://127.0.0.1:{self.port}/0"
+        self.folder, self.port, self.certificate = folder, port or free_port(), certificate
+        self.address = f"rediss://localhost:{self.port}/0" if certificate else f"redis://127.0.0.1:{self.port}/0"
 
     def start(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         place = ["--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self.folder)]
+        if self.certificate:
+            place[:2] = ["--port", "0", "--tls-port", str(self.port), "--tls-auth-clients", "no"]
+            place += [
+                "--tls-cert-file",
+                str(self.certificate),
+                "--tls-key-file",
+                str(self.certificate.with_suffix(".key")),
+            ]
+            place += ["--tls-ca-cert-file", str(self.certificate)]
         command = [self.program, *place, "--save", "", "--appendonly", "no"]
         self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         wait_for(self.port, self.process)
@@ -105,6 +117,7 @@ class RabbitMQ:
                 f"ssl_options.certfile = {certificate}\nssl_options.keyfile = {certificate.with_suffix('.key')}\n"
                 f"ssl_options.cacertfile = {certificate}\n"
             )
+            del self.environment["RABBITMQ_NODE_PORT"]  # it is for the listener without TLS
             self.environment["RABBITMQ_CONFIG_FILE"] = str(folder / "rabbitmq.conf")
 
     def start(self) -> None:
@@ -114,7 +127,7 @@ class RabbitMQ:
             [real if real.exists() else self.program],
             env=self.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
         )  # fmt: skip
-        wait_for(self.port, self.process)
+        wait_for(self.port, self.process, 180)
 
     def kill(self) -> None:
         """Send SIGKILL to the server and its children."""
@@ -147,9 +160,12 @@ def postgres_programs() -> Path:
 
 
 class Postgres:
-    """A PostgreSQL server with its data in a folder; after a kill, it recovers at the next start."""
+    """A PostgreSQL server with its data in a folder; after a kill, it recovers at the next start.
 
-    def __init__(self, folder: Path):
+    With a primary, it is that server's standby, by streaming replication.
+    """
+
+    def __init__(self, folder: Path, primary: "Postgres | None" = None):
         self.programs, self.port, self.folder = postgres_programs(), free_port(), folder
         self.address = f"postgresql://test@127.0.0.1:{self.port}/postgres"
         # The server refuses to run as root, so as root the tests run it as the user postgres.
@@ -161,7 +177,20 @@ class Postgres:
             for parent in folder.parents:
                 if parent.stat().st_uid == 0 and not parent.stat().st_mode & 1:
                     parent.chmod(parent.stat().st_mode | 0o011)
-        self.run("initdb", "-U", "test", "--auth=trust", "--no-sync")
+        if primary:
+            self.copy_primary(primary)
+        else:
+            self.run("initdb", "-U", "test", "--auth=trust", "--no-sync")
+
+    def copy_primary(self, primary: "Postgres") -> None:
+        """Replace the data by a copy of another server's, which this one follows from its next start."""
+        shutil.rmtree(self.folder / "data", ignore_errors=True)
+        source = f"host=127.0.0.1 port={primary.port} user=test"
+        self.run("pg_basebackup", "-d", source, "--write-recovery-conf", "--checkpoint=fast", "--no-sync")
+
+    def promote(self) -> None:
+        """Make a standby a primary."""
+        self.run("pg_ctl", "-w", "promote")
 
     def run(self, name: str, *options: object) -> None:
         command = [*self.user, self.programs / name, "-D", self.folder / "data", *options]

@@ -32,7 +32,7 @@ imagePullPolicy: {{ .of.image.pullPolicy }}
 {{- $store := list "OMNIVIDEO_S3" "OMNIVIDEO_S3_BUCKET" "OMNIVIDEO_S3_REGION" -}}
 {{- $storeKeys := list "OMNIVIDEO_S3_ACCESS_KEY" "OMNIVIDEO_S3_SECRET_KEY" -}}
 {{- $process := list "OMNIVIDEO_HOME" "OMNIVIDEO_PRESET" "OMNIVIDEO_WEIGHTS" "OMNIVIDEO_PRECISION" "OMNIVIDEO_LOG_FORMAT" "OMNIVIDEO_LOG_LEVEL" "OMNIVIDEO_TRACES" -}}
-{{- $jobs := list "OMNIVIDEO_HEARTBEAT_TIMEOUT" "OMNIVIDEO_RESUME_TIMEOUT" -}}
+{{- $jobs := list "OMNIVIDEO_HEARTBEAT_TIMEOUT" "OMNIVIDEO_RESUME_TIMEOUT" "OMNIVIDEO_MAX_DEVICE_SECONDS_PER_DAY_PER_KEY" "OMNIVIDEO_MAX_STORED_BYTES_PER_DAY_PER_KEY" -}}
 {{- $worker := list "OMNIVIDEO_SAVE_STATE_EVERY_STEPS" "OMNIVIDEO_SAVE_STATE_EVERY_SECONDS" "OMNIVIDEO_MAX_BATCH_SIZE" -}}
 {{- if eq .part "api" }}
 settings: {{ without (keys .root.Values.settings) "OMNIVIDEO_SAVE_STATE_EVERY_STEPS" "OMNIVIDEO_SAVE_STATE_EVERY_SECONDS" "OMNIVIDEO_MAX_BATCH_SIZE" | toJson }}
@@ -41,7 +41,7 @@ secrets: {{ concat (list "OMNIVIDEO_DATABASE" "OMNIVIDEO_BROKER" "OMNIVIDEO_MLLM
 settings: {{ concat $process $store $jobs $worker | toJson }}
 secrets: {{ concat (list "OMNIVIDEO_DATABASE" "OMNIVIDEO_BROKER") $storeKeys | toJson }}
 {{- else if eq .part "sweep" }}
-settings: {{ concat $process $store (list "OMNIVIDEO_MLLM" "OMNIVIDEO_ARTIFACT_LIFETIME_SECONDS") | toJson }}
+settings: {{ concat $process $store (list "OMNIVIDEO_MLLM" "OMNIVIDEO_ARTIFACT_LIFETIME_SECONDS" "OMNIVIDEO_JOB_LIFETIME_SECONDS" "OMNIVIDEO_TURN_LIFETIME_SECONDS") | toJson }}
 secrets: {{ concat (list "OMNIVIDEO_DATABASE") $storeKeys | toJson }}
 {{- else if eq .part "migrate" }}
 settings: {{ $process | toJson }}

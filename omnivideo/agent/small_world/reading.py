@@ -3,7 +3,6 @@
 import re
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import pairwise
 
 from omnivideo.agent import english_rules, media_words
 from omnivideo.agent.commands import find_command
@@ -19,7 +18,7 @@ from omnivideo.agent.small_world.lexicon import (
 from omnivideo.agent.small_world.question_reading import read_question_action
 from omnivideo.agent.small_world.questions import is_question
 from omnivideo.agent.small_world.readings import Context, Reading, ReadingKind
-from omnivideo.agent.small_world.scenes import DescribedScene, read_scene
+from omnivideo.agent.small_world.scenes import DescribedScene, has_values, is_worded_as_change, read_scene
 from omnivideo.agent.small_world.wordings import load_pattern
 
 SECOND_MOTION = re.compile(r"\b(?:then|after that|afterwards|next)\b")
@@ -234,14 +233,8 @@ def is_scene_request(tokens: Sequence[Token], context: Context, *, is_correction
             token.has("reference") and not is_relative(tokens, index) for index, token in enumerate(tokens)
         )
         return not is_change and (has_shape or any(token.has("medium") for token in tokens))
-    if any(token.text in ("as", "into") and following.text in ("a", "an") for token, following in pairwise(tokens)):
+    if is_worded_as_change(tokens):
         return False
-    if any(token.has("add", "remove", "replace", "swap", "resize", "longer") for token in tokens):
-        return False
-    if any(token.text == "same" and following.has("medium", "thing") for token, following in pairwise(tokens)):
-        return False  # "same clip, blue ball"
-    if any(token.text == "no" and following.has("shape", "plural") for token, following in pairwise(tokens)):
-        return False  # "there should be no star"
     texts = [token.text for token in tokens]
     definite = any(
         (token.has("reference", "rest") and not is_relative(tokens, index))
@@ -259,10 +252,6 @@ def is_scene_request(tokens: Sequence[Token], context: Context, *, is_correction
         scene = read_scene(tokens)
         return any(obj.colour for obj in scene.objects)
     return True
-
-
-def has_values(tokens: Sequence[Token]) -> bool:
-    return any(token.has("colour", "size", "motion", "speed", "ground") for token in tokens)
 
 
 def names_object(tokens: Sequence[Token], index: int) -> bool:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 from omnivideo.agent.small_world.lexicon import Token
 
@@ -43,7 +44,7 @@ class ObjectRequest:
         count = self.count or 1
         noun = f"{self.shape}s" if count > 1 else self.shape or "shape"
         words = " ".join(filter(None, (self.size, self.colour, noun)))
-        article = NUMBER_WORDS[count] if count > 1 else "an" if words[0] in "aeiou" else "a"
+        article = name_number(count) if count > 1 else "an" if words[0] in "aeiou" else "a"
         region = REGION_PHRASES.get(self.region or "", f"in the {self.region}") if self.region else ""
         motion = self.motion_to_text() if with_motion else ""
         return " ".join(filter(None, (article, words, region, motion)))
@@ -336,3 +337,19 @@ def name_number(number: int | None) -> str:
 def read_scene(tokens: Sequence[Token]) -> DescribedScene:
     """Return the scene that the tokens describe."""
     return SceneReader(tokens).read()
+
+
+def is_worded_as_change(tokens: Sequence[Token]) -> bool:
+    """Return whether words of a change stand here: "into a star", "no star", "same clip, blue ball", "use a star"."""
+    pairs = list(pairwise(tokens))
+    return (
+        any(token.has("add", "remove", "replace", "swap", "resize", "longer") for token in tokens)
+        or any(token.text in ("as", "into") and following.text in ("a", "an") for token, following in pairs)
+        or any(token.text == "same" and following.has("medium", "thing") for token, following in pairs)
+        or any(token.text == "no" and following.has("shape", "plural") for token, following in pairs)
+        or (tokens[-1].text == "instead" and not any(token.has("draw", "medium") for token in tokens))
+    )
+
+
+def has_values(tokens: Sequence[Token]) -> bool:
+    return any(token.has("colour", "size", "motion", "speed", "ground") for token in tokens)

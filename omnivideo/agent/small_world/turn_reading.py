@@ -16,7 +16,6 @@ from omnivideo.agent.small_world.wordings import load_pattern
 ADDITION = re.compile(r"^(?:and|with|plus|also) (?:an?|another|two|three) ")
 CONNECTING_WORDS = {"and", "but", "that is", "all", "completely", "also", "entirely"}
 MAX_SPLIT_CHARS = 300  # of a sentence with two results; the time of its pattern is not linear
-LEAD_OF_RESULT = re.compile(r"^(?:first|firstly)[ ,]+|(?<![ ,;])[ ,;]++$")
 ATTRIBUTES = ("colour", "size", "motion", "go", "direction", "speed", "region", "ground")
 CONTENT = (
     *ATTRIBUTES, "shape", "plural", "resize", "longer", "task", "reference", "rest", "make", "draw", "add", "remove",
@@ -85,12 +84,12 @@ def split_results(text: str) -> list[str]:
         parts = [f"a {match[1].removesuffix('s')} of {words}" for words in (match[2], match[3])]
     else:
         parts = [
-            LEAD_OF_RESULT.sub("", part)
+            part.strip(" ,;").removeprefix("first ")
             for piece in load_pattern("separately").split(normalized)
             for part in load_pattern("next_result").split(piece)
             if part.strip()
         ]
-        if not has_shape(parts[0]):  # "first", "i want"
+        if parts and not has_shape(parts[0]):  # "first", "i want"
             del parts[0]
     return parts if len(parts) > 1 and all(map(has_shape, parts)) else []
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Annotated
 from urllib.parse import urlencode
 
+from anyio.to_thread import run_sync
 from fastapi import Depends, Query, Request
 from fastapi.security import HTTPAuthorizationCredentials
 
@@ -71,6 +72,8 @@ async def authenticate_media_owner(
         raise APIError(403, "signature: it does not fit this link", "signature", "invalid_link")
     if expires < time.time():
         raise APIError(403, "expires: this link has expired; ask for a new one", "expires", "link_expired")
+    if not await run_sync(context.api_keys.is_active, owner):
+        raise APIError(403, "owner: the key that this link belongs to is revoked", "owner", "invalid_link")
     request.state.owner = owner
     return owner
 

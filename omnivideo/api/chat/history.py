@@ -100,7 +100,7 @@ class ThreadFinder:
             for link in reversed(history[index].links[:MAX_LINKS_PER_ANSWER]):
                 known = self.list_known_turns(link.thread_id)
                 if (start := find_turn_with_artifact(known, link)) is not None:
-                    return follow_history(link.thread_id, known.turns, start, history[index + 1 :])
+                    return follow_history(known.thread_id, known.turns, start, history[index + 1 :])
         return None
 
     def find_by_digest(self, history: Sequence[Exchange]) -> Position | None:
@@ -126,7 +126,7 @@ class ThreadFinder:
     def list_known_turns(self, thread_id: str) -> "KnownThread":
         """Return what was said and made in a thread of the owner; nothing for any other thread."""
         if not self.context.turns.has_thread(thread_id, self.owner):
-            return KnownThread((), ())
+            return KnownThread(thread_id, (), ())
         thread = self.get_thread(thread_id)
         known, keys = list[KnownTurn](), list[tuple[str, int]]()
         completed = thread.get_turns()
@@ -136,10 +136,10 @@ class ThreadFinder:
             artifacts = [*turn.attachments, *(result.artifact for result in turn.results if result.artifact)]
             keys += [(artifact.key, len(known) - 1) for artifact in artifacts]
         if thread.get_open_question() is not None:
-            rows = self.context.turns.list_turns(thread_id)
+            rows = self.context.turns.list_turns(thread.id)
             asked = [row for row in rows if row.state == "asks" and row.number == len(completed) + 1]
             known += [KnownTurn(row.body["text"], None, is_open=row is asked[-1]) for row in asked]
-        return KnownThread(tuple(known), tuple(keys))
+        return KnownThread(thread.id, tuple(known), tuple(keys))
 
     # ------------------------------------------------------------ rebuilding
 
@@ -159,6 +159,7 @@ class ThreadFinder:
 class KnownThread:
     """What was said in a thread, and after which of its `turns` each artifact existed, as (key, index)."""
 
+    thread_id: str
     turns: tuple[KnownTurn, ...]
     artifact_turns: tuple[tuple[str, int], ...]
 

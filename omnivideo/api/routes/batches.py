@@ -105,6 +105,12 @@ class BatchList(BaseModel):
     has_more: bool
 
 
+class BatchDeleted(BaseModel):
+    id: str
+    object: Literal["batch.deleted"] = "batch.deleted"
+    deleted: bool = True
+
+
 def to_batch_object(batch: BatchRecord) -> BatchObject:
     fields: dict[str, Any] = {f"{state}_at": batch.state_times.get(f"{state}_at") for state in TIMESTAMPED_STATES}
     if batch.validation_errors:
@@ -204,6 +210,14 @@ def cancel_batch(
         return batch
 
     return to_batch_object(idempotent_request.repeat(batch_id, cancel))
+
+
+@router.delete("/{batch_id}")
+def delete_batch(batch_id: ResourceId, context: ContextDep, owner: OwnerDep) -> BatchDeleted:
+    """Delete a batch with its results, and cancel it if it has not ended. Its input file is a file of its own."""
+    if not context.batches.delete_batch(batch_id, owner):
+        raise build_not_found_error("batch", batch_id)
+    return BatchDeleted(id=batch_id)
 
 
 # ---------------------------------------------------------------- lines, for the batch runner

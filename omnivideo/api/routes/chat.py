@@ -32,7 +32,14 @@ from omnivideo.api.dependencies import (
     ServiceContext,
     make_id,
 )
-from omnivideo.api.errors import ERROR_RESPONSES, APIError, error_from_turn, log_if_internal, to_api_error
+from omnivideo.api.errors import (
+    ERROR_RESPONSES,
+    APIError,
+    build_not_found_error,
+    error_from_turn,
+    log_if_internal,
+    to_api_error,
+)
 from omnivideo.api.event_feed import EventFeed, get_event_feed
 from omnivideo.api.request_body import ServiceRoute, rename_error_field, validate_fields
 from omnivideo.api.turn_runner import ATTENDED_RETRY_TIMEOUT_SECONDS
@@ -187,7 +194,8 @@ class ChatCompletion:
 
     def require_turn(self) -> TurnRecord:
         turn = self.context.turns.get_turn(self.turn_id, self.owner)
-        assert turn is not None, "turns are never deleted"
+        if turn is None:  # its thread was deleted
+            raise build_not_found_error("turn", self.turn_id)
         return turn
 
     def record_completion(self) -> None:

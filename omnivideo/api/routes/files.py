@@ -182,7 +182,7 @@ def get_file(file_id: ResourceId, context: ContextDep, owner: OwnerDep) -> FileO
 
 @router.delete("/{file_id}")
 def delete_file(file_id: ResourceId, context: ContextDep, owner: OwnerDep) -> FileDeleted:
-    """Delete a file. The next sweep removes its bytes, unless something else refers to them."""
+    """Delete a file. Sweeps remove its bytes within a day, unless something else refers to them."""
     if not context.files.delete_file(file_id, owner):
         raise build_not_found_error("file", file_id)
     return FileDeleted(id=file_id)

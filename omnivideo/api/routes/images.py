@@ -3,7 +3,7 @@
 import base64
 from collections.abc import Callable
 from functools import partial
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from anyio.to_thread import run_sync
 from fastapi import APIRouter, Request, Response
@@ -47,6 +47,12 @@ class ImagesResponse(BaseModel):
     data: list[ImageObject]
     output_format: ImageFormat
     size: str
+
+
+class ImageDeleted(BaseModel):
+    id: str
+    object: Literal["image.deleted"] = "image.deleted"
+    deleted: bool = True
 
 
 @router.post("/generations", response_model=ImagesResponse, openapi_extra=document_request_body(ImageGenerationRequest))
@@ -96,6 +102,15 @@ def get_image_content(image_id: ResourceId, request: Request, context: ContextDe
 def get_image_manifest(image_id: ResourceId, request: Request, context: ContextDep, owner: OwnerDep) -> Response:
     """Return everything that the image was generated from, as JSON."""
     return build_manifest_response(context, require_image(context, image_id, owner), request)
+
+
+@router.delete("/{image_id}")
+def delete_image(image_id: ResourceId, context: ContextDep, owner: OwnerDep) -> ImageDeleted:
+    """Delete an image. Sweeps remove its bytes within a day, unless something else refers to them."""
+    if not context.jobs.delete_owned_job(image_id, owner, "image"):
+        raise build_not_found_error("image", image_id)
+    context.jobs.cancel(image_id)
+    return ImageDeleted(id=image_id)
 
 
 def require_image(context: ServiceContext, image_id: str, owner: str) -> JobStatus:

@@ -1,7 +1,11 @@
 """Routes for operators: health, readiness, and Prometheus metrics of the requests, jobs, workers and the MLLM."""
 
+import math
+import threading
+import time
 from collections import Counter as Counted
 from collections.abc import Callable, Iterable
+from functools import partial
 
 from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram, generate_latest
@@ -13,13 +17,13 @@ from omnivideo.api.dependencies import ContextDep, MLLMServer, ServiceContext
 from omnivideo.api.errors import ERROR_RESPONSES
 from omnivideo.api.request_body import ServiceRoute
 from omnivideo.api.stores import WorkerStore
-from omnivideo.contracts import JobDurations
-from omnivideo.errors import OmniVideoError
+from omnivideo.contracts import JOB_SECONDS, JobDurations
+from omnivideo.errors import OmniVideoError, StoreError
 from omnivideo.ports import JobStore
 
 router = APIRouter(route_class=ServiceRoute, tags=["operation"], responses=ERROR_RESPONSES)
 WORKER_LIFETIME_SECONDS = 30.0  # after its last report; workers report every 10 s
-JOB_SECONDS = (0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000, 3000)  # bounds of the histograms of jobs
+READY_SECONDS = 5.0  # how long the result of a check is used
 LATENCY_BUCKETS_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
 
@@ -56,7 +60,7 @@ class QueueCollector(Collector):
         up = GaugeMetricFamily("omnivideo_database_up", "1 if the database answers, otherwise 0")
         try:
             counts, oldest_wait_seconds = self.jobs.count_by_lane_and_state(), self.jobs.get_oldest_wait_seconds()
-            durations = self.jobs.measure_durations(JOB_SECONDS)
+            durations = self.jobs.measure_durations()
         except OmniVideoError:
             up.add_metric([], 0)
             yield up
@@ -160,15 +164,54 @@ async def check_health() -> dict[str, str]:
     return {"status": "ok"}
 
 
-@router.get("/ready")
-def check_ready(context: ContextDep) -> dict[str, str]:
-    """Answer 200 if the database answers, otherwise 503.
+class StorageCheck:
+    """Finds out whether the database and the object store can be written.
 
-    The service is also ready while the MLLM starts: requests that need it wait.
+    Anybody may ask, so it does so at most every READY_SECONDS, and in one thread at a time: while a store hangs, the
+    others get the last result.
     """
-    context.jobs.count_queued()
-    is_mllm_ready = context.mllm_server is None or context.mllm_server.is_ready()
-    return {"status": "ready", "language_model": "ready" if is_mllm_ready else "starting"}
+
+    def __init__(self, context: ServiceContext):
+        self.context = context
+        self.lock = threading.Lock()
+        self.checked_at = -math.inf
+        self.error: OmniVideoError | None = StoreError("store: it has not been checked yet; try again in a moment")
+
+    def run(self) -> None:
+        """Raise the StoreError or ServiceBusy of the last check if the database or the store cannot be written."""
+        if time.monotonic() - self.checked_at > READY_SECONDS and self.lock.acquire(blocking=False):
+            try:
+                self.error = self.find_error()
+                self.checked_at = time.monotonic()
+            finally:
+                self.lock.release()
+        if self.error is not None:
+            raise self.error
+
+    def find_error(self) -> OmniVideoError | None:
+        # A row that is written again and again: on a full disk, reading would still succeed.
+        probe = partial(self.context.idempotency_keys.claim_key, "ready", "ready", request_digest="", resource_id="")
+        try:
+            probe(lease_seconds=0.0)
+            self.context.store.check_writable()
+        except OmniVideoError as error:
+            return error
+        return None
+
+
+@router.get("/ready")
+def check_ready(context: ContextDep, request: Request) -> dict[str, str]:
+    """Answer 200 if the database and the object store can be written, otherwise 503.
+
+    The service is also ready while the MLLM starts: requests that need it wait. `language_model` says if its server's
+    certificate is not trusted.
+    """
+    check: StorageCheck = request.app.state.storage_check
+    check.run()
+    return {
+        "status": "ready",
+        "language_model": context.mllm_server.describe_state() if context.mllm_server else "ready",
+    }
 
 
 @router.get("/metrics", response_class=Response)

@@ -27,7 +27,6 @@ from omnivideo.api.media import (
 )
 from omnivideo.api.request_body import Seed, ServiceRoute
 from omnivideo.contracts import Artifact, RequestModel
-from omnivideo.errors import InvalidInput
 from omnivideo.turns import Think, ThreadRecord, Turn, TurnRecord
 
 router = APIRouter(route_class=ServiceRoute, prefix="/v1/threads", tags=["threads"], responses=ERROR_RESPONSES)
@@ -112,21 +111,12 @@ def create_thread(
     payload = payload or CreateThreadRequest()
 
     def create(thread_id: str) -> str:
-        check_id_is_free(context, thread_id)
-        context.turns.create_thread(thread_id, owner)
+        context.turns.create_thread(thread_id, owner, client_id=payload.id)
         context.turn_runner.get_thread(owner, thread_id)  # it writes the first checkpoint
         return thread_id
 
-    thread_id = idempotent_request.run(
-        payload, "thread_", partial(find_thread_id, context, owner), create, resource_id=payload.id
-    )
+    thread_id = idempotent_request.run(payload, "thread_", partial(find_thread_id, context, owner), create)
     return load_thread_summary(context, owner, thread_id)
-
-
-def check_id_is_free(context: ServiceContext, thread_id: str) -> None:
-    """Refuse the id of a conversation in the same home folder that was not created over HTTP."""
-    if context.conversations.has_checkpoint(thread_id):
-        raise InvalidInput("thread", "that id is taken; give another, or none")
 
 
 def find_thread_id(context: ServiceContext, owner: str, thread_id: str) -> str | None:
@@ -141,7 +131,7 @@ def load_thread_summary(context: ServiceContext, owner: str, thread_id: str) -> 
 
 
 def to_thread_summary(thread: ThreadRecord) -> ThreadSummary:
-    return ThreadSummary(id=thread.id, created_at=int(thread.created_at))
+    return ThreadSummary(id=thread.public_id, created_at=int(thread.created_at))
 
 
 @router.get("")
@@ -170,9 +160,8 @@ def get_thread(name: ThreadPathId, context: ContextDep, owner: OwnerDep) -> Thre
 
 @router.delete("/{name}")
 def delete_thread(name: ThreadPathId, context: ContextDep, owner: OwnerDep) -> ThreadDeleted:
-    """Delete a thread. The next sweep removes its artifacts, unless something else refers to them."""
-    context.turn_runner.get_thread(owner, name)
-    context.turns.delete_thread(name)
+    """Delete a thread and cancel what runs in it. Sweeps remove all that was said and made in it within a day."""
+    context.turn_runner.delete_thread(owner, name)
     return ThreadDeleted(id=name)
 
 
@@ -191,14 +180,11 @@ def fork_thread(
         if thread.find_snapshot_after(payload.after_turn) is None:
             allowed = f"allowed: 0 to {len(thread.get_turns())}"
             raise APIError(400, f"after_turn: this thread has no turn {payload.after_turn}; {allowed}", "after_turn")
-        check_id_is_free(context, fork_id)
-        context.turns.create_thread(fork_id, owner, name, payload.after_turn)
+        context.turns.create_thread(fork_id, owner, thread.id, payload.after_turn, payload.id)
         context.turn_runner.get_thread(owner, fork_id)  # it writes the first checkpoint
         return fork_id
 
-    fork_id = idempotent_request.run(
-        payload, "thread_", partial(find_thread_id, context, owner), create, resource_id=payload.id
-    )
+    fork_id = idempotent_request.run(payload, "thread_", partial(find_thread_id, context, owner), create)
     return load_thread_summary(context, owner, fork_id)
 
 
@@ -250,25 +236,25 @@ def create_turn(
     idempotent_request: IdempotencyDep,
 ) -> Any:
     """Start a turn; with `stream`, the response is its events. The same Idempotency-Key returns the same turn."""
-    context.turn_runner.get_thread(owner, name)
+    thread = context.turn_runner.get_thread(owner, name)
 
     def create(turn_id: str) -> TurnRecord:
         context.text_limits.check_message("text", payload.text)  # before media are read
         attachments = [
-            artifact_from_part(context, owner, part, f"{name}/attached", f"attachments.{index}.{part.kind}")
+            artifact_from_part(context, owner, part, f"{thread.id}/attached", f"attachments.{index}.{part.kind}")
             for index, part in enumerate(payload.attachments)
         ]
         options = payload.model_dump(exclude={"text", "attachments", "stream"})
-        return context.turn_runner.start_turn(turn_id, owner, name, payload.text, attachments, **options)
+        return context.turn_runner.start_turn(turn_id, owner, thread.id, payload.text, attachments, **options)
 
     turn = idempotent_request.run(payload, "turn_", partial(context.turn_runner.find_live_turn, owner), create)
-    return stream_events(request, turn.id, 0) if payload.stream else to_turn_response(context, turn)
+    return stream_events(request, turn.id, 0) if payload.stream else to_turn_response(context, name, turn)
 
 
 @router.get("/{name}/turns/{turn}")
 def get_turn(name: ThreadPathId, turn: ResourceId, context: ContextDep, owner: OwnerDep) -> TurnResponse:
     """Return the state of a turn."""
-    return to_turn_response(context, require_turn(context, owner, name, turn))
+    return to_turn_response(context, name, require_turn(context, owner, name, turn))
 
 
 @router.post("/{name}/turns/{turn}/cancel")
@@ -282,7 +268,7 @@ def cancel_turn(
         context.turn_runner.cancel_turn(record)
         return record
 
-    return to_turn_response(context, idempotent_request.repeat(turn, cancel))
+    return to_turn_response(context, name, idempotent_request.repeat(turn, cancel))
 
 
 @router.get(
@@ -314,16 +300,18 @@ def stream_events(request: Request, turn_id: str, last_number: int) -> EventSour
 
 
 def require_turn(context: ServiceContext, owner: str, thread_id: str, turn_id: str) -> TurnRecord:
-    turn = context.turns.get_turn(turn_id, owner)
-    if turn is None or turn.thread_id != thread_id:
+    thread, turn = context.turns.get_thread(owner, thread_id), context.turns.get_turn(turn_id, owner)
+    if thread is None:
+        raise build_not_found_error("thread", thread_id)
+    if turn is None or turn.thread_id != thread.id:
         raise build_not_found_error("turn", turn_id)
     return turn
 
 
-def to_turn_response(context: ServiceContext, turn: TurnRecord) -> TurnResponse:
+def to_turn_response(context: ServiceContext, thread_id: str, turn: TurnRecord) -> TurnResponse:
     response = TurnResponse(
         id=turn.id,
-        thread_id=turn.thread_id,
+        thread_id=thread_id,
         number=turn.number,
         state=cast(TurnState, turn.state),
         created_at=int(turn.created_at),

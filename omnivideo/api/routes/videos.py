@@ -269,7 +269,7 @@ def cancel_video(
 
 @router.delete("/{video_id}")
 def delete_video(video_id: ResourceId, context: ContextDep, owner: OwnerDep) -> VideoDeleted:
-    """Delete a video, and cancel it if it has not ended. The next sweep removes the clip's bytes."""
+    """Delete a video, and cancel it if it has not ended. Sweeps remove the clip's bytes within a day."""
     if not context.jobs.delete_owned_job(video_id, owner, "video"):
         raise build_not_found_error("video", video_id)
     context.jobs.cancel(video_id)

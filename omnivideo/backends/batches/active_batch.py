@@ -1,6 +1,5 @@
 """A batch that a runner is processing: its input lines, its open jobs and the lines of its result files."""
 
-import hashlib
 import tempfile
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import Future
@@ -9,7 +8,7 @@ from typing import IO, Any, NamedTuple, Protocol
 from omnivideo.contracts import Job, JobStatus
 from omnivideo.ports import SweepableObjectStore
 from omnivideo.records import BatchRecord
-from omnivideo.storage.database.batches import LineOutcome
+from omnivideo.storage.database.batches import LineOutcome, derive_line_key
 
 COPY_BYTES = 4 * 2**20  # of an input file, in memory at a time
 CHAT_ENDPOINT = "/v1/chat/completions"
@@ -112,7 +111,7 @@ class ActiveBatch:
 
     def derive_line_key(self, number: int) -> str:
         """Return the key from which the ids of a line's jobs are derived."""
-        return hashlib.sha256(f"{self.id} {number}".encode()).hexdigest()[:32]
+        return derive_line_key(self.id, number)
 
     @property
     def has_no_open_lines(self) -> bool:

@@ -218,7 +218,7 @@ class BatchRunner:
         """Check every line before any is processed, and reject the batch with an error for each invalid line."""
         line_errors: list[dict[str, Any]] = []
         seen_custom_ids: set[str] = set()
-        total = 0
+        total, number = 0, 0
         for total, (number, data) in enumerate(batch.read_lines(), start=1):
             if line_error := self.find_line_error(number, data, batch.endpoint, seen_custom_ids):
                 line_errors.append(line_error)
@@ -231,7 +231,8 @@ class BatchRunner:
         if line_errors:
             self.reject_batch(record, line_errors)
         else:
-            self.batches.transition_batch(record, "in_progress", self.runner_name, counts=batch.count_lines(total))
+            columns = {"counts": batch.count_lines(total), "last_line": number}
+            self.batches.transition_batch(record, "in_progress", self.runner_name, **columns)
 
     def find_line_error(
         self, number: int, data: bytes, endpoint: str, seen_custom_ids: set[str]

@@ -140,7 +140,16 @@ class RemoteMLLM:
 
     def is_ready(self) -> bool:
         """Return whether the server answers now."""
-        return self.fetch_text("/health") is not None
+        return self.describe_state() == "ready"
+
+    def describe_state(self) -> str:
+        """Return "ready", "starting", or why the server cannot be used however long one waits."""
+        try:
+            response = self.http.get("/health", timeout=2.0)
+        except httpx.HTTPError as error:
+            problem = find_certificate_problem(error)
+            return f"its certificate is not trusted ({problem}); {CERTIFICATE_ADVICE}" if problem else "starting"
+        return "ready" if response.is_success else "starting"
 
     def fetch_metrics(self) -> str:
         """Return the server's Prometheus metrics, or an empty text if it has none or does not answer."""

@@ -8,17 +8,20 @@ processes notify too.
 import logging
 import os
 import queue
+import ssl
 import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from celery import Celery, signals
 from kombu.exceptions import OperationalError
 
 from omnivideo.backends.queue.reaper import Reaper
 from omnivideo.errors import OmniVideoError
+from omnivideo.network import CERTIFICATE_ADVICE, find_authorities_file, find_certificate_problem
 
 if TYPE_CHECKING:
     from omnivideo.backends.decoder.worker import InProcessWorker, Worker
@@ -29,7 +32,35 @@ MAX_PENDING_MESSAGES = 100
 RELOAD_AFTER_SECONDS = 5.0  # Celery replaces a child that has ended at once
 
 
-def create_celery_app(broker_url: str) -> Celery:
+def build_queue_name(database_id: str) -> str:
+    """Return the name of the queue of one database's workers: several services may share a broker."""
+    return f"omnivideo-{database_id}"
+
+
+def build_tls_options(broker_url: str) -> dict[str, Any] | None:
+    """Return the options with which the broker's certificate is checked, or None for an address without TLS.
+
+    Options in a Redis address, such as `?ssl_certfile=...`, replace them.
+    """
+    url = urlsplit(broker_url)
+    if url.scheme == "rediss":
+        return {"ssl_cert_reqs": ssl.CERT_REQUIRED, "ssl_ca_certs": find_authorities_file()}
+    if url.scheme == "amqps":
+        return {
+            "cert_reqs": ssl.CERT_REQUIRED,
+            "ca_certs": find_authorities_file(),
+            "server_hostname": url.hostname,
+        }
+    return None
+
+
+def describe_broker_error(error: Exception) -> str:
+    if problem := find_certificate_problem(error):
+        return f"its certificate is not trusted ({problem}); {CERTIFICATE_ADVICE}"
+    return type(error).__name__
+
+
+def create_celery_app(broker_url: str, queue_name: str) -> Celery:
     """Return a Celery app whose messages only say that there is work; workers find the job in the database."""
     app = Celery("omnivideo", broker=broker_url)
     app.conf.update(
@@ -39,9 +70,11 @@ def create_celery_app(broker_url: str) -> Celery:
         task_acks_late=False,  # RabbitMQ closes the channel of a message that is not acknowledged within 30 minutes
         worker_prefetch_multiplier=1,
         worker_hijack_root_logger=False,
+        broker_use_ssl=build_tls_options(broker_url),
         broker_connection_retry_on_startup=True,
+        broker_connection_max_retries=None,  # Celery would end the worker after 100
         broker_transport_options={"visibility_timeout": 3600, "socket_timeout": 5, "socket_connect_timeout": 5},
-        task_default_queue="omnivideo",
+        task_default_queue=queue_name,
     )
     return app
 
@@ -53,7 +86,7 @@ def create_notifier(app: Celery) -> Callable[[], None]:
         try:
             app.send_task(TASK_NAME, retry=False)
         except (OperationalError, OSError) as error:
-            log.warning("the broker is unavailable: %s", type(error).__name__)
+            log.warning("the broker is unavailable: %s", describe_broker_error(error))
 
     return notify_workers
 
@@ -83,7 +116,7 @@ class BackgroundNotifier:
             try:
                 self.app.send_task(TASK_NAME, retry=False)
             except Exception as error:
-                log.warning("the broker is unavailable: %s", type(error).__name__)
+                log.warning("the broker is unavailable: %s", describe_broker_error(error))
                 with suppress(queue.Empty):
                     while True:
                         self.pending.get_nowait()
@@ -136,15 +169,15 @@ class ChildProcess:
 
 
 def serve_celery_worker(
-    broker_url: str, build_worker: Callable[[], tuple["Worker", float]], concurrency: int = 1
+    broker_url: str, queue_name: str, build_worker: Callable[[], tuple["Worker", float]], concurrency: int = 1
 ) -> None:
-    """Run a Celery worker until it is stopped.
+    """Run a Celery worker of a queue until it is stopped.
 
     `build_worker` runs in each child process, so that the parent loads no model and does not initialize CUDA. It
     returns the worker and the heartbeat timeout in seconds.
     """
-    app = create_celery_app(broker_url)
-    child = ChildProcess(build_worker, create_notifier(create_celery_app(broker_url)))
+    app = create_celery_app(broker_url, queue_name)
+    child = ChildProcess(build_worker, create_notifier(create_celery_app(broker_url, queue_name)))
 
     @signals.setup_logging.connect(weak=False)  # type: ignore[untyped-decorator]
     def leave_logging_alone(**_: Any) -> None:

@@ -1,5 +1,6 @@
 """Batches, who runs them, and the outcomes of their lines until their result files are written."""
 
+import hashlib
 import time
 from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
@@ -13,6 +14,11 @@ from omnivideo.storage.database.schema import batch_lines, batches, files
 
 MAX_RUNNER_LOSSES = 3  # the number of lost runners after which a batch fails
 ACTIVE_BATCH_STATES = ("validating", "in_progress", "finalizing", "cancelling")  # the states in which a runner works
+
+
+def derive_line_key(batch_id: str, number: int) -> str:
+    """Return the key from which the ids of a line's jobs, or of its turn, are derived."""
+    return hashlib.sha256(f"{batch_id} {number}".encode()).hexdigest()[:32]
 
 
 class LineOutcome(NamedTuple):
@@ -49,15 +55,25 @@ class BatchRepository(Repository):
         return batch
 
     def get_batch(self, batch_id: str, owner: str) -> BatchRecord | None:
-        row = self.fetch_one(select(batches).where(batches.c.id == batch_id, batches.c.owner == owner))
+        is_batch = and_(batches.c.id == batch_id, batches.c.owner == owner, batches.c.deleted.is_(False))
+        row = self.fetch_one(select(batches).where(is_batch))
         return None if row is None else record_from_row(BatchRecord, row)
 
     def list_batches(self, owner: str, after: str | None, limit: int) -> tuple[list[BatchRecord], bool]:
         """Return a page of the owner's batches, newest first, and whether more follow."""
         is_owned = batches.c.owner == owner
         cursor_query = select(batches.c.created_at, batches.c.id).where(is_owned, batches.c.id == after)
-        rows, has_more = self.fetch_page(batches, is_owned, after, limit, True, cursor_query)
+        is_listed = and_(is_owned, batches.c.deleted.is_(False))
+        rows, has_more = self.fetch_page(batches, is_listed, after, limit, True, cursor_query)
         return [record_from_row(BatchRecord, row) for row in rows], has_more
+
+    def delete_batch(self, batch_id: str, owner: str) -> bool:
+        """Mark a batch as deleted and cancel it. Return False if the owner has no such batch."""
+        is_batch = and_(batches.c.id == batch_id, batches.c.owner == owner, batches.c.deleted.is_(False))
+        is_open = batches.c.state.in_(("validating", "in_progress"))
+        state = case((is_open, "cancelling"), else_=batches.c.state)
+        deletion = update(batches).where(is_batch).values(deleted=True, state=state)
+        return bool(self.fetch_all(deletion.returning(batches.c.id)))
 
     def transition_batch(self, batch: BatchRecord, state: str, runner: str | None = None, **values: Any) -> bool:
         """Move a batch to another state and set other columns with it.

@@ -6,7 +6,7 @@ from sqlalchemy import ColumnElement, and_, or_, select, update
 
 from omnivideo.records import FileRecord
 from omnivideo.storage.database.batches import ACTIVE_BATCH_STATES
-from omnivideo.storage.database.repository import Repository, record_from_row, unix_now
+from omnivideo.storage.database.repository import Repository, find_object_keys, record_from_row, unix_now
 from omnivideo.storage.database.schema import batches, files
 
 
@@ -50,7 +50,8 @@ class FileRepository(Repository):
         """Return the object keys of all files, including deleted files that an active batch still reads."""
         active_input_ids = select(batches.c.input_file_id).where(batches.c.state.in_(ACTIVE_BATCH_STATES))
         is_referenced = or_(match_present_files(), files.c.id.in_(active_input_ids))
-        return {row.object_key for row in self.fetch_all(select(files.c.object_key).where(is_referenced))}
+        rows = self.fetch_all(select(files.c.object_key, files.c.artifact).where(is_referenced))
+        return {key for row in rows for key in (row.object_key, *find_object_keys(row.artifact))}
 
 
 def match_owned_files(owner: str) -> ColumnElement[bool]:

@@ -158,7 +158,7 @@ class JobRepository(JobStatistics, JobLimits):
         """Cancel a job: at once if it is queued, otherwise at its worker's next step. An ended job does not change."""
         is_queued = and_(jobs.c.id == job_id, jobs.c.state == "queued")
         cancellation = update(jobs).where(is_queued)
-        values = {"state": "cancelled", "cancel_requested": True, "ended_at": unix_now()}
+        values = {"state": "cancelled", "cancel_requested": True, "ended_at": unix_now(), "resume_key": None}
         if not self.end_jobs(cancellation.values(values), None):
             is_running = and_(jobs.c.id == job_id, jobs.c.state == "running")
             self.fetch_all(update(jobs).where(is_running).values(cancel_requested=True))
@@ -368,12 +368,13 @@ class JobRepository(JobStatistics, JobLimits):
             "error": f"it stopped {MAX_WORKER_LOSSES} workers in a row and will not be tried again",
             "ended_at": unix_now(),
             "worker_losses": jobs.c.worker_losses + 1,
+            "resume_key": None,
         }
         may_retry_no_more = and_(jobs.c.worker_losses >= MAX_WORKER_LOSSES - 1, not_(jobs.c.worker_stopping))
         last_sign = jobs.c.heartbeat_at
         self.end_jobs(update(jobs).where(is_lost, may_retry_no_more).values(failure), last_sign)
         cancellation = update(jobs).where(is_lost, jobs.c.cancel_requested)
-        self.end_jobs(cancellation.values(state="cancelled", ended_at=unix_now()), last_sign)
+        self.end_jobs(cancellation.values(state="cancelled", ended_at=unix_now(), resume_key=None), last_sign)
         losses = jobs.c.worker_losses + case((jobs.c.worker_stopping, 0), else_=1)
         requeued = {"state": "queued", "worker_losses": losses, "notified_at": unix_now()}
         rows = self.count_attempts(update(jobs).where(is_lost).values(requeued), last_sign, jobs.c.id)

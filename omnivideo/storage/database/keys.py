@@ -1,11 +1,11 @@
-"""Create, check, limit and revoke API keys. The database holds only their digests."""
+"""Create, check, limit, revoke and delete API keys. The database holds only their digests."""
 
 import hashlib
 import secrets
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import Engine, Row, and_, insert, or_, select, update
+from sqlalchemy import ColumnElement, Engine, Row, and_, delete, insert, or_, select, update
 
 from omnivideo.records import DEFAULT_SCOPES, SCOPES, APIKeyRecord, KeyLimits, Scope
 from omnivideo.storage.database.repository import Repository, unix_now
@@ -65,10 +65,17 @@ class APIKeyRepository(Repository):
         digest = compute_key_digest(key)
         if self.admin_digest and secrets.compare_digest(digest, self.admin_digest):
             return ADMIN_KEY
-        is_current = or_(api_keys.c.expires_at.is_(None), api_keys.c.expires_at > unix_now())
-        is_valid = and_(api_keys.c.digest == digest, api_keys.c.revoked.is_(False), is_current)
-        row = self.fetch_one(select(api_keys).where(is_valid))
+        row = self.fetch_one(select(api_keys).where(api_keys.c.digest == digest, match_valid_keys()))
         return None if row is None else key_from_row(row)
+
+    def is_active(self, owner: str) -> bool:
+        """Return whether there is a key with this id that is neither revoked nor expired."""
+        if owner == ADMIN_OWNER:
+            return self.admin_digest is not None
+        return self.fetch_one(select(api_keys.c.id).where(api_keys.c.id == owner, match_valid_keys())) is not None
+
+    def delete_key(self, key_id: str) -> None:
+        self.fetch_all(delete(api_keys).where(api_keys.c.id == key_id))
 
     def update_key(self, key_id: str, lifetime_seconds: float | None = None, **values: Any) -> APIKeyRecord | None:
         """Set columns of a key, and let it expire in `lifetime_seconds` if given; 0 is never.
@@ -89,6 +96,11 @@ class APIKeyRepository(Repository):
 
     def list_keys(self) -> list[APIKeyRecord]:
         return [key_from_row(row) for row in self.fetch_all(select(api_keys).order_by(api_keys.c.created_at))]
+
+
+def match_valid_keys() -> ColumnElement[bool]:
+    is_current = or_(api_keys.c.expires_at.is_(None), api_keys.c.expires_at > unix_now())
+    return and_(api_keys.c.revoked.is_(False), is_current)
 
 
 def key_from_row(row: Row[Any]) -> APIKeyRecord:

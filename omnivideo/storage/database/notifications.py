@@ -7,7 +7,9 @@ The database is the only record: a follower that misses a notification loses no 
   connection of each process listens as long as there are followers, and reconnects when it is lost.
 - SQLite cannot notify other processes. Their followers read the database every SQLITE_POLL_SECONDS.
 
-On PostgreSQL, followers read the database every POSTGRESQL_POLL_SECONDS as well, in case a notification was lost.
+On PostgreSQL, followers read the database every POSTGRESQL_POLL_SECONDS as well, in case a notification was lost. A
+pooler in transaction mode passes no notifications on. The listener finds this out by a notification to itself, and
+followers then read the database every SQLITE_POLL_SECONDS.
 """
 
 import asyncio
@@ -25,6 +27,7 @@ from typing import Any
 from sqlalchemy import URL, ColumnElement, Engine, String, cast, func, literal, null
 
 from omnivideo.contracts import Change
+from omnivideo.storage.database.postgres import DRIVER_OPTIONS, read_parameters
 
 log = logging.getLogger("omnivideo.storage")
 CHANNEL = "omnivideo_changes"  # of PostgreSQL's LISTEN and NOTIFY
@@ -32,6 +35,8 @@ SQLITE_POLL_SECONDS = 0.5
 POSTGRESQL_POLL_SECONDS = 5.0
 MAX_PAYLOAD_BYTES = 7000  # PostgreSQL allows 8000; a longer event is read from the database
 LISTENER_IDLE_SECONDS = 10.0  # how long the connection keeps listening after the last follower has left
+LISTEN_CHECK_SECONDS = 5.0  # how long a notification of this process to itself may take
+RECHECK_SECONDS = 60.0  # until it is sent again, if none arrived
 RECONNECT_SECONDS = (0.1, 5.0)  # the first and the longest pause between two attempts to connect
 ANY_JOB_END = "end"
 NEW_DELIVERY = "delivery"  # the topic of new deliveries to webhooks
@@ -56,10 +61,10 @@ def job_end_topic(job_id: str) -> str:
 
 
 class Watch:
-    """The notifications of a follower that runs in a thread."""
+    """The notifications of a follower that runs in a thread. `get_poll_seconds` returns the poll interval."""
 
-    def __init__(self, poll_seconds: float):
-        self.poll_seconds = poll_seconds
+    def __init__(self, get_poll_seconds: Callable[[], float]):
+        self.get_poll_seconds = get_poll_seconds
         self.changed = threading.Event()
 
     def deliver(self, change: Change | None = None) -> None:
@@ -67,15 +72,16 @@ class Watch:
 
     def wait(self, timeout_seconds: float | None = None) -> None:
         """Wait for a change, but no longer than the poll interval or `timeout_seconds`."""
-        self.changed.wait(self.poll_seconds if timeout_seconds is None else min(timeout_seconds, self.poll_seconds))
+        poll_seconds = self.get_poll_seconds()
+        self.changed.wait(poll_seconds if timeout_seconds is None else min(timeout_seconds, poll_seconds))
         self.changed.clear()
 
 
 class AsyncWatch:
-    """The notifications of a follower that runs in an event loop."""
+    """The notifications of a follower that runs in an event loop. `get_poll_seconds` returns the poll interval."""
 
-    def __init__(self, poll_seconds: float):
-        self.poll_seconds = poll_seconds
+    def __init__(self, get_poll_seconds: Callable[[], float]):
+        self.get_poll_seconds = get_poll_seconds
         self.loop = asyncio.get_running_loop()
         self.changes: asyncio.Queue[Change | None] = asyncio.Queue()
 
@@ -85,7 +91,8 @@ class AsyncWatch:
 
     async def receive(self, timeout_seconds: float | None = None) -> Change | None:
         """Return the next change, or None if the database must be read: on a timeout, or if changes were missed."""
-        timeout = self.poll_seconds if timeout_seconds is None else min(timeout_seconds, self.poll_seconds)
+        poll_seconds = self.get_poll_seconds()
+        timeout = poll_seconds if timeout_seconds is None else min(timeout_seconds, poll_seconds)
         try:
             return await asyncio.wait_for(self.changes.get(), timeout)
         except TimeoutError:
@@ -110,14 +117,14 @@ class ChangeNotifier:
 
         `poll_seconds` replaces the database's poll interval.
         """
-        watch = Watch(self.poll_seconds if poll_seconds is None else poll_seconds)
+        watch = Watch(lambda: self.poll_seconds if poll_seconds is None else poll_seconds)
         with self.subscribe(topics, watch.deliver):
             yield watch
 
     @contextmanager
     def watch_async(self, *topics: str) -> Iterator[AsyncWatch]:
         """Follow topics in the running event loop. Read the database after entering."""
-        watch = AsyncWatch(self.poll_seconds)
+        watch = AsyncWatch(lambda: self.poll_seconds)
         with self.subscribe(topics, watch.deliver):
             yield watch
 
@@ -165,15 +172,17 @@ class ChangeNotifier:
         """Deliver the notifications of other processes until nobody has followed for LISTENER_IDLE_SECONDS."""
         import psycopg
 
-        address = self.url.set(drivername="postgresql").render_as_string(hide_password=False)
+        parameters = {**read_parameters(self.url), **DRIVER_OPTIONS}
         pause_seconds, idle_since = RECONNECT_SECONDS[0], time.monotonic()
         while True:
             try:
-                with psycopg.connect(address, autocommit=True, connect_timeout=5) as connection:
+                with psycopg.connect(**parameters) as connection:
                     connection.execute(f"LISTEN {CHANNEL}")
                     self.deliver_missed()  # what was written before LISTEN took effect
+                    is_notified = self.check_notifications(connection, parameters)
                     pause_seconds = RECONNECT_SECONDS[0]
-                    while True:
+                    listens_until = math.inf if is_notified else time.monotonic() + RECHECK_SECONDS
+                    while time.monotonic() < listens_until:
                         for notification in connection.notifies(timeout=1.0):
                             self.deliver_payload(notification.payload)
                         idle_since = time.monotonic() if self.followers else idle_since
@@ -185,6 +194,28 @@ class ChangeNotifier:
                 log.warning("notifications: the database is not available: %s", type(error).__name__)
                 time.sleep(pause_seconds)
                 pause_seconds = min(2 * pause_seconds, RECONNECT_SECONDS[1])
+
+    def check_notifications(self, listening: Any, parameters: dict[str, Any]) -> bool:
+        """Return whether a notification from another connection arrives, and set the poll interval accordingly."""
+        import psycopg
+
+        check, is_notified = f"{self.process_token}\tcheck", False
+        with psycopg.connect(**parameters) as connection:
+            connection.execute("SELECT pg_notify(%s, %s)", (CHANNEL, check))
+        for notification in listening.notifies(timeout=LISTEN_CHECK_SECONDS):
+            if notification.payload == check:
+                is_notified = True
+                break
+            self.deliver_payload(notification.payload)
+        poll_seconds = POSTGRESQL_POLL_SECONDS if is_notified else SQLITE_POLL_SECONDS
+        if poll_seconds != self.poll_seconds:
+            self.poll_seconds = poll_seconds
+            if not is_notified:
+                log.warning(
+                    "notifications: none arrive, as behind a pooler in transaction mode; the database is polled"
+                )
+        self.deliver_missed()  # those that came with the check, and those who wait for the longer interval
+        return is_notified
 
     def deliver_payload(self, payload: str) -> None:
         token, topic, *rest = payload.split("\t")

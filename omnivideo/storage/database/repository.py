@@ -1,5 +1,7 @@
 """Run statements, append turn events, read pages of rows, and convert rows to records, for all repositories."""
 
+import json
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,7 +27,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine.interfaces import IsolationLevel
-from sqlalchemy.exc import DataError, DBAPIError, IntegrityError
+from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.compiler import SQLCompiler
@@ -34,11 +36,13 @@ from sqlalchemy.sql.expression import FunctionElement
 from omnivideo.contracts import Change, FrozenModel
 from omnivideo.errors import ArtifactNotFound, InvalidInput, StoreError
 from omnivideo.storage.database.notifications import get_notifier, turn_topic
-from omnivideo.storage.database.schema import turn_events
+from omnivideo.storage.database.postgres import describe_failure
+from omnivideo.storage.database.schema import stored_objects, turn_events
 
 Record = TypeVar("Record", bound=FrozenModel)
 Answer = TypeVar("Answer")
 RETRY_TIMEOUT_SECONDS = 120.0  # how long to wait for an unavailable database or object store
+OBJECT_KEY = re.compile(r"[0-9a-f]{64}\.[a-z0-9]{1,16}")  # of the object store
 MAX_NUMBER_CONFLICTS = 20  # attempts to give an event the next number while others append to the same turn
 
 
@@ -112,11 +116,28 @@ class Repository:
         except PoolTimeout as error:
             raise StoreError("database: too many requests at once; try again later") from error
         except DBAPIError as error:
-            raise StoreError("database: it does not answer; try again later") from error
+            raise StoreError(f"database: {describe_unavailability(error)}; try again later") from error
 
     def fetch_one(self, statement: Executable) -> Row[Any] | None:
         rows = self.fetch_all(statement)
         return rows[0] if rows else None
+
+    @contextmanager
+    def begin(self) -> Iterator[Connection]:
+        """Run several statements in one transaction."""
+        level = "SERIALIZABLE" if self.engine.dialect.name == "sqlite" else "READ COMMITTED"
+        try:
+            with self.engine.connect().execution_options(isolation_level=level) as connection, connection.begin():
+                yield connection
+        except PoolTimeout as error:
+            raise StoreError("database: too many requests at once; try again later") from error
+        except DBAPIError as error:
+            raise StoreError("database: it does not answer; try again later") from error
+
+    def announce_object(self, key: str) -> None:
+        """Record that the service is about to write an object, so that the sweep knows it for one of the service's."""
+        insertion = self.insert_into(stored_objects).values(key=key, written_at=unix_now())
+        self.fetch_all(insertion.on_conflict_do_update(index_elements=["key"], set_={"written_at": unix_now()}))
 
     def append_turn_event(
         self, turn_id: ColumnElement[str], source: FromClause, condition: ColumnElement[bool], event: dict[str, Any]
@@ -182,6 +203,18 @@ class Repository:
         order = [column.desc() if newest_first else column.asc() for column in (created_at, row_id)]
         rows = self.fetch_all(query.order_by(*order).limit(limit + 1))
         return list(rows[:limit]), len(rows) > limit
+
+
+def find_object_keys(document: Any) -> set[str]:
+    """Return the keys of the object store that stand anywhere in a JSON document."""
+    return set(OBJECT_KEY.findall(json.dumps(document, default=str)))
+
+
+def describe_unavailability(error: DBAPIError) -> str:
+    """Return why a statement could not be run, as far as an operator can change it."""
+    if error.orig is None or not isinstance(error, OperationalError) or error.statement is not None:
+        return "it does not answer"
+    return describe_failure(error.orig)
 
 
 def select_values(table: Table, values: dict[str, Any]) -> Select[Any]:

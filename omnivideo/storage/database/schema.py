@@ -3,10 +3,24 @@
 The database is the only record of jobs, keys, files and batches; the broker only notifies workers of queued jobs.
 """
 
-from sqlalchemy import JSON, BigInteger, Boolean, Column, Float, Index, Integer, MetaData, String, Table, false, text
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Boolean,
+    Column,
+    Float,
+    Index,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    false,
+    text,
+)
 
 metadata = MetaData()
 IS_OPEN_TURN = text("state IN ('queued', 'running')")
+IS_PRESENT_THREAD = text("NOT deleted")
 
 jobs = Table(
     "jobs",
@@ -50,6 +64,24 @@ jobs = Table(
     Index("jobs_listed", "owner", "kind", "created_at"),
     Index("jobs_weights", "weights", "ended_at"),
     Index("jobs_announced", "announced", "kind", "state"),
+)
+
+job_totals = Table(  # of the ended jobs whose rows were removed, so that the metrics still count them
+    "job_totals",
+    metadata,
+    Column("lane", Integer, primary_key=True, autoincrement=False),
+    Column("state", String(10), primary_key=True),
+    Column("jobs", Integer, nullable=False),
+    Column("steps", BigInteger, nullable=False),  # denoising steps of jobs that are done
+    Column("queued", JSON, nullable=False),  # contracts.DurationCounts
+    Column("generated", JSON, nullable=False),  # contracts.DurationCounts
+)
+
+stored_objects = Table(  # what the service has written into the object store; others may write there too
+    "stored_objects",
+    metadata,
+    Column("key", String(100), primary_key=True),
+    Column("written_at", Float, nullable=False),  # before the latest write of these bytes
 )
 
 workers = Table(  # what each running worker reports of itself, for operators
@@ -138,6 +170,8 @@ batches = Table(
     Column("runner_losses", Integer, nullable=False, default=0, server_default="0"),  # runners lost while working on it
     Column("heartbeat_at", Float, nullable=False),
     Column("created_at", Float, nullable=False),
+    Column("deleted", Boolean, nullable=False, default=False, server_default=false()),
+    Column("last_line", Integer),  # the number of the input's last line; null: it was not read yet
     Index("batches_listed", "owner", "created_at"),
     Index("batches_open", "state", "heartbeat_at"),
 )
@@ -167,14 +201,20 @@ idempotency_keys = Table(  # the idempotency keys of POST requests, and what was
 threads = Table(
     "threads",
     metadata,
-    Column("id", String(64), primary_key=True),
+    Column("id", String(64), primary_key=True),  # also of its checkpoints
+    Column("client_id", String(64)),  # the id by which the owner knows it; null: `id` (of an older version)
     Column("owner", String(64), nullable=False),
     Column("created_at", Float, nullable=False),
     Column("deleted", Boolean, nullable=False, default=False),
     Column("forked_from", String(64)),  # the thread that it begins with
     Column("forked_after", Integer),  # the number of that thread's turns that it begins with
     Index("threads_listed", "owner", "created_at"),
-)
+    Index(
+        "threads_known", "owner", "client_id", unique=True,
+        sqlite_where=IS_PRESENT_THREAD, postgresql_where=IS_PRESENT_THREAD,
+    ),
+)  # fmt: skip
+
 
 turns = Table(
     "turns",

@@ -1,5 +1,8 @@
 """Threads and their owners, the turns that run in them, and the events of each turn.
 
+A thread's own id, `threads.id`, is that of its checkpoints, its turns and its jobs. An owner may choose another id for
+it, which means this thread only to that owner, and another thread once this one is deleted.
+
 One process at a time runs a turn and sends heartbeats; when they stop, another process takes the turn over. As with
 jobs, what a process writes carries the number of its attempt.
 """
@@ -14,7 +17,7 @@ from sqlalchemy.exc import IntegrityError
 from omnivideo.contracts import OPEN_STATES, Change, Lane
 from omnivideo.errors import InvalidInput
 from omnivideo.storage.database.notifications import AsyncWatch, turn_topic
-from omnivideo.storage.database.repository import Repository, record_from_row, select_values, unix_now
+from omnivideo.storage.database.repository import Repository, find_object_keys, select_values, unix_now
 from omnivideo.storage.database.schema import chat_threads, threads, turn_events, turns
 from omnivideo.turns import MAX_PROCESS_LOSSES, ThreadRecord, TurnEvents, TurnRecord
 
@@ -25,26 +28,46 @@ def is_owned_thread(owner: str) -> ColumnElement[bool]:
     return and_(threads.c.owner == owner, threads.c.deleted.is_(False))
 
 
+def thread_from_row(row: Row[Any]) -> ThreadRecord:
+    return ThreadRecord(
+        id=row.id,
+        public_id=row.client_id or row.id,
+        created_at=row.created_at,
+        forked_from=row.forked_from,
+        forked_after=row.forked_after,
+    )
+
+
 class TurnRepository(Repository):
     """The threads of all owners, with their turns and events."""
 
     # ------------------------------------------------------------ threads
 
     def create_thread(
-        self, thread_id: str, owner: str, forked_from: str | None = None, forked_after: int | None = None
+        self,
+        thread_id: str,
+        owner: str,
+        forked_from: str | None = None,
+        forked_after: int | None = None,
+        client_id: str | None = None,
     ) -> None:
-        """Create a thread, which may begin with the turns of another one. Raises InvalidInput if the id is taken.
+        """Create a thread, which may begin with the turns of another one.
 
-        Its first checkpoint is written afterwards. The row says how, so that it can be written later if it is missing.
+        Raises InvalidInput if the owner has a thread with the `client_id`. Its first checkpoint is written afterwards.
+        The row says how, so that it can be written later if it is missing.
         """
         values = {
-            "id": thread_id, "owner": owner, "created_at": unix_now(), "deleted": False,
-            "forked_from": forked_from, "forked_after": forked_after,
+            "id": thread_id, "client_id": client_id or thread_id, "owner": owner, "created_at": unix_now(),
+            "deleted": False, "forked_from": forked_from, "forked_after": forked_after,
         }  # fmt: skip
+        is_taken = client_id is not None and self.get_thread(owner, client_id) is not None
         try:
-            self.fetch_all(insert(threads).values(values))
+            if not is_taken:
+                self.fetch_all(insert(threads).values(values))
         except IntegrityError:
-            raise InvalidInput("thread", "that id is taken; give another, or none") from None
+            is_taken = True
+        if is_taken:
+            raise InvalidInput("thread", "you have a thread with that id; give another, or none")
 
     def has_thread(self, thread_id: str, owner: str) -> bool:
         return self.get_thread(owner, thread_id) is not None
@@ -53,20 +76,22 @@ class TurnRepository(Repository):
         self, owner: str, after: str | None = None, limit: int = 20, newest_first: bool = True
     ) -> tuple[list[ThreadRecord], bool]:
         """Return a page of the owner's threads, and whether more follow."""
-        is_cursor = and_(threads.c.id == after, threads.c.owner == owner)
-        cursor_query = select(threads.c.created_at, threads.c.id).where(is_cursor)
+        is_cursor = and_(or_(threads.c.client_id == after, threads.c.id == after), threads.c.owner == owner)
+        cursor_query = select(threads.c.created_at, threads.c.id).where(is_cursor).order_by(threads.c.deleted)
         rows, has_more = self.fetch_page(threads, is_owned_thread(owner), after, limit, newest_first, cursor_query)
-        return [record_from_row(ThreadRecord, row) for row in rows], has_more
+        return [thread_from_row(row) for row in rows], has_more
 
     def get_thread(self, owner: str, thread_id: str) -> ThreadRecord | None:
-        row = self.fetch_one(select(threads).where(threads.c.id == thread_id, is_owned_thread(owner)))
-        return None if row is None else record_from_row(ThreadRecord, row)
+        """Return the owner's thread that has this id, the owner's or its own."""
+        is_named = or_(threads.c.client_id == thread_id, threads.c.id == thread_id)
+        by_client_id_first = threads.c.client_id.is_(None), threads.c.client_id != thread_id
+        row = self.fetch_one(select(threads).where(is_named, is_owned_thread(owner)).order_by(*by_client_id_first))
+        return None if row is None else thread_from_row(row)
 
-    def delete_thread(self, thread_id: str) -> None:
+    def delete_thread(self, thread_id: str) -> list[TurnRecord]:
+        """Mark a thread, by its own id, as deleted, which the sweep completes. Return its open turns."""
         self.fetch_all(update(threads).where(threads.c.id == thread_id).values(deleted=True))
-
-    def list_deleted_threads(self) -> list[str]:
-        return [row.id for row in self.fetch_all(select(threads.c.id).where(threads.c.deleted))]
+        return [turn for turn in self.list_turns(thread_id) if turn.state in OPEN_STATES]
 
     # ------------------------------------------------------------ turns
 
@@ -198,11 +223,14 @@ class TurnRepository(Repository):
                 watch.wait()
 
     def collect_referenced_keys(self) -> set[str]:
-        """Return the object keys of the previews of open turns. Those of ended turns may be swept."""
-        kind, key = turn_events.c.body["kind"].as_string(), turn_events.c.body["key"].as_string()
-        is_shown = and_(turns.c.state.in_(OPEN_STATES), kind == "preview")
-        query = select(key).select_from(turn_events.join(turns, turns.c.id == turn_events.c.turn_id)).where(is_shown)
-        return {row[0] for row in self.fetch_all(query)}
+        """Return the object keys of the previews and the attachments of open turns, and of what they have made so far.
+
+        Those of ended turns may be swept, unless their threads refer to them.
+        """
+        is_open = turns.c.state.in_(OPEN_STATES)
+        query = select(turn_events.c.body).join(turns, turns.c.id == turn_events.c.turn_id).where(is_open)
+        bodies = [row.body for rows in (query, select(turns.c.body).where(is_open)) for row in self.fetch_all(rows)]
+        return {key for body in bodies for key in find_object_keys(body)}
 
     # ------------------------------------------------------------ chats
 
@@ -219,7 +247,7 @@ class TurnRepository(Repository):
         }  # fmt: skip
         insertion = self.insert_into(chat_threads).values(values)
         key_columns = [chat_threads.c.owner, chat_threads.c.messages_digest]
-        new_values = {"thread_id": thread_id, "turn_count": turn_count}
+        new_values = {"thread_id": thread_id, "turn_count": turn_count, "created_at": unix_now()}
         self.fetch_all(insertion.on_conflict_do_update(index_elements=key_columns, set_=new_values))
 
 

@@ -7,7 +7,7 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -16,6 +16,7 @@ from omnivideo.errors import ArtifactNotFound, StoreError
 
 KEY_PATTERN = re.compile(r"[0-9a-f]{64}\.[a-z0-9]{1,16}")
 DAY_SECONDS = 86_400.0
+PROBE_BYTES = 2**16  # written to find out whether the disk has room
 COPY_BYTES = 2**20  # read and written at a time
 
 
@@ -33,11 +34,18 @@ def compute_file_key(file: BinaryIO, suffix: str) -> str:
     return f"{digest.hexdigest()}.{suffix}"
 
 
-class LocalObjectStore:
-    """A store in a folder, as `<folder>/ab/abcd….mp4`. Several processes may share it."""
+def ignore_key(key: str) -> None:
+    """Do nothing with the key of an object that is about to be written."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+
+class LocalObjectStore:
+    """A store in a folder, as `<folder>/ab/abcd….mp4`. Several processes may share it.
+
+    `announce` is called with the key of each object before it is written.
+    """
+
+    def __init__(self, folder: Path, announce: Callable[[str], None] = ignore_key):
+        self.folder, self.announce = folder, announce
 
     def path_for_key(self, key: str) -> Path:
         """Return the file of a key, whether or not it exists.
@@ -57,6 +65,7 @@ class LocalObjectStore:
         """Store a file with only a part of it in memory. The file must not change meanwhile."""
         key = compute_file_key(file, suffix)
         path = self.path_for_key(key)
+        self.announce(key)
         try:
             with suppress(FileNotFoundError):
                 os.utime(path)  # a concurrent sweep must not remove it
@@ -81,6 +90,17 @@ class LocalObjectStore:
             os.replace(part, path)
         finally:
             part.unlink(missing_ok=True)
+
+    def check_writable(self) -> None:
+        """Raise StoreError if nothing can be written, for example because the disk is full."""
+        path = self.folder / f".{secrets.token_hex(8)}.part"
+        try:
+            self.write_atomically(path, io.BytesIO(bytes(PROBE_BYTES)))
+        except OSError as error:
+            raise StoreError(f"store: it cannot be written: {error.strerror or 'the folder is missing'}") from error
+        finally:
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
 
     def get(self, key: str) -> bytes:
         with self.translate_errors(key):
@@ -118,13 +138,20 @@ class LocalObjectStore:
             if KEY_PATTERN.fullmatch(path.name):
                 yield path.name
 
-    def sweep(self, referenced_keys: Collection[str], lifetime_seconds: float = 7 * DAY_SECONDS) -> list[str]:
+    def sweep(
+        self,
+        referenced_keys: Collection[str],
+        lifetime_seconds: float = 7 * DAY_SECONDS,
+        candidates: Collection[str] | None = None,
+    ) -> list[str]:
         """Remove the unreferenced files that were not written within `lifetime_seconds`. Return their keys.
 
-        Incomplete files of killed processes are removed at the same age.
+        If `candidates` is given, only these are removed. Otherwise incomplete files of killed processes are removed at
+        the same age.
         """
         now, removed_keys = time.time(), list[str]()
-        for path in sorted(self.folder.glob("??/*")):
+        paths = self.folder.glob("??/*") if candidates is None else map(self.path_for_key, candidates)
+        for path in sorted(paths):
             with suppress(FileNotFoundError):
                 if path.name in referenced_keys or now - path.stat().st_mtime < lifetime_seconds:
                     continue

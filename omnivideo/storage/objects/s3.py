@@ -13,7 +13,7 @@ import io
 import re
 import secrets
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
@@ -29,7 +29,13 @@ from opentelemetry import trace
 from urllib3.exceptions import ProtocolError, TimeoutError
 
 from omnivideo.errors import ArtifactNotFound, InvalidInput, StoreError
-from omnivideo.storage.objects.local import DAY_SECONDS, KEY_PATTERN, compute_file_key, compute_object_key
+from omnivideo.storage.objects.local import (
+    DAY_SECONDS,
+    KEY_PATTERN,
+    compute_file_key,
+    compute_object_key,
+    ignore_key,
+)
 from omnivideo.storage.objects.s3_client import create_s3_client, get_error_code, translate_errors
 
 TRACER = trace.get_tracer("omnivideo.store")
@@ -47,17 +53,19 @@ class S3ObjectStore:
     """A store in a bucket, as `<prefix>/ab/abcd….mp4`. The first put creates the bucket.
 
     Threads may share a store; forked processes may not. `public_address` is the server's address in download links.
+    `announce` is called with the key of each object before it is written.
     """
 
     def __init__(
         self, address: str, bucket: str, access_key: str, secret_key: str,
         region: str = "us-east-1", prefix: str = "", public_address: str = "",
+        announce: Callable[[str], None] = ignore_key,
     ):  # fmt: skip
         if not re.fullmatch(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]", bucket):
             raise InvalidInput("S3 bucket", "3 to 63 lowercase letters, digits, dots and hyphens")
         self.client = create_s3_client(address, access_key, secret_key, region)
         self.public_client = create_s3_client(public_address or address, access_key, secret_key, region)
-        self.translate_errors = partial(translate_errors, address)
+        self.translate_errors, self.announce = partial(translate_errors, address), announce
         self.bucket, self.region, self.prefix = bucket, region, f"{prefix.strip('/')}/".lstrip("/")
 
     def object_name(self, key: str) -> str:
@@ -85,6 +93,7 @@ class S3ObjectStore:
 
     def upload_until_present(self, key: str, file: BinaryIO, size_bytes: int) -> str:
         """Upload an object until no sweep has deleted it. Raises StoreError after five attempts."""
+        self.announce(key)
         for _ in range(5):
             try:
                 self.upload_object(key, file, size_bytes)
@@ -112,6 +121,19 @@ class S3ObjectStore:
             except MinioException as error:
                 if get_error_code(error) not in ("BucketAlreadyOwnedByYou", "BucketAlreadyExists"):
                     raise
+
+    def check_writable(self) -> None:
+        """Raise StoreError if nothing can be written to the bucket, which is created if it does not exist."""
+        name = f"{self.prefix}.ready/{secrets.token_hex(8)}"
+        with self.translate_errors():
+            try:
+                self.client.put_object(self.bucket, name, io.BytesIO(b"ready"), 5)
+            except MinioException as error:
+                if get_error_code(error) != "NoSuchBucket":
+                    raise
+                self.ensure_bucket()
+                self.client.put_object(self.bucket, name, io.BytesIO(b"ready"), 5)
+            self.client.remove_object(self.bucket, name)
 
     def get(self, key: str) -> bytes:
         """Return an object. Raises StoreError if the server sends other bytes than were stored, twice."""
@@ -183,26 +205,35 @@ class S3ObjectStore:
     def iter_keys(self) -> Iterator[str]:
         return (key for key, _ in self.list_keys_with_times())
 
-    def sweep(self, referenced_keys: Collection[str], lifetime_seconds: float = 7 * DAY_SECONDS) -> list[str]:
+    def sweep(
+        self,
+        referenced_keys: Collection[str],
+        lifetime_seconds: float = 7 * DAY_SECONDS,
+        candidates: Collection[str] | None = None,
+    ) -> list[str]:
         """Remove the unreferenced objects that were not written within `lifetime_seconds`. Return their keys.
 
-        Ages are by the server's clock. The lifetime must exceed the longest upload, whose age counts from its start,
-        and the time from a put to the first reference. Leftovers of killed processes are removed after a day.
+        If `candidates` is given, only these are removed. Ages are by the server's clock. The lifetime must exceed the
+        longest upload, whose age counts from its start, and the time from a put to the first reference. Leftovers of
+        killed processes are removed after a day.
         """
-        all_removed_keys: list[str] = []
-        for shard in sorted({key[:2] for key in self.iter_keys() if key not in referenced_keys}):
-            while (
-                len(removed_keys := self.sweep_shard_once(shard, referenced_keys, timedelta(seconds=lifetime_seconds)))
-                == MAX_DELETES_PER_REQUEST
-            ):
+        all_removed_keys, min_age = list[str](), timedelta(seconds=lifetime_seconds)
+        keys = self.iter_keys() if candidates is None else candidates
+        for shard in sorted({key[:2] for key in keys if key not in referenced_keys}):
+            removed_keys: list[str] | None = None
+            while removed_keys is None or len(removed_keys) == MAX_DELETES_PER_REQUEST:
+                removed_keys = self.sweep_shard_once(shard, referenced_keys, min_age, candidates)
                 all_removed_keys += removed_keys
-            all_removed_keys += removed_keys
+        if candidates is not None:
+            return all_removed_keys
         yesterday = datetime.now(UTC) - timedelta(seconds=DAY_SECONDS)
         self.remove_objects([mark for mark, written_at in self.list_objects(".sweep/") if written_at < yesterday])
         self.abort_stale_uploads(max(lifetime_seconds, DAY_SECONDS))
         return all_removed_keys
 
-    def sweep_shard_once(self, shard: str, referred: Collection[str], min_age: timedelta) -> list[str]:
+    def sweep_shard_once(
+        self, shard: str, referred: Collection[str], min_age: timedelta, candidates: Collection[str] | None = None
+    ) -> list[str]:
         """Delete up to MAX_DELETES_PER_REQUEST old objects of a shard under a mark, and return their keys."""
         mark, started_at = f"{self.prefix}.sweep/{shard}-{secrets.token_hex(8)}", time.monotonic()
         with self.translate_errors():
@@ -211,7 +242,7 @@ class S3ObjectStore:
         old = [
             key
             for key, written_at in self.list_keys_with_times(f"{shard}/")
-            if now and key not in referred and now - written_at >= min_age
+            if now and key not in referred and now - written_at >= min_age and (not candidates or key in candidates)
         ]
         is_late = time.monotonic() - started_at > DELETE_DEADLINE_SECONDS
         old = [] if is_late else old[:MAX_DELETES_PER_REQUEST]

@@ -20,12 +20,22 @@ RETRY_POLICY = urllib3.Retry(
     total=3, read=1, backoff_factor=0.5, status_forcelist=(500, 502, 503, 504), allowed_methods=None
 )
 ACCESS_REFUSED_MESSAGE = "it rejects this access key, its secret key, or its permissions"
+KEYS_ADVICE = "set OMNIVIDEO_S3_ACCESS_KEY and OMNIVIDEO_S3_SECRET_KEY to a pair that it knows"
 ERROR_MESSAGES = {
-    "AccessDenied": ACCESS_REFUSED_MESSAGE,
-    "InvalidAccessKeyId": ACCESS_REFUSED_MESSAGE,
-    "SignatureDoesNotMatch": ACCESS_REFUSED_MESSAGE,
+    "AccessDenied": f"{ACCESS_REFUSED_MESSAGE}; {KEYS_ADVICE}, which may list, get, put and delete",
+    "InvalidAccessKeyId": f"{ACCESS_REFUSED_MESSAGE}; {KEYS_ADVICE}",
+    "SignatureDoesNotMatch": f"{ACCESS_REFUSED_MESSAGE}; {KEYS_ADVICE}",
     "RequestTimeTooSkewed": "its clock and this machine's are too far apart",
+    "InvalidBucketName": "it allows no bucket of this name; set OMNIVIDEO_S3_BUCKET to another",
+    "TooManyBuckets": "it allows no more buckets; set OMNIVIDEO_S3_BUCKET to one that exists",
+    "PermanentRedirect": "the bucket has another address; set OMNIVIDEO_S3 to that of its region",
 }
+REGION_CODES = (
+    "AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "InvalidLocationConstraint", "InvalidRegion",
+)  # fmt: skip
+# How servers say which region they want: AWS, MinIO and others; Garage; a response to HEAD, which has no body.
+WANTED_REGION = re.compile(r"expecting '([\w-]+)'|expected: \S*/([\w-]+)/s3/aws4_request|; use region ([\w-]+)")
+WANTED_ENDPOINT = re.compile(r"<Endpoint>([\w.:-]+)</Endpoint>")
 
 
 def create_s3_client(address: str, access_key: str, secret_key: str, region: str) -> Minio:
@@ -50,6 +60,23 @@ def get_error_code(error: MinioException) -> str:
     return getattr(error, "code", None) or (match[1] if match else "something that is not S3")
 
 
+def describe_answer(error: MinioException) -> str | None:
+    """Return what a server's answer means, with the setting that would mend it and its value, or None."""
+    code, text = get_error_code(error), str(error)
+    wanted = WANTED_REGION.search(text)
+    if code in REGION_CODES or (wanted and "; use region " in text):
+        value = next(filter(None, wanted.groups())) if wanted else "its own"
+        return f"it does not accept this region; set OMNIVIDEO_S3_REGION to {value}"
+    if code == "PermanentRedirect" and (endpoint := WANTED_ENDPOINT.search(read_body(error))):
+        return f"the bucket has another address; set OMNIVIDEO_S3 to https://{endpoint[1]}"
+    return ERROR_MESSAGES.get(code)
+
+
+def read_body(error: MinioException) -> str:
+    response = getattr(error, "response", None)
+    return (response.data or b"").decode(errors="replace") if response is not None else ""
+
+
 @contextmanager
 def translate_errors(address: str, key: str = "", fallback_message: str = "it answers {code}") -> Iterator[None]:
     """Raise the client's failures as our own errors, whose text contains no secret and no signed URL."""
@@ -62,7 +89,7 @@ def translate_errors(address: str, key: str = "", fallback_message: str = "it an
             raise ArtifactNotFound("store: there is no such artifact; it may have expired") from None
         if code == "InvalidRange":
             raise InvalidInput("range", "within the artifact") from None
-        raise StoreError(server + ERROR_MESSAGES.get(code, fallback_message.format(code=code))) from None
+        raise StoreError(server + (describe_answer(error) or fallback_message.format(code=code))) from None
     except HTTPError as error:
         raise StoreError(server + describe_http_error(error)) from None
 
@@ -75,4 +102,6 @@ def describe_http_error(error: HTTPError) -> str:
         return "no response in time"
     if problem := find_certificate_problem(reason):
         return f"its certificate is not trusted ({problem}); {CERTIFICATE_ADVICE}"
-    return "no trusted certificate" if isinstance(reason, SSLError) else "it failed, or the connection was lost"
+    if isinstance(reason, SSLError):
+        return "it does not speak TLS; set OMNIVIDEO_S3 to an address that begins with http://"
+    return "it failed, or the connection was lost"

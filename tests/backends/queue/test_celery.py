@@ -117,7 +117,9 @@ def test_attack_a_pickled_message_is_never_opened(deployment, tmp_path):
     with Connection(deployment.broker) as connection:
         producer = connection.Producer(serializer="pickle")
         producer.publish(
-            [(Payload(created_file),), {}, {}], routing_key="omnivideo", headers={"task": "omnivideo.work", "id": "x"}
+            [(Payload(created_file),), {}, {}],
+            routing_key=deployment.queue_name,
+            headers={"task": "omnivideo.work", "id": "x"},
         )
     with deployment.run_worker():
         assert isinstance(list(deployment.queue.run(build_job("after")))[-1], Artifact)
@@ -148,27 +150,45 @@ def test_a_terminated_worker_gives_its_job_back(deployment):
 SLOW_WORKER = """
 import time
 from omnivideo.backends.queue.celery import serve_celery_worker
-from omnivideo.cli.service import build_wiring
+from omnivideo.cli.service import build_wiring, read_queue_name
 
 settings = build_wiring(device="cpu").settings
 
 def build_worker():
-    time.sleep(6)
+    time.sleep(30)
     return build_wiring(device="cpu").worker, settings.heartbeat_timeout
 
-serve_celery_worker(settings.broker, build_worker)
+serve_celery_worker(settings.broker, read_queue_name(settings), build_worker)
 """
 
 
-def test_a_child_that_loads_slowly_is_replaced(deployment):
-    """Celery kills a child that has not started within 4 s; a large model needs minutes to load."""
-    deployment.jobs.submit(build_job("slowly", 150))
-    with deployment.run_worker("-c", SLOW_WORKER) as worker:
-        deployment.wait_for("slowly", step=5)
-        os.kill(find_child(worker), signal.SIGKILL)
-        deployment.wait_for("slowly", ended=True)
-    status = deployment.jobs.get_status("slowly")
-    assert (status.state, status.attempt) == ("done", 2)
+def test_a_child_that_loads_slowly_is_replaced(tmp_path, weights):
+    """Celery kills a child that has not started within 4 s; a large model needs minutes to load, here 30 s."""
+    names = [f"slow{number}" for number in range(5)]
+    with redis(tmp_path / "broker") as address:
+        deployment = Deployment(tmp_path, address, "", weights)
+        for name in names:
+            deployment.jobs.submit(build_job(name, 150))
+        with deployment.run_worker("-c", SLOW_WORKER) as worker:
+            for name in names:
+                deployment.wait_for(name, step=5)
+                os.kill(find_child(worker), signal.SIGKILL)
+                deployment.wait_for(name, ended=True)
+    outcomes = [(status.state, status.attempt) for status in map(deployment.jobs.get_status, names)]
+    assert outcomes == [("done", 2)] * 5
+    deployment.jobs.engine.dispose()
+
+
+def test_services_that_share_a_broker_take_no_messages_of_each_other(deployment, tmp_path):
+    other = Deployment(tmp_path, deployment.broker, "", deployment.environment["OMNIVIDEO_WEIGHTS"])
+    assert other.queue_name != deployment.queue_name
+    with deployment.run_worker():
+        list(deployment.queue.run(build_job("warm")))
+        other.notify_workers()
+        list(deployment.queue.run(build_job("neighbour")))
+    with Connection(deployment.broker) as connection:
+        assert connection.SimpleQueue(other.queue_name).qsize() == 1  # it waits for a worker of its own
+    other.jobs.engine.dispose()
 
 
 def test_a_missing_broker_loses_no_job(tmp_path, weights):

@@ -97,6 +97,8 @@ class Stack:
         }
         if command:
             body["Cmd"] = shlex.split(command) if isinstance(command, str) else command
+        if "stop_signal" in service:
+            body["StopSignal"] = service["stop_signal"]
         if "stop_grace_period" in service:
             body["StopTimeout"] = round(parse_seconds(service["stop_grace_period"]))
         if check := service.get("healthcheck"):

@@ -73,7 +73,7 @@ def test_the_language_model_answers_where_nothing_can_be_compiled(stack, http):
     """The image has no compiler: what vLLM compiles at its first request must not be needed."""
     with pytest.raises(AssertionError):
         stack.engine.execute(stack.name("mllm"), "sh", "-c", "command -v c++ || command -v g++ || command -v cc")
-    routed = http.post("/v1/route", json={"text": "a red circle moves right"})
+    routed = http.post("/v1/route", json={"prompt": "a red circle moves right"})
     assert routed.status_code == 200, (routed.text, stack.log(stack.name("mllm")))
     assert stack.engine.inspect(stack.name("mllm"))["RestartCount"] == 0
 

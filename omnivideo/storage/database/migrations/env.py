@@ -11,14 +11,11 @@ from sqlalchemy import text
 from omnivideo.storage.database.schema import metadata
 
 log = logging.getLogger("omnivideo.storage")
-ADVISORY_LOCK_ID = 0x6F6D6E69  # any number, the same everywhere
 
 connection = context.config.attributes["connection"]
 context.configure(connection=connection, target_metadata=metadata, transaction_per_migration=False)
 with context.begin_transaction():
-    if connection.dialect.name == "postgresql":
-        connection.execute(text(f"SELECT pg_advisory_xact_lock({ADVISORY_LOCK_ID})"))
-    else:
+    if connection.dialect.name == "sqlite":  # on PostgreSQL, `upgrade_schema` holds a lock
         connection.execute(text("BEGIN IMMEDIATE"))
     current = context.get_context().get_current_revision()
     if current is None or current in {script.revision for script in context.script.walk_revisions()}:
