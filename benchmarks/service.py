@@ -21,7 +21,7 @@ from pathlib import Path
 
 import httpx
 
-from benchmarks.faults import KEY, ServiceCluster
+from benchmarks.cluster import KEY, ServiceCluster
 from omnivideo.contracts import Job, JobStatus, resolve_sampling_params
 from omnivideo.presets import TINY
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 
-from omnivideo.agent.english_rules import ORDINAL_INDEX
+from omnivideo.agent.english_rules import ORDINAL_INDEX, WordingPattern
 from omnivideo.contracts import Artifact
 from omnivideo.turns import CommandName, ExecutedCommand
 
@@ -41,10 +41,10 @@ CONTRACTED = (
 class CommandPatterns:
     """The wordings of the commands, compiled; `lead` and `tail` are the politeness around a command."""
 
-    commands: tuple[tuple[CommandName, re.Pattern[str]], ...]
-    resend: re.Pattern[str]
-    lead: re.Pattern[str]
-    tail: re.Pattern[str]
+    commands: tuple[tuple[CommandName, WordingPattern], ...]
+    resend: WordingPattern
+    lead: WordingPattern
+    tail: WordingPattern
 
 
 @cache
@@ -54,12 +54,12 @@ def load_patterns() -> CommandPatterns:
     numbers = "|".join(sorted(NUMBERS, key=len, reverse=True))
     parts = document["parts"] | {"count": rf"(?P<count>\d+|{numbers})", "ordinal": "|".join(ORDINAL_INDEX)}
 
-    def compile_pattern(pattern: str) -> re.Pattern[str]:
+    def compile_pattern(pattern: str) -> WordingPattern:
         while "<" in (rest := re.sub(r"\(\?(?:P<\w+>|<[=!])", "", pattern)):
             name = re.search(r"<(\w+)>", rest)
             assert name, "every part is named"
             pattern = re.sub(rf"(?<!P)<{name[1]}>", lambda match: parts[match[0].strip("<>")], pattern)
-        return re.compile(pattern)
+        return WordingPattern(pattern)
 
     return CommandPatterns(
         tuple((entry["name"], compile_pattern(entry["pattern"])) for entry in document["commands"]),
@@ -76,7 +76,7 @@ def find_command(text: str, artifacts: Sequence[Artifact], *, is_strict: bool = 
     words = " ".join(text.lower().split())
     for pattern, replacement in CONTRACTED:
         words = re.sub(pattern, replacement, words)
-    words = re.sub(r"[!?]+(?=\s|$)|\.+(?=\s|$)", "", words).strip(" ,;:-")
+    words = re.sub(r"(?<![!?])[!?]++(?=\s|$)|(?<!\.)\.++(?=\s|$)", "", words).strip(" ,;:-")
     if command := match_polite_command(words, artifacts):
         return command
     # "wipe everything, i want to begin with a clean slate" says one command twice.

@@ -13,6 +13,7 @@ from importlib.resources import files
 from omnivideo.agent.media_words import is_medium_request
 from omnivideo.contracts import Artifact, Medium
 
+MAX_WORDING_CHARS = 300  # of a command, a question or the beginning of a request
 IMPERATIVE_VERBS = (
     "make", "turn", "paint", "change", "recolour", "recolor", "add", "put", "draw", "remove", "delete", "erase",
     "take", "get", "set", "use", "replace", "transform", "generate", "create", "show", "let", "have", "go", "return",
@@ -154,6 +155,33 @@ def is_reference(text: str) -> bool:
     if NEW_SUBJECT.match(text):
         return False
     return bool(PRONOUN.search(text)) or bool(QUESTION.search(text) and DEFINITE_REFERENCE.search(text))
+
+
+class WordingPattern:
+    """A pattern of many wordings, which only sees MAX_WORDING_CHARS of a text, so that its time is bounded.
+
+    A longer text is no wording as a whole; its beginning may be one.
+    """
+
+    def __init__(self, pattern: str):
+        self.pattern = re.compile(pattern)
+
+    def match(self, text: str) -> re.Match[str] | None:
+        return self.pattern.match(text[:MAX_WORDING_CHARS])
+
+    def search(self, text: str) -> re.Match[str] | None:
+        return self.pattern.search(text[:MAX_WORDING_CHARS])
+
+    def fullmatch(self, text: str) -> re.Match[str] | None:
+        return None if len(text) > MAX_WORDING_CHARS else self.pattern.fullmatch(text)
+
+    def sub(self, replacement: str, text: str) -> str:
+        """Return the text with what matches replaced; a longer text is left as it is."""
+        return text if len(text) > MAX_WORDING_CHARS else self.pattern.sub(replacement, text)
+
+    def split(self, text: str) -> list[str]:
+        """Return the pieces between what matches; a longer text is one piece."""
+        return [text] if len(text) > MAX_WORDING_CHARS else self.pattern.split(text)
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,11 @@ POLL_SECONDS = 0.1  # between looks at a process
 RETRY_SECONDS = 10.0  # what a client is told to wait when the machine is busy
 MEDIA_PATH = Path("/proc/self/fd/0")
 # The child gets the parent's import paths: in isolated mode it would find neither a checkout nor the user's site.
-CHILD_PROGRAM = "import sys; sys.path[:] = sys.argv[2:]; from omnivideo.media import sandbox; sandbox.run_in_child()"
+# It gives way to requests: sixty uploads that take long to read otherwise delay every route by seconds.
+CHILD_PROGRAM = (
+    "import os, sys; os.nice(10); sys.path[:] = sys.argv[2:];"
+    " from omnivideo.media import sandbox; sandbox.run_in_child()"
+)
 PROCESS_SLOTS = threading.BoundedSemaphore(os.cpu_count() or 1)  # more processes would only slow each other down
 
 

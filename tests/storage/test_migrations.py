@@ -1,10 +1,14 @@
 """A database with the previous schema (0002) is upgraded to the latest one and keeps its rows."""
 
 import json
+import sqlite3
+from collections.abc import Callable
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
 from alembic.script import ScriptDirectory
 from sqlalchemy import Engine, text
@@ -12,6 +16,7 @@ from sqlalchemy import Engine, text
 from omnivideo.contracts import Artifact, Job, StepProgress, resolve_sampling_params
 from omnivideo.errors import StoreError
 from omnivideo.presets import TINY
+from omnivideo.storage.database import earlier_version
 from omnivideo.storage.database.batches import BatchRepository
 from omnivideo.storage.database.engine import create_database_engine, upgrade_schema
 from omnivideo.storage.database.files import FileRepository
@@ -192,6 +197,33 @@ def test_the_schema_of_a_later_version_is_not_changed(tmp_path: Path) -> None:
     with engine.connect() as connection:
         assert connection.execute(text("SELECT version_num FROM alembic_version")).scalar() == "9999"
     engine.dispose()
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
+def test_a_database_that_version_0_1_uses_is_not_converted(kind: str, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(earlier_version, "WAIT_SECONDS", 0.3)
+
+    def convert(address: str, connect: Callable[[], sqlite3.Connection | psycopg.Connection]) -> None:
+        engine = create_database_engine(address)
+        upgrade_schema(engine, "0002")
+        idle = connect()  # as version 0.1 connects: without a name
+        idle.execute("SELECT * FROM jobs")
+        idle.commit()
+        with pytest.raises(StoreError, match=r"processes of version 0\.1 use it, .* stop them, then run"):
+            upgrade_schema(engine, preset=TINY)
+        idle.close()
+        upgrade_schema(engine, preset=TINY)
+        idle = connect()
+        upgrade_schema(engine)  # a database of this version may be in use
+        idle.close()
+        engine.dispose()
+
+    if kind == "sqlite":
+        file = tmp_path / "service.sqlite"
+        convert(f"sqlite:///{file}", partial(sqlite3.connect, file))
+        return
+    with postgres(tmp_path / "pg") as address:
+        convert(address, partial(psycopg.connect, address))
 
 
 def test_the_scripts_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,10 @@ from tests.support.s3_server import ACCESS_KEY, SECRET_KEY, s3_server
 
 minio = pytest.importorskip("minio", reason="minio is not installed (pip install minio); the S3 store was not tested")
 from omnivideo.storage.objects import s3_client as connection  # noqa: E402
+from omnivideo.storage.objects.local import compute_object_key  # noqa: E402
 from omnivideo.storage.objects.s3 import S3ObjectStore  # noqa: E402
+
+CLIP_KEY = compute_object_key(b"clip", "mp4")
 
 
 def test_a_wrong_access_key_is_reported(server):
@@ -82,10 +85,18 @@ def scripted_server():
 
 def test_a_truncated_answer_is_requested_again(scripted_server):
     scripted_server.answers = [(200, "video/mp4", b"clip", 2), (200, "video/mp4", b"clip", 4)]
-    assert scripted_server.store.get(MISSING) == b"clip"
+    assert scripted_server.store.get(CLIP_KEY) == b"clip"
     scripted_server.answers = [(200, "video/mp4", b"clip", 2)] * 2
     with pytest.raises(StoreError, match=r"the connection was lost$"):
-        scripted_server.store.get(MISSING)
+        scripted_server.store.get(CLIP_KEY)
+
+
+def test_bytes_that_are_not_those_of_the_key_are_requested_again(scripted_server):
+    scripted_server.answers = [(200, "video/mp4", b"clib", 4), (200, "video/mp4", b"clip", 4)]
+    assert scripted_server.store.get(CLIP_KEY) == b"clip"
+    scripted_server.answers = [(200, "video/mp4", b"clib", 4)] * 2
+    with pytest.raises(StoreError, match=r"the S3 server sends other bytes for \w+.mp4 than were stored$"):
+        scripted_server.store.get(CLIP_KEY)
 
 
 def test_an_answer_that_is_not_s3_is_an_error(scripted_server):
@@ -96,7 +107,7 @@ def test_an_answer_that_is_not_s3_is_an_error(scripted_server):
 
 def test_a_server_error_is_retried_three_times(scripted_server):
     scripted_server.answers = [(503, "text/plain", b"busy", 4)] * 3 + [(200, "video/mp4", b"clip", 4)]
-    assert scripted_server.store.get(MISSING) == b"clip"
+    assert scripted_server.store.get(CLIP_KEY) == b"clip"
     scripted_server.answers = [(503, "text/plain", b"busy", 4)] * 9
     with pytest.raises(StoreError, match=r"it failed, or the connection was lost$"):
         scripted_server.store.get(MISSING)

@@ -91,45 +91,61 @@ def redis(folder: Path, port: int | None = None) -> Iterator[str]:
         server.kill()
 
 
-@contextmanager
-def rabbitmq(folder: Path, certificate: Path | None = None) -> Iterator[str]:
-    """Yield the address of an empty RabbitMQ server with a separate Erlang name service.
+class RabbitMQ:
+    """A RabbitMQ server with a separate Erlang name service; after a kill, it has its durable queues again.
 
     With `certificate`, the path of one for `localhost` beside its key, it speaks TLS.
     """
-    server = program("rabbitmq-server", "rabbitmq-server", "jobs over RabbitMQ were not tested")
-    port, distribution, names = free_port(), free_port(), free_port()
-    folder.mkdir(parents=True, exist_ok=True)
-    # Debian's wrapper switches to its own user; the program behind it respects the environment.
-    real = Path("/usr/lib/rabbitmq/bin/rabbitmq-server")
-    environment = {
-        "PATH": os.environ["PATH"], "HOME": str(folder), "LANG": "C.UTF-8",
-        "RABBITMQ_NODENAME": f"test{port}@localhost", "RABBITMQ_NODE_PORT": str(port),
-        "RABBITMQ_DIST_PORT": str(distribution), "ERL_EPMD_PORT": str(names),
-        "RABBITMQ_MNESIA_BASE": str(folder / "data"), "RABBITMQ_LOG_BASE": str(folder / "log"),
-        "RABBITMQ_PID_FILE": str(folder / "pid"), "RABBITMQ_ENABLED_PLUGINS_FILE": str(folder / "plugins"),
-        "RABBITMQ_NODE_IP_ADDRESS": "127.0.0.1", "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "+S 1:1 +sbwt none",
-    }  # fmt: skip
-    address = f"amqp://guest:guest@127.0.0.1:{port}//"
-    if certificate:
-        address = f"amqps://guest:guest@localhost:{port}//"
-        (folder / "rabbitmq.conf").write_text(
-            f"listeners.tcp = none\nlisteners.ssl.default = 127.0.0.1:{port}\nssl_options.certfile = {certificate}\n"
-            f"ssl_options.keyfile = {certificate.with_suffix('.key')}\nssl_options.cacertfile = {certificate}\n"
-        )
-        del environment["RABBITMQ_NODE_PORT"]  # it is for the listener without TLS
-        environment["RABBITMQ_CONFIG_FILE"] = str(folder / "rabbitmq.conf")
-    process = subprocess.Popen(
-        [real if real.exists() else server],
-        env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-    )  # fmt: skip
+
+    def __init__(self, folder: Path, certificate: Path | None = None):
+        self.program = program("rabbitmq-server", "rabbitmq-server", "jobs over RabbitMQ were not tested")
+        self.port, distribution, self.names = free_port(), free_port(), free_port()
+        folder.mkdir(parents=True, exist_ok=True)
+        self.environment = {
+            "PATH": os.environ["PATH"], "HOME": str(folder), "LANG": "C.UTF-8",
+            "RABBITMQ_NODENAME": f"test{self.port}@localhost", "RABBITMQ_NODE_PORT": str(self.port),
+            "RABBITMQ_DIST_PORT": str(distribution), "ERL_EPMD_PORT": str(self.names),
+            "RABBITMQ_MNESIA_BASE": str(folder / "data"), "RABBITMQ_LOG_BASE": str(folder / "log"),
+            "RABBITMQ_PID_FILE": str(folder / "pid"), "RABBITMQ_ENABLED_PLUGINS_FILE": str(folder / "plugins"),
+            "RABBITMQ_NODE_IP_ADDRESS": "127.0.0.1", "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "+S 1:1 +sbwt none",
+        }  # fmt: skip
+        self.address = f"amqp://guest:guest@127.0.0.1:{self.port}//"
+        if certificate:
+            self.address = f"amqps://guest:guest@localhost:{self.port}//"
+            (folder / "rabbitmq.conf").write_text(
+                f"listeners.tcp = none\nlisteners.ssl.default = 127.0.0.1:{self.port}\n"
+                f"ssl_options.certfile = {certificate}\nssl_options.keyfile = {certificate.with_suffix('.key')}\n"
+                f"ssl_options.cacertfile = {certificate}\n"
+            )
+            del self.environment["RABBITMQ_NODE_PORT"]  # it is for the listener without TLS
+            self.environment["RABBITMQ_CONFIG_FILE"] = str(folder / "rabbitmq.conf")
+
+    def start(self) -> None:
+        # Debian's wrapper switches to its own user; the program behind it respects the environment.
+        real = Path("/usr/lib/rabbitmq/bin/rabbitmq-server")
+        self.process = subprocess.Popen(
+            [real if real.exists() else self.program],
+            env=self.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+        )  # fmt: skip
+        wait_for(self.port, self.process, 180)
+
+    def kill(self) -> None:
+        """Send SIGKILL to the server and its children."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        subprocess.run(["epmd", "-port", str(self.names), "-kill"], capture_output=True, check=False)
+
+
+@contextmanager
+def rabbitmq(folder: Path, certificate: Path | None = None) -> Iterator[str]:
+    """Yield the address of an empty RabbitMQ server."""
+    server = RabbitMQ(folder, certificate)
     try:
-        wait_for(port, process, 180)
-        yield address
+        server.start()
+        yield server.address
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        subprocess.run(["epmd", "-port", str(names), "-kill"], capture_output=True, check=False)
+        server.kill()
 
 
 def postgres_programs() -> Path:

@@ -81,6 +81,14 @@ LONG = (
     "usability/test_types.py",
     # The released wheel, in an empty environment.
     "deploy/test_release.py::test_the_wheel_generates_a_clip*",
+    # Processes that are killed at every node of a turn, and in batches and webhooks.
+    "benchmarks/test_faults.py::test_turns*",
+    "benchmarks/test_faults.py::test_batches*",
+    "benchmarks/test_faults.py::test_wrong_answers*",
+    # 1,000 jobs and 200 turns under restarts: minutes.
+    "api/test_restarts.py",
+    # Wheels of earlier versions, built and run beside this one.
+    "deploy/test_versions.py",
 )
 SLOW = (
     "agent/test_linear_patterns.py",

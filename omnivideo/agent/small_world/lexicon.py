@@ -10,7 +10,7 @@ from importlib.resources import files
 from omnivideo.agent.small_world.wordings import load_contractions
 
 MAX_PHRASE_WORDS = 7
-MIN_MISSPELT_LETTERS = 5
+MIN_MISSPELT_LETTERS, MAX_MISSPELT_LETTERS = 5, 20
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 WORD = re.compile(r"[^\W_]+(?:['-][^\W_]+)*|[.,;:!?]")
 
@@ -56,7 +56,7 @@ class Lexicon:
 
     def find_spelling(self, word: str) -> str:
         """Return the known word that a longer word becomes by one change of letters, or the word itself."""
-        if len(word) < MIN_MISSPELT_LETTERS or not word.isascii() or not word.isalpha():
+        if not MIN_MISSPELT_LETTERS <= len(word) <= MAX_MISSPELT_LETTERS or not word.isascii() or not word.isalpha():
             return word
         known = [edit for edit in iterate_misspellings(word) if (edit,) in self.content_words]
         return known[0] if known else word

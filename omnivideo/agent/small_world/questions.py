@@ -9,6 +9,8 @@ from omnivideo.agent.small_world.lexicon import Token, name_target
 from omnivideo.agent.small_world.wordings import load_pattern
 from omnivideo.contracts import Medium
 
+# Only the first "the" of a clause is tried, so that the time is linear.
+FIRST_OBJECT = re.compile(r"(?<![\w -])((?>[\w -]*?\bthe ))[\w -]+?(?=\?|$| move| small)")
 FileFact = Literal["medium", "length", "size", "corners", "earlier", "presence"]
 
 
@@ -78,7 +80,7 @@ def read_attribute_question(
     if nouns and re.search(r"\b(?:any|is there|are there|there|see|contain|have|has|got)\b", text):
         return QuestionReading(f"how many {find_noun(tokens)} are there?")
     if len(nouns) == 1 and last:
-        return QuestionReading(re.sub(r"\bthe [\w -]+?(?=\?|$| move| small)", target, last, count=1))
+        return QuestionReading(replace_object(last, target))
     if (
         nouns
         or any(token.has("region") for token in tokens)
@@ -89,6 +91,11 @@ def read_attribute_question(
     ):
         return describe
     return QuestionReading()
+
+
+def replace_object(question: str, target: str) -> str:
+    """Return a question about another object: "how does the star move?" about "the ring"."""
+    return FIRST_OBJECT.sub(lambda match: match[1].removesuffix("the ") + target, question, count=1)
 
 
 def is_only_presence(tokens: Sequence[Token]) -> bool:

@@ -328,7 +328,7 @@ def find_scene_problem(scene: DescribedScene, normalized: str) -> str:
     return ""
 
 
-def is_plain_wording(text: str, normalized: str, form: re.Pattern[str]) -> bool:
+def is_plain_wording(text: str, normalized: str, form: english_rules.WordingPattern) -> bool:
     """Return whether a request is in the MLLM's own words and form, in which it is passed on as it is."""
     words = re.findall(r"[a-z0-9'-]+", text.lower())
     is_fluent = not re.search(r"[.;:!?](?=.)|,(?! (?:and )?(?:one|two|three|four|\d)\b)", normalized)

@@ -14,8 +14,8 @@ from omnivideo.agent.small_world.scenes import read_scene
 from omnivideo.agent.small_world.wordings import load_pattern
 
 ADDITION = re.compile(r"^(?:and|with|plus|also) (?:an?|another|two|three) ")
+CONNECTING_WORDS = {"and", "but", "that is", "all", "completely", "also", "entirely"}
 MAX_SPLIT_CHARS = 300  # of a sentence with two results; the time of its pattern is not linear
-CHOICE_QUESTION = re.compile(r"^Do you mean (.+) or (.+)\?$")
 ATTRIBUTES = ("colour", "size", "motion", "go", "direction", "speed", "region", "ground")
 CONTENT = (
     *ATTRIBUTES, "shape", "plural", "resize", "longer", "task", "reference", "rest", "make", "draw", "add", "remove",
@@ -156,17 +156,18 @@ def update_context(context: Context, reading: Reading) -> Context:
 
 def split_turn(text: str) -> list[str]:
     """Split a turn into its actions; words that only describe what stands before them stay with it."""
-    parts = list[str]()
+    parts, ends_with_shape = list[str](), False
     text = load_pattern("taken_object").sub(r"\2 the \1", text)
     for part in english_rules.split_actions(text):
         tokens = tokenize(part)
         has_content = any(token.has(*CONTENT) or not token.is_known for token in tokens)
         if not has_content and not is_complete_by_itself(part):
             continue  # "two separate pictures please"
-        if parts and is_attribute(tokens) and any(token.has("shape", "plural") for token in tokenize(parts[-1])):
+        if ends_with_shape and is_attribute(tokens):
             parts[-1] += f", {part}"
         else:
             parts.append(part)
+            ends_with_shape = any(token.has("shape", "plural") for token in tokens)
     return parts or [text]
 
 
@@ -185,10 +186,9 @@ def is_attribute(tokens: Sequence[Token]) -> bool:
 
 def resolve_reply(request: str, question: str, reply: str) -> str:
     """Return the request that a reply to a question leads to: without the other of two values, or the reply itself."""
-    match = CHOICE_QUESTION.match(question)
-    if match is None or len(reply.split()) > 6:
+    values = read_choice(question)
+    if not values or len(reply.split()) > 6:
         return reply
-    values = [match[1], match[2]]
     named = [value for value in values if re.search(rf"\b{re.escape(value)}\b", normalize_text(reply))]
     if len(named) != 1:
         return reply
@@ -197,9 +197,26 @@ def resolve_reply(request: str, question: str, reply: str) -> str:
         phrase for phrase, meanings in load_lexicon().phrases.items() if any(other == value for _, value in meanings)
     ]
     pattern = "|".join(sorted(map(re.escape, phrases), key=len, reverse=True))
-    return re.sub(
-        rf"(?:,? (?:and|but|that is|all|completely|also|entirely)\b)* ?\b(?:{pattern})\b",
-        "",
-        normalize_text(request),
-        count=1,
-    ).strip()
+    request = normalize_text(request)
+    match = re.search(rf" ?\b(?:{pattern})\b", request)
+    return (strip_connecting_words(request[: match.start()]) + request[match.end() :]).strip() if match else request
+
+
+def read_choice(question: str) -> list[str]:
+    """Return the two values that a question offers, or nothing if it is another question."""
+    if not question.startswith("Do you mean ") or not question.endswith("?"):
+        return []
+    first, _, second = question.removeprefix("Do you mean ").removesuffix("?").rpartition(" or ")
+    return [first, second] if first and second else []
+
+
+def strip_connecting_words(text: str) -> str:
+    """Return a text without the words at its end that connect what follows: "a ball, and also" becomes "a ball"."""
+    words = text.split(" ")
+    while len(words) > 1:
+        count = next((n for n in (1, 2) if len(words) > n and " ".join(words[-n:]) in CONNECTING_WORDS), 0)
+        if not count:
+            break
+        del words[-count:]
+        words[-1] = words[-1].removesuffix(",")
+    return " ".join(words)

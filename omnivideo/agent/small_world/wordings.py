@@ -6,6 +6,8 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
+from omnivideo.agent.english_rules import WordingPattern
+
 
 @cache
 def load_wordings() -> dict[str, Any]:
@@ -19,16 +21,16 @@ def join_lines(text: str) -> str:
 
 
 @cache
-def load_pattern(name: str) -> re.Pattern[str]:
+def load_pattern(name: str) -> WordingPattern:
     """Return a pattern by its name in the file."""
-    return re.compile(join_lines(load_wordings()[name]))
+    return WordingPattern(join_lines(load_wordings()[name]))
 
 
 @cache
-def load_small_talk() -> tuple[tuple[re.Pattern[str], str], ...]:
+def load_small_talk() -> tuple[tuple[WordingPattern, str], ...]:
     """Return pairs of a pattern and what the MLLM is told instead."""
     return tuple(
-        (re.compile(rf"(?:^|\b)(?:{join_lines(entry['pattern'])})"), entry["said"])
+        (WordingPattern(rf"(?:^|\b)(?:{join_lines(entry['pattern'])})"), entry["said"])
         for entry in load_wordings()["small_talk"]
     )
 

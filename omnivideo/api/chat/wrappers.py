@@ -5,6 +5,8 @@ name of a file, and templates of retrieval, which say where the question stands.
 """
 
 import re
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 # Tags around context, wherever they stand. Any other tag that is not HTML's counts if its block fills whole lines.
@@ -19,11 +21,9 @@ HTML_TAGS = {
     "a", "b", "blockquote", "br", "code", "div", "em", "font", "h1", "h2", "h3", "i", "img", "li", "ol", "p", "pre",
     "s", "small", "span", "strong", "sub", "sup", "table", "td", "th", "think", "tr", "u", "ul", "video",
 }  # fmt: skip
-BLOCK_PATTERN = r"<(?P<tag>[A-Za-z][\w-]*)(?P<attributes>(?:\s[^<>]*)?)>(?P<body>.*?)</(?P=tag)>"
-BLOCK, LINE_BLOCK = (
-    re.compile(BLOCK_PATTERN, re.DOTALL),
-    re.compile(rf"^[ \t]*{BLOCK_PATTERN}", re.DOTALL | re.MULTILINE),
-)
+OPENING_TAG = re.compile(r"<(?P<tag>[A-Za-z][\w-]*+)(?P<attributes>(?:\s[^<>]*+)?+)>")
+LINE_OPENING_TAG = re.compile(rf"^[ \t]*+{OPENING_TAG.pattern}", re.MULTILINE)
+CLOSING_TAG = re.compile(r"</(?P<tag>[A-Za-z][\w-]*+)>")
 FILE_TAG = re.compile(r"<(?:file|attachment|image|video|document)\b(?P<attributes>[^<>]*?)(?P<end>/?)>", re.IGNORECASE)
 ATTRIBUTE = re.compile(r"(?<![\w-])([\w-]++)\s*+=\s*+(\"[^\"]*\"|'[^']*')")
 FILE_NAME = r"[\w()+&,~ .-]{0,120}[\w)]\.[A-Za-z0-9]{1,5}"
@@ -67,6 +67,17 @@ class NamedFile:
 
 
 @dataclass(frozen=True)
+class Block:
+    """A tag (in small letters) with its attributes and body. `start` and `end` are positions in the text."""
+
+    tag: str
+    attributes: str
+    body: str
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
 class SplitText:
     """A message's text, split into the person's `words` and what was wrapped around them."""
 
@@ -96,42 +107,38 @@ class WrapperSplitter:
     def take_words(self, text: str) -> str:
         """Return the text without its wrappers."""
         # Blocks at the start of a line first: instructions before them may show a tag as an example.
-        kept, blocks_end = self.take_blocks(text, LINE_BLOCK)
+        kept, blocks_end = self.take_blocks(text, LINE_OPENING_TAG)
         if INSTRUCTION_HEADING.match(kept) and blocks_end is not None:
             kept = kept[blocks_end:]  # a template's instructions stand before its context, the words after it
         elif TEMPLATE_OPENING.match(kept) and (question := QUESTION_LINE.search(kept)):
             self.documents.append(Document("", (kept[: question.start()] + kept[question.end() :]).strip()))
             kept = question["words"]
-        kept, _ = self.take_blocks(kept, BLOCK)
+        kept, _ = self.take_blocks(kept, OPENING_TAG)
         if self.words:
             return "\n".join(self.words)
         kept = ATTACHED_FENCE.sub(self.take_fence, self.take_lone_file_tags(kept))
         return self.take_sections(kept)
 
-    def take_blocks(self, text: str, pattern: re.Pattern[str]) -> tuple[str, int | None]:
+    def take_blocks(self, text: str, opening: re.Pattern[str]) -> tuple[str, int | None]:
         """Return the text without blocks of tags, and the position after the last of them, None if there is none."""
-        kept, position, blocks_end = "", 0, None
-        for match in pattern.finditer(text):
-            tag = match["tag"].lower()
-            if tag in WORD_TAGS:
-                self.words.append(match["body"].strip())
-            elif tag in CONTEXT_TAGS or (tag not in HTML_TAGS and fills_lines(text, match)):
-                self.take_block(match)
+        taken = []
+        for block in find_blocks(text, opening):
+            if block.tag in WORD_TAGS:
+                self.words.append(block.body.strip())
+            elif block.tag in CONTEXT_TAGS or (block.tag not in HTML_TAGS and fills_lines(text, block)):
+                self.take_block(block)
             else:
                 continue
-            kept += text[position : match.start()]
-            position, blocks_end = match.end(), len(kept)
-        return kept + text[position:], blocks_end
+            taken.append(block)
+        return cut_blocks(text, taken)
 
-    def take_block(self, match: re.Match[str]) -> None:
+    def take_block(self, block: Block) -> None:
         """Collect the documents and the named files of a block."""
-        tag, attributes, body = match["tag"].lower(), read_attributes(match["attributes"]), match["body"]
-        inner_blocks = [inner for inner in BLOCK.finditer(body) if inner["tag"].lower() in CONTEXT_TAGS]
+        tag, attributes = block.tag, read_attributes(block.attributes)
+        inner_blocks = [inner for inner in find_blocks(block.body) if inner.tag in CONTEXT_TAGS]
         for inner in inner_blocks:
             self.take_block(inner)
-        if inner_blocks:
-            body = BLOCK.sub(lambda inner: "" if inner["tag"].lower() in CONTEXT_TAGS else inner[0], body)
-        body = self.take_lone_file_tags(body)
+        body = self.take_lone_file_tags(cut_blocks(block.body, inner_blocks)[0])
         if tag in ("attached_files", "attachments", "files"):
             self.named_files += [to_named_file({"name": line["name"]}) for line in FILE_LINE.finditer(body)]
             body = FILE_LINE.sub("", body)
@@ -189,10 +196,40 @@ class WrapperSplitter:
         return kept
 
 
-def fills_lines(text: str, match: re.Match[str]) -> bool:
-    """Return whether nothing else stands on the lines on which a block begins and ends."""
-    before, after = text[: match.start()].rpartition("\n")[2], text[match.end() :].partition("\n")[0]
-    return not before.strip() and not after.strip() and "\n" in match[0]
+def find_blocks(text: str, opening: re.Pattern[str] = OPENING_TAG) -> Iterator[Block]:
+    """Yield the blocks of tags that do not lie in one another, in order; a block ends at the first tag of its name.
+
+    The closing tags are collected first, so that tags without an end take no longer than others.
+    """
+    closings: dict[str, list[tuple[int, int]]] = {}
+    for match in CLOSING_TAG.finditer(text):
+        closings.setdefault(match["tag"].lower(), []).append(match.span())
+    position = 0
+    for match in opening.finditer(text):
+        tag = match["tag"].lower()
+        ends = closings.get(tag, [])
+        index = bisect_left(ends, (match.end(), 0))
+        if match.start() >= position and index < len(ends):
+            body_end, position = ends[index]
+            yield Block(tag, match["attributes"], text[match.end() : body_end], match.start(), position)
+
+
+def cut_blocks(text: str, blocks: Sequence[Block]) -> tuple[str, int | None]:
+    """Return the text without the blocks, and the position in it after the last of them, None if there is none."""
+    starts, ends = [block.start for block in blocks], [block.end for block in blocks]
+    parts = [text[start:end] for start, end in zip([0, *ends], [*starts, len(text)], strict=True)]
+    return "".join(parts), sum(map(len, parts[:-1])) if blocks else None
+
+
+def fills_lines(text: str, block: Block) -> bool:
+    """Return whether nothing else stands on the lines on which a block begins and ends, and it has several."""
+    before, after = block.start - 1, block.end
+    while before >= 0 and text[before] != "\n" and text[before].isspace():
+        before -= 1
+    while after < len(text) and text[after] != "\n" and text[after].isspace():
+        after += 1
+    is_alone = (before < 0 or text[before] == "\n") and (after == len(text) or text[after] == "\n")
+    return is_alone and "\n" in text[block.start : block.end]
 
 
 def read_attributes(text: str) -> dict[str, str]:

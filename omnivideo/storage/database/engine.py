@@ -21,6 +21,7 @@ from sqlalchemy.exc import DBAPIError, InvalidatePoolError, OperationalError
 
 from omnivideo.errors import InvalidInput, StoreError
 from omnivideo.presets import Preset
+from omnivideo.storage.database.earlier_version import check_unused_by_version_0_1
 from omnivideo.storage.database.postgres import (
     DRIVER_OPTIONS,
     SETTING,
@@ -126,12 +127,13 @@ def upgrade_schema(engine: Engine, revision: str = "head", preset: Preset | None
     Jobs of version 0.1 get the settings that they do not specify from `preset`. A schema of a later version is left
     as it is: migrations only add to it, so this version can run beside a later one.
 
-    Raises StoreError if the database cannot be reached or changed.
+    Raises StoreError if the database cannot be reached or changed, or if processes of version 0.1 use it.
     """
     config = build_alembic_config()
     # Under the lock, PostgreSQL's default is enough; SERIALIZABLE would conflict with processes that are running.
     isolation_level: IsolationLevel = "SERIALIZABLE" if engine.dialect.name == "sqlite" else "READ COMMITTED"
     try:
+        check_unused_by_version_0_1(engine)
         with (
             hold_migration_lock(engine),
             engine.connect().execution_options(isolation_level=isolation_level) as connection,

@@ -25,7 +25,7 @@ DEFAULT_PARAMETERS = {
 }  # fmt: skip
 # A pooler in transaction mode runs each transaction on any of its connections, where a prepared statement of ours may
 # be missing, and another process's may have the same name.
-DRIVER_OPTIONS: dict[str, Any] = {"autocommit": True, "prepare_threshold": None}
+DRIVER_OPTIONS: dict[str, Any] = {"autocommit": True, "prepare_threshold": None, "application_name": "omnivideo"}
 # What libpq and the server say about a connection that they refuse, and how it is said here. The server's own words
 # have names of users, hosts and databases, so they are not passed on.
 REFUSALS = (
