@@ -51,8 +51,8 @@ class Deployment:
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
 
-    def wait_for(self, name: str, *, step: int = 0, ended: bool = False) -> None:
-        deadline = time.monotonic() + 90
+    def wait_for(self, name: str, *, step: int = 0, ended: bool = False, timeout_seconds: float = 90) -> None:
+        deadline = time.monotonic() + timeout_seconds
         while time.monotonic() < deadline:
             status = self.jobs.get_status(name)
             if status.state in ("done", "failed", "cancelled") or (status.step >= step and not ended):

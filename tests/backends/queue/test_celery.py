@@ -162,6 +162,7 @@ serve_celery_worker(settings.broker, read_queue_name(settings), build_worker)
 """
 
 
+@pytest.mark.timeout(1200)
 def test_a_child_that_loads_slowly_is_replaced(tmp_path, weights):
     """Celery kills a child that has not started within 4 s; a large model needs minutes to load, here 30 s."""
     names = [f"slow{number}" for number in range(5)]
@@ -171,9 +172,9 @@ def test_a_child_that_loads_slowly_is_replaced(tmp_path, weights):
             deployment.jobs.submit(build_job(name, 150))
         with deployment.run_worker("-c", SLOW_WORKER) as worker:
             for name in names:
-                deployment.wait_for(name, step=5)
+                deployment.wait_for(name, step=5, timeout_seconds=300)
                 os.kill(find_child(worker), signal.SIGKILL)
-                deployment.wait_for(name, ended=True)
+                deployment.wait_for(name, ended=True, timeout_seconds=300)
     outcomes = [(status.state, status.attempt) for status in map(deployment.jobs.get_status, names)]
     assert outcomes == [("done", 2)] * 5
     deployment.jobs.engine.dispose()
