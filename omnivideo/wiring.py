@@ -146,13 +146,8 @@ class ServiceWiring:
         from omnivideo.storage.database.jobs import JobRepository
 
         settings = self.settings
-        return JobRepository(
-            self.engine,
-            settings.max_queued_jobs,
-            settings.max_open_jobs_per_key,
-            settings.resume_timeout,
-            self.key_limits,
-        )
+        limits = settings.max_queued_jobs, settings.max_open_jobs_per_key
+        return JobRepository(self.engine, *limits, settings.resume_timeout, self.key_limits)
 
     @cached_property
     def key_limits(self) -> KeyLimits:

@@ -209,7 +209,7 @@ def test_many_workers_never_share_a_job(jobs):
 
 def test_an_unreachable_database_is_reported():
     started_at = time.monotonic()
-    with pytest.raises(StoreError, match="database: it does not answer"):
+    with pytest.raises(StoreError, match="database: the server cannot be reached"):
         JobRepository(create_database_engine(f"postgresql://test@127.0.0.1:{free_port()}/postgres")).submit(
             build_job("one")
         )
