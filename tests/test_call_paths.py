@@ -1,5 +1,6 @@
 """Count the files on the call paths that must stay short; see architecture.md."""
 
+import logging
 import subprocess
 import sys
 import threading
@@ -127,6 +128,7 @@ def test_a_prompt_becomes_pixels_through_few_files(tmp_path: Path, monkeypatch: 
 
     closed = threading.Event()
     monkeypatch.setattr(pipeline, "decode_clip", decode_and_wait)
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])  # another test may have left those of a service
     with record_calls(tmp_path / "calls") as recorder:
         wiring = ServiceWiring(load_settings(home=tmp_path / "home"), "cpu")
         with run_api_server(wiring) as address, httpx.Client(base_url=address, timeout=120, trust_env=False) as http:
