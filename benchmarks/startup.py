@@ -32,7 +32,7 @@ GOALS = {"generate: answer": 4.0, "serve: ready": 5.0}  # seconds on an idle mac
 OUTPUT = "clip.mp4"
 # What the commands print, without the terminal's codes. tests/benchmarks/test_startup.py compares it with the CLI.
 TERMINAL_CODES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
-HELP, THREAD, CHAT_CLIP = r"Installation", r"thread \w", r"video /\S+"
+HELP, THREAD, CHAT_CLIP = r"Installation", r"thread \w", r"video\s+/\S+"
 FIRST_STEP = r"\b[1-9]\d*/\d+"  # of the progress bar
 ANSWER = re.escape(OUTPUT)  # the name of the file that was written
 CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
