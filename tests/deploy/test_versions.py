@@ -92,7 +92,8 @@ def test_version_0_1_and_this_one_refuse_each_other(package_0_1, database, tmp_p
         for command in ("migrate", "serve"):
             refused = current.run(command)
             assert refused.returncode == 2 and refused.stderr.count("\n") == 1, refused.stderr
-            assert "0.1" in refused.stderr and "migrate" in refused.stderr, refused.stderr
+            # On PostgreSQL only `migrate` changes tables; `serve` says that it must run first.
+            assert "migrate" in refused.stderr and ("0.1" in refused.stderr or (database and command == "serve"))
         assert fetch_rows(tmp_path, database, "SELECT version_num FROM alembic_version") == [("0002",)]
     assert current.run("migrate").returncode == 0
     assert first.run("serve", "--port", "1").returncode != 0  # it does not know the schema, and changes nothing
