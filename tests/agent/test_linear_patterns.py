@@ -144,14 +144,21 @@ def fill(unit: str, length: int, end: str) -> str:
 
 
 def assert_linear(name: str, apply, units: list[str]) -> None:
-    """Check the growth of the time from SHORT to LONG hostile characters; a slow one is measured again."""
+    """Check the growth of the time from SHORT to LONG hostile characters; a slow one is measured again.
+
+    A pattern that looks ahead up to 200 characters takes a constant time more from there on. From a quarter of LONG on,
+    its time grows like the text, by 4, and a quadratic one by 16.
+    """
     for unit in units:
         for end in ("\nb", "~"):  # whatever must follow, one of these does not
             seconds = measure_seconds(partial(apply, fill(unit, LONG, end)), 1)
             if seconds < MIN_SECONDS * MAX_GROWTH / 3:
                 continue
             short = max(MIN_SECONDS, measure_seconds(partial(apply, fill(unit, SHORT, end)), 50))
-            assert seconds < MAX_GROWTH * short, f"{name}: {seconds / short:.0f} times as long for {unit!r} ... {end!r}"
+            if seconds < MAX_GROWTH * short:
+                continue
+            quarter, whole = (measure_seconds(partial(apply, fill(unit, n, end)), 1) for n in (LONG // 4, LONG))
+            assert whole < 8 * quarter, f"{name}: {seconds / short:.0f} times as long for {unit!r} ... {end!r}"
 
 
 PATTERNS = {name: (pattern, is_whole) for name, pattern, is_whole in find_patterns()}
