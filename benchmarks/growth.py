@@ -31,7 +31,8 @@ from rich.console import Console
 from rich.table import Table
 
 from omnivideo.contracts import ModelIdentity
-from omnivideo.settings import SECONDS_PER_DAY, load_settings
+from omnivideo.errors import SECONDS_PER_DAY
+from omnivideo.settings import load_settings
 from omnivideo.storage.database.schema import metadata
 from omnivideo.wiring import ServiceWiring
 from tests.support.api_server import run_api_server

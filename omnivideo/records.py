@@ -1,12 +1,15 @@
 """What the service stores, as frozen records: users' files, batches and webhooks, keys and their use, and workers."""
 
+from datetime import UTC, datetime
 from typing import Any, Literal
 
 from omnivideo.contracts import FrozenModel
+from omnivideo.errors import SECONDS_PER_DAY
 
 Scope = Literal["read", "generate", "administer"]
 SCOPES: tuple[Scope, ...] = ("read", "generate", "administer")
 DEFAULT_SCOPES: tuple[Scope, ...] = ("read", "generate")
+REQUEST_WINDOW_SECONDS = 60  # in which a key's requests are counted
 
 
 class FileRecord(FrozenModel):
@@ -135,3 +138,8 @@ class UsageRecord(FrozenModel):
     prompt_tokens: int = 0
     answer_tokens: int = 0
     stored_bytes: int = 0
+
+    @property
+    def date(self) -> str:
+        """The day as YYYY-MM-DD."""
+        return datetime.fromtimestamp(self.day * SECONDS_PER_DAY, UTC).date().isoformat()

@@ -10,11 +10,10 @@ from pydantic import BeforeValidator, Field, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
-from omnivideo.errors import InvalidInput
+from omnivideo.errors import SECONDS_PER_DAY, InvalidInput
 from omnivideo.presets import Precision
 from omnivideo.validation import describe_errors
 
-SECONDS_PER_DAY = 86_400
 # Patterns with their descriptions, which error messages contain.
 HttpUrl = Annotated[
     str,

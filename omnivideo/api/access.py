@@ -19,10 +19,9 @@ from fastapi.security.utils import get_authorization_scheme_param
 from omnivideo.api.errors import APIError, format_quota
 from omnivideo.api.stores import APIKeyStore, UsageStore
 from omnivideo.errors import LimitReached
-from omnivideo.records import SCOPES, APIKeyRecord, KeyLimits, RequestWindow, Scope
+from omnivideo.records import REQUEST_WINDOW_SECONDS, SCOPES, APIKeyRecord, KeyLimits, RequestWindow, Scope
 from omnivideo.settings import ServiceSettings
 
-WINDOW_SECONDS = 60
 READING_METHODS = ("GET", "HEAD")
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]")
 HOST_WITH_PORT = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^:\[\]]*)(?::\d{1,5})?")
@@ -69,7 +68,7 @@ class AccessControl:
         window = self.usage.count_request(key.id)
         if window.request_count > quota:
             message = f"requests: this key may send {quota} a minute; try again in {math.ceil(window.seconds_left)} s"
-            raise LimitReached(message, window.seconds_left, "requests", quota, WINDOW_SECONDS)
+            raise LimitReached(message, window.seconds_left, "requests", quota, REQUEST_WINDOW_SECONDS)
         return Access(key, limits, build_request_headers(quota, window))
 
     def find_key(self, authorization: str | None) -> APIKeyRecord:
@@ -106,7 +105,7 @@ def require_scope(key: APIKeyRecord, scope: Scope) -> None:
 def build_request_headers(quota: int, window: RequestWindow) -> dict[str, str]:
     """Return the headers of the IETF's draft, and those of OpenAI's API, for the requests that are left."""
     left, seconds = max(0, quota - window.request_count), math.ceil(window.seconds_left)
-    return format_quota("requests", quota, WINDOW_SECONDS, left, seconds) | {
+    return format_quota("requests", quota, REQUEST_WINDOW_SECONDS, left, seconds) | {
         "x-ratelimit-limit-requests": str(quota),
         "x-ratelimit-remaining-requests": str(left),
         "x-ratelimit-reset-requests": f"{seconds}s",

@@ -180,10 +180,9 @@ def show_usage(
     rows = build_wiring().usage.list_usage(key_id, days)
     table = [("date", "key", *(name.replace("_", " ") for name in USAGE_COLUMNS))]
     for row in rows:
-        date = datetime.fromtimestamp(row.day * SECONDS_PER_DAY, UTC).date().isoformat()
         counts = (getattr(row, name) for name in USAGE_COLUMNS)
         table.append(
-            (date, row.owner, *(f"{count:.1f}" if isinstance(count, float) else str(count) for count in counts))
+            (row.date, row.owner, *(f"{count:.1f}" if isinstance(count, float) else str(count) for count in counts))
         )
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for line in table:

@@ -126,14 +126,19 @@ def list_hostile_units(pattern: re.Pattern) -> list[str]:
     return list(dict.fromkeys(units))
 
 
+def measure_once(call: Callable[[], object], repeats: int = 1) -> float:
+    """Return the processor time of a call in seconds, the mean of one series."""
+    started_at = time.thread_time()
+    for _ in range(repeats):
+        call()
+    return (time.thread_time() - started_at) / repeats
+
+
 def measure_seconds(call: Callable[[], object], repeats: int) -> float:
     """Return the least time of a call in three series, or of the first series if it is short or very long."""
     best = float("inf")
     for _ in range(3):
-        started_at = time.thread_time()
-        for _ in range(repeats):
-            call()
-        best = min(best, (time.thread_time() - started_at) / repeats)
+        best = min(best, measure_once(call, repeats))
         if best > 0.5 or best < MIN_SECONDS * MAX_GROWTH / 3:
             break
     return best
@@ -217,15 +222,16 @@ def test_words_that_are_replaced_in_a_turn_take_linear_time():
 
 
 def test_a_turn_of_the_small_world_is_read_in_linear_time():
-    """A turn of many actions takes a tenth of a second for 1,000 characters, so it is measured once."""
-    context, seconds = Context(TINY, medium="image", number=1), []
+    """A turn of many actions takes a tenth of a second for 1,000 characters, so only a slow one is measured again."""
+    context = Context(TINY, medium="image", number=1)
     for unit in (" ", ".", ", ", "ha", "undo, ", "results ", "a red ball. ", "blue. ", "make it blue. ", "the one "):
-        for length in (LONG // 4, LONG):
-            text = "a red ball. " + fill(unit, length, "~")
-            started_at = time.thread_time()
-            read_turn(text, context)
-            seconds.append(time.thread_time() - started_at)
-        assert seconds[-1] < 10 * max(0.01, seconds[-2]), f"{seconds[-2:]} s for {unit!r}"
+        quarter, whole = (
+            partial(read_turn, "a red ball. " + fill(unit, length, "~"), context) for length in (LONG // 4, LONG)
+        )
+        seconds = measure_once(quarter), measure_once(whole)
+        if seconds[1] >= 10 * max(0.01, seconds[0]):  # a collection of garbage may have fallen into it
+            seconds = measure_seconds(quarter, 1), measure_seconds(whole, 1)
+        assert seconds[1] < 10 * max(0.01, seconds[0]), f"{seconds} s for {unit!r}"
 
 
 def apply_all_rules(text: str) -> None:

@@ -15,7 +15,6 @@ from omnivideo.agent.small_world.wordings import load_pattern
 
 ADDITION = re.compile(r"^(?:and|with|plus|also) (?:an?|another|two|three) ")
 CONNECTING_WORDS = {"and", "but", "that is", "all", "completely", "also", "entirely"}
-MAX_SPLIT_CHARS = 300  # of a sentence with two results; the time of its pattern is not linear
 ATTRIBUTES = ("colour", "size", "motion", "go", "direction", "speed", "region", "ground")
 CONTENT = (
     *ATTRIBUTES, "shape", "plural", "resize", "longer", "task", "reference", "rest", "make", "draw", "add", "remove",
@@ -73,7 +72,7 @@ def is_only_object(name: str, context: Context) -> bool:
 def split_results(text: str) -> list[str]:
     """Return a request for each of two results of one sentence; [] for other texts."""
     normalized = normalize_text(text).strip(" .!?")
-    if len(normalized) > MAX_SPLIT_CHARS:
+    if len(normalized) > english_rules.MAX_WORDING_CHARS:
         return []
     if match := load_pattern("both_media").fullmatch(normalized):
         return [f"a {match[1]} of {match[3]}", f"a {match[2]} of {match[3]}"] if match[1] != match[2] else []

@@ -1,6 +1,5 @@
 """What a key has used by day, and what it may use."""
 
-from datetime import UTC, datetime
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query, Request
@@ -10,7 +9,6 @@ from omnivideo.api.access import Access, require_scope
 from omnivideo.api.dependencies import ID_DESCRIPTION, ID_PATTERN, ContextDep, OwnerDep
 from omnivideo.api.errors import ERROR_RESPONSES
 from omnivideo.api.request_body import ServiceRoute
-from omnivideo.errors import SECONDS_PER_DAY
 from omnivideo.records import KeyLimits, UsageRecord
 
 router = APIRouter(route_class=ServiceRoute, prefix="/v1/usage", tags=["usage"], responses=ERROR_RESPONSES)
@@ -73,9 +71,8 @@ def get_usage(
 
 
 def to_usage_day(record: UsageRecord) -> UsageDay:
-    date = datetime.fromtimestamp(record.day * SECONDS_PER_DAY, UTC).date().isoformat()
     fields = record.model_dump(exclude={"owner", "day", "device_seconds"})
-    return UsageDay(date=date, key=record.owner, device_seconds=round(record.device_seconds, 3), **fields)
+    return UsageDay(date=record.date, key=record.owner, device_seconds=round(record.device_seconds, 3), **fields)
 
 
 def to_usage_limits(limits: KeyLimits) -> UsageLimits:

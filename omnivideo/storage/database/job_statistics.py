@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, case, delete, func, insert, select, update
+from sqlalchemy import ColumnElement, Connection, case, delete, func, select, update
 
 from omnivideo.contracts import JOB_SECONDS, DurationCounts, JobDurations
 from omnivideo.storage.database.job_rows import LANES
@@ -70,26 +70,25 @@ class JobStatistics(Repository):
             rows = connection.execute(delete(jobs).where(jobs.c.id.in_(job_ids)).returning(*columns)).all()
             for lane, state in sorted({(row.lane, row.state) for row in rows}):
                 same_kind = [row for row in rows if (row.lane, row.state) == (lane, state)]
-                add_to_totals(connection, lane, state, same_kind)
+                self.add_to_totals(connection, lane, state, same_kind)
         return len(rows)
 
-
-def add_to_totals(connection: Connection, lane: int, state: str, rows: Sequence[Any]) -> None:
-    """Add jobs of one lane and state to the totals."""
-    is_kind = (job_totals.c.lane == lane) & (job_totals.c.state == state)
-    total = connection.execute(select(job_totals).where(is_kind).with_for_update()).one_or_none()
-    timed = [row for row in rows if state == "done" and row.started_at is not None and row.ended_at is not None]
-    queued = tally_durations(row.started_at - row.created_at for row in timed)
-    generated = tally_durations(row.ended_at - row.started_at for row in timed)
-    values = {
-        "jobs": len(rows) + (total.jobs if total else 0),
-        "steps": sum(row.step for row in timed) + (total.steps if total else 0),
-        "queued": add_counts(queued, DurationCounts(**total.queued) if total else NO_DURATIONS).model_dump(),
-        "generated": add_counts(generated, DurationCounts(**total.generated) if total else NO_DURATIONS).model_dump(),
-    }
-    if total is None:
-        connection.execute(insert(job_totals).values(lane=lane, state=state, **values))
-    else:
+    def add_to_totals(self, connection: Connection, lane: int, state: str, rows: Sequence[Any]) -> None:
+        """Add jobs of one lane and state to the totals; the row is there before it is read, whoever else adds."""
+        nothing = {"jobs": 0, "steps": 0, "queued": NO_DURATIONS.model_dump(), "generated": NO_DURATIONS.model_dump()}
+        first = self.insert_into(job_totals).values(lane=lane, state=state, **nothing)
+        connection.execute(first.on_conflict_do_nothing())
+        is_kind = (job_totals.c.lane == lane) & (job_totals.c.state == state)
+        total = connection.execute(select(job_totals).where(is_kind).with_for_update()).one()
+        timed = [row for row in rows if state == "done" and row.started_at is not None and row.ended_at is not None]
+        queued = tally_durations(row.started_at - row.created_at for row in timed)
+        generated = tally_durations(row.ended_at - row.started_at for row in timed)
+        values = {
+            "jobs": len(rows) + total.jobs,
+            "steps": sum(row.step for row in timed) + total.steps,
+            "queued": add_counts(queued, DurationCounts(**total.queued)).model_dump(),
+            "generated": add_counts(generated, DurationCounts(**total.generated)).model_dump(),
+        }
         connection.execute(update(job_totals).where(is_kind).values(values))
 
 

@@ -83,13 +83,10 @@ class Repository:
 
         The first statement must write, so that SQLite waits for other writers before it reads.
         """
-        isolation_level: IsolationLevel = "SERIALIZABLE" if self.engine.dialect.name == "sqlite" else "READ COMMITTED"
-        with self.connect() as connection:
-            in_transaction = connection.execution_options(isolation_level=isolation_level)
-            with in_transaction.begin():
-                rows = in_transaction.execute(statement).all()
-                if rows and (next_statement := build_next(rows)) is not None:
-                    in_transaction.execute(next_statement)
+        with self.begin() as connection:
+            rows = connection.execute(statement).all()
+            if rows and (next_statement := build_next(rows)) is not None:
+                connection.execute(next_statement)
         return rows
 
     def fetch_in_turn(self, name: str, statement: Executable) -> Sequence[Row[Any]]:
@@ -99,11 +96,9 @@ class Repository:
         """
         if self.engine.dialect.name == "sqlite":
             return self.fetch_all(statement)
-        with self.connect() as connection:
-            in_transaction = connection.execution_options(isolation_level="READ COMMITTED")
-            with in_transaction.begin():
-                in_transaction.execute(select(func.pg_advisory_xact_lock(func.hashtextextended(name, 0))))
-                return in_transaction.execute(statement).all()
+        with self.begin() as connection:
+            connection.execute(select(func.pg_advisory_xact_lock(func.hashtextextended(name, 0))))
+            return connection.execute(statement).all()
 
     @contextmanager
     def connect(self) -> Iterator[Connection]:
@@ -124,15 +119,12 @@ class Repository:
 
     @contextmanager
     def begin(self) -> Iterator[Connection]:
-        """Run several statements in one transaction."""
-        level = "SERIALIZABLE" if self.engine.dialect.name == "sqlite" else "READ COMMITTED"
-        try:
-            with self.engine.connect().execution_options(isolation_level=level) as connection, connection.begin():
-                yield connection
-        except PoolTimeout as error:
-            raise StoreError("database: too many requests at once; try again later") from error
-        except DBAPIError as error:
-            raise StoreError("database: it does not answer; try again later") from error
+        """Run several statements in one transaction. Raises StoreError, as `connect` does."""
+        level: IsolationLevel = "SERIALIZABLE" if self.engine.dialect.name == "sqlite" else "READ COMMITTED"
+        with self.connect() as connection:
+            in_transaction = connection.execution_options(isolation_level=level)
+            with in_transaction.begin():
+                yield in_transaction
 
     def announce_object(self, key: str) -> None:
         """Record that the service is about to write an object, so that the sweep knows it for one of the service's."""

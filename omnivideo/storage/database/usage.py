@@ -29,12 +29,11 @@ from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.expression import FunctionElement
 
 from omnivideo.errors import SECONDS_PER_DAY, LimitReached, compute_seconds_until_midnight
-from omnivideo.records import KeyLimits, RequestWindow, UsageRecord
+from omnivideo.records import REQUEST_WINDOW_SECONDS, KeyLimits, RequestWindow, UsageRecord
 from omnivideo.storage.database.repository import Repository, record_from_row, unix_now
 from omnivideo.storage.database.schema import api_keys, jobs, request_windows, usage_days
 
 ADMIN_OWNER = "admin"
-WINDOW_SECONDS = 60
 USAGE_LIFETIME_DAYS = 400
 COUNTED_COLUMNS = tuple(column for column in usage_days.columns if column.name not in ("owner", "day"))
 # What is limited by the day: the columns of api_keys and of usage_days, and the limit's name.
@@ -156,14 +155,14 @@ class UsageRepository(UsageCounter):
     def count_request(self, owner: str) -> RequestWindow:
         """Count a request of the owner in the current minute, which begins with the first request after the last."""
         count = request_windows.c.request_count
-        has_ended = request_windows.c.started_at <= unix_now() - WINDOW_SECONDS
+        has_ended = request_windows.c.started_at <= unix_now() - REQUEST_WINDOW_SECONDS
         insertion = self.insert_into(request_windows).values(owner=owner, started_at=unix_now(), request_count=1)
         update = {
             "started_at": case((has_ended, unix_now()), else_=request_windows.c.started_at),
             "request_count": case((has_ended, 1), else_=count + 1),
         }
         upsert = insertion.on_conflict_do_update(index_elements=[request_windows.c.owner], set_=update)
-        seconds_left = request_windows.c.started_at + WINDOW_SECONDS - unix_now()
+        seconds_left = request_windows.c.started_at + REQUEST_WINDOW_SECONDS - unix_now()
         row = self.fetch_one(upsert.returning(count, seconds_left.label("seconds_left")))
         assert row is not None
         return RequestWindow(request_count=row.request_count, seconds_left=max(0.0, row.seconds_left))
