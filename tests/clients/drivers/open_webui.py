@@ -19,9 +19,9 @@ PORT = SETTINGS["PORT"]
 HEALTH_CHECK = [part.replace("8080", PORT) for part in json.loads(SETTINGS.pop("HEALTH_CHECK"))]
 HOME = f"http://127.0.0.1:{PORT}"
 START = f"from open_webui import app; app(['serve', '--host', '127.0.0.1', '--port', '{PORT}'])"
-ANSWERS = "#messages-container .markdown-prose, #messages-container .prose"
-STOP_BUTTON = 'button:has(path[d^="M2.25 12c0-5.385"])'  # it has no name
-HAS_BEGUN = "() => /Generating|left/.test([...document.querySelectorAll('[id^=message-]')].at(-1)?.innerText ?? '')"
+MESSAGES = "#messages-container [id^=message-]:not(.user-message)"
+ANSWERS = f"{MESSAGES} .markdown-prose"
+HAS_BEGUN = f"() => /Generating|left/.test([...document.querySelectorAll('{MESSAGES}')].at(-1)?.innerText ?? '')"
 PERSON = {"name": "Ada", "email": "ada@example.com", "password": "correct-horse-battery"}
 
 
@@ -71,12 +71,12 @@ class ChatPage:
         return self.read()
 
     def regenerate(self) -> dict:
-        self.page.locator(".regenerate-response-button").last.click(force=True)
+        self.page.get_by_label("Regenerate").last.click()
         self.page.wait_for_timeout(1000)
         return self.read()
 
     def continue_answer(self) -> dict:
-        self.page.locator("#continue-response-button").click(force=True)
+        self.page.get_by_label("Continue Response").last.click()
         self.page.wait_for_timeout(1000)
         return self.read()
 
@@ -84,7 +84,7 @@ class ChatPage:
         """Send a message, and press the button that stops its answer once something is being generated."""
         self.submit(text)
         self.page.wait_for_function(HAS_BEGUN, timeout=90_000)
-        self.page.locator(STOP_BUTTON).click()
+        self.page.get_by_label("Stop", exact=True).click()
         self.page.wait_for_timeout(1000)
 
     def read(self) -> dict:
@@ -135,11 +135,13 @@ def hold_conversation(page: Page, token: str) -> None:
 def open_page(playwright: Playwright, token: str) -> Page:
     """Return the page of a new chat, signed in."""
     page = launch_browser(playwright).new_page(viewport={"width": 1100, "height": 1300})
-    page.add_init_script(f"localStorage.token = {json.dumps(token)}; localStorage.version = '0.12.4'")
+    page.add_init_script(f"localStorage.token = {json.dumps(token)}")
     page.goto(HOME)
     page.set_default_timeout(60_000)
     try:
         page.wait_for_selector("#chat-input", timeout=120_000)
+        page.get_by_role("button", name="Okay, Let's Go!").click()  # the release notes, shown to an administrator
+        page.wait_for_selector("#chat-input:visible")
     finally:
         save_screenshot(page, FOLDER, "open-webui-0")
     return page
