@@ -217,11 +217,14 @@ class Thread:
         return self.graph.get_state(self.config).created_at or ""
 
     def get_turns(self) -> list[Turn]:
-        return [Turn(**turn) for turn in self.graph.get_state(self.config).values.get("turns", [])]
+        return [Turn.parse_stored(turn) for turn in self.graph.get_state(self.config).values.get("turns", [])]
 
     def get_artifacts(self) -> list[Artifact]:
         """Return every attached or generated artifact, in order."""
-        return [Artifact(**artifact) for artifact in self.graph.get_state(self.config).values.get("artifacts", [])]
+        return [
+            Artifact.parse_stored(artifact)
+            for artifact in self.graph.get_state(self.config).values.get("artifacts", [])
+        ]
 
     def has_file(self, key: str) -> bool:
         """Return whether a key is that of an artifact of this thread, of its manifest, or of a file that was saved."""

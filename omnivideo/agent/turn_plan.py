@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from omnivideo.agent import english_rules
 from omnivideo.agent.commands import find_command
 from omnivideo.agent.mllm_plan import (
@@ -50,6 +52,9 @@ class PlannedAction:
     details: dict[str, Any] = field(default_factory=dict)
 
 
+ACTIONS_ADAPTER = TypeAdapter(list[PlannedAction])  # reads those that a checkpoint holds
+
+
 def to_state(actions: Sequence[PlannedAction]) -> dict[str, Any]:
     """Return the entries of the planner's state for the actions."""
     return {
@@ -88,9 +93,9 @@ def plan_turn(
 
     `descriptions` receives the MLLM's descriptions of the artifacts that it had to look at.
     """
-    artifacts = [Artifact(**artifact) for artifact in state.get("artifacts", []) + state["attachments"]]
+    artifacts = [Artifact.parse_stored(artifact) for artifact in state.get("artifacts", []) + state["attachments"]]
     if prompts.plan is not None:
-        system = prompts.add_background(prompts.plan, TurnOptions(**state["options"]).background)
+        system = prompts.add_background(prompts.plan, TurnOptions.parse_stored(state["options"]).background)
         return plan_by_mllm(text, artifacts, mllm, system or prompts.plan)
     if not reads_words(preset):
         return [PlannedAction(action) for action in english_rules.split_actions(text)]

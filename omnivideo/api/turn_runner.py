@@ -18,7 +18,15 @@ from omnivideo.api.stores import UsageStore
 from omnivideo.contracts import OPEN_STATES, Artifact, Lane
 from omnivideo.errors import ArtifactNotFound, InvalidInput, JobCancelled, ModelUnavailable, OmniVideoError, StoreError
 from omnivideo.ports import JobStore, TurnStore
-from omnivideo.turns import MAX_PROCESS_LOSSES, QuestionAsked, TurnCompleted, TurnEvent, TurnRecord, WaitingNotice
+from omnivideo.turns import (
+    MAX_PROCESS_LOSSES,
+    QuestionAsked,
+    TurnCompleted,
+    TurnEvent,
+    TurnOptions,
+    TurnRecord,
+    WaitingNotice,
+)
 
 log = logging.getLogger("omnivideo.api")
 TRACER = trace.get_tracer("omnivideo.api")
@@ -364,8 +372,9 @@ class TurnRunner:
         else:
             if thread.has_unfinished_turn():
                 thread.roll_back(turn.number - 1)
-            attachments = [Artifact(**attachment) for attachment in turn.body["attachments"]]
-            yield from thread.send(turn.body["text"], attachments, **turn.body["options"])
+            attachments = [Artifact.parse_stored(attachment) for attachment in turn.body["attachments"]]
+            options = TurnOptions.parse_stored(turn.body["options"]).model_dump()
+            yield from thread.send(turn.body["text"], attachments, **options)
 
     # ------------------------------------------------------------ heartbeats
 

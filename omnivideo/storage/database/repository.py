@@ -220,7 +220,7 @@ def select_values(table: Table, values: dict[str, Any]) -> Select[Any]:
 
 def record_from_row(record_type: type[Record], row: Row[Any]) -> Record:
     """Return the columns of a row that the record type names, as a record."""
-    return record_type(**{name: getattr(row, name) for name in record_type.model_fields})
+    return record_type.parse_stored({name: getattr(row, name) for name in record_type.model_fields})
 
 
 def retry_while_unavailable(operation: Callable[[], Answer]) -> Answer:

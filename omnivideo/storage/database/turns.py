@@ -17,7 +17,7 @@ from sqlalchemy.exc import IntegrityError
 from omnivideo.contracts import OPEN_STATES, Change, Lane
 from omnivideo.errors import InvalidInput
 from omnivideo.storage.database.notifications import AsyncWatch, turn_topic
-from omnivideo.storage.database.repository import Repository, find_object_keys, select_values, unix_now
+from omnivideo.storage.database.repository import Repository, find_object_keys, record_from_row, select_values, unix_now
 from omnivideo.storage.database.schema import chat_threads, threads, turn_events, turns
 from omnivideo.turns import MAX_PROCESS_LOSSES, ThreadRecord, TurnEvents, TurnRecord
 
@@ -119,16 +119,16 @@ class TurnRepository(Repository):
             list(values), select_values(turns, values).where(~has_open_turn)
         )
         row = self.fetch_one(insertion.on_conflict_do_nothing().returning(turns))
-        return None if row is None else turn_from_row(row)
+        return None if row is None else record_from_row(TurnRecord, row)
 
     def get_turn(self, turn_id: str, owner: str) -> TurnRecord | None:
         row = self.fetch_one(select(turns).where(turns.c.id == turn_id, turns.c.owner == owner))
-        return None if row is None else turn_from_row(row)
+        return None if row is None else record_from_row(TurnRecord, row)
 
     def list_turns(self, thread_id: str) -> list[TurnRecord]:
         """Return the turns of a thread, the oldest first."""
         query = select(turns).where(turns.c.thread_id == thread_id).order_by(turns.c.created_at)
-        return [turn_from_row(row) for row in self.fetch_all(query)]
+        return [record_from_row(TurnRecord, row) for row in self.fetch_all(query)]
 
     def has_open_turn(self, owner: str, exclude_lane: Lane) -> bool:
         """Return whether a turn of the owner is queued or running in another lane than this one."""
@@ -155,7 +155,7 @@ class TurnRepository(Repository):
         }  # fmt: skip
         claim = update(turns).where(turns.c.id == next_id, is_claimable).values(values)
         row = self.fetch_one(claim.returning(turns))
-        return None if row is None else turn_from_row(row)
+        return None if row is None else record_from_row(TurnRecord, row)
 
     def fail_poisonous_turns(self, heartbeat_timeout_seconds: float, error: dict[str, Any]) -> list[str]:
         """End the lost turns that have stopped MAX_PROCESS_LOSSES processes, and return their ids."""
@@ -259,7 +259,3 @@ def match_attempt(turn: TurnRecord) -> ColumnElement[bool]:
 def match_lost(heartbeat_timeout_seconds: float) -> ColumnElement[bool]:
     """Match the running turns whose process has sent no heartbeat for the given time."""
     return and_(turns.c.state == "running", turns.c.heartbeat_at < unix_now() - heartbeat_timeout_seconds)
-
-
-def turn_from_row(row: Row[Any]) -> TurnRecord:
-    return TurnRecord(**{name: getattr(row, name) for name in TurnRecord.model_fields})
