@@ -58,7 +58,7 @@ class TurnRepository(Repository):
         """
         values = {
             "id": thread_id, "client_id": client_id or thread_id, "owner": owner, "created_at": unix_now(),
-            "deleted": False, "forked_from": forked_from, "forked_after": forked_after,
+            "used_at": unix_now(), "deleted": False, "forked_from": forked_from, "forked_after": forked_after,
         }  # fmt: skip
         is_taken = client_id is not None and self.get_thread(owner, client_id) is not None
         try:
@@ -118,8 +118,9 @@ class TurnRepository(Repository):
         insertion = self.insert_into(turns).from_select(
             list(values), select_values(turns, values).where(~has_open_turn)
         )
-        row = self.fetch_one(insertion.on_conflict_do_nothing().returning(turns))
-        return None if row is None else record_from_row(TurnRecord, row)
+        use = update(threads).where(threads.c.id == thread_id).values(used_at=unix_now())
+        rows = self.fetch_and_follow(insertion.on_conflict_do_nothing().returning(turns), lambda _: use)
+        return record_from_row(TurnRecord, rows[0]) if rows else None
 
     def get_turn(self, turn_id: str, owner: str) -> TurnRecord | None:
         row = self.fetch_one(select(turns).where(turns.c.id == turn_id, turns.c.owner == owner))
