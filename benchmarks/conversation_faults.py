@@ -16,14 +16,14 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 
 from benchmarks.cluster import START_SECONDS
 from tests.support.servers import free_port
 
-RED, BLUE = "a picture of a red circle", "make it blue"
+RED, BLUE, GREEN = "a picture of a red circle", "make it blue", "a picture of a green star"
 # The words of a conversation that passes through each node. A reply follows a turn that asks.
 CONVERSATIONS: dict[str, list[str]] = {
     "plan": [RED], "search": [RED], "refer": [RED], "think": [RED], "route": [RED], "generate": [RED], "check": [RED],
@@ -77,10 +77,10 @@ class EmbeddedService:
             time.sleep(0.1)
         raise RuntimeError(f"the service did not start; see {self.folder}/api.log")
 
-    def kill_in(self, node: str) -> Path:
-        """Let the process kill itself when it next leaves a node, and return a file that exists until then."""
+    def disturb_node(self, node: str, fault: Literal["kill", "raise"]) -> Path:
+        """Let a node kill its process or raise an exception when it has next run; the file exists until then."""
         file = self.kills / node
-        file.touch()
+        file.write_text(fault)
         return file
 
     def kill(self) -> None:
@@ -153,7 +153,7 @@ def kill_turns_at_every_node(folder: Path, nodes: list[str] | None = None) -> Fa
         expected = {node: hold_conversation(service, node, texts) for node, texts in conversations.items()}
     with run_embedded(folder / "killed") as service:
         for node, texts in conversations.items():
-            file = service.kill_in(node)
+            file = service.disturb_node(node, "kill")
             outcomes = hold_conversation(service, node, texts)
             if file.exists():
                 raise RuntimeError(f"the conversation {texts} does not pass through {node}: {outcomes}")
@@ -163,6 +163,30 @@ def kill_turns_at_every_node(folder: Path, nodes: list[str] | None = None) -> Fa
             result.same_result += sum(a[:2] == b[:2] for a, b in zip(outcomes, expected[node], strict=True))
             if outcomes != expected[node]:
                 print(node, outcomes, expected[node])
+    result.seconds = (time.perf_counter() - start) / max(1, result.runs)
+    return result
+
+
+def fail_turns_at_every_node(folder: Path) -> FaultResult:
+    """Raise an unexpected exception in each node of the graph; the next message must return its own result.
+
+    "done once" counts the turns that ended well or with the error, "same result" the next messages with their clips.
+    """
+    result, start = FaultResult("exceptions, at every node"), time.perf_counter()
+    with run_embedded(folder) as service:
+        expected = hold_conversation(service, "undisturbed", [GREEN])
+        for node, texts in CONVERSATIONS.items():
+            file = service.disturb_node(node, "raise")
+            *outcomes, following = hold_conversation(service, node, [*texts, GREEN])
+            if file.exists():
+                raise RuntimeError(f"the conversation {texts} does not pass through {node}: {outcomes}")
+            states = [state for state, _, _ in outcomes]
+            result.runs += 1
+            result.wanted += 1
+            result.done_once += states.count("failed") == 1 and {"failed", "done", "asks"} >= set(states)
+            result.same_result += following[:2] == expected[0][:2]
+            if following[:2] != expected[0][:2] or states.count("failed") != 1:
+                print(node, outcomes, following, expected)
     result.seconds = (time.perf_counter() - start) / max(1, result.runs)
     return result
 

@@ -3,7 +3,8 @@
 python -m benchmarks.killed_at FOLDER serve --port 8000
 
 The process is killed when a node has done its work and nothing of it is stored yet, if the folder has a file with the
-node's name. The file is removed first, so that the process that is started again goes on.
+node's name. The file is removed first, so that the process that is started again goes on. If the file says "raise", the
+node raises an exception instead.
 """
 
 import os
@@ -22,7 +23,10 @@ def kill_once_after(method: Callable[..., Any], file: Path) -> Callable[..., Any
     def run_node(*arguments: Any) -> Any:
         updates = method(*arguments)
         if file.exists():
+            fault = file.read_text()
             file.unlink()
+            if fault == "raise":
+                raise RuntimeError("this fault was asked for")
             os.kill(os.getpid(), signal.SIGKILL)
         return updates
 

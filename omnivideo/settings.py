@@ -15,7 +15,6 @@ from omnivideo.presets import Precision
 from omnivideo.validation import describe_errors
 
 
-
 def check_idle_seconds(seconds: int) -> int:
     if seconds and seconds < 3600:
         raise ValueError("allowed: 0, or 3600 or more")

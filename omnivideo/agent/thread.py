@@ -195,6 +195,15 @@ class Thread:
         }
         self.update_state(snapshot.config, updates)
 
+    def remove_turns_after(self, num_turns: int) -> None:
+        """Return to the state after `num_turns` turns, and remove what later checkpoints have."""
+        snapshot = self.find_snapshot_after(num_turns)
+        assert snapshot is not None, "a thread keeps the states between its turns"
+        self.roll_back(num_turns)
+        newest = self.graph.get_state(self.config)
+        ids = [state.config["configurable"]["checkpoint_id"] for state in (snapshot, newest)]
+        self.graph.checkpointer.delete_branch(self.id, *ids)
+
     async def asend(
         self, text: str, attachments: Sequence[str | Path | Artifact] = (), **options: object
     ) -> AsyncIterator[TurnEvent]:

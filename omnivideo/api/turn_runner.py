@@ -187,6 +187,31 @@ class TurnRunner:
         for turn in self.turns.delete_thread(thread.id):
             self.cancel_turn(turn)
 
+    def delete_turn(self, turn: TurnRecord) -> None:
+        """Delete a turn, which is cancelled if it is open, and all that the thread keeps of it.
+
+        The first turn takes its thread with it. Raises APIError (409) if later turns continue this one.
+        """
+        self.cancel_turn(turn)
+        self.turns.wait_for_end(turn.id, turn.owner)
+        others = [other for other in self.turns.list_turns(turn.thread_id) if other.id != turn.id]
+        ended_turn = self.turns.get_turn(turn.id, turn.owner)
+        if ended_turn is None:
+            return
+        has_state = ended_turn.state in ("done", "asks")
+        is_continued = any(
+            other.created_at > turn.created_at and other.state not in ("failed", "cancelled") for other in others
+        )
+        if (has_state and is_continued) or not self.turns.begin_deletion(turn):
+            raise APIError(409, "id: later turns continue this one; delete those first, or the thread", "id", "busy")
+        thread = self.get_thread(turn.owner, turn.thread_id)
+        # A turn whose deletion was interrupted has failed, although the thread has it.
+        if ended_turn.state == "asks" or (not is_continued and len(thread.get_turns()) == turn.number):
+            thread.remove_turns_after(turn.number - 1)
+        self.turns.discard_turn(turn)
+        if turn.number == 1 and not others:
+            self.delete_thread(turn.owner, turn.thread_id)
+
     def find_live_turn(self, owner: str, turn_id: str) -> TurnRecord | None:
         """Return the owner's turn; wait until a cancelled one ends.
 

@@ -63,6 +63,10 @@ class CompactingSaver(ABC):
         """Delete the checkpoints between two others."""
 
     @abstractmethod
+    def list_packed_digests(self, thread_id: str) -> set[str]:
+        """Return the digests of the last items of every packed checkpoint."""
+
+    @abstractmethod
     def read_growing_values(self, thread_id: str, checkpoint_id: str) -> dict[str, Any]:
         """Return the values of GROWING_CHANNELS in a checkpoint that is not packed."""
 
@@ -102,6 +106,21 @@ class CompactingSaver(ABC):
     def delete_thread(self, thread_id: str) -> None:
         super().delete_thread(thread_id)  # type: ignore[misc]
         self.fetch_rows("DELETE FROM checkpoint_items WHERE thread_id = ?", (thread_id,))
+
+    def delete_branch(self, thread_id: str, after_id: str, before_id: str) -> None:
+        """Delete the checkpoints between two others, with all values and items that no other checkpoint has."""
+        self.delete_steps(thread_id, after_id, before_id)
+        query = "SELECT digest, previous FROM checkpoint_items WHERE thread_id = ?"
+        previous = {str(digest): str(before) for digest, before in self.fetch_rows(query, (thread_id,))}
+        kept = set[str]()
+        for last in self.list_packed_digests(thread_id):
+            digest = last
+            while digest in previous and digest not in kept:
+                kept.add(digest)
+                digest = previous[digest]
+        for digest in previous.keys() - kept:
+            statement = "DELETE FROM checkpoint_items WHERE thread_id = ? AND digest = ?"
+            self.fetch_rows(statement, (thread_id, digest))
 
     def list_thread_ids(self) -> Iterator[str]:
         rows = self.fetch_rows("SELECT DISTINCT thread_id FROM checkpoints ORDER BY thread_id")
@@ -180,6 +199,11 @@ class CompactSqliteSaver(CompactingSaver, SqliteSaver):
             bounds = "thread_id = ? AND checkpoint_id > ? AND checkpoint_id < ?"
             self.fetch_rows(f"DELETE FROM {table} WHERE {bounds}", (thread_id, after_id, before_id))
         self.fetch_rows("DELETE FROM writes WHERE thread_id = ? AND checkpoint_id = ?", (thread_id, after_id))
+
+    def list_packed_digests(self, thread_id: str) -> set[str]:
+        query = "SELECT json_extract(CAST(metadata AS TEXT), '$.packed') FROM checkpoints WHERE thread_id = ?"
+        packed = [json.loads(text) for (text,) in self.fetch_rows(query, (thread_id,)) if text]
+        return {digest for digests in packed for digest in digests.values()}
 
     def load_checkpoint(self, thread_id: str, checkpoint_id: str) -> Any:
         query = "SELECT type, checkpoint FROM checkpoints WHERE thread_id = ? AND checkpoint_id = ?"

@@ -49,6 +49,17 @@ class CompactPostgresSaver(CompactingSaver, PostgresSaver):
             parameters = (thread_id, channel, first.get(channel, ""), version)
             self.fetch_rows(f"DELETE FROM checkpoint_blobs WHERE {bounds}", parameters)
 
+    def delete_branch(self, thread_id: str, after_id: str, before_id: str) -> None:
+        super().delete_branch(thread_id, after_id, before_id)
+        statement = """DELETE FROM checkpoint_blobs WHERE thread_id = ? AND NOT EXISTS (
+            SELECT 1 FROM checkpoints WHERE checkpoints.thread_id = checkpoint_blobs.thread_id
+            AND checkpoint->'channel_versions'->>channel = version)"""
+        self.fetch_rows(statement, (thread_id,))
+
+    def list_packed_digests(self, thread_id: str) -> set[str]:
+        query = "SELECT metadata->'packed' FROM checkpoints WHERE thread_id = ? AND metadata->'packed' IS NOT NULL"
+        return {digest for (digests,) in self.fetch_rows(query, (thread_id,)) for digest in digests.values()}
+
     def load_versions(self, thread_id: str, checkpoint_id: str) -> dict[str, str]:
         """Return the version of each channel in a checkpoint; versions sort like texts."""
         query = "SELECT checkpoint->'channel_versions' FROM checkpoints WHERE thread_id = ? AND checkpoint_id = ?"

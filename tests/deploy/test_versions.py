@@ -124,9 +124,7 @@ def write_everything(client: httpx.Client) -> dict[str, str]:
     clip = client.get(f"/v1/videos/{clip_id}/content").content
     files = {"file": ("a.mp4", clip)}
     media = client.post("/v1/files", files=files, data={"purpose": "vision"}).raise_for_status().json()["id"]
-    hook = (
-        client.post("/v1/webhooks", json={"name": "a", "url": "https://example.com/"}).raise_for_status().json()["id"]
-    )
+    hook = client.post("/v1/webhooks", json={"name": "a", "url": "http://127.0.0.1:9/"}).raise_for_status().json()["id"]
     thread_id = client.post("/v1/threads", json={"id": "talk"}).raise_for_status().json()["id"]
     turns = [run_turn(client, thread_id, words, client) for words in [*TALK, QUESTION]]
     assert [turn["state"] for turn in turns] == ["done"] * len(TALK) + ["asks"], turns
@@ -148,6 +146,8 @@ def test_documents_with_fields_of_a_later_version_are_read(database, tmp_path):
     """A clip whose settings may have changed is left to workers that know them; everything else goes on here."""
     later_package = build_later_version(tmp_path / "later")
     current, later = ReleasedVersion(ROOT, tmp_path, database), ReleasedVersion(later_package, tmp_path, database)
+    for version in (current, later):
+        version.environment["OMNIVIDEO_WEBHOOK_HOSTS"] = "127.0.0.1"
     assert current.run("migrate").returncode == 0
     with later.serve() as client:
         paths = write_everything(client)

@@ -43,6 +43,7 @@ Record = TypeVar("Record", bound=FrozenModel)
 Answer = TypeVar("Answer")
 RETRY_TIMEOUT_SECONDS = 120.0  # how long to wait for an unavailable database or object store
 OBJECT_KEY = re.compile(r"[0-9a-f]{64}\.[a-z0-9]{1,16}")  # of the object store
+FULL_DISK = re.compile("disk is full|No space left on device")  # by SQLite, and by PostgreSQL
 MAX_NUMBER_CONFLICTS = 20  # attempts to give an event the next number while others append to the same turn
 
 
@@ -204,9 +205,11 @@ def find_object_keys(document: Any) -> set[str]:
 
 def describe_unavailability(error: DBAPIError) -> str:
     """Return why a statement could not be run, as far as an operator can change it."""
-    if error.orig is None or not isinstance(error, OperationalError) or error.statement is not None:
+    if error.orig is None or not isinstance(error, OperationalError):
         return "it does not answer"
-    return describe_failure(error.orig)
+    if FULL_DISK.search(str(error.orig)):
+        return "its disk is full"
+    return "it does not answer" if error.statement is not None else describe_failure(error.orig)
 
 
 def select_values(table: Table, values: dict[str, Any]) -> Select[Any]:

@@ -7,18 +7,19 @@ One process at a time runs a turn and sends heartbeats; when they stop, another 
 jobs, what a process writes carries the number of its attempt.
 """
 
+import uuid
 from collections.abc import Collection
 from contextlib import AbstractContextManager
 from typing import Any, Literal
 
-from sqlalchemy import ColumnElement, Row, and_, case, exists, func, insert, literal, or_, select, update
+from sqlalchemy import ColumnElement, Row, and_, case, delete, exists, func, insert, literal, or_, select, update
 from sqlalchemy.exc import IntegrityError
 
 from omnivideo.contracts import OPEN_STATES, Change, Lane
 from omnivideo.errors import InvalidInput
 from omnivideo.storage.database.notifications import AsyncWatch, turn_topic
 from omnivideo.storage.database.repository import Repository, find_object_keys, record_from_row, select_values, unix_now
-from omnivideo.storage.database.schema import chat_threads, threads, turn_events, turns
+from omnivideo.storage.database.schema import chat_threads, jobs, threads, turn_events, turns
 from omnivideo.turns import MAX_PROCESS_LOSSES, ThreadRecord, TurnEvents, TurnRecord
 
 NumberedEvent = tuple[int, dict[str, Any]]  # numbers begin at 1
@@ -192,6 +193,29 @@ class TurnRepository(Repository):
         has_ended = bool(self.fetch_all(ending.returning(turns.c.id, notification)))
         self.notifier.publish(Change(topic=turn_topic(turn.id)))
         return has_ended
+
+    def begin_deletion(self, turn: TurnRecord) -> bool:
+        """Keep other turns out of the thread while an ended turn is deleted. Return False if one is open.
+
+        If the process ends meanwhile, the turn counts as lost and has failed; it can be deleted again.
+        """
+        values = {"state": "running", "process_losses": MAX_PROCESS_LOSSES, "heartbeat_at": unix_now()}
+        is_ended = and_(turns.c.id == turn.id, turns.c.state.not_in(OPEN_STATES))
+        try:
+            return bool(self.fetch_all(update(turns).where(is_ended).values(values).returning(turns.c.id)))
+        except IntegrityError:  # one open turn of each thread
+            return False
+
+    def discard_turn(self, turn: TurnRecord) -> None:
+        """Move a turn into a deleted thread of its own, which the sweep removes, and mark its jobs as deleted."""
+        grave = {"id": f"deleted_{uuid.uuid4().hex}", "owner": turn.owner, "created_at": unix_now(), "deleted": True}
+        with self.begin() as connection:
+            connection.execute(insert(threads).values(grave))
+            moved = {"thread_id": grave["id"], "state": "cancelled", "heartbeat_at": unix_now()}
+            connection.execute(update(turns).where(turns.c.id == turn.id).values(moved))
+            connection.execute(update(jobs).where(jobs.c.turn_id == turn.id).values(deleted=True))
+            is_later = and_(chat_threads.c.thread_id == turn.thread_id, chat_threads.c.turn_count >= turn.number)
+            connection.execute(delete(chat_threads).where(is_later))
 
     # ------------------------------------------------------------ events
 
