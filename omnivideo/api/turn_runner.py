@@ -16,7 +16,15 @@ from omnivideo.agent.thread import Thread, parse_turn_options
 from omnivideo.api.errors import APIError, build_not_found_error, error_from_turn, log_if_internal, to_api_error
 from omnivideo.api.stores import UsageStore
 from omnivideo.contracts import OPEN_STATES, Artifact, Lane
-from omnivideo.errors import ArtifactNotFound, InvalidInput, JobCancelled, ModelUnavailable, OmniVideoError, StoreError
+from omnivideo.errors import (
+    ArtifactNotFound,
+    InvalidInput,
+    JobCancelled,
+    ModelUnavailable,
+    OmniVideoError,
+    StoreError,
+    describe_database_failure,
+)
 from omnivideo.ports import JobStore, TurnStore
 from omnivideo.turns import (
     MAX_PROCESS_LOSSES,
@@ -432,11 +440,7 @@ def is_transient(error: Exception) -> bool:
     """
     if isinstance(error, ArtifactNotFound):
         return False
-    database_errors = {
-        base.__name__ for base in type(error).__mro__ if base.__module__.partition(".")[0] in ("psycopg", "sqlite3")
-    }
-    is_unreachable = bool(database_errors & {"OperationalError", "InterfaceError"})
-    return isinstance(error, StoreError | ModelUnavailable) or is_unreachable
+    return isinstance(error, StoreError | ModelUnavailable) or describe_database_failure(error) is not None
 
 
 class TurnInterrupted(Exception):

@@ -10,7 +10,7 @@ from langgraph.checkpoint.postgres import PostgresSaver
 from psycopg.rows import tuple_row
 from psycopg.types.json import Jsonb
 
-from omnivideo.storage.compact_checkpoints import CREATE_ITEMS, GROWING_CHANNELS, CompactingSaver
+from omnivideo.storage.compact_checkpoints import CREATE_ITEMS, GROWING_CHANNELS, CompactingSaver, translate_errors
 
 
 class CompactPostgresSaver(CompactingSaver, PostgresSaver):
@@ -23,7 +23,11 @@ class CompactPostgresSaver(CompactingSaver, PostgresSaver):
         self.fetch_rows(CREATE_ITEMS.format(bytes_type="BYTEA"))
 
     def fetch_rows(self, statement: str, parameters: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
-        with self.conn.connection() as connection, connection.cursor(row_factory=tuple_row) as cursor:
+        with (
+            translate_errors(),
+            self.conn.connection() as connection,
+            connection.cursor(row_factory=tuple_row) as cursor,
+        ):
             cursor.execute(statement.replace("?", "%s"), parameters)
             return cursor.fetchall() if cursor.description else []
 

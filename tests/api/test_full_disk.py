@@ -12,7 +12,6 @@ from tests.support.openai_service import make_png, wait_until
 DISK_BYTES = 24 * 2**20
 MOUNT = 'mount -t tmpfs -o size=$1 tmpfs "$2"; shift 2; exec "$@"'
 CLIP = {"prompt": "a red ball", "num_inference_steps": 2, "num_frames": 5, "size": "64x64"}
-PARTS = ("database", "store")
 
 
 class SmallDisk(EmbeddedService):
@@ -72,19 +71,26 @@ def test_a_full_disk_refuses_loses_nothing_and_needs_no_restart(service):
     picture = {"file": ("a.png", make_png() + bytes(2**20))}
     answers = {
         "ready": service.http.get("/ready"),
-        "clip": post("/v1/videos", json=CLIP | {"prompt": "x" * 3900}),
         "upload": post("/v1/files", files=picture, data={"purpose": "vision"}),
         "thread": post("/v1/threads"),
-        "turn": post(f"/v1/threads/{thread}/turns", json={"text": "a picture of a red circle"}),
+        "turn": post(f"/v1/threads/{thread}/turns", json={"text": "a picture of a red circle", "steps": 1}),
     }
-    refused = {name: is_refused_with_a_reason(answer) for name, answer in answers.items()}
-    assert all(refused.values()), {name: answer.text for name, answer in answers.items()}
+    # The database's log may have room that it reuses; what it takes must be completed later.
+    clips = [post("/v1/videos", json=CLIP | {"prompt": f"{seed} {'x' * 3900}", "seed": seed}) for seed in range(20)]
+    answers |= {f"clip {seed}": clip for seed, clip in enumerate(clips)}
+    refused = {name: answer for name, answer in answers.items() if answer.is_error}
+    assert {"ready", "upload"} <= set(refused) and any(clip.is_error for clip in clips)
+    assert all(map(is_refused_with_a_reason, refused.values())), {name: a.text for name, a in refused.items()}
     assert service.http.get(f"/v1/videos/{done}/content").content[4:8] == b"ftyp", "what is stored can be read"
     service.free()
     wait_until(lambda: service.http.get("/ready").status_code == 200, 30)
-    turn = post(f"/v1/threads/{thread}/turns", json={"text": "a picture of a red circle", "steps": 1}).json()
+    if "turn" in refused:
+        answers["turn"] = post(f"/v1/threads/{thread}/turns", json={"text": "a picture of a red circle", "steps": 1})
+    turn = answers["turn"].json()
     path = f"/v1/threads/{thread}/turns/{turn['id']}"
     wait_until(lambda: service.http.get(path).json()["state"] == "done", 90)
     assert post("/v1/files", files={"file": ("a.png", make_png())}, data={"purpose": "vision"}).status_code == 200
-    wait_until(lambda: service.http.get(f"/v1/videos/{long_clip}").json()["status"] == "completed", 90)
+    for clip_id in [long_clip, *(clip.json()["id"] for clip in clips if not clip.is_error)]:
+        path = f"/v1/videos/{clip_id}"
+        wait_until(lambda path=path: service.http.get(path).json()["status"] == "completed", 90)
     assert "Traceback" not in (service.folder / "api.log").read_text()

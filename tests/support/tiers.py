@@ -83,10 +83,12 @@ LONG = (
     "deploy/test_release.py::test_the_wheel_generates_a_clip*",
     # Processes that are killed at every node of a turn, and in batches and webhooks.
     "benchmarks/test_faults.py::test_turns*",
+    "benchmarks/test_faults.py::test_a_message*",
     "benchmarks/test_faults.py::test_batches*",
     "benchmarks/test_faults.py::test_wrong_answers*",
     # 1,000 jobs and 200 turns under restarts: minutes.
     "api/test_restarts.py",
+    "api/test_full_disk.py",
     # Wheels of earlier versions, built and run beside this one.
     "deploy/test_versions.py",
 )

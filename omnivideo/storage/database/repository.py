@@ -34,7 +34,7 @@ from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.expression import FunctionElement
 
 from omnivideo.contracts import Change, FrozenModel
-from omnivideo.errors import ArtifactNotFound, InvalidInput, StoreError
+from omnivideo.errors import ArtifactNotFound, InvalidInput, StoreError, describe_database_failure
 from omnivideo.storage.database.notifications import get_notifier, turn_topic
 from omnivideo.storage.database.postgres import describe_failure
 from omnivideo.storage.database.schema import stored_objects, turn_events
@@ -43,7 +43,6 @@ Record = TypeVar("Record", bound=FrozenModel)
 Answer = TypeVar("Answer")
 RETRY_TIMEOUT_SECONDS = 120.0  # how long to wait for an unavailable database or object store
 OBJECT_KEY = re.compile(r"[0-9a-f]{64}\.[a-z0-9]{1,16}")  # of the object store
-FULL_DISK = re.compile("disk is full|No space left on device")  # by SQLite, and by PostgreSQL
 MAX_NUMBER_CONFLICTS = 20  # attempts to give an event the next number while others append to the same turn
 
 
@@ -207,9 +206,9 @@ def describe_unavailability(error: DBAPIError) -> str:
     """Return why a statement could not be run, as far as an operator can change it."""
     if error.orig is None or not isinstance(error, OperationalError):
         return "it does not answer"
-    if FULL_DISK.search(str(error.orig)):
-        return "its disk is full"
-    return "it does not answer" if error.statement is not None else describe_failure(error.orig)
+    if error.statement is not None:
+        return describe_database_failure(error.orig) or "it does not answer"
+    return describe_failure(error.orig)
 
 
 def select_values(table: Table, values: dict[str, Any]) -> Select[Any]:
