@@ -160,6 +160,7 @@ def test_documents_with_fields_of_a_later_version_are_read(database, tmp_path):
     for table in ("jobs", "turns", "turn_events", "workers"):
         assert ADDED_FIELD in str(fetch_rows(tmp_path, database, f"SELECT * FROM {table}")), table
     with current.serve() as client:
+        wait_until(lambda: client.get(f"/v1/videos/{long_clip}").json()["status"] == "queued", 60)
         for name, path in paths.items():
             assert client.get(path).status_code == later_answers[name].status_code == 200, (name, client.get(path).text)
         turns = client.get(paths["thread"]).json()["turns"]

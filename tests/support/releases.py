@@ -106,15 +106,15 @@ class ReleasedVersion:
 
 
 ADDED_FIELD = "added_by_a_later_version"
-# The fields of these are columns of tables, which migrations add.
-COLUMN_MODELS = ("ModelIdentity", "WorkerRecord", "KeyLimits")
+# The fields of these are columns of tables, which migrations add, or arguments of functions.
+UNCHANGED_MESSAGES = ("ModelIdentity", "WorkerRecord", "KeyLimits", "TextSampling", "WriteRequest")
 LATER_MESSAGES = f'''
 from pydantic import model_serializer
 
 class FrozenModel(FrozenModel):
     @model_serializer(mode="wrap")
     def add_field(self, serialize):
-        return serialize(self) | ({{}} if type(self).__name__ in {COLUMN_MODELS} else {{"{ADDED_FIELD}": "1"}})
+        return serialize(self) | ({{}} if type(self).__name__ in {UNCHANGED_MESSAGES} else {{"{ADDED_FIELD}": "1"}})
 
     @model_validator(mode="before")
     @classmethod
