@@ -15,6 +15,7 @@ import httpx
 import pytest
 
 from tests.deploy.stack.compose import Stack, parse_seconds
+from tests.deploy.stack.documented import read_commands
 from tests.deploy.stack.requests import begin_clip, read_job, run_sql, wait_for_video
 from tests.deploy.test_access import PROCESSES, SECRETS, TABLE
 
@@ -89,6 +90,18 @@ def test_metrics_and_documentation_need_a_key_on_the_published_port(stack, http,
 
 
 # ---------------------------------------------------------------- work
+
+
+def test_the_documented_commands_make_the_first_clip(stack, http):
+    """`exec -T` because a test has no terminal."""
+    add_key = read_commands("Start")[-1].replace("exec api", "exec -T api")
+    key = stack.run(add_key).split()[-1]
+    submit, poll, download = [command.replace("KEY", key) for command in read_commands("Start", 1)]
+    video_id = json.loads(stack.run(submit))["id"]
+    wait_for_video(http, video_id)
+    assert json.loads(stack.run(poll.replace("ID", video_id)))["status"] == "completed"
+    stack.run(download.replace("ID", video_id))
+    assert (stack.checkout / "clip.mp4").read_bytes()[4:8] == b"ftyp"
 
 
 def test_clips_edits_chats_batches_and_links(stack, http, environment, report):
