@@ -55,7 +55,8 @@ class Stack:
         """
         if DOCUMENTED_ADDRESS in commands:
             commands = commands.replace(DOCUMENTED_ADDRESS, self.address("api", 8000))
-        environment = os.environ | self.engine.environment
+        home = {"HOME": str(self.checkout.parent / "home")}  # an empty one
+        environment = os.environ | self.engine.environment | home
         command = ["bash", "-euo", "pipefail", "-c", commands]
         done = subprocess.run(
             command, cwd=self.checkout, env=environment, capture_output=True, text=True, timeout=timeout, check=False

@@ -85,6 +85,7 @@ def stack(engine: Engine, environment: dict[str, str], report: dict[str, str]) -
             began_at = time.monotonic()
             stack.compose("build")
             report["images built in"] = f"{time.monotonic() - began_at:.0f} s"
+            engine.run_docker("image", "prune", "--force")  # those of earlier runs, whose names they have taken
             for service in ("api", "worker", "mllm"):
                 size = engine("GET", f"/images/{stack.services[service]['image']}/json")["Size"]
                 report[f"image of {service}"] = f"{size / 1e9:.2f} GB"
