@@ -19,7 +19,8 @@ from urllib.parse import urlsplit
 from tests.deploy.stack.engine import Engine
 
 STAND_INS = Path(__file__).parent / "stand_ins"
-BASE, SERVERS = "omnivideo-test/base:1", "omnivideo-test/servers:3"
+BASE, SERVER_BASE = "omnivideo-test/base:1", "omnivideo-test/server-base:1"
+SERVERS = "omnivideo-test/servers:4"
 BASE_PACKAGES = "python3.11,python3.11-venv,python3-pip,ca-certificates,tzdata,netbase,libnuma1"
 SERVER_PACKAGES = "redis-server,postgresql-15"
 CERTIFICATES = ("PIP_CERT", "SSL_CERT_FILE")
@@ -41,9 +42,6 @@ def build_debian_image(engine: Engine, folder: Path, name: str, packages: str, i
     command = ["mmdebstrap", "--variant=minbase", f"--include={packages}", *leave_out, "bookworm", "system.tar"]
     subprocess.run(command, cwd=context, check=True, capture_output=True, timeout=900)
     (context / "Dockerfile").write_text(f"FROM scratch\nADD system.tar /\n{instructions}\n")
-    if "COPY" in instructions:
-        shutil.copytree(STAND_INS, context, dirs_exist_ok=True)
-        shutil.copy(Path(sysconfig.get_path("scripts")) / "rclone", context / "rclone")
     engine.run_docker("build", "--quiet", "--tag", name, str(context))
     shutil.rmtree(context)
 
@@ -51,15 +49,12 @@ def build_debian_image(engine: Engine, folder: Path, name: str, packages: str, i
 def build_images_to_start_from(engine: Engine, folder: Path) -> dict[str, str]:
     """Build the base of our images and the image of the servers; return the settings of .env that name them."""
     build_debian_image(engine, folder, BASE, BASE_PACKAGES, f"RUN {PREPARE_BASE}")
-    build_debian_image(
-        engine, folder, SERVERS, SERVER_PACKAGES,
-        "COPY rclone /usr/local/bin/\nCOPY garage /\nCOPY --chmod=755 docker-entrypoint.sh /usr/local/bin/\n"
-        "RUN chmod 755 /garage /usr/local/bin/* && mkdir -p /data /var/lib/postgresql/data"
-        " && chown redis /data && chown postgres /var/lib/postgresql/data\n"
-        "ENV LANG=C.UTF-8 PGDATA=/var/lib/postgresql/data"
-        " PATH=/usr/lib/postgresql/15/bin:/usr/local/bin:/usr/bin:/bin\n"
-        'ENTRYPOINT ["/usr/local/bin/docker-entrypoint.sh"]',
-    )  # fmt: skip
+    build_debian_image(engine, folder, SERVER_BASE, SERVER_PACKAGES)
+    context = folder / "stand-ins"
+    shutil.rmtree(context, ignore_errors=True)
+    shutil.copytree(STAND_INS, context)
+    shutil.copy(Path(sysconfig.get_path("scripts")) / "rclone", context / "rclone")
+    engine.run_docker("build", "--quiet", "--build-arg", f"BASE={SERVER_BASE}", "--tag", SERVERS, str(context))
     servers = ("REDIS_IMAGE", "POSTGRES_IMAGE", "GARAGE_IMAGE", "BUSYBOX_IMAGE")
     return {"BASE_IMAGE": BASE} | dict.fromkeys(servers, SERVERS)
 
