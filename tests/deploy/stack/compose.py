@@ -48,6 +48,15 @@ class Stack:
     def name(self, service: str, number: int = 1) -> str:
         return f"omnivideo-{service}-{number}"
 
+    def set_variables(self, values: dict[str, str]) -> None:
+        """Set variables in .env, in place of the lines that have them or their defaults."""
+        path = self.checkout / "deploy/.env"
+        text = path.read_text()
+        for name, value in values.items():
+            text, count = re.subn(rf"^#?{name}=.*$", f"{name}={value}", text, flags=re.MULTILINE)
+            assert count == 1, name
+        path.write_text(text)
+
     def run(self, commands: str, timeout: float = 1800) -> str:
         """Run commands in the checkout, as an operator's shell does; return what they print to stdout.
 
@@ -82,7 +91,7 @@ class Stack:
     def scale(self, **counts: int) -> None:
         """Run so many containers of the services, and wait until all are healthy."""
         scales = [f"--scale {service}={count}" for service, count in counts.items()]
-        self.compose("up", "--detach", "--wait", "--no-recreate", *scales, *counts)
+        self.compose("up", "--detach", "--wait", *scales)
 
     def wait(
         self, container: str, condition: str, timeout_seconds: float = 600, began_at: float | None = None

@@ -1,7 +1,6 @@
 """The stack of deploy/compose.yaml on a container engine of the tests' own, started as docs/operations.md says."""
 
 import json
-import re
 import secrets
 import shutil
 import time
@@ -54,20 +53,11 @@ def environment() -> dict[str, str]:
              "OMNIVIDEO_ADMIN_KEY", "OMNIVIDEO_MLLM_KEY")  # fmt: skip
     return {name: secrets.token_hex(24) for name in names} | {
         "OMNIVIDEO_S3_ACCESS_KEY": f"GK{secrets.token_hex(12)}",
-        "API_ADDRESS": f"127.0.0.1:{api_port}-{api_port + 3}",
+        "API_ADDRESS": f"127.0.0.1:{api_port}",
         "S3_ADDRESS": f"127.0.0.1:{store_port}",
         "OMNIVIDEO_S3_PUBLIC": f"http://127.0.0.1:{store_port}",
         "OMNIVIDEO_PUBLIC_URL": f"http://127.0.0.1:{api_port}",
     }
-
-
-def fill_in(path: Path, values: dict[str, str]) -> None:
-    """Set variables in a copy of .env.example, in place of the line that has the variable or its default."""
-    text = path.read_text()
-    for name, value in values.items():
-        text, count = re.subn(rf"^#?{name}=.*$", f"{name}={value}", text, flags=re.M)
-        assert count == 1, name
-    path.write_text(text)
 
 
 @pytest.fixture(scope="session")
@@ -79,7 +69,7 @@ def stack(engine: Engine, environment: dict[str, str], report: dict[str, str]) -
     mirror = build_images_to_start_from(engine, CACHE)
     with serve_wheels(engine, CACHE) as wheels:
         stack.run(copy_file)
-        fill_in(stack.checkout / "deploy/.env", environment | mirror | wheels)
+        stack.set_variables(environment | mirror | wheels)
         stack.down()
         try:
             began_at = time.monotonic()

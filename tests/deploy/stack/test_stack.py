@@ -266,16 +266,20 @@ def test_six_large_uploads_at_once(stack, http, key, report):
     assert http.get("/ready").status_code == 200
 
 
-def test_the_api_and_the_workers_scale(stack, http, report):
+def test_the_api_and_the_workers_scale(stack, http, environment, report):
+    address, _, port = environment["API_ADDRESS"].rpartition(":")
+    stack.set_variables({"API_ADDRESS": f"{address}:{port}-{int(port) + 3}"})
     stack.scale(api=2, worker=2)
     first, second = stack.address("api", 8000), stack.address("api", 8000, 2)
     assert first != second
     headers = dict(http.headers)
     with httpx.Client(base_url=second, headers=headers, timeout=120, trust_env=False) as other:
         video_id = other.post("/v1/videos", json={"prompt": "a red circle moving right"}).json()["id"]
-    assert wait_for_video(http, video_id)["status"] == "completed"
+        assert wait_for_video(other, video_id)["status"] == "completed"
     for service in ("api", "worker", "mllm"):
         stats = stack.engine("GET", f"/containers/{stack.name(service)}/stats?stream=false&one-shot=true")
         memory = stats["memory_stats"]
         used = memory["usage"] - memory["stats"].get("total_inactive_file", 0)
         report[f"memory of {service}"] = f"{used / 1e6:.0f} MB of {memory['limit'] / 1e6:.0f}"
+    stack.set_variables({"API_ADDRESS": environment["API_ADDRESS"]})
+    stack.scale(api=1, worker=1)
