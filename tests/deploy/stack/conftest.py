@@ -5,7 +5,6 @@ import secrets
 import shutil
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import httpx
 import pytest
@@ -94,7 +93,7 @@ def key(environment: dict[str, str]) -> str:
 
 
 @pytest.fixture
-def http(stack: Stack, key: str) -> Iterator[httpx.Client]:
-    headers = {"Authorization": f"Bearer {key}"}
-    with httpx.Client(base_url=stack.address("api", 8000), headers=headers, timeout=300, trust_env=False) as client:
+def http(stack: Stack, environment: dict[str, str], key: str) -> Iterator[httpx.Client]:
+    address, headers = environment["OMNIVIDEO_PUBLIC_URL"], {"Authorization": f"Bearer {key}"}
+    with httpx.Client(base_url=address, headers=headers, timeout=300, trust_env=False) as client:
         yield client

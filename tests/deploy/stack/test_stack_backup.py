@@ -16,7 +16,7 @@ from tests.deploy.stack.requests import make_everything_old, wait_for_video
 from tests.support.s3_server import rclone_program
 
 CLIP = {"prompt": "a red ball", "num_inference_steps": 4, "size": "64x64"}
-PAUSE = "sleep 12"  # between two commands, as with a large database; the load goes on meanwhile
+PAUSE = "sleep 6"  # between two commands, as with a large database; the load goes on meanwhile
 DOCUMENTED_STORE = "http://127.0.0.1:3900"
 
 
@@ -85,7 +85,7 @@ def test_a_backup_taken_under_load_serves_every_clip_elsewhere(stack, http, envi
             video_id = made[len(deleted)]
             http.delete(f"/v1/videos/{video_id}").raise_for_status()
             deleted.append(video_id)
-        time.sleep(2)
+        time.sleep(4)
 
     def sweep() -> None:
         """Do at once what the sweep's container does every hour, as long as it runs."""
