@@ -97,6 +97,11 @@ class BoundedObjectStore:
         with self.bulkhead.enter():
             self.store.check_writable()
 
+    @property
+    def presign_url(self) -> Callable[[str, int], str] | None:
+        """Return what signs links of the store, or None if it cannot. It sends no request, so it has no limit."""
+        return getattr(self.store, "presign_url", None)
+
     def iter_keys(self) -> Iterator[str]:
         return self.store.iter_keys()
 

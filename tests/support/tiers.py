@@ -41,6 +41,7 @@ LONG = (
     "backends/queue/test_celery.py::test_killed_workers_lose_no_job*",
     "backends/queue/test_celery.py::test_a_terminated_worker*",
     "backends/queue/test_celery.py::test_a_child_that_loads_slowly*",
+    "backends/queue/test_celery.py::test_a_clip_may_take_longer*",
     "backends/queue/test_celery.py::test_a_missing_broker*",
     "backends/queue/test_celery.py::test_services_that_share_a_broker*",
     "backends/queue/test_notifier.py::test_the_certificate_of_rabbitmq*",
