@@ -91,7 +91,7 @@ def test_every_turn_can_be_forked_and_continued(saver):
 
 
 def test_whether_a_conversation_exists_is_known_without_reading_it(saver, monkeypatch):
-    """Its newest checkpoint has all turns: reading one of 2,000 turns takes 40 ms, and a turn opens its thread twice."""
+    """Its newest checkpoint has all turns: reading 2,000 takes 40 ms, and a turn opens its thread twice."""
     conversation = hold_conversation(saver, f"existing-{time.monotonic_ns()}", 2)
     monkeypatch.setattr(saver, "get_tuple", None)
     graph, attach = conversation.thread.graph, conversation.thread.attach_file
