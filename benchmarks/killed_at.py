@@ -35,7 +35,8 @@ def kill_once_after(method: Callable[..., Any], file: Path) -> Callable[..., Any
 
 def main() -> None:
     folder, *command = sys.argv[1:]
-    from omnivideo.agent.graph import NODES, REFERENCE_NODE, SEARCH_NODE, Planner
+    from omnivideo.agent.graph import NODES, Planner
+    from omnivideo.agent.transitions import REFERENCE_NODE, SEARCH_NODE
     from omnivideo.cli.main import main as run_command
 
     for node in (*NODES, SEARCH_NODE, REFERENCE_NODE):

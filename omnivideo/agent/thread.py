@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequen
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from langgraph.types import Command, StateSnapshot
 from langsmith import tracing_context
@@ -22,6 +22,15 @@ from omnivideo.turns import QuestionAsked, Turn, TurnCompleted, TurnEvent, TurnO
 
 AttachFile = Callable[[str | Path, str], Artifact]
 THREAD_ID_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+@runtime_checkable
+class ThreadIndex(Protocol):
+    """A checkpointer that finds its threads without reading checkpoints, which are as long as the conversations."""
+
+    def list_thread_ids(self) -> Iterator[str]: ...
+
+    def has_thread(self, thread_id: str) -> bool: ...
 
 
 def is_turn_complete(snapshot: StateSnapshot) -> bool:
@@ -75,6 +84,9 @@ class Thread:
     # ------------------------------------------------------------ creating and forking
 
     def exists(self) -> bool:
+        checkpointer = self.graph.checkpointer
+        if isinstance(checkpointer, ThreadIndex):
+            return checkpointer.has_thread(self.id)
         return bool(self.graph.get_state(self.config).values)
 
     def initialize_state(self, values: dict[str, Any] | None = None) -> "Thread":

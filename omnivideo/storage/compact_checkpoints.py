@@ -149,6 +149,10 @@ class CompactingSaver(ABC):
         rows = self.fetch_rows("SELECT DISTINCT thread_id FROM checkpoints ORDER BY thread_id")
         return (str(row[0]) for row in rows)
 
+    def has_thread(self, thread_id: str) -> bool:
+        """Return whether a thread has a checkpoint, without reading one: it is as long as the conversation."""
+        return bool(self.fetch_rows("SELECT 1 FROM checkpoints WHERE thread_id = ? LIMIT 1", (thread_id,)))
+
     # ------------------------------------------------------------ packing
 
     def compact(self, thread_id: str, newest_id: str) -> None:

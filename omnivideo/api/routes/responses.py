@@ -77,7 +77,7 @@ class StoredResponse:
             "created_at": int(self.turn.created_at),
             "omnivideo": {"thread": self.turn.thread_id, "turn": self.turn.id},
         }
-        fields, load = self.client_fields["response"] | names, partial(load_picture, self.context)
+        fields, load = self.client_fields["response"] | names, partial(load_picture, self.context, self.turn.owner)
         return ResponseWriter(fields, suffix, load, shows_progress)
 
     def read_text(self) -> str:
@@ -154,10 +154,10 @@ class ResponseDeleted(BaseModel):
     deleted: bool = True
 
 
-def load_picture(context: ServiceContext, artifact: Artifact) -> tuple[bytes, str]:
+def load_picture(context: ServiceContext, owner: str, artifact: Artifact) -> tuple[bytes, str]:
     """Return a picture, or a clip as an animated one, with its file suffix."""
     if artifact.medium == "video":
-        return context.render_thumbnail(artifact, "animation")
+        return context.render_thumbnail(owner, artifact, "animation")
     return context.store.get(artifact.key), artifact.key.rpartition(".")[2]
 
 
@@ -250,7 +250,7 @@ class ResponseTurn(ChatCompletion):
         """Return the events and the response object of an answer that is no turn; it is not stored."""
         suffix = uuid4().hex
         names = {"id": f"resp_{suffix}", "created_at": self.created_at, "store": False}
-        writer = ResponseWriter(self.response_fields | names, suffix, partial(load_picture, self.context))
+        writer = ResponseWriter(self.response_fields | names, suffix, partial(load_picture, self.context, self.owner))
         events = [*writer.begin(), *writer.add(AnswerPart("text", self.words or "")), *writer.close_item()]
         body = writer.build_response("completed", self.words_usage)
         return [*events, *writer.end(body)], body
