@@ -63,7 +63,12 @@ def execute_command(
             return resend_artifact(artifacts, int(command.arguments.get("which", len(artifacts))))
         case "vary":
             return plan_variations(state, current, int(command.arguments.get("count", 1)), max_variations)
-    return save_artifact(current, command, convert_artifact)
+    number = int(command.arguments.get("which", 0))
+    if not number:
+        return save_artifact(current, command, convert_artifact)
+    if number > len(artifacts):
+        return CommandOutcome(f"There is no result {number}. {list_artifacts(artifacts)}", is_refused=True)
+    return save_artifact(artifacts[number - 1], command, convert_artifact)
 
 
 def undo_changes(artifacts: list[Artifact], current: Artifact | None, count: int) -> CommandOutcome:
