@@ -245,7 +245,7 @@ class DistributionsLoader(importlib.abc.Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         module.__loader__ = self.real
-        importlib.metadata.packages_distributions = InstalledDistributions  # type: ignore[assignment]
+        importlib.metadata.packages_distributions = InstalledDistributions
         try:
             self.real.exec_module(module)
         finally:

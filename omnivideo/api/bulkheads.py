@@ -60,7 +60,7 @@ class Bulkhead:
     def wrap(self, function: Callable[Arguments, Answer]) -> Callable[Concatenate[str, Arguments], Answer]:
         """Return the function with this limit; its first argument is the owner."""
 
-        def call(owner: str, *arguments: Arguments.args, **options: Arguments.kwargs) -> Answer:
+        def call(owner: str, /, *arguments: Arguments.args, **options: Arguments.kwargs) -> Answer:
             with self.enter(owner):
                 return function(*arguments, **options)
 
