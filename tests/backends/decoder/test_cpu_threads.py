@@ -20,16 +20,17 @@ def two_threads():
 
 def generate(omni) -> tuple[np.ndarray, set[int], set[int]]:
     """Return the frames of a clip, and the numbers of threads within its steps and between them."""
-    within, between = set(), set()
+    within, between, events = set(), set(), []
     hook = omni.decoder.register_forward_pre_hook(lambda *_: within.add(torch.get_num_threads()))
     params = resolve_sampling_params(TINY, "text-to-video", seed=3, steps=2)
     try:
         for event in generate_clip(omni, "a red ball", params):
             between.add(torch.get_num_threads())
+            events.append(event)
     finally:
         hook.remove()
-    assert isinstance(event, GeneratedClip)
-    return event.frames, within, between
+    assert isinstance(events[-1], GeneratedClip)
+    return events[-1].frames, within, between
 
 
 def test_small_products_are_computed_on_one_thread_with_the_same_bytes(omni, monkeypatch):
