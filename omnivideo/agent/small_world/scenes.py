@@ -381,14 +381,15 @@ def read_scene(tokens: Sequence[Token]) -> DescribedScene:
 
 def is_worded_as_change(tokens: Sequence[Token]) -> bool:
     """Return whether words of a change stand here: "into a star", "no star", "same clip, blue ball", "use a star"."""
-    pairs = list(pairwise(tokens))
+    pairs, is_there = list(pairwise(tokens)), any(token.text == "there" for token in tokens)
     return (
         any(token.has("add", "remove", "replace", "swap", "resize", "longer") for token in tokens)
         or any(token.text in ("as", "into") and following.text in ("a", "an") for token, following in pairs)
         or any(token.text == "same" and following.has("medium", "thing") for token, following in pairs)
         or any(token.text == "no" and following.has("shape", "plural") for token, following in pairs)
         or any(token.text == "instead" and following.text == "of" for token, following in pairs)
-        or (tokens[-1].text == "instead" and not any(token.has("draw", "medium") for token in tokens))
+        or any(token.text in ("same", "ditto") and following.text in (",", "but", "only") for token, following in pairs)
+        or (tokens[-1].text == "instead" and (is_there or not any(token.has("draw", "medium") for token in tokens)))
     )
 
 
