@@ -5,6 +5,7 @@ judged is the reading of words alone.
 """
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from omnivideo.agent.command_results import execute_command
 from omnivideo.agent.english_rules import QUESTION, is_change_request, is_go_back_request
@@ -17,13 +18,15 @@ from omnivideo.agent.small_world.scenes import DescribedScene, read_scene
 from omnivideo.agent.small_world.turn_reading import read_turn
 from omnivideo.contracts import Artifact
 from omnivideo.evaluation.phrases.entries import Phrase
-from omnivideo.evaluation.phrases.judge import PhraseOutcome, ProducedArtifact
+from omnivideo.evaluation.phrases.judge import PhraseOutcome, ProducedArtifact, Verdict, judge_phrase
+from omnivideo.evaluation.phrases.runner import list_capabilities
 from omnivideo.presets import TINY
 from omnivideo.synthetic.facts import ObjectDetection, SceneDetection
 from omnivideo.synthetic.scenes import FRAME_SIZE
 from omnivideo.turns import ExecutedCommand
 
 MAX_RESULTS = 4  # of one turn
+ANSWER = "what the MLLM answers"
 OFFSETS = {"left": (-16, 0), "right": (16, 0), "top": (0, -16), "bottom": (0, 16)}
 RELATIONS = {"left of": (-8, 0), "right of": (8, 0), "above": (0, -8), "below": (0, 8)}
 
@@ -60,10 +63,10 @@ class PlannedConversation:
                 is_declined |= is_refused
                 commands += [] if is_refused else [reading.command]
             elif reading.kind in ("ask", "decline", "say", "fact"):
-                reply.append(reading.message or "an answer")
+                reply.append(reading.message or ANSWER)
                 is_declined |= reading.kind == "decline"
             elif not self.carry_out(reading):
-                reply.append("an answer")
+                reply.append(ANSWER)
         self.last_request = text
         return PhraseOutcome(
             reply="\n".join(reply),
@@ -158,6 +161,21 @@ def say_planned(phrase: Phrase) -> PhraseOutcome:
     for message in phrase.before:
         conversation.say(message)
     return conversation.say(phrase.text)
+
+
+def judge_planned(phrase: Phrase) -> Verdict:
+    """Judge what is planned for a phrase; what the MLLM would answer is not known and not judged."""
+    outcome = say_planned(phrase)
+    if ANSWER in outcome.reply:
+        phrase = Phrase.model_validate(remove_patterns(phrase.model_dump(mode="json")))
+    return judge_phrase(phrase, outcome, list_capabilities(TINY))
+
+
+def remove_patterns(value: Any) -> Any:
+    """Return a phrase's document without what the words of a reply must match."""
+    if isinstance(value, dict):
+        return {name: remove_patterns(item) for name, item in value.items() if name != "patterns"}
+    return [remove_patterns(item) for item in value] if isinstance(value, list) else value
 
 
 # ---------------------------------------------------------------- scenes

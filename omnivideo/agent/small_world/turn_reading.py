@@ -79,8 +79,8 @@ def resolve_repeated_changes(readings: list[Reading], text: str) -> list[Reading
     last = dict[tuple[str, str, str], tuple[int, str]]()
     replaced = set[int]()
     for index, reading in enumerate(readings):
-        changes = read_edit(tokenize(reading.text)).changes if reading.goal == "edit" else []
-        for change in changes:
+        may_change = reading.kind == "do" and reading.goal in ("edit", "")
+        for change in read_edit(tokenize(reading.text)).changes if may_change else []:
             if change.kind not in REPEATABLE_KINDS:
                 continue
             key = (change.kind, change.target, reading.reference if reading.reference.isdigit() else "")
