@@ -4,7 +4,7 @@ import re
 import tomllib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from importlib.resources import files
 
 from omnivideo.agent.small_world.wordings import load_contractions
@@ -150,6 +150,7 @@ def load_content_words() -> frozenset[tuple[str]]:
     )
 
 
+@lru_cache(maxsize=64)  # a turn's text is read by many rules
 def normalize_text(text: str) -> str:
     """Return a text in small letters, without contractions and typographic quotes."""
     text = re.sub("[\u2018\u2019]", "'", " ".join(text.lower().split()))

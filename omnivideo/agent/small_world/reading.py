@@ -40,6 +40,10 @@ def read_action(text: str, context: Context) -> list[Reading]:
     """Return what is to be done for an action of a turn; several readings for several changes."""
     if command := find_command(text, context.artifacts):
         return [Reading("command", text, command=command)]
+    if not any(letter.isalnum() for letter in text):  # no words: signs, or a picture of a character
+        has_result = context.medium is not None
+        question = replies.build_unclear_question() if has_result else replies.build_empty_question()
+        return [Reading("ask", text, message=question)]
     if talk.is_foreign(text):
         return [Reading("decline", text, message=replies.ONLY_ENGLISH)]
     if shown_again := load_pattern("show_again").fullmatch(normalize_text(text).strip(" .!?")):
