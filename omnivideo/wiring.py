@@ -419,6 +419,7 @@ class ServiceWiring:
                 artifact_seconds,
                 settings.turn_lifetime_seconds,
                 max(settings.job_lifetime_seconds, artifact_seconds),
+                settings.thread_lifetime_seconds,
             ),
         )
 

@@ -111,7 +111,7 @@ class Conversations:
         if artifact.manifest is None:
             raise ArtifactNotFound("store: that artifact was attached, so there is no manifest to render it from")
         assert self.replay_manifest, "a replay needs the decoder in this process"
-        return self.replay_manifest(Manifest(**json.loads(self.store.get(artifact.manifest))))
+        return self.replay_manifest(Manifest.parse_stored(self.store.get(artifact.manifest)))
 
     def collect_referenced_keys(self) -> set[str]:
         """Return the object keys that any thread refers to; a thread's last state has the artifacts of all others.

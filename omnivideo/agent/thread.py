@@ -207,6 +207,15 @@ class Thread:
         }
         self.update_state(snapshot.config, updates)
 
+    def remove_turns_after(self, num_turns: int) -> None:
+        """Return to the state after `num_turns` turns, and remove what later checkpoints have."""
+        snapshot = self.find_snapshot_after(num_turns)
+        assert snapshot is not None, "a thread keeps the states between its turns"
+        self.roll_back(num_turns)
+        newest = self.graph.get_state(self.config)
+        ids = [state.config["configurable"]["checkpoint_id"] for state in (snapshot, newest)]
+        self.graph.checkpointer.delete_branch(self.id, *ids)
+
     async def asend(
         self, text: str, attachments: Sequence[str | Path | Artifact] = (), **options: object
     ) -> AsyncIterator[TurnEvent]:
@@ -229,11 +238,14 @@ class Thread:
         return self.graph.get_state(self.config).created_at or ""
 
     def get_turns(self) -> list[Turn]:
-        return [Turn(**turn) for turn in self.graph.get_state(self.config).values.get("turns", [])]
+        return [Turn.parse_stored(turn) for turn in self.graph.get_state(self.config).values.get("turns", [])]
 
     def get_artifacts(self) -> list[Artifact]:
         """Return every attached or generated artifact, in order."""
-        return [Artifact(**artifact) for artifact in self.graph.get_state(self.config).values.get("artifacts", [])]
+        return [
+            Artifact.parse_stored(artifact)
+            for artifact in self.graph.get_state(self.config).values.get("artifacts", [])
+        ]
 
     def has_file(self, key: str) -> bool:
         """Return whether a key is that of an artifact of this thread, of its manifest, or of a file that was saved."""

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from omnivideo.agent import english_rules
 from omnivideo.agent.commands import find_command
 from omnivideo.agent.mllm_plan import (
@@ -79,6 +81,9 @@ class PlannedAction:
     details: dict[str, Any] = field(default_factory=dict)
 
 
+ACTIONS_ADAPTER = TypeAdapter(list[PlannedAction])  # reads those that a checkpoint holds
+
+
 def to_state(actions: Sequence[PlannedAction]) -> dict[str, Any]:
     """Return the entries of the planner's state for the actions."""
     return {
@@ -117,9 +122,9 @@ def plan_turn(
 
     `descriptions` receives the MLLM's descriptions of the artifacts that it had to look at.
     """
-    artifacts = [Artifact(**artifact) for artifact in state.get("artifacts", []) + state["attachments"]]
+    artifacts = [Artifact.parse_stored(artifact) for artifact in state.get("artifacts", []) + state["attachments"]]
     if prompts.plan is not None:
-        system = prompts.add_background(prompts.plan, TurnOptions(**state["options"]).background)
+        system = prompts.add_background(prompts.plan, TurnOptions.parse_stored(state["options"]).background)
         return plan_by_mllm(text, artifacts, mllm, system or prompts.plan)
     if not reads_words(preset):
         with wait_to_read(text):

@@ -60,7 +60,7 @@ class Bulkhead:
     def wrap(self, function: Callable[Arguments, Answer]) -> Callable[Concatenate[str, Arguments], Answer]:
         """Return the function with this limit; its first argument is the owner."""
 
-        def call(owner: str, *arguments: Arguments.args, **options: Arguments.kwargs) -> Answer:
+        def call(owner: str, /, *arguments: Arguments.args, **options: Arguments.kwargs) -> Answer:
             with self.enter(owner):
                 return function(*arguments, **options)
 
@@ -104,6 +104,11 @@ class BoundedObjectStore:
     def check_writable(self) -> None:
         with self.bulkhead.enter():
             self.store.check_writable()
+
+    @property
+    def presign_url(self) -> Callable[[str, int], str] | None:
+        """Return what signs links of the store, or None if it cannot. It sends no request, so it has no limit."""
+        return getattr(self.store, "presign_url", None)
 
     def iter_keys(self) -> Iterator[str]:
         return self.store.iter_keys()

@@ -140,7 +140,7 @@ def artifact_from_file(context: ServiceContext, owner: str, file_id: str) -> Art
         raise InvalidInput("file_id", f"there is no file {file_id[:100]!r}")
     if file.artifact is None:
         raise InvalidInput("file_id", "that file is not an image or a clip")
-    return Artifact(**file.artifact)
+    return Artifact.parse_stored(file.artifact)
 
 
 def artifact_from_url(context: ServiceContext, owner: str, url: str) -> Artifact:

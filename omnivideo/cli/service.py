@@ -16,7 +16,7 @@ from omnivideo.cli.app import SERVER, SERVICE_COMMANDS, DeviceOption, HomeOption
 from omnivideo.cli.logs import configure_logging, write_logging_configuration
 from omnivideo.cpu_threads import configure_cpu_threads
 from omnivideo.errors import InvalidInput, MissingDependency
-from omnivideo.startup import exempt_loaded_objects, pause_collection
+from omnivideo.startup import exempt_loaded_objects, pause_collection, preload_torch
 
 if TYPE_CHECKING:
     from omnivideo.models.omni import OmniVideoModel
@@ -162,6 +162,7 @@ def serve(
     configure_logging("api", settings)
     if host not in ("127.0.0.1", "localhost", "::1") and not settings.admin_key:
         raise InvalidInput("OMNIVIDEO_ADMIN_KEY", "it is empty; a service for other machines needs a key")
+    preload_torch()
     try:
         with pause_collection():
             from omnivideo.api.app import create_app
@@ -203,6 +204,7 @@ def worker(
     configure_logging("worker", settings, with_traces=False)  # threads do not survive a fork; the child exports traces
 
     def build_worker() -> tuple[Any, float]:
+        preload_torch()
         configure_logging("worker", settings)
         worker = build_wiring(settings, device).worker
         exempt_loaded_objects()

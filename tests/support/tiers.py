@@ -41,6 +41,7 @@ LONG = (
     "backends/queue/test_celery.py::test_killed_workers_lose_no_job*",
     "backends/queue/test_celery.py::test_a_terminated_worker*",
     "backends/queue/test_celery.py::test_a_child_that_loads_slowly*",
+    "backends/queue/test_celery.py::test_a_clip_may_take_longer*",
     "backends/queue/test_celery.py::test_a_missing_broker*",
     "backends/queue/test_celery.py::test_services_that_share_a_broker*",
     "backends/queue/test_notifier.py::test_the_certificate_of_rabbitmq*",
@@ -83,10 +84,12 @@ LONG = (
     "deploy/test_release.py::test_the_wheel_generates_a_clip*",
     # Processes that are killed at every node of a turn, and in batches and webhooks.
     "benchmarks/test_faults.py::test_turns*",
+    "benchmarks/test_faults.py::test_a_message*",
     "benchmarks/test_faults.py::test_batches*",
     "benchmarks/test_faults.py::test_wrong_answers*",
     # 1,000 jobs and 200 turns under restarts: minutes.
     "api/test_restarts.py",
+    "api/test_full_disk.py",
     # Wheels of earlier versions, built and run beside this one.
     "deploy/test_versions.py",
 )

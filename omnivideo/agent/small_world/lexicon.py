@@ -11,6 +11,7 @@ from omnivideo.agent.small_world.wordings import load_contractions
 
 MAX_PHRASE_WORDS = 7
 MIN_MISSPELT_LETTERS, MAX_MISSPELT_LETTERS = 5, 20
+INFLECTED_VERBS = ("add", "remove", "replace", "swap", "make", "draw", "put")
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 WORD = re.compile(r"[^\W_]+(?:['-][^\W_]+)*|[.,;:!?]")
 
@@ -96,7 +97,19 @@ def load_lexicon() -> Lexicon:
                 meaning = (value, value) if category == "verb" else (category, value)
                 phrases[key] = (*phrases.get(key, ()), meaning)
     general = read_words("general_words.txt") | {"center"}
+    for phrase in tuple(phrases):
+        is_verb = len(phrase) > 2 and phrase.isalpha() and any(name in INFLECTED_VERBS for name, _ in phrases[phrase])
+        if is_verb and (participle := build_participle(phrase)) not in general:
+            phrases.setdefault(participle, phrases[phrase])
     return Lexicon(phrases, general, read_words("described_words.txt"), facts)
+
+
+def build_participle(verb: str) -> str:
+    """Return the form of a verb in "would you mind turning it": its last letter may be dropped or doubled."""
+    if verb.endswith("e"):
+        return f"{verb[:-1]}ing"
+    is_doubled = re.search(r"(?:^|[^aeiou])[aeiou][^aeiouwxy]$", verb) is not None and len(verb) < 5
+    return f"{verb}{verb[-1] if is_doubled else ''}ing"
 
 
 @cache

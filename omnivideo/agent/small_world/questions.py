@@ -85,7 +85,7 @@ def read_attribute_question(
         nouns
         or any(token.has("region") for token in tokens)
         or re.search(
-            r"\b(?:shape|shapes|see|show|shows|shown|describe|there|contain|made|got|caption|picture|clip|video|image)\b",
+            r"\b(?:shape|shapes|objects|things|everything|see|show|shows|shown|describe|there|contain|made|got|caption|picture|clip|video|image)\b",
             text,
         )
     ):

@@ -7,12 +7,18 @@ from dataclasses import replace
 from omnivideo.agent import english_rules
 from omnivideo.agent.commands import find_command
 from omnivideo.agent.small_world import replies, talk
+from omnivideo.agent.small_world.edits import read_edit
+from omnivideo.agent.small_world.framing import drop_framing
 from omnivideo.agent.small_world.lexicon import Token, load_lexicon, normalize_text, tokenize
 from omnivideo.agent.small_world.reading import list_object_names, read_action
 from omnivideo.agent.small_world.readings import Context, Reading
 from omnivideo.agent.small_world.scenes import read_scene
 from omnivideo.agent.small_world.wordings import load_pattern
+from omnivideo.turns import ExecutedCommand
 
+CORRECTED_CATEGORIES = ("colour", "shape", "plural", "size", "direction", "number")
+REDO = re.compile(r"\bre-?do\b|\bre-?apply\b")
+MAX_CHANGED_RESULTS = 4  # by one "both" or "all"
 ADDITION = re.compile(r"^(?:and|with|plus|also) (?:an?|another|two|three) ")
 CONNECTING_WORDS = {"and", "but", "that is", "all", "completely", "also", "entirely"}
 ATTRIBUTES = ("colour", "size", "motion", "go", "direction", "speed", "region", "ground")
@@ -25,10 +31,10 @@ CONTENT = (
 def read_turn(text: str, context: Context) -> list[Reading]:
     """Return the readings of a turn's actions in order. If one is refused or unclear, nothing else is done."""
     if command := find_command(text, context.artifacts):
-        return [Reading("command", text, command=command)]
+        return [Reading("command", text, command=redo_undone(command, text, context))]
     if talk.is_foreign(text):
         return [Reading("decline", text, message=replies.ONLY_ENGLISH)]
-    readings, removed = list[Reading](), list[str]()
+    readings, removed, text = list[Reading](), list[str](), reword_by_context(drop_framing(text), context)
     parts = split_results(text) or split_changes(text, context) or split_turn(text)
     if len(parts) == 1 and load_pattern("follow_up").match(normalize_text(text)):
         parts = [text]
@@ -51,7 +57,62 @@ def read_turn(text: str, context: Context) -> list[Reading]:
                 removed.append("it")
             readings.append(reading)
             context = replace(update_context(context, reading), is_changed=True)
+    if question := find_repeated_change(readings, text):
+        return [Reading("ask", text, message=question)]
     return readings
+
+
+def find_repeated_change(readings: Sequence[Reading], text: str) -> str:
+    """Return a question if a turn changes the same thing twice, or nothing and something; "" if it does not."""
+    if len(readings) > 1 and any(reading.command and reading.command.name == "cancel" for reading in readings):
+        return replies.build_unclear_question()
+    if load_pattern("sequence").search(normalize_text(text)):
+        return ""
+    values = dict[tuple[str, str, str], str]()
+    for reading in readings:
+        changes = read_edit(tokenize(reading.text)).changes if reading.goal == "edit" else []
+        for change in changes:
+            if change.kind not in ("recolour", "background", "reshape", "motion"):
+                continue
+            key = (change.kind, change.target, reading.reference if reading.reference.isdigit() else "")
+            if values.setdefault(key, change.value) != change.value:
+                return replies.build_contradiction_question(values[key], change.value)
+    return ""
+
+
+def redo_undone(command: ExecutedCommand, text: str, context: Context) -> ExecutedCommand:
+    """Return the command that shows the result again that was undone, if "redo" follows an undo."""
+    number = context.number + 1
+    if command.name != "vary" or not REDO.search(text.lower()) or number > len(context.artifacts):
+        return command
+    return ExecutedCommand(name="resend", arguments={"which": number})
+
+
+def reword_by_context(text: str, context: Context) -> str:
+    """Return what a text means where there is a result: "it needs a star" adds one, "the other one" is the one before.
+
+    A text that means nothing else there is returned as it is.
+    """
+    normalized = normalize_text(text)
+    if (match := load_pattern("self_correction").search(normalized)) and have_same_meaning(match[1], match[3]):
+        return f"{normalized[: match.start(1)]}{match[3]}{normalized[match.end() :]}"
+    if context.medium is None:
+        return text
+    if (match := load_pattern("addition").match(normalized)) and "background" not in normalized:
+        return f"add {normalized[match.end() :]}"
+    if "the other one" in normalized and context.number > 1 and read_scene(tokenize(context.describe())).count == 1:
+        number = context.number - 1
+        return normalized.replace("the other one", f"the {list(english_rules.ORDINAL_INDEX)[min(number, 10) - 1]} one")
+    return text
+
+
+def have_same_meaning(first: str, second: str) -> bool:
+    """Return whether two words are both colours, both shapes, and so on."""
+    kinds = [
+        {name for token in tokenize(word) for name, _ in token.meanings} & set(CORRECTED_CATEGORIES)
+        for word in (first, second)
+    ]
+    return bool(kinds[0] & kinds[1])
 
 
 def is_statement(text: str) -> bool:
@@ -74,6 +135,11 @@ def split_results(text: str) -> list[str]:
     normalized = normalize_text(text).strip(" .!?")
     if len(normalized) > english_rules.MAX_WORDING_CHARS:
         return []
+    if match := load_pattern("separate_results").fullmatch(normalized):
+        words = re.sub(r"^(?:(?:please|draw|make|create|show me|give me|i want|i need) )+", "", match[1] or match[2])
+        parts = [part for part in re.split(r",? and then |,? then |,? and |, ", words) if part.strip()]
+        if len(parts) > 1 and all(map(has_shape, parts)):
+            return parts
     if match := load_pattern("both_media").fullmatch(normalized):
         return [f"a {match[1]} of {match[3]}", f"a {match[2]} of {match[3]}"] if match[1] != match[2] else []
     if match := load_pattern("equal_results").fullmatch(normalized):
@@ -102,6 +168,8 @@ def split_changes(text: str, context: Context) -> list[str]:
     if context.medium is None:
         return []
     normalized = normalize_text(text).strip(" .!?")
+    if parts := split_by_results(normalized, context):
+        return parts
     if match := load_pattern("exchanged_colour").fullmatch(normalized):
         return exchange_colours(match[1], match[2], context)
     if match := load_pattern("kept_object").fullmatch(normalized):
@@ -110,6 +178,21 @@ def split_changes(text: str, context: Context) -> list[str]:
         others = [name for name in names if not kept & {obj.shape for obj in read_scene(tokenize(name)).objects}]
         return [f"remove {name}" for name in others] if len(others) < len(names) else []
     return split_bare_changes(text, context)
+
+
+def split_by_results(normalized: str, context: Context) -> list[str]:
+    """Return a change of each result for "make both of them green", if the current one shows a single object."""
+    match, number = load_pattern("both_results").search(normalized), len(context.artifacts)
+    tokens = tokenize(normalized)
+    is_change = any(token.has("colour", "ground", "shape") for token in tokens) and not any(
+        token.has("task", "impossible", "add", "remove", "swap") for token in tokens
+    )
+    if not (match and is_change and 2 <= number <= MAX_CHANGED_RESULTS):
+        return []
+    if read_scene(tokenize(context.describe())).count > 1:
+        return []
+    ordinals = list(english_rules.ORDINAL_INDEX)[:number]
+    return [f"{normalized[: match.start()]}the {ordinal} one{normalized[match.end() :]}" for ordinal in ordinals]
 
 
 def exchange_colours(old: str, new: str, context: Context) -> list[str]:
@@ -172,7 +255,8 @@ def split_turn(text: str) -> list[str]:
 
 def is_complete_by_itself(part: str) -> bool:
     is_talk = english_rules.QUESTION.search(part) or talk.find_small_talk(part)
-    return bool(is_talk) or find_command(part, ()) is not None
+    command = find_command(part, ())
+    return bool(is_talk) or (command is not None and command.name != "cancel")  # "wait, make that yellow"
 
 
 def is_attribute(tokens: Sequence[Token]) -> bool:

@@ -10,12 +10,13 @@ import re
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 from uuid import uuid4
 
 from anyio.to_thread import run_sync
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel
 from sse_starlette import EventSourceResponse
 
 from omnivideo.api.answers.answer import IDLE_SECONDS, AnswerPart, ChatAnswer
@@ -113,7 +114,8 @@ class StoredResponse:
 
     def reload_and_end(self, writer: ResponseWriter) -> list[ServerSentEvent]:
         turn = self.context.turns.get_turn(self.turn.id, self.turn.owner)
-        assert turn is not None, "turns are never deleted"
+        if turn is None:
+            raise build_not_found_error("response", f"resp_{self.turn.id.removeprefix('turn_')}")
         self.turn = turn
         events, response = self.end(writer)
         return [*events, *writer.end(response)]
@@ -144,6 +146,12 @@ class StoredResponse:
             ending = list(writer.end(writer.build_response("failed", error=to_api_error(error))))
         for written in ending:
             yield written
+
+
+class ResponseDeleted(BaseModel):
+    id: str
+    object: Literal["response"] = "response"
+    deleted: bool = True
 
 
 def load_picture(context: ServiceContext, owner: str, artifact: Artifact) -> tuple[bytes, str]:
@@ -316,6 +324,14 @@ async def get_response(
     if stream:
         return EventSourceResponse(stored.stream_events(get_event_feed(request), starting_after), ping=15)
     return JSONResponse(await run_sync(stored.build_response))
+
+
+@router.delete("/{response_id}")
+def delete_response(response_id: ResourceId, request: Request, context: ContextDep, owner: OwnerDep) -> ResponseDeleted:
+    """Delete a response; one that runs is cancelled. Sweeps remove all that was said and made in it within a day."""
+    links = create_link_builder(context, owner, str(request.base_url))
+    context.turn_runner.delete_turn(load_response(context, owner, response_id, links).turn)
+    return ResponseDeleted(id=response_id)
 
 
 @router.post("/{response_id}/cancel", response_class=JSONResponse)
