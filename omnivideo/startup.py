@@ -1,21 +1,25 @@
 """Start and end quickly: execute modules of other libraries only if they are used, and collect no garbage then.
 
 transformers and diffusers import modules at their top that a model here never calls: torch's compiler, sharding over
-devices, and the __init__ of packages of diffusers that import every model. `defer_imports` registers a finder, as
-importlib provides for: a deferred module exists at once and is executed when it is first used. This module does not
-import torch.
+devices, and the __init__ of packages that read or import every model. `defer_imports` registers a finder, as importlib
+provides for: a deferred module exists at once and is executed when it is first used. `preload_torch` loads torch's
+libraries on another core meanwhile. This module does not import torch.
 """
 
 import atexit
+import ctypes
 import gc
 import importlib.abc
 import importlib.machinery
 import importlib.metadata
+import importlib.util
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import cache, wraps
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from functools import cache, cached_property, wraps
+from importlib.metadata import packages_distributions
+from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any, ForwardRef
 
@@ -28,10 +32,18 @@ DEFERRED_MODULES: dict[str, tuple[str, ...]] = {
     "diffusers.models.transformers": (),
     "diffusers.models.unets": (),
     "diffusers.hooks": ("apply_group_offloading",),
-    "transformers.models": (),  # it reads every file of every model
+    "transformers": (),  # it reads every file of every model
+    "transformers.models": (),
+    # MLLMs of other presets.
+    "transformers.models.llama.modeling_llama": ("LlamaForCausalLM",),
+    "transformers.models.siglip.modeling_siglip": ("SiglipVisionModel",),
+    "transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe": ("Qwen3VLMoeForConditionalGeneration",),
+    "requests": (),  # diffusers downloads with it
     # The compiler: transformers and diffusers mark functions that it may leave alone.
     "torch._dynamo": ("allow_in_graph", "assume_constant_result", "disable"),
     "torch._dynamo._trace_wrapped_higher_order_op": ("TransformGetItemToIndex",),
+    "torch.export": (),
+    "torch.fx.experimental.symbolic_shapes": ("expect_true",),  # sympy; torch's checks of a condition ask for it
     # Models on several devices.
     "torch.distributed.tensor": ("DTensor", "Partial", "Placement", "Replicate", "Shard", "distribute_tensor"),
     "torch.distributed.tensor._utils": ("compute_local_shape_and_global_offset",),
@@ -49,8 +61,10 @@ DEFERRED_MODULES: dict[str, tuple[str, ...]] = {
 # The modules of these packages are imported without their __init__, which imports all others.
 INDEPENDENT_PACKAGES = {
     "diffusers.hooks", "diffusers.models.autoencoders", "diffusers.models.transformers", "diffusers.models.unets",
-    "transformers.models",
+    "transformers", "transformers.models",
 }  # fmt: skip
+# Modules that read the files of all installed distributions when they are executed, and seldom need them.
+MODULES_THAT_READ_DISTRIBUTIONS = {"diffusers.utils.import_utils"}
 
 
 class DeferredName:
@@ -117,11 +131,17 @@ def wrap_until_executed(decorator: DeferredName, function: Any, *arguments: Any,
     return call
 
 
-# What functions do until their module is executed. Until then nothing is compiled.
+def return_bool(function: DeferredName, value: Any, *arguments: Any) -> Any:
+    """Return a bool, as the function does; another value, such as a symbolic one, executes the function's module."""
+    return value if type(value) is bool else function.resolve()(value, *arguments)
+
+
+# What functions do until their module is executed. Until then nothing is compiled, and no size is symbolic.
 SUBSTITUTES: dict[str, Callable[..., Any]] = {
     "torch._dynamo.allow_in_graph": note_registration,
     "torch._dynamo.assume_constant_result": note_registration,
     "torch._dynamo.disable": wrap_until_executed,
+    "torch.fx.experimental.symbolic_shapes.expect_true": return_bool,
 }
 
 
@@ -146,6 +166,10 @@ class DeferredModule(ModuleType):
             raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
         if name in loader.names:
             return DeferredName(self, name)
+        if self.__name__ in INDEPENDENT_PACKAGES and importlib.machinery.PathFinder.find_spec(
+            f"{self.__name__}.{name}", self.__path__
+        ):
+            return importlib.import_module(f"{self.__name__}.{name}")
         return getattr(execute_deferred(self), name)  # of the executed module; what it does not have is missing now
 
 
@@ -193,6 +217,41 @@ class DeferringLoader(importlib.abc.Loader):
                 self.executing_thread = None
 
 
+class InstalledDistributions(Mapping[str, list[str]]):
+    """What `importlib.metadata.packages_distributions` returns, read when an entry is first asked for."""
+
+    @cached_property
+    def entries(self) -> Mapping[str, list[str]]:
+        return packages_distributions()
+
+    def __getitem__(self, package: str) -> list[str]:
+        return self.entries[package]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+
+class DistributionsLoader(importlib.abc.Loader):
+    """Executes a module, which gets the installed distributions without the time of reading all their files."""
+
+    def __init__(self, real: importlib.abc.Loader):
+        self.real = real
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
+        return self.real.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__loader__ = self.real
+        importlib.metadata.packages_distributions = InstalledDistributions
+        try:
+            self.real.exec_module(module)
+        finally:
+            importlib.metadata.packages_distributions = packages_distributions
+
+
 class DeferringFinder(importlib.abc.MetaPathFinder):
     """Finds the deferred modules; all others are left to the finders behind it."""
 
@@ -203,10 +262,12 @@ class DeferringFinder(importlib.abc.MetaPathFinder):
             package = sys.modules.get(fullname.rpartition(".")[0])
             if isinstance(package, DeferredModule) and package.__name__ not in INDEPENDENT_PACKAGES:
                 execute_deferred(package)
-            return None
+            if fullname not in MODULES_THAT_READ_DISTRIBUTIONS:
+                return None
         spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
         if spec is not None and spec.loader is not None:
-            spec.loader = DeferringLoader(spec.loader, DEFERRED_MODULES[fullname])
+            names = DEFERRED_MODULES.get(fullname)
+            spec.loader = DistributionsLoader(spec.loader) if names is None else DeferringLoader(spec.loader, names)
         return spec
 
 
@@ -223,9 +284,34 @@ def stop_deferring(*packages: str) -> None:
         del DEFERRED_MODULES[name]
 
 
+def preload_torch() -> None:
+    """Load torch's largest library in a thread, while this one imports what comes before torch.
+
+    It has 400 MB, and the interpreter does not wait for it. torch finds it loaded, and reports what is wrong with it.
+    """
+    spec = None if "torch" in sys.modules else importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        return
+    library = Path(spec.origin).parent / "lib" / "libtorch_cpu.so"
+
+    def load() -> None:
+        with suppress(OSError):
+            ctypes.CDLL(str(library))
+
+    threading.Thread(target=load, daemon=True, name="preload-torch").start()
+
+
 def skip_final_collection() -> None:
     """End the process without a search for garbage among all objects of the libraries, which takes over a second."""
     atexit.register(gc.freeze)
+
+
+def exempt_loaded_objects() -> None:
+    """Let later searches for garbage skip what this process has loaded, which it keeps until it ends.
+
+    A search among all of it stops every thread for 0.7 s: no request is answered meanwhile, and no step is taken.
+    """
+    gc.freeze()
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Modules that are executed on use: what they are, that they work, and that generating needs none of them."""
 
 import importlib
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -133,6 +134,70 @@ def test_marks_of_a_decorator_wait_until_its_module_is_executed(defer, monkeypat
     assert capsys.readouterr().out == "executed\n"  # it decorates once
 
 
+def test_a_module_of_an_independent_package_is_imported_by_its_name_alone(defer, monkeypatch, tmp_path, capsys):
+    package = tmp_path / "deferred_nine"
+    package.mkdir()
+    (package / "__init__.py").write_text("print('package')\nVALUE = 3\n")
+    (package / "part.py").write_text("NUMBER = 4\n")
+    monkeypatch.setattr(startup, "INDEPENDENT_PACKAGES", {"deferred_nine"})
+    defer("deferred_nine", (package / "__init__.py").read_text())
+    (tmp_path / "deferred_nine.py").unlink()
+    sys.modules.pop("deferred_nine")
+    importlib.invalidate_caches()
+    from deferred_nine import part
+
+    assert part.NUMBER == 4 and capsys.readouterr().out == ""
+    from deferred_nine import VALUE
+
+    assert VALUE == 3 and capsys.readouterr().out == "package\n"
+    sys.modules.pop("deferred_nine.part")
+
+
+def test_a_plain_condition_is_returned_and_another_one_is_passed_on(defer, monkeypatch, capsys):
+    defer("deferred_ten", "print('executed')\ndef expect(value):\n    return value == 'symbolic'\n", "expect")
+    monkeypatch.setitem(startup.SUBSTITUTES, "deferred_ten.expect", startup.return_bool)
+    from deferred_ten import expect
+
+    assert expect(True) is True and expect(False) is False and capsys.readouterr().out == ""
+    assert expect("symbolic") is True and capsys.readouterr().out == "executed\n"
+
+
+def test_the_installed_distributions_are_read_when_a_module_asks_for_one(defer, monkeypatch):
+    monkeypatch.setattr(startup, "MODULES_THAT_READ_DISTRIBUTIONS", {"deferred_eleven"})
+    text = "import importlib.metadata\nDISTRIBUTIONS = importlib.metadata.packages_distributions()\n"
+    module = defer("deferred_eleven", text)
+    assert type(module).__name__ == "DeferredModule"  # which is first
+    monkeypatch.delitem(startup.DEFERRED_MODULES, "deferred_eleven")
+    sys.modules.pop("deferred_eleven")
+    distributions = importlib.import_module("deferred_eleven").DISTRIBUTIONS
+    assert "entries" not in vars(distributions)
+    read_directly = importlib.metadata.packages_distributions()
+    assert distributions["PIL"] == ["pillow"] and dict(distributions) == read_directly
+
+
+PRELOAD = """
+import sys, threading
+from pathlib import Path
+from omnivideo.startup import preload_torch
+preload_torch()
+for thread in threading.enumerate():
+    if thread.name == "preload-torch":
+        thread.join()
+print("torch" in sys.modules, "libtorch_cpu" in Path("/proc/self/maps").read_text())
+import torch
+preload_torch()
+print(torch.ones(2).sum().item(), threading.active_count())
+"""
+
+
+def test_the_library_of_torch_is_loaded_before_torch_is_imported():
+    completed = subprocess.run(
+        [sys.executable, "-c", PRELOAD], capture_output=True, text=True, check=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert completed.stdout.splitlines() == ["False True", "2.0 1"]
+
+
 def test_collection_is_paused_and_continues():
     import gc
 
@@ -168,6 +233,12 @@ from transformers.models import bert, BertModel
 print(round(scipy.stats.norm.cdf(0), 3), AutoencoderKL.__name__, FluxTransformer2DModel.__name__, minimize.__name__)
 print(bert.__name__, BertModel.__name__, transformers.models.T5Config.__name__, transformers.BertTokenizer.__name__)
 print(linear_sum_assignment([[1, 0], [0, 1]])[1].tolist())
+import requests
+from torch.fx.experimental.symbolic_shapes import expect_true, guard_or_false
+from transformers import LlamaForCausalLM, Qwen3VLMoeForConditionalGeneration, SiglipVisionModel, initialization
+print(torch.export.Dim("n").__name__, requests.Session.__name__, guard_or_false(expect_true(True)))
+with torch.device("meta"):
+    print(torch.nn.Conv2d(3, 4, 1)(torch.randn(1, 3, 8, 8)).shape[1], transformers.__version__.split(".")[0])
 """
 
 
@@ -176,6 +247,7 @@ UNUSED_MODULES = (
     "scipy.optimize", "scipy.stats", "torch._dynamo.convert_frame", "torch._inductor", "torch.distributed.tensor._api",
     "torch.distributed.fsdp._fully_shard", "diffusers.loaders.lora_pipeline", "diffusers.hooks.first_block_cache",
     "diffusers.pipelines", "boto3.session", "langgraph", "sqlalchemy", "fastapi", "celery", "alembic", "matplotlib",
+    "sympy", "requests.sessions", "torch.export.dynamic_shapes",
 )  # fmt: skip
 
 
@@ -186,9 +258,10 @@ def test_generating_executes_none_of_them_and_all_can_be_used_afterwards(weights
         capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert completed.returncode == 0, completed.stderr[-3000:]
-    imported, loaders, compiled, sharding, used, models, assigned = completed.stdout.splitlines()
+    imported, loaders, compiled, sharding, used, models, assigned, also_used, meta = completed.stdout.splitlines()
     assert set(json.loads(imported)) <= set(DEFERRED_MODULES), imported
     assert float(compiled) == 1 and sharding == "True True False"
     assert set(json.loads(loaders)) == {"DeferringLoader"}, loaders
     assert models == "transformers.models.bert BertModel T5Config BertTokenizer"
+    assert also_used == "n Session True" and meta == "4 5"
     assert used == "0.5 AutoencoderKL FluxTransformer2DModel minimize" and assigned == "[1, 0]"

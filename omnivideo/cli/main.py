@@ -56,7 +56,7 @@ from omnivideo.cpu_threads import configure_cpu_threads
 from omnivideo.errors import InvalidInput, OmniVideoError
 from omnivideo.presets import get_preset
 from omnivideo.presets.shapes import get_file_length
-from omnivideo.startup import defer_imports, skip_final_collection
+from omnivideo.startup import defer_imports, preload_torch, skip_final_collection
 from omnivideo.training.engine.progress_bar import LoggedProgress
 
 
@@ -98,6 +98,7 @@ def generate(
     negative_prompt: NegativePromptOption = None,
 ) -> None:
     """Generate a clip or an image from a prompt."""
+    preload_torch()
     from omnivideo.media.write import check_output
 
     overrides: dict[str, Any] = parse_size(size) | {
@@ -139,6 +140,7 @@ def edit(
     negative_prompt: NegativePromptOption = None,
 ) -> None:
     """Edit a clip or an image by an instruction; everything else stays unchanged."""
+    preload_torch()
     from omnivideo.media.read import measure_media
     from omnivideo.media.write import check_output
 
@@ -170,6 +172,7 @@ def understand(
     device: DeviceOption = "auto",
 ) -> None:
     """Answer a question about a clip or an image."""
+    preload_torch()
     from omnivideo.media.read import measure_media
 
     info = measure_media(source)
@@ -205,6 +208,7 @@ def chat(
     guidance_scale: GuidanceOption = None,
 ) -> None:
     """Generate, edit and ask questions in a conversation; each turn builds on the previous ones."""
+    preload_torch()
     from omnivideo.agent.thread import parse_turn_options
     from omnivideo.cli.chat import TerminalChat
 
@@ -233,6 +237,7 @@ def batch(
     device: DeviceOption = "auto",
 ) -> None:
     """Generate a clip for every line of a file; when run again, continue with the lines that are not done."""
+    preload_torch()
     from omnivideo.sdk.batch import run_batch
     from omnivideo.sdk.batch_items import parse_text
 

@@ -13,6 +13,15 @@ from torch import Tensor, nn
 from omnivideo.models.positions import build_grid_positions
 
 
+def sample_parameter(*shape: int) -> nn.Parameter:
+    """Return a parameter with values of standard deviation 0.02; on the meta device, which has none, without values.
+
+    There, torch would import its symbolic shapes and sympy to sample nothing, which takes a quarter of a second.
+    """
+    values = torch.empty(shape)
+    return nn.Parameter(values if values.is_meta else torch.randn(shape) * 0.02)
+
+
 def build_transformer(width: int, layers: int, heads: int) -> nn.Transformer:
     """Return a pre-norm encoder-decoder with ReLU and a feed-forward layer of four times its width."""
     shape: dict[str, Any] = {"dim_feedforward": 4 * width, "dropout": 0.0, "batch_first": True, "norm_first": True}
@@ -32,7 +41,7 @@ class QueryTransformer(nn.Module):
         super().__init__()
         self.fc = nn.Sequential(nn.Linear(dim_in, width), nn.GELU(), nn.Linear(width, width))
         self.adapter = build_transformer(width, layers, heads)
-        self.decoder_query = nn.Parameter(torch.randn(1, num_queries, width) * 0.02)
+        self.decoder_query = sample_parameter(1, num_queries, width)
 
     @property
     def num_queries(self) -> int:

@@ -13,9 +13,11 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
+from transformers.models.umt5.modeling_umt5 import UMT5EncoderModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from omnivideo.errors import ConditionTooLong
+from omnivideo.models.bridge import sample_parameter
 from omnivideo.models.text_limits import clean_text
 from omnivideo.presets import ConditionConfig, ConditionPart, TextConfig
 
@@ -32,7 +34,7 @@ class MarkerEmbeddings(nn.Module):
         super().__init__()
         for name in names:
             rows = (lengths or {}).get(name, 1)
-            self.register_parameter(name, nn.Parameter(torch.randn(rows, dim) * 0.02))
+            self.register_parameter(name, sample_parameter(rows, dim))
 
     @classmethod
     def without_rows(cls, dim: int, names: Sequence[str]) -> "MarkerEmbeddings":

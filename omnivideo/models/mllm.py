@@ -16,7 +16,8 @@ from typing import Literal, Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, Qwen3VLForConditionalGeneration
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLForConditionalGeneration
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.vision_utils import get_vision_position_ids
 
 from omnivideo.contracts import Route

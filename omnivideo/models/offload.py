@@ -14,7 +14,8 @@ import torch
 from diffusers import AutoencoderKLWan
 from diffusers.hooks import apply_group_offloading
 from torch import Tensor, nn
-from transformers import Qwen3VLForConditionalGeneration, Qwen3VLMoeForConditionalGeneration
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLForConditionalGeneration
+from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoeForConditionalGeneration
 
 from omnivideo.models.placement import Placement
 from omnivideo.models.vila import Vila
@@ -60,7 +61,7 @@ def list_entries(module: nn.Module) -> list[nn.Module]:
     if isinstance(module, Vila):
         embeddings = module.get_input_embeddings()
         return [module.vision_tower, module.projector, module.llm, module.llm.model, embeddings]
-    if isinstance(module, Qwen3VLForConditionalGeneration | Qwen3VLMoeForConditionalGeneration):
+    if isinstance(module, (Qwen3VLForConditionalGeneration, Qwen3VLMoeForConditionalGeneration)):
         return [module, module.model]
     return [] if type(module).forward is nn.Module.forward else [module]
 

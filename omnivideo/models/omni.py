@@ -12,7 +12,9 @@ from typing import assert_never
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, Qwen3VLForConditionalGeneration, UMT5EncoderModel
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLForConditionalGeneration
+from transformers.models.umt5.modeling_umt5 import UMT5EncoderModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from omnivideo.contracts import Medium
 from omnivideo.errors import PartOutOfMemory

@@ -130,7 +130,7 @@ def load_tokenizer(folder: Path) -> "Tokenizer":
     if path.is_file():
         tokenizer = Tokenizer.from_file(str(path))
     else:  # in an older format, which transformers converts
-        from transformers import AutoTokenizer
+        from transformers.models.auto.tokenization_auto import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True).backend_tokenizer
     tokenizer.no_truncation()

@@ -11,7 +11,7 @@ from itertools import islice
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from omnivideo.contracts import Medium, Route
 from omnivideo.models.mllm import (

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from omnivideo.contracts import Medium, Route
 from omnivideo.models.mllm import MLLMMedia, MLLMMessage, check_request_length, fit_frames

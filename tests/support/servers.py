@@ -94,8 +94,8 @@ def redis(folder: Path, port: int | None = None) -> Iterator[str]:
 class RabbitMQ:
     """A RabbitMQ server with a separate Erlang name service; after a kill, it has its durable queues again.
 
-    With `certificate`, the path of one for `localhost` beside its key, it speaks TLS. It closes the channel of a message
-    that is not acknowledged within `consumer_timeout_ms`, by default 30 minutes.
+    With `certificate`, the path of one for `localhost` beside its key, it speaks TLS. It closes the channel of a
+    message that is not acknowledged within `consumer_timeout_ms`, by default 30 minutes.
     """
 
     def __init__(self, folder: Path, certificate: Path | None = None, consumer_timeout_ms: int = 1_800_000):

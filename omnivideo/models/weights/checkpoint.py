@@ -17,7 +17,10 @@ from typing import Any, Literal
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen3VLMoeForConditionalGeneration, UMT5EncoderModel
+from transformers.models.auto.tokenization_auto import AutoTokenizer
+from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoeForConditionalGeneration
+from transformers.models.umt5.modeling_umt5 import UMT5EncoderModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from omnivideo.errors import CheckpointError

@@ -7,8 +7,36 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from omnivideo.errors import CheckpointError
+
+META = torch.device("meta")
+# What modules call to initialise their parameters.
+INITIALIZERS = {
+    torch.nn.init.constant_, torch.nn.init.kaiming_uniform_, torch.nn.init.normal_, torch.nn.init.uniform_,
+    Tensor.fill_, Tensor.normal_, Tensor.uniform_, Tensor.zero_,
+}  # fmt: skip
+
+
+class MetaShortcuts(TorchFunctionMode):
+    """Spares operations on the meta device, where the libraries create a model before they read its weights.
+
+    Tensors there have no values, so none are initialised. The tables of rotary positions, which are in no file, start
+    from `arange` on the CPU. For each such operation, torch would run reference implementations in Python, and import
+    sympy for them: a third of a small model's loading time.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in INITIALIZERS:
+            tensor = args[0] if args else kwargs["tensor"]
+            if tensor.is_meta:
+                return tensor
+        if func is torch.arange and kwargs.get("device") == META:
+            kwargs = kwargs | {"device": "cpu"}
+        return func(*args, **kwargs)
 
 
 def load_strict(cls: Any, folder: Path, name: str, dtype: torch.dtype | None) -> Any:
@@ -21,9 +49,10 @@ def load_strict(cls: Any, folder: Path, name: str, dtype: torch.dtype | None) ->
         raise CheckpointError(f"{name}/config.json is missing from the weights")
     check_not_quantized(name, part / "config.json")
     try:
-        model, report = cls.from_pretrained(
-            part, torch_dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
-        )
+        with MetaShortcuts():
+            model, report = cls.from_pretrained(
+                part, torch_dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
+            )
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         reason = get_first_line(error).replace(str(folder), folder.name)
         raise CheckpointError(f"{name} cannot be loaded: {reason}") from error

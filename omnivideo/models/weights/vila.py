@@ -7,7 +7,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBase, SiglipVisionModel
+from transformers.models.auto.tokenization_auto import AutoTokenizer
+from transformers.models.llama.modeling_llama import LlamaForCausalLM
+from transformers.models.siglip.modeling_siglip import SiglipVisionModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from omnivideo.errors import CheckpointError
 from omnivideo.models.vila import Vila, VilaProjector

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor, nn
-from transformers import UMT5Config, UMT5EncoderModel
+from transformers.models.umt5.configuration_umt5 import UMT5Config
+from transformers.models.umt5.modeling_umt5 import UMT5EncoderModel
 
 from omnivideo.errors import CheckpointError
 from omnivideo.models.weights.tensor_files import StateDict
