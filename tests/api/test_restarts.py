@@ -3,7 +3,6 @@
 import itertools
 import json
 import signal
-import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -155,28 +154,3 @@ def test_a_stop_during_chats_of_a_batch_and_a_clip_takes_seconds_and_is_no_loss(
     assert sorted(int(json.loads(line)["custom_id"]) for line in output) == list(range(CHAT_LINES))
     assert service.count_losses() == 0 and service.count(batches, batches.c.runner_losses > 0) == 0
     service.wiring.close()
-
-
-@pytest.mark.timeout(300)
-def test_a_stop_waits_for_no_language_model(tmp_path):
-    """A chat whose language model does not answer is refused, and the process ends in its grace period of 30 s."""
-    with socket.create_server(("127.0.0.1", 0)) as silent, ThreadPoolExecutor(1) as pool:
-        service = EmbeddedService(tmp_path)
-        service.environment |= {
-            "OMNIVIDEO_MLLM": f"http://127.0.0.1:{silent.getsockname()[1]}", "OMNIVIDEO_MLLM_TIMEOUT_SECONDS": "120",
-        }  # fmt: skip
-        service.start()
-        try:
-            body = {"messages": [{"role": "user", "content": "a picture of a red circle"}]}
-            answer = pool.submit(service.http.post, "/v1/chat/completions", json=body)
-            silent.settimeout(60)
-            connection, _ = silent.accept()
-            time.sleep(2)
-            started_at = time.monotonic()
-            service.process.send_signal(signal.SIGTERM)
-            assert service.process.wait(60) == 0 and time.monotonic() - started_at < MAX_STOP_SECONDS
-            response = answer.result(10)
-            assert response.status_code == 503 and int(response.headers["Retry-After"]) > 0, response.text
-            connection.close()
-        finally:
-            service.kill()
