@@ -273,11 +273,11 @@ class ServiceWiring:
 
     @cached_property
     def open_queue(self) -> OpenQueue:
-        """The durable queues of all owners' jobs."""
+        """The durable queues of all owners' jobs. Workers are reached at the first job: a sweep reads threads only."""
         from omnivideo.backends.queue.durable import DurableQueue
 
         def open_queue(owner: str, lane: Lane = "interactive", /) -> JobQueue:
-            return DurableQueue(self.jobs, self.store, self.notify_workers, owner, lane)
+            return DurableQueue(self.jobs, self.store, lambda: self.notify_workers(), owner, lane)
 
         return open_queue
 

@@ -74,8 +74,11 @@ async def wait_for_work(
 
 
 async def run_unless_disconnected(request: Request, work: Callable[[], Awaitable[None]]) -> bool:
-    """Wait for some work. Return False if the client has disconnected before its end; its body must have been read."""
-    has_ended = False
+    """Wait for some work. Return False if the client has disconnected before its end; its body must have been read.
+
+    Raises what the work raises, which a task group would wrap.
+    """
+    has_ended, error = False, None
     async with anyio.create_task_group() as group:
 
         async def watch_client() -> None:
@@ -84,7 +87,12 @@ async def run_unless_disconnected(request: Request, work: Callable[[], Awaitable
             group.cancel_scope.cancel()
 
         group.start_soon(watch_client)
-        await work()
-        has_ended = True
+        try:
+            await work()
+            has_ended = True
+        except Exception as raised:
+            error = raised
         group.cancel_scope.cancel()
+    if error is not None:
+        raise error
     return has_ended

@@ -2,9 +2,11 @@
 
 import errno
 import logging
+import os
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Callable, Collection
 from contextlib import suppress
 from pathlib import Path
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 app = typer.Typer()
 mllm_cli = typer.Typer(no_args_is_help=True)
 STARTUP_FAILURE = 3  # uvicorn's exit status
+EXIT_TIMEOUT_SECONDS = 5.0  # for what remains after the requests have been answered
 # How long a thread that computes may keep others waiting, in s. The event loop waits so long up to ten times in one
 # request; with Python's default of 5 ms, a few threads that compute at once delay every request by a second.
 SWITCH_SECONDS = 0.0005
@@ -130,6 +133,17 @@ def run_server(
         sys.exit(STARTUP_FAILURE)
 
 
+def limit_exit_time() -> None:
+    """Let this process end within EXIT_TIMEOUT_SECONDS, although threads of it still wait for other servers.
+
+    Python joins the threads of executors, and LangGraph asks the language model in them. That server may take longer
+    than the grace period of a stop, after which the process would be killed. Their turns were given back already.
+    """
+    timer = threading.Timer(EXIT_TIMEOUT_SECONDS, os._exit, (0,))
+    timer.daemon = True
+    timer.start()
+
+
 def serve_metrics(host: str, port: int, application: Any) -> Callable[[], None]:
     """Serve an application's metrics on a port of their own, which needs no key. Return what stops it."""
     from prometheus_client import start_http_server
@@ -181,6 +195,7 @@ def serve(
         try:
             run_server(build_application, listener, settings.trusted_proxies)
         finally:
+            limit_exit_time()
             wiring.close()
 
 

@@ -28,7 +28,10 @@ wiring = ServiceWiring(load_settings(home=sys.argv[1], preset="omnivideo-1.3b", 
 context = wiring.build_service_context()
 omnivideo.api.app.create_app(context)
 assert context.text_limits.check_prompt("prompt", " a red ball ", None) == "a red ball"
-assert wiring.sweep().object_keys == []
+wiring.conversations.open_thread("kept", create=True)
+# The sweep's container has no broker, and reads every thread.
+sweeping = ServiceWiring(load_settings(home=sys.argv[1], preset="omnivideo-1.3b", mllm=servers["mllm"]))
+assert sweeping.sweep().object_keys == []
 print("built")
 """
 
