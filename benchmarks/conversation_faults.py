@@ -16,14 +16,14 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 
 from benchmarks.cluster import START_SECONDS
 from tests.support.servers import free_port
 
-RED, BLUE = "a picture of a red circle", "make it blue"
+RED, BLUE, GREEN = "a picture of a red circle", "make it blue", "a picture of a green star"
 # The words of a conversation that passes through each node. A reply follows a turn that asks.
 CONVERSATIONS: dict[str, list[str]] = {
     "plan": [RED], "search": [RED], "refer": [RED], "think": [RED], "route": [RED], "generate": [RED], "check": [RED],
@@ -50,14 +50,15 @@ class FaultResult:
 
 
 class EmbeddedService:
-    """`omnivideo serve` with a worker, in a folder. With `node`, its process kills itself there, once."""
+    """`omnivideo serve` with a worker, in a folder. Its process kills itself in the nodes that `kill_in` names."""
 
-    def __init__(self, folder: Path, node: str = "", heartbeat_timeout: float = 3.0):
+    def __init__(self, folder: Path, heartbeat_timeout: float = 3.0):
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.port = folder, free_port()
         serve = ["serve", "--port", str(self.port), "--device", "cpu"]
-        module = ["benchmarks.killed_at", node, str(folder / "killed")] if node else ["omnivideo.cli"]
-        self.command = [sys.executable, "-m", *module, *serve]
+        self.kills = folder / "kills"
+        self.kills.mkdir(exist_ok=True)
+        self.command = [sys.executable, "-m", "benchmarks.killed_at", str(self.kills), *serve]
         self.environment = os.environ | {
             "OMNIVIDEO_HOME": str(folder), "OMNIVIDEO_HEARTBEAT_TIMEOUT": str(heartbeat_timeout),
             "OMNIVIDEO_WEBHOOK_HOSTS": "127.0.0.1",
@@ -75,6 +76,12 @@ class EmbeddedService:
                     return
             time.sleep(0.1)
         raise RuntimeError(f"the service did not start; see {self.folder}/api.log")
+
+    def disturb_node(self, node: str, fault: Literal["kill", "raise"]) -> Path:
+        """Let a node kill its process or raise an exception when it has next run; the file exists until then."""
+        file = self.kills / node
+        file.write_text(fault)
+        return file
 
     def kill(self) -> None:
         self.process.kill()
@@ -100,8 +107,8 @@ class EmbeddedService:
 
 
 @contextmanager
-def run_embedded(folder: Path, node: str = "") -> Iterator[EmbeddedService]:
-    service = EmbeddedService(folder, node)
+def run_embedded(folder: Path) -> Iterator[EmbeddedService]:
+    service = EmbeddedService(folder)
     service.start()
     try:
         yield service
@@ -113,14 +120,14 @@ def run_embedded(folder: Path, node: str = "") -> Iterator[EmbeddedService]:
 # ---------------------------------------------------------------- turns
 
 
-def hold_conversation(service: EmbeddedService, texts: list[str]) -> list[tuple[str, list[str], int]]:
+def hold_conversation(service: EmbeddedService, thread_id: str, texts: list[str]) -> list[tuple[str, list[str], int]]:
     """Send the turns, and return the state, the artifacts and the number of endings of each."""
-    thread_id, outcomes = "conversation", []
-    service.request("POST", "/v1/threads", "thread", json={"id": thread_id})
+    outcomes = []
+    service.request("POST", "/v1/threads", f"thread {thread_id}", json={"id": thread_id})
     for number, text in enumerate(texts):
         path = f"/v1/threads/{thread_id}/turns"
         body = {"text": text, "steps": 2, "seed": 7}
-        turn = service.request("POST", path, f"turn {number}", json=body)
+        turn = service.request("POST", path, f"turn {thread_id} {number}", json=body)
         deadline = time.monotonic() + END_SECONDS
         while turn["state"] in OPEN and time.monotonic() < deadline:
             service.restart_if_dead()
@@ -141,20 +148,45 @@ def read_event_kinds(service: EmbeddedService, path: str) -> Counter[str]:
 def kill_turns_at_every_node(folder: Path, nodes: list[str] | None = None) -> FaultResult:
     """Kill the process in each node of the graph; compare with the same conversation without a kill."""
     result, start = FaultResult("turns, at every node"), time.perf_counter()
-    for node in nodes or list(CONVERSATIONS):
-        texts = CONVERSATIONS[node]
-        with run_embedded(folder / f"{node}-undisturbed") as service:
-            expected = hold_conversation(service, texts)
-        with run_embedded(folder / node, node) as service:
-            outcomes = hold_conversation(service, texts)
-        if not (folder / node / "killed").exists():
-            raise RuntimeError(f"the conversation {texts} does not pass through {node}: {outcomes}")
-        result.runs += 1
-        result.wanted += len(texts)
-        result.done_once += sum(ends == 1 for _, _, ends in outcomes)
-        result.same_result += sum(a[:2] == b[:2] for a, b in zip(outcomes, expected, strict=True))
-        if outcomes != expected:
-            print(node, outcomes, expected)
+    conversations = {node: CONVERSATIONS[node] for node in nodes or CONVERSATIONS}
+    with run_embedded(folder / "undisturbed") as service:
+        expected = {node: hold_conversation(service, node, texts) for node, texts in conversations.items()}
+    with run_embedded(folder / "killed") as service:
+        for node, texts in conversations.items():
+            file = service.disturb_node(node, "kill")
+            outcomes = hold_conversation(service, node, texts)
+            if file.exists():
+                raise RuntimeError(f"the conversation {texts} does not pass through {node}: {outcomes}")
+            result.runs += 1
+            result.wanted += len(texts)
+            result.done_once += sum(ends == 1 for _, _, ends in outcomes)
+            result.same_result += sum(a[:2] == b[:2] for a, b in zip(outcomes, expected[node], strict=True))
+            if outcomes != expected[node]:
+                print(node, outcomes, expected[node])
+    result.seconds = (time.perf_counter() - start) / max(1, result.runs)
+    return result
+
+
+def fail_turns_at_every_node(folder: Path) -> FaultResult:
+    """Raise an unexpected exception in each node of the graph; the next message must return its own result.
+
+    "done once" counts the turns that ended well or with the error, "same result" the next messages with their clips.
+    """
+    result, start = FaultResult("exceptions, at every node"), time.perf_counter()
+    with run_embedded(folder) as service:
+        expected = hold_conversation(service, "undisturbed", [GREEN])
+        for node, texts in CONVERSATIONS.items():
+            file = service.disturb_node(node, "raise")
+            *outcomes, following = hold_conversation(service, node, [*texts, GREEN])
+            if file.exists():
+                raise RuntimeError(f"the conversation {texts} does not pass through {node}: {outcomes}")
+            states = [state for state, _, _ in outcomes]
+            result.runs += 1
+            result.wanted += 1
+            result.done_once += states.count("failed") == 1 and {"failed", "done", "asks"} >= set(states)
+            result.same_result += following[:2] == expected[0][:2]
+            if following[:2] != expected[0][:2] or states.count("failed") != 1:
+                print(node, outcomes, following, expected)
     result.seconds = (time.perf_counter() - start) / max(1, result.runs)
     return result
 

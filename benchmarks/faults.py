@@ -4,8 +4,9 @@ python -m benchmarks.faults [--runs 20] [--broker redis|rabbitmq] [--only broker
 
 It runs a broker, PostgreSQL, an S3 server (rclone), two Celery workers and the API as separate processes. In each run
 ten clips are in flight when one of these processes is killed with SIGKILL at a random time and then restarted, or when
-the S3 server's answers are late, cut short or have a wrong bit for some seconds. `turns`, `batches` and `webhooks` use
-an embedded service: turns are killed once in every node of the graph, the others at random times.
+the S3 server's answers are late, cut short or have a wrong bit for some seconds. `turns`, `exceptions`, `batches` and
+`webhooks` use an embedded service: turns are killed, or fail unexpectedly, once in every node of the graph, the others
+are killed at random times.
 """
 
 import argparse
@@ -20,15 +21,21 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.cluster import ServiceCluster
-from benchmarks.conversation_faults import FaultResult, kill_batches, kill_turns_at_every_node, kill_webhooks
+from benchmarks.conversation_faults import (
+    FaultResult,
+    fail_turns_at_every_node,
+    kill_batches,
+    kill_turns_at_every_node,
+    kill_webhooks,
+)
 from tests.support.s3_faults import Mode
 
 JOBS, STEPS = 10, 60
 TARGETS = (
     "worker child", "worker", "api", "broker", "postgresql", "s3", "s3 slow", "s3 truncate", "s3 corrupt", "turns",
-    "batches", "webhooks",
+    "exceptions", "batches", "webhooks",
 )  # fmt: skip
-CONVERSATION_TARGETS = TARGETS[-3:]
+CONVERSATION_TARGETS = TARGETS[-4:]
 DISTURBANCE_SECONDS = 6.0
 MODES: dict[str, Mode] = {"s3 slow": "slow", "s3 truncate": "truncate", "s3 corrupt": "corrupt"}
 
@@ -94,6 +101,8 @@ def main() -> None:
             results += run_cluster_targets(home / "cluster", cluster_targets, arguments, rng, console)
         if "turns" in targets:
             results.append(kill_turns_at_every_node(home / "turns"))
+        if "exceptions" in targets:
+            results.append(fail_turns_at_every_node(home / "exceptions"))
         if "batches" in targets:
             results.append(kill_batches(home / "batches", arguments.runs, rng))
         if "webhooks" in targets:

@@ -1,9 +1,10 @@
-"""Run a command of omnivideo that kills itself once in a node of the planner's graph.
+"""Run a command of omnivideo that kills itself in nodes of the planner's graph.
 
-python -m benchmarks.killed_at NODE FILE serve --port 8000
+python -m benchmarks.killed_at FOLDER serve --port 8000
 
-The process is killed when the node has done its work and nothing of it is stored yet. The file, which exists from then
-on, keeps the process that is started again alive.
+The process is killed when a node has done its work and nothing of it is stored yet, if the folder has a file with the
+node's name. The file is removed first, so that the process that is started again goes on. If the file says "raise", the
+node raises an exception instead.
 """
 
 import os
@@ -21,8 +22,11 @@ def kill_once_after(method: Callable[..., Any], file: Path) -> Callable[..., Any
     @wraps(method)
     def run_node(*arguments: Any) -> Any:
         updates = method(*arguments)
-        if not file.exists():
-            file.touch()
+        if file.exists():
+            fault = file.read_text()
+            file.unlink()
+            if fault == "raise":
+                raise RuntimeError("this fault was asked for")
             os.kill(os.getpid(), signal.SIGKILL)
         return updates
 
@@ -30,12 +34,14 @@ def kill_once_after(method: Callable[..., Any], file: Path) -> Callable[..., Any
 
 
 def main() -> None:
-    node, file, *command = sys.argv[1:]
-    from omnivideo.agent.graph import Planner
+    folder, *command = sys.argv[1:]
+    from omnivideo.agent.graph import NODES, Planner
+    from omnivideo.agent.transitions import REFERENCE_NODE, SEARCH_NODE
     from omnivideo.cli.main import main as run_command
 
-    name = METHODS.get(node, node)
-    setattr(Planner, name, kill_once_after(getattr(Planner, name), Path(file)))
+    for node in (*NODES, SEARCH_NODE, REFERENCE_NODE):
+        name = METHODS.get(node, node)
+        setattr(Planner, name, kill_once_after(getattr(Planner, name), Path(folder) / node))
     sys.argv[1:] = command
     run_command()
 

@@ -12,7 +12,6 @@ import json
 import random
 import sys
 import time
-from collections import Counter
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -34,7 +33,7 @@ class UsersReport:
     """
 
     latencies: dict[str, list[float]] = field(default_factory=dict)
-    refused: dict[str, int] = field(default_factory=Counter)
+    refused: dict[str, int] = field(default_factory=dict)
     errors: list[str] = field(default_factory=list)
     timer_delays: list[float] = field(default_factory=list)
 

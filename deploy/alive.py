@@ -4,7 +4,6 @@ python /opt/alive.py http://127.0.0.1:8000/health     the address must answer 20
 python /opt/alive.py worker                           this container's Celery worker must answer over the broker
 """
 
-import os
 import socket
 import sys
 import urllib.request
@@ -41,5 +40,10 @@ def works(broker: str) -> bool:
 
 
 if __name__ == "__main__":
-    well = works(os.environ["OMNIVIDEO_BROKER"]) if sys.argv[1] == "worker" else answers(sys.argv[1])
+    if sys.argv[1] == "worker":
+        from omnivideo.settings import load_settings
+
+        well = works(load_settings().broker)  # from its variable, or from the file that another one names
+    else:
+        well = answers(sys.argv[1])
     sys.exit(not well)

@@ -6,16 +6,9 @@ omnivideo/records.py.
 
 import secrets
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
 from omnivideo.errors import InvalidInput, TextTooLong
@@ -26,7 +19,19 @@ MAX_SEED = 2**63 - 1
 
 
 class FrozenModel(BaseModel):
+    """A message without unknown fields, unless another version may have stored it."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @classmethod
+    def parse_stored(cls, document: Mapping[str, Any] | bytes | str) -> Self:
+        """Return a message from stored fields or JSON; those that a later version has added are left out.
+
+        This also holds for the messages within it, and for what a later service sends to the SDK.
+        """
+        if isinstance(document, bytes | str):
+            return cls.model_validate_json(document, extra="ignore")
+        return cls.model_validate(document, extra="ignore")
 
 
 class RequestModel(BaseModel):

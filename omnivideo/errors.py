@@ -22,9 +22,13 @@ OmniVideoError
   ModelUnavailable      the language model's server does not answer
 """
 
+import re
 import time
 
 SECONDS_PER_DAY = 86_400
+DATABASE_DRIVERS = ("sqlite3", "psycopg", "psycopg_pool")
+# As SQLite and PostgreSQL say it; SQLite's I/O error is that of a log that cannot grow.
+FULL_DISK = re.compile("disk is full|disk I/O error|No space left on device")
 LIMIT_CODE = "rate_limit_exceeded"  # of requests and of clips that a limit of their key has refused
 
 
@@ -139,6 +143,14 @@ class JobLost(OmniVideoError):
 
 class ModelUnavailable(OmniVideoError):
     """The language model's server does not answer."""
+
+
+def describe_database_failure(error: BaseException | None) -> str | None:
+    """Return what an error of sqlite3 or psycopg means that a retry can fix, and None for every other error."""
+    names = {base.__name__ for base in type(error).__mro__ if base.__module__.partition(".")[0] in DATABASE_DRIVERS}
+    if not names & {"OperationalError", "InterfaceError"}:
+        return None
+    return "its disk is full or cannot be written" if FULL_DISK.search(str(error)) else "it does not answer"
 
 
 def compute_seconds_until_midnight() -> float:

@@ -315,6 +315,14 @@ class TurnStore(Protocol):
         """Return the turns of a thread, the oldest first."""
         ...
 
+    def begin_deletion(self, turn: TurnRecord) -> bool:
+        """Keep other turns out of the thread while an ended turn is deleted. Return False if one is open."""
+        ...
+
+    def discard_turn(self, turn: TurnRecord) -> None:
+        """Take a turn out of its thread, for the sweep to remove, and mark its jobs as deleted."""
+        ...
+
     def has_open_turn(self, owner: str, exclude_lane: Lane) -> bool:
         """Return whether a turn of the owner is queued or running in another lane than this one."""
         ...

@@ -6,13 +6,20 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
 from omnivideo.errors import SECONDS_PER_DAY, InvalidInput
 from omnivideo.presets import Precision
 from omnivideo.validation import describe_errors
+
+
+def check_idle_seconds(seconds: int) -> int:
+    if seconds and seconds < 3600:
+        raise ValueError("allowed: 0, or 3600 or more")
+    return seconds
+
 
 # Patterns with their descriptions, which error messages contain.
 HttpUrl = Annotated[
@@ -40,6 +47,7 @@ BucketName = Annotated[
     ),
 ]
 Key = Annotated[str, Field(pattern=r"^$|^.{16,200}$", description="a key of 16 to 200 characters, or nothing")]
+IdleSeconds = Annotated[int, AfterValidator(check_idle_seconds)]
 # Each can come from a file, which OMNIVIDEO_..._FILE names.
 SECRET_SETTINGS = ("database", "broker", "s3_access_key", "s3_secret_key", "admin_key", "mllm_key")
 
@@ -128,6 +136,7 @@ class ServiceSettings(BaseSettings):
     turn_lifetime_seconds: int = Field(default=30 * SECONDS_PER_DAY, ge=3600)  # of an ended turn with its events
     # Of an ended job or batch; jobs are kept as long as artifacts at least.
     job_lifetime_seconds: int = Field(default=90 * SECONDS_PER_DAY, ge=3600)
+    thread_lifetime_seconds: IdleSeconds = 0  # of a thread after its last turn; 0: until it is deleted
 
     s3: HttpUrl = ""
     s3_bucket: BucketName = "omnivideo"

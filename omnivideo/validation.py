@@ -27,13 +27,14 @@ def describe_errors(
     `fields` are those of the model, from which the allowed range is read.
     """
     paths = [find_path(error, given) for error in errors]
-    # Of a union, each member reports errors; the member that the client meant accepted the most of it.
+    # Of a union, each member reports errors; the member that the client meant accepted the most of it, or its type.
     index = max(
         (index for index, path in enumerate(paths) if path[: len(paths[0])] == paths[0]),
-        key=lambda index: len(paths[index]),
+        key=lambda index: (len(paths[index]), not errors[index]["type"].endswith("_type")),
     )
     path, error = paths[index], errors[index]
-    field = find_field(path, fields or {})
+    # The bounds of a list are not those of its items.
+    field = find_field(path, fields or {}) if isinstance(path[-1], str) else None
     return ".".join(map(str, path)), describe_error(error, field)
 
 
@@ -87,11 +88,12 @@ def describe_error(error: ErrorDetails, field: FieldInfo | None) -> str:
             return f"its type is not known; allowed: {context.get('expected_tags', 'a type').replace(chr(39), '')}"
         case "string_pattern_mismatch":
             return f"give {field.description}" if field and field.description else "it has the wrong form"
-        case "string_too_long" | "string_too_short":
-            length = len(error["input"])
-            return f"it has {length} characters; {describe_range(context, field)}" if length else "it is empty"
-        case "too_long" | "too_short":
-            return f"it has {context['actual_length']} items; {describe_range(context, field)}"
+        case "string_too_long" | "string_too_short" | "too_long" | "too_short":
+            value = error["input"]
+            if value == "":
+                return "it is empty"
+            unit = "characters" if isinstance(value, str) else "items"
+            return f"it has {len(value)} {unit}; {describe_range(context, field)}"
         case "extra_forbidden":
             return "there is no such field"
     if kind.startswith(("greater", "less")):
@@ -109,10 +111,14 @@ def describe_range(context: Mapping[str, Any], field: FieldInfo | None) -> str:
         bounds |= {name: bound for name in BOUNDS if (bound := getattr(constraint, name, None)) is not None}
     lowest, highest = bounds.get("ge", bounds.get("min_length")), bounds.get("le", bounds.get("max_length"))
     if lowest is not None and highest is not None:
-        return f"allowed: {lowest} to {highest}"
+        return f"allowed: {lowest} to {highest}" if lowest != highest else f"allowed: {format_bound(lowest)}"
     words = {"at least": lowest, "above": bounds.get("gt"), "at most": highest, "below": bounds.get("lt")}
-    parts = [f"{word} {bound:g}" for word, bound in words.items() if bound is not None]
+    parts = [f"{word} {format_bound(bound)}" for word, bound in words.items() if bound is not None]
     return f"allowed: {' and '.join(parts)}" if parts else ""
+
+
+def format_bound(bound: float) -> str:
+    return str(bound) if isinstance(bound, int) else f"{bound:g}"
 
 
 def check_texts(value: Any) -> Any:

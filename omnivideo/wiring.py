@@ -8,10 +8,10 @@ import logging
 from collections.abc import Callable
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from omnivideo.agent.conversations import LOCAL_OWNER, Conversations, OpenQueue
-from omnivideo.contracts import Lane
+from omnivideo.contracts import Artifact, Lane
 from omnivideo.errors import InvalidInput
 from omnivideo.media.artifacts import convert_artifact, extract_frame, store_user_file
 from omnivideo.ports import MLLM, JobQueue, ObjectStore, SweepableObjectStore, TextLimits
@@ -312,8 +312,8 @@ class ServiceWiring:
 
     def build_service_context(self) -> "ServiceContext":
         """Build what the HTTP service's routes use."""
+        from omnivideo.api import bulkheads
         from omnivideo.api.access import AccessControl
-        from omnivideo.api.bulkheads import MAX_DECODING_THREADS, MAX_STORE_THREADS, BoundedObjectStore, Bulkhead
         from omnivideo.api.dependencies import ServiceContext
         from omnivideo.api.turn_runner import TurnRunner
         from omnivideo.backends.webhooks import check_reachable
@@ -322,23 +322,24 @@ class ServiceWiring:
         from omnivideo.storage.database.keys import APIKeyRepository
         from omnivideo.storage.database.workers import WorkerRepository
 
-        settings, decoding = self.settings, Bulkhead("media", MAX_DECODING_THREADS)
-        api_keys = APIKeyRepository(self.engine, settings.admin_key)
+        settings, api_keys = self.settings, APIKeyRepository(self.engine, self.settings.admin_key)
+        threads = bulkheads.MAX_DECODING_THREADS, bulkheads.MAX_DECODING_THREADS_PER_OWNER
+        decoding = bulkheads.Bulkhead("media", *threads)
+
+        def ingest_media(owner: str, source: bytes | BinaryIO, created_by: str, name: str = "", /) -> Artifact:
+            with decoding.enter(owner):
+                return ingest.ingest_media(self.store, source, created_by, name, owner=owner)
 
         def fetch_media(url: str) -> bytes:
+            limits = settings.max_upload_bytes, settings.fetch_timeout_seconds
             if url.startswith("data:"):
                 return ingest.decode_data_url(url, settings.max_upload_bytes)
-            max_bytes, timeout_seconds, ports = (
-                settings.max_upload_bytes,
-                settings.fetch_timeout_seconds,
-                settings.media_ports,
-            )
-            return ingest.fetch_media(url, settings.media_hosts, max_bytes, timeout_seconds, extra_ports=ports)
+            return ingest.fetch_media(url, settings.media_hosts, *limits, extra_ports=settings.media_ports)
 
         return ServiceContext(
             settings=settings,
             text_limits=self.text_limits,
-            store=BoundedObjectStore(self.store, Bulkhead("store", MAX_STORE_THREADS)),
+            store=bulkheads.BoundedObjectStore(self.store, bulkheads.Bulkhead("store", bulkheads.MAX_STORE_THREADS)),
             jobs=self.jobs,
             api_keys=api_keys,
             access=AccessControl(api_keys, self.usage, self.key_limits, LOCAL_OWNER),
@@ -353,7 +354,7 @@ class ServiceWiring:
             turn_runner=TurnRunner(
                 self.turns, self.jobs, self.conversations, settings.heartbeat_timeout, usage=self.usage
             ),
-            ingest_media=decoding.wrap(partial(ingest.ingest_media, self.store)),
+            ingest_media=ingest_media,
             fetch_media=decoding.wrap(fetch_media),
             notify_workers=self.notify_workers,
             render_thumbnail=decoding.wrap(create_picture_renderer(self.store)),
@@ -418,6 +419,7 @@ class ServiceWiring:
                 artifact_seconds,
                 settings.turn_lifetime_seconds,
                 max(settings.job_lifetime_seconds, artifact_seconds),
+                settings.thread_lifetime_seconds,
             ),
         )
 

@@ -41,7 +41,7 @@ def execute_command(
     max_variations: int,
 ) -> CommandOutcome:
     """Return the outcome of a command. Variations are not rendered here but become actions of the turn."""
-    artifacts = [Artifact(**artifact) for artifact in state["artifacts"]]
+    artifacts = [Artifact.parse_stored(artifact) for artifact in state["artifacts"]]
     current = next((artifact for artifact in reversed(artifacts) if artifact.key == state["current_key"]), None)
     match command.name:
         case "help":
@@ -63,7 +63,12 @@ def execute_command(
             return resend_artifact(artifacts, int(command.arguments.get("which", len(artifacts))))
         case "vary":
             return plan_variations(state, current, int(command.arguments.get("count", 1)), max_variations)
-    return save_artifact(current, command, convert_artifact)
+    number = int(command.arguments.get("which", 0))
+    if not number:
+        return save_artifact(current, command, convert_artifact)
+    if number > len(artifacts):
+        return CommandOutcome(f"There is no result {number}. {list_artifacts(artifacts)}", is_refused=True)
+    return save_artifact(artifacts[number - 1], command, convert_artifact)
 
 
 def undo_changes(artifacts: list[Artifact], current: Artifact | None, count: int) -> CommandOutcome:
@@ -126,7 +131,7 @@ def describe_turns(state: PlannerState) -> str:
     """Return what was said and done so far, the last turn first."""
     sentences = []
     for turn in reversed(state["turns"][-5:]):
-        done = [describe_result(ActionResult(**result)) for result in turn["results"]]
+        done = [describe_result(ActionResult.parse_stored(result)) for result in turn["results"]]
         sentences.append(f'You said "{turn["text"]}", and I {" and ".join(filter(None, done)) or "did nothing"}.')
     return " Before that: ".join(sentences) or "I have done nothing yet. What should I create?"
 
@@ -168,6 +173,6 @@ def plan_variations(state: PlannerState, artifact: Artifact | None, count: int, 
 
 def find_result(state: PlannerState, artifact: Artifact) -> ActionResult | None:
     """Return the result of the action that made an artifact; None if the user attached it."""
-    results = [ActionResult(**result) for turn in state["turns"] for result in turn["results"]]
-    results += [ActionResult(**result) for result in state["results"]]
+    results = [ActionResult.parse_stored(result) for turn in state["turns"] for result in turn["results"]]
+    results += [ActionResult.parse_stored(result) for result in state["results"]]
     return next((r for r in results if r.artifact == artifact and r.goal in ("generate", "edit")), None)

@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
+from typing import Any
 
+from omnivideo.agent.command_words import find_command_by_words
 from omnivideo.agent.english_rules import ORDINAL_INDEX, WordingPattern
 from omnivideo.contracts import Artifact
 from omnivideo.turns import CommandName, ExecutedCommand
@@ -28,6 +30,10 @@ CONTENT = re.compile(
     r"|with|on|an?|the|in|instead|red|green|blue|yellow|orange|purple|cyan|white|black|grey|gray|pink|brown"
     r"|bigger|smaller|larger|faster|slower|longer|left|right|up|down|how|what|which|where|is|are)\b"
 )
+CLAUSE_MARK = r"[,;]+|\.+(?!\w)| and "
+FORMATS = "gif|png|mp4|jpe?g|webp|webm|mov|avi|pdf|svg|bmp|tiff?|mkv"
+FILE_NAME = rf"\b[\w-]+\.(?:{FORMATS})\b"
+NAMED_RESULT = rf"\b(?:{'|'.join(ORDINAL_INDEX)}|original)\b|#?\d"
 PATTERNS_FILE = "prompts/commands.toml"
 CONTRACTED = (
     (r"['\u2018\u2019]", "'"), (r"\b(\w+)n't\b|\b(did|do|does|is|was)nt\b", r"\1\2 not"), (r"\b(\w+)'s\b", r"\1 is"),
@@ -80,16 +86,53 @@ def find_command(text: str, artifacts: Sequence[Artifact], *, is_strict: bool = 
     if command := match_polite_command(words, artifacts):
         return command
     # "wipe everything, i want to begin with a clean slate" says one command twice.
-    clauses = [match_polite_command(clause.strip(), artifacts) for clause in re.split(r"[,;.]+| and ", words)]
+    parts = re.split(CLAUSE_MARK, words)
+    clauses = [match_polite_command(part.strip(), artifacts) for part in parts]
     found = {repr(command): command for command in clauses if command is not None}
-    others = [
-        clause
-        for clause, command in zip(re.split(r"[,;.]+| and ", words), clauses, strict=True)
-        if command is None and clause.strip()
-    ]
-    if len(found) != 1 or (others and (is_strict or any(map(CONTENT.search, others)))):
+    others = [part for part, command in zip(parts, clauses, strict=True) if command is None and part.strip()]
+    if len(found) > 1:  # "call it star.mp4 and save" is one command
+        fullest = max(found.values(), key=lambda command: len(command.arguments))
+        if all(is_part_of(command, fullest) for command in found.values()):
+            found = {"": fullest}
+    if len(found) == 1 and not (others and (is_strict or any(map(CONTENT.search, others)))):
+        return next(iter(found.values()))
+    return None if is_strict else match_command_words(words, artifacts)
+
+
+def match_command_words(words: str, artifacts: Sequence[Artifact]) -> ExecutedCommand | None:
+    """Return the command that all words make together, in whatever order they stand."""
+    name = find_command_by_words(words, has_result=bool(artifacts))
+    number = find_result_number(re.sub(FILE_NAME, "", words), artifacts)
+    if name == "resend":
+        return ExecutedCommand(name=name, arguments={"which": number}) if number else None
+    if name in ("save", "export"):
+        return build_file_command(name, words, number if re.search(NAMED_RESULT, words) else 0)
+    groups = dict[str, str | None]()
+    if name in ("vary", "undo") and (count := re.search(rf"\b{COUNT}\b", words.replace("twice", "two"))):
+        groups["count"] = count["count"]
+    if name == "undo" and (repeated := words.count("undo")) > 1:
+        groups["count"] = str(repeated)
+    elif name == "undo" and groups.get("count") in (*"1", "a", "an", "one", "another", "other", "more", "some"):
+        del groups["count"]
+    return build_command(name, groups) if name else None
+
+
+def build_file_command(name: CommandName, words: str, number: int) -> ExecutedCommand | None:
+    """Return the command that writes the current result, or the one with a number other than 0, to a file."""
+    formats = set(re.findall(rf"\b(?:{FORMATS})\b", re.sub(FILE_NAME, "", words)))
+    if len(formats) > 1 or (name == "export" and not formats):
         return None
-    return next(iter(found.values()))
+    arguments: dict[Any, int | str] = {"which": number} if number else {}
+    if file := re.search(FILE_NAME, words):
+        arguments["file"] = file[0]
+    elif formats:
+        arguments["format"] = formats.pop().replace("jpeg", "jpg")
+    return ExecutedCommand(name=name, arguments=arguments)
+
+
+def is_part_of(command: ExecutedCommand, other: ExecutedCommand) -> bool:
+    """Return whether a command says nothing that the other one does not say."""
+    return command.name == other.name and command.arguments.items() <= other.arguments.items()
 
 
 def match_polite_command(words: str, artifacts: Sequence[Artifact]) -> ExecutedCommand | None:

@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 from langgraph.checkpoint.base import BaseCheckpointSaver
 
 from omnivideo.agent.command_results import ConvertArtifact
 from omnivideo.agent.graph import Planner
 from omnivideo.agent.rendering import MAX_GENERATIONS
-from omnivideo.agent.thread import AttachFile, Thread
+from omnivideo.agent.thread import AttachFile, Thread, ThreadIndex
 from omnivideo.contracts import Artifact, Lane, Manifest
 from omnivideo.errors import ArtifactNotFound
 from omnivideo.ports import CHARACTER_LIMITS, MLLM, ExtractFrame, JobQueue, SweepableObjectStore, TextLimits
@@ -22,13 +22,6 @@ from omnivideo.presets import Preset
 ARTIFACT_KEYS = ("key", "manifest", "latents", "preview")  # the fields of an artifact that name objects of the store
 KEPT_CHANNELS = ("turns", "artifacts", "descriptions")  # of a thread's state: what complete turns have left
 LOCAL_OWNER = "local"  # the only owner, if the service requires no keys
-
-
-@runtime_checkable
-class ThreadLister(Protocol):
-    """A checkpointer that lists its threads without reading their checkpoints."""
-
-    def list_thread_ids(self) -> Iterator[str]: ...
 
 
 class OpenQueue(Protocol):
@@ -108,7 +101,7 @@ class Conversations:
         self.checkpointer.conn.close()  # type: ignore[attr-defined]
 
     def list_thread_ids(self) -> list[str]:
-        if isinstance(self.checkpointer, ThreadLister):
+        if isinstance(self.checkpointer, ThreadIndex):
             return list(self.checkpointer.list_thread_ids())
         thread_ids = {entry.config["configurable"]["thread_id"]: None for entry in self.checkpointer.list(None)}
         return list(thread_ids)
@@ -118,7 +111,7 @@ class Conversations:
         if artifact.manifest is None:
             raise ArtifactNotFound("store: that artifact was attached, so there is no manifest to render it from")
         assert self.replay_manifest, "a replay needs the decoder in this process"
-        return self.replay_manifest(Manifest(**json.loads(self.store.get(artifact.manifest))))
+        return self.replay_manifest(Manifest.parse_stored(self.store.get(artifact.manifest)))
 
     def collect_referenced_keys(self) -> set[str]:
         """Return the object keys that any thread refers to; a thread's last state has the artifacts of all others.

@@ -5,7 +5,7 @@ is shown; the MLLM decides what a request means. The same text always gives the 
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -175,7 +175,7 @@ class WordingPattern:
     def fullmatch(self, text: str) -> re.Match[str] | None:
         return None if len(text) > MAX_WORDING_CHARS else self.pattern.fullmatch(text)
 
-    def sub(self, replacement: str, text: str) -> str:
+    def sub(self, replacement: str | Callable[[re.Match[str]], str], text: str) -> str:
         """Return the text with what matches replaced; a longer text is left as it is."""
         return text if len(text) > MAX_WORDING_CHARS else self.pattern.sub(replacement, text)
 

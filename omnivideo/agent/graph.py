@@ -49,6 +49,7 @@ from omnivideo.agent.transitions import (
     get_planned,
 )
 from omnivideo.agent.turn_plan import (
+    ACTIONS_ADAPTER,
     PlannedAction,
     build_limit_question,
     get_details,
@@ -154,7 +155,7 @@ class Planner(RenderingNodes):
         question = state["limit_question"]
         reply = str(interrupt(question))
         if is_agreement(reply):
-            actions = [PlannedAction(**action) for action in state["limited_actions"]]
+            actions = ACTIONS_ADAPTER.validate_python(state["limited_actions"], extra="ignore")
             return self.start_actions(state, actions, [(question, reply)], state["descriptions"])
         return {"limit_reply": reply}
 
@@ -191,7 +192,7 @@ class Planner(RenderingNodes):
 
     def search_reference(self, state: PlannerState) -> dict[str, Any]:
         """Find the artifact that the action refers to, or the question that must be asked to find it."""
-        artifacts = [Artifact(**artifact) for artifact in state["artifacts"]]
+        artifacts = [Artifact.parse_stored(artifact) for artifact in state["artifacts"]]
         search = ReferenceSearch(self.mllm, self.prompts.describe, artifacts, dict(state["descriptions"]))
         text, goal = state["action_texts"][state["action_index"]], get_planned(state, "action_goals")
         found: Artifact | ReferenceQuestion | None = None
@@ -209,7 +210,7 @@ class Planner(RenderingNodes):
             state = state | self.search_reference(state)  # type: ignore[assignment]
         question, key = state["reference"]["question"], state["reference"]["key"]
         text, clarifications = state["action_texts"][state["action_index"]], list(state["clarifications"])
-        artifacts = [Artifact(**artifact) for artifact in state["artifacts"]]
+        artifacts = [Artifact.parse_stored(artifact) for artifact in state["artifacts"]]
         source = next((artifact for artifact in reversed(artifacts) if artifact.key == key), None)
         if question and artifacts:
             source = ask_which_artifact(question, artifacts, state["descriptions"], clarifications)
@@ -256,7 +257,7 @@ class Planner(RenderingNodes):
         updates: dict[str, Any] = {"detected_route": route.model_dump(), "trace": None}
         if message := self.write_message(request, route, source):
             return updates | {"message": message}
-        options = TurnOptions(**state["options"])
+        options = TurnOptions.parse_stored(state["options"])
         should_think = options.think == "on" or (options.think == "auto" and self.needs_thinking(request.text))
         if should_think and get_task(route, source):
             trace = self.rewrite_prompt(state, request)
@@ -291,7 +292,7 @@ class Planner(RenderingNodes):
 
     def route(self, state: PlannerState) -> dict[str, Any]:
         """Keep the route of the MLLM's first token; if that is uncertain, ask the user."""
-        route = Route(**state["detected_route"])
+        route = Route.parse_stored(state["detected_route"])
         if route.probability >= MIN_ROUTE_PROBABILITY:
             return {}
         reply = interrupt(ROUTE_QUESTION)
@@ -327,7 +328,7 @@ class Planner(RenderingNodes):
 
     def command(self, state: PlannerState) -> dict[str, Any]:
         """Execute a command about the conversation, without the MLLM."""
-        command = ExecutedCommand(**get_details(state)["command"])
+        command = ExecutedCommand.parse_stored(get_details(state)["command"])
         help_text = replies.build_help() if reads_words(self.preset) else replies.HELP_OPEN
         outcome = execute_command(state, command, help_text, self.convert_artifact, self.max_generations)
         if outcome.is_refused:
@@ -336,7 +337,7 @@ class Planner(RenderingNodes):
         emit_event(TextDelta(delta=outcome.message))
         if outcome.artifact is not None:
             emit_event(ArtifactReady(artifact=outcome.artifact))
-        action, route = Action(**state["action"]), Route(kind="text", probability=1.0)
+        action, route = Action.parse_stored(state["action"]), Route(kind="text", probability=1.0)
         result = ActionResult(
             action=action, goal="command", route=route, trace=None, artifact=outcome.artifact, answer=outcome.message,
             command=command,
@@ -347,7 +348,7 @@ class Planner(RenderingNodes):
 
     def understand(self, state: PlannerState) -> dict[str, Any]:
         """Answer in words. An answer that is nothing but reasoning becomes a question."""
-        request, options, answer = self.build_request(state), TurnOptions(**state["options"]), ""
+        request, options, answer = self.build_request(state), TurnOptions.parse_stored(state["options"]), ""
         emit_action(state, "understand", request.text)
         sampling = TextSampling(
             max_tokens=options.max_tokens,
@@ -364,7 +365,7 @@ class Planner(RenderingNodes):
         if not answer.strip():
             answer = NO_ANSWER_QUESTION
             emit_event(TextDelta(delta=answer))
-        return close_action(state, ActionResult(**self.build_result_fields(state, "understand"), answer=answer.strip()))
+        return close_action(state, self.build_result(state, "understand", answer=answer.strip()))
 
     def answer_fact(self, state: PlannerState) -> list[str]:
         """Return the answer to a question about what the file, the world or the thread says; [] for another."""
@@ -374,7 +375,7 @@ class Planner(RenderingNodes):
         fact = details.get("fact")
         if fact is None or source is None:
             return []
-        artifacts = [Artifact(**artifact) for artifact in state["artifacts"]]
+        artifacts = [Artifact.parse_stored(artifact) for artifact in state["artifacts"]]
         search = ReferenceSearch(self.mllm, self.prompts.describe, artifacts, dict(state["descriptions"]))
         return [answer_fact(fact, source, artifacts, search.describe_artifact, state["action"]["text"])]
 
@@ -382,9 +383,9 @@ class Planner(RenderingNodes):
         turn = Turn(
             number=len(state["turns"]) + 1,
             text=state["text"],
-            attachments=tuple(Artifact(**artifact) for artifact in state["attachments"]),
+            attachments=tuple(Artifact.parse_stored(artifact) for artifact in state["attachments"]),
             clarifications=tuple((question, reply) for question, reply in state["clarifications"]),
-            results=tuple(ActionResult(**result) for result in state["results"]),
+            results=tuple(ActionResult.parse_stored(result) for result in state["results"]),
         )
         emit_event(TurnCompleted(turn=turn))
         return {"turns": [turn.model_dump()]}

@@ -77,7 +77,7 @@ def build_job_id(state: PlannerState) -> str:
 
 
 def get_background(state: PlannerState) -> str:
-    return TurnOptions(**state["options"]).background
+    return TurnOptions.parse_stored(state["options"]).background
 
 
 class RenderingNodes:
@@ -111,7 +111,7 @@ class RenderingNodes:
     def edit(self, state: PlannerState) -> dict[str, Any]:
         source = self.find_source(state)
         assert source is not None, "an edit has a source"
-        if self.extract_frame is None or not is_frame_request(Route(**state["detected_route"]), source):
+        if self.extract_frame is None or not is_frame_request(Route.parse_stored(state["detected_route"]), source):
             return self.render_candidate(state, source)
         position = media_words.find_frame_position(state["action"]["text"])
         emit_action(state, "edit", state["action"]["text"], "image")
@@ -129,8 +129,8 @@ class RenderingNodes:
 
     def render_artifact(self, state: PlannerState, source: Artifact | None) -> tuple[Artifact, int]:
         """Predict the prompt's visual tokens, then run a job with the next seed. Return the artifact and the seed."""
-        options, attempt = TurnOptions(**state["options"]), len(state["candidates"])
-        task = get_task(Route(**state["detected_route"]), source)
+        options, attempt = TurnOptions.parse_stored(state["options"]), len(state["candidates"])
+        task = get_task(Route.parse_stored(state["detected_route"]), source)
         assert task is not None, "the route is one of pixels"
         params = resolve_sampling_params(
             self.preset,
@@ -175,9 +175,9 @@ class RenderingNodes:
         """Inference-time scaling: let the MLLM judge the candidate, and render another one if it disagrees."""
         if state["action_done"]:  # it was answered in words
             return {}
-        options = TurnOptions(**state["options"])
-        candidates = [Candidate(**candidate) for candidate in state["candidates"]]
-        if options.check == 1 or is_frame_request(Route(**state["detected_route"]), self.find_source(state)):
+        options = TurnOptions.parse_stored(state["options"])
+        candidates = [Candidate.parse_stored(candidate) for candidate in state["candidates"]]
+        if options.check == 1 or is_frame_request(Route.parse_stored(state["detected_route"]), self.find_source(state)):
             return self.select_best(state, candidates)
         statement = state["statement"] or self.build_statement(state)
         question = self.prompts.check.format(prompt=statement)
@@ -200,7 +200,7 @@ class RenderingNodes:
         if len(candidates) > 1 or candidates[0].agreement is not None:
             emit_event(ArtifactReady(artifact=best))
         goal: Goal = "edit" if best.source else "generate"
-        result = ActionResult(**self.build_result_fields(state, goal), candidates=tuple(candidates), artifact=best)
+        result = self.build_result(state, goal, candidates=candidates, artifact=best)
         updates: dict[str, Any] = {"artifacts": [best.model_dump()], "current_key": best.key}
         return (
             updates | {"candidates": [candidate.model_dump() for candidate in candidates]} | close_action(state, result)
@@ -218,7 +218,7 @@ class RenderingNodes:
         return ThinkTrace(request=request.text, reasoning=reasoning, rewrite=rewrite or request.text, seconds=seconds)
 
     def answer_in_words(self, state: PlannerState, message: str) -> dict[str, Any]:
-        action, route = Action(**state["action"]), Route(kind="decline", probability=1.0)
+        action, route = Action.parse_stored(state["action"]), Route(kind="decline", probability=1.0)
         emit_action(state, "decline", message)
         emit_event(TextDelta(delta=message))
         result = ActionResult(action=action, goal="decline", route=route, trace=None, answer=message)
@@ -228,7 +228,10 @@ class RenderingNodes:
 
     def find_source(self, state: PlannerState) -> Artifact | None:
         key = state["action"]["source"]
-        return next((Artifact(**artifact) for artifact in reversed(state["artifacts"]) if artifact["key"] == key), None)
+        return next(
+            (Artifact.parse_stored(artifact) for artifact in reversed(state["artifacts"]) if artifact["key"] == key),
+            None,
+        )
 
     def build_request(self, state: PlannerState) -> MLLMRequest:
         source = self.find_source(state)
@@ -238,5 +241,7 @@ class RenderingNodes:
         prompt: str = state["trace"]["rewrite"] if state["trace"] else state["action"]["text"]
         return prompt
 
-    def build_result_fields(self, state: PlannerState, goal: Goal) -> dict[str, Any]:
-        return {"action": state["action"], "goal": goal, "route": state["detected_route"], "trace": state["trace"]}
+    def build_result(self, state: PlannerState, goal: Goal, **fields: object) -> ActionResult:
+        """Return the result of the current action, of which an earlier step may have stored more than is known here."""
+        stored = {"action": state["action"], "route": state["detected_route"], "trace": state["trace"]}
+        return ActionResult.parse_stored(stored | {"goal": goal} | fields)

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequen
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from langgraph.types import Command, StateSnapshot
 from langsmith import tracing_context
@@ -22,6 +22,15 @@ from omnivideo.turns import QuestionAsked, Turn, TurnCompleted, TurnEvent, TurnO
 
 AttachFile = Callable[[str | Path, str], Artifact]
 THREAD_ID_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+@runtime_checkable
+class ThreadIndex(Protocol):
+    """A checkpointer that finds its threads without reading checkpoints, which are as long as the conversations."""
+
+    def list_thread_ids(self) -> Iterator[str]: ...
+
+    def has_thread(self, thread_id: str) -> bool: ...
 
 
 def is_turn_complete(snapshot: StateSnapshot) -> bool:
@@ -75,6 +84,9 @@ class Thread:
     # ------------------------------------------------------------ creating and forking
 
     def exists(self) -> bool:
+        checkpointer = self.graph.checkpointer
+        if isinstance(checkpointer, ThreadIndex):
+            return checkpointer.has_thread(self.id)
         return bool(self.graph.get_state(self.config).values)
 
     def initialize_state(self, values: dict[str, Any] | None = None) -> "Thread":
@@ -195,6 +207,16 @@ class Thread:
         }
         self.update_state(snapshot.config, updates)
 
+    def remove_turns_after(self, num_turns: int) -> None:
+        """Return to the state after `num_turns` turns, and remove what later checkpoints have."""
+        saver, snapshot = self.graph.checkpointer, self.find_snapshot_after(num_turns)
+        assert snapshot is not None, "a thread keeps the states between its turns"
+        first_id = snapshot.config["configurable"]["checkpoint_id"]
+        saver.restore_values(self.id, first_id)
+        self.roll_back(num_turns)
+        newest_id = self.graph.get_state(self.config).config["configurable"]["checkpoint_id"]
+        saver.delete_branch(self.id, first_id, newest_id)
+
     async def asend(
         self, text: str, attachments: Sequence[str | Path | Artifact] = (), **options: object
     ) -> AsyncIterator[TurnEvent]:
@@ -217,11 +239,14 @@ class Thread:
         return self.graph.get_state(self.config).created_at or ""
 
     def get_turns(self) -> list[Turn]:
-        return [Turn(**turn) for turn in self.graph.get_state(self.config).values.get("turns", [])]
+        return [Turn.parse_stored(turn) for turn in self.graph.get_state(self.config).values.get("turns", [])]
 
     def get_artifacts(self) -> list[Artifact]:
         """Return every attached or generated artifact, in order."""
-        return [Artifact(**artifact) for artifact in self.graph.get_state(self.config).values.get("artifacts", [])]
+        return [
+            Artifact.parse_stored(artifact)
+            for artifact in self.graph.get_state(self.config).values.get("artifacts", [])
+        ]
 
     def has_file(self, key: str) -> bool:
         """Return whether a key is that of an artifact of this thread, of its manifest, or of a file that was saved."""

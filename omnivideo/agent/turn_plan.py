@@ -6,9 +6,13 @@ for, and a `seed_offset` of a variation.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
+
+from pydantic import TypeAdapter
 
 from omnivideo.agent import english_rules
 from omnivideo.agent.commands import find_command
@@ -37,6 +41,33 @@ COMMANDS_FOR_EVERY_PRESET = ("undo", "restart", "help", "recap", "list", "save",
 AGREEMENT = re.compile(
     r"^\s*(?:yes|yeah|yep|sure|ok(?:ay)?|fine|please|go ahead|do (?:it|that|so)|all ?right|the first)\b", re.IGNORECASE
 )
+# Reading a long text takes up to 0.1 s, in which no other Python code runs. Of many such texts, one is read at a time:
+# every request would otherwise wait for all of them at each of its steps.
+MAX_SHORT_CHARS = 300
+LONG_TEXT_LOCK = threading.Lock()
+
+
+@contextmanager
+def wait_to_read(text: str) -> Iterator[None]:
+    """Wait until no other long text is read; a short one is read at once."""
+    if len(text) <= MAX_SHORT_CHARS:
+        yield
+        return
+    with LONG_TEXT_LOCK:
+        yield
+
+
+@contextmanager
+def pause_reading(text: str) -> Iterator[None]:
+    """Let others read while the reader of a text waits for the MLLM."""
+    if len(text) <= MAX_SHORT_CHARS:
+        yield
+        return
+    LONG_TEXT_LOCK.release()
+    try:
+        yield
+    finally:
+        LONG_TEXT_LOCK.acquire()
 
 
 @dataclass(frozen=True)
@@ -48,6 +79,9 @@ class PlannedAction:
     goal: str = ""
     message: str = ""
     details: dict[str, Any] = field(default_factory=dict)
+
+
+ACTIONS_ADAPTER = TypeAdapter(list[PlannedAction])  # reads those that a checkpoint holds
 
 
 def to_state(actions: Sequence[PlannedAction]) -> dict[str, Any]:
@@ -88,24 +122,31 @@ def plan_turn(
 
     `descriptions` receives the MLLM's descriptions of the artifacts that it had to look at.
     """
-    artifacts = [Artifact(**artifact) for artifact in state.get("artifacts", []) + state["attachments"]]
+    artifacts = [Artifact.parse_stored(artifact) for artifact in state.get("artifacts", []) + state["attachments"]]
     if prompts.plan is not None:
-        system = prompts.add_background(prompts.plan, TurnOptions(**state["options"]).background)
+        system = prompts.add_background(prompts.plan, TurnOptions.parse_stored(state["options"]).background)
         return plan_by_mllm(text, artifacts, mllm, system or prompts.plan)
     if not reads_words(preset):
-        return [PlannedAction(action) for action in english_rules.split_actions(text)]
+        with wait_to_read(text):
+            return [PlannedAction(action) for action in english_rules.split_actions(text)]
     search = ReferenceSearch(mllm, prompts.describe, artifacts, descriptions)
     key = state["attachments"][-1]["key"] if state["attachments"] else state.get("current_key")
     current = search.find_by_key(key)
+
+    def describe_current() -> str:
+        with pause_reading(text):
+            return search.describe_artifact(current) if current else ""
+
     context = Context(
         preset,
         artifacts,
         current.medium if current else None,
         state["turns"][-1]["text"] if state["turns"] else "",
         artifacts.index(current) + 1 if current else 0,
-        lambda: search.describe_artifact(current) if current else "",
+        describe_current,
     )
-    actions = [action_from_reading(reading) for reading in read_turn(text, context)]
+    with wait_to_read(text):
+        actions = [action_from_reading(reading) for reading in read_turn(text, context)]
     return repeat_question_for_attachments(actions, len(artifacts), len(state["attachments"]))
 
 

@@ -9,7 +9,7 @@ import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Collection, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from typing import BinaryIO, ParamSpec, TypeVar
+from typing import BinaryIO, Concatenate, ParamSpec, TypeVar
 
 from anyio import CancelScope, Condition, move_on_after
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -21,6 +21,7 @@ from omnivideo.ports import SweepableObjectStore
 
 MAX_THREADS = 112  # of the API; what the kinds below leave is for the database
 MAX_DECODING_THREADS = 24  # fetch media, decode them, or render thumbnails
+MAX_DECODING_THREADS_PER_OWNER = 16
 MAX_STORE_THREADS = 32  # read or write the object store
 RETRY_SECONDS = 2.0
 MAX_REQUESTS_PER_ADDRESS = 256
@@ -33,27 +34,34 @@ Answer = TypeVar("Answer")
 
 
 class Bulkhead:
-    """Limits the threads that do one kind of work. `work` names it in messages."""
+    """Limits the threads that do one kind of work, in all and for one owner. `work` names it in messages."""
 
-    def __init__(self, work: str, max_threads: int):
-        self.work = work
-        self.free_threads = threading.BoundedSemaphore(max_threads)
+    def __init__(self, work: str, max_threads: int, max_threads_per_owner: int | None = None):
+        self.work, self.max_threads = work, max_threads
+        self.max_threads_per_owner = max_threads_per_owner or max_threads
+        self.lock = threading.Lock()
+        self.threads_by_owner = Counter[str]()
 
     @contextmanager
-    def enter(self) -> Iterator[None]:
-        """Raise PoolBusy if all threads for this work are busy."""
-        if not self.free_threads.acquire(blocking=False):
-            raise PoolBusy(f"{self.work}: too many requests at once; try again in a moment", RETRY_SECONDS)
+    def enter(self, owner: str = "") -> Iterator[None]:
+        """Raise PoolBusy if all threads for this work are busy, or as many of one owner as may be."""
+        with self.lock:
+            is_full = self.threads_by_owner.total() >= self.max_threads
+            if is_full or self.threads_by_owner[owner] >= self.max_threads_per_owner:
+                raise PoolBusy(f"{self.work}: too many requests at once; try again in a moment", RETRY_SECONDS)
+            self.threads_by_owner[owner] += 1
         try:
             yield
         finally:
-            self.free_threads.release()
+            with self.lock:
+                self.threads_by_owner[owner] -= 1
+                self.threads_by_owner += Counter()  # it drops the owners that have none
 
-    def wrap(self, function: Callable[Arguments, Answer]) -> Callable[Arguments, Answer]:
-        """Return the function with this limit."""
+    def wrap(self, function: Callable[Arguments, Answer]) -> Callable[Concatenate[str, Arguments], Answer]:
+        """Return the function with this limit; its first argument is the owner."""
 
-        def call(*arguments: Arguments.args, **options: Arguments.kwargs) -> Answer:
-            with self.enter():
+        def call(owner: str, /, *arguments: Arguments.args, **options: Arguments.kwargs) -> Answer:
+            with self.enter(owner):
                 return function(*arguments, **options)
 
         return call
@@ -96,6 +104,11 @@ class BoundedObjectStore:
     def check_writable(self) -> None:
         with self.bulkhead.enter():
             self.store.check_writable()
+
+    @property
+    def presign_url(self) -> Callable[[str, int], str] | None:
+        """Return what signs links of the store, or None if it cannot. It sends no request, so it has no limit."""
+        return getattr(self.store, "presign_url", None)
 
     def iter_keys(self) -> Iterator[str]:
         return self.store.iter_keys()

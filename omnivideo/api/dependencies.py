@@ -42,8 +42,8 @@ Resource = TypeVar("Resource")
 
 
 class IngestMedia(Protocol):
-    def __call__(self, source: bytes | BinaryIO, created_by: str, name: str = "", /) -> Artifact:
-        """Store a user's image or clip, after decoding it in a process with limits.
+    def __call__(self, owner: str, source: bytes | BinaryIO, created_by: str, name: str = "", /) -> Artifact:
+        """Store an owner's image or clip, after decoding it in a process with limits.
 
         Raises UnreadableMedia if it is neither, and ServiceBusy.
         """
@@ -83,9 +83,9 @@ class ServiceContext:
     conversations: Conversations
     turn_runner: TurnRunner
     ingest_media: IngestMedia
-    fetch_media: Callable[[str], bytes]  # raises InvalidInput for a URL that may not be fetched
+    fetch_media: Callable[[str, str], bytes]  # of an owner and a URL; raises InvalidInput if it may not be fetched
     notify_workers: Callable[[], None]  # called when a job has been queued
-    render_thumbnail: Callable[[Artifact, str], tuple[bytes, str]]  # (clip, variant) to the image and its file suffix
+    render_thumbnail: Callable[[str, Artifact, str], tuple[bytes, str]]  # of owner, clip, variant: image, file suffix
     check_webhook_url: Callable[[str], None]  # raises InvalidInput for a URL that may not receive events
     text_limits: TextLimits
     mllm_server: MLLMServer | None = None  # None if the MLLM runs in this process

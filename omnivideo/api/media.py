@@ -59,7 +59,7 @@ def store_media(
     """Store an owner's image or clip. Raises UnreadableMedia if it is neither, and LimitReached."""
     size_bytes = len(source) if isinstance(source, bytes) else source.seek(0, os.SEEK_END)
     with reserve_bytes(context, owner, size_bytes):
-        return context.ingest_media(source, created_by, name)
+        return context.ingest_media(owner, source, created_by, name)
 
 
 # ---------------------------------------------------------------- attachments of threads and chats
@@ -87,7 +87,7 @@ def artifact_from_part(context: ServiceContext, owner: str, part: MediaPart, cre
     """Return the part as a stored artifact; raise an InvalidInput that names the request's field."""
     try:
         if part.url is not None:
-            return store_media(context, owner, context.fetch_media(part.url), created_by)
+            return store_media(context, owner, context.fetch_media(owner, part.url), created_by)
         return artifact_from_file(context, owner, str(part.file_id)).model_copy(update={"created_by": created_by})
     except InvalidInput as error:
         raise rename_error_field(error, field) from None
@@ -140,11 +140,11 @@ def artifact_from_file(context: ServiceContext, owner: str, file_id: str) -> Art
         raise InvalidInput("file_id", f"there is no file {file_id[:100]!r}")
     if file.artifact is None:
         raise InvalidInput("file_id", "that file is not an image or a clip")
-    return Artifact(**file.artifact)
+    return Artifact.parse_stored(file.artifact)
 
 
 def artifact_from_url(context: ServiceContext, owner: str, url: str) -> Artifact:
-    return store_media(context, owner, context.fetch_media(url), "upload")
+    return store_media(context, owner, context.fetch_media(owner, url), "upload")
 
 
 def artifact_from_job(context: ServiceContext, owner: str, job_id: str) -> Artifact:

@@ -1,13 +1,14 @@
 """A request's body as a dict of fields, from JSON or from a form as the openai client sends it.
 
-In a form, `a[b]` is field b of the object a, `a[]` is an item of the list a, and a file becomes {"upload": file}. An
-uploaded file, a stored file and a file to fetch are therefore fields of the same model (media.MediaReference).
+In a form, `a[b]` is field b of the object a, `a[]` or `a[0]` is an item of the list a, and a file becomes
+{"upload": file}. An uploaded file, a stored file and a file to fetch are therefore fields of the same model
+(media.MediaReference). An input of a form that is left empty is absent, unless the field is a text.
 """
 
 import json
 import re
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, get_args
 
 import anyio
 from fastapi import Depends, Request, Response
@@ -179,7 +180,11 @@ def reject_constant(name: str) -> float:
     raise ValueError(name)
 
 
-def fields_from_form(form: FormData) -> dict[str, Any]:
+class FormFields(dict[str, Any]):
+    """The fields of a form, in which an empty text may mean that a field is absent."""
+
+
+def fields_from_form(form: FormData) -> FormFields:
     """Return a form's fields. A field that is given several times is a list.
 
     Raises InvalidInput for a field that is an object and something else.
@@ -187,17 +192,15 @@ def fields_from_form(form: FormData) -> dict[str, Any]:
     values, lists, objects = dict[str, list[Any]](), set[str](), dict[str, dict[str, Any]]()
     for name, value in form.multi_items():
         match = FORM_FIELD_PATTERN.fullmatch(name)
-        if match is None:
-            continue  # no model has a field with such a name
-        field, subfield = match.groups()
+        field, subfield = match.groups() if match else (name, None)  # no model has a field with such a name
         entry: Any = {"upload": value} if isinstance(value, UploadFile) else value
-        if subfield:
+        if subfield and not subfield.isdecimal():
             if subfield in objects.setdefault(field, {}):
                 raise InvalidInput(f"{field}.{subfield}", "it is given more than once")
             objects[field][subfield] = entry
             continue
         values.setdefault(field, []).append(entry)
-        if subfield == "":
+        if subfield is not None:
             lists.add(field)
     if ambiguous_fields := sorted(values.keys() & objects.keys()):
         field = ambiguous_fields[0]
@@ -205,7 +208,7 @@ def fields_from_form(form: FormData) -> dict[str, Any]:
     simple_fields = {
         field: entries if field in lists or len(entries) > 1 else entries[0] for field, entries in values.items()
     }
-    return simple_fields | objects
+    return FormFields(simple_fields | objects)
 
 
 # ---------------------------------------------------------------- checking
@@ -216,11 +219,27 @@ def validate_fields(model_class: type[Model], fields: Mapping[str, Any]) -> Mode
 
     Raises an InvalidInput that names the first invalid field.
     """
+    if isinstance(fields, FormFields):
+        fields = drop_empty_inputs(model_class, fields)
     try:
         return model_class.model_validate(fields)
     except ValidationError as error:
         field, message = describe_errors(error.errors(), fields, model_class.model_fields)
         raise InvalidInput(field[:100] or "body", message) from None
+
+
+def drop_empty_inputs(model_class: type[BaseModel], fields: FormFields) -> dict[str, Any]:
+    """Return a form's fields without the empty ones that are no texts, such as a number that was not filled in."""
+    definitions = model_class.model_fields
+    return {
+        name: value
+        for name, value in fields.items()
+        if value != "" or name not in definitions or takes_text(definitions[name].annotation)
+    }
+
+
+def takes_text(annotation: Any) -> bool:
+    return annotation in (str, Any) or any(map(takes_text, get_args(annotation)))
 
 
 def rename_error_field(error: InvalidInput, field: str) -> InvalidInput:

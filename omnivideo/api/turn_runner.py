@@ -16,9 +16,25 @@ from omnivideo.agent.thread import Thread, parse_turn_options
 from omnivideo.api.errors import APIError, build_not_found_error, error_from_turn, log_if_internal, to_api_error
 from omnivideo.api.stores import UsageStore
 from omnivideo.contracts import OPEN_STATES, Artifact, Lane
-from omnivideo.errors import ArtifactNotFound, InvalidInput, JobCancelled, ModelUnavailable, OmniVideoError, StoreError
+from omnivideo.errors import (
+    ArtifactNotFound,
+    InvalidInput,
+    JobCancelled,
+    ModelUnavailable,
+    OmniVideoError,
+    StoreError,
+    describe_database_failure,
+)
 from omnivideo.ports import JobStore, TurnStore
-from omnivideo.turns import MAX_PROCESS_LOSSES, QuestionAsked, TurnCompleted, TurnEvent, TurnRecord, WaitingNotice
+from omnivideo.turns import (
+    MAX_PROCESS_LOSSES,
+    QuestionAsked,
+    TurnCompleted,
+    TurnEvent,
+    TurnOptions,
+    TurnRecord,
+    WaitingNotice,
+)
 
 log = logging.getLogger("omnivideo.api")
 TRACER = trace.get_tracer("omnivideo.api")
@@ -178,6 +194,31 @@ class TurnRunner:
             raise build_not_found_error("thread", thread_id)
         for turn in self.turns.delete_thread(thread.id):
             self.cancel_turn(turn)
+
+    def delete_turn(self, turn: TurnRecord) -> None:
+        """Delete a turn, which is cancelled if it is open, and all that the thread keeps of it.
+
+        The first turn takes its thread with it. Raises APIError (409) if later turns continue this one.
+        """
+        self.cancel_turn(turn)
+        self.turns.wait_for_end(turn.id, turn.owner)
+        others = [other for other in self.turns.list_turns(turn.thread_id) if other.id != turn.id]
+        ended_turn = self.turns.get_turn(turn.id, turn.owner)
+        if ended_turn is None:
+            return
+        has_state = ended_turn.state in ("done", "asks")
+        is_continued = any(
+            other.created_at > turn.created_at and other.state not in ("failed", "cancelled") for other in others
+        )
+        if (has_state and is_continued) or not self.turns.begin_deletion(turn):
+            raise APIError(409, "id: later turns continue this one; delete those first, or the thread", "id", "busy")
+        thread = self.get_thread(turn.owner, turn.thread_id)
+        # A turn whose deletion was interrupted has failed, although the thread has it.
+        if ended_turn.state == "asks" or (not is_continued and len(thread.get_turns()) == turn.number):
+            thread.remove_turns_after(turn.number - 1)
+        self.turns.discard_turn(turn)
+        if turn.number == 1 and not others:
+            self.delete_thread(turn.owner, turn.thread_id)
 
     def find_live_turn(self, owner: str, turn_id: str) -> TurnRecord | None:
         """Return the owner's turn; wait until a cancelled one ends.
@@ -364,8 +405,9 @@ class TurnRunner:
         else:
             if thread.has_unfinished_turn():
                 thread.roll_back(turn.number - 1)
-            attachments = [Artifact(**attachment) for attachment in turn.body["attachments"]]
-            yield from thread.send(turn.body["text"], attachments, **turn.body["options"])
+            attachments = [Artifact.parse_stored(attachment) for attachment in turn.body["attachments"]]
+            options = TurnOptions.parse_stored(turn.body["options"]).model_dump()
+            yield from thread.send(turn.body["text"], attachments, **options)
 
     # ------------------------------------------------------------ heartbeats
 
@@ -398,11 +440,7 @@ def is_transient(error: Exception) -> bool:
     """
     if isinstance(error, ArtifactNotFound):
         return False
-    database_errors = {
-        base.__name__ for base in type(error).__mro__ if base.__module__.partition(".")[0] in ("psycopg", "sqlite3")
-    }
-    is_unreachable = bool(database_errors & {"OperationalError", "InterfaceError"})
-    return isinstance(error, StoreError | ModelUnavailable) or is_unreachable
+    return isinstance(error, StoreError | ModelUnavailable) or describe_database_failure(error) is not None
 
 
 class TurnInterrupted(Exception):

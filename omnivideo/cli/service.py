@@ -16,7 +16,7 @@ from omnivideo.cli.app import SERVER, SERVICE_COMMANDS, DeviceOption, HomeOption
 from omnivideo.cli.logs import configure_logging, write_logging_configuration
 from omnivideo.cpu_threads import configure_cpu_threads
 from omnivideo.errors import InvalidInput, MissingDependency
-from omnivideo.startup import pause_collection, preload_torch
+from omnivideo.startup import exempt_loaded_objects, pause_collection, preload_torch
 
 if TYPE_CHECKING:
     from omnivideo.models.omni import OmniVideoModel
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 app = typer.Typer()
 mllm_cli = typer.Typer(no_args_is_help=True)
 STARTUP_FAILURE = 3  # uvicorn's exit status
+# How long a thread that computes may keep others waiting, in s. The event loop waits so long up to ten times in one
+# request; with Python's default of 5 ms, a few threads that compute at once delay every request by a second.
+SWITCH_SECONDS = 0.0005
 VLLM, LOGS = "vLLM", "Logs"
 
 HostOption = Annotated[str, typer.Option(help="Address to listen on.", rich_help_panel=SERVER)]
@@ -103,6 +106,7 @@ def run_server(
                 begin_stop()
             await super().shutdown(sockets)
 
+    sys.setswitchinterval(SWITCH_SECONDS)
     limits = ConnectionLimits(max(16, raise_file_limit() - RESERVED_FILES), trusted_proxies=trusted_proxies)
     # uvicorn sends itself the signal again after it has shut down: the caller's clean-up must still run then.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
@@ -171,6 +175,7 @@ def serve(
             application = create_app(wiring.start_background_services(wiring.build_service_context()))
             if settings.metrics_port:
                 wiring.close_callbacks.append(serve_metrics(host, settings.metrics_port, application))
+            exempt_loaded_objects()
             return application
 
         try:
@@ -202,6 +207,7 @@ def worker(
         preload_torch()
         configure_logging("worker", settings)
         worker = build_wiring(settings, device).worker
+        exempt_loaded_objects()
         logging.getLogger("omnivideo.worker").info("ready: %s", worker.renderer.model.preset, extra={"device": device})
         return worker, settings.heartbeat_timeout
 
@@ -296,6 +302,7 @@ def serve_with_transformers(
         log_placement(omni)
         if lora is not None:
             merge_lora(getattr(omni.mllm, "llm", omni.mllm), lora)
+        exempt_loaded_objects()
         run_server(lambda: create_mllm_app(LocalMLLM(omni, LRUObjectStore()), settings.mllm_key), listener)
 
 

@@ -29,9 +29,9 @@ __all__ = ["decode_data_url", "fetch_media", "ingest_media"]
 def ingest_media(
     store: SweepableObjectStore, source: bytes | BinaryIO, made_by: str, name: str = "", *,
     limits: MediaLimits = DEFAULT_MEDIA_LIMITS, process_limits: ProcessLimits = DEFAULT_PROCESS_LIMITS,
-    field: str = "source",
+    field: str = "source", owner: str = "",
 ) -> Artifact:  # fmt: skip
-    """Store a user's bytes or file as an artifact, with only a part of a file in memory.
+    """Store an owner's bytes or file as an artifact, with only a part of a file in memory.
 
     The user's `name` gives only words of the caption, never a path or a type. Raises UnreadableMedia with the field, or
     DecodingBusy; nothing is stored then. `limits` may only be lower than the default ones, which `read_media` applies.
@@ -45,7 +45,7 @@ def ingest_media(
         if max_value is not None
     )
     try:
-        info = measure_in_sandbox(source, limits, process_limits)
+        info = measure_in_sandbox(source, limits, process_limits, owner)
     except UnreadableMedia as error:
         raise UnreadableMedia(field, f"{printable_file_name(name)} {str(error).removeprefix('source: ')}") from None
     file = io.BytesIO(source) if isinstance(source, bytes) else source

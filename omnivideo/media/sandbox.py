@@ -19,6 +19,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -44,7 +45,47 @@ CHILD_PROGRAM = (
     "import os, sys; os.nice(10); sys.path[:] = sys.argv[2:];"
     " from omnivideo.media import sandbox; sandbox.run_in_child()"
 )
-PROCESS_SLOTS = threading.BoundedSemaphore(os.cpu_count() or 1)  # more processes would only slow each other down
+
+
+class FairSlots:
+    """A number of slots for the work of several owners, who get free ones in turn."""
+
+    def __init__(self, num_slots: int):
+        self.lock, self.num_free = threading.Lock(), num_slots
+        self.waiting: dict[str, deque[threading.Event]] = {}  # the next owner is first
+
+    def acquire(self, owner: str, timeout_seconds: float) -> bool:
+        """Take a slot; return False if the owner gets none in time."""
+        with self.lock:
+            if self.num_free:
+                self.num_free -= 1
+                return True
+            turn = threading.Event()
+            self.waiting.setdefault(owner, deque()).append(turn)
+        if turn.wait(timeout_seconds):
+            return True
+        with self.lock:
+            if turn.is_set():  # meanwhile
+                return True
+            self.waiting[owner].remove(turn)
+            if not self.waiting[owner]:
+                del self.waiting[owner]
+            return False
+
+    def release(self) -> None:
+        """Give a slot to the next owner, who then goes to the end of the line."""
+        with self.lock:
+            if not self.waiting:
+                self.num_free += 1
+                return
+            owner = next(iter(self.waiting))
+            turns = self.waiting.pop(owner)
+            turns.popleft().set()
+            if turns:
+                self.waiting[owner] = turns
+
+
+PROCESS_SLOTS = FairSlots(os.cpu_count() or 1)  # more processes would only slow each other down
 
 
 @dataclass(frozen=True)
@@ -83,8 +124,9 @@ def measure_in_sandbox(
     source: bytes | BinaryIO,
     limits: MediaLimits = DEFAULT_MEDIA_LIMITS,
     process_limits: ProcessLimits = DEFAULT_PROCESS_LIMITS,
+    owner: str = "",
 ) -> MediaInfo:
-    """Return the shape of the media after decoding them completely in a confined process.
+    """Return the shape of the media after decoding them completely in a confined process; owners get one in turn.
 
     Raises UnreadableMedia, whose text is "source: " and the problem, and DecodingBusy if no process becomes available.
     """
@@ -101,7 +143,7 @@ def measure_in_sandbox(
     if detect_suffix(head) is None:
         refuse_media(f"is not an image or video; allowed: {ALLOWED_FORMATS}")
     request = json.dumps({"limits": asdict(replace(limits, codecs=ALLOWED_CODECS)), "bounds": asdict(process_limits)})
-    with acquire_process_slot(process_limits.slot_seconds), open_memory_file(file) as media_fd:
+    with acquire_process_slot(process_limits.slot_seconds, owner), open_memory_file(file) as media_fd:
         report, status = run_child_process(request, media_fd, process_limits)
     return parse_report(report, status, limits, process_limits)
 
@@ -112,9 +154,9 @@ def refuse_media(problem: str) -> NoReturn:
 
 
 @contextmanager
-def acquire_process_slot(slot_seconds: float) -> Iterator[None]:
+def acquire_process_slot(slot_seconds: float, owner: str = "") -> Iterator[None]:
     """Hold one of the slots that limit how many processes read at the same time."""
-    if not PROCESS_SLOTS.acquire(timeout=slot_seconds):
+    if not PROCESS_SLOTS.acquire(owner, slot_seconds):
         raise DecodingBusy("media: too many are being read at once; try again in a moment", RETRY_SECONDS)
     try:
         yield

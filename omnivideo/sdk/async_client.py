@@ -82,7 +82,7 @@ class AsyncClient:
         request: dict[str, Any] = {"json": {"prompt": check_prompt("prompt", prompt)}}
         if source is not None:
             request = {"data": request["json"], "files": {"source": await asyncio.to_thread(read_upload, source)}}
-        return Route.model_validate(await self.connection.fetch_json("POST", "/v1/route", **request))
+        return Route.parse_stored(await self.connection.fetch_json("POST", "/v1/route", **request))
 
     async def generate(
         self,
@@ -207,7 +207,7 @@ class AsyncClient:
         image = body["data"][0]
         manifest = await self.connection.send_request("GET", f"/v1/images/{image['id']}/manifest")
         data = base64.b64decode(image["b64_json"])
-        return Result(Manifest.model_validate_json(manifest.content), data=data, suffix="png")
+        return Result(Manifest.parse_stored(manifest.content), data=data, suffix="png")
 
     async def request_clip(
         self, path: str, request: dict[str, Any], field_names: dict[str, str], report: StepCallback
@@ -251,7 +251,7 @@ class AsyncClient:
         content = await self.connection.send_request("GET", f"/v1/{kind}/{job_id}/content")
         manifest = await self.connection.send_request("GET", f"/v1/{kind}/{job_id}/manifest")
         suffix = "mp4" if kind == "videos" else "png"
-        return Result(Manifest.model_validate_json(manifest.content), data=content.content, suffix=suffix)
+        return Result(Manifest.parse_stored(manifest.content), data=content.content, suffix=suffix)
 
 
 def read_upload(source: Source) -> tuple[str, bytes]:

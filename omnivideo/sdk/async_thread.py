@@ -129,7 +129,7 @@ class AsyncThread:
                 elif name == "data":
                     data = value
                 elif not line and data:
-                    yield number, EVENT_ADAPTER.validate_json(data)
+                    yield number, EVENT_ADAPTER.validate_json(data, extra="ignore")
                     data = ""
 
     # ------------------------------------------------------------ reading
@@ -146,11 +146,11 @@ class AsyncThread:
         return detail
 
     async def get_turns(self) -> list[Turn]:
-        return [Turn(**turn) for turn in (await self.fetch_detail())["turns"]]
+        return [Turn.parse_stored(turn) for turn in (await self.fetch_detail())["turns"]]
 
     async def get_artifacts(self) -> list[Artifact]:
         """Return every attached or generated artifact, in order."""
-        return [Artifact(**artifact) for artifact in (await self.fetch_detail())["artifacts"]]
+        return [Artifact.parse_stored(artifact) for artifact in (await self.fetch_detail())["artifacts"]]
 
     async def get_open_question(self) -> str | None:
         """Return the question that waits for a reply, or None."""
@@ -161,7 +161,7 @@ class AsyncThread:
         """Return an artifact, by default the last one, and the artifacts that it was edited from, newest first."""
         query = {"artifact": key} if key else {}
         lineage = await self.connection.fetch_json("GET", f"{self.path}/lineage", params=query)
-        return [Artifact(**artifact) for artifact in lineage]
+        return [Artifact.parse_stored(artifact) for artifact in lineage]
 
     async def fetch_artifact(self, artifact: Artifact) -> Result:
         """Return an artifact of this thread."""
@@ -170,5 +170,5 @@ class AsyncThread:
         manifest = None
         if artifact.manifest is not None:
             response = await self.connection.send_request("GET", f"{path}/{artifact.manifest}")
-            manifest = Manifest.model_validate_json(response.content)
+            manifest = Manifest.parse_stored(response.content)
         return Result(manifest, data=content, suffix=artifact.key.rpartition(".")[2], fps=artifact.fps)

@@ -94,7 +94,7 @@ class StudioThread(Thread):
         data, suffix = self.store.get(artifact.key), artifact.key.rpartition(".")[2]
         manifest = None
         if artifact.manifest is not None:
-            manifest = Manifest.model_validate_json(self.store.get(artifact.manifest))
+            manifest = Manifest.parse_stored(self.store.get(artifact.manifest))
         return Result(manifest, data=data, suffix=suffix, fps=artifact.fps)
 
 

@@ -14,6 +14,7 @@ import logging
 import sqlite3
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from langgraph.checkpoint.base import (
@@ -23,6 +24,8 @@ from langgraph.checkpoint.base import (
     CheckpointTuple,
 )
 from langgraph.checkpoint.sqlite import SqliteSaver
+
+from omnivideo.errors import StoreError, describe_database_failure
 
 log = logging.getLogger("omnivideo.storage")
 GROWING_CHANNELS = ("turns", "artifacts", "descriptions")
@@ -45,6 +48,17 @@ def is_between_turns(values: dict[str, Any]) -> bool:
     return not any(channel.startswith(NEXT_STEP_PREFIXES) for channel in values)
 
 
+@contextmanager
+def translate_errors() -> Iterator[None]:
+    """Raise a StoreError instead of an error that says that the database is unavailable."""
+    try:
+        yield
+    except Exception as error:
+        if (failure := describe_database_failure(error)) is None:
+            raise
+        raise StoreError(f"conversations: {failure}; try again later") from error
+
+
 class CompactingSaver(ABC):
     """What the savers for SQLite and PostgreSQL share; each implements the statements that differ."""
 
@@ -63,6 +77,18 @@ class CompactingSaver(ABC):
         """Delete the checkpoints between two others."""
 
     @abstractmethod
+    def restore_values(self, thread_id: str, checkpoint_id: str) -> None:
+        """Give a packed checkpoint its values back, so that a new one can begin with it."""
+
+    @abstractmethod
+    def delete_checkpoints(self, thread_id: str, first_id: str, before_id: str) -> None:
+        """Delete the checkpoints from one to another, without the latter, and what was written after them."""
+
+    @abstractmethod
+    def list_packed_digests(self, thread_id: str) -> set[str]:
+        """Return the digests of the last items of every packed checkpoint."""
+
+    @abstractmethod
     def read_growing_values(self, thread_id: str, checkpoint_id: str) -> dict[str, Any]:
         """Return the values of GROWING_CHANNELS in a checkpoint that is not packed."""
 
@@ -74,38 +100,69 @@ class CompactingSaver(ABC):
     def erase_freed_space(self) -> None:
         """Overwrite what deleted checkpoints have left in files, where the database allows it."""
 
-    # ------------------------------------------------------------ the saver's interface
+    # ------------------------------------------------------------ the saver's interface, which raises StoreError
 
     def put(
         self, config: Any, checkpoint: Checkpoint, metadata: CheckpointMetadata, new_versions: ChannelVersions
     ) -> Any:
         values = checkpoint["channel_values"]
-        if not is_between_turns(values):
-            return super().put(config, checkpoint, metadata, new_versions)  # type: ignore[misc]
-        marked_metadata = {**metadata, "num_turns": len(values.get("turns", []))}
-        saved = super().put(config, checkpoint, marked_metadata, new_versions)  # type: ignore[misc]
+        is_complete = is_between_turns(values)
+        marked_metadata = {**metadata, "num_turns": len(values.get("turns", []))} if is_complete else metadata
+        with translate_errors():
+            saved = super().put(config, checkpoint, marked_metadata, new_versions)  # type: ignore[misc]
+        if not is_complete:
+            return saved
         try:
             self.compact(str(config["configurable"]["thread_id"]), checkpoint["id"])
         except Exception as error:  # the turn is saved; it only takes more space
             log.warning("checkpoints were not compacted: %s", type(error).__name__)
         return saved
 
+    def put_writes(self, *arguments: Any, **options: Any) -> None:
+        with translate_errors():
+            super().put_writes(*arguments, **options)  # type: ignore[misc]
+
     def get_tuple(self, config: Any) -> CheckpointTuple | None:
-        found = super().get_tuple(config)  # type: ignore[misc]
-        return None if found is None else self.unpack(found)
+        with translate_errors():
+            found = super().get_tuple(config)  # type: ignore[misc]
+            return None if found is None else self.unpack(found)
 
     def list(self, config: Any, **options: Any) -> Iterator[CheckpointTuple]:
-        # SQLite's saver holds its lock while it iterates.
-        for found in [*super().list(config, **options)]:  # type: ignore[misc]
+        with translate_errors():  # SQLite's saver holds its lock while it iterates
+            all_found = [*super().list(config, **options)]  # type: ignore[misc]
+        for found in all_found:
             yield self.unpack(found)
 
     def delete_thread(self, thread_id: str) -> None:
-        super().delete_thread(thread_id)  # type: ignore[misc]
+        with translate_errors():
+            super().delete_thread(thread_id)  # type: ignore[misc]
         self.fetch_rows("DELETE FROM checkpoint_items WHERE thread_id = ?", (thread_id,))
+
+    def delete_branch(self, thread_id: str, first_id: str, newest_id: str) -> None:
+        """Delete the checkpoints from one to the newest, with all values and items that no other checkpoint has.
+
+        The newest begins with the first, has all of its values, and stays.
+        """
+        self.delete_checkpoints(thread_id, first_id, newest_id)
+        query = "SELECT digest, previous FROM checkpoint_items WHERE thread_id = ?"
+        previous = {str(digest): str(before) for digest, before in self.fetch_rows(query, (thread_id,))}
+        kept = set[str]()
+        for last in self.list_packed_digests(thread_id):
+            digest = last
+            while digest in previous and digest not in kept:
+                kept.add(digest)
+                digest = previous[digest]
+        for digest in previous.keys() - kept:
+            statement = "DELETE FROM checkpoint_items WHERE thread_id = ? AND digest = ?"
+            self.fetch_rows(statement, (thread_id, digest))
 
     def list_thread_ids(self) -> Iterator[str]:
         rows = self.fetch_rows("SELECT DISTINCT thread_id FROM checkpoints ORDER BY thread_id")
         return (str(row[0]) for row in rows)
+
+    def has_thread(self, thread_id: str) -> bool:
+        """Return whether a thread has a checkpoint, without reading one: it is as long as the conversation."""
+        return bool(self.fetch_rows("SELECT 1 FROM checkpoints WHERE thread_id = ? LIMIT 1", (thread_id,)))
 
     # ------------------------------------------------------------ packing
 
@@ -145,10 +202,14 @@ class CompactingSaver(ABC):
             return found
         thread_id = str(found.config["configurable"]["thread_id"])
         for channel, digest in dict(digests).items():  # type: ignore[call-overload]
-            rows = self.fetch_rows(SELECT_ITEMS, (thread_id, digest))
-            items = [self.serde.loads_typed((kind, bytes(data))) for kind, data in rows]
-            found.checkpoint["channel_values"][channel] = dict(items) if channel == "descriptions" else items
+            found.checkpoint["channel_values"][channel] = self.load_items(thread_id, channel, digest)
         return found
+
+    def load_items(self, thread_id: str, channel: str, digest: str) -> Any:
+        """Return the value of a channel whose last item has this digest."""
+        rows = self.fetch_rows(SELECT_ITEMS, (thread_id, digest))
+        items = [self.serde.loads_typed((kind, bytes(data))) for kind, data in rows]
+        return dict(items) if channel == "descriptions" else items
 
 
 class CompactSqliteSaver(CompactingSaver, SqliteSaver):
@@ -164,7 +225,7 @@ class CompactSqliteSaver(CompactingSaver, SqliteSaver):
         self.fetch_rows("PRAGMA wal_checkpoint(TRUNCATE)")
 
     def fetch_rows(self, statement: str, parameters: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
-        with self.cursor() as cursor:
+        with translate_errors(), self.cursor() as cursor:
             return cursor.execute(statement, tuple(parameters)).fetchall()
 
     def find_last_complete(self, thread_id: str, before_id: str) -> str | None:
@@ -180,6 +241,19 @@ class CompactSqliteSaver(CompactingSaver, SqliteSaver):
             bounds = "thread_id = ? AND checkpoint_id > ? AND checkpoint_id < ?"
             self.fetch_rows(f"DELETE FROM {table} WHERE {bounds}", (thread_id, after_id, before_id))
         self.fetch_rows("DELETE FROM writes WHERE thread_id = ? AND checkpoint_id = ?", (thread_id, after_id))
+
+    def restore_values(self, thread_id: str, checkpoint_id: str) -> None:
+        """Do nothing: each new checkpoint has all of its values."""
+
+    def delete_checkpoints(self, thread_id: str, first_id: str, before_id: str) -> None:
+        for table in ("writes", "checkpoints"):
+            bounds = "thread_id = ? AND checkpoint_id >= ? AND checkpoint_id < ?"
+            self.fetch_rows(f"DELETE FROM {table} WHERE {bounds}", (thread_id, first_id, before_id))
+
+    def list_packed_digests(self, thread_id: str) -> set[str]:
+        query = "SELECT json_extract(CAST(metadata AS TEXT), '$.packed') FROM checkpoints WHERE thread_id = ?"
+        packed = [json.loads(text) for (text,) in self.fetch_rows(query, (thread_id,)) if text]
+        return {digest for digests in packed for digest in digests.values()}
 
     def load_checkpoint(self, thread_id: str, checkpoint_id: str) -> Any:
         query = "SELECT type, checkpoint FROM checkpoints WHERE thread_id = ? AND checkpoint_id = ?"

@@ -10,7 +10,7 @@ from langgraph.checkpoint.postgres import PostgresSaver
 from psycopg.rows import tuple_row
 from psycopg.types.json import Jsonb
 
-from omnivideo.storage.compact_checkpoints import CREATE_ITEMS, GROWING_CHANNELS, CompactingSaver
+from omnivideo.storage.compact_checkpoints import CREATE_ITEMS, GROWING_CHANNELS, CompactingSaver, translate_errors
 
 
 class CompactPostgresSaver(CompactingSaver, PostgresSaver):
@@ -23,7 +23,11 @@ class CompactPostgresSaver(CompactingSaver, PostgresSaver):
         self.fetch_rows(CREATE_ITEMS.format(bytes_type="BYTEA"))
 
     def fetch_rows(self, statement: str, parameters: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
-        with self.conn.connection() as connection, connection.cursor(row_factory=tuple_row) as cursor:
+        with (
+            translate_errors(),
+            self.conn.connection() as connection,
+            connection.cursor(row_factory=tuple_row) as cursor,
+        ):
             cursor.execute(statement.replace("?", "%s"), parameters)
             return cursor.fetchall() if cursor.description else []
 
@@ -48,6 +52,29 @@ class CompactPostgresSaver(CompactingSaver, PostgresSaver):
             bounds = 'thread_id = ? AND channel = ? AND version COLLATE "C" > ? AND version COLLATE "C" < ?'
             parameters = (thread_id, channel, first.get(channel, ""), version)
             self.fetch_rows(f"DELETE FROM checkpoint_blobs WHERE {bounds}", parameters)
+
+    def restore_values(self, thread_id: str, checkpoint_id: str) -> None:
+        query = "SELECT metadata->'packed' FROM checkpoints WHERE thread_id = ? AND checkpoint_id = ?"
+        ((digests,),) = self.fetch_rows(query, (thread_id, checkpoint_id))
+        versions = self.load_versions(thread_id, checkpoint_id)
+        statement = """UPDATE checkpoint_blobs SET type = ?, blob = ?
+            WHERE thread_id = ? AND channel = ? AND version = ?"""
+        for channel, digest in (digests or {}).items():
+            value = self.serde.dumps_typed(self.load_items(thread_id, channel, digest))
+            self.fetch_rows(statement, (*value, thread_id, channel, versions[channel]))
+
+    def delete_checkpoints(self, thread_id: str, first_id: str, before_id: str) -> None:
+        for table in ("checkpoint_writes", "checkpoints"):
+            bounds = "thread_id = ? AND checkpoint_id >= ? AND checkpoint_id < ?"
+            self.fetch_rows(f"DELETE FROM {table} WHERE {bounds}", (thread_id, first_id, before_id))
+        statement = """DELETE FROM checkpoint_blobs WHERE thread_id = ? AND NOT EXISTS (
+            SELECT 1 FROM checkpoints WHERE checkpoints.thread_id = checkpoint_blobs.thread_id
+            AND checkpoint->'channel_versions'->>channel = version)"""
+        self.fetch_rows(statement, (thread_id,))
+
+    def list_packed_digests(self, thread_id: str) -> set[str]:
+        query = "SELECT metadata->'packed' FROM checkpoints WHERE thread_id = ? AND metadata->'packed' IS NOT NULL"
+        return {digest for (digests,) in self.fetch_rows(query, (thread_id,)) for digest in digests.values()}
 
     def load_versions(self, thread_id: str, checkpoint_id: str) -> dict[str, str]:
         """Return the version of each channel in a checkpoint; versions sort like texts."""

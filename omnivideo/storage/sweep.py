@@ -29,11 +29,15 @@ class Checkpoints(Protocol):
 
 @dataclass(frozen=True)
 class Lifetimes:
-    """How long things are kept, in seconds: objects that nothing refers to, ended turns, and ended jobs and batches."""
+    """How long things are kept, in seconds: objects that nothing refers to, ended turns, and ended jobs and batches.
+
+    Threads are kept for `thread_seconds` after their last turn; 0: until they are deleted.
+    """
 
     artifact_seconds: float
     turn_seconds: float
     job_seconds: float
+    thread_seconds: float = 0.0
 
 
 class SweepResult(NamedTuple):
@@ -56,6 +60,8 @@ class Sweep:
     lifetimes: Lifetimes
 
     def run(self) -> SweepResult:
+        if self.lifetimes.thread_seconds:
+            self.rows.mark_idle_threads_deleted(self.lifetimes.thread_seconds)
         self.cancel_open_work()
         num_deleted = self.remove_deleted()
         self.remove_old()

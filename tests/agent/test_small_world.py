@@ -389,6 +389,24 @@ def test_praise_that_names_what_is_seen_is_small_talk(text):
 
 
 @pytest.mark.parametrize("medium", [None, "image"])
-@pytest.mark.parametrize("text", ["!!!", "...", "and", "and then", "?", "1", "a picture of"])
+@pytest.mark.parametrize(
+    "text", ["!!!", "...", "and", "and then", "?", "1", "a picture of", "{}", "\U0001f534", "\U0001f534?"]
+)
 def test_a_text_without_words_of_the_world_is_asked_about(text, medium):
     assert {kind for kind, _ in list_readings(text, medium)} == {"ask"}
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["how many are there?", "what colour is it?", "how does it move?", "is it red?", "which shape is the left one?",
+     "what do you see?", "is there a circle in the top right corner?", "How many balls?"],
+)  # fmt: skip
+def test_a_question_about_what_is_not_there_is_not_answered(text):
+    """Before, the MLLM made an answer up: "two", "purple" or "i am fine, thank"."""
+    (reading,) = read_turn(text, build_context())
+    assert reading.kind == "ask" and "nothing to look at" in reading.message, reading
+
+
+@pytest.mark.parametrize("text", ["what is two plus one?", "how many corners does a star have?", "how big is a giant?"])
+def test_a_question_that_needs_no_result_is_passed_on(text):
+    assert list_readings(text) == [("do", text)]

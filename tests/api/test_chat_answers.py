@@ -139,7 +139,7 @@ def test_usage(client, context):
 @pytest.mark.parametrize(
     ("fields", "param", "message"),
     [
-        ({"n": 2}, "n", "allowed: 1 to 1"),
+        ({"n": 2}, "n", "allowed: 1"),
         ({"temperature": 3}, "temperature", "allowed: 0 to 2"),
         ({"top_p": -1}, "top_p", "allowed: 0 to 1"),
         ({"max_tokens": 0}, "max_tokens", "1"),

@@ -208,7 +208,8 @@ def test_an_answer_is_continued_in_words(http, context, chat_history):
     messages, _ = chat_history
     before = count_jobs(context)
     continued = chat(http, messages)
-    assert text_of(continued) and continued["omnivideo"] == {"thread": None, "turn": None}
+    assert text_of(continued).startswith("\n\n"), "a program appends it to an answer that is complete"
+    assert continued["omnivideo"] == {"thread": None, "turn": None}
     tool = [
         say("user", "what is the time?"),
         say("assistant", None),

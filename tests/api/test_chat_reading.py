@@ -17,7 +17,11 @@ from omnivideo.synthetic.edits import sample_edit
 
 FIXTURES = Path(__file__).parent / "fixtures"
 REQUESTS = json.loads((FIXTURES / "chat_program_requests.json").read_text())
-WRAPPED = json.loads((FIXTURES / "wrapped_messages.json").read_text())
+WRAPPED = [
+    case
+    for name in ("wrapped_messages.json", "more_wrapped_messages.json")  # the first are also sent to services
+    for case in json.loads((FIXTURES / name).read_text())
+]
 KEY = "a" * 64 + ".mp4"
 
 

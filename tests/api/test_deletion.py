@@ -70,17 +70,17 @@ class Home:
     def store_folder(self) -> Path:
         return self.folder / "home" / "store"
 
-    def find_marker(self) -> list[str]:
+    def find_marker(self, marker: str = MARKER) -> list[str]:
         """Return the names of the files, and of the rows of a dump, that contain the marker."""
         found = [
             path.name for path in sorted(self.folder.rglob("*"))
-            if path.is_file() and (MARKER.encode() in path.read_bytes() or MARKER in path.name)
+            if path.is_file() and (marker.encode() in path.read_bytes() or marker in path.name)
         ]  # fmt: skip
         if self.database:
             dump = subprocess.run(
                 [postgres_programs() / "pg_dump", self.database], capture_output=True, check=True, text=True
             )
-            found += [line[:200] for line in dump.stdout.splitlines() if MARKER in line]
+            found += [line[:200] for line in dump.stdout.splitlines() if marker in line]
         return found
 
     def list_objects(self) -> list[str]:
@@ -209,3 +209,57 @@ def test_nothing_is_left_of_what_a_user_has_deleted(home: Home) -> None:
             assert home.list_objects() == []
             again = http.post("/v1/threads", json={"id": f"{MARKER}-thread"})
             assert again.status_code == 201, "the id is free again"
+
+
+def respond(http: httpx.Client, text: str, **fields: object) -> dict:
+    body = {"model": "tiny", "input": text, "steps": 1, "seed": 3} | fields
+    return http.post("/v1/responses", json=body).raise_for_status().json()
+
+
+def test_nothing_is_left_of_deleted_responses(home: Home) -> None:
+    """The last response of a thread goes, and the thread continues from the one before it."""
+    words = [f"{MARKER}{number}" for number in range(5)]
+    with run_api_server(home.wiring) as address:
+        headers = {"Authorization": f"Bearer {KEY}"}
+        with httpx.Client(base_url=address, headers=headers, timeout=60, trust_env=False) as http:
+            first = respond(http, f"a red ball; what is {words[0]}?")["id"]
+            second = respond(http, f"a green star; what is {words[1]}?", previous_response_id=first)["id"]
+            third = respond(http, f"what is {words[2]}?", previous_response_id=second)["id"]
+            open_response = respond(http, f"a ball; what is {words[3]}?", background=True, steps=200)["id"]
+            refused = http.delete(f"/v1/responses/{second}")
+            assert refused.status_code == 409 and "later turns continue" in refused.text
+            for response_id in (third, second, open_response):
+                deleted = http.delete(f"/v1/responses/{response_id}")
+                assert deleted.json() == {"id": response_id, "object": "response", "deleted": True}, deleted.text
+                assert http.get(f"/v1/responses/{response_id}").status_code == 404
+                assert http.delete(f"/v1/responses/{response_id}").status_code == 404
+            num_objects = len(home.list_objects())
+            home.sweep()
+            home.sweep()
+            assert [home.find_marker(word) for word in words[1:4]] == [[], [], []] and home.find_marker(words[0])
+            assert 0 < len(home.list_objects()) < num_objects, "only the first clip is left"
+            assert len(http.get("/v1/threads").json()["data"]) == 1
+            fourth = respond(http, f"how many {words[4]}?", previous_response_id=first)
+            assert fourth["status"] == "completed"
+            for response_id in (fourth["id"], first):
+                assert http.delete(f"/v1/responses/{response_id}").status_code == 200
+            home.sweep()
+            home.sweep()
+            assert home.find_marker() == [] and home.list_objects() == []
+            assert http.get("/v1/threads").json()["data"] == []
+
+
+def test_a_deletion_whose_process_is_killed_is_repeated(home: Home) -> None:
+    with run_api_server(home.wiring) as address:
+        headers = {"Authorization": f"Bearer {KEY}"}
+        with httpx.Client(base_url=address, headers=headers, timeout=60, trust_env=False) as http:
+            first = respond(http, "a red ball")["id"]
+            second = respond(http, "how many balls are there?", previous_response_id=first)["id"]
+            turn = home.wiring.turns.get_turn(f"turn_{second.removeprefix('resp_')}", "admin")
+            assert turn is not None and home.wiring.turns.begin_deletion(turn)
+            assert http.post(f"/v1/threads/{turn.thread_id}/turns", json={"text": "a ball"}).status_code == 409
+            pass_time(home.wiring.engine, home.store_folder, 60.0)
+            wait_until(lambda: http.get(f"/v1/responses/{second}").json()["status"] == "failed")
+            assert http.delete(f"/v1/responses/{second}").status_code == 200
+            thread = http.get(f"/v1/threads/{turn.thread_id}").json()
+            assert len(thread["turns"]) == 1 and respond(http, "a ball", previous_response_id=first)["id"]

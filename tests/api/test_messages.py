@@ -46,7 +46,12 @@ def chat_with(content) -> dict:
         ("/v1/chat/completions", chat_with([{"type": "sound"}]), "messages.0.content.0", PART_TYPE),
         ("/v1/chat/completions", chat_with([EMPTY_PART]), "messages.0.content.0.image_url.url", "it is required"),
         ("/v1/chat/completions", chat_with([TEXT_PART, PART]), "messages.0.content.1.image_url", None),
-        ("/v1/chat/completions", CHAT | {"n": 2}, "n", "allowed: 1 to 1"),
+        ("/v1/chat/completions", CHAT | {"n": 2}, "n", "allowed: 1"),
+        ("/v1/chat/completions", CHAT | {"presence_penalty": 1}, "presence_penalty", "allowed: 0"),
+        ("/v1/chat/completions", CHAT | {"stop": [""]}, "stop.0", "it is empty"),
+        ("/v1/chat/completions", CHAT | {"stop": "a" * 201}, "stop.0", "it has 201 characters; allowed: at most 200"),
+        ("/v1/chat/completions", CHAT | {"stop": ["a"] * 5}, "stop", "it has 5 items; allowed: at most 4"),
+        ("/v1/responses", {"model": "tiny", "input": []}, "input", "it has 0 items; allowed: at least 1"),
     ],
 )  # fmt: skip
 def test_a_field_is_refused_in_words(http, path, body, field, message):
@@ -107,6 +112,26 @@ def test_a_form_field_that_is_given_twice_is_refused_by_name(http):
         form = [("prompt", (None, "a"))] * (field != "prompt") + [(name, (None, "1")) for name in names]
         response = http.post("/v1/videos", files=form)
         assert (response.status_code, response.json()["error"]["param"]) == (400, field), response.text
+
+
+@pytest.mark.parametrize("name", ["loras[0][path]", "prompt[", "a b", "[]"])
+def test_a_form_field_that_does_not_exist_is_refused_by_name(http, name):
+    """Before, a name of another form than our fields' was dropped silently."""
+    response = http.post("/v1/videos", files=[("prompt", (None, "a")), (name, (None, "1"))])
+    assert response.status_code == 400 and "no such field" in response.text, response.text
+
+
+def test_an_input_of_a_form_that_is_left_empty_is_absent(http):
+    empty = dict.fromkeys(["n", "seed", "size", "width", "mask", "background", "response_format", "guidance_scale"], "")
+    form = {"prompt": "a", "num_inference_steps": "1"} | empty
+    for image in ("image", "image[]", "image[0]"):
+        response = http.post("/v1/images/edits", data=form, files={image: ("a.png", make_png())})
+        assert response.status_code == 200, response.text
+    for fields, name in (({"prompt": ""}, "prompt"), ({"prompt": "a", "image": ""}, "image")):
+        response = http.post("/v1/images/edits", data=fields, files={"mask": ("a.png", make_png())})
+        assert (response.status_code, response.json()["error"]["param"]) == (400, name), response.text
+    refused = http.post("/v1/images/generations", json={"prompt": "a", "n": ""})
+    assert refused.status_code == 400, "JSON has null for an absent field"
 
 
 # ---------------------------------------------------------------- null and -1

@@ -115,6 +115,7 @@ def test_a_background_response_is_fetched_and_cancelled(client, service):
 def test_words_and_errors(client, http, context, monkeypatch):
     long = respond(client, "a red ball " * 500)
     assert long.status == "completed" and long.output_text.startswith("That message is too long: ")
+    assert "empty" in respond(client, "").output_text, "no words are an answer too, as in a chat"
     cut = respond(client, max_output_tokens=context.conversations.mllm.count_tokens("it is me"))
     assert (cut.status, cut.incomplete_details.reason) == ("incomplete", "max_output_tokens")
     for fields, param in (

@@ -4,6 +4,7 @@ import itertools
 import json
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -52,7 +53,7 @@ class RestartedService(EmbeddedService):
 
 
 def submit_jobs(service: RestartedService) -> None:
-    params = resolve_sampling_params(TINY, "text-to-video", steps=1, seed=1)
+    params = resolve_sampling_params(TINY, "text-to-image", steps=1, seed=1)  # a clip takes three times as long
     for seed in range(JOBS):
         job = Job(
             id=f"job-{seed}", prompt=f"a red ball {seed}", visual_tokens=None, source=None, preset="tiny",
@@ -62,10 +63,15 @@ def submit_jobs(service: RestartedService) -> None:
 
 
 def create_turns(service: RestartedService) -> None:
-    for number in range(THREADS):
+    """Create the turns, several at a time, so that most of them are open when the service stops for the first time."""
+
+    def create_turn(number: int) -> None:
         thread = service.http.post("/v1/threads", json={"id": f"thread-{number}"}).raise_for_status().json()
         body = {"text": "a picture of a red circle", "steps": 1, "seed": number}
         service.http.post(f"/v1/threads/{thread['id']}/turns", json=body).raise_for_status()
+
+    with ThreadPoolExecutor(SLOTS) as pool:
+        list(pool.map(create_turn, range(THREADS)))
 
 
 def restart_until_done(service: RestartedService) -> list[tuple[signal.Signals, int]]:
@@ -90,8 +96,8 @@ def test_restarts_lose_and_repeat_nothing(tmp_path):
     service = RestartedService(tmp_path)
     service.start()
     try:
-        create_turns(service)
         submit_jobs(service)
+        create_turns(service)
         losses = restart_until_done(service)
     finally:
         service.process.kill()

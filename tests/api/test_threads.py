@@ -11,8 +11,11 @@ import numpy as np
 import openai
 import pytest
 from PIL import Image
+from sqlalchemy import insert
 
 from omnivideo.api.turn_runner import TurnRunner
+from omnivideo.storage.database.keys import APIKeyRepository
+from omnivideo.storage.database.schema import threads
 from omnivideo.storage.database.turns import TurnRepository
 from tests.support.api_server import build_scripted_wiring, run_api_server
 
@@ -55,6 +58,24 @@ def read_events(http, thread: str, turn: str, after: int = 0) -> list[tuple[int,
             elif line.startswith("data: "):
                 received.append((number, json.loads(line[6:])))
     return received
+
+
+def test_a_new_thread_takes_as_long_beside_six_thousand_others(wiring, address):
+    """The least of twenty times, so that other work of the machine does not matter. Reading all rows took 27 ms."""
+    owner, key = APIKeyRepository(wiring.engine).create_key("many")
+
+    def measure_seconds() -> float:
+        started_at = time.perf_counter()
+        assert http.post("/v1/threads").status_code == 201
+        return time.perf_counter() - started_at
+
+    with httpx.Client(base_url=address, headers={"Authorization": f"Bearer {key}"}, trust_env=False) as http:
+        alone = min(measure_seconds() for _ in range(20))
+        ids = [f"many-{number}" for number in range(6000)]
+        rows = [{"id": id, "client_id": id, "owner": owner, "created_at": 1.0, "deleted": False} for id in ids]
+        with wiring.engine.begin() as connection:
+            connection.execute(insert(threads), rows)
+        assert min(measure_seconds() for _ in range(20)) < 1.5 * alone + 0.003
 
 
 def run_turn(http, thread: str, text: str, **options) -> dict:

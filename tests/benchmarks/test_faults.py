@@ -7,7 +7,13 @@ from contextlib import ExitStack
 import pytest
 
 from benchmarks.cluster import ServiceCluster
-from benchmarks.conversation_faults import CONVERSATIONS, kill_batches, kill_turns_at_every_node, kill_webhooks
+from benchmarks.conversation_faults import (
+    CONVERSATIONS,
+    fail_turns_at_every_node,
+    kill_batches,
+    kill_turns_at_every_node,
+    kill_webhooks,
+)
 from omnivideo.agent.graph import NODES, REFERENCE_NODE, SEARCH_NODE
 
 STEPS = 30
@@ -20,6 +26,13 @@ def test_a_conversation_passes_through_every_node():
 @pytest.mark.timeout(1800)
 def test_turns_that_are_killed_at_every_node_end_once_with_the_same_result(tmp_path):
     result = kill_turns_at_every_node(tmp_path)
+    assert result.runs == len(CONVERSATIONS)
+    assert result.done_once == result.same_result == result.wanted, result
+
+
+@pytest.mark.timeout(900)
+def test_a_message_after_an_exception_in_any_node_returns_its_own_clip(tmp_path):
+    result = fail_turns_at_every_node(tmp_path)
     assert result.runs == len(CONVERSATIONS)
     assert result.done_once == result.same_result == result.wanted, result
 

@@ -1,10 +1,12 @@
 """The commands of the service with an empty home folder: what they start, print and refuse."""
 
+import gc
 import os
 import signal
 import socket
 import subprocess
 import sys
+import time
 
 import pytest
 from fastapi import FastAPI
@@ -29,14 +31,20 @@ def run_cli(monkeypatch, capsys, tmp_path):
         printed = capsys.readouterr()
         return raised.value.code or 0, printed.out, printed.err
 
-    return run
+    yield run
+    gc.unfreeze()
 
 
 def test_serve_builds_the_application_and_closes_its_wiring(run_cli, monkeypatch, weights):
-    served, closed = [], []
-    monkeypatch.setattr(
-        service, "run_server", lambda create_application, *arguments: served.append(create_application())
-    )
+    served, closed, collections = [], [], []
+
+    def serve(create_application, *arguments) -> None:
+        served.append(create_application())
+        started_at = time.thread_time()
+        gc.collect()
+        collections.append(time.thread_time() - started_at)
+
+    monkeypatch.setattr(service, "run_server", serve)
     close = ServiceWiring.close
     monkeypatch.setattr(ServiceWiring, "close", lambda wiring: closed.append(wiring) or close(wiring))
     assert run_cli("serve", "--weights", str(weights), "--port", str(free_port()))[0] == 0
@@ -44,6 +52,7 @@ def test_serve_builds_the_application_and_closes_its_wiring(run_cli, monkeypatch
     assert isinstance(application, FastAPI) and "/v1/videos" in application.openapi()["paths"]
     (wiring,) = closed
     assert wiring.close_callbacks == []
+    assert max(collections) < 0.1  # s in which no request is answered; all objects of torch took 0.7 s
 
 
 def test_serve_refuses_other_hosts_without_a_key(run_cli):

@@ -1,6 +1,9 @@
 """Who may reach whom, and who has which secret: the table in docs/operations.md, compose.yaml and the chart agree."""
 
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 import yaml
@@ -8,7 +11,7 @@ import yaml
 from omnivideo.settings import SECRET_SETTINGS
 from tests.deploy.test_deploy import CHART, rendered
 from tests.deploy.test_deploy import helm as helm  # the fixture
-from tests.support.compose_files import ROOT, compose
+from tests.support.compose_files import DEPLOY, ROOT, compose
 
 PROCESSES = ("api", "worker", "migrate", "sweep", "mllm")
 SERVERS = {"database": "postgres", "broker": "redis", "store": "s3"}  # the chart's names, and those of compose.yaml
@@ -130,6 +133,17 @@ def test_secrets_come_from_files_where_compose_is_told_to():
         }
         assert {f"/run/secrets/{secret}" for secret in service["secrets"]} == set(files.values())
         assert set(service["secrets"]) <= overlay["secrets"].keys()
+
+
+def test_the_workers_health_check_reads_the_broker_from_its_file(tmp_path):
+    """With `secret.asFiles` no variable has the broker; the chart's probes would otherwise kill every worker."""
+    pytest.importorskip("celery", reason="celery is not installed; the workers' health check was not tested")
+    pytest.importorskip("redis", reason="redis is not installed; the workers' health check was not tested")
+    (tmp_path / "broker").write_text("redis://127.0.0.1:9/0\n")
+    environment = {"PATH": os.environ["PATH"], "OMNIVIDEO_BROKER_FILE": str(tmp_path / "broker")}
+    ask = [sys.executable, DEPLOY / "alive.py", "worker"]
+    done = subprocess.run(ask, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (0, "the broker is unavailable: OperationalError\n"), done.stderr
 
 
 def test_servers_outside_can_be_reached_with_the_file_for_it():

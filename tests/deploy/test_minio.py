@@ -6,6 +6,7 @@ from typing import Any
 
 import yaml
 
+from omnivideo.api.bulkheads import BoundedObjectStore, Bulkhead
 from omnivideo.settings import load_settings
 from omnivideo.wiring import ServiceWiring
 from tests.support.compose_files import DEPLOY, REQUIRED, interpolate
@@ -88,7 +89,9 @@ def test_the_service_uses_what_minio_is_given(tmp_path: Path) -> None:
         wiring = ServiceWiring(load_settings(s3=server.address, home=tmp_path / "home", **settings))
         key = wiring.store.put(b"clip", "mp4")
         assert wiring.store.get(key) == b"clip"
-        with urllib.request.urlopen(wiring.store.presign_url(key, 60)) as response:
-            assert response.read() == b"clip"
+        bounded = BoundedObjectStore(wiring.store, Bulkhead("store", 1))  # what the routes use
+        for store in (wiring.store, bounded):
+            with urllib.request.urlopen(store.presign_url(key, 60)) as response:
+                assert response.read() == b"clip"
         assert wiring.store.sweep({key}, 0.0) == []
         wiring.close()

@@ -1,14 +1,25 @@
 """Two versions on one database: the newest older one works beside this one, and 0.1 does not."""
 
+import json
 from pathlib import Path
 
 import httpx
 import pytest
 from sqlalchemy import text
 
+from omnivideo import Client
 from omnivideo.storage.database.engine import create_database_engine
 from tests.support.openai_service import wait_until
-from tests.support.releases import ROOT, VERSION_0_1, ReleasedVersion, find_newest_older_tag, install_wheel
+from tests.support.releases import (
+    ADDED_FIELD,
+    KEY,
+    ROOT,
+    VERSION_0_1,
+    ReleasedVersion,
+    build_later_version,
+    find_newest_older_tag,
+    install_wheel,
+)
 from tests.support.servers import postgres
 
 CLIP = {"prompt": "a red ball", "num_inference_steps": 4, "size": "64x64"}
@@ -98,3 +109,69 @@ def test_version_0_1_and_this_one_refuse_each_other(package_0_1, database, tmp_p
     assert current.run("migrate").returncode == 0
     assert first.run("serve", "--port", "1").returncode != 0  # it does not know the schema, and changes nothing
     assert current.run("keys", "list").returncode == 0
+
+
+LONG_CLIP = CLIP | {"num_inference_steps": 60, "seed": 7}
+IMAGE_LINE = {"custom_id": "a", "method": "POST", "url": "/v1/images/generations", "body": {"prompt": "a red ball"}}
+TALK = ["a picture of a red circle; then make it blue", "undo", "what colour is the circle?"]
+QUESTION = "a picture of a red blue circle"
+
+
+def write_everything(client: httpx.Client) -> dict[str, str]:
+    """Let a service store a document of each kind, and return the paths at which it can be read."""
+    clip_id = client.post("/v1/videos", json=CLIP).raise_for_status().json()["id"]
+    wait_for_clip(client, clip_id)
+    clip = client.get(f"/v1/videos/{clip_id}/content").content
+    files = {"file": ("a.mp4", clip)}
+    media = client.post("/v1/files", files=files, data={"purpose": "vision"}).raise_for_status().json()["id"]
+    hook = client.post("/v1/webhooks", json={"name": "a", "url": "http://127.0.0.1:9/"}).raise_for_status().json()["id"]
+    thread_id = client.post("/v1/threads", json={"id": "talk"}).raise_for_status().json()["id"]
+    turns = [run_turn(client, thread_id, words, client) for words in [*TALK, QUESTION]]
+    assert [turn["state"] for turn in turns] == ["done"] * len(TALK) + ["asks"], turns
+    lines = {"file": ("a.jsonl", json.dumps(IMAGE_LINE).encode())}
+    lines_id = client.post("/v1/files", files=lines, data={"purpose": "batch"}).raise_for_status().json()["id"]
+    batch = {"input_file_id": lines_id, "endpoint": IMAGE_LINE["url"], "completion_window": "24h"}
+    batch_id = client.post("/v1/batches", json=batch).raise_for_status().json()["id"]
+    wait_until(lambda: client.get(f"/v1/batches/{batch_id}").json()["status"] == "completed", 120)
+    thread = f"/v1/threads/{thread_id}"
+    return {
+        "clip": f"/v1/videos/{clip_id}", "manifest": f"/v1/videos/{clip_id}/manifest", "file": f"/v1/files/{media}",
+        "webhook": f"/v1/webhooks/{hook}", "batch": f"/v1/batches/{batch_id}", "thread": thread,
+        "events": f"{thread}/turns/{turns[0]['id']}/events",
+    } | {f"turn {number}": f"{thread}/turns/{turn['id']}" for number, turn in enumerate(turns)}  # fmt: skip
+
+
+@pytest.mark.timeout(900)
+def test_documents_with_fields_of_a_later_version_are_read(database, tmp_path):
+    """A clip whose settings may have changed is left to workers that know them; everything else goes on here."""
+    later_package = build_later_version(tmp_path / "later")
+    current, later = ReleasedVersion(ROOT, tmp_path, database), ReleasedVersion(later_package, tmp_path, database)
+    for version in (current, later):
+        version.environment["OMNIVIDEO_WEBHOOK_HOSTS"] = "127.0.0.1"
+    assert current.run("migrate").returncode == 0
+    with later.serve() as client:
+        paths = write_everything(client)
+        assert ADDED_FIELD in client.get(paths["manifest"]).text  # the later version has written it
+        sdk = Client(str(client.base_url), api_key=KEY)
+        assert len(sdk.open_thread("talk").get_turns()) == len(TALK) and sdk.route("a red ball").kind
+        long_clip = client.post("/v1/videos", json=LONG_CLIP).json()["id"]
+        wait_until(lambda: client.get(f"/v1/videos/{long_clip}").json()["progress"] > 10, 120)
+        later_answers = {name: client.get(path).raise_for_status() for name, path in paths.items()}
+    for table in ("jobs", "turns", "turn_events", "workers"):
+        assert ADDED_FIELD in str(fetch_rows(tmp_path, database, f"SELECT * FROM {table}")), table
+    with current.serve() as client:
+        wait_until(lambda: client.get(f"/v1/videos/{long_clip}").json()["status"] == "queued", 60)
+        for name, path in paths.items():
+            assert client.get(path).status_code == later_answers[name].status_code == 200, (name, client.get(path).text)
+        turns = client.get(paths["thread"]).json()["turns"]
+        assert len(turns) == len(TALK) and client.get(paths["clip"] + "/content").content[4:8] == b"ftyp"
+        assert run_turn(client, "talk", "blue", client)["state"] == "done"
+        assert run_turn(client, "talk", "make it green", client)["state"] == "done"
+        edit = {"prompt": "make it blue", "num_inference_steps": 2, "video": {"file_id": paths["file"].split("/")[-1]}}
+        wait_for_clip(client, client.post("/v1/videos/edits", json=edit).raise_for_status().json()["id"])
+        source = {"prompt": "make it red", "video": {"id": paths["clip"].split("/")[-1]}, "num_inference_steps": 2}
+        wait_for_clip(client, client.post("/v1/videos/edits", json=source).raise_for_status().json()["id"])
+        assert client.get(f"/v1/videos/{long_clip}").json()["status"] == "queued"
+    with later.serve() as client:
+        wait_for_clip(client, long_clip)
+    assert "Traceback" not in current.log.read_text()

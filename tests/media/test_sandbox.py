@@ -17,6 +17,7 @@ from omnivideo.media.limits import MediaLimits
 from omnivideo.media.sandbox import ProcessLimits
 from omnivideo.storage.objects.memory import MemoryObjectStore
 from tests.support.foreign_media import encode_clip, ingest_refusal
+from tests.support.openai_service import wait_until
 
 
 @pytest.fixture
@@ -158,8 +159,29 @@ def test_a_process_that_cannot_be_started_is_reported(noise_mp4, monkeypatch):
         sandbox.measure_in_sandbox(noise_mp4)
 
 
+def test_owners_get_processes_in_turn():
+    slots, order = sandbox.FairSlots(1), []
+
+    def work(owner: str) -> None:
+        assert slots.acquire(owner, 20)
+        order.append(owner)
+        slots.release()
+
+    assert slots.acquire("first", 0)
+    threads = []
+    for number, owner in enumerate("aaabbc"):
+        threads.append(threading.Thread(target=work, args=(owner,)))
+        threads[-1].start()
+        wait_until(lambda number=number: sum(map(len, slots.waiting.values())) == number + 1)
+    assert not slots.acquire("a", 0.01)  # it leaves the line
+    slots.release()
+    for thread in threads:
+        thread.join(20)
+    assert order == ["a", "b", "c", "a", "b", "a"] and (slots.num_free, slots.waiting) == (1, {})
+
+
 def test_too_many_processes_at_once_are_refused(noise_mp4, monkeypatch):
-    monkeypatch.setattr(sandbox, "PROCESS_SLOTS", threading.BoundedSemaphore(1))
+    monkeypatch.setattr(sandbox, "PROCESS_SLOTS", sandbox.FairSlots(1))
     with sandbox.acquire_process_slot(1), pytest.raises(DecodingBusy, match="too many are being read at once"):
         sandbox.measure_in_sandbox(noise_mp4, process_limits=ProcessLimits(slot_seconds=0.05))
     assert sandbox.measure_in_sandbox(noise_mp4).frames == 9

@@ -7,6 +7,7 @@ import tracemalloc
 import pytest
 from langgraph.checkpoint.sqlite import SqliteSaver
 
+from omnivideo.agent.thread import Thread
 from omnivideo.storage.compact_checkpoints import open_sqlite_saver
 from tests.support.conversations import Conversation
 from tests.support.servers import postgres
@@ -87,6 +88,14 @@ def test_every_turn_can_be_forked_and_continued(saver):
         assert continued.say("a green star").number == num_turns + 1
         assert continued.thread.get_turns()[:-1] == turns[:num_turns]
     assert conversation.thread.get_turns() == turns
+
+
+def test_whether_a_conversation_exists_is_known_without_reading_it(saver, monkeypatch):
+    """Its newest checkpoint has all turns: reading 2,000 takes 40 ms, and a turn opens its thread twice."""
+    conversation = hold_conversation(saver, f"existing-{time.monotonic_ns()}", 2)
+    monkeypatch.setattr(saver, "get_tuple", None)
+    graph, attach = conversation.thread.graph, conversation.thread.attach_file
+    assert conversation.thread.exists() and not Thread(graph, "absent", attach).exists()
 
 
 def test_a_question_and_a_failed_turn_survive_compaction(saver):

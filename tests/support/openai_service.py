@@ -31,7 +31,8 @@ def run_service(folder, omni, **options) -> Iterator[tuple]:
     """Run a service over an untrained model; yield its wiring, its context and its address."""
     wiring = build_scripted_wiring(folder, omni, admin_key=KEY, **({"disconnect_grace_seconds": 1.0} | options))
     context = wiring.build_service_context()
-    context.render_thumbnail = create_picture_renderer(wiring.store)
+    render = create_picture_renderer(wiring.store)
+    context.render_thumbnail = lambda owner, *arguments: render(*arguments)
     context.check_webhook_url = partial(check_reachable, internal_hosts=("localhost",))
     wiring.build_service_context = lambda: context  # type: ignore[method-assign]
     with run_api_server(wiring) as address:

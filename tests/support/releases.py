@@ -103,3 +103,37 @@ class ReleasedVersion:
             except httpx.HTTPError:
                 time.sleep(0.2)
         raise AssertionError(f"the service did not start:\n{self.log.read_text()[-3000:]}")
+
+
+ADDED_FIELD = "added_by_a_later_version"
+# The fields of these are columns of tables, which migrations add, or arguments of functions.
+UNCHANGED_MESSAGES = ("ModelIdentity", "WorkerRecord", "KeyLimits", "TextSampling", "WriteRequest")
+LATER_MESSAGES = f'''
+from pydantic import model_serializer
+
+class FrozenModel(FrozenModel):
+    @model_serializer(mode="wrap")
+    def add_field(self, serialize):
+        return serialize(self) | ({{}} if type(self).__name__ in {UNCHANGED_MESSAGES} else {{"{ADDED_FIELD}": "1"}})
+
+    @model_validator(mode="before")
+    @classmethod
+    def read_field(cls, fields):
+        return {{name: fields[name] for name in fields if name != "{ADDED_FIELD}"}} if type(fields) is dict else fields
+'''
+
+
+def build_later_version(folder: Path) -> Path:
+    """Return a folder with this package as a later version: each message that it writes has one more field."""
+    package = folder / "omnivideo"
+    package.mkdir(parents=True)
+    for path in (ROOT / "omnivideo").iterdir():
+        if path.name not in ("contracts.py", "__pycache__"):
+            (package / path.name).symlink_to(path)
+    contracts = (ROOT / "omnivideo" / "contracts.py").read_text()
+    before, marker, after = contracts.partition("\n\nclass RequestModel(")
+    params = "    params: SamplingParams\n"  # of a job; the later version's workers know the field
+    assert "class FrozenModel(" in before and marker and after.count(params) == 1
+    after = after.replace(params, f'{params}    {ADDED_FIELD}: str = "1"\n')
+    (package / "contracts.py").write_text(before + LATER_MESSAGES + marker + after)
+    return folder

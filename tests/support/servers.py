@@ -94,10 +94,11 @@ def redis(folder: Path, port: int | None = None) -> Iterator[str]:
 class RabbitMQ:
     """A RabbitMQ server with a separate Erlang name service; after a kill, it has its durable queues again.
 
-    With `certificate`, the path of one for `localhost` beside its key, it speaks TLS.
+    With `certificate`, the path of one for `localhost` beside its key, it speaks TLS. It closes the channel of a
+    message that is not acknowledged within `consumer_timeout_ms`, by default 30 minutes.
     """
 
-    def __init__(self, folder: Path, certificate: Path | None = None):
+    def __init__(self, folder: Path, certificate: Path | None = None, consumer_timeout_ms: int = 1_800_000):
         self.program = program("rabbitmq-server", "rabbitmq-server", "jobs over RabbitMQ were not tested")
         self.port, distribution, self.names = free_port(), free_port(), free_port()
         folder.mkdir(parents=True, exist_ok=True)
@@ -110,6 +111,9 @@ class RabbitMQ:
             "RABBITMQ_NODE_IP_ADDRESS": "127.0.0.1", "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "+S 1:1 +sbwt none",
         }  # fmt: skip
         self.address = f"amqp://guest:guest@127.0.0.1:{self.port}//"
+        ticks = f"{{consumer_timeout, {consumer_timeout_ms}}}, {{channel_tick_interval, {consumer_timeout_ms // 30}}}"
+        (folder / "advanced.config").write_text(f"[{{rabbit, [{ticks}]}}].\n")
+        self.environment["RABBITMQ_ADVANCED_CONFIG_FILE"] = str(folder / "advanced.config")
         if certificate:
             self.address = f"amqps://guest:guest@localhost:{self.port}//"
             (folder / "rabbitmq.conf").write_text(
@@ -138,9 +142,9 @@ class RabbitMQ:
 
 
 @contextmanager
-def rabbitmq(folder: Path, certificate: Path | None = None) -> Iterator[str]:
+def rabbitmq(folder: Path, certificate: Path | None = None, consumer_timeout_ms: int = 1_800_000) -> Iterator[str]:
     """Yield the address of an empty RabbitMQ server."""
-    server = RabbitMQ(folder, certificate)
+    server = RabbitMQ(folder, certificate, consumer_timeout_ms)
     try:
         server.start()
         yield server.address

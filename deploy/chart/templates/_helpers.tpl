@@ -41,7 +41,7 @@ secrets: {{ concat (list "OMNIVIDEO_DATABASE" "OMNIVIDEO_BROKER" "OMNIVIDEO_MLLM
 settings: {{ concat $process $store $jobs $worker | toJson }}
 secrets: {{ concat (list "OMNIVIDEO_DATABASE" "OMNIVIDEO_BROKER") $storeKeys | toJson }}
 {{- else if eq .part "sweep" }}
-settings: {{ concat $process $store (list "OMNIVIDEO_MLLM" "OMNIVIDEO_ARTIFACT_LIFETIME_SECONDS" "OMNIVIDEO_JOB_LIFETIME_SECONDS" "OMNIVIDEO_TURN_LIFETIME_SECONDS") | toJson }}
+settings: {{ concat $process $store (list "OMNIVIDEO_MLLM" "OMNIVIDEO_ARTIFACT_LIFETIME_SECONDS" "OMNIVIDEO_JOB_LIFETIME_SECONDS" "OMNIVIDEO_THREAD_LIFETIME_SECONDS" "OMNIVIDEO_TURN_LIFETIME_SECONDS") | toJson }}
 secrets: {{ concat (list "OMNIVIDEO_DATABASE") $storeKeys | toJson }}
 {{- else if eq .part "migrate" }}
 settings: {{ $process | toJson }}

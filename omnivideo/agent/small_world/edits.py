@@ -7,55 +7,29 @@ objects ("a red star"); a new verb or another target begins the next one.
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from omnivideo.agent.small_world.changes import IMPERATIVE_MOTIONS, Clause, WordedChange, build_changes
 from omnivideo.agent.small_world.lexicon import Token, name_target
 from omnivideo.agent.small_world.scenes import (
     GROUND_FILLERS,
     GROUND_PREPOSITIONS,
-    REGION_PHRASES,
     ObjectRequest,
     read_scene,
 )
 
+COPULAS = ("should be", "become", "becomes", "turned", "made", "changed", "painted")
+GROUND_ENDS = ("shape", "plural", "ground", "reference", "add", "remove", "make", "put")
 EDIT_VERBS = ("add", "remove", "replace", "swap")
 CONJUNCTIONS = ("and", "but", "then", ",", ";", ".", "only", "while")
 CORRECTIONS = ("sorry", "i meant", "i mean", "mean", "meant", "wait", "no", "actually", "rather")
 NEGATIONS = ("not", "no", "never", "neither", "nor")
 DETERMINERS = ("the", "its", "their", "that", "this", "those", "these", "both", "all", "his", "same")
-RELATIVE_VERBS = ("is", "are", "does", "was", "should", "has", "goes", "looks")
+PLACE_WORDS = ("to", "beside", "near", "by", "alongside", "behind", "with")  # before what is there: "next to it"
 ATTRIBUTES = {
     "places": "place", "place": "place", "positions": "place", "position": "place",
     "colours": "colour", "colour": "colour",
     "shapes": "shape", "sizes": "size",
 }  # fmt: skip
 TARGET_MODIFIERS = ("colour", "size", "number", "region")
-IMPERATIVE_MOTIONS = {
-    "still": "stay still", "left": "move left", "right": "move right", "up": "move up", "down": "move down",
-    "growing": "grow", "shrinking": "shrink",
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class WordedChange:
-    """One change: its kind, and the request for it in the MLLM's words."""
-
-    kind: str
-    text: str
-    target: str = ""
-
-    @property
-    def value(self) -> str:
-        return self.text.rpartition(" ")[2]
-
-
-@dataclass
-class Clause:
-    verb: str = ""
-    target: str = ""
-    values: dict[str, str] = field(default_factory=dict)
-    new_objects: list[ObjectRequest] = field(default_factory=list)
-
-    def is_empty(self) -> bool:
-        return not (self.target or self.values or self.new_objects or self.verb in ("remove", "swap"))
 
 
 @dataclass
@@ -66,6 +40,7 @@ class EditRequest:
     conflicts: list[tuple[str, str]] = field(default_factory=list)
     unknown: list[str] = field(default_factory=list)
     kept: dict[str, str] = field(default_factory=dict)
+    kept_targets: list[str] = field(default_factory=list)
     has_target: bool = False
     removed: list[str] = field(default_factory=list)
 
@@ -83,7 +58,7 @@ class EditReader:
         self.is_negated = False
         self.is_still = is_still
         self.is_replaced = False  # after "instead of": what is named is replaced
-        self.is_corrected = is_correction
+        self.is_corrected = is_correction or (bool(tokens) and tokens[-1].text == "instead")
         self.is_turn = False
         self.attribute = ""  # "colours" in "swap their colours"
 
@@ -97,9 +72,14 @@ class EditReader:
                 self.result.removed.append(clause.target)
             elif clause.target in self.result.removed:
                 self.result.conflicts.append(("removed", clause.target))
+            if clause.verb == "remove" and {clause.target, "it"} & set(self.result.kept_targets):
+                self.result.conflicts.append(("removed", clause.target or "it"))
         for name, value in self.result.kept.items():
             changed = [clause.values[name] for clause in self.clauses if name in clause.values]
-            self.result.conflicts += [(value, new) for new in changed if new != value]
+            if name == "shape":
+                changed += [obj.shape for clause in self.clauses for obj in clause.new_objects if obj.shape]
+            permitted = {value} if value != "moving" else set(IMPERATIVE_MOTIONS) - {"still"}  # "keep it moving"
+            self.result.conflicts += [(value, new) for new in changed if new not in permitted]
         return self.result
 
     def flush(self) -> None:
@@ -131,6 +111,9 @@ class EditReader:
             self.is_negated, self.is_replaced = True, token.text == "instead"
             return 1
         attribute = ATTRIBUTES.get(token.text.removeprefix("the "))
+        if attribute and self.is_kept:  # "keep the colour"
+            self.result.kept[attribute] = "as it is"
+            return 1
         if attribute and self.clause.verb in ("swap", "replace"):
             self.clause.verb, self.attribute = "swap", attribute
             return 1
@@ -141,6 +124,13 @@ class EditReader:
         following = self.tokens[self.position + 1] if self.position + 1 < len(self.tokens) else None
         if token.has("go") and following is not None and following.has("direction", "speed"):  # "move left"
             return 0
+        if (
+            verb == "remove"
+            and following is not None
+            and following.text.endswith("ing")
+            and following.has("add", "make")
+        ):
+            self.result.conflicts.append(("a change", "none"))  # "without adding anything"
         if not verb or (token.has("motion") and self.text_at(1) != "the") or token.has("resize"):
             return 0
         if self.clause.target or self.clause.values or self.clause.new_objects:
@@ -204,10 +194,12 @@ class EditReader:
         while stop < len(self.tokens) and self.tokens[stop].has("motion", "go", "direction", "region", "speed"):
             stop += 1
         words = self.tokens[self.position : stop]
-        if self.is_negated or self.is_kept:
-            self.is_negated = False
-            return stop - self.position
-        self.clause.new_objects += read_scene(words).objects or [ObjectRequest()]
+        objects = read_scene(words).objects
+        if self.is_kept and objects and objects[0].shape:
+            self.result.kept["shape"] = objects[0].shape
+        if not (self.is_negated or self.is_kept):
+            self.clause.new_objects += objects or [ObjectRequest()]
+        self.is_negated = False
         return stop - self.position
 
     def read_value(self, token: Token) -> int:
@@ -248,6 +240,8 @@ class EditReader:
         )
 
     def read_moving(self) -> int:
+        if self.is_kept:
+            self.result.kept.setdefault("motion", "moving")
         for offset in (1, 2, 3):
             index = self.position + offset
             if index >= len(self.tokens) or not (
@@ -267,7 +261,8 @@ class EditReader:
     def read_ground(self) -> int:
         """Read "the background" with a colour after it."""
         for index in range(self.position + 1, min(self.position + 6, len(self.tokens))):
-            if self.tokens[index].has("shape", "plural", "ground", "reference", "add", "remove", "make", "put"):
+            is_copula = self.tokens[index].text in COPULAS  # "the background should be white"
+            if not is_copula and self.tokens[index].has(*GROUND_ENDS):
                 break
             if colour := self.tokens[index].get("colour"):
                 self.set_value("background", colour)
@@ -344,6 +339,12 @@ class EditReader:
     def set_target(self, target: str) -> None:
         self.result.has_target = True
         if self.is_kept:
+            is_place = self.text_at(1) in ("there", "here", "in", "where", "", ".", ",")
+            self.result.kept_targets += [target] if target != "it" or is_place else []
+            return
+        before = self.tokens[self.position - 1] if self.position else None
+        if before is not None and self.clause.new_objects and (before.has("relation") or before.text in PLACE_WORDS):
+            self.clause.place_by(before.get("relation") or "")
             return
         clause = self.clause
         has_other = clause.target not in ("", target) and clause.verb != "swap"
@@ -367,80 +368,6 @@ class EditReader:
             self.result.conflicts.append((current or "", value))
         self.clause.values[name] = value
         return 1
-
-
-# ---------------------------------------------------------------- from clauses to changes
-
-
-def build_changes(clause: Clause, attribute: str) -> list[WordedChange]:
-    """Return the changes of one clause, in the MLLM's words."""
-    target = clause.target or "it"
-    if clause.verb == "swap" and clause.new_objects:
-        clause.verb = "replace"
-    if clause.verb == "swap":
-        noun = {"colour": "colours", "shape": "shapes"}.get(attribute, "places")
-        pair = f" of {clause.target}" if " and " in clause.target else ""
-        return [WordedChange("swap", f"swap the {noun}{pair}" if pair else f"swap their {noun}", target)]
-    if clause.verb == "remove":
-        return [WordedChange("remove", f"remove {target}", target)] if clause.target else []
-    if clause.new_objects:
-        return build_object_changes(clause, target)
-    return build_value_changes(clause.values, target)
-
-
-def build_object_changes(clause: Clause, target: str) -> list[WordedChange]:
-    """Return the changes that bring new objects: additions, replacements or another shape."""
-    obj = clause.new_objects[0]
-    ground = {name: value for name, value in clause.values.items() if name == "background"}
-    if clause.verb in ("add", "put") and clause.target in ("", "it"):
-        return [WordedChange("add", f"add {new.to_text()}") for new in clause.new_objects] + build_value_changes(
-            ground, "it"
-        )
-    if clause.verb == "replace" or (obj.shape and (obj.colour or obj.size)):
-        return [
-            WordedChange("replace", f"replace {target} with {obj.to_text()}", target),
-            *build_value_changes(ground, "it"),
-        ]
-    if (obj.count or 1) > 1 and clause.verb != "replace":
-        return [WordedChange("count", f"count {obj.count}", target)]
-    if obj.shape is None:
-        values = {name: value for name in ("colour", "size", "motion") if (value := getattr(obj, name))}
-        return build_value_changes(values | clause.values, target)
-    reshape = WordedChange("reshape", f"turn {target} into {obj.to_text()}", target)
-    return [reshape, *build_value_changes(clause.values, target)]
-
-
-def build_value_changes(values: dict[str, str], target: str) -> list[WordedChange]:
-    """Return a change for each new value."""
-    changes = []
-    for name, value in values.items():
-        if name == "colour":
-            changes.append(WordedChange("recolour", f"make {target} {value}", target))
-        elif name == "background":
-            changes.append(WordedChange("background", f"change the background to {value}"))
-        elif name == "size":
-            changes.append(
-                WordedChange("resize", f"make {target} {'bigger' if value == 'large' else 'smaller'}", target)
-            )
-        elif name == "motion":
-            changes.append(build_motion_change(values, target))
-        elif name == "speed" and "motion" not in values:
-            changes.append(WordedChange("speed", f"make {target} {'slower' if value == 'slow' else 'faster'}", target))
-        elif name == "region":
-            place = REGION_PHRASES.get(value, f"in the {value}")
-            changes.append(WordedChange("place", f"put {target} {place}", target))
-        elif name in ("length", "count", "medium"):
-            changes.append(WordedChange(name, f"{name} {value}", target))
-    return changes
-
-
-def build_motion_change(values: dict[str, str], target: str) -> WordedChange:
-    motion = values["motion"]
-    if second := values.get("second_motion"):
-        return WordedChange(
-            "path", f"make {target} {IMPERATIVE_MOTIONS[motion]} then {IMPERATIVE_MOTIONS[second]}", target
-        )
-    return WordedChange("motion", f"make {target} {IMPERATIVE_MOTIONS[motion]}", target)
 
 
 def read_edit(tokens: Sequence[Token], *, is_still: bool = False, is_correction: bool = False) -> EditRequest:

@@ -4,13 +4,16 @@ import re
 import tomllib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from importlib.resources import files
 
 from omnivideo.agent.small_world.wordings import load_contractions
 
 MAX_PHRASE_WORDS = 7
 MIN_MISSPELT_LETTERS, MAX_MISSPELT_LETTERS = 5, 20
+INFLECTED_VERBS = ("add", "remove", "replace", "swap", "make", "draw", "put")
+REAL_WORDS = ("squire", "squires")  # English words that are not misspelt ones of the world
+VOWELS = "aeiou"
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 WORD = re.compile(r"[^\W_]+(?:['-][^\W_]+)*|[.,;:!?]")
 
@@ -56,14 +59,35 @@ class Lexicon:
 
     def find_spelling(self, word: str) -> str:
         """Return the known word that a longer word becomes by one change of letters, or the word itself."""
+        if len(word) == MIN_MISSPELT_LETTERS - 1:
+            exchanged = [edit for edit in iterate_exchanges(word) if (edit,) in self.content_words]
+            return exchanged[0] if exchanged else word
         if not MIN_MISSPELT_LETTERS <= len(word) <= MAX_MISSPELT_LETTERS or not word.isascii() or not word.isalpha():
             return word
         known = [edit for edit in iterate_misspellings(word) if (edit,) in self.content_words]
+        if not known and len(word) > MIN_MISSPELT_LETTERS and word not in REAL_WORDS:
+            known = [edit for edit in iterate_other_vowels(word) if self.names_shape_or_colour(edit)]
         return known[0] if known else word
+
+    def names_shape_or_colour(self, word: str) -> bool:
+        return any(name in ("shape", "plural", "colour") for name, _ in self.phrases.get(word, ()))
 
     @property
     def content_words(self) -> frozenset[tuple[str]]:
         return load_content_words()
+
+
+def iterate_exchanges(word: str) -> Iterable[str]:
+    """Yield what a word becomes if two neighbours are exchanged in it."""
+    for index in range(len(word) - 1):
+        yield word[:index] + word[index + 1] + word[index] + word[index + 2 :]
+
+
+def iterate_other_vowels(word: str) -> Iterable[str]:
+    """Yield what a word becomes if one of its vowels is another one."""
+    for index, letter in enumerate(word):
+        if letter in VOWELS:
+            yield from (word[:index] + vowel + word[index + 1 :] for vowel in VOWELS if vowel != letter)
 
 
 def iterate_misspellings(word: str) -> Iterable[str]:
@@ -76,6 +100,7 @@ def iterate_misspellings(word: str) -> Iterable[str]:
                 yield left + right[1:]
         for letter in LETTERS:
             yield left + letter + right
+    yield from (word + letter for letter in LETTERS)
 
 
 def read_words(name: str) -> frozenset[str]:
@@ -96,7 +121,19 @@ def load_lexicon() -> Lexicon:
                 meaning = (value, value) if category == "verb" else (category, value)
                 phrases[key] = (*phrases.get(key, ()), meaning)
     general = read_words("general_words.txt") | {"center"}
+    for phrase in tuple(phrases):
+        is_verb = len(phrase) > 2 and phrase.isalpha() and any(name in INFLECTED_VERBS for name, _ in phrases[phrase])
+        if is_verb and (participle := build_participle(phrase)) not in general:
+            phrases.setdefault(participle, phrases[phrase])
     return Lexicon(phrases, general, read_words("described_words.txt"), facts)
+
+
+def build_participle(verb: str) -> str:
+    """Return the form of a verb in "would you mind turning it": its last letter may be dropped or doubled."""
+    if verb.endswith("e"):
+        return f"{verb[:-1]}ing"
+    is_doubled = re.search(r"(?:^|[^aeiou])[aeiou][^aeiouwxy]$", verb) is not None and len(verb) < 5
+    return f"{verb}{verb[-1] if is_doubled else ''}ing"
 
 
 @cache
@@ -113,6 +150,7 @@ def load_content_words() -> frozenset[tuple[str]]:
     )
 
 
+@lru_cache(maxsize=64)  # a turn's text is read by many rules
 def normalize_text(text: str) -> str:
     """Return a text in small letters, without contractions and typographic quotes."""
     text = re.sub("[\u2018\u2019]", "'", " ".join(text.lower().split()))

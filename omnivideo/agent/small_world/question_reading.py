@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 
 from omnivideo.agent import english_rules
+from omnivideo.agent.small_world import replies
 from omnivideo.agent.small_world.lexicon import Token, load_lexicon, tokenize
 from omnivideo.agent.small_world.questions import read_question
 from omnivideo.agent.small_world.readings import Context, Reading
@@ -14,6 +15,10 @@ def read_question_action(text: str, normalized: str, tokens: Sequence[Token], co
     """Return the reading of a question; None if it is not understood as one."""
     unknown = [token.text for token in tokens if not token.is_known]
     if context.medium is None:
+        # A question in words of the world only is about a result; the MLLM would make one up.
+        is_worded_as_question = load_pattern("question_start").match(normalized)
+        if is_worded_as_question and not unknown and not load_pattern("knowledge").search(normalized):
+            return Reading("ask", text, message=replies.NOTHING_QUESTION)
         words = re.findall(r"[a-z0-9'-]+", text.lower())
         if (load_lexicon().described | english_rules.load_plain_words()).issuperset(words):
             return Reading("do", text)

@@ -7,7 +7,8 @@ from dataclasses import replace
 from omnivideo.agent import english_rules, media_words
 from omnivideo.agent.commands import find_command
 from omnivideo.agent.small_world import replies, talk
-from omnivideo.agent.small_world.edits import IMPERATIVE_MOTIONS, WordedChange, read_edit
+from omnivideo.agent.small_world.changes import IMPERATIVE_MOTIONS, WordedChange
+from omnivideo.agent.small_world.edits import read_edit
 from omnivideo.agent.small_world.lexicon import (
     Token,
     load_lexicon,
@@ -26,7 +27,7 @@ PLACE_WORDS = ("to", "beside", "near", "by", "alongside", "behind")  # before "i
 QUESTION_WORD = re.compile(r"(?:what|which|who|whose|where|why|when|how|is|are|was|were|does|did)\b")
 DURATION = re.compile(
     r"\b(?:\d+(?:\.\d+)?[ -]?s\b|(?:\d+(?:\.\d+)?[ -]?|(?:one|two|three|four|five|six|eight|ten|twenty|thirty)[ -]"
-    r"|half an? )(?:secs?|seconds?|mins?|minutes?|hours?|frames?)\b|an? (?:minute|hour)\b)"
+    r"|half an? )(?:secs?|seconds?|mins?|minutes?|hours?|frames?)\b|an? (?:minute|hour)\b)(?! ago\b)"
 )
 CORNERS = re.compile(r"\b(?:with|has|having) (?:only |exactly )?(no|one|two|three|four|five|six) corners\b")
 OPPOSITE_MOTIONS = {
@@ -39,6 +40,10 @@ def read_action(text: str, context: Context) -> list[Reading]:
     """Return what is to be done for an action of a turn; several readings for several changes."""
     if command := find_command(text, context.artifacts):
         return [Reading("command", text, command=command)]
+    if not any(letter.isalnum() for letter in text):  # no words: signs, or a picture of a character
+        has_result = context.medium is not None
+        question = replies.build_unclear_question() if has_result else replies.build_empty_question()
+        return [Reading("ask", text, message=question)]
     if talk.is_foreign(text):
         return [Reading("decline", text, message=replies.ONLY_ENGLISH)]
     if shown_again := load_pattern("show_again").fullmatch(normalize_text(text).strip(" .!?")):
@@ -98,6 +103,8 @@ def is_in_trained_words(text: str, normalized: str, tokens: Sequence[Token], con
         or (context.medium and any(token.has("reference", "resize", "add", "remove") for token in tokens))
     ):
         return False
+    if all(token.is_known for token in tokens) and "," in normalized and read_scene(tokens).conflicts:
+        return False  # "a large circle, it should be tiny"
     words = re.findall(r"[a-z0-9'-]+", text.lower())
     lexicon = load_lexicon()
     known = lexicon.described | english_rules.load_plain_words()
@@ -155,7 +162,7 @@ def read_reversal(
     """Return the readings of "the other way": the opposite of the clip's motion; None for other requests."""
     if context.medium != "video" or not load_pattern("reversal").search(normalized) or reference:
         return None
-    if any(token.has("shape", "plural", "colour", "ground") for token in tokens):
+    if any(token.has("shape", "plural", "colour", "ground", "direction", "motion") for token in tokens):
         return None
     motions = [obj.motion for obj in read_scene(tokenize(context.describe())).objects if obj.motion in OPPOSITE_MOTIONS]
     if len(set(motions)) != 1:
@@ -207,14 +214,10 @@ def build_unknown(text: str, tokens: Sequence[Token], unknown: list[str], contex
     """Return a refusal of a request with unknown words; a question if it does not look like a request."""
     num_words = len([word for word in split_words(normalize_text(text)) if word[0].isalnum()])
     message = replies.build_unknown_reply(unknown, context.preset, num_words)
-    verbs = ("make", "draw", "add", "remove", "replace", "swap", "put", "shape", "plural", "colour", "ground", "medium")
-    if (not is_question(normalize_text(text)) and any(token.has(*verbs) for token in tokens)) or tokens[0].text in (
-        "a",
-        "an",
-        "the",
-        "one",
-        "two",
-    ):
+    names_world = any(token.has("shape", "plural", "colour", "ground") for token in tokens)
+    is_wish = tokens[0].has("make", "draw", "add", "remove", "replace", "swap", "put", "medium")
+    is_wish = is_wish or tokens[0].text in ("a", "an", "the", "one", "two")
+    if not is_question(normalize_text(text)) and (names_world or is_wish):
         return Reading("decline", text, message=message)
     return Reading("ask", text, message=f"I am not sure what you mean: {message} What should I make?")
 
@@ -305,11 +308,9 @@ def read_scene_action(text: str, normalized: str, tokens: Sequence[Token], conte
     if not scene.objects or "shape" in scene.leftovers or any(obj.count == 0 for obj in scene.objects):
         return Reading("ask", text, message=replies.build_empty_question())
     has_reference = any(token.has("reference") for token in tokens)
-    if not has_reference and is_plain_wording(text, normalized, load_pattern("scene_form")):
-        return Reading("do", text)
-    return Reading(
-        "do", scene.to_text(), goal="generate", medium="video" if scene.is_video else "image", reference="new"
-    )
+    is_plain = not has_reference and is_plain_wording(text, normalized, load_pattern("scene_form"))
+    worded = text if is_plain else scene.to_text()
+    return Reading("do", worded, goal="generate", medium="video" if scene.is_video else "image", reference="new")
 
 
 def find_scene_problem(scene: DescribedScene, normalized: str) -> str:
@@ -333,6 +334,7 @@ def is_plain_wording(text: str, normalized: str, form: english_rules.WordingPatt
     words = re.findall(r"[a-z0-9'-]+", text.lower())
     is_fluent = not re.search(r"[.;:!?](?=.)|,(?! (?:and )?(?:one|two|three|four|\d)\b)", normalized)
     is_fluent = is_fluent and normalized == " ".join(text.lower().split())  # "there should be no star" is reworded
+    is_fluent = is_fluent and not normalized.endswith("?")
     return is_fluent and bool(form.fullmatch(normalized)) and english_rules.load_plain_words().issuperset(words)
 
 

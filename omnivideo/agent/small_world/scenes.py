@@ -102,6 +102,8 @@ class SceneReader:
         self.position = 0
         self.is_turn = False  # after "then": the next motion is the second one
         self.relation: str | None = None
+        self.awaits_direction = False  # after a verb of moving without one
+        self.focus = -1  # the index of the object that an attribute is one of; -1 is the last one
 
     def read(self) -> DescribedScene:
         while self.position < len(self.tokens):
@@ -125,7 +127,7 @@ class SceneReader:
             self.is_turn = True
         if not token.is_known:
             self.scene.unknown.append(token.text)
-        if token.text in ("not", "never"):
+        if token.text in ("not", "never") or (token.text == "instead" and following and following.text == "of"):
             self.scene.leftovers.append("negation")
         if token.has("ground"):
             return self.read_ground()
@@ -166,7 +168,11 @@ class SceneReader:
     def read_direction(self, direction: str) -> None:
         last = self.find_last()
         before = self.tokens[self.position - 1].text if self.position else ""
-        if last is not None and (self.is_turn or (last.motion and before in ("and", "or", "but", ","))):
+        if last is not None and last.motion is None and self.awaits_direction:  # "a moving square, to the right"
+            self.scene.leftovers.remove("direction")
+            self.awaits_direction = False
+            self.set_motion(direction)
+        elif last is not None and (self.is_turn or (last.motion and before in ("and", "or", "but", ","))):
             self.set_motion(direction)  # the second one, or one that contradicts the first
         elif direction in ("left", "right") and self.scene.objects:
             self.set_value("region", direction)
@@ -179,17 +185,50 @@ class SceneReader:
         before = [token.text for token in self.tokens[max(0, self.position - 4) : self.position]]
         if self.scene.objects and shape and ("that" in before or "which" in before) and "is" in before:
             self.scene.conflicts.append((self.scene.objects[-1].shape or "", shape))
+        if self.position and self.tokens[self.position - 1].has("shape") and shape:  # "a square circle"
+            self.scene.conflicts.append((self.tokens[self.position - 1].get("shape") or "", shape))
+        if (index := self.find_named_before(shape)) is not None:
+            return self.return_to_object(index)
         if self.repeats_last_object(shape):
             last = self.scene.objects[-1].count or 1
             if count not in (None, last):
                 self.scene.conflicts.append((name_number(last), name_number(count)))
             self.pending = ObjectRequest()
             return
+        if self.scene.objects and self.scene.objects[-1] == ObjectRequest(shape, self.scene.objects[-1].count):
+            restated = (self.scene.objects[-1].count or 1, count or 1)
+            if self.pending == ObjectRequest(count=count) and restated[0] != restated[1]:  # "one star, two stars"
+                self.scene.conflicts.append((name_number(restated[0]), name_number(restated[1])))
         self.scene.objects.append(replace(self.pending, shape=shape, count=count))
-        self.pending = ObjectRequest()
+        self.pending, self.focus = ObjectRequest(), -1
         self.is_turn = False
         if self.relation is not None:
             self.scene.relation, self.relation = (len(self.scene.objects) - 2, self.relation), None
+
+    def find_named_before(self, shape: str | None) -> int | None:
+        """Return the index of the object that "the circle" here names once more, or None."""
+        start = self.position - 1
+        while start >= 0 and self.tokens[start].has("colour", "size"):
+            start -= 1
+        if start < 0 or self.tokens[start].text != "the":
+            return None
+        matches = [
+            index
+            for index, obj in enumerate(self.scene.objects)
+            if (obj.shape, self.pending.colour or obj.colour, self.pending.size or obj.size)
+            == (shape, obj.colour, obj.size)
+        ]
+        return matches[0] if len(matches) == 1 else None
+
+    def return_to_object(self, index: int) -> None:
+        """Let what follows be said of an object that has been named before."""
+        if self.relation is not None and self.focus not in (-1, index):
+            relation = (self.focus, self.relation)
+            if self.scene.relation not in (None, relation):
+                self.scene.conflicts.append((RELATION_PHRASES[(self.scene.relation or relation)[1]], "the other way"))
+            self.scene.relation = self.scene.relation or relation
+            self.relation = None
+        self.pending, self.focus = ObjectRequest(), index
 
     def repeats_last_object(self, shape: str | None) -> bool:
         """Return whether a number of the same shapes as before is stated again: "two circles, exactly one circle"."""
@@ -228,6 +267,7 @@ class SceneReader:
                 self.set_motion(direction)
                 return offset + 1
         self.scene.leftovers.append("direction")
+        self.awaits_direction = True
         return 1
 
     def read_ground(self) -> int:
@@ -278,10 +318,10 @@ class SceneReader:
     # ------------------------------------------------------------ setting values
 
     def find_last(self) -> ObjectRequest | None:
-        return self.scene.objects[-1] if self.scene.objects else None
+        return self.scene.objects[self.focus] if self.scene.objects else None
 
     def replace_last(self, **values: object) -> None:
-        self.scene.objects[-1] = replace(self.scene.objects[-1], **values)  # type: ignore[arg-type]
+        self.scene.objects[self.focus] = replace(self.scene.objects[self.focus], **values)  # type: ignore[arg-type]
 
     def merge_into_last(self, pending: ObjectRequest) -> None:
         for name in ("colour", "size", "speed", "region"):
@@ -305,7 +345,7 @@ class SceneReader:
             for index, obj in enumerate(self.scene.objects):
                 if getattr(obj, name) is None:
                     self.scene.objects[index] = replace(obj, **{name: value})  # type: ignore[arg-type]
-        current = getattr(self.scene.objects[-1], name)
+        current = getattr(self.scene.objects[self.focus], name)
         if current not in (None, value):
             self.scene.conflicts.append((current, value))
         self.replace_last(**{name: value})
@@ -320,7 +360,7 @@ class SceneReader:
         if not self.scene.objects or self.is_object_ahead():
             self.pending = replace(self.pending, motion=motion)
             return
-        last = self.scene.objects[-1]
+        last = self.scene.objects[self.focus]
         if last.motion is None:
             self.replace_last(motion=motion)
         elif self.is_turn:
@@ -341,13 +381,15 @@ def read_scene(tokens: Sequence[Token]) -> DescribedScene:
 
 def is_worded_as_change(tokens: Sequence[Token]) -> bool:
     """Return whether words of a change stand here: "into a star", "no star", "same clip, blue ball", "use a star"."""
-    pairs = list(pairwise(tokens))
+    pairs, is_there = list(pairwise(tokens)), any(token.text == "there" for token in tokens)
     return (
         any(token.has("add", "remove", "replace", "swap", "resize", "longer") for token in tokens)
         or any(token.text in ("as", "into") and following.text in ("a", "an") for token, following in pairs)
         or any(token.text == "same" and following.has("medium", "thing") for token, following in pairs)
         or any(token.text == "no" and following.has("shape", "plural") for token, following in pairs)
-        or (tokens[-1].text == "instead" and not any(token.has("draw", "medium") for token in tokens))
+        or any(token.text == "instead" and following.text == "of" for token, following in pairs)
+        or any(token.text in ("same", "ditto") and following.text in (",", "but", "only") for token, following in pairs)
+        or (tokens[-1].text == "instead" and (is_there or not any(token.has("draw", "medium") for token in tokens)))
     )
 
 

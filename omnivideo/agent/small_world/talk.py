@@ -17,6 +17,8 @@ CERTAIN = (
     "languages",
 )
 
+COURTESIES = ("thanks", "how are you?", "goodbye", "hello", "perfect")  # said beside a request
+
 
 def find_small_talk(text: str) -> str | None:
     """Return the small talk of the MLLM's world that a text is, or None."""

@@ -7,12 +7,20 @@ from dataclasses import replace
 from omnivideo.agent import english_rules
 from omnivideo.agent.commands import find_command
 from omnivideo.agent.small_world import replies, talk
+from omnivideo.agent.small_world.changed_scenes import describe_changed_scene
+from omnivideo.agent.small_world.edits import read_edit
+from omnivideo.agent.small_world.framing import drop_framing
 from omnivideo.agent.small_world.lexicon import Token, load_lexicon, normalize_text, tokenize
 from omnivideo.agent.small_world.reading import list_object_names, read_action
 from omnivideo.agent.small_world.readings import Context, Reading
-from omnivideo.agent.small_world.scenes import read_scene
+from omnivideo.agent.small_world.scenes import ObjectRequest, read_scene
 from omnivideo.agent.small_world.wordings import load_pattern
+from omnivideo.turns import ExecutedCommand
 
+REPEATABLE_KINDS = ("recolour", "background", "reshape", "motion")  # changes of which a turn makes only one of a thing
+CORRECTED_CATEGORIES = ("colour", "shape", "plural", "size", "direction", "number")
+REDO = re.compile(r"\bre-?do\b|\bre-?apply\b")
+MAX_CHANGED_RESULTS = 4  # by one "both" or "all"
 ADDITION = re.compile(r"^(?:and|with|plus|also) (?:an?|another|two|three) ")
 CONNECTING_WORDS = {"and", "but", "that is", "all", "completely", "also", "entirely"}
 ATTRIBUTES = ("colour", "size", "motion", "go", "direction", "speed", "region", "ground")
@@ -25,10 +33,14 @@ CONTENT = (
 def read_turn(text: str, context: Context) -> list[Reading]:
     """Return the readings of a turn's actions in order. If one is refused or unclear, nothing else is done."""
     if command := find_command(text, context.artifacts):
-        return [Reading("command", text, command=command)]
+        return [Reading("command", text, command=redo_undone(command, text, context))]
     if talk.is_foreign(text):
         return [Reading("decline", text, message=replies.ONLY_ENGLISH)]
-    readings, removed = list[Reading](), list[str]()
+    readings, removed, text = (
+        list[Reading](),
+        list[str](),
+        reword_by_context(drop_framing(take_back_words(text)), context),
+    )
     parts = split_results(text) or split_changes(text, context) or split_turn(text)
     if len(parts) == 1 and load_pattern("follow_up").match(normalize_text(text)):
         parts = [text]
@@ -51,7 +63,93 @@ def read_turn(text: str, context: Context) -> list[Reading]:
                 removed.append("it")
             readings.append(reading)
             context = replace(update_context(context, reading), is_changed=True)
-    return readings
+    return resolve_repeated_changes(readings, text)
+
+
+def resolve_repeated_changes(readings: list[Reading], text: str) -> list[Reading]:
+    """Return the readings of a turn that changes nothing twice, or a question.
+
+    A change that is taken back at once, as in "make it red. sorry, make it blue", is left out.
+    """
+    normalized = normalize_text(text)
+    if len(readings) > 1 and any(reading.command and reading.command.name == "cancel" for reading in readings):
+        return [Reading("ask", text, message=replies.build_unclear_question())]
+    if load_pattern("sequence").search(normalized):
+        return readings
+    last = dict[tuple[str, str, str], tuple[int, str]]()
+    replaced = set[int]()
+    for index, reading in enumerate(readings):
+        may_change = reading.kind == "do" and reading.goal in ("edit", "")
+        for change in read_edit(tokenize(reading.text)).changes if may_change else []:
+            if change.kind not in REPEATABLE_KINDS:
+                continue
+            key = (change.kind, change.target, reading.reference if reading.reference.isdigit() else "")
+            earlier, value = last.get(key, (index, change.value))
+            if value != change.value and not load_pattern("retraction").search(normalized):
+                question = replies.build_contradiction_question(value, change.value)
+                return [Reading("ask", text, message=question)]
+            replaced |= {earlier} - {index}
+            last[key] = (index, change.value)
+    return [reading for index, reading in enumerate(readings) if index not in replaced]
+
+
+def redo_undone(command: ExecutedCommand, text: str, context: Context) -> ExecutedCommand:
+    """Return the command that shows the result again that was undone, if "redo" follows an undo."""
+    number = context.number + 1
+    if command.name != "vary" or not REDO.search(text.lower()) or number > len(context.artifacts):
+        return command
+    return ExecutedCommand(name="resend", arguments={"which": number})
+
+
+def reword_by_context(text: str, context: Context) -> str:
+    """Return what a text means where there is a result: "it needs a star" adds one, "the other one" is the one before.
+
+    A text that means nothing else there is returned as it is.
+    """
+    normalized = normalize_text(text)
+    if (match := load_pattern("one_result").search(normalized)) and has_shape(normalized[: match.start()]):
+        return re.sub(r"[;.] (?=an? |one |two )", ", ", normalized[: match.start()]) + normalized[match.end() :]
+    if context.medium is None:
+        return text
+    normalized = replace_comparison(normalized, context)
+    if (match := load_pattern("addition").match(normalized)) and "background" not in normalized:
+        return f"add {normalized[match.end() :]}"
+    if "the other one" in normalized and context.number > 1 and read_scene(tokenize(context.describe())).count == 1:
+        number = context.number - 1
+        return normalized.replace("the other one", f"the {list(english_rules.ORDINAL_INDEX)[min(number, 10) - 1]} one")
+    return text if normalized == normalize_text(text) else normalized
+
+
+def replace_comparison(text: str, context: Context) -> str:
+    """Return "blue" for "the same colour as the square", if the square is blue."""
+    match = load_pattern("comparison").search(text)
+    if match is None:
+        return text
+    scene = read_scene(tokenize(context.describe()))
+    named = read_scene(tokenize(match["object"])).objects
+    matches = [obj for obj in scene.objects if named and obj.shape == named[0].shape]
+    if tokenize(match["object"])[-1].has("ground"):
+        matches = [ObjectRequest(colour=scene.background)]
+    value = getattr(matches[0], match["attribute"]) if len(matches) == 1 else None
+    return f"{text[: match.start()]}{value}{text[match.end() :]}" if value else text
+
+
+def take_back_words(text: str) -> str:
+    """Return "make it yellow" for "make it white... no, yellow"."""
+    normalized = normalize_text(text)
+    match = load_pattern("self_correction").search(normalized)
+    if match is None or not have_same_meaning(match[1], match[3]):
+        return text
+    return f"{normalized[: match.start(1)]}{match[3]}{normalized[match.end() :]}"
+
+
+def have_same_meaning(first: str, second: str) -> bool:
+    """Return whether two words are both colours, both shapes, and so on."""
+    kinds = [
+        {name for token in tokenize(word) for name, _ in token.meanings} & set(CORRECTED_CATEGORIES)
+        for word in (first, second)
+    ]
+    return bool(kinds[0] & kinds[1])
 
 
 def is_statement(text: str) -> bool:
@@ -74,6 +172,11 @@ def split_results(text: str) -> list[str]:
     normalized = normalize_text(text).strip(" .!?")
     if len(normalized) > english_rules.MAX_WORDING_CHARS:
         return []
+    if match := load_pattern("separate_results").fullmatch(normalized):
+        words = re.sub(r"^(?:(?:please|draw|make|create|show me|give me|i want|i need) )+", "", match[1] or match[2])
+        parts = [part for part in re.split(r",? and then |,? then |,? and |, ", words) if part.strip()]
+        if len(parts) > 1 and all(map(has_shape, parts)):
+            return parts
     if match := load_pattern("both_media").fullmatch(normalized):
         return [f"a {match[1]} of {match[3]}", f"a {match[2]} of {match[3]}"] if match[1] != match[2] else []
     if match := load_pattern("equal_results").fullmatch(normalized):
@@ -102,6 +205,8 @@ def split_changes(text: str, context: Context) -> list[str]:
     if context.medium is None:
         return []
     normalized = normalize_text(text).strip(" .!?")
+    if parts := split_by_results(normalized, context):
+        return parts
     if match := load_pattern("exchanged_colour").fullmatch(normalized):
         return exchange_colours(match[1], match[2], context)
     if match := load_pattern("kept_object").fullmatch(normalized):
@@ -110,6 +215,21 @@ def split_changes(text: str, context: Context) -> list[str]:
         others = [name for name in names if not kept & {obj.shape for obj in read_scene(tokenize(name)).objects}]
         return [f"remove {name}" for name in others] if len(others) < len(names) else []
     return split_bare_changes(text, context)
+
+
+def split_by_results(normalized: str, context: Context) -> list[str]:
+    """Return a change of each result for "make both of them green", if the current one shows a single object."""
+    match, number = load_pattern("both_results").search(normalized), len(context.artifacts)
+    tokens = tokenize(normalized)
+    is_change = any(token.has("colour", "ground", "shape") for token in tokens) and not any(
+        token.has("task", "impossible", "add", "remove", "swap") for token in tokens
+    )
+    if not (match and is_change and 2 <= number <= MAX_CHANGED_RESULTS):
+        return []
+    if read_scene(tokenize(context.describe())).count > 1:
+        return []
+    ordinals = list(english_rules.ORDINAL_INDEX)[:number]
+    return [f"{normalized[: match.start()]}the {ordinal} one{normalized[match.end() :]}" for ordinal in ordinals]
 
 
 def exchange_colours(old: str, new: str, context: Context) -> list[str]:
@@ -147,6 +267,11 @@ def update_context(context: Context, reading: Reading) -> Context:
         return replace(context, medium=None) if reading.command.name == "restart" else context
     if reading.goal == "understand":
         return replace(context, last_request=reading.text)
+    if reading.goal == "edit" and not reading.reference.isdigit():
+        describe, medium = context.describe, context.medium or ""
+        context = replace(context, describe=lambda: describe_changed_scene(describe(), reading.text, medium))
+    elif reading.goal == "generate":
+        context = replace(context, describe=lambda: reading.text)
     if reading.medium in ("image", "video"):
         return replace(context, medium=reading.medium)
     scene = read_scene(tokenize(reading.text))
@@ -164,15 +289,24 @@ def split_turn(text: str) -> list[str]:
             continue  # "two separate pictures please"
         if ends_with_shape and is_attribute(tokens):
             parts[-1] += f", {part}"
+        elif parts and not ends_with_shape and is_attribute(tokenize(parts[-1])) and is_description(part):
+            parts[-1] += f" {part}"  # "small. green. star."
+            ends_with_shape = has_shape(part)
         else:
             parts.append(part)
             ends_with_shape = any(token.has("shape", "plural") for token in tokens)
     return parts or [text]
 
 
+def is_description(part: str) -> bool:
+    """Return whether a part of a turn only names a shape or its attributes."""
+    return all(token.has("shape", "plural", *ATTRIBUTES) for token in tokenize(part))
+
+
 def is_complete_by_itself(part: str) -> bool:
     is_talk = english_rules.QUESTION.search(part) or talk.find_small_talk(part)
-    return bool(is_talk) or find_command(part, ()) is not None
+    command = find_command(part, ())
+    return bool(is_talk) or (command is not None and command.name != "cancel")  # "wait, make that yellow"
 
 
 def is_attribute(tokens: Sequence[Token]) -> bool:

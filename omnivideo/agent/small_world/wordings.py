@@ -43,3 +43,9 @@ def load_foreign_words() -> frozenset[str]:
 @cache
 def load_contractions() -> tuple[tuple[re.Pattern[str], str], ...]:
     return tuple((re.compile(pattern), full) for pattern, full in load_wordings()["contractions"].items())
+
+
+@cache
+def load_rewritings() -> tuple[tuple[WordingPattern, str], ...]:
+    """Return pairs of a pattern of what is said around a request, and what stands for it."""
+    return tuple((WordingPattern(join_lines(pattern)), full) for pattern, full in load_wordings()["rewritings"].items())

@@ -99,7 +99,7 @@ class ChatAnswer:
             case "question":
                 yield from self.add_block(event["text"])
             case "artifact" if event["final"]:
-                yield from self.add_artifact(Artifact(**event["artifact"]))
+                yield from self.add_artifact(Artifact.parse_stored(event["artifact"]))
 
     def report_news(self, news: str, is_done: bool = False) -> AnswerPart:
         part = AnswerPart("progress", news, is_done, interrupts_line=self.is_within_line)

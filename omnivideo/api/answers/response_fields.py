@@ -58,7 +58,7 @@ class ResponseRequest(SamplingFields):
     """`progress` says whether a stream tells how the work on a clip goes on."""
 
     model: str
-    input: str | list[InputItem] = Field(min_length=1, max_length=1_000_000)
+    input: Annotated[str, Field(max_length=10**6)] | Annotated[list[InputItem], Field(min_length=1, max_length=1000)]
     instructions: str | None = None
     previous_response_id: Annotated[str | None, Field(pattern=ID_PATTERN, description="the id of a response")] = None
     stream: bool = False

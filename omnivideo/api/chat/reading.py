@@ -19,7 +19,8 @@ from omnivideo.turns import MAX_BACKGROUND_CHARS, TurnRecord
 
 TEXT_ONLY_SUFFIX = "-text"  # of the name of the model that never generates
 EMPTY_MESSAGE_ANSWER = "Your message is empty. What should I make?"
-NOTHING_TO_CONTINUE_ANSWER = "That answer is complete. What should I make next?"
+# Programs append it to the complete answer.
+NOTHING_TO_CONTINUE_ANSWER = "\n\nThat answer is complete. What should I make next?"
 CONTINUE_REQUEST = (
     "Continue the answer below exactly where it stops, and write only what follows.\n\n"
     "The user said: {words}\n\nThe answer so far: {answer}"

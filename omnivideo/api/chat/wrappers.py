@@ -9,10 +9,13 @@ from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from omnivideo.api.chat.links import find_artifact_links
+
 # Tags around context, wherever they stand. Any other tag that is not HTML's counts if its block fills whole lines.
 CONTEXT_TAGS = {
     "attached_files", "attachments", "attachment", "attachment_file", "context", "source", "sources", "document",
-    "documents", "file", "files", "knowledge", "memory", "memories", "retrieved_context", "search_results",
+    "documents", "file", "files", "image", "images", "knowledge", "memory", "memories", "retrieved_context",
+    "search_results",
 }  # fmt: skip
 WORD_TAGS = {
     "user_query", "query", "question", "user_question", "user_message", "user_input", "user_request", "user_prompt",
@@ -21,19 +24,32 @@ HTML_TAGS = {
     "a", "b", "blockquote", "br", "code", "div", "em", "font", "h1", "h2", "h3", "i", "img", "li", "ol", "p", "pre",
     "s", "small", "span", "strong", "sub", "sup", "table", "td", "th", "think", "tr", "u", "ul", "video",
 }  # fmt: skip
-OPENING_TAG = re.compile(r"<(?P<tag>[A-Za-z][\w-]*+)(?P<attributes>(?:\s[^<>]*+)?+)>")
+OPENING_TAG = re.compile(r"<(?P<tag>[A-Za-z][\w.-]*+)(?P<attributes>(?:\s[^<>]*+)?+)>")
 LINE_OPENING_TAG = re.compile(rf"^[ \t]*+{OPENING_TAG.pattern}", re.MULTILINE)
-CLOSING_TAG = re.compile(r"</(?P<tag>[A-Za-z][\w-]*+)>")
+CLOSING_TAG = re.compile(r"</(?P<tag>[A-Za-z][\w.-]*+)>")
 FILE_TAG = re.compile(r"<(?:file|attachment|image|video|document)\b(?P<attributes>[^<>]*?)(?P<end>/?)>", re.IGNORECASE)
 ATTRIBUTE = re.compile(r"(?<![\w-])([\w-]++)\s*+=\s*+(\"[^\"]*\"|'[^']*')")
 FILE_NAME = r"[\w()+&,~ .-]{0,120}[\w)]\.[A-Za-z0-9]{1,5}"
+ONLY_FILE_NAME = re.compile(rf"\A\s*+{FILE_NAME}\s*+\Z")
 FILE_LINE = re.compile(rf"^[ \t]*+[-*][ \t]++(?P<name>(?:[\w./-]*/)?{FILE_NAME})[ \t]*+$", re.MULTILINE)
 NAME_TAG = re.compile(r"<(?:file_)?name>\s*(?P<name>[^<]+?)\s*</(?:file_)?name>", re.IGNORECASE)
+# "## notes.txt", "## File: notes.txt" or "file: notes.txt"
 FILE_HEADING = re.compile(
-    rf"^#{{1,4}}[ \t]+(?:(?:file|document|attachment):?[ \t]+)?[`\"']?(?P<name>{FILE_NAME})[`\"']?[ \t]*:?[ \t]*$",
+    rf"^(?:#{{1,4}}[ \t]+(?:(?:file|document|attachment):?[ \t]+)?|(?:file|document|attachment):[ \t]*+)"
+    rf"[`\"']?(?P<name>{FILE_NAME})[`\"']?[ \t]*:?[ \t]*$",
     re.IGNORECASE | re.MULTILINE,
 )
 FENCE = re.compile(r"\A\s*+```[^\n]*+\n(?P<body>.*?)\n?```[ \t]*(?:\n|$)", re.DOTALL)
+SECTION_RULE = re.compile(r"^[ \t]*+-{3,}+[ \t]*+(?:\n|\Z)", re.MULTILINE)
+NAMED_FENCE = re.compile(
+    rf"^```(?P<name>{FILE_NAME})[ \t]*+\n(?P<body>(?:(?!\n```).)*+)\n```[ \t]*+$", re.DOTALL | re.MULTILINE
+)
+BRACKET_LINE = re.compile(
+    rf"^[ \t]*+\[(?:attached )?(?:file|attachment|image|video|document)[ \t]*+:?[ \t]*+"
+    rf"(?P<name>{FILE_NAME})\][ \t]*+$",
+    re.IGNORECASE | re.MULTILINE,
+)
+MARKDOWN_PICTURE = re.compile(r"!\[(?P<name>[^\[\]]*+)\]\((?P<address>[^()\s]++)\)")
 ATTACHED_FENCE = re.compile(
     r"^Attached document\(s\):\s*+(?<=\n)```[^\n]*+\n(?P<body>(?:(?!\nAttached document\(s\):).)*?)\n```[ \t]*+$",
     re.DOTALL | re.MULTILINE,
@@ -44,7 +60,13 @@ QUESTION_LINE = re.compile(
     r"(?=^\s*(?:[\w-]+ )?(?:answer|response|context|sources?)[ \t]*:|\Z)",
     re.IGNORECASE | re.MULTILINE | re.DOTALL,
 )
-TEMPLATE_OPENING = re.compile(r"\A[^\n]{0,200}\bcontext\b", re.IGNORECASE)
+QUESTION_SECTION = re.compile(
+    r"^#{1,4}[ \t]+(?:my |the |user(?:'s)? )?question(?: is)?[ \t]*+:?[ \t]*+\n(?P<words>.+?)(?=^#{1,4}[ \t]|\Z)",
+    re.IGNORECASE | re.MULTILINE | re.DOTALL,
+)
+TEMPLATE_OPENING = re.compile(
+    r"\A[^\n]{0,200}\b(?:context|citations|reference materials|references|search results)\b", re.IGNORECASE
+)
 INSTRUCTION_HEADING = re.compile(r"\A\s*#{1,4} *(?:task|instructions?)\b", re.IGNORECASE)
 MEDIA_NAME = re.compile(r"\.(?:png|jpe?g|webp|gif|avif|heic|bmp|mp4|mov|webm|mkv)$", re.IGNORECASE)
 
@@ -89,7 +111,7 @@ class SplitText:
 def split_wrappers(text: str) -> SplitText:
     """Split a user's text into the person's words, documents, and files that are only named."""
     splitter = WrapperSplitter()
-    words = splitter.take_words(text.replace("\r\n", "\n").replace("\r", "\n"))
+    words = splitter.take_words(remove_comments(text.replace("\r\n", "\n").replace("\r", "\n")))
     words = re.sub(r"\n{3,}", "\n\n", words).strip()
     received_names = {document.name for document in splitter.documents if document.text}
     named = [file for file in splitter.named_files if file.name not in received_names]
@@ -110,14 +132,14 @@ class WrapperSplitter:
         kept, blocks_end = self.take_blocks(text, LINE_OPENING_TAG)
         if INSTRUCTION_HEADING.match(kept) and blocks_end is not None:
             kept = kept[blocks_end:]  # a template's instructions stand before its context, the words after it
-        elif TEMPLATE_OPENING.match(kept) and (question := QUESTION_LINE.search(kept)):
+        elif TEMPLATE_OPENING.match(kept) and (question := QUESTION_LINE.search(kept) or QUESTION_SECTION.search(kept)):
             self.documents.append(Document("", (kept[: question.start()] + kept[question.end() :]).strip()))
             kept = question["words"]
         kept, _ = self.take_blocks(kept, OPENING_TAG)
         if self.words:
             return "\n".join(self.words)
         kept = ATTACHED_FENCE.sub(self.take_fence, self.take_lone_file_tags(kept))
-        return self.take_sections(kept)
+        return self.take_sections(self.take_named_parts(kept))
 
     def take_blocks(self, text: str, opening: re.Pattern[str]) -> tuple[str, int | None]:
         """Return the text without blocks of tags, and the position after the last of them, None if there is none."""
@@ -145,9 +167,11 @@ class WrapperSplitter:
         name = find_name(attributes)
         if (name_tag := NAME_TAG.search(body)) and not name:
             name = name_tag["name"]
-        if body.strip():
+        if tag in ("file", "attachment", "image") and ONLY_FILE_NAME.match(body):
+            self.named_files.append(to_named_file({"name": body.strip()}))
+        elif body.strip():
             self.documents.append(Document(name, body.strip()))
-        elif tag in ("file", "attachment") and name:
+        elif tag in ("file", "attachment", "image") and name:
             self.named_files.append(to_named_file(attributes))
 
     def take_lone_file_tags(self, text: str) -> str:
@@ -168,11 +192,32 @@ class WrapperSplitter:
         self.documents.append(Document(name.strip('# "') if is_heading else "", body if is_heading else match["body"]))
         return ""
 
+    def take_named_parts(self, text: str) -> str:
+        """Return the text without code blocks under names of files, and without files and pictures that it names."""
+
+        def take_fence(match: re.Match[str]) -> str:
+            self.documents.append(Document(match["name"], match["body"]))
+            return ""
+
+        def take_picture(match: re.Match[str]) -> str:
+            if find_artifact_links(match["address"]):
+                return match[0]  # one of ours
+            attributes = {"name": match["name"], "url": match["address"], "type": "image"}
+            self.named_files.append(to_named_file(attributes))
+            return ""
+
+        def take_line(match: re.Match[str]) -> str:
+            self.named_files.append(to_named_file({"name": match["name"]}))
+            return ""
+
+        text = NAMED_FENCE.sub(take_fence, text)
+        return BRACKET_LINE.sub(take_line, MARKDOWN_PICTURE.sub(take_picture, text))
+
     def take_sections(self, text: str) -> str:
         """Return the text without sections that stand under the name of a file.
 
-        A section ends with its code block, or at the next name. If nothing else is left, the last paragraph of the last
-        section is the person's words.
+        A section ends with its code block, at a rule, or at the next name. If nothing else is left, the last paragraph
+        of the last section is the person's words.
         """
         headings = list(FILE_HEADING.finditer(text))
         if not headings:
@@ -183,6 +228,9 @@ class WrapperSplitter:
             if fence := FENCE.match(body):
                 self.documents.append(Document(heading["name"], fence["body"]))
                 kept += body[fence.end() :]
+            elif rule := SECTION_RULE.search(body):
+                self.documents.append(Document(heading["name"], body[: rule.start()].strip()))
+                kept += body[rule.end() :]
             else:
                 self.documents.append(Document(heading["name"], body.strip()))
                 last_open_body = body.strip() if following is None else ""
@@ -194,6 +242,15 @@ class WrapperSplitter:
             to_named_file({"name": document.name}) for document in self.documents if document.name and not document.text
         ]
         return kept
+
+
+def remove_comments(text: str) -> str:
+    """Return the text without HTML comments, in which programs mark what they have added."""
+    kept, position = list[str](), 0
+    while (start := text.find("<!--", position)) >= 0 and (end := text.find("-->", start)) >= 0:
+        kept.append(text[position:start])
+        position = end + len("-->")
+    return "".join([*kept, text[position:]])
 
 
 def find_blocks(text: str, opening: re.Pattern[str] = OPENING_TAG) -> Iterator[Block]:

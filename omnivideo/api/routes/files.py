@@ -125,7 +125,7 @@ def store_file(context: ServiceContext, owner: str, payload: CreateFileRequest, 
     if not size_bytes:
         raise InvalidInput("file", f"it is empty; allowed: 1 to {context.settings.max_upload_bytes} bytes")
     with reserve_bytes(context, owner, size_bytes):
-        artifact = ingest_upload(context, file, filename, payload.purpose)
+        artifact = ingest_upload(context, owner, file, filename, payload.purpose)
         suffix = "jsonl" if payload.purpose == "batch" else "bin"
         object_key = artifact.key if artifact else context.store.put_stream(file, suffix)
     return context.files.create_file(
@@ -146,13 +146,15 @@ def sanitize_filename(filename: str) -> str:
     return "".join(char for char in basename if char.isprintable()) or "file"
 
 
-def ingest_upload(context: ServiceContext, file: BinaryIO, filename: str, purpose: UploadPurpose) -> Artifact | None:
+def ingest_upload(
+    context: ServiceContext, owner: str, file: BinaryIO, filename: str, purpose: UploadPurpose
+) -> Artifact | None:
     """Store the file as an image or a clip and return it; return None if it is to be stored as plain bytes.
 
     Raises UnreadableMedia if a file for `vision` is neither an image nor a clip.
     """
     try:
-        return context.ingest_media(file, "upload", filename) if purpose != "batch" else None
+        return context.ingest_media(owner, file, "upload", filename) if purpose != "batch" else None
     except UnreadableMedia as error:
         if purpose == "vision":
             raise rename_error_field(error, "file") from None

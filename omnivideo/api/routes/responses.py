@@ -10,12 +10,13 @@ import re
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 from uuid import uuid4
 
 from anyio.to_thread import run_sync
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel
 from sse_starlette import EventSourceResponse
 
 from omnivideo.api.answers.answer import IDLE_SECONDS, AnswerPart, ChatAnswer
@@ -76,7 +77,7 @@ class StoredResponse:
             "created_at": int(self.turn.created_at),
             "omnivideo": {"thread": self.turn.thread_id, "turn": self.turn.id},
         }
-        fields, load = self.client_fields["response"] | names, partial(load_picture, self.context)
+        fields, load = self.client_fields["response"] | names, partial(load_picture, self.context, self.turn.owner)
         return ResponseWriter(fields, suffix, load, shows_progress)
 
     def read_text(self) -> str:
@@ -113,7 +114,8 @@ class StoredResponse:
 
     def reload_and_end(self, writer: ResponseWriter) -> list[ServerSentEvent]:
         turn = self.context.turns.get_turn(self.turn.id, self.turn.owner)
-        assert turn is not None, "turns are never deleted"
+        if turn is None:
+            raise build_not_found_error("response", f"resp_{self.turn.id.removeprefix('turn_')}")
         self.turn = turn
         events, response = self.end(writer)
         return [*events, *writer.end(response)]
@@ -146,10 +148,16 @@ class StoredResponse:
             yield written
 
 
-def load_picture(context: ServiceContext, artifact: Artifact) -> tuple[bytes, str]:
+class ResponseDeleted(BaseModel):
+    id: str
+    object: Literal["response"] = "response"
+    deleted: bool = True
+
+
+def load_picture(context: ServiceContext, owner: str, artifact: Artifact) -> tuple[bytes, str]:
     """Return a picture, or a clip as an animated one, with its file suffix."""
     if artifact.medium == "video":
-        return context.render_thumbnail(artifact, "animation")
+        return context.render_thumbnail(owner, artifact, "animation")
     return context.store.get(artifact.key), artifact.key.rpartition(".")[2]
 
 
@@ -242,7 +250,7 @@ class ResponseTurn(ChatCompletion):
         """Return the events and the response object of an answer that is no turn; it is not stored."""
         suffix = uuid4().hex
         names = {"id": f"resp_{suffix}", "created_at": self.created_at, "store": False}
-        writer = ResponseWriter(self.response_fields | names, suffix, partial(load_picture, self.context))
+        writer = ResponseWriter(self.response_fields | names, suffix, partial(load_picture, self.context, self.owner))
         events = [*writer.begin(), *writer.add(AnswerPart("text", self.words or "")), *writer.close_item()]
         body = writer.build_response("completed", self.words_usage)
         return [*events, *writer.end(body)], body
@@ -316,6 +324,14 @@ async def get_response(
     if stream:
         return EventSourceResponse(stored.stream_events(get_event_feed(request), starting_after), ping=15)
     return JSONResponse(await run_sync(stored.build_response))
+
+
+@router.delete("/{response_id}")
+def delete_response(response_id: ResourceId, request: Request, context: ContextDep, owner: OwnerDep) -> ResponseDeleted:
+    """Delete a response; one that runs is cancelled. Sweeps remove all that was said and made in it within a day."""
+    links = create_link_builder(context, owner, str(request.base_url))
+    context.turn_runner.delete_turn(load_response(context, owner, response_id, links).turn)
+    return ResponseDeleted(id=response_id)
 
 
 @router.post("/{response_id}/cancel", response_class=JSONResponse)

@@ -219,7 +219,7 @@ def get_artifact_preview(
     artifact = next((artifact for artifact in artifacts if artifact.key == key), None)
     if artifact is None:
         raise build_not_found_error("artifact", key)
-    data, suffix = context.render_thumbnail(artifact, "animation")
+    data, suffix = context.render_thumbnail(owner, artifact, "animation")
     return build_range_response(request, content_from_bytes(data, f"{key}-preview.{suffix}"))
 
 

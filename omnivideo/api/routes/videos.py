@@ -320,7 +320,7 @@ def build_content_response(context: ServiceContext, status: JobStatus, request: 
     """Return a job's result, or a picture of it, with a file name that is derived from the job's id."""
     result = require_result(context, status)
     if variant in ("thumbnail", "spritesheet"):
-        data, suffix = context.render_thumbnail(result, variant)
+        data, suffix = context.render_thumbnail(status.owner, result, variant)
         key = f"{result.key.partition('.')[0]}-{variant}.{suffix}"
         response = build_range_response(request, content_from_bytes(data, key))
     elif status.kind == "image" and status.meta.get("format", "png") != "png":

@@ -57,11 +57,11 @@ class RemoteMLLM:
     # ------------------------------------------------------------ the planner's port
 
     def route(self, request: MLLMRequest) -> Route:
-        return Route.model_validate_json(self.post_request("/v1/route", self.build_payload(request)))
+        return Route.parse_stored(self.post_request("/v1/route", self.build_payload(request)))
 
     def score_agreement(self, request: MLLMRequest) -> float:
         response = self.post_request("/v1/agreement", self.build_payload(request))
-        return AgreementResponse.model_validate_json(response).agreement
+        return AgreementResponse.parse_stored(response).agreement
 
     def predict_visual_tokens(self, request: MLLMRequest, medium: Medium) -> str:
         body = VisualTokensRequest(payload=self.build_payload(request), medium=medium)
@@ -93,7 +93,7 @@ class RemoteMLLM:
         """Return the number of the text's tokens, or an estimate of four bytes each if the server does not say."""
         try:
             response = self.http.post("/v1/tokens", json={"text": text}, timeout=2.0)
-            return TokensResponse.model_validate_json(response.raise_for_status().content).count
+            return TokensResponse.parse_stored(response.raise_for_status().content).count
         except (httpx.HTTPError, ValidationError):
             return math.ceil(len(text.encode()) / 4)
 
@@ -198,7 +198,7 @@ def raise_for_refusal(response: httpx.Response) -> None:
             "the language model's server refuses the key; give both processes the same OMNIVIDEO_MLLM_KEY"
         )
     try:
-        refusal = RefusalResponse.model_validate_json(response.content)
+        refusal = RefusalResponse.parse_stored(response.content)
     except ValidationError:
         text = f"the language model's server does not know our protocol (HTTP {response.status_code})"
         raise ModelUnavailable(f"{text}; start it with `omnivideo mllm serve`") from None

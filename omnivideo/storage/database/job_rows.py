@@ -3,9 +3,23 @@
 from typing import Any
 
 from opentelemetry.propagate import inject
-from sqlalchemy import ColumnElement, Row, ScalarSelect, and_, case, func, or_, select
+from sqlalchemy import Boolean, ColumnElement, Row, ScalarSelect, and_, case, func, not_, or_, select
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.compiler import SQLCompiler
+from sqlalchemy.sql.expression import FunctionElement
 
-from omnivideo.contracts import OPEN_STATES, Artifact, Claim, Job, JobState, JobStatus, Lane, ModelIdentity
+from omnivideo.contracts import (
+    OPEN_STATES,
+    Artifact,
+    Claim,
+    Job,
+    JobState,
+    JobStatus,
+    Lane,
+    ModelIdentity,
+    SamplingParams,
+)
+from omnivideo.presets.shapes import Delivery
 from omnivideo.storage.database.repository import unix_now
 from omnivideo.storage.database.schema import jobs, turns
 
@@ -15,9 +29,37 @@ TRACE_HEADER = "traceparent"  # the W3C header, kept in the meta of a job
 MAX_WORKER_LOSSES = 3  # the number of lost workers after which a job fails
 
 
+RENDERED_FIELDS = sorted({*Job.model_fields, *SamplingParams.model_fields, *Delivery.model_fields})
+
+
+class states_unknown_fields(FunctionElement[bool]):
+    """Whether a job's body has a field, other than its source's, that this version does not know.
+
+    It may decide the bytes of the clip, so the job is left to workers that know it.
+    """
+
+    type = Boolean()
+    inherit_cache = True
+
+
+@compiles(states_unknown_fields, "sqlite")
+def compile_unknown_fields_sqlite(element: states_unknown_fields, compiler: SQLCompiler, **kw: object) -> str:
+    body, known = compiler.process(element.clauses, **kw), ", ".join(f"'{name}'" for name in RENDERED_FIELDS)
+    keys = f"json_tree(json_remove({body}, '$.source'))"
+    return f"EXISTS (SELECT 1 FROM {keys} WHERE typeof(key) = 'text' AND key NOT IN ({known}))"
+
+
+@compiles(states_unknown_fields, "postgresql")
+def compile_unknown_fields_postgresql(element: states_unknown_fields, compiler: SQLCompiler, **kw: object) -> str:
+    body, known = compiler.process(element.clauses, **kw), ", ".join(f"'{name}'" for name in RENDERED_FIELDS)
+    objects = """'$.** ? (@.type() == "object").keyvalue().key'"""
+    keys = f"jsonb_path_query({body}::jsonb - 'source', {objects}) AS field"
+    return f"EXISTS (SELECT 1 FROM {keys} WHERE field #>> '{{}}' NOT IN ({known}))"
+
+
 def job_from_row(row: Row[Any], preset: str | None = None) -> Job:
     """Return the job of a row; `preset` replaces a preset that is not stored."""
-    return Job(**row.body, preset=row.preset or preset)
+    return Job.parse_stored(row.body | {"preset": row.preset or preset})
 
 
 def body_from_job(job: Job) -> dict[str, Any]:
@@ -27,7 +69,7 @@ def body_from_job(job: Job) -> dict[str, Any]:
 
 def status_from_row(row: Row[Any]) -> JobStatus:
     fields = {name: getattr(row, name) for name in JobStatus.model_fields if name not in ("lane", "job", "result")}
-    result = None if row.result is None else Artifact(**row.result)
+    result = None if row.result is None else Artifact.parse_stored(row.result)
     return JobStatus(lane=LANES[row.lane], job=job_from_row(row), result=result, **fields)
 
 
@@ -54,7 +96,9 @@ def match_model(model: ModelIdentity) -> ColumnElement[bool]:
 
 
 def match_claimable_jobs(model: ModelIdentity, resume_timeout_seconds: float) -> ColumnElement[bool]:
-    """Match the jobs that a worker with this model may claim: of its preset, and without a foreign resume point.
+    """Match the jobs that a worker with this model may claim.
+
+    They are of its preset, it knows all of their settings, and they have no foreign resume point.
 
     It may also start a job of other weights again if no worker with those has shown itself for
     `resume_timeout_seconds`: none renders with them now or has ended a job since. An idle one would have claimed it.
@@ -69,7 +113,8 @@ def match_claimable_jobs(model: ModelIdentity, resume_timeout_seconds: float) ->
     is_abandoned = and_(jobs.c.heartbeat_at < resume_deadline, ~is_alive)
     has_preset = or_(jobs.c.preset.is_(None), jobs.c.preset == model.preset)
     is_unknown = or_(jobs.c.resume_key.is_(None), jobs.c.weights.is_(None))
-    return and_(has_preset, or_(is_unknown, match_model(model), is_abandoned))
+    may_resume = or_(is_unknown, match_model(model), is_abandoned)
+    return and_(has_preset, may_resume, not_(states_unknown_fields(jobs.c.body)))
 
 
 def match_owned_jobs(owner: str, kind: str) -> ColumnElement[bool]:

@@ -57,8 +57,10 @@ class JobStatistics(Repository):
             present = durations.get(row.lane)
             durations[row.lane] = JobDurations(
                 lane=LANES[row.lane],
-                queued=add_counts(DurationCounts(**row.queued), present.queued if present else NO_DURATIONS),
-                generated=add_counts(DurationCounts(**row.generated), present.generated if present else NO_DURATIONS),
+                queued=add_counts(DurationCounts.parse_stored(row.queued), present.queued if present else NO_DURATIONS),
+                generated=add_counts(
+                    DurationCounts.parse_stored(row.generated), present.generated if present else NO_DURATIONS
+                ),
                 steps=row.steps + (present.steps if present else 0),
             )
         return [durations[lane] for lane in sorted(durations)]
@@ -86,8 +88,8 @@ class JobStatistics(Repository):
         values = {
             "jobs": len(rows) + total.jobs,
             "steps": sum(row.step for row in timed) + total.steps,
-            "queued": add_counts(queued, DurationCounts(**total.queued)).model_dump(),
-            "generated": add_counts(generated, DurationCounts(**total.generated)).model_dump(),
+            "queued": add_counts(queued, DurationCounts.parse_stored(total.queued)).model_dump(),
+            "generated": add_counts(generated, DurationCounts.parse_stored(total.generated)).model_dump(),
         }
         connection.execute(update(job_totals).where(is_kind).values(values))
 

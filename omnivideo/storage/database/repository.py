@@ -2,6 +2,7 @@
 
 import json
 import re
+import sqlite3
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -34,7 +35,7 @@ from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.expression import FunctionElement
 
 from omnivideo.contracts import Change, FrozenModel
-from omnivideo.errors import ArtifactNotFound, InvalidInput, StoreError
+from omnivideo.errors import ArtifactNotFound, InvalidInput, StoreError, describe_database_failure
 from omnivideo.storage.database.notifications import get_notifier, turn_topic
 from omnivideo.storage.database.postgres import describe_failure
 from omnivideo.storage.database.schema import stored_objects, turn_events
@@ -204,9 +205,11 @@ def find_object_keys(document: Any) -> set[str]:
 
 def describe_unavailability(error: DBAPIError) -> str:
     """Return why a statement could not be run, as far as an operator can change it."""
-    if error.orig is None or not isinstance(error, OperationalError) or error.statement is not None:
+    if error.orig is None or not isinstance(error, OperationalError):
         return "it does not answer"
-    return describe_failure(error.orig)
+    failure = describe_database_failure(error.orig) or "it does not answer"
+    is_connecting = error.statement is None and not isinstance(error.orig, sqlite3.Error)  # SQLite has no server
+    return describe_failure(error.orig) if is_connecting and failure == "it does not answer" else failure
 
 
 def select_values(table: Table, values: dict[str, Any]) -> Select[Any]:
@@ -220,7 +223,7 @@ def select_values(table: Table, values: dict[str, Any]) -> Select[Any]:
 
 def record_from_row(record_type: type[Record], row: Row[Any]) -> Record:
     """Return the columns of a row that the record type names, as a record."""
-    return record_type(**{name: getattr(row, name) for name in record_type.model_fields})
+    return record_type.parse_stored({name: getattr(row, name) for name in record_type.model_fields})
 
 
 def retry_while_unavailable(operation: Callable[[], Answer]) -> Answer:

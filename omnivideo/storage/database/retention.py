@@ -163,6 +163,14 @@ class RetentionRepository(JobStatistics):
             self.fetch_all(delete(turn_events).where(turn_events.c.turn_id.in_(turn_ids)))
             self.fetch_all(delete(turns).where(turns.c.id.in_(turn_ids)))
 
+    def mark_idle_threads_deleted(self, lifetime_seconds: float) -> None:
+        """Mark the threads as deleted in which no turn has begun or run for the given time."""
+        cutoff = unix_now() - lifetime_seconds
+        is_busy = or_(turns.c.state.in_(OPEN_STATES), turns.c.heartbeat_at > cutoff)
+        is_used = exists().where(turns.c.thread_id == threads.c.id, is_busy)
+        is_idle = func.coalesce(threads.c.used_at, threads.c.created_at) < cutoff
+        self.fetch_all(update(threads).where(is_idle, ~threads.c.deleted, ~is_used).values(deleted=True))
+
     def delete_old_records(self, lifetime_seconds: float) -> None:
         """Delete the digests of chats' histories and the ids of deleted webhooks that are older."""
         for table in (chat_threads, deleted_webhooks):

@@ -208,6 +208,7 @@ threads = Table(
     Column("deleted", Boolean, nullable=False, default=False),
     Column("forked_from", String(64)),  # the thread that it begins with
     Column("forked_after", Integer),  # the number of that thread's turns that it begins with
+    Column("used_at", Float),  # when its last turn began; null: an older version has made it
     Index("threads_listed", "owner", "created_at"),
     Index(
         "threads_known", "owner", "client_id", unique=True,

@@ -7,18 +7,19 @@ One process at a time runs a turn and sends heartbeats; when they stop, another 
 jobs, what a process writes carries the number of its attempt.
 """
 
+import uuid
 from collections.abc import Collection
 from contextlib import AbstractContextManager
 from typing import Any, Literal
 
-from sqlalchemy import ColumnElement, Row, and_, case, exists, func, insert, literal, or_, select, update
+from sqlalchemy import ColumnElement, Row, and_, case, delete, exists, func, insert, literal, or_, select, update
 from sqlalchemy.exc import IntegrityError
 
 from omnivideo.contracts import OPEN_STATES, Change, Lane
 from omnivideo.errors import InvalidInput
 from omnivideo.storage.database.notifications import AsyncWatch, turn_topic
-from omnivideo.storage.database.repository import Repository, find_object_keys, select_values, unix_now
-from omnivideo.storage.database.schema import chat_threads, threads, turn_events, turns
+from omnivideo.storage.database.repository import Repository, find_object_keys, record_from_row, select_values, unix_now
+from omnivideo.storage.database.schema import chat_threads, jobs, threads, turn_events, turns
 from omnivideo.turns import MAX_PROCESS_LOSSES, ThreadRecord, TurnEvents, TurnRecord
 
 NumberedEvent = tuple[int, dict[str, Any]]  # numbers begin at 1
@@ -58,7 +59,7 @@ class TurnRepository(Repository):
         """
         values = {
             "id": thread_id, "client_id": client_id or thread_id, "owner": owner, "created_at": unix_now(),
-            "deleted": False, "forked_from": forked_from, "forked_after": forked_after,
+            "used_at": unix_now(), "deleted": False, "forked_from": forked_from, "forked_after": forked_after,
         }  # fmt: skip
         is_taken = client_id is not None and self.get_thread(owner, client_id) is not None
         try:
@@ -118,17 +119,18 @@ class TurnRepository(Repository):
         insertion = self.insert_into(turns).from_select(
             list(values), select_values(turns, values).where(~has_open_turn)
         )
-        row = self.fetch_one(insertion.on_conflict_do_nothing().returning(turns))
-        return None if row is None else turn_from_row(row)
+        use = update(threads).where(threads.c.id == thread_id).values(used_at=unix_now())
+        rows = self.fetch_and_follow(insertion.on_conflict_do_nothing().returning(turns), lambda _: use)
+        return record_from_row(TurnRecord, rows[0]) if rows else None
 
     def get_turn(self, turn_id: str, owner: str) -> TurnRecord | None:
         row = self.fetch_one(select(turns).where(turns.c.id == turn_id, turns.c.owner == owner))
-        return None if row is None else turn_from_row(row)
+        return None if row is None else record_from_row(TurnRecord, row)
 
     def list_turns(self, thread_id: str) -> list[TurnRecord]:
         """Return the turns of a thread, the oldest first."""
         query = select(turns).where(turns.c.thread_id == thread_id).order_by(turns.c.created_at)
-        return [turn_from_row(row) for row in self.fetch_all(query)]
+        return [record_from_row(TurnRecord, row) for row in self.fetch_all(query)]
 
     def has_open_turn(self, owner: str, exclude_lane: Lane) -> bool:
         """Return whether a turn of the owner is queued or running in another lane than this one."""
@@ -155,7 +157,7 @@ class TurnRepository(Repository):
         }  # fmt: skip
         claim = update(turns).where(turns.c.id == next_id, is_claimable).values(values)
         row = self.fetch_one(claim.returning(turns))
-        return None if row is None else turn_from_row(row)
+        return None if row is None else record_from_row(TurnRecord, row)
 
     def fail_poisonous_turns(self, heartbeat_timeout_seconds: float, error: dict[str, Any]) -> list[str]:
         """End the lost turns that have stopped MAX_PROCESS_LOSSES processes, and return their ids."""
@@ -191,6 +193,29 @@ class TurnRepository(Repository):
         has_ended = bool(self.fetch_all(ending.returning(turns.c.id, notification)))
         self.notifier.publish(Change(topic=turn_topic(turn.id)))
         return has_ended
+
+    def begin_deletion(self, turn: TurnRecord) -> bool:
+        """Keep other turns out of the thread while an ended turn is deleted. Return False if one is open.
+
+        If the process ends meanwhile, the turn counts as lost and has failed; it can be deleted again.
+        """
+        values = {"state": "running", "process_losses": MAX_PROCESS_LOSSES, "heartbeat_at": unix_now()}
+        is_ended = and_(turns.c.id == turn.id, turns.c.state.not_in(OPEN_STATES))
+        try:
+            return bool(self.fetch_all(update(turns).where(is_ended).values(values).returning(turns.c.id)))
+        except IntegrityError:  # one open turn of each thread
+            return False
+
+    def discard_turn(self, turn: TurnRecord) -> None:
+        """Move a turn into a deleted thread of its own, which the sweep removes, and mark its jobs as deleted."""
+        grave = {"id": f"deleted_{uuid.uuid4().hex}", "owner": turn.owner, "created_at": unix_now(), "deleted": True}
+        with self.begin() as connection:
+            connection.execute(insert(threads).values(grave))
+            moved = {"thread_id": grave["id"], "state": "cancelled", "heartbeat_at": unix_now()}
+            connection.execute(update(turns).where(turns.c.id == turn.id).values(moved))
+            connection.execute(update(jobs).where(jobs.c.turn_id == turn.id).values(deleted=True))
+            is_later = and_(chat_threads.c.thread_id == turn.thread_id, chat_threads.c.turn_count >= turn.number)
+            connection.execute(delete(chat_threads).where(is_later))
 
     # ------------------------------------------------------------ events
 
@@ -259,7 +284,3 @@ def match_attempt(turn: TurnRecord) -> ColumnElement[bool]:
 def match_lost(heartbeat_timeout_seconds: float) -> ColumnElement[bool]:
     """Match the running turns whose process has sent no heartbeat for the given time."""
     return and_(turns.c.state == "running", turns.c.heartbeat_at < unix_now() - heartbeat_timeout_seconds)
-
-
-def turn_from_row(row: Row[Any]) -> TurnRecord:
-    return TurnRecord(**{name: getattr(row, name) for name in TurnRecord.model_fields})

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 
 import pytest
 
-from omnivideo.api.bulkheads import MAX_DECODING_THREADS, MAX_STORE_THREADS
+from omnivideo.api.bulkheads import MAX_DECODING_THREADS_PER_OWNER, MAX_STORE_THREADS
+from omnivideo.media.sandbox import FairSlots
 from tests.support.openai_service import make_http_client, make_png, wait_until
 
 NUM_REQUESTS = 80
@@ -26,7 +27,9 @@ def measure_others(http) -> float:
     return slowest
 
 
-def check_that_others_go_on(service, http, send, max_threads: int, release: threading.Event) -> None:
+def check_that_others_go_on(
+    service, http, send, max_threads: int, release: threading.Event, check_meanwhile=lambda: None
+) -> None:
     with make_http_client(service) as quiet, ThreadPoolExecutor(NUM_REQUESTS) as pool:  # `http` checks for 5xx
         started_at = time.monotonic()
         answers = [pool.submit(send, quiet) for _ in range(NUM_REQUESTS)]
@@ -36,27 +39,38 @@ def check_that_others_go_on(service, http, send, max_threads: int, release: thre
             assert {answer.status_code for answer in refused} == {503}
             assert all(int(answer.headers["Retry-After"]) > 0 for answer in refused)
             assert measure_others(http) < 2.0
+            check_meanwhile()
             assert time.monotonic() - started_at < 25
         finally:
             release.set()
         assert {answer.result().status_code for answer in answers} == {200, 503}
 
 
-def test_slow_uploads_delay_no_other_request(service, http, monkeypatch):
+def test_slow_uploads_of_one_owner_delay_no_other_request(service, http, context, monkeypatch):
     from omnivideo.media import ingest
 
     release, measure = threading.Event(), ingest.measure_in_sandbox
-    monkeypatch.setattr(
-        "omnivideo.media.ingest.measure_in_sandbox",
-        lambda *arguments: release.wait(60) and measure(*arguments),
-    )
-    picture = make_png()
+
+    def measure_slowly(source, limits, process_limits, owner):
+        if owner == "admin":
+            release.wait(60)
+        return measure(source, limits, process_limits, owner)
+
+    monkeypatch.setattr(ingest, "measure_in_sandbox", measure_slowly)
+    picture, (_, other_key) = make_png(), context.api_keys.create_key("another")
 
     def upload(client):
         return client.post("/v1/files", files={"file": ("a.png", picture)}, data={"purpose": "user_data"})
 
-    monkeypatch.setattr("omnivideo.media.sandbox.PROCESS_SLOTS", threading.BoundedSemaphore(100))
-    check_that_others_go_on(service, http, upload, MAX_DECODING_THREADS, release)
+    def upload_as_another_owner():
+        with make_http_client(service) as other:
+            other.headers["Authorization"] = f"Bearer {other_key}"
+            assert upload(other).status_code == 200
+
+    monkeypatch.setattr("omnivideo.media.sandbox.PROCESS_SLOTS", FairSlots(100))
+    check_that_others_go_on(
+        service, http, upload, MAX_DECODING_THREADS_PER_OWNER, release, check_meanwhile=upload_as_another_owner
+    )
 
 
 def test_a_store_that_hangs_delays_no_other_request(service, http, context, monkeypatch):

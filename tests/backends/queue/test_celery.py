@@ -185,6 +185,21 @@ def test_a_child_that_loads_slowly_is_replaced(tmp_path, weights):
     deployment.jobs.engine.dispose()
 
 
+def test_a_clip_may_take_longer_than_the_brokers_acknowledgement_timeout(tmp_path, weights):
+    """RabbitMQ closes the channel of a message that is not acknowledged in time, here 3 s, which would end a worker."""
+    with rabbitmq(tmp_path / "broker", consumer_timeout_ms=3000) as address:
+        deployment = Deployment(tmp_path, address, "", weights)
+        with deployment.run_worker() as worker:
+            for name in ("longer", "next"):
+                deployment.jobs.submit(build_job(name, 400))
+                deployment.notify_workers()
+                deployment.wait_for(name, ended=True)
+            assert worker.poll() is None
+    for status in map(deployment.jobs.get_status, ("longer", "next")):
+        assert (status.state, status.attempt) == ("done", 1) and status.ended_at - status.started_at > 6
+    deployment.jobs.engine.dispose()
+
+
 def test_services_that_share_a_broker_take_no_messages_of_each_other(deployment, tmp_path):
     other = Deployment(tmp_path, deployment.broker, "", deployment.environment["OMNIVIDEO_WEIGHTS"])
     assert other.queue_name != deployment.queue_name

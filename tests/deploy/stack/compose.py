@@ -1,164 +1,110 @@
-"""Run deploy/compose.yaml as it stands on an engine's API: the same options that Compose would send."""
+"""The stack of deploy/compose.yaml as it stands, run by Docker Compose in a checkout of its own."""
 
+import json
+import os
 import re
-import shlex
+import shutil
+import subprocess
 import time
-from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from tests.deploy.stack.engine import Engine
-from tests.support.compose_files import DEPLOY, interpolate
+from tests.support.compose_files import ROOT
 
 UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
-SIZES = {"": 1, "b": 1, "k": 2**10, "m": 2**20, "g": 2**30}
+DOCUMENTED_ADDRESS = "http://127.0.0.1:8000"
+COMPOSE = ("docker", "compose", "-f", "deploy/compose.yaml")
 
 
 def parse_seconds(text: str) -> float:
     return sum(float(number) * UNITS[unit] for number, unit in re.findall(r"([\d.]+)(ms|h|m|s)", text))
 
 
-def parse_bytes(text: str) -> int:
-    match = re.fullmatch(r"(\d+)([kmgb]?)", str(text).lower())
-    assert match, text
-    return int(match[1]) * SIZES[match[2]]
+def copy_checkout(folder: Path) -> None:
+    """Copy the tree's tracked files, as they are now, into an empty folder."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in filter(None, names.split("\0")):
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
 
 
 class Stack:
-    """The containers of a compose file, with the values of an environment file."""
+    """The containers of a compose file; `checkout` has the file, and `.env` beside it."""
 
-    def __init__(self, engine: Engine, given: dict[str, str], *files: str):
-        self.engine, self.given = engine, given
-        self.model: dict[str, Any] = yaml.safe_load(interpolate((DEPLOY / "compose.yaml").read_text(), given))
-        self.project: str = self.model["name"]
-        self.services: dict[str, dict[str, Any]] = self.model["services"]
+    def __init__(self, engine: Engine, checkout: Path):
+        self.engine, self.checkout = engine, checkout
+
+    @cached_property
+    def services(self) -> dict[str, dict[str, Any]]:
+        """Each service as Compose reads it, with the values of .env."""
+        services: dict[str, dict[str, Any]] = json.loads(self.compose("config", "--format", "json"))["services"]
+        return services
 
     def name(self, service: str, number: int = 1) -> str:
-        return f"{self.project}-{service}-{number}"
+        return f"omnivideo-{service}-{number}"
+
+    def set_variables(self, values: dict[str, str]) -> None:
+        """Set variables in .env, in place of the lines that have them or their defaults."""
+        path = self.checkout / "deploy/.env"
+        text = path.read_text()
+        for name, value in values.items():
+            text, count = re.subn(rf"^#?{name}=.*$", f"{name}={value}", text, flags=re.MULTILINE)
+            assert count == 1, name
+        path.write_text(text)
+
+    def run(self, commands: str, timeout: float = 1800) -> str:
+        """Run commands in the checkout, as an operator's shell does; return what they print to stdout.
+
+        The address of the API in documented commands is replaced by that of this stack.
+        """
+        if DOCUMENTED_ADDRESS in commands:
+            commands = commands.replace(DOCUMENTED_ADDRESS, self.address("api", 8000))
+        home = {"HOME": str(self.checkout.parent / "home")}  # an empty one
+        environment = os.environ | self.engine.environment | home
+        command = ["bash", "-euo", "pipefail", "-c", commands]
+        done = subprocess.run(
+            command, cwd=self.checkout, env=environment, capture_output=True, text=True, timeout=timeout, check=False
+        )
+        assert done.returncode == 0, f"{commands}: {done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+        return done.stdout
+
+    def compose(self, *arguments: str, timeout: float = 1800) -> str:
+        return self.run(" ".join((*COMPOSE, *arguments)), timeout)
 
     # ------------------------------------------------------------ starting
 
-    def create_networks(self) -> None:
-        existing = {network["Name"] for network in self.engine("GET", "/networks")}
-        for name, options in self.model["networks"].items():
-            full_name, internal = f"{self.project}_{name}", bool((options or {}).get("internal"))
-            if full_name not in existing:
-                body = {"Name": full_name, "Driver": "bridge", "Internal": internal, "CheckDuplicate": True}
-                self.engine("POST", "/networks/create", body)
-
-    def describe_host(self, service: dict[str, Any]) -> dict[str, Any]:
-        """Return the engine's HostConfig of a service."""
-        limits, (restart, _, retries) = service["deploy"]["resources"]["limits"], service["restart"].partition(":")
-        configs = [(Path(DEPLOY, self.model["configs"][config["source"]]["file"]).resolve(), config["target"])
-                   for config in service.get("configs", [])]  # fmt: skip
-        host = {
-            "Init": service.get("init"),
-            "ReadonlyRootfs": service.get("read_only", False),
-            "CapDrop": service.get("cap_drop"),
-            "SecurityOpt": service.get("security_opt"),
-            "NetworkMode": f"{self.project}_{service['networks'][0]}",
-            "Memory": parse_bytes(limits["memory"]),
-            "MemorySwap": parse_bytes(limits["memory"]),
-            "NanoCpus": int(float(limits["cpus"]) * 1e9),
-            "PidsLimit": int(limits["pids"]),
-            "Tmpfs": {mount.partition(":")[0]: mount.partition(":")[2] for mount in service.get("tmpfs", [])},
-            "Binds": [f"{self.project}_{volume}" for volume in service.get("volumes", [])]
-            + [f"{source}:{target}:ro" for source, target in configs],
-            "LogConfig": {"Type": service["logging"]["driver"], "Config": service["logging"]["options"]},
-            "RestartPolicy": {"Name": restart, "MaximumRetryCount": int(retries or 0)},
-            "PortBindings": {},
-        }
-        if "shm_size" in service:
-            host["ShmSize"] = parse_bytes(service["shm_size"])
-        for port in service.get("ports", []):
-            address, outer, inner = port.split(":")
-            # A range of ports: each container of a scaled service gets one that is free.
-            host["PortBindings"][f"{inner}/tcp"] = [{"HostIp": address, "HostPort": outer}]
-        return host
-
-    def describe_container(self, service_name: str) -> dict[str, Any]:
-        """Return the engine's description of a service's container."""
-        service = self.services[service_name]
-        host = self.describe_host(service)
-        environment = {name: self.given.get(name) if value is None else value
-                       for name, value in service.get("environment", {}).items()}  # fmt: skip
-        command = service.get("command")
-        labels = {"com.docker.compose.project": self.project, "com.docker.compose.service": service_name}
-        body = {
-            "Image": service["image"],
-            "Env": [f"{name}={value}" for name, value in environment.items() if value is not None],
-            "User": str(service.get("user", "")),
-            "HostConfig": host,
-            "ExposedPorts": {port: {} for port in host["PortBindings"]},
-            "Labels": labels,
-            "NetworkingConfig": {"EndpointsConfig": {host["NetworkMode"]: {"Aliases": [service_name]}}},
-        }
-        if command:
-            body["Cmd"] = shlex.split(command) if isinstance(command, str) else command
-        if "stop_signal" in service:
-            body["StopSignal"] = service["stop_signal"]
-        if "stop_grace_period" in service:
-            body["StopTimeout"] = round(parse_seconds(service["stop_grace_period"]))
-        if check := service.get("healthcheck"):
-            assert "start_interval" not in check, "engines before 25 refuse it"
-            names = {"Interval": "interval", "Timeout": "timeout", "StartPeriod": "start_period"}
-            times = {ours: int(1e9 * parse_seconds(check[theirs])) for ours, theirs in names.items() if theirs in check}
-            body["Healthcheck"] = {"Test": check["test"], "Retries": check.get("retries", 3), **times}
-        return body
-
-    def create(self, service: str, number: int = 1) -> str:
-        """Create and start a container of a service, in place of an earlier one, and return its name."""
-        container = self.name(service, number)
-        self.engine("DELETE", f"/containers/{container}?force=1", missing_ok=True)
-        self.engine("POST", f"/containers/create?name={container}", self.describe_container(service))
-        for network in self.services[service]["networks"][1:]:
-            endpoint = {"Container": container, "EndpointConfig": {"Aliases": [service]}}
-            self.engine("POST", f"/networks/{self.project}_{network}/connect", endpoint)
-        self.engine("POST", f"/containers/{container}/start")
-        return container
-
-    def up(self, scale: dict[str, int] | None = None, services: Iterable[str] = ()) -> dict[str, float]:
-        """Start the services in the order of `depends_on`; return the seconds until each was healthy."""
-        self.create_networks()
-        began_at, started = time.monotonic(), dict[str, list[str]]()
-
-        def start(service: str) -> None:
-            if service in started:
-                return
-            for other, dependency in self.services[service].get("depends_on", {}).items():
-                start(other)
-                for container in started[other]:
-                    self.wait(container, dependency["condition"])
-            count = (scale or {}).get(service, 1)
-            started[service] = [self.create(service, number) for number in range(1, count + 1)]
-
-        for service in services or self.services:
-            start(service)
-        seconds = {}
-        for service, containers in started.items():
-            if "healthcheck" in self.services[service]:
-                for container in containers:
-                    self.wait(container, "service_healthy")
-                seconds[service] = time.monotonic() - began_at
-        return seconds
-
-    def wait(self, container: str, condition: str, timeout_seconds: float = 600) -> float:
-        """Wait for a condition of `depends_on`; return the seconds that it took."""
+    def up(self, *options: str) -> dict[str, float]:
+        """Start the services; return the seconds until each was healthy."""
         began_at = time.monotonic()
-        while time.monotonic() - began_at < timeout_seconds:
+        self.compose("up", "--detach", *options)
+        return {
+            service: self.wait(self.name(service), "service_healthy", began_at=began_at)
+            for service, description in self.services.items()
+            if "healthcheck" in description
+        }
+
+    def scale(self, **counts: int) -> None:
+        """Run so many containers of the services, and wait until all are healthy."""
+        scales = [f"--scale {service}={count}" for service, count in counts.items()]
+        self.compose("up", "--detach", "--wait", *scales)
+
+    def wait(
+        self, container: str, condition: str, timeout_seconds: float = 600, began_at: float | None = None
+    ) -> float:
+        """Wait for a condition of `depends_on`; return the seconds since `began_at`, which is now without it."""
+        deadline = time.monotonic() + timeout_seconds
+        began_at = began_at or time.monotonic()
+        while True:
             state = self.engine.inspect(container)["State"]
-            health = state.get("Health", {}).get("Status")
-            if condition == "service_healthy" and health == "healthy":
-                break
-            if state["Status"] == "exited" and condition == "service_completed_successfully":
-                assert state["ExitCode"] == 0, f"{container} ended with {state['ExitCode']}: {self.log(container)}"
-                break
+            if condition == "service_healthy" and state.get("Health", {}).get("Status") == "healthy":
+                return time.monotonic() - began_at
+            assert time.monotonic() < deadline, f"{container} is not {condition}: {state}\n{self.log(container)}"
             time.sleep(0.2)
-        else:
-            raise AssertionError(f"{container} is not {condition}: {state}\n{self.log(container)}")
-        return time.monotonic() - began_at
 
     # ------------------------------------------------------------ while it runs
 
@@ -187,9 +133,4 @@ class Stack:
 
     def down(self) -> None:
         """Remove the containers, the networks and the volumes."""
-        for container in self.engine.list_containers(self.project):
-            self.engine("DELETE", f"/containers/{container['Id']}?force=1&v=1", missing_ok=True)
-        for name in self.model["networks"]:
-            self.engine("DELETE", f"/networks/{self.project}_{name}", missing_ok=True)
-        for name in self.model["volumes"]:
-            self.engine("DELETE", f"/volumes/{self.project}_{name}?force=1", missing_ok=True)
+        self.compose("down", "--volumes", "--remove-orphans", "--timeout", "10")

@@ -15,12 +15,12 @@ import httpx
 import pytest
 
 from tests.deploy.stack.compose import Stack, parse_seconds
+from tests.deploy.stack.documented import read_commands
+from tests.deploy.stack.requests import begin_clip, read_job, run_sql, wait_for_video
 from tests.deploy.test_access import PROCESSES, SECRETS, TABLE
 
-LONG_CLIP = {"prompt": "a small red circle moving right", "num_inference_steps": 200}
 UPLOAD_BYTES = 190 * 2**20
 STOPPED = (0, 143)  # exit codes of a process that has ended by itself, or by SIGTERM
-QUERY = "SELECT state, attempt, worker_losses FROM jobs WHERE id = '{}'"
 # What a process of the network reads from an address: a status, or why there is none.
 ASK = """
 import sys, urllib.error, urllib.request
@@ -31,35 +31,6 @@ except urllib.error.HTTPError as error:
 except OSError as error:
     print("unreachable")
 """
-
-
-def wait_for_video(http: httpx.Client, video_id: str, states: tuple[str, ...] = ("completed", "failed")) -> dict:
-    deadline = time.monotonic() + 180
-    while time.monotonic() < deadline:
-        try:
-            video = http.get(f"/v1/videos/{video_id}").json()
-        except (httpx.HTTPError, ValueError):  # the API or the database restarts
-            video = {}
-        if video.get("status") in states:
-            return video
-        time.sleep(0.2)
-    raise AssertionError(f"{video_id} is {video.get('status')}, not one of {states}")
-
-
-def read_job(stack: Stack, job_id: str) -> tuple[str, int, int]:
-    """Return the state, the attempt and the lost workers of a job, from the database."""
-    command = ["psql", "--username", "omnivideo", "--no-align", "--tuples-only", "--command", QUERY.format(job_id)]
-    state, attempt, losses = stack.engine.execute(stack.name("postgres"), *command, "omnivideo").strip().split("|")
-    return state, int(attempt), int(losses)
-
-
-def begin_clip(http: httpx.Client, **fields: object) -> str:
-    """Submit a clip of many steps, and return its id once a worker renders it."""
-    response = http.post("/v1/videos", json=LONG_CLIP | fields)
-    assert response.status_code == 200, response.text
-    video_id = str(response.json()["id"])
-    wait_for_video(http, video_id, ("in_progress",))
-    return video_id
 
 
 def ask(stack: Stack, container: str, address: str) -> str:
@@ -121,7 +92,20 @@ def test_metrics_and_documentation_need_a_key_on_the_published_port(stack, http,
 # ---------------------------------------------------------------- work
 
 
-def test_clips_edits_chats_batches_and_links(stack, http, report):
+def test_the_documented_commands_make_the_first_clip(stack):
+    """`exec -T` because a test has no terminal."""
+    add_key = read_commands("Start")[-1].replace("exec api", "exec -T api")
+    key = stack.run(add_key).split()[-1]
+    submit, poll, download = [command.replace("Bearer KEY", f"Bearer {key}") for command in read_commands("Start", 1)]
+    video_id, deadline = json.loads(stack.run(submit))["id"], time.monotonic() + 180
+    while json.loads(stack.run(poll.replace("videos/ID", f"videos/{video_id}")))["status"] != "completed":
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+    stack.run(download.replace("videos/ID", f"videos/{video_id}"))
+    assert (stack.checkout / "clip.mp4").read_bytes()[4:8] == b"ftyp"
+
+
+def test_clips_edits_chats_batches_and_links(stack, http, environment, report):
     began_at = time.monotonic()
     video = wait_for_video(http, http.post("/v1/videos", json={"prompt": "a red circle moving right"}).json()["id"])
     assert video["status"] == "completed", video
@@ -143,7 +127,7 @@ def test_clips_edits_chats_batches_and_links(stack, http, report):
 
     image = http.post("/v1/images/generations", json={"prompt": "a blue square", "response_format": "url"}).json()
     address = image["data"][0]["url"]
-    assert address.startswith(stack.given["OMNIVIDEO_S3_PUBLIC"])
+    assert address.startswith(environment["OMNIVIDEO_S3_PUBLIC"])
     assert httpx.get(address, trust_env=False).content[:4] == b"\x89PNG"
 
     began_at = time.monotonic()
@@ -174,13 +158,10 @@ def test_the_logs_have_our_lines(stack):
 
 
 def test_a_killed_worker_loses_no_clip(stack, http, report):
-    stack.create("worker", 2)
-    stack.wait(stack.name("worker", 2), "service_healthy")
+    stack.scale(worker=2)
     video_id = begin_clip(http)
     hosts = {stack.engine.inspect(stack.name("worker", number))["Config"]["Hostname"]: number for number in (1, 2)}
-    command = ["psql", "--username", "omnivideo", "--no-align", "--tuples-only", "--command",
-               f"SELECT worker_name FROM jobs WHERE id = '{video_id}'", "omnivideo"]  # fmt: skip
-    name = stack.engine.execute(stack.name("postgres"), *command)
+    name = run_sql(stack, f"SELECT worker_name FROM jobs WHERE id = '{video_id}'")
     (number,) = [number for host, number in hosts.items() if host in name]
     killed_at = time.monotonic()
     stack.kill("worker", number)
@@ -188,7 +169,7 @@ def test_a_killed_worker_loses_no_clip(stack, http, report):
     report["SIGKILL of a worker in a clip"] = f"done by another {time.monotonic() - killed_at:.1f} s later"
     assert read_job(stack, video_id) == ("done", 2, 1)
     stack.start("worker", number)
-    stack.stop("worker", 2)
+    stack.scale(worker=1)
 
 
 @pytest.mark.parametrize("server", ["redis", "postgres", "s3"])
@@ -286,19 +267,20 @@ def test_six_large_uploads_at_once(stack, http, key, report):
     assert http.get("/ready").status_code == 200
 
 
-def test_the_api_and_the_workers_scale(stack, http, report):
-    for service in ("api", "worker"):
-        stack.create(service, 2)
-    for service in ("api", "worker"):
-        stack.wait(stack.name(service, 2), "service_healthy")
+def test_the_api_and_the_workers_scale(stack, http, environment, report):
+    address, _, port = environment["API_ADDRESS"].rpartition(":")
+    stack.set_variables({"API_ADDRESS": f"{address}:{port}-{int(port) + 3}"})
+    stack.scale(api=2, worker=2)
     first, second = stack.address("api", 8000), stack.address("api", 8000, 2)
     assert first != second
     headers = dict(http.headers)
     with httpx.Client(base_url=second, headers=headers, timeout=120, trust_env=False) as other:
         video_id = other.post("/v1/videos", json={"prompt": "a red circle moving right"}).json()["id"]
-    assert wait_for_video(http, video_id)["status"] == "completed"
+        assert wait_for_video(other, video_id)["status"] == "completed"
     for service in ("api", "worker", "mllm"):
         stats = stack.engine("GET", f"/containers/{stack.name(service)}/stats?stream=false&one-shot=true")
         memory = stats["memory_stats"]
         used = memory["usage"] - memory["stats"].get("total_inactive_file", 0)
         report[f"memory of {service}"] = f"{used / 1e6:.0f} MB of {memory['limit'] / 1e6:.0f}"
+    stack.set_variables({"API_ADDRESS": environment["API_ADDRESS"]})
+    stack.scale(api=1, worker=1)
