@@ -308,7 +308,8 @@ def stop_deferring(*packages: str) -> None:
 def preload_torch() -> None:
     """Load torch's largest library in a thread, while this one imports what comes before torch.
 
-    It has 400 MB, and the interpreter does not wait for it. torch finds it loaded, and reports what is wrong with it.
+    It has 400 MB, and while it is loaded the interpreter runs on. torch reports what is wrong with it. A process that
+    ends before waits for the thread: a library must not be loaded while others are already taken down.
     """
     spec = None if "torch" in sys.modules else importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
@@ -319,7 +320,7 @@ def preload_torch() -> None:
         with suppress(OSError):
             ctypes.CDLL(str(library))
 
-    threading.Thread(target=load, daemon=True, name="preload-torch").start()
+    threading.Thread(target=load, name="preload-torch").start()
 
 
 def skip_final_collection() -> None:
