@@ -328,9 +328,15 @@ class TurnStore(Protocol):
         ...
 
     def claim_next_turn(
-        self, heartbeat_timeout_seconds: float, excluded_owners: Collection[str] = ()
+        self,
+        heartbeat_timeout_seconds: float,
+        excluded_owners: Collection[str] = (),
+        running_ids: Collection[str] = (),
     ) -> TurnRecord | None:
-        """Claim a queued turn, or one whose process is lost, of the owner with the fewest running turns."""
+        """Claim a queued turn, or one whose process is lost, of the owner with the fewest running turns.
+
+        The caller runs those with `running_ids` itself.
+        """
         ...
 
     def fail_poisonous_turns(self, heartbeat_timeout_seconds: float, error: dict[str, Any]) -> list[str]:

@@ -82,7 +82,9 @@ class TurnRunner:
         self.max_concurrent_turns = max_concurrent_turns
         self.max_turns_per_owner = max(1, max_concurrent_turns - RESERVED_SLOTS)
         self.running_turns: dict[str, TurnRecord] = {}  # by id
-        self.interrupt_reasons: dict[str, str] = {}  # turn id -> "cancelled", "stopped", or "lost" to another process
+        # "cancelled", "stopped", or "lost" to another process, by the turn's id and attempt: this process may claim a
+        # turn again whose heartbeats came too late, and a late answer about the earlier attempt must not stop it.
+        self.interrupt_reasons: dict[tuple[str, int], str] = {}
         self.last_event_times: dict[str, float] = {}  # turn id -> when its attempt last had an event
         self.stop_event, self.turns_changed = threading.Event(), threading.Event()
         self.threads = [
@@ -104,7 +106,7 @@ class TurnRunner:
                 thread.join()
         unfinished = list(self.running_turns.values())
         for turn in unfinished:
-            self.interrupt_reasons[turn.id] = "stopped"
+            self.interrupt_reasons[turn.id, turn.attempt] = "stopped"
         deadline = time.monotonic() + STOP_TIMEOUT_SECONDS
         while self.running_turns and time.monotonic() < deadline:
             time.sleep(0.02)
@@ -263,7 +265,7 @@ class TurnRunner:
         while len(self.running_turns) < self.max_concurrent_turns and not self.stop_event.is_set():
             running_by_owner = Counter(turn.owner for turn in list(self.running_turns.values()))
             full_owners = [owner for owner, count in running_by_owner.items() if count >= self.max_turns_per_owner]
-            turn = self.turns.claim_next_turn(self.heartbeat_timeout_seconds, full_owners)
+            turn = self.turns.claim_next_turn(self.heartbeat_timeout_seconds, full_owners, list(self.running_turns))
             if turn is None:
                 return
             if turn.attempt > 1:
@@ -295,9 +297,9 @@ class TurnRunner:
                 with suppress(OmniVideoError):
                     self.record_tokens(turn)
         finally:
+            self.interrupt_reasons.pop((turn.id, turn.attempt), None)
             if self.running_turns.get(turn.id) is turn:
                 del self.running_turns[turn.id]
-                self.interrupt_reasons.pop(turn.id, None)
                 self.last_event_times.pop(turn.id, None)
             self.turns_changed.set()
 
@@ -342,7 +344,7 @@ class TurnRunner:
         While the database was unavailable, no heartbeats were stored; this process may have claimed the turn again.
         """
         is_superseded = self.running_turns.get(turn.id, turn) is not turn
-        if reason := "lost" if is_superseded else self.interrupt_reasons.get(turn.id):
+        if reason := "lost" if is_superseded else self.interrupt_reasons.get((turn.id, turn.attempt)):
             if events is not None:
                 events.close()
             if reason == "cancelled":
@@ -423,7 +425,7 @@ class TurnRunner:
         for turn in list(self.running_turns.values()):
             turn_state = self.turns.heartbeat(turn)
             if turn_state != "wanted":
-                self.interrupt_reasons[turn.id] = turn_state
+                self.interrupt_reasons[turn.id, turn.attempt] = turn_state
             if turn_state == "cancelled":  # the turn may have submitted a job after cancel_turn was called
                 self.jobs.cancel_by_prefix(turn.owner, f"{turn.thread_id}/")
 

@@ -222,10 +222,10 @@ def test_nothing_is_left_of_deleted_responses(home: Home) -> None:
     with run_api_server(home.wiring) as address:
         headers = {"Authorization": f"Bearer {KEY}"}
         with httpx.Client(base_url=address, headers=headers, timeout=60, trust_env=False) as http:
-            first = respond(http, f"a red ball; what is {words[0]}?")["id"]
-            second = respond(http, f"a green star; what is {words[1]}?", previous_response_id=first)["id"]
+            first = respond(http, "a red ball", metadata={"a": words[0]})["id"]
+            second = respond(http, "make it blue", previous_response_id=first, metadata={"a": words[1]})["id"]
             third = respond(http, f"what is {words[2]}?", previous_response_id=second)["id"]
-            open_response = respond(http, f"a ball; what is {words[3]}?", background=True, steps=200)["id"]
+            open_response = respond(http, "a star", background=True, steps=200, metadata={"a": words[3]})["id"]
             refused = http.delete(f"/v1/responses/{second}")
             assert refused.status_code == 409 and "later turns continue" in refused.text
             for response_id in (third, second, open_response):

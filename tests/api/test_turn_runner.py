@@ -151,6 +151,23 @@ def test_turns_wait_for_a_free_slot_without_being_lost():
     assert len(service.queue.jobs) == 20
 
 
+def test_a_late_heartbeat_of_an_earlier_attempt_does_not_stop_the_next_one(service, monkeypatch):
+    """On a busy machine a process takes over its own turn; the new attempt was then ended as cancelled."""
+    turn_id, heartbeat = service.create_turn("thread", "a red ball"), service.turns.heartbeat
+    service.runner.running_turns[turn_id] = service.turns.claim_next_turn(60.0)
+
+    def take_over_meanwhile(turn):
+        service.turns.fetch_all(update(turns_table).values(heartbeat_at=0.0))
+        service.runner.running_turns[turn_id] = service.turns.claim_next_turn(1.0)
+        return heartbeat(turn)
+
+    monkeypatch.setattr(service.turns, "heartbeat", take_over_meanwhile)
+    service.runner.send_heartbeats()
+    second = service.runner.running_turns[turn_id]
+    assert second.attempt == 2
+    service.runner.stop_if_interrupted(second)  # it raises if this attempt must stop
+
+
 def test_one_owner_leaves_slots_to_others(service):
     release = threading.Event()
     service.queue.before_render = lambda job: release.wait(30) if job.id.startswith("bulk") else None
@@ -209,10 +226,10 @@ def test_a_locked_database_of_threads_delays_a_turn(tmp_path):
 
 
 def test_a_turn_is_cancelled_while_it_retries(service):
-    def fail(request) -> None:
+    def fail(job) -> None:
         raise ModelUnavailable("the server does not answer")
 
-    service.mllm.route = fail
+    service.queue.before_render = fail
     service.runner.start()
     turn_id = service.create_turn("thread", "a red ball")
     wait_until(lambda: any(event["kind"] == "waiting" for _, event in service.turns.list_events(turn_id)))

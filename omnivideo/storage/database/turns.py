@@ -138,14 +138,18 @@ class TurnRepository(Repository):
         return any(row.body.get("lane", "interactive") != exclude_lane for row in self.fetch_all(query))
 
     def claim_next_turn(
-        self, heartbeat_timeout_seconds: float, excluded_owners: Collection[str] = ()
+        self,
+        heartbeat_timeout_seconds: float,
+        excluded_owners: Collection[str] = (),
+        running_ids: Collection[str] = (),
     ) -> TurnRecord | None:
         """Claim a turn that is queued, or whose process has sent no heartbeat for the given time.
 
-        Return None if there is none. Owners are served in turn: the one with the fewest running turns is first.
+        Return None if there is none. Owners are served in turn: the one with the fewest running turns is first. Those
+        that the caller runs itself are not lost, however late their heartbeats are.
         """
         is_lost = match_lost(heartbeat_timeout_seconds)
-        is_claimable = or_(turns.c.state == "queued", is_lost)
+        is_claimable = and_(or_(turns.c.state == "queued", is_lost), turns.c.id.not_in(running_ids))
         running = turns.alias("running")
         num_running = select(func.count()).where(running.c.owner == turns.c.owner, running.c.state == "running")
         in_order = select(turns.c.id).where(is_claimable, turns.c.owner.not_in(excluded_owners))
