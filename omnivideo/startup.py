@@ -32,12 +32,17 @@ DEFERRED_MODULES: dict[str, tuple[str, ...]] = {
     "diffusers.models.transformers": (),
     "diffusers.models.unets": (),
     "diffusers.hooks": ("apply_group_offloading",),
-    "transformers": (),  # it reads every file of every model
+    "transformers": ("AutoImageProcessor",),  # it reads every file of every model
     "transformers.models": (),
+    "transformers.processing_utils": (),  # it executes transformers' __init__
     # MLLMs of other presets.
     "transformers.models.llama.modeling_llama": ("LlamaForCausalLM",),
     "transformers.models.siglip.modeling_siglip": ("SiglipVisionModel",),
     "transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe": ("Qwen3VLMoeForConditionalGeneration",),
+    "transformers.utils.auto_docstring": (  # it composes the docstrings of all models, and imports more for them
+        "ClassAttrs", "ClassDocstring", "ImageProcessorArgs", "ModelArgs", "ModelOutputArgs", "auto_class_docstring",
+        "auto_docstring", "get_args_doc_from_source", "parse_docstring", "set_min_indent",
+    ),
     "requests": (),  # diffusers downloads with it
     # The compiler: transformers and diffusers mark functions that it may leave alone.
     "torch._dynamo": ("allow_in_graph", "assume_constant_result", "disable"),
@@ -65,6 +70,13 @@ INDEPENDENT_PACKAGES = {
 }  # fmt: skip
 # Modules that read the files of all installed distributions when they are executed, and seldom need them.
 MODULES_THAT_READ_DISTRIBUTIONS = {"diffusers.utils.import_utils"}
+
+
+# Names that a deferred module has from another module.
+REEXPORTS = {
+    "transformers.PreTrainedModel": "transformers.modeling_utils",
+    "transformers.processing_utils.Unpack": "typing",
+}
 
 
 class DeferredName:
@@ -136,12 +148,19 @@ def return_bool(function: DeferredName, value: Any, *arguments: Any) -> Any:
     return value if type(value) is bool else function.resolve()(value, *arguments)
 
 
-# What functions do until their module is executed. Until then nothing is compiled, and no size is symbolic.
+def leave_undecorated(decorator: DeferredName, marked: Any = None, **options: Any) -> Any:
+    """Return what is decorated as it is; without it, a decorator that does so."""
+    return marked if marked is not None else lambda late: late
+
+
+# What functions do until their module is executed. Until then nothing is compiled, no size is symbolic, and
+# models have no composed docstrings.
 SUBSTITUTES: dict[str, Callable[..., Any]] = {
     "torch._dynamo.allow_in_graph": note_registration,
     "torch._dynamo.assume_constant_result": note_registration,
     "torch._dynamo.disable": wrap_until_executed,
     "torch.fx.experimental.symbolic_shapes.expect_true": return_bool,
+    "transformers.utils.auto_docstring.auto_docstring": leave_undecorated,
 }
 
 
@@ -164,6 +183,8 @@ class DeferredModule(ModuleType):
         is_special = name.startswith("__") and name != "__all__"
         if is_special or not isinstance(loader, DeferringLoader) or loader.executing_thread == threading.get_ident():
             raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+        if definition := REEXPORTS.get(f"{self.__name__}.{name}"):
+            return getattr(importlib.import_module(definition), name)
         if name in loader.names:
             return DeferredName(self, name)
         if self.__name__ in INDEPENDENT_PACKAGES and importlib.machinery.PathFinder.find_spec(
@@ -287,7 +308,8 @@ def stop_deferring(*packages: str) -> None:
 def preload_torch() -> None:
     """Load torch's largest library in a thread, while this one imports what comes before torch.
 
-    It has 400 MB, and the interpreter does not wait for it. torch finds it loaded, and reports what is wrong with it.
+    It has 400 MB, and while it is loaded the interpreter runs on. torch reports what is wrong with it. A process that
+    ends before waits for the thread: a library must not be loaded while others are already taken down.
     """
     spec = None if "torch" in sys.modules else importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
@@ -298,7 +320,7 @@ def preload_torch() -> None:
         with suppress(OSError):
             ctypes.CDLL(str(library))
 
-    threading.Thread(target=load, daemon=True, name="preload-torch").start()
+    threading.Thread(target=load, name="preload-torch").start()
 
 
 def skip_final_collection() -> None:

@@ -162,6 +162,24 @@ def test_a_plain_condition_is_returned_and_another_one_is_passed_on(defer, monke
     assert expect("symbolic") is True and capsys.readouterr().out == "executed\n"
 
 
+def test_a_decorator_that_only_documents_leaves_everything_as_it_is_until_its_module_is_executed(defer, monkeypatch):
+    text = "def document(marked=None, **options):\n    return 'documented'\nVALUE = 3\n"
+    module = defer("deferred_twelve", text, "document")
+    monkeypatch.setitem(startup.SUBSTITUTES, "deferred_twelve.document", startup.leave_undecorated)
+    from deferred_twelve import document
+
+    assert document(len) is len and document(intro="...")(len) is len
+    assert module.VALUE == 3 and document(len) == "documented"
+
+
+def test_a_name_from_another_module_is_that_modules_own(defer, monkeypatch, capsys):
+    defer("deferred_thirteen", "print('executed')\nfrom pathlib import Path\n")
+    monkeypatch.setitem(startup.REEXPORTS, "deferred_thirteen.Path", "pathlib")
+    from deferred_thirteen import Path as path_class
+
+    assert path_class is Path and capsys.readouterr().out == ""
+
+
 def test_the_installed_distributions_are_read_when_a_module_asks_for_one(defer, monkeypatch):
     monkeypatch.setattr(startup, "MODULES_THAT_READ_DISTRIBUTIONS", {"deferred_eleven"})
     text = "import importlib.metadata\nDISTRIBUTIONS = importlib.metadata.packages_distributions()\n"
