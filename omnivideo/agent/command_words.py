@@ -17,6 +17,7 @@ WORDS_FILE = "prompts/command_words.toml"
 WORD = re.compile(r"#?[a-z0-9]+(?:['+._-][a-z0-9]+)*")
 MAX_WORDS, MAX_PHRASE_WORDS = 25, 3
 NUMBER = re.compile(r"#?\d+")
+LENGTHENED = re.compile(r"([a-z])\1{2,}")  # "nooo"
 FILE_NAME = re.compile(r"[a-z0-9][\w-]*\.[a-z0-9]{2,4}")
 
 
@@ -83,7 +84,7 @@ def list_concepts_of_form(word: str) -> frozenset[str]:
 
 def find_command_by_words(text: str, *, has_result: bool) -> CommandName | None:
     """Return the command that all words of a text make together, or None."""
-    words = WORD.findall(text)
+    words = WORD.findall(LENGTHENED.sub(r"\1", text))
     if not words or len(words) > MAX_WORDS:
         return None
     concepts = list_concepts(words)

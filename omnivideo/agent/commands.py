@@ -30,6 +30,7 @@ CONTENT = re.compile(
     r"|with|on|an?|the|in|instead|red|green|blue|yellow|orange|purple|cyan|white|black|grey|gray|pink|brown"
     r"|bigger|smaller|larger|faster|slower|longer|left|right|up|down|how|what|which|where|is|are)\b"
 )
+CLAUSE_MARK = r"[,;]+|\.+(?!\w)| and "
 FORMATS = "gif|png|mp4|jpe?g|webp|webm|mov|avi|pdf|svg|bmp|tiff?|mkv"
 FILE_NAME = rf"\b[\w-]+\.(?:{FORMATS})\b"
 NAMED_RESULT = rf"\b(?:{'|'.join(ORDINAL_INDEX)}|original)\b|#?\d"
@@ -85,13 +86,10 @@ def find_command(text: str, artifacts: Sequence[Artifact], *, is_strict: bool = 
     if command := match_polite_command(words, artifacts):
         return command
     # "wipe everything, i want to begin with a clean slate" says one command twice.
-    clauses = [match_polite_command(clause.strip(), artifacts) for clause in re.split(r"[,;.]+| and ", words)]
+    parts = re.split(CLAUSE_MARK, words)
+    clauses = [match_polite_command(part.strip(), artifacts) for part in parts]
     found = {repr(command): command for command in clauses if command is not None}
-    others = [
-        clause
-        for clause, command in zip(re.split(r"[,;.]+| and ", words), clauses, strict=True)
-        if command is None and clause.strip()
-    ]
+    others = [part for part, command in zip(parts, clauses, strict=True) if command is None and part.strip()]
     if len(found) > 1:  # "call it star.mp4 and save" is one command
         fullest = max(found.values(), key=lambda command: len(command.arguments))
         if all(is_part_of(command, fullest) for command in found.values()):

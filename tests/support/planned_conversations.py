@@ -4,29 +4,29 @@ A planned result is taken to show what its request says. So the list of phrases 
 judged is the reading of words alone.
 """
 
-import re
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from omnivideo.agent.command_results import execute_command
 from omnivideo.agent.english_rules import QUESTION, is_change_request, is_go_back_request
 from omnivideo.agent.media_words import find_requested_medium
-from omnivideo.agent.small_world.changes import IMPERATIVE_MOTIONS, WordedChange
-from omnivideo.agent.small_world.edits import read_edit
+from omnivideo.agent.small_world.changed_scenes import change_scene, read_worded_changes
 from omnivideo.agent.small_world.lexicon import tokenize
 from omnivideo.agent.small_world.readings import Context, Reading
 from omnivideo.agent.small_world.replies import build_help
-from omnivideo.agent.small_world.scenes import DescribedScene, ObjectRequest, read_scene
+from omnivideo.agent.small_world.scenes import DescribedScene, read_scene
 from omnivideo.agent.small_world.turn_reading import read_turn
 from omnivideo.contracts import Artifact
 from omnivideo.evaluation.phrases.entries import Phrase
-from omnivideo.evaluation.phrases.judge import PhraseOutcome, ProducedArtifact
+from omnivideo.evaluation.phrases.judge import PhraseOutcome, ProducedArtifact, Verdict, judge_phrase
+from omnivideo.evaluation.phrases.runner import list_capabilities
 from omnivideo.presets import TINY
 from omnivideo.synthetic.facts import ObjectDetection, SceneDetection
 from omnivideo.synthetic.scenes import FRAME_SIZE
 from omnivideo.turns import ExecutedCommand
 
 MAX_RESULTS = 4  # of one turn
+ANSWER = "what the MLLM answers"
 OFFSETS = {"left": (-16, 0), "right": (16, 0), "top": (0, -16), "bottom": (0, 16)}
 RELATIONS = {"left of": (-8, 0), "right of": (8, 0), "above": (0, -8), "below": (0, 8)}
 
@@ -63,10 +63,10 @@ class PlannedConversation:
                 is_declined |= is_refused
                 commands += [] if is_refused else [reading.command]
             elif reading.kind in ("ask", "decline", "say", "fact"):
-                reply.append(reading.message or "an answer")
+                reply.append(reading.message or ANSWER)
                 is_declined |= reading.kind == "decline"
             elif not self.carry_out(reading):
-                reply.append("an answer")
+                reply.append(ANSWER)
         self.last_request = text
         return PhraseOutcome(
             reply="\n".join(reply),
@@ -104,7 +104,7 @@ class PlannedConversation:
         elif is_edit:
             number = int(reading.reference) if reading.reference.isdigit() else current
             source = self.results[number - 1]
-            changes = read_planned_changes(reading.text, source.medium)
+            changes = read_worded_changes(reading.text, source.medium)
             self.add(Result(change_scene(source.scene, changes), source.medium, (number,)))
         else:
             scene = read_scene(tokenize(reading.text))
@@ -163,50 +163,22 @@ def say_planned(phrase: Phrase) -> PhraseOutcome:
     return conversation.say(phrase.text)
 
 
+def judge_planned(phrase: Phrase) -> Verdict:
+    """Judge what is planned for a phrase; what the MLLM would answer is not known and not judged."""
+    outcome = say_planned(phrase)
+    if ANSWER in outcome.reply:
+        phrase = Phrase.model_validate(remove_patterns(phrase.model_dump(mode="json")))
+    return judge_phrase(phrase, outcome, list_capabilities(TINY))
+
+
+def remove_patterns(value: Any) -> Any:
+    """Return a phrase's document without what the words of a reply must match."""
+    if isinstance(value, dict):
+        return {name: remove_patterns(item) for name, item in value.items() if name != "patterns"}
+    return [remove_patterns(item) for item in value] if isinstance(value, list) else value
+
+
 # ---------------------------------------------------------------- scenes
-
-
-def read_planned_changes(text: str, medium: str) -> Sequence[WordedChange]:
-    """Return the changes of a request in the MLLM's words; "make it shrink" is a motion there."""
-    for imperative in IMPERATIVE_MOTIONS.values():
-        if (target := text.removeprefix("make ").removesuffix(f" {imperative}")) != text.removeprefix("make "):
-            return [WordedChange("motion", text, target)]
-    return read_edit(tokenize(text), is_still=medium == "image").changes
-
-
-def change_scene(scene: DescribedScene, changes: Sequence[WordedChange]) -> DescribedScene:
-    """Return the scene after the changes."""
-    for change in changes:
-        new = read_scene(tokenize(change.text))
-        if change.kind == "background":
-            scene = replace(scene, background=change.value)
-        elif change.kind == "add":
-            scene = replace(scene, objects=[*scene.objects, *new.objects])
-        elif change.kind == "remove":
-            scene = replace(scene, objects=[obj for obj in scene.objects if not is_target(obj, change.target)])
-        elif change.kind == "reshape":
-            shape = new.objects[-1].shape
-            scene = change_objects(scene, change.target, shape=shape)
-        elif change.kind == "recolour":
-            scene = change_objects(scene, change.target, colour=change.value)
-        elif change.kind == "motion":
-            words = change.text.removeprefix(f"make {change.target} ")
-            motion = next(motion for motion, imperative in IMPERATIVE_MOTIONS.items() if imperative == words)
-            scene = change_objects(scene, change.target, motion=motion)
-    return scene
-
-
-def change_objects(scene: DescribedScene, target: str, **values: str | None) -> DescribedScene:
-    return replace(scene, objects=[replace(obj, **values) if is_target(obj, target) else obj for obj in scene.objects])
-
-
-def is_target(obj: ObjectRequest, target: str) -> bool:
-    """Return whether a change of "it", "them" or "the red circle" is one of this object."""
-    if target in ("it", "them", ""):
-        return True
-    (named, *_) = read_scene(tokenize(re.sub(r"\b(?:one|object)$", "", target))).objects or [ObjectRequest()]
-    pairs = ((named.shape, obj.shape), (named.colour, obj.colour), (named.size, obj.size))
-    return all(wanted in (None, found) for wanted, found in pairs)
 
 
 def detect_planned_scene(result: Result) -> SceneDetection:

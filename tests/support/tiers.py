@@ -99,6 +99,7 @@ LONG = (
     "deploy/test_versions.py",
 )
 SLOW = (
+    "agent/test_more_phrases.py::test_what_people_say_is_planned_as_they_expect",
     "agent/test_linear_patterns.py",
     "agent/test_conversations.py::test_the_planner_evaluation*",
     "agent/test_tracing.py",

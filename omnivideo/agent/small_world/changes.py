@@ -34,7 +34,7 @@ class Clause:
 
     def place_by(self, relation: str) -> None:
         """Place the last new object by what is there: one object is in the middle."""
-        region = REGIONS_BY_RELATION.get(relation)
+        region, self.verb = REGIONS_BY_RELATION.get(relation), self.verb or "add"
         self.new_objects[-1] = replace(self.new_objects[-1], region=region or self.new_objects[-1].region)
 
     def is_empty(self) -> bool:

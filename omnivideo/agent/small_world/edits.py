@@ -111,6 +111,9 @@ class EditReader:
             self.is_negated, self.is_replaced = True, token.text == "instead"
             return 1
         attribute = ATTRIBUTES.get(token.text.removeprefix("the "))
+        if attribute and self.is_kept:  # "keep the colour"
+            self.result.kept[attribute] = "as it is"
+            return 1
         if attribute and self.clause.verb in ("swap", "replace"):
             self.clause.verb, self.attribute = "swap", attribute
             return 1

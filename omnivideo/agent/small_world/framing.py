@@ -25,10 +25,13 @@ def drop_framing(text: str) -> str:
     has_substance = [names_substance(clause) for clause in clauses]
     if not any(has_substance):
         return text
+    first = has_substance.index(True)
     kept = [
         clause
-        for clause, is_named in zip(clauses, has_substance, strict=True)
-        if is_named or not is_framing(clause.strip(" ,.;:!?-"))
+        for index, clause in enumerate(clauses)
+        if has_substance[index]
+        or not is_framing(clause.strip(" ,.;:!?-"))
+        or (index > first and load_pattern("retraction").search(f", {clause.strip()}"))  # it takes back what was said
     ]
     if len(kept) == len(clauses):
         return text if normalized == normalize_text(text) else normalized

@@ -12,6 +12,8 @@ from omnivideo.agent.small_world.wordings import load_contractions
 MAX_PHRASE_WORDS = 7
 MIN_MISSPELT_LETTERS, MAX_MISSPELT_LETTERS = 5, 20
 INFLECTED_VERBS = ("add", "remove", "replace", "swap", "make", "draw", "put")
+REAL_WORDS = ("squire", "squires")  # English words that are not misspelt ones of the world
+VOWELS = "aeiou"
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 WORD = re.compile(r"[^\W_]+(?:['-][^\W_]+)*|[.,;:!?]")
 
@@ -57,14 +59,35 @@ class Lexicon:
 
     def find_spelling(self, word: str) -> str:
         """Return the known word that a longer word becomes by one change of letters, or the word itself."""
+        if len(word) == MIN_MISSPELT_LETTERS - 1:
+            exchanged = [edit for edit in iterate_exchanges(word) if (edit,) in self.content_words]
+            return exchanged[0] if exchanged else word
         if not MIN_MISSPELT_LETTERS <= len(word) <= MAX_MISSPELT_LETTERS or not word.isascii() or not word.isalpha():
             return word
         known = [edit for edit in iterate_misspellings(word) if (edit,) in self.content_words]
+        if not known and len(word) > MIN_MISSPELT_LETTERS and word not in REAL_WORDS:
+            known = [edit for edit in iterate_other_vowels(word) if self.names_shape_or_colour(edit)]
         return known[0] if known else word
+
+    def names_shape_or_colour(self, word: str) -> bool:
+        return any(name in ("shape", "plural", "colour") for name, _ in self.phrases.get(word, ()))
 
     @property
     def content_words(self) -> frozenset[tuple[str]]:
         return load_content_words()
+
+
+def iterate_exchanges(word: str) -> Iterable[str]:
+    """Yield what a word becomes if two neighbours are exchanged in it."""
+    for index in range(len(word) - 1):
+        yield word[:index] + word[index + 1] + word[index] + word[index + 2 :]
+
+
+def iterate_other_vowels(word: str) -> Iterable[str]:
+    """Yield what a word becomes if one of its vowels is another one."""
+    for index, letter in enumerate(word):
+        if letter in VOWELS:
+            yield from (word[:index] + vowel + word[index + 1 :] for vowel in VOWELS if vowel != letter)
 
 
 def iterate_misspellings(word: str) -> Iterable[str]:
@@ -77,6 +100,7 @@ def iterate_misspellings(word: str) -> Iterable[str]:
                 yield left + right[1:]
         for letter in LETTERS:
             yield left + letter + right
+    yield from (word + letter for letter in LETTERS)
 
 
 def read_words(name: str) -> frozenset[str]:

@@ -39,9 +39,13 @@ def read_question(text: str, tokens: Sequence[Token], medium: Medium, last: str 
         return QuestionReading(fact=fact)
     if load_pattern("presence").match(text) and is_only_presence(tokens):
         return QuestionReading(fact="presence")
+    target = find_target(tokens)
+    if re.search(r"\bwhere\b.*\b(?:heading|headed|going|moving|travelling|traveling|go|move|off to)\b", text):
+        return QuestionReading(f"how does {target} move?")
     if load_pattern("trained_question").fullmatch(text.strip(" .!")):
         return QuestionReading(text)
-    target = find_target(tokens)
+    if re.match(r"(?:and |so )?(?:what|which (?:one|shape|thing|object)|who) (?:is|are) (?:moving|going)", text):
+        return QuestionReading(f"describe the {'video' if medium == 'video' else 'picture'}")
     about_background = any(token.has("ground") for token in tokens)
     if re.search(r"\bhow many\b|\bcount\b|\bnumber of\b|\bhow much\b", text):
         return QuestionReading(f"how many {find_noun(tokens)} are there?")

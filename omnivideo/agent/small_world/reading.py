@@ -27,7 +27,7 @@ PLACE_WORDS = ("to", "beside", "near", "by", "alongside", "behind")  # before "i
 QUESTION_WORD = re.compile(r"(?:what|which|who|whose|where|why|when|how|is|are|was|were|does|did)\b")
 DURATION = re.compile(
     r"\b(?:\d+(?:\.\d+)?[ -]?s\b|(?:\d+(?:\.\d+)?[ -]?|(?:one|two|three|four|five|six|eight|ten|twenty|thirty)[ -]"
-    r"|half an? )(?:secs?|seconds?|mins?|minutes?|hours?|frames?)\b|an? (?:minute|hour)\b)"
+    r"|half an? )(?:secs?|seconds?|mins?|minutes?|hours?|frames?)\b|an? (?:minute|hour)\b)(?! ago\b)"
 )
 CORNERS = re.compile(r"\b(?:with|has|having) (?:only |exactly )?(no|one|two|three|four|five|six) corners\b")
 OPPOSITE_MOTIONS = {
@@ -103,6 +103,8 @@ def is_in_trained_words(text: str, normalized: str, tokens: Sequence[Token], con
         or (context.medium and any(token.has("reference", "resize", "add", "remove") for token in tokens))
     ):
         return False
+    if all(token.is_known for token in tokens) and "," in normalized and read_scene(tokens).conflicts:
+        return False  # "a large circle, it should be tiny"
     words = re.findall(r"[a-z0-9'-]+", text.lower())
     lexicon = load_lexicon()
     known = lexicon.described | english_rules.load_plain_words()

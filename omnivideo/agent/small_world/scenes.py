@@ -102,6 +102,7 @@ class SceneReader:
         self.position = 0
         self.is_turn = False  # after "then": the next motion is the second one
         self.relation: str | None = None
+        self.awaits_direction = False  # after a verb of moving without one
         self.focus = -1  # the index of the object that an attribute is one of; -1 is the last one
 
     def read(self) -> DescribedScene:
@@ -167,7 +168,11 @@ class SceneReader:
     def read_direction(self, direction: str) -> None:
         last = self.find_last()
         before = self.tokens[self.position - 1].text if self.position else ""
-        if last is not None and (self.is_turn or (last.motion and before in ("and", "or", "but", ","))):
+        if last is not None and last.motion is None and self.awaits_direction:  # "a moving square, to the right"
+            self.scene.leftovers.remove("direction")
+            self.awaits_direction = False
+            self.set_motion(direction)
+        elif last is not None and (self.is_turn or (last.motion and before in ("and", "or", "but", ","))):
             self.set_motion(direction)  # the second one, or one that contradicts the first
         elif direction in ("left", "right") and self.scene.objects:
             self.set_value("region", direction)
@@ -262,6 +267,7 @@ class SceneReader:
                 self.set_motion(direction)
                 return offset + 1
         self.scene.leftovers.append("direction")
+        self.awaits_direction = True
         return 1
 
     def read_ground(self) -> int:
@@ -375,14 +381,15 @@ def read_scene(tokens: Sequence[Token]) -> DescribedScene:
 
 def is_worded_as_change(tokens: Sequence[Token]) -> bool:
     """Return whether words of a change stand here: "into a star", "no star", "same clip, blue ball", "use a star"."""
-    pairs = list(pairwise(tokens))
+    pairs, is_there = list(pairwise(tokens)), any(token.text == "there" for token in tokens)
     return (
         any(token.has("add", "remove", "replace", "swap", "resize", "longer") for token in tokens)
         or any(token.text in ("as", "into") and following.text in ("a", "an") for token, following in pairs)
         or any(token.text == "same" and following.has("medium", "thing") for token, following in pairs)
         or any(token.text == "no" and following.has("shape", "plural") for token, following in pairs)
         or any(token.text == "instead" and following.text == "of" for token, following in pairs)
-        or (tokens[-1].text == "instead" and not any(token.has("draw", "medium") for token in tokens))
+        or any(token.text in ("same", "ditto") and following.text in (",", "but", "only") for token, following in pairs)
+        or (tokens[-1].text == "instead" and (is_there or not any(token.has("draw", "medium") for token in tokens)))
     )
 
 

@@ -7,15 +7,17 @@ from dataclasses import replace
 from omnivideo.agent import english_rules
 from omnivideo.agent.commands import find_command
 from omnivideo.agent.small_world import replies, talk
+from omnivideo.agent.small_world.changed_scenes import describe_changed_scene
 from omnivideo.agent.small_world.edits import read_edit
 from omnivideo.agent.small_world.framing import drop_framing
 from omnivideo.agent.small_world.lexicon import Token, load_lexicon, normalize_text, tokenize
 from omnivideo.agent.small_world.reading import list_object_names, read_action
 from omnivideo.agent.small_world.readings import Context, Reading
-from omnivideo.agent.small_world.scenes import read_scene
+from omnivideo.agent.small_world.scenes import ObjectRequest, read_scene
 from omnivideo.agent.small_world.wordings import load_pattern
 from omnivideo.turns import ExecutedCommand
 
+REPEATABLE_KINDS = ("recolour", "background", "reshape", "motion")  # changes of which a turn makes only one of a thing
 CORRECTED_CATEGORIES = ("colour", "shape", "plural", "size", "direction", "number")
 REDO = re.compile(r"\bre-?do\b|\bre-?apply\b")
 MAX_CHANGED_RESULTS = 4  # by one "both" or "all"
@@ -34,7 +36,11 @@ def read_turn(text: str, context: Context) -> list[Reading]:
         return [Reading("command", text, command=redo_undone(command, text, context))]
     if talk.is_foreign(text):
         return [Reading("decline", text, message=replies.ONLY_ENGLISH)]
-    readings, removed, text = list[Reading](), list[str](), reword_by_context(drop_framing(text), context)
+    readings, removed, text = (
+        list[Reading](),
+        list[str](),
+        reword_by_context(drop_framing(take_back_words(text)), context),
+    )
     parts = split_results(text) or split_changes(text, context) or split_turn(text)
     if len(parts) == 1 and load_pattern("follow_up").match(normalize_text(text)):
         parts = [text]
@@ -57,27 +63,34 @@ def read_turn(text: str, context: Context) -> list[Reading]:
                 removed.append("it")
             readings.append(reading)
             context = replace(update_context(context, reading), is_changed=True)
-    if question := find_repeated_change(readings, text):
-        return [Reading("ask", text, message=question)]
-    return readings
+    return resolve_repeated_changes(readings, text)
 
 
-def find_repeated_change(readings: Sequence[Reading], text: str) -> str:
-    """Return a question if a turn changes the same thing twice, or nothing and something; "" if it does not."""
+def resolve_repeated_changes(readings: list[Reading], text: str) -> list[Reading]:
+    """Return the readings of a turn that changes nothing twice, or a question.
+
+    A change that is taken back at once, as in "make it red. sorry, make it blue", is left out.
+    """
+    normalized = normalize_text(text)
     if len(readings) > 1 and any(reading.command and reading.command.name == "cancel" for reading in readings):
-        return replies.build_unclear_question()
-    if load_pattern("sequence").search(normalize_text(text)):
-        return ""
-    values = dict[tuple[str, str, str], str]()
-    for reading in readings:
-        changes = read_edit(tokenize(reading.text)).changes if reading.goal == "edit" else []
-        for change in changes:
-            if change.kind not in ("recolour", "background", "reshape", "motion"):
+        return [Reading("ask", text, message=replies.build_unclear_question())]
+    if load_pattern("sequence").search(normalized):
+        return readings
+    last = dict[tuple[str, str, str], tuple[int, str]]()
+    replaced = set[int]()
+    for index, reading in enumerate(readings):
+        may_change = reading.kind == "do" and reading.goal in ("edit", "")
+        for change in read_edit(tokenize(reading.text)).changes if may_change else []:
+            if change.kind not in REPEATABLE_KINDS:
                 continue
             key = (change.kind, change.target, reading.reference if reading.reference.isdigit() else "")
-            if values.setdefault(key, change.value) != change.value:
-                return replies.build_contradiction_question(values[key], change.value)
-    return ""
+            earlier, value = last.get(key, (index, change.value))
+            if value != change.value and not load_pattern("retraction").search(normalized):
+                question = replies.build_contradiction_question(value, change.value)
+                return [Reading("ask", text, message=question)]
+            replaced |= {earlier} - {index}
+            last[key] = (index, change.value)
+    return [reading for index, reading in enumerate(readings) if index not in replaced]
 
 
 def redo_undone(command: ExecutedCommand, text: str, context: Context) -> ExecutedCommand:
@@ -94,16 +107,40 @@ def reword_by_context(text: str, context: Context) -> str:
     A text that means nothing else there is returned as it is.
     """
     normalized = normalize_text(text)
-    if (match := load_pattern("self_correction").search(normalized)) and have_same_meaning(match[1], match[3]):
-        return f"{normalized[: match.start(1)]}{match[3]}{normalized[match.end() :]}"
+    if (match := load_pattern("one_result").search(normalized)) and has_shape(normalized[: match.start()]):
+        return re.sub(r"[;.] (?=an? |one |two )", ", ", normalized[: match.start()]) + normalized[match.end() :]
     if context.medium is None:
         return text
+    normalized = replace_comparison(normalized, context)
     if (match := load_pattern("addition").match(normalized)) and "background" not in normalized:
         return f"add {normalized[match.end() :]}"
     if "the other one" in normalized and context.number > 1 and read_scene(tokenize(context.describe())).count == 1:
         number = context.number - 1
         return normalized.replace("the other one", f"the {list(english_rules.ORDINAL_INDEX)[min(number, 10) - 1]} one")
-    return text
+    return text if normalized == normalize_text(text) else normalized
+
+
+def replace_comparison(text: str, context: Context) -> str:
+    """Return "blue" for "the same colour as the square", if the square is blue."""
+    match = load_pattern("comparison").search(text)
+    if match is None:
+        return text
+    scene = read_scene(tokenize(context.describe()))
+    named = read_scene(tokenize(match["object"])).objects
+    matches = [obj for obj in scene.objects if named and obj.shape == named[0].shape]
+    if tokenize(match["object"])[-1].has("ground"):
+        matches = [ObjectRequest(colour=scene.background)]
+    value = getattr(matches[0], match["attribute"]) if len(matches) == 1 else None
+    return f"{text[: match.start()]}{value}{text[match.end() :]}" if value else text
+
+
+def take_back_words(text: str) -> str:
+    """Return "make it yellow" for "make it white... no, yellow"."""
+    normalized = normalize_text(text)
+    match = load_pattern("self_correction").search(normalized)
+    if match is None or not have_same_meaning(match[1], match[3]):
+        return text
+    return f"{normalized[: match.start(1)]}{match[3]}{normalized[match.end() :]}"
 
 
 def have_same_meaning(first: str, second: str) -> bool:
@@ -230,6 +267,11 @@ def update_context(context: Context, reading: Reading) -> Context:
         return replace(context, medium=None) if reading.command.name == "restart" else context
     if reading.goal == "understand":
         return replace(context, last_request=reading.text)
+    if reading.goal == "edit" and not reading.reference.isdigit():
+        describe, medium = context.describe, context.medium or ""
+        context = replace(context, describe=lambda: describe_changed_scene(describe(), reading.text, medium))
+    elif reading.goal == "generate":
+        context = replace(context, describe=lambda: reading.text)
     if reading.medium in ("image", "video"):
         return replace(context, medium=reading.medium)
     scene = read_scene(tokenize(reading.text))
@@ -247,10 +289,18 @@ def split_turn(text: str) -> list[str]:
             continue  # "two separate pictures please"
         if ends_with_shape and is_attribute(tokens):
             parts[-1] += f", {part}"
+        elif parts and not ends_with_shape and is_attribute(tokenize(parts[-1])) and is_description(part):
+            parts[-1] += f" {part}"  # "small. green. star."
+            ends_with_shape = has_shape(part)
         else:
             parts.append(part)
             ends_with_shape = any(token.has("shape", "plural") for token in tokens)
     return parts or [text]
+
+
+def is_description(part: str) -> bool:
+    """Return whether a part of a turn only names a shape or its attributes."""
+    return all(token.has("shape", "plural", *ATTRIBUTES) for token in tokenize(part))
 
 
 def is_complete_by_itself(part: str) -> bool:
