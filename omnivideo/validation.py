@@ -34,7 +34,8 @@ def describe_errors(
     )
     path, error = paths[index], errors[index]
     # The bounds of a list are not those of its items.
-    field = find_field(path, fields or {}) if isinstance(path[-1], str) else None
+    is_item = isinstance(error["loc"][-1], int)
+    field = None if is_item else find_field(path, fields or {})
     return ".".join(map(str, path)), describe_error(error, field)
 
 

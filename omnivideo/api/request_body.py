@@ -192,7 +192,8 @@ def fields_from_form(form: FormData) -> FormFields:
     values, lists, objects = dict[str, list[Any]](), set[str](), dict[str, dict[str, Any]]()
     for name, value in form.multi_items():
         match = FORM_FIELD_PATTERN.fullmatch(name)
-        field, subfield = match.groups() if match else (name, None)  # no model has a field with such a name
+        # No model has a field with a name of another form.
+        field, subfield = (name, None) if match is None else (str(match[1]), match[2])
         entry: Any = {"upload": value} if isinstance(value, UploadFile) else value
         if subfield and not subfield.isdecimal():
             if subfield in objects.setdefault(field, {}):

@@ -49,7 +49,7 @@ def chat_with(content) -> dict:
         ("/v1/chat/completions", CHAT | {"n": 2}, "n", "allowed: 1"),
         ("/v1/chat/completions", CHAT | {"presence_penalty": 1}, "presence_penalty", "allowed: 0"),
         ("/v1/chat/completions", CHAT | {"stop": [""]}, "stop.0", "it is empty"),
-        ("/v1/chat/completions", CHAT | {"stop": "a" * 201}, "stop.0", "it has 201 characters; allowed: at most 200"),
+        ("/v1/chat/completions", CHAT | {"stop": "a" * 201}, "stop", "it has 201 characters; allowed: at most 200"),
         ("/v1/chat/completions", CHAT | {"stop": ["a"] * 5}, "stop", "it has 5 items; allowed: at most 4"),
         ("/v1/responses", {"model": "tiny", "input": []}, "input", "it has 0 items; allowed: at least 1"),
     ],

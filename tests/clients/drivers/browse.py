@@ -20,7 +20,7 @@ def launch_browser(playwright: Playwright) -> Browser:
     return playwright.chromium.launch(executable_path="/usr/bin/chromium", args=["--no-sandbox", "--disable-gpu"])
 
 
-def read_answer(page: Page, answers: Locator, seconds: float = 90.0, still_seconds: float = 2.0) -> dict[str, Any]:
+def read_answer(page: Page, answers: Locator, seconds: float = 180.0, still_seconds: float = 2.0) -> dict[str, Any]:
     """Wait until the last answer no longer grows and its pictures have loaded; return what it shows."""
     deadline, last_change, shown = time.monotonic() + seconds, time.monotonic(), {}
     while time.monotonic() < min(deadline, last_change + still_seconds):

@@ -98,7 +98,7 @@ def main() -> None:
     with sync_playwright() as playwright:
         browser = launch_browser(playwright)
         page = browser.new_page(viewport={"width": 900, "height": 1700})
-        page.set_default_timeout(60_000)
+        page.set_default_timeout(180_000)  # on a busy machine, a step takes a minute
         page.goto(url)
         page.wait_for_selector("textarea")
         hold_conversation(page)
