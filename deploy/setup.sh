@@ -33,6 +33,9 @@ fail() {
     exit 1
 }
 
+# A link leads to somebody else's environment, which a set-up would empty.
+[[ ! -L .venv ]] || fail ".venv is a link to $(readlink .venv). Remove the link, or run the set-up where it leads."
+
 step() { # step LABEL COMMAND...: print one line with the duration, and the command's output only if it fails
     local label=$1 begin=$SECONDS code=0 clock=''
     shift

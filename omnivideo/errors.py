@@ -27,7 +27,8 @@ import time
 
 SECONDS_PER_DAY = 86_400
 DATABASE_DRIVERS = ("sqlite3", "psycopg", "psycopg_pool")
-FULL_DISK = re.compile("disk is full|No space left on device")  # as SQLite and PostgreSQL say it
+# As SQLite and PostgreSQL say it; SQLite's I/O error is that of a log that cannot grow.
+FULL_DISK = re.compile("disk is full|disk I/O error|No space left on device")
 LIMIT_CODE = "rate_limit_exceeded"  # of requests and of clips that a limit of their key has refused
 
 
@@ -149,7 +150,7 @@ def describe_database_failure(error: BaseException | None) -> str | None:
     names = {base.__name__ for base in type(error).__mro__ if base.__module__.partition(".")[0] in DATABASE_DRIVERS}
     if not names & {"OperationalError", "InterfaceError"}:
         return None
-    return "its disk is full" if FULL_DISK.search(str(error)) else "it does not answer"
+    return "its disk is full or cannot be written" if FULL_DISK.search(str(error)) else "it does not answer"
 
 
 def compute_seconds_until_midnight() -> float:

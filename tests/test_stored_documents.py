@@ -11,6 +11,7 @@ import pytest
 from pydantic import ValidationError
 
 import omnivideo.agent.mllm_plan
+import omnivideo.backends.mllm.protocol
 import omnivideo.records
 import omnivideo.turns
 from omnivideo.contracts import Artifact, FrozenModel, Job, resolve_sampling_params

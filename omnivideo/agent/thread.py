@@ -209,12 +209,13 @@ class Thread:
 
     def remove_turns_after(self, num_turns: int) -> None:
         """Return to the state after `num_turns` turns, and remove what later checkpoints have."""
-        snapshot = self.find_snapshot_after(num_turns)
+        saver, snapshot = self.graph.checkpointer, self.find_snapshot_after(num_turns)
         assert snapshot is not None, "a thread keeps the states between its turns"
+        first_id = snapshot.config["configurable"]["checkpoint_id"]
+        saver.restore_values(self.id, first_id)
         self.roll_back(num_turns)
-        newest = self.graph.get_state(self.config)
-        ids = [state.config["configurable"]["checkpoint_id"] for state in (snapshot, newest)]
-        self.graph.checkpointer.delete_branch(self.id, *ids)
+        newest_id = self.graph.get_state(self.config).config["configurable"]["checkpoint_id"]
+        saver.delete_branch(self.id, first_id, newest_id)
 
     async def asend(
         self, text: str, attachments: Sequence[str | Path | Artifact] = (), **options: object

@@ -77,6 +77,14 @@ class CompactingSaver(ABC):
         """Delete the checkpoints between two others."""
 
     @abstractmethod
+    def restore_values(self, thread_id: str, checkpoint_id: str) -> None:
+        """Give a packed checkpoint its values back, so that a new one can begin with it."""
+
+    @abstractmethod
+    def delete_checkpoints(self, thread_id: str, first_id: str, before_id: str) -> None:
+        """Delete the checkpoints from one to another, without the latter, and what was written after them."""
+
+    @abstractmethod
     def list_packed_digests(self, thread_id: str) -> set[str]:
         """Return the digests of the last items of every packed checkpoint."""
 
@@ -130,9 +138,12 @@ class CompactingSaver(ABC):
             super().delete_thread(thread_id)  # type: ignore[misc]
         self.fetch_rows("DELETE FROM checkpoint_items WHERE thread_id = ?", (thread_id,))
 
-    def delete_branch(self, thread_id: str, after_id: str, before_id: str) -> None:
-        """Delete the checkpoints between two others, with all values and items that no other checkpoint has."""
-        self.delete_steps(thread_id, after_id, before_id)
+    def delete_branch(self, thread_id: str, first_id: str, newest_id: str) -> None:
+        """Delete the checkpoints from one to the newest, with all values and items that no other checkpoint has.
+
+        The newest begins with the first, has all of its values, and stays.
+        """
+        self.delete_checkpoints(thread_id, first_id, newest_id)
         query = "SELECT digest, previous FROM checkpoint_items WHERE thread_id = ?"
         previous = {str(digest): str(before) for digest, before in self.fetch_rows(query, (thread_id,))}
         kept = set[str]()
@@ -191,10 +202,14 @@ class CompactingSaver(ABC):
             return found
         thread_id = str(found.config["configurable"]["thread_id"])
         for channel, digest in dict(digests).items():  # type: ignore[call-overload]
-            rows = self.fetch_rows(SELECT_ITEMS, (thread_id, digest))
-            items = [self.serde.loads_typed((kind, bytes(data))) for kind, data in rows]
-            found.checkpoint["channel_values"][channel] = dict(items) if channel == "descriptions" else items
+            found.checkpoint["channel_values"][channel] = self.load_items(thread_id, channel, digest)
         return found
+
+    def load_items(self, thread_id: str, channel: str, digest: str) -> Any:
+        """Return the value of a channel whose last item has this digest."""
+        rows = self.fetch_rows(SELECT_ITEMS, (thread_id, digest))
+        items = [self.serde.loads_typed((kind, bytes(data))) for kind, data in rows]
+        return dict(items) if channel == "descriptions" else items
 
 
 class CompactSqliteSaver(CompactingSaver, SqliteSaver):
@@ -226,6 +241,14 @@ class CompactSqliteSaver(CompactingSaver, SqliteSaver):
             bounds = "thread_id = ? AND checkpoint_id > ? AND checkpoint_id < ?"
             self.fetch_rows(f"DELETE FROM {table} WHERE {bounds}", (thread_id, after_id, before_id))
         self.fetch_rows("DELETE FROM writes WHERE thread_id = ? AND checkpoint_id = ?", (thread_id, after_id))
+
+    def restore_values(self, thread_id: str, checkpoint_id: str) -> None:
+        """Do nothing: each new checkpoint has all of its values."""
+
+    def delete_checkpoints(self, thread_id: str, first_id: str, before_id: str) -> None:
+        for table in ("writes", "checkpoints"):
+            bounds = "thread_id = ? AND checkpoint_id >= ? AND checkpoint_id < ?"
+            self.fetch_rows(f"DELETE FROM {table} WHERE {bounds}", (thread_id, first_id, before_id))
 
     def list_packed_digests(self, thread_id: str) -> set[str]:
         query = "SELECT json_extract(CAST(metadata AS TEXT), '$.packed') FROM checkpoints WHERE thread_id = ?"

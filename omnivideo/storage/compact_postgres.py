@@ -53,8 +53,20 @@ class CompactPostgresSaver(CompactingSaver, PostgresSaver):
             parameters = (thread_id, channel, first.get(channel, ""), version)
             self.fetch_rows(f"DELETE FROM checkpoint_blobs WHERE {bounds}", parameters)
 
-    def delete_branch(self, thread_id: str, after_id: str, before_id: str) -> None:
-        super().delete_branch(thread_id, after_id, before_id)
+    def restore_values(self, thread_id: str, checkpoint_id: str) -> None:
+        query = "SELECT metadata->'packed' FROM checkpoints WHERE thread_id = ? AND checkpoint_id = ?"
+        ((digests,),) = self.fetch_rows(query, (thread_id, checkpoint_id))
+        versions = self.load_versions(thread_id, checkpoint_id)
+        statement = """UPDATE checkpoint_blobs SET type = ?, blob = ?
+            WHERE thread_id = ? AND channel = ? AND version = ?"""
+        for channel, digest in (digests or {}).items():
+            value = self.serde.dumps_typed(self.load_items(thread_id, channel, digest))
+            self.fetch_rows(statement, (*value, thread_id, channel, versions[channel]))
+
+    def delete_checkpoints(self, thread_id: str, first_id: str, before_id: str) -> None:
+        for table in ("checkpoint_writes", "checkpoints"):
+            bounds = "thread_id = ? AND checkpoint_id >= ? AND checkpoint_id < ?"
+            self.fetch_rows(f"DELETE FROM {table} WHERE {bounds}", (thread_id, first_id, before_id))
         statement = """DELETE FROM checkpoint_blobs WHERE thread_id = ? AND NOT EXISTS (
             SELECT 1 FROM checkpoints WHERE checkpoints.thread_id = checkpoint_blobs.thread_id
             AND checkpoint->'channel_versions'->>channel = version)"""

@@ -10,6 +10,7 @@ from tests.support.client_services import run_embedded_service
 (GRADIO,) = (client for client in CLIENTS if client.title == "Gradio")
 
 
+@pytest.mark.timeout(900)  # the first run installs the environment
 def test_gradios_page_holds_the_conversation(tmp_path):
     chromium()
     try:

@@ -43,7 +43,7 @@ def run_driver(client: ClientProgram, address: str, folder: Path) -> tuple[dict,
         "PATH": f"{interpreter.parent}:/usr/local/bin:/usr/bin:/bin", "HOME": str(folder), "LANG": "C.UTF-8",
         "NO_PROXY": "*", "TERM": "xterm",
     }  # fmt: skip
-    command = ["nice", "-n", "5", interpreter, drivers / client.driver, address, KEY, folder]
+    command = [interpreter, drivers / client.driver, address, KEY, folder]
     log = folder / "driver.log"
     with log.open("wb") as file:
         process = subprocess.Popen(

@@ -58,7 +58,9 @@ class ChatFormat:
         elif part.kind == "reasoning":
             yield self.build_chunk({"reasoning_content": part.text})
         elif part.kind == "progress" and self.shows_progress:
-            status = {"type": "status", "data": {"description": part.text, "done": part.is_done}}
+            # Open WebUI hides the line of an action that has ended: its result follows.
+            data = {"description": part.text, "done": part.is_done, "hidden": part.is_done}
+            status = {"type": "status", "data": data}
             yield self.build_chunk({"reasoning_content": part.reasoning}, event=status)
 
     def end_stream(self, finish_reason: FinishReason, usage: Usage | None) -> Iterator[ServerSentEvent]:

@@ -30,6 +30,8 @@ JSON_KEYS: dict[TaskKind, str] = {
     "title": "title", "tags": "tags", "follow_ups": "follow_ups", "queries": "queries", "autocomplete": "text",
     "emoji": "emoji", "image_prompt": "prompt", "summary": "summary", "answer": "text",
 }  # fmt: skip
+LIST_KINDS: tuple[TaskKind, ...] = ("tags", "follow_ups", "queries")
+KINDS_BY_KEY = {key: kind for kind, key in JSON_KEYS.items() if key != "text"}
 CHAT_HISTORY = re.compile(r"<chat_history>(?P<history>.*?)(?:</chat_history>|\Z)", re.DOTALL)
 TASK_HEADING = re.compile(r"\A\s*#{1,4} *task\b", re.IGNORECASE)
 # A template of retrieval has the same heading; it wraps the person's words in a context.
@@ -44,7 +46,7 @@ ABOUT_CONVERSATION = re.compile(
 EMOJI_REQUEST = re.compile(r"\bthrough a fitting emoji\b", re.IGNORECASE)
 MEDIA_NOUN = re.compile(r"\b(?:clips?|videos?|pictures?|images?|animations?|drawings?|photos?)\b", re.IGNORECASE)
 JSON_REQUEST = re.compile(r"\bjson\b", re.IGNORECASE)
-JSON_KEY = re.compile(r"\{\s*+[\"'](?P<key>\w++)[\"']\s*+:")
+JSON_KEY = re.compile(r"\{\s*+[\"'](?P<key>\w++)[\"']\s*+:\s*+(?P<is_list>\[)?")
 MAX_HISTORY_CHARS = 12_000
 
 
@@ -96,13 +98,15 @@ def build_task(
 ) -> ConversationTask:
     """Return a request about a conversation, with its kind, its form and the conversation."""
     request = strip_transcript(text)
-    kind = find_kind(request)
+    json_request = JSON_REQUEST.search(request)
+    example = JSON_KEY.search(request, json_request.end()) if json_request else None
+    # The field that is asked for says what a request is; its other words change from version to version.
+    kind = (example and KINDS_BY_KEY.get(example["key"])) or find_kind(request)
     speeches = read_transcript(text) or list_speeches(conversation.history)
     schema = None if response_format is None else schema_from_format(kind, response_format)
-    if schema is None and JSON_REQUEST.search(request):
-        json_request = JSON_REQUEST.search(request)
-        key_match = JSON_KEY.search(request, json_request.end()) if json_request else None
-        schema = build_schema(kind, key_match["key"] if key_match else JSON_KEYS[kind])
+    if schema is None and json_request:
+        is_list = bool(example["is_list"]) if example else kind in LIST_KINDS
+        schema = build_schema(example["key"] if example else JSON_KEYS[kind], is_list)
     return ConversationTask(kind, text, tuple(speeches), schema, conversation.instructions)
 
 
@@ -120,13 +124,12 @@ def schema_from_format(kind: TaskKind, response_format: dict[str, Any]) -> dict[
             schema = details.get("schema") if isinstance(details, dict) else None
             return schema if isinstance(schema, dict) else {"type": "object"}
         case "json_object":
-            return build_schema(kind, JSON_KEYS[kind])
+            return build_schema(JSON_KEYS[kind], kind in LIST_KINDS)
     return None
 
 
-def build_schema(kind: TaskKind, key: str) -> dict[str, Any]:
-    """Return the schema of an object with one field: a list for the kinds that ask for several."""
-    is_list = kind in ("tags", "follow_ups", "queries")
+def build_schema(key: str, is_list: bool) -> dict[str, Any]:
+    """Return the schema of an object with one field, a text or a list of texts."""
     field = {"type": "array", "items": {"type": "string"}} if is_list else {"type": "string"}
     return {"type": "object", "properties": {key: field}, "required": [key], "additionalProperties": False}
 

@@ -12,13 +12,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from omnivideo.contracts import Medium, SamplingParams, StepProgress, compute_latent_grid
+from omnivideo.contracts import Medium, SamplingParams, StepProgress, compute_latent_grid, count_decoder_tokens
 from omnivideo.media.resample import deliver_frames
 from omnivideo.models.mllm import MLLMMedia, MLLMMessage
 from omnivideo.models.omni import MLLMFeatures, OmniVideoModel, name_part
 from omnivideo.models.sampling import DenoisingState, Expert, denoise, sample_initial_noise
 from omnivideo.models.vae import decode_latents, encode_pixels, pixels_from_bytes, pixels_to_bytes
 from omnivideo.ports import Decoder
+from omnivideo.presets import Preset
+
+MIN_MULTIPLICATIONS_PER_THREAD = 10_000_000  # of one matrix product: about half a millisecond on one core
 
 
 @dataclass
@@ -68,7 +71,7 @@ def generate_clip(
     seconds_by_stage: dict[str, float] = {}
     with time_stage(seconds_by_stage, "source"), name_part("VAE"):
         source_1zThw = None if source is None else encode_source(omni, source)
-    with time_stage(seconds_by_stage, "condition"):
+    with time_stage(seconds_by_stage, "condition"), limit_cpu_threads(omni.preset, params):
         if features is None:
             assert not isinstance(source, Tensor), "the MLLM cannot see latents"
             features = compute_features(omni, prompt, params, source)
@@ -123,7 +126,7 @@ def denoise_clips(
     started_at = time.perf_counter()
     steps = denoise(experts, x_BzThw, params.steps, params.guidance_scale, params.flow_shift, initial_state)
     while True:
-        with name_part("decoder"):
+        with name_part("decoder"), limit_cpu_threads(omni.preset, params, len(seeds)):
             denoising_step = next(steps, None)
         if denoising_step is None:
             break
@@ -133,6 +136,28 @@ def denoise_clips(
         progress = StepProgress(step=completed_steps, steps=params.steps, eta_seconds=eta_seconds)
         yield DenoisingProgress(progress, denoising_step.clean_latents, denoising_step.state)
     seconds_by_stage["denoising"] = round(time.perf_counter() - started_at, 3)
+
+
+@contextmanager
+def limit_cpu_threads(preset: Preset, params: SamplingParams, clip_count: int = 1) -> Iterator[None]:
+    """Use no more CPU threads than the decoder's projection of all tokens keeps busy.
+
+    A step has hundreds of matrix products. To wake a second thread for a small one takes as long as to compute it, and
+    beside other busy processes a time slice each time: with ten of them, the tiny preset takes nine times as long.
+    """
+    width = int(preset.decoder["num_attention_heads"] * preset.decoder["attention_head_dim"])
+    grid_Thw = compute_latent_grid(params.width, params.height, params.frames)
+    multiplications = clip_count * count_decoder_tokens(preset, grid_Thw) * width**2
+    threads = torch.get_num_threads()
+    useful_threads = min(threads, max(1, multiplications // MIN_MULTIPLICATIONS_PER_THREAD))
+    if useful_threads == threads:
+        yield
+        return
+    torch.set_num_threads(useful_threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def encode_source(omni: OmniVideoModel, source: np.ndarray | Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sqlite3
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -206,9 +207,9 @@ def describe_unavailability(error: DBAPIError) -> str:
     """Return why a statement could not be run, as far as an operator can change it."""
     if error.orig is None or not isinstance(error, OperationalError):
         return "it does not answer"
-    if error.statement is not None:
-        return describe_database_failure(error.orig) or "it does not answer"
-    return describe_failure(error.orig)
+    failure = describe_database_failure(error.orig) or "it does not answer"
+    is_connecting = error.statement is None and not isinstance(error.orig, sqlite3.Error)  # SQLite has no server
+    return describe_failure(error.orig) if is_connecting and failure == "it does not answer" else failure
 
 
 def select_values(table: Table, values: dict[str, Any]) -> Select[Any]:

@@ -9,6 +9,8 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from browse import launch_browser, read_answer, save_screenshot, to_answer
 from observe import CONVERSATION, FOLDER, OVER_LONG, observe, read_picture
@@ -19,9 +21,9 @@ PORT = SETTINGS["PORT"]
 HEALTH_CHECK = [part.replace("8080", PORT) for part in json.loads(SETTINGS.pop("HEALTH_CHECK"))]
 HOME = f"http://127.0.0.1:{PORT}"
 START = f"from open_webui import app; app(['serve', '--host', '127.0.0.1', '--port', '{PORT}'])"
-ANSWERS = "#messages-container .markdown-prose, #messages-container .prose"
-STOP_BUTTON = 'button:has(path[d^="M2.25 12c0-5.385"])'  # it has no name
-HAS_BEGUN = "() => /Generating|left/.test([...document.querySelectorAll('[id^=message-]')].at(-1)?.innerText ?? '')"
+MESSAGES = "#messages-container [id^=message-]:not(.user-message)"
+LAST = f"[...document.querySelectorAll('{MESSAGES}')].at(-1)"  # old messages leave the page
+HAS_BEGUN = f"() => /Generating|left/.test({LAST}?.innerText ?? '')"
 PERSON = {"name": "Ada", "email": "ada@example.com", "password": "correct-horse-battery"}
 
 
@@ -62,33 +64,39 @@ class ChatPage:
             upload = {"name": "square.png", "mimeType": "image/png", "buffer": picture}
             self.page.set_input_files('input[type="file"]', files=[upload])
             self.page.wait_for_timeout(1500)
-        count = self.page.locator(ANSWERS).count()
-        self.submit(text)
-        self.page.wait_for_function(
-            "([selector, count]) => document.querySelectorAll(selector).length > count", arg=[ANSWERS, count],
-            timeout=90_000,
-        )  # fmt: skip
+        with self.expect_message():
+            self.submit(text)
         return self.read()
 
     def regenerate(self) -> dict:
-        self.page.locator(".regenerate-response-button").last.click(force=True)
-        self.page.wait_for_timeout(1000)
+        with self.expect_message():
+            self.page.get_by_label("Regenerate").last.click()
+            self.page.get_by_text("Try Again", exact=True).click()
         return self.read()
 
     def continue_answer(self) -> dict:
-        self.page.locator("#continue-response-button").click(force=True)
+        with self.page.expect_request("**/api/chat/completions"):
+            self.page.get_by_label("Continue Response").last.click()
         self.page.wait_for_timeout(1000)
         return self.read()
+
+    @contextmanager
+    def expect_message(self) -> Iterator[None]:
+        """Wait until the page has another last answer than before."""
+        before = self.page.evaluate(f"() => {LAST}?.id")
+        yield
+        has_other = f"before => {LAST} && {LAST}.id !== before && {LAST}.querySelector('.markdown-prose')"
+        self.page.wait_for_function(has_other, arg=before, timeout=90_000)
 
     def stop(self, text: str) -> None:
         """Send a message, and press the button that stops its answer once something is being generated."""
         self.submit(text)
-        self.page.wait_for_function(HAS_BEGUN, timeout=90_000)
-        self.page.locator(STOP_BUTTON).click()
+        self.page.wait_for_function(HAS_BEGUN, timeout=90_000, polling=50)
+        self.page.get_by_label("Stop", exact=True).click()
         self.page.wait_for_timeout(1000)
 
     def read(self) -> dict:
-        shown = read_answer(self.page, self.page.locator(ANSWERS))
+        shown = read_answer(self.page, self.page.locator(MESSAGES).last.locator(".markdown-prose"))
         self.num_steps += 1
         save_screenshot(self.page, FOLDER, f"open-webui-{self.num_steps}")
         return shown
@@ -135,11 +143,13 @@ def hold_conversation(page: Page, token: str) -> None:
 def open_page(playwright: Playwright, token: str) -> Page:
     """Return the page of a new chat, signed in."""
     page = launch_browser(playwright).new_page(viewport={"width": 1100, "height": 1300})
-    page.add_init_script(f"localStorage.token = {json.dumps(token)}; localStorage.version = '0.12.4'")
+    page.add_init_script(f"localStorage.token = {json.dumps(token)}")
     page.goto(HOME)
     page.set_default_timeout(60_000)
     try:
         page.wait_for_selector("#chat-input", timeout=120_000)
+        page.get_by_role("button", name="Okay, Let's Go!").click()  # the release notes, shown to an administrator
+        page.wait_for_selector("#chat-input:visible")
     finally:
         save_screenshot(page, FOLDER, "open-webui-0")
     return page

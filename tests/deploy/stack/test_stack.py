@@ -92,15 +92,16 @@ def test_metrics_and_documentation_need_a_key_on_the_published_port(stack, http,
 # ---------------------------------------------------------------- work
 
 
-def test_the_documented_commands_make_the_first_clip(stack, http):
+def test_the_documented_commands_make_the_first_clip(stack):
     """`exec -T` because a test has no terminal."""
     add_key = read_commands("Start")[-1].replace("exec api", "exec -T api")
     key = stack.run(add_key).split()[-1]
-    submit, poll, download = [command.replace("KEY", key) for command in read_commands("Start", 1)]
-    video_id = json.loads(stack.run(submit))["id"]
-    wait_for_video(http, video_id)
-    assert json.loads(stack.run(poll.replace("ID", video_id)))["status"] == "completed"
-    stack.run(download.replace("ID", video_id))
+    submit, poll, download = [command.replace("Bearer KEY", f"Bearer {key}") for command in read_commands("Start", 1)]
+    video_id, deadline = json.loads(stack.run(submit))["id"], time.monotonic() + 180
+    while json.loads(stack.run(poll.replace("videos/ID", f"videos/{video_id}")))["status"] != "completed":
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+    stack.run(download.replace("videos/ID", f"videos/{video_id}"))
     assert (stack.checkout / "clip.mp4").read_bytes()[4:8] == b"ftyp"
 
 
