@@ -34,6 +34,12 @@ ARTIFACTS = [
         ("give me three variations of it", "vary", {"count": 3}), ("another one please", "vary", {"count": 1}),
         ("save it as final.mp4", "save", {"file": "final.mp4"}),
         ("could I get it as a GIF?", "export", {"format": "gif"}),
+        ("get rid of that last edit", "undo", {}), ("Nooo, I'd rather have it the way it was", "undo", {}),
+        ("Undo. Undo. Undo!", "undo", {"count": 3}), ("wipe all of this and begin with nothing", "restart", {}),
+        ("what kinds of edits are possible?", "help", {}), ("run me through the steps so far", "recap", {}),
+        ("where has the first one gone? show it", "resend", {"which": 1}),
+        ("store the second one as two.mp4", "save", {"which": 2, "file": "two.mp4"}),
+        ("export it as a GIF called star.gif", "save", {"file": "star.gif"}),
     ],
 )  # fmt: skip
 def test_commands_in_many_words(text, name, arguments):
@@ -43,7 +49,8 @@ def test_commands_in_many_words(text, name, arguments):
 
 @pytest.mark.parametrize(
     "text", ["go back to the red one", "show me a red star", "make it green again", "save the star from falling",
-             "a picture of a clean slate", "remove the star", "keep it still", "stop moving the star"],
+             "a picture of a clean slate", "remove the star", "keep it still", "stop moving the star",
+             "reverse the clip", "show me a new star", "bring back the star"],
 )  # fmt: skip
 def test_requests_are_no_commands(text):
     assert find_command(text, ARTIFACTS) is None

@@ -13,7 +13,7 @@ from omnivideo.agent.small_world.lexicon import normalize_text, tokenize
 from omnivideo.agent.small_world.wordings import load_pattern, load_rewritings
 
 SUBSTANCE = ("shape", "plural", "colour", "size", "resize", "motion", "direction", "ground", "region", "relation")
-CLAUSE_END = re.compile(r"[,.;:!?]++(?=\s|$)|\s[\u2013\u2014-]++(?=\s)")
+CLAUSE_END = re.compile(r"(?<![,.;:!?])[,.;:!?]++(?=\s|$)|\s[\u2013\u2014-]++(?=\s)")
 
 
 def drop_framing(text: str) -> str:

@@ -103,7 +103,7 @@ def is_in_trained_words(text: str, normalized: str, tokens: Sequence[Token], con
         or (context.medium and any(token.has("reference", "resize", "add", "remove") for token in tokens))
     ):
         return False
-    if all(token.is_known for token in tokens) and "," in normalized and read_scene(tokens).conflicts:
+    if not load_pattern("indirect").search(normalized) and read_scene(tokens).conflicts:
         return False  # "a large circle, it should be tiny"
     words = re.findall(r"[a-z0-9'-]+", text.lower())
     lexicon = load_lexicon()
@@ -308,9 +308,10 @@ def read_scene_action(text: str, normalized: str, tokens: Sequence[Token], conte
     if not scene.objects or "shape" in scene.leftovers or any(obj.count == 0 for obj in scene.objects):
         return Reading("ask", text, message=replies.build_empty_question())
     has_reference = any(token.has("reference") for token in tokens)
-    is_plain = not has_reference and is_plain_wording(text, normalized, load_pattern("scene_form"))
-    worded = text if is_plain else scene.to_text()
-    return Reading("do", worded, goal="generate", medium="video" if scene.is_video else "image", reference="new")
+    if not has_reference and is_plain_wording(text, normalized, load_pattern("scene_form")):
+        return Reading("do", text)
+    medium = "video" if scene.is_video else "image"
+    return Reading("do", scene.to_text(), goal="generate", medium=medium, reference="new")
 
 
 def find_scene_problem(scene: DescribedScene, normalized: str) -> str:

@@ -11,12 +11,13 @@ from omnivideo.agent.small_world.changed_scenes import describe_changed_scene
 from omnivideo.agent.small_world.edits import read_edit
 from omnivideo.agent.small_world.framing import drop_framing
 from omnivideo.agent.small_world.lexicon import Token, load_lexicon, normalize_text, tokenize
-from omnivideo.agent.small_world.reading import list_object_names, read_action
+from omnivideo.agent.small_world.reading import is_in_trained_words, list_object_names, read_action
 from omnivideo.agent.small_world.readings import Context, Reading
 from omnivideo.agent.small_world.scenes import ObjectRequest, read_scene
 from omnivideo.agent.small_world.wordings import load_pattern
 from omnivideo.turns import ExecutedCommand
 
+ABOUT_RESULT = ("addition", "comparison")  # what is said of a result even in words of requests for new ones
 REPEATABLE_KINDS = ("recolour", "background", "reshape", "motion")  # changes of which a turn makes only one of a thing
 CORRECTED_CATEGORIES = ("colour", "shape", "plural", "size", "direction", "number")
 REDO = re.compile(r"\bre-?do\b|\bre-?apply\b")
@@ -36,11 +37,10 @@ def read_turn(text: str, context: Context) -> list[Reading]:
         return [Reading("command", text, command=redo_undone(command, text, context))]
     if talk.is_foreign(text):
         return [Reading("decline", text, message=replies.ONLY_ENGLISH)]
-    readings, removed, text = (
-        list[Reading](),
-        list[str](),
-        reword_by_context(drop_framing(take_back_words(text)), context),
-    )
+    readings, removed, at_start = list[Reading](), list[str](), context
+    is_about_result = context.medium and any(load_pattern(name).search(normalize_text(text)) for name in ABOUT_RESULT)
+    if is_about_result or not is_in_trained_words(text, normalize_text(text), tokenize(text), context):
+        text = reword_by_context(drop_framing(take_back_words(text)), context)
     parts = split_results(text) or split_changes(text, context) or split_turn(text)
     if len(parts) == 1 and load_pattern("follow_up").match(normalize_text(text)):
         parts = [text]
@@ -56,7 +56,7 @@ def read_turn(text: str, context: Context) -> list[Reading]:
                 return [replace(reading, text=text)]
             if again := [name for name in reading.targets if name in earlier_removed]:
                 return [Reading("ask", text, message=replies.build_contradiction_question("removed", again[0]))]
-            if removed and reading.targets == ("it",) and is_only_object(removed[-1], context):
+            if removed and reading.targets == ("it",) and is_only_object(removed[-1], at_start):
                 return [Reading("ask", text, message=replies.build_contradiction_question("removed", removed[-1]))]
             removed += [name for name in reading.removed if name not in removed]
             if reading.text.startswith("remove it"):
@@ -270,7 +270,7 @@ def update_context(context: Context, reading: Reading) -> Context:
     if reading.goal == "edit" and not reading.reference.isdigit():
         describe, medium = context.describe, context.medium or ""
         context = replace(context, describe=lambda: describe_changed_scene(describe(), reading.text, medium))
-    elif reading.goal == "generate":
+    elif reading.goal in ("generate", "") and has_shape(reading.text) and context.medium is None:
         context = replace(context, describe=lambda: reading.text)
     if reading.medium in ("image", "video"):
         return replace(context, medium=reading.medium)
