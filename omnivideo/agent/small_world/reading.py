@@ -21,6 +21,7 @@ from omnivideo.agent.small_world.questions import is_question
 from omnivideo.agent.small_world.readings import Context, Reading, ReadingKind
 from omnivideo.agent.small_world.scenes import DescribedScene, has_values, is_worded_as_change, read_scene
 from omnivideo.agent.small_world.wordings import load_pattern
+from omnivideo.contracts import Medium
 
 SECOND_MOTION = re.compile(r"\b(?:then|after that|afterwards|next)\b")
 PLACE_WORDS = ("to", "beside", "near", "by", "alongside", "behind")  # before "it": "next to it"
@@ -310,7 +311,7 @@ def read_scene_action(text: str, normalized: str, tokens: Sequence[Token], conte
     has_reference = any(token.has("reference") for token in tokens)
     if not has_reference and is_plain_wording(text, normalized, load_pattern("scene_form")):
         return Reading("do", text)
-    medium = "video" if scene.is_video else "image"
+    medium: Medium = "video" if scene.is_video else "image"
     return Reading("do", scene.to_text(), goal="generate", medium=medium, reference="new")
 
 
