@@ -146,7 +146,7 @@ def test_usage(client, context):
         ({"stop": ["a", "b", "c", "d", "e"]}, "stop", "4"),
         ({"tool_choice": "required"}, "tool_choice", "allowed: none, auto"),
         ({"tool_choice": {"type": "function", "function": {"name": "x"}}}, "tool_choice", "allowed: none, auto"),
-        ({"frequency_penalty": 0.5}, "frequency_penalty", "allowed: 0 to 0"),
+        ({"frequency_penalty": 0.5}, "frequency_penalty", "allowed: 0"),
         ({"logprobs": True}, "logprobs", "not supported"),
         ({"logit_bias": {"50": 1}}, "logit_bias", "not supported"),
         ({"response_format": {"type": "xml"}}, "response_format", "allowed: text, json_object, json_schema"),
