@@ -277,7 +277,7 @@ class ServiceWiring:
         from omnivideo.backends.queue.durable import DurableQueue
 
         def open_queue(owner: str, lane: Lane = "interactive", /) -> JobQueue:
-            return DurableQueue(self.jobs, self.store, lambda: self.notify_workers(), owner, lane)
+            return DurableQueue(self.jobs, self.store, self, owner, lane)
 
         return open_queue
 

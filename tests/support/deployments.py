@@ -37,7 +37,7 @@ class Deployment:
         self.jobs = JobRepository(engine)
         self.queue_name = build_queue_name(identify_database(engine))
         self.notify_workers = create_notifier(create_celery_app(broker, self.queue_name))
-        self.queue = DurableQueue(self.jobs, self.store, self.notify_workers)
+        self.queue = DurableQueue(self.jobs, self.store, self)
 
     @contextmanager
     def run_worker(self, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:

@@ -62,7 +62,8 @@ def read_turn(text: str, context: Context) -> list[Reading]:
                 removed.append("it")
             readings.append(reading)
             context = replace(update_context(context, reading), is_changed=True)
-    return resolve_repeated_changes(readings, text)
+    # The first request of a conversation changes nothing.
+    return resolve_repeated_changes(readings, text) if at_start.medium or len(readings) > 1 else readings
 
 
 def resolve_repeated_changes(readings: list[Reading], text: str) -> list[Reading]:

@@ -3,6 +3,7 @@
 import base64
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Protocol
 
 from omnivideo.contracts import Artifact, Job, JobStatus, Lane, Preview, StepProgress
 from omnivideo.errors import JobCancelled, StoreError, build_job_error
@@ -11,20 +12,27 @@ from omnivideo.storage.database.jobs import JobRepository
 from omnivideo.storage.database.repository import retry_while_unavailable
 
 
+class Workers(Protocol):
+    """Whoever can tell the workers that there is work. They may be reached for the first time by that."""
+
+    @property
+    def notify_workers(self) -> Callable[[], None]: ...
+
+
 class DurableQueue:
-    """The planner's job queue in the database. `notify_workers` notifies the workers that there is work."""
+    """The planner's job queue in the database."""
 
     def __init__(
         self,
         jobs: JobRepository,
         store: ObjectStore,
-        notify_workers: Callable[[], None],
+        workers: Workers,
         owner: str = "local",
         lane: Lane = "interactive",
     ):
         self.jobs = jobs
         self.store = store
-        self.notify_workers = notify_workers
+        self.workers = workers
         self.owner = owner
         self.lane = lane
 
@@ -35,7 +43,7 @@ class DurableQueue:
         itself, and only the artifact is returned here.
         """
         if retry_while_unavailable(partial(self.jobs.submit, job, self.owner, self.lane)):
-            self.notify_workers()
+            self.workers.notify_workers()
         yield from self.follow_job(job.id)
 
     def follow_job(self, job_id: str) -> Iterator[StepProgress | Preview | Artifact]:

@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -43,7 +44,7 @@ class ServiceFolder:
         )
 
     def create_queue(self) -> DurableQueue:
-        return DurableQueue(self.jobs, self.store, lambda: None)
+        return DurableQueue(self.jobs, self.store, SimpleNamespace(notify_workers=lambda: None))
 
 
 @pytest.fixture
@@ -68,7 +69,7 @@ def get_result(folder: ServiceFolder, name: str) -> Artifact:
 def test_a_followed_job_yields_steps_previews_and_its_artifact(folder):
     workers = InProcessWorker(folder.create_worker()).start()
     try:
-        queue = DurableQueue(folder.jobs, folder.store, workers.notify_workers)
+        queue = DurableQueue(folder.jobs, folder.store, workers)
         events = list(queue.run(build_job("one", steps=12)))
         again = list(queue.run(build_job("one", steps=12)))
     finally:
@@ -167,7 +168,7 @@ def test_a_state_survives_packing():
 def test_a_running_job_is_cancelled_within_a_step(folder):
     workers = InProcessWorker(folder.create_worker()).start()
     try:
-        queue = DurableQueue(folder.jobs, folder.store, workers.notify_workers)
+        queue = DurableQueue(folder.jobs, folder.store, workers)
         running = queue.run(build_job("long", steps=200))
         step = next(event for event in running if isinstance(event, StepProgress))
         queue.cancel("long")
