@@ -191,7 +191,7 @@ def test_usage_counts_clips_steps_seconds_tokens_and_bytes(service):
         video = openai_client.videos.create_and_poll(prompt="a red ball", **SMALL)
         image = client.post("/v1/images/generations", json={"prompt": "a red ball", "num_inference_steps": 2})
         assert image.status_code == 200
-        messages = [{"role": "user", "content": "how many balls are there?"}]
+        messages = [{"role": "user", "content": "how are you?"}]
         answer = client.post("/v1/chat/completions", json={"model": "tiny", "messages": messages}).json()
         day = wait_until(
             lambda: (found := client.get("/v1/usage").json()["data"][0])["answer_tokens"] and found["images"] and found
